@@ -1,0 +1,3 @@
+//! The append-only cache of paid answers.
+
+pub mod record;

@@ -1,0 +1,111 @@
+//! One answered request, as one line of the cache.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// The schema that this version writes. Readers accept it and every earlier one.
+pub const SCHEMA: u32 = 1;
+
+/// A line of the cache, without its checksum (see [`super::recovery`] for the line format).
+///
+/// Every field is always present and has one type, so that `pandas`, `datasets` and other readers
+/// that infer a schema from the first rows can read the file as it is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Schema version of this line.
+    pub v: u32,
+    /// BLAKE3 of what was asked, in hex: the answer to "have we paid for this?".
+    pub key: String,
+    /// The prompt's id, as in the prompt source.
+    pub prompt_id: String,
+    /// Which of `prompts.samples` answers this is, from 0.
+    pub sample: u32,
+    pub status: Status,
+    /// Why a quarantined answer must not be trained on; empty otherwise.
+    pub reason: String,
+    /// Base URL of the endpoint that answered.
+    pub endpoint: String,
+    /// The request body as sent.
+    pub request: Value,
+    pub answer: Answer,
+    pub usage: Option<Usage>,
+    /// Model name as reported by the endpoint; empty if it reports none.
+    pub model: String,
+    /// `system_fingerprint` as reported; empty if none.
+    pub fingerprint: String,
+    pub logprobs: Option<Logprobs>,
+    pub timing: Timing,
+    /// Cost at the prices in the config; none where no price is configured.
+    pub cost_usd: Option<f64>,
+    /// Response fields that this version does not know, kept as they came.
+    pub extra: Map<String, Value>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    Ok,
+    Quarantined,
+}
+
+/// What the teacher said. Text fields are empty where the endpoint sent none.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    pub text: String,
+    /// As the endpoint spells it: `stop`, `length`, `content_filter`, `eos`, ...
+    pub finish_reason: String,
+    pub refusal: String,
+    pub reasoning: String,
+}
+
+/// Token counts as billed by the endpoint.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    /// Part of `prompt_tokens` that was served from the provider's prompt cache.
+    pub cached_tokens: u64,
+    /// Part of `completion_tokens` that was hidden reasoning.
+    pub reasoning_tokens: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Timing {
+    /// When the request was sent, RFC 3339 in UTC.
+    pub sent_at: String,
+    pub latency_ms: u64,
+    /// 1 where the first attempt succeeded.
+    pub attempts: u32,
+}
+
+/// Top-k logprobs of an answer of T tokens, in columns (T tokens; up to k alternatives each).
+///
+/// Columns rather than a list per position: each has one type, so schema-inferring readers load
+/// it, and it is smaller. A token is stored by its bytes: as text where these are UTF-8, otherwise
+/// as `""` here and in hex in `raw`. A logprob is `None` where the endpoint sent a sentinel
+/// (-9999, null, not finite), and is kept to f32 precision, in which endpoints compute.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Logprobs {
+    /// The emitted tokens (T).
+    pub token: Vec<String>,
+    /// Their logprobs (T).
+    pub logprob: Vec<Option<f32>>,
+    /// The alternatives, best first (T x up to k).
+    pub top: Vec<Vec<String>>,
+    /// Their logprobs (the shape of `top`).
+    pub top_logprob: Vec<Vec<Option<f32>>>,
+    /// Tokens whose bytes are no valid UTF-8.
+    pub raw: Vec<RawToken>,
+    /// Do the emitted tokens' bytes, joined, equal the answer's text?
+    pub matches_text: bool,
+}
+
+/// The bytes of a token that is no valid UTF-8.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RawToken {
+    /// Position in the answer, from 0.
+    pub position: u32,
+    /// Index in `top[position]`, or -1 for the emitted token.
+    pub rank: i32,
+    pub hex: String,
+}

@@ -1,0 +1,3 @@
+//! From cache records to batches.
+pub mod batch;
+pub mod example;

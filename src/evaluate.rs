@@ -1,0 +1,1 @@
+//! A student against the truth and against its teacher.

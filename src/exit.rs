@@ -1,0 +1,45 @@
+//! The exit status of the program, decided in one place.
+//!
+//! A function that fails in a way that a script must tell apart returns one of these inside its
+//! `anyhow::Error`; every other error is a plain failure.
+
+/// Why a run ended with an exit status other than 0 or 1.
+#[derive(Debug, thiserror::Error)]
+pub enum Exit {
+    /// 2: the command line, the config or the input files must be changed first.
+    #[error("{0}")]
+    Usage(String),
+    /// 3: the run finished, and some prompts failed for good.
+    #[error("{0}")]
+    SomeFailed(String),
+    /// 4: stopped by a budget, a window or an outage; running the command again goes on.
+    #[error("{0}")]
+    Resumable(String),
+    /// 5: a cache or a checkpoint is damaged, and going on could lose data.
+    #[error("{0}")]
+    Damaged(String),
+    /// 130 or 143: a clean drain after Ctrl-C or SIGTERM (128 + the signal's number).
+    #[error("stopped by a signal; nothing is lost, run the same command to go on")]
+    Signal(u8),
+}
+
+impl Exit {
+    /// The process exit status.
+    pub fn code(&self) -> u8 {
+        match self {
+            Exit::Usage(_) => 2,
+            Exit::SomeFailed(_) => 3,
+            Exit::Resumable(_) => 4,
+            Exit::Damaged(_) => 5,
+            Exit::Signal(number) => 128 + number,
+        }
+    }
+
+    /// The exit status for any error: that of the `Exit` in its chain, or 1.
+    pub fn code_of(error: &anyhow::Error) -> u8 {
+        error
+            .chain()
+            .find_map(|cause| cause.downcast_ref::<Exit>())
+            .map_or(1, Exit::code)
+    }
+}

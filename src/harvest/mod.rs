@@ -1,0 +1,1 @@
+//! Prompts in, recorded answers out.
