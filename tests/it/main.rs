@@ -1,1 +1,4 @@
 //! One file per verb or promise.
+
+mod gradients;
+mod model;

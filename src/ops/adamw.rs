@@ -1,0 +1,92 @@
+//! AdamW (Loshchilov and Hutter, arXiv 1711.05101) in one pass over memory.
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor};
+use rayon::prelude::*;
+use std::sync::Mutex;
+
+use super::lock;
+
+/// Values that one task works on.
+const TASK: usize = 1 << 16;
+
+/// The constants of one step.
+#[derive(Debug, Clone, Copy)]
+pub struct Step {
+    /// Number of this step, from 1: corrects the bias of the moments.
+    pub number: u64,
+    pub learning_rate: f32,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub epsilon: f32,
+    pub weight_decay: f32,
+    /// Gradients are multiplied by this first (clipping).
+    pub gradient_scale: f32,
+}
+
+/// Updates `parameter` and its two moments in place from its gradient.
+///
+/// # Errors
+/// Where the parameter is not a contiguous f32 tensor on the CPU with as many values as the others.
+pub fn adamw(
+    parameter: &Tensor,
+    gradient: &[f32],
+    first_moment: &mut [f32],
+    second_moment: &mut [f32],
+    step: Step,
+) -> Result<()> {
+    parameter.inplace_op1(&AdamW {
+        gradient,
+        moments: Mutex::new((first_moment, second_moment)),
+        step,
+    })
+}
+
+struct AdamW<'a> {
+    gradient: &'a [f32],
+    /// Behind a lock because candle hands the operation out shared.
+    moments: Mutex<(&'a mut [f32], &'a mut [f32])>,
+    step: Step,
+}
+
+impl InplaceOp1 for AdamW<'_> {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (CpuStorage::F32(values), Some((start, end))) = (storage, layout.contiguous_offsets())
+        else {
+            candle_core::bail!("adamw: parameters must be contiguous f32 tensors");
+        };
+        let values = &mut values[start..end];
+        let mut moments = lock(&self.moments);
+        let (first, second) = &mut *moments;
+        if [self.gradient.len(), first.len(), second.len()] != [values.len(); 3] {
+            candle_core::bail!("adamw: a gradient or moment has another size than its parameter");
+        }
+        values
+            .par_chunks_mut(TASK)
+            .zip(self.gradient.par_chunks(TASK))
+            .zip(first.par_chunks_mut(TASK))
+            .zip(second.par_chunks_mut(TASK))
+            .for_each(|(((values, gradient), first), second)| {
+                update(values, gradient, first, second, self.step);
+            });
+        Ok(())
+    }
+}
+
+/// m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
+/// p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t).
+fn update(values: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32], step: Step) {
+    let correction = |beta: f32| (1.0 / (1.0 - f64::from(beta).powf(step.number as f64))) as f32;
+    let (first_scale, second_scale) = (correction(step.beta1), correction(step.beta2));
+    let decay = 1.0 - step.learning_rate * step.weight_decay;
+    for (((p, g), m), v) in values.iter_mut().zip(gradient).zip(first).zip(second) {
+        let g = g * step.gradient_scale;
+        *m = step.beta1 * *m + (1.0 - step.beta1) * g;
+        *v = step.beta2 * *v + (1.0 - step.beta2) * g * g;
+        let direction = *m * first_scale / ((*v * second_scale).sqrt() + step.epsilon);
+        *p = *p * decay - step.learning_rate * direction;
+    }
+}

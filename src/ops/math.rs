@@ -1,0 +1,79 @@
+//! Scalar functions and reductions that the compiler can turn into vector instructions.
+
+/// Running sums of a reduction.
+const LANES: usize = 8;
+
+/// e^x to about 1e-7 relative, in operations that the compiler can vectorise (libm's are calls).
+///
+/// x = n ln 2 + f with |f| <= ln 2 / 2, e^x = 2^n e^f; e^f by a polynomial of degree 6
+/// (coefficients of Cephes' `expf`).
+pub fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    /// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.0, 88.0);
+    let rounded = x * LOG2_E + ROUND;
+    let n = rounded - ROUND;
+    // ln 2 in two parts, the first exact in few bits, keeps the remainder exact.
+    let f = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    for c in [
+        1.398_199_9e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
+        0.5,
+    ] {
+        p = p * f + c;
+    }
+    // The integer n stands in the low bits of `rounded`.
+    let n = rounded.to_bits().wrapping_sub(ROUND.to_bits());
+    (p * f * f + f + 1.0) * f32::from_bits(n.wrapping_add(127) << 23)
+}
+
+/// Eight running sums, so that the compiler can use vector registers.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let tail: f32 = a_chunks
+        .remainder()
+        .iter()
+        .zip(b_chunks.remainder())
+        .map(|(a, b)| a * b)
+        .sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().sum::<f32>() + tail
+}
+
+/// The sum of `values`, in eight running sums like [`dot`].
+pub fn sum(values: &[f32]) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let tail: f32 = chunks.remainder().iter().sum();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            sums[lane] += chunk[lane];
+        }
+    }
+    sums.iter().sum::<f32>() + tail
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_over_its_range() {
+        for i in -8_700..8_800 {
+            let x = i as f32 / 100.0;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 2e-7, "exp({x}) is off by {error:e}");
+        }
+        assert!(exp(-1000.0) < 2e-38 && exp(1000.0).is_finite());
+    }
+}

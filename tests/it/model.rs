@@ -1,0 +1,132 @@
+//! The decoder against candle-transformers' own, and generation against training.
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::llama as oracle;
+use distill::config::Student;
+use distill::model::{Model, ModelConfig, llama, weights::Tensors};
+
+/// A small decoder with grouped heads: hidden 32, 2 layers, 4 query and 2 key/value heads.
+pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
+    let student = Student {
+        hidden_size: 32,
+        intermediate_size: 48,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        tie_word_embeddings: tied,
+        max_position_embeddings: 256,
+        ..Student::default()
+    };
+    let config = ModelConfig::of_student(&student, 61, &[0]).unwrap();
+    let mut tensors = llama::random_weights(&config, 7).unwrap();
+    // Larger than fresh weights, so that attention is far from uniform.
+    for (name, tensor) in &mut tensors {
+        if !name.contains("norm") {
+            *tensor = (&*tensor * 8.0).unwrap();
+        }
+    }
+    (config, tensors)
+}
+
+fn logits_of_all(model: &Model, ids: &[u32]) -> Vec<Vec<f32>> {
+    let positions: Vec<u32> = (0..ids.len() as u32).collect();
+    let hidden = model.hidden_at(ids, &[0..ids.len()], &positions).unwrap();
+    let logits = hidden.matmul(&model.head().t().unwrap()).unwrap();
+    logits.to_vec2().unwrap()
+}
+
+fn assert_close(a: &[f32], b: &[f32], tolerance: f32) {
+    assert_eq!(a.len(), b.len());
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        assert!((a - b).abs() < tolerance, "value {i}: {a} and {b}");
+    }
+}
+
+#[test]
+fn logits_agree_with_candle_transformers() {
+    for tied in [true, false] {
+        let (config, tensors) = tiny(tied);
+        let model = Model::new(config.clone(), &tensors).unwrap();
+        let ids: Vec<u32> = (0..100).map(|i| (i * 17 + 5) % 61).collect();
+        let config = oracle::Config {
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            vocab_size: config.vocab_size,
+            num_hidden_layers: config.num_hidden_layers,
+            num_attention_heads: config.heads.query,
+            num_key_value_heads: config.heads.key_value,
+            use_flash_attn: false,
+            rms_norm_eps: config.rms_norm_eps,
+            rope_theta: config.rope.theta as f32,
+            bos_token_id: None,
+            eos_token_id: None,
+            rope_scaling: None,
+            max_position_embeddings: config.max_position_embeddings,
+            tie_word_embeddings: tied,
+        };
+        let builder =
+            VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
+        let expected = oracle::Llama::load(builder, &config).unwrap();
+        let mut cache = oracle::Cache::new(false, DType::F32, &config, &Device::Cpu).unwrap();
+        let input = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap();
+        let input = input.unsqueeze(0).unwrap();
+        let last = expected.forward(&input, 0, &mut cache).unwrap();
+        let last: Vec<f32> = last.flatten_all().unwrap().to_vec1().unwrap();
+        let ours = logits_of_all(&model, &ids);
+        assert_close(&ours[99], &last, 1e-4);
+    }
+}
+
+#[test]
+fn cached_steps_give_the_logits_of_one_pass_in_any_mixture() {
+    let (config, tensors) = tiny(true);
+    let model = Model::new(config, &tensors).unwrap();
+    let a: Vec<u32> = (0..90).map(|i| (i * 7 + 1) % 61).collect();
+    let b: Vec<u32> = (0..40).map(|i| (i * 5 + 3) % 61).collect();
+    let (all_a, all_b) = (logits_of_all(&model, &a), logits_of_all(&model, &b));
+    let (mut cache_a, mut cache_b) = (model.new_cache(), model.new_cache());
+    model.step(&[&a[..70]], &mut [&mut cache_a]).unwrap();
+    // `a` decodes a token a step while `b` arrives with its prompt and then decodes too.
+    let mut caches = [&mut cache_a, &mut cache_b];
+    let logits = model.step(&[&a[70..71], &b[..33]], &mut caches).unwrap();
+    assert_close(&logits[..61], &all_a[70], 1e-4);
+    assert_close(&logits[61..], &all_b[32], 1e-4);
+    for i in 1..7 {
+        let (next_a, next_b) = (&a[70 + i..71 + i], &b[32 + i..33 + i]);
+        let logits = model.step(&[next_a, next_b], &mut caches).unwrap();
+        assert_close(&logits[..61], &all_a[70 + i], 1e-4);
+        assert_close(&logits[61..], &all_b[32 + i], 1e-4);
+    }
+    assert_eq!(cache_b.len(), 39);
+}
+
+#[test]
+fn a_segment_does_not_see_its_neighbours() {
+    let (config, tensors) = tiny(true);
+    let model = Model::new(config, &tensors).unwrap();
+    let a: Vec<u32> = (0..20).collect();
+    let b: Vec<u32> = (20..61).collect();
+    let joined: Vec<u32> = a.iter().chain(&b).copied().collect();
+    let alone = model.hidden_at(&b, &[0..41], &[40]).unwrap();
+    let beside = model.hidden_at(&joined, &[0..20, 20..61], &[60]).unwrap();
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_close(&values(&alone), &values(&beside), 1e-5);
+}
+
+#[test]
+fn weights_that_do_not_fit_the_config_are_named() {
+    let (config, mut tensors) = tiny(true);
+    tensors.remove("model.layers.1.mlp.up_proj.weight");
+    let error = Model::new(config.clone(), &tensors).err().unwrap();
+    assert!(
+        error
+            .to_string()
+            .contains("model.layers.1.mlp.up_proj.weight")
+    );
+    let (_, mut tensors) = tiny(true);
+    let wrong = Tensor::zeros((3, 3), DType::F32, &Device::Cpu).unwrap();
+    tensors.insert("model.layers.0.self_attn.q_proj.weight".into(), wrong);
+    let error = Model::new(config, &tensors).err().unwrap();
+    assert!(error.to_string().contains("[3, 3]"), "{error}");
+}
