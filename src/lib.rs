@@ -1,4 +1,48 @@
-//! Black-box distillation: harvest a hosted teacher, train a student that you own.
+//! Black-box distillation: harvest a hosted teacher overnight, train a student that you own.
+//!
+//! # The map
+//!
+//! Data flows one way, and each noun has one room:
+//!
+//! ```text
+//! prompts, templates --prompt--> Prompt --harvest::request--> request body + key
+//!   --harvest (limiter, teacher, retry)--> answer --cache::record--> cache (append-only JSONL)
+//!   --data (chat template, tokenizer, align)--> Example --data::batch--> Batch
+//!   --model (over ops)--> hidden states --train::loss, fused with the LM head--> gradients
+//!   --train::optimizer--> weights --train::checkpoint, train::student--> Hugging Face folder
+//!   --evaluate--> Report          --serve, model::generate--> answers
+//! ```
+//!
+//! | room | holds |
+//! |---|---|
+//! | [`cli`], [`commands`] | clap types; one thin file per verb |
+//! | [`config`] | file + environment + flags -> one validated `Config`; nothing else sees clap |
+//! | [`prompt`] | prompt sources and templates |
+//! | [`harvest`] | what to ask, when, and what a reply means; async, knows no tensors |
+//! | [`cache`] | the record, its line format, recovery, the one writer |
+//! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, examples, batches |
+//! | [`model`] | a Hugging Face folder in memory; the architecture, written once; generation |
+//! | [`ops`] | fused operations with hand-written backward passes; all `unsafe` code |
+//! | [`train`] | THE loop, and what it needs: loss, optimizer, schedule, checkpoints, metrics |
+//! | [`evaluate`] | a model against the truth and against its teacher |
+//! | [`serve`] | the OpenAI dialect over a local model |
+//! | [`demo`] | the whole way, through the rooms above |
+//! | [`fs`], [`terminal`], [`log`], [`signal`], [`exit`] | files written whole; text for people; exit statuses |
+//!
+//! # Invariants
+//!
+//! 1. `harvest` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
+//! 2. `harvest::{request, retry, cost, record}`, `cache::recovery`, `data::{align, chat_template}`
+//!    and `train::{loss, schedule}` are pure: no clock, file, network or random number that is not
+//!    an argument.
+//! 3. An acknowledged record is never rewritten or lost.
+//! 4. Every trainable parameter receives a gradient: candle's own fused operations have no backward
+//!    pass, so `model` is built from `ops` alone.
+//! 5. The API key is exposed in one expression (`harvest::teacher`), and printed, logged, cached and
+//!    hashed nowhere.
+//! 6. Text that came from a model reaches a terminal only through [`terminal::sanitise`].
+//! 7. Waiting uses the monotonic clock; wall-clock time only stamps records and reads HTTP dates.
+//! 8. Files are written by [`fs`] and `cache::storage` alone.
 
 pub mod cache;
 pub mod cli;

@@ -1,8 +1,10 @@
 //! File, environment and flags, merged into one validated [`Config`]. Nothing below sees clap.
 //!
 //! Precedence: `--set section.key=value` > `DISTILL_SECTION_KEY` > the file > the default. Relative
-//! paths are relative to the folder of the config file.
+//! paths of the file are relative to its folder.
 
+mod load;
 mod settings;
 
+pub use load::{Loaded, load, parse};
 pub use settings::*;

@@ -25,6 +25,23 @@ pub struct Config {
     pub eval: Eval,
 }
 
+impl Config {
+    /// The folder of this run's cache, which `harvest` writes.
+    pub fn own_cache(&self) -> PathBuf {
+        self.run_dir.join("cache")
+    }
+
+    /// The folder of the cache that `train` and `eval` read.
+    pub fn training_cache(&self) -> PathBuf {
+        self.data.cache.clone().unwrap_or_else(|| self.own_cache())
+    }
+
+    /// The folder that `train` writes the student to.
+    pub fn student_dir(&self) -> PathBuf {
+        self.run_dir.join("student")
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -228,6 +245,8 @@ pub struct Student {
     pub tie_word_embeddings: bool,
     pub rope_theta: f64,
     pub max_position_embeddings: usize,
+    /// The number type of the weights in the student's folder; training itself is in f32.
+    pub save_dtype: SaveDtype,
 }
 
 impl Default for Student {
@@ -243,8 +262,17 @@ impl Default for Student {
             tie_word_embeddings: true,
             rope_theta: 10_000.0,
             max_position_embeddings: 2048,
+            save_dtype: SaveDtype::F32,
         }
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveDtype {
+    F32,
+    F16,
+    Bf16,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -259,8 +287,10 @@ pub enum Init {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Data {
-    /// None: this run's cache. Else a JSONL file of `{"messages": [...]}` rows.
+    /// None: a cache. Else a JSONL file of `{"messages": [...]}` rows.
     pub source: Option<PathBuf>,
+    /// The cache folder of another run. None: this run's.
+    pub cache: Option<PathBuf>,
     /// Share of the prompts that is held out for the validation loss.
     pub validation_share: f64,
     /// Longer examples are left out, and counted.
@@ -273,6 +303,7 @@ impl Default for Data {
     fn default() -> Self {
         Self {
             source: None,
+            cache: None,
             validation_share: 0.02,
             max_length: 1024,
             keep_finish_reasons: ["stop", "eos", "end_turn"].map(String::from).to_vec(),
@@ -379,8 +410,8 @@ pub struct Eval {
     /// The field of a row that holds the true answer.
     pub truth: String,
     pub matching: Matching,
-    /// A cache of teacher answers to held-out prompts: perplexity, agreement and KL are taken on
-    /// it. None: the validation part of this run's cache.
+    /// The cache folder of teacher answers to held-out prompts: perplexity, agreement and KL are
+    /// taken on it. None: the validation part of the training data.
     pub teacher_cache: Option<PathBuf>,
     /// The model folder to evaluate. None: the student of this run.
     pub model: Option<PathBuf>,

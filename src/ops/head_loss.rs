@@ -15,18 +15,26 @@ use super::{lock, values, with_values};
 /// Rows of logits that exist at a time.
 const CHUNK: usize = 256;
 
-/// Turns one row of logits into its gradient, in place, and returns its loss. Takes the row's
-/// index among the N supervised positions.
-pub type RowLoss = dyn Fn(usize, &mut [f32]) -> f32 + Send + Sync;
-
-/// The summed loss (a scalar) of `hidden_ND` (N x D) under the head `weight_VD` (V x D).
+/// The summed loss (a scalar) of `hidden_ND` (N x D) under the head `weight_VD` (V x D), and what
+/// `row` says of each position, in order.
+///
+/// `row` gets a position's index and its logits (V), turns these into their gradient in place, and
+/// returns the loss and anything else about the position.
 #[expect(non_snake_case, reason = "tensors carry their shape in their name")]
-pub fn head_loss(hidden_ND: &Tensor, weight_VD: &Tensor, row: Arc<RowLoss>) -> Result<Tensor> {
+pub fn head_loss<F, R>(hidden_ND: &Tensor, weight_VD: &Tensor, row: F) -> Result<(Tensor, Vec<R>)>
+where
+    F: Fn(usize, &mut [f32]) -> (f32, R) + Send + Sync + 'static,
+    R: Send + 'static,
+{
+    let reports = Arc::new(Mutex::new(Vec::new()));
     let op = HeadLoss {
         row,
+        reports: Arc::clone(&reports),
         gradients: Mutex::default(),
     };
-    hidden_ND.apply_op2(weight_VD, op)
+    let loss = hidden_ND.apply_op2(weight_VD, op)?;
+    let reports = std::mem::take(&mut *lock(&reports));
+    Ok((loss, reports))
 }
 
 /// Calls `row` with each row of logits (V) of `hidden_ND` (N x D) under `weight_VD` (V x D), a
@@ -55,13 +63,18 @@ pub fn map_logits<R: Send>(
     Ok(results)
 }
 
-struct HeadLoss {
-    row: Arc<RowLoss>,
+struct HeadLoss<F, R> {
+    row: F,
+    reports: Arc<Mutex<Vec<R>>>,
     /// With respect to `hidden` and `weight`.
     gradients: Mutex<(Vec<f32>, Vec<f32>)>,
 }
 
-impl CustomOp2 for HeadLoss {
+impl<F, R> CustomOp2 for HeadLoss<F, R>
+where
+    F: Fn(usize, &mut [f32]) -> (f32, R) + Send + Sync,
+    R: Send,
+{
     fn name(&self) -> &'static str {
         "head-loss"
     }
@@ -81,6 +94,7 @@ impl CustomOp2 for HeadLoss {
         let mut dweight = vec![0.0; weight.len()];
         let mut logits = vec![0.0; CHUNK.min(positions) * vocabulary];
         let mut total = 0.0f64;
+        let mut reports = Vec::with_capacity(positions);
         let chunks = hidden
             .chunks(CHUNK * width)
             .zip(dhidden.chunks_mut(CHUNK * width));
@@ -88,12 +102,15 @@ impl CustomOp2 for HeadLoss {
             let rows = hidden.len() / width;
             let logits = &mut logits[..rows * vocabulary];
             product(logits, hidden, weight, width, vocabulary);
-            let losses: Vec<f32> = logits
+            let rows_done: Vec<(f32, R)> = logits
                 .par_chunks_mut(vocabulary)
                 .enumerate()
                 .map(|(line, logits)| (self.row)(chunk * CHUNK + line, logits))
                 .collect();
-            total += losses.iter().copied().map(f64::from).sum::<f64>();
+            for (loss, report) in rows_done {
+                total += f64::from(loss);
+                reports.push(report);
+            }
             let dlogits = Mat::new(logits, rows, vocabulary);
             let weight = Mat::new(weight, vocabulary, width);
             let hidden = Mat::new(hidden, rows, width);
@@ -103,6 +120,7 @@ impl CustomOp2 for HeadLoss {
             matmul(dweight, dlogits.t(), hidden, true, Threads::All);
         }
         *lock(&self.gradients) = (dhidden, dweight);
+        *lock(&self.reports) = reports;
         Ok((CpuStorage::F32(vec![total as f32]), ().into()))
     }
 

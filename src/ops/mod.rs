@@ -15,7 +15,7 @@ pub mod gemm;
 pub mod head_loss;
 pub mod linear;
 pub mod math;
-pub mod memory;
+pub mod process;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

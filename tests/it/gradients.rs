@@ -1,7 +1,5 @@
 //! Every hand-written backward pass against differences of its forward pass.
 
-use std::sync::Arc;
-
 use candle_core::{Device, Tensor, Var};
 use distill::model::{Model, weights::Tensors};
 use distill::ops::head_loss::head_loss;
@@ -24,9 +22,9 @@ fn total_loss(model: &Model, kd_weight: f32) -> Tensor {
         };
         let result = loss::row(logits, target, kd_weight, 0.05);
         let kd = result.kd.unwrap();
-        0.05 * ((1.0 - kd_weight) * result.ce + kd_weight * kd)
+        (0.05 * ((1.0 - kd_weight) * result.ce + kd_weight * kd), ())
     };
-    head_loss(&hidden, model.head(), Arc::new(row)).unwrap()
+    head_loss(&hidden, model.head(), row).unwrap().0
 }
 
 /// Moves each parameter along a random direction: the change of the loss must be the gradient's

@@ -1,4 +1,5 @@
 //! One file per verb or promise.
 
+mod config;
 mod gradients;
 mod model;

@@ -31,7 +31,10 @@ pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
 
 fn logits_of_all(model: &Model, ids: &[u32]) -> Vec<Vec<f32>> {
     let positions: Vec<u32> = (0..ids.len() as u32).collect();
-    let hidden = model.hidden_at(ids, &[0..ids.len()], &positions).unwrap();
+    let all = 0..ids.len();
+    let hidden = model
+        .hidden_at(ids, std::slice::from_ref(&all), &positions)
+        .unwrap();
     let logits = hidden.matmul(&model.head().t().unwrap()).unwrap();
     logits.to_vec2().unwrap()
 }
@@ -108,7 +111,9 @@ fn a_segment_does_not_see_its_neighbours() {
     let a: Vec<u32> = (0..20).collect();
     let b: Vec<u32> = (20..61).collect();
     let joined: Vec<u32> = a.iter().chain(&b).copied().collect();
-    let alone = model.hidden_at(&b, &[0..41], &[40]).unwrap();
+    let alone = model
+        .hidden_at(&b, std::slice::from_ref(&(0..41)), &[40])
+        .unwrap();
     let beside = model.hidden_at(&joined, &[0..20, 20..61], &[60]).unwrap();
     let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_close(&values(&alone), &values(&beside), 1e-5);

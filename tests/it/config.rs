@@ -1,0 +1,176 @@
+//! The config file: its example, its precedence, its error messages.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use distill::config::{Config, load, parse};
+use distill::exit::Exit;
+
+const EXAMPLE: &str = include_str!("../../config.example.toml");
+
+fn keys(config: &Config) -> BTreeSet<String> {
+    let json = serde_json::to_value(config).unwrap();
+    let mut keys = BTreeSet::new();
+    for (section, value) in json.as_object().unwrap() {
+        match value.as_object() {
+            Some(fields) => keys.extend(fields.keys().map(|key| format!("{section}.{key}"))),
+            None => {
+                keys.insert(section.clone());
+            }
+        }
+    }
+    keys
+}
+
+/// `section.key` of every line that sets a value.
+fn keys_in(text: &str) -> BTreeSet<String> {
+    let mut section = String::new();
+    let mut keys = BTreeSet::new();
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix('[') {
+            section = format!("{}.", name.trim_end_matches(']'));
+        } else if let Some((key, _)) = line.split_once(" = ").filter(|(key, _)| is_key(key)) {
+            keys.insert(format!("{section}{key}"));
+        }
+    }
+    keys
+}
+
+/// The example with its optional keys set: `# key = value` becomes `key = value`.
+fn uncommented() -> String {
+    EXAMPLE
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(rest) if rest.split_once(" = ").is_some_and(|(key, _)| is_key(key)) => rest,
+            _ => line,
+        })
+        .flat_map(|line| [line, "\n"])
+        .collect()
+}
+
+fn is_key(text: &str) -> bool {
+    text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+}
+
+#[test]
+fn the_example_is_equal_to_the_defaults_and_has_every_key() {
+    assert_eq!(parse(Path::new("x"), EXAMPLE).unwrap(), Config::default());
+    let full = uncommented();
+    let parsed = parse(Path::new("x"), &full).unwrap();
+    assert_eq!(keys_in(&full), keys(&parsed));
+    let json = serde_json::to_string(&parsed).unwrap();
+    assert!(
+        !json.contains("null"),
+        "an optional key lacks its example: {json}"
+    );
+}
+
+fn load_text(text: &str, environment: &[(&str, &str)], flags: &[&str]) -> anyhow::Result<Config> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    std::fs::write(&path, text).unwrap();
+    let environment = environment
+        .iter()
+        .map(|(n, v)| (n.to_string(), v.to_string()));
+    let flags: Vec<String> = flags.iter().map(|f| f.to_string()).collect();
+    load(&path, environment, &flags).map(|loaded| loaded.config)
+}
+
+#[test]
+fn a_flag_beats_the_environment_beats_the_file_beats_the_default() {
+    let file = "[train]\nsteps = 1\nseed = 1\nbatch_size = 7";
+    let environment = [
+        ("DISTILL_TRAIN_STEPS", "2"),
+        ("DISTILL_TRAIN_SEED", "2"),
+        ("PATH", "x"),
+    ];
+    let flags = [
+        "train.steps=3",
+        "teacher.model=gpt-x",
+        "data.keep_finish_reasons=[\"stop\"]",
+    ];
+    let config = load_text(file, &environment, &flags).unwrap();
+    assert_eq!(config.train.steps, Some(3));
+    assert_eq!(config.train.seed, 2);
+    assert_eq!(config.train.batch_size, 7);
+    assert_eq!(
+        config.train.micro_batch_size,
+        Config::default().train.micro_batch_size
+    );
+    assert_eq!(config.teacher.model, "gpt-x");
+    assert_eq!(config.data.keep_finish_reasons, ["stop"]);
+}
+
+#[test]
+fn paths_are_relative_to_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    std::fs::write(
+        &path,
+        "[prompts]\nsource = \"a/p.txt\"\ntemplate = \"/t.toml\"",
+    )
+    .unwrap();
+    let config = load(&path, std::iter::empty(), &[]).unwrap().config;
+    assert_eq!(config.prompts.source, dir.path().join("a/p.txt"));
+    assert_eq!(
+        config.prompts.template.as_deref(),
+        Some(Path::new("/t.toml"))
+    );
+    assert_eq!(config.run_dir, dir.path().join("run"));
+}
+
+/// A config's text, environment and flags, and parts of the message that they earn.
+type Mistake = (
+    &'static str,
+    &'static [(&'static str, &'static str)],
+    &'static [&'static str],
+    &'static [&'static str],
+);
+
+#[test]
+fn mistakes_are_told_with_their_place_and_a_way_out() {
+    let cases: [Mistake; 9] = [
+        (
+            "[teacher]\nmodl = \"x\"",
+            &[],
+            &[],
+            &["run.toml:2:1", "\"modl\"", "did you mean \"model\"?"],
+        ),
+        (
+            "[teecher]\n",
+            &[],
+            &[],
+            &["run.toml:1:2", "did you mean \"teacher\"?"],
+        ),
+        (
+            "[train]\nsteps = \"many\"",
+            &[],
+            &[],
+            &["run.toml:2:9", "invalid type"],
+        ),
+        ("[loss]\nkd = \"tial\"", &[], &[], &["run.toml:2:6", "tail"]),
+        ("[train\n", &[], &[], &["run.toml:1"]),
+        (
+            "",
+            &[("DISTILL_TRAIN_STEP", "3")],
+            &[],
+            &["DISTILL_TRAIN_STEP ", "DISTILL_TRAIN_STEPS"],
+        ),
+        (
+            "",
+            &[],
+            &["train.sede=1"],
+            &["train.sede", "\"train.seed\""],
+        ),
+        ("", &[], &["train.steps"], &["section.key=value"]),
+        ("[sampling]\ntop_logprobs = 21", &[], &[], &["up to 20"]),
+    ];
+    for (text, environment, flags, expected) in cases {
+        let error = load_text(text, environment, flags).unwrap_err();
+        let message = format!("{error:#}");
+        for part in expected {
+            assert!(message.contains(part), "{message:?} lacks {part:?}");
+        }
+        assert_eq!(Exit::code_of(&error), 2, "{message}");
+    }
+}
