@@ -1,1 +1,177 @@
 //! The one place that writes files whole.
+//!
+//! Nothing here leaves a half-written file under its final name: content is written beside it,
+//! synced, renamed over it, and then the folder is synced, since a rename is not durable before
+//! that. The cache alone writes in another way (it appends, see `cache::storage`).
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+/// Writes `bytes` to `path`: after this returns the file is whole and survives a power loss, and
+/// at every moment before it, the old file (or none) is there.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = folder_of(path);
+    replace(path, folder, bytes).with_context(|| format!("could not write {}", path.display()))
+}
+
+fn replace(path: &Path, folder: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    // Beside the target: a rename is atomic only within one file system.
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // The default of a temporary file is 0600; the umask still applies to this.
+        builder.permissions(fs::Permissions::from_mode(0o666));
+    }
+    let mut file = builder.prefix(".tmp-").tempfile_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    sync_folder(folder)
+}
+
+/// Creates `path` and its missing parents, durably.
+pub fn create_dir_all(path: &Path) -> Result<()> {
+    create_synced(path).with_context(|| format!("could not create the folder {}", path.display()))
+}
+
+fn create_synced(path: &Path) -> std::io::Result<()> {
+    if path.as_os_str().is_empty() || path.is_dir() {
+        return Ok(());
+    }
+    create_synced(folder_of(path))?;
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        other => other?,
+    }
+    sync_folder(folder_of(path))
+}
+
+/// Gives the finished folder `temporary` its final name: syncs everything in it, renames it, and
+/// syncs the parent. `destination` must not exist, or be an empty folder; both must lie in one
+/// file system.
+pub fn commit_dir(temporary: &Path, destination: &Path) -> Result<()> {
+    sync_tree(temporary)
+        .and_then(|()| fs::rename(temporary, destination))
+        .and_then(|()| sync_folder(folder_of(destination)))
+        .with_context(|| {
+            format!(
+                "could not commit {} as {}",
+                temporary.display(),
+                destination.display()
+            )
+        })
+}
+
+fn sync_tree(folder: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            sync_tree(&entry.path())?;
+        } else if kind.is_file() {
+            File::open(entry.path())?.sync_all()?;
+        }
+    }
+    sync_folder(folder)
+}
+
+/// Makes the names in `folder` durable: those of files just created, renamed or removed in it.
+pub fn sync_folder(folder: &Path) -> std::io::Result<()> {
+    // Elsewhere a folder cannot be opened as a file, and the file system orders this by itself.
+    if cfg!(unix) {
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// The folder that holds `path`; `.` for a bare name.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Reads a text file whole.
+pub fn read_to_string(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("could not read {}", path.display()))
+}
+
+/// Writes a folder of `files` (name and content) whole, in whose place another one may stand: the
+/// old one goes only when the new one is durable beside it.
+pub fn write_dir(destination: &Path, files: &[(&str, &[u8])]) -> Result<()> {
+    let parent = folder_of(destination);
+    create_dir_all(parent)?;
+    let beside = |suffix: &str| {
+        let mut name = std::ffi::OsString::from(".");
+        name.push(destination.file_name().unwrap_or_default());
+        name.push(suffix);
+        parent.join(name)
+    };
+    let (temporary, old) = (beside(".new"), beside(".old"));
+    // What a run that was killed here left behind; the old folder if it fell between the renames.
+    if old.exists() && !destination.exists() {
+        rename(&old, destination)?;
+    }
+    for leftover in [&temporary, &old] {
+        if leftover.exists() {
+            remove_dir_all(leftover)?;
+        }
+    }
+    create_dir_all(&temporary)?;
+    for (name, bytes) in files {
+        let path = temporary.join(name);
+        fs::write(&path, bytes).with_context(|| format!("could not write {}", path.display()))?;
+    }
+    if destination.exists() {
+        sync_tree(&temporary).with_context(|| format!("could not sync {}", temporary.display()))?;
+        rename(destination, &old)?;
+    }
+    commit_dir(&temporary, destination)?;
+    if old.exists() {
+        remove_dir_all(&old)?;
+    }
+    Ok(())
+}
+
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to)
+        .with_context(|| format!("could not rename {} to {}", from.display(), to.display()))
+}
+
+/// An append-only text file that may lose its last lines with the power, such as metrics.
+pub struct Log(File);
+
+impl Log {
+    /// Opens `path` for appending, after dropping every line for which `keep` is false.
+    pub fn open(path: &Path, keep: impl Fn(&str) -> bool) -> Result<Self> {
+        if path.exists() {
+            let kept: String = read_to_string(path)?
+                .lines()
+                .filter(|line| keep(line))
+                .flat_map(|line| [line, "\n"])
+                .collect();
+            write_atomic(path, kept.as_bytes())?;
+        }
+        let file = File::options().create(true).append(true).open(path);
+        Ok(Self(file.with_context(|| {
+            format!("could not open {}", path.display())
+        })?))
+    }
+
+    /// Appends one line.
+    pub fn write(&mut self, line: &str) -> Result<()> {
+        self.0
+            .write_all(format!("{line}\n").as_bytes())
+            .context("could not append to a log")
+    }
+}
+
+/// Removes a folder and all that it holds.
+pub fn remove_dir_all(path: &Path) -> Result<()> {
+    fs::remove_dir_all(path).with_context(|| format!("could not remove {}", path.display()))
+}

@@ -1,0 +1,153 @@
+//! What reaches a terminal: model text made inert, numbers made readable, tables, progress.
+
+mod progress;
+
+pub use progress::Progress;
+
+use std::borrow::Cow;
+use std::fmt::Write;
+use std::time::Duration;
+
+/// Text from a model, a provider or a data file, made safe to print.
+///
+/// Control characters (escape sequences among them, and C1), and the characters that reorder what
+/// is displayed, become visible escapes; line feeds and tabs stay.
+pub fn sanitise(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(is_unsafe) {
+        return Cow::Borrowed(text);
+    }
+    let mut safe = String::with_capacity(text.len() + 16);
+    for char in text.chars() {
+        if is_unsafe(char) {
+            safe.extend(char.escape_unicode());
+        } else {
+            safe.push(char);
+        }
+    }
+    Cow::Owned(safe)
+}
+
+fn is_unsafe(char: char) -> bool {
+    match char {
+        '\n' | '\t' => false,
+        // Bidirectional marks, embeddings, overrides and isolates; line and paragraph separators.
+        '\u{061c}'
+        | '\u{200e}'
+        | '\u{200f}'
+        | '\u{2028}'..='\u{202e}'
+        | '\u{2066}'..='\u{2069}' => true,
+        _ => char.is_control(),
+    }
+}
+
+/// The two largest units: `2 h 5 min`, `3 min 20 s`, `4.2 s`, `120 ms`.
+pub fn format_duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        0 => format!("{} ms", duration.as_millis()),
+        1..60 => format!("{:.1} s", duration.as_secs_f64()),
+        60..3_600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        3_600..86_400 => format!("{} h {} min", seconds / 3_600, seconds % 3_600 / 60),
+        _ => format!("{} d {} h", seconds / 86_400, seconds % 86_400 / 3_600),
+    }
+}
+
+/// With thousands separated: `12,345`.
+pub fn format_count(count: u64) -> String {
+    let digits = count.to_string();
+    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// US dollars, to the cent or, under a dollar, to a hundredth of one.
+pub fn format_dollars(dollars: f64) -> String {
+    if dollars >= 1.0 || dollars == 0.0 {
+        format!("${dollars:.2}")
+    } else {
+        format!("${dollars:.4}")
+    }
+}
+
+/// Rows of equal length as columns: the first one left-aligned, the others right-aligned.
+pub fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
+    let mut widths = [0; COLUMNS];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (column, (cell, width)) in row.iter().zip(widths).enumerate() {
+            // Writing to a string cannot fail.
+            let _ = match column {
+                0 => write!(line, "{cell:<width$}"),
+                _ => write!(line, "  {cell:>width$}"),
+            };
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_text_is_inert_and_the_rest_is_untouched() {
+        let cases = [
+            (
+                "plain text,\n\ttab, ä 日本 🦀",
+                "plain text,\n\ttab, ä 日本 🦀",
+            ),
+            ("\u{1b}[2J", "\\u{1b}[2J"),
+            ("a\rb\u{8}\u{7f}", "a\\u{d}b\\u{8}\\u{7f}"),
+            ("\u{9b}31m", "\\u{9b}31m"),
+            ("\u{202e}gnp.exe\u{2066}", "\\u{202e}gnp.exe\\u{2066}"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(sanitise(text), expected);
+        }
+        assert!(matches!(sanitise("plain"), Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn numbers_read_well() {
+        let cases = [
+            (0.12, "120 ms"),
+            (4.24, "4.2 s"),
+            (200.0, "3 min 20 s"),
+            (7_500.0, "2 h 5 min"),
+            (180_000.0, "2 d 2 h"),
+        ];
+        for (seconds, expected) in cases {
+            assert_eq!(format_duration(Duration::from_secs_f64(seconds)), expected);
+        }
+        for (count, expected) in [
+            (0, "0"),
+            (999, "999"),
+            (1_000, "1,000"),
+            (12_345_678, "12,345,678"),
+        ] {
+            assert_eq!(format_count(count), expected);
+        }
+        for (dollars, expected) in [(0.0, "$0.00"), (0.0123, "$0.0123"), (12.3456, "$12.35")] {
+            assert_eq!(format_dollars(dollars), expected);
+        }
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [["ok", "1,200"], ["failed", "3"]].map(|row| row.map(String::from));
+        assert_eq!(table(&rows), "ok      1,200\nfailed      3\n");
+    }
+}

@@ -1,0 +1,94 @@
+//! Progress on stderr: a bar on a terminal, a line now and then elsewhere.
+
+use std::io::{IsTerminal, Write, stderr};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tokio::time::Instant;
+
+use super::format_count;
+
+/// How often progress is written where stderr is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(30);
+
+/// The progress of one long verb. It uses no colour, so `NO_COLOR` needs no case of its own.
+pub struct Progress {
+    verb: &'static str,
+    total: u64,
+    output: Output,
+}
+
+enum Output {
+    Bar(ProgressBar),
+    Lines { last: Instant },
+    Quiet,
+}
+
+impl Progress {
+    /// `total` counts what [`Progress::update`] counts: requests, optimizer steps.
+    pub fn new(verb: &'static str, total: u64, quiet: bool) -> Self {
+        let output = if quiet {
+            Output::Quiet
+        } else if stderr().is_terminal() {
+            let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+            // A template that does not parse would be a mistake in this line; the default style
+            // shows the same numbers.
+            if let Ok(style) =
+                ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {wide_msg}")
+            {
+                bar.set_style(style);
+            }
+            bar.set_prefix(verb);
+            Output::Bar(bar)
+        } else {
+            Output::Lines {
+                last: Instant::now(),
+            }
+        };
+        Self {
+            verb,
+            total,
+            output,
+        }
+    }
+
+    /// Shows that `done` of the total are done. `details` is called only when it will be shown, and
+    /// must be sanitised.
+    pub fn update(&mut self, done: u64, details: impl FnOnce() -> String) {
+        match &mut self.output {
+            Output::Bar(bar) => {
+                bar.set_position(done);
+                bar.set_message(details());
+            }
+            Output::Lines { last } if last.elapsed() >= LINE_EVERY => {
+                *last = Instant::now();
+                let (done, total) = (format_count(done), format_count(self.total));
+                write_line(&format!("{}: {done} of {total}, {}", self.verb, details()));
+            }
+            Output::Lines { .. } | Output::Quiet => {}
+        }
+    }
+
+    /// Says something beside the bar, at once.
+    pub fn note(&self, line: &str) {
+        match &self.output {
+            Output::Bar(bar) => bar.suspend(|| write_line(line)),
+            Output::Lines { .. } => write_line(line),
+            Output::Quiet => {}
+        }
+    }
+}
+
+impl Drop for Progress {
+    /// Takes the bar off the screen, so that the result that follows stands alone.
+    fn drop(&mut self) {
+        if let Output::Bar(bar) = &self.output {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A reader of stderr that has gone away must not end the run, as `eprintln!` would.
+fn write_line(line: &str) {
+    let _ = writeln!(stderr().lock(), "{line}");
+}
