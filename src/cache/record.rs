@@ -3,13 +3,16 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::stored;
+
 /// The schema that this version writes. Readers accept it and every earlier one.
 pub const SCHEMA: u32 = 1;
 
-/// A line of the cache, without its checksum (see [`super::recovery`] for the line format).
+/// A line of the cache, without its checksum (see [`super::line`] for the line format).
 ///
-/// Every field is always present and has one type, so that `pandas`, `datasets` and other readers
-/// that infer a schema from the first rows can read the file as it is.
+/// Every field is always present and is stored with one type (see `stored`), so that
+/// `pandas`, `datasets` and other readers that infer a schema from the first rows can read the file
+/// as it is. The one exception is `logprobs`, which is null where there are none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// Schema version of this line.
@@ -26,8 +29,11 @@ pub struct Record {
     /// Base URL of the endpoint that answered.
     pub endpoint: String,
     /// The request body as sent.
+    #[serde(with = "stored::request")]
     pub request: Value,
     pub answer: Answer,
+    /// None where the endpoint reports none, which is stored as zeros.
+    #[serde(with = "stored::usage")]
     pub usage: Option<Usage>,
     /// Model name as reported by the endpoint; empty if it reports none.
     pub model: String,
@@ -35,9 +41,11 @@ pub struct Record {
     pub fingerprint: String,
     pub logprobs: Option<Logprobs>,
     pub timing: Timing,
-    /// Cost at the prices in the config; none where no price is configured.
+    /// Cost at the prices in the config; none where no price is configured, which is stored as 0.
+    #[serde(with = "stored::cost")]
     pub cost_usd: Option<f64>,
     /// Response fields that this version does not know, kept as they came.
+    #[serde(with = "stored::extra")]
     pub extra: Map<String, Value>,
 }
 
@@ -71,11 +79,19 @@ pub struct Usage {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
-    /// When the request was sent, RFC 3339 in UTC.
+    /// When the request was sent: RFC 3339 in UTC with milliseconds, as by [`Timing::stamp`].
     pub sent_at: String,
     pub latency_ms: u64,
     /// 1 where the first attempt succeeded.
     pub attempts: u32,
+}
+
+impl Timing {
+    /// `time` as `sent_at` holds it: always with milliseconds. Where some stamps have a fraction
+    /// and others none, readers that guess types guess differently from one block to the next.
+    pub fn stamp(time: jiff::Timestamp) -> String {
+        format!("{time:.3}")
+    }
 }
 
 /// Top-k logprobs of an answer of T tokens, in columns (T tokens; up to k alternatives each).
@@ -95,12 +111,13 @@ pub struct Logprobs {
     /// Their logprobs (the shape of `top`).
     pub top_logprob: Vec<Vec<Option<f32>>>,
     /// Tokens whose bytes are no valid UTF-8.
+    #[serde(with = "stored::raw")]
     pub raw: Vec<RawToken>,
     /// Do the emitted tokens' bytes, joined, equal the answer's text?
     pub matches_text: bool,
 }
 
-/// The bytes of a token that is no valid UTF-8.
+/// The bytes of a token that is no valid UTF-8; stored as `position:rank:hex`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RawToken {
     /// Position in the answer, from 0.

@@ -1,0 +1,175 @@
+//! What a cache holds, in numbers.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use anyhow::{Context, Result};
+use jiff::Timestamp;
+use serde::{Serialize, Serializer};
+
+use super::record::{Logprobs, Record, Status, Usage};
+
+/// Sums over the records of a cache.
+#[derive(Debug, Default, Serialize)]
+pub struct Stats {
+    pub records: u64,
+    pub ok: u64,
+    /// Quarantined records by reason.
+    pub quarantined: BTreeMap<String, u64>,
+    pub finish_reasons: BTreeMap<String, u64>,
+    /// By the name that the endpoint reported.
+    pub models: BTreeMap<String, u64>,
+    pub usage: Usage,
+    /// Records whose endpoint reported no usage; `usage` is short by these.
+    pub without_usage: u64,
+    pub cost_usd: f64,
+    /// Records without a price; `cost_usd` is short by these.
+    pub without_cost: u64,
+    pub logprobs: LogprobStats,
+    #[serde(serialize_with = "as_text")]
+    pub first_sent_at: Option<Timestamp>,
+    #[serde(serialize_with = "as_text")]
+    pub last_sent_at: Option<Timestamp>,
+}
+
+/// How much room logprobs take.
+#[derive(Debug, Default, Serialize)]
+pub struct LogprobStats {
+    pub records: u64,
+    /// Records whose tokens do not add up to the answer's text: these train on hard labels.
+    pub not_matching_text: u64,
+    /// Emitted tokens that have logprobs.
+    pub tokens: u64,
+    /// Bytes in the cache.
+    pub bytes: u64,
+    /// Bytes of the same in the API's own JSON.
+    pub openai_bytes: u64,
+}
+
+impl LogprobStats {
+    /// Bytes per emitted token: here, and in the API's own JSON.
+    pub fn bytes_per_token(&self) -> Option<(f64, f64)> {
+        let tokens = self.tokens as f64;
+        (self.tokens > 0).then(|| {
+            (
+                self.bytes as f64 / tokens,
+                self.openai_bytes as f64 / tokens,
+            )
+        })
+    }
+}
+
+impl Stats {
+    /// Counts one more record.
+    pub fn add(&mut self, record: &Record) -> Result<()> {
+        self.records += 1;
+        match record.status {
+            Status::Ok => self.ok += 1,
+            Status::Quarantined => count(&mut self.quarantined, &record.reason),
+        }
+        count(&mut self.finish_reasons, &record.answer.finish_reason);
+        count(&mut self.models, &record.model);
+        match &record.usage {
+            None => self.without_usage += 1,
+            Some(usage) => {
+                self.usage.prompt_tokens += usage.prompt_tokens;
+                self.usage.completion_tokens += usage.completion_tokens;
+                self.usage.cached_tokens += usage.cached_tokens;
+                self.usage.reasoning_tokens += usage.reasoning_tokens;
+            }
+        }
+        match record.cost_usd {
+            None => self.without_cost += 1,
+            Some(usd) => self.cost_usd += usd,
+        }
+        if let Some(logprobs) = &record.logprobs {
+            self.logprobs.records += 1;
+            self.logprobs.not_matching_text += u64::from(!logprobs.matches_text);
+            self.logprobs.tokens += logprobs.token.len() as u64;
+            self.logprobs.bytes += json_bytes(logprobs)?;
+            self.logprobs.openai_bytes += json_bytes(&as_openai(logprobs))?;
+        }
+        if let Ok(sent_at) = record.timing.sent_at.parse::<Timestamp>() {
+            let first = self.first_sent_at.get_or_insert(sent_at);
+            *first = sent_at.min(*first);
+            let last = self.last_sent_at.get_or_insert(sent_at);
+            *last = sent_at.max(*last);
+        }
+        Ok(())
+    }
+}
+
+fn as_text<S: Serializer>(time: &Option<Timestamp>, serializer: S) -> Result<S::Ok, S::Error> {
+    time.map(|time| time.to_string()).serialize(serializer)
+}
+
+fn count(counts: &mut BTreeMap<String, u64>, name: &str) {
+    *counts.entry(name.to_owned()).or_default() += 1;
+}
+
+/// One position, or one alternative, as in `choices[].logprobs.content[]` of the chat API.
+#[derive(Serialize)]
+struct OpenAiToken<'a> {
+    token: &'a str,
+    logprob: f32,
+    bytes: Vec<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    top_logprobs: Option<Vec<OpenAiToken<'a>>>,
+}
+
+fn as_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
+    let raw: BTreeMap<(u32, i32), &str> = logprobs
+        .raw
+        .iter()
+        .map(|token| ((token.position, token.rank), token.hex.as_str()))
+        .collect();
+    let token = |position: usize, rank: i32, token, logprob: Option<f32>| OpenAiToken {
+        token,
+        logprob: logprob.unwrap_or(-9999.0),
+        bytes: match raw.get(&(position as u32, rank)) {
+            Some(hex) => bytes_of_hex(hex),
+            None => token.as_bytes().to_vec(),
+        },
+        top_logprobs: None,
+    };
+    let positions = logprobs.token.iter().zip(&logprobs.logprob);
+    let alternatives = logprobs.top.iter().zip(&logprobs.top_logprob);
+    positions
+        .zip(alternatives)
+        .enumerate()
+        .map(|(position, ((text, &logprob), (top, top_logprob)))| {
+            let top = top.iter().zip(top_logprob).enumerate();
+            OpenAiToken {
+                top_logprobs: Some(
+                    top.map(|(rank, (text, &logprob))| token(position, rank as i32, text, logprob))
+                        .collect(),
+                ),
+                ..token(position, -1, text, logprob)
+            }
+        })
+        .collect()
+}
+
+fn bytes_of_hex(hex: &str) -> Vec<u8> {
+    hex.as_bytes()
+        .chunks(2)
+        .filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
+        .collect()
+}
+
+/// Length of `value` as compact JSON, without building it.
+fn json_bytes(value: &impl Serialize) -> Result<u64> {
+    struct Counter(u64);
+    impl io::Write for Counter {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += bytes.len() as u64;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut counter = Counter(0);
+    serde_json::to_writer(&mut counter, value).context("could not measure logprobs")?;
+    Ok(counter.0)
+}

@@ -1,0 +1,178 @@
+//! How fields whose shape varies from record to record are stored with one type.
+//!
+//! Readers that infer a schema (pyarrow, and `datasets` upon it) take it from the first megabytes
+//! and fail on what comes later in another shape: a null that becomes an object, an empty list that
+//! gets items, an object with other fields. A run whose config changed half-way does all of these.
+
+/// The request body: `model` and `messages` as they are, for whoever wants the conversation, and
+/// all other parameters as JSON in the string `params`. Messages of any other shape than role and
+/// text stay in `params` too.
+pub mod request {
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use serde_json::Value;
+
+    use crate::prompt::Message;
+
+    #[derive(Default, Serialize, Deserialize)]
+    struct Stored {
+        model: String,
+        messages: Vec<Message>,
+        params: String,
+    }
+
+    pub fn serialize<S: Serializer>(request: &Value, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut stored = Stored::default();
+        let mut params = request.clone();
+        if let Value::Object(fields) = &mut params {
+            if let Some(model) = fields.get("model").and_then(Value::as_str) {
+                stored.model = model.to_owned();
+            }
+            if !stored.model.is_empty() {
+                fields.shift_remove("model");
+            }
+            if let Some(messages) = fields.get("messages").and_then(plain_messages) {
+                stored.messages = messages;
+            }
+            if !stored.messages.is_empty() {
+                fields.shift_remove("messages");
+            }
+        }
+        stored.params = serde_json::to_string(&params).map_err(S::Error::custom)?;
+        stored.serialize(serializer)
+    }
+
+    /// The messages, if they are nothing but roles and texts.
+    fn plain_messages(messages: &Value) -> Option<Vec<Message>> {
+        messages
+            .as_array()?
+            .iter()
+            .map(|message| match message.as_object() {
+                Some(fields) if fields.len() == 2 => Some(Message {
+                    role: fields.get("role")?.as_str()?.to_owned(),
+                    content: fields.get("content")?.as_str()?.to_owned(),
+                }),
+                _ => None,
+            })
+            .collect()
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
+        let stored = Stored::deserialize(deserializer)?;
+        let params = serde_json::from_str(&stored.params).map_err(D::Error::custom)?;
+        let Value::Object(params) = params else {
+            return Ok(params);
+        };
+        let mut fields = serde_json::Map::new();
+        if !stored.model.is_empty() {
+            fields.insert("model".to_owned(), Value::String(stored.model));
+        }
+        if !stored.messages.is_empty() {
+            let messages = serde_json::to_value(stored.messages).map_err(D::Error::custom)?;
+            fields.insert("messages".to_owned(), messages);
+        }
+        fields.extend(params);
+        Ok(Value::Object(fields))
+    }
+}
+
+/// Unknown response fields, as JSON in a string.
+pub mod extra {
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+    use serde::{Deserialize, Deserializer, Serializer};
+    use serde_json::{Map, Value};
+
+    pub fn serialize<S: Serializer>(
+        extra: &Map<String, Value>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let text = serde_json::to_string(extra).map_err(S::Error::custom)?;
+        serializer.serialize_str(&text)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Map<String, Value>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        serde_json::from_str(&text).map_err(D::Error::custom)
+    }
+}
+
+/// No usage is all zeros: no answer is paid for with zero tokens.
+pub mod usage {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::cache::record::Usage;
+
+    pub fn serialize<S: Serializer>(
+        usage: &Option<Usage>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        usage.unwrap_or_default().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Usage>, D::Error> {
+        let usage = Usage::deserialize(deserializer)?;
+        Ok((usage != Usage::default()).then_some(usage))
+    }
+}
+
+/// No price is a cost of 0.
+pub mod cost {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(cost: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+        cost.filter(|usd| usd.is_finite())
+            .unwrap_or(0.0)
+            .serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<f64>, D::Error> {
+        let usd = f64::deserialize(deserializer)?;
+        Ok((usd != 0.0).then_some(usd))
+    }
+}
+
+/// Tokens that are no UTF-8: `position:rank:hex`, separated by spaces.
+pub mod raw {
+    use serde::de::Error as _;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use crate::cache::record::RawToken;
+
+    pub fn serialize<S: Serializer>(raw: &[RawToken], serializer: S) -> Result<S::Ok, S::Error> {
+        let tokens: Vec<String> = raw
+            .iter()
+            .map(|token| format!("{}:{}:{}", token.position, token.rank, token.hex))
+            .collect();
+        serializer.serialize_str(&tokens.join(" "))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<RawToken>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.split_whitespace()
+            .map(|token| {
+                parse(token).ok_or_else(|| {
+                    D::Error::custom(format_args!("`{token}` is not position:rank:hex"))
+                })
+            })
+            .collect()
+    }
+
+    fn parse(token: &str) -> Option<RawToken> {
+        let mut parts = token.splitn(3, ':');
+        Some(RawToken {
+            position: parts.next()?.parse().ok()?,
+            rank: parts.next()?.parse().ok()?,
+            hex: parts.next()?.to_owned(),
+        })
+    }
+}

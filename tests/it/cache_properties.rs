@@ -1,0 +1,123 @@
+//! Any record survives the cache, and no garbage behind the records harms them.
+
+use distill::cache::line;
+use distill::cache::record::{Answer, Logprobs, RawToken, Record, Timing, Usage};
+use distill::cache::recovery::Ending;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use crate::cache_samples::{encode, sample, scan};
+
+fn json_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        proptest::num::f64::NORMAL.prop_map(Value::from),
+        any::<String>().prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 16, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::hash_map(any::<String>(), inner, 0..4)
+                .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+        ]
+    })
+}
+
+fn any_request() -> impl Strategy<Value = Value> {
+    let messages =
+        prop::collection::vec((any::<String>(), any::<String>()), 0..3).prop_map(|all| {
+            all.iter()
+                .map(|(role, content)| json!({"role": role, "content": content}))
+                .collect::<Value>()
+        });
+    let messages = prop_oneof![messages, json_value()];
+    let model = prop_oneof![any::<String>().prop_map(Value::from), json_value()];
+    let body = (model, messages, json_value()).prop_map(
+        |(model, messages, rest)| json!({"model": model, "messages": messages, "rest": rest}),
+    );
+    prop_oneof![body, json_value()]
+}
+
+fn any_logprobs() -> impl Strategy<Value = Logprobs> {
+    let logprob = || prop::option::of(proptest::num::f32::NORMAL | proptest::num::f32::ZERO);
+    let token = (any::<String>(), logprob());
+    let position = (token.clone(), prop::collection::vec(token, 0..4));
+    let raw =
+        (any::<u32>(), any::<i32>(), "[0-9a-f]{0,8}").prop_map(|(position, rank, hex)| RawToken {
+            position,
+            rank,
+            hex,
+        });
+    let raw = prop::collection::vec(raw, 0..3);
+    (prop::collection::vec(position, 0..6), raw, any::<bool>()).prop_map(
+        |(positions, raw, matches_text)| {
+            let mut logprobs = Logprobs {
+                raw,
+                matches_text,
+                ..Logprobs::default()
+            };
+            for ((token, logprob), alternatives) in positions {
+                let (top, top_logprob) = alternatives.into_iter().unzip();
+                logprobs.token.push(token);
+                logprobs.logprob.push(logprob);
+                logprobs.top.push(top);
+                logprobs.top_logprob.push(top_logprob);
+            }
+            logprobs
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn any_record_survives(
+        texts in prop::array::uniform8(any::<String>()),
+        request in any_request(),
+        extra in prop::collection::hash_map(any::<String>(), json_value(), 0..4),
+        logprobs in prop::option::of(any_logprobs()),
+        usage in prop::option::of((1u64.., any::<u64>(), any::<u64>(), any::<u64>())),
+        cost_usd in prop::option::of(proptest::num::f64::POSITIVE | proptest::num::f64::NORMAL),
+        latency_ms in any::<u64>(),
+    ) {
+        let [key, prompt_id, reason, text, finish_reason, refusal, model, sent_at] = texts;
+        let record = Record {
+            key, prompt_id, reason, request, logprobs, cost_usd, model,
+            answer: Answer { text, finish_reason, refusal, reasoning: String::new() },
+            usage: usage.map(|(prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens)| {
+                Usage { prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens }
+            }),
+            timing: Timing { sent_at, latency_ms, attempts: 2 },
+            extra: extra.into_iter().collect(),
+            ..sample(1)
+        };
+        let file = encode([record.clone(), sample(2)]);
+        let (lines, ending) = scan(&file);
+        prop_assert_eq!(ending, Ok(Ending::Clean));
+        prop_assert_eq!(lines.len(), 2);
+        line::verify(&lines[0]).unwrap();
+        prop_assert_eq!(line::head(&lines[0]).unwrap().key, record.key.clone());
+        prop_assert_eq!(line::decode(&lines[0]).unwrap(), record);
+    }
+
+    /// What a crash may leave behind whole records: they stay, and nothing is made up.
+    #[test]
+    fn no_tail_harms_the_records_before_it(
+        records in 0u64..5,
+        nuls in 0usize..300,
+        cut in 0usize..2000,
+        garbage in prop::collection::vec(any::<u8>(), 0..300),
+    ) {
+        let mut file = encode((0..records).map(sample));
+        let next = encode([sample(records)]);
+        file.extend_from_slice(&next[..cut.min(next.len() - 2)]);
+        file.extend(std::iter::repeat_n(0, nuls));
+        file.extend(garbage);
+        let (lines, _) = scan(&file);
+        let expected = encode((0..records).map(sample));
+        let found: Vec<u8> = lines.iter().flat_map(|line| [&line[..], b"\n"].concat()).collect();
+        prop_assert_eq!(found, expected);
+    }
+}

@@ -1,0 +1,98 @@
+//! Records, and cache files made of them, for the tests of the cache.
+
+use distill::cache::line;
+use distill::cache::record::{Answer, Logprobs, RawToken, Record, SCHEMA, Status, Timing, Usage};
+use distill::cache::recovery::{BadLine, Ending, Scan, ScanError};
+use serde_json::{Map, json};
+
+/// The n-th of a varied lot of records: with and without logprobs, good and quarantined.
+pub fn sample(n: u64) -> Record {
+    let with_logprobs = n.is_multiple_of(3);
+    let quarantined = n % 7 == 3;
+    Record {
+        v: SCHEMA,
+        key: blake3::hash(&n.to_le_bytes()).to_hex().to_string(),
+        prompt_id: format!("row-{n}"),
+        sample: 0,
+        status: if quarantined {
+            Status::Quarantined
+        } else {
+            Status::Ok
+        },
+        reason: if quarantined { "refusal" } else { "" }.to_owned(),
+        endpoint: "https://api.example.com/v1".to_owned(),
+        request: json!({
+            "model": "teacher-1",
+            "messages": [{"role": "user", "content": format!("what is {n} + 1?")}],
+            "temperature": 1.0,
+        }),
+        answer: Answer {
+            text: format!("{} \u{1f980}", n + 1),
+            finish_reason: "stop".to_owned(),
+            ..Answer::default()
+        },
+        usage: (n % 5 != 4).then_some(Usage {
+            prompt_tokens: 12,
+            completion_tokens: 3,
+            ..Usage::default()
+        }),
+        model: "teacher-1-2026-05-13".to_owned(),
+        fingerprint: String::new(),
+        logprobs: with_logprobs.then(|| crab(n)),
+        timing: Timing {
+            sent_at: "2026-11-22T02:13:45.123Z".to_owned(),
+            latency_ms: 800 + n,
+            attempts: 1,
+        },
+        cost_usd: Some(0.000_012_5),
+        extra: Map::new(),
+    }
+}
+
+/// Logprobs of `<n + 1> 🦀`, whose crab came as two tokens that are no UTF-8.
+fn crab(n: u64) -> Logprobs {
+    let raw = |position, rank, hex: &str| RawToken {
+        position,
+        rank,
+        hex: hex.to_owned(),
+    };
+    let text = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+    Logprobs {
+        token: vec![(n + 1).to_string(), String::new(), String::new()],
+        logprob: vec![Some(-0.003_184_5), Some(-1.25), None],
+        top: vec![text(&["7", " seven"]), text(&["", "!"]), text(&[""])],
+        top_logprob: vec![
+            vec![Some(-0.003_184_5), Some(-5.75)],
+            vec![Some(-1.25), None],
+            vec![None],
+        ],
+        raw: vec![
+            raw(1, -1, "20f09fa6"),
+            raw(1, 0, "20f09fa6"),
+            raw(2, -1, "80"),
+            raw(2, 0, "80"),
+        ],
+        matches_text: true,
+    }
+}
+
+pub fn encode(records: impl IntoIterator<Item = Record>) -> Vec<u8> {
+    records
+        .into_iter()
+        .flat_map(|record| line::encode(&record).unwrap())
+        .collect()
+}
+
+/// The lines of all whole records in `file`, and its ending or the damage.
+pub fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<Ending, BadLine>) {
+    let mut scan = Scan::new(file);
+    let mut lines = Vec::new();
+    loop {
+        match scan.advance() {
+            Ok(true) => lines.push(scan.line().to_vec()),
+            Ok(false) => return (lines, Ok(scan.ending())),
+            Err(ScanError::Bad(bad)) => return (lines, Err(bad)),
+            Err(ScanError::Read(error)) => panic!("{error}"),
+        }
+    }
+}
