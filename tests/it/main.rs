@@ -5,6 +5,8 @@ mod cache_faults;
 mod cache_properties;
 mod cache_samples;
 mod config;
+mod fault_server;
 mod fs;
 mod gradients;
+mod harvest;
 mod model;

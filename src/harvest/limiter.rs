@@ -1,0 +1,238 @@
+//! The user's rate limits: requests and tokens a minute, and one gate for everybody.
+//!
+//! governor's GCRA does the pacing on tokio's clock, so that tests can pause it. It is asked by the
+//! dispatcher alone, one request at a time in the order of the queue: it is not fair among waiters
+//! and cannot give back what it granted.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use anyhow::Result;
+use governor::clock::Clock;
+use governor::middleware::NoOpMiddleware;
+use governor::state::{InMemoryState, NotKeyed};
+use governor::{Quota, RateLimiter};
+use tokio::time::Instant;
+
+use crate::config::Limits;
+use crate::exit::Exit;
+
+/// The time since the limiter was made, on tokio's clock.
+#[derive(Clone)]
+struct TokioClock {
+    start: Instant,
+}
+
+impl Clock for TokioClock {
+    type Instant = Duration;
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+}
+
+type Gcra = RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Duration>>;
+
+pub struct Limiter {
+    clock: TokioClock,
+    requests: Option<Gcra>,
+    tokens: Option<Gcra>,
+    /// What has been granted to the head of the queue, which still waits for the rest; a grant
+    /// cannot be returned, so it is kept for whoever is asked about next.
+    granted_tokens: u32,
+    /// Nothing leaves before.
+    closed_until: Option<Instant>,
+}
+
+impl Limiter {
+    /// `largest` is the estimate of tokens of the largest request to come.
+    ///
+    /// A burst is a second's worth, but at least one request. In any minute no more leaves than the
+    /// limit and one burst. A request that could never leave is an error.
+    pub fn new(limits: &Limits, largest: u64) -> Result<Limiter> {
+        if let Some(limit) = limits.tokens_per_minute
+            && largest > u64::from(limit)
+        {
+            return Err(Exit::Usage(format!(
+                "a request may use about {largest} tokens (prompt and `sampling.max_tokens`), more \
+                 than `limits.tokens_per_minute` = {limit} ever allows: lower \
+                 `sampling.max_tokens` or raise the limit"
+            ))
+            .into());
+        }
+        let clock = TokioClock {
+            start: Instant::now(),
+        };
+        let gcra = |per_minute, least| gcra(per_minute, least, clock.clone());
+        Ok(Limiter {
+            requests: limits
+                .requests_per_minute
+                .map(|limit| gcra(limit, 1))
+                .transpose()?,
+            tokens: limits
+                .tokens_per_minute
+                .map(|limit| gcra(limit, largest as u32))
+                .transpose()?,
+            clock,
+            granted_tokens: 0,
+            closed_until: None,
+        })
+    }
+
+    /// May a request of about so many tokens leave now? If not, when to ask again.
+    pub fn admit(&mut self, tokens: u64) -> Result<(), Instant> {
+        let now = Instant::now();
+        if let Some(until) = self.closed_until
+            && until > now
+        {
+            return Err(until);
+        }
+        if let Some(limiter) = &self.tokens {
+            let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+            if let Some(missing) = NonZeroU32::new(tokens.saturating_sub(self.granted_tokens)) {
+                match limiter.check_n(missing) {
+                    Ok(Ok(())) => self.granted_tokens += missing.get(),
+                    Ok(Err(not_until)) => return Err(self.instant(not_until.earliest_possible())),
+                    // The burst holds the largest request, so no request is larger than it.
+                    Err(_) => return Err(now + Duration::from_secs(60)),
+                }
+            }
+        }
+        if let Some(limiter) = &self.requests
+            && let Err(not_until) = limiter.check()
+        {
+            return Err(self.instant(not_until.earliest_possible()));
+        }
+        self.granted_tokens = 0;
+        Ok(())
+    }
+
+    /// Closes the gate until then, or leaves it closed for longer. True if it was open.
+    pub fn close_until(&mut self, until: Instant) -> bool {
+        let was_open = self
+            .closed_until
+            .is_none_or(|until| until <= Instant::now());
+        self.closed_until = self.closed_until.max(Some(until));
+        was_open
+    }
+
+    fn instant(&self, reference: Duration) -> Instant {
+        // A timer may fire a little early by governor's nanoseconds.
+        self.clock.start + reference + Duration::from_millis(1)
+    }
+}
+
+/// A limiter of so many cells a minute with a burst of a second's worth, and of `least` at least.
+fn gcra(per_minute: u32, least: u32, clock: TokioClock) -> Result<Gcra> {
+    // Rounded up: rounding down would let out a little more than the limit.
+    let period = Duration::from_nanos(60_000_000_000u64.div_ceil(u64::from(per_minute.max(1))));
+    let quota = Quota::with_period(period)
+        .filter(|_| per_minute > 0)
+        .ok_or_else(|| Exit::Usage("a limit of 0 a minute lets nothing out: remove it".into()))?;
+    let burst = NonZeroU32::new((per_minute / 60).max(least)).unwrap_or(NonZeroU32::MIN);
+    Ok(RateLimiter::direct_with_clock(
+        quota.allow_burst(burst),
+        clock,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(requests: Option<u32>, tokens: Option<u32>) -> Limits {
+        Limits {
+            requests_per_minute: requests,
+            tokens_per_minute: tokens,
+            ..Limits::default()
+        }
+    }
+
+    /// Lets requests of these sizes out as fast as they may, and returns when each left, in seconds.
+    async fn departures(limiter: &mut Limiter, sizes: impl IntoIterator<Item = u64>) -> Vec<f64> {
+        let start = Instant::now();
+        let mut times = Vec::new();
+        for tokens in sizes {
+            while let Err(until) = limiter.admit(tokens) {
+                tokio::time::sleep_until(until).await;
+            }
+            times.push(start.elapsed().as_secs_f64());
+        }
+        times
+    }
+
+    /// The most that leaves in any minute, each departure weighing its size.
+    fn busiest_minute(times: &[f64], sizes: &[u64]) -> u64 {
+        let weight = |start: f64| -> u64 {
+            let inside = times
+                .iter()
+                .map(|time| (start..start + 60.0).contains(time));
+            inside
+                .zip(sizes)
+                .filter(|(inside, _)| *inside)
+                .map(|(_, size)| size)
+                .sum()
+        };
+        times.iter().map(|&start| weight(start)).max().unwrap_or(0)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_minute_sees_more_requests_than_the_limit_and_a_burst() {
+        for limit in [1, 7, 60, 500, 6_000] {
+            let mut limiter = Limiter::new(&limits(Some(limit), None), 1).unwrap();
+            let count = 3 * limit as usize;
+            let times = departures(&mut limiter, vec![1; count]).await;
+            let burst = u64::from((limit / 60).max(1));
+            let busiest = busiest_minute(&times, &vec![1; count]);
+            assert!(busiest <= u64::from(limit) + burst, "{busiest} of {limit}");
+            // And the limit is used: three minutes' worth takes about three minutes.
+            assert!(
+                (110.0..190.0).contains(times.last().unwrap()),
+                "{limit}: {times:?}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_minute_sees_more_tokens_than_the_limit_and_a_burst() {
+        let sizes: Vec<u64> = (0..600).map(|index| 50 + index * 37 % 400).collect();
+        let mut limiter = Limiter::new(&limits(Some(600), Some(40_000)), 449).unwrap();
+        let times = departures(&mut limiter, sizes.iter().copied()).await;
+        let busiest = busiest_minute(&times, &sizes);
+        assert!(busiest <= 40_000 + 666, "{busiest}");
+        assert!(busiest >= 39_000, "{busiest}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_leaves_while_the_gate_is_closed() {
+        let mut limiter = Limiter::new(&limits(None, None), 1).unwrap();
+        let now = Instant::now();
+        assert!(limiter.close_until(now + Duration::from_secs(20)));
+        assert!(!limiter.close_until(now + Duration::from_secs(5)));
+        assert_eq!(departures(&mut limiter, [1, 1]).await, [20.0, 20.0]);
+        assert!(limiter.close_until(now + Duration::from_secs(30)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tokens_granted_to_a_waiting_request_are_not_lost() {
+        let mut limiter = Limiter::new(&limits(Some(60), Some(6_000)), 6_000).unwrap();
+        assert_eq!(departures(&mut limiter, [100]).await, [0.0]);
+        // Tokens are there, but the next request has to wait a second for its turn.
+        for _ in 0..50 {
+            assert!(limiter.admit(5_000).is_err());
+        }
+        let times = departures(&mut limiter, [5_000, 900]).await;
+        assert!(times[1] < 2.1, "{times:?}");
+    }
+
+    #[test]
+    fn a_request_that_can_never_leave_is_an_error() {
+        let error = Limiter::new(&limits(None, Some(1_000)), 1_500)
+            .err()
+            .unwrap();
+        for part in ["1500", "`limits.tokens_per_minute` = 1000"] {
+            assert!(error.to_string().contains(part), "{error}");
+        }
+        assert!(Limiter::new(&limits(Some(0), None), 1).is_err());
+    }
+}

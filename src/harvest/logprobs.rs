@@ -1,0 +1,268 @@
+//! Logprobs as endpoints send them -> the columns of a record. Pure.
+//!
+//! Two shapes are read: that of chat completions, a list of positions under `content`, and that of
+//! the older completions, parallel lists `tokens`, `token_logprobs`, `top_logprobs`.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Visitor};
+use serde_json::{Map, Value};
+
+use crate::cache::record::{Logprobs, RawToken};
+
+/// At or below this a logprob means "very unlikely" and not a number.
+const SENTINEL: f64 = -9999.0;
+
+#[derive(Deserialize)]
+struct Wire<'a> {
+    #[serde(borrow)]
+    content: Option<Vec<Position<'a>>>,
+    tokens: Option<Vec<String>>,
+    token_logprobs: Option<Vec<Logprob>>,
+    top_logprobs: Option<Vec<Option<Map<String, Value>>>>,
+}
+
+#[derive(Deserialize)]
+struct Position<'a> {
+    #[serde(borrow)]
+    token: Cow<'a, str>,
+    #[serde(default)]
+    logprob: Logprob,
+    bytes: Option<Vec<u8>>,
+    #[serde(borrow)]
+    top_logprobs: Option<Vec<Alternative<'a>>>,
+}
+
+#[derive(Deserialize)]
+struct Alternative<'a> {
+    #[serde(borrow)]
+    token: Cow<'a, str>,
+    #[serde(default)]
+    logprob: Logprob,
+    bytes: Option<Vec<u8>>,
+}
+
+/// A logprob of any spelling; None where it is missing.
+#[derive(Clone, Copy, Default)]
+struct Logprob(Option<f32>);
+
+impl From<f64> for Logprob {
+    fn from(value: f64) -> Self {
+        Logprob((value.is_finite() && value > SENTINEL).then_some(value as f32))
+    }
+}
+
+impl<'de> Deserialize<'de> for Logprob {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Lenient;
+        impl Visitor<'_> for Lenient {
+            type Value = Logprob;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("a logprob")
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<Logprob, E> {
+                Ok(value.into())
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Logprob, E> {
+                Ok((value as f64).into())
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Logprob, E> {
+                Ok((value as f64).into())
+            }
+
+            /// `"-Infinity"` and the like.
+            fn visit_str<E>(self, _: &str) -> Result<Logprob, E> {
+                Ok(Logprob(None))
+            }
+
+            fn visit_unit<E>(self) -> Result<Logprob, E> {
+                Ok(Logprob(None))
+            }
+        }
+        deserializer.deserialize_any(Lenient)
+    }
+}
+
+/// Reads the `logprobs` of a choice whose content is `text`.
+///
+/// `Ok(None)`: the endpoint sent none. An error says why those that it sent are unusable.
+pub fn parse(raw: &str, text: &str) -> Result<Option<Logprobs>, String> {
+    let wire: Wire = serde_json::from_str(raw).map_err(|error| error.to_string())?;
+    let mut columns = Columns::default();
+    if let Some(tokens) = wire.tokens {
+        let logprobs = wire.token_logprobs.unwrap_or_default();
+        if logprobs.len() != tokens.len() {
+            return Err(format!(
+                "{} tokens, but {} logprobs",
+                tokens.len(),
+                logprobs.len()
+            ));
+        }
+        let mut top = wire.top_logprobs.unwrap_or_default().into_iter();
+        for (token, logprob) in tokens.into_iter().zip(logprobs) {
+            let alternatives = top.next().flatten().unwrap_or_default();
+            let alternatives = alternatives.into_iter().map(|(token, logprob)| {
+                let logprob = logprob.as_f64().map(Logprob::from).unwrap_or_default();
+                (token.into_bytes(), logprob)
+            });
+            columns.push((token.into_bytes(), logprob), alternatives.collect());
+        }
+    } else {
+        for position in wire.content.unwrap_or_default() {
+            let alternatives = position.top_logprobs.unwrap_or_default().into_iter();
+            let alternatives = alternatives
+                .map(|other| (bytes_of(other.bytes, other.token), other.logprob))
+                .collect();
+            let token = bytes_of(position.bytes, position.token);
+            columns.push((token, position.logprob), alternatives);
+        }
+    }
+    Ok(columns.finish(text))
+}
+
+/// A token is its bytes; only where the endpoint sends none is it the bytes of its text.
+fn bytes_of(bytes: Option<Vec<u8>>, token: Cow<str>) -> Vec<u8> {
+    bytes.unwrap_or_else(|| token.into_owned().into_bytes())
+}
+
+#[derive(Default)]
+struct Columns {
+    logprobs: Logprobs,
+    /// The emitted tokens' bytes, joined.
+    joined: Vec<u8>,
+}
+
+impl Columns {
+    fn push(&mut self, emitted: (Vec<u8>, Logprob), mut alternatives: Vec<(Vec<u8>, Logprob)>) {
+        self.joined.extend_from_slice(&emitted.0);
+        let token = self.text(emitted.0, -1);
+        // Best first, the missing ones last; a stable sort leaves equal ones as they came.
+        alternatives.sort_by(|(_, a), (_, b)| {
+            let (a, b) = (
+                a.0.unwrap_or(f32::NEG_INFINITY),
+                b.0.unwrap_or(f32::NEG_INFINITY),
+            );
+            b.total_cmp(&a)
+        });
+        let mut top = Vec::with_capacity(alternatives.len());
+        let mut top_logprob = Vec::with_capacity(alternatives.len());
+        for (rank, (bytes, logprob)) in alternatives.into_iter().enumerate() {
+            top.push(self.text(bytes, rank as i32));
+            top_logprob.push(logprob.0);
+        }
+        self.logprobs.token.push(token);
+        self.logprobs.logprob.push(emitted.1.0);
+        self.logprobs.top.push(top);
+        self.logprobs.top_logprob.push(top_logprob);
+    }
+
+    /// The bytes as text, or `""` and an entry in `raw` where they are none.
+    fn text(&mut self, bytes: Vec<u8>, rank: i32) -> String {
+        String::from_utf8(bytes).unwrap_or_else(|error| {
+            self.logprobs.raw.push(RawToken {
+                position: self.logprobs.token.len() as u32,
+                rank,
+                hex: hex(error.as_bytes()),
+            });
+            String::new()
+        })
+    }
+
+    fn finish(mut self, text: &str) -> Option<Logprobs> {
+        if self.logprobs.token.is_empty() {
+            return None;
+        }
+        self.logprobs.matches_text = self.joined == text.as_bytes();
+        Some(self.logprobs)
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parse(raw: Value, text: &str) -> Logprobs {
+        super::parse(&raw.to_string(), text).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_character_split_between_tokens_is_kept_by_its_bytes() {
+        let raw = json!({"content": [
+            {"token": "\\xc3", "logprob": -0.5, "bytes": [195], "top_logprobs": [
+                {"token": "\\xc3", "logprob": -0.5, "bytes": [195]},
+                {"token": "a", "logprob": -1, "bytes": [97]}]},
+            {"token": "\\xa4", "logprob": 0, "bytes": [164], "top_logprobs": []},
+        ]});
+        let logprobs = parse(raw, "ä");
+        assert!(logprobs.matches_text);
+        assert_eq!(logprobs.token, ["", ""]);
+        assert_eq!(logprobs.top, [vec!["".to_string(), "a".into()], vec![]]);
+        assert_eq!(logprobs.logprob, [Some(-0.5), Some(0.0)]);
+        let raw: Vec<_> = logprobs
+            .raw
+            .iter()
+            .map(|raw| (raw.position, raw.rank, raw.hex.as_str()))
+            .collect();
+        assert_eq!(raw, [(0, -1, "c3"), (0, 0, "c3"), (1, -1, "a4")]);
+    }
+
+    #[test]
+    fn what_is_missing_stays_missing_and_comes_last() {
+        let raw = json!({"content": [{"token": "a", "logprob": null, "bytes": null, "top_logprobs": [
+            {"token": "s", "logprob": -9999.0}, {"token": "n", "logprob": null},
+            {"token": "i", "logprob": "-Infinity"}, {"token": "m"},
+            {"token": "b", "logprob": -2.0, "id": 5}, {"token": "a", "logprob": -0.25}]}]});
+        let logprobs = parse(raw, "a");
+        assert_eq!(logprobs.logprob, [None]);
+        assert_eq!(logprobs.top[0], ["a", "b", "s", "n", "i", "m"]);
+        assert_eq!(
+            logprobs.top_logprob[0],
+            [Some(-0.25), Some(-2.0), None, None, None, None]
+        );
+    }
+
+    #[test]
+    fn tokens_that_do_not_make_the_text_are_marked() {
+        let raw =
+            json!({"content": [{"token": "a", "logprob": -1}, {"token": "<eos>", "logprob": 0}]});
+        assert!(!parse(raw, "a").matches_text);
+    }
+
+    #[test]
+    fn the_older_shape_is_read_too() {
+        let raw = json!({"tokens": ["a", " b"], "token_logprobs": [null, -1.5],
+            "top_logprobs": [null, {" c": -2.0, " b": -1.5}], "text_offset": [0, 1]});
+        let logprobs = parse(raw, "a b");
+        assert!(logprobs.matches_text);
+        assert_eq!(logprobs.logprob, [None, Some(-1.5)]);
+        assert_eq!(logprobs.top, [vec![], vec![" b".to_string(), " c".into()]]);
+        assert_eq!(logprobs.top_logprob, [vec![], vec![Some(-1.5), Some(-2.0)]]);
+    }
+
+    #[test]
+    fn none_and_nonsense_are_told_apart() {
+        for raw in [json!({}), json!({"content": null}), json!({"content": []})] {
+            assert_eq!(super::parse(&raw.to_string(), "a"), Ok(None));
+        }
+        let nonsense = [
+            json!("x"),
+            json!({"content": [{"logprob": 1}]}),
+            json!({"content": [{"token": "a", "bytes": [300]}]}),
+            json!({"tokens": ["a"], "token_logprobs": []}),
+        ];
+        for raw in nonsense {
+            assert!(super::parse(&raw.to_string(), "a").is_err(), "{raw}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! An answer as a record of the cache. Pure.
+
+use serde_json::Value;
+
+use super::cost;
+use super::plan::Row;
+use super::wire::Completion;
+use crate::cache::record::{Record, SCHEMA, Status, Timing};
+use crate::config::Price;
+use crate::prompt::Prompt;
+
+/// The record of `completion`, the answer of `endpoint` to `body`.
+pub fn record(
+    row: &Row,
+    prompt: &Prompt,
+    endpoint: &str,
+    body: Value,
+    completion: Completion,
+    timing: Timing,
+    price: &Price,
+) -> Record {
+    let reason = quarantine(&completion);
+    let mut extra = completion.extra;
+    if let Some(fault) = completion.logprobs_fault {
+        extra.insert("logprobs_dropped".into(), fault.into());
+    }
+    Record {
+        v: SCHEMA,
+        key: row.key.clone(),
+        prompt_id: prompt.id.clone(),
+        sample: row.sample,
+        status: match reason.is_empty() {
+            true => Status::Ok,
+            false => Status::Quarantined,
+        },
+        reason,
+        endpoint: endpoint.into(),
+        request: body,
+        answer: completion.answer,
+        cost_usd: completion.usage.and_then(|usage| cost::cost(&usage, price)),
+        usage: completion.usage,
+        model: completion.model,
+        fingerprint: completion.fingerprint,
+        logprobs: completion.logprobs,
+        timing,
+        extra,
+    }
+}
+
+/// Why the answer must not be trained on; empty if it may be.
+///
+/// An answer that is merely cut off or filtered has text, and `[data]` decides about it.
+fn quarantine(completion: &Completion) -> String {
+    let answer = &completion.answer;
+    if !answer.text.is_empty() {
+        return String::new();
+    }
+    if !answer.refusal.is_empty() {
+        return "refusal".into();
+    }
+    match answer.finish_reason.as_str() {
+        // Hidden reasoning used up `sampling.max_tokens`.
+        "length" => "empty: length".into(),
+        "" => "empty".into(),
+        reason => format!("empty: {reason}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::record::{Answer, Usage};
+    use serde_json::json;
+
+    fn row() -> (Row, Prompt) {
+        let row = Row {
+            prompt: 0,
+            sample: 1,
+            key: "k".into(),
+            tokens: 9,
+        };
+        let prompt = Prompt {
+            id: "p".into(),
+            messages: Vec::new(),
+            row: Value::Null,
+        };
+        (row, prompt)
+    }
+
+    fn record_of(completion: Completion, price: &Price) -> Record {
+        let (row, prompt) = row();
+        let body = json!({"model": "m"});
+        record(
+            &row,
+            &prompt,
+            "http://a",
+            body,
+            completion,
+            Timing::default(),
+            price,
+        )
+    }
+
+    #[test]
+    fn an_answer_without_text_is_quarantined_with_its_reason() {
+        let cases = [
+            ("x", "", "length", ""),
+            ("x", "", "content_filter", ""),
+            ("", "no", "stop", "refusal"),
+            ("", "", "length", "empty: length"),
+            ("", "", "content_filter", "empty: content_filter"),
+            ("", "", "", "empty"),
+        ];
+        for (text, refusal, finish_reason, expected) in cases {
+            let completion = Completion {
+                answer: Answer {
+                    text: text.into(),
+                    refusal: refusal.into(),
+                    finish_reason: finish_reason.into(),
+                    reasoning: String::new(),
+                },
+                ..Completion::default()
+            };
+            let record = record_of(completion, &Price::default());
+            assert_eq!(record.reason, expected);
+            assert_eq!(record.status == Status::Ok, expected.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_record_has_its_cost_and_the_verdict_on_its_logprobs() {
+        let price = Price {
+            input: Some(1.0),
+            output: Some(2.0),
+            ..Price::default()
+        };
+        let completion = Completion {
+            usage: Some(Usage {
+                prompt_tokens: 3,
+                completion_tokens: 4,
+                ..Usage::default()
+            }),
+            logprobs_fault: Some("broken".into()),
+            ..Completion::default()
+        };
+        let record = record_of(completion, &price);
+        assert_eq!(record.cost_usd, Some(11e-6));
+        assert_eq!(record.extra["logprobs_dropped"], "broken");
+        assert_eq!((record.prompt_id.as_str(), record.sample), ("p", 1));
+    }
+}

@@ -1,0 +1,229 @@
+//! A prompt as a wire body, and the key that names it. Pure.
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+
+use crate::config::{Config, MaxTokensField, Sampling, Teacher};
+use crate::exit::Exit;
+use crate::prompt::Message;
+
+/// Part of every key: raise it when the same key would come to mean something else.
+const KEY_VERSION: u32 = 1;
+
+/// Fields of `sampling.extra` that would change what a request is.
+const RESERVED: [(&str, &str); 4] = [
+    (
+        "n",
+        "set `prompts.samples` instead, so that each answer has its own record",
+    ),
+    ("stream", "streamed answers cannot be read; remove it"),
+    ("messages", "the prompts come from `prompts.source`"),
+    ("model", "set `teacher.model` instead"),
+];
+
+/// Refuses settings that no request can be made from.
+pub fn check(config: &Config) -> Result<()> {
+    let Config {
+        teacher,
+        prompts,
+        sampling,
+        ..
+    } = config;
+    if prompts.samples == 0 {
+        let message = "`prompts.samples` = 0 asks for nothing: set it to 1 or more";
+        return Err(Exit::Usage(message.into()).into());
+    }
+    for (field, advice) in RESERVED {
+        if sampling.extra.contains_key(field) {
+            let message = format!("`sampling.extra` must not hold `{field}`: {advice}");
+            return Err(Exit::Usage(message).into());
+        }
+    }
+    if teacher.model.is_empty() {
+        let message = "set `teacher.model` to the name of the model to ask";
+        return Err(Exit::Usage(message.into()).into());
+    }
+    Ok(())
+}
+
+/// The body of a chat completion request, its fields in a fixed order.
+///
+/// With a seed, sample i is asked with seed + i: the same seed would bring the same answer.
+pub fn body(teacher: &Teacher, sampling: &Sampling, messages: &[Message], sample: u32) -> Value {
+    let mut body = Map::new();
+    body.insert("model".into(), json!(teacher.model));
+    body.insert("messages".into(), json!(messages));
+    let max_tokens = match sampling.max_tokens_field {
+        MaxTokensField::MaxTokens => "max_tokens",
+        MaxTokensField::MaxCompletionTokens => "max_completion_tokens",
+    };
+    body.insert(max_tokens.into(), json!(sampling.max_tokens));
+    if let Some(temperature) = sampling.temperature {
+        body.insert("temperature".into(), json!(temperature));
+    }
+    if let Some(top_p) = sampling.top_p {
+        body.insert("top_p".into(), json!(top_p));
+    }
+    if sampling.top_logprobs > 0 {
+        body.insert("logprobs".into(), json!(true));
+        body.insert("top_logprobs".into(), json!(sampling.top_logprobs));
+    }
+    if let Some(seed) = sampling.seed {
+        body.insert("seed".into(), json!(seed.wrapping_add(i64::from(sample))));
+    }
+    if !sampling.stop.is_empty() {
+        body.insert("stop".into(), json!(sampling.stop));
+    }
+    for (field, value) in &sampling.extra {
+        body.insert(field.clone(), value.clone());
+    }
+    Value::Object(body)
+}
+
+/// BLAKE3, in hex, of what is asked of whom: "have we paid for this?".
+///
+/// Everything that can change the answer is in it; limits, retries and the API key are not.
+pub fn key(base_url: &str, body: &Value, sample: u32) -> String {
+    let identity = json!({
+        "body": canonical(body),
+        "endpoint": base_url,
+        "sample": sample,
+        "v": KEY_VERSION,
+    });
+    blake3::hash(identity.to_string().as_bytes())
+        .to_hex()
+        .to_string()
+}
+
+/// The same value with the keys of every object sorted.
+fn canonical(value: &Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let mut sorted: Vec<_> = fields.iter().collect();
+            sorted.sort_by_key(|(name, _)| name.as_str());
+            sorted
+                .into_iter()
+                .map(|(name, value)| (name.clone(), canonical(value)))
+                .collect()
+        }
+        Value::Array(items) => items.iter().map(canonical).collect(),
+        _ => value.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn teacher() -> Teacher {
+        Teacher {
+            model: "m".into(),
+            ..Teacher::default()
+        }
+    }
+
+    fn messages(content: &str) -> Vec<Message> {
+        vec![Message {
+            role: "user".into(),
+            content: content.into(),
+        }]
+    }
+
+    #[test]
+    fn the_body_has_a_fixed_order_and_extra_comes_last() {
+        let sampling = Sampling {
+            top_p: Some(0.5),
+            seed: Some(7),
+            stop: vec!["\n".into()],
+            extra: Map::from_iter([
+                ("reasoning_effort".to_string(), json!("none")),
+                ("temperature".to_string(), json!(0)),
+            ]),
+            ..Sampling::default()
+        };
+        assert_eq!(
+            body(&teacher(), &sampling, &messages("hi"), 2).to_string(),
+            r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_completion_tokens":512,"temperature":0,"top_p":0.5,"logprobs":true,"top_logprobs":20,"seed":9,"stop":["\n"],"reasoning_effort":"none"}"#
+        );
+        let sampling = Sampling {
+            max_tokens_field: MaxTokensField::MaxTokens,
+            temperature: None,
+            top_logprobs: 0,
+            ..Sampling::default()
+        };
+        assert_eq!(
+            body(&teacher(), &sampling, &messages("hi"), 0).to_string(),
+            r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_tokens":512}"#
+        );
+    }
+
+    #[test]
+    fn the_key_is_stable_and_covers_all_that_is_asked() {
+        let sampling = Sampling::default();
+        let base = body(&teacher(), &sampling, &messages("hi"), 0);
+        let first = key("http://a/v1", &base, 0);
+        // A golden key: should it change, every cache would be bought again.
+        assert_eq!(
+            first,
+            "93c719aebe2658e2afeb28e1bc0e94468267cc514d5a71ff383956a79309f425"
+        );
+
+        let reordered: Map<String, Value> = base
+            .as_object()
+            .unwrap()
+            .clone()
+            .into_iter()
+            .rev()
+            .collect();
+        assert_eq!(key("http://a/v1", &Value::Object(reordered), 0), first);
+
+        let warmer = Sampling {
+            temperature: Some(0.7),
+            ..Sampling::default()
+        };
+        let others = [
+            key("http://b/v1", &base, 0),
+            key("http://a/v1", &base, 1),
+            key(
+                "http://a/v1",
+                &body(&teacher(), &sampling, &messages("ho"), 0),
+                0,
+            ),
+            key(
+                "http://a/v1",
+                &body(&teacher(), &warmer, &messages("hi"), 0),
+                0,
+            ),
+            key(
+                "http://a/v1",
+                &body(&Teacher::default(), &sampling, &messages("hi"), 0),
+                0,
+            ),
+        ];
+        for other in others {
+            assert_ne!(other, first);
+        }
+    }
+
+    #[test]
+    fn settings_that_make_no_request_are_refused() {
+        let good = Config {
+            teacher: teacher(),
+            ..Config::default()
+        };
+        check(&good).unwrap();
+        let refuse = |config: Config, expected: &str| {
+            let error = check(&config).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        };
+        for (field, _) in RESERVED {
+            let mut config = good.clone();
+            config.sampling.extra.insert(field.into(), json!(2));
+            refuse(config, &format!("`{field}`"));
+        }
+        let mut config = good;
+        config.prompts.samples = 0;
+        refuse(config, "`prompts.samples`");
+        refuse(Config::default(), "`teacher.model`");
+    }
+}

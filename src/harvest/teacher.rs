@@ -1,0 +1,397 @@
+//! The endpoint: one HTTP request a call, and everything that came back.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use async_openai::Client;
+use async_openai::error::OpenAIError;
+use async_openai::middleware::HttpRequestFactory;
+use bytes::{Bytes, BytesMut};
+use futures_util::future::BoxFuture;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::{Request, Response, Url};
+use secrecy::{ExposeSecret, SecretString};
+use serde::de::IgnoredAny;
+use serde_json::Value;
+
+use crate::config;
+use crate::exit::Exit;
+
+/// A longer body is no chat completion that anybody wants to keep.
+const LARGEST_BODY: usize = 64 << 20;
+
+/// Keys shorter than this are placeholders (`none`, `EMPTY`), whose text may well be in an answer.
+const SHORTEST_KEY: usize = 20;
+
+/// A response, whatever its status.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("a reply with status {status}")]
+pub struct Reply {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+/// Why there is no response.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Fault {
+    /// Refused, no such host, no route, TLS: nothing was sent.
+    #[error("{0}")]
+    Unreachable(String),
+    /// May have been billed.
+    #[error("timed out")]
+    Timeout,
+    /// Reset, closed early, or not HTTP: may have been billed.
+    #[error("{0}")]
+    Broken(String),
+    #[error("{0}")]
+    TooLarge(String),
+}
+
+/// The teacher, ready to be asked.
+pub struct Teacher {
+    client: Client<Endpoint>,
+}
+
+impl Teacher {
+    /// Reads the key from the environment and prepares the connection pool; sends nothing.
+    pub fn new(settings: &config::Teacher) -> Result<Teacher> {
+        let base_url = base_url(settings)?;
+        let http = http_client(settings, &base_url)?;
+        let endpoint = Endpoint::new(settings)?;
+        let client = Client::build(http.clone(), endpoint).with_http_service(OneAttempt { http });
+        Ok(Teacher { client })
+    }
+
+    /// Asks once, and waits for the whole answer.
+    pub async fn ask(&self, body: &Value) -> Result<Reply, Fault> {
+        let answer: Result<IgnoredAny, OpenAIError> = self.client.chat().create_byot(body).await;
+        let error = match answer {
+            Err(OpenAIError::Boxed(carried)) => match carried.downcast::<Reply>() {
+                Ok(reply) => return Ok(*reply),
+                Err(carried) => match carried.downcast::<Fault>() {
+                    Ok(fault) => return Err(*fault),
+                    Err(other) => other.to_string(),
+                },
+            },
+            Err(other) => other.to_string(),
+            // `OneAttempt` never returns a response.
+            Ok(_) => "the reply was lost on the way".into(),
+        };
+        Err(Fault::Broken(error))
+    }
+}
+
+/// The base URL as keys and records name it: without a slash at the end.
+pub fn identity(settings: &config::Teacher) -> &str {
+    settings.base_url.trim_end_matches('/')
+}
+
+/// Our transport below async-openai: exactly one attempt, its reply handed out whole.
+///
+/// The crate's own executor retries under any rate limit, and what it makes of a response loses the
+/// headers, the body of an error and every answer that its types do not foresee (and logs bodies).
+/// So this service reads the response itself and carries it out as its *error*, the one thing that
+/// the crate passes on untouched; [`Teacher::ask`] unpacks it. What remains with the crate is the
+/// request: path, headers, JSON.
+#[derive(Clone)]
+struct OneAttempt {
+    http: reqwest::Client,
+}
+
+impl tower::Service<HttpRequestFactory> for OneAttempt {
+    type Response = Response;
+    type Error = tower::BoxError;
+    type Future = BoxFuture<'static, Result<Response, tower::BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: HttpRequestFactory) -> Self::Future {
+        let http = self.http.clone();
+        Box::pin(async move {
+            let request = request.build().await?;
+            let outcome: tower::BoxError = match send(&http, request).await {
+                Ok(reply) => reply.into(),
+                Err(fault) => fault.into(),
+            };
+            Err(outcome)
+        })
+    }
+}
+
+async fn send(http: &reqwest::Client, request: Request) -> Result<Reply, Fault> {
+    let authorization = request.headers().get(AUTHORIZATION).cloned();
+    let mut response = http.execute(request).await.map_err(fault)?;
+    let status = response.status();
+    let headers = std::mem::take(response.headers_mut());
+    let body = match read(response).await {
+        // The status of a failure says enough, whatever became of its body.
+        Err(_) if !status.is_success() => Bytes::new(),
+        body => body?,
+    };
+    Ok(Reply {
+        status: status.as_u16(),
+        headers,
+        body: without_key(body, authorization.as_ref()),
+    })
+}
+
+async fn read(mut response: Response) -> Result<Bytes, Fault> {
+    let mut body = BytesMut::new();
+    while let Some(chunk) = response.chunk().await.map_err(fault)? {
+        if body.len() + chunk.len() > LARGEST_BODY {
+            let limit = LARGEST_BODY >> 20;
+            return Err(Fault::TooLarge(format!(
+                "the body is larger than {limit} MiB"
+            )));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body.freeze())
+}
+
+fn fault(error: reqwest::Error) -> Fault {
+    let is_connect = error.is_connect();
+    if error.is_timeout() && !is_connect {
+        return Fault::Timeout;
+    }
+    // The outermost texts ("error sending request") say nothing; the innermost names the cause.
+    let error = error.without_url();
+    let mut cause: &dyn std::error::Error = &error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    match is_connect {
+        true => Fault::Unreachable(cause.to_string()),
+        false => Fault::Broken(cause.to_string()),
+    }
+}
+
+/// Some endpoints echo the key in their error messages, which are shown and kept.
+fn without_key(body: Bytes, authorization: Option<&HeaderValue>) -> Bytes {
+    let key = authorization
+        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
+        .filter(|key| key.len() >= SHORTEST_KEY);
+    let Some(key) = key else { return body };
+    let mut clean = BytesMut::new();
+    let mut rest = &body[..];
+    while let Some(start) = rest.windows(key.len()).position(|window| window == key) {
+        clean.extend_from_slice(&rest[..start]);
+        clean.extend_from_slice(b"[key]");
+        rest = &rest[start + key.len()..];
+    }
+    if clean.is_empty() {
+        return body;
+    }
+    clean.extend_from_slice(rest);
+    clean.freeze()
+}
+
+/// What async-openai asks for with each request. Its own configuration would fall back to
+/// environment variables that the user of this program has not named.
+#[derive(Clone)]
+struct Endpoint {
+    base_url: Arc<str>,
+    headers: HeaderMap,
+    key: SecretString,
+}
+
+impl Endpoint {
+    fn new(settings: &config::Teacher) -> Result<Endpoint> {
+        let key = api_key(&settings.api_key_env)?;
+        let mut headers = HeaderMap::new();
+        if !settings.api_key_env.is_empty() {
+            let mut value = HeaderValue::try_from(format!("Bearer {}", key.expose_secret()))
+                .map_err(|_| {
+                    Exit::Usage(format!(
+                        "the key in `{}` has characters that no header may have: set it again, \
+                         without line ends",
+                        settings.api_key_env
+                    ))
+                })?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        Ok(Endpoint {
+            base_url: identity(settings).into(),
+            headers,
+            key,
+        })
+    }
+}
+
+impl async_openai::config::Config for Endpoint {
+    fn headers(&self) -> HeaderMap {
+        self.headers.clone()
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base_url)
+    }
+
+    fn query(&self) -> Vec<(&str, &str)> {
+        Vec::new()
+    }
+
+    fn api_base(&self) -> &str {
+        &self.base_url
+    }
+
+    fn api_key(&self) -> &SecretString {
+        &self.key
+    }
+}
+
+fn api_key(variable: &str) -> Result<SecretString> {
+    if variable.is_empty() {
+        return Ok(SecretString::default());
+    }
+    match std::env::var(variable) {
+        Ok(key) if !key.trim().is_empty() => Ok(key.trim().into()),
+        _ => Err(Exit::Usage(format!(
+            "the variable `{variable}`, which `teacher.api_key_env` names, is not set: run `export \
+             {variable}=...` with the key of the endpoint, or set `teacher.api_key_env = \"\"` for \
+             an endpoint that needs none"
+        ))
+        .into()),
+    }
+}
+
+/// Checks the base URL: https, or http on this machine; no credentials in it.
+fn base_url(settings: &config::Teacher) -> Result<Url> {
+    let shown = &settings.base_url;
+    let url = Url::parse(shown)
+        .map_err(|error| Exit::Usage(format!("`teacher.base_url` is no URL: {error}")))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(Exit::Usage(
+            "`teacher.base_url` must hold no user name and no password: set \
+             `teacher.api_key_env` to the name of the variable that holds the key"
+                .into(),
+        )
+        .into());
+    }
+    match url.scheme() {
+        "https" => Ok(url),
+        "http" if is_loopback(&url) => Ok(url),
+        "http" => Err(Exit::Usage(format!(
+            "`teacher.base_url` = \"{shown}\" would send the key and the prompts unencrypted: use \
+             https (http is for this machine only)"
+        ))
+        .into()),
+        _ => Err(Exit::Usage(format!(
+            "`teacher.base_url` = \"{shown}\" must begin with https://"
+        ))
+        .into()),
+    }
+}
+
+fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost"
+        || address
+            .parse()
+            .is_ok_and(|address: IpAddr| address.is_loopback())
+}
+
+fn http_client(settings: &config::Teacher, base_url: &Url) -> Result<reqwest::Client> {
+    // An error means that a provider is installed already, which is what we want.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut builder = reqwest::Client::builder()
+        .user_agent(concat!("distill/", env!("CARGO_PKG_VERSION")))
+        // A redirect could carry the key and the prompts to another host.
+        .redirect(reqwest::redirect::Policy::none())
+        // Retries are the dispatcher's, under the rate limit.
+        .retry(reqwest::retry::never())
+        .connect_timeout(seconds("connect_timeout_s", settings.connect_timeout_s)?)
+        .timeout(seconds("timeout_s", settings.timeout_s)?);
+    if is_loopback(base_url) {
+        builder = builder.no_proxy();
+    }
+    if base_url.scheme() == "http" {
+        // No certificate is ever checked, so a machine that has none installed can go on.
+        builder = builder.tls_certs_only([]);
+    }
+    builder.build().context("cannot set up the HTTP client")
+}
+
+fn seconds(name: &str, value: f64) -> Result<Duration> {
+    Duration::try_from_secs_f64(value)
+        .ok()
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| Exit::Usage(format!("`teacher.{name}` = {value} is no time to wait")).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(url: &str) -> config::Teacher {
+        config::Teacher {
+            base_url: url.into(),
+            api_key_env: String::new(),
+            ..config::Teacher::default()
+        }
+    }
+
+    #[test]
+    fn only_this_machine_is_spoken_to_without_encryption() {
+        for url in [
+            "https://api.example.com/v1",
+            "http://localhost:8000/v1",
+            "http://127.0.0.2/v1",
+            "http://[::1]:80/v1/",
+        ] {
+            assert!(Teacher::new(&settings(url)).is_ok(), "{url}");
+        }
+        let cases = [
+            ("http://api.example.com/v1", "use https"),
+            ("http://localhost.example.com/v1", "use https"),
+            ("http://192.168.0.1/v1", "use https"),
+            ("ftp://example.com", "must begin with https"),
+            ("example.com", "no URL"),
+            ("https://user:pw@example.com", "no user name"),
+        ];
+        for (url, expected) in cases {
+            let error = Teacher::new(&settings(url)).err().unwrap();
+            assert!(error.to_string().contains(expected), "{error}");
+            assert_eq!(Exit::code_of(&error), 2);
+        }
+    }
+
+    #[test]
+    fn a_missing_key_is_named_by_its_variable() {
+        let settings = config::Teacher {
+            api_key_env: "DISTILL_TEST_NO_SUCH_VARIABLE".into(),
+            ..settings("https://example.com")
+        };
+        let error = Teacher::new(&settings).err().unwrap();
+        assert!(
+            error
+                .to_string()
+                .contains("export DISTILL_TEST_NO_SUCH_VARIABLE=..."),
+            "{error}"
+        );
+        assert_eq!(Exit::code_of(&error), 2);
+    }
+
+    #[test]
+    fn an_echoed_key_is_taken_out_and_a_placeholder_left_alone() {
+        let clean = |body: &'static str, key: &str| {
+            let header = HeaderValue::try_from(format!("Bearer {key}")).unwrap();
+            without_key(Bytes::from_static(body.as_bytes()), Some(&header))
+        };
+        let key = "sk-0123456789abcdefghij";
+        assert_eq!(
+            clean("bad sk-0123456789abcdefghij, sk-0123456789abcdefghij!", key),
+            "bad [key], [key]!"
+        );
+        assert_eq!(clean("sk-0123456789abcdefghij", key), "[key]");
+        assert_eq!(clean("none is left", "none"), "none is left");
+    }
+}

@@ -1,0 +1,451 @@
+//! The teacher's reply, read leniently. Pure.
+//!
+//! Every answer has been paid for: a field that is missing, of another type or unknown to us is
+//! never a reason to lose one. Only a body without an answer in it is an error.
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+use super::logprobs;
+use crate::cache::record::{Answer, Logprobs, Usage};
+
+/// An answer with what came along.
+#[derive(Debug, Default)]
+pub struct Completion {
+    pub answer: Answer,
+    pub usage: Option<Usage>,
+    /// As reported; empty if it was not.
+    pub model: String,
+    pub fingerprint: String,
+    pub logprobs: Option<Logprobs>,
+    /// Why logprobs that did come cannot be used.
+    pub logprobs_fault: Option<String>,
+    /// Everything else in the body, as it came.
+    pub extra: Map<String, Value>,
+}
+
+/// A body with status 200 that holds no answer.
+#[derive(Debug)]
+pub enum NoAnswer {
+    /// Not JSON, cut off, or without a choice; the text says which.
+    Malformed(String),
+    /// An error in a good status, as some routers send once generation has begun.
+    Error(ApiError),
+}
+
+/// What an endpoint says went wrong; fields are empty where it does not say.
+#[derive(Debug, Default, PartialEq)]
+pub struct ApiError {
+    /// An HTTP status in place of a code, as vLLM, llama.cpp and OpenRouter send.
+    pub status: Option<u16>,
+    pub code: String,
+    pub kind: String,
+    pub message: String,
+}
+
+#[derive(Deserialize)]
+struct Body {
+    choices: Option<Vec<Choice>>,
+    #[serde(default)]
+    usage: Value,
+    #[serde(default)]
+    model: Value,
+    #[serde(default)]
+    system_fingerprint: Value,
+    #[serde(default)]
+    error: Value,
+    #[serde(flatten)]
+    extra: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    #[serde(default)]
+    message: Value,
+    #[serde(default)]
+    finish_reason: Value,
+    /// Left unparsed, so that broken logprobs cost no answer.
+    logprobs: Option<Box<RawValue>>,
+    #[serde(default)]
+    error: Value,
+    #[serde(flatten)]
+    extra: Map<String, Value>,
+}
+
+/// Reads the body of a reply with a good status.
+pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
+    let body: Body = match serde_json::from_slice(body) {
+        Ok(body) => body,
+        // Python writes NaN and Infinity, which are no JSON, where a logprob is not finite.
+        Err(error) => serde_json::from_slice(&null_for_bare_words(body)).map_err(|_| {
+            let problem = if body.trim_ascii().is_empty() {
+                "the body is empty".into()
+            } else {
+                format!("the body is no chat completion: {error}")
+            };
+            NoAnswer::Malformed(problem)
+        })?,
+    };
+    if is_error(&body.error) {
+        return Err(NoAnswer::Error(ApiError::from_value(&body.error)));
+    }
+    let Some(choice) = body.choices.into_iter().flatten().next() else {
+        return Err(NoAnswer::Malformed("there is no choice in the body".into()));
+    };
+    let finish_reason = text(&choice.finish_reason);
+    if finish_reason == "error" || is_error(&choice.error) {
+        return Err(NoAnswer::Error(ApiError::from_value(&choice.error)));
+    }
+    let Value::Object(mut message) = choice.message else {
+        return Err(NoAnswer::Malformed(
+            "there is no message in the choice".into(),
+        ));
+    };
+    message.remove("role");
+    let answer = Answer {
+        text: content(message.remove("content")),
+        finish_reason,
+        refusal: text(&message.remove("refusal").unwrap_or_default()),
+        reasoning: reasoning(&mut message),
+    };
+    let (logprobs, logprobs_fault) = match choice.logprobs {
+        None => (None, None),
+        Some(raw) => match logprobs::parse(raw.get(), &answer.text) {
+            Ok(logprobs) => (logprobs, None),
+            Err(fault) => (None, Some(fault)),
+        },
+    };
+
+    let mut extra = body.extra;
+    let mut choice_extra = choice.extra;
+    choice_extra.remove("index");
+    let (usage, usage_extra) = usage(body.usage);
+    for (name, rest) in [
+        ("choice", choice_extra),
+        ("message", message),
+        ("usage", usage_extra),
+    ] {
+        if !rest.is_empty() {
+            extra.insert(name.into(), Value::Object(rest));
+        }
+    }
+    Ok(Completion {
+        answer,
+        usage,
+        model: text(&body.model),
+        fingerprint: text(&body.system_fingerprint),
+        logprobs,
+        logprobs_fault,
+        extra,
+    })
+}
+
+/// Does this say that something went wrong? Some servers always send the field, and leave it empty.
+fn is_error(error: &Value) -> bool {
+    match error {
+        Value::Null | Value::Bool(false) => false,
+        Value::String(text) => !text.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        _ => true,
+    }
+}
+
+/// A scalar as text; empty for anything else.
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Number(number) => number.to_string(),
+        _ => String::new(),
+    }
+}
+
+/// The text of `content`: a string, null, or a list of parts.
+fn content(content: Option<Value>) -> String {
+    match content {
+        Some(Value::String(text)) => text,
+        Some(Value::Array(parts)) => parts
+            .iter()
+            .filter_map(|part| part.get("text")?.as_str())
+            .collect(),
+        _ => String::new(),
+    }
+}
+
+/// Takes the visible trace of a reasoning model out of the message, by either of its names.
+fn reasoning(message: &mut Map<String, Value>) -> String {
+    for name in ["reasoning_content", "reasoning"] {
+        if let Some(Value::String(trace)) = message.get(name) {
+            let trace = trace.clone();
+            message.remove(name);
+            return trace;
+        }
+    }
+    String::new()
+}
+
+/// The counts that we know, and the rest.
+fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
+    let Value::Object(mut fields) = value else {
+        return (None, Map::new());
+    };
+    let detail = |object: &str, name: &str| count(fields.get(object).and_then(|o| o.get(name)));
+    let cached_tokens = detail("prompt_tokens_details", "cached_tokens")
+        .or(count(fields.get("prompt_cache_hit_tokens")))
+        .unwrap_or(0);
+    let reasoning_tokens = detail("completion_tokens_details", "reasoning_tokens").unwrap_or(0);
+    let prompt_tokens = count(fields.get("prompt_tokens"));
+    let completion_tokens = count(fields.get("completion_tokens"));
+    if prompt_tokens.is_none() && completion_tokens.is_none() {
+        return (None, fields);
+    }
+    fields.retain(|name, _| {
+        !["prompt_tokens", "completion_tokens", "total_tokens"].contains(&name.as_str())
+    });
+    let usage = Usage {
+        prompt_tokens: prompt_tokens.unwrap_or(0),
+        completion_tokens: completion_tokens.unwrap_or(0),
+        cached_tokens,
+        reasoning_tokens,
+    };
+    (Some(usage), fields)
+}
+
+/// A count, be it written as an integer or as a float.
+fn count(value: Option<&Value>) -> Option<u64> {
+    let value = value?;
+    value
+        .as_u64()
+        .or_else(|| value.as_f64().map(|count| count as u64))
+}
+
+impl ApiError {
+    /// Reads the body of a reply with a bad status: any of the usual shapes, or text.
+    pub fn parse(body: &[u8]) -> ApiError {
+        match serde_json::from_slice::<Value>(body) {
+            Ok(Value::Array(errors)) if !errors.is_empty() => ApiError::from_body(&errors[0]),
+            Ok(value @ Value::Object(_)) => ApiError::from_body(&value),
+            _ => {
+                let text = String::from_utf8_lossy(body);
+                let text = text.trim();
+                ApiError {
+                    message: match text.starts_with('<') {
+                        true => "an HTML page instead of an answer".into(),
+                        false => text.into(),
+                    },
+                    ..ApiError::default()
+                }
+            }
+        }
+    }
+
+    fn from_body(body: &Value) -> ApiError {
+        ApiError::from_value(body.get("error").unwrap_or(body))
+    }
+
+    /// From what stands under `error`: an object, a text, or null where nothing is said.
+    fn from_value(error: &Value) -> ApiError {
+        let Value::Object(fields) = error else {
+            return ApiError {
+                message: text(error),
+                ..ApiError::default()
+            };
+        };
+        let field = |name: &str| fields.get(name).map(text).unwrap_or_default();
+        let code = field("code");
+        let status = code
+            .parse()
+            .ok()
+            .filter(|status| (300..600).contains(status));
+        let message = ["message", "detail", "msg"]
+            .map(field)
+            .into_iter()
+            .find(|message| !message.is_empty());
+        ApiError {
+            status,
+            code,
+            kind: field("type"),
+            message: message.unwrap_or_else(|| error.to_string()),
+        }
+    }
+}
+
+/// The body with `NaN`, `Infinity` and `-Infinity` outside strings replaced by `null`.
+fn null_for_bare_words(body: &[u8]) -> Vec<u8> {
+    let mut patched = Vec::with_capacity(body.len());
+    let mut rest = body;
+    let mut in_string = false;
+    while let Some(&byte) = rest.first() {
+        if !in_string {
+            let word = [&b"NaN"[..], b"Infinity", b"-Infinity"]
+                .into_iter()
+                .find(|word| rest.starts_with(word));
+            if let Some(word) = word {
+                patched.extend_from_slice(b"null");
+                rest = &rest[word.len()..];
+                continue;
+            }
+        }
+        let taken = match byte {
+            b'\\' if in_string => rest.len().min(2),
+            _ => 1,
+        };
+        in_string ^= byte == b'"';
+        patched.extend_from_slice(&rest[..taken]);
+        rest = &rest[taken..];
+    }
+    patched
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn answer(body: Value) -> Completion {
+        parse(body.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_full_answer_is_taken_apart_and_nothing_is_lost() {
+        let completion = answer(json!({
+            "id": "x", "created": 1.5, "model": "m-1", "system_fingerprint": "f",
+            "service_tier": "on_demand",
+            "choices": [{"index": 0, "finish_reason": "eos", "stop_reason": 7,
+                "message": {"role": "assistant", "content": "hi", "reasoning": "hm", "tool_calls": []}}],
+            "usage": {"prompt_tokens": 5, "completion_tokens": 2.0, "total_tokens": 7, "cost": 0.1,
+                "prompt_tokens_details": {"cached_tokens": 4}},
+        }));
+        assert_eq!(
+            completion.answer,
+            Answer {
+                text: "hi".into(),
+                finish_reason: "eos".into(),
+                refusal: String::new(),
+                reasoning: "hm".into(),
+            }
+        );
+        let usage = completion.usage.unwrap();
+        assert_eq!(
+            (
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cached_tokens
+            ),
+            (5, 2, 4)
+        );
+        assert_eq!(
+            (completion.model.as_str(), completion.fingerprint.as_str()),
+            ("m-1", "f")
+        );
+        let extra = json!({
+            "id": "x", "created": 1.5, "service_tier": "on_demand",
+            "choice": {"stop_reason": 7}, "message": {"tool_calls": []},
+            "usage": {"cost": 0.1, "prompt_tokens_details": {"cached_tokens": 4}},
+        });
+        assert_eq!(Value::Object(completion.extra), extra);
+    }
+
+    #[test]
+    fn odd_answers_are_still_answers() {
+        let choice = |message: Value| json!({"choices": [{"message": message}]});
+        let cases = [
+            (choice(json!({"content": null})), ""),
+            (choice(json!({})), ""),
+            (
+                choice(json!({"content": [{"type": "text", "text": "a"}, {"text": "b"}]})),
+                "ab",
+            ),
+            (choice(json!({"content": "x", "refusal": 3})), "x"),
+            (
+                json!({"choices": [{"message": {"content": "x"}, "logprobs": "none"}], "usage": []}),
+                "x",
+            ),
+            (
+                json!({"choices": [{"message": {"content": "x"}}], "error": {}}),
+                "x",
+            ),
+        ];
+        for (body, expected) in cases {
+            assert_eq!(answer(body).answer.text, expected);
+        }
+        let spaced = b"\n\n\n {\"choices\":[{\"message\":{\"content\":\"x\"}}]}";
+        assert_eq!(parse(spaced).unwrap().answer.text, "x");
+    }
+
+    #[test]
+    fn broken_logprobs_cost_no_answer() {
+        let body = br#"{"choices":[{"message":{"content":"a \" NaN"},"logprobs":{"content":[
+            {"token":"a \" NaN","logprob":-Infinity,"top_logprobs":[{"token":"b","logprob":NaN}]}]}}]}"#;
+        let completion = parse(body).unwrap();
+        assert_eq!(completion.answer.text, "a \" NaN");
+        let logprobs = completion.logprobs.unwrap();
+        assert_eq!(
+            (logprobs.logprob, logprobs.top_logprob),
+            (vec![None], vec![vec![None]])
+        );
+
+        let completion = answer(json!({"choices": [{"message": {"content": "x"},
+            "logprobs": {"content": [{"token": 1}]}}]}));
+        assert!(completion.logprobs.is_none() && completion.logprobs_fault.is_some());
+    }
+
+    #[test]
+    fn a_body_without_an_answer_says_why() {
+        let nested = format!("{{\"usage\":{}", "[".repeat(100_000));
+        let cases: [(&[u8], &str); 7] = [
+            (b"", "empty"),
+            (b"{\"choices\":[{\"mess", "EOF"),
+            (b"<html>", "expected"),
+            (b"{}", "no choice"),
+            (b"{\"choices\":[]}", "no choice"),
+            (
+                b"{\"choices\":[{\"finish_reason\":\"stop\"}]}",
+                "no message",
+            ),
+            (nested.as_bytes(), "recursion"),
+        ];
+        for (body, expected) in cases {
+            match parse(body).unwrap_err() {
+                NoAnswer::Malformed(problem) => assert!(problem.contains(expected), "{problem}"),
+                NoAnswer::Error(error) => panic!("{error:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn errors_are_read_in_any_shape() {
+        let cases = [
+            (
+                r#"{"error":{"message":"m","type":"t","code":"c"}}"#,
+                (None, "c", "t", "m"),
+            ),
+            (
+                r#"{"error":{"message":"m","code":429}}"#,
+                (Some(429), "429", "", "m"),
+            ),
+            (r#"[{"error":{"message":"m"}}]"#, (None, "", "", "m")),
+            (r#"{"error":"m"}"#, (None, "", "", "m")),
+            (r#"{"detail":"Not Found"}"#, (None, "", "", "Not Found")),
+            (r#"{"detail":[1]}"#, (None, "", "", r#"{"detail":[1]}"#)),
+            ("upstream gone\n", (None, "", "", "upstream gone")),
+            (
+                "<html>",
+                (None, "", "", "an HTML page instead of an answer"),
+            ),
+        ];
+        for (body, (status, code, kind, message)) in cases {
+            let expected = ApiError {
+                status,
+                code: code.into(),
+                kind: kind.into(),
+                message: message.into(),
+            };
+            assert_eq!(ApiError::parse(body.as_bytes()), expected);
+        }
+        let body = br#"{"error":{"code":502,"message":"m"},"choices":[]}"#;
+        assert!(matches!(parse(body), Err(NoAnswer::Error(error)) if error.status == Some(502)));
+        let body = br#"{"choices":[{"message":{"content":"x"},"finish_reason":"error"}]}"#;
+        assert!(matches!(parse(body), Err(NoAnswer::Error(_))));
+    }
+}

@@ -1,0 +1,134 @@
+//! Template files: how a row becomes a conversation.
+
+use std::path::Path;
+
+use anyhow::Result;
+use minijinja::value::Serde;
+use minijinja::{Environment, ErrorKind, UndefinedBehavior};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::Message;
+use crate::exit::Exit;
+
+/// The file as written; `prompts/plain.toml` documents it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    system: Option<String>,
+    user: String,
+    #[serde(default)]
+    examples: Vec<Example>,
+}
+
+/// A few-shot example, sent word for word: braces in it are no template.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Example {
+    user: String,
+    assistant: String,
+}
+
+/// A parsed template file.
+pub struct Template {
+    /// Holds the templates `user` and, where the file has one, `system`.
+    environment: Environment<'static>,
+    has_system: bool,
+    examples: Vec<Example>,
+}
+
+impl Template {
+    pub fn load(path: &Path) -> Result<Template> {
+        let place = path.display();
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Exit::Usage(format!("cannot read the template {place}: {error}")))?;
+        let file: File = toml::from_str(&text)
+            .map_err(|error| Exit::Usage(format!("the template {place} is invalid: {error}")))?;
+
+        let mut environment = Environment::new();
+        // A field that is missing in one row must not become an empty prompt that is paid for.
+        environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        let has_system = file.system.is_some();
+        for (name, source) in [("system", file.system), ("user", Some(file.user))] {
+            if let Some(source) = source {
+                environment
+                    .add_template_owned(name, source)
+                    .map_err(|error| {
+                        Exit::Usage(format!("`{name}` in the template {place}: {error}"))
+                    })?;
+            }
+        }
+        Ok(Template {
+            environment,
+            has_system,
+            examples: file.examples,
+        })
+    }
+
+    /// The conversation of one row: system, the examples, user.
+    ///
+    /// An undefined variable is an [`Exit::Usage`] that names the row and the variable.
+    pub fn render(&self, row_number: usize, row: &Value) -> Result<Vec<Message>> {
+        let mut messages = Vec::with_capacity(2 + 2 * self.examples.len());
+        if self.has_system {
+            messages.push(message(
+                "system",
+                self.render_one("system", row_number, row)?,
+            ));
+        }
+        for example in &self.examples {
+            messages.push(message("user", example.user.clone()));
+            messages.push(message("assistant", example.assistant.clone()));
+        }
+        messages.push(message("user", self.render_one("user", row_number, row)?));
+        Ok(messages)
+    }
+
+    fn render_one(&self, name: &str, row_number: usize, row: &Value) -> Result<String> {
+        let template = self.environment.get_template(name)?;
+        template.render(Serde(row)).map_err(|error| {
+            let variables = template.undeclared_variables(true);
+            let missing = missing_variables(&variables, row);
+            let problem = if error.kind() == ErrorKind::UndefinedError && !missing.is_empty() {
+                let fields = row.as_object().map(|fields| list(fields.keys()));
+                format!(
+                    "`{name}` of the template asks for {}, but the row has only {}",
+                    list(missing),
+                    fields.unwrap_or_default()
+                )
+            } else {
+                error.to_string()
+            };
+            Exit::Usage(format!("row {row_number}: {problem}")).into()
+        })
+    }
+}
+
+fn message(role: &str, content: String) -> Message {
+    Message {
+        role: role.into(),
+        content,
+    }
+}
+
+/// Those of `variables` (`a` or `a.b`) that the row does not have, in order.
+fn missing_variables<'a>(
+    variables: &'a std::collections::HashSet<String>,
+    row: &Value,
+) -> Vec<&'a String> {
+    let mut missing: Vec<_> = variables
+        .iter()
+        .filter(|path| {
+            path.split('.')
+                .try_fold(row, |value, field| value.get(field))
+                .is_none()
+        })
+        .collect();
+    missing.sort();
+    missing
+}
+
+fn list<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
+    let quoted: Vec<_> = names.into_iter().map(|name| format!("`{name}`")).collect();
+    quoted.join(", ")
+}

@@ -1,0 +1,315 @@
+//! A teacher that misbehaves.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::{Run, at_first, end};
+use crate::fault_server::{FaultServer, Reaction, answer, completion, error, reply, reply_with};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_after_closes_the_gate_for_everybody_and_costs_no_attempt() {
+    let server = FaultServer::start(|seen| match seen.number {
+        0 => reply_with(
+            429,
+            "retry-after-ms",
+            "300",
+            error("slow down", "rate_limit"),
+        ),
+        _ => answer(seen),
+    })
+    .await;
+    let mut run = Run::new(&server, &["a", "b", "c"]);
+    run.config.limits.concurrency = 1;
+    run.config.retry.max_attempts = 1;
+    let summary = run.harvest().await;
+    assert_eq!((summary.ok, summary.requests), (3, 4));
+    let seen = server.seen();
+    let wait = seen[1].at - seen[0].at;
+    assert!(
+        wait >= Duration::from_millis(300),
+        "the next request came after {wait:?}"
+    );
+    assert!(
+        run.records()
+            .iter()
+            .all(|record| record.timing.attempts == 1)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_may_pass_is_tried_again_and_counted() {
+    let good = completion("A", 20).to_string();
+    let cut = good.as_bytes()[..good.len() - 20].to_vec();
+    let faults = [
+        reply(500, json!("oops")),
+        Reaction::Reply(502, Vec::new(), b"<html>bad gateway</html>".to_vec()),
+        reply(408, json!({})),
+        reply(503, json!({})),
+        Reaction::Reset,
+        Reaction::ResetInBody(good.clone().into_bytes()),
+        Reaction::ShortBody(good.clone().into_bytes()),
+        Reaction::UnfinishedChunks(good.clone().into_bytes()),
+        Reaction::Stall,
+        Reaction::Reply(200, Vec::new(), cut),
+        Reaction::Reply(200, Vec::new(), b"".to_vec()),
+        Reaction::Reply(200, Vec::new(), vec![0xff; 10]),
+        reply(200, json!({"choices": []})),
+        reply(200, json!({"error": {"code": 502, "message": "upstream"}})),
+    ];
+    for fault in faults {
+        let name = format!("{fault:?}");
+        let server = FaultServer::start(at_first(2, fault)).await;
+        let mut run = Run::new(&server, &["a"]);
+        run.config.teacher.timeout_s = 0.1;
+        let summary = run.harvest().await;
+        assert_eq!(
+            (summary.ok, summary.requests),
+            (1, 3),
+            "{name}: {summary:?}"
+        );
+        assert_eq!(run.records()[0].timing.attempts, 3, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_never_succeeds_fails_after_its_attempts_and_the_others_go_on() {
+    let server = FaultServer::start(|seen| match seen.prompt() {
+        "bad" => reply(500, json!({})),
+        _ => answer(seen),
+    })
+    .await;
+    let run = Run::new(&server, &["bad", "a", "b"]);
+    let summary = run.harvest().await;
+    assert_eq!((summary.ok, summary.failed, summary.requests), (2, 1, 8));
+    assert_eq!(summary.failures["http 500"], 1);
+    assert_eq!(end(&summary).0, 3);
+    assert_eq!(run.failures()[0]["attempts"], 6);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_row_fails_and_the_others_finish() {
+    let server = FaultServer::start(|seen| match seen.prompt() {
+        "bad" => reply(400, error("too long \u{1b}[31m", "context_length")),
+        _ => answer(seen),
+    })
+    .await;
+    let run = Run::new(&server, &["bad", "a", "b"]);
+    let summary = run.harvest().await;
+    assert_eq!((summary.ok, summary.failed, summary.requests), (2, 1, 3));
+    let (code, message) = end(&summary);
+    assert_eq!(code, 3);
+    assert!(
+        message.contains("1 of 3") && message.contains("failures.jsonl"),
+        "{message}"
+    );
+    let failure = &run.failures()[0];
+    assert_eq!(failure["class"], "http 400");
+    assert_eq!(failure["message"], "400: too long \\u{1b}[31m");
+
+    // The file speaks of the last run only.
+    run.write("prompts.txt", "a\nb");
+    assert_eq!(end(&run.harvest().await).0, 0);
+    assert!(run.failures().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_request_can_survive_stops_the_run_at_once() {
+    let quota = error("You exceeded your current quota", "insufficient_quota");
+    let cases = [
+        (
+            reply(401, error("bad key", "invalid_api_key")),
+            "asks for a key (401: bad key)",
+        ),
+        (reply(403, error("no", "")), "forbids this (403: no)"),
+        (reply(402, error("pay", "")), "no credit left"),
+        (reply(429, quota), "no credit left"),
+        (
+            reply(404, error("no such", "model_not_found")),
+            "`teacher.model` = \"m\"",
+        ),
+        (
+            reply(404, error("The model `m` does not exist", "")),
+            "`teacher.model` = \"m\"",
+        ),
+    ];
+    for (fault, expected) in cases {
+        let server = FaultServer::start(at_first(usize::MAX, fault)).await;
+        let mut run = Run::new(&server, &["a", "b", "c", "d"]);
+        run.config.limits.concurrency = 1;
+        let summary = run.harvest().await;
+        let (code, message) = end(&summary);
+        assert_eq!(
+            (code, summary.requests, summary.pending),
+            (1, 1, 4),
+            "{message}"
+        );
+        assert!(
+            message.contains(expected),
+            "{expected} is not in: {message}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_refuses_everything_alike_is_not_asked_for_every_row() {
+    let refusal = reply(400, error("unknown parameter: top_logprobs", ""));
+    let server = FaultServer::start(at_first(usize::MAX, refusal)).await;
+    let prompts: Vec<_> = (0..50).map(|number| format!("p{number}")).collect();
+    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
+    let mut run = Run::new(&server, &prompts);
+    run.config.limits.concurrency = 2;
+    let summary = run.harvest().await;
+    let (code, message) = end(&summary);
+    assert!(
+        code == 1 && message.contains("unknown parameter: top_logprobs"),
+        "{message}"
+    );
+    assert!(summary.requests < 10, "{}", summary.requests);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_without_end_is_not_read_to_its_end() {
+    let huge = Reaction::Reply(200, Vec::new(), vec![b' '; 65 << 20]);
+    let server = FaultServer::start(at_first(usize::MAX, huge)).await;
+    let summary = Run::new(&server, &["a"]).harvest().await;
+    assert_eq!((summary.failures["too large"], summary.requests), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redirect_is_reported_and_not_followed() {
+    let other = FaultServer::start(answer).await;
+    let target = format!("{}/chat/completions", other.base_url);
+    let server = {
+        let target = target.clone();
+        FaultServer::start(move |_| reply_with(307, "location", &target, json!({}))).await
+    };
+    let summary = Run::new(&server, &["a"]).harvest().await;
+    let (code, message) = end(&summary);
+    assert_eq!(code, 1);
+    assert!(
+        message.contains(&target) && message.contains("`teacher.base_url`"),
+        "{message}"
+    );
+    assert_eq!(other.count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_where_nothing_answers_is_given_up_soon() {
+    let server = FaultServer::start(answer).await;
+    // More rows than go out at once: that many failures must not look like an outage to sit out.
+    let prompts: Vec<_> = (0..50).map(|number| format!("p{number}")).collect();
+    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
+    let mut run = Run::new(&server, &prompts);
+    // Bound and dropped: nobody else listens there.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    run.config.teacher.base_url = format!("http://{}/v1", free.local_addr().unwrap());
+    drop(free);
+    run.config.retry.max_outage_s = 600.0;
+    run.config.retry.max_s = 60.0;
+    let summary = run.harvest().await;
+    let (code, message) = end(&summary);
+    assert_eq!((code, summary.pending), (1, 50));
+    assert!(
+        message.contains(&run.config.teacher.base_url) && message.contains("refused"),
+        "{message}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_gives_up_no_row_and_ends_as_resumable() {
+    let server = FaultServer::start(|seen| match seen.number {
+        0 => answer(seen),
+        _ => reply(503, json!({})),
+    })
+    .await;
+    let mut run = Run::new(&server, &["a", "b", "c", "d", "e", "f"]);
+    run.config.limits.concurrency = 3;
+    run.config.retry.max_attempts = 2;
+    let summary = run.harvest().await;
+    let (code, message) = end(&summary);
+    assert_eq!((code, summary.ok, summary.pending), (4, 1, 5), "{message}");
+    assert!(
+        message.contains("503") && message.contains("same command"),
+        "{message}"
+    );
+    assert!(
+        summary.requests < 100,
+        "{} requests is no probing",
+        summary.requests
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_survive_an_outage_that_passes() {
+    let server = FaultServer::start(|seen| match seen.number {
+        3..60 => reply(500, json!({})),
+        _ => answer(seen),
+    })
+    .await;
+    let prompts: Vec<_> = (0..12).map(|number| format!("p{number}")).collect();
+    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
+    let mut run = Run::new(&server, &prompts);
+    run.config.limits.concurrency = 3;
+    run.config.retry.max_s = 0.01;
+    run.config.retry.max_outage_s = 20.0;
+    let summary = run.harvest().await;
+    assert_eq!((summary.ok, summary.failed), (12, 0), "{summary:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn odd_answers_are_kept_with_what_is_odd_about_them() {
+    let server = FaultServer::start(|seen| {
+        let mut body = completion("X", 20);
+        let choice = &mut body["choices"][0];
+        match seen.prompt() {
+            "finish" => choice["finish_reason"] = "model_length".into(),
+            "filtered" => choice["finish_reason"] = "content_filter".into(),
+            "logprobs" => choice["logprobs"] = json!({"content": [{"token": 5}]}),
+            "none" => choice["logprobs"] = Value::Null,
+            "refusal" => choice["message"] = json!({"content": null, "refusal": "no"}),
+            "thinking" => {
+                choice["message"] = json!({"content": "", "reasoning_content": "hm"});
+                choice["finish_reason"] = "length".into();
+            }
+            _ => body["usage"] = Value::Null,
+        }
+        body["service_tier"] = "on_demand".into();
+        body["created"] = json!(1.5);
+        reply(200, body)
+    })
+    .await;
+    let prompts = [
+        "finish", "filtered", "logprobs", "none", "refusal", "thinking", "usage",
+    ];
+    let run = Run::new(&server, &prompts);
+    let summary = run.harvest().await;
+    assert_eq!(
+        (summary.ok, summary.quarantined, summary.requests),
+        (5, 2, 7)
+    );
+    assert_eq!(summary.without_logprobs, 2);
+    assert_eq!(summary.quarantines["refusal"], 1);
+    assert_eq!(summary.quarantines["empty: length"], 1);
+    assert_eq!(end(&summary).0, 0);
+
+    let of = |prompt: &str| {
+        let found = run
+            .records()
+            .into_iter()
+            .find(|record| record.request["messages"][0]["content"] == prompt);
+        found.unwrap()
+    };
+    assert_eq!(of("finish").answer.finish_reason, "model_length");
+    assert_eq!(of("finish").extra["service_tier"], "on_demand");
+    assert!(of("logprobs").extra.contains_key("logprobs_dropped"));
+    assert_eq!(of("refusal").answer.refusal, "no");
+    assert_eq!(of("thinking").answer.reasoning, "hm");
+    assert_eq!(of("usage").usage, None);
+
+    assert_eq!(
+        run.harvest().await.requests,
+        0,
+        "none of them is bought again"
+    );
+}

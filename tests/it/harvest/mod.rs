@@ -1,0 +1,119 @@
+//! `distill harvest` against a teacher over real TCP.
+
+mod faults;
+mod runs;
+
+use std::time::Duration;
+
+use distill::cache::record::Record;
+use distill::config::Config;
+use distill::exit::Exit;
+use distill::harvest::{self, HarvestOptions, Signals, Summary};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::sync::mpsc::unbounded_channel;
+
+use crate::fault_server::{FaultServer, Reaction, Seen, answer};
+
+/// A run folder with a config that points at `server`, quick to retry and without a key.
+pub struct Run {
+    pub dir: TempDir,
+    pub config: Config,
+}
+
+impl Run {
+    pub fn new(server: &FaultServer, prompts: &[&str]) -> Run {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config {
+            run_dir: dir.path().join("run"),
+            ..Config::default()
+        };
+        config.teacher.base_url = server.base_url.clone();
+        config.teacher.model = "m".into();
+        config.teacher.api_key_env = String::new();
+        config.prompts.source = dir.path().join("prompts.txt");
+        config.sampling.max_tokens = 16;
+        config.retry.base_s = 0.002;
+        config.retry.max_s = 0.02;
+        config.retry.max_outage_s = 0.5;
+        let run = Run { dir, config };
+        run.write("prompts.txt", &prompts.join("\n"));
+        run
+    }
+
+    pub fn write(&self, name: &str, content: &str) {
+        std::fs::write(self.dir.path().join(name), content).unwrap();
+    }
+
+    pub async fn harvest(&self) -> Summary {
+        let (_sender, receiver) = unbounded_channel();
+        self.try_harvest(Signals::from_channel(receiver))
+            .await
+            .unwrap()
+    }
+
+    pub async fn try_harvest(&self, signals: Signals) -> anyhow::Result<Summary> {
+        let options = HarvestOptions {
+            quiet: true,
+            ..HarvestOptions::default()
+        };
+        let run = harvest::run_until(&self.config, options, signals);
+        let summary = tokio::time::timeout(Duration::from_secs(20), run)
+            .await
+            .expect("the run hangs")?;
+        let parts = [
+            summary.cached,
+            summary.ok,
+            summary.quarantined,
+            summary.failed,
+            summary.pending,
+        ];
+        assert_eq!(parts.iter().sum::<u64>(), summary.total, "{summary:?}");
+        Ok(summary)
+    }
+
+    pub fn records(&self) -> Vec<Record> {
+        let file = distill::cache::file(&self.config.run_dir.join("cache"));
+        if !file.exists() {
+            return Vec::new();
+        }
+        distill::cache::read(&file)
+            .unwrap()
+            .map(Result::unwrap)
+            .collect()
+    }
+
+    pub fn texts(&self) -> Vec<String> {
+        let mut texts: Vec<_> = self
+            .records()
+            .into_iter()
+            .map(|record| record.answer.text)
+            .collect();
+        texts.sort();
+        texts
+    }
+
+    pub fn failures(&self) -> Vec<Value> {
+        let lines = std::fs::read_to_string(self.config.run_dir.join("failures.jsonl")).unwrap();
+        lines
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+}
+
+/// The exit status and the message that the process would end with.
+pub fn end(summary: &Summary) -> (u8, String) {
+    match &summary.error {
+        Some(error) => (Exit::code_of(error), format!("{error:#}")),
+        None => (0, String::new()),
+    }
+}
+
+/// Answers after the first `times` requests for each body, which get `fault`.
+pub fn at_first(times: usize, fault: Reaction) -> impl Fn(&Seen) -> Reaction {
+    move |seen| match seen.repeat < times {
+        true => fault.clone(),
+        false => answer(seen),
+    }
+}

@@ -1,0 +1,279 @@
+//! What is asked, recorded, limited and shown.
+
+use std::path::Path;
+use std::time::Duration;
+
+use distill::cache::record::Status;
+use distill::exit::Exit;
+use distill::harvest::{self, HarvestOptions, Signals};
+use tokio::sync::mpsc::unbounded_channel;
+
+use super::{Run, end};
+use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion, error, reply};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_recorded_once_with_their_logprobs() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["one", "two", "three"]);
+    run.config.price.input = Some(1.0);
+    run.config.price.output = Some(2.0);
+
+    let summary = run.harvest().await;
+    assert_eq!(end(&summary).0, 0);
+    assert_eq!((summary.total, summary.ok, summary.requests), (3, 3, 3));
+    assert_eq!((summary.prompt_tokens, summary.completion_tokens), (30, 11));
+    assert!((summary.cost_usd.unwrap() - 52e-6).abs() < 1e-12);
+    assert_eq!(run.texts(), ["ONE", "THREE", "TWO"]);
+
+    let record = run
+        .records()
+        .into_iter()
+        .find(|record| record.answer.text == "ONE")
+        .unwrap();
+    assert_eq!(
+        (record.status, record.answer.finish_reason.as_str()),
+        (Status::Ok, "stop")
+    );
+    assert_eq!(
+        (record.model.as_str(), record.endpoint.as_str()),
+        ("m-reported", server.base_url.as_str())
+    );
+    assert_eq!(record.request["top_logprobs"], 20);
+    assert_eq!(record.timing.attempts, 1);
+    let logprobs = record.logprobs.unwrap();
+    assert!(logprobs.matches_text);
+    assert_eq!(logprobs.token, ["O", "N", "E"]);
+    assert_eq!(
+        (logprobs.top[2].len(), logprobs.top[2][19].as_str()),
+        (20, "t19")
+    );
+    assert_eq!(logprobs.top_logprob[0][1], Some(-1.5));
+
+    let seen = server.seen();
+    assert_eq!(seen[0].path, "/v1/chat/completions");
+    assert_eq!(seen[0].header("authorization"), None);
+
+    let again = run.harvest().await;
+    assert_eq!((again.cached, again.ok, again.requests), (3, 0, 0));
+    assert_eq!(server.count(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_changed_is_asked_again() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &[]);
+    run.config.prompts.source = run.dir.path().join("rows.jsonl");
+    run.config.prompts.template = Some(run.dir.path().join("template.toml"));
+    run.write(
+        "rows.jsonl",
+        "{\"id\":1,\"q\":\"a\"}\n{\"id\":2,\"q\":\"b\"}",
+    );
+    run.write("template.toml", "system = \"s\"\nuser = \"{{ q }}\"");
+    assert_eq!(run.harvest().await.requests, 2);
+
+    run.write(
+        "rows.jsonl",
+        "{\"id\":1,\"q\":\"a\"}\n{\"id\":2,\"q\":\"changed\"}",
+    );
+    let summary = run.harvest().await;
+    assert_eq!((summary.cached, summary.requests), (1, 1));
+    assert_eq!(server.seen().last().unwrap().prompt(), "changed");
+
+    let example = "examples = [{ user = \"x\", assistant = \"y\" }]";
+    run.write(
+        "template.toml",
+        &format!("system = \"s\"\nuser = \"{{{{ q }}}}\"\n{example}"),
+    );
+    assert_eq!(run.harvest().await.requests, 2);
+    assert_eq!(
+        server.seen().last().unwrap().body["messages"]
+            .as_array()
+            .unwrap()
+            .len(),
+        4
+    );
+
+    run.write("template.toml", "system = \"t\"\nuser = \"{{ q }}\"");
+    assert_eq!(run.harvest().await.requests, 2);
+
+    run.config.limits.requests_per_minute = Some(6_000);
+    run.config.retry.max_attempts = 2;
+    assert_eq!(
+        run.harvest().await.requests,
+        0,
+        "limits and retries are no part of the key"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn samples_of_a_prompt_differ_by_their_seed() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["a"]);
+    run.config.prompts.samples = 3;
+    run.config.sampling.seed = Some(40);
+    assert_eq!(run.harvest().await.ok, 3);
+    let mut seeds: Vec<_> = server
+        .seen()
+        .iter()
+        .map(|seen| seen.body["seed"].as_i64().unwrap())
+        .collect();
+    seeds.sort();
+    assert_eq!(seeds, [40, 41, 42]);
+    let mut samples: Vec<_> = run.records().iter().map(|record| record.sample).collect();
+    samples.sort();
+    assert_eq!(samples, [0, 1, 2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_larger_than_the_limit_is_an_error_before_anything_is_sent() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["a"]);
+    run.config.limits.tokens_per_minute = Some(50);
+    run.config.sampling.max_tokens = 100;
+    let (_sender, receiver) = unbounded_channel();
+    let error = run
+        .try_harvest(Signals::from_channel(receiver))
+        .await
+        .unwrap_err();
+    assert_eq!(Exit::code_of(&error), 2);
+    assert!(
+        error
+            .to_string()
+            .contains("`limits.tokens_per_minute` = 50"),
+        "{error}"
+    );
+    assert_eq!(server.count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_requests_are_in_flight_than_allowed() {
+    let server = FaultServer::start(|seen| {
+        Reaction::After(Duration::from_millis(20), Box::new(answer(seen)))
+    })
+    .await;
+    let prompts: Vec<_> = (0..20).map(|number| format!("p{number}")).collect();
+    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
+    let mut run = Run::new(&server, &prompts);
+    run.config.limits.concurrency = 4;
+    let most = async {
+        let mut most = 0;
+        while server.count() < 20 {
+            most = most.max(server.in_flight());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        most
+    };
+    let (summary, most) = tokio::join!(run.harvest(), most);
+    assert_eq!(summary.ok, 20);
+    assert_eq!(most, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_signal_drains_and_the_second_stops_at_once() {
+    let server = FaultServer::start(|seen| match seen.prompt() {
+        "never" => Reaction::Stall,
+        _ => Reaction::After(Duration::from_millis(100), Box::new(answer(seen))),
+    })
+    .await;
+    let signal = async |run: &Run, numbers: &[u8], in_flight: usize| {
+        let (sender, receiver) = unbounded_channel();
+        let before = server.count();
+        let send = async {
+            while server.count() < before + in_flight {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            for number in numbers {
+                sender.send(*number).unwrap();
+            }
+        };
+        let (summary, ()) = tokio::join!(run.try_harvest(Signals::from_channel(receiver)), send);
+        summary.unwrap()
+    };
+
+    let mut run = Run::new(&server, &["a", "b", "c", "d", "e"]);
+    run.config.limits.concurrency = 2;
+    let drained = signal(&run, &[2], 2).await;
+    assert_eq!((end(&drained).0, drained.ok, drained.pending), (130, 2, 3));
+    assert_eq!(run.records().len(), 2);
+    let resumed = run.harvest().await;
+    assert_eq!((resumed.cached, resumed.ok), (2, 3));
+
+    let run = Run::new(&server, &["never"]);
+    let stopped = signal(&run, &[15, 15], 1).await;
+    assert_eq!((end(&stopped).0, stopped.pending), (143, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_sends_and_writes_nothing() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["a", "b", "c"]);
+    let options = HarvestOptions {
+        dry_run: true,
+        ..HarvestOptions::default()
+    };
+    // A key is not needed to plan.
+    run.config.teacher.api_key_env = "DISTILL_TEST_NO_SUCH_VARIABLE".into();
+    let summary = harvest::run(&run.config, options).await.unwrap();
+    assert_eq!((summary.total, summary.cached, summary.pending), (3, 0, 3));
+    assert_eq!(summary.estimate.unwrap().completion_tokens, 48);
+    assert_eq!(server.count(), 0);
+    assert!(!run.config.run_dir.exists());
+
+    run.config.teacher.api_key_env = String::new();
+    run.harvest().await;
+    let summary = harvest::run(&run.config, options).await.unwrap();
+    assert_eq!((summary.cached, summary.pending), (3, 0));
+}
+
+/// A key for [`the_key_is_sent_and_appears_nowhere_else`], as the environment of a test cannot be
+/// set without `unsafe`: PATH is always set, and long enough.
+const KEY_VARIABLE: &str = "PATH";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_is_sent_and_appears_nowhere_else() {
+    let key = std::env::var(KEY_VARIABLE).unwrap();
+    let echo = |seen: &Seen| seen.header("authorization").unwrap()["Bearer ".len()..].to_string();
+    let server = FaultServer::start(move |seen| match seen.prompt() {
+        "answer" => reply(200, completion(&echo(seen), 0)),
+        "refused" => reply(400, error(&format!("bad key {}", echo(seen)), "")),
+        _ => reply(401, error(&format!("bad key {}", echo(seen)), "")),
+    })
+    .await;
+    let mut run = Run::new(&server, &["answer", "refused"]);
+    run.config.teacher.api_key_env = KEY_VARIABLE.into();
+    let mut outputs = vec![format!("{:?}", run.harvest().await)];
+    let header = server.seen()[0]
+        .header("authorization")
+        .unwrap()
+        .to_string();
+    assert_eq!(header, format!("Bearer {key}"));
+
+    run.write("prompts.txt", "stop");
+    let summary = run.harvest().await;
+    let (code, message) = end(&summary);
+    assert_eq!(code, 1);
+    assert!(
+        message.contains("bad key [key]") && message.contains("`PATH`"),
+        "{message}"
+    );
+    outputs.push(message);
+    for entry in files(&run.config.run_dir) {
+        outputs.push(String::from_utf8_lossy(&std::fs::read(entry).unwrap()).into_owned());
+    }
+    assert!(outputs.len() >= 4);
+    for output in outputs {
+        assert!(!output.contains(&key), "{output}");
+    }
+}
+
+fn files(dir: &Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(files(&path)),
+            false => found.push(path),
+        }
+    }
+    found
+}
