@@ -1,6 +1,9 @@
-//! Examples laid end to end for one forward pass.
+//! Examples laid end to end for one forward pass, and the order in which they come.
 
 use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
 
 use super::example::Example;
 
@@ -50,4 +53,78 @@ impl Batch {
         }
         batch
     }
+}
+
+/// Where the order of the examples stands: the next one to take is number `index` of `epoch`. Part
+/// of a checkpoint.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursor {
+    pub epoch: u64,
+    pub index: usize,
+}
+
+/// The order in which examples are trained on: every epoch in an order of its own, which the seed
+/// and the epoch's number decide.
+///
+/// A step takes `batch_size` examples, across the border of two epochs where it must: all steps are
+/// the same size, and each example is taken once per epoch.
+#[derive(Debug, Clone)]
+pub struct Batches {
+    batch_size: usize,
+    seed: u64,
+    cursor: Cursor,
+    /// The order of the epoch that the cursor is in.
+    order: Vec<usize>,
+}
+
+impl Batches {
+    /// Over `examples` examples, from `cursor` on; a new run starts at the default.
+    ///
+    /// # Errors
+    /// If a size is 0, or the cursor lies outside, which means that the data has changed since.
+    pub fn new(examples: usize, batch_size: usize, seed: u64, cursor: Cursor) -> Result<Self> {
+        ensure!(examples > 0, "there are no examples to train on");
+        ensure!(batch_size > 0, "`train.batch_size` must be at least 1");
+        ensure!(
+            cursor.index <= examples,
+            "the checkpoint stands at example {} of {examples}: the data has changed since; train \
+             with `--fresh`",
+            cursor.index
+        );
+        Ok(Self {
+            batch_size,
+            seed,
+            cursor,
+            order: order(examples, seed, cursor.epoch),
+        })
+    }
+
+    /// Where the next step begins.
+    pub fn cursor(&self) -> Cursor {
+        self.cursor
+    }
+
+    /// Which examples the next step takes.
+    pub fn next_step(&mut self) -> Vec<usize> {
+        let mut indices = Vec::with_capacity(self.batch_size);
+        while indices.len() < self.batch_size {
+            if self.cursor.index == self.order.len() {
+                self.cursor.epoch += 1;
+                self.cursor.index = 0;
+                self.order = order(self.order.len(), self.seed, self.cursor.epoch);
+            }
+            indices.push(self.order[self.cursor.index]);
+            self.cursor.index += 1;
+        }
+        indices
+    }
+}
+
+/// The order of an epoch.
+fn order(examples: usize, seed: u64, epoch: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..examples).collect();
+    // The seed is spread over all bits first: seed 0 epoch 1 and seed 1 epoch 0 must differ.
+    let spread = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    fastrand::Rng::with_seed(spread.wrapping_add(epoch)).shuffle(&mut order);
+    order
 }

@@ -1,3 +1,7 @@
 //! From cache records to batches.
+pub mod align;
 pub mod batch;
+pub mod chat_template;
+pub mod dataset;
 pub mod example;
+pub mod tokenizer;

@@ -5,6 +5,7 @@ mod cache_faults;
 mod cache_properties;
 mod cache_samples;
 mod config;
+mod data;
 mod fault_server;
 mod fs;
 mod gradients;

@@ -1,0 +1,67 @@
+//! What became of the records.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Serialize;
+
+/// Counts of rows and positions, for the user and for `--json`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Report {
+    /// Rows read.
+    pub records: u64,
+    pub kept: u64,
+    /// Examples on either side of the split; both 0 where nothing was split.
+    pub train: u64,
+    pub validation: u64,
+    /// Rows left out, by reason.
+    pub dropped: BTreeMap<String, u64>,
+    /// Kept answers that train on cross-entropy alone, by reason.
+    pub ce_only: BTreeMap<String, u64>,
+    /// Tokens in the kept examples.
+    pub tokens: u64,
+    /// Supervised positions, and those of them with soft labels.
+    pub positions: u64,
+    pub soft_positions: u64,
+    /// The share of the teacher's probability that lies on student tokens, where there are soft
+    /// labels; the rest is the tail.
+    pub mean_mapped_mass: f64,
+}
+
+/// `reason: count` pairs, the most frequent first.
+pub fn by_reason(counts: &BTreeMap<String, u64>) -> String {
+    let mut counts: Vec<_> = counts.iter().collect();
+    counts.sort_by_key(|&(_, &count)| std::cmp::Reverse(count));
+    let parts: Vec<String> = counts
+        .iter()
+        .map(|(reason, count)| format!("{count} {reason}"))
+        .collect();
+    parts.join(", ")
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} records, {} kept", self.records, self.kept)?;
+        if self.train + self.validation > 0 {
+            write!(f, ": {} train, {} validation", self.train, self.validation)?;
+        }
+        if !self.dropped.is_empty() {
+            write!(f, "\ndropped: {}", by_reason(&self.dropped))?;
+        }
+        write!(
+            f,
+            "\n{} tokens, {} supervised, {} with soft labels ({:.1} %)",
+            self.tokens,
+            self.positions,
+            self.soft_positions,
+            100.0 * self.soft_positions as f64 / self.positions.max(1) as f64
+        )?;
+        if self.soft_positions > 0 {
+            write!(f, ", mapped mass {:.3}", self.mean_mapped_mass)?;
+        }
+        if !self.ce_only.is_empty() {
+            write!(f, "\ncross-entropy only: {}", by_reason(&self.ce_only))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,112 @@
+//! What a model folder says about its tokenizer besides `tokenizer.json`.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+/// The small files of a model folder, each null where it is missing.
+pub struct Files {
+    tokenizer_config: Value,
+    special_tokens_map: Value,
+    generation_config: Value,
+    config: Value,
+    /// The chat template, where there is one.
+    pub chat_template: Option<String>,
+}
+
+impl Files {
+    /// # Errors
+    /// If a file is there and cannot be read or is no JSON.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let mut files = Self {
+            tokenizer_config: json(&dir.join("tokenizer_config.json"))?,
+            special_tokens_map: json(&dir.join("special_tokens_map.json"))?,
+            generation_config: json(&dir.join("generation_config.json"))?,
+            config: json(&dir.join("config.json"))?,
+            chat_template: text(&dir.join("chat_template.jinja"))?,
+        };
+        if files.chat_template.is_none() {
+            files.chat_template = template_in(&files.tokenizer_config["chat_template"]);
+        }
+        Ok(files)
+    }
+
+    /// The text of `bos_token`, `eos_token`, ... or nothing.
+    pub fn token(&self, role: &str) -> Option<&str> {
+        [&self.tokenizer_config, &self.special_tokens_map]
+            .into_iter()
+            .find_map(|file| token_text(&file[role]))
+    }
+
+    /// Every text that one of the files calls a special token.
+    pub fn special_tokens(&self) -> Vec<&str> {
+        let mut tokens = Vec::new();
+        for file in [&self.tokenizer_config, &self.special_tokens_map] {
+            let Some(fields) = file.as_object() else {
+                continue;
+            };
+            for (name, value) in fields {
+                match value {
+                    Value::Array(list)
+                        if name == "additional_special_tokens"
+                            || name == "extra_special_tokens" =>
+                    {
+                        tokens.extend(list.iter().filter_map(token_text));
+                    }
+                    _ if name.ends_with("_token") => tokens.extend(token_text(value)),
+                    _ => {}
+                }
+            }
+        }
+        tokens
+    }
+
+    /// The ids of the tokens that end an answer, if a model config names them.
+    pub fn eos_token_ids(&self) -> Option<Vec<u32>> {
+        [&self.generation_config, &self.config]
+            .into_iter()
+            .find_map(|file| {
+                let ids = match &file["eos_token_id"] {
+                    Value::Array(ids) => ids.iter().filter_map(Value::as_u64).collect(),
+                    id => Vec::from_iter(id.as_u64()),
+                };
+                let ids: Vec<u32> = ids
+                    .into_iter()
+                    .filter_map(|id| id.try_into().ok())
+                    .collect();
+                (!ids.is_empty()).then_some(ids)
+            })
+    }
+}
+
+/// A token is written as text or as an object with `content`.
+fn token_text(value: &Value) -> Option<&str> {
+    value.as_str().or_else(|| value["content"].as_str())
+}
+
+/// A template is written as text, or as a list of named ones of which `default` is for chats.
+fn template_in(field: &Value) -> Option<String> {
+    if let Some(list) = field.as_array() {
+        let named = list.iter().find(|entry| entry["name"] == "default");
+        let entry = named.or(list.first())?;
+        return entry["template"].as_str().map(str::to_owned);
+    }
+    field.as_str().map(str::to_owned)
+}
+
+fn text(path: &Path) -> Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("reading {}", path.display())),
+    }
+}
+
+fn json(path: &Path) -> Result<Value> {
+    match text(path)? {
+        Some(text) => serde_json::from_str(&text)
+            .with_context(|| format!("{} is no valid JSON", path.display())),
+        None => Ok(Value::Null),
+    }
+}

@@ -1,0 +1,178 @@
+//! Reading `tokenizer.json`, with the changes that keep control tokens out of text.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Value, json};
+use tokenizers::Model;
+
+use super::files::Files;
+use super::token_bytes::{TokenBytes, has_part};
+use super::{ChatTemplate, Tokenizer};
+use crate::exit::Exit;
+
+pub fn load(dir: &Path) -> Result<Tokenizer> {
+    let path = dir.join("tokenizer.json");
+    let source = match std::fs::read_to_string(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => bail!(Exit::Usage(format!(
+            "{} does not exist; a model folder needs a tokenizer.json",
+            path.display()
+        ))),
+        source => source.with_context(|| format!("reading {}", path.display()))?,
+    };
+    let mut json: Value = serde_json::from_str(&source)
+        .with_context(|| format!("{} is no valid JSON", path.display()))?;
+    drop(source);
+    let files = Files::read(dir)?;
+
+    let control_ids = mark_control_tokens(&mut json, &files);
+    let parsed = |json: &Value| -> Result<tokenizers::Tokenizer> {
+        let mut tokenizer: tokenizers::Tokenizer = serde_json::from_str(&json.to_string())
+            .map_err(|e| anyhow!(e).context(format!("{} is no tokenizer", path.display())))?;
+        tokenizer.with_truncation(None).map_err(|e| anyhow!(e))?;
+        tokenizer.with_padding(None);
+        tokenizer.set_encode_special_tokens(true);
+        Ok(tokenizer)
+    };
+    let text = parsed(&json)?;
+    let continuing = without_prefix_space(&json);
+    let continuing = continuing.as_ref().map(parsed).transpose()?;
+    let mut control = text.get_added_vocabulary().clone();
+    control.set_encode_special_tokens(false);
+
+    let mut special = control_ids;
+    let mut plain_added = Vec::new();
+    for (&id, token) in control.get_added_tokens_decoder() {
+        if token.special {
+            special.insert(id);
+        } else {
+            plain_added.push((id, token.content.clone()));
+        }
+    }
+    let stop_ids = files.eos_token_ids().unwrap_or_else(|| {
+        let eos = files.token("eos_token").and_then(|t| text.token_to_id(t));
+        eos.into_iter().collect()
+    });
+    special.extend(&stop_ids);
+
+    let vocabulary = text.get_model().get_vocab();
+    let ids = vocabulary.values().chain(control.get_vocab().values());
+    let vocab_size = ids.max().map_or(0, |&id| id as usize + 1);
+    let unknown = json["model"]["unk_token"]
+        .as_str()
+        .or(files.token("unk_token"))
+        .and_then(|token| text.token_to_id(token))
+        .or_else(|| json["model"]["unk_id"].as_u64()?.try_into().ok());
+    plain_added.retain(|(id, _)| !special.contains(id));
+    let bytes = TokenBytes::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
+    let template = files.chat_template.as_deref().map(|source| {
+        ChatTemplate::new(
+            source,
+            files.token("bos_token").unwrap_or_default(),
+            files.token("eos_token").unwrap_or_default(),
+        )
+    });
+    Ok(Tokenizer {
+        dir: dir.into(),
+        space_after_control: !has_metaspace_for_first(&json["pre_tokenizer"]),
+        text,
+        continuing,
+        control,
+        special,
+        unknown,
+        bytes,
+        stop_ids,
+        vocab_size,
+        template,
+    })
+}
+
+/// Declares every control token special and adds those that only the other files name. Returns the
+/// ids that it touched.
+fn mark_control_tokens(tokenizer: &mut Value, files: &Files) -> HashSet<u32> {
+    let named: HashSet<&str> = files.special_tokens().into_iter().collect();
+    let stops: HashSet<u64> = files
+        .eos_token_ids()
+        .unwrap_or_default()
+        .into_iter()
+        .map(u64::from)
+        .collect();
+    let mut touched = HashSet::new();
+    let mut listed = HashSet::new();
+    for token in tokenizer["added_tokens"]
+        .as_array_mut()
+        .into_iter()
+        .flatten()
+    {
+        let content = token["content"].as_str().unwrap_or_default().to_owned();
+        let id = token["id"].as_u64();
+        if named.contains(content.as_str())
+            || id.is_some_and(|id| stops.contains(&id))
+            || (content.starts_with("<|") && content.ends_with("|>"))
+        {
+            token["special"] = true.into();
+            touched.extend(id.and_then(|id| u32::try_from(id).ok()));
+        }
+        listed.insert(content);
+    }
+    for content in named {
+        let id = tokenizer["model"]["vocab"][content].as_u64();
+        let (Some(id), false) = (id, listed.contains(content)) else {
+            continue;
+        };
+        touched.extend(u32::try_from(id).ok());
+        if let Some(added) = tokenizer["added_tokens"].as_array_mut() {
+            added.push(json!({
+                "id": id, "content": content, "special": true, "normalized": false,
+                "single_word": false, "lstrip": false, "rstrip": false,
+            }));
+        }
+    }
+    touched
+}
+
+/// The tokenizer without the space that it puts before a text. None if it puts none.
+fn without_prefix_space(tokenizer: &Value) -> Option<Value> {
+    let mut changed = tokenizer.clone();
+    let mut found = false;
+    for part in ["normalizer", "pre_tokenizer"] {
+        remove_prefix_space(&mut changed[part], &mut found);
+    }
+    found.then_some(changed)
+}
+
+fn remove_prefix_space(part: &mut Value, found: &mut bool) {
+    match part["type"].as_str() {
+        Some("Prepend") => {
+            *found = true;
+            *part = Value::Null;
+        }
+        Some("Metaspace") if part["prepend_scheme"] != "never" => {
+            *found = true;
+            part["prepend_scheme"] = "never".into();
+            part["add_prefix_space"] = false.into();
+        }
+        Some("ByteLevel") if part["add_prefix_space"] == true => {
+            *found = true;
+            part["add_prefix_space"] = false.into();
+        }
+        Some("Sequence") => {
+            for steps in ["normalizers", "pretokenizers"] {
+                if let Some(steps) = part[steps].as_array_mut() {
+                    steps
+                        .iter_mut()
+                        .for_each(|step| remove_prefix_space(step, found));
+                    steps.retain(|step| !step.is_null());
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+/// `Metaspace` with the scheme `first` puts the space at the start of a text only, every other way
+/// of doing it after each control token as well.
+fn has_metaspace_for_first(pre_tokenizer: &Value) -> bool {
+    has_part(pre_tokenizer, "Metaspace") && pre_tokenizer.to_string().contains(r#""first""#)
+}

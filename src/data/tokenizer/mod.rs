@@ -1,0 +1,234 @@
+//! The student's tokenizer: text, conversations and bytes to ids and back.
+
+mod conversation;
+mod files;
+mod load;
+mod token_bytes;
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow, bail};
+use tokenizers::AddedVocabulary;
+
+use super::chat_template::ChatTemplate;
+use crate::exit::Exit;
+use crate::prompt::Message;
+pub use conversation::{AnswerTokens, Conversation};
+use token_bytes::TokenBytes;
+
+/// A tokenizer with its chat template.
+///
+/// Control tokens are those that the model folder declares special or names as such, those that end
+/// an answer, and added tokens of the form `<|...|>`. Text never becomes one of them: only a chat
+/// template can write them.
+#[derive(Debug)]
+pub struct Tokenizer {
+    dir: PathBuf,
+    /// Encodes everything as text, control tokens too.
+    text: tokenizers::Tokenizer,
+    /// The same for text that goes on where other text ends, without the space that `text` puts
+    /// before. None where it puts none.
+    continuing: Option<tokenizers::Tokenizer>,
+    /// Does text after a control token get that space?
+    space_after_control: bool,
+    /// Finds the control tokens in template text.
+    control: AddedVocabulary,
+    special: HashSet<u32>,
+    unknown: Option<u32>,
+    bytes: TokenBytes,
+    stop_ids: Vec<u32>,
+    vocab_size: usize,
+    template: Option<ChatTemplate>,
+}
+
+/// Where a stretch of text stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    First,
+    AfterControl,
+    AfterText,
+}
+
+impl Tokenizer {
+    /// Loads `tokenizer.json`, the chat template (`chat_template.jinja`, or the field of
+    /// `tokenizer_config.json`) and the special tokens from a Hugging Face model folder.
+    ///
+    /// # Errors
+    /// If `tokenizer.json` is missing or damaged. A missing chat template is an error only once a
+    /// conversation is encoded.
+    pub fn load(dir: &Path) -> Result<Self> {
+        load::load(dir)
+    }
+
+    /// Ids of a text, without anything in front or behind. The names of control tokens are text.
+    ///
+    /// # Errors
+    /// If the vocabulary holds a control token of a single character and the text contains it.
+    pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_at(text, Place::First)
+    }
+
+    /// Ids of a conversation that the model is to continue.
+    ///
+    /// # Errors
+    /// If there is no chat template, or it does not take these messages.
+    pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        Ok(conversation::encode(self, messages, true)?.ids)
+    }
+
+    /// Ids of a conversation, and the ranges of those that a student must learn to predict: each
+    /// answer of the assistant with the token that ends it.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn encode_conversation(
+        &self,
+        messages: &[Message],
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        let conversation = self.conversation(messages)?;
+        let ranges = conversation.answers.into_iter().map(|a| a.supervised);
+        Ok((conversation.ids, ranges.collect()))
+    }
+
+    /// [`Self::encode_conversation`] with what alignment needs to know about each answer.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn conversation(&self, messages: &[Message]) -> Result<Conversation> {
+        conversation::encode(self, messages, false)
+    }
+
+    /// Text of ids, without control tokens and unknown ids. Bytes that are no UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// If the tokenizer's own decoder fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        let ids: Vec<u32> = ids
+            .iter()
+            .copied()
+            .filter(|&id| !self.is_special(id))
+            .collect();
+        self.text.decode(&ids, true).map_err(|e| anyhow!(e))
+    }
+
+    /// The bytes of a token. None for control tokens, for ids past the vocabulary, and for all
+    /// tokens of a vocabulary that does not tell (WordPiece).
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.bytes.of_id(id)
+    }
+
+    /// A token as the vocabulary spells it; empty for ids past it. Not its text: see
+    /// [`Self::token_bytes`].
+    pub fn token_name(&self, id: u32) -> String {
+        self.text.id_to_token(id).unwrap_or_default()
+    }
+
+    /// The token with exactly these bytes.
+    pub fn id_of_bytes(&self, bytes: &[u8]) -> Option<u32> {
+        self.bytes.id_of(bytes)
+    }
+
+    /// The token that the encoding of `bytes`, as text that goes on, starts with.
+    pub fn first_id_of(&self, bytes: &[u8]) -> Option<u32> {
+        let text = std::str::from_utf8(bytes).ok()?;
+        let ids = self.encode_at(text, Place::AfterText).ok()?;
+        let first = *ids.first()?;
+        // Only a token that `bytes` begins with is implied by them.
+        let spelled = self.token_bytes(first)?;
+        (!spelled.is_empty() && bytes.starts_with(spelled)).then_some(first)
+    }
+
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.contains(&id)
+    }
+
+    /// Is this the name of a control token?
+    pub fn names_special(&self, text: &str) -> bool {
+        self.control.is_special_token(text)
+    }
+
+    /// The largest id + 1.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The tokens that end an answer.
+    pub fn stop_ids(&self) -> &[u32] {
+        &self.stop_ids
+    }
+
+    /// Checks that a model with so many rows of embeddings has one for each token.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] if not.
+    pub fn check_fits(&self, embedding_rows: usize) -> Result<()> {
+        if self.vocab_size <= embedding_rows {
+            return Ok(());
+        }
+        bail!(Exit::Usage(format!(
+            "the tokenizer in {} has ids up to {}, the model has {embedding_rows} embeddings; \
+             set `student.path` to a folder whose tokenizer and weights belong together, or resize \
+             the model's embeddings to {} rows",
+            self.dir.display(),
+            self.vocab_size - 1,
+            self.vocab_size,
+        )))
+    }
+
+    /// The chat template.
+    fn template(&self) -> Result<&ChatTemplate> {
+        self.template.as_ref().ok_or_else(|| {
+            anyhow!(Exit::Usage(format!(
+                "{} has no chat template; put one into `chat_template.jinja` there, or into the \
+                 field `chat_template` of `tokenizer_config.json`",
+                self.dir.display()
+            )))
+        })
+    }
+
+    fn encode_at(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+        let space = match place {
+            Place::First => true,
+            Place::AfterControl => self.space_after_control,
+            Place::AfterText => false,
+        };
+        let tokenizer = match &self.continuing {
+            Some(continuing) if !space => continuing,
+            _ => &self.text,
+        };
+        let encoding = tokenizer
+            .encode_fast(text, false)
+            .map_err(|e| anyhow!(e).context("the tokenizer fails"))?;
+        let ids = encoding.get_ids();
+        let Some(special) = ids.iter().copied().find(|&id| self.is_special(id)) else {
+            return Ok(ids.to_vec());
+        };
+        self.encode_around(text, place, special, ids)
+    }
+
+    /// Encodes a text of which the model's own vocabulary made the control token `special`: cuts
+    /// the token's name in two, so that no piece can be it.
+    fn encode_around(
+        &self,
+        text: &str,
+        place: Place,
+        special: u32,
+        ids: &[u32],
+    ) -> Result<Vec<u32>> {
+        let name = self.text.id_to_token(special).unwrap_or_default();
+        let first = name.chars().next().map_or(0, char::len_utf8);
+        match text.find(&name) {
+            Some(at) if first > 0 && first < name.len() => {
+                let (left, right) = text.split_at(at + first);
+                let mut ids = self.encode_at(left, place)?;
+                ids.extend(self.encode_at(right, Place::AfterText)?);
+                Ok(ids)
+            }
+            // The unknown token stands for characters that the vocabulary lacks.
+            None if Some(special) == self.unknown => Ok(ids.to_vec()),
+            _ => bail!("the tokenizer makes the control token {name:?} of plain text"),
+        }
+    }
+}

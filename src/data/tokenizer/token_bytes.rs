@@ -1,0 +1,135 @@
+//! The exact bytes that each token stands for.
+//!
+//! Alignment works on bytes, and decoding token by token cannot give them: half an emoji decodes to
+//! a replacement character, and a SentencePiece decoder drops a leading space.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+
+/// How a vocabulary writes bytes down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Alphabet {
+    /// GPT-2: each byte is one character, printable ones stand for themselves.
+    ByteLevel,
+    /// SentencePiece: `▁` is a space and `<0x0A>` a byte; all else is text.
+    SentencePiece,
+}
+
+/// The bytes of all tokens, both ways. Control tokens have none.
+#[derive(Debug, Default)]
+pub struct TokenBytes {
+    of_id: Vec<Option<Box<[u8]>>>,
+    id_of: HashMap<Box<[u8]>, u32>,
+}
+
+impl TokenBytes {
+    /// Reads them from a parsed `tokenizer.json`. `vocabulary` holds the model's tokens and `added`
+    /// those added tokens that are plain text. Nothing where the way of writing is not known (a
+    /// WordPiece vocabulary does not tell where words were apart).
+    pub fn new(
+        tokenizer: &Value,
+        vocabulary: &HashMap<String, u32>,
+        added: &[(u32, String)],
+        control: impl Fn(u32) -> bool,
+    ) -> Self {
+        let Some(alphabet) = alphabet(tokenizer) else {
+            return Self::default();
+        };
+        let byte_fallback = tokenizer["model"]["byte_fallback"] == true;
+        let characters = byte_of_character();
+        let mut tokens: Vec<(u32, Box<[u8]>, u8)> = Vec::with_capacity(vocabulary.len());
+        for (token, &id) in vocabulary {
+            let fallback = fallback_byte(token).filter(|_| byte_fallback);
+            let bytes: Vec<u8> = match (alphabet, fallback) {
+                (_, Some(byte)) => vec![byte],
+                // A token with a character outside the alphabet is plain text, as for the decoder.
+                (Alphabet::ByteLevel, _) => token
+                    .chars()
+                    .map(|c| characters.get(&c).copied())
+                    .collect::<Option<Vec<u8>>>()
+                    .unwrap_or_else(|| token.clone().into_bytes()),
+                (Alphabet::SentencePiece, _) => token.replace('▁', " ").into_bytes(),
+            };
+            if !control(id) {
+                tokens.push((id, bytes.into(), u8::from(fallback.is_some())));
+            }
+        }
+        for (id, text) in added {
+            tokens.push((*id, text.as_bytes().into(), 2));
+        }
+        // Where two tokens have the same bytes, the tokenizer makes the ordinary one.
+        tokens.sort_by_key(|&(id, _, rank)| (rank, id));
+        let mut all = Self::default();
+        for (id, bytes, _) in tokens {
+            let at = id as usize;
+            if at >= all.of_id.len() {
+                all.of_id.resize(at + 1, None);
+            }
+            if !bytes.is_empty() {
+                all.id_of.entry(bytes.clone()).or_insert(id);
+            }
+            all.of_id[at] = Some(bytes);
+        }
+        all
+    }
+
+    pub fn of_id(&self, id: u32) -> Option<&[u8]> {
+        self.of_id.get(id as usize)?.as_deref()
+    }
+
+    pub fn id_of(&self, bytes: &[u8]) -> Option<u32> {
+        self.id_of.get(bytes).copied()
+    }
+}
+
+/// Tells the two ways of writing apart by the parts that undo them.
+fn alphabet(tokenizer: &Value) -> Option<Alphabet> {
+    let uses = |kind: &str| {
+        ["decoder", "pre_tokenizer", "normalizer"]
+            .iter()
+            .any(|part| has_part(&tokenizer[part], kind))
+    };
+    if uses("ByteLevel") {
+        Some(Alphabet::ByteLevel)
+    } else if uses("Metaspace") || has_part(&tokenizer["decoder"], "ByteFallback") {
+        Some(Alphabet::SentencePiece)
+    } else {
+        None
+    }
+}
+
+/// Is `part`, or a step of it where it is a sequence, of this type?
+pub fn has_part(part: &Value, kind: &str) -> bool {
+    let steps = ["decoders", "pretokenizers", "normalizers"];
+    part["type"] == kind
+        || steps
+            .iter()
+            .filter_map(|name| part[name].as_array())
+            .flatten()
+            .any(|step| has_part(step, kind))
+}
+
+/// The byte of a token such as `<0x0A>`.
+fn fallback_byte(token: &str) -> Option<u8> {
+    let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    u8::from_str_radix(hex, 16).ok().filter(|_| hex.len() == 2)
+}
+
+/// GPT-2's alphabet: bytes that print stand for themselves, the others for characters from U+0100
+/// on, in order (`bytes_to_unicode` of its `encoder.py`).
+fn byte_of_character() -> HashMap<char, u8> {
+    let prints = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    let mut next = 0x100;
+    (0..=255u8)
+        .filter_map(|byte| {
+            let code = if prints(byte) {
+                u32::from(byte)
+            } else {
+                next += 1;
+                next - 1
+            };
+            Some((char::from_u32(code)?, byte))
+        })
+        .collect()
+}

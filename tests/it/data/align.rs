@@ -1,0 +1,294 @@
+//! Soft labels across tokenizers.
+
+use std::time::Instant;
+
+use distill::cache::record::{Logprobs, RawToken};
+use distill::data::align::{Mapper, Mismatch, groups};
+use distill::data::example::SoftLabels;
+use distill::data::tokenizer::Tokenizer;
+
+use super::{FOLDERS, ask, tokenizer};
+
+/// A token, its logprob, and the alternatives.
+type Row<'a> = (&'a str, f32, &'a [Alternative<'a>]);
+type Alternative<'a> = (&'a str, Option<f32>);
+
+/// The teacher's view of an answer.
+fn logprobs(rows: &[Row]) -> Logprobs {
+    Logprobs {
+        token: rows.iter().map(|row| row.0.into()).collect(),
+        logprob: rows.iter().map(|row| Some(row.1)).collect(),
+        top: rows
+            .iter()
+            .map(|row| row.2.iter().map(|a| a.0.into()).collect())
+            .collect(),
+        top_logprob: rows
+            .iter()
+            .map(|row| row.2.iter().map(|a| a.1).collect())
+            .collect(),
+        raw: Vec::new(),
+        matches_text: true,
+    }
+}
+
+/// Logprobs from a teacher with the tokenizer of the student: `k` alternatives, made up.
+pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs, Vec<SoftLabels>) {
+    let ordinary: Vec<u32> = (0..tokenizer.vocab_size() as u32)
+        .filter(|&id| {
+            let bytes = tokenizer.token_bytes(id);
+            bytes.is_some_and(|bytes| tokenizer.id_of_bytes(bytes) == Some(id))
+        })
+        .collect();
+    let mut rng = fastrand::Rng::with_seed(1);
+    let mut all = Logprobs::default();
+    let mut expected = Vec::new();
+    let put = |all: &mut Logprobs, position: usize, rank: i32, id: u32| {
+        let bytes = tokenizer.token_bytes(id).unwrap();
+        std::str::from_utf8(bytes)
+            .map(str::to_owned)
+            .unwrap_or_else(|_| {
+                all.raw.push(RawToken {
+                    position: position as u32,
+                    rank,
+                    hex: bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+                });
+                String::new()
+            })
+    };
+    for (position, &id) in ids.iter().enumerate() {
+        let mut labels = SoftLabels::default();
+        let mut left = 0.99f32;
+        while labels.ids.len() < k {
+            let next = match labels.ids.len() {
+                2 => id,
+                _ => ordinary[rng.usize(..ordinary.len())],
+            };
+            if labels.ids.contains(&next) || (next == id && labels.ids.len() != 2) {
+                continue;
+            }
+            left *= 0.5 + 0.1 * rng.f32();
+            labels.ids.push(next);
+            labels.logprobs.push((left * 0.5).ln());
+        }
+        labels.logprobs.sort_by(|a, b| b.total_cmp(a));
+        let token = put(&mut all, position, -1, id);
+        all.token.push(token);
+        all.logprob.push(Some(labels.logprobs[2]));
+        let top = labels.ids.iter().enumerate();
+        let top = top
+            .map(|(rank, &id)| put(&mut all, position, rank as i32, id))
+            .collect();
+        all.top.push(top);
+        all.top_logprob
+            .push(labels.logprobs.iter().copied().map(Some).collect());
+        expected.push(labels);
+    }
+    (all, expected)
+}
+
+#[test]
+fn with_one_tokenizer_the_map_is_the_identity() {
+    for name in FOLDERS {
+        let tokenizer = tokenizer(name);
+        let answer = "Grüße aus München, 日本 👋🏽\n\ndef add(a, b):";
+        let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
+        let range = conversation.answers[0].clone();
+        let ids = &conversation.ids[range.tokens.clone()];
+        // SentencePiece's first token carries the template's space, so no teacher says the same.
+        let skip = usize::from(name == "sentencepiece");
+        let (mut teacher, expected) = same_tokenizer(&tokenizer, ids, 20);
+        if skip == 1 {
+            teacher.token[0] = teacher.token[0].trim_start().into();
+        }
+        let mut mapper = Mapper::new(&tokenizer);
+        let aligned = mapper
+            .align(&teacher, answer.as_bytes(), range.text, ids)
+            .unwrap();
+        assert_eq!(aligned.soft.len(), ids.len());
+        for (at, soft) in aligned.soft.iter().enumerate().skip(skip) {
+            let soft = soft.as_ref().unwrap();
+            assert_eq!(soft.ids, expected[at].ids, "{name}: {at}");
+            let bits = |l: &SoftLabels| l.logprobs.iter().map(|l| l.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(soft), bits(&expected[at]), "{name}: {at}");
+        }
+        assert!(aligned.soft[..skip].iter().all(Option::is_none));
+    }
+}
+
+#[test]
+fn tokens_that_do_not_spell_the_answer_are_refused() {
+    let tokenizer = tokenizer("bytelevel");
+    let answer = "The capital of France is Paris.";
+    let ids = tokenizer.encode_text(answer).unwrap();
+    let align = |teacher: &Logprobs, answer: &str, ids: &[u32]| {
+        Mapper::new(&tokenizer)
+            .align(teacher, answer.as_bytes(), 0..answer.len(), ids)
+            .map(|aligned| aligned.soft.iter().flatten().count())
+    };
+    let (teacher, _) = same_tokenizer(&tokenizer, &ids, 5);
+    assert_eq!(align(&teacher, answer, &ids), Ok(ids.len()));
+
+    let mut shifted = teacher.clone();
+    shifted.token.rotate_right(1);
+    assert_eq!(align(&shifted, answer, &ids), Err(Mismatch::Teacher));
+    assert_eq!(
+        align(&teacher, "The capital of France is Paris. ", &ids),
+        Err(Mismatch::Teacher)
+    );
+    assert_eq!(align(&teacher, answer, &ids[1..]), Err(Mismatch::Student));
+
+    // Stop tokens at the end are no part of the answer.
+    let mut stopped = teacher.clone();
+    stopped.token.extend(["<|eot_id|>".into(), "".into()]);
+    assert_eq!(align(&stopped, answer, &ids), Ok(ids.len()));
+    stopped.token.push("more".into());
+    assert_eq!(align(&stopped, answer, &ids), Err(Mismatch::Teacher));
+}
+
+#[test]
+fn groups_are_cut_at_common_boundaries() {
+    let cases: [(&[usize], &[usize], Vec<_>); 4] = [
+        (
+            &[1, 2, 3],
+            &[1, 2, 3],
+            vec![(0..1, 0..1), (1..2, 1..2), (2..3, 2..3)],
+        ),
+        (
+            &[2, 5, 6],
+            &[1, 2, 5, 6],
+            vec![(0..1, 0..2), (1..2, 2..3), (2..3, 3..4)],
+        ),
+        (&[2, 4, 6], &[3, 6], vec![(0..3, 0..2)]),
+        (&[2, 4], &[2], vec![(0..1, 0..1)]),
+    ];
+    for (teacher, student, expected) in cases {
+        assert_eq!(groups(teacher, student), expected);
+    }
+}
+
+#[test]
+fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
+    let tokenizer = tokenizer("bytelevel");
+    let id = |text: &str| {
+        let ids = tokenizer.encode_text(text).unwrap();
+        assert_eq!(ids.len(), 1, "{text}");
+        ids[0]
+    };
+    let answer = "The answer is two\n";
+    let ids = tokenizer.encode_text(answer).unwrap();
+    let at = |text: &str| ids.iter().position(|&i| i == id(text)).unwrap();
+    let half = 0.5f32.ln();
+    let fifth = 0.2f32.ln();
+    let tenth = Some(0.1f32.ln());
+    let teacher = logprobs(&[
+        // " capitalism" begins with the student's " capital"; both mean that token
+        (
+            "The",
+            half,
+            &[
+                ("The", Some(half)),
+                (" capital", Some(fifth)),
+                (" capitalism", tenth),
+                ("<|im_end|>", tenth),
+            ],
+        ),
+        // split otherwise than by the student
+        (" ans", -1.0, &[(" ans", Some(-1.0))]),
+        ("wer", -1.0, &[("wer", Some(-1.0))]),
+        // y outside the top: joins with its own logprob; sentinels and control tokens do not
+        (
+            " is",
+            fifth,
+            &[
+                (" was", Some(half)),
+                ("a", Some(-9999.0)),
+                ("b", None),
+                ("", tenth),
+            ],
+        ),
+        // all given twice, and more than all by a rounding error
+        (
+            " two",
+            half,
+            &[(" two", Some(half)), (" two", Some(0.5005f32.ln()))],
+        ),
+        // y itself is a sentinel
+        ("\n", -9999.0, &[]),
+    ]);
+    let mut mapper = Mapper::new(&tokenizer);
+    let soft = mapper
+        .align(&teacher, answer.as_bytes(), 0..answer.len(), &ids)
+        .unwrap()
+        .soft;
+
+    let first = soft[at("The")].as_ref().unwrap();
+    assert_eq!(first.ids, [id("The"), id(" capital")]);
+    assert_eq!(first.logprobs[0], 0.5f32.ln());
+    assert!((first.logprobs[1].exp() - 0.3).abs() < 1e-6);
+    let third = soft[at(" is")].as_ref().unwrap();
+    let was = tokenizer.encode_text(" was").unwrap()[0];
+    assert_eq!(
+        (third.ids.as_slice(), third.logprobs[1]),
+        (&[was, id(" is")][..], 0.2f32.ln())
+    );
+    let fourth = soft[at(" two")].as_ref().unwrap();
+    assert_eq!(fourth.ids, [id(" two")]);
+    assert!(fourth.logprobs[0].abs() < 1e-6);
+    assert_eq!(soft[at("\n")], None);
+    assert!(soft[1..at(" is")].iter().all(Option::is_none));
+
+    let impossible = logprobs(&[(answer, -0.1, &[(answer, Some(-0.1)), ("x", Some(-0.5))])]);
+    let text = answer.as_bytes();
+    let whole = mapper
+        .align(&impossible, text, 0..text.len(), &ids)
+        .unwrap();
+    assert_eq!(whole.soft.iter().flatten().count(), 0);
+    let mut twice = teacher.clone();
+    twice.top_logprob[0][1] = Some(0.6f32.ln());
+    assert_eq!(
+        mapper.align(&twice, text, 0..text.len(), &ids).unwrap_err(),
+        Mismatch::Mass
+    );
+}
+
+#[test]
+fn a_trimmed_answer_keeps_its_soft_labels() {
+    let tokenizer = tokenizer("metaspace");
+    let answer = "\n\nThe capital";
+    let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
+    let range = &conversation.answers[0];
+    assert_eq!(range.text, 2..answer.len());
+    let ids = &conversation.ids[range.tokens.clone()];
+    let texts: Vec<String> = ids
+        .iter()
+        .map(|&id| String::from_utf8(tokenizer.token_bytes(id).unwrap().into()).unwrap())
+        .collect();
+    let mut rows: Vec<Row> = vec![("\n\n", -0.1, &[])];
+    rows.extend(texts.iter().map(|text| (text.as_str(), -0.5, &[][..])));
+    let teacher = logprobs(&rows);
+    let mut mapper = Mapper::new(&tokenizer);
+    let aligned = mapper
+        .align(&teacher, answer.as_bytes(), range.text.clone(), ids)
+        .unwrap();
+    assert!(aligned.soft.iter().all(Option::is_some), "{texts:?}");
+}
+
+/// Prints the speed; see it with `cargo test --release align_speed -- --nocapture`.
+#[test]
+fn align_speed() {
+    let tokenizer = tokenizer("bytelevel");
+    let answer = "The quick brown fox jumps over the lazy dog. ".repeat(20);
+    let ids = tokenizer.encode_text(&answer).unwrap();
+    let (teacher, _) = same_tokenizer(&tokenizer, &ids, 20);
+    let mut mapper = Mapper::new(&tokenizer);
+    let start = Instant::now();
+    let rounds = 20;
+    for _ in 0..rounds {
+        mapper
+            .align(&teacher, answer.as_bytes(), 0..answer.len(), &ids)
+            .unwrap();
+    }
+    let speed = (rounds * ids.len()) as f64 / start.elapsed().as_secs_f64();
+    println!("aligned {speed:.0} teacher tokens/s at k = 20");
+    assert!(speed > 20_000.0, "{speed:.0} tokens/s");
+}

@@ -1,0 +1,134 @@
+//! Chat templates, real and hostile.
+
+use std::time::{Duration, Instant};
+
+use distill::data::chat_template::{ChatTemplate, Span};
+
+use super::{ask, golden, messages};
+
+#[test]
+fn templates_render_as_in_transformers() {
+    let golden = golden("templates.json");
+    let cases = golden["cases"].as_array().unwrap();
+    assert!(cases.len() > 80);
+    for case in cases {
+        let name = case["name"].as_str().unwrap();
+        let template = golden["templates"][name].as_str().unwrap();
+        let template = ChatTemplate::new(template, "<s>", "</s>");
+        let messages = messages(&case["messages"]);
+        let prompt = case["add_generation_prompt"] == true;
+        let text = template
+            .render_text(&messages, prompt)
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(text, case["text"].as_str().unwrap(), "{name}");
+        // In spans the text is the same, or the template does what cannot be followed.
+        match template.render(&messages, prompt) {
+            Ok(spans) => {
+                let joined: String = spans
+                    .iter()
+                    .map(|span| match span {
+                        Span::Template(text) | Span::Content { text, .. } => text.as_str(),
+                    })
+                    .collect();
+                assert_eq!(joined, text, "{name}");
+            }
+            Err(e) => {
+                assert!(e.to_string().contains("cannot be followed"), "{name}: {e}");
+                let reasoning = text.contains("Because") || text.contains("So.");
+                assert!(["tojson", "methods"].contains(&name) || reasoning, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn template_text_and_content_are_told_apart() {
+    let template = ChatTemplate::new(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}",
+        "",
+        "",
+    );
+    let content = |message, text: &str| Span::Content {
+        message,
+        text: text.into(),
+    };
+    let text = |text: &str| Span::Template(text.into());
+    assert_eq!(
+        template.render(&ask(" <end> ", "user"), false).unwrap(),
+        [
+            text("<user>"),
+            content(0, "<end>"),
+            text("<end><assistant>"),
+            content(1, "user"),
+            text("<end>"),
+        ]
+    );
+    let shouting = ChatTemplate::new("{{ messages[0].content | upper }}", "", "");
+    let error = shouting.render(&ask("quiet", ""), false).unwrap_err();
+    assert!(error.to_string().contains("cannot be followed"), "{error}");
+    let refusing = ChatTemplate::new("{{ raise_exception('only user first') }}", "", "");
+    let error = refusing.render(&ask("", ""), false).unwrap_err();
+    assert!(error.to_string().contains("only user first"), "{error}");
+}
+
+/// X5
+#[test]
+fn hostile_templates_end_in_an_error() {
+    let cases = [
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(1000) %}{% for j in range(1000) %}{% for k in range(1000) %}x{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "{% for m in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+        "{{ 'a' * 10**9 }}",
+        "{{ 'a' * 99999999 }}",
+        "{% set ns = namespace(s='a') %}{% for i in range(64) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{% set ns = namespace(s='a') %}{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='a') %}{% for i in range(64) %}{% set ns.s = '%s%s' | format(ns.s, ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s=[1]) %}{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s | length }}",
+        "{% macro f(x, n) %}{% if n %}{{ f(x ~ x, n - 1) }}{% endif %}{% endmacro %}{{ f('ab', 60) }}",
+        "{% set ns = namespace(s='a') %}{% for i in range(64) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% endfor %}",
+        "{% set ns = namespace(s='aa') %}{% for i in range(9) %}{% set ns.s = ns.s | replace('a', ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s='aa') %}{% for i in range(9) %}{% set ns.s = ns.s.replace('a', ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s='aa') %}{% for i in range(9) %}{% set ns.s = ns.s.join(ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s='aa') %}{% for i in range(9) %}{% set ns.s = range(1000) | join(ns.s) %}{% endfor %}",
+        "{% set s = 'a' * 60000 %}{% set ns = namespace(l=[]) %}{% for i in range(1000) %}{% for j in range(1000) %}{% set ns.l = [ns.l, s[1:]] %}{% endfor %}{% endfor %}",
+        "{% set s = 'a' * 60000 %}{% set ns = namespace(l=[]) %}{% for i in range(1000) %}{% for j in range(1000) %}{% set ns.l = [ns.l, s | trim] %}{% endfor %}{% endfor %}",
+        "{% set s = 'a' * 60000 %}{% set l = [s] * 1000 %}{% set m = [s[:1] ~ s[1:]] * 1000 %}{% for i in range(1000) %}{{ l == m }}{% endfor %}",
+        "{% for i in range(1000) %}{% for j in range(1000) %}{{ range(1000) | list | length }}{% endfor %}{% endfor %}",
+        "{{ 'a' | center(999999999) }}",
+        "{{ [] | batch(999999999, 'x') | list }}",
+        "{{ messages | tojson(indent=999999999) }}",
+        "{{ [*range(1000)] }}",
+    ];
+    for source in cases.iter().map(|source| source.to_string()).chain([
+        format!("{}1{}", "{{ (".repeat(5000), ") }}".repeat(5000)),
+        format!("{{{{ {}1 }}}}", "-".repeat(100_000)),
+        format!("{{{{ x{} }}}}", " + x".repeat(20_000)),
+        format!("{{{{ 1{} }}}}{{{{ x.y.z }}}}", " + 1".repeat(490)),
+        format!("{{% if x %}}{}{{% endif %}}{{{{ raise_exception('end') }}}}", "{% elif x %}".repeat(500)),
+        format!("{{{{ x{} }}}}", "|trim".repeat(20_000)),
+        format!("{}{}", "{% if x %}".repeat(10_000), "{% endif %}".repeat(10_000)),
+        format!("{{% if x %}}{}{{% endif %}}{{{{ raise_exception('end') }}}}", "{% elif x %}".repeat(20_000)),
+        format!("{{% for i in range(1000) %}}{{% for j in range(1000) %}}{}{{% endfor %}}{{% endfor %}}", "x".repeat(10_000)),
+    ]) {
+        let before = peak_memory();
+        let start = Instant::now();
+        let template = ChatTemplate::new(&source, "", "");
+        let error = template.render(&ask("a", "b"), false).unwrap_err().to_string();
+        let short: String = source.chars().take(120).collect();
+        assert!(start.elapsed() < Duration::from_secs(1), "{short}: {:?}", start.elapsed());
+        assert!(error.contains("the chat template"), "{short}: {error}");
+        let grown = peak_memory().saturating_sub(before);
+        assert!(grown < 64 << 20, "{short}: {grown} bytes");
+    }
+}
+
+/// The largest resident size of this process so far, in bytes.
+fn peak_memory() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    kib.and_then(|kib| kib.trim().parse::<usize>().ok())
+        .unwrap_or(0)
+        << 10
+}

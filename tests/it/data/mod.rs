@@ -1,0 +1,51 @@
+//! The room `data`: tokenizer, chat templates, alignment, datasets and batches.
+
+mod align;
+mod batches;
+mod chat_template;
+mod dataset;
+mod tokenizer;
+
+use std::path::PathBuf;
+
+use distill::data::tokenizer::Tokenizer;
+use distill::prompt::Message;
+use serde_json::Value;
+
+/// Small tokenizers in the formats of real models; `tests/python/make_tokenizer_fixtures.py` made
+/// them and the numbers beside them.
+const FOLDERS: [&str; 3] = ["bytelevel", "sentencepiece", "metaspace"];
+
+fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/it/golden/tokenizers")
+        .join(name)
+}
+
+fn tokenizer(name: &str) -> Tokenizer {
+    Tokenizer::load(&folder(name)).unwrap()
+}
+
+fn golden(name: &str) -> Value {
+    let text = std::fs::read_to_string(folder(name)).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn messages(value: &Value) -> Vec<Message> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn message(role: &str, content: &str) -> Message {
+    Message {
+        role: role.into(),
+        content: content.into(),
+    }
+}
+
+fn ask(prompt: &str, answer: &str) -> Vec<Message> {
+    vec![message("user", prompt), message("assistant", answer)]
+}

@@ -1,0 +1,241 @@
+//! Ids and bytes, held against transformers.
+
+use distill::data::tokenizer::Tokenizer;
+use distill::exit::Exit;
+use serde_json::{Value, json};
+
+use super::{FOLDERS, ask, folder, golden, ids, message, messages, tokenizer};
+
+#[test]
+fn texts_are_encoded_as_transformers_does() {
+    for name in FOLDERS {
+        let tokenizer = tokenizer(name);
+        for case in golden(&format!("{name}/golden.json"))["texts"]
+            .as_array()
+            .unwrap()
+        {
+            let text = case["text"].as_str().unwrap();
+            assert_eq!(
+                tokenizer.encode_text(text).unwrap(),
+                ids(&case["ids"]),
+                "{name}: {text:?}"
+            );
+        }
+    }
+}
+
+/// An answer begins a new stretch of text, as it does when a model generates it; transformers
+/// encodes the rendered conversation in one go. The two differ only where an answer starts or ends
+/// with white space that merges with the template's: GPT-2's pre-tokenizer then makes one piece of
+/// both. Every other conversation must agree to the id.
+#[test]
+fn conversations_are_encoded_as_transformers_does() {
+    let mut compared = 0;
+    for name in FOLDERS {
+        let tokenizer = tokenizer(name);
+        let golden = golden(&format!("{name}/golden.json"));
+        for case in golden["conversations"].as_array().unwrap() {
+            let messages = messages(&case["messages"]);
+            let ours = match case["add_generation_prompt"] == true {
+                true => tokenizer.encode_prompt(&messages).unwrap(),
+                false => tokenizer.encode_conversation(&messages).unwrap().0,
+            };
+            assert_eq!(ours, ids(&case["ids"]), "{name}: {}", case["text"]);
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, 63);
+}
+
+#[test]
+fn an_answer_and_its_end_of_turn_are_supervised_and_nothing_else() {
+    // (folder, what the supervised ids decode to, the token that ends the turn)
+    let cases = [
+        ("bytelevel", ["Hello", "Four."], "<|im_end|>"),
+        ("sentencepiece", ["Hello ", "Four. "], "</s>"),
+        ("metaspace", ["Hello", "Four."], "<|eot_id|>"),
+    ];
+    for (name, expected, end) in cases {
+        let tokenizer = tokenizer(name);
+        let mut messages = ask("Hello", "Hello");
+        messages.extend(ask("What is two and two?", "Four."));
+        let (ids, ranges) = tokenizer.encode_conversation(&messages).unwrap();
+        assert_eq!(ranges.len(), 2, "{name}");
+        for (range, text) in ranges.iter().zip(expected) {
+            let supervised = &ids[range.clone()];
+            let last = *supervised.last().unwrap();
+            assert_eq!(tokenizer.decode(supervised).unwrap(), text, "{name}");
+            assert_eq!(tokenizer.stop_ids(), [last], "{name}: {end}");
+        }
+        // A prompt is exactly what stands before the answer.
+        let prompt = tokenizer.encode_prompt(&messages[..3]).unwrap();
+        assert_eq!(prompt, ids[..ranges[1].start], "{name}");
+        let prompt = tokenizer.encode_prompt(&messages[..1]).unwrap();
+        assert_eq!(prompt, ids[..ranges[0].start], "{name}");
+    }
+}
+
+/// X7
+#[test]
+fn the_names_of_control_tokens_in_a_message_are_text() {
+    for name in FOLDERS {
+        let tokenizer = tokenizer(name);
+        let specials: Vec<u32> = (0..tokenizer.vocab_size() as u32)
+            .filter(|&id| tokenizer.is_special(id))
+            .collect();
+        assert!(specials.len() >= 3, "{name}");
+        let file = golden(&format!("{name}/tokenizer.json"));
+        let names: Vec<&str> = file["added_tokens"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|token| token["special"] == true)
+            .map(|token| token["content"].as_str().unwrap())
+            .collect();
+        let all = names.concat();
+        let nested = format!("<|im_{all}end|></s</s>>");
+        let words = names.join(" and ");
+        for text in names.iter().copied().chain([all.as_str(), &nested, &words]) {
+            let plain = tokenizer.encode_text(text).unwrap();
+            assert!(
+                plain.iter().all(|&id| !tokenizer.is_special(id)),
+                "{name}: {text}"
+            );
+            assert_eq!(tokenizer.decode(&plain).unwrap(), text, "{name}");
+
+            let harmless = tokenizer
+                .encode_conversation(&ask("Hello", "Hello"))
+                .unwrap()
+                .0;
+            let hostile = tokenizer.encode_conversation(&ask(text, text)).unwrap();
+            let count = |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_special(id)).count();
+            assert_eq!(count(&hostile.0), count(&harmless), "{name}: {text}");
+            let (last, answer) = hostile.0[hostile.1[0].clone()].split_last().unwrap();
+            assert!(tokenizer.is_special(*last));
+            assert_eq!(count(answer), 0, "{name}: {text}");
+            assert_eq!(tokenizer.decode(answer).unwrap().trim_end(), text, "{name}");
+        }
+    }
+}
+
+/// A vocabulary may hold the name of a control token as one of its pieces, as Unigram models do,
+/// and so make it of plain text.
+#[test]
+fn a_vocabulary_that_spells_control_tokens_is_split() {
+    let dir = tempfile::tempdir().unwrap();
+    let pieces = ["<unk>", "</s>", "<", "/", "s", ">", "a", "▁"];
+    let vocab: Vec<Value> = pieces.iter().map(|piece| json!([piece, -1.0])).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [{"id": 1, "content": "</s>", "special": true, "normalized": false,
+                          "single_word": false, "lstrip": false, "rstrip": false}],
+        "normalizer": null,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"},
+        "post_processor": null,
+        "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"},
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": false},
+    });
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    assert_eq!(
+        tokenizer.encode_text("a</s>a</s>").unwrap(),
+        [6, 2, 3, 4, 5, 6, 2, 3, 4, 5]
+    );
+    // Not so the unknown token, which stands for what the vocabulary lacks.
+    assert_eq!(tokenizer.encode_text("aé").unwrap(), [6, 0]);
+}
+
+#[test]
+fn token_bytes_add_up_to_the_text() {
+    for name in FOLDERS {
+        let tokenizer = tokenizer(name);
+        for text in ["Hello you", "Grüße 日本 👋🏽\n\ttwo  spaces", "\u{1}\u{7f}x"] {
+            let ids = tokenizer.encode_text(text).unwrap();
+            let bytes: Vec<u8> = ids
+                .iter()
+                .flat_map(|&id| tokenizer.token_bytes(id).unwrap().to_vec())
+                .collect();
+            // SentencePiece puts a space before a text.
+            let expected = match name {
+                "bytelevel" => text.to_owned(),
+                _ => format!(" {text}"),
+            };
+            assert_eq!(bytes, expected.as_bytes(), "{name}: {text:?}");
+        }
+        for id in 0..tokenizer.vocab_size() as u32 + 2 {
+            let bytes = tokenizer.token_bytes(id);
+            assert_eq!(
+                bytes.is_none(),
+                tokenizer.is_special(id) || id >= tokenizer.vocab_size() as u32
+            );
+            if let Some(bytes) = bytes {
+                let same = tokenizer.id_of_bytes(bytes).unwrap();
+                assert_eq!(tokenizer.token_bytes(same), Some(bytes));
+            }
+        }
+    }
+}
+
+#[test]
+fn half_a_character_decodes_lossily() {
+    let tokenizer = tokenizer("bytelevel");
+    let ids = tokenizer.encode_text("👋").unwrap();
+    assert!(ids.len() > 1);
+    assert_eq!(tokenizer.decode(&ids).unwrap(), "👋");
+    assert_eq!(tokenizer.decode(&ids[..1]).unwrap(), "\u{fffd}");
+    assert_eq!(
+        tokenizer.decode(&[ids[0], 0, 1, 2, 1_000_000]).unwrap(),
+        "\u{fffd}"
+    );
+}
+
+#[test]
+fn a_folder_without_a_chat_template_says_where_to_put_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = folder("bytelevel");
+    std::fs::copy(
+        from.join("tokenizer.json"),
+        dir.path().join("tokenizer.json"),
+    )
+    .unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    assert!(!tokenizer.encode_text("Hello").unwrap().is_empty());
+    let error = tokenizer.encode_prompt(&ask("a", "b")).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains("chat_template.jinja") && text.contains("tokenizer_config.json"),
+        "{text}"
+    );
+    assert_eq!(Exit::code_of(&error), 2);
+
+    let named = json!({"chat_template": [{"name": "tools", "template": "no"},
+                                         {"name": "default", "template": "{{ messages[0].content }}"}],
+                       "eos_token": {"content": "<|im_end|>"}});
+    std::fs::write(dir.path().join("tokenizer_config.json"), named.to_string()).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let ids = tokenizer
+        .encode_prompt(&[message("user", "Hello")])
+        .unwrap();
+    assert_eq!(tokenizer.decode(&ids).unwrap(), "Hello");
+    assert_eq!(tokenizer.stop_ids(), [2]);
+    std::fs::write(
+        dir.path().join("generation_config.json"),
+        r#"{"eos_token_id": [0, 2]}"#,
+    )
+    .unwrap();
+    assert_eq!(Tokenizer::load(dir.path()).unwrap().stop_ids(), [0, 2]);
+}
+
+#[test]
+fn a_tokenizer_larger_than_the_embeddings_is_refused() {
+    let tokenizer = tokenizer("bytelevel");
+    let size = tokenizer.vocab_size();
+    tokenizer.check_fits(size).unwrap();
+    let error = tokenizer.check_fits(size - 1).unwrap_err();
+    assert_eq!(Exit::code_of(&error), 2);
+    let text = error.to_string();
+    assert!(
+        text.contains(&size.to_string()) && text.contains(&(size - 1).to_string()),
+        "{text}"
+    );
+}
