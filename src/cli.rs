@@ -1,1 +1,203 @@
-//! The command line as given.
+//! The command line as given: clap types and nothing else.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Distill a hosted model into a small one that you own
+///
+/// `distill harvest` asks the teacher, within limits, and keeps every answer in a crash-safe cache;
+/// `distill train` fine-tunes a student on it. `distill demo` shows the whole way on this machine.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// The whole pipeline on this machine: no key, no network, a few minutes
+    Demo(DemoArgs),
+    /// Ask the teacher for every answer that the cache does not hold yet
+    Harvest(HarvestArgs),
+    /// Train the student on the cache, or on given conversations
+    Train(TrainArgs),
+    /// The student against held-out truth and against its teacher
+    Eval(EvalArgs),
+    /// Serve a local model over the OpenAI API
+    Serve(ServeArgs),
+    /// Answer one prompt with a local model, or chat with it
+    Generate(GenerateArgs),
+    /// Look into a cache
+    Cache(CacheArgs),
+    /// Show the config as it is understood
+    Config(ConfigArgs),
+    /// Print a completion script for a shell
+    Completions { shell: clap_complete::Shell },
+}
+
+/// Where the config comes from.
+#[derive(Debug, Clone, Args)]
+pub struct ConfigFile {
+    /// The config file; config.example.toml documents every key
+    #[arg(short = 'c', long = "config", value_name = "FILE")]
+    pub file: PathBuf,
+    /// Override one value, such as `train.steps=100`; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct DemoArgs {
+    /// The run folder; a demo that was stopped goes on in it
+    #[arg(long, value_name = "DIR", default_value = "demo")]
+    pub dir: PathBuf,
+    /// Prompts to harvest, of the 12,000 that ship
+    #[arg(long, value_name = "N", default_value_t = 12_000)]
+    pub prompts: usize,
+    /// Held-out prompts to evaluate on, of the 600 that ship
+    #[arg(long, value_name = "N", default_value_t = 600)]
+    pub heldout: usize,
+    /// Optimizer steps of each student
+    #[arg(long, value_name = "N", default_value_t = 2000)]
+    pub steps: u64,
+    /// Port of the teacher on loopback; 0 takes a free one
+    #[arg(long, default_value_t = 8017)]
+    pub port: u16,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct HarvestArgs {
+    #[command(flatten)]
+    pub config: ConfigFile,
+    /// Show what would be asked and what it would cost; send nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Use only the first N prompts
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub config: ConfigFile,
+    /// Go on from the newest checkpoint
+    #[arg(long, conflicts_with = "fresh")]
+    pub resume: bool,
+    /// Remove the checkpoints that are there and start over
+    #[arg(long)]
+    pub fresh: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    pub config: ConfigFile,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct CacheArgs {
+    #[command(subcommand)]
+    pub action: CacheAction,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub enum CacheAction {
+    /// Count records, tokens, dollars and bytes
+    Stats(CachePlace),
+    /// Check every line
+    Verify(CachePlace),
+    /// Print records
+    Show {
+        #[command(flatten)]
+        place: CachePlace,
+        /// A key (or its beginning) or a prompt id; all records without one
+        record: Option<String>,
+        /// Print at most N records
+        #[arg(long, value_name = "N", default_value_t = 10)]
+        limit: usize,
+    },
+}
+
+/// A cache folder, or the config of the run that it belongs to.
+#[derive(Debug, Clone, Args)]
+#[group(required = true, multiple = false)]
+pub struct CachePlace {
+    /// The config of the run
+    #[arg(short = 'c', long = "config", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The cache folder itself
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct ConfigArgs {
+    #[command(subcommand)]
+    pub action: ConfigAction,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub enum ConfigAction {
+    /// Every value, and where it came from
+    Show(ConfigFile),
+}
+
+/// Flags of every verb.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Global {
+    /// Print the result as one JSON object
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    /// Model folder (Hugging Face layout)
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Address to listen on; there is no authentication
+    #[arg(long, default_value_t = Ipv4Addr::LOCALHOST.into())]
+    pub host: IpAddr,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// Name that requests ask for [default: the folder's name]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Answers generated at once
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub batch_size: usize,
+    /// Answers that may wait for a slot; further requests get 503
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub queue: usize,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct GenerateArgs {
+    /// Model folder (Hugging Face layout)
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// 0 takes the likeliest token at each step
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Draw among the likeliest tokens that hold this share of the probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Repeats a drawn answer [default: another one each time]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Longest answer, in tokens
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub max_tokens: usize,
+    /// The prompt; `-` reads it from stdin; none starts a chat on a terminal
+    pub prompt: Option<String>,
+}

@@ -160,13 +160,13 @@ impl ModelConfig {
         }
         let query = file.num_attention_heads;
         let key_value = file.num_key_value_heads.unwrap_or(query);
-        if query == 0 || key_value == 0 || query % key_value != 0 {
+        if query == 0 || key_value == 0 || !query.is_multiple_of(key_value) {
             return refuse(format!(
                 "num_attention_heads ({query}) must be a multiple of num_key_value_heads ({key_value})"
             ));
         }
         let channels = file.head_dim.unwrap_or(file.hidden_size / query);
-        if channels == 0 || channels % 2 != 0 {
+        if channels == 0 || !channels.is_multiple_of(2) {
             return refuse(format!(
                 "head_dim is {channels}, and the rotary embedding needs an even number: choose \
                  hidden_size and num_attention_heads accordingly"

@@ -4,9 +4,12 @@
 //! this file gives it the two kinds of attention: over the segments of a training batch, and over
 //! the caches of sequences that are being generated.
 
+pub mod batcher;
 pub mod config;
 pub mod generate;
 pub mod llama;
+pub mod sampling;
+pub mod text_stream;
 pub mod weights;
 
 use std::ops::Range;

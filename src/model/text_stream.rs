@@ -1,0 +1,200 @@
+//! The text of one answer, as its bytes arrive token by token.
+
+/// Releases text once it can no longer change: a character whose last byte is still to come, and
+/// text that may turn out to begin a stop string, are held back.
+///
+/// Offsets are those of the tokens' bytes. What is released, joined, is the lossy decoding of the
+/// bytes before the stop string, however they were cut into tokens.
+#[derive(Debug)]
+pub struct TextStream {
+    bytes: Vec<u8>,
+    released: usize,
+    stop: Vec<String>,
+    /// Where the stop string begins, once one was seen.
+    cut: Option<usize>,
+}
+
+impl TextStream {
+    /// `stop`: the strings that end the answer; empty ones are ignored.
+    pub fn new(stop: &[String]) -> Self {
+        Self {
+            bytes: Vec::new(),
+            released: 0,
+            stop: stop
+                .iter()
+                .filter(|stop| !stop.is_empty())
+                .cloned()
+                .collect(),
+            cut: None,
+        }
+    }
+
+    /// Appends a token's bytes. True once they complete a stop string.
+    pub fn push(&mut self, bytes: &[u8]) -> bool {
+        let old = self.bytes.len();
+        self.bytes.extend_from_slice(bytes);
+        self.cut = self
+            .stop
+            .iter()
+            .filter_map(|stop| {
+                // A match must end in the new bytes.
+                let from = old.saturating_sub(stop.len() - 1);
+                let at = find(&self.bytes[from..], stop.as_bytes())?;
+                Some(from + at)
+            })
+            .min();
+        self.cut.is_some()
+    }
+
+    /// Bytes received.
+    pub fn received(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Bytes whose text was released.
+    pub fn released(&self) -> usize {
+        self.released
+    }
+
+    /// Where the stop string begins, once one was seen.
+    pub fn cut(&self) -> Option<usize> {
+        self.cut
+    }
+
+    /// The text that became certain since the last call.
+    pub fn release(&mut self) -> String {
+        let held = self.partial_character().max(self.partial_stop());
+        self.release_until(self.bytes.len() - held)
+    }
+
+    /// The rest of the text; for the end of the answer.
+    pub fn finish(&mut self) -> String {
+        self.release_until(self.cut.unwrap_or(self.bytes.len()))
+    }
+
+    fn release_until(&mut self, end: usize) -> String {
+        let text = String::from_utf8_lossy(&self.bytes[self.released..end]).into_owned();
+        self.released = end;
+        text
+    }
+
+    /// Length of an unfinished character at the end.
+    fn partial_character(&self) -> usize {
+        match self.bytes[self.released..].utf8_chunks().last() {
+            Some(chunk) => match std::str::from_utf8(chunk.invalid()) {
+                // No error length: the bytes are the beginning of a character.
+                Err(error) if error.error_len().is_none() => chunk.invalid().len(),
+                _ => 0,
+            },
+            None => 0,
+        }
+    }
+
+    /// Length of the longest end of the text that begins a stop string.
+    fn partial_stop(&self) -> usize {
+        let pending = &self.bytes[self.released..];
+        let begins = |stop: &&String| {
+            (1..stop.len().min(pending.len() + 1))
+                .rev()
+                .find(|&length| pending.ends_with(&stop.as_bytes()[..length]))
+        };
+        self.stop
+            .iter()
+            .filter_map(|stop| begins(&stop))
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack
+        .windows(needle.len())
+        .position(|window| window == needle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What each token releases, and what the end adds.
+    fn released(stop: &[&str], tokens: &[&[u8]]) -> Vec<String> {
+        let stop: Vec<String> = stop.iter().map(ToString::to_string).collect();
+        let mut stream = TextStream::new(&stop);
+        let mut pieces = Vec::new();
+        for token in tokens {
+            if stream.push(token) {
+                break;
+            }
+            pieces.push(stream.release());
+        }
+        pieces.push(stream.finish());
+        pieces
+    }
+
+    #[test]
+    fn no_half_character_is_released() {
+        let euro = "€".as_bytes();
+        assert_eq!(
+            released(&[], &[b"a", &euro[..1], &euro[1..2], &euro[2..], b"b"]),
+            ["a", "", "", "€", "b", ""]
+        );
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_become_replacement_characters() {
+        assert_eq!(released(&[], &[b"a\xff", b"b"]), ["a\u{fffd}", "b", ""]);
+        assert_eq!(released(&[], &[b"a\xe2", b"\x82"]), ["a", "", "\u{fffd}"]);
+        assert_eq!(released(&[], &[b"a\xe2", b"b"]), ["a", "\u{fffd}b", ""]);
+    }
+
+    #[test]
+    fn a_stop_string_is_cut_wherever_the_tokens_split_it() {
+        assert_eq!(released(&["END"], &[b"go END on"]), ["go "]);
+        assert_eq!(
+            released(&["END"], &[b"go E", b"N", b"D on"]),
+            ["go ", "", ""]
+        );
+        assert_eq!(
+            released(&["END"], &[b"go E", b"N", b"o"]),
+            ["go ", "", "ENo", ""]
+        );
+        assert_eq!(released(&["END"], &[b"go EN"]), ["go ", "EN"]);
+        assert_eq!(
+            released(&["ENEND"], &[b"EN", b"ENE", b"ND"]),
+            ["", "EN", ""]
+        );
+    }
+
+    #[test]
+    fn the_earliest_of_several_stop_strings_counts() {
+        assert_eq!(released(&["c", "bcd", ""], &[b"ab", b"cd"]), ["a", ""]);
+        assert_eq!(released(&["c", "abx"], &[b"ab", b"c"]), ["", "ab"]);
+    }
+
+    #[test]
+    fn a_stop_string_of_wide_characters_is_found_across_tokens() {
+        let text = "é€".as_bytes();
+        assert_eq!(released(&["€"], &[&text[..3], &text[3..]]), ["é", ""]);
+    }
+
+    #[test]
+    fn any_cut_into_tokens_gives_the_lossy_text() {
+        let mut rng = fastrand::Rng::with_seed(3);
+        let alphabet = [b'a', b'E', b'N', 0xe2, 0x82, 0xac, 0xff, 0xc3];
+        for _ in 0..2000 {
+            let bytes: Vec<u8> = (0..rng.usize(0..12))
+                .map(|_| alphabet[rng.usize(0..alphabet.len())])
+                .collect();
+            let mut tokens: Vec<&[u8]> = Vec::new();
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let (token, after) = rest.split_at(rng.usize(1..=rest.len()));
+                tokens.push(token);
+                rest = after;
+            }
+            let whole = String::from_utf8_lossy(&bytes);
+            let expected = whole.split_once("EN").map_or(&*whole, |(before, _)| before);
+            assert_eq!(released(&["EN"], &tokens).concat(), expected);
+        }
+    }
+}

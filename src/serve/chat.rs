@@ -1,0 +1,254 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::{StreamExt, stream};
+use serde::Serialize;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use super::App;
+use super::engine::{Job, Reply};
+use super::error::ApiError;
+use super::request::ChatRequest;
+use super::wire::{
+    AssistantMessage, Chunk, ChunkChoice, Completion, CompletionChoice, Delta, Head, Logprobs,
+    Usage,
+};
+use crate::model::generate::{Choice, FinishReason, GenerateOptions, Update};
+
+/// Answers a conversation, whole or as server-sent events.
+pub async fn completions(
+    State(app): State<Arc<App>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let body = body.map_err(|error| ApiError::http(error.status(), error.body_text()))?;
+    let request = ChatRequest::parse(&body)?;
+    app.check_model(&request.model)?;
+    let prompt = app
+        .tokenizer
+        .encode_prompt(&request.messages)
+        .map_err(|error| ApiError::bad_field("messages", format!("{error:#}")))?;
+    if prompt.len() >= app.context {
+        return Err(ApiError::context_length_exceeded(prompt.len(), app.context));
+    }
+    let answering = Answering {
+        head: app.head(if request.stream {
+            "chat.completion.chunk"
+        } else {
+            "chat.completion"
+        }),
+        prompt_tokens: prompt.len(),
+        n: request.n,
+        logprobs: request.options.top_logprobs.is_some(),
+        app: Arc::clone(&app),
+    };
+    // The client's disconnection drops this receiver, and so frees the slots.
+    let replies = submit(&app, prompt, &request)?;
+    if request.stream {
+        Ok(answering.stream(replies, request.include_usage))
+    } else {
+        answering.whole(replies).await
+    }
+}
+
+/// Queues the `n` answers of a request, all of them or none.
+fn submit(
+    app: &App,
+    prompt: Vec<u32>,
+    request: &ChatRequest,
+) -> Result<mpsc::UnboundedReceiver<Reply>, ApiError> {
+    let slots = app
+        .jobs
+        .try_reserve_many(request.n)
+        .map_err(|error| match error {
+            mpsc::error::TrySendError::Full(()) => ApiError::overloaded(),
+            mpsc::error::TrySendError::Closed(()) => ApiError::internal("the model has stopped"),
+        })?;
+    let (reply, replies) = mpsc::unbounded_channel();
+    for (index, slot) in slots.enumerate() {
+        slot.send(Job {
+            prompt: prompt.clone(),
+            options: GenerateOptions {
+                sampling: request.options.sampling.for_answer(index),
+                ..request.options.clone()
+            },
+            index,
+            reply: reply.clone(),
+        });
+    }
+    Ok(replies)
+}
+
+/// A request whose answers are under way.
+struct Answering {
+    app: Arc<App>,
+    head: Head,
+    prompt_tokens: usize,
+    n: usize,
+    logprobs: bool,
+}
+
+/// One answer as far as it has come.
+#[derive(Default)]
+struct Answer {
+    text: String,
+    choices: Vec<Choice>,
+    finish_reason: Option<FinishReason>,
+}
+
+impl Answering {
+    async fn whole(
+        &self,
+        mut replies: mpsc::UnboundedReceiver<Reply>,
+    ) -> Result<Response, ApiError> {
+        let mut answers: Vec<Answer> = (0..self.n).map(|_| Answer::default()).collect();
+        let mut completion_tokens = 0;
+        while let Some(reply) = replies.recv().await {
+            let update = reply.update.map_err(ApiError::internal)?;
+            let answer = &mut answers[reply.index];
+            answer.text.push_str(&update.text);
+            answer.choices.extend(update.choices);
+            answer.finish_reason = update.finish_reason;
+            completion_tokens += 1;
+        }
+        if answers.iter().any(|answer| answer.finish_reason.is_none()) {
+            return Err(ApiError::internal("the model has stopped"));
+        }
+        let choices = answers
+            .into_iter()
+            .enumerate()
+            .map(|(index, answer)| CompletionChoice {
+                index,
+                logprobs: self.logprobs(&answer.choices),
+                message: AssistantMessage {
+                    role: "assistant",
+                    content: answer.text,
+                    refusal: None,
+                },
+                finish_reason: answer.finish_reason,
+            })
+            .collect();
+        let completion = Completion {
+            head: &self.head,
+            choices,
+            usage: Usage::new(self.prompt_tokens, completion_tokens),
+        };
+        Ok(Json(completion).into_response())
+    }
+
+    fn stream(self, replies: mpsc::UnboundedReceiver<Reply>, include_usage: bool) -> Response {
+        let mut streaming = Streaming {
+            unfinished: self.n,
+            completion_tokens: 0,
+            include_usage,
+            answering: self,
+        };
+        let opening = streaming.opening();
+        let news = UnboundedReceiverStream::new(replies)
+            .flat_map(move |reply| stream::iter(streaming.events(reply)));
+        Sse::new(stream::iter(opening).chain(news))
+            .keep_alive(KeepAlive::default())
+            .into_response()
+    }
+
+    fn logprobs(&self, choices: &[Choice]) -> Option<Logprobs<'_>> {
+        self.logprobs
+            .then(|| Logprobs::new(choices, &self.app.tokenizer))
+    }
+}
+
+/// The state of one stream of events.
+struct Streaming {
+    answering: Answering,
+    unfinished: usize,
+    completion_tokens: usize,
+    include_usage: bool,
+}
+
+impl Streaming {
+    /// The first event of each answer names the role.
+    fn opening(&self) -> Vec<Result<Event, axum::Error>> {
+        let open = |index| {
+            let delta = Delta {
+                role: Some("assistant"),
+                content: Some(String::new()),
+            };
+            self.chunk(index, delta, None, None)
+        };
+        (0..self.answering.n).map(open).collect()
+    }
+
+    /// The events that a reply gives rise to; after the last answer's end, those that close the
+    /// stream.
+    fn events(&mut self, reply: Reply) -> Vec<Result<Event, axum::Error>> {
+        let Update {
+            text,
+            choices,
+            finish_reason,
+            ..
+        } = match reply.update {
+            Ok(update) => update,
+            Err(message) => return vec![event(&ApiError::internal(message).body())],
+        };
+        self.completion_tokens += 1;
+        let mut events = Vec::new();
+        if !text.is_empty() || !choices.is_empty() {
+            let delta = Delta {
+                role: None,
+                content: Some(text),
+            };
+            let logprobs = self.answering.logprobs(&choices);
+            events.push(self.chunk(reply.index, delta, logprobs, None));
+        }
+        if finish_reason.is_some() {
+            events.push(self.chunk(reply.index, Delta::default(), None, finish_reason));
+            self.unfinished -= 1;
+            if self.unfinished == 0 {
+                self.close(&mut events);
+            }
+        }
+        events
+    }
+
+    fn close(&self, events: &mut Vec<Result<Event, axum::Error>>) {
+        if self.include_usage {
+            let usage = Usage::new(self.answering.prompt_tokens, self.completion_tokens);
+            events.push(event(&Chunk {
+                head: &self.answering.head,
+                choices: Vec::new(),
+                usage: Some(Some(usage)),
+            }));
+        }
+        events.push(Ok(Event::default().data("[DONE]")));
+    }
+
+    fn chunk(
+        &self,
+        index: usize,
+        delta: Delta,
+        logprobs: Option<Logprobs<'_>>,
+        finish_reason: Option<FinishReason>,
+    ) -> Result<Event, axum::Error> {
+        event(&Chunk {
+            head: &self.answering.head,
+            choices: vec![ChunkChoice {
+                index,
+                delta,
+                logprobs,
+                finish_reason,
+            }],
+            usage: self.include_usage.then_some(None),
+        })
+    }
+}
+
+fn event(data: &impl Serialize) -> Result<Event, axum::Error> {
+    Event::default().json_data(data)
+}

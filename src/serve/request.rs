@@ -1,0 +1,298 @@
+//! The body of a chat completion request -> one validated value.
+//!
+//! Fields that are not known here are ignored, as clients send many; a field of the wrong type or
+//! out of range is refused with its name.
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::error::ApiError;
+use crate::model::generate::{GenerateOptions, Sampling};
+use crate::prompt::Message;
+
+const MAX_CHOICES: usize = 16;
+const MAX_STOP_STRINGS: usize = 4;
+const MAX_TOP_LOGPROBS: usize = 20;
+
+/// What a client asks for.
+#[derive(Debug)]
+pub struct ChatRequest {
+    pub model: String,
+    pub messages: Vec<Message>,
+    /// `max_tokens` is unbounded where the client sets none.
+    pub options: GenerateOptions,
+    /// Answers wanted.
+    pub n: usize,
+    pub stream: bool,
+    /// End the stream with a chunk that carries the usage.
+    pub include_usage: bool,
+}
+
+impl ChatRequest {
+    /// Reads a request body.
+    ///
+    /// # Errors
+    ///
+    /// 400 with the field at fault.
+    pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
+        let body: Map<String, Value> = serde_json::from_slice(body).map_err(|error| {
+            ApiError::bad_request(format!("the body is no JSON object: {error}"))
+        })?;
+        let fields = Fields(body);
+        let stream = fields.get("stream")?.unwrap_or(false);
+        let stream_options: Option<StreamOptions> = fields.get("stream_options")?;
+        if stream_options.is_some() && !stream {
+            let message = "`stream_options` needs `stream: true`";
+            return Err(ApiError::bad_field("stream_options", message));
+        }
+        Ok(Self {
+            model: fields.require("model")?,
+            messages: messages(&fields)?,
+            options: GenerateOptions {
+                max_tokens: max_tokens(&fields)?,
+                sampling: sampling(&fields)?,
+                stop: stop(&fields)?,
+                top_logprobs: top_logprobs(&fields)?,
+            },
+            n: fields.within("n", 1, MAX_CHOICES)?.unwrap_or(1),
+            stream,
+            include_usage: stream_options.is_some_and(|options| options.include_usage),
+        })
+    }
+}
+
+/// A JSON object that names the field in its errors.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// A field's value; none where it is absent or null.
+    fn get<T: DeserializeOwned>(&self, name: &'static str) -> Result<Option<T>, ApiError> {
+        self.0
+            .get(name)
+            .map(Option::<T>::deserialize)
+            .transpose()
+            .map(Option::flatten)
+            .map_err(|error| ApiError::bad_field(name, format!("`{name}`: {error}")))
+    }
+
+    fn require<T: DeserializeOwned>(&self, name: &'static str) -> Result<T, ApiError> {
+        self.get(name)?
+            .ok_or_else(|| ApiError::bad_field(name, format!("`{name}` is missing")))
+    }
+
+    fn within<T>(&self, name: &'static str, low: T, high: T) -> Result<Option<T>, ApiError>
+    where
+        T: DeserializeOwned + PartialOrd + std::fmt::Display,
+    {
+        match self.get(name)? {
+            Some(value) if value < low || value > high => {
+                let message = format!("`{name}` is {value}; it must be from {low} to {high}");
+                Err(ApiError::bad_field(name, message))
+            }
+            value => Ok(value),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct StreamOptions {
+    #[serde(default)]
+    include_usage: bool,
+}
+
+#[derive(Deserialize)]
+struct WireMessage {
+    role: String,
+    content: Option<Content>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a string or a list of text parts")]
+enum Content {
+    Text(String),
+    Parts(Vec<TextPart>),
+}
+
+/// A part of another type (an image, audio) has no `text` and is refused: the model cannot see it.
+#[derive(Deserialize)]
+struct TextPart {
+    text: String,
+}
+
+fn messages(fields: &Fields) -> Result<Vec<Message>, ApiError> {
+    let messages: Vec<WireMessage> = fields.require("messages")?;
+    if messages.is_empty() {
+        return Err(ApiError::bad_field("messages", "`messages` is empty"));
+    }
+    Ok(messages
+        .into_iter()
+        .map(WireMessage::into_message)
+        .collect())
+}
+
+impl WireMessage {
+    fn into_message(self) -> Message {
+        Message {
+            // OpenAI's newer name for the same thing; chat templates know the old one.
+            role: match self.role.as_str() {
+                "developer" => "system".into(),
+                _ => self.role,
+            },
+            content: match self.content {
+                Some(Content::Text(text)) => text,
+                Some(Content::Parts(parts)) => parts.into_iter().map(|part| part.text).collect(),
+                None => String::new(),
+            },
+        }
+    }
+}
+
+fn max_tokens(fields: &Fields) -> Result<usize, ApiError> {
+    let old = fields.within("max_tokens", 1, usize::MAX)?;
+    let new = fields.within("max_completion_tokens", 1, usize::MAX)?;
+    Ok(new.or(old).unwrap_or(usize::MAX))
+}
+
+fn sampling(fields: &Fields) -> Result<Sampling, ApiError> {
+    let seed: Option<i64> = fields.get("seed")?;
+    Ok(Sampling {
+        temperature: fields.within("temperature", 0.0, 2.0)?.unwrap_or(1.0),
+        top_p: fields.within("top_p", 0.0, 1.0)?.unwrap_or(1.0),
+        seed: seed.map_or_else(|| fastrand::u64(..), i64::cast_unsigned),
+    })
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
+enum Stop {
+    One(String),
+    Several(Vec<String>),
+}
+
+fn stop(fields: &Fields) -> Result<Vec<String>, ApiError> {
+    let stop = match fields.get("stop")? {
+        Some(Stop::One(stop)) => vec![stop],
+        Some(Stop::Several(stop)) => stop,
+        None => Vec::new(),
+    };
+    if stop.len() > MAX_STOP_STRINGS {
+        let message = format!("`stop` holds at most {MAX_STOP_STRINGS} strings");
+        return Err(ApiError::bad_field("stop", message));
+    }
+    Ok(stop)
+}
+
+fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
+    let wanted = fields.get("logprobs")?.unwrap_or(false);
+    let top = fields.within("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
+    match (wanted, top) {
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (false, None) => Ok(None),
+        (false, Some(_)) => {
+            let message = "`top_logprobs` needs `logprobs: true`";
+            Err(ApiError::bad_field("top_logprobs", message))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(extra: Value) -> Result<ChatRequest, ApiError> {
+        let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
+        let extra = extra.as_object().cloned().unwrap_or_default();
+        body.as_object_mut().unwrap().extend(extra);
+        ChatRequest::parse(body.to_string().as_bytes())
+    }
+
+    #[test]
+    fn absent_and_null_fields_take_openai_s_defaults() {
+        for extra in [
+            json!({}),
+            json!({"n": null, "temperature": null, "stop": null}),
+        ] {
+            let request = parse(extra).unwrap();
+            assert_eq!(request.n, 1);
+            assert_eq!(request.options.sampling.temperature, 1.0);
+            assert_eq!(request.options.max_tokens, usize::MAX);
+            assert!(!request.stream && request.options.stop.is_empty());
+            assert_eq!(request.options.top_logprobs, None);
+        }
+    }
+
+    #[test]
+    fn content_is_a_string_or_text_parts() {
+        let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+        let request = parse(json!({"messages": [
+            {"role": "developer", "content": parts},
+            {"role": "assistant", "content": null, "tool_calls": []},
+        ]}))
+        .unwrap();
+        let turns: Vec<(&str, &str)> = request
+            .messages
+            .iter()
+            .map(|message| (message.role.as_str(), message.content.as_str()))
+            .collect();
+        assert_eq!(turns, [("system", "ab"), ("assistant", "")]);
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_and_known_ones_read() {
+        let request = parse(json!({
+            "user": "u", "tools": [], "max_tokens": 9, "max_completion_tokens": 5, "seed": -1,
+            "stop": "x", "logprobs": true, "top_logprobs": 20, "n": 16,
+        }))
+        .unwrap();
+        assert_eq!(request.options.max_tokens, 5);
+        assert_eq!(request.options.sampling.seed, u64::MAX);
+        assert_eq!(request.options.stop, ["x"]);
+        assert_eq!(request.options.top_logprobs, Some(20));
+        assert_eq!(request.n, 16);
+    }
+
+    #[test]
+    fn a_bad_field_is_named() {
+        let image = json!([{"type": "image_url", "image_url": {"url": "x"}}]);
+        for (field, extra) in [
+            ("model", json!({"model": null})),
+            ("messages", json!({"messages": []})),
+            (
+                "messages",
+                json!({"messages": [{"role": "user", "content": 3}]}),
+            ),
+            (
+                "messages",
+                json!({"messages": [{"role": "user", "content": image}]}),
+            ),
+            ("temperature", json!({"temperature": "hot"})),
+            ("temperature", json!({"temperature": 2.1})),
+            ("top_p", json!({"top_p": -0.1})),
+            ("max_tokens", json!({"max_tokens": 0})),
+            (
+                "max_completion_tokens",
+                json!({"max_completion_tokens": -3}),
+            ),
+            ("n", json!({"n": 0})),
+            ("n", json!({"n": 17})),
+            ("stop", json!({"stop": ["a", "b", "c", "d", "e"]})),
+            ("stop", json!({"stop": 1})),
+            ("seed", json!({"seed": 0.5})),
+            ("top_logprobs", json!({"top_logprobs": 2})),
+            (
+                "top_logprobs",
+                json!({"logprobs": true, "top_logprobs": 21}),
+            ),
+            (
+                "stream_options",
+                json!({"stream_options": {"include_usage": true}}),
+            ),
+        ] {
+            let error = parse(extra.clone()).unwrap_err().body();
+            assert_eq!(error["error"]["param"], field, "{extra}: {error}");
+        }
+    }
+}

@@ -1,0 +1,482 @@
+//! The server speaks OpenAI's dialect over real HTTP.
+
+use std::sync::Once;
+use std::time::Duration;
+
+use distill::serve::{self, ServeOptions, Server};
+use futures_util::future::join_all;
+use reqwest::{Client, Response, StatusCode};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use crate::tiny;
+
+const CONTEXT: usize = 2500;
+/// More than any answer takes, and less than an endless one.
+const LONG: Duration = Duration::from_secs(20);
+
+/// A server over a tiny model, with a client.
+struct Fixture {
+    server: Server,
+    client: Client,
+    _model: tempfile::TempDir,
+}
+
+fn start(batch_size: usize, queue: usize) -> Fixture {
+    start_with_context(batch_size, queue, CONTEXT)
+}
+
+/// A server whose answers can be [`endless`].
+fn start_endless(queue: usize) -> Fixture {
+    start_with_context(1, queue, 200_000)
+}
+
+fn start_with_context(batch_size: usize, queue: usize, context: usize) -> Fixture {
+    static PROVIDER: Once = Once::new();
+    PROVIDER.call_once(|| {
+        // An error means that another test was first.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    });
+    let model = tempfile::tempdir().unwrap();
+    tiny::write_model(model.path(), 1, context);
+    let options = ServeOptions {
+        port: 0,
+        model_name: Some("tiny".into()),
+        batch_size,
+        queue,
+        ..ServeOptions::default()
+    };
+    Fixture {
+        server: serve::start(model.path(), options).unwrap(),
+        client: Client::new(),
+        _model: model,
+    }
+}
+
+impl Fixture {
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.server.base_url())
+    }
+
+    async fn send(&self, body: &Value) -> Response {
+        let request = self.client.post(self.url("/chat/completions")).json(body);
+        timeout(LONG, request.send()).await.unwrap().unwrap()
+    }
+
+    /// The answer to a request that must succeed.
+    async fn ask(&self, body: &Value) -> Value {
+        let response = self.send(body).await;
+        let status = response.status();
+        let answer: Value = timeout(LONG, response.json()).await.unwrap().unwrap();
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        answer
+    }
+
+    /// The events of a stream, which must end as it should.
+    async fn stream(&self, body: &Value) -> Vec<Value> {
+        let mut body = body.clone();
+        body["stream"] = true.into();
+        let response = self.send(&body).await;
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        let text = timeout(LONG, response.text()).await.unwrap().unwrap();
+        let mut events: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("data: "))
+            .collect();
+        assert_eq!(events.pop(), Some("[DONE]"));
+        events
+            .into_iter()
+            .map(|event| serde_json::from_str(event).unwrap())
+            .collect()
+    }
+}
+
+fn request(content: &str, extra: Value) -> Value {
+    let mut body = json!({
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 40,
+    });
+    for (name, value) in extra.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+    body
+}
+
+fn text(answer: &Value) -> &str {
+    answer["choices"][0]["message"]["content"].as_str().unwrap()
+}
+
+fn bytes_of(token: &Value) -> Vec<u8> {
+    let bytes = token["bytes"].as_array().unwrap();
+    bytes
+        .iter()
+        .map(|byte| byte.as_u64().unwrap() as u8)
+        .collect()
+}
+
+#[tokio::test]
+async fn models_are_listed() {
+    let fixture = start(4, 64);
+    let get = async |path: &str| -> Value {
+        let response = fixture.client.get(fixture.url(path)).send().await.unwrap();
+        response.json().await.unwrap()
+    };
+    let list = get("/models").await;
+    assert_eq!(list["object"], "list");
+    assert_eq!(list["data"][0], get("/models/tiny").await);
+    assert_eq!(list["data"][0]["id"], "tiny");
+    assert_eq!(
+        get("/models/org/large").await["error"]["code"],
+        "model_not_found"
+    );
+}
+
+#[tokio::test]
+async fn an_answer_has_openai_s_shape() {
+    let fixture = start(4, 64);
+    let answer = fixture.ask(&request("hi", json!({"max_tokens": 7}))).await;
+    assert!(answer["id"].as_str().unwrap().starts_with("chatcmpl-"));
+    assert!(
+        answer["system_fingerprint"]
+            .as_str()
+            .unwrap()
+            .starts_with("fp_")
+    );
+    assert!(answer["created"].as_i64().unwrap() > 1_600_000_000);
+    assert_eq!(answer["object"], "chat.completion");
+    assert_eq!(answer["model"], "tiny");
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["index"], 0);
+    assert_eq!(choice["finish_reason"], "length");
+    assert_eq!(choice["logprobs"], Value::Null);
+    assert_eq!(choice["message"]["role"], "assistant");
+    // <|im_start|> user \n h i <|im_end|> \n <|im_start|> assistant \n, a token a byte.
+    let prompt_tokens = 1 + 5 + 2 + 2 + 1 + 10;
+    assert_eq!(
+        answer["usage"],
+        json!({
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": 7,
+            "total_tokens": prompt_tokens + 7,
+        })
+    );
+}
+
+#[tokio::test]
+async fn a_stream_is_the_same_answer_in_pieces() {
+    let fixture = start(4, 64);
+    for extra in [
+        json!({"seed": 11, "temperature": 1, "logprobs": true, "top_logprobs": 3}),
+        json!({"seed": 12, "temperature": 0.7, "top_p": 0.9, "n": 3, "max_tokens": 300}),
+        json!({"seed": 13, "temperature": 1, "stop": ["e", "xy"], "max_tokens": 2000}),
+    ] {
+        let mut body = request("tell me", extra);
+        let whole = fixture.ask(&body).await;
+        body["stream_options"] = json!({"include_usage": true});
+        let mut events = fixture.stream(&body).await;
+        let usage = events.pop().unwrap();
+        assert_eq!(usage["choices"], json!([]));
+        assert_eq!(usage["usage"], whole["usage"]);
+        for expected in whole["choices"].as_array().unwrap() {
+            let mut content = String::new();
+            let mut logprobs = Vec::new();
+            let mut finish_reason = Value::Null;
+            for event in &events {
+                assert_eq!(event["object"], "chat.completion.chunk");
+                assert_eq!(event["usage"], Value::Null);
+                let choice = &event["choices"][0];
+                if choice["index"] != expected["index"] {
+                    continue;
+                }
+                assert_eq!(finish_reason, Value::Null, "nothing follows the end");
+                content += choice["delta"]["content"].as_str().unwrap_or_default();
+                if let Some(tokens) = choice["logprobs"]["content"].as_array() {
+                    logprobs.extend(tokens.clone());
+                }
+                finish_reason = choice["finish_reason"].clone();
+            }
+            assert_eq!(content, expected["message"]["content"]);
+            assert_eq!(finish_reason, expected["finish_reason"]);
+            let expected = expected["logprobs"]["content"].as_array();
+            assert_eq!(logprobs.len(), expected.map_or(0, Vec::len));
+            assert_eq!(Some(logprobs), expected.cloned().or(Some(Vec::new())));
+        }
+    }
+}
+
+#[tokio::test]
+async fn logprobs_are_those_of_the_text() {
+    let fixture = start(4, 64);
+    let body = json!({
+        "seed": 3, "temperature": 1, "max_tokens": 400, "logprobs": true, "top_logprobs": 20,
+    });
+    let answer = fixture.ask(&request("tell me", body)).await;
+    let content = answer["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .unwrap();
+    let mut bytes = Vec::new();
+    let (mut listed, mut partial) = (0, 0);
+    for position in content {
+        let top = position["top_logprobs"].as_array().unwrap();
+        let logprobs: Vec<f64> = top.iter().map(|t| t["logprob"].as_f64().unwrap()).collect();
+        assert_eq!(top.len(), 20);
+        assert!(logprobs.is_sorted_by(|a, b| a >= b));
+        assert!(logprobs.iter().map(|logprob| logprob.exp()).sum::<f64>() <= 1.0);
+        for same in top.iter().filter(|t| t["token"] == position["token"]) {
+            // Tokens that are different parts of characters share their text.
+            if same["bytes"] == position["bytes"] && !bytes_of(same).is_empty() {
+                assert_eq!(same["logprob"], position["logprob"]);
+                listed += 1;
+            }
+        }
+        let token = bytes_of(position);
+        match std::str::from_utf8(&token) {
+            Ok("") => assert!(position["token"].as_str().unwrap().starts_with("<|")),
+            Ok(text) => assert_eq!(position["token"], text),
+            Err(_) => {
+                assert!(position["token"].as_str().unwrap().contains('\u{fffd}'));
+                partial += 1;
+            }
+        }
+        bytes.extend(token);
+    }
+    assert!(
+        listed > 10,
+        "the emitted token is often among the 20 likeliest"
+    );
+    assert!(partial > 10, "the tiny model emits parts of characters");
+    assert_eq!(String::from_utf8_lossy(&bytes), text(&answer));
+}
+
+#[tokio::test]
+async fn the_end_of_the_turn_counts_but_is_no_content() {
+    let fixture = start(16, 64);
+    let body = json!({
+        "seed": 1, "temperature": 1, "n": 16, "max_tokens": 300, "logprobs": true,
+    });
+    let answer = fixture.ask(&request("tell me", body)).await;
+    let choices = answer["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 16);
+    let mut completion_tokens = 0;
+    let mut stopped = 0;
+    for (index, choice) in choices.iter().enumerate() {
+        assert_eq!(choice["index"], index);
+        let tokens = choice["logprobs"]["content"].as_array().unwrap().len();
+        completion_tokens += tokens;
+        if choice["finish_reason"] == "stop" {
+            completion_tokens += 1;
+            stopped += 1;
+        } else {
+            assert_eq!(tokens, 300);
+        }
+        assert!(
+            !choice["message"]["content"]
+                .as_str()
+                .unwrap()
+                .contains("<|")
+        );
+    }
+    assert!(stopped > 0, "no answer of 16 ended by itself");
+    assert_eq!(answer["usage"]["completion_tokens"], completion_tokens);
+    assert_ne!(choices[0]["message"], choices[1]["message"]);
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_the_answer_before_it() {
+    let fixture = start(4, 64);
+    let body = json!({"seed": 5, "temperature": 1, "max_tokens": 400});
+    let full = fixture.ask(&request("tell me", body.clone())).await;
+    let full_text = text(&full);
+    // Any two letters in a row that the answer holds.
+    let letters = |pair: &&[u8]| pair.iter().all(u8::is_ascii_alphanumeric);
+    let stop = full_text.as_bytes().windows(2).find(letters).unwrap();
+    let stop = std::str::from_utf8(stop).unwrap();
+    let mut body = request("tell me", body);
+    body["stop"] = json!([stop]);
+    body["logprobs"] = true.into();
+    let answer = fixture.ask(&body).await;
+    assert_eq!(text(&answer), full_text.split_once(stop).unwrap().0);
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    let tokens = answer["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .unwrap();
+    let bytes: Vec<u8> = tokens.iter().flat_map(bytes_of).collect();
+    assert_eq!(String::from_utf8_lossy(&bytes), text(&answer));
+    // The tokens of the stop string were generated, and count.
+    let completion_tokens = answer["usage"]["completion_tokens"].as_u64().unwrap() as usize;
+    assert!(completion_tokens > tokens.len());
+    assert!(completion_tokens <= tokens.len() + 2);
+}
+
+#[tokio::test]
+async fn a_seed_repeats_the_answer() {
+    let fixture = start(4, 64);
+    let ask = async |seed: Value| {
+        let body = request("tell me", json!({"seed": seed, "temperature": 1}));
+        text(&fixture.ask(&body).await).to_string()
+    };
+    assert_eq!(ask(json!(7)).await, ask(json!(7)).await);
+    assert_ne!(ask(json!(7)).await, ask(json!(8)).await);
+    assert_ne!(ask(Value::Null).await, ask(Value::Null).await);
+}
+
+#[tokio::test]
+async fn requests_at_once_get_the_answers_of_requests_one_by_one() {
+    let fixture = start(8, 64);
+    let bodies: Vec<Value> = (0..16)
+        .map(|index| {
+            let content = "ab ".repeat(1 + 13 * index);
+            request(&content, json!({"max_tokens": 10 + 3 * index}))
+        })
+        .collect();
+    let together = join_all(bodies.iter().map(|body| fixture.ask(body))).await;
+    for (body, together) in bodies.iter().zip(together) {
+        let alone = fixture.ask(body).await;
+        assert_eq!(text(&alone), text(&together));
+        assert_eq!(alone["usage"], together["usage"]);
+    }
+}
+
+#[tokio::test]
+async fn errors_have_openai_s_shape() {
+    let fixture = start(4, 64);
+    let long = "a".repeat(CONTEXT);
+    for (status, code, param, body) in [
+        (
+            404,
+            json!("model_not_found"),
+            json!("model"),
+            request("", json!({"model": "gpt-4"})),
+        ),
+        (
+            400,
+            json!("context_length_exceeded"),
+            json!("messages"),
+            request(&long, json!({})),
+        ),
+        (
+            400,
+            Value::Null,
+            json!("temperature"),
+            request("", json!({"temperature": "hot"})),
+        ),
+        (
+            400,
+            Value::Null,
+            json!("top_logprobs"),
+            request("", json!({"top_logprobs": 1})),
+        ),
+        (
+            400,
+            Value::Null,
+            json!("messages"),
+            json!({"model": "tiny"}),
+        ),
+        (400, Value::Null, Value::Null, json!("no object")),
+    ] {
+        let response = fixture.send(&body).await;
+        assert_eq!(response.status(), status, "{code} {param}");
+        let answer: Value = response.json().await.unwrap();
+        assert_eq!(answer["error"]["code"], code, "{answer}");
+        assert_eq!(answer["error"]["param"], param, "{answer}");
+        assert_eq!(answer["error"]["type"], "invalid_request_error");
+        assert!(answer["error"]["message"].is_string());
+    }
+}
+
+#[tokio::test]
+async fn errors_of_http_have_openai_s_shape_too() {
+    let fixture = start(4, 64);
+    let (client, chat) = (&fixture.client, fixture.url("/chat/completions"));
+    for (status, request) in [
+        (400, client.post(&chat).body("{\"model\": ")),
+        (413, client.post(&chat).body(vec![b' '; (16 << 20) + 1])),
+        (405, client.get(&chat)),
+        (404, client.post(fixture.url("/embeddings")).body("{}")),
+    ] {
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), status);
+        let answer: Value = response.json().await.unwrap();
+        assert!(answer["error"]["message"].is_string(), "{answer}");
+    }
+}
+
+/// A request whose answer takes longer than any test.
+fn endless() -> Value {
+    request("tell me", json!({"max_tokens": null, "stream": true}))
+}
+
+/// Reads a stream until its first text: its answer is under way then.
+async fn under_way(response: &mut Response) {
+    loop {
+        let piece = timeout(LONG, response.chunk()).await.unwrap().unwrap();
+        let piece = String::from_utf8(piece.unwrap().to_vec()).unwrap();
+        if piece.contains("\"delta\":{\"content\"") {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_goes_frees_its_slot() {
+    let fixture = start_endless(64);
+    let mut streaming = fixture.send(&endless()).await;
+    under_way(&mut streaming).await;
+    let mut whole = endless();
+    whole["stream"] = false.into();
+    // These two wait in the queue, and one of them gives up there.
+    let waiting = fixture.send(&endless()).await;
+    let given_up = timeout(Duration::from_millis(50), fixture.send(&whole)).await;
+    assert!(given_up.is_err(), "the slot is taken");
+    drop(streaming);
+    drop(waiting);
+    fixture.ask(&request("hi", json!({}))).await;
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_and_says_when_to_come_back() {
+    let fixture = start_endless(2);
+    let mut running = fixture.send(&endless()).await;
+    under_way(&mut running).await;
+    let _first = fixture.send(&endless()).await;
+    // All answers of a request or none.
+    let pair = request("hi", json!({"n": 2}));
+    assert_eq!(
+        fixture.send(&pair).await.status(),
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    let _second = fixture.send(&endless()).await;
+    let refused = fixture.send(&request("hi", json!({}))).await;
+    assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(refused.headers()["retry-after"], "1");
+    let body: Value = refused.json().await.unwrap();
+    assert_eq!(body["error"]["type"], "server_error");
+}
+
+#[tokio::test]
+async fn a_shutdown_lets_answers_finish() {
+    let Fixture {
+        server,
+        client,
+        _model,
+    } = start(1, 64);
+    let url = format!("{}/chat/completions", server.base_url());
+    let body = request("hi", json!({"max_tokens": 500, "stream": true}));
+    let mut response = client.post(&url).json(&body).send().await.unwrap();
+    under_way(&mut response).await;
+    let shutdown = tokio::task::spawn_blocking(|| server.shutdown());
+    let rest = timeout(LONG, response.text()).await.unwrap().unwrap();
+    assert!(rest.ends_with("data: [DONE]\n\n"), "{rest}");
+    timeout(LONG, shutdown).await.unwrap().unwrap().unwrap();
+    assert!(
+        client
+            .post(&url)
+            .json(&body)
+            .send()
+            .await
+            .unwrap_err()
+            .is_connect()
+    );
+}

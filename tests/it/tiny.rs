@@ -1,0 +1,123 @@
+//! A tiny model folder in Hugging Face's layout: random weights, a byte-level tokenizer.
+//!
+//! It knows nothing, but it is the real thing in small: grouped-query attention, a padded
+//! vocabulary, tokens that are parts of characters, control tokens, a chat template.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use candle_core::DType;
+use distill::config::Student;
+use distill::model::{ModelConfig, llama, weights};
+use serde_json::{Map, Value, json};
+
+/// Bytes, merges and control tokens.
+pub const VOCABULARY: usize = 256 + MERGES.len() + CONTROL.len();
+/// Rows of the embedding: a few more than there are tokens, as real models have.
+pub const PADDED_VOCABULARY: usize = 272;
+
+const MERGES: [(&str, &str); 6] = [
+    ("h", "e"),
+    ("t", "he"),
+    ("Ġ", "the"),
+    ("i", "n"),
+    // The two bytes of é.
+    ("Ã", "©"),
+    // Two of the three bytes of €.
+    ("â", "Ĥ"),
+];
+const CONTROL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n\
+    {{ message['content'] }}<|im_end|>\n{% endfor %}\
+    {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+/// Writes a llama with random weights, for prompt and answer of `context` tokens, into `dir`.
+pub fn write_model(dir: &Path, seed: u64, context: usize) {
+    let student = Student {
+        hidden_size: 32,
+        intermediate_size: 64,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        tie_word_embeddings: false,
+        max_position_embeddings: context,
+        ..Student::default()
+    };
+    let end_of_turn = VOCABULARY as u32 - 1;
+    let config = ModelConfig::of_student(&student, PADDED_VOCABULARY, &[end_of_turn]).unwrap();
+    let mut weights = llama::random_weights(&config, seed).unwrap();
+    for (name, tensor) in &mut weights {
+        // Fresh weights make a flat distribution; these make one that depends on the context.
+        if !name.contains("norm") {
+            *tensor = (&*tensor * 12.0).unwrap();
+        }
+    }
+    let write = |name: &str, bytes: &[u8]| fs::write(dir.join(name), bytes).unwrap();
+    let write_json = |name: &str, value: Value| write(name, value.to_string().as_bytes());
+    write_json("config.json", config.to_json("float32"));
+    write_json("tokenizer.json", tokenizer());
+    write_json(
+        "tokenizer_config.json",
+        json!({"eos_token": CONTROL[2], "chat_template": CHAT_TEMPLATE}),
+    );
+    let metadata = BTreeMap::from([("format".into(), "pt".into())]);
+    let weights = weights::serialize(&weights, DType::F32, metadata).unwrap();
+    write("model.safetensors", &weights);
+}
+
+fn tokenizer() -> Value {
+    let mut vocabulary = Map::new();
+    let mut add = |token: String| {
+        let id = vocabulary.len();
+        vocabulary.insert(token, id.into());
+    };
+    for byte in 0..=255 {
+        add(byte_letter(byte).to_string());
+    }
+    for (left, right) in MERGES {
+        add(format!("{left}{right}"));
+    }
+    let first_control = VOCABULARY - CONTROL.len();
+    let control = |(index, content): (usize, &&str)| {
+        json!({
+            "id": first_control + index, "content": content, "special": true,
+            "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        })
+    };
+    let byte_level = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+    });
+    json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": CONTROL.iter().enumerate().map(control).collect::<Vec<_>>(),
+        "normalizer": null,
+        "pre_tokenizer": byte_level,
+        "post_processor": null,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": false,
+            "vocab": vocabulary,
+            "merges": MERGES.map(|(left, right)| [left, right]),
+        },
+    })
+}
+
+/// The letter that stands for a byte in GPT-2's byte-level tokenizers.
+fn byte_letter(byte: u8) -> char {
+    let printable = |byte: &u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    if printable(&byte) {
+        return char::from(byte);
+    }
+    let rank = (0..byte).filter(|byte| !printable(byte)).count();
+    char::from_u32(256 + rank as u32).unwrap()
+}
