@@ -1,1 +1,243 @@
-//! A student against the truth and against its teacher.
+//! A model against the truth, and against its teacher's answers to prompts that nobody trained on.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::config::{Config, Eval, Matching};
+use crate::data::dataset;
+use crate::data::tokenizer::Tokenizer;
+use crate::exit::Exit;
+use crate::model::generate::{self, GenerateOptions};
+use crate::model::{Model, llama};
+use crate::prompt::{self, Prompt};
+use crate::signal::StopFlag;
+use crate::terminal::Progress;
+use crate::train::{metrics::Means, objective};
+
+/// What an evaluation found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    pub version: u32,
+    pub model: PathBuf,
+    pub parameters: usize,
+    /// Against `eval.source`; None without one.
+    pub truth: Option<Truth>,
+    /// Against the teacher's answers; None where there are none.
+    pub teacher: Option<Means>,
+}
+
+/// Greedy answers beside the true ones.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Truth {
+    pub rows: usize,
+    pub correct: usize,
+    /// `correct / rows`.
+    pub accuracy: f64,
+    /// With `matching = "json"`: answers that are no JSON at all.
+    pub malformed: usize,
+    /// Answers that reached `eval.max_tokens`.
+    pub cut_off: usize,
+    /// Generated tokens per second, `eval.batch_size` answers at a time.
+    pub tokens_per_s: f64,
+}
+
+pub const VERSION: u32 = 1;
+
+/// Evaluates `eval.model`, or the student of this run.
+///
+/// # Errors
+/// Where the model or the rows do not load, or there is nothing to evaluate on.
+pub fn run(config: &Config, quiet: bool) -> Result<Report> {
+    let dir = config
+        .eval
+        .model
+        .clone()
+        .unwrap_or_else(|| config.student_dir());
+    if !dir.exists() {
+        bail!(Exit::Usage(format!(
+            "there is no model in {}: run `distill train` first, or set eval.model",
+            dir.display()
+        )));
+    }
+    let model = Model::load(&dir)?;
+    let tokenizer = Tokenizer::load(&dir)?;
+    tokenizer.check_fits(model.config().vocab_size)?;
+    let truth = match &config.eval.source {
+        Some(source) => {
+            let rows = rows(config, source)?;
+            Some(against_truth(
+                &model,
+                &tokenizer,
+                &rows,
+                &config.eval,
+                quiet,
+            )?)
+        }
+        None => None,
+    };
+    let teacher = against_teacher(config, &model, &tokenizer)?;
+    if truth.is_none() && teacher.is_none() {
+        bail!(Exit::Usage(
+            "there is nothing to evaluate on: set eval.source to held-out rows with their true \
+             answers, or eval.teacher_cache to a cache of held-out answers"
+                .into()
+        ));
+    }
+    Ok(Report {
+        version: VERSION,
+        model: dir,
+        parameters: parameters(&model),
+        truth,
+        teacher,
+    })
+}
+
+/// Weights of a model, tied ones counted once.
+pub fn parameters(model: &Model) -> usize {
+    llama::parameters(model.config())
+        .iter()
+        .map(|(_, shape)| shape.iter().product::<usize>())
+        .sum()
+}
+
+fn rows(config: &Config, source: &Path) -> Result<Vec<Prompt>> {
+    let mut rows = prompt::load_rows(source, config.prompts.template.as_deref())?;
+    rows.truncate(config.eval.limit.unwrap_or(usize::MAX));
+    Ok(rows)
+}
+
+/// Answers each row greedily and compares with its true answer.
+fn against_truth(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    rows: &[Prompt],
+    settings: &Eval,
+    quiet: bool,
+) -> Result<Truth> {
+    let truths: Vec<String> = rows
+        .iter()
+        .map(|row| truth_of(row, &settings.truth))
+        .collect::<Result<_>>()?;
+    let prompts: Vec<Vec<u32>> = rows
+        .iter()
+        .map(|row| tokenizer.encode_prompt(&row.messages))
+        .collect::<Result<_>>()?;
+    let options = GenerateOptions {
+        max_tokens: settings.max_tokens as usize,
+        ..GenerateOptions::default()
+    };
+    let stop = StopFlag::watch()?;
+    let mut progress = Progress::new("eval", rows.len() as u64, quiet);
+    let began = Instant::now();
+    let mut answers = Vec::with_capacity(rows.len());
+    // In portions, so that progress can be shown and a signal seen between them.
+    for prompts in prompts.chunks(settings.batch_size * 8) {
+        answers.extend(generate::batch(
+            model,
+            tokenizer,
+            prompts,
+            &options,
+            settings.batch_size,
+        )?);
+        progress.update(answers.len() as u64, || "answers".into());
+        stop.check()?;
+    }
+    drop(progress);
+    let seconds = began.elapsed().as_secs_f64();
+    let tokens: usize = answers.iter().map(|answer| answer.ids.len()).sum();
+    let mut truth = Truth {
+        rows: rows.len(),
+        correct: 0,
+        accuracy: 0.0,
+        malformed: 0,
+        cut_off: 0,
+        tokens_per_s: tokens as f64 / seconds,
+    };
+    for (answer, expected) in answers.iter().zip(&truths) {
+        truth.correct += usize::from(matches(settings.matching, &answer.text, expected));
+        truth.malformed +=
+            usize::from(settings.matching == Matching::Json && parse(&answer.text).is_none());
+        truth.cut_off += usize::from(answer.finish_reason == generate::FinishReason::Length);
+    }
+    truth.accuracy = truth.correct as f64 / truth.rows.max(1) as f64;
+    Ok(truth)
+}
+
+/// The true answer of a row: a string as it stands, anything else as JSON.
+fn truth_of(row: &Prompt, field: &str) -> Result<String> {
+    match row.row.get(field) {
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(value) => Ok(value.to_string()),
+        None => bail!(Exit::Usage(format!(
+            "row {:?} has no field {field:?}: set eval.truth to the field with the true answer",
+            row.id
+        ))),
+    }
+}
+
+fn matches(matching: Matching, answer: &str, truth: &str) -> bool {
+    match matching {
+        Matching::Exact => answer.trim() == truth.trim(),
+        Matching::Json => parse(answer).is_some_and(|value| Some(value) == parse(truth)),
+    }
+}
+
+/// Key order does not matter to `Value`'s equality.
+fn parse(text: &str) -> Option<Value> {
+    serde_json::from_str(text.trim()).ok()
+}
+
+/// Mean terms on held-out teacher answers.
+fn against_teacher(config: &Config, model: &Model, tokenizer: &Tokenizer) -> Result<Option<Means>> {
+    let examples = match &config.eval.teacher_cache {
+        Some(dir) => {
+            let path = crate::cache::file(dir);
+            let (examples, _) = dataset::examples_of_cache(&path, &config.data, tokenizer)
+                .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?;
+            examples
+        }
+        None if config.data.source.is_some() || config.training_cache().exists() => {
+            dataset::load(config, tokenizer)?.validation
+        }
+        None => return Ok(None),
+    };
+    if examples.is_empty() {
+        return Ok(None);
+    }
+    objective::evaluate(model, &examples, config.eval.batch_size).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_matches_by_value_and_exact_by_text() {
+        let (a, b) = (r#"{"x": 1, "y": [2]}"#, r#" {"y":[2],"x":1} "#);
+        assert!(matches(Matching::Json, a, b) && !matches(Matching::Exact, a, b));
+        assert!(!matches(Matching::Json, "not json", "not json"));
+        assert!(!matches(Matching::Json, r#"{"x": 1}"#, r#"{"x": "1"}"#));
+        assert!(
+            matches(Matching::Exact, "yes\n", "yes") && !matches(Matching::Exact, "Yes", "yes")
+        );
+    }
+
+    #[test]
+    fn a_truth_may_be_text_or_a_value() {
+        let prompt = |row| Prompt {
+            id: "7".into(),
+            messages: Vec::new(),
+            row,
+        };
+        let text = truth_of(&prompt(serde_json::json!({"answer": "a b"})), "answer").unwrap();
+        assert_eq!(text, "a b");
+        let value = truth_of(&prompt(serde_json::json!({"answer": {"a": 1}})), "answer").unwrap();
+        assert_eq!(value, r#"{"a":1}"#);
+        let error = truth_of(&prompt(serde_json::json!({})), "answer").unwrap_err();
+        assert!(error.to_string().contains("eval.truth"));
+    }
+}

@@ -57,5 +57,6 @@ pub mod model;
 pub mod ops;
 pub mod prompt;
 pub mod serve;
+pub mod signal;
 pub mod terminal;
 pub mod train;

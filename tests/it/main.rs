@@ -14,3 +14,4 @@ mod harvest;
 mod model;
 mod serve;
 mod tiny;
+mod train;

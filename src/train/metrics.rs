@@ -1,0 +1,120 @@
+//! What a step and an evaluation report, and `metrics.jsonl`, which keeps it.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::loss::RowLoss;
+use crate::fs::Log;
+
+/// Sums over supervised positions.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sums {
+    pub positions: u64,
+    pub ce: f64,
+    pub label_hits: u64,
+    /// Positions with soft labels.
+    pub soft_positions: u64,
+    pub kd: f64,
+    pub teacher_hits: u64,
+}
+
+impl Sums {
+    /// Adds the positions of a micro-batch, in order.
+    pub fn add(&mut self, rows: &[RowLoss]) {
+        for row in rows {
+            self.positions += 1;
+            self.ce += f64::from(row.ce);
+            self.label_hits += u64::from(row.top1_is_label);
+            if let (Some(kd), Some(hit)) = (row.kd, row.top1_is_teachers) {
+                self.soft_positions += 1;
+                self.kd += f64::from(kd);
+                self.teacher_hits += u64::from(hit);
+            }
+        }
+    }
+
+    pub fn means(&self) -> Means {
+        let mean = |sum: f64, count: u64| (count > 0).then(|| sum / count as f64);
+        Means {
+            positions: self.positions,
+            soft_positions: self.soft_positions,
+            ce: mean(self.ce, self.positions),
+            perplexity: mean(self.ce, self.positions).map(f64::exp),
+            token_accuracy: mean(self.label_hits as f64, self.positions),
+            kl: mean(self.kd, self.soft_positions),
+            teacher_agreement: mean(self.teacher_hits as f64, self.soft_positions),
+        }
+    }
+}
+
+/// Means over supervised positions; None where there are none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Means {
+    pub positions: u64,
+    pub soft_positions: u64,
+    /// Cross-entropy of the answers' tokens, in nats.
+    pub ce: Option<f64>,
+    /// e^ce.
+    pub perplexity: Option<f64>,
+    /// Share of positions whose most likely token is the answer's.
+    pub token_accuracy: Option<f64>,
+    /// KL divergence to the teacher on its top-k and the tail, in nats.
+    pub kl: Option<f64>,
+    /// Share of positions whose most likely token is the teacher's.
+    pub teacher_agreement: Option<f64>,
+}
+
+/// `metrics.jsonl`: a line a step and a line a validation.
+pub struct Metrics(Log);
+
+impl Metrics {
+    /// Opens the file and drops what was written after step `step`, which will be done again.
+    ///
+    /// # Errors
+    /// Where the file cannot be opened.
+    pub fn open(path: &Path, step: u64) -> Result<Self> {
+        let kept = |line: &str| {
+            let line: Value = serde_json::from_str(line).unwrap_or_default();
+            line["step"].as_u64().is_some_and(|s| s <= step)
+        };
+        Ok(Self(Log::open(path, kept)?))
+    }
+
+    /// One optimizer step.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn step(&mut self, line: &StepLine) -> Result<()> {
+        self.0.write(&serde_json::to_string(line)?)
+    }
+
+    /// The validation part after `step`.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn validation(&mut self, step: u64, means: &Means) -> Result<()> {
+        let line = json!({ "step": step, "split": "validation", "means": means });
+        self.0.write(&line.to_string())
+    }
+}
+
+/// A training step as `metrics.jsonl` keeps it.
+#[derive(Debug, Clone, Serialize)]
+pub struct StepLine {
+    pub step: u64,
+    pub split: &'static str,
+    pub epoch: u64,
+    /// What was minimised.
+    pub loss: f64,
+    pub ce: Option<f64>,
+    pub kl: Option<f64>,
+    pub learning_rate: f64,
+    pub grad_norm: f64,
+    /// Tokens trained on since the start of the run, over all its sessions.
+    pub tokens: u64,
+    /// Speed of this step; the one value that differs between equal runs.
+    pub tokens_per_s: f64,
+}

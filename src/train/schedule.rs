@@ -1,0 +1,53 @@
+//! The learning rate of each step.
+
+use crate::config::{Schedule, Train};
+
+/// The learning rate of step `step` (from 1) of `total`: a linear warmup to
+/// `train.learning_rate`, then the schedule down to `min_learning_rate_ratio` of it at the end.
+pub fn learning_rate(train: &Train, step: u64, total: u64) -> f64 {
+    let peak = train.learning_rate;
+    let warmup = train.warmup_steps.min(total);
+    if step <= warmup {
+        return peak * step as f64 / warmup as f64;
+    }
+    let progress = (step - warmup) as f64 / (total - warmup).max(1) as f64;
+    let left = match train.schedule {
+        Schedule::Constant => 1.0,
+        Schedule::Linear => 1.0 - progress,
+        Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+    };
+    let floor = train.min_learning_rate_ratio;
+    peak * (floor + (1.0 - floor) * left)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn train(schedule: Schedule) -> Train {
+        Train {
+            learning_rate: 1.0,
+            min_learning_rate_ratio: 0.1,
+            warmup_steps: 10,
+            schedule,
+            ..Train::default()
+        }
+    }
+
+    #[test]
+    fn warms_up_and_ends_at_the_floor() {
+        for schedule in [Schedule::Linear, Schedule::Cosine] {
+            let rate = |step| learning_rate(&train(schedule), step, 110);
+            assert!((rate(1) - 0.1).abs() < 1e-12);
+            assert!((rate(10) - 1.0).abs() < 1e-12);
+            assert!((rate(60) - 0.55).abs() < 1e-12, "half way is half way");
+            assert!((rate(110) - 0.1).abs() < 1e-12);
+        }
+        assert_eq!(learning_rate(&train(Schedule::Constant), 110, 110), 1.0);
+    }
+
+    #[test]
+    fn a_run_shorter_than_its_warmup_stays_finite() {
+        assert!((learning_rate(&train(Schedule::Cosine), 5, 5) - 1.0).abs() < 1e-12);
+    }
+}

@@ -1,0 +1,264 @@
+//! Training: it learns, it resumes to the same bytes, it does not depend on how a step is cut.
+
+use std::path::Path;
+
+use distill::config::{Config, Init, Kd, SaveDtype};
+use distill::exit::Exit;
+use distill::train::{self, Start};
+
+use crate::tiny;
+
+/// A run folder with a tiny model and conversations whose answer the prompt determines.
+fn run_folder() -> (tempfile::TempDir, Config) {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    tiny::write_model(&model, 1, 128);
+    let rows: String = (0..40)
+        .map(|i| {
+            let (word, answer) = [("the", "in"), ("in", "he")][i % 2];
+            format!(
+                "{{\"id\":\"{i}\",\"messages\":[{{\"role\":\"user\",\"content\":\"{word} {i}\"}},\
+                 {{\"role\":\"assistant\",\"content\":\"{answer}\"}}]}}\n"
+            )
+        })
+        .collect();
+    std::fs::write(dir.path().join("rows.jsonl"), rows).unwrap();
+    let mut config = Config {
+        run_dir: dir.path().join("run"),
+        ..Config::default()
+    };
+    config.data.source = Some(dir.path().join("rows.jsonl"));
+    config.data.validation_share = 0.2;
+    config.student.init = Init::Random;
+    config.student.path = model;
+    config.student.hidden_size = 16;
+    config.student.intermediate_size = 32;
+    config.student.num_hidden_layers = 2;
+    config.student.num_attention_heads = 2;
+    config.student.num_key_value_heads = 1;
+    config.loss.kd = Kd::None;
+    config.train.steps = Some(12);
+    config.train.batch_size = 6;
+    config.train.micro_batch_size = 6;
+    config.train.warmup_steps = 2;
+    config.train.learning_rate = 2e-2;
+    config.train.eval_every = 0;
+    config.train.checkpoint_every = 0;
+    config.train.threads = 2;
+    (dir, config)
+}
+
+fn weights(config: &Config) -> Vec<u8> {
+    std::fs::read(config.student_dir().join("model.safetensors")).unwrap()
+}
+
+/// The lines of `metrics.jsonl` without the one value that may differ.
+fn metrics(config: &Config) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(config.run_dir.join("metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|line| {
+            let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+            line.as_object_mut().unwrap().remove("tokens_per_s");
+            line
+        })
+        .collect()
+}
+
+#[test]
+fn a_student_learns_what_its_prompts_determine() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(60);
+    let summary = train::run(&config, Start::Ask, true).unwrap();
+    let accuracy = summary.validation.token_accuracy.unwrap();
+    assert!(
+        accuracy > 0.95,
+        "token accuracy {accuracy} on held-out prompts"
+    );
+    let first = &metrics(&config)[0];
+    assert!(first["loss"].as_f64().unwrap() > 10.0 * summary.last_loss);
+}
+
+/// Stopped after any step and resumed: the same weights, moments and metrics as in one go.
+#[test]
+fn a_resumed_run_ends_in_the_same_bytes() {
+    let (_dir, mut config) = run_folder();
+    config.train.micro_batch_size = 4;
+    train::run(&config, Start::Ask, true).unwrap();
+    let (whole, lines) = (weights(&config), metrics(&config));
+    let moments = |config: &Config| {
+        let path = config
+            .run_dir
+            .join("checkpoints/step-000012/optimizer.safetensors");
+        std::fs::read(path).unwrap()
+    };
+    let whole_moments = moments(&config);
+    for stop_after in [1, 5, 11] {
+        // The run as it was when it was killed some steps after a checkpoint.
+        std::fs::remove_dir_all(&config.run_dir).unwrap();
+        config.train.checkpoint_every = stop_after;
+        config.train.keep_checkpoints = 100;
+        train::run(&config, Start::Ask, true).unwrap();
+        let checkpoints = config.run_dir.join("checkpoints");
+        for entry in std::fs::read_dir(&checkpoints).unwrap() {
+            let path = entry.unwrap().path();
+            if !path.ends_with(format!("step-{stop_after:06}")) {
+                std::fs::remove_dir_all(path).unwrap();
+            }
+        }
+        std::fs::remove_dir_all(config.student_dir()).unwrap();
+        train::run(&config, Start::Resume, true).unwrap();
+        assert!(
+            weights(&config) == whole,
+            "weights after a stop at {stop_after}"
+        );
+        assert!(
+            moments(&config) == whole_moments,
+            "moments after a stop at {stop_after}"
+        );
+        assert_eq!(
+            metrics(&config),
+            lines,
+            "metrics after a stop at {stop_after}"
+        );
+    }
+}
+
+/// The loss is divided by the step's supervised tokens, so cutting a step into micro-batches of
+/// any size changes nothing but rounding.
+#[test]
+fn how_a_step_is_cut_does_not_matter() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(3);
+    let mut results = Vec::new();
+    for micro_batch_size in [6, 4, 2, 1] {
+        config.train.micro_batch_size = micro_batch_size;
+        train::run(&config, Start::Fresh, true).unwrap();
+        let norms: Vec<f64> = metrics(&config)
+            .iter()
+            .filter_map(|line| line["grad_norm"].as_f64())
+            .collect();
+        results.push(norms);
+    }
+    for norms in &results {
+        assert_eq!(norms.len(), 3);
+        for (norm, first) in norms.iter().zip(&results[0]) {
+            assert!((norm - first).abs() / first < 1e-5, "{results:?}");
+        }
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let (_dir, mut config) = run_folder();
+    train::run(&config, Start::Ask, true).unwrap();
+    let two = weights(&config);
+    config.train.threads = 1;
+    train::run(&config, Start::Fresh, true).unwrap();
+    assert!(weights(&config) == two);
+}
+
+#[test]
+fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
+    let (_dir, mut config) = run_folder();
+    let code = |result: anyhow::Result<train::Summary>| {
+        let error = result.err().unwrap();
+        (Exit::code_of(&error), format!("{error:#}"))
+    };
+    let (status, message) = code(train::run(&config, Start::Resume, true));
+    assert!(
+        status == 2 && message.contains("no checkpoint"),
+        "{message}"
+    );
+    train::run(&config, Start::Ask, true).unwrap();
+    let (status, message) = code(train::run(&config, Start::Ask, true));
+    assert!(status == 2 && message.contains("--resume") && message.contains("--fresh"));
+    config.train.learning_rate = 1e-3;
+    let (status, message) = code(train::run(&config, Start::Resume, true));
+    assert!(status == 2 && message.contains("have changed"), "{message}");
+    config.train.learning_rate = 2e-2;
+    let checkpoint = config
+        .run_dir
+        .join("checkpoints/step-000012/optimizer.safetensors");
+    let bytes = std::fs::read(&checkpoint).unwrap();
+    std::fs::write(&checkpoint, &bytes[..bytes.len() / 2]).unwrap();
+    let (status, message) = code(train::run(&config, Start::Resume, true));
+    assert!(
+        status == 5 && message.contains("optimizer.safetensors"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_number_that_is_not_finite_stops_before_the_update() {
+    let (_dir, mut config) = run_folder();
+    config.train.learning_rate = 1e30;
+    config.train.max_grad_norm = 0.0;
+    config.train.checkpoint_every = 1;
+    let error = train::run(&config, Start::Ask, true).err().unwrap();
+    let message = format!("{error:#}");
+    assert!(
+        message.contains("is not finite; nothing was updated"),
+        "{message}"
+    );
+    assert!(message.contains("step 2"), "{message}");
+}
+
+#[test]
+fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(0);
+    train::run(&config, Start::Ask, true).unwrap();
+    let single = weights(&config).len();
+    config.student.save_dtype = SaveDtype::F16;
+    train::run(&config, Start::Ask, true).unwrap();
+    let half = weights(&config).len();
+    assert!(half < single * 6 / 10, "{half} of {single} bytes");
+    for file in [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+    ] {
+        assert!(
+            config.student_dir().join(file).exists(),
+            "{file} is missing"
+        );
+    }
+    // What was written loads as a pretrained student.
+    config.student.init = Init::Pretrained;
+    config.student.path = config.student_dir();
+    config.run_dir = config.run_dir.join("second");
+    train::run(&config, Start::Ask, true).unwrap();
+    assert!(
+        Path::new(&config.student_dir())
+            .join("model.safetensors")
+            .exists()
+    );
+}
+
+#[test]
+fn a_tokenizer_larger_than_the_embedding_is_refused() {
+    let (_dir, mut config) = run_folder();
+    config.student.init = Init::Pretrained;
+    // One token more than there are rows.
+    let path = config.student.path.join("tokenizer.json");
+    let mut tokenizer: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for id in tiny::VOCABULARY..=tiny::PADDED_VOCABULARY {
+        let mut token = tokenizer["added_tokens"][0].clone();
+        token["id"] = id.into();
+        token["content"] = format!("<|late-{id}|>").into();
+        tokenizer["added_tokens"]
+            .as_array_mut()
+            .unwrap()
+            .push(token);
+    }
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let error = train::run(&config, Start::Ask, true).err().unwrap();
+    let message = format!("{error:#}");
+    assert_eq!(Exit::code_of(&error), 2, "{message}");
+    for number in [tiny::PADDED_VOCABULARY, tiny::PADDED_VOCABULARY + 1] {
+        assert!(message.contains(&number.to_string()), "{message}");
+    }
+}
