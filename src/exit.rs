@@ -19,7 +19,7 @@ pub enum Exit {
     #[error("{0}")]
     Damaged(String),
     /// 130 or 143: a clean drain after Ctrl-C or SIGTERM (128 + the signal's number).
-    #[error("stopped by a signal; nothing is lost, run the same command to go on")]
+    #[error("stopped by a signal")]
     Signal(u8),
 }
 

@@ -26,7 +26,6 @@
 //! | [`train`] | THE loop, and what it needs: loss, optimizer, schedule, checkpoints, metrics |
 //! | [`evaluate`] | a model against the truth and against its teacher |
 //! | [`serve`] | the OpenAI dialect over a local model |
-//! | [`demo`] | the whole way, through the rooms above |
 //! | [`fs`], [`terminal`], [`log`], [`signal`], [`exit`] | files written whole; text for people; exit statuses |
 //!
 //! # Invariants
@@ -53,6 +52,7 @@ pub mod evaluate;
 pub mod exit;
 pub mod fs;
 pub mod harvest;
+pub mod log;
 pub mod model;
 pub mod ops;
 pub mod prompt;

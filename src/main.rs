@@ -1,1 +1,47 @@
-fn main() {}
+//! Parse, set up logging, call the library, map the result to an exit status.
+
+use std::io::ErrorKind;
+use std::process::ExitCode;
+
+use clap::Parser;
+use distill::cli::{Cli, Verb};
+use distill::commands::{cache, completions, config, eval, generate, harvest, serve, train};
+use distill::exit::Exit;
+use distill::{ops, terminal};
+
+fn main() -> ExitCode {
+    ops::process::set_up();
+    let cli = Cli::parse();
+    distill::log::set_up();
+    let global = &cli.global;
+    let result = match &cli.verb {
+        Verb::Harvest(args) => harvest::run(args, global),
+        Verb::Train(args) => train::run(args, global),
+        Verb::Eval(args) => eval::run(args, global),
+        Verb::Serve(args) => serve::run(args, global),
+        Verb::Generate(args) => generate::run(args, global),
+        Verb::Cache(args) => cache::run(args, global),
+        Verb::Config(args) => config::run(args, global),
+        Verb::Completions { shell } => completions::run(*shell),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            let (code, text) = (Exit::code_of(&error), format!("{error:#}"));
+            // A stop that was asked for is no error.
+            let prefix = if code > 128 { "" } else { "error: " };
+            eprintln!("{prefix}{}", terminal::sanitise(&text));
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// `distill cache show | head` is no failure.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
+    })
+}

@@ -1,11 +1,47 @@
-//! Ctrl-C and SIGTERM, for work that is not asynchronous.
+//! Ctrl-C and SIGTERM: as a stream for async code, as a flag for the rest.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::exit::Exit;
+
+/// Signals that ask the run to end: the first one to drain, the second one to stop at once.
+pub struct Signals {
+    numbers: UnboundedReceiver<u8>,
+}
+
+impl Signals {
+    /// Those of this process. From here on they no longer end it by themselves.
+    pub fn listen() -> Result<Signals> {
+        let (sender, numbers) = unbounded_channel();
+        for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
+            let mut signals = signal(kind).context("cannot listen for signals")?;
+            let sender = sender.clone();
+            tokio::spawn(async move {
+                while signals.recv().await.is_some() && sender.send(number(kind)).is_ok() {}
+            });
+        }
+        Ok(Signals { numbers })
+    }
+
+    /// Those that are sent through a channel.
+    pub fn from_channel(numbers: UnboundedReceiver<u8>) -> Signals {
+        Signals { numbers }
+    }
+
+    /// The number of the next signal; None if there will be none.
+    pub async fn next(&mut self) -> Option<u8> {
+        self.numbers.recv().await
+    }
+}
+
+fn number(kind: SignalKind) -> u8 {
+    u8::try_from(kind.as_raw_value()).unwrap_or_default()
+}
 
 /// Has the user asked the program to stop?
 #[derive(Clone)]
@@ -30,8 +66,11 @@ impl StopFlag {
             .context("cannot watch for signals")?;
         std::thread::spawn(move || {
             runtime.block_on(async {
-                loop {
-                    let signal = next_signal().await;
+                // An error leaves the signals their usual effect: they end the process.
+                let Ok(mut signals) = Signals::listen() else {
+                    return;
+                };
+                while let Some(signal) = signals.next().await {
                     if number.swap(signal, Ordering::Relaxed) != 0 {
                         std::process::exit(128 + i32::from(signal));
                     }
@@ -53,23 +92,20 @@ impl StopFlag {
     }
 }
 
-#[cfg(unix)]
-async fn next_signal() -> u8 {
-    use tokio::signal::unix::{SignalKind, signal};
-    match signal(SignalKind::terminate()) {
-        Ok(mut terminate) => tokio::select! {
-            _ = terminate.recv() => 15,
-            _ = tokio::signal::ctrl_c() => 2,
-        },
-        Err(_) => {
-            let _ = tokio::signal::ctrl_c().await;
-            2
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_signal_arrives_by_its_number_and_does_not_kill() {
+        let mut signals = Signals::listen().unwrap();
+        let pid = std::process::id().to_string();
+        for (name, number) in [("-TERM", 15), ("-INT", 2)] {
+            let status = std::process::Command::new("kill")
+                .args([name, &pid])
+                .status();
+            assert!(status.unwrap().success());
+            assert_eq!(signals.next().await, Some(number));
         }
     }
-}
-
-#[cfg(not(unix))]
-async fn next_signal() -> u8 {
-    let _ = tokio::signal::ctrl_c().await;
-    2
 }

@@ -1,1 +1,53 @@
-//! One thin file per verb.
+//! One thin file per verb: arguments in, library called, result printed.
+
+pub mod cache;
+pub mod completions;
+pub mod config;
+pub mod eval;
+pub mod generate;
+pub mod harvest;
+pub mod serve;
+pub mod train;
+
+use std::io::Write;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::cli::ConfigFile;
+use crate::config::{Loaded, load};
+use crate::terminal::sanitise;
+
+/// Reads the config that the flags name.
+fn load_config(file: &ConfigFile) -> Result<Loaded> {
+    load(&file.file, std::env::vars(), &file.set)
+}
+
+/// Prints a result as one JSON object, whose version is a promise to scripts.
+fn print_json(value: &impl Serialize) -> Result<()> {
+    print(&format!("{}\n", inert(value)?))
+}
+
+/// JSON whose strings cannot drive a terminal: what [`sanitise`] would touch is escaped as JSON
+/// escapes it, so that the value stays the same.
+fn inert(value: &impl Serialize) -> Result<String> {
+    let mut line = String::new();
+    for character in serde_json::to_string(value)?.chars() {
+        let mut buffer = [0; 4];
+        let text = character.encode_utf8(&mut buffer);
+        if sanitise(text) == *text {
+            line.push(character);
+        } else {
+            let mut units = [0; 2];
+            for unit in character.encode_utf16(&mut units) {
+                line += &format!("\\u{unit:04x}");
+            }
+        }
+    }
+    Ok(line)
+}
+
+/// Prints to stdout; a closed pipe is an error that `main` forgives, not a panic.
+fn print(text: &str) -> Result<()> {
+    Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
+}

@@ -16,7 +16,6 @@ use super::progress::Rates;
 use super::queue::{Entry, Queue};
 use super::record::record;
 use super::retry::{self, Failure, Outcome};
-use super::signals::Signals;
 use super::summary::{SUMMARY_VERSION, Summary};
 use super::teacher::{self, Teacher};
 use super::wire::Completion;
@@ -24,6 +23,7 @@ use crate::cache::Cache;
 use crate::cache::record::{Record, Status, Timing};
 use crate::config::Config;
 use crate::exit::Exit;
+use crate::signal::Signals;
 use crate::terminal::{Progress, format_duration};
 
 /// Attempts of one row after which an address at which nothing has ever answered is given up.
@@ -340,7 +340,9 @@ impl<'a> Dispatcher<'a> {
                 "stopped; {in_flight} requests were in flight, and may be billed without an answer"
             ));
         } else {
-            self.stop.get_or_insert(Exit::Signal(number).into());
+            let error = anyhow::Error::from(Exit::Signal(number));
+            let advice = "every answer is recorded, and the same command goes on";
+            self.stop.get_or_insert(error.context(advice));
             self.progress.note(&format!(
                 "waiting for the {in_flight} answers in flight; once more to stop at once"
             ));

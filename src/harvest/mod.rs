@@ -21,13 +21,11 @@ mod queue;
 mod record;
 mod request;
 mod retry;
-mod signals;
 mod summary;
 mod teacher;
 mod wire;
 
 pub use plan::Estimate;
-pub use signals::Signals;
 pub use summary::{SUMMARY_VERSION, Summary};
 
 use std::collections::HashSet;
@@ -38,6 +36,7 @@ use anyhow::Result;
 use crate::cache::{self, Cache};
 use crate::config::Config;
 use crate::prompt::{self, Prompt};
+use crate::signal::Signals;
 use dispatch::Dispatcher;
 use plan::Plan;
 use teacher::Teacher;

@@ -135,12 +135,8 @@ impl ModelConfig {
             "initializer_range": default_range(),
             "eos_token_id": stop_ids.first(),
         });
-        match json {
-            Value::Object(map) => {
-                Self::from_json(map).context("[student] has sizes that do not fit")
-            }
-            _ => unreachable!("an object literal is an object"),
-        }
+        let read = || Self::from_json(serde_json::from_value(json)?);
+        read().context("[student] has sizes that do not fit")
     }
 
     fn from_json(json: Map<String, Value>) -> Result<Self> {

@@ -1,0 +1,324 @@
+//! `distill cache`: what was paid for, and is it whole.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow};
+use serde_json::{Value, json};
+
+use super::{load_config, print, print_json};
+use crate::cache;
+use crate::cache::reader::{self, Findings};
+use crate::cache::record::{Record, Status};
+use crate::cache::recovery::BadLine;
+use crate::cache::stats::Stats;
+use crate::cli::{CacheAction, CacheArgs, CachePlace, ConfigFile, Global};
+use crate::exit::Exit;
+use crate::terminal::sanitise;
+
+/// Version of what `--json` prints here.
+const VERSION: u32 = 1;
+
+/// Runs the action that the command line names.
+pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
+    match &args.action {
+        CacheAction::Stats(place) => stats(&folder(place)?, global.json),
+        CacheAction::Verify(place) => verify(&folder(place)?, global.json),
+        CacheAction::Show {
+            place,
+            record,
+            limit,
+        } => show(&folder(place)?, record.as_deref(), *limit, global.json),
+    }
+}
+
+fn folder(place: &CachePlace) -> Result<PathBuf> {
+    match (&place.dir, &place.config) {
+        (Some(dir), _) => Ok(dir.clone()),
+        (None, Some(file)) => {
+            let file = ConfigFile {
+                file: file.clone(),
+                set: Vec::new(),
+            };
+            Ok(load_config(&file)?.config.own_cache())
+        }
+        (None, None) => Err(Exit::Usage("give -c FILE or --dir DIR".into()).into()),
+    }
+}
+
+/// Prints what the cache in `dir` holds, in numbers.
+pub fn stats(dir: &Path, json: bool) -> Result<()> {
+    let file = cache::file(dir);
+    let mut stats = Stats::default();
+    for record in cache::read(&file)? {
+        stats.add(&record?)?;
+    }
+    let file_bytes = std::fs::metadata(&file)?.len();
+    if json {
+        return print_json(&json!({
+            "version": VERSION, "file": file, "file_bytes": file_bytes, "stats": stats,
+            "logprob_bytes_per_token": stats.logprobs.bytes_per_token().map(|(ours, _)| ours),
+            "openai_bytes_per_token": stats.logprobs.bytes_per_token().map(|(_, theirs)| theirs),
+        }));
+    }
+    print(&stats_text(&stats, &file, file_bytes))
+}
+
+fn stats_text(stats: &Stats, file: &Path, file_bytes: u64) -> String {
+    let quarantined: u64 = stats.quarantined.values().sum();
+    let usage = &stats.usage;
+    let mut rows = vec![
+        ("file", format!("{}, {file_bytes} bytes", file.display())),
+        (
+            "records",
+            format!(
+                "{} ({} ok, {quarantined} quarantined)",
+                stats.records, stats.ok
+            ),
+        ),
+        ("quarantined", counts(&stats.quarantined)),
+        ("finish reasons", counts(&stats.finish_reasons)),
+        ("models", counts(&stats.models)),
+        (
+            "prompt tokens",
+            format!("{} ({} cached)", usage.prompt_tokens, usage.cached_tokens),
+        ),
+        (
+            "completion tokens",
+            format!(
+                "{} ({} reasoning)",
+                usage.completion_tokens, usage.reasoning_tokens
+            ),
+        ),
+        ("without usage", stats.without_usage.to_string()),
+        ("cost", format!("${:.4}", stats.cost_usd)),
+        ("without a price", stats.without_cost.to_string()),
+        (
+            "with logprobs",
+            format!(
+                "{} ({} do not match their text)",
+                stats.logprobs.records, stats.logprobs.not_matching_text
+            ),
+        ),
+    ];
+    if let Some((ours, theirs)) = stats.logprobs.bytes_per_token() {
+        rows.push((
+            "logprob bytes",
+            format!(
+                "{ours:.0} per token of {} (as sent by the API: {theirs:.0})",
+                stats.logprobs.tokens
+            ),
+        ));
+    }
+    rows.push(("first sent", or_dash(stats.first_sent_at)));
+    rows.push(("last sent", or_dash(stats.last_sent_at)));
+    rows.iter()
+        .map(|(name, value)| format!("{name:<18} {}\n", sanitise(value)))
+        .collect()
+}
+
+/// `stop 120, length 3`, most frequent first.
+fn counts(counts: &BTreeMap<String, u64>) -> String {
+    let mut entries: Vec<_> = counts.iter().collect();
+    entries.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let named = entries.iter().map(|(name, count)| match name.as_str() {
+        "" => format!("(none) {count}"),
+        name => format!("{name} {count}"),
+    });
+    match named.collect::<Vec<_>>().join(", ") {
+        none if none.is_empty() => "-".to_owned(),
+        some => some,
+    }
+}
+
+fn or_dash(value: Option<impl Display>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+/// Reads the cache in `dir` whole and says what is wrong with it: an error if lines are damaged
+/// ([`Exit::Damaged`]) or keys repeated. A torn tail is no error, since the next harvest repairs it.
+pub fn verify(dir: &Path, json: bool) -> Result<()> {
+    let file = cache::file(dir);
+    let findings = reader::examine(&file)?;
+    if json {
+        print_json(&findings_json(&file, &findings))?;
+    } else {
+        print(&findings_text(&findings))?;
+    }
+    let file = file.display();
+    if !findings.damaged.is_empty() {
+        return Err(Exit::Damaged(format!(
+            "{file}: damaged lines: {}; restore the file from a backup, or delete these lines to \
+             have their prompts asked again",
+            findings.damaged.len()
+        ))
+        .into());
+    }
+    if !findings.repeated.is_empty() {
+        return Err(anyhow!(
+            "{file}: keys with more than one record: {}; keep the first line of each",
+            findings.repeated.len()
+        ));
+    }
+    Ok(())
+}
+
+fn findings_json(file: &Path, findings: &Findings) -> Value {
+    let bad = |bad: &BadLine| json!({ "line": bad.line, "offset": bad.offset, "fault": bad.fault.to_string() });
+    json!({
+        "version": VERSION,
+        "file": file,
+        "file_bytes": findings.bytes,
+        "records": findings.records,
+        "damaged": findings.damaged.iter().map(bad).collect::<Vec<_>>(),
+        "torn": findings.torn.as_ref().map(bad),
+        "repeated_keys": findings.repeated.iter()
+            .map(|(key, count)| json!({ "key": key, "records": count }))
+            .collect::<Vec<_>>(),
+    })
+}
+
+fn findings_text(findings: &Findings) -> String {
+    let mut text = format!(
+        "whole records: {}, file: {} bytes\n",
+        findings.records, findings.bytes
+    );
+    for bad in &findings.damaged {
+        text += &format!("{bad}\n");
+    }
+    for (key, count) in &findings.repeated {
+        text += &format!("key {key} has {count} records\n");
+    }
+    if let Some(torn) = &findings.torn {
+        text += &format!(
+            "a torn record at the end, from byte {} on: the next `distill harvest` moves it aside \
+             and asks again\n",
+            torn.offset
+        );
+    }
+    sanitise(&text).into_owned()
+}
+
+/// Prints records of the cache in `dir`: those whose key starts with `which` or whose prompt id is
+/// `which`, or all of them; at most `limit`.
+pub fn show(dir: &Path, which: Option<&str>, limit: usize, json: bool) -> Result<()> {
+    let mut shown = Vec::new();
+    for record in cache::read(&cache::file(dir))? {
+        if shown.len() == limit {
+            break;
+        }
+        let record = record?;
+        if which.is_none_or(|which| record.prompt_id == which || record.key.starts_with(which)) {
+            shown.push(record);
+        }
+    }
+    if let (Some(which), true) = (which, shown.is_empty()) {
+        return Err(anyhow!(
+            "no record has a prompt id of `{}` or a key that starts with it",
+            sanitise(which)
+        ));
+    }
+    if json {
+        return print_json(&json!({ "version": VERSION, "records": shown }));
+    }
+    print(
+        &shown
+            .iter()
+            .map(record_text)
+            .collect::<Vec<_>>()
+            .join("\n\n"),
+    )
+}
+
+fn record_text(record: &Record) -> String {
+    let status = match record.status {
+        Status::Ok => "ok".to_owned(),
+        Status::Quarantined => format!("quarantined ({})", record.reason),
+    };
+    let mut text = format!(
+        "key     {}\nprompt  {}, sample {}\nstatus  {status}, finish_reason {}\nmodel   {} at {}\n\
+         sent    {}, {} ms, {} attempts\n",
+        record.key,
+        record.prompt_id,
+        record.sample,
+        record.answer.finish_reason,
+        record.model,
+        record.endpoint,
+        record.timing.sent_at,
+        record.timing.latency_ms,
+        record.timing.attempts,
+    );
+    if let Some(usage) = &record.usage {
+        text += &format!(
+            "tokens  {} prompt, {} completion\n",
+            usage.prompt_tokens, usage.completion_tokens
+        );
+    }
+    if let Some(logprobs) = &record.logprobs {
+        text += &format!("logprobs for {} tokens\n", logprobs.token.len());
+    }
+    let messages = record.request.get("messages").and_then(Value::as_array);
+    for message in messages.into_iter().flatten() {
+        text += &format!(
+            "[{}] {}\n",
+            plain(&message["role"]),
+            plain(&message["content"])
+        );
+    }
+    for (name, part) in [
+        ("reasoning", &record.answer.reasoning),
+        ("refusal", &record.answer.refusal),
+        ("answer", &record.answer.text),
+    ] {
+        if !part.is_empty() {
+            text += &format!("[{name}] {part}\n");
+        }
+    }
+    sanitise(&text).into_owned()
+}
+
+/// Strings without their quotes, everything else as JSON.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::inert;
+    use super::*;
+
+    #[test]
+    fn hostile_text_is_inert_as_text_and_as_json() {
+        let hostile = "\u{1b}]0;title\u{7} \u{9b}2J \u{202e}gpj.exe \u{2066} caf\u{e9}\ttab";
+        let active = |text: &str| {
+            text.chars().any(|c| {
+                (c.is_control() && c != '\n' && c != '\t') || "\u{202e}\u{2066}".contains(c)
+            })
+        };
+        let mut record = crate::cache::line::decode(
+            include_str!("../../tests/it/golden/cache-v1.jsonl")
+                .lines()
+                .next()
+                .unwrap()
+                .as_bytes(),
+        )
+        .unwrap();
+        record.answer.text = hostile.to_owned();
+        record.model = hostile.to_owned();
+        record.prompt_id = hostile.to_owned();
+        record.request["messages"][0]["content"] = json!(hostile);
+        assert!(!active(&record_text(&record)));
+        let mut stats = Stats::default();
+        stats.add(&record).unwrap();
+        assert!(!active(&stats_text(&stats, Path::new("x"), 1)));
+
+        let value = json!({ "records": [record] });
+        let line = inert(&value).unwrap();
+        assert!(!active(&line) && line.contains("caf\u{e9}"));
+        assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), value);
+    }
+}

@@ -1,0 +1,36 @@
+//! `distill config show`.
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::cli::{ConfigAction, ConfigArgs, Global};
+use crate::terminal::sanitise;
+
+/// Prints every value and where it came from.
+pub fn run(args: &ConfigArgs, global: &Global) -> Result<()> {
+    let ConfigAction::Show(file) = &args.action;
+    let loaded = super::load_config(file)?;
+    if global.json {
+        let origins = &loaded.origins;
+        return super::print_json(
+            &json!({ "version": 1, "config": loaded.config, "origins": origins }),
+        );
+    }
+    let mut text = String::new();
+    let mut line = |key: &str, value: &Value| {
+        let origin = loaded.origins.get(key).map_or("default", String::as_str);
+        text.push_str(&format!("{key} = {value}  # {origin}\n"));
+    };
+    let config = serde_json::to_value(&loaded.config)?;
+    for (section, value) in config.as_object().into_iter().flatten() {
+        match value.as_object() {
+            Some(keys) => {
+                for (key, value) in keys {
+                    line(&format!("{section}.{key}"), value);
+                }
+            }
+            None => line(section, value),
+        }
+    }
+    super::print(&sanitise(&text))
+}

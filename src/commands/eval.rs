@@ -1,0 +1,48 @@
+//! `distill eval`.
+
+use anyhow::Result;
+
+use crate::cli::{EvalArgs, Global};
+use crate::evaluate;
+use crate::terminal::{format_count, sanitise, table};
+
+/// Evaluates a model and prints what was found.
+pub fn run(args: &EvalArgs, global: &Global) -> Result<()> {
+    let config = super::load_config(&args.config)?.config;
+    let report = evaluate::run(&config, global.json)?;
+    if global.json {
+        return super::print_json(&report);
+    }
+    let mut rows = vec![
+        [
+            "model".to_string(),
+            sanitise(&report.model.display().to_string()).into_owned(),
+        ],
+        ["parameters".into(), format_count(report.parameters as u64)],
+    ];
+    let mut row = |name: &str, value: String| rows.push([name.into(), value]);
+    if let Some(truth) = &report.truth {
+        let percent = 100.0 * truth.accuracy;
+        row(
+            "right answers",
+            format!("{} of {} ({percent:.1} %)", truth.correct, truth.rows),
+        );
+        row("malformed answers", truth.malformed.to_string());
+        row("cut off at eval.max_tokens", truth.cut_off.to_string());
+        row("generated tokens/s", format!("{:.0}", truth.tokens_per_s));
+    }
+    if let Some(means) = &report.teacher {
+        let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
+        row(
+            "perplexity on the teacher's answers",
+            number(means.perplexity),
+        );
+        row(
+            "top-1 agreement with the teacher",
+            number(means.teacher_agreement),
+        );
+        row("KL to the teacher on its top-k", number(means.kl));
+        row("positions", format_count(means.positions));
+    }
+    super::print(&table(&rows))
+}

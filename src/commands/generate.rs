@@ -1,0 +1,160 @@
+//! `distill generate`: one prompt, or a small chat.
+
+use std::io::{IsTerminal, Read, Write};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::cli::{GenerateArgs, Global};
+use crate::data::tokenizer::Tokenizer;
+use crate::exit::Exit;
+use crate::model::Model;
+use crate::model::generate::{Batcher, FinishReason, GenerateOptions, Sampling};
+use crate::prompt::Message;
+use crate::terminal;
+
+pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
+    if args.temperature < 0.0 || !(0.0..=1.0).contains(&args.top_p) || args.max_tokens == 0 {
+        let message = "set --temperature to 0 or more, --top-p from 0 to 1, --max-tokens above 0";
+        return Err(Exit::Usage(message.into()).into());
+    }
+    let prompt = match args.prompt.as_deref() {
+        Some("-") => Some(read_stdin()?),
+        Some(prompt) => Some(prompt.to_string()),
+        None if std::io::stdin().is_terminal() && !global.json => None,
+        None => {
+            return Err(Exit::Usage("give a prompt, or `-` to read it from stdin".into()).into());
+        }
+    };
+    let model = Model::load(&args.model)?;
+    let tokenizer = Tokenizer::load(&args.model)?;
+    tokenizer.check_fits(model.config().vocab_size)?;
+    let chat = Chat {
+        model,
+        tokenizer,
+        options: GenerateOptions {
+            max_tokens: args.max_tokens,
+            sampling: Sampling {
+                temperature: args.temperature,
+                top_p: args.top_p,
+                seed: args.seed.unwrap_or_else(|| fastrand::u64(..)),
+            },
+            ..GenerateOptions::default()
+        },
+        visible: !global.json,
+    };
+    let mut messages: Vec<Message> = Vec::new();
+    messages.extend(args.system.as_deref().map(|text| message("system", text)));
+    match prompt {
+        None => chat.interactive(messages),
+        Some(prompt) => {
+            messages.push(message("user", &prompt));
+            let answer = chat.answer(&messages)?;
+            if global.json {
+                println!("{}", answer.json());
+            }
+            Ok(())
+        }
+    }
+}
+
+fn read_stdin() -> Result<String> {
+    let mut text = String::new();
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .context("cannot read the prompt from stdin")?;
+    // `echo hello | distill generate -` asks "hello", not "hello\n".
+    Ok(text.trim_end_matches(['\r', '\n']).to_string())
+}
+
+fn message(role: &str, content: &str) -> Message {
+    Message {
+        role: role.into(),
+        content: content.into(),
+    }
+}
+
+struct Chat {
+    model: Model,
+    tokenizer: Tokenizer,
+    options: GenerateOptions,
+    /// Print the answer as it grows.
+    visible: bool,
+}
+
+struct Answer {
+    text: String,
+    finish_reason: FinishReason,
+    prompt_tokens: usize,
+    completion_tokens: usize,
+}
+
+impl Answer {
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "version": 1,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "usage": {
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": self.completion_tokens,
+                "total_tokens": self.prompt_tokens + self.completion_tokens,
+            },
+        })
+    }
+}
+
+impl Chat {
+    fn answer(&self, messages: &[Message]) -> Result<Answer> {
+        let prompt = self.tokenizer.encode_prompt(messages)?;
+        let mut answer = Answer {
+            text: String::new(),
+            finish_reason: FinishReason::Length,
+            prompt_tokens: prompt.len(),
+            completion_tokens: 0,
+        };
+        let mut batcher = Batcher::new(&self.model, &self.tokenizer, 1);
+        batcher.submit(prompt, &self.options)?;
+        while !batcher.is_idle() {
+            for update in batcher.step()? {
+                self.show(&update.text)?;
+                answer.text.push_str(&update.text);
+                answer.completion_tokens += 1;
+                answer.finish_reason = update.finish_reason.unwrap_or(answer.finish_reason);
+            }
+        }
+        self.show("\n")?;
+        Ok(answer)
+    }
+
+    fn show(&self, text: &str) -> Result<()> {
+        if !self.visible {
+            return Ok(());
+        }
+        let mut stdout = std::io::stdout().lock();
+        if stdout.is_terminal() {
+            stdout.write_all(terminal::sanitise(text).as_bytes())?;
+        } else {
+            stdout.write_all(text.as_bytes())?;
+        }
+        Ok(stdout.flush()?)
+    }
+
+    /// A conversation on the terminal, until the input ends.
+    fn interactive(&self, mut messages: Vec<Message>) -> Result<()> {
+        eprintln!("type a message and press Enter; Ctrl-D ends the chat");
+        loop {
+            eprint!("> ");
+            let mut line = String::new();
+            if std::io::stdin().read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            if line.trim().is_empty() {
+                continue;
+            }
+            messages.push(message("user", line.trim()));
+            let answer = self.answer(&messages)?;
+            messages.push(message("assistant", &answer.text));
+        }
+    }
+}

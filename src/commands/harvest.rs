@@ -1,0 +1,25 @@
+//! `distill harvest`: collect the teacher's answers.
+
+use anyhow::{Context, Result};
+
+use crate::cli::{Global, HarvestArgs};
+use crate::harvest::{self, HarvestOptions};
+
+/// Runs the harvest, prints its summary, and fails with what the summary says went wrong.
+pub fn run(args: &HarvestArgs, global: &Global) -> Result<()> {
+    let config = super::load_config(&args.config)?.config;
+    let options = HarvestOptions {
+        dry_run: args.dry_run,
+        limit: args.limit,
+        quiet: global.json,
+    };
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+    let summary = runtime.block_on(harvest::run(&config, options))?;
+    if global.json {
+        super::print_json(&summary)?;
+    } else {
+        super::print(&summary.to_table())?;
+    }
+    summary.into_result()?;
+    Ok(())
+}

@@ -1,0 +1,311 @@
+//! The binary itself: the whole way on a tiny teacher, and what it says to bad input.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use crate::tiny;
+
+fn distill(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_distill"));
+    command
+        .args(args)
+        .env_remove("OPENAI_API_KEY")
+        .stdin(Stdio::null());
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    distill(args).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// The exit status, and that the one line on stderr holds all of `parts`.
+#[track_caller]
+fn refused(output: &Output, status: i32, parts: &[&str]) {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{errors}");
+    for part in parts {
+        assert!(errors.contains(part), "{errors:?} lacks {part:?}");
+    }
+    assert!(!errors.contains("panicked"), "{errors}");
+}
+
+/// `distill serve` over a tiny model, until it is dropped.
+struct Teacher {
+    child: Child,
+    base_url: String,
+}
+
+impl Teacher {
+    fn start(model: &Path) -> Self {
+        let model = model.to_str().unwrap();
+        let mut child = distill(&["serve", "--port", "0", "--name", "tiny", "--model", model])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let base_url = line
+            .trim()
+            .strip_prefix("listening on ")
+            .unwrap()
+            .to_string();
+        Self { child, base_url }
+    }
+}
+
+impl Drop for Teacher {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A folder with a model, ten prompts and a config; the path of the config.
+fn folder(base_url: &str) -> (tempfile::TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    tiny::write_model(&model, 1, 128);
+    let prompts: String = (0..10)
+        .map(|i| format!("{{\"id\":{i},\"text\":\"say {i}\"}}\n"))
+        .collect();
+    std::fs::write(dir.path().join("prompts.jsonl"), prompts).unwrap();
+    std::fs::write(dir.path().join("template.toml"), "user = \"{{ text }}!\"\n").unwrap();
+    let config = format!(
+        "[teacher]\nbase_url = \"{base_url}\"\nmodel = \"tiny\"\napi_key_env = \"\"\n\
+         [prompts]\nsource = \"prompts.jsonl\"\ntemplate = \"template.toml\"\n\
+         [sampling]\nmax_tokens = 12\n\
+         [retry]\nbase_s = 0.01\nmax_s = 0.02\n\
+         [student]\npath = \"model\"\n\
+         [data]\nvalidation_share = 0.2\nkeep_finish_reasons = [\"stop\", \"length\"]\n\
+         [train]\nsteps = 3\nbatch_size = 4\n[eval]\nsource = \"prompts.jsonl\"\ntruth = \"text\"\nmax_tokens = 8\n"
+    );
+    let path = dir.path().join("run.toml");
+    std::fs::write(&path, config).unwrap();
+    let path = path.to_str().unwrap().to_string();
+    (dir, path)
+}
+
+/// A teacher that has learnt to answer in words, by `distill train` on given conversations.
+fn trained_teacher(dir: &Path) -> std::path::PathBuf {
+    tiny::write_model(dir, 5, 128);
+    let rows: String = (0..40)
+        .map(|i| {
+            format!(
+                "{{\"messages\":[{{\"role\":\"user\",\"content\":\"say {i}!\"}},\
+                 {{\"role\":\"assistant\",\"content\":\"the {}\"}}]}}\n",
+                ["hen", "tin"][i % 2]
+            )
+        })
+        .collect();
+    std::fs::write(dir.join("rows.jsonl"), rows).unwrap();
+    let config = dir.join("teacher.toml");
+    std::fs::write(
+        &config,
+        "[data]\nsource = \"rows.jsonl\"\n[student]\ninit = \"random\"\npath = \".\"\n\
+         hidden_size = 16\nintermediate_size = 32\nnum_hidden_layers = 1\n\
+         num_attention_heads = 2\nnum_key_value_heads = 1\n[loss]\nkd = \"none\"\n\
+         [train]\nsteps = 40\nbatch_size = 8\nlearning_rate = 2e-2\nwarmup_steps = 2\n",
+    )
+    .unwrap();
+    stdout(&run(&["train", "-c", config.to_str().unwrap()]));
+    dir.join("run/student")
+}
+
+#[test]
+fn harvest_train_and_evaluate_from_one_config() {
+    let teacher_dir = tempfile::tempdir().unwrap();
+    let teacher_model = trained_teacher(teacher_dir.path());
+    let teacher = Teacher::start(&teacher_model);
+    let (dir, config) = folder(&teacher.base_url);
+
+    let harvest = ["--json", "harvest", "-c", &config];
+    let first: serde_json::Value = serde_json::from_str(&stdout(&run(&harvest))).unwrap();
+    assert_eq!(
+        (&first["ok"], &first["cached"]),
+        (&10.into(), &0.into()),
+        "{first}"
+    );
+    let again: serde_json::Value = serde_json::from_str(&stdout(&run(&harvest))).unwrap();
+    assert_eq!(
+        (&again["requests"], &again["cached"]),
+        (&0.into(), &10.into()),
+        "{again}"
+    );
+
+    let stats = stdout(&run(&["--json", "cache", "stats", "-c", &config]));
+    let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+    assert_eq!(stats["stats"]["records"], 10, "{stats}");
+    assert!(stdout(&run(&["cache", "verify", "-c", &config])).contains("whole records: 10,"));
+    let shown = stdout(&run(&["cache", "show", "-c", &config, "3"]));
+    assert!(shown.contains("say 3!"), "{shown}");
+
+    let trained = stdout(&run(&["--json", "train", "-c", &config]));
+    let trained: serde_json::Value = serde_json::from_str(&trained).unwrap();
+    let validation = &trained["summary"]["validation"];
+    assert!(validation["kl"].as_f64().unwrap() > 0.0, "{trained}");
+    assert!(dir.path().join("run/student/model.safetensors").exists());
+
+    let report = stdout(&run(&["--json", "eval", "-c", &config]));
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["truth"]["rows"], 10, "{report}");
+    assert_eq!(report["teacher"]["kl"], validation["kl"], "{report}");
+
+    // The teacher on its own answers: the logprobs that went through HTTP and the cache are those
+    // of the model, so next to nothing is left between them.
+    let model = format!("eval.model={}", teacher_model.display());
+    let report = stdout(&run(&["--json", "eval", "-c", &config, "--set", &model]));
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert!(
+        report["teacher"]["kl"].as_f64().unwrap().abs() < 1e-5,
+        "{report}"
+    );
+
+    let student = dir.path().join("run/student");
+    let answer = stdout(&run(&[
+        "--json",
+        "generate",
+        "--model",
+        student.to_str().unwrap(),
+        "say",
+    ]));
+    assert!(answer.contains("\"finish_reason\""), "{answer}");
+}
+
+#[test]
+fn bad_input_is_refused_with_a_way_out() {
+    let (dir, config) = folder("http://127.0.0.1:9/v1");
+    let set = |value: &str| run(&["harvest", "-c", &config, "--set", value]);
+
+    refused(
+        &run(&["harvest", "-c", "nowhere.toml"]),
+        2,
+        &["nowhere.toml", "config.example.toml"],
+    );
+    refused(
+        &set("limits.concurency=3"),
+        2,
+        &["limits.concurency", "limits.concurrency"],
+    );
+    refused(&set("teacher.api_key_env=NO_SUCH_KEY"), 2, &["NO_SUCH_KEY"]);
+    refused(&set("teacher.model="), 2, &["teacher.model"]);
+    refused(&set("prompts.source=missing.jsonl"), 2, &["missing.jsonl"]);
+    // Port 9 is closed: nothing answers there.
+    refused(&set("limits.concurrency=1"), 1, &["http://127.0.0.1:9/v1"]);
+
+    std::fs::write(
+        dir.path().join("template.toml"),
+        "user = \"{{ sentence }}\"\n",
+    )
+    .unwrap();
+    refused(
+        &run(&["harvest", "-c", &config]),
+        2,
+        &["prompts.jsonl:1", "sentence", "text"],
+    );
+    std::fs::write(
+        dir.path().join("template.toml"),
+        "user = \"{{ text }}\"\nusr = 1\n",
+    )
+    .unwrap();
+    refused(
+        &run(&["harvest", "-c", &config]),
+        2,
+        &["template.toml", "usr"],
+    );
+
+    refused(
+        &run(&["train", "-c", &config]),
+        2,
+        &["responses.jsonl", "empty"],
+    );
+    refused(&run(&["eval", "-c", &config]), 2, &["distill train"]);
+    std::fs::remove_file(dir.path().join("model/tokenizer.json")).unwrap();
+    refused(&run(&["train", "-c", &config]), 2, &["tokenizer.json"]);
+}
+
+#[test]
+fn a_model_name_that_the_endpoint_does_not_know_stops_the_run() {
+    let teacher_dir = tempfile::tempdir().unwrap();
+    tiny::write_model(teacher_dir.path(), 5, 128);
+    let teacher = Teacher::start(teacher_dir.path());
+    let (_dir, config) = folder(&teacher.base_url);
+    let output = run(&["harvest", "-c", &config, "--set", "teacher.model=huge"]);
+    refused(&output, 1, &["huge", "teacher.model"]);
+}
+
+#[test]
+fn a_damaged_or_newer_cache_is_refused() {
+    let (dir, config) = folder("http://127.0.0.1:9/v1");
+    let cache = dir.path().join("run/cache");
+    std::fs::create_dir_all(&cache).unwrap();
+    let golden = include_str!("golden/cache-v1.jsonl");
+    let file = cache.join("responses.jsonl");
+    let first = golden.lines().next().unwrap().as_bytes();
+    let mut newer = distill::cache::line::decode(first).unwrap();
+    newer.v = 99;
+    std::fs::write(&file, distill::cache::line::encode(&newer).unwrap()).unwrap();
+    refused(
+        &run(&["harvest", "-c", &config]),
+        5,
+        &["responses.jsonl", "line 1", "99"],
+    );
+    std::fs::write(&file, golden.replacen("prompt_id", "prompt_ix", 1)).unwrap();
+    refused(
+        &run(&["harvest", "-c", &config]),
+        5,
+        &["responses.jsonl", "line 1"],
+    );
+    refused(&run(&["cache", "verify", "-c", &config]), 5, &["damaged"]);
+}
+
+#[test]
+fn a_second_process_on_the_same_cache_is_told_who_holds_it() {
+    let (dir, config) = folder("http://127.0.0.1:9/v1");
+    let held = distill::cache::Cache::open(
+        &dir.path().join("run/cache"),
+        distill::config::Durability::Batch,
+    );
+    let held = held.unwrap();
+    let pid = std::process::id().to_string();
+    refused(
+        &run(&["harvest", "-c", &config]),
+        1,
+        &["another process", &pid],
+    );
+    drop(held);
+}
+
+#[test]
+fn the_config_is_shown_with_its_origins_and_a_closed_pipe_is_no_error() {
+    let (_dir, config) = folder("http://127.0.0.1:9/v1");
+    let shown = distill(&["config", "show", "-c", &config, "--set", "train.seed=5"])
+        .env("DISTILL_TRAIN_EPOCHS", "2.5")
+        .output()
+        .unwrap();
+    let shown = stdout(&shown);
+    for line in [
+        "train.seed = 5  # flag",
+        "train.epochs = 2.5  # environment (DISTILL_TRAIN_EPOCHS)",
+        "train.steps = 3  # file",
+        "train.schedule = \"cosine\"  # default",
+    ] {
+        assert!(shown.contains(line), "{shown}");
+    }
+    assert!(stdout(&run(&["completions", "bash"])).contains("distill"));
+    let mut child = distill(&["config", "show", "-c", &config])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+}
