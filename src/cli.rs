@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 /// Distill a hosted model into a small one that you own
 ///
 /// `distill harvest` asks the teacher, within limits, and keeps every answer in a crash-safe cache;
-/// `distill train` fine-tunes a student on it.
+/// `distill train` fine-tunes a student on it. `distill demo` shows the whole way on this machine.
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true)]
 pub struct Cli {
@@ -20,6 +20,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Verb {
+    /// The whole pipeline on this machine: no key, no network, a few minutes
+    Demo(DemoArgs),
     /// Ask the teacher for every answer that the cache does not hold yet
     Harvest(HarvestArgs),
     /// Train the student on the cache, or on given conversations
@@ -47,6 +49,25 @@ pub struct ConfigFile {
     /// Override one value, such as `train.steps=100`; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct DemoArgs {
+    /// The run folder; a demo that was stopped goes on in it
+    #[arg(long, value_name = "DIR", default_value = "demo")]
+    pub dir: PathBuf,
+    /// Prompts to harvest, of the 12,000 that ship
+    #[arg(long, value_name = "N", default_value_t = 12_000)]
+    pub prompts: usize,
+    /// Held-out prompts to evaluate on, of the 600 that ship
+    #[arg(long, value_name = "N", default_value_t = 600)]
+    pub heldout: usize,
+    /// Optimizer steps of each student
+    #[arg(long, value_name = "N", default_value_t = 2000)]
+    pub steps: u64,
+    /// Port of the teacher on loopback; 0 takes a free one
+    #[arg(long, default_value_t = 8017)]
+    pub port: u16,
 }
 
 #[derive(Debug, Clone, Args)]

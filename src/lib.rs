@@ -26,6 +26,7 @@
 //! | [`train`] | THE loop, and what it needs: loss, optimizer, schedule, checkpoints, metrics |
 //! | [`evaluate`] | a model against the truth and against its teacher |
 //! | [`serve`] | the OpenAI dialect over a local model |
+//! | [`demo`] | the whole way, through the rooms above |
 //! | [`fs`], [`terminal`], [`log`], [`signal`], [`exit`] | files written whole; text for people; exit statuses |
 //!
 //! # Invariants
@@ -48,6 +49,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod data;
+pub mod demo;
 pub mod evaluate;
 pub mod exit;
 pub mod fs;

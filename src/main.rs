@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use distill::cli::{Cli, Verb};
-use distill::commands::{cache, completions, config, eval, generate, harvest, serve, train};
+use distill::commands::{cache, completions, config, demo, eval, generate, harvest, serve, train};
 use distill::exit::Exit;
 use distill::{ops, terminal};
 
@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     distill::log::set_up();
     let global = &cli.global;
     let result = match &cli.verb {
+        Verb::Demo(args) => demo::run(args, global),
         Verb::Harvest(args) => harvest::run(args, global),
         Verb::Train(args) => train::run(args, global),
         Verb::Eval(args) => eval::run(args, global),

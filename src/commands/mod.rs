@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod completions;
 pub mod config;
+pub mod demo;
 pub mod eval;
 pub mod generate;
 pub mod harvest;
