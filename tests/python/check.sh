@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# What other people's programs make of our files and our server: makes its own Python environment.
+#
+# usage: tests/python/check.sh [DEMO_DIR]      (default: demo, made by `distill demo`)
+#
+# 1. transformers: a student loads by its Auto classes; logits within 1e-3, equal greedy text.
+# 2. datasets and jq: the cache as it is.
+# 3. the official openai client against `distill serve`.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+demo=${1:-demo}
+distill=target/release/distill
+environment=target/python
+
+for needed in "$distill" "$demo/kl/student/config.json"; do
+    if [ ! -e "$needed" ]; then
+        echo "$needed is missing: run 'cargo run --release -- demo' first" >&2
+        exit 2
+    fi
+done
+if [ ! -e "$environment/ready" ]; then
+    python3 -m venv "$environment"
+    "$environment/bin/pip" install --quiet -r tests/python/requirements.txt
+    touch "$environment/ready"
+fi
+python=$environment/bin/python
+export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
+
+for model in kl/student teacher; do
+    echo "== transformers: $model"
+    "$python" tests/python/transformers_check.py "$distill" "$demo/$model" "$demo/test.jsonl"
+done
+
+echo "== datasets: the cache as it is"
+"$python" tests/python/load_cache.py "$demo/harvest/cache/responses.jsonl"
+
+if command -v jq > /dev/null; then
+    echo "== jq: the cache as it is"
+    jq -r '[.prompt_id, .answer.text, (.logprobs.token | length)] | @tsv' \
+        "$demo/harvest/cache/responses.jsonl" | tail -n 2
+fi
+
+echo "== the openai client against distill serve"
+coproc server { exec "$distill" serve --model "$demo/teacher" --port 0 --name teacher; }
+trap 'kill "${server_PID:-}" 2>/dev/null || true' EXIT
+read -r _ _ base_url <&"${server[0]}"
+"$python" tests/python/openai_client.py "$base_url"
