@@ -63,7 +63,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "N", default_value_t = 600)]
     pub heldout: usize,
     /// Optimizer steps of each student
-    #[arg(long, value_name = "N", default_value_t = 2000)]
+    #[arg(long, value_name = "N", default_value_t = 1500)]
     pub steps: u64,
     /// Port of the teacher on loopback; 0 takes a free one
     #[arg(long, default_value_t = 8017)]

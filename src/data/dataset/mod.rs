@@ -65,7 +65,7 @@ pub fn load(config: &Config, tokenizer: &Tokenizer) -> Result<Dataset> {
     })
 }
 
-/// Prepares the teacher's answers in the cache file at `path`, in their order.
+/// Prepares the teacher's answers in the cache file at `path`, in the order of their keys.
 ///
 /// # Errors
 /// If the cache is damaged, or no example is left ([`Exit::Usage`], with the reasons).
@@ -80,7 +80,9 @@ pub fn examples_of_cache(
             path.display()
         )));
     }
-    let (examples, report) = examples_of_records(cache::read(path)?, settings, tokenizer)?;
+    let (mut examples, report) = examples_of_records(cache::read(path)?, settings, tokenizer)?;
+    // Answers arrive in another order each time; what is trained on must not depend on it.
+    examples.sort_by(|a, b| a.key.cmp(&b.key));
     not_empty(examples, report, path)
 }
 
