@@ -28,7 +28,7 @@ pub enum Verb {
     Train(TrainArgs),
     /// The student against held-out truth and against its teacher
     Eval(EvalArgs),
-    /// Serve a local model over the OpenAI API
+    /// Serve a local model over the OpenAI API, or a scripted teacher to rehearse with
     Serve(ServeArgs),
     /// Answer one prompt with a local model, or chat with it
     Generate(GenerateArgs),
@@ -159,8 +159,12 @@ pub struct Global {
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
     /// Model folder (Hugging Face layout)
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "mock")]
+    pub model: Option<PathBuf>,
+    /// In place of a model, a teacher that does what this script says: limits, latency, faults;
+    /// tests/mock/example.toml documents every key
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "name", "batch_size", "queue"])]
+    pub mock: Option<PathBuf>,
     /// Address to listen on; there is no authentication
     #[arg(long, default_value_t = Ipv4Addr::LOCALHOST.into())]
     pub host: IpAddr,

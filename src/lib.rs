@@ -25,7 +25,7 @@
 //! | [`ops`] | fused operations with hand-written backward passes; all `unsafe` code |
 //! | [`train`] | THE loop, and what it needs: loss, optimizer, schedule, checkpoints, metrics |
 //! | [`evaluate`] | a model against the truth and against its teacher |
-//! | [`serve`] | the OpenAI dialect over a local model |
+//! | [`serve`] | the OpenAI dialect over a local model, or by a script that fails on purpose (`serve::mock`) |
 //! | [`demo`] | the whole way, through the rooms above |
 //! | [`fs`], [`terminal`], [`log`], [`signal`], [`exit`] | files written whole; text for people; exit statuses |
 //!

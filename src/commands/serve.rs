@@ -1,19 +1,31 @@
-//! `distill serve`: an OpenAI-compatible server over a local model.
+//! `distill serve`: an OpenAI-compatible server over a local model, or a scripted teacher.
 
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::json;
 use tokio::runtime::Builder;
 
+use super::{print, print_json};
 use crate::cli::{Global, ServeArgs};
 use crate::exit::Exit;
+use crate::serve::mock::{self, Script, Stats};
 use crate::serve::{self, ServeOptions, Server};
 use crate::signal::Signals;
+use crate::terminal::{format_count, table};
 
 pub fn run(args: &ServeArgs, global: &Global) -> Result<()> {
+    match (&args.mock, &args.model) {
+        (Some(script), _) => run_mock(script, args, global),
+        (None, Some(model)) => run_model(model, args, global),
+        (None, None) => Err(Exit::Usage("give --model or --mock".into()).into()),
+    }
+}
+
+fn run_model(model: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
     let server = serve::start(
-        &args.model,
+        model,
         ServeOptions {
             host: args.host,
             port: args.port,
@@ -22,7 +34,13 @@ pub fn run(args: &ServeArgs, global: &Global) -> Result<()> {
             queue: args.queue,
         },
     )?;
-    announce(&server, args, global)?;
+    if !args.host.is_loopback() {
+        tracing::warn!(
+            "whoever reaches {} may use the model: there is no key",
+            args.host
+        );
+    }
+    announce(&server.base_url(), server.model_name(), global)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let number = runtime.block_on(until_stopped(server))?;
     // A second signal must not wait for the shutdown that it cuts short.
@@ -30,14 +48,29 @@ pub fn run(args: &ServeArgs, global: &Global) -> Result<()> {
     Err(Exit::Signal(number).into())
 }
 
-fn announce(server: &Server, args: &ServeArgs, global: &Global) -> Result<()> {
-    let (base_url, model) = (server.base_url(), server.model_name());
-    if !args.host.is_loopback() {
-        tracing::warn!(
-            "whoever reaches {} may use the model: there is no key",
-            args.host
-        );
+/// Serves until Ctrl-C or SIGTERM, then prints what there is to tell.
+fn run_mock(script: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
+    let script = Script::load(script)?;
+    let model = script.model_name().to_string();
+    let server = mock::start(script, args.host, args.port)?;
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    // Before the announcement: a script that read it may send its signal at once.
+    let mut signals = runtime.block_on(async { Signals::listen() })?;
+    announce(&server.base_url(), &model, global)?;
+    let number = runtime
+        .block_on(signals.next())
+        .context("cannot wait for signals")?;
+    let stats = server.stop();
+    if global.json {
+        print_json(&json!({"version": 1, "stats": stats}))?;
+    } else {
+        print(&table(&rows(&stats)))?;
     }
+    Err(Exit::Signal(number).into())
+}
+
+/// Tells where the server is, and waits for nobody.
+fn announce(base_url: &str, model: &str, global: &Global) -> Result<()> {
     tracing::info!("serving `{model}`; press Ctrl-C to stop");
     let mut stdout = std::io::stdout().lock();
     if global.json {
@@ -61,4 +94,42 @@ async fn until_stopped(server: Server) -> Result<u8> {
         _ = signals.next() => {}
     }
     Ok(number)
+}
+
+/// The stats as a table, those of status, kind and repetition only where there are any.
+fn rows(stats: &Stats) -> Vec<[String; 2]> {
+    let row = |name: &str, count: u64| [name.to_string(), format_count(count)];
+    let billed = &stats.billed;
+    let mut rows = vec![
+        row("connections", stats.connections),
+        row("requests", stats.requests),
+        row("  answered", stats.answered),
+        row("  throttled", stats.throttled),
+        row("  abandoned", stats.abandoned),
+    ];
+    let by_status = stats.by_status.iter();
+    rows.extend(by_status.map(|(status, count)| row(&format!("  status {status}"), *count)));
+    let faults = stats.faults.iter();
+    rows.extend(faults.map(|(kind, count)| row(&format!("  fault: {kind}"), *count)));
+    rows.extend([
+        row("most at once", stats.max_in_flight),
+        row("most requests in a minute", stats.most_requests_in_a_minute),
+        row(
+            "most tokens asked in a minute",
+            stats.most_tokens_asked_in_a_minute,
+        ),
+        row(
+            "most tokens billed in a minute",
+            stats.most_tokens_billed_in_a_minute,
+        ),
+        row("billed answers", billed.answers),
+        row("  prompt tokens", billed.prompt_tokens),
+        row("  of them cached", billed.cached_tokens),
+        row("  completion tokens", billed.completion_tokens),
+        row("  of them reasoning", billed.reasoning_tokens),
+        row("different requests", stats.bodies),
+    ]);
+    let by_times = stats.bodies_by_times_billed.iter();
+    rows.extend(by_times.map(|(times, count)| row(&format!("  billed {times} times"), *count)));
+    rows
 }

@@ -7,10 +7,12 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use toml::{Table, Value};
 
+use super::mistake::{describe, nearest, usage};
 use super::settings::{Config, Init};
-use crate::exit::Exit;
 
 const PREFIX: &str = "DISTILL_";
+/// For who has lost the way.
+const WHERE_KEYS_ARE: &str = "`distill config show` lists every key";
 
 /// A config, and the origin of every value that is not a default.
 #[derive(Debug)]
@@ -23,7 +25,7 @@ pub struct Loaded {
 /// Reads the file at `path`, the `DISTILL_*` variables among `environment` and the `--set` flags.
 ///
 /// # Errors
-/// [`Exit::Usage`], with file, line, column and the nearest key, where something does not fit.
+/// [`crate::exit::Exit::Usage`], with file, line, column and the nearest key, where something does not fit.
 pub fn load(
     path: &Path,
     environment: impl Iterator<Item = (String, String)>,
@@ -63,7 +65,7 @@ pub fn load(
                 .collect();
             return Err(usage(format!(
                 "the environment variable {name} names no setting{}",
-                nearest(&name, keys.iter().map(String::as_str))
+                nearest(&name, keys.iter().map(String::as_str), WHERE_KEYS_ARE)
             )));
         };
         set(&mut table, key, &value);
@@ -79,7 +81,7 @@ pub fn load(
         if !known.iter().any(|known| known == key) {
             return Err(usage(format!(
                 "--set names no setting: {key}{}",
-                nearest(key, known.iter().map(String::as_str))
+                nearest(key, known.iter().map(String::as_str), WHERE_KEYS_ARE)
             )));
         }
         set(&mut table, key, value);
@@ -96,9 +98,9 @@ pub fn load(
 /// Parses the text of a config file without looking at anything else.
 ///
 /// # Errors
-/// [`Exit::Usage`] with the place of the first mistake.
+/// [`crate::exit::Exit::Usage`] with the place of the first mistake.
 pub fn parse(path: &Path, text: &str) -> Result<Config> {
-    toml::from_str(text).map_err(|error| describe(path, text, &error))
+    toml::from_str(text).map_err(|error| describe(path, text, &error, WHERE_KEYS_ARE))
 }
 
 fn check_file(path: &Path, text: &str) -> Result<Table> {
@@ -141,43 +143,6 @@ fn set(table: &mut Table, key: &str, value: &str) {
             table.insert(key.to_string(), parsed);
         }
     }
-}
-
-fn describe(path: &Path, text: &str, error: &toml::de::Error) -> anyhow::Error {
-    let place = error.span().map_or(String::new(), |span| {
-        let before = &text[..span.start.min(text.len())];
-        let line = before.matches('\n').count() + 1;
-        let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
-        format!(":{line}:{column}")
-    });
-    let message = error.message();
-    // serde says: unknown field `x`, expected one of `a`, `b`
-    let hint = match message.strip_prefix("unknown field `") {
-        Some(rest) => {
-            let mut quoted = rest.split('`').step_by(2);
-            let unknown = quoted.next().unwrap_or_default();
-            let fields = rest.split('`').skip(2).step_by(2);
-            return usage(format!(
-                "{}{place}: unknown key {unknown:?}{}",
-                path.display(),
-                nearest(unknown, fields)
-            ));
-        }
-        None => message.replace('\n', " "),
-    };
-    usage(format!("{}{place}: {hint}", path.display()))
-}
-
-/// `; did you mean ...?`, where something is near enough.
-fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> String {
-    candidates
-        .map(|candidate| (strsim::jaro_winkler(word, candidate), candidate))
-        .filter(|(likeness, _)| *likeness > 0.7)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map_or(
-            "; `distill config show` lists every key".into(),
-            |(_, best)| format!("; did you mean {best:?}?"),
-        )
 }
 
 fn resolve_paths(config: &mut Config, folder: &Path) {
@@ -287,8 +252,4 @@ fn validate(config: &Config) -> Result<()> {
                     .is_multiple_of(student.num_attention_heads)),
         "student.hidden_size must be a multiple of student.num_attention_heads",
     )
-}
-
-fn usage(message: String) -> anyhow::Error {
-    Exit::Usage(message).into()
 }

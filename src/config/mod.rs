@@ -4,6 +4,7 @@
 //! paths of the file are relative to its folder.
 
 mod load;
+pub(crate) mod mistake;
 mod settings;
 
 pub use load::{Loaded, load, parse};

@@ -3,11 +3,14 @@
 //! Two threads: one runs HTTP (axum), the other owns the model (`engine`) and shares its forward
 //! passes among all requests. There is no authentication and no TLS: listen on loopback, or put a
 //! proxy in front.
+//!
+//! [`mock`] is another server for the same clients: a scripted teacher that fails on purpose.
 
 mod app;
 mod chat;
 mod engine;
 mod error;
+pub mod mock;
 mod request;
 mod wire;
 

@@ -1,0 +1,164 @@
+//! Logprobs that are those of a distribution: no set of alternatives adds up to more than one.
+//!
+//! The chosen token has a probability p of one of a few levels, and the alternatives share the rest
+//! so that each has half of the one before: (1 - p) / 2, (1 - p) / 4, ... All of it is written once;
+//! an answer is put together from the pieces.
+
+/// Different probabilities of a chosen token.
+const LEVELS: usize = 16;
+
+/// Every piece of JSON that logprobs are made of.
+#[derive(Debug)]
+pub struct Pieces {
+    levels: Vec<Level>,
+}
+
+#[derive(Debug)]
+struct Level {
+    /// The chosen token's.
+    logprob: String,
+    /// `,{"token":...}` for each rank after the first.
+    alternatives: Vec<u8>,
+    /// Where each of them ends.
+    ends: Vec<usize>,
+}
+
+impl Pieces {
+    /// For up to `most` alternatives at this temperature; 1 leaves the probabilities as they are.
+    pub fn new(most: usize, temperature: f64) -> Pieces {
+        let levels = (0..LEVELS).map(|level| {
+            let p = 0.5 + 0.49 * level as f64 / (LEVELS - 1) as f64;
+            Level::new(p, most, temperature)
+        });
+        Pieces {
+            levels: levels.collect(),
+        }
+    }
+
+    /// Appends the position of `token` with `top` alternatives, the token itself first among them.
+    pub fn write(&self, out: &mut Vec<u8>, token: &[u8], top: usize, draw: &mut fastrand::Rng) {
+        let level = &self.levels[draw.usize(..LEVELS)];
+        out.push(b'{');
+        let start = out.len();
+        write_token(out, token, &level.logprob);
+        let end = out.len();
+        out.extend_from_slice(b",\"top_logprobs\":[");
+        if top > 0 {
+            out.push(b'{');
+            out.extend_from_within(start..end);
+            out.push(b'}');
+            let rest = (top - 1).min(level.ends.len());
+            let rest = rest.checked_sub(1).map_or(0, |last| level.ends[last]);
+            out.extend_from_slice(&level.alternatives[..rest]);
+        }
+        out.extend_from_slice(b"]}");
+    }
+}
+
+impl Level {
+    fn new(p: f64, most: usize, temperature: f64) -> Level {
+        // Near nothing, the likeliest token takes all of it.
+        let power = 1.0 / temperature.max(0.01);
+        // q^power over the sum of all of them; the alternatives are a geometric series.
+        let half = 0.5f64.powf(power);
+        let chosen = p.powf(power);
+        let rest = (1.0 - p).powf(power);
+        let log_sum = (chosen + rest * half / (1.0 - half)).ln();
+        let mut level = Level {
+            logprob: format!("{:.6}", (power * p.ln() - log_sum).min(0.0)),
+            alternatives: Vec::new(),
+            ends: Vec::new(),
+        };
+        for rank in 1..most {
+            let logprob = power * ((1.0 - p).ln() - rank as f64 * 2f64.ln()) - log_sum;
+            level.alternatives.extend_from_slice(b",{");
+            write_token(
+                &mut level.alternatives,
+                format!(" alt{rank:02}").as_bytes(),
+                &format!("{logprob:.6}"),
+            );
+            level.alternatives.push(b'}');
+            level.ends.push(level.alternatives.len());
+        }
+        level
+    }
+}
+
+/// Appends `"token":...,"logprob":...,"bytes":[...]`.
+fn write_token(out: &mut Vec<u8>, token: &[u8], logprob: &str) {
+    out.extend_from_slice(b"\"token\":");
+    write_string(out, &String::from_utf8_lossy(token));
+    out.extend_from_slice(b",\"logprob\":");
+    out.extend_from_slice(logprob.as_bytes());
+    out.extend_from_slice(b",\"bytes\":[");
+    for (index, byte) in token.iter().enumerate() {
+        if index > 0 {
+            out.push(b',');
+        }
+        write_number(out, u64::from(*byte));
+    }
+    out.push(b']');
+}
+
+/// Appends a JSON string.
+pub fn write_string(out: &mut Vec<u8>, text: &str) {
+    // Writing to memory cannot fail.
+    let _ = serde_json::to_writer(out, text);
+}
+
+/// Appends a number in decimal digits.
+pub fn write_number(out: &mut Vec<u8>, mut number: u64) {
+    let mut digits = [0; 20];
+    let mut start = digits.len();
+    loop {
+        start -= 1;
+        digits[start] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(&digits[start..]);
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    fn probabilities(temperature: f64, top: usize) -> Vec<f64> {
+        let mut out = Vec::new();
+        let pieces = Pieces::new(20, temperature);
+        pieces.write(&mut out, b"x\"", top, &mut fastrand::Rng::with_seed(7));
+        let position: Value = serde_json::from_slice(&out).unwrap();
+        let top = position["top_logprobs"].as_array().unwrap();
+        top.iter()
+            .map(|token| token["logprob"].as_f64().unwrap().exp())
+            .collect()
+    }
+
+    #[test]
+    fn the_alternatives_leave_out_only_their_tail() {
+        for (top, tail) in [(1, 0.5), (5, 0.04), (20, 2e-6)] {
+            let found = probabilities(1.0, top);
+            assert_eq!(found.len(), top);
+            let sum: f64 = found.iter().sum();
+            assert!(sum <= 1.0 + 1e-5 && sum > 1.0 - tail - 1e-5, "{top}: {sum}");
+        }
+        assert!(probabilities(1.0, 0).is_empty());
+    }
+
+    #[test]
+    fn a_temperature_sharpens_or_flattens_what_is_still_a_distribution() {
+        for temperature in [0.3, 0.7, 1.5] {
+            let (plain, tempered) = (probabilities(1.0, 20), probabilities(temperature, 20));
+            let sum: f64 = tempered.iter().sum();
+            assert!((0.99..1.00001).contains(&sum), "{temperature}: {sum}");
+            // p_i^(1/T) up to a factor, which the ratio of two of them does not have.
+            let ratio = |p: &[f64]| (p[0] / p[3]).ln();
+            let expected = ratio(&plain) / temperature;
+            assert!((ratio(&tempered) - expected).abs() < 1e-4, "{temperature}");
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Requests of HTTP/1.1 in bytes, as far as they have come. Pure.
+
+use std::ops::Range;
+
+const MAX_HEAD: usize = 64 << 10;
+
+/// Where the parts of a request's head are in the bytes that it was read from.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Head {
+    pub method: Range<usize>,
+    pub path: Range<usize>,
+    pub authorization: Option<Range<usize>>,
+    pub content_type: Option<Range<usize>>,
+    /// Of the body, unless it is chunked.
+    pub length: usize,
+    pub chunked: bool,
+    /// Whether the client wants the connection closed after the answer.
+    pub close: bool,
+    /// Whether the client waits for a word before it sends the body.
+    pub expects_continue: bool,
+    /// Where the body begins.
+    pub end: usize,
+}
+
+/// Why a request cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Problem {
+    Malformed,
+    HeadTooLarge,
+    TooLarge,
+}
+
+impl Problem {
+    pub fn status(self) -> u16 {
+        match self {
+            Problem::Malformed => 400,
+            Problem::HeadTooLarge => 431,
+            Problem::TooLarge => 413,
+        }
+    }
+
+    pub fn message(self) -> &'static str {
+        match self {
+            Problem::Malformed => "this is no HTTP/1.1 request",
+            Problem::HeadTooLarge => "the head of the request is too large",
+            Problem::TooLarge => "the body of the request is too large",
+        }
+    }
+}
+
+/// The head that `input` begins with; none while it is incomplete.
+pub fn parse_head(input: &[u8]) -> Result<Option<Head>, Problem> {
+    let mut head = Head::default();
+    let mut start = 0;
+    loop {
+        let Some(length) = input[start..].iter().position(|byte| *byte == b'\n') else {
+            return match input.len() > MAX_HEAD {
+                true => Err(Problem::HeadTooLarge),
+                false => Ok(None),
+            };
+        };
+        let mut line = start..start + length;
+        let next = line.end + 1;
+        if input[line.clone()].ends_with(b"\r") {
+            line.end -= 1;
+        }
+        if start == 0 {
+            parse_request_line(input, line, &mut head)?;
+        } else if line.is_empty() {
+            head.end = next;
+            return Ok(Some(head));
+        } else {
+            parse_field(input, line, &mut head)?;
+        }
+        start = next;
+    }
+}
+
+/// `POST /v1/chat/completions HTTP/1.1`
+fn parse_request_line(input: &[u8], line: Range<usize>, head: &mut Head) -> Result<(), Problem> {
+    let bytes = &input[line.clone()];
+    let mut spaces = bytes
+        .iter()
+        .enumerate()
+        .filter_map(|(index, byte)| (*byte == b' ').then_some(index));
+    let (Some(first), Some(second)) = (spaces.next(), spaces.next()) else {
+        return Err(Problem::Malformed);
+    };
+    head.method = line.start..line.start + first;
+    head.path = line.start + first + 1..line.start + second;
+    head.close = match &bytes[second + 1..] {
+        b"HTTP/1.1" => false,
+        b"HTTP/1.0" => true,
+        _ => return Err(Problem::Malformed),
+    };
+    Ok(())
+}
+
+fn parse_field(input: &[u8], line: Range<usize>, head: &mut Head) -> Result<(), Problem> {
+    let bytes = &input[line.clone()];
+    let colon = bytes.iter().position(|byte| *byte == b':');
+    let colon = colon.ok_or(Problem::Malformed)?;
+    let (name, value) = (&bytes[..colon], bytes[colon + 1..].trim_ascii());
+    let place = || {
+        let before = bytes[colon + 1..].len() - bytes[colon + 1..].trim_ascii_start().len();
+        let start = line.start + colon + 1 + before;
+        start..start + value.len()
+    };
+    let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
+    let says = |word: &str| {
+        value
+            .split(|byte| *byte == b',')
+            .any(|part| part.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
+    };
+    // By length first: most fields are none of these.
+    match name.len() {
+        6 if is("expect") => head.expects_continue = says("100-continue"),
+        10 if is("connection") => head.close |= says("close"),
+        12 if is("content-type") => head.content_type = Some(place()),
+        13 if is("authorization") => head.authorization = Some(place()),
+        14 if is("content-length") => {
+            let length = std::str::from_utf8(value).ok();
+            let length = length.and_then(|length| length.parse().ok());
+            head.length = length.ok_or(Problem::Malformed)?;
+        }
+        17 if is("transfer-encoding") => head.chunked = says("chunked"),
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The chunked body that begins at `start`, and where it ends; none while it is incomplete.
+pub fn decode_chunks(input: &[u8], start: usize) -> Result<Option<(Vec<u8>, usize)>, Problem> {
+    let mut body = Vec::new();
+    let mut at = start;
+    loop {
+        let Some(line) = line_at(input, at) else {
+            return Ok(None);
+        };
+        // What follows a semicolon is an extension.
+        let size = line.split(|byte| *byte == b';').next().unwrap_or_default();
+        let size = std::str::from_utf8(size.trim_ascii()).ok();
+        let size = size.and_then(|size| usize::from_str_radix(size, 16).ok());
+        let size = size.ok_or(Problem::Malformed)?;
+        at += line.len() + 2;
+        if size == 0 {
+            break;
+        }
+        let end = at.checked_add(size).ok_or(Problem::Malformed)?;
+        if input.len() < end + 2 {
+            return Ok(None);
+        }
+        body.extend_from_slice(&input[at..end]);
+        at = end + 2;
+    }
+    // Trailers, up to an empty line.
+    while let Some(line) = line_at(input, at) {
+        at += line.len() + 2;
+        if line.is_empty() {
+            return Ok(Some((body, at)));
+        }
+    }
+    Ok(None)
+}
+
+/// The line that begins at `start`, without its end; none while that has not come.
+fn line_at(input: &[u8], start: usize) -> Option<&[u8]> {
+    let rest = input.get(start..)?;
+    let end = rest.windows(2).position(|window| window == b"\r\n")?;
+    Some(&rest[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REQUEST: &[u8] = b"POST /v1/x?y HTTP/1.1\r\nHost: h\r\nAUTHORIZATION:  Bearer k \r\n\
+        Content-Length: 3\r\n\r\nabcGET /";
+
+    #[test]
+    fn a_head_is_found_once_it_is_whole() {
+        let end = REQUEST.len() - 8;
+        for cut in 0..end {
+            assert_eq!(parse_head(&REQUEST[..cut]), Ok(None), "at {cut}");
+        }
+        let head = parse_head(REQUEST).unwrap().unwrap();
+        assert_eq!(head.end, end);
+        assert_eq!(&REQUEST[head.method], b"POST");
+        assert_eq!(&REQUEST[head.path], b"/v1/x?y");
+        assert_eq!(&REQUEST[head.authorization.unwrap()], b"Bearer k");
+        assert_eq!((head.length, head.chunked, head.close), (3, false, false));
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused() {
+        for input in [
+            &b"hello\r\n\r\n"[..],
+            b"GET / HTTP/2\r\n\r\n",
+            b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+            b"GET / HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
+        ] {
+            assert_eq!(parse_head(input), Err(Problem::Malformed));
+        }
+        assert_eq!(
+            parse_head(&[b'x'; MAX_HEAD + 1]),
+            Err(Problem::HeadTooLarge)
+        );
+    }
+
+    #[test]
+    fn chunks_are_joined_once_the_last_one_is_there() {
+        let input = b"..3;a=b\r\nabc\r\n0A\r\n0123456789\r\n0\r\nx: y\r\n\r\nmore";
+        let end = input.len() - 4;
+        for cut in 2..end {
+            assert_eq!(decode_chunks(&input[..cut], 2), Ok(None), "at {cut}");
+        }
+        let body = b"abc0123456789".to_vec();
+        assert_eq!(decode_chunks(input, 2), Ok(Some((body, end))));
+        assert_eq!(decode_chunks(b"zz\r\n", 0), Err(Problem::Malformed));
+    }
+}
