@@ -309,3 +309,64 @@ fn the_config_is_shown_with_its_origins_and_a_closed_pipe_is_no_error() {
     drop(child.stdout.take());
     assert!(child.wait().unwrap().success());
 }
+
+#[test]
+fn a_mock_serves_its_script_and_tells_on_ctrl_c_what_it_billed() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("night.toml");
+    std::fs::write(
+        &script,
+        "model = \"tiny\"\n[[faults]]\nkind = \"http 500\"\nfirst = 1\nmatching = \"say 3\"",
+    )
+    .unwrap();
+    let script = script.to_str().unwrap();
+    let mut teacher = distill(&["serve", "--port", "0", "--mock", script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(teacher.stdout.take().unwrap()).lines();
+    let first = lines.next().unwrap().unwrap();
+    let base_url = first.strip_prefix("listening on ").unwrap();
+    let (_dir, config) = folder(base_url);
+    let harvested = stdout(&run(&["harvest", "-c", &config, "--json"]));
+    let summary: serde_json::Value = serde_json::from_str(&harvested).unwrap();
+    assert_eq!(summary["ok"], 10, "{harvested}");
+    let pid = teacher.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &pid])
+            .status()
+            .unwrap()
+            .success()
+    );
+    let told: Vec<String> = lines.map(Result::unwrap).collect();
+    assert_eq!(teacher.wait().unwrap().code(), Some(130));
+    for (name, count) in [
+        ("requests", "11"),
+        ("  answered", "10"),
+        ("  fault: http 500", "1"),
+        ("billed answers", "10"),
+        ("  billed 1 times", "10"),
+    ] {
+        let row = told
+            .iter()
+            .find(|line| line.starts_with(&format!("{name}  ")));
+        assert!(
+            row.is_some_and(|row| row.ends_with(&format!(" {count}"))),
+            "{name}: {told:?}"
+        );
+    }
+
+    std::fs::write(script, "[limits]\nrequest_per_minute = 3").unwrap();
+    refused(
+        &run(&["serve", "--mock", script]),
+        2,
+        &["night.toml:2:1", "did you mean \"requests_per_minute\"?"],
+    );
+    refused(
+        &run(&["serve", "--mock", script, "--model", "x"]),
+        2,
+        &["--model"],
+    );
+    refused(&run(&["serve"]), 2, &["--model"]);
+}

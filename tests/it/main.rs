@@ -13,6 +13,7 @@ mod generate;
 mod gradients;
 mod harvest;
 mod house;
+mod mock;
 mod model;
 mod serve;
 mod tiny;

@@ -24,12 +24,16 @@ pub struct Run {
 
 impl Run {
     pub fn new(server: &FaultServer, prompts: &[&str]) -> Run {
+        Run::at(&server.base_url, prompts)
+    }
+
+    pub fn at(base_url: &str, prompts: &[&str]) -> Run {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config {
             run_dir: dir.path().join("run"),
             ..Config::default()
         };
-        config.teacher.base_url = server.base_url.clone();
+        config.teacher.base_url = base_url.into();
         config.teacher.model = "m".into();
         config.teacher.api_key_env = String::new();
         config.prompts.source = dir.path().join("prompts.txt");

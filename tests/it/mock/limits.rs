@@ -1,0 +1,298 @@
+//! The limiter models, on a clock that stands still between the requests.
+
+use std::time::{Duration, SystemTime};
+
+use distill::serve::mock::{Mock, Reply};
+use serde_json::json;
+use tokio::time::{Instant, advance};
+
+use super::{ask, ask_with, json_of, mock, script, statuses};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// `count` requests at every one of these seconds since the start; how many of each were let in.
+async fn let_in(limits: &str, at: &[(u64, usize)]) -> Vec<usize> {
+    let (mock, start) = (mock(limits), Instant::now());
+    let mut passed = Vec::new();
+    for &(second, count) in at {
+        advance(start + SECOND * second as u32 - Instant::now()).await;
+        let statuses = statuses(&mock, count).await;
+        passed.push(statuses.iter().filter(|status| **status == 200).count());
+    }
+    passed
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_window_counts_a_minute_in_its_own_way() {
+    let windows = [
+        // Full at first, then two a second.
+        ("bucket", [120, 0, 2, 118]),
+        // From 0 to 60 s, and from 60 s on.
+        ("fixed_minute", [120, 0, 0, 120]),
+        // Those of 0 s are over at 60 s.
+        ("sliding_minute", [120, 0, 0, 120]),
+    ];
+    for (window, expected) in windows {
+        let limits = format!("[limits]\nwindow = \"{window}\"\nrequests_per_minute = 120");
+        let at = [(0, 121), (0, 1), (1, 3), (60, 200)];
+        assert_eq!(let_in(&limits, &at).await, expected, "{window}");
+    }
+    // The trap of the fixed minute: twice the limit within two seconds.
+    for (window, expected) in [("fixed_minute", [3, 3]), ("sliding_minute", [3, 0])] {
+        let limits = format!("[limits]\nwindow = \"{window}\"\nrequests_per_minute = 3");
+        assert_eq!(
+            let_in(&limits, &[(59, 9), (60, 9)]).await,
+            expected,
+            "{window}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_small_bucket_bites_within_the_minute() {
+    let limits = "[limits]\nrequests_per_minute = 60\nburst_s = 1";
+    assert_eq!(let_in(limits, &[(0, 9), (1, 9), (9, 9)]).await, [1, 1, 1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_day_is_counted_anew_after_24_hours() {
+    let limits = "[limits]\nrequests_per_day = 2";
+    let at = [(0, 3), (3600, 1), (86_399, 1), (86_400, 3)];
+    assert_eq!(let_in(limits, &at).await, [2, 0, 0, 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn refused_requests_count_where_the_script_says_so() {
+    for (count_refused, expected) in [(false, [1, 1]), (true, [1, 0])] {
+        let limits = format!(
+            "[limits]\nrequests_per_minute = 60\nburst_s = 1\ncount_refused = {count_refused}"
+        );
+        assert_eq!(let_in(&limits, &[(0, 3), (1, 1)]).await, expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn limits_halve_and_double_when_the_script_says_so() {
+    let limits = "[limits]\nwindow = \"fixed_minute\"\nrequests_per_minute = 8\n\
+                  changes = [{at_s = 60, factor = 0.5}, {at_s = 120, factor = 2}]";
+    let at = [(0, 99), (60, 99), (120, 99), (180, 99)];
+    assert_eq!(let_in(limits, &at).await, [8, 4, 16, 16]);
+    // A bucket that was full holds no more than its new size.
+    let limits = "[limits]\nrequests_per_minute = 8\nchanges = [{at_s = 60, factor = 0.5}]";
+    assert_eq!(let_in(limits, &[(60, 99), (75, 99)]).await, [4, 1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn so_many_at_once_and_no_more() {
+    let mock = mock("[answers]\nlatency_s = 1\n[limits]\nconcurrency = 2");
+    let (a, b, c) = tokio::join!(ask(&mock, "a"), ask(&mock, "b"), ask(&mock, "c"));
+    assert_eq!([a.status, b.status, c.status], [200, 200, 429]);
+    assert_eq!(c.header("retry-after"), None, "nobody knows");
+    assert_eq!(ask(&mock, "c").await.status, 200);
+    let stats = mock.stats();
+    assert_eq!(
+        (stats.max_in_flight, stats.in_flight, stats.throttled),
+        (2, 0, 1)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_limits_load_shows_as_latency() {
+    let mock = mock("[answers]\nlatency_s = 1\n[limits]\nload_capacity = 2");
+    let timed = async |content| {
+        let start = Instant::now();
+        assert_eq!(ask(&mock, content).await.status, 200);
+        start.elapsed().as_secs_f64().round()
+    };
+    assert_eq!(timed("alone").await, 1.0);
+    let (_, _, _, fourth) = tokio::join!(timed("a"), timed("b"), timed("c"), timed("d"));
+    assert_eq!(fourth, 2.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn tokens_are_charged_by_estimate_or_by_use() {
+    // "hi" is a prompt of 5 tokens, and an answer of 1.
+    for (counts, expected) in [("estimate", 2), ("actual", 20)] {
+        let limits = format!("[limits]\ntokens_per_minute = 120\ncounts = \"{counts}\"");
+        let mock = mock(&limits);
+        let mut passed = 0;
+        while ask_with(&mock, "hi", json!({"max_tokens": 50}))
+            .await
+            .status
+            == 200
+        {
+            passed += 1;
+        }
+        // By use each leaves 114, 108, ...: until 55 no longer fit.
+        let expected = if counts == "actual" {
+            (120 - 55) / 6 + 1
+        } else {
+            expected
+        };
+        assert_eq!(passed, expected, "{counts}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_may_have_a_limit_of_their_own() {
+    let mock = mock("[limits]\ntokens_per_minute = 1000\noutput_tokens_per_minute = 100");
+    let ask = async || ask_with(&mock, "hi", json!({"max_tokens": 50})).await;
+    assert_eq!([ask().await.status, ask().await.status], [200, 200]);
+    let refused = ask().await;
+    assert_eq!(refused.status, 429);
+    assert_eq!(refused.header("retry-after"), Some("30"));
+    // Two prompts of five tokens.
+    assert_eq!(refused.header("x-ratelimit-remaining-tokens"), Some("990"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_can_never_fit_is_said_to() {
+    let mock = mock("[limits]\ntokens_per_minute = 100");
+    let refused = ask_with(&mock, "hi", json!({"max_tokens": 1000})).await;
+    assert_eq!(refused.status, 429);
+    assert_eq!(refused.header("retry-after"), None);
+    let error = json_of(&refused)["error"]["message"].to_string();
+    assert!(error.contains("too large"), "{error}");
+}
+
+/// One request let in, one refused 600 ms before its time.
+async fn refused(retry_after: &str) -> (Reply, String) {
+    let limits =
+        format!("[limits]\nrequests_per_minute = 60\nburst_s = 1\nretry_after = \"{retry_after}\"");
+    let wall = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000;
+    let mock = Mock::at(script(&limits), wall);
+    assert_eq!(ask(&mock, "hi").await.status, 200);
+    advance(Duration::from_millis(400)).await;
+    let reply = ask(&mock, "hi").await;
+    assert_eq!(reply.status, 429);
+    let message = json_of(&reply)["error"]["message"]
+        .as_str()
+        .unwrap()
+        .to_string();
+    (reply, message)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_says_when_to_come_back_in_every_form() {
+    for (form, name, value) in [
+        ("seconds", "retry-after", "1"),
+        ("float", "retry-after", "0.6"),
+        // 1,800,000,001: a date has no fractions.
+        ("date", "retry-after", "Fri, 15 Jan 2027 08:00:01 GMT"),
+        ("past_date", "retry-after", "Fri, 15 Jan 2027 07:00:00 GMT"),
+        ("far_date", "retry-after", "Mon, 12 Jan 2037 08:00:00 GMT"),
+        ("ms", "retry-after-ms", "600"),
+    ] {
+        let (reply, message) = refused(form).await;
+        assert_eq!(reply.header(name), Some(value), "{form}");
+        assert!(!message.contains("try again"), "{form}: {message}");
+    }
+    let (reply, _) = refused("garbage").await;
+    assert!(reply.header("retry-after").unwrap().parse::<f64>().is_err());
+    let (reply, message) = refused("words").await;
+    assert_eq!(reply.header("retry-after"), None);
+    assert!(message.contains("try again in 600ms."), "{message}");
+    let (reply, message) = refused("none").await;
+    assert_eq!(reply.header("retry-after"), None);
+    assert!(!message.contains("try again"), "{message}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn headers_speak_every_dialect() {
+    let limits = "requests_per_minute = 3000\nrequests_per_day = 14400\ntokens_per_minute = 6000";
+    // After one request of 5 + 16 tokens: 20 ms and 210 ms until all is there again.
+    for (dialect, expected) in [
+        (
+            "openai",
+            &[
+                ("x-ratelimit-limit-requests", "3000"),
+                ("x-ratelimit-remaining-requests", "2999"),
+                ("x-ratelimit-reset-requests", "20ms"),
+                ("x-ratelimit-limit-tokens", "6000"),
+                ("x-ratelimit-remaining-tokens", "5979"),
+                ("x-ratelimit-reset-tokens", "210ms"),
+            ][..],
+        ),
+        (
+            "azure",
+            &[
+                ("x-ratelimit-remaining-requests", "2999"),
+                ("x-ratelimit-remaining-tokens", "5979"),
+            ],
+        ),
+        (
+            "groq",
+            &[
+                ("x-ratelimit-limit-requests", "14400"),
+                ("x-ratelimit-remaining-requests", "14399"),
+                ("x-ratelimit-reset-requests", "24h0m0s"),
+                ("x-ratelimit-limit-tokens", "6000"),
+                ("x-ratelimit-remaining-tokens", "5979"),
+                ("x-ratelimit-reset-tokens", "210ms"),
+            ],
+        ),
+        (
+            "anthropic",
+            &[
+                ("anthropic-ratelimit-requests-limit", "3000"),
+                ("anthropic-ratelimit-requests-remaining", "2999"),
+                ("anthropic-ratelimit-requests-reset", "2027-01-15T08:00:00Z"),
+                ("anthropic-ratelimit-tokens-limit", "6000"),
+                ("anthropic-ratelimit-tokens-remaining", "5979"),
+                ("anthropic-ratelimit-tokens-reset", "2027-01-15T08:00:00Z"),
+            ],
+        ),
+        (
+            "together",
+            &[
+                ("x-ratelimit-limit", "50"),
+                ("x-ratelimit-remaining", "50"),
+                ("x-ratelimit-reset", "1"),
+                ("x-tokenlimit-limit", "100"),
+                ("x-tokenlimit-remaining", "100"),
+                ("x-tokenlimit-reset", "1"),
+            ],
+        ),
+        (
+            "fireworks",
+            &[
+                ("x-ratelimit-limit-requests", "3000"),
+                ("x-ratelimit-remaining-requests", "2999"),
+                ("x-ratelimit-limit-tokens-prompt", "6000"),
+                ("x-ratelimit-remaining-tokens-prompt", "5979"),
+                ("x-ratelimit-over-limit", "no"),
+            ],
+        ),
+        ("none", &[]),
+    ] {
+        let wall = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000;
+        let mock = Mock::at(
+            script(&format!("[limits]\n{limits}\nheaders = \"{dialect}\"")),
+            wall,
+        );
+        let reply = ask(&mock, "hi").await;
+        let found: Vec<(&str, &str)> = reply
+            .headers
+            .iter()
+            .map(|(name, value)| (name.as_ref(), value.as_ref()))
+            .collect();
+        assert_eq!(found, expected, "{dialect}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_fullest_minute_is_told() {
+    let mock = mock("[limits]\nwindow = \"fixed_minute\"\nrequests_per_minute = 3");
+    advance(SECOND * 59).await;
+    statuses(&mock, 4).await;
+    advance(SECOND).await;
+    statuses(&mock, 3).await;
+    advance(SECOND * 600).await;
+    statuses(&mock, 1).await;
+    let stats = mock.stats();
+    assert_eq!(stats.most_requests_in_a_minute, 7);
+    // Each asked for 5 + 16 tokens, and six had 5 + 1.
+    assert_eq!(stats.most_tokens_asked_in_a_minute, 7 * 21);
+    assert_eq!(stats.most_tokens_billed_in_a_minute, 6 * 6);
+    assert_eq!((stats.answered, stats.throttled), (7, 1));
+}

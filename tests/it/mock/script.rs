@@ -1,0 +1,123 @@
+//! The script file: its example, and its error messages.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use distill::exit::Exit;
+use distill::serve::mock::Script;
+use distill::serve::mock::script::{Fault, Kind};
+use serde_json::Value;
+
+const EXAMPLE: &str = include_str!("../../mock/example.toml");
+
+/// The example with its optional keys set: `# key = value` becomes `key = value`.
+fn uncommented() -> String {
+    let is_setting = |rest: &str| {
+        rest == "[[faults]]"
+            || rest
+                .split_once(" = ")
+                .is_some_and(|(key, _)| key.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
+    };
+    EXAMPLE
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(rest) if is_setting(rest) => rest,
+            _ => line,
+        })
+        .flat_map(|line| [line, "\n"])
+        .collect()
+}
+
+/// `section.key` of everything in a script.
+fn keys(script: &Script) -> BTreeSet<String> {
+    let json = serde_json::to_value(script).unwrap();
+    let mut keys = BTreeSet::new();
+    for (section, value) in json.as_object().unwrap() {
+        match value {
+            Value::Object(fields) => {
+                keys.extend(fields.keys().map(|key| format!("{section}.{key}")));
+            }
+            _ => drop(keys.insert(section.clone())),
+        }
+    }
+    keys
+}
+
+#[test]
+fn the_example_is_equal_to_the_defaults_and_has_every_key() {
+    let parse = |text: &str| Script::parse(Path::new("x"), text).unwrap();
+    assert_eq!(parse(EXAMPLE), Script::default());
+    let text = uncommented();
+    let full = parse(&text);
+    // An optional key that is left out of the example shows as null.
+    let json = serde_json::to_string(&full).unwrap();
+    assert!(!json.contains("null"), "{json}");
+    for key in keys(&Script::default()) {
+        let key = key.rsplit('.').next().unwrap();
+        let set = text
+            .lines()
+            .any(|line| line.starts_with(&format!("{key} = ")));
+        assert!(set || key == "faults", "the example lacks {key}");
+    }
+    assert_ne!(full.faults, [Fault::new(Kind::Http(503))]);
+    for kind in Kind::all() {
+        assert!(
+            EXAMPLE.contains(&format!("\"{kind}\"")),
+            "the example lacks {kind}"
+        );
+    }
+}
+
+#[test]
+fn mistakes_are_told_with_their_place_and_a_way_out() {
+    for (text, parts) in [
+        (
+            "[limits]\nrequests_per_minut = 3",
+            &["script.toml:2:1", "did you mean \"requests_per_minute\"?"][..],
+        ),
+        (
+            "[limit]\n",
+            &["script.toml:1:2", "did you mean \"limits\"?"],
+        ),
+        (
+            "[[faults]]\nkind = \"reset in boddy\"",
+            &["script.toml:2:8", "did you mean \"reset in body\"?"],
+        ),
+        ("[[faults]]\nkind = \"http 700\"", &["from 200 to 599"]),
+        ("[[faults]]\nfirst = 1", &["missing field `kind`"]),
+        (
+            "[answers]\nlatency_s = \"slow\"",
+            &["script.toml:2:13", "[low, high]"],
+        ),
+        ("[answers]\nlatency_s = [3, 1]", &["answers.latency_s"]),
+        ("[answers]\ntext = \"ecko\"", &["script.toml:2:8", "echo"]),
+        ("[limits]\nconcurrency = 0", &["limits.concurrency"]),
+        ("[limits]\nburst_s = 0", &["limits.burst_s"]),
+        (
+            "[limits]\nchanges = [{at_s = 2, factor = 1}, {at_s = 1, factor = 1}]",
+            &["limits.changes"],
+        ),
+        (
+            "[[faults]]\nkind = \"reset\"\nshare = 2",
+            &["faults[0].share"],
+        ),
+        (
+            "[[faults]]\nkind = \"reset\"\nheaders = {x = \"a\\r\\nb\"}",
+            &["faults[0].headers"],
+        ),
+        ("[batch]\nclock = -1", &["batch.clock"]),
+        (
+            "[answers]\nwords = 1",
+            &["tests/mock/example.toml documents"],
+        ),
+    ] {
+        let error = Script::parse(Path::new("script.toml"), text).unwrap_err();
+        let message = format!("{error:#}");
+        for part in parts {
+            assert!(message.contains(part), "{message:?} lacks {part:?}");
+        }
+        assert_eq!(Exit::code_of(&error), 2, "{message}");
+    }
+    let error = Script::load(Path::new("/nowhere.toml")).unwrap_err();
+    assert!(error.to_string().contains("/nowhere.toml"), "{error}");
+}
