@@ -123,6 +123,7 @@ fn rows(stats: &Stats) -> Vec<[String; 2]> {
             stats.most_tokens_billed_in_a_minute,
         ),
         row("billed answers", billed.answers),
+        row("  of them in batches", billed.batch_answers),
         row("  prompt tokens", billed.prompt_tokens),
         row("  of them cached", billed.cached_tokens),
         row("  completion tokens", billed.completion_tokens),

@@ -13,6 +13,10 @@ const ELSEWHERE: &str = "https://elsewhere.invalid/v1/chat/completions";
 /// A request, as far as a fault's conditions look at it.
 #[derive(Debug, Clone, Copy)]
 pub struct Seen<'a> {
+    /// Without a query.
+    pub path: &'a str,
+    /// Whether it is for an answer.
+    pub is_chat: bool,
     /// The last message.
     pub prompt: &'a str,
     /// How often the same body came before.
@@ -37,7 +41,12 @@ pub fn choose<'a>(script: &'a Script, seen: Seen, draw: &mut fastrand::Rng) -> O
 impl Fault {
     fn applies(&self, seen: Seen, random: f64) -> bool {
         let at = seen.at.as_secs_f64();
-        self.first.is_none_or(|first| seen.attempt < first)
+        let is_there = match &self.path {
+            None => seen.is_chat,
+            Some(part) => seen.path.contains(part.as_str()),
+        };
+        is_there
+            && self.first.is_none_or(|first| seen.attempt < first)
             && self.share.is_none_or(|share| random < share)
             && self.from_s.is_none_or(|from| at >= from)
             && self.to_s.is_none_or(|to| at < to)

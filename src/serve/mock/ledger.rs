@@ -31,7 +31,7 @@ pub struct Stats {
     pub most_requests_in_a_minute: u64,
     /// Prompts and longest answers that they asked for, in the fullest 60 seconds.
     pub most_tokens_asked_in_a_minute: u64,
-    /// In the fullest 60 seconds.
+    /// In the fullest 60 seconds, without those of batches.
     pub most_tokens_billed_in_a_minute: u64,
     pub billed: Billed,
     /// Different bodies that asked for an answer.
@@ -67,6 +67,8 @@ pub fn hash(body: &[u8]) -> BodyHash {
 pub struct Ledger {
     stats: Stats,
     bodies: HashMap<BodyHash, Body>,
+    /// How often each request for anything but an answer came.
+    others: HashMap<BodyHash, u32>,
     requests: Minute,
     asked: Minute,
     billed: Minute,
@@ -96,9 +98,21 @@ impl Ledger {
     /// A request was let in, as one of so many at once. Returns how often its body came before.
     pub fn admitted(&mut self, hash: BodyHash, in_flight: u64) -> u32 {
         self.stats.max_in_flight = self.stats.max_in_flight.max(in_flight);
+        self.asked_in_batch(hash)
+    }
+
+    /// As [`Ledger::admitted`], for a row of a batch, which no limit counts.
+    pub fn asked_in_batch(&mut self, hash: BodyHash) -> u32 {
         let body = self.bodies.entry(hash).or_default();
         body.attempts += 1;
         body.attempts - 1
+    }
+
+    /// How often this request for anything but an answer came before.
+    pub fn asked_elsewhere(&mut self, hash: BodyHash) -> u32 {
+        let attempts = self.others.entry(hash).or_default();
+        *attempts += 1;
+        *attempts - 1
     }
 
     pub fn replied(&mut self, status: u16) {
@@ -122,14 +136,24 @@ impl Ledger {
     }
 
     pub fn billed(&mut self, at: Duration, hash: BodyHash, usage: &Usage) {
+        self.bill(hash, usage);
+        self.billed
+            .add(at, usage.prompt_tokens + usage.completion_tokens);
+    }
+
+    /// As [`Ledger::billed`], for a row of a batch.
+    pub fn billed_in_batch(&mut self, hash: BodyHash, usage: &Usage) {
+        self.bill(hash, usage);
+        self.stats.billed.batch_answers += 1;
+    }
+
+    fn bill(&mut self, hash: BodyHash, usage: &Usage) {
         let billed = &mut self.stats.billed;
         billed.answers += 1;
         billed.prompt_tokens += usage.prompt_tokens;
         billed.cached_tokens += usage.cached_tokens;
         billed.completion_tokens += usage.completion_tokens;
         billed.reasoning_tokens += usage.reasoning_tokens;
-        self.billed
-            .add(at, usage.prompt_tokens + usage.completion_tokens);
         self.bodies.entry(hash).or_default().billed += 1;
     }
 

@@ -11,7 +11,7 @@ use super::{Kind, RetryAfter, ensure, is_time};
 #[serde(deny_unknown_fields)]
 pub struct Fault {
     pub kind: Kind,
-    /// The first so many requests with the same body.
+    /// The first so many requests with the same body, and the same path if that is given.
     pub first: Option<u32>,
     /// Of all requests, drawn for each.
     pub share: Option<f64>,
@@ -19,6 +19,8 @@ pub struct Fault {
     pub from_s: Option<f64>,
     /// Since the start, and not included.
     pub to_s: Option<f64>,
+    /// A part of the request's path. None: requests for answers, rows of batches among them.
+    pub path: Option<String>,
     /// A part of the last message.
     pub matching: Option<String>,
     /// The wait before it shows. None: none for an error, an answer's latency for a bad answer.
@@ -49,6 +51,7 @@ impl Fault {
             share: None,
             from_s: None,
             to_s: None,
+            path: None,
             matching: None,
             after_s: None,
             interval_s: None,

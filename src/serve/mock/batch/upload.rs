@@ -1,0 +1,111 @@
+//! `multipart/form-data`, as far as an upload needs it. Pure.
+
+/// What an upload holds.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Upload<'a> {
+    pub purpose: String,
+    pub filename: String,
+    pub content: &'a [u8],
+}
+
+/// Reads an upload; the error says what is missing.
+pub fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>, &'static str> {
+    let boundary = content_type
+        .split(';')
+        .filter_map(|part| part.trim().strip_prefix("boundary="))
+        .map(|boundary| boundary.trim_matches('"'))
+        .next()
+        .filter(|boundary| !boundary.is_empty() && content_type.starts_with("multipart/form-data"))
+        .ok_or("expected multipart/form-data with a boundary")?;
+    let mark = format!("\r\n--{boundary}");
+    let (mut purpose, mut file) = (None, None);
+    // The first mark has no line before it.
+    let mut rest = body
+        .strip_prefix(&mark.as_bytes()[2..])
+        .ok_or("the body does not begin with the boundary")?;
+    while let Some(part) = rest.strip_prefix(b"\r\n") {
+        let end = find(part, mark.as_bytes()).ok_or("the last boundary is missing")?;
+        let (head, content) = match find(&part[..end], b"\r\n\r\n") {
+            Some(at) => (&part[..at], &part[at + 4..end]),
+            None => return Err("a part has no head"),
+        };
+        let head = String::from_utf8_lossy(head);
+        match attribute(&head, "name") {
+            Some("purpose") => purpose = Some(String::from_utf8_lossy(content).into_owned()),
+            Some("file") => {
+                let name = attribute(&head, "filename").unwrap_or("upload");
+                file = Some((name.to_string(), content));
+            }
+            _ => {}
+        }
+        rest = &part[end + mark.len()..];
+    }
+    let (filename, content) = file.ok_or("the part `file` is missing")?;
+    Ok(Upload {
+        purpose: purpose.ok_or("the part `purpose` is missing")?,
+        filename,
+        content,
+    })
+}
+
+/// The value of `name="..."` in a part's head.
+fn attribute<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    let mark = format!(" {name}=\"");
+    let (_, rest) = head.split_once(&mark)?;
+    rest.split('"').next()
+}
+
+/// Where `part` is in `bytes`. Its first byte is searched alone, as files of 200 MB come this way.
+fn find(bytes: &[u8], part: &[u8]) -> Option<usize> {
+    let first = *part.first()?;
+    let mut start = 0;
+    loop {
+        let at = start + bytes.get(start..)?.iter().position(|byte| *byte == first)?;
+        if bytes[at..].starts_with(part) {
+            return Some(at);
+        }
+        start = at + 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TYPE: &str = "multipart/form-data; boundary=\"xx\"";
+
+    #[test]
+    fn the_parts_are_found_whatever_is_in_the_file() {
+        let content = "{\"a\":1}\r\n--x\r\n\r\n{}\n";
+        let body = format!(
+            "--xx\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n\
+             --xx\r\ncontent-disposition: form-data; name=\"file\"; filename=\"b.jsonl\"\r\n\
+             content-type: application/jsonl\r\n\r\n{content}\r\n--xx--\r\n"
+        );
+        let expected = Upload {
+            purpose: "batch".into(),
+            filename: "b.jsonl".into(),
+            content: content.as_bytes(),
+        };
+        assert_eq!(parse(TYPE, body.as_bytes()), Ok(expected));
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        for (content_type, body, part) in [
+            ("application/json", "{}", "multipart/form-data"),
+            (TYPE, "{}", "boundary"),
+            (TYPE, "--xx--\r\n", "`file`"),
+            (TYPE, "--xx\r\nx: y\r\n\r\nz", "last boundary"),
+            (TYPE, "--xx\r\nx: y\r\n--xx--", "no head"),
+            (
+                TYPE,
+                "--xx\r\nx; name=\"file\"\r\n\r\nz\r\n--xx--\r\n",
+                "`purpose`",
+            ),
+        ] {
+            let error = parse(content_type, body.as_bytes()).unwrap_err();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

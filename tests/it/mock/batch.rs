@@ -1,0 +1,482 @@
+//! Batches from upload to the last row, on a clock that is advanced by hand.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use distill::serve::mock::{Mock, Reaction, Reply, Request};
+use serde_json::{Value, json};
+use tokio::time::advance;
+
+use super::{body, json_of, mock, text};
+
+const ENDPOINT: &str = "/v1/chat/completions";
+
+async fn send(mock: &Mock, method: &str, path: &str, body: &[u8]) -> Reaction {
+    let content_type = match path {
+        "/v1/files" => "multipart/form-data; boundary=b",
+        _ => "application/json",
+    };
+    let request = Request {
+        method,
+        path,
+        content_type: Some(content_type),
+        body,
+        ..Request::default()
+    };
+    mock.respond(request).await
+}
+
+async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> Reply {
+    match send(mock, method, path, body).await {
+        Reaction::Reply(reply) => reply,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn get(mock: &Mock, path: &str) -> Value {
+    let reply = call(mock, "GET", path, b"").await;
+    assert_eq!(reply.status, 200, "{path}");
+    json_of(&reply)
+}
+
+async fn upload(mock: &Mock, content: &str) -> String {
+    let form = format!(
+        "--b\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n\
+         --b\r\ncontent-disposition: form-data; name=\"file\"; filename=\"in.jsonl\"\r\n\r\n\
+         {content}\r\n--b--\r\n"
+    );
+    let reply = call(mock, "POST", "/v1/files", form.as_bytes()).await;
+    assert_eq!(reply.status, 200);
+    let card = json_of(&reply);
+    assert_eq!(card["bytes"], content.len());
+    assert_eq!(card["purpose"], "batch");
+    card["id"].as_str().unwrap().to_string()
+}
+
+fn creation(file: &str) -> Vec<u8> {
+    json!({
+        "input_file_id": file, "endpoint": ENDPOINT, "completion_window": "24h",
+        "metadata": {"nonce": "n1"},
+    })
+    .to_string()
+    .into_bytes()
+}
+
+/// Rows `r0`, `r1`, ... that say their own name.
+fn rows(count: usize) -> String {
+    (0..count)
+        .map(|index| {
+            let body: Value =
+                serde_json::from_slice(&body(&format!("row {index}"), json!({}))).unwrap();
+            let row = json!({
+                "custom_id": format!("r{index}"), "method": "POST", "url": ENDPOINT, "body": body,
+            });
+            format!("{row}\n")
+        })
+        .collect()
+}
+
+/// A batch of these lines, and its path.
+async fn create(mock: &Mock, lines: &str) -> (Value, String) {
+    let file = upload(mock, lines).await;
+    let reply = call(mock, "POST", "/v1/batches", &creation(&file)).await;
+    assert_eq!(reply.status, 200, "{:?}", reply.body);
+    let batch = json_of(&reply);
+    let path = format!("/v1/batches/{}", batch["id"].as_str().unwrap());
+    (batch, path)
+}
+
+async fn later(seconds: u64) {
+    advance(Duration::from_secs(seconds)).await;
+}
+
+/// The lines of a result file by their `custom_id`; none where there is no file.
+async fn lines(mock: &Mock, file: &Value) -> BTreeMap<String, Value> {
+    let Some(id) = file.as_str() else {
+        return BTreeMap::new();
+    };
+    let reply = call(mock, "GET", &format!("/v1/files/{id}/content"), b"").await;
+    let content = std::str::from_utf8(&reply.body).unwrap();
+    assert!(content.ends_with('\n'));
+    let rows = content.lines().map(|line| {
+        let row: Value = serde_json::from_str(line).unwrap();
+        (row["custom_id"].as_str().unwrap().to_string(), row)
+    });
+    let rows: BTreeMap<String, Value> = rows.collect();
+    assert_eq!(rows.len(), content.lines().count(), "a row came twice");
+    rows
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_goes_from_validating_to_completed_and_is_billed_once() {
+    let mock = mock("[answers]\ntext = \"upper\"\n[batch]\nclock = 10\nin_progress_s = 100");
+    let (batch, path) = create(&mock, &rows(10)).await;
+    assert_eq!(batch["status"], "validating");
+    assert_eq!(batch["metadata"]["nonce"], "n1");
+    assert_eq!(
+        batch["request_counts"],
+        json!({"total": 0, "completed": 0, "failed": 0})
+    );
+    // 60, 160 and 220 virtual seconds after its creation.
+    later(11).await;
+    let batch = get(&mock, &path).await;
+    assert_eq!(batch["status"], "in_progress");
+    assert_eq!(
+        batch["request_counts"],
+        json!({"total": 10, "completed": 5, "failed": 0})
+    );
+    assert_eq!(batch["output_file_id"], Value::Null);
+    assert_eq!(mock.stats().billed.answers, 0);
+    later(5).await;
+    assert_eq!(get(&mock, &path).await["status"], "finalizing");
+    later(6).await;
+    let batch = get(&mock, &path).await;
+    assert_eq!(batch["status"], "completed");
+    assert_eq!(batch["errors"], Value::Null);
+    assert_eq!(batch["error_file_id"], Value::Null);
+    assert_eq!(
+        batch["request_counts"],
+        json!({"total": 10, "completed": 10, "failed": 0})
+    );
+    let stamp = |name: &str| batch[name].as_i64().unwrap() - batch["created_at"].as_i64().unwrap();
+    assert_eq!(
+        [
+            "in_progress_at",
+            "finalizing_at",
+            "completed_at",
+            "expires_at"
+        ]
+        .map(stamp),
+        [60, 160, 220, 86_400]
+    );
+    let output = lines(&mock, &batch["output_file_id"]).await;
+    assert_eq!(output.len(), 10);
+    for (id, row) in &output {
+        assert_eq!(row["response"]["status_code"], 200);
+        assert_eq!(text(&row["response"]["body"]), format!("ROW {}", &id[1..]));
+    }
+    let billed = mock.stats().billed;
+    assert_eq!((billed.answers, billed.batch_answers), (10, 10));
+    assert_eq!(mock.times_billed(&body("row 3", json!({}))), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_end_in_the_error_file_in_three_shapes_or_nowhere() {
+    let mock = mock("[batch]\nerror_rows = 6\nlost_rows = 2\nrequest_counts = \"all_completed\"");
+    let (_, path) = create(&mock, &rows(20)).await;
+    later(10_000).await;
+    let batch = get(&mock, &path).await;
+    // It is not to be trusted.
+    assert_eq!(
+        batch["request_counts"],
+        json!({"total": 20, "completed": 20, "failed": 0})
+    );
+    let output = lines(&mock, &batch["output_file_id"]).await;
+    let errors = lines(&mock, &batch["error_file_id"]).await;
+    assert_eq!((output.len(), errors.len()), (12, 6));
+    assert!(output.keys().all(|id| !errors.contains_key(id)));
+    let shapes =
+        errors.values().map(
+            |row| match (&row["response"]["status_code"], &row["error"]["code"]) {
+                (Value::Null, Value::String(code)) if row["response"].is_null() => code.clone(),
+                (status, Value::Null) => status.to_string(),
+                other => panic!("{other:?}"),
+            },
+        );
+    let mut shapes: Vec<String> = shapes.collect();
+    shapes.sort();
+    assert_eq!(
+        shapes,
+        ["0", "0", "500", "500", "server_error", "server_error"]
+    );
+    assert_eq!(mock.stats().billed.answers, 12);
+    // Neither the order of the input.
+    let output = batch["output_file_id"].as_str().unwrap();
+    let content = call(&mock, "GET", &format!("/v1/files/{output}/content"), b"")
+        .await
+        .body;
+    let order: Vec<usize> = std::str::from_utf8(&content)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .map(|row| row["custom_id"].as_str().unwrap()[1..].parse().unwrap())
+        .collect();
+    assert!(!order.is_sorted(), "{order:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_good_row_there_is_no_output_file() {
+    let mock = mock("[batch]\nerror_rows = 9");
+    let (_, path) = create(&mock, &rows(3)).await;
+    later(10_000).await;
+    let batch = get(&mock, &path).await;
+    assert_eq!(
+        (&batch["status"], &batch["output_file_id"]),
+        (&json!("completed"), &Value::Null)
+    );
+    assert_eq!(lines(&mock, &batch["error_file_id"]).await.len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_meet_the_faults_and_refusals_that_requests_meet() {
+    let mock = mock(
+        "[answers]\nrefuse_parameters = [\"seed\"]\n\
+         [[faults]]\nkind = \"http 400\"\nmatching = \"row 1\"\n\
+         [[faults]]\nkind = \"no usage\"\nmatching = \"row 2\"\n\
+         [[faults]]\nkind = \"reset\"\nmatching = \"row 3\"",
+    );
+    let input = rows(4).replacen("\"model\"", "\"seed\":1,\"model\"", 1);
+    let (_, path) = create(&mock, &input).await;
+    later(10_000).await;
+    let batch = get(&mock, &path).await;
+    let output = lines(&mock, &batch["output_file_id"]).await;
+    assert_eq!(output.keys().collect::<Vec<_>>(), ["r2"]);
+    assert_eq!(output["r2"]["response"]["body"]["usage"], Value::Null);
+    let errors = lines(&mock, &batch["error_file_id"]).await;
+    let status = |id: &str| errors[id]["response"]["status_code"].clone();
+    assert_eq!(["r0", "r1", "r3"].map(status), [400, 400, 500]);
+    assert_eq!(
+        batch["request_counts"],
+        json!({"total": 4, "completed": 1, "failed": 3})
+    );
+    assert_eq!(mock.stats().billed.answers, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bad_file_fails_with_its_lines() {
+    let mock = mock("[batch]\nmax_rows = 3");
+    let row = |index: usize| rows(index + 1).lines().last().unwrap().to_string();
+    let without = |name: &str| {
+        let mut row: Value = serde_json::from_str(&row(0)).unwrap();
+        row.as_object_mut().unwrap().remove(name);
+        row.to_string()
+    };
+    for (input, code, line) in [
+        (String::new(), "empty_file", json!(null)),
+        (
+            format!("{}\n{{\"cut\": ", row(0)),
+            "invalid_json_line",
+            json!(2),
+        ),
+        (
+            format!("\n{}\n{}", row(0), row(0)),
+            "duplicate_custom_id",
+            json!(3),
+        ),
+        (without("custom_id"), "missing_required_parameter", json!(1)),
+        (without("body"), "missing_required_parameter", json!(1)),
+        (row(0).replace("POST", "GET"), "invalid_method", json!(1)),
+        (
+            row(0).replace("/v1/chat", "/v1/other"),
+            "invalid_url",
+            json!(1),
+        ),
+        (
+            row(0).replace("\"mock\"", "\"gpt\""),
+            "model_not_found",
+            json!(1),
+        ),
+        (rows(4), "too_many_requests", json!(null)),
+    ] {
+        let (_, path) = create(&mock, &input).await;
+        later(59).await;
+        assert_eq!(get(&mock, &path).await["status"], "validating");
+        later(1).await;
+        let batch = get(&mock, &path).await;
+        assert_eq!(batch["status"], "failed");
+        let mistake = &batch["errors"]["data"][0];
+        assert_eq!(
+            (&mistake["code"], &mistake["line"]),
+            (&json!(code), &line),
+            "{mistake}"
+        );
+        assert!(batch["failed_at"].is_i64());
+        assert_eq!(
+            (&batch["output_file_id"], &batch["error_file_id"]),
+            (&Value::Null, &Value::Null)
+        );
+    }
+    assert_eq!(mock.stats().billed.answers, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_left_of_an_expired_or_cancelled_batch_is_partial() {
+    for (outcome, code) in [
+        ("expired", "batch_expired"),
+        ("cancelled", "batch_cancelled"),
+    ] {
+        let mock = mock(&format!("[batch]\noutcome = \"{outcome}\""));
+        let (_, path) = create(&mock, &rows(10)).await;
+        later(90_000).await;
+        let batch = get(&mock, &path).await;
+        assert_eq!(batch["status"], outcome);
+        assert!(batch[format!("{outcome}_at")].is_i64(), "{batch}");
+        assert_eq!(lines(&mock, &batch["output_file_id"]).await.len(), 5);
+        let errors = lines(&mock, &batch["error_file_id"]).await;
+        assert_eq!(errors.len(), 5);
+        assert!(
+            errors.values().all(|row| row["error"]["code"] == code),
+            "{errors:?}"
+        );
+        assert_eq!(mock.stats().billed.answers, 5);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_can_cancel_until_it_is_too_late() {
+    let mock = mock("");
+    let (_, path) = create(&mock, &rows(4)).await;
+    later(60 + 900).await;
+    let cancel = format!("{path}/cancel");
+    for _ in 0..2 {
+        let reply = call(&mock, "POST", &cancel, b"").await;
+        assert_eq!(json_of(&reply)["status"], "cancelling");
+    }
+    later(60).await;
+    let batch = get(&mock, &path).await;
+    assert_eq!(batch["status"], "cancelled");
+    assert_eq!(lines(&mock, &batch["output_file_id"]).await.len(), 1);
+    assert_eq!(call(&mock, "POST", &cancel, b"").await.status, 409);
+}
+
+#[tokio::test(start_paused = true)]
+async fn too_many_enqueued_tokens_fail_later_and_not_at_once() {
+    // A row is 6 tokens and a longest answer of 16.
+    let mock = mock("[batch]\nenqueued_tokens = 50");
+    let (_, first) = create(&mock, &rows(2)).await;
+    let (second, path) = create(&mock, &rows(2)).await;
+    assert_eq!(second["status"], "validating");
+    later(60).await;
+    let batch = get(&mock, &path).await;
+    assert_eq!(batch["status"], "failed");
+    assert_eq!(batch["errors"]["data"][0]["code"], "token_limit_exceeded");
+    later(10_000).await;
+    assert_eq!(get(&mock, &first).await["status"], "completed");
+    let (_, path) = create(&mock, &rows(2)).await;
+    later(10_000).await;
+    assert_eq!(get(&mock, &path).await["status"], "completed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_reply_leaves_an_orphan_that_the_list_shows() {
+    let mock = mock("[batch]\nlost_creates = 1\nstatus = \"queued\"");
+    let file = upload(&mock, &rows(1)).await;
+    let lost = send(&mock, "POST", "/v1/batches", &creation(&file)).await;
+    assert_eq!(lost, Reaction::Reset);
+    let list = get(&mock, "/v1/batches?limit=2").await;
+    assert_eq!(list["data"].as_array().unwrap().len(), 1);
+    assert_eq!(list["data"][0]["metadata"]["nonce"], "n1");
+    for _ in 0..2 {
+        assert_eq!(
+            call(&mock, "POST", "/v1/batches", &creation(&file))
+                .await
+                .status,
+            200
+        );
+    }
+    // The newest first, a page at a time.
+    let ids = |list: &Value| -> Vec<String> {
+        let data = list["data"].as_array().unwrap();
+        data.iter()
+            .map(|batch| batch["id"].as_str().unwrap().to_string())
+            .collect()
+    };
+    let first = get(&mock, "/v1/batches?limit=2").await;
+    assert_eq!(first["has_more"], true);
+    let after = first["last_id"].as_str().unwrap();
+    let second = get(&mock, &format!("/v1/batches?limit=2&after={after}")).await;
+    assert_eq!(second["has_more"], false);
+    assert_eq!(ids(&second), ids(&list));
+    assert!(!ids(&first).contains(&ids(&list)[0]));
+    // A status that nobody knows.
+    later(60).await;
+    assert_eq!(
+        get(&mock, "/v1/batches").await["data"][0]["status"],
+        "queued"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_uploaded_file_may_not_be_there_yet() {
+    let mock = mock("[batch]\nmissing_s = 1");
+    let file = upload(&mock, &rows(1)).await;
+    let path = format!("/v1/files/{file}");
+    assert_eq!(call(&mock, "GET", &path, b"").await.status, 404);
+    let refused = call(&mock, "POST", "/v1/batches", &creation(&file)).await;
+    assert_eq!(refused.status, 400);
+    assert!(
+        json_of(&refused)["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("No such File")
+    );
+    later(1).await;
+    assert_eq!(get(&mock, &path).await["filename"], "in.jsonl");
+    assert_eq!(
+        call(&mock, "POST", "/v1/batches", &creation(&file))
+            .await
+            .status,
+        200
+    );
+    assert_eq!(get(&mock, "/v1/files").await["data"][0]["id"], file);
+    assert_eq!(call(&mock, "DELETE", &path, b"").await.status, 200);
+    assert_eq!(call(&mock, "GET", &path, b"").await.status, 404);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_asked_wrongly_is_refused() {
+    let mock = mock("");
+    let file = upload(&mock, &rows(1)).await;
+    let with = |name: &str, value: Value| {
+        let mut body: Value = serde_json::from_slice(&creation(&file)).unwrap();
+        body[name] = value;
+        body.to_string().into_bytes()
+    };
+    for (method, path, body, status) in [
+        ("POST", "/v1/files", b"no form".to_vec(), 400),
+        ("POST", "/v1/batches", b"{".to_vec(), 400),
+        ("POST", "/v1/batches", with("endpoint", json!(null)), 400),
+        (
+            "POST",
+            "/v1/batches",
+            with("completion_window", json!("soon")),
+            400,
+        ),
+        (
+            "POST",
+            "/v1/batches",
+            with("input_file_id", json!("file-x")),
+            400,
+        ),
+        ("GET", "/v1/batches/batch_x", Vec::new(), 404),
+        ("POST", "/v1/batches/batch_x/cancel", Vec::new(), 404),
+        ("GET", "/v1/files/file-x/content", Vec::new(), 404),
+        ("PUT", "/v1/batches", Vec::new(), 405),
+    ] {
+        let reply = call(&mock, method, path, &body).await;
+        assert_eq!(reply.status, status, "{method} {path}");
+        assert!(json_of(&reply)["error"]["message"].is_string());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn faults_hit_the_paths_that_they_name() {
+    let mock = mock(
+        "[[faults]]\nkind = \"http 503\"\npath = \"/v1/batches/\"\nfirst = 1\n\
+         [[faults]]\nkind = \"reset in body\"\npath = \"/content\"\nfirst = 1\n\
+         [[faults]]\nkind = \"http 500\"\nmatching = \"nothing that a row says\"",
+    );
+    let (_, path) = create(&mock, &rows(2)).await;
+    assert_eq!(call(&mock, "GET", &path, b"").await.status, 503);
+    later(10_000).await;
+    let batch = get(&mock, &path).await;
+    let content = format!(
+        "/v1/files/{}/content",
+        batch["output_file_id"].as_str().unwrap()
+    );
+    let Reaction::ResetInBody(reply) = send(&mock, "GET", &content, b"").await else {
+        panic!("the file came whole");
+    };
+    assert_eq!(call(&mock, "GET", &content, b"").await.body, reply.body);
+    assert_eq!(mock.stats().billed.answers, 2);
+}
