@@ -10,6 +10,9 @@ use super::script::Window;
 /// Rounding errors of a bucket that was refilled many times.
 const SLACK: f64 = 1e-6;
 
+/// A wait without an end, which can still be added to a date.
+const AGES: Duration = Duration::from_secs(1_000_000_000);
+
 /// What is left of a limit. `now` must never go back.
 #[derive(Debug)]
 pub struct Gauge {
@@ -112,6 +115,12 @@ impl Gauge {
         }
     }
 
+    /// Until a bucket has refilled by `amount`; an age where it does not refill at all.
+    fn time_for(&self, amount: f64) -> Duration {
+        let seconds = self.per.as_secs_f64() * amount / self.limit();
+        Duration::try_from_secs_f64(seconds).map_or(AGES, |time| time.min(AGES))
+    }
+
     fn remaining(&self) -> f64 {
         match self.count {
             Count::Bucket { level, .. } => level,
@@ -155,7 +164,7 @@ impl Gauge {
             return Some(Duration::ZERO);
         }
         Some(match &self.count {
-            Count::Bucket { .. } => self.per.mul_f64(missing / self.limit()),
+            Count::Bucket { .. } => self.time_for(missing),
             Count::Fixed { since, .. } => (*since + self.per).duration_since(now),
             Count::Sliding { entries, .. } => {
                 let mut freed = 0.0;
@@ -211,9 +220,7 @@ impl Gauge {
         self.advance(now);
         let remaining = self.remaining().max(0.0);
         let reset = match &self.count {
-            Count::Bucket { level, .. } => self
-                .per
-                .mul_f64((self.size() - level).max(0.0) / self.limit()),
+            Count::Bucket { level, .. } => self.time_for((self.size() - level).max(0.0)),
             Count::Fixed { used, .. } if *used <= 0.0 => Duration::ZERO,
             Count::Fixed { since, .. } => (*since + self.per).duration_since(now),
             Count::Sliding { entries, .. } => entries.back().map_or(Duration::ZERO, |(at, _)| {

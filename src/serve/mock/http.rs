@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::parse::{Head, Problem, decode_chunks, parse_head};
+use super::parse::{Chunks, Head, Problem, parse_head};
 use super::reaction::{Reaction, Reply};
 use super::{Mock, Request};
 
@@ -59,7 +59,7 @@ async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
             Some(Err(problem)) => return connection.refuse(problem).await,
             None => return Ok(()),
         };
-        let chunked = match connection.read_body(&head).await? {
+        let chunks = match connection.read_body(&head).await? {
             Some(Ok(body)) => body,
             Some(Err(problem)) => return connection.refuse(problem).await,
             None => return Ok(()),
@@ -67,15 +67,18 @@ async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
         let text = |range: &std::ops::Range<usize>| {
             std::str::from_utf8(&connection.input[range.clone()]).unwrap_or_default()
         };
-        let plain = head.end..head.end + head.length;
+        let end = chunks
+            .as_ref()
+            .map_or(head.end + head.length, |chunks| chunks.at);
         let request = Request {
             method: text(&head.method),
             path: text(&head.path),
             authorization: head.authorization.as_ref().map(text),
             content_type: head.content_type.as_ref().map(text),
-            body: chunked
-                .as_ref()
-                .map_or(&connection.input[plain], |(body, _)| body),
+            body: match &chunks {
+                Some(chunks) => &chunks.body,
+                None => &connection.input[head.end..end],
+            },
         };
         let mut early = Vec::new();
         let reaction = tokio::select! {
@@ -83,8 +86,7 @@ async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
             reaction = mock.respond(request) => reaction,
             gone = until_gone(&mut connection.stream, &mut early) => return gone,
         };
-        let consumed = chunked.map_or(head.end + head.length, |(_, end)| end);
-        connection.input.drain(..consumed);
+        connection.input.drain(..end);
         connection.input.extend_from_slice(&early);
         let goes_on = connection.react(reaction, head.close).await?;
         if !goes_on {
@@ -127,16 +129,12 @@ impl Connection {
         }
     }
 
-    /// Reads on until the body is there. A chunked one is returned, with the place of its end;
-    /// a plain one stays where it is.
-    #[allow(
-        clippy::type_complexity,
-        reason = "three ways to end, each named above"
-    )]
+    /// Reads on until the body is there: a plain one into `input`, where it stays; a chunked one
+    /// is returned. None if the client closes before.
     async fn read_body(
         &mut self,
         head: &Head,
-    ) -> io::Result<Option<Result<Option<(Vec<u8>, usize)>, Problem>>> {
+    ) -> io::Result<Option<Result<Option<Chunks>, Problem>>> {
         if head.length > MAX_BODY {
             return Ok(Some(Err(Problem::TooLarge)));
         }
@@ -145,20 +143,19 @@ impl Connection {
                 .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
                 .await?;
         }
-        if !head.chunked {
-            let missing = (head.end + head.length).saturating_sub(self.input.len());
-            self.input.reserve(missing);
-        }
+        let mut chunks = head.chunked.then(|| Chunks::new(head.end));
+        let end = head.end + head.length;
+        self.input.reserve(end.saturating_sub(self.input.len()));
         loop {
-            if head.chunked {
-                match decode_chunks(&self.input, head.end) {
-                    Ok(Some(body)) => return Ok(Some(Ok(Some(body)))),
-                    Ok(None) if self.input.len() <= MAX_BODY => {}
-                    Ok(None) => return Ok(Some(Err(Problem::TooLarge))),
-                    Err(problem) => return Ok(Some(Err(problem))),
-                }
-            } else if self.input.len() >= head.end + head.length {
-                return Ok(Some(Ok(None)));
+            let whole = match &mut chunks {
+                None => Ok(self.input.len() >= end),
+                Some(_) if self.input.len() > MAX_BODY => Err(Problem::TooLarge),
+                Some(chunks) => chunks.advance(&self.input),
+            };
+            match whole {
+                Ok(true) => return Ok(Some(Ok(chunks))),
+                Ok(false) => {}
+                Err(problem) => return Ok(Some(Err(problem))),
             }
             if self.stream.read_buf(&mut self.input).await? == 0 {
                 return Ok(None);

@@ -129,38 +129,60 @@ fn parse_field(input: &[u8], line: Range<usize>, head: &mut Head) -> Result<(), 
     Ok(())
 }
 
-/// The chunked body that begins at `start`, and where it ends; none while it is incomplete.
-pub fn decode_chunks(input: &[u8], start: usize) -> Result<Option<(Vec<u8>, usize)>, Problem> {
-    let mut body = Vec::new();
-    let mut at = start;
-    loop {
-        let Some(line) = line_at(input, at) else {
-            return Ok(None);
-        };
-        // What follows a semicolon is an extension.
-        let size = line.split(|byte| *byte == b';').next().unwrap_or_default();
-        let size = std::str::from_utf8(size.trim_ascii()).ok();
-        let size = size.and_then(|size| usize::from_str_radix(size, 16).ok());
-        let size = size.ok_or(Problem::Malformed)?;
-        at += line.len() + 2;
-        if size == 0 {
-            break;
-        }
-        let end = at.checked_add(size).ok_or(Problem::Malformed)?;
-        if input.len() < end + 2 {
-            return Ok(None);
-        }
-        body.extend_from_slice(&input[at..end]);
-        at = end + 2;
-    }
-    // Trailers, up to an empty line.
-    while let Some(line) = line_at(input, at) {
-        at += line.len() + 2;
-        if line.is_empty() {
-            return Ok(Some((body, at)));
+/// A chunked body, as far as it has come.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Chunks {
+    pub body: Vec<u8>,
+    /// Where the next chunk begins; at last, where the request ends.
+    pub at: usize,
+    /// Whether only trailers are missing.
+    is_last: bool,
+}
+
+impl Chunks {
+    /// One that begins at `at`.
+    pub fn new(at: usize) -> Chunks {
+        Chunks {
+            body: Vec::new(),
+            at,
+            is_last: false,
         }
     }
-    Ok(None)
+
+    /// Takes in what has come since the last call, which `input` still begins with. True once the
+    /// body is whole.
+    pub fn advance(&mut self, input: &[u8]) -> Result<bool, Problem> {
+        while !self.is_last {
+            let Some(line) = line_at(input, self.at) else {
+                return Ok(false);
+            };
+            // What follows a semicolon is an extension.
+            let size = line.split(|byte| *byte == b';').next().unwrap_or_default();
+            let size = std::str::from_utf8(size.trim_ascii()).ok();
+            let size = size.and_then(|size| usize::from_str_radix(size, 16).ok());
+            let size = size.ok_or(Problem::Malformed)?;
+            let start = self.at + line.len() + 2;
+            if size == 0 {
+                self.at = start;
+                self.is_last = true;
+                break;
+            }
+            let end = start.checked_add(size).ok_or(Problem::Malformed)?;
+            if input.len() < end.saturating_add(2) {
+                return Ok(false);
+            }
+            self.body.extend_from_slice(&input[start..end]);
+            self.at = end + 2;
+        }
+        // Trailers, up to an empty line.
+        while let Some(line) = line_at(input, self.at) {
+            self.at += line.len() + 2;
+            if line.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
 }
 
 /// The line that begins at `start`, without its end; none while that has not come.
@@ -211,11 +233,15 @@ mod tests {
     fn chunks_are_joined_once_the_last_one_is_there() {
         let input = b"..3;a=b\r\nabc\r\n0A\r\n0123456789\r\n0\r\nx: y\r\n\r\nmore";
         let end = input.len() - 4;
+        let mut chunks = Chunks::new(2);
         for cut in 2..end {
-            assert_eq!(decode_chunks(&input[..cut], 2), Ok(None), "at {cut}");
+            assert_eq!(chunks.advance(&input[..cut]), Ok(false), "at {cut}");
         }
-        let body = b"abc0123456789".to_vec();
-        assert_eq!(decode_chunks(input, 2), Ok(Some((body, end))));
-        assert_eq!(decode_chunks(b"zz\r\n", 0), Err(Problem::Malformed));
+        for mut chunks in [chunks, Chunks::new(2)] {
+            assert_eq!(chunks.advance(input), Ok(true));
+            assert_eq!(chunks.body, b"abc0123456789");
+            assert_eq!(chunks.at, end);
+        }
+        assert_eq!(Chunks::new(0).advance(b"zz\r\n"), Err(Problem::Malformed));
     }
 }

@@ -11,7 +11,7 @@ use super::{Kind, RetryAfter, ensure, is_time};
 #[serde(deny_unknown_fields)]
 pub struct Fault {
     pub kind: Kind,
-    /// The first so many requests with the same body, and the same path if that is given.
+    /// The first so many requests with the same body that the limits let in.
     pub first: Option<u32>,
     /// Of all requests, drawn for each.
     pub share: Option<f64>,
