@@ -159,7 +159,8 @@ async fn what_can_never_fit_is_said_to() {
 async fn refused(retry_after: &str) -> (Reply, String) {
     let limits =
         format!("[limits]\nrequests_per_minute = 60\nburst_s = 1\nretry_after = \"{retry_after}\"");
-    let wall = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000;
+    // Not a whole second, which a date would have to round up from.
+    let wall = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000 + SECOND / 4;
     let mock = Mock::at(script(&limits), wall);
     assert_eq!(ask(&mock, "hi").await.status, 200);
     advance(Duration::from_millis(400)).await;
@@ -177,8 +178,8 @@ async fn a_refusal_says_when_to_come_back_in_every_form() {
     for (form, name, value) in [
         ("seconds", "retry-after", "1"),
         ("float", "retry-after", "0.6"),
-        // 1,800,000,001: a date has no fractions.
-        ("date", "retry-after", "Fri, 15 Jan 2027 08:00:01 GMT"),
+        // 1,800,000,001.25, rounded up.
+        ("date", "retry-after", "Fri, 15 Jan 2027 08:00:02 GMT"),
         ("past_date", "retry-after", "Fri, 15 Jan 2027 07:00:00 GMT"),
         ("far_date", "retry-after", "Mon, 12 Jan 2037 08:00:00 GMT"),
         ("ms", "retry-after-ms", "600"),
