@@ -5,7 +5,7 @@
 //! that. The cache alone writes in another way (it appends, see `cache::storage`).
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -99,6 +99,17 @@ fn folder_of(path: &Path) -> &Path {
 /// Reads a text file whole.
 pub fn read_to_string(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("could not read {}", path.display()))
+}
+
+/// Reads a data file whole; one whose name ends in `.gz` is unpacked.
+pub fn read_data(path: &Path) -> std::io::Result<Vec<u8>> {
+    let bytes = fs::read(path)?;
+    if path.extension().is_none_or(|extension| extension != "gz") {
+        return Ok(bytes);
+    }
+    let mut unpacked = Vec::new();
+    flate2::read::MultiGzDecoder::new(&bytes[..]).read_to_end(&mut unpacked)?;
+    Ok(unpacked)
 }
 
 /// Writes a folder of `files` (name and content) whole, in whose place another one may stand: the

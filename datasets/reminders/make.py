@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Writes the reminders task: short messages to an assistant -> compact JSON.
 
-    python3 make.py            writes teacher_train.jsonl, prompts.jsonl and test.jsonl beside this file
+    python3 make.py            writes teacher_train.jsonl.gz, prompts.jsonl and test.jsonl beside this file
 
-Needs nothing but Python 3.8, and writes the same bytes each time. The task, the ambiguous phrasings and
+Needs nothing but Python 3.8, and writes the same text each time. The task, the ambiguous phrasings and
 their distribution are described in README.md; the numbers printed at the end are the ones quoted there.
 
 How a row is made: an intent's pattern is expanded ("(a|b)" picks one, "[x]" keeps x with probability 0.4),
@@ -12,6 +12,7 @@ that people read in more than one way has several readings with probabilities; a
 phrase, and the truth of the row is drawn from its readings.
 """
 
+import gzip
 import json
 import random
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 import phrasebook as book
 
 SEED = 20240611
-COUNTS = {"train": 36000, "prompt": 12000, "test": 600}
+COUNTS = {"train": 300000, "prompt": 12000, "test": 600}
 AMBIGUOUS_ROWS = 0.22  # share of rows that may hold an ambiguous phrase; about half of them find a slot for one
 WORDS = range(6, 31)
 
@@ -498,9 +499,10 @@ def readings_of(action, fixed, phrases):
 
 
 def dump(name, rows):
-    with open(Path(__file__).parent / name, "w", encoding="utf-8", newline="\n") as out:
-        for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+    path = Path(__file__).parent / name
+    lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows).encode()
+    # Without a name and a time inside, the same lines make the same file.
+    path.write_bytes(gzip.compress(lines, 9, mtime=0) if name.endswith(".gz") else lines)
 
 
 def main():
@@ -517,7 +519,7 @@ def main():
     files = {}
     for split, count in COUNTS.items():
         files[split], made = made[:count], made[count:]
-    dump("teacher_train.jsonl", [
+    dump("teacher_train.jsonl.gz", [
         {"id": "train-%05d" % n, "messages": [{"role": "user", "content": text},
                                               {"role": "assistant", "content": answer}]}
         for n, (text, _, _, answer) in enumerate(files["train"], 1)])

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Trains the byte-level BPE tokenizer of the reminders task on teacher_train.jsonl and writes tokenizer/.
+"""Trains the byte-level BPE tokenizer of the reminders task on teacher_train.jsonl.gz and writes tokenizer/.
 
     pip install "tokenizers>=0.21"
     python3 make_tokenizer.py [--vocab 2048]
 """
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 
@@ -35,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus():
-    with open(HERE / "teacher_train.jsonl", encoding="utf-8") as rows:
+    with gzip.open(HERE / "teacher_train.jsonl.gz", "rt", encoding="utf-8") as rows:
         for row in rows:
             for message in json.loads(row)["messages"]:
                 yield message["role"] + "\n"

@@ -16,18 +16,18 @@ pub struct Row {
 }
 
 /// The rows of `path`: JSON objects, or lines of text as `{"text": line}`. Blank lines, a byte order
-/// mark and `\r\n` are tolerated.
+/// mark and `\r\n` are tolerated; a name that ends in `.gz` is that of a packed file.
 pub fn read(path: &Path) -> Result<Vec<Row>> {
-    let bytes = std::fs::read(path).map_err(|error| {
+    let bytes = crate::fs::read_data(path).map_err(|error| {
         Exit::Usage(format!(
             "cannot read the prompts in {}: {error}",
             path.display()
         ))
     })?;
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    let is_json = path
-        .extension()
-        .is_some_and(|extension| extension == "jsonl" || extension == "json");
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = name.strip_suffix(".gz").unwrap_or(&name);
+    let is_json = name.ends_with(".jsonl") || name.ends_with(".json");
     let mut rows = Vec::new();
     for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
         let number = index + 1;

@@ -81,13 +81,16 @@ struct Line {
     messages: Vec<Message>,
 }
 
-/// The rows of a JSONL file of `{"messages": [{"role", "content"}, ...]}`.
+/// The rows of a JSONL file of `{"messages": [{"role", "content"}, ...]}`, packed if its name ends
+/// in `.gz`.
 ///
 /// # Errors
 /// If the file cannot be read; and for each line that is no such row, with its number.
 pub fn of_file(path: &Path) -> Result<Vec<Row>> {
-    let text = std::fs::read_to_string(path)
+    let bytes = crate::fs::read_data(path)
         .with_context(|| format!("reading `data.source` {}", path.display()))?;
+    let text = String::from_utf8(bytes)
+        .with_context(|| format!("`data.source` {} is no UTF-8", path.display()))?;
     text.lines()
         .enumerate()
         .filter(|(_, line)| !line.trim().is_empty())
