@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Times `distill harvest` beside a bare reqwest loop, an aiohttp loop, AsyncOpenAI and bespokelabs-curator.
+#
+#     tests/bench/harvest.sh [--quick] [--check] [--cases P1,P3] [--peers aiohttp] [--rounds 5]
+#
+# Makes its own Python environment under target/. --check exits 1 and names the figure that misses its aim.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+cargo build --locked --release --quiet --bin distill --example bare
+folder=target/bench
+mkdir -p "$folder"
+if [ ! -x "$folder/venv/bin/python" ]; then
+    python3 -m venv "$folder/venv"
+    "$folder/venv/bin/pip" install --quiet --requirement tests/bench/requirements.txt
+fi
+exec "$folder/venv/bin/python" tests/bench/harvest.py --distill target/release/distill \
+    --bare target/release/examples/bare --folder "$folder" "$@"
