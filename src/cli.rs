@@ -24,6 +24,8 @@ pub enum Verb {
     Demo(DemoArgs),
     /// Ask the teacher for every answer that the cache does not hold yet
     Harvest(HarvestArgs),
+    /// Find out what the endpoint really does, with about twenty cheap requests
+    Probe(ProbeArgs),
     /// Train the student on the cache, or on given conversations
     Train(TrainArgs),
     /// The student against held-out truth and against its teacher
@@ -80,6 +82,12 @@ pub struct HarvestArgs {
     /// Use only the first N prompts
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct ProbeArgs {
+    #[command(flatten)]
+    pub config: ConfigFile,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use distill::cli::{Cli, Verb};
-use distill::commands::{cache, completions, config, demo, eval, generate, harvest, serve, train};
+use distill::commands::{
+    cache, completions, config, demo, eval, generate, harvest, probe, serve, train,
+};
 use distill::exit::Exit;
 use distill::{ops, terminal};
 
@@ -17,6 +19,7 @@ fn main() -> ExitCode {
     let result = match &cli.verb {
         Verb::Demo(args) => demo::run(args, global),
         Verb::Harvest(args) => harvest::run(args, global),
+        Verb::Probe(args) => probe::run(args, global),
         Verb::Train(args) => train::run(args, global),
         Verb::Eval(args) => eval::run(args, global),
         Verb::Serve(args) => serve::run(args, global),

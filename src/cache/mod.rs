@@ -20,9 +20,9 @@ mod writer;
 
 use std::path::{Path, PathBuf};
 
-pub use reader::read;
+pub use reader::{cost, read};
 pub use storage::Storage;
-pub use writer::Cache;
+pub use writer::{Cache, Sealed};
 
 /// The file of records in the cache folder `dir` (which is `<run_dir>/cache`).
 pub fn file(dir: &Path) -> PathBuf {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
-use super::line;
+use super::line::{self, Fault};
 use super::record::Record;
 use super::recovery::{BadLine, Ending, Scan, ScanError};
 use super::storage::{damaged, refusal};
@@ -56,6 +56,23 @@ impl Iterator for Records {
         self.done = record.is_err();
         Some(record)
     }
+}
+
+/// What the records of the cache file at `path` cost, in US dollars.
+pub fn cost(path: &Path) -> Result<f64> {
+    #[derive(serde::Deserialize)]
+    struct Cost {
+        #[serde(default)]
+        cost_usd: f64,
+    }
+    let mut scan = open(path)?;
+    let mut sum = 0.0;
+    while scan.advance().map_err(|error| refusal(path, error))? {
+        let cost: Cost = serde_json::from_slice(scan.line())
+            .map_err(|error| damaged(path, &scan.bad(Fault::NoRecord(error.to_string()))))?;
+        sum += cost.cost_usd;
+    }
+    Ok(sum)
 }
 
 /// What [`examine`] found in a file.

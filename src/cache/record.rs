@@ -28,6 +28,9 @@ pub struct Record {
     pub reason: String,
     /// Base URL of the endpoint that answered.
     pub endpoint: String,
+    /// Hash of what `distill probe` knew of the endpoint then; empty if it was not probed.
+    #[serde(default)]
+    pub probe: String,
     /// The request body as sent.
     #[serde(with = "stored::request")]
     pub request: Value,

@@ -16,9 +16,16 @@ pub trait Storage: Send {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
     /// Makes everything appended so far durable.
     fn sync(&mut self) -> io::Result<()>;
+    /// The same as a job for another thread, during which appending goes on. None where there is no
+    /// such thing.
+    fn sync_job(&self) -> Option<SyncJob> {
+        None
+    }
     /// Cuts the file to `length` bytes.
     fn truncate(&mut self, length: u64) -> io::Result<()>;
 }
+
+pub type SyncJob = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
 impl Storage for File {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -29,6 +36,11 @@ impl Storage for File {
         self.sync_data()
     }
 
+    fn sync_job(&self) -> Option<SyncJob> {
+        let file = self.try_clone().ok()?;
+        Some(Box::new(move || file.sync_data()))
+    }
+
     fn truncate(&mut self, length: u64) -> io::Result<()> {
         self.set_len(length)
     }
@@ -37,6 +49,7 @@ impl Storage for File {
 /// The file of one writer, and what of it is durable.
 pub struct Journal {
     storage: Box<dyn Storage>,
+    syncs_in_background: bool,
     path: PathBuf,
     /// Bytes of whole lines.
     length: u64,
@@ -60,6 +73,7 @@ impl Journal {
     /// `storage` holds `length` bytes of whole lines; `path` is for messages.
     pub fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Self {
         Self {
+            syncs_in_background: storage.sync_job().is_some(),
             storage,
             path: path.to_owned(),
             length,
@@ -104,21 +118,48 @@ impl Journal {
         if self.unsynced == 0 {
             return Ok(());
         }
-        let unsynced = std::mem::take(&mut self.unsynced);
-        self.oldest = None;
-        if let Err(error) = self.storage.sync() {
-            self.health = Health::Lost;
-            return Err(error).with_context(|| {
-                format!(
-                    "could not sync {}: its last {unsynced} records may not be on the disk",
-                    self.path.display()
-                )
-            });
-        }
-        Ok(())
+        let unsynced = self.take_unsynced();
+        let result = self.storage.sync();
+        self.end_sync(unsynced, result)
     }
 
-    fn check(&self) -> Result<()> {
+    /// A sync of every line appended so far as a job for another thread, with their number.
+    /// Hand its result to [`Journal::end_sync`].
+    pub fn begin_sync(&mut self) -> Option<(usize, SyncJob)> {
+        if self.health == Health::Lost || self.unsynced == 0 {
+            return None;
+        }
+        let job = self.storage.sync_job()?;
+        Some((self.take_unsynced(), job))
+    }
+
+    fn take_unsynced(&mut self) -> usize {
+        self.oldest = None;
+        std::mem::take(&mut self.unsynced)
+    }
+
+    /// Takes note of how a sync of so many lines ended. An error is final.
+    pub fn end_sync(&mut self, lines: usize, result: io::Result<()>) -> Result<()> {
+        let Err(error) = result else {
+            return Ok(());
+        };
+        self.health = Health::Lost;
+        let lines = lines + self.take_unsynced();
+        Err(error).with_context(|| {
+            format!(
+                "could not sync {}: its last {lines} records may not be on the disk",
+                self.path.display()
+            )
+        })
+    }
+
+    /// Can another thread sync while lines are appended?
+    pub fn syncs_in_background(&self) -> bool {
+        self.syncs_in_background
+    }
+
+    /// An error where nothing may be appended any more.
+    pub fn check(&self) -> Result<()> {
         let path = self.path.display();
         match self.health {
             Health::Good => Ok(()),

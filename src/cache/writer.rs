@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -17,7 +17,8 @@ use crate::config::Durability;
 
 /// A group is synced when it has this many records ...
 const GROUP_RECORDS: usize = 64;
-/// ... or when its first record is this old.
+/// ... or when its first record is this old. Nor may more than what was appended in such a time
+/// wait for a slow disk.
 const GROUP_AGE: Duration = Duration::from_secs(1);
 
 /// A cache that is open for appending. One exists per folder, over all processes.
@@ -36,13 +37,15 @@ pub struct Cache {
 
 struct Shared {
     state: Mutex<State>,
-    /// A group was begun, or the cache is being closed.
+    /// A group was begun or is complete, a sync has ended, or the cache is being closed.
     changed: Condvar,
 }
 
 struct State {
     journal: Journal,
     keys: HashSet<Fingerprint>,
+    /// When the sync began that is going on in the background.
+    syncing: Option<Instant>,
     closing: bool,
 }
 
@@ -57,6 +60,21 @@ fn fingerprint(key: &str) -> Fingerprint {
         .finalize_xof()
         .fill(&mut bytes);
     bytes
+}
+
+/// A record as its line in the file, ready to be appended.
+pub struct Sealed {
+    line: Vec<u8>,
+    fingerprint: Fingerprint,
+}
+
+impl Sealed {
+    pub fn new(record: &Record) -> Result<Sealed> {
+        Ok(Sealed {
+            line: line::encode(record)?,
+            fingerprint: fingerprint(&record.key),
+        })
+    }
 }
 
 impl Cache {
@@ -92,6 +110,7 @@ impl Cache {
             state: Mutex::new(State {
                 journal: Journal::new(wrap(file), &path, length),
                 keys,
+                syncing: None,
                 closing: false,
             }),
             changed: Condvar::new(),
@@ -128,42 +147,37 @@ impl Cache {
     /// After an error nothing of the record is in the file. A failed write may be tried again
     /// (when there is room on the disk, say); a failed sync is final.
     pub fn append(&self, record: &Record) -> Result<()> {
-        let line = line::encode(record)?;
-        let fingerprint = fingerprint(&record.key);
+        self.append_sealed(&Sealed::new(record)?)
+    }
+
+    /// As [`Cache::append`], of a record that was encoded elsewhere.
+    pub fn append_sealed(&self, sealed: &Sealed) -> Result<()> {
         let mut state = self.shared.lock();
-        if state.keys.contains(&fingerprint) {
-            tracing::warn!(
-                "{} was answered twice: the first answer is kept",
-                record.key
-            );
+        if state.keys.contains(&sealed.fingerprint) {
+            let key = line::head(sealed.line.trim_ascii_end())?.key;
+            tracing::warn!("{key} was answered twice: the first answer is kept");
             return Ok(());
         }
-        state.journal.append(&line)?;
-        state.keys.insert(fingerprint);
-        let unsynced = state.journal.unsynced();
-        let group = match self.durability {
-            Durability::Batch => GROUP_RECORDS,
-            Durability::Record => 1,
-            Durability::None => usize::MAX,
-        };
-        if unsynced >= group {
-            state.journal.sync()?;
-        } else if unsynced == 1 {
-            self.shared.changed.notify_one();
+        state.journal.append(&sealed.line)?;
+        state.keys.insert(sealed.fingerprint);
+        match self.durability {
+            Durability::Record => state.journal.sync(),
+            Durability::None => Ok(()),
+            Durability::Batch => self.shared.commit(state),
         }
-        Ok(())
     }
 
     /// Returns once every appended record is on the disk.
     pub fn sync(&self) -> Result<()> {
-        self.shared.lock().journal.sync()
+        let state = self.shared.lock();
+        self.shared.wait_while_syncing(state).journal.sync()
     }
 }
 
 impl Drop for Cache {
     fn drop(&mut self) {
         self.shared.lock().closing = true;
-        self.shared.changed.notify_one();
+        self.shared.changed.notify_all();
         if let Some(timer) = self.timer.take() {
             // It ends by itself; had it panicked, its work is done below.
             let _ = timer.join();
@@ -185,36 +199,78 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// After an append: has a full group synced, in the background where the storage can.
+    fn commit<'a>(&'a self, mut state: MutexGuard<'a, State>) -> Result<()> {
+        // A disk that takes longer than a group may wait holds up the appending.
+        if state
+            .syncing
+            .is_some_and(|began| began.elapsed() >= GROUP_AGE)
+        {
+            state = self.wait_while_syncing(state);
+        }
+        match state.journal.unsynced() {
+            1 | GROUP_RECORDS => self.changed.notify_all(),
+            _ => {}
+        }
+        if state.journal.unsynced() >= GROUP_RECORDS && !state.journal.syncs_in_background() {
+            state.journal.sync()?;
+        }
+        state.journal.check()
+    }
+
+    fn wait_while_syncing<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        while state.syncing.is_some() {
+            state = self.wait(state);
+        }
+        state
+    }
+
+    fn wait<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 fn start_timer(shared: Arc<Shared>) -> Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("cache-sync".to_owned())
-        .spawn(move || sync_old_groups(&shared))
+        .spawn(move || sync_groups(&shared))
         .context("could not start the thread that syncs the cache")
 }
 
-/// Syncs every group that reaches [`GROUP_AGE`], until the cache is closed. A failure shows in the
-/// next call of the cache, too.
-fn sync_old_groups(shared: &Shared) {
+/// Syncs every group that is full or reaches [`GROUP_AGE`], until the cache is closed. A failure
+/// shows in the next call of the cache, too.
+fn sync_groups(shared: &Shared) {
     let mut state = shared.lock();
     while !state.closing {
-        state = match state.journal.waiting() {
-            None => shared
+        let Some(age) = state.journal.waiting() else {
+            state = shared.wait(state);
+            continue;
+        };
+        if age < GROUP_AGE && state.journal.unsynced() < GROUP_RECORDS {
+            state = shared
                 .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner),
-            Some(age) if age < GROUP_AGE => {
-                shared
-                    .changed
-                    .wait_timeout(state, GROUP_AGE - age)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0
-            }
-            Some(_) => {
-                if let Err(error) = state.journal.sync() {
-                    tracing::error!("{error:#}");
-                }
-                state
+                .wait_timeout(state, GROUP_AGE - age)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            continue;
+        }
+        let result = match state.journal.begin_sync() {
+            None => state.journal.sync(),
+            Some((lines, job)) => {
+                state.syncing = Some(Instant::now());
+                drop(state);
+                let result = job();
+                state = shared.lock();
+                state.syncing = None;
+                shared.changed.notify_all();
+                state.journal.end_sync(lines, result)
             }
         };
+        if let Err(error) = result {
+            tracing::error!("{error:#}");
+        }
     }
 }

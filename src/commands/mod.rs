@@ -7,6 +7,7 @@ pub mod demo;
 pub mod eval;
 pub mod generate;
 pub mod harvest;
+pub mod probe;
 pub mod serve;
 pub mod train;
 

@@ -8,7 +8,8 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use super::mistake::{describe, nearest, usage};
-use super::settings::{Config, Init};
+use super::settings::Config;
+use super::validate::validate;
 
 const PREFIX: &str = "DISTILL_";
 /// For who has lost the way.
@@ -87,6 +88,7 @@ pub fn load(
         set(&mut table, key, value);
         origins.insert(key.to_string(), "flag".into());
     }
+    complete_teachers(&mut table);
     let mut config = Config::deserialize(table)
         .map_err(|error| usage(format!("a value does not fit: {}", error.message())))?;
     let folder = path.parent().unwrap_or(Path::new(""));
@@ -145,11 +147,51 @@ fn set(table: &mut Table, key: &str, value: &str) {
     }
 }
 
+/// Gives every teacher, in what it has of its own, the values of the sections that it leaves out.
+fn complete_teachers(table: &mut Table) {
+    let section = |name: &str| match table.get(name) {
+        Some(Value::Table(section)) => section.clone(),
+        _ => Table::new(),
+    };
+    let common = section("teacher");
+    let own = ["sampling", "limits", "price"].map(|name| (name, section(name)));
+    let complete = |teacher: &mut Table| {
+        for (name, section) in &own {
+            if let Some(Value::Table(values)) = teacher.get_mut(*name) {
+                fill(values, section);
+            }
+        }
+    };
+    for (name, value) in table.iter_mut() {
+        match (name.as_str(), value) {
+            ("teacher", Value::Table(teacher)) => complete(teacher),
+            ("teachers", Value::Array(teachers)) => {
+                for teacher in teachers.iter_mut().filter_map(Value::as_table_mut) {
+                    fill(teacher, &common);
+                    complete(teacher);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn fill(values: &mut Table, defaults: &Table) {
+    for (key, value) in defaults {
+        values.entry(key).or_insert_with(|| value.clone());
+    }
+}
+
 fn resolve_paths(config: &mut Config, folder: &Path) {
     let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
     resolve(&mut config.run_dir);
     resolve(&mut config.prompts.source);
     resolve(&mut config.student.path);
+    let teachers = config.teachers.iter_mut().chain([&mut config.teacher]);
+    let own = teachers.filter_map(|teacher| teacher.sampling.as_mut());
+    for sampling in own.chain([&mut config.sampling]) {
+        sampling.schema.iter_mut().for_each(resolve);
+    }
     for path in [
         &mut config.prompts.template,
         &mut config.data.source,
@@ -160,96 +202,4 @@ fn resolve_paths(config: &mut Config, folder: &Path) {
     ] {
         path.iter_mut().for_each(resolve);
     }
-}
-
-/// What types cannot say.
-fn validate(config: &Config) -> Result<()> {
-    let check = |holds: bool, message: &str| {
-        if holds {
-            Ok(())
-        } else {
-            Err(usage(message.to_string()))
-        }
-    };
-    let share = |value: f64| (0.0..=1.0).contains(&value);
-    check(
-        config.sampling.top_logprobs <= 20,
-        "sampling.top_logprobs goes up to 20, the most that endpoints offer",
-    )?;
-    check(
-        config.sampling.max_tokens > 0,
-        "sampling.max_tokens must be at least 1",
-    )?;
-    check(
-        config.prompts.samples > 0,
-        "prompts.samples must be at least 1",
-    )?;
-    check(
-        config.limits.concurrency > 0,
-        "limits.concurrency must be at least 1",
-    )?;
-    for limit in [
-        config.limits.requests_per_minute,
-        config.limits.tokens_per_minute,
-    ] {
-        check(
-            limit != Some(0),
-            "a limit per minute must be at least 1; leave it out for none",
-        )?;
-    }
-    check(
-        config.retry.max_attempts > 0,
-        "retry.max_attempts must be at least 1",
-    )?;
-    let waits = [
-        config.retry.base_s,
-        config.retry.max_s,
-        config.retry.max_outage_s,
-        config.teacher.timeout_s,
-        config.teacher.connect_timeout_s,
-    ];
-    check(
-        waits
-            .iter()
-            .all(|s| s.is_finite() && (0.0..=1e9).contains(s)),
-        "times in seconds must be finite and not negative",
-    )?;
-    check(
-        share(config.data.validation_share) && config.data.validation_share < 1.0,
-        "data.validation_share must be at least 0 and below 1",
-    )?;
-    check(
-        share(config.loss.kd_weight),
-        "loss.kd_weight must lie between 0 and 1",
-    )?;
-    let train = &config.train;
-    check(
-        train.batch_size > 0 && train.micro_batch_size > 0,
-        "train.batch_size and train.micro_batch_size must be at least 1",
-    )?;
-    check(
-        train.steps.is_some() || (train.epochs.is_finite() && train.epochs > 0.0),
-        "train.epochs must be above 0",
-    )?;
-    check(
-        train.learning_rate.is_finite() && train.learning_rate >= 0.0,
-        "train.learning_rate must be finite and not negative",
-    )?;
-    check(
-        share(train.beta1) && share(train.beta2) && train.beta1 < 1.0 && train.beta2 < 1.0,
-        "train.beta1 and train.beta2 must be at least 0 and below 1",
-    )?;
-    check(
-        config.eval.batch_size > 0,
-        "eval.batch_size must be at least 1",
-    )?;
-    let student = &config.student;
-    check(
-        student.init == Init::Pretrained
-            || (student.num_attention_heads > 0
-                && student
-                    .hidden_size
-                    .is_multiple_of(student.num_attention_heads)),
-        "student.hidden_size must be a multiple of student.num_attention_heads",
-    )
 }

@@ -3,9 +3,14 @@
 //! Precedence: `--set section.key=value` > `DISTILL_SECTION_KEY` > the file > the default. Relative
 //! paths of the file are relative to its folder.
 
+mod harvest;
 mod load;
 pub(crate) mod mistake;
 mod settings;
+mod student;
+mod validate;
 
+pub use harvest::*;
 pub use load::{Loaded, load, parse};
 pub use settings::*;
+pub use student::*;

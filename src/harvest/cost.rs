@@ -3,14 +3,38 @@
 use crate::cache::record::Usage;
 use crate::config::Price;
 
-/// Tokens of a prompt, about: four bytes to a token, counted on the whole body.
+/// Tokens of a prompt, about, as a rate limit counts them before the answer: four bytes to a token,
+/// on the whole body.
 pub fn estimate_prompt(body_bytes: usize) -> u64 {
     body_bytes.div_ceil(4) as u64
 }
 
-/// Tokens that a rate limit counts for a request before it is answered, as providers do.
-pub fn estimate(body_bytes: usize, max_tokens: u32) -> u64 {
-    estimate_prompt(body_bytes) + u64::from(max_tokens)
+/// The most tokens that a request can use.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Bound {
+    pub input_tokens: u64,
+    pub output_tokens: u64,
+}
+
+impl Bound {
+    /// Of a request: no tokenizer makes more tokens of a text than it has bytes, and an endpoint
+    /// adds a few around each message. The body holds every message, and JSON only lengthens it.
+    pub fn of_request(body_bytes: usize, messages: usize, max_tokens: u32) -> Bound {
+        Bound {
+            input_tokens: body_bytes as u64 + 8 * messages as u64,
+            output_tokens: max_tokens.into(),
+        }
+    }
+
+    /// US dollars; None without a price for input and output.
+    pub fn cost(&self, price: &Price) -> Option<f64> {
+        let usage = Usage {
+            prompt_tokens: self.input_tokens,
+            completion_tokens: self.output_tokens,
+            ..Usage::default()
+        };
+        cost(&usage, price)
+    }
 }
 
 /// US dollars; None without a price for input and output.
@@ -31,10 +55,7 @@ mod tests {
 
     #[test]
     fn prompts_are_rounded_up() {
-        assert_eq!(estimate(0, 10), 10);
-        assert_eq!(estimate(1, 10), 11);
-        assert_eq!(estimate(8, 0), 2);
-        assert_eq!(estimate(9, 0), 3);
+        assert_eq!([0, 1, 8, 9].map(estimate_prompt), [0, 1, 2, 3]);
     }
 
     #[test]

@@ -1,96 +1,111 @@
 //! The one task that decides what is sent, and what becomes of the replies.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
+use super::attempt::{self, Answered, Attempt, Finished};
+use super::budget::Bill;
+use super::clock::WallClock;
 use super::failures::{self, FailedRow};
-use super::health::Health;
-use super::limiter::Limiter;
+use super::lane::{Lane, Verdict};
 use super::plan::Plan;
 use super::progress::Rates;
-use super::queue::{Entry, Queue};
-use super::record::record;
-use super::retry::{self, Failure, Outcome};
-use super::summary::{SUMMARY_VERSION, Summary};
-use super::teacher::{self, Teacher};
-use super::wire::Completion;
+use super::purse::Purse;
+use super::queue::Entry;
+use super::retry::{self, Failure, Trouble};
+use super::schedule::{Schedule, State};
+use super::summary::Summary;
+use super::timeline::{Timeline, Used};
 use crate::cache::Cache;
-use crate::cache::record::{Record, Status, Timing};
+use crate::cache::record::Status;
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::signal::Signals;
-use crate::terminal::{Progress, format_duration};
-
-/// Attempts of one row after which an address at which nothing has ever answered is given up.
-const FIRST_CONTACT_ATTEMPTS: u32 = 3;
+use crate::terminal::{Progress, format_dollars, format_duration};
 
 /// A wait that is worth telling.
 const LONG_WAIT: Duration = Duration::from_secs(5);
 
-/// What a request task brings back.
-struct Finished {
-    entry: Entry,
-    body: Value,
-    outcome: Outcome,
-    timing: Timing,
-}
+/// While the window is closed the wall clock is looked at so often: it may be set.
+const LOOK_AT_CLOCK: Duration = Duration::from_secs(60);
 
 pub struct Dispatcher<'a> {
     config: &'a Config,
-    plan: &'a Plan,
+    plan: Arc<Plan>,
     cache: &'a Cache,
-    teacher: Arc<Teacher>,
-    limiter: Limiter,
-    queue: Queue,
-    health: Health,
-    in_flight: JoinSet<Finished>,
+    lanes: Vec<Lane>,
+    purse: Purse,
+    schedule: Schedule,
+    clock: WallClock,
+    in_flight: JoinSet<Result<Finished>>,
     failed: Vec<FailedRow>,
     summary: Summary,
+    timeline: Timeline,
     /// Why nothing is sent any more; what is in flight is still waited for.
     stop: Option<anyhow::Error>,
     /// A signal has come: the next one stops at once.
     signalled: bool,
+    /// The window was closed when last looked at.
+    is_closed: bool,
     started: Instant,
     rates: Rates,
     progress: Progress,
 }
 
+/// What came of trying to send one more request.
+enum Next {
+    Sent,
+    /// A limit says: not before then.
+    NotBefore(Instant),
+    /// Something has to come back first.
+    Full,
+    /// The budget does not cover it, unless something in flight turns out cheaper.
+    NoMoney,
+}
+
 impl<'a> Dispatcher<'a> {
     pub fn new(
         config: &'a Config,
-        plan: &'a Plan,
+        plan: Arc<Plan>,
         cache: &'a Cache,
-        teacher: Teacher,
+        lanes: Vec<Lane>,
+        purse: Purse,
+        clock: WallClock,
         quiet: bool,
     ) -> Result<Self> {
         let now = Instant::now();
+        let used = lanes.iter().map(|lane| Used {
+            teacher: lane.settings.teacher.label().into(),
+            ..Used::default()
+        });
         let summary = Summary {
-            version: SUMMARY_VERSION,
             total: plan.total,
             cached: plan.cached,
+            used: used.collect(),
             ..Summary::default()
         };
         Ok(Self {
             config,
-            plan,
             cache,
-            teacher: Arc::new(teacher),
-            limiter: Limiter::new(&config.limits, plan.largest())?,
-            queue: Queue::new(plan.rows.len()),
-            health: Health::new(config.limits.concurrency, now),
+            lanes,
+            purse,
+            schedule: Schedule::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
             failed: Vec::new(),
+            timeline: Timeline::new(now, clock.now()),
             stop: None,
             signalled: false,
+            is_closed: false,
             started: now,
             rates: Rates::new(now, &summary),
             progress: Progress::new("harvest", plan.total, quiet),
             summary,
+            plan,
+            clock,
         })
     }
 
@@ -100,8 +115,9 @@ impl<'a> Dispatcher<'a> {
         let mut seconds = interval(Duration::from_secs(1));
         seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
-            let wake = self.send_what_may_leave();
-            if self.in_flight.is_empty() && (self.stop.is_some() || self.queue.is_empty()) {
+            self.summary.turns += 1;
+            let wake = self.send_what_may_leave()?;
+            if self.in_flight.is_empty() && (self.stop.is_some() || self.is_done()) {
                 break;
             }
             tokio::select! {
@@ -111,180 +127,231 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
                 Some(finished) = self.in_flight.join_next() => {
-                    self.settle(finished.context("a request task failed")?)?;
+                    self.settle(finished.context("a request task failed")??)?;
                 }
                 () = sleep_until(wake.unwrap_or(self.started)), if wake.is_some() => {}
-                _ = seconds.tick() => self.show(),
+                _ = seconds.tick() => self.tick()?,
             }
         }
         self.finish()
     }
 
-    /// Starts requests until the queue, the concurrency or a limit says no. Returns when to try
-    /// again; None: when something has come back.
-    fn send_what_may_leave(&mut self) -> Option<Instant> {
-        while self.stop.is_none() && self.in_flight.len() < self.health.room() {
-            let entry = match self.queue.peek(Instant::now()) {
-                Ok(entry) => entry,
-                Err(wake) => return wake,
-            };
-            if let Err(until) = self.limiter.admit(self.plan.rows[entry.row].tokens) {
-                return Some(until);
-            }
-            self.queue.take(entry);
-            self.send(entry);
-        }
-        None
+    fn is_done(&self) -> bool {
+        self.lanes.iter().all(Lane::is_done)
     }
 
-    fn send(&mut self, entry: Entry) {
-        self.summary.requests += 1;
-        let row = &self.plan.rows[entry.row];
-        let body = self.plan.body(self.config, row.prompt, row.sample);
-        let teacher = Arc::clone(&self.teacher);
-        self.in_flight.spawn(async move {
-            let sent_at = jiff::Timestamp::now();
-            let started = Instant::now();
-            let result = teacher.ask(&body).await;
-            let timing = Timing {
-                sent_at: Timing::stamp(sent_at),
-                latency_ms: started.elapsed().as_millis() as u64,
-                attempts: entry.failed + 1,
-            };
-            // Here rather than in the dispatcher: top-k logprobs are megabytes of JSON a second.
-            let outcome = retry::classify(result, SystemTime::now());
-            Finished {
-                entry,
-                body,
-                outcome,
-                timing,
+    /// Starts requests until the queues, the concurrency, the limits or the budget say no. Returns
+    /// when to try again; None: when something has come back.
+    fn send_what_may_leave(&mut self) -> Result<Option<Instant>> {
+        if let Some(until) = self.look_at_clock() {
+            return Ok(Some(until));
+        }
+        if self.stop.is_some() {
+            return Ok(None);
+        }
+        let mut wake: Option<Instant> = None;
+        let mut is_short_of_money = false;
+        for index in 0..self.lanes.len() {
+            loop {
+                match self.send_next(index)? {
+                    Next::Sent => {}
+                    Next::NotBefore(until) => {
+                        wake = Some(wake.map_or(until, |wake| wake.min(until)));
+                        break;
+                    }
+                    Next::Full => break,
+                    Next::NoMoney => {
+                        is_short_of_money = true;
+                        break;
+                    }
+                }
             }
-        });
+        }
+        if is_short_of_money && self.in_flight.is_empty() && wake.is_none() {
+            let spent = self.purse.budget.spent().total();
+            let cap = self.purse.budget.cap().unwrap_or_default();
+            let message = format!(
+                "the budget is used up: {} of {} are spent, and the next request may cost more \
+                 than the rest; raise `budget.usd` and run the same command to go on",
+                format_dollars(spent),
+                format_dollars(cap)
+            );
+            self.stop.get_or_insert(Exit::Resumable(message).into());
+        }
+        Ok(wake)
+    }
+
+    /// When to look again, while the window is closed. A deadline that has passed stops the run.
+    fn look_at_clock(&mut self) -> Option<Instant> {
+        let now = self.clock.now();
+        let state = self.schedule.state(now);
+        let was_closed = std::mem::replace(&mut self.is_closed, matches!(state, State::Closed(_)));
+        match state {
+            State::Open => None,
+            State::Over => {
+                let message = "the deadline has come; the same command goes on";
+                let error = Exit::Resumable(message.into());
+                self.stop.get_or_insert(error.into());
+                None
+            }
+            State::Closed(_) if self.stop.is_some() || self.is_done() => None,
+            State::Closed(until) => {
+                if !was_closed {
+                    self.progress.note(&format!(
+                        "outside the window: waiting until {}",
+                        self.schedule.show(until)
+                    ));
+                }
+                let left = Duration::try_from(until - now).unwrap_or_default();
+                let least = Duration::from_millis(10);
+                Some(Instant::now() + left.clamp(least, LOOK_AT_CLOCK))
+            }
+        }
+    }
+
+    fn send_next(&mut self, index: usize) -> Result<Next> {
+        let lane = &mut self.lanes[index];
+        if lane.is_done() || !lane.has_room() {
+            return Ok(Next::Full);
+        }
+        let entry = match lane.queue.peek(Instant::now()) {
+            Ok(entry) => entry,
+            Err(wake) => return Ok(wake.map_or(Next::Full, Next::NotBefore)),
+        };
+        let bound = self.plan.bound(index, entry.row);
+        let reserved = self.purse.budget.bound(&bound, &lane.settings.price);
+        if !self.purse.reserve(reserved)? {
+            return Ok(Next::NoMoney);
+        }
+        self.purse.before_sending(lane)?;
+        let cost = self.plan.cost(index, entry.row);
+        let departure = match lane.limiter.admit(cost) {
+            Ok(departure) => departure,
+            Err(until) => {
+                self.purse
+                    .settle(reserved, Bill::Nothing, &lane.settings.price)?;
+                return Ok(Next::NotBefore(until));
+            }
+        };
+        lane.queue.take(entry);
+        lane.left(&departure);
+        self.summary.requests += 1;
+        let used = &mut self.summary.used[index];
+        used.requests += 1;
+        used.tokens += cost.tokens();
+        self.timeline.hour(departure.at).requests += 1;
+        self.in_flight.spawn(attempt::run(
+            Arc::clone(&self.plan),
+            Arc::clone(&lane.transport),
+            self.clock.clone(),
+            Attempt {
+                lane: index,
+                entry,
+                departure,
+                reserved,
+            },
+        ));
+        Ok(Next::Sent)
     }
 
     fn settle(&mut self, finished: Finished) -> Result<()> {
         let Finished {
-            entry,
-            body,
-            outcome,
-            timing,
+            attempt,
+            reports,
+            result,
         } = finished;
-        match outcome {
-            Outcome::Answer(completion) => self.record(entry, body, *completion, timing)?,
-            Outcome::Refused(failure) => self.refused(entry, failure),
-            Outcome::Throttled { wait, message } => self.throttled(entry, wait, &message),
-            Outcome::Transient { failure, wait } => self.transient(entry, failure, wait),
-            Outcome::Stop(reason, message) => {
-                self.queue.delay(entry, Instant::now());
-                let error = anyhow!(retry::advice(reason, &message, &self.config.teacher));
-                self.stop.get_or_insert(error);
+        let index = attempt.lane;
+        let lane = &mut self.lanes[index];
+        lane.came_back(&attempt.departure, &reports);
+        let price = lane.settings.price.clone();
+        let trouble = match result {
+            Ok(answered) => {
+                lane.answered(&attempt.departure, &reports, answered.usage.as_ref());
+                let bill = match answered.usage {
+                    Some(usage) => Bill::Measured(usage),
+                    None => Bill::Answered(answered.bound),
+                };
+                self.cache
+                    .append_sealed(&answered.sealed)
+                    .context("an answer could not be recorded, so nothing more is asked")?;
+                self.purse.settle(attempt.reserved, bill, &price)?;
+                self.count(index, &answered);
+                return Ok(());
             }
+            Err(trouble) => trouble,
+        };
+        let may_be_billed = match &trouble {
+            Trouble::Refused(failure) | Trouble::Transient { failure, .. } => failure.may_be_billed,
+            Trouble::Stop(..) | Trouble::Throttled { .. } => false,
+        };
+        let bill = match may_be_billed {
+            true => Bill::Possible,
+            false => Bill::Nothing,
+        };
+        self.summary.attempts_lost += u64::from(may_be_billed);
+        self.purse.settle(attempt.reserved, bill, &price)?;
+        self.timeline.hour(Instant::now()).failed_attempts += 1;
+        let (entry, departure) = (attempt.entry, attempt.departure);
+        let (verdict, message) = match trouble {
+            Trouble::Refused(failure) => {
+                let message = failure.message.clone();
+                (lane.refused(entry, failure), message)
+            }
+            Trouble::Throttled { wait, message } => {
+                self.summary.used[index].throttled += 1;
+                let cost = self.plan.cost(index, entry.row);
+                let verdict = lane.throttled(entry, cost, &departure, wait, message.clone());
+                (verdict, message)
+            }
+            Trouble::Transient { failure, wait } => {
+                let message = failure.message.clone();
+                (lane.transient(entry, failure, wait), message)
+            }
+            Trouble::Stop(reason, message) => {
+                lane.queue.delay(entry, Instant::now());
+                let advice = retry::advice(reason, &message, &lane.settings.teacher);
+                lane.stop(anyhow!(advice));
+                return Ok(());
+            }
+        };
+        match verdict {
+            Verdict::Failed(entry, failure) => self.fail(index, entry, failure),
+            Verdict::Again { pause } if pause >= LONG_WAIT => self.progress.note(&format!(
+                "waiting {}: the endpoint says {message}",
+                format_duration(pause)
+            )),
+            Verdict::Again { .. } => {}
         }
         Ok(())
     }
 
-    fn record(
-        &mut self,
-        entry: Entry,
-        body: Value,
-        completion: Completion,
-        timing: Timing,
-    ) -> Result<()> {
-        self.health.success(Instant::now());
-        let row = &self.plan.rows[entry.row];
-        let record = record(
-            row,
-            &self.plan.prompts[row.prompt],
-            teacher::identity(&self.config.teacher),
-            body,
-            completion,
-            timing,
-            &self.config.price,
-        );
-        self.cache
-            .append(&record)
-            .context("an answer could not be recorded, so nothing more is asked")?;
-        self.count(&record);
-        Ok(())
-    }
-
-    fn count(&mut self, record: &Record) {
+    fn count(&mut self, index: usize, answered: &Answered) {
         let summary = &mut self.summary;
-        match record.status {
+        match answered.status {
             Status::Ok => summary.ok += 1,
             Status::Quarantined => {
                 summary.quarantined += 1;
                 *summary
                     .quarantines
-                    .entry(record.reason.clone())
+                    .entry(answered.reason.clone())
                     .or_default() += 1;
             }
         }
-        if let Some(usage) = &record.usage {
-            summary.prompt_tokens += usage.prompt_tokens;
-            summary.completion_tokens += usage.completion_tokens;
+        if let Some(usage) = &answered.usage {
+            summary.usage.prompt_tokens += usage.prompt_tokens;
+            summary.usage.completion_tokens += usage.completion_tokens;
+            summary.usage.cached_tokens += usage.cached_tokens;
+            summary.usage.reasoning_tokens += usage.reasoning_tokens;
         }
-        if let Some(cost) = record.cost_usd {
-            *summary.cost_usd.get_or_insert_default() += cost;
-        }
-        if record.logprobs.is_none() && self.config.sampling.top_logprobs > 0 {
+        summary.cut_off += u64::from(answered.is_cut_off);
+        if !answered.has_logprobs && self.plan.askings[index].wants_logprobs() {
             summary.without_logprobs += 1;
         }
-    }
-
-    /// The endpoint asks everybody to wait: the row costs no attempt, and the gate closes.
-    fn throttled(&mut self, mut entry: Entry, wait: Option<Duration>, message: &str) {
-        self.health.throttled();
-        entry.throttled += 1;
-        let wait = wait.unwrap_or_else(|| self.firm_pause(entry.throttled));
-        self.close_gate(wait, message);
-        self.queue.delay(entry, Instant::now());
-        self.stop_after_long_silence(message);
-    }
-
-    fn transient(&mut self, mut entry: Entry, failure: Failure, wait: Duration) {
-        self.health.failure(entry.row, failure.unreachable);
-        if self.health.is_outage() && !self.health.never_answered() {
-            // No row is to blame: it costs no attempt, and one probe at a time goes out.
-            let pause = self.firm_pause(self.health.probes());
-            self.close_gate(pause, &failure.message);
-            self.queue.delay(entry, Instant::now() + wait);
-            return self.stop_after_long_silence(&failure.message);
-        }
-        entry.failed += 1;
-        let max_attempts = self.config.retry.max_attempts;
-        if self.health.never_answered() && entry.failed >= FIRST_CONTACT_ATTEMPTS.min(max_attempts)
-        {
-            let url = &self.config.teacher.base_url;
-            let error = anyhow!(
-                "nothing answers at {url} ({}): check `teacher.base_url`, and that the endpoint \
-                 is running",
-                failure.message
-            );
-            self.stop.get_or_insert(error);
-        } else if entry.failed >= max_attempts {
-            return self.fail(entry, failure);
-        }
-        let pause = retry::backoff(entry.failed, &self.config.retry, fastrand::f64()).max(wait);
-        self.queue.delay(entry, Instant::now() + pause);
-        self.stop_after_long_silence(&failure.message);
-    }
-
-    fn refused(&mut self, mut entry: Entry, failure: Failure) {
-        entry.failed += 1;
-        if self.health.refused(&failure.message) {
-            let error = anyhow!(
-                "the endpoint refuses every request ({}): nothing more is asked; change what it \
-                 names in `[sampling]` or `[teacher]` and run the same command",
-                failure.message
-            );
-            self.stop.get_or_insert(error);
-        }
-        self.fail(entry, failure);
+        self.timeline.hour(Instant::now()).answered += 1;
     }
 
     /// The row ends without an answer.
-    fn fail(&mut self, entry: Entry, failure: Failure) {
+    fn fail(&mut self, index: usize, entry: Entry, failure: Failure) {
         let row = &self.plan.rows[entry.row];
         self.summary.failed += 1;
         *self
@@ -293,42 +360,14 @@ impl<'a> Dispatcher<'a> {
             .entry(failure.class.clone())
             .or_default() += 1;
         self.failed.push(FailedRow {
-            prompt_id: self.plan.prompts[row.prompt].id.clone(),
+            teacher: self.lanes[index].settings.teacher.label().into(),
+            prompt_id: self.plan.prompts[row.prompt as usize].id.clone(),
             sample: row.sample,
             key: row.key.clone(),
             class: failure.class,
             message: failure.message,
             attempts: entry.failed,
         });
-    }
-
-    /// A pause for everybody, at least half of which is certain.
-    fn firm_pause(&self, attempt: u32) -> Duration {
-        retry::backoff(attempt, &self.config.retry, 0.5 + fastrand::f64() / 2.0)
-    }
-
-    fn close_gate(&mut self, wait: Duration, message: &str) {
-        let was_open = self.limiter.close_until(Instant::now() + wait);
-        // Everything in flight may say the same; once is enough.
-        if was_open && wait >= LONG_WAIT {
-            let wait = format_duration(wait);
-            self.progress
-                .note(&format!("waiting {wait}: the endpoint says {message}"));
-        }
-    }
-
-    /// Judged when something has failed and not by a timer, so that a wait that the endpoint asked
-    /// for is waited to its end.
-    fn stop_after_long_silence(&mut self, message: &str) {
-        let silence = self.health.silence(Instant::now());
-        if silence.as_secs_f64() >= self.config.retry.max_outage_s {
-            let silence = format_duration(silence);
-            let message = format!(
-                "nothing has succeeded for {silence} ({message}): stopped; run the same command \
-                 to go on"
-            );
-            self.stop.get_or_insert(Exit::Resumable(message).into());
-        }
     }
 
     /// True for the second signal.
@@ -350,28 +389,80 @@ impl<'a> Dispatcher<'a> {
         is_second
     }
 
-    fn show(&mut self) {
+    fn tick(&mut self) -> Result<()> {
+        self.pass_time();
+        self.purse.tick()?;
+        self.note_dollars();
         self.rates.note(Instant::now(), &self.summary);
         let (rates, summary) = (&self.rates, &self.summary);
         self.progress.update(summary.done(), || rates.line(summary));
+        Ok(())
+    }
+
+    fn pass_time(&mut self) {
+        let now = Instant::now();
+        let seconds = self.timeline.pass(now);
+        let is_waiting = self.lanes.iter().any(Lane::is_waiting);
+        let hour = self.timeline.hour(now);
+        if self.is_closed {
+            hour.closed_s += seconds;
+            return;
+        }
+        if is_waiting {
+            hour.waiting_s += seconds;
+        }
+        if self.stop.is_some() {
+            return;
+        }
+        for (lane, used) in self.lanes.iter().zip(&mut self.summary.used) {
+            if !lane.is_done() {
+                used.pass(seconds, lane.limiter.per_minute());
+            }
+        }
+    }
+
+    fn note_dollars(&mut self) {
+        let is_priced = self.lanes.iter().any(|lane| {
+            lane.settings.price.input.is_some() && lane.settings.price.output.is_some()
+        });
+        if is_priced {
+            let spent = self.purse.spent_now();
+            self.summary.cost_usd = Some(spent.measured);
+            self.summary.estimated_usd = Some(spent.estimated);
+            self.summary.run_folder_usd = Some(self.purse.budget.spent().total());
+        }
+        self.summary.budget_usd = self.purse.budget.cap();
     }
 
     fn finish(mut self) -> Result<Summary> {
         self.cache.sync()?;
+        self.pass_time();
+        let still_in_flight = self.in_flight.len() as u64;
+        self.purse.close(&mut self.lanes, still_in_flight)?;
+        self.note_dollars();
         failures::write(&self.config.run_dir, &self.failed)?;
-        self.summary.pending = self.summary.total - self.summary.done();
-        self.summary.seconds = self.started.elapsed().as_secs_f64();
-        self.summary.error = self.stop.or_else(|| {
+        let mut summary = self.summary;
+        summary.attempts_lost += still_in_flight;
+        summary.pending = summary.total - summary.done();
+        summary.seconds = self.started.elapsed().as_secs_f64();
+        summary.hours = self.timeline.hours;
+        // An hour that the run only just touched.
+        summary
+            .hours
+            .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
+        let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
+        summary.error = self.stop.or(of_a_lane).or_else(|| {
             (!self.failed.is_empty()).then(|| {
                 let message = format!(
                     "{} of {} answers failed for good: see {}",
-                    self.summary.failed,
-                    self.summary.total,
+                    summary.failed,
+                    summary.total,
                     failures::file(&self.config.run_dir).display()
                 );
                 Exit::SomeFailed(message).into()
             })
         });
-        Ok(self.summary)
+        summary.write(&self.config.run_dir)?;
+        Ok(summary)
     }
 }

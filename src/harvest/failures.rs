@@ -8,6 +8,7 @@ use serde::Serialize;
 /// A line of the file.
 #[derive(Debug, Serialize)]
 pub struct FailedRow {
+    pub teacher: String,
     pub prompt_id: String,
     pub sample: u32,
     /// The key that an answer would have been recorded under.

@@ -8,54 +8,79 @@ use tokio::time::Instant;
 /// So many first refusals in the same words are no matter of the rows: a parameter is wrong.
 const SAME_REFUSALS: u32 = 5;
 
+/// So many rows must fail before it can be the endpoint.
+const SEVERAL_ROWS: usize = 3;
+
+/// So many failures in a row are no accident.
+const FAILURES: usize = 4;
+
+/// A limit by the day may ask for as much.
+const LONGEST_EXCUSE: Duration = Duration::from_secs(86_400);
+
 /// What the endpoint has done of late.
 #[derive(Debug)]
 pub struct Health {
-    concurrency: usize,
     /// When a request last succeeded; the start of the run, to begin with.
     last_success: Instant,
+    /// Of the time since, what the endpoint asked to be given.
+    excused: Duration,
     /// Has anything ever succeeded, or answered at all?
     succeeded: bool,
     answered: bool,
-    /// Rows that have failed since.
+    /// Rows that have failed since, attempts that have, and the most that was in flight meanwhile.
     failing: HashSet<usize>,
+    failures: usize,
+    in_flight: usize,
     /// Failures since an outage began.
     probes: u32,
+    /// Requests refused for their rate since one was answered.
+    throttled: u32,
     /// The last refusal, and how often in a row it came.
     refusal: (String, u32),
 }
 
 impl Health {
-    pub fn new(concurrency: usize, now: Instant) -> Self {
+    pub fn new(now: Instant) -> Self {
         Self {
-            concurrency: concurrency.max(1),
             last_success: now,
+            excused: Duration::ZERO,
             succeeded: false,
             answered: false,
             failing: HashSet::new(),
+            failures: 0,
+            in_flight: 0,
             probes: 0,
+            throttled: 0,
             refusal: (String::new(), 0),
         }
     }
 
     pub fn success(&mut self, now: Instant) {
         self.last_success = now;
+        self.excused = Duration::ZERO;
         self.succeeded = true;
         self.answered = true;
         self.failing.clear();
+        self.failures = 0;
+        self.in_flight = 0;
         self.probes = 0;
+        self.throttled = 0;
     }
 
-    /// An attempt at `row` failed in a way that may pass.
-    pub fn failure(&mut self, row: usize, unreachable: bool) {
+    /// An attempt at `row` failed in a way that may pass, with so many in flight.
+    pub fn failure(&mut self, row: usize, unreachable: bool, in_flight: usize) {
         self.answered |= !unreachable;
         self.failing.insert(row);
+        self.failures += 1;
+        self.in_flight = self.in_flight.max(in_flight);
         self.probes += u32::from(self.is_outage());
     }
 
-    /// The endpoint asked to wait: it is there.
-    pub fn throttled(&mut self) {
+    /// The endpoint asked to wait: it is there. Returns how often it did since it last answered.
+    pub fn throttled(&mut self) -> u32 {
         self.answered = true;
+        self.throttled += 1;
+        self.throttled
     }
 
     /// The endpoint refused a row. True if it has refused all that it was asked, in the same words:
@@ -74,10 +99,10 @@ impl Health {
         !self.answered
     }
 
-    /// As many rows as are asked at once have failed without a success in between: it is the
-    /// endpoint, and no row is to blame.
+    /// As many attempts as are in flight at once have failed without a success in between, and those
+    /// of several rows: it is the endpoint, and no row is to blame.
     pub fn is_outage(&self) -> bool {
-        self.failing.len() >= self.concurrency.max(3)
+        self.failing.len() >= SEVERAL_ROWS && self.failures >= self.in_flight.max(FAILURES)
     }
 
     /// Failures since the outage began, from 1; 0 where there is none.
@@ -85,17 +110,14 @@ impl Health {
         self.probes
     }
 
-    /// Requests that may be in flight: one probe during an outage.
-    pub fn room(&self) -> usize {
-        match self.is_outage() {
-            true => 1,
-            false => self.concurrency,
-        }
+    /// The endpoint said for how long to wait, and it is obeyed: that is no outage.
+    pub fn excuse(&mut self, wait: Duration) {
+        self.excused = (self.excused + wait).min(LONGEST_EXCUSE);
     }
 
-    /// How long nothing has succeeded.
+    /// How long nothing has succeeded, without the time that the endpoint asked for.
     pub fn silence(&self, now: Instant) -> Duration {
-        now - self.last_success
+        (now - self.last_success).saturating_sub(self.excused)
     }
 }
 
@@ -106,26 +128,38 @@ mod tests {
     #[test]
     fn one_bad_row_is_no_outage_and_many_are_until_one_succeeds() {
         let now = Instant::now();
-        let mut health = Health::new(4, now);
+        let mut health = Health::new(now);
         for _ in 0..10 {
-            health.failure(0, false);
+            health.failure(0, false, 2);
         }
         assert!(!health.is_outage());
-        for row in 1..4 {
-            health.failure(row, true);
-        }
+        health.failure(1, true, 2);
+        health.failure(2, true, 2);
         assert!(health.is_outage() && !health.never_answered());
-        assert_eq!((health.room(), health.probes()), (1, 1));
+        assert_eq!(health.probes(), 1);
         let later = now + Duration::from_secs(9);
         assert_eq!(health.silence(later), Duration::from_secs(9));
+        health.excuse(Duration::from_secs(5));
+        assert_eq!(health.silence(later), Duration::from_secs(4));
         health.success(later);
-        assert_eq!((health.room(), health.probes()), (4, 0));
+        assert!(!health.is_outage() && health.probes() == 0);
         assert_eq!(health.silence(later), Duration::ZERO);
     }
 
     #[test]
+    fn all_that_is_in_flight_must_fail() {
+        let mut health = Health::new(Instant::now());
+        for row in 0..31 {
+            health.failure(row, false, 32 - row);
+        }
+        assert!(!health.is_outage());
+        health.failure(31, false, 1);
+        assert!(health.is_outage());
+    }
+
+    #[test]
     fn an_endpoint_that_refuses_everything_alike_is_asked_no_more() {
-        let mut health = Health::new(1, Instant::now());
+        let mut health = Health::new(Instant::now());
         for _ in 1..SAME_REFUSALS {
             assert!(!health.refused("no logprobs"));
         }

@@ -1,32 +1,43 @@
-//! What is to be asked: every prompt and sample that the cache does not hold.
+//! What is to be asked: every prompt, teacher and sample that the cache does not hold.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
-use serde::Serialize;
+use anyhow::Result;
 use serde_json::Value;
 
-use super::{cost, request, teacher};
-use crate::cache::record::Usage;
-use crate::config::Config;
+use super::cost::{self, Bound};
+use super::limiter::Cost;
+use super::request::{self, Asking};
+use super::teacher;
+use crate::config::{Assignment, Config, Order};
 use crate::prompt::Prompt;
+
+/// Prompts that begin with the same so many bytes share a provider's prompt cache: OpenAI's begins
+/// at 1,024 tokens.
+const SHARED_PREFIX: usize = 4_096;
 
 /// One answer to ask for.
 #[derive(Debug)]
 pub struct Row {
     /// Index in [`Plan::prompts`].
-    pub prompt: usize,
+    pub prompt: u32,
     pub sample: u32,
     /// Names the record; see [`request::key`].
     pub key: String,
-    /// Estimate of what a limit on tokens will count: prompt and `sampling.max_tokens`.
-    pub tokens: u64,
+    /// Length of the request body.
+    pub bytes: u32,
 }
 
 pub struct Plan {
     pub prompts: Vec<Prompt>,
-    /// Still to be asked, in the order of the source.
+    /// What is asked of each teacher.
+    pub askings: Vec<Asking>,
+    /// Still to be asked, teacher by teacher, in the order in which they are sent.
     pub rows: Vec<Row>,
-    /// Prompts times samples.
+    /// The rows of each teacher.
+    pub lanes: Vec<Range<usize>>,
+    /// Prompts times samples, for every teacher that is asked.
     pub total: u64,
     /// Of these, answered already.
     pub cached: u64,
@@ -34,92 +45,167 @@ pub struct Plan {
     pub repeated: u64,
 }
 
-/// What the remaining rows will use, before any of them is asked.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Estimate {
-    pub prompt_tokens: u64,
-    /// At most: every answer as long as `sampling.max_tokens`.
-    pub completion_tokens: u64,
-    /// US dollars for empty and for longest answers; none without prices.
-    pub cost_usd: Option<(f64, f64)>,
-    /// The time that the limits alone demand.
-    pub minutes: f64,
-}
-
 impl Plan {
     /// `is_cached` tells whether a key has been answered.
-    pub fn new(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
+    ///
+    /// # Errors
+    /// Where no request can be made from the settings.
+    pub fn new(
+        prompts: Vec<Prompt>,
+        config: &Config,
+        is_cached: impl Fn(&str) -> bool,
+    ) -> Result<Plan> {
         let samples = config.prompts.samples;
+        let askings: Vec<Asking> = config
+            .lanes()
+            .into_iter()
+            .map(Asking::new)
+            .collect::<Result<_>>()?;
+        let order = match config.prompts.order {
+            Order::Source => (0..prompts.len()).collect(),
+            Order::Prefix => by_prefix(&prompts),
+        };
+        let shares: Vec<f64> = askings
+            .iter()
+            .map(|asking| asking.lane.teacher.share)
+            .collect();
         let mut plan = Plan {
-            total: prompts.len() as u64 * u64::from(samples),
+            prompts,
+            askings,
             rows: Vec::new(),
+            lanes: Vec::new(),
+            total: 0,
             cached: 0,
             repeated: 0,
-            prompts,
         };
         let mut seen = HashSet::new();
-        for prompt in 0..plan.prompts.len() {
-            for sample in 0..samples {
-                let body = plan.body(config, prompt, sample);
-                let key = request::key(teacher::identity(&config.teacher), &body, sample);
-                let is_new = seen.insert(key.clone());
-                if is_new && !is_cached(&key) {
-                    let bytes = body.to_string().len();
-                    plan.rows.push(Row {
-                        prompt,
-                        sample,
-                        key,
-                        tokens: cost::estimate(bytes, config.sampling.max_tokens),
-                    });
-                } else {
-                    plan.cached += 1;
-                    plan.repeated += u64::from(!is_new);
+        for lane in 0..shares.len() {
+            let start = plan.rows.len();
+            for &prompt in &order {
+                let is_asked = match config.prompts.teachers {
+                    Assignment::All => true,
+                    Assignment::Share => chosen(&plan.prompts[prompt].id, &shares) == lane,
+                };
+                if is_asked {
+                    plan.add(lane, prompt, samples, &mut seen, &is_cached);
                 }
             }
+            plan.lanes.push(start..plan.rows.len());
         }
-        plan
+        Ok(plan)
+    }
+
+    fn add(
+        &mut self,
+        lane: usize,
+        prompt: usize,
+        samples: u32,
+        seen: &mut HashSet<String>,
+        is_cached: &impl Fn(&str) -> bool,
+    ) {
+        for sample in 0..samples {
+            self.total += 1;
+            let body = self.body(lane, prompt, sample);
+            let identity = teacher::identity(&self.askings[lane].lane.teacher);
+            let key = request::key(identity, &body, sample);
+            let is_new = seen.insert(key.clone());
+            if is_new && !is_cached(&key) {
+                self.rows.push(Row {
+                    prompt: prompt as u32,
+                    sample,
+                    key,
+                    bytes: body.to_string().len() as u32,
+                });
+            } else {
+                self.cached += 1;
+                self.repeated += u64::from(!is_new);
+            }
+        }
     }
 
     /// The request body of a row; built anew each time, since a run can have a million of them.
-    pub fn body(&self, config: &Config, prompt: usize, sample: u32) -> Value {
-        let messages = &self.prompts[prompt].messages;
-        request::body(&config.teacher, &config.sampling, messages, sample)
+    pub fn body(&self, lane: usize, prompt: usize, sample: u32) -> Value {
+        self.askings[lane].body(&self.prompts[prompt].messages, sample)
     }
 
-    /// The tokens of the largest request.
-    pub fn largest(&self) -> u64 {
-        self.rows.iter().map(|row| row.tokens).max().unwrap_or(0)
-    }
-
-    pub fn estimate(&self, config: &Config) -> Estimate {
-        let requests = self.rows.len() as u64;
-        let tokens: u64 = self.rows.iter().map(|row| row.tokens).sum();
-        let completion_tokens = requests * u64::from(config.sampling.max_tokens);
-        let prompt_tokens = tokens - completion_tokens;
-        let cost = |completion_tokens| {
-            let usage = Usage {
-                prompt_tokens,
-                completion_tokens,
-                ..Usage::default()
-            };
-            cost::cost(&usage, &config.price)
-        };
-        let minutes = |amount: u64, limit: Option<u32>| {
-            limit.map_or(0.0, |limit| amount as f64 / f64::from(limit))
-        };
-        Estimate {
-            prompt_tokens,
-            completion_tokens,
-            cost_usd: cost(0).zip(cost(completion_tokens)),
-            minutes: minutes(requests, config.limits.requests_per_minute)
-                .max(minutes(tokens, config.limits.tokens_per_minute)),
+    /// What a limit will count for the row before it is answered.
+    pub fn cost(&self, lane: usize, row: usize) -> Cost {
+        Cost {
+            input_tokens: cost::estimate_prompt(self.rows[row].bytes as usize),
+            output_tokens: self.askings[lane].lane.sampling.max_tokens.into(),
         }
     }
+
+    /// The most that the row can use.
+    pub fn bound(&self, lane: usize, row: usize) -> Bound {
+        let row = &self.rows[row];
+        let messages = self.prompts[row.prompt as usize].messages.len();
+        let max_tokens = self.askings[lane].lane.sampling.max_tokens;
+        Bound::of_request(row.bytes as usize, messages, max_tokens)
+    }
+
+    /// The most that a request to this teacher will use.
+    pub fn largest(&self, lane: usize) -> Cost {
+        let rows = self.lanes[lane].clone();
+        let costs = rows.map(|row| self.cost(lane, row));
+        costs.max_by_key(Cost::tokens).unwrap_or_default()
+    }
+}
+
+/// The teacher whose turn it is for this prompt: the same one each time, and each as often as its
+/// share says.
+fn chosen(prompt_id: &str, shares: &[f64]) -> usize {
+    let hash = blake3::hash(prompt_id.as_bytes());
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&hash.as_bytes()[..8]);
+    let total: f64 = shares.iter().sum();
+    let mut point = u64::from_le_bytes(bytes) as f64 / u64::MAX as f64 * total;
+    for (lane, share) in shares.iter().enumerate() {
+        point -= share;
+        if point < 0.0 {
+            return lane;
+        }
+    }
+    shares.len().saturating_sub(1)
+}
+
+/// The prompts in an order that lets a provider's prompt cache hit: those that begin alike, over a
+/// length that such a cache looks at, follow the first of them, sorted. All others stay where they
+/// are, so that a run that ends early has not asked the beginning of the alphabet.
+fn by_prefix(prompts: &[Prompt]) -> Vec<usize> {
+    let text = |prompt: &Prompt| -> Vec<u8> {
+        let parts = prompt.messages.iter().flat_map(|message| {
+            [
+                message.role.as_bytes(),
+                b"\n",
+                message.content.as_bytes(),
+                b"\n",
+            ]
+        });
+        parts.flatten().copied().collect()
+    };
+    let mut first_of = HashMap::new();
+    let mut keys: Vec<(usize, Vec<u8>, usize)> = Vec::with_capacity(prompts.len());
+    for (index, prompt) in prompts.iter().enumerate() {
+        let text = text(prompt);
+        match text.get(..SHARED_PREFIX) {
+            None => keys.push((index, Vec::new(), index)),
+            Some(prefix) => {
+                let group = *first_of
+                    .entry(*blake3::hash(prefix).as_bytes())
+                    .or_insert(index);
+                keys.push((group, text, index));
+            }
+        }
+    }
+    keys.sort();
+    keys.into_iter().map(|(_, _, index)| index).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Teacher;
     use crate::prompt::Message;
 
     fn prompt(id: &str, content: &str) -> Prompt {
@@ -138,12 +224,9 @@ mod tests {
         let mut config = Config::default();
         config.prompts.samples = 2;
         config.sampling.max_tokens = 100;
-        config.price.input = Some(1.0);
-        config.price.output = Some(2.0);
-        config.limits.requests_per_minute = Some(2);
         let prompts = vec![prompt("a", "x"), prompt("b", "y"), prompt("c", "x")];
 
-        let all = Plan::new(prompts.clone(), &config, |_| false);
+        let all = Plan::new(prompts.clone(), &config, |_| false).unwrap();
         let rows: Vec<_> = all
             .rows
             .iter()
@@ -151,19 +234,56 @@ mod tests {
             .collect();
         assert_eq!(rows, [(0, 0), (0, 1), (1, 0), (1, 1)]);
         assert_eq!((all.total, all.cached, all.repeated), (6, 2, 2));
-
-        let estimate = all.estimate(&config);
-        assert_eq!(estimate.completion_tokens, 400);
-        assert_eq!(estimate.minutes, 2.0);
-        let input = estimate.prompt_tokens as f64;
-        assert_eq!(
-            estimate.cost_usd,
-            Some((input / 1e6, (input + 800.0) / 1e6))
-        );
-        assert_eq!(all.largest() * 4, estimate.prompt_tokens + 400);
+        assert_eq!((all.lanes.len(), all.lanes[0].clone()), (1, 0..4));
+        let cost = all.cost(0, 0);
+        assert_eq!((cost.output_tokens, all.largest(0)), (100, cost));
+        let bound = all.bound(0, 0);
+        assert!(bound.input_tokens > 3 * cost.input_tokens && bound.output_tokens == 100);
 
         let answered = all.rows[1].key.clone();
-        let rest = Plan::new(prompts, &config, |key| key == answered);
+        let rest = Plan::new(prompts, &config, |key| key == answered).unwrap();
         assert_eq!((rest.rows.len(), rest.cached), (3, 3));
+    }
+
+    #[test]
+    fn teachers_share_the_prompts_or_all_get_all() {
+        let teacher = |name: &str, share| Teacher {
+            name: name.into(),
+            model: name.into(),
+            share,
+            ..Teacher::default()
+        };
+        let mut config = Config {
+            teachers: vec![teacher("a", 3.0), teacher("b", 1.0)],
+            ..Config::default()
+        };
+        let prompts: Vec<_> = (0..400)
+            .map(|number| prompt(&number.to_string(), &number.to_string()))
+            .collect();
+        let shared = Plan::new(prompts.clone(), &config, |_| false).unwrap();
+        assert_eq!((shared.total, shared.rows.len()), (400, 400));
+        assert!(
+            (270..330).contains(&shared.lanes[0].len()),
+            "{:?}",
+            shared.lanes
+        );
+        assert_eq!(shared.lanes[0].end, shared.lanes[1].start);
+
+        config.prompts.teachers = Assignment::All;
+        let all = Plan::new(prompts, &config, |_| false).unwrap();
+        assert_eq!((all.total, all.lanes), (800, vec![0..400, 400..800]));
+    }
+
+    #[test]
+    fn prompts_that_share_a_long_beginning_follow_each_other() {
+        let long = |start: char, end: &str| format!("{}{end}", start.to_string().repeat(5_000));
+        let prompts = [
+            prompt("0", &long('z', "2")),
+            prompt("1", "short"),
+            prompt("2", &long('a', "1")),
+            prompt("3", &long('z', "1")),
+            prompt("4", "also short"),
+        ];
+        assert_eq!(by_prefix(&prompts), [3, 0, 1, 2, 4]);
     }
 }

@@ -62,7 +62,11 @@ impl Rates {
             format_count(tokens.round() as u64)
         ));
         if let Some(cost) = summary.cost_usd {
-            parts.push(format_dollars(cost));
+            let total = summary.run_folder_usd.unwrap_or(cost);
+            parts.push(match summary.budget_usd {
+                Some(budget) => format!("{} of {}", format_dollars(total), format_dollars(budget)),
+                None => format_dollars(cost),
+            });
         }
         let done = self.per_minute(|sample| sample.done);
         if done > 0.0 {
@@ -88,7 +92,7 @@ fn sample(at: Instant, summary: &Summary) -> Sample {
     Sample {
         at,
         requests: summary.requests,
-        tokens: summary.prompt_tokens + summary.completion_tokens,
+        tokens: summary.usage.prompt_tokens + summary.usage.completion_tokens,
         done: summary.done(),
     }
 }
@@ -112,7 +116,7 @@ mod tests {
             let each = if second <= 60 { 10 } else { 1 };
             summary.requests += each;
             summary.ok += each;
-            summary.prompt_tokens += 100 * each;
+            summary.usage.prompt_tokens += 100 * each;
             rates.note(start + Duration::from_secs(second), &summary);
         }
         assert_eq!(

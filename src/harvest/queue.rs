@@ -13,7 +13,7 @@ pub struct Entry {
     pub row: usize,
     /// Attempts that failed for a reason of their own; throttling and an outage are none.
     pub failed: u32,
-    /// Times that the endpoint asked this row to wait.
+    /// Times that the endpoint asked to wait on this row's account.
     pub throttled: u32,
 }
 
@@ -24,10 +24,10 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// All of the first `rows` rows, fresh.
-    pub fn new(rows: usize) -> Self {
+    /// All of these rows, fresh.
+    pub fn new(rows: Range<usize>) -> Self {
         Self {
-            fresh: 0..rows,
+            fresh: rows,
             delayed: BinaryHeap::new(),
         }
     }
@@ -76,7 +76,7 @@ mod tests {
     fn due_retries_go_first_and_others_wait_their_time() {
         let now = Instant::now();
         let at = |seconds| now + Duration::from_secs(seconds);
-        let mut queue = Queue::new(2);
+        let mut queue = Queue::new(0..2);
         let first = queue.peek(now).unwrap();
         assert_eq!(first.row, 0);
         queue.take(first);

@@ -4,26 +4,27 @@ use serde_json::Value;
 
 use super::cost;
 use super::plan::Row;
+use super::request::Asking;
+use super::teacher;
 use super::wire::Completion;
 use crate::cache::record::{Record, SCHEMA, Status, Timing};
-use crate::config::Price;
 use crate::prompt::Prompt;
 
-/// The record of `completion`, the answer of `endpoint` to `body`.
+/// The record of `completion`, the answer to `body`.
 pub fn record(
+    asking: &Asking,
     row: &Row,
     prompt: &Prompt,
-    endpoint: &str,
     body: Value,
     completion: Completion,
     timing: Timing,
-    price: &Price,
 ) -> Record {
-    let reason = quarantine(&completion);
+    let reason = quarantine(asking, &completion);
     let mut extra = completion.extra;
     if let Some(fault) = completion.logprobs_fault {
         extra.insert("logprobs_dropped".into(), fault.into());
     }
+    let price = &asking.lane.price;
     Record {
         v: SCHEMA,
         key: row.key.clone(),
@@ -34,7 +35,8 @@ pub fn record(
             false => Status::Quarantined,
         },
         reason,
-        endpoint: endpoint.into(),
+        endpoint: teacher::identity(&asking.lane.teacher).into(),
+        probe: asking.probe.clone(),
         request: body,
         answer: completion.answer,
         cost_usd: completion.usage.and_then(|usage| cost::cost(&usage, price)),
@@ -50,10 +52,13 @@ pub fn record(
 /// Why the answer must not be trained on; empty if it may be.
 ///
 /// An answer that is merely cut off or filtered has text, and `[data]` decides about it.
-fn quarantine(completion: &Completion) -> String {
+fn quarantine(asking: &Asking, completion: &Completion) -> String {
     let answer = &completion.answer;
     if !answer.text.is_empty() {
-        return String::new();
+        let structured = asking.structured.as_ref();
+        return structured
+            .and_then(|structured| structured.fault(&answer.text))
+            .unwrap_or_default();
     }
     if !answer.refusal.is_empty() {
         return "refusal".into();
@@ -70,6 +75,7 @@ fn quarantine(completion: &Completion) -> String {
 mod tests {
     use super::*;
     use crate::cache::record::{Answer, Usage};
+    use crate::config::{Lane, Price};
     use serde_json::json;
 
     fn row() -> (Row, Prompt) {
@@ -77,7 +83,7 @@ mod tests {
             prompt: 0,
             sample: 1,
             key: "k".into(),
-            tokens: 9,
+            bytes: 9,
         };
         let prompt = Prompt {
             id: "p".into(),
@@ -89,16 +95,15 @@ mod tests {
 
     fn record_of(completion: Completion, price: &Price) -> Record {
         let (row, prompt) = row();
+        let lane = Lane {
+            price: price.clone(),
+            teacher: Default::default(),
+            sampling: Default::default(),
+            limits: Default::default(),
+        };
+        let asking = Asking::new(lane).unwrap();
         let body = json!({"model": "m"});
-        record(
-            &row,
-            &prompt,
-            "http://a",
-            body,
-            completion,
-            Timing::default(),
-            price,
-        )
+        record(&asking, &row, &prompt, body, completion, Timing::default())
     }
 
     #[test]

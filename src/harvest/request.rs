@@ -3,7 +3,8 @@
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use crate::config::{Config, MaxTokensField, Sampling, Teacher};
+use super::structured::Structured;
+use crate::config::{Config, Lane};
 use crate::exit::Exit;
 use crate::prompt::Message;
 
@@ -21,63 +22,94 @@ const RESERVED: [(&str, &str); 4] = [
     ("model", "set `teacher.model` instead"),
 ];
 
+/// What is asked of one teacher, whatever the prompt.
+pub struct Asking {
+    pub lane: Lane,
+    pub structured: Option<Structured>,
+    /// Hash of what `distill probe` found out about the endpoint; empty without a probe.
+    pub probe: String,
+}
+
 /// Refuses settings that no request can be made from.
 pub fn check(config: &Config) -> Result<()> {
-    let Config {
-        teacher,
-        prompts,
-        sampling,
-        ..
-    } = config;
-    if prompts.samples == 0 {
+    if config.prompts.samples == 0 {
         let message = "`prompts.samples` = 0 asks for nothing: set it to 1 or more";
         return Err(Exit::Usage(message.into()).into());
     }
+    config.lanes().iter().try_for_each(check_lane)
+}
+
+fn check_lane(lane: &Lane) -> Result<()> {
     for (field, advice) in RESERVED {
-        if sampling.extra.contains_key(field) {
+        if lane.sampling.extra.contains_key(field) {
             let message = format!("`sampling.extra` must not hold `{field}`: {advice}");
             return Err(Exit::Usage(message).into());
         }
     }
-    if teacher.model.is_empty() {
+    if lane.teacher.model.is_empty() {
         let message = "set `teacher.model` to the name of the model to ask";
         return Err(Exit::Usage(message.into()).into());
     }
     Ok(())
 }
 
-/// The body of a chat completion request, its fields in a fixed order.
-///
-/// With a seed, sample i is asked with seed + i: the same seed would bring the same answer.
-pub fn body(teacher: &Teacher, sampling: &Sampling, messages: &[Message], sample: u32) -> Value {
-    let mut body = Map::new();
-    body.insert("model".into(), json!(teacher.model));
-    body.insert("messages".into(), json!(messages));
-    let max_tokens = match sampling.max_tokens_field {
-        MaxTokensField::MaxTokens => "max_tokens",
-        MaxTokensField::MaxCompletionTokens => "max_completion_tokens",
-    };
-    body.insert(max_tokens.into(), json!(sampling.max_tokens));
-    if let Some(temperature) = sampling.temperature {
-        body.insert("temperature".into(), json!(temperature));
+impl Asking {
+    /// # Errors
+    /// Where the schema cannot be used.
+    pub fn new(lane: Lane) -> Result<Asking> {
+        let schema = lane.sampling.schema.as_deref();
+        let structured = schema.map(Structured::load).transpose()?;
+        Ok(Asking {
+            lane,
+            structured,
+            probe: String::new(),
+        })
     }
-    if let Some(top_p) = sampling.top_p {
-        body.insert("top_p".into(), json!(top_p));
+
+    /// The body of a chat completion request, its fields in a fixed order.
+    ///
+    /// With a seed, sample i is asked with seed + i: the same seed would bring the same answer.
+    pub fn body(&self, messages: &[Message], sample: u32) -> Value {
+        let sampling = &self.lane.sampling;
+        let mut body = Map::new();
+        body.insert("model".into(), json!(self.lane.teacher.model));
+        body.insert("messages".into(), json!(messages));
+        let max_tokens = sampling.max_tokens_field.name();
+        body.insert(max_tokens.into(), json!(sampling.max_tokens));
+        if !sampling.reasoning {
+            if let Some(temperature) = sampling.temperature {
+                body.insert("temperature".into(), json!(temperature));
+            }
+            if let Some(top_p) = sampling.top_p {
+                body.insert("top_p".into(), json!(top_p));
+            }
+            if sampling.top_logprobs > 0 {
+                body.insert("logprobs".into(), json!(true));
+                body.insert("top_logprobs".into(), json!(sampling.top_logprobs));
+            }
+        }
+        if let Some(seed) = sampling.seed {
+            body.insert("seed".into(), json!(seed.wrapping_add(i64::from(sample))));
+        }
+        if !sampling.stop.is_empty() && !sampling.reasoning {
+            body.insert("stop".into(), json!(sampling.stop));
+        }
+        if let Some(effort) = &sampling.reasoning_effort {
+            body.insert("reasoning_effort".into(), json!(effort));
+        }
+        if let Some(structured) = &self.structured {
+            body.insert("response_format".into(), structured.response_format());
+        }
+        for (field, value) in &sampling.extra {
+            body.insert(field.clone(), value.clone());
+        }
+        Value::Object(body)
     }
-    if sampling.top_logprobs > 0 {
-        body.insert("logprobs".into(), json!(true));
-        body.insert("top_logprobs".into(), json!(sampling.top_logprobs));
+
+    /// Are logprobs asked for?
+    pub fn wants_logprobs(&self) -> bool {
+        self.lane.sampling.top_logprobs > 0 && !self.lane.sampling.reasoning
     }
-    if let Some(seed) = sampling.seed {
-        body.insert("seed".into(), json!(seed.wrapping_add(i64::from(sample))));
-    }
-    if !sampling.stop.is_empty() {
-        body.insert("stop".into(), json!(sampling.stop));
-    }
-    for (field, value) in &sampling.extra {
-        body.insert(field.clone(), value.clone());
-    }
-    Value::Object(body)
 }
 
 /// BLAKE3, in hex, of what is asked of whom: "have we paid for this?".
@@ -114,6 +146,17 @@ fn canonical(value: &Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{MaxTokensField, Sampling, Teacher};
+
+    fn body(teacher: &Teacher, sampling: &Sampling, messages: &[Message], sample: u32) -> Value {
+        let lane = Lane {
+            teacher: teacher.clone(),
+            sampling: sampling.clone(),
+            limits: Default::default(),
+            price: Default::default(),
+        };
+        Asking::new(lane).unwrap().body(messages, sample)
+    }
 
     fn teacher() -> Teacher {
         Teacher {
@@ -144,6 +187,16 @@ mod tests {
         assert_eq!(
             body(&teacher(), &sampling, &messages("hi"), 2).to_string(),
             r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_completion_tokens":512,"temperature":0,"top_p":0.5,"logprobs":true,"top_logprobs":20,"seed":9,"stop":["\n"],"reasoning_effort":"none"}"#
+        );
+        let sampling = Sampling {
+            reasoning: true,
+            reasoning_effort: Some("low".into()),
+            stop: vec!["x".into()],
+            ..Sampling::default()
+        };
+        assert_eq!(
+            body(&teacher(), &sampling, &messages("hi"), 0).to_string(),
+            r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_completion_tokens":512,"reasoning_effort":"low"}"#
         );
         let sampling = Sampling {
             max_tokens_field: MaxTokensField::MaxTokens,

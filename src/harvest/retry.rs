@@ -15,11 +15,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 /// Characters of an endpoint's message that are shown and kept.
 const MESSAGE_LENGTH: usize = 300;
 
-/// What follows from one attempt.
+/// What follows from an attempt that brought no answer.
 #[derive(Debug)]
-pub enum Outcome {
-    /// Paid for and to be recorded, whatever its finish reason.
-    Answer(Box<Completion>),
+pub enum Trouble {
     /// No request can succeed: the run stops.
     Stop(Reason, String),
     /// This request cannot succeed; others can.
@@ -50,90 +48,117 @@ pub struct Failure {
     pub message: String,
     /// Nothing accepted the connection.
     pub unreachable: bool,
+    /// The endpoint may have done the work and sent the bill.
+    pub may_be_billed: bool,
 }
 
 impl Failure {
+    /// The server's limit can never let the request in: which limit, and how large the request is.
+    pub fn over_limit(which: &str, amount: f64, message: &str) -> Self {
+        let message =
+            format!("a request of about {amount} tokens never fits into {which} ({message})");
+        Self::new("over the limit", &message)
+    }
+
     fn new(class: impl Into<String>, message: &str) -> Self {
         Self {
             class: class.into(),
             message: shorten(message),
             unreachable: false,
+            may_be_billed: false,
         }
     }
 }
 
-/// Sorts one attempt. `now` is only compared with an HTTP date in `Retry-After`.
-pub fn classify(result: Result<Reply, Fault>, now: SystemTime) -> Outcome {
-    let reply = match result {
-        Ok(reply) => reply,
-        Err(fault) => return classify_fault(fault),
-    };
+/// Sorts one attempt. An answer has been paid for and is to be recorded, whatever its finish reason.
+/// `now` is only compared with an HTTP date in `Retry-After`.
+pub fn classify(result: Result<Reply, Fault>, now: SystemTime) -> Result<Box<Completion>, Trouble> {
+    let reply = result.map_err(classify_fault)?;
     if !(200..300).contains(&reply.status) {
         let error = ApiError::parse(&reply.body);
-        return classify_error(reply.status, &reply.headers, &error, now);
+        return Err(classify_error(reply.status, &reply.headers, &error, now));
     }
-    match wire::parse(&reply.body) {
-        Ok(completion) => Outcome::Answer(Box::new(completion)),
-        Err(NoAnswer::Malformed(problem)) => transient("malformed", &problem),
-        // The code is the status that the endpoint would have sent, had it not begun to answer.
-        Err(NoAnswer::Error(error)) => {
-            classify_error(error.status.unwrap_or(500), &reply.headers, &error, now)
-        }
-    }
+    wire::parse(&reply.body)
+        .map(Box::new)
+        .map_err(|no_answer| match no_answer {
+            NoAnswer::Malformed(problem) => lost("malformed", &problem),
+            // The code is the status that the endpoint would have sent, had it not begun to answer.
+            NoAnswer::Error(error) => {
+                let mut trouble =
+                    classify_error(error.status.unwrap_or(500), &reply.headers, &error, now);
+                if let Trouble::Transient { failure, .. } | Trouble::Refused(failure) = &mut trouble
+                {
+                    // Generation had begun.
+                    failure.may_be_billed = true;
+                }
+                trouble
+            }
+        })
 }
 
-fn classify_fault(fault: Fault) -> Outcome {
+fn classify_fault(fault: Fault) -> Trouble {
     match fault {
-        Fault::Unreachable(message) => Outcome::Transient {
+        Fault::Unreachable(message) => Trouble::Transient {
             failure: Failure {
                 unreachable: true,
                 ..Failure::new("unreachable", &message)
             },
             wait: Duration::ZERO,
         },
-        Fault::Timeout => transient("timeout", "no complete answer in time"),
-        Fault::Broken(message) => transient("connection lost", &message),
-        Fault::TooLarge(message) => Outcome::Refused(Failure::new("too large", &message)),
+        Fault::Timeout => lost("timeout", "no complete answer in time"),
+        Fault::Broken(message) => lost("connection lost", &message),
+        Fault::TooLarge(message) => Trouble::Refused(Failure {
+            may_be_billed: true,
+            ..Failure::new("too large", &message)
+        }),
     }
 }
 
-fn classify_error(status: u16, headers: &HeaderMap, error: &ApiError, now: SystemTime) -> Outcome {
+fn classify_error(status: u16, headers: &HeaderMap, error: &ApiError, now: SystemTime) -> Trouble {
     let message = match error.message.as_str() {
         "" => format!("{status}, without a message"),
         message => shorten(&format!("{status}: {message}")),
     };
     let wait = retry_after(headers, &error.message, now);
     if is_out_of_credit(error) {
-        return Outcome::Stop(Reason::Credit, message);
+        return Trouble::Stop(Reason::Credit, message);
     }
     if error.code == "model_not_found" || (status == 404 && names_no_model(error)) {
-        return Outcome::Stop(Reason::Model, message);
+        return Trouble::Stop(Reason::Model, message);
     }
     match status {
-        401 => Outcome::Stop(Reason::Key, message),
-        402 => Outcome::Stop(Reason::Credit, message),
-        403 => Outcome::Stop(Reason::Forbidden, message),
+        401 => Trouble::Stop(Reason::Key, message),
+        402 => Trouble::Stop(Reason::Credit, message),
+        403 => Trouble::Stop(Reason::Forbidden, message),
         300..=399 => {
             let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
             let location = location.unwrap_or("an address that it does not name");
-            Outcome::Stop(
+            Trouble::Stop(
                 Reason::Redirect,
                 shorten(&format!("{status} to {location}")),
             )
         }
-        429 => Outcome::Throttled { wait, message },
-        503 | 529 if wait.is_some() => Outcome::Throttled { wait, message },
-        408 | 409 | 425 | 500.. => Outcome::Transient {
-            failure: Failure::new(format!("http {status}"), &message),
+        429 => Trouble::Throttled { wait, message },
+        503 | 529 if wait.is_some() => Trouble::Throttled { wait, message },
+        408 | 409 | 425 | 500.. => Trouble::Transient {
+            failure: Failure {
+                // A gateway gave up waiting; what is behind it may have gone on.
+                may_be_billed: matches!(status, 408 | 504 | 524),
+                ..Failure::new(format!("http {status}"), &message)
+            },
             wait: wait.unwrap_or_default(),
         },
-        _ => Outcome::Refused(Failure::new(format!("http {status}"), &message)),
+        _ => Trouble::Refused(Failure::new(format!("http {status}"), &message)),
     }
 }
 
-fn transient(class: &str, message: &str) -> Outcome {
-    Outcome::Transient {
-        failure: Failure::new(class, message),
+/// An answer may have been on its way.
+fn lost(class: &str, message: &str) -> Trouble {
+    Trouble::Transient {
+        failure: Failure {
+            may_be_billed: true,
+            ..Failure::new(class, message)
+        },
         wait: Duration::ZERO,
     }
 }
@@ -266,14 +291,17 @@ mod tests {
 
     /// The outcome in a word, and the wait in milliseconds where there is one.
     fn sort(result: Result<Reply, Fault>) -> String {
-        match classify(result, SystemTime::UNIX_EPOCH + NOW) {
-            Outcome::Answer(_) => "answer".into(),
-            Outcome::Stop(reason, _) => format!("stop: {reason:?}"),
-            Outcome::Refused(failure) => format!("refused: {}", failure.class),
-            Outcome::Throttled { wait, .. } => {
+        let trouble = match classify(result, SystemTime::UNIX_EPOCH + NOW) {
+            Ok(_) => return "answer".into(),
+            Err(trouble) => trouble,
+        };
+        match trouble {
+            Trouble::Stop(reason, _) => format!("stop: {reason:?}"),
+            Trouble::Refused(failure) => format!("refused: {}", failure.class),
+            Trouble::Throttled { wait, .. } => {
                 format!("throttled: {:?}", wait.map(|w| w.as_millis()))
             }
-            Outcome::Transient { failure, wait } => {
+            Trouble::Transient { failure, wait } => {
                 format!("transient: {} {}", failure.class, wait.as_millis())
             }
         }

@@ -1,23 +1,29 @@
-//! What a run has done, for people and for programs.
+//! What a run has done, for people and for programs: the table at the end, and `summary.json`.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
 use serde::Serialize;
 
-use super::plan::Estimate;
-use crate::terminal::{format_count, format_dollars, format_duration, sanitise, table};
+use super::estimate::Estimate;
+use super::timeline::{self, Hour, Used};
+use super::{advice, failures};
+use crate::cache::record::Usage;
+use crate::terminal::{
+    format_bytes, format_count, format_dollars, format_duration, format_share, sanitise, table,
+};
 
-/// The version of the object that `--json` prints.
+/// The version of the object that `--json` prints and `summary.json` holds.
 pub const SUMMARY_VERSION: u32 = 1;
 
 /// Every row ends as one of `cached`, `ok`, `quarantined`, `failed` and `pending`: they add up to
 /// `total`.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 pub struct Summary {
     pub version: u32,
-    /// Prompts times samples.
+    /// Prompts times samples, for every teacher that is asked.
     pub total: u64,
     /// Answered before this run.
     pub cached: u64,
@@ -30,20 +36,80 @@ pub struct Summary {
     pub pending: u64,
     /// Requests sent, retries included.
     pub requests: u64,
-    pub prompt_tokens: u64,
-    pub completion_tokens: u64,
-    /// Cost of the answers of this run; none without prices or where no answer reported its usage.
+    pub usage: Usage,
+    /// Cost of the answers of this run by their usage; none without prices.
     pub cost_usd: Option<f64>,
+    /// Upper bound for attempts of this run that may have been billed, and answers without usage.
+    pub estimated_usd: Option<f64>,
+    /// Everything that this run folder ever cost, upper bounds included.
+    pub run_folder_usd: Option<f64>,
+    pub budget_usd: Option<f64>,
+    /// Attempts of this run that may have been billed and brought no answer.
+    pub attempts_lost: u64,
     pub seconds: f64,
     /// Answers that were asked for logprobs and came without usable ones.
     pub without_logprobs: u64,
+    /// Answers that `sampling.max_tokens` cut off.
+    pub cut_off: u64,
     pub quarantines: BTreeMap<String, u64>,
     pub failures: BTreeMap<String, u64>,
+    /// By teacher: what was used of what the limits allowed.
+    pub used: Vec<Used>,
+    pub hours: Vec<Hour>,
+    /// What to do next.
+    pub advice: Vec<String>,
+    /// Turns of the dispatcher's loop, for tests: it must not spin.
+    #[serde(skip)]
+    pub turns: u64,
     /// What is still to be asked; of a dry run only.
     pub estimate: Option<Estimate>,
     /// Why the process must not end with status 0: a fatal error, an outage, a signal, failed rows.
-    #[serde(skip)]
+    #[serde(serialize_with = "as_text")]
     pub error: Option<anyhow::Error>,
+}
+
+impl Default for Summary {
+    fn default() -> Self {
+        Self {
+            version: SUMMARY_VERSION,
+            total: 0,
+            cached: 0,
+            ok: 0,
+            quarantined: 0,
+            failed: 0,
+            pending: 0,
+            requests: 0,
+            usage: Usage::default(),
+            cost_usd: None,
+            estimated_usd: None,
+            run_folder_usd: None,
+            budget_usd: None,
+            attempts_lost: 0,
+            seconds: 0.0,
+            without_logprobs: 0,
+            cut_off: 0,
+            quarantines: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            used: Vec::new(),
+            hours: Vec::new(),
+            advice: Vec::new(),
+            turns: 0,
+            estimate: None,
+            error: None,
+        }
+    }
+}
+
+fn as_text<S: serde::Serializer>(
+    error: &Option<anyhow::Error>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let text = error.as_ref().map(|error| format!("{error:#}"));
+    text.serialize(serializer)
+}
+
+pub fn file(run_dir: &Path) -> PathBuf {
+    run_dir.join("summary.json")
 }
 
 impl Summary {
@@ -60,6 +126,12 @@ impl Summary {
         self.cached + self.ok + self.quarantined + self.failed
     }
 
+    /// Completes the summary with what to do next, and leaves it in the run folder for the morning.
+    pub fn write(&mut self, run_dir: &Path) -> Result<()> {
+        self.advice = advice::next_steps(self, &failures::file(run_dir));
+        crate::fs::write_atomic(&file(run_dir), &serde_json::to_vec_pretty(self)?)
+    }
+
     /// The summary as a table.
     pub fn to_table(&self) -> String {
         let count = |name: &str, number| [name.to_string(), format_count(number)];
@@ -71,7 +143,23 @@ impl Summary {
             Some(estimate) => rows.extend(estimate_rows(self.pending, estimate)),
             None => rows.extend(self.result_rows()),
         }
-        table(&rows)
+        let mut text = table(&rows);
+        if self.estimate.is_some() {
+            return text;
+        }
+        for step in &self.advice {
+            text.push_str(&format!("next: {}\n", sanitise(step)));
+        }
+        if let Some(hour) = timeline::slowest(&self.hours).filter(|_| self.hours.len() > 1) {
+            text.push_str(&format!(
+                "slowest hour: from {}, {} answers, {} of waiting\n",
+                hour.start,
+                format_count(hour.answered),
+                format_duration(Duration::from_secs_f64(hour.waiting_s))
+            ));
+        }
+        text.push_str(&format!("cost: {}\n", self.cost_text()));
+        text
     }
 
     fn result_rows(&self) -> Vec<[String; 2]> {
@@ -83,35 +171,95 @@ impl Summary {
         ];
         for (name, number, by_reason) in groups {
             rows.push(count(name, number));
-            rows.extend(
-                by_reason
-                    .iter()
-                    .map(|(reason, number)| count(&format!("  {}", sanitise(reason)), *number)),
-            );
+            rows.extend(by_reason.iter().map(|(reason, &number)| {
+                let share = format_share(number, self.total - self.cached);
+                [
+                    format!("  {}", sanitise(reason)),
+                    format!("{} ({share})", format_count(number)),
+                ]
+            }));
         }
         rows.push(count("pending", self.pending));
         rows.push(count("requests sent", self.requests));
-        rows.push(count("prompt tokens", self.prompt_tokens));
-        rows.push(count("completion tokens", self.completion_tokens));
+        rows.push(count("prompt tokens", self.usage.prompt_tokens));
+        if self.usage.cached_tokens > 0 {
+            rows.push(count(
+                "  from the provider's cache",
+                self.usage.cached_tokens,
+            ));
+        }
+        rows.push(count("completion tokens", self.usage.completion_tokens));
+        if self.usage.reasoning_tokens > 0 {
+            rows.push(count("  of them reasoning", self.usage.reasoning_tokens));
+        }
         if self.without_logprobs > 0 {
             rows.push(count("without logprobs", self.without_logprobs));
         }
-        rows.push([
-            "cost".into(),
-            self.cost_usd
-                .map_or("no price is set".into(), format_dollars),
-        ]);
+        if self.cut_off > 0 {
+            rows.push(count("cut off by max_tokens", self.cut_off));
+        }
+        rows.extend(self.use_rows());
         rows.push([
             "time".into(),
             format_duration(Duration::from_secs_f64(self.seconds)),
         ]);
         rows
     }
+
+    fn use_rows(&self) -> Vec<[String; 2]> {
+        let mut rows = Vec::new();
+        for used in &self.used {
+            let name = match self.used.len() {
+                1 => String::new(),
+                _ => format!(" ({})", sanitise(&used.teacher)),
+            };
+            if let Some(share) = used.share() {
+                rows.push([
+                    format!("of the rate limit{name}"),
+                    format!("{:.1} %", share * 100.0),
+                ]);
+            }
+            if used.throttled > 0 {
+                rows.push([
+                    format!("refused for the rate{name}"),
+                    format_count(used.throttled),
+                ]);
+            }
+        }
+        rows
+    }
+
+    /// `$1.20 measured + at most $0.03 estimated`, and what the run folder cost in all.
+    fn cost_text(&self) -> String {
+        let Some(measured) = self.cost_usd else {
+            return "no price is set".into();
+        };
+        let mut text = format!("{} measured", format_dollars(measured));
+        if let Some(estimated) = self.estimated_usd.filter(|estimated| *estimated > 0.0) {
+            text.push_str(&format!(
+                " + at most {} estimated ({} attempts may have been billed without an answer)",
+                format_dollars(estimated),
+                format_count(self.attempts_lost)
+            ));
+        }
+        if let (Some(total), Some(cap)) = (self.run_folder_usd, self.budget_usd) {
+            let (total, cap) = (format_dollars(total), format_dollars(cap));
+            text.push_str(&format!("; {total} of the budget of {cap}"));
+        }
+        text
+    }
 }
 
 fn estimate_rows(pending: u64, estimate: &Estimate) -> Vec<[String; 2]> {
+    let likely =
+        |text: Option<String>| text.map_or(String::new(), |text| format!(", likely {text}"));
     let cost = match estimate.cost_usd {
-        Some((least, most)) => format!("{} to {}", format_dollars(least), format_dollars(most)),
+        Some((least, most)) => format!(
+            "{} to {}{}",
+            format_dollars(least),
+            format_dollars(most),
+            likely(estimate.likely_cost_usd.map(format_dollars))
+        ),
         None => "no price is set".into(),
     };
     let time = match estimate.minutes {
@@ -121,6 +269,10 @@ fn estimate_rows(pending: u64, estimate: &Estimate) -> Vec<[String; 2]> {
             format_duration(Duration::from_secs_f64(minutes * 60.0))
         ),
     };
+    let disk = match estimate.disk_bytes {
+        Some(bytes) => format!("about {}", format_bytes(bytes)),
+        None => "not known before the first answers".into(),
+    };
     [
         ("to be asked", format_count(pending)),
         (
@@ -129,10 +281,15 @@ fn estimate_rows(pending: u64, estimate: &Estimate) -> Vec<[String; 2]> {
         ),
         (
             "completion tokens",
-            format!("0 to {}", format_count(estimate.completion_tokens)),
+            format!(
+                "0 to {}{}",
+                format_count(estimate.completion_tokens),
+                likely(estimate.likely_completion_tokens.map(format_count))
+            ),
         ),
         ("cost", cost),
         ("time under the limits", time),
+        ("disk", disk),
     ]
     .map(|(name, value)| [name.into(), value])
     .into()
@@ -153,6 +310,10 @@ mod tests {
             pending: 1,
             requests: 12,
             cost_usd: Some(0.5),
+            estimated_usd: Some(0.25),
+            run_folder_usd: Some(1.75),
+            budget_usd: Some(2.0),
+            attempts_lost: 3,
             seconds: 75.0,
             quarantines: BTreeMap::from([("refusal".into(), 1)]),
             failures: BTreeMap::from([("http 400".into(), 2)]),
@@ -160,12 +321,11 @@ mod tests {
         };
         let text = summary.to_table();
         for line in [
-            "prompts x samples       1,010",
-            "answered now                6",
-            "  refusal                   1",
-            "  http 400                  2",
-            "cost                  $0.5000",
-            "time               1 min 15 s",
+            "  refusal          1 (10.0 %)",
+            "  http 400         2 (20.0 %)",
+            "$0.5000 measured + at most $0.2500 estimated (3 attempts may have been billed without \
+             an answer); $1.75 of the budget of $2.00",
+            "1 min 15 s",
         ] {
             assert!(text.contains(line), "{line} is not in:\n{text}");
         }
@@ -178,16 +338,21 @@ mod tests {
             estimate: Some(Estimate {
                 prompt_tokens: 1_234,
                 completion_tokens: 5_120,
+                likely_completion_tokens: Some(2_000),
                 cost_usd: Some((0.0012, 1.5)),
+                likely_cost_usd: Some(0.75),
                 minutes: 2.5,
+                disk_bytes: Some(12_000_000),
+                ..Estimate::default()
             }),
             ..Summary::default()
         };
         let text = summary.to_table();
         for part in [
             "about 1,234",
-            "0 to 5,120",
-            "$0.0012 to $1.50",
+            "0 to 5,120, likely 2,000",
+            "$0.0012 to $1.50, likely $0.7500",
+            "about 12.0 MB",
             "at least 2 min 30 s",
         ] {
             assert!(text.contains(part), "{part} is not in:\n{text}");

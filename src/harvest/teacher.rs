@@ -51,6 +51,12 @@ pub enum Fault {
     TooLarge(String),
 }
 
+/// The way to a teacher: HTTP, or in a test a simulation on the paused clock.
+pub trait Transport: Send + Sync {
+    /// Asks once, and waits for the whole reply.
+    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>>;
+}
+
 /// The teacher, ready to be asked.
 pub struct Teacher {
     client: Client<Endpoint>,
@@ -66,8 +72,7 @@ impl Teacher {
         Ok(Teacher { client })
     }
 
-    /// Asks once, and waits for the whole answer.
-    pub async fn ask(&self, body: &Value) -> Result<Reply, Fault> {
+    async fn ask_once(&self, body: &Value) -> Result<Reply, Fault> {
         let answer: Result<IgnoredAny, OpenAIError> = self.client.chat().create_byot(body).await;
         let error = match answer {
             Err(OpenAIError::Boxed(carried)) => match carried.downcast::<Reply>() {
@@ -82,6 +87,12 @@ impl Teacher {
             Ok(_) => "the reply was lost on the way".into(),
         };
         Err(Fault::Broken(error))
+    }
+}
+
+impl Transport for Teacher {
+    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+        Box::pin(self.ask_once(body))
     }
 }
 

@@ -199,12 +199,19 @@ fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
     if prompt_tokens.is_none() && completion_tokens.is_none() {
         return (None, fields);
     }
+    let prompt_tokens = prompt_tokens.unwrap_or(0);
+    let mut completion_tokens = completion_tokens.unwrap_or(0);
+    // Where the total says so, what was thought is billed beside the completion (xAI).
+    let total = count(fields.get("total_tokens"));
+    if reasoning_tokens > 0 && total == Some(prompt_tokens + completion_tokens + reasoning_tokens) {
+        completion_tokens += reasoning_tokens;
+    }
     fields.retain(|name, _| {
         !["prompt_tokens", "completion_tokens", "total_tokens"].contains(&name.as_str())
     });
     let usage = Usage {
-        prompt_tokens: prompt_tokens.unwrap_or(0),
-        completion_tokens: completion_tokens.unwrap_or(0),
+        prompt_tokens,
+        completion_tokens,
         cached_tokens,
         reasoning_tokens,
     };
@@ -344,6 +351,21 @@ mod tests {
             "usage": {"cost": 0.1, "prompt_tokens_details": {"cached_tokens": 4}},
         });
         assert_eq!(Value::Object(completion.extra), extra);
+    }
+
+    #[test]
+    fn thinking_is_billed_once_wherever_it_is_counted() {
+        let usage = |completion_tokens: u64, total_tokens: u64| {
+            let details = json!({"reasoning_tokens": 30});
+            let completion = answer(json!({
+                "choices": [{"message": {"content": "x"}}],
+                "usage": {"prompt_tokens": 10, "completion_tokens": completion_tokens,
+                    "total_tokens": total_tokens, "completion_tokens_details": details},
+            }));
+            completion.usage.unwrap().completion_tokens
+        };
+        assert_eq!(usage(35, 45), 35, "among the completion's tokens");
+        assert_eq!(usage(5, 45), 35, "beside them");
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub fn sample(n: u64) -> Record {
         },
         reason: if quarantined { "refusal" } else { "" }.to_owned(),
         endpoint: "https://api.example.com/v1".to_owned(),
+        probe: String::new(),
         request: json!({
             "model": "teacher-1",
             "messages": [{"role": "user", "content": format!("what is {n} + 1?")}],

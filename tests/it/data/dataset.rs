@@ -20,6 +20,7 @@ pub fn record(prompt: &str, answer: &str) -> Record {
         status: Status::Ok,
         reason: String::new(),
         endpoint: String::new(),
+        probe: String::new(),
         request: json!({"messages": [
             {"role": "user", "content": "Say hello"},
             {"role": "assistant", "content": "Hello"},

@@ -1,6 +1,10 @@
 //! `distill harvest` against a teacher over real TCP.
 
 mod faults;
+mod limits;
+mod matrix;
+mod nights;
+mod probe;
 mod runs;
 
 use std::time::Duration;

@@ -22,7 +22,10 @@ async fn answers_are_recorded_once_with_their_logprobs() {
     let summary = run.harvest().await;
     assert_eq!(end(&summary).0, 0);
     assert_eq!((summary.total, summary.ok, summary.requests), (3, 3, 3));
-    assert_eq!((summary.prompt_tokens, summary.completion_tokens), (30, 11));
+    assert_eq!(
+        (summary.usage.prompt_tokens, summary.usage.completion_tokens),
+        (30, 11)
+    );
     assert!((summary.cost_usd.unwrap() - 52e-6).abs() < 1e-12);
     assert_eq!(run.texts(), ["ONE", "THREE", "TWO"]);
 

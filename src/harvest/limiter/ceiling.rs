@@ -1,4 +1,4 @@
-//! The user's rate limits: requests and tokens a minute, and one gate for everybody.
+//! The user's own ceilings: requests and tokens a minute.
 //!
 //! governor's GCRA does the pacing on tokio's clock, so that tests can pause it. It is asked by the
 //! dispatcher alone, one request at a time in the order of the queue: it is not fair among waiters
@@ -33,23 +33,21 @@ impl Clock for TokioClock {
 
 type Gcra = RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Duration>>;
 
-pub struct Limiter {
+pub struct Ceilings {
     clock: TokioClock,
     requests: Option<Gcra>,
     tokens: Option<Gcra>,
     /// What has been granted to the head of the queue, which still waits for the rest; a grant
     /// cannot be returned, so it is kept for whoever is asked about next.
     granted_tokens: u32,
-    /// Nothing leaves before.
-    closed_until: Option<Instant>,
 }
 
-impl Limiter {
+impl Ceilings {
     /// `largest` is the estimate of tokens of the largest request to come.
     ///
     /// A burst is a second's worth, but at least one request. In any minute no more leaves than the
     /// limit and one burst. A request that could never leave is an error.
-    pub fn new(limits: &Limits, largest: u64) -> Result<Limiter> {
+    pub fn new(limits: &Limits, largest: u64) -> Result<Ceilings> {
         if let Some(limit) = limits.tokens_per_minute
             && largest > u64::from(limit)
         {
@@ -64,7 +62,7 @@ impl Limiter {
             start: Instant::now(),
         };
         let gcra = |per_minute, least| gcra(per_minute, least, clock.clone());
-        Ok(Limiter {
+        Ok(Ceilings {
             requests: limits
                 .requests_per_minute
                 .map(|limit| gcra(limit, 1))
@@ -75,18 +73,11 @@ impl Limiter {
                 .transpose()?,
             clock,
             granted_tokens: 0,
-            closed_until: None,
         })
     }
 
     /// May a request of about so many tokens leave now? If not, when to ask again.
     pub fn admit(&mut self, tokens: u64) -> Result<(), Instant> {
-        let now = Instant::now();
-        if let Some(until) = self.closed_until
-            && until > now
-        {
-            return Err(until);
-        }
         if let Some(limiter) = &self.tokens {
             let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
             if let Some(missing) = NonZeroU32::new(tokens.saturating_sub(self.granted_tokens)) {
@@ -94,7 +85,7 @@ impl Limiter {
                     Ok(Ok(())) => self.granted_tokens += missing.get(),
                     Ok(Err(not_until)) => return Err(self.instant(not_until.earliest_possible())),
                     // The burst holds the largest request, so no request is larger than it.
-                    Err(_) => return Err(now + Duration::from_secs(60)),
+                    Err(_) => return Err(Instant::now() + Duration::from_secs(60)),
                 }
             }
         }
@@ -105,15 +96,6 @@ impl Limiter {
         }
         self.granted_tokens = 0;
         Ok(())
-    }
-
-    /// Closes the gate until then, or leaves it closed for longer. True if it was open.
-    pub fn close_until(&mut self, until: Instant) -> bool {
-        let was_open = self
-            .closed_until
-            .is_none_or(|until| until <= Instant::now());
-        self.closed_until = self.closed_until.max(Some(until));
-        was_open
     }
 
     fn instant(&self, reference: Duration) -> Instant {
@@ -149,7 +131,7 @@ mod tests {
     }
 
     /// Lets requests of these sizes out as fast as they may, and returns when each left, in seconds.
-    async fn departures(limiter: &mut Limiter, sizes: impl IntoIterator<Item = u64>) -> Vec<f64> {
+    async fn departures(limiter: &mut Ceilings, sizes: impl IntoIterator<Item = u64>) -> Vec<f64> {
         let start = Instant::now();
         let mut times = Vec::new();
         for tokens in sizes {
@@ -179,7 +161,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn no_minute_sees_more_requests_than_the_limit_and_a_burst() {
         for limit in [1, 7, 60, 500, 6_000] {
-            let mut limiter = Limiter::new(&limits(Some(limit), None), 1).unwrap();
+            let mut limiter = Ceilings::new(&limits(Some(limit), None), 1).unwrap();
             let count = 3 * limit as usize;
             let times = departures(&mut limiter, vec![1; count]).await;
             let burst = u64::from((limit / 60).max(1));
@@ -196,7 +178,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn no_minute_sees_more_tokens_than_the_limit_and_a_burst() {
         let sizes: Vec<u64> = (0..600).map(|index| 50 + index * 37 % 400).collect();
-        let mut limiter = Limiter::new(&limits(Some(600), Some(40_000)), 449).unwrap();
+        let mut limiter = Ceilings::new(&limits(Some(600), Some(40_000)), 449).unwrap();
         let times = departures(&mut limiter, sizes.iter().copied()).await;
         let busiest = busiest_minute(&times, &sizes);
         assert!(busiest <= 40_000 + 666, "{busiest}");
@@ -204,18 +186,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nothing_leaves_while_the_gate_is_closed() {
-        let mut limiter = Limiter::new(&limits(None, None), 1).unwrap();
-        let now = Instant::now();
-        assert!(limiter.close_until(now + Duration::from_secs(20)));
-        assert!(!limiter.close_until(now + Duration::from_secs(5)));
-        assert_eq!(departures(&mut limiter, [1, 1]).await, [20.0, 20.0]);
-        assert!(limiter.close_until(now + Duration::from_secs(30)));
-    }
-
-    #[tokio::test(start_paused = true)]
     async fn tokens_granted_to_a_waiting_request_are_not_lost() {
-        let mut limiter = Limiter::new(&limits(Some(60), Some(6_000)), 6_000).unwrap();
+        let mut limiter = Ceilings::new(&limits(Some(60), Some(6_000)), 6_000).unwrap();
         assert_eq!(departures(&mut limiter, [100]).await, [0.0]);
         // Tokens are there, but the next request has to wait a second for its turn.
         for _ in 0..50 {
@@ -227,12 +199,12 @@ mod tests {
 
     #[test]
     fn a_request_that_can_never_leave_is_an_error() {
-        let error = Limiter::new(&limits(None, Some(1_000)), 1_500)
+        let error = Ceilings::new(&limits(None, Some(1_000)), 1_500)
             .err()
             .unwrap();
         for part in ["1500", "`limits.tokens_per_minute` = 1000"] {
             assert!(error.to_string().contains(part), "{error}");
         }
-        assert!(Limiter::new(&limits(Some(0), None), 1).is_err());
+        assert!(Ceilings::new(&limits(Some(0), None), 1).is_err());
     }
 }

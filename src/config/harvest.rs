@@ -1,0 +1,279 @@
+//! What `distill harvest` is told.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// The endpoint that is asked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Teacher {
+    /// How the summary and the config's own messages call it; empty for the model's name.
+    pub name: String,
+    /// Its part of the prompts, relative to the other teachers' shares.
+    pub share: f64,
+    pub base_url: String,
+    pub model: String,
+    /// Name of the environment variable that holds the key; empty for an endpoint without one.
+    pub api_key_env: String,
+    pub connect_timeout_s: f64,
+    /// For the whole answer. Generous, since a request that timed out may have been billed.
+    pub timeout_s: f64,
+    /// What is this teacher's own; a key that is missing here has the value of the section.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sampling: Option<Sampling>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub price: Option<Price>,
+}
+
+/// One endpoint with everything that holds for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lane {
+    pub teacher: Teacher,
+    pub sampling: Sampling,
+    pub limits: Limits,
+    pub price: Price,
+}
+
+impl Teacher {
+    /// The name that people know it by.
+    pub fn label(&self) -> &str {
+        match self.name.as_str() {
+            "" => &self.model,
+            name => name,
+        }
+    }
+}
+
+impl Default for Teacher {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            share: 1.0,
+            base_url: "https://api.openai.com/v1".into(),
+            model: String::new(),
+            api_key_env: "OPENAI_API_KEY".into(),
+            connect_timeout_s: 10.0,
+            timeout_s: 600.0,
+            sampling: None,
+            limits: None,
+            price: None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Prompts {
+    /// `.jsonl` (a JSON object a line) or any other extension for plain text (a prompt a line).
+    pub source: PathBuf,
+    /// A TOML file from `prompts/`. None: rows must carry `messages`, or be plain text.
+    pub template: Option<PathBuf>,
+    /// Answers to ask for per prompt.
+    pub samples: u32,
+    /// Use only the first so many prompts.
+    pub limit: Option<usize>,
+    /// With several teachers: who is asked.
+    pub teachers: Assignment,
+    pub order: Order,
+}
+
+impl Default for Prompts {
+    fn default() -> Self {
+        Self {
+            source: "prompts.jsonl".into(),
+            template: None,
+            samples: 1,
+            limit: None,
+            teachers: Assignment::Share,
+            order: Order::Prefix,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Assignment {
+    /// Each prompt goes to one teacher, by `teacher.share`.
+    Share,
+    /// Each prompt goes to every teacher.
+    All,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Prompts that begin alike follow each other, so that the provider's prompt cache hits.
+    Prefix,
+    /// As in the source.
+    Source,
+}
+
+/// What is sent with each prompt. Unset values are not sent, so the endpoint's defaults hold.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sampling {
+    pub max_tokens: u32,
+    /// The name under which `max_tokens` is sent.
+    pub max_tokens_field: MaxTokensField,
+    pub temperature: Option<f64>,
+    pub top_p: Option<f64>,
+    /// Logprobs to ask for per token, 0 to 20; 0 asks for none.
+    pub top_logprobs: u32,
+    pub seed: Option<i64>,
+    pub stop: Vec<String>,
+    /// The model thinks first: temperature, top_p, logprobs and stop, which such models refuse,
+    /// are not sent.
+    pub reasoning: bool,
+    pub reasoning_effort: Option<String>,
+    /// A JSON schema that answers must satisfy; the endpoint gets it as `response_format`.
+    pub schema: Option<PathBuf>,
+    /// Further fields of the request body, sent as they stand.
+    pub extra: Map<String, Value>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            max_tokens: 512,
+            max_tokens_field: MaxTokensField::MaxCompletionTokens,
+            temperature: Some(1.0),
+            top_p: None,
+            top_logprobs: 20,
+            seed: None,
+            stop: Vec::new(),
+            reasoning: false,
+            reasoning_effort: None,
+            schema: None,
+            extra: Map::new(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MaxTokensField {
+    MaxTokens,
+    MaxCompletionTokens,
+}
+
+impl MaxTokensField {
+    /// As it stands in a request body.
+    pub fn name(self) -> &'static str {
+        match self {
+            MaxTokensField::MaxTokens => "max_tokens",
+            MaxTokensField::MaxCompletionTokens => "max_completion_tokens",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    pub requests_per_minute: Option<u32>,
+    /// Prompt estimate + max_tokens, as providers count.
+    pub tokens_per_minute: Option<u32>,
+    /// In any 24 hours, earlier runs in the same run folder included.
+    pub requests_per_day: Option<u64>,
+    /// Requests in flight at once.
+    pub concurrency: usize,
+    /// Lower the concurrency where the server is overloaded: on 429, or by its latency.
+    pub adapt: bool,
+    /// Keep to the limits that the server's headers tell, where they are stricter.
+    pub follow_headers: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            requests_per_minute: None,
+            tokens_per_minute: None,
+            requests_per_day: None,
+            concurrency: 32,
+            adapt: true,
+            follow_headers: true,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Retry {
+    /// Attempts for a request that fails in a way that may pass (5xx, time-out, reset).
+    pub max_attempts: u32,
+    /// First pause; each further one doubles, with full jitter.
+    pub base_s: f64,
+    /// Longest pause.
+    pub max_s: f64,
+    /// Give up (exit 4) when nothing has succeeded for so long.
+    pub max_outage_s: f64,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self {
+            max_attempts: 6,
+            base_s: 0.5,
+            max_s: 60.0,
+            max_outage_s: 1800.0,
+        }
+    }
+}
+
+/// US dollars per million tokens, for the cost shown and recorded.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Price {
+    pub input: Option<f64>,
+    pub cached_input: Option<f64>,
+    pub output: Option<f64>,
+    /// The day on which these prices were read, `YYYY-MM-DD`.
+    pub as_of: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Budget {
+    /// The most that this run folder may ever cost, at the configured prices.
+    pub usd: Option<f64>,
+}
+
+/// When requests may leave.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Night {
+    /// `"22:00-06:30"`: outside it nothing leaves.
+    pub window: Option<String>,
+    /// `"06:30"` (the next one), a date and time, or an RFC 3339 time stamp.
+    pub deadline: Option<String>,
+    /// Whose clock these times are read from, as `Europe/Berlin`; this machine's by default.
+    pub timezone: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cache {
+    pub durability: Durability,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self {
+            durability: Durability::Batch,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Durability {
+    /// Sync every 64 records or every second, whichever comes first.
+    Batch,
+    /// Sync every record before it counts as done.
+    Record,
+    /// Leave it to the operating system: power loss may cost more than a second's work.
+    None,
+}

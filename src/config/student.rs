@@ -1,0 +1,220 @@
+//! What `distill train` and `distill eval` are told.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Student {
+    pub init: Init,
+    /// A Hugging Face model folder. With `init = "random"` only its tokenizer and chat template
+    /// are used, and the shape below.
+    pub path: PathBuf,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub tie_word_embeddings: bool,
+    pub rope_theta: f64,
+    pub max_position_embeddings: usize,
+    /// The number type of the weights in the student's folder; training itself is in f32.
+    pub save_dtype: SaveDtype,
+}
+
+impl Default for Student {
+    fn default() -> Self {
+        Self {
+            init: Init::Pretrained,
+            path: "student".into(),
+            hidden_size: 256,
+            intermediate_size: 688,
+            num_hidden_layers: 4,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            tie_word_embeddings: true,
+            rope_theta: 10_000.0,
+            max_position_embeddings: 2048,
+            save_dtype: SaveDtype::F32,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveDtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    /// Weights from `student.path`.
+    Pretrained,
+    /// Fresh weights of the given shape.
+    Random,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Data {
+    /// None: a cache. Else a JSONL file of `{"messages": [...]}` rows.
+    pub source: Option<PathBuf>,
+    /// The cache folder of another run. None: this run's.
+    pub cache: Option<PathBuf>,
+    /// Share of the prompts that is held out for the validation loss.
+    pub validation_share: f64,
+    /// Longer examples are left out, and counted.
+    pub max_length: usize,
+    /// Finish reasons whose answers are trained on.
+    pub keep_finish_reasons: Vec<String>,
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            source: None,
+            cache: None,
+            validation_share: 0.02,
+            max_length: 1024,
+            keep_finish_reasons: ["stop", "eos", "end_turn"].map(String::from).to_vec(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Loss {
+    pub kd: Kd,
+    /// lambda: the share of the soft-label term where a position has soft labels.
+    pub kd_weight: f64,
+}
+
+impl Default for Loss {
+    fn default() -> Self {
+        Self {
+            kd: Kd::Tail,
+            kd_weight: 0.5,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kd {
+    /// Cross-entropy on the answers alone.
+    None,
+    /// KL on the teacher's top-k plus one bucket for all the rest.
+    Tail,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Train {
+    pub seed: u64,
+    /// Optimizer steps. None: as many as `epochs` makes.
+    pub steps: Option<u64>,
+    pub epochs: f64,
+    /// Examples per optimizer step.
+    pub batch_size: usize,
+    /// Examples per forward and backward pass; gradients accumulate up to `batch_size`.
+    pub micro_batch_size: usize,
+    pub learning_rate: f64,
+    /// The rate at the end, as a share of `learning_rate`.
+    pub min_learning_rate_ratio: f64,
+    pub warmup_steps: u64,
+    pub schedule: Schedule,
+    pub weight_decay: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    /// Largest global norm of the gradient; 0 for no clipping.
+    pub max_grad_norm: f64,
+    /// Validation and metrics line every so many steps; 0: at the end only.
+    pub eval_every: u64,
+    /// Checkpoint every so many steps; 0: at the end only.
+    pub checkpoint_every: u64,
+    /// Checkpoints kept; the newest ones.
+    pub keep_checkpoints: usize,
+    /// Threads for the arithmetic; 0: one per core.
+    pub threads: usize,
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            steps: None,
+            epochs: 3.0,
+            batch_size: 32,
+            micro_batch_size: 8,
+            learning_rate: 3e-4,
+            min_learning_rate_ratio: 0.1,
+            warmup_steps: 50,
+            schedule: Schedule::Cosine,
+            weight_decay: 0.01,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            eval_every: 100,
+            checkpoint_every: 200,
+            keep_checkpoints: 2,
+            threads: 0,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    Constant,
+    Linear,
+    Cosine,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Eval {
+    /// Held-out rows with truth, as JSONL; rendered through `prompts.template`.
+    pub source: Option<PathBuf>,
+    /// The field of a row that holds the true answer.
+    pub truth: String,
+    pub matching: Matching,
+    /// The cache folder of teacher answers to held-out prompts: perplexity, agreement and KL are
+    /// taken on it. None: the validation part of the training data.
+    pub teacher_cache: Option<PathBuf>,
+    /// The model folder to evaluate. None: the student of this run.
+    pub model: Option<PathBuf>,
+    pub max_tokens: u32,
+    pub batch_size: usize,
+    /// Use only the first so many rows.
+    pub limit: Option<usize>,
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Self {
+            source: None,
+            truth: "answer".into(),
+            matching: Matching::Exact,
+            teacher_cache: None,
+            model: None,
+            max_tokens: 512,
+            batch_size: 32,
+            limit: None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Matching {
+    /// The same text, white space at both ends aside.
+    Exact,
+    /// The same JSON value, whatever its key order and white space.
+    Json,
+}

@@ -1,0 +1,137 @@
+//! What the types of the settings cannot say.
+
+use anyhow::Result;
+
+use super::harvest::Lane;
+use super::mistake::usage;
+use super::settings::Config;
+use super::student::Init;
+
+fn check(holds: bool, message: &str) -> Result<()> {
+    if holds {
+        Ok(())
+    } else {
+        Err(usage(message.to_string()))
+    }
+}
+
+/// Refuses a config that cannot be meant.
+pub fn validate(config: &Config) -> Result<()> {
+    let share = |value: f64| (0.0..=1.0).contains(&value);
+    harvest(config)?;
+    check(
+        share(config.data.validation_share) && config.data.validation_share < 1.0,
+        "data.validation_share must be at least 0 and below 1",
+    )?;
+    check(
+        share(config.loss.kd_weight),
+        "loss.kd_weight must lie between 0 and 1",
+    )?;
+    let train = &config.train;
+    check(
+        train.batch_size > 0 && train.micro_batch_size > 0,
+        "train.batch_size and train.micro_batch_size must be at least 1",
+    )?;
+    check(
+        train.steps.is_some() || (train.epochs.is_finite() && train.epochs > 0.0),
+        "train.epochs must be above 0",
+    )?;
+    check(
+        train.learning_rate.is_finite() && train.learning_rate >= 0.0,
+        "train.learning_rate must be finite and not negative",
+    )?;
+    check(
+        share(train.beta1) && share(train.beta2) && train.beta1 < 1.0 && train.beta2 < 1.0,
+        "train.beta1 and train.beta2 must be at least 0 and below 1",
+    )?;
+    check(
+        config.eval.batch_size > 0,
+        "eval.batch_size must be at least 1",
+    )?;
+    let student = &config.student;
+    check(
+        student.init == Init::Pretrained
+            || (student.num_attention_heads > 0
+                && student
+                    .hidden_size
+                    .is_multiple_of(student.num_attention_heads)),
+        "student.hidden_size must be a multiple of student.num_attention_heads",
+    )
+}
+
+fn harvest(config: &Config) -> Result<()> {
+    check(
+        config.prompts.samples > 0,
+        "prompts.samples must be at least 1",
+    )?;
+    check(
+        config.retry.max_attempts > 0,
+        "retry.max_attempts must be at least 1",
+    )?;
+    check(
+        config
+            .budget
+            .usd
+            .is_none_or(|usd| usd.is_finite() && usd > 0.0),
+        "budget.usd must be above 0; leave it out for no limit",
+    )?;
+    let retry = &config.retry;
+    let mut waits = vec![retry.base_s, retry.max_s, retry.max_outage_s];
+    let lanes = config.lanes();
+    for teacher in lanes.iter().map(|lane| &lane.teacher) {
+        waits.extend([teacher.timeout_s, teacher.connect_timeout_s]);
+    }
+    check(
+        waits
+            .iter()
+            .all(|s| s.is_finite() && (0.0..=1e9).contains(s)),
+        "times in seconds must be finite and not negative",
+    )?;
+    for (index, lane) in lanes.iter().enumerate() {
+        self::lane(lane)?;
+        let label = lane.teacher.label();
+        check(
+            lanes[..index]
+                .iter()
+                .all(|other| other.teacher.label() != label),
+            &format!("two teachers are called {label:?}: give each a `name` of its own"),
+        )?;
+    }
+    Ok(())
+}
+
+fn lane(lane: &Lane) -> Result<()> {
+    check(
+        lane.sampling.top_logprobs <= 20,
+        "sampling.top_logprobs goes up to 20, the most that endpoints offer",
+    )?;
+    check(
+        lane.sampling.max_tokens > 0,
+        "sampling.max_tokens must be at least 1",
+    )?;
+    check(
+        lane.limits.concurrency > 0,
+        "limits.concurrency must be at least 1",
+    )?;
+    for limit in [
+        lane.limits.requests_per_minute.map(u64::from),
+        lane.limits.tokens_per_minute.map(u64::from),
+        lane.limits.requests_per_day,
+    ] {
+        check(
+            limit != Some(0),
+            "a limit per minute or day must be at least 1; leave it out for none",
+        )?;
+    }
+    check(
+        lane.teacher.share.is_finite() && lane.teacher.share > 0.0,
+        "teacher.share must be above 0",
+    )?;
+    for price in [lane.price.input, lane.price.cached_input, lane.price.output] {
+        check(
+            price.is_none_or(|price| price.is_finite() && price >= 0.0),
+            "a price must not be negative",
+        )?;
+    }
+    Ok(())
+}

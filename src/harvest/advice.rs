@@ -1,0 +1,122 @@
+//! What to do after a run, from its summary. Pure.
+
+use std::path::Path;
+
+use super::summary::Summary;
+use crate::terminal::{format_count, format_share};
+
+/// One sentence a step, the most pressing first.
+pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
+    let mut steps = Vec::new();
+    let asked = summary.ok + summary.quarantined;
+    let mut step = |holds: bool, text: String| {
+        if holds {
+            steps.push(text);
+        }
+    };
+    step(
+        summary.pending > 0,
+        format!(
+            "run the same command again: {} rows are pending, and nothing is asked twice",
+            format_count(summary.pending)
+        ),
+    );
+    step(
+        summary.failed > 0,
+        format!(
+            "look into {}: these rows are asked again by the same command",
+            failures.display()
+        ),
+    );
+    step(
+        summary.cut_off * 20 > asked,
+        format!(
+            "raise `sampling.max_tokens`: it cut off {} of the answers (this asks everything anew)",
+            format_share(summary.cut_off, asked)
+        ),
+    );
+    step(
+        summary.without_logprobs * 20 > asked,
+        format!(
+            "{} of the answers came without usable logprobs: `distill probe` tells what the \
+             endpoint offers",
+            format_share(summary.without_logprobs, asked)
+        ),
+    );
+    for used in &summary.used {
+        step(
+            used.throttled * 100 > used.requests,
+            format!(
+                "{} refused {} of the requests for their rate: lower `limits.requests_per_minute`, \
+                 `limits.tokens_per_minute` or `limits.concurrency`",
+                used.teacher,
+                format_share(used.throttled, used.requests)
+            ),
+        );
+        let share = used.share().unwrap_or(1.0);
+        step(
+            share < 0.5 && summary.seconds > 600.0 && used.throttled == 0,
+            format!(
+                "raise `limits.concurrency`: {} was used to {:.0} % of its rate limit",
+                used.teacher,
+                share * 100.0
+            ),
+        );
+    }
+    if steps.is_empty() && asked + summary.cached > 0 {
+        steps.push("train: `distill train` with the same config".into());
+    }
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::timeline::Used;
+    use super::*;
+
+    fn steps(summary: Summary) -> String {
+        next_steps(&summary, Path::new("run/failures.jsonl")).join("\n")
+    }
+
+    #[test]
+    fn a_good_run_leads_to_training_and_others_to_what_is_wrong() {
+        let good = Summary {
+            ok: 100,
+            ..Summary::default()
+        };
+        assert_eq!(steps(good), "train: `distill train` with the same config");
+        let bad = steps(Summary {
+            ok: 90,
+            cut_off: 45,
+            without_logprobs: 90,
+            failed: 2,
+            pending: 8,
+            seconds: 3_600.0,
+            used: vec![
+                Used {
+                    teacher: "slow".into(),
+                    requests: 10,
+                    requests_allowed: Some(100.0),
+                    ..Used::default()
+                },
+                Used {
+                    teacher: "strict".into(),
+                    requests: 100,
+                    throttled: 30,
+                    ..Used::default()
+                },
+            ],
+            ..Summary::default()
+        });
+        for part in [
+            "8 rows are pending",
+            "run/failures.jsonl",
+            "it cut off 50.0 %",
+            "100.0 % of the answers came without",
+            "slow was used to 10 %",
+            "strict refused 30.0 %",
+        ] {
+            assert!(bad.contains(part), "{part} is not in:\n{bad}");
+        }
+    }
+}

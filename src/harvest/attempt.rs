@@ -1,0 +1,120 @@
+//! One attempt, from the request body to the sealed line of the cache. It runs in a task of its own,
+//! so that top-k logprobs, megabytes of JSON a second, are read on every core.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use tokio::time::Instant;
+
+use super::clock::WallClock;
+use super::cost::Bound;
+use super::limiter::Departure;
+use super::limiter::headers::{self, Report};
+use super::plan::Plan;
+use super::queue::Entry;
+use super::record::record;
+use super::retry::{self, Trouble};
+use super::teacher::Transport;
+use crate::cache::Sealed;
+use crate::cache::record::{Status, Timing, Usage};
+
+/// A request on its way, and all that must be known when it comes back.
+pub struct Attempt {
+    pub lane: usize,
+    pub entry: Entry,
+    pub departure: Departure,
+    /// Dollars set aside for it.
+    pub reserved: f64,
+}
+
+/// What a request task brings back.
+pub struct Finished {
+    pub attempt: Attempt,
+    /// What the reply's headers say about limits.
+    pub reports: Vec<Report>,
+    pub result: Result<Box<Answered>, Trouble>,
+}
+
+/// An answer, ready to be appended.
+pub struct Answered {
+    pub sealed: Sealed,
+    pub status: Status,
+    pub reason: String,
+    pub is_cut_off: bool,
+    pub usage: Option<Usage>,
+    /// The most tokens that it can have used, for an answer without usage.
+    pub bound: Bound,
+    pub has_logprobs: bool,
+}
+
+/// Sends the request, waits for the reply, and makes a record of the answer.
+///
+/// # Errors
+/// Where a record cannot be encoded.
+pub async fn run(
+    plan: Arc<Plan>,
+    transport: Arc<dyn Transport>,
+    clock: WallClock,
+    attempt: Attempt,
+) -> Result<Finished> {
+    let row = &plan.rows[attempt.entry.row];
+    let prompt = row.prompt as usize;
+    let body = plan.body(attempt.lane, prompt, row.sample);
+    let sent_at = clock.now();
+    let started = Instant::now();
+    let reply = transport.ask(&body).await;
+    let latency = started.elapsed();
+    let now = clock.now().into();
+    let reports = match &reply {
+        Ok(reply) => headers::parse(&reply.headers, now),
+        Err(_) => Vec::new(),
+    };
+    let completion = match retry::classify(reply, now) {
+        Ok(completion) => *completion,
+        Err(trouble) => {
+            return Ok(Finished {
+                attempt,
+                reports,
+                result: Err(trouble),
+            });
+        }
+    };
+    let answer = &completion.answer;
+    let mut bound = plan.bound(attempt.lane, attempt.entry.row);
+    // What a model thinks in secret shows in no text.
+    if !plan.askings[attempt.lane].lane.sampling.reasoning {
+        let bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
+        bound.output_tokens = bound.output_tokens.min(bytes as u64 + 8);
+    }
+    let record = record(
+        &plan.askings[attempt.lane],
+        row,
+        &plan.prompts[prompt],
+        body,
+        completion,
+        timing(sent_at, latency, attempt.entry.failed + 1),
+    );
+    let answered = Answered {
+        sealed: Sealed::new(&record)?,
+        status: record.status,
+        is_cut_off: record.answer.finish_reason == "length",
+        usage: record.usage,
+        bound,
+        has_logprobs: record.logprobs.is_some(),
+        reason: record.reason,
+    };
+    Ok(Finished {
+        attempt,
+        reports,
+        result: Ok(Box::new(answered)),
+    })
+}
+
+fn timing(sent_at: jiff::Timestamp, latency: Duration, attempts: u32) -> Timing {
+    Timing {
+        sent_at: Timing::stamp(sent_at),
+        latency_ms: latency.as_millis() as u64,
+        attempts,
+    }
+}

@@ -1,0 +1,24 @@
+//! The wall clock, which stamps records, reads HTTP dates and opens the night window. All waiting
+//! uses tokio's monotonic clock.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+/// The machine's clock, or one that a test sets.
+#[derive(Clone)]
+pub struct WallClock(Arc<dyn Fn() -> Timestamp + Send + Sync>);
+
+impl WallClock {
+    pub fn system() -> WallClock {
+        WallClock(Arc::new(Timestamp::now))
+    }
+
+    pub fn from_fn(now: impl Fn() -> Timestamp + Send + Sync + 'static) -> WallClock {
+        WallClock(Arc::new(now))
+    }
+
+    pub fn now(&self) -> Timestamp {
+        (self.0)()
+    }
+}

@@ -1,0 +1,418 @@
+//! The server's own limits, as its headers tell them: one bucket for each thing that it counts.
+//!
+//! A reply's headers are as old as its request. What has left since is taken off and what has
+//! flowed back since is added, so the belief is right whether the server counted when the request
+//! came in or when the answer went out, as long as we send about as much as the limit lets in.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::headers::{Refill, Report, Resource};
+
+/// A full bucket is used up over about this long rather than at once: servers that grant 60 a
+/// minute may well refuse the second one within a second.
+const SPREAD: Duration = Duration::from_secs(60);
+
+/// What may leave ahead of an even pace.
+const BURST: Duration = Duration::from_secs(1);
+
+/// The period of a limit whose server does not tell it.
+const USUAL_PERIOD: Duration = Duration::from_secs(60);
+
+/// How much of each resource a request uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Cost {
+    pub input_tokens: u64,
+    pub output_tokens: u64,
+}
+
+impl Cost {
+    pub fn tokens(&self) -> u64 {
+        self.input_tokens + self.output_tokens
+    }
+
+    pub fn of(&self, resource: Resource) -> f64 {
+        let amount = match resource {
+            Resource::Requests => 1,
+            Resource::Tokens => self.tokens(),
+            Resource::InputTokens => self.input_tokens,
+            Resource::OutputTokens => self.output_tokens,
+        };
+        amount as f64
+    }
+}
+
+/// What a request that has left remembers, so that its reply can be understood.
+#[derive(Debug, Clone, Copy)]
+pub struct Departure {
+    pub at: Instant,
+    cost: Cost,
+    /// What each bucket had been charged in all, this request included.
+    charged: [f64; Resource::ALL.len()],
+}
+
+#[derive(Debug)]
+pub struct Mirror {
+    buckets: [Bucket; Resource::ALL.len()],
+}
+
+#[derive(Debug)]
+struct Bucket {
+    /// As reported; while only `remaining` is, the most that has been seen of it.
+    limit: Option<f64>,
+    refill: Refill,
+    /// What remained at the instant `at`; may be below zero.
+    level: f64,
+    at: Instant,
+    /// For a window: its end.
+    ends: Option<Instant>,
+    /// Departure of the request whose reply is believed.
+    as_of: Option<Instant>,
+    charged: f64,
+    /// When an even pace will have caught up with what has left.
+    paced_until: Instant,
+}
+
+impl Mirror {
+    pub fn new(now: Instant) -> Self {
+        let bucket = |_| Bucket {
+            limit: None,
+            refill: Refill::Unknown,
+            level: f64::INFINITY,
+            at: now,
+            ends: None,
+            as_of: None,
+            charged: 0.0,
+            paced_until: now,
+        };
+        Self {
+            buckets: Resource::ALL.map(bucket),
+        }
+    }
+
+    /// Whether a request may leave as far as the server's limits go; if not, when to ask again.
+    pub fn check(&self, cost: &Cost, now: Instant) -> Result<(), Instant> {
+        let waits = self.each(cost).filter_map(|(bucket, amount)| {
+            let until = bucket.free_at(amount, now);
+            (until > now).then_some(until)
+        });
+        waits.max().map_or(Ok(()), Err)
+    }
+
+    /// Takes note that the request leaves.
+    pub fn charge(&mut self, cost: Cost, now: Instant) -> Departure {
+        let mut charged = [0.0; Resource::ALL.len()];
+        for (index, resource) in Resource::ALL.into_iter().enumerate() {
+            let bucket = &mut self.buckets[index];
+            bucket.charge(cost.of(resource), now);
+            charged[index] = bucket.charged;
+        }
+        Departure {
+            at: now,
+            cost,
+            charged,
+        }
+    }
+
+    /// Believes what the reply to `departure` says.
+    pub fn sync(&mut self, reports: &[Report], departure: &Departure, now: Instant) {
+        for report in reports {
+            let index = report.resource as usize;
+            self.buckets[index].sync(report, departure, departure.charged[index], now);
+        }
+    }
+
+    /// Gives back what was charged for tokens that were not used, where the reply did not say
+    /// what remains.
+    pub fn refund(&mut self, departure: &Departure, used: &Cost, reports: &[Report]) {
+        for (index, resource) in Resource::ALL.into_iter().enumerate() {
+            let told = reports
+                .iter()
+                .any(|report| report.resource == resource && report.remaining.is_some());
+            let unused = departure.cost.of(resource) - used.of(resource);
+            let bucket = &mut self.buckets[index];
+            if !told && unused > 0.0 && resource != Resource::Requests {
+                bucket.level += unused;
+                bucket.charged -= unused;
+            }
+        }
+    }
+
+    /// The limits known, with what they grant in a minute.
+    pub fn per_minute(&self) -> impl Iterator<Item = (Resource, f64)> {
+        Resource::ALL
+            .into_iter()
+            .zip(&self.buckets)
+            .filter_map(|(resource, bucket)| {
+                let per_minute = bucket.limit? / bucket.period().as_secs_f64() * 60.0;
+                bucket.as_of.map(|_| (resource, per_minute))
+            })
+    }
+
+    /// The limit that is too small for a request of this cost, however long it waits.
+    pub fn too_small(&self, cost: &Cost) -> Option<(Resource, f64)> {
+        let known = Resource::ALL.into_iter().zip(&self.buckets);
+        known
+            .filter(|(resource, _)| *resource != Resource::Requests)
+            .filter_map(|(resource, bucket)| Some((resource, bucket.limit?)))
+            .find(|(resource, limit)| cost.of(*resource) > *limit)
+    }
+
+    fn each(&self, cost: &Cost) -> impl Iterator<Item = (&Bucket, f64)> {
+        Resource::ALL
+            .into_iter()
+            .zip(&self.buckets)
+            .map(|(resource, bucket)| (bucket, cost.of(resource)))
+            .filter(|(bucket, _)| bucket.as_of.is_some())
+    }
+}
+
+impl Bucket {
+    fn period(&self) -> Duration {
+        match self.refill {
+            Refill::Constant(period) => period,
+            Refill::AtReset | Refill::Unknown => USUAL_PERIOD,
+        }
+    }
+
+    /// Units a second that flow back.
+    fn rate(&self) -> f64 {
+        match (self.refill, self.limit) {
+            (Refill::AtReset, _) | (_, None) => 0.0,
+            (_, Some(limit)) => limit / self.period().as_secs_f64(),
+        }
+    }
+
+    fn level(&self, now: Instant) -> f64 {
+        let limit = self.limit.unwrap_or(f64::INFINITY);
+        if self.ends.is_some_and(|end| end <= now) {
+            return limit;
+        }
+        let elapsed = now.saturating_duration_since(self.at).as_secs_f64();
+        limit.min(self.level + self.rate() * elapsed)
+    }
+
+    /// When a request that uses `amount` may leave.
+    fn free_at(&self, amount: f64, now: Instant) -> Instant {
+        let limit = self.limit.unwrap_or(f64::INFINITY);
+        // What is larger than the limit goes out at a full bucket: the server will say no itself.
+        let missing = amount.min(limit) - self.level(now);
+        let filled = if missing <= 0.0 {
+            now
+        } else if let (Refill::AtReset, Some(end)) = (self.refill, self.ends) {
+            end
+        } else {
+            let seconds = missing / self.rate().max(1e-9);
+            now + Duration::try_from_secs_f64(seconds)
+                .unwrap_or(USUAL_PERIOD)
+                .clamp(Duration::from_millis(1), Duration::from_secs(86_400))
+        };
+        let paced = self.paced_until.checked_sub(BURST).unwrap_or(now);
+        filled.max(paced)
+    }
+
+    fn charge(&mut self, amount: f64, now: Instant) {
+        self.charged += amount;
+        if self.as_of.is_none() {
+            return;
+        }
+        let level = self.level(now);
+        if self.ends.is_some_and(|end| end <= now) {
+            self.ends = Some(now + USUAL_PERIOD);
+        }
+        let pace = match (self.refill, self.ends) {
+            (Refill::AtReset, Some(end)) => level / (end - now).max(BURST).as_secs_f64(),
+            _ => self.rate() + level.max(0.0) / SPREAD.as_secs_f64(),
+        };
+        self.level = level - amount;
+        self.at = now;
+        if pace.is_finite() && pace > 0.0 {
+            let time = Duration::try_from_secs_f64(amount / pace).unwrap_or(USUAL_PERIOD);
+            self.paced_until = self.paced_until.max(now) + time.min(USUAL_PERIOD);
+        }
+    }
+
+    fn sync(&mut self, report: &Report, departure: &Departure, charged_then: f64, now: Instant) {
+        if self.as_of.is_some_and(|as_of| departure.at < as_of) {
+            return;
+        }
+        let was_known = self.as_of.replace(departure.at).is_some();
+        self.limit = report.limit.or(match (self.limit, report.remaining) {
+            (Some(limit), Some(remaining)) => Some(limit.max(remaining)),
+            (limit, remaining) => limit.or(remaining),
+        });
+        match (self.refill, report.refill()) {
+            (_, Refill::Unknown) => {}
+            // One reply that looks like the end of a window may be a rounded reset time.
+            (Refill::Constant(_), Refill::AtReset) if was_known => self.refill = Refill::Unknown,
+            (_, refill) => self.refill = refill,
+        }
+        let since = self.charged - charged_then;
+        if let Some(remaining) = report.remaining {
+            let back = self.rate() * (now - departure.at).as_secs_f64();
+            let limit = self.limit.unwrap_or(f64::INFINITY);
+            self.level = (remaining + back).min(limit) - since;
+        } else if !was_known {
+            self.level = self.limit.unwrap_or(f64::INFINITY) - since;
+        } else {
+            self.level = self.level(now);
+        }
+        self.at = now;
+        self.ends = match (self.refill, report.reset) {
+            (Refill::AtReset, Some(reset)) => Some(now + reset),
+            _ => None,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::headers;
+    use super::*;
+    use reqwest::header::HeaderMap;
+    use std::time::SystemTime;
+
+    fn reports(limit: &str, remaining: &str, reset: &str) -> Vec<Report> {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [("limit", limit), ("remaining", remaining), ("reset", reset)] {
+            if !value.is_empty() {
+                let name: reqwest::header::HeaderName =
+                    format!("x-ratelimit-{name}-requests").parse().unwrap();
+                headers.insert(name, value.parse().unwrap());
+            }
+        }
+        headers::parse(&headers, SystemTime::UNIX_EPOCH)
+    }
+
+    const ONE: Cost = Cost {
+        input_tokens: 0,
+        output_tokens: 0,
+    };
+
+    fn after(now: Instant, seconds: f64) -> Instant {
+        now + Duration::from_secs_f64(seconds)
+    }
+
+    /// How many leave in the `seconds` from `start` when nothing but the mirror holds them.
+    fn departures(mirror: &mut Mirror, start: Instant, seconds: f64) -> u32 {
+        let (mut now, mut count) = (start, 0);
+        while now < after(start, seconds) {
+            match mirror.check(&ONE, now) {
+                Ok(()) => {
+                    mirror.charge(ONE, now);
+                    count += 1;
+                }
+                Err(until) => now = until,
+            }
+        }
+        count
+    }
+
+    #[test]
+    fn a_server_that_says_nothing_holds_nothing_back() {
+        let now = Instant::now();
+        let mut mirror = Mirror::new(now);
+        for _ in 0..10_000 {
+            mirror.check(&ONE, now).unwrap();
+            mirror.charge(ONE, now);
+        }
+        assert_eq!(mirror.per_minute().count(), 0);
+    }
+
+    #[test]
+    fn an_empty_bucket_is_used_at_its_rate_and_a_full_one_over_about_a_minute() {
+        let now = Instant::now();
+        let mut mirror = Mirror::new(now);
+        let departure = mirror.charge(ONE, now);
+        mirror.sync(&reports("600", "0", "60s"), &departure, now);
+        let count = departures(&mut mirror, now, 60.0);
+        assert!((590..=611).contains(&count), "{count}");
+        assert_eq!(
+            mirror.per_minute().next(),
+            Some((Resource::Requests, 600.0))
+        );
+
+        let mut mirror = Mirror::new(now);
+        let departure = mirror.charge(ONE, now);
+        mirror.sync(&reports("600", "599", "100ms"), &departure, now);
+        let first = departures(&mut mirror, now, 1.0);
+        assert!((20..=45).contains(&first), "{first} in the first second");
+        let count = first + departures(&mut mirror, after(now, 1.0), 59.0);
+        assert!((900..=1_200).contains(&count), "{count}");
+    }
+
+    #[test]
+    fn what_has_left_since_is_taken_off_and_older_replies_are_not_believed() {
+        let now = Instant::now();
+        let mut mirror = Mirror::new(now);
+        let first = mirror.charge(ONE, now);
+        let second = mirror.charge(ONE, after(now, 0.1));
+        for _ in 0..4 {
+            mirror.charge(ONE, after(now, 0.1));
+        }
+        let reply = after(now, 0.1);
+        mirror.sync(&reports("60", "5", "55s"), &second, reply);
+        assert!((mirror.buckets[0].level(reply) - 1.0).abs() < 1e-9);
+        mirror.sync(&reports("60", "59", "1s"), &first, reply);
+        assert!((mirror.buckets[0].level(reply) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn limits_that_change_are_followed() {
+        let now = Instant::now();
+        let mut mirror = Mirror::new(now);
+        let departure = mirror.charge(ONE, now);
+        mirror.sync(&reports("600", "0", "60s"), &departure, now);
+        let departure = mirror.charge(ONE, after(now, 1.0));
+        mirror.sync(&reports("60", "0", "60s"), &departure, after(now, 1.0));
+        let count = departures(&mut mirror, after(now, 1.0), 60.0);
+        assert!((55..=62).contains(&count), "{count}");
+    }
+
+    #[test]
+    fn a_window_that_is_used_up_is_waited_for() {
+        let now = Instant::now();
+        let mut mirror = Mirror::new(now);
+        let departure = mirror.charge(ONE, now);
+        mirror.sync(&reports("100", "0", "20"), &departure, now);
+        assert_eq!(mirror.check(&ONE, now), Err(after(now, 20.0)));
+        assert_eq!(mirror.check(&ONE, after(now, 20.0)), Ok(()));
+    }
+
+    #[test]
+    fn unused_tokens_come_back_where_the_server_does_not_count_them_itself() {
+        let now = Instant::now();
+        let mut mirror = Mirror::new(now);
+        let cost = Cost {
+            input_tokens: 10,
+            output_tokens: 90,
+        };
+        let report = |remaining: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("x-ratelimit-limit-tokens", "1000".parse().unwrap());
+            if !remaining.is_empty() {
+                headers.insert("x-ratelimit-remaining-tokens", remaining.parse().unwrap());
+            }
+            headers::parse(&headers, SystemTime::UNIX_EPOCH)
+        };
+        let departure = mirror.charge(cost, now);
+        let used = Cost {
+            input_tokens: 10,
+            output_tokens: 40,
+        };
+        mirror.sync(&report("500"), &departure, now);
+        mirror.refund(&departure, &used, &report("500"));
+        let tokens = Resource::Tokens as usize;
+        assert_eq!(mirror.buckets[tokens].level(now), 500.0);
+        let departure = mirror.charge(cost, now);
+        mirror.refund(&departure, &used, &report(""));
+        assert_eq!(mirror.buckets[tokens].level(now), 450.0);
+        let huge = Cost {
+            input_tokens: 2_000,
+            output_tokens: 0,
+        };
+        assert_eq!(mirror.too_small(&huge), Some((Resource::Tokens, 1000.0)));
+        assert_eq!(mirror.too_small(&cost), None);
+    }
+}

@@ -1,0 +1,179 @@
+//! The budget together with the ledger that makes it survive a kill.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use super::budget::{Bill, Budget, Spent};
+use super::clock::WallClock;
+use super::lane::Lane;
+use super::ledger::{InFlight, Ledger};
+use super::limiter::day::Day;
+use super::plan::Plan;
+use crate::config::{self, Price};
+use crate::exit::Exit;
+use crate::terminal::format_dollars;
+
+/// The reservation in the ledger is raised in steps of this factor, so that it is written rarely.
+const STEP: f64 = 2.0;
+
+pub struct Purse {
+    pub budget: Budget,
+    ledger: Ledger,
+    run_dir: PathBuf,
+    clock: WallClock,
+    /// Spent by this run.
+    now: Spent,
+    is_dirty: bool,
+}
+
+impl Purse {
+    /// Opens the books of the run folder. `measured` is what the records of the cache cost;
+    /// `most_in_flight` how many requests may be on their way at once.
+    pub fn open(
+        run_dir: &Path,
+        cap: Option<f64>,
+        measured: f64,
+        most_in_flight: u64,
+        clock: WallClock,
+    ) -> Result<(Purse, InFlight)> {
+        let mut ledger = Ledger::load(run_dir)?;
+        let lost = ledger.settle_kill(measured);
+        let before = Spent {
+            measured,
+            estimated: ledger.estimated_usd,
+        };
+        ledger.in_flight.requests = most_in_flight;
+        ledger.in_flight.budget_usd = cap;
+        ledger.save(run_dir)?;
+        let purse = Purse {
+            budget: Budget::new(cap, before),
+            ledger,
+            run_dir: run_dir.to_owned(),
+            clock,
+            now: Spent::default(),
+            is_dirty: false,
+        };
+        Ok((purse, lost))
+    }
+
+    /// The requests that earlier runs sent to this endpoint within a day.
+    pub fn day(&self, lane: &config::Lane) -> Day {
+        let now = self.clock.now();
+        let slots = self.ledger.day.get(lane.teacher.label());
+        let slots: Vec<_> = slots
+            .into_iter()
+            .flatten()
+            .map(|&(time, count)| ((now - time).get_seconds(), count))
+            .filter(|(age, _)| *age < 86_400)
+            .collect();
+        Day::new(lane.limits.requests_per_day, &slots, Instant::now())
+    }
+
+    /// Refuses a budget that the most expensive request does not fit into.
+    pub fn check_largest(&self, plan: &Plan, lane: &Lane) -> Result<()> {
+        let Some(cap) = self.budget.cap() else {
+            return Ok(());
+        };
+        let rows = plan.lanes[lane.index].clone();
+        let bounds = rows.map(|row| {
+            let bound = plan.bound(lane.index, row);
+            self.budget.bound(&bound, &lane.settings.price)
+        });
+        let most = bounds.fold(0.0, f64::max);
+        if most > cap {
+            return Err(Exit::Usage(format!(
+                "one request to {} may cost {}, more than `budget.usd` = {cap}: lower \
+                 `sampling.max_tokens` or raise the budget",
+                lane.settings.teacher.label(),
+                format_dollars(most)
+            ))
+            .into());
+        }
+        Ok(())
+    }
+
+    /// Sets the amount aside, if it fits, and durably so before anything may be billed.
+    pub fn reserve(&mut self, amount: f64) -> Result<bool> {
+        if !self.budget.reserve(amount) {
+            return Ok(false);
+        }
+        let reserved = self.budget.reserved();
+        if self.budget.cap().is_some() && reserved > self.ledger.in_flight.usd {
+            self.ledger.in_flight.usd = reserved * STEP;
+            self.save()?;
+        }
+        Ok(true)
+    }
+
+    pub fn settle(&mut self, reserved: f64, bill: Bill, price: &Price) -> Result<()> {
+        let spent = self.budget.settle(reserved, bill, price);
+        self.now.measured += spent.measured;
+        self.now.estimated += spent.estimated;
+        self.ledger.estimated_usd += spent.estimated;
+        self.ledger.attempts_lost += u64::from(bill == Bill::Possible);
+        self.is_dirty |= spent.estimated > 0.0 || bill == Bill::Possible;
+        // Until it is written, the upper bound of what is in flight still covers it ...
+        if spent.estimated > 0.0 && self.budget.cap().is_some() {
+            // ... and no longer than that.
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the day's requests ahead, where the limit asks for it.
+    pub fn before_sending(&mut self, lane: &mut Lane) -> Result<()> {
+        if lane.limiter.day.must_be_written() {
+            self.note_day(lane, false);
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    fn note_day(&mut self, lane: &mut Lane, last: bool) {
+        let now = self.clock.now();
+        let slots = lane.limiter.day.written(Instant::now(), last);
+        if slots.is_empty() {
+            return;
+        }
+        let at = |age: i64| Timestamp::from_second(now.as_second() - age).unwrap_or(now);
+        let slots = slots.into_iter().map(|(age, count)| (at(age), count));
+        self.ledger
+            .day
+            .insert(lane.settings.teacher.label().into(), slots.collect());
+        self.is_dirty = true;
+    }
+
+    /// Writes what has changed; about once a second.
+    pub fn tick(&mut self) -> Result<()> {
+        match self.is_dirty {
+            true => self.save(),
+            false => Ok(()),
+        }
+    }
+
+    /// Closes the books: what is still in flight, after a second signal, counts as possibly billed.
+    pub fn close(&mut self, lanes: &mut [Lane], still_in_flight: u64) -> Result<()> {
+        for lane in lanes {
+            self.note_day(lane, true);
+        }
+        let reserved = self.budget.reserved();
+        self.now.estimated += reserved;
+        self.ledger.estimated_usd += reserved;
+        self.ledger.attempts_lost += still_in_flight;
+        self.ledger.in_flight = InFlight::default();
+        self.save()
+    }
+
+    /// Spent by this run so far.
+    pub fn spent_now(&self) -> Spent {
+        self.now
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.is_dirty = false;
+        self.ledger.save(&self.run_dir)
+    }
+}

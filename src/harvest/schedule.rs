@@ -1,0 +1,241 @@
+//! The night: from when to when requests may leave, and when it is over. Pure: the time is an
+//! argument.
+//!
+//! Times of day are those of the wall clock in the configured zone, so a window from 22:00 to 06:30
+//! is an hour longer or shorter in the night in which the clocks change.
+
+use anyhow::{Result, anyhow};
+use jiff::civil::{DateTime, Time};
+use jiff::tz::TimeZone;
+use jiff::{Timestamp, ToSpan};
+
+use crate::config::Night;
+use crate::exit::Exit;
+
+#[derive(Debug, Clone)]
+pub struct Schedule {
+    window: Option<(Time, Time)>,
+    deadline: Option<Timestamp>,
+    zone: TimeZone,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Open,
+    /// Outside the window, which opens then.
+    Closed(Timestamp),
+    /// The deadline has passed.
+    Over,
+}
+
+impl Schedule {
+    /// A deadline without a date is the next one after `now`.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] where a time cannot be read.
+    pub fn new(night: &Night, now: Timestamp) -> Result<Schedule> {
+        let zone = match &night.timezone {
+            Some(name) => TimeZone::get(name).map_err(|_| {
+                usage(format!(
+                    "schedule.timezone = {name:?} is no time zone: name one as \"Europe/Berlin\""
+                ))
+            })?,
+            None => TimeZone::system(),
+        };
+        let window = night.window.as_deref().map(parse_window).transpose()?;
+        let deadline = night
+            .deadline
+            .as_deref()
+            .map(|text| parse_deadline(text, now, &zone))
+            .transpose()?;
+        Ok(Schedule {
+            window,
+            deadline,
+            zone,
+        })
+    }
+
+    pub fn state(&self, now: Timestamp) -> State {
+        if self.deadline.is_some_and(|deadline| deadline <= now) {
+            return State::Over;
+        }
+        let Some((opens, closes)) = self.window else {
+            return State::Open;
+        };
+        let local = now.to_zoned(self.zone.clone());
+        let time = local.time();
+        let is_open = match opens < closes {
+            true => opens <= time && time < closes,
+            false => opens <= time || time < closes,
+        };
+        if is_open {
+            return State::Open;
+        }
+        let today = local.date().to_datetime(opens);
+        let next = match time < opens {
+            true => Ok(today),
+            false => today.checked_add(1.day()),
+        };
+        // A time that comes twice on this day may be meant the second time.
+        let opening = next.and_then(|next| {
+            let opening = next.to_zoned(self.zone.clone())?;
+            match opening.timestamp() > now {
+                true => Ok(opening),
+                false => self.zone.to_ambiguous_zoned(next).later(),
+            }
+        });
+        // Beyond the end of the calendar there is nothing to wait for.
+        State::Closed(opening.map_or(now, |opening| opening.timestamp()))
+    }
+
+    /// The time of day there, as people write it.
+    pub fn show(&self, time: Timestamp) -> String {
+        time.to_zoned(self.zone.clone())
+            .strftime("%Y-%m-%d %H:%M")
+            .to_string()
+    }
+}
+
+fn parse_window(text: &str) -> Result<(Time, Time)> {
+    let times = text.split_once('-').and_then(|(opens, closes)| {
+        let opens: Time = opens.trim().parse().ok()?;
+        let closes: Time = closes.trim().parse().ok()?;
+        (opens != closes).then_some((opens, closes))
+    });
+    times.ok_or_else(|| {
+        usage(format!(
+            "schedule.window = {text:?} is no window: write two times of day, as \"22:00-06:30\""
+        ))
+    })
+}
+
+fn parse_deadline(text: &str, now: Timestamp, zone: &TimeZone) -> Result<Timestamp> {
+    if let Ok(time) = text.parse::<Timestamp>() {
+        return Ok(time);
+    }
+    let unreadable = || {
+        usage(format!(
+            "schedule.deadline = {text:?} is no time: write \"06:30\", \"2026-11-23 06:30\" or an \
+             RFC 3339 time stamp"
+        ))
+    };
+    let at = |civil: DateTime| -> Result<Timestamp> {
+        let zoned = civil.to_zoned(zone.clone()).map_err(|_| unreadable())?;
+        Ok(zoned.timestamp())
+    };
+    if let Ok(civil) = text.parse::<DateTime>() {
+        return at(civil);
+    }
+    if let Ok(time) = text.parse::<Time>() {
+        let today = now.to_zoned(zone.clone()).date().to_datetime(time);
+        let deadline = at(today)?;
+        return match deadline > now {
+            true => Ok(deadline),
+            false => at(today.checked_add(1.day()).map_err(|_| unreadable())?),
+        };
+    }
+    Err(unreadable())
+}
+
+fn usage(message: String) -> anyhow::Error {
+    anyhow!(Exit::Usage(message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn night(window: &str, deadline: &str) -> Night {
+        let some = |text: &str| (!text.is_empty()).then(|| text.to_string());
+        Night {
+            window: some(window),
+            deadline: some(deadline),
+            timezone: Some("Europe/Berlin".into()),
+        }
+    }
+
+    fn at(text: &str) -> Timestamp {
+        let civil: DateTime = text.parse().unwrap();
+        civil.in_tz("Europe/Berlin").unwrap().timestamp()
+    }
+
+    fn states(window: &str, times: &[&str]) -> Vec<String> {
+        let schedule = Schedule::new(&night(window, ""), at(times[0])).unwrap();
+        times
+            .iter()
+            .map(|time| match schedule.state(at(time)) {
+                State::Open => "open".into(),
+                State::Closed(until) => schedule.show(until),
+                State::Over => "over".into(),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_window_may_cross_midnight() {
+        let times = [
+            "2026-11-22 21:59",
+            "2026-11-22 22:00",
+            "2026-11-23 03:00",
+            "2026-11-23 06:30",
+        ];
+        let expected = ["2026-11-22 22:00", "open", "open", "2026-11-23 22:00"];
+        assert_eq!(states("22:00-06:30", &times), expected);
+        let expected = [
+            "2026-11-23 01:00",
+            "2026-11-23 01:00",
+            "open",
+            "2026-11-24 01:00",
+        ];
+        assert_eq!(states("01:00 - 05:00", &times), expected);
+    }
+
+    #[test]
+    fn the_clocks_may_change_inside_the_window() {
+        // 02:00 to 03:00 does not exist on the day in March, and comes twice on that in October.
+        let schedule = Schedule::new(&night("02:30-04:00", ""), at("2026-03-29 00:00")).unwrap();
+        let before = at("2026-03-29 01:59");
+        let State::Closed(until) = schedule.state(before) else {
+            panic!("it is open");
+        };
+        assert!(until > before && schedule.show(until) == "2026-03-29 03:30");
+        assert_eq!(schedule.state(at("2026-03-29 03:00")), State::Open);
+
+        let schedule = Schedule::new(&night("02:15-02:45", ""), before).unwrap();
+        let first = at("2026-10-25 02:30");
+        assert_eq!(schedule.state(first), State::Open);
+        let again = first.checked_add(1.hour()).unwrap();
+        assert_eq!(schedule.state(again), State::Open);
+        let between = first.checked_add(30.minutes()).unwrap();
+        assert!(matches!(schedule.state(between), State::Closed(until) if until > between));
+    }
+
+    #[test]
+    fn a_deadline_is_the_next_one() {
+        let deadline = |text: &str| {
+            let schedule = Schedule::new(&night("", text), at("2026-11-22 22:00")).unwrap();
+            schedule.show(schedule.deadline.unwrap())
+        };
+        assert_eq!(deadline("06:30"), "2026-11-23 06:30");
+        assert_eq!(deadline("22:30"), "2026-11-22 22:30");
+        assert_eq!(deadline("2026-12-01 05:00"), "2026-12-01 05:00");
+        assert_eq!(deadline("2026-11-23T00:00:00Z"), "2026-11-23 01:00");
+        let schedule = Schedule::new(&night("", "06:30"), at("2026-11-22 22:00")).unwrap();
+        assert_eq!(schedule.state(at("2026-11-23 06:29")), State::Open);
+        assert_eq!(schedule.state(at("2026-11-23 06:30")), State::Over);
+    }
+
+    #[test]
+    fn what_is_no_time_is_named() {
+        for (window, deadline, part) in [
+            ("22-6", "", "schedule.window"),
+            ("22:00-22:00", "", "schedule.window"),
+            ("", "tomorrow", "schedule.deadline"),
+        ] {
+            let error = Schedule::new(&night(window, deadline), at("2026-11-22 22:00"));
+            let error = error.unwrap_err();
+            assert!(error.to_string().contains(part), "{error}");
+            assert_eq!(Exit::code_of(&error), 2);
+        }
+    }
+}

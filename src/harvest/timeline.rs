@@ -1,0 +1,164 @@
+//! How the run went over time: hour by hour, and what was used of what the limits allowed.
+
+use serde::Serialize;
+use tokio::time::Instant;
+
+/// What the run did in one hour of its own, counted from its start.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Hour {
+    /// RFC 3339, in UTC.
+    pub start: String,
+    pub requests: u64,
+    pub answered: u64,
+    pub failed_attempts: u64,
+    /// Seconds of this hour that belong to the run.
+    pub seconds: f64,
+    /// Of these, outside the window.
+    pub closed_s: f64,
+    /// Of these, waiting because an endpoint asked for it or was out of order.
+    pub waiting_s: f64,
+}
+
+/// What one endpoint was sent, beside what its limits and the user's allowed while there was
+/// something to send.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Used {
+    pub teacher: String,
+    pub requests: u64,
+    /// None where no limit is known.
+    pub requests_allowed: Option<f64>,
+    /// As limits count them: prompt estimate and `max_tokens`.
+    pub tokens: u64,
+    pub tokens_allowed: Option<f64>,
+    pub throttled: u64,
+    /// Seconds in which there was something to send.
+    pub open_s: f64,
+}
+
+impl Used {
+    /// Adds a stretch of time in which the lane had something to send.
+    pub fn pass(&mut self, seconds: f64, per_minute: (Option<f64>, Option<f64>)) {
+        let add = |allowed: &mut Option<f64>, per_minute: Option<f64>, before: f64| {
+            if let Some(per_minute) = per_minute {
+                // A limit that is learned from headers held from the start.
+                let earlier = per_minute * before / 60.0;
+                *allowed = Some(allowed.unwrap_or(earlier) + per_minute * seconds / 60.0);
+            }
+        };
+        add(&mut self.requests_allowed, per_minute.0, self.open_s);
+        add(&mut self.tokens_allowed, per_minute.1, self.open_s);
+        self.open_s += seconds;
+    }
+
+    /// The share of the limit that was used, of whichever limit was closest.
+    pub fn share(&self) -> Option<f64> {
+        let share = |used: u64, allowed: Option<f64>| {
+            allowed
+                .filter(|allowed| *allowed > 0.0)
+                .map(|allowed| used as f64 / allowed)
+        };
+        let requests = share(self.requests, self.requests_allowed);
+        let tokens = share(self.tokens, self.tokens_allowed);
+        match (requests, tokens) {
+            (Some(requests), Some(tokens)) => Some(requests.max(tokens)),
+            (requests, tokens) => requests.or(tokens),
+        }
+    }
+}
+
+/// The hours of a run, and the time that has not been told to anybody yet.
+#[derive(Debug)]
+pub struct Timeline {
+    started: Instant,
+    last: Instant,
+    pub hours: Vec<Hour>,
+    start: jiff::Timestamp,
+}
+
+impl Timeline {
+    pub fn new(now: Instant, start: jiff::Timestamp) -> Self {
+        let mut timeline = Self {
+            started: now,
+            last: now,
+            hours: Vec::new(),
+            start,
+        };
+        timeline.hour(now);
+        timeline
+    }
+
+    /// The hour that it is.
+    pub fn hour(&mut self, now: Instant) -> &mut Hour {
+        let index = (now - self.started).as_secs() / 3_600;
+        while self.hours.len() as u64 <= index {
+            let seconds = self.hours.len() as i64 * 3_600;
+            let start = jiff::SignedDuration::from_secs(seconds);
+            let start = self.start.checked_add(start).unwrap_or(self.start);
+            self.hours.push(Hour {
+                start: format!("{start:.0}"),
+                ..Hour::default()
+            });
+        }
+        &mut self.hours[index as usize]
+    }
+
+    /// The seconds since the last call, which are the hour's.
+    pub fn pass(&mut self, now: Instant) -> f64 {
+        let seconds = (now - self.last).as_secs_f64();
+        self.last = now;
+        self.hour(now).seconds += seconds;
+        seconds
+    }
+}
+
+/// The hour with the fewest answers for the time in which it was allowed to ask, among whole ones.
+pub fn slowest(hours: &[Hour]) -> Option<&Hour> {
+    let rate = |hour: &Hour| hour.answered as f64 / (hour.seconds - hour.closed_s);
+    hours
+        .iter()
+        .filter(|hour| hour.seconds - hour.closed_s > 1_800.0)
+        .min_by(|a, b| rate(a).total_cmp(&rate(b)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_slowest_hour_is_found_among_those_that_could_ask() {
+        let start = Instant::now();
+        let wall = "2026-11-22T22:00:00Z".parse().unwrap();
+        let mut timeline = Timeline::new(start, wall);
+        for minute in 0..180 {
+            let now = start + Duration::from_secs(60 * minute + 59);
+            timeline.pass(now);
+            timeline.hour(now).answered += if minute / 60 == 1 { 3 } else { 10 };
+        }
+        assert_eq!(timeline.hours.len(), 3);
+        let slow = slowest(&timeline.hours).unwrap();
+        assert_eq!(
+            (slow.start.as_str(), slow.answered),
+            ("2026-11-22T23:00:00Z", 180)
+        );
+        timeline.hours[1].closed_s = 3_500.0;
+        assert_ne!(slowest(&timeline.hours).unwrap().answered, 180);
+        assert_eq!(slowest(&[]), None);
+    }
+
+    #[test]
+    fn what_is_used_is_compared_with_what_was_allowed() {
+        let mut used = Used {
+            requests: 90,
+            tokens: 100,
+            ..Used::default()
+        };
+        assert_eq!(used.share(), None);
+        used.pass(30.0, (None, None));
+        used.pass(30.0, (Some(100.0), None));
+        assert_eq!(used.share(), Some(0.9));
+        used.pass(60.0, (Some(50.0), Some(50.0)));
+        assert_eq!(used.requests_allowed, Some(150.0));
+        assert_eq!(used.share(), Some(1.0));
+    }
+}

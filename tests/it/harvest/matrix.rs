@@ -1,0 +1,279 @@
+//! Row F of the test matrix: every fault of a teacher, once, twice and always, at one row among
+//! good ones.
+
+use std::collections::BTreeSet;
+
+use distill::config::Config;
+use distill::serve::mock::script::Kind;
+use distill::serve::mock::{self, Script};
+
+use super::nights::Night;
+use super::{Run, end};
+
+/// What a fault that never ends does.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Always {
+    /// The answer is kept, fault and all.
+    Kept,
+    /// It is kept, and not to be trained on.
+    Quarantined,
+    /// The row fails under this name, after so many attempts.
+    Fails(&'static str, u64),
+    /// The run stops: no request can succeed.
+    Stops,
+    /// The run waits as long as it is told to, and ends as resumable when nothing else is left.
+    Waits,
+}
+
+use Always::{Fails, Kept, Quarantined, Stops, Waits};
+
+/// The fault as the script spells it, and what it leads to.
+const FAULTS: [(&str, Always); 56] = [
+    ("kind = \"http 429\"\nretry_after = \"none\"", Waits),
+    (
+        "kind = \"http 429\"\nretry_after = \"seconds\"\nretry_after_s = 2.0",
+        Waits,
+    ),
+    (
+        "kind = \"http 429\"\nretry_after = \"float\"\nretry_after_s = 1.5",
+        Waits,
+    ),
+    ("kind = \"http 429\"\nretry_after = \"past_date\"", Waits),
+    ("kind = \"http 429\"\nretry_after = \"far_date\"", Waits),
+    (
+        "kind = \"http 429\"\nretry_after = \"date\"\nretry_after_s = 5.0",
+        Waits,
+    ),
+    (
+        "kind = \"http 429\"\nretry_after = \"ms\"\nretry_after_s = 0.25",
+        Waits,
+    ),
+    (
+        "kind = \"http 429\"\nretry_after = \"words\"\nretry_after_s = 1.0",
+        Waits,
+    ),
+    ("kind = \"http 429\"\nretry_after = \"garbage\"", Waits),
+    (
+        "kind = \"http 503\"\nretry_after = \"seconds\"\nretry_after_s = 3.0",
+        Waits,
+    ),
+    (
+        "kind = \"http 529\"\nretry_after = \"seconds\"\nretry_after_s = 3.0",
+        Waits,
+    ),
+    ("kind = \"html 429\"", Waits),
+    ("kind = \"insufficient_quota\"", Stops),
+    ("kind = \"html 502\"", Fails("http 502", 6)),
+    ("kind = \"http 500\"", Fails("http 500", 6)),
+    ("kind = \"http 503\"", Fails("http 503", 6)),
+    ("kind = \"http 504\"", Fails("http 504", 6)),
+    ("kind = \"http 529\"", Fails("http 529", 6)),
+    ("kind = \"http 520\"", Fails("http 520", 6)),
+    ("kind = \"http 408\"", Fails("http 408", 6)),
+    ("kind = \"http 409\"", Fails("http 409", 6)),
+    ("kind = \"http 425\"", Fails("http 425", 6)),
+    ("kind = \"http 400\"", Fails("http 400", 1)),
+    ("kind = \"http 401\"", Stops),
+    ("kind = \"http 402\"", Stops),
+    ("kind = \"http 403\"", Stops),
+    ("kind = \"http 404\"", Fails("http 404", 1)),
+    ("kind = \"http 413\"", Fails("http 413", 1)),
+    ("kind = \"http 422\"", Fails("http 422", 1)),
+    ("kind = \"redirect\"", Stops),
+    ("kind = \"refused\"", Fails("unreachable", 6)),
+    ("kind = \"reset\"", Fails("connection lost", 6)),
+    ("kind = \"stall\"", Fails("timeout", 6)),
+    ("kind = \"reset in body\"", Fails("connection lost", 6)),
+    ("kind = \"short body\"", Fails("connection lost", 6)),
+    ("kind = \"unfinished chunks\"", Fails("connection lost", 6)),
+    ("kind = \"stall in body\"", Fails("timeout", 6)),
+    ("kind = \"drip\"\ninterval_s = 0.001", Kept),
+    ("kind = \"blank lines\"\ninterval_s = 0.001", Kept),
+    ("kind = \"empty\"", Fails("malformed", 6)),
+    ("kind = \"truncated\"", Fails("malformed", 6)),
+    ("kind = \"error in 200\"", Fails("http 502", 6)),
+    ("kind = \"bad utf-8\"", Fails("malformed", 6)),
+    ("kind = \"no choices\"", Fails("malformed", 6)),
+    ("kind = \"deep json\"", Fails("malformed", 6)),
+    ("kind = \"null content\"", Quarantined),
+    ("kind = \"unknown finish_reason\"", Kept),
+    ("kind = \"float created\"", Kept),
+    ("kind = \"other model\"", Kept),
+    ("kind = \"no usage\"", Kept),
+    ("kind = \"refusal\"", Quarantined),
+    ("kind = \"content_filter\"", Quarantined),
+    ("kind = \"length\"", Kept),
+    ("kind = \"logprobs null\"", Kept),
+    ("kind = \"logprobs nan\"", Kept),
+    ("kind = \"logprobs sentinel\"", Kept),
+];
+
+fn night(fault: &str, when: &str) -> Night {
+    let script =
+        format!("[answers]\nlatency_s = 1.0\n[[faults]]\nmatching = \"number 1\"\n{fault}\n{when}");
+    Night::new(&script, 4, |config: &mut Config| {
+        config.limits.concurrency = 2;
+        config.sampling.top_logprobs = 5;
+        config.teacher.timeout_s = 60.0;
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn once_or_twice_costs_attempts_and_always_costs_the_row_at_most() {
+    for (fault, always) in FAULTS {
+        for (times, when) in [(1, "first = 1"), (2, "first = 2")] {
+            let night = night(fault, when);
+            let summary = night.harvest().await;
+            let told = format!("{times} x {fault}: {summary:?}");
+            match always {
+                Stops => {
+                    let again = night.harvest().await;
+                    let last = if times == 1 {
+                        again
+                    } else {
+                        night.harvest().await
+                    };
+                    assert_eq!(end(&summary).0, 1, "{told}");
+                    assert_eq!((last.pending, end(&last).0), (0, 0), "{told}");
+                }
+                Fails(_, 1) => {
+                    assert_eq!((summary.ok, summary.failed), (3, 1), "{told}");
+                }
+                Kept | Quarantined => assert_eq!(summary.requests, 4, "{told}"),
+                Fails(..) | Waits => {
+                    assert_eq!((summary.ok, end(&summary).0), (4, 0), "{told}");
+                    assert_eq!(summary.requests, 4 + times, "{told}");
+                }
+            }
+        }
+
+        let night = night(fault, "");
+        let summary = night.harvest().await;
+        let (code, message) = end(&summary);
+        let told = format!("always {fault}: {summary:?}");
+        match always {
+            Kept => assert_eq!((summary.ok, code), (4, 0), "{told}"),
+            Quarantined => assert_eq!((summary.ok, summary.quarantined), (3, 1), "{told}"),
+            Fails(class, attempts) => {
+                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{told}");
+                assert_eq!(summary.failures.get(class), Some(&1), "{told}");
+                assert_eq!(summary.requests, 3 + attempts, "{told}");
+            }
+            Stops => assert!(code == 1 && !message.is_empty(), "{told}"),
+            Waits => {
+                assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{told}");
+                assert!(summary.requests < 200, "{told}");
+            }
+        }
+        let stats = night.mock.stats();
+        assert!(
+            stats.bodies_by_times_billed.keys().all(|times| *times <= 6),
+            "{told}"
+        );
+    }
+}
+
+/// What the mock can do and the table does not hold is shown in tests of its own.
+#[test]
+fn no_fault_is_forgotten() {
+    let elsewhere = [
+        "huge body",
+        "logprobs fewer",
+        "logprobs inf",
+        "logprobs duplicates",
+        "logprobs without chosen",
+    ];
+    let known: BTreeSet<String> = FAULTS
+        .iter()
+        .map(|(fault, _)| fault.split('"').nth(1).unwrap().to_string())
+        .chain(elsewhere.map(String::from))
+        .collect();
+    for kind in Kind::all() {
+        let name = serde_json::to_value(kind).unwrap();
+        let name = name.as_str().unwrap().to_string();
+        assert!(known.contains(&name), "{name} is in no test");
+    }
+}
+
+/// Below HTTP, over real TCP: each of these costs one attempt.
+#[tokio::test(flavor = "multi_thread")]
+async fn on_the_wire_it_is_the_same() {
+    let faults = [
+        "reset",
+        "stall",
+        "reset in body",
+        "short body",
+        "unfinished chunks",
+        "stall in body",
+        "truncated",
+        "deep json",
+        "huge body",
+    ];
+    for kind in faults {
+        let size = if kind == "huge body" {
+            "size = 70000000"
+        } else {
+            ""
+        };
+        let script = format!("[[faults]]\nkind = \"{kind}\"\nfirst = 1\nmatching = \"b\"\n{size}");
+        let script = Script::parse("fault.toml".as_ref(), &script).unwrap();
+        let server = mock::start(script, [127, 0, 0, 1].into(), 0).unwrap();
+        let mut run = Run::at(&server.base_url(), &["a", "b", "c"]);
+        run.config.teacher.model = "mock".into();
+        run.config.teacher.timeout_s = 0.3;
+        let summary = run.harvest().await;
+        let told = format!("{kind}: {summary:?}");
+        match kind {
+            // 64 MiB of answer are never asked for again.
+            "huge body" => assert_eq!((summary.ok, summary.failed), (2, 1), "{told}"),
+            _ => assert_eq!((summary.ok, summary.requests), (3, 4), "{told}"),
+        }
+        let stats = server.stop();
+        assert_eq!(stats.faults.values().sum::<u64>(), 1, "{told}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn broken_logprobs_cost_no_answer_and_are_counted() {
+    for (kind, without) in [
+        ("logprobs null", 1),
+        ("logprobs fewer", 0),
+        ("logprobs nan", 0),
+        ("logprobs inf", 0),
+        ("logprobs sentinel", 0),
+        ("logprobs duplicates", 0),
+        ("logprobs without chosen", 0),
+    ] {
+        let night = night(&format!("kind = \"{kind}\""), "");
+        let summary = night.harvest().await;
+        assert_eq!(
+            (summary.ok, summary.without_logprobs),
+            (4, without),
+            "{kind}"
+        );
+        for record in night.run.records() {
+            let Some(logprobs) = record.logprobs else {
+                continue;
+            };
+            let values = logprobs
+                .logprob
+                .iter()
+                .chain(logprobs.top_logprob.iter().flatten());
+            for value in values.flatten() {
+                assert!(value.is_finite() && *value > -9999.0, "{kind}: {value}");
+            }
+        }
+    }
+}
+
+/// Answers that are cut off or refused have been paid for: nobody buys them twice.
+#[tokio::test(start_paused = true)]
+async fn nothing_that_was_answered_is_bought_again() {
+    for kind in ["length", "refusal", "content_filter", "null content"] {
+        let night = night(&format!("kind = \"{kind}\""), "");
+        night.harvest().await;
+        let again = night.harvest().await;
+        assert_eq!((again.requests, again.cached), (0, 4), "{kind}");
+        assert_eq!(night.mock.stats().billed.answers, 4, "{kind}");
+    }
+}

@@ -1,0 +1,374 @@
+//! Whole nights against a scripted teacher, on the paused clock: everything goes wrong, the process
+//! is killed now and then, and in the morning every promise holds.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use distill::config::{Config, Durability};
+use distill::harvest::{self, Fault, HarvestOptions, Reply, Summary, Transport, WallClock};
+use distill::serve::mock::{Mock, Reaction, Request, Script, Stats};
+use distill::signal::Signals;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use reqwest::header::HeaderMap;
+use serde_json::Value;
+use tokio::sync::mpsc::unbounded_channel;
+use tokio::time::{Instant, sleep};
+
+use super::Run;
+
+/// A scripted teacher in the place of the network.
+struct Simulated {
+    mock: Arc<Mock>,
+    timeout: Duration,
+}
+
+impl Transport for Simulated {
+    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+        async move {
+            let body = body.to_string();
+            let answer = async {
+                match self.mock.respond(Request::chat(body.as_bytes())).await {
+                    Reaction::Reply(reply) => Ok(whole(reply)),
+                    Reaction::Refused => Err(Fault::Unreachable("connection refused".into())),
+                    Reaction::StallInBody(_) => std::future::pending().await,
+                    Reaction::Drip {
+                        reply,
+                        slow,
+                        interval,
+                    } => {
+                        sleep(interval * slow as u32).await;
+                        Ok(whole(reply))
+                    }
+                    Reaction::Reset
+                    | Reaction::ResetInBody(_)
+                    | Reaction::ShortBody(_)
+                    | Reaction::UnfinishedChunks(_) => Err(Fault::Broken("reset".into())),
+                }
+            };
+            let reply = tokio::time::timeout(self.timeout, answer).await;
+            reply.unwrap_or(Err(Fault::Timeout))
+        }
+        .boxed()
+    }
+}
+
+fn whole(reply: distill::serve::mock::Reply) -> Reply {
+    let mut headers = HeaderMap::new();
+    for (name, value) in &reply.headers {
+        let name: reqwest::header::HeaderName = name.parse().unwrap();
+        headers.insert(name, value.parse().unwrap());
+    }
+    Reply {
+        status: reply.status,
+        headers,
+        body: reply.body,
+    }
+}
+
+/// A night under way: the run folder, the teacher, and the wall clock, which goes with tokio's.
+pub struct Night {
+    pub run: Run,
+    pub mock: Arc<Mock>,
+    pub clock: WallClock,
+}
+
+pub const EVENING: &str = "2026-11-22T20:00:00Z";
+
+impl Night {
+    pub fn new(script: &str, prompts: usize, change: impl FnOnce(&mut Config)) -> Night {
+        let script = Script::parse("night.toml".as_ref(), script).unwrap();
+        let prompts: Vec<_> = (0..prompts)
+            .map(|number| format!("prompt number {number}"))
+            .collect();
+        let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
+        let mut run = Run::at("http://localhost:1/v1", &prompts);
+        run.config.teacher.model = "mock".into();
+        run.config.retry = distill::config::Retry::default();
+        run.config.cache.durability = Durability::None;
+        run.config.sampling.top_logprobs = 0;
+        run.config.schedule.timezone = Some("UTC".into());
+        change(&mut run.config);
+        let (start, evening) = (Instant::now(), EVENING.parse::<jiff::Timestamp>().unwrap());
+        let clock = WallClock::from_fn(move || {
+            let elapsed = jiff::SignedDuration::try_from(start.elapsed()).unwrap();
+            evening.checked_add(elapsed).unwrap()
+        });
+        Night {
+            run,
+            mock: Arc::new(Mock::at(script, SystemTime::from(evening))),
+            clock,
+        }
+    }
+
+    /// Runs until the harvest ends, or until it is killed after `life`: as by `kill -9`, nothing of
+    /// it runs on. None: it was killed.
+    pub async fn harvest_for(&self, life: Option<Duration>) -> Option<Summary> {
+        let (_sender, receiver) = unbounded_channel();
+        let transport = Simulated {
+            mock: Arc::clone(&self.mock),
+            timeout: Duration::from_secs_f64(self.run.config.teacher.timeout_s),
+        };
+        let options = HarvestOptions {
+            quiet: true,
+            ..HarvestOptions::default()
+        };
+        let run = harvest::run_over(
+            &self.run.config,
+            options,
+            Signals::from_channel(receiver),
+            vec![Arc::new(transport)],
+            self.clock.clone(),
+        );
+        match life {
+            None => Some(run.await.unwrap()),
+            Some(life) => tokio::time::timeout(life, run)
+                .await
+                .ok()
+                .map(Result::unwrap),
+        }
+    }
+
+    pub async fn harvest(&self) -> Summary {
+        self.harvest_for(None).await.unwrap()
+    }
+
+    /// Answers billed beyond one for each row.
+    pub fn bought_twice(&self, stats: &Stats) -> u64 {
+        stats.billed.answers - self.run.records().len() as u64
+    }
+}
+
+/// What a night did, over all its lives.
+#[derive(Debug, Default)]
+struct Totals {
+    requests: u64,
+    turns: u64,
+    lost: u64,
+    kills: u64,
+    lives: u64,
+}
+
+async fn night(seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let prompts = 20_000;
+    let requests_per_minute = 100 + random.u32(0..400);
+    let outage = random.u32(600..6_000);
+    let script = format!(
+        r#"
+        seed = {seed}
+        [answers]
+        tokens = [5, 60]
+        latency_s = [0.5, {latency}]
+        [limits]
+        requests_per_minute = {requests_per_minute}
+        headers = "{headers}"
+        retry_after = "{retry_after}"
+        changes = [{{ at_s = 2000.0, factor = 0.5 }}, {{ at_s = 3000.0, factor = 1.0 }}]
+        [[faults]]
+        kind = "{outage_kind}"
+        from_s = {outage}.0
+        to_s = {outage_end}.0
+        [[faults]]
+        kind = "http 500"
+        share = {share}
+        [[faults]]
+        kind = "reset in body"
+        share = {share}
+        [[faults]]
+        kind = "stall"
+        share = 0.001
+        [[faults]]
+        kind = "truncated"
+        share = {share}
+        [[faults]]
+        kind = "no usage"
+        share = 0.01
+        "#,
+        latency = 1 + random.u32(0..20),
+        headers = random.choice(["openai", "none", "groq"]).unwrap(),
+        retry_after = random.choice(["seconds", "none", "ms"]).unwrap(),
+        outage_kind = random.choice(["http 503", "refused", "stall"]).unwrap(),
+        outage_end = outage + 1_800,
+        share = random.f64() * 0.02,
+    );
+    let night = Night::new(&script, prompts, |config| {
+        config.limits.concurrency = 16 + random.usize(0..64);
+        config.limits.requests_per_minute = random.bool().then_some(requests_per_minute);
+        config.teacher.timeout_s = 120.0;
+        config.retry.max_outage_s = 7_200.0;
+        config.price.input = Some(1.0);
+        config.price.output = Some(4.0);
+        config.price.as_of = Some("2026-11-22".into());
+        config.budget.usd = Some(50.0);
+    });
+    let concurrency = night.run.config.limits.concurrency as u64;
+    let mut totals = Totals::default();
+    let last = loop {
+        totals.lives += 1;
+        let life = random
+            .bool()
+            .then(|| Duration::from_secs(random.u64(60..4_000)));
+        let Some(summary) = night.harvest_for(life).await else {
+            totals.kills += 1;
+            continue;
+        };
+        totals.requests += summary.requests;
+        totals.turns += summary.turns;
+        totals.lost += summary.attempts_lost;
+        if summary.pending == 0 || totals.lives > 200 {
+            break summary;
+        }
+    };
+    let stats = night.mock.stats();
+    let told = format!("seed {seed}: {totals:?} {last:?} {stats:?}");
+
+    // Every row has an answer, and one only.
+    let records = night.run.records();
+    let mut ids: Vec<_> = records.iter().map(|record| &record.prompt_id).collect();
+    ids.sort();
+    ids.dedup();
+    assert_eq!((ids.len(), records.len()), (prompts, prompts), "{told}");
+    // What was bought twice was in flight at a kill, or lost on the way.
+    let twice = night.bought_twice(&stats);
+    assert!(
+        twice <= totals.kills * concurrency + stats.faults.values().sum::<u64>(),
+        "{told}"
+    );
+    // The bill is within the budget, and within what the tool said.
+    let bill =
+        (stats.billed.prompt_tokens as f64 + 4.0 * stats.billed.completion_tokens as f64) / 1e6;
+    let said = last.run_folder_usd.unwrap();
+    assert!(bill <= said + 1e-9 && said <= 50.0, "{bill} {said} {told}");
+    // The limit holds, retries included; what the server told is followed closely.
+    let is_paced = night.run.config.limits.requests_per_minute.is_some();
+    if is_paced {
+        let burst = u64::from(requests_per_minute.div_ceil(60)) + totals.lives;
+        assert!(
+            stats.most_requests_in_a_minute <= u64::from(requests_per_minute) + burst,
+            "{told}"
+        );
+    }
+    let wasted = stats.requests - records.len() as u64;
+    assert!(wasted * 5 <= stats.requests, "{wasted} retries: {told}");
+    // Nobody spins: the dispatcher turns for a request, a reply or a second.
+    assert!(
+        totals.turns <= 4 * totals.requests + 2 * 24 * 3_600,
+        "{told}"
+    );
+    println!(
+        "seed {seed}: {} rows, 0 lost, {twice} bought twice over {} kills, {:.1} % retries, \
+         ${bill:.4} billed of ${said:.4} said",
+        records.len(),
+        totals.kills,
+        100.0 * wasted as f64 / stats.requests as f64,
+    );
+}
+
+/// `DISTILL_NIGHTS=2000 cargo test nights` lives through more of them.
+#[test]
+fn in_the_morning_every_promise_holds() {
+    let nights = std::env::var("DISTILL_NIGHTS").map_or(5, |nights| nights.parse().unwrap());
+    for seed in 0..nights {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(night(seed));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_leaves_outside_the_window_and_the_deadline_ends_the_run() {
+    let night = Night::new("[answers]\nlatency_s = 1.0", 10_000, |config| {
+        config.limits.requests_per_minute = Some(10);
+        config.schedule.window = Some("22:00-02:00".into());
+        config.schedule.deadline = Some("2026-11-24 23:00".into());
+    });
+    let summary = night.harvest().await;
+    let error = summary.error.as_ref().unwrap();
+    assert_eq!(distill::exit::Exit::code_of(error), 4, "{error:#}");
+    // Four hours in each of two nights, and one of the third.
+    assert!((5_390..=5_410).contains(&summary.ok), "{summary:?}");
+    for record in night.run.records() {
+        let hour: u32 = record.timing.sent_at[11..13].parse().unwrap();
+        assert!([22, 23, 0, 1].contains(&hour), "{}", record.timing.sent_at);
+    }
+    assert!((51..=52).contains(&summary.hours.len()));
+    assert!(
+        summary.hours[0].closed_s > 3_590.0,
+        "{:?}",
+        summary.hours[0]
+    );
+    let share = summary.used[0].share().unwrap();
+    assert!(share > 0.99, "{share}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_wall_clock_may_jump_by_a_day_both_ways() {
+    for jump in [-86_400, 86_400] {
+        let mut night = Night::new("[answers]\nlatency_s = 1.0", 3_000, |config| {
+            config.limits.requests_per_minute = Some(20);
+            config.schedule.window = Some("22:00-02:00".into());
+        });
+        let clock = night.clock.clone();
+        let start = Instant::now();
+        night.clock = WallClock::from_fn(move || {
+            let jumped = start.elapsed() > Duration::from_secs(10_000);
+            let jump = jiff::SignedDuration::from_secs(if jumped { jump } else { 0 });
+            clock.now().checked_add(jump).unwrap()
+        });
+        let summary = night.harvest().await;
+        assert_eq!((summary.ok, summary.pending), (3_000, 0));
+        assert!(
+            start.elapsed() < Duration::from_secs(20_000),
+            "it waited for a day that never was"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_budget_is_never_exceeded_whatever_fails() {
+    let script = r#"
+        [answers]
+        tokens = 100
+        latency_s = [0.5, 5.0]
+        [[faults]]
+        kind = "reset in body"
+        share = 0.1
+        [[faults]]
+        kind = "no usage"
+        share = 0.1
+    "#;
+    let night = Night::new(script, 5_000, |config| {
+        config.sampling.max_tokens = 100;
+        config.price.input = Some(1.0);
+        config.price.output = Some(10.0);
+        config.budget.usd = Some(0.5);
+    });
+    let mut lives = 0;
+    let last = loop {
+        lives += 1;
+        assert!(lives < 100);
+        if let Some(summary) = night
+            .harvest_for((lives < 8).then_some(Duration::from_secs(7)))
+            .await
+        {
+            break summary;
+        }
+        let stats = night.mock.stats();
+        let bill = stats.billed.prompt_tokens as f64 + 10.0 * stats.billed.completion_tokens as f64;
+        assert!(bill / 1e6 <= 0.5, "{stats:?}");
+    };
+    let stats = night.mock.stats();
+    let bill =
+        (stats.billed.prompt_tokens as f64 + 10.0 * stats.billed.completion_tokens as f64) / 1e6;
+    let error = last.error.as_ref().unwrap();
+    assert_eq!(distill::exit::Exit::code_of(error), 4);
+    assert!(error.to_string().contains("budget"), "{error}");
+    assert!(last.pending > 1_000);
+    let said = last.run_folder_usd.unwrap();
+    assert!(bill <= said && said <= 0.5, "{bill} {said}");
+    assert!(bill > 0.3, "the budget is used: {bill}");
+}

@@ -1,0 +1,111 @@
+//! `distill probe` against teachers that differ, and what `harvest` makes of its findings.
+
+use distill::config::MaxTokensField;
+use distill::exit::Exit;
+use distill::harvest::endpoint::{Endpoint, Finding, LogprobsKind, TokenBytes};
+use distill::harvest::{self, HarvestOptions};
+use distill::serve::mock::{self, MockServer, Script};
+
+use super::Run;
+
+fn teacher(script: &str) -> (MockServer, Run) {
+    let script = Script::parse("teacher.toml".as_ref(), script).unwrap();
+    let server = mock::start(script, [127, 0, 0, 1].into(), 0).unwrap();
+    let mut run = Run::at(&server.base_url(), &["a", "b"]);
+    run.config.teacher.model = "mock".into();
+    (server, run)
+}
+
+async fn probe(run: &Run) -> Endpoint {
+    let found = harvest::probe(&run.config).await.unwrap();
+    assert!(run.config.run_dir.join("endpoint.json").exists());
+    found.endpoints[0].clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_teacher_that_does_everything_is_found_to() {
+    let (_server, run) = teacher(
+        "[answers]\ntoken = \"bytes\"\n[limits]\nrequests_per_minute = 6000\ntokens_per_minute = 60000",
+    );
+    let found = probe(&run).await;
+    assert!((14..=25).contains(&found.requests), "{found:?}");
+    assert_eq!(found.logprobs.largest_k, 20);
+    assert_eq!(found.logprobs.bytes, TokenBytes::Right);
+    assert_eq!(found.logprobs.kind, LogprobsKind::Raw);
+    assert_eq!(
+        found.max_tokens_field,
+        Some(MaxTokensField::MaxCompletionTokens)
+    );
+    assert!(found.reports_usage && !found.thinks && found.refused.is_empty());
+    assert_eq!(found.structured, Finding::Ignored, "an echo is no JSON");
+    assert_eq!(found.limits, ["requests 6000/min", "tokens 60000/min"]);
+    assert!(
+        found.error_shape.contains("error object"),
+        "{}",
+        found.error_shape
+    );
+
+    // Records say what was known of the endpoint.
+    run.harvest().await;
+    let hash = found.hash().unwrap();
+    assert!(run.records().iter().all(|record| record.probe == hash));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tempered_logprobs_are_told_from_raw_ones_and_refused_at_another_temperature() {
+    let (server, mut run) = teacher("[answers]\ntempered = true\ntop_logprobs = 5");
+    let found = probe(&run).await;
+    assert_eq!(found.logprobs.kind, LogprobsKind::Tempered);
+    assert_eq!(found.logprobs.largest_k, 5);
+    let before = server.mock().stats().requests;
+
+    run.config.sampling.temperature = Some(0.2);
+    let (_sender, receiver) = tokio::sync::mpsc::unbounded_channel();
+    let signals = distill::signal::Signals::from_channel(receiver);
+    let options = HarvestOptions {
+        quiet: true,
+        ..HarvestOptions::default()
+    };
+    let error = harvest::run_until(&run.config, options, signals)
+        .await
+        .unwrap_err();
+    assert_eq!(Exit::code_of(&error), 2);
+    assert!(
+        error.to_string().contains("`sampling.temperature` = 1.0"),
+        "{error}"
+    );
+    assert_eq!(server.mock().stats().requests, before, "nothing was asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_are_found_one_by_one() {
+    let (_server, mut run) = teacher(
+        "[answers]\nrefuse_parameters = [\"logprobs\", \"seed\", \"temperature\"]\n\
+         max_tokens_field = \"max_tokens\"\nreasoning_tokens = 8",
+    );
+    let found = probe(&run).await;
+    assert_eq!(found.max_tokens_field, Some(MaxTokensField::MaxTokens));
+    assert_eq!(
+        (found.logprobs.largest_k, found.seed),
+        (0, Finding::Refused)
+    );
+    assert!(found.thinks);
+    let refused: Vec<_> = found.refused.keys().map(String::as_str).collect();
+    assert_eq!(refused, ["logprobs", "seed", "temperature"]);
+
+    // A config that asks for none of it goes through.
+    run.config.sampling.reasoning = true;
+    run.config.sampling.max_tokens_field = MaxTokensField::MaxTokens;
+    assert_eq!(run.harvest().await.ok, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_is_not_there_or_wants_another_key_is_an_error() {
+    let (server, mut run) = teacher("key = \"sk-right\"");
+    let error = harvest::probe(&run.config).await.unwrap_err();
+    assert!(error.to_string().contains("asks for a key"), "{error}");
+    run.config.teacher.model = "other".into();
+    server.stop();
+    let error = harvest::probe(&run.config).await.unwrap_err();
+    assert!(error.to_string().contains("does not answer"), "{error}");
+}
