@@ -9,49 +9,76 @@
 /// text stay in `params` too.
 pub mod request {
     use serde::de::Error as _;
-    use serde::ser::Error as _;
+    use serde::ser::{Error as _, SerializeStruct};
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use serde_json::Value;
 
     use crate::prompt::Message;
 
-    #[derive(Default, Serialize, Deserialize)]
+    #[derive(Deserialize)]
     struct Stored {
         model: String,
         messages: Vec<Message>,
         params: String,
     }
 
+    /// A message by reference, its fields in the order of [`Message`].
+    #[derive(Serialize)]
+    struct Plain<'a> {
+        role: &'a str,
+        content: &'a str,
+    }
+
+    /// Borrows all it writes: a record is encoded for each answer.
     pub fn serialize<S: Serializer>(request: &Value, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut stored = Stored::default();
-        let mut params = request.clone();
-        if let Value::Object(fields) = &mut params {
-            if let Some(model) = fields.get("model").and_then(Value::as_str) {
-                stored.model = model.to_owned();
+        let field = |name: &str| request.get(name);
+        let model = field("model").and_then(Value::as_str).unwrap_or_default();
+        let messages = field("messages")
+            .and_then(plain_messages)
+            .unwrap_or_default();
+        let params = match request {
+            Value::Object(fields) => {
+                let rest = Rest {
+                    fields,
+                    without_model: !model.is_empty(),
+                    without_messages: !messages.is_empty(),
+                };
+                serde_json::to_string(&rest)
             }
-            if !stored.model.is_empty() {
-                fields.shift_remove("model");
-            }
-            if let Some(messages) = fields.get("messages").and_then(plain_messages) {
-                stored.messages = messages;
-            }
-            if !stored.messages.is_empty() {
-                fields.shift_remove("messages");
-            }
+            other => serde_json::to_string(other),
+        };
+        let mut stored = serializer.serialize_struct("Stored", 3)?;
+        stored.serialize_field("model", model)?;
+        stored.serialize_field("messages", &messages)?;
+        stored.serialize_field("params", &params.map_err(S::Error::custom)?)?;
+        stored.end()
+    }
+
+    /// The fields that have no place of their own.
+    struct Rest<'a> {
+        fields: &'a serde_json::Map<String, Value>,
+        without_model: bool,
+        without_messages: bool,
+    }
+
+    impl Serialize for Rest<'_> {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_map(self.fields.iter().filter(|(name, _)| {
+                !(self.without_model && *name == "model"
+                    || self.without_messages && *name == "messages")
+            }))
         }
-        stored.params = serde_json::to_string(&params).map_err(S::Error::custom)?;
-        stored.serialize(serializer)
     }
 
     /// The messages, if they are nothing but roles and texts.
-    fn plain_messages(messages: &Value) -> Option<Vec<Message>> {
+    fn plain_messages(messages: &Value) -> Option<Vec<Plain<'_>>> {
         messages
             .as_array()?
             .iter()
             .map(|message| match message.as_object() {
-                Some(fields) if fields.len() == 2 => Some(Message {
-                    role: fields.get("role")?.as_str()?.to_owned(),
-                    content: fields.get("content")?.as_str()?.to_owned(),
+                Some(fields) if fields.len() == 2 => Some(Plain {
+                    role: fields.get("role")?.as_str()?,
+                    content: fields.get("content")?.as_str()?,
                 }),
                 _ => None,
             })

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Visitor};
+use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
 use crate::cache::record::{Logprobs, RawToken};
@@ -15,8 +15,9 @@ use crate::cache::record::{Logprobs, RawToken};
 /// At or below this a logprob means "very unlikely" and not a number.
 const SENTINEL: f64 = -9999.0;
 
+/// The field as it should be.
 #[derive(Deserialize)]
-struct Wire<'a> {
+pub struct Wire<'a> {
     #[serde(borrow)]
     content: Option<Vec<Position<'a>>>,
     tokens: Option<Vec<String>>,
@@ -30,7 +31,7 @@ struct Position<'a> {
     token: Cow<'a, str>,
     #[serde(default)]
     logprob: Logprob,
-    bytes: Option<Vec<u8>>,
+    bytes: Option<Bytes>,
     #[serde(borrow)]
     top_logprobs: Option<Vec<Alternative<'a>>>,
 }
@@ -41,7 +42,7 @@ struct Alternative<'a> {
     token: Cow<'a, str>,
     #[serde(default)]
     logprob: Logprob,
-    bytes: Option<Vec<u8>>,
+    bytes: Option<Bytes>,
 }
 
 /// A logprob of any spelling; None where it is missing.
@@ -89,11 +90,65 @@ impl<'de> Deserialize<'de> for Logprob {
     }
 }
 
+/// A token's bytes: nearly always few, and so many tokens have them that they get no allocation.
+enum Bytes {
+    Few([u8; FEW], usize),
+    Many(Vec<u8>),
+}
+
+const FEW: usize = 24;
+
+impl Bytes {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Bytes::Few(bytes, length) => &bytes[..*length],
+            Bytes::Many(bytes) => bytes,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct List;
+        impl<'de> Visitor<'de> for List {
+            type Value = Bytes;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("a list of bytes")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Bytes, A::Error> {
+                let (mut few, mut length) = ([0; FEW], 0);
+                while length < FEW {
+                    let Some(byte) = list.next_element()? else {
+                        return Ok(Bytes::Few(few, length));
+                    };
+                    few[length] = byte;
+                    length += 1;
+                }
+                let mut many = few.to_vec();
+                while let Some(byte) = list.next_element()? {
+                    many.push(byte);
+                }
+                Ok(Bytes::Many(many))
+            }
+        }
+        deserializer.deserialize_seq(List)
+    }
+}
+
 /// Reads the `logprobs` of a choice whose content is `text`.
 ///
 /// `Ok(None)`: the endpoint sent none. An error says why those that it sent are unusable.
 pub fn parse(raw: &str, text: &str) -> Result<Option<Logprobs>, String> {
-    let wire: Wire = serde_json::from_str(raw).map_err(|error| error.to_string())?;
+    columns(
+        serde_json::from_str(raw).map_err(|error| error.to_string())?,
+        text,
+    )
+}
+
+/// As [`parse`], of what has been read already.
+pub fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String> {
     let mut columns = Columns::default();
     if let Some(tokens) = wire.tokens {
         let logprobs = wire.token_logprobs.unwrap_or_default();
@@ -107,28 +162,26 @@ pub fn parse(raw: &str, text: &str) -> Result<Option<Logprobs>, String> {
         let mut top = wire.top_logprobs.unwrap_or_default().into_iter();
         for (token, logprob) in tokens.into_iter().zip(logprobs) {
             let alternatives = top.next().flatten().unwrap_or_default();
-            let alternatives = alternatives.into_iter().map(|(token, logprob)| {
-                let logprob = logprob.as_f64().map(Logprob::from).unwrap_or_default();
-                (token.into_bytes(), logprob)
-            });
-            columns.push((token.into_bytes(), logprob), alternatives.collect());
+            let alternatives = alternatives
+                .into_iter()
+                .map(|(token, logprob)| Alternative {
+                    token: token.into(),
+                    logprob: logprob.as_f64().map(Logprob::from).unwrap_or_default(),
+                    bytes: None,
+                });
+            columns.push(token.into(), None, logprob, alternatives.collect());
         }
     } else {
         for position in wire.content.unwrap_or_default() {
-            let alternatives = position.top_logprobs.unwrap_or_default().into_iter();
-            let alternatives = alternatives
-                .map(|other| (bytes_of(other.bytes, other.token), other.logprob))
-                .collect();
-            let token = bytes_of(position.bytes, position.token);
-            columns.push((token, position.logprob), alternatives);
+            columns.push(
+                position.token,
+                position.bytes,
+                position.logprob,
+                position.top_logprobs.unwrap_or_default(),
+            );
         }
     }
     Ok(columns.finish(text))
-}
-
-/// A token is its bytes; only where the endpoint sends none is it the bytes of its text.
-fn bytes_of(bytes: Option<Vec<u8>>, token: Cow<str>) -> Vec<u8> {
-    bytes.unwrap_or_else(|| token.into_owned().into_bytes())
 }
 
 #[derive(Default)]
@@ -139,39 +192,52 @@ struct Columns {
 }
 
 impl Columns {
-    fn push(&mut self, emitted: (Vec<u8>, Logprob), mut alternatives: Vec<(Vec<u8>, Logprob)>) {
-        self.joined.extend_from_slice(&emitted.0);
-        let token = self.text(emitted.0, -1);
+    fn push(
+        &mut self,
+        token: Cow<str>,
+        bytes: Option<Bytes>,
+        logprob: Logprob,
+        mut alternatives: Vec<Alternative>,
+    ) {
+        self.joined
+            .extend_from_slice(bytes.as_ref().map_or(token.as_bytes(), Bytes::as_slice));
+        let token = self.text(token, bytes, -1);
         // Best first, the missing ones last; a stable sort leaves equal ones as they came.
-        alternatives.sort_by(|(_, a), (_, b)| {
-            let (a, b) = (
-                a.0.unwrap_or(f32::NEG_INFINITY),
-                b.0.unwrap_or(f32::NEG_INFINITY),
-            );
-            b.total_cmp(&a)
-        });
+        let value = |other: &Alternative| other.logprob.0.unwrap_or(f32::NEG_INFINITY);
+        alternatives.sort_by(|a, b| value(b).total_cmp(&value(a)));
         let mut top = Vec::with_capacity(alternatives.len());
         let mut top_logprob = Vec::with_capacity(alternatives.len());
-        for (rank, (bytes, logprob)) in alternatives.into_iter().enumerate() {
-            top.push(self.text(bytes, rank as i32));
-            top_logprob.push(logprob.0);
+        for (rank, other) in alternatives.into_iter().enumerate() {
+            top.push(self.text(other.token, other.bytes, rank as i32));
+            top_logprob.push(other.logprob.0);
         }
         self.logprobs.token.push(token);
-        self.logprobs.logprob.push(emitted.1.0);
+        self.logprobs.logprob.push(logprob.0);
         self.logprobs.top.push(top);
         self.logprobs.top_logprob.push(top_logprob);
     }
 
-    /// The bytes as text, or `""` and an entry in `raw` where they are none.
-    fn text(&mut self, bytes: Vec<u8>, rank: i32) -> String {
-        String::from_utf8(bytes).unwrap_or_else(|error| {
-            self.logprobs.raw.push(RawToken {
-                position: self.logprobs.token.len() as u32,
-                rank,
-                hex: hex(error.as_bytes()),
-            });
-            String::new()
-        })
+    /// A token is its bytes; only where the endpoint sends none is it the bytes of its text. Bytes
+    /// that are no text become `""`, and an entry in `raw`.
+    fn text(&mut self, token: Cow<str>, bytes: Option<Bytes>, rank: i32) -> String {
+        let Some(bytes) = bytes else {
+            return token.into_owned();
+        };
+        let bytes = bytes.as_slice();
+        if bytes == token.as_bytes() {
+            return token.into_owned();
+        }
+        match std::str::from_utf8(bytes) {
+            Ok(text) => text.to_owned(),
+            Err(_) => {
+                self.logprobs.raw.push(RawToken {
+                    position: self.logprobs.token.len() as u32,
+                    rank,
+                    hex: hex(bytes),
+                });
+                String::new()
+            }
+        }
     }
 
     fn finish(mut self, text: &str) -> Option<Logprobs> {

@@ -45,8 +45,9 @@ pub struct ApiError {
 }
 
 #[derive(Deserialize)]
-struct Body {
-    choices: Option<Vec<Choice>>,
+#[serde(bound(deserialize = "L: Deserialize<'de>"))]
+struct Body<L> {
+    choices: Option<Vec<Choice<L>>>,
     #[serde(default)]
     usage: Value,
     #[serde(default)]
@@ -60,13 +61,13 @@ struct Body {
 }
 
 #[derive(Deserialize)]
-struct Choice {
+#[serde(bound(deserialize = "L: Deserialize<'de>"))]
+struct Choice<L> {
     #[serde(default)]
     message: Value,
     #[serde(default)]
     finish_reason: Value,
-    /// Left unparsed, so that broken logprobs cost no answer.
-    logprobs: Option<Box<RawValue>>,
+    logprobs: Option<L>,
     #[serde(default)]
     error: Value,
     #[serde(flatten)]
@@ -74,19 +75,43 @@ struct Choice {
 }
 
 /// Reads the body of a reply with a good status.
+///
+/// Top-k logprobs are nearly all of a body, so they are read as what they should be at once. Where
+/// that fails, they are first left unparsed, so that broken logprobs cost no answer, and last
+/// without the `NaN` and `Infinity` that Python writes, which are no JSON.
 pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
-    let body: Body = match serde_json::from_slice(body) {
-        Ok(body) => body,
-        // Python writes NaN and Infinity, which are no JSON, where a logprob is not finite.
-        Err(error) => serde_json::from_slice(&null_for_bare_words(body)).map_err(|_| {
-            let problem = if body.trim_ascii().is_empty() {
-                "the body is empty".into()
-            } else {
-                format!("the body is no chat completion: {error}")
-            };
-            NoAnswer::Malformed(problem)
-        })?,
-    };
+    let parse_later = |raw: Box<RawValue>, text: &str| logprobs::parse(raw.get(), text);
+    let answer = read(body, logprobs::columns)
+        .or_else(|_| read(body, parse_later))
+        .or_else(|error| {
+            let patched = null_for_bare_words(body);
+            read(&patched, parse_later).map_err(|_| error)
+        });
+    answer.unwrap_or_else(|error| {
+        let problem = if body.trim_ascii().is_empty() {
+            "the body is empty".into()
+        } else {
+            format!("the body is no chat completion: {error}")
+        };
+        Err(NoAnswer::Malformed(problem))
+    })
+}
+
+/// Reads a body whose logprobs are an `L`.
+///
+/// # Errors
+/// Where the body is no JSON of this shape.
+fn read<'a, L: Deserialize<'a>>(
+    body: &'a [u8],
+    logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
+) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
+    Ok(completion(serde_json::from_slice(body)?, logprobs))
+}
+
+fn completion<L>(
+    body: Body<L>,
+    logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
+) -> Result<Completion, NoAnswer> {
     if is_error(&body.error) {
         return Err(NoAnswer::Error(ApiError::from_value(&body.error)));
     }
@@ -111,7 +136,7 @@ pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
     };
     let (logprobs, logprobs_fault) = match choice.logprobs {
         None => (None, None),
-        Some(raw) => match logprobs::parse(raw.get(), &answer.text) {
+        Some(raw) => match logprobs(raw, &answer.text) {
             Ok(logprobs) => (logprobs, None),
             Err(fault) => (None, Some(fault)),
         },
