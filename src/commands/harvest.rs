@@ -14,7 +14,9 @@ pub fn run(args: &HarvestArgs, global: &Global) -> Result<()> {
         quiet: global.json,
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    let summary = runtime.block_on(harvest::run(&config, options))?;
+    // As a task, so that it shares the threads of the requests instead of waking them.
+    let harvest = runtime.spawn(async move { harvest::run(&config, options).await });
+    let summary = runtime.block_on(harvest).context("the harvest failed")??;
     if global.json {
         super::print_json(&summary)?;
     } else {

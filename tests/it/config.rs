@@ -174,3 +174,63 @@ fn mistakes_are_told_with_their_place_and_a_way_out() {
         assert_eq!(Exit::code_of(&error), 2, "{message}");
     }
 }
+
+#[test]
+fn a_teacher_fills_what_it_leaves_out_from_the_sections() {
+    let text = r#"
+        [teacher]
+        base_url = "http://localhost:1/v1"
+        api_key_env = ""
+        [sampling]
+        max_tokens = 99
+        [limits]
+        requests_per_minute = 10
+        concurrency = 3
+        [[teachers]]
+        model = "a"
+        limits = { requests_per_minute = 500 }
+        price = { input = 1.0, output = 2.0 }
+        [[teachers]]
+        name = "second"
+        model = "a"
+        base_url = "http://localhost:2/v1"
+        share = 2.0
+        sampling = { temperature = 0.5 }
+    "#;
+    let lanes = load_text(text, &[], &[]).unwrap().lanes();
+    let [first, second] = &lanes[..] else {
+        panic!("{lanes:?}")
+    };
+    assert_eq!(
+        (first.teacher.label(), second.teacher.label()),
+        ("a", "second")
+    );
+    assert_eq!(first.teacher.base_url, "http://localhost:1/v1");
+    assert_eq!(second.teacher.base_url, "http://localhost:2/v1");
+    assert_eq!(
+        (
+            first.limits.requests_per_minute,
+            first.limits.concurrency,
+            second.limits.requests_per_minute
+        ),
+        (Some(500), 3, Some(10))
+    );
+    assert_eq!((first.price.output, second.price.output), (Some(2.0), None));
+    assert_eq!(
+        (first.sampling.max_tokens, second.sampling.max_tokens),
+        (99, 99)
+    );
+    assert_eq!(second.sampling.temperature, Some(0.5));
+
+    let twice = "[[teachers]]\nmodel = \"a\"\n[[teachers]]\nmodel = \"a\"";
+    let error = load_text(twice, &[], &[]).unwrap_err();
+    assert!(error.to_string().contains("a `name` of its own"), "{error}");
+    let typo = "[[teachers]]\nmodle = \"a\"";
+    let error = load_text(typo, &[], &[]).unwrap_err();
+    assert!(
+        error.to_string().contains("did you mean \"model\""),
+        "{error}"
+    );
+    let one = load_text("[teacher]\nmodel = \"x\"", &[], &[]).unwrap();
+    assert_eq!(one.lanes().len(), 1);
+}

@@ -281,3 +281,55 @@ fn files(dir: &Path) -> Vec<std::path::PathBuf> {
     }
     found
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_held_to_a_schema_and_what_fails_is_kept_and_counted() {
+    let server = FaultServer::start(|seen| match seen.prompt() {
+        "good" => reply(200, completion("{\"n\": 1}", 0)),
+        "wrong" => reply(200, completion("{\"n\": \"one\"}", 0)),
+        _ => reply(200, completion("n is one", 0)),
+    })
+    .await;
+    let mut run = Run::new(&server, &["good", "wrong", "words"]);
+    run.write(
+        "call.json",
+        r#"{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}"#,
+    );
+    run.config.sampling.schema = Some(run.dir.path().join("call.json"));
+    run.config.sampling.top_logprobs = 0;
+    let summary = run.harvest().await;
+    assert_eq!((summary.ok, summary.quarantined), (1, 2));
+    assert_eq!(summary.quarantines["schema: `/n` against `type`"], 1);
+    assert_eq!(summary.quarantines["schema: no JSON"], 1);
+    let sent = &server.seen()[0].body["response_format"];
+    assert_eq!(sent["json_schema"]["name"], "call");
+    assert_eq!(run.harvest().await.requests, 0, "nothing is bought twice");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_budget_needs_prices_and_room_for_one_request() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["a", "b"]);
+    run.config.budget.usd = Some(1.0);
+    let fails = async |run: &Run, part: &str| {
+        let (_sender, receiver) = unbounded_channel();
+        let error = run
+            .try_harvest(Signals::from_channel(receiver))
+            .await
+            .unwrap_err();
+        assert_eq!(Exit::code_of(&error), 2);
+        assert!(error.to_string().contains(part), "{error}");
+    };
+    fails(&run, "has no price").await;
+    run.config.price.input = Some(1.0);
+    run.config.price.output = Some(2.0);
+    run.config.budget.usd = Some(0.000_001);
+    fails(&run, "lower `sampling.max_tokens` or raise the budget").await;
+    assert_eq!(server.count(), 0);
+    run.config.budget.usd = Some(0.01);
+    let summary = run.harvest().await;
+    assert_eq!(summary.ok, 2);
+    let text = summary.to_table();
+    assert!(text.contains("of the budget of $0.0100"), "{text}");
+    assert!(run.config.run_dir.join("summary.json").exists());
+}
