@@ -5,7 +5,7 @@
 //! that. The cache alone writes in another way (it appends, see `cache::storage`).
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufWriter, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -13,11 +13,23 @@ use anyhow::{Context, Result};
 /// Writes `bytes` to `path`: after this returns the file is whole and survives a power loss, and
 /// at every moment before it, the old file (or none) is there.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = folder_of(path);
-    replace(path, folder, bytes).with_context(|| format!("could not write {}", path.display()))
+    write_with(path, |file| file.write_all(bytes))
 }
 
-fn replace(path: &Path, folder: &Path, bytes: &[u8]) -> std::io::Result<()> {
+/// As [`write_atomic`], of what `fill` writes: for files that need not be in memory at once.
+pub fn write_with(
+    path: &Path,
+    fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
+    let folder = folder_of(path);
+    replace(path, folder, fill).with_context(|| format!("could not write {}", path.display()))
+}
+
+fn replace(
+    path: &Path,
+    folder: &Path,
+    fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     // Beside the target: a rename is atomic only within one file system.
     let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
@@ -26,8 +38,10 @@ fn replace(path: &Path, folder: &Path, bytes: &[u8]) -> std::io::Result<()> {
         // The default of a temporary file is 0600; the umask still applies to this.
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
-    let mut file = builder.prefix(".tmp-").tempfile_in(folder)?;
-    file.write_all(bytes)?;
+    let file = builder.prefix(".tmp-").tempfile_in(folder)?;
+    let mut buffer = BufWriter::new(file);
+    fill(&mut buffer)?;
+    let file = buffer.into_inner().map_err(|error| error.into_error())?;
     file.as_file().sync_all()?;
     file.persist(path)?;
     sync_folder(folder)
@@ -180,6 +194,11 @@ impl Log {
             .write_all(format!("{line}\n").as_bytes())
             .context("could not append to a log")
     }
+}
+
+/// Removes a file.
+pub fn remove_file(path: &Path) -> Result<()> {
+    fs::remove_file(path).with_context(|| format!("could not remove {}", path.display()))
 }
 
 /// Removes a folder and all that it holds.

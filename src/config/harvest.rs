@@ -234,6 +234,19 @@ pub struct Price {
     pub as_of: Option<String>,
 }
 
+impl Price {
+    /// What is left of it where only a share is to be paid.
+    pub fn at(&self, share: f64) -> Price {
+        let at = |price: Option<f64>| price.map(|price| price * share);
+        Price {
+            input: at(self.input),
+            cached_input: at(self.cached_input),
+            output: at(self.output),
+            as_of: self.as_of.clone(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Budget {
@@ -241,16 +254,59 @@ pub struct Budget {
     pub usd: Option<f64>,
 }
 
-/// When requests may leave.
+/// When requests may leave, and in which way.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Night {
+    pub mode: Mode,
     /// `"22:00-06:30"`: outside it nothing leaves.
     pub window: Option<String>,
     /// `"06:30"` (the next one), a date and time, or an RFC 3339 time stamp.
     pub deadline: Option<String>,
     /// Whose clock these times are read from, as `Europe/Berlin`; this machine's by default.
     pub timezone: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// A request for each row, answered at once.
+    #[default]
+    Realtime,
+    /// Files of many rows, answered within a day, at `batch.discount` of the price.
+    Batch,
+}
+
+/// How rows go into batches; for `schedule.mode = "batch"`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Batch {
+    pub max_requests: usize,
+    /// Of a file of requests.
+    pub max_megabytes: f64,
+    /// Of a file of answers, as long as `max_tokens` and `top_logprobs` let them become.
+    pub max_output_gigabytes: f64,
+    /// Prompt estimates + max_tokens of all batches under way.
+    pub enqueued_tokens: Option<u64>,
+    /// As the endpoint calls it.
+    pub completion_window: String,
+    pub poll_s: f64,
+    /// The share of the price that an answer costs in a batch.
+    pub discount: f64,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self {
+            max_requests: 50_000,
+            max_megabytes: 190.0,
+            max_output_gigabytes: 4.0,
+            enqueued_tokens: None,
+            completion_window: "24h".into(),
+            poll_s: 30.0,
+            discount: 0.5,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -23,6 +23,7 @@ pub struct Config {
     pub price: Price,
     pub budget: Budget,
     pub schedule: Night,
+    pub batch: Batch,
     pub cache: Cache,
     pub student: Student,
     pub data: Data,
@@ -45,6 +46,17 @@ impl Config {
             price: teacher.price.as_ref().unwrap_or(&self.price).clone(),
         };
         teachers.iter().map(lane).collect()
+    }
+
+    /// The same settings with the prices that hold in a batch.
+    pub fn at_batch_prices(&self) -> Config {
+        let mut config = self.clone();
+        let discount = self.batch.discount;
+        config.price = self.price.at(discount);
+        for teacher in config.teachers.iter_mut().chain([&mut config.teacher]) {
+            teacher.price = teacher.price.as_ref().map(|price| price.at(discount));
+        }
+        config
     }
 
     /// The folder of this run's cache, which `harvest` writes.
@@ -76,6 +88,7 @@ impl Default for Config {
             price: Price::default(),
             budget: Budget::default(),
             schedule: Night::default(),
+            batch: Batch::default(),
             cache: Cache::default(),
             student: Student::default(),
             data: Data::default(),

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::harvest::Lane;
+use super::harvest::{Batch, Lane};
 use super::mistake::usage;
 use super::settings::Config;
 use super::student::Init;
@@ -87,6 +87,7 @@ fn harvest(config: &Config) -> Result<()> {
             .all(|s| s.is_finite() && (0.0..=1e9).contains(s)),
         "times in seconds must be finite and not negative",
     )?;
+    batch(&config.batch)?;
     for (index, lane) in lanes.iter().enumerate() {
         self::lane(lane)?;
         let label = lane.teacher.label();
@@ -98,6 +99,25 @@ fn harvest(config: &Config) -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+fn batch(batch: &Batch) -> Result<()> {
+    let is_above_0 = |value: f64| value.is_finite() && value > 0.0;
+    check(
+        batch.max_requests > 0
+            && is_above_0(batch.max_megabytes)
+            && is_above_0(batch.max_output_gigabytes)
+            && batch.enqueued_tokens != Some(0),
+        "batch.max_requests, max_megabytes, max_output_gigabytes and enqueued_tokens must be above 0",
+    )?;
+    check(
+        is_above_0(batch.poll_s) && batch.poll_s <= 86_400.0,
+        "batch.poll_s must be above 0, and a day at most",
+    )?;
+    check(
+        (0.0..=1.0).contains(&batch.discount),
+        "batch.discount is the share of the price that a batch costs: it must lie between 0 and 1",
+    )
 }
 
 fn lane(lane: &Lane) -> Result<()> {

@@ -5,19 +5,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
+use serde_json::Value;
 use tokio::time::Instant;
 
+use super::budget::Bill;
 use super::clock::WallClock;
 use super::cost::Bound;
 use super::limiter::Departure;
 use super::limiter::headers::{self, Report};
-use super::plan::Plan;
+use super::plan::{Plan, Row};
 use super::queue::Entry;
 use super::record::record;
+use super::request::Asking;
 use super::retry::{self, Trouble};
 use super::teacher::Transport;
+use super::wire::Completion;
 use crate::cache::Sealed;
 use crate::cache::record::{Status, Timing, Usage};
+use crate::prompt::Prompt;
 
 /// A request on its way, and all that must be known when it comes back.
 pub struct Attempt {
@@ -80,35 +85,57 @@ pub async fn run(
             });
         }
     };
-    let answer = &completion.answer;
-    let mut bound = plan.bound(attempt.lane, attempt.entry.row);
-    // What a model thinks in secret shows in no text.
-    if !plan.askings[attempt.lane].lane.sampling.reasoning {
-        let bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
-        bound.output_tokens = bound.output_tokens.min(bytes as u64 + 8);
-    }
-    let record = record(
-        &plan.askings[attempt.lane],
-        row,
-        &plan.prompts[prompt],
-        body,
-        completion,
-        timing(sent_at, latency, attempt.entry.failed + 1),
-    );
-    let answered = Answered {
-        sealed: Sealed::new(&record)?,
-        status: record.status,
-        is_cut_off: record.answer.finish_reason == "length",
-        usage: record.usage,
-        bound,
-        has_logprobs: record.logprobs.is_some(),
-        reason: record.reason,
-    };
+    let bound = plan.bound(attempt.lane, attempt.entry.row);
+    let timing = timing(sent_at, latency, attempt.entry.failed + 1);
+    let asking = &plan.askings[attempt.lane];
+    let prompt = &plan.prompts[prompt];
+    let answered = Answered::new(asking, row, prompt, body, bound, completion, timing)?;
     Ok(Finished {
         attempt,
         reports,
         result: Ok(Box::new(answered)),
     })
+}
+
+impl Answered {
+    /// The answer to `body`, which may have used `bound` at the most.
+    ///
+    /// # Errors
+    /// Where a record cannot be encoded.
+    pub fn new(
+        asking: &Asking,
+        row: &Row,
+        prompt: &Prompt,
+        body: Value,
+        mut bound: Bound,
+        completion: Completion,
+        timing: Timing,
+    ) -> Result<Answered> {
+        let answer = &completion.answer;
+        // What a model thinks in secret shows in no text.
+        if !asking.lane.sampling.reasoning {
+            let bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
+            bound.output_tokens = bound.output_tokens.min(bytes as u64 + 8);
+        }
+        let record = record(asking, row, prompt, body, completion, timing);
+        Ok(Answered {
+            sealed: Sealed::new(&record)?,
+            status: record.status,
+            is_cut_off: record.answer.finish_reason == "length",
+            usage: record.usage,
+            bound,
+            has_logprobs: record.logprobs.is_some(),
+            reason: record.reason,
+        })
+    }
+
+    /// What it cost.
+    pub fn bill(&self) -> Bill {
+        match self.usage {
+            Some(usage) => Bill::Measured(usage),
+            None => Bill::Answered(self.bound),
+        }
+    }
 }
 
 fn timing(sent_at: jiff::Timestamp, latency: Duration, attempts: u32) -> Timing {

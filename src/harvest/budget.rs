@@ -74,6 +74,18 @@ impl Budget {
         fits
     }
 
+    /// Sets the amount aside, whether it fits or not: it may have been spent already.
+    pub fn hold(&mut self, amount: f64) {
+        self.reserved += amount;
+    }
+
+    /// What is neither spent nor set aside.
+    pub fn room(&self) -> f64 {
+        self.cap.map_or(f64::INFINITY, |cap| {
+            cap - self.spent.total() - self.reserved
+        })
+    }
+
     /// Turns a reservation into what was spent. Returns the dollars, as they were measured or
     /// estimated.
     pub fn settle(&mut self, reserved: f64, bill: Bill, price: &Price) -> Spent {

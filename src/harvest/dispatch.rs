@@ -21,7 +21,6 @@ use super::schedule::{Schedule, State};
 use super::summary::Summary;
 use super::timeline::{Timeline, Used};
 use crate::cache::Cache;
-use crate::cache::record::Status;
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::signal::Signals;
@@ -107,6 +106,16 @@ impl<'a> Dispatcher<'a> {
             plan,
             clock,
         })
+    }
+
+    /// Goes on with what an earlier part of the run, begun then, has left.
+    pub fn after(mut self, summary: Summary, failed: Vec<FailedRow>, started: Instant) -> Self {
+        let used = std::mem::take(&mut self.summary.used);
+        self.summary = Summary { used, ..summary };
+        self.failed = failed;
+        self.started = started;
+        self.rates = Rates::new(Instant::now(), &self.summary);
+        self
     }
 
     /// Runs until every row has ended, or until something stops it and what was in flight is
@@ -267,10 +276,7 @@ impl<'a> Dispatcher<'a> {
         let trouble = match result {
             Ok(answered) => {
                 lane.answered(&attempt.departure, &reports, answered.usage.as_ref());
-                let bill = match answered.usage {
-                    Some(usage) => Bill::Measured(usage),
-                    None => Bill::Answered(answered.bound),
-                };
+                let bill = answered.bill();
                 self.cache
                     .append_sealed(&answered.sealed)
                     .context("an answer could not be recorded, so nothing more is asked")?;
@@ -326,27 +332,8 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn count(&mut self, index: usize, answered: &Answered) {
-        let summary = &mut self.summary;
-        match answered.status {
-            Status::Ok => summary.ok += 1,
-            Status::Quarantined => {
-                summary.quarantined += 1;
-                *summary
-                    .quarantines
-                    .entry(answered.reason.clone())
-                    .or_default() += 1;
-            }
-        }
-        if let Some(usage) = &answered.usage {
-            summary.usage.prompt_tokens += usage.prompt_tokens;
-            summary.usage.completion_tokens += usage.completion_tokens;
-            summary.usage.cached_tokens += usage.cached_tokens;
-            summary.usage.reasoning_tokens += usage.reasoning_tokens;
-        }
-        summary.cut_off += u64::from(answered.is_cut_off);
-        if !answered.has_logprobs && self.plan.askings[index].wants_logprobs() {
-            summary.without_logprobs += 1;
-        }
+        let wants_logprobs = self.plan.askings[index].wants_logprobs();
+        self.summary.add(answered, wants_logprobs);
         self.timeline.hour(Instant::now()).answered += 1;
     }
 
@@ -425,13 +412,7 @@ impl<'a> Dispatcher<'a> {
         let is_priced = self.lanes.iter().any(|lane| {
             lane.settings.price.input.is_some() && lane.settings.price.output.is_some()
         });
-        if is_priced {
-            let spent = self.purse.spent_now();
-            self.summary.cost_usd = Some(spent.measured);
-            self.summary.estimated_usd = Some(spent.estimated);
-            self.summary.run_folder_usd = Some(self.purse.budget.spent().total());
-        }
-        self.summary.budget_usd = self.purse.budget.cap();
+        self.purse.tell(is_priced, &mut self.summary);
     }
 
     fn finish(mut self) -> Result<Summary> {
@@ -451,17 +432,8 @@ impl<'a> Dispatcher<'a> {
             .hours
             .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
         let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
-        summary.error = self.stop.or(of_a_lane).or_else(|| {
-            (!self.failed.is_empty()).then(|| {
-                let message = format!(
-                    "{} of {} answers failed for good: see {}",
-                    summary.failed,
-                    summary.total,
-                    failures::file(&self.config.run_dir).display()
-                );
-                Exit::SomeFailed(message).into()
-            })
-        });
+        let of_rows = summary.error_of_rows(&self.config.run_dir);
+        summary.error = self.stop.or(of_a_lane).or(of_rows);
         summary.write(&self.config.run_dir)?;
         Ok(summary)
     }

@@ -27,7 +27,6 @@ const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 const OUTAGE_PAUSE: f64 = 5.0;
 
 pub struct Lane {
-    pub index: usize,
     pub settings: config::Lane,
     pub transport: Arc<dyn Transport>,
     pub limiter: Limiter,
@@ -62,7 +61,6 @@ impl Lane {
         let now = Instant::now();
         let concurrency = settings.limits.concurrency;
         Ok(Lane {
-            index,
             limiter: Limiter::new(&settings.limits, plan.largest(index), day)?,
             queue: Queue::new(plan.lanes[index].clone()),
             health: Health::new(now),

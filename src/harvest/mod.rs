@@ -6,20 +6,25 @@
 //!   --dispatch--> cache | back into the queue | failed --> summary
 //! ```
 //!
+//! `batch` is another way: the same rows as files of OpenAI's Batch API, into the same cache under the
+//! same keys.
+//!
 //! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
 //! a `lane`: its queue, its `limiter`, its `health`. `purse` keeps the `budget` and the `ledger`,
 //! which make the cap hold over kills. Everything else is pure (`request`, `wire`, `logprobs`,
 //! `retry`, `cost`, `budget`, `record`, `plan`, `estimate`, `queue`, `schedule`, `advice`) or does
-//! one thing (`teacher` sends). It knows nothing of tensors.
+//! one thing (`teacher` sends, by way of `exchange`). It knows nothing of tensors.
 
 mod advice;
 mod attempt;
+mod batch;
 mod budget;
 mod clock;
 mod cost;
 mod dispatch;
 pub mod endpoint;
 mod estimate;
+mod exchange;
 mod failures;
 mod health;
 mod lane;
@@ -41,6 +46,7 @@ mod teacher;
 mod timeline;
 mod wire;
 
+pub use batch::{BatchApi, Download, Tally};
 pub use clock::WallClock;
 pub use estimate::Estimate;
 pub use summary::{SUMMARY_VERSION, Summary};
@@ -54,10 +60,11 @@ use anyhow::Result;
 
 use crate::cache::stats::Stats;
 use crate::cache::{self, Cache};
-use crate::config::Config;
+use crate::config::{Config, Mode};
 use crate::exit::Exit;
 use crate::prompt::{self, Prompt};
 use crate::signal::Signals;
+use batch::{Batches, Outcome};
 use dispatch::Dispatcher;
 use endpoint::Endpoints;
 use lane::Lane;
@@ -115,49 +122,145 @@ pub async fn run_over(
     let prompts = prompts(config, options)?;
     let probes = check_endpoints(config)?;
     let cache = Cache::open(&config.own_cache(), config.cache.durability)?;
-    let mut plan = Plan::new(prompts, config, |key| cache.contains(key))?;
-    for (asking, probe) in plan.askings.iter_mut().zip(probes) {
-        asking.probe = probe;
-    }
-    if plan.repeated > 0 {
-        tracing::warn!(
-            "{} requests ask word for word what another one asks: each such answer is bought once",
-            plan.repeated
-        );
-    }
-    let settings = config.lanes();
     check_money(config)?;
-    let measured = match config.budget.usd {
-        Some(_) => cache::cost(&cache::file(&config.own_cache()))?,
-        None => 0.0,
+    let run = Run {
+        config,
+        quiet: options.quiet,
+        cache: &cache,
+        probes,
+        transports,
+        clock,
     };
-    let most_in_flight = settings.iter().map(|lane| lane.limits.concurrency as u64);
-    let (purse, lost) = Purse::open(
-        &config.run_dir,
-        config.budget.usd,
-        measured,
-        most_in_flight.sum(),
-        clock.clone(),
-    )?;
-    if lost.requests > 0 {
-        tracing::warn!(
-            "the last run was killed: at most {} requests were in flight, and may be billed \
-             without an answer",
-            lost.requests
-        );
+    match config.schedule.mode {
+        Mode::Realtime => run.realtime(prompts, signals).await,
+        Mode::Batch => run.batch(prompts, signals).await,
     }
-    let mut lanes = Vec::new();
-    for (index, transport) in transports.into_iter().enumerate() {
-        let day = purse.day(&settings[index]);
-        lanes.push(Lane::new(&plan, index, transport, day, &config.retry)?);
+}
+
+/// What both ways of asking begin with.
+struct Run<'a> {
+    config: &'a Config,
+    quiet: bool,
+    cache: &'a Cache,
+    /// By teacher; see [`Asking::probe`](request::Asking::probe).
+    probes: Vec<String>,
+    transports: Vec<Arc<dyn Transport>>,
+    clock: WallClock,
+}
+
+impl Run<'_> {
+    async fn realtime(self, prompts: Vec<Prompt>, signals: Signals) -> Result<Summary> {
+        batch::check_none_under_way(&self.config.run_dir)?;
+        let plan = self.plan(self.config, prompts, |key| self.cache.contains(key))?;
+        let purse = self.purse(most_in_flight(self.config))?;
+        let dispatcher = self.dispatcher(self.config, plan, purse)?;
+        dispatcher.run(signals).await
     }
-    for lane in &lanes {
-        purse.check_largest(&plan, lane)?;
+
+    async fn batch(self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<Summary> {
+        let config = self.config.at_batch_prices();
+        let plan = self.plan(&config, prompts, |key| self.cache.contains(key))?;
+        let purse = self.purse(0)?;
+        for lane in 0..plan.lanes.len() {
+            purse.check_largest(&plan, lane)?;
+        }
+        let (transports, clock) = (&self.transports, self.clock.clone());
+        let batches = Batches::new(
+            &config, plan, self.cache, transports, purse, clock, self.quiet,
+        )?;
+        let rest = match batches.run(&mut signals).await? {
+            Outcome::Finished(summary) => return Ok(*summary),
+            Outcome::Rest(rest) => *rest,
+        };
+        // The deadline was that of the batches.
+        let mut config = self.config.clone();
+        config.schedule.deadline = None;
+        let mut purse = rest.purse;
+        purse.expect_in_flight(most_in_flight(&config))?;
+        let plan = self.plan(&config, rest.prompts, |key| {
+            self.cache.contains(key) || rest.not_to_ask.contains(key)
+        })?;
+        let dispatcher = self.dispatcher(&config, plan, purse)?;
+        let dispatcher = dispatcher.after(rest.summary, rest.failed, rest.started);
+        let mut summary = dispatcher.run(signals).await?;
+        if rest.under_way > 0 && summary.error.is_none() {
+            let message = format!(
+                "{} batches are still being cancelled: the same command comes back to them",
+                rest.under_way
+            );
+            summary.error = Some(Exit::Resumable(message).into());
+            summary.write(&config.run_dir)?;
+        }
+        Ok(summary)
     }
-    let plan = Arc::new(plan);
-    Dispatcher::new(config, plan, &cache, lanes, purse, clock, options.quiet)?
-        .run(signals)
-        .await
+
+    fn plan(
+        &self,
+        config: &Config,
+        prompts: Vec<Prompt>,
+        is_done: impl Fn(&str) -> bool,
+    ) -> Result<Plan> {
+        let mut plan = Plan::new(prompts, config, is_done)?;
+        for (asking, probe) in plan.askings.iter_mut().zip(&self.probes) {
+            asking.probe.clone_from(probe);
+        }
+        if plan.repeated > 0 {
+            tracing::warn!(
+                "{} requests ask word for word what another one asks: each such answer is bought \
+                 once",
+                plan.repeated
+            );
+        }
+        Ok(plan)
+    }
+
+    fn purse(&self, most_in_flight: u64) -> Result<Purse> {
+        let config = self.config;
+        let measured = match config.budget.usd {
+            Some(_) => cache::cost(&cache::file(&config.own_cache()))?,
+            None => 0.0,
+        };
+        let (purse, lost) = Purse::open(
+            &config.run_dir,
+            config.budget.usd,
+            measured,
+            most_in_flight,
+            self.clock.clone(),
+        )?;
+        if lost.requests > 0 {
+            tracing::warn!(
+                "the last run was killed: at most {} requests were in flight, and may be billed \
+                 without an answer",
+                lost.requests
+            );
+        }
+        Ok(purse)
+    }
+
+    fn dispatcher<'b>(
+        &'b self,
+        config: &'b Config,
+        plan: Plan,
+        purse: Purse,
+    ) -> Result<Dispatcher<'b>> {
+        let mut lanes = Vec::new();
+        for (index, transport) in self.transports.iter().enumerate() {
+            purse.check_largest(&plan, index)?;
+            let day = purse.day(&plan.askings[index].lane);
+            let transport = Arc::clone(transport);
+            lanes.push(Lane::new(&plan, index, transport, day, &config.retry)?);
+        }
+        let (plan, clock) = (Arc::new(plan), self.clock.clone());
+        Dispatcher::new(config, plan, self.cache, lanes, purse, clock, self.quiet)
+    }
+}
+
+fn most_in_flight(config: &Config) -> u64 {
+    let lanes = config.lanes();
+    lanes
+        .iter()
+        .map(|lane| lane.limits.concurrency as u64)
+        .sum()
 }
 
 /// Asks each endpoint of the config about twenty cheap questions, and keeps what they tell in the
@@ -207,16 +310,26 @@ fn check_endpoints(config: &Config) -> Result<Vec<String>> {
 
 fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
     request::check(config)?;
+    let is_batch = config.schedule.mode == Mode::Batch;
+    let config = &match is_batch {
+        true => config.at_batch_prices(),
+        false => config.clone(),
+    };
     let prompts = prompts(config, options)?;
     let file = cache::file(&config.own_cache());
     let (keys, stats) = look_into(&file)?;
     let plan = Plan::new(prompts, config, |key| keys.contains(key))?;
     let bytes = file.metadata().map_or(0, |metadata| metadata.len());
+    let mut estimate = Estimate::new(&plan, &stats, bytes);
+    if is_batch {
+        // The limits of requests one by one are not those of batches.
+        estimate.minutes = 0.0;
+    }
     Ok(Summary {
         total: plan.total,
         cached: plan.cached,
         pending: plan.rows.len() as u64,
-        estimate: Some(Estimate::new(&plan, &stats, bytes)),
+        estimate: Some(estimate),
         ..Summary::default()
     })
 }

@@ -12,6 +12,7 @@ use super::lane::Lane;
 use super::ledger::{InFlight, Ledger};
 use super::limiter::day::Day;
 use super::plan::Plan;
+use super::summary::Summary;
 use crate::config::{self, Price};
 use crate::exit::Exit;
 use crate::terminal::format_dollars;
@@ -24,6 +25,9 @@ pub struct Purse {
     ledger: Ledger,
     run_dir: PathBuf,
     clock: WallClock,
+    /// Of what is set aside, that for batches. Their own journal brings it over a kill, which they
+    /// survive: it is no part of what a kill may lose.
+    in_batches: f64,
     /// Spent by this run.
     now: Spent,
     is_dirty: bool,
@@ -53,6 +57,7 @@ impl Purse {
             ledger,
             run_dir: run_dir.to_owned(),
             clock,
+            in_batches: 0.0,
             now: Spent::default(),
             is_dirty: false,
         };
@@ -73,21 +78,21 @@ impl Purse {
     }
 
     /// Refuses a budget that the most expensive request does not fit into.
-    pub fn check_largest(&self, plan: &Plan, lane: &Lane) -> Result<()> {
+    pub fn check_largest(&self, plan: &Plan, lane: usize) -> Result<()> {
         let Some(cap) = self.budget.cap() else {
             return Ok(());
         };
-        let rows = plan.lanes[lane.index].clone();
-        let bounds = rows.map(|row| {
-            let bound = plan.bound(lane.index, row);
-            self.budget.bound(&bound, &lane.settings.price)
+        let settings = &plan.askings[lane].lane;
+        let bounds = plan.lanes[lane].clone().map(|row| {
+            let bound = plan.bound(lane, row);
+            self.budget.bound(&bound, &settings.price)
         });
         let most = bounds.fold(0.0, f64::max);
         if most > cap {
             return Err(Exit::Usage(format!(
                 "one request to {} may cost {}, more than `budget.usd` = {cap}: lower \
                  `sampling.max_tokens` or raise the budget",
-                lane.settings.teacher.label(),
+                settings.teacher.label(),
                 format_dollars(most)
             ))
             .into());
@@ -100,12 +105,44 @@ impl Purse {
         if !self.budget.reserve(amount) {
             return Ok(false);
         }
-        let reserved = self.budget.reserved();
+        let reserved = self.budget.reserved() - self.in_batches;
         if self.budget.cap().is_some() && reserved > self.ledger.in_flight.usd {
             self.ledger.in_flight.usd = reserved * STEP;
             self.save()?;
         }
         Ok(true)
+    }
+
+    /// Requests are to leave one by one from here on, so many at once.
+    pub fn expect_in_flight(&mut self, requests: u64) -> Result<()> {
+        self.ledger.in_flight.requests = requests;
+        self.save()
+    }
+
+    /// Sets aside what a batch may cost. Its journal has the amount already, or will have it before
+    /// anything may be billed.
+    pub fn hold_for_batch(&mut self, amount: f64) {
+        self.budget.hold(amount);
+        self.in_batches += amount;
+    }
+
+    /// Settles what was held for so many rows of a batch.
+    pub fn settle_of_batch(
+        &mut self,
+        held: f64,
+        rows: u64,
+        bill: Bill,
+        price: &Price,
+    ) -> Result<()> {
+        if rows == 0 {
+            return Ok(());
+        }
+        self.in_batches = (self.in_batches - held).max(0.0);
+        if bill == Bill::Possible {
+            // One is counted below.
+            self.ledger.attempts_lost += rows - 1;
+        }
+        self.settle(held, bill, price)
     }
 
     pub fn settle(&mut self, reserved: f64, bill: Bill, price: &Price) -> Result<()> {
@@ -159,7 +196,7 @@ impl Purse {
         for lane in lanes {
             self.note_day(lane, true);
         }
-        let reserved = self.budget.reserved();
+        let reserved = (self.budget.reserved() - self.in_batches).max(0.0);
         self.now.estimated += reserved;
         self.ledger.estimated_usd += reserved;
         self.ledger.attempts_lost += still_in_flight;
@@ -167,9 +204,14 @@ impl Purse {
         self.save()
     }
 
-    /// Spent by this run so far.
-    pub fn spent_now(&self) -> Spent {
-        self.now
+    /// Notes the dollars, if there are prices.
+    pub fn tell(&self, is_priced: bool, summary: &mut Summary) {
+        if is_priced {
+            summary.cost_usd = Some(self.now.measured);
+            summary.estimated_usd = Some(self.now.estimated);
+            summary.run_folder_usd = Some(self.budget.spent().total());
+        }
+        summary.budget_usd = self.budget.cap();
     }
 
     fn save(&mut self) -> Result<()> {

@@ -60,7 +60,7 @@ impl Failure {
         Self::new("over the limit", &message)
     }
 
-    fn new(class: impl Into<String>, message: &str) -> Self {
+    pub fn new(class: impl Into<String>, message: &str) -> Self {
         Self {
             class: class.into(),
             message: shorten(message),
@@ -73,11 +73,7 @@ impl Failure {
 /// Sorts one attempt. An answer has been paid for and is to be recorded, whatever its finish reason.
 /// `now` is only compared with an HTTP date in `Retry-After`.
 pub fn classify(result: Result<Reply, Fault>, now: SystemTime) -> Result<Box<Completion>, Trouble> {
-    let reply = result.map_err(classify_fault)?;
-    if !(200..300).contains(&reply.status) {
-        let error = ApiError::parse(&reply.body);
-        return Err(classify_error(reply.status, &reply.headers, &error, now));
-    }
+    let reply = check(result, now)?;
     wire::parse(&reply.body)
         .map(Box::new)
         .map_err(|no_answer| match no_answer {
@@ -96,7 +92,18 @@ pub fn classify(result: Result<Reply, Fault>, now: SystemTime) -> Result<Box<Com
         })
 }
 
-fn classify_fault(fault: Fault) -> Trouble {
+/// Lets replies with a good status pass, whatever they hold.
+pub fn check(result: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Trouble> {
+    let reply = result.map_err(classify_fault)?;
+    if (200..300).contains(&reply.status) {
+        return Ok(reply);
+    }
+    let error = ApiError::parse(&reply.body);
+    Err(classify_error(reply.status, &reply.headers, &error, now))
+}
+
+/// An attempt that brought no reply.
+pub fn classify_fault(fault: Fault) -> Trouble {
     match fault {
         Fault::Unreachable(message) => Trouble::Transient {
             failure: Failure {
@@ -120,10 +127,10 @@ fn classify_error(status: u16, headers: &HeaderMap, error: &ApiError, now: Syste
         message => shorten(&format!("{status}: {message}")),
     };
     let wait = retry_after(headers, &error.message, now);
-    if is_out_of_credit(error) {
-        return Trouble::Stop(Reason::Credit, message);
+    if let Some(reason) = stops_all(error) {
+        return Trouble::Stop(reason, message);
     }
-    if error.code == "model_not_found" || (status == 404 && names_no_model(error)) {
+    if status == 404 && names_no_model(error) {
         return Trouble::Stop(Reason::Model, message);
     }
     match status {
@@ -153,7 +160,7 @@ fn classify_error(status: u16, headers: &HeaderMap, error: &ApiError, now: Syste
 }
 
 /// An answer may have been on its way.
-fn lost(class: &str, message: &str) -> Trouble {
+pub fn lost(class: &str, message: &str) -> Trouble {
     Trouble::Transient {
         failure: Failure {
             may_be_billed: true,
@@ -161,6 +168,14 @@ fn lost(class: &str, message: &str) -> Trouble {
         },
         wait: Duration::ZERO,
     }
+}
+
+/// Why an error is one for every request, by its code.
+pub fn stops_all(error: &ApiError) -> Option<Reason> {
+    if is_out_of_credit(error) {
+        return Some(Reason::Credit);
+    }
+    (error.code == "model_not_found").then_some(Reason::Model)
 }
 
 /// Waiting does not bring money back.

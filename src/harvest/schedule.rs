@@ -148,6 +148,7 @@ mod tests {
     fn night(window: &str, deadline: &str) -> Night {
         let some = |text: &str| (!text.is_empty()).then(|| text.to_string());
         Night {
+            mode: crate::config::Mode::Realtime,
             window: some(window),
             deadline: some(deadline),
             timezone: Some("Europe/Berlin".into()),

@@ -7,10 +7,13 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 
+use super::attempt::Answered;
+use super::batch::Tally;
 use super::estimate::Estimate;
 use super::timeline::{self, Hour, Used};
 use super::{advice, failures};
-use crate::cache::record::Usage;
+use crate::cache::record::{Status, Usage};
+use crate::exit::Exit;
 use crate::terminal::{
     format_bytes, format_count, format_dollars, format_duration, format_share, sanitise, table,
 };
@@ -56,6 +59,8 @@ pub struct Summary {
     /// By teacher: what was used of what the limits allowed.
     pub used: Vec<Used>,
     pub hours: Vec<Hour>,
+    /// Of a run in batch mode.
+    pub batches: Option<Tally>,
     /// What to do next.
     pub advice: Vec<String>,
     /// Turns of the dispatcher's loop, for tests: it must not spin.
@@ -92,6 +97,7 @@ impl Default for Summary {
             failures: BTreeMap::new(),
             used: Vec::new(),
             hours: Vec::new(),
+            batches: None,
             advice: Vec::new(),
             turns: 0,
             estimate: None,
@@ -124,6 +130,37 @@ impl Summary {
     /// Rows that have ended, cached ones included.
     pub fn done(&self) -> u64 {
         self.cached + self.ok + self.quarantined + self.failed
+    }
+
+    /// Counts an answer.
+    pub fn add(&mut self, answered: &Answered, wants_logprobs: bool) {
+        match answered.status {
+            Status::Ok => self.ok += 1,
+            Status::Quarantined => {
+                self.quarantined += 1;
+                let reason = answered.reason.clone();
+                *self.quarantines.entry(reason).or_default() += 1;
+            }
+        }
+        if let Some(usage) = &answered.usage {
+            self.usage.prompt_tokens += usage.prompt_tokens;
+            self.usage.completion_tokens += usage.completion_tokens;
+            self.usage.cached_tokens += usage.cached_tokens;
+            self.usage.reasoning_tokens += usage.reasoning_tokens;
+        }
+        self.cut_off += u64::from(answered.is_cut_off);
+        self.without_logprobs += u64::from(wants_logprobs && !answered.has_logprobs);
+    }
+
+    /// Rows that failed for good keep a run from having succeeded.
+    pub fn error_of_rows(&self, run_dir: &Path) -> Option<anyhow::Error> {
+        let message = format!(
+            "{} of {} answers failed for good: see {}",
+            self.failed,
+            self.total,
+            failures::file(run_dir).display()
+        );
+        (self.failed > 0).then(|| Exit::SomeFailed(message).into())
     }
 
     /// Completes the summary with what to do next, and leaves it in the run folder for the morning.
@@ -198,6 +235,7 @@ impl Summary {
         if self.cut_off > 0 {
             rows.push(count("cut off by max_tokens", self.cut_off));
         }
+        rows.extend(self.batches.iter().flat_map(Tally::rows));
         rows.extend(self.use_rows());
         rows.push([
             "time".into(),

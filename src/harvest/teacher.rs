@@ -2,29 +2,23 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use async_openai::Client;
 use async_openai::error::OpenAIError;
-use async_openai::middleware::HttpRequestFactory;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use reqwest::Url;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
-use reqwest::{Request, Response, Url};
 use secrecy::{ExposeSecret, SecretString};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+use super::batch::BatchApi;
+use super::exchange::{self, OneAttempt};
 use crate::config;
 use crate::exit::Exit;
-
-/// A longer body is no chat completion that anybody wants to keep.
-const LARGEST_BODY: usize = 64 << 20;
-
-/// Keys shorter than this are placeholders (`none`, `EMPTY`), whose text may well be in an answer.
-const SHORTEST_KEY: usize = 20;
 
 /// A response, whatever its status.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -55,11 +49,20 @@ pub enum Fault {
 pub trait Transport: Send + Sync {
     /// Asks once, and waits for the whole reply.
     fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>>;
+
+    /// The way to its files and batches, if there is one.
+    fn batches(&self) -> Option<&dyn BatchApi> {
+        None
+    }
 }
 
 /// The teacher, ready to be asked.
 pub struct Teacher {
-    client: Client<Endpoint>,
+    pub(super) client: Client<Endpoint>,
+    /// For the one thing that async-openai does not do: reading a file while it comes.
+    pub(super) http: reqwest::Client,
+    /// Between two pieces of such a file.
+    pub(super) timeout: Duration,
 }
 
 impl Teacher {
@@ -68,31 +71,27 @@ impl Teacher {
         let base_url = base_url(settings)?;
         let http = http_client(settings, &base_url)?;
         let endpoint = Endpoint::new(settings)?;
-        let client = Client::build(http.clone(), endpoint).with_http_service(OneAttempt { http });
-        Ok(Teacher { client })
+        let once = OneAttempt { http: http.clone() };
+        Ok(Teacher {
+            client: Client::build(http.clone(), endpoint).with_http_service(once),
+            http,
+            timeout: seconds("timeout_s", settings.timeout_s)?,
+        })
     }
 
     async fn ask_once(&self, body: &Value) -> Result<Reply, Fault> {
         let answer: Result<IgnoredAny, OpenAIError> = self.client.chat().create_byot(body).await;
-        let error = match answer {
-            Err(OpenAIError::Boxed(carried)) => match carried.downcast::<Reply>() {
-                Ok(reply) => return Ok(*reply),
-                Err(carried) => match carried.downcast::<Fault>() {
-                    Ok(fault) => return Err(*fault),
-                    Err(other) => other.to_string(),
-                },
-            },
-            Err(other) => other.to_string(),
-            // `OneAttempt` never returns a response.
-            Ok(_) => "the reply was lost on the way".into(),
-        };
-        Err(Fault::Broken(error))
+        exchange::unpack(answer)
     }
 }
 
 impl Transport for Teacher {
     fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
         Box::pin(self.ask_once(body))
+    }
+
+    fn batches(&self) -> Option<&dyn BatchApi> {
+        Some(self)
     }
 }
 
@@ -101,112 +100,10 @@ pub fn identity(settings: &config::Teacher) -> &str {
     settings.base_url.trim_end_matches('/')
 }
 
-/// Our transport below async-openai: exactly one attempt, its reply handed out whole.
-///
-/// The crate's own executor retries under any rate limit, and what it makes of a response loses the
-/// headers, the body of an error and every answer that its types do not foresee (and logs bodies).
-/// So this service reads the response itself and carries it out as its *error*, the one thing that
-/// the crate passes on untouched; [`Teacher::ask`] unpacks it. What remains with the crate is the
-/// request: path, headers, JSON.
-#[derive(Clone)]
-struct OneAttempt {
-    http: reqwest::Client,
-}
-
-impl tower::Service<HttpRequestFactory> for OneAttempt {
-    type Response = Response;
-    type Error = tower::BoxError;
-    type Future = BoxFuture<'static, Result<Response, tower::BoxError>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: HttpRequestFactory) -> Self::Future {
-        let http = self.http.clone();
-        Box::pin(async move {
-            let request = request.build().await?;
-            let outcome: tower::BoxError = match send(&http, request).await {
-                Ok(reply) => reply.into(),
-                Err(fault) => fault.into(),
-            };
-            Err(outcome)
-        })
-    }
-}
-
-async fn send(http: &reqwest::Client, request: Request) -> Result<Reply, Fault> {
-    let authorization = request.headers().get(AUTHORIZATION).cloned();
-    let mut response = http.execute(request).await.map_err(fault)?;
-    let status = response.status();
-    let headers = std::mem::take(response.headers_mut());
-    let body = match read(response).await {
-        // The status of a failure says enough, whatever became of its body.
-        Err(_) if !status.is_success() => Bytes::new(),
-        body => body?,
-    };
-    Ok(Reply {
-        status: status.as_u16(),
-        headers,
-        body: without_key(body, authorization.as_ref()),
-    })
-}
-
-async fn read(mut response: Response) -> Result<Bytes, Fault> {
-    let mut body = BytesMut::new();
-    while let Some(chunk) = response.chunk().await.map_err(fault)? {
-        if body.len() + chunk.len() > LARGEST_BODY {
-            let limit = LARGEST_BODY >> 20;
-            return Err(Fault::TooLarge(format!(
-                "the body is larger than {limit} MiB"
-            )));
-        }
-        body.extend_from_slice(&chunk);
-    }
-    Ok(body.freeze())
-}
-
-fn fault(error: reqwest::Error) -> Fault {
-    let is_connect = error.is_connect();
-    if error.is_timeout() && !is_connect {
-        return Fault::Timeout;
-    }
-    // The outermost texts ("error sending request") say nothing; the innermost names the cause.
-    let error = error.without_url();
-    let mut cause: &dyn std::error::Error = &error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    match is_connect {
-        true => Fault::Unreachable(cause.to_string()),
-        false => Fault::Broken(cause.to_string()),
-    }
-}
-
-/// Some endpoints echo the key in their error messages, which are shown and kept.
-fn without_key(body: Bytes, authorization: Option<&HeaderValue>) -> Bytes {
-    let key = authorization
-        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
-        .filter(|key| key.len() >= SHORTEST_KEY);
-    let Some(key) = key else { return body };
-    let mut clean = BytesMut::new();
-    let mut rest = &body[..];
-    while let Some(start) = rest.windows(key.len()).position(|window| window == key) {
-        clean.extend_from_slice(&rest[..start]);
-        clean.extend_from_slice(b"[key]");
-        rest = &rest[start + key.len()..];
-    }
-    if clean.is_empty() {
-        return body;
-    }
-    clean.extend_from_slice(rest);
-    clean.freeze()
-}
-
 /// What async-openai asks for with each request. Its own configuration would fall back to
 /// environment variables that the user of this program has not named.
 #[derive(Clone)]
-struct Endpoint {
+pub struct Endpoint {
     base_url: Arc<str>,
     headers: HeaderMap,
     key: SecretString,
@@ -389,20 +286,5 @@ mod tests {
             "{error}"
         );
         assert_eq!(Exit::code_of(&error), 2);
-    }
-
-    #[test]
-    fn an_echoed_key_is_taken_out_and_a_placeholder_left_alone() {
-        let clean = |body: &'static str, key: &str| {
-            let header = HeaderValue::try_from(format!("Bearer {key}")).unwrap();
-            without_key(Bytes::from_static(body.as_bytes()), Some(&header))
-        };
-        let key = "sk-0123456789abcdefghij";
-        assert_eq!(
-            clean("bad sk-0123456789abcdefghij, sk-0123456789abcdefghij!", key),
-            "bad [key], [key]!"
-        );
-        assert_eq!(clean("sk-0123456789abcdefghij", key), "[key]");
-        assert_eq!(clean("none is left", "none"), "none is left");
     }
 }

@@ -276,7 +276,7 @@ impl ApiError {
     }
 
     /// From what stands under `error`: an object, a text, or null where nothing is said.
-    fn from_value(error: &Value) -> ApiError {
+    pub fn from_value(error: &Value) -> ApiError {
         let Value::Object(fields) = error else {
             return ApiError {
                 message: text(error),
@@ -303,7 +303,7 @@ impl ApiError {
 }
 
 /// The body with `NaN`, `Infinity` and `-Infinity` outside strings replaced by `null`.
-fn null_for_bare_words(body: &[u8]) -> Vec<u8> {
+pub fn null_for_bare_words(body: &[u8]) -> Vec<u8> {
     let mut patched = Vec::with_capacity(body.len());
     let mut rest = body;
     let mut in_string = false;

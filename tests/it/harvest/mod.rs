@@ -1,5 +1,6 @@
 //! `distill harvest` against a teacher over real TCP.
 
+mod batch;
 mod faults;
 mod limits;
 mod matrix;

@@ -18,9 +18,9 @@ use tokio::time::{Instant, sleep};
 use super::Run;
 
 /// A scripted teacher in the place of the network.
-struct Simulated {
-    mock: Arc<Mock>,
-    timeout: Duration,
+pub struct Simulated {
+    pub mock: Arc<Mock>,
+    pub timeout: Duration,
 }
 
 impl Transport for Simulated {
@@ -53,7 +53,7 @@ impl Transport for Simulated {
     }
 }
 
-fn whole(reply: distill::serve::mock::Reply) -> Reply {
+pub fn whole(reply: distill::serve::mock::Reply) -> Reply {
     let mut headers = HeaderMap::new();
     for (name, value) in &reply.headers {
         let name: reqwest::header::HeaderName = name.parse().unwrap();

@@ -1,0 +1,120 @@
+//! Files and batches over HTTP: async-openai makes the requests, but for the one thing that it cannot
+//! do, which is to hand out a file while it comes (it reads gigabytes into memory first).
+
+use std::path::Path;
+use std::time::Duration;
+
+use async_openai::config::Config;
+use async_openai::error::OpenAIError;
+use async_openai::traits::RequestOptionsBuilder;
+use async_openai::types::InputSource;
+use async_openai::types::files::{CreateFileRequest, FileInput, FilePurpose};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::{StreamExt, stream};
+use reqwest::header::AUTHORIZATION;
+use serde::de::IgnoredAny;
+use serde_json::Value;
+
+use super::api::{BatchApi, Download};
+use crate::harvest::exchange::{self, unpack};
+use crate::harvest::teacher::{Fault, Reply, Teacher};
+
+/// Batches to a page, the most that is given.
+const PAGE: &str = "100";
+
+/// For a file of answers, as long as something comes.
+const LONGEST_DOWNLOAD: Duration = Duration::from_secs(24 * 3_600);
+
+type Ignored = Result<IgnoredAny, OpenAIError>;
+
+impl BatchApi for Teacher {
+    fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<Reply, Fault>> {
+        let request = CreateFileRequest {
+            file: FileInput {
+                source: InputSource::Path { path: file.into() },
+            },
+            purpose: FilePurpose::Batch,
+            expires_after: None,
+        };
+        Box::pin(async move {
+            let reply: Ignored = self.client.files().create_byot(request).await;
+            unpack(reply)
+        })
+    }
+
+    fn create<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+        Box::pin(async move {
+            let reply: Ignored = self.client.batches().create_byot(body).await;
+            unpack(reply)
+        })
+    }
+
+    fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>> {
+        Box::pin(async move {
+            let reply: Ignored = self.client.batches().retrieve_byot(batch).await;
+            unpack(reply)
+        })
+    }
+
+    fn list<'a>(&'a self, after: Option<&'a str>) -> BoxFuture<'a, Result<Reply, Fault>> {
+        Box::pin(async move {
+            let mut query = vec![("limit", PAGE)];
+            query.extend(after.map(|after| ("after", after)));
+            let batches = self.client.batches().query(&query);
+            let batches = batches.map_err(|error| Fault::Broken(error.to_string()))?;
+            let reply: Ignored = batches.list_byot().await;
+            unpack(reply)
+        })
+    }
+
+    fn cancel<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>> {
+        Box::pin(async move {
+            let reply: Ignored = self.client.batches().cancel_byot(batch).await;
+            unpack(reply)
+        })
+    }
+
+    fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Download, Fault>> {
+        Box::pin(self.download(file))
+    }
+
+    fn without_key(&self, line: Bytes) -> Bytes {
+        exchange::without_key(line, self.client.config().headers().get(AUTHORIZATION))
+    }
+}
+
+impl Teacher {
+    async fn download(&self, file: &str) -> Result<Download, Fault> {
+        let endpoint = self.client.config();
+        let request = self
+            .http
+            .get(endpoint.url(&format!("/files/{file}/content")))
+            .headers(endpoint.headers())
+            .timeout(LONGEST_DOWNLOAD);
+        let timeout = self.timeout;
+        let response = tokio::time::timeout(timeout, request.send()).await;
+        let mut response = response
+            .map_err(|_| Fault::Timeout)?
+            .map_err(exchange::fault)?;
+        let status = response.status();
+        if !status.is_success() {
+            let headers = std::mem::take(response.headers_mut());
+            let body = exchange::read(response).await.unwrap_or_default();
+            return Ok(Download::Refused(Reply {
+                status: status.as_u16(),
+                headers,
+                body: self.without_key(body),
+            }));
+        }
+        let pieces = stream::unfold(Some(response), move |response| async move {
+            let mut response = response?;
+            match tokio::time::timeout(timeout, response.chunk()).await {
+                Err(_) => Some((Err(Fault::Timeout), None)),
+                Ok(Err(error)) => Some((Err(exchange::fault(error)), None)),
+                Ok(Ok(piece)) => piece.map(|piece| (Ok(piece), Some(response))),
+            }
+        });
+        Ok(Download::Content(pieces.boxed()))
+    }
+}

@@ -1,0 +1,184 @@
+//! One teacher in a run in batch mode: its rows that wait, and whether it can be spoken to.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use tokio::time::Instant;
+
+use super::api::BatchApi;
+use crate::config;
+use crate::exit::Exit;
+use crate::harvest::plan::Plan;
+use crate::harvest::queue::Entry;
+use crate::harvest::retry::{self, Failure, Trouble};
+use crate::harvest::teacher::Transport;
+use crate::terminal::format_duration;
+
+/// Calls after which an address at which nothing has ever answered is given up.
+const FIRST_CONTACT_CALLS: u32 = 3;
+
+/// Batches in a row that fail as a whole.
+const FAILED_BATCHES: u32 = 3;
+
+pub struct Lane {
+    pub index: usize,
+    pub settings: config::Lane,
+    pub transport: Arc<dyn Transport>,
+    /// Rows that are in no batch.
+    pub waiting: VecDeque<Entry>,
+    /// Tokens in batches under way: as the user or a refusal says.
+    pub token_limit: Option<u64>,
+    /// An answer has come.
+    pub has_answered: bool,
+    /// Nothing is sent before.
+    pub not_before: Instant,
+    /// When the batches under way are looked at next.
+    pub next_poll: Instant,
+    /// Calls that failed since one succeeded, and when that was.
+    failures: u32,
+    last_success: Instant,
+    /// Something has answered at this address.
+    is_there: bool,
+    failed_batches: u32,
+    /// Why nothing more is sent to it; the other lanes go on.
+    stopped: Option<anyhow::Error>,
+}
+
+impl Lane {
+    pub fn new(
+        plan: &Plan,
+        index: usize,
+        transport: Arc<dyn Transport>,
+        token_limit: Option<u64>,
+    ) -> Lane {
+        let now = Instant::now();
+        let rows = plan.lanes[index].clone();
+        Lane {
+            index,
+            settings: plan.askings[index].lane.clone(),
+            transport,
+            waiting: rows.map(|row| Entry { row, failed: 0 }).collect(),
+            token_limit,
+            has_answered: false,
+            not_before: now,
+            next_poll: now,
+            failures: 0,
+            last_success: now,
+            is_there: false,
+            failed_batches: 0,
+            stopped: None,
+        }
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.is_some()
+    }
+
+    pub fn stop(&mut self, error: anyhow::Error) {
+        self.stopped.get_or_insert(error);
+    }
+
+    pub fn take_error(&mut self) -> Option<anyhow::Error> {
+        self.stopped.take()
+    }
+
+    pub fn success(&mut self) {
+        self.failures = 0;
+        self.last_success = Instant::now();
+        self.is_there = true;
+    }
+
+    /// A call failed. Returns for how long nothing is sent, and why.
+    pub fn troubled(&mut self, trouble: Trouble, retry: &config::Retry) -> (Duration, String) {
+        let now = Instant::now();
+        self.failures += 1;
+        let (least, message) = match trouble {
+            Trouble::Stop(reason, message) => {
+                let advice = retry::advice(reason, &message, &self.settings.teacher);
+                self.stop(anyhow!(advice));
+                return (Duration::ZERO, message);
+            }
+            Trouble::Refused(failure) => {
+                self.stop(anyhow!(
+                    "the endpoint takes no batches ({}): set `schedule.mode = \"realtime\"`, or \
+                     change in `[batch]` what it names",
+                    failure.message
+                ));
+                return (Duration::ZERO, failure.message);
+            }
+            Trouble::Throttled { wait, message } => {
+                self.is_there = true;
+                (wait, message)
+            }
+            Trouble::Transient { failure, wait } => {
+                self.is_there |= !failure.unreachable;
+                if !self.is_there && self.failures >= FIRST_CONTACT_CALLS {
+                    self.stop(anyhow!(
+                        "nothing answers at {} ({}): check `teacher.base_url`, and that the \
+                         endpoint is running",
+                        self.settings.teacher.base_url,
+                        failure.message
+                    ));
+                }
+                (Some(wait), failure.message)
+            }
+        };
+        let silence = now - self.last_success;
+        if silence.as_secs_f64() >= retry.max_outage_s {
+            let silence = format_duration(silence);
+            self.stop(
+                Exit::Resumable(format!(
+                    "nothing has succeeded for {silence} ({message}): stopped; run the same \
+                     command to go on"
+                ))
+                .into(),
+            );
+        }
+        // At least half of the pause is certain.
+        let random = 0.5 + fastrand::f64() / 2.0;
+        let pause = retry::backoff(self.failures, retry, random).max(least.unwrap_or_default());
+        self.not_before = now + pause;
+        (pause, message)
+    }
+
+    /// A batch has brought answers.
+    pub fn batch_succeeded(&mut self) {
+        self.failed_batches = 0;
+    }
+
+    /// A batch has failed as a whole.
+    pub fn batch_failed(&mut self, message: &str, retry: &config::Retry) {
+        self.failed_batches += 1;
+        if self.failed_batches >= FAILED_BATCHES {
+            self.stop(anyhow!(
+                "the endpoint fails every batch ({message}): change what it names in `[batch]`, \
+                 `[sampling]` or `[teacher]`, or set `schedule.mode = \"realtime\"`"
+            ));
+        }
+        self.not_before = Instant::now() + retry::backoff(self.failed_batches, retry, 1.0);
+    }
+
+    /// Nothing else of ours is under way, and there is no room for a row of so many tokens.
+    pub fn no_room_for_one(&mut self, tokens: u64, retry: &config::Retry) {
+        self.failed_batches += 1;
+        if self.failed_batches >= 2 * FAILED_BATCHES {
+            let message = format!(
+                "the endpoint's limit of enqueued tokens leaves no room for a batch of {tokens}: \
+                 other batches of the account may be under way; run the same command later"
+            );
+            self.stop(Exit::Resumable(message).into());
+        }
+        let pause = retry::backoff(self.failed_batches, retry, 1.0);
+        self.not_before = Instant::now() + pause.max(Duration::from_secs(30));
+    }
+}
+
+/// The way to an endpoint's batches.
+pub fn batches(transport: &Arc<dyn Transport>) -> Result<&dyn BatchApi, Trouble> {
+    transport.batches().ok_or_else(|| {
+        let message = "there is no way to its batches";
+        Trouble::Refused(Failure::new("no batches", message))
+    })
+}

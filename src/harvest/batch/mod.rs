@@ -1,0 +1,373 @@
+//! Batch mode: rows go to the endpoint as files, and come back within a day for half the price.
+//!
+//! ```text
+//! rows --parts: how many fit--> part (journal) --submit: upload, create or adopt--> batch
+//!   --collect: poll, both files line by line, results--> cache | a later part | failed
+//! ```
+//!
+//! One loop moves every part as far as it goes, then sleeps until the next look. What has been done
+//! is in the `journal` before the next step begins, so the loop can be dropped at any await: by a
+//! signal, which leaves the batches to go on at the endpoint, or by a kill. `api` is the way to the
+//! endpoint (`http`, or a test's own), and what it says.
+
+mod api;
+mod collect;
+mod failed;
+mod http;
+mod journal;
+mod lane;
+mod parts;
+mod recover;
+mod results;
+mod show;
+mod submit;
+mod tally;
+
+pub use api::{BatchApi, Download};
+pub use journal::check_none_under_way;
+pub use tally::Tally;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use tokio::time::{Instant, sleep_until};
+
+use super::clock::WallClock;
+use super::failures::{self, FailedRow};
+use super::plan::Plan;
+use super::purse::Purse;
+use super::queue::Entry;
+use super::retry::{Failure, Trouble};
+use super::schedule::{Schedule, State as Time};
+use super::summary::Summary;
+use super::teacher::Transport;
+use crate::cache::Cache;
+use crate::config::Config;
+use crate::exit::Exit;
+use crate::prompt::Prompt;
+use crate::signal::Signals;
+use crate::terminal::{Progress, format_duration};
+use journal::Journal;
+use lane::Lane;
+
+/// A wait that is worth telling.
+const LONG_WAIT: Duration = Duration::from_secs(5);
+
+/// The wall clock is looked at so often: a window opens, a deadline comes.
+const LOOK_AT_CLOCK: Duration = Duration::from_secs(60);
+
+/// How long a batch may take to be cancelled; endpoints speak of ten minutes.
+const LONGEST_CANCEL: Duration = Duration::from_secs(1_200);
+
+pub struct Batches<'a> {
+    config: &'a Config,
+    plan: Plan,
+    cache: &'a Cache,
+    lanes: Vec<Lane>,
+    journal: Journal,
+    purse: Purse,
+    schedule: Schedule,
+    clock: WallClock,
+    failed: Vec<FailedRow>,
+    summary: Summary,
+    tally: Tally,
+    started: Instant,
+    /// Since when the deadline has passed.
+    over: Option<Instant>,
+    progress: Progress,
+}
+
+/// What is left when batches have had their time.
+pub enum Outcome {
+    Finished(Box<Summary>),
+    /// The deadline came first: the rest is for real time.
+    Rest(Box<Rest>),
+}
+
+pub struct Rest {
+    pub prompts: Vec<Prompt>,
+    /// Keys of rows that have failed, and of those in batches that would not be cancelled.
+    pub not_to_ask: HashSet<String>,
+    /// Batches that would not be cancelled.
+    pub under_way: usize,
+    pub summary: Summary,
+    pub failed: Vec<FailedRow>,
+    pub purse: Purse,
+    pub started: Instant,
+}
+
+enum Ended {
+    AllDone,
+    Deadline,
+    Signal(u8),
+}
+
+/// Why a step was not done.
+enum Halt {
+    /// The endpoint is in the way; the step comes again.
+    Trouble(Trouble),
+    /// Nothing can go on.
+    Fatal(anyhow::Error),
+}
+
+impl From<Trouble> for Halt {
+    fn from(trouble: Trouble) -> Halt {
+        Halt::Trouble(trouble)
+    }
+}
+
+impl From<anyhow::Error> for Halt {
+    fn from(error: anyhow::Error) -> Halt {
+        Halt::Fatal(error)
+    }
+}
+
+impl<'a> Batches<'a> {
+    /// `config` has the prices of a batch.
+    pub fn new(
+        config: &'a Config,
+        plan: Plan,
+        cache: &'a Cache,
+        transports: &[Arc<dyn Transport>],
+        purse: Purse,
+        clock: WallClock,
+        quiet: bool,
+    ) -> Result<Self> {
+        let lanes = transports.iter().enumerate().map(|(index, transport)| {
+            let limit = config.batch.enqueued_tokens;
+            Lane::new(&plan, index, Arc::clone(transport), limit)
+        });
+        Ok(Self {
+            lanes: lanes.collect(),
+            journal: Journal::load(&config.run_dir)?,
+            schedule: Schedule::new(&config.schedule, clock.now())?,
+            failed: Vec::new(),
+            summary: Summary {
+                total: plan.total,
+                cached: plan.cached,
+                ..Summary::default()
+            },
+            tally: Tally::default(),
+            started: Instant::now(),
+            over: None,
+            progress: Progress::new("harvest", plan.total, quiet),
+            config,
+            plan,
+            cache,
+            purse,
+            clock,
+        })
+    }
+
+    /// Runs until every row has ended, until the deadline, or until something stops it.
+    pub async fn run(mut self, signals: &mut Signals) -> Result<Outcome> {
+        self.recover()?;
+        let signal = async {
+            match signals.next().await {
+                Some(number) => number,
+                None => std::future::pending().await,
+            }
+        };
+        let ended = tokio::select! {
+            biased;
+            number = signal => Ended::Signal(number),
+            ended = self.work() => ended?,
+        };
+        self.finish(ended)
+    }
+
+    async fn work(&mut self) -> Result<Ended> {
+        loop {
+            self.summary.turns += 1;
+            let time = self.schedule.state(self.clock.now());
+            if time == Time::Over && self.over.is_none() {
+                self.over = Some(Instant::now());
+                self.progress
+                    .note("the deadline has come: batches under way are cancelled");
+            }
+            for lane in 0..self.lanes.len() {
+                match self.advance(lane, time == Time::Open).await {
+                    Ok(()) => {}
+                    Err(Halt::Fatal(error)) => return Err(error),
+                    Err(Halt::Trouble(trouble)) => self.troubled(lane, trouble),
+                }
+            }
+            self.purse.tick()?;
+            self.show();
+            if let Some(ended) = self.end() {
+                return Ok(ended);
+            }
+            sleep_until(self.wake()).await;
+        }
+    }
+
+    /// Moves every part of a lane as far as it goes.
+    async fn advance(&mut self, lane: usize, may_send: bool) -> Result<(), Halt> {
+        let now = Instant::now();
+        if self.lanes[lane].is_stopped() || self.lanes[lane].not_before > now {
+            return Ok(());
+        }
+        let is_due = self.lanes[lane].next_poll <= now;
+        if is_due {
+            let jitter = 0.75 + fastrand::f64() / 2.0;
+            let pause = Duration::from_secs_f64(self.config.batch.poll_s * jitter);
+            self.lanes[lane].next_poll = now + pause;
+        }
+        // One part's trouble keeps no other from going on.
+        let mut halt: Result<(), Halt> = Ok(());
+        for index in self.parts_of(lane) {
+            let step = match self.journal.parts[index].batch().is_some() {
+                true if is_due => self.look_at(index).await,
+                true => Ok(()),
+                // The window is for what leaves; what may be a batch already is found out at once.
+                false => self.submit(index, may_send).await,
+            };
+            match step {
+                Err(Halt::Trouble(trouble)) if halt.is_ok() => halt = Err(trouble.into()),
+                Err(Halt::Fatal(error)) => return Err(error.into()),
+                _ => {}
+            }
+        }
+        halt?;
+        while may_send && self.over.is_none() && self.may_plan(lane) {
+            let Some(index) = self.plan_part(lane)? else {
+                break;
+            };
+            self.submit(index, may_send).await?;
+        }
+        Ok(())
+    }
+
+    fn may_plan(&self, lane: usize) -> bool {
+        let lane = &self.lanes[lane];
+        !lane.is_stopped() && lane.not_before <= Instant::now() && !lane.waiting.is_empty()
+    }
+
+    /// Its parts that have not ended.
+    fn parts_of(&self, lane: usize) -> Vec<usize> {
+        let parts = self.journal.parts.iter().enumerate();
+        let own = parts.filter(|(_, part)| !part.is_done() && part.live.lane == Some(lane));
+        own.map(|(index, _)| index).collect()
+    }
+
+    fn troubled(&mut self, lane: usize, trouble: Trouble) {
+        let (pause, message) = self.lanes[lane].troubled(trouble, &self.config.retry);
+        if pause >= LONG_WAIT {
+            let pause = format_duration(pause);
+            self.progress
+                .note(&format!("waiting {pause}: the endpoint says {message}"));
+        }
+    }
+
+    /// Is there nothing left to wait for?
+    fn end(&self) -> Option<Ended> {
+        let open = |lane: &&Lane| !lane.is_stopped();
+        let is_under_way = |lane: &Lane| !self.parts_of(lane.index).is_empty();
+        let under_way = self.lanes.iter().filter(open).any(is_under_way);
+        if let Some(since) = self.over {
+            let is_enough = since.elapsed() >= LONGEST_CANCEL;
+            return (!under_way || is_enough).then_some(Ended::Deadline);
+        }
+        let waiting = self
+            .lanes
+            .iter()
+            .filter(open)
+            .any(|lane| !lane.waiting.is_empty());
+        (!under_way && !waiting).then_some(Ended::AllDone)
+    }
+
+    /// When there is something to do again, at the latest.
+    fn wake(&self) -> Instant {
+        let now = Instant::now();
+        let lanes = self.lanes.iter().filter(|lane| !lane.is_stopped());
+        let times = lanes.map(|lane| {
+            let parts = self.parts_of(lane.index).into_iter();
+            let parts = parts.filter_map(|index| self.journal.parts[index].live.not_before);
+            let next = parts
+                .filter(|at| *at > now)
+                .chain([lane.next_poll])
+                .min()
+                .unwrap_or(now);
+            match lane.not_before > now {
+                true => next.max(lane.not_before),
+                false => next,
+            }
+        });
+        let least = now + Duration::from_millis(10);
+        times.min().unwrap_or(now).clamp(least, now + LOOK_AT_CLOCK)
+    }
+
+    /// The row ends without an answer.
+    fn fail(&mut self, lane: usize, entry: Entry, failure: Failure) {
+        let row = &self.plan.rows[entry.row];
+        self.summary.failed += 1;
+        let classes = &mut self.summary.failures;
+        *classes.entry(failure.class.clone()).or_default() += 1;
+        self.failed.push(FailedRow {
+            teacher: self.lanes[lane].settings.teacher.label().into(),
+            prompt_id: self.plan.prompts[row.prompt as usize].id.clone(),
+            sample: row.sample,
+            key: row.key.clone(),
+            class: failure.class,
+            message: failure.message,
+            attempts: entry.failed,
+        });
+    }
+
+    fn finish(mut self, ended: Ended) -> Result<Outcome> {
+        self.cache.sync()?;
+        self.purse.tell(self.is_priced(), &mut self.summary);
+        let under_way = self.parts_under_way();
+        let count: u64 = under_way.values().sum();
+        for (status, count) in under_way {
+            *self.tally.parts.entry(status).or_default() += count;
+        }
+        self.summary.batches = Some(self.tally.clone());
+        if matches!(ended, Ended::Deadline) {
+            return self.leave_rest();
+        }
+        self.purse.close(&mut [], 0)?;
+        failures::write(&self.config.run_dir, &self.failed)?;
+        let mut summary = self.summary;
+        summary.pending = summary.total - summary.done();
+        summary.seconds = self.started.elapsed().as_secs_f64();
+        let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
+        summary.error = match ended {
+            Ended::Signal(number) => {
+                let advice = format!(
+                    "{count} batches go on at the endpoint; the same command comes back to them"
+                );
+                let advice = match count {
+                    0 => "every answer is recorded, and the same command goes on".into(),
+                    _ => advice,
+                };
+                Some(anyhow::Error::from(Exit::Signal(number)).context(advice))
+            }
+            _ => of_a_lane.or(summary.error_of_rows(&self.config.run_dir)),
+        };
+        summary.write(&self.config.run_dir)?;
+        Ok(Outcome::Finished(Box::new(summary)))
+    }
+
+    fn leave_rest(self) -> Result<Outcome> {
+        let failed = self.failed.iter().map(|row| row.key.clone());
+        let mut not_to_ask: HashSet<String> = failed.collect();
+        let mut under_way = 0;
+        for part in self.journal.parts.iter().filter(|part| !part.is_done()) {
+            under_way += 1;
+            let members = self.journal.members(&part.nonce)?;
+            not_to_ask.extend(members.into_iter().map(|member| member.key));
+        }
+        Ok(Outcome::Rest(Box::new(Rest {
+            prompts: self.plan.prompts,
+            not_to_ask,
+            under_way,
+            summary: self.summary,
+            failed: self.failed,
+            purse: self.purse,
+            started: self.started,
+        })))
+    }
+}

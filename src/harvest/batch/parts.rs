@@ -1,0 +1,168 @@
+//! How many rows go into a batch. Pure.
+
+use crate::config;
+
+/// Bytes of an answer's line beside its tokens.
+const OUTPUT_OVERHEAD: f64 = 1_000.0;
+
+/// Bytes of a token in a file of answers, by the logprobs that come with it, as measured.
+const OUTPUT_BYTES: [(f64, f64); 3] = [(0.0, 88.0), (5.0, 442.0), (20.0, 1_505.0)];
+
+/// What a row takes of each limit.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Size {
+    /// Of its line in the file of requests.
+    pub bytes: u64,
+    pub output_bytes: f64,
+    /// Prompt estimate + max_tokens.
+    pub tokens: u64,
+    /// The most that it can cost.
+    pub usd: f64,
+}
+
+/// What there is room for.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    pub rows: usize,
+    pub bytes: u64,
+    pub output_bytes: f64,
+    pub tokens: Option<u64>,
+    pub usd: f64,
+}
+
+/// What keeps the next row out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Full {
+    /// The batch is as large as it may be.
+    Part,
+    Tokens,
+    Money,
+    /// The row is larger than a whole file may be.
+    Never,
+}
+
+impl Room {
+    /// In one batch; `tokens` and `usd` are what is left of what all of them share.
+    pub fn of(limits: &config::Batch, tokens: Option<u64>, usd: f64) -> Room {
+        Room {
+            rows: limits.max_requests,
+            bytes: (limits.max_megabytes * 1e6) as u64,
+            output_bytes: limits.max_output_gigabytes * 1e9,
+            tokens,
+            usd,
+        }
+    }
+
+    /// How many of the rows fit, from the first one on, what they take together, and what keeps the
+    /// next one out.
+    pub fn take(&self, rows: impl Iterator<Item = Size>) -> (usize, Size, Option<Full>) {
+        let (mut count, mut sum) = (0, Size::default());
+        for row in rows {
+            let with = Size {
+                bytes: sum.bytes + row.bytes,
+                output_bytes: sum.output_bytes + row.output_bytes,
+                tokens: sum.tokens + row.tokens,
+                usd: sum.usd + row.usd,
+            };
+            let full = if row.bytes > self.bytes {
+                // What is before it leaves first.
+                Some(if count == 0 { Full::Never } else { Full::Part })
+            } else if count == self.rows
+                || with.bytes > self.bytes
+                // A guess keeps no row out for ever.
+                || (count > 0 && with.output_bytes > self.output_bytes)
+            {
+                Some(Full::Part)
+            } else if self.tokens.is_some_and(|tokens| with.tokens > tokens) {
+                Some(Full::Tokens)
+            } else if with.usd > self.usd {
+                Some(Full::Money)
+            } else {
+                None
+            };
+            if full.is_some() {
+                return (count, sum, full);
+            }
+            (count, sum) = (count + 1, with);
+        }
+        (count, sum, None)
+    }
+}
+
+/// Bytes of an answer of so many tokens, each with so many logprobs.
+pub fn output_bytes(max_tokens: u32, top_logprobs: u32) -> f64 {
+    let k = f64::from(top_logprobs);
+    let [first, middle, last] = OUTPUT_BYTES;
+    let (from, to) = match k <= middle.0 {
+        true => (first, middle),
+        false => (middle, last),
+    };
+    let per_token = from.1 + (k - from.0) / (to.0 - from.0) * (to.1 - from.1);
+    f64::from(max_tokens) * per_token + OUTPUT_OVERHEAD
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn answers_are_as_long_as_was_measured() {
+        let per_token = |k| (output_bytes(100, k) - OUTPUT_OVERHEAD) / 100.0;
+        for (k, bytes) in OUTPUT_BYTES {
+            assert!((per_token(k as u32) - bytes).abs() < 1e-9);
+        }
+        assert!((per_token(10) - (442.0 + 1_063.0 / 3.0)).abs() < 1e-9);
+    }
+
+    proptest! {
+        /// Every row is in exactly one part, or larger than a file; parts keep to all limits, and no
+        /// part could have taken the row after it.
+        #[test]
+        fn rows_are_split_within_all_limits(
+            rows in proptest::collection::vec((1u64..300, 1u64..500, 1u64..50), 0..200),
+            max_rows in 1usize..20,
+            bytes in 50u64..1_000,
+            output_bytes in 100u64..2_000,
+            tokens in proptest::option::of(50u64..400),
+        ) {
+            let rows: Vec<Size> = rows
+                .into_iter()
+                .map(|(bytes, output_bytes, tokens)| Size {
+                    bytes,
+                    output_bytes: output_bytes as f64,
+                    tokens,
+                    usd: tokens as f64,
+                })
+                .collect();
+            let room = Room {
+                rows: max_rows,
+                bytes,
+                output_bytes: output_bytes as f64,
+                tokens,
+                usd: 300.0,
+            };
+            let (mut next, mut never) = (0, 0);
+            while next < rows.len() {
+                let (count, sum, full) = room.take(rows[next..].iter().copied());
+                let part = &rows[next..next + count];
+                prop_assert!(count <= max_rows && sum.bytes <= bytes);
+                prop_assert!(count <= 1 || sum.output_bytes <= output_bytes as f64);
+                prop_assert!(tokens.is_none_or(|tokens| sum.tokens <= tokens));
+                prop_assert!(sum.usd <= 300.0);
+                prop_assert_eq!(sum.bytes, part.iter().map(|row| row.bytes).sum::<u64>());
+                next += count;
+                match full {
+                    None => prop_assert_eq!(next, rows.len()),
+                    Some(Full::Never) => {
+                        prop_assert!(count == 0 && rows[next].bytes > bytes);
+                        never += 1;
+                        next += 1;
+                    }
+                    Some(_) => prop_assert!(count > 0, "{full:?}"),
+                }
+            }
+            prop_assert_eq!(never, rows.iter().filter(|row| row.bytes > bytes).count());
+        }
+    }
+}

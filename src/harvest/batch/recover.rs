@@ -1,0 +1,64 @@
+//! What earlier runs have left under way.
+
+use std::collections::{HashMap, HashSet};
+
+use anyhow::Result;
+
+use super::Batches;
+use super::journal::State;
+use crate::harvest::teacher;
+use crate::terminal::{format_count, sanitise};
+
+impl Batches<'_> {
+    /// Takes up what earlier runs have left under way.
+    pub(super) fn recover(&mut self) -> Result<()> {
+        self.journal.tidy()?;
+        let mut members = HashMap::new();
+        for index in 0..self.journal.parts.len() {
+            let part = &self.journal.parts[index];
+            if part.is_done() {
+                continue;
+            }
+            let lane = self.lanes.iter().position(|lane| {
+                lane.settings.teacher.label() == part.teacher
+                    && teacher::identity(&lane.settings.teacher) == part.endpoint
+            });
+            let of_part = self.journal.members(&part.nonce)?;
+            let open = of_part
+                .iter()
+                .filter(|member| !self.cache.contains(&member.key));
+            let held = open.map(|member| member.usd).sum();
+            if lane.is_none() {
+                self.progress.note(&format!(
+                    "a batch of {} rows is under way at {}, which is no teacher of this config: it \
+                     is left alone",
+                    format_count(part.rows),
+                    sanitise(&part.teacher)
+                ));
+            }
+            self.purse.hold_for_batch(held);
+            let part = &mut self.journal.parts[index];
+            part.live.lane = lane;
+            part.live.held = held;
+            part.live.in_doubt = matches!(part.state, State::Creating { .. });
+            part.live.rows = vec![None; of_part.len()];
+            for (line, member) in of_part.into_iter().enumerate() {
+                members.insert(member.key, (index, line));
+            }
+        }
+        if members.is_empty() {
+            return Ok(());
+        }
+        let mut taken = HashSet::new();
+        for (row, planned) in self.plan.rows.iter().enumerate() {
+            if let Some(&(index, line)) = members.get(&planned.key) {
+                self.journal.parts[index].live.rows[line] = Some(row as u32);
+                taken.insert(row);
+            }
+        }
+        for lane in &mut self.lanes {
+            lane.waiting.retain(|entry| !taken.contains(&entry.row));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,250 @@
+//! A line of an output or an error file: whose it is, and what it means. Pure.
+
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use reqwest::header::HeaderMap;
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::api::Mistake;
+use crate::harvest::retry::{self, Failure, Reason, Trouble};
+use crate::harvest::teacher::Reply;
+use crate::harvest::wire::{self, ApiError, Completion};
+
+/// What a line brings.
+pub struct Outcome {
+    pub custom_id: String,
+    pub result: Result<Box<Completion>, Trouble>,
+}
+
+#[derive(Deserialize)]
+struct Line<'a> {
+    custom_id: String,
+    #[serde(borrow, default)]
+    response: Option<Response<'a>>,
+    #[serde(default)]
+    error: Value,
+}
+
+#[derive(Deserialize)]
+struct Response<'a> {
+    #[serde(default)]
+    status_code: Value,
+    /// Left as it is, and read as the body of any reply is.
+    #[serde(borrow, default)]
+    body: Option<&'a RawValue>,
+}
+
+/// None for a line that names no row.
+pub fn read(line: &Bytes) -> Option<Outcome> {
+    read_json(line).or_else(|| {
+        // Python writes NaN and Infinity, which are no JSON, where a logprob is not finite.
+        read_json(&Bytes::from(wire::null_for_bare_words(line)))
+    })
+}
+
+fn read_json(line: &Bytes) -> Option<Outcome> {
+    let Line {
+        custom_id,
+        response,
+        error,
+    } = serde_json::from_slice(line).ok()?;
+    let status = response.as_ref().map_or(0, |response| {
+        let code = &response.status_code;
+        code.as_u64()
+            .or_else(|| code.as_str()?.parse().ok())
+            .and_then(|code| u16::try_from(code).ok())
+            .unwrap_or(0)
+    });
+    let result = match response {
+        Some(response) if status > 0 => {
+            let body = response.body.map_or("", RawValue::get);
+            let reply = Reply {
+                status,
+                headers: HeaderMap::new(),
+                body: line.slice_ref(body.as_bytes()),
+            };
+            // There is no header whose date the time would be compared with.
+            retry::classify(Ok(reply), SystemTime::UNIX_EPOCH)
+        }
+        _ => Err(unanswered(&ApiError::from_value(&error))),
+    };
+    Some(Outcome { custom_id, result })
+}
+
+/// What a row without a response means, by the code of its error.
+fn unanswered(error: &ApiError) -> Trouble {
+    if let Some(reason) = retry::stops_all(error) {
+        return Trouble::Stop(reason, error.message.clone());
+    }
+    let class = match error.code.as_str() {
+        "" => "no answer in the batch",
+        code => code,
+    };
+    let failure = Failure::new(class, &error.message);
+    match is_of_the_row(error) {
+        true => Trouble::Refused(failure),
+        false => Trouble::Transient {
+            failure,
+            wait: std::time::Duration::ZERO,
+        },
+    }
+}
+
+/// Words of codes for what a row can never get an answer to. Others may pass, as `server_error` and
+/// `batch_expired` do.
+fn is_of_the_row(error: &ApiError) -> bool {
+    ["invalid", "content", "context", "unsupported", "policy"]
+        .iter()
+        .any(|word| error.code.contains(word) || error.kind.contains(word))
+}
+
+/// Why a batch failed as a whole.
+#[derive(Debug, Default)]
+pub struct Verdict {
+    /// More tokens are enqueued than the account may have; the limit, where it is told.
+    pub over_tokens: Option<Option<u64>>,
+    /// No batch can succeed.
+    pub stop: Option<(Reason, String)>,
+    /// Lines of the file that the endpoint does not take, from 0.
+    pub lines: Vec<(usize, Failure)>,
+    /// What it says first.
+    pub message: String,
+}
+
+pub fn verdict(mistakes: &[Mistake]) -> Verdict {
+    let mut verdict = Verdict {
+        message: "it does not say why".into(),
+        ..Verdict::default()
+    };
+    for (index, Mistake { error, line }) in mistakes.iter().enumerate() {
+        let failure = Failure::new(error.code.as_str(), &error.message);
+        if index == 0 {
+            verdict.message = failure.message.clone();
+        }
+        if error.code == "token_limit_exceeded" {
+            verdict.over_tokens = Some(told_limit(&error.message));
+        } else if let Some(reason) = retry::stops_all(error) {
+            verdict.stop.get_or_insert((reason, failure.message));
+        } else if let Some(line) = line.and_then(|line| usize::try_from(line).ok()?.checked_sub(1))
+        {
+            verdict.lines.push((line, failure));
+        }
+    }
+    verdict
+}
+
+/// The number of "Limit: 90,000 enqueued tokens".
+fn told_limit(message: &str) -> Option<u64> {
+    let (_, rest) = message.split_once("Limit: ")?;
+    let digits = rest.chars().take_while(|char| !char.is_whitespace());
+    let digits: String = digits.filter(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// The row, and its outcome in a word.
+    fn sort(line: &str) -> Option<(String, String)> {
+        let Outcome { custom_id, result } = read(&Bytes::copy_from_slice(line.as_bytes()))?;
+        let word = match result {
+            Ok(completion) => format!("answer {}", completion.answer.text),
+            Err(Trouble::Stop(reason, _)) => format!("stop {reason:?}"),
+            Err(Trouble::Refused(failure)) => format!("refused {}", failure.class),
+            Err(Trouble::Throttled { .. }) => "throttled".into(),
+            Err(Trouble::Transient { failure, .. }) => format!("again {}", failure.class),
+        };
+        Some((custom_id, word))
+    }
+
+    #[test]
+    fn lines_of_every_shape_are_sorted() {
+        let body = r#"{"choices":[{"message":{"content":"x"}}]}"#;
+        let cases = [
+            (
+                format!(r#"{{"custom_id":"r","response":{{"status_code":200,"body":{body}}},"error":null}}"#),
+                "answer x",
+            ),
+            // Without a field that might have been there, and with a status as text.
+            (
+                format!(r#"{{"response":{{"body":{body},"status_code":"200"}},"custom_id":"r"}}"#),
+                "answer x",
+            ),
+            (
+                r#"{"custom_id":"r","response":{"status_code":200,"body":{"choices":[{"message":{"content":"x"},"logprobs":NaN}]}}}"#.into(),
+                "answer x",
+            ),
+            (
+                r#"{"custom_id":"r","response":{"status_code":200,"body":{}}}"#.into(),
+                "again malformed",
+            ),
+            (
+                r#"{"custom_id":"r","response":{"status_code":500,"body":{"error":{"message":"m"}}}}"#.into(),
+                "again http 500",
+            ),
+            (
+                r#"{"custom_id":"r","response":{"status_code":400,"body":{"error":{"message":"m"}}}}"#.into(),
+                "refused http 400",
+            ),
+            (
+                r#"{"custom_id":"r","response":{"status_code":429,"body":{"error":{"message":"m","code":"insufficient_quota"}}}}"#.into(),
+                "stop Credit",
+            ),
+            (
+                r#"{"custom_id":"r","response":{"status_code":429,"body":{}}}"#.into(),
+                "throttled",
+            ),
+            (
+                r#"{"custom_id":"r","response":null,"error":{"code":"batch_expired","message":"m"}}"#.into(),
+                "again batch_expired",
+            ),
+            (
+                r#"{"custom_id":"r","response":null,"error":{"code":"invalid_request","message":"m"}}"#.into(),
+                "refused invalid_request",
+            ),
+            (
+                r#"{"custom_id":"r","response":null,"error":{"code":"model_not_found","message":"m"}}"#.into(),
+                "stop Model",
+            ),
+            (
+                r#"{"custom_id":"r","response":{"status_code":0,"request_id":"","body":{}},"error":null}"#.into(),
+                "again no answer in the batch",
+            ),
+            (r#"{"custom_id":"r"}"#.into(), "again no answer in the batch"),
+        ];
+        for (line, expected) in cases {
+            assert_eq!(sort(&line), Some(("r".into(), expected.into())), "{line}");
+        }
+        for line in ["", "{", r#"{"id":"x"}"#, r#"{"custom_id":7}"#, "\u{2028}"] {
+            assert_eq!(sort(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_failed_batch_says_whose_fault_it_is() {
+        let of = |mistakes: Value| {
+            let card = json!({"id": "b", "errors": {"data": mistakes}}).to_string();
+            let card = crate::harvest::batch::api::Card::parse(card.as_bytes());
+            verdict(&card.unwrap().mistakes)
+        };
+        let told = "Enqueued token limit reached for m. Limit: 90,000 enqueued tokens. Try later.";
+        let tokens = of(json!([{"code": "token_limit_exceeded", "line": null, "message": told}]));
+        assert_eq!(tokens.over_tokens, Some(Some(90_000)));
+        let tokens = of(json!([{"code": "token_limit_exceeded", "message": "no"}]));
+        assert_eq!(tokens.over_tokens, Some(None));
+        let lines = of(json!([
+            {"code": "invalid_json_line", "line": 2, "message": "bad"},
+            {"code": "empty_file", "line": null, "message": "odd"},
+        ]));
+        assert_eq!((lines.lines.len(), lines.lines[0].0), (1, 1));
+        assert_eq!(lines.message, "bad");
+        let model = of(json!([{"code": "model_not_found", "line": 1, "message": "m"}]));
+        assert_eq!(model.stop.unwrap().0, Reason::Model);
+        assert!(of(json!(null)).message.contains("not say"));
+    }
+}

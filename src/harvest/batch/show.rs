@@ -1,0 +1,50 @@
+//! How the batches are doing, as the progress shows it.
+
+use std::collections::BTreeMap;
+
+use super::Batches;
+use crate::terminal::{format_dollars, sanitise};
+
+impl Batches<'_> {
+    pub(super) fn show(&mut self) {
+        self.purse.tell(self.is_priced(), &mut self.summary);
+        let (parts, summary) = (self.parts_under_way(), &self.summary);
+        self.progress.update(summary.done(), || {
+            let mut texts: Vec<String> = parts
+                .iter()
+                .map(|(status, count)| format!("{count} {}", sanitise(status)))
+                .collect();
+            if texts.is_empty() {
+                texts.push("no batch under way".into());
+            }
+            if let Some(dollars) = summary.run_folder_usd {
+                texts.push(match summary.budget_usd {
+                    Some(cap) => format!("{} of {}", format_dollars(dollars), format_dollars(cap)),
+                    None => format_dollars(dollars),
+                });
+            }
+            texts.join(", ")
+        });
+    }
+
+    pub(super) fn is_priced(&self) -> bool {
+        let prices = self.lanes.iter().map(|lane| &lane.settings.price);
+        prices
+            .into_iter()
+            .any(|price| price.input.is_some() && price.output.is_some())
+    }
+
+    /// By status.
+    pub(super) fn parts_under_way(&self) -> BTreeMap<String, u64> {
+        let mut parts = BTreeMap::new();
+        for part in self.journal.parts.iter().filter(|part| !part.is_done()) {
+            let status = match part.live.status.as_str() {
+                "" if part.batch().is_some() => "under way",
+                "" => "not created yet",
+                status => status,
+            };
+            *parts.entry(status.to_owned()).or_default() += 1;
+        }
+        parts
+    }
+}

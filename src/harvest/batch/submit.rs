@@ -1,0 +1,312 @@
+//! From rows that wait to a batch that the endpoint works on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::api::{self, Card, ENDPOINT};
+use super::journal::{Live, Part, State, line_bytes};
+use super::lane::batches;
+use super::parts::{self, Full, Room, Size};
+use super::{Batches, Halt};
+use crate::exit::Exit;
+use crate::harvest::budget::Bill;
+use crate::harvest::queue::Entry;
+use crate::harvest::retry::{self, Failure, Trouble};
+use crate::harvest::teacher;
+use crate::terminal::format_dollars;
+
+/// A batch whose creation had no reply is looked for after so many seconds each; a list may lag.
+const LOOKS: [u64; 4] = [0, 5, 15, 40];
+
+/// How often a file that was uploaded may be "not found" before it is uploaded anew, and before
+/// that is given up.
+const MISSING: [u32; 2] = [6, 12];
+
+/// The nonce is looked for among batches that are at most so much older than its part: clocks differ.
+const CLOCKS_DIFFER_S: i64 = 86_400;
+
+impl Batches<'_> {
+    /// Makes a part of the rows whose turn it is, as many as fit. None if none does for now.
+    pub(super) fn plan_part(&mut self, lane: usize) -> Result<Option<usize>> {
+        let sizes: Vec<Size> = {
+            let waiting = self.lanes[lane].waiting.iter();
+            let most = self.config.batch.max_requests;
+            waiting
+                .take(most + 1)
+                .map(|entry| self.size(lane, entry.row))
+                .collect()
+        };
+        let enqueued: u64 = self
+            .parts_of(lane)
+            .into_iter()
+            .map(|index| self.journal.parts[index].tokens)
+            .sum();
+        let first = sizes.first().map_or(0, |size| size.tokens);
+        let tokens = self.lanes[lane].token_limit.map(|limit| {
+            let room = limit.saturating_sub(enqueued);
+            // Alone a row is always tried: only the endpoint knows how it counts.
+            if enqueued == 0 { room.max(first) } else { room }
+        });
+        let room = Room::of(&self.config.batch, tokens, self.purse.budget.room());
+        let (count, sum, full) = room.take(sizes.iter().copied());
+        if count == 0 {
+            match full {
+                Some(Full::Never) => self.fail_too_large(lane, sizes[0].bytes),
+                Some(Full::Money) => self.stop_without_money(lane),
+                _ => {}
+            }
+            return Ok(None);
+        }
+        let entries: Vec<(Entry, f64)> = self.lanes[lane]
+            .waiting
+            .drain(..count)
+            .zip(sizes.iter().map(|size| size.usd))
+            .collect();
+        let nonce = format!("{:032x}", fastrand::u128(..));
+        self.journal
+            .write_rows(&nonce, &self.plan, lane, &entries)?;
+        let settings = &self.lanes[lane].settings;
+        self.journal.parts.push(Part {
+            nonce,
+            teacher: settings.teacher.label().into(),
+            endpoint: teacher::identity(&settings.teacher).into(),
+            rows: count as u64,
+            tokens: sum.tokens,
+            reserved_usd: sum.usd,
+            planned_at: self.clock.now().as_second(),
+            state: State::Planned,
+            live: Live {
+                lane: Some(lane),
+                rows: entries
+                    .iter()
+                    .map(|(entry, _)| Some(entry.row as u32))
+                    .collect(),
+                held: sum.usd,
+                ..Live::default()
+            },
+        });
+        self.purse.hold_for_batch(sum.usd);
+        self.journal.save()?;
+        Ok(Some(self.journal.parts.len() - 1))
+    }
+
+    fn size(&self, lane: usize, row: usize) -> Size {
+        let asking = &self.plan.askings[lane];
+        let sampling = &asking.lane.sampling;
+        let logprobs = if asking.wants_logprobs() {
+            sampling.top_logprobs
+        } else {
+            0
+        };
+        let planned = &self.plan.rows[row];
+        let bound = self.plan.bound(lane, row);
+        Size {
+            bytes: line_bytes(planned.key.len(), planned.bytes as usize),
+            output_bytes: parts::output_bytes(sampling.max_tokens, logprobs),
+            tokens: self.plan.cost(lane, row).tokens(),
+            usd: self.purse.budget.bound(&bound, &asking.lane.price),
+        }
+    }
+
+    fn fail_too_large(&mut self, lane: usize, bytes: u64) {
+        let Some(entry) = self.lanes[lane].waiting.pop_front() else {
+            return;
+        };
+        let message = format!(
+            "a request of {bytes} bytes fits into no batch of `batch.max_megabytes` = {}",
+            self.config.batch.max_megabytes
+        );
+        self.fail(lane, entry, Failure::new("over the limit", &message));
+    }
+
+    /// Unless a batch under way turns out cheaper, nothing more can be asked.
+    fn stop_without_money(&mut self, lane: usize) {
+        let mut open = self.lanes.iter().filter(|lane| !lane.is_stopped());
+        if open.any(|lane| !self.parts_of(lane.index).is_empty()) {
+            return;
+        }
+        let budget = &self.purse.budget;
+        let message = format!(
+            "the budget is used up: {} of {} are spent, and the next request may cost more than \
+             the rest; raise `budget.usd` and run the same command to go on",
+            format_dollars(budget.spent().total()),
+            format_dollars(budget.cap().unwrap_or_default())
+        );
+        self.lanes[lane].stop(Exit::Resumable(message).into());
+    }
+
+    /// Brings a part to the endpoint, as far as it goes.
+    pub(super) async fn submit(&mut self, index: usize, may_send: bool) -> Result<(), Halt> {
+        loop {
+            let part = &self.journal.parts[index];
+            if part
+                .live
+                .not_before
+                .is_some_and(|until| until > Instant::now())
+            {
+                return Ok(());
+            }
+            let is_over = self.over.is_some();
+            match part.state.clone() {
+                State::Creating { file } if part.live.in_doubt => self.adopt(index, file).await?,
+                State::Planned | State::Uploaded { .. } | State::Creating { .. } if is_over => {
+                    self.give_back(index)?;
+                }
+                _ if !may_send => return Ok(()),
+                State::Planned => self.upload(index).await?,
+                State::Uploaded { file } => self.journal.set(index, State::Creating { file })?,
+                State::Creating { file } => self.create(index, file).await?,
+                State::Created { .. } | State::Cancelling { .. } | State::Done { .. } => {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    async fn upload(&mut self, index: usize) -> Result<(), Halt> {
+        let path = self.journal.requests(&self.journal.parts[index].nonce);
+        let (lane, transport) = self.lane_of(index);
+        let reply = batches(&transport)?.upload(&path).await;
+        let reply = retry::check(reply, self.clock.now().into())?;
+        let file = api::parse_file(&reply.body)
+            .ok_or_else(|| retry::lost("malformed", "the reply to an upload names no file"))?;
+        self.lanes[lane].success();
+        Ok(self.journal.set(index, State::Uploaded { file })?)
+    }
+
+    async fn create(&mut self, index: usize, file: String) -> Result<(), Halt> {
+        let (lane, transport) = self.lane_of(index);
+        let body = json!({
+            "input_file_id": file,
+            "endpoint": ENDPOINT,
+            "completion_window": self.config.batch.completion_window,
+            "metadata": {"nonce": self.journal.parts[index].nonce},
+        });
+        // From here until the reply is in, nobody knows whether there is a batch.
+        self.journal.parts[index].live.in_doubt = true;
+        let reply = batches(&transport)?.create(&body).await;
+        let live = &mut self.journal.parts[index].live;
+        let reply = match retry::check(reply, self.clock.now().into()) {
+            Ok(reply) => reply,
+            Err(Trouble::Refused(failure)) if is_missing(&failure) && live.missing < MISSING[1] => {
+                live.in_doubt = false;
+                live.missing += 1;
+                let pause = Duration::from_millis(500 << live.missing.min(6));
+                live.not_before = Some(Instant::now() + pause);
+                if live.missing == MISSING[0] {
+                    self.journal.set(index, State::Planned)?;
+                }
+                return Ok(());
+            }
+            Err(trouble) => {
+                live.looked = 0;
+                // A refusal is a refusal; what broke may have broken on its way back.
+                live.in_doubt =
+                    matches!(&trouble, Trouble::Transient { failure, .. } if !failure.unreachable);
+                return Err(trouble.into());
+            }
+        };
+        self.lanes[lane].success();
+        match Card::parse(&reply.body) {
+            Some(card) => self.created(index, card),
+            None => Err(retry::lost("malformed", "the reply to a creation names no batch").into()),
+        }
+    }
+
+    fn created(&mut self, index: usize, card: Card) -> Result<(), Halt> {
+        let batch = card.id;
+        self.journal.set(index, State::Created { batch })?;
+        let part = &mut self.journal.parts[index];
+        part.live.in_doubt = false;
+        part.live.status = card.status;
+        self.summary.requests += part.rows;
+        Ok(())
+    }
+
+    /// Looks for the batch that a creation without a reply may have made. It is in doubt until it is
+    /// found, or missing from every list of a minute.
+    async fn adopt(&mut self, index: usize, file: String) -> Result<(), Halt> {
+        let (lane, transport) = self.lane_of(index);
+        let part = &self.journal.parts[index];
+        let (nonce, oldest) = (part.nonce.clone(), part.planned_at - CLOCKS_DIFFER_S);
+        let mut after: Option<String> = None;
+        loop {
+            let reply = batches(&transport)?.list(after.as_deref()).await;
+            let reply = retry::check(reply, self.clock.now().into())?;
+            let (cards, has_more) = api::parse_page(&reply.body)
+                .ok_or_else(|| retry::lost("malformed", "the reply is no list of batches"))?;
+            self.lanes[lane].success();
+            after = cards.last().map(|card| card.id.clone());
+            let is_last = !has_more
+                || cards
+                    .last()
+                    .is_none_or(|card| card.created_at.is_some_and(|at| at < oldest));
+            if let Some(card) = cards.into_iter().find(|card| card.nonce == nonce) {
+                self.tally.adopted += 1;
+                return self.created(index, card);
+            }
+            if is_last {
+                break;
+            }
+        }
+        let live = &mut self.journal.parts[index].live;
+        live.looked += 1;
+        match LOOKS.get(live.looked) {
+            Some(&pause) => {
+                live.not_before = Some(Instant::now() + Duration::from_secs(pause));
+            }
+            None => {
+                live.in_doubt = false;
+                self.journal.set(index, State::Uploaded { file })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a part that was never sent.
+    fn give_back(&mut self, index: usize) -> Result<(), Halt> {
+        let (lane, _) = self.lane_of(index);
+        let rows = self.journal.parts[index].live.rows.iter().flatten();
+        let entries: Vec<Entry> = rows
+            .map(|&row| Entry {
+                row: row as usize,
+                failed: 0,
+            })
+            .collect();
+        self.lanes[lane].waiting.extend(entries);
+        self.end_part(index, "never sent")
+    }
+
+    /// Ends a part; what is still held for it was not spent.
+    pub(super) fn end_part(&mut self, index: usize, status: &str) -> Result<(), Halt> {
+        let (lane, _) = self.lane_of(index);
+        let price = self.lanes[lane].settings.price.clone();
+        let part = &mut self.journal.parts[index];
+        let (held, rows) = (std::mem::take(&mut part.live.held), part.rows);
+        self.purse
+            .settle_of_batch(held, rows, Bill::Nothing, &price)?;
+        // The books first: until the part has ended, it is held for once more after a kill.
+        self.purse.tick()?;
+        *self.tally.parts.entry(status.to_owned()).or_default() += 1;
+        Ok(self.journal.end(index, status)?)
+    }
+
+    /// The lane of a part that has one.
+    pub(super) fn lane_of(
+        &self,
+        index: usize,
+    ) -> (usize, Arc<dyn crate::harvest::teacher::Transport>) {
+        let lane = self.journal.parts[index].live.lane.unwrap_or_default();
+        (lane, Arc::clone(&self.lanes[lane].transport))
+    }
+}
+
+/// A file that has just been uploaded may not be there yet.
+fn is_missing(failure: &Failure) -> bool {
+    let message = failure.message.to_lowercase();
+    message.contains("file") && (message.contains("no such") || message.contains("not found"))
+}

@@ -1,0 +1,165 @@
+//! One HTTP exchange: a request out, the whole reply back, exactly once.
+
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use async_openai::error::OpenAIError;
+use async_openai::middleware::HttpRequestFactory;
+use bytes::{Bytes, BytesMut};
+use futures_util::future::BoxFuture;
+use reqwest::header::{AUTHORIZATION, HeaderValue};
+use reqwest::{Request, Response};
+
+use super::teacher::{Fault, Reply};
+
+/// A longer body is no chat completion that anybody wants to keep.
+const LARGEST_BODY: usize = 64 << 20;
+
+/// Keys shorter than this are placeholders (`none`, `EMPTY`), whose text may well be in an answer.
+const SHORTEST_KEY: usize = 20;
+
+/// For a file, up or down, as long as something comes.
+pub const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
+
+/// Our transport below async-openai: exactly one attempt, its reply handed out whole.
+///
+/// The crate's own executor retries under any rate limit, and what it makes of a response loses the
+/// headers, the body of an error and every answer that its types do not foresee (and logs bodies).
+/// So this service reads the response itself and carries it out as its *error*, the one thing that
+/// the crate passes on untouched; [`unpack`] takes it out again. What remains with the crate is the
+/// request: path, headers, JSON.
+#[derive(Clone)]
+pub struct OneAttempt {
+    pub http: reqwest::Client,
+}
+
+impl tower::Service<HttpRequestFactory> for OneAttempt {
+    type Response = Response;
+    type Error = tower::BoxError;
+    type Future = BoxFuture<'static, Result<Response, tower::BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: HttpRequestFactory) -> Self::Future {
+        let http = self.http.clone();
+        Box::pin(async move {
+            let mut request = request.build().await?;
+            // A body that is streamed is a file, which takes its time.
+            if request.body().is_some_and(|body| body.as_bytes().is_none()) {
+                *request.timeout_mut() = Some(LONGEST_TRANSFER);
+            }
+            let outcome: tower::BoxError = match send(&http, request).await {
+                Ok(reply) => reply.into(),
+                Err(fault) => fault.into(),
+            };
+            Err(outcome)
+        })
+    }
+}
+
+/// Takes the reply out of the error in which [`OneAttempt`] has sent it through async-openai.
+pub fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault> {
+    let error = match outcome {
+        Err(OpenAIError::Boxed(carried)) => match carried.downcast::<Reply>() {
+            Ok(reply) => return Ok(*reply),
+            Err(carried) => match carried.downcast::<Fault>() {
+                Ok(fault) => return Err(*fault),
+                Err(other) => other.to_string(),
+            },
+        },
+        Err(other) => other.to_string(),
+        // `OneAttempt` never returns a response.
+        Ok(_) => "the reply was lost on the way".into(),
+    };
+    Err(Fault::Broken(error))
+}
+
+async fn send(http: &reqwest::Client, request: Request) -> Result<Reply, Fault> {
+    let authorization = request.headers().get(AUTHORIZATION).cloned();
+    let mut response = http.execute(request).await.map_err(fault)?;
+    let status = response.status();
+    let headers = std::mem::take(response.headers_mut());
+    let body = match read(response).await {
+        // The status of a failure says enough, whatever became of its body.
+        Err(_) if !status.is_success() => Bytes::new(),
+        body => body?,
+    };
+    Ok(Reply {
+        status: status.as_u16(),
+        headers,
+        body: without_key(body, authorization.as_ref()),
+    })
+}
+
+pub async fn read(mut response: Response) -> Result<Bytes, Fault> {
+    let mut body = BytesMut::new();
+    while let Some(chunk) = response.chunk().await.map_err(fault)? {
+        if body.len() + chunk.len() > LARGEST_BODY {
+            let limit = LARGEST_BODY >> 20;
+            return Err(Fault::TooLarge(format!(
+                "the body is larger than {limit} MiB"
+            )));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body.freeze())
+}
+
+pub fn fault(error: reqwest::Error) -> Fault {
+    let is_connect = error.is_connect();
+    if error.is_timeout() && !is_connect {
+        return Fault::Timeout;
+    }
+    // The outermost texts ("error sending request") say nothing; the innermost names the cause.
+    let error = error.without_url();
+    let mut cause: &dyn std::error::Error = &error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    match is_connect {
+        true => Fault::Unreachable(cause.to_string()),
+        false => Fault::Broken(cause.to_string()),
+    }
+}
+
+/// Some endpoints echo the key in their error messages, which are shown and kept.
+pub fn without_key(body: Bytes, authorization: Option<&HeaderValue>) -> Bytes {
+    let key = authorization
+        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
+        .filter(|key| key.len() >= SHORTEST_KEY);
+    let Some(key) = key else { return body };
+    let mut clean = BytesMut::new();
+    let mut rest = &body[..];
+    while let Some(start) = rest.windows(key.len()).position(|window| window == key) {
+        clean.extend_from_slice(&rest[..start]);
+        clean.extend_from_slice(b"[key]");
+        rest = &rest[start + key.len()..];
+    }
+    if clean.is_empty() {
+        return body;
+    }
+    clean.extend_from_slice(rest);
+    clean.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_echoed_key_is_taken_out_and_a_placeholder_left_alone() {
+        let clean = |body: &'static str, key: &str| {
+            let header = HeaderValue::try_from(format!("Bearer {key}")).unwrap();
+            without_key(Bytes::from_static(body.as_bytes()), Some(&header))
+        };
+        let key = "sk-0123456789abcdefghij";
+        assert_eq!(
+            clean("bad sk-0123456789abcdefghij, sk-0123456789abcdefghij!", key),
+            "bad [key], [key]!"
+        );
+        assert_eq!(clean("sk-0123456789abcdefghij", key), "[key]");
+        assert_eq!(clean("none is left", "none"), "none is left");
+    }
+}

@@ -1,0 +1,262 @@
+//! How batches end, and what becomes of their rows.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::super::end;
+use super::*;
+
+#[tokio::test(start_paused = true)]
+async fn errors_of_every_shape_are_asked_again_or_fail_and_add_up() {
+    // The same six places of each batch: whose turn it is fails once more.
+    let script = "[batch]\nerror_rows = 6\nrequest_counts = \"all_completed\"";
+    let night = night(script, 20, |config| config.retry.max_attempts = 3);
+    let summary = harvest(&night).await;
+    assert_eq!((summary.ok, summary.failed, summary.requests), (14, 6, 32));
+    assert_eq!(parts(&summary), [("completed", 3)]);
+    let classes: Vec<_> = summary.failures.keys().map(String::as_str).collect();
+    assert_eq!(
+        classes,
+        ["http 500", "no answer in the batch", "server_error"]
+    );
+    assert_eq!(summary.batches.as_ref().unwrap().asked_again, 12);
+    assert_eq!(end(&summary).0, 3);
+    let failures = night.run.failures();
+    assert_eq!(failures.len(), 6);
+    assert!(failures.iter().all(|row| row["attempts"] == 3));
+    assert_eq!(night.mock.stats().billed.answers, 14);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_passes_is_asked_again_and_what_cannot_fails_alone() {
+    let script = r#"
+        [[faults]]
+        kind = "http 400"
+        matching = "number 7"
+        [[faults]]
+        kind = "http 503"
+        first = 1
+        share = 0.5
+        [[faults]]
+        kind = "no usage"
+        matching = "number 3"
+    "#;
+    let night = night(script, 10, |_| {});
+    let summary = harvest(&night).await;
+    assert_eq!((summary.ok, summary.failed), (9, 1), "{summary:?}");
+    assert_eq!(summary.failures["http 400"], 1);
+    assert_eq!(night.run.failures()[0]["attempts"], 1);
+    assert_eq!(night.bought_twice(&night.mock.stats()), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_that_refuses_all_rows_alike_is_asked_no_more() {
+    let script = "[answers]\nrefuse_parameters = [\"seed\"]";
+    let night = night(script, 30, |config| {
+        config.sampling.seed = Some(1);
+        config.batch.max_requests = 10;
+        config.batch.enqueued_tokens = Some(500);
+    });
+    let summary = harvest(&night).await;
+    let (code, message) = end(&summary);
+    assert_eq!((code, summary.failed, summary.pending), (1, 10, 20));
+    assert!(message.contains("refuses every request"), "{message}");
+    assert!(message.contains("seed"), "{message}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn half_of_an_expired_or_cancelled_batch_is_taken_and_the_rest_asked_again() {
+    for outcome in ["expired", "cancelled"] {
+        let night = night(&format!("[batch]\noutcome = \"{outcome}\""), 10, |_| {});
+        let summary = harvest(&night).await;
+        // 5, 3, 2 and 1 are left; half of one is none, six times in all.
+        assert_eq!((summary.ok, summary.failed), (9, 1), "{outcome}");
+        assert_eq!(parts(&summary), [(outcome, 6)]);
+        assert_eq!(summary.failures[&format!("batch_{outcome}")], 1);
+        assert_eq!(night.mock.stats().billed.answers, 9);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_in_neither_file_are_counted_and_asked_again() {
+    for counts in ["right", "all_completed", "zero", "null"] {
+        let script = format!("[batch]\nlost_rows = 2\nrequest_counts = \"{counts}\"");
+        let night = night(&script, 20, |config| config.retry.max_attempts = 2);
+        let summary = harvest(&night).await;
+        assert_eq!((summary.ok, summary.failed), (18, 2));
+        assert_eq!(summary.failures["lost in a batch"], 2);
+        assert_eq!(summary.batches.as_ref().unwrap().lost, 4);
+        // The last batch had neither an output nor an error file.
+        assert_eq!(parts(&summary), [("completed", 2)]);
+        assert_eq!(night.mock.stats().billed.answers, 18);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_without_an_answer_has_no_output_file() {
+    let night = night("[batch]\nerror_rows = 100", 5, |config| {
+        config.retry.max_attempts = 1;
+    });
+    let summary = harvest(&night).await;
+    assert_eq!((summary.failed, night.mock.stats().billed.answers), (5, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_batch_costs_the_rows_that_it_names_and_three_stop_the_run() {
+    let night = night("[batch]\noutcome = \"failed\"", 10, |_| {});
+    let summary = harvest(&night).await;
+    assert_eq!((summary.failed, summary.pending), (3, 7));
+    assert_eq!(parts(&summary), [("failed", 3)]);
+    let (code, message) = end(&summary);
+    assert_eq!(code, 1);
+    assert!(message.contains("fails every batch"), "{message}");
+    assert_eq!(night.mock.stats().billed.answers, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wrong_model_stops_the_run_before_a_row_is_blamed() {
+    let night = night("", 10, |config| config.teacher.model = "gpt".into());
+    let summary = harvest(&night).await;
+    let (code, message) = end(&summary);
+    assert_eq!((code, summary.failed, summary.pending), (1, 0, 10));
+    assert!(message.contains("teacher.model"), "{message}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unknown_status_is_shown_and_waited_for() {
+    let mut night = night("[batch]\nstatus = \"queued\"", 5, |_| {});
+    night.run.config.schedule.deadline = None;
+    let (sender, receiver) = unbounded_channel();
+    tokio::spawn(async move {
+        sleep(Duration::from_secs(200)).await;
+        sender.send(2).unwrap();
+        std::future::pending::<()>().await;
+    });
+    let summary = harvest_with(&night, Duration::ZERO, None, receiver).await;
+    let summary = summary.unwrap().unwrap();
+    assert_eq!(parts(&summary), [("queued", 1)]);
+    assert!(
+        summary.to_table().contains("  queued"),
+        "{}",
+        summary.to_table()
+    );
+    assert_eq!(harvest(&night).await.ok, 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_uploaded_file_that_is_not_there_yet_is_waited_for() {
+    // The second one stays away until it is uploaded anew.
+    for missing in [1, 45] {
+        let night = night(&format!("[batch]\nmissing_s = {missing}"), 5, |_| {});
+        let summary = harvest(&night).await;
+        assert_eq!((summary.ok, parts(&summary)), (5, vec![("completed", 1)]));
+        assert_eq!(night.mock.stats().billed.answers, 5);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_creation_without_a_reply_is_found_and_not_made_twice() {
+    let night = night("[batch]\nlost_creates = 5", 50, |config| {
+        config.batch.max_requests = 10;
+    });
+    let summary = harvest(&night).await;
+    assert_eq!((summary.ok, summary.requests), (50, 50));
+    assert_eq!(summary.batches.as_ref().unwrap().adopted, 5);
+    assert_eq!(night.mock.stats().billed.answers, 50);
+}
+
+#[tokio::test(start_paused = true)]
+async fn faults_on_the_way_cost_time_and_nothing_else() {
+    for (kind, path) in [
+        ("http 500", "/v1/files"),
+        ("reset", "/v1/batches"),
+        ("http 503", "/v1/batches"),
+        ("http 429", "/v1/batches"),
+        ("reset in body", "/content"),
+        ("http 404", "/content"),
+        ("refused", "/v1/"),
+        ("truncated", "/v1/batches"),
+    ] {
+        let script = format!("[[faults]]\nkind = \"{kind}\"\npath = \"{path}\"\nfirst = 2");
+        let night = night(&script, 40, |config| config.batch.max_requests = 20);
+        let summary = harvest(&night).await;
+        assert_eq!(summary.ok, 40, "{kind} {path}: {summary:?}");
+        assert_eq!(night.mock.stats().billed.answers, 40, "{kind} {path}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_without_batches_is_named() {
+    let night = night(
+        "[[faults]]\nkind = \"http 404\"\npath = \"/v1/files\"",
+        5,
+        |_| {},
+    );
+    let summary = harvest(&night).await;
+    let (code, message) = end(&summary);
+    assert_eq!((code, summary.pending), (1, 5));
+    assert!(message.contains("takes no batches"), "{message}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_of_an_hour_is_waited_out_or_given_up() {
+    for (most, code) in [(7_200.0, 0), (600.0, 4)] {
+        let script =
+            "[[faults]]\nkind = \"http 503\"\npath = \"/v1/\"\nfrom_s = 600.0\nto_s = 4200.0";
+        let night = night(script, 5, |config| config.retry.max_outage_s = most);
+        let summary = harvest(&night).await;
+        assert_eq!(end(&summary).0, code, "{summary:?}");
+        assert_eq!(summary.ok, if code == 0 { 5 } else { 0 });
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_limit_of_enqueued_tokens_is_kept_to_or_found_out() {
+    // Some 20 tokens a row, as the endpoint counts.
+    let script = "[batch]\nenqueued_tokens = 300";
+    for known in [None, Some(500)] {
+        let night = night(script, 60, |config| {
+            config.batch.max_requests = 20;
+            config.batch.enqueued_tokens = known;
+        });
+        let summary = harvest(&night).await;
+        assert_eq!(summary.ok, 60, "{known:?}: {summary:?}");
+        let failed = summary.batches.as_ref().unwrap().parts.get("failed");
+        assert_eq!(failed.is_some(), known.is_none(), "{known:?} {failed:?}");
+        assert_eq!(night.mock.stats().billed.answers, 60);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_room_for_a_single_row_ends_the_run_for_now() {
+    let night = night("[batch]\nenqueued_tokens = 3", 4, |_| {});
+    let summary = harvest(&night).await;
+    let (code, message) = end(&summary);
+    assert_eq!((code, summary.pending), (4, 4), "{message}");
+    assert!(message.contains("enqueued tokens"), "{message}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_spins_while_a_batch_takes_its_day() {
+    let night = night("[batch]\nin_progress_s = 80000.0", 5, |_| {});
+    let start = Instant::now();
+    let summary = harvest(&night).await;
+    assert_eq!(summary.ok, 5);
+    let polls = start.elapsed().as_secs() / 30;
+    assert!(summary.turns < 3 * polls, "{} of {polls}", summary.turns);
+    assert!(night.mock.stats().requests < 2 * polls);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_window_holds_back_what_leaves_and_nothing_else() {
+    let night = night("", 5, |config| {
+        config.schedule.window = Some("22:00-22:10".into());
+    });
+    let start = Instant::now();
+    let summary = harvest(&night).await;
+    assert_eq!(summary.ok, 5);
+    // The evening begins at 20:00, and the batch comes back when the window has closed.
+    let hours = start.elapsed().as_secs_f64() / 3_600.0;
+    assert!((3.0..3.2).contains(&hours), "{hours}");
+}

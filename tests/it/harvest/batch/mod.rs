@@ -1,0 +1,336 @@
+//! `schedule.mode = "batch"` against a scripted teacher's files and batches, on the paused clock.
+
+mod ends;
+mod kills;
+mod money;
+mod tcp;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use distill::cache::record::Record;
+use distill::config::{Config, Mode};
+use distill::harvest::{
+    self, BatchApi, Download, Fault, HarvestOptions, Reply, Summary, Transport,
+};
+use distill::serve::mock::{Reaction, Request};
+use distill::signal::Signals;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt, stream};
+use serde_json::Value;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::sleep;
+
+use super::nights::{Night, Simulated, whole};
+
+/// A scripted teacher in the place of the network, its batches too.
+struct Provider {
+    chat: Simulated,
+    /// Each call takes up to so long on its way there, and again on its way back.
+    latency: Duration,
+}
+
+impl Transport for Provider {
+    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+        self.chat.ask(body)
+    }
+
+    fn batches(&self) -> Option<&dyn BatchApi> {
+        Some(self)
+    }
+}
+
+impl Provider {
+    async fn travel(&self) {
+        sleep(self.latency.mul_f64(fastrand::f64())).await;
+    }
+
+    async fn react(&self, method: &str, path: &str, body: &[u8]) -> Reaction {
+        let content_type = match path {
+            "/v1/files" => "multipart/form-data; boundary=b",
+            _ => "application/json",
+        };
+        let request = Request {
+            method,
+            path,
+            content_type: Some(content_type),
+            body,
+            ..Request::default()
+        };
+        self.travel().await;
+        let reaction = self.chat.mock.respond(request).await;
+        self.travel().await;
+        reaction
+    }
+
+    async fn call(&self, method: &str, path: &str, body: &[u8]) -> Result<Reply, Fault> {
+        match self.react(method, path, body).await {
+            Reaction::Reply(reply) => Ok(whole(reply)),
+            Reaction::Refused => Err(Fault::Unreachable("connection refused".into())),
+            _ => Err(Fault::Broken("reset".into())),
+        }
+    }
+}
+
+impl BatchApi for Provider {
+    fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<Reply, Fault>> {
+        async move {
+            let content = std::fs::read_to_string(file).unwrap();
+            let form = format!(
+                "--b\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n\
+                 --b\r\ncontent-disposition: form-data; name=\"file\"; filename=\"in.jsonl\"\r\n\r\n\
+                 {content}\r\n--b--\r\n"
+            );
+            self.call("POST", "/v1/files", form.as_bytes()).await
+        }
+        .boxed()
+    }
+
+    fn create<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+        async move {
+            let body = body.to_string();
+            self.call("POST", "/v1/batches", body.as_bytes()).await
+        }
+        .boxed()
+    }
+
+    fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>> {
+        async move { self.call("GET", &format!("/v1/batches/{batch}"), b"").await }.boxed()
+    }
+
+    fn list<'a>(&'a self, after: Option<&'a str>) -> BoxFuture<'a, Result<Reply, Fault>> {
+        let after = after.map_or(String::new(), |after| format!("&after={after}"));
+        async move {
+            // Small pages, so that there are several.
+            let path = format!("/v1/batches?limit=2{after}");
+            self.call("GET", &path, b"").await
+        }
+        .boxed()
+    }
+
+    fn cancel<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>> {
+        async move {
+            let path = format!("/v1/batches/{batch}/cancel");
+            self.call("POST", &path, b"").await
+        }
+        .boxed()
+    }
+
+    fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Download, Fault>> {
+        async move {
+            let path = format!("/v1/files/{file}/content");
+            let (reply, breaks) = match self.react("GET", &path, b"").await {
+                Reaction::Reply(reply) => (reply, false),
+                Reaction::ResetInBody(reply) => (reply, true),
+                _ => return Err(Fault::Broken("reset".into())),
+            };
+            if reply.status != 200 {
+                return Ok(Download::Refused(whole(reply)));
+            }
+            let length = if breaks {
+                reply.body.len() / 2
+            } else {
+                reply.body.len()
+            };
+            let body = reply.body.slice(..length);
+            let mut pieces: Vec<Result<Bytes, Fault>> = (0..length)
+                .step_by(777)
+                .map(|at| Ok(body.slice(at..length.min(at + 777))))
+                .collect();
+            if breaks {
+                pieces.push(Err(Fault::Broken("reset".into())));
+            }
+            Ok(Download::Content(stream::iter(pieces).boxed()))
+        }
+        .boxed()
+    }
+}
+
+/// A night in batch mode.
+fn night(script: &str, prompts: usize, change: impl FnOnce(&mut Config)) -> Night {
+    Night::new(script, prompts, |config| {
+        config.schedule.mode = Mode::Batch;
+        change(config);
+    })
+}
+
+/// Runs until the harvest ends, or until it is killed after `life`.
+async fn harvest_with(
+    night: &Night,
+    latency: Duration,
+    life: Option<Duration>,
+    signals: UnboundedReceiver<u8>,
+) -> anyhow::Result<Option<Summary>> {
+    let provider = Provider {
+        chat: Simulated {
+            mock: Arc::clone(&night.mock),
+            timeout: Duration::from_secs(600),
+        },
+        latency,
+    };
+    let options = HarvestOptions {
+        quiet: true,
+        ..HarvestOptions::default()
+    };
+    let run = harvest::run_over(
+        &night.run.config,
+        options,
+        Signals::from_channel(signals),
+        vec![Arc::new(provider)],
+        night.clock.clone(),
+    );
+    let summary = match life {
+        None => run.await?,
+        Some(life) => match tokio::time::timeout(life, run).await {
+            Ok(summary) => summary?,
+            Err(_) => return Ok(None),
+        },
+    };
+    let parts = [
+        summary.cached,
+        summary.ok,
+        summary.quarantined,
+        summary.failed,
+        summary.pending,
+    ];
+    assert_eq!(parts.iter().sum::<u64>(), summary.total, "{summary:?}");
+    Ok(Some(summary))
+}
+
+async fn harvest(night: &Night) -> Summary {
+    let (_sender, receiver) = unbounded_channel();
+    let summary = harvest_with(night, Duration::from_millis(200), None, receiver).await;
+    summary.unwrap().unwrap()
+}
+
+/// Batches by their status.
+fn parts(summary: &Summary) -> Vec<(&str, u64)> {
+    let parts = &summary.batches.as_ref().unwrap().parts;
+    parts
+        .iter()
+        .map(|(status, count)| (status.as_str(), *count))
+        .collect()
+}
+
+/// The records by key, without what tells of time, and of what batches cost less.
+fn timeless(records: Vec<Record>) -> BTreeMap<String, Record> {
+    let records = records.into_iter().map(|mut record| {
+        record.timing = Default::default();
+        record.cost_usd = None;
+        record.extra.clear();
+        (record.key.clone(), record)
+    });
+    records.collect()
+}
+
+fn priced(config: &mut Config) {
+    config.price.input = Some(1.0);
+    config.price.output = Some(4.0);
+    config.price.as_of = Some("2026-11-22".into());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_brings_the_records_that_real_time_brings_at_half_the_price() {
+    let script = "[answers]\ntokens = [5, 30]\n[batch]\nmax_rows = 40";
+    let change = |config: &mut Config| {
+        config.sampling.top_logprobs = 5;
+        config.prompts.samples = 2;
+        config.batch.max_requests = 40;
+        priced(config);
+    };
+    let batched = night(script, 60, change);
+    let summary = harvest(&batched).await;
+    assert!(summary.error.is_none(), "{summary:?}");
+    assert_eq!(
+        (summary.ok, summary.pending, summary.requests),
+        (120, 0, 120)
+    );
+    assert_eq!(parts(&summary), [("completed", 3)]);
+
+    let direct = Night::new(script, 60, change);
+    let expected = direct.harvest().await;
+    assert_eq!(
+        timeless(batched.run.records()),
+        timeless(direct.run.records())
+    );
+    let (half, full) = (summary.cost_usd.unwrap(), expected.cost_usd.unwrap());
+    assert!((half - full / 2.0).abs() < 1e-12, "{half} {full}");
+    let costs = batched.run.records();
+    let costs: f64 = costs.iter().filter_map(|record| record.cost_usd).sum();
+    assert!((costs - half).abs() < 1e-12);
+
+    // What is in the cache is not asked again, in whichever mode.
+    let seen = batched.mock.stats().requests;
+    for mode in [Mode::Realtime, Mode::Batch] {
+        let mut again = Night::new(script, 60, change);
+        again.run.config.run_dir = batched.run.config.run_dir.clone();
+        again.run.config.schedule.mode = mode;
+        let again = harvest(&Night {
+            mock: Arc::clone(&batched.mock),
+            ..again
+        })
+        .await;
+        assert_eq!((again.cached, again.requests), (120, 0));
+    }
+    assert_eq!(batched.mock.stats().requests, seen);
+    assert_eq!(batched.bought_twice(&batched.mock.stats()), 0);
+    // Nothing is left but the journal.
+    let left = batched.run.config.run_dir.join("batches");
+    assert_eq!(left.read_dir().unwrap().count(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn samples_and_prompts_of_a_smaller_run_are_recorded_for_the_larger_one() {
+    let mut night = night("", 30, |_| {});
+    let (_sender, receiver) = unbounded_channel();
+    let killed = harvest_with(
+        &night,
+        Duration::ZERO,
+        Some(Duration::from_secs(100)),
+        receiver,
+    );
+    assert!(killed.await.unwrap().is_none());
+    night.run.config.prompts.limit = Some(10);
+    let summary = harvest(&night).await;
+    assert_eq!((summary.total, summary.ok), (10, 10));
+    assert_eq!(summary.batches.unwrap().besides, 20);
+    night.run.config.prompts.limit = None;
+    let summary = harvest(&night).await;
+    assert_eq!((summary.cached, summary.requests), (30, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_signal_leaves_batches_to_go_on_and_the_next_run_takes_them() {
+    let mut night = night("", 20, |_| {});
+    let (sender, receiver) = unbounded_channel();
+    tokio::spawn(async move {
+        sleep(Duration::from_secs(100)).await;
+        sender.send(15).unwrap();
+        std::future::pending::<()>().await;
+    });
+    let summary = harvest_with(&night, Duration::ZERO, None, receiver).await;
+    let summary = summary.unwrap().unwrap();
+    let (code, message) = super::end(&summary);
+    assert_eq!(code, 143);
+    assert!(message.contains("1 batches go on"), "{message}");
+    assert_eq!(
+        (summary.pending, parts(&summary)),
+        (20, vec![("in_progress", 1)])
+    );
+
+    // Asked one by one now, they would be bought twice.
+    night.run.config.schedule.mode = Mode::Realtime;
+    let (_sender, receiver) = unbounded_channel();
+    let error = harvest_with(&night, Duration::ZERO, None, receiver).await;
+    let error = error.unwrap_err();
+    assert!(error.to_string().contains("bought twice"), "{error:#}");
+    assert_eq!(distill::exit::Exit::code_of(&error), 2);
+
+    night.run.config.schedule.mode = Mode::Batch;
+    let summary = harvest(&night).await;
+    assert_eq!((summary.ok, summary.requests), (20, 0));
+    assert_eq!(night.mock.stats().billed.answers, 20);
+}

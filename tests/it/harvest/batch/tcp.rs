@@ -1,0 +1,68 @@
+//! Batch mode over real TCP, where a day takes a second.
+
+use distill::serve::mock::{Script, start};
+
+use super::super::{Run, end};
+use super::*;
+
+fn run(script: &str, change: impl FnOnce(&mut Config)) -> (distill::serve::mock::MockServer, Run) {
+    let script = format!("{script}\n[batch]\nclock = 86400.0\n");
+    let script = Script::parse("batch.toml".as_ref(), &script).unwrap();
+    let server = start(script, "127.0.0.1".parse().unwrap(), 0).unwrap();
+    let prompts: Vec<_> = (0..40).map(|number| format!("prompt {number}")).collect();
+    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
+    let mut run = Run::at(&server.base_url(), &prompts);
+    run.config.teacher.model = "mock".into();
+    run.config.schedule.mode = Mode::Batch;
+    run.config.batch.poll_s = 0.02;
+    run.config.batch.max_requests = 15;
+    change(&mut run.config);
+    (server, run)
+}
+
+#[tokio::test]
+async fn files_go_up_and_come_down_in_pieces() {
+    let (server, run) = run("", |config| config.sampling.top_logprobs = 20);
+    let summary = run.harvest().await;
+    assert_eq!(end(&summary), (0, String::new()));
+    assert_eq!((summary.ok, parts(&summary)), (40, vec![("completed", 3)]));
+    assert!(run.records().iter().all(|record| record.logprobs.is_some()));
+    assert_eq!(server.stop().billed.batch_answers, 40);
+}
+
+#[tokio::test]
+async fn what_breaks_on_the_wire_is_done_again_and_bought_once() {
+    let script = r#"
+        [[faults]]
+        kind = "reset in body"
+        path = "/content"
+        first = 1
+        [[faults]]
+        kind = "short body"
+        path = "/content"
+        first = 2
+        [[faults]]
+        kind = "reset"
+        path = "/v1/files"
+        share = 0.3
+        [[faults]]
+        kind = "truncated"
+        path = "/v1/batches"
+        first = 1
+    "#;
+    let (server, run) = run(script, |_| {});
+    let summary = run.harvest().await;
+    assert_eq!(end(&summary), (0, String::new()));
+    assert_eq!(summary.ok, 40);
+    assert_eq!(server.stop().billed.answers, 40);
+}
+
+#[tokio::test]
+async fn a_key_that_is_refused_ends_the_run_and_is_not_shown() {
+    // The variable is not set in the mock's script, so every request is a 401.
+    let (_server, run) = run("key = \"sk-another-key-0123456789\"", |_| {});
+    let summary = run.harvest().await;
+    let (code, message) = end(&summary);
+    assert_eq!((code, summary.pending), (1, 40));
+    assert!(message.contains("api_key_env"), "{message}");
+}
