@@ -18,7 +18,7 @@
 //! | [`cli`], [`commands`] | clap types; one thin file per verb |
 //! | [`config`] | file + environment + flags -> one validated `Config`; nothing else sees clap |
 //! | [`prompt`] | prompt sources and templates |
-//! | [`harvest`] | what to ask, when, and what a reply means; async, knows no tensors |
+//! | [`harvest`] | what to ask, when, one by one or in batches, and what a reply means; async, knows no tensors |
 //! | [`cache`] | the record, its line format, recovery, the one writer |
 //! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, examples, batches |
 //! | [`model`] | a Hugging Face folder in memory; the architecture, written once; generation |

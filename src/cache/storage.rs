@@ -83,21 +83,21 @@ impl Journal {
         }
     }
 
-    /// Appends one line. After an error the file ends where it did before; where even that cannot
-    /// be had, every later append is refused.
-    pub fn append(&mut self, line: &[u8]) -> Result<()> {
+    /// Appends so many `lines`. After an error the file ends where it did before; where even that
+    /// cannot be had, every later append is refused.
+    pub fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
         self.check()?;
         let mut written = 0;
-        while written < line.len() {
-            match self.storage.write(&line[written..]) {
+        while written < text.len() {
+            match self.storage.write(&text[written..]) {
                 Ok(0) => return Err(self.undo(written, io::ErrorKind::WriteZero.into())),
                 Ok(count) => written += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(self.undo(written, error)),
             }
         }
-        self.length += line.len() as u64;
-        self.unsynced += 1;
+        self.length += text.len() as u64;
+        self.unsynced += lines;
         self.oldest.get_or_insert_with(Instant::now);
         Ok(())
     }

@@ -152,18 +152,35 @@ impl Cache {
 
     /// As [`Cache::append`], of a record that was encoded elsewhere.
     pub fn append_sealed(&self, sealed: &Sealed) -> Result<()> {
+        self.append_group([sealed])
+    }
+
+    /// As [`Cache::append_sealed`], of several records by one write: after an error none of them is
+    /// in the file.
+    pub fn append_group<'a>(&self, group: impl IntoIterator<Item = &'a Sealed>) -> Result<()> {
         let mut state = self.shared.lock();
-        if state.keys.contains(&sealed.fingerprint) {
-            let key = line::head(sealed.line.trim_ascii_end())?.key;
-            tracing::warn!("{key} was answered twice: the first answer is kept");
+        let (mut lines, mut fingerprints) = (Vec::new(), Vec::new());
+        for sealed in group {
+            if state.keys.contains(&sealed.fingerprint)
+                || fingerprints.contains(&sealed.fingerprint)
+            {
+                let key = line::head(sealed.line.trim_ascii_end())?.key;
+                tracing::warn!("{key} was answered twice: the first answer is kept");
+                continue;
+            }
+            lines.extend_from_slice(&sealed.line);
+            fingerprints.push(sealed.fingerprint);
+        }
+        if fingerprints.is_empty() {
             return Ok(());
         }
-        state.journal.append(&sealed.line)?;
-        state.keys.insert(sealed.fingerprint);
+        let before = state.journal.unsynced();
+        state.journal.append(&lines, fingerprints.len())?;
+        state.keys.extend(fingerprints);
         match self.durability {
             Durability::Record => state.journal.sync(),
             Durability::None => Ok(()),
-            Durability::Batch => self.shared.commit(state),
+            Durability::Batch => self.shared.commit(state, before),
         }
     }
 
@@ -200,8 +217,9 @@ impl Shared {
 }
 
 impl Shared {
-    /// After an append: has a full group synced, in the background where the storage can.
-    fn commit<'a>(&'a self, mut state: MutexGuard<'a, State>) -> Result<()> {
+    /// After an append to `before` lines that were not synced: has a full group synced, in the
+    /// background where the storage can.
+    fn commit<'a>(&'a self, mut state: MutexGuard<'a, State>, before: usize) -> Result<()> {
         // A disk that takes longer than a group may wait holds up the appending.
         if state
             .syncing
@@ -209,11 +227,11 @@ impl Shared {
         {
             state = self.wait_while_syncing(state);
         }
-        match state.journal.unsynced() {
-            1 | GROUP_RECORDS => self.changed.notify_all(),
-            _ => {}
+        let unsynced = state.journal.unsynced();
+        if before == 0 || (before < GROUP_RECORDS && unsynced >= GROUP_RECORDS) {
+            self.changed.notify_all();
         }
-        if state.journal.unsynced() >= GROUP_RECORDS && !state.journal.syncs_in_background() {
+        if unsynced >= GROUP_RECORDS && !state.journal.syncs_in_background() {
             state.journal.sync()?;
         }
         state.journal.check()

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::attempt::{self, Answered, Attempt, Finished};
@@ -28,6 +28,9 @@ use crate::terminal::{Progress, format_dollars, format_duration};
 
 /// A wait that is worth telling.
 const LONG_WAIT: Duration = Duration::from_secs(5);
+
+/// Answers that are recorded by one write, at most.
+const LARGEST_GROUP: usize = 64;
 
 /// While the window is closed the wall clock is looked at so often: it may be set.
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(60);
@@ -135,9 +138,7 @@ impl<'a> Dispatcher<'a> {
                         break;
                     }
                 }
-                Some(finished) = self.in_flight.join_next() => {
-                    self.settle(finished.context("a request task failed")??)?;
-                }
+                Some(finished) = self.in_flight.join_next() => self.take_back(finished)?,
                 () = sleep_until(wake.unwrap_or(self.started)), if wake.is_some() => {}
                 _ = seconds.tick() => self.tick()?,
             }
@@ -263,6 +264,28 @@ impl<'a> Dispatcher<'a> {
         Ok(Next::Sent)
     }
 
+    /// Records the answers that have come, by one write, and decides about the other replies.
+    fn take_back(&mut self, first: Result<Result<Finished>, JoinError>) -> Result<()> {
+        let mut group = Vec::new();
+        let mut next = Some(first);
+        while let Some(finished) = next {
+            group.push(finished.context("a request task failed")??);
+            next = match group.len() < LARGEST_GROUP {
+                true => self.in_flight.try_join_next(),
+                false => None,
+            };
+        }
+        let answers = group
+            .iter()
+            .filter_map(|finished| finished.result.as_ref().ok());
+        self.cache
+            .append_group(answers.map(|answered| &answered.sealed))
+            .context("an answer could not be recorded, so nothing more is asked")?;
+        group
+            .into_iter()
+            .try_for_each(|finished| self.settle(finished))
+    }
+
     fn settle(&mut self, finished: Finished) -> Result<()> {
         let Finished {
             attempt,
@@ -277,9 +300,6 @@ impl<'a> Dispatcher<'a> {
             Ok(answered) => {
                 lane.answered(&attempt.departure, &reports, answered.usage.as_ref());
                 let bill = answered.bill();
-                self.cache
-                    .append_sealed(&answered.sealed)
-                    .context("an answer could not be recorded, so nothing more is asked")?;
                 self.purse.settle(attempt.reserved, bill, &price)?;
                 self.count(index, &answered);
                 return Ok(());

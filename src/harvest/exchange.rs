@@ -76,7 +76,7 @@ pub fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault> {
     Err(Fault::Broken(error))
 }
 
-async fn send(http: &reqwest::Client, request: Request) -> Result<Reply, Fault> {
+pub async fn send(http: &reqwest::Client, request: Request) -> Result<Reply, Fault> {
     let authorization = request.headers().get(AUTHORIZATION).cloned();
     let mut response = http.execute(request).await.map_err(fault)?;
     let status = response.status();
@@ -130,9 +130,10 @@ pub fn without_key(body: Bytes, authorization: Option<&HeaderValue>) -> Bytes {
         .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
         .filter(|key| key.len() >= SHORTEST_KEY);
     let Some(key) = key else { return body };
+    let finder = memchr::memmem::Finder::new(key);
     let mut clean = BytesMut::new();
     let mut rest = &body[..];
-    while let Some(start) = rest.windows(key.len()).position(|window| window == key) {
+    while let Some(start) = finder.find(rest) {
         clean.extend_from_slice(&rest[..start]);
         clean.extend_from_slice(b"[key]");
         rest = &rest[start + key.len()..];

@@ -108,13 +108,13 @@ impl Plan {
             let body = self.body(lane, prompt, sample);
             let identity = teacher::identity(&self.askings[lane].lane.teacher);
             let key = request::key(identity, &body, sample);
-            let is_new = seen.insert(key.clone());
-            if is_new && !is_cached(&key) {
+            let is_new = seen.insert(key.name.clone());
+            if is_new && !is_cached(&key.name) {
                 self.rows.push(Row {
                     prompt: prompt as u32,
                     sample,
-                    key,
-                    bytes: body.to_string().len() as u32,
+                    key: key.name,
+                    bytes: key.bytes as u32,
                 });
             } else {
                 self.cached += 1;

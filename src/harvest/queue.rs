@@ -17,6 +17,17 @@ pub struct Entry {
     pub throttled: u32,
 }
 
+impl Entry {
+    /// A row that has not been tried.
+    pub fn fresh(row: usize) -> Entry {
+        Entry {
+            row,
+            failed: 0,
+            throttled: 0,
+        }
+    }
+}
+
 pub struct Queue {
     fresh: Range<usize>,
     /// Earliest first.
@@ -47,11 +58,7 @@ impl Queue {
         let due = self.delayed.peek().map(|Reverse(delayed)| *delayed);
         match due {
             Some((not_before, entry)) if not_before <= now => Ok(entry),
-            _ if !self.fresh.is_empty() => Ok(Entry {
-                row: self.fresh.start,
-                failed: 0,
-                throttled: 0,
-            }),
+            _ if !self.fresh.is_empty() => Ok(Entry::fresh(self.fresh.start)),
             _ => Err(due.map(|(not_before, _)| not_before)),
         }
     }

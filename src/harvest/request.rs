@@ -1,6 +1,9 @@
 //! A prompt as a wire body, and the key that names it. Pure.
 
+use std::fmt::Write;
+
 use anyhow::Result;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::structured::Structured;
@@ -112,35 +115,68 @@ impl Asking {
     }
 }
 
-/// BLAKE3, in hex, of what is asked of whom: "have we paid for this?".
-///
-/// Everything that can change the answer is in it; limits, retries and the API key are not.
-pub fn key(base_url: &str, body: &Value, sample: u32) -> String {
-    let identity = json!({
-        "body": canonical(body),
-        "endpoint": base_url,
-        "sample": sample,
-        "v": KEY_VERSION,
-    });
-    blake3::hash(identity.to_string().as_bytes())
-        .to_hex()
-        .to_string()
+/// What names a request, and how long it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Key {
+    /// BLAKE3, in hex, of what is asked of whom: "have we paid for this?".
+    pub name: String,
+    /// Bytes of the body as JSON.
+    pub bytes: usize,
 }
 
-/// The same value with the keys of every object sorted.
-fn canonical(value: &Value) -> Value {
+/// The key of a body. Everything that can change the answer is in it; limits, retries and the API
+/// key are not.
+pub fn key(base_url: &str, body: &Value, sample: u32) -> Key {
+    let mut text = String::from("{\"body\":");
+    let start = text.len();
+    write_canonical(body, &mut text);
+    let bytes = text.len() - start;
+    let endpoint = Value::from(base_url);
+    // Writing to a string cannot fail.
+    let _ = write!(
+        text,
+        ",\"endpoint\":{endpoint},\"sample\":{sample},\"v\":{KEY_VERSION}}}"
+    );
+    Key {
+        name: blake3::hash(text.as_bytes()).to_hex().to_string(),
+        bytes,
+    }
+}
+
+/// Writes the value with the keys of every object sorted.
+fn write_canonical(value: &Value, text: &mut String) {
     match value {
         Value::Object(fields) => {
             let mut sorted: Vec<_> = fields.iter().collect();
-            sorted.sort_by_key(|(name, _)| name.as_str());
-            sorted
-                .into_iter()
-                .map(|(name, value)| (name.clone(), canonical(value)))
-                .collect()
+            sorted.sort_unstable_by_key(|(name, _)| name.as_str());
+            text.push('{');
+            for (index, (name, value)) in sorted.into_iter().enumerate() {
+                if index > 0 {
+                    text.push(',');
+                }
+                write_scalar(name.as_str(), text);
+                text.push(':');
+                write_canonical(value, text);
+            }
+            text.push('}');
         }
-        Value::Array(items) => items.iter().map(canonical).collect(),
-        _ => value.clone(),
+        Value::Array(items) => {
+            text.push('[');
+            for (index, item) in items.iter().enumerate() {
+                if index > 0 {
+                    text.push(',');
+                }
+                write_canonical(item, text);
+            }
+            text.push(']');
+        }
+        scalar => write_scalar(scalar, text),
     }
+}
+
+fn write_scalar(value: impl Serialize, text: &mut String) {
+    // A scalar always has a JSON text.
+    text.push_str(&serde_json::to_string(&value).unwrap_or_default());
 }
 
 #[cfg(test)]
@@ -216,8 +252,9 @@ mod tests {
         let base = body(&teacher(), &sampling, &messages("hi"), 0);
         let first = key("http://a/v1", &base, 0);
         // A golden key: should it change, every cache would be bought again.
+        assert_eq!(first.bytes, base.to_string().len());
         assert_eq!(
-            first,
+            first.name,
             "93c719aebe2658e2afeb28e1bc0e94468267cc514d5a71ff383956a79309f425"
         );
 

@@ -6,13 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use async_openai::Client;
-use async_openai::error::OpenAIError;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use reqwest::Url;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::{Method, Request, Url};
 use secrecy::{ExposeSecret, SecretString};
-use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use super::batch::BatchApi;
@@ -58,9 +56,14 @@ pub trait Transport: Send + Sync {
 
 /// The teacher, ready to be asked.
 pub struct Teacher {
+    /// For files and batches.
     pub(super) client: Client<Endpoint>,
-    /// For the one thing that async-openai does not do: reading a file while it comes.
+    /// For chat completions, and for the one thing that async-openai does not do: reading a file
+    /// while it comes.
     pub(super) http: reqwest::Client,
+    completions: Url,
+    /// Of a request for a completion.
+    headers: HeaderMap,
     /// Between two pieces of such a file.
     pub(super) timeout: Duration,
 }
@@ -72,16 +75,26 @@ impl Teacher {
         let http = http_client(settings, &base_url)?;
         let endpoint = Endpoint::new(settings)?;
         let once = OneAttempt { http: http.clone() };
+        let completions = format!("{}/chat/completions", identity(settings));
+        let mut headers = endpoint.headers.clone();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Ok(Teacher {
+            completions: Url::parse(&completions).context("`teacher.base_url` is no URL")?,
+            headers,
             client: Client::build(http.clone(), endpoint).with_http_service(once),
             http,
             timeout: seconds("timeout_s", settings.timeout_s)?,
         })
     }
 
+    /// By reqwest alone: async-openai's way to the same request costs a tenth of the time that a
+    /// small answer takes in all.
     async fn ask_once(&self, body: &Value) -> Result<Reply, Fault> {
-        let answer: Result<IgnoredAny, OpenAIError> = self.client.chat().create_byot(body).await;
-        exchange::unpack(answer)
+        let body = serde_json::to_vec(body).map_err(|error| Fault::Broken(error.to_string()))?;
+        let mut request = Request::new(Method::POST, self.completions.clone());
+        *request.headers_mut() = self.headers.clone();
+        *request.body_mut() = Some(body.into());
+        exchange::send(&self.http, request).await
     }
 }
 

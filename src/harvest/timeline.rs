@@ -40,8 +40,9 @@ impl Used {
     pub fn pass(&mut self, seconds: f64, per_minute: (Option<f64>, Option<f64>)) {
         let add = |allowed: &mut Option<f64>, per_minute: Option<f64>, before: f64| {
             if let Some(per_minute) = per_minute {
-                // A limit that is learned from headers held from the start.
-                let earlier = per_minute * before / 60.0;
+                // A limit that is learned from headers held from the start, when about a second's
+                // worth may leave at once.
+                let earlier = per_minute * (before + 1.0) / 60.0;
                 *allowed = Some(allowed.unwrap_or(earlier) + per_minute * seconds / 60.0);
             }
         };
@@ -154,7 +155,7 @@ mod tests {
             ..Used::default()
         };
         assert_eq!(used.share(), None);
-        used.pass(30.0, (None, None));
+        used.pass(29.0, (None, None));
         used.pass(30.0, (Some(100.0), None));
         assert_eq!(used.share(), Some(0.9));
         used.pass(60.0, (Some(50.0), Some(50.0)));

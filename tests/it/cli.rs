@@ -83,7 +83,7 @@ fn folder(base_url: &str) -> (tempfile::TempDir, String) {
     let config = format!(
         "[teacher]\nbase_url = \"{base_url}\"\nmodel = \"tiny\"\napi_key_env = \"\"\n\
          [prompts]\nsource = \"prompts.jsonl\"\ntemplate = \"template.toml\"\n\
-         [sampling]\nmax_tokens = 12\n\
+         [sampling]\nmax_tokens = 12\nseed = 3\n\
          [retry]\nbase_s = 0.01\nmax_s = 0.02\n\
          [student]\npath = \"model\"\n\
          [data]\nvalidation_share = 0.2\nkeep_finish_reasons = [\"stop\", \"length\"]\n\

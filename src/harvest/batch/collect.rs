@@ -22,10 +22,13 @@ use crate::harvest::wire::Completion;
 use crate::prompt::Prompt;
 
 /// How often a batch or a file may be "not found" before it counts as gone.
-const GONE: u32 = 5;
+const GONE: u32 = 20;
 
 /// Rows of a batch that are all refused in the same words: it is no matter of the rows.
 const SAME_REFUSALS: usize = 5;
+
+/// Lines of a file between two looks at the progress.
+const SHOW_EVERY: u64 = 500;
 
 /// The rows of a part while its files are read.
 struct Taking {
@@ -92,13 +95,19 @@ impl Batches<'_> {
         Ok(())
     }
 
-    /// The endpoint does not know a batch of ours; after a while it is believed.
-    fn gone(&mut self, index: usize, message: &str) -> Result<(), Halt> {
+    /// What should be there is not; after a while that is believed.
+    fn is_gone(&mut self, index: usize, message: &str) -> Result<(), Trouble> {
         let live = &mut self.journal.parts[index].live;
         live.gone += 1;
-        if live.gone < GONE {
-            return Err(retry::lost("gone", message).into());
+        match live.gone < GONE {
+            true => Err(retry::lost("gone", message)),
+            false => Ok(()),
         }
+    }
+
+    /// The endpoint does not know a batch of ours.
+    fn gone(&mut self, index: usize, message: &str) -> Result<(), Halt> {
+        self.is_gone(index, message)?;
         self.progress
             .note(&format!("the endpoint has lost a batch: {message}"));
         let taking = self.open(index, &Card::default())?;
@@ -108,7 +117,12 @@ impl Batches<'_> {
     /// Records what both files of a batch hold, and accounts for every row.
     async fn take(&mut self, index: usize, card: &Card) -> Result<(), Halt> {
         let (_, transport) = self.lane_of(index);
+        if card.status == "completed" && card.output_file.is_none() && card.error_file.is_none() {
+            // The files may be on their way.
+            self.is_gone(index, "a completed batch has no file")?;
+        }
         let mut taking = self.open(index, card)?;
+        let mut taken = 0;
         // The answers first: a row that is in both files has one.
         for file in [&card.output_file, &card.error_file].into_iter().flatten() {
             let api = batches(&transport)?;
@@ -117,11 +131,7 @@ impl Batches<'_> {
                 Download::Content(pieces) => pieces,
                 Download::Refused(reply) => match retry::check(Ok(reply), now()) {
                     Err(Trouble::Refused(failure)) => {
-                        let live = &mut self.journal.parts[index].live;
-                        live.gone += 1;
-                        if live.gone < GONE {
-                            return Err(retry::lost("gone", &failure.message).into());
-                        }
+                        self.is_gone(index, &failure.message)?;
                         // Its rows are in neither file.
                         continue;
                     }
@@ -132,6 +142,10 @@ impl Batches<'_> {
             let mut lines = Lines::new(pieces);
             while let Some(line) = lines.next().await.map_err(retry::classify_fault)? {
                 self.take_line(index, &mut taking, api.without_key(line))?;
+                taken += 1;
+                if taken % SHOW_EVERY == 0 {
+                    self.show();
+                }
             }
         }
         self.close(index, taking, &card.status)
@@ -282,8 +296,8 @@ impl Batches<'_> {
                 continue;
             };
             let mut entry = Entry {
-                row: row as usize,
                 failed: member.failed,
+                ..Entry::fresh(row as usize)
             };
             let failure = match fate {
                 Some(Fate::Refused(failure)) => {

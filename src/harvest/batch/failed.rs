@@ -22,8 +22,8 @@ impl Batches<'_> {
         for (line, (member, row)) in members.iter().zip(rows).enumerate() {
             let Some(row) = row else { continue };
             let mut entry = Entry {
-                row: row as usize,
                 failed: member.failed,
+                ..Entry::fresh(row as usize)
             };
             match bad.get(&line) {
                 Some(failure) => {

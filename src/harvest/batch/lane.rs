@@ -59,7 +59,7 @@ impl Lane {
             index,
             settings: plan.askings[index].lane.clone(),
             transport,
-            waiting: rows.map(|row| Entry { row, failed: 0 }).collect(),
+            waiting: rows.map(Entry::fresh).collect(),
             token_limit,
             has_answered: false,
             not_before: now,

@@ -271,12 +271,7 @@ impl Batches<'_> {
     fn give_back(&mut self, index: usize) -> Result<(), Halt> {
         let (lane, _) = self.lane_of(index);
         let rows = self.journal.parts[index].live.rows.iter().flatten();
-        let entries: Vec<Entry> = rows
-            .map(|&row| Entry {
-                row: row as usize,
-                failed: 0,
-            })
-            .collect();
+        let entries: Vec<Entry> = rows.map(|&row| Entry::fresh(row as usize)).collect();
         self.lanes[lane].waiting.extend(entries);
         self.end_part(index, "never sent")
     }
@@ -289,7 +284,8 @@ impl Batches<'_> {
         let (held, rows) = (std::mem::take(&mut part.live.held), part.rows);
         self.purse
             .settle_of_batch(held, rows, Bill::Nothing, &price)?;
-        // The books first: until the part has ended, it is held for once more after a kill.
+        // The answers and the books first: only a part that has not ended is looked at again.
+        self.cache.sync()?;
         self.purse.tick()?;
         *self.tally.parts.entry(status.to_owned()).or_default() += 1;
         Ok(self.journal.end(index, status)?)
