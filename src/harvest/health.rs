@@ -105,6 +105,12 @@ impl Health {
         self.failing.len() >= SEVERAL_ROWS && self.failures >= self.in_flight.max(FAILURES)
     }
 
+    /// A row has failed so many times. Was that the endpoint's fault, for all we know? So it is where
+    /// nothing has succeeded meanwhile and some of the `remaining` rows have not failed yet.
+    pub fn may_excuse(&self, attempts: u32, remaining: usize) -> bool {
+        self.failures >= attempts as usize && remaining > self.failing.len()
+    }
+
     /// Failures since the outage began, from 1; 0 where there is none.
     pub fn probes(&self) -> u32 {
         self.probes
@@ -144,6 +150,19 @@ mod tests {
         health.success(later);
         assert!(!health.is_outage() && health.probes() == 0);
         assert_eq!(health.silence(later), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_row_is_blamed_only_beside_others_that_succeed_or_when_all_have_failed() {
+        let mut health = Health::new(Instant::now());
+        for _ in 0..6 {
+            health.failure(0, false, 1);
+        }
+        assert!(health.may_excuse(6, 2));
+        assert!(!health.may_excuse(6, 1), "there is no other row");
+        health.success(Instant::now());
+        health.failure(0, false, 1);
+        assert!(!health.may_excuse(7, 2), "another one succeeded");
     }
 
     #[test]

@@ -195,7 +195,12 @@ impl Lane {
             );
             self.stop(anyhow::anyhow!(message));
         } else if entry.failed >= max_attempts {
-            return Verdict::Failed(entry, failure);
+            // Itself, what waits, and what is on its way.
+            let remaining = 1 + self.queue.len() + self.in_flight;
+            if !self.health.may_excuse(entry.failed, remaining) {
+                return Verdict::Failed(entry, failure);
+            }
+            entry.failed -= 1;
         }
         let pause = retry::backoff(entry.failed, &self.retry, fastrand::f64()).max(wait);
         self.queue.delay(entry, now + pause);

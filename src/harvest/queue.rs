@@ -43,6 +43,11 @@ impl Queue {
         }
     }
 
+    /// Rows that wait.
+    pub fn len(&self) -> usize {
+        self.fresh.len() + self.delayed.len()
+    }
+
     pub fn is_empty(&self) -> bool {
         self.fresh.is_empty() && self.delayed.is_empty()
     }
