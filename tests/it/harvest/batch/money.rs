@@ -109,9 +109,12 @@ async fn a_batch_is_made_smaller_to_fit_the_budget_which_is_never_exceeded() {
 
 #[tokio::test(start_paused = true)]
 async fn what_is_under_way_stays_set_aside_over_a_kill() {
-    let night = night("", 20, |config| {
+    // Every answer costs what was set aside for it, and the budget pays for thirty.
+    let cap = 30.5 * 16.0 * 4.0 / 1e6 / 2.0;
+    let night = night("[answers]\ntokens = 16", 20, |config| {
         priced(config);
-        config.budget.usd = Some(0.003);
+        config.price.input = Some(0.0);
+        config.budget.usd = Some(cap);
     });
     let (_sender, receiver) = unbounded_channel();
     let life = Some(Duration::from_secs(100));
@@ -124,12 +127,13 @@ async fn what_is_under_way_stays_set_aside_over_a_kill() {
     night.run.write("prompts.txt", &prompts.join("\n"));
     let summary = harvest(&night).await;
     assert_eq!(end(&summary).0, 4);
+    assert_eq!((summary.ok, summary.pending), (30, 370));
     let said = summary.run_folder_usd.unwrap();
-    assert!(bill(&night) <= said && said <= 0.003, "{said}");
+    assert!((said - 30.0 / 30.5 * cap).abs() < 1e-12, "{said}");
     // A batch is not lost by a kill.
     assert_eq!(
         (summary.attempts_lost, summary.estimated_usd),
         (0, Some(0.0))
     );
-    assert!(summary.ok >= 20);
+    assert_eq!(night.mock.stats().billed.answers, 30);
 }
