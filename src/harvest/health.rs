@@ -27,6 +27,8 @@ pub struct Health {
     /// Has anything ever succeeded, or answered at all?
     succeeded: bool,
     answered: bool,
+    /// When an attempt first failed after the last request that showed the endpoint in order left.
+    failing_since: Option<Instant>,
     /// Rows that have failed since, attempts that have, and the most that was in flight meanwhile.
     failing: HashSet<usize>,
     failures: usize,
@@ -46,6 +48,7 @@ impl Health {
             excused: Duration::ZERO,
             succeeded: false,
             answered: false,
+            failing_since: None,
             failing: HashSet::new(),
             failures: 0,
             in_flight: 0,
@@ -55,11 +58,17 @@ impl Health {
         }
     }
 
-    pub fn success(&mut self, now: Instant) {
+    /// A request that left at `departed` was answered. One that left before the failures began shows
+    /// nothing about them: it may have been under way for minutes.
+    pub fn success(&mut self, departed: Instant, now: Instant) {
         self.last_success = now;
         self.excused = Duration::ZERO;
         self.succeeded = true;
         self.answered = true;
+        if self.failing_since.is_some_and(|since| departed < since) {
+            return;
+        }
+        self.failing_since = None;
         self.failing.clear();
         self.failures = 0;
         self.in_flight = 0;
@@ -68,7 +77,8 @@ impl Health {
     }
 
     /// An attempt at `row` failed in a way that may pass, with so many in flight.
-    pub fn failure(&mut self, row: usize, unreachable: bool, in_flight: usize) {
+    pub fn failure(&mut self, row: usize, unreachable: bool, in_flight: usize, now: Instant) {
+        self.failing_since.get_or_insert(now);
         self.answered |= !unreachable;
         self.failing.insert(row);
         self.failures += 1;
@@ -136,18 +146,18 @@ mod tests {
         let now = Instant::now();
         let mut health = Health::new(now);
         for _ in 0..10 {
-            health.failure(0, false, 2);
+            health.failure(0, false, 2, Instant::now());
         }
         assert!(!health.is_outage());
-        health.failure(1, true, 2);
-        health.failure(2, true, 2);
+        health.failure(1, true, 2, Instant::now());
+        health.failure(2, true, 2, Instant::now());
         assert!(health.is_outage() && !health.never_answered());
         assert_eq!(health.probes(), 1);
         let later = now + Duration::from_secs(9);
         assert_eq!(health.silence(later), Duration::from_secs(9));
         health.excuse(Duration::from_secs(5));
         assert_eq!(health.silence(later), Duration::from_secs(4));
-        health.success(later);
+        health.success(later, later);
         assert!(!health.is_outage() && health.probes() == 0);
         assert_eq!(health.silence(later), Duration::ZERO);
     }
@@ -156,23 +166,37 @@ mod tests {
     fn a_row_is_blamed_only_beside_others_that_succeed_or_when_all_have_failed() {
         let mut health = Health::new(Instant::now());
         for _ in 0..6 {
-            health.failure(0, false, 1);
+            health.failure(0, false, 1, Instant::now());
         }
         assert!(health.may_excuse(6, 2));
         assert!(!health.may_excuse(6, 1), "there is no other row");
-        health.success(Instant::now());
-        health.failure(0, false, 1);
+        health.success(Instant::now(), Instant::now());
+        health.failure(0, false, 1, Instant::now());
         assert!(!health.may_excuse(7, 2), "another one succeeded");
+    }
+
+    #[test]
+    fn an_answer_to_what_left_before_the_failures_shows_nothing_about_them() {
+        let early = Instant::now();
+        let mut health = Health::new(early);
+        for row in 0..5 {
+            health.failure(row, false, 3, Instant::now());
+        }
+        health.success(early, Instant::now());
+        assert!(health.is_outage());
+        let later = Instant::now() + Duration::from_millis(1);
+        health.success(later, later);
+        assert!(!health.is_outage());
     }
 
     #[test]
     fn all_that_is_in_flight_must_fail() {
         let mut health = Health::new(Instant::now());
         for row in 0..31 {
-            health.failure(row, false, 32 - row);
+            health.failure(row, false, 32 - row, Instant::now());
         }
         assert!(!health.is_outage());
-        health.failure(31, false, 1);
+        health.failure(31, false, 1, Instant::now());
         assert!(health.is_outage());
     }
 
@@ -184,7 +208,7 @@ mod tests {
         }
         assert!(health.refused("no logprobs"));
         assert!(!health.refused("too long"));
-        health.success(Instant::now());
+        health.success(Instant::now(), Instant::now());
         for _ in 0..10 {
             assert!(!health.refused("too long"));
         }

@@ -111,7 +111,7 @@ impl Lane {
 
     pub fn answered(&mut self, departure: &Departure, reports: &[Report], usage: Option<&Usage>) {
         let now = Instant::now();
-        self.health.success(now);
+        self.health.success(departure.at, now);
         if self.settings.limits.adapt {
             let is_full = self.in_flight + 1 >= self.concurrency.room();
             self.concurrency.answered(departure.at, now, is_full);
@@ -171,7 +171,7 @@ impl Lane {
     pub fn transient(&mut self, mut entry: Entry, failure: Failure, wait: Duration) -> Verdict {
         let now = Instant::now();
         self.health
-            .failure(entry.row, failure.unreachable, self.in_flight + 1);
+            .failure(entry.row, failure.unreachable, self.in_flight + 1, now);
         if self.health.is_outage() && !self.health.never_answered() {
             // No row is to blame: it costs no attempt, and one probe at a time goes out.
             let pause = self
