@@ -32,16 +32,17 @@
 //! # Invariants
 //!
 //! 1. `harvest` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
-//! 2. `harvest::{request, retry, cost, record}`, `cache::recovery`, `data::{align, chat_template}`
-//!    and `train::{loss, schedule}` are pure: no clock, file, network or random number that is not
-//!    an argument.
+//! 2. `harvest::{request, plan, retry, cost, budget, record, schedule}`, `cache::recovery`,
+//!    `data::{align, chat_template}` and `train::{loss, schedule}` are pure: no clock, file, network
+//!    or random number that is not an argument.
 //! 3. An acknowledged record is never rewritten or lost.
 //! 4. Every trainable parameter receives a gradient: candle's own fused operations have no backward
 //!    pass, so `model` is built from `ops` alone.
 //! 5. The API key is exposed in one expression (`harvest::teacher`), and printed, logged, cached and
 //!    hashed nowhere.
 //! 6. Text that came from a model reaches a terminal only through [`terminal::sanitise`].
-//! 7. Waiting uses the monotonic clock; wall-clock time only stamps records and reads HTTP dates.
+//! 7. Waiting uses the monotonic clock; wall-clock time only stamps records, reads HTTP dates
+//!    and opens the window of the night.
 //! 8. Files are written by [`fs`] and `cache::storage` alone.
 
 pub mod cache;

@@ -147,6 +147,13 @@ fn lane(lane: &Lane) -> Result<()> {
         lane.teacher.share.is_finite() && lane.teacher.share > 0.0,
         "teacher.share must be above 0",
     )?;
+    check(
+        lane.price
+            .as_of
+            .as_ref()
+            .is_none_or(|date| date.parse::<jiff::civil::Date>().is_ok()),
+        "price.as_of must be a date, as \"2026-11-22\"",
+    )?;
     for price in [lane.price.input, lane.price.cached_input, lane.price.output] {
         check(
             price.is_none_or(|price| price.is_finite() && price >= 0.0),

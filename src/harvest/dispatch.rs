@@ -3,28 +3,28 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::attempt::{self, Answered, Attempt, Finished};
 use super::budget::Bill;
 use super::clock::WallClock;
-use super::failures::{self, FailedRow};
+use super::failures::FailedRow;
 use super::lane::{Lane, Verdict};
 use super::plan::Plan;
 use super::progress::Rates;
 use super::purse::Purse;
-use super::queue::Entry;
-use super::retry::{self, Failure, Trouble};
+use super::retry::Trouble;
 use super::schedule::{Schedule, State};
+use super::stop;
 use super::summary::Summary;
 use super::timeline::{Timeline, Used};
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::signal::Signals;
-use crate::terminal::{Progress, format_dollars, format_duration};
+use crate::terminal::{Progress, format_duration};
 
 /// A wait that is worth telling.
 const LONG_WAIT: Duration = Duration::from_secs(5);
@@ -44,7 +44,6 @@ pub struct Dispatcher<'a> {
     schedule: Schedule,
     clock: WallClock,
     in_flight: JoinSet<Result<Finished>>,
-    failed: Vec<FailedRow>,
     summary: Summary,
     timeline: Timeline,
     /// Why nothing is sent any more; what is in flight is still waited for.
@@ -97,7 +96,6 @@ impl<'a> Dispatcher<'a> {
             purse,
             schedule: Schedule::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
-            failed: Vec::new(),
             timeline: Timeline::new(now, clock.now()),
             stop: None,
             signalled: false,
@@ -112,10 +110,9 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Goes on with what an earlier part of the run, begun then, has left.
-    pub fn after(mut self, summary: Summary, failed: Vec<FailedRow>, started: Instant) -> Self {
+    pub fn after(mut self, summary: Summary, started: Instant) -> Self {
         let used = std::mem::take(&mut self.summary.used);
         self.summary = Summary { used, ..summary };
-        self.failed = failed;
         self.started = started;
         self.rates = Rates::new(Instant::now(), &self.summary);
         self
@@ -124,6 +121,9 @@ impl<'a> Dispatcher<'a> {
     /// Runs until every row has ended, or until something stops it and what was in flight is
     /// recorded.
     pub async fn run(mut self, mut signals: Signals) -> Result<Summary> {
+        let lanes = self.lanes.iter();
+        let most_in_flight = lanes.map(|lane| lane.settings.limits.concurrency as u64);
+        self.purse.expect_in_flight(most_in_flight.sum())?;
         let mut seconds = interval(Duration::from_secs(1));
         seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
@@ -178,15 +178,8 @@ impl<'a> Dispatcher<'a> {
             }
         }
         if is_short_of_money && self.in_flight.is_empty() && wake.is_none() {
-            let spent = self.purse.budget.spent().total();
-            let cap = self.purse.budget.cap().unwrap_or_default();
-            let message = format!(
-                "the budget is used up: {} of {} are spent, and the next request may cost more \
-                 than the rest; raise `budget.usd` and run the same command to go on",
-                format_dollars(spent),
-                format_dollars(cap)
-            );
-            self.stop.get_or_insert(Exit::Resumable(message).into());
+            self.stop
+                .get_or_insert(stop::out_of_money(&self.purse.budget));
         }
         Ok(wake)
     }
@@ -335,13 +328,15 @@ impl<'a> Dispatcher<'a> {
             }
             Trouble::Stop(reason, message) => {
                 lane.queue.delay(entry, Instant::now());
-                let advice = retry::advice(reason, &message, &lane.settings.teacher);
-                lane.stop(anyhow!(advice));
+                lane.stop(stop::refused(reason, &message, &lane.settings.teacher));
                 return Ok(());
             }
         };
         match verdict {
-            Verdict::Failed(entry, failure) => self.fail(index, entry, failure),
+            Verdict::Failed(entry, failure) => {
+                let row = FailedRow::new(&self.plan, index, entry, failure);
+                self.summary.fail(row);
+            }
             Verdict::Again { pause } if pause >= LONG_WAIT => self.progress.note(&format!(
                 "waiting {}: the endpoint says {message}",
                 format_duration(pause)
@@ -355,26 +350,6 @@ impl<'a> Dispatcher<'a> {
         let wants_logprobs = self.plan.askings[index].wants_logprobs();
         self.summary.add(answered, wants_logprobs);
         self.timeline.hour(Instant::now()).answered += 1;
-    }
-
-    /// The row ends without an answer.
-    fn fail(&mut self, index: usize, entry: Entry, failure: Failure) {
-        let row = &self.plan.rows[entry.row];
-        self.summary.failed += 1;
-        *self
-            .summary
-            .failures
-            .entry(failure.class.clone())
-            .or_default() += 1;
-        self.failed.push(FailedRow {
-            teacher: self.lanes[index].settings.teacher.label().into(),
-            prompt_id: self.plan.prompts[row.prompt as usize].id.clone(),
-            sample: row.sample,
-            key: row.key.clone(),
-            class: failure.class,
-            message: failure.message,
-            attempts: entry.failed,
-        });
     }
 
     /// True for the second signal.
@@ -441,7 +416,6 @@ impl<'a> Dispatcher<'a> {
         let still_in_flight = self.in_flight.len() as u64;
         self.purse.close(&mut self.lanes, still_in_flight)?;
         self.note_dollars();
-        failures::write(&self.config.run_dir, &self.failed)?;
         let mut summary = self.summary;
         summary.attempts_lost += still_in_flight;
         summary.pending = summary.total - summary.done();

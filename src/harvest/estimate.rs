@@ -94,6 +94,7 @@ impl Estimate {
 
 #[cfg(test)]
 mod tests {
+    use super::super::request::Asking;
     use super::*;
     use crate::config::Config;
     use crate::prompt::{Message, Prompt};
@@ -105,6 +106,7 @@ mod tests {
         config.price.input = Some(1.0);
         config.price.output = Some(2.0);
         config.limits.requests_per_minute = Some(2);
+        let askings = config.lanes().into_iter().map(Asking::plain).collect();
         let prompts = (0..4).map(|number| Prompt {
             id: number.to_string(),
             messages: vec![Message {
@@ -113,7 +115,7 @@ mod tests {
             }],
             row: serde_json::Value::Null,
         });
-        let plan = Plan::new(prompts.collect(), &config, |_| false).unwrap();
+        let plan = Plan::new(prompts.collect(), askings, &config.prompts, |_| false);
         let estimate = Estimate::new(&plan, &Stats::default(), 0);
         assert_eq!((estimate.requests, estimate.completion_tokens), (4, 400));
         assert_eq!((estimate.minutes, estimate.disk_bytes), (2.0, None));

@@ -5,6 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::Serialize;
 
+use super::plan::Plan;
+use super::queue::Entry;
+use super::retry::Failure;
+
 /// A line of the file.
 #[derive(Debug, Serialize)]
 pub struct FailedRow {
@@ -16,6 +20,21 @@ pub struct FailedRow {
     pub class: String,
     pub message: String,
     pub attempts: u32,
+}
+
+impl FailedRow {
+    pub fn new(plan: &Plan, lane: usize, entry: Entry, failure: Failure) -> FailedRow {
+        let row = &plan.rows[entry.row];
+        FailedRow {
+            teacher: plan.askings[lane].lane.teacher.label().into(),
+            prompt_id: plan.prompts[row.prompt as usize].id.clone(),
+            sample: row.sample,
+            key: row.key.clone(),
+            class: failure.class,
+            message: failure.message,
+            attempts: entry.failed,
+        }
+    }
 }
 
 pub fn file(run_dir: &Path) -> PathBuf {

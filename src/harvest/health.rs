@@ -117,7 +117,7 @@ impl Health {
 
     /// A row has failed so many times. Was that the endpoint's fault, for all we know? So it is where
     /// nothing has succeeded meanwhile and some of the `remaining` rows have not failed yet.
-    pub fn may_excuse(&self, attempts: u32, remaining: usize) -> bool {
+    pub fn may_be_the_endpoint(&self, attempts: u32, remaining: usize) -> bool {
         self.failures >= attempts as usize && remaining > self.failing.len()
     }
 
@@ -168,11 +168,11 @@ mod tests {
         for _ in 0..6 {
             health.failure(0, false, 1, Instant::now());
         }
-        assert!(health.may_excuse(6, 2));
-        assert!(!health.may_excuse(6, 1), "there is no other row");
+        assert!(health.may_be_the_endpoint(6, 2));
+        assert!(!health.may_be_the_endpoint(6, 1), "there is no other row");
         health.success(Instant::now(), Instant::now());
         health.failure(0, false, 1, Instant::now());
-        assert!(!health.may_excuse(7, 2), "another one succeeded");
+        assert!(!health.may_be_the_endpoint(7, 2), "another one succeeded");
     }
 
     #[test]

@@ -9,16 +9,14 @@ use tokio::time::Instant;
 use super::health::Health;
 use super::limiter::day::Day;
 use super::limiter::headers::Report;
-use super::limiter::{Concurrency, Departure, Limiter};
+use super::limiter::{Concurrency, Cost, Departure, Limiter};
 use super::plan::Plan;
 use super::queue::{Entry, Queue};
 use super::retry::{self, Failure};
+use super::stop;
 use super::teacher::Transport;
 use crate::cache::record::Usage;
 use crate::config;
-use crate::exit::Exit;
-
-use super::limiter::Cost;
 
 /// Attempts of one row after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_ATTEMPTS: u32 = 3;
@@ -188,16 +186,14 @@ impl Lane {
         let max_attempts = self.retry.max_attempts;
         if self.health.never_answered() && entry.failed >= FIRST_CONTACT_ATTEMPTS.min(max_attempts)
         {
-            let message = format!(
-                "nothing answers at {} ({}): check `teacher.base_url`, and that the endpoint is \
-                 running",
-                self.settings.teacher.base_url, failure.message
-            );
-            self.stop(anyhow::anyhow!(message));
+            self.stop(stop::nothing_answers(
+                &self.settings.teacher,
+                &failure.message,
+            ));
         } else if entry.failed >= max_attempts {
             // Itself, what waits, and what is on its way.
             let remaining = 1 + self.queue.len() + self.in_flight;
-            if !self.health.may_excuse(entry.failed, remaining) {
+            if !self.health.may_be_the_endpoint(entry.failed, remaining) {
                 return Verdict::Failed(entry, failure);
             }
             entry.failed -= 1;
@@ -213,11 +209,7 @@ impl Lane {
     pub fn refused(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
         entry.failed += 1;
         if self.health.refused(&failure.message) {
-            self.stop(anyhow::anyhow!(
-                "the endpoint refuses every request ({}): nothing more is asked; change what it \
-                 names in `[sampling]` or `[teacher]` and run the same command",
-                failure.message
-            ));
+            self.stop(stop::refused_alike(&failure.message));
         }
         Verdict::Failed(entry, failure)
     }
@@ -245,12 +237,7 @@ impl Lane {
     fn stop_after_long_silence(&mut self, message: &str) {
         let silence = self.health.silence(Instant::now());
         if silence.as_secs_f64() >= self.retry.max_outage_s {
-            let silence = crate::terminal::format_duration(silence);
-            let message = format!(
-                "nothing has succeeded for {silence} ({message}): stopped; run the same command \
-                 to go on"
-            );
-            self.stop(Exit::Resumable(message).into());
+            self.stop(stop::outage(silence, message));
         }
     }
 

@@ -40,6 +40,7 @@ mod record;
 mod request;
 mod retry;
 mod schedule;
+mod stop;
 mod structured;
 mod summary;
 mod teacher;
@@ -60,7 +61,7 @@ use anyhow::Result;
 
 use crate::cache::stats::Stats;
 use crate::cache::{self, Cache};
-use crate::config::{Config, Mode};
+use crate::config::{self, Config, Mode};
 use crate::exit::Exit;
 use crate::prompt::{self, Prompt};
 use crate::signal::Signals;
@@ -70,6 +71,8 @@ use endpoint::Endpoints;
 use lane::Lane;
 use plan::Plan;
 use purse::Purse;
+use request::Asking;
+use structured::Structured;
 use teacher::Teacher;
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -142,7 +145,7 @@ struct Run<'a> {
     config: &'a Config,
     quiet: bool,
     cache: &'a Cache,
-    /// By teacher; see [`Asking::probe`](request::Asking::probe).
+    /// By teacher; see [`Asking::probe`].
     probes: Vec<String>,
     transports: Vec<Arc<dyn Transport>>,
     clock: WallClock,
@@ -152,7 +155,7 @@ impl Run<'_> {
     async fn realtime(self, prompts: Vec<Prompt>, signals: Signals) -> Result<Summary> {
         batch::check_none_under_way(&self.config.run_dir)?;
         let plan = self.plan(self.config, prompts, |key| self.cache.contains(key))?;
-        let purse = self.purse(most_in_flight(self.config))?;
+        let purse = self.purse()?;
         let dispatcher = self.dispatcher(self.config, plan, purse)?;
         dispatcher.run(signals).await
     }
@@ -160,7 +163,7 @@ impl Run<'_> {
     async fn batch(self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<Summary> {
         let config = self.config.at_batch_prices();
         let plan = self.plan(&config, prompts, |key| self.cache.contains(key))?;
-        let purse = self.purse(0)?;
+        let purse = self.purse()?;
         for lane in 0..plan.lanes.len() {
             purse.check_largest(&plan, lane)?;
         }
@@ -175,13 +178,11 @@ impl Run<'_> {
         // The deadline was that of the batches.
         let mut config = self.config.clone();
         config.schedule.deadline = None;
-        let mut purse = rest.purse;
-        purse.expect_in_flight(most_in_flight(&config))?;
         let plan = self.plan(&config, rest.prompts, |key| {
             self.cache.contains(key) || rest.not_to_ask.contains(key)
         })?;
-        let dispatcher = self.dispatcher(&config, plan, purse)?;
-        let dispatcher = dispatcher.after(rest.summary, rest.failed, rest.started);
+        let dispatcher = self.dispatcher(&config, plan, rest.purse)?;
+        let dispatcher = dispatcher.after(rest.summary, rest.started);
         let mut summary = dispatcher.run(signals).await?;
         if rest.under_way > 0 && summary.error.is_none() {
             let message = format!(
@@ -200,10 +201,8 @@ impl Run<'_> {
         prompts: Vec<Prompt>,
         is_done: impl Fn(&str) -> bool,
     ) -> Result<Plan> {
-        let mut plan = Plan::new(prompts, config, is_done)?;
-        for (asking, probe) in plan.askings.iter_mut().zip(&self.probes) {
-            asking.probe.clone_from(probe);
-        }
+        let askings = askings(config, &self.probes)?;
+        let plan = Plan::new(prompts, askings, &config.prompts, is_done);
         if plan.repeated > 0 {
             tracing::warn!(
                 "{} requests ask word for word what another one asks: each such answer is bought \
@@ -214,7 +213,7 @@ impl Run<'_> {
         Ok(plan)
     }
 
-    fn purse(&self, most_in_flight: u64) -> Result<Purse> {
+    fn purse(&self) -> Result<Purse> {
         let config = self.config;
         let measured = match config.budget.usd {
             Some(_) => cache::cost(&cache::file(&config.own_cache()))?,
@@ -224,7 +223,6 @@ impl Run<'_> {
             &config.run_dir,
             config.budget.usd,
             measured,
-            most_in_flight,
             self.clock.clone(),
         )?;
         if lost.requests > 0 {
@@ -255,12 +253,18 @@ impl Run<'_> {
     }
 }
 
-fn most_in_flight(config: &Config) -> u64 {
-    let lanes = config.lanes();
-    lanes
-        .iter()
-        .map(|lane| lane.limits.concurrency as u64)
-        .sum()
+/// What is asked of each teacher; `probes` are the hashes of what is known of them.
+fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>> {
+    let lanes = config.lanes().into_iter().enumerate();
+    let asking = |(index, lane): (usize, config::Lane)| {
+        let schema = lane.sampling.schema.as_deref();
+        Ok(Asking {
+            structured: schema.map(Structured::load).transpose()?,
+            probe: probes.get(index).cloned().unwrap_or_default(),
+            lane,
+        })
+    };
+    lanes.map(asking).collect()
 }
 
 /// Asks each endpoint of the config about twenty cheap questions, and keeps what they tell in the
@@ -318,7 +322,8 @@ fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
     let prompts = prompts(config, options)?;
     let file = cache::file(&config.own_cache());
     let (keys, stats) = look_into(&file)?;
-    let plan = Plan::new(prompts, config, |key| keys.contains(key))?;
+    let askings = askings(config, &[])?;
+    let plan = Plan::new(prompts, askings, &config.prompts, |key| keys.contains(key));
     let bytes = file.metadata().map_or(0, |metadata| metadata.len());
     let mut estimate = Estimate::new(&plan, &stats, bytes);
     if is_batch {

@@ -3,14 +3,13 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use anyhow::Result;
 use serde_json::Value;
 
 use super::cost::{self, Bound};
 use super::limiter::Cost;
 use super::request::{self, Asking};
 use super::teacher;
-use crate::config::{Assignment, Config, Order};
+use crate::config::{self, Assignment, Order};
 use crate::prompt::Prompt;
 
 /// Prompts that begin with the same so many bytes share a provider's prompt cache: OpenAI's begins
@@ -47,21 +46,13 @@ pub struct Plan {
 
 impl Plan {
     /// `is_cached` tells whether a key has been answered.
-    ///
-    /// # Errors
-    /// Where no request can be made from the settings.
     pub fn new(
         prompts: Vec<Prompt>,
-        config: &Config,
+        askings: Vec<Asking>,
+        settings: &config::Prompts,
         is_cached: impl Fn(&str) -> bool,
-    ) -> Result<Plan> {
-        let samples = config.prompts.samples;
-        let askings: Vec<Asking> = config
-            .lanes()
-            .into_iter()
-            .map(Asking::new)
-            .collect::<Result<_>>()?;
-        let order = match config.prompts.order {
+    ) -> Plan {
+        let order = match settings.order {
             Order::Source => (0..prompts.len()).collect(),
             Order::Prefix => by_prefix(&prompts),
         };
@@ -82,17 +73,17 @@ impl Plan {
         for lane in 0..shares.len() {
             let start = plan.rows.len();
             for &prompt in &order {
-                let is_asked = match config.prompts.teachers {
+                let is_asked = match settings.teachers {
                     Assignment::All => true,
                     Assignment::Share => chosen(&plan.prompts[prompt].id, &shares) == lane,
                 };
                 if is_asked {
-                    plan.add(lane, prompt, samples, &mut seen, &is_cached);
+                    plan.add(lane, prompt, settings.samples, &mut seen, &is_cached);
                 }
             }
             plan.lanes.push(start..plan.rows.len());
         }
-        Ok(plan)
+        plan
     }
 
     fn add(
@@ -205,7 +196,7 @@ fn by_prefix(prompts: &[Prompt]) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Teacher;
+    use crate::config::{Config, Teacher};
     use crate::prompt::Message;
 
     fn prompt(id: &str, content: &str) -> Prompt {
@@ -219,6 +210,11 @@ mod tests {
         }
     }
 
+    fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
+        let askings = config.lanes().into_iter().map(Asking::plain).collect();
+        Plan::new(prompts, askings, &config.prompts, is_cached)
+    }
+
     #[test]
     fn only_what_is_new_is_planned_and_all_is_counted() {
         let mut config = Config::default();
@@ -226,7 +222,7 @@ mod tests {
         config.sampling.max_tokens = 100;
         let prompts = vec![prompt("a", "x"), prompt("b", "y"), prompt("c", "x")];
 
-        let all = Plan::new(prompts.clone(), &config, |_| false).unwrap();
+        let all = plan(prompts.clone(), &config, |_| false);
         let rows: Vec<_> = all
             .rows
             .iter()
@@ -241,7 +237,7 @@ mod tests {
         assert!(bound.input_tokens > 3 * cost.input_tokens && bound.output_tokens == 100);
 
         let answered = all.rows[1].key.clone();
-        let rest = Plan::new(prompts, &config, |key| key == answered).unwrap();
+        let rest = plan(prompts, &config, |key| key == answered);
         assert_eq!((rest.rows.len(), rest.cached), (3, 3));
     }
 
@@ -260,7 +256,7 @@ mod tests {
         let prompts: Vec<_> = (0..400)
             .map(|number| prompt(&number.to_string(), &number.to_string()))
             .collect();
-        let shared = Plan::new(prompts.clone(), &config, |_| false).unwrap();
+        let shared = plan(prompts.clone(), &config, |_| false);
         assert_eq!((shared.total, shared.rows.len()), (400, 400));
         assert!(
             (270..330).contains(&shared.lanes[0].len()),
@@ -270,7 +266,7 @@ mod tests {
         assert_eq!(shared.lanes[0].end, shared.lanes[1].start);
 
         config.prompts.teachers = Assignment::All;
-        let all = Plan::new(prompts, &config, |_| false).unwrap();
+        let all = plan(prompts, &config, |_| false);
         assert_eq!((all.total, all.lanes), (800, vec![0..400, 400..800]));
     }
 

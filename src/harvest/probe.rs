@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep};
 use super::endpoint::{Endpoint, Finding, LogprobsKind, TokenBytes};
 use super::limiter::headers::{self, Refill};
 use super::retry::{self, Trouble};
+use super::stop;
 use super::teacher::{self, Reply, Transport};
 use super::wire::{ApiError, Completion};
 use crate::config::{Lane, MaxTokensField};
@@ -361,8 +362,7 @@ impl Probe {
             };
             let (wait, message) = match trouble {
                 Trouble::Stop(reason, message) => {
-                    let advice = retry::advice(reason, &message, &self.lane.teacher);
-                    return Err(anyhow!(advice));
+                    return Err(stop::refused(reason, &message, &self.lane.teacher));
                 }
                 Trouble::Refused(failure) => match reply {
                     Ok(reply) => return Ok(Asked::Refused(failure.message, reply)),

@@ -34,13 +34,12 @@ pub struct Purse {
 }
 
 impl Purse {
-    /// Opens the books of the run folder. `measured` is what the records of the cache cost;
-    /// `most_in_flight` how many requests may be on their way at once.
+    /// Opens the books of the run folder, and settles what a killed run left in flight, which is
+    /// returned. `measured` is what the records of the cache cost.
     pub fn open(
         run_dir: &Path,
         cap: Option<f64>,
         measured: f64,
-        most_in_flight: u64,
         clock: WallClock,
     ) -> Result<(Purse, InFlight)> {
         let mut ledger = Ledger::load(run_dir)?;
@@ -49,8 +48,6 @@ impl Purse {
             measured,
             estimated: ledger.estimated_usd,
         };
-        ledger.in_flight.requests = most_in_flight;
-        ledger.in_flight.budget_usd = cap;
         ledger.save(run_dir)?;
         let purse = Purse {
             budget: Budget::new(cap, before),
@@ -116,6 +113,7 @@ impl Purse {
     /// Requests are to leave one by one from here on, so many at once.
     pub fn expect_in_flight(&mut self, requests: u64) -> Result<()> {
         self.ledger.in_flight.requests = requests;
+        self.ledger.in_flight.budget_usd = self.budget.cap();
         self.save()
     }
 

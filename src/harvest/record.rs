@@ -101,7 +101,7 @@ mod tests {
             sampling: Default::default(),
             limits: Default::default(),
         };
-        let asking = Asking::new(lane).unwrap();
+        let asking = Asking::plain(lane);
         let body = json!({"model": "m"});
         record(&asking, &row, &prompt, body, completion, Timing::default())
     }

@@ -57,16 +57,13 @@ fn check_lane(lane: &Lane) -> Result<()> {
 }
 
 impl Asking {
-    /// # Errors
-    /// Where the schema cannot be used.
-    pub fn new(lane: Lane) -> Result<Asking> {
-        let schema = lane.sampling.schema.as_deref();
-        let structured = schema.map(Structured::load).transpose()?;
-        Ok(Asking {
+    /// Without a schema, of an endpoint that has not been probed.
+    pub fn plain(lane: Lane) -> Asking {
+        Asking {
             lane,
-            structured,
+            structured: None,
             probe: String::new(),
-        })
+        }
     }
 
     /// The body of a chat completion request, its fields in a fixed order.
@@ -191,7 +188,7 @@ mod tests {
             limits: Default::default(),
             price: Default::default(),
         };
-        Asking::new(lane).unwrap().body(messages, sample)
+        Asking::plain(lane).body(messages, sample)
     }
 
     fn teacher() -> Teacher {

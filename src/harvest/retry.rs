@@ -255,37 +255,6 @@ fn shorten(message: &str) -> String {
     short
 }
 
-/// What the user can do about a stop.
-pub fn advice(reason: Reason, message: &str, teacher: &config::Teacher) -> String {
-    let variable = &teacher.api_key_env;
-    match reason {
-        Reason::Key if variable.is_empty() => format!(
-            "the endpoint asks for a key ({message}): set `teacher.api_key_env` to the name of the \
-             variable that holds it"
-        ),
-        Reason::Key => format!(
-            "the endpoint refuses the key in `{variable}` ({message}): set the variable to a valid \
-             key"
-        ),
-        Reason::Forbidden => format!(
-            "the endpoint forbids this ({message}): check what the account may use, and \
-             `teacher.model`"
-        ),
-        Reason::Credit => format!(
-            "the account has no credit left ({message}): nothing more is asked; run the same \
-             command when it has"
-        ),
-        Reason::Model => format!(
-            "the endpoint does not know `teacher.model` = \"{}\" ({message})",
-            teacher.model
-        ),
-        Reason::Redirect => format!(
-            "the endpoint redirects ({message}), which is not followed: set `teacher.base_url` to \
-             the final address"
-        ),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::attempt::Answered;
 use super::batch::Tally;
 use super::estimate::Estimate;
+use super::failures::FailedRow;
 use super::timeline::{self, Hour, Used};
 use super::{advice, failures};
 use crate::cache::record::{Status, Usage};
@@ -23,9 +24,9 @@ pub const SUMMARY_VERSION: u32 = 1;
 
 /// Every row ends as one of `cached`, `ok`, `quarantined`, `failed` and `pending`: they add up to
 /// `total`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Summary {
-    pub version: u32,
+    pub version: Version,
     /// Prompts times samples, for every teacher that is asked.
     pub total: u64,
     /// Answered before this run.
@@ -68,41 +69,21 @@ pub struct Summary {
     pub turns: u64,
     /// What is still to be asked; of a dry run only.
     pub estimate: Option<Estimate>,
+    /// The rows of `failed`, for `failures.jsonl`.
+    #[serde(skip)]
+    pub failed_rows: Vec<FailedRow>,
     /// Why the process must not end with status 0: a fatal error, an outage, a signal, failed rows.
     #[serde(serialize_with = "as_text")]
     pub error: Option<anyhow::Error>,
 }
 
-impl Default for Summary {
+/// [`SUMMARY_VERSION`].
+#[derive(Debug, Serialize)]
+pub struct Version(u32);
+
+impl Default for Version {
     fn default() -> Self {
-        Self {
-            version: SUMMARY_VERSION,
-            total: 0,
-            cached: 0,
-            ok: 0,
-            quarantined: 0,
-            failed: 0,
-            pending: 0,
-            requests: 0,
-            usage: Usage::default(),
-            cost_usd: None,
-            estimated_usd: None,
-            run_folder_usd: None,
-            budget_usd: None,
-            attempts_lost: 0,
-            seconds: 0.0,
-            without_logprobs: 0,
-            cut_off: 0,
-            quarantines: BTreeMap::new(),
-            failures: BTreeMap::new(),
-            used: Vec::new(),
-            hours: Vec::new(),
-            batches: None,
-            advice: Vec::new(),
-            turns: 0,
-            estimate: None,
-            error: None,
-        }
+        Version(SUMMARY_VERSION)
     }
 }
 
@@ -152,6 +133,13 @@ impl Summary {
         self.without_logprobs += u64::from(wants_logprobs && !answered.has_logprobs);
     }
 
+    /// A row ends without an answer.
+    pub fn fail(&mut self, row: FailedRow) {
+        self.failed += 1;
+        *self.failures.entry(row.class.clone()).or_default() += 1;
+        self.failed_rows.push(row);
+    }
+
     /// Rows that failed for good keep a run from having succeeded.
     pub fn error_of_rows(&self, run_dir: &Path) -> Option<anyhow::Error> {
         let message = format!(
@@ -163,8 +151,10 @@ impl Summary {
         (self.failed > 0).then(|| Exit::SomeFailed(message).into())
     }
 
-    /// Completes the summary with what to do next, and leaves it in the run folder for the morning.
+    /// Completes the summary with what to do next, and leaves it in the run folder for the morning,
+    /// beside the rows that failed.
     pub fn write(&mut self, run_dir: &Path) -> Result<()> {
+        failures::write(run_dir, &self.failed_rows)?;
         self.advice = advice::next_steps(self, &failures::file(run_dir));
         crate::fs::write_atomic(&file(run_dir), &serde_json::to_vec_pretty(self)?)
     }

@@ -18,6 +18,7 @@ use crate::harvest::budget::Bill;
 use crate::harvest::plan::Row;
 use crate::harvest::queue::Entry;
 use crate::harvest::retry::{self, Failure, Trouble};
+use crate::harvest::stop;
 use crate::harvest::wire::Completion;
 use crate::prompt::Prompt;
 
@@ -54,7 +55,7 @@ enum Fate {
 impl Batches<'_> {
     /// Asks how a batch is doing, and takes what it has brought if it has come to its end.
     pub(super) async fn look_at(&mut self, index: usize) -> Result<(), Halt> {
-        let (lane, transport) = self.lane_of(index);
+        let (lane, transport) = self.lane_of(index)?;
         let api = batches(&transport)?;
         let Some(batch) = self.journal.parts[index].batch().map(String::from) else {
             return Ok(());
@@ -116,7 +117,7 @@ impl Batches<'_> {
 
     /// Records what both files of a batch hold, and accounts for every row.
     async fn take(&mut self, index: usize, card: &Card) -> Result<(), Halt> {
-        let (_, transport) = self.lane_of(index);
+        let (_, transport) = self.lane_of(index)?;
         if card.status == "completed" && card.output_file.is_none() && card.error_file.is_none() {
             // The files may be on their way.
             self.is_gone(index, "a completed batch has no file")?;
@@ -221,7 +222,7 @@ impl Batches<'_> {
         line: usize,
         completion: Completion,
     ) -> Result<()> {
-        let (lane, _) = self.lane_of(index);
+        let (lane, _) = self.lane_of(index)?;
         let asking = &self.plan.askings[lane];
         let member = &taking.members[line];
         let body: Value = taking.bodies.read(member)?;
@@ -272,7 +273,7 @@ impl Batches<'_> {
 
     /// Every row of the part ends, or waits again; and so the part ends.
     fn close(&mut self, index: usize, taking: Taking, status: &str) -> Result<(), Halt> {
-        let (lane, _) = self.lane_of(index);
+        let (lane, _) = self.lane_of(index)?;
         let was_cancelled = matches!(self.journal.parts[index].state, State::Cancelling { .. });
         let (mut lost, mut lost_usd, mut answers) = (0, 0.0, 0);
         let mut refusals: HashMap<String, usize> = HashMap::new();
@@ -338,10 +339,7 @@ impl Batches<'_> {
             && *count >= SAME_REFUSALS
             && !self.lanes[lane].has_answered
         {
-            self.lanes[lane].stop(anyhow::anyhow!(
-                "the endpoint refuses every request ({message}): nothing more is asked; change what \
-                 it names in `[sampling]` or `[teacher]` and run the same command"
-            ));
+            self.lanes[lane].stop(stop::refused_alike(message));
         }
         self.end_part(index, status)?;
         match taking.stop {

@@ -10,7 +10,7 @@ use crate::harvest::retry::{Failure, Trouble};
 impl Batches<'_> {
     /// Lines that are bad fail, all others wait again.
     pub(super) fn failed(&mut self, index: usize, card: &Card) -> Result<(), Halt> {
-        let (lane, _) = self.lane_of(index);
+        let (lane, _) = self.lane_of(index)?;
         let verdict = results::verdict(&card.mistakes);
         let part = &self.journal.parts[index];
         let (rows, tokens, members) = (

@@ -13,8 +13,8 @@ use crate::exit::Exit;
 use crate::harvest::plan::Plan;
 use crate::harvest::queue::Entry;
 use crate::harvest::retry::{self, Failure, Trouble};
+use crate::harvest::stop;
 use crate::harvest::teacher::Transport;
-use crate::terminal::format_duration;
 
 /// Calls after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_CALLS: u32 = 3;
@@ -96,8 +96,7 @@ impl Lane {
         self.failures += 1;
         let (least, message) = match trouble {
             Trouble::Stop(reason, message) => {
-                let advice = retry::advice(reason, &message, &self.settings.teacher);
-                self.stop(anyhow!(advice));
+                self.stop(stop::refused(reason, &message, &self.settings.teacher));
                 return (Duration::ZERO, message);
             }
             Trouble::Refused(failure) => {
@@ -115,11 +114,9 @@ impl Lane {
             Trouble::Transient { failure, wait } => {
                 self.is_there |= !failure.unreachable;
                 if !self.is_there && self.failures >= FIRST_CONTACT_CALLS {
-                    self.stop(anyhow!(
-                        "nothing answers at {} ({}): check `teacher.base_url`, and that the \
-                         endpoint is running",
-                        self.settings.teacher.base_url,
-                        failure.message
+                    self.stop(stop::nothing_answers(
+                        &self.settings.teacher,
+                        &failure.message,
                     ));
                 }
                 (Some(wait), failure.message)
@@ -127,14 +124,7 @@ impl Lane {
         };
         let silence = now - self.last_success;
         if silence.as_secs_f64() >= retry.max_outage_s {
-            let silence = format_duration(silence);
-            self.stop(
-                Exit::Resumable(format!(
-                    "nothing has succeeded for {silence} ({message}): stopped; run the same \
-                     command to go on"
-                ))
-                .into(),
-            );
+            self.stop(stop::outage(silence, &message));
         }
         // At least half of the pause is certain.
         let random = 0.5 + fastrand::f64() / 2.0;

@@ -35,7 +35,7 @@ use anyhow::Result;
 use tokio::time::{Instant, sleep_until};
 
 use super::clock::WallClock;
-use super::failures::{self, FailedRow};
+use super::failures::FailedRow;
 use super::plan::Plan;
 use super::purse::Purse;
 use super::queue::Entry;
@@ -70,7 +70,6 @@ pub struct Batches<'a> {
     purse: Purse,
     schedule: Schedule,
     clock: WallClock,
-    failed: Vec<FailedRow>,
     summary: Summary,
     tally: Tally,
     started: Instant,
@@ -93,7 +92,6 @@ pub struct Rest {
     /// Batches that would not be cancelled.
     pub under_way: usize,
     pub summary: Summary,
-    pub failed: Vec<FailedRow>,
     pub purse: Purse,
     pub started: Instant,
 }
@@ -143,7 +141,6 @@ impl<'a> Batches<'a> {
             lanes: lanes.collect(),
             journal: Journal::load(&config.run_dir)?,
             schedule: Schedule::new(&config.schedule, clock.now())?,
-            failed: Vec::new(),
             summary: Summary {
                 total: plan.total,
                 cached: plan.cached,
@@ -301,19 +298,8 @@ impl<'a> Batches<'a> {
 
     /// The row ends without an answer.
     fn fail(&mut self, lane: usize, entry: Entry, failure: Failure) {
-        let row = &self.plan.rows[entry.row];
-        self.summary.failed += 1;
-        let classes = &mut self.summary.failures;
-        *classes.entry(failure.class.clone()).or_default() += 1;
-        self.failed.push(FailedRow {
-            teacher: self.lanes[lane].settings.teacher.label().into(),
-            prompt_id: self.plan.prompts[row.prompt as usize].id.clone(),
-            sample: row.sample,
-            key: row.key.clone(),
-            class: failure.class,
-            message: failure.message,
-            attempts: entry.failed,
-        });
+        let row = FailedRow::new(&self.plan, lane, entry, failure);
+        self.summary.fail(row);
     }
 
     fn finish(mut self, ended: Ended) -> Result<Outcome> {
@@ -329,7 +315,6 @@ impl<'a> Batches<'a> {
             return self.leave_rest();
         }
         self.purse.close(&mut [], 0)?;
-        failures::write(&self.config.run_dir, &self.failed)?;
         let mut summary = self.summary;
         summary.pending = summary.total - summary.done();
         summary.seconds = self.started.elapsed().as_secs_f64();
@@ -352,7 +337,7 @@ impl<'a> Batches<'a> {
     }
 
     fn leave_rest(self) -> Result<Outcome> {
-        let failed = self.failed.iter().map(|row| row.key.clone());
+        let failed = self.summary.failed_rows.iter().map(|row| row.key.clone());
         let mut not_to_ask: HashSet<String> = failed.collect();
         let mut under_way = 0;
         for part in self.journal.parts.iter().filter(|part| !part.is_done()) {
@@ -365,7 +350,6 @@ impl<'a> Batches<'a> {
             not_to_ask,
             under_way,
             summary: self.summary,
-            failed: self.failed,
             purse: self.purse,
             started: self.started,
         })))

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -12,12 +12,11 @@ use super::journal::{Live, Part, State, line_bytes};
 use super::lane::batches;
 use super::parts::{self, Full, Room, Size};
 use super::{Batches, Halt};
-use crate::exit::Exit;
 use crate::harvest::budget::Bill;
 use crate::harvest::queue::Entry;
 use crate::harvest::retry::{self, Failure, Trouble};
-use crate::harvest::teacher;
-use crate::terminal::format_dollars;
+use crate::harvest::stop;
+use crate::harvest::teacher::{self, Transport};
 
 /// A batch whose creation had no reply is looked for after so many seconds each; a list may lag.
 const LOOKS: [u64; 4] = [0, 5, 15, 40];
@@ -129,14 +128,8 @@ impl Batches<'_> {
         if open.any(|lane| !self.parts_of(lane.index).is_empty()) {
             return;
         }
-        let budget = &self.purse.budget;
-        let message = format!(
-            "the budget is used up: {} of {} are spent, and the next request may cost more than \
-             the rest; raise `budget.usd` and run the same command to go on",
-            format_dollars(budget.spent().total()),
-            format_dollars(budget.cap().unwrap_or_default())
-        );
-        self.lanes[lane].stop(Exit::Resumable(message).into());
+        let error = stop::out_of_money(&self.purse.budget);
+        self.lanes[lane].stop(error);
     }
 
     /// Brings a part to the endpoint, as far as it goes.
@@ -169,7 +162,7 @@ impl Batches<'_> {
 
     async fn upload(&mut self, index: usize) -> Result<(), Halt> {
         let path = self.journal.requests(&self.journal.parts[index].nonce);
-        let (lane, transport) = self.lane_of(index);
+        let (lane, transport) = self.lane_of(index)?;
         let reply = batches(&transport)?.upload(&path).await;
         let reply = retry::check(reply, self.clock.now().into())?;
         let file = api::parse_file(&reply.body)
@@ -179,7 +172,7 @@ impl Batches<'_> {
     }
 
     async fn create(&mut self, index: usize, file: String) -> Result<(), Halt> {
-        let (lane, transport) = self.lane_of(index);
+        let (lane, transport) = self.lane_of(index)?;
         let body = json!({
             "input_file_id": file,
             "endpoint": ENDPOINT,
@@ -230,7 +223,7 @@ impl Batches<'_> {
     /// Looks for the batch that a creation without a reply may have made. It is in doubt until it is
     /// found, or missing from every list of a minute.
     async fn adopt(&mut self, index: usize, file: String) -> Result<(), Halt> {
-        let (lane, transport) = self.lane_of(index);
+        let (lane, transport) = self.lane_of(index)?;
         let part = &self.journal.parts[index];
         let (nonce, oldest) = (part.nonce.clone(), part.planned_at - CLOCKS_DIFFER_S);
         let mut after: Option<String> = None;
@@ -269,7 +262,7 @@ impl Batches<'_> {
 
     /// Ends a part that was never sent.
     fn give_back(&mut self, index: usize) -> Result<(), Halt> {
-        let (lane, _) = self.lane_of(index);
+        let (lane, _) = self.lane_of(index)?;
         let rows = self.journal.parts[index].live.rows.iter().flatten();
         let entries: Vec<Entry> = rows.map(|&row| Entry::fresh(row as usize)).collect();
         self.lanes[lane].waiting.extend(entries);
@@ -278,7 +271,7 @@ impl Batches<'_> {
 
     /// Ends a part; what is still held for it was not spent.
     pub(super) fn end_part(&mut self, index: usize, status: &str) -> Result<(), Halt> {
-        let (lane, _) = self.lane_of(index);
+        let (lane, _) = self.lane_of(index)?;
         let price = self.lanes[lane].settings.price.clone();
         let part = &mut self.journal.parts[index];
         let (held, rows) = (std::mem::take(&mut part.live.held), part.rows);
@@ -291,13 +284,14 @@ impl Batches<'_> {
         Ok(self.journal.end(index, status)?)
     }
 
-    /// The lane of a part that has one.
-    pub(super) fn lane_of(
-        &self,
-        index: usize,
-    ) -> (usize, Arc<dyn crate::harvest::teacher::Transport>) {
-        let lane = self.journal.parts[index].live.lane.unwrap_or_default();
-        (lane, Arc::clone(&self.lanes[lane].transport))
+    /// The lane of a part.
+    ///
+    /// # Errors
+    /// Where it has none: only parts of a lane are taken up.
+    pub(super) fn lane_of(&self, index: usize) -> Result<(usize, Arc<dyn Transport>)> {
+        let lane = self.journal.parts[index].live.lane;
+        let lane = lane.context("a batch is taken up whose teacher is not in the config")?;
+        Ok((lane, Arc::clone(&self.lanes[lane].transport)))
     }
 }
 

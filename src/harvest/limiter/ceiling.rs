@@ -45,7 +45,7 @@ pub struct Ceilings {
 impl Ceilings {
     /// `largest` is the estimate of tokens of the largest request to come.
     ///
-    /// A burst is a second's worth, but at least one request. In any minute no more leaves than the
+    /// A burst is less than a second's worth, but at least one request. In any minute no more leaves than the
     /// limit and one burst. A request that could never leave is an error.
     pub fn new(limits: &Limits, largest: u64) -> Result<Ceilings> {
         if let Some(limit) = limits.tokens_per_minute
@@ -104,14 +104,16 @@ impl Ceilings {
     }
 }
 
-/// A limiter of so many cells a minute with a burst of a second's worth, and of `least` at least.
+/// A limiter of so many cells a minute with a burst of three quarters of a second's worth, and of
+/// `least` at least: a server whose bucket holds a second's worth, and whose clock differs a little,
+/// then never has to refuse.
 fn gcra(per_minute: u32, least: u32, clock: TokioClock) -> Result<Gcra> {
     // Rounded up: rounding down would let out a little more than the limit.
     let period = Duration::from_nanos(60_000_000_000u64.div_ceil(u64::from(per_minute.max(1))));
     let quota = Quota::with_period(period)
         .filter(|_| per_minute > 0)
         .ok_or_else(|| Exit::Usage("a limit of 0 a minute lets nothing out: remove it".into()))?;
-    let burst = NonZeroU32::new((per_minute / 60).max(least)).unwrap_or(NonZeroU32::MIN);
+    let burst = NonZeroU32::new((per_minute / 80).max(least)).unwrap_or(NonZeroU32::MIN);
     Ok(RateLimiter::direct_with_clock(
         quota.allow_burst(burst),
         clock,

@@ -219,7 +219,7 @@ fn parse_reset(value: &str, now: SystemTime) -> Option<Duration> {
 }
 
 /// `1h2m3.5s`, `17ms`, `120us`: numbers and units, one after the other.
-pub fn parse_go_duration(value: &str) -> Option<Duration> {
+fn parse_go_duration(value: &str) -> Option<Duration> {
     let mut rest = value.trim();
     if rest.is_empty() {
         return None;

@@ -23,8 +23,13 @@ pub fn push_limits(
     let per_minute = [("requests", limits.requests), ("tokens", limits.tokens)];
     match dialect {
         Dialect::None => {}
-        Dialect::Openai => {
-            for (what, reading) in present(&per_minute) {
+        Dialect::Openai | Dialect::Groq => {
+            // Of Groq's requests it is those of a day.
+            let requests = match dialect {
+                Dialect::Groq => limits.day.or(limits.requests),
+                _ => limits.requests,
+            };
+            for (what, reading) in present(&[("requests", requests), ("tokens", limits.tokens)]) {
                 push(format!("x-ratelimit-limit-{what}"), whole(reading.limit));
                 push(
                     format!("x-ratelimit-remaining-{what}"),
@@ -41,21 +46,6 @@ pub fn push_limits(
                 push(
                     format!("x-ratelimit-remaining-{what}"),
                     whole(reading.remaining),
-                );
-            }
-        }
-        // Requests are those of a day here.
-        Dialect::Groq => {
-            let day = limits.day.or(limits.requests);
-            for (what, reading) in present(&[("requests", day), ("tokens", limits.tokens)]) {
-                push(format!("x-ratelimit-limit-{what}"), whole(reading.limit));
-                push(
-                    format!("x-ratelimit-remaining-{what}"),
-                    whole(reading.remaining),
-                );
-                push(
-                    format!("x-ratelimit-reset-{what}"),
-                    go_duration(reading.reset),
                 );
             }
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use distill::config::{Durability, Teacher};
 use distill::exit::Exit;
-use distill::harvest::{self, Fault, HarvestOptions, Reply, Summary, Transport, WallClock};
+use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock};
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::time::{Instant, sleep};
 
-use super::Run;
-use super::nights::Night;
+use super::nights::{Night, paused};
+use super::{Run, quietly};
 use crate::fault_server::completion;
 
 /// What left, when, and how large limits would call it.
@@ -77,14 +77,10 @@ impl Transport for Watching {
 
 async fn harvest(run: &Run, transports: Vec<Arc<dyn Transport>>) -> anyhow::Result<Summary> {
     let (_sender, receiver) = unbounded_channel();
-    let options = HarvestOptions {
-        quiet: true,
-        ..HarvestOptions::default()
-    };
     let signals = Signals::from_channel(receiver);
     harvest::run_over(
         &run.config,
-        options,
+        quietly(),
         signals,
         transports,
         WallClock::system(),
@@ -104,14 +100,6 @@ fn busiest_minute(departures: &[Departure], weight: impl Fn(&Departure) -> u64) 
         most = most.max(sum);
     }
     most
-}
-
-fn paused() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .start_paused(true)
-        .build()
-        .unwrap()
 }
 
 proptest! {

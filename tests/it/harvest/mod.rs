@@ -63,22 +63,11 @@ impl Run {
     }
 
     pub async fn try_harvest(&self, signals: Signals) -> anyhow::Result<Summary> {
-        let options = HarvestOptions {
-            quiet: true,
-            ..HarvestOptions::default()
-        };
-        let run = harvest::run_until(&self.config, options, signals);
+        let run = harvest::run_until(&self.config, quietly(), signals);
         let summary = tokio::time::timeout(Duration::from_secs(20), run)
             .await
             .expect("the run hangs")?;
-        let parts = [
-            summary.cached,
-            summary.ok,
-            summary.quarantined,
-            summary.failed,
-            summary.pending,
-        ];
-        assert_eq!(parts.iter().sum::<u64>(), summary.total, "{summary:?}");
+        assert_adds_up(&summary);
         Ok(summary)
     }
 
@@ -110,6 +99,27 @@ impl Run {
             .map(|line| serde_json::from_str(line).unwrap())
             .collect()
     }
+}
+
+/// Without progress.
+pub fn quietly() -> HarvestOptions {
+    HarvestOptions {
+        quiet: true,
+        ..HarvestOptions::default()
+    }
+}
+
+/// Every row has ended in one way.
+#[track_caller]
+pub fn assert_adds_up(summary: &Summary) {
+    let parts = [
+        summary.cached,
+        summary.ok,
+        summary.quarantined,
+        summary.failed,
+        summary.pending,
+    ];
+    assert_eq!(parts.iter().sum::<u64>(), summary.total, "{summary:?}");
 }
 
 /// The exit status and the message that the process would end with.

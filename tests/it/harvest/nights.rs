@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use distill::config::{Config, Durability};
-use distill::harvest::{self, Fault, HarvestOptions, Reply, Summary, Transport, WallClock};
+use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock};
 use distill::serve::mock::{Mock, Reaction, Request, Script, Stats};
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use reqwest::header::HeaderMap;
 use serde_json::Value;
-use tokio::sync::mpsc::unbounded_channel;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, sleep};
 
-use super::Run;
+use super::{Run, assert_adds_up, quietly};
 
 /// A scripted teacher in the place of the network.
 pub struct Simulated {
@@ -105,27 +105,40 @@ impl Night {
     /// it runs on. None: it was killed.
     pub async fn harvest_for(&self, life: Option<Duration>) -> Option<Summary> {
         let (_sender, receiver) = unbounded_channel();
-        let transport = Simulated {
-            mock: Arc::clone(&self.mock),
-            timeout: Duration::from_secs_f64(self.run.config.teacher.timeout_s),
-        };
-        let options = HarvestOptions {
-            quiet: true,
-            ..HarvestOptions::default()
-        };
+        self.harvest_over(self.teacher(), life, receiver)
+            .await
+            .unwrap()
+    }
+
+    /// As [`Night::harvest_for`], by another way to the teacher.
+    pub async fn harvest_over(
+        &self,
+        transport: impl Transport + 'static,
+        life: Option<Duration>,
+        signals: UnboundedReceiver<u8>,
+    ) -> anyhow::Result<Option<Summary>> {
         let run = harvest::run_over(
             &self.run.config,
-            options,
-            Signals::from_channel(receiver),
+            quietly(),
+            Signals::from_channel(signals),
             vec![Arc::new(transport)],
             self.clock.clone(),
         );
-        match life {
-            None => Some(run.await.unwrap()),
-            Some(life) => tokio::time::timeout(life, run)
-                .await
-                .ok()
-                .map(Result::unwrap),
+        let summary = match life {
+            None => run.await?,
+            Some(life) => match tokio::time::timeout(life, run).await {
+                Ok(summary) => summary?,
+                Err(_) => return Ok(None),
+            },
+        };
+        assert_adds_up(&summary);
+        Ok(Some(summary))
+    }
+
+    pub fn teacher(&self) -> Simulated {
+        Simulated {
+            mock: Arc::clone(&self.mock),
+            timeout: Duration::from_secs_f64(self.run.config.teacher.timeout_s),
         }
     }
 
@@ -268,15 +281,23 @@ async fn night(seed: u64) {
 /// `DISTILL_NIGHTS=2000 cargo test nights` lives through more of them.
 #[test]
 fn in_the_morning_every_promise_holds() {
-    let nights = std::env::var("DISTILL_NIGHTS").map_or(5, |nights| nights.parse().unwrap());
-    for seed in 0..nights {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build()
-            .unwrap();
-        runtime.block_on(night(seed));
+    on_paused_clocks(5, night);
+}
+
+/// Lives through a night for each seed: `usually` so many, or as many as `DISTILL_NIGHTS` says.
+pub fn on_paused_clocks(usually: u64, night: impl AsyncFn(u64)) {
+    let nights = std::env::var("DISTILL_NIGHTS");
+    for seed in 0..nights.map_or(usually, |nights| nights.parse().unwrap()) {
+        paused().block_on(night(seed));
     }
+}
+
+pub fn paused() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap()
 }
 
 #[tokio::test(start_paused = true)]

@@ -2,11 +2,11 @@
 
 use distill::config::MaxTokensField;
 use distill::exit::Exit;
+use distill::harvest;
 use distill::harvest::endpoint::{Endpoint, Finding, LogprobsKind, TokenBytes};
-use distill::harvest::{self, HarvestOptions};
 use distill::serve::mock::{self, MockServer, Script};
 
-use super::Run;
+use super::{Run, quietly};
 
 fn teacher(script: &str) -> (MockServer, Run) {
     let script = Script::parse("teacher.toml".as_ref(), script).unwrap();
@@ -62,11 +62,7 @@ async fn tempered_logprobs_are_told_from_raw_ones_and_refused_at_another_tempera
     run.config.sampling.temperature = Some(0.2);
     let (_sender, receiver) = tokio::sync::mpsc::unbounded_channel();
     let signals = distill::signal::Signals::from_channel(receiver);
-    let options = HarvestOptions {
-        quiet: true,
-        ..HarvestOptions::default()
-    };
-    let error = harvest::run_until(&run.config, options, signals)
+    let error = harvest::run_until(&run.config, quietly(), signals)
         .await
         .unwrap_err();
     assert_eq!(Exit::code_of(&error), 2);

@@ -11,19 +11,23 @@ use super::{body, json_of, mock, text};
 
 const ENDPOINT: &str = "/v1/chat/completions";
 
-async fn send(mock: &Mock, method: &str, path: &str, body: &[u8]) -> Reaction {
+/// A request for files or batches, as a client sends it; a form has the boundary `b`.
+pub fn request_of_batches<'a>(method: &'a str, path: &'a str, body: &'a [u8]) -> Request<'a> {
     let content_type = match path {
         "/v1/files" => "multipart/form-data; boundary=b",
         _ => "application/json",
     };
-    let request = Request {
+    Request {
         method,
         path,
         content_type: Some(content_type),
         body,
         ..Request::default()
-    };
-    mock.respond(request).await
+    }
+}
+
+async fn send(mock: &Mock, method: &str, path: &str, body: &[u8]) -> Reaction {
+    mock.respond(request_of_batches(method, path, body)).await
 }
 
 async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> Reply {

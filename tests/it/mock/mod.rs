@@ -1,6 +1,6 @@
 //! The scripted teacher: what it does is what its script says.
 
-mod batch;
+pub mod batch;
 mod faults;
 mod limits;
 mod script;

@@ -82,13 +82,5 @@ async fn live_through(seed: u64) {
 /// `DISTILL_NIGHTS=2000 cargo test batch` lives through more of them.
 #[test]
 fn killed_at_any_moment_nothing_is_lost_and_nothing_bought_twice() {
-    let nights = std::env::var("DISTILL_NIGHTS").map_or(12, |nights| nights.parse().unwrap());
-    for seed in 0..nights {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build()
-            .unwrap();
-        runtime.block_on(live_through(seed));
-    }
+    on_paused_clocks(12, live_through);
 }

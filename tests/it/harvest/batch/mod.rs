@@ -13,18 +13,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use distill::cache::record::Record;
 use distill::config::{Config, Mode};
-use distill::harvest::{
-    self, BatchApi, Download, Fault, HarvestOptions, Reply, Summary, Transport,
-};
-use distill::serve::mock::{Reaction, Request};
-use distill::signal::Signals;
+use distill::harvest::{BatchApi, Download, Fault, Reply, Summary, Transport};
+use distill::serve::mock::Reaction;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::sleep;
 
-use super::nights::{Night, Simulated, whole};
+use crate::mock::batch::request_of_batches;
+
+use super::nights::{Night, Simulated, on_paused_clocks, whole};
 
 /// A scripted teacher in the place of the network, its batches too.
 struct Provider {
@@ -49,18 +48,8 @@ impl Provider {
     }
 
     async fn react(&self, method: &str, path: &str, body: &[u8]) -> Reaction {
-        let content_type = match path {
-            "/v1/files" => "multipart/form-data; boundary=b",
-            _ => "application/json",
-        };
-        let request = Request {
-            method,
-            path,
-            content_type: Some(content_type),
-            body,
-            ..Request::default()
-        };
         self.travel().await;
+        let request = request_of_batches(method, path, body);
         let reaction = self.chat.mock.respond(request).await;
         self.travel().await;
         reaction
@@ -165,39 +154,10 @@ async fn harvest_with(
     signals: UnboundedReceiver<u8>,
 ) -> anyhow::Result<Option<Summary>> {
     let provider = Provider {
-        chat: Simulated {
-            mock: Arc::clone(&night.mock),
-            timeout: Duration::from_secs(600),
-        },
+        chat: night.teacher(),
         latency,
     };
-    let options = HarvestOptions {
-        quiet: true,
-        ..HarvestOptions::default()
-    };
-    let run = harvest::run_over(
-        &night.run.config,
-        options,
-        Signals::from_channel(signals),
-        vec![Arc::new(provider)],
-        night.clock.clone(),
-    );
-    let summary = match life {
-        None => run.await?,
-        Some(life) => match tokio::time::timeout(life, run).await {
-            Ok(summary) => summary?,
-            Err(_) => return Ok(None),
-        },
-    };
-    let parts = [
-        summary.cached,
-        summary.ok,
-        summary.quarantined,
-        summary.failed,
-        summary.pending,
-    ];
-    assert_eq!(parts.iter().sum::<u64>(), summary.total, "{summary:?}");
-    Ok(Some(summary))
+    night.harvest_over(provider, life, signals).await
 }
 
 async fn harvest(night: &Night) -> Summary {
