@@ -104,8 +104,12 @@ pub fn parameters(model: &Model) -> usize {
         .sum()
 }
 
-fn rows(config: &Config, source: &Path) -> Result<Vec<Prompt>> {
-    let mut rows = prompt::load_rows(source, config.prompts.template.as_deref())?;
+/// Held-out prompts with their true answers.
+fn rows(config: &Config, source: &Path) -> Result<Vec<(Prompt, String)>> {
+    let template = config.prompts.template.as_deref();
+    let mut rows = prompt::load_with(source, template, |id, row| {
+        truth_of(id, &row, &config.eval.truth)
+    })?;
     rows.truncate(config.eval.limit.unwrap_or(usize::MAX));
     Ok(rows)
 }
@@ -114,17 +118,13 @@ fn rows(config: &Config, source: &Path) -> Result<Vec<Prompt>> {
 fn against_truth(
     model: &Model,
     tokenizer: &Tokenizer,
-    rows: &[Prompt],
+    rows: &[(Prompt, String)],
     settings: &Eval,
     quiet: bool,
 ) -> Result<Truth> {
-    let truths: Vec<String> = rows
-        .iter()
-        .map(|row| truth_of(row, &settings.truth))
-        .collect::<Result<_>>()?;
     let prompts: Vec<Vec<u32>> = rows
         .iter()
-        .map(|row| tokenizer.encode_prompt(&row.messages))
+        .map(|(prompt, _)| tokenizer.encode_prompt(&prompt.messages))
         .collect::<Result<_>>()?;
     let options = GenerateOptions {
         max_tokens: settings.max_tokens as usize,
@@ -157,7 +157,7 @@ fn against_truth(
         cut_off: 0,
         tokens_per_s: tokens as f64 / seconds,
     };
-    for (answer, expected) in answers.iter().zip(&truths) {
+    for (answer, (_, expected)) in answers.iter().zip(rows) {
         truth.correct += usize::from(matches(settings.matching, &answer.text, expected));
         truth.malformed +=
             usize::from(settings.matching == Matching::Json && parse(&answer.text).is_none());
@@ -168,13 +168,12 @@ fn against_truth(
 }
 
 /// The true answer of a row: a string as it stands, anything else as JSON.
-fn truth_of(row: &Prompt, field: &str) -> Result<String> {
-    match row.row.get(field) {
+fn truth_of(id: &str, row: &Value, field: &str) -> Result<String> {
+    match row.get(field) {
         Some(Value::String(text)) => Ok(text.clone()),
         Some(value) => Ok(value.to_string()),
         None => bail!(Exit::Usage(format!(
-            "row {:?} has no field {field:?}: set eval.truth to the field with the true answer",
-            row.id
+            "row {id:?} has no field {field:?}: set eval.truth to the field with the true answer"
         ))),
     }
 }
@@ -213,6 +212,8 @@ fn against_teacher(config: &Config, model: &Model, tokenizer: &Tokenizer) -> Res
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -228,16 +229,10 @@ mod tests {
 
     #[test]
     fn a_truth_may_be_text_or_a_value() {
-        let prompt = |row| Prompt {
-            id: "7".into(),
-            messages: Vec::new(),
-            row,
-        };
-        let text = truth_of(&prompt(serde_json::json!({"answer": "a b"})), "answer").unwrap();
-        assert_eq!(text, "a b");
-        let value = truth_of(&prompt(serde_json::json!({"answer": {"a": 1}})), "answer").unwrap();
-        assert_eq!(value, r#"{"a":1}"#);
-        let error = truth_of(&prompt(serde_json::json!({})), "answer").unwrap_err();
+        let of = |row: Value| truth_of("7", &row, "answer");
+        assert_eq!(of(json!({"answer": "a b"})).unwrap(), "a b");
+        assert_eq!(of(json!({"answer": {"a": 1}})).unwrap(), r#"{"a":1}"#);
+        let error = of(json!({})).unwrap_err();
         assert!(error.to_string().contains("eval.truth"));
     }
 }

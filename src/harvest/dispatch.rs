@@ -57,6 +57,9 @@ pub struct Dispatcher<'a> {
     progress: Progress,
 }
 
+/// What a request task has come to.
+type Ended = Result<Result<Finished>, JoinError>;
+
 /// What came of trying to send one more request.
 enum Next {
     Sent,
@@ -138,7 +141,10 @@ impl<'a> Dispatcher<'a> {
                         break;
                     }
                 }
-                Some(finished) = self.in_flight.join_next() => self.take_back(finished)?,
+                Some(finished) = self.in_flight.join_next() => {
+                    let group = self.group(finished).await;
+                    self.take_back(group)?;
+                }
                 () = sleep_until(wake.unwrap_or(self.started)), if wake.is_some() => {}
                 _ = seconds.tick() => self.tick()?,
             }
@@ -257,26 +263,42 @@ impl<'a> Dispatcher<'a> {
         Ok(Next::Sent)
     }
 
-    /// Records the answers that have come, by one write, and decides about the other replies.
-    fn take_back(&mut self, first: Result<Result<Finished>, JoinError>) -> Result<()> {
-        let mut group = Vec::new();
-        let mut next = Some(first);
-        while let Some(finished) = next {
-            group.push(finished.context("a request task failed")??);
-            next = match group.len() < LARGEST_GROUP {
-                true => self.in_flight.try_join_next(),
-                false => None,
-            };
+    /// The request that has ended, and those that end as soon as they are let: under a full load
+    /// each would otherwise be recorded by a write of its own.
+    async fn group(&mut self, first: Ended) -> Vec<Ended> {
+        let mut group = vec![first];
+        let mut is_growing = true;
+        while std::mem::take(&mut is_growing) {
+            tokio::task::yield_now().await;
+            while group.len() < LARGEST_GROUP
+                && let Some(ended) = self.in_flight.try_join_next()
+            {
+                group.push(ended);
+                is_growing = true;
+            }
         }
-        let answers = group
+        group
+    }
+
+    /// Records the answers that have come, by one write, and decides about the other replies.
+    fn take_back(&mut self, group: Vec<Ended>) -> Result<()> {
+        let (mut finished, mut fault) = (Vec::with_capacity(group.len()), None);
+        for ended in group {
+            match ended.context("a request task failed").flatten() {
+                Ok(request) => finished.push(request),
+                Err(error) => fault = Some(error),
+            }
+        }
+        let answers = finished
             .iter()
-            .filter_map(|finished| finished.result.as_ref().ok());
+            .filter_map(|request| request.result.as_ref().ok());
         self.cache
             .append_group(answers.map(|answered| &answered.sealed))
             .context("an answer could not be recorded, so nothing more is asked")?;
-        group
-            .into_iter()
-            .try_for_each(|finished| self.settle(finished))
+        for request in finished {
+            self.settle(request)?;
+        }
+        fault.map_or(Ok(()), Err)
     }
 
     fn settle(&mut self, finished: Finished) -> Result<()> {

@@ -113,7 +113,6 @@ mod tests {
                 role: "user".into(),
                 content: number.to_string(),
             }],
-            row: serde_json::Value::Null,
         });
         let plan = Plan::new(prompts.collect(), askings, &config.prompts, |_| false);
         let estimate = Estimate::new(&plan, &Stats::default(), 0);

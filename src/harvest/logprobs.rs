@@ -36,18 +36,19 @@ struct Position<'a> {
     top_logprobs: Option<Vec<Alternative<'a>>>,
 }
 
+/// A token with its logprob.
 #[derive(Deserialize)]
-struct Alternative<'a> {
+pub struct Alternative<'a> {
     #[serde(borrow)]
-    token: Cow<'a, str>,
+    pub token: Cow<'a, str>,
     #[serde(default)]
-    logprob: Logprob,
-    bytes: Option<Bytes>,
+    pub logprob: Logprob,
+    pub bytes: Option<Bytes>,
 }
 
 /// A logprob of any spelling; None where it is missing.
 #[derive(Clone, Copy, Default)]
-struct Logprob(Option<f32>);
+pub struct Logprob(Option<f32>);
 
 impl From<f64> for Logprob {
     fn from(value: f64) -> Self {
@@ -91,14 +92,35 @@ impl<'de> Deserialize<'de> for Logprob {
 }
 
 /// A token's bytes: nearly always few, and so many tokens have them that they get no allocation.
-enum Bytes {
+pub enum Bytes {
     Few([u8; FEW], usize),
     Many(Vec<u8>),
 }
 
 const FEW: usize = 24;
 
+impl Default for Bytes {
+    fn default() -> Self {
+        Bytes::Few([0; FEW], 0)
+    }
+}
+
 impl Bytes {
+    pub fn push(&mut self, byte: u8) {
+        match self {
+            Bytes::Few(bytes, length) if *length < FEW => {
+                bytes[*length] = byte;
+                *length += 1;
+            }
+            Bytes::Few(bytes, _) => {
+                let mut many = bytes.to_vec();
+                many.push(byte);
+                *self = Bytes::Many(many);
+            }
+            Bytes::Many(bytes) => bytes.push(byte),
+        }
+    }
+
     fn as_slice(&self) -> &[u8] {
         match self {
             Bytes::Few(bytes, length) => &bytes[..*length],
@@ -118,19 +140,11 @@ impl<'de> Deserialize<'de> for Bytes {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Bytes, A::Error> {
-                let (mut few, mut length) = ([0; FEW], 0);
-                while length < FEW {
-                    let Some(byte) = list.next_element()? else {
-                        return Ok(Bytes::Few(few, length));
-                    };
-                    few[length] = byte;
-                    length += 1;
-                }
-                let mut many = few.to_vec();
+                let mut bytes = Bytes::default();
                 while let Some(byte) = list.next_element()? {
-                    many.push(byte);
+                    bytes.push(byte);
                 }
-                Ok(Bytes::Many(many))
+                Ok(bytes)
             }
         }
         deserializer.deserialize_seq(List)
@@ -169,45 +183,53 @@ pub fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String> {
                     logprob: logprob.as_f64().map(Logprob::from).unwrap_or_default(),
                     bytes: None,
                 });
-            columns.push(token.into(), None, logprob, alternatives.collect());
+            let position = Alternative {
+                token: token.into(),
+                logprob,
+                bytes: None,
+            };
+            columns.push(position, &mut alternatives.collect());
         }
     } else {
         for position in wire.content.unwrap_or_default() {
-            columns.push(
-                position.token,
-                position.bytes,
-                position.logprob,
-                position.top_logprobs.unwrap_or_default(),
-            );
+            let emitted = Alternative {
+                token: position.token,
+                logprob: position.logprob,
+                bytes: position.bytes,
+            };
+            columns.push(emitted, &mut position.top_logprobs.unwrap_or_default());
         }
     }
     Ok(columns.finish(text))
 }
 
+/// The columns of a record in the making.
 #[derive(Default)]
-struct Columns {
+pub struct Columns {
     logprobs: Logprobs,
     /// The emitted tokens' bytes, joined.
     joined: Vec<u8>,
 }
 
 impl Columns {
-    fn push(
-        &mut self,
-        token: Cow<str>,
-        bytes: Option<Bytes>,
-        logprob: Logprob,
-        mut alternatives: Vec<Alternative>,
-    ) {
+    /// Adds a position: the token that was emitted, and all that were likely, which are taken.
+    pub fn push(&mut self, emitted: Alternative, alternatives: &mut Vec<Alternative>) {
+        let Alternative {
+            token,
+            logprob,
+            bytes,
+        } = emitted;
         self.joined
             .extend_from_slice(bytes.as_ref().map_or(token.as_bytes(), Bytes::as_slice));
         let token = self.text(token, bytes, -1);
         // Best first, the missing ones last; a stable sort leaves equal ones as they came.
         let value = |other: &Alternative| other.logprob.0.unwrap_or(f32::NEG_INFINITY);
-        alternatives.sort_by(|a, b| value(b).total_cmp(&value(a)));
+        if !alternatives.is_sorted_by(|a, b| value(a) >= value(b)) {
+            alternatives.sort_by(|a, b| value(b).total_cmp(&value(a)));
+        }
         let mut top = Vec::with_capacity(alternatives.len());
         let mut top_logprob = Vec::with_capacity(alternatives.len());
-        for (rank, other) in alternatives.into_iter().enumerate() {
+        for (rank, other) in alternatives.drain(..).enumerate() {
             top.push(self.text(other.token, other.bytes, rank as i32));
             top_logprob.push(other.logprob.0);
         }
@@ -240,7 +262,8 @@ impl Columns {
         }
     }
 
-    fn finish(mut self, text: &str) -> Option<Logprobs> {
+    /// The columns of an answer whose content is `text`, if there are any.
+    pub fn finish(mut self, text: &str) -> Option<Logprobs> {
         if self.logprobs.token.is_empty() {
             return None;
         }

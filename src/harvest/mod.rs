@@ -16,6 +16,7 @@
 //! one thing (`teacher` sends, by way of `exchange`). It knows nothing of tensors.
 
 mod advice;
+mod api_error;
 mod attempt;
 mod batch;
 mod budget;
@@ -26,6 +27,7 @@ pub mod endpoint;
 mod estimate;
 mod exchange;
 mod failures;
+mod fields;
 mod health;
 mod lane;
 mod ledger;
@@ -39,6 +41,7 @@ mod queue;
 mod record;
 mod request;
 mod retry;
+mod scan;
 mod schedule;
 mod stop;
 mod structured;

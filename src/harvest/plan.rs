@@ -91,7 +91,7 @@ impl Plan {
         lane: usize,
         prompt: usize,
         samples: u32,
-        seen: &mut HashSet<String>,
+        seen: &mut HashSet<blake3::Hash>,
         is_cached: &impl Fn(&str) -> bool,
     ) {
         for sample in 0..samples {
@@ -99,12 +99,13 @@ impl Plan {
             let body = self.body(lane, prompt, sample);
             let identity = teacher::identity(&self.askings[lane].lane.teacher);
             let key = request::key(identity, &body, sample);
-            let is_new = seen.insert(key.name.clone());
-            if is_new && !is_cached(&key.name) {
+            let name = key.hash.to_hex();
+            let is_new = seen.insert(key.hash);
+            if is_new && !is_cached(&name) {
                 self.rows.push(Row {
                     prompt: prompt as u32,
                     sample,
-                    key: key.name,
+                    key: name.to_string(),
                     bytes: key.bytes as u32,
                 });
             } else {
@@ -206,7 +207,6 @@ mod tests {
                 role: "user".into(),
                 content: content.into(),
             }],
-            row: Value::Null,
         }
     }
 

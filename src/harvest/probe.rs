@@ -8,12 +8,13 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep};
 
+use super::api_error::ApiError;
 use super::endpoint::{Endpoint, Finding, LogprobsKind, TokenBytes};
 use super::limiter::headers::{self, Refill};
 use super::retry::{self, Trouble};
 use super::stop;
 use super::teacher::{self, Reply, Transport};
-use super::wire::{ApiError, Completion};
+use super::wire::Completion;
 use crate::config::{Lane, MaxTokensField};
 
 /// Tokens of an answer; a thinking model is given more.

@@ -88,7 +88,6 @@ mod tests {
         let prompt = Prompt {
             id: "p".into(),
             messages: Vec::new(),
-            row: Value::Null,
         };
         (row, prompt)
     }

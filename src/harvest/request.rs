@@ -115,8 +115,8 @@ impl Asking {
 /// What names a request, and how long it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key {
-    /// BLAKE3, in hex, of what is asked of whom: "have we paid for this?".
-    pub name: String,
+    /// BLAKE3 of what is asked of whom, in hex the name of the record: "have we paid for this?".
+    pub hash: blake3::Hash,
     /// Bytes of the body as JSON.
     pub bytes: usize,
 }
@@ -135,7 +135,7 @@ pub fn key(base_url: &str, body: &Value, sample: u32) -> Key {
         ",\"endpoint\":{endpoint},\"sample\":{sample},\"v\":{KEY_VERSION}}}"
     );
     Key {
-        name: blake3::hash(text.as_bytes()).to_hex().to_string(),
+        hash: blake3::hash(text.as_bytes()),
         bytes,
     }
 }
@@ -251,7 +251,7 @@ mod tests {
         // A golden key: should it change, every cache would be bought again.
         assert_eq!(first.bytes, base.to_string().len());
         assert_eq!(
-            first.name,
+            first.hash.to_string(),
             "93c719aebe2658e2afeb28e1bc0e94468267cc514d5a71ff383956a79309f425"
         );
 

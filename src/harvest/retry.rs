@@ -4,8 +4,9 @@ use std::time::{Duration, SystemTime};
 
 use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
 
+use super::api_error::ApiError;
 use super::teacher::{Fault, Reply};
-use super::wire::{self, ApiError, Completion, NoAnswer};
+use super::wire::{self, Completion, NoAnswer};
 use crate::config;
 use crate::terminal::sanitise;
 

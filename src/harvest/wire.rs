@@ -3,11 +3,16 @@
 //! Every answer has been paid for: a field that is missing, of another type or unknown to us is
 //! never a reason to lose one. Only a body without an answer in it is an error.
 
+use std::cell::Cell;
+
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use super::api_error::{ApiError, text};
+use super::fields::fields;
 use super::logprobs;
+use super::scan::{self, Cut, Mark};
 use crate::cache::record::{Answer, Logprobs, Usage};
 
 /// An answer with what came along.
@@ -34,52 +39,48 @@ pub enum NoAnswer {
     Error(ApiError),
 }
 
-/// What an endpoint says went wrong; fields are empty where it does not say.
-#[derive(Debug, Default, PartialEq)]
-pub struct ApiError {
-    /// An HTTP status in place of a code, as vLLM, llama.cpp and OpenRouter send.
-    pub status: Option<u16>,
-    pub code: String,
-    pub kind: String,
-    pub message: String,
-}
-
-#[derive(Deserialize)]
-#[serde(bound(deserialize = "L: Deserialize<'de>"))]
+/// A body, its logprobs as an `L`.
 struct Body<L> {
     choices: Option<Vec<Choice<L>>>,
-    #[serde(default)]
     usage: Value,
-    #[serde(default)]
     model: Value,
-    #[serde(default)]
     system_fingerprint: Value,
-    #[serde(default)]
     error: Value,
-    #[serde(flatten)]
     extra: Map<String, Value>,
 }
 
-#[derive(Deserialize)]
-#[serde(bound(deserialize = "L: Deserialize<'de>"))]
 struct Choice<L> {
-    #[serde(default)]
     message: Value,
-    #[serde(default)]
     finish_reason: Value,
     logprobs: Option<L>,
-    #[serde(default)]
     error: Value,
-    #[serde(flatten)]
     extra: Map<String, Value>,
+}
+
+fields! {
+    Body: choices, usage, model, system_fingerprint, error;
+    Choice: message, finish_reason, logprobs, error;
 }
 
 /// Reads the body of a reply with a good status.
 ///
-/// Top-k logprobs are nearly all of a body, so they are read as what they should be at once. Where
-/// that fails, they are first left unparsed, so that broken logprobs cost no answer, and last
-/// without the `NaN` and `Infinity` that Python writes, which are no JSON.
+/// Top-k logprobs are nearly all of a body, so they are read by themselves where they are as usual,
+/// and else as what they should be. Where that fails, they are first left unparsed, so that broken
+/// logprobs cost no answer, and last without the `NaN` and `Infinity` that Python writes, which are
+/// no JSON.
 pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
+    if let Some(Cut { rest, columns }) = scan::cut(body) {
+        let columns = Cell::new(Some(columns));
+        let answer = read(&rest, |_: Mark, text| {
+            Ok(columns.take().and_then(|columns| columns.finish(text)))
+        });
+        // Else what was cut out was not the answer's.
+        if let Ok(answer) = answer
+            && columns.take().is_none()
+        {
+            return answer;
+        }
+    }
     let parse_later = |raw: Box<RawValue>, text: &str| logprobs::parse(raw.get(), text);
     let answer = read(body, logprobs::columns)
         .or_else(|_| read(body, parse_later))
@@ -176,15 +177,6 @@ fn is_error(error: &Value) -> bool {
     }
 }
 
-/// A scalar as text; empty for anything else.
-fn text(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Number(number) => number.to_string(),
-        _ => String::new(),
-    }
-}
-
 /// The text of `content`: a string, null, or a list of parts.
 fn content(content: Option<Value>) -> String {
     match content {
@@ -249,57 +241,6 @@ fn count(value: Option<&Value>) -> Option<u64> {
     value
         .as_u64()
         .or_else(|| value.as_f64().map(|count| count as u64))
-}
-
-impl ApiError {
-    /// Reads the body of a reply with a bad status: any of the usual shapes, or text.
-    pub fn parse(body: &[u8]) -> ApiError {
-        match serde_json::from_slice::<Value>(body) {
-            Ok(Value::Array(errors)) if !errors.is_empty() => ApiError::from_body(&errors[0]),
-            Ok(value @ Value::Object(_)) => ApiError::from_body(&value),
-            _ => {
-                let text = String::from_utf8_lossy(body);
-                let text = text.trim();
-                ApiError {
-                    message: match text.starts_with('<') {
-                        true => "an HTML page instead of an answer".into(),
-                        false => text.into(),
-                    },
-                    ..ApiError::default()
-                }
-            }
-        }
-    }
-
-    fn from_body(body: &Value) -> ApiError {
-        ApiError::from_value(body.get("error").unwrap_or(body))
-    }
-
-    /// From what stands under `error`: an object, a text, or null where nothing is said.
-    pub fn from_value(error: &Value) -> ApiError {
-        let Value::Object(fields) = error else {
-            return ApiError {
-                message: text(error),
-                ..ApiError::default()
-            };
-        };
-        let field = |name: &str| fields.get(name).map(text).unwrap_or_default();
-        let code = field("code");
-        let status = code
-            .parse()
-            .ok()
-            .filter(|status| (300..600).contains(status));
-        let message = ["message", "detail", "msg"]
-            .map(field)
-            .into_iter()
-            .find(|message| !message.is_empty());
-        ApiError {
-            status,
-            code,
-            kind: field("type"),
-            message: message.unwrap_or_else(|| error.to_string()),
-        }
-    }
 }
 
 /// The body with `NaN`, `Infinity` and `-Infinity` outside strings replaced by `null`.
@@ -461,35 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_read_in_any_shape() {
-        let cases = [
-            (
-                r#"{"error":{"message":"m","type":"t","code":"c"}}"#,
-                (None, "c", "t", "m"),
-            ),
-            (
-                r#"{"error":{"message":"m","code":429}}"#,
-                (Some(429), "429", "", "m"),
-            ),
-            (r#"[{"error":{"message":"m"}}]"#, (None, "", "", "m")),
-            (r#"{"error":"m"}"#, (None, "", "", "m")),
-            (r#"{"detail":"Not Found"}"#, (None, "", "", "Not Found")),
-            (r#"{"detail":[1]}"#, (None, "", "", r#"{"detail":[1]}"#)),
-            ("upstream gone\n", (None, "", "", "upstream gone")),
-            (
-                "<html>",
-                (None, "", "", "an HTML page instead of an answer"),
-            ),
-        ];
-        for (body, (status, code, kind, message)) in cases {
-            let expected = ApiError {
-                status,
-                code: code.into(),
-                kind: kind.into(),
-                message: message.into(),
-            };
-            assert_eq!(ApiError::parse(body.as_bytes()), expected);
-        }
+    fn an_error_may_come_with_a_good_status() {
         let body = br#"{"error":{"code":502,"message":"m"},"choices":[]}"#;
         assert!(matches!(parse(body), Err(NoAnswer::Error(error)) if error.status == Some(502)));
         let body = br#"{"choices":[{"message":{"content":"x"},"finish_reason":"error"}]}"#;

@@ -32,58 +32,62 @@ pub struct Prompt {
     /// The row's `id`, or the hash of its messages where it has none.
     pub id: String,
     pub messages: Vec<Message>,
-    /// The source row, for whoever needs more of it (the evaluation reads the truth here).
-    pub row: Value,
 }
 
 /// The prompts of a run, in the order of their source.
 ///
 /// Errors are [`Exit::Usage`]: they name file, line and what to change.
 pub fn load(settings: &config::Prompts) -> Result<Vec<Prompt>> {
-    let mut prompts = load_rows(&settings.source, settings.template.as_deref())?;
+    let template = settings.template.as_deref();
+    let mut prompts = load_with(&settings.source, template, |_, _| Ok(()))?;
     prompts.truncate(settings.limit.unwrap_or(usize::MAX));
-    Ok(prompts)
+    Ok(prompts.into_iter().map(|(prompt, ())| prompt).collect())
 }
 
-/// Every row of `source` as a prompt.
-pub fn load_rows(source: &Path, template: Option<&Path>) -> Result<Vec<Prompt>> {
+/// Every row of `source` as a prompt, with what `take` keeps of it: it gets the id and the fields.
+pub fn load_with<T>(
+    source: &Path,
+    template: Option<&Path>,
+    mut take: impl FnMut(&str, Value) -> Result<T>,
+) -> Result<Vec<(Prompt, T)>> {
     let template = template.map(Template::load).transpose()?;
-    let mut line_of_id = HashMap::new();
     let mut prompts = Vec::new();
-    for row in source::read(source)? {
-        let place = format!("{}:{}", source.display(), row.line);
+    let mut lines = Vec::new();
+    source::read(source, |line, row| {
+        let place = format_args!("{}:{line}", source.display());
         let messages = match &template {
             Some(template) => template
-                .render(row.line, &row.value)
+                .render(line, &row)
                 .with_context(|| format!("cannot render {place}"))?,
-            None => source::messages(&row.value)
+            None => source::messages(&row)
                 .map_err(|problem| Exit::Usage(format!("{place}: {problem}")))?,
         };
-        let (id, given) = match source::id(&row.value)
+        let id = source::id(&row)
             .map_err(|problem| Exit::Usage(format!("{place}: {problem}")))?
-        {
-            Some(id) => (id, true),
-            None => (hash(&messages)?, false),
-        };
-        if let Some(first) = line_of_id.insert(id.clone(), row.line) {
-            let problem = if given {
-                format!("has the id `{id}` of line {first}: give each row an id of its own")
-            } else {
-                format!(
-                    "repeats the prompt of line {first}: remove one, or set `prompts.samples` to \
-                     ask for several answers"
-                )
-            };
-            return Err(Exit::Usage(format!("{place} {problem}")).into());
-        }
-        prompts.push(Prompt {
-            id,
-            messages,
-            row: row.value,
-        });
-    }
+            .map_or_else(|| hash(&messages), Ok)?;
+        let taken = take(&id, row)?;
+        prompts.push((Prompt { id, messages }, taken));
+        lines.push(line);
+        Ok(())
+    })?;
     if prompts.is_empty() {
         return Err(Exit::Usage(format!("there is no prompt in {}", source.display())).into());
+    }
+    let mut line_of_id = HashMap::with_capacity(prompts.len());
+    for ((prompt, _), line) in prompts.iter().zip(lines) {
+        let Some(first) = line_of_id.insert(prompt.id.as_str(), line) else {
+            continue;
+        };
+        let problem = if prompt.id == hash(&prompt.messages)? {
+            format!(
+                "repeats the prompt of line {first}: remove one, or set `prompts.samples` to ask \
+                 for several answers"
+            )
+        } else {
+            let id = &prompt.id;
+            format!("has the id `{id}` of line {first}: give each row an id of its own")
+        };
+        return Err(Exit::Usage(format!("{}:{line} {problem}", source.display())).into());
     }
     Ok(prompts)
 }
@@ -99,26 +103,27 @@ mod tests {
     use super::*;
 
     /// Loads `content` written as `name`, through `template` if it is not empty.
-    fn load(name: &str, content: &str, template: &str) -> Result<Vec<Prompt>> {
+    fn load(name: &str, content: &str, template: &str) -> Result<Vec<(Prompt, Value)>> {
         let dir = tempfile::tempdir().unwrap();
         let source = dir.path().join(name);
         std::fs::write(&source, content).unwrap();
         let template_path = dir.path().join("template.toml");
         std::fs::write(&template_path, template).unwrap();
-        load_rows(&source, (!template.is_empty()).then_some(&template_path))
+        let template = (!template.is_empty()).then_some(template_path.as_path());
+        load_with(&source, template, |_, row| Ok(row))
     }
 
     /// The whole message of the error, and that it is one of usage.
-    fn problem(result: Result<Vec<Prompt>>) -> String {
+    fn problem<T: std::fmt::Debug>(result: Result<T>) -> String {
         let error = result.unwrap_err();
         assert_eq!(Exit::code_of(&error), 2, "{error:#}");
         format!("{error:#}")
     }
 
-    fn contents(prompts: &[Prompt]) -> Vec<&str> {
+    fn contents(prompts: &[(Prompt, Value)]) -> Vec<&str> {
         prompts
             .iter()
-            .flat_map(|prompt| &prompt.messages)
+            .flat_map(|(prompt, _)| &prompt.messages)
             .map(|message| message.content.as_str())
             .collect()
     }
@@ -133,20 +138,20 @@ mod tests {
     fn text_is_a_prompt_a_line() {
         let prompts = load("p.txt", "\u{feff}one\r\n\r\n  two \nthree", "").unwrap();
         assert_eq!(contents(&prompts), ["one", "  two ", "three"]);
-        assert_eq!(prompts[0].id.len(), 32);
-        assert_ne!(prompts[0].id, prompts[1].id);
+        assert_eq!(prompts[0].0.id.len(), 32);
+        assert_ne!(prompts[0].0.id, prompts[1].0.id);
     }
 
     #[test]
     fn rows_carry_messages_or_fill_a_template() {
         let messages = r#"{"id": 7, "messages": [{"role": "user", "content": "hi"}]}"#;
         let prompts = load("p.jsonl", &format!("\u{feff}{messages}\r\n\n"), "").unwrap();
-        assert_eq!(prompts[0].id, "7");
+        assert_eq!(prompts[0].0.id, "7");
         assert_eq!(contents(&prompts), ["hi"]);
 
         let prompts = load("p.jsonl", r#"{"id":"a","question":"2+2"}"#, TEMPLATE).unwrap();
         assert_eq!(contents(&prompts), ["Be brief.", "Q: 1+1", "2", "Q: 2+2"]);
-        assert_eq!(prompts[0].row["question"], "2+2");
+        assert_eq!(prompts[0].1["question"], "2+2");
     }
 
     #[test]

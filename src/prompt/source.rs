@@ -9,15 +9,10 @@ use serde_json::{Value, json};
 use super::Message;
 use crate::exit::Exit;
 
-/// A row with the number of its line, from 1.
-pub struct Row {
-    pub line: usize,
-    pub value: Value,
-}
-
-/// The rows of `path`: JSON objects, or lines of text as `{"text": line}`. Blank lines, a byte order
-/// mark and `\r\n` are tolerated; a name that ends in `.gz` is that of a packed file.
-pub fn read(path: &Path) -> Result<Vec<Row>> {
+/// Hands each row of `path` to `on_row`, with the number of its line, from 1: a JSON object, or a line
+/// of text as `{"text": line}`. Blank lines, a byte order mark and `\r\n` are tolerated; a name that
+/// ends in `.gz` is that of a packed file.
+pub fn read(path: &Path, mut on_row: impl FnMut(usize, Value) -> Result<()>) -> Result<()> {
     let bytes = crate::fs::read_data(path).map_err(|error| {
         Exit::Usage(format!(
             "cannot read the prompts in {}: {error}",
@@ -28,19 +23,15 @@ pub fn read(path: &Path) -> Result<Vec<Row>> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let name = name.strip_suffix(".gz").unwrap_or(&name);
     let is_json = name.ends_with(".jsonl") || name.ends_with(".json");
-    let mut rows = Vec::new();
     for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
         let number = index + 1;
         let value = parse(line.strip_suffix(b"\r").unwrap_or(line), is_json)
             .map_err(|problem| Exit::Usage(format!("{}:{number}: {problem}", path.display())))?;
         if let Some(value) = value {
-            rows.push(Row {
-                line: number,
-                value,
-            });
+            on_row(number, value)?;
         }
     }
-    Ok(rows)
+    Ok(())
 }
 
 /// None for a blank line.

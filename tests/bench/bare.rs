@@ -38,7 +38,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 if row >= rows {
                     return Ok::<(), reqwest::Error>(());
                 }
-                let content = format!("prompt number {row}");
+                // As peers.py asks.
+                let content = format!("{:.<200}", format!("prompt number {row} "));
                 let mut body = json!({
                     "model": "mock",
                     "messages": [{"role": "user", "content": content}],

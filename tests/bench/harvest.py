@@ -18,6 +18,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+from peers import prompt
+
 HERE = Path(__file__).resolve().parent
 PEERS = str(HERE / "peers.py")
 CORES = sorted(os.sched_getaffinity(0))
@@ -70,7 +72,7 @@ def distill_command(distill, folder, url, case):
     if not prompts.exists():
         with open(prompts, "w") as out:
             for row in range(case["rows"]):
-                out.write('{"id": "%d", "messages": [{"role": "user", "content": "prompt number %d"}]}\n' % (row, row))
+                out.write('{"id": "%d", "messages": [{"role": "user", "content": "%s"}]}\n' % (row, prompt(row)))
     run = Path(folder) / "run"
     shutil.rmtree(run, ignore_errors=True)
     limits = "".join("%s = %d\n" % item for item in case.get("limits", {}).items())
@@ -146,7 +148,7 @@ def main():
     peers = [name for name in arguments.peers.split(",") if name]
     scale = 10 if arguments.quick else 1
     cases = {
-        "P1": ("no limit, no latency, 500-byte replies, 256 at a time", dict(
+        "P1": ("no limit, no latency, 300 bytes asked, 500 answered, 256 at a time", dict(
             rows=100_000 // scale, slow_rows=5_000 // scale, concurrency=256, top=0, max_tokens=32,
             script='[answers]\ntext = { fixed = "ok" }\n[limits]\nheaders = "none"\n')),
         "P2": ("2 s of latency, 2,000 at a time", dict(

@@ -8,14 +8,16 @@ import asyncio
 import json
 import sys
 
-NAME, URL, ROWS, CONCURRENCY, TOP, MAX_TOKENS, OUT = sys.argv[1:]
-ROWS, CONCURRENCY, TOP, MAX_TOKENS = int(ROWS), int(CONCURRENCY), int(TOP), int(MAX_TOKENS)
+
+def prompt(row):
+    """What makes a request of about 300 bytes."""
+    return ("prompt number %d " % row).ljust(200, ".")
 
 
 def body(row):
     fields = {
         "model": "mock",
-        "messages": [{"role": "user", "content": "prompt number %d" % row}],
+        "messages": [{"role": "user", "content": prompt(row)}],
         "max_completion_tokens": MAX_TOKENS,
     }
     if TOP:
@@ -78,9 +80,12 @@ def with_curator():
                         "max_concurrent_requests": CONCURRENCY, "max_retries": 2},
         generation_params=parameters,
     )
-    model(["prompt number %d" % row for row in range(ROWS)])
+    model([prompt(row) for row in range(ROWS)])
 
 
-{"aiohttp": lambda: asyncio.run(with_aiohttp()),
- "openai": lambda: asyncio.run(with_openai()),
- "curator": with_curator}[NAME]()
+if __name__ == "__main__":
+    NAME, URL, ROWS, CONCURRENCY, TOP, MAX_TOKENS, OUT = sys.argv[1:]
+    ROWS, CONCURRENCY, TOP, MAX_TOKENS = int(ROWS), int(CONCURRENCY), int(TOP), int(MAX_TOKENS)
+    {"aiohttp": lambda: asyncio.run(with_aiohttp()),
+     "openai": lambda: asyncio.run(with_openai()),
+     "curator": with_curator}[NAME]()

@@ -8,8 +8,8 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use serde_json::Value;
 
+use crate::harvest::api_error::ApiError;
 use crate::harvest::teacher::{Fault, Reply};
-use crate::harvest::wire::ApiError;
 
 /// What each row of a batch asks for.
 pub const ENDPOINT: &str = "/v1/chat/completions";

@@ -235,7 +235,6 @@ impl Batches<'_> {
         let prompt = Prompt {
             id: member.prompt_id.clone(),
             messages: Vec::new(),
-            row: Value::Null,
         };
         let timing = Timing {
             attempts: member.failed + 1,

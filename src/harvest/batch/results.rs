@@ -9,9 +9,10 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::api::Mistake;
+use crate::harvest::api_error::ApiError;
 use crate::harvest::retry::{self, Failure, Reason, Trouble};
 use crate::harvest::teacher::Reply;
-use crate::harvest::wire::{self, ApiError, Completion};
+use crate::harvest::wire::{self, Completion};
 
 /// What a line brings.
 pub struct Outcome {
