@@ -46,12 +46,12 @@ pub fn cut(body: &[u8]) -> Option<Cut> {
         text: std::str::from_utf8(body).ok()?,
         at: field + "\"logprobs\"".len(),
     };
-    scanner.expect(b':')?;
-    scanner.expect(b'{')?;
+    scanner.need(b':')?;
+    scanner.need(b'{')?;
     if scanner.string()? != "content" {
         return None;
     }
-    scanner.expect(b':')?;
+    scanner.need(b':')?;
     scanner.space();
     let start = scanner.at;
     let mut columns = Columns::default();
@@ -92,7 +92,7 @@ impl<'a> Scanner<'a> {
         is_next
     }
 
-    fn expect(&mut self, byte: u8) -> Option<()> {
+    fn need(&mut self, byte: u8) -> Option<()> {
         self.take(byte).then_some(())
     }
 
@@ -104,7 +104,7 @@ impl<'a> Scanner<'a> {
     }
 
     fn string(&mut self) -> Option<Cow<'a, str>> {
-        self.expect(b'"')?;
+        self.need(b'"')?;
         let start = self.at;
         let mut is_plain = true;
         loop {
@@ -139,14 +139,14 @@ impl<'a> Scanner<'a> {
 
     /// A list whose items `item` reads.
     fn list(&mut self, mut item: impl FnMut(&mut Self) -> Option<()>) -> Option<()> {
-        self.expect(b'[')?;
+        self.need(b'[')?;
         if self.take(b']') {
             return Some(());
         }
         loop {
             item(self)?;
             if !self.take(b',') {
-                return self.expect(b']');
+                return self.need(b']');
             }
         }
     }
@@ -154,10 +154,10 @@ impl<'a> Scanner<'a> {
     /// A token with its logprob; `top` takes the alternatives to it, where there can be any.
     fn token(&mut self, mut top: Option<&mut Vec<Alternative<'a>>>) -> Option<Alternative<'a>> {
         let (mut token, mut logprob, mut bytes) = (None, Logprob::default(), None);
-        self.expect(b'{')?;
+        self.need(b'{')?;
         loop {
             let name = self.string()?;
-            self.expect(b':')?;
+            self.need(b':')?;
             match (&*name, &mut top) {
                 ("token", _) => token = Some(self.string()?),
                 ("logprob" | "bytes", _) | ("top_logprobs", Some(_)) if self.take_null() => {}
@@ -173,7 +173,7 @@ impl<'a> Scanner<'a> {
                 break;
             }
         }
-        self.expect(b'}')?;
+        self.need(b'}')?;
         Some(Alternative {
             token: token?,
             logprob,

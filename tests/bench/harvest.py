@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 
 from peers import prompt
@@ -108,7 +109,7 @@ def command(name, arguments, folder, url, case):
 def run_case(title, case, contestants, arguments):
     """Rows of figures by contestant."""
     figures = {name: [] for name in contestants}
-    for round_number in range(arguments.rounds + 1):
+    for round_number in range(min(arguments.rounds, case.get("rounds", 99)) + 1):
         for name in contestants:
             # Slow peers get fewer rows: rows/s is what is compared.
             mine = dict(case, rows=min(case["rows"], case.get("slow_rows", case["rows"]))
@@ -158,11 +159,14 @@ def main():
             rows=2_000 // scale, slow_rows=100 // scale, concurrency=64, top=20, max_tokens=500,
             script='[answers]\ntokens = 500\n[limits]\nheaders = "none"\n')),
         "P4": ("3,000 requests/min + 600,000 tokens/min", dict(
-            rows=6_000 // scale, concurrency=256, top=0, max_tokens=32,
+            rows=6_000 // scale, concurrency=256, top=0, max_tokens=32, rounds=2,
             limits={"requests_per_minute": 3000, "tokens_per_minute": 600000},
             script='[answers]\nlatency_s = [0.5, 2.0]\n[limits]\nrequests_per_minute = 3000\n'
                    'tokens_per_minute = 600000\nburst_s = 1.0\n')),
     }
+    versions = [name + " " + version(package) for name, package in
+                (("aiohttp", "aiohttp"), ("openai", "openai"), ("curator", "bespokelabs-curator")) if name in peers]
+    print(", ".join(["Python %d.%d" % sys.version_info[:2]] + versions))
     misses = []
 
     def aim(holds, text):
@@ -174,10 +178,13 @@ def main():
         contestants = ["distill"] if key == "P4" else ["bare reqwest", "distill"] + peers
         figures = run_case(title, case, contestants, arguments)
         print("\n%s: %s" % (key, title))
-        print("%-14s %10s %18s %10s" % ("", "rows/s", "CPU ms per row", "peak MiB"))
+        print("%-14s %10s %16s %16s %10s" % ("", "rows/s", "(min-max)", "CPU ms per row", "peak MiB"))
         for name in contestants:
             rows = figures[name]
-            print("%-14s %10.0f %18.3f %10.0f" % (name, median(rows, "rows/s"), median(rows, "cpu"), median(rows, "peak")))
+            speeds = [row["rows/s"] for row in rows]
+            spread = "%.0f-%.0f" % (min(speeds), max(speeds))
+            print("%-14s %10.0f %16s %16.3f %10.0f"
+                  % (name, median(rows, "rows/s"), spread, median(rows, "cpu"), median(rows, "peak")))
         ours = figures["distill"]
         if key == "P1":
             share = median(ours, "rows/s") / median(figures["bare reqwest"], "rows/s")

@@ -72,7 +72,8 @@ impl Report {
     /// The same names mean a minute at one endpoint and a day at another (Groq's requests). But a
     /// bucket that refills at a constant rate needs `period * used / limit` to be full again, so
     /// the reset time gives the period away once something is used; where no usual period fits, it
-    /// is the end of a window.
+    /// is the end of a window. An empty bucket that is full in a second is more likely to hold a
+    /// second's worth of a limit a minute than to be 60 times as generous.
     pub fn refill(&self) -> Refill {
         if let Some(period) = self.period {
             return Refill::Constant(period);
@@ -91,6 +92,7 @@ impl Report {
             (1.0 / 1.2..1.2).contains(&ratio)
         };
         match [SECOND, MINUTE, HOUR, DAY].into_iter().find(fits) {
+            Some(SECOND) if remaining < limit / 10.0 => Refill::Unknown,
             Some(period) => Refill::Constant(period),
             None => Refill::AtReset,
         }

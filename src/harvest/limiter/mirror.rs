@@ -17,6 +17,12 @@ const SPREAD: Duration = Duration::from_secs(60);
 /// What may leave ahead of an even pace.
 const BURST: Duration = Duration::from_secs(1);
 
+/// Reset times are rounded, and replies take their time: the end of a window may move by so much.
+const ROUNDED: Duration = Duration::from_secs(3);
+
+/// A window is no shorter, where no header says that it is.
+const SHORTEST_WINDOW: Duration = Duration::from_secs(10);
+
 /// The period of a limit whose server does not tell it.
 const USUAL_PERIOD: Duration = Duration::from_secs(60);
 
@@ -65,8 +71,11 @@ struct Bucket {
     /// What remained at the instant `at`; may be below zero.
     level: f64,
     at: Instant,
-    /// For a window: its end.
+    /// For a window: its end, and what that was when it was first told.
     ends: Option<Instant>,
+    first_end: Option<Instant>,
+    /// What looked like a window has an end that moves with what is used.
+    is_no_window: bool,
     /// Departure of the request whose reply is believed.
     as_of: Option<Instant>,
     charged: f64,
@@ -82,6 +91,8 @@ impl Mirror {
             level: f64::INFINITY,
             at: now,
             ends: None,
+            first_end: None,
+            is_no_window: false,
             as_of: None,
             charged: 0.0,
             paced_until: now,
@@ -233,6 +244,29 @@ impl Bucket {
         }
     }
 
+    /// How the resource comes back, by this report and those before it.
+    ///
+    /// A bucket that holds a second's worth of a limit a minute looks like a window that is about to
+    /// end, until that end has come and gone and the next one is as near again.
+    fn refill_of(&mut self, report: &Report, now: Instant) -> Refill {
+        let refill = report.refill();
+        let (Refill::AtReset, Some(reset)) = (refill, report.reset) else {
+            return refill;
+        };
+        let end = now + reset;
+        let first = *self.first_end.get_or_insert(end);
+        let moved = end.saturating_duration_since(first);
+        if moved >= SHORTEST_WINDOW {
+            self.first_end = Some(end);
+        } else if moved > ROUNDED {
+            self.is_no_window = true;
+        }
+        match self.is_no_window {
+            true => Refill::Unknown,
+            false => refill,
+        }
+    }
+
     fn sync(&mut self, report: &Report, departure: &Departure, charged_then: f64, now: Instant) {
         if self.as_of.is_some_and(|as_of| departure.at < as_of) {
             return;
@@ -242,8 +276,8 @@ impl Bucket {
             (Some(limit), Some(remaining)) => Some(limit.max(remaining)),
             (limit, remaining) => limit.or(remaining),
         });
-        match (self.refill, report.refill()) {
-            (_, Refill::Unknown) => {}
+        match (self.refill, self.refill_of(report, now)) {
+            (_, Refill::Unknown) if !self.is_no_window => {}
             // One reply that looks like the end of a window may be a rounded reset time.
             (Refill::Constant(_), Refill::AtReset) if was_known => self.refill = Refill::Unknown,
             (_, refill) => self.refill = refill,
@@ -378,6 +412,52 @@ mod tests {
         mirror.sync(&reports("100", "0", "20"), &departure, now);
         assert_eq!(mirror.check(&ONE, now), Err(after(now, 20.0)));
         assert_eq!(mirror.check(&ONE, after(now, 20.0)), Ok(()));
+    }
+
+    /// A server with `size` units and 50 a second more, 3,000 a minute as it says, whose replies take
+    /// a second: what leaves in two minutes, and how much of it is refused.
+    fn two_minutes(size: f64) -> (u32, u32) {
+        let start = Instant::now();
+        let mut mirror = Mirror::new(start);
+        let (mut server, mut at) = (size, start);
+        let mut replies = std::collections::VecDeque::new();
+        let (mut now, mut sent, mut refused) = (start, 0, 0);
+        while now < after(start, 120.0) {
+            let until = match mirror.check(&ONE, now) {
+                // Until the first reply has come, one goes.
+                Ok(()) if sent == 0 || mirror.buckets[0].as_of.is_some() => {
+                    let departure = mirror.charge(ONE, now);
+                    server = (server + 50.0 * (now - at).as_secs_f64()).min(size);
+                    at = now;
+                    sent += 1;
+                    match server >= 1.0 {
+                        true => server -= 1.0,
+                        false => refused += 1,
+                    }
+                    let reset = format!("{:.0}ms", (size - server) / 50.0 * 1e3);
+                    let report = reports("3000", &format!("{}", server.floor()), &reset);
+                    replies.push_back((after(now, 1.0), departure, report));
+                    continue;
+                }
+                Ok(()) => replies[0].0,
+                Err(until) => replies.front().map_or(until, |reply| until.min(reply.0)),
+            };
+            now = until;
+            while replies.front().is_some_and(|reply| reply.0 <= now) {
+                let Some((_, departure, report)) = replies.pop_front() else {
+                    break;
+                };
+                mirror.sync(&report, &departure, now);
+            }
+        }
+        (sent, refused)
+    }
+
+    #[test]
+    fn a_bucket_of_a_second_is_no_window_that_ends_all_the_time() {
+        let (sent, refused) = two_minutes(50.0);
+        assert!(sent >= 5_900, "{sent}");
+        assert!(refused * 50 <= sent, "{refused} of {sent} are refused");
     }
 
     #[test]
