@@ -81,6 +81,7 @@ test "$code" = 4
 
 echo "-- the same through the Batch API"
 config batch 0.5 batch
+"$distill" harvest -c batch.toml --dry-run
 code=0
 "$distill" harvest -c batch.toml || code=$?
 test "$code" = 0 || test "$code" = 3

@@ -54,7 +54,7 @@ pub fn load(
     let known = known_keys()?;
     // Sorted, so that the outcome does not depend on the order of the environment.
     let variables: BTreeMap<String, String> = environment
-        .filter(|(name, _)| name.starts_with(PREFIX))
+        .filter(|(name, _)| name.starts_with(PREFIX) && name != crate::log::VARIABLE)
         .collect();
     for (name, value) in variables {
         let wanted = name[PREFIX.len()..].to_lowercase();

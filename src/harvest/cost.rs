@@ -1,5 +1,7 @@
 //! What a request may use and what an answer cost. Pure.
 
+use jiff::civil::Date;
+
 use crate::cache::record::Usage;
 use crate::config::Price;
 
@@ -49,9 +51,50 @@ pub fn cost(usage: &Usage, price: &Price) -> Option<f64> {
     Some(per_million / 1e6)
 }
 
+/// Prices that were read longer ago may have changed.
+const OLD_AFTER_DAYS: i32 = 90;
+
+/// Why these prices should be looked at again.
+pub fn doubt(price: &Price, teacher: &str, today: Date) -> Option<String> {
+    let Some(date) = price
+        .as_of
+        .as_ref()
+        .and_then(|date| date.parse::<Date>().ok())
+    else {
+        return Some(format!(
+            "the prices of {teacher} have no date: set `price.as_of` to the day on which they were \
+             read"
+        ));
+    };
+    let days = date.until(today).ok()?.get_days();
+    (days > OLD_AFTER_DAYS).then(|| {
+        format!(
+            "the prices of {teacher} were read {days} days ago: check them, and set `price.as_of` to \
+             the day of that"
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn prices_without_a_date_and_old_ones_are_doubted() {
+        let today = "2026-11-22".parse().unwrap();
+        let of = |as_of: Option<&str>| {
+            let price = Price {
+                as_of: as_of.map(String::from),
+                ..Price::default()
+            };
+            doubt(&price, "m", today)
+        };
+        assert_eq!(of(Some("2026-11-22")), None);
+        assert_eq!(of(Some("2026-08-24")), None);
+        assert_eq!(of(Some("2027-01-01")), None);
+        assert!(of(Some("2026-08-23")).unwrap().contains("91 days ago"));
+        assert!(of(None).unwrap().contains("no date"));
+    }
 
     #[test]
     fn prompts_are_rounded_up() {

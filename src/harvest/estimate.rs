@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::batch::Outlook;
 use super::cost;
 use super::plan::Plan;
 use crate::cache::record::Usage;
@@ -21,8 +22,9 @@ pub struct Estimate {
     /// US dollars for empty and for longest answers; none where a price is missing.
     pub cost_usd: Option<(f64, f64)>,
     pub likely_cost_usd: Option<f64>,
-    /// The time that the limits alone demand.
+    /// The time that the limits alone demand; none for batches, which have limits of their own.
     pub minutes: f64,
+    pub batches: Option<Outlook>,
     /// Bytes of cache to come, as in the records that it holds.
     pub disk_bytes: Option<u64>,
 }

@@ -11,9 +11,10 @@
 //!
 //! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
 //! a `lane`: its queue, its `limiter`, its `health`. `purse` keeps the `budget` and the `ledger`,
-//! which make the cap hold over kills. Everything else is pure (`request`, `wire`, `logprobs`,
-//! `retry`, `cost`, `budget`, `record`, `plan`, `estimate`, `queue`, `schedule`, `advice`) or does
-//! one thing (`teacher` sends, by way of `exchange`). It knows nothing of tensors.
+//! which make the cap hold over kills. A reply is read by `wire`, its logprobs by `scan` or else by
+//! `logprobs`, an error by `api_error`; what it means is for `retry` to say. Everything else is pure
+//! (`request`, `cost`, `budget`, `record`, `plan`, `estimate`, `queue`, `schedule`, `advice`, `stop`)
+//! or does one thing (`teacher` sends, by way of `exchange`). It knows nothing of tensors.
 
 mod advice;
 mod api_error;
@@ -128,7 +129,7 @@ pub async fn run_over(
     let prompts = prompts(config, options)?;
     let probes = check_endpoints(config)?;
     let cache = Cache::open(&config.own_cache(), config.cache.durability)?;
-    check_money(config)?;
+    check_money(config, clock.now())?;
     let run = Run {
         config,
         quiet: options.quiet,
@@ -330,8 +331,8 @@ fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
     let bytes = file.metadata().map_or(0, |metadata| metadata.len());
     let mut estimate = Estimate::new(&plan, &stats, bytes);
     if is_batch {
-        // The limits of requests one by one are not those of batches.
         estimate.minutes = 0.0;
+        estimate.batches = Some(batch::Outlook::new(config, &plan)?);
     }
     Ok(Summary {
         total: plan.total,
@@ -349,10 +350,11 @@ fn prompts(config: &Config, options: HarvestOptions) -> Result<Vec<Prompt>> {
 }
 
 /// A budget holds by the prices: without them, or with old ones, it says nothing.
-fn check_money(config: &Config) -> Result<()> {
+fn check_money(config: &Config, now: jiff::Timestamp) -> Result<()> {
     if config.budget.usd.is_none() {
         return Ok(());
     }
+    let today = now.to_zoned(jiff::tz::TimeZone::UTC).date();
     for lane in config.lanes() {
         let label = lane.teacher.label();
         if lane.price.input.is_none() || lane.price.output.is_none() {
@@ -362,11 +364,8 @@ fn check_money(config: &Config) -> Result<()> {
             );
             return Err(Exit::Usage(message).into());
         }
-        if lane.price.as_of.is_none() {
-            tracing::warn!(
-                "the prices of {label} have no date: set `price.as_of` to the day on which they \
-                 were read"
-            );
+        if let Some(warning) = cost::doubt(&lane.price, label, today) {
+            tracing::warn!("{warning}");
         }
     }
     Ok(())

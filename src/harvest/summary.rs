@@ -8,7 +8,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::attempt::Answered;
-use super::batch::Tally;
+use super::batch::{Outlook, Tally};
 use super::estimate::Estimate;
 use super::failures::FailedRow;
 use super::timeline::{self, Hour, Used};
@@ -290,9 +290,10 @@ fn estimate_rows(pending: u64, estimate: &Estimate) -> Vec<[String; 2]> {
         ),
         None => "no price is set".into(),
     };
-    let time = match estimate.minutes {
-        0.0 => "no limit is set".into(),
-        minutes => format!(
+    let time = match (&estimate.batches, estimate.minutes) {
+        (Some(batches), _) => batch_time(batches),
+        (None, 0.0) => "no limit is set".into(),
+        (None, minutes) => format!(
             "at least {}",
             format_duration(Duration::from_secs_f64(minutes * 60.0))
         ),
@@ -316,16 +317,59 @@ fn estimate_rows(pending: u64, estimate: &Estimate) -> Vec<[String; 2]> {
             ),
         ),
         ("cost", cost),
-        ("time under the limits", time),
+        ("time", time),
         ("disk", disk),
     ]
     .map(|(name, value)| [name.into(), value])
     .into()
 }
 
+/// A provider takes a day for a batch at the most, and often an hour or two.
+fn batch_time(batches: &Outlook) -> String {
+    let to_submit = match batches.batches {
+        0 => "no new batch".to_owned(),
+        1 => "1 batch".to_owned(),
+        count => format!("{} batches", format_count(count)),
+    };
+    let under_way = match batches.under_way {
+        0 => String::new(),
+        count => format!(
+            " beside {} under way with {} of these rows",
+            format_count(count),
+            format_count(batches.rows_under_way)
+        ),
+    };
+    let rounds = match batches.rounds {
+        0 | 1 => "up to 24 h".to_owned(),
+        rounds => format!("{rounds} rounds by `batch.enqueued_tokens`, up to 24 h each"),
+    };
+    format!("{to_submit}{under_way}: {rounds}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dry_run_of_batches_shows_what_is_under_way() {
+        let of = |batches, under_way, rounds| {
+            batch_time(&Outlook {
+                batches,
+                under_way,
+                rows_under_way: 250 * under_way,
+                rounds,
+            })
+        };
+        assert_eq!(of(1, 0, 1), "1 batch: up to 24 h");
+        assert_eq!(
+            of(0, 2, 0),
+            "no new batch beside 2 under way with 500 of these rows: up to 24 h"
+        );
+        assert_eq!(
+            of(3, 0, 3),
+            "3 batches: 3 rounds by `batch.enqueued_tokens`, up to 24 h each"
+        );
+    }
 
     #[test]
     fn the_table_shows_every_row_and_reason() {

@@ -25,6 +25,8 @@ HERE = Path(__file__).resolve().parent
 PEERS = str(HERE / "peers.py")
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, CLIENT_CORE = CORES[0], CORES[-1]
+# How many of a case's rows for slow ones a slow one gets.
+SHARE = {"openai": 1, "curator": 4, "aiohttp": 4}
 
 
 class Server:
@@ -112,8 +114,9 @@ def run_case(title, case, contestants, arguments):
     for round_number in range(min(arguments.rounds, case.get("rounds", 99)) + 1):
         for name in contestants:
             # Slow peers get fewer rows: rows/s is what is compared.
-            mine = dict(case, rows=min(case["rows"], case.get("slow_rows", case["rows"]))
-                        if name in ("openai", "curator", "aiohttp") else case["rows"])
+            mine = dict(case, rows=min(case["rows"], case.get("slow_rows", case["rows"]) * SHARE.get(name, 1_000)))
+            if round_number == 0 and not arguments.quick:
+                mine["rows"] //= 10  # the warm-up
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, \
                     Server(arguments.distill, case["script"], folder) as server:
                 seconds, cpu, peak = measure(command(name, arguments, folder, server.url, mine))
@@ -121,7 +124,7 @@ def run_case(title, case, contestants, arguments):
             if stats["answered"] < mine["rows"]:
                 raise SystemExit("%s: %s has %d answers of %d" % (title, name, stats["answered"], mine["rows"]))
             if round_number == 0 and not arguments.quick:
-                continue  # the warm-up
+                continue
             figures[name].append({
                 "rows/s": mine["rows"] / seconds, "cpu": cpu / mine["rows"] * 1000, "peak": peak,
                 "seconds": seconds, "throttled": stats["throttled"] / max(1, stats["requests"]),
@@ -153,7 +156,7 @@ def main():
             rows=100_000 // scale, slow_rows=5_000 // scale, concurrency=256, top=0, max_tokens=32,
             script='[answers]\ntext = { fixed = "ok" }\n[limits]\nheaders = "none"\n')),
         "P2": ("2 s of latency, 2,000 at a time", dict(
-            rows=20_000 // scale, slow_rows=4_000 // scale, concurrency=2_000, top=0, max_tokens=32,
+            rows=12_000 // scale, slow_rows=3_000 // scale, concurrency=2_000, top=0, max_tokens=32,
             script='[answers]\ntext = { fixed = "ok" }\nlatency_s = 2.0\n[limits]\nheaders = "none"\n')),
         "P3": ("top-20 logprobs of 500 tokens", dict(
             rows=2_000 // scale, slow_rows=100 // scale, concurrency=64, top=20, max_tokens=500,

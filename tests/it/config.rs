@@ -119,6 +119,11 @@ fn paths_are_relative_to_the_file() {
     assert_eq!(config.run_dir, dir.path().join("run"));
 }
 
+#[test]
+fn the_variable_of_the_log_is_no_setting() {
+    assert!(load_text("", &[("DISTILL_LOG", "debug")], &[]).is_ok());
+}
+
 /// A config's text, environment and flags, and parts of the message that they earn.
 type Mistake = (
     &'static str,

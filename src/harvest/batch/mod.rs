@@ -8,7 +8,7 @@
 //! One loop moves every part as far as it goes, then sleeps until the next look. What has been done
 //! is in the `journal` before the next step begins, so the loop can be dropped at any await: by a
 //! signal, which leaves the batches to go on at the endpoint, or by a kill. `api` is the way to the
-//! endpoint (`http`, or a test's own), and what it says.
+//! endpoint (`http`, or a test's own), and what it says; `outlook` is for a dry run.
 
 mod api;
 mod collect;
@@ -16,6 +16,7 @@ mod failed;
 mod http;
 mod journal;
 mod lane;
+mod outlook;
 mod parts;
 mod recover;
 mod results;
@@ -25,6 +26,7 @@ mod tally;
 
 pub use api::{BatchApi, Download};
 pub use journal::check_none_under_way;
+pub use outlook::Outlook;
 pub use tally::Tally;
 
 use std::collections::HashSet;

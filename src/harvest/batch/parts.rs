@@ -1,6 +1,8 @@
 //! How many rows go into a batch. Pure.
 
+use super::journal::line_bytes;
 use crate::config;
+use crate::harvest::plan::Plan;
 
 /// Bytes of an answer's line beside its tokens.
 const OUTPUT_OVERHEAD: f64 = 1_000.0;
@@ -89,8 +91,24 @@ impl Room {
     }
 }
 
+/// What a row takes that can cost so much.
+pub fn size(plan: &Plan, lane: usize, row: usize, usd: f64) -> Size {
+    let asking = &plan.askings[lane];
+    let logprobs = match asking.wants_logprobs() {
+        true => asking.lane.sampling.top_logprobs,
+        false => 0,
+    };
+    let planned = &plan.rows[row];
+    Size {
+        bytes: line_bytes(planned.key.len(), planned.bytes as usize),
+        output_bytes: output_bytes(asking.lane.sampling.max_tokens, logprobs),
+        tokens: plan.cost(lane, row).tokens(),
+        usd,
+    }
+}
+
 /// Bytes of an answer of so many tokens, each with so many logprobs.
-pub fn output_bytes(max_tokens: u32, top_logprobs: u32) -> f64 {
+fn output_bytes(max_tokens: u32, top_logprobs: u32) -> f64 {
     let k = f64::from(top_logprobs);
     let [first, middle, last] = OUTPUT_BYTES;
     let (from, to) = match k <= middle.0 {

@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::api::{self, Card, ENDPOINT};
-use super::journal::{Live, Part, State, line_bytes};
+use super::journal::{Live, Part, State};
 use super::lane::batches;
 use super::parts::{self, Full, Room, Size};
 use super::{Batches, Halt};
@@ -94,21 +94,14 @@ impl Batches<'_> {
     }
 
     fn size(&self, lane: usize, row: usize) -> Size {
-        let asking = &self.plan.askings[lane];
-        let sampling = &asking.lane.sampling;
-        let logprobs = if asking.wants_logprobs() {
-            sampling.top_logprobs
-        } else {
-            0
-        };
-        let planned = &self.plan.rows[row];
         let bound = self.plan.bound(lane, row);
-        Size {
-            bytes: line_bytes(planned.key.len(), planned.bytes as usize),
-            output_bytes: parts::output_bytes(sampling.max_tokens, logprobs),
-            tokens: self.plan.cost(lane, row).tokens(),
-            usd: self.purse.budget.bound(&bound, &asking.lane.price),
-        }
+        let price = &self.plan.askings[lane].lane.price;
+        parts::size(
+            &self.plan,
+            lane,
+            row,
+            self.purse.budget.bound(&bound, price),
+        )
     }
 
     fn fail_too_large(&mut self, lane: usize, bytes: u64) {

@@ -12,7 +12,7 @@ use super::{Run, end};
 
 /// What a fault that never ends does.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Always {
+pub enum Always {
     /// The answer is kept, fault and all.
     Kept,
     /// It is kept, and not to be trained on.
@@ -28,7 +28,7 @@ enum Always {
 use Always::{Fails, Kept, Quarantined, Stops, Waits};
 
 /// The fault as the script spells it, and what it leads to.
-const FAULTS: [(&str, Always); 56] = [
+pub const FAULTS: [(&str, Always); 56] = [
     ("kind = \"http 429\"\nretry_after = \"none\"", Waits),
     (
         "kind = \"http 429\"\nretry_after = \"seconds\"\nretry_after_s = 2.0",

@@ -1,6 +1,7 @@
 //! `distill harvest` against a teacher over real TCP.
 
 mod batch;
+mod canary;
 mod faults;
 mod limits;
 mod matrix;

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::super::end;
+use super::super::{end, quietly};
 use super::*;
+use distill::harvest::{self, HarvestOptions};
 
 #[tokio::test(start_paused = true)]
 async fn errors_of_every_shape_are_asked_again_or_fail_and_add_up() {
@@ -259,4 +260,36 @@ async fn the_window_holds_back_what_leaves_and_nothing_else() {
     // The evening begins at 20:00, and the batch comes back when the window has closed.
     let hours = start.elapsed().as_secs_f64() / 3_600.0;
     assert!((3.0..3.2).contains(&hours), "{hours}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dry_run_tells_what_is_under_way_and_what_is_still_to_be_submitted() {
+    let night = night("[batch]\nmax_rows = 40", 100, |config| {
+        config.batch.max_requests = 40;
+        config.batch.enqueued_tokens = Some(3_500);
+    });
+    let dry_run = async || {
+        let options = HarvestOptions {
+            dry_run: true,
+            ..quietly()
+        };
+        let summary = harvest::run(&night.run.config, options).await.unwrap();
+        let outlook = summary.estimate.unwrap().batches.unwrap();
+        (summary.pending, outlook)
+    };
+    let (pending, before) = dry_run().await;
+    assert_eq!((pending, before.batches, before.under_way), (100, 3, 0));
+    assert!(before.rounds > 1, "{before:?}");
+
+    let (_sender, receiver) = unbounded_channel();
+    let life = Some(Duration::from_secs(30));
+    let killed = harvest_with(&night, Duration::from_millis(200), life, receiver).await;
+    assert!(killed.unwrap().is_none());
+    let (pending, killed) = dry_run().await;
+    assert_eq!(pending, 100);
+    assert!(
+        killed.under_way > 0 && killed.rows_under_way > 0,
+        "{killed:?}"
+    );
+    assert_eq!(killed.batches + killed.under_way, 3, "{killed:?}");
 }

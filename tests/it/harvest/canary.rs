@@ -1,0 +1,201 @@
+//! Row X1 of the test matrix: the API key, which servers repeat wherever they can, is in nothing that
+//! the binary prints, logs or keeps.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use distill::serve::mock::{self, MockServer, Script};
+
+use super::matrix::{Always, FAULTS};
+
+const VARIABLE: &str = "CANARY_KEY";
+const KEY: &str = "sk-canary+/=0123456789abcdefghijklmnop";
+
+/// The key as it is, in a URL, and in base64 at each of the places that it can have in a longer text.
+fn forms() -> Vec<String> {
+    let mut forms = vec![
+        KEY.to_string(),
+        KEY.replace('+', "%2B")
+            .replace('/', "%2F")
+            .replace('=', "%3D"),
+    ];
+    forms.extend((0..3).map(|shift| {
+        let text = STANDARD_NO_PAD.encode(format!("{}{KEY}", &"xxx"[..shift]));
+        // What depends on the neighbours is left out.
+        text[2 * shift..text.len() - 2].to_string()
+    }));
+    forms
+}
+
+#[track_caller]
+fn assert_clean(place: &str, bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    for form in forms() {
+        if let Some(at) = text.find(&form) {
+            let around: String = text[..at].chars().rev().take(200).collect();
+            let around: String = around.chars().rev().collect();
+            panic!("{place} holds the key as {form}, after: {around}");
+        }
+    }
+}
+
+/// Every file under `dir`.
+fn assert_files_clean(dir: &Path) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => assert_files_clean(&path),
+            false => assert_clean(path.to_str().unwrap(), &fs::read(&path).unwrap()),
+        }
+    }
+}
+
+/// A teacher that repeats the key in its answers, errors and headers.
+fn teacher(script: &str) -> MockServer {
+    let script = format!("key = \"{KEY}\"\n{script}");
+    let script = Script::parse("mock.toml".as_ref(), &script).unwrap();
+    mock::start(script, [127, 0, 0, 1].into(), 0).unwrap()
+}
+
+fn fault(kind: &str, conditions: &str) -> String {
+    let is_error = ["http", "html", "insufficient", "redirect", "error"]
+        .iter()
+        .any(|start| kind.starts_with(start));
+    // It is told from other refusals by its code.
+    let code = match kind {
+        "insufficient_quota" => kind,
+        _ => KEY,
+    };
+    let body = match is_error {
+        true => format!(
+            "body = '''{{\"error\":{{\"message\":\"Incorrect API key provided: {KEY}\",\"code\":\"{code}\"}}}}'''\n"
+        ),
+        false => String::new(),
+    };
+    format!(
+        "[[faults]]\nkind = \"{kind}\"\n{conditions}\n{body}\
+         headers = {{ \"www-authenticate\" = \"Bearer {KEY}\", \"x-request-id\" = \"{KEY}\" }}\n"
+    )
+}
+
+/// A folder with a config for so many prompts.
+fn folder(base_url: &str, prompts: usize, more: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let lines: String = (0..prompts).map(|n| format!("number-{n:03}\n")).collect();
+    fs::write(dir.path().join("prompts.txt"), lines).unwrap();
+    let config = format!(
+        "run_dir = \"run\"\n\
+         [teacher]\nbase_url = \"{base_url}\"\nmodel = \"mock\"\napi_key_env = \"{VARIABLE}\"\ntimeout_s = 0.5\n\
+         [prompts]\nsource = \"prompts.txt\"\n\
+         [sampling]\nmax_tokens = 32\ntop_logprobs = 0\n\
+         [retry]\nbase_s = 0.01\nmax_s = 0.02\n{more}"
+    );
+    fs::write(dir.path().join("run.toml"), config).unwrap();
+    dir
+}
+
+/// Runs a verb with trace logs, and checks all that it says and all that it leaves.
+fn run(dir: &Path, arguments: &[&str]) -> Output {
+    let output = Command::new(env!("CARGO_BIN_EXE_distill"))
+        .args(arguments)
+        .args(["-c", "run.toml"])
+        .current_dir(dir)
+        .env(VARIABLE, KEY)
+        .env("DISTILL_LOG", "trace")
+        .env("RUST_BACKTRACE", "full")
+        .output()
+        .unwrap();
+    assert_clean(&format!("{arguments:?}: stdout"), &output.stdout);
+    assert_clean(&format!("{arguments:?}: stderr"), &output.stderr);
+    assert_files_clean(dir);
+    output
+}
+
+fn errors(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn the_key_is_in_no_output_whatever_the_teacher_does() {
+    let answers = format!("[answers]\ntext = {{ fixed = \"your key is {KEY} I think\" }}\n");
+    let (mut stopping, mut passing) = (BTreeSet::new(), BTreeSet::new());
+    for (spelled, always) in FAULTS {
+        let kind = spelled.split('"').nth(1).unwrap();
+        match always {
+            Always::Stops => stopping.insert(kind),
+            _ => passing.insert(kind),
+        };
+    }
+
+    // Those that a run survives, each twice at a row of its own.
+    let script: String = passing
+        .iter()
+        .enumerate()
+        .map(|(n, kind)| fault(kind, &format!("matching = \"number-{n:03}\"\nfirst = 2")))
+        .collect();
+    let server = teacher(&format!("{answers}{script}"));
+    let dir = folder(&server.base_url(), passing.len() + 5, "");
+    let dir = dir.path();
+    run(dir, &["probe"]);
+    let output = run(dir, &["harvest"]);
+    for arguments in [
+        &["harvest", "--dry-run"][..],
+        &["cache", "show"],
+        &["cache", "stats"],
+        &["config", "show"],
+    ] {
+        run(dir, arguments);
+    }
+    let kept = fs::read_to_string(dir.join("run/cache/responses.jsonl"))
+        .unwrap_or_else(|_| panic!("nothing was kept: {}", errors(&output)));
+    assert!(
+        kept.contains("your key is [key] I think"),
+        "the teacher does not repeat the key"
+    );
+
+    // Those that end it.
+    for kind in stopping {
+        let server = teacher(&format!("{answers}{}", fault(kind, "")));
+        let dir = folder(&server.base_url(), 3, "");
+        let output = run(dir.path(), &["harvest"]);
+        assert_eq!(output.status.code(), Some(1), "{}", errors(&output));
+        if kind != "redirect" {
+            assert!(errors(&output).contains("[key]"), "{}", errors(&output));
+        }
+    }
+
+    // In batches, whose files repeat it too.
+    let script = fault("http 500", "path = \"/content\"\nfirst = 1");
+    let server = teacher(&format!(
+        "{answers}{script}[batch]\nclock = 86400.0\nerror_rows = 2\n"
+    ));
+    let more = "[schedule]\nmode = \"batch\"\n[batch]\npoll_s = 0.05\n";
+    let dir = folder(&server.base_url(), 8, more);
+    let output = run(dir.path(), &["harvest"]);
+    let kept = fs::read_to_string(dir.path().join("run/cache/responses.jsonl"))
+        .unwrap_or_else(|_| panic!("nothing was kept: {}", errors(&output)));
+    assert!(kept.contains("your key is [key] I think"), "{kept}");
+
+    // A wrong key.
+    let server = teacher("");
+    let dir = folder(&server.base_url(), 1, "");
+    fs::write(
+        dir.path().join("prompts.txt"),
+        "a prompt\nand another one\n",
+    )
+    .unwrap();
+    let other = KEY.replace("canary", "finch_");
+    let output = Command::new(env!("CARGO_BIN_EXE_distill"))
+        .args(["harvest", "-c", "run.toml"])
+        .current_dir(dir.path())
+        .env(VARIABLE, &other)
+        .env("DISTILL_LOG", "trace")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(errors(&output).contains(VARIABLE) && !errors(&output).contains(&other));
+}
