@@ -196,7 +196,9 @@ impl Lane {
             if !self.health.may_be_the_endpoint(entry.failed, remaining) {
                 return Verdict::Failed(entry, failure);
             }
-            entry.failed -= 1;
+            // Half of its attempts come back: once the endpoint is in order again, one more accident
+            // must not end the row.
+            entry.failed = (entry.failed - 1).min(max_attempts.div_ceil(2));
         }
         let pause = retry::backoff(entry.failed, &self.retry, fastrand::f64()).max(wait);
         self.queue.delay(entry, now + pause);
