@@ -201,6 +201,12 @@ fn bad_input_is_refused_with_a_way_out() {
     refused(&set("prompts.source=missing.jsonl"), 2, &["missing.jsonl"]);
     // Port 9 is closed: nothing answers there.
     refused(&set("limits.concurrency=1"), 1, &["http://127.0.0.1:9/v1"]);
+    // The name is reserved for hosts that do not exist.
+    refused(
+        &set("teacher.base_url=https://nowhere.invalid/v1"),
+        1,
+        &["nothing answers at https://nowhere.invalid/v1"],
+    );
 
     std::fs::write(
         dir.path().join("template.toml"),
