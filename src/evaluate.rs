@@ -194,8 +194,7 @@ fn parse(text: &str) -> Option<Value> {
 fn against_teacher(config: &Config, model: &Model, tokenizer: &Tokenizer) -> Result<Option<Means>> {
     let examples = match &config.eval.teacher_cache {
         Some(dir) => {
-            let path = crate::cache::file(dir);
-            let (examples, _) = dataset::examples_of_cache(&path, &config.data, tokenizer)
+            let (examples, _) = dataset::examples_of_cache(dir, &config.data, tokenizer)
                 .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?;
             examples
         }

@@ -32,6 +32,8 @@ pub enum Fault {
     Newer(u32),
     #[error("its checksum is right, but it is no record: {0}")]
     NoRecord(String),
+    #[error("the frame cannot be decompressed ({0})")]
+    Frame(String),
 }
 
 /// What opening a cache needs of a line.
@@ -47,18 +49,21 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
     let mut line = serde_json::to_vec(record).context("could not encode a record")?;
     line.pop();
     line.push(b',');
-    let seal = seal(&line);
-    line.extend_from_slice(seal.as_bytes());
-    line.push(b'\n');
+    let crc = hex(crc32c::crc32c(&line));
+    line.extend_from_slice(b"\"crc\":\"");
+    line.extend_from_slice(&crc);
+    line.extend_from_slice(b"\"}\n");
     Ok(line)
 }
 
-fn seal(sealed: &[u8]) -> String {
-    format!("\"crc\":\"{:08x}\"}}", crc32c::crc32c(sealed))
+/// 8 lower-case digits.
+fn hex(crc: u32) -> [u8; 8] {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    std::array::from_fn(|place| DIGITS[(crc >> (28 - 4 * place)) as usize & 15])
 }
 
-/// Does the checksum of `line` (without its line end) hold?
-pub fn verify(line: &[u8]) -> Result<(), Fault> {
+/// The checksum of `line` (without its line end), which holds.
+pub fn verify(line: &[u8]) -> Result<u32, Fault> {
     let (sealed, found) = line
         .split_at_checked(line.len().wrapping_sub(SEAL))
         .ok_or(Fault::Unsealed)?;
@@ -66,10 +71,11 @@ pub fn verify(line: &[u8]) -> Result<(), Fault> {
         return Err(Fault::Unsealed);
     }
     // As text, so that there is exactly one valid spelling of a checksum.
-    if found != seal(sealed).as_bytes() {
-        return Err(Fault::Checksum);
+    let crc = crc32c::crc32c(sealed);
+    match found[7..15] == hex(crc) {
+        true => Ok(crc),
+        false => Err(Fault::Checksum),
     }
-    Ok(())
 }
 
 /// Version and key of a line that [`verify`] has accepted, without reading the rest of it where
@@ -97,6 +103,37 @@ fn leading_head(line: &[u8]) -> Option<Head<'_>> {
         v: 1,
         key: Cow::Borrowed(std::str::from_utf8(key).ok()?),
     })
+}
+
+/// Dollars in a line that [`verify`] and [`head`] have accepted; 0 where none are told.
+pub fn cost_usd(line: &[u8]) -> Result<f64, Fault> {
+    #[derive(Deserialize)]
+    struct Cost {
+        #[serde(default)]
+        cost_usd: f64,
+    }
+    if let Some(cost) = trailing_cost(line) {
+        return Ok(cost);
+    }
+    let cost: Cost =
+        serde_json::from_slice(line).map_err(|error| Fault::NoRecord(error.to_string()))?;
+    Ok(cost.cost_usd)
+}
+
+/// The cost in `…,"cost_usd":<number>,"extra":"<string>","crc":"…"}`, as this version ends a line.
+fn trailing_cost(line: &[u8]) -> Option<f64> {
+    const NAME: &[u8] = b",\"cost_usd\":";
+    const NEXT: &[u8] = b",\"extra\":\"";
+    // No string holds either name: a quotation mark inside a string has a backslash before it.
+    let next = memchr::memmem::rfind(line, NEXT)?;
+    let start = memchr::memmem::rfind(&line[..next], NAME)? + NAME.len();
+    let after_extra = &line[next + NEXT.len()..line.len().checked_sub(SEAL + 2)?];
+    // Were there another field between or behind them, this would not be how we end a line.
+    let ends_early = |at: usize| at == 0 || after_extra[at - 1] != b'\\';
+    if line[start..next].contains(&b',') || memchr::memchr_iter(b'"', after_extra).any(ends_early) {
+        return None;
+    }
+    std::str::from_utf8(&line[start..next]).ok()?.parse().ok()
 }
 
 /// The record in a line that [`verify`] and [`head`] have accepted. Fields that this version does

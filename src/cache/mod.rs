@@ -1,30 +1,85 @@
-//! The append-only cache of paid answers: one JSONL file per run, one record a line.
+//! The append-only cache of paid answers: JSON lines, one record each, and older ones compressed if
+//! the config says so.
 //!
 //! ```text
-//! Record --line::encode--> a sealed line --writer (group commit)--> storage --> responses.jsonl
-//! responses.jsonl --recovery::Scan--> whole lines --line::decode--> Record
+//! Record --line::encode--> a sealed line --writer (group commit), journal--> responses.jsonl
+//!   --seal, frames (in the background, `cache.compression`)--> responses.jsonl.zst
+//! both --reader::Lines--> whole lines --line::decode--> Record
 //! ```
 //!
-//! `record`, `stored`, `line`, `recovery` and `stats` are pure; `storage` and `lock` alone touch the
-//! disk. An acknowledged record is never rewritten or lost.
+//! A cache is opened for writing by `opening`: by its `index`, or else whole, on all cores (`sweep`).
+//! Where a line or a frame is not as it should be, `recovery::Scan` and `frames::FrameScan` tell a
+//! torn tail from damage.
+//!
+//! `record`, `stored`, `line`, `keys`, `recovery`, `frames`, `sweep` and `stats` are pure; `storage`,
+//! `index` and `lock` alone touch the disk. An acknowledged record is never rewritten or lost.
 
+pub mod frames;
+mod index;
+mod journal;
+mod keys;
 pub mod line;
 mod lock;
+mod opening;
 pub mod reader;
 pub mod record;
 pub mod recovery;
+mod seal;
 pub mod stats;
 mod storage;
 mod stored;
+mod sweep;
 mod writer;
 
 use std::path::{Path, PathBuf};
 
-pub use reader::{cost, read};
-pub use storage::Storage;
+pub use opening::{OnProgress, size};
+pub use reader::read;
+pub use storage::{Storage, Wrap};
 pub use writer::{Cache, Sealed};
 
-/// The file of records in the cache folder `dir` (which is `<run_dir>/cache`).
-pub fn file(dir: &Path) -> PathBuf {
+use crate::exit::Exit;
+use recovery::{BadLine, ScanError};
+
+/// The file of records in the cache folder `dir` (which is `<run_dir>/cache`); with compression, of
+/// the newest ones.
+pub fn plain_file(dir: &Path) -> PathBuf {
     dir.join("responses.jsonl")
+}
+
+/// The file of the compressed records.
+pub fn compressed_file(dir: &Path) -> PathBuf {
+    dir.join("responses.jsonl.zst")
+}
+
+/// Where torn tails are moved.
+fn torn_file(dir: &Path) -> PathBuf {
+    dir.join("responses.torn")
+}
+
+/// Is there a cache in `dir`?
+pub fn exists(dir: &Path) -> bool {
+    plain_file(dir).exists() || compressed_file(dir).exists()
+}
+
+/// What a scan of `path` that stopped short means for the program.
+fn refusal(path: &Path, error: ScanError) -> anyhow::Error {
+    match error {
+        ScanError::Read(error) => {
+            anyhow::Error::new(error).context(format!("could not read {}", path.display()))
+        }
+        ScanError::Bad(bad) => damaged(path, &bad),
+    }
+}
+
+/// The refusal to go on with a damaged file.
+fn damaged(path: &Path, bad: &BadLine) -> anyhow::Error {
+    let remedy = match bad.fault {
+        line::Fault::Newer(_) => "",
+        _ => {
+            "; restore it from a backup, or run `distill cache repair`, which moves the damage \
+             aside to have its prompts asked again"
+        }
+    };
+    Exit::Damaged(format!("{}: {bad}{remedy}", path.display())).into()
 }

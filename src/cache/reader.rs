@@ -1,31 +1,32 @@
 //! Reading a cache, also while another process writes it.
 
+use std::collections::HashSet;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, ErrorKind, Read, Seek, Take};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
+use super::frames::FrameScan;
+use super::keys::{self, Identity};
 use super::line::{self, Fault};
 use super::record::Record;
 use super::recovery::{BadLine, Ending, Scan, ScanError};
-use super::storage::{damaged, refusal};
+use super::{compressed_file, damaged, plain_file, refusal};
 
-/// The records of the cache file at `path`, in the order they were paid for.
+/// The records of the cache in `dir`, in the order they were paid for.
 ///
 /// A torn tail is left out: a writer may be at work on it. A damaged line yields an error with its
 /// number and offset ([`crate::exit::Exit::Damaged`]), after which the caller should stop.
-pub fn read(path: &Path) -> Result<impl Iterator<Item = Result<Record>> + use<>> {
+pub fn read(dir: &Path) -> Result<impl Iterator<Item = Result<Record>> + use<>> {
     Ok(Records {
-        scan: open(path)?,
-        path: path.to_owned(),
+        lines: Lines::open(dir)?,
         done: false,
     })
 }
 
 struct Records {
-    scan: Scan<BufReader<File>>,
-    path: PathBuf,
+    lines: Lines,
     done: bool,
 }
 
@@ -36,93 +37,218 @@ impl Iterator for Records {
         if self.done {
             return None;
         }
-        let record = match self.scan.advance() {
-            Ok(true) => line::decode(self.scan.line())
-                .map_err(|fault| damaged(&self.path, &self.scan.bad(fault))),
+        let lines = &mut self.lines;
+        let record = match lines.advance() {
+            Ok(true) => line::decode(lines.line()).map_err(|fault| lines.refuse(fault)),
             Ok(false) => {
                 self.done = true;
-                if let Ending::Torn(bad) = self.scan.ending() {
+                for (path, bad) in lines.torn() {
                     tracing::warn!(
                         "{}: the last record, at byte {}, is not whole (a writer is at work, or \
                          was stopped) and is left out",
-                        self.path.display(),
+                        path.display(),
                         bad.offset
                     );
                 }
                 return None;
             }
-            Err(error) => Err(refusal(&self.path, error)),
+            Err(error) => Err(refusal(&lines.path(), error)),
         };
         self.done = record.is_err();
         Some(record)
     }
 }
 
-/// What the records of the cache file at `path` cost, in US dollars.
-pub fn cost(path: &Path) -> Result<f64> {
-    #[derive(serde::Deserialize)]
-    struct Cost {
-        #[serde(default)]
-        cost_usd: f64,
-    }
-    let mut scan = open(path)?;
-    let mut sum = 0.0;
-    while scan.advance().map_err(|error| refusal(path, error))? {
-        let cost: Cost = serde_json::from_slice(scan.line())
-            .map_err(|error| damaged(path, &scan.bad(Fault::NoRecord(error.to_string()))))?;
-        sum += cost.cost_usd;
-    }
-    Ok(sum)
+/// Walks the whole lines of a cache: those of the compressed file, then those of the plain one that
+/// have not been compressed meanwhile.
+pub struct Lines {
+    dir: PathBuf,
+    compressed: Option<FrameScan<File>>,
+    plain: Option<Scan<BufReader<Take<File>>>>,
+    /// Records of the plain file; those that were met in the compressed one.
+    in_plain: HashSet<Identity>,
+    sealed: HashSet<Identity>,
+    is_in_plain: bool,
 }
 
-/// What [`examine`] found in a file.
-#[derive(Debug, Default)]
-pub struct Findings {
-    /// Whole records, and the bytes of the file.
-    pub records: u64,
-    pub bytes: u64,
-    /// Keys that more than one record has, with how many have them.
-    pub repeated: Vec<(String, u64)>,
-    pub damaged: Vec<BadLine>,
-    pub torn: Option<BadLine>,
-}
+impl Lines {
+    /// Opens the cache in `dir`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn open(dir: &Path) -> Result<Lines> {
+        // In this order: a line that leaves the plain file from now on is found in the other one.
+        let plain = open(&plain_file(dir))?;
+        let compressed = open(&compressed_file(dir))?;
+        let mut lines = Lines {
+            dir: dir.to_owned(),
+            compressed: compressed.map(FrameScan::new),
+            plain: None,
+            in_plain: HashSet::new(),
+            sealed: HashSet::new(),
+            is_in_plain: false,
+        };
+        let Some(mut plain) = plain else {
+            if lines.compressed.is_none() {
+                bail!(
+                    "there is no cache in {}: run `distill harvest` first",
+                    dir.display()
+                );
+            }
+            return Ok(lines);
+        };
+        // A line that is appended later may be compressed before we come to it.
+        let mut length = u64::MAX;
+        if lines.compressed.is_some() {
+            let mut scan = Scan::new(BufReader::with_capacity(1 << 20, &plain));
+            // What is wrong with it is told when it is read.
+            while let Ok(true) = scan.advance() {
+                lines.in_plain.extend(keys::identity(scan.line()));
+            }
+            length = scan.position();
+            plain
+                .rewind()
+                .with_context(|| format!("could not read {}", plain_file(dir).display()))?;
+        }
+        let plain = BufReader::with_capacity(1 << 20, plain.take(length));
+        lines.plain = Some(Scan::new(plain));
+        Ok(lines)
+    }
 
-/// Reads the cache file at `path` whole, decodes every record, and lists all that is wrong with it.
-pub fn examine(path: &Path) -> Result<Findings> {
-    let mut scan = open(path)?;
-    let mut findings = Findings::default();
-    let mut keys = std::collections::BTreeMap::<String, u64>::new();
-    loop {
-        match scan.advance() {
-            Ok(true) => match line::decode(scan.line()) {
-                Ok(record) => {
-                    findings.records += 1;
-                    *keys.entry(record.key).or_default() += 1;
+    /// Goes to the next whole record; `false` at the end. After a [`ScanError::Bad`] the walk can go
+    /// on behind the damage.
+    pub fn advance(&mut self) -> Result<bool, ScanError> {
+        if let (Some(scan), false) = (&mut self.compressed, self.is_in_plain) {
+            if scan.advance()? {
+                if !self.in_plain.is_empty()
+                    && let Ok(identity) = keys::identity(scan.line())
+                    && self.in_plain.contains(&identity)
+                {
+                    self.sealed.insert(identity);
                 }
-                Err(fault) => findings.damaged.push(scan.bad(fault)),
-            },
-            Ok(false) => break,
-            Err(ScanError::Bad(bad)) => findings.damaged.push(bad),
-            Err(error) => return Err(refusal(path, error)),
+                return Ok(true);
+            }
+        }
+        self.is_in_plain = true;
+        let Some(scan) = &mut self.plain else {
+            return Ok(false);
+        };
+        while scan.advance()? {
+            let is_sealed = !self.sealed.is_empty()
+                && keys::identity(scan.line())
+                    .is_ok_and(|identity| self.sealed.contains(&identity));
+            if !is_sealed {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The current record's line, without its line end.
+    pub fn line(&self) -> &[u8] {
+        match (&self.compressed, &self.plain) {
+            (Some(scan), _) if !self.is_in_plain => scan.line(),
+            (_, Some(scan)) => scan.line(),
+            _ => &[],
         }
     }
-    findings.bytes = scan.position();
-    if let Ending::Torn(bad) = scan.ending() {
-        findings.torn = Some(bad);
+
+    /// The file that holds it.
+    pub fn path(&self) -> PathBuf {
+        match self.compressed.is_some() && !self.is_in_plain {
+            true => compressed_file(&self.dir),
+            false => plain_file(&self.dir),
+        }
     }
-    findings.repeated = keys.into_iter().filter(|(_, count)| *count > 1).collect();
-    Ok(findings)
+
+    /// The refusal to go on, for what is wrong with the current line.
+    pub fn refuse(&self, fault: Fault) -> anyhow::Error {
+        damaged(&self.path(), &self.bad(fault))
+    }
+
+    /// The current line, with what is wrong with it.
+    fn bad(&self, fault: Fault) -> BadLine {
+        match (&self.compressed, &self.plain) {
+            (Some(scan), _) if !self.is_in_plain => scan.bad(fault),
+            (_, Some(scan)) => scan.bad(fault),
+            (_, None) => BadLine {
+                line: 0,
+                offset: 0,
+                is_compressed: false,
+                fault,
+            },
+        }
+    }
+
+    /// Bytes of both files that have been read.
+    pub fn position(&self) -> u64 {
+        let compressed = self.compressed.as_ref().map_or(0, FrameScan::position);
+        compressed + self.plain.as_ref().map_or(0, Scan::position)
+    }
+
+    /// The torn tails, once [`Lines::advance`] has returned `false`.
+    pub fn torn(&self) -> Vec<(PathBuf, BadLine)> {
+        let compressed = self.compressed.as_ref().map(FrameScan::ending);
+        let endings = [
+            (compressed_file(&self.dir), compressed),
+            (plain_file(&self.dir), self.plain.as_ref().map(Scan::ending)),
+        ];
+        let torn = endings
+            .into_iter()
+            .filter_map(|(path, ending)| match ending {
+                Some(Ending::Torn(bad)) => Some((path, bad)),
+                _ => None,
+            });
+        torn.collect()
+    }
 }
 
-fn open(path: &Path) -> Result<Scan<BufReader<File>>> {
+fn open(path: &Path) -> Result<Option<File>> {
     match File::open(path) {
-        Ok(file) => Ok(Scan::new(BufReader::with_capacity(1 << 20, file))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!(
-            "there is no cache at {}: run `distill harvest` first",
-            path.display()
-        ),
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => {
             Err(anyhow::Error::new(error).context(format!("could not open {}", path.display())))
         }
     }
+}
+
+/// What [`examine`] found in a cache.
+#[derive(Debug, Default)]
+pub struct Findings {
+    /// Whole records, and the bytes of the files.
+    pub records: u64,
+    pub bytes: u64,
+    /// Keys that more than one record has, with how many have them.
+    pub repeated: Vec<(String, u64)>,
+    /// With the file that each is in.
+    pub damaged: Vec<(PathBuf, BadLine)>,
+    pub torn: Vec<(PathBuf, BadLine)>,
+}
+
+/// Reads the cache in `dir` whole, decodes every record, and lists all that is wrong with it.
+pub fn examine(dir: &Path, on_progress: super::OnProgress<'_>) -> Result<Findings> {
+    let mut lines = Lines::open(dir)?;
+    let total = super::size(dir);
+    let mut findings = Findings::default();
+    let mut keys = std::collections::BTreeMap::<String, u64>::new();
+    loop {
+        match lines.advance() {
+            Ok(true) => match line::decode(lines.line()) {
+                Ok(record) => {
+                    findings.records += 1;
+                    *keys.entry(record.key).or_default() += 1;
+                    on_progress(lines.position(), total);
+                }
+                Err(fault) => findings.damaged.push((lines.path(), lines.bad(fault))),
+            },
+            Ok(false) => break,
+            Err(ScanError::Bad(bad)) => findings.damaged.push((lines.path(), bad)),
+            Err(error) => return Err(refusal(&lines.path(), error)),
+        }
+    }
+    findings.bytes = lines.position();
+    findings.torn = lines.torn();
+    findings.repeated = keys.into_iter().filter(|(_, count)| *count > 1).collect();
+    Ok(findings)
 }

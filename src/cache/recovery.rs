@@ -11,12 +11,13 @@ use super::line::{self, Fault};
 
 /// A line that is no record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("line {line}, at byte {offset}, is damaged: {fault}")]
+#[error("line {line}, {} byte {offset}, is damaged: {fault}", if *is_compressed { "in the frame at" } else { "at" })]
 pub struct BadLine {
-    /// Counted from 1.
+    /// Counted from 1; in a compressed file, of its text.
     pub line: u64,
-    /// Where the line starts in the file.
+    /// Where the line starts in the file; in a compressed one, where its frame does.
     pub offset: u64,
+    pub is_compressed: bool,
     pub fault: Fault,
 }
 
@@ -61,14 +62,19 @@ pub struct Scan<R> {
 
 impl<R: BufRead> Scan<R> {
     pub fn new(reader: R) -> Self {
+        Self::behind(reader, 0, 0)
+    }
+
+    /// Of the rest of a file, whose first so many bytes are so many whole lines.
+    pub fn behind(reader: R, bytes: u64, lines: u64) -> Self {
         Self {
             reader,
             line: Vec::new(),
             key: String::new(),
             terminated: true,
-            number: 0,
-            start: 0,
-            next: 0,
+            number: lines,
+            start: bytes,
+            next: bytes,
             torn: None,
             held: None,
         }
@@ -117,6 +123,7 @@ impl<R: BufRead> Scan<R> {
         BadLine {
             line: self.number,
             offset: self.start,
+            is_compressed: false,
             fault,
         }
     }
@@ -136,7 +143,7 @@ impl<R: BufRead> Scan<R> {
     }
 
     fn check(&mut self) -> Result<(), BadLine> {
-        let head = line::verify(&self.line).and_then(|()| line::head(&self.line));
+        let head = line::verify(&self.line).and_then(|_| line::head(&self.line));
         let head = head.map_err(|fault| self.bad(fault))?;
         self.key.clear();
         self.key.push_str(&head.key);

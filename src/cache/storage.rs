@@ -1,14 +1,10 @@
-//! The append-only file: whole lines or none, and an fsync that failed is never believed again.
+//! The files of a cache on the disk.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-
-use super::recovery::{BadLine, Ending, Scan, ScanError};
-use crate::exit::Exit;
+use anyhow::{Context, Result};
 
 /// What the cache asks of the disk. Files do it; a test can put a failing disk in their place.
 pub trait Storage: Send {
@@ -26,6 +22,9 @@ pub trait Storage: Send {
 }
 
 pub type SyncJob = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
+/// Puts a [`Storage`] in the place of each file that a cache appends to.
+pub type Wrap = Box<dyn Fn(File) -> Box<dyn Storage> + Send + Sync>;
 
 impl Storage for File {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -46,198 +45,26 @@ impl Storage for File {
     }
 }
 
-/// The file of one writer, and what of it is durable.
-pub struct Journal {
-    storage: Box<dyn Storage>,
-    syncs_in_background: bool,
-    path: PathBuf,
-    /// Bytes of whole lines.
-    length: u64,
-    /// Lines appended since the last sync, and when the first of them was.
-    unsynced: usize,
-    oldest: Option<Instant>,
-    health: Health,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Health {
-    Good,
-    /// The file ends with part of a line, so that nothing may follow it.
-    Torn,
-    /// A sync failed. The kernel may have dropped what it could not write, and another sync would
-    /// report success all the same.
-    Lost,
-}
-
-impl Journal {
-    /// `storage` holds `length` bytes of whole lines; `path` is for messages.
-    pub fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Self {
-        Self {
-            syncs_in_background: storage.sync_job().is_some(),
-            storage,
-            path: path.to_owned(),
-            length,
-            unsynced: 0,
-            oldest: None,
-            health: Health::Good,
-        }
-    }
-
-    /// Appends so many `lines`. After an error the file ends where it did before; where even that
-    /// cannot be had, every later append is refused.
-    pub fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
-        self.check()?;
-        let mut written = 0;
-        while written < text.len() {
-            match self.storage.write(&text[written..]) {
-                Ok(0) => return Err(self.undo(written, io::ErrorKind::WriteZero.into())),
-                Ok(count) => written += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.undo(written, error)),
-            }
-        }
-        self.length += text.len() as u64;
-        self.unsynced += lines;
-        self.oldest.get_or_insert_with(Instant::now);
-        Ok(())
-    }
-
-    /// Takes back the part of a line that was written before `error`.
-    fn undo(&mut self, written: usize, error: io::Error) -> anyhow::Error {
-        if written > 0 && self.storage.truncate(self.length).is_err() {
-            self.health = Health::Torn;
-        }
-        anyhow::Error::new(error).context(format!("could not append to {}", self.path.display()))
-    }
-
-    /// Makes every line appended so far durable. An error is final.
-    pub fn sync(&mut self) -> Result<()> {
-        if self.health == Health::Lost {
-            return self.check();
-        }
-        if self.unsynced == 0 {
-            return Ok(());
-        }
-        let unsynced = self.take_unsynced();
-        let result = self.storage.sync();
-        self.end_sync(unsynced, result)
-    }
-
-    /// A sync of every line appended so far as a job for another thread, with their number.
-    /// Hand its result to [`Journal::end_sync`].
-    pub fn begin_sync(&mut self) -> Option<(usize, SyncJob)> {
-        if self.health == Health::Lost || self.unsynced == 0 {
-            return None;
-        }
-        let job = self.storage.sync_job()?;
-        Some((self.take_unsynced(), job))
-    }
-
-    fn take_unsynced(&mut self) -> usize {
-        self.oldest = None;
-        std::mem::take(&mut self.unsynced)
-    }
-
-    /// Takes note of how a sync of so many lines ended. An error is final.
-    pub fn end_sync(&mut self, lines: usize, result: io::Result<()>) -> Result<()> {
-        let Err(error) = result else {
-            return Ok(());
-        };
-        self.health = Health::Lost;
-        let lines = lines + self.take_unsynced();
-        Err(error).with_context(|| {
-            format!(
-                "could not sync {}: its last {lines} records may not be on the disk",
-                self.path.display()
-            )
-        })
-    }
-
-    /// Can another thread sync while lines are appended?
-    pub fn syncs_in_background(&self) -> bool {
-        self.syncs_in_background
-    }
-
-    /// An error where nothing may be appended any more.
-    pub fn check(&self) -> Result<()> {
-        let path = self.path.display();
-        match self.health {
-            Health::Good => Ok(()),
-            Health::Torn => bail!(
-                "{path} ends with part of a record after a failed write: free the disk and run the \
-                 same command again, which repairs it"
-            ),
-            Health::Lost => bail!(
-                "{path} could not be synced before, so that nothing more is written to it: check \
-                 the disk and run the same command again"
-            ),
-        }
-    }
-
-    /// Lines that a power loss may take.
-    pub fn unsynced(&self) -> usize {
-        self.unsynced
-    }
-
-    /// For how long the oldest of them has been waiting.
-    pub fn waiting(&self) -> Option<Duration> {
-        self.oldest.map(|oldest| oldest.elapsed())
-    }
-}
-
-/// Opens the cache file of `path` for appending, whole: calls `on_key` for every record in it,
-/// moves a torn tail to `torn`, and refuses damage. Returns the file and its length.
-pub fn open(path: &Path, torn: &Path, on_key: impl FnMut(&str)) -> Result<(File, u64)> {
-    let mut file = OpenOptions::new()
+/// Opens the file at `path` for appending and reading, and creates it where there is none.
+pub fn open_or_create(path: &Path) -> Result<File> {
+    OpenOptions::new()
         .read(true)
         .append(true)
         .create(true)
         .open(path)
-        .with_context(|| format!("could not open {}", path.display()))?;
-    let (length, ending) = scan(&file, path, on_key)?;
-    let length = match ending {
-        Ending::Clean => Ok(length),
-        Ending::Unterminated => terminate(&mut file, length),
-        Ending::Torn(bad) => {
-            tracing::warn!(
-                "{}: a torn record at its end ({} bytes from byte {}) is moved to {}; it will be \
-                 asked again",
-                path.display(),
-                length - bad.offset,
-                bad.offset,
-                torn.display()
-            );
-            cut(&mut file, bad.offset, torn).map(|()| bad.offset)
-        }
-    };
-    let length = length.with_context(|| format!("could not repair {}", path.display()))?;
-    if let Some(folder) = path.parent() {
-        // The names of the files that were just created.
-        crate::fs::sync_folder(folder)
-            .with_context(|| format!("could not sync {}", folder.display()))?;
-    }
-    Ok((file, length))
+        .with_context(|| format!("could not open {}", path.display()))
 }
 
-fn scan(file: &File, path: &Path, mut on_key: impl FnMut(&str)) -> Result<(u64, Ending)> {
-    let mut scan = Scan::new(BufReader::with_capacity(1 << 20, file));
-    while scan.advance().map_err(|error| refusal(path, error))? {
-        on_key(scan.key());
-    }
-    Ok((scan.position(), scan.ending()))
+/// Appends whole lines to `file`, durably.
+pub fn append(file: &mut File, lines: &[u8]) -> io::Result<()> {
+    file.write_all(lines)?;
+    file.sync_data()
 }
 
-/// Gives the last record its newline.
-fn terminate(file: &mut File, length: u64) -> io::Result<u64> {
-    file.write_all(b"\n")?;
-    file.sync_data()?;
-    Ok(length + 1)
-}
-
-/// Moves what follows byte `offset` to the end of `torn`.
-fn cut(file: &mut File, offset: u64, torn: &Path) -> io::Result<()> {
+/// Moves what follows byte `offset` to the end of the file at `aside`.
+pub fn cut(file: &mut File, offset: u64, aside: &Path) -> io::Result<()> {
     file.seek(SeekFrom::Start(offset))?;
-    let mut aside = OpenOptions::new().append(true).create(true).open(torn)?;
+    let mut aside = OpenOptions::new().append(true).create(true).open(aside)?;
     io::copy(file, &mut aside)?;
     aside.sync_all()?;
     // Only now, so that these bytes are always in one of the two files.
@@ -245,21 +72,81 @@ fn cut(file: &mut File, offset: u64, torn: &Path) -> io::Result<()> {
     file.sync_all()
 }
 
-/// What a scan of `path` that stopped short means for the program.
-pub fn refusal(path: &Path, error: ScanError) -> anyhow::Error {
-    match error {
-        ScanError::Read(error) => {
-            anyhow::Error::new(error).context(format!("could not read {}", path.display()))
+/// Replaces the file at `path` by what `fill` appends, at once and durably, and returns it for
+/// appending more, with its length.
+pub fn replace(
+    path: &Path,
+    wrap: &Wrap,
+    fill: impl FnOnce(&mut Appender<'_>) -> Result<()>,
+) -> Result<(Box<dyn Storage>, u64)> {
+    let beside = path.with_extension("new");
+    let replaced = write_new(&beside, wrap, fill).and_then(|new| {
+        std::fs::rename(&beside, path)?;
+        Ok(new)
+    });
+    match &replaced {
+        Ok(_) => crate::fs::sync_folder(path.parent().unwrap_or(Path::new(".")))?,
+        // The disk may be full: what is of no use makes room.
+        Err(_) => drop(std::fs::remove_file(&beside)),
+    }
+    replaced
+}
+
+fn write_new(
+    path: &Path,
+    wrap: &Wrap,
+    fill: impl FnOnce(&mut Appender<'_>) -> Result<()>,
+) -> Result<(Box<dyn Storage>, u64)> {
+    let file = OpenOptions::new().append(true).create(true).open(path)?;
+    // What a killed attempt may have left.
+    file.set_len(0)?;
+    let mut storage = wrap(file);
+    let mut appender = Appender {
+        storage: &mut *storage,
+        buffer: Vec::new(),
+        length: 0,
+    };
+    fill(&mut appender)?;
+    let length = appender.finish()?;
+    storage.sync()?;
+    Ok((storage, length))
+}
+
+/// Appends in large pieces.
+pub struct Appender<'a> {
+    storage: &'a mut dyn Storage,
+    buffer: Vec<u8>,
+    length: u64,
+}
+
+impl Appender<'_> {
+    const PIECE: usize = 1 << 20;
+
+    pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.length += bytes.len() as u64;
+        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() < Self::PIECE {
+            return Ok(());
         }
-        ScanError::Bad(bad) => damaged(path, &bad),
+        write_all(self.storage, &std::mem::take(&mut self.buffer))
+    }
+
+    fn finish(self) -> io::Result<u64> {
+        write_all(self.storage, &self.buffer)?;
+        Ok(self.length)
     }
 }
 
-/// The refusal to go on with a damaged file.
-pub fn damaged(path: &Path, bad: &BadLine) -> anyhow::Error {
-    let remedy = match bad.fault {
-        super::line::Fault::Newer(_) => "",
-        _ => "; restore it from a backup, or delete the line to have its prompt asked again",
-    };
-    Exit::Damaged(format!("{}: {bad}{remedy}", path.display())).into()
+/// Writes all of `bytes`; after an error, some of them may have been.
+pub fn write_all(storage: &mut dyn Storage, bytes: &[u8]) -> io::Result<()> {
+    let mut written = 0;
+    while written < bytes.len() {
+        match storage.write(&bytes[written..]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => written += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }

@@ -1,25 +1,29 @@
 //! The one writer of a cache: what is paid for, and the group commit.
 
-use std::collections::HashSet;
-use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::lock::Lock;
+use super::journal::Journal;
+use super::keys::{self, Fingerprint, Keys};
+use super::opening::{self, OnProgress};
 use super::record::Record;
-use super::storage::{self, Journal, Storage};
-use super::{line, lock};
-use crate::config::Durability;
+use super::seal::{self, Sealer};
+use super::storage::{self, Wrap};
+use super::{index, line, lock, plain_file};
+use crate::config::{self, Compression, Durability};
 
 /// A group is synced when it has this many records ...
 const GROUP_RECORDS: usize = 64;
 /// ... or when its first record is this old. Nor may more than what was appended in such a time
 /// wait for a slow disk.
 const GROUP_AGE: Duration = Duration::from_secs(1);
+
+/// A smaller cache is read faster than its index is worth.
+const WORTH_AN_INDEX: u64 = 4 << 20;
 
 /// A cache that is open for appending. One exists per folder, over all processes.
 ///
@@ -29,50 +33,53 @@ const GROUP_AGE: Duration = Duration::from_secs(1);
 pub struct Cache {
     shared: Arc<Shared>,
     durability: Durability,
+    dir: PathBuf,
+    /// Dollars of the records that it held when it was opened.
+    cost_usd: f64,
     /// Syncs the groups that stay small for too long.
     timer: Option<JoinHandle<()>>,
+    /// Compresses what has been appended.
+    sealer: Option<JoinHandle<()>>,
     /// Held for as long as this value lives.
-    _lock: Lock,
+    _lock: lock::Lock,
 }
 
-struct Shared {
+pub struct Shared {
     state: Mutex<State>,
-    /// A group was begun or is complete, a sync has ended, or the cache is being closed.
+    /// A group was begun or is complete, there is enough for a frame, a sync has ended, or the
+    /// cache is being closed.
     changed: Condvar,
 }
 
-struct State {
-    journal: Journal,
-    keys: HashSet<Fingerprint>,
+pub struct State {
+    pub journal: Journal,
+    keys: Keys,
+    /// Of all its records.
+    cost_usd: f64,
+    /// Records that repeat a key.
+    repeated: u64,
     /// When the sync began that is going on in the background.
     syncing: Option<Instant>,
-    closing: bool,
-}
-
-/// The first 16 bytes of a key's hash: a million keys take some 40 MB less than their text, and
-/// no two will ever meet.
-type Fingerprint = [u8; 16];
-
-fn fingerprint(key: &str) -> Fingerprint {
-    let mut bytes = Fingerprint::default();
-    blake3::Hasher::new()
-        .update(key.as_bytes())
-        .finalize_xof()
-        .fill(&mut bytes);
-    bytes
+    /// The length of the plain file from which on the sealer has something to do.
+    pub seal_from: u64,
+    pub closing: bool,
+    /// What is in the plain file stays there.
+    pub stays_plain: bool,
 }
 
 /// A record as its line in the file, ready to be appended.
 pub struct Sealed {
     line: Vec<u8>,
     fingerprint: Fingerprint,
+    cost_usd: f64,
 }
 
 impl Sealed {
     pub fn new(record: &Record) -> Result<Sealed> {
         Ok(Sealed {
             line: line::encode(record)?,
-            fingerprint: fingerprint(&record.key),
+            fingerprint: keys::fingerprint(&record.key),
+            cost_usd: record.cost_usd.unwrap_or(0.0),
         })
     }
 }
@@ -80,56 +87,86 @@ impl Sealed {
 impl Cache {
     /// Opens the cache in `dir`, which is created if need be. A torn tail is moved aside with a
     /// warning; damage is refused ([`crate::exit::Exit::Damaged`]), and so is a second process.
-    pub fn open(dir: &Path, durability: Durability) -> Result<Cache> {
-        Self::open_with(dir, durability, |file| Box::new(file))
+    pub fn open(dir: &Path, settings: &config::Cache) -> Result<Cache> {
+        Self::open_with(
+            dir,
+            settings,
+            Box::new(|file| Box::new(file)),
+            &mut |_, _| {},
+        )
     }
 
-    /// As [`Cache::open`], with appends going through what `wrap` makes of the file.
+    /// As [`Cache::open`], telling `on_progress` how many bytes of how many have been read.
+    pub fn open_showing(
+        dir: &Path,
+        settings: &config::Cache,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Cache> {
+        Self::open_with(dir, settings, Box::new(|file| Box::new(file)), on_progress)
+    }
+
+    /// As [`Cache::open_showing`], with appends going through what `wrap` makes of each file.
     pub fn open_with(
         dir: &Path,
-        durability: Durability,
-        wrap: impl FnOnce(File) -> Box<dyn Storage>,
+        settings: &config::Cache,
+        wrap: Wrap,
+        on_progress: OnProgress<'_>,
     ) -> Result<Cache> {
         crate::fs::create_dir_all(dir)?;
         let lock = lock::acquire(&dir.join("responses.lock"))?;
-        let path = super::file(dir);
-        let mut keys = HashSet::new();
-        let mut records = 0u64;
-        let (file, length) = storage::open(&path, &dir.join("responses.torn"), |key| {
-            records += 1;
-            keys.insert(fingerprint(key));
-        })?;
-        let doubles = records - keys.len() as u64;
-        if doubles > 0 {
+        let mut contents = opening::open(dir, &wrap, on_progress)?;
+        let path = plain_file(dir);
+        if contents.repeated > 0 {
             tracing::warn!(
-                "{}: {doubles} records repeat a key; `distill cache verify` lists them",
-                path.display()
+                "{}: {} records repeat a key; `distill cache verify` lists them, `distill cache \
+                 repair` moves them aside",
+                dir.display(),
+                contents.repeated
             );
+        }
+        let mut sealer = None;
+        let plain;
+        if settings.compression == Compression::Zstd {
+            let wrap = Arc::new(wrap);
+            let mut new = Sealer::open(dir, contents.compressed, Arc::clone(&wrap))?;
+            contents.plain = new.seal_large(contents.plain, on_progress)?;
+            sealer = Some(new);
+            plain = wrap(storage::open_or_create(&path)?);
+        } else {
+            plain = wrap(storage::open_or_create(&path)?);
         }
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
-                journal: Journal::new(wrap(file), &path, length),
-                keys,
+                journal: Journal::new(plain, &path, contents.plain),
+                keys: contents.keys,
+                cost_usd: contents.cost_usd,
+                repeated: contents.repeated,
                 syncing: None,
+                seal_from: u64::MAX,
                 closing: false,
+                stays_plain: false,
             }),
             changed: Condvar::new(),
         });
-        let timer = match durability {
+        let timer = match settings.durability {
             Durability::Batch => Some(start_timer(Arc::clone(&shared))?),
             Durability::Record | Durability::None => None,
         };
+        let sealer = sealer.map(|sealer| seal::start(Arc::clone(&shared), sealer));
         Ok(Cache {
             shared,
-            durability,
+            durability: settings.durability,
+            dir: dir.to_owned(),
+            cost_usd: contents.cost_usd,
             timer,
+            sealer: sealer.transpose()?,
             _lock: lock,
         })
     }
 
     /// Has this key been answered, be the answer good or quarantined?
     pub fn contains(&self, key: &str) -> bool {
-        self.shared.lock().keys.contains(&fingerprint(key))
+        self.shared.lock().keys.contains(&keys::fingerprint(key))
     }
 
     /// Number of keys that have been answered.
@@ -139,6 +176,16 @@ impl Cache {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// What the records cost, in US dollars, that it held when it was opened.
+    pub fn cost_when_opened(&self) -> f64 {
+        self.cost_usd
+    }
+
+    /// Has what is not compressed yet stay as it is: closing takes no longer than a sync.
+    pub fn stay_plain(&self) {
+        self.shared.lock().stays_plain = true;
     }
 
     /// Appends `record`. A key that is held already is not stored twice: the first answer stays,
@@ -159,7 +206,7 @@ impl Cache {
     /// in the file.
     pub fn append_group<'a>(&self, group: impl IntoIterator<Item = &'a Sealed>) -> Result<()> {
         let mut state = self.shared.lock();
-        let (mut lines, mut fingerprints) = (Vec::new(), Vec::new());
+        let (mut lines, mut fingerprints, mut cost_usd) = (Vec::new(), Vec::new(), 0.0);
         for sealed in group {
             if state.keys.contains(&sealed.fingerprint)
                 || fingerprints.contains(&sealed.fingerprint)
@@ -170,6 +217,7 @@ impl Cache {
             }
             lines.extend_from_slice(&sealed.line);
             fingerprints.push(sealed.fingerprint);
+            cost_usd += sealed.cost_usd;
         }
         if fingerprints.is_empty() {
             return Ok(());
@@ -177,6 +225,10 @@ impl Cache {
         let before = state.journal.unsynced();
         state.journal.append(&lines, fingerprints.len())?;
         state.keys.extend(fingerprints);
+        state.cost_usd += cost_usd;
+        if state.journal.length() >= state.seal_from {
+            self.shared.changed.notify_all();
+        }
         match self.durability {
             Durability::Record => state.journal.sync(),
             Durability::None => Ok(()),
@@ -195,9 +247,9 @@ impl Drop for Cache {
     fn drop(&mut self) {
         self.shared.lock().closing = true;
         self.shared.changed.notify_all();
-        if let Some(timer) = self.timer.take() {
-            // It ends by itself; had it panicked, its work is done below.
-            let _ = timer.join();
+        // They end by themselves; had one panicked, its work is done below, or was not needed.
+        for thread in [self.timer.take(), self.sealer.take()] {
+            let _ = thread.map(JoinHandle::join);
         }
         let mut state = self.shared.lock();
         if state.journal.unsynced() > 0
@@ -205,14 +257,51 @@ impl Drop for Cache {
         {
             tracing::error!("{error:#}");
         }
+        // Where it cannot be written, the next run reads the cache whole.
+        if state.journal.check().is_ok()
+            && opening::size(&self.dir) >= WORTH_AN_INDEX
+            && let Err(error) = index::save(&self.dir, &state.keys, state.repeated, state.cost_usd)
+        {
+            tracing::warn!("{error:#}");
+        }
     }
 }
 
 impl Shared {
     /// The state, also after a panic elsewhere: it is consistent between any two statements that
     /// can panic.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a change.
+    pub fn wait<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a change, but not for longer than `time`.
+    pub fn wait_for<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        time: Duration,
+    ) -> MutexGuard<'a, State> {
+        self.changed
+            .wait_timeout(state, time)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+    }
+
+    /// Waits until no sync is going on in the background.
+    pub fn wait_while_syncing<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+    ) -> MutexGuard<'a, State> {
+        while state.syncing.is_some() {
+            state = self.wait(state);
+        }
+        state
     }
 }
 
@@ -236,19 +325,6 @@ impl Shared {
         }
         state.journal.check()
     }
-
-    fn wait_while_syncing<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        while state.syncing.is_some() {
-            state = self.wait(state);
-        }
-        state
-    }
-
-    fn wait<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed
-            .wait(state)
-            .unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 fn start_timer(shared: Arc<Shared>) -> Result<JoinHandle<()>> {
@@ -268,11 +344,7 @@ fn sync_groups(shared: &Shared) {
             continue;
         };
         if age < GROUP_AGE && state.journal.unsynced() < GROUP_RECORDS {
-            state = shared
-                .changed
-                .wait_timeout(state, GROUP_AGE - age)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = shared.wait_for(state, GROUP_AGE - age);
             continue;
         }
         let result = match state.journal.begin_sync() {

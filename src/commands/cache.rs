@@ -15,7 +15,7 @@ use crate::cache::recovery::BadLine;
 use crate::cache::stats::Stats;
 use crate::cli::{CacheAction, CacheArgs, CachePlace, ConfigFile, Global};
 use crate::exit::Exit;
-use crate::terminal::sanitise;
+use crate::terminal::{Reading, format_count, sanitise};
 
 /// Version of what `--json` prints here.
 const VERSION: u32 = 1;
@@ -49,27 +49,29 @@ fn folder(place: &CachePlace) -> Result<PathBuf> {
 
 /// Prints what the cache in `dir` holds, in numbers.
 pub fn stats(dir: &Path, json: bool) -> Result<()> {
-    let file = cache::file(dir);
     let mut stats = Stats::default();
-    for record in cache::read(&file)? {
+    for record in cache::read(dir)? {
         stats.add(&record?)?;
     }
-    let file_bytes = std::fs::metadata(&file)?.len();
+    let bytes = cache::size(dir);
     if json {
         return print_json(&json!({
-            "version": VERSION, "file": file, "file_bytes": file_bytes, "stats": stats,
+            "version": VERSION, "dir": dir, "bytes": bytes, "stats": stats,
             "logprob_bytes_per_token": stats.logprobs.bytes_per_token().map(|(ours, _)| ours),
             "openai_bytes_per_token": stats.logprobs.bytes_per_token().map(|(_, theirs)| theirs),
         }));
     }
-    print(&stats_text(&stats, &file, file_bytes))
+    print(&stats_text(&stats, dir, bytes))
 }
 
-fn stats_text(stats: &Stats, file: &Path, file_bytes: u64) -> String {
+fn stats_text(stats: &Stats, dir: &Path, bytes: u64) -> String {
     let quarantined: u64 = stats.quarantined.values().sum();
     let usage = &stats.usage;
     let mut rows = vec![
-        ("file", format!("{}, {file_bytes} bytes", file.display())),
+        (
+            "cache",
+            format!("{}, {} bytes", dir.display(), format_count(bytes)),
+        ),
         (
             "records",
             format!(
@@ -139,40 +141,42 @@ fn or_dash(value: Option<impl Display>) -> String {
 /// Reads the cache in `dir` whole and says what is wrong with it: an error if lines are damaged
 /// ([`Exit::Damaged`]) or keys repeated. A torn tail is no error, since the next harvest repairs it.
 pub fn verify(dir: &Path, json: bool) -> Result<()> {
-    let file = cache::file(dir);
-    let findings = reader::examine(&file)?;
+    let mut reading = Reading::new("verifying", json);
+    let findings = reader::examine(dir, &mut |done, total| reading.update(done, total))?;
+    drop(reading);
     if json {
-        print_json(&findings_json(&file, &findings))?;
+        print_json(&findings_json(dir, &findings))?;
     } else {
         print(&findings_text(&findings))?;
     }
-    let file = file.display();
+    let dir = dir.display();
     if !findings.damaged.is_empty() {
         return Err(Exit::Damaged(format!(
-            "{file}: damaged lines: {}; restore the file from a backup, or delete these lines to \
-             have their prompts asked again",
+            "{dir}: damaged lines: {}; restore the cache from a backup, or run `distill cache \
+             repair`, which moves the damage aside to have its prompts asked again",
             findings.damaged.len()
         ))
         .into());
     }
     if !findings.repeated.is_empty() {
         return Err(anyhow!(
-            "{file}: keys with more than one record: {}; keep the first line of each",
+            "{dir}: keys with more than one record: {}; `distill cache repair` keeps the first of \
+             each and moves the others aside",
             findings.repeated.len()
         ));
     }
     Ok(())
 }
 
-fn findings_json(file: &Path, findings: &Findings) -> Value {
-    let bad = |bad: &BadLine| json!({ "line": bad.line, "offset": bad.offset, "fault": bad.fault.to_string() });
+fn findings_json(dir: &Path, findings: &Findings) -> Value {
+    let bad = |(file, bad): &(PathBuf, BadLine)| json!({ "file": file, "line": bad.line, "offset": bad.offset, "fault": bad.fault.to_string() });
     json!({
         "version": VERSION,
-        "file": file,
-        "file_bytes": findings.bytes,
+        "dir": dir,
+        "bytes": findings.bytes,
         "records": findings.records,
         "damaged": findings.damaged.iter().map(bad).collect::<Vec<_>>(),
-        "torn": findings.torn.as_ref().map(bad),
+        "torn": findings.torn.iter().map(bad).collect::<Vec<_>>(),
         "repeated_keys": findings.repeated.iter()
             .map(|(key, count)| json!({ "key": key, "records": count }))
             .collect::<Vec<_>>(),
@@ -181,19 +185,20 @@ fn findings_json(file: &Path, findings: &Findings) -> Value {
 
 fn findings_text(findings: &Findings) -> String {
     let mut text = format!(
-        "whole records: {}, file: {} bytes\n",
+        "whole records: {}, bytes: {}\n",
         findings.records, findings.bytes
     );
-    for bad in &findings.damaged {
-        text += &format!("{bad}\n");
+    for (file, bad) in &findings.damaged {
+        text += &format!("{}: {bad}\n", file.display());
     }
     for (key, count) in &findings.repeated {
         text += &format!("key {key} has {count} records\n");
     }
-    if let Some(torn) = &findings.torn {
+    for (file, torn) in &findings.torn {
         text += &format!(
-            "a torn record at the end, from byte {} on: the next `distill harvest` moves it aside \
-             and asks again\n",
+            "{}: a torn record at the end, from byte {} on: the next `distill harvest` moves it \
+             aside and asks again\n",
+            file.display(),
             torn.offset
         );
     }
@@ -204,7 +209,7 @@ fn findings_text(findings: &Findings) -> String {
 /// `which`, or all of them; at most `limit`.
 pub fn show(dir: &Path, which: Option<&str>, limit: usize, json: bool) -> Result<()> {
     let mut shown = Vec::new();
-    for record in cache::read(&cache::file(dir))? {
+    for record in cache::read(dir)? {
         if shown.len() == limit {
             break;
         }

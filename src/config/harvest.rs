@@ -313,14 +313,25 @@ impl Default for Batch {
 #[serde(default, deny_unknown_fields)]
 pub struct Cache {
     pub durability: Durability,
+    pub compression: Compression,
 }
 
 impl Default for Cache {
     fn default() -> Self {
         Self {
             durability: Durability::Batch,
+            compression: Compression::None,
         }
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compression {
+    /// JSON lines as they are.
+    None,
+    /// Older lines move into zstd frames, beside the file of the newest ones.
+    Zstd,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -69,6 +69,7 @@ use crate::config::{self, Config, Mode};
 use crate::exit::Exit;
 use crate::prompt::{self, Prompt};
 use crate::signal::Signals;
+use crate::terminal::Reading;
 use batch::{Batches, Outcome};
 use dispatch::Dispatcher;
 use endpoint::Endpoints;
@@ -128,7 +129,7 @@ pub async fn run_over(
 ) -> Result<Summary> {
     let prompts = prompts(config, options)?;
     let probes = check_endpoints(config)?;
-    let cache = Cache::open(&config.own_cache(), config.cache.durability)?;
+    let cache = open_cache(config, options)?;
     check_money(config, clock.now())?;
     let run = Run {
         config,
@@ -220,7 +221,7 @@ impl Run<'_> {
     fn purse(&self) -> Result<Purse> {
         let config = self.config;
         let measured = match config.budget.usd {
-            Some(_) => cache::cost(&cache::file(&config.own_cache()))?,
+            Some(_) => self.cache.cost_when_opened(),
             None => 0.0,
         };
         let (purse, lost) = Purse::open(
@@ -324,12 +325,11 @@ fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
         false => config.clone(),
     };
     let prompts = prompts(config, options)?;
-    let file = cache::file(&config.own_cache());
-    let (keys, stats) = look_into(&file)?;
+    let dir = config.own_cache();
+    let (keys, stats) = look_into(&dir)?;
     let askings = askings(config, &[])?;
     let plan = Plan::new(prompts, askings, &config.prompts, |key| keys.contains(key));
-    let bytes = file.metadata().map_or(0, |metadata| metadata.len());
-    let mut estimate = Estimate::new(&plan, &stats, bytes);
+    let mut estimate = Estimate::new(&plan, &stats, cache::size(&dir));
     if is_batch {
         estimate.minutes = 0.0;
         estimate.batches = Some(batch::Outlook::new(config, &plan)?);
@@ -347,6 +347,13 @@ fn prompts(config: &Config, options: HarvestOptions) -> Result<Vec<Prompt>> {
     let mut prompts = prompt::load(&config.prompts)?;
     prompts.truncate(options.limit.unwrap_or(usize::MAX));
     Ok(prompts)
+}
+
+fn open_cache(config: &Config, options: HarvestOptions) -> Result<Cache> {
+    let mut reading = Reading::new("opening the cache", options.quiet);
+    Cache::open_showing(&config.own_cache(), &config.cache, &mut |done, total| {
+        reading.update(done, total);
+    })
 }
 
 /// A budget holds by the prices: without them, or with old ones, it says nothing.
@@ -372,10 +379,10 @@ fn check_money(config: &Config, now: jiff::Timestamp) -> Result<()> {
 }
 
 /// Read without the lock, so that a dry run may look over the shoulder of a running harvest.
-fn look_into(file: &Path) -> Result<(HashSet<String>, Stats)> {
+fn look_into(dir: &Path) -> Result<(HashSet<String>, Stats)> {
     let (mut keys, mut stats) = (HashSet::new(), Stats::default());
-    if file.exists() {
-        for record in cache::read(file)? {
+    if cache::exists(dir) {
+        for record in cache::read(dir)? {
             let record = record?;
             stats.add(&record)?;
             keys.insert(record.key);

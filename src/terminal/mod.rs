@@ -2,7 +2,7 @@
 
 mod progress;
 
-pub use progress::Progress;
+pub use progress::{Progress, Reading};
 
 use std::borrow::Cow;
 use std::fmt::Write;

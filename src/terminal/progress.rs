@@ -79,6 +79,39 @@ impl Progress {
     }
 }
 
+/// The progress of reading something large, which is shown only once it takes a while.
+pub struct Reading {
+    verb: &'static str,
+    quiet: bool,
+    started: Instant,
+    shown: Option<Progress>,
+}
+
+impl Reading {
+    const SHORT: Duration = Duration::from_millis(300);
+    const MB: u64 = 1_000_000;
+
+    pub fn new(verb: &'static str, quiet: bool) -> Self {
+        Self {
+            verb,
+            quiet,
+            started: Instant::now(),
+            shown: None,
+        }
+    }
+
+    /// Shows that so many bytes of the total have been read.
+    pub fn update(&mut self, done: u64, total: u64) {
+        if self.shown.is_none() && self.started.elapsed() < Self::SHORT {
+            return;
+        }
+        let progress = self
+            .shown
+            .get_or_insert_with(|| Progress::new(self.verb, total / Self::MB, self.quiet));
+        progress.update(done / Self::MB, || "MB".to_owned());
+    }
+}
+
 impl Drop for Progress {
     /// Takes the bar off the screen, so that the result that follows stands alone.
     fn drop(&mut self) {

@@ -7,24 +7,24 @@ use distill::cache::record::{Answer, Record, SCHEMA, Usage};
 use distill::cache::recovery::Ending;
 use distill::cache::{self, Cache, line, reader};
 use distill::commands;
-use distill::config::Durability;
+use distill::config;
 use distill::exit::Exit;
 use serde_json::json;
 
 use crate::cache_samples::{encode, sample, scan};
 
 fn open(dir: &Path) -> anyhow::Result<Cache> {
-    Cache::open(dir, Durability::Batch)
+    Cache::open(dir, &config::Cache::default())
 }
 
 fn read_all(dir: &Path) -> anyhow::Result<Vec<Record>> {
-    cache::read(&cache::file(dir))?.collect()
+    cache::read(dir)?.collect()
 }
 
 /// A cache folder that holds `file`.
 fn folder(file: &[u8]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(cache::file(dir.path()), file).unwrap();
+    fs::write(cache::plain_file(dir.path()), file).unwrap();
     dir
 }
 
@@ -212,7 +212,11 @@ fn odd_files_are_read_or_refused() {
                 (Err(error), Err(part)) => {
                     assert!(error.to_string().contains(part), "{name}: {error}");
                     assert_eq!(Exit::code_of(&error), 5, "{name}");
-                    assert_eq!(fs::read(cache::file(dir.path())).unwrap(), file, "{name}");
+                    assert_eq!(
+                        fs::read(cache::plain_file(dir.path())).unwrap(),
+                        file,
+                        "{name}"
+                    );
                 }
                 (result, _) => panic!("{name}: {result:?}"),
             }
@@ -252,8 +256,8 @@ fn a_newer_schema_is_refused_with_advice() {
 #[test]
 fn a_v1_file_stays_readable() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/cache-v1.jsonl");
-    let records: Vec<_> = cache::read(&path).unwrap().map(Result::unwrap).collect();
-    assert_eq!(records, golden());
+    let dir = folder(&fs::read(path).unwrap());
+    assert_eq!(read_all(dir.path()).unwrap(), golden());
 }
 
 fn golden() -> Vec<Record> {
@@ -378,7 +382,7 @@ fn a_key_is_stored_once() {
 fn verify_lists_all_that_is_wrong() {
     let good = encode([sample(0), sample(1), sample(0)]);
     let dir = folder(&good);
-    let findings = reader::examine(&cache::file(dir.path())).unwrap();
+    let findings = reader::examine(dir.path(), &mut |_, _| {}).unwrap();
     assert_eq!(findings.records, 3);
     assert_eq!(findings.repeated, [(sample(0).key, 2)]);
     let error = commands::cache::verify(dir.path(), false).unwrap_err();
@@ -392,19 +396,131 @@ fn verify_lists_all_that_is_wrong() {
     // Damage, NULs, two good lines, damage, and a torn tail: everything is named.
     let file = [b"oops\n\0\0\n", &good[..], b"oops\n\0\n", &good[..20]].concat();
     let dir = folder(&file);
-    let findings = reader::examine(&cache::file(dir.path())).unwrap();
+    let findings = reader::examine(dir.path(), &mut |_, _| {}).unwrap();
     assert_eq!(findings.records, 3);
     let at = good.len() as u64 + 8;
     let places: Vec<_> = findings
         .damaged
         .iter()
-        .map(|bad| (bad.line, bad.offset))
+        .map(|(_, bad)| (bad.line, bad.offset))
         .collect();
     assert_eq!(places, [(1, 0), (2, 5), (6, at)]);
-    assert_eq!(findings.torn.map(|bad| bad.offset), Some(at + 5));
+    let torn: Vec<_> = findings.torn.iter().map(|(_, bad)| bad.offset).collect();
+    assert_eq!(torn, [at + 5]);
     let error = commands::cache::verify(dir.path(), true).unwrap_err();
     assert_eq!(Exit::code_of(&error), 5);
 
     let dir = folder(&encode([sample(0)]));
     commands::cache::verify(dir.path(), false).unwrap();
+}
+
+/// More than the smallest cache that gets an index.
+fn large_cache() -> (tempfile::TempDir, Vec<u8>) {
+    let records = (0..60).map(|n| Record {
+        answer: Answer {
+            text: "x".repeat(100_000),
+            ..Answer::default()
+        },
+        ..sample(n)
+    });
+    let file = encode(records);
+    (folder(&file), file)
+}
+
+#[test]
+fn an_index_opens_the_cache_and_is_never_trusted_over_it() {
+    let (dir, mut file) = large_cache();
+    let index = dir.path().join("responses.index");
+    let read = |dir: &Path| {
+        let mut bytes = 0;
+        let settings = config::Cache::default();
+        let cache = Cache::open_showing(dir, &settings, &mut |done, _| bytes = done);
+        cache.map(|cache| (bytes, cache.len(), cache.cost_when_opened()))
+    };
+    let size = file.len() as u64;
+    let cost = 60.0 * 0.000_012_5;
+    let close = |(bytes, records, usd): (u64, usize, f64), expected: (u64, usize, f64)| {
+        assert_eq!((bytes, records), (expected.0, expected.1));
+        assert!((usd - expected.2).abs() < 1e-9, "{usd}");
+    };
+    close(read(dir.path()).unwrap(), (size, 60, cost));
+    close(read(dir.path()).unwrap(), (0, 60, cost));
+
+    // Appended to, by us and by another.
+    let cache = open(dir.path()).unwrap();
+    cache.append(&sample(60)).unwrap();
+    assert!(cache.contains(&sample(7).key) && cache.contains(&sample(60).key));
+    drop(cache);
+    close(read(dir.path()).unwrap(), (0, 61, cost + 0.000_012_5));
+    file = fs::read(cache::plain_file(dir.path())).unwrap();
+    file.extend(encode([sample(61)]));
+    fs::write(cache::plain_file(dir.path()), &file).unwrap();
+    close(
+        read(dir.path()).unwrap(),
+        (file.len() as u64, 62, cost + 0.000_025),
+    );
+
+    // Of the same length and time, and not the same file.
+    let modified = fs::metadata(cache::plain_file(dir.path()))
+        .unwrap()
+        .modified()
+        .unwrap();
+    file[3_000_000] ^= 1;
+    fs::write(cache::plain_file(dir.path()), &file).unwrap();
+    fs::File::options()
+        .append(true)
+        .open(cache::plain_file(dir.path()))
+        .unwrap()
+        .set_modified(modified)
+        .unwrap();
+    let error = read(dir.path()).unwrap_err();
+    assert_eq!(Exit::code_of(&error), 5, "{error}");
+    file[3_000_000] ^= 1;
+    fs::write(cache::plain_file(dir.path()), &file).unwrap();
+
+    // An index that is no index, or not all of one.
+    read(dir.path()).unwrap();
+    let whole = fs::read(&index).unwrap();
+    for wrong in [
+        &whole[..whole.len() - 1],
+        &whole[..100],
+        b"",
+        b"{}\n",
+        &[&whole[..whole.len() - 20], &[7; 20]].concat(),
+    ] {
+        fs::write(&index, wrong).unwrap();
+        assert_eq!(read(dir.path()).unwrap().0, file.len() as u64);
+    }
+    fs::remove_file(&index).unwrap();
+    assert_eq!(read(dir.path()).unwrap().1, 62);
+}
+
+#[test]
+fn costs_are_read_from_lines_of_any_order() {
+    let cost = |text: &str| line::cost_usd(text.as_bytes());
+    let crc = "\"crc\":\"00000000\"}";
+    for (text, expected) in [
+        (
+            format!("{{\"v\":1,\"cost_usd\":0.25,\"extra\":\"{{}}\",{crc}"),
+            0.25,
+        ),
+        (
+            format!("{{\"v\":1,\"cost_usd\":1.5e-7,\"extra\":\"\",{crc}"),
+            1.5e-7,
+        ),
+        // The names in a text, and in another order.
+        (
+            format!("{{\"cost_usd\":0.5,\"text\":\",\\\"cost_usd\\\":9,\\\"extra\\\":\\\"\",{crc}"),
+            0.5,
+        ),
+        (format!("{{\"extra\":\"x\",\"cost_usd\":2,{crc}"), 2.0),
+        (
+            format!("{{\"cost_usd\":2,\"extra\":\"\",\"more\":{{\"cost_usd\":7}},{crc}"),
+            2.0,
+        ),
+        (format!("{{\"v\":1,{crc}"), 0.0),
+    ] {
+        assert_eq!(cost(&text), Ok(expected), "{text}");
+    }
+    assert!(cost("{\"cost_usd\":").is_err());
 }

@@ -1,14 +1,15 @@
 //! The disk fails once, or for good, at every operation: what was acknowledged stays readable.
 
 use std::io;
+use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use distill::cache::record::Record;
 use distill::cache::recovery::Ending;
-use distill::cache::{Cache, Storage};
-use distill::config::Durability;
+use distill::cache::{Cache, Storage, Wrap};
+use distill::config::{self, Durability};
 
 use crate::cache_samples::{encode, sample, scan};
 
@@ -82,8 +83,19 @@ impl Storage for Faulty {
     }
 }
 
+/// An empty cache whose plain file is `storage`.
+fn open_on(dir: &Path, durability: Durability, storage: impl Storage + 'static) -> Cache {
+    let settings = config::Cache {
+        durability,
+        ..config::Cache::default()
+    };
+    let storage = Mutex::new(Some(storage));
+    let wrap: Wrap = Box::new(move |_| Box::new(storage.lock().unwrap().take().unwrap()));
+    Cache::open_with(dir, &settings, wrap, &mut |_, _| {}).unwrap()
+}
+
 /// Appends [`RECORDS`] records to a disk that fails, and checks what it holds then.
-fn check(dir: &std::path::Path, records: &[(Record, Vec<u8>)], at: u64, fault: Fault, lasts: u64) {
+fn check(dir: &Path, records: &[(Record, Vec<u8>)], at: u64, fault: Fault, lasts: u64) {
     let context = format!("operation {at}, {fault:?}, {lasts} times");
     let disk = Arc::new(Mutex::new(Disk::default()));
     let storage = Faulty {
@@ -92,7 +104,7 @@ fn check(dir: &std::path::Path, records: &[(Record, Vec<u8>)], at: u64, fault: F
         fault,
         lasts,
     };
-    let cache = Cache::open_with(dir, Durability::Batch, |_| Box::new(storage)).unwrap();
+    let cache = open_on(dir, Durability::Batch, storage);
     let mut present = Vec::new();
     for (record, line) in records {
         let failed_before = disk.lock().unwrap().sync_failed;
@@ -189,8 +201,7 @@ fn groups_are_synced_by_number_and_by_age() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let (sender, receiver) = channel();
-        let cache =
-            Cache::open_with(dir.path(), durability, |_| Box::new(Telling(sender))).unwrap();
+        let cache = open_on(dir.path(), durability, Telling(sender));
         (0..appended).for_each(|n| cache.append(&sample(n)).unwrap());
         assert_eq!(
             receiver.try_iter().count(),
@@ -209,8 +220,7 @@ fn groups_are_synced_by_number_and_by_age() {
 
     let dir = tempfile::tempdir().unwrap();
     let (sender, receiver) = channel();
-    let cache =
-        Cache::open_with(dir.path(), Durability::Batch, |_| Box::new(Telling(sender))).unwrap();
+    let cache = open_on(dir.path(), Durability::Batch, Telling(sender));
     // Let the timer fall asleep: an append must wake it.
     std::thread::sleep(Duration::from_millis(50));
     let appended = Instant::now();

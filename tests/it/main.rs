@@ -1,6 +1,7 @@
 //! One file per verb or promise.
 
 mod cache;
+mod cache_compressed;
 mod cache_faults;
 mod cache_properties;
 mod cache_samples;
@@ -18,3 +19,8 @@ mod model;
 mod serve;
 mod tiny;
 mod train;
+
+/// Are the larger sizes of `tests/nightly.sh` wanted?
+fn nightly() -> bool {
+    std::env::var_os("DISTILL_NIGHTLY").is_some()
+}

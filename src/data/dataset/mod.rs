@@ -40,10 +40,7 @@ pub struct Dataset {
 /// ([`Exit::Usage`], with the reasons).
 pub fn load(config: &Config, tokenizer: &Tokenizer) -> Result<Dataset> {
     let (examples, mut report) = match &config.data.source {
-        None => {
-            let path = cache::file(&config.training_cache());
-            examples_of_cache(&path, &config.data, tokenizer)?
-        }
+        None => examples_of_cache(&config.training_cache(), &config.data, tokenizer)?,
         Some(path) => examples_of_file(path, &config.data, tokenizer)?,
     };
     let share = config.data.validation_share;
@@ -65,25 +62,25 @@ pub fn load(config: &Config, tokenizer: &Tokenizer) -> Result<Dataset> {
     })
 }
 
-/// Prepares the teacher's answers in the cache file at `path`, in the order of their keys.
+/// Prepares the teacher's answers in the cache folder `dir`, in the order of their keys.
 ///
 /// # Errors
 /// If the cache is damaged, or no example is left ([`Exit::Usage`], with the reasons).
 pub fn examples_of_cache(
-    path: &Path,
+    dir: &Path,
     settings: &config::Data,
     tokenizer: &Tokenizer,
 ) -> Result<(Vec<Example>, Report)> {
-    if !path.exists() {
+    if !cache::exists(dir) {
         bail!(Exit::Usage(format!(
-            "{} does not exist; run `distill harvest` first, or set `data.source`",
-            path.display()
+            "there is no cache in {}; run `distill harvest` first, or set `data.source`",
+            dir.display()
         )));
     }
-    let (mut examples, report) = examples_of_records(cache::read(path)?, settings, tokenizer)?;
+    let (mut examples, report) = examples_of_records(cache::read(dir)?, settings, tokenizer)?;
     // Answers arrive in another order each time; what is trained on must not depend on it.
     examples.sort_by(|a, b| a.key.cmp(&b.key));
-    not_empty(examples, report, path)
+    not_empty(examples, report, dir)
 }
 
 /// Prepares records, in their order.

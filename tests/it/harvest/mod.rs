@@ -73,11 +73,11 @@ impl Run {
     }
 
     pub fn records(&self) -> Vec<Record> {
-        let file = distill::cache::file(&self.config.run_dir.join("cache"));
-        if !file.exists() {
+        let dir = self.config.run_dir.join("cache");
+        if !distill::cache::exists(&dir) {
             return Vec::new();
         }
-        distill::cache::read(&file)
+        distill::cache::read(&dir)
             .unwrap()
             .map(Result::unwrap)
             .collect()

@@ -1,0 +1,145 @@
+//! `responses.index`: the keys of a cache, beside it, so that a million records open at once.
+//!
+//! ```text
+//! {"version":1,"files":{"responses.jsonl":{"bytes":…,…},…},"records":…,"crc":"…"}⏎
+//! <16 bytes a key>
+//! ```
+//!
+//! The index only repeats what the cache says, and is never trusted over it: it holds as long as
+//! the files have the very size, times and inodes that they had when it was written, at the close of
+//! the cache. In any other case the cache is read whole, and a new index is written at its close.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use super::keys::{Fingerprint, Keys};
+
+const VERSION: u32 = 1;
+
+/// The longest header that is believed to be one.
+const LONGEST_HEADER: u64 = 1 << 16;
+
+/// What an index says of its cache.
+#[derive(Debug, Default, PartialEq)]
+pub struct Index {
+    pub keys: Keys,
+    /// Records that repeat a key.
+    pub repeated: u64,
+    pub cost_usd: f64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Header {
+    version: u32,
+    files: BTreeMap<String, Stamp>,
+    keys: usize,
+    repeated: u64,
+    cost_usd: f64,
+    /// CRC-32C of what follows the header.
+    crc: u32,
+}
+
+/// What changes when a file does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp {
+    bytes: u64,
+    modified_ns: u64,
+    /// Of the inode: not even a program that sets a file's times can set this one.
+    changed_s: i64,
+    changed_ns: i64,
+    inode: u64,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Option<Stamp> {
+        let metadata = path.metadata().ok()?;
+        let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+        let (changed_s, changed_ns, inode) = changed(&metadata);
+        Some(Stamp {
+            bytes: metadata.len(),
+            modified_ns: u64::try_from(modified.as_nanos()).ok()?,
+            changed_s,
+            changed_ns,
+            inode,
+        })
+    }
+}
+
+#[cfg(unix)]
+fn changed(metadata: &std::fs::Metadata) -> (i64, i64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.ctime(), metadata.ctime_nsec(), metadata.ino())
+}
+
+#[cfg(not(unix))]
+fn changed(_: &std::fs::Metadata) -> (i64, i64, u64) {
+    (0, 0, 0)
+}
+
+/// The index of the cache folder `dir`.
+pub fn file(dir: &Path) -> PathBuf {
+    dir.join("responses.index")
+}
+
+fn stamps(dir: &Path) -> BTreeMap<String, Stamp> {
+    [super::plain_file(dir), super::compressed_file(dir)]
+        .iter()
+        .filter_map(|path| {
+            let name = path.file_name()?.to_string_lossy().into_owned();
+            Some((name, Stamp::of(path)?))
+        })
+        .collect()
+}
+
+/// The index of the cache in `dir`, if it is of these very files.
+pub fn load(dir: &Path) -> Option<Index> {
+    let mut reader = BufReader::with_capacity(1 << 20, File::open(file(dir)).ok()?);
+    let mut header = Vec::new();
+    (&mut reader)
+        .take(LONGEST_HEADER)
+        .read_until(b'\n', &mut header)
+        .ok()?;
+    let header: Header = serde_json::from_slice(&header).ok()?;
+    if header.version != VERSION || header.files != stamps(dir) {
+        return None;
+    }
+    let mut keys = Keys::with_capacity(header.keys.min(1 << 24));
+    let (mut key, mut crc) = (Fingerprint::default(), 0);
+    for _ in 0..header.keys {
+        reader.read_exact(&mut key).ok()?;
+        crc = crc32c::crc32c_append(crc, &key);
+        keys.insert(key);
+    }
+    let is_whole = crc == header.crc && keys.len() == header.keys;
+    is_whole.then_some(Index {
+        keys,
+        repeated: header.repeated,
+        cost_usd: header.cost_usd,
+    })
+}
+
+/// Writes the index of the cache in `dir`, whose files nobody else may be writing.
+pub fn save(dir: &Path, keys: &Keys, repeated: u64, cost_usd: f64) -> Result<()> {
+    let crc = keys
+        .iter()
+        .fold(0, |crc, key| crc32c::crc32c_append(crc, key));
+    let header = Header {
+        version: VERSION,
+        files: stamps(dir),
+        keys: keys.len(),
+        repeated,
+        cost_usd,
+        crc,
+    };
+    let header = serde_json::to_string(&header)?;
+    crate::fs::write_with(&file(dir), |file| {
+        writeln!(file, "{header}")?;
+        keys.iter().try_for_each(|key| file.write_all(key))
+    })
+}

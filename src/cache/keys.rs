@@ -1,0 +1,74 @@
+//! Which keys have been answered, in 16 bytes each.
+
+use std::collections::HashSet;
+
+use super::line::{self, Fault};
+
+/// The first 16 bytes of a key, which is a hash in hex: a million keys take some 40 MB less than
+/// their text, and no two will ever meet.
+pub type Fingerprint = [u8; 16];
+
+/// The keys of a cache.
+pub type Keys = HashSet<Fingerprint>;
+
+/// What tells a record from any other: its key, and the checksum of its line. Two records of one key
+/// were both paid for.
+pub type Identity = (Fingerprint, u32);
+
+/// The identity of the record in a line that is whole.
+pub fn identity(line: &[u8]) -> Result<Identity, Fault> {
+    let crc = line::verify(line)?;
+    Ok((fingerprint(&line::head(line)?.key), crc))
+}
+
+/// The fingerprint of `key`. A key that is no BLAKE3 hash in lower-case hex, as another writer may
+/// have made it, is hashed first.
+pub fn fingerprint(key: &str) -> Fingerprint {
+    from_hex(key.as_bytes()).unwrap_or_else(|| {
+        let mut bytes = Fingerprint::default();
+        blake3::Hasher::new()
+            .update(key.as_bytes())
+            .finalize_xof()
+            .fill(&mut bytes);
+        bytes
+    })
+}
+
+fn from_hex(key: &[u8]) -> Option<Fingerprint> {
+    if key.len() != 64 {
+        return None;
+    }
+    let mut digits = [0u8; 64];
+    // Every digit is looked at: two keys that differ in case or in what is no digit differ.
+    for (digit, &byte) in digits.iter_mut().zip(key) {
+        *digit = match byte {
+            b'0'..=b'9' => byte - b'0',
+            b'a'..=b'f' => byte - b'a' + 10,
+            _ => return None,
+        };
+    }
+    let mut bytes = Fingerprint::default();
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = pair[0] << 4 | pair[1];
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hash_stands_for_itself_and_other_keys_are_hashed() {
+        let hash = blake3::hash(b"a prompt");
+        let hex = hash.to_hex().to_string();
+        assert_eq!(fingerprint(&hex), hash.as_bytes()[..16]);
+        let odd = [hex.to_uppercase(), hex[1..].to_owned(), String::new()];
+        for key in &odd {
+            assert_eq!(
+                fingerprint(key),
+                blake3::hash(key.as_bytes()).as_bytes()[..16]
+            );
+        }
+    }
+}
