@@ -120,6 +120,16 @@ pub enum CacheAction {
     Stats(CachePlace),
     /// Check every line
     Verify(CachePlace),
+    /// Move what is damaged aside, so that its prompts are asked again
+    Repair(CachePlace),
+    /// Take over the records of other caches, such as those of other machines
+    Merge {
+        #[command(flatten)]
+        place: CachePlace,
+        /// Cache folders, which stay as they are
+        #[arg(required = true, value_name = "DIR")]
+        sources: Vec<PathBuf>,
+    },
     /// Print records
     Show {
         #[command(flatten)]

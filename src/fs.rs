@@ -201,6 +201,14 @@ pub fn remove_file(path: &Path) -> Result<()> {
     fs::remove_file(path).with_context(|| format!("could not remove {}", path.display()))
 }
 
+/// Removes a file that holds nothing.
+pub fn remove_if_empty(path: &Path) -> Result<()> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.len() == 0 => remove_file(path),
+        _ => Ok(()),
+    }
+}
+
 /// Removes a folder and all that it holds.
 pub fn remove_dir_all(path: &Path) -> Result<()> {
     fs::remove_dir_all(path).with_context(|| format!("could not remove {}", path.display()))

@@ -20,10 +20,12 @@ mod journal;
 mod keys;
 pub mod line;
 mod lock;
+pub mod merge;
 mod opening;
 pub mod reader;
 pub mod record;
 pub mod recovery;
+pub mod repair;
 mod seal;
 pub mod stats;
 mod storage;
@@ -55,6 +57,16 @@ pub fn compressed_file(dir: &Path) -> PathBuf {
 /// Where torn tails are moved.
 fn torn_file(dir: &Path) -> PathBuf {
     dir.join("responses.torn")
+}
+
+/// Where `repair` moves what is damaged, as it is.
+pub fn quarantine_file(dir: &Path) -> PathBuf {
+    dir.join("responses.quarantine")
+}
+
+/// Where further records of a key go: whole lines, as in a cache.
+pub fn conflicts_file(dir: &Path) -> PathBuf {
+    dir.join("responses.conflicts.jsonl")
 }
 
 /// Is there a cache in `dir`?

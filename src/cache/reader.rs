@@ -118,16 +118,16 @@ impl Lines {
     /// Goes to the next whole record; `false` at the end. After a [`ScanError::Bad`] the walk can go
     /// on behind the damage.
     pub fn advance(&mut self) -> Result<bool, ScanError> {
-        if let (Some(scan), false) = (&mut self.compressed, self.is_in_plain) {
-            if scan.advance()? {
-                if !self.in_plain.is_empty()
-                    && let Ok(identity) = keys::identity(scan.line())
-                    && self.in_plain.contains(&identity)
-                {
-                    self.sealed.insert(identity);
-                }
-                return Ok(true);
+        if let (Some(scan), false) = (&mut self.compressed, self.is_in_plain)
+            && scan.advance()?
+        {
+            if !self.in_plain.is_empty()
+                && let Ok(identity) = keys::identity(scan.line())
+                && self.in_plain.contains(&identity)
+            {
+                self.sealed.insert(identity);
             }
+            return Ok(true);
         }
         self.is_in_plain = true;
         let Some(scan) = &mut self.plain else {

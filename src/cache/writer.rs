@@ -82,6 +82,21 @@ impl Sealed {
             cost_usd: record.cost_usd.unwrap_or(0.0),
         })
     }
+
+    /// A whole line of another cache, without its line end, with whatever fields it has.
+    pub fn from_line(line: &[u8]) -> Result<Sealed, line::Fault> {
+        let (fingerprint, _) = keys::identity(line)?;
+        Ok(Sealed {
+            line: [line, b"\n"].concat(),
+            fingerprint,
+            cost_usd: line::cost_usd(line)?,
+        })
+    }
+
+    /// Is it the record of this key?
+    pub fn is_of(&self, fingerprint: &Fingerprint) -> bool {
+        self.fingerprint == *fingerprint
+    }
 }
 
 impl Cache {
@@ -166,7 +181,12 @@ impl Cache {
 
     /// Has this key been answered, be the answer good or quarantined?
     pub fn contains(&self, key: &str) -> bool {
-        self.shared.lock().keys.contains(&keys::fingerprint(key))
+        self.contains_fingerprint(&keys::fingerprint(key))
+    }
+
+    /// As [`Cache::contains`].
+    pub fn contains_fingerprint(&self, fingerprint: &Fingerprint) -> bool {
+        self.shared.lock().keys.contains(fingerprint)
     }
 
     /// Number of keys that have been answered.

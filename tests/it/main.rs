@@ -3,6 +3,7 @@
 mod cache;
 mod cache_compressed;
 mod cache_faults;
+mod cache_mending;
 mod cache_properties;
 mod cache_samples;
 mod cli;

@@ -1,4 +1,6 @@
-//! `distill cache`: what was paid for, and is it whole.
+//! `distill cache`: what was paid for, is it whole, and what to do if it is not.
+
+mod mend;
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -14,6 +16,7 @@ use crate::cache::record::{Record, Status};
 use crate::cache::recovery::BadLine;
 use crate::cache::stats::Stats;
 use crate::cli::{CacheAction, CacheArgs, CachePlace, ConfigFile, Global};
+use crate::config::{self, Compression, Config};
 use crate::exit::Exit;
 use crate::terminal::{Reading, format_count, sanitise};
 
@@ -25,6 +28,10 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
     match &args.action {
         CacheAction::Stats(place) => stats(&folder(place)?, global.json),
         CacheAction::Verify(place) => verify(&folder(place)?, global.json),
+        CacheAction::Repair(place) => mend::repair(&folder(place)?, global.json),
+        CacheAction::Merge { place, sources } => {
+            mend::merge(&folder(place)?, &settings(place)?, sources, global.json)
+        }
         CacheAction::Show {
             place,
             record,
@@ -34,17 +41,33 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
 }
 
 fn folder(place: &CachePlace) -> Result<PathBuf> {
-    match (&place.dir, &place.config) {
+    match (&place.dir, config(place)?) {
         (Some(dir), _) => Ok(dir.clone()),
-        (None, Some(file)) => {
-            let file = ConfigFile {
-                file: file.clone(),
-                set: Vec::new(),
-            };
-            Ok(load_config(&file)?.config.own_cache())
-        }
+        (None, Some(config)) => Ok(config.own_cache()),
         (None, None) => Err(Exit::Usage("give -c FILE or --dir DIR".into()).into()),
     }
+}
+
+fn config(place: &CachePlace) -> Result<Option<Config>> {
+    let load = |file: &PathBuf| {
+        let file = ConfigFile {
+            file: file.clone(),
+            set: Vec::new(),
+        };
+        Ok(load_config(&file)?.config)
+    };
+    place.config.as_ref().map(load).transpose()
+}
+
+/// How to write the cache: as the config says, or else as it is.
+fn settings(place: &CachePlace) -> Result<config::Cache> {
+    let mut settings = config(place)?.map_or_else(Default::default, |config| config.cache);
+    if let Some(dir) = &place.dir
+        && cache::compressed_file(dir).exists()
+    {
+        settings.compression = Compression::Zstd;
+    }
+    Ok(settings)
 }
 
 /// Prints what the cache in `dir` holds, in numbers.
@@ -293,8 +316,8 @@ fn plain(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::inert;
     use super::*;
+    use crate::commands::inert;
 
     #[test]
     fn hostile_text_is_inert_as_text_and_as_json() {
@@ -305,7 +328,7 @@ mod tests {
             })
         };
         let mut record = crate::cache::line::decode(
-            include_str!("../../tests/it/golden/cache-v1.jsonl")
+            include_str!("../../../tests/it/golden/cache-v1.jsonl")
                 .lines()
                 .next()
                 .unwrap()

@@ -1,0 +1,199 @@
+//! Merging caches by key: those of several machines into one, say.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::keys::{self, Identity};
+use super::line;
+use super::reader::Lines;
+use super::recovery::Scan;
+use super::storage;
+use super::writer::{Cache, Sealed};
+use super::{OnProgress, conflicts_file, exists, refusal, size};
+use crate::config;
+use crate::exit::Exit;
+
+/// Records are appended so many at a time.
+const GROUP: usize = 256;
+
+/// So many keys of conflicts are told by name.
+const NAMED: usize = 5;
+
+/// What came of one source of a merge.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Merged {
+    pub records: u64,
+    /// Those whose key the cache did not have.
+    pub added: u64,
+    /// Those that it had already, byte for byte.
+    pub same: u64,
+    /// Those whose key it had with another record: another answer, which was paid for as well. They
+    /// are in the file of conflicts now.
+    pub conflicts: u64,
+    /// The first keys of those.
+    pub keys: Vec<String>,
+}
+
+/// Appends to the cache in `into`, which is created if need be, every record of `sources` whose key
+/// it does not have. Of two records of one key the first stays; the other one is appended to
+/// `responses.conflicts.jsonl` beside it. The sources stay as they are. A merge that was interrupted
+/// can simply be run again.
+///
+/// # Errors
+/// If a source is no cache, or is damaged ([`Exit::Damaged`]; what came before the damage is merged).
+pub fn merge(
+    into: &Path,
+    settings: &config::Cache,
+    sources: &[PathBuf],
+    on_progress: OnProgress<'_>,
+) -> Result<Vec<Merged>> {
+    for source in sources {
+        check(into, source)?;
+    }
+    // One sync at the end does: a merge can be run again.
+    let settings = config::Cache {
+        durability: config::Durability::None,
+        ..settings.clone()
+    };
+    let cache = Cache::open(into, &settings)?;
+    let mut merging = Merging {
+        known: identities(into)?,
+        conflicts: storage::open_or_create(&conflicts_file(into))?,
+        told: HashSet::new(),
+        cache,
+    };
+    merging.learn_conflicts(into)?;
+    let total: u64 = sources.iter().map(|source| size(source)).sum();
+    let mut before = 0;
+    let mut all = Vec::new();
+    for source in sources {
+        let merged = merging.take(source, &mut |bytes| on_progress(before + bytes, total))?;
+        before += size(source);
+        all.push(merged);
+    }
+    merging.cache.sync()?;
+    merging.conflicts.sync_all()?;
+    crate::fs::remove_if_empty(&conflicts_file(into))?;
+    Ok(all)
+}
+
+fn check(into: &Path, source: &Path) -> Result<()> {
+    if !exists(source) {
+        let message = format!(
+            "there is no cache in {}: give the folder that holds responses.jsonl",
+            source.display()
+        );
+        return Err(Exit::Usage(message).into());
+    }
+    let is_same = match (into.canonicalize(), source.canonicalize()) {
+        (Ok(into), Ok(source)) => into == source,
+        _ => false,
+    };
+    if is_same {
+        let message = format!("{} cannot be merged into itself", source.display());
+        return Err(Exit::Usage(message).into());
+    }
+    Ok(())
+}
+
+/// The records that the cache in `dir` holds.
+fn identities(dir: &Path) -> Result<HashSet<Identity>> {
+    let mut lines = Lines::open(dir)?;
+    let mut known = HashSet::new();
+    while lines
+        .advance()
+        .map_err(|error| refusal(&lines.path(), error))?
+    {
+        known.insert(keys::identity(lines.line())?);
+    }
+    Ok(known)
+}
+
+struct Merging {
+    cache: Cache,
+    known: HashSet<Identity>,
+    conflicts: File,
+    /// The records in the file of conflicts.
+    told: HashSet<Identity>,
+}
+
+impl Merging {
+    fn learn_conflicts(&mut self, dir: &Path) -> Result<()> {
+        let path = conflicts_file(dir);
+        let mut scan = Scan::new(BufReader::new(File::open(&path)?));
+        // A torn tail or damage in it only costs that a conflict may be in it twice.
+        while let Ok(true) = scan.advance() {
+            self.told.insert(keys::identity(scan.line())?);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, source: &Path, on_progress: &mut dyn FnMut(u64)) -> Result<Merged> {
+        let mut lines = Lines::open(source)?;
+        let mut merged = Merged::default();
+        let mut group = Vec::with_capacity(GROUP);
+        loop {
+            let is_more = match lines.advance() {
+                Ok(is_more) => is_more,
+                Err(error) => {
+                    self.cache.append_group(&group)?;
+                    self.cache.sync()?;
+                    return Err(refusal(&lines.path(), error));
+                }
+            };
+            if group.len() == GROUP || !is_more {
+                self.cache.append_group(&group)?;
+                group.clear();
+                on_progress(lines.position());
+            }
+            if !is_more {
+                break;
+            }
+            merged.records += 1;
+            let line = lines.line();
+            let identity = keys::identity(line)?;
+            if self.known.contains(&identity) {
+                merged.same += 1;
+            } else if self.cache.contains_fingerprint(&identity.0)
+                || group
+                    .iter()
+                    .any(|sealed: &Sealed| sealed.is_of(&identity.0))
+            {
+                self.keep_conflict(line, identity, &mut merged)?;
+            } else {
+                merged.added += 1;
+                self.known.insert(identity);
+                group.push(Sealed::from_line(line).map_err(|fault| lines.refuse(fault))?);
+            }
+        }
+        for (path, bad) in lines.torn() {
+            tracing::warn!(
+                "{}: the last record, at byte {}, is not whole and is left out",
+                path.display(),
+                bad.offset
+            );
+        }
+        Ok(merged)
+    }
+
+    fn keep_conflict(
+        &mut self,
+        line: &[u8],
+        identity: Identity,
+        merged: &mut Merged,
+    ) -> Result<()> {
+        merged.conflicts += 1;
+        if merged.keys.len() < NAMED {
+            merged.keys.push(line::head(line)?.key.into_owned());
+        }
+        if self.told.insert(identity) {
+            (self.conflicts.write_all(&[line, b"\n"].concat()))
+                .context("could not keep a conflict")?;
+        }
+        Ok(())
+    }
+}

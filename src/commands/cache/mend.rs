@@ -1,0 +1,106 @@
+//! `distill cache repair` and `distill cache merge`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::VERSION;
+use crate::cache::merge::{self, Merged};
+use crate::cache::{conflicts_file, quarantine_file, repair};
+use crate::commands::{print, print_json};
+use crate::config;
+use crate::terminal::{Reading, format_count, sanitise};
+
+/// Repairs the cache in `dir` and says what was done.
+pub fn repair(dir: &Path, json: bool) -> Result<()> {
+    let done = repair::repair(dir)?;
+    if json {
+        return print_json(&json!({
+            "version": VERSION, "dir": dir, "records": done.records,
+            "quarantined": done.quarantined, "quarantined_bytes": done.quarantined_bytes,
+            "rescued": done.rescued, "conflicts": done.conflicts,
+        }));
+    }
+    let mut text = format!("whole records: {}\n", format_count(done.records));
+    if !done.changed() {
+        text += "nothing to repair\n";
+    }
+    if done.quarantined > 0 {
+        text += &format!(
+            "damaged lines and frames: {} ({} bytes), moved to {}; the next `distill harvest` asks \
+             their prompts again\n",
+            format_count(done.quarantined),
+            format_count(done.quarantined_bytes),
+            quarantine_file(dir).display()
+        );
+    }
+    if done.rescued > 0 {
+        text += &format!(
+            "records that could still be read from damaged frames: {}\n",
+            format_count(done.rescued)
+        );
+    }
+    if done.conflicts > 0 {
+        text += &format!(
+            "further records of a key: {}, moved to {}\n",
+            format_count(done.conflicts),
+            conflicts_file(dir).display()
+        );
+    }
+    print(&sanitise(&text))
+}
+
+/// Merges `sources` into the cache in `dir` and says what came of each.
+pub fn merge(dir: &Path, settings: &config::Cache, sources: &[PathBuf], json: bool) -> Result<()> {
+    let mut reading = Reading::new("merging", json);
+    let all = merge::merge(dir, settings, sources, &mut |done, total| {
+        reading.update(done, total);
+    })?;
+    drop(reading);
+    if json {
+        let sources = sources.iter().zip(&all).map(|(source, merged)| {
+            json!({
+                "dir": source, "records": merged.records, "added": merged.added,
+                "same": merged.same, "conflicts": merged.conflicts,
+            })
+        });
+        return print_json(&json!({
+            "version": VERSION, "dir": dir, "sources": sources.collect::<Vec<_>>(),
+        }));
+    }
+    let mut text = String::new();
+    for (source, merged) in sources.iter().zip(&all) {
+        text += &line(source, merged);
+    }
+    let conflicts: u64 = all.iter().map(|merged| merged.conflicts).sum();
+    if conflicts > 0 {
+        text += &format!(
+            "conflicts: {}; these requests were answered twice: the answer that the cache had \
+             stays, the other is kept in {}\n",
+            format_count(conflicts),
+            conflicts_file(dir).display()
+        );
+        for key in all.iter().flat_map(|merged| &merged.keys) {
+            text += &format!("  {key}\n");
+        }
+        if all
+            .iter()
+            .any(|merged| merged.conflicts > merged.keys.len() as u64)
+        {
+            text += "  and others\n";
+        }
+    }
+    print(&sanitise(&text))
+}
+
+fn line(source: &Path, merged: &Merged) -> String {
+    format!(
+        "{}: {} records, {} added, {} there already, {} conflicts\n",
+        source.display(),
+        format_count(merged.records),
+        format_count(merged.added),
+        format_count(merged.same),
+        format_count(merged.conflicts)
+    )
+}

@@ -1,0 +1,143 @@
+//! Makes large caches and times their opening; see `tests/bench/cache.sh`.
+//!
+//! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of so many records, whose answers have so
+//! many tokens with top-20 logprobs. `cache open DIR` opens one and prints what that took, as JSON.
+
+use std::path::Path;
+use std::time::Instant;
+
+use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing, Usage};
+use distill::cache::{self, Cache, Sealed};
+use distill::config::{self, Compression, Durability};
+use serde_json::{Map, json};
+
+fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["make", dir, records] => make(Path::new(dir), records.parse()?, 0, Compression::None),
+        ["make", dir, records, tokens] => make(
+            Path::new(dir),
+            records.parse()?,
+            tokens.parse()?,
+            Compression::None,
+        ),
+        ["make", dir, records, tokens, "zstd"] => make(
+            Path::new(dir),
+            records.parse()?,
+            tokens.parse()?,
+            Compression::Zstd,
+        ),
+        ["open", dir] => open(Path::new(dir)),
+        _ => anyhow::bail!("usage: cache make DIR RECORDS [TOKENS [zstd]] | cache open DIR"),
+    }
+}
+
+fn settings(compression: Compression) -> config::Cache {
+    config::Cache {
+        durability: Durability::None,
+        compression,
+    }
+}
+
+fn make(dir: &Path, records: u64, tokens: usize, compression: Compression) -> anyhow::Result<()> {
+    let cache = Cache::open(dir, &settings(compression))?;
+    let mut random = fastrand::Rng::with_seed(1);
+    let words: Vec<String> = (0..4096).map(|_| word(&mut random)).collect();
+    for first in (0..records).step_by(256) {
+        let group: Vec<Sealed> = (first..records.min(first + 256))
+            .map(|n| Sealed::new(&record(n, tokens, &words, &mut random)))
+            .collect::<anyhow::Result<_>>()?;
+        cache.append_group(&group)?;
+    }
+    Ok(())
+}
+
+fn word(random: &mut fastrand::Rng) -> String {
+    let length = random.usize(1..8);
+    let letters = std::iter::repeat_with(|| random.lowercase()).take(length);
+    format!(" {}", letters.collect::<String>())
+}
+
+fn record(n: u64, tokens: usize, words: &[String], random: &mut fastrand::Rng) -> Record {
+    let text = |length: usize, random: &mut fastrand::Rng| -> String {
+        let words = (0..length).map(|_| words[random.usize(..words.len())].as_str());
+        words.collect()
+    };
+    Record {
+        v: SCHEMA,
+        key: blake3::hash(&n.to_le_bytes()).to_hex().to_string(),
+        prompt_id: format!("prompt-{n:07}"),
+        sample: 0,
+        status: Status::Ok,
+        reason: String::new(),
+        endpoint: "https://api.example.com/v1".to_owned(),
+        probe: String::new(),
+        request: json!({
+            "model": "teacher-1",
+            "messages": [{"role": "user", "content": text(40, random)}],
+            "max_completion_tokens": 512, "temperature": 1.0,
+        }),
+        answer: Answer {
+            text: text(60, random),
+            finish_reason: "stop".to_owned(),
+            ..Answer::default()
+        },
+        usage: Some(Usage {
+            prompt_tokens: 60,
+            completion_tokens: 60,
+            ..Usage::default()
+        }),
+        model: "teacher-1-2026-05-13".to_owned(),
+        fingerprint: "fp_44709d6fcb".to_owned(),
+        logprobs: (tokens > 0).then(|| logprobs(tokens, words, random)),
+        timing: Timing {
+            sent_at: "2026-11-22T02:13:45.123Z".to_owned(),
+            latency_ms: random.u64(300..3000),
+            attempts: 1,
+        },
+        cost_usd: Some(0.000_012_5),
+        extra: Map::new(),
+    }
+}
+
+fn logprobs(tokens: usize, words: &[String], random: &mut fastrand::Rng) -> Logprobs {
+    let mut logprobs = Logprobs::default();
+    for _ in 0..tokens {
+        let mut logprob = -random.f32();
+        let (mut top, mut top_logprob) = (Vec::new(), Vec::new());
+        for _ in 0..20 {
+            top.push(words[random.usize(..words.len())].clone());
+            top_logprob.push(Some(logprob));
+            logprob -= random.f32() * 2.0;
+        }
+        logprobs.token.push(top[0].clone());
+        logprobs.logprob.push(top_logprob[0]);
+        logprobs.top.push(top);
+        logprobs.top_logprob.push(top_logprob);
+    }
+    logprobs
+}
+
+fn open(dir: &Path) -> anyhow::Result<()> {
+    let bytes = cache::size(dir);
+    let (mut read, started) = (0, Instant::now());
+    let cache = Cache::open_showing(dir, &settings(Compression::None), &mut |done, _| {
+        read = done
+    })?;
+    let seconds = started.elapsed().as_secs_f64();
+    let report = json!({
+        "records": cache.len(), "bytes": bytes, "bytes_read": read, "seconds": seconds,
+        "peak_mib": peak_mib(),
+    });
+    println!("{report}");
+    Ok(())
+}
+
+/// The most memory that this process has had, where the system tells it.
+fn peak_mib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib / 1024)
+}
