@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::harvest::Shard;
+
 /// Distill a hosted model into a small one that you own
 ///
 /// `distill harvest` asks the teacher, within limits, and keeps every answer in a crash-safe cache;
@@ -82,6 +84,10 @@ pub struct HarvestArgs {
     /// Use only the first N prompts
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+    /// Ask only the I-th of N disjoint parts, each on a machine (or in a run_dir) of its own;
+    /// `distill cache merge` joins them
+    #[arg(long, value_name = "I/N")]
+    pub shard: Option<Shard>,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -17,6 +17,8 @@ pub struct Journal {
     length: u64,
     /// Lines appended since the last sync, and when the first of them was.
     unsynced: usize,
+    /// Lines that a failed sync may have lost.
+    doubtful: usize,
     oldest: Option<Instant>,
     health: Health,
 }
@@ -40,6 +42,7 @@ impl Journal {
             path: path.to_owned(),
             length,
             unsynced: 0,
+            doubtful: 0,
             oldest: None,
             health: Health::Good,
         }
@@ -101,6 +104,7 @@ impl Journal {
         };
         self.health = Health::Lost;
         let lines = lines + self.take_unsynced();
+        self.doubtful += lines;
         Err(error).with_context(|| {
             format!(
                 "could not sync {}: its last {lines} records may not be on the disk",
@@ -123,6 +127,11 @@ impl Journal {
     /// Nothing may be appended any more: something that it depends on could not be synced.
     pub fn give_up(&mut self) {
         self.health = Health::Lost;
+    }
+
+    /// Lines that may not be on the disk since a sync of them failed.
+    pub fn doubtful(&self) -> usize {
+        self.doubtful
     }
 
     /// Has a sync failed?

@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 
 pub use opening::{OnProgress, size};
 pub use reader::read;
-pub use storage::{Storage, Wrap};
+pub use storage::{Storage, Wrap, files};
 pub use writer::{Cache, Sealed};
 
 use crate::exit::Exit;

@@ -52,8 +52,7 @@ pub fn repair(dir: &Path) -> Result<Repaired> {
     if !found.changed() {
         return Ok(found);
     }
-    let wrap: Wrap = Box::new(|file| Box::new(file));
-    let repaired = Pass::run(dir, Some(&wrap))?;
+    let repaired = Pass::run(dir, Some(&storage::files()))?;
     for file in [quarantine_file(dir), conflicts_file(dir)] {
         crate::fs::remove_if_empty(&file)?;
     }

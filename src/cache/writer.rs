@@ -103,24 +103,11 @@ impl Cache {
     /// Opens the cache in `dir`, which is created if need be. A torn tail is moved aside with a
     /// warning; damage is refused ([`crate::exit::Exit::Damaged`]), and so is a second process.
     pub fn open(dir: &Path, settings: &config::Cache) -> Result<Cache> {
-        Self::open_with(
-            dir,
-            settings,
-            Box::new(|file| Box::new(file)),
-            &mut |_, _| {},
-        )
+        Self::open_with(dir, settings, storage::files(), &mut |_, _| {})
     }
 
-    /// As [`Cache::open`], telling `on_progress` how many bytes of how many have been read.
-    pub fn open_showing(
-        dir: &Path,
-        settings: &config::Cache,
-        on_progress: OnProgress<'_>,
-    ) -> Result<Cache> {
-        Self::open_with(dir, settings, Box::new(|file| Box::new(file)), on_progress)
-    }
-
-    /// As [`Cache::open_showing`], with appends going through what `wrap` makes of each file.
+    /// As [`Cache::open`], with appends going through what `wrap` makes of each file, and telling
+    /// `on_progress` how many bytes of how many have been read.
     pub fn open_with(
         dir: &Path,
         settings: &config::Cache,
@@ -196,6 +183,18 @@ impl Cache {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Number of keys whose records are whole in the file, without those that a failed sync may
+    /// have lost.
+    pub fn safe(&self) -> usize {
+        let state = self.shared.lock();
+        state.keys.len().saturating_sub(state.journal.doubtful())
+    }
+
+    /// An error if nothing may be appended any more.
+    pub fn check(&self) -> Result<()> {
+        self.shared.lock().journal.check()
     }
 
     /// What the records cost, in US dollars, that it held when it was opened.

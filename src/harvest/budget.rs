@@ -74,6 +74,11 @@ impl Budget {
         fits
     }
 
+    /// Takes a reservation back, on which nothing has left.
+    pub fn release(&mut self, amount: f64) {
+        self.reserved = (self.reserved - amount).max(0.0);
+    }
+
     /// Sets the amount aside, whether it fits or not: it may have been spent already.
     pub fn hold(&mut self, amount: f64) {
         self.reserved += amount;

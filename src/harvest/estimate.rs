@@ -116,7 +116,7 @@ mod tests {
                 content: number.to_string(),
             }],
         });
-        let plan = Plan::new(prompts.collect(), askings, &config.prompts, |_| false);
+        let plan = Plan::new(prompts.collect(), askings, &config.prompts, None, |_| false);
         let estimate = Estimate::new(&plan, &Stats::default(), 0);
         assert_eq!((estimate.requests, estimate.completion_tokens), (4, 400));
         assert_eq!((estimate.minutes, estimate.disk_bytes), (2.0, None));

@@ -42,8 +42,10 @@ mod queue;
 mod record;
 mod request;
 mod retry;
+mod room;
 mod scan;
 mod schedule;
+mod shard;
 mod stop;
 mod structured;
 mod summary;
@@ -54,6 +56,7 @@ mod wire;
 pub use batch::{BatchApi, Download, Tally};
 pub use clock::WallClock;
 pub use estimate::Estimate;
+pub use shard::Shard;
 pub use summary::{SUMMARY_VERSION, Summary};
 pub use teacher::{Fault, Reply, Transport};
 
@@ -64,12 +67,12 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use crate::cache::stats::Stats;
-use crate::cache::{self, Cache};
+use crate::cache::{self, Cache, Wrap};
 use crate::config::{self, Config, Mode};
 use crate::exit::Exit;
 use crate::prompt::{self, Prompt};
 use crate::signal::Signals;
-use crate::terminal::Reading;
+use crate::terminal::{Reading, format_dollars};
 use batch::{Batches, Outcome};
 use dispatch::Dispatcher;
 use endpoint::Endpoints;
@@ -86,6 +89,8 @@ pub struct HarvestOptions {
     pub dry_run: bool,
     /// Use only the first so many prompts.
     pub limit: Option<usize>,
+    /// Only this part of the requests.
+    pub shard: Option<Shard>,
     /// Show no progress.
     pub quiet: bool,
 }
@@ -115,24 +120,41 @@ pub async fn run_until(
         Ok(teacher)
     });
     let transports = teachers.collect::<Result<_>>()?;
-    run_over(config, options, signals, transports, WallClock::system()).await
+    let world = World {
+        transports,
+        clock: WallClock::system(),
+        storage: cache::files(),
+    };
+    run_in(world, config, options, signals).await
 }
 
-/// As [`run_until`], over other ways to the teachers (one for each), and by another wall clock: the
-/// seam at which a simulated night takes the place of the network.
-pub async fn run_over(
+/// The seams at which a simulated night takes the place of the network, the clock and the disk.
+pub struct World {
+    /// The ways to the teachers, one for each.
+    pub transports: Vec<Arc<dyn Transport>>,
+    pub clock: WallClock,
+    pub storage: Wrap,
+}
+
+/// As [`run_until`], in another world.
+pub async fn run_in(
+    world: World,
     config: &Config,
     options: HarvestOptions,
     signals: Signals,
-    transports: Vec<Arc<dyn Transport>>,
-    clock: WallClock,
 ) -> Result<Summary> {
+    let World {
+        transports,
+        clock,
+        storage,
+    } = world;
     let prompts = prompts(config, options)?;
     let probes = check_endpoints(config)?;
-    let cache = open_cache(config, options)?;
-    check_money(config, clock.now())?;
+    let cache = open_cache(config, options, storage)?;
+    check_money(config, options.shard, clock.now())?;
     let run = Run {
         config,
+        shard: options.shard,
         quiet: options.quiet,
         cache: &cache,
         probes,
@@ -148,6 +170,7 @@ pub async fn run_over(
 /// What both ways of asking begin with.
 struct Run<'a> {
     config: &'a Config,
+    shard: Option<Shard>,
     quiet: bool,
     cache: &'a Cache,
     /// By teacher; see [`Asking::probe`].
@@ -207,7 +230,7 @@ impl Run<'_> {
         is_done: impl Fn(&str) -> bool,
     ) -> Result<Plan> {
         let askings = askings(config, &self.probes)?;
-        let plan = Plan::new(prompts, askings, &config.prompts, is_done);
+        let plan = Plan::new(prompts, askings, &config.prompts, self.shard, is_done);
         if plan.repeated > 0 {
             tracing::warn!(
                 "{} requests ask word for word what another one asks: each such answer is bought \
@@ -328,7 +351,8 @@ fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
     let dir = config.own_cache();
     let (keys, stats) = look_into(&dir)?;
     let askings = askings(config, &[])?;
-    let plan = Plan::new(prompts, askings, &config.prompts, |key| keys.contains(key));
+    let is_cached = |key: &str| keys.contains(key);
+    let plan = Plan::new(prompts, askings, &config.prompts, options.shard, is_cached);
     let mut estimate = Estimate::new(&plan, &stats, cache::size(&dir));
     if is_batch {
         estimate.minutes = 0.0;
@@ -349,17 +373,24 @@ fn prompts(config: &Config, options: HarvestOptions) -> Result<Vec<Prompt>> {
     Ok(prompts)
 }
 
-fn open_cache(config: &Config, options: HarvestOptions) -> Result<Cache> {
+fn open_cache(config: &Config, options: HarvestOptions, storage: Wrap) -> Result<Cache> {
     let mut reading = Reading::new("opening the cache", options.quiet);
-    Cache::open_showing(&config.own_cache(), &config.cache, &mut |done, total| {
+    let (dir, settings) = (config.own_cache(), &config.cache);
+    Cache::open_with(&dir, settings, storage, &mut |done, total| {
         reading.update(done, total);
     })
 }
 
 /// A budget holds by the prices: without them, or with old ones, it says nothing.
-fn check_money(config: &Config, now: jiff::Timestamp) -> Result<()> {
-    if config.budget.usd.is_none() {
+fn check_money(config: &Config, shard: Option<Shard>, now: jiff::Timestamp) -> Result<()> {
+    let Some(usd) = config.budget.usd else {
         return Ok(());
+    };
+    if let Some(shard) = shard {
+        tracing::warn!(
+            "the budget of {} is that of shard {shard} alone: each shard keeps its own books",
+            format_dollars(usd)
+        );
     }
     let today = now.to_zoned(jiff::tz::TimeZone::UTC).date();
     for lane in config.lanes() {

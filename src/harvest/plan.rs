@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::cost::{self, Bound};
 use super::limiter::Cost;
 use super::request::{self, Asking};
+use super::shard::Shard;
 use super::teacher;
 use crate::config::{self, Assignment, Order};
 use crate::prompt::Prompt;
@@ -36,7 +37,7 @@ pub struct Plan {
     pub rows: Vec<Row>,
     /// The rows of each teacher.
     pub lanes: Vec<Range<usize>>,
-    /// Prompts times samples, for every teacher that is asked.
+    /// Prompts times samples, for every teacher that is asked; of a shard, those in it.
     pub total: u64,
     /// Of these, answered already.
     pub cached: u64,
@@ -45,11 +46,12 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// `is_cached` tells whether a key has been answered.
+    /// Everything, or the part of it in `shard`. `is_cached` tells whether a key has been answered.
     pub fn new(
         prompts: Vec<Prompt>,
         askings: Vec<Asking>,
         settings: &config::Prompts,
+        shard: Option<Shard>,
         is_cached: impl Fn(&str) -> bool,
     ) -> Plan {
         let order = match settings.order {
@@ -70,6 +72,7 @@ impl Plan {
             repeated: 0,
         };
         let mut seen = HashSet::new();
+        let is_ours = |key: &blake3::Hash| shard.is_none_or(|shard| shard.holds(key));
         for lane in 0..shares.len() {
             let start = plan.rows.len();
             for &prompt in &order {
@@ -78,7 +81,14 @@ impl Plan {
                     Assignment::Share => chosen(&plan.prompts[prompt].id, &shares) == lane,
                 };
                 if is_asked {
-                    plan.add(lane, prompt, settings.samples, &mut seen, &is_cached);
+                    plan.add(
+                        lane,
+                        prompt,
+                        settings.samples,
+                        &mut seen,
+                        &is_ours,
+                        &is_cached,
+                    );
                 }
             }
             plan.lanes.push(start..plan.rows.len());
@@ -92,13 +102,17 @@ impl Plan {
         prompt: usize,
         samples: u32,
         seen: &mut HashSet<blake3::Hash>,
+        is_ours: &impl Fn(&blake3::Hash) -> bool,
         is_cached: &impl Fn(&str) -> bool,
     ) {
         for sample in 0..samples {
-            self.total += 1;
             let body = self.body(lane, prompt, sample);
             let identity = teacher::identity(&self.askings[lane].lane.teacher);
             let key = request::key(identity, &body, sample);
+            if !is_ours(&key.hash) {
+                continue;
+            }
+            self.total += 1;
             let name = key.hash.to_hex();
             let is_new = seen.insert(key.hash);
             if is_new && !is_cached(&name) {
@@ -212,7 +226,7 @@ mod tests {
 
     fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
         let askings = config.lanes().into_iter().map(Asking::plain).collect();
-        Plan::new(prompts, askings, &config.prompts, is_cached)
+        Plan::new(prompts, askings, &config.prompts, None, is_cached)
     }
 
     #[test]

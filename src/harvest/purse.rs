@@ -12,6 +12,7 @@ use super::lane::Lane;
 use super::ledger::{InFlight, Ledger};
 use super::limiter::day::Day;
 use super::plan::Plan;
+use super::room;
 use super::summary::Summary;
 use crate::config::{self, Price};
 use crate::exit::Exit;
@@ -31,6 +32,8 @@ pub struct Purse {
     /// Spent by this run.
     now: Spent,
     is_dirty: bool,
+    /// Something could not be written that must be before anything else leaves.
+    is_overdue: bool,
 }
 
 impl Purse {
@@ -57,6 +60,7 @@ impl Purse {
             in_batches: 0.0,
             now: Spent::default(),
             is_dirty: false,
+            is_overdue: false,
         };
         Ok((purse, lost))
     }
@@ -103,9 +107,18 @@ impl Purse {
             return Ok(false);
         }
         let reserved = self.budget.reserved() - self.in_batches;
-        if self.budget.cap().is_some() && reserved > self.ledger.in_flight.usd {
-            self.ledger.in_flight.usd = reserved * STEP;
-            self.save()?;
+        let is_raised = reserved > self.ledger.in_flight.usd;
+        if self.budget.cap().is_some() && (is_raised || self.is_overdue) {
+            let before = self.ledger.in_flight.usd;
+            if is_raised {
+                self.ledger.in_flight.usd = reserved * STEP;
+            }
+            if let Err(error) = self.save() {
+                // Nothing may leave on it.
+                self.ledger.in_flight.usd = before;
+                self.budget.release(amount);
+                return Err(error);
+            }
         }
         Ok(true)
     }
@@ -153,18 +166,25 @@ impl Purse {
         // Until it is written, the upper bound of what is in flight still covers it ...
         if spent.estimated > 0.0 && self.budget.cap().is_some() {
             // ... and no longer than that.
-            self.save()?;
+            self.save_if_there_is_room()?;
         }
         Ok(())
     }
 
-    /// Writes the day's requests ahead, where the limit asks for it.
-    pub fn before_sending(&mut self, lane: &mut Lane) -> Result<()> {
+    /// As [`Purse::reserve`], for a request that is to leave now: writes the day's requests ahead,
+    /// where the limit asks for it. After an error nothing is set aside.
+    pub fn set_aside(&mut self, amount: f64, lane: &mut Lane) -> Result<bool> {
+        if !self.reserve(amount)? {
+            return Ok(false);
+        }
         if lane.limiter.day.must_be_written() {
             self.note_day(lane, false);
-            self.save()?;
+            if let Err(error) = self.save() {
+                self.budget.release(amount);
+                return Err(error);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn note_day(&mut self, lane: &mut Lane, last: bool) {
@@ -184,8 +204,27 @@ impl Purse {
     /// Writes what has changed; about once a second.
     pub fn tick(&mut self) -> Result<()> {
         match self.is_dirty {
-            true => self.save(),
+            true => self.save_if_there_is_room(),
             false => Ok(()),
+        }
+    }
+
+    /// Writes the books, also unchanged ones: is there room on the disk?
+    pub fn save(&mut self) -> Result<()> {
+        self.ledger.save(&self.run_dir)?;
+        (self.is_dirty, self.is_overdue) = (false, false);
+        Ok(())
+    }
+
+    /// A full disk is met again by the next request, which must not leave then. Until then the bound
+    /// that was written before is on the safe side.
+    fn save_if_there_is_room(&mut self) -> Result<()> {
+        match self.save() {
+            Err(error) if room::is_full(&error) => {
+                (self.is_dirty, self.is_overdue) = (true, true);
+                Ok(())
+            }
+            other => other,
         }
     }
 
@@ -210,10 +249,5 @@ impl Purse {
             summary.run_folder_usd = Some(self.budget.spent().total());
         }
         summary.budget_usd = self.budget.cap();
-    }
-
-    fn save(&mut self) -> Result<()> {
-        self.is_dirty = false;
-        self.ledger.save(&self.run_dir)
     }
 }

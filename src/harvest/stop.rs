@@ -9,7 +9,7 @@ use super::budget::Budget;
 use super::retry::Reason;
 use crate::config;
 use crate::exit::Exit;
-use crate::terminal::{format_dollars, format_duration};
+use crate::terminal::{format_count, format_dollars, format_duration};
 
 /// The endpoint refuses every request, whatever it asks.
 pub fn refused(reason: Reason, message: &str, teacher: &config::Teacher) -> anyhow::Error {
@@ -67,6 +67,34 @@ pub fn outage(silence: Duration, message: &str) -> anyhow::Error {
         "nothing has succeeded for {silence} ({message}): stopped; run the same command to go on"
     );
     Exit::Resumable(message).into()
+}
+
+/// There was no room on the disk for too long.
+pub fn disk_full(time: Duration, message: &str, safe: usize, lost: usize) -> anyhow::Error {
+    let message = format!(
+        "the disk is full, and was for {} ({message}): nothing more is asked; {} are safe in the \
+         cache, {} that waited in memory are lost, and may have been billed; make room and run the \
+         same command to go on",
+        format_duration(time),
+        answers(safe),
+        answers(lost)
+    );
+    Exit::Resumable(message).into()
+}
+
+/// An answer could not be recorded.
+pub fn not_recorded(error: anyhow::Error, safe: usize) -> anyhow::Error {
+    let safe = answers(safe);
+    error.context(format!(
+        "an answer could not be recorded, so nothing more is asked; {safe} are safe in the cache"
+    ))
+}
+
+fn answers(count: usize) -> String {
+    match count {
+        1 => "1 answer".into(),
+        _ => format!("{} answers", format_count(count as u64)),
+    }
 }
 
 /// The next request may cost more than the rest of the budget.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use distill::config::{Durability, Teacher};
 use distill::exit::Exit;
-use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock};
+use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock, World};
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -78,14 +78,12 @@ impl Transport for Watching {
 async fn harvest(run: &Run, transports: Vec<Arc<dyn Transport>>) -> anyhow::Result<Summary> {
     let (_sender, receiver) = unbounded_channel();
     let signals = Signals::from_channel(receiver);
-    harvest::run_over(
-        &run.config,
-        quietly(),
-        signals,
+    let world = World {
         transports,
-        WallClock::system(),
-    )
-    .await
+        clock: WallClock::system(),
+        storage: distill::cache::files(),
+    };
+    harvest::run_in(world, &run.config, quietly(), signals).await
 }
 
 /// The most that leaves in any minute.

@@ -2,6 +2,7 @@
 
 mod batch;
 mod canary;
+mod disk;
 mod faults;
 mod limits;
 mod matrix;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use distill::config::{Config, Durability};
-use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock};
+use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock, World};
 use distill::serve::mock::{Mock, Reaction, Request, Script, Stats};
 use distill::signal::Signals;
 use futures_util::FutureExt;
@@ -117,13 +117,13 @@ impl Night {
         life: Option<Duration>,
         signals: UnboundedReceiver<u8>,
     ) -> anyhow::Result<Option<Summary>> {
-        let run = harvest::run_over(
-            &self.run.config,
-            quietly(),
-            Signals::from_channel(signals),
-            vec![Arc::new(transport)],
-            self.clock.clone(),
-        );
+        let world = World {
+            transports: vec![Arc::new(transport)],
+            clock: self.clock.clone(),
+            storage: distill::cache::files(),
+        };
+        let signals = Signals::from_channel(signals);
+        let run = harvest::run_in(world, &self.run.config, quietly(), signals);
         let summary = match life {
             None => run.await?,
             Some(life) => match tokio::time::timeout(life, run).await {

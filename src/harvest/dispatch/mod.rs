@@ -1,5 +1,7 @@
 //! The one task that decides what is sent, and what becomes of the replies.
 
+mod recording;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,22 +9,23 @@ use anyhow::{Context, Result};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
-use super::attempt::{self, Answered, Attempt, Finished};
-use super::budget::Bill;
-use super::clock::WallClock;
-use super::failures::FailedRow;
-use super::lane::{Lane, Verdict};
-use super::plan::Plan;
-use super::progress::Rates;
-use super::purse::Purse;
-use super::retry::Trouble;
-use super::schedule::{Schedule, State};
-use super::stop;
-use super::summary::Summary;
-use super::timeline::{Timeline, Used};
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::exit::Exit;
+use crate::harvest::attempt::{self, Answered, Attempt, Finished};
+use crate::harvest::budget::Bill;
+use crate::harvest::clock::WallClock;
+use crate::harvest::failures::FailedRow;
+use crate::harvest::lane::{Lane, Verdict};
+use crate::harvest::plan::Plan;
+use crate::harvest::progress::Rates;
+use crate::harvest::purse::Purse;
+use crate::harvest::retry::Trouble;
+use crate::harvest::room::{self, Room};
+use crate::harvest::schedule::{Schedule, State};
+use crate::harvest::stop;
+use crate::harvest::summary::Summary;
+use crate::harvest::timeline::{Timeline, Used};
 use crate::signal::Signals;
 use crate::terminal::{Progress, format_duration};
 
@@ -44,6 +47,7 @@ pub struct Dispatcher<'a> {
     schedule: Schedule,
     clock: WallClock,
     in_flight: JoinSet<Result<Finished>>,
+    room: Room,
     summary: Summary,
     timeline: Timeline,
     /// Why nothing is sent any more; what is in flight is still waited for.
@@ -99,6 +103,7 @@ impl<'a> Dispatcher<'a> {
             purse,
             schedule: Schedule::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
+            room: Room::default(),
             timeline: Timeline::new(now, clock.now()),
             stop: None,
             signalled: false,
@@ -132,12 +137,14 @@ impl<'a> Dispatcher<'a> {
         loop {
             self.summary.turns += 1;
             let wake = self.send_what_may_leave()?;
-            if self.in_flight.is_empty() && (self.stop.is_some() || self.is_done()) {
+            let is_over = self.stop.is_some() || self.is_done();
+            if is_over && self.in_flight.is_empty() && !self.room.is_waiting() {
                 break;
             }
             tokio::select! {
                 Some(number) = signals.next() => {
                     if self.signalled(number) {
+                        self.cache.stay_plain();
                         break;
                     }
                 }
@@ -159,6 +166,9 @@ impl<'a> Dispatcher<'a> {
     /// Starts requests until the queues, the concurrency, the limits or the budget say no. Returns
     /// when to try again; None: when something has come back.
     fn send_what_may_leave(&mut self) -> Result<Option<Instant>> {
+        if let Some(until) = self.wait_for_room()? {
+            return Ok(Some(until));
+        }
         if let Some(until) = self.look_at_clock() {
             return Ok(Some(until));
         }
@@ -229,10 +239,15 @@ impl<'a> Dispatcher<'a> {
         };
         let bound = self.plan.bound(index, entry.row);
         let reserved = self.purse.budget.bound(&bound, &lane.settings.price);
-        if !self.purse.reserve(reserved)? {
-            return Ok(Next::NoMoney);
+        match self.purse.set_aside(reserved, lane) {
+            Ok(true) => {}
+            Ok(false) => return Ok(Next::NoMoney),
+            Err(error) if room::is_full(&error) => {
+                self.note_full_disk(&error);
+                return Ok(Next::Full);
+            }
+            Err(error) => return Err(error),
         }
-        self.purse.before_sending(lane)?;
         let cost = self.plan.cost(index, entry.row);
         let departure = match lane.limiter.admit(cost) {
             Ok(departure) => departure,
@@ -289,14 +304,9 @@ impl<'a> Dispatcher<'a> {
                 Err(error) => fault = Some(error),
             }
         }
-        let answers = finished
-            .iter()
-            .filter_map(|request| request.result.as_ref().ok());
-        self.cache
-            .append_group(answers.map(|answered| &answered.sealed))
-            .context("an answer could not be recorded, so nothing more is asked")?;
-        for request in finished {
-            self.settle(request)?;
+        match self.room.is_waiting() {
+            true => self.room.hold(finished),
+            false => self.record(finished)?,
         }
         fault.map_or(Ok(()), Err)
     }
@@ -395,6 +405,9 @@ impl<'a> Dispatcher<'a> {
 
     fn tick(&mut self) -> Result<()> {
         self.pass_time();
+        self.cache
+            .check()
+            .map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
         self.purse.tick()?;
         self.note_dollars();
         self.rates.note(Instant::now(), &self.summary);
@@ -433,10 +446,11 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn finish(mut self) -> Result<Summary> {
-        self.cache.sync()?;
+        let synced = self.cache.sync();
+        synced.map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
         self.pass_time();
-        let still_in_flight = self.in_flight.len() as u64;
-        self.purse.close(&mut self.lanes, still_in_flight)?;
+        let still_in_flight = (self.in_flight.len() + self.room.take().len()) as u64;
+        room::excuse(self.purse.close(&mut self.lanes, still_in_flight))?;
         self.note_dollars();
         let mut summary = self.summary;
         summary.attempts_lost += still_in_flight;
@@ -450,7 +464,7 @@ impl<'a> Dispatcher<'a> {
         let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
         let of_rows = summary.error_of_rows(&self.config.run_dir);
         summary.error = self.stop.or(of_a_lane).or(of_rows);
-        summary.write(&self.config.run_dir)?;
+        room::excuse(summary.write(&self.config.run_dir))?;
         Ok(summary)
     }
 }

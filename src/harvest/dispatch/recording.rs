@@ -1,0 +1,70 @@
+//! What is answered goes into the cache, or waits until a full disk has room for it.
+
+use anyhow::Result;
+use tokio::time::Instant;
+
+use super::Dispatcher;
+use crate::harvest::attempt::Finished;
+use crate::harvest::{room, stop};
+
+impl Dispatcher<'_> {
+    /// Records the answers among these by one write, and decides about the other replies.
+    pub(super) fn record(&mut self, finished: Vec<Finished>) -> Result<()> {
+        let answers = finished
+            .iter()
+            .filter_map(|request| request.result.as_ref().ok());
+        let appended = self
+            .cache
+            .append_group(answers.map(|answered| &answered.sealed));
+        match appended {
+            Ok(()) => finished
+                .into_iter()
+                .try_for_each(|request| self.settle(request)),
+            Err(error) if room::is_full(&error) => {
+                self.room.hold(finished);
+                self.note_full_disk(&error);
+                Ok(())
+            }
+            Err(error) => Err(stop::not_recorded(error, self.cache.safe())),
+        }
+    }
+
+    pub(super) fn note_full_disk(&mut self, error: &anyhow::Error) {
+        if self.room.note(error) {
+            self.progress.note(&format!(
+                "{error:#}: answers wait in memory, and nothing more is asked until there is room"
+            ));
+        }
+    }
+
+    /// When to try again, while the disk is full.
+    pub(super) fn wait_for_room(&mut self) -> Result<Option<Instant>> {
+        let Some(retry_at) = self.room.retry_at() else {
+            return Ok(None);
+        };
+        // A run that is to end does not wait: it tries once more.
+        let is_last = self.stop.is_some() && self.in_flight.is_empty();
+        if !is_last && Instant::now() < retry_at {
+            return Ok(Some(retry_at));
+        }
+        let held = self.room.take();
+        self.record(held)?;
+        let is_held = self.room.holds_something();
+        match self.purse.save() {
+            Ok(()) if !is_held => {
+                self.room.clear();
+                self.progress.note("there is room on the disk again");
+                return Ok(None);
+            }
+            Err(error) if !room::is_full(&error) => return Err(error),
+            _ => {}
+        }
+        if (is_last || self.room.has_waited_long())
+            && let Some((lost, error)) = self.room.give_up(self.cache.safe())
+        {
+            self.summary.attempts_lost += lost.len() as u64;
+            self.stop = Some(error);
+        }
+        Ok(self.room.retry_at())
+    }
+}

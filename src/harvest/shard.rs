@@ -1,0 +1,89 @@
+//! `--shard I/N`: one part of the requests of a config, for harvesting on several machines. Pure.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// The I-th of N parts, from 1. Together they are everything, and no request is in two of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard {
+    index: u64,
+    count: u64,
+}
+
+impl Shard {
+    /// Is the request of this key in it? By the key, which is a hash of what is asked: the same on
+    /// each machine and in each order of the prompts, and word for word the same requests are in one
+    /// part.
+    pub fn holds(&self, key: &blake3::Hash) -> bool {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&key.as_bytes()[..8]);
+        u64::from_le_bytes(bytes) % self.count == self.index - 1
+    }
+}
+
+impl FromStr for Shard {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Shard, String> {
+        let parts = text.split_once('/');
+        let numbers =
+            parts.and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
+        match numbers {
+            Some((index, count)) if (1..=count).contains(&index) => Ok(Shard { index, count }),
+            _ => Err("write it as I/N, with I from 1 to N: 2/4 is the second of four parts".into()),
+        }
+    }
+}
+
+impl fmt::Display for Shard {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}/{}", self.index, self.count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_are_disjoint_and_everything() {
+        let mut sizes = [0; 7];
+        for n in 0..7000u32 {
+            let key = blake3::hash(&n.to_le_bytes());
+            let parts = (1..=7).filter(|index| {
+                Shard {
+                    index: *index,
+                    count: 7,
+                }
+                .holds(&key)
+            });
+            let parts: Vec<u64> = parts.collect();
+            assert_eq!(parts.len(), 1, "key {n}");
+            sizes[parts[0] as usize - 1] += 1;
+        }
+        assert!(
+            sizes.iter().all(|size| (880..1120).contains(size)),
+            "{sizes:?}"
+        );
+        // For ever the same, whatever the machine.
+        let key = blake3::hash(b"a request");
+        assert!(Shard { index: 1, count: 3 }.holds(&key));
+    }
+
+    #[test]
+    fn it_is_written_as_one_of_so_many() {
+        let shard: Shard = "2/4".parse().unwrap();
+        assert_eq!(
+            (shard.index, shard.count, shard.to_string()),
+            (2, 4, "2/4".to_owned())
+        );
+        for wrong in [
+            "", "2", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/2/3", "1 / 2",
+        ] {
+            assert!(
+                wrong.parse::<Shard>().unwrap_err().contains("I/N"),
+                "{wrong}"
+            );
+        }
+    }
+}
