@@ -164,10 +164,12 @@ fn run(shared: &Shared, mut sealer: Sealer) {
         drop(state);
         let mut result = sealer.seal(length);
         state = shared.lock();
+        state.overlaps |= result.is_ok();
         // Only while little is left to be written anew.
         if result.is_ok() && state.journal.length() - sealer.sealed <= sealer.sealed {
             state = shared.wait_while_syncing(state);
             result = sealer.shorten(&mut state.journal);
+            state.overlaps &= result.is_err();
         }
         let Err(error) = result else {
             has_failed = false;

@@ -65,6 +65,9 @@ pub struct State {
     pub closing: bool,
     /// What is in the plain file stays there.
     pub stays_plain: bool,
+    /// Some lines are in both files: they are to leave the plain one when the cache is next opened,
+    /// which is therefore read whole.
+    pub overlaps: bool,
 }
 
 /// A record as its line in the file, ready to be appended.
@@ -147,6 +150,7 @@ impl Cache {
                 seal_from: u64::MAX,
                 closing: false,
                 stays_plain: false,
+                overlaps: false,
             }),
             changed: Condvar::new(),
         });
@@ -278,6 +282,7 @@ impl Drop for Cache {
         }
         // Where it cannot be written, the next run reads the cache whole.
         if state.journal.check().is_ok()
+            && !state.overlaps
             && opening::size(&self.dir) >= WORTH_AN_INDEX
             && let Err(error) = index::save(&self.dir, &state.keys, state.repeated, state.cost_usd)
         {

@@ -2,6 +2,7 @@
 
 mod cache;
 mod cache_compressed;
+mod cache_crashes;
 mod cache_faults;
 mod cache_mending;
 mod cache_properties;
@@ -15,6 +16,7 @@ mod generate;
 mod gradients;
 mod harvest;
 mod house;
+mod kills;
 mod mock;
 mod model;
 mod serve;

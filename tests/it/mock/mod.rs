@@ -4,7 +4,7 @@ pub mod batch;
 mod faults;
 mod limits;
 mod script;
-mod server;
+pub mod server;
 
 use std::path::Path;
 
