@@ -127,7 +127,7 @@ fn trailing_cost(line: &[u8]) -> Option<f64> {
     // No string holds either name: a quotation mark inside a string has a backslash before it.
     let next = memchr::memmem::rfind(line, NEXT)?;
     let start = memchr::memmem::rfind(&line[..next], NAME)? + NAME.len();
-    let after_extra = &line[next + NEXT.len()..line.len().checked_sub(SEAL + 2)?];
+    let after_extra = line.get(next + NEXT.len()..line.len().checked_sub(SEAL + 2)?)?;
     // Were there another field between or behind them, this would not be how we end a line.
     let ends_early = |at: usize| at == 0 || after_extra[at - 1] != b'\\';
     if line[start..next].contains(&b',') || memchr::memchr_iter(b'"', after_extra).any(ends_early) {

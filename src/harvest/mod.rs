@@ -29,6 +29,8 @@ mod estimate;
 mod exchange;
 mod failures;
 mod fields;
+#[doc(hidden)]
+pub mod fuzz;
 mod health;
 mod lane;
 mod ledger;

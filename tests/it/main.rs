@@ -12,6 +12,7 @@ mod config;
 mod data;
 mod fault_server;
 mod fs;
+mod fuzz;
 mod generate;
 mod gradients;
 mod harvest;

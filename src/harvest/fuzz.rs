@@ -1,0 +1,112 @@
+//! Doors for the fuzz targets of `tests/fuzz`: what a teacher can say, as bytes. No part of the
+//! interface.
+
+use std::time::{Duration, SystemTime};
+
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::limiter::day::Day;
+use super::limiter::{Cost, Limiter, headers};
+use super::plan::Row;
+use super::record::record;
+use super::request::Asking;
+use super::retry;
+use super::teacher::Reply;
+use crate::cache::line;
+use crate::cache::record::{Timing, Usage};
+use crate::config::{Config, Limits};
+use crate::prompt::{Message, Prompt};
+
+/// A body, behind a byte for the status: whatever it holds, an answer that is taken for one survives
+/// the cache.
+pub fn reply(bytes: &[u8]) {
+    const STATUSES: [u16; 8] = [200, 200, 200, 400, 401, 404, 429, 500];
+    let Some((status, body)) = bytes.split_first() else {
+        return;
+    };
+    let reply = Reply {
+        status: STATUSES[usize::from(*status) % STATUSES.len()],
+        headers: HeaderMap::new(),
+        body: body.to_vec().into(),
+    };
+    let Ok(completion) = retry::classify(Ok(reply), SystemTime::UNIX_EPOCH) else {
+        return;
+    };
+    let Some(lane) = Config::default().lanes().pop() else {
+        return;
+    };
+    let row = Row {
+        prompt: 0,
+        sample: 0,
+        key: "key".into(),
+        bytes: 0,
+    };
+    let prompt = Prompt {
+        id: "id".into(),
+        messages: vec![Message {
+            role: "user".into(),
+            content: "hello".into(),
+        }],
+    };
+    let body = json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]});
+    let timing = Timing::default();
+    let mut record = record(
+        &Asking::plain(lane),
+        &row,
+        &prompt,
+        body,
+        *completion,
+        timing,
+    );
+    // Zeros are how nothing is stored.
+    record.usage = record.usage.filter(|usage| *usage != Usage::default());
+    let line = line::encode(&record).unwrap_or_default();
+    let line = line.trim_ascii_end();
+    assert!(line::verify(line).is_ok() && line::head(line).is_ok());
+    assert_eq!(line::decode(line), Ok(record));
+}
+
+/// Header lines of a few replies, separated by blank ones: whatever they say, the next request is
+/// let out some day, and no limit is negative.
+pub fn limits(bytes: &[u8]) {
+    const ONE: Cost = Cost {
+        input_tokens: 1,
+        output_tokens: 1,
+    };
+    let start = Instant::now();
+    let Ok(mut limiter) = Limiter::new(&Limits::default(), ONE, Day::new(None, &[], start)) else {
+        return;
+    };
+    let text = String::from_utf8_lossy(bytes);
+    for reply in text.split("\n\n").take(8) {
+        let headers: HeaderMap = reply
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .filter_map(|(name, value)| {
+                let name: HeaderName = name.trim().parse().ok()?;
+                Some((name, HeaderValue::from_bytes(value.trim().as_bytes()).ok()?))
+            })
+            .collect();
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let reports = headers::parse(&headers, now);
+        for report in &reports {
+            let figures = [report.limit, report.remaining];
+            assert!(
+                figures
+                    .into_iter()
+                    .flatten()
+                    .all(|figure| figure >= 0.0 && figure.is_finite())
+            );
+        }
+        if let Ok(departure) = limiter.admit(ONE) {
+            limiter.learn(&reports, &departure);
+            limiter.answered(&reports, &departure, Some(ONE));
+        }
+        let (requests, tokens) = limiter.per_minute();
+        assert!(
+            requests.is_none_or(|limit| limit >= 0.0) && tokens.is_none_or(|limit| limit >= 0.0)
+        );
+    }
+}

@@ -1,0 +1,118 @@
+//! The fuzz targets: what must hold for any bytes. `cargo fuzz` runs them without end (see
+//! `tests/nightly.sh`), and `tests/it/fuzz.rs` on the corpus and on simple mutations of it.
+
+use std::path::Path;
+
+use distill::cache::frames::{FrameScan, salvage};
+use distill::cache::line;
+use distill::cache::recovery::{Ending, Scan, ScanError};
+use distill::config::{self, Config};
+use distill::harvest::fuzz;
+use distill::prompt;
+
+/// Runs the target that has this corpus.
+pub fn run(target: &str, bytes: &[u8]) {
+    match target {
+        "cache" => cache(bytes),
+        "record" => record(bytes),
+        "reply" => fuzz::reply(bytes),
+        "limits" => fuzz::limits(bytes),
+        "config" => config(bytes),
+        "prompts" => prompts(bytes),
+        other => panic!("there is no target {other}"),
+    }
+}
+
+/// A cache file, plain or compressed.
+fn cache(bytes: &[u8]) {
+    let mut scan = Scan::new(bytes);
+    let mut lines = 0;
+    loop {
+        match scan.advance() {
+            Ok(true) => {
+                lines += 1;
+                assert!(line::verify(scan.line()).is_ok());
+                let key = line::head(scan.line()).unwrap().key.into_owned();
+                assert_eq!(key, scan.key());
+                assert!(line::cost_usd(scan.line()).is_ok() || line::decode(scan.line()).is_err());
+            }
+            Ok(false) => break,
+            Err(ScanError::Bad(bad)) => assert!(bad.offset <= bytes.len() as u64),
+            Err(ScanError::Read(error)) => panic!("{error}"),
+        }
+    }
+    assert_eq!(scan.position(), bytes.len() as u64);
+    if let Ending::Torn(bad) = scan.ending() {
+        // What is before the tear is the same without it.
+        let mut whole = Scan::new(&bytes[..bad.offset as usize]);
+        let mut found = 0;
+        while let Ok(is_more) = whole.advance().or_else(|error| match error {
+            ScanError::Bad(_) => Ok(true),
+            ScanError::Read(error) => Err(error),
+        }) {
+            if !is_more {
+                break;
+            }
+            found += 1;
+        }
+        assert!(found >= lines);
+    }
+
+    let mut scan = FrameScan::new(bytes);
+    loop {
+        match scan.advance() {
+            Ok(true) => assert!(line::verify(scan.line()).is_ok()),
+            Ok(false) => break,
+            Err(ScanError::Bad(bad)) => assert!(bad.offset <= bytes.len() as u64),
+            Err(ScanError::Read(error)) => panic!("{error}"),
+        }
+    }
+    assert_eq!(scan.position(), bytes.len() as u64);
+    for line in salvage(bytes).split_inclusive(|&byte| byte == b'\n') {
+        assert!(line::verify(line.strip_suffix(b"\n").unwrap()).is_ok());
+    }
+}
+
+/// A record without its checksum, which would keep out nearly everything.
+fn record(bytes: &[u8]) {
+    let _ = (line::head(bytes), line::cost_usd(bytes));
+    if let Ok(record) = line::decode(bytes) {
+        let line = line::encode(&record).unwrap();
+        let line = line.strip_suffix(b"\n").unwrap();
+        assert!(line::verify(line).is_ok());
+        assert_eq!(line::decode(line).unwrap(), record);
+        assert_eq!(line::cost_usd(line), Ok(record.cost_usd.unwrap_or(0.0)));
+    }
+}
+
+/// A config file: what is understood says the same when it is written again.
+fn config(bytes: &[u8]) {
+    let path = Path::new("config.toml");
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    if let Ok(config) = config::parse(path, text) {
+        let again = toml::to_string(&config).unwrap();
+        let again: Config = config::parse(path, &again).unwrap();
+        assert_eq!(format!("{config:?}"), format!("{again:?}"));
+    }
+}
+
+/// A file of prompts, behind a byte for its kind: each prompt has an id and messages.
+fn prompts(bytes: &[u8]) {
+    let Some((kind, bytes)) = bytes.split_first() else {
+        return;
+    };
+    let name = ["prompts.jsonl", "prompts.txt", "prompts.jsonl.gz"][usize::from(*kind) % 3];
+    let dir = tempfile::tempdir().unwrap();
+    let settings = config::Prompts {
+        source: dir.path().join(name),
+        ..config::Prompts::default()
+    };
+    std::fs::write(&settings.source, bytes).unwrap();
+    if let Ok(prompts) = prompt::load(&settings) {
+        for prompt in &prompts {
+            assert!(!prompt.id.is_empty() && !prompt.messages.is_empty());
+        }
+    }
+}
