@@ -59,6 +59,9 @@ pub fn repair(dir: &Path) -> Result<Repaired> {
     Ok(repaired)
 }
 
+/// Where what is kept goes.
+type Keep<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
+
 /// One walk through both files.
 struct Pass {
     dir: PathBuf,
@@ -101,7 +104,7 @@ impl Pass {
         &mut self,
         path: &Path,
         wrap: Option<&Wrap>,
-        walk: fn(&mut Self, &Path, &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+        walk: fn(&mut Self, &Path, Keep<'_>) -> Result<()>,
     ) -> Result<()> {
         if !path.exists() {
             return Ok(());
@@ -128,7 +131,7 @@ impl Pass {
         Ok(())
     }
 
-    fn plain(&mut self, path: &Path, keep: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    fn plain(&mut self, path: &Path, keep: Keep<'_>) -> Result<()> {
         let mut reader = BufReader::with_capacity(1 << 20, File::open(path)?);
         let mut raw = Vec::new();
         let mut is_first = true;
@@ -157,7 +160,7 @@ impl Pass {
         }
     }
 
-    fn compressed(&mut self, path: &Path, keep: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    fn compressed(&mut self, path: &Path, keep: Keep<'_>) -> Result<()> {
         let mut frames = Frames::new(File::open(path)?);
         let mut source = File::open(path)?;
         let mut bytes_of = |from: u64, to: u64| -> Result<Vec<u8>> {

@@ -122,9 +122,8 @@ fn logprobs(tokens: usize, words: &[String], random: &mut fastrand::Rng) -> Logp
 fn open(dir: &Path) -> anyhow::Result<()> {
     let bytes = cache::size(dir);
     let (mut read, started) = (0, Instant::now());
-    let cache = Cache::open_showing(dir, &settings(Compression::None), &mut |done, _| {
-        read = done
-    })?;
+    let settings = settings(Compression::None);
+    let cache = Cache::open_with(dir, &settings, cache::files(), &mut |done, _| read = done)?;
     let seconds = started.elapsed().as_secs_f64();
     let report = json!({
         "records": cache.len(), "bytes": bytes, "bytes_read": read, "seconds": seconds,

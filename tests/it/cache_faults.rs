@@ -12,6 +12,7 @@ use distill::cache::{Cache, Storage, Wrap};
 use distill::config::{self, Durability};
 
 use crate::cache_samples::{encode, sample, scan};
+use crate::nightly;
 
 const RECORDS: u64 = 200;
 
@@ -19,8 +20,8 @@ const RECORDS: u64 = 200;
 enum Fault {
     /// The operation fails.
     Error(io::ErrorKind),
-    /// A write takes only some bytes; other operations fail.
-    Short,
+    /// A write takes only some bytes, so many or else half of them; other operations fail.
+    Short(Option<usize>),
 }
 
 /// A disk in memory: what a reader sees now, and what survives a power loss.
@@ -53,9 +54,11 @@ impl Storage for Faulty {
         let mut disk = self.disk.lock().unwrap();
         let length = match self.strike(&mut disk) {
             None => bytes.len(),
-            // Half of what is offered, then nothing, and so on.
-            Some(Fault::Short) if (disk.operations - self.at).is_multiple_of(2) => bytes.len() / 2,
-            Some(Fault::Short) => 0,
+            // Some of what is offered, then nothing, and so on.
+            Some(Fault::Short(length)) if (disk.operations - self.at).is_multiple_of(2) => {
+                length.unwrap_or(bytes.len() / 2).min(bytes.len())
+            }
+            Some(Fault::Short(_)) => 0,
             Some(Fault::Error(kind)) => return Err(kind.into()),
         };
         disk.live.extend_from_slice(&bytes[..length]);
@@ -153,11 +156,11 @@ fn every_operation_may_fail() {
     let faults = [
         (Fault::Error(io::ErrorKind::StorageFull), 1),
         (Fault::Error(io::ErrorKind::Interrupted), 1),
-        (Fault::Short, 1),
+        (Fault::Short(None), 1),
         // A write stops short, and the cut back fails too, before the disk recovers.
-        (Fault::Short, 3),
+        (Fault::Short(None), 3),
         (Fault::Error(io::ErrorKind::Other), u64::MAX),
-        (Fault::Short, u64::MAX),
+        (Fault::Short(None), u64::MAX),
     ];
     // In parallel, since opening a cache waits for the real disk.
     std::thread::scope(|scope| {
@@ -171,6 +174,25 @@ fn every_operation_may_fail() {
             });
         }
     });
+}
+
+/// The write of one record, cut at every length, at the beginning of a cache and later in it.
+#[test]
+fn a_write_may_be_cut_at_every_length() {
+    let count = if nightly() { RECORDS } else { 3 };
+    let records: Vec<_> = (0..count)
+        .map(|n| (sample(n), encode([sample(n)])))
+        .collect();
+    let dir = tempfile::tempdir().unwrap();
+    for (at, (_, line)) in (1..).zip(&records) {
+        // Cut, and the rest refused; cut, and the cut back refused, too.
+        for lasts in [2, 3] {
+            // But for the newline it is a whole record, and stays.
+            for length in (0..line.len() - 1).step_by(if nightly() { 1 } else { 5 }) {
+                check(dir.path(), &records, at, Fault::Short(Some(length)), lasts);
+            }
+        }
+    }
 }
 
 /// Reports every sync.

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use crate::cache_samples::{encode, sample, scan};
+use crate::nightly;
 
 fn json_value() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
@@ -72,6 +73,8 @@ fn any_logprobs() -> impl Strategy<Value = Logprobs> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if nightly() { 50_000 } else { 1_000 }))]
+
     #[test]
     fn any_record_survives(
         texts in prop::array::uniform8(any::<String>()),
