@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use tokio::sync::Notify;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -44,6 +45,8 @@ pub struct Dispatcher<'a> {
     schedule: Schedule,
     clock: WallClock,
     in_flight: JoinSet<Result<Finished>>,
+    /// A limit that is shared has something to tell.
+    wake: Arc<Notify>,
     summary: Summary,
     timeline: Timeline,
     /// Why nothing is sent any more; what is in flight is still waited for.
@@ -99,6 +102,7 @@ impl<'a> Dispatcher<'a> {
             purse,
             schedule: Schedule::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
+            wake: Arc::default(),
             timeline: Timeline::new(now, clock.now()),
             stop: None,
             signalled: false,
@@ -110,6 +114,12 @@ impl<'a> Dispatcher<'a> {
             plan,
             clock,
         })
+    }
+
+    /// Hears of the limits that are shared when it is woken by `wake`.
+    pub fn woken_by(mut self, wake: Arc<Notify>) -> Self {
+        self.wake = wake;
+        self
     }
 
     /// Goes on with what an earlier part of the run, begun then, has left.
@@ -146,6 +156,7 @@ impl<'a> Dispatcher<'a> {
                     self.take_back(group)?;
                 }
                 () = sleep_until(wake.unwrap_or(self.started)), if wake.is_some() => {}
+                () = self.wake.notified() => self.hear(),
                 _ = seconds.tick() => self.tick()?,
             }
         }
@@ -234,7 +245,7 @@ impl<'a> Dispatcher<'a> {
         }
         self.purse.before_sending(lane)?;
         let cost = self.plan.cost(index, entry.row);
-        let departure = match lane.limiter.admit(cost) {
+        let departure = match lane.admit(cost) {
             Ok(departure) => departure,
             Err(until) => {
                 self.purse
@@ -393,7 +404,14 @@ impl<'a> Dispatcher<'a> {
         is_second
     }
 
+    fn hear(&mut self) {
+        for line in self.lanes.iter_mut().filter_map(Lane::hear) {
+            self.progress.note(&line);
+        }
+    }
+
     fn tick(&mut self) -> Result<()> {
+        self.hear();
         self.pass_time();
         self.purse.tick()?;
         self.note_dollars();

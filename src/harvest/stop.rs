@@ -69,6 +69,16 @@ pub fn outage(silence: Duration, message: &str) -> anyhow::Error {
     Exit::Resumable(message).into()
 }
 
+/// Nobody has known for too long what other processes have left of the limits.
+pub fn no_shared_limits(silence: Duration, message: &str) -> anyhow::Error {
+    let silence = format_duration(silence);
+    let message = format!(
+        "the limits in `limits.shared` could not be asked for in {silence} ({message}): stopped; \
+         start the Redis server and run the same command to go on"
+    );
+    Exit::Resumable(message).into()
+}
+
 /// The next request may cost more than the rest of the budget.
 pub fn out_of_money(budget: &Budget) -> anyhow::Error {
     let message = format!(
