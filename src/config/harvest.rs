@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::redis_url::RedisUrl;
+
 /// The endpoint that is asked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -178,6 +180,9 @@ pub struct Limits {
     pub tokens_per_minute: Option<u32>,
     /// In any 24 hours, earlier runs in the same run folder included.
     pub requests_per_day: Option<u64>,
+    /// Where these three are kept for all processes that ask the same model of the same endpoint;
+    /// None: each process keeps its own.
+    pub shared: Option<RedisUrl>,
     /// Requests in flight at once.
     pub concurrency: usize,
     /// Lower the concurrency where the server is overloaded: on 429, or by its latency.
@@ -186,12 +191,28 @@ pub struct Limits {
     pub follow_headers: bool,
 }
 
+impl Limits {
+    /// Those that this process keeps by itself.
+    pub fn own(&self) -> Limits {
+        match self.shared {
+            None => self.clone(),
+            Some(_) => Limits {
+                requests_per_minute: None,
+                tokens_per_minute: None,
+                requests_per_day: None,
+                ..self.clone()
+            },
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
             requests_per_minute: None,
             tokens_per_minute: None,
             requests_per_day: None,
+            shared: None,
             concurrency: 32,
             adapt: true,
             follow_headers: true,

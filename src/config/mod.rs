@@ -6,11 +6,13 @@
 mod harvest;
 mod load;
 pub(crate) mod mistake;
+mod redis_url;
 mod settings;
 mod student;
 mod validate;
 
 pub use harvest::*;
 pub use load::{Loaded, load, parse};
+pub use redis_url::{CANNOT_SHARE, RedisUrl};
 pub use settings::*;
 pub use student::*;

@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::harvest::{Batch, Lane};
 use super::mistake::usage;
+use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
 use super::student::Init;
 
@@ -133,14 +134,23 @@ fn lane(lane: &Lane) -> Result<()> {
         lane.limits.concurrency > 0,
         "limits.concurrency must be at least 1",
     )?;
-    for limit in [
+    let ceilings = [
         lane.limits.requests_per_minute.map(u64::from),
         lane.limits.tokens_per_minute.map(u64::from),
         lane.limits.requests_per_day,
-    ] {
+    ];
+    for limit in ceilings {
         check(
             limit != Some(0),
             "a limit per minute or day must be at least 1; leave it out for none",
+        )?;
+    }
+    if lane.limits.shared.is_some() {
+        check(cfg!(feature = "redis"), CANNOT_SHARE)?;
+        check(
+            ceilings.iter().any(Option::is_some),
+            "limits.shared has no limit to share: set limits.requests_per_minute, \
+             tokens_per_minute or requests_per_day",
         )?;
     }
     check(

@@ -76,7 +76,8 @@ pub fn limits(bytes: &[u8]) {
         output_tokens: 1,
     };
     let start = Instant::now();
-    let Ok(mut limiter) = Limiter::new(&Limits::default(), ONE, Day::new(None, &[], start)) else {
+    let day = Day::new(None, &[], start);
+    let Ok(mut limiter) = Limiter::new(&Limits::default(), ONE, day, None) else {
         return;
     };
     let text = String::from_utf8_lossy(bytes);
@@ -100,7 +101,7 @@ pub fn limits(bytes: &[u8]) {
                     .all(|figure| figure >= 0.0 && figure.is_finite())
             );
         }
-        if let Ok(departure) = limiter.admit(ONE) {
+        if let Ok(departure) = limiter.admit(ONE, 1) {
             limiter.learn(&reports, &departure);
             limiter.answered(&reports, &departure, Some(ONE));
         }

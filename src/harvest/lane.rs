@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::health::Health;
 use super::limiter::day::Day;
 use super::limiter::headers::Report;
-use super::limiter::{Concurrency, Cost, Departure, Limiter};
+use super::limiter::{Concurrency, Cost, Departure, Limiter, News, Shared};
 use super::plan::Plan;
 use super::queue::{Entry, Queue};
 use super::retry::{self, Failure};
@@ -17,6 +17,7 @@ use super::stop;
 use super::teacher::Transport;
 use crate::cache::record::Usage;
 use crate::config;
+use crate::terminal::format_duration;
 
 /// Attempts of one row after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_ATTEMPTS: u32 = 3;
@@ -53,13 +54,14 @@ impl Lane {
         index: usize,
         transport: Arc<dyn Transport>,
         day: Day,
+        shared: Option<Shared>,
         retry: &config::Retry,
     ) -> Result<Lane> {
         let settings = plan.askings[index].lane.clone();
         let now = Instant::now();
         let concurrency = settings.limits.concurrency;
         Ok(Lane {
-            limiter: Limiter::new(&settings.limits, plan.largest(index), day)?,
+            limiter: Limiter::new(&settings.limits, plan.largest(index), day, shared)?,
             queue: Queue::new(plan.lanes[index].clone()),
             health: Health::new(now),
             concurrency: Concurrency::new(concurrency),
@@ -87,6 +89,36 @@ impl Lane {
 
     fn is_probing(&self) -> bool {
         self.health.is_outage() || self.limiter.is_half_open()
+    }
+
+    /// Lets a request out, or says when to ask again.
+    pub fn admit(&mut self, cost: Cost) -> Result<Departure, Instant> {
+        let room = match self.is_probing() {
+            true => 1,
+            false => self.concurrency.room().saturating_sub(self.in_flight),
+        };
+        self.limiter.admit(cost, room.min(self.queue.len()))
+    }
+
+    /// What the user is to know of the limits that are shared.
+    pub fn hear(&mut self) -> Option<String> {
+        match self.limiter.hear()? {
+            News::Silent(reason) => Some(format!(
+                "waiting: nothing leaves while the limits that are shared cannot be asked for \
+                 ({reason})"
+            )),
+            News::Back(silence) => {
+                self.health.excuse(silence);
+                let silence = format_duration(silence);
+                Some(format!(
+                    "the limits that are shared can be asked for again, after {silence}"
+                ))
+            }
+            News::Over(silence, reason) => {
+                self.stop(stop::no_shared_limits(silence, &reason));
+                None
+            }
+        }
     }
 
     pub fn left(&mut self, departure: &Departure) {

@@ -10,7 +10,7 @@
 //! same keys.
 //!
 //! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
-//! a `lane`: its queue, its `limiter`, its `health`. `purse` keeps the `budget` and the `ledger`,
+//! a `lane`: its queue, its `limiter` (whose ceilings may be shared with other processes), its `health`. `purse` keeps the `budget` and the `ledger`,
 //! which make the cap hold over kills. A reply is read by `wire`, its logprobs by `scan` or else by
 //! `logprobs`, an error by `api_error`; what it means is for `retry` to say. Everything else is pure
 //! (`request`, `cost`, `budget`, `record`, `plan`, `estimate`, `queue`, `schedule`, `advice`, `stop`)
@@ -65,8 +65,10 @@ pub use teacher::{Fault, Reply, Transport};
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
+use tokio::sync::Notify;
 
 use crate::cache::stats::Stats;
 use crate::cache::{self, Cache, Wrap};
@@ -79,6 +81,7 @@ use batch::{Batches, Outcome};
 use dispatch::Dispatcher;
 use endpoint::Endpoints;
 use lane::Lane;
+use limiter::Shared;
 use plan::Plan;
 use purse::Purse;
 use request::Asking;
@@ -186,7 +189,7 @@ impl Run<'_> {
         batch::check_none_under_way(&self.config.run_dir)?;
         let plan = self.plan(self.config, prompts, |key| self.cache.contains(key))?;
         let purse = self.purse()?;
-        let dispatcher = self.dispatcher(self.config, plan, purse)?;
+        let dispatcher = self.dispatcher(self.config, plan, purse).await?;
         dispatcher.run(signals).await
     }
 
@@ -196,6 +199,9 @@ impl Run<'_> {
         let purse = self.purse()?;
         for lane in 0..plan.lanes.len() {
             purse.check_largest(&plan, lane)?;
+            // For the rest, which is asked one by one: what is wrong with it shall not be found out
+            // at the end of the night.
+            self.shared(&plan, lane, &Arc::default()).await?;
         }
         let (transports, clock) = (&self.transports, self.clock.clone());
         let batches = Batches::new(
@@ -211,7 +217,7 @@ impl Run<'_> {
         let plan = self.plan(&config, rest.prompts, |key| {
             self.cache.contains(key) || rest.not_to_ask.contains(key)
         })?;
-        let dispatcher = self.dispatcher(&config, plan, rest.purse)?;
+        let dispatcher = self.dispatcher(&config, plan, rest.purse).await?;
         let dispatcher = dispatcher.after(rest.summary, rest.started);
         let mut summary = dispatcher.run(signals).await?;
         if rest.under_way > 0 && summary.error.is_none() {
@@ -265,21 +271,35 @@ impl Run<'_> {
         Ok(purse)
     }
 
-    fn dispatcher<'b>(
+    async fn dispatcher<'b>(
         &'b self,
         config: &'b Config,
         plan: Plan,
         purse: Purse,
     ) -> Result<Dispatcher<'b>> {
-        let mut lanes = Vec::new();
+        let (wake, mut lanes) = (Arc::default(), Vec::new());
         for (index, transport) in self.transports.iter().enumerate() {
             purse.check_largest(&plan, index)?;
             let day = purse.day(&plan.askings[index].lane);
+            let shared = self.shared(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
-            lanes.push(Lane::new(&plan, index, transport, day, &config.retry)?);
+            let lane = Lane::new(&plan, index, transport, day, shared, &config.retry)?;
+            lanes.push(lane);
         }
         let (plan, clock) = (Arc::new(plan), self.clock.clone());
-        Dispatcher::new(config, plan, self.cache, lanes, purse, clock, self.quiet)
+        let dispatcher =
+            Dispatcher::new(config, plan, self.cache, lanes, purse, clock, self.quiet)?;
+        Ok(dispatcher.woken_by(wake))
+    }
+
+    /// The limits that a teacher's lane shares with other processes, if there is anything to ask.
+    async fn shared(&self, plan: &Plan, lane: usize, wake: &Arc<Notify>) -> Result<Option<Shared>> {
+        if plan.lanes[lane].is_empty() {
+            return Ok(None);
+        }
+        let patience = Duration::try_from_secs_f64(self.config.retry.max_outage_s)?;
+        let settings = &plan.askings[lane].lane;
+        Shared::connect(settings, plan.largest(lane), patience, wake).await
     }
 }
 

@@ -75,7 +75,7 @@ impl Purse {
             .map(|&(time, count)| ((now - time).get_seconds(), count))
             .filter(|(age, _)| *age < 86_400)
             .collect();
-        Day::new(lane.limits.requests_per_day, &slots, Instant::now())
+        Day::new(lane.limits.own().requests_per_day, &slots, Instant::now())
     }
 
     /// Refuses a budget that the most expensive request does not fit into.

@@ -82,6 +82,16 @@ pub fn disk_full(time: Duration, message: &str, safe: usize, lost: usize) -> any
     Exit::Resumable(message).into()
 }
 
+/// Nobody has known for too long what other processes have left of the limits.
+pub fn no_shared_limits(silence: Duration, message: &str) -> anyhow::Error {
+    let silence = format_duration(silence);
+    let message = format!(
+        "the limits in `limits.shared` could not be asked for in {silence} ({message}): stopped; \
+         start the Redis server and run the same command to go on"
+    );
+    Exit::Resumable(message).into()
+}
+
 /// An answer could not be recorded.
 pub fn not_recorded(error: anyhow::Error, safe: usize) -> anyhow::Error {
     let safe = answers(safe);

@@ -181,6 +181,45 @@ fn mistakes_are_told_with_their_place_and_a_way_out() {
 }
 
 #[test]
+fn sharing_limits_takes_a_way_to_share_and_a_limit() {
+    let address = "redis://user:secret@host:1/0";
+    let refused = |more: &str| {
+        let text = format!("[limits]\nshared = \"{address}\"\n{more}");
+        let error = load_text(&text, &[], &[]).unwrap_err();
+        assert_eq!(Exit::code_of(&error), 2, "{error}");
+        error.to_string()
+    };
+    let way = "this build cannot share limits: install with `--features redis`";
+    if !cfg!(feature = "redis") {
+        assert_eq!(refused("requests_per_minute = 1"), way);
+        return;
+    }
+    assert!(refused("").contains("no limit to share"));
+    for limit in [
+        "requests_per_minute",
+        "tokens_per_minute",
+        "requests_per_day",
+    ] {
+        let text = format!("[limits]\nshared = \"{address}\"\n{limit} = 1");
+        let config = load_text(&text, &[], &[]).unwrap();
+        assert_eq!(
+            serde_json::to_value(&config.limits).unwrap()["shared"],
+            "redis://host:1/0"
+        );
+        assert!(!format!("{config:?}").contains("secret"));
+    }
+    // Mistakes in the file are told without the line that they are in.
+    let unquoted = format!("[limits]\nshared = {address}");
+    for text in [
+        unquoted.as_str(),
+        "[limits]\nshraed = \"redis://:secret@host\"",
+    ] {
+        let error = load_text(text, &[], &[]).unwrap_err();
+        assert!(!format!("{error:?}").contains("secret"), "{error:?}");
+    }
+}
+
+#[test]
 fn a_teacher_fills_what_it_leaves_out_from_the_sections() {
     let text = r#"
         [teacher]

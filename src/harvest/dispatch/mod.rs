@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use tokio::sync::Notify;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -48,6 +49,8 @@ pub struct Dispatcher<'a> {
     clock: WallClock,
     in_flight: JoinSet<Result<Finished>>,
     room: Room,
+    /// A limit that is shared has something to tell.
+    wake: Arc<Notify>,
     summary: Summary,
     timeline: Timeline,
     /// Why nothing is sent any more; what is in flight is still waited for.
@@ -104,6 +107,7 @@ impl<'a> Dispatcher<'a> {
             schedule: Schedule::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
             room: Room::default(),
+            wake: Arc::default(),
             timeline: Timeline::new(now, clock.now()),
             stop: None,
             signalled: false,
@@ -115,6 +119,12 @@ impl<'a> Dispatcher<'a> {
             plan,
             clock,
         })
+    }
+
+    /// Hears of the limits that are shared when it is woken by `wake`.
+    pub fn woken_by(mut self, wake: Arc<Notify>) -> Self {
+        self.wake = wake;
+        self
     }
 
     /// Goes on with what an earlier part of the run, begun then, has left.
@@ -153,6 +163,7 @@ impl<'a> Dispatcher<'a> {
                     self.take_back(group)?;
                 }
                 () = sleep_until(wake.unwrap_or(self.started)), if wake.is_some() => {}
+                () = self.wake.notified() => self.hear(),
                 _ = seconds.tick() => self.tick()?,
             }
         }
@@ -249,7 +260,7 @@ impl<'a> Dispatcher<'a> {
             Err(error) => return Err(error),
         }
         let cost = self.plan.cost(index, entry.row);
-        let departure = match lane.limiter.admit(cost) {
+        let departure = match lane.admit(cost) {
             Ok(departure) => departure,
             Err(until) => {
                 self.purse
@@ -403,7 +414,14 @@ impl<'a> Dispatcher<'a> {
         is_second
     }
 
+    fn hear(&mut self) {
+        for line in self.lanes.iter_mut().filter_map(Lane::hear) {
+            self.progress.note(&line);
+        }
+    }
+
     fn tick(&mut self) -> Result<()> {
+        self.hear();
         self.pass_time();
         self.cache
             .check()

@@ -48,16 +48,7 @@ impl Ceilings {
     /// A burst is less than a second's worth, but at least one request. In any minute no more leaves than the
     /// limit and one burst. A request that could never leave is an error.
     pub fn new(limits: &Limits, largest: u64) -> Result<Ceilings> {
-        if let Some(limit) = limits.tokens_per_minute
-            && largest > u64::from(limit)
-        {
-            return Err(Exit::Usage(format!(
-                "a request may use about {largest} tokens (prompt and `sampling.max_tokens`), more \
-                 than `limits.tokens_per_minute` = {limit} ever allows: lower \
-                 `sampling.max_tokens` or raise the limit"
-            ))
-            .into());
-        }
+        check_largest(limits, largest)?;
         let clock = TokioClock {
             start: Instant::now(),
         };
@@ -104,16 +95,35 @@ impl Ceilings {
     }
 }
 
-/// A limiter of so many cells a minute with a burst of three quarters of a second's worth, and of
-/// `least` at least: a server whose bucket holds a second's worth, and whose clock differs a little,
-/// then never has to refuse.
+/// Refuses a limit that the largest request, of about so many tokens, never fits into.
+pub fn check_largest(limits: &Limits, largest: u64) -> Result<()> {
+    if let Some(limit) = limits.tokens_per_minute
+        && largest > u64::from(limit)
+    {
+        return Err(Exit::Usage(format!(
+            "a request may use about {largest} tokens (prompt and `sampling.max_tokens`), more \
+             than `limits.tokens_per_minute` = {limit} ever allows: lower \
+             `sampling.max_tokens` or raise the limit"
+        ))
+        .into());
+    }
+    Ok(())
+}
+
+/// What may leave at once: three quarters of a second's worth. A server whose bucket holds a second's
+/// worth, and whose clock differs a little, then never has to refuse.
+pub fn burst(per_minute: u32) -> u32 {
+    per_minute / 80
+}
+
+/// A limiter of so many cells a minute with a burst of `least` at least.
 fn gcra(per_minute: u32, least: u32, clock: TokioClock) -> Result<Gcra> {
     // Rounded up: rounding down would let out a little more than the limit.
     let period = Duration::from_nanos(60_000_000_000u64.div_ceil(u64::from(per_minute.max(1))));
     let quota = Quota::with_period(period)
         .filter(|_| per_minute > 0)
         .ok_or_else(|| Exit::Usage("a limit of 0 a minute lets nothing out: remove it".into()))?;
-    let burst = NonZeroU32::new((per_minute / 80).max(least)).unwrap_or(NonZeroU32::MIN);
+    let burst = NonZeroU32::new(burst(per_minute).max(least)).unwrap_or(NonZeroU32::MIN);
     Ok(RateLimiter::direct_with_clock(
         quota.allow_burst(burst),
         clock,

@@ -8,12 +8,14 @@
 //! | `headers` | what a server says about its limits, in any dialect |
 //! | `mirror` | the server's buckets as we believe them to stand |
 //! | `concurrency` | how many requests may be in flight |
+//! | `shared` | the user's ceilings, kept in Redis for several processes (feature `redis`) |
 
 mod ceiling;
 mod concurrency;
 pub mod day;
 pub mod headers;
 mod mirror;
+mod shared;
 
 use anyhow::Result;
 use tokio::time::Instant;
@@ -25,9 +27,12 @@ use day::Day;
 use headers::{Report, Resource};
 use mirror::Mirror;
 pub use mirror::{Cost, Departure};
+pub use shared::{News, Shared};
 
 pub struct Limiter {
+    /// Those that are not shared.
     ceilings: Ceilings,
+    shared: Option<Shared>,
     mirror: Mirror,
     pub day: Day,
     /// Nothing leaves before.
@@ -38,23 +43,31 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    /// `largest` is the most that a request to come will use.
+    /// `largest` is the most that a request to come will use; `shared` keeps what other processes
+    /// share.
     ///
     /// # Errors
     /// Where a request could never leave.
-    pub fn new(limits: &Limits, largest: Cost, day: Day) -> Result<Limiter> {
+    pub fn new(
+        limits: &Limits,
+        largest: Cost,
+        day: Day,
+        shared: Option<Shared>,
+    ) -> Result<Limiter> {
+        let limits = limits.own();
         Ok(Limiter {
-            ceilings: Ceilings::new(limits, largest.tokens())?,
+            ceilings: Ceilings::new(&limits, largest.tokens())?,
+            shared,
             mirror: Mirror::new(Instant::now()),
             day,
             closed_until: None,
             is_half_open: false,
-            limits: limits.clone(),
+            limits,
         })
     }
 
-    /// Lets a request out, or says when to ask again.
-    pub fn admit(&mut self, cost: Cost) -> Result<Departure, Instant> {
+    /// Lets a request out, or says when to ask again. There is room for `room` such requests.
+    pub fn admit(&mut self, cost: Cost, room: usize) -> Result<Departure, Instant> {
         let now = Instant::now();
         if let Some(until) = self.closed_until
             && until > now
@@ -65,8 +78,16 @@ impl Limiter {
         self.mirror.check(&cost, now)?;
         // Last, since what it grants cannot be given back.
         self.ceilings.admit(cost.tokens())?;
+        if let Some(shared) = &mut self.shared {
+            shared.take(cost.tokens(), room, now)?;
+        }
         self.day.count(now);
         Ok(self.mirror.charge(cost, now))
+    }
+
+    /// What is new about the limits that are shared.
+    pub fn hear(&mut self) -> Option<News> {
+        self.shared.as_mut().and_then(Shared::hear)
     }
 
     /// Learns from the headers of a reply, be it an answer or a refusal. True if there were any.
@@ -102,8 +123,10 @@ impl Limiter {
         self.is_half_open
     }
 
+    /// Nothing leaves for now: the gate is closed, or a limit that is shared cannot be asked for.
     pub fn is_closed(&self, now: Instant) -> bool {
         self.closed_until.is_some_and(|until| until > now)
+            || self.shared.as_ref().is_some_and(Shared::is_silent)
     }
 
     /// The server's limit that is too small for a request of this cost, however long it waits.
@@ -111,7 +134,8 @@ impl Limiter {
         self.mirror.too_small(cost)
     }
 
-    /// What all the limits together grant in a minute: requests, tokens.
+    /// What all the limits together grant in a minute: requests, tokens. Of a limit that is shared
+    /// nobody knows this process's part.
     pub fn per_minute(&self) -> (Option<f64>, Option<f64>) {
         let mut requests = self.limits.requests_per_minute.map(f64::from);
         let mut tokens = self.limits.tokens_per_minute.map(f64::from);
@@ -141,18 +165,23 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nothing_leaves_while_the_gate_is_closed_and_then_one_goes_first() {
-        let mut limiter =
-            Limiter::new(&Limits::default(), ONE, Day::new(None, &[], Instant::now())).unwrap();
+        let mut limiter = Limiter::new(
+            &Limits::default(),
+            ONE,
+            Day::new(None, &[], Instant::now()),
+            None,
+        )
+        .unwrap();
         let now = Instant::now();
-        let early = limiter.admit(ONE).unwrap();
+        let early = limiter.admit(ONE, 1).unwrap();
         assert!(limiter.close_until(now + Duration::from_secs(20)));
         assert!(!limiter.close_until(now + Duration::from_secs(5)));
         assert_eq!(
-            limiter.admit(ONE).unwrap_err(),
+            limiter.admit(ONE, 1).unwrap_err(),
             now + Duration::from_secs(20)
         );
         tokio::time::advance(Duration::from_secs(20)).await;
-        let first = limiter.admit(ONE).unwrap();
+        let first = limiter.admit(ONE, 1).unwrap();
         assert!(limiter.is_half_open());
         // What left before the gate closed shows nothing.
         limiter.answered(&[], &early, None);
@@ -168,8 +197,9 @@ mod tests {
             requests_per_minute: Some(600),
             ..Limits::default()
         };
-        let mut limiter = Limiter::new(&limits, ONE, Day::new(None, &[], Instant::now())).unwrap();
-        let departure = limiter.admit(ONE).unwrap();
+        let mut limiter =
+            Limiter::new(&limits, ONE, Day::new(None, &[], Instant::now()), None).unwrap();
+        let departure = limiter.admit(ONE, 1).unwrap();
         let headers = [
             ("x-ratelimit-limit-requests", "60"),
             ("x-ratelimit-remaining-requests", "0"),
@@ -182,7 +212,7 @@ mod tests {
         let reports = headers::parse(&headers, std::time::SystemTime::UNIX_EPOCH);
         assert!(limiter.learn(&reports, &departure));
         assert_eq!(limiter.per_minute(), (Some(60.0), Some(9_000.0)));
-        let wait = limiter.admit(ONE).unwrap_err() - Instant::now();
+        let wait = limiter.admit(ONE, 1).unwrap_err() - Instant::now();
         assert!((0.9..1.1).contains(&wait.as_secs_f64()), "{wait:?}");
     }
 }

@@ -283,6 +283,20 @@ async fn a_request_that_never_fits_fails_alone_and_says_why() {
     assert_eq!(Exit::code_of(summary.error.as_ref().unwrap()), 3);
 }
 
+/// A config that was never validated lets nothing out unlimited.
+#[cfg(not(feature = "redis"))]
+#[tokio::test(start_paused = true)]
+async fn a_build_that_cannot_share_limits_asks_nothing_under_shared_ones() {
+    let night = Night::new("", 3, |config| {
+        config.limits.requests_per_minute = Some(60);
+        config.limits.shared = Some("redis://localhost".into());
+    });
+    let teacher: Arc<dyn Transport> = Arc::new(night.teacher());
+    let error = harvest(&night.run, vec![teacher]).await.unwrap_err();
+    assert!(error.to_string().contains("--features redis"), "{error}");
+    assert_eq!((Exit::code_of(&error), night.mock.stats().requests), (2, 0));
+}
+
 #[test]
 fn teachers_have_limits_of_their_own_and_one_that_stops_leaves_the_others() {
     let prompts: Vec<_> = (0..400).map(|number| number.to_string()).collect();

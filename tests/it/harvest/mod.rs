@@ -9,6 +9,8 @@ mod matrix;
 mod nights;
 mod probe;
 mod runs;
+#[cfg(feature = "redis")]
+mod shared;
 
 use std::time::Duration;
 

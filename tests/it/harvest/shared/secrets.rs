@@ -1,0 +1,82 @@
+//! The password in the address is in nothing that the binary prints, logs or keeps.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use distill::serve::mock::{self, Script};
+
+use super::server::{Redis, free_port};
+
+const PASSWORD: &str = "canary-in-the-mine";
+
+/// Runs a verb with trace logs, and checks all that it says. Returns its status and its messages.
+fn distill(dir: &Path, arguments: &[&str], url: &str) -> (Option<i32>, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_distill"))
+        .args(arguments)
+        .args(["-c", "run.toml"])
+        .current_dir(dir)
+        .env("DISTILL_LIMITS_SHARED", url)
+        .env("DISTILL_LOG", "trace")
+        .env("RUST_BACKTRACE", "full")
+        .output()
+        .unwrap();
+    let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
+    said.push_str(&String::from_utf8_lossy(&output.stderr));
+    assert!(!said.contains(PASSWORD), "{arguments:?}: {said}");
+    (output.status.code(), said)
+}
+
+fn assert_files_clean(dir: &Path) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => assert_files_clean(&path),
+            false => {
+                let bytes = fs::read(&path).unwrap();
+                let text = String::from_utf8_lossy(&bytes);
+                assert!(!text.contains(PASSWORD), "{}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_password_of_the_server_is_in_no_output() {
+    let script = Script::parse("mock.toml".as_ref(), "").unwrap();
+    let teacher = mock::start(script, [127, 0, 0, 1].into(), 0).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    fs::write(dir.join("prompts.txt"), "one\ntwo\nthree\n").unwrap();
+    let config = format!(
+        "[teacher]\nbase_url = \"{}\"\nmodel = \"mock\"\napi_key_env = \"\"\n\
+         [prompts]\nsource = \"prompts.txt\"\n[sampling]\ntop_logprobs = 0\n\
+         [limits]\nrequests_per_minute = 6000\n[retry]\nmax_outage_s = 0.3\n",
+        teacher.base_url()
+    );
+    fs::write(dir.join("run.toml"), config).unwrap();
+
+    let redis = Redis::with_password(Some(PASSWORD));
+    let url = redis.url();
+    for show in [&["config", "show"][..], &["config", "show", "--json"]] {
+        let (status, said) = distill(dir, show, &url);
+        assert_eq!(status, Some(0), "{said}");
+        assert!(
+            said.contains(&url.replace(&format!(":{PASSWORD}@"), "")),
+            "{said}"
+        );
+    }
+    let nobody = format!("redis://user:{PASSWORD}@127.0.0.1:{}", free_port());
+    let wrong = url.replace(PASSWORD, &format!("{PASSWORD}2"));
+    for (url, status) in [
+        (nobody.as_str(), 1),
+        (wrong.as_str(), 1),
+        (PASSWORD, 1),
+        // Last, since it leaves nothing to ask.
+        (url.as_str(), 0),
+    ] {
+        let (code, said) = distill(dir, &["harvest"], url);
+        assert_eq!(code, Some(status), "{said}");
+    }
+    assert_files_clean(dir);
+}

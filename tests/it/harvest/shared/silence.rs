@@ -1,0 +1,158 @@
+//! While the server cannot be asked, nothing leaves.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+
+use super::server::free_port;
+use super::*;
+use crate::harvest::end;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_cannot_be_asked_at_the_start_is_an_error_that_says_what_to_do() {
+    let locked = Redis::with_password(Some("right"));
+    let address = locked.url().replace(":right@", "");
+    let nobody = free_port();
+    for (url, parts) in [
+        (
+            format!("redis://user:secret@127.0.0.1:{nobody}/0"),
+            vec![
+                format!("redis://127.0.0.1:{nobody}/0"),
+                "refused".into(),
+                "start it".into(),
+            ],
+        ),
+        (
+            locked.url().replace("right", "secret"),
+            vec![address.clone(), "refuses".into(), "`limits.shared`".into()],
+        ),
+        (
+            address.clone(),
+            vec![address.clone(), "refuses".into(), "NOAUTH".into()],
+        ),
+        (
+            "redis://:secret@[".into(),
+            vec!["no address".into(), "redis://user".into()],
+        ),
+        ("http://:secret@host".into(), vec!["no address".into()]),
+        ("secret".into(), vec!["no address".into(), "%40".into()]),
+    ] {
+        let run = run_at(&url, 3, per_minute(600));
+        let teacher = Noting::new(0);
+        let error = harvest(&run, &teacher).await.unwrap_err();
+        let message = format!("{error:#}");
+        assert_eq!(Exit::code_of(&error), 1, "{message}");
+        for part in parts {
+            assert!(message.contains(&part), "{message:?} lacks {part:?}");
+        }
+        assert!(!message.contains("secret"), "{message}");
+        assert_eq!(teacher.count(), 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_repeats_the_password_is_not_quoted() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut command = [0; 1_000];
+        while stream.read(&mut command).is_ok_and(|length| length > 0) {
+            let said = match command.windows(4).any(|word| word == b"AUTH") {
+                true => "+OK\r\n".repeat(3),
+                false => "-ERR no pa%20ss and no pa ss\r\n".into(),
+            };
+            // Who has heard enough hangs up.
+            let _ = stream.write_all(said.as_bytes());
+            command.fill(0);
+        }
+    });
+    let url = format!("redis://:pa%20ss@127.0.0.1:{port}");
+    let run = run_at(&url, 1, per_minute(600));
+    let error = harvest(&run, &Noting::new(0))
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("[password] and no [password]"), "{error}");
+    assert!(
+        !error.contains("pa ss") && !error.contains("pa%20ss"),
+        "{error}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_leaves_once_the_server_is_gone_and_the_run_ends_so_that_it_can_go_on() {
+    let mut redis = Redis::start();
+    let run = run(&redis, 200, per_minute(6_000));
+    let teacher = Noting::new(100);
+    let mut killed = None;
+    let (summary, ()) = tokio::join!(harvest(&run, &teacher), async {
+        teacher.until(80).await;
+        redis.kill();
+        killed = Some((Instant::now(), teacher.count()));
+    });
+    let (summary, (killed, before)) = (summary.unwrap(), killed.unwrap());
+    let (code, message) = end(&summary);
+    assert_eq!(code, 4, "{message}");
+    assert!(
+        message.contains("limits.shared") && message.contains("go on"),
+        "{message}"
+    );
+    // `retry.max_outage_s` is half a second.
+    let lasted = killed.elapsed();
+    assert!(lasted >= Duration::from_millis(500), "{lasted:?}");
+    assert!(lasted < Duration::from_millis(1_500), "{lasted:?}");
+    // A permit that was in hand may have left; whatever was in flight is recorded.
+    assert!(
+        teacher.count() <= before + 1,
+        "{} {before}",
+        teacher.count()
+    );
+    assert_eq!(summary.ok as usize, teacher.count());
+    assert_eq!(run.records().len(), teacher.count());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_goes_on_when_the_server_is_in_order_again() {
+    type Act = fn(&mut Redis);
+    let nothing: Act = |_| {};
+    // What happens to it, what makes it good again, and does anything leave meanwhile?
+    let cases: [(&str, Act, Act, bool); 4] = [
+        ("killed", Redis::kill, Redis::restart, false),
+        (
+            "out of memory",
+            |redis| redis.ask("CONFIG SET maxmemory 1"),
+            |redis| redis.ask("CONFIG SET maxmemory 0"),
+            false,
+        ),
+        (
+            "a replica",
+            |redis| redis.ask("REPLICAOF 127.0.0.1 1"),
+            |redis| redis.ask("REPLICAOF NO ONE"),
+            false,
+        ),
+        (
+            "without its scripts",
+            |redis| redis.ask("SCRIPT FLUSH"),
+            nothing,
+            true,
+        ),
+    ];
+    for (name, act, undo, goes_on) in cases {
+        let mut redis = Redis::start();
+        let mut run = run(&redis, 110, per_minute(6_000));
+        run.config.retry.max_outage_s = 10.0;
+        let teacher = Noting::new(1);
+        let (summary, ()) = tokio::join!(harvest(&run, &teacher), async {
+            teacher.until(80).await;
+            act(&mut redis);
+            let before = teacher.count();
+            tokio::time::sleep(Duration::from_millis(150)).await;
+            let left = teacher.count() - before;
+            assert_eq!(left > 1, goes_on, "{name}: {left}");
+            undo(&mut redis);
+        });
+        let summary = summary.unwrap();
+        assert_eq!(summary.ok, 110, "{name}: {summary:?}");
+        assert_eq!(teacher.count(), 110, "{name}");
+    }
+}
