@@ -7,6 +7,7 @@ mod cache_samples;
 mod cli;
 mod config;
 mod data;
+mod export;
 mod fault_server;
 mod fs;
 mod generate;
