@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::harvest::Shard;
 
@@ -36,7 +36,7 @@ pub enum Verb {
     Serve(ServeArgs),
     /// Answer one prompt with a local model, or chat with it
     Generate(GenerateArgs),
-    /// Look into a cache
+    /// Look into a cache, or export it
     Cache(CacheArgs),
     /// Show the config as it is understood
     Config(ConfigArgs),
@@ -146,6 +146,41 @@ pub enum CacheAction {
         #[arg(long, value_name = "N", default_value_t = 10)]
         limit: usize,
     },
+    /// Write the answers that are worth training on for another trainer
+    Export(ExportArgs),
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct ExportArgs {
+    #[command(flatten)]
+    pub place: CachePlace,
+    /// What to write
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub to: ExportFormat,
+    /// Where to write it: a folder for `hf`, else a file
+    #[arg(short = 'o', long = "out", value_name = "OUT")]
+    pub out: PathBuf,
+    /// The teacher's model folder (tokenizer.json, chat template), which `axolotl` needs
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// Replace an export that is there
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Who is to read an export.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum ExportFormat {
+    /// A Hugging Face dataset: train.jsonl and a card
+    Hf,
+    /// JSONL of conversations for OpenAI's fine-tuning API
+    OpenaiFt,
+    /// JSONL of prompts and completions for TRL's SFTTrainer
+    Trl,
+    /// JSONL with top-k logprobs for axolotl's KD plugin
+    Axolotl,
+    /// One Parquet file with logprobs, usage and cost
+    Parquet,
 }
 
 /// A cache folder, or the config of the run that it belongs to.

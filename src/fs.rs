@@ -6,9 +6,10 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use tempfile::NamedTempFile;
 
 /// Writes `bytes` to `path`: after this returns the file is whole and survives a power loss, and
 /// at every moment before it, the old file (or none) is there.
@@ -30,7 +31,16 @@ fn replace(
     folder: &Path,
     fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> std::io::Result<()> {
-    // Beside the target: a rename is atomic only within one file system.
+    let mut buffer = BufWriter::new(temporary_in(folder)?);
+    fill(&mut buffer)?;
+    let file = buffer.into_inner().map_err(|error| error.into_error())?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    sync_folder(folder)
+}
+
+/// Beside the target: a rename is atomic only within one file system.
+fn temporary_in(folder: &Path) -> std::io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
     {
@@ -38,13 +48,52 @@ fn replace(
         // The default of a temporary file is 0600; the umask still applies to this.
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
-    let file = builder.prefix(".tmp-").tempfile_in(folder)?;
-    let mut buffer = BufWriter::new(file);
-    fill(&mut buffer)?;
-    let file = buffer.into_inner().map_err(|error| error.into_error())?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    sync_folder(folder)
+    builder.prefix(".tmp-").tempfile_in(folder)
+}
+
+/// A file that is written bit by bit and has its name only once it is whole ([`Self::commit`]).
+/// Dropped before that, it leaves nothing.
+pub struct Whole {
+    file: BufWriter<NamedTempFile>,
+    path: PathBuf,
+}
+
+impl Whole {
+    /// Begins a file that will be `path`, in a folder that exists.
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = temporary_in(folder_of(path))
+            .with_context(|| format!("could not write {}", path.display()))?;
+        Ok(Self {
+            file: BufWriter::with_capacity(1 << 20, file),
+            path: path.to_owned(),
+        })
+    }
+
+    /// Gives the file its name, durably. Where another file has it, that one is replaced, or this
+    /// is an error.
+    pub fn commit(self, replace: bool) -> Result<()> {
+        let Self { file, path } = self;
+        let commit = || {
+            let file = file.into_inner().map_err(|error| error.into_error())?;
+            file.as_file().sync_all()?;
+            match replace {
+                true => file.persist(&path)?,
+                false => file.persist_noclobber(&path)?,
+            };
+            sync_folder(folder_of(&path))
+        };
+        commit().with_context(|| format!("could not write {}", path.display()))
+    }
+}
+
+impl Write for Whole {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
 }
 
 /// Creates `path` and its missing parents, durably.
@@ -126,9 +175,22 @@ pub fn read_data(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(unpacked)
 }
 
-/// Writes a folder of `files` (name and content) whole, in whose place another one may stand: the
-/// old one goes only when the new one is durable beside it.
+/// Writes a folder of `files` (name and content) whole, as [`write_dir_with`] does.
 pub fn write_dir(destination: &Path, files: &[(&str, &[u8])]) -> Result<()> {
+    write_dir_with(destination, |temporary| {
+        for (name, bytes) in files {
+            let path = temporary.join(name);
+            fs::write(&path, bytes)
+                .with_context(|| format!("could not write {}", path.display()))?;
+        }
+        Ok(())
+    })
+}
+
+/// Writes a folder whole, in whose place another one may stand: the old one goes only when the new
+/// one is durable beside it. `fill` gets the folder that will have the name, and nothing is left of
+/// it where `fill` fails.
+pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     let parent = folder_of(destination);
     create_dir_all(parent)?;
     let beside = |suffix: &str| {
@@ -148,10 +210,14 @@ pub fn write_dir(destination: &Path, files: &[(&str, &[u8])]) -> Result<()> {
         }
     }
     create_dir_all(&temporary)?;
-    for (name, bytes) in files {
-        let path = temporary.join(name);
-        fs::write(&path, bytes).with_context(|| format!("could not write {}", path.display()))?;
-    }
+    let filled = match fill(&temporary) {
+        Ok(filled) => filled,
+        Err(error) => {
+            // The first error is the one to tell.
+            let _ = fs::remove_dir_all(&temporary);
+            return Err(error);
+        }
+    };
     if destination.exists() {
         sync_tree(&temporary).with_context(|| format!("could not sync {}", temporary.display()))?;
         rename(destination, &old)?;
@@ -160,7 +226,7 @@ pub fn write_dir(destination: &Path, files: &[(&str, &[u8])]) -> Result<()> {
     if old.exists() {
         remove_dir_all(&old)?;
     }
-    Ok(())
+    Ok(filled)
 }
 
 fn rename(from: &Path, to: &Path) -> Result<()> {

@@ -11,6 +11,7 @@
 //!   --model (over ops)--> hidden states --train::loss, fused with the LM head--> gradients
 //!   --train::optimizer--> weights --train::checkpoint, train::student--> Hugging Face folder
 //!   --evaluate--> Report          --serve, model::generate--> answers
+//!                                        cache --export--> files for other trainers
 //! ```
 //!
 //! | room | holds |
@@ -24,6 +25,7 @@
 //! | [`model`] | a Hugging Face folder in memory; the architecture, written once; generation |
 //! | [`ops`] | fused operations with hand-written backward passes; all `unsafe` code |
 //! | [`train`] | THE loop, and what it needs: loss, optimizer, schedule, checkpoints, metrics |
+//! | [`export`] | the cache in the formats of other trainers, one file per format |
 //! | [`evaluate`] | a model against the truth and against its teacher |
 //! | [`serve`] | the OpenAI dialect over a local model, or by a script that fails on purpose (`serve::mock`) |
 //! | [`demo`] | the whole way, through the rooms above |
@@ -53,6 +55,7 @@ pub mod data;
 pub mod demo;
 pub mod evaluate;
 pub mod exit;
+pub mod export;
 pub mod fs;
 pub mod harvest;
 pub mod log;

@@ -5,6 +5,7 @@ pub mod completions;
 pub mod config;
 pub mod demo;
 pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod harvest;
 pub mod probe;

@@ -132,7 +132,7 @@ impl<'a> Mapper<'a> {
     }
 
     fn is_stop(&self, bytes: &[u8]) -> bool {
-        bytes.is_empty() || is_control(self.tokenizer, bytes)
+        is_stop(self.tokenizer, bytes)
     }
 
     /// Gate 2: the student's bytes are the answer's, up to white space before it. Returns where
@@ -196,14 +196,14 @@ impl<'a> Mapper<'a> {
 }
 
 /// The teacher's tokens of an answer of T tokens, by their bytes.
-struct Tokens<'a> {
+pub struct Tokens<'a> {
     logprobs: &'a Logprobs,
     /// Bytes of the tokens that are no UTF-8, by position and rank.
     raw: HashMap<(u32, i32), Vec<u8>>,
 }
 
 impl<'a> Tokens<'a> {
-    fn new(logprobs: &'a Logprobs) -> Self {
+    pub fn new(logprobs: &'a Logprobs) -> Self {
         let raw = logprobs.raw.iter().filter_map(|token| {
             let bytes = bytes_of_hex(&token.hex)?;
             Some(((token.position, token.rank), bytes))
@@ -214,11 +214,18 @@ impl<'a> Tokens<'a> {
         }
     }
 
-    fn len(&self) -> usize {
+    /// T
+    pub fn len(&self) -> usize {
         self.logprobs.token.len()
     }
 
-    fn emitted(&self, position: usize) -> &[u8] {
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What the teacher said at `position`, which is less than T. Empty where its bytes are not
+    /// known.
+    pub fn emitted(&self, position: usize) -> &[u8] {
         self.bytes(&self.logprobs.token[position], position, -1)
     }
 
@@ -234,7 +241,10 @@ impl<'a> Tokens<'a> {
 
     /// The alternatives with usable logprobs, and the emitted token where it is not among them;
     /// probabilities that sum to slightly more than 1 are brought to 1.
-    fn alternatives(&self, position: usize) -> Result<Vec<(&[u8], f32)>, Mismatch> {
+    ///
+    /// # Errors
+    /// [`Mismatch::Mass`] if they sum to more than that.
+    pub fn alternatives(&self, position: usize) -> Result<Vec<(&[u8], f32)>, Mismatch> {
         let top = self
             .logprobs
             .top
@@ -306,6 +316,12 @@ fn mass(logprobs: impl Iterator<Item = f32>) -> f64 {
 fn logaddexp(a: f32, b: f32) -> f32 {
     let (low, high) = if a < b { (a, b) } else { (b, a) };
     high + (low - high).exp().ln_1p()
+}
+
+/// Is this a token that may end an answer without being part of its text: one without bytes, or
+/// the name of a control token?
+pub fn is_stop(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
+    bytes.is_empty() || is_control(tokenizer, bytes)
 }
 
 /// Is this the name of a control token, the student's own or one that other models use?

@@ -1,8 +1,9 @@
 //! Files appear whole under their name, or not at all.
 
 use std::fs;
+use std::io::Write;
 
-use distill::fs::{commit_dir, create_dir_all, write_atomic};
+use distill::fs::{Whole, commit_dir, create_dir_all, write_atomic, write_dir_with};
 
 fn names(folder: &std::path::Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(folder)
@@ -76,4 +77,47 @@ fn a_folder_is_committed_under_its_final_name() {
         last.join("nested/state.json").exists(),
         "what was committed stays"
     );
+}
+
+#[test]
+fn a_file_written_bit_by_bit_has_its_name_once_it_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rows.jsonl");
+    let begin = |text: &str| {
+        let mut file = Whole::create(&path).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file
+    };
+    drop(begin("given up"));
+    assert!(names(dir.path()).is_empty());
+    let (first, second, third) = (begin("first"), begin("second"), begin("third"));
+    assert!(!path.exists());
+    first.commit(false).unwrap();
+    // Somebody was faster: what is there now was not there when this was begun.
+    let error = second.commit(false).unwrap_err();
+    assert!(error.to_string().contains("rows.jsonl"), "{error}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "first");
+    third.commit(true).unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "third");
+    assert_eq!(names(dir.path()), ["rows.jsonl"]);
+}
+
+#[test]
+fn a_folder_that_fails_half_way_leaves_the_old_one_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("dataset");
+    let fill = |text: &'static str| {
+        move |folder: &std::path::Path| write_atomic(&folder.join("rows"), text.as_bytes())
+    };
+    write_dir_with(&path, fill("first")).unwrap();
+    let failed: anyhow::Result<()> = write_dir_with(&path, |folder| {
+        fill("second")(folder)?;
+        anyhow::bail!("the source is damaged")
+    });
+    assert_eq!(failed.unwrap_err().to_string(), "the source is damaged");
+    assert_eq!(names(dir.path()), ["dataset"]);
+    assert_eq!(fs::read_to_string(path.join("rows")).unwrap(), "first");
+    write_dir_with(&path, fill("third")).unwrap();
+    assert_eq!(fs::read_to_string(path.join("rows")).unwrap(), "third");
+    assert_eq!(names(dir.path()), ["dataset"]);
 }

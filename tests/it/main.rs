@@ -10,6 +10,7 @@ mod cache_samples;
 mod cli;
 mod config;
 mod data;
+mod export;
 mod fault_server;
 mod fs;
 mod fuzz;

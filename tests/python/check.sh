@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # What other people's programs make of our files and our server: makes its own Python environment.
 #
-# usage: tests/python/check.sh [DEMO_DIR]      (default: demo, made by `distill demo`)
+# usage: tests/python/check.sh [DEMO_DIR [PARQUET_DISTILL]]
+#
+# DEMO_DIR is made by `distill demo` (default: demo); PARQUET_DISTILL is a program that was built with
+# the feature `parquet`, whose check is left out without one.
 #
 # 1. transformers: a student loads by its Auto classes; logits within 1e-3, equal greedy text.
 # 2. datasets and jq: the cache as it is.
 # 3. the official openai client against `distill serve`.
+# 4. datasets, openai, TRL, axolotl, pyarrow, pandas and duckdb: what `distill cache export` writes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 demo=${1:-demo}
+parquet_distill=${2:-}
 distill=target/release/distill
 environment=target/python
 
@@ -18,13 +23,18 @@ for needed in "$distill" "$demo/kl/student/config.json"; do
         exit 2
     fi
 done
-if [ ! -e "$environment/ready" ]; then
+# axolotl pins versions of half the ecosystem, gradio and cloud file systems among it; what its KD
+# plugin imports is in the requirements.
+axolotl="axolotl>=0.19,<0.20"
+wanted="$(cat tests/python/requirements.txt) $axolotl"
+if [ "$(cat "$environment/ready" 2> /dev/null)" != "$wanted" ]; then
     python3 -m venv "$environment"
     "$environment/bin/pip" install --quiet -r tests/python/requirements.txt
-    touch "$environment/ready"
+    "$environment/bin/pip" install --quiet --no-deps "$axolotl"
+    printf '%s' "$wanted" > "$environment/ready"
 fi
 python=$environment/bin/python
-export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1
 
 for model in kl/student teacher; do
     echo "== transformers: $model"
@@ -39,6 +49,9 @@ if command -v jq > /dev/null; then
     jq -r '[.prompt_id, .answer.text, (.logprobs.token | length)] | @tsv' \
         "$demo/harvest/cache/responses.jsonl" | tail -n 2
 fi
+
+echo "== exports, by the tools that they are for"
+"$python" tests/python/exports.py "$distill" "$demo" ${parquet_distill:+"$parquet_distill"}
 
 echo "== the openai client against distill serve"
 coproc server { exec "$distill" serve --model "$demo/teacher" --port 0 --name teacher; }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use serde_json::{Value, json};
 
-use super::{load_config, print, print_json};
+use super::{export, load_config, print, print_json};
 use crate::cache;
 use crate::cache::reader::{self, Findings};
 use crate::cache::record::{Record, Status};
@@ -37,6 +37,7 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
             record,
             limit,
         } => show(&folder(place)?, record.as_deref(), *limit, global.json),
+        CacheAction::Export(args) => export::run(args, global),
     }
 }
 

@@ -18,6 +18,7 @@ use crate::config::{self, Config};
 use crate::exit::Exit;
 pub use report::Report;
 use rows::Row;
+pub use rows::prompt_of;
 
 /// Records that are prepared at a time: enough for all cores, few enough to hold beside the
 /// examples.

@@ -28,17 +28,7 @@ pub struct Row {
 
 /// A record as a row, or the reason to leave it out.
 pub fn of_record(record: Record, settings: &config::Data) -> Result<Row, String> {
-    let finish_reason = record.answer.finish_reason;
-    if record.status != Status::Ok {
-        return Err("quarantined".into());
-    }
-    if !settings.keep_finish_reasons.contains(&finish_reason) {
-        return Err(format!(
-            "finish_reason `{finish_reason}` is not in `data.keep_finish_reasons`"
-        ));
-    }
-    let mut messages = messages_of_request(&record.request)
-        .ok_or_else(|| String::from("the request has messages that are not text"))?;
+    let mut messages = prompt_of(&record, settings)?;
     messages.push(Message {
         role: "assistant".into(),
         content: record.answer.text,
@@ -48,9 +38,27 @@ pub fn of_record(record: Record, settings: &config::Data) -> Result<Row, String>
         prompt_id: record.prompt_id,
         messages,
         every_answer: false,
-        ended: !matches!(finish_reason.as_str(), "length" | "max_tokens"),
+        ended: !matches!(
+            record.answer.finish_reason.as_str(),
+            "length" | "max_tokens"
+        ),
         logprobs: record.logprobs,
     })
+}
+
+/// What was asked in a record whose answer is to be learnt, or the reason to leave it out.
+pub fn prompt_of(record: &Record, settings: &config::Data) -> Result<Vec<Message>, String> {
+    let finish_reason = &record.answer.finish_reason;
+    if record.status != Status::Ok {
+        return Err("quarantined".into());
+    }
+    if !settings.keep_finish_reasons.contains(finish_reason) {
+        return Err(format!(
+            "finish_reason `{finish_reason}` is not in `data.keep_finish_reasons`"
+        ));
+    }
+    messages_of_request(&record.request)
+        .ok_or_else(|| "the request has messages that are not text".into())
 }
 
 fn messages_of_request(request: &Value) -> Option<Vec<Message>> {

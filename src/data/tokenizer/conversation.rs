@@ -166,6 +166,11 @@ impl<'a> Writer<'a> {
     }
 }
 
+/// Would this text, as part of a template, make control tokens?
+pub fn holds_control(tokenizer: &Tokenizer, text: &str) -> bool {
+    !control_tokens(tokenizer, text).is_empty()
+}
+
 /// The control tokens in template text, with the white space that some of them swallow.
 fn control_tokens(tokenizer: &Tokenizer, text: &str) -> Vec<(Range<usize>, u32)> {
     let normalizer: Option<&NormalizerWrapper> = tokenizer.text.get_normalizer();

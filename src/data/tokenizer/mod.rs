@@ -130,6 +130,18 @@ impl Tokenizer {
         self.bytes.id_of(bytes)
     }
 
+    /// Is the name of a control token somewhere in this text?
+    pub fn holds_control(&self, text: &str) -> bool {
+        conversation::holds_control(self, text)
+    }
+
+    /// The control token of this name.
+    pub fn id_of_control(&self, name: &str) -> Option<u32> {
+        self.text
+            .token_to_id(name)
+            .filter(|&id| self.is_special(id))
+    }
+
     /// The token that the encoding of `bytes`, as text that goes on, starts with.
     pub fn first_id_of(&self, bytes: &[u8]) -> Option<u32> {
         let text = std::str::from_utf8(bytes).ok()?;

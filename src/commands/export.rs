@@ -1,0 +1,121 @@
+//! `distill cache export`: what was paid for, for another trainer.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use serde_json::json;
+
+use super::{load_config, print, print_json};
+use crate::cache;
+use crate::cli::{CachePlace, ConfigFile, ExportArgs, ExportFormat, Global};
+use crate::config;
+use crate::data::tokenizer::Tokenizer;
+use crate::exit::Exit;
+use crate::export::{self, Format, Report, Settings};
+use crate::terminal::{format_count, sanitise};
+
+/// Version of what `--json` prints here.
+const VERSION: u32 = 1;
+
+/// Writes the export that the command line names.
+pub fn run(args: &ExportArgs, global: &Global) -> Result<()> {
+    let format = format(args.to);
+    if args.tokenizer.is_some() && format != Format::Axolotl {
+        bail!(Exit::Usage(
+            "--tokenizer is for `--to axolotl`; the other formats hold text, leave it out".into()
+        ));
+    }
+    let (folder, data) = source(&args.place)?;
+    check_outside(&args.out, &folder)?;
+    let tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
+    let settings = Settings {
+        data: &data,
+        tokenizer: tokenizer.as_ref(),
+        force: args.force,
+    };
+    let records = cache::read(&folder)?;
+    let report = export::write(records, format, &args.out, &settings)?;
+    if global.json {
+        return print_json(&json!({
+            "version": VERSION,
+            "file": args.out,
+            "rows": report.rows,
+            "left_out": report.left_out,
+            "dropped_alternatives": report.dropped_alternatives,
+        }));
+    }
+    print(&text(&report, &args.out))
+}
+
+fn format(format: ExportFormat) -> Format {
+    match format {
+        ExportFormat::Hf => Format::Hf,
+        ExportFormat::OpenaiFt => Format::OpenaiFt,
+        ExportFormat::Trl => Format::Trl,
+        ExportFormat::Axolotl => Format::Axolotl,
+        ExportFormat::Parquet => Format::Parquet,
+    }
+}
+
+/// The cache folder, and which of its answers are worth training on.
+fn source(place: &CachePlace) -> Result<(PathBuf, config::Data)> {
+    match (&place.dir, &place.config) {
+        (Some(dir), _) => Ok((dir.clone(), config::Data::default())),
+        (None, Some(file)) => {
+            let file = ConfigFile {
+                file: file.clone(),
+                set: Vec::new(),
+            };
+            let config = load_config(&file)?.config;
+            Ok((config.training_cache(), config.data))
+        }
+        (None, None) => Err(Exit::Usage("give -c FILE or --dir DIR".into()).into()),
+    }
+}
+
+/// Nothing that was paid for may be replaced by an export of it.
+fn check_outside(out: &Path, cache: &Path) -> Result<()> {
+    let absolute = std::path::absolute(out)?;
+    let parent = absolute.parent().unwrap_or(&absolute);
+    // Neither may be there; then the one does not lie in the other, or an error comes later.
+    let (Ok(parent), Ok(cache)) = (parent.canonicalize(), cache.canonicalize()) else {
+        return Ok(());
+    };
+    if parent.starts_with(&cache) {
+        bail!(Exit::Usage(format!(
+            "{} is in the cache folder; give a place outside it",
+            out.display()
+        )));
+    }
+    Ok(())
+}
+
+fn text(report: &Report, out: &Path) -> String {
+    let mut text = format!("{} rows in {}\n", format_count(report.rows), out.display());
+    for (reason, count) in &report.left_out {
+        let reason = reason.replace('\n', " ");
+        text += &format!("left out {}: {reason}\n", format_count(*count));
+    }
+    if let Some(dropped @ 1..) = report.dropped_alternatives {
+        text += &format!(
+            "dropped {} top-k alternatives for which the tokenizer has no token\n",
+            format_count(dropped)
+        );
+    }
+    sanitise(&text).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_reasons_are_inert() {
+        let mut report = Report::default();
+        let reason = "finish_reason `\u{1b}[2J\u{202e}` is not kept";
+        report.left_out.insert(reason.into(), 1);
+        let text = text(&report, Path::new("\u{9b}31m"));
+        assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text}");
+        assert!(!text.contains('\u{202e}'), "{text}");
+    }
+}

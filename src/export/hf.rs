@@ -1,0 +1,103 @@
+//! A Hugging Face dataset: a folder with `train.jsonl` and a card that says how to read it.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use super::{Report, Row, Rows};
+use crate::cache::record::Record;
+use crate::fs::{Whole, write_dir_with};
+use crate::prompt::Message;
+use crate::terminal::{format_count, sanitise};
+
+const DATA: &str = "train.jsonl";
+const CARD: &str = "README.md";
+
+/// A conversation that ends in the answer, and where it comes from.
+#[derive(Debug, Serialize)]
+struct Line {
+    messages: Vec<Message>,
+    prompt_id: String,
+    sample: u32,
+    model: String,
+    finish_reason: String,
+}
+
+impl Line {
+    fn new(mut row: Row) -> Self {
+        let record = &mut row.record;
+        Self {
+            prompt_id: std::mem::take(&mut record.prompt_id),
+            sample: record.sample,
+            model: std::mem::take(&mut record.model),
+            finish_reason: std::mem::take(&mut record.answer.finish_reason),
+            messages: row.conversation(),
+        }
+    }
+}
+
+/// Holds the folder `out` nothing but what [`write`] puts there?
+pub(super) fn is_ours(out: &Path) -> Result<bool> {
+    let entries = std::fs::read_dir(out)
+        .and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>())
+        .with_context(|| format!("could not read {}", out.display()))?;
+    Ok(entries
+        .iter()
+        .all(|entry| [DATA, CARD].iter().any(|name| entry.file_name() == *name)))
+}
+
+pub(super) fn write(
+    mut rows: Rows<impl Iterator<Item = Result<Record>>>,
+    out: &Path,
+) -> Result<Report> {
+    write_dir_with(out, |folder| {
+        let mut data = Whole::create(&folder.join(DATA))?;
+        let mut models = BTreeMap::<String, u64>::new();
+        rows.write_to(&mut data, |row| {
+            *models.entry(row.record.model.clone()).or_default() += 1;
+            Ok(Line::new(row))
+        })?;
+        let report = rows.finish()?;
+        data.commit(false)?;
+        let mut card = Whole::create(&folder.join(CARD))?;
+        card.write_all(text_of_card(&report, &models).as_bytes())
+            .context("could not write the dataset card")?;
+        card.commit(false)?;
+        Ok(report)
+    })
+}
+
+/// The dataset card. Names come from endpoints, so they are code and stay on their line.
+fn text_of_card(report: &Report, models: &BTreeMap<String, u64>) -> String {
+    let code = |text: &str| match text {
+        "" => "(not reported)".to_owned(),
+        text => format!(
+            "`{}`",
+            sanitise(text).replace('`', "'").replace(['\n', '\t'], " ")
+        ),
+    };
+    let mut text = format!(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {DATA}\n\
+         task_categories:\n- text-generation\ntags:\n- distillation\n---\n\n\
+         # Answers of a teacher model\n\n\
+         {} conversations, harvested with `distill` through the teacher's chat API and exported\n\
+         from its cache: `messages` is what was asked and, last, the answer; `prompt_id` and\n\
+         `sample` tell the answers to one prompt apart.\n\n\
+         | teacher, as the endpoint reports it | conversations |\n|---|---|\n",
+        format_count(report.rows)
+    );
+    for (model, count) in models {
+        let model = code(model).replace('|', "\\|");
+        text += &format!("| {model} | {} |\n", format_count(*count));
+    }
+    if !report.left_out.is_empty() {
+        text += "\nLeft out:\n\n";
+        for (reason, count) in &report.left_out {
+            text += &format!("- {}: {}\n", format_count(*count), code(reason));
+        }
+    }
+    text + "\nThe terms of the teacher's provider apply to what is made of its answers.\n"
+}

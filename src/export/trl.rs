@@ -1,0 +1,26 @@
+//! TRL's conversational prompt-completion rows, on which `SFTTrainer` puts the loss on the answer
+//! alone without being told to.
+
+use serde::Serialize;
+
+use super::Row;
+use crate::prompt::Message;
+
+/// What was asked, and the answer as the only message of the completion.
+#[derive(Debug, Serialize)]
+pub struct Line {
+    pub prompt: Vec<Message>,
+    pub completion: [Message; 1],
+}
+
+/// A row as a line.
+pub fn line(row: Row) -> Line {
+    let answer = Message {
+        role: "assistant".into(),
+        content: row.record.answer.text,
+    };
+    Line {
+        prompt: row.prompt,
+        completion: [answer],
+    }
+}

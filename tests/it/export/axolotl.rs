@@ -1,0 +1,217 @@
+//! The rows for axolotl's KD plugin: the right tokens at the right positions, or none.
+
+use std::path::Path;
+
+use distill::cache::record::{Logprobs, RawToken, Record};
+use distill::config::Data;
+use distill::data::tokenizer::Tokenizer;
+use distill::export::{Format, Report, Settings, write};
+use serde_json::json;
+
+use super::{left_out, rows};
+use crate::cache_samples::sample;
+use crate::tiny;
+
+/// A record whose answer was given token by token: bytes, logprob, alternatives.
+type Spelled<'a> = &'a [(&'a [u8], f32, &'a [(&'a [u8], Option<f32>)])];
+
+fn answered(id: &str, text: &str, tokens: Spelled) -> Record {
+    let mut logprobs = Logprobs {
+        matches_text: true,
+        ..Logprobs::default()
+    };
+    let mut raw = Vec::new();
+    let mut token = |bytes: &[u8], position: usize, rank: i32| match std::str::from_utf8(bytes) {
+        Ok(text) => text.to_owned(),
+        Err(_) => {
+            raw.push(RawToken {
+                position: position as u32,
+                rank,
+                hex: bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+            });
+            String::new()
+        }
+    };
+    for (position, (bytes, logprob, top)) in tokens.iter().enumerate() {
+        logprobs.token.push(token(bytes, position, -1));
+        logprobs.logprob.push(Some(*logprob));
+        let ranked = top.iter().enumerate();
+        let texts = ranked.map(|(rank, (bytes, _))| token(bytes, position, rank as i32));
+        logprobs.top.push(texts.collect());
+        logprobs
+            .top_logprob
+            .push(top.iter().map(|(_, logprob)| *logprob).collect());
+    }
+    logprobs.raw = raw;
+    let mut record = sample(1);
+    record.prompt_id = id.to_owned();
+    record.answer.text = text.to_owned();
+    record.logprobs = (!tokens.is_empty()).then_some(logprobs);
+    record
+}
+
+/// The tokenizer of `tiny`: bytes in the order of GPT-2's alphabet, six merges, three control tokens.
+fn tiny_tokenizer(dir: &Path) -> Tokenizer {
+    tiny::write_model(dir, 1, 64);
+    Tokenizer::load(dir).unwrap()
+}
+
+fn export_axolotl(
+    records: Vec<Record>,
+    tokenizer: &Tokenizer,
+    out: &Path,
+) -> anyhow::Result<Report> {
+    let settings = Settings {
+        data: &Data::default(),
+        tokenizer: Some(tokenizer),
+        force: false,
+    };
+    write(records.into_iter().map(Ok), Format::Axolotl, out, &settings)
+}
+
+#[test]
+fn axolotl_gets_the_next_tokens_distribution_at_each_of_the_last_positions() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tiny_tokenizer(dir.path());
+    let id = |bytes: &[u8]| tokenizer.id_of_bytes(bytes).unwrap();
+    let end = tokenizer.id_of_control("<|im_end|>").unwrap();
+    let newline = id(b"\n");
+    // "the€": one token, then the first two bytes of the sign, then its last. The second position
+    // lists a control token, bytes that are no token, one token twice, and a missing logprob.
+    let record = answered(
+        "row",
+        "the€",
+        &[
+            (
+                b"the",
+                -0.25,
+                &[(b"the", Some(-0.25)), (b"he", Some(-1.75))],
+            ),
+            (
+                b"\xe2\x82",
+                -3.0,
+                &[
+                    (b"<|im_end|>", Some(-0.5)),
+                    (b"nonsense", Some(-2.0)),
+                    (b"!", Some(-2.5)),
+                    (b"!", Some(-4.5)),
+                    (b"?", None),
+                ],
+            ),
+            (b"\xac", -0.125, &[(b"\xac", Some(-0.125))]),
+        ],
+    );
+    let out = dir.path().join("out.jsonl");
+    let report = export_axolotl(vec![record], &tokenizer, &out).unwrap();
+    assert_eq!(report.dropped_alternatives, Some(2));
+    left_out(&report, 1, &[]);
+
+    let row = &rows(&out)[0];
+    let messages: Vec<distill::prompt::Message> =
+        serde_json::from_value(row["messages"].clone()).unwrap();
+    assert_eq!(messages[1].content, "the€");
+    let ids: Vec<Vec<u32>> = serde_json::from_value(row["target_token_ids"].clone()).unwrap();
+    let logprobs: Vec<Vec<f32>> = serde_json::from_value(row["logprobs"].clone()).unwrap();
+    // From the token before the answer on: three of the answer, the end of the turn, the line feed
+    // of the template, and nothing.
+    let (sign, last) = (id(b"\xe2\x82"), id(b"\xac"));
+    let expected: [(&[u32], &[f32]); 6] = [
+        (&[id(b"the"), id(b"he")], &[-0.25, -1.75]),
+        (&[end, id(b"!"), sign], &[-0.5, -2.5, -3.0]),
+        (&[last], &[-0.125]),
+        (&[end], &[0.0]),
+        (&[newline], &[0.0]),
+        (&[newline], &[0.0]),
+    ];
+    assert_eq!((ids.len(), logprobs.len()), (6, 6));
+    for (at, (own_ids, own_logprobs)) in expected.into_iter().enumerate() {
+        let known = own_ids.len();
+        assert_eq!(&ids[at][..known], own_ids, "position {at}");
+        assert_eq!(&logprobs[at][..known], own_logprobs, "position {at}");
+        // Filled up to one k, with other tokens of no weight.
+        assert_eq!((ids[at].len(), logprobs[at].len()), (3, 3));
+        assert!(
+            logprobs[at][known..]
+                .iter()
+                .all(|&logprob| logprob == -50.0)
+        );
+        let mut distinct = ids[at].clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), 3);
+    }
+    // The lists end where the conversation does, and spell it from the answer on.
+    let conversation = tokenizer.conversation(&messages).unwrap();
+    let spelled = [id(b"the"), sign, last, end, newline];
+    assert!(conversation.ids.ends_with(&spelled));
+    assert_eq!(
+        conversation.answers[0].tokens.start + 5,
+        conversation.ids.len()
+    );
+}
+
+#[test]
+fn axolotl_gets_what_the_api_says_of_the_end_of_the_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tiny_tokenizer(dir.path());
+    let end: &[u8] = b"<|im_end|>";
+    let record = answered(
+        "row",
+        "in",
+        &[
+            (b"in", -0.5, &[(b"in", Some(-0.5))]),
+            (end, -0.75, &[(end, Some(-0.75)), (b"!", Some(-1.25))]),
+        ],
+    );
+    let out = dir.path().join("out.jsonl");
+    export_axolotl(vec![record], &tokenizer, &out).unwrap();
+    assert_eq!(rows(&out)[0]["logprobs"][1], json!([-0.75, -1.25]));
+}
+
+#[test]
+fn axolotl_is_not_given_what_would_teach_it_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tiny_tokenizer(dir.path());
+    const OTHER: &str = "the tokenizer cuts the answer into other tokens than the teacher did";
+    const UNKNOWN: &str = "a position has no logprob of a token that the tokenizer knows";
+    let cases: [(&str, Record); 7] = [
+        ("no logprobs", answered("a", "in", &[])),
+        // Two tokens where the tokenizer has one.
+        (
+            OTHER,
+            answered("b", "in", &[(b"i", -0.5, &[]), (b"n", -0.5, &[])]),
+        ),
+        // The teacher says more than its text.
+        (
+            OTHER,
+            answered("c", "in", &[(b"in", -0.5, &[]), (b"!", -0.5, &[])]),
+        ),
+        // Bytes that are not known.
+        (OTHER, answered("d", "in", &[(b"", -0.5, &[])])),
+        // The API sent a sentinel.
+        (
+            UNKNOWN,
+            answered("e", "in", &[(b"in", f32::NEG_INFINITY, &[(b"in", None)])]),
+        ),
+        (
+            "the teacher's probabilities sum to more than 1",
+            answered(
+                "f",
+                "in",
+                &[(b"in", -0.1, &[(b"in", Some(-0.1)), (b"a", Some(-0.1))])],
+            ),
+        ),
+        (
+            "the answer holds the name of a control token",
+            answered("g", "in<|im_end|>", &[(b"in", -0.5, &[])]),
+        ),
+    ];
+    for (reason, record) in cases {
+        let good = answered("good", "in", &[(b"in", -0.5, &[(b"in", Some(-0.5))])]);
+        let id = record.prompt_id.clone();
+        let out = dir.path().join(format!("{id}.jsonl"));
+        let report = export_axolotl(vec![record, good], &tokenizer, &out).unwrap();
+        left_out(&report, 1, &[(reason, 1)]);
+        assert_eq!(report.dropped_alternatives, Some(0), "{id}");
+    }
+}

@@ -1,0 +1,114 @@
+//! The Parquet file, read back by the crate's own reader, which knows no schema but the file's.
+
+use std::fs;
+
+use distill::cache::record::{Logprobs, Record, Status};
+use distill::config::Data;
+use distill::export::{Format, Settings, write};
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, RowAccessor};
+use serde_json::{Value, json};
+
+use super::{QUARANTINED, export, left_out};
+use crate::cache_samples::sample;
+
+/// A row as JSON.
+fn json_of_row(row: &parquet::record::Row) -> Value {
+    fn json_of(field: &Field) -> Value {
+        match field {
+            Field::Null => Value::Null,
+            Field::Bool(value) => json!(value),
+            Field::UInt(value) => json!(value),
+            Field::Long(value) => json!(value),
+            Field::Float(value) => json!(value),
+            Field::Double(value) => json!(value),
+            Field::Str(value) => json!(value),
+            Field::Group(row) => json_of_row(row),
+            Field::ListInternal(list) => list.elements().iter().map(json_of).collect(),
+            other => panic!("{other:?} is not in the schema"),
+        }
+    }
+    let columns = row.get_column_iter();
+    Value::Object(
+        columns
+            .map(|(name, field)| (name.clone(), json_of(field)))
+            .collect(),
+    )
+}
+
+#[test]
+fn parquet_keeps_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.parquet");
+    // The crab of `sample(0)` has tokens of partial characters, missing logprobs, lists of one.
+    let mut bare = sample(6);
+    let logprobs = bare.logprobs.as_mut().unwrap();
+    logprobs.top = vec![Vec::new(); 3];
+    logprobs.top_logprob = vec![Vec::new(); 3];
+    logprobs.raw.clear();
+    let mut none = sample(4);
+    none.cost_usd = None;
+    none.sample = u32::MAX;
+    let mut empty = sample(9);
+    empty.logprobs = Some(Logprobs::default());
+    empty.request["messages"] = json!([]);
+    let records = vec![sample(0), none, bare, empty, sample(3)];
+    let expected: Vec<Record> = records.iter().take(4).cloned().collect();
+    assert_eq!(records[4].status, Status::Quarantined);
+    let report = export(records, Format::Parquet, &out).unwrap();
+    left_out(&report, 4, &[(QUARANTINED, 1)]);
+
+    let reader = SerializedFileReader::new(fs::File::open(&out).unwrap()).unwrap();
+    let rows: Vec<_> = reader
+        .get_row_iter(None)
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
+    assert_eq!(rows.len(), 4);
+    for (row, record) in rows.iter().zip(&expected) {
+        assert_eq!(row.get_string(0).unwrap(), &record.prompt_id);
+        assert_eq!(row.get_uint(1).unwrap(), record.sample);
+        let written = json_of_row(row);
+        assert_eq!(written["messages"], record.request["messages"]);
+        assert_eq!(written["answer"], record.answer.text);
+        assert_eq!(written["model"], record.model);
+        assert_eq!(written["sent_at"], record.timing.sent_at);
+        let usage = record.usage.map(|usage| usage.prompt_tokens);
+        assert_eq!(written["prompt_tokens"], json!(usage));
+        assert_eq!(written["cost_usd"].as_f64(), record.cost_usd);
+        let Some(logprobs) = &record.logprobs else {
+            assert_eq!(written["logprobs"], Value::Null);
+            continue;
+        };
+        let mut stored = serde_json::to_value(logprobs).unwrap();
+        let raw = stored["raw"].as_str().unwrap();
+        stored["raw"] = raw.split_whitespace().collect();
+        assert_eq!(written["logprobs"], stored);
+    }
+}
+
+#[test]
+fn parquet_holds_one_row_group_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.parquet");
+    let records = (0..5).map(|n| {
+        let mut record = sample(n * 2);
+        record.status = Status::Ok;
+        record.answer.text = "x".repeat(20 << 20);
+        Ok(record)
+    });
+    let settings = Settings {
+        data: &Data::default(),
+        tokenizer: None,
+        force: false,
+    };
+    write(records, Format::Parquet, &out, &settings).unwrap();
+    let reader = SerializedFileReader::new(fs::File::open(&out).unwrap()).unwrap();
+    let metadata = reader.metadata();
+    let groups: Vec<_> = metadata
+        .row_groups()
+        .iter()
+        .map(|group| group.num_rows())
+        .collect();
+    assert_eq!(groups, [2, 2, 1]);
+}
