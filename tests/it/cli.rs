@@ -232,7 +232,7 @@ fn bad_input_is_refused_with_a_way_out() {
     refused(
         &run(&["train", "-c", &config]),
         2,
-        &["responses.jsonl", "empty"],
+        &["run/cache", "empty"],
     );
     refused(&run(&["eval", "-c", &config]), 2, &["distill train"]);
     std::fs::remove_file(dir.path().join("model/tokenizer.json")).unwrap();

@@ -25,7 +25,7 @@ mod serve;
 mod tiny;
 mod train;
 
-/// Are the larger sizes of `tests/nightly.sh` wanted?
+/// Are the larger sizes of `tests/nightly.sh` wanted? Not by a `DISTILL_` variable: those are settings.
 fn nightly() -> bool {
-    std::env::var_os("DISTILL_NIGHTLY").is_some()
+    std::env::var_os("NIGHTLY").is_some()
 }

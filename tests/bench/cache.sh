@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Times the opening of a cache of a million records, and measures what a token takes with top-20 logprobs.
+#
+#     tests/bench/cache.sh [--quick] [--check] [DEMO_DIR]
+#
+# The files are in the page cache: what is timed is the work, not the disk. With DEMO_DIR (made by `distill demo`)
+# its prompts are harvested again with compression, from its teacher. --check exits 1 and names what misses its aim.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+records=1000000 rounds=5 check= demo=
+for argument in "$@"; do
+    case $argument in
+        --quick) records=100000 rounds=3 ;;
+        --check) check=1 ;;
+        *) demo=$argument ;;
+    esac
+done
+cargo build --locked --release --quiet --bin distill --example cache
+cache=target/release/examples/cache
+distill=target/release/distill
+folder=$(mktemp -d "$PWD/target/bench-cache.XXXXXX")
+trap 'rm -rf "$folder"; [ -z "${server:-}" ] || kill "$server"' EXIT
+missed=
+
+# number NAME JSON
+number() { sed "s/.*\"$1\":\([0-9.]*\).*/\1/" <<< "$2"; }
+median() { sort -n | awk '{ v[NR] = $1 } END { print (NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2) }'; }
+# miss TEXT CONDITION (awk)
+miss() { if awk "BEGIN { exit !($2) }"; then missed+="$1"$'\n'; fi; }
+
+# row LABEL DIR THREADS (1, 0 for all) INDEX (keep or none)
+row() {
+    local times=() peaks=() out bytes=0
+    for ((round = 0; round <= rounds; round++)); do
+        [ "$4" = keep ] || rm -f "$2/responses.index"
+        out=$(RAYON_NUM_THREADS=$3 "$cache" open "$2")
+        test "$(number records "$out")" = "$records"
+        [ "$round" = 0 ] || { times+=("$(number seconds "$out")"); peaks+=("$(number peak_mib "$out")"); }
+        bytes=$(number bytes_read "$out")
+    done
+    seconds=$(printf '%s\n' "${times[@]}" | median)
+    peak=$(printf '%s\n' "${peaks[@]}" | median)
+    rate=$(awk "BEGIN { printf \"%.2f\", $bytes / $seconds / 1e9 }")
+    printf '%-34s %7.2f s %6d MiB %8s GB/s\n' "$1" "$seconds" "$peak" "$rate"
+}
+
+echo "$records records of $("$cache" make "$folder/plain" "$records" && stat -c %s "$folder/plain/responses.jsonl") bytes; medians of $rounds rounds"
+printf '%-34s %9s %10s %13s\n' "" time peak read
+row "by its index" "$folder/plain" 0 keep
+miss "by its index: $seconds s (aim: under 5)" "$seconds >= 5"
+miss "by its index: $peak MiB (aim: under 200)" "$peak >= 200"
+row "whole, one core" "$folder/plain" 1 none
+miss "whole, one core: $rate GB/s (aim: 1)" "$rate < 1"
+row "whole, $(nproc) cores" "$folder/plain" 0 none
+miss "whole: $peak MiB (aim: under 200)" "$peak >= 200"
+rm -rf "$folder/plain"
+"$cache" make "$folder/zstd" "$records" 0 zstd
+row "compressed, whole, $(nproc) cores" "$folder/zstd" 0 none
+rm -rf "$folder/zstd"
+
+if [ -n "$demo" ]; then
+    coproc teacher { exec "$distill" serve --model "$demo/teacher" --port 0 --name teacher --batch-size 64; }
+    server=$teacher_PID
+    read -r _ _ url <&"${teacher[0]}"
+    for compression in none zstd; do
+        "$distill" harvest -c "$demo/harvest.toml" --json --set run_dir="$folder/$compression" \
+            --set teacher.base_url="$url" --set cache.compression="$compression" > /dev/null
+        "$distill" cache verify --dir "$folder/$compression/cache" > /dev/null
+        stats=$("$distill" cache stats --dir "$folder/$compression/cache" --json)
+        tokens=$(sed 's/.*"logprobs":{[^}]*"tokens":\([0-9]*\).*/\1/' <<< "$stats")
+        bytes=$(number bytes "$stats")
+        each=$(awk "BEGIN { printf \"%.0f\", $bytes / $tokens }")
+        alone=$(number logprob_bytes_per_token "$stats")
+        printf 'the demo'\''s cache, %s: %d bytes, %d a token of %d' "$compression" "$bytes" "$each" "$tokens"
+        if [ "$compression" = none ]; then
+            printf ', of which logprobs %.0f (the API'\''s own JSON: %.0f)\n' "$alone" "$(number openai_bytes_per_token "$stats")"
+            miss "plain logprobs: $alone bytes a token (aim: under 450)" "$alone >= 450"
+        else
+            printf ', everything included\n'
+            miss "compressed: $each bytes a token (aim: under 130)" "$each >= 130"
+        fi
+    done
+fi
+if [ -n "$check" ] && [ -n "$missed" ]; then
+    printf 'missed:\n%s' "$missed" >&2
+    exit 1
+fi

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# What CI runs in small, at the sizes of a night: kills, signals, damage, crash images, the fuzz targets, a soak.
+#
+# usage: tests/nightly.sh [FUZZ_SECONDS]      (default: 1200 for each target; about five hours in all)
+#
+# Fuzzing needs a nightly toolchain and cargo-fuzz, which is installed under target/ if it is missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+fuzz_seconds=${1:-1200}
+
+step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+
+step "K1 to K8: kills, cuts, flipped bits, failing disks, power losses, two processes, signals"
+NIGHTLY=1 cargo test --locked --test it -- --nocapture cache kills harvest::disk
+
+step "S1: simulated nights"
+DISTILL_NIGHTS=${NIGHTS:-2000} cargo test --locked --test it -- --nocapture in_the_morning | tail -n 5
+
+step "S3: soak"
+cargo build --locked --release --quiet --bin distill
+tests/soak.sh 100000 900 none
+tests/soak.sh 100000 900 zstd
+
+step "Z: fuzz targets"
+if ! command -v cargo-fuzz > /dev/null; then
+    cargo install --quiet --root target/tools cargo-fuzz
+    PATH=$PWD/target/tools/bin:$PATH
+fi
+mkdir -p target/fuzz-corpus
+for target in cache record reply limits config prompts; do
+    echo "-- $target"
+    mkdir -p "target/fuzz-corpus/$target"
+    cargo +nightly fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz "$target" \
+        "target/fuzz-corpus/$target" "tests/fuzz/corpus/$target" -- \
+        -max_total_time="$fuzz_seconds" -max_len=20000 -rss_limit_mb=4096 -print_final_stats=1 2>&1 | tail -n 8
+done
+
+step "done"
