@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! responses.jsonl       lines as they come, synced as `cache.durability` says
-//! responses.jsonl.zst   frames of 4 MiB of older lines each
+//! responses.jsonl.zst   frames of 8 MiB of older lines each
 //! ```
 //!
 //! A frame is appended and synced first; then the plain file is replaced, by renaming, by one that
@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ use super::writer::Shared;
 use super::{compressed_file, plain_file};
 
 /// With more text than this waiting, frames are made fast rather than small.
-const HURRY: u64 = 2 * FRAME_TEXT as u64;
+const HURRY: u64 = FRAME_TEXT as u64 * 3 / 2;
 
 /// The pause after a failure, such as a full disk.
 const RETRY: Duration = Duration::from_secs(10);
@@ -64,7 +65,7 @@ impl Sealer {
             return Ok(length);
         }
         while self.sealed < length {
-            self.seal(length)?;
+            self.seal(length, || true)?;
             on_progress(self.sealed, length);
         }
         let (_, length) = self.rest(length)?;
@@ -72,14 +73,18 @@ impl Sealer {
         Ok(length)
     }
 
-    /// Makes one frame of the next lines, durably. The plain file has `length` bytes of whole lines.
-    fn seal(&mut self, length: u64) -> Result<()> {
+    /// Makes one frame of the next lines, durably, unless there is no more time for it. The plain
+    /// file has `length` bytes of whole lines.
+    fn seal(&mut self, length: u64, has_time: impl Fn() -> bool) -> Result<()> {
         let effort = match length - self.sealed > HURRY {
             true => Effort::Fast,
             false => Effort::Strong,
         };
         let text = self.next_text(length)?;
-        let frame = frames::compress(&text, effort).context("could not compress records")?;
+        let frame = frames::compress_while(&text, effort, has_time);
+        let Some(frame) = frame.context("could not compress records")? else {
+            return Ok(());
+        };
         self.frames.append(&frame, 1)?;
         self.frames.sync()?;
         self.sealed += text.len() as u64;
@@ -154,7 +159,7 @@ fn run(shared: &Shared, mut sealer: Sealer) {
         state.seal_from = sealer.sealed + FRAME_TEXT as u64;
         let is_due = length >= state.seal_from || (state.closing && length > sealer.sealed);
         let is_over = state.closing && (!is_due || has_failed);
-        if is_over || state.stays_plain || state.journal.is_lost() {
+        if is_over || shared.stays_plain.load(Ordering::Relaxed) || state.journal.is_lost() {
             return;
         }
         if !is_due {
@@ -162,9 +167,10 @@ fn run(shared: &Shared, mut sealer: Sealer) {
             continue;
         }
         drop(state);
-        let mut result = sealer.seal(length);
+        let sealed = sealer.sealed;
+        let mut result = sealer.seal(length, || !shared.stays_plain.load(Ordering::Relaxed));
         state = shared.lock();
-        state.overlaps |= result.is_ok();
+        state.overlaps |= sealer.sealed > sealed;
         // Only while little is left to be written anew.
         if result.is_ok() && state.journal.length() - sealer.sealed <= sealer.sealed {
             state = shared.wait_while_syncing(state);

@@ -1,6 +1,7 @@
 //! The one writer of a cache: what is paid for, and the group commit.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -49,6 +50,8 @@ pub struct Shared {
     /// A group was begun or is complete, there is enough for a frame, a sync has ended, or the
     /// cache is being closed.
     changed: Condvar,
+    /// What is in the plain file stays there.
+    pub stays_plain: AtomicBool,
 }
 
 pub struct State {
@@ -63,8 +66,6 @@ pub struct State {
     /// The length of the plain file from which on the sealer has something to do.
     pub seal_from: u64,
     pub closing: bool,
-    /// What is in the plain file stays there.
-    pub stays_plain: bool,
     /// Some lines are in both files: they are to leave the plain one when the cache is next opened,
     /// which is therefore read whole.
     pub overlaps: bool,
@@ -149,10 +150,10 @@ impl Cache {
                 syncing: None,
                 seal_from: u64::MAX,
                 closing: false,
-                stays_plain: false,
                 overlaps: false,
             }),
             changed: Condvar::new(),
+            stays_plain: AtomicBool::new(false),
         });
         let timer = match settings.durability {
             Durability::Batch => Some(start_timer(Arc::clone(&shared))?),
@@ -208,7 +209,7 @@ impl Cache {
 
     /// Has what is not compressed yet stay as it is: closing takes no longer than a sync.
     pub fn stay_plain(&self) {
-        self.shared.lock().stays_plain = true;
+        self.shared.stays_plain.store(true, Ordering::Relaxed);
     }
 
     /// Appends `record`. A key that is held already is not stored twice: the first answer stays,

@@ -68,7 +68,7 @@ if [ -n "$demo" ]; then
         "$distill" cache verify --dir "$folder/$compression/cache" > /dev/null
         stats=$("$distill" cache stats --dir "$folder/$compression/cache" --json)
         tokens=$(sed 's/.*"logprobs":{[^}]*"tokens":\([0-9]*\).*/\1/' <<< "$stats")
-        bytes=$(number bytes "$stats")
+        bytes=$(sed 's/.*"dir":"[^"]*","bytes":\([0-9]*\).*/\1/' <<< "$stats")
         each=$(awk "BEGIN { printf \"%.0f\", $bytes / $tokens }")
         alone=$(number logprob_bytes_per_token "$stats")
         printf 'the demo'\''s cache, %s: %d bytes, %d a token of %d' "$compression" "$bytes" "$each" "$tokens"

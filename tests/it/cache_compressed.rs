@@ -80,7 +80,7 @@ fn large(n: u64, bytes: usize) -> Record {
 #[test]
 fn older_records_are_compressed_and_all_are_there() {
     let dir = tempfile::tempdir().unwrap();
-    let all: Vec<_> = (0..90).map(|n| large(n, 100_000)).collect();
+    let all: Vec<_> = (0..100).map(|n| large(n, 100_000)).collect();
     let cache = open(dir.path()).unwrap();
     for (n, record) in all.iter().enumerate() {
         cache.append(record).unwrap();
@@ -114,7 +114,7 @@ fn older_records_are_compressed_and_all_are_there() {
 #[test]
 fn a_plain_cache_can_be_compressed_later() {
     let dir = tempfile::tempdir().unwrap();
-    let all: Vec<_> = (0..110).map(|n| large(n, 100_000)).collect();
+    let all: Vec<_> = (0..140).map(|n| large(n, 100_000)).collect();
     fs::write(plain_file(dir.path()), encode(all.clone())).unwrap();
     let cache = open(dir.path()).unwrap();
     assert_eq!(fs::metadata(plain_file(dir.path())).unwrap().len(), 0);

@@ -229,11 +229,7 @@ fn bad_input_is_refused_with_a_way_out() {
         &["template.toml", "usr"],
     );
 
-    refused(
-        &run(&["train", "-c", &config]),
-        2,
-        &["run/cache", "empty"],
-    );
+    refused(&run(&["train", "-c", &config]), 2, &["run/cache", "empty"]);
     refused(&run(&["eval", "-c", &config]), 2, &["distill train"]);
     std::fs::remove_file(dir.path().join("model/tokenizer.json")).unwrap();
     refused(&run(&["train", "-c", &config]), 2, &["tokenizer.json"]);

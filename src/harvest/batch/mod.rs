@@ -171,7 +171,10 @@ impl<'a> Batches<'a> {
         };
         let ended = tokio::select! {
             biased;
-            number = signal => Ended::Signal(number),
+            number = signal => {
+                self.cache.stay_plain();
+                Ended::Signal(number)
+            }
             ended = self.work() => ended?,
         };
         self.finish(ended)

@@ -153,8 +153,9 @@ impl<'a> Dispatcher<'a> {
             }
             tokio::select! {
                 Some(number) = signals.next() => {
+                    // Whoever stops it does not want to wait for compression.
+                    self.cache.stay_plain();
                     if self.signalled(number) {
-                        self.cache.stay_plain();
                         break;
                     }
                 }
