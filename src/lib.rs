@@ -20,7 +20,7 @@
 //! | [`config`] | file + environment + flags -> one validated `Config`; nothing else sees clap |
 //! | [`prompt`] | prompt sources and templates |
 //! | [`harvest`] | what to ask, when, one by one or in batches, and what a reply means; async, knows no tensors |
-//! | [`cache`] | the record, its line format, recovery, the one writer |
+//! | [`cache`] | the record, its lines and frames, recovery, the one writer, repair and merge |
 //! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, examples, batches |
 //! | [`model`] | a Hugging Face folder in memory; the architecture, written once; generation |
 //! | [`ops`] | fused operations with hand-written backward passes; all `unsafe` code |
@@ -37,7 +37,7 @@
 //! 2. `harvest::{request, plan, retry, cost, budget, record, schedule}`, `cache::recovery`,
 //!    `data::{align, chat_template}` and `train::{loss, schedule}` are pure: no clock, file, network
 //!    or random number that is not an argument.
-//! 3. An acknowledged record is never rewritten or lost.
+//! 3. An acknowledged record is never changed or lost.
 //! 4. Every trainable parameter receives a gradient: candle's own fused operations have no backward
 //!    pass, so `model` is built from `ops` alone.
 //! 5. The API key is exposed in one expression (`harvest::teacher`), and printed, logged, cached and

@@ -12,7 +12,7 @@
 //! torn tail from damage.
 //!
 //! `record`, `stored`, `line`, `keys`, `recovery`, `frames`, `sweep` and `stats` are pure; `storage`,
-//! `index` and `lock` alone touch the disk. An acknowledged record is never rewritten or lost.
+//! `index` and `lock` alone touch the disk. An acknowledged record is never changed or lost.
 
 pub mod frames;
 mod index;
