@@ -291,10 +291,18 @@ impl<R: Read> FrameScan<R> {
             while self.next < self.text.len() {
                 let rest = &self.text[self.next..];
                 let length = memchr::memchr(b'\n', rest).unwrap_or(rest.len());
-                self.line = self.next..self.next + length;
+                // What editors add: the lines may have been compressed with it.
+                let line = &rest[..length];
+                let bare = line.strip_suffix(b"\r").unwrap_or(line);
+                let bare = match self.number {
+                    0 => bare.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bare),
+                    _ => bare,
+                };
+                let start = self.next + bare.as_ptr().addr() - line.as_ptr().addr();
+                self.line = start..start + bare.len();
                 self.next += length + 1;
                 self.number += 1;
-                if length > 0 {
+                if !self.line.is_empty() {
                     let line = &self.text[self.line.clone()];
                     let verdict = line::verify(line).and_then(|_| line::head(line));
                     return match verdict {

@@ -34,6 +34,8 @@ pub struct Contents {
 /// are moved aside with a warning, and damage is refused ([`crate::exit::Exit::Damaged`]).
 pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Contents> {
     let index = index::load(dir);
+    storage::forget_replacement(&plain_file(dir));
+    storage::forget_replacement(&compressed_file(dir));
     let mut file = storage::open_or_create(&plain_file(dir))?;
     let lengths = (length(&plain_file(dir))?, length(&compressed_file(dir))?);
     if let Some(Index {

@@ -170,17 +170,19 @@ fn run(shared: &Shared, mut sealer: Sealer) {
         let sealed = sealer.sealed;
         let mut result = sealer.seal(length, || !shared.stays_plain.load(Ordering::Relaxed));
         state = shared.lock();
-        state.overlaps |= sealer.sealed > sealed;
+        state.is_untidy |= sealer.sealed > sealed;
         // Only while little is left to be written anew.
         if result.is_ok() && state.journal.length() - sealer.sealed <= sealer.sealed {
             state = shared.wait_while_syncing(state);
             result = sealer.shorten(&mut state.journal);
-            state.overlaps &= result.is_err();
+            state.is_untidy &= result.is_err() || has_failed;
         }
         let Err(error) = result else {
             has_failed = false;
             continue;
         };
+        // There may be a part of a frame, too.
+        state.is_untidy = true;
         if sealer.frames.is_lost() {
             tracing::error!("{error:#}");
             state.journal.give_up();

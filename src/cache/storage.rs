@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -84,7 +84,7 @@ pub fn replace(
     wrap: &Wrap,
     fill: impl FnOnce(&mut Appender<'_>) -> Result<()>,
 ) -> Result<(Box<dyn Storage>, u64)> {
-    let beside = path.with_extension("new");
+    let beside = replacement(path);
     let replaced = write_new(&beside, wrap, fill).and_then(|new| {
         std::fs::rename(&beside, path)?;
         Ok(new)
@@ -95,6 +95,16 @@ pub fn replace(
         Err(_) => drop(std::fs::remove_file(&beside)),
     }
     replaced
+}
+
+fn replacement(path: &Path) -> PathBuf {
+    path.with_extension("new")
+}
+
+/// Removes what a killed [`replace`] has left beside `path`.
+pub fn forget_replacement(path: &Path) {
+    // It is of no use, and in nobody's way.
+    drop(std::fs::remove_file(replacement(path)));
 }
 
 fn write_new(

@@ -66,9 +66,9 @@ pub struct State {
     /// The length of the plain file from which on the sealer has something to do.
     pub seal_from: u64,
     pub closing: bool,
-    /// Some lines are in both files: they are to leave the plain one when the cache is next opened,
-    /// which is therefore read whole.
-    pub overlaps: bool,
+    /// Some lines are in both files, or there is a part of a frame: when the cache is next opened it
+    /// is read whole, and tidied.
+    pub is_untidy: bool,
 }
 
 /// A record as its line in the file, ready to be appended.
@@ -150,7 +150,7 @@ impl Cache {
                 syncing: None,
                 seal_from: u64::MAX,
                 closing: false,
-                overlaps: false,
+                is_untidy: false,
             }),
             changed: Condvar::new(),
             stays_plain: AtomicBool::new(false),
@@ -283,7 +283,7 @@ impl Drop for Cache {
         }
         // Where it cannot be written, the next run reads the cache whole.
         if state.journal.check().is_ok()
-            && !state.overlaps
+            && !state.is_untidy
             && opening::size(&self.dir) >= WORTH_AN_INDEX
             && let Err(error) = index::save(&self.dir, &state.keys, state.repeated, state.cost_usd)
         {

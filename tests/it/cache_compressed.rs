@@ -131,6 +131,20 @@ fn a_plain_cache_can_be_compressed_later() {
 }
 
 #[test]
+fn what_editors_add_is_compressed_with_the_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let all: Vec<_> = (0..140).map(|n| large(n, 100_000)).collect();
+    let text = String::from_utf8(encode(all.clone())).unwrap();
+    let text = format!("\u{feff}{}", text.replace('\n', "\r\n\r\n"));
+    fs::write(plain_file(dir.path()), text).unwrap();
+    drop(open(dir.path()).unwrap());
+    assert_eq!(fs::metadata(plain_file(dir.path())).unwrap().len(), 0);
+    assert!(read_all(dir.path()).unwrap() == all);
+    fs::remove_file(dir.path().join("responses.index")).unwrap();
+    assert_eq!(open(dir.path()).unwrap().len(), all.len());
+}
+
+#[test]
 fn a_file_cut_at_every_byte_keeps_the_frames_before_the_cut() {
     let frames: Vec<_> = (0..5).map(|n| frame(n * 10..n * 10 + 10)).collect();
     let file = frames.concat();

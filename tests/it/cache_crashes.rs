@@ -358,6 +358,8 @@ fn every_operation_on_a_compressed_cache_may_fail() {
     let mishaps = [
         (io::ErrorKind::StorageFull, 1, false),
         (io::ErrorKind::StorageFull, 1, true),
+        // What was written cannot be taken back.
+        (io::ErrorKind::StorageFull, 3, true),
         (io::ErrorKind::Other, u64::MAX, false),
     ];
     let step = if nightly() { 1 } else { 3 };

@@ -8,6 +8,7 @@ use redis::{AsyncConnectionConfig, Client, ErrorKind, RedisError, Script};
 
 use super::rules::{ANSWERS, Arguments, KEYS};
 use crate::config::RedisUrl;
+use crate::exit::Exit;
 
 /// For a connection, and for an answer.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -34,7 +35,9 @@ impl Connection {
         let client = Client::open(address)
             // The crate's words for it might repeat a part of the address.
             .map_err(|_| {
-                anyhow!("`limits.shared` is no address of a Redis server: {NO_ADDRESS}")
+                Exit::Usage(format!(
+                    "`limits.shared` is no address of a Redis server: {NO_ADDRESS}"
+                ))
             })?;
         let decoded = client.get_connection_info().redis_settings().password();
         let written = redis::parse_redis_url(address)
