@@ -5,6 +5,7 @@ mod cache_compressed;
 mod cache_crashes;
 mod cache_faults;
 mod cache_mending;
+mod cache_opening;
 mod cache_properties;
 mod cache_samples;
 mod cli;

@@ -136,6 +136,13 @@ fn stats_text(stats: &Stats, dir: &Path, bytes: u64) -> String {
                 stats.logprobs.tokens
             ),
         ));
+        rows.push((
+            "in all",
+            format!(
+                "{:.0} bytes per token, everything else included",
+                bytes as f64 / stats.logprobs.tokens as f64
+            ),
+        ));
     }
     rows.push(("first sent", or_dash(stats.first_sent_at)));
     rows.push(("last sent", or_dash(stats.last_sent_at)));
