@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use distill::config::{Durability, Limits};
 use distill::exit::Exit;
-use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock};
+use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock, World};
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, join_all};
@@ -101,13 +101,13 @@ async fn harvest_until(
     signals: UnboundedReceiver<u8>,
 ) -> anyhow::Result<Summary> {
     let teacher: Arc<dyn Transport> = Arc::clone(teacher) as _;
-    let harvest = harvest::run_over(
-        &run.config,
-        quietly(),
-        Signals::from_channel(signals),
-        vec![teacher],
-        WallClock::system(),
-    );
+    let world = World {
+        transports: vec![teacher],
+        clock: WallClock::system(),
+        storage: distill::cache::files(),
+    };
+    let signals = Signals::from_channel(signals);
+    let harvest = harvest::run_in(world, &run.config, quietly(), signals);
     let summary = tokio::time::timeout(Duration::from_secs(20), harvest)
         .await
         .expect("the run hangs")?;

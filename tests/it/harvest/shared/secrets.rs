@@ -71,7 +71,7 @@ fn the_password_of_the_server_is_in_no_output() {
     for (url, status) in [
         (nobody.as_str(), 1),
         (wrong.as_str(), 1),
-        (PASSWORD, 1),
+        (PASSWORD, 2),
         // Last, since it leaves nothing to ask.
         (url.as_str(), 0),
     ] {
