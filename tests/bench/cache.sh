@@ -41,7 +41,8 @@ row() {
     seconds=$(printf '%s\n' "${times[@]}" | median)
     peak=$(printf '%s\n' "${peaks[@]}" | median)
     rate=$(awk "BEGIN { printf \"%.2f\", $bytes / $seconds / 1e9 }")
-    printf '%-34s %7.2f s %6d MiB %8s GB/s\n' "$1" "$seconds" "$peak" "$rate"
+    [ "$bytes" = 0 ] && shown="-" || shown="$rate GB/s"
+    printf '%-34s %7.2f s %6d MiB %13s\n' "$1" "$seconds" "$peak" "$shown"
 }
 
 echo "$records records of $("$cache" make "$folder/plain" "$records" && stat -c %s "$folder/plain/responses.jsonl") bytes; medians of $rounds rounds"

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::Value;
@@ -247,7 +247,7 @@ impl Batches<'_> {
         let append = |cache: &crate::cache::Cache| {
             cache
                 .append_sealed(&answered.sealed)
-                .context("an answer could not be recorded, so nothing more is asked")
+                .map_err(|error| stop::not_recorded(error, cache.safe()))
         };
         // What the record tells the next run of its cost must be in it before the amount is let go;
         // what only the ledger can tell, must be in there before the record is.
