@@ -58,7 +58,7 @@ done
 wait "$harvest"
 harvest=
 "$distill" cache verify -c run.toml
-test "$("$distill" cache stats -c run.toml --json | sed 's/.*"records":\([0-9]*\).*/\1/')" = "$requests"
+test "$("$distill" cache stats -c run.toml --json | sed 's/.*"stats":{"records":\([0-9]*\).*/\1/')" = "$requests"
 
 # What a quarter of the time has warmed up, beside the last quarter.
 awk -v compression="$compression" '

@@ -179,7 +179,7 @@ fn every_operation_may_fail() {
 /// The write of one record, cut at every length, at the beginning of a cache and later in it.
 #[test]
 fn a_write_may_be_cut_at_every_length() {
-    let count = if nightly() { RECORDS } else { 3 };
+    let count = if nightly() { 40 } else { 3 };
     let records: Vec<_> = (0..count)
         .map(|n| (sample(n), encode([sample(n)])))
         .collect();
