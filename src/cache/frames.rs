@@ -90,7 +90,7 @@ pub fn decompress(frame: &[u8]) -> io::Result<Vec<u8>> {
     }
 }
 
-/// The whole lines that can still be read from the beginning of a broken frame.
+/// The whole lines that can still be read from a broken frame.
 pub fn salvage(broken: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
     if let Ok(decoder) = zstd::Decoder::new(broken) {
@@ -98,12 +98,11 @@ pub fn salvage(broken: &[u8]) -> Vec<u8> {
         let _ = decoder.take(LARGEST as u64).read_to_end(&mut text);
     }
     text.split_inclusive(|&byte| byte == b'\n')
-        .filter(|line| {
-            line.strip_suffix(b"\n")
-                .is_some_and(|line| line::verify(line).is_ok())
-        })
-        .flatten()
-        .copied()
+        .enumerate()
+        .filter(|(_, raw)| raw.ends_with(b"\n"))
+        .map(|(number, raw)| &raw[line::bare(raw, number == 0)])
+        .filter(|line| line::verify(line).is_ok())
+        .flat_map(|line| [line, b"\n"].concat())
         .collect()
 }
 
@@ -291,15 +290,10 @@ impl<R: Read> FrameScan<R> {
             while self.next < self.text.len() {
                 let rest = &self.text[self.next..];
                 let length = memchr::memchr(b'\n', rest).unwrap_or(rest.len());
-                // What editors add: the lines may have been compressed with it.
-                let line = &rest[..length];
-                let bare = line.strip_suffix(b"\r").unwrap_or(line);
-                let bare = match self.number {
-                    0 => bare.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bare),
-                    _ => bare,
-                };
-                let start = self.next + bare.as_ptr().addr() - line.as_ptr().addr();
-                self.line = start..start + bare.len();
+                // The lines may have been compressed with what editors add.
+                let raw = &rest[..length];
+                let bare = line::bare(raw, self.number == 0);
+                self.line = self.next + bare.start..self.next + bare.end;
                 self.next += length + 1;
                 self.number += 1;
                 if !self.line.is_empty() {

@@ -12,6 +12,7 @@
 //! `jq`, pandas or `datasets` from reading the file as it is.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
@@ -60,6 +61,15 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
 fn hex(crc: u32) -> [u8; 8] {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     std::array::from_fn(|place| DIGITS[(crc >> (28 - 4 * place)) as usize & 15])
+}
+
+/// Where the line is in `raw`, which has a line end, and perhaps what editors add: a carriage return
+/// before the newline, and a byte order mark where it is the first line of a file.
+pub fn bare(raw: &[u8], is_first: bool) -> Range<usize> {
+    let line = raw.strip_suffix(b"\n").unwrap_or(raw);
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    let mark = is_first && line.starts_with(b"\xef\xbb\xbf");
+    if mark { 3..line.len() } else { 0..line.len() }
 }
 
 /// The checksum of `line` (without its line end), which holds.

@@ -120,6 +120,17 @@ impl Part {
         on_progress(self.bytes);
     }
 
+    /// The file was read to its end, and how it ends.
+    fn read_to(mut self, length: u64, ending: Ending) -> Part {
+        self.length = length;
+        self.bytes = match &ending {
+            Ending::Torn(bad) => bad.offset,
+            Ending::Clean | Ending::Unterminated => length,
+        };
+        self.ending = ending;
+        self
+    }
+
     fn add_line(&mut self, line: &[u8]) -> Result<(), line::Fault> {
         self.records.push(keys::identity(line)?);
         self.cost_usd += line::cost_usd(line)?;
@@ -141,13 +152,7 @@ fn read_plain(file: &mut File, path: &Path, on_progress: &mut dyn FnMut(u64)) ->
             .map_err(|fault| damaged(path, &scan.bad(fault)))?;
         on_progress(scan.position());
     }
-    part.ending = scan.ending();
-    part.length = scan.position();
-    part.bytes = match &part.ending {
-        Ending::Torn(bad) => bad.offset,
-        Ending::Clean | Ending::Unterminated => part.length,
-    };
-    Ok(part)
+    Ok(part.read_to(scan.position(), scan.ending()))
 }
 
 fn read_compressed(path: &Path, on_progress: &mut dyn FnMut(u64)) -> Result<Part> {
@@ -167,13 +172,7 @@ fn read_compressed(path: &Path, on_progress: &mut dyn FnMut(u64)) -> Result<Part
         part.add_line(scan.line())
             .map_err(|fault| damaged(path, &scan.bad(fault)))?;
     }
-    part.ending = scan.ending();
-    part.length = scan.position();
-    part.bytes = match &part.ending {
-        Ending::Torn(bad) => bad.offset,
-        Ending::Clean | Ending::Unterminated => part.length,
-    };
-    Ok(part)
+    Ok(part.read_to(scan.position(), scan.ending()))
 }
 
 fn warn_of_tear(path: &Path, part: &Part, aside: &Path) {

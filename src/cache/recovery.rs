@@ -155,8 +155,7 @@ impl<R: BufRead> Scan<R> {
             && (!self.terminated || self.line.contains(&0))
     }
 
-    /// Reads one line and drops what editors add to it: a carriage return before the newline, and
-    /// a byte order mark at the start of the file.
+    /// Reads one line and drops what editors add to it.
     fn read_line(&mut self) -> io::Result<bool> {
         self.line.clear();
         let length = self.reader.read_until(b'\n', &mut self.line)?;
@@ -167,15 +166,9 @@ impl<R: BufRead> Scan<R> {
         self.start = self.next;
         self.next += length as u64;
         self.terminated = self.line.last() == Some(&b'\n');
-        if self.terminated {
-            self.line.pop();
-        }
-        if self.line.last() == Some(&b'\r') {
-            self.line.pop();
-        }
-        if self.start == 0 && self.line.starts_with(b"\xef\xbb\xbf") {
-            self.line.drain(..3);
-        }
+        let bare = line::bare(&self.line, self.start == 0);
+        self.line.truncate(bare.end);
+        self.line.drain(..bare.start);
         Ok(true)
     }
 }

@@ -140,22 +140,9 @@ impl Pass {
             if reader.read_until(b'\n', &mut raw)? == 0 {
                 return Ok(());
             }
-            // What editors add is no damage, and is not kept.
-            let mut bare = raw.strip_suffix(b"\n").unwrap_or(&raw);
-            bare = bare.strip_suffix(b"\r").unwrap_or(bare);
-            if std::mem::take(&mut is_first) {
-                bare = bare.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bare);
-            }
-            if bare.is_empty() {
-                continue;
-            }
-            if whole(bare)? {
-                if self.is_kept(bare, true)? {
-                    keep(bare)?;
-                    keep(b"\n")?;
-                }
-            } else {
-                self.quarantine(&raw)?;
+            if let Some(line) = self.sift(&raw, std::mem::take(&mut is_first), true)? {
+                keep(line)?;
+                keep(b"\n")?;
             }
         }
     }
@@ -181,18 +168,12 @@ impl Pass {
                 }
             };
             let mut kept = Vec::with_capacity(text.len());
-            for raw in text.split_inclusive(|&byte| byte == b'\n') {
-                let bare = raw.strip_suffix(b"\n").unwrap_or(raw);
-                if bare.is_empty() {
-                    continue;
-                }
-                if whole(bare)? {
-                    if self.is_kept(bare, false)? {
-                        kept.extend_from_slice(bare);
-                        kept.push(b'\n');
-                    }
-                } else {
-                    self.quarantine(raw)?;
+            let lines = text.split_inclusive(|&byte| byte == b'\n');
+            for (number, line) in lines.enumerate() {
+                let is_first = offset == 0 && number == 0;
+                if let Some(line) = self.sift(line, is_first, false)? {
+                    kept.extend_from_slice(line);
+                    kept.push(b'\n');
                 }
             }
             // A frame that all of is kept stays as it is.
@@ -203,6 +184,25 @@ impl Pass {
             }
         }
         Ok(())
+    }
+
+    /// The record in a line as it stands in a file, if it stays. Anything else is moved aside, but for
+    /// what editors add.
+    fn sift<'a>(
+        &mut self,
+        raw: &'a [u8],
+        is_first: bool,
+        is_plain: bool,
+    ) -> Result<Option<&'a [u8]>> {
+        let bare = &raw[line::bare(raw, is_first)];
+        if bare.is_empty() {
+            return Ok(None);
+        }
+        if !whole(bare)? {
+            self.quarantine(raw)?;
+            return Ok(None);
+        }
+        Ok(self.is_kept(bare, is_plain)?.then_some(bare))
     }
 
     /// Does this whole record stay?

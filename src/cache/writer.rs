@@ -130,17 +130,14 @@ impl Cache {
                 contents.repeated
             );
         }
+        let wrap = Arc::new(wrap);
         let mut sealer = None;
-        let plain;
         if settings.compression == Compression::Zstd {
-            let wrap = Arc::new(wrap);
             let mut new = Sealer::open(dir, contents.compressed, Arc::clone(&wrap))?;
             contents.plain = new.seal_large(contents.plain, on_progress)?;
             sealer = Some(new);
-            plain = wrap(storage::open_or_create(&path)?);
-        } else {
-            plain = wrap(storage::open_or_create(&path)?);
         }
+        let plain = wrap(storage::open_or_create(&path)?);
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 journal: Journal::new(plain, &path, contents.plain),

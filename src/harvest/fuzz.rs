@@ -62,10 +62,14 @@ pub fn reply(bytes: &[u8]) {
     );
     // Zeros are how nothing is stored.
     record.usage = record.usage.filter(|usage| *usage != Usage::default());
-    let line = line::encode(&record).unwrap_or_default();
-    let line = line.trim_ascii_end();
-    assert!(line::verify(line).is_ok() && line::head(line).is_ok());
-    assert_eq!(line::decode(line), Ok(record));
+    match line::encode(&record) {
+        Ok(line) => {
+            let line = line.trim_ascii_end();
+            assert!(line::verify(line).is_ok() && line::head(line).is_ok());
+            assert_eq!(line::decode(line), Ok(record));
+        }
+        Err(error) => panic!("{error:#}"),
+    }
 }
 
 /// Header lines of a few replies, separated by blank ones: whatever they say, the next request is

@@ -12,6 +12,8 @@ use distill::config::{self, Compression, Durability};
 use serde_json::{Map, json};
 
 fn main() -> anyhow::Result<()> {
+    // As the program itself does, first of all.
+    distill::ops::process::set_up();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {

@@ -164,6 +164,29 @@ fn what_a_broken_frame_still_holds_is_rescued() {
 }
 
 #[test]
+fn what_editors_add_is_no_damage_in_either_file() {
+    let with_returns = |range| {
+        let text = String::from_utf8(encode(records(range))).unwrap();
+        format!("\u{feff}{}", text.replace('\n', "\r\n\r\n")).into_bytes()
+    };
+    let frames = compress(&with_returns(0..10), Effort::Fast).unwrap();
+    let plain = [&with_returns(10..20)[..], b"damage\r\n"].concat();
+    let dir = folder(&frames, &plain);
+    let done = repair(dir.path()).unwrap();
+    assert_eq!((done.records, done.quarantined), (20, 1));
+    assert_eq!(
+        fs::read(quarantine_file(dir.path())).unwrap(),
+        b"damage\r\n"
+    );
+    assert_holds(dir.path(), &records(0..20));
+
+    // And it is rescued from a broken frame.
+    let dir = folder(&frames[..frames.len() - 1], b"");
+    assert_eq!(repair(dir.path()).unwrap().rescued, 10);
+    assert_holds(dir.path(), &records(0..10));
+}
+
+#[test]
 fn a_whole_cache_is_left_alone_and_a_newer_one_too() {
     let newer = Record {
         v: SCHEMA + 1,
