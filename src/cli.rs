@@ -36,7 +36,7 @@ pub enum Verb {
     Serve(ServeArgs),
     /// Answer one prompt with a local model, or chat with it
     Generate(GenerateArgs),
-    /// Look into a cache, or export it
+    /// Look into a cache, repair it, merge or export it
     Cache(CacheArgs),
     /// Show the config as it is understood
     Config(ConfigArgs),

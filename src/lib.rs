@@ -34,7 +34,7 @@
 //! # Invariants
 //!
 //! 1. `harvest` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
-//! 2. `harvest::{request, plan, retry, cost, budget, record, schedule}`, `cache::recovery`,
+//! 2. `harvest::{request, plan, shard, retry, cost, budget, record, schedule}`, `cache::recovery`,
 //!    `data::{align, chat_template}` and `train::{loss, schedule}` are pure: no clock, file, network
 //!    or random number that is not an argument.
 //! 3. An acknowledged record is never changed or lost.

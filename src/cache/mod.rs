@@ -11,8 +11,10 @@
 //! Where a line or a frame is not as it should be, `recovery::Scan` and `frames::FrameScan` tell a
 //! torn tail from damage.
 //!
-//! `record`, `stored`, `line`, `keys`, `recovery`, `frames`, `sweep` and `stats` are pure; `storage`,
-//! `index` and `lock` alone touch the disk. An acknowledged record is never changed or lost.
+//! `reader` walks both files, also while they are written; `repair` and `merge` move what does not fit
+//! aside. `record`, `stored`, `line`, `keys`, `recovery`, `frames`, `sweep` and `stats` are pure: bytes in,
+//! verdicts out. Files are created and replaced by `storage` alone (the pid in `lock` apart). An
+//! acknowledged record is never changed or lost.
 
 pub mod frames;
 mod index;

@@ -10,11 +10,12 @@
 //! same keys.
 //!
 //! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
-//! a `lane`: its queue, its `limiter` (whose ceilings may be shared with other processes), its `health`. `purse` keeps the `budget` and the `ledger`,
-//! which make the cap hold over kills. A reply is read by `wire`, its logprobs by `scan` or else by
+//! a `lane`: its queue, its `limiter` (whose ceilings may be shared with other processes), its
+//! `health`. `purse` keeps the `budget` and the `ledger`, which make the cap hold over kills; in `room`
+//! answers wait while the disk is full. A reply is read by `wire`, its logprobs by `scan` or else by
 //! `logprobs`, an error by `api_error`; what it means is for `retry` to say. Everything else is pure
-//! (`request`, `cost`, `budget`, `record`, `plan`, `estimate`, `queue`, `schedule`, `advice`, `stop`)
-//! or does one thing (`teacher` sends, by way of `exchange`). It knows nothing of tensors.
+//! (`request`, `cost`, `budget`, `record`, `plan`, `shard`, `estimate`, `queue`, `schedule`, `advice`,
+//! `stop`) or does one thing (`teacher` sends, by way of `exchange`). It knows nothing of tensors.
 
 mod advice;
 mod api_error;
