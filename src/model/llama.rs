@@ -1,16 +1,13 @@
 //! The llama decoder (Touvron et al., arXiv 2302.13971): SmolLM2, Llama 3, TinyLlama.
 //!
-//! Written once, for training and for generation: the two differ in where the keys and values come
-//! from, so attention is a function that the caller passes in.
+//! Written once, over [`Graph`]: for training and generation, on every device.
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
 
 use super::config::ModelConfig;
+use super::graph::Graph;
 use super::weights::Tensors;
-use crate::ops::linear::linear;
-use crate::ops::rms_norm::rms_norm;
-use crate::ops::swiglu::swiglu;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
@@ -147,39 +144,49 @@ impl Llama {
         &self.head
     }
 
-    /// Hidden states before the final norm (T x D) of the tokens `input_ids` (T).
-    ///
-    /// `attend(layer, q, k, v)` gets the projections before the rotary embedding, (T x H C) and
-    /// twice (T x G C), and returns the heads' outputs (T x H C).
+    /// Hidden states (N x D), ready for the head, of the rows `positions` (N) of the tokens
+    /// `input_ids` (T).
     ///
     /// # Errors
-    /// Where an id is past the vocabulary, or `attend` fails.
-    pub fn hidden(
+    /// Where an id is past the vocabulary, or the graph fails.
+    pub fn hidden<G: Graph>(
         &self,
+        graph: &mut G,
         input_ids: &[u32],
-        mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let ids = Tensor::new(input_ids, self.embedding.device())?;
-        let mut x = self.embedding.index_select(&ids, 0)?;
+        positions: &[u32],
+    ) -> Result<G::Value> {
+        let mut x = graph.embed(&self.embedding, input_ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = rms_norm(&x, &layer.input_norm, self.epsilon)?;
-            let q = linear(&normed, &layer.q)?;
-            let k = linear(&normed, &layer.k)?;
-            let v = linear(&normed, &layer.v)?;
-            let heads = attend(index, &q, &k, &v)?;
-            x = (x + linear(&heads, &layer.o)?)?;
-            let normed = rms_norm(&x, &layer.post_attention_norm, self.epsilon)?;
-            let inner = swiglu(&linear(&normed, &layer.gate)?, &linear(&normed, &layer.up)?)?;
-            x = (x + linear(&inner, &layer.down)?)?;
+            graph.keep(&x);
+            x = layer.forward(graph, index, x, self.epsilon)?;
         }
-        Ok(x)
+        let rows = graph.rows(x, positions)?;
+        graph.rms_norm(&rows, &self.norm, self.epsilon)
     }
+}
 
-    /// The final norm, for the rows (N x D) that meet the head.
-    ///
-    /// # Errors
-    /// Where the shape is another.
-    pub fn normed(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(hidden, &self.norm, self.epsilon)?)
+impl Layer {
+    fn forward<G: Graph>(
+        &self,
+        graph: &mut G,
+        index: usize,
+        x: G::Value,
+        epsilon: f64,
+    ) -> Result<G::Value> {
+        let normed = graph.rms_norm(&x, &self.input_norm, epsilon)?;
+        let q = graph.linear(&normed, &self.q, None)?;
+        let k = graph.linear(&normed, &self.k, None)?;
+        let v = graph.linear(&normed, &self.v, None)?;
+        drop(normed);
+        let (q, k) = (graph.rope(q)?, graph.rope(k)?);
+        let heads = graph.attention(index, q, k, v)?;
+        let x = graph.add_linear(x, &heads, &self.o, None)?;
+        drop(heads);
+        let normed = graph.rms_norm(&x, &self.post_attention_norm, epsilon)?;
+        let gate = graph.linear(&normed, &self.gate, None)?;
+        let up = graph.linear(&normed, &self.up, None)?;
+        drop(normed);
+        let inner = graph.swiglu(gate, up)?;
+        graph.add_linear(x, &inner, &self.down, None)
     }
 }

@@ -1,39 +1,56 @@
 //! Decoders that train and generate.
 //!
-//! A [`Model`] is a Hugging Face folder in memory. [`llama`] holds the architecture, written once;
-//! this file gives it the two kinds of attention: over the segments of a training batch, and over
-//! the caches of sequences that are being generated.
+//! A [`Model`] is a Hugging Face folder in memory. [`llama`] holds the architecture, written once
+//! over the operations of a [`graph`]; [`tape`] runs them on the CPU, [`composed`] everywhere.
 
 pub mod batcher;
+pub mod composed;
 pub mod config;
 pub mod generate;
+pub mod graph;
 pub mod llama;
 pub mod sampling;
+pub mod tape;
 pub mod text_stream;
 pub mod weights;
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use candle_core::{Device, Tensor};
-use rayon::prelude::*;
+use candle_core::{DType, Tensor};
 
+use composed::Composed;
 pub use config::ModelConfig;
 use llama::Llama;
+use tape::{Gradients, Keys, Memory, Setting, Tape};
 use weights::Tensors;
 
-use crate::ops::attention::{attend, attention, turn_rows};
-use crate::ops::linear::linear;
-use crate::ops::rope::{RopeTable, Turn};
-use crate::ops::with_values;
+use crate::ops::Values;
+use crate::ops::arena::{Arena, Buffer};
+use crate::ops::head_loss::{self, CHUNK};
+use crate::ops::linear::Linear;
+use crate::ops::matmul::Precision;
+use crate::ops::rope::RopeTable;
 
 /// A decoder with its weights on the CPU.
 pub struct Model {
     config: ModelConfig,
     llama: Llama,
-    rope: Arc<RopeTable>,
+    rope: RopeTable,
+    arena: Arena,
+    precision: Precision,
+}
+
+/// Tokens laid end to end, and the positions among them that are asked about.
+#[derive(Debug, Clone, Copy)]
+pub struct Input<'a> {
+    /// (T)
+    pub input_ids: &'a [u32],
+    /// Cover `input_ids` in order; attention stays inside of each.
+    pub segments: &'a [Range<usize>],
+    /// (N)
+    pub positions: &'a [u32],
 }
 
 /// Keys (the rotary embedding done) and values of one sequence, layer by layer (len x G C each).
@@ -51,6 +68,12 @@ impl KvCache {
 
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Keys and values of a layer.
+    fn layer(&mut self, layer: usize) -> (&mut Vec<f32>, &mut Vec<f32>) {
+        let (keys, values) = &mut self.layers[layer];
+        (keys, values)
     }
 }
 
@@ -73,7 +96,9 @@ impl Model {
         let frequencies = config.rope.inverse_frequencies(config.heads.channels);
         Ok(Self {
             llama: Llama::new(&config, tensors)?,
-            rope: Arc::new(RopeTable::new(&frequencies, config.max_position_embeddings)),
+            rope: RopeTable::new(&frequencies, config.max_position_embeddings),
+            arena: Arena::default(),
+            precision: Precision::F32,
             config,
         })
     }
@@ -87,24 +112,127 @@ impl Model {
         self.llama.head()
     }
 
-    /// Hidden states (N x D), ready for the head, at `positions` (N) of a batch of segments laid
-    /// end to end in `input_ids` (T). Differentiable where the weights are variables.
+    /// What a tape needs to know.
+    fn setting(&self) -> Setting<'_> {
+        Setting {
+            arena: &self.arena,
+            heads: self.config.heads,
+            rope: &self.rope,
+            window: None,
+            precision: self.precision,
+        }
+    }
+
+    /// The LM head as a linear layer, from D to V.
+    fn head_layer(&self) -> Linear {
+        Linear {
+            inputs: self.config.hidden_size,
+            outputs: self.config.vocab_size,
+            precision: self.precision,
+        }
+    }
+
+    /// Gradients of the variables among the weights: none yet.
+    pub fn gradients(&self) -> Gradients {
+        Gradients::new(self.arena.clone())
+    }
+
+    /// One training pass: calls `row` with the index and the logits (V) of each position, which it
+    /// turns into their gradient, adds the gradients of all variables to `gradients`, and returns
+    /// what `row` said, in order. No more than a chunk of logits exists at a time.
+    ///
+    /// `memory` is [`Memory::Record`] or [`Memory::Checkpoint`].
     ///
     /// # Errors
     /// Where an id is past the vocabulary or a segment longer than the model's context.
-    pub fn hidden_at(
+    pub fn train_pass<R: Send>(
         &self,
-        input_ids: &[u32],
-        segments: &[Range<usize>],
-        positions: &[u32],
-    ) -> Result<Tensor> {
-        let segments: Arc<[Range<usize>]> = segments.into();
-        let hidden = self.llama.hidden(input_ids, |_, q, k, v| {
-            let heads = self.config.heads;
-            Ok(attention(q, k, v, heads, &self.rope, &segments)?)
-        })?;
-        let positions = Tensor::new(positions, &Device::Cpu)?;
-        self.llama.normed(&hidden.index_select(&positions, 0)?)
+        input: Input,
+        memory: Memory,
+        row: impl Fn(usize, &mut [f32]) -> R + Sync,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<R>> {
+        self.check(&input)?;
+        let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, memory);
+        let root = self
+            .llama
+            .hidden(&mut tape, input.input_ids, input.positions)?;
+        let hidden = tape.value(&root)?;
+        let head = self.head_layer();
+        let mut dhidden = self.arena.take(hidden.len())?;
+        let reports = {
+            let mut logits = self.chunk_of_logits(input.positions.len())?;
+            let dweight = gradients.of(self.llama.head())?;
+            let weight = Values::of(self.llama.head())?;
+            let to = (&mut *dhidden, dweight);
+            head_loss::head_loss(head, &hidden, &weight, &mut logits, row, to)
+        };
+        drop(hidden);
+        tape.backward(root, dhidden, gradients)?;
+        Ok(reports)
+    }
+
+    /// Calls `row` with the index and the logits (V) of each position, in no order, and returns
+    /// what it says, in order.
+    ///
+    /// # Errors
+    /// As [`Model::train_pass`].
+    pub fn map_logits<R: Send>(
+        &self,
+        input: Input,
+        row: impl Fn(usize, &mut [f32]) -> R + Sync,
+    ) -> Result<Vec<R>> {
+        self.check(&input)?;
+        let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, Memory::Forget);
+        let root = self
+            .llama
+            .hidden(&mut tape, input.input_ids, input.positions)?;
+        let hidden = tape.value(&root)?;
+        let mut logits = self.chunk_of_logits(input.positions.len())?;
+        let weight = Values::of(self.llama.head())?;
+        let head = self.head_layer();
+        Ok(head_loss::map_logits(
+            head,
+            &hidden,
+            &weight,
+            &mut logits,
+            row,
+        ))
+    }
+
+    /// Hidden states (N x D), ready for the head, in candle's operations: differentiable by candle
+    /// where the weights are variables.
+    ///
+    /// # Errors
+    /// As [`Model::train_pass`].
+    pub fn composed_hidden(&self, input: Input) -> Result<Tensor> {
+        self.check(&input)?;
+        let heads = self.config.heads;
+        let device = self.llama.head().device();
+        let mut graph = Composed::new(heads, &self.rope, None, input.segments, DType::F32, device)?;
+        self.llama
+            .hidden(&mut graph, input.input_ids, input.positions)
+    }
+
+    fn chunk_of_logits(&self, positions: usize) -> Result<Buffer> {
+        Ok(self
+            .arena
+            .take(positions.min(CHUNK) * self.config.vocab_size)?)
+    }
+
+    fn check(&self, input: &Input) -> Result<()> {
+        let context = self.rope.positions();
+        let mut next = 0;
+        for segment in input.segments {
+            if segment.start != next || segment.len() > context {
+                bail!("segment {segment:?} has no place: the model's context is {context}");
+            }
+            next = segment.end;
+        }
+        if next != input.input_ids.len() {
+            bail!("segments cover {next} tokens of {}", input.input_ids.len());
+        }
+        Ok(())
     }
 
     /// An empty cache for a new sequence.
@@ -136,57 +264,19 @@ impl Model {
             input_ids.extend_from_slice(tokens);
             segments.push(start..input_ids.len());
         }
-        let hidden = self.llama.hidden(&input_ids, |layer, q, k, v| {
-            self.attend_caches(layer, &segments, q, k, v, caches)
-        })?;
+        let last: Vec<u32> = segments.iter().map(|s| s.end as u32 - 1).collect();
+        let keys = Keys::Caches(caches);
+        let mut tape = Tape::new(self.setting(), &segments, keys, Memory::Forget);
+        let root = self.llama.hidden(&mut tape, &input_ids, &last)?;
+        let hidden = tape.value(&root)?;
+        drop(tape);
         for (segment, cache) in segments.iter().zip(caches.iter_mut()) {
             cache.len += segment.len();
         }
-        let last: Vec<u32> = segments.iter().map(|s| s.end as u32 - 1).collect();
-        let last = hidden.index_select(&Tensor::new(last, &Device::Cpu)?, 0)?;
-        let logits = linear(&self.llama.normed(&last)?, self.llama.head())?;
-        Ok(logits.flatten_all()?.to_vec1()?)
-    }
-
-    /// Attention of each segment's rows over its cache, to which its keys and values are added.
-    fn attend_caches(
-        &self,
-        layer: usize,
-        segments: &[Range<usize>],
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        caches: &mut [&mut KvCache],
-    ) -> Result<Tensor> {
-        let heads = self.config.heads;
-        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
-        let outputs: Vec<Vec<f32>> = with_values(q, |q| {
-            with_values(k, |k| {
-                with_values(v, |v| {
-                    segments
-                        .par_iter()
-                        .zip(caches.par_iter_mut())
-                        .map(|(segment, cache)| {
-                            let first = cache.len;
-                            let (keys, values) = &mut cache.layers[layer];
-                            keys.extend_from_slice(
-                                &k[segment.start * narrow..segment.end * narrow],
-                            );
-                            values.extend_from_slice(
-                                &v[segment.start * narrow..segment.end * narrow],
-                            );
-                            let fresh = &mut keys[first * narrow..];
-                            turn_rows(&self.rope, fresh, narrow, first, Turn::Forward);
-                            let mut q = q[segment.start * wide..segment.end * wide].to_vec();
-                            turn_rows(&self.rope, &mut q, wide, first, Turn::Forward);
-                            let mut out = vec![0.0; q.len()];
-                            attend(heads, &q, keys, values, &mut out, None);
-                            out
-                        })
-                        .collect()
-                })
-            })
-        })???;
-        Ok(Tensor::from_vec(outputs.concat(), q.shape(), q.device())?)
+        let mut logits = vec![0.0; segments.len() * self.config.vocab_size];
+        let weight = Values::of(self.llama.head())?;
+        self.head_layer()
+            .forward(&hidden, &weight, None, &mut logits, false);
+        Ok(logits)
     }
 }

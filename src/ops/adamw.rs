@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor};
 use rayon::prelude::*;
 use std::sync::Mutex;
 
-use super::lock;
+use super::{lock, simd};
 
 /// Values that one task works on.
 const TASK: usize = 1 << 16;
@@ -70,14 +70,30 @@ impl InplaceOp1 for AdamW<'_> {
             .zip(first.par_chunks_mut(TASK))
             .zip(second.par_chunks_mut(TASK))
             .for_each(|(((values, gradient), first), second)| {
-                update(values, gradient, first, second, self.step);
+                simd(|| update(values, gradient, first, second, self.step));
             });
         Ok(())
     }
 }
 
+/// The sum of squares, in running sums of their own.
+pub fn sum_of_squares(values: &[f32]) -> f64 {
+    simd(|| {
+        let mut sums = [0.0f64; 8];
+        let (chunks, rest) = values.as_chunks::<8>();
+        for chunk in chunks {
+            for (sum, value) in sums.iter_mut().zip(chunk) {
+                *sum += f64::from(*value) * f64::from(*value);
+            }
+        }
+        let rest = rest.iter().map(|value| f64::from(*value).powi(2));
+        sums.iter().sum::<f64>() + rest.sum::<f64>()
+    })
+}
+
 /// m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
 /// p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t).
+#[inline(always)]
 fn update(values: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32], step: Step) {
     let correction = |beta: f32| (1.0 / (1.0 - f64::from(beta).powf(step.number as f64))) as f32;
     let (first_scale, second_scale) = (correction(step.beta1), correction(step.beta2));

@@ -1,19 +1,17 @@
-//! Causal grouped-query attention with rotary embedding, over segments laid end to end.
+//! Causal grouped-query attention over segments laid end to end, the rotary embedding done.
 //!
-//! For each query row: o = softmax(scale q K^T) V over the keys at or before it in its segment.
-//! Queries are taken in blocks, so no (T x T) matrix is stored; the backward pass computes a
-//! block's probabilities again from the log-sum-exp of its scores (Dao et al., arXiv 2205.14135).
+//! For each query row: o = softmax(scale q K^T) V over the keys of its segment that it sees: those
+//! at or before it, and with a sliding window of w only the last w of them. Queries are taken in
+//! blocks, so no (T x T) matrix is stored; the backward pass computes a block's probabilities again
+//! from the log-sum-exp of its scores (Dao et al., arXiv 2205.14135).
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::gemm::{Mat, MatMut, Threads, matmul};
 use super::math::{dot, exp, sum};
-use super::rope::{RopeTable, Turn};
-use super::{lock, values, with_values};
+use super::matmul::{Mat, MatMut, Precision, Threads, matmul};
+use super::{Gradient, ROWS_PER_TASK, part, simd, split};
 
 /// Query rows of one block.
 const BLOCK: usize = 64;
@@ -40,312 +38,296 @@ impl Heads {
         self.key_value * self.channels
     }
 
-    fn scale(&self) -> f32 {
+    /// What scores are multiplied by: 1 / sqrt(C).
+    pub fn scale(&self) -> f32 {
         1.0 / (self.channels as f32).sqrt()
+    }
+
+    /// Query heads that share a key/value head.
+    pub fn group(&self) -> usize {
+        self.query / self.key_value
     }
 
     /// The columns of query head `head`, and those of the key/value head that it reads.
     fn columns(&self, head: usize) -> (usize, usize) {
-        let group = head / (self.query / self.key_value);
-        (head * self.channels, group * self.channels)
+        (head * self.channels, head / self.group() * self.channels)
     }
 }
 
-/// The attention of one training batch: `q_TE` (T x H C), `k_TE` and `v_TE` (T x G C), before the
-/// rotary embedding, give (T x H C). `segments` cover 0..T in order; positions start at 0 in each.
-///
-/// # Errors
-/// Where the segments do not cover the rows, or one is longer than the rotary table.
-#[expect(non_snake_case, reason = "tensors carry their shape in their name")]
-pub fn attention(
-    q_TE: &Tensor,
-    k_TE: &Tensor,
-    v_TE: &Tensor,
-    heads: Heads,
-    rope: &Arc<RopeTable>,
-    segments: &Arc<[Range<usize>]>,
-) -> Result<Tensor> {
-    let mut next = 0;
-    for segment in segments.iter() {
-        if segment.start != next || segment.len() > rope.positions() {
-            candle_core::bail!("attention: segment {segment:?} has no place");
-        }
-        next = segment.end;
-    }
-    if next != q_TE.dim(0)? {
-        candle_core::bail!("attention: segments cover {next} rows of {}", q_TE.dim(0)?);
-    }
-    let op = Attention {
-        heads,
-        rope: Arc::clone(rope),
-        segments: Arc::clone(segments),
-        saved: Mutex::default(),
-    };
-    q_TE.apply_op3(k_TE, v_TE, op)
+/// An attention layer and what it sees.
+#[derive(Debug, Clone, Copy)]
+pub struct Attention<'a> {
+    pub heads: Heads,
+    /// Cover all rows in order.
+    pub segments: &'a [Range<usize>],
+    /// Keys that a query sees at most, itself included; None for all.
+    pub window: Option<usize>,
+    pub precision: Precision,
 }
 
-struct Attention {
-    heads: Heads,
-    rope: Arc<RopeTable>,
-    segments: Arc<[Range<usize>]>,
-    saved: Mutex<Saved>,
+/// A forward pass, as the backward pass reads it.
+#[derive(Clone, Copy)]
+pub struct Forward<'a> {
+    /// (T x H C)
+    pub q: &'a [f32],
+    /// (T x G C), as the values.
+    pub k: &'a [f32],
+    pub v: &'a [f32],
+    /// (T x H C)
+    pub out: &'a [f32],
+    /// (T x H)
+    pub lse: &'a [f32],
 }
 
-/// What the backward pass needs of the forward pass.
-#[derive(Default)]
-struct Saved {
-    /// Queries and keys after the rotary embedding.
-    q: Vec<f32>,
-    k: Vec<f32>,
-    /// Log-sum-exp of each row's scores; segment by segment, (H x rows) in each.
-    lse: Vec<f32>,
-}
-
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let mut q = values(q, q_layout)?.to_vec();
-        let mut k = values(k, k_layout)?.to_vec();
-        let v = values(v, v_layout)?;
+impl Attention<'_> {
+    /// `q` (T x H C), `k` and `v` (T x G C) give `out` (T x H C) and the log-sum-exp of the scores of
+    /// each row and head, `lse` (T x H).
+    pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32], lse: &mut [f32]) {
         let (wide, narrow) = (self.heads.query_width(), self.heads.key_value_width());
-        let mut out = vec![0.0; q.len()];
-        let mut lse = vec![0.0; q.len() / self.heads.channels];
-        let q_parts = split(&mut q, &self.segments, wide);
-        let k_parts = split(&mut k, &self.segments, narrow);
-        let out_parts = split(&mut out, &self.segments, wide);
-        let lse_parts = split(&mut lse, &self.segments, self.heads.query);
+        let outs = split(out, self.segments, wide);
+        let lses = split(lse, self.segments, self.heads.query);
         self.segments
             .par_iter()
-            .zip(q_parts)
-            .zip(k_parts)
-            .zip(out_parts)
-            .zip(lse_parts)
-            .for_each(|((((segment, q), k), out), lse)| {
-                turn_rows(&self.rope, q, wide, 0, Turn::Forward);
-                turn_rows(&self.rope, k, narrow, 0, Turn::Forward);
-                let v = &v[segment.start * narrow..segment.end * narrow];
-                attend(self.heads, q, k, v, out, Some(lse));
+            .zip(outs)
+            .zip(lses)
+            .for_each(|((segment, out), lse)| {
+                let cached = Cached {
+                    heads: self.heads,
+                    window: self.window,
+                    precision: self.precision,
+                    k: part(k, segment, narrow),
+                    v: part(v, segment, narrow),
+                };
+                cached.attend(part(q, segment, wide), out, Some(lse));
             });
-        *lock(&self.saved) = Saved { q, k, lse };
-        Ok((CpuStorage::F32(out), q_layout.shape().clone()))
     }
 
-    fn bwd(
+    /// With P the probabilities and dP = dO V^T:
+    /// dV = P^T dO, dS = scale P (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q.
+    ///
+    /// `scratch` has [`Attention::scratch`] values.
+    pub fn backward(
         &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        out: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let saved = std::mem::take(&mut *lock(&self.saved));
-        let (wide, narrow) = (self.heads.query_width(), self.heads.key_value_width());
-        let mut dq = vec![0.0; q.elem_count()];
-        let mut dk = vec![0.0; k.elem_count()];
-        let mut dv = vec![0.0; v.elem_count()];
-        let dq_parts = split(&mut dq, &self.segments, wide);
-        let dk_parts = split(&mut dk, &self.segments, narrow);
-        let dv_parts = split(&mut dv, &self.segments, narrow);
-        with_values(v, |v| {
-            with_values(out, |out| {
-                with_values(&grad, |grad| {
-                    self.segments
-                        .par_iter()
-                        .zip(dq_parts)
-                        .zip(dk_parts)
-                        .zip(dv_parts)
-                        .for_each(|(((segment, dq), dk), dv)| {
-                            let rows = |values, width| part(values, segment, width);
-                            let forward = Forward {
-                                q: rows(&saved.q, wide),
-                                k: rows(&saved.k, narrow),
-                                v: rows(v, narrow),
-                                out: rows(out, wide),
-                                lse: rows(&saved.lse, self.heads.query),
-                            };
-                            backward(self.heads, &forward, rows(grad, wide), dq, dk, dv);
-                            turn_rows(&self.rope, dq, wide, 0, Turn::Backward);
-                            turn_rows(&self.rope, dk, narrow, 0, Turn::Backward);
-                        })
+        forward: Forward,
+        dout: &[f32],
+        scratch: &mut [f32],
+        [dq, dk, dv]: [Gradient; 3],
+    ) {
+        let (wide, channels) = (self.heads.query_width(), self.heads.channels);
+        // One task a head of a segment, with dQ, dK and dV of its own: no two write the same place.
+        let tasks: Vec<(&Range<usize>, usize, &mut [f32])> =
+            split(scratch, self.segments, 3 * wide)
+                .into_iter()
+                .zip(self.segments)
+                .flat_map(|(scratch, segment)| {
+                    let heads = scratch.chunks_mut(3 * channels * segment.len().max(1));
+                    heads
+                        .enumerate()
+                        .map(move |(head, scratch)| (segment, head, scratch))
                 })
-            })
-        })???;
-        Ok((
-            Some(Tensor::from_vec(dq, q.shape(), q.device())?),
-            Some(Tensor::from_vec(dk, k.shape(), k.device())?),
-            Some(Tensor::from_vec(dv, v.shape(), v.device())?),
-        ))
+                .collect();
+        tasks
+            .into_par_iter()
+            .with_max_len(1)
+            .for_each(|(segment, head, scratch)| {
+                self.backward_head(&forward, dout, segment, head, scratch);
+            });
+        self.gather(scratch, 1, 0, wide, dq);
+        let narrow = self.heads.key_value_width();
+        self.gather(scratch, self.heads.group(), 1, narrow, dk);
+        self.gather(scratch, self.heads.group(), 2, narrow, dv);
     }
-}
 
-/// Turns rows of `width` channels that stand at positions `first`, `first + 1`, ...
-pub fn turn_rows(rope: &RopeTable, rows: &mut [f32], width: usize, first: usize, turn: Turn) {
-    for (row, heads) in rows.chunks_exact_mut(width).enumerate() {
-        rope.turn(heads, first + row, turn);
+    /// Values of scratch that a backward pass over T tokens needs: 3 T H C.
+    pub fn scratch(&self) -> usize {
+        let tokens = self.segments.last().map_or(0, |last| last.end);
+        3 * tokens * self.heads.query_width()
     }
-}
 
-/// Attention of one sequence's last queries over all of its keys, the rotary embedding done.
-///
-/// `q` and `out` hold the last rows (t x H C) of a sequence of s tokens, `k` and `v` all of them
-/// (s x G C); `lse`, where asked for, receives (H x t).
-pub fn attend(
-    heads: Heads,
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    out: &mut [f32],
-    mut lse: Option<&mut [f32]>,
-) {
-    let (wide, narrow) = (heads.query_width(), heads.key_value_width());
-    let (rows, keys) = (q.len() / wide, k.len() / narrow);
-    let mut scores = vec![0.0; BLOCK.min(rows) * keys];
-    for head in 0..heads.query {
+    fn backward_head(
+        &self,
+        forward: &Forward,
+        dout: &[f32],
+        segment: &Range<usize>,
+        head: usize,
+        scratch: &mut [f32],
+    ) {
+        let heads = self.heads;
+        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
+        let (channels, scale) = (heads.channels, heads.scale());
         let (column, kv_column) = heads.columns(head);
+        let rows = segment.len();
+        scratch.fill(0.0);
+        let (dq, rest) = scratch.split_at_mut(rows * channels);
+        let (dk, dv) = rest.split_at_mut(rows * channels);
+        let span = visible(BLOCK.min(rows), rows, rows, self.window).len();
+        let mut p = vec![0.0; BLOCK.min(rows) * span];
+        let mut ds = p.clone();
+        let product = |out: MatMut, a: Mat, b: Mat, add: bool| {
+            matmul(out, a, b, add, Threads::One, self.precision);
+        };
         for start in (0..rows).step_by(BLOCK) {
             let block = BLOCK.min(rows - start);
-            let visible = keys - rows + start + block;
-            let scores = &mut scores[..block * visible];
-            let q = Mat::strided(&q[start * wide + column..], block, heads.channels, wide);
-            let k = Mat::strided(&k[kv_column..], visible, heads.channels, narrow);
-            let v = Mat::strided(&v[kv_column..], visible, heads.channels, narrow);
-            matmul(
-                MatMut::strided(scores, visible),
-                q,
-                k.t(),
-                false,
-                Threads::One,
-            );
-            for (row, scores) in scores.chunks_exact_mut(visible).enumerate() {
-                let (seen, masked) = scores.split_at_mut(visible - block + row + 1);
-                let row_lse = softmax(seen, heads.scale());
-                masked.fill(0.0);
-                if let Some(lse) = &mut lse {
-                    lse[head * rows + start + row] = row_lse;
+            let keys = visible(block, start + block, rows, self.window);
+            let (first, count) = (keys.start, keys.len());
+            let at = (segment.start + start) * wide + column;
+            let kv_at = (segment.start + first) * narrow + kv_column;
+            let (p, ds) = (&mut p[..block * count], &mut ds[..block * count]);
+            let q = Mat::strided(&forward.q[at..], block, channels, wide);
+            let k = Mat::strided(&forward.k[kv_at..], count, channels, narrow);
+            let v = Mat::strided(&forward.v[kv_at..], count, channels, narrow);
+            let dout_block = Mat::strided(&dout[at..], block, channels, wide);
+            product(MatMut::new(p, count), q, k.t(), false);
+            product(MatMut::new(ds, count), dout_block, v.t(), false);
+            let lines = p.chunks_exact_mut(count).zip(ds.chunks_exact_mut(count));
+            for (row, (p, ds)) in lines.enumerate() {
+                let lse = forward.lse[(segment.start + start + row) * heads.query + head];
+                let here = at + row * wide..at + row * wide + channels;
+                let seen = seen(start + row, first, self.window);
+                simd(|| {
+                    let along = dot(&dout[here.clone()], &forward.out[here]);
+                    for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen.clone()]) {
+                        *p = exp(*p * scale - lse);
+                        *ds = *p * (*ds - along) * scale;
+                    }
+                });
+                for values in [p, ds] {
+                    values[..seen.start].fill(0.0);
+                    values[seen.end..].fill(0.0);
                 }
             }
-            let out = MatMut::strided(&mut out[start * wide + column..], wide);
-            matmul(
-                out,
-                Mat::new(scores, block, visible),
-                v,
-                false,
-                Threads::One,
+            let (p, ds) = (Mat::new(p, count), Mat::new(ds, count));
+            let keys = first * channels..(first + count) * channels;
+            product(
+                MatMut::new(&mut dv[keys.clone()], channels),
+                p.t(),
+                dout_block,
+                true,
             );
+            product(MatMut::new(&mut dk[keys], channels), ds.t(), q, true);
+            let dq = &mut dq[start * channels..(start + block) * channels];
+            product(MatMut::new(dq, channels), ds, k, false);
         }
     }
+
+    /// Brings one of the three gradients of all heads from `scratch` into rows of `width`, summing
+    /// the `group` query heads that share a head.
+    fn gather(&self, scratch: &[f32], group: usize, which: usize, width: usize, to: Gradient) {
+        let channels = self.heads.channels;
+        let wide = 3 * self.heads.query_width();
+        for (rows, segment) in split(to.values, self.segments, width)
+            .into_iter()
+            .zip(self.segments)
+        {
+            let from = part(scratch, segment, wide);
+            let head_of = |head: usize| {
+                let at = (3 * head + which) * segment.len() * channels;
+                &from[at..at + segment.len() * channels]
+            };
+            rows.par_chunks_mut(width)
+                .enumerate()
+                .with_min_len(ROWS_PER_TASK)
+                .for_each(|(row, values)| {
+                    if !to.add {
+                        values.fill(0.0);
+                    }
+                    for (index, values) in values.chunks_mut(channels).enumerate() {
+                        for head in index * group..(index + 1) * group {
+                            let from = &head_of(head)[row * channels..(row + 1) * channels];
+                            values
+                                .iter_mut()
+                                .zip(from)
+                                .for_each(|(sum, part)| *sum += part);
+                        }
+                    }
+                });
+        }
+    }
+}
+
+/// Keys and values of one sequence of s tokens (s x G C), the rotary embedding done.
+#[derive(Clone, Copy)]
+pub struct Cached<'a> {
+    pub heads: Heads,
+    pub window: Option<usize>,
+    pub precision: Precision,
+    pub k: &'a [f32],
+    pub v: &'a [f32],
+}
+
+impl Cached<'_> {
+    /// The last rows' queries `q` (t x H C) over the keys that each sees; `lse`, where asked for,
+    /// receives (t x H).
+    pub fn attend(&self, q: &[f32], out: &mut [f32], lse: Option<&mut [f32]>) {
+        let wide = self.heads.query_width();
+        let rows = q.len() / wide;
+        let mut no_lse = Vec::new();
+        let lse = lse.unwrap_or_else(|| {
+            no_lse.resize(rows * self.heads.query, 0.0);
+            &mut no_lse
+        });
+        out.par_chunks_mut(BLOCK * wide)
+            .zip(q.par_chunks(BLOCK * wide))
+            .zip(lse.par_chunks_mut(BLOCK * self.heads.query))
+            .enumerate()
+            .for_each(|(index, ((out, q), lse))| {
+                self.attend_block(q, index * BLOCK, rows, out, lse)
+            });
+    }
+
+    /// Rows `start..` of the last `rows` rows.
+    fn attend_block(&self, q: &[f32], start: usize, rows: usize, out: &mut [f32], lse: &mut [f32]) {
+        let heads = self.heads;
+        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
+        let (block, all) = (q.len() / wide, self.k.len() / narrow);
+        let before = all - rows + start;
+        let keys = visible(block, before + block, all, self.window);
+        let (first, count) = (keys.start, keys.len());
+        let mut scores = vec![0.0; block * count];
+        for head in 0..heads.query {
+            let (column, kv_column) = heads.columns(head);
+            let kv_at = first * narrow + kv_column;
+            let q = Mat::strided(&q[column..], block, heads.channels, wide);
+            let k = Mat::strided(&self.k[kv_at..], count, heads.channels, narrow);
+            let v = Mat::strided(&self.v[kv_at..], count, heads.channels, narrow);
+            let product = |out: MatMut, a: Mat, b: Mat| {
+                matmul(out, a, b, false, Threads::One, self.precision);
+            };
+            product(MatMut::new(&mut scores, count), q, k.t());
+            for (row, scores) in scores.chunks_exact_mut(count).enumerate() {
+                let seen = seen(before + row, first, self.window);
+                lse[row * heads.query + head] = softmax(&mut scores[seen.clone()], heads.scale());
+                scores[..seen.start].fill(0.0);
+                scores[seen.end..].fill(0.0);
+            }
+            let out = MatMut::strided(&mut out[column..], wide);
+            product(out, Mat::new(&scores, count), v);
+        }
+    }
+}
+
+/// The keys that a block of `block` rows before row `end` sees, of `all`.
+fn visible(block: usize, end: usize, all: usize, window: Option<usize>) -> Range<usize> {
+    let first = window.map_or(0, |window| (end + 1).saturating_sub(block + window));
+    first..end.min(all)
+}
+
+/// The keys that `row` sees, counted from key `first` on.
+fn seen(row: usize, first: usize, window: Option<usize>) -> Range<usize> {
+    let from = window.map_or(0, |window| (row + 1).saturating_sub(window));
+    from - first..row + 1 - first
 }
 
 /// Softmax of `scale * scores`, in place; returns the log-sum-exp.
 fn softmax(scores: &mut [f32], scale: f32) -> f32 {
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max) * scale;
-    for score in scores.iter_mut() {
-        *score = exp(*score * scale - max);
-    }
-    let total = sum(scores);
-    let inverse = 1.0 / total;
-    scores.iter_mut().for_each(|p| *p *= inverse);
-    max + total.ln()
-}
-
-/// One segment's forward pass, as its backward pass reads it.
-struct Forward<'a> {
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
-    out: &'a [f32],
-    lse: &'a [f32],
-}
-
-/// With P the probabilities and dP = dO V^T:
-/// dV = P^T dO, dS = scale P (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q.
-fn backward(
-    heads: Heads,
-    forward: &Forward,
-    grad: &[f32],
-    dq: &mut [f32],
-    dk: &mut [f32],
-    dv: &mut [f32],
-) {
-    let (wide, narrow) = (heads.query_width(), heads.key_value_width());
-    let (channels, scale) = (heads.channels, heads.scale());
-    let rows = forward.q.len() / wide;
-    let mut p = vec![0.0; BLOCK.min(rows) * rows];
-    let mut ds = p.clone();
-    for head in 0..heads.query {
-        let (column, kv_column) = heads.columns(head);
-        for start in (0..rows).step_by(BLOCK) {
-            let block = BLOCK.min(rows - start);
-            let visible = start + block;
-            let at = start * wide + column;
-            let (p, ds) = (&mut p[..block * visible], &mut ds[..block * visible]);
-            let q = Mat::strided(&forward.q[at..], block, channels, wide);
-            let k = Mat::strided(&forward.k[kv_column..], visible, channels, narrow);
-            let v = Mat::strided(&forward.v[kv_column..], visible, channels, narrow);
-            let dout = Mat::strided(&grad[at..], block, channels, wide);
-            matmul(MatMut::strided(p, visible), q, k.t(), false, Threads::One);
-            matmul(
-                MatMut::strided(ds, visible),
-                dout,
-                v.t(),
-                false,
-                Threads::One,
-            );
-            let lines = p
-                .chunks_exact_mut(visible)
-                .zip(ds.chunks_exact_mut(visible));
-            for (row, (p, ds)) in lines.enumerate() {
-                let lse = forward.lse[head * rows + start + row];
-                let here = at + row * wide..at + row * wide + channels;
-                let along = dot(&grad[here.clone()], &forward.out[here]);
-                let seen = start + row + 1;
-                for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
-                    *p = exp(*p * scale - lse);
-                    *ds = *p * (*ds - along) * scale;
-                }
-                p[seen..].fill(0.0);
-                ds[seen..].fill(0.0);
-            }
-            let (p, ds) = (Mat::new(p, block, visible), Mat::new(ds, block, visible));
-            let dv = MatMut::strided(&mut dv[kv_column..], narrow);
-            let dk = MatMut::strided(&mut dk[kv_column..], narrow);
-            let dq = MatMut::strided(&mut dq[at..], wide);
-            matmul(dv, p.t(), dout, true, Threads::One);
-            matmul(dk, ds.t(), q, true, Threads::One);
-            matmul(dq, ds, k, false, Threads::One);
+    simd(|| {
+        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max) * scale;
+        for score in scores.iter_mut() {
+            *score = exp(*score * scale - max);
         }
-    }
-}
-
-/// The rows of one segment.
-fn part<'a>(values: &'a [f32], segment: &Range<usize>, width: usize) -> &'a [f32] {
-    &values[segment.start * width..segment.end * width]
-}
-
-/// `values` cut into the rows of each segment.
-fn split<'a>(
-    mut values: &'a mut [f32],
-    segments: &[Range<usize>],
-    width: usize,
-) -> Vec<&'a mut [f32]> {
-    segments
-        .iter()
-        .map(|segment| {
-            let (rows, rest) = std::mem::take(&mut values).split_at_mut(segment.len() * width);
-            values = rest;
-            rows
-        })
-        .collect()
+        let total = sum(scores);
+        let inverse = 1.0 / total;
+        scores.iter_mut().for_each(|p| *p *= inverse);
+        max + total.ln()
+    })
 }

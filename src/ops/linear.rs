@@ -1,79 +1,82 @@
-//! `y = x W^T`, without a transposed copy of the weight in either direction.
+//! `y = x W^T + b`, without a transposed copy of the weight in either direction.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
 
-use super::gemm::{Mat, MatMut, Threads, matmul};
-use super::{values, with_values};
+use super::matmul::{Mat, MatMut, Precision, Threads, matmul};
+use super::{Gradient, ROWS_PER_TASK, sum_partials};
 
-struct Linear;
-
-/// Applies a linear layer: `x_TI` (T x I) and `weight_OI` (O x I, as Hugging Face stores it) give
-/// (T x O).
-///
-/// # Errors
-/// Where the inner sizes differ.
-#[expect(non_snake_case, reason = "tensors carry their shape in their name")]
-pub fn linear(x_TI: &Tensor, weight_OI: &Tensor) -> Result<Tensor> {
-    x_TI.apply_op2(weight_OI, Linear)
+/// A linear layer of `inputs` (I) and `outputs` (O) channels.
+#[derive(Debug, Clone, Copy)]
+pub struct Linear {
+    pub inputs: usize,
+    pub outputs: usize,
+    pub precision: Precision,
 }
 
-impl CustomOp2 for Linear {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (tokens, inputs) = x_layout.shape().dims2()?;
-        let (outputs, weight_inputs) = weight_layout.shape().dims2()?;
-        if inputs != weight_inputs {
-            candle_core::bail!("linear: {inputs} inputs for a weight of {weight_inputs}");
-        }
-        let mut y = vec![0.0; tokens * outputs];
+impl Linear {
+    /// `x` (T x I), `weight` (O x I, as Hugging Face stores it) and `bias` (O) give `y` (T x O).
+    /// What is in `y` stays as a summand where `add` (a residual connection).
+    pub fn forward(
+        self,
+        x: &[f32],
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        y: &mut [f32],
+        add: bool,
+    ) {
         matmul(
-            MatMut::strided(&mut y, outputs),
-            Mat::new(values(x, x_layout)?, tokens, inputs),
-            Mat::new(values(weight, weight_layout)?, outputs, inputs).t(),
-            false,
+            MatMut::new(y, self.outputs),
+            Mat::new(x, self.inputs),
+            Mat::new(weight, self.inputs).t(),
+            add,
             Threads::All,
+            self.precision,
         );
-        Ok((CpuStorage::F32(y), (tokens, outputs).into()))
+        if let Some(bias) = bias {
+            y.par_chunks_mut(self.outputs)
+                .with_min_len(ROWS_PER_TASK)
+                .for_each(|y| {
+                    y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+                });
+        }
     }
 
-    /// dx = dy W, dW = dy^T x.
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        _y: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (tokens, inputs) = x.dims2()?;
-        let outputs = weight.dim(0)?;
-        let grad = grad.contiguous()?;
-        let mut dx = vec![0.0; tokens * inputs];
-        let mut dweight = vec![0.0; outputs * inputs];
-        with_values(&grad, |grad| -> Result<()> {
-            let grad = Mat::new(grad, tokens, outputs);
-            with_values(weight, |weight| {
-                let weight = Mat::new(weight, outputs, inputs);
-                let dx = MatMut::strided(&mut dx, inputs);
-                matmul(dx, grad, weight, false, Threads::All);
-            })?;
-            with_values(x, |x| {
-                let dweight = MatMut::strided(&mut dweight, inputs);
-                let x = Mat::new(x, tokens, inputs);
-                matmul(dweight, grad.t(), x, false, Threads::All);
+    /// dx = dy W.
+    pub fn backward_input(self, dy: &[f32], weight: &[f32], dx: Gradient) {
+        matmul(
+            MatMut::new(dx.values, self.inputs),
+            Mat::new(dy, self.outputs),
+            Mat::new(weight, self.inputs),
+            dx.add,
+            Threads::All,
+            self.precision,
+        );
+    }
+
+    /// dW = dy^T x.
+    pub fn backward_weight(self, dy: &[f32], x: &[f32], dweight: Gradient) {
+        matmul(
+            MatMut::new(dweight.values, self.inputs),
+            Mat::new(dy, self.outputs).t(),
+            Mat::new(x, self.inputs),
+            dweight.add,
+            Threads::All,
+            self.precision,
+        );
+    }
+
+    /// db = sum over rows of dy.
+    pub fn backward_bias(self, dy: &[f32], dbias: Gradient) {
+        let partials: Vec<Vec<f32>> = dy
+            .par_chunks(self.outputs * ROWS_PER_TASK)
+            .map(|dy| {
+                let mut sum = vec![0.0; self.outputs];
+                for dy in dy.chunks(self.outputs) {
+                    sum.iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy);
+                }
+                sum
             })
-        })??;
-        Ok((
-            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
-            Some(Tensor::from_vec(dweight, weight.shape(), x.device())?),
-        ))
+            .collect();
+        sum_partials(&partials, dbias);
     }
 }

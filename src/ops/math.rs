@@ -7,6 +7,7 @@ const LANES: usize = 8;
 ///
 /// x = n ln 2 + f with |f| <= ln 2 / 2, e^x = 2^n e^f; e^f by a polynomial of degree 6
 /// (coefficients of Cephes' `expf`).
+#[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     /// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
@@ -32,6 +33,7 @@ pub fn exp(x: f32) -> f32 {
 }
 
 /// Eight running sums, so that the compiler can use vector registers.
+#[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0f32; LANES];
     let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
@@ -50,6 +52,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// The sum of `values`, in eight running sums like [`dot`].
+#[inline(always)]
 pub fn sum(values: &[f32]) -> f32 {
     let mut sums = [0.0f32; LANES];
     let chunks = values.chunks_exact(LANES);

@@ -1,8 +1,12 @@
-//! Fused CPU operations with hand-written backward passes, as candle custom operations.
+//! The arithmetic of training on the CPU: fused operations with hand-written backward passes.
 //!
-//! candle's own fused operations (`rms_norm`, `softmax_last_dim`, `rope`, `sdpa`) have no backward
-//! pass and cut the graph without a word; composed ones store every intermediate. Here each
-//! operation keeps what its gradient needs and no more, and its file shows the formula.
+//! An operation is one small file of plain functions over slices: the forward pass, the backward
+//! pass, and the formula of both. It keeps what its gradient needs and no more. The tape that calls
+//! them in order is `model::tape`; the same operations in candle's terms, for other devices and as
+//! the oracle of the tests, are in `model::composed`.
+//!
+//! Sums run in an order that does not depend on the number of threads, so the results do not
+//! either.
 //!
 //! The only `unsafe` code of the crate lives in this room.
 //!
@@ -10,40 +14,85 @@
 //! heads, C channels of a head, F feed-forward, N supervised positions, V vocabulary.
 
 pub mod adamw;
+pub mod arena;
 pub mod attention;
-pub mod gemm;
+pub mod embedding;
 pub mod head_loss;
 pub mod linear;
 pub mod math;
+pub mod matmul;
 pub mod process;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 
+use std::ops::{Deref, Range};
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
+use candle_core::{CpuStorage, Result, Storage, Tensor};
 
 /// Rows that one task of a row-wise operation works on: enough to pay for the task, few enough to
 /// share the work out. Fixed, so that sums over rows do not depend on the number of threads.
 const ROWS_PER_TASK: usize = 64;
 
-/// The values of a contiguous f32 argument.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let (start, end) = layout.contiguous_offsets().ok_or_else(|| {
-        candle_core::Error::Msg(
-            "a fused operation was given a tensor that is not contiguous".into(),
-        )
-    })?;
-    Ok(&storage.as_slice::<f32>()?[start..end])
+/// Values that one task of an element-wise operation works on.
+const VALUES_PER_TASK: usize = 1 << 14;
+
+/// Where a gradient goes: added to what is there, or in its place.
+pub struct Gradient<'a> {
+    pub values: &'a mut [f32],
+    pub add: bool,
 }
 
-/// Calls `f` with the values of a contiguous f32 tensor on the CPU.
-pub fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => Ok(f(values(storage, layout)?)),
-        _ => candle_core::bail!("this operation runs on the CPU only"),
+/// Adds up the parts of a gradient that tasks made, in order.
+fn sum_partials(partials: &[Vec<f32>], gradient: Gradient) {
+    if !gradient.add {
+        gradient.values.fill(0.0);
+    }
+    for partial in partials {
+        for (sum, part) in gradient.values.iter_mut().zip(partial) {
+            *sum += part;
+        }
+    }
+}
+
+/// Runs a loop compiled for the widest vector instructions that this CPU has.
+#[inline(always)]
+fn simd<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
+
+/// The values of a contiguous f32 tensor on the CPU, for as long as they are read.
+pub struct Values<'a> {
+    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    range: Range<usize>,
+}
+
+impl<'a> Values<'a> {
+    /// # Errors
+    /// Where the tensor is no contiguous f32 tensor on the CPU.
+    pub fn of(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) =
+            (&*storage, layout.contiguous_offsets())
+        else {
+            candle_core::bail!("fused operations take contiguous f32 tensors on the CPU");
+        };
+        let range = start..end;
+        let storage = Box::new(storage);
+        Ok(Self { storage, range })
+    }
+}
+
+impl Deref for Values<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &**self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            // `of` has looked.
+            _ => &[],
+        }
     }
 }
 
@@ -52,4 +101,25 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// The rows of one segment, of `width` values each.
+fn part<'a>(values: &'a [f32], segment: &Range<usize>, width: usize) -> &'a [f32] {
+    &values[segment.start * width..segment.end * width]
+}
+
+/// `values` cut into the rows of each segment.
+fn split<'a>(
+    mut values: &'a mut [f32],
+    segments: &[Range<usize>],
+    width: usize,
+) -> Vec<&'a mut [f32]> {
+    segments
+        .iter()
+        .map(|segment| {
+            let (rows, rest) = std::mem::take(&mut values).split_at_mut(segment.len() * width);
+            values = rest;
+            rows
+        })
+        .collect()
 }

@@ -1,6 +1,12 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864), in the half-split layout of Hugging
 //! Face: channel i turns with channel i + C/2.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::simd;
+
 /// cos and sin of every (position, frequency).
 #[derive(Debug, Clone)]
 pub struct RopeTable {
@@ -36,18 +42,44 @@ impl RopeTable {
         self.cos.len() / self.half
     }
 
-    /// Turns the heads of one token (a multiple of C channels) at `position`, in place.
-    pub fn turn(&self, heads: &mut [f32], position: usize, turn: Turn) {
+    /// cos and sin of the angles at `position` (C/2 each).
+    pub fn at(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.half..(position + 1) * self.half;
-        let (cos, sin) = (&self.cos[range.clone()], &self.sin[range]);
+        (&self.cos[range.clone()], &self.sin[range])
+    }
+
+    /// Turns rows of `width` channels (a multiple of C), in place; positions start at 0 in each of
+    /// the `segments`.
+    pub fn turn_segments(
+        &self,
+        rows: &mut [f32],
+        width: usize,
+        segments: &[Range<usize>],
+        turn: Turn,
+    ) {
+        super::split(rows, segments, width)
+            .into_par_iter()
+            .for_each(|rows| self.turn_rows(rows, width, 0, turn));
+    }
+
+    /// Turns rows of `width` channels that stand at positions `first`, `first + 1`, ...
+    pub fn turn_rows(&self, rows: &mut [f32], width: usize, first: usize, turn: Turn) {
         let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
-        for head in heads.chunks_exact_mut(2 * self.half) {
-            let (a, b) = head.split_at_mut(self.half);
-            for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                let (x, y, sin) = (*a, *b, sin * sign);
-                *a = x * cos - y * sin;
-                *b = y * cos + x * sin;
-            }
-        }
+        rows.par_chunks_mut(width)
+            .enumerate()
+            .with_min_len(super::ROWS_PER_TASK)
+            .for_each(|(row, heads)| {
+                let (cos, sin) = self.at(first + row);
+                simd(|| {
+                    for head in heads.chunks_exact_mut(2 * self.half) {
+                        let (a, b) = head.split_at_mut(self.half);
+                        for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                            let (x, y, sin) = (*a, *b, sin * sign);
+                            *a = x * cos - y * sin;
+                            *b = y * cos + x * sin;
+                        }
+                    }
+                });
+            });
     }
 }

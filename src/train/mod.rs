@@ -26,10 +26,12 @@ use crate::data::dataset::{self, Dataset};
 use crate::data::example::Example;
 use crate::data::tokenizer::Tokenizer;
 use crate::fs;
+use crate::model::tape::Memory;
 use crate::signal::StopFlag;
 use crate::terminal::{Progress, format_count, format_duration};
 use checkpoint::State;
 use metrics::{Means, Metrics, StepLine, Sums};
+use objective::Weights;
 use optimizer::Optimizer;
 use student::Student;
 
@@ -89,7 +91,9 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
     };
 
     let checkpoints = config.run_dir.join("checkpoints");
+    let memory = Memory::Record;
     let mut optimizer = Optimizer::new(&student.vars);
+    let mut gradients = student.model.gradients();
     let mut tokens = 0;
     let mut cursor = Cursor::default();
     if let Some(path) = checkpoint::find(&checkpoints, start)? {
@@ -130,23 +134,26 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         for micro in examples.chunks(settings.micro_batch_size) {
             let batch = Batch::new(micro.iter().copied());
             step_tokens += batch.input_ids.len() as u64;
-            let scale = 1.0 / positions as f32;
-            let (part, rows) = objective::loss(&student.model, &batch, kd_weight, scale)?;
-            let value = part.to_scalar::<f32>()?;
-            if !value.is_finite() {
+            let weights = Weights {
+                kd: kd_weight,
+                scale: 1.0 / positions as f32,
+            };
+            let (part, rows) =
+                objective::gradients(&student.model, &batch, weights, memory, &mut gradients)?;
+            if !part.is_finite() {
                 bail!(not_finite("loss", step, &batch.keys));
             }
-            loss += f64::from(value);
+            loss += part;
             sums.add(&rows);
-            optimizer.accumulate(&part.backward()?)?;
         }
-        let norm = optimizer.gradient_norm();
+        let norm = optimizer.gradient_norm(&gradients)?;
         if !norm.is_finite() {
             let keys: Vec<String> = examples.iter().map(|e| e.key.clone()).collect();
             bail!(not_finite("gradient", step, &keys));
         }
         let rate = schedule::learning_rate(settings, step, total);
-        optimizer.update(settings, rate, norm)?;
+        optimizer.update(settings, rate, norm, &gradients)?;
+        gradients.clear();
 
         tokens += step_tokens;
         let means = sums.means();

@@ -1,37 +1,52 @@
 //! A batch through the model and the loss: with gradients for training, without for evaluation.
 
 use anyhow::Result;
-use candle_core::Tensor;
 
 use super::loss::{self, Row, RowLoss};
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
 use crate::data::example::Example;
-use crate::model::Model;
-use crate::ops::head_loss::{head_loss, map_logits};
+use crate::model::tape::{Gradients, Memory};
+use crate::model::{Input, Model};
 
-/// The loss of a micro-batch, times `scale` and summed (a scalar), and the unscaled terms of its
-/// positions.
+/// How a position's terms make the loss.
+#[derive(Debug, Clone, Copy)]
+pub struct Weights {
+    /// Weight of KD against CE, where there are soft labels.
+    pub kd: f32,
+    /// What every position is multiplied by.
+    pub scale: f32,
+}
+
+/// Adds the gradients of a micro-batch to `gradients`; returns its loss and the unscaled terms of
+/// its positions.
 ///
 /// # Errors
 /// Where an example does not fit the model.
-pub fn loss(
+pub fn gradients(
     model: &Model,
     batch: &Batch,
-    kd_weight: f32,
-    scale: f32,
-) -> Result<(Tensor, Vec<RowLoss>)> {
-    let hidden = model.hidden_at(&batch.input_ids, &batch.segments, &batch.positions)?;
-    let batch = batch.clone();
-    let row = move |n: usize, logits: &mut [f32]| {
-        let row = loss::row(logits, target(&batch, n), kd_weight, scale);
-        let weighted = match row.kd {
-            Some(kd) => (1.0 - kd_weight) * row.ce + kd_weight * kd,
-            None => row.ce,
-        };
-        (scale * weighted, row)
+    weights: Weights,
+    memory: Memory,
+    gradients: &mut Gradients,
+) -> Result<(f64, Vec<RowLoss>)> {
+    let row = |n: usize, logits: &mut [f32]| {
+        loss::row(logits, target(batch, n), weights.kd, weights.scale)
     };
-    Ok(head_loss(&hidden, model.head(), row)?)
+    let rows = model.train_pass(input(batch), memory, row, gradients)?;
+    let weighted = rows.iter().map(|row| match row.kd {
+        Some(kd) => f64::from((1.0 - weights.kd) * row.ce + weights.kd * kd),
+        None => f64::from(row.ce),
+    });
+    Ok((weighted.sum::<f64>() * f64::from(weights.scale), rows))
+}
+
+fn input(batch: &Batch) -> Input<'_> {
+    Input {
+        input_ids: &batch.input_ids,
+        segments: &batch.segments,
+        positions: &batch.positions,
+    }
 }
 
 /// What supervised position `n` of a batch teaches.
@@ -52,8 +67,7 @@ pub fn evaluate(model: &Model, examples: &[Example], batch_size: usize) -> Resul
     let mut sums = Sums::default();
     for examples in examples.chunks(batch_size) {
         let batch = Batch::new(examples);
-        let hidden = model.hidden_at(&batch.input_ids, &batch.segments, &batch.positions)?;
-        let rows = map_logits(&hidden, model.head(), |n, logits| {
+        let rows = model.map_logits(input(&batch), |n, logits| {
             loss::row(logits, target(&batch, n), 0.0, 1.0)
         })?;
         sums.add(&rows);

@@ -4,15 +4,15 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
-use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::config::Train;
+use crate::model::tape::Gradients;
 use crate::model::weights::Tensors;
-use crate::ops::{adamw, with_values};
+use crate::ops::adamw;
 
-/// Parameters, their moments, and the gradients of the step under way.
+/// Parameters and their moments.
 pub struct Optimizer {
     parameters: Vec<Parameter>,
     /// Updates done.
@@ -22,7 +22,6 @@ pub struct Optimizer {
 struct Parameter {
     name: String,
     var: Var,
-    gradient: Vec<f32>,
     first_moment: Vec<f32>,
     second_moment: Vec<f32>,
     /// Norm weights are left out of the decay, as is the custom.
@@ -39,7 +38,6 @@ impl Optimizer {
                 Parameter {
                     name: name.clone(),
                     var: var.clone(),
-                    gradient: zeros.clone(),
                     first_moment: zeros.clone(),
                     second_moment: zeros,
                     decays: var.rank() > 1,
@@ -57,51 +55,36 @@ impl Optimizer {
         self.step
     }
 
-    /// Adds the gradients of a micro-batch.
+    /// The global norm of the gradients.
     ///
     /// # Errors
     /// Names a parameter that received none: the graph is cut somewhere.
-    pub fn accumulate(&mut self, gradients: &GradStore) -> Result<()> {
-        for parameter in &mut self.parameters {
-            let gradient = gradients
-                .get(&parameter.var)
-                .with_context(|| format!("parameter {} received no gradient", parameter.name))?
-                .contiguous()?;
-            with_values(&gradient, |gradient| {
-                parameter
-                    .gradient
-                    .par_iter_mut()
-                    .zip(gradient)
-                    .for_each(|(sum, part)| *sum += part);
-            })?;
+    pub fn gradient_norm(&self, gradients: &Gradients) -> Result<f64> {
+        let mut sum = 0.0;
+        for parameter in &self.parameters {
+            // In blocks of fixed size, so that the sum does not depend on the number of threads.
+            let blocks: Vec<f64> = parameter
+                .gradient(gradients)?
+                .par_chunks(1 << 16)
+                .map(adamw::sum_of_squares)
+                .collect();
+            sum += blocks.iter().sum::<f64>();
         }
-        Ok(())
-    }
-
-    /// The global norm of the accumulated gradients.
-    pub fn gradient_norm(&self) -> f64 {
-        // In blocks of fixed size, so that the sum does not depend on the number of threads.
-        let squares = |values: &[f32]| values.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>();
-        self.parameters
-            .iter()
-            .map(|parameter| {
-                let blocks: Vec<f64> = parameter
-                    .gradient
-                    .par_chunks(1 << 16)
-                    .map(squares)
-                    .collect();
-                blocks.iter().sum::<f64>()
-            })
-            .sum::<f64>()
-            .sqrt()
+        Ok(sum.sqrt())
     }
 
     /// Updates every parameter at `learning_rate` with gradients clipped from `norm` to
-    /// `train.max_grad_norm`, and clears the gradients.
+    /// `train.max_grad_norm`.
     ///
     /// # Errors
-    /// Where a parameter is no contiguous f32 tensor.
-    pub fn update(&mut self, train: &Train, learning_rate: f64, norm: f64) -> Result<()> {
+    /// Where a parameter is no contiguous f32 tensor, or has no gradient.
+    pub fn update(
+        &mut self,
+        train: &Train,
+        learning_rate: f64,
+        norm: f64,
+        gradients: &Gradients,
+    ) -> Result<()> {
         self.step += 1;
         let clip = train.max_grad_norm > 0.0 && norm > train.max_grad_norm;
         let gradient_scale = if clip {
@@ -125,12 +108,11 @@ impl Optimizer {
             };
             adamw::adamw(
                 &parameter.var,
-                &parameter.gradient,
+                parameter.gradient(gradients)?,
                 &mut parameter.first_moment,
                 &mut parameter.second_moment,
                 step,
             )?;
-            parameter.gradient.fill(0.0);
         }
         Ok(())
     }
@@ -174,5 +156,13 @@ impl Optimizer {
         }
         self.step = step;
         Ok(())
+    }
+}
+
+impl Parameter {
+    fn gradient<'a>(&self, gradients: &'a Gradients) -> Result<&'a [f32]> {
+        gradients
+            .get(&self.var)
+            .with_context(|| format!("parameter {} received no gradient", self.name))
     }
 }

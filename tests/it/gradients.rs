@@ -1,39 +1,36 @@
-//! Every hand-written backward pass against differences of its forward pass.
+//! Every hand-written backward pass against candle's autograd over the composed operations, and
+//! against differences of its forward pass.
 
-use candle_core::{Device, Tensor, Var};
-use distill::model::{Model, weights::Tensors};
-use distill::ops::head_loss::head_loss;
-use distill::train::loss::{self, Row};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use candle_core::{D, DType, Device, Tensor, Var};
+use candle_nn::ops::log_softmax;
+use distill::data::batch::Batch;
+use distill::data::example::{Example, SoftLabels, Target};
+use distill::model::composed::Composed;
+use distill::model::graph::Graph;
+use distill::model::tape::{Gradients, Keys, Memory, Setting, Tape};
+use distill::model::{Input, Model, ModelConfig, weights::Tensors};
+use distill::ops::arena::Arena;
+use distill::ops::attention::Heads;
+use distill::ops::matmul::Precision;
+use distill::ops::rope::RopeTable;
+use distill::train::objective::{self, Weights};
 
 use crate::model::tiny;
 
-const SEGMENTS: [std::ops::Range<usize>; 2] = [0..70, 70..83];
+const VOCABULARY: u32 = 61;
 
-fn total_loss(model: &Model, kd_weight: f32) -> Tensor {
-    let ids: Vec<u32> = (0..83).map(|i| (i * 17 + 5) % 61).collect();
-    let positions: Vec<u32> = (40..69).chain(72..82).collect();
-    let labels: Vec<u32> = positions.iter().map(|p| ids[*p as usize + 1]).collect();
-    let hidden = model.hidden_at(&ids, &SEGMENTS, &positions).unwrap();
-    let row = move |n: usize, logits: &mut [f32]| {
-        let target = Row {
-            label: labels[n],
-            soft_ids: &[3, labels[n].max(10) - 6, 59],
-            soft_logprobs: &[-1.2, -0.9, -2.5],
-        };
-        let result = loss::row(logits, target, kd_weight, 0.05);
-        let kd = result.kd.unwrap();
-        (0.05 * ((1.0 - kd_weight) * result.ce + kd_weight * kd), ())
-    };
-    head_loss(&hidden, model.head(), row).unwrap().0
+/// A trainable model with its variables by name.
+struct Trainable {
+    model: Model,
+    vars: BTreeMap<String, Var>,
 }
 
-/// Moves each parameter along a random direction: the change of the loss must be the gradient's
-/// component along it.
-#[test]
-fn every_parameter_has_the_gradient_that_differences_show() {
-    for (tied, kd_weight) in [(true, 0.5), (false, 1.0), (true, 0.0)] {
-        let (config, tensors) = tiny(tied);
-        let vars: Vec<(String, Var)> = tensors
+impl Trainable {
+    fn new(config: &ModelConfig, tensors: &Tensors) -> Self {
+        let vars: BTreeMap<String, Var> = tensors
             .iter()
             .map(|(name, tensor)| (name.clone(), Var::from_tensor(tensor).unwrap()))
             .collect();
@@ -42,47 +39,339 @@ fn every_parameter_has_the_gradient_that_differences_show() {
             .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
             .collect();
         let model = Model::new(config.clone(), &trainable).unwrap();
-        let gradients = total_loss(&model, kd_weight).backward().unwrap();
-        let mut random = fastrand::Rng::with_seed(3);
-        for (name, var) in &vars {
-            let gradient = gradients
-                .get(var)
-                .unwrap_or_else(|| panic!("{name} has none"));
-            let gradient: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
-            let norm = gradient
-                .iter()
-                .map(|g| f64::from(*g).powi(2))
-                .sum::<f64>()
-                .sqrt();
-            assert!(norm > 1e-6, "{name} has a zero gradient");
-            // Half along the gradient, so that the change is well above rounding.
-            let direction: Vec<f32> = gradient
-                .iter()
-                .map(|g| {
-                    (f64::from(*g) / norm) as f32
-                        + 0.3 * (random.f32() - 0.5) / (gradient.len() as f32).sqrt()
-                })
-                .collect();
-            let expected: f64 = gradient
-                .iter()
-                .zip(&direction)
-                .map(|(g, d)| f64::from(g * d))
-                .sum();
-            let direction = Tensor::from_vec(direction, var.shape(), &Device::Cpu).unwrap();
-            let loss_at = |distance: f64| {
-                let mut moved = trainable.clone();
-                let tensor = (var.as_tensor() + (&direction * distance).unwrap()).unwrap();
-                moved.insert(name.clone(), tensor.detach());
-                let model = Model::new(config.clone(), &moved).unwrap();
-                f64::from(total_loss(&model, kd_weight).to_scalar::<f32>().unwrap())
+        Self { model, vars }
+    }
+
+    fn tiny(tied: bool) -> Self {
+        let (config, tensors) = tiny(tied);
+        Self::new(&config, &tensors)
+    }
+
+    /// The loss of `batches` and the gradient of each variable.
+    fn gradients(
+        &self,
+        batches: &[Batch],
+        kd: f32,
+        memory: Memory,
+    ) -> (f64, BTreeMap<String, Vec<f32>>) {
+        let positions: usize = batches.iter().map(|batch| batch.positions.len()).sum();
+        let weights = Weights {
+            kd,
+            scale: 1.0 / positions as f32,
+        };
+        let mut gradients = self.model.gradients();
+        let mut loss = 0.0;
+        for batch in batches {
+            let part = objective::gradients(&self.model, batch, weights, memory, &mut gradients);
+            loss += part.unwrap().0;
+        }
+        (loss, self.named(&gradients))
+    }
+
+    fn named(&self, gradients: &Gradients) -> BTreeMap<String, Vec<f32>> {
+        let get = |(name, var): (&String, &Var)| {
+            let gradient = gradients.get(var.as_tensor());
+            let gradient = gradient.unwrap_or_else(|| panic!("{name} received no gradient"));
+            (name.clone(), gradient.to_vec())
+        };
+        self.vars.iter().map(get).collect()
+    }
+
+    /// The same by candle: the loss from its formula, the gradients by its autograd.
+    fn oracle(&self, batch: &Batch, kd: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
+        let input = Input {
+            input_ids: &batch.input_ids,
+            segments: &batch.segments,
+            positions: &batch.positions,
+        };
+        let hidden = self.model.composed_hidden(input).unwrap();
+        let logits = hidden.matmul(&self.model.head().t().unwrap()).unwrap();
+        let logq = log_softmax(&logits, D::Minus1).unwrap();
+        let mut terms = Vec::new();
+        for n in 0..batch.positions.len() {
+            let logq = logq.get(n).unwrap();
+            let at = |id: u32| logq.get(id as usize).unwrap();
+            let ce = at(batch.labels[n]).neg().unwrap();
+            let soft = batch.soft_offsets[n]..batch.soft_offsets[n + 1];
+            if soft.is_empty() {
+                terms.push(ce);
+                continue;
+            }
+            let (mut mass, mut kept) = (0.0, Tensor::zeros((), DType::F32, &Device::Cpu).unwrap());
+            let mut tail = kept.clone();
+            for i in soft {
+                let (l, logq) = (batch.soft_logprobs[i] as f64, at(batch.soft_ids[i]));
+                mass += l.exp();
+                kept = (kept + logq.exp().unwrap()).unwrap();
+                tail = (tail + (logq.neg().unwrap() + l).unwrap() * l.exp()).unwrap();
+            }
+            let rest = 1.0 - mass;
+            let log_rest = kept.affine(-1.0, 1.0).unwrap().log().unwrap();
+            let tail = (tail + log_rest.affine(-rest, rest * rest.ln()).unwrap()).unwrap();
+            let kd = f64::from(kd);
+            terms.push((ce.affine(1.0 - kd, 0.0).unwrap() + tail.affine(kd, 0.0)).unwrap());
+        }
+        let loss = Tensor::stack(&terms, 0).unwrap().mean_all().unwrap();
+        let store = loss.backward().unwrap();
+        let get = |(name, var): (&String, &Var)| {
+            let gradient = store.get(var).unwrap_or_else(|| panic!("{name} has none"));
+            let gradient = gradient.flatten_all().unwrap().to_vec1().unwrap();
+            (name.clone(), gradient)
+        };
+        let loss = f64::from(loss.to_scalar::<f32>().unwrap());
+        (loss, self.vars.iter().map(get).collect())
+    }
+}
+
+/// Eight examples of ragged lengths; some positions are prompt, some have no soft labels.
+fn examples() -> Vec<Example> {
+    let mut random = fastrand::Rng::with_seed(5);
+    [70, 13, 1, 33, 2, 64, 65, 40]
+        .iter()
+        .enumerate()
+        .map(|(row, &length)| {
+            let length = length + 1;
+            let input_ids: Vec<u32> = (0..length).map(|_| random.u32(..VOCABULARY)).collect();
+            let first = random.usize(0..length - 1);
+            let target = |position: usize| Target {
+                position,
+                label: input_ids[position + 1],
+                soft: (position % 3 != 2).then(|| SoftLabels {
+                    ids: vec![3, input_ids[position + 1].max(10) - 6, 59],
+                    logprobs: vec![-1.2, -0.9, -2.5],
+                }),
             };
-            let step = (2e-3 / norm).min(1e-2);
-            let measured = (loss_at(step) - loss_at(-step)) / (2.0 * step);
-            let error = (measured - expected).abs() / expected.abs();
-            assert!(
-                error < 0.02,
-                "{name}: differences give {measured}, backward {expected}"
+            Example {
+                key: row.to_string(),
+                prompt_id: row.to_string(),
+                targets: (first..length - 1).map(target).collect(),
+                input_ids,
+            }
+        })
+        .collect()
+}
+
+fn norm(values: &[f32]) -> f64 {
+    let squares = values.iter().map(|v| f64::from(*v).powi(2));
+    squares.sum::<f64>().sqrt()
+}
+
+/// By how much two gradients differ, relative to the larger.
+fn difference(a: &[f32], b: &[f32]) -> f64 {
+    let difference: Vec<f32> = a.iter().zip(b).map(|(a, b)| a - b).collect();
+    // Where both are nearly zero, so is their difference.
+    norm(&difference) / norm(a).max(norm(b)).max(1e-3)
+}
+
+fn assert_same(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>, tolerance: f64) {
+    assert_eq!(a.len(), b.len());
+    for ((name, a), b) in a.iter().zip(b.values()) {
+        let difference = difference(a, b);
+        assert!(difference < tolerance, "{name} differs by {difference:e}");
+    }
+}
+
+#[test]
+fn every_parameter_has_the_gradient_that_candle_finds() {
+    for (tied, kd) in [(true, 0.5), (false, 1.0), (true, 0.0)] {
+        let student = Trainable::tiny(tied);
+        let batch = Batch::new(&examples());
+        let (loss, gradients) = student.gradients(&[batch.clone()], kd, Memory::Record);
+        let (expected_loss, expected) = student.oracle(&batch, kd);
+        assert!((loss - expected_loss).abs() < 1e-4 * expected_loss);
+        for (name, gradient) in &gradients {
+            assert!(norm(gradient) > 1e-6, "{name} has a zero gradient");
+        }
+        assert_same(&gradients, &expected, 1e-4);
+    }
+}
+
+#[test]
+fn checkpointing_changes_no_bit_of_a_gradient() {
+    let student = Trainable::tiny(true);
+    let batches = [Batch::new(&examples())];
+    let recorded = student.gradients(&batches, 0.5, Memory::Record);
+    let checkpointed = student.gradients(&batches, 0.5, Memory::Checkpoint);
+    assert_eq!(recorded, checkpointed);
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit_of_a_gradient() {
+    let student = Trainable::tiny(true);
+    let batches = [Batch::new(&examples())];
+    let with = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        let pool = pool.build().unwrap();
+        pool.install(|| student.gradients(&batches, 0.5, Memory::Record))
+    };
+    let one = with(1);
+    assert_eq!(one, with(2));
+    assert_eq!(one, with(3));
+}
+
+#[test]
+fn gradients_do_not_depend_on_how_a_step_is_cut() {
+    let student = Trainable::tiny(true);
+    let examples = examples();
+    let cut = |micro: usize| -> Vec<Batch> { examples.chunks(micro).map(Batch::new).collect() };
+    let (loss, whole) = student.gradients(&cut(8), 0.5, Memory::Record);
+    for micro in [4, 2, 1] {
+        let (other_loss, other) = student.gradients(&cut(micro), 0.5, Memory::Record);
+        assert!((loss - other_loss).abs() < 1e-6 * loss);
+        assert_same(&whole, &other, 1e-5);
+    }
+    let backwards: Vec<&Example> = examples.iter().rev().collect();
+    let (_, other) = student.gradients(&[Batch::new(backwards)], 0.5, Memory::Record);
+    assert_same(&whole, &other, 1e-5);
+}
+
+/// Moves each parameter along a random direction: the change of the loss must be the gradient's
+/// component along it.
+#[test]
+fn every_parameter_has_the_gradient_that_differences_show() {
+    let (config, tensors) = tiny(true);
+    let student = Trainable::new(&config, &tensors);
+    let batches = [Batch::new(&examples())];
+    let (_, gradients) = student.gradients(&batches, 0.5, Memory::Record);
+    let mut random = fastrand::Rng::with_seed(3);
+    for (name, gradient) in &gradients {
+        let norm = norm(gradient);
+        // Half along the gradient, so that the change is well above rounding.
+        let direction: Vec<f32> = gradient
+            .iter()
+            .map(|g| {
+                (f64::from(*g) / norm) as f32
+                    + 0.3 * (random.f32() - 0.5) / (gradient.len() as f32).sqrt()
+            })
+            .collect();
+        let expected: f64 = gradient
+            .iter()
+            .zip(&direction)
+            .map(|(g, d)| f64::from(g * d))
+            .sum();
+        let direction = Tensor::from_vec(direction, tensors[name].shape(), &Device::Cpu).unwrap();
+        let loss_at = |distance: f64| {
+            let mut moved = tensors.clone();
+            moved.insert(
+                name.clone(),
+                (&tensors[name] + (&direction * distance).unwrap()).unwrap(),
             );
+            let moved = Trainable::new(&config, &moved);
+            moved.gradients(&batches, 0.5, Memory::Record).0
+        };
+        let step = (2e-3 / norm).min(1e-2);
+        let measured = (loss_at(step) - loss_at(-step)) / (2.0 * step);
+        let error = (measured - expected).abs() / expected.abs();
+        assert!(
+            error < 0.02,
+            "{name}: differences give {measured}, backward {expected}"
+        );
+    }
+}
+
+/// A little model of its own, with what the decoders of the other tests do not use.
+struct Little(Vec<Var>);
+
+impl Little {
+    fn new(heads: Heads) -> Self {
+        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
+        let shapes = [
+            vec![VOCABULARY as usize, 24],
+            vec![wide, 24],
+            vec![wide],
+            vec![narrow, 24],
+            vec![narrow, 24],
+            vec![heads.channels],
+            vec![24, wide],
+            vec![24],
+        ];
+        let mut random = fastrand::Rng::with_seed(2);
+        let var = |shape: &Vec<usize>| {
+            let values: Vec<f32> = (0..shape.iter().product())
+                .map(|_| random.f32() - 0.5)
+                .collect();
+            let tensor = Tensor::from_vec(values, shape.as_slice(), &Device::Cpu).unwrap();
+            Var::from_tensor(&tensor).unwrap()
+        };
+        Self(shapes.iter().map(var).collect())
+    }
+
+    fn run<G: Graph>(&self, graph: &mut G, ids: &[u32], positions: &[u32]) -> G::Value {
+        let [table, q, q_bias, k, v, head_norm, o, o_bias] = &self.0[..] else {
+            unreachable!()
+        };
+        let x = graph.embed(table, ids).unwrap();
+        graph.keep(&x);
+        let q = graph.linear(&x, q, Some(q_bias)).unwrap();
+        // The norm of every head, as some architectures have it.
+        let q = graph.rms_norm(&q, head_norm, 1e-5).unwrap();
+        let k = graph.linear(&x, k, None).unwrap();
+        let v = graph.linear(&x, v, None).unwrap();
+        let (q, k) = (graph.rope(q).unwrap(), graph.rope(k).unwrap());
+        let heads = graph.attention(0, q, k, v).unwrap();
+        let y = graph.add_linear(x, &heads, o, Some(o_bias)).unwrap();
+        graph.rows(y, positions).unwrap()
+    }
+}
+
+#[test]
+fn windows_biases_and_norms_of_heads_agree_with_candle() {
+    let heads = Heads {
+        query: 6,
+        key_value: 2,
+        channels: 8,
+    };
+    let little = Little::new(heads);
+    let rope = RopeTable::new(&[1.0, 0.3, 0.1, 0.01], 200);
+    let segments: [Range<usize>; 4] = [0..150, 150..151, 151..214, 214..280];
+    let ids: Vec<u32> = (0..280).map(|i| (i * 17 + 5) % VOCABULARY).collect();
+    let positions: Vec<u32> = (3..280).step_by(2).collect();
+    let arena = Arena::default();
+    for window in [None, Some(2), Some(5), Some(70), Some(1000)] {
+        let mut composed =
+            Composed::new(heads, &rope, window, &segments, DType::F32, &Device::Cpu).unwrap();
+        let expected = little.run(&mut composed, &ids, &positions);
+        let store = expected
+            .sin()
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap();
+        let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+        for memory in [Memory::Record, Memory::Checkpoint] {
+            let setting = Setting {
+                arena: &arena,
+                heads,
+                rope: &rope,
+                window,
+                precision: Precision::F32,
+            };
+            let mut tape = Tape::new(setting, &segments, Keys::Batch, memory);
+            let root = little.run(&mut tape, &ids, &positions);
+            let values = tape.value(&root).unwrap();
+            assert!(difference(&values, &expected) < 1e-5, "window {window:?}");
+            let mut gradient = arena.take(values.len()).unwrap();
+            for (gradient, value) in gradient.iter_mut().zip(&**values) {
+                *gradient = value.cos();
+            }
+            drop(values);
+            let mut gradients = Gradients::new(arena.clone());
+            tape.backward(root, gradient, &mut gradients).unwrap();
+            for (index, var) in little.0.iter().enumerate() {
+                let expected: Vec<f32> = store
+                    .get(var)
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1()
+                    .unwrap();
+                let difference = difference(gradients.get(var.as_tensor()).unwrap(), &expected);
+                assert!(
+                    difference < 1e-4,
+                    "window {window:?}, variable {index}: {difference:e}"
+                );
+            }
         }
     }
 }

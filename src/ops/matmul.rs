@@ -24,9 +24,9 @@ impl<'a> Mat<'a> {
         }
     }
 
-    /// A row-major matrix without gaps.
-    pub fn new(values: &'a [f32], rows: usize, cols: usize) -> Self {
-        Self::strided(values, rows, cols, cols)
+    /// A row-major matrix without gaps: as many rows of `cols` values as there are.
+    pub fn new(values: &'a [f32], cols: usize) -> Self {
+        Self::strided(values, values.len() / cols.max(1), cols, cols)
     }
 
     /// The transpose, without a copy.
@@ -51,6 +51,18 @@ impl<'a> MatMut<'a> {
     pub fn strided(values: &'a mut [f32], row_stride: usize) -> Self {
         Self { values, row_stride }
     }
+
+    /// A matrix of `cols` columns without gaps.
+    pub fn new(values: &'a mut [f32], cols: usize) -> Self {
+        Self::strided(values, cols)
+    }
+}
+
+/// What the products of a pass are computed in; sums are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    #[default]
+    F32,
 }
 
 /// Whether a product spreads over the threads of the pool.
@@ -72,7 +84,15 @@ fn span(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize
 ///
 /// # Panics
 /// Where the inner sizes differ or a view reaches past its slice.
-pub fn matmul(out: MatMut, a: Mat, b: Mat, accumulate: bool, threads: Threads) {
+pub fn matmul(
+    out: MatMut,
+    a: Mat,
+    b: Mat,
+    accumulate: bool,
+    threads: Threads,
+    precision: Precision,
+) {
+    let Precision::F32 = precision;
     let (m, k, n) = (a.rows, a.cols, b.cols);
     assert_eq!(k, b.rows, "inner sizes of a matrix product differ");
     assert!(span(m, k, a.row_stride, a.col_stride) <= a.values.len());
@@ -127,12 +147,19 @@ mod tests {
         let a_t: Vec<f32> = (0..k * m).map(|i| a[(i % m) * k + i / m]).collect();
         let b_t: Vec<f32> = (0..n * k).map(|i| b[(i % k) * n + i / k]).collect();
         for (a, b) in [
-            (Mat::new(&a, m, k), Mat::new(&b, k, n)),
-            (Mat::new(&a_t, k, m).t(), Mat::new(&b, k, n)),
-            (Mat::new(&a, m, k), Mat::new(&b_t, n, k).t()),
+            (Mat::new(&a, k), Mat::new(&b, n)),
+            (Mat::new(&a_t, m).t(), Mat::new(&b, n)),
+            (Mat::new(&a, k), Mat::new(&b_t, k).t()),
         ] {
             let mut out = vec![1.0; m * n];
-            matmul(MatMut::strided(&mut out, n), a, b, true, Threads::One);
+            matmul(
+                MatMut::strided(&mut out, n),
+                a,
+                b,
+                true,
+                Threads::One,
+                Precision::F32,
+            );
             for row in 0..m {
                 for col in 0..n {
                     assert_eq!(out[row * n + col], expected(row, col) + 1.0);
@@ -148,10 +175,11 @@ mod tests {
         let mut out = [0.0; 4];
         matmul(
             MatMut::strided(&mut out, 2),
-            Mat::new(&short, 2, 3),
-            Mat::new(&short, 3, 2),
+            Mat::strided(&short, 2, 3, 3),
+            Mat::strided(&short, 3, 2, 2),
             false,
             Threads::One,
+            Precision::F32,
         );
     }
 }

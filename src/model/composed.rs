@@ -1,0 +1,148 @@
+//! The graph in candle's own operations, with candle's autograd: runs on every device, and is what
+//! the fused operations are checked against.
+//!
+//! Only operations that have a backward pass are used (candle's fused `rms_norm`,
+//! `softmax_last_dim`, `rope` and `sdpa` have none, and cut the graph without a word).
+
+use std::ops::Range;
+
+use anyhow::{Context, Result};
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::ops::{sigmoid, softmax};
+
+use super::graph::Graph;
+use crate::ops::attention::Heads;
+use crate::ops::rope::RopeTable;
+
+/// A graph over candle tensors. Segments cover the rows in order.
+pub struct Composed<'a> {
+    heads: Heads,
+    segments: &'a [Range<usize>],
+    window: Option<usize>,
+    /// cos and sin of each row's angles (T x 1 x C/2).
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl<'a> Composed<'a> {
+    /// # Errors
+    /// Where a tensor cannot be made on `device`.
+    pub fn new(
+        heads: Heads,
+        rope: &RopeTable,
+        window: Option<usize>,
+        segments: &'a [Range<usize>],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let positions = segments.iter().flat_map(|segment| 0..segment.len());
+        let (cos, sin): (Vec<&[f32]>, Vec<&[f32]>) = positions.map(|at| rope.at(at)).unzip();
+        let table = |rows: Vec<&[f32]>| -> Result<Tensor> {
+            let shape = (rows.len(), 1, heads.channels / 2);
+            Ok(Tensor::from_vec(rows.concat(), shape, device)?.to_dtype(dtype)?)
+        };
+        Ok(Self {
+            heads,
+            segments,
+            window,
+            cos: table(cos)?,
+            sin: table(sin)?,
+        })
+    }
+
+    /// 0 where row i sees key j, minus infinity elsewhere (1 x t x t).
+    fn mask(&self, rows: usize, like: &Tensor) -> Result<Tensor> {
+        let sees = |i: usize, j: usize| j <= i && self.window.is_none_or(|w| i - j < w);
+        let values: Vec<f32> = (0..rows * rows)
+            .map(|at| match sees(at / rows, at % rows) {
+                true => 0.0,
+                false => f32::NEG_INFINITY,
+            })
+            .collect();
+        let mask = Tensor::from_vec(values, (1, rows, rows), like.device())?;
+        Ok(mask.to_dtype(like.dtype())?)
+    }
+}
+
+impl Graph for Composed<'_> {
+    type Value = Tensor;
+
+    fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+        Ok(table.index_select(&Tensor::new(ids, table.device())?, 0)?)
+    }
+
+    fn rows(&mut self, x: Tensor, positions: &[u32]) -> Result<Tensor> {
+        Ok(x.index_select(&Tensor::new(positions, x.device())?, 0)?)
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
+        let (dtype, shape) = (x.dtype(), x.shape());
+        let x = x.reshape(((), weight.elem_count()))?.to_dtype(DType::F32)?;
+        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+        let normed = x.broadcast_div(&(mean + epsilon)?.sqrt()?)?;
+        let y = normed.to_dtype(dtype)?.broadcast_mul(weight)?;
+        Ok(y.reshape(shape)?)
+    }
+
+    fn linear(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let y = x.matmul(&weight.t()?)?;
+        Ok(match bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+
+    fn add_linear(
+        &mut self,
+        residual: Tensor,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        Ok((residual + self.linear(x, weight, bias)?)?)
+    }
+
+    fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
+        Ok(((&gate * sigmoid(&gate)?)? * up)?)
+    }
+
+    fn rope(&mut self, x: Tensor) -> Result<Tensor> {
+        let (rows, width) = x.dims2()?;
+        let half = self.heads.channels / 2;
+        let heads = x.reshape((rows, width / self.heads.channels, 2 * half))?;
+        let (a, b) = (heads.narrow(2, 0, half)?, heads.narrow(2, half, half)?);
+        let turned_a = (a.broadcast_mul(&self.cos)? - b.broadcast_mul(&self.sin)?)?;
+        let turned_b = (b.broadcast_mul(&self.cos)? + a.broadcast_mul(&self.sin)?)?;
+        Ok(Tensor::cat(&[turned_a, turned_b], 2)?.reshape((rows, width))?)
+    }
+
+    fn attention(&mut self, _layer: usize, q: Tensor, k: Tensor, v: Tensor) -> Result<Tensor> {
+        let Heads {
+            query,
+            key_value,
+            channels,
+        } = self.heads;
+        let mut outputs = Vec::with_capacity(self.segments.len());
+        for segment in self.segments {
+            let rows = segment.len();
+            // (heads x t x C)
+            let heads = |x: &Tensor, count: usize| -> Result<Tensor> {
+                let x = x.narrow(0, segment.start, rows)?;
+                Ok(x.reshape((rows, count, channels))?
+                    .transpose(0, 1)?
+                    .contiguous()?)
+            };
+            let shared = |x: &Tensor| -> Result<Tensor> {
+                let x = heads(x, key_value)?.unsqueeze(1)?;
+                let x = x.broadcast_as((key_value, self.heads.group(), rows, channels))?;
+                Ok(x.contiguous()?.reshape((query, rows, channels))?)
+            };
+            let (q, k, v) = (heads(&q, query)?, shared(&k)?, shared(&v)?);
+            let scores = (q.matmul(&k.t()?)? * f64::from(self.heads.scale()))?;
+            let scores = scores.broadcast_add(&self.mask(rows, &scores)?)?;
+            let out = softmax(&scores, D::Minus1)?.matmul(&v)?;
+            outputs.push(out.transpose(0, 1)?.reshape((rows, query * channels))?);
+        }
+        Tensor::cat(&outputs, 0).context("attention of no segments")
+    }
+}

@@ -1,0 +1,209 @@
+//! Memory of a training step, used over and over.
+//!
+//! A step makes and drops some thousand large buffers. From the general allocator each would be
+//! mapped, faulted in page by page and given back; here a buffer is a range of a block that stays.
+//! The lowest place that fits is taken, so the memory in use stays dense, and gradients fill the
+//! holes that activations leave. Blocks ask for huge pages.
+
+use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
+
+use candle_core::Result;
+use memmap2::{MmapMut, MmapOptions};
+
+use super::lock;
+
+/// Values of a block: 256 MiB of addresses, of which untouched pages cost nothing.
+const BLOCK: usize = 1 << 26;
+/// Buffers begin at multiples of this many values: a cache line.
+const ALIGN: usize = 16;
+
+/// Where buffers come from and return to; clones share the memory.
+#[derive(Clone, Default)]
+pub struct Arena(Arc<Mutex<Vec<Block>>>);
+
+struct Block {
+    map: MmapMut,
+    /// Ranges that nobody holds: start -> length, in values, never two adjacent ones.
+    free: BTreeMap<usize, usize>,
+}
+
+/// A range of values that its holder alone reads and writes.
+pub struct Buffer {
+    arena: Arena,
+    block: usize,
+    start: usize,
+    len: usize,
+    values: NonNull<f32>,
+}
+
+// SAFETY: a buffer owns its range as a Box would: the arena hands out a range once, and gets it
+// back when the buffer is dropped.
+unsafe impl Send for Buffer {}
+// SAFETY: as above; shared access only reads.
+unsafe impl Sync for Buffer {}
+
+impl Arena {
+    /// A buffer of `len` values, which are whatever they were left at: write all of them. Debug
+    /// builds fill it with NaN, so that one that is not written shows.
+    ///
+    /// # Errors
+    /// Where the system has no more memory.
+    pub fn take(&self, len: usize) -> Result<Buffer> {
+        #[cfg_attr(not(debug_assertions), expect(unused_mut))]
+        let mut buffer = self.find(len)?;
+        #[cfg(debug_assertions)]
+        buffer.fill(f32::NAN);
+        Ok(buffer)
+    }
+
+    /// A buffer of `len` zeros.
+    ///
+    /// # Errors
+    /// As [`Arena::take`].
+    pub fn zeros(&self, len: usize) -> Result<Buffer> {
+        let mut buffer = self.find(len)?;
+        buffer.fill(0.0);
+        Ok(buffer)
+    }
+
+    fn find(&self, len: usize) -> Result<Buffer> {
+        let size = len.max(1).next_multiple_of(ALIGN);
+        let mut blocks = lock(&self.0);
+        let found = blocks
+            .iter_mut()
+            .enumerate()
+            .find_map(|(index, block)| Some((index, block.cut(size)?)));
+        let (index, start) = match found {
+            Some(found) => found,
+            None => {
+                let mut block = Block::new(size.max(BLOCK))?;
+                let start = block.cut(size).unwrap_or_default();
+                blocks.push(block);
+                (blocks.len() - 1, start)
+            }
+        };
+        let base = blocks[index].map.as_mut_ptr().cast::<f32>();
+        // SAFETY: `cut` returned a range inside the block, whose mapping is page-aligned, never
+        // moves, and lives as long as the arena, which the buffer holds.
+        let values = unsafe { NonNull::new_unchecked(base.add(start)) };
+        Ok(Buffer {
+            arena: self.clone(),
+            block: index,
+            start,
+            len,
+            values,
+        })
+    }
+}
+
+impl Block {
+    fn new(len: usize) -> Result<Self> {
+        let map = MmapOptions::new()
+            .len(len * size_of::<f32>())
+            .no_reserve_swap()
+            .map_anon()
+            .map_err(|error| {
+                candle_core::Error::Msg(format!(
+                    "no memory for {} MiB more: {error}",
+                    (len * size_of::<f32>()) >> 20
+                ))
+            })?;
+        #[cfg(target_os = "linux")]
+        // Faster where the system offers it; it works without.
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Self {
+            map,
+            free: BTreeMap::from([(0, len)]),
+        })
+    }
+
+    /// Takes the lowest free range of `size` values.
+    fn cut(&mut self, size: usize) -> Option<usize> {
+        let (&start, &len) = self.free.iter().find(|(_, len)| **len >= size)?;
+        self.free.remove(&start);
+        if len > size {
+            self.free.insert(start + size, len - size);
+        }
+        Some(start)
+    }
+
+    /// Takes a range back, and joins it with its free neighbours.
+    fn join(&mut self, mut start: usize, mut size: usize) {
+        if let Some(next) = self.free.remove(&(start + size)) {
+            size += next;
+        }
+        if let Some((&before, &len)) = self.free.range(..start).next_back()
+            && before + len == start
+        {
+            start = before;
+            size += len;
+        }
+        self.free.insert(start, size);
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let size = self.len.max(1).next_multiple_of(ALIGN);
+        lock(&self.arena.0)[self.block].join(self.start, size);
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        // SAFETY: the range is this buffer's alone, and its values were zeros from the start.
+        unsafe { std::slice::from_raw_parts(self.values.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as above, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.values.as_ptr(), self.len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn live_buffers_never_overlap_and_dropped_ones_are_used_again() {
+        let arena = Arena::default();
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut live: Vec<(Buffer, f32)> = Vec::new();
+        for round in 0..2000 {
+            if live.len() > 40 || (random.bool() && !live.is_empty()) {
+                let (buffer, mark) = live.swap_remove(random.usize(..live.len()));
+                assert!(buffer.iter().all(|v| *v == mark), "overwritten");
+            } else {
+                let mut buffer = arena.zeros(random.usize(0..5000)).expect("memory");
+                assert!(buffer.iter().all(|v| *v == 0.0));
+                buffer.fill(round as f32);
+                live.push((buffer, round as f32));
+            }
+        }
+        live.clear();
+        let blocks = lock(&arena.0);
+        assert_eq!(blocks.len(), 1);
+        assert_eq!(blocks[0].free, BTreeMap::from([(0, BLOCK)]), "not joined");
+    }
+
+    #[test]
+    fn the_lowest_place_is_taken_and_large_requests_get_a_block_of_their_own() {
+        let arena = Arena::default();
+        let [a, b] = [100, 50].map(|len| arena.take(len).expect("memory"));
+        let low = a.values;
+        drop(a);
+        let c = arena.take(60).expect("memory");
+        assert_eq!(c.values, low);
+        drop(b);
+        let large = arena.take(BLOCK + 1).expect("memory");
+        assert_eq!((large.block, large.len()), (1, BLOCK + 1));
+    }
+}

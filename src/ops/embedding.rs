@@ -1,0 +1,36 @@
+//! Rows of a table by their index: token embeddings, and the positions that meet the head.
+
+use rayon::prelude::*;
+
+use super::Gradient;
+
+/// Rows `ids` (T) of `table` (V x D) become `y` (T x D).
+///
+/// # Panics
+/// Where an id is past the table.
+pub fn forward(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
+    for (y, &id) in y.chunks_mut(width).zip(ids) {
+        y.copy_from_slice(row(table, id, width));
+    }
+}
+
+/// dtable[id] = sum of dy over the rows that took `id`.
+pub fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: Gradient) {
+    if !dtable.add {
+        dtable
+            .values
+            .par_chunks_mut(1 << 16)
+            .for_each(|part| part.fill(0.0));
+    }
+    for (dy, &id) in dy.chunks(width).zip(ids) {
+        let at = id as usize * width;
+        for (sum, d) in dtable.values[at..at + width].iter_mut().zip(dy) {
+            *sum += d;
+        }
+    }
+}
+
+fn row(table: &[f32], id: u32, width: usize) -> &[f32] {
+    let at = id as usize * width;
+    &table[at..at + width]
+}

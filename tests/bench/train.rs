@@ -1,0 +1,184 @@
+//! Times training steps on random tokens; see `tests/bench/train.sh`, and `train.py`, its peer.
+//!
+//! `train [--shape NAME] [--batch N] [--length N] [--vocabulary N] [--prompt SHARE] [--k N]
+//! [--steps N] [--threads N] [--checkpoint]` prints a line of JSON.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use distill::config;
+use distill::data::batch::Batch;
+use distill::model::tape::Memory;
+use distill::model::{ModelConfig, llama};
+use distill::train::objective::{self, Weights};
+use distill::train::optimizer::Optimizer;
+use distill::train::student::Student;
+use serde_json::json;
+
+/// What to time.
+struct Case {
+    shape: config::Student,
+    vocabulary: usize,
+    batch: usize,
+    length: usize,
+    prompt: f64,
+    k: usize,
+    steps: usize,
+    threads: usize,
+    memory: Memory,
+}
+
+fn main() -> Result<()> {
+    // As the program itself does, first of all.
+    distill::ops::process::set_up();
+    let case = Case::of_arguments()?;
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(case.threads)
+        .build()?;
+    pool.install(|| time(&case))
+}
+
+impl Case {
+    fn of_arguments() -> Result<Self> {
+        let mut options: HashMap<String, String> = HashMap::new();
+        let mut arguments = std::env::args().skip(1);
+        while let Some(name) = arguments.next() {
+            let value = match name.as_str() {
+                "--checkpoint" => String::new(),
+                _ => arguments
+                    .next()
+                    .with_context(|| format!("{name} needs a value"))?,
+            };
+            options.insert(name, value);
+        }
+        let mut number = |name: &str, default: usize| -> Result<usize> {
+            let given = options.remove(name);
+            given.map_or(Ok(default), |text| text.parse().context("not a number"))
+        };
+        let (batch, length) = (number("--batch", 0)?, number("--length", 256)?);
+        let (k, steps) = (number("--k", 20)?, number("--steps", 5)?);
+        let (threads, vocabulary) = (number("--threads", 2)?, number("--vocabulary", 0)?);
+        let prompt = options.remove("--prompt").unwrap_or("0".into()).parse()?;
+        let memory = match options.remove("--checkpoint") {
+            Some(_) => Memory::Checkpoint,
+            None => Memory::Record,
+        };
+        let shape = |hidden, inner, layers, heads, key_value| config::Student {
+            hidden_size: hidden,
+            intermediate_size: inner,
+            num_hidden_layers: layers,
+            num_attention_heads: heads,
+            num_key_value_heads: key_value,
+            max_position_embeddings: length,
+            ..config::Student::default()
+        };
+        let name = options.remove("--shape").unwrap_or("135m".into());
+        let (shape, own_vocabulary, own_batch) = match name.as_str() {
+            "135m" => (shape(576, 1536, 30, 9, 3), 49_152, 4),
+            "tiny" => (shape(256, 704, 6, 4, 2), 8_192, 8),
+            _ => bail!("the shapes are 135m and tiny"),
+        };
+        if let Some(name) = options.keys().next() {
+            bail!("{name} is no option");
+        }
+        Ok(Self {
+            shape,
+            vocabulary: if vocabulary > 0 {
+                vocabulary
+            } else {
+                own_vocabulary
+            },
+            batch: if batch > 0 { batch } else { own_batch },
+            length,
+            prompt,
+            k,
+            steps,
+            threads,
+            memory,
+        })
+    }
+
+    /// Random tokens; the last part of each sequence is supervised.
+    fn random_batch(&self) -> Batch {
+        let mut random = fastrand::Rng::with_seed(0);
+        let mut batch = Batch {
+            soft_offsets: vec![0],
+            ..Batch::default()
+        };
+        let first = (self.prompt * self.length as f64) as usize;
+        for sequence in 0..self.batch {
+            let start = sequence * self.length;
+            batch.segments.push(start..start + self.length);
+            batch.keys.push(sequence.to_string());
+            for at in 0..self.length {
+                batch.input_ids.push(random.u32(0..self.vocabulary as u32));
+                if at < first {
+                    continue;
+                }
+                batch.positions.push((start + at) as u32);
+                batch.labels.push(random.u32(0..self.vocabulary as u32));
+                let soft = fastrand::choose_multiple(0..self.vocabulary as u32, self.k);
+                let share = 0.95 / self.k.max(1) as f32;
+                batch.soft_logprobs.extend(soft.iter().map(|_| share.ln()));
+                batch.soft_ids.extend(soft);
+                batch.soft_offsets.push(batch.soft_ids.len());
+            }
+        }
+        batch
+    }
+}
+
+fn time(case: &Case) -> Result<()> {
+    let config = ModelConfig::of_student(&case.shape, case.vocabulary, &[])?;
+    let student = Student::new(config.clone(), llama::random_weights(&config, 0)?)?;
+    let mut optimizer = Optimizer::new(&student.vars);
+    let mut gradients = student.model.gradients();
+    let batch = case.random_batch();
+    let settings = config::Train::default();
+    let weights = Weights {
+        kd: 0.5,
+        scale: 1.0 / batch.positions.len() as f32,
+    };
+    let mut seconds = Vec::new();
+    let mut losses = Vec::new();
+    for step in 0..=case.steps {
+        let began = Instant::now();
+        let (loss, _) =
+            objective::gradients(&student.model, &batch, weights, case.memory, &mut gradients)?;
+        let passes = began.elapsed().as_secs_f64();
+        let norm = optimizer.gradient_norm(&gradients)?;
+        optimizer.update(&settings, 1e-4, norm, &gradients)?;
+        gradients.clear();
+        losses.push(loss);
+        if std::env::var_os("VERBOSE").is_some() {
+            eprintln!(
+                "step {step}: loss {loss:.4} norm {norm:.5} passes {passes:.3} s, whole {:.3} s",
+                began.elapsed().as_secs_f64()
+            );
+        }
+        // The first step warms up.
+        if step > 0 {
+            seconds.push(began.elapsed().as_secs_f64());
+        }
+    }
+    let tokens = (case.batch * case.length) as f64;
+    println!(
+        "{}",
+        json!({
+            "parameters": student.vars.values().map(|v| v.elem_count()).sum::<usize>(),
+            "tokens_per_s": seconds.iter().map(|s| tokens / s).collect::<Vec<_>>(),
+            "losses": losses,
+            "peak_mib": peak_mib()?,
+        })
+    );
+    Ok(())
+}
+
+/// The most memory that this process has held.
+fn peak_mib() -> Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    Ok(kib.context("no VmHWM")?.parse::<f64>()? / 1024.0)
+}
