@@ -1,0 +1,211 @@
+//! bf16 tiles by the AVX512-BF16 instructions, which multiply pairs and add them up in f32.
+
+use super::blocks::Part;
+use super::kernel::{bf16_bits, pack};
+
+/// Does this CPU multiply bf16 faster than f32?
+pub fn is_native() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return Native::detect().is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use x86::Native;
+
+/// Packs panels of L lanes in pairs of terms: `to[(l / L * pairs + t / 2) * L + l % L]` holds term t
+/// of lane l in its low half, term t + 1 in its high half.
+#[inline(always)]
+fn pack_pairs<const L: usize>(part: Part, to: &mut [u32]) {
+    /// Terms that are brought into order at a time.
+    const RUN: usize = 32;
+    let mut ordered = [[0.0; L]; RUN];
+    let panel = part.terms.div_ceil(2) * L;
+    for (index, to) in to.chunks_exact_mut(panel).enumerate() {
+        for (run, to) in to.chunks_mut(RUN / 2 * L).enumerate() {
+            let start = run * RUN;
+            let lane = index * L;
+            let run = Part {
+                values: &part.values[lane * part.lane + start * part.term..],
+                lanes: L.min(part.lanes - lane),
+                terms: RUN.min(part.terms - start),
+                ..part
+            };
+            pack::<L>(run, ordered[..run.terms].as_flattened_mut());
+            if !run.terms.is_multiple_of(2) {
+                ordered[run.terms].fill(0.0);
+            }
+            let pairs = ordered.chunks_exact(2).map(|pair| (&pair[0], &pair[1]));
+            for (to, (first, second)) in to.chunks_exact_mut(L).zip(pairs) {
+                for ((to, first), second) in to.iter_mut().zip(first).zip(second) {
+                    *to = bf16_bits(*first) >> 16 | bf16_bits(*second);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::{
+        __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512,
+        _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+    };
+    use std::cell::Cell;
+    use std::thread::LocalKey;
+
+    use super::super::blocks::{Kernel, Part, Strip};
+    use super::pack_pairs;
+
+    const ROWS: usize = 14;
+    const COLS: usize = 32;
+    /// Sums in a vector, and pairs.
+    const LANES: usize = 16;
+
+    /// Tiles of 14 x 32 values. Exists only where the CPU has the instructions.
+    #[derive(Clone, Copy)]
+    pub struct Native(());
+
+    impl Native {
+        pub fn detect() -> Option<Self> {
+            let has = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512bf16");
+            has.then_some(Self(()))
+        }
+    }
+
+    thread_local! {
+        static BUFFERS: [Cell<Vec<u32>>; 2] =
+            const { [Cell::new(Vec::new()), Cell::new(Vec::new())] };
+    }
+
+    impl Kernel for Native {
+        const ROWS: usize = ROWS;
+        const COLS: usize = COLS;
+        const STEP: usize = 2;
+        type Element = u32;
+
+        fn pack_rows(self, part: Part, to: &mut [u32]) {
+            // SAFETY: `detect` has found the features.
+            unsafe { pack_vectorised::<ROWS>(part, to) }
+        }
+
+        fn pack_cols(self, part: Part, to: &mut [u32]) {
+            // SAFETY: `detect` has found the features.
+            unsafe { pack_vectorised::<COLS>(part, to) }
+        }
+
+        fn multiply(self, rows: &[u32], cols: &[u32], depth: usize, strip: Strip) {
+            // SAFETY: `detect` has found the features.
+            unsafe { multiply(rows, cols, depth, strip) }
+        }
+
+        fn buffers() -> &'static LocalKey<[Cell<Vec<u32>>; 2]> {
+            &BUFFERS
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    fn pack_vectorised<const L: usize>(part: Part, to: &mut [u32]) {
+        pack_pairs::<L>(part, to);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    fn multiply(rows: &[u32], cols: &[u32], depth: usize, strip: Strip) {
+        for (j, cols) in cols.chunks_exact(depth * COLS).enumerate() {
+            let width = COLS.min(strip.cols - j * COLS);
+            let masks = [mask(width), mask(width.saturating_sub(LANES))];
+            for (i, rows) in rows.chunks_exact(depth * ROWS).enumerate() {
+                let height = ROWS.min(strip.rows - i * ROWS);
+                let sums = tile(rows, cols);
+                let lines = strip.values[i * ROWS * strip.stride..].chunks_mut(strip.stride);
+                for (line, sums) in lines.take(height).zip(sums) {
+                    let line = &mut line[strip.first + j * COLS..][..width];
+                    for ((half, sum), mask) in line.chunks_mut(LANES).zip(sums).zip(masks) {
+                        let at = half.as_mut_ptr();
+                        // SAFETY: the mask lets through as many values as `half` has.
+                        unsafe {
+                            let before = match strip.add {
+                                true => _mm512_maskz_loadu_ps(mask, at),
+                                false => _mm512_setzero_ps(),
+                            };
+                            _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(before, sum));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lets the first `width` values of a vector through.
+    fn mask(width: usize) -> u16 {
+        ((1u32 << width.min(LANES)) - 1) as u16
+    }
+
+    /// The sums of 14 rows and 32 columns.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    fn tile(rows: &[u32], cols: &[u32]) -> [[__m512; 2]; ROWS] {
+        let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+        for (row, col) in rows.chunks_exact(ROWS).zip(cols.chunks_exact(COLS)) {
+            // SAFETY: `col` has 32 elements, two vectors.
+            let (left, right) = unsafe {
+                let at = col.as_ptr().cast::<__m512i>();
+                (_mm512_loadu_si512(at), _mm512_loadu_si512(at.add(1)))
+            };
+            let (left, right) = (as_bf16(left), as_bf16(right));
+            for (sums, row) in sums.iter_mut().zip(row) {
+                let row = as_bf16(_mm512_set1_epi32(row.cast_signed()));
+                sums[0] = _mm512_dpbf16_ps(sums[0], row, left);
+                sums[1] = _mm512_dpbf16_ps(sums[1], row, right);
+            }
+        }
+        sums
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    fn as_bf16(bits: __m512i) -> __m512bh {
+        // SAFETY: both are 512 bits without invalid patterns.
+        unsafe { std::mem::transmute(bits) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_hold_two_terms_of_a_lane() {
+        let (lanes, terms) = (11, 37);
+        let values: Vec<f32> = (0..lanes * terms).map(|i| i as f32).collect();
+        for (lane, term) in [(terms, 1), (1, lanes)] {
+            let part = Part {
+                values: &values,
+                lane,
+                term,
+                lanes,
+                terms,
+            };
+            let pairs = terms.div_ceil(2);
+            let mut to = vec![7; pairs * 12];
+            pack_pairs::<4>(part, &mut to);
+            for (at, pair) in to.iter().enumerate() {
+                let (panel, at) = (at / (pairs * 4), at % (pairs * 4));
+                let (l, t) = (panel * 4 + at % 4, at / 4 * 2);
+                let value = |t: usize| match l < lanes && t < terms {
+                    true => half::bf16::from_f32(values[l * lane + t * term]).to_bits(),
+                    false => 0,
+                };
+                assert_eq!(
+                    [*pair as u16, (*pair >> 16) as u16],
+                    [value(t), value(t + 1)]
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! f32 tiles with vector instructions, by the `pulp` crate; and plain ones for CPUs that it has no
+//! wide vectors for.
+
+use std::cell::Cell;
+use std::thread::LocalKey;
+
+use pulp::{Simd, WithSimd};
+
+use super::blocks::{Kernel, Part, Strip};
+
+/// Tiles of R rows and two vectors (C columns). Where `rounded`, factors are rounded to bf16 as
+/// they are packed.
+#[derive(Clone, Copy)]
+pub struct Wide<S, const R: usize, const C: usize> {
+    pub simd: S,
+    pub rounded: bool,
+}
+
+thread_local! {
+    static BUFFERS: [Cell<Vec<f32>>; 2] = const { [Cell::new(Vec::new()), Cell::new(Vec::new())] };
+}
+
+impl<S: Simd, const R: usize, const C: usize> Kernel for Wide<S, R, C> {
+    const ROWS: usize = R;
+    const COLS: usize = C;
+    const STEP: usize = 1;
+    type Element = f32;
+
+    fn pack_rows(self, part: Part, to: &mut [f32]) {
+        let rounded = self.rounded;
+        self.simd.vectorize(Pack::<R> { part, to, rounded });
+    }
+
+    fn pack_cols(self, part: Part, to: &mut [f32]) {
+        let rounded = self.rounded;
+        self.simd.vectorize(Pack::<C> { part, to, rounded });
+    }
+
+    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: Strip) {
+        assert_eq!(C, 2 * S::F32_LANES);
+        self.simd.vectorize(Multiply::<R, C> {
+            rows,
+            cols,
+            depth,
+            strip,
+        });
+    }
+
+    fn buffers() -> &'static LocalKey<[Cell<Vec<f32>>; 2]> {
+        &BUFFERS
+    }
+}
+
+struct Pack<'a, const L: usize> {
+    part: Part<'a>,
+    to: &'a mut [f32],
+    rounded: bool,
+}
+
+impl<const L: usize> WithSimd for Pack<'_, L> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        pack::<L>(self.part, self.to);
+        if self.rounded {
+            self.to.iter_mut().for_each(|value| *value = round(*value));
+        }
+    }
+}
+
+/// Packs panels of L lanes: `to[(l / L * terms + t) * L + l % L]` is lane l, term t.
+#[inline(always)]
+pub fn pack<const L: usize>(part: Part, to: &mut [f32]) {
+    let Part {
+        values,
+        lane,
+        term,
+        lanes,
+        terms,
+    } = part;
+    let panel = terms * L;
+    let whole = lanes / L;
+    if lane == 1 {
+        // Term by term through all panels, as they lie in memory.
+        for t in 0..terms {
+            let read = values[t * term..][..lanes].chunks_exact(L);
+            for (panel, lanes) in to.chunks_exact_mut(panel).zip(read) {
+                panel[t * L..(t + 1) * L].copy_from_slice(lanes);
+            }
+        }
+    } else if term == 1 {
+        for (index, to) in to.chunks_exact_mut(panel).take(whole).enumerate() {
+            let lane_of = |l: usize| &values[(index * L + l) * lane..][..terms];
+            transpose::<L>(std::array::from_fn(lane_of), to);
+        }
+    }
+    let packed = if lane == 1 || term == 1 { whole } else { 0 };
+    for (index, to) in to.chunks_exact_mut(panel).enumerate().skip(packed) {
+        to.fill(0.0);
+        let first = index * L;
+        for (t, to) in to.chunks_exact_mut(L).enumerate() {
+            for (l, to) in to.iter_mut().take(lanes - first).enumerate() {
+                *to = values[(first + l) * lane + t * term];
+            }
+        }
+    }
+}
+
+/// `to[t * L + l]` is term t of lane l.
+#[inline(always)]
+fn transpose<const L: usize>(lanes: [&[f32]; L], to: &mut [f32]) {
+    let terms = to.len() / L;
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx") {
+        done = terms / RUN * RUN;
+        for start in (0..done).step_by(RUN) {
+            // SAFETY: the feature is there.
+            unsafe { transpose_run(&lanes, start, &mut to[start * L..(start + RUN) * L]) };
+        }
+    }
+    for (t, to) in to.chunks_exact_mut(L).enumerate().skip(done) {
+        for (to, lane) in to.iter_mut().zip(lanes) {
+            *to = lane[t];
+        }
+    }
+}
+
+/// Terms that are transposed at a time: the values of a vector.
+const RUN: usize = 8;
+
+/// Terms `start .. start + 8`, for 8 lanes at a time: three rounds of swaps between two vectors.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx")]
+#[inline]
+fn transpose_run<const L: usize>(lanes: &[&[f32]; L], start: usize, to: &mut [f32]) {
+    use std::arch::x86_64::{
+        _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps,
+        _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    };
+    for first in (0..L).step_by(RUN) {
+        let count = RUN.min(L - first);
+        let mut rows = [_mm256_setzero_ps(); RUN];
+        for (row, lane) in rows.iter_mut().zip(&lanes[first..]) {
+            let read = &lane[start..start + RUN];
+            // SAFETY: `read` has 8 values.
+            *row = unsafe { _mm256_loadu_ps(read.as_ptr()) };
+        }
+        let mut pairs = rows;
+        for i in [0, 2, 4, 6] {
+            pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+            pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+        }
+        let mut quads = pairs;
+        for i in [0, 4] {
+            quads[i] = _mm256_shuffle_ps::<0x44>(pairs[i], pairs[i + 2]);
+            quads[i + 1] = _mm256_shuffle_ps::<0xee>(pairs[i], pairs[i + 2]);
+            quads[i + 2] = _mm256_shuffle_ps::<0x44>(pairs[i + 1], pairs[i + 3]);
+            quads[i + 3] = _mm256_shuffle_ps::<0xee>(pairs[i + 1], pairs[i + 3]);
+        }
+        for t in 0..4 {
+            let early = _mm256_permute2f128_ps::<0x20>(quads[t], quads[t + 4]);
+            let late = _mm256_permute2f128_ps::<0x31>(quads[t], quads[t + 4]);
+            for (t, values) in [(t, early), (t + 4, late)] {
+                let mut whole = [0.0; RUN];
+                // SAFETY: `whole` has 8 values.
+                unsafe { _mm256_storeu_ps(whole.as_mut_ptr(), values) };
+                to[t * L + first..][..count].copy_from_slice(&whole[..count]);
+            }
+        }
+    }
+}
+
+/// The nearest bf16; of two equally near ones the even.
+#[inline(always)]
+fn round(value: f32) -> f32 {
+    f32::from_bits(bf16_bits(value))
+}
+
+/// The nearest bf16 in the high half, zeros in the low one.
+#[inline(always)]
+pub fn bf16_bits(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    // NaN stays NaN: carried over, it could become a number.
+    let bits = if value.is_nan() {
+        bits | 1 << 22
+    } else {
+        rounded
+    };
+    bits & 0xffff_0000
+}
+
+struct Multiply<'a, const R: usize, const C: usize> {
+    rows: &'a [f32],
+    cols: &'a [f32],
+    depth: usize,
+    strip: Strip<'a>,
+}
+
+impl<const R: usize, const C: usize> WithSimd for Multiply<'_, R, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self {
+            rows,
+            cols,
+            depth,
+            strip,
+        } = self;
+        for (j, cols) in cols.chunks_exact(depth * C).enumerate() {
+            let width = C.min(strip.cols - j * C);
+            for (i, rows) in rows.chunks_exact(depth * R).enumerate() {
+                let height = R.min(strip.rows - i * R);
+                let tile = tile::<S, R>(simd, rows, S::as_simd_f32s(cols).0);
+                let lines = strip.values[i * R * strip.stride..].chunks_mut(strip.stride);
+                for (line, sums) in lines.take(height).zip(&tile) {
+                    let line = &mut line[strip.first + j * C..][..width];
+                    if width == C {
+                        let (line, _) = S::as_mut_simd_f32s(line);
+                        for (value, sum) in line.iter_mut().zip(sums) {
+                            let before = if strip.add {
+                                *value
+                            } else {
+                                simd.splat_f32s(0.0)
+                            };
+                            *value = simd.add_f32s(before, *sum);
+                        }
+                    } else {
+                        let mut whole = [0.0; C];
+                        S::as_mut_simd_f32s(&mut whole).0.copy_from_slice(sums);
+                        for (value, sum) in line.iter_mut().zip(whole) {
+                            *value = if strip.add { *value + sum } else { sum };
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The sums of R rows and two vectors of columns.
+#[inline(always)]
+fn tile<S: Simd, const R: usize>(simd: S, rows: &[f32], cols: &[S::f32s]) -> [[S::f32s; 2]; R] {
+    let mut sums = [[simd.splat_f32s(0.0); 2]; R];
+    for (row, col) in rows.chunks_exact(R).zip(cols.chunks_exact(2)) {
+        let (left, right) = (col[0], col[1]);
+        for (sums, row) in sums.iter_mut().zip(row) {
+            let row = simd.splat_f32s(*row);
+            sums[0] = simd.mul_add_f32s(row, left, sums[0]);
+            sums[1] = simd.mul_add_f32s(row, right, sums[1]);
+        }
+    }
+    sums
+}
+
+/// Tiles of 4 x 4 whose factors are rounded to bf16, on any CPU.
+#[derive(Clone, Copy)]
+pub struct Plain;
+
+impl Kernel for Plain {
+    const ROWS: usize = 4;
+    const COLS: usize = 4;
+    const STEP: usize = 1;
+    type Element = f32;
+
+    fn pack_rows(self, part: Part, to: &mut [f32]) {
+        pack::<4>(part, to);
+        to.iter_mut().for_each(|value| *value = round(*value));
+    }
+
+    fn pack_cols(self, part: Part, to: &mut [f32]) {
+        self.pack_rows(part, to);
+    }
+
+    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: Strip) {
+        for (j, cols) in cols.chunks_exact(depth * 4).enumerate() {
+            let width = 4.min(strip.cols - j * 4);
+            for (i, rows) in rows.chunks_exact(depth * 4).enumerate() {
+                let height = 4.min(strip.rows - i * 4);
+                let mut sums = [[0.0f32; 4]; 4];
+                for (row, col) in rows.chunks_exact(4).zip(cols.chunks_exact(4)) {
+                    for (sums, row) in sums.iter_mut().zip(row) {
+                        for (sum, col) in sums.iter_mut().zip(col) {
+                            *sum += row * col;
+                        }
+                    }
+                }
+                let lines = strip.values[i * 4 * strip.stride..].chunks_mut(strip.stride);
+                for (line, sums) in lines.take(height).zip(sums) {
+                    let line = &mut line[strip.first + j * 4..][..width];
+                    for (value, sum) in line.iter_mut().zip(sums) {
+                        *value = if strip.add { *value + sum } else { sum };
+                    }
+                }
+            }
+        }
+    }
+
+    fn buffers() -> &'static LocalKey<[Cell<Vec<f32>>; 2]> {
+        &BUFFERS
+    }
+}

@@ -1,0 +1,329 @@
+//! Matrix products over slices.
+//!
+//! [`blocks`] cuts a product into blocks that fit the caches and copies ("packs") them into the
+//! order in which a kernel reads them (Goto and van de Geijn, ACM TOMS 34(3), 2008); [`kernel`]
+//! multiplies f32 with the widest vectors of the CPU, [`bf16`] with its bf16 instructions. Which
+//! is found out at run time. How a product is cut does not depend on the number of threads.
+
+mod bf16;
+mod blocks;
+mod kernel;
+
+use blocks::Product;
+use gemm::Parallelism;
+
+/// A strided view of an f32 matrix.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    values: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// A row-major matrix (rows x cols) whose rows lie `row_stride` values apart.
+    pub fn strided(values: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        Self {
+            values,
+            rows,
+            cols,
+            row_stride,
+            col_stride: 1,
+        }
+    }
+
+    /// A row-major matrix without gaps: as many rows of `cols` values as there are.
+    pub fn new(values: &'a [f32], cols: usize) -> Self {
+        Self::strided(values, values.len() / cols.max(1), cols, cols)
+    }
+
+    /// How many values it spans.
+    fn span(&self) -> usize {
+        span(self.rows, self.cols, self.row_stride, self.col_stride)
+    }
+
+    /// The transpose, without a copy.
+    pub fn t(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// The output of a product: row-major, rows `row_stride` values apart.
+pub struct MatMut<'a> {
+    values: &'a mut [f32],
+    row_stride: usize,
+}
+
+impl<'a> MatMut<'a> {
+    pub fn strided(values: &'a mut [f32], row_stride: usize) -> Self {
+        Self { values, row_stride }
+    }
+
+    /// A matrix of `cols` columns without gaps.
+    pub fn new(values: &'a mut [f32], cols: usize) -> Self {
+        Self::strided(values, cols)
+    }
+}
+
+/// What the factors of a product are rounded to; they are stored, and sums are taken, in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    #[default]
+    F32,
+    /// 8 bits of mantissa: twice as fast where the CPU has AVX512-BF16, as fast elsewhere.
+    Bf16,
+}
+
+impl Precision {
+    /// The fastest of this CPU.
+    pub fn fastest() -> Self {
+        if bf16::is_native() {
+            Self::Bf16
+        } else {
+            Self::F32
+        }
+    }
+}
+
+/// Whether a product spreads over the threads of the pool.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    One,
+    All,
+}
+
+/// Products with fewer rows are left to the `gemm` crate: packing a weight to multiply it with
+/// them costs more than it saves.
+const FEW_ROWS: usize = 16;
+
+/// How many values a (rows x cols) matrix with these strides spans.
+fn span(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
+    if rows == 0 || cols == 0 {
+        return 0;
+    }
+    (rows - 1) * row_stride + (cols - 1) * col_stride + 1
+}
+
+/// `out = a b`, or `out += a b` where `add`.
+///
+/// # Panics
+/// Where the inner sizes differ or a view reaches past its slice.
+pub fn matmul(out: MatMut, a: Mat, b: Mat, add: bool, threads: Threads, precision: Precision) {
+    let (m, k, n) = (a.rows, a.cols, b.cols);
+    assert_eq!(k, b.rows, "inner sizes of a matrix product differ");
+    assert!(a.span() <= a.values.len() && b.span() <= b.values.len());
+    assert!(out.row_stride >= n && span(m, n, out.row_stride, 1) <= out.values.len());
+    if m == 0 || n == 0 {
+        return;
+    }
+    let product = Product {
+        out,
+        a,
+        b,
+        add,
+        threads,
+    };
+    let rounded = precision == Precision::Bf16;
+    #[cfg(target_arch = "x86_64")]
+    {
+        if rounded && let Some(kernel) = bf16::Native::detect() {
+            return product.run(kernel);
+        }
+        if rounded || m >= FEW_ROWS {
+            match pulp::Arch::new() {
+                pulp::Arch::V4(simd) => {
+                    return product.run(kernel::Wide::<_, 14, 32> { simd, rounded });
+                }
+                pulp::Arch::V3(simd) => {
+                    return product.run(kernel::Wide::<_, 6, 16> { simd, rounded });
+                }
+                _ => {}
+            }
+        }
+    }
+    if rounded {
+        return product.run(kernel::Plain);
+    }
+    by_crate(product);
+}
+
+/// A product in f32 by the `gemm` crate.
+fn by_crate(product: Product) {
+    let Product {
+        out,
+        a,
+        b,
+        add,
+        threads,
+    } = product;
+    let parallelism = match threads {
+        Threads::One => Parallelism::None,
+        Threads::All => Parallelism::Rayon(rayon::current_num_threads()),
+    };
+    // SAFETY: `matmul` checked the three spans against their slices, `out` is borrowed mutably
+    // so it overlaps neither input, and every stride fits an isize because the slices exist.
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.cols,
+            a.cols,
+            out.values.as_mut_ptr(),
+            1,
+            out.row_stride as isize,
+            add,
+            a.values.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.values.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            1.0f32,
+            1.0f32,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values that are exact in bf16, and whose products and sums are exact in f32.
+    fn random(count: usize, random: &mut fastrand::Rng) -> Vec<f32> {
+        (0..count).map(|_| random.i32(-8..=8) as f32).collect()
+    }
+
+    /// `values` (rows x cols) with its columns laid end to end.
+    fn turned(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+        let at = |i: usize| values[i % rows * cols + i / rows];
+        (0..rows * cols).map(at).collect()
+    }
+
+    #[test]
+    fn products_agree_with_the_definition_for_every_size_and_transposition() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let sizes = [
+            (5, 7, 3),
+            (16, 1, 1),
+            (33, 700, 50),
+            (200, 64, 17),
+            (97, 13, 3100),
+            (40, 0, 9),
+        ];
+        for (m, k, n) in sizes {
+            let (a, b) = (random(m * k, &mut rng), random(k * n, &mut rng));
+            let (a_t, b_t) = (turned(&a, m, k), turned(&b, k, n));
+            let mut expected = vec![0.0; m * n];
+            for row in 0..m {
+                for i in 0..k {
+                    for col in 0..n {
+                        expected[row * n + col] += a[row * k + i] * b[i * n + col];
+                    }
+                }
+            }
+            let (a, b) = (Mat::strided(&a, m, k, k), Mat::strided(&b, k, n, n));
+            let a_t = Mat::strided(&a_t, k, m, m).t();
+            let b_t = Mat::strided(&b_t, n, k, k).t();
+            // Rows have a gap of two values, which must stay.
+            let stride = n + 2;
+            for (a, b) in [(a, b), (a_t, b), (a, b_t), (a_t, b_t)] {
+                for precision in [Precision::F32, Precision::Bf16] {
+                    for threads in [Threads::One, Threads::All] {
+                        let mut out = vec![1.0; m * stride];
+                        for add in [true, false, true] {
+                            let to = MatMut::strided(&mut out, stride);
+                            matmul(to, a, b, add, threads, precision);
+                        }
+                        for (at, value) in out.iter().enumerate() {
+                            let (row, col) = (at / stride, at % stride);
+                            let right = if col < n {
+                                2.0 * expected[row * n + col]
+                            } else {
+                                1.0
+                            };
+                            assert_eq!(*value, right, "{m} x {k} x {n}: {row}, {col}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_rounds_factors_to_the_nearest_and_keeps_nan() {
+        let value = 1.0 + 1.0 / 512.0;
+        let (a, b) = ([value; 32], [1.0, f32::NAN]);
+        for (precision, expected) in [(Precision::F32, value), (Precision::Bf16, 1.0)] {
+            let mut out = [0.0; 64];
+            let (a, b) = (Mat::new(&a, 1), Mat::new(&b, 2));
+            matmul(
+                MatMut::new(&mut out, 2),
+                a,
+                b,
+                false,
+                Threads::One,
+                precision,
+            );
+            assert!(
+                out.chunks(2)
+                    .all(|row| row[0] == expected && row[1].is_nan())
+            );
+        }
+        let up = f32::from_bits(0x3f80_8001);
+        assert_eq!(kernel::bf16_bits(up), 0x3f81_0000);
+        assert_eq!(kernel::bf16_bits(f32::INFINITY), f32::INFINITY.to_bits());
+    }
+
+    #[test]
+    fn plain_tiles_agree_with_wide_ones() {
+        let mut rng = fastrand::Rng::with_seed(2);
+        let (m, k, n) = (19, 400, 23);
+        let (a, b) = (random(m * k, &mut rng), random(k * n, &mut rng));
+        let mut outs = [vec![0.5; m * n], vec![0.5; m * n]];
+        let (a, b) = (Mat::new(&a, k), Mat::new(&b, n));
+        let [plain, wide] = &mut outs;
+        let product = Product {
+            out: MatMut::new(plain, n),
+            a,
+            b,
+            add: true,
+            threads: Threads::All,
+        };
+        product.run(kernel::Plain);
+        matmul(
+            MatMut::new(wide, n),
+            a,
+            b,
+            true,
+            Threads::All,
+            Precision::Bf16,
+        );
+        assert_eq!(outs[0], outs[1]);
+    }
+
+    #[test]
+    #[should_panic]
+    fn a_view_past_its_slice_is_refused() {
+        let short = [0.0; 5];
+        let mut out = [0.0; 4];
+        matmul(
+            MatMut::strided(&mut out, 2),
+            Mat::strided(&short, 2, 3, 3),
+            Mat::strided(&short, 3, 2, 2),
+            false,
+            Threads::One,
+            Precision::F32,
+        );
+    }
+}
