@@ -14,6 +14,7 @@ pub mod attention;
 pub mod gemm;
 pub mod head_loss;
 pub mod linear;
+pub mod map;
 pub mod math;
 pub mod process;
 pub mod rms_norm;

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use super::loss::{self, Row, RowLoss};
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
-use crate::data::example::Example;
+use crate::data::dataset::Examples;
 use crate::model::Model;
 use crate::ops::head_loss::{head_loss, map_logits};
 
@@ -48,10 +48,10 @@ fn target(batch: &Batch, n: usize) -> Row<'_> {
 ///
 /// # Errors
 /// Where an example does not fit the model.
-pub fn evaluate(model: &Model, examples: &[Example], batch_size: usize) -> Result<Means> {
+pub fn evaluate(model: &Model, examples: Examples, batch_size: usize) -> Result<Means> {
     let mut sums = Sums::default();
-    for examples in examples.chunks(batch_size) {
-        let batch = Batch::new(examples);
+    for start in (0..examples.len()).step_by(batch_size) {
+        let batch = Batch::new(examples.iter().skip(start).take(batch_size));
         let hidden = model.hidden_at(&batch.input_ids, &batch.segments, &batch.positions)?;
         let rows = map_logits(&hidden, model.head(), |n, logits| {
             loss::row(logits, target(&batch, n), 0.0, 1.0)
