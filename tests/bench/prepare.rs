@@ -236,7 +236,7 @@ fn run(dir: &Path) -> anyhow::Result<()> {
     println!(
         "{}",
         json!({
-            "is_new": data.is_new, "seconds": seconds, "peak_mib": peak_mib(),
+            "is_new": data.is_new, "seconds": seconds, "cpu": cpu_seconds(), "peak_mib": peak_mib(),
             "records": report.records, "kept": report.kept, "tokens": report.tokens,
             "positions": report.positions, "soft_positions": report.soft_positions,
             "mapped_mass": report.mean_mapped_mass,
@@ -281,6 +281,16 @@ fn align(dir: &Path) -> anyhow::Result<()> {
         json!({"tokens_per_s": speed, "tokens": tokens, "soft": soft})
     );
     Ok(())
+}
+
+/// The time that all threads of this process have computed, where the system tells it: what `seconds`
+/// would tell on a machine without other work, times the threads.
+fn cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
+    let ticks: u64 = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+    // The unit is the same on all machines (USER_HZ).
+    Some(ticks as f64 / 100.0)
 }
 
 /// The most memory that this process has had, where the system tells it.

@@ -38,7 +38,7 @@ case $first in *'"is_new":true'*) ;; *) echo "the first run did not prepare" >&2
 case $second in *'"is_new":false'*) ;; *) echo "the second run prepared again" >&2; exit 1 ;; esac
 test "$(number kept "$first")" = "$records"
 
-seconds=$(number seconds "$first") peak=$(number peak_mib "$first")
+seconds=$(number seconds "$first") cpu=$(number cpu "$first") peak=$(number peak_mib "$first")
 mapped=$(number seconds "$second") mapped_peak=$(number peak_mib "$second")
 tokens=$(number positions "$first") soft=$(number soft_positions "$first")
 disk=$(du -sb "$folder/prepared" | cut -f1)
@@ -48,6 +48,7 @@ awk "BEGIN {
     printf \"%d records of %d answer tokens, %d with soft labels; %.2f GB of cache\n\", $records, $tokens, $soft, $bytes / 1e9
     printf \"prepared    %8.2f s %6d MiB %9.0f records/s %9.0f tokens/s on each of $threads cores, %.2f GB on disk\n\", \
         $seconds, $peak, $records / $seconds, $speed, $disk / 1e9
+    printf \"            %8.1f s of processor time, loading the tokenizer included\n\", $cpu
     printf \"mapped      %8.2f s %6d MiB\n\", $mapped, $mapped_peak
     printf \"align alone %34.0f tokens/s on one core\n\", $aligned
 }"
