@@ -192,21 +192,18 @@ fn parse(text: &str) -> Option<Value> {
 
 /// Mean terms on held-out teacher answers.
 fn against_teacher(config: &Config, model: &Model, tokenizer: &Tokenizer) -> Result<Option<Means>> {
-    let examples = match &config.eval.teacher_cache {
-        Some(dir) => {
-            let (examples, _) = dataset::examples_of_cache(dir, &config.data, tokenizer)
-                .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?;
-            examples
-        }
+    let data = match &config.eval.teacher_cache {
+        Some(dir) => dataset::held_out(dir, &config.data, tokenizer)
+            .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?,
         None if config.data.source.is_some() || config.training_cache().exists() => {
-            dataset::load(config, tokenizer)?.validation
+            dataset::load(config, tokenizer, &mut |_, _| Ok(()))?
         }
         None => return Ok(None),
     };
-    if examples.is_empty() {
+    if data.validation().is_empty() {
         return Ok(None);
     }
-    objective::evaluate(model, &examples, config.eval.batch_size).map(Some)
+    objective::evaluate(model, data.validation(), config.eval.batch_size).map(Some)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! that. The cache alone writes in another way (it appends, see `cache::storage`).
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -175,6 +175,16 @@ pub fn read_data(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(unpacked)
 }
 
+/// Opens a data file to be read bit by bit, unpacked as by [`read_data`].
+pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
+    let file = BufReader::with_capacity(1 << 20, File::open(path)?);
+    if path.extension().is_none_or(|extension| extension != "gz") {
+        return Ok(Box::new(file));
+    }
+    let unpacked = flate2::bufread::MultiGzDecoder::new(file);
+    Ok(Box::new(BufReader::with_capacity(1 << 20, unpacked)))
+}
+
 /// Writes a folder of `files` (name and content) whole, as [`write_dir_with`] does.
 pub fn write_dir(destination: &Path, files: &[(&str, &[u8])]) -> Result<()> {
     write_dir_with(destination, |temporary| {
@@ -227,6 +237,13 @@ pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<
         remove_dir_all(&old)?;
     }
     Ok(filled)
+}
+
+/// Begins a file in a folder that [`write_dir_with`] gets filled, which syncs it with the folder.
+pub fn create(path: &Path) -> Result<BufWriter<File>> {
+    let file = File::create_new(path);
+    let file = file.with_context(|| format!("could not create {}", path.display()))?;
+    Ok(BufWriter::with_capacity(1 << 20, file))
 }
 
 fn rename(from: &Path, to: &Path) -> Result<()> {

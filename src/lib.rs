@@ -7,7 +7,7 @@
 //! ```text
 //! prompts, templates --prompt--> Prompt --harvest::request--> request body + key
 //!   --harvest (limiter, teacher, retry)--> answer --cache::record--> cache (append-only JSONL)
-//!   --data (chat template, tokenizer, align)--> Example --data::batch--> Batch
+//!   --data (chat template, tokenizer, align)--> prepared examples (mapped) --data::batch--> Batch
 //!   --model (over ops)--> hidden states --train::loss, fused with the LM head--> gradients
 //!   --train::optimizer--> weights --train::checkpoint, train::student--> Hugging Face folder
 //!   --evaluate--> Report          --serve, model::generate--> answers
@@ -21,7 +21,7 @@
 //! | [`prompt`] | prompt sources and templates |
 //! | [`harvest`] | what to ask, when, one by one or in batches, and what a reply means; async, knows no tensors |
 //! | [`cache`] | the record, its lines and frames, recovery, the one writer, repair and merge |
-//! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, examples, batches |
+//! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, prepared examples, batches |
 //! | [`model`] | a Hugging Face folder in memory; the architecture, written once; generation |
 //! | [`ops`] | fused operations with hand-written backward passes; all `unsafe` code |
 //! | [`train`] | THE loop, and what it needs: loss, optimizer, schedule, checkpoints, metrics |

@@ -5,6 +5,7 @@
 //! Record --line::encode--> a sealed line --writer (group commit), journal--> responses.jsonl
 //!   --seal, frames (in the background, `cache.compression`)--> responses.jsonl.zst
 //! both --reader::Lines--> whole lines --line::decode--> Record
+//!                                     --view, columns--> RecordView, borrowed, for training
 //! ```
 //!
 //! A cache is opened for writing by `opening`: by its `index`, or else whole, on all cores (`sweep`).
@@ -12,10 +13,11 @@
 //! torn tail from damage.
 //!
 //! `reader` walks both files, also while they are written; `repair` and `merge` move what does not fit
-//! aside. `record`, `stored`, `line`, `keys`, `recovery`, `frames`, `sweep` and `stats` are pure: bytes in,
-//! verdicts out. Files are created and replaced by `storage` alone (the pid in `lock` apart). An
-//! acknowledged record is never changed or lost.
+//! aside. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
+//! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
+//! pid in `lock` apart). An acknowledged record is never changed or lost.
 
+mod columns;
 pub mod frames;
 mod index;
 mod journal;
@@ -33,6 +35,7 @@ pub mod stats;
 mod storage;
 mod stored;
 mod sweep;
+pub mod view;
 mod writer;
 
 use std::path::{Path, PathBuf};

@@ -42,17 +42,10 @@ impl Iterator for Records {
             Ok(true) => line::decode(lines.line()).map_err(|fault| lines.refuse(fault)),
             Ok(false) => {
                 self.done = true;
-                for (path, bad) in lines.torn() {
-                    tracing::warn!(
-                        "{}: the last record, at byte {}, is not whole (a writer is at work, or \
-                         was stopped) and is left out",
-                        path.display(),
-                        bad.offset
-                    );
-                }
+                lines.warn_of_torn();
                 return None;
             }
-            Err(error) => Err(refusal(&lines.path(), error)),
+            Err(error) => Err(lines.refuse_scan(error)),
         };
         self.done = record.is_err();
         Some(record)
@@ -166,6 +159,16 @@ impl Lines {
         damaged(&self.path(), &self.bad(fault))
     }
 
+    /// The refusal to go on, for why [`Lines::advance`] failed.
+    pub fn refuse_scan(&self, error: ScanError) -> anyhow::Error {
+        refusal(&self.path(), error)
+    }
+
+    /// Where the current line is.
+    pub fn place(&self) -> Place {
+        Place(self.bad(Fault::Unsealed))
+    }
+
     /// The current line, with what is wrong with it.
     fn bad(&self, fault: Fault) -> BadLine {
         match (&self.compressed, &self.plain) {
@@ -200,6 +203,37 @@ impl Lines {
                 _ => None,
             });
         torn.collect()
+    }
+
+    /// Says so where the cache has a torn tail, once [`Lines::advance`] has returned `false`.
+    pub fn warn_of_torn(&self) {
+        for (path, bad) in self.torn() {
+            tracing::warn!(
+                "{}: the last record, at byte {}, is not whole (a writer is at work, or was \
+                 stopped) and is left out",
+                path.display(),
+                bad.offset
+            );
+        }
+    }
+}
+
+/// Where a line is in a cache.
+#[derive(Debug, Clone)]
+pub struct Place(BadLine);
+
+impl Place {
+    /// The refusal to go on, for what is wrong with the line there in the cache in `dir`.
+    pub fn refuse(&self, dir: &Path, fault: Fault) -> anyhow::Error {
+        let path = match self.0.is_compressed {
+            true => compressed_file(dir),
+            false => plain_file(dir),
+        };
+        let bad = BadLine {
+            fault,
+            ..self.0.clone()
+        };
+        damaged(&path, &bad)
     }
 }
 

@@ -185,12 +185,14 @@ pub mod raw {
         deserializer: D,
     ) -> Result<Vec<RawToken>, D::Error> {
         let text = String::deserialize(deserializer)?;
+        tokens(&text)
+            .map_err(|token| D::Error::custom(format_args!("`{token}` is not position:rank:hex")))
+    }
+
+    /// The tokens in a text, or the first that is none.
+    pub fn tokens(text: &str) -> Result<Vec<RawToken>, &str> {
         text.split_whitespace()
-            .map(|token| {
-                parse(token).ok_or_else(|| {
-                    D::Error::custom(format_args!("`{token}` is not position:rank:hex"))
-                })
-            })
+            .map(|token| parse(token).ok_or(token))
             .collect()
     }
 

@@ -122,6 +122,8 @@ pub struct Train {
     pub batch_size: usize,
     /// Examples per forward and backward pass; gradients accumulate up to `batch_size`.
     pub micro_batch_size: usize,
+    /// Tokens per forward and backward pass, in place of `micro_batch_size`; 0: that decides.
+    pub micro_batch_tokens: usize,
     pub learning_rate: f64,
     /// The rate at the end, as a share of `learning_rate`.
     pub min_learning_rate_ratio: f64,
@@ -151,6 +153,7 @@ impl Default for Train {
             epochs: 3.0,
             batch_size: 32,
             micro_batch_size: 8,
+            micro_batch_tokens: 0,
             learning_rate: 3e-4,
             min_learning_rate_ratio: 0.1,
             warmup_steps: 50,

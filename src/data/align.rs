@@ -6,12 +6,14 @@
 //! on cross-entropy. With one tokenizer on both sides all groups are one and one, and the map is
 //! the identity.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::example::SoftLabels;
+use foldhash::fast::FixedState;
+
 use super::tokenizer::Tokenizer;
-use crate::cache::record::Logprobs;
+use crate::cache::view::LogprobsView;
 
 /// Logprobs at or below are no logprobs: endpoints send -100, -9999 for "too small to tell".
 const SENTINEL: f32 = -100.0;
@@ -30,26 +32,59 @@ pub enum Mismatch {
 }
 
 /// The soft labels of an answer of N student tokens.
-#[derive(Debug, Clone, PartialEq)]
+///
+/// Those of a position are the teacher's top-k, mapped to student tokens: natural logarithms, best
+/// first; missing ones (sentinels) have been dropped and several tokens that map to one id merged.
+/// The mass that is not listed is the tail.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Aligned {
-    /// (N)
-    pub soft: Vec<Option<SoftLabels>>,
+    ids: Vec<u32>,
+    logprobs: Vec<f32>,
+    /// Where the labels of each position end (N).
+    ends: Vec<usize>,
     /// The teacher's mass on student tokens, summed over the positions that have soft labels.
     pub mapped_mass: f64,
 }
 
-/// Maps the teacher's tokens to the student's. Encodings of bytes that are no student token are
-/// remembered, so keep one for many answers.
+impl Aligned {
+    /// N
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Token ids and logprobs at position `at`. Empty where the teacher gave nothing usable, and
+    /// past the end; the position then trains on cross-entropy.
+    pub fn soft(&self, at: usize) -> (&[u32], &[f32]) {
+        let Some(&end) = self.ends.get(at) else {
+            return (&[], &[]);
+        };
+        let start = at.checked_sub(1).map_or(0, |before| self.ends[before]);
+        (&self.ids[start..end], &self.logprobs[start..end])
+    }
+}
+
+/// Maps the teacher's tokens to the student's. What was looked up once is remembered, so keep one
+/// for many answers.
 pub struct Mapper<'a> {
     tokenizer: &'a Tokenizer,
-    first_ids: HashMap<Box<[u8]>, Option<u32>>,
+    /// Nearly all tokens are short; a key without a pointer is found in one step.
+    short: HashMap<u128, Option<u32>, FixedState>,
+    long: HashMap<Box<[u8]>, Option<u32>, FixedState>,
+    /// The tokens of one position, kept for its memory.
+    found: Vec<Option<u32>>,
 }
 
 impl<'a> Mapper<'a> {
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
         Self {
             tokenizer,
-            first_ids: HashMap::new(),
+            short: HashMap::default(),
+            long: HashMap::default(),
+            found: Vec::new(),
         }
     }
 
@@ -57,19 +92,21 @@ impl<'a> Mapper<'a> {
     /// else the first of their encoding, an event that they imply. None for control tokens and what
     /// the student cannot spell.
     fn id_of(&mut self, bytes: &[u8]) -> Option<u32> {
-        if let Some(id) = self.tokenizer.id_of_bytes(bytes) {
-            return Some(id);
+        let tokenizer = self.tokenizer;
+        match short_key(bytes) {
+            Some(key) => *self
+                .short
+                .entry(key)
+                .or_insert_with(|| find(tokenizer, bytes)),
+            None => match self.long.get(bytes) {
+                Some(&known) => known,
+                None => {
+                    let id = find(tokenizer, bytes);
+                    self.long.insert(bytes.into(), id);
+                    id
+                }
+            },
         }
-        if let Some(&known) = self.first_ids.get(bytes) {
-            return known;
-        }
-        let id = if self.is_stop(bytes) {
-            None
-        } else {
-            self.tokenizer.first_id_of(bytes)
-        };
-        self.first_ids.insert(bytes.into(), id);
-        id
     }
 
     /// Soft labels for `student`, the N tokens that spell the part `kept` of the answer's bytes,
@@ -79,44 +116,48 @@ impl<'a> Mapper<'a> {
     /// If one side's bytes do not add up, or the logprobs are none.
     pub fn align(
         &mut self,
-        teacher: &Logprobs,
+        teacher: &LogprobsView,
         answer: &[u8],
         kept: Range<usize>,
         student: &[u32],
     ) -> Result<Aligned, Mismatch> {
-        let teacher = Tokens::new(teacher);
-        let teacher_ends = self.teacher_ends(&teacher, answer)?;
+        let teacher_ends = self.teacher_ends(teacher, answer)?;
         let student_ends = self.student_ends(student, answer, kept.clone())?;
         // What the template cut off, and the white space that it put in its place, has no partner.
         let skipped = teacher_ends.partition_point(|&end| end <= kept.start);
         let lead = student_ends.partition_point(|&end| end <= kept.start);
 
-        let mut soft = vec![None; student.len()];
-        let mut mapped_mass = 0.0;
+        let most = teacher.top.total() + student.len();
+        let mut aligned = Aligned {
+            ids: Vec::with_capacity(most),
+            logprobs: Vec::with_capacity(most),
+            ends: Vec::with_capacity(student.len()),
+            mapped_mass: 0.0,
+        };
+        let mut listed = Vec::new();
         for (from, to) in groups(&teacher_ends[skipped..], &student_ends[lead..]) {
             let (position, at) = (skipped + from.start, lead + to.start);
-            let (bytes, label) = (teacher.emitted(position), student[at]);
+            let (bytes, label) = (&*teacher.token[position], student[at]);
             let one_to_one = from.len() == 1 && to.len() == 1;
             if !one_to_one || self.tokenizer.token_bytes(label) != Some(bytes) {
                 continue;
             }
-            let labels = self.map(&teacher.alternatives(position)?, bytes, label);
-            if !labels.ids.is_empty() {
-                mapped_mass += mass(labels.logprobs.iter().copied());
-                soft[at] = Some(labels);
-            }
+            aligned.ends.resize(at, aligned.ids.len());
+            let total = alternatives(teacher, position, &mut listed)?;
+            self.map(&listed, total, bytes, label, &mut aligned);
+            aligned.ends.push(aligned.ids.len());
         }
-        Ok(Aligned { soft, mapped_mass })
+        aligned.ends.resize(student.len(), aligned.ids.len());
+        Ok(aligned)
     }
 
     /// Gate 1: the teacher's bytes are the answer's, up to stop tokens at the end. Returns where
     /// each of the others ends in the answer.
-    fn teacher_ends(&self, teacher: &Tokens, answer: &[u8]) -> Result<Vec<usize>, Mismatch> {
-        let mut ends = Vec::with_capacity(teacher.len());
+    fn teacher_ends(&self, teacher: &LogprobsView, answer: &[u8]) -> Result<Vec<usize>, Mismatch> {
+        let mut ends = Vec::with_capacity(teacher.token.len());
         let mut at = 0;
-        for position in 0..teacher.len() {
-            let bytes = teacher.emitted(position);
-            if at == answer.len() && self.is_stop(bytes) {
+        for (position, bytes) in teacher.token.iter().enumerate() {
+            if at == answer.len() && is_stop(self.tokenizer, bytes) {
                 continue;
             }
             if ends.len() != position || !answer[at..].starts_with(bytes) {
@@ -129,10 +170,6 @@ impl<'a> Mapper<'a> {
             return Err(Mismatch::Teacher);
         }
         Ok(ends)
-    }
-
-    fn is_stop(&self, bytes: &[u8]) -> bool {
-        is_stop(self.tokenizer, bytes)
     }
 
     /// Gate 2: the student's bytes are the answer's, up to white space before it. Returns where
@@ -163,121 +200,128 @@ impl<'a> Mapper<'a> {
         Ok(ends.collect())
     }
 
-    /// The alternatives at a position as student tokens, best first. `emitted` is what the teacher
-    /// said there, which the student spells with `label`.
-    fn map(&mut self, alternatives: &[(&[u8], f32)], emitted: &[u8], label: u32) -> SoftLabels {
-        let mut labels = SoftLabels::default();
-        for &(bytes, logprob) in alternatives {
-            let id = if bytes == emitted {
-                label
-            } else if let Some(id) = self.id_of(bytes) {
-                id
-            } else {
+    /// Appends the alternatives at a position, whose probabilities sum to `total`, as student tokens,
+    /// best first. `emitted` is what the teacher said there, which the student spells with `label`.
+    fn map(
+        &mut self,
+        alternatives: &[(&[u8], f32)],
+        total: f64,
+        emitted: &[u8],
+        label: u32,
+        to: &mut Aligned,
+    ) {
+        let start = to.ids.len();
+        let mut mapped = total;
+        // All at once, for the processor to wait for several of them at a time: the table is larger
+        // than its nearest memory.
+        let mut found = std::mem::take(&mut self.found);
+        found.clear();
+        found.extend(
+            alternatives
+                .iter()
+                .map(|&(bytes, _)| match bytes == emitted {
+                    true => Some(label),
+                    false => self.id_of(bytes),
+                }),
+        );
+        for (&(_, logprob), id) in alternatives.iter().zip(&found) {
+            let Some(id) = *id else {
+                mapped -= f64::from(logprob).exp();
                 continue;
             };
-            match labels.ids.iter().position(|&known| known == id) {
-                Some(at) => labels.logprobs[at] = logaddexp(labels.logprobs[at], logprob),
+            match to.ids[start..].iter().position(|&known| known == id) {
+                Some(at) => {
+                    let merged = &mut to.logprobs[start + at];
+                    *merged = logaddexp(*merged, logprob);
+                }
                 None => {
-                    labels.ids.push(id);
-                    labels.logprobs.push(logprob);
+                    to.ids.push(id);
+                    to.logprobs.push(logprob);
                 }
             }
         }
-        if !labels.logprobs.is_sorted_by(|a, b| a >= b) {
-            let mut order: Vec<usize> = (0..labels.ids.len()).collect();
-            order.sort_by(|&a, &b| labels.logprobs[b].total_cmp(&labels.logprobs[a]));
-            labels = SoftLabels {
-                ids: order.iter().map(|&at| labels.ids[at]).collect(),
-                logprobs: order.iter().map(|&at| labels.logprobs[at]).collect(),
-            };
+        self.found = found;
+        let (ids, logprobs) = (&mut to.ids[start..], &mut to.logprobs[start..]);
+        if !ids.is_empty() {
+            to.mapped_mass += mapped;
         }
-        labels
+        if !logprobs.is_sorted_by(|a, b| a >= b) {
+            let mut sorted: Vec<(u32, f32)> = ids.iter().copied().zip(logprobs.to_vec()).collect();
+            sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
+            for (at, (id, logprob)) in sorted.into_iter().enumerate() {
+                (ids[at], logprobs[at]) = (id, logprob);
+            }
+        }
     }
 }
 
-/// The teacher's tokens of an answer of T tokens, by their bytes.
-pub struct Tokens<'a> {
-    logprobs: &'a Logprobs,
-    /// Bytes of the tokens that are no UTF-8, by position and rank.
-    raw: HashMap<(u32, i32), Vec<u8>>,
+/// Up to 15 bytes with their number. Put together in registers: a buffer that is filled byte by byte
+/// and read as one number makes the processor wait for the filling, which doubles the time of a
+/// look-up.
+fn short_key(bytes: &[u8]) -> Option<u128> {
+    let length = bytes.len();
+    let low = |part: &[u8; 8]| u128::from(u64::from_le_bytes(*part));
+    let key = match length {
+        0 => 0,
+        // For 1, 2 and 3 bytes: some of these are the same byte, twice at the same place.
+        1..=3 => [0, length / 2, length - 1]
+            .into_iter()
+            .fold(0, |key, at| key | u128::from(bytes[at]) << (8 * at)),
+        4..=7 => {
+            let word = |part: &[u8; 4]| u128::from(u32::from_le_bytes(*part));
+            // The second word overlaps the first one, where both have the same bits.
+            word(bytes.first_chunk()?) | word(bytes.last_chunk()?) << (8 * (length - 4))
+        }
+        8..=15 => low(bytes.first_chunk()?) | low(bytes.last_chunk()?) << (8 * (length - 8)),
+        _ => return None,
+    };
+    Some(key | (length as u128) << 120)
 }
 
-impl<'a> Tokens<'a> {
-    pub fn new(logprobs: &'a Logprobs) -> Self {
-        let raw = logprobs.raw.iter().filter_map(|token| {
-            let bytes = bytes_of_hex(&token.hex)?;
-            Some(((token.position, token.rank), bytes))
-        });
-        Self {
-            logprobs,
-            raw: raw.collect(),
-        }
-    }
+fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
+    let same = tokenizer.id_of_bytes(bytes);
+    same.or_else(|| match is_stop(tokenizer, bytes) {
+        true => None,
+        false => tokenizer.first_id_of(bytes),
+    })
+}
 
-    /// T
-    pub fn len(&self) -> usize {
-        self.logprobs.token.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// What the teacher said at `position`, which is less than T. Empty where its bytes are not
-    /// known.
-    pub fn emitted(&self, position: usize) -> &[u8] {
-        self.bytes(&self.logprobs.token[position], position, -1)
-    }
-
-    fn bytes<'b>(&'b self, text: &'b str, position: usize, rank: i32) -> &'b [u8] {
-        if text.is_empty() && !self.raw.is_empty() {
-            return self
-                .raw
-                .get(&(position as u32, rank))
-                .map_or(&[], Vec::as_slice);
+/// Fills `listed` with the teacher's alternatives at a position that have usable logprobs, and the
+/// emitted token where it is not among them; probabilities that sum to slightly more than 1 are
+/// brought to 1. Returns what they sum to then.
+///
+/// # Errors
+/// [`Mismatch::Mass`] if they sum to more than that.
+pub fn alternatives<'t>(
+    teacher: &'t LogprobsView,
+    position: usize,
+    listed: &mut Vec<(&'t [u8], f32)>,
+) -> Result<f64, Mismatch> {
+    let emitted = teacher.token.get(position).map_or(&[][..], Cow::as_ref);
+    let logprobs = teacher.top_logprob.get(position);
+    let mut among = false;
+    listed.clear();
+    for (bytes, &logprob) in teacher.top.get(position).iter().zip(logprobs) {
+        among |= **bytes == *emitted;
+        if let Some(logprob) = logprob.filter(is_usable) {
+            listed.push((bytes, logprob));
         }
-        text.as_bytes()
     }
-
-    /// The alternatives with usable logprobs, and the emitted token where it is not among them;
-    /// probabilities that sum to slightly more than 1 are brought to 1.
-    ///
-    /// # Errors
-    /// [`Mismatch::Mass`] if they sum to more than that.
-    pub fn alternatives(&self, position: usize) -> Result<Vec<(&[u8], f32)>, Mismatch> {
-        let top = self
-            .logprobs
-            .top
-            .get(position)
-            .map_or(&[][..], Vec::as_slice);
-        let logprobs = self.logprobs.top_logprob.get(position);
-        let logprobs = logprobs.map_or(&[][..], Vec::as_slice);
-        let emitted = self.emitted(position);
-        let mut among = false;
-        let mut alternatives = Vec::with_capacity(top.len() + 1);
-        for (rank, (text, &logprob)) in top.iter().zip(logprobs).enumerate() {
-            let bytes = self.bytes(text, position, rank as i32);
-            among |= bytes == emitted;
-            if let Some(logprob) = logprob.filter(is_usable) {
-                alternatives.push((bytes, logprob));
-            }
-        }
-        let own = self.logprobs.logprob.get(position).copied().flatten();
-        if let (false, Some(logprob)) = (among, own.filter(is_usable)) {
-            alternatives.push((emitted, logprob));
-        }
-        let total = mass(alternatives.iter().map(|&(_, logprob)| logprob));
-        if total > 1.0 + EXCESS {
-            return Err(Mismatch::Mass);
-        }
-        if total > 1.0 {
-            let excess = total.ln() as f32;
-            for (_, logprob) in &mut alternatives {
-                *logprob -= excess;
-            }
-        }
-        Ok(alternatives)
+    let own = teacher.logprob.get(position).copied().flatten();
+    if let (false, Some(logprob)) = (among, own.filter(is_usable)) {
+        listed.push((emitted, logprob));
     }
+    let total = mass(listed.iter().map(|&(_, logprob)| logprob));
+    if total > 1.0 + EXCESS {
+        return Err(Mismatch::Mass);
+    }
+    if total > 1.0 {
+        let excess = total.ln() as f32;
+        for (_, logprob) in listed {
+            *logprob -= excess;
+        }
+    }
+    Ok(total.min(1.0))
 }
 
 /// Cuts two tokenisations, given by where each token ends in the same text, at their common
@@ -342,15 +386,4 @@ fn is_control(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
         || usual.contains(&text)
         || (text.starts_with("<|") && text.ends_with("|>") && text.len() > 4)
         || (text.starts_with("<｜") && text.ends_with("｜>"))
-}
-
-fn bytes_of_hex(hex: &str) -> Option<Vec<u8>> {
-    let digits = hex.as_bytes();
-    if !digits.len().is_multiple_of(2) {
-        return None;
-    }
-    digits
-        .chunks_exact(2)
-        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
-        .collect()
 }

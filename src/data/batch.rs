@@ -5,7 +5,8 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::example::Example;
+use super::prepared::ExampleView;
+use crate::config;
 
 /// B examples of T tokens in all, one after the other without padding. Attention stays inside a
 /// segment and positions start at 0 in each, so an example's result does not depend on its
@@ -31,28 +32,61 @@ pub struct Batch {
 
 impl Batch {
     /// Lays `examples` end to end.
-    pub fn new<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Self {
+    pub fn new<'a>(examples: impl IntoIterator<Item = ExampleView<'a>>) -> Self {
         let mut batch = Batch {
             soft_offsets: vec![0],
             ..Batch::default()
         };
         for example in examples {
-            let start = batch.input_ids.len();
-            batch.input_ids.extend_from_slice(&example.input_ids);
+            let (start, soft_start) = (batch.input_ids.len(), batch.soft_ids.len());
+            batch.input_ids.extend(example.input_ids());
             batch.segments.push(start..batch.input_ids.len());
-            batch.keys.push(example.key.clone());
-            for target in &example.targets {
-                batch.positions.push((start + target.position) as u32);
-                batch.labels.push(target.label);
-                if let Some(soft) = &target.soft {
-                    batch.soft_ids.extend_from_slice(&soft.ids);
-                    batch.soft_logprobs.extend_from_slice(&soft.logprobs);
-                }
-                batch.soft_offsets.push(batch.soft_ids.len());
+            batch.keys.push(example.key().to_owned());
+            for position in example.positions() {
+                let at = start + position as usize;
+                batch.positions.push(at as u32);
+                batch.labels.push(batch.input_ids[at + 1]);
             }
+            batch.soft_ids.extend(example.soft_ids());
+            batch.soft_logprobs.extend(example.soft_logprobs());
+            let ends = example.soft_ends();
+            batch.soft_offsets.extend(ends.map(|end| soft_start + end));
         }
         batch
     }
+}
+
+/// Cuts the examples of a step into micro-batches: as they come, `train.micro_batch_size` at a time,
+/// or, with `train.micro_batch_tokens`, packed so that none has more tokens than that, save one that
+/// is a longer example alone.
+///
+/// Packing is first-fit decreasing: the longest examples come first, so that long ones share a
+/// micro-batch with their like and short ones fill the gaps. The order within a step changes
+/// nothing but rounding: gradients are sums over all of it.
+pub fn micro_batches<'a>(
+    examples: &[ExampleView<'a>],
+    settings: &config::Train,
+) -> Vec<Vec<ExampleView<'a>>> {
+    let room = settings.micro_batch_tokens;
+    if room == 0 {
+        let cut = examples.chunks(settings.micro_batch_size.max(1));
+        return cut.map(<[_]>::to_vec).collect();
+    }
+    let mut sorted = examples.to_vec();
+    sorted.sort_by_key(|example| std::cmp::Reverse(example.tokens()));
+    // With the tokens in each.
+    let mut cut: Vec<(usize, Vec<ExampleView>)> = Vec::new();
+    for example in sorted {
+        let tokens = example.tokens();
+        match cut.iter_mut().find(|(used, _)| used + tokens <= room) {
+            Some((used, examples)) => {
+                *used += tokens;
+                examples.push(example);
+            }
+            None => cut.push((tokens, vec![example])),
+        }
+    }
+    cut.into_iter().map(|(_, examples)| examples).collect()
 }
 
 /// Where the order of the examples stands: the next one to take is number `index` of `epoch`. Part

@@ -3,5 +3,5 @@ pub mod align;
 pub mod batch;
 pub mod chat_template;
 pub mod dataset;
-pub mod example;
+pub mod prepared;
 pub mod tokenizer;

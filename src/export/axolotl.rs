@@ -30,7 +30,8 @@ use serde::Serialize;
 
 use super::{Report, Row, Rows, Settings, write_lines};
 use crate::cache::record::{Logprobs, Record};
-use crate::data::align::{Tokens, is_stop};
+use crate::cache::view::LogprobsView;
+use crate::data::align::{self, is_stop};
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::prompt::Message;
@@ -132,7 +133,7 @@ fn entries(
         .conversation(messages)
         .map_err(|error| format!("{error:#}"))?;
     let answer = conversation.answers.last().ok_or("no answer")?;
-    let teacher = Tokens::new(logprobs);
+    let teacher = LogprobsView::from(logprobs);
     let ids = &conversation.ids[answer.tokens.clone()];
     same_tokens(ids, &teacher, tokenizer)?;
 
@@ -142,8 +143,8 @@ fn entries(
         let known = position < ids.len() || {
             // The end of the turn, where the API shows it.
             position == ids.len()
-                && position < teacher.len()
-                && id_of(teacher.emitted(position), tokenizer) == Some(id)
+                && position < teacher.token.len()
+                && id_of(&teacher.token[position], tokenizer) == Some(id)
         };
         entries.push(match known {
             true => entry(&teacher, position, id, tokenizer, dropped)?,
@@ -162,20 +163,20 @@ fn entries(
 }
 
 /// Are the N tokens `ids` what the teacher said, up to the end of its turn?
-fn same_tokens(ids: &[u32], teacher: &Tokens, tokenizer: &Tokenizer) -> Result<(), String> {
-    if teacher.len() < ids.len() {
+fn same_tokens(ids: &[u32], teacher: &LogprobsView, tokenizer: &Tokenizer) -> Result<(), String> {
+    if teacher.token.len() < ids.len() {
         return Err(OTHER_TOKENS.into());
     }
     for (position, &id) in ids.iter().enumerate() {
         let spelled = tokenizer.token_bytes(id).unwrap_or_default();
-        let said = teacher.emitted(position);
+        let said = &*teacher.token[position];
         // The first token may hold a space of the template, which some servers do not report.
         let same = spelled == said || (position == 0 && spelled.trim_ascii_start() == said);
         if said.is_empty() || !same {
             return Err(OTHER_TOKENS.into());
         }
     }
-    match (ids.len()..teacher.len()).all(|at| is_stop(tokenizer, teacher.emitted(at))) {
+    match (ids.len()..teacher.token.len()).all(|at| is_stop(tokenizer, &teacher.token[at])) {
         true => Ok(()),
         false => Err(OTHER_TOKENS.into()),
     }
@@ -183,15 +184,15 @@ fn same_tokens(ids: &[u32], teacher: &Tokens, tokenizer: &Tokenizer) -> Result<(
 
 /// The teacher's alternatives at a position where it said the token `said`.
 fn entry(
-    teacher: &Tokens,
+    teacher: &LogprobsView,
     position: usize,
     said: u32,
     tokenizer: &Tokenizer,
     dropped: &mut u64,
 ) -> Result<Entry, String> {
-    let emitted = teacher.emitted(position);
-    let alternatives = teacher
-        .alternatives(position)
+    let emitted = &*teacher.token[position];
+    let mut alternatives = Vec::new();
+    align::alternatives(teacher, position, &mut alternatives)
         .map_err(|mismatch| mismatch.to_string())?;
     let mut entry = Entry::default();
     for (bytes, logprob) in alternatives {

@@ -19,6 +19,7 @@ pub mod attention;
 pub mod embedding;
 pub mod head_loss;
 pub mod linear;
+pub mod map;
 pub mod math;
 pub mod matmul;
 pub mod process;

@@ -15,7 +15,6 @@ use super::optimizer::Optimizer;
 use super::student::Student;
 use crate::config::{Config, Train};
 use crate::data::batch::Cursor;
-use crate::data::example::Example;
 use crate::exit::Exit;
 use crate::fs;
 use crate::model::weights;
@@ -102,11 +101,12 @@ pub fn load(
     Ok(state)
 }
 
-/// A hash of everything that the trained weights depend on, checkpoints and paths aside.
+/// A hash of everything that the trained weights depend on, checkpoints and paths aside. `data` is
+/// that of the examples.
 ///
 /// # Errors
 /// Where the settings do not serialise.
-pub fn fingerprint(config: &Config, examples: &[Example], total: u64) -> Result<String> {
+pub fn fingerprint(config: &Config, data: &str, total: u64) -> Result<String> {
     let settings = Train {
         // These do not change the numbers.
         eval_every: 0,
@@ -121,13 +121,8 @@ pub fn fingerprint(config: &Config, examples: &[Example], total: u64) -> Result<
         &settings,
         &config.loss,
         &config.student,
+        data,
     ))?);
-    for example in examples {
-        hash.update(example.key.as_bytes());
-        for id in &example.input_ids {
-            hash.update(&id.to_le_bytes());
-        }
-    }
     Ok(hash.finalize().to_hex().to_string())
 }
 

@@ -21,14 +21,14 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use crate::config::{Config, Kd};
-use crate::data::batch::{Batch, Batches, Cursor};
-use crate::data::dataset::{self, Dataset};
-use crate::data::example::Example;
+use crate::data::batch::{Batch, Batches, Cursor, micro_batches};
+use crate::data::dataset;
+use crate::data::prepared::ExampleView;
 use crate::data::tokenizer::Tokenizer;
 use crate::fs;
 use crate::model::tape::Memory;
 use crate::signal::StopFlag;
-use crate::terminal::{Progress, format_count, format_duration};
+use crate::terminal::{Progress, Reading, format_count, format_duration};
 use checkpoint::State;
 use metrics::{Means, Metrics, StepLine, Sums};
 use objective::Weights;
@@ -78,13 +78,15 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
     let stop = StopFlag::watch()?;
     let tokenizer = Tokenizer::load(&config.student.path)?;
     let student = Student::initial(&config.student, &tokenizer, settings.seed)?;
-    let Dataset {
-        train,
-        validation,
-        report,
-    } = dataset::load(config, &tokenizer)?;
+    let mut reading = Reading::new("prepare", quiet);
+    let data = dataset::load(config, &tokenizer, &mut |done, total| {
+        reading.update(done, total);
+        stop.check()
+    })?;
+    drop(reading);
+    let (train, validation) = (data.train(), data.validation());
     let total = total_steps(config, train.len());
-    let fingerprint = checkpoint::fingerprint(config, &train, total)?;
+    let fingerprint = checkpoint::fingerprint(config, data.fingerprint(), total)?;
     let kd_weight = match config.loss.kd {
         Kd::None => 0.0,
         Kd::Tail => config.loss.kd_weight as f32,
@@ -126,13 +128,14 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         let step_began = Instant::now();
         let step = optimizer.step() + 1;
         let epoch = batches.cursor().epoch;
-        let examples: Vec<&Example> = batches.next_step().iter().map(|&i| &train[i]).collect();
-        let positions: usize = examples.iter().map(|e| e.targets.len()).sum();
+        let examples: Vec<ExampleView> =
+            batches.next_step().iter().map(|&i| train.get(i)).collect();
+        let positions: usize = examples.iter().map(|e| e.supervised()).sum();
         let mut sums = Sums::default();
         let mut loss = 0.0;
         let mut step_tokens = 0;
-        for micro in examples.chunks(settings.micro_batch_size) {
-            let batch = Batch::new(micro.iter().copied());
+        for micro in micro_batches(&examples, settings) {
+            let batch = Batch::new(micro);
             step_tokens += batch.input_ids.len() as u64;
             let weights = Weights {
                 kd: kd_weight,
@@ -148,7 +151,7 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         }
         let norm = optimizer.gradient_norm(&gradients)?;
         if !norm.is_finite() {
-            let keys: Vec<String> = examples.iter().map(|e| e.key.clone()).collect();
+            let keys: Vec<String> = examples.iter().map(|e| e.key().to_owned()).collect();
             bail!(not_finite("gradient", step, &keys));
         }
         let rate = schedule::learning_rate(settings, step, total);
@@ -183,7 +186,7 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         let every = |interval: u64| interval > 0 && step.is_multiple_of(interval);
         if every(settings.eval_every) || step == total {
             last_validation =
-                objective::evaluate(&student.model, &validation, settings.micro_batch_size)?;
+                objective::evaluate(&student.model, validation, settings.micro_batch_size)?;
             metrics.validation(step, &last_validation)?;
             progress.note(&validation_line(step, loss, &last_validation));
         }
@@ -206,7 +209,7 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
     let seconds = began.elapsed().as_secs_f64();
     if first_step == total {
         last_validation =
-            objective::evaluate(&student.model, &validation, settings.micro_batch_size)?;
+            objective::evaluate(&student.model, validation, settings.micro_batch_size)?;
     }
     let summary = Summary {
         student: config.run_dir.join("student"),
@@ -217,7 +220,7 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         tokens_per_s: (tokens - began_tokens) as f64 / seconds,
         last_loss,
         validation: last_validation,
-        data: report,
+        data: data.report.clone(),
     };
     student.save(
         &summary.student,

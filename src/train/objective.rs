@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::loss::{self, Row, RowLoss};
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
-use crate::data::example::Example;
+use crate::data::dataset::Examples;
 use crate::model::tape::{Gradients, Memory};
 use crate::model::{Input, Model};
 
@@ -63,10 +63,10 @@ fn target(batch: &Batch, n: usize) -> Row<'_> {
 ///
 /// # Errors
 /// Where an example does not fit the model.
-pub fn evaluate(model: &Model, examples: &[Example], batch_size: usize) -> Result<Means> {
+pub fn evaluate(model: &Model, examples: Examples, batch_size: usize) -> Result<Means> {
     let mut sums = Sums::default();
-    for examples in examples.chunks(batch_size) {
-        let batch = Batch::new(examples);
+    for start in (0..examples.len()).step_by(batch_size) {
+        let batch = Batch::new(examples.iter().skip(start).take(batch_size));
         let rows = model.map_logits(input(&batch), |n, logits| {
             loss::row(logits, target(&batch, n), 0.0, 1.0)
         })?;

@@ -7,7 +7,6 @@ use std::ops::Range;
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::ops::log_softmax;
 use distill::data::batch::Batch;
-use distill::data::example::{Example, SoftLabels, Target};
 use distill::model::composed::Composed;
 use distill::model::graph::Graph;
 use distill::model::tape::{Gradients, Keys, Memory, Setting, Tape};
@@ -123,32 +122,58 @@ impl Trainable {
     }
 }
 
+/// An example, as a batch of its own.
+type Example = Batch;
+
 /// Eight examples of ragged lengths; some positions are prompt, some have no soft labels.
 fn examples() -> Vec<Example> {
     let mut random = fastrand::Rng::with_seed(5);
-    [70, 13, 1, 33, 2, 64, 65, 40]
-        .iter()
-        .enumerate()
-        .map(|(row, &length)| {
-            let length = length + 1;
-            let input_ids: Vec<u32> = (0..length).map(|_| random.u32(..VOCABULARY)).collect();
-            let first = random.usize(0..length - 1);
-            let target = |position: usize| Target {
-                position,
-                label: input_ids[position + 1],
-                soft: (position % 3 != 2).then(|| SoftLabels {
-                    ids: vec![3, input_ids[position + 1].max(10) - 6, 59],
-                    logprobs: vec![-1.2, -0.9, -2.5],
-                }),
-            };
-            Example {
-                key: row.to_string(),
-                prompt_id: row.to_string(),
-                targets: (first..length - 1).map(target).collect(),
-                input_ids,
+    let example = |(row, &length): (usize, &usize)| {
+        let ids: Vec<u32> = (0..length + 1).map(|_| random.u32(..VOCABULARY)).collect();
+        let mut batch = Batch {
+            segments: vec![0..length + 1],
+            keys: vec![row.to_string()],
+            soft_offsets: vec![0],
+            ..Batch::default()
+        };
+        for position in random.usize(0..length)..length {
+            batch.positions.push(position as u32);
+            batch.labels.push(ids[position + 1]);
+            if position % 3 != 2 {
+                batch
+                    .soft_ids
+                    .extend([3, ids[position + 1].max(10) - 6, 59]);
+                batch.soft_logprobs.extend([-1.2, -0.9, -2.5]);
             }
-        })
-        .collect()
+            batch.soft_offsets.push(batch.soft_ids.len());
+        }
+        batch.input_ids = ids;
+        batch
+    };
+    let lengths = [70, 13, 1, 33, 2, 64, 65, 40];
+    lengths.iter().enumerate().map(example).collect()
+}
+
+/// Examples end to end.
+fn joined<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Batch {
+    let mut all = Batch {
+        soft_offsets: vec![0],
+        ..Batch::default()
+    };
+    for example in examples {
+        let (token, soft) = (all.input_ids.len(), all.soft_ids.len());
+        all.input_ids.extend(&example.input_ids);
+        all.segments.push(token..all.input_ids.len());
+        all.keys.extend(example.keys.clone());
+        let positions = example.positions.iter();
+        all.positions.extend(positions.map(|at| at + token as u32));
+        all.labels.extend(&example.labels);
+        let offsets = example.soft_offsets[1..].iter();
+        all.soft_offsets.extend(offsets.map(|at| at + soft));
+        all.soft_ids.extend(&example.soft_ids);
+        all.soft_logprobs.extend(&example.soft_logprobs);
+    }
+    all
 }
 
 fn norm(values: &[f32]) -> f64 {
@@ -175,7 +200,7 @@ fn assert_same(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>, t
 fn every_parameter_has_the_gradient_that_candle_finds() {
     for (tied, kd) in [(true, 0.5), (false, 1.0), (true, 0.0)] {
         let student = Trainable::tiny(tied);
-        let batch = Batch::new(&examples());
+        let batch = joined(&examples());
         let (loss, gradients) = student.gradients(&[batch.clone()], kd, Memory::Record);
         let (expected_loss, expected) = student.oracle(&batch, kd);
         assert!((loss - expected_loss).abs() < 1e-4 * expected_loss);
@@ -189,7 +214,7 @@ fn every_parameter_has_the_gradient_that_candle_finds() {
 #[test]
 fn checkpointing_changes_no_bit_of_a_gradient() {
     let student = Trainable::tiny(true);
-    let batches = [Batch::new(&examples())];
+    let batches = [joined(&examples())];
     let recorded = student.gradients(&batches, 0.5, Memory::Record);
     let checkpointed = student.gradients(&batches, 0.5, Memory::Checkpoint);
     assert_eq!(recorded, checkpointed);
@@ -198,7 +223,7 @@ fn checkpointing_changes_no_bit_of_a_gradient() {
 #[test]
 fn the_number_of_threads_changes_no_bit_of_a_gradient() {
     let student = Trainable::tiny(true);
-    let batches = [Batch::new(&examples())];
+    let batches = [joined(&examples())];
     let with = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
         let pool = pool.build().unwrap();
@@ -213,15 +238,15 @@ fn the_number_of_threads_changes_no_bit_of_a_gradient() {
 fn gradients_do_not_depend_on_how_a_step_is_cut() {
     let student = Trainable::tiny(true);
     let examples = examples();
-    let cut = |micro: usize| -> Vec<Batch> { examples.chunks(micro).map(Batch::new).collect() };
+    let cut = |micro: usize| -> Vec<Batch> { examples.chunks(micro).map(joined).collect() };
     let (loss, whole) = student.gradients(&cut(8), 0.5, Memory::Record);
     for micro in [4, 2, 1] {
         let (other_loss, other) = student.gradients(&cut(micro), 0.5, Memory::Record);
         assert!((loss - other_loss).abs() < 1e-6 * loss);
         assert_same(&whole, &other, 1e-5);
     }
-    let backwards: Vec<&Example> = examples.iter().rev().collect();
-    let (_, other) = student.gradients(&[Batch::new(backwards)], 0.5, Memory::Record);
+    let backwards = joined(examples.iter().rev());
+    let (_, other) = student.gradients(&[backwards], 0.5, Memory::Record);
     assert_same(&whole, &other, 1e-5);
 }
 
@@ -231,7 +256,7 @@ fn gradients_do_not_depend_on_how_a_step_is_cut() {
 fn every_parameter_has_the_gradient_that_differences_show() {
     let (config, tensors) = tiny(true);
     let student = Trainable::new(&config, &tensors);
-    let batches = [Batch::new(&examples())];
+    let batches = [joined(&examples())];
     let (_, gradients) = student.gradients(&batches, 0.5, Memory::Record);
     let mut random = fastrand::Rng::with_seed(3);
     for (name, gradient) in &gradients {

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Counts of rows and positions, for the user and for `--json`.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Rows read.
     pub records: u64,
@@ -26,6 +26,25 @@ pub struct Report {
     /// The share of the teacher's probability that lies on student tokens, where there are soft
     /// labels; the rest is the tail.
     pub mean_mapped_mass: f64,
+}
+
+impl Report {
+    /// Adds the counts of further rows; the mean is another's to take.
+    pub fn add(&mut self, other: Report) {
+        self.records += other.records;
+        self.kept += other.kept;
+        self.tokens += other.tokens;
+        self.positions += other.positions;
+        self.soft_positions += other.soft_positions;
+        for (mine, others) in [
+            (&mut self.dropped, other.dropped),
+            (&mut self.ce_only, other.ce_only),
+        ] {
+            for (reason, count) in others {
+                *mine.entry(reason).or_default() += count;
+            }
+        }
+    }
 }
 
 /// `reason: count` pairs, the most frequent first.

@@ -1,17 +1,16 @@
 //! The two sources of training data, a cache and a file of conversations, as rows of one kind.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::cache::record::{Logprobs, Record, Status};
+use crate::cache::record::{Record, Status};
+use crate::cache::view::{LogprobsView, RecordView};
 use crate::config;
 use crate::prompt::Message;
 
 /// A conversation that ends in an answer.
-pub struct Row {
+pub struct Row<'a> {
     /// Names the row in errors.
     pub key: String,
     /// Rows with the same id land on the same side of the split.
@@ -23,12 +22,22 @@ pub struct Row {
     /// Did the teacher end its answer? If it was cut off, the student must not learn to end there.
     pub ended: bool,
     /// Of the last answer.
-    pub logprobs: Option<Logprobs>,
+    pub logprobs: Option<LogprobsView<'a>>,
 }
 
 /// A record as a row, or the reason to leave it out.
-pub fn of_record(record: Record, settings: &config::Data) -> Result<Row, String> {
-    let mut messages = prompt_of(&record, settings)?;
+pub fn of_record<'a>(
+    mut record: RecordView<'a>,
+    settings: &config::Data,
+) -> Result<Row<'a>, String> {
+    is_wanted(record.status, &record.answer.finish_reason, settings)?;
+    let messages = record.take_messages();
+    let messages = messages.or_else(|request| messages_of_request(&request).ok_or(NO_TEXT));
+    let mut messages = messages?;
+    let ended = !matches!(
+        record.answer.finish_reason.as_str(),
+        "length" | "max_tokens"
+    );
     messages.push(Message {
         role: "assistant".into(),
         content: record.answer.text,
@@ -38,27 +47,31 @@ pub fn of_record(record: Record, settings: &config::Data) -> Result<Row, String>
         prompt_id: record.prompt_id,
         messages,
         every_answer: false,
-        ended: !matches!(
-            record.answer.finish_reason.as_str(),
-            "length" | "max_tokens"
-        ),
+        ended,
         logprobs: record.logprobs,
     })
 }
 
 /// What was asked in a record whose answer is to be learnt, or the reason to leave it out.
 pub fn prompt_of(record: &Record, settings: &config::Data) -> Result<Vec<Message>, String> {
-    let finish_reason = &record.answer.finish_reason;
-    if record.status != Status::Ok {
+    is_wanted(record.status, &record.answer.finish_reason, settings)?;
+    messages_of_request(&record.request).ok_or_else(|| NO_TEXT.into())
+}
+
+const NO_TEXT: &str = "the request has messages that are not text";
+
+/// The reason to leave an answer out, if there is one.
+fn is_wanted(status: Status, finish_reason: &str, settings: &config::Data) -> Result<(), String> {
+    if status != Status::Ok {
         return Err("quarantined".into());
     }
-    if !settings.keep_finish_reasons.contains(finish_reason) {
-        return Err(format!(
+    let mut kept = settings.keep_finish_reasons.iter();
+    match kept.any(|reason| reason == finish_reason) {
+        true => Ok(()),
+        false => Err(format!(
             "finish_reason `{finish_reason}` is not in `data.keep_finish_reasons`"
-        ));
+        )),
     }
-    messages_of_request(&record.request)
-        .ok_or_else(|| "the request has messages that are not text".into())
 }
 
 fn messages_of_request(request: &Value) -> Option<Vec<Message>> {
@@ -89,27 +102,11 @@ struct Line {
     messages: Vec<Message>,
 }
 
-/// The rows of a JSONL file of `{"messages": [{"role", "content"}, ...]}`, packed if its name ends
-/// in `.gz`.
+/// Line `number`, from 1, of a JSONL file of `{"messages": [{"role", "content"}, ...]}`.
 ///
 /// # Errors
-/// If the file cannot be read; and for each line that is no such row, with its number.
-pub fn of_file(path: &Path) -> Result<Vec<Row>> {
-    let bytes = crate::fs::read_data(path)
-        .with_context(|| format!("reading `data.source` {}", path.display()))?;
-    let text = String::from_utf8(bytes)
-        .with_context(|| format!("`data.source` {} is no UTF-8", path.display()))?;
-    text.lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(at, line)| {
-            let number = at + 1;
-            of_line(line, number).with_context(|| format!("{}:{number}", path.display()))
-        })
-        .collect()
-}
-
-fn of_line(line: &str, number: usize) -> Result<Row> {
+/// If it is no such row.
+pub fn of_line(line: &str, number: u64) -> Result<Row<'static>> {
     let line: Line = serde_json::from_str(line)
         .context(r#"expected {"messages": [{"role": "...", "content": "..."}, ...]}"#)?;
     let last = line.messages.iter().rposition(|m| m.role == "assistant");

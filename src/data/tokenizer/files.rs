@@ -32,6 +32,21 @@ impl Files {
         Ok(files)
     }
 
+    /// A hash of `tokenizer.json`, whose text is `tokenizer`, and of what is used of these files.
+    ///
+    /// # Errors
+    /// Never, since all of it is text.
+    pub fn fingerprint(&self, tokenizer: &str) -> Result<blake3::Hash> {
+        let used = serde_json::to_vec(&(
+            tokenizer,
+            &self.chat_template,
+            self.special_tokens(),
+            ["bos_token", "eos_token", "unk_token"].map(|role| self.token(role)),
+            self.eos_token_ids(),
+        ))?;
+        Ok(blake3::hash(&used))
+    }
+
     /// The text of `bos_token`, `eos_token`, ... or nothing.
     pub fn token(&self, role: &str) -> Option<&str> {
         [&self.tokenizer_config, &self.special_tokens_map]

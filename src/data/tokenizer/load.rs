@@ -12,6 +12,10 @@ use super::token_bytes::{TokenBytes, has_part};
 use super::{ChatTemplate, Tokenizer};
 use crate::exit::Exit;
 
+/// Words whose tokens are remembered, on each thread: as many as a language has, and six times as many
+/// as by default, after which every rare word would be put together anew.
+const REMEMBERED: usize = 1 << 16;
+
 pub fn load(dir: &Path) -> Result<Tokenizer> {
     let path = dir.join("tokenizer.json");
     let source = match std::fs::read_to_string(&path) {
@@ -23,8 +27,9 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
     };
     let mut json: Value = serde_json::from_str(&source)
         .with_context(|| format!("{} is no valid JSON", path.display()))?;
-    drop(source);
     let files = Files::read(dir)?;
+    let fingerprint = files.fingerprint(&source)?;
+    drop(source);
 
     let control_ids = mark_control_tokens(&mut json, &files);
     let parsed = |json: &Value| -> Result<tokenizers::Tokenizer> {
@@ -32,6 +37,9 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
             .map_err(|e| anyhow!(e).context(format!("{} is no tokenizer", path.display())))?;
         tokenizer.with_truncation(None).map_err(|e| anyhow!(e))?;
         tokenizer.with_padding(None);
+        let mut model = tokenizer.get_model().clone();
+        model.resize_cache(REMEMBERED);
+        tokenizer.with_model(model);
         tokenizer.set_encode_special_tokens(true);
         Ok(tokenizer)
     };
@@ -85,6 +93,7 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
         stop_ids,
         vocab_size,
         template,
+        fingerprint,
     })
 }
 

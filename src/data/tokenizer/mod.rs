@@ -41,6 +41,7 @@ pub struct Tokenizer {
     stop_ids: Vec<u32>,
     vocab_size: usize,
     template: Option<ChatTemplate>,
+    fingerprint: blake3::Hash,
 }
 
 /// Where a stretch of text stands.
@@ -159,6 +160,11 @@ impl Tokenizer {
     /// Is this the name of a control token?
     pub fn names_special(&self, text: &str) -> bool {
         self.control.is_special_token(text)
+    }
+
+    /// A hash of all that decides how conversations are encoded.
+    pub fn fingerprint(&self) -> blake3::Hash {
+        self.fingerprint
     }
 
     /// The largest id + 1.

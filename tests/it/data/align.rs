@@ -3,8 +3,7 @@
 use std::time::Instant;
 
 use distill::cache::record::{Logprobs, RawToken};
-use distill::data::align::{Mapper, Mismatch, groups};
-use distill::data::example::SoftLabels;
+use distill::data::align::{Aligned, Mapper, Mismatch, groups};
 use distill::data::tokenizer::Tokenizer;
 
 use super::{FOLDERS, ask, tokenizer};
@@ -12,6 +11,25 @@ use super::{FOLDERS, ask, tokenizer};
 /// A token, its logprob, and the alternatives.
 type Row<'a> = (&'a str, f32, &'a [Alternative<'a>]);
 type Alternative<'a> = (&'a str, Option<f32>);
+
+/// The soft labels of one position.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SoftLabels {
+    pub ids: Vec<u32>,
+    pub logprobs: Vec<f32>,
+}
+
+/// Those of all positions; None where there are none.
+fn soft_labels(aligned: &Aligned) -> Vec<Option<SoftLabels>> {
+    let labels = |at| match aligned.soft(at) {
+        ([], []) => None,
+        (ids, logprobs) => Some(SoftLabels {
+            ids: ids.to_vec(),
+            logprobs: logprobs.to_vec(),
+        }),
+    };
+    (0..aligned.len()).map(labels).collect()
+}
 
 /// The teacher's view of an answer.
 fn logprobs(rows: &[Row]) -> Logprobs {
@@ -102,16 +120,17 @@ fn with_one_tokenizer_the_map_is_the_identity() {
         }
         let mut mapper = Mapper::new(&tokenizer);
         let aligned = mapper
-            .align(&teacher, answer.as_bytes(), range.text, ids)
+            .align(&(&teacher).into(), answer.as_bytes(), range.text, ids)
             .unwrap();
-        assert_eq!(aligned.soft.len(), ids.len());
-        for (at, soft) in aligned.soft.iter().enumerate().skip(skip) {
+        let soft = soft_labels(&aligned);
+        assert_eq!(soft.len(), ids.len());
+        for (at, soft) in soft.iter().enumerate().skip(skip) {
             let soft = soft.as_ref().unwrap();
             assert_eq!(soft.ids, expected[at].ids, "{name}: {at}");
             let bits = |l: &SoftLabels| l.logprobs.iter().map(|l| l.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(soft), bits(&expected[at]), "{name}: {at}");
         }
-        assert!(aligned.soft[..skip].iter().all(Option::is_none));
+        assert!(soft[..skip].iter().all(Option::is_none));
     }
 }
 
@@ -122,8 +141,8 @@ fn tokens_that_do_not_spell_the_answer_are_refused() {
     let ids = tokenizer.encode_text(answer).unwrap();
     let align = |teacher: &Logprobs, answer: &str, ids: &[u32]| {
         Mapper::new(&tokenizer)
-            .align(teacher, answer.as_bytes(), 0..answer.len(), ids)
-            .map(|aligned| aligned.soft.iter().flatten().count())
+            .align(&teacher.into(), answer.as_bytes(), 0..answer.len(), ids)
+            .map(|aligned| soft_labels(&aligned).iter().flatten().count())
     };
     let (teacher, _) = same_tokenizer(&tokenizer, &ids, 5);
     assert_eq!(align(&teacher, answer, &ids), Ok(ids.len()));
@@ -216,10 +235,14 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
         ("\n", -9999.0, &[]),
     ]);
     let mut mapper = Mapper::new(&tokenizer);
-    let soft = mapper
-        .align(&teacher, answer.as_bytes(), 0..answer.len(), &ids)
-        .unwrap()
-        .soft;
+    let aligned = mapper
+        .align(&(&teacher).into(), answer.as_bytes(), 0..answer.len(), &ids)
+        .unwrap();
+    let soft = soft_labels(&aligned);
+    let mass: f64 = aligned.mapped_mass;
+    let listed = soft.iter().flatten().flat_map(|labels| &labels.logprobs);
+    let expected: f64 = listed.map(|&logprob| f64::from(logprob).exp()).sum();
+    assert!((mass - expected).abs() < 1e-6, "{mass} {expected}");
 
     let first = soft[at("The")].as_ref().unwrap();
     assert_eq!(first.ids, [id("The"), id(" capital")]);
@@ -240,13 +263,16 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     let impossible = logprobs(&[(answer, -0.1, &[(answer, Some(-0.1)), ("x", Some(-0.5))])]);
     let text = answer.as_bytes();
     let whole = mapper
-        .align(&impossible, text, 0..text.len(), &ids)
+        .align(&(&impossible).into(), text, 0..text.len(), &ids)
         .unwrap();
-    assert_eq!(whole.soft.iter().flatten().count(), 0);
+    assert_eq!(soft_labels(&whole).iter().flatten().count(), 0);
+    assert_eq!(whole.mapped_mass, 0.0);
     let mut twice = teacher.clone();
     twice.top_logprob[0][1] = Some(0.6f32.ln());
     assert_eq!(
-        mapper.align(&twice, text, 0..text.len(), &ids).unwrap_err(),
+        mapper
+            .align(&(&twice).into(), text, 0..text.len(), &ids)
+            .unwrap_err(),
         Mismatch::Mass
     );
 }
@@ -268,9 +294,15 @@ fn a_trimmed_answer_keeps_its_soft_labels() {
     let teacher = logprobs(&rows);
     let mut mapper = Mapper::new(&tokenizer);
     let aligned = mapper
-        .align(&teacher, answer.as_bytes(), range.text.clone(), ids)
+        .align(
+            &(&teacher).into(),
+            answer.as_bytes(),
+            range.text.clone(),
+            ids,
+        )
         .unwrap();
-    assert!(aligned.soft.iter().all(Option::is_some), "{texts:?}");
+    let soft = soft_labels(&aligned);
+    assert!(soft.iter().all(Option::is_some), "{texts:?}");
 }
 
 /// Prints the speed; see it with `cargo test --release align_speed -- --nocapture`.
@@ -285,7 +317,7 @@ fn align_speed() {
     let rounds = 20;
     for _ in 0..rounds {
         mapper
-            .align(&teacher, answer.as_bytes(), 0..answer.len(), &ids)
+            .align(&(&teacher).into(), answer.as_bytes(), 0..answer.len(), &ids)
             .unwrap();
     }
     let speed = (rounds * ids.len()) as f64 / start.elapsed().as_secs_f64();

@@ -1,6 +1,12 @@
 //! The order of training.
 
-use distill::data::batch::{Batches, Cursor};
+use distill::config::{Config, Train};
+use distill::data::batch::{Batch, Batches, Cursor, micro_batches};
+use distill::data::prepared::ExampleView;
+use serde_json::json;
+
+use super::dataset::load;
+use super::{ask, tokenizer};
 
 #[test]
 fn every_epoch_takes_each_example_once_in_another_order() {
@@ -36,4 +42,72 @@ fn resumed_batches_are_the_same() {
     }
     assert!(Batches::new(7, 3, 5, Cursor { epoch: 0, index: 8 }).is_err());
     assert!(Batches::new(0, 3, 5, Cursor::default()).is_err());
+}
+
+/// However a step is cut: every example once, no micro-batch over its bound, and segments apart.
+#[test]
+fn micro_batches_hold_each_example_once_within_their_bound() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows: String = (0..60)
+        .map(|i| {
+            let answer = "word ".repeat(1 + i * i % 37);
+            format!("{}\n", json!({"messages": ask("Hello", &answer)}))
+        })
+        .collect();
+    let mut config = Config {
+        run_dir: dir.path().join("run"),
+        ..Config::default()
+    };
+    config.data.source = Some(dir.path().join("rows.jsonl"));
+    config.data.validation_share = 0.0;
+    std::fs::write(dir.path().join("rows.jsonl"), rows).unwrap();
+    let data = load(&config, &tokenizer("bytelevel")).unwrap();
+    let examples: Vec<ExampleView> = data.train().iter().collect();
+    assert_eq!(examples.len(), 60);
+    let longest = examples.iter().map(|e| e.tokens()).max().unwrap();
+    let total: usize = examples.iter().map(|e| e.tokens()).sum();
+
+    for tokens in [0, 1, longest - 1, longest, 200, 500, total] {
+        let settings = Train {
+            micro_batch_size: 7,
+            micro_batch_tokens: tokens,
+            ..Train::default()
+        };
+        let cut = micro_batches(&examples, &settings);
+        let mut keys = Vec::new();
+        for micro in &cut {
+            let batch = Batch::new(micro.iter().copied());
+            match tokens {
+                0 => assert!(micro.len() <= 7),
+                _ => assert!(batch.input_ids.len() <= tokens || micro.len() == 1),
+            }
+            // Each example as it is alone, one behind the other.
+            let (mut start, mut targets) = (0, 0);
+            for (example, segment) in micro.iter().zip(&batch.segments) {
+                let alone = Batch::new([*example]);
+                assert_eq!(*segment, start..start + alone.input_ids.len());
+                assert_eq!(batch.input_ids[segment.clone()], alone.input_ids);
+                for (at, position) in alone.positions.iter().enumerate() {
+                    assert_eq!(batch.positions[targets + at], start as u32 + position);
+                }
+                start = segment.end;
+                targets += alone.positions.len();
+            }
+            assert_eq!(
+                (start, targets),
+                (batch.input_ids.len(), batch.labels.len())
+            );
+            keys.extend(batch.keys);
+        }
+        match tokens {
+            0 => assert_eq!(cut.len(), 60usize.div_ceil(7)),
+            1 => assert_eq!(cut.len(), 60),
+            // First fit leaves at most one of them half empty or less.
+            _ => assert!(tokens < longest || cut.len() <= 2 * total.div_ceil(tokens)),
+        }
+        keys.sort();
+        let mut expected: Vec<&str> = examples.iter().map(|e| e.key()).collect();
+        expected.sort();
+        assert_eq!(keys, expected, "{tokens}");
+    }
 }

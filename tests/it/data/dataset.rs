@@ -1,10 +1,14 @@
 //! From records and conversations to examples.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use distill::cache::record::{Answer, Record, Status, Timing};
+use distill::cache::{Cache, Sealed};
 use distill::config;
-use distill::data::dataset;
+use distill::data::batch::Batch;
+use distill::data::dataset::{self, Dataset, Examples};
+use distill::data::tokenizer::Tokenizer;
 use distill::exit::Exit;
 use serde_json::json;
 
@@ -41,8 +45,22 @@ pub fn record(prompt: &str, answer: &str) -> Record {
     }
 }
 
+/// Writes a cache of `records`.
+pub fn write_cache(dir: &Path, records: &[Record]) {
+    let cache = Cache::open(dir, &config::Cache::default()).unwrap();
+    for record in records {
+        let sealed = Sealed::new(record).unwrap();
+        cache.append_group(&[sealed]).unwrap();
+    }
+}
+
+pub fn load(config: &config::Config, tokenizer: &Tokenizer) -> anyhow::Result<Dataset> {
+    dataset::load(config, tokenizer, &mut |_, _| Ok(()))
+}
+
 #[test]
-fn records_become_examples_in_their_order() {
+fn records_become_examples_in_the_order_of_their_keys() {
+    let dir = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer("bytelevel");
     let settings = config::Data {
         max_length: 120,
@@ -51,13 +69,14 @@ fn records_become_examples_in_their_order() {
     };
     let answer = "The capital of France is Paris.";
     let ids = tokenizer.encode_text(answer).unwrap();
+    let (logprobs, expected_soft) = same_tokenizer(&tokenizer, &ids, 5);
     let soft = Record {
-        logprobs: Some(same_tokenizer(&tokenizer, &ids, 5).0),
+        logprobs: Some(logprobs.clone()),
         ..record("soft", answer)
     };
     let shifted = Record {
         logprobs: Some({
-            let mut logprobs = same_tokenizer(&tokenizer, &ids, 5).0;
+            let mut logprobs = logprobs;
             logprobs.token.rotate_left(1);
             logprobs
         }),
@@ -70,48 +89,33 @@ fn records_become_examples_in_their_order() {
     let mut bad = record("bad", answer);
     bad.status = Status::Quarantined;
     let long = record("long", &answer.repeat(10));
-    let records = [soft, shifted, bad, cut, filtered, long].map(Ok);
-    let (examples, report) =
-        dataset::examples_of_records(records.into_iter(), &settings, &tokenizer).unwrap();
+    write_cache(dir.path(), &[soft, shifted, bad, cut, filtered, long]);
+    let data = dataset::held_out(dir.path(), &settings, &tokenizer).unwrap();
+    let (examples, report) = (data.validation(), &data.report);
 
-    let keys: Vec<&str> = examples
-        .iter()
-        .map(|example| example.prompt_id.as_str())
-        .collect();
-    assert_eq!(keys, ["soft", "shifted", "cut"]);
+    let keys: Vec<&str> = examples.iter().map(|example| example.key()).collect();
+    assert_eq!(keys, ["key of cut", "key of shifted", "key of soft"]);
     assert_eq!((report.records, report.kept), (6, 3));
     assert_eq!(report.dropped.values().sum::<u64>(), 3);
-    let labels: Vec<u32> = examples[0]
-        .targets
-        .iter()
-        .map(|target| target.label)
-        .collect();
+    let batch = |at| Batch::new([examples.get(at)]);
+    let (cut, shifted, soft) = (batch(0), batch(1), batch(2));
     let end = tokenizer.stop_ids()[0];
     // The few-shot answer in the prompt is not learnt.
-    assert_eq!(labels, [ids.as_slice(), &[end]].concat());
-    for example in &examples {
-        for target in &example.targets {
-            assert_eq!(example.input_ids[target.position + 1], target.label);
-        }
-    }
-    let soft: Vec<bool> = examples[0]
-        .targets
-        .iter()
-        .map(|t| t.soft.is_some())
-        .collect();
-    assert!(soft[..ids.len()].iter().all(|&soft| soft) && !soft[ids.len()]);
-    assert!(
-        examples[1]
-            .targets
-            .iter()
-            .all(|target| target.soft.is_none())
+    assert_eq!(soft.labels, [ids.as_slice(), &[end]].concat());
+    assert_eq!(
+        soft.input_ids[soft.positions[0] as usize + 1..],
+        soft.labels
     );
-    let cut: Vec<u32> = examples[2]
-        .targets
-        .iter()
-        .map(|target| target.label)
-        .collect();
-    assert_eq!(cut, ids, "an answer that was cut off does not end");
+    for (at, expected) in expected_soft.iter().enumerate() {
+        let range = soft.soft_offsets[at]..soft.soft_offsets[at + 1];
+        assert_eq!(soft.soft_ids[range.clone()], expected.ids);
+        // To the last bit.
+        assert_eq!(soft.soft_logprobs[range], expected.logprobs);
+    }
+    assert_eq!(soft.soft_offsets.len(), ids.len() + 2);
+    assert_eq!(soft.soft_offsets[ids.len() + 1], soft.soft_ids.len());
+    assert!(shifted.soft_ids.is_empty());
+    assert_eq!(cut.labels, ids, "an answer that was cut off does not end");
     assert_eq!(report.soft_positions, ids.len() as u64);
     assert_eq!(report.positions, 3 * ids.len() as u64 + 2);
     let expected = HashMap::from([
@@ -149,23 +153,28 @@ fn conversations_are_split_by_prompt_whatever_the_seed() {
     config.data.source = Some(path.clone());
     config.data.validation_share = 0.25;
     let tokenizer = tokenizer("bytelevel");
-    let dataset = dataset::load(&config, &tokenizer).unwrap();
+    config.run_dir = dir.path().join("run");
+    let dataset = load(&config, &tokenizer).unwrap();
     config.train.seed = 7;
-    assert_eq!(
-        dataset::load(&config, &tokenizer).unwrap().train,
-        dataset.train
+    let again = load(&config, &tokenizer).unwrap();
+    let numbers = |examples: Examples| -> Vec<usize> {
+        examples.iter().map(|e| e.key().parse().unwrap()).collect()
+    };
+    assert_eq!(numbers(again.train()), numbers(dataset.train()));
+    let (train, validation) = (numbers(dataset.train()), numbers(dataset.validation()));
+    assert!(train.is_sorted(), "in the order of the file");
+    assert_eq!(validation.len() + train.len(), 400);
+    assert!(
+        (60..140).contains(&validation.len()),
+        "{}",
+        validation.len()
     );
-    let validation = dataset.validation.len();
-    assert_eq!(validation + dataset.train.len(), 400);
-    assert!((60..140).contains(&validation), "{validation}");
-    for example in &dataset.validation {
-        assert!(
-            dataset
-                .train
-                .iter()
-                .all(|other| other.prompt_id != example.prompt_id)
-        );
+    for line in &validation {
+        // The other answer to its prompt.
+        let other = ((line - 1) ^ 1) + 1;
+        assert!(validation.contains(&other), "{line}");
     }
+    let validation = validation.len();
     assert_eq!(dataset.report.validation, validation as u64);
 
     let cases = [
@@ -178,7 +187,7 @@ fn conversations_are_split_by_prompt_whatever_the_seed() {
     ];
     for (line, expected) in cases {
         std::fs::write(&path, format!("{lines}{line}\n")).unwrap();
-        let error = dataset::load(&config, &tokenizer).unwrap_err();
+        let error = load(&config, &tokenizer).unwrap_err();
         assert!(format!("{error:#}").contains(expected), "{error:#}");
     }
 }
@@ -191,7 +200,7 @@ fn no_example_at_all_is_an_error_that_says_why() {
         run_dir: dir.path().join("run"),
         ..config::Config::default()
     };
-    let error = dataset::load(&config, &tokenizer).unwrap_err();
+    let error = load(&config, &tokenizer).unwrap_err();
     assert_eq!(Exit::code_of(&error), 2);
     assert!(error.to_string().contains("distill harvest"), "{error}");
 
@@ -200,7 +209,7 @@ fn no_example_at_all_is_an_error_that_says_why() {
     std::fs::write(&path, format!("{row}\n{row}\n")).unwrap();
     config.data.source = Some(path);
     config.data.max_length = 5;
-    let error = dataset::load(&config, &tokenizer).unwrap_err();
+    let error = load(&config, &tokenizer).unwrap_err();
     assert_eq!(Exit::code_of(&error), 2);
     assert!(
         error

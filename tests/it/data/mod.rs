@@ -4,6 +4,7 @@ mod align;
 mod batches;
 mod chat_template;
 mod dataset;
+mod prepared;
 mod tokenizer;
 
 use std::path::PathBuf;

@@ -1,0 +1,314 @@
+//! What training reads of a line, borrowed from it: a cache has more tokens than memory has room for,
+//! and most of the time of reading one with owned fields goes into allocating them.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use serde::de::{DeserializeSeed, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+use super::line::Fault;
+use super::record::{Logprobs, RawToken, Status};
+use super::{columns, stored};
+use crate::prompt::Message;
+
+/// The part of a [`super::record::Record`] that training needs.
+#[derive(Debug, Deserialize)]
+pub struct RecordView<'a> {
+    pub key: String,
+    pub prompt_id: String,
+    pub status: Status,
+    request: Request,
+    pub answer: Answer,
+    #[serde(borrow, default)]
+    pub logprobs: Option<LogprobsView<'a>>,
+}
+
+/// As `stored::request` writes it.
+#[derive(Debug, Deserialize)]
+struct Request {
+    messages: Vec<Message>,
+    params: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Answer {
+    pub text: String,
+    pub finish_reason: String,
+}
+
+impl<'a> RecordView<'a> {
+    /// The record in a line that [`super::line::verify`] and [`super::line::head`] have accepted.
+    pub fn of_line(line: &'a [u8]) -> Result<Self, Fault> {
+        let no_record = |why: String| Fault::NoRecord(why);
+        // Once for the line, instead of once for each of its strings.
+        let line = std::str::from_utf8(line).map_err(|e| no_record(e.to_string()))?;
+        match Self::of_usual_line(line) {
+            Some(record) => Ok(record),
+            None => serde_json::from_str(line).map_err(|e| no_record(e.to_string())),
+        }
+    }
+
+    /// The record in a line with logprobs, as this version writes it: the logprobs are nearly all of
+    /// it, and reading them by a parser for any JSON takes twice the time.
+    fn of_usual_line(line: &'a str) -> Option<Self> {
+        const LOGPROBS: &str = ",\"logprobs\":{";
+        // Not in a string, where a quotation mark has a backslash before it.
+        let at = memchr::memmem::find(line.as_bytes(), LOGPROBS.as_bytes())?;
+        // Were this inside of something, what stands before it would not be whole.
+        let head = format!("{}}}", &line[..at]);
+        let head: RecordView = serde_json::from_str(&head).ok()?;
+        Some(RecordView {
+            key: head.key,
+            prompt_id: head.prompt_id,
+            status: head.status,
+            request: head.request,
+            answer: head.answer,
+            logprobs: Some(columns::read(&line[at + LOGPROBS.len()..])?),
+        })
+    }
+
+    /// The messages that were sent; or, where they are more than roles and texts, the request's
+    /// parameters, which hold them.
+    pub fn take_messages(&mut self) -> Result<Vec<Message>, Value> {
+        match self.request.messages.is_empty() {
+            false => Ok(std::mem::take(&mut self.request.messages)),
+            true => Err(serde_json::from_str(&self.request.params).unwrap_or_default()),
+        }
+    }
+}
+
+/// [`Logprobs`] of T tokens without a list per position, and every token by its bytes.
+#[derive(Debug, Default, PartialEq, Deserialize)]
+#[serde(from = "Stored<'a>", bound(deserialize = "'de: 'a"))]
+pub struct LogprobsView<'a> {
+    /// The emitted tokens (T); empty where the bytes are not known.
+    pub token: Vec<Cow<'a, [u8]>>,
+    /// Their logprobs (T).
+    pub logprob: Vec<Option<f32>>,
+    /// The alternatives of all positions, and their logprobs.
+    pub top: Lists<Cow<'a, [u8]>>,
+    pub top_logprob: Lists<Option<f32>>,
+}
+
+/// Lists, end to end.
+#[derive(Debug, PartialEq)]
+pub struct Lists<T> {
+    values: Vec<T>,
+    /// Where each list ends.
+    ends: Vec<usize>,
+}
+
+impl<T> Default for Lists<T> {
+    fn default() -> Self {
+        Self {
+            values: Vec::new(),
+            ends: Vec::new(),
+        }
+    }
+}
+
+impl<T> Lists<T> {
+    fn range(&self, at: usize) -> Range<usize> {
+        match (at.checked_sub(1), self.ends.get(at)) {
+            (_, None) => 0..0,
+            (None, Some(&end)) => 0..end,
+            (Some(before), Some(&end)) => self.ends[before]..end,
+        }
+    }
+
+    /// The list at `at`; an empty one behind the last.
+    pub fn get(&self, at: usize) -> &[T] {
+        &self.values[self.range(at)]
+    }
+
+    /// Values in all lists.
+    pub fn total(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Makes room for so many values in so many lists.
+    pub fn reserve(&mut self, values: usize, lists: usize) {
+        self.values.reserve(values);
+        self.ends.reserve(lists);
+    }
+
+    /// Appends a value to the list that [`Self::end`] ends.
+    pub fn push(&mut self, value: T) {
+        self.values.push(value);
+    }
+
+    /// Ends a list.
+    pub fn end(&mut self) {
+        self.ends.push(self.values.len());
+    }
+
+    fn from_lists<'a, U: 'a>(
+        lists: impl IntoIterator<Item = &'a Vec<U>>,
+        value: impl Fn(&'a U) -> T,
+    ) -> Self {
+        let mut all = Self::default();
+        for list in lists {
+            all.values.extend(list.iter().map(&value));
+            all.ends.push(all.values.len());
+        }
+        all
+    }
+}
+
+impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
+    fn from(logprobs: &'a Logprobs) -> Self {
+        let bytes = |token: &'a String| Cow::Borrowed(token.as_bytes());
+        let mut view = Self {
+            token: logprobs.token.iter().map(bytes).collect(),
+            logprob: logprobs.logprob.clone(),
+            top: Lists::from_lists(&logprobs.top, bytes),
+            top_logprob: Lists::from_lists(&logprobs.top_logprob, |&logprob| logprob),
+        };
+        view.put_raw(&logprobs.raw);
+        view
+    }
+}
+
+impl LogprobsView<'_> {
+    /// Puts the tokens that are no UTF-8 where an empty text holds their place.
+    pub fn put_raw(&mut self, raw: &[RawToken]) {
+        for token in raw {
+            let position = token.position as usize;
+            let place = match usize::try_from(token.rank) {
+                Err(_) => self.token.get_mut(position),
+                Ok(rank) => {
+                    let range = self.top.range(position);
+                    self.top.values[range].get_mut(rank)
+                }
+            };
+            if let (Some(place), Some(bytes)) = (place, bytes_of_hex(&token.hex))
+                && place.is_empty()
+            {
+                *place = Cow::Owned(bytes);
+            }
+        }
+    }
+}
+
+fn bytes_of_hex(hex: &str) -> Option<Vec<u8>> {
+    let digits = hex.as_bytes();
+    if !digits.len().is_multiple_of(2) {
+        return None;
+    }
+    digits
+        .chunks_exact(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
+        .collect()
+}
+
+/// The fields of [`Logprobs`] as they stand in a line.
+#[derive(Deserialize)]
+struct Stored<'a> {
+    #[serde(borrow)]
+    token: Vec<Bytes<'a>>,
+    logprob: Vec<Option<f32>>,
+    #[serde(borrow)]
+    top: Lists<Bytes<'a>>,
+    top_logprob: Lists<Option<f32>>,
+    #[serde(with = "stored::raw")]
+    raw: Vec<RawToken>,
+}
+
+impl<'a> From<Stored<'a>> for LogprobsView<'a> {
+    fn from(stored: Stored<'a>) -> Self {
+        // These keep the allocation.
+        let bytes = |tokens: Vec<Bytes<'a>>| tokens.into_iter().map(|token| token.0).collect();
+        let mut view = Self {
+            token: bytes(stored.token),
+            logprob: stored.logprob,
+            top: Lists {
+                values: bytes(stored.top.values),
+                ends: stored.top.ends,
+            },
+            top_logprob: stored.top_logprob,
+        };
+        view.put_raw(&stored.raw);
+        view
+    }
+}
+
+/// The bytes of a JSON string; borrowed unless it has escapes.
+struct Bytes<'a>(Cow<'a, [u8]>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Bytes<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+
+        impl<'de> Visitor<'de> for Text {
+            type Value = Cow<'de, [u8]>;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Self::Value, E> {
+                Ok(Cow::Borrowed(text.as_bytes()))
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+                Ok(Cow::Owned(text.as_bytes().to_vec()))
+            }
+        }
+
+        deserializer.deserialize_str(Text).map(Bytes)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Lists<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Outer<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Outer<T> {
+            type Value = Lists<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a list of lists")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut lists: A) -> Result<Lists<T>, A::Error> {
+                let mut all = Lists::default();
+                while lists.next_element_seed(Inner(&mut all.values))?.is_some() {
+                    all.ends.push(all.values.len());
+                }
+                Ok(all)
+            }
+        }
+
+        deserializer.deserialize_seq(Outer(PhantomData))
+    }
+}
+
+/// Appends a list to those before it.
+struct Inner<'v, T>(&'v mut Vec<T>);
+
+impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Inner<'_, T> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Inner<'_, T> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut values: A) -> Result<(), A::Error> {
+        while let Some(value) = values.next_element()? {
+            self.0.push(value);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,269 @@
+//! Rows into examples, on all cores, a few at a time.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Error, Result, bail};
+
+use super::report::{self, Report};
+use super::rows::Row;
+use super::source::{Portion, Reader, Source};
+use super::{OnProgress, prompt_hash};
+use crate::config;
+use crate::data::align::{Aligned, Mapper};
+use crate::data::prepared::{Entry, Example, Part, Sink, Writer};
+use crate::data::tokenizer::Tokenizer;
+use crate::exit::Exit;
+
+/// Prepares `source` into `sink`, whose index tells `hash`. Returns the files where the sink is
+/// memory.
+///
+/// # Errors
+/// If the source cannot be read, a row of a file is none, the sink cannot be written, or no example
+/// is left ([`Exit::Usage`], with the reasons).
+pub fn run(
+    source: &Source,
+    settings: &config::Data,
+    tokenizer: &Tokenizer,
+    sink: Sink,
+    hash: &str,
+    on_progress: OnProgress<'_>,
+) -> Result<BTreeMap<String, Vec<u8>>> {
+    let work = Work {
+        source,
+        settings,
+        tokenizer,
+        reading: Mutex::new(Reading {
+            reader: source.open()?,
+            total: source.bytes(),
+            on_progress,
+        }),
+        failed: AtomicBool::new(false),
+    };
+    let writer = Writer::new(sink, tokenizer.vocab_size());
+    let mut report = Report::default();
+    let mut entries: Vec<Entry> = Vec::new();
+    let mut failures: Vec<(u64, Error)> = Vec::new();
+    for done in rayon::broadcast(|_| work.run(writer.part())) {
+        match done {
+            Ok(done) => {
+                report.add(done.report);
+                entries.extend(done.entries);
+            }
+            Err(failure) => failures.push(failure),
+        }
+    }
+    // Portions are handed out in order and finished, so that this is the first one there is.
+    if let Some((_, error)) = failures.into_iter().min_by_key(|failure| failure.0) {
+        return Err(error);
+    }
+    if entries.is_empty() {
+        let reasons = match report.dropped.is_empty() {
+            true => "it is empty".into(),
+            false => report::by_reason(&report.dropped),
+        };
+        bail!(Exit::Usage(format!(
+            "no example can be made of the {} records in {}: {reasons}",
+            report.records,
+            source.path().display()
+        )));
+    }
+    writer.finish(entries, hash, report)
+}
+
+/// What all threads share.
+struct Work<'a> {
+    source: &'a Source,
+    settings: &'a config::Data,
+    tokenizer: &'a Tokenizer,
+    reading: Mutex<Reading<'a>>,
+    /// One has an error: the others need not go on.
+    failed: AtomicBool,
+}
+
+struct Reading<'a> {
+    reader: Reader,
+    total: u64,
+    on_progress: OnProgress<'a>,
+}
+
+/// What one thread has done.
+struct Done {
+    entries: Vec<Entry>,
+    report: Report,
+}
+
+impl Work<'_> {
+    /// What each thread does. An error comes with the number of its line.
+    fn run(&self, mut part: Part) -> Result<Done, (u64, Error)> {
+        let mut preparing = Preparing {
+            tokenizer: self.tokenizer,
+            mapper: Mapper::new(self.tokenizer),
+            max_length: self.settings.max_length,
+            in_file: matches!(self.source, Source::File(_)),
+            report: Report::default(),
+        };
+        let mut portion = Portion::default();
+        let mut work = || {
+            while !self.failed.load(Ordering::Relaxed) && self.next(&mut portion)? {
+                portion.rows(self.source, self.settings, |number, row| {
+                    preparing.add(number, row, &mut part)
+                })?;
+            }
+            Ok(())
+        };
+        let worked: Result<(), (u64, Error)> = work();
+        let done = worked.and_then(|()| part.finish().map_err(|error| (u64::MAX, error)));
+        match done {
+            Ok(entries) => Ok(Done {
+                entries,
+                report: preparing.report,
+            }),
+            Err(failure) => {
+                self.failed.store(true, Ordering::Relaxed);
+                Err(failure)
+            }
+        }
+    }
+
+    fn next(&self, portion: &mut Portion) -> Result<bool, (u64, Error)> {
+        let mut reading = self.reading.lock().unwrap_or_else(|e| e.into_inner());
+        let Reading {
+            reader,
+            total,
+            on_progress,
+        } = &mut *reading;
+        let mut read = || -> Result<bool> {
+            let is_more = reader.next(portion)?;
+            on_progress(reader.bytes(), *total)?;
+            Ok(is_more)
+        };
+        read().map_err(|error| (reader.number(), error))
+    }
+}
+
+/// What one thread needs, and its counts.
+struct Preparing<'a> {
+    tokenizer: &'a Tokenizer,
+    mapper: Mapper<'a>,
+    max_length: usize,
+    in_file: bool,
+    report: Report,
+}
+
+/// A row as an example.
+struct Ready {
+    input_ids: Vec<u32>,
+    labels: Vec<Range<usize>>,
+    /// The soft labels of the answer whose first token is `answer`.
+    soft: Aligned,
+    answer: usize,
+    /// Why it has no soft labels.
+    ce_only: Option<String>,
+}
+
+impl Preparing<'_> {
+    fn add(&mut self, number: u64, row: Result<Row, String>, part: &mut Part) -> Result<()> {
+        self.report.records += 1;
+        let ready = row.and_then(|row| Ok((self.prepare(&row)?, row)));
+        let (ready, row) = match ready {
+            Ok(ready) => ready,
+            Err(reason) => {
+                increment(&mut self.report.dropped, reason);
+                return Ok(());
+            }
+        };
+        let report = &mut self.report;
+        report.kept += 1;
+        report.tokens += ready.input_ids.len() as u64;
+        report.positions += ready.labels.iter().map(|l| l.len() as u64).sum::<u64>();
+        if let Some(reason) = ready.ce_only {
+            increment(&mut report.ce_only, reason);
+        }
+        let soft = (0..ready.soft.len()).filter(|&at| !ready.soft.soft(at).0.is_empty());
+        report.soft_positions += soft.count() as u64;
+        let example = Example {
+            key: &row.key,
+            input_ids: &ready.input_ids,
+            labels: &ready.labels,
+            soft: &ready.soft,
+            answer: ready.answer,
+        };
+        let order = if self.in_file { "" } else { &*row.key };
+        part.push(
+            (order, number),
+            prompt_hash(&row.prompt_id),
+            ready.soft.mapped_mass,
+            &example,
+        )
+    }
+
+    /// A row as an example, or the reason to leave it out.
+    fn prepare(&mut self, row: &Row) -> Result<Ready, String> {
+        let conversation = self
+            .tokenizer
+            .conversation(&row.messages)
+            .map_err(|e| format!("{e:#}"))?;
+        let mut input_ids = conversation.ids;
+        let Some((last, earlier)) = conversation.answers.split_last() else {
+            return Err("no answer".into());
+        };
+        let mut labels = Vec::new();
+        // A token at the very start is predicted by nothing.
+        let mut supervise = |range: Range<usize>| labels.push(range.start.max(1)..range.end);
+        if row.every_answer {
+            earlier
+                .iter()
+                .for_each(|answer| supervise(answer.supervised.clone()));
+        }
+        let end = if row.ended {
+            last.supervised.end
+        } else {
+            last.tokens.end
+        };
+        supervise(last.supervised.start..end);
+        labels.retain(|range| !range.is_empty());
+        if labels.is_empty() {
+            return Err("the answer is empty".into());
+        }
+        if end > self.max_length {
+            return Err(format!(
+                "longer than `data.max_length` ({} tokens)",
+                self.max_length
+            ));
+        }
+
+        let content = &row.messages[last.message].content;
+        let aligned = match &row.logprobs {
+            None => Err("no logprobs".into()),
+            Some(logprobs) => self
+                .mapper
+                .align(
+                    logprobs,
+                    content.as_bytes(),
+                    last.text.clone(),
+                    &input_ids[last.tokens.clone()],
+                )
+                .map_err(|mismatch| mismatch.to_string()),
+        };
+        let (soft, ce_only) = match aligned {
+            Ok(aligned) => (aligned, None),
+            Err(reason) => (Aligned::default(), Some(reason)),
+        };
+        // Nothing is learnt from what follows the last answer.
+        input_ids.truncate(end);
+        Ok(Ready {
+            input_ids,
+            labels,
+            soft,
+            answer: last.supervised.start,
+            ce_only,
+        })
+    }
+}
+
+fn increment(counts: &mut BTreeMap<String, u64>, reason: String) {
+    *counts.entry(reason).or_default() += 1;
+}

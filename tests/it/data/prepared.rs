@@ -1,0 +1,310 @@
+//! Prepared once, mapped afterwards, and never anything but what they were prepared from.
+
+use std::path::{Path, PathBuf};
+
+use distill::cache::record::{RawToken, Record};
+use distill::cache::view::{LogprobsView, RecordView};
+use distill::config::Config;
+use distill::data::batch::Batch;
+use distill::data::dataset::{self, Dataset};
+use distill::data::tokenizer::Tokenizer;
+
+use super::align::same_tokenizer;
+use super::dataset::{load, record, write_cache};
+use super::{folder, tokenizer};
+
+const ANSWERS: [&str; 3] = [
+    "The capital of France is Paris.",
+    "Grüße aus München, 日本 👋🏽",
+    "A \"quoted\" line\nand a \\ \u{1}",
+];
+
+/// `count` records with soft labels, in no order of keys.
+fn records(tokenizer: &Tokenizer, count: usize) -> Vec<Record> {
+    (0..count)
+        .map(|n| {
+            let answer = ANSWERS[n % 3];
+            let ids = tokenizer.encode_text(answer).unwrap();
+            Record {
+                key: blake3::hash(&[n as u8]).to_hex().to_string(),
+                logprobs: (n % 5 != 4).then(|| same_tokenizer(tokenizer, &ids, 5).0),
+                ..record(&format!("prompt {n}"), answer)
+            }
+        })
+        .collect()
+}
+
+struct Run {
+    _dir: tempfile::TempDir,
+    config: Config,
+    tokenizer: Tokenizer,
+}
+
+fn run(count: usize) -> Run {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer("bytelevel");
+    let mut config = Config {
+        run_dir: dir.path().join("run"),
+        ..Config::default()
+    };
+    config.data.validation_share = 0.25;
+    write_cache(&config.run_dir.join("cache"), &records(&tokenizer, count));
+    Run {
+        _dir: dir,
+        config,
+        tokenizer,
+    }
+}
+
+impl Run {
+    #[track_caller]
+    fn load(&self, is_new: bool) -> Dataset {
+        let data = load(&self.config, &self.tokenizer).unwrap();
+        assert_eq!(data.is_new, is_new);
+        data
+    }
+
+    /// The folders of prepared examples.
+    fn folders(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(self.config.run_dir.join("prepared")).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+}
+
+fn batches(data: &Dataset) -> [Batch; 2] {
+    [data.train(), data.validation()].map(|examples| Batch::new(examples.iter()))
+}
+
+#[test]
+fn a_second_run_maps_what_the_first_one_prepared() {
+    let run = run(40);
+    let first = run.load(true);
+    let second = run.load(false);
+    assert_eq!(first.train().len() + second.validation().len(), 40);
+    assert_eq!(batches(&first), batches(&second));
+    assert_eq!(first.report, second.report);
+    assert_eq!(first.fingerprint(), second.fingerprint());
+    // In memory, from one shard for each thread to one for all: the same examples, in their order.
+    let cache = run.config.run_dir.join("cache");
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let held_out = || dataset::held_out(&cache, &run.config.data, &run.tokenizer).unwrap();
+        let data = pool.unwrap().install(held_out);
+        let keys: Vec<&str> = data.validation().iter().map(|e| e.key()).collect();
+        assert!(keys.len() == 40 && keys.is_sorted());
+        let [_, all] = batches(&data);
+        let mut parts = [first.train(), first.validation()]
+            .map(|examples| examples.iter().collect::<Vec<_>>())
+            .concat();
+        parts.sort_by_key(|example| example.key());
+        assert_eq!(Batch::new(parts), all);
+        assert_eq!(data.report.mean_mapped_mass, first.report.mean_mapped_mass);
+    }
+}
+
+#[test]
+fn a_prepared_example_is_what_its_answer_says() {
+    let run = run(20);
+    let data = run.load(true);
+    let all = records(&run.tokenizer, 20);
+    for example in data.train().iter() {
+        let record = all.iter().find(|r| r.key == example.key()).unwrap();
+        let batch = Batch::new([example]);
+        let ids = run.tokenizer.encode_text(&record.answer.text).unwrap();
+        let end = run.tokenizer.stop_ids()[0];
+        assert_eq!(batch.labels, [ids.as_slice(), &[end]].concat());
+        let expected = match record.logprobs {
+            Some(_) => same_tokenizer(&run.tokenizer, &ids, 5).1,
+            None => Vec::new(),
+        };
+        let logprobs: Vec<f32> = expected.iter().flat_map(|l| l.logprobs.clone()).collect();
+        let soft: Vec<u32> = expected.iter().flat_map(|l| l.ids.clone()).collect();
+        assert_eq!(batch.soft_ids, soft);
+        let bits = |l: &[f32]| l.iter().map(|l| l.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&batch.soft_logprobs), bits(&logprobs));
+    }
+}
+
+/// Each change by itself: is it prepared anew, and is it other training? It is not where the examples
+/// come out the same.
+#[test]
+fn what_examples_depend_on_prepares_them_anew_and_nothing_else_does() {
+    type Change = fn(&mut Run);
+    let grow: Change = |run| {
+        let more = records(&run.tokenizer, 21).split_off(20);
+        write_cache(&run.config.run_dir.join("cache"), &more);
+    };
+    let other_tokenizer: Change = |run| {
+        let copy = run.config.run_dir.join("tokenizer");
+        std::fs::create_dir(&copy).unwrap();
+        for entry in std::fs::read_dir(folder("bytelevel")).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
+        }
+        let template = "{{ messages[0].content }} {{ messages[1].content }} \
+            {{ messages[2].content }}: {{ messages[3].content }}<|im_end|>";
+        std::fs::write(copy.join("chat_template.jinja"), template).unwrap();
+        run.tokenizer = Tokenizer::load(&copy).unwrap();
+    };
+    let cases: [(&str, Change, bool, bool); 6] = [
+        ("nothing", |_| {}, false, false),
+        (
+            "length",
+            |run| run.config.data.max_length = 1000,
+            true,
+            false,
+        ),
+        (
+            "share",
+            |run| run.config.data.validation_share = 0.5,
+            false,
+            true,
+        ),
+        (
+            "training",
+            |run| run.config.train.batch_size = 1,
+            false,
+            false,
+        ),
+        ("cache", grow, true, true),
+        ("template", other_tokenizer, true, true),
+    ];
+    for (name, change, prepares, differs) in cases {
+        let mut run = run(20);
+        let before = run.load(true);
+        change(&mut run);
+        let after = load(&run.config, &run.tokenizer).unwrap();
+        assert_eq!(after.is_new, prepares, "{name}");
+        let is_other = before.fingerprint() != after.fingerprint();
+        assert_eq!(is_other, differs, "{name}");
+    }
+}
+
+#[test]
+fn answers_in_another_order_are_the_same_training() {
+    let (run, other) = (run(20), run(0));
+    let mut backwards = records(&run.tokenizer, 20);
+    backwards.reverse();
+    write_cache(&other.config.run_dir.join("cache"), &backwards);
+    let (a, b) = (run.load(true), other.load(true));
+    assert_ne!(
+        run.folders()[0].file_name(),
+        other.folders()[0].file_name(),
+        "the files differ"
+    );
+    assert_eq!(a.fingerprint(), b.fingerprint());
+    assert_eq!(batches(&a), batches(&b));
+}
+
+#[test]
+fn damaged_examples_are_prepared_again() {
+    type Damage = fn(&Path);
+    let cut: Damage = |file| {
+        let bytes = std::fs::read(file).unwrap();
+        std::fs::write(file, &bytes[..bytes.len() - 1]).unwrap();
+    };
+    let flip: Damage = |file| {
+        let mut bytes = std::fs::read(file).unwrap();
+        let middle = bytes.len() * 2 / 3;
+        bytes[middle] ^= 1;
+        std::fs::write(file, bytes).unwrap();
+    };
+    let remove: Damage = |file| std::fs::remove_file(file).unwrap();
+    let run = run(20);
+    let expected = batches(&run.load(true));
+    for name in ["shard-00000.safetensors", "order.safetensors", "index.json"] {
+        for damage in [cut, flip, remove] {
+            // A flipped bit in the report would not matter.
+            if name == "index.json" && damage as usize == flip as usize {
+                continue;
+            }
+            damage(&run.folders()[0].join(name));
+            assert_eq!(batches(&run.load(true)), expected, "{name}");
+            assert_eq!(batches(&run.load(false)), expected, "{name}");
+        }
+    }
+}
+
+/// Killed between two shards, or between the last one and the index, a run leaves a folder of
+/// another name; even under its own name it would not be taken for whole.
+#[test]
+fn half_a_folder_is_not_taken_for_whole() {
+    let run = run(20);
+    let expected = batches(&run.load(true));
+    let whole = run.folders().remove(0);
+    // Of other settings, so that nobody writes it anew.
+    let half = whole.with_file_name(".0123456789abcdef.new");
+    std::fs::rename(&whole, &half).unwrap();
+    std::fs::remove_file(half.join("index.json")).unwrap();
+    assert_eq!(batches(&run.load(true)), expected);
+    assert_eq!(
+        run.folders(),
+        std::slice::from_ref(&whole),
+        "and is removed"
+    );
+    std::fs::remove_file(whole.join("index.json")).unwrap();
+    assert_eq!(batches(&run.load(true)), expected);
+
+    // Stopped while it prepares, it leaves nothing.
+    std::fs::remove_dir_all(&whole).unwrap();
+    let stopped = dataset::load(&run.config, &run.tokenizer, &mut |_, _| {
+        anyhow::bail!("stop")
+    });
+    assert_eq!(stopped.unwrap_err().to_string(), "stop");
+    assert!(run.folders().is_empty());
+}
+
+#[test]
+fn the_two_newest_folders_are_kept() {
+    let mut run = run(20);
+    let mut lengths = Vec::new();
+    for length in [100, 200, 300, 400] {
+        run.config.data.max_length = length;
+        run.load(true);
+        lengths.push(length);
+        assert_eq!(run.folders().len(), lengths.len().min(2));
+    }
+    run.config.data.max_length = 300;
+    run.load(false);
+}
+
+/// The quick way to read a line tells the same as the parser for any JSON, which the same line gets
+/// with a space in it.
+#[test]
+fn a_line_reads_the_same_in_both_ways() {
+    let tokenizer = tokenizer("bytelevel");
+    let mut all = records(&tokenizer, 9);
+    let odd = all[0].logprobs.as_mut().unwrap();
+    odd.logprob[0] = None;
+    odd.top_logprob[1][2] = None;
+    odd.top_logprob[2].truncate(1);
+    odd.top[3].clear();
+    odd.top[4][0].clear();
+    odd.raw.push(RawToken {
+        position: 4,
+        rank: 0,
+        hex: "c3".into(),
+    });
+    // What looks like the beginning of the logprobs, in a text.
+    all[1].answer.text = ",\"logprobs\":{\"token\":[".into();
+    for record in &all {
+        let line = distill::cache::line::encode(record).unwrap();
+        let line = std::str::from_utf8(&line).unwrap().trim_end();
+        let spaced = line.replacen("\"logprobs\":", "\"logprobs\": ", 1);
+        let spaced = if spaced.len() == line.len() {
+            line.to_owned()
+        } else {
+            spaced
+        };
+        let quick = RecordView::of_line(line.as_bytes()).unwrap();
+        let other = RecordView::of_line(spaced.as_bytes()).unwrap();
+        assert_eq!(quick.logprobs, other.logprobs);
+        let expected = record.logprobs.as_ref().map(LogprobsView::from);
+        assert_eq!(quick.logprobs, expected);
+        assert_eq!(
+            (&quick.key, &quick.answer.text),
+            (&record.key, &record.answer.text)
+        );
+    }
+    assert!(RecordView::of_line(b"{}").is_err());
+}
