@@ -185,16 +185,10 @@ pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
     Ok(Box::new(BufReader::with_capacity(1 << 20, unpacked)))
 }
 
-/// Writes a folder of `files` (name and content) whole, as [`write_dir_with`] does.
-pub fn write_dir(destination: &Path, files: &[(&str, &[u8])]) -> Result<()> {
-    write_dir_with(destination, |temporary| {
-        for (name, bytes) in files {
-            let path = temporary.join(name);
-            fs::write(&path, bytes)
-                .with_context(|| format!("could not write {}", path.display()))?;
-        }
-        Ok(())
-    })
+/// Writes a file into a folder that [`write_dir_with`] gets filled.
+pub fn write_in(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let path = folder.join(name);
+    fs::write(&path, bytes).with_context(|| format!("could not write {}", path.display()))
 }
 
 /// Writes a folder whole, in whose place another one may stand: the old one goes only when the new

@@ -27,7 +27,17 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
             sanitise(&summary.student.display().to_string()).into_owned(),
         ),
         ("parameters", format_count(summary.parameters as u64)),
-        ("steps", format_count(summary.steps)),
+        (
+            "steps",
+            match summary.best_step {
+                Some(best) => format!(
+                    "{}, best after {}",
+                    format_count(summary.steps),
+                    format_count(best)
+                ),
+                None => format_count(summary.steps),
+            },
+        ),
         ("tokens", format_count(summary.tokens)),
         ("tokens/s", format!("{:.0}", summary.tokens_per_s)),
         ("validation cross-entropy", number(validation.ce)),

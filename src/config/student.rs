@@ -91,6 +91,8 @@ pub struct Loss {
     pub kd: Kd,
     /// lambda: the share of the soft-label term where a position has soft labels.
     pub kd_weight: f64,
+    /// The share of cross-entropy that is taken against the uniform distribution.
+    pub label_smoothing: f64,
 }
 
 impl Default for Loss {
@@ -98,6 +100,7 @@ impl Default for Loss {
         Self {
             kd: Kd::Tail,
             kd_weight: 0.5,
+            label_smoothing: 0.0,
         }
     }
 }
@@ -129,7 +132,14 @@ pub struct Train {
     pub min_learning_rate_ratio: f64,
     pub warmup_steps: u64,
     pub schedule: Schedule,
+    /// The share of the steps, at their end, over which "wsd" decays.
+    pub decay_share: f64,
     pub weight_decay: f64,
+    /// Parameters without weight decay besides norms and biases: regular expressions, any of which
+    /// matches a part of the name.
+    pub no_decay: Vec<String>,
+    /// Parameters that stay as they are: regular expressions, as `no_decay`.
+    pub freeze: Vec<String>,
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,
@@ -141,8 +151,41 @@ pub struct Train {
     pub checkpoint_every: u64,
     /// Checkpoints kept; the newest ones.
     pub keep_checkpoints: usize,
-    /// Threads for the arithmetic; 0: one per core.
+    /// Weight of the past in a running average of the weights, which is what is evaluated and
+    /// becomes the student; 0 for none.
+    pub ema_decay: f64,
+    /// The validation metric whose best checkpoint is kept and becomes the student.
+    pub best: Best,
+    /// Validations in a row without a better `best` after which training ends; 0: never.
+    pub patience: u64,
+    /// What factors of matrix products are rounded to. Weights, sums and the optimizer are f32.
+    pub dtype: ComputeDtype,
+    /// Compute activations twice instead of keeping them: slower, less memory, the same numbers.
+    pub activation_checkpointing: bool,
+    /// Threads for the arithmetic; 0: one per core. The numbers do not depend on it.
     pub threads: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ComputeDtype {
+    /// bf16 where the CPU has instructions for it (AVX512-BF16), f32 elsewhere.
+    Auto,
+    F32,
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Best {
+    /// The last weights become the student.
+    Last,
+    /// The lowest cross-entropy.
+    Ce,
+    /// The lowest KL divergence to the teacher.
+    Kl,
+    /// The highest token accuracy.
+    TokenAccuracy,
 }
 
 impl Default for Train {
@@ -158,7 +201,10 @@ impl Default for Train {
             min_learning_rate_ratio: 0.1,
             warmup_steps: 50,
             schedule: Schedule::Cosine,
+            decay_share: 0.2,
             weight_decay: 0.01,
+            no_decay: Vec::new(),
+            freeze: Vec::new(),
             beta1: 0.9,
             beta2: 0.95,
             epsilon: 1e-8,
@@ -166,6 +212,11 @@ impl Default for Train {
             eval_every: 100,
             checkpoint_every: 200,
             keep_checkpoints: 2,
+            ema_decay: 0.0,
+            best: Best::Last,
+            patience: 0,
+            dtype: ComputeDtype::Auto,
+            activation_checkpointing: false,
             threads: 0,
         }
     }
@@ -177,6 +228,8 @@ pub enum Schedule {
     Constant,
     Linear,
     Cosine,
+    /// Warmup, stable, decay.
+    Wsd,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -6,7 +6,7 @@ use super::harvest::{Batch, Lane};
 use super::mistake::usage;
 use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
-use super::student::Init;
+use super::student::{Best, Init};
 
 fn check(holds: bool, message: &str) -> Result<()> {
     if holds {
@@ -28,6 +28,10 @@ pub fn validate(config: &Config) -> Result<()> {
         share(config.loss.kd_weight),
         "loss.kd_weight must lie between 0 and 1",
     )?;
+    check(
+        share(config.loss.label_smoothing) && config.loss.label_smoothing < 1.0,
+        "loss.label_smoothing must be at least 0 and below 1",
+    )?;
     let train = &config.train;
     check(
         train.batch_size > 0 && train.micro_batch_size > 0,
@@ -44,6 +48,22 @@ pub fn validate(config: &Config) -> Result<()> {
     check(
         share(train.beta1) && share(train.beta2) && train.beta1 < 1.0 && train.beta2 < 1.0,
         "train.beta1 and train.beta2 must be at least 0 and below 1",
+    )?;
+    check(
+        share(train.decay_share),
+        "train.decay_share must lie between 0 and 1",
+    )?;
+    check(
+        share(train.ema_decay) && train.ema_decay < 1.0,
+        "train.ema_decay must be at least 0 and below 1",
+    )?;
+    check(
+        train.patience == 0 || train.best != Best::Last,
+        "train.patience needs a metric to watch: set train.best to \"ce\", \"kl\" or \"token_accuracy\"",
+    )?;
+    check(
+        train.patience == 0 || train.eval_every > 0,
+        "train.patience counts validations: set train.eval_every",
     )?;
     check(
         config.eval.batch_size > 0,

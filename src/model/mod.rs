@@ -103,6 +103,25 @@ impl Model {
         })
     }
 
+    /// The same decoder over other weights.
+    ///
+    /// # Errors
+    /// As [`Model::new`].
+    pub fn with_weights(&self, tensors: &Tensors) -> Result<Self> {
+        Ok(Self {
+            config: self.config.clone(),
+            llama: Llama::new(&self.config, tensors)?,
+            rope: self.rope.clone(),
+            arena: self.arena.clone(),
+            precision: self.precision,
+        })
+    }
+
+    /// Computes in `precision` from now on; a new model computes in f32.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
+    }
+
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }

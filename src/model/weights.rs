@@ -1,6 +1,8 @@
 //! Named tensors in safetensors files.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Deref;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -9,6 +11,8 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::Deserialize;
 
 use crate::exit::Exit;
+use crate::ops::Values;
+use crate::ops::map::Map;
 
 /// Tensors by name, in the order of their names.
 pub type Tensors = BTreeMap<String, Tensor>;
@@ -36,36 +40,126 @@ pub fn load(dir: &Path) -> Result<Tensors> {
 /// # Errors
 /// Where it is missing, malformed, or holds a data type that is no float.
 pub fn load_file(path: &Path) -> Result<Tensors> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .with_context(|| format!("{} is no valid safetensors file", path.display()))?;
-    file.iter()
-        .map(|(name, view)| {
-            let values = to_f32(view.dtype(), view.data())
-                .with_context(|| format!("tensor {name} of {}", path.display()))?;
-            let tensor = Tensor::from_vec(values, view.shape(), &Device::Cpu)?;
-            Ok((name.to_string(), tensor))
-        })
-        .collect()
+    with_file(path, |file| {
+        let names = file.tensors.names();
+        let load = |name: &str| Ok((name.to_string(), file.tensor(name)?));
+        names.into_iter().map(load).collect()
+    })
 }
 
-/// Renders tensors as a safetensors file of the given float type, with `metadata`.
+/// A safetensors file, of which tensors are read one by one.
+pub struct File<'a> {
+    path: &'a Path,
+    tensors: SafeTensors<'a>,
+}
+
+impl File<'_> {
+    /// The tensor `name` as f32.
+    ///
+    /// # Errors
+    /// Where it is missing, or holds a data type that is no float.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let read = || -> Result<Tensor> {
+            let view = self.tensors.tensor(name)?;
+            let values = to_f32(view.dtype(), view.data())?;
+            Ok(Tensor::from_vec(values, view.shape(), &Device::Cpu)?)
+        };
+        read().with_context(|| format!("tensor {name} of {}", self.path.display()))
+    }
+}
+
+/// Calls `read` with the safetensors file at `path`.
 ///
 /// # Errors
-/// Where a tensor is not f32 on the CPU.
-pub fn serialize(
-    tensors: &Tensors,
-    dtype: DType,
-    metadata: BTreeMap<String, String>,
-) -> Result<Vec<u8>> {
-    let views: Vec<(&String, Rendered)> = tensors
-        .iter()
-        .map(|(name, tensor)| Ok((name, Rendered::new(tensor, dtype)?)))
-        .collect::<Result<_>>()?;
-    Ok(safetensors::serialize(
-        views,
-        Some(metadata.into_iter().collect()),
-    )?)
+/// Where it is missing or malformed.
+pub fn with_file<R>(path: &Path, read: impl FnOnce(&File) -> Result<R>) -> Result<R> {
+    let map = std::fs::File::open(path)
+        .and_then(|file| Map::of(&file))
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    let tensors = SafeTensors::deserialize(&map)
+        .with_context(|| format!("{} is no valid safetensors file", path.display()))?;
+    read(&File { path, tensors })
+}
+
+/// A tensor to be written.
+pub struct Entry<'a> {
+    shape: Vec<usize>,
+    values: Box<dyn Deref<Target = [f32]> + 'a>,
+    dtype: Dtype,
+}
+
+impl<'a> Entry<'a> {
+    /// Values of a shape as f32.
+    pub fn new(shape: &[usize], values: &'a [f32]) -> Self {
+        Self {
+            shape: shape.to_vec(),
+            values: Box::new(values),
+            dtype: Dtype::F32,
+        }
+    }
+
+    /// A contiguous f32 tensor on the CPU as `dtype`.
+    ///
+    /// # Errors
+    /// Where it is none, or `dtype` is no float.
+    pub fn of(tensor: &'a Tensor, dtype: DType) -> Result<Self> {
+        let dtype = match dtype {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            other => bail!("cannot write weights as {other:?}"),
+        };
+        Ok(Self {
+            shape: tensor.dims().to_vec(),
+            values: Box::new(Values::of(tensor)?),
+            dtype,
+        })
+    }
+}
+
+impl View for Entry<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        fn render<const N: usize>(values: &[f32], bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+            values.iter().flat_map(|v| bytes(*v)).collect()
+        }
+        Cow::Owned(match self.dtype {
+            Dtype::F16 => render(&self.values, |v| half::f16::from_f32(v).to_le_bytes()),
+            Dtype::BF16 => render(&self.values, |v| half::bf16::from_f32(v).to_le_bytes()),
+            _ => render(&self.values, f32::to_le_bytes),
+        })
+    }
+
+    fn data_len(&self) -> usize {
+        self.values.len() * if self.dtype == Dtype::F32 { 4 } else { 2 }
+    }
+}
+
+/// Writes a safetensors file, one tensor in memory at a time, into a folder that
+/// [`crate::fs::write_dir_with`] fills.
+///
+/// # Errors
+/// Where it cannot be written.
+pub fn write(path: &Path, entries: BTreeMap<String, Entry>) -> Result<()> {
+    let metadata = [("format".to_string(), "pt".to_string())];
+    safetensors::serialize_to_file(entries, Some(metadata.into()), path)
+        .with_context(|| format!("could not write {}", path.display()))
+}
+
+/// Tensors as entries of the given float type.
+///
+/// # Errors
+/// Where a tensor is not contiguous f32 on the CPU.
+pub fn entries(tensors: &Tensors, dtype: DType) -> Result<BTreeMap<String, Entry<'_>>> {
+    let entry = |(name, tensor): (&String, _)| Ok((name.clone(), Entry::of(tensor, dtype)?));
+    tensors.iter().map(entry).collect()
 }
 
 /// The safetensors files of a model folder.
@@ -111,56 +205,4 @@ fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
         Dtype::F64 => read(bytes, |b| f64::from_le_bytes(b) as f32),
         other => bail!("data type {other:?} is not supported: weights are f32, f16 or bf16"),
     })
-}
-
-/// A tensor as bytes of a safetensors file.
-struct Rendered {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
-}
-
-impl Rendered {
-    fn new(tensor: &Tensor, dtype: DType) -> Result<Self> {
-        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-        let (dtype, bytes) = match dtype {
-            DType::F32 => (Dtype::F32, render(&values, f32::to_le_bytes)),
-            DType::F16 => (
-                Dtype::F16,
-                render(&values, |v| half::f16::from_f32(v).to_le_bytes()),
-            ),
-            DType::BF16 => (
-                Dtype::BF16,
-                render(&values, |v| half::bf16::from_f32(v).to_le_bytes()),
-            ),
-            other => bail!("cannot write weights as {other:?}"),
-        };
-        Ok(Self {
-            dtype,
-            shape: tensor.dims().to_vec(),
-            bytes,
-        })
-    }
-}
-
-fn render<const N: usize>(values: &[f32], bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
-    values.iter().flat_map(|v| bytes(*v)).collect()
-}
-
-impl View for Rendered {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        (&self.bytes).into()
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
 }

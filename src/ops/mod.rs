@@ -16,6 +16,7 @@
 pub mod adamw;
 pub mod arena;
 pub mod attention;
+pub mod average;
 pub mod embedding;
 pub mod head_loss;
 pub mod linear;

@@ -1,9 +1,9 @@
-//! Checkpoints: `checkpoints/step-000500/{model.safetensors, optimizer.safetensors, state.json}`.
+//! Checkpoints: `checkpoints/step-000500/{model.safetensors, optimizer.safetensors, state.json}`, and
+//! `ema.safetensors` where there is a running average.
 //!
 //! A checkpoint appears whole, by the rename of its folder, or not at all. The newest one is found
 //! by looking, so no pointer can be stale.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -11,13 +11,28 @@ use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use super::Start;
+use super::best::Best;
+use super::ema::Ema;
 use super::optimizer::Optimizer;
-use super::student::Student;
-use crate::config::{Config, Train};
+use super::student::{self, Student};
+use crate::config::{ComputeDtype, Config, Train};
 use crate::data::batch::Cursor;
 use crate::exit::Exit;
 use crate::fs;
-use crate::model::weights;
+use crate::model::weights::{self, Tensors};
+use crate::ops::matmul::Precision;
+
+const MODEL: &str = "model.safetensors";
+const EMA: &str = "ema.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+
+/// What a run changes.
+pub struct Parts {
+    pub student: Student,
+    pub optimizer: Optimizer,
+    pub ema: Option<Ema>,
+}
 
 /// What a run needs besides weights and moments to go on as if it had not stopped.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,40 +45,56 @@ pub struct State {
     pub cursor: Cursor,
     /// Tokens trained on so far.
     pub tokens: u64,
+    pub best: Best,
     /// Hash of the settings and data that the numbers depend on.
     pub fingerprint: String,
 }
 
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
-/// Writes a checkpoint, then removes the oldest beyond `keep`.
+/// Writes a checkpoint, then removes the oldest beyond `keep`, but never the best.
 ///
 /// # Errors
 /// Where it cannot be written; earlier checkpoints are untouched then.
-pub fn save(
-    dir: &Path,
-    student: &Student,
-    optimizer: &Optimizer,
-    state: &State,
-    keep: usize,
-) -> Result<()> {
-    let model = weights::serialize(&student.tensors(), DType::F32, BTreeMap::new())?;
-    let moments = weights::serialize(&optimizer.state()?, DType::F32, BTreeMap::new())?;
-    let text = serde_json::to_vec_pretty(state)?;
-    let path = dir.join(format!("step-{:06}", state.step));
-    fs::write_dir(
-        &path,
-        &[
-            ("model.safetensors", &model),
-            ("optimizer.safetensors", &moments),
-            ("state.json", &text),
-        ],
-    )?;
+pub fn save(dir: &Path, parts: &Parts, state: &State, keep: usize) -> Result<()> {
+    fs::write_dir_with(&folder(dir, state.step), |folder| {
+        let write = |name, tensors: &Tensors| {
+            weights::write(&folder.join(name), weights::entries(tensors, DType::F32)?)
+        };
+        write(MODEL, &parts.student.tensors())?;
+        if let Some(ema) = &parts.ema {
+            write(EMA, &ema.tensors(&parts.student))?;
+        }
+        weights::write(&folder.join(OPTIMIZER), parts.optimizer.state())?;
+        fs::write_in(folder, STATE, &serde_json::to_vec_pretty(state)?)
+    })?;
+    let best = state.best.found.map(|(step, _)| step);
     let steps = list(dir)?;
-    for (_, old) in steps.iter().take(steps.len().saturating_sub(keep.max(1))) {
-        fs::remove_dir_all(old)?;
+    let old = steps.len().saturating_sub(keep.max(1));
+    for (_, path) in steps[..old].iter().filter(|(step, _)| Some(*step) != best) {
+        fs::remove_dir_all(path)?;
     }
     Ok(())
+}
+
+fn folder(dir: &Path, step: u64) -> PathBuf {
+    dir.join(format!("step-{step:06}"))
+}
+
+/// The weights that the checkpoint after `step` would make the student: the running average where
+/// there is one.
+///
+/// # Errors
+/// Where the checkpoint is gone or damaged.
+pub fn weights_of(dir: &Path, step: u64) -> Result<Tensors> {
+    let folder = folder(dir, step);
+    let average = folder.join(EMA);
+    let path = if average.exists() {
+        average
+    } else {
+        folder.join(MODEL)
+    };
+    weights::load_file(&path)
 }
 
 /// The newest checkpoint in `dir`, if there is one.
@@ -74,16 +105,11 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(list(dir)?.pop().map(|(_, path)| path))
 }
 
-/// Brings student and optimizer to the state of the checkpoint at `path`.
+/// Brings the parts to the state of the checkpoint at `path`.
 ///
 /// # Errors
 /// Where a file is damaged ([`Exit::Damaged`]), or `fingerprint` is another ([`Exit::Usage`]).
-pub fn load(
-    path: &Path,
-    student: &Student,
-    optimizer: &mut Optimizer,
-    fingerprint: &str,
-) -> Result<State> {
+pub fn load(path: &Path, parts: &mut Parts, fingerprint: &str) -> Result<State> {
     let state = read_state(path).map_err(|error| damaged(path, &error))?;
     if state.fingerprint != fingerprint {
         bail!(Exit::Usage(format!(
@@ -93,9 +119,15 @@ pub fn load(
         )));
     }
     let mut restore = || -> Result<()> {
-        student.restore(&weights::load_file(&path.join("model.safetensors"))?)?;
-        let moments = weights::load_file(&path.join("optimizer.safetensors"))?;
-        optimizer.restore(&moments, state.step)
+        let vars = &parts.student.vars;
+        weights::with_file(&path.join(MODEL), |file| student::restore(vars, file))?;
+        if let Some(ema) = &parts.ema {
+            weights::with_file(&path.join(EMA), |file| ema.restore(file))?;
+        }
+        let optimizer = &mut parts.optimizer;
+        weights::with_file(&path.join(OPTIMIZER), |file| {
+            optimizer.restore(file, state.step)
+        })
     };
     restore().map_err(|error| damaged(path, &error))?;
     Ok(state)
@@ -112,8 +144,15 @@ pub fn fingerprint(config: &Config, data: &str, total: u64) -> Result<String> {
         eval_every: 0,
         checkpoint_every: 0,
         keep_checkpoints: 0,
+        patience: 0,
         steps: Some(total),
         epochs: 0.0,
+        threads: 0,
+        activation_checkpointing: false,
+        dtype: match student::precision(config.train.dtype) {
+            Precision::F32 => ComputeDtype::F32,
+            Precision::Bf16 => ComputeDtype::Bf16,
+        },
         ..config.train.clone()
     };
     let mut hash = blake3::Hasher::new();
@@ -150,7 +189,7 @@ pub fn find(dir: &Path, start: Start) -> Result<Option<PathBuf>> {
 }
 
 fn read_state(path: &Path) -> Result<State> {
-    let state: State = serde_json::from_str(&fs::read_to_string(&path.join("state.json"))?)?;
+    let state: State = serde_json::from_str(&fs::read_to_string(&path.join(STATE))?)?;
     if state.version != VERSION {
         bail!(
             "its version is {}, and this program reads {VERSION}",

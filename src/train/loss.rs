@@ -16,6 +16,19 @@ const MIN_TAIL: f32 = 1e-6;
 /// The student's tail never counts as smaller than this, which bounds the gradient.
 const MIN_STUDENT_TAIL: f32 = 1e-7;
 
+/// How the terms of a position make its loss:
+/// `scale * ((1 - kd) CE + kd KD)`, or `scale * CE` where the position has no soft labels.
+#[derive(Debug, Clone, Copy)]
+pub struct Weights {
+    /// lambda, the weight of KD.
+    pub kd: f32,
+    /// epsilon: CE is taken against (1 - epsilon) of the label and epsilon of the uniform
+    /// distribution (Szegedy et al., arXiv 1512.00567).
+    pub label_smoothing: f32,
+    /// 1 / N, with N the supervised positions of the step.
+    pub scale: f32,
+}
+
 /// What a position teaches.
 #[derive(Debug, Clone, Copy)]
 pub struct Row<'a> {
@@ -27,9 +40,12 @@ pub struct Row<'a> {
     pub soft_logprobs: &'a [f32],
 }
 
-/// The unweighted terms of one position.
+/// The terms of one position.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct RowLoss {
+    /// What is minimised, before `scale`.
+    pub loss: f32,
+    /// Of the label alone.
     pub ce: f32,
     /// None where the position has no soft labels.
     pub kd: Option<f32>,
@@ -41,11 +57,15 @@ pub struct RowLoss {
 
 /// Computes the loss of one position and turns its logits into their gradient.
 ///
-/// The gradient is that of `scale * ((1 - kd_weight) CE + kd_weight KD)`, or of `scale * CE` where
-/// the position has no soft labels. `logits` has V entries; every id must be below V.
-pub fn row(logits: &mut [f32], row: Row, kd_weight: f32, scale: f32) -> RowLoss {
+/// `logits` has V entries; every id must be below V.
+pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
     let label = row.label as usize;
     let label_logit = logits[label];
+    let smoothing = weights.label_smoothing;
+    let mean_logit = match smoothing > 0.0 {
+        true => math::sum(logits) / logits.len() as f32,
+        false => 0.0,
+    };
     let (top1, max) = top1(logits);
     // With K set aside the sum over the rest is the tail itself: no cancellation in 1 - Q.
     let inside: Vec<f32> = row.soft_ids.iter().map(|&id| logits[id as usize]).collect();
@@ -57,16 +77,18 @@ pub fn row(logits: &mut [f32], row: Row, kd_weight: f32, scale: f32) -> RowLoss 
     let sum = outside_sum + inside_exp.iter().sum::<f32>();
     let lse = max + sum.ln();
     let ce = lse - label_logit;
+    let smoothed = ce + smoothing * (label_logit - mean_logit);
     let mut loss = RowLoss {
+        loss: smoothed,
         ce,
         kd: None,
         top1_is_label: top1 == label,
         top1_is_teachers: None,
     };
     if row.soft_ids.is_empty() {
-        let factor = scale / sum;
+        let factor = weights.scale / sum;
         logits.iter_mut().for_each(|e| *e *= factor);
-        logits[label] -= scale;
+        pull_to_label(logits, label, smoothing, weights.scale);
         return loss;
     }
 
@@ -84,17 +106,28 @@ pub fn row(logits: &mut [f32], row: Row, kd_weight: f32, scale: f32) -> RowLoss 
         kd += tail * (tail / student_tail).ln();
     }
     loss.kd = Some(kd);
+    loss.loss = (1.0 - weights.kd) * smoothed + weights.kd * kd;
     loss.top1_is_teachers = best(row).map(|id| id as usize == top1);
 
     // d KD / dz_j = q_j - p_j in K, q_j (1 - p_ / q_) outside.
     let pull = if has_tail { tail / student_tail } else { 0.0 };
-    let factor = scale * (1.0 - kd_weight * pull) / sum;
+    let Weights { scale, kd, .. } = weights;
+    let factor = scale * (1.0 - kd * pull) / sum;
     logits.iter_mut().for_each(|e| *e *= factor);
     for ((&id, e), l) in row.soft_ids.iter().zip(&inside_exp).zip(row.soft_logprobs) {
-        logits[id as usize] = scale * (e / sum - kd_weight * l.exp());
+        logits[id as usize] = scale * (e / sum - kd * l.exp());
     }
-    logits[label] -= scale * (1.0 - kd_weight);
+    pull_to_label(logits, label, smoothing, scale * (1.0 - kd));
     loss
+}
+
+/// The part of the gradient of CE that is not the student's own distribution.
+fn pull_to_label(logits: &mut [f32], label: usize, smoothing: f32, weight: f32) {
+    if smoothing > 0.0 {
+        let everywhere = weight * smoothing / logits.len() as f32;
+        logits.iter_mut().for_each(|g| *g -= everywhere);
+    }
+    logits[label] -= weight * (1.0 - smoothing);
 }
 
 /// The teacher's most likely token.
@@ -132,6 +165,14 @@ mod tests {
         TEACHER.iter().map(|z| (z - lse) as f32).collect()
     }
 
+    fn weights(kd: f32, label_smoothing: f32) -> Weights {
+        Weights {
+            kd,
+            label_smoothing,
+            scale: 1.0,
+        }
+    }
+
     fn kd(logits: &[f32], k: usize) -> (f32, Vec<f32>) {
         let mut gradient = logits.to_vec();
         let ids: Vec<u32> = (0..k as u32).collect();
@@ -140,7 +181,7 @@ mod tests {
             soft_ids: &ids,
             soft_logprobs: &teacher_logprobs()[..k],
         };
-        let loss = row(&mut gradient, target, 1.0, 1.0);
+        let loss = row(&mut gradient, target, weights(1.0, 0.0));
         (loss.kd.expect("soft labels were given"), gradient)
     }
 
@@ -182,7 +223,7 @@ mod tests {
             soft_ids: &[],
             soft_logprobs: &[],
         };
-        let loss = row(&mut gradient, target, 0.5, 1.0);
+        let loss = row(&mut gradient, target, weights(0.5, 0.0));
         let lse = STUDENT
             .iter()
             .map(|z| f64::from(*z).exp())
@@ -193,5 +234,35 @@ mod tests {
         assert!(gradient.iter().sum::<f32>().abs() < 1e-6);
         let (_, gradient) = kd(&STUDENT, 3);
         assert!(gradient.iter().sum::<f32>().abs() < 1e-6);
+    }
+
+    #[test]
+    fn label_smoothing_is_cross_entropy_with_the_smoothed_distribution() {
+        let lse = STUDENT
+            .iter()
+            .map(|z| f64::from(*z).exp())
+            .sum::<f64>()
+            .ln();
+        for soft in [0, 3] {
+            let teacher = teacher_logprobs();
+            let target = Row {
+                label: 1,
+                soft_ids: &[0, 1, 2][..soft],
+                soft_logprobs: &teacher[..soft],
+            };
+            let [mut plain, mut smooth] = [STUDENT.to_vec(), STUDENT.to_vec()];
+            let without = row(&mut plain, target, weights(0.4, 0.0));
+            let with = row(&mut smooth, target, weights(0.4, 0.3));
+            assert_eq!(without.ce, with.ce);
+            let share = if soft > 0 { 0.6 } else { 1.0 };
+            let uniform = lse - STUDENT.iter().map(|z| f64::from(*z)).sum::<f64>() / 6.0;
+            let more = share * 0.3 * (uniform - f64::from(with.ce));
+            assert!((f64::from(with.loss - without.loss) - more).abs() < 1e-6);
+            for (j, (plain, smooth)) in plain.iter().zip(&smooth).enumerate() {
+                let label = if j == 1 { 1.0 } else { 0.0 };
+                let more = share * 0.3 * (label - 1.0 / 6.0);
+                assert!((smooth - plain - more as f32).abs() < 1e-6);
+            }
+        }
     }
 }

@@ -5,34 +5,38 @@
 //! minimises L = (1/N) sum [(1 - lambda) CE + lambda KD]: dividing by the N of the step, not of the
 //! micro-batch, makes the gradient independent of how the step is cut.
 
+pub mod best;
 pub mod card;
 pub mod checkpoint;
+pub mod ema;
 pub mod loss;
 pub mod metrics;
 pub mod objective;
 pub mod optimizer;
 pub mod schedule;
+pub mod step;
 pub mod student;
 
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::config::{Config, Kd};
-use crate::data::batch::{Batch, Batches, Cursor, micro_batches};
+use crate::config::Config;
+use crate::data::batch::{Batches, Cursor};
 use crate::data::dataset;
 use crate::data::prepared::ExampleView;
 use crate::data::tokenizer::Tokenizer;
 use crate::fs;
-use crate::model::tape::Memory;
 use crate::signal::StopFlag;
 use crate::terminal::{Progress, Reading, format_count, format_duration};
-use checkpoint::State;
-use metrics::{Means, Metrics, StepLine, Sums};
-use objective::Weights;
+use best::Best;
+use checkpoint::{Parts, State};
+use ema::Ema;
+use metrics::{Means, Metrics, StepLine};
 use optimizer::Optimizer;
+use step::Stepper;
 use student::Student;
 
 /// What to do with checkpoints that are already there.
@@ -51,7 +55,10 @@ pub enum Start {
 pub struct Summary {
     pub student: PathBuf,
     pub parameters: usize,
+    /// Steps taken, over all sessions.
     pub steps: u64,
+    /// The step whose weights became the student, where these are not the last.
+    pub best_step: Option<u64>,
     pub tokens: u64,
     pub seconds: f64,
     pub tokens_per_s: f64,
@@ -77,7 +84,7 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
     let settings = &config.train;
     let stop = StopFlag::watch()?;
     let tokenizer = Tokenizer::load(&config.student.path)?;
-    let student = Student::initial(&config.student, &tokenizer, settings.seed)?;
+    let student = Student::initial(&config.student, settings, &tokenizer)?;
     let mut reading = Reading::new("prepare", quiet);
     let data = dataset::load(config, &tokenizer, &mut |done, total| {
         reading.update(done, total);
@@ -87,149 +94,168 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
     let (train, validation) = (data.train(), data.validation());
     let total = total_steps(config, train.len());
     let fingerprint = checkpoint::fingerprint(config, data.fingerprint(), total)?;
-    let kd_weight = match config.loss.kd {
-        Kd::None => 0.0,
-        Kd::Tail => config.loss.kd_weight as f32,
-    };
 
+    let parameters: usize = student.vars.values().map(|var| var.elem_count()).sum();
+    let averaged = settings.ema_decay > 0.0;
+    let mut parts = Parts {
+        optimizer: Optimizer::new(&student.vars, &student::patterns(&settings.no_decay)?)?,
+        ema: averaged
+            .then(|| Ema::new(&student, settings.ema_decay))
+            .transpose()?,
+        student,
+    };
     let checkpoints = config.run_dir.join("checkpoints");
-    let memory = Memory::Record;
-    let mut optimizer = Optimizer::new(&student.vars);
-    let mut gradients = student.model.gradients();
-    let mut tokens = 0;
-    let mut cursor = Cursor::default();
+    let (mut tokens, mut cursor, mut best) = (0, Cursor::default(), Best::default());
     if let Some(path) = checkpoint::find(&checkpoints, start)? {
-        let state = checkpoint::load(&path, &student, &mut optimizer, &fingerprint)?;
-        cursor = state.cursor;
-        tokens = state.tokens;
+        let state = checkpoint::load(&path, &mut parts, &fingerprint)?;
+        (tokens, cursor, best) = (state.tokens, state.cursor, state.best);
     }
     let mut batches = Batches::new(train.len(), settings.batch_size, settings.seed, cursor)?;
-    let first_step = optimizer.step();
+    let first_step = parts.optimizer.step();
     fs::create_dir_all(&config.run_dir)?;
     let mut metrics = Metrics::open(&config.run_dir.join("metrics.jsonl"), first_step)?;
 
-    let parameters = student.vars.values().map(|var| var.elem_count()).sum();
     let mut progress = Progress::new("train", total, quiet);
-    progress.note(&format!(
-        "{} parameters, {} examples, {total} steps of {} examples{}",
-        format_count(parameters as u64),
-        format_count(train.len() as u64),
-        settings.batch_size,
-        if first_step > 0 {
-            format!(", from step {first_step}")
-        } else {
-            String::new()
-        },
+    progress.note(&opening_line(
+        parameters,
+        train.len(),
+        total,
+        config,
+        first_step,
     ));
     let (began, began_tokens) = (Instant::now(), tokens);
-    let mut last_loss = 0.0;
-    let mut last_validation = Means::default();
-    while optimizer.step() < total {
+    let mut stepper = Stepper::new(config, &parts);
+    let evaluate = |parts: &Parts| {
+        let model = parts
+            .ema
+            .as_ref()
+            .map_or(&parts.student.model, |ema| &ema.model);
+        objective::evaluate(model, validation, settings.micro_batch_size)
+    };
+    let (mut last_loss, mut last_validation) = (0.0, None);
+    while parts.optimizer.step() < total && !best.is_exhausted(settings.patience) {
         let step_began = Instant::now();
-        let step = optimizer.step() + 1;
+        let step = parts.optimizer.step() + 1;
         let epoch = batches.cursor().epoch;
         let examples: Vec<ExampleView> =
             batches.next_step().iter().map(|&i| train.get(i)).collect();
-        let positions: usize = examples.iter().map(|e| e.supervised()).sum();
-        let mut sums = Sums::default();
-        let mut loss = 0.0;
-        let mut step_tokens = 0;
-        for micro in micro_batches(&examples, settings) {
-            let batch = Batch::new(micro);
-            step_tokens += batch.input_ids.len() as u64;
-            let weights = Weights {
-                kd: kd_weight,
-                scale: 1.0 / positions as f32,
-            };
-            let (part, rows) =
-                objective::gradients(&student.model, &batch, weights, memory, &mut gradients)?;
-            if !part.is_finite() {
-                bail!(not_finite("loss", step, &batch.keys));
-            }
-            loss += part;
-            sums.add(&rows);
-        }
-        let norm = optimizer.gradient_norm(&gradients)?;
-        if !norm.is_finite() {
-            let keys: Vec<String> = examples.iter().map(|e| e.key().to_owned()).collect();
-            bail!(not_finite("gradient", step, &keys));
-        }
         let rate = schedule::learning_rate(settings, step, total);
-        optimizer.update(settings, rate, norm, &gradients)?;
-        gradients.clear();
+        let taken = stepper.take(&mut parts, step, &examples, rate)?;
 
-        tokens += step_tokens;
-        let means = sums.means();
-        let speed = (tokens - began_tokens) as f64 / began.elapsed().as_secs_f64();
+        tokens += taken.tokens;
+        let means = taken.sums.means();
         metrics.step(&StepLine {
             step,
             split: "train",
             epoch,
-            loss,
+            loss: taken.loss,
             ce: means.ce,
             kl: means.kl,
             learning_rate: rate,
-            grad_norm: norm,
+            grad_norm: taken.gradient_norm,
             tokens,
-            tokens_per_s: step_tokens as f64 / step_began.elapsed().as_secs_f64(),
+            tokens_per_s: taken.tokens as f64 / step_began.elapsed().as_secs_f64(),
         })?;
         progress.update(step, || {
-            let left = began.elapsed().div_f64((step - first_step) as f64) * (total - step) as u32;
+            let seconds = began.elapsed();
+            let left = seconds.div_f64((step - first_step) as f64) * (total - step) as u32;
+            let speed = (tokens - began_tokens) as f64 / seconds.as_secs_f64();
             let kl = means.kl.map_or(String::new(), |kl| format!(", KL {kl:.4}"));
             format!(
-                "loss {loss:.4}, CE {:.4}{kl}, lr {rate:.1e}, {speed:.0} tokens/s, {} left",
+                "loss {:.4}, CE {:.4}{kl}, lr {rate:.1e}, {speed:.0} tokens/s, {} left",
+                taken.loss,
                 means.ce.unwrap_or_default(),
                 format_duration(left),
             )
         });
-        last_loss = loss;
+        last_loss = taken.loss;
+
         let every = |interval: u64| interval > 0 && step.is_multiple_of(interval);
+        let mut improved = false;
+        last_validation = None;
         if every(settings.eval_every) || step == total {
-            last_validation =
-                objective::evaluate(&student.model, validation, settings.micro_batch_size)?;
-            metrics.validation(step, &last_validation)?;
-            progress.note(&validation_line(step, loss, &last_validation));
+            let means = evaluate(&parts)?;
+            metrics.validation(step, &means)?;
+            progress.note(&validation_line(step, last_loss, &means));
+            improved = best.is_improved_by(settings.best, step, &means);
+            last_validation = Some(means);
         }
         let stopped = stop.check();
-        if every(settings.checkpoint_every) || step == total || stopped.is_err() {
+        let ends = step == total || best.is_exhausted(settings.patience);
+        if every(settings.checkpoint_every) || improved || ends || stopped.is_err() {
             let state = State {
                 version: checkpoint::VERSION,
                 step,
                 cursor: batches.cursor(),
                 tokens,
+                best,
                 fingerprint: fingerprint.clone(),
             };
-            let keep = settings.keep_checkpoints;
-            checkpoint::save(&checkpoints, &student, &optimizer, &state, keep)?;
+            checkpoint::save(&checkpoints, &parts, &state, settings.keep_checkpoints)?;
         }
         stopped.context("the checkpoint is written: go on with --resume")?;
     }
     drop(progress);
 
     let seconds = began.elapsed().as_secs_f64();
-    if first_step == total {
-        last_validation =
-            objective::evaluate(&student.model, validation, settings.micro_batch_size)?;
-    }
+    let steps = parts.optimizer.step();
+    let (weights, validation, best_step) = match best.found {
+        Some((step, _)) if step < steps => {
+            let weights = checkpoint::weights_of(&checkpoints, step)?;
+            let model = parts.student.model.with_weights(&weights)?;
+            let means = objective::evaluate(&model, validation, settings.micro_batch_size)?;
+            (weights, means, Some(step))
+        }
+        _ => {
+            let weights = match &parts.ema {
+                Some(ema) => ema.tensors(&parts.student),
+                None => parts.student.tensors(),
+            };
+            let means = last_validation.map_or_else(|| evaluate(&parts), Ok)?;
+            (weights, means, None)
+        }
+    };
     let summary = Summary {
         student: config.run_dir.join("student"),
         parameters,
-        steps: total,
+        steps,
+        best_step,
         tokens,
         seconds,
         tokens_per_s: (tokens - began_tokens) as f64 / seconds,
         last_loss,
-        validation: last_validation,
+        validation,
         data: data.report.clone(),
     };
-    student.save(
+    parts.student.save(
         &summary.student,
+        &weights,
         config.student.save_dtype,
-        &config.student.path,
-        tokenizer.stop_ids(),
+        (&config.student.path, tokenizer.stop_ids()),
         &card::text(config, &summary),
     )?;
     Ok(summary)
+}
+
+/// What is about to happen.
+fn opening_line(
+    parameters: usize,
+    examples: usize,
+    total: u64,
+    config: &Config,
+    first_step: u64,
+) -> String {
+    let from = match first_step {
+        0 => String::new(),
+        step => format!(", from step {step}"),
+    };
+    format!(
+        "{} parameters in {}, {} examples, {total} steps of {} examples{from}",
+        format_count(parameters as u64),
+        student::precision(config.train.dtype).name(),
+        format_count(examples as u64),
+        config.train.batch_size,
+    )
 }
 
 fn total_steps(config: &Config, examples: usize) -> u64 {
@@ -238,14 +264,6 @@ fn total_steps(config: &Config, examples: usize) -> u64 {
         let steps = train.epochs * examples as f64 / train.batch_size as f64;
         (steps.ceil() as u64).max(1)
     })
-}
-
-fn not_finite(what: &str, step: u64, keys: &[String]) -> String {
-    format!(
-        "the {what} of step {step} is not finite; nothing was updated. Lower train.learning_rate, \
-         or look at these examples: {}",
-        keys.join(", ")
-    )
 }
 
 fn validation_line(step: u64, loss: f64, means: &Means) -> String {

@@ -2,21 +2,12 @@
 
 use anyhow::Result;
 
-use super::loss::{self, Row, RowLoss};
+use super::loss::{self, Row, RowLoss, Weights};
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
 use crate::data::dataset::Examples;
 use crate::model::tape::{Gradients, Memory};
 use crate::model::{Input, Model};
-
-/// How a position's terms make the loss.
-#[derive(Debug, Clone, Copy)]
-pub struct Weights {
-    /// Weight of KD against CE, where there are soft labels.
-    pub kd: f32,
-    /// What every position is multiplied by.
-    pub scale: f32,
-}
 
 /// Adds the gradients of a micro-batch to `gradients`; returns its loss and the unscaled terms of
 /// its positions.
@@ -30,15 +21,10 @@ pub fn gradients(
     memory: Memory,
     gradients: &mut Gradients,
 ) -> Result<(f64, Vec<RowLoss>)> {
-    let row = |n: usize, logits: &mut [f32]| {
-        loss::row(logits, target(batch, n), weights.kd, weights.scale)
-    };
+    let row = |n: usize, logits: &mut [f32]| loss::row(logits, target(batch, n), weights);
     let rows = model.train_pass(input(batch), memory, row, gradients)?;
-    let weighted = rows.iter().map(|row| match row.kd {
-        Some(kd) => f64::from((1.0 - weights.kd) * row.ce + weights.kd * kd),
-        None => f64::from(row.ce),
-    });
-    Ok((weighted.sum::<f64>() * f64::from(weights.scale), rows))
+    let loss: f64 = rows.iter().map(|row| f64::from(row.loss)).sum();
+    Ok((loss * f64::from(weights.scale), rows))
 }
 
 fn input(batch: &Batch) -> Input<'_> {
@@ -64,11 +50,16 @@ fn target(batch: &Batch, n: usize) -> Row<'_> {
 /// # Errors
 /// Where an example does not fit the model.
 pub fn evaluate(model: &Model, examples: Examples, batch_size: usize) -> Result<Means> {
+    let weights = Weights {
+        kd: 0.0,
+        label_smoothing: 0.0,
+        scale: 1.0,
+    };
     let mut sums = Sums::default();
     for start in (0..examples.len()).step_by(batch_size) {
         let batch = Batch::new(examples.iter().skip(start).take(batch_size));
         let rows = model.map_logits(input(&batch), |n, logits| {
-            loss::row(logits, target(&batch, n), 0.0, 1.0)
+            loss::row(logits, target(&batch, n), weights)
         })?;
         sums.add(&rows);
     }

@@ -4,13 +4,18 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
-use candle_core::{Device, Tensor, Var};
+use candle_core::Var;
 use rayon::prelude::*;
+use regex::Regex;
 
 use crate::config::Train;
 use crate::model::tape::Gradients;
-use crate::model::weights::Tensors;
-use crate::ops::adamw;
+use crate::model::weights::{Entry, File};
+use crate::ops::arena::{Arena, Buffer};
+use crate::ops::{Values, adamw};
+
+const FIRST: &str = "first_moment";
+const SECOND: &str = "second_moment";
 
 /// Parameters and their moments.
 pub struct Optimizer {
@@ -22,32 +27,33 @@ pub struct Optimizer {
 struct Parameter {
     name: String,
     var: Var,
-    first_moment: Vec<f32>,
-    second_moment: Vec<f32>,
-    /// Norm weights are left out of the decay, as is the custom.
+    /// The running means of the gradient and of its square.
+    moments: [Buffer; 2],
     decays: bool,
 }
 
 impl Optimizer {
-    /// Zero moments for the given variables.
-    pub fn new(vars: &BTreeMap<String, Var>) -> Self {
-        let parameters = vars
-            .iter()
-            .map(|(name, var)| {
-                let zeros = vec![0.0; var.elem_count()];
-                Parameter {
-                    name: name.clone(),
-                    var: var.clone(),
-                    first_moment: zeros.clone(),
-                    second_moment: zeros,
-                    decays: var.rank() > 1,
-                }
+    /// Zero moments for the given variables. Weights of norms and biases are left out of the decay,
+    /// as is the custom, and those that a pattern of `no_decay` finds.
+    ///
+    /// # Errors
+    /// Where there is no memory.
+    pub fn new(vars: &BTreeMap<String, Var>, no_decay: &[Regex]) -> Result<Self> {
+        // Apart from the memory of the passes: what stays must not lie between what comes and goes.
+        let arena = Arena::default();
+        let parameter = |(name, var): (&String, &Var)| {
+            let zeros = || arena.zeros(var.elem_count());
+            Ok(Parameter {
+                name: name.clone(),
+                var: var.clone(),
+                moments: [zeros()?, zeros()?],
+                decays: var.rank() > 1 && !no_decay.iter().any(|pattern| pattern.is_match(name)),
             })
-            .collect();
-        Self {
-            parameters,
+        };
+        Ok(Self {
+            parameters: vars.iter().map(parameter).collect::<Result<_>>()?,
             step: 0,
-        }
+        })
     }
 
     /// Updates done so far.
@@ -106,52 +112,39 @@ impl Optimizer {
                 },
                 gradient_scale: gradient_scale as f32,
             };
-            adamw::adamw(
-                &parameter.var,
-                parameter.gradient(gradients)?,
-                &mut parameter.first_moment,
-                &mut parameter.second_moment,
-                step,
-            )?;
+            let gradient = parameter.gradient(gradients)?;
+            let [first, second] = &mut parameter.moments;
+            adamw::adamw(&parameter.var, gradient, first, second, step)?;
         }
         Ok(())
     }
 
     /// The moments, as `first_moment.NAME` and `second_moment.NAME`.
-    ///
-    /// # Errors
-    /// Where a tensor cannot be allocated.
-    pub fn state(&self) -> Result<Tensors> {
-        let mut tensors = Tensors::new();
+    pub fn state(&self) -> BTreeMap<String, Entry<'_>> {
+        let mut entries = BTreeMap::new();
         for parameter in &self.parameters {
-            for (kind, values) in [
-                ("first_moment", &parameter.first_moment),
-                ("second_moment", &parameter.second_moment),
-            ] {
-                let tensor = Tensor::from_slice(values, parameter.var.shape(), &Device::Cpu)?;
-                tensors.insert(format!("{kind}.{}", parameter.name), tensor);
+            let shape = parameter.var.dims();
+            for (kind, values) in [FIRST, SECOND].iter().zip(&parameter.moments) {
+                let name = format!("{kind}.{}", parameter.name);
+                entries.insert(name, Entry::new(shape, values));
             }
         }
-        Ok(tensors)
+        entries
     }
 
     /// Takes back what [`Optimizer::state`] gave after `step` updates.
     ///
     /// # Errors
     /// Names a moment that is missing or has another shape.
-    pub fn restore(&mut self, tensors: &Tensors, step: u64) -> Result<()> {
+    pub fn restore(&mut self, file: &File, step: u64) -> Result<()> {
         for parameter in &mut self.parameters {
-            for (kind, values) in [
-                ("first_moment", &mut parameter.first_moment),
-                ("second_moment", &mut parameter.second_moment),
-            ] {
+            for (kind, values) in [FIRST, SECOND].iter().zip(&mut parameter.moments) {
                 let name = format!("{kind}.{}", parameter.name);
-                match tensors.get(&name) {
-                    Some(tensor) if tensor.dims() == parameter.var.dims() => {
-                        *values = tensor.flatten_all()?.to_vec1()?;
-                    }
-                    _ => bail!("the checkpoint lacks {name} in the student's shape"),
+                let tensor = file.tensor(&name)?;
+                if tensor.dims() != parameter.var.dims() {
+                    bail!("the checkpoint has {name} in another shape");
                 }
+                values.copy_from_slice(&Values::of(&tensor)?);
             }
         }
         self.step = step;

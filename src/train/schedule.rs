@@ -10,14 +10,26 @@ pub fn learning_rate(train: &Train, step: u64, total: u64) -> f64 {
     if step <= warmup {
         return peak * step as f64 / warmup as f64;
     }
+    if train.schedule == Schedule::Wsd {
+        return peak * decayed(train, step, total);
+    }
     let progress = (step - warmup) as f64 / (total - warmup).max(1) as f64;
     let left = match train.schedule {
-        Schedule::Constant => 1.0,
+        Schedule::Constant | Schedule::Wsd => 1.0,
         Schedule::Linear => 1.0 - progress,
         Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
     };
     let floor = train.min_learning_rate_ratio;
     peak * (floor + (1.0 - floor) * left)
+}
+
+/// Warmup-stable-decay (Hu et al., arXiv 2404.06395): the full rate, and over the last
+/// `decay_share` of the steps in a straight line to the floor.
+fn decayed(train: &Train, step: u64, total: u64) -> f64 {
+    let decay = (train.decay_share * total as f64).max(1.0);
+    let left = ((total - step) as f64 / decay).min(1.0);
+    let floor = train.min_learning_rate_ratio;
+    floor + (1.0 - floor) * left
 }
 
 #[cfg(test)]
@@ -44,6 +56,15 @@ mod tests {
             assert!((rate(110) - 0.1).abs() < 1e-12);
         }
         assert_eq!(learning_rate(&train(Schedule::Constant), 110, 110), 1.0);
+    }
+
+    #[test]
+    fn wsd_stays_until_its_decay_begins() {
+        let rate = |step| learning_rate(&train(Schedule::Wsd), step, 110);
+        assert!((rate(5) - 0.5).abs() < 1e-12);
+        assert_eq!((rate(10), rate(88)), (1.0, 1.0));
+        assert!((rate(99) - 0.55).abs() < 1e-12, "half way down");
+        assert!((rate(110) - 0.1).abs() < 1e-12);
     }
 
     #[test]

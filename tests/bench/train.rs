@@ -1,7 +1,8 @@
 //! Times training steps on random tokens; see `tests/bench/train.sh`, and `train.py`, its peer.
 //!
 //! `train [--shape NAME] [--batch N] [--length N] [--vocabulary N] [--prompt SHARE] [--k N]
-//! [--steps N] [--threads N] [--checkpoint]` prints a line of JSON.
+//! [--steps N] [--threads N] [--dtype f32|bf16]
+//! [--checkpoint]` prints a line of JSON.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -11,7 +12,9 @@ use distill::config;
 use distill::data::batch::Batch;
 use distill::model::tape::Memory;
 use distill::model::{ModelConfig, llama};
-use distill::train::objective::{self, Weights};
+use distill::ops::matmul::Precision;
+use distill::train::loss::Weights;
+use distill::train::objective;
 use distill::train::optimizer::Optimizer;
 use distill::train::student::Student;
 use serde_json::json;
@@ -27,6 +30,7 @@ struct Case {
     steps: usize,
     threads: usize,
     memory: Memory,
+    precision: Precision,
 }
 
 fn main() -> Result<()> {
@@ -60,6 +64,11 @@ impl Case {
         let (k, steps) = (number("--k", 20)?, number("--steps", 5)?);
         let (threads, vocabulary) = (number("--threads", 2)?, number("--vocabulary", 0)?);
         let prompt = options.remove("--prompt").unwrap_or("0".into()).parse()?;
+        let precision = match options.remove("--dtype").as_deref() {
+            None | Some("f32") => Precision::F32,
+            Some("bf16") => Precision::Bf16,
+            _ => bail!("--dtype is f32 or bf16"),
+        };
         let memory = match options.remove("--checkpoint") {
             Some(_) => Memory::Checkpoint,
             None => Memory::Record,
@@ -96,6 +105,7 @@ impl Case {
             steps,
             threads,
             memory,
+            precision,
         })
     }
 
@@ -118,7 +128,7 @@ impl Case {
                 }
                 batch.positions.push((start + at) as u32);
                 batch.labels.push(random.u32(0..self.vocabulary as u32));
-                let soft = fastrand::choose_multiple(0..self.vocabulary as u32, self.k);
+                let soft = random.choose_multiple(0..self.vocabulary as u32, self.k);
                 let share = 0.95 / self.k.max(1) as f32;
                 batch.soft_logprobs.extend(soft.iter().map(|_| share.ln()));
                 batch.soft_ids.extend(soft);
@@ -131,13 +141,15 @@ impl Case {
 
 fn time(case: &Case) -> Result<()> {
     let config = ModelConfig::of_student(&case.shape, case.vocabulary, &[])?;
-    let student = Student::new(config.clone(), llama::random_weights(&config, 0)?)?;
-    let mut optimizer = Optimizer::new(&student.vars);
+    let mut student = Student::new(config.clone(), llama::random_weights(&config, 0)?, &[])?;
+    student.model.set_precision(case.precision);
+    let mut optimizer = Optimizer::new(&student.vars, &[])?;
     let mut gradients = student.model.gradients();
     let batch = case.random_batch();
     let settings = config::Train::default();
     let weights = Weights {
         kd: 0.5,
+        label_smoothing: 0.0,
         scale: 1.0 / batch.positions.len() as f32,
     };
     let mut seconds = Vec::new();
@@ -146,17 +158,10 @@ fn time(case: &Case) -> Result<()> {
         let began = Instant::now();
         let (loss, _) =
             objective::gradients(&student.model, &batch, weights, case.memory, &mut gradients)?;
-        let passes = began.elapsed().as_secs_f64();
         let norm = optimizer.gradient_norm(&gradients)?;
         optimizer.update(&settings, 1e-4, norm, &gradients)?;
         gradients.clear();
         losses.push(loss);
-        if std::env::var_os("VERBOSE").is_some() {
-            eprintln!(
-                "step {step}: loss {loss:.4} norm {norm:.5} passes {passes:.3} s, whole {:.3} s",
-                began.elapsed().as_secs_f64()
-            );
-        }
         // The first step warms up.
         if step > 0 {
             seconds.push(began.elapsed().as_secs_f64());

@@ -15,7 +15,8 @@ use distill::ops::arena::Arena;
 use distill::ops::attention::Heads;
 use distill::ops::matmul::Precision;
 use distill::ops::rope::RopeTable;
-use distill::train::objective::{self, Weights};
+use distill::train::loss::Weights;
+use distill::train::objective;
 
 use crate::model::tiny;
 
@@ -56,6 +57,7 @@ impl Trainable {
         let positions: usize = batches.iter().map(|batch| batch.positions.len()).sum();
         let weights = Weights {
             kd,
+            label_smoothing: 0.0,
             scale: 1.0 / positions as f32,
         };
         let mut gradients = self.model.gradients();

@@ -3,7 +3,6 @@
 //! It knows nothing, but it is the real thing in small: grouped-query attention, a padded
 //! vocabulary, tokens that are parts of characters, control tokens, a chat template.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -61,9 +60,13 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
         "tokenizer_config.json",
         json!({"eos_token": CONTROL[2], "chat_template": CHAT_TEMPLATE}),
     );
-    let metadata = BTreeMap::from([("format".into(), "pt".into())]);
-    let weights = weights::serialize(&weights, DType::F32, metadata).unwrap();
-    write("model.safetensors", &weights);
+    write_weights(dir, &weights);
+}
+
+/// Writes the weights of the model folder `dir`.
+pub fn write_weights(dir: &Path, weights: &weights::Tensors) {
+    let entries = weights::entries(weights, DType::F32).unwrap();
+    weights::write(&dir.join("model.safetensors"), entries).unwrap();
 }
 
 fn tokenizer() -> Value {

@@ -83,6 +83,13 @@ pub enum Precision {
 }
 
 impl Precision {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
     /// The fastest of this CPU.
     pub fn fastest() -> Self {
         if bf16::is_native() {

@@ -1,5 +1,8 @@
 //! Training: it learns, it resumes to the same bytes, it does not depend on how a step is cut.
 
+mod options;
+mod resume;
+
 use std::path::Path;
 
 use distill::config::{Config, Init, Kd, SaveDtype};
@@ -79,51 +82,6 @@ fn a_student_learns_what_its_prompts_determine() {
     assert!(first["loss"].as_f64().unwrap() > 10.0 * summary.last_loss);
 }
 
-/// Stopped after any step and resumed: the same weights, moments and metrics as in one go.
-#[test]
-fn a_resumed_run_ends_in_the_same_bytes() {
-    let (_dir, mut config) = run_folder();
-    config.train.micro_batch_size = 4;
-    train::run(&config, Start::Ask, true).unwrap();
-    let (whole, lines) = (weights(&config), metrics(&config));
-    let moments = |config: &Config| {
-        let path = config
-            .run_dir
-            .join("checkpoints/step-000012/optimizer.safetensors");
-        std::fs::read(path).unwrap()
-    };
-    let whole_moments = moments(&config);
-    for stop_after in [1, 5, 11] {
-        // The run as it was when it was killed some steps after a checkpoint.
-        std::fs::remove_dir_all(&config.run_dir).unwrap();
-        config.train.checkpoint_every = stop_after;
-        config.train.keep_checkpoints = 100;
-        train::run(&config, Start::Ask, true).unwrap();
-        let checkpoints = config.run_dir.join("checkpoints");
-        for entry in std::fs::read_dir(&checkpoints).unwrap() {
-            let path = entry.unwrap().path();
-            if !path.ends_with(format!("step-{stop_after:06}")) {
-                std::fs::remove_dir_all(path).unwrap();
-            }
-        }
-        std::fs::remove_dir_all(config.student_dir()).unwrap();
-        train::run(&config, Start::Resume, true).unwrap();
-        assert!(
-            weights(&config) == whole,
-            "weights after a stop at {stop_after}"
-        );
-        assert!(
-            moments(&config) == whole_moments,
-            "moments after a stop at {stop_after}"
-        );
-        assert_eq!(
-            metrics(&config),
-            lines,
-            "metrics after a stop at {stop_after}"
-        );
-    }
-}
-
 /// The loss is divided by the step's supervised tokens, so cutting a step into micro-batches of
 /// any size changes nothing but rounding.
 #[test]
@@ -187,21 +145,6 @@ fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
         status == 5 && message.contains("optimizer.safetensors"),
         "{message}"
     );
-}
-
-#[test]
-fn a_number_that_is_not_finite_stops_before_the_update() {
-    let (_dir, mut config) = run_folder();
-    config.train.learning_rate = 1e30;
-    config.train.max_grad_norm = 0.0;
-    config.train.checkpoint_every = 1;
-    let error = train::run(&config, Start::Ask, true).err().unwrap();
-    let message = format!("{error:#}");
-    assert!(
-        message.contains("is not finite; nothing was updated"),
-        "{message}"
-    );
-    assert!(message.contains("step 2"), "{message}");
 }
 
 #[test]

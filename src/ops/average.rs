@@ -1,0 +1,57 @@
+//! An exponential moving average, in place.
+
+use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
+use rayon::prelude::*;
+
+use super::{VALUES_PER_TASK, simd};
+
+/// `average = decay average + (1 - decay) value`, for contiguous f32 tensors on the CPU.
+///
+/// # Errors
+/// Where the tensors are others, or of different sizes.
+pub fn average(average: &Tensor, value: &Tensor, decay: f32) -> Result<()> {
+    average.inplace_op2(value, &Average { decay })
+}
+
+struct Average {
+    decay: f32,
+}
+
+impl InplaceOp2 for Average {
+    fn name(&self) -> &'static str {
+        "average"
+    }
+
+    fn cpu_fwd(
+        &self,
+        average: &mut CpuStorage,
+        average_layout: &Layout,
+        value: &CpuStorage,
+        value_layout: &Layout,
+    ) -> Result<()> {
+        let offsets = (
+            average_layout.contiguous_offsets(),
+            value_layout.contiguous_offsets(),
+        );
+        let (CpuStorage::F32(averages), CpuStorage::F32(values), (Some(to), Some(from))) =
+            (average, value, offsets)
+        else {
+            candle_core::bail!("average: both must be contiguous f32 tensors");
+        };
+        let (averages, values) = (&mut averages[to.0..to.1], &values[from.0..from.1]);
+        if averages.len() != values.len() {
+            candle_core::bail!("average: the sizes differ");
+        }
+        averages
+            .par_chunks_mut(VALUES_PER_TASK)
+            .zip(values.par_chunks(VALUES_PER_TASK))
+            .for_each(|(averages, values)| {
+                simd(|| {
+                    for (average, value) in averages.iter_mut().zip(values) {
+                        *average = self.decay * *average + (1.0 - self.decay) * value;
+                    }
+                });
+            });
+        Ok(())
+    }
+}

@@ -1,0 +1,71 @@
+//! A running average of the weights, which generalises better than the last of them (Polyak and
+//! Juditsky, SIAM J. Control Optim. 30(4), 1992).
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use candle_core::Var;
+
+use super::student::Student;
+use crate::model::Model;
+use crate::model::weights::Tensors;
+use crate::ops::average::average;
+
+/// The average of the trained weights, as a model to evaluate.
+pub struct Ema {
+    decay: f64,
+    vars: BTreeMap<String, Var>,
+    pub model: Model,
+}
+
+impl Ema {
+    /// Begins at the student's weights.
+    ///
+    /// # Errors
+    /// Where there is no memory.
+    pub fn new(student: &Student, decay: f64) -> Result<Self> {
+        let mut tensors = student.tensors();
+        let mut vars = BTreeMap::new();
+        for (name, var) in &student.vars {
+            let copy = Var::from_tensor(&var.as_tensor().copy()?)?;
+            tensors.insert(name.clone(), copy.as_tensor().clone());
+            vars.insert(name.clone(), copy);
+        }
+        Ok(Self {
+            decay,
+            vars,
+            model: student.model.with_weights(&tensors)?,
+        })
+    }
+
+    /// Takes in the weights after `step` updates. Early steps weigh more, so that the weights at
+    /// the start are soon forgotten.
+    ///
+    /// # Errors
+    /// Where the student has other weights.
+    pub fn update(&self, student: &Student, step: u64) -> Result<()> {
+        let decay = self.decay.min((1.0 + step as f64) / (10.0 + step as f64));
+        for (name, var) in &self.vars {
+            let value = student.vars.get(name).context("the student has changed")?;
+            average(var.as_tensor(), value.as_tensor(), decay as f32)?;
+        }
+        Ok(())
+    }
+
+    /// The averages, with the weights that are not trained.
+    pub fn tensors(&self, student: &Student) -> Tensors {
+        let mut tensors = student.tensors();
+        for (name, var) in &self.vars {
+            tensors.insert(name.clone(), var.as_tensor().clone());
+        }
+        tensors
+    }
+
+    /// Takes back what [`Ema::tensors`] gave.
+    ///
+    /// # Errors
+    /// Where one is missing or has another shape.
+    pub fn restore(&self, file: &crate::model::weights::File) -> Result<()> {
+        super::student::restore(&self.vars, file)
+    }
+}

@@ -1,0 +1,198 @@
+//! What the settings of a training do.
+
+use candle_core::Tensor;
+use distill::config::{Best, ComputeDtype, Config, Init, Schedule};
+use distill::exit::Exit;
+use distill::model::weights::{self, Tensors};
+use distill::train::{self, Start};
+
+use super::{metrics, run_folder, weights};
+use crate::tiny;
+
+fn tensors(config: &Config) -> Tensors {
+    weights::load(&config.student_dir()).unwrap()
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn frozen_parameters_stay_and_the_others_move() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(0);
+    train::run(&config, Start::Ask, true).unwrap();
+    let before = tensors(&config);
+    config.train.steps = Some(3);
+    config.train.freeze = vec!["embed_tokens".into(), r"layers\.0\..*proj".into()];
+    train::run(&config, Start::Ask, true).unwrap();
+    for (name, after) in tensors(&config) {
+        let frozen =
+            name.contains("embed_tokens") || (name.contains("layers.0.") && name.contains("proj"));
+        assert_eq!(values(&after) == values(&before[&name]), frozen, "{name}");
+    }
+    for (freeze, complaint) in [("", "leaves no parameter"), ("(", "no regular expression")] {
+        config.train.freeze = vec![freeze.into()];
+        let error = train::run(&config, Start::Fresh, true).err().unwrap();
+        assert!(format!("{error:#}").contains(complaint), "{error:#}");
+        assert_eq!(Exit::code_of(&error), 2);
+    }
+}
+
+#[test]
+fn the_best_weights_become_the_student_and_patience_ends_the_run() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(400);
+    config.train.schedule = Schedule::Constant;
+    // Too fast to stay where it is good.
+    config.train.learning_rate = 5e-2;
+    config.train.eval_every = 2;
+    config.train.keep_checkpoints = 1;
+    config.train.best = Best::Ce;
+    config.train.patience = 4;
+    let summary = train::run(&config, Start::Ask, true).unwrap();
+    let validations: Vec<(u64, f64)> = metrics(&config)
+        .iter()
+        .filter(|line| line["split"] == "validation")
+        .map(|line| {
+            (
+                line["step"].as_u64().unwrap(),
+                line["means"]["ce"].as_f64().unwrap(),
+            )
+        })
+        .collect();
+    let (best, ce) = *validations
+        .iter()
+        .min_by(|a, b| a.1.total_cmp(&b.1))
+        .unwrap();
+    assert_eq!(summary.best_step, Some(best));
+    assert_eq!(summary.steps, best + 2 * 4, "four validations more");
+    assert_eq!(summary.validation.ce, Some(ce));
+    let kept = config.run_dir.join(format!("checkpoints/step-{best:06}"));
+    assert_eq!(
+        values(&tensors(&config)["model.embed_tokens.weight"]),
+        values(&weights::load(&kept).unwrap()["model.embed_tokens.weight"]),
+    );
+    // A run that has ended for good does not go on.
+    let again = train::run(&config, Start::Resume, true).unwrap();
+    assert_eq!((again.steps, again.best_step), (summary.steps, Some(best)));
+}
+
+#[test]
+fn the_average_follows_its_formula_and_becomes_the_student() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(4);
+    config.train.checkpoint_every = 1;
+    config.train.keep_checkpoints = 9;
+    config.train.ema_decay = 0.4;
+    train::run(&config, Start::Ask, true).unwrap();
+    let name = "model.layers.1.mlp.down_proj.weight";
+    let of = |step: u64| {
+        let folder = config.run_dir.join(format!("checkpoints/step-{step:06}"));
+        values(&weights::load(&folder).unwrap()[name])
+    };
+    let (_start_dir, mut start) = run_folder();
+    start.train.steps = Some(0);
+    train::run(&start, Start::Ask, true).unwrap();
+    let mut average = values(&tensors(&start)[name]);
+    for step in 1..=4 {
+        let decay = 0.4f64.min((1.0 + step as f64) / (10.0 + step as f64)) as f32;
+        for (average, value) in average.iter_mut().zip(of(step)) {
+            *average = decay * *average + (1.0 - decay) * value;
+        }
+    }
+    assert_eq!(values(&tensors(&config)[name]), average);
+    assert_ne!(of(4), average);
+}
+
+#[test]
+fn decay_leaves_norms_and_what_patterns_name_alone() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(1);
+    config.train.warmup_steps = 1;
+    let run = |config: &Config| {
+        train::run(config, Start::Fresh, true).unwrap();
+        tensors(config)
+    };
+    config.train.weight_decay = 0.0;
+    let without = run(&config);
+    config.train.weight_decay = 0.5;
+    config.train.no_decay = vec!["embed".into()];
+    for (name, decayed) in run(&config) {
+        let spared = name.contains("norm") || name.contains("embed");
+        assert_eq!(
+            values(&decayed) == values(&without[&name]),
+            spared,
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn bf16_learns_what_f32_learns() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(60);
+    config.train.dtype = ComputeDtype::F32;
+    let full = train::run(&config, Start::Ask, true).unwrap();
+    let full_weights = weights(&config);
+    config.train.dtype = ComputeDtype::Bf16;
+    let error = train::run(&config, Start::Resume, true).err().unwrap();
+    assert!(format!("{error:#}").contains("have changed"), "{error:#}");
+    let half = train::run(&config, Start::Fresh, true).unwrap();
+    assert!(weights(&config) != full_weights);
+    for summary in [full, half] {
+        assert!(summary.validation.token_accuracy.unwrap() > 0.95);
+    }
+}
+
+/// Loss or gradient, not a number or infinite: nothing is updated, and the step and the examples
+/// are named.
+#[test]
+fn numbers_that_are_not_finite_stop_before_the_update() {
+    let scale = |tensors: &mut Tensors, name: &str, factor: f64| {
+        let scaled = (&tensors[name] * factor).unwrap();
+        tensors.insert(name.into(), scaled);
+    };
+    type Break = Box<dyn Fn(&mut Tensors)>;
+    let cases: [(&str, Break); 3] = [
+        (
+            "loss",
+            Box::new(move |tensors| scale(tensors, "model.layers.0.mlp.up_proj.weight", f64::NAN)),
+        ),
+        (
+            "loss",
+            Box::new(move |tensors| scale(tensors, "lm_head.weight", 1e38)),
+        ),
+        (
+            // Logits of the usual size, whose gradient the head's weights blow up.
+            "gradient",
+            Box::new(move |tensors| {
+                let head = tensors["lm_head.weight"].sign().unwrap();
+                tensors.insert("lm_head.weight".into(), (head * 3.3e38).unwrap());
+                scale(tensors, "model.norm.weight", 1e-38);
+            }),
+        ),
+    ];
+    for (what, break_weights) in cases {
+        let (_dir, mut config) = run_folder();
+        config.student.init = Init::Pretrained;
+        config.train.micro_batch_size = 2;
+        let mut tensors = weights::load(&config.student.path).unwrap();
+        break_weights(&mut tensors);
+        tiny::write_weights(&config.student.path, &tensors);
+        let error = train::run(&config, Start::Ask, true).err().unwrap();
+        let message = format!("{error:#}");
+        let expected = format!("the {what} of step 1 is not finite; nothing was updated");
+        assert!(message.contains(&expected), "{message}");
+        assert!(!config.run_dir.join("checkpoints").exists());
+    }
+    let (_dir, mut config) = run_folder();
+    config.train.learning_rate = 1e30;
+    config.train.max_grad_norm = 0.0;
+    config.train.checkpoint_every = 1;
+    let error = train::run(&config, Start::Ask, true).err().unwrap();
+    let message = format!("{error:#}");
+    assert!(message.contains("step 2 is not finite"), "{message}");
+    let kept = config.run_dir.join("checkpoints/step-000001");
+    assert!(kept.exists() && !kept.with_file_name("step-000002").exists());
+}

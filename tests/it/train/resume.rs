@@ -1,0 +1,240 @@
+//! Interrupted anywhere and resumed, a run ends in the same bytes: rows T7, T8 and T9 of the promises.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use distill::config::Config;
+use distill::train::{self, Start};
+
+use super::{metrics, run_folder};
+use crate::nightly;
+
+const STEPS: u64 = 20;
+
+/// A run that uses all that a checkpoint must hold: several epochs, accumulation, an average.
+fn whole_run() -> (tempfile::TempDir, Config) {
+    let (dir, mut config) = run_folder();
+    config.train.steps = Some(STEPS);
+    config.train.micro_batch_size = 4;
+    config.train.ema_decay = 0.9;
+    config.train.eval_every = 3;
+    config.train.checkpoint_every = 1;
+    config.train.keep_checkpoints = 100;
+    config.train.best = distill::config::Best::Ce;
+    train::run(&config, Start::Ask, true).unwrap();
+    (dir, config)
+}
+
+/// Everything that a run leaves, by name, but for the speed.
+fn outcome(config: &Config) -> (BTreeMap<String, Vec<u8>>, Vec<serde_json::Value>) {
+    let last = config.run_dir.join(format!("checkpoints/step-{STEPS:06}"));
+    let mut files = BTreeMap::new();
+    for folder in [last, config.student_dir()] {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path
+                .strip_prefix(&config.run_dir)
+                .unwrap()
+                .display()
+                .to_string();
+            files.insert(name, std::fs::read(path).unwrap());
+        }
+    }
+    (files, metrics(config))
+}
+
+fn assert_same_outcome(config: &Config, whole: &Config, when: &str) {
+    let ((files, lines), (whole_files, whole_lines)) = (outcome(config), outcome(whole));
+    assert!(files.keys().eq(whole_files.keys()), "{when}");
+    for (name, bytes) in &files {
+        assert!(*bytes == whole_files[name], "{name}: {when}");
+    }
+    assert_eq!(lines, whole_lines, "{when}");
+}
+
+/// The run folder as it is when `kept` is the last checkpoint, with the metrics of a run that went
+/// on for a while.
+fn killed_after(whole: &Config, kept: u64) -> Config {
+    let mut config = whole.clone();
+    config.run_dir = whole.run_dir.with_file_name(format!("killed-{kept}"));
+    let _ = std::fs::remove_dir_all(&config.run_dir);
+    let from = whole.run_dir.join("checkpoints");
+    for step in 1..=kept {
+        copy_folder(
+            &from.join(format!("step-{step:06}")),
+            &config.run_dir.join(format!("checkpoints/step-{step:06}")),
+        );
+    }
+    let lines = std::fs::read_to_string(whole.run_dir.join("metrics.jsonl")).unwrap();
+    std::fs::write(config.run_dir.join("metrics.jsonl"), lines).unwrap();
+    config
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+#[test]
+fn a_run_resumed_after_any_step_ends_in_the_same_bytes() {
+    let (_dir, whole) = whole_run();
+    for kept in 1..STEPS {
+        let mut config = killed_after(&whole, kept);
+        // Neither changes a number.
+        config.train.threads = 1 + kept as usize % 3;
+        config.train.activation_checkpointing = kept % 2 == 0;
+        train::run(&config, Start::Resume, true).unwrap();
+        assert_same_outcome(&config, &whole, &format!("after a stop at {kept}"));
+    }
+}
+
+#[test]
+fn a_checkpoint_that_was_being_written_is_as_if_it_never_began() {
+    let (_dir, whole) = whole_run();
+    let next = whole.run_dir.join("checkpoints/step-000008");
+    let files = [
+        "model.safetensors",
+        "ema.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ];
+    // Killed within the write of each file, between two, and before the folder had its name.
+    for written in 0..=files.len() {
+        for part in [0, 1, 2] {
+            let config = killed_after(&whole, 7);
+            let half = config.run_dir.join("checkpoints/.step-000008.new");
+            std::fs::create_dir(&half).unwrap();
+            for file in &files[..written] {
+                std::fs::copy(next.join(file), half.join(file)).unwrap();
+            }
+            if let Some(file) = files.get(written) {
+                let bytes = std::fs::read(next.join(file)).unwrap();
+                std::fs::write(half.join(file), &bytes[..bytes.len() * part / 2]).unwrap();
+            }
+            train::run(&config, Start::Resume, true).unwrap();
+            let when = format!("killed with {written} files and {part}/2 written");
+            assert_same_outcome(&config, &whole, &when);
+            assert!(!half.exists());
+        }
+    }
+}
+
+/// The config of a run for the real binary.
+fn config_file(config: &Config) -> PathBuf {
+    let path = config.run_dir.with_file_name("config.toml");
+    let train = &config.train;
+    let text = format!(
+        "run_dir = {:?}\n[student]\ninit = \"random\"\npath = {:?}\nhidden_size = {}\n\
+         intermediate_size = {}\nnum_hidden_layers = {}\nnum_attention_heads = {}\n\
+         num_key_value_heads = {}\n[data]\nsource = {:?}\nvalidation_share = {}\n[loss]\n\
+         kd = \"none\"\n[train]\nsteps = {STEPS}\nbatch_size = {}\nmicro_batch_size = {}\n\
+         warmup_steps = {}\nlearning_rate = {}\nema_decay = {}\neval_every = {}\n\
+         checkpoint_every = 1\nkeep_checkpoints = 100\nbest = \"ce\"\n",
+        config.run_dir,
+        config.student.path,
+        config.student.hidden_size,
+        config.student.intermediate_size,
+        config.student.num_hidden_layers,
+        config.student.num_attention_heads,
+        config.student.num_key_value_heads,
+        config.data.source.as_ref().unwrap(),
+        config.data.validation_share,
+        train.batch_size,
+        train.micro_batch_size,
+        train.warmup_steps,
+        train.learning_rate,
+        train.ema_decay,
+        train.eval_every,
+    );
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+/// `distill train` on a config, with `shell` run before it.
+fn binary(config: &Path, how: &str, shell: &str) -> Command {
+    let mut command = Command::new("bash");
+    command
+        .args([
+            "-c",
+            &format!("{shell} exec \"$0\" train --json {how} -c \"$1\""),
+        ])
+        .arg(env!("CARGO_BIN_EXE_distill"))
+        .arg(config)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+fn succeed(output: Output) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+}
+
+#[test]
+fn kills_at_random_moments_change_nothing() {
+    let (_dir, whole) = whole_run();
+    let mut config = whole.clone();
+    config.run_dir = whole.run_dir.with_file_name("killed");
+    let file = config_file(&config);
+    let checkpoints = config.run_dir.join("checkpoints");
+    let mut random = fastrand::Rng::with_seed(8);
+    let mut killed = 0;
+    for round in 0.. {
+        // A run that was killed before its first checkpoint starts over.
+        let begun = std::fs::read_dir(&checkpoints).is_ok_and(|entries| {
+            let names = entries.map(|entry| entry.unwrap().file_name());
+            names
+                .into_iter()
+                .any(|name| !name.to_string_lossy().starts_with('.'))
+        });
+        let mut command = binary(&file, if begun { "--resume" } else { "--fresh" }, "");
+        if killed == if nightly() { 500 } else { 10 } {
+            succeed(command.output().unwrap());
+            assert_same_outcome(&config, &whole, "after kills");
+            return;
+        }
+        let mut child = command.spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(random.u64(5..120)));
+        child.kill().unwrap();
+        // One that was done before it was killed begins again.
+        if child.wait().unwrap().success() {
+            assert_same_outcome(&config, &whole, &format!("round {round}"));
+            std::fs::remove_dir_all(&config.run_dir).unwrap();
+        } else {
+            killed += 1;
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_fills_up_keeps_the_checkpoint_before() {
+    let (_dir, whole) = whole_run();
+    let config = killed_after(&whole, 7);
+    let file = config_file(&config);
+    let size = |name: &str| {
+        let path = whole.run_dir.join("checkpoints/step-000008").join(name);
+        std::fs::metadata(path).unwrap().len()
+    };
+    // Room for the weights, but not for the moments, which are twice as large.
+    let room = size("optimizer.safetensors") / 1024 - 1;
+    assert!(room * 1024 > size("model.safetensors"));
+    let full = format!("trap '' XFSZ; ulimit -f {room};");
+    let output = binary(&file, "--resume", &full).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("optimizer.safetensors"), "{stderr}");
+    let left: Vec<_> = std::fs::read_dir(config.run_dir.join("checkpoints"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(left.contains(&"step-000007".to_string()), "{left:?}");
+    assert!(!left.iter().any(|name| name.contains("000008")), "{left:?}");
+    succeed(binary(&file, "--resume", "").output().unwrap());
+    assert_same_outcome(&config, &whole, "after a full disk");
+}
