@@ -142,8 +142,10 @@ impl Teacher {
         let mut text = String::new();
         loop {
             for _ in 0..tokens / 4 {
-                let end = ["", "", "", "", "", ",", ".", ".\n\n"][random.usize(..8)];
-                text += &format!(" {}{end}", self.words[zipf(random, self.words.len())]);
+                let end = ["", "", "", "", "", "", ",", "."][random.usize(..8)];
+                let paragraph = if random.usize(..40) == 0 { ".\n\n" } else { "" };
+                let word = &self.words[zipf(random, self.words.len())];
+                text += &format!("{end}{paragraph} {word}");
             }
             let text = text.trim();
             let ids = self.tokenizer.encode_text(text)?;
