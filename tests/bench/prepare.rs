@@ -141,9 +141,11 @@ impl Teacher {
     ) -> anyhow::Result<(String, Vec<u32>)> {
         let mut text = String::new();
         loop {
-            for _ in 0..tokens / 4 {
-                let end = ["", "", "", "", "", ",", ".", ".\n\n"][random.usize(..8)];
-                text += &format!(" {}{end}", self.words[zipf(random, self.words.len())]);
+            for _ in 0..tokens.div_ceil(16) {
+                let end = ["", "", "", "", "", "", ",", "."][random.usize(..8)];
+                let paragraph = if random.usize(..40) == 0 { ".\n\n" } else { "" };
+                let word = &self.words[zipf(random, self.words.len())];
+                text += &format!("{end}{paragraph} {word}");
             }
             let text = text.trim();
             let ids = self.tokenizer.encode_text(text)?;
@@ -154,7 +156,7 @@ impl Teacher {
     }
 
     fn record(&self, n: u64, random: &mut fastrand::Rng) -> anyhow::Result<Record> {
-        let (answer, ids) = self.text(TOKENS - 30, random)?;
+        let (answer, ids) = self.text(TOKENS - 8, random)?;
         Ok(Record {
             v: SCHEMA,
             key: blake3::hash(&n.to_le_bytes()).to_hex().to_string(),
@@ -254,7 +256,7 @@ fn align(dir: &Path) -> anyhow::Result<()> {
     };
     let answers: Vec<(String, Vec<u32>, Logprobs)> = (0..100)
         .map(|_| {
-            let (text, ids) = teacher.text(TOKENS - 30, &mut random)?;
+            let (text, ids) = teacher.text(TOKENS - 8, &mut random)?;
             let logprobs = teacher.logprobs(&ids, &mut random);
             Ok((text, ids, logprobs))
         })

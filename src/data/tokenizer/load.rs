@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokenizers::Model;
 
 use super::files::Files;
+use super::pieces::Pieces;
 use super::token_bytes::{TokenBytes, has_part};
 use super::{ChatTemplate, Tokenizer};
 use crate::exit::Exit;
@@ -94,6 +95,7 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
         vocab_size,
         template,
         fingerprint,
+        pieces: Pieces::new(&json),
     })
 }
 

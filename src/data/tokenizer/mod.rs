@@ -3,6 +3,7 @@
 mod conversation;
 mod files;
 mod load;
+mod pieces;
 mod token_bytes;
 
 use std::collections::HashSet;
@@ -16,6 +17,7 @@ use super::chat_template::ChatTemplate;
 use crate::exit::Exit;
 use crate::prompt::Message;
 pub use conversation::{AnswerTokens, Conversation};
+use pieces::Pieces;
 use token_bytes::TokenBytes;
 
 /// A tokenizer with its chat template.
@@ -42,6 +44,8 @@ pub struct Tokenizer {
     vocab_size: usize,
     template: Option<ChatTemplate>,
     fingerprint: blake3::Hash,
+    /// None where texts must be encoded whole.
+    pieces: Option<Pieces>,
 }
 
 /// Where a stretch of text stands.
@@ -207,6 +211,14 @@ impl Tokenizer {
     }
 
     fn encode_at(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+        match &self.pieces {
+            // No tokenizer that knows pieces puts a space before a text: the place is no matter.
+            Some(pieces) => pieces.encode(text, |piece| self.encode_whole(piece, place)),
+            None => self.encode_whole(text, place),
+        }
+    }
+
+    fn encode_whole(&self, text: &str, place: Place) -> Result<Vec<u32>> {
         let space = match place {
             Place::First => true,
             Place::AfterControl => self.space_after_control,

@@ -24,6 +24,82 @@ fn texts_are_encoded_as_transformers_does() {
     }
 }
 
+/// Texts are encoded in pieces, which are remembered; the ids are those of the whole.
+#[test]
+fn pieces_of_a_text_are_encoded_as_the_whole() {
+    let parts = [
+        " ",
+        " ",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "a",
+        "the",
+        "The",
+        "'s",
+        "'",
+        "don't",
+        "x1",
+        "1",
+        "234",
+        ".",
+        ",",
+        ":",
+        "...",
+        "é",
+        "ü",
+        "日本",
+        "👋🏽",
+        "\u{a0}",
+        "\u{301}",
+        "<|im_end|>",
+        "</s>",
+        "(",
+        "_",
+    ];
+    let mut random = fastrand::Rng::with_seed(1);
+    let patterns = [None, Some(r"\p{N}{1,3}"), Some(r"\p{N}")];
+    for (name, digits) in FOLDERS
+        .into_iter()
+        .flat_map(|name| patterns.map(|p| (name, p)))
+    {
+        let mut json = golden(&format!("{name}/tokenizer.json"));
+        if let Some(digits) = digits {
+            // Llama 3 and Qwen 2
+            let pattern = format!(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            );
+            if name != "bytelevel" {
+                continue;
+            }
+            json["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+            ]});
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, json.to_string()).unwrap();
+        let ours = Tokenizer::load(dir.path()).unwrap();
+        let mut whole = tokenizers::Tokenizer::from_file(&path).unwrap();
+        whole.set_encode_special_tokens(true);
+        for _ in 0..3000 {
+            let length = random.usize(1..14);
+            let text: String = (0..length)
+                .map(|_| parts[random.usize(..parts.len())])
+                .collect();
+            let expected = whole.encode_fast(text.as_str(), false).unwrap();
+            assert_eq!(
+                ours.encode_text(&text).unwrap(),
+                expected.get_ids(),
+                "{name}: {text:?}"
+            );
+        }
+    }
+}
+
 /// An answer begins a new stretch of text, as it does when a model generates it; transformers
 /// encodes the rendered conversation in one go. The two differ only where an answer starts or ends
 /// with white space that merges with the template's: GPT-2's pre-tokenizer then makes one piece of
