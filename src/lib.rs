@@ -8,7 +8,7 @@
 //! prompts, templates --prompt--> Prompt --harvest::request--> request body + key
 //!   --harvest (limiter, teacher, retry)--> answer --cache::record--> cache (append-only JSONL)
 //!   --data (chat template, tokenizer, align)--> prepared examples (mapped) --data::batch--> Batch
-//!   --model (over ops)--> hidden states --train::loss, fused with the LM head--> gradients
+//!   --model (a tape over ops)--> hidden states --train::loss, fused with the LM head--> gradients
 //!   --train::optimizer--> weights --train::checkpoint, train::student--> Hugging Face folder
 //!   --evaluate--> Report          --serve, model::generate--> answers
 //!                                        cache --export--> files for other trainers
@@ -22,8 +22,8 @@
 //! | [`harvest`] | what to ask, when, one by one or in batches, and what a reply means; async, knows no tensors |
 //! | [`cache`] | the record, its lines and frames, recovery, the one writer, repair and merge |
 //! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, prepared examples, batches |
-//! | [`model`] | a Hugging Face folder in memory; the architecture, written once; generation |
-//! | [`ops`] | fused operations with hand-written backward passes; all `unsafe` code |
+//! | [`model`] | a Hugging Face folder in memory; the architecture, written once over a graph; the tape that runs it on the CPU, candle elsewhere; generation |
+//! | [`ops`] | the arithmetic: fused operations with hand-written backward passes, matrix products, memory; all `unsafe` code |
 //! | [`train`] | THE loop, and what it needs: loss, optimizer, schedule, checkpoints, metrics |
 //! | [`export`] | the cache in the formats of other trainers, one file per format |
 //! | [`evaluate`] | a model against the truth and against its teacher |
@@ -38,8 +38,7 @@
 //!    `data::{align, chat_template}` and `train::{loss, schedule}` are pure: no clock, file, network
 //!    or random number that is not an argument.
 //! 3. An acknowledged record is never changed or lost.
-//! 4. Every trainable parameter receives a gradient: candle's own fused operations have no backward
-//!    pass, so `model` is built from `ops` alone.
+//! 4. Every trainable parameter receives a gradient, and no sum depends on the number of threads.
 //! 5. The API key is exposed in one expression (`harvest::teacher`), and printed, logged, cached and
 //!    hashed nowhere.
 //! 6. Text that came from a model reaches a terminal only through [`terminal::sanitise`].

@@ -14,7 +14,7 @@ pub fn forward(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
     }
 }
 
-/// dtable[id] = sum of dy over the rows that took `id`.
+/// `dtable[id]` = sum of dy over the rows that took `id`.
 pub fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: Gradient) {
     if !dtable.add {
         dtable

@@ -58,6 +58,7 @@ pub struct RowLoss {
 /// Computes the loss of one position and turns its logits into their gradient.
 ///
 /// `logits` has V entries; every id must be below V.
+#[inline(always)]
 pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
     let label = row.label as usize;
     let label_logit = logits[label];
@@ -122,6 +123,7 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
 }
 
 /// The part of the gradient of CE that is not the student's own distribution.
+#[inline(always)]
 fn pull_to_label(logits: &mut [f32], label: usize, smoothing: f32, weight: f32) {
     if smoothing > 0.0 {
         let everywhere = weight * smoothing / logits.len() as f32;
@@ -140,6 +142,7 @@ fn best(row: Row) -> Option<u32> {
 }
 
 /// Index and value of the largest logit; the first of equals.
+#[inline(always)]
 fn top1(logits: &[f32]) -> (usize, f32) {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let index = logits.iter().position(|&z| z == max).unwrap_or(0);
@@ -147,6 +150,7 @@ fn top1(logits: &[f32]) -> (usize, f32) {
 }
 
 /// Replaces each z by e^(z - max) and returns their sum.
+#[inline(always)]
 fn exp_sum(logits: &mut [f32], max: f32) -> f32 {
     logits.iter_mut().for_each(|z| *z = math::exp(*z - max));
     math::sum(logits)

@@ -48,9 +48,7 @@ def step(options):
     model.train()
     if options.checkpoint:
         model.gradient_checkpointing_enable()
-    if options.lora:
-        add_lora(model, options.lora)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     vocabulary = config.vocab_size
     ids = torch.randint(vocabulary, (batch, length), device=options.device)
@@ -103,28 +101,6 @@ def step(options):
     }))
 
 
-def add_lora(model, rank):
-    """Low-rank adapters on all linear layers of the decoder, everything else frozen."""
-    import torch
-
-    class Adapted(torch.nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base = base
-            self.a = torch.nn.Parameter(torch.randn(rank, base.in_features) * 0.02)
-            self.b = torch.nn.Parameter(torch.zeros(base.out_features, rank))
-
-        def forward(self, x):
-            return self.base(x) + (x @ self.a.T) @ self.b.T
-
-    model.requires_grad_(False)
-    for layer in model.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, module in list(part.named_children()):
-                if isinstance(module, torch.nn.Linear):
-                    setattr(part, name, Adapted(module))
-
-
 # label, options, which peers, (least speed ratio, most memory ratio) by peer; None is reported only.
 CASES = [
     ("135M, f32", ["--shape", "135m"], [([], 1.25, 0.68)]),
@@ -133,7 +109,6 @@ CASES = [
     ("tiny, f32", ["--shape", "tiny"], [([], 1.2, 0.3)]),
     ("tiny, f32, compiled peer", ["--shape", "tiny"], [(["--compile"], None, None)]),
     ("135M, f32, 1 x 1024", ["--shape", "135m", "--batch", "1", "--length", "1024"], [([], None, None)]),
-    ("135M, f32, LoRA 16", ["--shape", "135m", "--lora", "16"], [([], None, None)]),
 ]
 BF16_CASES = [
     ("135M, bf16", ["--shape", "135m", "--dtype", "bf16"], [([], 1.4, 0.68)]),
@@ -169,7 +144,7 @@ def table(options):
     if options.quick:
         cases = [case for case in cases if "tiny" in case[0]]
     if options.cases:
-        cases = [case for case in cases if any(wanted in case[0] for wanted in options.cases.split(";"))]
+        cases = [case for case in cases if case[0] in options.cases.split(";")]
     print(f"{'':34}{'tokens/s: min median max':>24}{'peak MiB':>10}{'speed':>8}{'memory':>8}{'net':>7}")
     for label, arguments, peers in cases:
         arguments = arguments + ["--steps", str(options.steps)]
@@ -214,7 +189,7 @@ def main():
     peer.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     peer.add_argument("--device", default="cpu")
     for name, default in [("batch", 0), ("length", 256), ("vocabulary", 0), ("k", 20), ("steps", 5),
-                          ("threads", 2), ("lora", 0)]:
+                          ("threads", 2)]:
         peer.add_argument(f"--{name}", type=int, default=default)
     peer.add_argument("--prompt", type=float, default=0)
     for name in ["checkpoint", "skip-prompt", "compile"]:

@@ -87,6 +87,7 @@ mod x86 {
         const ROWS: usize = ROWS;
         const COLS: usize = COLS;
         const STEP: usize = 2;
+        const DEPTH: usize = 640;
         type Element = u32;
 
         fn pack_rows(self, part: Part, to: &mut [u32]) {

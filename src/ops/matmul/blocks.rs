@@ -8,13 +8,10 @@ use rayon::prelude::*;
 
 use super::{Mat, MatMut, Threads};
 
-/// At most so many terms of a sum are taken at a time: a panel of the right factor must stay in
-/// the first-level cache.
-const DEPTH: usize = 320;
 /// About so many rows make a strip: its packed rows must stay in the second-level cache.
 const STRIP: usize = 96;
 /// At most so many columns of the right factor are packed at a time.
-const COLUMNS: usize = 3072;
+const COLUMNS: usize = 2048;
 /// Panels of the right factor that one task packs.
 const PANELS: usize = 8;
 
@@ -37,6 +34,9 @@ pub trait Kernel: Copy + Sync {
     const COLS: usize;
     /// Terms in an element.
     const STEP: usize;
+    /// At most so many terms of a sum are taken at a time: a panel of columns must stay near while
+    /// it meets the rows of a strip.
+    const DEPTH: usize;
     type Element: Copy + Default + Send + Sync + 'static;
 
     fn pack_rows(self, part: Part, to: &mut [Self::Element]);
@@ -71,6 +71,15 @@ pub struct Strip<'a> {
     pub add: bool,
 }
 
+impl Strip<'_> {
+    /// `count` lines from `first` on, as far as they go.
+    pub fn lines(&self, first: usize, count: usize) -> impl Iterator<Item = &[f32]> {
+        self.values[first * self.stride..]
+            .chunks(self.stride)
+            .take(count)
+    }
+}
+
 impl Product<'_> {
     pub fn run<K: Kernel>(self, kernel: K) {
         let Self {
@@ -86,7 +95,7 @@ impl Product<'_> {
             rows.filter(|_| !add).for_each(|row| row[..n].fill(0.0));
             return;
         }
-        let depth = even_part(k, DEPTH * K::STEP, K::STEP);
+        let depth = even_part(k, K::DEPTH, K::STEP);
         let columns = even_part(n, COLUMNS, K::COLS);
         let buffers = K::buffers();
         // Taken out, not borrowed: while this thread waits, it may be given another product.

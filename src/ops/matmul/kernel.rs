@@ -24,6 +24,7 @@ impl<S: Simd, const R: usize, const C: usize> Kernel for Wide<S, R, C> {
     const ROWS: usize = R;
     const COLS: usize = C;
     const STEP: usize = 1;
+    const DEPTH: usize = 600;
     type Element = f32;
 
     fn pack_rows(self, part: Part, to: &mut [f32]) {
@@ -214,6 +215,9 @@ impl<const R: usize, const C: usize> WithSimd for Multiply<'_, R, C> {
             let width = C.min(strip.cols - j * C);
             for (i, rows) in rows.chunks_exact(depth * R).enumerate() {
                 let height = R.min(strip.rows - i * R);
+                for line in strip.lines(i * R, height) {
+                    prefetch(&line[strip.first + j * C..][..width]);
+                }
                 let tile = tile::<S, R>(simd, rows, S::as_simd_f32s(cols).0);
                 let lines = strip.values[i * R * strip.stride..].chunks_mut(strip.stride);
                 for (line, sums) in lines.take(height).zip(&tile) {
@@ -241,6 +245,17 @@ impl<const R: usize, const C: usize> WithSimd for Multiply<'_, R, C> {
     }
 }
 
+/// Brings the values of a tile's line near while its sums are taken.
+#[inline(always)]
+fn prefetch(line: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for value in [line.first(), line.last()].into_iter().flatten() {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: the address is that of a value.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) };
+    }
+}
+
 /// The sums of R rows and two vectors of columns.
 #[inline(always)]
 fn tile<S: Simd, const R: usize>(simd: S, rows: &[f32], cols: &[S::f32s]) -> [[S::f32s; 2]; R] {
@@ -264,6 +279,7 @@ impl Kernel for Plain {
     const ROWS: usize = 4;
     const COLS: usize = 4;
     const STEP: usize = 1;
+    const DEPTH: usize = 256;
     type Element = f32;
 
     fn pack_rows(self, part: Part, to: &mut [f32]) {

@@ -5,9 +5,9 @@
 //! multiplies f32 with the widest vectors of the CPU, [`bf16`] with its bf16 instructions. Which
 //! is found out at run time. How a product is cut does not depend on the number of threads.
 
-mod bf16;
-mod blocks;
-mod kernel;
+pub mod bf16;
+pub mod blocks;
+pub mod kernel;
 
 use blocks::Product;
 use gemm::Parallelism;

@@ -1,0 +1,189 @@
+//! The backward pass: operations in reverse, each sending its gradient to what it was made of.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use rayon::prelude::*;
+
+use super::{Gradients, Memory, Op, Setting, Tape, Value, linear_of};
+use crate::ops::arena::{Arena, Buffer};
+use crate::ops::attention::Forward;
+use crate::ops::rope::Turn;
+use crate::ops::{Gradient, Values, embedding, rms_norm, swiglu};
+
+impl Tape<'_, '_> {
+    /// Sends `gradient`, that of `root` (as many values), back to all variables.
+    ///
+    /// # Errors
+    /// Where there is no memory.
+    pub fn backward(
+        mut self,
+        root: Value,
+        gradient: Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        if self.memory == Memory::Forget {
+            bail!("a backward pass needs a recorded forward pass");
+        }
+        self.nodes[*root.0].gradient = Some(gradient);
+        for id in (0..self.nodes.len()).rev() {
+            let gradient = self.nodes[id].gradient.take();
+            if let Some(gradient) = gradient.filter(|_| self.nodes[id].trains) {
+                self.backward_of(id, gradient, gradients)?;
+            }
+            let node = &mut self.nodes[id];
+            (node.value, node.saved) = (None, None);
+        }
+        Ok(())
+    }
+
+    fn backward_of(&mut self, id: usize, dy: Buffer, gradients: &mut Gradients) -> Result<()> {
+        let Setting {
+            arena, precision, ..
+        } = self.setting;
+        let op = Rc::clone(&self.nodes[id].op);
+        let width = self.nodes[id].width;
+        match &*op {
+            Op::Embed { table, ids } => {
+                if let Some(to) = gradients.of(table)? {
+                    embedding::backward(&dy, ids, width, to);
+                }
+            }
+            Op::Rows { x, positions } => {
+                // Rows that were not taken have a gradient of zero; their number is that of x.
+                let rows = self.segments.last().map_or(0, |last| last.end);
+                self.add_gradient(*x, rows * width, |to| {
+                    embedding::backward(&dy, positions, width, to);
+                })?;
+            }
+            Op::RmsNorm { x, weight, .. } => {
+                let values = self.ensure(*x)?;
+                let scale = self.saved(id)?;
+                let weights = Values::of(weight)?;
+                let dweight = gradients.of(weight)?;
+                self.add_gradient(*x, values.len(), |to| {
+                    rms_norm::backward(&values, &weights, &scale, &dy, to, dweight);
+                })?;
+            }
+            Op::Linear {
+                x,
+                weight,
+                bias,
+                residual,
+            } => {
+                let linear = linear_of(weight, precision)?;
+                if let Some(to) = gradients.of(weight)? {
+                    linear.backward_weight(&dy, &self.ensure(*x)?, to);
+                }
+                if let Some(bias) = bias
+                    && let Some(to) = gradients.of(bias)?
+                {
+                    linear.backward_bias(&dy, to);
+                }
+                if self.nodes[*x].trains {
+                    let weight = Values::of(weight)?;
+                    let len = dy.len() / linear.outputs * linear.inputs;
+                    self.add_gradient(*x, len, |to| linear.backward_input(&dy, &weight, to))?;
+                }
+                if let Some(residual) = residual {
+                    self.give_gradient(*residual, dy);
+                }
+            }
+            Op::SwiGlu { gate, up } => {
+                let (values, others) = (self.ensure(*gate)?, self.ensure(*up)?);
+                // Nothing else needs the inputs any more: they become their own gradients.
+                (self.nodes[*gate].value, self.nodes[*up].value) = (None, None);
+                let [mut dgate, mut dup] = [own(arena, values)?, own(arena, others)?];
+                swiglu::backward(&mut dgate, &mut dup, &dy);
+                self.give_gradient(*gate, dgate);
+                self.give_gradient(*up, dup);
+            }
+            Op::Rope { x, .. } => {
+                let mut dy = dy;
+                self.turn(&mut dy, width, Turn::Backward);
+                self.give_gradient(*x, dy);
+            }
+            Op::Attention { q, k, v, .. } => {
+                let out = self.ensure(id)?;
+                let lse = self.saved(id)?;
+                let [q_values, k_values, v_values] =
+                    [self.ensure(*q)?, self.ensure(*k)?, self.ensure(*v)?];
+                let attention = self.attention_layer();
+                let mut scratch = arena.take(attention.scratch())?;
+                let mut dq = arena.take(q_values.len())?;
+                let mut dk = arena.take(k_values.len())?;
+                let mut dv = arena.take(v_values.len())?;
+                let forward = Forward {
+                    q: &q_values,
+                    k: &k_values,
+                    v: &v_values,
+                    out: &out,
+                    lse: &lse,
+                };
+                let to = [&mut dq, &mut dk, &mut dv].map(|values| Gradient { values, add: false });
+                attention.backward(forward, &dy, &mut scratch, to);
+                for (id, gradient) in [(*q, dq), (*k, dk), (*v, dv)] {
+                    self.give_gradient(id, gradient);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The value of a node, computed again where it was dropped.
+    fn ensure(&mut self, id: usize) -> Result<Arc<Buffer>> {
+        if self.nodes[id].value.is_none() {
+            let op = Rc::clone(&self.nodes[id].op);
+            for input in op.inputs() {
+                self.ensure(input)?;
+            }
+            self.compute(id)?;
+        }
+        self.get(id)
+    }
+
+    fn saved(&self, id: usize) -> Result<Arc<Buffer>> {
+        self.nodes[id].saved.clone().context("nothing was saved")
+    }
+
+    /// Adds to the gradient of a node of `len` values, where it trains.
+    fn add_gradient(&mut self, id: usize, len: usize, add: impl FnOnce(Gradient)) -> Result<()> {
+        let node = &mut self.nodes[id];
+        let exists = node.gradient.is_some();
+        if !exists {
+            node.gradient = Some(self.setting.arena.take(len)?);
+        }
+        if let Some(values) = &mut node.gradient {
+            add(Gradient {
+                values,
+                add: exists,
+            });
+        }
+        Ok(())
+    }
+
+    /// Adds a whole gradient, which becomes the node's where it has none.
+    fn give_gradient(&mut self, id: usize, given: Buffer) {
+        match &mut self.nodes[id].gradient {
+            Some(values) => values
+                .par_iter_mut()
+                .with_min_len(1 << 14)
+                .zip(&*given)
+                .for_each(|(sum, part)| *sum += part),
+            none => *none = Some(given),
+        }
+    }
+}
+
+/// The values as a buffer to write to; a copy if somebody else reads them.
+fn own(arena: &Arena, values: Arc<Buffer>) -> Result<Buffer> {
+    Ok(match Arc::try_unwrap(values) {
+        Ok(own) => own,
+        Err(shared) => {
+            let mut copy = arena.take(shared.len())?;
+            copy.copy_from_slice(&shared);
+            copy
+        }
+    })
+}
