@@ -23,13 +23,13 @@ use crate::model::tiny;
 const VOCABULARY: u32 = 61;
 
 /// A trainable model with its variables by name.
-struct Trainable {
-    model: Model,
+pub struct Trainable {
+    pub model: Model,
     vars: BTreeMap<String, Var>,
 }
 
 impl Trainable {
-    fn new(config: &ModelConfig, tensors: &Tensors) -> Self {
+    pub fn new(config: &ModelConfig, tensors: &Tensors) -> Self {
         let vars: BTreeMap<String, Var> = tensors
             .iter()
             .map(|(name, tensor)| (name.clone(), Var::from_tensor(tensor).unwrap()))
@@ -48,7 +48,7 @@ impl Trainable {
     }
 
     /// The loss of `batches` and the gradient of each variable.
-    fn gradients(
+    pub fn gradients(
         &self,
         batches: &[Batch],
         kd: f32,
@@ -184,7 +184,7 @@ fn norm(values: &[f32]) -> f64 {
 }
 
 /// By how much two gradients differ, relative to the larger.
-fn difference(a: &[f32], b: &[f32]) -> f64 {
+pub fn difference(a: &[f32], b: &[f32]) -> f64 {
     let difference: Vec<f32> = a.iter().zip(b).map(|(a, b)| a - b).collect();
     // Where both are nearly zero, so is their difference.
     norm(&difference) / norm(a).max(norm(b)).max(1e-3)

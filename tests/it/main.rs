@@ -17,6 +17,7 @@ mod fs;
 mod fuzz;
 mod generate;
 mod gradients;
+mod gradients_torch;
 mod harvest;
 mod house;
 mod kills;

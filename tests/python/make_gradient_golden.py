@@ -1,0 +1,86 @@
+"""Logits, loss and the gradient of every parameter by PyTorch, for `tests/it/gradients.rs`.
+
+usage: make_gradient_golden.py OUTPUT_DIR
+
+Small llamas of transformers with random weights, in double precision; the sequences are run one by
+one, so neither padding nor packing is involved. Writes NAME.safetensors with `weight.*` (f32, what
+both sides start from), `gradient.*` and `logits.*` (a sequence each), and NAME.json with the rest.
+The loss is (1/N) sum [(1 - lambda) CE + lambda KD], KD the divergence on the top-k and the tail.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LENGTHS = [41, 1, 17, 66]
+K = 5
+LAMBDA = 0.3
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+CASES = {
+    "tied": dict(tie_word_embeddings=True),
+    "untied": dict(tie_word_embeddings=False, rope_parameters=LLAMA3, head_dim=12),
+}
+
+
+def make(name, settings, folder):
+    torch.manual_seed(len(name))
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=61, max_position_embeddings=128, use_cache=False,
+                         **settings)
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+        else:
+            parameter.data.uniform_(0.5, 1.5)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model = model.double()
+    sequences, terms, logits = [], [], {}
+    for index, length in enumerate(LENGTHS):
+        ids = torch.randint(61, (length + 1,))
+        first = int(torch.randint(length, ()))
+        output = model(input_ids=ids[None, :-1]).logits[0]
+        logits[f"logits.{index}"] = output.detach().float()
+        logq = output.log_softmax(-1)
+        soft = []
+        for position in range(first, length):
+            ce = -logq[position, ids[position + 1]]
+            if position % 4 == 3:
+                soft.append(None)
+                terms.append(ce)
+                continue
+            chosen = torch.randperm(61)[:K]
+            p = torch.rand(K).double() * 0.9 / K
+            # What the other side reads are logprobs in single precision.
+            logprobs = p.log().float()
+            p = logprobs.double().exp()
+            kept = logq[position, chosen]
+            tail = 1 - p.sum()
+            kd = (p * (p.log() - kept)).sum() + tail * (tail.log() - torch.log1p(-kept.exp().sum()))
+            terms.append((1 - LAMBDA) * ce + LAMBDA * kd)
+            soft.append({"ids": chosen.tolist(), "logprobs": logprobs.tolist()})
+        sequences.append({"ids": ids.tolist(), "first": first, "soft": soft})
+    loss = torch.stack(terms).mean()
+    loss.backward()
+    tensors = {f"weight.{name}": weight.contiguous() for name, weight in weights.items()}
+    tensors |= {f"gradient.{name}": p.grad.float().contiguous() for name, p in model.named_parameters()}
+    save_file(tensors | logits, folder / f"{name}.safetensors")
+    rest = {"config": config.to_dict(), "lambda": LAMBDA, "loss": loss.item(), "sequences": sequences}
+    (folder / f"{name}.json").write_text(json.dumps(rest) + "\n")
+
+
+def main():
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, settings in CASES.items():
+        make(name, settings, folder)
+
+
+if __name__ == "__main__":
+    main()
