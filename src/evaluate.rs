@@ -11,8 +11,8 @@ use crate::config::{Config, Eval, Matching};
 use crate::data::dataset;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
+use crate::model::Model;
 use crate::model::generate::{self, GenerateOptions};
-use crate::model::{Model, llama};
 use crate::prompt::{self, Prompt};
 use crate::signal::StopFlag;
 use crate::terminal::Progress;
@@ -90,18 +90,10 @@ pub fn run(config: &Config, quiet: bool) -> Result<Report> {
     Ok(Report {
         version: VERSION,
         model: dir,
-        parameters: parameters(&model),
+        parameters: model.config().parameter_count(),
         truth,
         teacher,
     })
-}
-
-/// Weights of a model, tied ones counted once.
-pub fn parameters(model: &Model) -> usize {
-    llama::parameters(model.config())
-        .iter()
-        .map(|(_, shape)| shape.iter().product::<usize>())
-        .sum()
 }
 
 /// Held-out prompts with their true answers.

@@ -28,6 +28,7 @@ pub struct Config {
     pub student: Student,
     pub data: Data,
     pub loss: Loss,
+    pub lora: Lora,
     pub train: Train,
     pub eval: Eval,
 }
@@ -93,6 +94,7 @@ impl Default for Config {
             student: Student::default(),
             data: Data::default(),
             loss: Loss::default(),
+            lora: Lora::default(),
             train: Train::default(),
             eval: Eval::default(),
         }

@@ -116,6 +116,28 @@ pub enum Kd {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+pub struct Lora {
+    /// Rank of the adapters that are trained in place of the weights; 0: the weights themselves.
+    pub rank: usize,
+    /// What an adapter adds is multiplied by `alpha` / `rank`.
+    pub alpha: f64,
+    /// Linear layers that get an adapter: regular expressions, any of which matches a part of the
+    /// name. Empty: all of them.
+    pub targets: Vec<String>,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self {
+            rank: 0,
+            alpha: 16.0,
+            targets: Vec::new(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Train {
     pub seed: u64,
     /// Optimizer steps. None: as many as `epochs` makes.

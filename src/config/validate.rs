@@ -32,6 +32,10 @@ pub fn validate(config: &Config) -> Result<()> {
         share(config.loss.label_smoothing) && config.loss.label_smoothing < 1.0,
         "loss.label_smoothing must be at least 0 and below 1",
     )?;
+    check(
+        config.lora.alpha.is_finite() && config.lora.alpha > 0.0,
+        "lora.alpha must be above 0",
+    )?;
     let train = &config.train;
     check(
         train.batch_size > 0 && train.micro_batch_size > 0,

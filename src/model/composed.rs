@@ -10,7 +10,8 @@ use anyhow::{Context, Result};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 
-use super::graph::Graph;
+use super::graph::{Graph, NO_ROPE};
+use super::projection::{Adapter, Projection};
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeTable;
 
@@ -18,10 +19,10 @@ use crate::ops::rope::RopeTable;
 pub struct Composed<'a> {
     heads: Heads,
     segments: &'a [Range<usize>],
-    window: Option<usize>,
-    /// cos and sin of each row's angles (T x 1 x C/2).
-    cos: Tensor,
-    sin: Tensor,
+    /// The position of each row in its sequence (T).
+    positions: Tensor,
+    /// cos and sin of each row's angles (T x 1 x C/2), where there is a rotary embedding.
+    angles: Option<[Tensor; 2]>,
 }
 
 impl<'a> Composed<'a> {
@@ -29,30 +30,31 @@ impl<'a> Composed<'a> {
     /// Where a tensor cannot be made on `device`.
     pub fn new(
         heads: Heads,
-        rope: &RopeTable,
-        window: Option<usize>,
+        rope: Option<&RopeTable>,
         segments: &'a [Range<usize>],
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let positions = segments.iter().flat_map(|segment| 0..segment.len());
-        let (cos, sin): (Vec<&[f32]>, Vec<&[f32]>) = positions.map(|at| rope.at(at)).unzip();
-        let table = |rows: Vec<&[f32]>| -> Result<Tensor> {
-            let shape = (rows.len(), 1, heads.channels / 2);
-            Ok(Tensor::from_vec(rows.concat(), shape, device)?.to_dtype(dtype)?)
+        let positions = || segments.iter().flat_map(|segment| 0..segment.len());
+        let angles = |rope: &RopeTable| -> Result<[Tensor; 2]> {
+            let (cos, sin): (Vec<&[f32]>, Vec<&[f32]>) = positions().map(|at| rope.at(at)).unzip();
+            let table = |rows: Vec<&[f32]>| -> Result<Tensor> {
+                let shape = (rows.len(), 1, heads.channels / 2);
+                Ok(Tensor::from_vec(rows.concat(), shape, device)?.to_dtype(dtype)?)
+            };
+            Ok([table(cos)?, table(sin)?])
         };
         Ok(Self {
             heads,
             segments,
-            window,
-            cos: table(cos)?,
-            sin: table(sin)?,
+            positions: Tensor::from_iter(positions().map(|at| at as u32), device)?,
+            angles: rope.map(angles).transpose()?,
         })
     }
 
     /// 0 where row i sees key j, minus infinity elsewhere (1 x t x t).
-    fn mask(&self, rows: usize, like: &Tensor) -> Result<Tensor> {
-        let sees = |i: usize, j: usize| j <= i && self.window.is_none_or(|w| i - j < w);
+    fn mask(rows: usize, window: Option<usize>, like: &Tensor) -> Result<Tensor> {
+        let sees = |i: usize, j: usize| j <= i && window.is_none_or(|w| i - j < w);
         let values: Vec<f32> = (0..rows * rows)
             .map(|at| match sees(at / rows, at % rows) {
                 true => 0.0,
@@ -84,39 +86,67 @@ impl Graph for Composed<'_> {
         Ok(y.reshape(shape)?)
     }
 
-    fn linear(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let y = x.matmul(&weight.t()?)?;
-        Ok(match bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        })
-    }
-
-    fn add_linear(
+    fn layer_norm(
         &mut self,
-        residual: Tensor,
         x: &Tensor,
         weight: &Tensor,
-        bias: Option<&Tensor>,
+        bias: &Tensor,
+        epsilon: f64,
     ) -> Result<Tensor> {
-        Ok((residual + self.linear(x, weight, bias)?)?)
+        let dtype = x.dtype();
+        let x = x.to_dtype(DType::F32)?;
+        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let normed = centred.broadcast_div(&(variance + epsilon)?.sqrt()?)?;
+        let scaled = normed.to_dtype(dtype)?.broadcast_mul(weight)?;
+        Ok(scaled.broadcast_add(bias)?)
+    }
+
+    fn linear(&mut self, x: &Tensor, layer: &Projection) -> Result<Tensor> {
+        let mut y = x.matmul(&layer.weight.t()?)?;
+        if let Some(bias) = &layer.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        if let Some(Adapter { a, b, scale }) = &layer.adapter {
+            let low = (x.matmul(&a.t()?)? * *scale)?;
+            y = (y + low.matmul(&b.t()?)?)?;
+        }
+        Ok(y)
+    }
+
+    fn add_linear(&mut self, residual: Tensor, x: &Tensor, layer: &Projection) -> Result<Tensor> {
+        Ok((residual + self.linear(x, layer)?)?)
+    }
+
+    fn gelu(&mut self, x: Tensor) -> Result<Tensor> {
+        Ok(x.gelu()?)
     }
 
     fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
         Ok(((&gate * sigmoid(&gate)?)? * up)?)
     }
 
+    fn add_positions(&mut self, x: Tensor, table: &Tensor) -> Result<Tensor> {
+        Ok((x + table.index_select(&self.positions, 0)?)?)
+    }
+
     fn rope(&mut self, x: Tensor) -> Result<Tensor> {
+        let [cos, sin] = self.angles.as_ref().context(NO_ROPE)?;
         let (rows, width) = x.dims2()?;
         let half = self.heads.channels / 2;
         let heads = x.reshape((rows, width / self.heads.channels, 2 * half))?;
         let (a, b) = (heads.narrow(2, 0, half)?, heads.narrow(2, half, half)?);
-        let turned_a = (a.broadcast_mul(&self.cos)? - b.broadcast_mul(&self.sin)?)?;
-        let turned_b = (b.broadcast_mul(&self.cos)? + a.broadcast_mul(&self.sin)?)?;
+        let turned_a = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
+        let turned_b = (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?;
         Ok(Tensor::cat(&[turned_a, turned_b], 2)?.reshape((rows, width))?)
     }
 
-    fn attention(&mut self, _layer: usize, q: Tensor, k: Tensor, v: Tensor) -> Result<Tensor> {
+    fn attention(
+        &mut self,
+        _layer: usize,
+        [q, k, v]: [Tensor; 3],
+        window: Option<usize>,
+    ) -> Result<Tensor> {
         let Heads {
             query,
             key_value,
@@ -139,7 +169,7 @@ impl Graph for Composed<'_> {
             };
             let (q, k, v) = (heads(&q, query)?, shared(&k)?, shared(&v)?);
             let scores = (q.matmul(&k.t()?)? * f64::from(self.heads.scale()))?;
-            let scores = scores.broadcast_add(&self.mask(rows, &scores)?)?;
+            let scores = scores.broadcast_add(&Self::mask(rows, window, &scores)?)?;
             let out = softmax(&scores, D::Minus1)?.matmul(&v)?;
             outputs.push(out.transpose(0, 1)?.reshape((rows, query * channels))?);
         }

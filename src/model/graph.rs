@@ -9,6 +9,11 @@
 use anyhow::Result;
 use candle_core::Tensor;
 
+use super::projection::Projection;
+
+/// What is wrong where an architecture turns without angles.
+pub(super) const NO_ROPE: &str = "this architecture has no rotary embedding";
+
 /// The operations that architectures call, over activations of (T x width).
 ///
 /// A graph knows where the rows stand: in which sequence, at which position. Weights are tensors;
@@ -29,36 +34,45 @@ pub trait Graph {
     /// `x / sqrt(mean(x^2) + epsilon) * weight`, over groups of as many channels as `weight` has.
     fn rms_norm(&mut self, x: &Self::Value, weight: &Tensor, epsilon: f64) -> Result<Self::Value>;
 
-    /// `x W^T + b`, with `weight` (O x I).
-    fn linear(
+    /// `(x - mean(x)) / sqrt(var(x) + epsilon) * weight + bias`, over rows.
+    fn layer_norm(
         &mut self,
         x: &Self::Value,
         weight: &Tensor,
-        bias: Option<&Tensor>,
+        bias: &Tensor,
+        epsilon: f64,
     ) -> Result<Self::Value>;
 
-    /// `residual + x W^T + b`.
+    /// `x W^T + b`, and what the layer's adapter adds.
+    fn linear(&mut self, x: &Self::Value, layer: &Projection) -> Result<Self::Value>;
+
+    /// `residual` and what [`Graph::linear`] gives.
     fn add_linear(
         &mut self,
         residual: Self::Value,
         x: &Self::Value,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
+        layer: &Projection,
     ) -> Result<Self::Value>;
+
+    /// GELU, in the approximation by tanh.
+    fn gelu(&mut self, x: Self::Value) -> Result<Self::Value>;
 
     /// `silu(gate) * up`.
     fn swiglu(&mut self, gate: Self::Value, up: Self::Value) -> Result<Self::Value>;
 
+    /// `x` plus the row of `table` (positions x D) for each row's position in its sequence.
+    fn add_positions(&mut self, x: Self::Value, table: &Tensor) -> Result<Self::Value>;
+
     /// The rotary embedding of every head in `x`.
     fn rope(&mut self, x: Self::Value) -> Result<Self::Value>;
 
-    /// Causal attention of `q` (T x H C) over `k` and `v` (T x G C) in layer `layer`.
+    /// Causal attention of q (T x H C) over k and v (T x G C) in layer `layer`, where a query sees
+    /// no more than `window` keys.
     fn attention(
         &mut self,
         layer: usize,
-        q: Self::Value,
-        k: Self::Value,
-        v: Self::Value,
+        qkv: [Self::Value; 3],
+        window: Option<usize>,
     ) -> Result<Self::Value>;
 
     /// Marks a value that is worth its memory where activations are computed twice to save some:

@@ -1,19 +1,22 @@
-//! The llama decoder (Touvron et al., arXiv 2302.13971): SmolLM2, Llama 3, TinyLlama.
+//! The llama decoder (Touvron et al., arXiv 2302.13971): SmolLM2, Llama 3, TinyLlama; and those that
+//! differ from it in details: mistral (a sliding window; arXiv 2310.06825), qwen2 (biases; arXiv
+//! 2407.10671), qwen3 (a norm of every head; arXiv 2505.09388).
 //!
 //! Written once, over [`Graph`]: for training and generation, on every device.
 
-use anyhow::{Context, Result, bail};
-use candle_core::{Device, Tensor};
+use anyhow::Result;
+use candle_core::Tensor;
 
-use super::config::ModelConfig;
+use super::config::{LlamaVariant, ModelConfig};
 use super::graph::Graph;
-use super::weights::Tensors;
+use super::parameters::{Checked, List, Parameter, Role};
+use super::projection::Projection;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// A decoder's weights. Linear weights are (outputs x inputs).
+/// A decoder's weights.
 pub struct Llama {
     embedding: Tensor,
     layers: Vec<Layer>,
@@ -24,118 +27,75 @@ pub struct Llama {
 
 struct Layer {
     input_norm: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    /// Of every head of queries and of keys.
+    head_norms: Option<[Tensor; 2]>,
+    o: Projection,
     post_attention_norm: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    window: Option<usize>,
 }
 
-/// Names and shapes of the parameters, in the order of the forward pass.
-pub fn parameters(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+/// Names and shapes of the weights, in the order of the forward pass.
+pub fn parameters(config: &ModelConfig, variant: &LlamaVariant) -> Vec<Parameter> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let (wide, narrow) = (config.heads.query_width(), config.heads.key_value_width());
-    let mut list = vec![(EMBEDDING.to_string(), vec![config.vocab_size, hidden])];
+    let mut list = List::default();
+    list.add(EMBEDDING, &[config.vocab_size, hidden], Role::Table);
     for layer in 0..config.num_hidden_layers {
-        let mut add = |name: &str, shape: &[usize]| {
-            list.push((layer_name(layer, name), shape.to_vec()));
-        };
-        add("input_layernorm", &[hidden]);
-        add("self_attn.q_proj", &[wide, hidden]);
-        add("self_attn.k_proj", &[narrow, hidden]);
-        add("self_attn.v_proj", &[narrow, hidden]);
-        add("self_attn.o_proj", &[hidden, wide]);
-        add("post_attention_layernorm", &[hidden]);
-        add("mlp.gate_proj", &[inner, hidden]);
-        add("mlp.up_proj", &[inner, hidden]);
-        add("mlp.down_proj", &[hidden, inner]);
+        let name = |module: &str| module_name(layer, module);
+        let norm = |module: &str| format!("{}.weight", name(module));
+        list.add(norm("input_layernorm"), &[hidden], Role::Norm);
+        let bias = variant.qkv_bias;
+        list.projection(&name("self_attn.q_proj"), [wide, hidden], bias);
+        list.projection(&name("self_attn.k_proj"), [narrow, hidden], bias);
+        list.projection(&name("self_attn.v_proj"), [narrow, hidden], bias);
+        if variant.head_norms {
+            let channels = config.heads.channels;
+            list.add(norm("self_attn.q_norm"), &[channels], Role::Norm);
+            list.add(norm("self_attn.k_norm"), &[channels], Role::Norm);
+        }
+        let bias = variant.output_bias;
+        list.projection(&name("self_attn.o_proj"), [hidden, wide], bias);
+        list.add(norm("post_attention_layernorm"), &[hidden], Role::Norm);
+        let bias = variant.mlp_bias;
+        list.projection(&name("mlp.gate_proj"), [inner, hidden], bias);
+        list.projection(&name("mlp.up_proj"), [inner, hidden], bias);
+        list.projection(&name("mlp.down_proj"), [hidden, inner], bias);
     }
-    list.push((FINAL_NORM.to_string(), vec![hidden]));
+    list.add(FINAL_NORM, &[hidden], Role::Norm);
     if !config.tie_word_embeddings {
-        list.push((HEAD.to_string(), vec![config.vocab_size, hidden]));
+        list.add(HEAD, &[config.vocab_size, hidden], Role::Table);
     }
-    list
+    list.into_inner()
 }
 
-fn layer_name(layer: usize, name: &str) -> String {
-    format!("model.layers.{layer}.{name}.weight")
-}
-
-/// Fresh weights: normal with deviation `initializer_range`, norms at one.
-///
-/// # Errors
-/// Where a tensor cannot be allocated.
-pub fn random_weights(config: &ModelConfig, seed: u64) -> Result<Tensors> {
-    let mut random = fastrand::Rng::with_seed(seed);
-    let mut tensors = Tensors::new();
-    for (name, shape) in parameters(config) {
-        let count: usize = shape.iter().product();
-        let values: Vec<f32> = if shape.len() == 1 {
-            vec![1.0; count]
-        } else {
-            let normal = |_| normal(&mut random) * config.initializer_range;
-            (0..count).map(normal).map(|v| v as f32).collect()
-        };
-        tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu)?);
-    }
-    Ok(tensors)
-}
-
-/// A standard normal number (Box and Muller).
-fn normal(random: &mut fastrand::Rng) -> f64 {
-    let radius = (-2.0 * (1.0 - random.f64()).ln()).sqrt();
-    radius * (2.0 * std::f64::consts::PI * random.f64()).cos()
+fn module_name(layer: usize, module: &str) -> String {
+    format!("model.layers.{layer}.{module}")
 }
 
 impl Llama {
-    /// Builds the decoder over the given tensors; trainable where these are variables.
-    ///
     /// # Errors
-    /// Names the first tensor that is missing or has another shape than `config` says.
-    pub fn new(config: &ModelConfig, tensors: &Tensors) -> Result<Self> {
-        for (name, shape) in parameters(config) {
-            let Some(tensor) = tensors.get(&name) else {
-                bail!("the weights lack {name}, which config.json asks for");
-            };
-            if tensor.dims() != shape {
-                bail!(
-                    "tensor {name} is {:?}, and config.json makes it {shape:?}",
-                    tensor.dims()
-                );
-            }
-        }
-        let get = |name: &str| -> Result<Tensor> {
-            tensors
-                .get(name)
-                .cloned()
-                .context("a checked tensor is there")
-        };
+    /// Where `weights` lack one.
+    pub(super) fn new(
+        config: &ModelConfig,
+        variant: &LlamaVariant,
+        weights: &Checked,
+    ) -> Result<Self> {
         let layers = (0..config.num_hidden_layers)
-            .map(|layer| {
-                let get = |name: &str| get(&layer_name(layer, name));
-                Ok(Layer {
-                    input_norm: get("input_layernorm")?,
-                    q: get("self_attn.q_proj")?,
-                    k: get("self_attn.k_proj")?,
-                    v: get("self_attn.v_proj")?,
-                    o: get("self_attn.o_proj")?,
-                    post_attention_norm: get("post_attention_layernorm")?,
-                    gate: get("mlp.gate_proj")?,
-                    up: get("mlp.up_proj")?,
-                    down: get("mlp.down_proj")?,
-                })
-            })
+            .map(|layer| Layer::new(layer, variant, weights))
             .collect::<Result<_>>()?;
         let tied = config.tie_word_embeddings;
         Ok(Self {
-            embedding: get(EMBEDDING)?,
+            embedding: weights.get(EMBEDDING)?,
             layers,
-            norm: get(FINAL_NORM)?,
-            head: get(if tied { EMBEDDING } else { HEAD })?,
-            epsilon: config.rms_norm_eps,
+            norm: weights.get(FINAL_NORM)?,
+            head: weights.get(if tied { EMBEDDING } else { HEAD })?,
+            epsilon: config.norm_eps,
         })
     }
 
@@ -166,6 +126,30 @@ impl Llama {
 }
 
 impl Layer {
+    fn new(layer: usize, variant: &LlamaVariant, weights: &Checked) -> Result<Self> {
+        let norm = |module: &str| weights.get(&format!("{}.weight", module_name(layer, module)));
+        let projection = |module: &str, bias: bool| {
+            let name = module_name(layer, module);
+            weights.projection(&name, bias)
+        };
+        let head_norms = || -> Result<[Tensor; 2]> {
+            Ok([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?])
+        };
+        Ok(Self {
+            input_norm: norm("input_layernorm")?,
+            q: projection("self_attn.q_proj", variant.qkv_bias)?,
+            k: projection("self_attn.k_proj", variant.qkv_bias)?,
+            v: projection("self_attn.v_proj", variant.qkv_bias)?,
+            head_norms: variant.head_norms.then(head_norms).transpose()?,
+            o: projection("self_attn.o_proj", variant.output_bias)?,
+            post_attention_norm: norm("post_attention_layernorm")?,
+            gate: projection("mlp.gate_proj", variant.mlp_bias)?,
+            up: projection("mlp.up_proj", variant.mlp_bias)?,
+            down: projection("mlp.down_proj", variant.mlp_bias)?,
+            window: variant.windows[layer],
+        })
+    }
+
     fn forward<G: Graph>(
         &self,
         graph: &mut G,
@@ -174,19 +158,23 @@ impl Layer {
         epsilon: f64,
     ) -> Result<G::Value> {
         let normed = graph.rms_norm(&x, &self.input_norm, epsilon)?;
-        let q = graph.linear(&normed, &self.q, None)?;
-        let k = graph.linear(&normed, &self.k, None)?;
-        let v = graph.linear(&normed, &self.v, None)?;
+        let mut q = graph.linear(&normed, &self.q)?;
+        let mut k = graph.linear(&normed, &self.k)?;
+        let v = graph.linear(&normed, &self.v)?;
         drop(normed);
+        if let Some([q_norm, k_norm]) = &self.head_norms {
+            q = graph.rms_norm(&q, q_norm, epsilon)?;
+            k = graph.rms_norm(&k, k_norm, epsilon)?;
+        }
         let (q, k) = (graph.rope(q)?, graph.rope(k)?);
-        let heads = graph.attention(index, q, k, v)?;
-        let x = graph.add_linear(x, &heads, &self.o, None)?;
+        let heads = graph.attention(index, [q, k, v], self.window)?;
+        let x = graph.add_linear(x, &heads, &self.o)?;
         drop(heads);
         let normed = graph.rms_norm(&x, &self.post_attention_norm, epsilon)?;
-        let gate = graph.linear(&normed, &self.gate, None)?;
-        let up = graph.linear(&normed, &self.up, None)?;
+        let gate = graph.linear(&normed, &self.gate)?;
+        let up = graph.linear(&normed, &self.up)?;
         drop(normed);
         let inner = graph.swiglu(gate, up)?;
-        graph.add_linear(x, &inner, &self.down, None)
+        graph.add_linear(x, &inner, &self.down)
     }
 }

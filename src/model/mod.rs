@@ -1,14 +1,19 @@
 //! Decoders that train and generate.
 //!
-//! A [`Model`] is a Hugging Face folder in memory. [`llama`] holds the architecture, written once
-//! over the operations of a [`graph`]; [`tape`] runs them on the CPU, [`composed`] everywhere.
+//! A [`Model`] is a Hugging Face folder in memory. An architecture ([`llama`], [`gpt2`]) is written
+//! once, over the operations of a [`graph`]; [`tape`] runs them on the CPU, [`composed`] everywhere.
 
 pub mod batcher;
 pub mod composed;
 pub mod config;
+pub mod decoder;
 pub mod generate;
+pub mod gpt2;
 pub mod graph;
 pub mod llama;
+pub mod lora;
+pub mod parameters;
+pub mod projection;
 pub mod sampling;
 pub mod tape;
 pub mod text_stream;
@@ -22,7 +27,7 @@ use candle_core::{DType, Tensor};
 
 use composed::Composed;
 pub use config::ModelConfig;
-use llama::Llama;
+use decoder::Decoder;
 use tape::{Gradients, Keys, Memory, Setting, Tape};
 use weights::Tensors;
 
@@ -36,8 +41,8 @@ use crate::ops::rope::RopeTable;
 /// A decoder with its weights on the CPU.
 pub struct Model {
     config: ModelConfig,
-    llama: Llama,
-    rope: RopeTable,
+    decoder: Decoder,
+    rope: Option<RopeTable>,
     arena: Arena,
     precision: Precision,
 }
@@ -83,8 +88,7 @@ impl Model {
     /// # Errors
     /// Where a file is missing or malformed, or tensors and `config.json` do not agree.
     pub fn load(dir: &Path) -> Result<Self> {
-        let config = ModelConfig::load(dir)?;
-        let tensors = weights::load(dir)?;
+        let (config, tensors) = decoder::load(dir)?;
         Self::new(config, &tensors).with_context(|| format!("cannot load {}", dir.display()))
     }
 
@@ -93,10 +97,13 @@ impl Model {
     /// # Errors
     /// Where tensors are missing or have other shapes than `config` says.
     pub fn new(config: ModelConfig, tensors: &Tensors) -> Result<Self> {
-        let frequencies = config.rope.inverse_frequencies(config.heads.channels);
+        let rope = config.rope().map(|rope| {
+            let frequencies = rope.inverse_frequencies(config.heads.channels);
+            RopeTable::new(&frequencies, config.max_position_embeddings)
+        });
         Ok(Self {
-            llama: Llama::new(&config, tensors)?,
-            rope: RopeTable::new(&frequencies, config.max_position_embeddings),
+            decoder: Decoder::new(&config, tensors)?,
+            rope,
             arena: Arena::default(),
             precision: Precision::F32,
             config,
@@ -110,7 +117,7 @@ impl Model {
     pub fn with_weights(&self, tensors: &Tensors) -> Result<Self> {
         Ok(Self {
             config: self.config.clone(),
-            llama: Llama::new(&self.config, tensors)?,
+            decoder: Decoder::new(&self.config, tensors)?,
             rope: self.rope.clone(),
             arena: self.arena.clone(),
             precision: self.precision,
@@ -128,7 +135,7 @@ impl Model {
 
     /// The LM head's weight (V x D).
     pub fn head(&self) -> &Tensor {
-        self.llama.head()
+        self.decoder.head()
     }
 
     /// What a tape needs to know.
@@ -136,8 +143,7 @@ impl Model {
         Setting {
             arena: &self.arena,
             heads: self.config.heads,
-            rope: &self.rope,
-            window: None,
+            rope: self.rope.as_ref(),
             precision: self.precision,
         }
     }
@@ -174,15 +180,15 @@ impl Model {
         self.check(&input)?;
         let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, memory);
         let root = self
-            .llama
+            .decoder
             .hidden(&mut tape, input.input_ids, input.positions)?;
         let hidden = tape.value(&root)?;
         let head = self.head_layer();
         let mut dhidden = self.arena.take(hidden.len())?;
         let reports = {
             let mut logits = self.chunk_of_logits(input.positions.len())?;
-            let dweight = gradients.of(self.llama.head())?;
-            let weight = Values::of(self.llama.head())?;
+            let dweight = gradients.of(self.decoder.head())?;
+            let weight = Values::of(self.decoder.head())?;
             let to = (&mut *dhidden, dweight);
             head_loss::head_loss(head, &hidden, &weight, &mut logits, row, to)
         };
@@ -204,11 +210,11 @@ impl Model {
         self.check(&input)?;
         let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, Memory::Forget);
         let root = self
-            .llama
+            .decoder
             .hidden(&mut tape, input.input_ids, input.positions)?;
         let hidden = tape.value(&root)?;
         let mut logits = self.chunk_of_logits(input.positions.len())?;
-        let weight = Values::of(self.llama.head())?;
+        let weight = Values::of(self.decoder.head())?;
         let head = self.head_layer();
         Ok(head_loss::map_logits(
             head,
@@ -227,9 +233,15 @@ impl Model {
     pub fn composed_hidden(&self, input: Input) -> Result<Tensor> {
         self.check(&input)?;
         let heads = self.config.heads;
-        let device = self.llama.head().device();
-        let mut graph = Composed::new(heads, &self.rope, None, input.segments, DType::F32, device)?;
-        self.llama
+        let device = self.decoder.head().device();
+        let mut graph = Composed::new(
+            heads,
+            self.rope.as_ref(),
+            input.segments,
+            DType::F32,
+            device,
+        )?;
+        self.decoder
             .hidden(&mut graph, input.input_ids, input.positions)
     }
 
@@ -240,7 +252,7 @@ impl Model {
     }
 
     fn check(&self, input: &Input) -> Result<()> {
-        let context = self.rope.positions();
+        let context = self.config.max_position_embeddings;
         let mut next = 0;
         for segment in input.segments {
             if segment.start != next || segment.len() > context {
@@ -286,14 +298,14 @@ impl Model {
         let last: Vec<u32> = segments.iter().map(|s| s.end as u32 - 1).collect();
         let keys = Keys::Caches(caches);
         let mut tape = Tape::new(self.setting(), &segments, keys, Memory::Forget);
-        let root = self.llama.hidden(&mut tape, &input_ids, &last)?;
+        let root = self.decoder.hidden(&mut tape, &input_ids, &last)?;
         let hidden = tape.value(&root)?;
         drop(tape);
         for (segment, cache) in segments.iter().zip(caches.iter_mut()) {
             cache.len += segment.len();
         }
         let mut logits = vec![0.0; segments.len() * self.config.vocab_size];
-        let weight = Values::of(self.llama.head())?;
+        let weight = Values::of(self.decoder.head())?;
         self.head_layer()
             .forward(&hidden, &weight, None, &mut logits, false);
         Ok(logits)

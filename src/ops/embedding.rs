@@ -14,6 +14,18 @@ pub fn forward(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
     }
 }
 
+/// Adds rows `ids` (T) of `table` to `y` (T x D).
+///
+/// # Panics
+/// Where an id is past the table.
+pub fn add(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
+    for (y, &id) in y.chunks_mut(width).zip(ids) {
+        for (y, x) in y.iter_mut().zip(row(table, id, width)) {
+            *y += x;
+        }
+    }
+}
+
 /// `dtable[id]` = sum of dy over the rows that took `id`.
 pub fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: Gradient) {
     if !dtable.add {

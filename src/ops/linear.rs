@@ -1,9 +1,10 @@
-//! `y = x W^T + b`, without a transposed copy of the weight in either direction.
+//! `y = x W^T + b`, without a transposed copy of the weight in either direction. The gradient of b is
+//! [`sum_rows`](super::sum_rows) of that of y.
 
 use rayon::prelude::*;
 
 use super::matmul::{Mat, MatMut, Precision, Threads, matmul};
-use super::{Gradient, ROWS_PER_TASK, sum_partials};
+use super::{Gradient, ROWS_PER_TASK};
 
 /// A linear layer of `inputs` (I) and `outputs` (O) channels.
 #[derive(Debug, Clone, Copy)]
@@ -63,20 +64,5 @@ impl Linear {
             Threads::All,
             self.precision,
         );
-    }
-
-    /// db = sum over rows of dy.
-    pub fn backward_bias(self, dy: &[f32], dbias: Gradient) {
-        let partials: Vec<Vec<f32>> = dy
-            .par_chunks(self.outputs * ROWS_PER_TASK)
-            .map(|dy| {
-                let mut sum = vec![0.0; self.outputs];
-                for dy in dy.chunks(self.outputs) {
-                    sum.iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy);
-                }
-                sum
-            })
-            .collect();
-        sum_partials(&partials, dbias);
     }
 }

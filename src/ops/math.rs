@@ -32,6 +32,12 @@ pub fn exp(x: f32) -> f32 {
     (p * f * f + f + 1.0) * f32::from_bits(n.wrapping_add(127) << 23)
 }
 
+/// 1 / (1 + e^-x)
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
 /// Eight running sums, so that the compiler can use vector registers.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {

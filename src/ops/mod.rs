@@ -18,8 +18,11 @@ pub mod arena;
 pub mod attention;
 pub mod average;
 pub mod embedding;
+pub mod gelu;
 pub mod head_loss;
+pub mod layer_norm;
 pub mod linear;
+pub mod lora;
 pub mod map;
 pub mod math;
 pub mod matmul;
@@ -32,6 +35,7 @@ use std::ops::{Deref, Range};
 use std::sync::Mutex;
 
 use candle_core::{CpuStorage, Result, Storage, Tensor};
+use rayon::prelude::*;
 
 /// Rows that one task of a row-wise operation works on: enough to pay for the task, few enough to
 /// share the work out. Fixed, so that sums over rows do not depend on the number of threads.
@@ -56,6 +60,21 @@ fn sum_partials(partials: &[Vec<f32>], gradient: Gradient) {
             *sum += part;
         }
     }
+}
+
+/// The gradient of a bias: the sum over rows (of `width` values) of `dy`.
+pub fn sum_rows(dy: &[f32], width: usize, to: Gradient) {
+    let partials: Vec<Vec<f32>> = dy
+        .par_chunks(width * ROWS_PER_TASK)
+        .map(|dy| {
+            let mut sum = vec![0.0; width];
+            for dy in dy.chunks(width) {
+                sum.iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy);
+            }
+            sum
+        })
+        .collect();
+    sum_partials(&partials, to);
 }
 
 /// Runs a loop compiled for the widest vector instructions that this CPU has.

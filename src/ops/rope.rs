@@ -37,11 +37,6 @@ impl RopeTable {
         }
     }
 
-    /// Positions that the table covers.
-    pub fn positions(&self) -> usize {
-        self.cos.len() / self.half
-    }
-
     /// cos and sin of the angles at `position` (C/2 each).
     pub fn at(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.half..(position + 1) * self.half;

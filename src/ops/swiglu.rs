@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::math::exp;
+use super::math::sigmoid;
 use super::{VALUES_PER_TASK, simd};
 
 /// `gate` and `up` (T x F) give `y` (T x F).
@@ -34,9 +34,4 @@ pub fn backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
                 }
             });
         });
-}
-
-#[inline(always)]
-fn sigmoid(z: f32) -> f32 {
-    1.0 / (1.0 + exp(-z))
 }

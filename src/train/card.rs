@@ -5,7 +5,7 @@ use crate::config::{Config, Kd};
 use crate::terminal::format_count;
 
 /// A Hugging Face model card: what the model is and how it was made.
-pub fn text(config: &Config, summary: &Summary) -> String {
+pub fn text(config: &Config, architecture: &str, summary: &Summary) -> String {
     let line = |name: &str, value: Option<f64>| {
         value.map_or(String::new(), |v| format!("- validation {name}: {v:.4}\n"))
     };
@@ -18,7 +18,7 @@ pub fn text(config: &Config, summary: &Summary) -> String {
     };
     format!(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distillation\n---\n\n\
-         A llama-architecture model of {} parameters, trained with `distill train`.\n\n\
+         A {architecture} model of {} parameters, trained with `distill train`.\n\n\
          - teacher: {}\n- loss: {loss}\n- steps: {} of {} examples, {} tokens in all\n{}{}",
         format_count(summary.parameters as u64),
         if config.teacher.model.is_empty() || config.data.source.is_some() {

@@ -1,5 +1,6 @@
 //! Checkpoints: `checkpoints/step-000500/{model.safetensors, optimizer.safetensors, state.json}`, and
-//! `ema.safetensors` where there is a running average.
+//! `ema.safetensors` where there is a running average. Weights that are not trained are not in it;
+//! their hash is part of the fingerprint.
 //!
 //! A checkpoint appears whole, by the rename of its folder, or not at all. The newest one is found
 //! by looking, so no pointer can be stale.
@@ -61,9 +62,9 @@ pub fn save(dir: &Path, parts: &Parts, state: &State, keep: usize) -> Result<()>
         let write = |name, tensors: &Tensors| {
             weights::write(&folder.join(name), weights::entries(tensors, DType::F32)?)
         };
-        write(MODEL, &parts.student.tensors())?;
+        write(MODEL, &parts.student.trained())?;
         if let Some(ema) = &parts.ema {
-            write(EMA, &ema.tensors(&parts.student))?;
+            write(EMA, &ema.tensors())?;
         }
         weights::write(&folder.join(OPTIMIZER), parts.optimizer.state())?;
         fs::write_in(folder, STATE, &serde_json::to_vec_pretty(state)?)
@@ -81,7 +82,7 @@ fn folder(dir: &Path, step: u64) -> PathBuf {
     dir.join(format!("step-{step:06}"))
 }
 
-/// The weights that the checkpoint after `step` would make the student: the running average where
+/// The trained weights that the checkpoint after `step` would make the student: the running average where
 /// there is one.
 ///
 /// # Errors
@@ -134,11 +135,11 @@ pub fn load(path: &Path, parts: &mut Parts, fingerprint: &str) -> Result<State> 
 }
 
 /// A hash of everything that the trained weights depend on, checkpoints and paths aside. `data` is
-/// that of the examples.
+/// that of the examples, `frozen` that of the weights that stay.
 ///
 /// # Errors
 /// Where the settings do not serialise.
-pub fn fingerprint(config: &Config, data: &str, total: u64) -> Result<String> {
+pub fn fingerprint(config: &Config, data: &str, frozen: &str, total: u64) -> Result<String> {
     let settings = Train {
         // These do not change the numbers.
         eval_every: 0,
@@ -159,8 +160,10 @@ pub fn fingerprint(config: &Config, data: &str, total: u64) -> Result<String> {
     hash.update(&serde_json::to_vec(&(
         &settings,
         &config.loss,
+        &config.lora,
         &config.student,
         data,
+        frozen,
     ))?);
     Ok(hash.finalize().to_hex().to_string())
 }

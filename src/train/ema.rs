@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle_core::Var;
 
-use super::student::Student;
+use super::student::{self, Student};
 use crate::model::Model;
 use crate::model::weights::Tensors;
 use crate::ops::average::average;
@@ -24,17 +24,15 @@ impl Ema {
     /// # Errors
     /// Where there is no memory.
     pub fn new(student: &Student, decay: f64) -> Result<Self> {
-        let mut tensors = student.tensors();
         let mut vars = BTreeMap::new();
         for (name, var) in &student.vars {
-            let copy = Var::from_tensor(&var.as_tensor().copy()?)?;
-            tensors.insert(name.clone(), copy.as_tensor().clone());
-            vars.insert(name.clone(), copy);
+            vars.insert(name.clone(), Var::from_tensor(&var.as_tensor().copy()?)?);
         }
+        let all = student.with(student::tensors(&vars));
         Ok(Self {
             decay,
             vars,
-            model: student.model.with_weights(&tensors)?,
+            model: student.model.with_weights(&all)?,
         })
     }
 
@@ -52,13 +50,9 @@ impl Ema {
         Ok(())
     }
 
-    /// The averages, with the weights that are not trained.
-    pub fn tensors(&self, student: &Student) -> Tensors {
-        let mut tensors = student.tensors();
-        for (name, var) in &self.vars {
-            tensors.insert(name.clone(), var.as_tensor().clone());
-        }
-        tensors
+    /// The averages.
+    pub fn tensors(&self) -> Tensors {
+        student::tensors(&self.vars)
     }
 
     /// Takes back what [`Ema::tensors`] gave.
@@ -66,6 +60,6 @@ impl Ema {
     /// # Errors
     /// Where one is missing or has another shape.
     pub fn restore(&self, file: &crate::model::weights::File) -> Result<()> {
-        super::student::restore(&self.vars, file)
+        student::restore(&self.vars, file)
     }
 }

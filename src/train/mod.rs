@@ -55,6 +55,8 @@ pub enum Start {
 pub struct Summary {
     pub student: PathBuf,
     pub parameters: usize,
+    /// Those that were trained, adapters among them.
+    pub trained_parameters: usize,
     /// Steps taken, over all sessions.
     pub steps: u64,
     /// The step whose weights became the student, where these are not the last.
@@ -84,7 +86,7 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
     let settings = &config.train;
     let stop = StopFlag::watch()?;
     let tokenizer = Tokenizer::load(&config.student.path)?;
-    let student = Student::initial(&config.student, settings, &tokenizer)?;
+    let student = Student::initial(config, &tokenizer)?;
     let mut reading = Reading::new("prepare", quiet);
     let data = dataset::load(config, &tokenizer, &mut |done, total| {
         reading.update(done, total);
@@ -93,9 +95,10 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
     drop(reading);
     let (train, validation) = (data.train(), data.validation());
     let total = total_steps(config, train.len());
-    let fingerprint = checkpoint::fingerprint(config, data.fingerprint(), total)?;
+    let frozen = student.hash_of_frozen()?;
+    let fingerprint = checkpoint::fingerprint(config, data.fingerprint(), &frozen, total)?;
 
-    let parameters: usize = student.vars.values().map(|var| var.elem_count()).sum();
+    let parameters = Parameters::of(&student);
     let averaged = settings.ema_decay > 0.0;
     let mut parts = Parts {
         optimizer: Optimizer::new(&student.vars, &student::patterns(&settings.no_decay)?)?,
@@ -199,25 +202,25 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
 
     let seconds = began.elapsed().as_secs_f64();
     let steps = parts.optimizer.step();
-    let (weights, validation, best_step) = match best.found {
+    let (trained, validation, best_step) = match best.found {
         Some((step, _)) if step < steps => {
-            let weights = checkpoint::weights_of(&checkpoints, step)?;
-            let model = parts.student.model.with_weights(&weights)?;
+            let trained = checkpoint::weights_of(&checkpoints, step)?;
+            let all = parts.student.with(trained.clone());
+            let model = parts.student.model.with_weights(&all)?;
             let means = objective::evaluate(&model, validation, settings.micro_batch_size)?;
-            (weights, means, Some(step))
+            (trained, means, Some(step))
         }
         _ => {
-            let weights = match &parts.ema {
-                Some(ema) => ema.tensors(&parts.student),
-                None => parts.student.tensors(),
-            };
+            let ema = parts.ema.as_ref();
+            let trained = ema.map_or_else(|| parts.student.trained(), Ema::tensors);
             let means = last_validation.map_or_else(|| evaluate(&parts), Ok)?;
-            (weights, means, None)
+            (trained, means, None)
         }
     };
     let summary = Summary {
         student: config.run_dir.join("student"),
-        parameters,
+        parameters: parameters.all,
+        trained_parameters: parameters.trained,
         steps,
         best_step,
         tokens,
@@ -229,17 +232,34 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
     };
     parts.student.save(
         &summary.student,
-        &weights,
+        &parts.student.with(trained),
         config.student.save_dtype,
         (&config.student.path, tokenizer.stop_ids()),
-        &card::text(config, &summary),
+        &card::text(config, parts.student.model.config().model_type(), &summary),
     )?;
     Ok(summary)
 }
 
+/// How many numbers a student has.
+#[derive(Clone, Copy)]
+struct Parameters {
+    all: usize,
+    /// Those that are trained, adapters among them.
+    trained: usize,
+}
+
+impl Parameters {
+    fn of(student: &Student) -> Self {
+        Self {
+            all: student.model.config().parameter_count(),
+            trained: student.vars.values().map(|var| var.elem_count()).sum(),
+        }
+    }
+}
+
 /// What is about to happen.
 fn opening_line(
-    parameters: usize,
+    parameters: Parameters,
     examples: usize,
     total: u64,
     config: &Config,
@@ -249,9 +269,13 @@ fn opening_line(
         0 => String::new(),
         step => format!(", from step {step}"),
     };
+    let trained = match parameters.trained == parameters.all {
+        true => String::new(),
+        false => format!(" ({} trained)", format_count(parameters.trained as u64)),
+    };
     format!(
-        "{} parameters in {}, {} examples, {total} steps of {} examples{from}",
-        format_count(parameters as u64),
+        "{} parameters{trained} in {}, {} examples, {total} steps of {} examples{from}",
+        format_count(parameters.all as u64),
         student::precision(config.train.dtype).name(),
         format_count(examples as u64),
         config.train.batch_size,

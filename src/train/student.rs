@@ -8,12 +8,14 @@ use candle_core::{DType, Var};
 use regex::Regex;
 use serde_json::json;
 
-use crate::config::{self, ComputeDtype, Init, SaveDtype};
+use crate::config::{ComputeDtype, Config, Init, SaveDtype};
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs;
+use crate::model::parameters::random_weights;
 use crate::model::weights::{self, Tensors};
-use crate::model::{Model, ModelConfig, llama};
+use crate::model::{Model, ModelConfig, decoder, lora};
+use crate::ops::Values;
 use crate::ops::matmul::Precision;
 
 /// Names the tokens that end an answer.
@@ -32,7 +34,7 @@ const TOKENIZER_FILES: [&str; 9] = [
     "chat_template.jinja",
 ];
 
-/// A model whose weights are variables, but for those that are frozen.
+/// A model whose weights, or whose adapters, are variables, but for those that are frozen.
 pub struct Student {
     pub model: Model,
     pub vars: BTreeMap<String, Var>,
@@ -40,29 +42,36 @@ pub struct Student {
 }
 
 impl Student {
-    /// The student that `[student]` describes, before its first step.
+    /// The student that the config describes, before its first step.
     ///
     /// # Errors
     /// Where the folder does not load, or its tokenizer has ids past its embedding.
-    pub fn initial(
-        settings: &config::Student,
-        train: &config::Train,
-        tokenizer: &Tokenizer,
-    ) -> Result<Self> {
-        let (config, tensors) = match settings.init {
-            Init::Pretrained => (
-                ModelConfig::load(&settings.path)?,
-                weights::load(&settings.path)?,
-            ),
+    pub fn initial(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
+        let (settings, train) = (&config.student, &config.train);
+        let (mut shape, weights) = match settings.init {
+            Init::Pretrained => decoder::load(&settings.path)?,
             Init::Random => {
                 let (size, stop) = (tokenizer.vocab_size(), tokenizer.stop_ids());
-                let config = ModelConfig::of_student(settings, size, stop)?;
-                let tensors = llama::random_weights(&config, train.seed)?;
-                (config, tensors)
+                let shape = ModelConfig::of_student(settings, size, stop)?;
+                let weights = random_weights(&shape, train.seed)?;
+                (shape, weights)
             }
         };
-        tokenizer.check_fits(config.vocab_size)?;
-        let mut student = Self::new(config, tensors, &patterns(&train.freeze)?)
+        tokenizer.check_fits(shape.vocab_size)?;
+        let adapters = match config.lora.rank {
+            0 => Tensors::new(),
+            rank => {
+                shape.adapter_scale = config.lora.alpha / rank as f64;
+                lora::adapters(&shape, rank, &patterns(&config.lora.targets)?, train.seed)?
+            }
+        };
+        if config.lora.rank > 0 && adapters.is_empty() {
+            bail!(Exit::Usage(format!(
+                "lora.targets finds no linear layer in the student: its layers are named like {}",
+                lora::example(&shape)
+            )));
+        }
+        let mut student = Self::new(shape, weights, adapters, &patterns(&train.freeze)?)
             .with_context(|| format!("cannot load the student {}", settings.path.display()))?;
         if student.vars.is_empty() {
             bail!(Exit::Usage(
@@ -73,28 +82,39 @@ impl Student {
         Ok(student)
     }
 
-    /// A student over the given weights, of which those that a pattern finds are not trained.
+    /// A student over the given weights. All of them are trained, or the adapters alone where there
+    /// are any; those that a pattern finds are not.
     ///
     /// # Errors
     /// Where weights are missing or have other shapes than `config` says.
-    pub fn new(config: ModelConfig, mut tensors: Tensors, freeze: &[Regex]) -> Result<Self> {
+    pub fn new(
+        config: ModelConfig,
+        mut weights: Tensors,
+        adapters: Tensors,
+        freeze: &[Regex],
+    ) -> Result<Self> {
         let mut vars = BTreeMap::new();
         let mut frozen = Tensors::new();
-        let mut all = Tensors::new();
-        for (name, _) in llama::parameters(&config) {
-            // A missing one is named by the model below.
-            let Some(tensor) = tensors.remove(&name) else {
-                continue;
-            };
-            if freeze.iter().any(|pattern| pattern.is_match(&name)) {
-                all.insert(name.clone(), tensor.clone());
+        let all_weights_train = adapters.is_empty();
+        let names = config
+            .parameters()
+            .into_iter()
+            .map(|parameter| parameter.name);
+        // A missing one is named by the model below.
+        let weights = names.filter_map(|name| weights.remove_entry(&name));
+        for (is_adapter, (name, tensor)) in weights
+            .map(|weight| (false, weight))
+            .chain(adapters.into_iter().map(|adapter| (true, adapter)))
+        {
+            let trains = all_weights_train || is_adapter;
+            if trains && !freeze.iter().any(|pattern| pattern.is_match(&name)) {
+                vars.insert(name, Var::from_tensor(&tensor)?);
+            } else {
                 frozen.insert(name, tensor);
-                continue;
             }
-            let var = Var::from_tensor(&tensor)?;
-            all.insert(name.clone(), var.as_tensor().clone());
-            vars.insert(name, var);
         }
+        let mut all = frozen.clone();
+        all.extend(tensors(&vars));
         Ok(Self {
             model: Model::new(config, &all)?,
             vars,
@@ -102,16 +122,36 @@ impl Student {
         })
     }
 
-    /// The current weights.
-    pub fn tensors(&self) -> Tensors {
-        let mut tensors = self.frozen.clone();
-        let trained = self.vars.iter();
-        tensors.extend(trained.map(|(name, var)| (name.clone(), var.as_tensor().clone())));
-        tensors
+    /// The weights that are trained, as they are now.
+    pub fn trained(&self) -> Tensors {
+        tensors(&self.vars)
     }
 
-    /// Writes a student as a Hugging Face folder with the given weights; an older one is replaced
-    /// whole.
+    /// All weights, with `trained` as those that are trained.
+    pub fn with(&self, trained: Tensors) -> Tensors {
+        let mut all = self.frozen.clone();
+        all.extend(trained);
+        all
+    }
+
+    /// A hash of the weights that are not trained.
+    ///
+    /// # Errors
+    /// Where one is no contiguous f32 tensor on the CPU.
+    pub fn hash_of_frozen(&self) -> Result<String> {
+        let mut hash = blake3::Hasher::new();
+        for (name, tensor) in &self.frozen {
+            hash.update(name.as_bytes());
+            for values in Values::of(tensor)?.chunks(1 << 16) {
+                let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                hash.update_rayon(&bytes);
+            }
+        }
+        Ok(hash.finalize().to_hex().to_string())
+    }
+
+    /// Writes a student as a Hugging Face folder with the given weights, adapters merged into them;
+    /// an older one is replaced whole.
     ///
     /// `tokenizer_dir` is the folder that the tokenizer came from, `card` the text of its README.
     ///
@@ -145,14 +185,22 @@ impl Student {
             let generation = serde_json::to_vec_pretty(&json!({ "eos_token_id": stop_ids }))?;
             files.push((GENERATION_CONFIG, generation));
         }
+        let shape = self.model.config();
+        let weights = shape.export(&lora::merged(shape, weights)?)?;
         fs::write_dir_with(dir, |folder| {
             for (name, bytes) in &files {
                 fs::write_in(folder, name, bytes)?;
             }
-            let entries = weights::entries(weights, dtype)?;
+            let entries = weights::entries(&weights, dtype)?;
             weights::write(&folder.join("model.safetensors"), entries)
         })
     }
+}
+
+/// Variables as tensors.
+pub fn tensors(vars: &BTreeMap<String, Var>) -> Tensors {
+    let tensor = |(name, var): (&String, &Var)| (name.clone(), var.as_tensor().clone());
+    vars.iter().map(tensor).collect()
 }
 
 /// Sets variables from a checkpoint.

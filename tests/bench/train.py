@@ -45,10 +45,15 @@ def step(options):
     config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=length, use_cache=False)
     config._attn_implementation = "sdpa"
     model = LlamaForCausalLM(config).to(options.device)
+    if options.lora:
+        from peft import LoraConfig, get_peft_model
+
+        layers = LoraConfig(r=options.lora, lora_alpha=options.lora, target_modules="all-linear")
+        model = get_peft_model(model, layers)
     model.train()
     if options.checkpoint:
         model.gradient_checkpointing_enable()
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     vocabulary = config.vocab_size
     ids = torch.randint(vocabulary, (batch, length), device=options.device)
@@ -92,7 +97,7 @@ def step(options):
         if number > 0:
             seconds.append(time.perf_counter() - began)
     print(json.dumps({
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in parameters),
         "tokens_per_s": [batch * length / s for s in seconds],
         "losses": losses,
         "peak_mib": peak_mib(),
@@ -108,6 +113,7 @@ CASES = [
      [([], 1.25, 0.68), (["--skip-prompt"], None, None)]),
     ("tiny, f32", ["--shape", "tiny"], [([], 1.2, 0.3)]),
     ("tiny, f32, compiled peer", ["--shape", "tiny"], [(["--compile"], None, None)]),
+    ("135M, f32, LoRA 16", ["--shape", "135m", "--lora", "16"], [([], None, None)]),
     ("135M, f32, 1 x 1024", ["--shape", "135m", "--batch", "1", "--length", "1024"], [([], None, None)]),
 ]
 BF16_CASES = [
@@ -189,7 +195,7 @@ def main():
     peer.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     peer.add_argument("--device", default="cpu")
     for name, default in [("batch", 0), ("length", 256), ("vocabulary", 0), ("k", 20), ("steps", 5),
-                          ("threads", 2)]:
+                          ("threads", 2), ("lora", 0)]:
         peer.add_argument(f"--{name}", type=int, default=default)
     peer.add_argument("--prompt", type=float, default=0)
     for name in ["checkpoint", "skip-prompt", "compile"]:

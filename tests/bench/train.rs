@@ -2,7 +2,7 @@
 //!
 //! `train [--shape NAME] [--batch N] [--length N] [--vocabulary N] [--prompt SHARE] [--k N]
 //! [--steps N] [--threads N] [--dtype f32|bf16]
-//! [--checkpoint]` prints a line of JSON.
+//! [--lora RANK] [--checkpoint]` prints a line of JSON.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -10,8 +10,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use distill::config;
 use distill::data::batch::Batch;
+use distill::model::parameters::random_weights;
 use distill::model::tape::Memory;
-use distill::model::{ModelConfig, llama};
+use distill::model::weights::Tensors;
+use distill::model::{ModelConfig, lora};
 use distill::ops::matmul::Precision;
 use distill::train::loss::Weights;
 use distill::train::objective;
@@ -31,6 +33,8 @@ struct Case {
     threads: usize,
     memory: Memory,
     precision: Precision,
+    /// Rank of the adapters; 0 for a full fine-tune.
+    lora: usize,
 }
 
 fn main() -> Result<()> {
@@ -63,6 +67,7 @@ impl Case {
         let (batch, length) = (number("--batch", 0)?, number("--length", 256)?);
         let (k, steps) = (number("--k", 20)?, number("--steps", 5)?);
         let (threads, vocabulary) = (number("--threads", 2)?, number("--vocabulary", 0)?);
+        let lora = number("--lora", 0)?;
         let prompt = options.remove("--prompt").unwrap_or("0".into()).parse()?;
         let precision = match options.remove("--dtype").as_deref() {
             None | Some("f32") => Precision::F32,
@@ -106,6 +111,7 @@ impl Case {
             threads,
             memory,
             precision,
+            lora,
         })
     }
 
@@ -141,7 +147,11 @@ impl Case {
 
 fn time(case: &Case) -> Result<()> {
     let config = ModelConfig::of_student(&case.shape, case.vocabulary, &[])?;
-    let mut student = Student::new(config.clone(), llama::random_weights(&config, 0)?, &[])?;
+    let adapters = match case.lora {
+        0 => Tensors::new(),
+        rank => lora::adapters(&config, rank, &[], 0)?,
+    };
+    let mut student = Student::new(config.clone(), random_weights(&config, 0)?, adapters, &[])?;
     student.model.set_precision(case.precision);
     let mut optimizer = Optimizer::new(&student.vars, &[])?;
     let mut gradients = student.model.gradients();

@@ -9,6 +9,7 @@ use candle_nn::ops::log_softmax;
 use distill::data::batch::Batch;
 use distill::model::composed::Composed;
 use distill::model::graph::Graph;
+use distill::model::projection::Projection;
 use distill::model::tape::{Gradients, Keys, Memory, Setting, Tape};
 use distill::model::{Input, Model, ModelConfig, weights::Tensors};
 use distill::ops::arena::Arena;
@@ -30,15 +31,25 @@ pub struct Trainable {
 
 impl Trainable {
     pub fn new(config: &ModelConfig, tensors: &Tensors) -> Self {
+        Self::with_frozen(config, tensors, |_| false)
+    }
+
+    /// With the weights that `frozen` names as constants.
+    pub fn with_frozen(
+        config: &ModelConfig,
+        tensors: &Tensors,
+        frozen: impl Fn(&str) -> bool,
+    ) -> Self {
         let vars: BTreeMap<String, Var> = tensors
             .iter()
+            .filter(|(name, _)| !frozen(name))
             .map(|(name, tensor)| (name.clone(), Var::from_tensor(tensor).unwrap()))
             .collect();
-        let trainable: Tensors = vars
-            .iter()
-            .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
-            .collect();
-        let model = Model::new(config.clone(), &trainable).unwrap();
+        let mut all = tensors.clone();
+        for (name, var) in &vars {
+            all.insert(name.clone(), var.as_tensor().clone());
+        }
+        let model = Model::new(config.clone(), &all).unwrap();
         Self { model, vars }
     }
 
@@ -79,7 +90,7 @@ impl Trainable {
     }
 
     /// The same by candle: the loss from its formula, the gradients by its autograd.
-    fn oracle(&self, batch: &Batch, kd: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
+    pub fn oracle(&self, batch: &Batch, kd: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
         let input = Input {
             input_ids: &batch.input_ids,
             segments: &batch.segments,
@@ -190,7 +201,7 @@ pub fn difference(a: &[f32], b: &[f32]) -> f64 {
     norm(&difference) / norm(a).max(norm(b)).max(1e-3)
 }
 
-fn assert_same(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>, tolerance: f64) {
+pub fn assert_same(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>, tolerance: f64) {
     assert_eq!(a.len(), b.len());
     for ((name, a), b) in a.iter().zip(b.values()) {
         let difference = difference(a, b);
@@ -323,20 +334,30 @@ impl Little {
         Self(shapes.iter().map(var).collect())
     }
 
-    fn run<G: Graph>(&self, graph: &mut G, ids: &[u32], positions: &[u32]) -> G::Value {
+    fn run<G: Graph>(
+        &self,
+        graph: &mut G,
+        ids: &[u32],
+        positions: &[u32],
+        window: Option<usize>,
+    ) -> G::Value {
         let [table, q, q_bias, k, v, head_norm, o, o_bias] = &self.0[..] else {
             unreachable!()
         };
         let x = graph.embed(table, ids).unwrap();
         graph.keep(&x);
-        let q = graph.linear(&x, q, Some(q_bias)).unwrap();
+        let with_bias = |weight: &Var, bias: &Var| Projection {
+            bias: Some(bias.as_tensor().clone()),
+            ..Projection::new(weight)
+        };
+        let q = graph.linear(&x, &with_bias(q, q_bias)).unwrap();
         // The norm of every head, as some architectures have it.
         let q = graph.rms_norm(&q, head_norm, 1e-5).unwrap();
-        let k = graph.linear(&x, k, None).unwrap();
-        let v = graph.linear(&x, v, None).unwrap();
+        let k = graph.linear(&x, &Projection::new(k)).unwrap();
+        let v = graph.linear(&x, &Projection::new(v)).unwrap();
         let (q, k) = (graph.rope(q).unwrap(), graph.rope(k).unwrap());
-        let heads = graph.attention(0, q, k, v).unwrap();
-        let y = graph.add_linear(x, &heads, o, Some(o_bias)).unwrap();
+        let heads = graph.attention(0, [q, k, v], window).unwrap();
+        let y = graph.add_linear(x, &heads, &with_bias(o, o_bias)).unwrap();
         graph.rows(y, positions).unwrap()
     }
 }
@@ -356,8 +377,8 @@ fn windows_biases_and_norms_of_heads_agree_with_candle() {
     let arena = Arena::default();
     for window in [None, Some(2), Some(5), Some(70), Some(1000)] {
         let mut composed =
-            Composed::new(heads, &rope, window, &segments, DType::F32, &Device::Cpu).unwrap();
-        let expected = little.run(&mut composed, &ids, &positions);
+            Composed::new(heads, Some(&rope), &segments, DType::F32, &Device::Cpu).unwrap();
+        let expected = little.run(&mut composed, &ids, &positions, window);
         let store = expected
             .sin()
             .unwrap()
@@ -370,12 +391,11 @@ fn windows_biases_and_norms_of_heads_agree_with_candle() {
             let setting = Setting {
                 arena: &arena,
                 heads,
-                rope: &rope,
-                window,
+                rope: Some(&rope),
                 precision: Precision::F32,
             };
             let mut tape = Tape::new(setting, &segments, Keys::Batch, memory);
-            let root = little.run(&mut tape, &ids, &positions);
+            let root = little.run(&mut tape, &ids, &positions, window);
             let values = tape.value(&root).unwrap();
             assert!(difference(&values, &expected) < 1e-5, "window {window:?}");
             let mut gradient = arena.take(values.len()).unwrap();

@@ -3,18 +3,20 @@
 
 use std::path::Path;
 
+use candle_core::Tensor;
 use distill::data::batch::Batch;
 use distill::model::tape::Memory;
 use distill::model::weights::{self, Tensors};
 use distill::model::{Input, ModelConfig};
 use serde_json::Value;
 
-use crate::gradients::{Trainable, difference};
+use crate::gradients::{Trainable, assert_same, difference};
 
 /// A golden case: the model, its batch, and PyTorch's numbers.
 struct Golden {
     json: Value,
     tensors: Tensors,
+    gradients: Tensors,
     student: Trainable,
 }
 
@@ -26,14 +28,21 @@ impl Golden {
         let tensors = weights::load_file(&folder.join(format!("{name}.safetensors"))).unwrap();
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("config.json"), json["config"].to_string()).unwrap();
-        let config = ModelConfig::load(dir.path()).unwrap();
-        let start = tensors
-            .iter()
-            .filter_map(|(name, tensor)| Some((name.strip_prefix("weight.")?, tensor)))
-            .map(|(name, tensor)| (name.to_string(), tensor.clone()))
-            .collect();
+        let mut config = ModelConfig::load(dir.path()).unwrap();
+        config.adapter_scale = json["adapter_scale"].as_f64().unwrap();
+        let named = |prefix: &str| -> Tensors {
+            let strip = |(name, tensor): (&String, &Tensor)| {
+                Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))
+            };
+            let stored: Tensors = tensors.iter().filter_map(strip).collect();
+            // A gradient changes its place as the weight does.
+            config.import(stored).unwrap()
+        };
+        let (weights, gradients) = (named("weight."), named("gradient."));
+        let frozen = |name: &str| !gradients.contains_key(name);
         Self {
-            student: Trainable::new(&config, &start),
+            student: Trainable::with_frozen(&config, &weights, frozen),
+            gradients,
             json,
             tensors,
         }
@@ -78,9 +87,14 @@ impl Golden {
     }
 }
 
+/// Each architecture, tied and untied.
+const CASES: [&str; 8] = [
+    "tied", "untied", "biases", "mistral", "qwen2", "qwen3", "gpt2", "lora",
+];
+
 #[test]
 fn logits_loss_and_gradients_agree_with_pytorch() {
-    for name in ["tied", "untied"] {
+    for name in CASES {
         let golden = Golden::load(name);
         let batch = golden.batch();
         let all: Vec<u32> = (0..batch.input_ids.len() as u32).collect();
@@ -110,13 +124,71 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
             (loss - expected).abs() < 1e-5 * expected,
             "{name}: {loss} and {expected}"
         );
+        assert_eq!(gradients.len(), golden.gradients.len());
         for (parameter, gradient) in &gradients {
-            let expected = golden.values(&format!("gradient.{parameter}"));
+            let expected = &golden.gradients[parameter];
+            let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
             let difference = difference(gradient, &expected);
             assert!(
                 difference < 2e-5,
                 "{name}: {parameter} differs by {difference:e}"
             );
+            assert!(gradient.iter().any(|value| *value != 0.0));
+        }
+    }
+}
+
+#[test]
+fn the_composed_operations_agree_in_every_architecture() {
+    for name in CASES {
+        let golden = Golden::load(name);
+        let batch = golden.batch();
+        let (loss, expected) = golden.student.oracle(&batch, golden.kd());
+        for memory in [Memory::Record, Memory::Checkpoint] {
+            let (ours, gradients) =
+                golden
+                    .student
+                    .gradients(std::slice::from_ref(&batch), golden.kd(), memory);
+            assert!(
+                (loss - ours).abs() < 1e-5 * loss,
+                "{name}: {loss} and {ours}"
+            );
+            assert_same(&gradients, &expected, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn a_cache_gives_the_logits_of_one_pass_in_every_architecture() {
+    for name in CASES {
+        let golden = Golden::load(name);
+        let model = &golden.student.model;
+        let batch = golden.batch();
+        // The two longest sequences, the second of which arrives while the first decodes.
+        let (a, b) = (batch.segments[0].clone(), batch.segments[3].clone());
+        let (first, second) = (&batch.input_ids[a], &batch.input_ids[b]);
+        let (logits_of_first, logits_of_second) =
+            (golden.values("logits.0"), golden.values("logits.3"));
+        let (mut cache, mut other) = (model.new_cache(), model.new_cache());
+        model.step(&[&first[..20]], &mut [&mut cache]).unwrap();
+        let mut caches = [&mut cache, &mut other];
+        let mut at = (20, 0);
+        while at.0 < first.len() {
+            // A prompt of 30 tokens first, then one at a time.
+            let next = (at.0 + 1, if at.1 == 0 { 30 } else { at.1 + 1 });
+            let tokens = [&first[at.0..next.0], &second[at.1..next.1]];
+            let logits = model.step(&tokens, &mut caches).unwrap();
+            let vocabulary = logits.len() / 2;
+            for (ours, (all, last)) in logits
+                .chunks(vocabulary)
+                .zip([(&logits_of_first, next.0), (&logits_of_second, next.1)])
+            {
+                let expected = &all[(last - 1) * vocabulary..last * vocabulary];
+                let worst = ours.iter().zip(expected).map(|(a, b)| (a - b).abs());
+                let worst = worst.fold(0.0, f32::max);
+                assert!(worst < 1e-4, "{name}, token {last}: {worst:e}");
+            }
+            at = next;
         }
     }
 }

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as oracle;
 use distill::config::Student;
-use distill::model::{Input, Model, ModelConfig, llama, weights::Tensors};
+use distill::model::{Input, Model, ModelConfig, parameters, weights::Tensors};
 
 /// A small decoder with grouped heads: hidden 32, 2 layers, 4 query and 2 key/value heads.
 pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
@@ -19,7 +19,7 @@ pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
         ..Student::default()
     };
     let config = ModelConfig::of_student(&student, 61, &[0]).unwrap();
-    let mut tensors = llama::random_weights(&config, 7).unwrap();
+    let mut tensors = parameters::random_weights(&config, 7).unwrap();
     // Larger than fresh weights, so that attention is far from uniform.
     for (name, tensor) in &mut tensors {
         if !name.contains("norm") {
@@ -76,8 +76,8 @@ fn logits_agree_with_candle_transformers() {
             num_attention_heads: config.heads.query,
             num_key_value_heads: config.heads.key_value,
             use_flash_attn: false,
-            rms_norm_eps: config.rms_norm_eps,
-            rope_theta: config.rope.theta as f32,
+            rms_norm_eps: config.norm_eps,
+            rope_theta: config.rope().unwrap().theta as f32,
             bos_token_id: None,
             eos_token_id: None,
             rope_scaling: None,

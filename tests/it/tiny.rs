@@ -8,7 +8,7 @@ use std::path::Path;
 
 use candle_core::DType;
 use distill::config::Student;
-use distill::model::{ModelConfig, llama, weights};
+use distill::model::{ModelConfig, parameters, weights};
 use serde_json::{Map, Value, json};
 
 /// Bytes, merges and control tokens.
@@ -45,7 +45,7 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
     };
     let end_of_turn = VOCABULARY as u32 - 1;
     let config = ModelConfig::of_student(&student, PADDED_VOCABULARY, &[end_of_turn]).unwrap();
-    let mut weights = llama::random_weights(&config, seed).unwrap();
+    let mut weights = parameters::random_weights(&config, seed).unwrap();
     for (name, tensor) in &mut weights {
         // Fresh weights make a flat distribution; these make one that depends on the context.
         if !name.contains("norm") {

@@ -2,9 +2,10 @@
 
 usage: make_gradient_golden.py OUTPUT_DIR
 
-Small llamas of transformers with random weights, in double precision; the sequences are run one by
-one, so neither padding nor packing is involved. Writes NAME.safetensors with `weight.*` (f32, what
+Small decoders of transformers with random weights, in double precision; the sequences are run one
+by one, so neither padding nor packing is involved. Writes NAME.safetensors with `weight.*` (f32, what
 both sides start from), `gradient.*` and `logits.*` (a sequence each), and NAME.json with the rest.
+In the case `lora`, PEFT's adapters are what is trained.
 The loss is (1/N) sum [(1 - lambda) CE + lambda KD], KD the divergence on the top-k and the tail.
 """
 
@@ -13,33 +14,48 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 LENGTHS = [41, 1, 17, 66]
 K = 5
 LAMBDA = 0.3
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA_LIKE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, vocab_size=61, max_position_embeddings=128)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0)
+LORA = dict(r=4, lora_alpha=6, target_modules=["q_proj", "o_proj", "down_proj"])
 CASES = {
-    "tied": dict(tie_word_embeddings=True),
-    "untied": dict(tie_word_embeddings=False, rope_parameters=LLAMA3, head_dim=12),
+    "tied": ("llama", LLAMA_LIKE | dict(tie_word_embeddings=True)),
+    "untied": ("llama", LLAMA_LIKE | dict(tie_word_embeddings=False, rope_parameters=LLAMA3, head_dim=12)),
+    "biases": ("llama", LLAMA_LIKE | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "mistral": ("mistral", LLAMA_LIKE | dict(sliding_window=7, tie_word_embeddings=False)),
+    "qwen2": ("qwen2", LLAMA_LIKE | dict(use_sliding_window=True, sliding_window=9, max_window_layers=1,
+                                         tie_word_embeddings=True)),
+    "qwen3": ("qwen3", LLAMA_LIKE | dict(head_dim=12, tie_word_embeddings=True)),
+    "gpt2": ("gpt2", GPT2),
+    "lora": ("llama", LLAMA_LIKE | dict(tie_word_embeddings=True)),
 }
 
 
-def make(name, settings, folder):
+def make(name, kind, settings, folder):
     torch.manual_seed(len(name))
-    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, vocab_size=61, max_position_embeddings=128, use_cache=False,
-                         **settings)
+    config = AutoConfig.for_model(kind, use_cache=False, **settings)
     config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
+    if name == "lora":
+        model = get_peft_model(model, LoraConfig(**LORA))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)
         else:
             parameter.data.uniform_(0.5, 1.5)
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.train()
+    named = {plain(name): parameter for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().clone() for name, parameter in named.items()}
     model = model.double()
     sequences, terms, logits = [], [], {}
     for index, length in enumerate(LENGTHS):
@@ -69,17 +85,23 @@ def make(name, settings, folder):
     loss = torch.stack(terms).mean()
     loss.backward()
     tensors = {f"weight.{name}": weight.contiguous() for name, weight in weights.items()}
-    tensors |= {f"gradient.{name}": p.grad.float().contiguous() for name, p in model.named_parameters()}
+    tensors |= {f"gradient.{name}": p.grad.float().contiguous() for name, p in named.items() if p.requires_grad}
     save_file(tensors | logits, folder / f"{name}.safetensors")
-    rest = {"config": config.to_dict(), "lambda": LAMBDA, "loss": loss.item(), "sequences": sequences}
+    rest = {"config": config.to_dict(), "adapter_scale": LORA["lora_alpha"] / LORA["r"], "lambda": LAMBDA, "loss": loss.item(), "sequences": sequences}
     (folder / f"{name}.json").write_text(json.dumps(rest) + "\n")
+
+
+def plain(name):
+    """The name of a parameter without what PEFT puts into it."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
 
 
 def main():
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, settings in CASES.items():
-        make(name, settings, folder)
+    for name, (kind, settings) in CASES.items():
+        make(name, kind, settings, folder)
 
 
 if __name__ == "__main__":

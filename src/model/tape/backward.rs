@@ -6,11 +6,12 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
-use super::{Gradients, Memory, Op, Setting, Tape, Value, linear_of};
-use crate::ops::arena::{Arena, Buffer};
+use super::{Gradients, Memory, Op, Setting, Tape, Value, linear_of, lora_of};
+use crate::model::projection::Projection;
+use crate::ops::arena::Buffer;
 use crate::ops::attention::Forward;
 use crate::ops::rope::Turn;
-use crate::ops::{Gradient, Values, embedding, rms_norm, swiglu};
+use crate::ops::{Gradient, Values, embedding, gelu, layer_norm, rms_norm, sum_rows, swiglu};
 
 impl Tape<'_, '_> {
     /// Sends `gradient`, that of `root` (as many values), back to all variables.
@@ -39,9 +40,7 @@ impl Tape<'_, '_> {
     }
 
     fn backward_of(&mut self, id: usize, dy: Buffer, gradients: &mut Gradients) -> Result<()> {
-        let Setting {
-            arena, precision, ..
-        } = self.setting;
+        let arena = self.setting.arena;
         let op = Rc::clone(&self.nodes[id].op);
         let width = self.nodes[id].width;
         match &*op {
@@ -66,50 +65,61 @@ impl Tape<'_, '_> {
                     rms_norm::backward(&values, &weights, &scale, &dy, to, dweight);
                 })?;
             }
-            Op::Linear {
-                x,
-                weight,
-                bias,
-                residual,
+            Op::LayerNorm {
+                x, weight, bias, ..
             } => {
-                let linear = linear_of(weight, precision)?;
-                if let Some(to) = gradients.of(weight)? {
-                    linear.backward_weight(&dy, &self.ensure(*x)?, to);
+                let values = self.ensure(*x)?;
+                let statistics = self.saved(id)?;
+                let weights = Values::of(weight)?;
+                let dweight = gradients.of(weight)?;
+                self.add_gradient(*x, values.len(), |to| {
+                    layer_norm::backward(&values, &weights, &statistics, &dy, to, dweight);
+                })?;
+                if let Some(to) = gradients.of(bias)? {
+                    sum_rows(&dy, width, to);
                 }
-                if let Some(bias) = bias
-                    && let Some(to) = gradients.of(bias)?
-                {
-                    linear.backward_bias(&dy, to);
-                }
-                if self.nodes[*x].trains {
-                    let weight = Values::of(weight)?;
-                    let len = dy.len() / linear.outputs * linear.inputs;
-                    self.add_gradient(*x, len, |to| linear.backward_input(&dy, &weight, to))?;
-                }
+            }
+            Op::Linear { x, layer, residual } => {
+                self.backward_linear(id, *x, layer, &dy, gradients)?;
                 if let Some(residual) = residual {
                     self.give_gradient(*residual, dy);
                 }
+            }
+            Op::Gelu { x } => {
+                let values = self.ensure(*x)?;
+                // Nothing else needs the input any more: it becomes its own gradient.
+                self.nodes[*x].value = None;
+                let mut dx = self.own(values)?;
+                gelu::backward(&mut dx, &dy);
+                self.give_gradient(*x, dx);
             }
             Op::SwiGlu { gate, up } => {
                 let (values, others) = (self.ensure(*gate)?, self.ensure(*up)?);
                 // Nothing else needs the inputs any more: they become their own gradients.
                 (self.nodes[*gate].value, self.nodes[*up].value) = (None, None);
-                let [mut dgate, mut dup] = [own(arena, values)?, own(arena, others)?];
+                let [mut dgate, mut dup] = [self.own(values)?, self.own(others)?];
                 swiglu::backward(&mut dgate, &mut dup, &dy);
                 self.give_gradient(*gate, dgate);
                 self.give_gradient(*up, dup);
             }
-            Op::Rope { x, .. } => {
-                let mut dy = dy;
-                self.turn(&mut dy, width, Turn::Backward);
+            Op::Positions { x, table, .. } => {
+                if let Some(to) = gradients.of(table)? {
+                    embedding::backward(&dy, &self.positions(), width, to);
+                }
                 self.give_gradient(*x, dy);
             }
-            Op::Attention { q, k, v, .. } => {
+            Op::Rope { x, .. } => {
+                let mut dy = dy;
+                self.turn(&mut dy, width, Turn::Backward)?;
+                self.give_gradient(*x, dy);
+            }
+            Op::Attention { qkv, window, .. } => {
+                let [q, k, v] = *qkv;
                 let out = self.ensure(id)?;
                 let lse = self.saved(id)?;
                 let [q_values, k_values, v_values] =
-                    [self.ensure(*q)?, self.ensure(*k)?, self.ensure(*v)?];
-                let attention = self.attention_layer();
+                    [self.ensure(q)?, self.ensure(k)?, self.ensure(v)?];
+                let attention = self.attention_layer(*window);
                 let mut scratch = arena.take(attention.scratch())?;
                 let mut dq = arena.take(q_values.len())?;
                 let mut dk = arena.take(k_values.len())?;
@@ -123,9 +133,56 @@ impl Tape<'_, '_> {
                 };
                 let to = [&mut dq, &mut dk, &mut dv].map(|values| Gradient { values, add: false });
                 attention.backward(forward, &dy, &mut scratch, to);
-                for (id, gradient) in [(*q, dq), (*k, dk), (*v, dv)] {
+                for (id, gradient) in [(q, dq), (k, dk), (v, dv)] {
                     self.give_gradient(id, gradient);
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gradients of a linear layer's weights, of its adapter, and of its input `x`.
+    fn backward_linear(
+        &mut self,
+        id: usize,
+        x: usize,
+        layer: &Projection,
+        dy: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let Setting {
+            arena, precision, ..
+        } = self.setting;
+        let linear = linear_of(&layer.weight, precision)?;
+        if let Some(to) = gradients.of(&layer.weight)? {
+            linear.backward_weight(dy, &self.ensure(x)?, to);
+        }
+        if let Some(bias) = &layer.bias
+            && let Some(to) = gradients.of(bias)?
+        {
+            sum_rows(dy, linear.outputs, to);
+        }
+        let rows = dy.len() / linear.outputs;
+        let mut low = None;
+        if let Some(adapter) = &layer.adapter {
+            let lora = lora_of(adapter, precision)?;
+            if let Some(to) = gradients.of(&adapter.b)? {
+                lora.backward_b(dy, &self.saved(id)?, to);
+            }
+            let a = Values::of(&adapter.a)?;
+            let mut dlow = arena.take(rows * lora.rank)?;
+            lora.backward_low(dy, &Values::of(&adapter.b)?, &mut dlow);
+            if let Some(to) = gradients.of(&adapter.a)? {
+                lora.backward_a(&dlow, &self.ensure(x)?, to);
+            }
+            low = Some((lora, a, dlow));
+        }
+        if self.nodes[x].trains {
+            let weight = Values::of(&layer.weight)?;
+            let len = rows * linear.inputs;
+            self.add_gradient(x, len, |to| linear.backward_input(dy, &weight, to))?;
+            if let Some((lora, a, dlow)) = &low {
+                self.add_gradient(x, len, |to| lora.backward_input(dlow, a, to))?;
             }
         }
         Ok(())
@@ -174,16 +231,4 @@ impl Tape<'_, '_> {
             none => *none = Some(given),
         }
     }
-}
-
-/// The values as a buffer to write to; a copy if somebody else reads them.
-fn own(arena: &Arena, values: Arc<Buffer>) -> Result<Buffer> {
-    Ok(match Arc::try_unwrap(values) {
-        Ok(own) => own,
-        Err(shared) => {
-            let mut copy = arena.take(shared.len())?;
-            copy.copy_from_slice(&shared);
-            copy
-        }
-    })
 }

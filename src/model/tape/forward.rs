@@ -1,17 +1,18 @@
 //! The forward pass of each operation.
 
-use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rayon::prelude::*;
 
-use super::{Keys, Memory, Op, Setting, Tape, linear_of};
+use super::{Keys, Memory, Op, Setting, Tape, linear_of, lora_of};
 use crate::model::KvCache;
+use crate::model::graph::NO_ROPE;
+use crate::ops::arena::Buffer;
 use crate::ops::attention::{Attention, Cached};
 use crate::ops::rope::Turn;
-use crate::ops::{Values, embedding, rms_norm, swiglu};
+use crate::ops::{Values, embedding, gelu, layer_norm, rms_norm, swiglu};
 
 impl<'a> Tape<'a, '_> {
     /// Computes the value of a node from its inputs' values.
@@ -41,20 +42,43 @@ impl<'a> Tape<'a, '_> {
                 saved = Some(scale);
                 y
             }
-            Op::Linear {
+            Op::LayerNorm {
                 x,
                 weight,
                 bias,
-                residual,
+                epsilon,
             } => {
                 let x = self.get(*x)?;
-                let (linear, weight) = (linear_of(weight, precision)?, Values::of(weight)?);
+                let mut y = arena.take(x.len())?;
+                let mut statistics = arena.take(2 * x.len() / width)?;
+                let (weight, bias) = (Values::of(weight)?, Values::of(bias)?);
+                layer_norm::forward(&x, &weight, &bias, *epsilon, &mut y, &mut statistics);
+                saved = Some(statistics);
+                y
+            }
+            Op::Linear { x, layer, residual } => {
+                let x = self.get(*x)?;
+                let linear = linear_of(&layer.weight, precision)?;
                 let mut y = arena.take(x.len() / linear.inputs * linear.outputs)?;
                 if let Some(residual) = residual {
                     y.copy_from_slice(&self.get(*residual)?);
                 }
-                let bias = bias.as_ref().map(Values::of).transpose()?;
+                let weight = Values::of(&layer.weight)?;
+                let bias = layer.bias.as_ref().map(Values::of).transpose()?;
                 linear.forward(&x, &weight, bias.as_deref(), &mut y, residual.is_some());
+                if let Some(adapter) = &layer.adapter {
+                    let lora = lora_of(adapter, precision)?;
+                    let mut low = arena.take(x.len() / lora.inputs * lora.rank)?;
+                    let (a, b) = (Values::of(&adapter.a)?, Values::of(&adapter.b)?);
+                    lora.forward(&x, &a, &b, &mut low, &mut y);
+                    saved = Some(low);
+                }
+                y
+            }
+            Op::Gelu { x } => {
+                let x = self.get(*x)?;
+                let mut y = arena.take(x.len())?;
+                gelu::forward(&x, &mut y);
                 y
             }
             Op::SwiGlu { gate, up } => {
@@ -63,39 +87,25 @@ impl<'a> Tape<'a, '_> {
                 swiglu::forward(&gate, &up, &mut y);
                 y
             }
-            Op::Rope { x, in_place } => {
-                let given = self.get(*x)?;
-                if *in_place {
-                    self.nodes[*x].value = None;
-                }
-                let mut y = match Arc::try_unwrap(given) {
-                    Ok(own) => own,
-                    Err(shared) => {
-                        let mut copy = arena.take(shared.len())?;
-                        copy.copy_from_slice(&shared);
-                        copy
-                    }
-                };
-                self.turn(&mut y, width, Turn::Forward);
+            Op::Positions { x, table, in_place } => {
+                let mut y = self.take_over(*x, *in_place)?;
+                embedding::add(&Values::of(table)?, &self.positions(), width, &mut y);
                 y
             }
-            Op::Attention { layer, q, k, v } => {
-                let [q, k, v] = [self.get(*q)?, self.get(*k)?, self.get(*v)?];
+            Op::Rope { x, in_place } => {
+                let mut y = self.take_over(*x, *in_place)?;
+                self.turn(&mut y, width, Turn::Forward)?;
+                y
+            }
+            Op::Attention { layer, qkv, window } => {
+                let [q, k, v] = [self.get(qkv[0])?, self.get(qkv[1])?, self.get(qkv[2])?];
                 let mut out = arena.take(q.len())?;
+                let attention = self.attention_layer(*window);
                 if let Keys::Caches(caches) = &mut self.keys {
-                    let setting = &self.setting;
-                    attend_caches(
-                        setting,
-                        *layer,
-                        self.segments,
-                        [&q, &k, &v],
-                        caches,
-                        &mut out,
-                    );
+                    attend_caches(attention, *layer, [&q, &k, &v], caches, &mut out);
                 } else {
                     let mut lse = arena.take(q.len() / self.setting.heads.channels)?;
-                    self.attention_layer()
-                        .forward(&q, &k, &v, &mut out, &mut lse);
+                    attention.forward(&q, &k, &v, &mut out, &mut lse);
                     saved = Some(lse);
                 }
                 out
@@ -109,17 +119,26 @@ impl<'a> Tape<'a, '_> {
         Ok(())
     }
 
-    pub(super) fn attention_layer(&self) -> Attention<'a> {
+    /// The values of a node to write to; a copy, unless nobody needs them `in_place`.
+    fn take_over(&mut self, x: usize, in_place: bool) -> Result<Buffer> {
+        let values = self.get(x)?;
+        if in_place {
+            self.nodes[x].value = None;
+        }
+        self.own(values)
+    }
+
+    pub(super) fn attention_layer(&self, window: Option<usize>) -> Attention<'a> {
         Attention {
             heads: self.setting.heads,
             segments: self.segments,
-            window: self.setting.window,
+            window,
             precision: self.setting.precision,
         }
     }
 
-    pub(super) fn turn(&self, rows: &mut [f32], width: usize, turn: Turn) {
-        let rope = self.setting.rope;
+    pub(super) fn turn(&self, rows: &mut [f32], width: usize, turn: Turn) -> Result<()> {
+        let rope = self.setting.rope.context(NO_ROPE)?;
         match &self.keys {
             Keys::Batch => rope.turn_segments(rows, width, self.segments, turn),
             Keys::Caches(caches) => {
@@ -129,19 +148,25 @@ impl<'a> Tape<'a, '_> {
                 }
             }
         }
+        Ok(())
     }
 }
 
 /// Attention of each segment's rows over its cache, to which its keys and values are added.
 fn attend_caches(
-    setting: &Setting,
+    attention: Attention,
     layer: usize,
-    segments: &[Range<usize>],
     [q, k, v]: [&[f32]; 3],
     caches: &mut [&mut KvCache],
     out: &mut [f32],
 ) {
-    let (wide, narrow) = (setting.heads.query_width(), setting.heads.key_value_width());
+    let Attention {
+        heads,
+        segments,
+        window,
+        precision,
+    } = attention;
+    let (wide, narrow) = (heads.query_width(), heads.key_value_width());
     let mut outs = Vec::with_capacity(segments.len());
     let mut rest = out;
     for segment in segments {
@@ -158,9 +183,9 @@ fn attend_caches(
             keys.extend_from_slice(&k[segment.start * narrow..segment.end * narrow]);
             values.extend_from_slice(&v[segment.start * narrow..segment.end * narrow]);
             let cached = Cached {
-                heads: setting.heads,
-                window: setting.window,
-                precision: setting.precision,
+                heads,
+                window,
+                precision,
                 k: keys,
                 v: values,
             };

@@ -21,9 +21,11 @@ use candle_core::Tensor;
 
 use super::KvCache;
 use super::graph::Graph;
+use super::projection::{Adapter, Projection};
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::attention::Heads;
 use crate::ops::linear::Linear;
+use crate::ops::lora::Lora;
 use crate::ops::matmul::Precision;
 use crate::ops::rope::RopeTable;
 pub use gradients::Gradients;
@@ -33,8 +35,7 @@ pub use gradients::Gradients;
 pub struct Setting<'a> {
     pub arena: &'a Arena,
     pub heads: Heads,
-    pub rope: &'a RopeTable,
-    pub window: Option<usize>,
+    pub rope: Option<&'a RopeTable>,
     pub precision: Precision,
 }
 
@@ -96,26 +97,39 @@ enum Op {
         weight: Tensor,
         epsilon: f32,
     },
-    Linear {
+    LayerNorm {
         x: usize,
         weight: Tensor,
-        bias: Option<Tensor>,
+        bias: Tensor,
+        epsilon: f32,
+    },
+    Linear {
+        x: usize,
+        layer: Projection,
         residual: Option<usize>,
+    },
+    Gelu {
+        x: usize,
     },
     SwiGlu {
         gate: usize,
         up: usize,
     },
+    Positions {
+        x: usize,
+        table: Tensor,
+        /// Does nobody else need x as it was?
+        in_place: bool,
+    },
     Rope {
         x: usize,
-        /// Does nobody else need x as it was?
+        /// As above.
         in_place: bool,
     },
     Attention {
         layer: usize,
-        q: usize,
-        k: usize,
-        v: usize,
+        qkv: [usize; 3],
+        window: Option<usize>,
     },
 }
 
@@ -155,27 +169,44 @@ impl<'a, 'c> Tape<'a, 'c> {
         self.nodes[*value.0].width
     }
 
+    /// Will nobody read `x` again, once this handle of it is gone?
+    fn is_last_handle(&self, x: &Value) -> bool {
+        let ours = self.passing.iter().any(|id| **id == *x.0) as usize + 1;
+        Rc::strong_count(&x.0) == ours
+    }
+
+    /// The values of a node as a buffer to write to; a copy if somebody else reads them.
+    fn own(&self, values: Arc<Buffer>) -> Result<Buffer> {
+        Ok(match Arc::try_unwrap(values) {
+            Ok(own) => own,
+            Err(shared) => {
+                let mut copy = self.setting.arena.take(shared.len())?;
+                copy.copy_from_slice(&shared);
+                copy
+            }
+        })
+    }
+
+    /// The position of each row in its sequence.
+    fn positions(&self) -> Vec<u32> {
+        let starts: Vec<usize> = match &self.keys {
+            Keys::Batch => vec![0; self.segments.len()],
+            Keys::Caches(caches) => caches.iter().map(|cache| cache.len()).collect(),
+        };
+        let of_segment = |(segment, start): (&Range<usize>, usize)| {
+            (start..start + segment.len()).map(|at| at as u32)
+        };
+        self.segments
+            .iter()
+            .zip(starts)
+            .flat_map(of_segment)
+            .collect()
+    }
+
     /// Runs an operation and keeps its result.
     fn push(&mut self, op: Op, width: usize, cheap: bool) -> Result<Value> {
-        let variable = Tensor::is_variable;
-        let trains = match &op {
-            Op::Embed { table, .. } => table.is_variable(),
-            Op::RmsNorm { x, weight, .. } => self.nodes[*x].trains || weight.is_variable(),
-            Op::Linear {
-                x,
-                weight,
-                bias,
-                residual,
-            } => {
-                weight.is_variable()
-                    || bias.as_ref().is_some_and(variable)
-                    || self.nodes[*x].trains
-                    || residual.is_some_and(|residual| self.nodes[residual].trains)
-            }
-            Op::Rows { x, .. } | Op::Rope { x, .. } => self.nodes[*x].trains,
-            Op::SwiGlu { gate, up } => self.nodes[*gate].trains || self.nodes[*up].trains,
-            Op::Attention { q, k, v, .. } => [q, k, v].iter().any(|id| self.nodes[**id].trains),
-        };
+        let trains =
+            op.has_variables() || op.inputs().iter().any(|input| self.nodes[*input].trains);
         let id = self.nodes.len();
         self.nodes.push(Node {
             op: Rc::new(op),
@@ -207,10 +238,30 @@ impl Op {
     fn inputs(&self) -> Vec<usize> {
         match *self {
             Op::Embed { .. } => vec![],
-            Op::Rows { x, .. } | Op::RmsNorm { x, .. } | Op::Rope { x, .. } => vec![x],
+            Op::Rows { x, .. }
+            | Op::RmsNorm { x, .. }
+            | Op::LayerNorm { x, .. }
+            | Op::Gelu { x }
+            | Op::Positions { x, .. }
+            | Op::Rope { x, .. } => vec![x],
             Op::Linear { x, residual, .. } => [Some(x), residual].into_iter().flatten().collect(),
             Op::SwiGlu { gate, up } => vec![gate, up],
-            Op::Attention { q, k, v, .. } => vec![q, k, v],
+            Op::Attention { qkv, .. } => qkv.to_vec(),
+        }
+    }
+
+    /// Has it weights that get gradients?
+    fn has_variables(&self) -> bool {
+        match self {
+            Op::Embed { table, .. } | Op::Positions { table, .. } => table.is_variable(),
+            Op::RmsNorm { weight, .. } => weight.is_variable(),
+            Op::LayerNorm { weight, bias, .. } => weight.is_variable() || bias.is_variable(),
+            Op::Linear { layer, .. } => layer.trains(),
+            Op::Rows { .. }
+            | Op::Gelu { .. }
+            | Op::SwiGlu { .. }
+            | Op::Rope { .. }
+            | Op::Attention { .. } => false,
         }
     }
 }
@@ -248,30 +299,42 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(x), true)
     }
 
-    fn linear(&mut self, x: &Value, weight: &Tensor, bias: Option<&Tensor>) -> Result<Value> {
-        let op = Op::Linear {
-            x: *x.0,
-            weight: weight.clone(),
-            bias: bias.cloned(),
-            residual: None,
-        };
-        self.push(op, weight.dim(0)?, false)
-    }
-
-    fn add_linear(
+    fn layer_norm(
         &mut self,
-        residual: Value,
         x: &Value,
         weight: &Tensor,
-        bias: Option<&Tensor>,
+        bias: &Tensor,
+        epsilon: f64,
     ) -> Result<Value> {
-        let op = Op::Linear {
+        let op = Op::LayerNorm {
             x: *x.0,
             weight: weight.clone(),
-            bias: bias.cloned(),
+            bias: bias.clone(),
+            epsilon: epsilon as f32,
+        };
+        self.push(op, self.width(x), true)
+    }
+
+    fn linear(&mut self, x: &Value, layer: &Projection) -> Result<Value> {
+        let op = Op::Linear {
+            x: *x.0,
+            layer: layer.clone(),
+            residual: None,
+        };
+        self.push(op, layer.weight.dim(0)?, false)
+    }
+
+    fn add_linear(&mut self, residual: Value, x: &Value, layer: &Projection) -> Result<Value> {
+        let op = Op::Linear {
+            x: *x.0,
+            layer: layer.clone(),
             residual: Some(*residual.0),
         };
-        self.push(op, weight.dim(0)?, false)
+        self.push(op, layer.weight.dim(0)?, false)
+    }
+
+    fn gelu(&mut self, x: Value) -> Result<Value> {
+        self.push(Op::Gelu { x: *x.0 }, self.width(&x), true)
     }
 
     fn swiglu(&mut self, gate: Value, up: Value) -> Result<Value> {
@@ -282,21 +345,33 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(&gate), true)
     }
 
-    fn rope(&mut self, x: Value) -> Result<Value> {
-        let holders = self.passing.iter().any(|id| **id == *x.0) as usize + 1;
-        let op = Op::Rope {
+    fn add_positions(&mut self, x: Value, table: &Tensor) -> Result<Value> {
+        let op = Op::Positions {
             x: *x.0,
-            in_place: Rc::strong_count(&x.0) == holders,
+            table: table.clone(),
+            in_place: self.is_last_handle(&x),
         };
         self.push(op, self.width(&x), false)
     }
 
-    fn attention(&mut self, layer: usize, q: Value, k: Value, v: Value) -> Result<Value> {
+    fn rope(&mut self, x: Value) -> Result<Value> {
+        let op = Op::Rope {
+            x: *x.0,
+            in_place: self.is_last_handle(&x),
+        };
+        self.push(op, self.width(&x), false)
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [Value; 3],
+        window: Option<usize>,
+    ) -> Result<Value> {
         let op = Op::Attention {
             layer,
-            q: *q.0,
-            k: *k.0,
-            v: *v.0,
+            qkv: [*q.0, *k.0, *v.0],
+            window,
         };
         self.push(op, self.width(&q), false)
     }
@@ -314,6 +389,18 @@ fn linear_of(weight: &Tensor, precision: Precision) -> Result<Linear> {
     Ok(Linear {
         inputs,
         outputs,
+        precision,
+    })
+}
+
+/// An adapter as an operation.
+fn lora_of(adapter: &Adapter, precision: Precision) -> Result<Lora> {
+    let ((rank, inputs), outputs) = (adapter.a.dims2()?, adapter.b.dim(0)?);
+    Ok(Lora {
+        inputs,
+        rank,
+        outputs,
+        scale: adapter.scale as f32,
         precision,
     })
 }

@@ -1,5 +1,6 @@
 //! Training: it learns, it resumes to the same bytes, it does not depend on how a step is cut.
 
+mod adapters;
 mod options;
 mod resume;
 

@@ -1,0 +1,89 @@
+//! `config.json` of GPT-2.
+
+use anyhow::Result;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::{Architecture, ModelConfig, refuse};
+use crate::ops::attention::Heads;
+
+#[derive(Deserialize)]
+struct File {
+    vocab_size: usize,
+    n_positions: usize,
+    n_embd: usize,
+    n_layer: usize,
+    n_head: usize,
+    n_inner: Option<usize>,
+    #[serde(default = "default_eps")]
+    layer_norm_epsilon: f64,
+    #[serde(default = "super::default_range")]
+    initializer_range: f64,
+    #[serde(default = "default_activation")]
+    activation_function: String,
+    #[serde(default = "yes")]
+    scale_attn_weights: bool,
+    #[serde(default)]
+    scale_attn_by_inverse_layer_idx: bool,
+    #[serde(default)]
+    add_cross_attention: bool,
+    #[serde(default = "yes")]
+    tie_word_embeddings: bool,
+}
+
+fn default_eps() -> f64 {
+    1e-5
+}
+
+fn default_activation() -> String {
+    "gelu_new".into()
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// # Errors
+/// Where fields are missing, or describe what cannot be computed.
+pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
+    let file: File = serde_json::from_value(Value::Object(json.clone()))?;
+    let activation = file.activation_function.as_str();
+    if !matches!(activation, "gelu_new" | "gelu_pytorch_tanh") {
+        return refuse(format!(
+            "activation_function is {activation:?}, and this version computes \"gelu_new\" in a \
+             gpt2 model"
+        ));
+    }
+    if !file.scale_attn_weights || file.scale_attn_by_inverse_layer_idx || file.add_cross_attention
+    {
+        return refuse(
+            "scale_attn_weights = false, scale_attn_by_inverse_layer_idx and \
+             add_cross_attention are not supported"
+                .into(),
+        );
+    }
+    if file.n_head == 0 || !file.n_embd.is_multiple_of(file.n_head) {
+        return refuse(format!(
+            "n_embd ({}) must be a multiple of n_head ({})",
+            file.n_embd, file.n_head
+        ));
+    }
+    Ok(ModelConfig {
+        architecture: Architecture::Gpt2,
+        vocab_size: file.vocab_size,
+        hidden_size: file.n_embd,
+        intermediate_size: file.n_inner.unwrap_or(4 * file.n_embd),
+        num_hidden_layers: file.n_layer,
+        heads: Heads {
+            query: file.n_head,
+            key_value: file.n_head,
+            channels: file.n_embd / file.n_head,
+        },
+        norm_eps: file.layer_norm_epsilon,
+        max_position_embeddings: file.n_positions,
+        tie_word_embeddings: file.tie_word_embeddings,
+        initializer_range: file.initializer_range,
+        adapter_scale: 1.0,
+        json,
+    })
+}

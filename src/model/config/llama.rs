@@ -1,0 +1,167 @@
+//! `config.json` of llama and of those that differ from it in details: mistral, qwen2, qwen3.
+
+use anyhow::Result;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::{Architecture, ModelConfig, refuse};
+use crate::model::config::rope::Rope;
+use crate::ops::attention::Heads;
+
+/// In what decoders of this family differ.
+#[derive(Debug, Clone)]
+pub struct LlamaVariant {
+    pub rope: Rope,
+    /// Do queries, keys and values have biases?
+    pub qkv_bias: bool,
+    /// Does the projection after attention?
+    pub output_bias: bool,
+    /// Do those of the feed-forward layer?
+    pub mlp_bias: bool,
+    /// Is each head of queries and keys normalised?
+    pub head_norms: bool,
+    /// How many keys a query sees, itself included, layer by layer; none: all before it.
+    pub windows: Vec<Option<usize>>,
+}
+
+#[derive(Deserialize)]
+struct File {
+    model_type: String,
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    #[serde(default = "default_eps")]
+    rms_norm_eps: f64,
+    #[serde(default = "default_positions")]
+    max_position_embeddings: usize,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default = "super::default_range")]
+    initializer_range: f64,
+    #[serde(default = "default_activation")]
+    hidden_act: String,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    #[serde(default)]
+    use_sliding_window: bool,
+    #[serde(default = "default_window_layers")]
+    max_window_layers: usize,
+    layer_types: Option<Vec<String>>,
+}
+
+fn default_eps() -> f64 {
+    1e-6
+}
+
+fn default_positions() -> usize {
+    2048
+}
+
+fn default_activation() -> String {
+    "silu".into()
+}
+
+fn default_window_layers() -> usize {
+    28
+}
+
+/// The window of mistral and qwen where the file names none.
+const DEFAULT_WINDOW: usize = 4096;
+
+/// # Errors
+/// Where fields are missing, or describe what cannot be computed.
+pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
+    let file: File = serde_json::from_value(Value::Object(json.clone()))?;
+    if file.hidden_act != "silu" {
+        return refuse(format!(
+            "hidden_act is {:?}, and this version computes \"silu\" in a {} model",
+            file.hidden_act, file.model_type
+        ));
+    }
+    let heads = heads(&file)?;
+    let qwen2 = file.model_type == "qwen2";
+    let variant = LlamaVariant {
+        rope: Rope::from_json(&json)?,
+        qkv_bias: qwen2 || file.attention_bias,
+        output_bias: file.attention_bias && !qwen2,
+        mlp_bias: file.mlp_bias && file.model_type == "llama",
+        head_norms: file.model_type == "qwen3",
+        windows: windows(&file, &json)?,
+    };
+    Ok(ModelConfig {
+        architecture: Architecture::Llama(variant),
+        vocab_size: file.vocab_size,
+        hidden_size: file.hidden_size,
+        intermediate_size: file.intermediate_size,
+        num_hidden_layers: file.num_hidden_layers,
+        heads,
+        norm_eps: file.rms_norm_eps,
+        max_position_embeddings: file.max_position_embeddings,
+        tie_word_embeddings: file.tie_word_embeddings,
+        initializer_range: file.initializer_range,
+        adapter_scale: 1.0,
+        json,
+    })
+}
+
+fn heads(file: &File) -> Result<Heads> {
+    let query = file.num_attention_heads;
+    let key_value = file.num_key_value_heads.unwrap_or(query);
+    if query == 0 || key_value == 0 || !query.is_multiple_of(key_value) {
+        return refuse(format!(
+            "num_attention_heads ({query}) must be a multiple of num_key_value_heads ({key_value})"
+        ));
+    }
+    let channels = file.head_dim.unwrap_or(file.hidden_size / query);
+    if channels == 0 || !channels.is_multiple_of(2) {
+        return refuse(format!(
+            "head_dim is {channels}, and the rotary embedding needs an even number: choose \
+             hidden_size and num_attention_heads accordingly"
+        ));
+    }
+    Ok(Heads {
+        query,
+        key_value,
+        channels,
+    })
+}
+
+/// The window of each layer, by the rules of transformers.
+fn windows(file: &File, json: &Map<String, Value>) -> Result<Vec<Option<usize>>> {
+    let layers = file.num_hidden_layers;
+    let window = match json.get("sliding_window") {
+        None => Some(DEFAULT_WINDOW),
+        Some(Value::Null) => None,
+        Some(value) => Some(serde_json::from_value(value.clone())?),
+    };
+    if window == Some(0) {
+        return refuse("sliding_window is 0: a token would not even see itself".into());
+    }
+    match file.model_type.as_str() {
+        "mistral" => return Ok(vec![window; layers]),
+        "qwen2" | "qwen3" if file.use_sliding_window => {}
+        _ => return Ok(vec![None; layers]),
+    }
+    let Some(types) = &file.layer_types else {
+        let window = |layer: usize| window.filter(|_| layer >= file.max_window_layers);
+        return Ok((0..layers).map(window).collect());
+    };
+    if types.len() != layers {
+        return refuse(format!(
+            "layer_types names {} layers of {layers}",
+            types.len()
+        ));
+    }
+    let of = |kind: &String| match kind.as_str() {
+        "full_attention" => Ok(None),
+        "sliding_attention" => Ok(window),
+        other => refuse(format!("attention of type {other:?} is not supported")),
+    };
+    types.iter().map(of).collect()
+}

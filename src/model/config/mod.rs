@@ -1,0 +1,134 @@
+//! The shape of a decoder, as `config.json` of a Hugging Face folder gives it.
+
+mod gpt2;
+mod llama;
+mod rope;
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::{Map, Value, json};
+
+use crate::config::Student;
+use crate::exit::Exit;
+use crate::ops::attention::Heads;
+pub use llama::LlamaVariant;
+pub use rope::{Llama3Scaling, Rope};
+
+/// A decoder's shape.
+#[derive(Debug, Clone)]
+pub struct ModelConfig {
+    pub architecture: Architecture,
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub heads: Heads,
+    /// What keeps the norms from dividing by zero.
+    pub norm_eps: f64,
+    pub max_position_embeddings: usize,
+    pub tie_word_embeddings: bool,
+    /// Standard deviation of fresh weights.
+    pub initializer_range: f64,
+    /// What LoRA adapters among the weights are multiplied by: alpha / rank.
+    pub adapter_scale: f64,
+    /// The file as read: written back with the student, so that nothing in it is lost.
+    json: Map<String, Value>,
+}
+
+/// How a decoder is built.
+#[derive(Debug, Clone)]
+pub enum Architecture {
+    Llama(LlamaVariant),
+    Gpt2,
+}
+
+fn default_range() -> f64 {
+    0.02
+}
+
+fn refuse<T>(what: String) -> Result<T> {
+    Err(Exit::Usage(what).into())
+}
+
+impl ModelConfig {
+    /// Reads `config.json` of a model folder.
+    ///
+    /// # Errors
+    /// Where the file is missing or malformed, or describes a model that this version cannot train.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        let text = std::fs::read_to_string(&path).with_context(|| {
+            format!(
+                "cannot read {}: a model folder holds config.json, *.safetensors and tokenizer.json",
+                path.display()
+            )
+        })?;
+        let read = || -> Result<Self> { Self::from_json(serde_json::from_str(&text)?) };
+        read().with_context(|| format!("{} does not describe a usable model", path.display()))
+    }
+
+    /// The shape that `[student]` gives for `init = "random"`, for a tokenizer of `vocab_size` ids.
+    ///
+    /// # Errors
+    /// Where the sizes do not fit each other.
+    pub fn of_student(student: &Student, vocab_size: usize, stop_ids: &[u32]) -> Result<Self> {
+        let json = json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": vocab_size,
+            "hidden_size": student.hidden_size,
+            "intermediate_size": student.intermediate_size,
+            "num_hidden_layers": student.num_hidden_layers,
+            "num_attention_heads": student.num_attention_heads,
+            "num_key_value_heads": student.num_key_value_heads,
+            "head_dim": student.hidden_size / student.num_attention_heads.max(1),
+            "hidden_act": "silu",
+            "attention_bias": false,
+            "mlp_bias": false,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": student.rope_theta,
+            "max_position_embeddings": student.max_position_embeddings,
+            "tie_word_embeddings": student.tie_word_embeddings,
+            "initializer_range": default_range(),
+            "eos_token_id": stop_ids.first(),
+        });
+        let read = || Self::from_json(serde_json::from_value(json)?);
+        read().context("[student] has sizes that do not fit")
+    }
+
+    fn from_json(json: Map<String, Value>) -> Result<Self> {
+        let model_type = json.get("model_type").and_then(Value::as_str);
+        match model_type {
+            Some("llama" | "mistral" | "qwen2" | "qwen3") => llama::read(json),
+            Some("gpt2") => gpt2::read(json),
+            Some(other) => refuse(format!(
+                "model_type is {other:?}, and this version trains \"llama\" (SmolLM2, Llama 3, \
+                 TinyLlama), \"mistral\", \"qwen2\", \"qwen3\" and \"gpt2\""
+            )),
+            None => refuse("it has no model_type".into()),
+        }
+    }
+
+    /// `config.json` as it goes into the student's folder, with the data type of its weights.
+    pub fn to_json(&self, dtype: &str) -> Value {
+        let mut json = self.json.clone();
+        json.remove("torch_dtype");
+        json.insert("dtype".into(), dtype.into());
+        Value::Object(json)
+    }
+
+    /// What Hugging Face calls the architecture.
+    pub fn model_type(&self) -> &str {
+        let name = self.json.get("model_type").and_then(Value::as_str);
+        name.unwrap_or_default()
+    }
+
+    /// The rotary embedding, in architectures that have one.
+    pub fn rope(&self) -> Option<&Rope> {
+        match &self.architecture {
+            Architecture::Llama(variant) => Some(&variant.rope),
+            Architecture::Gpt2 => None,
+        }
+    }
+}

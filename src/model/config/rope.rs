@@ -1,0 +1,81 @@
+//! The rotary embedding's frequencies.
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::exit::Exit;
+
+/// How fast each pair of channels turns.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    pub theta: f64,
+    /// Llama 3's stretch of low frequencies; none for plain rotary embedding.
+    pub llama3: Option<Llama3Scaling>,
+}
+
+/// `rope_type = "llama3"`: wavelengths longer than the original context are slowed by `factor`,
+/// short ones kept, those between blended.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct Llama3Scaling {
+    pub factor: f64,
+    pub low_freq_factor: f64,
+    pub high_freq_factor: f64,
+    pub original_max_position_embeddings: f64,
+}
+
+impl Rope {
+    /// As `config.json` gives it: in `rope_parameters`, theta inside, as transformers writes it
+    /// from version 5 on, or in `rope_theta` and `rope_scaling`.
+    ///
+    /// # Errors
+    /// Where the kind of scaling is not supported.
+    pub(super) fn from_json(json: &Map<String, Value>) -> Result<Self> {
+        let map = |name: &str| json.get(name).and_then(Value::as_object);
+        let scaling = map("rope_parameters").or(map("rope_scaling"));
+        let field = |name: &str| scaling.and_then(|map| map.get(name));
+        let theta = field("rope_theta")
+            .or(json.get("rope_theta"))
+            .and_then(Value::as_f64)
+            .unwrap_or(10_000.0);
+        let kind = field("rope_type").or(field("type")).and_then(Value::as_str);
+        let llama3 = match kind {
+            None | Some("default") => None,
+            Some("llama3") => {
+                let map = Value::Object(scaling.cloned().unwrap_or_default());
+                Some(serde_json::from_value(map).context("rope scaling of type llama3")?)
+            }
+            Some(other) => {
+                let what = format!("rope scaling of type {other:?} is not supported");
+                return Err(Exit::Usage(what).into());
+            }
+        };
+        Ok(Self { theta, llama3 })
+    }
+
+    /// Radians per position of each channel pair (C / 2).
+    pub fn inverse_frequencies(&self, channels: usize) -> Vec<f32> {
+        (0..channels / 2)
+            .map(|pair| {
+                let frequency = self.theta.powf(-((2 * pair) as f64) / channels as f64);
+                self.llama3.map_or(frequency, |s| s.scale(frequency)) as f32
+            })
+            .collect()
+    }
+}
+
+impl Llama3Scaling {
+    fn scale(&self, frequency: f64) -> f64 {
+        let context = self.original_max_position_embeddings;
+        let wavelength = 2.0 * std::f64::consts::PI / frequency;
+        if wavelength < context / self.high_freq_factor {
+            return frequency;
+        }
+        if wavelength > context / self.low_freq_factor {
+            return frequency / self.factor;
+        }
+        let smooth = (context / wavelength - self.low_freq_factor)
+            / (self.high_freq_factor - self.low_freq_factor);
+        (1.0 - smooth) * frequency / self.factor + smooth * frequency
+    }
+}

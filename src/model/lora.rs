@@ -1,0 +1,97 @@
+//! LoRA adapters among a decoder's weights (Hu et al., arXiv 2106.09685): named, begun and scaled as
+//! PEFT does it.
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use regex::Regex;
+
+use super::config::ModelConfig;
+use super::parameters::Role;
+use super::weights::Tensors;
+use crate::ops::Values;
+use crate::ops::matmul::{Mat, MatMut, Precision, Threads, matmul};
+
+const WEIGHT: &str = ".weight";
+const A: &str = ".lora_A.weight";
+const B: &str = ".lora_B.weight";
+
+/// Fresh adapters of rank `rank` for the linear layers that a pattern finds, or for all where there
+/// is no pattern: A uniform within 1 / sqrt(inputs), B zero, so that the decoder begins as it was.
+///
+/// # Errors
+/// Where a tensor cannot be allocated.
+pub fn adapters(
+    config: &ModelConfig,
+    rank: usize,
+    targets: &[Regex],
+    seed: u64,
+) -> Result<Tensors> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut tensors = Tensors::new();
+    for parameter in config.parameters() {
+        let adapts = parameter.role == Role::Projection
+            && (targets.is_empty() || targets.iter().any(|t| t.is_match(&parameter.name)));
+        let (Some(module), &[outputs, inputs]) =
+            (parameter.name.strip_suffix(WEIGHT), &parameter.shape[..])
+        else {
+            continue;
+        };
+        if !adapts {
+            continue;
+        }
+        let bound = 1.0 / (inputs as f32).sqrt();
+        let a: Vec<f32> = (0..rank * inputs)
+            .map(|_| (2.0 * random.f32() - 1.0) * bound)
+            .collect();
+        let a = Tensor::from_vec(a, (rank, inputs), &Device::Cpu)?;
+        let b = Tensor::from_vec(vec![0.0f32; outputs * rank], (outputs, rank), &Device::Cpu)?;
+        tensors.insert(format!("{module}{A}"), a);
+        tensors.insert(format!("{module}{B}"), b);
+    }
+    Ok(tensors)
+}
+
+/// The name of a linear layer.
+pub fn example(config: &ModelConfig) -> String {
+    let parameters = config.parameters();
+    let mut projections = parameters.iter().filter(|p| p.role == Role::Projection);
+    projections.next().map_or(String::new(), |p| p.name.clone())
+}
+
+/// The weights with every adapter added to the weight that it adapts: W + s B A.
+///
+/// # Errors
+/// Where shapes do not fit.
+pub fn merged(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
+    let mut merged = Tensors::new();
+    for (name, tensor) in tensors {
+        if name.ends_with(A) || name.ends_with(B) {
+            continue;
+        }
+        let part = |kind: &str| tensors.get(&format!("{}{kind}", name.strip_suffix(WEIGHT)?));
+        let tensor = match (part(A), part(B)) {
+            (Some(a), Some(b)) => with_adapter(tensor, a, b, config.adapter_scale as f32)?,
+            _ => tensor.clone(),
+        };
+        merged.insert(name.clone(), tensor);
+    }
+    Ok(merged)
+}
+
+/// W + s B A, with W (O x I), A (R x I) and B (O x R).
+fn with_adapter(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
+    let (outputs, inputs) = weight.dims2()?;
+    let rank = a.dim(0)?;
+    let mut sum = Values::of(weight)?.to_vec();
+    let b: Vec<f32> = Values::of(b)?.iter().map(|value| value * scale).collect();
+    let a = Values::of(a)?;
+    matmul(
+        MatMut::new(&mut sum, inputs),
+        Mat::new(&b, rank),
+        Mat::new(&a, inputs),
+        true,
+        Threads::All,
+        Precision::F32,
+    );
+    Ok(Tensor::from_vec(sum, (outputs, inputs), &Device::Cpu)?)
+}

@@ -1,0 +1,150 @@
+//! Names and shapes of a decoder's weights, fresh ones, and how a decoder takes hold of them.
+
+use anyhow::{Context, Result, bail};
+use candle_core::{Device, Tensor};
+
+use super::config::ModelConfig;
+use super::projection::{Adapter, Projection};
+use super::weights::Tensors;
+
+/// A weight of a decoder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parameter {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub role: Role,
+}
+
+impl Parameter {
+    /// How many numbers it has.
+    pub fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// What a weight is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Rows by token or position: embeddings, and the LM head.
+    Table,
+    /// The weight of a linear layer (outputs x inputs): what LoRA adapts.
+    Projection,
+    /// What a norm multiplies by.
+    Norm,
+    Bias,
+}
+
+/// A list of parameters under construction.
+#[derive(Default)]
+pub(super) struct List(Vec<Parameter>);
+
+impl List {
+    pub fn add(&mut self, name: impl Into<String>, shape: &[usize], role: Role) {
+        self.0.push(Parameter {
+            name: name.into(),
+            shape: shape.to_vec(),
+            role,
+        });
+    }
+
+    /// `module.weight` (outputs x inputs), and `module.bias` where there is one.
+    pub fn projection(&mut self, module: &str, [outputs, inputs]: [usize; 2], bias: bool) {
+        let weight = format!("{module}.weight");
+        self.add(weight, &[outputs, inputs], Role::Projection);
+        if bias {
+            self.add(format!("{module}.bias"), &[outputs], Role::Bias);
+        }
+    }
+
+    pub fn into_inner(self) -> Vec<Parameter> {
+        self.0
+    }
+}
+
+/// Fresh weights: normal with deviation `initializer_range`, norms at one, biases at zero.
+///
+/// # Errors
+/// Where a tensor cannot be allocated.
+pub fn random_weights(config: &ModelConfig, seed: u64) -> Result<Tensors> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut tensors = Tensors::new();
+    for parameter in config.parameters() {
+        let count = parameter.count();
+        let values: Vec<f32> = match parameter.role {
+            Role::Norm => vec![1.0; count],
+            Role::Bias => vec![0.0; count],
+            Role::Table | Role::Projection => {
+                let normal = |_| normal(&mut random) * config.initializer_range;
+                (0..count).map(normal).map(|v| v as f32).collect()
+            }
+        };
+        let tensor = Tensor::from_vec(values, parameter.shape, &Device::Cpu)?;
+        tensors.insert(parameter.name, tensor);
+    }
+    Ok(tensors)
+}
+
+/// A standard normal number (Box and Muller).
+fn normal(random: &mut fastrand::Rng) -> f64 {
+    let radius = (-2.0 * (1.0 - random.f64()).ln()).sqrt();
+    radius * (2.0 * std::f64::consts::PI * random.f64()).cos()
+}
+
+/// Weights of which every name and shape has been checked against the config.
+pub(super) struct Checked<'a> {
+    tensors: &'a Tensors,
+    adapter_scale: f64,
+}
+
+impl<'a> Checked<'a> {
+    /// # Errors
+    /// Names the first tensor that is missing or has another shape than `config` says.
+    pub fn new(config: &ModelConfig, tensors: &'a Tensors) -> Result<Self> {
+        for Parameter { name, shape, .. } in config.parameters() {
+            let Some(tensor) = tensors.get(&name) else {
+                bail!("the weights lack {name}, which config.json asks for");
+            };
+            if tensor.dims() != shape {
+                bail!(
+                    "tensor {name} is {:?}, and config.json makes it {shape:?}",
+                    tensor.dims()
+                );
+            }
+        }
+        Ok(Self {
+            tensors,
+            adapter_scale: config.adapter_scale,
+        })
+    }
+
+    /// # Errors
+    /// Where the config has no such weight.
+    pub fn get(&self, name: &str) -> Result<Tensor> {
+        let tensor = self.tensors.get(name).cloned();
+        tensor.with_context(|| format!("{name} is no weight of this architecture"))
+    }
+
+    /// The linear layer `module`, with its adapter where it has one.
+    ///
+    /// # Errors
+    /// As [`Checked::get`].
+    pub fn projection(&self, module: &str, bias: bool) -> Result<Projection> {
+        let part = |name: &str| self.tensors.get(&format!("{module}.{name}")).cloned();
+        let adapter = match (part("lora_A.weight"), part("lora_B.weight")) {
+            (Some(a), Some(b)) => Some(Adapter {
+                a,
+                b,
+                scale: self.adapter_scale,
+            }),
+            _ => None,
+        };
+        let bias = bias
+            .then(|| self.get(&format!("{module}.bias")))
+            .transpose()?;
+        Ok(Projection {
+            weight: self.get(&format!("{module}.weight"))?,
+            bias,
+            adapter,
+        })
+    }
+}

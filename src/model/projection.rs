@@ -1,0 +1,45 @@
+//! A linear layer of a decoder.
+
+use candle_core::Tensor;
+
+/// `y = x W^T + b`, and `+ s (x A^T) B^T` with an adapter.
+#[derive(Clone)]
+pub struct Projection {
+    /// (O x I)
+    pub weight: Tensor,
+    /// (O)
+    pub bias: Option<Tensor>,
+    pub adapter: Option<Adapter>,
+}
+
+/// A low-rank adapter: LoRA.
+#[derive(Clone)]
+pub struct Adapter {
+    /// (R x I)
+    pub a: Tensor,
+    /// (O x R)
+    pub b: Tensor,
+    /// alpha / R.
+    pub scale: f64,
+}
+
+impl Projection {
+    /// A layer without bias and adapter.
+    pub fn new(weight: &Tensor) -> Self {
+        Self {
+            weight: weight.clone(),
+            bias: None,
+            adapter: None,
+        }
+    }
+
+    /// Does any of its weights get a gradient?
+    pub fn trains(&self) -> bool {
+        let adapter = self
+            .adapter
+            .iter()
+            .flat_map(|adapter| [&adapter.a, &adapter.b]);
+        let mut weights = [&self.weight].into_iter().chain(&self.bias).chain(adapter);
+        weights.any(Tensor::is_variable)
+    }
+}

@@ -1,0 +1,41 @@
+//! `y = x/2 (1 + tanh(u))`, u = sqrt(2/pi) (x + 0.044715 x^3): the approximation of GELU (Hendrycks
+//! and Gimpel, arXiv 1606.08415) that GPT-2 was trained with. As 1 + tanh(u) = 2 sigmoid(2u), it is
+//! x sigmoid(2u).
+
+use rayon::prelude::*;
+
+use super::math::sigmoid;
+use super::{VALUES_PER_TASK, simd};
+
+/// 2 sqrt(2/pi)
+const SLOPE: f32 = 1.595_769_1;
+const CUBIC: f32 = 0.044_715;
+
+/// `x` (T x F) gives `y` (T x F).
+pub fn forward(x: &[f32], y: &mut [f32]) {
+    y.par_chunks_mut(VALUES_PER_TASK)
+        .zip(x.par_chunks(VALUES_PER_TASK))
+        .for_each(|(y, x)| {
+            simd(|| {
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = x * sigmoid(SLOPE * x * (1.0 + CUBIC * x * x));
+                }
+            });
+        });
+}
+
+/// Turns `x` into its gradient: dx = dy (s + x s (1 - s) 2u') with s = sigmoid(2u).
+pub fn backward(x: &mut [f32], dy: &[f32]) {
+    x.par_chunks_mut(VALUES_PER_TASK)
+        .zip(dy.par_chunks(VALUES_PER_TASK))
+        .for_each(|(x, dy)| {
+            simd(|| {
+                for (x, dy) in x.iter_mut().zip(dy) {
+                    let (z, square) = (*x, *x * *x);
+                    let s = sigmoid(SLOPE * z * (1.0 + CUBIC * square));
+                    let slope = SLOPE * (1.0 + 3.0 * CUBIC * square);
+                    *x = dy * s * (1.0 + z * (1.0 - s) * slope);
+                }
+            });
+        });
+}

@@ -1,0 +1,135 @@
+//! LoRA: adapters are trained, the weights under them stay, and the student has both in one.
+
+use std::collections::BTreeSet;
+
+use candle_core::Tensor;
+use distill::config::{Config, Init};
+use distill::exit::Exit;
+use distill::model::weights::{self, Tensors};
+use distill::train::{self, Start};
+
+use super::{metrics, run_folder, weights};
+use crate::gradients::difference;
+
+const RANK: usize = 2;
+const ALPHA: f64 = 3.0;
+
+fn with_adapters(config: &mut Config) {
+    config.lora.rank = RANK;
+    config.lora.alpha = ALPHA;
+    config.lora.targets = vec!["q_proj".into(), r"layers\.1\.mlp\.down".into()];
+    config.train.checkpoint_every = 1;
+    config.train.keep_checkpoints = 100;
+}
+
+fn adapted(name: &str) -> bool {
+    name.contains("q_proj") || name.contains("layers.1.mlp.down")
+}
+
+fn student(config: &Config) -> Tensors {
+    weights::load(&config.student_dir()).unwrap()
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
+    let (dir, mut config) = run_folder();
+    config.train.steps = Some(40);
+    train::run(&config, Start::Ask, true).unwrap();
+    let before = student(&config);
+    config.student.init = Init::Pretrained;
+    config.student.path = config.student_dir();
+    config.run_dir = config.run_dir.with_file_name("adapted");
+    // What it has learnt is no longer true.
+    let rows = dir.path().join("rows.jsonl");
+    let text = std::fs::read_to_string(&rows).unwrap();
+    let [yes, no] = ["\"content\":\"in\"", "\"content\":\"he\""];
+    let swapped = text.replace(yes, "?").replace(no, yes).replace('?', no);
+    std::fs::write(&rows, swapped).unwrap();
+
+    config.train.steps = Some(12);
+    with_adapters(&mut config);
+    let summary = train::run(&config, Start::Ask, true).unwrap();
+    let lines = metrics(&config);
+    let losses: Vec<f64> = lines.iter().filter_map(|l| l["loss"].as_f64()).collect();
+    assert!(losses[11] < 0.9 * losses[0], "{losses:?}");
+
+    let checkpoint = config.run_dir.join("checkpoints/step-000012");
+    let adapters = weights::load_file(&checkpoint.join("model.safetensors")).unwrap();
+    let numbers: usize = adapters.values().map(|tensor| tensor.elem_count()).sum();
+    assert_eq!(summary.trained_parameters, numbers);
+    assert!(numbers < summary.parameters / 2);
+    let modules: BTreeSet<&str> = adapters
+        .keys()
+        .map(|name| name.split(".lora_").next().unwrap())
+        .collect();
+    assert_eq!(modules.len(), 3, "{modules:?}");
+
+    let after = student(&config);
+    assert!(after.keys().eq(before.keys()));
+    for (name, after) in &after {
+        let before = &before[name];
+        let module = name.strip_suffix(".weight").unwrap();
+        assert_eq!(modules.contains(module), adapted(name), "{name}");
+        if !adapted(name) {
+            assert_eq!(values(after), values(before), "{name}");
+            continue;
+        }
+        let part = |part: &str| &adapters[&format!("{module}.{part}.weight")];
+        let added = part("lora_B").matmul(part("lora_A")).unwrap();
+        let expected = (before + (added * (ALPHA / RANK as f64)).unwrap()).unwrap();
+        assert!(difference(&values(after), &values(&expected)) < 1e-6);
+        assert!(difference(&values(after), &values(before)) > 1e-3);
+    }
+}
+
+#[test]
+fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(0);
+    train::run(&config, Start::Ask, true).unwrap();
+    // What was written is where the adapters begin.
+    let base = config.run_dir.with_file_name("base");
+    std::fs::rename(config.student_dir(), &base).unwrap();
+    config.student.init = Init::Pretrained;
+    config.student.path = base.clone();
+    config.train.steps = Some(12);
+    config.train.ema_decay = 0.9;
+    with_adapters(&mut config);
+    train::run(&config, Start::Ask, true).unwrap();
+    let whole = weights(&config);
+
+    for step in 6..=12 {
+        let checkpoint = config.run_dir.join(format!("checkpoints/step-{step:06}"));
+        std::fs::remove_dir_all(checkpoint).unwrap();
+    }
+    let path = base.join("model.safetensors");
+    let weights_of_base = std::fs::read(&path).unwrap();
+    let mut other = weights_of_base.clone();
+    *other.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, other).unwrap();
+    let error = train::run(&config, Start::Resume, true).err().unwrap();
+    assert!(format!("{error:#}").contains("have changed"), "{error:#}");
+    assert_eq!(Exit::code_of(&error), 2);
+
+    std::fs::write(&path, weights_of_base).unwrap();
+    train::run(&config, Start::Resume, true).unwrap();
+    assert!(weights(&config) == whole);
+}
+
+#[test]
+fn a_pattern_that_finds_no_layer_is_refused_with_a_name_to_go_by() {
+    let (_dir, mut config) = run_folder();
+    config.lora.rank = RANK;
+    config.lora.targets = vec!["c_attn".into()];
+    let error = train::run(&config, Start::Ask, true).err().unwrap();
+    let message = format!("{error:#}");
+    assert!(
+        message.contains("model.layers.0.self_attn.q_proj"),
+        "{message}"
+    );
+    assert_eq!(Exit::code_of(&error), 2);
+}
