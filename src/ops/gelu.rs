@@ -8,7 +8,7 @@ use super::math::sigmoid;
 use super::{VALUES_PER_TASK, simd};
 
 /// 2 sqrt(2/pi)
-const SLOPE: f32 = 1.595_769_1;
+const SLOPE: f32 = 1.595_769;
 const CUBIC: f32 = 0.044_715;
 
 /// `x` (T x F) gives `y` (T x F).

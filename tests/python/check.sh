@@ -6,7 +6,8 @@
 # DEMO_DIR is made by `distill demo` (default: demo); PARQUET_DISTILL is a program that was built with
 # the feature `parquet`, whose check is left out without one.
 #
-# 1. transformers: a student loads by its Auto classes; logits within 1e-3, equal greedy text.
+# 1. transformers: a student loads by its Auto classes; logits within 1e-3, equal greedy text; so does
+#    one of each architecture.
 # 2. datasets and jq: the cache as it is.
 # 3. the official openai client against `distill serve`.
 # 4. datasets, openai, TRL, axolotl, pyarrow, pandas and duckdb: what `distill cache export` writes.
@@ -39,6 +40,16 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=fals
 for model in kl/student teacher; do
     echo "== transformers: $model"
     "$python" tests/python/transformers_check.py "$distill" "$demo/$model" "$demo/test.jsonl"
+done
+
+echo "== transformers: a student of each architecture, begun by it and trained by us"
+students=target/architectures
+"$python" tests/python/architectures.py "$distill" "$demo" "$students"
+for student in "$students"/*/{full,lora}/student; do
+    if [ -e "$student" ]; then
+        echo "-- $student"
+        "$python" tests/python/transformers_check.py "$distill" "$student" "$demo/test.jsonl" 5
+    fi
 done
 
 echo "== datasets: the cache as it is"

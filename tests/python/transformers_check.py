@@ -15,7 +15,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 TOLERANCE = 1e-3
 MAX_TOKENS = 64
@@ -56,7 +56,9 @@ def ask(base_url, messages):
 def main():
     distill, model_dir, prompts = sys.argv[1:4]
     count = int(sys.argv[4]) if len(sys.argv) > 4 else 20
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    # For model_type qwen2, AutoTokenizer puts Qwen's own pre-tokenizer in place of what the folder says.
+    qwen2 = AutoConfig.from_pretrained(model_dir).model_type == "qwen2"
+    tokenizer = (PreTrainedTokenizerFast if qwen2 else AutoTokenizer).from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     with open(prompts, encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line, _ in zip(lines, range(count))]
