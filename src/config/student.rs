@@ -180,6 +180,8 @@ pub struct Train {
     pub best: Best,
     /// Validations in a row without a better `best` after which training ends; 0: never.
     pub patience: u64,
+    /// Where the arithmetic runs.
+    pub device: Device,
     /// What factors of matrix products are rounded to. Weights, sums and the optimizer are f32.
     pub dtype: ComputeDtype,
     /// Compute activations twice instead of keeping them: slower, less memory, the same numbers.
@@ -190,8 +192,18 @@ pub struct Train {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// A GPU that this program was built for, where there is one; else the CPU.
+    Auto,
+    Cpu,
+    Cuda,
+    Metal,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ComputeDtype {
-    /// bf16 where the CPU has instructions for it (AVX512-BF16), f32 elsewhere.
+    /// bf16 where the device has instructions for it (AVX512-BF16, CUDA), f32 elsewhere.
     Auto,
     F32,
     Bf16,
@@ -237,6 +249,7 @@ impl Default for Train {
             ema_decay: 0.0,
             best: Best::Last,
             patience: 0,
+            device: Device::Auto,
             dtype: ComputeDtype::Auto,
             activation_checkpointing: false,
             threads: 0,

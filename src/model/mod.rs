@@ -4,15 +4,18 @@
 //! once, over the operations of a [`graph`]; [`tape`] runs them on the CPU, [`composed`] everywhere.
 
 pub mod batcher;
+mod cached;
 pub mod composed;
 pub mod config;
 pub mod decoder;
 pub mod generate;
 pub mod gpt2;
+pub mod gradients;
 pub mod graph;
 pub mod llama;
 pub mod lora;
 pub mod parameters;
+mod passes;
 pub mod projection;
 pub mod sampling;
 pub mod tape;
@@ -22,29 +25,37 @@ pub mod weights;
 use std::ops::Range;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use candle_core::{DType, Tensor};
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
 
-use composed::Composed;
+pub use cached::KvCache;
 pub use config::ModelConfig;
 use decoder::Decoder;
-use tape::{Gradients, Keys, Memory, Setting, Tape};
+use tape::Setting;
 use weights::Tensors;
 
-use crate::ops::Values;
-use crate::ops::arena::{Arena, Buffer};
-use crate::ops::head_loss::{self, CHUNK};
+use crate::ops::arena::Arena;
 use crate::ops::linear::Linear;
 use crate::ops::matmul::Precision;
 use crate::ops::rope::RopeTable;
 
-/// A decoder with its weights on the CPU.
+/// A decoder with its weights.
 pub struct Model {
     config: ModelConfig,
     decoder: Decoder,
     rope: Option<RopeTable>,
     arena: Arena,
     precision: Precision,
+    frame: Frame,
+}
+
+/// What runs the operations of a decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Frame {
+    /// The [`tape`]: on the CPU.
+    Tape,
+    /// The [`composed`] operations: on every device.
+    Composed,
 }
 
 /// Tokens laid end to end, and the positions among them that are asked about.
@@ -58,30 +69,6 @@ pub struct Input<'a> {
     pub positions: &'a [u32],
 }
 
-/// Keys (the rotary embedding done) and values of one sequence, layer by layer (len x G C each).
-#[derive(Default)]
-pub struct KvCache {
-    layers: Vec<(Vec<f32>, Vec<f32>)>,
-    len: usize,
-}
-
-impl KvCache {
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Keys and values of a layer.
-    fn layer(&mut self, layer: usize) -> (&mut Vec<f32>, &mut Vec<f32>) {
-        let (keys, values) = &mut self.layers[layer];
-        (keys, values)
-    }
-}
-
 impl Model {
     /// Loads a Hugging Face folder.
     ///
@@ -92,7 +79,7 @@ impl Model {
         Self::new(config, &tensors).with_context(|| format!("cannot load {}", dir.display()))
     }
 
-    /// A decoder over the given tensors; trainable where these are variables.
+    /// A decoder over the given tensors, on their device; trainable where these are variables.
     ///
     /// # Errors
     /// Where tensors are missing or have other shapes than `config` says.
@@ -101,8 +88,13 @@ impl Model {
             let frequencies = rope.inverse_frequencies(config.heads.channels);
             RopeTable::new(&frequencies, config.max_position_embeddings)
         });
+        let decoder = Decoder::new(&config, tensors)?;
         Ok(Self {
-            decoder: Decoder::new(&config, tensors)?,
+            frame: match decoder.head().device() {
+                Device::Cpu => Frame::Tape,
+                _ => Frame::Composed,
+            },
+            decoder,
             rope,
             arena: Arena::default(),
             precision: Precision::F32,
@@ -110,18 +102,25 @@ impl Model {
         })
     }
 
-    /// The same decoder over other weights.
+    /// The same decoder over other weights, which are brought to its device.
     ///
     /// # Errors
     /// As [`Model::new`].
     pub fn with_weights(&self, tensors: &Tensors) -> Result<Self> {
+        let tensors = weights::to_device(tensors, self.head().device())?;
         Ok(Self {
             config: self.config.clone(),
-            decoder: Decoder::new(&self.config, tensors)?,
+            decoder: Decoder::new(&self.config, &tensors)?,
             rope: self.rope.clone(),
             arena: self.arena.clone(),
             precision: self.precision,
+            frame: self.frame,
         })
+    }
+
+    /// Runs in `frame` from now on; a new model runs on the tape where it can.
+    pub fn set_frame(&mut self, frame: Frame) {
+        self.frame = frame;
     }
 
     /// Computes in `precision` from now on; a new model computes in f32.
@@ -155,159 +154,5 @@ impl Model {
             outputs: self.config.vocab_size,
             precision: self.precision,
         }
-    }
-
-    /// Gradients of the variables among the weights: none yet.
-    pub fn gradients(&self) -> Gradients {
-        Gradients::new(self.arena.clone())
-    }
-
-    /// One training pass: calls `row` with the index and the logits (V) of each position, which it
-    /// turns into their gradient, adds the gradients of all variables to `gradients`, and returns
-    /// what `row` said, in order. No more than a chunk of logits exists at a time.
-    ///
-    /// `memory` is [`Memory::Record`] or [`Memory::Checkpoint`].
-    ///
-    /// # Errors
-    /// Where an id is past the vocabulary or a segment longer than the model's context.
-    pub fn train_pass<R: Send>(
-        &self,
-        input: Input,
-        memory: Memory,
-        row: impl Fn(usize, &mut [f32]) -> R + Sync,
-        gradients: &mut Gradients,
-    ) -> Result<Vec<R>> {
-        self.check(&input)?;
-        let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, memory);
-        let root = self
-            .decoder
-            .hidden(&mut tape, input.input_ids, input.positions)?;
-        let hidden = tape.value(&root)?;
-        let head = self.head_layer();
-        let mut dhidden = self.arena.take(hidden.len())?;
-        let reports = {
-            let mut logits = self.chunk_of_logits(input.positions.len())?;
-            let dweight = gradients.of(self.decoder.head())?;
-            let weight = Values::of(self.decoder.head())?;
-            let to = (&mut *dhidden, dweight);
-            head_loss::head_loss(head, &hidden, &weight, &mut logits, row, to)
-        };
-        drop(hidden);
-        tape.backward(root, dhidden, gradients)?;
-        Ok(reports)
-    }
-
-    /// Calls `row` with the index and the logits (V) of each position, in no order, and returns
-    /// what it says, in order.
-    ///
-    /// # Errors
-    /// As [`Model::train_pass`].
-    pub fn map_logits<R: Send>(
-        &self,
-        input: Input,
-        row: impl Fn(usize, &mut [f32]) -> R + Sync,
-    ) -> Result<Vec<R>> {
-        self.check(&input)?;
-        let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, Memory::Forget);
-        let root = self
-            .decoder
-            .hidden(&mut tape, input.input_ids, input.positions)?;
-        let hidden = tape.value(&root)?;
-        let mut logits = self.chunk_of_logits(input.positions.len())?;
-        let weight = Values::of(self.decoder.head())?;
-        let head = self.head_layer();
-        Ok(head_loss::map_logits(
-            head,
-            &hidden,
-            &weight,
-            &mut logits,
-            row,
-        ))
-    }
-
-    /// Hidden states (N x D), ready for the head, in candle's operations: differentiable by candle
-    /// where the weights are variables.
-    ///
-    /// # Errors
-    /// As [`Model::train_pass`].
-    pub fn composed_hidden(&self, input: Input) -> Result<Tensor> {
-        self.check(&input)?;
-        let heads = self.config.heads;
-        let device = self.decoder.head().device();
-        let mut graph = Composed::new(
-            heads,
-            self.rope.as_ref(),
-            input.segments,
-            DType::F32,
-            device,
-        )?;
-        self.decoder
-            .hidden(&mut graph, input.input_ids, input.positions)
-    }
-
-    fn chunk_of_logits(&self, positions: usize) -> Result<Buffer> {
-        Ok(self
-            .arena
-            .take(positions.min(CHUNK) * self.config.vocab_size)?)
-    }
-
-    fn check(&self, input: &Input) -> Result<()> {
-        let context = self.config.max_position_embeddings;
-        let mut next = 0;
-        for segment in input.segments {
-            if segment.start != next || segment.len() > context {
-                bail!("segment {segment:?} has no place: the model's context is {context}");
-            }
-            next = segment.end;
-        }
-        if next != input.input_ids.len() {
-            bail!("segments cover {next} tokens of {}", input.input_ids.len());
-        }
-        Ok(())
-    }
-
-    /// An empty cache for a new sequence.
-    pub fn new_cache(&self) -> KvCache {
-        KvCache {
-            layers: vec![Default::default(); self.config.num_hidden_layers],
-            len: 0,
-        }
-    }
-
-    /// Appends `tokens[i]` to the sequence of `caches[i]` and returns the logits after the last
-    /// token of each, row-major (B x V). Lengths may differ; prompts and single tokens may mix.
-    ///
-    /// # Errors
-    /// Where an id is past the vocabulary, a sequence grows past the context, or one gets no token.
-    pub fn step(&self, tokens: &[&[u32]], caches: &mut [&mut KvCache]) -> Result<Vec<f32>> {
-        let mut segments = Vec::with_capacity(tokens.len());
-        let mut input_ids = Vec::new();
-        for (tokens, cache) in tokens.iter().zip(caches.iter()) {
-            let context = self.config.max_position_embeddings;
-            if tokens.is_empty() || cache.len + tokens.len() > context {
-                bail!(
-                    "a sequence of {} tokens does not take {} more in a context of {context}",
-                    cache.len,
-                    tokens.len()
-                );
-            }
-            let start = input_ids.len();
-            input_ids.extend_from_slice(tokens);
-            segments.push(start..input_ids.len());
-        }
-        let last: Vec<u32> = segments.iter().map(|s| s.end as u32 - 1).collect();
-        let keys = Keys::Caches(caches);
-        let mut tape = Tape::new(self.setting(), &segments, keys, Memory::Forget);
-        let root = self.decoder.hidden(&mut tape, &input_ids, &last)?;
-        let hidden = tape.value(&root)?;
-        drop(tape);
-        for (segment, cache) in segments.iter().zip(caches.iter_mut()) {
-            cache.len += segment.len();
-        }
-        let mut logits = vec![0.0; segments.len() * self.config.vocab_size];
-        let weight = Values::of(self.decoder.head())?;
-        self.head_layer()
-            .forward(&hidden, &weight, None, &mut logits, false);
-        Ok(logits)
     }
 }

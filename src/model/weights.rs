@@ -98,6 +98,19 @@ impl<'a> Entry<'a> {
         }
     }
 
+    /// A tensor of another device, brought here, as f32.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn copy_of(tensor: &Tensor) -> Result<Self> {
+        let here = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+        Ok(Self {
+            shape: tensor.dims().to_vec(),
+            values: Box::new(here.to_vec1::<f32>()?),
+            dtype: Dtype::F32,
+        })
+    }
+
     /// A contiguous f32 tensor on the CPU as `dtype`.
     ///
     /// # Errors
@@ -151,6 +164,17 @@ pub fn write(path: &Path, entries: BTreeMap<String, Entry>) -> Result<()> {
     let metadata = [("format".to_string(), "pt".to_string())];
     safetensors::serialize_to_file(entries, Some(metadata.into()), path)
         .with_context(|| format!("could not write {}", path.display()))
+}
+
+/// The tensors on `device`.
+///
+/// # Errors
+/// Where there is no room for them.
+pub fn to_device(tensors: &Tensors, device: &Device) -> Result<Tensors> {
+    let moved = |(name, tensor): (&String, &Tensor)| -> Result<_> {
+        Ok((name.clone(), tensor.to_device(device)?))
+    };
+    tensors.iter().map(moved).collect()
 }
 
 /// Tensors as entries of the given float type.

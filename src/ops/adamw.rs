@@ -1,6 +1,6 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101) in one pass over memory.
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor, Var};
 use rayon::prelude::*;
 use std::sync::Mutex;
 
@@ -21,6 +21,13 @@ pub struct Step {
     pub weight_decay: f32,
     /// Gradients are multiplied by this first (clipping).
     pub gradient_scale: f32,
+}
+
+impl Step {
+    /// What a moment with decay `beta` is multiplied by to make up for its beginning at zero.
+    fn correction(&self, beta: f32) -> f32 {
+        (1.0 / (1.0 - f64::from(beta).powf(self.number as f64))) as f32
+    }
 }
 
 /// Updates `parameter` and its two moments in place from its gradient.
@@ -76,6 +83,32 @@ impl InplaceOp1 for AdamW<'_> {
     }
 }
 
+/// The same in candle's own operations, for a parameter on another device.
+///
+/// # Errors
+/// Where the device fails.
+pub fn composed(
+    parameter: &Var,
+    gradient: &Tensor,
+    moments: &mut [Tensor; 2],
+    step: Step,
+) -> Result<()> {
+    let gradient = (gradient * f64::from(step.gradient_scale))?;
+    let mean = |old: &Tensor, beta: f32, new: Tensor| -> Result<Tensor> {
+        (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?
+    };
+    let first = mean(&moments[0], step.beta1, gradient.clone())?;
+    let second = mean(&moments[1], step.beta2, gradient.sqr()?)?;
+    let corrected = |moment: &Tensor, beta: f32| moment * f64::from(step.correction(beta));
+    let root = corrected(&second, step.beta2)?.sqrt()?;
+    let direction = (corrected(&first, step.beta1)? / (root + f64::from(step.epsilon))?)?;
+    let rate = f64::from(step.learning_rate);
+    let decayed = (parameter.as_tensor() * (1.0 - rate * f64::from(step.weight_decay)))?;
+    parameter.set(&(decayed - (direction * rate)?)?.detach())?;
+    *moments = [first.detach(), second.detach()];
+    Ok(())
+}
+
 /// The sum of squares, in running sums of their own.
 pub fn sum_of_squares(values: &[f32]) -> f64 {
     simd(|| {
@@ -95,8 +128,7 @@ pub fn sum_of_squares(values: &[f32]) -> f64 {
 /// p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t).
 #[inline(always)]
 fn update(values: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32], step: Step) {
-    let correction = |beta: f32| (1.0 / (1.0 - f64::from(beta).powf(step.number as f64))) as f32;
-    let (first_scale, second_scale) = (correction(step.beta1), correction(step.beta2));
+    let (first_scale, second_scale) = (step.correction(step.beta1), step.correction(step.beta2));
     let decay = 1.0 - step.learning_rate * step.weight_decay;
     for (((p, g), m), v) in values.iter_mut().zip(gradient).zip(first).zip(second) {
         let g = g * step.gradient_scale;

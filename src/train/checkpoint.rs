@@ -16,12 +16,11 @@ use super::best::Best;
 use super::ema::Ema;
 use super::optimizer::Optimizer;
 use super::student::{self, Student};
-use crate::config::{ComputeDtype, Config, Train};
+use crate::config::{Config, Train};
 use crate::data::batch::Cursor;
 use crate::exit::Exit;
 use crate::fs;
 use crate::model::weights::{self, Tensors};
-use crate::ops::matmul::Precision;
 
 const MODEL: &str = "model.safetensors";
 const EMA: &str = "ema.safetensors";
@@ -62,11 +61,11 @@ pub fn save(dir: &Path, parts: &Parts, state: &State, keep: usize) -> Result<()>
         let write = |name, tensors: &Tensors| {
             weights::write(&folder.join(name), weights::entries(tensors, DType::F32)?)
         };
-        write(MODEL, &parts.student.trained())?;
+        write(MODEL, &parts.student.trained()?)?;
         if let Some(ema) = &parts.ema {
-            write(EMA, &ema.tensors())?;
+            write(EMA, &ema.tensors()?)?;
         }
-        weights::write(&folder.join(OPTIMIZER), parts.optimizer.state())?;
+        weights::write(&folder.join(OPTIMIZER), parts.optimizer.state()?)?;
         fs::write_in(folder, STATE, &serde_json::to_vec_pretty(state)?)
     })?;
     let best = state.best.found.map(|(step, _)| step);
@@ -135,7 +134,7 @@ pub fn load(path: &Path, parts: &mut Parts, fingerprint: &str) -> Result<State> 
 }
 
 /// A hash of everything that the trained weights depend on, checkpoints and paths aside. `data` is
-/// that of the examples, `frozen` that of the weights that stay.
+/// that of the examples, `frozen` that of the weights that stay; device and number type are settled.
 ///
 /// # Errors
 /// Where the settings do not serialise.
@@ -150,10 +149,6 @@ pub fn fingerprint(config: &Config, data: &str, frozen: &str, total: u64) -> Res
         epochs: 0.0,
         threads: 0,
         activation_checkpointing: false,
-        dtype: match student::precision(config.train.dtype) {
-            Precision::F32 => ComputeDtype::F32,
-            Precision::Bf16 => ComputeDtype::Bf16,
-        },
         ..config.train.clone()
     };
     let mut hash = blake3::Hasher::new();

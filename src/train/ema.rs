@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use candle_core::Var;
+use candle_core::{Device, Var};
 
 use super::student::{self, Student};
 use crate::model::Model;
-use crate::model::weights::Tensors;
+use crate::model::weights::{self, Tensors};
 use crate::ops::average::average;
 
 /// The average of the trained weights, as a model to evaluate.
@@ -45,14 +45,22 @@ impl Ema {
         let decay = self.decay.min((1.0 + step as f64) / (10.0 + step as f64));
         for (name, var) in &self.vars {
             let value = student.vars.get(name).context("the student has changed")?;
-            average(var.as_tensor(), value.as_tensor(), decay as f32)?;
+            if var.device().is_cpu() {
+                average(var.as_tensor(), value.as_tensor(), decay as f32)?;
+            } else {
+                let past = (var.as_tensor() * decay)?;
+                var.set(&(past + (value.as_tensor() * (1.0 - decay))?)?.detach())?;
+            }
         }
         Ok(())
     }
 
-    /// The averages.
-    pub fn tensors(&self) -> Tensors {
-        student::tensors(&self.vars)
+    /// The averages, on the CPU.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn tensors(&self) -> Result<Tensors> {
+        weights::to_device(&student::tensors(&self.vars), &Device::Cpu)
     }
 
     /// Takes back what [`Ema::tensors`] gave.

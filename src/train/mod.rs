@@ -8,6 +8,7 @@
 pub mod best;
 pub mod card;
 pub mod checkpoint;
+pub mod device;
 pub mod ema;
 pub mod loss;
 pub mod metrics;
@@ -79,7 +80,11 @@ pub fn run(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         .num_threads(config.train.threads)
         .build()
         .context("cannot start the worker threads")?;
-    pool.install(|| train(config, start, quiet))
+    let config = Config {
+        train: device::resolved(&config.train),
+        ..config.clone()
+    };
+    pool.install(|| train(&config, start, quiet))
 }
 
 fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
@@ -212,7 +217,7 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         }
         _ => {
             let ema = parts.ema.as_ref();
-            let trained = ema.map_or_else(|| parts.student.trained(), Ema::tensors);
+            let trained = ema.map_or_else(|| parts.student.trained(), Ema::tensors)?;
             let means = last_validation.map_or_else(|| evaluate(&parts), Ok)?;
             (trained, means, None)
         }
@@ -274,9 +279,10 @@ fn opening_line(
         false => format!(" ({} trained)", format_count(parameters.trained as u64)),
     };
     format!(
-        "{} parameters{trained} in {}, {} examples, {total} steps of {} examples{from}",
+        "{} parameters{trained} in {}{}, {} examples, {total} steps of {} examples{from}",
         format_count(parameters.all as u64),
-        student::precision(config.train.dtype).name(),
+        device::precision(&config.train).name(),
+        device::name(&config.train),
         format_count(examples as u64),
         config.train.batch_size,
     )

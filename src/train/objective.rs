@@ -6,7 +6,8 @@ use super::loss::{self, Row, RowLoss, Weights};
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
 use crate::data::dataset::Examples;
-use crate::model::tape::{Gradients, Memory};
+use crate::model::gradients::Gradients;
+use crate::model::tape::Memory;
 use crate::model::{Input, Model};
 
 /// Adds the gradients of a micro-batch to `gradients`; returns its loss and the unscaled terms of

@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
-use candle_core::Var;
+use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 use regex::Regex;
 
 use crate::config::Train;
-use crate::model::tape::Gradients;
+use crate::model::gradients::Gradients;
 use crate::model::weights::{Entry, File};
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::{Values, adamw};
@@ -27,9 +27,22 @@ pub struct Optimizer {
 struct Parameter {
     name: String,
     var: Var,
-    /// The running means of the gradient and of its square.
-    moments: [Buffer; 2],
+    moments: Moments,
     decays: bool,
+}
+
+/// The running means of the gradient and of its square.
+enum Moments {
+    /// Of a parameter on the CPU.
+    Here([Buffer; 2]),
+    /// On the device of their parameter.
+    Elsewhere([Tensor; 2]),
+}
+
+/// What a parameter was given.
+enum Given<'a> {
+    Here(&'a [f32]),
+    Elsewhere(&'a Tensor),
 }
 
 impl Optimizer {
@@ -42,11 +55,16 @@ impl Optimizer {
         // Apart from the memory of the passes: what stays must not lie between what comes and goes.
         let arena = Arena::default();
         let parameter = |(name, var): (&String, &Var)| {
-            let zeros = || arena.zeros(var.elem_count());
+            let moments = if var.device().is_cpu() {
+                let zeros = || arena.zeros(var.elem_count());
+                Moments::Here([zeros()?, zeros()?])
+            } else {
+                Moments::Elsewhere([var.zeros_like()?, var.zeros_like()?])
+            };
             Ok(Parameter {
                 name: name.clone(),
                 var: var.clone(),
-                moments: [zeros()?, zeros()?],
+                moments,
                 decays: var.rank() > 1 && !no_decay.iter().any(|pattern| pattern.is_match(name)),
             })
         };
@@ -68,13 +86,15 @@ impl Optimizer {
     pub fn gradient_norm(&self, gradients: &Gradients) -> Result<f64> {
         let mut sum = 0.0;
         for parameter in &self.parameters {
-            // In blocks of fixed size, so that the sum does not depend on the number of threads.
-            let blocks: Vec<f64> = parameter
-                .gradient(gradients)?
-                .par_chunks(1 << 16)
-                .map(adamw::sum_of_squares)
-                .collect();
-            sum += blocks.iter().sum::<f64>();
+            sum += match parameter.gradient(gradients)? {
+                Given::Here(values) => {
+                    // In blocks of fixed size, so that the sum does not depend on the number of
+                    // threads.
+                    let blocks = values.par_chunks(1 << 16).map(adamw::sum_of_squares);
+                    blocks.collect::<Vec<f64>>().iter().sum::<f64>()
+                }
+                Given::Elsewhere(tensor) => f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?),
+            };
         }
         Ok(sum.sqrt())
     }
@@ -112,24 +132,32 @@ impl Optimizer {
                 },
                 gradient_scale: gradient_scale as f32,
             };
-            let gradient = parameter.gradient(gradients)?;
-            let [first, second] = &mut parameter.moments;
-            adamw::adamw(&parameter.var, gradient, first, second, step)?;
+            parameter.update(gradients, step)?;
         }
         Ok(())
     }
 
     /// The moments, as `first_moment.NAME` and `second_moment.NAME`.
-    pub fn state(&self) -> BTreeMap<String, Entry<'_>> {
+    ///
+    /// # Errors
+    /// Where a device fails.
+    pub fn state(&self) -> Result<BTreeMap<String, Entry<'_>>> {
         let mut entries = BTreeMap::new();
         for parameter in &self.parameters {
             let shape = parameter.var.dims();
-            for (kind, values) in [FIRST, SECOND].iter().zip(&parameter.moments) {
-                let name = format!("{kind}.{}", parameter.name);
-                entries.insert(name, Entry::new(shape, values));
+            let of_parameter = match &parameter.moments {
+                Moments::Here([first, second]) => {
+                    [Entry::new(shape, first), Entry::new(shape, second)]
+                }
+                Moments::Elsewhere([first, second]) => {
+                    [Entry::copy_of(first)?, Entry::copy_of(second)?]
+                }
+            };
+            for (kind, entry) in [FIRST, SECOND].iter().zip(of_parameter) {
+                entries.insert(format!("{kind}.{}", parameter.name), entry);
             }
         }
-        entries
+        Ok(entries)
     }
 
     /// Takes back what [`Optimizer::state`] gave after `step` updates.
@@ -138,13 +166,20 @@ impl Optimizer {
     /// Names a moment that is missing or has another shape.
     pub fn restore(&mut self, file: &File, step: u64) -> Result<()> {
         for parameter in &mut self.parameters {
-            for (kind, values) in [FIRST, SECOND].iter().zip(&mut parameter.moments) {
+            for (index, kind) in [FIRST, SECOND].iter().enumerate() {
                 let name = format!("{kind}.{}", parameter.name);
                 let tensor = file.tensor(&name)?;
                 if tensor.dims() != parameter.var.dims() {
                     bail!("the checkpoint has {name} in another shape");
                 }
-                values.copy_from_slice(&Values::of(&tensor)?);
+                match &mut parameter.moments {
+                    Moments::Here(moments) => {
+                        moments[index].copy_from_slice(&Values::of(&tensor)?);
+                    }
+                    Moments::Elsewhere(moments) => {
+                        moments[index] = tensor.to_device(parameter.var.device())?;
+                    }
+                }
             }
         }
         self.step = step;
@@ -153,9 +188,30 @@ impl Optimizer {
 }
 
 impl Parameter {
-    fn gradient<'a>(&self, gradients: &'a Gradients) -> Result<&'a [f32]> {
-        gradients
-            .get(&self.var)
+    fn gradient<'a>(&self, gradients: &'a Gradients) -> Result<Given<'a>> {
+        let here = gradients.get(&self.var).map(Given::Here);
+        here.or_else(|| gradients.elsewhere(&self.var).map(Given::Elsewhere))
             .with_context(|| format!("parameter {} received no gradient", self.name))
+    }
+
+    fn update(&mut self, gradients: &Gradients, step: adamw::Step) -> Result<()> {
+        let given = self.gradient(gradients)?;
+        match (&mut self.moments, given) {
+            (Moments::Here([first, second]), Given::Here(values)) => {
+                adamw::adamw(&self.var, values, first, second, step)?;
+            }
+            (Moments::Elsewhere(moments), Given::Elsewhere(tensor)) => {
+                adamw::composed(&self.var, tensor, moments, step)?;
+            }
+            // The operations were composed, on the CPU.
+            (Moments::Here([first, second]), Given::Elsewhere(tensor)) => {
+                let tensor = tensor.contiguous()?;
+                adamw::adamw(&self.var, &Values::of(&tensor)?, first, second, step)?;
+            }
+            (Moments::Elsewhere(_), Given::Here(_)) => {
+                bail!("the gradient of {} is on another device", self.name);
+            }
+        }
+        Ok(())
     }
 }

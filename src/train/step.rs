@@ -9,7 +9,8 @@ use super::objective;
 use crate::config::{Config, Kd, Train};
 use crate::data::batch::{Batch, micro_batches};
 use crate::data::prepared::ExampleView;
-use crate::model::tape::{Gradients, Memory};
+use crate::model::gradients::Gradients;
+use crate::model::tape::Memory;
 
 /// How steps are taken.
 pub struct Stepper<'a> {

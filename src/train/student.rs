@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Var};
+use candle_core::{DType, Device, Var};
 use regex::Regex;
 use serde_json::json;
 
-use crate::config::{ComputeDtype, Config, Init, SaveDtype};
+use super::device;
+use crate::config::{Config, Init, SaveDtype};
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs;
@@ -16,7 +17,6 @@ use crate::model::parameters::random_weights;
 use crate::model::weights::{self, Tensors};
 use crate::model::{Model, ModelConfig, decoder, lora};
 use crate::ops::Values;
-use crate::ops::matmul::Precision;
 
 /// Names the tokens that end an answer.
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -58,6 +58,7 @@ impl Student {
             }
         };
         tokenizer.check_fits(shape.vocab_size)?;
+        let device = device::of(train)?;
         let adapters = match config.lora.rank {
             0 => Tensors::new(),
             rank => {
@@ -71,6 +72,8 @@ impl Student {
                 lora::example(&shape)
             )));
         }
+        let weights = weights::to_device(&weights, &device)?;
+        let adapters = weights::to_device(&adapters, &device)?;
         let mut student = Self::new(shape, weights, adapters, &patterns(&train.freeze)?)
             .with_context(|| format!("cannot load the student {}", settings.path.display()))?;
         if student.vars.is_empty() {
@@ -78,7 +81,7 @@ impl Student {
                 "train.freeze leaves no parameter to train".into()
             ));
         }
-        student.model.set_precision(precision(train.dtype));
+        student.model.set_precision(device::precision(train));
         Ok(student)
     }
 
@@ -122,9 +125,12 @@ impl Student {
         })
     }
 
-    /// The weights that are trained, as they are now.
-    pub fn trained(&self) -> Tensors {
-        tensors(&self.vars)
+    /// The weights that are trained, as they are now, on the CPU.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn trained(&self) -> Result<Tensors> {
+        weights::to_device(&tensors(&self.vars), &Device::Cpu)
     }
 
     /// All weights, with `trained` as those that are trained.
@@ -137,12 +143,12 @@ impl Student {
     /// A hash of the weights that are not trained.
     ///
     /// # Errors
-    /// Where one is no contiguous f32 tensor on the CPU.
+    /// Where one is no contiguous f32 tensor, or the device fails.
     pub fn hash_of_frozen(&self) -> Result<String> {
         let mut hash = blake3::Hasher::new();
         for (name, tensor) in &self.frozen {
             hash.update(name.as_bytes());
-            for values in Values::of(tensor)?.chunks(1 << 16) {
+            for values in Values::of(&tensor.to_device(&Device::Cpu)?)?.chunks(1 << 16) {
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
                 hash.update_rayon(&bytes);
             }
@@ -186,7 +192,8 @@ impl Student {
             files.push((GENERATION_CONFIG, generation));
         }
         let shape = self.model.config();
-        let weights = shape.export(&lora::merged(shape, weights)?)?;
+        let weights = weights::to_device(weights, &Device::Cpu)?;
+        let weights = shape.export(&lora::merged(shape, &weights)?)?;
         fs::write_dir_with(dir, |folder| {
             for (name, bytes) in &files {
                 fs::write_in(folder, name, bytes)?;
@@ -209,7 +216,7 @@ pub fn tensors(vars: &BTreeMap<String, Var>) -> Tensors {
 /// Where one is missing or has another shape.
 pub fn restore(vars: &BTreeMap<String, Var>, file: &weights::File) -> Result<()> {
     for (name, var) in vars {
-        var.set(&file.tensor(name)?)
+        var.set(&file.tensor(name)?.to_device(var.device())?)
             .with_context(|| format!("{name} has another shape in the checkpoint"))?;
     }
     Ok(())
@@ -226,13 +233,4 @@ pub fn patterns(texts: &[String]) -> Result<Vec<Regex>> {
         })
     };
     texts.iter().map(pattern).collect()
-}
-
-/// What this CPU computes in.
-pub fn precision(dtype: ComputeDtype) -> Precision {
-    match dtype {
-        ComputeDtype::Auto => Precision::fastest(),
-        ComputeDtype::F32 => Precision::F32,
-        ComputeDtype::Bf16 => Precision::Bf16,
-    }
 }

@@ -6,18 +6,23 @@ use std::ops::Range;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::ops::log_softmax;
+use distill::config::Train;
 use distill::data::batch::Batch;
 use distill::model::composed::Composed;
+use distill::model::gradients::Gradients;
 use distill::model::graph::Graph;
 use distill::model::projection::Projection;
-use distill::model::tape::{Gradients, Keys, Memory, Setting, Tape};
-use distill::model::{Input, Model, ModelConfig, weights::Tensors};
+use distill::model::tape::{Keys, Memory, Setting, Tape};
+use distill::model::{Frame, Input, Model, ModelConfig, weights::Tensors};
+use distill::ops::adamw::{self, Step};
 use distill::ops::arena::Arena;
 use distill::ops::attention::Heads;
 use distill::ops::matmul::Precision;
 use distill::ops::rope::RopeTable;
 use distill::train::loss::Weights;
 use distill::train::objective;
+use distill::train::optimizer::Optimizer;
+use distill::train::student::Student;
 
 use crate::model::tiny;
 
@@ -82,9 +87,14 @@ impl Trainable {
 
     fn named(&self, gradients: &Gradients) -> BTreeMap<String, Vec<f32>> {
         let get = |(name, var): (&String, &Var)| {
-            let gradient = gradients.get(var.as_tensor());
+            let here = gradients.get(var.as_tensor()).map(<[f32]>::to_vec);
+            let elsewhere = || {
+                let gradient = gradients.elsewhere(var.as_tensor())?;
+                Some(gradient.flatten_all().unwrap().to_vec1().unwrap())
+            };
+            let gradient = here.or_else(elsewhere);
             let gradient = gradient.unwrap_or_else(|| panic!("{name} received no gradient"));
-            (name.clone(), gradient.to_vec())
+            (name.clone(), gradient)
         };
         self.vars.iter().map(get).collect()
     }
@@ -421,4 +431,73 @@ fn windows_biases_and_norms_of_heads_agree_with_candle() {
             }
         }
     }
+}
+
+/// The losses of some steps, whichever operations compute them.
+fn losses(frame: Frame) -> Vec<f64> {
+    let (config, tensors) = tiny(true);
+    let mut student = Student::new(config, tensors, Tensors::new(), &[]).unwrap();
+    student.model.set_frame(frame);
+    let mut optimizer = Optimizer::new(&student.vars, &[]).unwrap();
+    let mut gradients = student.model.gradients();
+    let batch = joined(&examples());
+    let settings = Train {
+        max_grad_norm: 0.5,
+        ..Train::default()
+    };
+    let weights = Weights {
+        kd: 0.5,
+        label_smoothing: 0.0,
+        scale: 1.0 / batch.positions.len() as f32,
+    };
+    let mut step = || {
+        let model = &student.model;
+        let pass = objective::gradients(model, &batch, weights, Memory::Record, &mut gradients);
+        let norm = optimizer.gradient_norm(&gradients).unwrap();
+        optimizer.update(&settings, 1e-2, norm, &gradients).unwrap();
+        gradients.clear();
+        pass.unwrap().0
+    };
+    (0..8).map(|_| step()).collect()
+}
+
+#[test]
+fn a_training_in_composed_operations_goes_the_same_way() {
+    let (tape, composed) = (losses(Frame::Tape), losses(Frame::Composed));
+    assert!(tape[7] < 0.9 * tape[0], "{tape:?}");
+    for (tape, composed) in tape.iter().zip(&composed) {
+        assert!(
+            (tape - composed).abs() < 1e-3 * tape,
+            "{tape} and {composed}"
+        );
+    }
+}
+
+#[test]
+fn adamw_in_composed_operations_makes_the_same_updates() {
+    let mut random = fastrand::Rng::with_seed(9);
+    let mut values = || -> Vec<f32> { (0..500).map(|_| random.f32() - 0.5).collect() };
+    let var = |values: &[f32]| Var::from_slice(values, 500, &Device::Cpu).unwrap();
+    let start = values();
+    let (fused, composed) = (var(&start), var(&start));
+    let (mut first, mut second) = (vec![0.0; 500], vec![0.0; 500]);
+    let mut moments = [0, 1].map(|_| composed.zeros_like().unwrap());
+    for number in 1..=5 {
+        let gradient = values();
+        let step = Step {
+            number,
+            learning_rate: 1e-2,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            gradient_scale: 0.7,
+        };
+        adamw::adamw(&fused, &gradient, &mut first, &mut second, step).unwrap();
+        let gradient = Tensor::new(gradient, &Device::Cpu).unwrap();
+        adamw::composed(&composed, &gradient, &mut moments, step).unwrap();
+    }
+    let [fused, composed] = [fused, composed].map(|var| var.to_vec1::<f32>().unwrap());
+    assert!(difference(&fused, &composed) < 1e-6);
+    assert!(difference(&fused, &start) > 1e-2);
 }

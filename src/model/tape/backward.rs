@@ -6,7 +6,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
-use super::{Gradients, Memory, Op, Setting, Tape, Value, linear_of, lora_of};
+use super::{Memory, Op, Setting, Tape, Value, linear_of, lora_of};
+use crate::model::gradients::Gradients;
 use crate::model::projection::Projection;
 use crate::ops::arena::Buffer;
 use crate::ops::attention::Forward;

@@ -10,7 +10,6 @@
 
 mod backward;
 mod forward;
-mod gradients;
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -28,7 +27,6 @@ use crate::ops::linear::Linear;
 use crate::ops::lora::Lora;
 use crate::ops::matmul::Precision;
 use crate::ops::rope::RopeTable;
-pub use gradients::Gradients;
 
 /// What the tape needs to know of a model.
 #[derive(Clone, Copy)]

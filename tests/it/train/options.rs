@@ -1,7 +1,7 @@
 //! What the settings of a training do.
 
 use candle_core::Tensor;
-use distill::config::{Best, ComputeDtype, Config, Init, Schedule};
+use distill::config::{Best, ComputeDtype, Config, Device, Init, Schedule};
 use distill::exit::Exit;
 use distill::model::weights::{self, Tensors};
 use distill::train::{self, Start};
@@ -195,4 +195,20 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
     assert!(message.contains("step 2 is not finite"), "{message}");
     let kept = config.run_dir.join("checkpoints/step-000001");
     assert!(kept.exists() && !kept.with_file_name("step-000002").exists());
+}
+
+#[test]
+fn a_device_that_the_program_was_not_built_for_is_refused() {
+    let (_dir, mut config) = run_folder();
+    for (device, built) in [
+        (Device::Cuda, cfg!(feature = "cuda")),
+        (Device::Metal, cfg!(feature = "metal")),
+    ] {
+        config.train.device = device;
+        if !built {
+            let error = train::run(&config, Start::Ask, true).err().unwrap();
+            assert!(format!("{error:#}").contains("--features"), "{error:#}");
+            assert_eq!(Exit::code_of(&error), 2);
+        }
+    }
 }

@@ -1,8 +1,11 @@
 //! The graph in candle's own operations, with candle's autograd: runs on every device, and is what
-//! the fused operations are checked against.
+//! the fused operations are checked against. Weights stay in f32; activations, and what weights are
+//! cast to when they meet them, are of the graph's number type.
 //!
 //! Only operations that have a backward pass are used (candle's fused `rms_norm`,
 //! `softmax_last_dim`, `rope` and `sdpa` have none, and cut the graph without a word).
+
+pub mod pass;
 
 use std::ops::Range;
 
@@ -10,8 +13,8 @@ use anyhow::{Context, Result};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 
-use super::graph::{Graph, NO_ROPE};
-use super::projection::{Adapter, Projection};
+use crate::model::graph::{Graph, NO_ROPE};
+use crate::model::projection::{Adapter, Projection};
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeTable;
 
@@ -19,6 +22,7 @@ use crate::ops::rope::RopeTable;
 pub struct Composed<'a> {
     heads: Heads,
     segments: &'a [Range<usize>],
+    dtype: DType,
     /// The position of each row in its sequence (T).
     positions: Tensor,
     /// cos and sin of each row's angles (T x 1 x C/2), where there is a rotary embedding.
@@ -47,6 +51,7 @@ impl<'a> Composed<'a> {
         Ok(Self {
             heads,
             segments,
+            dtype,
             positions: Tensor::from_iter(positions().map(|at| at as u32), device)?,
             angles: rope.map(angles).transpose()?,
         })
@@ -70,7 +75,8 @@ impl Graph for Composed<'_> {
     type Value = Tensor;
 
     fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
-        Ok(table.index_select(&Tensor::new(ids, table.device())?, 0)?)
+        let rows = table.index_select(&Tensor::new(ids, table.device())?, 0)?;
+        Ok(rows.to_dtype(self.dtype)?)
     }
 
     fn rows(&mut self, x: Tensor, positions: &[u32]) -> Result<Tensor> {
@@ -78,12 +84,12 @@ impl Graph for Composed<'_> {
     }
 
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
-        let (dtype, shape) = (x.dtype(), x.shape());
+        let shape = x.shape();
         let x = x.reshape(((), weight.elem_count()))?.to_dtype(DType::F32)?;
         let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
         let normed = x.broadcast_div(&(mean + epsilon)?.sqrt()?)?;
-        let y = normed.to_dtype(dtype)?.broadcast_mul(weight)?;
-        Ok(y.reshape(shape)?)
+        let y = normed.broadcast_mul(weight)?;
+        Ok(y.to_dtype(self.dtype)?.reshape(shape)?)
     }
 
     fn layer_norm(
@@ -93,23 +99,25 @@ impl Graph for Composed<'_> {
         bias: &Tensor,
         epsilon: f64,
     ) -> Result<Tensor> {
-        let dtype = x.dtype();
         let x = x.to_dtype(DType::F32)?;
         let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
         let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
         let normed = centred.broadcast_div(&(variance + epsilon)?.sqrt()?)?;
-        let scaled = normed.to_dtype(dtype)?.broadcast_mul(weight)?;
-        Ok(scaled.broadcast_add(bias)?)
+        let y = normed.broadcast_mul(weight)?.broadcast_add(bias)?;
+        Ok(y.to_dtype(self.dtype)?)
     }
 
     fn linear(&mut self, x: &Tensor, layer: &Projection) -> Result<Tensor> {
-        let mut y = x.matmul(&layer.weight.t()?)?;
+        let times = |x: &Tensor, weight: &Tensor| -> Result<Tensor> {
+            Ok(x.matmul(&weight.to_dtype(self.dtype)?.t()?)?)
+        };
+        let mut y = times(x, &layer.weight)?;
         if let Some(bias) = &layer.bias {
-            y = y.broadcast_add(bias)?;
+            y = y.broadcast_add(&bias.to_dtype(self.dtype)?)?;
         }
         if let Some(Adapter { a, b, scale }) = &layer.adapter {
-            let low = (x.matmul(&a.t()?)? * *scale)?;
-            y = (y + low.matmul(&b.t()?)?)?;
+            let low = (times(x, a)? * *scale)?;
+            y = (y + times(&low, b)?)?;
         }
         Ok(y)
     }
@@ -127,7 +135,8 @@ impl Graph for Composed<'_> {
     }
 
     fn add_positions(&mut self, x: Tensor, table: &Tensor) -> Result<Tensor> {
-        Ok((x + table.index_select(&self.positions, 0)?)?)
+        let rows = table.index_select(&self.positions, 0)?;
+        Ok((x + rows.to_dtype(self.dtype)?)?)
     }
 
     fn rope(&mut self, x: Tensor) -> Result<Tensor> {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use anyhow::Result;
+use candle_core::backprop::GradStore;
 use candle_core::{Tensor, TensorId};
 
 use crate::ops::Gradient;
@@ -13,6 +14,8 @@ use crate::ops::arena::{Arena, Buffer};
 pub struct Gradients {
     arena: Arena,
     of: HashMap<TensorId, Buffer>,
+    /// Those that candle computes, on the device of their variables.
+    elsewhere: HashMap<TensorId, Tensor>,
 }
 
 impl Gradients {
@@ -20,12 +23,18 @@ impl Gradients {
         Self {
             arena,
             of: HashMap::new(),
+            elsewhere: HashMap::new(),
         }
     }
 
-    /// The gradient of a variable, if it has received one.
+    /// The gradient of a variable, if the tape has given it one.
     pub fn get(&self, variable: &Tensor) -> Option<&[f32]> {
         self.of.get(&variable.id()).map(|buffer| &**buffer)
+    }
+
+    /// The gradient of a variable, if candle has given it one.
+    pub fn elsewhere(&self, variable: &Tensor) -> Option<&Tensor> {
+        self.elsewhere.get(&variable.id())
     }
 
     /// Where to put a part of the gradient of `tensor`; None if it is no variable.
@@ -44,8 +53,35 @@ impl Gradients {
         Ok(Some(Gradient { values, add }))
     }
 
+    /// Adds a part of the gradient of `variable` that candle computed.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn add(&mut self, variable: TensorId, part: &Tensor) -> Result<()> {
+        let sum = match self.elsewhere.get(&variable) {
+            Some(sum) => (sum + part)?,
+            None => part.clone(),
+        };
+        self.elsewhere.insert(variable, sum.detach());
+        Ok(())
+    }
+
+    /// Adds all that candle's backward pass found.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn add_all(&mut self, store: &GradStore) -> Result<()> {
+        for variable in store.get_ids() {
+            if let Some(part) = store.get_id(*variable) {
+                self.add(*variable, part)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Drops all gradients.
     pub fn clear(&mut self) {
         self.of.clear();
+        self.elsewhere.clear();
     }
 }
