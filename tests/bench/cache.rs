@@ -3,13 +3,16 @@
 //! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of so many records, whose answers have so
 //! many tokens with top-20 logprobs. `cache open DIR` opens one and prints what that took, as JSON.
 
+#[path = "records.rs"]
+mod records;
+
 use std::path::Path;
 use std::time::Instant;
 
-use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing, Usage};
+use distill::cache::record::{Logprobs, Record};
 use distill::cache::{self, Cache, Sealed};
 use distill::config::{self, Compression, Durability};
-use serde_json::{Map, json};
+use serde_json::json;
 
 fn main() -> anyhow::Result<()> {
     // As the program itself does, first of all.
@@ -66,41 +69,9 @@ fn record(n: u64, tokens: usize, words: &[String], random: &mut fastrand::Rng) -
         let words = (0..length).map(|_| words[random.usize(..words.len())].as_str());
         words.collect()
     };
-    Record {
-        v: SCHEMA,
-        key: blake3::hash(&n.to_le_bytes()).to_hex().to_string(),
-        prompt_id: format!("prompt-{n:07}"),
-        sample: 0,
-        status: Status::Ok,
-        reason: String::new(),
-        endpoint: "https://api.example.com/v1".to_owned(),
-        probe: String::new(),
-        request: json!({
-            "model": "teacher-1",
-            "messages": [{"role": "user", "content": text(40, random)}],
-            "max_completion_tokens": 512, "temperature": 1.0,
-        }),
-        answer: Answer {
-            text: text(60, random),
-            finish_reason: "stop".to_owned(),
-            ..Answer::default()
-        },
-        usage: Some(Usage {
-            prompt_tokens: 60,
-            completion_tokens: 60,
-            ..Usage::default()
-        }),
-        model: "teacher-1-2026-05-13".to_owned(),
-        fingerprint: "fp_44709d6fcb".to_owned(),
-        logprobs: (tokens > 0).then(|| logprobs(tokens, words, random)),
-        timing: Timing {
-            sent_at: "2026-11-22T02:13:45.123Z".to_owned(),
-            latency_ms: random.u64(300..3000),
-            attempts: 1,
-        },
-        cost_usd: Some(0.000_012_5),
-        extra: Map::new(),
-    }
+    let (question, answer) = (text(40, random), text(60, random));
+    let logprobs = (tokens > 0).then(|| logprobs(tokens, words, random));
+    records::record(n, question, answer, 60, logprobs)
 }
 
 fn logprobs(tokens: usize, words: &[String], random: &mut fastrand::Rng) -> Logprobs {

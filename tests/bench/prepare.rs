@@ -5,17 +5,20 @@
 //! was prepared before, and prints what that took, as JSON. `prepare align DIR` prints how many
 //! teacher tokens a core aligns in a second.
 
+#[path = "records.rs"]
+mod records;
+
 use std::path::Path;
 use std::time::Instant;
 
-use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing, Usage};
+use distill::cache::record::{Logprobs, Record};
 use distill::cache::view::LogprobsView;
 use distill::cache::{Cache, Sealed};
 use distill::config::{self, Compression, Config, Durability};
 use distill::data::align::Mapper;
 use distill::data::dataset;
 use distill::data::tokenizer::Tokenizer;
-use serde_json::{Map, json};
+use serde_json::json;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, TokenizerImpl};
@@ -157,41 +160,10 @@ impl Teacher {
 
     fn record(&self, n: u64, random: &mut fastrand::Rng) -> anyhow::Result<Record> {
         let (answer, ids) = self.text(TOKENS - 8, random)?;
-        Ok(Record {
-            v: SCHEMA,
-            key: blake3::hash(&n.to_le_bytes()).to_hex().to_string(),
-            prompt_id: format!("prompt-{n:07}"),
-            sample: 0,
-            status: Status::Ok,
-            reason: String::new(),
-            endpoint: "https://api.example.com/v1".to_owned(),
-            probe: String::new(),
-            request: json!({
-                "model": "teacher-1",
-                "messages": [{"role": "user", "content": self.text(50, random)?.0}],
-                "max_completion_tokens": 512, "temperature": 1.0,
-            }),
-            answer: Answer {
-                text: answer,
-                finish_reason: "stop".to_owned(),
-                ..Answer::default()
-            },
-            usage: Some(Usage {
-                prompt_tokens: 60,
-                completion_tokens: ids.len() as u64,
-                ..Usage::default()
-            }),
-            model: "teacher-1-2026-05-13".to_owned(),
-            fingerprint: "fp_44709d6fcb".to_owned(),
-            logprobs: Some(self.logprobs(&ids, random)),
-            timing: Timing {
-                sent_at: "2026-11-22T02:13:45.123Z".to_owned(),
-                latency_ms: random.u64(300..3000),
-                attempts: 1,
-            },
-            cost_usd: Some(0.000_012_5),
-            extra: Map::new(),
-        })
+        let question = self.text(50, random)?.0;
+        let logprobs = self.logprobs(&ids, random);
+        let tokens = ids.len() as u64;
+        Ok(records::record(n, question, answer, tokens, Some(logprobs)))
     }
 
     fn token(&self, id: u32) -> String {

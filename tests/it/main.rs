@@ -17,7 +17,6 @@ mod fs;
 mod fuzz;
 mod generate;
 mod gradients;
-mod gradients_torch;
 mod harvest;
 mod house;
 mod kills;

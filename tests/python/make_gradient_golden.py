@@ -1,4 +1,4 @@
-"""Logits, loss and the gradient of every parameter by PyTorch, for `tests/it/gradients.rs`.
+"""Logits, loss and the gradient of every parameter by PyTorch, for `tests/it/gradients/torch.rs`.
 
 usage: make_gradient_golden.py OUTPUT_DIR
 

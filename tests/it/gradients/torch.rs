@@ -10,7 +10,7 @@ use distill::model::weights::{self, Tensors};
 use distill::model::{Frame, Input, ModelConfig};
 use serde_json::Value;
 
-use crate::gradients::{Trainable, assert_same, difference};
+use super::{Trainable, assert_same, difference};
 
 /// A golden case: the model, its batch, and PyTorch's numbers.
 struct Golden {

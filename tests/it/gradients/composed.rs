@@ -1,0 +1,210 @@
+//! What differs from one device to another: single operations, a training and its updates, in the
+//! tape's operations and in candle's.
+
+use std::ops::Range;
+
+use candle_core::{DType, Device, Tensor, Var};
+use distill::config::Train;
+use distill::model::composed::Composed;
+use distill::model::gradients::Gradients;
+use distill::model::graph::Graph;
+use distill::model::projection::Projection;
+use distill::model::tape::{Keys, Memory, Setting, Tape};
+use distill::model::{Frame, weights::Tensors};
+use distill::ops::adamw::{self, Step};
+use distill::ops::arena::Arena;
+use distill::ops::attention::Heads;
+use distill::ops::matmul::Precision;
+use distill::ops::rope::RopeTable;
+use distill::train::loss::Weights;
+use distill::train::objective;
+use distill::train::optimizer::Optimizer;
+use distill::train::student::Student;
+
+use super::{VOCABULARY, difference, examples, joined};
+use crate::model::tiny;
+
+/// A little model of its own, with what the decoders of the other tests do not use.
+struct Little(Vec<Var>);
+
+impl Little {
+    fn new(heads: Heads) -> Self {
+        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
+        let shapes = [
+            vec![VOCABULARY as usize, 24],
+            vec![wide, 24],
+            vec![wide],
+            vec![narrow, 24],
+            vec![narrow, 24],
+            vec![heads.channels],
+            vec![24, wide],
+            vec![24],
+        ];
+        let mut random = fastrand::Rng::with_seed(2);
+        let var = |shape: &Vec<usize>| {
+            let values: Vec<f32> = (0..shape.iter().product())
+                .map(|_| random.f32() - 0.5)
+                .collect();
+            let tensor = Tensor::from_vec(values, shape.as_slice(), &Device::Cpu).unwrap();
+            Var::from_tensor(&tensor).unwrap()
+        };
+        Self(shapes.iter().map(var).collect())
+    }
+
+    fn run<G: Graph>(
+        &self,
+        graph: &mut G,
+        ids: &[u32],
+        positions: &[u32],
+        window: Option<usize>,
+    ) -> G::Value {
+        let [table, q, q_bias, k, v, head_norm, o, o_bias] = &self.0[..] else {
+            unreachable!()
+        };
+        let x = graph.embed(table, ids).unwrap();
+        graph.keep(&x);
+        let with_bias = |weight: &Var, bias: &Var| Projection {
+            bias: Some(bias.as_tensor().clone()),
+            ..Projection::new(weight)
+        };
+        let q = graph.linear(&x, &with_bias(q, q_bias)).unwrap();
+        // The norm of every head, as some architectures have it.
+        let q = graph.rms_norm(&q, head_norm, 1e-5).unwrap();
+        let k = graph.linear(&x, &Projection::new(k)).unwrap();
+        let v = graph.linear(&x, &Projection::new(v)).unwrap();
+        let (q, k) = (graph.rope(q).unwrap(), graph.rope(k).unwrap());
+        let heads = graph.attention(0, [q, k, v], window).unwrap();
+        let y = graph.add_linear(x, &heads, &with_bias(o, o_bias)).unwrap();
+        graph.rows(y, positions).unwrap()
+    }
+}
+
+#[test]
+fn windows_biases_and_norms_of_heads_agree_with_candle() {
+    let heads = Heads {
+        query: 6,
+        key_value: 2,
+        channels: 8,
+    };
+    let little = Little::new(heads);
+    let rope = RopeTable::new(&[1.0, 0.3, 0.1, 0.01], 200);
+    let segments: [Range<usize>; 4] = [0..150, 150..151, 151..214, 214..280];
+    let ids: Vec<u32> = (0..280).map(|i| (i * 17 + 5) % VOCABULARY).collect();
+    let positions: Vec<u32> = (3..280).step_by(2).collect();
+    let arena = Arena::default();
+    for window in [None, Some(2), Some(5), Some(70), Some(1000)] {
+        let mut composed =
+            Composed::new(heads, Some(&rope), &segments, DType::F32, &Device::Cpu).unwrap();
+        let expected = little.run(&mut composed, &ids, &positions, window);
+        let store = expected
+            .sin()
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap();
+        let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+        for memory in [Memory::Record, Memory::Checkpoint] {
+            let setting = Setting {
+                arena: &arena,
+                heads,
+                rope: Some(&rope),
+                precision: Precision::F32,
+            };
+            let mut tape = Tape::new(setting, &segments, Keys::Batch, memory);
+            let root = little.run(&mut tape, &ids, &positions, window);
+            let values = tape.value(&root).unwrap();
+            assert!(difference(&values, &expected) < 1e-5, "window {window:?}");
+            let mut gradient = arena.take(values.len()).unwrap();
+            for (gradient, value) in gradient.iter_mut().zip(&**values) {
+                *gradient = value.cos();
+            }
+            drop(values);
+            let mut gradients = Gradients::new(arena.clone());
+            tape.backward(root, gradient, &mut gradients).unwrap();
+            for (index, var) in little.0.iter().enumerate() {
+                let expected: Vec<f32> = store
+                    .get(var)
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1()
+                    .unwrap();
+                let difference = difference(gradients.get(var.as_tensor()).unwrap(), &expected);
+                assert!(
+                    difference < 1e-4,
+                    "window {window:?}, variable {index}: {difference:e}"
+                );
+            }
+        }
+    }
+}
+
+/// The losses of some steps, whichever operations compute them.
+fn losses(frame: Frame) -> Vec<f64> {
+    let (config, tensors) = tiny(true);
+    let mut student = Student::new(config, tensors, Tensors::new(), &[]).unwrap();
+    student.model.set_frame(frame);
+    let mut optimizer = Optimizer::new(&student.vars, &[]).unwrap();
+    let mut gradients = student.model.gradients();
+    let batch = joined(&examples());
+    let settings = Train {
+        max_grad_norm: 0.5,
+        ..Train::default()
+    };
+    let weights = Weights {
+        kd: 0.5,
+        label_smoothing: 0.0,
+        scale: 1.0 / batch.positions.len() as f32,
+    };
+    let mut step = || {
+        let model = &student.model;
+        let pass = objective::gradients(model, &batch, weights, Memory::Record, &mut gradients);
+        let norm = optimizer.gradient_norm(&gradients).unwrap();
+        optimizer.update(&settings, 1e-2, norm, &gradients).unwrap();
+        gradients.clear();
+        pass.unwrap().0
+    };
+    (0..8).map(|_| step()).collect()
+}
+
+#[test]
+fn a_training_in_composed_operations_goes_the_same_way() {
+    let (tape, composed) = (losses(Frame::Tape), losses(Frame::Composed));
+    assert!(tape[7] < 0.9 * tape[0], "{tape:?}");
+    for (tape, composed) in tape.iter().zip(&composed) {
+        assert!(
+            (tape - composed).abs() < 1e-3 * tape,
+            "{tape} and {composed}"
+        );
+    }
+}
+
+#[test]
+fn adamw_in_composed_operations_makes_the_same_updates() {
+    let mut random = fastrand::Rng::with_seed(9);
+    let mut values = || -> Vec<f32> { (0..500).map(|_| random.f32() - 0.5).collect() };
+    let var = |values: &[f32]| Var::from_slice(values, 500, &Device::Cpu).unwrap();
+    let start = values();
+    let (fused, composed) = (var(&start), var(&start));
+    let (mut first, mut second) = (vec![0.0; 500], vec![0.0; 500]);
+    let mut moments = [0, 1].map(|_| composed.zeros_like().unwrap());
+    for number in 1..=5 {
+        let gradient = values();
+        let step = Step {
+            number,
+            learning_rate: 1e-2,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            gradient_scale: 0.7,
+        };
+        adamw::adamw(&fused, &gradient, &mut first, &mut second, step).unwrap();
+        let gradient = Tensor::new(gradient, &Device::Cpu).unwrap();
+        adamw::composed(&composed, &gradient, &mut moments, step).unwrap();
+    }
+    let [fused, composed] = [fused, composed].map(|var| var.to_vec1::<f32>().unwrap());
+    assert!(difference(&fused, &composed) < 1e-6);
+    assert!(difference(&fused, &start) > 1e-2);
+}
