@@ -240,6 +240,16 @@ pub fn create(path: &Path) -> Result<BufWriter<File>> {
     Ok(BufWriter::with_capacity(1 << 20, file))
 }
 
+/// Lets a library put a file at `path`, in a folder that [`write_dir_with`] gets filled, and gives it
+/// the permissions of any new file: one that goes by way of a temporary file leaves what only its
+/// owner can read.
+pub fn create_by(path: &Path, library: impl FnOnce() -> Result<()>) -> Result<()> {
+    let usual = create(path)?.get_ref().metadata()?.permissions();
+    library()?;
+    fs::set_permissions(path, usual)
+        .with_context(|| format!("could not set the permissions of {}", path.display()))
+}
+
 fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to)
         .with_context(|| format!("could not rename {} to {}", from.display(), to.display()))

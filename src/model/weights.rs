@@ -162,8 +162,10 @@ impl View for Entry<'_> {
 /// Where it cannot be written.
 pub fn write(path: &Path, entries: BTreeMap<String, Entry>) -> Result<()> {
     let metadata = [("format".to_string(), "pt".to_string())];
-    safetensors::serialize_to_file(entries, Some(metadata.into()), path)
-        .with_context(|| format!("could not write {}", path.display()))
+    crate::fs::create_by(path, || {
+        safetensors::serialize_to_file(entries, Some(metadata.into()), path)
+            .with_context(|| format!("could not write {}", path.display()))
+    })
 }
 
 /// The tensors on `device`.

@@ -2,9 +2,9 @@
 
 /// Makes the process fit for training. Call it first in `main`, before any thread is started.
 ///
-/// glibc keeps large blocks instead of giving each back to the system: a training step allocates
-/// the same large tensors over and over, and the page faults of mapping them anew cost up to 40 %
-/// of a step.
+/// glibc keeps large blocks instead of giving each back to the system. The passes of a training take
+/// their memory from an arena, but what candle allocates (weights while they load, and everything
+/// where its own operations run) would be mapped anew each time, page by page.
 ///
 /// candle's own element-wise operations stay on the calling thread. They would start a second
 /// pool whose threads wait by spinning, on the cores that the operations of this room compute on;

@@ -1,6 +1,6 @@
 //! Where a training runs, and in which number type.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use candle_core::Device;
 
 use crate::config::{self, ComputeDtype, Train};
@@ -34,7 +34,16 @@ pub fn of(train: &Train) -> Result<Device> {
              `cargo build --release --features {name}`"
         )));
     }
-    open(kind).with_context(|| Exit::Usage(format!("train.device = \"{name}\" does not answer")))
+    open(kind).map_err(|error| {
+        // Its other lines are a backtrace, where one is asked for.
+        let error = error.to_string();
+        Exit::Usage(format!(
+            "train.device = \"{name}\" does not answer: {}; is there a GPU with its driver? \
+             train.device = \"cpu\" trains without",
+            error.lines().next().unwrap_or_default()
+        ))
+        .into()
+    })
 }
 
 fn open(kind: config::Device) -> candle_core::Result<Device> {
