@@ -84,11 +84,12 @@ impl Model {
     /// # Errors
     /// Where tensors are missing or have other shapes than `config` says.
     pub fn new(config: ModelConfig, tensors: &Tensors) -> Result<Self> {
+        // First of all, as it finds out whether the shapes are those of the weights.
+        let decoder = Decoder::new(&config, tensors)?;
         let rope = config.rope().map(|rope| {
             let frequencies = rope.inverse_frequencies(config.heads.channels);
             RopeTable::new(&frequencies, config.max_position_embeddings)
         });
-        let decoder = Decoder::new(&config, tensors)?;
         Ok(Self {
             frame: match decoder.head().device() {
                 Device::Cpu => Frame::Tape,

@@ -8,6 +8,7 @@ use distill::cache::line;
 use distill::cache::recovery::{Ending, Scan, ScanError};
 use distill::config::{self, Config};
 use distill::harvest::fuzz;
+use distill::model::{Input, Model};
 use distill::prompt;
 
 /// Runs the target that has this corpus.
@@ -19,6 +20,7 @@ pub fn run(target: &str, bytes: &[u8]) {
         "limits" => fuzz::limits(bytes),
         "config" => config(bytes),
         "prompts" => prompts(bytes),
+        "model" => model(bytes),
         other => panic!("there is no target {other}"),
     }
 }
@@ -115,4 +117,47 @@ fn prompts(bytes: &[u8]) {
             assert!(!prompt.id.is_empty() && !prompt.messages.is_empty());
         }
     }
+}
+
+/// A model folder: `config.json`, perhaps a weight index, and the weights, between lines of `--`. One
+/// that loads can be computed with.
+fn model(bytes: &[u8]) {
+    const CUT: &[u8] = b"\n--\n";
+    let mut parts = Vec::new();
+    let mut rest = bytes;
+    while let Some(at) = rest.windows(CUT.len()).position(|window| window == CUT)
+        && parts.len() < 2
+    {
+        parts.push(&rest[..at]);
+        rest = &rest[at + CUT.len()..];
+    }
+    parts.push(rest);
+    let names: &[&str] = match parts.len() {
+        3 => &[
+            "config.json",
+            "model.safetensors.index.json",
+            "a.safetensors",
+        ],
+        _ => &["config.json", "model.safetensors"],
+    };
+    let dir = tempfile::tempdir().unwrap();
+    for (name, bytes) in names.iter().zip(parts) {
+        std::fs::write(dir.path().join(name), bytes).unwrap();
+    }
+    let Ok(model) = Model::load(dir.path()) else {
+        return;
+    };
+    let (vocabulary, context) = {
+        let config = model.config();
+        (config.vocab_size, config.max_position_embeddings)
+    };
+    let ids: Vec<u32> = (0..vocabulary.min(context).min(3) as u32).collect();
+    let segment = 0..ids.len();
+    let input = Input {
+        input_ids: &ids,
+        segments: std::slice::from_ref(&segment),
+        positions: &[0],
+    };
+    let logits = model.map_logits(input, |_, logits| logits.len()).unwrap();
+    assert_eq!(logits, [vocabulary]);
 }

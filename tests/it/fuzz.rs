@@ -60,7 +60,7 @@ fn no_bytes_are_too_strange() {
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();
-    assert_eq!(targets.len(), 6);
+    assert_eq!(targets.len(), 7);
     std::thread::scope(|scope| {
         for corpus in targets {
             scope.spawn(move || {

@@ -18,6 +18,7 @@ mod fuzz;
 mod generate;
 mod gradients;
 mod harvest;
+mod hostile_models;
 mod house;
 mod kills;
 mod mock;

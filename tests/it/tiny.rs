@@ -66,7 +66,11 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
 /// Writes the weights of the model folder `dir`.
 pub fn write_weights(dir: &Path, weights: &weights::Tensors) {
     let entries = weights::entries(weights, DType::F32).unwrap();
-    weights::write(&dir.join("model.safetensors"), entries).unwrap();
+    let path = dir.join("model.safetensors");
+    if path.exists() {
+        fs::remove_file(&path).unwrap();
+    }
+    weights::write(&path, entries).unwrap();
 }
 
 fn tokenizer() -> Value {

@@ -84,6 +84,8 @@ pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
             file.hidden_act, file.model_type
         ));
     }
+    // Before there is something for every layer.
+    super::check_layers(file.num_hidden_layers)?;
     let heads = heads(&file)?;
     let qwen2 = file.model_type == "qwen2";
     let variant = LlamaVariant {

@@ -43,12 +43,27 @@ pub enum Architecture {
     Gpt2,
 }
 
+/// Longer contexts are used up to here: the angles of every position are kept.
+const MAX_POSITIONS: usize = 1 << 17;
+
+const MAX_WIDTH: usize = 1 << 24;
+const MAX_LAYERS: usize = 1 << 12;
+
 fn default_range() -> f64 {
     0.02
 }
 
 fn refuse<T>(what: String) -> Result<T> {
     Err(Exit::Usage(what).into())
+}
+
+fn check_layers(layers: usize) -> Result<()> {
+    if layers == 0 || layers > MAX_LAYERS {
+        return refuse(format!(
+            "its number of layers of {layers} is not that of a model"
+        ));
+    }
+    Ok(())
 }
 
 impl ModelConfig {
@@ -99,7 +114,7 @@ impl ModelConfig {
 
     fn from_json(json: Map<String, Value>) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);
-        match model_type {
+        let mut config = match model_type {
             Some("llama" | "mistral" | "qwen2" | "qwen3") => llama::read(json),
             Some("gpt2") => gpt2::read(json),
             Some(other) => refuse(format!(
@@ -107,7 +122,40 @@ impl ModelConfig {
                  TinyLlama), \"mistral\", \"qwen2\", \"qwen3\" and \"gpt2\""
             )),
             None => refuse("it has no model_type".into()),
+        }?;
+        config.check_sizes()?;
+        config.max_position_embeddings = config.max_position_embeddings.min(MAX_POSITIONS);
+        Ok(config)
+    }
+
+    /// Refuses sizes that no model has: what is made from them must not fill the memory before the
+    /// weights are looked at.
+    fn check_sizes(&self) -> Result<()> {
+        let Heads {
+            query, channels, ..
+        } = self.heads;
+        let sizes = [
+            ("vocabulary", self.vocab_size, MAX_WIDTH),
+            ("hidden size", self.hidden_size, MAX_WIDTH),
+            ("feed-forward size", self.intermediate_size, MAX_WIDTH),
+            ("attention", query.saturating_mul(channels), MAX_WIDTH),
+            (
+                "number of positions",
+                self.max_position_embeddings,
+                usize::MAX,
+            ),
+        ];
+        check_layers(self.num_hidden_layers)?;
+        for (what, size, most) in sizes {
+            if size == 0 || size > most {
+                return refuse(format!("its {what} of {size} is not that of a model"));
+            }
         }
+        let finite = self.norm_eps.is_finite() && self.initializer_range.is_finite();
+        if !finite || self.norm_eps < 0.0 || self.initializer_range < 0.0 {
+            return refuse("its epsilon or initializer_range is no number of use".into());
+        }
+        Ok(())
     }
 
     /// `config.json` as it goes into the student's folder, with the data type of its weights.

@@ -2,6 +2,7 @@
 //! against differences of its forward pass.
 
 mod composed;
+mod loss;
 mod torch;
 
 use std::collections::BTreeMap;
