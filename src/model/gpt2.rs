@@ -8,16 +8,20 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::config::ModelConfig;
+use super::decoder::{HEAD, Names};
 use super::graph::Graph;
-use super::parameters::{Checked, List, Parameter, Role};
+use super::norm::Norm;
+use super::parameters::{Checked, List};
 use super::projection::Projection;
 use super::weights::Tensors;
 
 const PREFIX: &str = "transformer.";
-const EMBEDDING: &str = "transformer.wte.weight";
-const POSITIONS: &str = "transformer.wpe.weight";
-const FINAL_NORM: &str = "transformer.ln_f";
-const HEAD: &str = "lm_head.weight";
+
+pub(super) const NAMES: Names = Names {
+    embedding: "transformer.wte.weight",
+    positions: Some("transformer.wpe.weight"),
+    norm: ("transformer.ln_f", true),
+};
 
 /// The module that holds queries, keys and values in the files, and its parts in memory.
 const FUSED: &str = ".attn.c_attn.";
@@ -30,17 +34,8 @@ const TURNED: [&str; 3] = [
     ".mlp.c_proj.weight",
 ];
 
-/// A decoder's weights.
-pub struct Gpt2 {
-    embedding: Tensor,
-    positions: Tensor,
-    layers: Vec<Layer>,
-    norm: Norm,
-    head: Tensor,
-    epsilon: f64,
-}
-
-struct Layer {
+/// A layer's weights.
+pub struct Layer {
     ln_1: Norm,
     q: Projection,
     k: Projection,
@@ -51,50 +46,17 @@ struct Layer {
     proj: Projection,
 }
 
-struct Norm {
-    weight: Tensor,
-    bias: Tensor,
-}
-
-impl Norm {
-    fn new(name: &str, weights: &Checked) -> Result<Self> {
-        Ok(Self {
-            weight: weights.get(&format!("{name}.weight"))?,
-            bias: weights.get(&format!("{name}.bias"))?,
-        })
-    }
-
-    fn forward<G: Graph>(&self, graph: &mut G, x: &G::Value, epsilon: f64) -> Result<G::Value> {
-        graph.layer_norm(x, &self.weight, &self.bias, epsilon)
-    }
-}
-
-/// Names and shapes of the weights in memory, in the order of the forward pass.
-pub fn parameters(config: &ModelConfig) -> Vec<Parameter> {
+/// Adds the weights of a layer as they are in memory, in the order of the forward pass.
+pub(super) fn list(list: &mut List, layer: usize, config: &ModelConfig) {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let mut list = List::default();
-    let norm = |list: &mut List, name: &str| {
-        list.add(format!("{name}.weight"), &[hidden], Role::Norm);
-        list.add(format!("{name}.bias"), &[hidden], Role::Bias);
-    };
-    list.add(EMBEDDING, &[config.vocab_size, hidden], Role::Table);
-    let context = config.max_position_embeddings;
-    list.add(POSITIONS, &[context, hidden], Role::Table);
-    for layer in 0..config.num_hidden_layers {
-        let name = |module: &str| module_name(layer, module);
-        norm(&mut list, &name("ln_1"));
-        for part in ["attn.q", "attn.k", "attn.v", "attn.c_proj"] {
-            list.projection(&name(part), [hidden, hidden], true);
-        }
-        norm(&mut list, &name("ln_2"));
-        list.projection(&name("mlp.c_fc"), [inner, hidden], true);
-        list.projection(&name("mlp.c_proj"), [hidden, inner], true);
+    let name = |module: &str| module_name(layer, module);
+    list.norm(&name("ln_1"), hidden, true);
+    for part in ["attn.q", "attn.k", "attn.v", "attn.c_proj"] {
+        list.projection(&name(part), [hidden, hidden], true);
     }
-    norm(&mut list, FINAL_NORM);
-    if !config.tie_word_embeddings {
-        list.add(HEAD, &[config.vocab_size, hidden], Role::Table);
-    }
-    list.into_inner()
+    list.norm(&name("ln_2"), hidden, true);
+    list.projection(&name("mlp.c_fc"), [inner, hidden], true);
+    list.projection(&name("mlp.c_proj"), [hidden, inner], true);
 }
 
 fn module_name(layer: usize, module: &str) -> String {
@@ -158,53 +120,11 @@ fn turned(tensor: &Tensor) -> Result<Tensor> {
     })
 }
 
-impl Gpt2 {
+impl Layer {
     /// # Errors
     /// Where `weights` lack one.
-    pub(super) fn new(config: &ModelConfig, weights: &Checked) -> Result<Self> {
-        let layers = (0..config.num_hidden_layers)
-            .map(|layer| Layer::new(layer, weights))
-            .collect::<Result<_>>()?;
-        let tied = config.tie_word_embeddings;
-        Ok(Self {
-            embedding: weights.get(EMBEDDING)?,
-            positions: weights.get(POSITIONS)?,
-            layers,
-            norm: Norm::new(FINAL_NORM, weights)?,
-            head: weights.get(if tied { EMBEDDING } else { HEAD })?,
-            epsilon: config.norm_eps,
-        })
-    }
-
-    /// The LM head's weight (V x D).
-    pub fn head(&self) -> &Tensor {
-        &self.head
-    }
-
-    /// As [`Llama::hidden`](super::llama::Llama::hidden).
-    ///
-    /// # Errors
-    /// Where an id is past the vocabulary, or the graph fails.
-    pub fn hidden<G: Graph>(
-        &self,
-        graph: &mut G,
-        input_ids: &[u32],
-        positions: &[u32],
-    ) -> Result<G::Value> {
-        let tokens = graph.embed(&self.embedding, input_ids)?;
-        let mut x = graph.add_positions(tokens, &self.positions)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            graph.keep(&x);
-            x = layer.forward(graph, index, x, self.epsilon)?;
-        }
-        let rows = graph.rows(x, positions)?;
-        self.norm.forward(graph, &rows, self.epsilon)
-    }
-}
-
-impl Layer {
-    fn new(layer: usize, weights: &Checked) -> Result<Self> {
-        let norm = |module: &str| Norm::new(&module_name(layer, module), weights);
+    pub(super) fn new(layer: usize, weights: &Checked) -> Result<Self> {
+        let norm = |module: &str| weights.norm(&module_name(layer, module), true);
         let projection = |module: &str| weights.projection(&module_name(layer, module), true);
         Ok(Self {
             ln_1: norm("ln_1")?,
@@ -218,14 +138,12 @@ impl Layer {
         })
     }
 
-    fn forward<G: Graph>(
-        &self,
-        graph: &mut G,
-        index: usize,
-        x: G::Value,
-        epsilon: f64,
-    ) -> Result<G::Value> {
-        let normed = self.ln_1.forward(graph, &x, epsilon)?;
+    /// What the layer with this index makes of `x` (T x D).
+    ///
+    /// # Errors
+    /// Where the graph fails.
+    pub fn forward<G: Graph>(&self, graph: &mut G, index: usize, x: G::Value) -> Result<G::Value> {
+        let normed = self.ln_1.forward(graph, &x)?;
         let q = graph.linear(&normed, &self.q)?;
         let k = graph.linear(&normed, &self.k)?;
         let v = graph.linear(&normed, &self.v)?;
@@ -233,7 +151,7 @@ impl Layer {
         let heads = graph.attention(index, [q, k, v], None)?;
         let x = graph.add_linear(x, &heads, &self.o)?;
         drop(heads);
-        let normed = self.ln_2.forward(graph, &x, epsilon)?;
+        let normed = self.ln_2.forward(graph, &x)?;
         let inner = graph.linear(&normed, &self.fc)?;
         drop(normed);
         let inner = graph.gelu(inner)?;

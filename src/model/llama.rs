@@ -5,136 +5,74 @@
 //! Written once, over [`Graph`]: for training and generation, on every device.
 
 use anyhow::Result;
-use candle_core::Tensor;
 
 use super::config::{LlamaVariant, ModelConfig};
+use super::decoder::Names;
 use super::graph::Graph;
-use super::parameters::{Checked, List, Parameter, Role};
+use super::norm::Norm;
+use super::parameters::{Checked, List};
 use super::projection::Projection;
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const FINAL_NORM: &str = "model.norm.weight";
-const HEAD: &str = "lm_head.weight";
+pub(super) const NAMES: Names = Names {
+    embedding: "model.embed_tokens.weight",
+    positions: None,
+    norm: ("model.norm", false),
+};
 
-/// A decoder's weights.
-pub struct Llama {
-    embedding: Tensor,
-    layers: Vec<Layer>,
-    norm: Tensor,
-    head: Tensor,
-    epsilon: f64,
-}
-
-struct Layer {
-    input_norm: Tensor,
+/// A layer's weights.
+pub struct Layer {
+    input_norm: Norm,
     q: Projection,
     k: Projection,
     v: Projection,
     /// Of every head of queries and of keys.
-    head_norms: Option<[Tensor; 2]>,
+    head_norms: Option<[Norm; 2]>,
     o: Projection,
-    post_attention_norm: Tensor,
+    post_attention_norm: Norm,
     gate: Projection,
     up: Projection,
     down: Projection,
     window: Option<usize>,
 }
 
-/// Names and shapes of the weights, in the order of the forward pass.
-pub fn parameters(config: &ModelConfig, variant: &LlamaVariant) -> Vec<Parameter> {
+/// Adds the weights of a layer, in the order of the forward pass.
+pub(super) fn list(list: &mut List, layer: usize, config: &ModelConfig, variant: &LlamaVariant) {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let (wide, narrow) = (config.heads.query_width(), config.heads.key_value_width());
-    let mut list = List::default();
-    list.add(EMBEDDING, &[config.vocab_size, hidden], Role::Table);
-    for layer in 0..config.num_hidden_layers {
-        let name = |module: &str| module_name(layer, module);
-        let norm = |module: &str| format!("{}.weight", name(module));
-        list.add(norm("input_layernorm"), &[hidden], Role::Norm);
-        let bias = variant.qkv_bias;
-        list.projection(&name("self_attn.q_proj"), [wide, hidden], bias);
-        list.projection(&name("self_attn.k_proj"), [narrow, hidden], bias);
-        list.projection(&name("self_attn.v_proj"), [narrow, hidden], bias);
-        if variant.head_norms {
-            let channels = config.heads.channels;
-            list.add(norm("self_attn.q_norm"), &[channels], Role::Norm);
-            list.add(norm("self_attn.k_norm"), &[channels], Role::Norm);
-        }
-        let bias = variant.output_bias;
-        list.projection(&name("self_attn.o_proj"), [hidden, wide], bias);
-        list.add(norm("post_attention_layernorm"), &[hidden], Role::Norm);
-        let bias = variant.mlp_bias;
-        list.projection(&name("mlp.gate_proj"), [inner, hidden], bias);
-        list.projection(&name("mlp.up_proj"), [inner, hidden], bias);
-        list.projection(&name("mlp.down_proj"), [hidden, inner], bias);
+    let name = |module: &str| module_name(layer, module);
+    list.norm(&name("input_layernorm"), hidden, false);
+    let bias = variant.qkv_bias;
+    list.projection(&name("self_attn.q_proj"), [wide, hidden], bias);
+    list.projection(&name("self_attn.k_proj"), [narrow, hidden], bias);
+    list.projection(&name("self_attn.v_proj"), [narrow, hidden], bias);
+    if variant.head_norms {
+        list.norm(&name("self_attn.q_norm"), config.heads.channels, false);
+        list.norm(&name("self_attn.k_norm"), config.heads.channels, false);
     }
-    list.add(FINAL_NORM, &[hidden], Role::Norm);
-    if !config.tie_word_embeddings {
-        list.add(HEAD, &[config.vocab_size, hidden], Role::Table);
-    }
-    list.into_inner()
+    let bias = variant.output_bias;
+    list.projection(&name("self_attn.o_proj"), [hidden, wide], bias);
+    list.norm(&name("post_attention_layernorm"), hidden, false);
+    let bias = variant.mlp_bias;
+    list.projection(&name("mlp.gate_proj"), [inner, hidden], bias);
+    list.projection(&name("mlp.up_proj"), [inner, hidden], bias);
+    list.projection(&name("mlp.down_proj"), [hidden, inner], bias);
 }
 
 fn module_name(layer: usize, module: &str) -> String {
     format!("model.layers.{layer}.{module}")
 }
 
-impl Llama {
+impl Layer {
     /// # Errors
     /// Where `weights` lack one.
-    pub(super) fn new(
-        config: &ModelConfig,
-        variant: &LlamaVariant,
-        weights: &Checked,
-    ) -> Result<Self> {
-        let layers = (0..config.num_hidden_layers)
-            .map(|layer| Layer::new(layer, variant, weights))
-            .collect::<Result<_>>()?;
-        let tied = config.tie_word_embeddings;
-        Ok(Self {
-            embedding: weights.get(EMBEDDING)?,
-            layers,
-            norm: weights.get(FINAL_NORM)?,
-            head: weights.get(if tied { EMBEDDING } else { HEAD })?,
-            epsilon: config.norm_eps,
-        })
-    }
-
-    /// The LM head's weight (V x D); logits are hidden states times its transpose.
-    pub fn head(&self) -> &Tensor {
-        &self.head
-    }
-
-    /// Hidden states (N x D), ready for the head, of the rows `positions` (N) of the tokens
-    /// `input_ids` (T).
-    ///
-    /// # Errors
-    /// Where an id is past the vocabulary, or the graph fails.
-    pub fn hidden<G: Graph>(
-        &self,
-        graph: &mut G,
-        input_ids: &[u32],
-        positions: &[u32],
-    ) -> Result<G::Value> {
-        let mut x = graph.embed(&self.embedding, input_ids)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            graph.keep(&x);
-            x = layer.forward(graph, index, x, self.epsilon)?;
-        }
-        let rows = graph.rows(x, positions)?;
-        graph.rms_norm(&rows, &self.norm, self.epsilon)
-    }
-}
-
-impl Layer {
-    fn new(layer: usize, variant: &LlamaVariant, weights: &Checked) -> Result<Self> {
-        let norm = |module: &str| weights.get(&format!("{}.weight", module_name(layer, module)));
+    pub(super) fn new(layer: usize, variant: &LlamaVariant, weights: &Checked) -> Result<Self> {
+        let norm = |module: &str| weights.norm(&module_name(layer, module), false);
         let projection = |module: &str, bias: bool| {
             let name = module_name(layer, module);
             weights.projection(&name, bias)
         };
-        let head_norms = || -> Result<[Tensor; 2]> {
-            Ok([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?])
-        };
+        let head_norms =
+            || -> Result<[Norm; 2]> { Ok([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]) };
         Ok(Self {
             input_norm: norm("input_layernorm")?,
             q: projection("self_attn.q_proj", variant.qkv_bias)?,
@@ -150,27 +88,25 @@ impl Layer {
         })
     }
 
-    fn forward<G: Graph>(
-        &self,
-        graph: &mut G,
-        index: usize,
-        x: G::Value,
-        epsilon: f64,
-    ) -> Result<G::Value> {
-        let normed = graph.rms_norm(&x, &self.input_norm, epsilon)?;
+    /// What the layer with this index makes of `x` (T x D).
+    ///
+    /// # Errors
+    /// Where the graph fails.
+    pub fn forward<G: Graph>(&self, graph: &mut G, index: usize, x: G::Value) -> Result<G::Value> {
+        let normed = self.input_norm.forward(graph, &x)?;
         let mut q = graph.linear(&normed, &self.q)?;
         let mut k = graph.linear(&normed, &self.k)?;
         let v = graph.linear(&normed, &self.v)?;
         drop(normed);
         if let Some([q_norm, k_norm]) = &self.head_norms {
-            q = graph.rms_norm(&q, q_norm, epsilon)?;
-            k = graph.rms_norm(&k, k_norm, epsilon)?;
+            q = q_norm.forward(graph, &q)?;
+            k = k_norm.forward(graph, &k)?;
         }
         let (q, k) = (graph.rope(q)?, graph.rope(k)?);
         let heads = graph.attention(index, [q, k, v], self.window)?;
         let x = graph.add_linear(x, &heads, &self.o)?;
         drop(heads);
-        let normed = graph.rms_norm(&x, &self.post_attention_norm, epsilon)?;
+        let normed = self.post_attention_norm.forward(graph, &x)?;
         let gate = graph.linear(&normed, &self.gate)?;
         let up = graph.linear(&normed, &self.up)?;
         drop(normed);

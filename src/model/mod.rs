@@ -14,6 +14,7 @@ pub mod gradients;
 pub mod graph;
 pub mod llama;
 pub mod lora;
+pub mod norm;
 pub mod parameters;
 mod passes;
 pub mod projection;
@@ -122,6 +123,11 @@ impl Model {
     /// Runs in `frame` from now on; a new model runs on the tape where it can.
     pub fn set_frame(&mut self, frame: Frame) {
         self.frame = frame;
+    }
+
+    /// What runs it.
+    pub fn frame(&self) -> Frame {
+        self.frame
     }
 
     /// Computes in `precision` from now on; a new model computes in f32.

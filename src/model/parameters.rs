@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
 
 use super::config::ModelConfig;
+use super::norm::Norm;
 use super::projection::{Adapter, Projection};
 use super::weights::Tensors;
 
@@ -56,6 +57,14 @@ impl List {
         }
     }
 
+    /// `module.weight` (width), and `module.bias` where there is one.
+    pub fn norm(&mut self, module: &str, width: usize, bias: bool) {
+        self.add(format!("{module}.weight"), &[width], Role::Norm);
+        if bias {
+            self.add(format!("{module}.bias"), &[width], Role::Bias);
+        }
+    }
+
     pub fn into_inner(self) -> Vec<Parameter> {
         self.0
     }
@@ -94,6 +103,7 @@ fn normal(random: &mut fastrand::Rng) -> f64 {
 pub(super) struct Checked<'a> {
     tensors: &'a Tensors,
     adapter_scale: f64,
+    norm_eps: f64,
 }
 
 impl<'a> Checked<'a> {
@@ -114,6 +124,7 @@ impl<'a> Checked<'a> {
         Ok(Self {
             tensors,
             adapter_scale: config.adapter_scale,
+            norm_eps: config.norm_eps,
         })
     }
 
@@ -124,10 +135,27 @@ impl<'a> Checked<'a> {
         tensor.with_context(|| format!("{name} is no weight of this architecture"))
     }
 
-    /// The linear layer `module`, with its adapter where it has one.
+    fn bias(&self, module: &str, exists: bool) -> Result<Option<Tensor>> {
+        let bias = exists.then(|| self.get(&format!("{module}.bias")));
+        bias.transpose()
+    }
+
+    /// The norm `module`.
     ///
     /// # Errors
     /// As [`Checked::get`].
+    pub fn norm(&self, module: &str, bias: bool) -> Result<Norm> {
+        Ok(Norm {
+            weight: self.get(&format!("{module}.weight"))?,
+            bias: self.bias(module, bias)?,
+            epsilon: self.norm_eps,
+        })
+    }
+
+    /// The linear layer `module`, with its adapter where it has one.
+    ///
+    /// # Errors
+    /// As [`Checked::get`], and where an adapter lacks its other half.
     pub fn projection(&self, module: &str, bias: bool) -> Result<Projection> {
         let part = |name: &str| self.tensors.get(&format!("{module}.{name}")).cloned();
         let adapter = match (part("lora_A.weight"), part("lora_B.weight")) {
@@ -136,14 +164,12 @@ impl<'a> Checked<'a> {
                 b,
                 scale: self.adapter_scale,
             }),
-            _ => None,
+            (None, None) => None,
+            _ => bail!("the adapter of {module} lacks one of its two weights"),
         };
-        let bias = bias
-            .then(|| self.get(&format!("{module}.bias")))
-            .transpose()?;
         Ok(Projection {
             weight: self.get(&format!("{module}.weight"))?,
-            bias,
+            bias: self.bias(module, bias)?,
             adapter,
         })
     }

@@ -35,15 +35,19 @@ pub fn of(train: &Train) -> Result<Device> {
         )));
     }
     open(kind).map_err(|error| {
-        // Its other lines are a backtrace, where one is asked for.
-        let error = error.to_string();
         Exit::Usage(format!(
             "train.device = \"{name}\" does not answer: {}; is there a GPU with its driver? \
              train.device = \"cpu\" trains without",
-            error.lines().next().unwrap_or_default()
+            first_line(&error)
         ))
         .into()
     })
+}
+
+/// Its other lines are a backtrace, where one is asked for.
+fn first_line(error: &candle_core::Error) -> String {
+    let text = error.to_string();
+    text.lines().next().unwrap_or_default().to_owned()
 }
 
 fn open(kind: config::Device) -> candle_core::Result<Device> {
@@ -74,12 +78,20 @@ pub fn resolved(train: &Train) -> Train {
 /// A GPU that this program was built for, where there is one.
 fn kind(train: &Train) -> config::Device {
     use config::Device::{Auto, Cpu, Cuda, Metal};
-    match train.device {
-        Auto if cfg!(feature = "cuda") && open(Cuda).is_ok() => Cuda,
-        Auto if cfg!(feature = "metal") && open(Metal).is_ok() => Metal,
-        Auto => Cpu,
-        given => given,
+    if train.device != Auto {
+        return train.device;
     }
+    for (built, kind) in [
+        (cfg!(feature = "cuda"), Cuda),
+        (cfg!(feature = "metal"), Metal),
+    ] {
+        match built.then(|| open(kind)) {
+            Some(Ok(_)) => return kind,
+            Some(Err(error)) => tracing::warn!("no GPU, so the CPU: {}", first_line(&error)),
+            None => {}
+        }
+    }
+    Cpu
 }
 
 /// The number type of [`resolved`] settings.

@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Var};
 
 use super::student::{self, Student};
-use crate::model::Model;
 use crate::model::weights::{self, Tensors};
+use crate::model::{Frame, Model};
 use crate::ops::average::average;
 
 /// The average of the trained weights, as a model to evaluate.
@@ -45,11 +45,12 @@ impl Ema {
         let decay = self.decay.min((1.0 + step as f64) / (10.0 + step as f64));
         for (name, var) in &self.vars {
             let value = student.vars.get(name).context("the student has changed")?;
-            if var.device().is_cpu() {
-                average(var.as_tensor(), value.as_tensor(), decay as f32)?;
-            } else {
-                let past = (var.as_tensor() * decay)?;
-                var.set(&(past + (value.as_tensor() * (1.0 - decay))?)?.detach())?;
+            match student.model.frame() {
+                Frame::Tape => average(var.as_tensor(), value.as_tensor(), decay as f32)?,
+                Frame::Composed => {
+                    let past = (var.as_tensor() * decay)?;
+                    var.set(&(past + (value.as_tensor() * (1.0 - decay))?)?.detach())?;
+                }
             }
         }
         Ok(())

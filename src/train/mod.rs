@@ -106,7 +106,7 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
     let parameters = Parameters::of(&student);
     let averaged = settings.ema_decay > 0.0;
     let mut parts = Parts {
-        optimizer: Optimizer::new(&student.vars, &student::patterns(&settings.no_decay)?)?,
+        optimizer: Optimizer::new(&student, &student::patterns(&settings.no_decay)?)?,
         ema: averaged
             .then(|| Ema::new(&student, settings.ema_decay))
             .transpose()?,

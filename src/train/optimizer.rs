@@ -8,7 +8,9 @@ use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 use regex::Regex;
 
+use super::student::Student;
 use crate::config::Train;
+use crate::model::Frame;
 use crate::model::gradients::Gradients;
 use crate::model::weights::{Entry, File};
 use crate::ops::arena::{Arena, Buffer};
@@ -33,9 +35,9 @@ struct Parameter {
 
 /// The running means of the gradient and of its square.
 enum Moments {
-    /// Of a parameter on the CPU.
+    /// Where the tape runs.
     Here([Buffer; 2]),
-    /// On the device of their parameter.
+    /// Where candle's operations do: on the device of their parameter.
     Elsewhere([Tensor; 2]),
 }
 
@@ -46,20 +48,19 @@ enum Given<'a> {
 }
 
 impl Optimizer {
-    /// Zero moments for the given variables. Weights of norms and biases are left out of the decay,
+    /// Zero moments for the student's variables. Weights of norms and biases are left out of the decay,
     /// as is the custom, and those that a pattern of `no_decay` finds.
     ///
     /// # Errors
     /// Where there is no memory.
-    pub fn new(vars: &BTreeMap<String, Var>, no_decay: &[Regex]) -> Result<Self> {
+    pub fn new(student: &Student, no_decay: &[Regex]) -> Result<Self> {
         // Apart from the memory of the passes: what stays must not lie between what comes and goes.
         let arena = Arena::default();
         let parameter = |(name, var): (&String, &Var)| {
-            let moments = if var.device().is_cpu() {
-                let zeros = || arena.zeros(var.elem_count());
-                Moments::Here([zeros()?, zeros()?])
-            } else {
-                Moments::Elsewhere([var.zeros_like()?, var.zeros_like()?])
+            let zeros = || arena.zeros(var.elem_count());
+            let moments = match student.model.frame() {
+                Frame::Tape => Moments::Here([zeros()?, zeros()?]),
+                Frame::Composed => Moments::Elsewhere([var.zeros_like()?, var.zeros_like()?]),
             };
             Ok(Parameter {
                 name: name.clone(),
@@ -69,7 +70,7 @@ impl Optimizer {
             })
         };
         Ok(Self {
-            parameters: vars.iter().map(parameter).collect::<Result<_>>()?,
+            parameters: student.vars.iter().map(parameter).collect::<Result<_>>()?,
             step: 0,
         })
     }
@@ -203,14 +204,7 @@ impl Parameter {
             (Moments::Elsewhere(moments), Given::Elsewhere(tensor)) => {
                 adamw::composed(&self.var, tensor, moments, step)?;
             }
-            // The operations were composed, on the CPU.
-            (Moments::Here([first, second]), Given::Elsewhere(tensor)) => {
-                let tensor = tensor.contiguous()?;
-                adamw::adamw(&self.var, &Values::of(&tensor)?, first, second, step)?;
-            }
-            (Moments::Elsewhere(_), Given::Here(_)) => {
-                bail!("the gradient of {} is on another device", self.name);
-            }
+            _ => bail!("the gradient of {} is in another frame", self.name),
         }
         Ok(())
     }

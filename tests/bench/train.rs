@@ -153,7 +153,7 @@ fn time(case: &Case) -> Result<()> {
     };
     let mut student = Student::new(config.clone(), random_weights(&config, 0)?, adapters, &[])?;
     student.model.set_precision(case.precision);
-    let mut optimizer = Optimizer::new(&student.vars, &[])?;
+    let mut optimizer = Optimizer::new(&student, &[])?;
     let mut gradients = student.model.gradients();
     let batch = case.random_batch();
     let settings = config::Train::default();

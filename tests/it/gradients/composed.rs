@@ -5,17 +5,19 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor, Var};
 use distill::config::Train;
+use distill::model::Frame;
 use distill::model::composed::Composed;
 use distill::model::gradients::Gradients;
 use distill::model::graph::Graph;
 use distill::model::projection::Projection;
 use distill::model::tape::{Keys, Memory, Setting, Tape};
-use distill::model::{Frame, weights::Tensors};
+use distill::model::weights::{self, Tensors};
 use distill::ops::adamw::{self, Step};
 use distill::ops::arena::Arena;
 use distill::ops::attention::Heads;
 use distill::ops::matmul::Precision;
 use distill::ops::rope::RopeTable;
+use distill::train::ema::Ema;
 use distill::train::loss::Weights;
 use distill::train::objective;
 use distill::train::optimizer::Optimizer;
@@ -140,12 +142,19 @@ fn windows_biases_and_norms_of_heads_agree_with_candle() {
     }
 }
 
-/// The losses of some steps, whichever operations compute them.
-fn losses(frame: Frame) -> Vec<f64> {
+/// What some steps leave, whichever operations compute them.
+struct Trained {
+    losses: Vec<f64>,
+    average: Tensors,
+    moments: Tensors,
+}
+
+fn train(frame: Frame) -> Trained {
     let (config, tensors) = tiny(true);
     let mut student = Student::new(config, tensors, Tensors::new(), &[]).unwrap();
     student.model.set_frame(frame);
-    let mut optimizer = Optimizer::new(&student.vars, &[]).unwrap();
+    let mut optimizer = Optimizer::new(&student, &[]).unwrap();
+    let ema = Ema::new(&student, 0.5).unwrap();
     let mut gradients = student.model.gradients();
     let batch = joined(&examples());
     let settings = Train {
@@ -157,26 +166,53 @@ fn losses(frame: Frame) -> Vec<f64> {
         label_smoothing: 0.0,
         scale: 1.0 / batch.positions.len() as f32,
     };
-    let mut step = || {
+    let mut step = |number: u64| {
         let model = &student.model;
         let pass = objective::gradients(model, &batch, weights, Memory::Record, &mut gradients);
         let norm = optimizer.gradient_norm(&gradients).unwrap();
         optimizer.update(&settings, 1e-2, norm, &gradients).unwrap();
+        ema.update(&student, number).unwrap();
         gradients.clear();
         pass.unwrap().0
     };
-    (0..8).map(|_| step()).collect()
+    let losses = (1..=8).map(&mut step).collect();
+
+    // Through a file and back, as a checkpoint goes.
+    let dir = tempfile::tempdir().unwrap();
+    let [path, again] = ["a", "b"].map(|name| dir.path().join(name));
+    weights::write(&path, optimizer.state().unwrap()).unwrap();
+    let mut restored = Optimizer::new(&student, &[]).unwrap();
+    weights::with_file(&path, |file| restored.restore(file, 8)).unwrap();
+    weights::write(&again, restored.state().unwrap()).unwrap();
+    assert!(std::fs::read(&path).unwrap() == std::fs::read(again).unwrap());
+    Trained {
+        losses,
+        average: ema.tensors().unwrap(),
+        moments: weights::load_file(&path).unwrap(),
+    }
 }
 
 #[test]
 fn a_training_in_composed_operations_goes_the_same_way() {
-    let (tape, composed) = (losses(Frame::Tape), losses(Frame::Composed));
-    assert!(tape[7] < 0.9 * tape[0], "{tape:?}");
-    for (tape, composed) in tape.iter().zip(&composed) {
+    let (tape, composed) = (train(Frame::Tape), train(Frame::Composed));
+    assert!(tape.losses[7] < 0.9 * tape.losses[0], "{:?}", tape.losses);
+    for (tape, composed) in tape.losses.iter().zip(&composed.losses) {
         assert!(
             (tape - composed).abs() < 1e-3 * tape,
             "{tape} and {composed}"
         );
+    }
+    for (tape, composed) in [
+        (&tape.average, &composed.average),
+        (&tape.moments, &composed.moments),
+    ] {
+        assert!(tape.keys().eq(composed.keys()));
+        for ((name, tape), composed) in tape.iter().zip(composed.values()) {
+            let [a, b] =
+                [tape, composed].map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            let difference = difference(&a, &b);
+            assert!(difference < 1e-2, "{name} differs by {difference:e}");
+        }
     }
 }
 
