@@ -106,6 +106,9 @@ pub struct TrainArgs {
     /// Remove the checkpoints that are there and start over
     #[arg(long)]
     pub fresh: bool,
+    /// Train on logprobs that do not fit the answers that they came with, too
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -131,7 +131,11 @@ pub fn run(options: &Options, quiet: bool) -> Result<Outcome> {
         let config = command("train", name)?;
         let started = checkpoint::latest(&config.run_dir.join("checkpoints"))?.is_some();
         let start = if started { Start::Resume } else { Start::Ask };
-        train::run(&config, start, quiet)?;
+        let options = train::Options {
+            quiet,
+            ..start.into()
+        };
+        train::run(&config, options)?;
     }
     let mut models = Vec::new();
     let names = STUDENTS.map(|(name, title, _)| (name, title));

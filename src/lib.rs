@@ -35,7 +35,7 @@
 //!
 //! 1. `harvest` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
 //! 2. `harvest::{request, plan, shard, retry, cost, budget, record, schedule}`, `cache::recovery`,
-//!    `data::{align, chat_template}` and `train::{loss, schedule}` are pure: no clock, file, network
+//!    `data::{align, chat_template, gate, sampling}` and `train::{loss, schedule}` are pure: no clock, file, network
 //!    or random number that is not an argument.
 //! 3. An acknowledged record is never changed or lost.
 //! 4. Every trainable parameter receives a gradient, and no sum depends on the number of threads.

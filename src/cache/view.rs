@@ -71,6 +71,11 @@ impl<'a> RecordView<'a> {
         })
     }
 
+    /// The parameters of the request, other than model and messages.
+    pub fn params(&self) -> Value {
+        serde_json::from_str(&self.request.params).unwrap_or_default()
+    }
+
     /// The messages that were sent; or, where they are more than roles and texts, the request's
     /// parameters, which hold them.
     pub fn take_messages(&mut self) -> Result<Vec<Message>, Value> {

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::cli::{Global, TrainArgs};
 use crate::terminal::{format_count, sanitise, table};
-use crate::train::{self, Start};
+use crate::train::{self, Options, Start};
 
 /// Trains the student and prints where it is and how it did.
 pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
@@ -15,7 +15,12 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         (_, true) => Start::Fresh,
         _ => Start::Ask,
     };
-    let summary = train::run(&config, start, global.json)?;
+    let options = Options {
+        start,
+        force: args.force,
+        quiet: global.json,
+    };
+    let summary = train::run(&config, options)?;
     if global.json {
         return super::print_json(&json!({ "version": 1, "summary": summary }));
     }

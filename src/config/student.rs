@@ -91,6 +91,14 @@ pub struct Loss {
     pub kd: Kd,
     /// lambda: the share of the soft-label term where a position has soft labels.
     pub kd_weight: f64,
+    /// The weight of the likelihoods of chunks that several tokens of the teacher spell.
+    pub alm_weight: f64,
+    /// tau, for `kd = "temperature"`.
+    pub temperature: f64,
+    /// For `kd = "jsd"`: near 0 it is the forward KL, near 1 the reverse one.
+    pub beta: f64,
+    /// For `kd = "skew_kl"` and "skew_reverse_kl": how much of one side is mixed into the other.
+    pub alpha: f64,
     /// The share of cross-entropy that is taken against the uniform distribution.
     pub label_smoothing: f64,
 }
@@ -100,6 +108,10 @@ impl Default for Loss {
         Self {
             kd: Kd::Tail,
             kd_weight: 0.5,
+            alm_weight: 0.5,
+            temperature: 2.0,
+            beta: 0.5,
+            alpha: 0.1,
             label_smoothing: 0.0,
         }
     }
@@ -110,8 +122,32 @@ impl Default for Loss {
 pub enum Kd {
     /// Cross-entropy on the answers alone.
     None,
+    /// `Unbiased` for the answers whose sampling settings allow it, `Tail` for the others.
+    Auto,
     /// KL on the teacher's top-k plus one bucket for all the rest.
     Tail,
+    /// `Tail`, with the emitted token as a sample of what is in the bucket.
+    Unbiased,
+    /// The top-k at a temperature, and the bucket.
+    Temperature,
+    ReverseKl,
+    Jsd,
+    SkewKl,
+    SkewReverseKl,
+    /// Total variation distance.
+    Tvd,
+    /// For comparison: the teacher's top-k as if it were all there is.
+    Renormalize,
+    /// For comparison: the same on both sides.
+    RenormalizeBoth,
+}
+
+impl Kd {
+    /// As the config file spells it.
+    pub fn name(self) -> String {
+        let value = serde_json::to_value(self).unwrap_or_default();
+        value.as_str().unwrap_or_default().to_owned()
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -29,6 +29,22 @@ pub fn validate(config: &Config) -> Result<()> {
         "loss.kd_weight must lie between 0 and 1",
     )?;
     check(
+        config.loss.alm_weight.is_finite() && config.loss.alm_weight >= 0.0,
+        "loss.alm_weight must be finite and not negative",
+    )?;
+    check(
+        config.loss.temperature.is_finite() && config.loss.temperature > 0.0,
+        "loss.temperature must be above 0",
+    )?;
+    check(
+        0.0 < config.loss.beta && config.loss.beta < 1.0,
+        "loss.beta must lie between 0 and 1, and be neither: kd = \"tail\" and \"reverse_kl\" are its ends",
+    )?;
+    check(
+        share(config.loss.alpha) && config.loss.alpha < 1.0,
+        "loss.alpha must be at least 0 and below 1",
+    )?;
+    check(
         share(config.loss.label_smoothing) && config.loss.label_smoothing < 1.0,
         "loss.label_smoothing must be at least 0 and below 1",
     )?;

@@ -26,6 +26,15 @@ pub struct Batch {
     pub soft_offsets: Vec<usize>,
     pub soft_ids: Vec<u32>,
     pub soft_logprobs: Vec<f32>,
+    /// The logprob of a label that the teacher emitted from outside its top-k, -inf where it is not
+    /// known (N; or empty, where there are none).
+    pub drawn: Vec<Option<f32>>,
+    /// Was the label drawn from the very distribution that the logprobs tell? (N; or empty, where
+    /// none was.)
+    pub exact: Vec<bool>,
+    /// Positions that spell what the teacher cuts into other tokens, in order, with the negative
+    /// log-likelihood of that text under the teacher.
+    pub chunks: Vec<(Range<usize>, f32)>,
     /// Keys of the examples, for error messages (B).
     pub keys: Vec<String>,
 }
@@ -39,6 +48,10 @@ impl Batch {
         };
         for example in examples {
             let (start, soft_start) = (batch.input_ids.len(), batch.soft_ids.len());
+            let first = batch.labels.len();
+            let chunks = example.chunks();
+            let chunks = chunks.map(|(span, nll)| (first + span.start..first + span.end, nll));
+            batch.chunks.extend(chunks);
             batch.input_ids.extend(example.input_ids());
             batch.segments.push(start..batch.input_ids.len());
             batch.keys.push(example.key().to_owned());
@@ -49,6 +62,8 @@ impl Batch {
             }
             batch.soft_ids.extend(example.soft_ids());
             batch.soft_logprobs.extend(example.soft_logprobs());
+            batch.drawn.extend(example.drawn());
+            batch.exact.resize(batch.labels.len(), example.is_exact());
             let ends = example.soft_ends();
             batch.soft_offsets.extend(ends.map(|end| soft_start + end));
         }

@@ -2,6 +2,9 @@
 pub mod align;
 pub mod batch;
 pub mod chat_template;
+pub mod classes;
 pub mod dataset;
+pub mod gate;
 pub mod prepared;
+pub mod sampling;
 pub mod tokenizer;

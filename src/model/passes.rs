@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 use candle_core::{DType, Tensor};
+use std::ops::Range;
 
 use super::composed::{Composed, pass};
 use super::gradients::Gradients;
@@ -9,7 +10,7 @@ use super::tape::{Keys, Memory, Tape};
 use super::{Frame, Input, Model};
 use crate::ops::Values;
 use crate::ops::arena::Buffer;
-use crate::ops::head_loss::{self, CHUNK};
+use crate::ops::head_loss::{self, CHUNK, Units};
 use crate::ops::matmul::Precision;
 
 impl Model {
@@ -18,9 +19,10 @@ impl Model {
         Gradients::new(self.arena.clone())
     }
 
-    /// One training pass: calls `row` with the index and the logits (V) of each position, which it
-    /// turns into their gradient, adds the gradients of all variables to `gradients`, and returns
-    /// what `row` said, in order. No more than a chunk of logits exists at a time.
+    /// One training pass: calls `rows` with the indices and the logits (n x V) of each unit of
+    /// positions, which it turns into their gradient, adds the gradients of all variables to
+    /// `gradients`, and returns what `rows` said, in order. No more than a chunk of logits exists at a
+    /// time.
     ///
     /// `memory` is [`Memory::Record`] or [`Memory::Checkpoint`]; only the tape heeds it.
     ///
@@ -29,13 +31,14 @@ impl Model {
     pub fn train_pass<R: Send>(
         &self,
         input: Input,
+        units: &Units,
         memory: Memory,
-        row: impl Fn(usize, &mut [f32]) -> R + Sync,
+        rows: impl Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync,
         gradients: &mut Gradients,
     ) -> Result<Vec<R>> {
         if self.frame == Frame::Composed {
             let hidden = self.composed_hidden(input)?;
-            return pass::train_pass(&hidden, self.head(), row, gradients);
+            return pass::train_pass(&hidden, self.head(), units, rows, gradients);
         }
         self.check(&input)?;
         let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, memory);
@@ -50,7 +53,8 @@ impl Model {
             let dweight = gradients.of(self.decoder.head())?;
             let weight = Values::of(self.decoder.head())?;
             let to = (&mut *dhidden, dweight);
-            head_loss::head_loss(head, &hidden, &weight, &mut logits, row, to)
+            let hidden = (&hidden[..], units);
+            head_loss::head_loss(head, hidden, &weight, &mut logits, rows, to)
         };
         drop(hidden);
         tape.backward(root, dhidden, gradients)?;

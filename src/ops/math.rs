@@ -32,6 +32,12 @@ pub fn exp(x: f32) -> f32 {
     (p * f * f + f + 1.0) * f32::from_bits(n.wrapping_add(127) << 23)
 }
 
+/// ln(e^a + e^b)
+pub fn logaddexp(a: f32, b: f32) -> f32 {
+    let (low, high) = if a < b { (a, b) } else { (b, a) };
+    high + (low - high).exp().ln_1p()
+}
+
 /// 1 / (1 + e^-x)
 #[inline(always)]
 pub fn sigmoid(x: f32) -> f32 {
@@ -60,12 +66,18 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// The sum of `values`, in eight running sums like [`dot`].
 #[inline(always)]
 pub fn sum(values: &[f32]) -> f32 {
+    sum_of(values, |value| value)
+}
+
+/// The sum of what `f` makes of `values`.
+#[inline(always)]
+pub fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut sums = [0.0f32; LANES];
     let chunks = values.chunks_exact(LANES);
-    let tail: f32 = chunks.remainder().iter().sum();
+    let tail: f32 = chunks.remainder().iter().map(|&value| f(value)).sum();
     for chunk in chunks {
         for lane in 0..LANES {
-            sums[lane] += chunk[lane];
+            sums[lane] += f(chunk[lane]);
         }
     }
     sums.iter().sum::<f32>() + tail

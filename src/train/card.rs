@@ -11,8 +11,9 @@ pub fn text(config: &Config, architecture: &str, summary: &Summary) -> String {
     };
     let loss = match config.loss.kd {
         Kd::None => "cross-entropy on the answers".to_string(),
-        Kd::Tail => format!(
-            "cross-entropy and top-k KL divergence (`tail`, weight {})",
+        kd => format!(
+            "cross-entropy and the teacher's top-k (`{}`, weight {})",
+            kd.name(),
             config.loss.kd_weight
         ),
     };

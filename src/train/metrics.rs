@@ -17,8 +17,12 @@ pub struct Sums {
     pub label_hits: u64,
     /// Positions with soft labels.
     pub soft_positions: u64,
+    /// What soft labels add to the loss.
     pub kd: f64,
+    pub kl: f64,
     pub teacher_hits: u64,
+    pub chunks: u64,
+    pub alm: f64,
 }
 
 impl Sums {
@@ -28,9 +32,12 @@ impl Sums {
             self.positions += 1;
             self.ce += f64::from(row.ce);
             self.label_hits += u64::from(row.top1_is_label);
-            if let (Some(kd), Some(hit)) = (row.kd, row.top1_is_teachers) {
+            self.chunks += u64::from(row.alm.is_some());
+            self.alm += f64::from(row.alm.unwrap_or_default());
+            if let (Some(kd), Some(kl), Some(hit)) = (row.kd, row.kl, row.top1_is_teachers) {
                 self.soft_positions += 1;
                 self.kd += f64::from(kd);
+                self.kl += f64::from(kl);
                 self.teacher_hits += u64::from(hit);
             }
         }
@@ -44,7 +51,8 @@ impl Sums {
             ce: mean(self.ce, self.positions),
             perplexity: mean(self.ce, self.positions).map(f64::exp),
             token_accuracy: mean(self.label_hits as f64, self.positions),
-            kl: mean(self.kd, self.soft_positions),
+            kl: mean(self.kl, self.soft_positions),
+            alm: mean(self.alm, self.chunks),
             teacher_agreement: mean(self.teacher_hits as f64, self.soft_positions),
         }
     }
@@ -63,6 +71,10 @@ pub struct Means {
     pub token_accuracy: Option<f64>,
     /// KL divergence to the teacher on its top-k and the tail, in nats.
     pub kl: Option<f64>,
+    /// Mean over the chunks that several tokens of the teacher spell: how far their likelihoods are
+    /// apart, in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alm: Option<f64>,
     /// Share of positions whose most likely token is the teacher's.
     pub teacher_agreement: Option<f64>,
 }

@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod objective;
 pub mod optimizer;
 pub mod schedule;
+pub mod soft_labels;
 pub mod step;
 pub mod student;
 
@@ -71,11 +72,31 @@ pub struct Summary {
     pub data: dataset::Report,
 }
 
+/// How a run goes about it.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    pub start: Start,
+    /// Train on soft labels that do not belong to their answers, too.
+    pub force: bool,
+    pub quiet: bool,
+}
+
+impl From<Start> for Options {
+    /// Without a word.
+    fn from(start: Start) -> Self {
+        Self {
+            start,
+            force: false,
+            quiet: true,
+        }
+    }
+}
+
 /// Trains the student of `config` to the end, or to the next signal, and writes its folder.
 ///
 /// # Errors
 /// Where data or student do not load, a number stops being finite, or a file cannot be written.
-pub fn run(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
+pub fn run(config: &Config, options: Options) -> Result<Summary> {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(config.train.threads)
         .build()
@@ -84,10 +105,15 @@ pub fn run(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         train: device::resolved(&config.train),
         ..config.clone()
     };
-    pool.install(|| train(&config, start, quiet))
+    pool.install(|| train(&config, options))
 }
 
-fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
+fn train(config: &Config, options: Options) -> Result<Summary> {
+    let Options {
+        start,
+        force,
+        quiet,
+    } = options;
     let settings = &config.train;
     let stop = StopFlag::watch()?;
     let tokenizer = Tokenizer::load(&config.student.path)?;
@@ -98,6 +124,7 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         stop.check()
     })?;
     drop(reading);
+    let soft_labels = soft_labels::choose(&config.loss, &data.report, force)?;
     let (train, validation) = (data.train(), data.validation());
     let total = total_steps(config, train.len());
     let frozen = student.hash_of_frozen()?;
@@ -131,8 +158,11 @@ fn train(config: &Config, start: Start, quiet: bool) -> Result<Summary> {
         config,
         first_step,
     ));
+    if let Some(note) = &soft_labels.note {
+        progress.note(note);
+    }
     let (began, began_tokens) = (Instant::now(), tokens);
-    let mut stepper = Stepper::new(config, &parts);
+    let mut stepper = Stepper::new(config, soft_labels.divergence, &parts);
     let evaluate = |parts: &Parts| {
         let model = parts
             .ema

@@ -1,7 +1,10 @@
 //! A batch through the model and the loss: with gradients for training, without for evaluation.
 
+use std::ops::Range;
+
 use anyhow::Result;
 
+use super::loss::divergence::Divergence;
 use super::loss::{self, Row, RowLoss, Weights};
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
@@ -9,6 +12,7 @@ use crate::data::dataset::Examples;
 use crate::model::gradients::Gradients;
 use crate::model::tape::Memory;
 use crate::model::{Input, Model};
+use crate::ops::head_loss::Units;
 
 /// Adds the gradients of a micro-batch to `gradients`; returns its loss and the unscaled terms of
 /// its positions.
@@ -22,8 +26,24 @@ pub fn gradients(
     memory: Memory,
     gradients: &mut Gradients,
 ) -> Result<(f64, Vec<RowLoss>)> {
-    let row = |n: usize, logits: &mut [f32]| loss::row(logits, target(batch, n), weights);
-    let rows = model.train_pass(input(batch), memory, row, gradients)?;
+    let spans: Vec<Range<usize>> = match weights.alm > 0.0 {
+        true => batch.chunks.iter().map(|chunk| chunk.0.clone()).collect(),
+        false => Vec::new(),
+    };
+    let units = Units::new(batch.labels.len(), &spans);
+    let rows = |positions: Range<usize>, logits: &mut [f32]| {
+        let found = batch
+            .chunks
+            .binary_search_by_key(&positions.start, |chunk| chunk.0.start);
+        match found {
+            Ok(at) if !spans.is_empty() => {
+                let rows: Vec<Row> = positions.map(|n| target(batch, n)).collect();
+                loss::chunk(logits, &rows, batch.chunks[at].1, weights)
+            }
+            _ => vec![loss::row(logits, target(batch, positions.start), weights)],
+        }
+    };
+    let rows = model.train_pass(input(batch), &units, memory, rows, gradients)?;
     let loss: f64 = rows.iter().map(|row| f64::from(row.loss)).sum();
     Ok((loss * f64::from(weights.scale), rows))
 }
@@ -43,6 +63,9 @@ fn target(batch: &Batch, n: usize) -> Row<'_> {
         label: batch.labels[n],
         soft_ids: &batch.soft_ids[soft.clone()],
         soft_logprobs: &batch.soft_logprobs[soft],
+        drawn: batch.drawn.get(n).copied().flatten(),
+        exact: batch.exact.get(n).copied().unwrap_or_default(),
+        chunk: 0.0,
     }
 }
 
@@ -53,6 +76,8 @@ fn target(batch: &Batch, n: usize) -> Row<'_> {
 pub fn evaluate(model: &Model, examples: Examples, batch_size: usize) -> Result<Means> {
     let weights = Weights {
         kd: 0.0,
+        divergence: [Divergence::Tail; 2],
+        alm: 0.0,
         label_smoothing: 0.0,
         scale: 1.0,
     };

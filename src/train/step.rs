@@ -4,9 +4,10 @@ use anyhow::{Result, bail};
 
 use super::checkpoint::Parts;
 use super::loss::Weights;
+use super::loss::divergence::Divergence;
 use super::metrics::Sums;
 use super::objective;
-use crate::config::{Config, Kd, Train};
+use crate::config::{Config, Train};
 use crate::data::batch::{Batch, micro_batches};
 use crate::data::prepared::ExampleView;
 use crate::model::gradients::Gradients;
@@ -33,15 +34,15 @@ pub struct Taken {
 }
 
 impl<'a> Stepper<'a> {
-    pub fn new(config: &'a Config, parts: &Parts) -> Self {
-        let kd = match config.loss.kd {
-            Kd::None => 0.0,
-            Kd::Tail => config.loss.kd_weight as f32,
-        };
+    /// With `divergence` of [`soft_labels`](super::soft_labels).
+    pub fn new(config: &'a Config, divergence: Option<[Divergence; 2]>, parts: &Parts) -> Self {
+        let kd = divergence.map_or(0.0, |_| config.loss.kd_weight as f32);
         Self {
             settings: &config.train,
             weights: Weights {
                 kd,
+                divergence: divergence.unwrap_or([Divergence::Tail; 2]),
+                alm: divergence.map_or(0.0, |_| config.loss.alm_weight as f32),
                 label_smoothing: config.loss.label_smoothing as f32,
                 // Each step sets its own.
                 scale: 1.0,

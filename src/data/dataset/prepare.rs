@@ -14,6 +14,7 @@ use super::{OnProgress, prompt_hash};
 use crate::config;
 use crate::data::align::{Aligned, Mapper};
 use crate::data::prepared::{Entry, Example, Part, Sink, Writer};
+use crate::data::sampling::Sampling;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 
@@ -182,14 +183,21 @@ impl Preparing<'_> {
         if let Some(reason) = ready.ce_only {
             increment(&mut report.ce_only, reason);
         }
-        let soft = (0..ready.soft.len()).filter(|&at| !ready.soft.soft(at).0.is_empty());
-        report.soft_positions += soft.count() as u64;
+        report.gate.count(row.sampling, ready.soft.agreement);
+        report.classes.add(ready.soft.classes);
+        let soft = (0..ready.soft.len()).filter(|&at| ready.soft.is_soft(at));
+        let soft_positions = soft.count() as u64;
+        report.soft_positions += soft_positions;
+        let exact = row.sampling == Sampling::Exact;
+        report.with_soft_labels += u64::from(soft_positions > 0);
+        report.exact += u64::from(soft_positions > 0 && exact);
         let example = Example {
             key: &row.key,
             input_ids: &ready.input_ids,
             labels: &ready.labels,
             soft: &ready.soft,
             answer: ready.answer,
+            exact,
         };
         let order = if self.in_file { "" } else { &*row.key };
         part.push(

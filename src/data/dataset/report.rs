@@ -5,6 +5,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::classes::Classes;
+use crate::data::gate::Gate;
+
 /// Counts of rows and positions, for the user and for `--json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -23,9 +26,21 @@ pub struct Report {
     /// Supervised positions, and those of them with soft labels.
     pub positions: u64,
     pub soft_positions: u64,
+    /// Kept answers with soft labels, and those of them that were drawn from the very distribution
+    /// that their logprobs tell.
+    #[serde(default)]
+    pub with_soft_labels: u64,
+    #[serde(default)]
+    pub exact: u64,
     /// The share of the teacher's probability that lies on student tokens, where there are soft
     /// labels; the rest is the tail.
     pub mean_mapped_mass: f64,
+    /// How often the teacher's most likely token is what it emitted, beside what its probability says.
+    #[serde(default)]
+    pub gate: Gate,
+    /// The same through the map to the student's tokens, by the kind of the token.
+    #[serde(default)]
+    pub classes: Classes,
 }
 
 impl Report {
@@ -36,6 +51,10 @@ impl Report {
         self.tokens += other.tokens;
         self.positions += other.positions;
         self.soft_positions += other.soft_positions;
+        self.with_soft_labels += other.with_soft_labels;
+        self.exact += other.exact;
+        self.gate.add(other.gate);
+        self.classes.add(other.classes);
         for (mine, others) in [
             (&mut self.dropped, other.dropped),
             (&mut self.ce_only, other.ce_only),
@@ -77,6 +96,20 @@ impl fmt::Display for Report {
         )?;
         if self.soft_positions > 0 {
             write!(f, ", mapped mass {:.3}", self.mean_mapped_mass)?;
+        }
+        if self.gate.exact.positions > 0 {
+            let gate = &self.gate.exact;
+            write!(
+                f,
+                "\nteacher's most likely token emitted: {:.2} % of {}, {:.2} % expected",
+                100.0 * gate.rate(),
+                gate.positions,
+                100.0 * gate.expected(),
+            )?;
+        }
+        let classes = self.classes.to_string();
+        if !classes.is_empty() {
+            write!(f, "\nthrough the map: {classes}")?;
         }
         if !self.ce_only.is_empty() {
             write!(f, "\ncross-entropy only: {}", by_reason(&self.ce_only))?;

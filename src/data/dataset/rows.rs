@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::cache::record::{Record, Status};
 use crate::cache::view::{LogprobsView, RecordView};
 use crate::config;
+use crate::data::sampling::Sampling;
 use crate::prompt::Message;
 
 /// A conversation that ends in an answer.
@@ -21,6 +22,8 @@ pub struct Row<'a> {
     pub every_answer: bool,
     /// Did the teacher end its answer? If it was cut off, the student must not learn to end there.
     pub ended: bool,
+    /// How the last answer was drawn.
+    pub sampling: Sampling,
     /// Of the last answer.
     pub logprobs: Option<LogprobsView<'a>>,
 }
@@ -31,6 +34,7 @@ pub fn of_record<'a>(
     settings: &config::Data,
 ) -> Result<Row<'a>, String> {
     is_wanted(record.status, &record.answer.finish_reason, settings)?;
+    let sampling = Sampling::of(&record.params());
     let messages = record.take_messages();
     let messages = messages.or_else(|request| messages_of_request(&request).ok_or(NO_TEXT));
     let mut messages = messages?;
@@ -48,6 +52,7 @@ pub fn of_record<'a>(
         messages,
         every_answer: false,
         ended,
+        sampling,
         logprobs: record.logprobs,
     })
 }
@@ -125,6 +130,7 @@ pub fn of_line(line: &str, number: u64) -> Result<Row<'static>> {
         messages: line.messages,
         every_answer: true,
         ended: true,
+        sampling: Sampling::Unknown,
         logprobs: None,
     })
 }

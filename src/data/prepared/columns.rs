@@ -19,6 +19,8 @@ pub struct Example<'a> {
     /// The soft labels of the answer whose first token is `answer`.
     pub soft: &'a Aligned,
     pub answer: usize,
+    /// Was that answer drawn from the very distribution that its logprobs tell?
+    pub exact: bool,
 }
 
 /// Examples end to end: B of T tokens in all, with N supervised positions and S soft labels.
@@ -37,6 +39,17 @@ pub struct Columns {
     soft_logprobs: Vec<f32>,
     /// (N)
     soft_ends: Vec<u32>,
+    /// The logprob of a label from outside the top-k; see [`Aligned::drawn`]. NaN is none (N).
+    drawn: Vec<f32>,
+    /// Of chunks: their first position, counted in the example's, how many they are, and the
+    /// teacher's negative log-likelihood (C).
+    chunk_starts: Vec<u32>,
+    chunk_lens: Vec<u32>,
+    chunk_nlls: Vec<f32>,
+    /// (B)
+    chunk_ends: Vec<u32>,
+    /// 1 or 0 (B).
+    exact: Vec<u8>,
     /// Bytes of all keys.
     keys: Vec<u8>,
     /// (B)
@@ -52,6 +65,12 @@ pub mod name {
     pub const SOFT_IDS: &str = "soft_ids";
     pub const SOFT_LOGPROBS: &str = "soft_logprobs";
     pub const SOFT_ENDS: &str = "soft_ends";
+    pub const DRAWN: &str = "drawn";
+    pub const CHUNK_STARTS: &str = "chunk_starts";
+    pub const CHUNK_LENS: &str = "chunk_lens";
+    pub const CHUNK_NLLS: &str = "chunk_nlls";
+    pub const CHUNK_ENDS: &str = "chunk_ends";
+    pub const EXACT: &str = "exact";
     pub const KEYS: &str = "keys";
     pub const KEY_ENDS: &str = "key_ends";
 }
@@ -64,7 +83,7 @@ impl Columns {
 
     /// About as many bytes as the file will have.
     pub fn bytes(&self) -> usize {
-        let words = self.input_ids.len() + 2 * self.positions.len() + 2 * self.soft_ids.len();
+        let words = self.input_ids.len() + 3 * self.positions.len() + 2 * self.soft_ids.len();
         4 * words + self.keys.len()
     }
 
@@ -77,6 +96,12 @@ impl Columns {
         self.soft_ids.clear();
         self.soft_logprobs.clear();
         self.soft_ends.clear();
+        self.drawn.clear();
+        self.chunk_starts.clear();
+        self.chunk_lens.clear();
+        self.chunk_nlls.clear();
+        self.chunk_ends.clear();
+        self.exact.clear();
         self.keys.clear();
         self.key_ends.clear();
     }
@@ -88,16 +113,29 @@ impl Columns {
         self.key_ends.push(self.keys.len() as u32);
         self.input_ids.extend_from_slice(example.input_ids);
         self.input_ends.push(self.input_ids.len() as u32);
+        let first_chunk = self.chunk_starts.len();
+        let mut chunks = example.soft.chunks().iter().peekable();
         for at in example.labels.iter().cloned().flatten() {
             self.positions.push(at as u32 - 1);
+            let mut drawn = None;
             if let Some(at) = at.checked_sub(example.answer) {
+                if let Some(chunk) = chunks.next_if(|chunk| chunk.start == at) {
+                    self.chunk_starts
+                        .push((self.positions.len() - first_target - 1) as u32);
+                    self.chunk_lens.push(chunk.len as u32);
+                    self.chunk_nlls.push(chunk.nll);
+                }
                 let (ids, logprobs) = example.soft.soft(at);
                 self.soft_ids.extend_from_slice(ids);
                 self.soft_logprobs.extend_from_slice(logprobs);
+                drawn = example.soft.drawn(at);
             }
+            self.drawn.push(drawn.unwrap_or(f32::NAN));
             self.soft_ends.push(self.soft_ids.len() as u32);
         }
         self.target_ends.push(self.positions.len() as u32);
+        self.chunk_ends.push(self.chunk_starts.len() as u32);
+        self.exact.push(example.exact.into());
 
         let mut hash = Hash::default();
         hash.bytes(example.key.as_bytes());
@@ -107,6 +145,11 @@ impl Columns {
         hash.words(ends.map(|end| end - first_soft as u32));
         hash.words(self.soft_ids[first_soft..].iter().copied());
         hash.words(self.soft_logprobs[first_soft..].iter().map(|l| l.to_bits()));
+        hash.words(self.drawn[first_target..].iter().map(|l| l.to_bits()));
+        hash.words(self.chunk_starts[first_chunk..].iter().copied());
+        hash.words(self.chunk_lens[first_chunk..].iter().copied());
+        hash.words(self.chunk_nlls[first_chunk..].iter().map(|l| l.to_bits()));
+        hash.bytes(&[example.exact.into()]);
         hash.0.finalize()
     }
 
@@ -122,6 +165,9 @@ impl Columns {
             (name::TARGET_ENDS, &self.target_ends),
             (name::SOFT_ENDS, &self.soft_ends),
             (name::KEY_ENDS, &self.key_ends),
+            (name::CHUNK_STARTS, &self.chunk_starts),
+            (name::CHUNK_LENS, &self.chunk_lens),
+            (name::CHUNK_ENDS, &self.chunk_ends),
         ];
         let ids = [
             (name::INPUT_IDS, &self.input_ids),
@@ -130,16 +176,21 @@ impl Columns {
         let (id_type, id_width) = if narrow { ("U16", 2) } else { ("U32", 4) };
         let mut header = Header::default();
         header.add(name::SOFT_LOGPROBS, "F32", 4, self.soft_logprobs.len());
+        header.add(name::DRAWN, "F32", 4, self.drawn.len());
+        header.add(name::CHUNK_NLLS, "F32", 4, self.chunk_nlls.len());
         for (name, values) in words {
             header.add(name, "U32", 4, values.len());
         }
         for (name, values) in ids {
             header.add(name, id_type, id_width, values.len());
         }
+        header.add(name::EXACT, "U8", 1, self.exact.len());
         header.add(name::KEYS, "U8", 1, self.keys.len());
         header.write(out)?;
 
         write_all(out, &self.soft_logprobs, f32::to_le_bytes)?;
+        write_all(out, &self.drawn, f32::to_le_bytes)?;
+        write_all(out, &self.chunk_nlls, f32::to_le_bytes)?;
         for (_, values) in words {
             write_all(out, values, u32::to_le_bytes)?;
         }
@@ -149,6 +200,7 @@ impl Columns {
                 false => write_all(out, values, u32::to_le_bytes)?,
             }
         }
+        out.write_all(&self.exact)?;
         out.write_all(&self.keys)
     }
 }

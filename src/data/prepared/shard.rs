@@ -97,6 +97,12 @@ pub struct Shard {
     soft_ids: Column,
     soft_logprobs: Column,
     soft_ends: Column,
+    drawn: Column,
+    chunk_starts: Column,
+    chunk_lens: Column,
+    chunk_nlls: Column,
+    chunk_ends: Column,
+    exact: Column,
     keys: Column,
     key_ends: Column,
 }
@@ -117,11 +123,28 @@ impl Shard {
             soft_ids: ids(name::SOFT_IDS)?,
             soft_logprobs: column(name::SOFT_LOGPROBS, &[Dtype::F32])?,
             soft_ends: words(name::SOFT_ENDS)?,
+            drawn: column(name::DRAWN, &[Dtype::F32])?,
+            chunk_starts: words(name::CHUNK_STARTS)?,
+            chunk_lens: words(name::CHUNK_LENS)?,
+            chunk_nlls: column(name::CHUNK_NLLS, &[Dtype::F32])?,
+            chunk_ends: words(name::CHUNK_ENDS)?,
+            exact: column(name::EXACT, &[Dtype::U8])?,
             keys: column(name::KEYS, &[Dtype::U8])?,
             key_ends: words(name::KEY_ENDS)?,
             bytes,
         };
-        if shard.target_ends.len() != shard.len() || shard.key_ends.len() != shard.len() {
+        let examples = [
+            &shard.target_ends,
+            &shard.key_ends,
+            &shard.chunk_ends,
+            &shard.exact,
+        ];
+        let positions = [&shard.soft_ends, &shard.drawn];
+        if examples.iter().any(|column| column.len() != shard.len())
+            || positions
+                .iter()
+                .any(|column| column.len() != shard.positions.len())
+        {
             bail!("its columns do not fit each other");
         }
         Ok(shard)
@@ -197,6 +220,32 @@ impl<'a> ExampleView<'a> {
         let start = self.soft().start;
         let ends = self.shard.soft_ends.values(self.bytes(), self.targets());
         ends.map(move |end| end as usize - start)
+    }
+
+    /// The logprob of each label that the teacher emitted from outside its top-k, -inf where it is
+    /// not known (N).
+    pub fn drawn(self) -> impl ExactSizeIterator<Item = Option<f32>> + use<'a> {
+        let values = self.shard.drawn.values(self.bytes(), self.targets());
+        values.map(|bits| Some(f32::from_bits(bits)).filter(|logprob| !logprob.is_nan()))
+    }
+
+    /// The positions that spell what the teacher cuts into other tokens, counted among the supervised
+    /// ones, with the negative log-likelihood of that text under the teacher.
+    pub fn chunks(self) -> impl Iterator<Item = (Range<usize>, f32)> + use<'a> {
+        let (bytes, shard) = (self.bytes(), self.shard);
+        let range = shard.chunk_ends.span(bytes, self.index);
+        let starts = shard.chunk_starts.values(bytes, range.clone());
+        let lens = shard.chunk_lens.values(bytes, range.clone());
+        let nlls = shard.chunk_nlls.values(bytes, range).map(f32::from_bits);
+        starts.zip(lens).zip(nlls).map(|((start, len), nll)| {
+            let start = start as usize;
+            (start..start + len as usize, nll)
+        })
+    }
+
+    /// Was the answer drawn from the very distribution that its logprobs tell?
+    pub fn is_exact(self) -> bool {
+        self.shard.exact.get(self.bytes(), self.index) != 0
     }
 
     /// The student tokens of the soft labels of all positions.

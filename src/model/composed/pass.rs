@@ -3,12 +3,13 @@
 //! The loss of a position is the same code as on the CPU: a chunk of logits is brought there, turned
 //! into its gradient, and taken back. What comes before the head is differentiated by candle.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 
 use crate::model::gradients::Gradients;
-use crate::ops::head_loss::CHUNK;
+use crate::ops::head_loss::Units;
 
 /// Calls `row` with each row of logits (V) of `hidden` (N x D) under the head (V x D), and collects
 /// what it returns in order.
@@ -20,26 +21,26 @@ pub fn map_logits<R: Send>(
     head: &Tensor,
     row: impl Fn(usize, &mut [f32]) -> R + Sync,
 ) -> Result<Vec<R>> {
-    let mut reports = Vec::with_capacity(hidden.dim(0)?);
-    chunks(hidden, head, row, &mut reports, |_, _| Ok(()))?;
-    Ok(reports)
+    let units = Units::new(hidden.dim(0)?, &[]);
+    let rows = |range: Range<usize>, logits: &mut [f32]| vec![row(range.start, logits)];
+    chunks(hidden, head, &units, rows, |_, _| Ok(()))
 }
 
-/// As [`map_logits`], where `row` turns logits into their gradient: adds the gradients of the head
-/// and of the variables that `hidden` was made of.
+/// Calls `rows` with each unit of rows, which it turns into their gradient: adds the gradients of the
+/// head and of the variables that `hidden` was made of.
 ///
 /// # Errors
 /// Where the device fails.
 pub fn train_pass<R: Send>(
     hidden: &Tensor,
     head: &Tensor,
-    row: impl Fn(usize, &mut [f32]) -> R + Sync,
+    units: &Units,
+    rows: impl Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync,
     gradients: &mut Gradients,
 ) -> Result<Vec<R>> {
-    let mut reports = Vec::with_capacity(hidden.dim(0)?);
     let weight = head.detach();
     let mut parts = Vec::new();
-    chunks(hidden, head, row, &mut reports, |hidden, dlogits| {
+    let reports = chunks(hidden, head, units, rows, |hidden, dlogits| {
         let narrow = dlogits.to_dtype(hidden.dtype())?;
         parts.push(narrow.matmul(&weight.to_dtype(hidden.dtype())?)?);
         if head.is_variable() {
@@ -58,26 +59,29 @@ pub fn train_pass<R: Send>(
     Ok(reports)
 }
 
-/// Hands `row` the logits of a chunk of rows at a time, and `then` the chunk's hidden states and what
-/// `row` made of its logits.
+/// Hands `rows` the logits of a chunk of units, and `then` the chunk's hidden states and what `rows`
+/// made of its logits; and so on. Returns what `rows` said.
 fn chunks<R: Send>(
     hidden: &Tensor,
     head: &Tensor,
-    row: impl Fn(usize, &mut [f32]) -> R + Sync,
-    reports: &mut Vec<R>,
+    units: &Units,
+    rows: impl Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync,
     mut then: impl FnMut(&Tensor, Tensor) -> Result<()>,
-) -> Result<()> {
-    let (rows, vocabulary) = (hidden.dim(0)?, head.dim(0)?);
+) -> Result<Vec<R>> {
+    let vocabulary = head.dim(0)?;
     let (all, weight) = (hidden.detach(), head.detach());
     let weight = weight.to_dtype(hidden.dtype())?.t()?;
-    for start in (0..rows).step_by(CHUNK) {
-        let hidden = all.narrow(0, start, CHUNK.min(rows - start))?;
+    let mut reports = Vec::with_capacity(units.positions());
+    let mut start = 0;
+    for chunk in units.chunks() {
+        let count = chunk.positions();
+        let hidden = all.narrow(0, start, count)?;
         let logits = hidden.matmul(&weight)?.to_dtype(DType::F32)?;
         let mut logits: Vec<f32> = logits.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
-        let of_chunk = logits.par_chunks_mut(vocabulary).enumerate();
-        reports.par_extend(of_chunk.map(|(line, logits)| row(start + line, logits)));
-        let shape = (hidden.dim(0)?, vocabulary);
+        reports.extend(chunk.map(start, &mut logits, vocabulary, &rows));
+        let shape = (count, vocabulary);
         then(&hidden, Tensor::from_vec(logits, shape, hidden.device())?)?;
+        start += count;
     }
-    Ok(())
+    Ok(reports)
 }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use distill::cache::record::{Logprobs, RawToken};
-use distill::data::align::{Aligned, Mapper, Mismatch, groups};
+use distill::data::align::{Aligned, Chunk, Mapper, Mismatch, groups};
 use distill::data::tokenizer::Tokenizer;
 
 use super::{FOLDERS, ask, tokenizer};
@@ -214,7 +214,7 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
         // split otherwise than by the student
         (" ans", -1.0, &[(" ans", Some(-1.0))]),
         ("wer", -1.0, &[("wer", Some(-1.0))]),
-        // y outside the top: joins with its own logprob; sentinels and control tokens do not
+        // y outside the top: stands apart, with its own logprob; sentinels and control tokens do not
         (
             " is",
             fifth,
@@ -242,31 +242,36 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     let mass: f64 = aligned.mapped_mass;
     let listed = soft.iter().flatten().flat_map(|labels| &labels.logprobs);
     let expected: f64 = listed.map(|&logprob| f64::from(logprob).exp()).sum();
-    assert!((mass - expected).abs() < 1e-6, "{mass} {expected}");
+    assert!((mass - expected - 0.2).abs() < 1e-6, "{mass} {expected}");
 
     let first = soft[at("The")].as_ref().unwrap();
     assert_eq!(first.ids, [id("The"), id(" capital")]);
     assert_eq!(first.logprobs[0], 0.5f32.ln());
     assert!((first.logprobs[1].exp() - 0.3).abs() < 1e-6);
     let third = soft[at(" is")].as_ref().unwrap();
-    let was = tokenizer.encode_text(" was").unwrap()[0];
-    assert_eq!(
-        (third.ids.as_slice(), third.logprobs[1]),
-        (&[was, id(" is")][..], 0.2f32.ln())
-    );
+    assert_eq!(third.ids, tokenizer.encode_text(" was").unwrap()[..1]);
+    let drawn: Vec<Option<f32>> = (0..ids.len()).map(|at| aligned.drawn(at)).collect();
+    assert_eq!(drawn[at(" is")], Some(fifth));
+    assert_eq!(drawn[at("The")], None);
+    // " ans" + "wer" are one token of the student's
+    let chunk = Chunk {
+        start: 1,
+        len: at(" is") - 1,
+        nll: 2.0,
+    };
+    assert_eq!(aligned.chunks(), [chunk]);
     let fourth = soft[at(" two")].as_ref().unwrap();
     assert_eq!(fourth.ids, [id(" two")]);
     assert!(fourth.logprobs[0].abs() < 1e-6);
     assert_eq!(soft[at("\n")], None);
+    assert_eq!(drawn[at("\n")], Some(f32::NEG_INFINITY));
+    assert!(!aligned.is_soft(at("\n")) && aligned.is_soft(at(" is")));
     assert!(soft[1..at(" is")].iter().all(Option::is_none));
 
     let impossible = logprobs(&[(answer, -0.1, &[(answer, Some(-0.1)), ("x", Some(-0.5))])]);
     let text = answer.as_bytes();
-    let whole = mapper
-        .align(&(&impossible).into(), text, 0..text.len(), &ids)
-        .unwrap();
-    assert_eq!(soft_labels(&whole).iter().flatten().count(), 0);
-    assert_eq!(whole.mapped_mass, 0.0);
+    let whole = mapper.align(&(&impossible).into(), text, 0..text.len(), &ids);
+    assert_eq!(whole.unwrap_err(), Mismatch::Mass);
     let mut twice = teacher.clone();
     twice.top_logprob[0][1] = Some(0.6f32.ln());
     assert_eq!(
@@ -301,8 +306,60 @@ fn a_trimmed_answer_keeps_its_soft_labels() {
             ids,
         )
         .unwrap();
-    let soft = soft_labels(&aligned);
-    assert!(soft.iter().all(Option::is_some), "{texts:?}");
+    assert!((0..ids.len()).all(|at| aligned.is_soft(at)), "{texts:?}");
+}
+
+#[test]
+fn a_split_token_tells_its_parts_by_what_may_follow() {
+    let tokenizer = tokenizer("bytelevel");
+    let ids = tokenizer.encode_text("The answer is two").unwrap();
+    let [.., is, two] = ids[..] else {
+        panic!("{ids:?}")
+    };
+    let first_of = |text: &str| tokenizer.encode_text(text).unwrap()[0];
+    let logprob = |p: f32| Some(p.ln());
+    let split = |missing: f32| {
+        logprobs(&[
+            ("The answer", -0.1, &[]),
+            (
+                " is two",
+                0.4f32.ln(),
+                &[
+                    (" is two", logprob(0.4)),
+                    (" is three", logprob(0.2)),
+                    // ends where the first student token does
+                    (" is", logprob(0.1)),
+                    (" was", logprob(0.3 - missing)),
+                ],
+            ),
+        ])
+    };
+    let mut mapper = Mapper::new(&tokenizer);
+    let mut align = |teacher: &Logprobs| {
+        let text = "The answer is two".as_bytes();
+        mapper
+            .align(&teacher.into(), text, 0..text.len(), &ids)
+            .unwrap()
+    };
+    let aligned = align(&split(0.2));
+    let (of_is, of_two) = (aligned.soft(ids.len() - 2), aligned.soft(ids.len() - 1));
+    let close = |found: (&[u32], &[f32]), expected: &[(u32, f32)]| {
+        let ids: Vec<u32> = expected.iter().map(|e| e.0).collect();
+        assert_eq!(found.0, ids);
+        for (logprob, (_, p)) in found.1.iter().zip(expected) {
+            assert!((logprob.exp() - p).abs() < 1e-6, "{found:?}");
+        }
+    };
+    close(of_is, &[(is, 0.7), (first_of(" was"), 0.1)]);
+    close(of_two, &[(two, 4.0 / 7.0), (first_of(" three"), 2.0 / 7.0)]);
+
+    // Where more than half may be something else, nothing is said.
+    let mut vague = split(0.2);
+    vague.top_logprob[1] = vec![logprob(0.2), logprob(0.1), logprob(0.1), None];
+    vague.logprob[1] = logprob(0.2);
+    let aligned = align(&vague);
+    let last = ids.len() - 2..ids.len();
+    assert!(last.into_iter().all(|at| !aligned.is_soft(at)));
 }
 
 /// Prints the speed; see it with `cargo test --release align_speed -- --nocapture`.

@@ -19,6 +19,7 @@ use distill::ops::matmul::Precision;
 use distill::ops::rope::RopeTable;
 use distill::train::ema::Ema;
 use distill::train::loss::Weights;
+use distill::train::loss::divergence::Divergence;
 use distill::train::objective;
 use distill::train::optimizer::Optimizer;
 use distill::train::student::Student;
@@ -163,6 +164,8 @@ fn train(frame: Frame) -> Trained {
     };
     let weights = Weights {
         kd: 0.5,
+        divergence: [Divergence::Tail; 2],
+        alm: 0.0,
         label_smoothing: 0.0,
         scale: 1.0 / batch.positions.len() as f32,
     };

@@ -1,80 +1,323 @@
-//! Row T2: the gradient of a position's loss against central differences of its formula in f64.
+//! Row T2: the gradient of a position's loss, with every divergence, against central differences of
+//! its formula in f64.
 
+use distill::train::loss::divergence::Divergence;
 use distill::train::loss::{self, Row, Weights};
 
-/// The formula of `train::loss`, term by term.
-fn formula(logits: &[f64], row: Row, kd: f64, smoothing: f64) -> f64 {
+/// Every one there is, with its parameter where it has one.
+fn divergences(random: &mut fastrand::Rng) -> [Divergence; 10] {
+    let mut parameter = |from: f32, to: f32| from + (to - from) * random.f32();
+    [
+        Divergence::Tail,
+        Divergence::Unbiased,
+        Divergence::Temperature(parameter(0.5, 5.0)),
+        Divergence::ReverseKl,
+        Divergence::Jsd(parameter(0.05, 0.95)),
+        Divergence::SkewKl(parameter(0.0, 0.9)),
+        Divergence::SkewReverseKl(parameter(0.0, 0.9)),
+        Divergence::Tvd,
+        Divergence::Renormalize,
+        Divergence::RenormalizeBoth,
+    ]
+}
+
+/// The table of `train::loss::divergence`, row by row. `logq` are log-probabilities (V).
+fn formula(divergence: Divergence, logq: &[f64], row: Row) -> Option<f64> {
+    let mut known: Vec<(usize, f64)> = row
+        .soft_ids
+        .iter()
+        .zip(row.soft_logprobs)
+        .map(|(id, l)| (*id as usize, f64::from(*l)))
+        .collect();
+    let drawn = row.drawn.map(f64::from);
+    if let (Some(drawn), true) = (drawn, divergence != Divergence::Unbiased) {
+        known.push((row.label as usize, drawn));
+    }
+    if known.is_empty() {
+        return None;
+    }
+    let mut t: Vec<f64> = known.iter().map(|(_, l)| l.exp()).collect();
+    let mut s: Vec<f64> = known.iter().map(|(id, _)| logq[*id].exp()).collect();
+    let (mass, student_mass): (f64, f64) = (t.iter().sum(), s.iter().sum());
+    let softmax = |values: Vec<f64>| -> Vec<f64> {
+        let sum: f64 = values.iter().map(|v| v.exp()).sum();
+        values.iter().map(|v| v.exp() / sum).collect()
+    };
+    let logits = |tau: f64| known.iter().map(|(id, _)| logq[*id] / tau).collect();
+    let renormalized: Vec<f64> = t.iter().map(|t| t / mass).collect();
+    let whole = known.len() == logq.len();
+    let (tail, student_tail) = match whole {
+        true => (0.0, 1e-7),
+        false => (1.0 - mass, 1.0 - student_mass),
+    };
+    let conditional = s.clone();
+    t.push(tail);
+    s.push(student_tail);
+    Some(match divergence {
+        Divergence::Tail => kl(&t, &s),
+        Divergence::Unbiased => {
+            let of_label = drawn.map_or(0.0, |logprob| {
+                let student = logq[row.label as usize] - student_tail.ln();
+                logprob - tail.ln() - student
+            });
+            kl(&t, &s) + of_label
+        }
+        Divergence::Temperature(tau) => {
+            let tau = f64::from(tau);
+            let teacher = softmax(known.iter().map(|(_, l)| l / tau).collect());
+            let within = kl(&teacher, &softmax(logits(tau)));
+            let between = kl(&[mass, tail], &[student_mass, student_tail]);
+            tau * tau * mass * within + between
+        }
+        Divergence::ReverseKl => {
+            let floor: Vec<f64> = t.iter().map(|t| t.max(1e-6)).collect();
+            let k = known.len();
+            kl(&s[..k], &t[..k]) + kl(&s[k..], &floor[k..])
+        }
+        Divergence::Jsd(beta) => {
+            let m = mixed(&t, &s, f64::from(beta));
+            f64::from(beta) * kl(&t, &m) + (1.0 - f64::from(beta)) * kl(&s, &m)
+        }
+        Divergence::SkewKl(alpha) => kl(&t, &mixed(&t, &s, f64::from(alpha))),
+        Divergence::SkewReverseKl(alpha) => kl(&s, &mixed(&s, &t, f64::from(alpha))),
+        Divergence::Tvd => t.iter().zip(&s).map(|(t, s)| (t - s).abs() / 2.0).sum(),
+        Divergence::Renormalize => kl(&renormalized, &conditional),
+        Divergence::RenormalizeBoth => kl(&renormalized, &softmax(logits(1.0))),
+    })
+}
+
+fn kl(a: &[f64], b: &[f64]) -> f64 {
+    let term = |(a, b): (&f64, &f64)| match *a > 0.0 {
+        true => a * (a / b).ln(),
+        false => 0.0,
+    };
+    a.iter().zip(b).map(term).sum()
+}
+
+fn mixed(a: &[f64], b: &[f64], share: f64) -> Vec<f64> {
+    let both = a.iter().zip(b);
+    both.map(|(a, b)| share * a + (1.0 - share) * b).collect()
+}
+
+fn log_softmax(logits: &[f64]) -> Vec<f64> {
     let largest = logits.iter().copied().fold(f64::MIN, f64::max);
     let sum: f64 = logits.iter().map(|z| (z - largest).exp()).sum();
-    let logq: Vec<f64> = logits.iter().map(|z| z - largest - sum.ln()).collect();
-    let uniform = -logq.iter().sum::<f64>() / logq.len() as f64;
-    let ce = -(1.0 - smoothing) * logq[row.label as usize] + smoothing * uniform;
-    if row.soft_ids.is_empty() {
-        return ce;
+    logits.iter().map(|z| z - largest - sum.ln()).collect()
+}
+
+/// A position with a random student, teacher and top-k.
+struct Case {
+    logits: Vec<f32>,
+    ids: Vec<u32>,
+    logprobs: Vec<f32>,
+    label: u32,
+    drawn: Option<f32>,
+}
+
+impl Case {
+    fn random(random: &mut fastrand::Rng) -> Self {
+        let vocabulary = random.usize(2..60);
+        let k = random.usize(0..=vocabulary);
+        let spread = [0.2, 1.0, 3.0][random.usize(..3)];
+        let mut normal = || -> Vec<f64> {
+            let mut value = || (0..4).map(|_| random.f64() - 0.5).sum::<f64>() * spread;
+            (0..vocabulary).map(|_| value()).collect()
+        };
+        let logits: Vec<f32> = normal().iter().map(|z| *z as f32).collect();
+        let teacher: Vec<f32> = log_softmax(&normal()).iter().map(|l| *l as f32).collect();
+        let mut ids: Vec<u32> = (0..vocabulary as u32).collect();
+        random.shuffle(&mut ids);
+        let label = ids[random.usize(..vocabulary)];
+        ids.truncate(k);
+        Self {
+            logprobs: ids.iter().map(|id| teacher[*id as usize]).collect(),
+            drawn: (!ids.contains(&label)).then_some(teacher[label as usize]),
+            logits,
+            ids,
+            label,
+        }
     }
-    let (mut divergence, mut mass, mut kept) = (0.0, 0.0, 0.0);
-    for (id, l) in row.soft_ids.iter().zip(row.soft_logprobs) {
-        let (l, logq) = (f64::from(*l), logq[*id as usize]);
-        divergence += l.exp() * (l - logq);
-        mass += l.exp();
-        kept += logq.exp();
+
+    fn row(&self, exact: bool) -> Row<'_> {
+        Row {
+            label: self.label,
+            soft_ids: &self.ids,
+            soft_logprobs: &self.logprobs,
+            drawn: self.drawn,
+            exact,
+            ..Row::default()
+        }
     }
-    let (tail, rest) = (1.0 - mass, 1.0 - kept);
-    if tail > 1e-6 && row.soft_ids.len() < logits.len() {
-        divergence += tail * (tail.ln() - rest.ln());
-    }
-    (1.0 - kd) * ce + kd * divergence
 }
 
 #[test]
 fn gradients_are_those_of_the_formula() {
     let mut random = fastrand::Rng::with_seed(12);
-    for case in 0..200 {
-        let vocabulary = random.usize(2..60);
-        let k = random.usize(0..=vocabulary);
-        let spread = [0.2, 1.0, 3.0][random.usize(..3)];
-        let mut normal = |scale: f64| -> Vec<f64> {
-            let mut value = || (0..4).map(|_| random.f64() - 0.5).sum::<f64>() * scale;
-            (0..vocabulary).map(|_| value()).collect()
-        };
-        let logits: Vec<f32> = normal(spread).iter().map(|z| *z as f32).collect();
-        let teacher = normal(spread);
-        let sum: f64 = teacher.iter().map(|z| z.exp()).sum();
-        let mut ids: Vec<u32> = (0..vocabulary as u32).collect();
-        random.shuffle(&mut ids);
-        ids.truncate(k);
-        let logprob = |id: &u32| (teacher[*id as usize] - sum.ln()) as f32;
-        let logprobs: Vec<f32> = ids.iter().map(logprob).collect();
-        let row = Row {
-            label: random.u32(..vocabulary as u32),
-            soft_ids: &ids,
-            soft_logprobs: &logprobs,
-        };
-        let (kd, smoothing) = (random.f32(), [0.0, 0.1][case % 2]);
-        let weights = Weights {
-            kd,
-            label_smoothing: smoothing,
-            scale: 1.0,
-        };
-        let mut gradient = logits.clone();
-        let loss = loss::row(&mut gradient, row, weights).loss;
+    for number in 0..200 {
+        let case = Case::random(&mut random);
+        let (kd, smoothing) = (random.f32(), [0.0, 0.1][number % 2]);
+        for divergence in divergences(&mut random) {
+            let exact = random.bool();
+            let row = case.row(exact);
+            let mut pair = [Divergence::Renormalize; 2];
+            pair[usize::from(exact)] = divergence;
+            let weights = Weights {
+                kd,
+                divergence: pair,
+                alm: 0.0,
+                label_smoothing: smoothing,
+                scale: 1.0,
+            };
+            let mut gradient = case.logits.clone();
+            let loss = loss::row(&mut gradient, row, weights).loss;
 
-        let logits: Vec<f64> = logits.iter().map(|z| f64::from(*z)).collect();
-        let at = |logits: &[f64]| formula(logits, row, f64::from(kd), f64::from(smoothing));
-        let expected = at(&logits);
-        assert!((f64::from(loss) - expected).abs() < 2e-6 * expected.max(1.0));
-        for (index, gradient) in gradient.iter().enumerate() {
-            let mut moved = logits.clone();
-            let step = 1e-5;
-            moved[index] += step;
-            let above = at(&moved);
-            moved[index] -= 2.0 * step;
-            let difference = (above - at(&moved)) / (2.0 * step);
-            let error = (f64::from(*gradient) - difference).abs();
-            assert!(
-                error < 1e-6,
-                "case {case}, V = {vocabulary}, K = {k}, logit {index}: {gradient} and {difference}"
+            let at = |logits: &[f64]| {
+                let logq = log_softmax(logits);
+                let uniform = -logq.iter().sum::<f64>() / logq.len() as f64;
+                let (kd, smoothing) = (f64::from(kd), f64::from(smoothing));
+                let ce = -(1.0 - smoothing) * logq[row.label as usize] + smoothing * uniform;
+                match formula(divergence, &logq, row) {
+                    Some(value) => (1.0 - kd) * ce + kd * value,
+                    None => ce,
+                }
+            };
+            let logits: Vec<f64> = case.logits.iter().map(|z| f64::from(*z)).collect();
+            let expected = at(&logits);
+            let what = format!(
+                "case {number}, {divergence:?}, V = {}, {row:?}",
+                logits.len()
             );
+            assert!(
+                (f64::from(loss) - expected).abs() < 1e-5 * expected.abs().max(1.0),
+                "{what}: {loss} and {expected}"
+            );
+            for (index, gradient) in gradient.iter().enumerate() {
+                let mut moved = logits.clone();
+                let step = 1e-5;
+                moved[index] += step;
+                let above = at(&moved);
+                moved[index] -= 2.0 * step;
+                let difference = (above - at(&moved)) / (2.0 * step);
+                let error = (f64::from(*gradient) - difference).abs();
+                assert!(
+                    error < 1e-6,
+                    "{what}, logit {index}: {gradient} and {difference}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_a_divergence_is_zero_and_flat_at_a_match() {
+    let mut random = fastrand::Rng::with_seed(13);
+    for _ in 0..100 {
+        let mut case = Case::random(&mut random);
+        let logq = log_softmax(
+            &case
+                .logits
+                .iter()
+                .map(|z| f64::from(*z))
+                .collect::<Vec<_>>(),
+        );
+        let logprob = |id: &u32| logq[*id as usize] as f32;
+        case.logprobs = case.ids.iter().map(logprob).collect();
+        case.drawn = case.drawn.map(|_| logprob(&case.label));
+        for divergence in divergences(&mut random) {
+            let row = case.row(false);
+            let mut gradient = case.logits.clone();
+            let weights = Weights {
+                kd: 1.0,
+                divergence: [divergence; 2],
+                alm: 0.0,
+                label_smoothing: 0.0,
+                scale: 1.0,
+            };
+            let found = loss::row(&mut gradient, row, weights);
+            let Some(kd) = found.kd else { continue };
+            // A sample says something, even at a match; on average it does not.
+            let sampled = divergence == Divergence::Unbiased && row.drawn.is_some();
+            let confident =
+                divergence == Divergence::Renormalize && case.ids.len() < gradient.len();
+            let steepest = gradient.iter().fold(0.0f32, |most, g| most.max(g.abs()));
+            match confident || sampled {
+                false => assert!(
+                    kd.abs() < 3e-6 && (steepest < 1e-6 || divergence == Divergence::Tvd),
+                    "{divergence:?}: {kd}, {steepest}, {row:?}"
+                ),
+                true if confident => assert!(kd > 0.0 && steepest > 1e-4),
+                true => {}
+            }
+            let sum: f32 = gradient.iter().sum();
+            assert!(
+                sum.abs() < 3e-6,
+                "{divergence:?}: the gradient sums to {sum}"
+            );
+        }
+    }
+}
+
+/// Over all y that the teacher may emit, weighted by its probabilities, `unbiased` and its gradient
+/// are those of the full divergence.
+#[test]
+fn unbiased_is_the_full_divergence_on_average() {
+    let mut random = fastrand::Rng::with_seed(14);
+    for _ in 0..50 {
+        let case = Case::random(&mut random);
+        let vocabulary = case.logits.len();
+        let teacher: Vec<f64> = (0..vocabulary).map(|_| random.f64() * 4.0).collect();
+        let teacher = log_softmax(&teacher);
+        let logprobs: Vec<f32> = teacher.iter().map(|l| *l as f32).collect();
+        let mut ids: Vec<u32> = (0..vocabulary as u32).collect();
+        ids.sort_by(|a, b| logprobs[*b as usize].total_cmp(&logprobs[*a as usize]));
+        let all = ids.clone();
+        ids.truncate(random.usize(1..=vocabulary));
+        let inside: Vec<f32> = ids.iter().map(|id| logprobs[*id as usize]).collect();
+        let everything: Vec<f32> = all.iter().map(|id| logprobs[*id as usize]).collect();
+        let of = |row: Row, divergence| {
+            let mut gradient = case.logits.clone();
+            let weights = Weights {
+                kd: 1.0,
+                divergence: [divergence; 2],
+                alm: 0.0,
+                label_smoothing: 0.0,
+                scale: 1.0,
+            };
+            let found = loss::row(&mut gradient, row, weights);
+            (
+                f64::from(found.kd.expect("there are soft labels")),
+                gradient,
+            )
+        };
+        let (mut mean, mut slope) = (0.0, vec![0.0; vocabulary]);
+        for y in 0..vocabulary as u32 {
+            let row = Row {
+                label: y,
+                soft_ids: &ids,
+                soft_logprobs: &inside,
+                drawn: (!ids.contains(&y)).then_some(logprobs[y as usize]),
+                exact: true,
+                ..Row::default()
+            };
+            let (value, gradient) = of(row, Divergence::Unbiased);
+            let p = teacher[y as usize].exp();
+            mean += p * value;
+            for (slope, g) in slope.iter_mut().zip(gradient) {
+                *slope += p * f64::from(g);
+            }
+        }
+        let full = Row {
+            label: 0,
+            soft_ids: &all,
+            soft_logprobs: &everything,
+            drawn: None,
+            exact: true,
+            ..Row::default()
+        };
+        let (value, gradient) = of(full, Divergence::Tail);
+        assert!((mean - value).abs() < 5e-6, "{mean} and {value}");
+        for (slope, g) in slope.iter().zip(gradient) {
+            assert!((slope - f64::from(g)).abs() < 2e-6, "{slope} and {g}");
         }
     }
 }

@@ -14,6 +14,7 @@ use distill::model::gradients::Gradients;
 use distill::model::tape::Memory;
 use distill::model::{Input, Model, ModelConfig, weights::Tensors};
 use distill::train::loss::Weights;
+use distill::train::loss::divergence::Divergence;
 use distill::train::objective;
 
 use crate::model::tiny;
@@ -65,6 +66,8 @@ impl Trainable {
         let positions: usize = batches.iter().map(|batch| batch.positions.len()).sum();
         let weights = Weights {
             kd,
+            divergence: [Divergence::Tail; 2],
+            alm: 0.0,
             label_smoothing: 0.0,
             scale: 1.0 / positions as f32,
         };

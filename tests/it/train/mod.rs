@@ -73,7 +73,7 @@ fn metrics(config: &Config) -> Vec<serde_json::Value> {
 fn a_student_learns_what_its_prompts_determine() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(60);
-    let summary = train::run(&config, Start::Ask, true).unwrap();
+    let summary = train::run(&config, Start::Ask.into()).unwrap();
     let accuracy = summary.validation.token_accuracy.unwrap();
     assert!(
         accuracy > 0.95,
@@ -92,7 +92,7 @@ fn how_a_step_is_cut_does_not_matter() {
     let mut results = Vec::new();
     for micro_batch_size in [6, 4, 2, 1] {
         config.train.micro_batch_size = micro_batch_size;
-        train::run(&config, Start::Fresh, true).unwrap();
+        train::run(&config, Start::Fresh.into()).unwrap();
         let norms: Vec<f64> = metrics(&config)
             .iter()
             .filter_map(|line| line["grad_norm"].as_f64())
@@ -110,10 +110,10 @@ fn how_a_step_is_cut_does_not_matter() {
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let (_dir, mut config) = run_folder();
-    train::run(&config, Start::Ask, true).unwrap();
+    train::run(&config, Start::Ask.into()).unwrap();
     let two = weights(&config);
     config.train.threads = 1;
-    train::run(&config, Start::Fresh, true).unwrap();
+    train::run(&config, Start::Fresh.into()).unwrap();
     assert!(weights(&config) == two);
 }
 
@@ -124,16 +124,16 @@ fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
         let error = result.err().unwrap();
         (Exit::code_of(&error), format!("{error:#}"))
     };
-    let (status, message) = code(train::run(&config, Start::Resume, true));
+    let (status, message) = code(train::run(&config, Start::Resume.into()));
     assert!(
         status == 2 && message.contains("no checkpoint"),
         "{message}"
     );
-    train::run(&config, Start::Ask, true).unwrap();
-    let (status, message) = code(train::run(&config, Start::Ask, true));
+    train::run(&config, Start::Ask.into()).unwrap();
+    let (status, message) = code(train::run(&config, Start::Ask.into()));
     assert!(status == 2 && message.contains("--resume") && message.contains("--fresh"));
     config.train.learning_rate = 1e-3;
-    let (status, message) = code(train::run(&config, Start::Resume, true));
+    let (status, message) = code(train::run(&config, Start::Resume.into()));
     assert!(status == 2 && message.contains("have changed"), "{message}");
     config.train.learning_rate = 2e-2;
     let checkpoint = config
@@ -141,7 +141,7 @@ fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
         .join("checkpoints/step-000012/optimizer.safetensors");
     let bytes = std::fs::read(&checkpoint).unwrap();
     std::fs::write(&checkpoint, &bytes[..bytes.len() / 2]).unwrap();
-    let (status, message) = code(train::run(&config, Start::Resume, true));
+    let (status, message) = code(train::run(&config, Start::Resume.into()));
     assert!(
         status == 5 && message.contains("optimizer.safetensors"),
         "{message}"
@@ -152,10 +152,10 @@ fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
 fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    train::run(&config, Start::Ask, true).unwrap();
+    train::run(&config, Start::Ask.into()).unwrap();
     let single = weights(&config).len();
     config.student.save_dtype = SaveDtype::F16;
-    train::run(&config, Start::Ask, true).unwrap();
+    train::run(&config, Start::Ask.into()).unwrap();
     let half = weights(&config).len();
     assert!(half < single * 6 / 10, "{half} of {single} bytes");
     let metadata = |file: &str| std::fs::metadata(config.student_dir().join(file)).unwrap();
@@ -173,7 +173,7 @@ fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
     config.student.init = Init::Pretrained;
     config.student.path = config.student_dir();
     config.run_dir = config.run_dir.join("second");
-    train::run(&config, Start::Ask, true).unwrap();
+    train::run(&config, Start::Ask.into()).unwrap();
     assert!(
         Path::new(&config.student_dir())
             .join("model.safetensors")
@@ -199,7 +199,7 @@ fn a_tokenizer_larger_than_the_embedding_is_refused() {
             .push(token);
     }
     std::fs::write(&path, tokenizer.to_string()).unwrap();
-    let error = train::run(&config, Start::Ask, true).err().unwrap();
+    let error = train::run(&config, Start::Ask.into()).err().unwrap();
     let message = format!("{error:#}");
     assert_eq!(Exit::code_of(&error), 2, "{message}");
     for number in [tiny::PADDED_VOCABULARY, tiny::PADDED_VOCABULARY + 1] {

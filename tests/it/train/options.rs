@@ -21,11 +21,11 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 fn frozen_parameters_stay_and_the_others_move() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    train::run(&config, Start::Ask, true).unwrap();
+    train::run(&config, Start::Ask.into()).unwrap();
     let before = tensors(&config);
     config.train.steps = Some(3);
     config.train.freeze = vec!["embed_tokens".into(), r"layers\.0\..*proj".into()];
-    train::run(&config, Start::Ask, true).unwrap();
+    train::run(&config, Start::Ask.into()).unwrap();
     for (name, after) in tensors(&config) {
         let frozen =
             name.contains("embed_tokens") || (name.contains("layers.0.") && name.contains("proj"));
@@ -33,7 +33,7 @@ fn frozen_parameters_stay_and_the_others_move() {
     }
     for (freeze, complaint) in [("", "leaves no parameter"), ("(", "no regular expression")] {
         config.train.freeze = vec![freeze.into()];
-        let error = train::run(&config, Start::Fresh, true).err().unwrap();
+        let error = train::run(&config, Start::Fresh.into()).err().unwrap();
         assert!(format!("{error:#}").contains(complaint), "{error:#}");
         assert_eq!(Exit::code_of(&error), 2);
     }
@@ -50,7 +50,7 @@ fn the_best_weights_become_the_student_and_patience_ends_the_run() {
     config.train.keep_checkpoints = 1;
     config.train.best = Best::Ce;
     config.train.patience = 4;
-    let summary = train::run(&config, Start::Ask, true).unwrap();
+    let summary = train::run(&config, Start::Ask.into()).unwrap();
     let validations: Vec<(u64, f64)> = metrics(&config)
         .iter()
         .filter(|line| line["split"] == "validation")
@@ -74,7 +74,7 @@ fn the_best_weights_become_the_student_and_patience_ends_the_run() {
         values(&weights::load(&kept).unwrap()["model.embed_tokens.weight"]),
     );
     // A run that has ended for good does not go on.
-    let again = train::run(&config, Start::Resume, true).unwrap();
+    let again = train::run(&config, Start::Resume.into()).unwrap();
     assert_eq!((again.steps, again.best_step), (summary.steps, Some(best)));
 }
 
@@ -85,7 +85,7 @@ fn the_average_follows_its_formula_and_becomes_the_student() {
     config.train.checkpoint_every = 1;
     config.train.keep_checkpoints = 9;
     config.train.ema_decay = 0.4;
-    train::run(&config, Start::Ask, true).unwrap();
+    train::run(&config, Start::Ask.into()).unwrap();
     let name = "model.layers.1.mlp.down_proj.weight";
     let of = |step: u64| {
         let folder = config.run_dir.join(format!("checkpoints/step-{step:06}"));
@@ -93,7 +93,7 @@ fn the_average_follows_its_formula_and_becomes_the_student() {
     };
     let (_start_dir, mut start) = run_folder();
     start.train.steps = Some(0);
-    train::run(&start, Start::Ask, true).unwrap();
+    train::run(&start, Start::Ask.into()).unwrap();
     let mut average = values(&tensors(&start)[name]);
     for step in 1..=4 {
         let decay = 0.4f64.min((1.0 + step as f64) / (10.0 + step as f64)) as f32;
@@ -111,7 +111,7 @@ fn decay_leaves_norms_and_what_patterns_name_alone() {
     config.train.steps = Some(1);
     config.train.warmup_steps = 1;
     let run = |config: &Config| {
-        train::run(config, Start::Fresh, true).unwrap();
+        train::run(config, Start::Fresh.into()).unwrap();
         tensors(config)
     };
     config.train.weight_decay = 0.0;
@@ -133,12 +133,12 @@ fn bf16_learns_what_f32_learns() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(60);
     config.train.dtype = ComputeDtype::F32;
-    let full = train::run(&config, Start::Ask, true).unwrap();
+    let full = train::run(&config, Start::Ask.into()).unwrap();
     let full_weights = weights(&config);
     config.train.dtype = ComputeDtype::Bf16;
-    let error = train::run(&config, Start::Resume, true).err().unwrap();
+    let error = train::run(&config, Start::Resume.into()).err().unwrap();
     assert!(format!("{error:#}").contains("have changed"), "{error:#}");
-    let half = train::run(&config, Start::Fresh, true).unwrap();
+    let half = train::run(&config, Start::Fresh.into()).unwrap();
     assert!(weights(&config) != full_weights);
     for summary in [full, half] {
         assert!(summary.validation.token_accuracy.unwrap() > 0.95);
@@ -180,7 +180,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
         let mut tensors = weights::load(&config.student.path).unwrap();
         break_weights(&mut tensors);
         tiny::write_weights(&config.student.path, &tensors);
-        let error = train::run(&config, Start::Ask, true).err().unwrap();
+        let error = train::run(&config, Start::Ask.into()).err().unwrap();
         let message = format!("{error:#}");
         let expected = format!("the {what} of step 1 is not finite; nothing was updated");
         assert!(message.contains(&expected), "{message}");
@@ -190,7 +190,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
     config.train.learning_rate = 1e30;
     config.train.max_grad_norm = 0.0;
     config.train.checkpoint_every = 1;
-    let error = train::run(&config, Start::Ask, true).err().unwrap();
+    let error = train::run(&config, Start::Ask.into()).err().unwrap();
     let message = format!("{error:#}");
     assert!(message.contains("step 2 is not finite"), "{message}");
     let kept = config.run_dir.join("checkpoints/step-000001");
@@ -206,7 +206,7 @@ fn a_device_that_the_program_was_not_built_for_is_refused() {
     ] {
         config.train.device = device;
         if !built {
-            let error = train::run(&config, Start::Ask, true).err().unwrap();
+            let error = train::run(&config, Start::Ask.into()).err().unwrap();
             assert!(format!("{error:#}").contains("--features"), "{error:#}");
             assert_eq!(Exit::code_of(&error), 2);
         }

@@ -23,7 +23,7 @@ fn whole_run() -> (tempfile::TempDir, Config) {
     config.train.checkpoint_every = 1;
     config.train.keep_checkpoints = 100;
     config.train.best = distill::config::Best::Ce;
-    train::run(&config, Start::Ask, true).unwrap();
+    train::run(&config, Start::Ask.into()).unwrap();
     (dir, config)
 }
 
@@ -88,7 +88,7 @@ fn a_run_resumed_after_any_step_ends_in_the_same_bytes() {
         // Neither changes a number.
         config.train.threads = 1 + kept as usize % 3;
         config.train.activation_checkpointing = kept % 2 == 0;
-        train::run(&config, Start::Resume, true).unwrap();
+        train::run(&config, Start::Resume.into()).unwrap();
         assert_same_outcome(&config, &whole, &format!("after a stop at {kept}"));
     }
 }
@@ -116,7 +116,7 @@ fn a_checkpoint_that_was_being_written_is_as_if_it_never_began() {
                 let bytes = std::fs::read(next.join(file)).unwrap();
                 std::fs::write(half.join(file), &bytes[..bytes.len() * part / 2]).unwrap();
             }
-            train::run(&config, Start::Resume, true).unwrap();
+            train::run(&config, Start::Resume.into()).unwrap();
             let when = format!("killed with {written} files and {part}/2 written");
             assert_same_outcome(&config, &whole, &when);
             assert!(!half.exists());

@@ -1,0 +1,434 @@
+//! Soft labels from any teacher tokenizer to any student tokenizer, on the bytes of the answer.
+//!
+//! Both tokenisations are cut where both have a boundary, which gives groups of teacher and student
+//! tokens that spell the same bytes. A group of one and one says the same about the next bytes, so
+//! the teacher's alternatives become student tokens there. Where a teacher token is several student
+//! tokens, the alternatives that go on from what is already written say what comes next. In every
+//! other group the position trains on cross-entropy. With one tokenizer on both sides all groups are
+//! one and one, and the map is the identity.
+
+mod alternatives;
+mod tokens;
+
+use std::ops::Range;
+
+use super::classes::Classes;
+use super::gate::Agreement;
+use super::tokenizer::Tokenizer;
+use crate::cache::view::LogprobsView;
+use crate::ops::math::logaddexp;
+pub use alternatives::{Drawn, Known, alternatives};
+use alternatives::{agreement, is_usable, mass};
+use tokens::Tokens;
+pub use tokens::is_stop;
+
+/// Chunks of more student tokens than this are left to cross-entropy.
+const MAX_CHUNK: usize = 64;
+/// Where a teacher token is split, the student's parts of it get soft labels if at least this share of
+/// the mass is on tokens that are known.
+const MIN_SHARE: f64 = 0.5;
+/// Why an answer has no soft labels at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
+pub enum Mismatch {
+    #[error("the teacher's tokens do not spell the answer")]
+    Teacher,
+    #[error("the student's tokens do not spell the answer")]
+    Student,
+    #[error("the teacher's probabilities sum to more than 1")]
+    Mass,
+}
+
+/// The soft labels of an answer of N student tokens.
+///
+/// Those of a position are the teacher's top-k, mapped to student tokens: natural logarithms, best
+/// first; missing ones (sentinels) have been dropped and several tokens that map to one id merged.
+/// The mass that is not listed is the tail.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Aligned {
+    ids: Vec<u32>,
+    logprobs: Vec<f32>,
+    /// Where the labels of each position end (N).
+    ends: Vec<usize>,
+    /// See [`Aligned::drawn`]; NaN is none (N).
+    drawn: Vec<f32>,
+    chunks: Vec<Chunk>,
+    /// The teacher's mass on student tokens, summed over the positions that have soft labels.
+    pub mapped_mass: f64,
+    /// How often the teacher emitted its most likely token: of all its tokens, before the map.
+    pub agreement: Agreement,
+    /// How often the label is the most likely token after the map.
+    pub classes: Classes,
+}
+
+/// Text that several tokens of the teacher spell, cut in another way by the student.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Chunk {
+    /// The first student token, and how many there are.
+    pub start: usize,
+    pub len: usize,
+    /// The negative log-likelihood of the text under the teacher.
+    pub nll: f32,
+}
+
+impl Aligned {
+    /// N
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Token ids and logprobs at position `at`. Empty where the teacher gave nothing usable, and
+    /// past the end; the position then trains on cross-entropy.
+    pub fn soft(&self, at: usize) -> (&[u32], &[f32]) {
+        let Some(&end) = self.ends.get(at) else {
+            return (&[], &[]);
+        };
+        let start = at.checked_sub(1).map_or(0, |before| self.ends[before]);
+        (&self.ids[start..end], &self.logprobs[start..end])
+    }
+
+    /// Where the teacher emitted a token from outside its top-k: its logprob, or -inf if that is not
+    /// known.
+    pub fn drawn(&self, at: usize) -> Option<f32> {
+        self.drawn
+            .get(at)
+            .copied()
+            .filter(|logprob| !logprob.is_nan())
+    }
+
+    /// In order.
+    pub fn chunks(&self) -> &[Chunk] {
+        &self.chunks
+    }
+
+    /// Does the position at `at` have soft labels?
+    pub fn is_soft(&self, at: usize) -> bool {
+        !self.soft(at).0.is_empty() || self.drawn(at).is_some_and(f32::is_finite)
+    }
+}
+
+impl Aligned {
+    /// Goes on to position `at`; those before it that nothing was said of have no soft labels.
+    fn fill(&mut self, at: usize) {
+        self.ends.resize(at, self.ids.len());
+        self.drawn.resize(at, f32::NAN);
+    }
+}
+
+/// Maps the teacher's tokens to the student's. What was looked up once is remembered, so keep one
+/// for many answers.
+pub struct Mapper<'a> {
+    tokenizer: &'a Tokenizer,
+    tokens: Tokens<'a>,
+    /// The tokens of one position, kept for its memory.
+    found: Vec<Option<u32>>,
+}
+
+impl<'a> Mapper<'a> {
+    pub fn new(tokenizer: &'a Tokenizer) -> Self {
+        Self {
+            tokenizer,
+            tokens: Tokens::new(tokenizer),
+            found: Vec::new(),
+        }
+    }
+
+    /// Soft labels for `student`, the N tokens that spell the part `kept` of the answer's bytes,
+    /// possibly with white space of the template before it.
+    ///
+    /// # Errors
+    /// If one side's bytes do not add up, or the logprobs are none.
+    pub fn align(
+        &mut self,
+        teacher: &LogprobsView,
+        answer: &[u8],
+        kept: Range<usize>,
+        student: &[u32],
+    ) -> Result<Aligned, Mismatch> {
+        let teacher_ends = self.teacher_ends(teacher, answer)?;
+        let student_ends = self.student_ends(student, answer, kept.clone())?;
+        // What the template cut off, and the white space that it put in its place, has no partner.
+        let skipped = teacher_ends.partition_point(|&end| end <= kept.start);
+        let lead = student_ends.partition_point(|&end| end <= kept.start);
+
+        let most = teacher.top.total() + student.len();
+        let mut aligned = Aligned {
+            ids: Vec::with_capacity(most),
+            logprobs: Vec::with_capacity(most),
+            ends: Vec::with_capacity(student.len()),
+            drawn: Vec::with_capacity(student.len()),
+            agreement: agreement(teacher, teacher_ends.len()),
+            ..Aligned::default()
+        };
+        let mut listed = Vec::new();
+        for (from, to) in groups(&teacher_ends[skipped..], &student_ends[lead..]) {
+            let (position, at) = (skipped + from.start, lead + to.start);
+            let labels = &student[at..at + to.len()];
+            if from.len() > 1 {
+                let said = skipped + from.start..skipped + from.end;
+                let chunk = self.chunk(teacher, said, at, labels);
+                aligned.chunks.extend(chunk);
+                continue;
+            }
+            let bytes = &*teacher.token[position];
+            if !self.spells(labels, bytes) {
+                continue;
+            }
+            aligned.fill(at);
+            let known = alternatives(teacher, position, &mut listed)?;
+            let split = labels.len() > 1;
+            self.first(&listed, known, bytes, labels[0], split, &mut aligned);
+            let mut written = self.tokenizer.token_bytes(labels[0]).map_or(0, <[u8]>::len);
+            for &label in &labels[1..] {
+                let missing = 1.0 - known.mass;
+                self.later(&listed, missing, bytes, written, label, &mut aligned);
+                written += self.tokenizer.token_bytes(label).map_or(0, <[u8]>::len);
+            }
+        }
+        aligned.fill(student.len());
+        Ok(aligned)
+    }
+
+    /// The teacher's tokens `said` as a chunk of the student tokens `labels`, the first of which is at
+    /// `start`; None where the teacher does not say how likely one is.
+    fn chunk(
+        &self,
+        teacher: &LogprobsView,
+        said: Range<usize>,
+        start: usize,
+        labels: &[u32],
+    ) -> Option<Chunk> {
+        let logprobs = teacher.logprob.get(said.clone())?;
+        let nll = logprobs
+            .iter()
+            .map(|logprob| logprob.filter(is_usable).map(|logprob| -logprob))
+            .sum::<Option<f32>>()?;
+        let bytes = teacher.token[said].concat();
+        let fits = labels.len() <= MAX_CHUNK && self.spells(labels, &bytes);
+        fits.then_some(Chunk {
+            start,
+            len: labels.len(),
+            nll,
+        })
+    }
+
+    /// Do the student tokens spell exactly `bytes`?
+    fn spells(&self, student: &[u32], bytes: &[u8]) -> bool {
+        let mut rest = bytes;
+        student.iter().all(|&id| {
+            let token = self.tokenizer.token_bytes(id).unwrap_or_default();
+            match rest.strip_prefix(token) {
+                Some(left) => {
+                    rest = left;
+                    !token.is_empty()
+                }
+                None => false,
+            }
+        }) && rest.is_empty()
+    }
+
+    /// What the teacher's alternatives say of the first student token of what it emitted, or of the
+    /// only one; `split` where there are more.
+    fn first(
+        &mut self,
+        listed: &[(&[u8], f32)],
+        known: Known,
+        emitted: &[u8],
+        label: u32,
+        split: bool,
+        to: &mut Aligned,
+    ) {
+        // The probability of a token from outside the top-k is known, but it is a sample of what
+        // is not.
+        let (top, drawn) = match (known.drawn, listed.split_last()) {
+            (Drawn::Last, Some((&(_, logprob), top))) => (top, logprob),
+            (Drawn::Unknown, _) => (listed, f32::NEG_INFINITY),
+            _ => (listed, f32::NAN),
+        };
+        let start = to.ids.len();
+        let mapped = self.map(top, known.mass, emitted, label, to);
+        to.drawn.push(drawn);
+        self.end(start, label, mapped, split && mapped < MIN_SHARE, to);
+    }
+
+    /// What they say of a later one, `label`, when the first `written` bytes have been written: those
+    /// that go on from there, given that one of those that come through here is meant. `missing` is the
+    /// mass of what is not listed, all of which may come through here, too.
+    fn later(
+        &mut self,
+        listed: &[(&[u8], f32)],
+        missing: f64,
+        emitted: &[u8],
+        written: usize,
+        label: u32,
+        to: &mut Aligned,
+    ) {
+        let here: Vec<(&[u8], f32)> = listed
+            .iter()
+            .filter_map(|&(bytes, logprob)| {
+                Some((bytes.strip_prefix(&emitted[..written])?, logprob))
+            })
+            .collect();
+        let all = mass(here.iter().map(|&(_, logprob)| logprob));
+        let (log_all, share) = (all.ln() as f32, all / (all + missing));
+        // One that ends here says nothing of what comes next.
+        let on: Vec<(&[u8], f32)> = here
+            .into_iter()
+            .filter(|(rest, _)| !rest.is_empty())
+            .map(|(rest, logprob)| (rest, logprob - log_all))
+            .collect();
+        let mass = mass(on.iter().map(|&(_, logprob)| logprob)).min(1.0);
+        let start = to.ids.len();
+        let mapped = self.map(&on, mass, &emitted[written..], label, to);
+        to.drawn.push(f32::NAN);
+        self.end(start, label, mapped, mapped * share < MIN_SHARE, to);
+    }
+
+    /// Ends a position whose soft labels begin at `start`; without them, where they are `vague`.
+    fn end(&self, start: usize, label: u32, mapped: f64, vague: bool, to: &mut Aligned) {
+        if vague {
+            to.ids.truncate(start);
+            to.logprobs.truncate(start);
+            if let Some(drawn) = to.drawn.last_mut() {
+                *drawn = f32::NAN;
+            }
+        }
+        let at = to.ends.len();
+        to.ends.push(to.ids.len());
+        if to.is_soft(at) {
+            to.mapped_mass += mapped;
+        }
+        if let Some(best) = to.soft(at).0.first() {
+            let bytes = self.tokenizer.token_bytes(label).unwrap_or_default();
+            to.classes.count(bytes, *best == label);
+        }
+    }
+
+    /// Gate 1: the teacher's bytes are the answer's, up to stop tokens at the end. Returns where
+    /// each of the others ends in the answer.
+    fn teacher_ends(&self, teacher: &LogprobsView, answer: &[u8]) -> Result<Vec<usize>, Mismatch> {
+        let mut ends = Vec::with_capacity(teacher.token.len());
+        let mut at = 0;
+        for (position, bytes) in teacher.token.iter().enumerate() {
+            if at == answer.len() && is_stop(self.tokenizer, bytes) {
+                continue;
+            }
+            if ends.len() != position || !answer[at..].starts_with(bytes) {
+                return Err(Mismatch::Teacher);
+            }
+            at += bytes.len();
+            ends.push(at);
+        }
+        if at != answer.len() {
+            return Err(Mismatch::Teacher);
+        }
+        Ok(ends)
+    }
+
+    /// Gate 2: the student's bytes are the answer's, up to white space before it. Returns where
+    /// each token ends in the answer (N).
+    fn student_ends(
+        &self,
+        student: &[u32],
+        answer: &[u8],
+        kept: Range<usize>,
+    ) -> Result<Vec<usize>, Mismatch> {
+        let spelled: Option<Vec<&[u8]>> = student
+            .iter()
+            .map(|&id| self.tokenizer.token_bytes(id))
+            .collect();
+        let spelled = spelled.ok_or(Mismatch::Student)?;
+        let all = spelled.concat();
+        let lead = all
+            .strip_suffix(&answer[kept.clone()])
+            .filter(|lead| lead.iter().all(u8::is_ascii_whitespace))
+            .ok_or(Mismatch::Student)?
+            .len();
+        let mut at = 0;
+        let ends = spelled.iter().map(|bytes| {
+            at += bytes.len();
+            // white space of the template ends where the answer starts
+            kept.start + at.saturating_sub(lead)
+        });
+        Ok(ends.collect())
+    }
+
+    /// Appends the alternatives at a position as student tokens, best first. `emitted` is what the
+    /// teacher said there, which the student spells with `label`. Returns how much of `mass` is left,
+    /// without the alternatives that the student cannot spell.
+    fn map(
+        &mut self,
+        alternatives: &[(&[u8], f32)],
+        mass: f64,
+        emitted: &[u8],
+        label: u32,
+        to: &mut Aligned,
+    ) -> f64 {
+        let start = to.ids.len();
+        let mut mapped = mass;
+        // All at once, for the processor to wait for several of them at a time: the table is larger
+        // than its nearest memory.
+        let mut found = std::mem::take(&mut self.found);
+        found.clear();
+        found.extend(
+            alternatives
+                .iter()
+                .map(|&(bytes, _)| match bytes == emitted {
+                    true => Some(label),
+                    false => self.tokens.id_of(bytes),
+                }),
+        );
+        for (&(_, logprob), id) in alternatives.iter().zip(&found) {
+            let Some(id) = *id else {
+                mapped -= f64::from(logprob).exp();
+                continue;
+            };
+            match to.ids[start..].iter().position(|&known| known == id) {
+                Some(at) => {
+                    let merged = &mut to.logprobs[start + at];
+                    *merged = logaddexp(*merged, logprob);
+                }
+                None => {
+                    to.ids.push(id);
+                    to.logprobs.push(logprob);
+                }
+            }
+        }
+        self.found = found;
+        let (ids, logprobs) = (&mut to.ids[start..], &mut to.logprobs[start..]);
+        if !logprobs.is_sorted_by(|a, b| a >= b) {
+            let mut sorted: Vec<(u32, f32)> = ids.iter().copied().zip(logprobs.to_vec()).collect();
+            sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
+            for (at, (id, logprob)) in sorted.into_iter().enumerate() {
+                (ids[at], logprobs[at]) = (id, logprob);
+            }
+        }
+        mapped
+    }
+}
+
+/// Cuts two tokenisations, given by where each token ends in the same text, at their common
+/// boundaries: minimal ranges of tokens on both sides that spell the same bytes.
+///
+/// Where one side ends early (its text was trimmed) the rest of the other is left out.
+pub fn groups(a: &[usize], b: &[usize]) -> Vec<(Range<usize>, Range<usize>)> {
+    let mut groups = Vec::with_capacity(a.len().min(b.len()));
+    let (mut start_a, mut start_b) = (0, 0);
+    let (mut at_a, mut at_b) = (0, 0);
+    while at_a < a.len() && at_b < b.len() {
+        match a[at_a].cmp(&b[at_b]) {
+            std::cmp::Ordering::Less => at_a += 1,
+            std::cmp::Ordering::Greater => at_b += 1,
+            std::cmp::Ordering::Equal => {
+                at_a += 1;
+                at_b += 1;
+                groups.push((start_a..at_a, start_b..at_b));
+                (start_a, start_b) = (at_a, at_b);
+            }
+        }
+    }
+    groups
+}

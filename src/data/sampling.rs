@@ -1,0 +1,106 @@
+//! What a request's sampling settings say of its answer.
+
+use serde_json::Value;
+
+/// How an answer was drawn, seen from its logprobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sampling {
+    /// From the very distribution that they tell: at temperature 1, with nothing cut off, penalised
+    /// or forced.
+    Exact,
+    /// From a sharper one: at a lower temperature, or with unlikely tokens cut off.
+    Sharper,
+    /// That cannot be told.
+    Unknown,
+}
+
+impl Sampling {
+    /// Of an answer to a request with these parameters.
+    ///
+    /// A temperature that was not sent is the server's to choose, and what it chooses is not known.
+    pub fn of(params: &Value) -> Self {
+        let neutral = |name: &str, values: &[f64]| match params.get(name) {
+            None | Some(Value::Null) => true,
+            Some(value) => value.as_f64().is_some_and(|value| values.contains(&value)),
+        };
+        let absent = |name: &&str| match params.get(name) {
+            None | Some(Value::Null) => true,
+            Some(Value::Object(fields)) => fields.is_empty(),
+            Some(Value::Array(values)) => values.is_empty(),
+            Some(_) => false,
+        };
+        let Some(temperature) = params.get("temperature").and_then(Value::as_f64) else {
+            return Self::Unknown;
+        };
+        let penalised = !(neutral("frequency_penalty", &[0.0])
+            && neutral("presence_penalty", &[0.0])
+            && neutral("repetition_penalty", &[1.0]));
+        if temperature > 1.0 || penalised || !FORCES.iter().all(absent) {
+            return Self::Unknown;
+        }
+        let cut = !(neutral("top_p", &[1.0])
+            && neutral("top_k", &[0.0, -1.0])
+            && neutral("min_p", &[0.0])
+            && neutral("top_a", &[0.0])
+            && neutral("typical_p", &[1.0]));
+        match temperature == 1.0 && !cut {
+            true => Self::Exact,
+            false => Self::Sharper,
+        }
+    }
+}
+
+/// Parameters that take tokens away, or move their probabilities.
+const FORCES: [&str; 14] = [
+    "logit_bias",
+    "response_format",
+    "tools",
+    "functions",
+    "grammar",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "json_schema",
+    "bad_words",
+    "allowed_token_ids",
+    "min_tokens",
+];
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn only_plain_sampling_at_temperature_1_is_exact() {
+        for params in [
+            json!({"temperature": 1}),
+            json!({"temperature": 1.0, "top_p": 1, "top_k": -1, "logit_bias": {}, "n": 2}),
+            json!({"temperature": 1.0, "frequency_penalty": 0, "min_p": null, "seed": 7}),
+        ] {
+            assert_eq!(Sampling::of(&params), Sampling::Exact, "{params}");
+        }
+        for params in [
+            json!({"temperature": 0.7}),
+            json!({"temperature": 0}),
+            json!({"temperature": 1, "top_p": 0.95}),
+            json!({"temperature": 1, "top_k": 50}),
+        ] {
+            assert_eq!(Sampling::of(&params), Sampling::Sharper, "{params}");
+        }
+        for params in [
+            json!({}),
+            json!(null),
+            json!({"temperature": null}),
+            json!({"temperature": 1.5}),
+            json!({"temperature": 1, "repetition_penalty": 1.1}),
+            json!({"temperature": 0, "logit_bias": {"7": -100}}),
+            json!({"temperature": 1, "response_format": {"type": "json_object"}}),
+        ] {
+            assert_eq!(Sampling::of(&params), Sampling::Unknown, "{params}");
+        }
+    }
+}

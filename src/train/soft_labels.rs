@@ -1,0 +1,95 @@
+//! Can the soft labels be trusted, and what is made of them?
+
+use anyhow::{Result, bail};
+
+use super::loss::divergence::Divergence;
+use crate::config::{Kd, Loss};
+use crate::data::dataset::Report;
+use crate::data::gate::Agreement;
+use crate::exit::Exit;
+use crate::terminal::format_count;
+
+/// What to do with soft labels.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// See [`Divergence::of`].
+    pub divergence: Option<[Divergence; 2]>,
+    /// What the user may want to know of it.
+    pub note: Option<String>,
+}
+
+/// Chooses by the settings and by what the data are.
+///
+/// # Errors
+/// [`Exit::Usage`] where the logprobs are not those of the answers, or do not allow what the settings
+/// want; not with `force`.
+pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
+    let divergence = Divergence::of(settings);
+    let mut choice = Choice {
+        divergence,
+        note: None,
+    };
+    if divergence.is_none() || report.soft_positions == 0 {
+        return Ok(choice);
+    }
+    let refuse = |why: String| match force {
+        true => {
+            tracing::warn!("{why}; training all the same, as --force says");
+            Ok(())
+        }
+        false => bail!(Exit::Usage(why)),
+    };
+    if let Some(broken) = report.gate.broken() {
+        refuse(format!(
+            "the teacher's logprobs do not belong to its answers: {}. They may be one position off, or \
+             of another text. `loss.kd = \"none\"` trains on the answers alone; --force trains on them as \
+             they are",
+            told(&broken)
+        ))?;
+    }
+    let (exact, all) = (report.exact, report.with_soft_labels);
+    let too_sharp = report.gate.is_too_sharp();
+    match settings.kd {
+        Kd::Auto if too_sharp => {
+            choice.divergence = Some([Divergence::Tail; 2]);
+            choice.note = Some(format!(
+                "loss.kd = \"auto\": tail, since the answers were sampled more sharply than their \
+                 logprobs tell: {}",
+                told(&report.gate.exact)
+            ));
+        }
+        Kd::Auto => {
+            choice.note = Some(format!(
+                "loss.kd = \"auto\": unbiased for the {} answers that were sampled as their logprobs tell, \
+                 tail for the other {}",
+                format_count(exact),
+                format_count(all - exact)
+            ));
+        }
+        Kd::Unbiased if exact < all => refuse(format!(
+            "loss.kd = \"unbiased\" needs answers that were sampled at temperature 1, with nothing cut \
+             off: {} of {} were not (sampling.temperature and the like, when they were harvested). \
+             \"auto\" uses \"tail\" for those",
+            format_count(all - exact),
+            format_count(all)
+        ))?,
+        Kd::Unbiased if too_sharp => refuse(format!(
+            "loss.kd = \"unbiased\" needs answers that were sampled as their logprobs tell, and these \
+             were sampled more sharply: {}. Set it to \"tail\"",
+            told(&report.gate.exact)
+        ))?,
+        _ => {}
+    }
+    Ok(choice)
+}
+
+fn told(agreement: &Agreement) -> String {
+    format!(
+        "the most likely token was emitted at {:.1} % of {} positions, where {:.1} % (standard \
+         deviation {:.2}) were to be expected",
+        100.0 * agreement.rate(),
+        format_count(agreement.positions),
+        100.0 * agreement.expected(),
+        100.0 * agreement.deviation()
+    )
+}
