@@ -16,7 +16,9 @@ use crate::model::generate::{self, GenerateOptions};
 use crate::prompt::{self, Prompt};
 use crate::signal::StopFlag;
 use crate::terminal::Progress;
-use crate::train::{metrics::Means, objective};
+use crate::train::metrics::Means;
+use crate::train::objective::{self, Models};
+use crate::train::teacher;
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Serialize)]
@@ -195,7 +197,14 @@ fn against_teacher(config: &Config, model: &Model, tokenizer: &Tokenizer) -> Res
     if data.validation().is_empty() {
         return Ok(None);
     }
-    objective::evaluate(model, data.validation(), config.eval.batch_size).map(Some)
+    let teacher = config.teacher.local.as_ref();
+    let teacher = teacher.map(|dir| teacher::frozen(dir, tokenizer, &config.train));
+    let teacher = teacher.transpose()?;
+    let models = Models {
+        student: model,
+        teacher: teacher.as_ref(),
+    };
+    objective::evaluate(models, data.validation(), config.eval.batch_size).map(Some)
 }
 
 #[cfg(test)]

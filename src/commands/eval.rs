@@ -41,7 +41,14 @@ pub fn run(args: &EvalArgs, global: &Global) -> Result<()> {
             "top-1 agreement with the teacher",
             number(means.teacher_agreement),
         );
-        row("KL to the teacher on its top-k", number(means.kl));
+        row(
+            "expected calibration error",
+            number(means.calibration_error),
+        );
+        match config.teacher.local {
+            Some(_) => row("KL to the teacher", number(means.kl)),
+            None => row("KL to the teacher on its top-k", number(means.kl)),
+        }
         row("positions", format_count(means.positions));
     }
     super::print(&table(&rows))

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::redis_url::RedisUrl;
 
-/// The endpoint that is asked.
+/// The endpoint that is asked, or the model on this machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Teacher {
@@ -22,6 +22,12 @@ pub struct Teacher {
     pub connect_timeout_s: f64,
     /// For the whole answer. Generous, since a request that timed out may have been billed.
     pub timeout_s: f64,
+    /// A model folder: a teacher on this machine for `distill train`, whose whole distributions are the
+    /// soft labels, in place of those of the cache.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub local: Option<PathBuf>,
+    /// Train that one along, by cross-entropy on the same examples.
+    pub cotrain: bool,
     /// What is this teacher's own; a key that is missing here has the value of the section.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sampling: Option<Sampling>,
@@ -60,6 +66,8 @@ impl Default for Teacher {
             api_key_env: "OPENAI_API_KEY".into(),
             connect_timeout_s: 10.0,
             timeout_s: 600.0,
+            local: None,
+            cotrain: false,
             sampling: None,
             limits: None,
             price: None,

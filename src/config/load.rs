@@ -153,7 +153,11 @@ fn complete_teachers(table: &mut Table) {
         Some(Value::Table(section)) => section.clone(),
         _ => Table::new(),
     };
-    let common = section("teacher");
+    let mut common = section("teacher");
+    // Those of the one teacher on this machine.
+    for name in ["local", "cotrain"] {
+        common.remove(name);
+    }
     let own = ["sampling", "limits", "price"].map(|name| (name, section(name)));
     let complete = |teacher: &mut Table| {
         for (name, section) in &own {
@@ -193,6 +197,7 @@ fn resolve_paths(config: &mut Config, folder: &Path) {
         sampling.schema.iter_mut().for_each(resolve);
     }
     for path in [
+        &mut config.teacher.local,
         &mut config.prompts.template,
         &mut config.data.source,
         &mut config.data.cache,

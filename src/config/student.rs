@@ -69,6 +69,8 @@ pub struct Data {
     pub validation_share: f64,
     /// Longer examples are left out, and counted.
     pub max_length: usize,
+    /// At most so many of the teacher's alternatives at a position, the most likely ones; None: all.
+    pub top_logprobs: Option<usize>,
     /// Finish reasons whose answers are trained on.
     pub keep_finish_reasons: Vec<String>,
 }
@@ -80,6 +82,7 @@ impl Default for Data {
             cache: None,
             validation_share: 0.02,
             max_length: 1024,
+            top_logprobs: None,
             keep_finish_reasons: ["stop", "eos", "end_turn"].map(String::from).to_vec(),
         }
     }

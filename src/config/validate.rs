@@ -25,6 +25,10 @@ pub fn validate(config: &Config) -> Result<()> {
         "data.validation_share must be at least 0 and below 1",
     )?;
     check(
+        config.data.top_logprobs != Some(0),
+        "data.top_logprobs must be at least 1; loss.kd = \"none\" trains without soft labels",
+    )?;
+    check(
         share(config.loss.kd_weight),
         "loss.kd_weight must lie between 0 and 1",
     )?;
@@ -51,6 +55,18 @@ pub fn validate(config: &Config) -> Result<()> {
     check(
         config.lora.alpha.is_finite() && config.lora.alpha > 0.0,
         "lora.alpha must be above 0",
+    )?;
+    let teacher = &config.teacher;
+    check(
+        teacher.local.is_some() || !teacher.cotrain,
+        "teacher.cotrain trains the model in teacher.local: set that, too",
+    )?;
+    check(
+        config
+            .teachers
+            .iter()
+            .all(|one| one.local.is_none() && !one.cotrain),
+        "`local` and `cotrain` belong into [teacher]: a student has one teacher on this machine",
     )?;
     let train = &config.train;
     check(

@@ -192,7 +192,7 @@ fn entry(
 ) -> Result<Entry, String> {
     let emitted = &*teacher.token[position];
     let mut alternatives = Vec::new();
-    align::alternatives(teacher, position, &mut alternatives)
+    align::alternatives(teacher, position, usize::MAX, &mut alternatives)
         .map_err(|mismatch| mismatch.to_string())?;
     let mut entry = Entry::default();
     for (bytes, logprob) in alternatives {

@@ -32,6 +32,7 @@ use candle_core::{Device, Tensor};
 pub use cached::KvCache;
 pub use config::ModelConfig;
 use decoder::Decoder;
+pub use passes::Hidden;
 use tape::Setting;
 use weights::Tensors;
 

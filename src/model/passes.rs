@@ -1,8 +1,10 @@
 //! Passes over whole sequences: for training, and for evaluation.
 
-use anyhow::{Result, bail};
-use candle_core::{DType, Tensor};
 use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use candle_core::{DType, Device, Tensor};
 
 use super::composed::{Composed, pass};
 use super::gradients::Gradients;
@@ -10,7 +12,7 @@ use super::tape::{Keys, Memory, Tape};
 use super::{Frame, Input, Model};
 use crate::ops::Values;
 use crate::ops::arena::Buffer;
-use crate::ops::head_loss::{self, CHUNK, Units};
+use crate::ops::head_loss::{self, CHUNK, Rows, Units};
 use crate::ops::matmul::Precision;
 
 impl Model {
@@ -19,23 +21,23 @@ impl Model {
         Gradients::new(self.arena.clone())
     }
 
-    /// One training pass: calls `rows` with the indices and the logits (n x V) of each unit of
-    /// positions, which it turns into their gradient, adds the gradients of all variables to
-    /// `gradients`, and returns what `rows` said, in order. No more than a chunk of logits exists at a
-    /// time.
+    /// One training pass: hands `rows` the logits of each unit of positions, which it turns into their
+    /// gradient, adds the gradients of all variables to `gradients`, and returns what `rows` said, in
+    /// order. No more than a chunk of logits exists at a time.
     ///
     /// `memory` is [`Memory::Record`] or [`Memory::Checkpoint`]; only the tape heeds it.
     ///
     /// # Errors
-    /// Where an id is past the vocabulary or a segment longer than the model's context.
-    pub fn train_pass<R: Send>(
+    /// Where an id is past the vocabulary, a segment longer than the model's context, or `rows` cannot
+    /// get ready.
+    pub fn train_pass<R: Rows>(
         &self,
         input: Input,
         units: &Units,
         memory: Memory,
-        rows: impl Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync,
+        rows: &mut R,
         gradients: &mut Gradients,
-    ) -> Result<Vec<R>> {
+    ) -> Result<Vec<R::Report>> {
         if self.frame == Frame::Composed {
             let hidden = self.composed_hidden(input)?;
             return pass::train_pass(&hidden, self.head(), units, rows, gradients);
@@ -54,15 +56,55 @@ impl Model {
             let weight = Values::of(self.decoder.head())?;
             let to = (&mut *dhidden, dweight);
             let hidden = (&hidden[..], units);
-            head_loss::head_loss(head, hidden, &weight, &mut logits, rows, to)
+            head_loss::head_loss(head, hidden, &weight, &mut logits, rows, to)?
         };
         drop(hidden);
         tape.backward(root, dhidden, gradients)?;
         Ok(reports)
     }
 
-    /// Calls `row` with the index and the logits (V) of each position, in no order, and returns
-    /// what it says, in order.
+    /// A forward pass up to the head.
+    ///
+    /// # Errors
+    /// Where an id is past the vocabulary or a segment longer than the model's context.
+    pub fn hidden(&self, input: Input) -> Result<Hidden<'_>> {
+        let states = if self.frame == Frame::Composed {
+            States::Elsewhere(self.composed_hidden(input)?.detach())
+        } else {
+            self.check(&input)?;
+            let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, Memory::Forget);
+            let root = self
+                .decoder
+                .hidden(&mut tape, input.input_ids, input.positions)?;
+            States::Here(tape.value(&root)?)
+        };
+        Ok(Hidden {
+            model: self,
+            states,
+        })
+    }
+
+    /// Hands `rows` the logits of each position, a chunk at a time, and returns what it says, in order.
+    ///
+    /// # Errors
+    /// As [`Model::train_pass`].
+    pub fn map_rows<R: Rows>(&self, input: Input, rows: &mut R) -> Result<Vec<R::Report>> {
+        let hidden = self.hidden(input)?;
+        let (count, vocabulary) = (input.positions.len(), self.config.vocab_size);
+        let mut logits = self.chunk_of_logits(count)?;
+        let mut reports = Vec::with_capacity(count);
+        for start in (0..count).step_by(CHUNK) {
+            let range = start..count.min(start + CHUNK);
+            rows.begin(range.clone())?;
+            let logits = &mut logits[..range.len() * vocabulary];
+            hidden.logits(range.clone(), logits)?;
+            let units = Units::new(range.len(), &[]);
+            reports.extend(units.map(start, logits, vocabulary, rows));
+        }
+        Ok(reports)
+    }
+
+    /// [`Model::map_rows`] with the index and the logits (V) of each position.
     ///
     /// # Errors
     /// As [`Model::train_pass`].
@@ -71,25 +113,8 @@ impl Model {
         input: Input,
         row: impl Fn(usize, &mut [f32]) -> R + Sync,
     ) -> Result<Vec<R>> {
-        if self.frame == Frame::Composed {
-            return pass::map_logits(&self.composed_hidden(input)?, self.head(), row);
-        }
-        self.check(&input)?;
-        let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, Memory::Forget);
-        let root = self
-            .decoder
-            .hidden(&mut tape, input.input_ids, input.positions)?;
-        let hidden = tape.value(&root)?;
-        let mut logits = self.chunk_of_logits(input.positions.len())?;
-        let weight = Values::of(self.decoder.head())?;
-        let head = self.head_layer();
-        Ok(head_loss::map_logits(
-            head,
-            &hidden,
-            &weight,
-            &mut logits,
-            row,
-        ))
+        let mut rows = |at: Range<usize>, logits: &mut [f32]| vec![row(at.start, logits)];
+        self.map_rows(input, &mut rows)
     }
 
     /// Hidden states (N x D), ready for the head, in candle's operations: differentiable by candle
@@ -131,6 +156,44 @@ impl Model {
         }
         if next != input.input_ids.len() {
             bail!("segments cover {next} tokens of {}", input.input_ids.len());
+        }
+        Ok(())
+    }
+}
+
+/// Hidden states (N x D) of a forward pass, ready for the head.
+pub struct Hidden<'a> {
+    model: &'a Model,
+    states: States,
+}
+
+enum States {
+    /// Of the tape.
+    Here(Arc<Buffer>),
+    /// Of candle's operations.
+    Elsewhere(Tensor),
+}
+
+impl Hidden<'_> {
+    /// Writes the logits (n x V) of the n positions in `range`.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn logits(&self, range: Range<usize>, to: &mut [f32]) -> candle_core::Result<()> {
+        let head = self.model.head_layer();
+        match &self.states {
+            States::Here(hidden) => {
+                let hidden = &hidden[range.start * head.inputs..range.end * head.inputs];
+                let weight = Values::of(self.model.head())?;
+                head.forward(hidden, &weight, None, to, false);
+            }
+            States::Elsewhere(hidden) => {
+                let hidden = hidden.narrow(0, range.start, range.len())?;
+                let weight = self.model.head().detach().to_dtype(hidden.dtype())?.t()?;
+                let logits = hidden.matmul(&weight)?.to_dtype(DType::F32)?;
+                let logits = logits.to_device(&Device::Cpu)?.flatten_all()?;
+                to.copy_from_slice(&Values::of(&logits)?);
+            }
         }
         Ok(())
     }

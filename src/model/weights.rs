@@ -168,6 +168,22 @@ pub fn write(path: &Path, entries: BTreeMap<String, Entry>) -> Result<()> {
     })
 }
 
+/// A hash of names and values.
+///
+/// # Errors
+/// Where one is no contiguous f32 tensor, or the device fails.
+pub fn hash(tensors: &Tensors) -> Result<String> {
+    let mut hash = blake3::Hasher::new();
+    for (name, tensor) in tensors {
+        hash.update(name.as_bytes());
+        for values in Values::of(&tensor.to_device(&Device::Cpu)?)?.chunks(1 << 16) {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            hash.update_rayon(&bytes);
+        }
+    }
+    Ok(hash.finalize().to_hex().to_string())
+}
+
 /// The tensors on `device`.
 ///
 /// # Errors

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use candle_core::Result;
 use rayon::prelude::*;
 
 use super::linear::Linear;
@@ -14,6 +15,33 @@ use super::{Gradient, simd};
 /// Rows of logits that exist at a time: enough that packing the head's weight is little work beside
 /// multiplying with it.
 pub const CHUNK: usize = 512;
+
+/// What is made of the logits of positions.
+pub trait Rows: Sync {
+    /// What there is to say of a position.
+    type Report: Send;
+
+    /// Told which positions are next, before the logits of any of them are handed out.
+    ///
+    /// # Errors
+    /// Where it cannot get ready for them.
+    fn begin(&mut self, _positions: Range<usize>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Gets the indices of a unit's positions and their logits (n x V), which it may turn into their
+    /// gradient, and reports on each.
+    fn rows(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<Self::Report>;
+}
+
+impl<R: Send, F: Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync> Rows for F {
+    type Report = R;
+
+    #[inline(always)]
+    fn rows(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<R> {
+        self(positions, logits)
+    }
+}
 
 /// How N positions are handed out: one by one, but for spans of them that must be seen together.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,13 +87,13 @@ impl Units {
 
     /// Calls `rows` with each unit, counted from `first` on, and with its part of `values`, which has
     /// `width` for a position; collects what it returns, in order.
-    pub fn map<R: Send>(
+    pub fn map<R: Rows>(
         &self,
         first: usize,
         mut values: &mut [f32],
         width: usize,
-        rows: &(impl Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync),
-    ) -> Vec<R> {
+        rows: &R,
+    ) -> Vec<R::Report> {
         let mut start = 0;
         let mut parts = Vec::with_capacity(self.ends.len());
         for &end in &self.ends {
@@ -75,24 +103,25 @@ impl Units {
         }
         let reports = parts
             .into_par_iter()
-            .flat_map_iter(|(range, part)| simd(|| rows(range, part)));
+            .flat_map_iter(|(range, part)| simd(|| rows.rows(range, part)));
         reports.collect()
     }
 }
 
-/// The loss of `hidden` (N x D) under the head `weight` (V x D), a linear layer from D to V.
+/// The loss of `hidden` (N x D) under the head `weight` (V x D), a linear layer from D to V, which is
+/// what `rows` makes of it. `logits` has room for [`CHUNK`] rows, or N if that is less. Gradients that
+/// nobody asks for are not computed.
 ///
-/// `rows` gets the indices of a unit's positions and their logits (n x V), turns these into their
-/// gradient in place, and returns what it says of each position. `logits` has room for [`CHUNK`]
-/// rows, or N if that is less. Gradients that nobody asks for are not computed.
-pub fn head_loss<R: Send>(
+/// # Errors
+/// Where `rows` cannot get ready.
+pub fn head_loss<R: Rows>(
     head: Linear,
     (hidden, units): (&[f32], &Units),
     weight: &[f32],
     logits: &mut [f32],
-    rows: impl Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync,
+    rows: &mut R,
     (dhidden, mut dweight): (&mut [f32], Option<Gradient>),
-) -> Vec<R> {
+) -> Result<Vec<R::Report>> {
     let (width, vocabulary) = (head.inputs, head.outputs);
     if let Some(Gradient { values, add: false }) = &mut dweight
         && hidden.is_empty()
@@ -103,10 +132,11 @@ pub fn head_loss<R: Send>(
     let mut start = 0;
     for chunk in units.chunks() {
         let end = start + chunk.positions();
+        rows.begin(start..end)?;
         let hidden = &hidden[start * width..end * width];
         let logits = &mut logits[..(end - start) * vocabulary];
         head.forward(hidden, weight, None, logits, false);
-        reports.extend(chunk.map(start, logits, vocabulary, &rows));
+        reports.extend(chunk.map(start, logits, vocabulary, rows));
         let dhidden = Gradient {
             values: &mut dhidden[start * width..end * width],
             add: false,
@@ -122,29 +152,7 @@ pub fn head_loss<R: Send>(
         }
         start = end;
     }
-    reports
-}
-
-/// Calls `row` with each row of logits (V) of `hidden` (N x D), a chunk at a time, and collects
-/// what it returns in order.
-pub fn map_logits<R: Send>(
-    head: Linear,
-    hidden: &[f32],
-    weight: &[f32],
-    logits: &mut [f32],
-    row: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> Vec<R> {
-    let (width, vocabulary) = (head.inputs, head.outputs);
-    let rows = |range: Range<usize>, logits: &mut [f32]| vec![row(range.start, logits)];
-    let mut reports = Vec::with_capacity(hidden.len() / width);
-    for (chunk, hidden) in hidden.chunks(CHUNK * width).enumerate() {
-        let positions = hidden.len() / width;
-        let logits = &mut logits[..positions * vocabulary];
-        head.forward(hidden, weight, None, logits, false);
-        let units = Units::new(positions, &[]);
-        reports.extend(units.map(chunk * CHUNK, logits, vocabulary, &rows));
-    }
-    reports
+    Ok(reports)
 }
 
 #[cfg(test)]
@@ -161,10 +169,11 @@ mod tests {
         assert_eq!(Units::new(0, &[]).chunks().count(), 0);
 
         let mut values = vec![0.0; 14];
-        let reports = units.map(10, &mut values, 2, &|range, part| {
+        let rows = |range: Range<usize>, part: &mut [f32]| {
             part.fill(range.len() as f32);
             range.collect::<Vec<_>>()
-        });
+        };
+        let reports = units.map(10, &mut values, 2, &rows);
         assert_eq!(reports, (10..17).collect::<Vec<_>>());
         let expected = [1.0, 2.0, 2.0, 3.0, 3.0, 3.0, 1.0];
         assert!(

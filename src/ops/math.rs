@@ -1,6 +1,6 @@
 //! Scalar functions and reductions that the compiler can turn into vector instructions.
 
-/// Running sums of a reduction.
+/// Running sums of a reduction, so that the compiler can use vector registers.
 const LANES: usize = 8;
 
 /// e^x to about 1e-7 relative, in operations that the compiler can vectorise (libm's are calls).
@@ -44,26 +44,13 @@ pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Eight running sums, so that the compiler can use vector registers.
+/// The sum of products of `a` and `b`.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_chunks
-        .remainder()
-        .iter()
-        .zip(b_chunks.remainder())
-        .map(|(a, b)| a * b)
-        .sum();
-    for (a, b) in a_chunks.zip(b_chunks) {
-        for lane in 0..LANES {
-            sums[lane] += a[lane] * b[lane];
-        }
-    }
-    sums.iter().sum::<f32>() + tail
+    sum_of_pairs(a, b, |a, b| a * b)
 }
 
-/// The sum of `values`, in eight running sums like [`dot`].
+/// The sum of `values`.
 #[inline(always)]
 pub fn sum(values: &[f32]) -> f32 {
     sum_of(values, |value| value)
@@ -78,6 +65,22 @@ pub fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     for chunk in chunks {
         for lane in 0..LANES {
             sums[lane] += f(chunk[lane]);
+        }
+    }
+    sums.iter().sum::<f32>() + tail
+}
+
+/// The sum of what `f` makes of pairs of `a` and `b`, as many as both have.
+#[inline(always)]
+pub fn sum_of_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let both = a.len().min(b.len());
+    let (a_chunks, b_chunks) = (a[..both].chunks_exact(LANES), b[..both].chunks_exact(LANES));
+    let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
+    let tail: f32 = rest.map(|(&a, &b)| f(a, b)).sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for lane in 0..LANES {
+            sums[lane] += f(a[lane], b[lane]);
         }
     }
     sums.iter().sum::<f32>() + tail

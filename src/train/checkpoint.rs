@@ -1,5 +1,6 @@
 //! Checkpoints: `checkpoints/step-000500/{model.safetensors, optimizer.safetensors, state.json}`, and
-//! `ema.safetensors` where there is a running average. Weights that are not trained are not in it;
+//! `ema.safetensors` where there is a running average; `teacher.safetensors` and
+//! `teacher_optimizer.safetensors` where a teacher is trained along. Weights that are not trained are not in it;
 //! their hash is part of the fingerprint.
 //!
 //! A checkpoint appears whole, by the rename of its folder, or not at all. The newest one is found
@@ -16,22 +17,43 @@ use super::best::Best;
 use super::ema::Ema;
 use super::optimizer::Optimizer;
 use super::student::{self, Student};
+use super::teacher::Teacher;
 use crate::config::{Config, Train};
 use crate::data::batch::Cursor;
 use crate::exit::Exit;
 use crate::fs;
+use crate::model::Model;
 use crate::model::weights::{self, Tensors};
 
 const MODEL: &str = "model.safetensors";
 const EMA: &str = "ema.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
+const TEACHER: &str = "teacher.safetensors";
+const TEACHER_OPTIMIZER: &str = "teacher_optimizer.safetensors";
 
 /// What a run changes.
 pub struct Parts {
     pub student: Student,
     pub optimizer: Optimizer,
     pub ema: Option<Ema>,
+    /// One on this machine.
+    pub teacher: Option<Teacher>,
+}
+
+impl Parts {
+    /// The model of a teacher on this machine.
+    pub fn teacher_model(&self) -> Option<&Model> {
+        let teacher = self.teacher.as_ref()?;
+        Some(&teacher.learner.model)
+    }
+
+    /// A teacher that is trained along.
+    fn trained_teacher(&mut self) -> Option<(&Student, &mut Optimizer)> {
+        let teacher = self.teacher.as_mut()?;
+        let training = teacher.training.as_mut()?;
+        Some((&teacher.learner, &mut training.optimizer))
+    }
 }
 
 /// What a run needs besides weights and moments to go on as if it had not stopped.
@@ -56,7 +78,7 @@ pub const VERSION: u32 = 2;
 ///
 /// # Errors
 /// Where it cannot be written; earlier checkpoints are untouched then.
-pub fn save(dir: &Path, parts: &Parts, state: &State, keep: usize) -> Result<()> {
+pub fn save(dir: &Path, parts: &mut Parts, state: &State, keep: usize) -> Result<()> {
     fs::write_dir_with(&folder(dir, state.step), |folder| {
         let write = |name, tensors: &Tensors| {
             weights::write(&folder.join(name), weights::entries(tensors, DType::F32)?)
@@ -66,6 +88,10 @@ pub fn save(dir: &Path, parts: &Parts, state: &State, keep: usize) -> Result<()>
             write(EMA, &ema.tensors()?)?;
         }
         weights::write(&folder.join(OPTIMIZER), parts.optimizer.state()?)?;
+        if let Some((teacher, optimizer)) = parts.trained_teacher() {
+            write(TEACHER, &teacher.trained()?)?;
+            weights::write(&folder.join(TEACHER_OPTIMIZER), optimizer.state()?)?;
+        }
         fs::write_in(folder, STATE, &serde_json::to_vec_pretty(state)?)
     })?;
     let best = state.best.found.map(|(step, _)| step);
@@ -127,18 +153,28 @@ pub fn load(path: &Path, parts: &mut Parts, fingerprint: &str) -> Result<State> 
         let optimizer = &mut parts.optimizer;
         weights::with_file(&path.join(OPTIMIZER), |file| {
             optimizer.restore(file, state.step)
-        })
+        })?;
+        if let Some((teacher, optimizer)) = parts.trained_teacher() {
+            weights::with_file(&path.join(TEACHER), |file| {
+                student::restore(&teacher.vars, file)
+            })?;
+            weights::with_file(&path.join(TEACHER_OPTIMIZER), |file| {
+                optimizer.restore(file, state.step)
+            })?;
+        }
+        Ok(())
     };
     restore().map_err(|error| damaged(path, &error))?;
     Ok(state)
 }
 
 /// A hash of everything that the trained weights depend on, checkpoints and paths aside. `data` is
-/// that of the examples, `frozen` that of the weights that stay; device and number type are settled.
+/// that of the examples, `weights` those of the weights that stay and of a teacher on this machine;
+/// device and number type are settled.
 ///
 /// # Errors
 /// Where the settings do not serialise.
-pub fn fingerprint(config: &Config, data: &str, frozen: &str, total: u64) -> Result<String> {
+pub fn fingerprint(config: &Config, data: &str, weights: [&str; 2], total: u64) -> Result<String> {
     let settings = Train {
         // These do not change the numbers.
         eval_every: 0,
@@ -157,8 +193,9 @@ pub fn fingerprint(config: &Config, data: &str, frozen: &str, total: u64) -> Res
         &config.loss,
         &config.lora,
         &config.student,
+        config.teacher.cotrain,
         data,
-        frozen,
+        weights,
     ))?);
     Ok(hash.finalize().to_hex().to_string())
 }

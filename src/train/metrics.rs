@@ -23,6 +23,17 @@ pub struct Sums {
     pub teacher_hits: u64,
     pub chunks: u64,
     pub alm: f64,
+    calibration: [Bin; BINS],
+}
+
+/// Ranges of confidence, as is the custom (Guo et al., arXiv 1706.04599).
+const BINS: usize = 15;
+
+/// Positions whose most likely token has a probability in one of them.
+#[derive(Debug, Clone, Copy, Default)]
+struct Bin {
+    confidence: f64,
+    hits: u64,
 }
 
 impl Sums {
@@ -32,6 +43,11 @@ impl Sums {
             self.positions += 1;
             self.ce += f64::from(row.ce);
             self.label_hits += u64::from(row.top1_is_label);
+            let confidence = f64::from(row.confidence);
+            let bin = (confidence * BINS as f64) as usize;
+            let bin = &mut self.calibration[bin.min(BINS - 1)];
+            bin.confidence += confidence;
+            bin.hits += u64::from(row.top1_is_label);
             self.chunks += u64::from(row.alm.is_some());
             self.alm += f64::from(row.alm.unwrap_or_default());
             if let (Some(kd), Some(kl), Some(hit)) = (row.kd, row.kl, row.top1_is_teachers) {
@@ -44,6 +60,8 @@ impl Sums {
     }
 
     pub fn means(&self) -> Means {
+        let off = |bin: &Bin| (bin.confidence - bin.hits as f64).abs();
+        let off: f64 = self.calibration.iter().map(off).sum();
         let mean = |sum: f64, count: u64| (count > 0).then(|| sum / count as f64);
         Means {
             positions: self.positions,
@@ -51,6 +69,8 @@ impl Sums {
             ce: mean(self.ce, self.positions),
             perplexity: mean(self.ce, self.positions).map(f64::exp),
             token_accuracy: mean(self.label_hits as f64, self.positions),
+            kd: mean(self.kd, self.soft_positions),
+            calibration_error: mean(off, self.positions),
             kl: mean(self.kl, self.soft_positions),
             alm: mean(self.alm, self.chunks),
             teacher_agreement: mean(self.teacher_hits as f64, self.soft_positions),
@@ -69,7 +89,14 @@ pub struct Means {
     pub perplexity: Option<f64>,
     /// Share of positions whose most likely token is the answer's.
     pub token_accuracy: Option<f64>,
-    /// KL divergence to the teacher on its top-k and the tail, in nats.
+    /// What soft labels add to the loss: the divergence that was chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kd: Option<f64>,
+    /// Expected calibration error: by how much the probability of the most likely token differs from how
+    /// often it is the answer's, in the mean over ranges of that probability.
+    pub calibration_error: Option<f64>,
+    /// KL divergence to the teacher, in nats: on its top-k and the tail, or in full where it is on this
+    /// machine.
     pub kl: Option<f64>,
     /// Mean over the chunks that several tokens of the teacher spell: how far their likelihoods are
     /// apart, in nats.
@@ -123,6 +150,13 @@ pub struct StepLine {
     pub loss: f64,
     pub ce: Option<f64>,
     pub kl: Option<f64>,
+    /// What soft labels and chunks add, see [`Means`].
+    pub kd: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alm: Option<f64>,
+    /// Of a teacher that is trained along.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher_ce: Option<f64>,
     pub learning_rate: f64,
     pub grad_norm: f64,
     /// Tokens trained on since the start of the run, over all its sessions.

@@ -18,6 +18,7 @@ pub mod schedule;
 pub mod soft_labels;
 pub mod step;
 pub mod student;
+pub mod teacher;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -25,21 +26,24 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::config::Config;
+use crate::config::{Config, Kd};
 use crate::data::batch::{Batches, Cursor};
 use crate::data::dataset;
 use crate::data::prepared::ExampleView;
 use crate::data::tokenizer::Tokenizer;
 use crate::fs;
+use crate::model::Model;
 use crate::signal::StopFlag;
 use crate::terminal::{Progress, Reading, format_count, format_duration};
 use best::Best;
 use checkpoint::{Parts, State};
 use ema::Ema;
 use metrics::{Means, Metrics, StepLine};
+use objective::Models;
 use optimizer::Optimizer;
 use step::Stepper;
 use student::Student;
+use teacher::Teacher;
 
 /// What to do with checkpoints that are already there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,18 +121,27 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
     let settings = &config.train;
     let stop = StopFlag::watch()?;
     let tokenizer = Tokenizer::load(&config.student.path)?;
+    soft_labels::check_tokenizer(config, &tokenizer)?;
     let student = Student::initial(config, &tokenizer)?;
+    let teacher = match config.loss.kd {
+        Kd::None if !config.teacher.cotrain => None,
+        _ => Teacher::of(config, &tokenizer)?,
+    };
     let mut reading = Reading::new("prepare", quiet);
     let data = dataset::load(config, &tokenizer, &mut |done, total| {
         reading.update(done, total);
         stop.check()
     })?;
     drop(reading);
-    let soft_labels = soft_labels::choose(&config.loss, &data.report, force)?;
+    let soft_labels = match teacher {
+        Some(_) => soft_labels::dense(&config.loss),
+        None => soft_labels::choose(&config.loss, &data.report, force)?,
+    };
     let (train, validation) = (data.train(), data.validation());
     let total = total_steps(config, train.len());
     let frozen = student.hash_of_frozen()?;
-    let fingerprint = checkpoint::fingerprint(config, data.fingerprint(), &frozen, total)?;
+    let weights = [&*frozen, teacher.as_ref().map_or("", Teacher::hash)];
+    let fingerprint = checkpoint::fingerprint(config, data.fingerprint(), weights, total)?;
 
     let parameters = Parameters::of(&student);
     let averaged = settings.ema_decay > 0.0;
@@ -138,6 +151,7 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
             .then(|| Ema::new(&student, settings.ema_decay))
             .transpose()?,
         student,
+        teacher,
     };
     let checkpoints = config.run_dir.join("checkpoints");
     let (mut tokens, mut cursor, mut best) = (0, Cursor::default(), Best::default());
@@ -162,13 +176,14 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         progress.note(note);
     }
     let (began, began_tokens) = (Instant::now(), tokens);
-    let mut stepper = Stepper::new(config, soft_labels.divergence, &parts);
-    let evaluate = |parts: &Parts| {
-        let model = parts
-            .ema
-            .as_ref()
-            .map_or(&parts.student.model, |ema| &ema.model);
-        objective::evaluate(model, validation, settings.micro_batch_size)
+    let mut stepper = Stepper::new(config, soft_labels.divergence, &parts.student.model);
+    let evaluate = |parts: &Parts, student: Option<&Model>| {
+        let averaged = parts.ema.as_ref().map(|ema| &ema.model);
+        let models = Models {
+            student: student.or(averaged).unwrap_or(&parts.student.model),
+            teacher: parts.teacher_model(),
+        };
+        objective::evaluate(models, validation, settings.micro_batch_size)
     };
     let (mut last_loss, mut last_validation) = (0.0, None);
     while parts.optimizer.step() < total && !best.is_exhausted(settings.patience) {
@@ -178,7 +193,14 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         let examples: Vec<ExampleView> =
             batches.next_step().iter().map(|&i| train.get(i)).collect();
         let rate = schedule::learning_rate(settings, step, total);
-        let taken = stepper.take(&mut parts, step, &examples, rate)?;
+        let learner = (&parts.student, &mut parts.optimizer);
+        let dense = parts.teacher.as_ref().map(|teacher| &teacher.learner.model);
+        let taken = stepper.take(learner, dense, step, &examples, rate)?;
+        if let Some(ema) = &parts.ema {
+            ema.update(&parts.student, step)?;
+        }
+        let teacher = parts.teacher.as_mut();
+        let teachers = teacher.map_or(Ok(None), |teacher| teacher.learn(step, &examples, rate))?;
 
         tokens += taken.tokens;
         let means = taken.sums.means();
@@ -189,6 +211,9 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
             loss: taken.loss,
             ce: means.ce,
             kl: means.kl,
+            kd: means.kd,
+            alm: means.alm,
+            teacher_ce: teachers.and_then(|taken| taken.sums.means().ce),
             learning_rate: rate,
             grad_norm: taken.gradient_norm,
             tokens,
@@ -212,7 +237,7 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         let mut improved = false;
         last_validation = None;
         if every(settings.eval_every) || step == total {
-            let means = evaluate(&parts)?;
+            let means = evaluate(&parts, None)?;
             metrics.validation(step, &means)?;
             progress.note(&validation_line(step, last_loss, &means));
             improved = best.is_improved_by(settings.best, step, &means);
@@ -229,7 +254,7 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
                 best,
                 fingerprint: fingerprint.clone(),
             };
-            checkpoint::save(&checkpoints, &parts, &state, settings.keep_checkpoints)?;
+            checkpoint::save(&checkpoints, &mut parts, &state, settings.keep_checkpoints)?;
         }
         stopped.context("the checkpoint is written: go on with --resume")?;
     }
@@ -242,13 +267,13 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
             let trained = checkpoint::weights_of(&checkpoints, step)?;
             let all = parts.student.with(trained.clone());
             let model = parts.student.model.with_weights(&all)?;
-            let means = objective::evaluate(&model, validation, settings.micro_batch_size)?;
+            let means = evaluate(&parts, Some(&model))?;
             (trained, means, Some(step))
         }
         _ => {
             let ema = parts.ema.as_ref();
             let trained = ema.map_or_else(|| parts.student.trained(), Ema::tensors)?;
-            let means = last_validation.map_or_else(|| evaluate(&parts), Ok)?;
+            let means = last_validation.map_or_else(|| evaluate(&parts, None), Ok)?;
             (trained, means, None)
         }
     };
@@ -272,6 +297,9 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         (&config.student.path, tokenizer.stop_ids()),
         &card::text(config, parts.student.model.config().model_type(), &summary),
     )?;
+    if let Some(teacher) = &parts.teacher {
+        teacher.save(config, &tokenizer)?;
+    }
     Ok(summary)
 }
 

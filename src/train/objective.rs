@@ -4,48 +4,139 @@ use std::ops::Range;
 
 use anyhow::Result;
 
-use super::loss::divergence::Divergence;
 use super::loss::{self, Row, RowLoss, Weights};
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
 use crate::data::dataset::Examples;
 use crate::model::gradients::Gradients;
 use crate::model::tape::Memory;
-use crate::model::{Input, Model};
-use crate::ops::head_loss::Units;
+use crate::model::{Hidden, Input, Model};
+use crate::ops::head_loss::{CHUNK, Rows, Units};
+
+/// Who learns, and from whom.
+#[derive(Clone, Copy)]
+pub struct Models<'a> {
+    pub student: &'a Model,
+    /// A teacher on this machine, whose distributions are the soft labels; without one they are those
+    /// of the batch.
+    pub teacher: Option<&'a Model>,
+}
+
+impl<'a> From<&'a Model> for Models<'a> {
+    fn from(student: &'a Model) -> Self {
+        Self {
+            student,
+            teacher: None,
+        }
+    }
+}
 
 /// Adds the gradients of a micro-batch to `gradients`; returns its loss and the unscaled terms of
 /// its positions.
 ///
 /// # Errors
-/// Where an example does not fit the model.
-pub fn gradients(
-    model: &Model,
+/// Where an example does not fit a model.
+pub fn gradients<'a>(
+    models: impl Into<Models<'a>>,
     batch: &Batch,
     weights: Weights,
     memory: Memory,
     gradients: &mut Gradients,
 ) -> Result<(f64, Vec<RowLoss>)> {
-    let spans: Vec<Range<usize>> = match weights.alm > 0.0 {
-        true => batch.chunks.iter().map(|chunk| chunk.0.clone()).collect(),
-        false => Vec::new(),
-    };
-    let units = Units::new(batch.labels.len(), &spans);
-    let rows = |positions: Range<usize>, logits: &mut [f32]| {
-        let found = batch
-            .chunks
-            .binary_search_by_key(&positions.start, |chunk| chunk.0.start);
-        match found {
-            Ok(at) if !spans.is_empty() => {
-                let rows: Vec<Row> = positions.map(|n| target(batch, n)).collect();
-                loss::chunk(logits, &rows, batch.chunks[at].1, weights)
-            }
-            _ => vec![loss::row(logits, target(batch, positions.start), weights)],
-        }
-    };
-    let rows = model.train_pass(input(batch), &units, memory, rows, gradients)?;
+    let models = models.into();
+    let mut objective = Objective::new(models, batch, weights)?;
+    let units = Units::new(batch.labels.len(), &objective.spans);
+    let rows =
+        models
+            .student
+            .train_pass(input(batch), &units, memory, &mut objective, gradients)?;
     let loss: f64 = rows.iter().map(|row| f64::from(row.loss)).sum();
     Ok((loss * f64::from(weights.scale), rows))
+}
+
+/// What is made of the logits of a batch.
+struct Objective<'a> {
+    batch: &'a Batch,
+    weights: Weights,
+    /// Positions that are seen together: chunks, where these count.
+    spans: Vec<Range<usize>>,
+    teacher: Option<Dense<'a>>,
+}
+
+/// What a teacher on this machine says of the positions that are next.
+struct Dense<'a> {
+    hidden: Hidden<'a>,
+    vocabulary: usize,
+    /// The first of them.
+    start: usize,
+    logits: Vec<f32>,
+}
+
+impl<'a> Objective<'a> {
+    fn new(models: Models<'a>, batch: &'a Batch, weights: Weights) -> Result<Self> {
+        let teacher = models.teacher.map(|teacher| -> Result<_> {
+            let vocabulary = teacher.config().vocab_size;
+            Ok(Dense {
+                hidden: teacher.hidden(input(batch))?,
+                vocabulary,
+                start: 0,
+                logits: vec![0.0; batch.labels.len().min(CHUNK) * vocabulary],
+            })
+        });
+        let teacher = teacher.transpose()?;
+        let spans = match weights.alm > 0.0 && teacher.is_none() {
+            true => batch.chunks.iter().map(|chunk| chunk.0.clone()).collect(),
+            false => Vec::new(),
+        };
+        Ok(Self {
+            batch,
+            weights,
+            spans,
+            teacher,
+        })
+    }
+
+    /// What supervised position `n` teaches.
+    fn target(&self, n: usize) -> Row<'_> {
+        let dense = self.teacher.as_ref().map(|teacher| {
+            let at = n - teacher.start;
+            &teacher.logits[at * teacher.vocabulary..(at + 1) * teacher.vocabulary]
+        });
+        Row {
+            dense,
+            ..target(self.batch, n)
+        }
+    }
+}
+
+impl Rows for Objective<'_> {
+    type Report = RowLoss;
+
+    fn begin(&mut self, positions: Range<usize>) -> candle_core::Result<()> {
+        if let Some(teacher) = &mut self.teacher {
+            teacher.start = positions.start;
+            let logits = &mut teacher.logits[..positions.len() * teacher.vocabulary];
+            teacher.hidden.logits(positions, logits)?;
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn rows(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<RowLoss> {
+        let chunks = &self.batch.chunks;
+        let found = chunks.binary_search_by_key(&positions.start, |chunk| chunk.0.start);
+        match found {
+            Ok(at) if !self.spans.is_empty() => {
+                let rows: Vec<Row> = positions.map(|n| self.target(n)).collect();
+                loss::chunk(logits, &rows, chunks[at].1, self.weights)
+            }
+            _ => vec![loss::row(
+                logits,
+                self.target(positions.start),
+                self.weights,
+            )],
+        }
+    }
 }
 
 fn input(batch: &Batch) -> Input<'_> {
@@ -65,29 +156,27 @@ fn target(batch: &Batch, n: usize) -> Row<'_> {
         soft_logprobs: &batch.soft_logprobs[soft],
         drawn: batch.drawn.get(n).copied().flatten(),
         exact: batch.exact.get(n).copied().unwrap_or_default(),
-        chunk: 0.0,
+        ..Row::default()
     }
 }
 
-/// Mean terms of a model on examples, without gradients.
+/// Mean terms of a model on examples, without gradients; soft labels are those of `models.teacher`
+/// where there is one.
 ///
 /// # Errors
-/// Where an example does not fit the model.
-pub fn evaluate(model: &Model, examples: Examples, batch_size: usize) -> Result<Means> {
-    let weights = Weights {
-        kd: 0.0,
-        divergence: [Divergence::Tail; 2],
-        alm: 0.0,
-        label_smoothing: 0.0,
-        scale: 1.0,
-    };
+/// Where an example does not fit a model.
+pub fn evaluate<'a>(
+    models: impl Into<Models<'a>>,
+    examples: Examples,
+    batch_size: usize,
+) -> Result<Means> {
+    let models = models.into();
+    let weights = Weights::default();
     let mut sums = Sums::default();
     for start in (0..examples.len()).step_by(batch_size) {
         let batch = Batch::new(examples.iter().skip(start).take(batch_size));
-        let rows = model.map_logits(input(&batch), |n, logits| {
-            loss::row(logits, target(&batch, n), weights)
-        })?;
-        sums.add(&rows);
+        let mut objective = Objective::new(models, &batch, weights)?;
+        sums.add(&models.student.map_rows(input(&batch), &mut objective)?);
     }
     Ok(sums.means())
 }

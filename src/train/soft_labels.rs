@@ -3,9 +3,10 @@
 use anyhow::{Result, bail};
 
 use super::loss::divergence::Divergence;
-use crate::config::{Kd, Loss};
+use crate::config::{Config, Kd, Loss};
 use crate::data::dataset::Report;
 use crate::data::gate::Agreement;
+use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::terminal::format_count;
 
@@ -16,6 +17,23 @@ pub struct Choice {
     pub divergence: Option<[Divergence; 2]>,
     /// What the user may want to know of it.
     pub note: Option<String>,
+}
+
+/// Checks that soft labels of a cache can be mapped to the tokens of `tokenizer`.
+///
+/// # Errors
+/// [`Exit::Usage`] if they are wanted, and the vocabulary does not tell the bytes of its tokens.
+pub fn check_tokenizer(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
+    let wanted = config.loss.kd != Kd::None && config.data.source.is_none();
+    if !wanted || config.teacher.local.is_some() || tokenizer.tells_bytes() {
+        return Ok(());
+    }
+    bail!(Exit::Usage(format!(
+        "the tokenizer in {} does not tell the bytes of its tokens (WordPiece drops the spaces between \
+         words), so the teacher's tokens cannot be matched to them: choose a student with a byte-level \
+         BPE or SentencePiece tokenizer, or train on the answers alone with loss.kd = \"none\"",
+        config.student.path.display()
+    )))
 }
 
 /// Chooses by the settings and by what the data are.
@@ -81,6 +99,24 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
         _ => {}
     }
     Ok(choice)
+}
+
+/// Chooses for a teacher on this machine, of whose distributions nothing is missing.
+pub fn dense(settings: &Loss) -> Choice {
+    let full = matches!(
+        settings.kd,
+        Kd::Auto | Kd::Tail | Kd::Unbiased | Kd::Renormalize | Kd::RenormalizeBoth
+    );
+    let note = full.then(|| {
+        format!(
+            "loss.kd = \"{}\" is the full KL divergence with teacher.local",
+            settings.kd.name()
+        )
+    });
+    Choice {
+        divergence: Divergence::of(settings).map(|[of_any, _]| [of_any; 2]),
+        note,
+    }
 }
 
 fn told(agreement: &Agreement) -> String {

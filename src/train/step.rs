@@ -2,20 +2,22 @@
 
 use anyhow::{Result, bail};
 
-use super::checkpoint::Parts;
 use super::loss::Weights;
 use super::loss::divergence::Divergence;
 use super::metrics::Sums;
-use super::objective;
+use super::objective::{self, Models};
+use super::optimizer::Optimizer;
+use super::student::Student;
 use crate::config::{Config, Train};
 use crate::data::batch::{Batch, micro_batches};
 use crate::data::prepared::ExampleView;
+use crate::model::Model;
 use crate::model::gradients::Gradients;
 use crate::model::tape::Memory;
 
 /// How steps are taken.
-pub struct Stepper<'a> {
-    settings: &'a Train,
+pub struct Stepper {
+    settings: Train,
     weights: Weights,
     memory: Memory,
     /// Of the step under way; none between two.
@@ -33,12 +35,12 @@ pub struct Taken {
     pub tokens: u64,
 }
 
-impl<'a> Stepper<'a> {
-    /// With `divergence` of [`soft_labels`](super::soft_labels).
-    pub fn new(config: &'a Config, divergence: Option<[Divergence; 2]>, parts: &Parts) -> Self {
+impl Stepper {
+    /// For `model`, with `divergence` of [`soft_labels`](super::soft_labels).
+    pub fn new(config: &Config, divergence: Option<[Divergence; 2]>, model: &Model) -> Self {
         let kd = divergence.map_or(0.0, |_| config.loss.kd_weight as f32);
         Self {
-            settings: &config.train,
+            settings: config.train.clone(),
             weights: Weights {
                 kd,
                 divergence: divergence.unwrap_or([Divergence::Tail; 2]),
@@ -51,17 +53,19 @@ impl<'a> Stepper<'a> {
                 true => Memory::Checkpoint,
                 false => Memory::Record,
             },
-            gradients: parts.student.model.gradients(),
+            gradients: model.gradients(),
         }
     }
 
-    /// Takes step `step` on `examples`, at `learning_rate`.
+    /// Takes step `step` on `examples`, at `learning_rate`; soft labels are those of `teacher` where
+    /// there is one.
     ///
     /// # Errors
     /// Where a loss or a gradient is not finite, before anything is updated; names the examples.
     pub fn take(
         &mut self,
-        parts: &mut Parts,
+        (student, optimizer): (&Student, &mut Optimizer),
+        teacher: Option<&Model>,
         step: u64,
         examples: &[ExampleView],
         learning_rate: f64,
@@ -72,31 +76,29 @@ impl<'a> Stepper<'a> {
             ..self.weights
         };
         let mut taken = Taken::default();
-        for micro in micro_batches(examples, self.settings) {
+        for micro in micro_batches(examples, &self.settings) {
             let batch = Batch::new(micro);
             taken.tokens += batch.input_ids.len() as u64;
-            let model = &parts.student.model;
+            let models = Models {
+                student: &student.model,
+                teacher,
+            };
             let (loss, rows) =
-                objective::gradients(model, &batch, weights, self.memory, &mut self.gradients)?;
+                objective::gradients(models, &batch, weights, self.memory, &mut self.gradients)?;
             if !loss.is_finite() {
                 bail!(not_finite("loss", step, &batch.keys));
             }
             taken.loss += loss;
             taken.sums.add(&rows);
         }
-        let norm = parts.optimizer.gradient_norm(&self.gradients)?;
+        let norm = optimizer.gradient_norm(&self.gradients)?;
         if !norm.is_finite() {
             let keys: Vec<String> = examples.iter().map(|e| e.key().to_owned()).collect();
             bail!(not_finite("gradient", step, &keys));
         }
         taken.gradient_norm = norm;
-        parts
-            .optimizer
-            .update(self.settings, learning_rate, norm, &self.gradients)?;
+        optimizer.update(&self.settings, learning_rate, norm, &self.gradients)?;
         self.gradients.clear();
-        if let Some(ema) = &parts.ema {
-            ema.update(&parts.student, step)?;
-        }
         Ok(taken)
     }
 }

@@ -16,7 +16,6 @@ use crate::fs;
 use crate::model::parameters::random_weights;
 use crate::model::weights::{self, Tensors};
 use crate::model::{Model, ModelConfig, decoder, lora};
-use crate::ops::Values;
 
 /// Names the tokens that end an answer.
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -145,15 +144,7 @@ impl Student {
     /// # Errors
     /// Where one is no contiguous f32 tensor, or the device fails.
     pub fn hash_of_frozen(&self) -> Result<String> {
-        let mut hash = blake3::Hasher::new();
-        for (name, tensor) in &self.frozen {
-            hash.update(name.as_bytes());
-            for values in Values::of(&tensor.to_device(&Device::Cpu)?)?.chunks(1 << 16) {
-                let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                hash.update_rayon(&bytes);
-            }
-        }
-        Ok(hash.finalize().to_hex().to_string())
+        weights::hash(&self.frozen)
     }
 
     /// Writes a student as a Hugging Face folder with the given weights, adapters merged into them;

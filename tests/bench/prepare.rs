@@ -234,7 +234,7 @@ fn align(dir: &Path) -> anyhow::Result<()> {
         })
         .collect::<anyhow::Result<_>>()?;
     let views: Vec<LogprobsView> = answers.iter().map(|a| (&a.2).into()).collect();
-    let mut mapper = Mapper::new(&teacher.tokenizer);
+    let mut mapper = Mapper::new(&teacher.tokenizer, None);
     let (mut tokens, mut soft, mut started) = (0, 0, Instant::now());
     for round in 0..=20 {
         if round == 1 {

@@ -16,7 +16,6 @@ use distill::model::weights::Tensors;
 use distill::model::{ModelConfig, lora};
 use distill::ops::matmul::Precision;
 use distill::train::loss::Weights;
-use distill::train::loss::divergence::Divergence;
 use distill::train::objective;
 use distill::train::optimizer::Optimizer;
 use distill::train::student::Student;
@@ -160,10 +159,8 @@ fn time(case: &Case) -> Result<()> {
     let settings = config::Train::default();
     let weights = Weights {
         kd: 0.5,
-        divergence: [Divergence::Tail; 2],
-        alm: 0.0,
-        label_smoothing: 0.0,
         scale: 1.0 / batch.positions.len() as f32,
+        ..Weights::default()
     };
     let mut seconds = Vec::new();
     let mut losses = Vec::new();

@@ -87,7 +87,7 @@ fn folder(base_url: &str) -> (tempfile::TempDir, String) {
          [retry]\nbase_s = 0.01\nmax_s = 0.02\n\
          [student]\npath = \"model\"\n\
          [data]\nvalidation_share = 0.2\nkeep_finish_reasons = [\"stop\", \"length\"]\n\
-         [train]\nsteps = 3\nbatch_size = 4\n[eval]\nsource = \"prompts.jsonl\"\ntruth = \"text\"\nmax_tokens = 8\n"
+         [train]\nsteps = 3\nbatch_size = 4\ndtype = \"f32\"\n[eval]\nsource = \"prompts.jsonl\"\ntruth = \"text\"\nmax_tokens = 8\n"
     );
     let path = dir.path().join("run.toml");
     std::fs::write(&path, config).unwrap();

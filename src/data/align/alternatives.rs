@@ -30,15 +30,16 @@ pub enum Drawn {
     Unknown,
 }
 
-/// Fills `listed` with the teacher's alternatives at a position that have usable logprobs, and the
-/// emitted token where it is not among them; probabilities that sum to slightly more than 1 are
-/// brought to 1.
+/// Fills `listed` with the teacher's alternatives at a position that have usable logprobs, the `most` most
+/// likely ones, and the emitted token where it is not among them; probabilities that sum to slightly
+/// more than 1 are brought to 1.
 ///
 /// # Errors
 /// [`Mismatch::Mass`] if they sum to more than that.
 pub fn alternatives<'t>(
     teacher: &'t LogprobsView,
     position: usize,
+    most: usize,
     listed: &mut Vec<(&'t [u8], f32)>,
 ) -> Result<Known, Mismatch> {
     let emitted = teacher.token.get(position).map_or(&[][..], Cow::as_ref);
@@ -50,6 +51,11 @@ pub fn alternatives<'t>(
         if let Some(logprob) = logprob.filter(is_usable) {
             listed.push((bytes, logprob));
         }
+    }
+    if listed.len() > most {
+        listed.sort_by(|a, b| b.1.total_cmp(&a.1));
+        listed.truncate(most);
+        among = listed.iter().any(|(bytes, _)| *bytes == emitted);
     }
     let own = teacher.logprob.get(position).copied().flatten();
     let drawn = match (among, own.filter(is_usable)) {

@@ -27,6 +27,7 @@ const MAX_CHUNK: usize = 64;
 /// Where a teacher token is split, the student's parts of it get soft labels if at least this share of
 /// the mass is on tokens that are known.
 const MIN_SHARE: f64 = 0.5;
+
 /// Why an answer has no soft labels at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum Mismatch {
@@ -123,15 +124,19 @@ impl Aligned {
 pub struct Mapper<'a> {
     tokenizer: &'a Tokenizer,
     tokens: Tokens<'a>,
+    /// The most alternatives at a position.
+    most: usize,
     /// The tokens of one position, kept for its memory.
     found: Vec<Option<u32>>,
 }
 
 impl<'a> Mapper<'a> {
-    pub fn new(tokenizer: &'a Tokenizer) -> Self {
+    /// To this tokenizer, of at most `most` alternatives at a position.
+    pub fn new(tokenizer: &'a Tokenizer, most: Option<usize>) -> Self {
         Self {
             tokenizer,
             tokens: Tokens::new(tokenizer),
+            most: most.unwrap_or(usize::MAX),
             found: Vec::new(),
         }
     }
@@ -178,7 +183,7 @@ impl<'a> Mapper<'a> {
                 continue;
             }
             aligned.fill(at);
-            let known = alternatives(teacher, position, &mut listed)?;
+            let known = alternatives(teacher, position, self.most, &mut listed)?;
             let split = labels.len() > 1;
             self.first(&listed, known, bytes, labels[0], split, &mut aligned);
             let mut written = self.tokenizer.token_bytes(labels[0]).map_or(0, <[u8]>::len);

@@ -165,6 +165,7 @@ fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Resu
         cache: _,
         validation_share: _,
         max_length,
+        top_logprobs,
         keep_finish_reasons,
     } = settings;
     let mut hash = blake3::Hasher::new();
@@ -173,6 +174,7 @@ fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Resu
         VERSION,
         env!("CARGO_PKG_VERSION"),
         max_length,
+        top_logprobs,
         keep_finish_reasons,
         tokenizer.as_str(),
     );

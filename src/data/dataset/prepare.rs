@@ -101,7 +101,7 @@ impl Work<'_> {
     fn run(&self, mut part: Part) -> Result<Done, (u64, Error)> {
         let mut preparing = Preparing {
             tokenizer: self.tokenizer,
-            mapper: Mapper::new(self.tokenizer),
+            mapper: Mapper::new(self.tokenizer, self.settings.top_logprobs),
             max_length: self.settings.max_length,
             in_file: matches!(self.source, Source::File(_)),
             report: Report::default(),

@@ -130,6 +130,21 @@ impl Tokenizer {
         self.text.id_to_token(id).unwrap_or_default()
     }
 
+    /// The smallest id that is not the same token in `other`.
+    pub fn first_difference(&self, other: &Self) -> Option<u32> {
+        let largest = self.vocab_size.max(other.vocab_size) as u32;
+        let differs = |id: &u32| {
+            self.text.id_to_token(*id) != other.text.id_to_token(*id)
+                || self.is_special(*id) != other.is_special(*id)
+        };
+        (0..largest).find(differs)
+    }
+
+    /// Does the vocabulary tell the bytes of its tokens?
+    pub fn tells_bytes(&self) -> bool {
+        !self.bytes.is_empty()
+    }
+
     /// The token with exactly these bytes.
     pub fn id_of_bytes(&self, bytes: &[u8]) -> Option<u32> {
         self.bytes.id_of(bytes)

@@ -74,6 +74,10 @@ impl TokenBytes {
         all
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.of_id.is_empty()
+    }
+
     pub fn of_id(&self, id: u32) -> Option<&[u8]> {
         self.of_id.get(id as usize)?.as_deref()
     }

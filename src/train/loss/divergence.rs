@@ -91,6 +91,8 @@ pub struct Position<'a> {
     pub lse: f32,
     /// q_, the sum of the student's probabilities outside K.
     pub tail: f32,
+    /// P and p_, of [`masses`].
+    pub masses: (f32, f32),
     /// Where y lies outside K: the logits of y, and its logprob, if the teacher told it.
     pub drawn: Option<(f32, Option<f32>)>,
 }
@@ -120,14 +122,15 @@ struct Bucket {
 /// divided by an s that may be 0.
 type Part = (f32, f32);
 
-impl Position<'_> {
-    /// The sum of the probabilities on K, and the tail: what is left of 1, or 0 where that is rounding.
-    fn masses(&self) -> (f32, f32) {
-        let mass: f64 = self.teacher.iter().map(|l| f64::from(*l).exp()).sum();
-        let tail = (1.0 - mass) as f32;
-        (mass as f32, if tail < MIN_TAIL { 0.0 } else { tail })
-    }
+/// The sum of the probabilities on K, given their logarithms, and the tail: what is left of 1, or 0
+/// where that is rounding.
+pub fn masses(teacher: &[f32]) -> (f32, f32) {
+    let mass: f64 = teacher.iter().map(|l| f64::from(*l).exp()).sum();
+    let tail = (1.0 - mass) as f32;
+    (mass as f32, if tail < MIN_TAIL { 0.0 } else { tail })
+}
 
+impl Position<'_> {
     fn student_tail(&self) -> f32 {
         self.tail.max(MIN_STUDENT_TAIL)
     }
@@ -139,7 +142,7 @@ impl Position<'_> {
             let (t, log_s) = (log_t.exp(), z - self.lse);
             Bucket { t, log_t, s, log_s }
         });
-        let (t, s) = (self.masses().1, self.student_tail());
+        let (t, s) = (self.masses.1, self.student_tail());
         let tail = Bucket {
             t,
             log_t: t.max(MIN_TAIL).ln(),
@@ -214,9 +217,9 @@ impl Position<'_> {
         if let Some((logit, logprob)) = self.drawn {
             let tail = self.student_tail();
             term.value -= logit - self.lse - tail.ln();
-            let known = logprob.filter(|_| self.masses().1 > 0.0);
+            let known = logprob.filter(|_| self.masses.1 > 0.0);
             if let Some(logprob) = known {
-                term.value += logprob - self.masses().1.ln();
+                term.value += logprob - self.masses.1.ln();
             }
             // d(log q_ - log q_y) / dz_j = q_j / q_ outside K, 0 inside, and -1 more at y.
             term.outside += 1.0 / tail;
@@ -228,7 +231,7 @@ impl Position<'_> {
     fn tempered(&self, tau: f32) -> Term {
         let teacher = softmax(self.teacher, tau);
         let student = softmax(self.logits, tau);
-        let (mass, tail) = self.masses();
+        let (mass, tail) = self.masses;
         let student_tail = self.student_tail();
         let student_mass = self.shares.iter().sum::<f32>().max(MIN_PROBABILITY);
         let within: f32 = teacher

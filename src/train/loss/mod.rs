@@ -3,6 +3,7 @@
 //! With q = softmax(z) the student and y the emitted token, CE = -log q_y. What the soft labels add
 //! is a [`divergence`].
 
+pub mod dense;
 pub mod divergence;
 
 use crate::ops::math;
@@ -28,6 +29,19 @@ pub struct Weights {
     pub scale: f32,
 }
 
+impl Default for Weights {
+    /// Cross-entropy, summed.
+    fn default() -> Self {
+        Self {
+            kd: 0.0,
+            divergence: [Divergence::Tail; 2],
+            label_smoothing: 0.0,
+            alm: 0.0,
+            scale: 1.0,
+        }
+    }
+}
+
 /// What a position teaches.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Row<'a> {
@@ -41,6 +55,8 @@ pub struct Row<'a> {
     pub drawn: Option<f32>,
     /// Was the label drawn from the very distribution that the logprobs tell?
     pub exact: bool,
+    /// The logits of a teacher that is on this machine, in place of its top-k (V, or as many as it has).
+    pub dense: Option<&'a [f32]>,
     /// By how much its cross-entropy weighs more, for the chunk that it belongs to; without soft labels.
     pub chunk: f32,
 }
@@ -74,7 +90,8 @@ pub struct RowLoss {
     pub ce: f32,
     /// What the soft labels add; None where the position has none.
     pub kd: Option<f32>,
-    /// KL divergence from the teacher to the student on K and the tail, whatever is minimised.
+    /// KL divergence from the teacher to the student on K and the tail, or in full where the teacher is
+    /// dense, whatever is minimised.
     pub kl: Option<f32>,
     /// What the chunk adds that begins here; None where none does.
     pub alm: Option<f32>,
@@ -82,6 +99,8 @@ pub struct RowLoss {
     pub top1_is_label: bool,
     /// Is it the teacher's most likely token? None where there are no soft labels.
     pub top1_is_teachers: Option<bool>,
+    /// The student's probability of its most likely token.
+    pub confidence: f32,
 }
 
 /// Computes the loss of one position and turns its logits into their gradient.
@@ -89,6 +108,9 @@ pub struct RowLoss {
 /// `logits` has V entries; every id must be below V.
 #[inline(always)]
 pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
+    if let Some(teacher) = row.dense {
+        return dense::row(logits, teacher, row.label, weights);
+    }
     let Weights { scale, kd, .. } = weights;
     let label = row.label as usize;
     let label_logit = logits[label];
@@ -119,6 +141,7 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
         alm: None,
         top1_is_label: top1 == label,
         top1_is_teachers: None,
+        confidence: 1.0 / sum,
     };
     if ids.is_empty() {
         let factor = scale * (1.0 + row.chunk) / sum;
@@ -135,6 +158,7 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
         shares: &shares,
         lse,
         tail: outside_sum / sum,
+        masses: divergence::masses(&logprobs),
         drawn: row
             .drawn
             .map(|known| (label_logit, Some(known).filter(|known| known.is_finite()))),
@@ -246,8 +270,7 @@ mod tests {
             kd,
             divergence: [divergence; 2],
             label_smoothing,
-            alm: 0.0,
-            scale: 1.0,
+            ..Weights::default()
         }
     }
 

@@ -118,7 +118,7 @@ fn with_one_tokenizer_the_map_is_the_identity() {
         if skip == 1 {
             teacher.token[0] = teacher.token[0].trim_start().into();
         }
-        let mut mapper = Mapper::new(&tokenizer);
+        let mut mapper = Mapper::new(&tokenizer, None);
         let aligned = mapper
             .align(&(&teacher).into(), answer.as_bytes(), range.text, ids)
             .unwrap();
@@ -140,7 +140,7 @@ fn tokens_that_do_not_spell_the_answer_are_refused() {
     let answer = "The capital of France is Paris.";
     let ids = tokenizer.encode_text(answer).unwrap();
     let align = |teacher: &Logprobs, answer: &str, ids: &[u32]| {
-        Mapper::new(&tokenizer)
+        Mapper::new(&tokenizer, None)
             .align(&teacher.into(), answer.as_bytes(), 0..answer.len(), ids)
             .map(|aligned| soft_labels(&aligned).iter().flatten().count())
     };
@@ -234,7 +234,7 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
         // y itself is a sentinel
         ("\n", -9999.0, &[]),
     ]);
-    let mut mapper = Mapper::new(&tokenizer);
+    let mut mapper = Mapper::new(&tokenizer, None);
     let aligned = mapper
         .align(&(&teacher).into(), answer.as_bytes(), 0..answer.len(), &ids)
         .unwrap();
@@ -297,7 +297,7 @@ fn a_trimmed_answer_keeps_its_soft_labels() {
     let mut rows: Vec<Row> = vec![("\n\n", -0.1, &[])];
     rows.extend(texts.iter().map(|text| (text.as_str(), -0.5, &[][..])));
     let teacher = logprobs(&rows);
-    let mut mapper = Mapper::new(&tokenizer);
+    let mut mapper = Mapper::new(&tokenizer, None);
     let aligned = mapper
         .align(
             &(&teacher).into(),
@@ -334,7 +334,7 @@ fn a_split_token_tells_its_parts_by_what_may_follow() {
             ),
         ])
     };
-    let mut mapper = Mapper::new(&tokenizer);
+    let mut mapper = Mapper::new(&tokenizer, None);
     let mut align = |teacher: &Logprobs| {
         let text = "The answer is two".as_bytes();
         mapper
@@ -369,7 +369,7 @@ fn align_speed() {
     let answer = "The quick brown fox jumps over the lazy dog. ".repeat(20);
     let ids = tokenizer.encode_text(&answer).unwrap();
     let (teacher, _) = same_tokenizer(&tokenizer, &ids, 20);
-    let mut mapper = Mapper::new(&tokenizer);
+    let mut mapper = Mapper::new(&tokenizer, None);
     let start = Instant::now();
     let rounds = 20;
     for _ in 0..rounds {

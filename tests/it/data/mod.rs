@@ -3,7 +3,7 @@
 mod align;
 mod batches;
 mod chat_template;
-mod dataset;
+pub mod dataset;
 mod prepared;
 mod tokenizer;
 

@@ -23,12 +23,18 @@ fn divergences(random: &mut fastrand::Rng) -> [Divergence; 10] {
 
 /// The table of `train::loss::divergence`, row by row. `logq` are log-probabilities (V).
 fn formula(divergence: Divergence, logq: &[f64], row: Row) -> Option<f64> {
-    let mut known: Vec<(usize, f64)> = row
-        .soft_ids
-        .iter()
-        .zip(row.soft_logprobs)
-        .map(|(id, l)| (*id as usize, f64::from(*l)))
-        .collect();
+    let mut known: Vec<(usize, f64)> = match row.dense {
+        Some(logits) => {
+            let logits: Vec<f64> = logits.iter().map(|l| f64::from(*l)).collect();
+            log_softmax(&logits).into_iter().enumerate().collect()
+        }
+        None => row
+            .soft_ids
+            .iter()
+            .zip(row.soft_logprobs)
+            .map(|(id, l)| (*id as usize, f64::from(*l)))
+            .collect(),
+    };
     let drawn = row.drawn.map(f64::from);
     if let (Some(drawn), true) = (drawn, divergence != Divergence::Unbiased) {
         known.push((row.label as usize, drawn));
@@ -164,48 +170,176 @@ fn gradients_are_those_of_the_formula() {
             let weights = Weights {
                 kd,
                 divergence: pair,
-                alm: 0.0,
                 label_smoothing: smoothing,
-                scale: 1.0,
+                ..Weights::default()
             };
             let mut gradient = case.logits.clone();
             let loss = loss::row(&mut gradient, row, weights).loss;
-
-            let at = |logits: &[f64]| {
-                let logq = log_softmax(logits);
-                let uniform = -logq.iter().sum::<f64>() / logq.len() as f64;
-                let (kd, smoothing) = (f64::from(kd), f64::from(smoothing));
-                let ce = -(1.0 - smoothing) * logq[row.label as usize] + smoothing * uniform;
-                match formula(divergence, &logq, row) {
-                    Some(value) => (1.0 - kd) * ce + kd * value,
-                    None => ce,
-                }
-            };
-            let logits: Vec<f64> = case.logits.iter().map(|z| f64::from(*z)).collect();
-            let expected = at(&logits);
-            let what = format!(
-                "case {number}, {divergence:?}, V = {}, {row:?}",
-                logits.len()
-            );
-            assert!(
-                (f64::from(loss) - expected).abs() < 1e-5 * expected.abs().max(1.0),
-                "{what}: {loss} and {expected}"
-            );
-            for (index, gradient) in gradient.iter().enumerate() {
-                let mut moved = logits.clone();
-                let step = 1e-5;
-                moved[index] += step;
-                let above = at(&moved);
-                moved[index] -= 2.0 * step;
-                let difference = (above - at(&moved)) / (2.0 * step);
-                let error = (f64::from(*gradient) - difference).abs();
-                assert!(
-                    error < 1e-6,
-                    "{what}, logit {index}: {gradient} and {difference}"
-                );
-            }
+            let at = |logits: &[f64]| position(&log_softmax(logits), divergence, row, weights);
+            let what = format!("case {number}, {divergence:?}, {row:?}");
+            check(&case.logits, loss, &gradient, at, &what);
         }
     }
+}
+
+/// The same with a teacher whose logits are all known, of a vocabulary that may be smaller or larger:
+/// embeddings are padded.
+#[test]
+fn gradients_towards_a_whole_distribution_are_those_of_the_formula() {
+    let mut random = fastrand::Rng::with_seed(15);
+    for number in 0..100 {
+        let case = Case::random(&mut random);
+        let vocabulary = case.logits.len();
+        let teachers = match number % 3 {
+            0 => vocabulary,
+            1 => vocabulary + 5,
+            _ => vocabulary - vocabulary / 4,
+        };
+        let teacher: Vec<f32> = (0..teachers).map(|_| random.f32() * 6.0 - 9.0).collect();
+        let row = Row {
+            label: case.label,
+            dense: Some(&teacher),
+            ..Row::default()
+        };
+        let known = Row {
+            dense: Some(&teacher[..teachers.min(vocabulary)]),
+            ..row
+        };
+        for divergence in divergences(&mut random) {
+            let weights = Weights {
+                kd: random.f32(),
+                divergence: [divergence; 2],
+                label_smoothing: [0.0, 0.1][number % 2],
+                ..Weights::default()
+            };
+            // Nothing is missing of the teacher's side, so that all of these are one.
+            let whole = match divergence {
+                Divergence::Unbiased | Divergence::Renormalize | Divergence::RenormalizeBoth => {
+                    Divergence::Tail
+                }
+                other => other,
+            };
+            let mut gradient = case.logits.clone();
+            let found = loss::row(&mut gradient, row, weights);
+            let at = |logits: &[f64]| match whole {
+                // Where the student has more tokens, it is tempered over all of them.
+                Divergence::Temperature(tau) => tempered(logits, &teacher, row.label, tau, weights),
+                _ => position(&log_softmax(logits), whole, known, weights),
+            };
+            let what = format!("case {number}, {divergence:?}, {vocabulary} and {teachers} tokens");
+            check(&case.logits, found.loss, &gradient, at, &what);
+        }
+    }
+}
+
+/// The classic of distillation.
+fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: Weights) -> f64 {
+    let (tau, kd) = (f64::from(tau), f64::from(weights.kd));
+    let both = teacher.len().min(logits.len());
+    let cool = |values: Vec<f64>| log_softmax(&values.iter().map(|v| v / tau).collect::<Vec<_>>());
+    let p = cool(teacher[..both].iter().map(|l| f64::from(*l)).collect());
+    let q = cool(logits.to_vec());
+    let kl: f64 = p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum();
+    let ce = position(
+        &log_softmax(logits),
+        Divergence::Tail,
+        Row {
+            label,
+            ..Row::default()
+        },
+        weights,
+    );
+    (1.0 - kd) * ce + kd * tau * tau * kl
+}
+
+/// The loss of a position by its formula, at the log-probabilities `logq` (V).
+fn position(logq: &[f64], divergence: Divergence, row: Row, weights: Weights) -> f64 {
+    let uniform = -logq.iter().sum::<f64>() / logq.len() as f64;
+    let (kd, smoothing) = (f64::from(weights.kd), f64::from(weights.label_smoothing));
+    let ce = -(1.0 - smoothing) * logq[row.label as usize] + smoothing * uniform;
+    match formula(divergence, logq, row) {
+        Some(value) => (1.0 - kd) * ce + kd * value,
+        None => ce,
+    }
+}
+
+/// Checks a loss and its gradient against `at` and its central differences.
+fn check(logits: &[f32], loss: f32, gradient: &[f32], at: impl Fn(&[f64]) -> f64, what: &str) {
+    let logits: Vec<f64> = logits.iter().map(|z| f64::from(*z)).collect();
+    let expected = at(&logits);
+    assert!(
+        (f64::from(loss) - expected).abs() < 1e-5 * expected.abs().max(1.0),
+        "{what}: {loss} and {expected}"
+    );
+    for (index, gradient) in gradient.iter().enumerate() {
+        let mut moved = logits.clone();
+        let step = 1e-5;
+        moved[index] += step;
+        let above = at(&moved);
+        moved[index] -= 2.0 * step;
+        let difference = (above - at(&moved)) / (2.0 * step);
+        let error = (f64::from(*gradient) - difference).abs();
+        assert!(
+            error < 1e-6,
+            "{what}, logit {index}: {gradient} and {difference}"
+        );
+    }
+}
+
+#[test]
+fn gradients_of_chunks_are_those_of_the_formula() {
+    let mut random = fastrand::Rng::with_seed(16);
+    for number in 0..100 {
+        let (vocabulary, length) = (random.usize(2..30), random.usize(1..5));
+        let logits: Vec<f32> = (0..vocabulary * length)
+            .map(|_| random.f32() * 4.0 - 2.0)
+            .collect();
+        let labels: Vec<usize> = (0..length).map(|_| random.usize(..vocabulary)).collect();
+        let nll = random.f32() * 6.0;
+        let rows: Vec<Row> = labels
+            .iter()
+            .map(|label| Row {
+                label: *label as u32,
+                ..Row::default()
+            })
+            .collect();
+        let weights = Weights {
+            kd: random.f32(),
+            alm: random.f32(),
+            label_smoothing: [0.0, 0.1][number % 2],
+            ..Weights::default()
+        };
+        let mut gradient = logits.clone();
+        let losses = loss::chunk(&mut gradient, &rows, nll, weights);
+        let loss = losses.iter().map(|row| row.loss).sum();
+        let at = |logits: &[f64]| {
+            let (mut of_text, mut all) = (0.0, 0.0);
+            for (logits, row) in logits.chunks(vocabulary).zip(&rows) {
+                let logq = log_softmax(logits);
+                of_text -= logq[row.label as usize];
+                all += position(&logq, Divergence::Tail, *row, weights);
+            }
+            let teachers = f64::from(nll).max(1e-6);
+            let difference = of_text - teachers + teachers * (teachers / of_text).ln();
+            all + f64::from(weights.alm) * difference
+        };
+        check(&logits, loss, &gradient, at, &format!("case {number}"));
+        let alm = f64::from(losses[0].alm.unwrap());
+        assert!(alm > -1e-6 && losses[1..].iter().all(|row| row.alm.is_none()));
+    }
+    // The golden value: a = 2.3, b = 3.1.
+    let mut logits = [0.0, (1.0f32 - (-3.1f32).exp()).ln() + 3.1];
+    let row = Row::default();
+    let weights = Weights {
+        alm: 1.0,
+        ..Weights::default()
+    };
+    let found = loss::chunk(&mut logits, &[row], 2.3, weights)[0];
+    assert!((found.ce - 3.1).abs() < 1e-5, "{found:?}");
+    assert!(
+        (found.alm.unwrap() - 0.113_466_13).abs() < 1e-5,
+        "{found:?}"
+    );
 }
 
 #[test]
@@ -229,9 +363,7 @@ fn what_is_a_divergence_is_zero_and_flat_at_a_match() {
             let weights = Weights {
                 kd: 1.0,
                 divergence: [divergence; 2],
-                alm: 0.0,
-                label_smoothing: 0.0,
-                scale: 1.0,
+                ..Weights::default()
             };
             let found = loss::row(&mut gradient, row, weights);
             let Some(kd) = found.kd else { continue };
@@ -279,9 +411,7 @@ fn unbiased_is_the_full_divergence_on_average() {
             let weights = Weights {
                 kd: 1.0,
                 divergence: [divergence; 2],
-                alm: 0.0,
-                label_smoothing: 0.0,
-                scale: 1.0,
+                ..Weights::default()
             };
             let found = loss::row(&mut gradient, row, weights);
             (

@@ -14,12 +14,14 @@ use distill::model::gradients::Gradients;
 use distill::model::tape::Memory;
 use distill::model::{Input, Model, ModelConfig, weights::Tensors};
 use distill::train::loss::Weights;
-use distill::train::loss::divergence::Divergence;
 use distill::train::objective;
 
 use crate::model::tiny;
 
 const VOCABULARY: u32 = 61;
+
+/// The weight of chunks.
+const ALM: f64 = 0.3;
 
 /// A trainable model with its variables by name.
 pub struct Trainable {
@@ -66,10 +68,9 @@ impl Trainable {
         let positions: usize = batches.iter().map(|batch| batch.positions.len()).sum();
         let weights = Weights {
             kd,
-            divergence: [Divergence::Tail; 2],
-            alm: 0.0,
-            label_smoothing: 0.0,
+            alm: ALM as f32,
             scale: 1.0 / positions as f32,
+            ..Weights::default()
         };
         let mut gradients = self.model.gradients();
         let mut loss = 0.0;
@@ -128,7 +129,19 @@ impl Trainable {
             let kd = f64::from(kd);
             terms.push((ce.affine(1.0 - kd, 0.0).unwrap() + tail.affine(kd, 0.0)).unwrap());
         }
-        let loss = Tensor::stack(&terms, 0).unwrap().mean_all().unwrap();
+        let mut loss = Tensor::stack(&terms, 0).unwrap().sum_all().unwrap();
+        for (span, nll) in &batch.chunks {
+            let of_label = |n: usize| {
+                let logq = logq.get(n).unwrap();
+                logq.get(batch.labels[n] as usize).unwrap().neg().unwrap()
+            };
+            let all: Vec<Tensor> = span.clone().map(of_label).collect();
+            let b = Tensor::stack(&all, 0).unwrap().sum_all().unwrap();
+            let a = f64::from(*nll);
+            let log = b.log().unwrap().affine(-a, a * a.ln() - a).unwrap();
+            loss = (loss + ((b + log).unwrap() * ALM).unwrap()).unwrap();
+        }
+        let loss = (loss / batch.positions.len() as f64).unwrap();
         let store = loss.backward().unwrap();
         let get = |(name, var): (&String, &Var)| {
             let gradient = store.get(var).unwrap_or_else(|| panic!("{name} has none"));
@@ -143,7 +156,8 @@ impl Trainable {
 /// An example, as a batch of its own.
 type Example = Batch;
 
-/// Eight examples of ragged lengths; some positions are prompt, some have no soft labels.
+/// Eight examples of ragged lengths; some positions are prompt, some have no soft labels, and pairs of
+/// these are chunks.
 fn examples() -> Vec<Example> {
     let mut random = fastrand::Rng::with_seed(5);
     let example = |(row, &length): (usize, &usize)| {
@@ -157,7 +171,11 @@ fn examples() -> Vec<Example> {
         for position in random.usize(0..length)..length {
             batch.positions.push(position as u32);
             batch.labels.push(ids[position + 1]);
-            if position % 3 != 2 {
+            let number = batch.positions.len() - 1;
+            if position % 5 == 3 && number > 0 {
+                batch.chunks.push((number - 1..number + 1, 2.5));
+            }
+            if position % 5 < 2 || position % 5 == 4 {
                 batch
                     .soft_ids
                     .extend([3, ids[position + 1].max(10) - 6, 59]);
@@ -180,6 +198,10 @@ fn joined<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Batch {
     };
     for example in examples {
         let (token, soft) = (all.input_ids.len(), all.soft_ids.len());
+        let first = all.labels.len();
+        let chunks = example.chunks.iter();
+        let chunks = chunks.map(|(span, nll)| (first + span.start..first + span.end, *nll));
+        all.chunks.extend(chunks);
         all.input_ids.extend(&example.input_ids);
         all.segments.push(token..all.input_ids.len());
         all.keys.extend(example.keys.clone());

@@ -3,6 +3,8 @@
 mod adapters;
 mod options;
 mod resume;
+mod soft_labels;
+mod teacher;
 
 use std::path::Path;
 

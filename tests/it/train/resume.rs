@@ -13,7 +13,8 @@ use crate::nightly;
 
 const STEPS: u64 = 20;
 
-/// A run that uses all that a checkpoint must hold: several epochs, accumulation, an average.
+/// A run that uses all that a checkpoint must hold: several epochs, accumulation, an average, a teacher
+/// that is trained along.
 fn whole_run() -> (tempfile::TempDir, Config) {
     let (dir, mut config) = run_folder();
     config.train.steps = Some(STEPS);
@@ -23,6 +24,9 @@ fn whole_run() -> (tempfile::TempDir, Config) {
     config.train.checkpoint_every = 1;
     config.train.keep_checkpoints = 100;
     config.train.best = distill::config::Best::Ce;
+    config.loss.kd = distill::config::Kd::Tail;
+    config.teacher.local = Some(config.student.path.clone());
+    config.teacher.cotrain = true;
     train::run(&config, Start::Ask.into()).unwrap();
     (dir, config)
 }
@@ -31,7 +35,7 @@ fn whole_run() -> (tempfile::TempDir, Config) {
 fn outcome(config: &Config) -> (BTreeMap<String, Vec<u8>>, Vec<serde_json::Value>) {
     let last = config.run_dir.join(format!("checkpoints/step-{STEPS:06}"));
     let mut files = BTreeMap::new();
-    for folder in [last, config.student_dir()] {
+    for folder in [last, config.student_dir(), config.run_dir.join("teacher")] {
         for entry in std::fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
             let name = path
@@ -101,6 +105,8 @@ fn a_checkpoint_that_was_being_written_is_as_if_it_never_began() {
         "model.safetensors",
         "ema.safetensors",
         "optimizer.safetensors",
+        "teacher.safetensors",
+        "teacher_optimizer.safetensors",
         "state.json",
     ];
     // Killed within the write of each file, between two, and before the folder had its name.
@@ -129,13 +135,14 @@ fn config_file(config: &Config) -> PathBuf {
     let path = config.run_dir.with_file_name("config.toml");
     let train = &config.train;
     let text = format!(
-        "run_dir = {:?}\n[student]\ninit = \"random\"\npath = {:?}\nhidden_size = {}\n\
+        "run_dir = {:?}\n[teacher]\nlocal = {:?}\ncotrain = true\n[student]\ninit = \"random\"\npath = {:?}\nhidden_size = {}\n\
          intermediate_size = {}\nnum_hidden_layers = {}\nnum_attention_heads = {}\n\
          num_key_value_heads = {}\n[data]\nsource = {:?}\nvalidation_share = {}\n[loss]\n\
-         kd = \"none\"\n[train]\nsteps = {STEPS}\nbatch_size = {}\nmicro_batch_size = {}\n\
+         kd = \"tail\"\n[train]\nsteps = {STEPS}\nbatch_size = {}\nmicro_batch_size = {}\n\
          warmup_steps = {}\nlearning_rate = {}\nema_decay = {}\neval_every = {}\n\
          checkpoint_every = 1\nkeep_checkpoints = 100\nbest = \"ce\"\n",
         config.run_dir,
+        config.student.path,
         config.student.path,
         config.student.hidden_size,
         config.student.intermediate_size,

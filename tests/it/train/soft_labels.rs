@@ -1,0 +1,164 @@
+//! Which soft labels are trusted, and what is made of them, by the program itself.
+
+use std::path::Path;
+use std::process::Command;
+
+use distill::cache::record::{Logprobs, Record};
+use serde_json::{Value, json};
+
+use crate::data::dataset::{record, write_cache};
+use crate::tiny;
+
+/// Answers of 30 tokens of a teacher that mostly says one of two things. Each position has a
+/// distribution of its own; a position's token is drawn from that of `shift` positions before, and
+/// made `sharper` where the first of both is likely.
+fn answers(count: usize, shift: usize, sharper: f32, params: &Value) -> Vec<Record> {
+    let mut random = fastrand::Rng::with_seed(21);
+    let tokens = ["in", "he", "a", "b"];
+    let answer = |number: usize, random: &mut fastrand::Rng| {
+        let drawn: Vec<(usize, f32)> = (0..30)
+            .map(|_| (random.usize(..2), 0.5 + 0.4 * random.f32()))
+            .collect();
+        let mut text = String::new();
+        let mut logprobs = Logprobs::default();
+        for at in 0..30 {
+            let (first, p) = drawn[at];
+            let (said, likely) = drawn[(at + 30 - shift) % 30];
+            let token = match random.f32() {
+                x if x < likely + sharper => tokens[said],
+                x if x < 0.95 => tokens[1 - said],
+                _ => tokens[2 + random.usize(..2)],
+            };
+            text.push_str(token);
+            let top = [(tokens[first], p), (tokens[1 - first], 0.95 - p)];
+            let own = top.iter().find(|(top, _)| *top == token);
+            logprobs.token.push(token.into());
+            logprobs
+                .logprob
+                .push(Some(own.map_or(0.025, |own| own.1).ln()));
+            logprobs
+                .top
+                .push(top.iter().map(|top| top.0.into()).collect());
+            let top = top.iter().map(|top| Some(top.1.ln()));
+            logprobs.top_logprob.push(top.collect());
+        }
+        logprobs.matches_text = true;
+        let mut record = Record {
+            logprobs: Some(logprobs),
+            ..record(&format!("prompt {number}"), &text)
+        };
+        for (name, value) in params.as_object().unwrap() {
+            record.request[name] = value.clone();
+        }
+        record
+    };
+    (0..count)
+        .map(|number| answer(number, &mut random))
+        .collect()
+}
+
+/// Runs `distill train` on the records: its exit status, and what it printed.
+fn train(records: &[Record], kd: &str, arguments: &[&str]) -> (i32, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    tiny::write_model(&model, 1, 256);
+    write_cache(&dir.path().join("cache"), records);
+    train_in(dir.path(), kd, arguments)
+}
+
+fn train_in(dir: &Path, kd: &str, arguments: &[&str]) -> (i32, String) {
+    let config = format!(
+        "[student]\ninit = \"random\"\npath = \"model\"\nhidden_size = 16\nintermediate_size = 32\n\
+         num_hidden_layers = 1\nnum_attention_heads = 2\nnum_key_value_heads = 1\n[data]\n\
+         cache = \"cache\"\n[loss]\nkd = \"{kd}\"\n[train]\nsteps = 2\nbatch_size = 4\nthreads = 1\n"
+    );
+    std::fs::write(dir.join("run.toml"), config).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_distill"))
+        .args(["train", "-c", "run.toml"])
+        .args(arguments)
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    let printed = [output.stdout, output.stderr].concat();
+    let printed = String::from_utf8(printed).unwrap();
+    (output.status.code().unwrap(), printed)
+}
+
+#[test]
+fn logprobs_that_are_one_position_off_are_refused_unless_forced() {
+    let plain = json!({"temperature": 1.0});
+    let (status, printed) = train(&answers(40, 0, 0.0, &plain), "tail", &[]);
+    assert!(status == 0 && printed.contains("expected"), "{printed}");
+    let shifted = answers(40, 1, 0.0, &plain);
+    let (status, printed) = train(&shifted, "tail", &[]);
+    assert_eq!(status, 2, "{printed}");
+    assert!(
+        printed.contains("--force") && printed.contains("do not belong"),
+        "{printed}"
+    );
+    let (status, printed) = train(&shifted, "none", &[]);
+    assert_eq!(status, 0, "{printed}");
+    let (status, printed) = train(&shifted, "tail", &["--force"]);
+    assert!(
+        status == 0 && printed.contains("as --force says"),
+        "{printed}"
+    );
+}
+
+#[test]
+fn auto_says_what_it_chose() {
+    let records = |temperature: f64| answers(40, 0, 0.0, &json!({"temperature": temperature}));
+    let (status, printed) = train(&records(1.0), "auto", &[]);
+    assert_eq!(status, 0, "{printed}");
+    assert!(printed.contains("unbiased for the 40 answers"), "{printed}");
+    let (_, printed) = train(&records(0.7), "auto", &[]);
+    assert!(printed.contains("tail for the other 40"), "{printed}");
+    // Sharper than it says.
+    let sharper = answers(40, 0, 0.3, &json!({"temperature": 1.0}));
+    let (status, printed) = train(&sharper, "auto", &[]);
+    assert_eq!(status, 0, "{printed}");
+    assert!(printed.contains("sampled more sharply"), "{printed}");
+    let (status, printed) = train(&sharper, "unbiased", &[]);
+    assert_eq!(status, 2, "{printed}");
+    let (status, printed) = train(&records(0.7), "unbiased", &[]);
+    assert!(
+        status == 2 && printed.contains("temperature 1"),
+        "{printed}"
+    );
+    for kd in [
+        "temperature",
+        "reverse_kl",
+        "jsd",
+        "skew_kl",
+        "skew_reverse_kl",
+        "tvd",
+    ] {
+        let (status, printed) = train(&records(0.7), kd, &[]);
+        assert_eq!(status, 0, "{kd}: {printed}");
+    }
+}
+
+#[test]
+fn a_vocabulary_that_does_not_tell_its_bytes_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    tiny::write_model(&model, 1, 256);
+    write_cache(&dir.path().join("cache"), &answers(8, 0, 0.0, &json!({})));
+    let path = model.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let vocabulary = tokenizer["model"]["vocab"].clone();
+    tokenizer["model"] = json!({
+        "type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100, "vocab": vocabulary,
+    });
+    tokenizer["pre_tokenizer"] = json!({"type": "BertPreTokenizer"});
+    tokenizer["decoder"] = json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let (status, printed) = train_in(dir.path(), "tail", &[]);
+    assert!(status == 2 && printed.contains("WordPiece"), "{printed}");
+    assert!(printed.contains("loss.kd = \"none\""), "{printed}");
+    let (status, printed) = train_in(dir.path(), "none", &[]);
+    assert_eq!(status, 0, "{printed}");
+}
