@@ -242,7 +242,7 @@ pub enum Device {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ComputeDtype {
-    /// bf16 where the device has instructions for it (AVX512-BF16, CUDA), f32 elsewhere.
+    /// bf16 where the device is faster with it (AMX, AVX512-BF16 of AMD, CUDA), f32 elsewhere.
     Auto,
     F32,
     Bf16,

@@ -120,7 +120,7 @@ BF16_CASES = [
     ("135M, bf16", ["--shape", "135m", "--dtype", "bf16"], [([], 1.4, 0.68)]),
     ("135M, bf16, half prompt", ["--shape", "135m", "--dtype", "bf16", "--prompt", "0.5"],
      [([], 1.5, 0.68), (["--skip-prompt"], None, None)]),
-    ("tiny, bf16", ["--shape", "tiny", "--dtype", "bf16"], [([], 1.2, 0.3)]),
+    ("tiny, bf16", ["--shape", "tiny", "--dtype", "bf16"], [([], 1.2, 0.3), (["--compile"], None, None)]),
 ]
 # How our own cost grows: one thing at a time, away from the tiny shape.
 GROWTH = [

@@ -4,14 +4,6 @@
 use super::blocks::Part;
 use super::kernel::{bf16_bits, pack};
 
-/// Does this CPU multiply bf16 faster than f32?
-pub fn is_native() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return Native::detect().is_some();
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
-}
-
 #[cfg(target_arch = "x86_64")]
 pub use x86::Native;
 
@@ -50,7 +42,7 @@ fn pack_pairs<const L: usize>(part: Part, to: &mut [u32]) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512,
+        __cpuid, __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512,
         _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
     };
     use std::cell::Cell;
@@ -69,6 +61,12 @@ mod x86 {
     pub struct Native(());
 
     impl Native {
+        /// Where its vectors multiply bf16 faster than f32. Those of Intel's do not (two thirds of the
+        /// speed of f32 on Sapphire Rapids): there the matrix unit is for bf16.
+        pub fn where_fast() -> Option<Self> {
+            Self::detect().filter(|_| !is_intel())
+        }
+
         pub fn detect() -> Option<Self> {
             let has = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
@@ -77,6 +75,12 @@ mod x86 {
                 && is_x86_feature_detected!("avx512bf16");
             has.then_some(Self(()))
         }
+    }
+
+    fn is_intel() -> bool {
+        let vendor = __cpuid(0);
+        let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+        name.as_flattened() == b"GenuineIntel"
     }
 
     thread_local! {

@@ -2,9 +2,11 @@
 //!
 //! [`blocks`] cuts a product into blocks that fit the caches and copies ("packs") them into the
 //! order in which a kernel reads them (Goto and van de Geijn, ACM TOMS 34(3), 2008); [`kernel`]
-//! multiplies f32 with the widest vectors of the CPU, [`bf16`] with its bf16 instructions. Which
-//! is found out at run time. How a product is cut does not depend on the number of threads.
+//! multiplies f32 with the widest vectors of the CPU, [`bf16`] with its bf16 instructions, `amx` with
+//! its matrix unit. Which is found out at run time. How a product is cut does not depend on the number of threads.
 
+#[cfg(target_arch = "x86_64")]
+pub mod amx;
 pub mod bf16;
 pub mod blocks;
 pub mod kernel;
@@ -78,7 +80,7 @@ impl<'a> MatMut<'a> {
 pub enum Precision {
     #[default]
     F32,
-    /// 8 bits of mantissa: twice as fast where the CPU has AVX512-BF16, as fast elsewhere.
+    /// 8 bits of mantissa: faster where the CPU has AMX (Intel) or AVX512-BF16 (AMD), as fast elsewhere.
     Bf16,
 }
 
@@ -92,11 +94,11 @@ impl Precision {
 
     /// The fastest of this CPU.
     pub fn fastest() -> Self {
-        if bf16::is_native() {
-            Self::Bf16
-        } else {
-            Self::F32
+        #[cfg(target_arch = "x86_64")]
+        if amx::Amx::detect().is_some() || bf16::Native::where_fast().is_some() {
+            return Self::Bf16;
         }
+        Self::F32
     }
 }
 
@@ -141,7 +143,10 @@ pub fn matmul(out: MatMut, a: Mat, b: Mat, add: bool, threads: Threads, precisio
     let rounded = precision == Precision::Bf16;
     #[cfg(target_arch = "x86_64")]
     {
-        if rounded && let Some(kernel) = bf16::Native::detect() {
+        if rounded && let Some(kernel) = amx::Amx::detect() {
+            return product.run(kernel);
+        }
+        if rounded && let Some(kernel) = bf16::Native::where_fast() {
             return product.run(kernel);
         }
         if rounded || m >= FEW_ROWS {
@@ -293,30 +298,51 @@ mod tests {
     }
 
     #[test]
-    fn plain_tiles_agree_with_wide_ones() {
+    fn every_kind_of_tile_that_this_cpu_has_agrees() {
         let mut rng = fastrand::Rng::with_seed(2);
-        let (m, k, n) = (19, 400, 23);
-        let (a, b) = (random(m * k, &mut rng), random(k * n, &mut rng));
-        let mut outs = [vec![0.5; m * n], vec![0.5; m * n]];
-        let (a, b) = (Mat::new(&a, k), Mat::new(&b, n));
-        let [plain, wide] = &mut outs;
-        let product = Product {
-            out: MatMut::new(plain, n),
-            a,
-            b,
-            add: true,
-            threads: Threads::All,
-        };
-        product.run(kernel::Plain);
-        matmul(
-            MatMut::new(wide, n),
-            a,
-            b,
-            true,
-            Threads::All,
-            Precision::Bf16,
-        );
-        assert_eq!(outs[0], outs[1]);
+        for (m, k, n) in [(19, 400, 23), (70, 1100, 97), (64, 64, 64)] {
+            let (a, b) = (random(m * k, &mut rng), random(k * n, &mut rng));
+            let of = |run: fn(Product)| {
+                let mut out = vec![0.5; m * n];
+                run(Product {
+                    out: MatMut::new(&mut out, n),
+                    a: Mat::new(&a, k),
+                    b: Mat::new(&b, n),
+                    add: true,
+                    threads: Threads::All,
+                });
+                out
+            };
+            let plain = of(|product| product.run(kernel::Plain));
+            assert_eq!(plain, of(by_crate));
+            #[cfg(target_arch = "x86_64")]
+            {
+                if amx::Amx::detect().is_some() {
+                    let run = |product: Product| product.run(amx::Amx::detect().unwrap());
+                    assert_eq!(plain, of(run));
+                }
+                if bf16::Native::detect().is_some() {
+                    let run = |product: Product| product.run(bf16::Native::detect().unwrap());
+                    assert_eq!(plain, of(run));
+                }
+                let wide = |product: Product| match pulp::Arch::new() {
+                    pulp::Arch::V4(simd) => {
+                        product.run(kernel::Wide::<_, 14, 32> {
+                            simd,
+                            rounded: true,
+                        });
+                    }
+                    pulp::Arch::V3(simd) => {
+                        product.run(kernel::Wide::<_, 6, 16> {
+                            simd,
+                            rounded: true,
+                        });
+                    }
+                    _ => product.run(kernel::Plain),
+                };
+                assert_eq!(plain, of(wide));
+            }
+        }
     }
 
     #[test]
