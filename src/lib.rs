@@ -24,7 +24,7 @@
 //! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, prepared examples, batches |
 //! | [`model`] | a Hugging Face folder in memory; each architecture, written once over a graph; the tape that runs it on the CPU, candle's operations elsewhere; adapters; generation |
 //! | [`ops`] | the arithmetic: fused operations with hand-written backward passes, matrix products, memory; all `unsafe` code |
-//! | [`train`] | THE loop, and what it needs: device, loss, optimizer, schedule, checkpoints, metrics |
+//! | [`train`] | THE loop, and what it needs: device, loss, a teacher on this machine, optimizer, schedule, checkpoints, metrics |
 //! | [`export`] | the cache in the formats of other trainers, one file per format |
 //! | [`evaluate`] | a model against the truth and against its teacher |
 //! | [`serve`] | the OpenAI dialect over a local model, or by a script that fails on purpose (`serve::mock`) |
@@ -35,7 +35,7 @@
 //!
 //! 1. `harvest` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
 //! 2. `harvest::{request, plan, shard, retry, cost, budget, record, schedule}`, `cache::recovery`,
-//!    `data::{align, chat_template, gate, sampling}` and `train::{loss, schedule}` are pure: no clock, file, network
+//!    `data::{align, chat_template, gate, samples, sampling}` and `train::{loss, schedule}` are pure: no clock, file, network
 //!    or random number that is not an argument.
 //! 3. An acknowledged record is never changed or lost.
 //! 4. Every trainable parameter receives a gradient, and no sum depends on the number of threads.

@@ -30,6 +30,7 @@ pub struct Config {
     pub loss: Loss,
     pub lora: Lora,
     pub train: Train,
+    pub on_policy: OnPolicy,
     pub eval: Eval,
 }
 
@@ -96,6 +97,7 @@ impl Default for Config {
             loss: Loss::default(),
             lora: Lora::default(),
             train: Train::default(),
+            on_policy: OnPolicy::default(),
             eval: Eval::default(),
         }
     }

@@ -69,6 +69,9 @@ pub struct Data {
     pub validation_share: f64,
     /// Longer examples are left out, and counted.
     pub max_length: usize,
+    /// Merge the answers to a prompt into a trie: where some begin alike, what they go on with are soft
+    /// labels for answers without logprobs.
+    pub sample_trie: bool,
     /// At most so many of the teacher's alternatives at a position, the most likely ones; None: all.
     pub top_logprobs: Option<usize>,
     /// Finish reasons whose answers are trained on.
@@ -82,6 +85,7 @@ impl Default for Data {
             cache: None,
             validation_share: 0.02,
             max_length: 1024,
+            sample_trie: false,
             top_logprobs: None,
             keep_finish_reasons: ["stop", "eos", "end_turn"].map(String::from).to_vec(),
         }
@@ -219,6 +223,8 @@ pub struct Train {
     pub best: Best,
     /// Validations in a row without a better `best` after which training ends; 0: never.
     pub patience: u64,
+    /// Let the student answer a part of the prompts itself, for a teacher on this machine to judge.
+    pub on_policy: bool,
     /// Where the arithmetic runs.
     pub device: Device,
     /// What factors of matrix products are rounded to. Weights, sums and the optimizer are f32.
@@ -227,6 +233,29 @@ pub struct Train {
     pub activation_checkpointing: bool,
     /// Threads for the arithmetic; 0: one per core. The numbers do not depend on it.
     pub threads: usize,
+}
+
+/// How a student writes answers itself; for `train.on_policy`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OnPolicy {
+    /// The share of each step's prompts that it answers; the others are learnt as they are.
+    pub share: f64,
+    /// What its answers are judged by.
+    pub kd: Kd,
+    pub max_tokens: u32,
+    pub temperature: f64,
+}
+
+impl Default for OnPolicy {
+    fn default() -> Self {
+        Self {
+            share: 0.5,
+            kd: Kd::ReverseKl,
+            max_tokens: 128,
+            temperature: 1.0,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -288,6 +317,7 @@ impl Default for Train {
             ema_decay: 0.0,
             best: Best::Last,
             patience: 0,
+            on_policy: false,
             device: Device::Auto,
             dtype: ComputeDtype::Auto,
             activation_checkpointing: false,

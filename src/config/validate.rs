@@ -6,7 +6,7 @@ use super::harvest::{Batch, Lane};
 use super::mistake::usage;
 use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
-use super::student::{Best, Init};
+use super::student::{Best, Init, Kd};
 
 fn check(holds: bool, message: &str) -> Result<()> {
     if holds {
@@ -67,6 +67,23 @@ pub fn validate(config: &Config) -> Result<()> {
             .iter()
             .all(|one| one.local.is_none() && !one.cotrain),
         "`local` and `cotrain` belong into [teacher]: a student has one teacher on this machine",
+    )?;
+    let written = &config.on_policy;
+    check(
+        !config.train.on_policy || teacher.local.is_some(),
+        "train.on_policy needs a teacher that judges what the student writes: set teacher.local",
+    )?;
+    check(
+        share(written.share) && written.max_tokens > 0,
+        "on_policy.share must lie between 0 and 1, and on_policy.max_tokens be at least 1",
+    )?;
+    check(
+        written.temperature.is_finite() && written.temperature >= 0.0,
+        "on_policy.temperature must be finite and not negative",
+    )?;
+    check(
+        written.kd != Kd::None && config.loss.kd != Kd::None || !config.train.on_policy,
+        "train.on_policy judges by a divergence: neither on_policy.kd nor loss.kd may be \"none\"",
     )?;
     let train = &config.train;
     check(

@@ -6,5 +6,6 @@ pub mod classes;
 pub mod dataset;
 pub mod gate;
 pub mod prepared;
+pub mod samples;
 pub mod sampling;
 pub mod tokenizer;

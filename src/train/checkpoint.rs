@@ -194,6 +194,7 @@ pub fn fingerprint(config: &Config, data: &str, weights: [&str; 2], total: u64) 
         &config.lora,
         &config.student,
         config.teacher.cotrain,
+        &config.on_policy,
         data,
         weights,
     ))?);

@@ -24,6 +24,11 @@ pub fn of(train: &Train) -> Result<Device> {
                 .into()
         ));
     }
+    if train.on_policy {
+        bail!(Exit::Usage(
+            "train.on_policy is for the CPU, which generates: set train.device = \"cpu\"".into()
+        ));
+    }
     let (built, name) = match kind {
         config::Device::Metal => (cfg!(feature = "metal"), "metal"),
         _ => (cfg!(feature = "cuda"), "cuda"),

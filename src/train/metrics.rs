@@ -154,6 +154,9 @@ pub struct StepLine {
     pub kd: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alm: Option<f64>,
+    /// The divergence on what the student wrote itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_policy_kd: Option<f64>,
     /// Of a teacher that is trained along.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher_ce: Option<f64>,

@@ -13,6 +13,7 @@ pub mod ema;
 pub mod loss;
 pub mod metrics;
 pub mod objective;
+pub mod on_policy;
 pub mod optimizer;
 pub mod schedule;
 pub mod soft_labels;
@@ -40,8 +41,9 @@ use checkpoint::{Parts, State};
 use ema::Ema;
 use metrics::{Means, Metrics, StepLine};
 use objective::Models;
+use on_policy::OnPolicy;
 use optimizer::Optimizer;
-use step::Stepper;
+use step::{Lesson, Stepper};
 use student::Student;
 use teacher::Teacher;
 
@@ -176,7 +178,12 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         progress.note(note);
     }
     let (began, began_tokens) = (Instant::now(), tokens);
-    let mut stepper = Stepper::new(config, soft_labels.divergence, &parts.student.model);
+    let on_policy = OnPolicy::of(config, &tokenizer);
+    let judged = on_policy
+        .as_ref()
+        .and_then(|it| it.divergence(&config.loss));
+    let divergence = soft_labels.divergence;
+    let mut stepper = Stepper::new(config, divergence, judged, &parts.student.model);
     let evaluate = |parts: &Parts, student: Option<&Model>| {
         let averaged = parts.ema.as_ref().map(|ema| &ema.model);
         let models = Models {
@@ -193,9 +200,20 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         let examples: Vec<ExampleView> =
             batches.next_step().iter().map(|&i| train.get(i)).collect();
         let rate = schedule::learning_rate(settings, step, total);
+        let (given, written) = match &on_policy {
+            Some(on_policy) => {
+                let (given, prompts) = on_policy.cut(&examples);
+                (given, on_policy.write(&parts.student.model, step, prompts)?)
+            }
+            None => (&examples[..], Vec::new()),
+        };
+        let lesson = Lesson {
+            examples: given,
+            written: &written,
+        };
         let learner = (&parts.student, &mut parts.optimizer);
         let dense = parts.teacher.as_ref().map(|teacher| &teacher.learner.model);
-        let taken = stepper.take(learner, dense, step, &examples, rate)?;
+        let taken = stepper.take(learner, dense, step, lesson, rate)?;
         if let Some(ema) = &parts.ema {
             ema.update(&parts.student, step)?;
         }
@@ -213,6 +231,7 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
             kl: means.kl,
             kd: means.kd,
             alm: means.alm,
+            on_policy_kd: taken.written.means().kd,
             teacher_ce: teachers.and_then(|taken| taken.sums.means().ce),
             learning_rate: rate,
             grad_norm: taken.gradient_norm,

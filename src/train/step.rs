@@ -19,9 +19,33 @@ use crate::model::tape::Memory;
 pub struct Stepper {
     settings: Train,
     weights: Weights,
+    /// Of what the student wrote itself.
+    on_policy: Weights,
     memory: Memory,
     /// Of the step under way; none between two.
     gradients: Gradients,
+}
+
+/// What a step is taken on.
+#[derive(Clone, Copy)]
+pub struct Lesson<'a> {
+    pub examples: &'a [ExampleView<'a>],
+    /// What the student wrote itself, for the teacher to judge.
+    pub written: &'a [Batch],
+}
+
+impl Lesson<'_> {
+    fn positions(&self) -> usize {
+        let examples: usize = self.examples.iter().map(|e| e.supervised()).sum();
+        let written: usize = self.written.iter().map(|batch| batch.labels.len()).sum();
+        examples + written
+    }
+
+    fn keys(&self) -> Vec<String> {
+        let examples = self.examples.iter().map(|example| example.key().to_owned());
+        let written = self.written.iter().flat_map(|batch| batch.keys.clone());
+        examples.chain(written).collect()
+    }
 }
 
 /// What a step did.
@@ -30,14 +54,22 @@ pub struct Taken {
     /// What was minimised, before the update.
     pub loss: f64,
     pub sums: Sums,
+    /// Of what the student wrote itself.
+    pub written: Sums,
     /// Global norm of the gradient, before clipping.
     pub gradient_norm: f64,
     pub tokens: u64,
 }
 
 impl Stepper {
-    /// For `model`, with `divergence` of [`soft_labels`](super::soft_labels).
-    pub fn new(config: &Config, divergence: Option<[Divergence; 2]>, model: &Model) -> Self {
+    /// For `model`, with `divergence` of [`soft_labels`](super::soft_labels), and with `on_policy` for what
+    /// the student writes itself.
+    pub fn new(
+        config: &Config,
+        divergence: Option<[Divergence; 2]>,
+        on_policy: Option<[Divergence; 2]>,
+        model: &Model,
+    ) -> Self {
         let kd = divergence.map_or(0.0, |_| config.loss.kd_weight as f32);
         Self {
             settings: config.train.clone(),
@@ -49,6 +81,11 @@ impl Stepper {
                 // Each step sets its own.
                 scale: 1.0,
             },
+            on_policy: Weights {
+                kd: 1.0,
+                divergence: on_policy.unwrap_or([Divergence::ReverseKl; 2]),
+                ..Weights::default()
+            },
             memory: match config.train.activation_checkpointing {
                 true => Memory::Checkpoint,
                 false => Memory::Record,
@@ -57,7 +94,7 @@ impl Stepper {
         }
     }
 
-    /// Takes step `step` on `examples`, at `learning_rate`; soft labels are those of `teacher` where
+    /// Takes step `step` on `lesson`, at `learning_rate`; soft labels are those of `teacher` where
     /// there is one.
     ///
     /// # Errors
@@ -67,34 +104,38 @@ impl Stepper {
         (student, optimizer): (&Student, &mut Optimizer),
         teacher: Option<&Model>,
         step: u64,
-        examples: &[ExampleView],
+        lesson: Lesson,
         learning_rate: f64,
     ) -> Result<Taken> {
-        let positions: usize = examples.iter().map(|e| e.supervised()).sum();
-        let weights = Weights {
-            scale: 1.0 / positions as f32,
-            ..self.weights
+        let scale = 1.0 / lesson.positions() as f32;
+        let models = Models {
+            student: &student.model,
+            teacher,
         };
         let mut taken = Taken::default();
-        for micro in micro_batches(examples, &self.settings) {
-            let batch = Batch::new(micro);
-            taken.tokens += batch.input_ids.len() as u64;
-            let models = Models {
-                student: &student.model,
-                teacher,
-            };
-            let (loss, rows) =
-                objective::gradients(models, &batch, weights, self.memory, &mut self.gradients)?;
+        let mut pass = |batch: &Batch, weights: Weights, sums: &mut Sums| {
+            let weights = Weights { scale, ..weights };
+            let (memory, gradients) = (self.memory, &mut self.gradients);
+            let (loss, rows) = objective::gradients(models, batch, weights, memory, gradients)?;
             if !loss.is_finite() {
                 bail!(not_finite("loss", step, &batch.keys));
             }
             taken.loss += loss;
-            taken.sums.add(&rows);
+            taken.tokens += batch.input_ids.len() as u64;
+            sums.add(&rows);
+            Ok(())
+        };
+        let (mut sums, mut written) = (Sums::default(), Sums::default());
+        for micro in micro_batches(lesson.examples, &self.settings) {
+            pass(&Batch::new(micro), self.weights, &mut sums)?;
         }
+        for batch in lesson.written {
+            pass(batch, self.on_policy, &mut written)?;
+        }
+        (taken.sums, taken.written) = (sums, written);
         let norm = optimizer.gradient_norm(&self.gradients)?;
         if !norm.is_finite() {
-            let keys: Vec<String> = examples.iter().map(|e| e.key().to_owned()).collect();
-            bail!(not_finite("gradient", step, &keys));
+            bail!(not_finite("gradient", step, &lesson.keys()));
         }
         taken.gradient_norm = norm;
         optimizer.update(&self.settings, learning_rate, norm, &self.gradients)?;

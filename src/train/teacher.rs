@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use super::optimizer::Optimizer;
-use super::step::{Stepper, Taken};
+use super::step::{Lesson, Stepper, Taken};
 use super::student::{self, Student};
 use super::{card, device};
 use crate::config::{Config, Train};
@@ -56,7 +56,7 @@ impl Teacher {
             let no_decay = student::patterns(&train.no_decay)?;
             Ok(Training {
                 optimizer: Optimizer::new(&learner, &no_decay)?,
-                stepper: Stepper::new(config, None, &learner.model),
+                stepper: Stepper::new(config, None, None, &learner.model),
             })
         });
         Ok(Some(Self {
@@ -85,9 +85,13 @@ impl Teacher {
             return Ok(None);
         };
         let learner = (&self.learner, &mut training.optimizer);
+        let lesson = Lesson {
+            examples,
+            written: &[],
+        };
         let taken = training
             .stepper
-            .take(learner, None, step, examples, learning_rate);
+            .take(learner, None, step, lesson, learning_rate);
         taken.context("the teacher").map(Some)
     }
 

@@ -112,6 +112,16 @@ impl Aligned {
 }
 
 impl Aligned {
+    /// Appends a position with these soft labels, of which nothing is missing: token ids and logprobs,
+    /// best first.
+    pub fn push(&mut self, labels: &[(u32, f32)]) {
+        self.ids.extend(labels.iter().map(|label| label.0));
+        self.logprobs.extend(labels.iter().map(|label| label.1));
+        self.ends.push(self.ids.len());
+        self.drawn.push(f32::NAN);
+        self.mapped_mass += 1.0;
+    }
+
     /// Goes on to position `at`; those before it that nothing was said of have no soft labels.
     fn fill(&mut self, at: usize) {
         self.ends.resize(at, self.ids.len());

@@ -166,6 +166,7 @@ fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Resu
         validation_share: _,
         max_length,
         top_logprobs,
+        sample_trie,
         keep_finish_reasons,
     } = settings;
     let mut hash = blake3::Hasher::new();
@@ -175,6 +176,7 @@ fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Resu
         env!("CARGO_PKG_VERSION"),
         max_length,
         top_logprobs,
+        sample_trie,
         keep_finish_reasons,
         tokenizer.as_str(),
     );

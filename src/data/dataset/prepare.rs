@@ -14,6 +14,7 @@ use super::{OnProgress, prompt_hash};
 use crate::config;
 use crate::data::align::{Aligned, Mapper};
 use crate::data::prepared::{Entry, Example, Part, Sink, Writer};
+use crate::data::samples::Samples;
 use crate::data::sampling::Sampling;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
@@ -32,10 +33,11 @@ pub fn run(
     hash: &str,
     on_progress: OnProgress<'_>,
 ) -> Result<BTreeMap<String, Vec<u8>>> {
-    let work = Work {
+    let mut work = Work {
         source,
         settings,
         tokenizer,
+        samples: Samples::default(),
         reading: Mutex::new(Reading {
             reader: source.open()?,
             total: source.bytes(),
@@ -43,22 +45,21 @@ pub fn run(
         }),
         failed: AtomicBool::new(false),
     };
+    if settings.sample_trie {
+        let mut samples = Samples::default();
+        for part in all(rayon::broadcast(|_| work.collect()))? {
+            samples.merge(part);
+        }
+        work.samples = samples;
+        let mut reading = work.reading.lock().unwrap_or_else(|e| e.into_inner());
+        reading.reader = source.open()?;
+    }
     let writer = Writer::new(sink, tokenizer.vocab_size());
     let mut report = Report::default();
     let mut entries: Vec<Entry> = Vec::new();
-    let mut failures: Vec<(u64, Error)> = Vec::new();
-    for done in rayon::broadcast(|_| work.run(writer.part())) {
-        match done {
-            Ok(done) => {
-                report.add(done.report);
-                entries.extend(done.entries);
-            }
-            Err(failure) => failures.push(failure),
-        }
-    }
-    // Portions are handed out in order and finished, so that this is the first one there is.
-    if let Some((_, error)) = failures.into_iter().min_by_key(|failure| failure.0) {
-        return Err(error);
+    for done in all(rayon::broadcast(|_| work.run(writer.part())))? {
+        report.add(done.report);
+        entries.extend(done.entries);
     }
     if entries.is_empty() {
         let reasons = match report.dropped.is_empty() {
@@ -74,11 +75,36 @@ pub fn run(
     writer.finish(entries, hash, report)
 }
 
+/// What the threads made, or the first error by the number of its line: portions are handed out in order
+/// and finished.
+fn all<T>(parts: Vec<Result<T, Failure>>) -> Result<Vec<T>> {
+    let mut made = Vec::with_capacity(parts.len());
+    let mut first: Option<Failure> = None;
+    for part in parts {
+        match part {
+            Ok(part) => made.push(part),
+            Err(failure) if first.as_ref().is_none_or(|first| failure.0 < first.0) => {
+                first = Some(failure);
+            }
+            Err(_) => {}
+        }
+    }
+    match first {
+        Some((_, error)) => Err(error),
+        None => Ok(made),
+    }
+}
+
+/// An error with the number of its line.
+type Failure = (u64, Error);
+
 /// What all threads share.
 struct Work<'a> {
     source: &'a Source,
     settings: &'a config::Data,
     tokenizer: &'a Tokenizer,
+    /// Empty where they are not asked for.
+    samples: Samples,
     reading: Mutex<Reading<'a>>,
     /// One has an error: the others need not go on.
     failed: AtomicBool,
@@ -97,39 +123,64 @@ struct Done {
 }
 
 impl Work<'_> {
-    /// What each thread does. An error comes with the number of its line.
-    fn run(&self, mut part: Part) -> Result<Done, (u64, Error)> {
-        let mut preparing = Preparing {
+    /// What each thread does.
+    fn run(&self, mut part: Part) -> Result<Done, Failure> {
+        let mut preparing = self.preparing();
+        self.each_row(|number, row| preparing.add(number, row, &mut part))?;
+        let entries = part.finish().map_err(|error| (u64::MAX, error))?;
+        Ok(Done {
+            entries,
+            report: preparing.report,
+        })
+    }
+
+    /// What each thread does before, where answers to the same prompt are merged.
+    fn collect(&self) -> Result<Samples, Failure> {
+        let mut preparing = self.preparing();
+        let mut samples = Samples::default();
+        self.each_row(|_, row| {
+            // A row that is left out is counted when it is prepared.
+            if let Ok(ready) = row.and_then(|row| preparing.prepare(&row)) {
+                let (prompt, answer) = ready.input_ids.split_at(ready.answer);
+                samples.add(prompt, answer);
+            }
+            Ok(())
+        })?;
+        Ok(samples)
+    }
+
+    fn preparing(&self) -> Preparing<'_> {
+        Preparing {
             tokenizer: self.tokenizer,
+            samples: &self.samples,
             mapper: Mapper::new(self.tokenizer, self.settings.top_logprobs),
             max_length: self.settings.max_length,
             in_file: matches!(self.source, Source::File(_)),
             report: Report::default(),
-        };
-        let mut portion = Portion::default();
-        let mut work = || {
-            while !self.failed.load(Ordering::Relaxed) && self.next(&mut portion)? {
-                portion.rows(self.source, self.settings, |number, row| {
-                    preparing.add(number, row, &mut part)
-                })?;
-            }
-            Ok(())
-        };
-        let worked: Result<(), (u64, Error)> = work();
-        let done = worked.and_then(|()| part.finish().map_err(|error| (u64::MAX, error)));
-        match done {
-            Ok(entries) => Ok(Done {
-                entries,
-                report: preparing.report,
-            }),
-            Err(failure) => {
-                self.failed.store(true, Ordering::Relaxed);
-                Err(failure)
-            }
         }
     }
 
-    fn next(&self, portion: &mut Portion) -> Result<bool, (u64, Error)> {
+    /// Calls `work` with the rows that are handed to this thread, until there are none, or any thread
+    /// has an error.
+    fn each_row(
+        &self,
+        mut work: impl FnMut(u64, Result<Row, String>) -> Result<()>,
+    ) -> Result<(), Failure> {
+        let mut portion = Portion::default();
+        let mut through = || {
+            while !self.failed.load(Ordering::Relaxed) && self.next(&mut portion)? {
+                portion.rows(self.source, self.settings, &mut work)?;
+            }
+            Ok(())
+        };
+        let done = through();
+        if done.is_err() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        done
+    }
+
+    fn next(&self, portion: &mut Portion) -> Result<bool, Failure> {
         let mut reading = self.reading.lock().unwrap_or_else(|e| e.into_inner());
         let Reading {
             reader,
@@ -148,6 +199,7 @@ impl Work<'_> {
 /// What one thread needs, and its counts.
 struct Preparing<'a> {
     tokenizer: &'a Tokenizer,
+    samples: &'a Samples,
     mapper: Mapper<'a>,
     max_length: usize,
     in_file: bool,
@@ -256,17 +308,24 @@ impl Preparing<'_> {
                 )
                 .map_err(|mismatch| mismatch.to_string()),
         };
-        let (soft, ce_only) = match aligned {
-            Ok(aligned) => (aligned, None),
-            Err(reason) => (Aligned::default(), Some(reason)),
-        };
         // Nothing is learnt from what follows the last answer.
         input_ids.truncate(end);
+        let answer = last.supervised.start;
+        let (soft, ce_only) = match aligned {
+            Ok(aligned) => (aligned, None),
+            Err(reason) => {
+                let (prompt, said) = input_ids.split_at(answer);
+                match self.samples.soft_labels(prompt, said) {
+                    Some(shares) => (shares, None),
+                    None => (Aligned::default(), Some(reason)),
+                }
+            }
+        };
         Ok(Ready {
             input_ids,
             labels,
             soft,
-            answer: last.supervised.start,
+            answer,
             ce_only,
         })
     }

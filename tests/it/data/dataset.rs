@@ -218,3 +218,69 @@ fn no_example_at_all_is_an_error_that_says_why() {
         "{error}"
     );
 }
+
+#[test]
+fn answers_to_one_prompt_are_merged_where_they_begin_alike() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer("bytelevel");
+    let answers = ["Paris is it.", "Paris is it.", "Paris is near.", "Berlin."];
+    let mut records: Vec<Record> = answers
+        .iter()
+        .enumerate()
+        .map(|(sample, answer)| Record {
+            key: format!("{sample}"),
+            sample: sample as u32,
+            ..record("where", answer)
+        })
+        .collect();
+    records.push(record("alone", "Paris is it."));
+    // One that has logprobs keeps them.
+    let ids = tokenizer.encode_text("Berlin.").unwrap();
+    let (logprobs, expected) = same_tokenizer(&tokenizer, &ids, 4);
+    records.push(Record {
+        key: "told".into(),
+        logprobs: Some(logprobs),
+        ..record("where", "Berlin.")
+    });
+    write_cache(&dir.path().join("cache"), &records);
+    let mut config = config::Config {
+        run_dir: dir.path().join("run"),
+        ..config::Config::default()
+    };
+    config.data.cache = Some(dir.path().join("cache"));
+    config.data.validation_share = 0.0;
+    let without = load(&config, &tokenizer).unwrap();
+    assert_eq!(without.report.soft_positions, ids.len() as u64);
+    config.data.sample_trie = true;
+    let data = load(&config, &tokenizer).unwrap();
+    assert!(data.is_new);
+    assert_eq!(data.report.ce_only["no logprobs"], 1);
+    for example in data.train().iter() {
+        let batch = Batch::new([example]);
+        let soft = |n: usize| {
+            let range = batch.soft_offsets[n]..batch.soft_offsets[n + 1];
+            (&batch.soft_ids[range.clone()], &batch.soft_logprobs[range])
+        };
+        let (first, logprobs) = soft(0);
+        match example.key() {
+            "key of alone" => assert!(first.is_empty()),
+            "told" => assert_eq!(first, expected[0].ids),
+            sample => {
+                // Three of five say Paris, and two Berlin.
+                let paris = tokenizer.encode_text("Paris").unwrap()[0];
+                let berlin = tokenizer.encode_text("Berlin.").unwrap()[0];
+                assert_eq!(first, [paris, berlin], "{sample}");
+                assert!((logprobs[0] - 0.6f32.ln()).abs() < 1e-6);
+                assert!((logprobs[1] - 0.4f32.ln()).abs() < 1e-6);
+                // Alike to the end, with the token that ends the answer.
+                let last = batch.labels.len() - 1;
+                let (ids, logprobs) = soft(last);
+                match sample {
+                    "0" | "1" => assert_eq!((ids, logprobs), (&batch.labels[last..], &[0.0][..])),
+                    "2" => assert!(ids.is_empty()),
+                    _ => assert_eq!(ids, &batch.labels[last..]),
+                }
+            }
+        }
+    }
+}

@@ -14,7 +14,7 @@ use crate::nightly;
 const STEPS: u64 = 20;
 
 /// A run that uses all that a checkpoint must hold: several epochs, accumulation, an average, a teacher
-/// that is trained along.
+/// that is trained along, answers of its own.
 fn whole_run() -> (tempfile::TempDir, Config) {
     let (dir, mut config) = run_folder();
     config.train.steps = Some(STEPS);
@@ -27,6 +27,8 @@ fn whole_run() -> (tempfile::TempDir, Config) {
     config.loss.kd = distill::config::Kd::Tail;
     config.teacher.local = Some(config.student.path.clone());
     config.teacher.cotrain = true;
+    config.train.on_policy = true;
+    config.on_policy.max_tokens = 6;
     train::run(&config, Start::Ask.into()).unwrap();
     (dir, config)
 }
@@ -140,7 +142,8 @@ fn config_file(config: &Config) -> PathBuf {
          num_key_value_heads = {}\n[data]\nsource = {:?}\nvalidation_share = {}\n[loss]\n\
          kd = \"tail\"\n[train]\nsteps = {STEPS}\nbatch_size = {}\nmicro_batch_size = {}\n\
          warmup_steps = {}\nlearning_rate = {}\nema_decay = {}\neval_every = {}\n\
-         checkpoint_every = 1\nkeep_checkpoints = 100\nbest = \"ce\"\n",
+         checkpoint_every = 1\nkeep_checkpoints = 100\nbest = \"ce\"\non_policy = true\n\
+         [on_policy]\nmax_tokens = 6\n",
         config.run_dir,
         config.student.path,
         config.student.path,

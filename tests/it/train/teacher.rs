@@ -133,3 +133,30 @@ fn a_teacher_with_another_tokenizer_is_refused() {
         "{message}"
     );
 }
+
+/// It is taught on texts that nobody gave it, by a teacher that only judges.
+#[test]
+fn a_student_learns_from_what_it_writes_itself() {
+    let (_dir, mut config) = run_folder();
+    config.teacher.local = Some(config.student.path.clone());
+    config.loss.kd = Kd::Tail;
+    config.train.steps = Some(60);
+    config.train.on_policy = true;
+    config.on_policy.max_tokens = 8;
+    for (share, kd) in [(1.0, Kd::ReverseKl), (0.5, Kd::Jsd)] {
+        config.on_policy.share = share;
+        config.on_policy.kd = kd;
+        let summary = train::run(&config, Start::Fresh.into()).unwrap();
+        let lines = metrics(&config);
+        let mean = |lines: &[serde_json::Value]| {
+            let judged = lines
+                .iter()
+                .map(|line| line["on_policy_kd"].as_f64().unwrap());
+            judged.sum::<f64>() / lines.len() as f64
+        };
+        let (first, last) = (mean(&lines[..5]), mean(&lines[50..60]));
+        assert!(last < 0.85 * first, "{kd:?}: from {first} to {last}");
+        assert_eq!(lines[0]["ce"].is_null(), share == 1.0, "{}", lines[0]);
+        assert!(summary.last_loss.is_finite());
+    }
+}
