@@ -5,6 +5,10 @@
 //! Logprobs that are one position off, or that belong to another text, hit far less often; sampling
 //! that was sharper than the logprobs tell (a lower temperature, a top_p that was not asked for) hits
 //! far more often. It takes no student to see either.
+//!
+//! The trials are independent but where one seed was sent with every request: a server may draw the same
+//! numbers for all answers then, position by position. So the variance is also taken between positions,
+//! and the larger of the two counts.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +24,17 @@ const DEVIATIONS: f64 = 5.0;
 /// the very pass that sampled.
 const TOLERANCE: f64 = 0.02;
 
+/// Positions of an answer are told apart up to this many; later ones join earlier ones.
+const PLACES: usize = 32;
+
+/// What one place in the answers adds up to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Place {
+    positions: u64,
+    /// sum(hit - p_1), in units.
+    excess: i64,
+}
+
 /// How often the most likely token was emitted, and how often that was to be expected.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Agreement {
@@ -29,12 +44,16 @@ pub struct Agreement {
     expected: u64,
     /// sum(p_1 (1 - p_1)), in units.
     variance: u64,
+    places: [Place; PLACES],
 }
 
 impl Agreement {
-    /// Adds a position whose most likely token has the probability `p`.
-    pub fn count(&mut self, p: f64, hit: bool) {
+    /// Adds position `at` of an answer, whose most likely token has the probability `p`.
+    pub fn count(&mut self, at: usize, p: f64, hit: bool) {
         let p = p.clamp(0.0, 1.0);
+        let place = &mut self.places[at % PLACES];
+        place.positions += 1;
+        place.excess += ((f64::from(u8::from(hit)) - p) * UNIT) as i64;
         self.positions += 1;
         self.hits += u64::from(hit);
         self.expected += (p * UNIT) as u64;
@@ -46,6 +65,10 @@ impl Agreement {
         self.hits += other.hits;
         self.expected += other.expected;
         self.variance += other.variance;
+        for (place, other) in self.places.iter_mut().zip(other.places) {
+            place.positions += other.positions;
+            place.excess += other.excess;
+        }
     }
 
     /// Share of positions whose most likely token was emitted.
@@ -60,7 +83,26 @@ impl Agreement {
 
     /// The standard deviation of the rate.
     pub fn deviation(&self) -> f64 {
-        (self.variance as f64 / UNIT).sqrt() / self.positions.max(1) as f64
+        let independent = self.variance as f64 / UNIT;
+        independent.max(self.between_places()).sqrt() / self.positions.max(1) as f64
+    }
+
+    /// The variance of the number of hits as the places show it: of their excess around the mean.
+    fn between_places(&self) -> f64 {
+        let count = self
+            .places
+            .iter()
+            .filter(|place| place.positions > 0)
+            .count();
+        if count < 2 {
+            return 0.0;
+        }
+        let mean = self.rate() - self.expected();
+        let squares = self.places.iter().map(|place| {
+            let around = place.excess as f64 / UNIT - mean * place.positions as f64;
+            around * around
+        });
+        squares.sum::<f64>() * count as f64 / (count - 1) as f64
     }
 
     pub fn verdict(&self) -> Verdict {
@@ -141,7 +183,7 @@ mod tests {
         let mut agreement = Agreement::default();
         for at in 0..positions {
             let (p, top) = tops[at + shift];
-            agreement.count(p, emitted[at] == top);
+            agreement.count(at, p, emitted[at] == top);
         }
         agreement
     }
@@ -154,6 +196,30 @@ mod tests {
         }
         assert_eq!(sampled(3_000, 0.5, 0).verdict(), Verdict::Above);
         assert_eq!(sampled(0, 1.0, 0).verdict(), Verdict::Fits);
+    }
+
+    /// A server that draws the same numbers for every answer, as one seed may make it do.
+    #[test]
+    fn answers_that_share_their_random_numbers_are_no_independent_trials() {
+        let mut shifted = 0;
+        for seed in 0..40 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let drawn: Vec<f64> = (0..30).map(|_| random.f64()).collect();
+            let (mut right, mut wrong) = (Agreement::default(), Agreement::default());
+            for _ in 0..500 {
+                let tops: Vec<(f64, u32)> = (0..31)
+                    .map(|_| (0.3 + 0.4 * random.f64(), random.u32(..50)))
+                    .collect();
+                for (at, drawn) in drawn.iter().enumerate() {
+                    let hit = *drawn < tops[at].0;
+                    right.count(at, tops[at].0, hit);
+                    wrong.count(at, tops[at + 1].0, hit && tops[at].1 == tops[at + 1].1);
+                }
+            }
+            assert_eq!(right.verdict(), Verdict::Fits, "seed {seed}: {right:?}");
+            shifted += u32::from(wrong.verdict() == Verdict::Below);
+        }
+        assert_eq!(shifted, 40);
     }
 
     #[test]

@@ -28,6 +28,20 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// The same settings for this prompt (token ids): one seed for many prompts must not draw the same
+    /// numbers for all of them, or their answers are no independent samples.
+    pub fn for_prompt(&self, prompt: &[u32]) -> Self {
+        let mut hash = blake3::Hasher::new();
+        for id in prompt {
+            hash.update(&id.to_le_bytes());
+        }
+        let [a, b, c, d, e, f, g, h, ..] = *hash.finalize().as_bytes();
+        Self {
+            seed: self.seed ^ u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            ..self.clone()
+        }
+    }
+
     /// The same settings for the `index`-th answer of a family that shares one seed. Answer 0
     /// keeps the seed; the others get seeds far from any that a user would count up to.
     pub fn for_answer(&self, index: usize) -> Self {

@@ -72,11 +72,12 @@ fn submit(
             mpsc::error::TrySendError::Closed(()) => ApiError::internal("the model has stopped"),
         })?;
     let (reply, replies) = mpsc::unbounded_channel();
+    let sampling = request.options.sampling.for_prompt(&prompt);
     for (index, slot) in slots.enumerate() {
         slot.send(Job {
             prompt: prompt.clone(),
             options: GenerateOptions {
-                sampling: request.options.sampling.for_answer(index),
+                sampling: sampling.for_answer(index),
                 ..request.options.clone()
             },
             index,

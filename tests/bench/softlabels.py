@@ -68,7 +68,7 @@ class Bench:
                              student=self.model("teacher", "bytelevel"), loss={"kd": "none"},
                              train=self.training("teacher", 0))
         self.distill("train", "-c", config, "--fresh")
-        server = subprocess.Popen([self.options.distill, "--json", "serve", "--model", "teacher/student", "--port", "0"],
+        server = subprocess.Popen([self.options.distill, "--json", "serve", "--model", "teacher/student", "--name", "teacher", "--port", "0"],
                                   cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             address = json.loads(server.stdout.readline())["base_url"]

@@ -159,37 +159,38 @@ def make(folder, rows, seed):
 
 
 def tokenizers(folder, sizes, seed):
-    """Writes the model folders `bytelevel` and `pieces`: byte-level BPE, and BPE in the manner of SentencePiece with bytes for
-    what it does not know, trained on other texts and of another size."""
+    """Writes the model folders `bytelevel` and `large`, byte-level BPE of two sizes, and `pieces`, BPE in the manner of
+    SentencePiece with bytes for what it does not know; each trained on texts of its own."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     with open(os.path.join(folder, "teacher.jsonl")) as file:
         texts = [message["content"] for line in file for message in json.loads(line)["messages"]]
 
-    def write(name, tokenizer, text):
+    def write(name, text):
         os.makedirs(os.path.join(folder, name), exist_ok=True)
         with open(os.path.join(folder, name, "tokenizer.json"), "w") as file:
             file.write(text)
         with open(os.path.join(folder, name, "tokenizer_config.json"), "w") as file:
             json.dump({"eos_token": "<|end|>", "chat_template": TEMPLATE}, file)
 
-    one = Tokenizer(models.BPE())
-    one.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    one.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=sizes[0], special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False)
-    one.train_from_iterator(texts, trainer)
-    write("bytelevel", one, one.to_str())
+    for name, part in (("bytelevel", texts), ("large", random.Random(seed).sample(texts, len(texts) // 2))):
+        one = Tokenizer(models.BPE())
+        one.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        one.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=sizes[name], special_tokens=CONTROL, show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        one.train_from_iterator(part, trainer)
+        write(name, one.to_str())
 
     two = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=False))
     two.normalizer = normalizers.Replace(" ", "▁")
     two.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     two.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", *CONTROL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=sizes[1], special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=sizes["pieces"], special_tokens=special, show_progress=False)
     part = random.Random(seed).sample(texts, len(texts) // 2)
     two.train_from_iterator(part, trainer)
     # The bytes are tokens of the vocabulary, not control tokens.
     described = json.loads(two.to_str())
     described["added_tokens"] = [token for token in described["added_tokens"] if not token["content"].startswith("<0x")]
-    write("pieces", two, json.dumps(described))
+    write("pieces", json.dumps(described))

@@ -97,7 +97,7 @@ pub(super) fn agreement(teacher: &LogprobsView, positions: usize) -> Agreement {
         }
         if let Some((logprob, bytes)) = best {
             let hit = *bytes == *teacher.token[position];
-            agreement.count(f64::from(logprob).exp(), hit);
+            agreement.count(position, f64::from(logprob).exp(), hit);
         }
     }
     agreement
