@@ -18,8 +18,9 @@ use super::ema::Ema;
 use super::optimizer::Optimizer;
 use super::student::{self, Student};
 use super::teacher::Teacher;
-use crate::config::{Config, Train};
+use crate::config::{Config, Kd, Train};
 use crate::data::batch::Cursor;
+use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs;
 use crate::model::Model;
@@ -42,6 +43,33 @@ pub struct Parts {
 }
 
 impl Parts {
+    /// Those that the config describes, before the first step.
+    ///
+    /// # Errors
+    /// Where a model does not load, or a pattern is none.
+    pub fn initial(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
+        let train = &config.train;
+        let student = Student::initial(config, tokenizer)?;
+        let averaged = train.ema_decay > 0.0;
+        Ok(Self {
+            optimizer: Optimizer::new(&student, &student::patterns(&train.no_decay)?)?,
+            ema: averaged
+                .then(|| Ema::new(&student, train.ema_decay))
+                .transpose()?,
+            teacher: match config.loss.kd {
+                Kd::None if !config.teacher.cotrain => None,
+                _ => Teacher::of(config, tokenizer)?,
+            },
+            student,
+        })
+    }
+
+    /// The student as it is evaluated: the running average, where there is one.
+    pub fn averaged(&self) -> &Model {
+        let average = self.ema.as_ref().map(|ema| &ema.model);
+        average.unwrap_or(&self.student.model)
+    }
+
     /// The model of a teacher on this machine.
     pub fn teacher_model(&self) -> Option<&Model> {
         let teacher = self.teacher.as_ref()?;
@@ -169,12 +197,11 @@ pub fn load(path: &Path, parts: &mut Parts, fingerprint: &str) -> Result<State> 
 }
 
 /// A hash of everything that the trained weights depend on, checkpoints and paths aside. `data` is
-/// that of the examples, `weights` those of the weights that stay and of a teacher on this machine;
-/// device and number type are settled.
+/// that of the examples, `parts` are those before the first step; device and number type are settled.
 ///
 /// # Errors
-/// Where the settings do not serialise.
-pub fn fingerprint(config: &Config, data: &str, weights: [&str; 2], total: u64) -> Result<String> {
+/// Where the settings do not serialise, or a device fails.
+pub fn fingerprint(config: &Config, data: &str, parts: &Parts, total: u64) -> Result<String> {
     let settings = Train {
         // These do not change the numbers.
         eval_every: 0,
@@ -196,7 +223,8 @@ pub fn fingerprint(config: &Config, data: &str, weights: [&str; 2], total: u64) 
         config.teacher.cotrain,
         &config.on_policy,
         data,
-        weights,
+        parts.student.hash_of_frozen()?,
+        parts.teacher.as_ref().map_or("", Teacher::hash),
     ))?);
     Ok(hash.finalize().to_hex().to_string())
 }

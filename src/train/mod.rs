@@ -27,7 +27,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::config::{Config, Kd};
+use crate::config::Config;
 use crate::data::batch::{Batches, Cursor};
 use crate::data::dataset;
 use crate::data::prepared::ExampleView;
@@ -42,10 +42,8 @@ use ema::Ema;
 use metrics::{Means, Metrics, StepLine};
 use objective::Models;
 use on_policy::OnPolicy;
-use optimizer::Optimizer;
 use step::{Lesson, Stepper};
 use student::Student;
-use teacher::Teacher;
 
 /// What to do with checkpoints that are already there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,37 +122,21 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
     let stop = StopFlag::watch()?;
     let tokenizer = Tokenizer::load(&config.student.path)?;
     soft_labels::check_tokenizer(config, &tokenizer)?;
-    let student = Student::initial(config, &tokenizer)?;
-    let teacher = match config.loss.kd {
-        Kd::None if !config.teacher.cotrain => None,
-        _ => Teacher::of(config, &tokenizer)?,
-    };
+    let mut parts = Parts::initial(config, &tokenizer)?;
     let mut reading = Reading::new("prepare", quiet);
     let data = dataset::load(config, &tokenizer, &mut |done, total| {
         reading.update(done, total);
         stop.check()
     })?;
     drop(reading);
-    let soft_labels = match teacher {
+    let soft_labels = match parts.teacher {
         Some(_) => soft_labels::dense(&config.loss),
         None => soft_labels::choose(&config.loss, &data.report, force)?,
     };
     let (train, validation) = (data.train(), data.validation());
     let total = total_steps(config, train.len());
-    let frozen = student.hash_of_frozen()?;
-    let weights = [&*frozen, teacher.as_ref().map_or("", Teacher::hash)];
-    let fingerprint = checkpoint::fingerprint(config, data.fingerprint(), weights, total)?;
-
-    let parameters = Parameters::of(&student);
-    let averaged = settings.ema_decay > 0.0;
-    let mut parts = Parts {
-        optimizer: Optimizer::new(&student, &student::patterns(&settings.no_decay)?)?,
-        ema: averaged
-            .then(|| Ema::new(&student, settings.ema_decay))
-            .transpose()?,
-        student,
-        teacher,
-    };
+    let fingerprint = checkpoint::fingerprint(config, data.fingerprint(), &parts, total)?;
+    let parameters = Parameters::of(&parts.student);
     let checkpoints = config.run_dir.join("checkpoints");
     let (mut tokens, mut cursor, mut best) = (0, Cursor::default(), Best::default());
     if let Some(path) = checkpoint::find(&checkpoints, start)? {
@@ -184,10 +166,9 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         .and_then(|it| it.divergence(&config.loss));
     let divergence = soft_labels.divergence;
     let mut stepper = Stepper::new(config, divergence, judged, &parts.student.model);
-    let evaluate = |parts: &Parts, student: Option<&Model>| {
-        let averaged = parts.ema.as_ref().map(|ema| &ema.model);
+    let evaluate = |parts: &Parts, student: &Model| {
         let models = Models {
-            student: student.or(averaged).unwrap_or(&parts.student.model),
+            student,
             teacher: parts.teacher_model(),
         };
         objective::evaluate(models, validation, settings.micro_batch_size)
@@ -200,20 +181,15 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         let examples: Vec<ExampleView> =
             batches.next_step().iter().map(|&i| train.get(i)).collect();
         let rate = schedule::learning_rate(settings, step, total);
-        let (given, written) = match &on_policy {
-            Some(on_policy) => {
-                let (given, prompts) = on_policy.cut(&examples);
-                (given, on_policy.write(&parts.student.model, step, prompts)?)
-            }
-            None => (&examples[..], Vec::new()),
-        };
-        let lesson = Lesson {
-            examples: given,
-            written: &written,
-        };
+        let mut lesson = Lesson::of(&examples);
+        if let Some(on_policy) = &on_policy {
+            let (given, prompts) = on_policy.cut(&examples);
+            let written = on_policy.write(&parts.student.model, step, prompts)?;
+            lesson = Lesson { given, written };
+        }
         let learner = (&parts.student, &mut parts.optimizer);
         let dense = parts.teacher.as_ref().map(|teacher| &teacher.learner.model);
-        let taken = stepper.take(learner, dense, step, lesson, rate)?;
+        let taken = stepper.take(learner, dense, step, &lesson, rate)?;
         if let Some(ema) = &parts.ema {
             ema.update(&parts.student, step)?;
         }
@@ -256,7 +232,7 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         let mut improved = false;
         last_validation = None;
         if every(settings.eval_every) || step == total {
-            let means = evaluate(&parts, None)?;
+            let means = evaluate(&parts, parts.averaged())?;
             metrics.validation(step, &means)?;
             progress.note(&validation_line(step, last_loss, &means));
             improved = best.is_improved_by(settings.best, step, &means);
@@ -286,13 +262,13 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
             let trained = checkpoint::weights_of(&checkpoints, step)?;
             let all = parts.student.with(trained.clone());
             let model = parts.student.model.with_weights(&all)?;
-            let means = evaluate(&parts, Some(&model))?;
+            let means = evaluate(&parts, &model)?;
             (trained, means, Some(step))
         }
         _ => {
             let ema = parts.ema.as_ref();
             let trained = ema.map_or_else(|| parts.student.trained(), Ema::tensors)?;
-            let means = last_validation.map_or_else(|| evaluate(&parts, None), Ok)?;
+            let means = last_validation.map_or_else(|| evaluate(&parts, parts.averaged()), Ok)?;
             (trained, means, None)
         }
     };

@@ -27,24 +27,32 @@ pub struct Stepper {
 }
 
 /// What a step is taken on.
-#[derive(Clone, Copy)]
 pub struct Lesson<'a> {
-    pub examples: &'a [ExampleView<'a>],
+    /// Examples as they are.
+    pub given: &'a [ExampleView<'a>],
     /// What the student wrote itself, for the teacher to judge.
-    pub written: &'a [Batch],
+    pub written: Vec<Batch>,
 }
 
-impl Lesson<'_> {
+impl<'a> Lesson<'a> {
+    /// These examples, as they are.
+    pub fn of(examples: &'a [ExampleView<'a>]) -> Self {
+        Self {
+            given: examples,
+            written: Vec::new(),
+        }
+    }
+
     fn positions(&self) -> usize {
-        let examples: usize = self.examples.iter().map(|e| e.supervised()).sum();
+        let given: usize = self.given.iter().map(|e| e.supervised()).sum();
         let written: usize = self.written.iter().map(|batch| batch.labels.len()).sum();
-        examples + written
+        given + written
     }
 
     fn keys(&self) -> Vec<String> {
-        let examples = self.examples.iter().map(|example| example.key().to_owned());
+        let given = self.given.iter().map(|example| example.key().to_owned());
         let written = self.written.iter().flat_map(|batch| batch.keys.clone());
-        examples.chain(written).collect()
+        given.chain(written).collect()
     }
 }
 
@@ -104,7 +112,7 @@ impl Stepper {
         (student, optimizer): (&Student, &mut Optimizer),
         teacher: Option<&Model>,
         step: u64,
-        lesson: Lesson,
+        lesson: &Lesson,
         learning_rate: f64,
     ) -> Result<Taken> {
         let scale = 1.0 / lesson.positions() as f32;
@@ -126,10 +134,10 @@ impl Stepper {
             Ok(())
         };
         let (mut sums, mut written) = (Sums::default(), Sums::default());
-        for micro in micro_batches(lesson.examples, &self.settings) {
+        for micro in micro_batches(lesson.given, &self.settings) {
             pass(&Batch::new(micro), self.weights, &mut sums)?;
         }
-        for batch in lesson.written {
+        for batch in &lesson.written {
             pass(batch, self.on_policy, &mut written)?;
         }
         (taken.sums, taken.written) = (sums, written);

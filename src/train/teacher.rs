@@ -85,13 +85,10 @@ impl Teacher {
             return Ok(None);
         };
         let learner = (&self.learner, &mut training.optimizer);
-        let lesson = Lesson {
-            examples,
-            written: &[],
-        };
+        let lesson = Lesson::of(examples);
         let taken = training
             .stepper
-            .take(learner, None, step, lesson, learning_rate);
+            .take(learner, None, step, &lesson, learning_rate);
         taken.context("the teacher").map(Some)
     }
 

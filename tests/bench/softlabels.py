@@ -224,13 +224,19 @@ def misses(found, others):
     def off(label, k=None):
         return statistics.mean(report["calibration_error"] for report in found[label, k])
 
-    claims = {
-        "tail at k = 20 is closer to the teacher than the answers alone": kl("tail", 20) < kl("cross-entropy alone"),
+    alone = kl("cross-entropy alone")
+    claims = {f"tail is closer to the teacher than the answers alone at k = {k}": kl("tail", k) < alone for k in KS}
+    claims |= {
+        "tail comes closer with k": kl("tail", 1) > kl("tail", 5) > kl("tail", 20),
         "tail is closer than renormalize at k = 5": kl("tail", 5) < kl("renormalize", 5),
-        "tail is better calibrated than renormalize at k = 5": off("tail", 5) < off("renormalize", 5),
-        "unbiased at k = 20 is within a twentieth of dense": kl("unbiased", 20) < 1.05 * kl("dense", "all"),
-        "tail across tokenizers beats cross-entropy":
-            statistics.mean(others["another, tail + chunks"]) < statistics.mean(others["another, cross-entropy"]),
+        "renormalize is worse calibrated at k = 5": off("renormalize", 5) > 2 * off("tail", 5),
+        "renormalize alone is worse than the answers alone": kl("renormalize, weight 1", 12) > alone,
+        "unbiased alone is closer than tail alone": kl("unbiased, weight 1", 12) < kl("tail, weight 1", 12),
+        "dense is the closest": kl("dense", "all") < min(kl("tail", 20), kl("unbiased", 20)),
+        "soft labels across tokenizers beat the answers alone":
+            statistics.mean(others["another, tail"]) < statistics.mean(others["another, cross-entropy"]),
+        "chunks bring a student with another tokenizer closer":
+            statistics.mean(others["another, tail + chunks"]) < statistics.mean(others["another, tail"]),
     }
     return [claim for claim, holds in claims.items() if not holds]
 
