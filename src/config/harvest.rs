@@ -24,7 +24,6 @@ pub struct Teacher {
     pub timeout_s: f64,
     /// A model folder: a teacher on this machine for `distill train`, whose whole distributions are the
     /// soft labels, in place of those of the cache.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub local: Option<PathBuf>,
     /// Train that one along, by cross-entropy on the same examples.
     pub cotrain: bool,

@@ -278,3 +278,28 @@ fn a_teacher_fills_what_it_leaves_out_from_the_sections() {
     let one = load_text("[teacher]\nmodel = \"x\"", &[], &[]).unwrap();
     assert_eq!(one.lanes().len(), 1);
 }
+
+#[test]
+fn a_teacher_on_this_machine_is_one_and_what_needs_it_says_so() {
+    let config = load_text("", &[], &["teacher.local=\"model\""]).unwrap();
+    assert!(config.teacher.local.unwrap().ends_with("model"));
+    let on_policy = "[teacher]\nlocal = \"model\"\n[train]\non_policy = true\n";
+    assert!(load_text(on_policy, &[], &[]).is_ok());
+    for (text, needle) in [
+        ("[teacher]\ncotrain = true\n", "teacher.local"),
+        ("[[teachers]]\nmodel = \"a\"\nlocal = \"b\"\n", "[teacher]"),
+        ("[train]\non_policy = true\n", "teacher.local"),
+        (
+            "[teacher]\nlocal = \"model\"\n[train]\non_policy = true\n[loss]\nkd = \"none\"\n",
+            "loss.kd",
+        ),
+        ("[data]\ntop_logprobs = 0\n", "data.top_logprobs"),
+        ("[loss]\nbeta = 1.0\n", "loss.beta"),
+        ("[on_policy]\nshare = 1.5\n", "on_policy.share"),
+    ] {
+        let error = load_text(text, &[], &[]).unwrap_err();
+        let message = format!("{error:#}");
+        assert_eq!(Exit::code_of(&error), 2, "{message}");
+        assert!(message.contains(needle), "{text:?}: {message}");
+    }
+}
