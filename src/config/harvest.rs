@@ -27,6 +27,8 @@ pub struct Teacher {
     pub local: Option<PathBuf>,
     /// Train that one along, by cross-entropy on the same examples.
     pub cotrain: bool,
+    /// Its learning rate, as a share of `train.learning_rate`.
+    pub cotrain_rate: f64,
     /// What is this teacher's own; a key that is missing here has the value of the section.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sampling: Option<Sampling>,
@@ -67,6 +69,7 @@ impl Default for Teacher {
             timeout_s: 600.0,
             local: None,
             cotrain: false,
+            cotrain_rate: 1.0,
             sampling: None,
             limits: None,
             price: None,

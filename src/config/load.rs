@@ -155,7 +155,7 @@ fn complete_teachers(table: &mut Table) {
     };
     let mut common = section("teacher");
     // Those of the one teacher on this machine.
-    for name in ["local", "cotrain"] {
+    for name in ["local", "cotrain", "cotrain_rate"] {
         common.remove(name);
     }
     let own = ["sampling", "limits", "price"].map(|name| (name, section(name)));

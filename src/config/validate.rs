@@ -62,6 +62,10 @@ pub fn validate(config: &Config) -> Result<()> {
         "teacher.cotrain trains the model in teacher.local: set that, too",
     )?;
     check(
+        teacher.cotrain_rate.is_finite() && teacher.cotrain_rate > 0.0,
+        "teacher.cotrain_rate must be above 0",
+    )?;
+    check(
         config
             .teachers
             .iter()

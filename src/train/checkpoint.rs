@@ -220,7 +220,7 @@ pub fn fingerprint(config: &Config, data: &str, parts: &Parts, total: u64) -> Re
         &config.loss,
         &config.lora,
         &config.student,
-        config.teacher.cotrain,
+        (config.teacher.cotrain, config.teacher.cotrain_rate),
         &config.on_policy,
         data,
         parts.student.hash_of_frozen()?,

@@ -30,6 +30,8 @@ pub struct Teacher {
 /// What a teacher that is trained has besides its weights.
 pub struct Training {
     pub optimizer: Optimizer,
+    /// Its learning rate, as a share of the student's.
+    rate: f64,
     stepper: Stepper,
 }
 
@@ -56,6 +58,7 @@ impl Teacher {
             let no_decay = student::patterns(&train.no_decay)?;
             Ok(Training {
                 optimizer: Optimizer::new(&learner, &no_decay)?,
+                rate: config.teacher.cotrain_rate,
                 stepper: Stepper::new(config, None, None, &learner.model),
             })
         });
@@ -71,7 +74,8 @@ impl Teacher {
         &self.hash
     }
 
-    /// Takes step `step` on `examples` where it is trained, at `learning_rate`, by cross-entropy.
+    /// Takes step `step` on `examples` where it is trained, by cross-entropy; `learning_rate` is the
+    /// student's.
     ///
     /// # Errors
     /// As [`Stepper::take`].
@@ -86,6 +90,7 @@ impl Teacher {
         };
         let learner = (&self.learner, &mut training.optimizer);
         let lesson = Lesson::of(examples);
+        let learning_rate = learning_rate * training.rate;
         let taken = training
             .stepper
             .take(learner, None, step, &lesson, learning_rate);

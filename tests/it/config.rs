@@ -293,6 +293,7 @@ fn a_teacher_on_this_machine_is_one_and_what_needs_it_says_so() {
             "[teacher]\nlocal = \"model\"\n[train]\non_policy = true\n[loss]\nkd = \"none\"\n",
             "loss.kd",
         ),
+        ("[teacher]\ncotrain_rate = 0.0\n", "teacher.cotrain_rate"),
         ("[data]\ntop_logprobs = 0\n", "data.top_logprobs"),
         ("[loss]\nbeta = 1.0\n", "loss.beta"),
         ("[on_policy]\nshare = 1.5\n", "on_policy.share"),

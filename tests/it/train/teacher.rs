@@ -101,6 +101,12 @@ fn a_teacher_that_is_trained_along_learns_the_answers_and_is_written() {
     let lines = metrics(&config);
     let ce = |line: usize| lines[line]["teacher_ce"].as_f64().unwrap();
     assert!(ce(59) < 0.1 * ce(0), "from {} to {}", ce(0), ce(59));
+    let mut slow = config.clone();
+    slow.run_dir = config.run_dir.with_file_name("slow");
+    slow.teacher.cotrain_rate = 1e-6;
+    train::run(&slow, Start::Ask.into()).unwrap();
+    let last = metrics(&slow)[59]["teacher_ce"].as_f64().unwrap();
+    assert!(last > 0.5 * ce(0), "from {} to {last}", ce(0));
     // A teacher of noise is in the way; one that learns is not.
     assert!(along.validation.ce.unwrap() < 0.5 * alone.validation.ce.unwrap());
     config.student.init = Init::Pretrained;
