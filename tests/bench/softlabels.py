@@ -17,6 +17,10 @@ from pathlib import Path
 import softlabels_text as text
 
 KS = [1, 5, 12, 20]
+# Examples in a step.
+BATCH = 32
+# How often the students of "N rounds" go through their part of the answers.
+ROUNDS = 4
 SHAPE = {"teacher": (192, 512, 4), "student": (96, 256, 2)}
 
 
@@ -33,10 +37,11 @@ class Bench:
     def __init__(self, options):
         self.options = options
         self.folder = Path(options.folder)
-        self.rows = {"teacher": 24_000, "prompts": 8_000, "heldout": 400}
+        # As many prompts as the students see examples: each answer is learnt from once.
+        self.rows = {"teacher": 24_000, "prompts": options.steps * BATCH, "heldout": 400}
         self.steps = {"teacher": 2_000, "student": options.steps}
         if options.quick:
-            self.rows = {"teacher": 1_000, "prompts": 300, "heldout": 60}
+            self.rows = {"teacher": 1_000, "prompts": 400, "heldout": 60}
             self.steps = {"teacher": 60, "student": 30}
 
     def distill(self, *arguments):
@@ -56,7 +61,7 @@ class Bench:
                 "max_position_embeddings": 256}
 
     def training(self, role, seed):
-        return {"steps": self.steps[role], "batch_size": 32, "micro_batch_size": 32, "learning_rate": 3e-3, "seed": seed,
+        return {"steps": self.steps[role], "batch_size": BATCH, "micro_batch_size": BATCH, "learning_rate": 3e-3, "seed": seed,
                 "warmup_steps": min(50, self.steps[role] // 4), "eval_every": 0, "checkpoint_every": 0,
                 "dtype": self.options.dtype}
 
@@ -72,9 +77,12 @@ class Bench:
                                   cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             address = json.loads(server.stdout.readline())["base_url"]
-            for name in ("prompts", "heldout"):
-                config = self.config(f"harvest-{name}", run_dir=name, teacher={"base_url": address, "model": "teacher",
-                                     "api_key_env": ""}, prompts={"source": f"{name}.jsonl"}, limits={"concurrency": 64},
+            for name, source, limit in (("prompts", "prompts", self.rows["prompts"]),
+                                        ("part", "prompts", self.rows["prompts"] // ROUNDS),
+                                        ("heldout", "heldout", self.rows["heldout"])):
+                config = self.config(f"harvest-{name}", run_dir=name, limits={"concurrency": 64},
+                                     teacher={"base_url": address, "model": "teacher", "api_key_env": ""},
+                                     prompts={"source": f"{source}.jsonl", "limit": limit},
                                      sampling={"temperature": 1.0, "top_logprobs": 20, "max_tokens": 96, "seed": 1})
                 self.distill("harvest", "-c", config)
         finally:
@@ -86,9 +94,9 @@ class Bench:
         config = self.config("eval", eval={"model": model, "batch_size": 32, **sections.pop("eval", {})}, **sections)
         return self.distill("eval", "-c", config)["teacher"]
 
-    def student(self, name, tokenizer, seed, kd, weight=0.5, top=None, alm=0.5, local=False):
+    def student(self, name, tokenizer, seed, kd, weight=0.5, top=None, alm=0.5, local=False, answers="prompts"):
         """Trains a student; returns its report on the held-out answers, and the report on its data."""
-        data = {"cache": "prompts/cache", "validation_share": 0.0, "max_length": 256}
+        data = {"cache": f"{answers}/cache", "validation_share": 0.0, "max_length": 256}
         if top:
             data["top_logprobs"] = top
         sections = {"run_dir": "student", "data": data, "student": self.model("student", tokenizer),
@@ -127,6 +135,12 @@ def losses(bench, seeds):
         treatments += [(f"{kd}, weight 1", 12, {"kd": kd, "top": 12, "weight": 1.0})
                        for kd in ("renormalize", "tail", "unbiased")]
         treatments.append(("dense, weight 1", "all", {"kd": "tail", "local": True, "weight": 1.0}))
+        # A part of the answers, several times: what was drawn may be learnt by heart.
+        part = {"answers": "part"}
+        treatments += [(f"cross-entropy, {ROUNDS} rounds", None, {"kd": "none", **part}),
+                       (f"tail, {ROUNDS} rounds", 12, {"kd": "tail", "top": 12, **part}),
+                       (f"unbiased, {ROUNDS} rounds", 12, {"kd": "unbiased", "top": 12, **part}),
+                       (f"dense, {ROUNDS} rounds", "all", {"kd": "tail", "local": True, **part})]
     found = {}
     for label, k, arguments in treatments:
         name = f"{label}, k = {k}" if k else label
@@ -246,7 +260,7 @@ def main():
     parser.add_argument("distill")
     parser.add_argument("folder")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", default="f32")
     parser.add_argument("--svg")

@@ -15,4 +15,4 @@ if ! [ -x "$python" ]; then
     "$python" -m pip install --quiet --disable-pip-version-check tokenizers==0.23.1
 fi
 cargo build --locked --release --quiet
-exec env -u DISTILL_BENCH_PYTHON "$python" tests/bench/softlabels.py target/release/distill target/softlabels --svg tests/bench/softlabels.svg "$@"
+exec env -u DISTILL_BENCH_PYTHON "$python" -B tests/bench/softlabels.py target/release/distill target/softlabels --svg tests/bench/softlabels.svg "$@"
