@@ -19,6 +19,7 @@ pub mod parameters;
 mod passes;
 pub mod projection;
 pub mod sampling;
+pub mod score;
 pub mod tape;
 pub mod text_stream;
 pub mod weights;

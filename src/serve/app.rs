@@ -9,10 +9,10 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::chat;
 use super::engine::Job;
 use super::error::ApiError;
 use super::wire::Head;
+use super::{chat, completions};
 use crate::data::tokenizer::Tokenizer;
 
 /// Larger bodies are refused with 413.
@@ -27,6 +27,8 @@ pub struct App {
     pub started: i64,
     /// The model's context length in tokens.
     pub context: usize,
+    /// Ids from here on are no tokens, or have no embedding.
+    pub tokens: usize,
     pub tokenizer: Arc<Tokenizer>,
     pub jobs: mpsc::Sender<Job>,
 }
@@ -43,10 +45,33 @@ impl App {
         }
     }
 
+    /// # Errors
+    ///
+    /// 400 where a prompt of so many tokens, in `field`, does not fit the model; with an answer to come
+    /// it must leave room for one more.
+    pub fn check_length(
+        &self,
+        field: &'static str,
+        tokens: usize,
+        is_answered: bool,
+    ) -> Result<(), ApiError> {
+        match tokens + usize::from(is_answered) > self.context {
+            true => Err(ApiError::context_length_exceeded(
+                field,
+                tokens,
+                self.context,
+            )),
+            false => Ok(()),
+        }
+    }
+
     /// The fields that every object of a new answer repeats.
     pub fn head(&self, object: &'static str) -> Head {
         Head {
-            id: format!("chatcmpl-{:032x}", fastrand::u128(..)),
+            id: match object.starts_with("chat") {
+                true => format!("chatcmpl-{:032x}", fastrand::u128(..)),
+                false => format!("cmpl-{:032x}", fastrand::u128(..)),
+            },
             object,
             created: jiff::Timestamp::now().as_second(),
             model: self.model.clone(),
@@ -70,6 +95,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*model}", get(show_model))
         .route("/v1/chat/completions", post(chat::completions))
+        .route("/v1/completions", post(completions::completions))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))

@@ -13,15 +13,15 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
-use super::App;
-use super::engine::{Job, Reply};
+use super::engine::Reply;
 use super::error::ApiError;
 use super::request::ChatRequest;
 use super::wire::{
     AssistantMessage, Chunk, ChunkChoice, Completion, CompletionChoice, Delta, Head, Logprobs,
-    Usage,
+    PromptLogprobs, Usage,
 };
-use crate::model::generate::{Choice, FinishReason, GenerateOptions, Update};
+use super::{App, answers};
+use crate::model::generate::{Choice, FinishReason, Update};
 
 /// Answers a conversation, whole or as server-sent events.
 pub async fn completions(
@@ -31,13 +31,12 @@ pub async fn completions(
     let body = body.map_err(|error| ApiError::http(error.status(), error.body_text()))?;
     let request = ChatRequest::parse(&body)?;
     app.check_model(&request.model)?;
-    let prompt = app
-        .tokenizer
-        .encode_prompt(&request.messages)
-        .map_err(|error| ApiError::bad_field("messages", format!("{error:#}")))?;
-    if prompt.len() >= app.context {
-        return Err(ApiError::context_length_exceeded(prompt.len(), app.context));
-    }
+    let prompt = match request.continues {
+        true => app.tokenizer.encode_continued(&request.messages),
+        false => app.tokenizer.encode_prompt(&request.messages),
+    };
+    let prompt = prompt.map_err(|error| ApiError::bad_field("messages", format!("{error:#}")))?;
+    app.check_length("messages", prompt.len(), true)?;
     let answering = Answering {
         head: app.head(if request.stream {
             "chat.completion.chunk"
@@ -49,42 +48,16 @@ pub async fn completions(
         logprobs: request.options.top_logprobs.is_some(),
         app: Arc::clone(&app),
     };
-    // The client's disconnection drops this receiver, and so frees the slots.
-    let replies = submit(&app, prompt, &request)?;
+    let prompts = [prompt];
+    let replies = answers::submit(&app, &prompts, &request.options, request.n)?;
     if request.stream {
-        Ok(answering.stream(replies, request.include_usage))
-    } else {
-        answering.whole(replies).await
+        return Ok(answering.stream(replies, request.include_usage));
     }
-}
-
-/// Queues the `n` answers of a request, all of them or none.
-fn submit(
-    app: &App,
-    prompt: Vec<u32>,
-    request: &ChatRequest,
-) -> Result<mpsc::UnboundedReceiver<Reply>, ApiError> {
-    let slots = app
-        .jobs
-        .try_reserve_many(request.n)
-        .map_err(|error| match error {
-            mpsc::error::TrySendError::Full(()) => ApiError::overloaded(),
-            mpsc::error::TrySendError::Closed(()) => ApiError::internal("the model has stopped"),
-        })?;
-    let (reply, replies) = mpsc::unbounded_channel();
-    let sampling = request.options.sampling.for_prompt(&prompt);
-    for (index, slot) in slots.enumerate() {
-        slot.send(Job {
-            prompt: prompt.clone(),
-            options: GenerateOptions {
-                sampling: sampling.for_answer(index),
-                ..request.options.clone()
-            },
-            index,
-            reply: reply.clone(),
-        });
-    }
-    Ok(replies)
+    let scored = match request.prompt_logprobs {
+        Some(top) => Some((answers::score(&app, &prompts, top).await?.concat(), top)),
+        None => None,
+    };
+    answering.whole(replies, scored).await
 }
 
 /// A request whose answers are under way.
@@ -96,32 +69,15 @@ struct Answering {
     logprobs: bool,
 }
 
-/// One answer as far as it has come.
-#[derive(Default)]
-struct Answer {
-    text: String,
-    choices: Vec<Choice>,
-    finish_reason: Option<FinishReason>,
-}
-
 impl Answering {
+    /// `scored` are the choices behind the prompt, where they are asked for, and how many of the likeliest
+    /// tokens to tell of each.
     async fn whole(
         &self,
-        mut replies: mpsc::UnboundedReceiver<Reply>,
+        replies: mpsc::UnboundedReceiver<Reply>,
+        scored: Option<(Vec<Choice>, usize)>,
     ) -> Result<Response, ApiError> {
-        let mut answers: Vec<Answer> = (0..self.n).map(|_| Answer::default()).collect();
-        let mut completion_tokens = 0;
-        while let Some(reply) = replies.recv().await {
-            let update = reply.update.map_err(ApiError::internal)?;
-            let answer = &mut answers[reply.index];
-            answer.text.push_str(&update.text);
-            answer.choices.extend(update.choices);
-            answer.finish_reason = update.finish_reason;
-            completion_tokens += 1;
-        }
-        if answers.iter().any(|answer| answer.finish_reason.is_none()) {
-            return Err(ApiError::internal("the model has stopped"));
-        }
+        let (answers, completion_tokens) = answers::collect(replies, self.n).await?;
         let choices = answers
             .into_iter()
             .enumerate()
@@ -140,6 +96,8 @@ impl Answering {
             head: &self.head,
             choices,
             usage: Usage::new(self.prompt_tokens, completion_tokens),
+            prompt_logprobs: scored
+                .map(|(scored, top)| PromptLogprobs::new(&scored, top, &self.app.tokenizer)),
         };
         Ok(Json(completion).into_response())
     }

@@ -2,14 +2,34 @@
 
 use std::collections::HashMap;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::data::tokenizer::Tokenizer;
 use crate::model::Model;
-use crate::model::generate::{Batcher, GenerateOptions, Update};
+use crate::model::generate::{Batcher, Choice, GenerateOptions, Update};
+use crate::model::score::{self, Text};
+
+/// Tokens that are scored in one forward pass; a text that is longer has one of its own.
+const SCORED_TOKENS_PER_PASS: usize = 4096;
+
+/// What the model is to do.
+pub enum Job {
+    Answer(Answer),
+    Score(Score),
+}
+
+/// A text whose tokens' logprobs are asked for.
+pub struct Score {
+    /// Token ids (T).
+    pub ids: Vec<u32>,
+    /// How many of the likeliest tokens to tell at each position.
+    pub top: usize,
+    /// Where the choices go (T - 1), or the message of an error.
+    pub reply: oneshot::Sender<Result<Vec<Choice>, String>>,
+}
 
 /// One answer to generate.
-pub struct Job {
+pub struct Answer {
     /// Token ids, ready to be continued.
     pub prompt: Vec<u32>,
     pub options: GenerateOptions,
@@ -22,7 +42,7 @@ pub struct Job {
 
 /// News of one answer.
 pub struct Reply {
-    /// As in the [`Job`].
+    /// As in the [`Answer`].
     pub index: usize,
     /// The message of an error ends the answer.
     pub update: Result<Update, String>,
@@ -35,16 +55,24 @@ pub fn run(model: &Model, tokenizer: &Tokenizer, batch_size: usize, jobs: mpsc::
     let mut engine = Engine {
         batcher: Batcher::new(model, tokenizer, batch_size),
         clients: HashMap::new(),
+        texts: Vec::new(),
         jobs,
+        model,
+        tokenizer,
     };
     while engine.admit() {
         engine.drop_deserted();
+        engine.score();
         engine.step();
     }
 }
 
 struct Engine<'a> {
+    model: &'a Model,
+    tokenizer: &'a Tokenizer,
     batcher: Batcher<'a>,
+    /// To be scored in the next pass.
+    texts: Vec<Score>,
     /// Index and channel of each answer under way, by the batcher's id.
     clients: HashMap<u64, (usize, mpsc::UnboundedSender<Reply>)>,
     jobs: mpsc::Receiver<Job>,
@@ -53,8 +81,8 @@ struct Engine<'a> {
 impl Engine<'_> {
     /// Fills the free slots; waits for a job while there is nothing to do. False at the end.
     fn admit(&mut self) -> bool {
-        while self.batcher.has_room() {
-            let job = if self.batcher.is_idle() {
+        while self.batcher.has_room() && self.tokens_to_score() < SCORED_TOKENS_PER_PASS {
+            let job = if self.batcher.is_idle() && self.texts.is_empty() {
                 match self.jobs.blocking_recv() {
                     Some(job) => job,
                     None => return false,
@@ -65,19 +93,51 @@ impl Engine<'_> {
                     Err(_) => return true,
                 }
             };
-            if !job.reply.is_closed() {
-                self.start(job);
+            match job {
+                Job::Answer(answer) if !answer.reply.is_closed() => self.start(answer),
+                Job::Score(text) if !text.reply.is_closed() => self.texts.push(text),
+                Job::Answer(_) | Job::Score(_) => {}
             }
         }
         true
     }
 
-    fn start(&mut self, job: Job) {
-        match self.batcher.submit(job.prompt, &job.options) {
+    fn tokens_to_score(&self) -> usize {
+        self.texts.iter().map(|text| text.ids.len()).sum()
+    }
+
+    fn start(&mut self, answer: Answer) {
+        match self.batcher.submit(answer.prompt, &answer.options) {
             Ok(id) => {
-                self.clients.insert(id, (job.index, job.reply));
+                self.clients.insert(id, (answer.index, answer.reply));
             }
-            Err(error) => send(&job.reply, job.index, Err(format!("{error:#}"))),
+            Err(error) => send(&answer.reply, answer.index, Err(format!("{error:#}"))),
+        }
+    }
+
+    /// One forward pass over all texts that are to be scored.
+    fn score(&mut self) {
+        let texts = std::mem::take(&mut self.texts);
+        if texts.is_empty() {
+            return;
+        }
+        let vocabulary = self.model.config().vocab_size;
+        let vocabulary = vocabulary.min(self.tokenizer.vocab_size());
+        let inputs: Vec<Text> = texts
+            .iter()
+            .map(|text| (text.ids.as_slice(), text.top))
+            .collect();
+        let scored = score::score(self.model, vocabulary, &inputs);
+        let scored = scored.map_err(|error| format!("{error:#}"));
+        if let Err(message) = &scored {
+            tracing::error!("the forward pass failed: {message}");
+        }
+        for (at, text) in texts.into_iter().enumerate() {
+            let choices = scored
+                .as_ref()
+                .map(|of_all| of_all[at].clone())
+                .map_err(String::clone);
+            let _gone = text.reply.send(choices);
         }
     }
 

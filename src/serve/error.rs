@@ -52,13 +52,13 @@ impl ApiError {
         error
     }
 
-    /// 400: the prompt leaves no room for an answer.
-    pub fn context_length_exceeded(tokens: usize, context: usize) -> Self {
+    /// 400: the prompt in `field` leaves no room for an answer.
+    pub fn context_length_exceeded(field: &'static str, tokens: usize, context: usize) -> Self {
+        let has = if field == "messages" { "have" } else { "has" };
         let mut error = Self::bad_field(
-            "messages",
+            field,
             format!(
-                "this model's context is {context} tokens, and the messages have {tokens}; \
-                 shorten them"
+                "this model's context is {context} tokens, and the {field} {has} {tokens}: shorten it"
             ),
         );
         error.body.code = Some("context_length_exceeded");

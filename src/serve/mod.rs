@@ -6,10 +6,13 @@
 //!
 //! [`mock`] is another server for the same clients: a scripted teacher that fails on purpose.
 
+mod answers;
 mod app;
 mod chat;
+mod completions;
 mod engine;
 mod error;
+mod fields;
 pub mod mock;
 mod request;
 mod wire;
@@ -102,6 +105,7 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
         fingerprint: fingerprint(model_dir)?,
         started: jiff::Timestamp::now().as_second(),
         context: model.config().max_position_embeddings,
+        tokens: model.config().vocab_size.min(tokenizer.vocab_size()),
         tokenizer: Arc::clone(&tokenizer),
         jobs,
     });

@@ -1,19 +1,11 @@
 //! The body of a chat completion request -> one validated value.
-//!
-//! Fields that are not known here are ignored, as clients send many; a field of the wrong type or
-//! out of range is refused with its name.
 
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use crate::model::generate::{GenerateOptions, Sampling};
+use super::fields::{Fields, MAX_TOP_LOGPROBS};
+use crate::model::generate::GenerateOptions;
 use crate::prompt::Message;
-
-const MAX_CHOICES: usize = 16;
-const MAX_STOP_STRINGS: usize = 4;
-const MAX_TOP_LOGPROBS: usize = 20;
 
 /// What a client asks for.
 #[derive(Debug)]
@@ -24,6 +16,10 @@ pub struct ChatRequest {
     pub options: GenerateOptions,
     /// Answers wanted.
     pub n: usize,
+    /// vLLM's `continue_final_message`: the last message is an answer that has begun.
+    pub continues: bool,
+    /// See [`Fields::prompt_logprobs`].
+    pub prompt_logprobs: Option<usize>,
     pub stream: bool,
     /// End the stream with a chunk that carries the usage.
     pub include_usage: bool,
@@ -36,10 +32,7 @@ impl ChatRequest {
     ///
     /// 400 with the field at fault.
     pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let body: Map<String, Value> = serde_json::from_slice(body).map_err(|error| {
-            ApiError::bad_request(format!("the body is no JSON object: {error}"))
-        })?;
-        let fields = Fields(body);
+        let fields = Fields::parse(body)?;
         let stream = fields.get("stream")?.unwrap_or(false);
         let stream_options: Option<StreamOptions> = fields.get("stream_options")?;
         if stream_options.is_some() && !stream {
@@ -51,47 +44,16 @@ impl ChatRequest {
             messages: messages(&fields)?,
             options: GenerateOptions {
                 max_tokens: max_tokens(&fields)?,
-                sampling: sampling(&fields)?,
-                stop: stop(&fields)?,
+                sampling: fields.sampling()?,
+                stop: fields.stop()?,
                 top_logprobs: top_logprobs(&fields)?,
             },
-            n: fields.within("n", 1, MAX_CHOICES)?.unwrap_or(1),
+            n: fields.n()?,
+            continues: continues(&fields)?,
+            prompt_logprobs: prompt_logprobs(&fields, stream)?,
             stream,
             include_usage: stream_options.is_some_and(|options| options.include_usage),
         })
-    }
-}
-
-/// A JSON object that names the field in its errors.
-struct Fields(Map<String, Value>);
-
-impl Fields {
-    /// A field's value; none where it is absent or null.
-    fn get<T: DeserializeOwned>(&self, name: &'static str) -> Result<Option<T>, ApiError> {
-        self.0
-            .get(name)
-            .map(Option::<T>::deserialize)
-            .transpose()
-            .map(Option::flatten)
-            .map_err(|error| ApiError::bad_field(name, format!("`{name}`: {error}")))
-    }
-
-    fn require<T: DeserializeOwned>(&self, name: &'static str) -> Result<T, ApiError> {
-        self.get(name)?
-            .ok_or_else(|| ApiError::bad_field(name, format!("`{name}` is missing")))
-    }
-
-    fn within<T>(&self, name: &'static str, low: T, high: T) -> Result<Option<T>, ApiError>
-    where
-        T: DeserializeOwned + PartialOrd + std::fmt::Display,
-    {
-        match self.get(name)? {
-            Some(value) if value < low || value > high => {
-                let message = format!("`{name}` is {value}; it must be from {low} to {high}");
-                Err(ApiError::bad_field(name, message))
-            }
-            value => Ok(value),
-        }
     }
 }
 
@@ -154,33 +116,27 @@ fn max_tokens(fields: &Fields) -> Result<usize, ApiError> {
     Ok(new.or(old).unwrap_or(usize::MAX))
 }
 
-fn sampling(fields: &Fields) -> Result<Sampling, ApiError> {
-    let seed: Option<i64> = fields.get("seed")?;
-    Ok(Sampling {
-        temperature: fields.within("temperature", 0.0, 2.0)?.unwrap_or(1.0),
-        top_p: fields.within("top_p", 0.0, 1.0)?.unwrap_or(1.0),
-        seed: seed.map_or_else(|| fastrand::u64(..), i64::cast_unsigned),
-    })
-}
-
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of strings")]
-enum Stop {
-    One(String),
-    Several(Vec<String>),
-}
-
-fn stop(fields: &Fields) -> Result<Vec<String>, ApiError> {
-    let stop = match fields.get("stop")? {
-        Some(Stop::One(stop)) => vec![stop],
-        Some(Stop::Several(stop)) => stop,
-        None => Vec::new(),
-    };
-    if stop.len() > MAX_STOP_STRINGS {
-        let message = format!("`stop` holds at most {MAX_STOP_STRINGS} strings");
-        return Err(ApiError::bad_field("stop", message));
+/// As in vLLM, `add_generation_prompt` begins a new answer, and is on where nothing is said.
+fn continues(fields: &Fields) -> Result<bool, ApiError> {
+    let continues = fields.get("continue_final_message")?.unwrap_or(false);
+    let begins = fields.get("add_generation_prompt")?.unwrap_or(true);
+    match continues != begins {
+        true => Ok(continues),
+        false => Err(ApiError::bad_field(
+            "continue_final_message",
+            "either `add_generation_prompt` (the default) or `continue_final_message`: set one to true \
+             and the other to false",
+        )),
     }
-    Ok(stop)
+}
+
+fn prompt_logprobs(fields: &Fields, stream: bool) -> Result<Option<usize>, ApiError> {
+    let wanted = fields.prompt_logprobs()?;
+    if wanted.is_some() && stream {
+        let message = "`prompt_logprobs` cannot be streamed";
+        return Err(ApiError::bad_field("prompt_logprobs", message));
+    }
+    Ok(wanted)
 }
 
 fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
@@ -198,7 +154,7 @@ fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 

@@ -28,6 +28,9 @@ pub struct Completion<'a> {
     pub head: &'a Head,
     pub choices: Vec<CompletionChoice<'a>>,
     pub usage: Usage,
+    /// vLLM's, where it is asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobs<'a>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -145,5 +148,147 @@ impl<'a> Token<'a> {
             logprob: logprob.max(LOWEST_LOGPROB),
             bytes,
         }
+    }
+}
+
+/// The logprobs of a prompt as vLLM tells them: of each position an object by token id, the token that
+/// is there first, then the likeliest ones; null at the first, which nothing comes before.
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+pub struct PromptLogprobs<'a>(Vec<Option<PromptPosition<'a>>>);
+
+/// Keeps its order.
+#[derive(Debug)]
+struct PromptPosition<'a>(Vec<(u32, PromptToken<'a>)>);
+
+#[derive(Debug, Serialize)]
+struct PromptToken<'a> {
+    logprob: f32,
+    /// Among the likeliest, from 1; null where it is none of those told.
+    rank: Option<usize>,
+    decoded_token: Cow<'a, str>,
+}
+
+impl Serialize for PromptPosition<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(id, token)| (id, token)))
+    }
+}
+
+impl<'a> PromptLogprobs<'a> {
+    /// Of `choices`, which are those of every token but the first, with the `top` likeliest at each.
+    pub fn new(choices: &[Choice], top: usize, tokenizer: &'a Tokenizer) -> Self {
+        let position = |choice: &Choice| {
+            let likeliest = &choice.top[..top.min(choice.top.len())];
+            let rank = |id: u32| {
+                likeliest
+                    .iter()
+                    .position(|top| top.0 == id)
+                    .map(|at| at + 1)
+            };
+            let others = likeliest.iter().filter(|top| top.0 != choice.id);
+            let tokens = std::iter::once((choice.id, choice.logprob)).chain(others.copied());
+            let tokens = tokens.map(|(id, logprob)| {
+                let Token { token, logprob, .. } = Token::new(id, logprob, tokenizer);
+                let token = PromptToken {
+                    logprob,
+                    rank: rank(id),
+                    decoded_token: token,
+                };
+                (id, token)
+            });
+            Some(PromptPosition(tokens.collect()))
+        };
+        Self(
+            std::iter::once(None)
+                .chain(choices.iter().map(position))
+                .collect(),
+        )
+    }
+}
+
+/// An answer to a plain text, in the older shape.
+#[derive(Debug, Serialize)]
+pub struct TextCompletion<'a> {
+    #[serde(flatten)]
+    pub head: &'a Head,
+    pub choices: Vec<TextChoice<'a>>,
+    pub usage: Usage,
+}
+
+#[derive(Debug, Serialize)]
+pub struct TextChoice<'a> {
+    pub index: usize,
+    pub text: String,
+    pub logprobs: Option<TextLogprobs<'a>>,
+    pub finish_reason: FinishReason,
+    /// vLLM's, where it is asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobs<'a>>,
+}
+
+/// Logprobs in columns, by the tokens' texts.
+#[derive(Debug, Default, Serialize)]
+pub struct TextLogprobs<'a> {
+    /// Where each token begins, in characters.
+    text_offset: Vec<usize>,
+    /// null at the very first token of an echoed prompt, as is its `top_logprobs`.
+    token_logprobs: Vec<Option<f32>>,
+    tokens: Vec<Cow<'a, str>>,
+    top_logprobs: Vec<Option<Top<'a>>>,
+}
+
+/// Best first. Of tokens with the same text the best alone, since they are keys of an object.
+#[derive(Debug)]
+struct Top<'a>(Vec<(Cow<'a, str>, f32)>);
+
+impl Serialize for Top<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(token, logprob)| (token, logprob)))
+    }
+}
+
+impl<'a> TextLogprobs<'a> {
+    /// Of an echoed text's `first` token, which nothing comes before, and of all that were chosen after,
+    /// with the `most` likeliest at each. With `as_ids` tokens are named `token_id:N`, which is exact where
+    /// they are parts of a character.
+    pub fn new(
+        first: Option<u32>,
+        choices: impl Iterator<Item = &'a Choice>,
+        most: usize,
+        tokenizer: &'a Tokenizer,
+        as_ids: bool,
+    ) -> Self {
+        let name = |id: u32| match as_ids {
+            true => Cow::Owned(format!("token_id:{id}")),
+            false => Token::new(id, 0.0, tokenizer).token,
+        };
+        let mut columns = Self::default();
+        let mut offset = 0;
+        let mut push = |id: u32, logprob: Option<f32>, top: Option<Top<'a>>| {
+            columns.text_offset.push(offset);
+            columns.token_logprobs.push(logprob);
+            columns.tokens.push(name(id));
+            columns.top_logprobs.push(top);
+            offset += Token::new(id, 0.0, tokenizer).token.chars().count();
+        };
+        if let Some(id) = first {
+            push(id, None, None);
+        }
+        for choice in choices {
+            let mut top: Vec<(Cow<str>, f32)> = Vec::with_capacity(choice.top.len());
+            for &(id, logprob) in choice.top.iter().take(most) {
+                let name = name(id);
+                if top.iter().all(|known| known.0 != name) {
+                    top.push((name, logprob.max(LOWEST_LOGPROB)));
+                }
+            }
+            push(
+                choice.id,
+                Some(choice.logprob.max(LOWEST_LOGPROB)),
+                Some(Top(top)),
+            );
+        }
+        columns
     }
 }

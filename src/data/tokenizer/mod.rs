@@ -83,6 +83,21 @@ impl Tokenizer {
         Ok(conversation::encode(self, messages, true)?.ids)
     }
 
+    /// Ids of a conversation that ends in the midst of its last message, an answer, which the model is to
+    /// continue.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`], and where the last message is no answer.
+    pub fn encode_continued(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let mut conversation = self.conversation(messages)?;
+        let last = conversation.answers.last();
+        match last.filter(|answer| answer.message + 1 == messages.len()) {
+            Some(answer) => conversation.ids.truncate(answer.tokens.end),
+            None => bail!("the last message is not the assistant's"),
+        }
+        Ok(conversation.ids)
+    }
+
     /// Ids of a conversation, and the ranges of those that a student must learn to predict: each
     /// answer of the assistant with the token that ends it.
     ///

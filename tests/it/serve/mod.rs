@@ -1,5 +1,7 @@
 //! The server speaks OpenAI's dialect over real HTTP.
 
+mod scores;
+
 use std::sync::Once;
 use std::time::Duration;
 
@@ -59,13 +61,21 @@ impl Fixture {
     }
 
     async fn send(&self, body: &Value) -> Response {
-        let request = self.client.post(self.url("/chat/completions")).json(body);
+        self.send_to("/chat/completions", body).await
+    }
+
+    async fn send_to(&self, path: &str, body: &Value) -> Response {
+        let request = self.client.post(self.url(path)).json(body);
         timeout(LONG, request.send()).await.unwrap().unwrap()
     }
 
     /// The answer to a request that must succeed.
     async fn ask(&self, body: &Value) -> Value {
-        let response = self.send(body).await;
+        self.ask_at("/chat/completions", body).await
+    }
+
+    async fn ask_at(&self, path: &str, body: &Value) -> Value {
+        let response = self.send_to(path, body).await;
         let status = response.status();
         let answer: Value = timeout(LONG, response.json()).await.unwrap().unwrap();
         assert_eq!(status, StatusCode::OK, "{answer}");

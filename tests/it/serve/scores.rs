@@ -1,0 +1,197 @@
+//! What a given text's tokens would have been worth: `echo` and `prompt_logprobs`.
+
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use super::{CONTEXT, request, start};
+
+fn numbers(list: &Value) -> Vec<Option<f64>> {
+    list.as_array().unwrap().iter().map(Value::as_f64).collect()
+}
+
+fn close(a: &[Option<f64>], b: &[Option<f64>]) -> bool {
+    let same = |(a, b): (&Option<f64>, &Option<f64>)| match (a, b) {
+        (Some(a), Some(b)) => (a - b).abs() < 1e-4,
+        (a, b) => a == b,
+    };
+    a.len() == b.len() && a.iter().zip(b).all(same)
+}
+
+/// The ids behind `token_id:N`.
+fn ids(tokens: &Value) -> Vec<u32> {
+    let id = |token: &Value| {
+        let name = token.as_str().unwrap();
+        name.strip_prefix("token_id:").unwrap().parse().unwrap()
+    };
+    tokens.as_array().unwrap().iter().map(id).collect()
+}
+
+#[tokio::test]
+async fn a_written_text_scores_as_it_was_written() {
+    let fixture = start(4, 64);
+    let body = json!({
+        "model": "tiny", "prompt": "the inn", "max_tokens": 30, "temperature": 1, "seed": 4, "echo": true,
+        "logprobs": 5, "return_tokens_as_token_ids": true,
+    });
+    let written = fixture.ask_at("/completions", &body).await;
+    assert!(written["id"].as_str().unwrap().starts_with("cmpl-"));
+    assert_eq!(written["object"], "text_completion");
+    let choice = &written["choices"][0];
+    let ids = ids(&choice["logprobs"]["tokens"]);
+    let prompt = written["usage"]["prompt_tokens"].as_u64().unwrap() as usize;
+    assert!(ids.len() > prompt + 10 && prompt > 2);
+    assert!(choice["text"].as_str().unwrap().starts_with("the inn"));
+
+    // Given as ids, it is only read, in one pass and not token by token.
+    let body =
+        json!({"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": true, "logprobs": 5});
+    let read = fixture.ask_at("/completions", &body).await;
+    assert_eq!(read["usage"]["completion_tokens"], 0);
+    assert_eq!(read["choices"][0]["finish_reason"], "length");
+    let (of_written, of_read) = (&choice["logprobs"], &read["choices"][0]["logprobs"]);
+    let logprobs = numbers(&of_read["token_logprobs"]);
+    assert_eq!(logprobs[0], None);
+    assert!(
+        logprobs[1..]
+            .iter()
+            .all(|logprob| logprob.is_some_and(|l| l <= 0.0))
+    );
+    assert!(close(&logprobs, &numbers(&of_written["token_logprobs"])));
+    for (at, top) in of_read["top_logprobs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .enumerate()
+    {
+        let top: Vec<f64> = match top.as_object() {
+            Some(top) => top
+                .values()
+                .map(|logprob| logprob.as_f64().unwrap())
+                .collect(),
+            None => Vec::new(),
+        };
+        assert!(top.len() <= 5 && top.is_sorted_by(|a, b| a >= b));
+        assert_eq!(top.is_empty(), at == 0);
+    }
+}
+
+#[tokio::test]
+async fn both_ways_to_score_a_text_agree() {
+    let fixture = start(4, 64);
+    let body = json!({
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the inn, é"}],
+        "max_tokens": 1, "prompt_logprobs": 4, "continue_final_message": true, "add_generation_prompt": false,
+    });
+    let answer = fixture.ask(&request("", body)).await;
+    let positions = answer["prompt_logprobs"].as_array().unwrap();
+    assert_eq!(positions[0], Value::Null);
+    let mut logprobs = vec![None];
+    let mut ids = Vec::new();
+    for position in &positions[1..] {
+        // The token that is there comes first.
+        let entries: Vec<(&String, &Value)> = position.as_object().unwrap().iter().collect();
+        let (id, own) = entries[0];
+        assert_eq!(entries.len(), if own["rank"].is_null() { 5 } else { 4 });
+        ids.push(id.parse::<u32>().unwrap());
+        logprobs.push(own["logprob"].as_f64());
+    }
+    let told = |position: &Value| {
+        let own = position.as_object().unwrap().values().next().unwrap();
+        own["decoded_token"].as_str().unwrap().to_owned()
+    };
+    let tail: Vec<String> = positions[positions.len() - 6..].iter().map(told).collect();
+    assert_eq!(tail.concat(), " inn, é", "it ends where the answer ends");
+
+    let first = 256 + 6 + 1;
+    let prompt: Vec<u32> = [first].into_iter().chain(ids).collect();
+    let body = json!({"model": "tiny", "prompt": prompt, "max_tokens": 0, "echo": true, "logprobs": 0,
+        "prompt_logprobs": 2});
+    let read = fixture.ask_at("/completions", &body).await;
+    let read = &read["choices"][0];
+    assert!(close(
+        &logprobs,
+        &numbers(&read["logprobs"]["token_logprobs"])
+    ));
+    assert_eq!(
+        read["prompt_logprobs"].as_array().unwrap().len(),
+        prompt.len()
+    );
+}
+
+#[tokio::test]
+async fn several_prompts_get_several_answers_each() {
+    let fixture = start(4, 64);
+    let body = json!({"model": "tiny", "prompt": ["the", "inn"], "n": 2, "max_tokens": 5, "seed": 1,
+        "temperature": 1, "echo": true, "logprobs": 1});
+    let answer = fixture.ask_at("/completions", &body).await;
+    let choices = answer["choices"].as_array().unwrap();
+    let begins: Vec<bool> = choices
+        .iter()
+        .zip(["the", "the", "inn", "inn"])
+        .map(|(choice, prompt)| choice["text"].as_str().unwrap().starts_with(prompt))
+        .collect();
+    assert_eq!(begins, [true; 4]);
+    assert_ne!(choices[0]["text"], choices[1]["text"]);
+    for choice in choices {
+        let offsets = numbers(&choice["logprobs"]["text_offset"]);
+        assert!(offsets.is_sorted_by(|a, b| a < b));
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_scored_is_refused_by_its_field() {
+    let fixture = start(4, 64);
+    let long = vec![7; CONTEXT + 1];
+    for (field, body) in [
+        ("prompt", json!({})),
+        ("prompt", json!({"prompt": []})),
+        ("prompt", json!({"prompt": ""})),
+        ("prompt", json!({"prompt": [5, "a"]})),
+        ("prompt", json!({"prompt": [5, 271]})),
+        (
+            "prompt",
+            json!({"prompt": long, "echo": true, "max_tokens": 0}),
+        ),
+        ("prompt", json!({"prompt": vec![7; CONTEXT]})),
+        ("max_tokens", json!({"prompt": "a", "max_tokens": 0})),
+        ("logprobs", json!({"prompt": "a", "logprobs": true})),
+        (
+            "prompt_logprobs",
+            json!({"prompt": "a", "prompt_logprobs": 21}),
+        ),
+        ("stream", json!({"prompt": "a", "stream": true})),
+    ] {
+        let mut body = body;
+        body["model"] = "tiny".into();
+        let response = fixture.send_to("/completions", &body).await;
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{body}");
+        let error: Value = response.json().await.unwrap();
+        assert_eq!(error["error"]["param"], field, "{error}");
+    }
+    // A text that fills the context is scored, since nothing is to follow.
+    let full = json!({"model": "tiny", "prompt": vec![7; CONTEXT], "echo": true, "max_tokens": 0, "logprobs": 0});
+    fixture.ask_at("/completions", &full).await;
+    for (field, extra) in [
+        (
+            "continue_final_message",
+            json!({"continue_final_message": true}),
+        ),
+        (
+            "continue_final_message",
+            json!({"add_generation_prompt": false}),
+        ),
+        (
+            "messages",
+            json!({"continue_final_message": true, "add_generation_prompt": false}),
+        ),
+        (
+            "prompt_logprobs",
+            json!({"prompt_logprobs": 1, "stream": true}),
+        ),
+    ] {
+        let response = fixture.send(&request("hi", extra)).await;
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST);
+        let error: Value = response.json().await.unwrap();
+        assert_eq!(error["error"]["param"], field, "{error}");
+    }
+}
