@@ -2,12 +2,16 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::exit::Exit;
+
+/// How often async code looks at the flag.
+const LOOK_AT_FLAG: Duration = Duration::from_millis(50);
 
 /// Signals that ask the run to end: the first one to drain, the second one to stop at once.
 pub struct Signals {
@@ -78,6 +82,24 @@ impl StopFlag {
             });
         });
         Ok(FLAG.get_or_init(|| flag).clone())
+    }
+
+    /// As a stream, for async code: the signal that has come or will.
+    pub fn signals(&self) -> Signals {
+        let (sender, numbers) = unbounded_channel();
+        let flag = Arc::clone(&self.0);
+        tokio::spawn(async move {
+            while !sender.is_closed() {
+                let number = flag.load(Ordering::Relaxed);
+                if number != 0 {
+                    let _ = sender.send(number);
+                    // Kept open, as the receiver would otherwise hear of the end again and again.
+                    return sender.closed().await;
+                }
+                tokio::time::sleep(LOOK_AT_FLAG).await;
+            }
+        });
+        Signals { numbers }
     }
 
     /// An error with the signal's exit status once a signal has come.

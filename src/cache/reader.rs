@@ -223,6 +223,11 @@ impl Lines {
 pub struct Place(BadLine);
 
 impl Place {
+    /// Where it begins in the plain file; None where it is compressed.
+    pub fn offset(&self) -> Option<u64> {
+        (!self.0.is_compressed).then_some(self.0.offset)
+    }
+
     /// The refusal to go on, for what is wrong with the line there in the cache in `dir`.
     pub fn refuse(&self, dir: &Path, fault: Fault) -> anyhow::Error {
         let path = match self.0.is_compressed {

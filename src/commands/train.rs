@@ -4,7 +4,11 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::cli::{Global, TrainArgs};
-use crate::terminal::{format_count, sanitise, table};
+use crate::harvest::{self, Told};
+use crate::prompt::Prompt;
+use crate::signal::StopFlag;
+use crate::terminal::{format_count, format_dollars, sanitise, table};
+use crate::train::on_policy::Judge;
 use crate::train::{self, Options, Start};
 
 /// Trains the student and prints where it is and how it did.
@@ -20,9 +24,12 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         force: args.force,
         quiet: global.json,
     };
-    let summary = train::run(&config, options)?;
+    let mut judge = harvest::Judge::of(&config, options.quiet)?.map(Asked);
+    let asked = judge.as_mut().map(|judge| judge as &mut dyn Judge);
+    let summary = train::run_judged(&config, options, asked)?;
+    let told = judge.as_ref().map(|judge| judge.0.told());
     if global.json {
-        return super::print_json(&json!({ "version": 1, "summary": summary }));
+        return super::print_json(&json!({ "version": 1, "summary": summary, "judged": told }));
     }
     let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
     let validation = &summary.validation;
@@ -52,6 +59,45 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
             number(validation.token_accuracy),
         ),
     ];
-    super::print(&table(&rows.map(|(name, value)| [name.to_string(), value])))?;
+    let mut rows: Vec<[String; 2]> = rows.map(|(name, value)| [name.to_string(), value]).into();
+    rows.extend(told.into_iter().flat_map(judged));
+    super::print(&table(&rows))?;
     super::print(&format!("{}\n", summary.data))
+}
+
+/// The endpoint of the config as the judge of what the student writes.
+struct Asked(harvest::Judge);
+
+impl Judge for Asked {
+    fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
+        self.0.judge(texts, stop)
+    }
+}
+
+/// What judging has come to, as rows of the table.
+fn judged(told: &Told) -> Vec<[String; 2]> {
+    let useful = told.texts - told.failed - told.unusable;
+    let mut rows = vec![
+        [
+            "own answers judged".to_owned(),
+            format!(
+                "{} of {} ({} before)",
+                format_count(useful),
+                format_count(told.texts),
+                format_count(told.cached)
+            ),
+        ],
+        [
+            "requests, prompt tokens".to_owned(),
+            format!(
+                "{}, {}",
+                format_count(told.requests),
+                format_count(told.prompt_tokens)
+            ),
+        ],
+    ];
+    if let Some(usd) = told.cost_usd {
+        rows.push(["cost of judging".to_owned(), format_dollars(usd)]);
+    }
+    rows
 }

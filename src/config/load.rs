@@ -198,6 +198,7 @@ fn resolve_paths(config: &mut Config, folder: &Path) {
     }
     for path in [
         &mut config.teacher.local,
+        &mut config.on_policy.tokenizer,
         &mut config.prompts.template,
         &mut config.data.source,
         &mut config.data.cache,

@@ -66,6 +66,11 @@ impl Config {
         self.run_dir.join("cache")
     }
 
+    /// The folder of what an endpoint says of the student's own answers: a run folder within the run's.
+    pub fn judged_dir(&self) -> PathBuf {
+        self.run_dir.join("judged")
+    }
+
     /// The folder of the cache that `train` and `eval` read.
     pub fn training_cache(&self) -> PathBuf {
         self.data.cache.clone().unwrap_or_else(|| self.own_cache())

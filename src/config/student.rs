@@ -223,7 +223,7 @@ pub struct Train {
     pub best: Best,
     /// Validations in a row without a better `best` after which training ends; 0: never.
     pub patience: u64,
-    /// Let the student answer a part of the prompts itself, for a teacher on this machine to judge.
+    /// Let the student answer a part of the prompts itself, for the teacher to judge.
     pub on_policy: bool,
     /// Where the arithmetic runs.
     pub device: Device,
@@ -243,8 +243,25 @@ pub struct OnPolicy {
     pub share: f64,
     /// What its answers are judged by.
     pub kd: Kd,
+    /// Who judges them.
+    pub judge: JudgedBy,
+    /// The folder of the teacher's tokenizer, for a judge behind an API. None: its tokens are known by
+    /// their texts alone.
+    pub tokenizer: Option<PathBuf>,
     pub max_tokens: u32,
     pub temperature: f64,
+}
+
+/// Who judges what a student writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JudgedBy {
+    /// The model in `teacher.local`, by its whole distributions.
+    Local,
+    /// The endpoint of `teacher`, by vLLM's chat completions with `prompt_logprobs`.
+    PromptLogprobs,
+    /// The endpoint of `teacher`, by text completions with `echo` and `logprobs`.
+    Echo,
 }
 
 impl Default for OnPolicy {
@@ -252,6 +269,8 @@ impl Default for OnPolicy {
         Self {
             share: 0.5,
             kd: Kd::ReverseKl,
+            judge: JudgedBy::Local,
+            tokenizer: None,
             max_tokens: 128,
             temperature: 1.0,
         }

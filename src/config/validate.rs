@@ -6,7 +6,7 @@ use super::harvest::{Batch, Lane};
 use super::mistake::usage;
 use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
-use super::student::{Best, Init, Kd};
+use super::student::{Best, Init, JudgedBy, Kd};
 
 fn check(holds: bool, message: &str) -> Result<()> {
     if holds {
@@ -73,9 +73,28 @@ pub fn validate(config: &Config) -> Result<()> {
         "`local` and `cotrain` belong into [teacher]: a student has one teacher on this machine",
     )?;
     let written = &config.on_policy;
+    let is_local = written.judge == JudgedBy::Local;
     check(
-        !config.train.on_policy || teacher.local.is_some(),
-        "train.on_policy needs a teacher that judges what the student writes: set teacher.local",
+        !config.train.on_policy || is_local == teacher.local.is_some(),
+        "train.on_policy needs a teacher that judges what the student writes: teacher.local with \
+         on_policy.judge = \"local\"; or, without teacher.local, on_policy.judge = \"prompt_logprobs\" \
+         (vLLM) or \"echo\" for the endpoint in [teacher]",
+    )?;
+    check(
+        written.judge != JudgedBy::Echo || written.tokenizer.is_some(),
+        "on_policy.judge = \"echo\" needs the teacher's chat template: set on_policy.tokenizer to the \
+         folder of its tokenizer",
+    )?;
+    let lanes = config.lanes();
+    check(
+        is_local || !config.train.on_policy || lanes.len() == 1,
+        "what the student writes is judged by one teacher: name it in [teacher], without [[teachers]]",
+    )?;
+    check(
+        is_local
+            || !config.train.on_policy
+            || lanes.iter().all(|lane| lane.sampling.top_logprobs > 0),
+        "on_policy.judge asks for sampling.top_logprobs logprobs a token: set that to 1 or more",
     )?;
     check(
         share(written.share) && written.max_tokens > 0,

@@ -64,8 +64,9 @@ pub async fn run(
     attempt: Attempt,
 ) -> Result<Finished> {
     let row = &plan.rows[attempt.entry.row];
-    let prompt = row.prompt as usize;
-    let body = plan.body(attempt.lane, prompt, row.sample);
+    let asking = &plan.askings[attempt.lane];
+    let prompt = &plan.prompts[row.prompt as usize];
+    let body = asking.body(&prompt.messages, row.sample);
     let sent_at = clock.now();
     let started = Instant::now();
     let reply = transport.ask(&body).await;
@@ -75,7 +76,8 @@ pub async fn run(
         Ok(reply) => headers::parse(&reply.headers, now),
         Err(_) => Vec::new(),
     };
-    let completion = match retry::classify(reply, now) {
+    let read = |reply: &[u8]| asking.read(reply, &body, &prompt.messages);
+    let completion = match retry::classify_by(reply, now, read) {
         Ok(completion) => *completion,
         Err(trouble) => {
             return Ok(Finished {
@@ -87,8 +89,6 @@ pub async fn run(
     };
     let bound = plan.bound(attempt.lane, attempt.entry.row);
     let timing = timing(sent_at, latency, attempt.entry.failed + 1);
-    let asking = &plan.askings[attempt.lane];
-    let prompt = &plan.prompts[prompt];
     let answered = Answered::new(asking, row, prompt, body, bound, completion, timing)?;
     Ok(Finished {
         attempt,

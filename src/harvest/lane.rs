@@ -74,6 +74,17 @@ impl Lane {
         })
     }
 
+    /// Goes on with the rows of another plan.
+    ///
+    /// # Errors
+    /// Where a request could never leave.
+    pub fn go_on(&mut self, plan: &Plan, index: usize) -> Result<()> {
+        self.limiter.make_room_for(plan.largest(index))?;
+        self.queue = Queue::new(plan.lanes[index].clone());
+        (self.in_flight, self.probe) = (0, None);
+        Ok(())
+    }
+
     /// Nothing more is to be sent.
     pub fn is_done(&self) -> bool {
         self.queue.is_empty() || self.stopped.is_some()

@@ -46,6 +46,15 @@ pub struct Alternative<'a> {
     pub bytes: Option<Bytes>,
 }
 
+impl Alternative<'_> {
+    /// Its bytes, or where it has none those of its text.
+    pub fn spelled(&self) -> &[u8] {
+        self.bytes
+            .as_ref()
+            .map_or(self.token.as_bytes(), Bytes::as_slice)
+    }
+}
+
 /// A logprob of any spelling; None where it is missing.
 #[derive(Clone, Copy, Default)]
 pub struct Logprob(Option<f32>);
@@ -126,6 +135,14 @@ impl Bytes {
             Bytes::Few(bytes, length) => &bytes[..*length],
             Bytes::Many(bytes) => bytes,
         }
+    }
+}
+
+impl From<&[u8]> for Bytes {
+    fn from(of_token: &[u8]) -> Self {
+        let mut bytes = Bytes::default();
+        of_token.iter().for_each(|byte| bytes.push(*byte));
+        bytes
     }
 }
 

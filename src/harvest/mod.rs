@@ -9,6 +9,9 @@
 //! `batch` is another way: the same rows as files of OpenAI's Batch API, into the same cache under the
 //! same keys.
 //!
+//! A `judge` is asked about texts instead: what the teacher would have said in place of what a student
+//! wrote (`scoring`). It goes the way of the rows.
+//!
 //! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
 //! a `lane`: its queue, its `limiter` (whose ceilings may be shared with other processes), its
 //! `health`. `purse` keeps the `budget` and the `ledger`, which make the cap hold over kills; in `room`
@@ -33,6 +36,7 @@ mod fields;
 #[doc(hidden)]
 pub mod fuzz;
 mod health;
+mod judge;
 mod lane;
 mod ledger;
 mod limiter;
@@ -48,6 +52,7 @@ mod retry;
 mod room;
 mod scan;
 mod schedule;
+mod scoring;
 mod shard;
 mod stop;
 mod structured;
@@ -59,6 +64,7 @@ mod wire;
 pub use batch::{BatchApi, Download, Tally};
 pub use clock::WallClock;
 pub use estimate::Estimate;
+pub use judge::{Judge, Told};
 pub use shard::Shard;
 pub use summary::{SUMMARY_VERSION, Summary};
 pub use teacher::{Fault, Reply, Transport};
@@ -77,7 +83,7 @@ use crate::config::{self, Config, Mode};
 use crate::exit::Exit;
 use crate::prompt::{self, Prompt};
 use crate::signal::Signals;
-use crate::terminal::{Reading, format_dollars};
+use crate::terminal::{Progress, Reading, format_dollars};
 use batch::{Batches, Outcome};
 use dispatch::Dispatcher;
 use endpoint::Endpoints;
@@ -253,7 +259,7 @@ impl Run<'_> {
     fn purse(&self) -> Result<Purse> {
         let config = self.config;
         let measured = match config.budget.usd {
-            Some(_) => self.cache.cost_when_opened(),
+            Some(_) => self.cache.cost_when_opened() + judge::cost_usd(config)?,
             None => 0.0,
         };
         let (purse, lost) = Purse::open(
@@ -287,9 +293,9 @@ impl Run<'_> {
             let lane = Lane::new(&plan, index, transport, day, shared, &config.retry)?;
             lanes.push(lane);
         }
+        let progress = Progress::new("harvest", plan.total, self.quiet);
         let (plan, clock) = (Arc::new(plan), self.clock.clone());
-        let dispatcher =
-            Dispatcher::new(config, plan, self.cache, lanes, purse, clock, self.quiet)?;
+        let dispatcher = Dispatcher::new(config, plan, self.cache, lanes, purse, clock, progress)?;
         Ok(dispatcher.woken_by(wake))
     }
 
@@ -312,6 +318,7 @@ fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>> {
         Ok(Asking {
             structured: schema.map(Structured::load).transpose()?,
             probe: probes.get(index).cloned().unwrap_or_default(),
+            scoring: None,
             lane,
         })
     };

@@ -1,12 +1,15 @@
 //! A prompt as a wire body, and the key that names it. Pure.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::scoring::Scoring;
 use super::structured::Structured;
+use super::wire::{self, Completion, NoAnswer};
 use crate::config::{Config, Lane};
 use crate::exit::Exit;
 use crate::prompt::Message;
@@ -31,6 +34,8 @@ pub struct Asking {
     pub structured: Option<Structured>,
     /// Hash of what `distill probe` found out about the endpoint; empty without a probe.
     pub probe: String,
+    /// Nothing is to be written, but an answer that is there to be scored.
+    pub scoring: Option<Arc<Scoring>>,
 }
 
 /// Refuses settings that no request can be made from.
@@ -63,13 +68,34 @@ impl Asking {
             lane,
             structured: None,
             probe: String::new(),
+            scoring: None,
         }
     }
 
-    /// The body of a chat completion request, its fields in a fixed order.
-    ///
-    /// With a seed, sample i is asked with seed + i: the same seed would bring the same answer.
+    /// The body of a request, its fields in a fixed order.
     pub fn body(&self, messages: &[Message], sample: u32) -> Value {
+        match &self.scoring {
+            Some(scoring) => scoring.body(&self.lane, messages),
+            None => self.chat(messages, sample),
+        }
+    }
+
+    /// Reads the reply to `body`, which was made from `messages`.
+    pub fn read(
+        &self,
+        reply: &[u8],
+        body: &Value,
+        messages: &[Message],
+    ) -> Result<Completion, NoAnswer> {
+        match &self.scoring {
+            Some(scoring) => scoring.read(reply, body, messages),
+            None => wire::parse(reply),
+        }
+    }
+
+    /// A chat completion's. With a seed, sample i is asked with seed + i: the same seed would bring the
+    /// same answer.
+    fn chat(&self, messages: &[Message], sample: u32) -> Value {
         let sampling = &self.lane.sampling;
         let mut body = Map::new();
         body.insert("model".into(), json!(self.lane.teacher.model));

@@ -74,8 +74,17 @@ impl Failure {
 /// Sorts one attempt. An answer has been paid for and is to be recorded, whatever its finish reason.
 /// `now` is only compared with an HTTP date in `Retry-After`.
 pub fn classify(result: Result<Reply, Fault>, now: SystemTime) -> Result<Box<Completion>, Trouble> {
+    classify_by(result, now, wire::parse)
+}
+
+/// As [`classify`], of replies whose bodies `read` reads.
+pub fn classify_by(
+    result: Result<Reply, Fault>,
+    now: SystemTime,
+    read: impl FnOnce(&[u8]) -> Result<Completion, NoAnswer>,
+) -> Result<Box<Completion>, Trouble> {
     let reply = check(result, now)?;
-    wire::parse(&reply.body)
+    read(&reply.body)
         .map(Box::new)
         .map_err(|no_answer| match no_answer {
             NoAnswer::Malformed(problem) => lost("malformed", &problem),

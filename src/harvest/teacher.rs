@@ -58,7 +58,7 @@ pub trait Transport: Send + Sync {
 pub struct Teacher {
     /// For files and batches.
     pub(super) client: Client<Endpoint>,
-    /// For chat completions, and for the one thing that async-openai does not do: reading a file
+    /// For completions, and for the one thing that async-openai does not do: reading a file
     /// while it comes.
     pub(super) http: reqwest::Client,
     completions: Url,
@@ -71,11 +71,16 @@ pub struct Teacher {
 impl Teacher {
     /// Reads the key from the environment and prepares the connection pool; sends nothing.
     pub fn new(settings: &config::Teacher) -> Result<Teacher> {
+        Self::at(settings, "chat/completions")
+    }
+
+    /// As [`Teacher::new`], to be asked at another path than that of chat completions.
+    pub fn at(settings: &config::Teacher, path: &str) -> Result<Teacher> {
         let base_url = base_url(settings)?;
         let http = http_client(settings, &base_url)?;
         let endpoint = Endpoint::new(settings)?;
         let once = OneAttempt { http: http.clone() };
-        let completions = format!("{}/chat/completions", identity(settings));
+        let completions = format!("{}/{path}", identity(settings));
         let mut headers = endpoint.headers.clone();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Ok(Teacher {

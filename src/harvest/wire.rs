@@ -168,7 +168,7 @@ fn completion<L>(
 }
 
 /// Does this say that something went wrong? Some servers always send the field, and leave it empty.
-fn is_error(error: &Value) -> bool {
+pub fn is_error(error: &Value) -> bool {
     match error {
         Value::Null | Value::Bool(false) => false,
         Value::String(text) => !text.is_empty(),
@@ -202,7 +202,7 @@ fn reasoning(message: &mut Map<String, Value>) -> String {
 }
 
 /// The counts that we know, and the rest.
-fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
+pub fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
     let Value::Object(mut fields) = value else {
         return (None, Map::new());
     };

@@ -32,7 +32,10 @@ pub async fn completions(
     let request = ChatRequest::parse(&body)?;
     app.check_model(&request.model)?;
     let prompt = match request.continues {
-        true => app.tokenizer.encode_continued(&request.messages),
+        true => app
+            .tokenizer
+            .encode_continued(&request.messages)
+            .map(|(ids, _)| ids),
         false => app.tokenizer.encode_prompt(&request.messages),
     };
     let prompt = prompt.map_err(|error| ApiError::bad_field("messages", format!("{error:#}")))?;
@@ -57,7 +60,9 @@ pub async fn completions(
         Some(top) => Some((answers::score(&app, &prompts, top).await?.concat(), top)),
         None => None,
     };
-    answering.whole(replies, scored).await
+    let [prompt] = &prompts;
+    let ids = request.prompt_ids.then_some(prompt.as_slice());
+    answering.whole(replies, scored, ids).await
 }
 
 /// A request whose answers are under way.
@@ -76,6 +81,7 @@ impl Answering {
         &self,
         replies: mpsc::UnboundedReceiver<Reply>,
         scored: Option<(Vec<Choice>, usize)>,
+        prompt_token_ids: Option<&[u32]>,
     ) -> Result<Response, ApiError> {
         let (answers, completion_tokens) = answers::collect(replies, self.n).await?;
         let choices = answers
@@ -98,6 +104,7 @@ impl Answering {
             usage: Usage::new(self.prompt_tokens, completion_tokens),
             prompt_logprobs: scored
                 .map(|(scored, top)| PromptLogprobs::new(&scored, top, &self.app.tokenizer)),
+            prompt_token_ids,
         };
         Ok(Json(completion).into_response())
     }

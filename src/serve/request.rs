@@ -20,6 +20,8 @@ pub struct ChatRequest {
     pub continues: bool,
     /// See [`Fields::prompt_logprobs`].
     pub prompt_logprobs: Option<usize>,
+    /// vLLM's `return_token_ids`: tell the prompt's.
+    pub prompt_ids: bool,
     pub stream: bool,
     /// End the stream with a chunk that carries the usage.
     pub include_usage: bool,
@@ -51,6 +53,7 @@ impl ChatRequest {
             n: fields.n()?,
             continues: continues(&fields)?,
             prompt_logprobs: prompt_logprobs(&fields, stream)?,
+            prompt_ids: fields.get("return_token_ids")?.unwrap_or(false),
             stream,
             include_usage: stream_options.is_some_and(|options| options.include_usage),
         })

@@ -31,6 +31,8 @@ pub struct Completion<'a> {
     /// vLLM's, where it is asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_logprobs: Option<PromptLogprobs<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<&'a [u32]>,
 }
 
 #[derive(Debug, Serialize)]

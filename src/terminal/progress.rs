@@ -21,6 +21,7 @@ pub struct Progress {
 enum Output {
     Bar(ProgressBar),
     Lines { last: Instant },
+    Notes,
     Quiet,
 }
 
@@ -52,6 +53,16 @@ impl Progress {
         }
     }
 
+    /// For a verb within another one, which shows its own progress: notes alone.
+    pub fn notes(quiet: bool) -> Self {
+        let output = if quiet { Output::Quiet } else { Output::Notes };
+        Self {
+            verb: "",
+            total: 0,
+            output,
+        }
+    }
+
     /// Shows that `done` of the total are done. `details` is called only when it will be shown, and
     /// must be sanitised.
     pub fn update(&mut self, done: u64, details: impl FnOnce() -> String) {
@@ -65,7 +76,7 @@ impl Progress {
                 let (done, total) = (format_count(done), format_count(self.total));
                 write_line(&format!("{}: {done} of {total}, {}", self.verb, details()));
             }
-            Output::Lines { .. } | Output::Quiet => {}
+            Output::Lines { .. } | Output::Notes | Output::Quiet => {}
         }
     }
 
@@ -73,7 +84,7 @@ impl Progress {
     pub fn note(&self, line: &str) {
         match &self.output {
             Output::Bar(bar) => bar.suspend(|| write_line(line)),
-            Output::Lines { .. } => write_line(line),
+            Output::Lines { .. } | Output::Notes => write_line(line),
             Output::Quiet => {}
         }
     }

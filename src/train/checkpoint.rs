@@ -18,7 +18,7 @@ use super::ema::Ema;
 use super::optimizer::Optimizer;
 use super::student::{self, Student};
 use super::teacher::Teacher;
-use crate::config::{Config, Kd, Train};
+use crate::config::{Config, JudgedBy, Kd, Train};
 use crate::data::batch::Cursor;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
@@ -214,14 +214,17 @@ pub fn fingerprint(config: &Config, data: &str, parts: &Parts, total: u64) -> Re
         activation_checkpointing: false,
         ..config.train.clone()
     };
+    let teacher = &config.teacher;
+    let is_asked = config.train.on_policy && config.on_policy.judge != JudgedBy::Local;
+    let judge = is_asked.then_some((&teacher.base_url, &teacher.model));
     let mut hash = blake3::Hasher::new();
     hash.update(&serde_json::to_vec(&(
         &settings,
         &config.loss,
         &config.lora,
         &config.student,
-        (config.teacher.cotrain, config.teacher.cotrain_rate),
-        &config.on_policy,
+        (teacher.cotrain, teacher.cotrain_rate),
+        (&config.on_policy, judge),
         data,
         parts.student.hash_of_frozen()?,
         parts.teacher.as_ref().map_or("", Teacher::hash),

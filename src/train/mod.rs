@@ -41,9 +41,11 @@ use checkpoint::{Parts, State};
 use ema::Ema;
 use metrics::{Means, Metrics, StepLine};
 use objective::Models;
-use on_policy::OnPolicy;
+use on_policy::{Judge, OnPolicy};
 use step::{Lesson, Stepper};
 use student::Student;
+
+const GO_ON: &str = "the checkpoint is written: go on with --resume";
 
 /// What to do with checkpoints that are already there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,6 +103,18 @@ impl From<Start> for Options {
 /// # Errors
 /// Where data or student do not load, a number stops being finite, or a file cannot be written.
 pub fn run(config: &Config, options: Options) -> Result<Summary> {
+    run_judged(config, options, None)
+}
+
+/// As [`run`], with the teacher behind an API that `on_policy.judge` asks for.
+///
+/// # Errors
+/// As [`run`], and where the judge has one.
+pub fn run_judged(
+    config: &Config,
+    options: Options,
+    judge: Option<&mut dyn Judge>,
+) -> Result<Summary> {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(config.train.threads)
         .build()
@@ -109,10 +123,10 @@ pub fn run(config: &Config, options: Options) -> Result<Summary> {
         train: device::resolved(&config.train),
         ..config.clone()
     };
-    pool.install(|| train(&config, options))
+    pool.install(|| train(&config, options, judge))
 }
 
-fn train(config: &Config, options: Options) -> Result<Summary> {
+fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Result<Summary> {
     let Options {
         start,
         force,
@@ -160,7 +174,8 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         progress.note(note);
     }
     let (began, began_tokens) = (Instant::now(), tokens);
-    let on_policy = OnPolicy::of(config, &tokenizer);
+    let judge = judge.map(|judge| judge as &mut dyn Judge);
+    let mut on_policy = OnPolicy::of(config, &tokenizer, judge)?;
     let judged = on_policy
         .as_ref()
         .and_then(|it| it.divergence(&config.loss));
@@ -173,19 +188,35 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         };
         objective::evaluate(models, validation, settings.micro_batch_size)
     };
+    let state = |step, cursor, tokens, best| State {
+        version: checkpoint::VERSION,
+        step,
+        cursor,
+        tokens,
+        best,
+        fingerprint: fingerprint.clone(),
+    };
     let (mut last_loss, mut last_validation) = (0.0, None);
     while parts.optimizer.step() < total && !best.is_exhausted(settings.patience) {
         let step_began = Instant::now();
         let step = parts.optimizer.step() + 1;
-        let epoch = batches.cursor().epoch;
+        let cursor = batches.cursor();
         let examples: Vec<ExampleView> =
             batches.next_step().iter().map(|&i| train.get(i)).collect();
         let rate = schedule::learning_rate(settings, step, total);
         let mut lesson = Lesson::of(&examples);
-        if let Some(on_policy) = &on_policy {
+        if let Some(on_policy) = &mut on_policy {
             let (given, prompts) = on_policy.cut(&examples);
-            let written = on_policy.write(&parts.student.model, step, prompts)?;
-            lesson = Lesson { given, written };
+            match on_policy.write(&parts.student.model, step, prompts, &stop) {
+                Ok(written) => lesson = Lesson { given, written },
+                Err(error) if step - 1 == first_step => return Err(error),
+                // What has been learnt so far is not lost with the teacher.
+                Err(error) => {
+                    let state = state(step - 1, cursor, tokens, best);
+                    checkpoint::save(&checkpoints, &mut parts, &state, settings.keep_checkpoints)?;
+                    return Err(error.context(GO_ON));
+                }
+            }
         }
         let learner = (&parts.student, &mut parts.optimizer);
         let dense = parts.teacher.as_ref().map(|teacher| &teacher.learner.model);
@@ -201,7 +232,7 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         metrics.step(&StepLine {
             step,
             split: "train",
-            epoch,
+            epoch: cursor.epoch,
             loss: taken.loss,
             ce: means.ce,
             kl: means.kl,
@@ -241,17 +272,10 @@ fn train(config: &Config, options: Options) -> Result<Summary> {
         let stopped = stop.check();
         let ends = step == total || best.is_exhausted(settings.patience);
         if every(settings.checkpoint_every) || improved || ends || stopped.is_err() {
-            let state = State {
-                version: checkpoint::VERSION,
-                step,
-                cursor: batches.cursor(),
-                tokens,
-                best,
-                fingerprint: fingerprint.clone(),
-            };
+            let state = state(step, batches.cursor(), tokens, best);
             checkpoint::save(&checkpoints, &mut parts, &state, settings.keep_checkpoints)?;
         }
-        stopped.context("the checkpoint is written: go on with --resume")?;
+        stopped.context(GO_ON)?;
     }
     drop(progress);
 

@@ -5,37 +5,96 @@
 //! learns on each of their positions what the teacher would have said there: generalised knowledge
 //! distillation (GKD, Agarwal et al., arXiv 2306.13649), with reverse KL as in MiniLLM (Gu et al., arXiv
 //! 2306.08543). The texts count as given: no gradient goes through the sampling.
+//!
+//! A teacher on this machine says it by its whole distributions ([`super::teacher`]); one behind an API
+//! ([`Judge`]) by its top-k, which is aligned with the student's tokens like that of any answer. Positions
+//! that it says nothing of are left out, and so is the end of the turn, and what is no text.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::loss::divergence::Divergence;
-use crate::config::{Config, Loss};
+use crate::cache::view::RecordView;
+use crate::config::{self, Config, Loss};
+use crate::data::align::{Aligned, Mapper};
 use crate::data::batch::Batch;
+use crate::data::dataset;
 use crate::data::prepared::ExampleView;
 use crate::data::tokenizer::Tokenizer;
 use crate::model::Model;
 use crate::model::generate::{self, GenerateOptions, Sampling};
+use crate::prompt::{Message, Prompt};
+use crate::signal::StopFlag;
+
+/// A teacher behind an API.
+pub trait Judge: Send {
+    /// What it would have said in place of each token of the last message of these conversations: lines
+    /// of a cache with logprobs, in order. None where it does not say.
+    ///
+    /// # Errors
+    /// Where it cannot be asked any more, or `stop` says so.
+    fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>>;
+}
 
 /// How the student writes.
 pub struct OnPolicy<'a> {
-    settings: &'a crate::config::OnPolicy,
+    settings: &'a config::OnPolicy,
     tokenizer: &'a Tokenizer,
     /// Answers in a batch.
     batch_size: usize,
     seed: u64,
+    /// Where the teacher is not on this machine.
+    asked: Option<Asked<'a>>,
+}
+
+/// A teacher that is asked.
+struct Asked<'a> {
+    judge: &'a mut dyn Judge,
+    mapper: Mapper<'a>,
+    /// By the keys of the examples.
+    prompts: HashMap<String, Vec<Message>>,
+}
+
+/// An answer of the student's.
+struct Written<'a> {
+    /// Of the example whose prompt it answers.
+    key: &'a str,
+    prompt: &'a [u32],
+    /// With the end of the turn, where it came to that.
+    ids: &'a [u32],
 }
 
 impl<'a> OnPolicy<'a> {
-    /// None where it is not asked for.
-    pub fn of(config: &'a Config, tokenizer: &'a Tokenizer) -> Option<Self> {
-        config.train.on_policy.then_some(Self {
+    /// None where it is not asked for. `judge` is the teacher behind an API, if it is there.
+    ///
+    /// # Errors
+    /// Where the prompts cannot be read.
+    pub fn of(
+        config: &'a Config,
+        tokenizer: &'a Tokenizer,
+        judge: Option<&'a mut dyn Judge>,
+    ) -> Result<Option<Self>> {
+        if !config.train.on_policy {
+            return Ok(None);
+        }
+        let asked = match (config.on_policy.judge, judge) {
+            (config::JudgedBy::Local, _) => None,
+            (_, judge) => Some(Asked {
+                judge: judge
+                    .context("there is nobody to ask what the student's answers are worth")?,
+                mapper: Mapper::new(tokenizer, config.data.top_logprobs),
+                prompts: dataset::prompts(config)?,
+            }),
+        };
+        Ok(Some(Self {
             settings: &config.on_policy,
             tokenizer,
             batch_size: config.train.micro_batch_size,
             seed: config.train.seed,
-        })
+            asked,
+        }))
     }
 
     /// The divergence that the written answers are judged by.
@@ -56,15 +115,17 @@ impl<'a> OnPolicy<'a> {
         examples.split_at(examples.len() - written.min(examples.len()))
     }
 
-    /// Answers the prompts of `examples` in step `step`. The same step and weights give the same answers.
+    /// Answers the prompts of `examples` in step `step`, and has the answers judged where the teacher is
+    /// behind an API. The same step and weights give the same answers.
     ///
     /// # Errors
-    /// Where a prompt does not fit the model.
+    /// Where a prompt does not fit the model, or as [`Judge::judge`].
     pub fn write(
-        &self,
+        &mut self,
         student: &Model,
         step: u64,
         examples: &[ExampleView],
+        stop: &StopFlag,
     ) -> Result<Vec<Batch>> {
         let prompts: Vec<Vec<u32>> = examples.iter().map(|example| prompt(*example)).collect();
         let options = GenerateOptions {
@@ -79,23 +140,111 @@ impl<'a> OnPolicy<'a> {
         };
         let answers =
             generate::batch(student, self.tokenizer, &prompts, &options, self.batch_size)?;
-        let mut written = Vec::new();
-        for (start, chunk) in prompts.chunks(self.batch_size).enumerate() {
-            let start = start * self.batch_size;
+        let answers = answers.iter().zip(&prompts).zip(examples);
+        let written: Vec<Written> = answers
+            .filter(|((answer, _), _)| !answer.ids.is_empty())
+            .map(|((answer, prompt), example)| Written {
+                key: example.key(),
+                prompt,
+                ids: &answer.ids,
+            })
+            .collect();
+        let said = match &mut self.asked {
+            Some(asked) => Some(asked.soft_labels(self.tokenizer, &written, stop)?),
+            None => None,
+        };
+        let mut batches = Vec::new();
+        for start in (0..written.len()).step_by(self.batch_size) {
             let mut batch = Batch {
                 soft_offsets: vec![0],
                 ..Batch::default()
             };
-            for (at, prompt) in chunk.iter().enumerate() {
-                let answer = &answers[start + at].ids;
-                push(&mut batch, prompt, answer, examples[start + at].key());
+            for at in start..written.len().min(start + self.batch_size) {
+                match &said {
+                    None => push(&mut batch, &written[at], None),
+                    Some(said) if said[at].is_none() => {}
+                    Some(said) => push(&mut batch, &written[at], said[at].as_ref()),
+                }
             }
             if !batch.labels.is_empty() {
-                written.push(batch);
+                batches.push(batch);
             }
         }
-        Ok(written)
+        Ok(batches)
     }
+}
+
+impl Asked<'_> {
+    /// What the teacher says of each, None where it says nothing.
+    fn soft_labels(
+        &mut self,
+        tokenizer: &Tokenizer,
+        written: &[Written],
+        stop: &StopFlag,
+    ) -> Result<Vec<Option<Aligned>>> {
+        let mut said: Vec<Option<Aligned>> = written.iter().map(|_| None).collect();
+        let (mut asked, mut texts) = (Vec::new(), Vec::new());
+        for (at, answer) in written.iter().enumerate() {
+            let text = beginning(tokenizer, answer.ids);
+            let prompt = self.prompts.get(answer.key);
+            let (Some(messages), false) = (prompt, text.is_empty()) else {
+                continue;
+            };
+            let mut messages = messages.clone();
+            messages.push(Message {
+                role: "assistant".into(),
+                content: text.clone(),
+            });
+            texts.push(Prompt {
+                id: answer.key.to_owned(),
+                messages,
+            });
+            asked.push((at, text));
+        }
+        let lines = self.judge.judge(texts, stop)?;
+        for ((at, text), line) in asked.into_iter().zip(lines) {
+            let Some(line) = line else { continue };
+            let record = RecordView::of_line(&line)?;
+            let Some(logprobs) = &record.logprobs else {
+                continue;
+            };
+            let ids = spelling(tokenizer, written[at].ids, text.len());
+            let aligned = self
+                .mapper
+                .align(logprobs, text.as_bytes(), 0..text.len(), ids);
+            said[at] = aligned.ok();
+        }
+        Ok(said)
+    }
+}
+
+/// The text that an answer begins with, and that its tokens have a boundary behind: up to the end of the
+/// turn, another control token, or a part of a character.
+fn beginning(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+    let (mut bytes, mut end) = (Vec::new(), 0);
+    for &id in ids {
+        match tokenizer.token_bytes(id) {
+            Some(of_token) if !of_token.is_empty() => bytes.extend(of_token),
+            _ => break,
+        }
+        if std::str::from_utf8(&bytes).is_ok() {
+            end = bytes.len();
+        }
+    }
+    bytes.truncate(end);
+    String::from_utf8(bytes).unwrap_or_default()
+}
+
+/// The first ids, which spell so many bytes.
+fn spelling<'a>(tokenizer: &Tokenizer, ids: &'a [u32], bytes: usize) -> &'a [u32] {
+    let mut missing = bytes;
+    let count = ids.iter().take_while(|&&id| {
+        let is_more = missing > 0;
+        let of_token = tokenizer.token_bytes(id).map_or(0, <[u8]>::len);
+        missing = missing.saturating_sub(of_token);
+        is_more
+    });
+    &ids[..count.count()]
 }
 
 /// What stands before the last answer of an example.
@@ -111,19 +260,27 @@ fn prompt(example: ExampleView) -> Vec<u32> {
     example.input_ids().take(start + 1).collect()
 }
 
-/// Appends a prompt with its answer, every token of which is supervised.
-fn push(batch: &mut Batch, prompt: &[u32], answer: &[u32], key: &str) {
-    if answer.is_empty() {
-        return;
-    }
+/// Appends a prompt with its answer, every token of which is supervised; or, where the teacher has `said`
+/// something, each that it said something of.
+fn push(batch: &mut Batch, written: &Written, said: Option<&Aligned>) {
     let first = batch.input_ids.len();
-    batch.input_ids.extend(prompt);
-    batch.input_ids.extend(answer);
+    batch.input_ids.extend(written.prompt);
+    batch.input_ids.extend(written.ids);
     let end = batch.input_ids.len();
     batch.segments.push(Range { start: first, end });
-    batch.keys.push(key.to_owned());
-    for (at, token) in answer.iter().enumerate() {
-        batch.positions.push((first + prompt.len() + at - 1) as u32);
+    batch.keys.push(written.key.to_owned());
+    for (at, token) in written.ids.iter().enumerate() {
+        if let Some(said) = said {
+            if !said.is_soft(at) {
+                continue;
+            }
+            let (ids, logprobs) = said.soft(at);
+            batch.soft_ids.extend(ids);
+            batch.soft_logprobs.extend(logprobs);
+            batch.drawn.push(said.drawn(at));
+        }
+        let position = first + written.prompt.len() + at - 1;
+        batch.positions.push(position as u32);
         batch.labels.push(*token);
         batch.soft_offsets.push(batch.soft_ids.len());
     }

@@ -100,6 +100,11 @@ impl Optimizer {
         Ok(sum.sqrt())
     }
 
+    /// Counts a step in which there was nothing to learn.
+    pub fn skip(&mut self) {
+        self.step += 1;
+    }
+
     /// Updates every parameter at `learning_rate` with gradients clipped from `norm` to
     /// `train.max_grad_norm`.
     ///

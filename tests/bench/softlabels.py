@@ -19,8 +19,8 @@ import softlabels_text as text
 KS = [1, 5, 12, 20]
 # Examples in a step.
 BATCH = 32
-# How often the students of "N rounds" go through their part of the answers.
-ROUNDS = 4
+# How many times as many answers and steps the students of the second part get.
+MORE = 4
 SHAPE = {"teacher": (192, 512, 4), "student": (96, 256, 2)}
 
 
@@ -38,10 +38,10 @@ class Bench:
         self.options = options
         self.folder = Path(options.folder)
         # As many prompts as the students see examples: each answer is learnt from once.
-        self.rows = {"teacher": 24_000, "prompts": options.steps * BATCH, "heldout": 400}
+        self.rows = {"teacher": 24_000, "prompts": MORE * options.steps * BATCH, "heldout": 400}
         self.steps = {"teacher": 2_000, "student": options.steps}
         if options.quick:
-            self.rows = {"teacher": 1_000, "prompts": 400, "heldout": 60}
+            self.rows = {"teacher": 1_000, "prompts": MORE * 400, "heldout": 60}
             self.steps = {"teacher": 60, "student": 30}
 
     def distill(self, *arguments):
@@ -60,8 +60,8 @@ class Bench:
                 "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 4,
                 "max_position_embeddings": 256}
 
-    def training(self, role, seed):
-        return {"steps": self.steps[role], "batch_size": BATCH, "micro_batch_size": BATCH, "learning_rate": 3e-3, "seed": seed,
+    def training(self, role, seed, times=1):
+        return {"steps": times * self.steps[role], "batch_size": BATCH, "micro_batch_size": BATCH, "learning_rate": 3e-3, "seed": seed,
                 "warmup_steps": min(50, self.steps[role] // 4), "eval_every": 0, "checkpoint_every": 0,
                 "dtype": self.options.dtype}
 
@@ -77,8 +77,8 @@ class Bench:
                                   cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             address = json.loads(server.stdout.readline())["base_url"]
-            for name, source, limit in (("prompts", "prompts", self.rows["prompts"]),
-                                        ("part", "prompts", self.rows["prompts"] // ROUNDS),
+            for name, source, limit in (("prompts", "prompts", self.rows["prompts"] // MORE),
+                                        ("more", "prompts", self.rows["prompts"]),
                                         ("heldout", "heldout", self.rows["heldout"])):
                 config = self.config(f"harvest-{name}", run_dir=name, limits={"concurrency": 64},
                                      teacher={"base_url": address, "model": "teacher", "api_key_env": ""},
@@ -94,13 +94,14 @@ class Bench:
         config = self.config("eval", eval={"model": model, "batch_size": 32, **sections.pop("eval", {})}, **sections)
         return self.distill("eval", "-c", config)["teacher"]
 
-    def student(self, name, tokenizer, seed, kd, weight=0.5, top=None, alm=0.5, local=False, answers="prompts"):
+    def student(self, name, tokenizer, seed, kd, weight=0.5, top=None, alm=0.5, local=False, times=1):
         """Trains a student; returns its report on the held-out answers, and the report on its data."""
-        data = {"cache": f"{answers}/cache", "validation_share": 0.0, "max_length": 256}
+        cache = "more/cache" if times > 1 else "prompts/cache"
+        data = {"cache": cache, "validation_share": 0.0, "max_length": 256}
         if top:
             data["top_logprobs"] = top
         sections = {"run_dir": "student", "data": data, "student": self.model("student", tokenizer),
-                    "loss": {"kd": kd, "kd_weight": weight, "alm_weight": alm}, "train": self.training("student", seed)}
+                    "loss": {"kd": kd, "kd_weight": weight, "alm_weight": alm}, "train": self.training("student", seed, times)}
         if local:
             sections["teacher"] = {"local": "teacher/student"}
         began = time.time()
@@ -135,12 +136,11 @@ def losses(bench, seeds):
         treatments += [(f"{kd}, weight 1", 12, {"kd": kd, "top": 12, "weight": 1.0})
                        for kd in ("renormalize", "tail", "unbiased")]
         treatments.append(("dense, weight 1", "all", {"kd": "tail", "local": True, "weight": 1.0}))
-        # A part of the answers, several times: what was drawn may be learnt by heart.
-        part = {"answers": "part"}
-        treatments += [(f"cross-entropy, {ROUNDS} rounds", None, {"kd": "none", **part}),
-                       (f"tail, {ROUNDS} rounds", 12, {"kd": "tail", "top": 12, **part}),
-                       (f"unbiased, {ROUNDS} rounds", 12, {"kd": "unbiased", "top": 12, **part}),
-                       (f"dense, {ROUNDS} rounds", "all", {"kd": "tail", "local": True, **part})]
+        # What the theory says of averages, where there is more to average.
+        more = {"top": 12, "times": MORE}
+        treatments.append((f"cross-entropy, {MORE}x", None, {"kd": "none", "times": MORE}))
+        treatments += [(f"{kd}, {MORE}x{label}", 12, {"kd": kd, "weight": weight, **more})
+                       for label, weight in (("", 0.5), (", weight 0.8", 0.8)) for kd in ("tail", "unbiased")]
     found = {}
     for label, k, arguments in treatments:
         name = f"{label}, k = {k}" if k else label
@@ -246,6 +246,10 @@ def misses(found, others):
         "renormalize is worse calibrated at k = 5": off("renormalize", 5) > 2 * off("tail", 5),
         "renormalize alone is worse than the answers alone": kl("renormalize, weight 1", 12) > alone,
         "unbiased alone is closer than tail alone": kl("unbiased, weight 1", 12) < kl("tail, weight 1", 12),
+        f"unbiased beside cross-entropy comes up to tail with {MORE} times the answers":
+            kl("unbiased", 12) - kl("tail", 12) > 4 * abs(kl(f"unbiased, {MORE}x", 12) - kl(f"tail, {MORE}x", 12)),
+        f"unbiased leads at weight 0.8 with {MORE} times the answers":
+            kl(f"unbiased, {MORE}x, weight 0.8", 12) < kl(f"tail, {MORE}x, weight 0.8", 12),
         "dense is the closest": kl("dense", "all") < min(kl("tail", 20), kl("unbiased", 20)),
         "soft labels across tokenizers beat the answers alone":
             statistics.mean(others["another, tail"]) < statistics.mean(others["another, cross-entropy"]),

@@ -285,6 +285,8 @@ fn a_teacher_on_this_machine_is_one_and_what_needs_it_says_so() {
     assert!(config.teacher.local.unwrap().ends_with("model"));
     let on_policy = "[teacher]\nlocal = \"model\"\n[train]\non_policy = true\n";
     assert!(load_text(on_policy, &[], &[]).is_ok());
+    let asked = "[train]\non_policy = true\n[on_policy]\njudge = \"prompt_logprobs\"\n";
+    assert!(load_text(asked, &[], &[]).is_ok());
     for (text, needle) in [
         ("[teacher]\ncotrain = true\n", "teacher.local"),
         ("[[teachers]]\nmodel = \"a\"\nlocal = \"b\"\n", "[teacher]"),
@@ -297,6 +299,21 @@ fn a_teacher_on_this_machine_is_one_and_what_needs_it_says_so() {
         ("[data]\ntop_logprobs = 0\n", "data.top_logprobs"),
         ("[loss]\nbeta = 1.0\n", "loss.beta"),
         ("[on_policy]\nshare = 1.5\n", "on_policy.share"),
+        ("[on_policy]\njudge = \"echo\"\n", "on_policy.tokenizer"),
+        (
+            &format!("{asked}[teacher]\nlocal = \"model\"\n"),
+            "without teacher.local",
+        ),
+        (
+            &format!("{asked}[sampling]\ntop_logprobs = 0\n"),
+            "sampling.top_logprobs",
+        ),
+        (
+            &format!(
+                "{asked}[[teachers]]\nmodel = \"a\"\n[[teachers]]\nname = \"b\"\nmodel = \"b\"\n"
+            ),
+            "one teacher",
+        ),
     ] {
         let error = load_text(text, &[], &[]).unwrap_err();
         let message = format!("{error:#}");

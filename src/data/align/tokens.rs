@@ -6,6 +6,9 @@ use foldhash::fast::FixedState;
 
 use crate::data::tokenizer::Tokenizer;
 
+/// U+FFFD in UTF-8.
+const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
+
 /// Looks tokens up by their bytes, and remembers what it found.
 pub(super) struct Tokens<'a> {
     tokenizer: &'a Tokenizer,
@@ -24,8 +27,8 @@ impl<'a> Tokens<'a> {
     }
 
     /// The student token for a teacher token that is spelled `bytes`: that with the same bytes, or
-    /// else the first of their encoding, an event that they imply. None for control tokens and what
-    /// the student cannot spell.
+    /// else the first of their encoding, an event that they imply. None for control tokens, for what holds
+    /// the replacement character, and for what the student cannot spell.
     pub fn id_of(&mut self, bytes: &[u8]) -> Option<u32> {
         let tokenizer = self.tokenizer;
         match short_key(bytes) {
@@ -69,6 +72,10 @@ fn short_key(bytes: &[u8]) -> Option<u128> {
 }
 
 fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
+    // Some servers tell a part of a character so, and which part that is nobody knows.
+    if memchr::memmem::find(bytes, REPLACEMENT).is_some() {
+        return None;
+    }
     let same = tokenizer.id_of_bytes(bytes);
     same.or_else(|| match is_stop(tokenizer, bytes) {
         true => None,

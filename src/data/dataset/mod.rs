@@ -5,6 +5,7 @@ mod report;
 mod rows;
 mod source;
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -14,9 +15,10 @@ use super::tokenizer::Tokenizer;
 use crate::config::{self, Config};
 use crate::exit::Exit;
 use crate::fs;
+use crate::prompt::Message;
 pub use report::Report;
 pub use rows::prompt_of;
-use source::Source;
+use source::{Portion, Source};
 
 /// Told how many bytes of how many have been read; may end the reading by an error.
 pub type OnProgress<'a> = &'a mut (dyn FnMut(u64, u64) -> Result<()> + Send);
@@ -144,6 +146,28 @@ pub fn load(
         )));
     }
     Ok(dataset)
+}
+
+/// What the last answer of each example answers, by the example's key, as messages.
+///
+/// # Errors
+/// If the source cannot be read, or a row of a file of conversations is none.
+pub fn prompts(config: &Config) -> Result<HashMap<String, Vec<Message>>> {
+    let source = Source::of(config);
+    let mut prompts = HashMap::new();
+    let (mut reader, mut portion) = (source.open()?, Portion::default());
+    while reader.next(&mut portion)? {
+        let read = portion.rows(&source, &config.data, |_, row| {
+            if let Ok(mut row) = row {
+                let answer = row.messages.iter().rposition(|m| m.role == "assistant");
+                row.messages.truncate(answer.unwrap_or_default());
+                prompts.insert(row.key, row.messages);
+            }
+            Ok(())
+        });
+        read.map_err(|(_, error)| error)?;
+    }
+    Ok(prompts)
 }
 
 /// The teacher's answers in the cache folder `dir`, all of them for validation, in memory.

@@ -84,18 +84,18 @@ impl Tokenizer {
     }
 
     /// Ids of a conversation that ends in the midst of its last message, an answer, which the model is to
-    /// continue.
+    /// continue; and which of them spell that answer.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`], and where the last message is no answer.
-    pub fn encode_continued(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let mut conversation = self.conversation(messages)?;
-        let last = conversation.answers.last();
-        match last.filter(|answer| answer.message + 1 == messages.len()) {
-            Some(answer) => conversation.ids.truncate(answer.tokens.end),
-            None => bail!("the last message is not the assistant's"),
-        }
-        Ok(conversation.ids)
+    pub fn encode_continued(&self, messages: &[Message]) -> Result<(Vec<u32>, Range<usize>)> {
+        let Conversation { mut ids, answers } = self.conversation(messages)?;
+        let last = answers.last();
+        let Some(answer) = last.filter(|answer| answer.message + 1 == messages.len()) else {
+            bail!("the last message is not the assistant's");
+        };
+        ids.truncate(answer.tokens.end);
+        Ok((ids, answer.tokens.clone()))
     }
 
     /// Ids of a conversation, and the ranges of those that a student must learn to predict: each

@@ -1,5 +1,6 @@
 //! The one task that decides what is sent, and what becomes of the replies.
 
+mod ending;
 mod recording;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use crate::harvest::summary::Summary;
 use crate::harvest::timeline::{Timeline, Used};
 use crate::signal::Signals;
 use crate::terminal::{Progress, format_duration};
+pub use ending::Ended;
 
 /// A wait that is worth telling.
 const LONG_WAIT: Duration = Duration::from_secs(5);
@@ -65,7 +67,7 @@ pub struct Dispatcher<'a> {
 }
 
 /// What a request task has come to.
-type Ended = Result<Result<Finished>, JoinError>;
+type Back = Result<Result<Finished>, JoinError>;
 
 /// What came of trying to send one more request.
 enum Next {
@@ -86,7 +88,7 @@ impl<'a> Dispatcher<'a> {
         lanes: Vec<Lane>,
         purse: Purse,
         clock: WallClock,
-        quiet: bool,
+        progress: Progress,
     ) -> Result<Self> {
         let now = Instant::now();
         let used = lanes.iter().map(|lane| Used {
@@ -114,7 +116,7 @@ impl<'a> Dispatcher<'a> {
             is_closed: false,
             started: now,
             rates: Rates::new(now, &summary),
-            progress: Progress::new("harvest", plan.total, quiet),
+            progress,
             summary,
             plan,
             clock,
@@ -138,7 +140,12 @@ impl<'a> Dispatcher<'a> {
 
     /// Runs until every row has ended, or until something stops it and what was in flight is
     /// recorded.
-    pub async fn run(mut self, mut signals: Signals) -> Result<Summary> {
+    pub async fn run(self, signals: Signals) -> Result<Summary> {
+        Ok(self.run_to_end(signals).await?.summary)
+    }
+
+    /// As [`Dispatcher::run`], of whose parts another one is to be made.
+    pub async fn run_to_end(mut self, mut signals: Signals) -> Result<Ended> {
         let lanes = self.lanes.iter();
         let most_in_flight = lanes.map(|lane| lane.settings.limits.concurrency as u64);
         self.purse.expect_in_flight(most_in_flight.sum())?;
@@ -292,7 +299,7 @@ impl<'a> Dispatcher<'a> {
 
     /// The request that has ended, and those that end as soon as they are let: under a full load
     /// each would otherwise be recorded by a write of its own.
-    async fn group(&mut self, first: Ended) -> Vec<Ended> {
+    async fn group(&mut self, first: Back) -> Vec<Back> {
         let mut group = vec![first];
         let mut is_growing = true;
         while std::mem::take(&mut is_growing) {
@@ -308,7 +315,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Records the answers that have come, by one write, and decides about the other replies.
-    fn take_back(&mut self, group: Vec<Ended>) -> Result<()> {
+    fn take_back(&mut self, group: Vec<Back>) -> Result<()> {
         let (mut finished, mut fault) = (Vec::with_capacity(group.len()), None);
         for ended in group {
             match ended.context("a request task failed").flatten() {
@@ -462,28 +469,5 @@ impl<'a> Dispatcher<'a> {
             lane.settings.price.input.is_some() && lane.settings.price.output.is_some()
         });
         self.purse.tell(is_priced, &mut self.summary);
-    }
-
-    fn finish(mut self) -> Result<Summary> {
-        let synced = self.cache.sync();
-        synced.map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
-        self.pass_time();
-        let still_in_flight = (self.in_flight.len() + self.room.take().len()) as u64;
-        room::excuse(self.purse.close(&mut self.lanes, still_in_flight))?;
-        self.note_dollars();
-        let mut summary = self.summary;
-        summary.attempts_lost += still_in_flight;
-        summary.pending = summary.total - summary.done();
-        summary.seconds = self.started.elapsed().as_secs_f64();
-        summary.hours = self.timeline.hours;
-        // An hour that the run only just touched.
-        summary
-            .hours
-            .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
-        let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
-        let of_rows = summary.error_of_rows(&self.config.run_dir);
-        summary.error = self.stop.or(of_a_lane).or(of_rows);
-        room::excuse(summary.write(&self.config.run_dir))?;
-        Ok(summary)
     }
 }

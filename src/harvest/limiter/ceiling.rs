@@ -40,6 +40,9 @@ pub struct Ceilings {
     /// What has been granted to the head of the queue, which still waits for the rest; a grant
     /// cannot be returned, so it is kept for whoever is asked about next.
     granted_tokens: u32,
+    tokens_per_minute: Option<u32>,
+    /// Tokens that may leave at once at least.
+    largest: u64,
 }
 
 impl Ceilings {
@@ -64,7 +67,34 @@ impl Ceilings {
                 .transpose()?,
             clock,
             granted_tokens: 0,
+            tokens_per_minute: limits.tokens_per_minute,
+            largest,
         })
+    }
+
+    /// Makes room for a request that is larger than was known. What it is let out by must first come in:
+    /// no minute sees more for it.
+    ///
+    /// # Errors
+    /// As [`Ceilings::new`].
+    pub fn make_room_for(&mut self, largest: u64) -> Result<()> {
+        let Some(limit) = self.tokens_per_minute.filter(|_| largest > self.largest) else {
+            return Ok(());
+        };
+        let limits = Limits {
+            tokens_per_minute: self.tokens_per_minute,
+            ..Limits::default()
+        };
+        check_largest(&limits, largest)?;
+        let tokens = gcra(limit, largest as u32, self.clock.clone())?;
+        let all = burst(limit).max(largest as u32);
+        if let Some(all) = NonZeroU32::new(all) {
+            // A new one begins full.
+            let _ = tokens.check_n(all);
+        }
+        (self.tokens, self.largest) = (Some(tokens), largest);
+        self.granted_tokens = 0;
+        Ok(())
     }
 
     /// May a request of about so many tokens leave now? If not, when to ask again.
@@ -195,6 +225,26 @@ mod tests {
         let busiest = busiest_minute(&times, &sizes);
         assert!(busiest <= 40_000 + 666, "{busiest}");
         assert!(busiest >= 39_000, "{busiest}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn room_for_a_larger_request_lets_no_more_out() {
+        let mut limiter = Ceilings::new(&limits(None, Some(6_000)), 100).unwrap();
+        let start = Instant::now();
+        let (mut times, mut sizes) = (Vec::new(), Vec::new());
+        for round in 1..=20 {
+            let largest = 100 * round;
+            limiter.make_room_for(largest).unwrap();
+            let before = start.elapsed().as_secs_f64();
+            let more = [largest, 50, 100, 50];
+            let left = departures(&mut limiter, more).await;
+            times.extend(left.into_iter().map(|time| before + time));
+            sizes.extend(more);
+        }
+        let busiest = busiest_minute(&times, &sizes);
+        assert!(busiest <= 6_000 + 2_000, "{busiest}");
+        assert!(busiest >= 5_000, "{busiest}");
+        assert!(limiter.make_room_for(6_001).is_err());
     }
 
     #[tokio::test(start_paused = true)]

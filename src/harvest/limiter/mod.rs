@@ -66,6 +66,14 @@ impl Limiter {
         })
     }
 
+    /// Makes room for a request that is larger than was known when it was made.
+    ///
+    /// # Errors
+    /// Where it could never leave.
+    pub fn make_room_for(&mut self, largest: Cost) -> Result<()> {
+        self.ceilings.make_room_for(largest.tokens())
+    }
+
     /// Lets a request out, or says when to ask again. There is room for `room` such requests.
     pub fn admit(&mut self, cost: Cost, room: usize) -> Result<Departure, Instant> {
         let now = Instant::now();

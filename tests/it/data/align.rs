@@ -165,6 +165,22 @@ fn tokens_that_do_not_spell_the_answer_are_refused() {
 }
 
 #[test]
+fn what_is_told_as_the_replacement_character_counts_to_the_rest() {
+    let tokenizer = tokenizer("bytelevel");
+    let ids = tokenizer.encode_text("The").unwrap();
+    let rows: Vec<Row> = vec![(
+        "The",
+        -1.0,
+        &[("The", Some(-1.0)), ("\u{fffd}", Some(-1.5))],
+    )];
+    let teacher = logprobs(&rows);
+    let aligned = Mapper::new(&tokenizer, None)
+        .align(&(&teacher).into(), b"The", 0..3, &ids)
+        .unwrap();
+    assert_eq!(aligned.soft(0).1.len(), 1);
+}
+
+#[test]
 fn groups_are_cut_at_common_boundaries() {
     let cases: [(&[usize], &[usize], Vec<_>); 4] = [
         (

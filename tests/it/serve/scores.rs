@@ -81,6 +81,7 @@ async fn both_ways_to_score_a_text_agree() {
     let body = json!({
         "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the inn, é"}],
         "max_tokens": 1, "prompt_logprobs": 4, "continue_final_message": true, "add_generation_prompt": false,
+        "return_token_ids": true,
     });
     let answer = fixture.ask(&request("", body)).await;
     let positions = answer["prompt_logprobs"].as_array().unwrap();
@@ -104,6 +105,7 @@ async fn both_ways_to_score_a_text_agree() {
 
     let first = 256 + 6 + 1;
     let prompt: Vec<u32> = [first].into_iter().chain(ids).collect();
+    assert_eq!(answer["prompt_token_ids"], json!(prompt));
     let body = json!({"model": "tiny", "prompt": prompt, "max_tokens": 0, "echo": true, "logprobs": 0,
         "prompt_logprobs": 2});
     let read = fixture.ask_at("/completions", &body).await;

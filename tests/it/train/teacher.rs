@@ -81,7 +81,7 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
     assert!(kl.unwrap().abs() < 1e-6 && agreement == Some(1.0), "{kl:?}");
 }
 
-fn log_softmax(logits: &[f32]) -> Vec<f64> {
+pub fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let sum: f64 = logits.iter().map(|z| f64::from(*z).exp()).sum();
     logits.iter().map(|z| f64::from(*z) - sum.ln()).collect()
 }

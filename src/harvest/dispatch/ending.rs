@@ -1,0 +1,45 @@
+//! The end of a run: the books are closed, and the summary is written.
+
+use anyhow::Result;
+
+use super::Dispatcher;
+use crate::harvest::lane::Lane;
+use crate::harvest::purse::Purse;
+use crate::harvest::summary::Summary;
+use crate::harvest::{room, stop};
+
+/// What is left of a dispatcher.
+pub struct Ended {
+    pub summary: Summary,
+    pub lanes: Vec<Lane>,
+    pub purse: Purse,
+}
+
+impl Dispatcher<'_> {
+    pub(super) fn finish(mut self) -> Result<Ended> {
+        let synced = self.cache.sync();
+        synced.map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
+        self.pass_time();
+        let still_in_flight = (self.in_flight.len() + self.room.take().len()) as u64;
+        room::excuse(self.purse.close(&mut self.lanes, still_in_flight))?;
+        self.note_dollars();
+        let mut summary = self.summary;
+        summary.attempts_lost += still_in_flight;
+        summary.pending = summary.total - summary.done();
+        summary.seconds = self.started.elapsed().as_secs_f64();
+        summary.hours = self.timeline.hours;
+        // An hour that the run only just touched.
+        summary
+            .hours
+            .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
+        let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
+        let of_rows = summary.error_of_rows(&self.config.run_dir);
+        summary.error = self.stop.or(of_a_lane).or(of_rows);
+        room::excuse(summary.write(&self.config.run_dir))?;
+        Ok(Ended {
+            summary,
+            lanes: self.lanes,
+            purse: self.purse,
+        })
+    }
+}

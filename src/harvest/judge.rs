@@ -1,0 +1,260 @@
+//! What an endpoint says of texts that a student wrote, asked for while the student trains.
+//!
+//! Judgements are paid for like answers, so they go the same way: through the limits, the retries and
+//! the budget of the run, into a cache of their own ([`Config::judged_dir`]). A run that was killed and
+//! resumed writes the same texts again, and buys none of them twice.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use tokio::runtime::Runtime;
+
+use super::clock::WallClock;
+use super::dispatch::{Dispatcher, Ended};
+use super::lane::Lane;
+use super::limiter::Shared;
+use super::plan::Plan;
+use super::purse::Purse;
+use super::request::{self, Asking};
+use super::scoring::Scoring;
+use super::summary::Summary;
+use super::teacher::{self, Teacher, Transport};
+use crate::cache::lookup::Lookup;
+use crate::cache::{self, Cache};
+use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
+use crate::data::tokenizer::Tokenizer;
+use crate::exit::Exit;
+use crate::prompt::Prompt;
+use crate::signal::StopFlag;
+use crate::terminal::Progress;
+
+/// An endpoint, ready to judge.
+pub struct Judge {
+    /// Its `run_dir` is the folder of the judgements.
+    config: Config,
+    lane: config::Lane,
+    scoring: Arc<Scoring>,
+    transport: Arc<dyn Transport>,
+    runtime: Runtime,
+    cache: Cache,
+    judged: Lookup,
+    /// Between two calls; the lane only once there has been one.
+    purse: Option<Purse>,
+    limits: Option<Lane>,
+    told: Told,
+    quiet: bool,
+    /// Held so that no harvest keeps the same books meanwhile.
+    _harvest: Cache,
+}
+
+/// What judging has come to.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Told {
+    /// Texts that were to be judged.
+    pub texts: u64,
+    /// Of these, judged before, by a part of the run that was stopped.
+    pub cached: u64,
+    /// Refused, or failed for good.
+    pub failed: u64,
+    /// Judged, but of no use: the teacher's tokens do not spell the text.
+    pub unusable: u64,
+    /// Sent, retries included.
+    pub requests: u64,
+    pub prompt_tokens: u64,
+    /// By their usage; none without prices.
+    pub cost_usd: Option<f64>,
+}
+
+impl Judge {
+    /// The judge that the config names; None where that is a model on this machine, or none is needed.
+    /// Unless it is `quiet` it tells of long waits.
+    ///
+    /// # Errors
+    /// Where a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of
+    /// the judgements cannot be opened.
+    pub fn of(config: &Config, quiet: bool) -> Result<Option<Judge>> {
+        let dialect = config.on_policy.judge;
+        if !config.train.on_policy || dialect == JudgedBy::Local {
+            return Ok(None);
+        }
+        request::check(config)?;
+        let clock = WallClock::system();
+        super::check_money(config, None, clock.now())?;
+        let Some(mut lane) = config.lanes().pop() else {
+            return Ok(None);
+        };
+        // Of no use, but no endpoint takes less.
+        lane.sampling.max_tokens = 1;
+        let path = match dialect {
+            JudgedBy::Echo => "completions",
+            _ => "chat/completions",
+        };
+        let transport = Arc::new(Teacher::at(&lane.teacher, path)?);
+        let tokenizer = config.on_policy.tokenizer.as_deref();
+        let tokenizer = tokenizer.map(|dir| {
+            Tokenizer::load(dir)
+                .with_context(|| format!("cannot load on_policy.tokenizer {}", dir.display()))
+        });
+        let scoring = Arc::new(Scoring {
+            judge: dialect,
+            tokenizer: tokenizer.transpose()?,
+        });
+        let harvest = Cache::open(&config.own_cache(), &config.cache)?;
+        let config = Config {
+            run_dir: config.judged_dir(),
+            cache: config::Cache {
+                compression: Compression::None,
+                ..config.cache.clone()
+            },
+            ..config.clone()
+        };
+        let cache = Cache::open(&config.own_cache(), &config.cache)?;
+        let judged = Lookup::open(&config.own_cache())?;
+        let (purse, _) = Purse::open(
+            // That of the run: one budget for all that it buys.
+            config.run_dir.parent().unwrap_or(&config.run_dir),
+            config.budget.usd,
+            harvest.cost_when_opened() + judged.cost_usd(),
+            clock,
+        )?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .context("cannot start the async runtime")?;
+        Ok(Some(Judge {
+            config,
+            lane,
+            scoring,
+            transport,
+            runtime,
+            cache,
+            judged,
+            purse: Some(purse),
+            limits: None,
+            told: Told::default(),
+            quiet,
+            _harvest: harvest,
+        }))
+    }
+
+    /// What it has come to so far.
+    pub fn told(&self) -> &Told {
+        &self.told
+    }
+
+    /// The records of these texts, in order: conversations whose last message is to be judged. None where
+    /// the endpoint refuses one, or fails at it for good.
+    ///
+    /// # Errors
+    /// Where a harvest would stop: no money left, an outage, a signal of `stop`; and where nothing that it
+    /// was asked so far could be used.
+    pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
+        let asking = self.asking();
+        let identity = teacher::identity(&self.lane.teacher);
+        let keys: Vec<String> = texts
+            .iter()
+            .map(|text| request::key(identity, &asking.body(&text.messages, 0), 0))
+            .map(|key| key.hash.to_hex().to_string())
+            .collect();
+        let settings = config::Prompts {
+            samples: 1,
+            order: Order::Source,
+            teachers: Assignment::All,
+            ..config::Prompts::default()
+        };
+        let is_cached = |key: &str| self.cache.contains(key);
+        let plan = Plan::new(texts, vec![asking], &settings, None, is_cached);
+        self.told.texts += plan.total;
+        self.told.cached += plan.cached - plan.repeated;
+        if !plan.rows.is_empty() {
+            self.ask(plan, stop)?;
+            self.judged.refresh()?;
+        }
+        keys.iter().map(|key| self.judged.line(key)).collect()
+    }
+
+    fn asking(&self) -> Asking {
+        Asking {
+            scoring: Some(Arc::clone(&self.scoring)),
+            ..Asking::plain(self.lane.clone())
+        }
+    }
+
+    fn ask(&mut self, plan: Plan, stop: &StopFlag) -> Result<()> {
+        let purse = self.purse.take().context("the books are lost")?;
+        purse.check_largest(&plan, 0)?;
+        let (limits, progress) = (self.limits.take(), Progress::notes(self.quiet));
+        let (config, cache, lane) = (&self.config, &self.cache, &self.lane);
+        let transport = Arc::clone(&self.transport);
+        let ended = self.runtime.block_on(async {
+            let wake = Arc::default();
+            let limits = match limits {
+                Some(mut limits) => {
+                    limits.go_on(&plan, 0)?;
+                    limits
+                }
+                None => {
+                    let patience = Duration::try_from_secs_f64(config.retry.max_outage_s)?;
+                    let shared = Shared::connect(lane, plan.largest(0), patience, &wake).await?;
+                    let day = purse.day(lane);
+                    Lane::new(&plan, 0, transport, day, shared, &config.retry)?
+                }
+            };
+            let (clock, plan) = (WallClock::system(), Arc::new(plan));
+            let dispatcher =
+                Dispatcher::new(config, plan, cache, vec![limits], purse, clock, progress)?;
+            dispatcher.woken_by(wake).run_to_end(stop.signals()).await
+        })?;
+        let Ended {
+            summary,
+            mut lanes,
+            purse,
+        } = ended;
+        (self.purse, self.limits) = (Some(purse), lanes.pop());
+        self.count(summary)
+    }
+
+    fn count(&mut self, summary: Summary) -> Result<()> {
+        let told = &mut self.told;
+        told.failed += summary.failed;
+        told.unusable += summary.without_logprobs;
+        told.requests += summary.requests;
+        told.prompt_tokens += summary.usage.prompt_tokens;
+        told.cost_usd = summary.cost_usd;
+        let refused = summary.failed_rows.first().map(|row| row.message.clone());
+        match summary.error {
+            // Some texts are judged less.
+            Some(error) if matches!(error.downcast_ref(), Some(Exit::SomeFailed(_))) => {}
+            Some(error) => return Err(error),
+            None => {}
+        }
+        if told.failed + told.unusable < told.texts {
+            return Ok(());
+        }
+        let why = refused.unwrap_or_else(|| {
+            "its tokens do not spell what the student wrote. Set on_policy.tokenizer to the folder of the \
+             teacher's tokenizer"
+                .into()
+        });
+        Err(Exit::Usage(format!(
+            "{} judges nothing: {why}",
+            self.lane.teacher.label()
+        ))
+        .into())
+    }
+}
+
+/// What the judgements of the run in this folder cost, in US dollars.
+///
+/// # Errors
+/// Where their cache cannot be read.
+pub fn cost_usd(config: &Config) -> Result<f64> {
+    let dir = config.judged_dir().join("cache");
+    match cache::exists(&dir) {
+        true => Ok(Lookup::open(&dir)?.cost_usd()),
+        false => Ok(0.0),
+    }
+}

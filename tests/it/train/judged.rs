@@ -1,0 +1,320 @@
+//! What the student writes itself, judged by a teacher behind an API.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Result, bail};
+use distill::config::{ComputeDtype, Config, Init, JudgedBy, Kd, Teacher};
+use distill::data::tokenizer::Tokenizer;
+use distill::exit::Exit;
+use distill::harvest::{self, HarvestOptions};
+use distill::model::{Input, Model};
+use distill::prompt::{Message, Prompt};
+use distill::serve::{self, ServeOptions, Server};
+use distill::signal::StopFlag;
+use distill::train::on_policy::Judge;
+use distill::train::{self, Start, Summary};
+
+use super::teacher::log_softmax;
+use super::{metrics, run_folder, weights};
+
+/// Serves the teacher of the run folder, and has it judge.
+fn judged(config: &mut Config, teacher: &Path, by: JudgedBy) -> Server {
+    let options = ServeOptions {
+        port: 0,
+        model_name: Some("teacher".into()),
+        ..ServeOptions::default()
+    };
+    let server = serve::start(teacher, options).unwrap();
+    config.teacher = Teacher {
+        base_url: server.base_url(),
+        model: "teacher".into(),
+        api_key_env: String::new(),
+        ..Teacher::default()
+    };
+    config.loss.kd = Kd::Tail;
+    config.train.on_policy = true;
+    config.on_policy.max_tokens = 8;
+    config.on_policy.share = 1.0;
+    config.on_policy.judge = by;
+    config.on_policy.tokenizer = Some(teacher.into());
+    server
+}
+
+/// The judge of the config, that says how often it was called and fails at the `fails`-th call.
+struct Asked {
+    judge: harvest::Judge,
+    calls: Arc<AtomicUsize>,
+    fails: usize,
+}
+
+impl Judge for Asked {
+    fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
+        if self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fails {
+            bail!("the teacher is gone");
+        }
+        self.judge.judge(texts, stop)
+    }
+}
+
+/// Trains, with a judge that is gone at the `fails`-th call; 0 is never.
+fn run(config: &Config, start: Start, fails: usize) -> (Result<Summary>, harvest::Told) {
+    let judge = harvest::Judge::of(config, true).unwrap().unwrap();
+    let calls = Arc::default();
+    let mut asked = Asked {
+        judge,
+        calls,
+        fails,
+    };
+    let summary = train::run_judged(config, start.into(), Some(&mut asked));
+    (summary, asked.judge.told().clone())
+}
+
+fn judged_kd(config: &Config) -> Vec<f64> {
+    let lines = metrics(config);
+    lines
+        .iter()
+        .filter_map(|line| line["on_policy_kd"].as_f64())
+        .collect()
+}
+
+#[test]
+fn a_student_learns_from_what_an_endpoint_says_of_its_own_answers() {
+    let (_dir, mut config) = run_folder();
+    let teacher = config.student.path.clone();
+    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    config.train.steps = Some(150);
+    let (summary, told) = run(&config, Start::Ask, 0);
+    assert!(summary.unwrap().last_loss.is_finite());
+    let kd = judged_kd(&config);
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&kd[..5]), mean(&kd[kd.len() - 20..]));
+    assert!(last < 0.85 * first, "from {first} to {last}");
+    assert!(
+        told.texts > 300 && told.failed + told.unusable == 0,
+        "{told:?}"
+    );
+    assert_eq!(told.requests + told.cached, told.texts, "{told:?}");
+}
+
+/// A student that has learnt to write text, to begin with.
+fn begin_with_a_writer(config: &mut Config) {
+    let mut first = config.clone();
+    first.run_dir = config.run_dir.with_file_name("writer");
+    first.loss.kd = Kd::None;
+    first.train.steps = Some(60);
+    train::run(&first, Start::Ask.into()).unwrap();
+    config.student.init = Init::Pretrained;
+    config.student.path = first.student_dir();
+}
+
+/// The same text is worth the same by every way to ask: what the two models' distributions say.
+#[test]
+fn the_dialects_agree_with_each_other_and_with_the_models() {
+    let (_dir, mut config) = run_folder();
+    let teacher = config.student.path.clone();
+    config.train.steps = Some(1);
+    config.train.dtype = ComputeDtype::F32;
+    config.train.batch_size = 12;
+    begin_with_a_writer(&mut config);
+    let mut judged_as = Vec::new();
+    for (by, tokenizer) in [
+        (JudgedBy::PromptLogprobs, false),
+        (JudgedBy::PromptLogprobs, true),
+        (JudgedBy::Echo, true),
+    ] {
+        let _server = judged(&mut config, &teacher, by);
+        if !tokenizer {
+            config.on_policy.tokenizer = None;
+        }
+        let (summary, told) = run(&config, Start::Fresh, 0);
+        summary.unwrap();
+        assert!(
+            told.texts >= 3 && told.failed + told.unusable == 0,
+            "{by:?}: {told:?}"
+        );
+        judged_as.push(judged_kd(&config)[0]);
+        if by == JudgedBy::PromptLogprobs {
+            let expected = expected_kd(&config, &teacher);
+            let found = judged_as[judged_as.len() - 1];
+            let fits = match tokenizer {
+                true => (found - expected).abs() < 1e-5 * expected,
+                // By its text alone a part of a character is not known: it falls to the rest.
+                false => found < expected && found > 0.9 * expected,
+            };
+            assert!(fits, "{judged_as:?} and {expected}");
+        }
+        std::fs::remove_dir_all(config.judged_dir()).unwrap();
+    }
+    assert!((judged_as[1] - judged_as[2]).abs() < 1e-5, "{judged_as:?}");
+}
+
+/// Mean reverse KL over the tokens of the texts in the cache of judgements, on the teacher's 20 likeliest
+/// tokens, the one that is there, and the rest.
+fn expected_kd(config: &Config, teacher: &Path) -> f64 {
+    let tokenizer = Tokenizer::load(teacher).unwrap();
+    let [teacher, student] = [teacher, &config.student.path].map(|dir| Model::load(dir).unwrap());
+    let vocabulary = tokenizer.vocab_size();
+    let (mut sum, mut count) = (0.0, 0);
+    for record in distill::cache::read(&config.judged_dir().join("cache")).unwrap() {
+        let record = record.unwrap();
+        let messages: Vec<Message> =
+            serde_json::from_value(record.request["messages"].clone()).unwrap();
+        assert_eq!(messages.last().unwrap().content, record.answer.text);
+        let (ids, answer) = tokenizer.encode_continued(&messages).unwrap();
+        let positions: Vec<u32> = answer.clone().map(|at| at as u32 - 1).collect();
+        let segments = [0..ids.len()];
+        let input = Input {
+            input_ids: &ids,
+            segments: &segments,
+            positions: &positions,
+        };
+        let of = |model: &Model| model.map_logits(input, |_, row| log_softmax(&row[..vocabulary]));
+        let (teachers, students) = (of(&teacher).unwrap(), of(&student).unwrap());
+        for ((p, q), at) in teachers.iter().zip(&students).zip(answer) {
+            let mut known: Vec<usize> = (0..vocabulary).collect();
+            known.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+            known.truncate(20);
+            // A control token is no text, and goes to the rest.
+            known.retain(|&id| !tokenizer.is_special(id as u32));
+            if !known.contains(&(ids[at] as usize)) {
+                known.push(ids[at] as usize);
+            }
+            let rest = |of: &[f64]| 1.0 - known.iter().map(|&id| of[id].exp()).sum::<f64>();
+            let tail = rest(q) * (rest(q) / rest(p)).ln();
+            sum += tail
+                + known
+                    .iter()
+                    .map(|&id| q[id].exp() * (q[id] - p[id]))
+                    .sum::<f64>();
+            count += 1;
+        }
+    }
+    sum / f64::from(count)
+}
+
+#[test]
+fn a_run_that_was_cut_off_buys_no_judgement_twice_and_ends_in_the_same_bytes() {
+    let (dir, mut config) = run_folder();
+    let teacher = config.student.path.clone();
+    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    config.on_policy.share = 0.5;
+    config.train.checkpoint_every = 4;
+    let (summary, whole) = run(&config, Start::Ask, 0);
+    summary.unwrap();
+    assert_eq!(whole.cached, 0);
+    let expected = (weights(&config), metrics(&config));
+
+    config.run_dir = dir.path().join("cut");
+    let (summary, first) = run(&config, Start::Ask, 8);
+    let error = format!("{:#}", summary.unwrap_err());
+    assert!(
+        error.contains("gone") && error.contains("--resume"),
+        "{error}"
+    );
+    // As if it had been killed at step 8, after the checkpoint of step 4.
+    let checkpoints = config.run_dir.join("checkpoints");
+    std::fs::remove_dir_all(checkpoints.join("step-000007")).unwrap();
+    assert!(checkpoints.join("step-000004").exists());
+    let (summary, second) = run(&config, Start::Resume, 0);
+    summary.unwrap();
+    assert_eq!((weights(&config), metrics(&config)), expected);
+    assert!(second.cached > 0, "{second:?}");
+    assert_eq!(first.requests + second.requests, whole.requests);
+
+    // Another teacher would be another run.
+    config.teacher.model = "another".into();
+    let (summary, _) = run(&config, Start::Resume, 0);
+    let error = format!("{:#}", summary.unwrap_err());
+    assert!(error.contains("have changed"), "{error}");
+}
+
+#[test]
+fn judging_spends_from_the_budget_of_the_run_and_stops_with_a_checkpoint() {
+    let (_dir, mut config) = run_folder();
+    let teacher = config.student.path.clone();
+    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    (config.price.input, config.price.output) = (Some(100.0), Some(100.0));
+    config.budget.usd = Some(0.05);
+    let (summary, told) = run(&config, Start::Ask, 0);
+    let error = summary.unwrap_err();
+    assert_eq!(Exit::code_of(&error), 4, "{error:#}");
+    assert!(format!("{error:#}").contains("--resume"), "{error:#}");
+    let spent = told.cost_usd.unwrap();
+    assert!(spent > 0.02 && spent <= 0.05, "{told:?}");
+
+    // What is left is what a harvest may spend.
+    let prompts = config.run_dir.join("prompts.jsonl");
+    let rows: String = (0..200)
+        .map(|i| format!("{{\"messages\":[{{\"role\":\"user\",\"content\":\"number {i}\"}}]}}\n"))
+        .collect();
+    std::fs::write(&prompts, rows).unwrap();
+    config.prompts.source = prompts;
+    config.sampling.max_tokens = 8;
+    let options = HarvestOptions {
+        quiet: true,
+        ..HarvestOptions::default()
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let summary = runtime.block_on(harvest::run(&config, options)).unwrap();
+    let all = summary.run_folder_usd.unwrap();
+    assert!(summary.pending > 0 && all <= 0.05, "{all}");
+    assert!(all - spent - summary.cost_usd.unwrap() < 1e-9 && all >= spent);
+}
+
+#[test]
+fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
+    let (_dir, mut config) = run_folder();
+    let teacher = config.student.path.clone();
+    let server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    drop(server);
+    let script =
+        distill::serve::mock::Script::parse(std::path::Path::new("script.toml"), "").unwrap();
+    let mock =
+        distill::serve::mock::start(script, std::net::Ipv4Addr::LOCALHOST.into(), 0).unwrap();
+    config.teacher.base_url = mock.base_url();
+    config.teacher.model = "mock".into();
+    let (summary, told) = run(&config, Start::Ask, 0);
+    let error = summary.unwrap_err();
+    assert_eq!(Exit::code_of(&error), 2, "{error:#}");
+    assert!(
+        format!("{error:#}").contains("prompt_logprobs"),
+        "{error:#}"
+    );
+    assert!(told.requests <= 2 * told.texts, "{told:?}");
+    assert!(!config.run_dir.join("checkpoints").exists());
+}
+
+/// The student's tokens are not the teacher's.
+#[test]
+fn a_judge_may_have_another_tokenizer() {
+    let (dir, mut config) = run_folder();
+    let teacher = config.student.path.clone();
+    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    let student = dir.path().join("student");
+    crate::tiny::write_model(&dir.path().join("model"), 1, 128);
+    std::fs::create_dir(&student).unwrap();
+    for name in [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
+        std::fs::copy(config.student.path.join(name), student.join(name)).unwrap();
+    }
+    // Without the merges every token is a byte.
+    let path = student.join("tokenizer.json");
+    let mut tokenizer: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    tokenizer["model"]["merges"] = serde_json::json!([]);
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    config.student.path = student;
+    config.student.init = Init::Random;
+    config.train.steps = Some(40);
+    let (summary, told) = run(&config, Start::Ask, 0);
+    summary.unwrap();
+    let kd = judged_kd(&config);
+    assert!(kd.len() > 30 && kd[kd.len() - 1] < kd[0], "{kd:?}");
+    assert!(told.unusable == 0, "{told:?}");
+}
