@@ -10,6 +10,7 @@
 //!   --data (chat template, tokenizer, align)--> prepared examples (mapped) --data::batch--> Batch
 //!   --model (a tape over ops)--> hidden states --train::loss, fused with the LM head--> gradients
 //!   --train::optimizer--> weights --train::checkpoint, train::student--> Hugging Face folder
+//!   --train::on_policy--> texts of the student's own --harvest::judge, cache--> logprobs --data--> Batch
 //!   --evaluate--> Report          --serve, model::generate--> answers
 //!                                        cache --export--> files for other trainers
 //! ```
@@ -19,7 +20,7 @@
 //! | [`cli`], [`commands`] | clap types; one thin file per verb |
 //! | [`config`] | file + environment + flags -> one validated `Config`; nothing else sees clap |
 //! | [`prompt`] | prompt sources and templates |
-//! | [`harvest`] | what to ask, when, one by one or in batches, and what a reply means; async, knows no tensors |
+//! | [`harvest`] | what to ask, when, one by one or in batches, and what a reply means; a teacher that judges texts; async, knows no tensors |
 //! | [`cache`] | the record, its lines and frames, recovery, the one writer, repair and merge |
 //! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, prepared examples, batches |
 //! | [`model`] | a Hugging Face folder in memory; each architecture, written once over a graph; the tape that runs it on the CPU, candle's operations elsewhere; adapters; generation |
@@ -34,7 +35,7 @@
 //! # Invariants
 //!
 //! 1. `harvest` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
-//! 2. `harvest::{request, plan, shard, retry, cost, budget, record, schedule}`, `cache::recovery`,
+//! 2. `harvest::{request, scoring, plan, shard, retry, cost, budget, record, schedule}`, `cache::recovery`,
 //!    `data::{align, chat_template, gate, samples, sampling}` and `train::{loss, schedule}` are pure: no clock, file, network
 //!    or random number that is not an argument.
 //! 3. An acknowledged record is never changed or lost.

@@ -100,6 +100,28 @@ parts = [{"type": "text", "text": messages[0]["content"]}]
 assert chat(messages=[{"role": "user", "content": parts}]).usage == usage
 passed("content: text parts are joined")
 
+prompt = "Say something about the sea."
+written = client.completions.create(model=model, prompt=prompt, max_tokens=16, temperature=1, seed=3, echo=True, logprobs=5)
+columns = written.choices[0].logprobs
+assert written.object == "text_completion" and written.choices[0].text.startswith(prompt)
+assert columns.token_logprobs[0] is None and len(columns.tokens) == written.usage.total_tokens - (
+    written.choices[0].finish_reason == "stop")
+assert all(len(top) <= 5 for top in columns.top_logprobs[1:]) and columns.text_offset[0] == 0
+read = client.completions.create(model=model, prompt=prompt, max_tokens=0, echo=True, logprobs=0).choices[0]
+assert read.text == prompt and read.logprobs.tokens == columns.tokens[: len(read.logprobs.tokens)]
+assert all(abs(a - b) < 1e-3 for a, b in zip(read.logprobs.token_logprobs[1:], columns.token_logprobs[1:]))
+passed(f"completions: {len(read.logprobs.tokens)} tokens of the prompt with their logprobs, written and read alike")
+
+dialect = {"prompt_logprobs": 3, "continue_final_message": True, "add_generation_prompt": False, "return_token_ids": True}
+said = messages + [{"role": "assistant", "content": "It is wide and blue."}]
+told = chat(messages=said, max_tokens=1, extra_body=dialect)
+positions = told.prompt_logprobs
+assert positions[0] is None and len(positions) == told.usage.prompt_tokens == len(told.prompt_token_ids)
+own = [position[str(token)] for position, token in zip(positions[1:], told.prompt_token_ids[1:])]
+assert "".join(token["decoded_token"] for token in own).endswith("It is wide and blue.")
+assert all(token["logprob"] <= 0 for token in own) and all(3 <= len(position) <= 4 for position in positions[1:])
+passed(f"vLLM's prompt_logprobs: {len(positions)} positions, which end with the answer that was given")
+
 with ThreadPoolExecutor(16) as pool:
     together = list(pool.map(lambda _: chat().choices[0].message.content, range(16)))
 assert together == [choice.message.content] * 16

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# The real binary trains a student on answers of its own that an endpoint judges: by both dialects, killed and gone on
+# with, and out of budget.
+#
+#     tests/rehearse_judge.sh DEMO_DIR [BASE_URL MODEL]
+#
+# DEMO_DIR is what `distill demo` left: its teacher judges (served by us, or as MODEL by another server at BASE_URL), its
+# student without soft labels goes on from there.
+set -euo pipefail
+demo=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+distill=$PWD/${DISTILL:-target/release/distill}
+scratch=$(mktemp -d)
+cd "$scratch"
+trap 'kill "${server:-}" 2> /dev/null || true; rm -rf "$scratch"' EXIT
+url=${2:-}
+model=${3:-teacher}
+if [ -z "$url" ]; then
+    "$distill" serve --model "$demo/teacher" --name "$model" --port 0 > server.out 2> /dev/null &
+    server=$!
+    until grep -q listening server.out; do sleep 0.1; done
+    url=$(sed -n 's/^listening on //p' server.out)
+fi
+
+# config NAME JUDGE DOLLARS STEPS
+config() {
+    cat > "$1.toml" << END
+run_dir = "$1"
+[teacher]
+base_url = "$url"
+model = "$model"
+api_key_env = ""
+[price]
+input = 0.4
+output = 1.6
+as_of = "2026-11-22"
+[budget]
+usd = $3
+[data]
+cache = "$demo/harvest/cache"
+validation_share = 0.05
+[student]
+init = "pretrained"
+path = "$demo/ce/student"
+[loss]
+kd = "tail"
+[train]
+steps = $4
+batch_size = 16
+micro_batch_size = 16
+learning_rate = 5e-4
+warmup_steps = 5
+eval_every = 0
+checkpoint_every = 4
+dtype = "f32"
+on_policy = true
+[on_policy]
+judge = "$2"
+tokenizer = "$demo/teacher"
+share = 0.5
+max_tokens = 48
+END
+}
+
+for judge in prompt_logprobs echo; do
+    echo "-- judged by $judge"
+    config "$judge" "$judge" 1 12
+    "$distill" train -c "$judge.toml"
+    "$distill" cache verify --dir "$judge/judged/cache"
+done
+
+echo "-- killed after a step that no checkpoint has, and gone on with"
+config whole prompt_logprobs 1 30
+config killed prompt_logprobs 1 30
+"$distill" train -c whole.toml
+"$distill" train -c killed.toml > /dev/null 2>&1 &
+victim=$!
+until grep -q '"step":10,' killed/metrics.jsonl 2> /dev/null; do sleep 0.02; done
+kill -9 "$victim"
+wait "$victim" 2> /dev/null || true
+"$distill" train -c killed.toml --resume
+# All but how fast it went.
+diff <(sed 's/,"tokens_per_s.*//' whole/metrics.jsonl) <(sed 's/,"tokens_per_s.*//' killed/metrics.jsonl)
+cmp whole/student/model.safetensors killed/student/model.safetensors
+sha256sum {whole,killed}/student/model.safetensors
+test "$(wc -l < whole/judged/cache/responses.jsonl)" = "$(wc -l < killed/judged/cache/responses.jsonl)"
+
+echo "-- a budget that does not suffice"
+config poor prompt_logprobs 0.002 30
+code=0
+"$distill" train -c poor.toml || code=$?
+test "$code" = 4
+ls poor/checkpoints
