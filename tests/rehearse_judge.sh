@@ -4,8 +4,11 @@
 #
 #     tests/rehearse_judge.sh DEMO_DIR [BASE_URL MODEL]
 #
-# DEMO_DIR is what `distill demo` left: its teacher judges (served by us, or as MODEL by another server at BASE_URL), its
-# student without soft labels goes on from there.
+# DEMO_DIR is what `distill demo` left: its teacher judges, its student without soft labels goes on from there. We serve the
+# teacher ourselves, or another server does as MODEL at BASE_URL:
+#
+#     vllm serve demo/teacher --served-model-name teacher --max-model-len 512 --dtype float32
+#     tests/rehearse_judge.sh demo http://127.0.0.1:8000/v1 teacher
 set -euo pipefail
 demo=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
