@@ -14,7 +14,7 @@ use super::reader::Lines;
 use super::recovery::Scan;
 use super::{exists, plain_file, refusal};
 
-/// Where the lines of a cache are. Its plain file must only ever grow: no [`super::seal`].
+/// Where the lines of a cache are. Its plain file must only ever grow: it is one that is not compressed.
 pub struct Lookup {
     plain: PathBuf,
     places: HashMap<Fingerprint, Place>,

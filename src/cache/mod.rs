@@ -12,8 +12,8 @@
 //! Where a line or a frame is not as it should be, `recovery::Scan` and `frames::FrameScan` tell a
 //! torn tail from damage.
 //!
-//! `reader` walks both files, also while they are written, and `lookup` finds single lines; `repair` and `merge` move what does not fit
-//! aside. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
+//! `reader` walks both files, also while they are written, and `lookup` finds single lines; `repair`
+//! and `merge` move what does not fit aside. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
 //! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
 //! pid in `lock` apart). An acknowledged record is never changed or lost.
 

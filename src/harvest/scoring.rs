@@ -185,11 +185,17 @@ impl Scoring {
         let mut scored: Vec<Scored> = Vec::new();
         for at in answer {
             let name = tokens[at].as_str().unwrap_or_default();
-            let named = |name: &str, logprob: &Value| self.named(name, logprob);
-            let likeliest = top[at].as_object();
-            let likeliest = likeliest.into_iter().flatten();
-            let likeliest = likeliest.map(|(name, logprob)| named(name, logprob));
-            scored.push((named(name, &own[at]), likeliest.collect()));
+            let id = body["prompt"][at]
+                .as_u64()
+                .and_then(|id| u32::try_from(id).ok());
+            let token = self.alternative(id, name.into(), &own[at]);
+            if !is_called(&token, id, name) {
+                // A server that adds tokens of its own is a position off.
+                return Ok(None);
+            }
+            let likeliest = top[at].as_object().into_iter().flatten();
+            let likeliest = likeliest.map(|(name, logprob)| self.named(name, logprob));
+            scored.push((token, likeliest.collect()));
         }
         let answer = messages.last().map_or("", |message| &message.content);
         Ok(columns(scored, answer))
@@ -227,6 +233,16 @@ impl Scoring {
             bytes: bytes.map(Bytes::from),
         }
     }
+}
+
+/// Does a server mean this token by `name`? It may have lost the bytes of a part of a character, and the
+/// white space in front, as SentencePiece's decoder does.
+fn is_called(token: &Alternative, id: Option<u32>, name: &str) -> bool {
+    if let Some(told) = name.strip_prefix("token_id:") {
+        return told.parse().ok() == id;
+    }
+    let text = String::from_utf8_lossy(token.spelled());
+    name.contains(char::REPLACEMENT_CHARACTER) || text.trim_start() == name.trim_start()
 }
 
 /// The token that is there, and the likeliest ones.
@@ -416,6 +432,55 @@ mod tests {
         };
         let cut_off = scoring.read(b"{\"choices\":[", &Value::Null, &[]);
         assert!(matches!(cut_off, Err(NoAnswer::Malformed(_))));
+    }
+
+    /// Of texts or of ids, with a token that was asked for in vain; with one in front that nobody sent.
+    #[test]
+    fn an_echo_is_read_by_texts_and_by_ids_and_no_position_off() {
+        let folder = std::path::Path::new("tests/it/golden/tokenizers/bytelevel");
+        let scoring = Scoring {
+            judge: JudgedBy::Echo,
+            tokenizer: Some(Tokenizer::load(folder).unwrap()),
+        };
+        let answer = "Grüße 👋";
+        let messages = messages(answer);
+        let body = scoring.body(&lane(), &messages);
+        let ids: Vec<u32> = serde_json::from_value(body["prompt"].clone()).unwrap();
+        assert_eq!(
+            (&body["max_tokens"], &body["echo"]),
+            (&json!(1), &json!(true))
+        );
+        let tokenizer = scoring.tokenizer.as_ref().unwrap();
+        let text = |id: &u32| {
+            let bytes = tokenizer.token_bytes(*id).map(String::from_utf8_lossy);
+            bytes.map_or(tokenizer.token_name(*id), Cow::into_owned)
+        };
+        let as_id = |id: &u32| format!("token_id:{id}");
+        let reply = |names: Vec<String>| {
+            let logprobs: Vec<Value> = (0..names.len()).map(|at| json!(-0.5 * at as f64)).collect();
+            let top: Vec<Value> = names.iter().map(|name| json!({name: -0.25})).collect();
+            let logprobs =
+                json!({"tokens": names, "token_logprobs": logprobs, "top_logprobs": top});
+            let reply = json!({"choices": [{"text": "", "logprobs": logprobs}]}).to_string();
+            scoring
+                .read(reply.as_bytes(), &body, &messages)
+                .unwrap()
+                .logprobs
+        };
+        let named = |name: &dyn Fn(&u32) -> String| -> Vec<String> {
+            ids.iter().chain([&7]).map(name).collect()
+        };
+        let by_ids = reply(named(&as_id)).unwrap();
+        let by_texts = reply(named(&text)).unwrap();
+        assert!(by_ids.matches_text && by_texts.matches_text);
+        assert_eq!(by_ids.token, by_texts.token);
+        let first = ids.len() - by_ids.token.len();
+        assert_eq!(by_ids.logprob[0], Some(-0.5 * first as f32));
+        for name in [&as_id as &dyn Fn(&u32) -> String, &text] {
+            let mut shifted = named(name);
+            shifted.insert(0, "<s>".into());
+            assert_eq!(reply(shifted), None);
+        }
     }
 
     #[test]

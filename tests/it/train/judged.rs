@@ -164,10 +164,10 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
         assert_eq!(messages.last().unwrap().content, record.answer.text);
         let (ids, answer) = tokenizer.encode_continued(&messages).unwrap();
         let positions: Vec<u32> = answer.clone().map(|at| at as u32 - 1).collect();
-        let segments = [0..ids.len()];
+        let whole = 0..ids.len();
         let input = Input {
             input_ids: &ids,
-            segments: &segments,
+            segments: std::slice::from_ref(&whole),
             positions: &positions,
         };
         let of = |model: &Model| model.map_logits(input, |_, row| log_softmax(&row[..vocabulary]));

@@ -1,0 +1,69 @@
+//! What is refused, and how.
+
+use serde_json::{Value, json};
+
+use super::{CONTEXT, request, start};
+
+#[tokio::test]
+async fn errors_have_openai_s_shape() {
+    let fixture = start(4, 64);
+    let long = "a".repeat(CONTEXT);
+    for (status, code, param, body) in [
+        (
+            404,
+            json!("model_not_found"),
+            json!("model"),
+            request("", json!({"model": "gpt-4"})),
+        ),
+        (
+            400,
+            json!("context_length_exceeded"),
+            json!("messages"),
+            request(&long, json!({})),
+        ),
+        (
+            400,
+            Value::Null,
+            json!("temperature"),
+            request("", json!({"temperature": "hot"})),
+        ),
+        (
+            400,
+            Value::Null,
+            json!("top_logprobs"),
+            request("", json!({"top_logprobs": 1})),
+        ),
+        (
+            400,
+            Value::Null,
+            json!("messages"),
+            json!({"model": "tiny"}),
+        ),
+        (400, Value::Null, Value::Null, json!("no object")),
+    ] {
+        let response = fixture.send(&body).await;
+        assert_eq!(response.status(), status, "{code} {param}");
+        let answer: Value = response.json().await.unwrap();
+        assert_eq!(answer["error"]["code"], code, "{answer}");
+        assert_eq!(answer["error"]["param"], param, "{answer}");
+        assert_eq!(answer["error"]["type"], "invalid_request_error");
+        assert!(answer["error"]["message"].is_string());
+    }
+}
+
+#[tokio::test]
+async fn errors_of_http_have_openai_s_shape_too() {
+    let fixture = start(4, 64);
+    let (client, chat) = (&fixture.client, fixture.url("/chat/completions"));
+    for (status, request) in [
+        (400, client.post(&chat).body("{\"model\": ")),
+        (413, client.post(&chat).body(vec![b' '; (16 << 20) + 1])),
+        (405, client.get(&chat)),
+        (404, client.post(fixture.url("/embeddings")).body("{}")),
+    ] {
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), status);
+        let answer: Value = response.json().await.unwrap();
+        assert!(answer["error"]["message"].is_string(), "{answer}");
+    }
+}
