@@ -60,6 +60,10 @@ fn rows(endpoint: &Endpoint) -> Vec<[String; 2]> {
         ["seed".into(), word(&endpoint.seed)],
         ["JSON schema".into(), word(&endpoint.structured)],
         [
+            "logprobs of given texts".into(),
+            word(&endpoint.prompt_logprobs),
+        ],
+        [
             "limits in its headers".into(),
             match endpoint.limits.is_empty() {
                 true => "none".into(),

@@ -41,6 +41,9 @@ pub struct Endpoint {
     pub several_choices: Option<bool>,
     pub seed: Finding,
     pub structured: Finding,
+    /// Are the logprobs of a text told that is given, by vLLM's `prompt_logprobs`?
+    #[serde(skip_serializing_if = "Finding::is_unknown")]
+    pub prompt_logprobs: Finding,
     /// Parameters that bring a refusal, with the endpoint's words.
     pub refused: BTreeMap<String, String>,
     /// What its headers call limits: `requests 60/min`.
@@ -90,6 +93,12 @@ pub enum Finding {
     Refused,
     #[default]
     Unknown,
+}
+
+impl Finding {
+    fn is_unknown(&self) -> bool {
+        *self == Finding::Unknown
+    }
 }
 
 pub fn file(run_dir: &Path) -> PathBuf {

@@ -4,6 +4,7 @@
 //! the budget of the run, into a cache of their own ([`Config::judged_dir`]). A run that was killed and
 //! resumed writes the same texts again, and buys none of them twice.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio::runtime::Runtime;
 
 use super::clock::WallClock;
 use super::dispatch::{Dispatcher, Ended};
+use super::endpoint::{self, Finding};
 use super::lane::Lane;
 use super::limiter::Shared;
 use super::plan::Plan;
@@ -87,6 +89,9 @@ impl Judge {
         };
         // Of no use, but no endpoint takes less.
         lane.sampling.max_tokens = 1;
+        if dialect == JudgedBy::PromptLogprobs {
+            check_endpoint(&lane, &config.run_dir)?;
+        }
         let path = match dialect {
             JudgedBy::Echo => "completions",
             _ => "chat/completions",
@@ -244,6 +249,24 @@ impl Judge {
             self.lane.teacher.label()
         ))
         .into())
+    }
+}
+
+/// Refuses an endpoint that `distill probe` found not to tell the logprobs of given texts.
+fn check_endpoint(lane: &config::Lane, run_dir: &Path) -> Result<()> {
+    let known = endpoint::load(run_dir)?;
+    let Some(found) = known.as_ref().and_then(|known| known.of(lane)) else {
+        return Ok(());
+    };
+    match found.prompt_logprobs {
+        Finding::Works | Finding::Unknown => Ok(()),
+        Finding::Ignored | Finding::Refused => Err(Exit::Usage(format!(
+            "{} does not tell the logprobs of given texts by `prompt_logprobs` (by `distill probe` of {}; run \
+             it again if the endpoint has changed): try on_policy.judge = \"echo\", or teacher.local",
+            lane.teacher.label(),
+            found.probed_at
+        ))
+        .into()),
     }
 }
 

@@ -69,6 +69,7 @@ pub async fn run(lane: Lane, transport: Arc<dyn Transport>, now: Timestamp) -> R
     probe.parameters().await?;
     probe.seed().await?;
     probe.structured().await?;
+    probe.given_text().await?;
     probe.error_shape().await?;
     Ok(probe.found)
 }
@@ -313,6 +314,34 @@ impl Probe {
                 match answer.is_ok_and(|answer| answer["answer"].is_string()) {
                     true => Finding::Works,
                     false if completion.answer.finish_reason == "length" => Finding::Unknown,
+                    false => Finding::Ignored,
+                }
+            }
+        };
+        Ok(())
+    }
+
+    /// Does it say what a text that is given is worth?
+    async fn given_text(&mut self) -> Result<()> {
+        let message = |role: &str, content: &str| json!({"role": role, "content": content});
+        let messages = [message("user", "Say hello."), message("assistant", "Hello")];
+        let asked = self
+            .ask("", |body| {
+                body.insert("messages".into(), json!(messages));
+                body.insert("prompt_logprobs".into(), json!(1));
+                body.insert("add_generation_prompt".into(), json!(false));
+                body.insert("continue_final_message".into(), json!(true));
+            })
+            .await?;
+        self.found.prompt_logprobs = match asked {
+            Asked::Refused(..) => Finding::Refused,
+            Asked::Answer(completion, _) => {
+                let told = completion.extra.get("prompt_logprobs");
+                match told
+                    .and_then(Value::as_array)
+                    .is_some_and(|told| told.len() > 1)
+                {
+                    true => Finding::Works,
                     false => Finding::Ignored,
                 }
             }

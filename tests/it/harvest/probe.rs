@@ -38,6 +38,7 @@ async fn a_teacher_that_does_everything_is_found_to() {
     );
     assert!(found.reports_usage && !found.thinks && found.refused.is_empty());
     assert_eq!(found.structured, Finding::Ignored, "an echo is no JSON");
+    assert_eq!(found.prompt_logprobs, Finding::Ignored);
     assert_eq!(found.limits, ["requests 6000/min", "tokens 60000/min"]);
     assert!(
         found.error_shape.contains("error object"),

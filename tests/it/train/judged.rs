@@ -288,6 +288,18 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
     );
     assert!(told.requests <= 2 * told.texts, "{told:?}");
     assert!(!config.run_dir.join("checkpoints").exists());
+
+    // A probe knows it before anything is asked.
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(harvest::probe(&config)).unwrap();
+    let error = harvest::Judge::of(&config, true).err().unwrap();
+    assert_eq!(Exit::code_of(&error), 2, "{error:#}");
+    assert!(format!("{error:#}").contains("distill probe"), "{error:#}");
+    config.teacher.model = "teacher".into();
+    let teacher = config.student.path.clone();
+    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    runtime.block_on(harvest::probe(&config)).unwrap();
+    assert!(harvest::Judge::of(&config, true).is_ok());
 }
 
 /// The student's tokens are not the teacher's.
