@@ -107,30 +107,28 @@ impl Judge {
             tokenizer: tokenizer.transpose()?,
         });
         let harvest = Cache::open(&config.own_cache(), &config.cache)?;
-        let config = Config {
+        let within = Config {
             run_dir: config.judged_dir(),
             cache: config::Cache {
+                // Its lines are found by where they are.
                 compression: Compression::None,
                 ..config.cache.clone()
             },
             ..config.clone()
         };
-        let cache = Cache::open(&config.own_cache(), &config.cache)?;
-        let judged = Lookup::open(&config.own_cache())?;
-        let (purse, _) = Purse::open(
-            // That of the run: one budget for all that it buys.
-            config.run_dir.parent().unwrap_or(&config.run_dir),
-            config.budget.usd,
-            harvest.cost_when_opened() + judged.cost_usd(),
-            clock,
-        )?;
+        let cache = Cache::open(&within.own_cache(), &within.cache)?;
+        let judged = Lookup::open(&within.own_cache())?;
+        // The books are those of the run: one budget for all that it buys.
+        let spent = harvest.cost_when_opened() + judged.cost_usd();
+        let (purse, lost) = Purse::open(&config.run_dir, config.budget.usd, spent, clock)?;
+        lost.warn();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .context("cannot start the async runtime")?;
         Ok(Some(Judge {
-            config,
+            config: within,
             lane,
             scoring,
             transport,

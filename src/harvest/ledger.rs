@@ -39,6 +39,19 @@ pub struct InFlight {
     pub budget_usd: Option<f64>,
 }
 
+impl InFlight {
+    /// Says so, where a killed run left something.
+    pub fn warn(self) {
+        if self.requests > 0 {
+            tracing::warn!(
+                "the last run was killed: at most {} requests were in flight, and may be billed \
+                 without an answer",
+                self.requests
+            );
+        }
+    }
+}
+
 pub fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("ledger.json")
 }

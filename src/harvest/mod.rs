@@ -268,13 +268,7 @@ impl Run<'_> {
             measured,
             self.clock.clone(),
         )?;
-        if lost.requests > 0 {
-            tracing::warn!(
-                "the last run was killed: at most {} requests were in flight, and may be billed \
-                 without an answer",
-                lost.requests
-            );
-        }
+        lost.warn();
         Ok(purse)
     }
 
