@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 distill=$PWD/${DISTILL:-target/release/distill}
+source tests/serving.sh
 scratch=$(mktemp -d)
 cd "$scratch"
 
@@ -26,11 +27,8 @@ error_rows = 2
 END
 seq 600 | sed 's/^/tell me about the number /' > prompts.txt
 
-"$distill" serve --mock mock.toml --port 0 > server.out 2> /dev/null &
-server=$!
-trap 'kill "$server" 2> /dev/null || true; rm -rf "$scratch"' EXIT
-until grep -q listening server.out; do sleep 0.1; done
-url=$(sed -n 's/^listening on //p' server.out)
+trap 'kill "${server:-}" 2> /dev/null || true; rm -rf "$scratch"' EXIT
+serve --mock mock.toml
 
 config() {
     cat > "$1.toml" << END

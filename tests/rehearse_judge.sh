@@ -13,16 +13,14 @@ set -euo pipefail
 demo=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 distill=$PWD/${DISTILL:-target/release/distill}
+source tests/serving.sh
 scratch=$(mktemp -d)
 cd "$scratch"
-trap 'kill "${server:-}" 2> /dev/null || true; rm -rf "$scratch"' EXIT
+trap 'kill "${server:-}" "${victim:-}" 2> /dev/null || true; rm -rf "$scratch"' EXIT
 url=${2:-}
 model=${3:-teacher}
 if [ -z "$url" ]; then
-    "$distill" serve --model "$demo/teacher" --name "$model" --port 0 > server.out 2> /dev/null &
-    server=$!
-    until grep -q listening server.out; do sleep 0.1; done
-    url=$(sed -n 's/^listening on //p' server.out)
+    serve --model "$demo/teacher" --name "$model"
 fi
 
 # config NAME JUDGE DOLLARS STEPS
@@ -87,6 +85,19 @@ diff <(sed 's/,"tokens_per_s.*//' whole/metrics.jsonl) <(sed 's/,"tokens_per_s.*
 cmp whole/student/model.safetensors killed/student/model.safetensors
 sha256sum {whole,killed}/student/model.safetensors
 test "$(wc -l < whole/judged/cache/responses.jsonl)" = "$(wc -l < killed/judged/cache/responses.jsonl)"
+
+echo "-- stopped by Ctrl-C while it waits for a limit"
+config stopped prompt_logprobs 1 30
+sed -i 's/^\[price\]/[limits]\nrequests_per_minute = 240\n[price]/' stopped.toml
+"$distill" train -c stopped.toml 2> stopped.err &
+victim=$!
+until grep -q '"step":2,' stopped/metrics.jsonl 2> /dev/null; do sleep 0.02; done
+kill -INT "$victim"
+code=0
+wait "$victim" || code=$?
+test "$code" = 130
+grep "go on with --resume" stopped.err
+test "$(ls stopped/checkpoints)" = "step-$(printf %06d "$(wc -l < stopped/metrics.jsonl)")"
 
 echo "-- a budget that does not suffice"
 config poor prompt_logprobs 0.002 30

@@ -60,7 +60,14 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         ),
     ];
     let mut rows: Vec<[String; 2]> = rows.map(|(name, value)| [name.to_string(), value]).into();
-    rows.extend(told.into_iter().flat_map(judged));
+    if let Some(own) = &summary.own_answers {
+        let (judged, written) = (format_count(own.judged), format_count(own.written));
+        rows.push([
+            "own answers judged".into(),
+            format!("{judged} of {written}"),
+        ]);
+    }
+    rows.extend(told.into_iter().flat_map(bought));
     super::print(&table(&rows))?;
     super::print(&format!("{}\n", summary.data))
 }
@@ -75,29 +82,21 @@ impl Judge for Asked {
 }
 
 /// What judging has come to, as rows of the table.
-fn judged(told: &Told) -> Vec<[String; 2]> {
-    let useful = told.texts - told.failed - told.unusable;
+fn bought(told: &Told) -> Vec<[String; 2]> {
+    let requests = format!(
+        "{} ({} texts judged before)",
+        format_count(told.requests),
+        format_count(told.cached)
+    );
     let mut rows = vec![
+        ["requests to the judge".into(), requests],
         [
-            "own answers judged".to_owned(),
-            format!(
-                "{} of {} ({} before)",
-                format_count(useful),
-                format_count(told.texts),
-                format_count(told.cached)
-            ),
-        ],
-        [
-            "requests, prompt tokens".to_owned(),
-            format!(
-                "{}, {}",
-                format_count(told.requests),
-                format_count(told.prompt_tokens)
-            ),
+            "their prompt tokens".into(),
+            format_count(told.prompt_tokens),
         ],
     ];
     if let Some(usd) = told.cost_usd {
-        rows.push(["cost of judging".to_owned(), format_dollars(usd)]);
+        rows.push(["cost of judging".into(), format_dollars(usd)]);
     }
     rows
 }

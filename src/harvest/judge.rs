@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use tokio::runtime::Runtime;
 
@@ -92,30 +92,27 @@ impl Judge {
         if dialect == JudgedBy::PromptLogprobs {
             check_endpoint(&lane, &config.run_dir)?;
         }
-        let path = match dialect {
-            JudgedBy::Echo => "completions",
-            _ => "chat/completions",
-        };
-        let transport = Arc::new(Teacher::at(&lane.teacher, path)?);
         let tokenizer = config.on_policy.tokenizer.as_deref();
         let tokenizer = tokenizer.map(|dir| {
             Tokenizer::load(dir)
                 .with_context(|| format!("cannot load on_policy.tokenizer {}", dir.display()))
         });
-        let scoring = Arc::new(Scoring {
-            judge: dialect,
-            tokenizer: tokenizer.transpose()?,
-        });
-        let harvest = Cache::open(&config.own_cache(), &config.cache)?;
+        let (path, scoring) = match (dialect, tokenizer.transpose()?) {
+            (JudgedBy::Echo, Some(tokenizer)) => ("completions", Scoring::Echo(tokenizer)),
+            (JudgedBy::Echo, None) => bail!(Exit::Usage("set on_policy.tokenizer".into())),
+            (_, tokenizer) => ("chat/completions", Scoring::PromptLogprobs(tokenizer)),
+        };
+        let transport = Arc::new(Teacher::at(&lane.teacher, path)?);
         let within = Config {
             run_dir: config.judged_dir(),
             cache: config::Cache {
-                // Its lines are found by where they are.
+                // Its lines are found by where they are; and what is trained on stays as it is.
                 compression: Compression::None,
                 ..config.cache.clone()
             },
             ..config.clone()
         };
+        let harvest = Cache::open(&config.own_cache(), &within.cache)?;
         let cache = Cache::open(&within.own_cache(), &within.cache)?;
         let judged = Lookup::open(&within.own_cache())?;
         // The books are those of the run: one budget for all that it buys.
@@ -130,7 +127,7 @@ impl Judge {
         Ok(Some(Judge {
             config: within,
             lane,
-            scoring,
+            scoring: Arc::new(scoring),
             transport,
             runtime,
             cache,
@@ -157,11 +154,20 @@ impl Judge {
     pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         let asking = self.asking();
         let identity = teacher::identity(&self.lane.teacher);
-        let keys: Vec<String> = texts
-            .iter()
-            .map(|text| request::key(identity, &asking.body(&text.messages, 0), 0))
-            .map(|key| key.hash.to_hex().to_string())
-            .collect();
+        let key = |text: &Prompt| match self.scoring.check(&text.messages) {
+            Ok(()) => {
+                let key = request::key(identity, &asking.body(&text.messages, 0), 0);
+                Some(key.hash.to_hex().to_string())
+            }
+            Err(error) => {
+                tracing::warn!("{} cannot be judged: {error:#}", text.id);
+                None
+            }
+        };
+        let keys: Vec<Option<String>> = texts.iter().map(key).collect();
+        let mut is_asked = keys.iter().map(Option::is_some);
+        let mut texts = texts;
+        texts.retain(|_| is_asked.next().unwrap_or_default());
         let settings = config::Prompts {
             samples: 1,
             order: Order::Source,
@@ -176,7 +182,11 @@ impl Judge {
             self.ask(plan, stop)?;
             self.judged.refresh()?;
         }
-        keys.iter().map(|key| self.judged.line(key)).collect()
+        let line = |key: &Option<String>| match key {
+            Some(key) => self.judged.line(key),
+            None => Ok(None),
+        };
+        keys.iter().map(line).collect()
     }
 
     fn asking(&self) -> Asking {

@@ -14,28 +14,45 @@ use super::api_error::{ApiError, text};
 use super::logprobs::{Alternative, Bytes, Columns, Logprob};
 use super::wire::{self, Completion, NoAnswer};
 use crate::cache::record::{Answer, Logprobs};
-use crate::config::{JudgedBy, Lane};
+use crate::config::Lane;
 use crate::data::tokenizer::Tokenizer;
 use crate::prompt::Message;
 
-/// How texts are scored.
-pub struct Scoring {
-    /// The dialect.
-    pub judge: JudgedBy,
-    /// The teacher's tokenizer; `echo` needs it.
-    pub tokenizer: Option<Tokenizer>,
+/// How texts are scored, and the teacher's tokenizer.
+pub enum Scoring {
+    /// By vLLM's chat completions; without a tokenizer tokens are known by their texts.
+    PromptLogprobs(Option<Tokenizer>),
+    /// By text completions.
+    Echo(Tokenizer),
 }
 
 impl Scoring {
-    /// The request that has the last of the messages scored.
+    fn tokenizer(&self) -> Option<&Tokenizer> {
+        match self {
+            Self::PromptLogprobs(tokenizer) => tokenizer.as_ref(),
+            Self::Echo(tokenizer) => Some(tokenizer),
+        }
+    }
+
+    /// Can these messages be asked about?
+    ///
+    /// # Errors
+    /// Where the template that they are printed with here does not take them.
+    pub fn check(&self, messages: &[Message]) -> anyhow::Result<()> {
+        match self {
+            Self::PromptLogprobs(_) => Ok(()),
+            Self::Echo(tokenizer) => tokenizer.encode_continued(messages).map(|_| ()),
+        }
+    }
+
+    /// The request that has the last of the messages scored, which [`Scoring::check`] let pass.
     pub fn body(&self, lane: &Lane, messages: &[Message]) -> Value {
         let sampling = &lane.sampling;
         let mut body = Map::new();
         body.insert("model".into(), json!(lane.teacher.model));
         let top = json!(sampling.top_logprobs);
-        match (self.judge, &self.tokenizer) {
-            (JudgedBy::Echo, Some(tokenizer)) => {
-                // Without ids the request is refused: a conversation that the template does not take.
+        match self {
+            Self::Echo(tokenizer) => {
                 let (ids, _) = tokenizer.encode_continued(messages).unwrap_or_default();
                 body.insert("prompt".into(), json!(ids));
                 body.insert("max_tokens".into(), json!(1));
@@ -43,7 +60,7 @@ impl Scoring {
                 body.insert("logprobs".into(), top);
                 body.insert("return_tokens_as_token_ids".into(), json!(true));
             }
-            _ => {
+            Self::PromptLogprobs(_) => {
                 body.insert("messages".into(), json!(messages));
                 body.insert(sampling.max_tokens_field.name().into(), json!(1));
                 body.insert("prompt_logprobs".into(), top);
@@ -74,20 +91,13 @@ impl Scoring {
             return Err(NoAnswer::Error(ApiError::from_value(&reply["error"])));
         }
         let choice = &reply["choices"][0];
+        if !choice.is_object() {
+            return Err(NoAnswer::Malformed("there is no choice in the body".into()));
+        }
         let scored = messages.last().map_or("", |message| &message.content);
-        let logprobs = match self.judge {
-            JudgedBy::Echo => self.of_echo(&choice["logprobs"], body, messages)?,
-            _ => {
-                let whole = &reply["prompt_logprobs"];
-                let positions = whole.as_array().or(choice["prompt_logprobs"].as_array());
-                let missing = || {
-                    untold(
-                        "no `prompt_logprobs`: it does not speak vLLM's dialect, or is set up without",
-                    )
-                };
-                let ids = reply["prompt_token_ids"].as_array();
-                self.of_prompt(positions.ok_or_else(missing)?, ids, messages)
-            }
+        let logprobs = match self {
+            Self::Echo(_) => self.of_echo(&choice["logprobs"], &body["prompt"], scored)?,
+            Self::PromptLogprobs(_) => self.of_prompt(&reply, messages, scored)?,
         };
         let (usage, _) = wire::usage(reply["usage"].clone());
         let fault = "the teacher's tokens do not end with the answer";
@@ -106,33 +116,30 @@ impl Scoring {
         })
     }
 
-    /// The logprobs of the answer, with which the templated conversation ends: where it begins only the
-    /// server knows. `told` are the conversation's ids, if the server tells them.
+    /// From what is told of the whole conversation.
     fn of_prompt(
         &self,
-        positions: &[Value],
-        told: Option<&Vec<Value>>,
+        reply: &Value,
         messages: &[Message],
-    ) -> Option<Logprobs> {
-        let answer = messages.last().map_or("", |message| &message.content);
+        answer: &str,
+    ) -> Result<Option<Logprobs>, NoAnswer> {
+        let Some(positions) = reply["prompt_logprobs"].as_array() else {
+            return Err(untold(
+                "no `prompt_logprobs`: it does not speak vLLM's dialect, or is set up without",
+            ));
+        };
         // Nothing comes before the first.
         let positions: Vec<&Map<String, Value>> =
             positions.iter().filter_map(Value::as_object).collect();
-        let mut scored: Vec<Scored> = Vec::new();
-        let mut missing = answer.len();
+        let told = reply["prompt_token_ids"].as_array();
         let ids = self.ids_at_the_end(&positions, told, messages);
-        for (id, position) in ids.iter().rev().zip(positions.into_iter().rev()) {
-            if missing == 0 {
-                break;
-            }
-            let own = self.token(id, position.get(id)?);
-            missing = missing.saturating_sub(own.spelled().len());
+        let tokens = ids.iter().rev().zip(positions.iter().rev());
+        let scored = tokens.map(|(id, position)| {
             // It is told also where it is none of the likeliest.
             let likeliest = position.iter().map(|(id, token)| self.token(id, token));
-            scored.push((own, likeliest.collect()));
-        }
-        scored.reverse();
-        columns(scored, answer)
+            Some((self.token(id, position.get(id)?), likeliest.collect()))
+        });
+        Ok(ending(scored, answer))
     }
 
     /// The tokens that the conversation ends with, by their ids: as told, else as the teacher's tokenizer
@@ -147,10 +154,7 @@ impl Scoring {
         if let Some(ids) = told {
             return ids.iter().map(Value::to_string).collect();
         }
-        let encoded = self
-            .tokenizer
-            .as_ref()
-            .map(|it| it.encode_continued(messages));
+        let encoded = self.tokenizer().map(|it| it.encode_continued(messages));
         match encoded {
             Some(Ok((ids, answer))) => ids[answer].iter().map(u32::to_string).collect(),
             _ => positions
@@ -160,45 +164,34 @@ impl Scoring {
         }
     }
 
+    /// From the prompt that was sent as ids and came back.
     fn of_echo(
         &self,
         logprobs: &Value,
-        body: &Value,
-        messages: &[Message],
+        sent: &Value,
+        answer: &str,
     ) -> Result<Option<Logprobs>, NoAnswer> {
         let list = |name: &str| logprobs[name].as_array();
         let lists = (list("tokens"), list("token_logprobs"), list("top_logprobs"));
-        let (Some(tokens), Some(own), Some(top)) = lists else {
+        let (Some(names), Some(own), Some(top)) = lists else {
             return Err(untold(
                 "no logprobs of the prompt: it takes no `echo`, or not together with `logprobs`",
             ));
         };
-        let sent = body["prompt"].as_array().map_or(0, Vec::len);
-        let tokenizer = self.tokenizer.as_ref();
-        let spelled = tokenizer.and_then(|tokenizer| tokenizer.encode_continued(messages).ok());
-        let Some((_, answer)) = spelled.filter(|(ids, _)| ids.len() == sent) else {
-            return Ok(None);
-        };
-        if tokens.len() < sent || own.len() < sent || top.len() < sent {
+        let count = sent.as_array().map_or(0, Vec::len);
+        if names.len() < count || own.len() < count || top.len() < count {
             return Err(untold("fewer tokens than the prompt has"));
         }
-        let mut scored: Vec<Scored> = Vec::new();
-        for at in answer {
-            let name = tokens[at].as_str().unwrap_or_default();
-            let id = body["prompt"][at]
-                .as_u64()
-                .and_then(|id| u32::try_from(id).ok());
-            let token = self.alternative(id, name.into(), &own[at]);
-            if !is_called(&token, id, name) {
-                // A server that adds tokens of its own is a position off.
-                return Ok(None);
-            }
+        let scored = (0..count).rev().map(|at| {
+            let name = names[at].as_str()?;
+            let id = u32::try_from(sent[at].as_u64()?).ok()?;
+            let token = self.alternative(Some(id), name.into(), &own[at]);
             let likeliest = top[at].as_object().into_iter().flatten();
             let likeliest = likeliest.map(|(name, logprob)| self.named(name, logprob));
-            scored.push((token, likeliest.collect()));
-        }
-        let answer = messages.last().map_or("", |message| &message.content);
-        Ok(columns(scored, answer))
+            // A server that adds tokens of its own is a position off.
+            is_called(&token, id, name).then(|| (token, likeliest.collect()))
+        });
+        Ok(ending(scored, answer))
     }
 
     /// A token of vLLM's `prompt_logprobs`, by its id where the tokenizer is known.
@@ -220,7 +213,7 @@ impl Scoring {
         told: Cow<'a, str>,
         logprob: &Value,
     ) -> Alternative<'a> {
-        let known = self.tokenizer.as_ref().zip(id);
+        let known = self.tokenizer().zip(id);
         let bytes = known.and_then(|(tokenizer, id)| tokenizer.token_bytes(id));
         let token = match known {
             // A control token goes by its name.
@@ -237,9 +230,9 @@ impl Scoring {
 
 /// Does a server mean this token by `name`? It may have lost the bytes of a part of a character, and the
 /// white space in front, as SentencePiece's decoder does.
-fn is_called(token: &Alternative, id: Option<u32>, name: &str) -> bool {
+fn is_called(token: &Alternative, id: u32, name: &str) -> bool {
     if let Some(told) = name.strip_prefix("token_id:") {
-        return told.parse().ok() == id;
+        return told.parse() == Ok(id);
     }
     let text = String::from_utf8_lossy(token.spelled());
     name.contains(char::REPLACEMENT_CHARACTER) || text.trim_start() == name.trim_start()
@@ -247,6 +240,22 @@ fn is_called(token: &Alternative, id: Option<u32>, name: &str) -> bool {
 
 /// The token that is there, and the likeliest ones.
 type Scored<'a> = (Alternative<'a>, Vec<Alternative<'a>>);
+
+/// The logprobs of the answer that a conversation ends with, of whose tokens `backwards` are the last
+/// ones, from the end; None where one of them is not told. Where it begins only the server knows.
+fn ending<'a>(
+    mut backwards: impl Iterator<Item = Option<Scored<'a>>>,
+    answer: &str,
+) -> Option<Logprobs> {
+    let (mut scored, mut missing) = (Vec::new(), answer.len());
+    while missing > 0 {
+        let (own, likeliest) = backwards.next()??;
+        missing = missing.saturating_sub(own.spelled().len());
+        scored.push((own, likeliest));
+    }
+    scored.reverse();
+    columns(scored, answer)
+}
 
 /// The columns of an answer, if its tokens spell it. White space before it is the template's, also where
 /// it is in one token with the answer's beginning, as SentencePiece has it.
@@ -323,10 +332,7 @@ mod tests {
     }
 
     fn read(reply: Value, answer: &str) -> Result<Completion, NoAnswer> {
-        let scoring = Scoring {
-            judge: JudgedBy::PromptLogprobs,
-            tokenizer: None,
-        };
+        let scoring = Scoring::PromptLogprobs(None);
         let messages = messages(answer);
         let body = scoring.body(&lane(), &messages);
         scoring.read(reply.to_string().as_bytes(), &body, &messages)
@@ -426,22 +432,19 @@ mod tests {
         assert!(error.message.contains("prompt_logprobs"), "{error:?}");
         let error = json!({"error": {"message": "prompt_logprobs is too large", "code": 400}});
         assert!(matches!(read(error, ""), Err(NoAnswer::Error(_))));
-        let scoring = Scoring {
-            judge: JudgedBy::PromptLogprobs,
-            tokenizer: None,
-        };
+        let scoring = Scoring::PromptLogprobs(None);
         let cut_off = scoring.read(b"{\"choices\":[", &Value::Null, &[]);
         assert!(matches!(cut_off, Err(NoAnswer::Malformed(_))));
+        let empty = read(json!({"choices": []}), "");
+        assert!(matches!(empty, Err(NoAnswer::Malformed(_))));
     }
 
     /// Of texts or of ids, with a token that was asked for in vain; with one in front that nobody sent.
     #[test]
     fn an_echo_is_read_by_texts_and_by_ids_and_no_position_off() {
         let folder = std::path::Path::new("tests/it/golden/tokenizers/bytelevel");
-        let scoring = Scoring {
-            judge: JudgedBy::Echo,
-            tokenizer: Some(Tokenizer::load(folder).unwrap()),
-        };
+        let tokenizer = Tokenizer::load(folder).unwrap();
+        let scoring = Scoring::Echo(tokenizer);
         let answer = "Grüße 👋";
         let messages = messages(answer);
         let body = scoring.body(&lane(), &messages);
@@ -450,7 +453,7 @@ mod tests {
             (&body["max_tokens"], &body["echo"]),
             (&json!(1), &json!(true))
         );
-        let tokenizer = scoring.tokenizer.as_ref().unwrap();
+        let tokenizer = scoring.tokenizer().unwrap();
         let text = |id: &u32| {
             let bytes = tokenizer.token_bytes(*id).map(String::from_utf8_lossy);
             bytes.map_or(tokenizer.token_name(*id), Cow::into_owned)
@@ -485,10 +488,7 @@ mod tests {
 
     #[test]
     fn the_body_asks_for_one_token_and_the_logprobs_of_the_prompt() {
-        let scoring = Scoring {
-            judge: JudgedBy::PromptLogprobs,
-            tokenizer: None,
-        };
+        let scoring = Scoring::PromptLogprobs(None);
         assert_eq!(
             scoring.body(&lane(), &messages("yes")).to_string(),
             r#"{"model":"m","messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"yes"}],"max_completion_tokens":1,"prompt_logprobs":2,"add_generation_prompt":false,"continue_final_message":true,"return_token_ids":true}"#

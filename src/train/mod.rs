@@ -41,7 +41,7 @@ use checkpoint::{Parts, State};
 use ema::Ema;
 use metrics::{Means, Metrics, StepLine};
 use objective::Models;
-use on_policy::{Judge, OnPolicy};
+use on_policy::{Count, Judge, OnPolicy};
 use step::{Lesson, Stepper};
 use student::Student;
 
@@ -75,6 +75,8 @@ pub struct Summary {
     /// Means over the last step.
     pub last_loss: f64,
     pub validation: Means,
+    /// With `train.on_policy`.
+    pub own_answers: Option<Count>,
     pub data: dataset::Report,
 }
 
@@ -307,6 +309,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         tokens_per_s: (tokens - began_tokens) as f64 / seconds,
         last_loss,
         validation,
+        own_answers: on_policy.as_ref().map(OnPolicy::count),
         data: data.report.clone(),
     };
     parts.student.save(

@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use anyhow::{Context, Result};
+use serde::Serialize;
 
 use super::loss::divergence::Divergence;
 use crate::cache::view::RecordView;
@@ -47,6 +48,15 @@ pub struct OnPolicy<'a> {
     seed: u64,
     /// Where the teacher is not on this machine.
     asked: Option<Asked<'a>>,
+    count: Count,
+}
+
+/// How many answers of its own a student has learnt from, in this session.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Count {
+    pub written: u64,
+    /// Of these, how many the teacher said something of.
+    pub judged: u64,
 }
 
 /// A teacher that is asked.
@@ -94,7 +104,12 @@ impl<'a> OnPolicy<'a> {
             batch_size: config.train.micro_batch_size,
             seed: config.train.seed,
             asked,
+            count: Count::default(),
         }))
+    }
+
+    pub fn count(&self) -> Count {
+        self.count
     }
 
     /// The divergence that the written answers are judged by.
@@ -153,18 +168,19 @@ impl<'a> OnPolicy<'a> {
             Some(asked) => Some(asked.soft_labels(self.tokenizer, &written, stop)?),
             None => None,
         };
+        let is_judged = |at: &usize| said.as_ref().is_none_or(|said| said[*at].is_some());
+        self.count.written += written.len() as u64;
+        self.count.judged += (0..written.len()).filter(is_judged).count() as u64;
         let mut batches = Vec::new();
         for start in (0..written.len()).step_by(self.batch_size) {
             let mut batch = Batch {
                 soft_offsets: vec![0],
                 ..Batch::default()
             };
-            for at in start..written.len().min(start + self.batch_size) {
-                match &said {
-                    None => push(&mut batch, &written[at], None),
-                    Some(said) if said[at].is_none() => {}
-                    Some(said) => push(&mut batch, &written[at], said[at].as_ref()),
-                }
+            let end = written.len().min(start + self.batch_size);
+            for at in (start..end).filter(is_judged) {
+                let said = said.as_ref().and_then(|said| said[at].as_ref());
+                push(&mut batch, &written[at], said);
             }
             if !batch.labels.is_empty() {
                 batches.push(batch);
@@ -185,12 +201,16 @@ impl Asked<'_> {
         let mut said: Vec<Option<Aligned>> = written.iter().map(|_| None).collect();
         let (mut asked, mut texts) = (Vec::new(), Vec::new());
         for (at, answer) in written.iter().enumerate() {
-            let text = beginning(tokenizer, answer.ids);
-            let prompt = self.prompts.get(answer.key);
-            let (Some(messages), false) = (prompt, text.is_empty()) else {
+            let (text, ids) = beginning(tokenizer, answer.ids);
+            if text.is_empty() {
                 continue;
-            };
-            let mut messages = messages.clone();
+            }
+            let prompt = self.prompts.get(answer.key);
+            let mut messages = prompt
+                .with_context(|| {
+                    format!("the prompt of {} is not in the data any more", answer.key)
+                })?
+                .clone();
             messages.push(Message {
                 role: "assistant".into(),
                 content: text.clone(),
@@ -199,52 +219,42 @@ impl Asked<'_> {
                 id: answer.key.to_owned(),
                 messages,
             });
-            asked.push((at, text));
+            asked.push((at, text, ids));
         }
         let lines = self.judge.judge(texts, stop)?;
-        for ((at, text), line) in asked.into_iter().zip(lines) {
+        for ((at, text, ids), line) in asked.into_iter().zip(lines) {
             let Some(line) = line else { continue };
             let record = RecordView::of_line(&line)?;
             let Some(logprobs) = &record.logprobs else {
                 continue;
             };
-            let ids = spelling(tokenizer, written[at].ids, text.len());
             let aligned = self
                 .mapper
                 .align(logprobs, text.as_bytes(), 0..text.len(), ids);
-            said[at] = aligned.ok();
+            said[at] = aligned
+                .ok()
+                .filter(|said| (0..said.len()).any(|at| said.is_soft(at)));
         }
         Ok(said)
     }
 }
 
-/// The text that an answer begins with, and that its tokens have a boundary behind: up to the end of the
-/// turn, another control token, or a part of a character.
-fn beginning(tokenizer: &Tokenizer, ids: &[u32]) -> String {
-    let (mut bytes, mut end) = (Vec::new(), 0);
-    for &id in ids {
+/// The text that an answer begins with, and the tokens that spell it: up to the end of the turn, another
+/// control token, or a part of a character.
+fn beginning<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> (String, &'a [u32]) {
+    let (mut bytes, mut text, mut count) = (Vec::new(), String::new(), 0);
+    for (at, &id) in ids.iter().enumerate() {
         match tokenizer.token_bytes(id) {
             Some(of_token) if !of_token.is_empty() => bytes.extend(of_token),
             _ => break,
         }
-        if std::str::from_utf8(&bytes).is_ok() {
-            end = bytes.len();
+        if let Ok(whole) = std::str::from_utf8(&bytes) {
+            text.push_str(whole);
+            bytes.clear();
+            count = at + 1;
         }
     }
-    bytes.truncate(end);
-    String::from_utf8(bytes).unwrap_or_default()
-}
-
-/// The first ids, which spell so many bytes.
-fn spelling<'a>(tokenizer: &Tokenizer, ids: &'a [u32], bytes: usize) -> &'a [u32] {
-    let mut missing = bytes;
-    let count = ids.iter().take_while(|&&id| {
-        let is_more = missing > 0;
-        let of_token = tokenizer.token_bytes(id).map_or(0, <[u8]>::len);
-        missing = missing.saturating_sub(of_token);
-        is_more
-    });
-    &ids[..count.count()]
+    (text, &ids[..count])
 }
 
 /// What stands before the last answer of an example.

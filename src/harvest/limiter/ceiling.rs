@@ -40,7 +40,7 @@ pub struct Ceilings {
     /// What has been granted to the head of the queue, which still waits for the rest; a grant
     /// cannot be returned, so it is kept for whoever is asked about next.
     granted_tokens: u32,
-    tokens_per_minute: Option<u32>,
+    limits: Limits,
     /// Tokens that may leave at once at least.
     largest: u64,
 }
@@ -67,7 +67,7 @@ impl Ceilings {
                 .transpose()?,
             clock,
             granted_tokens: 0,
-            tokens_per_minute: limits.tokens_per_minute,
+            limits: limits.clone(),
             largest,
         })
     }
@@ -78,17 +78,16 @@ impl Ceilings {
     /// # Errors
     /// As [`Ceilings::new`].
     pub fn make_room_for(&mut self, largest: u64) -> Result<()> {
-        let Some(limit) = self.tokens_per_minute.filter(|_| largest > self.largest) else {
+        let Some(limit) = self
+            .limits
+            .tokens_per_minute
+            .filter(|_| largest > self.largest)
+        else {
             return Ok(());
         };
-        let limits = Limits {
-            tokens_per_minute: self.tokens_per_minute,
-            ..Limits::default()
-        };
-        check_largest(&limits, largest)?;
+        check_largest(&self.limits, largest)?;
         let tokens = gcra(limit, largest as u32, self.clock.clone())?;
-        let all = burst(limit).max(largest as u32);
-        if let Some(all) = NonZeroU32::new(all) {
+        if let Some(all) = NonZeroU32::new(burst(limit).max(largest as u32)) {
             // A new one begins full.
             let _ = tokens.check_n(all);
         }
