@@ -25,7 +25,7 @@
 //! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, prepared examples, batches |
 //! | [`model`] | a Hugging Face folder in memory; each architecture, written once over a graph; the tape that runs it on the CPU, candle's operations elsewhere; adapters; generation |
 //! | [`ops`] | the arithmetic: fused operations with hand-written backward passes, matrix products, memory; all `unsafe` code |
-//! | [`train`] | THE loop, and what it needs: device, loss, a teacher on this machine, optimizer, schedule, checkpoints, metrics |
+//! | [`train`] | THE loop, and what it needs: device, loss, a teacher on this machine, answers of the student's own, optimizer, schedule, checkpoints, metrics |
 //! | [`export`] | the cache in the formats of other trainers, one file per format |
 //! | [`evaluate`] | a model against the truth and against its teacher |
 //! | [`serve`] | the OpenAI dialect over a local model, or by a script that fails on purpose (`serve::mock`) |

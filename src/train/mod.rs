@@ -176,6 +176,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         progress.note(note);
     }
     let (began, began_tokens) = (Instant::now(), tokens);
+    // For as long as this function, not as its caller has it.
     let judge = judge.map(|judge| judge as &mut dyn Judge);
     let mut on_policy = OnPolicy::of(config, &tokenizer, judge)?;
     let judged = on_policy
