@@ -5,7 +5,7 @@
 //! that. The cache alone writes in another way (it appends, see `cache::storage`).
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, BufWriter, Read, Write};
+use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -157,6 +157,32 @@ fn folder_of(path: &Path) -> &Path {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     }
+}
+
+/// Reads a file whole.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("could not read {}", path.display()))
+}
+
+/// Appends lines to a file that is read leniently; it is created where there is none. They survive a kill
+/// of this process, and are kept apart from a line that an earlier kill has left torn.
+pub fn append(path: &Path, lines: &[u8]) -> Result<()> {
+    let append = || -> std::io::Result<()> {
+        let mut file = File::options()
+            .read(true)
+            .append(true)
+            .create(true)
+            .open(path)?;
+        let length = file.metadata()?.len();
+        let mut last = [b'\n'];
+        if length > 0 {
+            file.seek(SeekFrom::Start(length - 1))?;
+            file.read_exact(&mut last)?;
+        }
+        let separator: &[u8] = if last == [b'\n'] { b"" } else { b"\n" };
+        file.write_all(&[separator, lines].concat())
+    };
+    append().with_context(|| format!("could not append to {}", path.display()))
 }
 
 /// Reads a text file whole.

@@ -16,10 +16,11 @@ use super::limiter::headers::{self, Report};
 use super::plan::{Plan, Row};
 use super::queue::Entry;
 use super::record::record;
+use super::reply::{Completion, usage};
 use super::request::Asking;
 use super::retry::{self, Trouble};
-use super::teacher::Transport;
-use super::wire::Completion;
+use super::teacher::{Permit, Transport};
+use super::unreadable::Unreadable;
 use crate::cache::Sealed;
 use crate::cache::record::{Status, Timing, Usage};
 use crate::prompt::Prompt;
@@ -39,6 +40,8 @@ pub struct Finished {
     /// What the reply's headers say about limits.
     pub reports: Vec<Report>,
     pub result: Result<Box<Answered>, Trouble>,
+    /// Given back once a large answer is recorded.
+    pub _permit: Option<Permit>,
 }
 
 /// An answer, ready to be appended.
@@ -56,11 +59,12 @@ pub struct Answered {
 /// Sends the request, waits for the reply, and makes a record of the answer.
 ///
 /// # Errors
-/// Where a record cannot be encoded.
+/// Where a record cannot be encoded, or an answer that cannot be read cannot be kept.
 pub async fn run(
     plan: Arc<Plan>,
     transport: Arc<dyn Transport>,
     clock: WallClock,
+    unreadable: Unreadable,
     attempt: Attempt,
 ) -> Result<Finished> {
     let row = &plan.rows[attempt.entry.row];
@@ -72,28 +76,46 @@ pub async fn run(
     let reply = transport.ask(&body).await;
     let latency = started.elapsed();
     let now = clock.now().into();
-    let reports = match &reply {
-        Ok(reply) => headers::parse(&reply.headers, now),
-        Err(_) => Vec::new(),
-    };
+    let (mut reports, mut permit, mut raw) = (Vec::new(), None, None);
+    if let Ok(reply) = &reply {
+        reports = headers::parse(&reply.headers, now);
+        permit = reply.permit.clone();
+        raw = Some(reply.body.clone());
+    }
     let read = |reply: &[u8]| asking.read(reply, &body, &prompt.messages);
     let completion = match retry::classify_by(reply, now, read) {
-        Ok(completion) => *completion,
+        Ok(completion) => Ok(*completion),
+        Err(Trouble::Unreadable { problem, body }) => {
+            let file = unreadable.keep(&row.key, &body)?;
+            tracing::warn!(
+                "an answer cannot be read ({problem}): it is kept in {}",
+                file.display()
+            );
+            Ok(Completion::unreadable(problem))
+        }
         Err(trouble) => {
-            return Ok(Finished {
-                attempt,
-                reports,
-                result: Err(trouble),
-            });
+            if let (Trouble::Transient { failure, .. }, Some(raw)) = (&trouble, raw)
+                && failure.class == "malformed"
+            {
+                unreadable.keep_unpaid(&row.key, &raw);
+            }
+            Err(trouble)
         }
     };
-    let bound = plan.bound(attempt.lane, attempt.entry.row);
-    let timing = timing(sent_at, latency, attempt.entry.failed + 1);
-    let answered = Answered::new(asking, row, prompt, body, bound, completion, timing)?;
+    let result = match completion {
+        Err(trouble) => Err(trouble),
+        Ok(completion) => {
+            let bound = plan.bound(attempt.lane, attempt.entry.row);
+            let timing = timing(sent_at, latency, attempt.entry.failed + 1);
+            let answered = Answered::new(asking, row, prompt, body, bound, completion, timing)?;
+            Ok(Box::new(answered))
+        }
+    };
     Ok(Finished {
         attempt,
         reports,
-        result: Ok(Box::new(answered)),
+        result,
+        _permit: permit,
     })
 }
 
@@ -108,15 +130,16 @@ impl Answered {
         prompt: &Prompt,
         body: Value,
         mut bound: Bound,
-        completion: Completion,
+        mut completion: Completion,
         timing: Timing,
     ) -> Result<Answered> {
         let answer = &completion.answer;
+        let text_bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
         // What a model thinks in secret shows in no text.
-        if !asking.lane.sampling.reasoning {
-            let bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
-            bound.output_tokens = bound.output_tokens.min(bytes as u64 + 8);
+        if !asking.lane.sampling.reasoning && completion.unreadable.is_none() {
+            bound.output_tokens = bound.output_tokens.min(text_bytes as u64 + 8);
         }
+        completion.usage = usage::measured(completion.usage, text_bytes);
         let record = record(asking, row, prompt, body, completion, timing);
         Ok(Answered {
             sealed: Sealed::new(&record)?,

@@ -96,6 +96,7 @@ impl Estimate {
 
 #[cfg(test)]
 mod tests {
+    use super::super::plan::Standing;
     use super::super::request::Asking;
     use super::*;
     use crate::config::Config;
@@ -116,7 +117,9 @@ mod tests {
                 content: number.to_string(),
             }],
         });
-        let plan = Plan::new(prompts.collect(), askings, &config.prompts, None, |_| false);
+        let plan = Plan::new(prompts.collect(), askings, &config.prompts, None, |_| {
+            Standing::Open
+        });
         let estimate = Estimate::new(&plan, &Stats::default(), 0);
         assert_eq!((estimate.requests, estimate.completion_tokens), (4, 400));
         assert_eq!((estimate.minutes, estimate.disk_bytes), (2.0, None));

@@ -1,5 +1,6 @@
 //! One HTTP exchange: a request out, the whole reply back, exactly once.
 
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -7,10 +8,12 @@ use async_openai::error::OpenAIError;
 use async_openai::middleware::HttpRequestFactory;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
-use reqwest::header::{AUTHORIZATION, HeaderValue};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Request, Response};
+use tokio::sync::Semaphore;
 
-use super::teacher::{Fault, Reply};
+use super::reply::encoding::Decoder;
+use super::teacher::{End, Fault, Permit, Reply};
 
 /// A longer body is no chat completion that anybody wants to keep.
 const LARGEST_BODY: usize = 64 << 20;
@@ -76,35 +79,117 @@ pub fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault> {
     Err(Fault::Broken(error))
 }
 
+/// Sends a request and reads the whole reply, decoded.
+///
+/// # Errors
+/// Where no reply began. One that broke off is returned with what came of it.
 pub async fn send(http: &reqwest::Client, request: Request) -> Result<Reply, Fault> {
     let authorization = request.headers().get(AUTHORIZATION).cloned();
-    let mut response = http.execute(request).await.map_err(fault)?;
-    let status = response.status();
-    let headers = std::mem::take(response.headers_mut());
-    let body = match read(response).await {
-        // The status of a failure says enough, whatever became of its body.
-        Err(_) if !status.is_success() => Bytes::new(),
-        body => body?,
-    };
-    Ok(Reply {
-        status: status.as_u16(),
-        headers,
-        body: without_key(body, authorization.as_ref()),
-    })
+    let response = http.execute(request).await.map_err(fault)?;
+    let mut reply = read(response).await;
+    reply.body = without_key(reply.body, authorization.as_ref());
+    Ok(reply)
 }
 
-pub async fn read(mut response: Response) -> Result<Bytes, Fault> {
-    let mut body = BytesMut::new();
-    while let Some(chunk) = response.chunk().await.map_err(fault)? {
-        if body.len() + chunk.len() > LARGEST_BODY {
-            let limit = LARGEST_BODY >> 20;
-            return Err(Fault::TooLarge(format!(
-                "the body is larger than {limit} MiB"
-            )));
-        }
-        body.extend_from_slice(&chunk);
+/// Reads a response to its end.
+pub async fn read(mut response: Response) -> Reply {
+    let status = response.status().as_u16();
+    let headers = std::mem::take(response.headers_mut());
+    let mut reading = Reading::new(&headers);
+    let end = reading.read_all(response).await;
+    let (body, end) = reading.finish(end);
+    Reply {
+        status,
+        headers,
+        body,
+        end,
+        permit: reading.permit,
     }
-    Ok(body.freeze())
+}
+
+/// Bodies above [`LARGE_BODY`] that may be in memory at once: each takes several times its size while it
+/// becomes a record.
+static LARGE: Semaphore = Semaphore::const_new(2);
+
+const LARGE_BODY: usize = 4 << 20;
+
+struct Reading {
+    decoder: Option<Decoder>,
+    body: BytesMut,
+    /// As it came, where it is encoded: what cannot be decoded is kept.
+    raw: BytesMut,
+    permit: Option<Permit>,
+}
+
+impl Reading {
+    fn new(headers: &HeaderMap) -> Reading {
+        Reading {
+            decoder: Some(Decoder::new(headers)),
+            body: BytesMut::new(),
+            raw: BytesMut::new(),
+            permit: None,
+        }
+    }
+
+    async fn read_all(&mut self, mut response: Response) -> End {
+        loop {
+            let piece = match response.chunk().await {
+                Ok(Some(piece)) => piece,
+                Ok(None) => return End::Whole,
+                Err(error) => return End::Cut(fault(error)),
+            };
+            if let Err(problem) = self.add(&piece) {
+                return problem;
+            }
+            if self.body.len() > LARGEST_BODY {
+                let limit = LARGEST_BODY >> 20;
+                return End::Unreadable(format!("the body is larger than {limit} MiB"));
+            }
+            if self.body.len() > LARGE_BODY && self.permit.is_none() {
+                // Closed never: it is a static.
+                self.permit = LARGE.acquire().await.ok().map(Arc::new);
+            }
+        }
+    }
+
+    fn add(&mut self, piece: &[u8]) -> Result<(), End> {
+        let Some(decoder) = &mut self.decoder else {
+            return Ok(());
+        };
+        if decoder.is_plain() {
+            self.body.extend_from_slice(piece);
+            return Ok(());
+        }
+        self.raw.extend_from_slice(piece);
+        let decoded = decoder.feed(piece).map_err(undecodable)?;
+        self.body.extend_from_slice(&decoded);
+        if decoder.is_plain() {
+            self.raw.clear();
+        }
+        Ok(())
+    }
+
+    /// The body, and how it ended.
+    fn finish(&mut self, end: End) -> (Bytes, End) {
+        let rest = match self.decoder.take() {
+            Some(decoder) => decoder.finish().map_err(undecodable),
+            None => Ok(Vec::new()),
+        };
+        match (end, rest) {
+            (End::Whole, Err(problem)) => (self.raw.split().freeze(), problem),
+            (end @ End::Unreadable(_), _) if !self.raw.is_empty() => {
+                (self.raw.split().freeze(), end)
+            }
+            (end, rest) => {
+                self.body.extend_from_slice(&rest.unwrap_or_default());
+                (self.body.split().freeze(), end)
+            }
+        }
+    }
+}
+
+fn undecodable(error: std::io::Error) -> End {
+    End::Unreadable(format!("its content encoding is broken: {error}"))
 }
 
 pub fn fault(error: reqwest::Error) -> Fault {

@@ -1,13 +1,15 @@
-//! `failures.jsonl`: the rows that ended without an answer, and why.
+//! `failures.jsonl`: the rows that ended without an answer, and why: failed ones, and those that a
+//! content filter refused.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde::Serialize;
 
-use super::plan::Plan;
+use super::plan::{Plan, Row};
 use super::queue::Entry;
 use super::retry::Failure;
+use super::unanswered::Known;
 
 /// A line of the file.
 #[derive(Debug, Serialize)]
@@ -33,6 +35,21 @@ impl FailedRow {
             class: failure.class,
             message: failure.message,
             attempts: entry.failed,
+        }
+    }
+}
+
+impl FailedRow {
+    /// A row that earlier runs have bought as often as it may be.
+    pub fn given_up(plan: &Plan, lane: usize, row: &Row, known: Known) -> FailedRow {
+        FailedRow {
+            teacher: plan.askings[lane].lane.teacher.label().into(),
+            prompt_id: plan.prompts[row.prompt as usize].id.clone(),
+            sample: row.sample,
+            key: row.key.clone(),
+            class: known.class,
+            message: known.message,
+            attempts: known.paid,
         }
     }
 }

@@ -26,11 +26,8 @@ pub fn reply(bytes: &[u8]) {
     let Some((status, body)) = bytes.split_first() else {
         return;
     };
-    let reply = Reply {
-        status: STATUSES[usize::from(*status) % STATUSES.len()],
-        headers: HeaderMap::new(),
-        body: body.to_vec().into(),
-    };
+    let status = STATUSES[usize::from(*status) % STATUSES.len()];
+    let reply = Reply::whole(status, HeaderMap::new(), body.to_vec().into());
     let Ok(completion) = retry::classify(Ok(reply), SystemTime::UNIX_EPOCH) else {
         return;
     };

@@ -5,13 +5,16 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// So many first refusals in the same words are no matter of the rows: a parameter is wrong.
+/// First refusals in the same words after which it is no matter of the rows: a parameter is wrong.
 const SAME_REFUSALS: u32 = 5;
 
-/// So many rows must fail before it can be the endpoint.
+/// First errors of the server in the same words after which it answers nothing at all.
+const SAME_ERRORS: u32 = 6;
+
+/// Rows that must fail before it can be the endpoint.
 const SEVERAL_ROWS: usize = 3;
 
-/// So many failures in a row are no accident.
+/// Failures in a row that are no accident.
 const FAILURES: usize = 4;
 
 /// A limit by the day may ask for as much.
@@ -31,14 +34,41 @@ pub struct Health {
     failing_since: Option<Instant>,
     /// Rows that have failed since, attempts that have, and the most that was in flight meanwhile.
     failing: HashSet<usize>,
+    /// Of these, rows that have been given up.
+    given_up: usize,
     failures: usize,
     in_flight: usize,
     /// Failures since an outage began.
     probes: u32,
-    /// Requests refused for their rate since one was answered.
-    throttled: u32,
-    /// The last refusal, and how often in a row it came.
+    /// The last refusal, and how often in a row it came; the same of errors of the server.
     refusal: (String, u32),
+    error: (String, u32),
+    /// Rounds of refusals for their rate, of waits that are hours long, and of replies that say that no
+    /// request can succeed, since one was answered.
+    throttled: Rounds,
+    far: Rounds,
+    claims: Rounds,
+    /// Rows that were forbidden since.
+    forbidden: HashSet<usize>,
+}
+
+/// Counts what all that is in flight may say at once: a reply to a request that left before the last
+/// round was counted belongs to that round.
+#[derive(Debug, Default)]
+struct Rounds {
+    count: u32,
+    since: Option<Instant>,
+}
+
+impl Rounds {
+    /// The number of the round that a reply to a request which left at `departed` belongs to, from 1.
+    fn add(&mut self, departed: Instant, now: Instant) -> u32 {
+        if self.since.is_none_or(|since| departed >= since) {
+            self.count += 1;
+            self.since = Some(now);
+        }
+        self.count
+    }
 }
 
 impl Health {
@@ -50,11 +80,16 @@ impl Health {
             answered: false,
             failing_since: None,
             failing: HashSet::new(),
+            given_up: 0,
             failures: 0,
             in_flight: 0,
             probes: 0,
-            throttled: 0,
             refusal: (String::new(), 0),
+            error: (String::new(), 0),
+            throttled: Rounds::default(),
+            far: Rounds::default(),
+            claims: Rounds::default(),
+            forbidden: HashSet::new(),
         }
     }
 
@@ -65,15 +100,26 @@ impl Health {
         self.excused = Duration::ZERO;
         self.succeeded = true;
         self.answered = true;
+        self.forbidden.clear();
+        for rounds in [&mut self.throttled, &mut self.far, &mut self.claims] {
+            if rounds.since.is_none_or(|since| departed >= since) {
+                *rounds = Rounds::default();
+            }
+        }
         if self.failing_since.is_some_and(|since| departed < since) {
             return;
         }
         self.failing_since = None;
         self.failing.clear();
+        self.given_up = 0;
         self.failures = 0;
         self.in_flight = 0;
         self.probes = 0;
-        self.throttled = 0;
+    }
+
+    /// Has anything succeeded in this run?
+    pub fn has_succeeded(&self) -> bool {
+        self.succeeded
     }
 
     /// An attempt at `row` failed in a way that may pass, with so many in flight.
@@ -86,22 +132,51 @@ impl Health {
         self.probes += u32::from(self.is_outage());
     }
 
-    /// The endpoint asked to wait: it is there. Returns how often it did since it last answered.
-    pub fn throttled(&mut self) -> u32 {
+    /// The row has ended without an answer.
+    pub fn gave_up(&mut self, row: usize) {
+        self.given_up += usize::from(self.failing.contains(&row));
+    }
+
+    /// Attempts that failed since one succeeded.
+    pub fn failures(&self) -> usize {
+        self.failures
+    }
+
+    /// The endpoint asked to wait: it is there. Returns how often it did since it last answered, all that
+    /// was in flight at once counted as one.
+    pub fn throttled(&mut self, departed: Instant, now: Instant) -> u32 {
         self.answered = true;
-        self.throttled += 1;
-        self.throttled
+        self.throttled.add(departed, now)
+    }
+
+    /// As [`Health::throttled`], of waits that are hours long.
+    pub fn told_far(&mut self, departed: Instant, now: Instant) -> u32 {
+        self.far.add(departed, now)
+    }
+
+    /// As [`Health::throttled`], of replies that say that no request can succeed.
+    pub fn claimed(&mut self, departed: Instant, now: Instant) -> u32 {
+        self.answered = true;
+        self.claims.add(departed, now)
+    }
+
+    /// The endpoint forbade a row. True if it has forbidden several in a row.
+    pub fn forbade(&mut self, row: usize) -> bool {
+        self.forbidden.insert(row);
+        self.forbidden.len() >= SAME_REFUSALS as usize
     }
 
     /// The endpoint refused a row. True if it has refused all that it was asked, in the same words:
     /// then the next one need not be asked.
     pub fn refused(&mut self, message: &str) -> bool {
         self.answered = true;
-        if self.refusal.0 != message {
-            self.refusal = (message.into(), 0);
-        }
-        self.refusal.1 += 1;
-        !self.succeeded && self.refusal.1 >= SAME_REFUSALS
+        again(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
+    }
+
+    /// The server failed with this message. True if it has failed at all that it was asked, in the same
+    /// words.
+    pub fn failed_alike(&mut self, message: &str) -> bool {
+        again(&mut self.error, message) >= SAME_ERRORS && !self.succeeded
     }
 
     /// Nothing has ever answered at this address.
@@ -115,10 +190,15 @@ impl Health {
         self.failing.len() >= SEVERAL_ROWS && self.failures >= self.in_flight.max(FAILURES)
     }
 
+    /// Are there rows among the `remaining` that have not failed since something last succeeded?
+    pub fn has_others(&self, remaining: usize) -> bool {
+        remaining + self.given_up > self.failing.len()
+    }
+
     /// A row has failed so many times. Was that the endpoint's fault, for all we know? So it is where
     /// nothing has succeeded meanwhile and some of the `remaining` rows have not failed yet.
     pub fn may_be_the_endpoint(&self, attempts: u32, remaining: usize) -> bool {
-        self.failures >= attempts as usize && remaining > self.failing.len()
+        self.failures >= attempts as usize && self.has_others(remaining)
     }
 
     /// Failures since the outage began, from 1; 0 where there is none.
@@ -135,6 +215,15 @@ impl Health {
     pub fn silence(&self, now: Instant) -> Duration {
         (now - self.last_success).saturating_sub(self.excused)
     }
+}
+
+/// Counts a message that comes again. Returns how often in a row it has come.
+fn again(last: &mut (String, u32), message: &str) -> u32 {
+    if last.0 != message {
+        *last = (message.into(), 0);
+    }
+    last.1 += 1;
+    last.1
 }
 
 #[cfg(test)]
@@ -212,5 +301,39 @@ mod tests {
         for _ in 0..10 {
             assert!(!health.refused("too long"));
         }
+    }
+
+    #[test]
+    fn what_is_in_flight_at_once_is_one_round() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut health = Health::new(start);
+        let rounds: Vec<u32> = (0..32).map(|_| health.throttled(start, at(1))).collect();
+        assert_eq!(rounds, [1; 32]);
+        assert_eq!(
+            (
+                health.throttled(at(2), at(3)),
+                health.throttled(at(2), at(4))
+            ),
+            (2, 2)
+        );
+        // An answer to what left before the last round shows nothing about it.
+        health.success(at(1), at(5));
+        assert_eq!(health.throttled(at(6), at(7)), 3);
+        health.success(at(8), at(9));
+        assert_eq!(health.throttled(at(10), at(11)), 1);
+    }
+
+    #[test]
+    fn errors_in_the_same_words_are_an_end_only_where_nothing_ever_succeeded() {
+        let mut health = Health::new(Instant::now());
+        assert!((1..SAME_ERRORS).all(|_| !health.failed_alike("500: no schema")));
+        assert!(health.failed_alike("500: no schema"));
+        assert!(!health.failed_alike("500: another"));
+        health.success(Instant::now(), Instant::now());
+        assert!((0..10).all(|_| !health.failed_alike("500: no schema")));
+        assert!((1..5).all(|row| !health.forbade(row)) && !health.forbade(4) && health.forbade(5));
+        health.success(Instant::now(), Instant::now());
+        assert!(!health.forbade(6));
     }
 }

@@ -17,12 +17,13 @@ use super::dispatch::{Dispatcher, Ended};
 use super::endpoint::{self, Finding};
 use super::lane::Lane;
 use super::limiter::Shared;
-use super::plan::Plan;
-use super::purse::Purse;
+use super::plan::{Plan, Standing};
+use super::purse::{Books, Purse};
 use super::request::{self, Asking};
 use super::scoring::Scoring;
 use super::summary::Summary;
 use super::teacher::{self, Teacher, Transport};
+use super::unanswered::Unanswered;
 use crate::cache::lookup::Lookup;
 use crate::cache::{self, Cache};
 use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
@@ -43,7 +44,7 @@ pub struct Judge {
     cache: Cache,
     judged: Lookup,
     /// Between two calls; the lane only once there has been one.
-    purse: Option<Purse>,
+    books: Option<Books>,
     limits: Option<Lane>,
     told: Told,
     quiet: bool,
@@ -119,6 +120,7 @@ impl Judge {
         let spent = harvest.cost_when_opened() + judged.cost_usd();
         let (purse, lost) = Purse::open(&config.run_dir, config.budget.usd, spent, clock)?;
         lost.warn();
+        let unanswered = Unanswered::load(&config.judged_dir())?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -132,7 +134,7 @@ impl Judge {
             runtime,
             cache,
             judged,
-            purse: Some(purse),
+            books: Some(Books { purse, unanswered }),
             limits: None,
             told: Told::default(),
             quiet,
@@ -174,8 +176,13 @@ impl Judge {
             teachers: Assignment::All,
             ..config::Prompts::default()
         };
-        let is_cached = |key: &str| self.cache.contains(key);
-        let plan = Plan::new(texts, vec![asking], &settings, None, is_cached);
+        let max_attempts = self.config.retry.max_attempts;
+        let books = self.books.as_ref();
+        let standing = |key: &str| match books {
+            Some(books) => books.unanswered.standing(key, &self.cache, max_attempts),
+            None => Standing::Open,
+        };
+        let plan = Plan::new(texts, vec![asking], &settings, None, standing);
         self.told.texts += plan.total;
         self.told.cached += plan.cached - plan.repeated;
         if !plan.rows.is_empty() {
@@ -197,8 +204,9 @@ impl Judge {
     }
 
     fn ask(&mut self, plan: Plan, stop: &StopFlag) -> Result<()> {
-        let purse = self.purse.take().context("the books are lost")?;
-        purse.check_largest(&plan, 0)?;
+        let books = self.books.take();
+        let books = books.context("internal error: the budget account is missing")?;
+        books.purse.check_largest(&plan, 0)?;
         let (limits, progress) = (self.limits.take(), Progress::notes(self.quiet));
         let (config, cache, lane) = (&self.config, &self.cache, &self.lane);
         let transport = Arc::clone(&self.transport);
@@ -212,21 +220,21 @@ impl Judge {
                 None => {
                     let patience = Duration::try_from_secs_f64(config.retry.max_outage_s)?;
                     let shared = Shared::connect(lane, plan.largest(0), patience, &wake).await?;
-                    let day = purse.day(lane);
-                    Lane::new(&plan, 0, transport, day, shared, &config.retry)?
+                    let day = books.purse.day(lane);
+                    Lane::new(&plan, 0, transport, day, shared, config)?
                 }
             };
             let (clock, plan) = (WallClock::system(), Arc::new(plan));
             let dispatcher =
-                Dispatcher::new(config, plan, cache, vec![limits], purse, clock, progress)?;
+                Dispatcher::new(config, plan, cache, vec![limits], books, clock, progress)?;
             dispatcher.woken_by(wake).run_to_end(stop.signals()).await
         })?;
         let Ended {
             summary,
             mut lanes,
-            purse,
+            books,
         } = ended;
-        (self.purse, self.limits) = (Some(purse), lanes.pop());
+        (self.books, self.limits) = (Some(books), lanes.pop());
         self.count(summary)
     }
 

@@ -1,4 +1,7 @@
 //! One teacher in a run: its rows, its limits, its health.
+//!
+//! What a reply means for its row and for the run is decided here, by the reply (`retry`) and by what was
+//! answered before (`health`). The first request goes alone: a wrong key, model or address costs one.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,18 +15,34 @@ use super::limiter::headers::Report;
 use super::limiter::{Concurrency, Cost, Departure, Limiter, News, Shared};
 use super::plan::Plan;
 use super::queue::{Entry, Queue};
-use super::retry::{self, Failure};
+use super::retry::{self, Claim, Failure, Reason};
 use super::stop;
 use super::teacher::Transport;
 use crate::cache::record::Usage;
-use crate::config;
+use crate::config::{self, Config};
 use crate::terminal::format_duration;
 
-/// Attempts of one row after which an address at which nothing has ever answered is given up.
+/// Failures after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
 /// The longest pause between the probes of an outage, as a multiple of `retry.max_s`.
 const OUTAGE_PAUSE: f64 = 5.0;
+
+/// Rounds in which an endpoint that has answered says that no request can succeed, before it is believed.
+const CLAIMS: u32 = 4;
+
+/// Times that one row brings such a reply while others are answered, before it is the row.
+const CLAIMS_OF_A_ROW: u32 = 3;
+
+/// A wait that is longer is not sat out: the run ends, and says until when.
+const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
+
+/// Rounds in which the endpoint asks for such a wait, before it is believed.
+const FAR_WAITS: u32 = 2;
+
+/// For how long the first request goes alone, where it is not answered. With a budget there is no such
+/// bound: its answer shows whether the endpoint keeps to `max_tokens`.
+const ALONE: Duration = Duration::from_secs(10);
 
 pub struct Lane {
     pub settings: config::Lane,
@@ -36,6 +55,11 @@ pub struct Lane {
     in_flight: usize,
     /// When the request left that alone finds out whether the endpoint is back.
     probe: Option<Instant>,
+    /// When the request left that goes before all others.
+    first: Option<Instant>,
+    /// Rows of it have been answered in earlier runs.
+    is_known: bool,
+    has_budget: bool,
     /// Why nothing more is sent to it; the other lanes go on.
     stopped: Option<anyhow::Error>,
 }
@@ -46,6 +70,15 @@ pub enum Verdict {
     Again { pause: Duration },
     /// The row ends without an answer.
     Failed(Entry, Failure),
+    /// The endpoint is there again only after this long; the row is in the queue again.
+    Far(Duration),
+}
+
+impl Verdict {
+    /// The row is in the queue again.
+    const AGAIN: Verdict = Verdict::Again {
+        pause: Duration::ZERO,
+    };
 }
 
 impl Lane {
@@ -55,7 +88,7 @@ impl Lane {
         transport: Arc<dyn Transport>,
         day: Day,
         shared: Option<Shared>,
-        retry: &config::Retry,
+        config: &Config,
     ) -> Result<Lane> {
         let settings = plan.askings[index].lane.clone();
         let now = Instant::now();
@@ -65,9 +98,12 @@ impl Lane {
             queue: Queue::new(plan.lanes[index].clone()),
             health: Health::new(now),
             concurrency: Concurrency::new(concurrency),
-            retry: retry.clone(),
+            retry: config.retry.clone(),
             in_flight: 0,
             probe: None,
+            first: None,
+            is_known: plan.answered[index] > 0,
+            has_budget: config.budget.usd.is_some(),
             stopped: None,
             settings,
             transport,
@@ -81,7 +117,7 @@ impl Lane {
     pub fn go_on(&mut self, plan: &Plan, index: usize) -> Result<()> {
         self.limiter.make_room_for(plan.largest(index))?;
         self.queue = Queue::new(plan.lanes[index].clone());
-        (self.in_flight, self.probe) = (0, None);
+        (self.in_flight, self.probe, self.first) = (0, None, None);
         Ok(())
     }
 
@@ -90,11 +126,39 @@ impl Lane {
         self.queue.is_empty() || self.stopped.is_some()
     }
 
-    /// Is there room for one more request? After a closed gate and in an outage, for one alone.
-    pub fn has_room(&self) -> bool {
-        match self.is_probing() {
-            true => self.probe.is_none(),
-            false => self.in_flight < self.concurrency.room(),
+    /// Is there room for one more request? After a closed gate, in an outage and before the first answer,
+    /// for one alone. If not, the instant at which there may be (None: not before a reply).
+    pub fn room(&self) -> Result<(), Option<Instant>> {
+        if self.is_probing() {
+            return if self.probe.is_none() {
+                Ok(())
+            } else {
+                Err(None)
+            };
+        }
+        let now = Instant::now();
+        if let Some(first) = self.first.filter(|_| !self.health.has_succeeded()) {
+            if self.has_budget {
+                return Err(None);
+            }
+            if now < first + ALONE {
+                return Err(Some(first + ALONE));
+            }
+        }
+        if self.in_flight < self.concurrency.room() {
+            Ok(())
+        } else {
+            Err(None)
+        }
+    }
+
+    /// The row to send next, or when there may be one.
+    pub fn next_row(&self) -> Result<Entry, Option<Instant>> {
+        let now = Instant::now();
+        if self.is_probing() || !self.health.has_succeeded() {
+            self.queue.peek_least_suspect(now)
+        } else {
+            self.queue.peek(now)
         }
     }
 
@@ -104,9 +168,10 @@ impl Lane {
 
     /// Lets a request out, or says when to ask again.
     pub fn admit(&mut self, cost: Cost) -> Result<Departure, Instant> {
-        let room = match self.is_probing() {
-            true => 1,
-            false => self.concurrency.room().saturating_sub(self.in_flight),
+        let room = if self.is_probing() || !self.health.has_succeeded() {
+            1
+        } else {
+            self.concurrency.room().saturating_sub(self.in_flight)
         };
         self.limiter.admit(cost, room.min(self.queue.len()))
     }
@@ -134,6 +199,9 @@ impl Lane {
 
     pub fn left(&mut self, departure: &Departure) {
         self.in_flight += 1;
+        if !self.health.has_succeeded() {
+            self.first.get_or_insert(departure.at);
+        }
         if self.is_probing() {
             self.probe = Some(departure.at);
         }
@@ -144,6 +212,9 @@ impl Lane {
         self.in_flight -= 1;
         if self.probe == Some(departure.at) {
             self.probe = None;
+        }
+        if self.first == Some(departure.at) {
+            self.first = None;
         }
         if self.limiter.learn(reports, departure) {
             self.concurrency.follow_limits();
@@ -174,7 +245,7 @@ impl Lane {
         message: String,
     ) -> Verdict {
         let now = Instant::now();
-        let streak = self.health.throttled();
+        let round = self.health.throttled(departure.at, now);
         // No wait makes room for a request that is larger than the limit itself.
         let too_small = self.limiter.too_small(&cost);
         if too_small.is_some() || message.to_lowercase().contains("request too large") {
@@ -187,17 +258,29 @@ impl Lane {
         if self.settings.limits.adapt {
             self.concurrency.throttled(departure.at, now);
         }
-        let told = wait.filter(|wait| wait.as_secs_f64() > self.retry.max_s);
-        let wait = wait.unwrap_or_else(|| self.firm_pause(streak, 1.0));
-        let was_open = self.limiter.close_until(now + wait);
-        if was_open && let Some(wait) = told {
-            self.health.excuse(wait);
+        let own = self.firm_pause(round, 1.0);
+        let far = wait.filter(|wait| *wait > LONGEST_WAIT);
+        if let Some(far) = far
+            && self.health.told_far(departure.at, now) >= FAR_WAITS
+        {
+            self.queue.delay(entry, now);
+            return Verdict::Far(far);
+        }
+        // Never shorter than our own back-off once it has refused again after the wait that it asked for.
+        let pause = match wait.filter(|_| far.is_none()) {
+            Some(wait) if round > 1 => wait.max(own),
+            Some(wait) => wait,
+            None => own,
+        };
+        let was_open = self.limiter.close_until(now + pause);
+        if was_open && wait.is_some() && pause.as_secs_f64() > self.retry.max_s {
+            self.health.excuse(pause);
         }
         // It may be the row after all: behind the others with it, the further the oftener.
         let behind = self.firm_pause(entry.throttled, 1.0);
         entry.throttled += 1;
         let behind = if entry.throttled > 1 {
-            wait + behind
+            pause + behind
         } else {
             Duration::ZERO
         };
@@ -205,38 +288,98 @@ impl Lane {
         self.stop_after_long_silence(&message);
         Verdict::Again {
             // Everything in flight may say the same; once is enough.
-            pause: if was_open { wait } else { Duration::ZERO },
+            pause: if was_open { pause } else { Duration::ZERO },
         }
     }
 
+    /// The reply says that no request can succeed. Before the first answer that is believed at once;
+    /// where others are answered it is the row, or it passes.
+    pub fn claimed(&mut self, mut entry: Entry, claim: Claim, departure: &Departure) -> Verdict {
+        let now = Instant::now();
+        let Claim { reason, failure } = claim;
+        let teacher = &self.settings.teacher;
+        if self.stopped.is_some() {
+            self.queue.delay(entry, now);
+            return Verdict::AGAIN;
+        }
+        if !self.health.has_succeeded() {
+            self.queue.delay(entry, now);
+            self.stop(stop::refused(reason, &failure.message, teacher));
+            return Verdict::AGAIN;
+        }
+        if failure.is_bodyless && matches!(reason, Reason::Address | Reason::Forbidden) {
+            return self.transient(entry, failure, Duration::ZERO);
+        }
+        if matches!(reason, Reason::Address | Reason::Forbidden) {
+            if self.health.forbade(entry.row) {
+                self.queue.delay(entry, now);
+                self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+                return Verdict::AGAIN;
+            }
+            entry.failed += 1;
+            return Verdict::Failed(entry, failure);
+        }
+        entry.claimed += 1;
+        let round = self.health.claimed(departure.at, now);
+        if round > CLAIMS {
+            self.queue.delay(entry, now);
+            self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+            return Verdict::AGAIN;
+        }
+        if entry.claimed > CLAIMS_OF_A_ROW && round == 1 {
+            entry.failed += 1;
+            return Verdict::Failed(entry, failure);
+        }
+        let pause = self.firm_pause(round, 1.0);
+        let was_open = self.limiter.close_until(now + pause);
+        self.queue.delay(entry, now + pause);
+        Verdict::Again {
+            pause: if was_open { pause } else { Duration::ZERO },
+        }
+    }
+
+    /// The content of the row is refused: the endpoint is in order.
+    pub fn filtered(&mut self, departure: &Departure) {
+        self.health.success(departure.at, Instant::now());
+        self.limiter.answered(&[], departure, None);
+    }
+
+    /// The row is to be asked again with a new key, at once.
+    pub fn key_renewed(&mut self, entry: Entry) {
+        self.queue.delay(entry, Instant::now());
+    }
+
+    /// The attempt failed in a way that may pass.
     pub fn transient(&mut self, mut entry: Entry, failure: Failure, wait: Duration) -> Verdict {
         let now = Instant::now();
         self.health
             .failure(entry.row, failure.unreachable, self.in_flight + 1, now);
-        if self.health.is_outage() && !self.health.never_answered() {
+        // Itself, what waits, and what is on its way.
+        let remaining = 1 + self.queue.len() + self.in_flight;
+        let is_in_order = self.health.has_succeeded() || self.is_known;
+        let is_the_rows = is_in_order && !self.health.has_others(remaining);
+        if self.health.is_outage() && !self.health.never_answered() && !is_the_rows {
             // No row is to blame: it costs no attempt, and one probe at a time goes out.
             let pause = self
                 .firm_pause(self.health.probes(), OUTAGE_PAUSE)
                 .max(wait);
             let was_open = self.limiter.close_until(now + pause);
             self.queue.delay(entry, now + wait);
-            self.stop_after_long_silence(&failure.message);
+            self.stop_where_nothing_helps(&failure);
             return Verdict::Again {
                 pause: if was_open { pause } else { Duration::ZERO },
             };
         }
         entry.failed += 1;
         let max_attempts = self.retry.max_attempts;
-        if self.health.never_answered() && entry.failed >= FIRST_CONTACT_ATTEMPTS.min(max_attempts)
-        {
+        let contacts = self.health.failures() as u32;
+        if self.health.never_answered() && contacts >= FIRST_CONTACT_ATTEMPTS.min(max_attempts) {
             self.stop(stop::nothing_answers(
                 &self.settings.teacher,
                 &failure.message,
             ));
         } else if entry.failed >= max_attempts {
-            // Itself, what waits, and what is on its way.
-            let remaining = 1 + self.queue.len() + self.in_flight;
-            if !self.health.may_be_the_endpoint(entry.failed, remaining) {
+            if is_the_rows || !self.health.may_be_the_endpoint(entry.failed, remaining) {
                 return Verdict::Failed(entry, failure);
             }
             // Half of its attempts come back: once the endpoint is in order again, one more accident
@@ -245,18 +388,30 @@ impl Lane {
         }
         let pause = retry::backoff(entry.failed, &self.retry, fastrand::f64()).max(wait);
         self.queue.delay(entry, now + pause);
-        self.stop_after_long_silence(&failure.message);
-        Verdict::Again {
-            pause: Duration::ZERO,
+        if !self.health.has_succeeded() && !is_the_rows {
+            // The first requests go one by one, and not one after the other at once.
+            let pause = self.firm_pause(contacts, 1.0);
+            self.limiter.close_until(now + pause);
         }
+        self.stop_where_nothing_helps(&failure);
+        Verdict::AGAIN
     }
 
     pub fn refused(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
+        if failure.is_bodyless && self.health.has_succeeded() {
+            return self.transient(entry, failure, Duration::ZERO);
+        }
         entry.failed += 1;
-        if self.health.refused(&failure.message) {
+        // What is on its way may show that others are answered.
+        if self.health.refused(&failure.message) && self.in_flight == 0 {
             self.stop(stop::refused_alike(&failure.message));
         }
         Verdict::Failed(entry, failure)
+    }
+
+    /// The row has ended without an answer.
+    pub fn gave_up(&mut self, row: usize) {
+        self.health.gave_up(row);
     }
 
     /// Sends nothing more to this endpoint; its rows stay pending.
@@ -275,6 +430,16 @@ impl Lane {
             ..self.retry.clone()
         };
         retry::backoff(attempt, &retry, 0.5 + fastrand::f64() / 2.0)
+    }
+
+    /// Stops where the server fails at everything alike, and after a long silence.
+    fn stop_where_nothing_helps(&mut self, failure: &Failure) {
+        // A server that is starting up, or overloaded, has statuses of its own.
+        let is_error = failure.class == "http 500" && !failure.is_bodyless && !self.is_known;
+        if is_error && self.health.failed_alike(&failure.message) {
+            self.stop(stop::failed_alike(&failure.message));
+        }
+        self.stop_after_long_silence(&failure.message);
     }
 
     /// Judged when something has failed and not by a timer, so that a wait that the endpoint asked

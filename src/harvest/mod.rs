@@ -21,7 +21,6 @@
 //! `stop`) or does one thing (`teacher` sends, by way of `exchange`). It knows nothing of tensors.
 
 mod advice;
-mod api_error;
 mod attempt;
 mod batch;
 mod budget;
@@ -32,7 +31,6 @@ pub mod endpoint;
 mod estimate;
 mod exchange;
 mod failures;
-mod fields;
 #[doc(hidden)]
 pub mod fuzz;
 mod health;
@@ -40,17 +38,16 @@ mod judge;
 mod lane;
 mod ledger;
 mod limiter;
-mod logprobs;
 mod plan;
 mod probe;
 mod progress;
 mod purse;
 mod queue;
 mod record;
+mod reply;
 mod request;
 mod retry;
 mod room;
-mod scan;
 mod schedule;
 mod scoring;
 mod shard;
@@ -59,7 +56,9 @@ mod structured;
 mod summary;
 mod teacher;
 mod timeline;
-mod wire;
+mod unanswered;
+mod unreadable;
+mod waits;
 
 pub use batch::{BatchApi, Download, Tally};
 pub use clock::WallClock;
@@ -89,11 +88,12 @@ use dispatch::Dispatcher;
 use endpoint::Endpoints;
 use lane::Lane;
 use limiter::Shared;
-use plan::Plan;
-use purse::Purse;
+use plan::{Plan, Standing};
+use purse::{Books, Purse};
 use request::Asking;
 use structured::Structured;
 use teacher::Teacher;
+use unanswered::Unanswered;
 
 #[derive(Debug, Clone, Copy, Default)]
 pub struct HarvestOptions {
@@ -171,6 +171,7 @@ pub async fn run_in(
         cache: &cache,
         probes,
         transports,
+        unanswered: Unanswered::load(&config.run_dir)?,
         clock,
     };
     match config.schedule.mode {
@@ -188,31 +189,32 @@ struct Run<'a> {
     /// By teacher; see [`Asking::probe`].
     probes: Vec<String>,
     transports: Vec<Arc<dyn Transport>>,
+    unanswered: Unanswered,
     clock: WallClock,
 }
 
 impl Run<'_> {
-    async fn realtime(self, prompts: Vec<Prompt>, signals: Signals) -> Result<Summary> {
+    async fn realtime(mut self, prompts: Vec<Prompt>, signals: Signals) -> Result<Summary> {
         batch::check_none_under_way(&self.config.run_dir)?;
-        let plan = self.plan(self.config, prompts, |key| self.cache.contains(key))?;
-        let purse = self.purse()?;
-        let dispatcher = self.dispatcher(self.config, plan, purse).await?;
+        let plan = self.plan(self.config, prompts, |key| self.standing(key))?;
+        let books = self.books()?;
+        let dispatcher = self.dispatcher(self.config, plan, books).await?;
         dispatcher.run(signals).await
     }
 
-    async fn batch(self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<Summary> {
+    async fn batch(mut self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<Summary> {
         let config = self.config.at_batch_prices();
-        let plan = self.plan(&config, prompts, |key| self.cache.contains(key))?;
-        let purse = self.purse()?;
+        let plan = self.plan(&config, prompts, |key| self.standing(key))?;
+        let books = self.books()?;
         for lane in 0..plan.lanes.len() {
-            purse.check_largest(&plan, lane)?;
+            books.purse.check_largest(&plan, lane)?;
             // For the rest, which is asked one by one: what is wrong with it shall not be found out
             // at the end of the night.
             self.shared(&plan, lane, &Arc::default()).await?;
         }
         let (transports, clock) = (&self.transports, self.clock.clone());
         let batches = Batches::new(
-            &config, plan, self.cache, transports, purse, clock, self.quiet,
+            &config, plan, self.cache, transports, books, clock, self.quiet,
         )?;
         let rest = match batches.run(&mut signals).await? {
             Outcome::Finished(summary) => return Ok(*summary),
@@ -221,10 +223,15 @@ impl Run<'_> {
         // The deadline was that of the batches.
         let mut config = self.config.clone();
         config.schedule.deadline = None;
+        let max_attempts = config.retry.max_attempts;
         let plan = self.plan(&config, rest.prompts, |key| {
-            self.cache.contains(key) || rest.not_to_ask.contains(key)
+            if rest.not_to_ask.contains(key) {
+                return Standing::Answered;
+            }
+            let unanswered = &rest.books.unanswered;
+            unanswered.standing(key, self.cache, max_attempts)
         })?;
-        let dispatcher = self.dispatcher(&config, plan, rest.purse).await?;
+        let dispatcher = self.dispatcher(&config, plan, rest.books).await?;
         let dispatcher = dispatcher.after(rest.summary, rest.started);
         let mut summary = dispatcher.run(signals).await?;
         if rest.under_way > 0 && summary.error.is_none() {
@@ -242,10 +249,10 @@ impl Run<'_> {
         &self,
         config: &Config,
         prompts: Vec<Prompt>,
-        is_done: impl Fn(&str) -> bool,
+        standing: impl Fn(&str) -> Standing,
     ) -> Result<Plan> {
         let askings = askings(config, &self.probes)?;
-        let plan = Plan::new(prompts, askings, &config.prompts, self.shard, is_done);
+        let plan = Plan::new(prompts, askings, &config.prompts, self.shard, standing);
         if plan.repeated > 0 {
             tracing::warn!(
                 "{} requests ask word for word what another one asks: each such answer is bought \
@@ -256,7 +263,13 @@ impl Run<'_> {
         Ok(plan)
     }
 
-    fn purse(&self) -> Result<Purse> {
+    fn standing(&self, key: &str) -> Standing {
+        let max_attempts = self.config.retry.max_attempts;
+        self.unanswered.standing(key, self.cache, max_attempts)
+    }
+
+    /// Opens the books, once.
+    fn books(&mut self) -> Result<Books> {
         let config = self.config;
         let measured = match config.budget.usd {
             Some(_) => self.cache.cost_when_opened() + judge::cost_usd(config)?,
@@ -269,27 +282,30 @@ impl Run<'_> {
             self.clock.clone(),
         )?;
         lost.warn();
-        Ok(purse)
+        Ok(Books {
+            purse,
+            unanswered: std::mem::take(&mut self.unanswered),
+        })
     }
 
     async fn dispatcher<'b>(
         &'b self,
         config: &'b Config,
         plan: Plan,
-        purse: Purse,
+        books: Books,
     ) -> Result<Dispatcher<'b>> {
         let (wake, mut lanes) = (Arc::default(), Vec::new());
         for (index, transport) in self.transports.iter().enumerate() {
-            purse.check_largest(&plan, index)?;
-            let day = purse.day(&plan.askings[index].lane);
+            books.purse.check_largest(&plan, index)?;
+            let day = books.purse.day(&plan.askings[index].lane);
             let shared = self.shared(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
-            let lane = Lane::new(&plan, index, transport, day, shared, &config.retry)?;
+            let lane = Lane::new(&plan, index, transport, day, shared, config)?;
             lanes.push(lane);
         }
         let progress = Progress::new("harvest", plan.total, self.quiet);
         let (plan, clock) = (Arc::new(plan), self.clock.clone());
-        let dispatcher = Dispatcher::new(config, plan, self.cache, lanes, purse, clock, progress)?;
+        let dispatcher = Dispatcher::new(config, plan, self.cache, lanes, books, clock, progress)?;
         Ok(dispatcher.woken_by(wake))
     }
 
@@ -375,8 +391,12 @@ fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
     let dir = config.own_cache();
     let (keys, stats) = look_into(&dir)?;
     let askings = askings(config, &[])?;
-    let is_cached = |key: &str| keys.contains(key);
-    let plan = Plan::new(prompts, askings, &config.prompts, options.shard, is_cached);
+    let unanswered = Unanswered::load(&config.run_dir)?;
+    let standing = |key: &str| match keys.contains(key) || unanswered.is_filtered(key) {
+        true => Standing::Answered,
+        false => Standing::Open,
+    };
+    let plan = Plan::new(prompts, askings, &config.prompts, options.shard, standing);
     let mut estimate = Estimate::new(&plan, &stats, cache::size(&dir));
     if is_batch {
         estimate.minutes = 0.0;

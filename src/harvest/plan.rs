@@ -29,6 +29,16 @@ pub struct Row {
     pub bytes: u32,
 }
 
+/// How a request stands before a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    Open,
+    /// In the cache, or refused by a filter.
+    Answered,
+    /// All its attempts have been spent.
+    GivenUp,
+}
+
 pub struct Plan {
     pub prompts: Vec<Prompt>,
     /// What is asked of each teacher.
@@ -41,18 +51,22 @@ pub struct Plan {
     pub total: u64,
     /// Of these, answered already.
     pub cached: u64,
+    /// Of these, by teacher.
+    pub answered: Vec<u64>,
+    /// Rows whose attempts have been spent by earlier runs, with their teacher.
+    pub given_up: Vec<(usize, Row)>,
     /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
     pub repeated: u64,
 }
 
 impl Plan {
-    /// Everything, or the part of it in `shard`. `is_cached` tells whether a key has been answered.
+    /// Everything, or the part of it in `shard`. `standing` tells how a key stands.
     pub fn new(
         prompts: Vec<Prompt>,
         askings: Vec<Asking>,
         settings: &config::Prompts,
         shard: Option<Shard>,
-        is_cached: impl Fn(&str) -> bool,
+        standing: impl Fn(&str) -> Standing,
     ) -> Plan {
         let order = match settings.order {
             Order::Source => (0..prompts.len()).collect(),
@@ -69,6 +83,8 @@ impl Plan {
             lanes: Vec::new(),
             total: 0,
             cached: 0,
+            answered: vec![0; shares.len()],
+            given_up: Vec::new(),
             repeated: 0,
         };
         let mut seen = HashSet::new();
@@ -87,7 +103,7 @@ impl Plan {
                         settings.samples,
                         &mut seen,
                         &is_ours,
-                        &is_cached,
+                        &standing,
                     );
                 }
             }
@@ -103,7 +119,7 @@ impl Plan {
         samples: u32,
         seen: &mut HashSet<blake3::Hash>,
         is_ours: &impl Fn(&blake3::Hash) -> bool,
-        is_cached: &impl Fn(&str) -> bool,
+        standing: &impl Fn(&str) -> Standing,
     ) {
         for sample in 0..samples {
             let body = self.body(lane, prompt, sample);
@@ -114,17 +130,24 @@ impl Plan {
             }
             self.total += 1;
             let name = key.hash.to_hex();
-            let is_new = seen.insert(key.hash);
-            if is_new && !is_cached(&name) {
-                self.rows.push(Row {
-                    prompt: prompt as u32,
-                    sample,
-                    key: name.to_string(),
-                    bytes: key.bytes as u32,
-                });
-            } else {
+            if !seen.insert(key.hash) {
                 self.cached += 1;
-                self.repeated += u64::from(!is_new);
+                self.repeated += 1;
+                continue;
+            }
+            let row = Row {
+                prompt: prompt as u32,
+                sample,
+                key: name.to_string(),
+                bytes: key.bytes as u32,
+            };
+            match standing(&name) {
+                Standing::Answered => {
+                    self.cached += 1;
+                    self.answered[lane] += 1;
+                }
+                Standing::GivenUp => self.given_up.push((lane, row)),
+                Standing::Open => self.rows.push(row),
             }
         }
     }
@@ -226,7 +249,11 @@ mod tests {
 
     fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
         let askings = config.lanes().into_iter().map(Asking::plain).collect();
-        Plan::new(prompts, askings, &config.prompts, None, is_cached)
+        let standing = |key: &str| match is_cached(key) {
+            true => Standing::Answered,
+            false => Standing::Open,
+        };
+        Plan::new(prompts, askings, &config.prompts, None, standing)
     }
 
     #[test]

@@ -8,13 +8,13 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep};
 
-use super::api_error::ApiError;
 use super::endpoint::{Endpoint, Finding, LogprobsKind, TokenBytes};
 use super::limiter::headers::{self, Refill};
-use super::retry::{self, Trouble};
+use super::reply::error::ApiError;
+use super::reply::{Completion, json};
+use super::retry::{self, Claim, Trouble};
 use super::stop;
 use super::teacher::{self, Reply, Transport};
-use super::wire::Completion;
 use crate::config::{Lane, MaxTokensField};
 
 /// Tokens of an answer; a thinking model is given more.
@@ -36,8 +36,8 @@ const WIDE: &str = "Repeat exactly, and write nothing else: 😀 naïve 漢字 �
 /// What came of a request.
 enum Asked {
     Answer(Box<Completion>, Reply),
-    /// 400 and the like, with the endpoint's words.
-    Refused(String, Reply),
+    /// An error, with the endpoint's words, and the reply if there was one.
+    Refused(String, Option<Reply>),
 }
 
 pub struct Probe {
@@ -45,6 +45,8 @@ pub struct Probe {
     transport: Arc<dyn Transport>,
     found: Endpoint,
     max_tokens: u32,
+    /// A plain question has been answered: from then on an error is a finding.
+    has_answered: bool,
 }
 
 /// Finds out what the endpoint of `lane` does.
@@ -63,6 +65,7 @@ pub async fn run(lane: Lane, transport: Arc<dyn Transport>, now: Timestamp) -> R
         transport,
         found,
         max_tokens: SHORT,
+        has_answered: false,
     };
     probe.plain_question().await?;
     probe.logprobs().await?;
@@ -156,7 +159,7 @@ impl Probe {
         let offer = &mut self.found.logprobs;
         let most = logprobs.top.iter().map(Vec::len).max().unwrap_or(0);
         offer.largest_k = most as u32;
-        let position = serde_json::from_slice::<Value>(&reply.body)
+        let position = json::value(&reply.body)
             .ok()
             .and_then(|body| body.pointer("/choices/0/logprobs/content/0").cloned());
         offer.token_ids = position.is_some_and(|position| {
@@ -219,7 +222,7 @@ impl Probe {
         let Some(logprobs) = &completion.logprobs else {
             return Ok(());
         };
-        let body: Value = serde_json::from_slice(&reply.body).unwrap_or_default();
+        let body = json::value(&reply.body).unwrap_or_default();
         let position = body.pointer("/choices/0/logprobs/content/0");
         let has_bytes = position.is_some_and(|position| position["bytes"].is_array());
         self.found.logprobs.bytes = match (logprobs.matches_text, has_bytes) {
@@ -251,7 +254,7 @@ impl Probe {
                     self.found.refused.insert(name.into(), words);
                 }
                 Asked::Answer(_, reply) if name == "n" => {
-                    let body: Value = serde_json::from_slice(&reply.body).unwrap_or_default();
+                    let body = json::value(&reply.body).unwrap_or_default();
                     let choices = body["choices"].as_array().map_or(0, Vec::len);
                     self.found.several_choices = Some(choices == 2);
                 }
@@ -358,7 +361,8 @@ impl Probe {
             .await?;
         self.found.error_shape = match asked {
             Asked::Answer(..) => "none: a wrong type is accepted".into(),
-            Asked::Refused(_, reply) => shape(&reply),
+            Asked::Refused(_, None) => "no reply".into(),
+            Asked::Refused(_, Some(reply)) => shape(&reply),
         };
         Ok(())
     }
@@ -387,17 +391,22 @@ impl Probe {
             let reply = self.transport.ask(&body).await;
             let now = std::time::SystemTime::now();
             let trouble = match retry::classify(reply.clone(), now) {
-                Ok(completion) => return Ok(Asked::Answer(completion, reply?)),
+                Ok(completion) => {
+                    self.has_answered = true;
+                    return Ok(Asked::Answer(completion, reply?));
+                }
                 Err(trouble) => trouble,
             };
             let (wait, message) = match trouble {
-                Trouble::Stop(reason, message) => {
-                    return Err(stop::refused(reason, &message, &self.lane.teacher));
+                Trouble::Claim(claim) if !self.has_answered => {
+                    let message = claim.failure.message;
+                    return Err(stop::refused(claim.reason, &message, &self.lane.teacher));
                 }
-                Trouble::Refused(failure) => match reply {
-                    Ok(reply) => return Ok(Asked::Refused(failure.message, reply)),
-                    Err(fault) => return Err(fault.into()),
-                },
+                Trouble::Claim(Claim { failure, .. })
+                | Trouble::Refused(failure)
+                | Trouble::Filtered(failure) => {
+                    return Ok(Asked::Refused(failure.message, reply.ok()));
+                }
                 Trouble::Throttled { wait, message } => {
                     (wait.unwrap_or(Duration::from_secs(5)), message)
                 }
@@ -405,7 +414,18 @@ impl Probe {
                     attempts += 1;
                     (wait.max(Duration::from_millis(500)), failure.message)
                 }
+                Trouble::KeyRenewed => (Duration::ZERO, "the key had expired".into()),
+                Trouble::Unreadable { problem, .. } => {
+                    attempts = ATTEMPTS;
+                    (
+                        Duration::ZERO,
+                        format!("its reply cannot be read: {problem}"),
+                    )
+                }
             };
+            if attempts >= ATTEMPTS && self.has_answered {
+                return Ok(Asked::Refused(message, reply.ok()));
+            }
             if attempts >= ATTEMPTS || Instant::now() + wait > patience {
                 return Err(anyhow!("the endpoint does not answer: {message}"));
             }
@@ -425,7 +445,7 @@ fn with_logprobs(body: &mut Map<String, Value>, k: u32, temperature: f64) {
 
 /// The shape of an error in words.
 fn shape(reply: &Reply) -> String {
-    let Ok(body) = serde_json::from_slice::<Value>(&reply.body) else {
+    let Ok(body) = json::value(&reply.body) else {
         let what = match reply.body.trim_ascii_start().starts_with(b"<") {
             true => "HTML",
             false => "text",

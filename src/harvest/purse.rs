@@ -14,12 +14,19 @@ use super::limiter::day::Day;
 use super::plan::Plan;
 use super::room;
 use super::summary::Summary;
+use super::unanswered::Unanswered;
 use crate::config::{self, Price};
 use crate::exit::Exit;
 use crate::terminal::format_dollars;
 
 /// The reservation in the ledger is raised in steps of this factor, so that it is written rarely.
 const STEP: f64 = 2.0;
+
+/// What a run writes beside the cache.
+pub struct Books {
+    pub purse: Purse,
+    pub unanswered: Unanswered,
+}
 
 pub struct Purse {
     pub budget: Budget,

@@ -7,14 +7,18 @@ use std::ops::Range;
 use tokio::time::Instant;
 
 /// A row with its history.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
     /// Index in [`super::plan::Plan::rows`].
     pub row: usize,
     /// Attempts that failed for a reason of their own; throttling and an outage are none.
     pub failed: u32,
+    /// Attempts of this run that may have been billed and brought no answer.
+    pub paid: u32,
     /// Times that the endpoint asked to wait on this row's account.
     pub throttled: u32,
+    /// Times that its reply said that no request can succeed.
+    pub claimed: u32,
 }
 
 impl Entry {
@@ -22,9 +26,13 @@ impl Entry {
     pub fn fresh(row: usize) -> Entry {
         Entry {
             row,
-            failed: 0,
-            throttled: 0,
+            ..Entry::default()
         }
+    }
+
+    /// Replies that were not answers.
+    fn setbacks(&self) -> u32 {
+        self.failed + self.paid + self.throttled + self.claimed
     }
 }
 
@@ -68,13 +76,36 @@ impl Queue {
         }
     }
 
-    /// Takes what [`Queue::peek`] has shown.
+    /// As [`Queue::peek`], of the row that has least to do with what is wrong: one that always fails must
+    /// not be all that is tried of an endpoint.
+    pub fn peek_least_suspect(&self, now: Instant) -> Result<Entry, Option<Instant>> {
+        if !self.fresh.is_empty() {
+            return Ok(Entry::fresh(self.fresh.start));
+        }
+        let due = self.delayed.iter().map(|Reverse(delayed)| delayed);
+        let due = due.filter(|(not_before, _)| *not_before <= now);
+        match due.min_by_key(|(not_before, entry)| (entry.setbacks(), *not_before)) {
+            Some((_, entry)) => Ok(*entry),
+            None => self.peek(now),
+        }
+    }
+
+    /// Takes a row out that was put back.
+    pub fn remove(&mut self, row: usize) {
+        self.delayed.retain(|Reverse((_, entry))| entry.row != row);
+    }
+
+    /// Takes what one of the two has shown.
     pub fn take(&mut self, entry: Entry) {
+        if entry == Entry::fresh(self.fresh.start) && !self.fresh.is_empty() {
+            self.fresh.start += 1;
+            return;
+        }
         match self.delayed.peek() {
             Some(Reverse((_, first))) if *first == entry => {
                 self.delayed.pop();
             }
-            _ => self.fresh.start += 1,
+            _ => self.delayed.retain(|Reverse((_, other))| *other != entry),
         }
     }
 }
@@ -104,5 +135,24 @@ mod tests {
         queue.take(retry);
         assert_eq!(queue.peek(at(9)), Err(None));
         assert!(queue.is_empty());
+    }
+
+    #[test]
+    fn an_endpoint_is_tried_with_rows_that_have_not_failed() {
+        let now = Instant::now();
+        let mut queue = Queue::new(2..3);
+        let entry = |row, failed| Entry {
+            failed,
+            ..Entry::fresh(row)
+        };
+        queue.delay(entry(0, 5), now);
+        queue.delay(entry(1, 1), now);
+        let fresh = queue.peek_least_suspect(now).unwrap();
+        assert_eq!(fresh, Entry::fresh(2));
+        queue.take(fresh);
+        let least = queue.peek_least_suspect(now).unwrap();
+        assert_eq!(least, entry(1, 1));
+        queue.take(least);
+        assert_eq!((queue.len(), queue.peek(now)), (1, Ok(entry(0, 5))));
     }
 }

@@ -4,11 +4,15 @@ use serde_json::Value;
 
 use super::cost;
 use super::plan::Row;
+use super::reply::Completion;
 use super::request::Asking;
 use super::teacher;
-use super::wire::Completion;
+
 use crate::cache::record::{Record, SCHEMA, Status, Timing};
 use crate::prompt::Prompt;
+
+/// The reason of an answer that was paid for and cannot be read.
+pub const UNREADABLE: &str = "unreadable";
 
 /// The record of `completion`, the answer to `body`.
 pub fn record(
@@ -23,6 +27,9 @@ pub fn record(
     let mut extra = completion.extra;
     if let Some(fault) = completion.logprobs_fault {
         extra.insert("logprobs_dropped".into(), fault.into());
+    }
+    if let Some(problem) = completion.unreadable {
+        extra.insert("unreadable".into(), problem.into());
     }
     let price = &asking.lane.price;
     Record {
@@ -54,6 +61,9 @@ pub fn record(
 /// An answer that is merely cut off or filtered has text, and `[data]` decides about it.
 fn quarantine(asking: &Asking, completion: &Completion) -> String {
     let answer = &completion.answer;
+    if completion.unreadable.is_some() {
+        return UNREADABLE.into();
+    }
     if !answer.text.is_empty() {
         let structured = asking.structured.as_ref();
         return structured

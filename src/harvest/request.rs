@@ -7,9 +7,9 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::reply::{self, Completion, NoAnswer};
 use super::scoring::Scoring;
 use super::structured::Structured;
-use super::wire::{self, Completion, NoAnswer};
 use crate::config::{Config, Lane};
 use crate::exit::Exit;
 use crate::prompt::Message;
@@ -89,7 +89,7 @@ impl Asking {
     ) -> Result<Completion, NoAnswer> {
         match &self.scoring {
             Some(scoring) => scoring.read(reply, body, messages),
-            None => wire::parse(reply),
+            None => reply::parse(reply),
         }
     }
 

@@ -1,44 +1,61 @@
-//! What a reply means for its request and for the run. Pure.
+//! Classifies a teacher's reply: an answer, or what kind of trouble. Pure.
+//!
+//! One reply is classified by its status, code and words alone. What follows from it for the row and for
+//! the run depends also on what has been answered before; that is decided in `lane`.
 
 use std::time::{Duration, SystemTime};
 
-use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
+use reqwest::header::{HeaderMap, LOCATION};
 
-use super::api_error::ApiError;
-use super::teacher::{Fault, Reply};
-use super::wire::{self, Completion, NoAnswer};
+use super::limiter::headers;
+use super::reply::error::ApiError;
+use super::reply::{self, Completion, NoAnswer};
+use super::teacher::{End, Fault, Reply};
+use super::waits;
 use crate::config;
 use crate::terminal::sanitise;
-
-/// An endpoint that asks for more is asked again after this long.
-const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// Characters of an endpoint's message that are shown and kept.
 const MESSAGE_LENGTH: usize = 300;
 
-/// What follows from an attempt that brought no answer.
+/// An attempt that brought no answer.
 #[derive(Debug)]
 pub enum Trouble {
-    /// No request can succeed: the run stops.
-    Stop(Reason, String),
+    /// The reply says that no request can succeed.
+    Claim(Claim),
     /// This request cannot succeed; others can.
     Refused(Failure),
-    /// The endpoint asks everybody to wait, so long if it says how long. Costs no attempt.
+    /// A filter refuses what this request asks about; others can succeed.
+    Filtered(Failure),
+    /// The endpoint asks everybody to wait, for `wait` if it says how long. Costs no attempt.
     Throttled {
         wait: Option<Duration>,
         message: String,
     },
     /// May pass. `wait` is the least time to leave before the next attempt.
     Transient { failure: Failure, wait: Duration },
+    /// An answer that was paid for, and that cannot be read.
+    Unreadable { problem: String, body: bytes::Bytes },
+    /// The key had expired, and there is a new one.
+    KeyRenewed,
 }
 
-/// Why no request can succeed.
+/// Why no request can succeed, as one reply has it.
+#[derive(Debug)]
+pub struct Claim {
+    pub reason: Reason,
+    /// Of the row, should it be the row after all.
+    pub failure: Failure,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
     Key,
     Forbidden,
     Credit,
     Model,
+    /// Nothing is served under this path.
+    Address,
     Redirect,
 }
 
@@ -51,6 +68,8 @@ pub struct Failure {
     pub unreachable: bool,
     /// The endpoint may have done the work and sent the bill.
     pub may_be_billed: bool,
+    /// A refusal without a body, as a gateway sends it when it is out of order.
+    pub is_bodyless: bool,
 }
 
 impl Failure {
@@ -67,14 +86,15 @@ impl Failure {
             message: shorten(message),
             unreachable: false,
             may_be_billed: false,
+            is_bodyless: false,
         }
     }
 }
 
-/// Sorts one attempt. An answer has been paid for and is to be recorded, whatever its finish reason.
-/// `now` is only compared with an HTTP date in `Retry-After`.
+/// Classifies one attempt. An answer has been paid for and is to be recorded, whatever its finish reason.
+/// `now` is only compared with dates in headers and messages.
 pub fn classify(result: Result<Reply, Fault>, now: SystemTime) -> Result<Box<Completion>, Trouble> {
-    classify_by(result, now, wire::parse)
+    classify_by(result, now, reply::parse)
 }
 
 /// As [`classify`], of replies whose bodies `read` reads.
@@ -83,36 +103,70 @@ pub fn classify_by(
     now: SystemTime,
     read: impl FnOnce(&[u8]) -> Result<Completion, NoAnswer>,
 ) -> Result<Box<Completion>, Trouble> {
-    let reply = check(result, now)?;
-    read(&reply.body)
-        .map(Box::new)
-        .map_err(|no_answer| match no_answer {
-            NoAnswer::Malformed(problem) => lost("malformed", &problem),
-            // The code is the status that the endpoint would have sent, had it not begun to answer.
-            NoAnswer::Error(error) => {
-                let mut trouble =
-                    classify_error(error.status.unwrap_or(500), &reply.headers, &error, now);
-                if let Trouble::Transient { failure, .. } | Trouble::Refused(failure) = &mut trouble
-                {
-                    // Generation had begun.
-                    failure.may_be_billed = true;
-                }
-                trouble
+    let reply = result.map_err(classify_fault)?;
+    if !(200..300).contains(&reply.status) {
+        // Some filters refuse with the first half of an answer, which has been paid for.
+        if memchr::memmem::find(&reply.body, b"\"choices\"").is_some()
+            && let Ok(completion) = read(&reply.body)
+            && !completion.answer.text.is_empty()
+        {
+            return Ok(Box::new(completion));
+        }
+        return Err(classify_refusal(&reply, now));
+    }
+    let cut = match reply.end {
+        End::Whole => None,
+        End::Cut(fault) => Some(fault),
+        End::Unreadable(problem) => {
+            return Err(Trouble::Unreadable {
+                problem,
+                body: reply.body,
+            });
+        }
+    };
+    match (read(&reply.body), cut) {
+        // All of the answer had come.
+        (Ok(completion), _) => Ok(Box::new(completion)),
+        (Err(_), Some(fault)) => Err(classify_fault(fault)),
+        (Err(NoAnswer::Malformed(problem)), None) => Err(lost("malformed", &problem)),
+        (Err(NoAnswer::Unreadable(problem)), None) => Err(Trouble::Unreadable {
+            problem,
+            body: reply.body,
+        }),
+        // The code is the status that the endpoint would have sent, had it not begun to answer.
+        (Err(NoAnswer::Error(error)), None) => {
+            let usual = if error.is_of_the_content() { 400 } else { 500 };
+            let status = error.status.unwrap_or(usual);
+            let mut trouble = classify_error(status, &reply.headers, &error, now);
+            if let Trouble::Transient { failure, .. }
+            | Trouble::Refused(failure)
+            | Trouble::Filtered(failure) = &mut trouble
+            {
+                // Generation had begun.
+                failure.may_be_billed = true;
             }
-        })
+            Err(trouble)
+        }
+    }
 }
 
 /// Lets replies with a good status pass, whatever they hold.
 pub fn check(result: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Trouble> {
     let reply = result.map_err(classify_fault)?;
-    if (200..300).contains(&reply.status) {
-        return Ok(reply);
+    match reply.end {
+        _ if !(200..300).contains(&reply.status) => Err(classify_refusal(&reply, now)),
+        End::Whole => Ok(reply),
+        End::Cut(fault) => Err(classify_fault(fault)),
+        End::Unreadable(problem) => Err(lost("malformed", &problem)),
     }
-    let error = ApiError::parse(&reply.body);
-    Err(classify_error(reply.status, &reply.headers, &error, now))
 }
 
-/// An attempt that brought no reply.
+fn classify_refusal(reply: &Reply, now: SystemTime) -> Trouble {
+    let error = ApiError::parse(&reply.body);
+    classify_error(reply.status, &reply.headers, &error, now)
+}
+
+/// Classifies an attempt that brought no reply.
 pub fn classify_fault(fault: Fault) -> Trouble {
     match fault {
         Fault::Unreachable(message) => Trouble::Transient {
@@ -124,10 +178,6 @@ pub fn classify_fault(fault: Fault) -> Trouble {
         },
         Fault::Timeout => lost("timeout", "no complete answer in time"),
         Fault::Broken(message) => lost("connection lost", &message),
-        Fault::TooLarge(message) => Trouble::Refused(Failure {
-            may_be_billed: true,
-            ..Failure::new("too large", &message)
-        }),
     }
 }
 
@@ -136,40 +186,63 @@ fn classify_error(status: u16, headers: &HeaderMap, error: &ApiError, now: Syste
         "" => format!("{status}, without a message"),
         message => shorten(&format!("{status}: {message}")),
     };
-    let wait = retry_after(headers, &error.message, now);
-    if let Some(reason) = stops_all(error) {
-        return Trouble::Stop(reason, message);
+    let wait = waits::asked_for(headers, error, now);
+    let failure = Failure {
+        is_bodyless: error.is_empty,
+        ..Failure::new(format!("http {status}"), &message)
+    };
+    let claim = |reason: Reason, failure: Failure| Trouble::Claim(Claim { reason, failure });
+    if matches!(status, 400 | 403 | 422 | 451) && error.is_of_the_content() {
+        return Trouble::Filtered(Failure {
+            class: "content_filter".into(),
+            ..failure
+        });
     }
-    if status == 404 && names_no_model(error) {
-        return Trouble::Stop(Reason::Model, message);
+    let is_throttle = says_to_wait(error) || wait.is_some();
+    if let Some(reason) = claims_the_end(error, is_throttle) {
+        return claim(reason, failure);
     }
     match status {
-        401 => Trouble::Stop(Reason::Key, message),
-        402 => Trouble::Stop(Reason::Credit, message),
-        403 => Trouble::Stop(Reason::Forbidden, message),
+        401 => claim(Reason::Key, failure),
+        402 => claim(Reason::Credit, failure),
+        403 if is_throttle => Trouble::Throttled { wait, message },
+        403 => claim(Reason::Forbidden, failure),
+        404 if names_no_model(error) => claim(Reason::Model, failure),
+        404 | 405 => claim(Reason::Address, failure),
         300..=399 => {
             let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
             let location = location.unwrap_or("an address that it does not name");
-            Trouble::Stop(
-                Reason::Redirect,
-                shorten(&format!("{status} to {location}")),
-            )
+            let message = format!("{status} to {location}");
+            claim(Reason::Redirect, Failure::new(failure.class, &message))
         }
-        429 => Trouble::Throttled { wait, message },
+        429 => Trouble::Throttled {
+            wait: wait.or_else(|| until_reset(headers, now)),
+            message,
+        },
         503 | 529 if wait.is_some() => Trouble::Throttled { wait, message },
-        408 | 409 | 425 | 500.. => Trouble::Transient {
+        // 424: what generates behind the endpoint failed. 498: no capacity at Groq.
+        408 | 409 | 424 | 425 | 498 | 500.. => Trouble::Transient {
             failure: Failure {
                 // A gateway gave up waiting; what is behind it may have gone on.
                 may_be_billed: matches!(status, 408 | 504 | 524),
-                ..Failure::new(format!("http {status}"), &message)
+                ..failure
             },
             wait: wait.unwrap_or_default(),
         },
-        _ => Trouble::Refused(Failure::new(format!("http {status}"), &message)),
+        _ => Trouble::Refused(failure),
     }
 }
 
-/// An answer may have been on its way.
+/// The time until a limit is there again of which nothing remains, as the headers of a refusal have it.
+fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let reports = headers::parse(headers, now);
+    let used_up = reports
+        .iter()
+        .filter(|report| report.remaining == Some(0.0));
+    used_up.filter_map(|report| report.reset).max()
+}
+
+/// A failure that may have cost an answer on its way.
 pub fn lost(class: &str, message: &str) -> Trouble {
     Trouble::Transient {
         failure: Failure {
@@ -180,69 +253,63 @@ pub fn lost(class: &str, message: &str) -> Trouble {
     }
 }
 
-/// Why an error is one for every request, by its code.
-pub fn stops_all(error: &ApiError) -> Option<Reason> {
-    if is_out_of_credit(error) {
-        return Some(Reason::Credit);
-    }
-    (error.code == "model_not_found").then_some(Reason::Model)
-}
-
-/// Waiting does not bring money back.
-fn is_out_of_credit(error: &ApiError) -> bool {
-    [
+/// Why an error is one for every request, by its code or its words. A limit that comes back by itself
+/// (`is_throttle`) is none: Gemini has the same words for its limit a minute as others for an empty
+/// account.
+pub fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
+    const CREDIT: [&str; 8] = [
         "insufficient_quota",
         "billing_hard_limit_reached",
         "insufficient_credits",
-    ]
-    .iter()
-    .any(|code| error.code == *code || error.kind == *code)
-        || error.message.contains("credit balance is too low")
-        || error.message.contains("exceeded your current quota")
+        "insufficient_balance",
+        "billing_not_active",
+        "account_deactivated",
+        "arrearage",
+        "accountoverdueerror",
+    ];
+    const CREDIT_WORDS: [&str; 8] = [
+        "credit balance is too low",
+        "insufficient credits",
+        "insufficient balance",
+        "account is not active",
+        "account is in good standing",
+        "exceeded your current quota",
+        "check your plan and billing",
+        "add credits",
+    ];
+    let has_mark = |mark: &str| error.marks.iter().any(|found| found == mark);
+    if CREDIT.iter().any(|mark| has_mark(mark)) {
+        return Some(Reason::Credit);
+    }
+    if has_mark("model_not_found") {
+        return Some(Reason::Model);
+    }
+    let message = error.message.to_lowercase();
+    let has_words = CREDIT_WORDS.iter().any(|words| message.contains(words));
+    (has_words && !is_throttle).then_some(Reason::Credit)
 }
 
-/// A 404 for the model, as endpoints without a code for it word it.
+/// Is it a limit that comes back by itself, in the words or the codes of the endpoint?
+fn says_to_wait(error: &ApiError) -> bool {
+    const MARKS: [&str; 4] = ["resource_exhausted", "rate_limit", "ratelimit", "throttl"];
+    const WORDS: [&str; 7] = [
+        "rate limit",
+        "per minute",
+        "per_minute",
+        "perminute",
+        "per second",
+        "per day",
+        "too many requests",
+    ];
+    let message = error.message.to_lowercase();
+    (error.marks.iter()).any(|mark| MARKS.iter().any(|word| mark.contains(word)))
+        || WORDS.iter().any(|words| message.contains(words))
+}
+
+/// Is it a 404 for the model, as endpoints without a code for it word it?
 fn names_no_model(error: &ApiError) -> bool {
     let message = error.message.to_lowercase();
     message.contains("model") && (message.contains("not found") || message.contains("not exist"))
-}
-
-/// For how long the endpoint asks us to wait: `retry-after-ms`, `Retry-After` in seconds or as an
-/// HTTP date, or "try again in 1.2s" in its message. None if it does not say, or makes no sense.
-fn retry_after(headers: &HeaderMap, message: &str, now: SystemTime) -> Option<Duration> {
-    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let seconds = |text: &str| text.trim().parse::<f64>().ok();
-    let wait = header("retry-after-ms")
-        .and_then(seconds)
-        .map(|milliseconds| milliseconds / 1000.0)
-        .or_else(|| {
-            let value = header(RETRY_AFTER.as_str())?;
-            seconds(value).or_else(|| {
-                let date = httpdate::parse_http_date(value.trim()).ok()?;
-                // A date that has passed means now.
-                Some(date.duration_since(now).unwrap_or_default().as_secs_f64())
-            })
-        })
-        .or_else(|| wait_in_words(message))?;
-    if wait.is_nan() || wait < 0.0 {
-        return None;
-    }
-    let wait = Duration::try_from_secs_f64(wait).unwrap_or(LONGEST_WAIT);
-    Some(wait.min(LONGEST_WAIT))
-}
-
-/// The seconds of "Please try again in 120ms" or "... in 1.5s".
-fn wait_in_words(message: &str) -> Option<f64> {
-    let (_, rest) = message.split_once("try again in ")?;
-    let digits = rest
-        .find(|char: char| !char.is_ascii_digit() && char != '.')
-        .unwrap_or(rest.len());
-    let number: f64 = rest[..digits].parse().ok()?;
-    match rest[digits..].trim_start() {
-        unit if unit.starts_with("ms") => Some(number / 1000.0),
-        unit if unit.starts_with('s') => Some(number),
-        _ => None,
-    }
 }
 
 /// The pause after the `attempt`-th failure (from 1), with full jitter: uniform between nothing and
@@ -276,11 +343,7 @@ mod tests {
             .iter()
             .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
             .collect();
-        Ok(Reply {
-            status,
-            headers,
-            body: body.to_string().into(),
-        })
+        Ok(Reply::whole(status, headers, body.to_string().into()))
     }
 
     /// The outcome in a word, and the wait in milliseconds where there is one.
@@ -290,8 +353,11 @@ mod tests {
             Err(trouble) => trouble,
         };
         match trouble {
-            Trouble::Stop(reason, _) => format!("stop: {reason:?}"),
+            Trouble::Claim(claim) => format!("claim: {:?}", claim.reason),
             Trouble::Refused(failure) => format!("refused: {}", failure.class),
+            Trouble::Filtered(failure) => format!("filtered: {}", failure.class),
+            Trouble::Unreadable { problem, .. } => format!("unreadable: {problem}"),
+            Trouble::KeyRenewed => "key renewed".into(),
             Trouble::Throttled { wait, .. } => {
                 format!("throttled: {:?}", wait.map(|w| w.as_millis()))
             }
@@ -322,26 +388,89 @@ mod tests {
             ),
             (200, r#"{"choices":["#, "transient: malformed 0"),
             (204, "", "transient: malformed 0"),
-            (302, "", "stop: Redirect"),
+            (302, "", "claim: Redirect"),
             (400, "", "refused: http 400"),
             (
                 400,
                 r#"{"error":{"message":"Your credit balance is too low"}}"#,
-                "stop: Credit",
+                "claim: Credit",
             ),
-            (401, "", "stop: Key"),
-            (402, "", "stop: Credit"),
-            (403, "", "stop: Forbidden"),
-            (404, "", "refused: http 404"),
+            (401, "", "claim: Key"),
+            (402, "", "claim: Credit"),
+            (403, "", "claim: Forbidden"),
+            (404, "", "claim: Address"),
+            (405, r#"{"detail":"Method Not Allowed"}"#, "claim: Address"),
             (
                 404,
                 r#"{"error":{"message":"x","code":"model_not_found"}}"#,
-                "stop: Model",
+                "claim: Model",
             ),
             (
                 404,
                 r#"{"error":{"message":"The model `x` does not exist."}}"#,
-                "stop: Model",
+                "claim: Model",
+            ),
+            (424, "", "transient: http 424 0"),
+            (498, "", "transient: http 498 0"),
+            (
+                400,
+                r#"{"error":{"message":"m","code":"content_filter"}}"#,
+                "filtered: content_filter",
+            ),
+            (
+                403,
+                r#"{"error":{"code":403,"message":"Input was flagged by moderation"}}"#,
+                "filtered: content_filter",
+            ),
+            (
+                403,
+                "<html><title>Attention Required!</title>",
+                "claim: Forbidden",
+            ),
+            (
+                403,
+                r#"{"error":{"message":"API rate limit exceeded"}}"#,
+                "throttled: None",
+            ),
+            (
+                400,
+                r#"{"error":{"message":"Access denied","code":"Arrearage"}}"#,
+                "claim: Credit",
+            ),
+            (
+                429,
+                r#"{"error":{"message":"You exceeded your current quota"}}"#,
+                "claim: Credit",
+            ),
+            (
+                429,
+                r#"[{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","message":"You exceeded your current quota, please check your plan and billing details. Please retry in 1.5s."}}]"#,
+                "throttled: Some(1500)",
+            ),
+            (
+                200,
+                r#"{"choices":null,"base_resp":{"status_code":1002,"status_msg":"rate limit"}}"#,
+                "throttled: None",
+            ),
+            (
+                200,
+                r#"{"choices":null,"base_resp":{"status_code":1008,"status_msg":"no balance"}}"#,
+                "claim: Credit",
+            ),
+            (
+                200,
+                r#"{"error":{"code":"content_filter","message":"m"}}"#,
+                "filtered: content_filter",
+            ),
+            (
+                200,
+                r#"{"choices": 'x'}"#,
+                "unreadable: not JSON: at byte 12: 'x'}",
+            ),
+            (
+                400,
+                r#"{"error":{"code":"content_filter","message":"m"},"choices":[{"message":{"content":"The first half of"}}]}"#,
+                "answer",
             ),
             (408, "", "transient: http 408 0"),
             (409, "", "transient: http 409 0"),
@@ -349,7 +478,7 @@ mod tests {
             (422, "", "refused: http 422"),
             (425, "", "transient: http 425 0"),
             (429, "<html>", "throttled: None"),
-            (429, quota, "stop: Credit"),
+            (429, quota, "claim: Credit"),
             (500, "", "transient: http 500 0"),
             (503, "", "transient: http 503 0"),
             (520, "<html>", "transient: http 520 0"),
@@ -371,55 +500,55 @@ mod tests {
             sort(Err(Fault::Broken("x".into()))),
             "transient: connection lost 0"
         );
-        assert_eq!(sort(Err(Fault::TooLarge("x".into()))), "refused: too large");
     }
 
     #[test]
-    fn every_form_of_retry_after_is_read() {
-        let soon = httpdate::fmt_http_date(SystemTime::UNIX_EPOCH + NOW + Duration::from_secs(90));
-        let past = httpdate::fmt_http_date(SystemTime::UNIX_EPOCH + NOW - Duration::from_secs(90));
-        let cases: [(&[(&'static str, &str)], &str); 11] = [
-            (&[("retry-after", "7")], "Some(7000)"),
-            (&[("retry-after", "0.25")], "Some(250)"),
-            (&[("retry-after", &soon)], "Some(90000)"),
-            (&[("retry-after", &past)], "Some(0)"),
-            (&[("retry-after", "86400")], "Some(3600000)"),
-            (&[("retry-after", "1e300")], "Some(3600000)"),
-            (&[("retry-after", "-1")], "None"),
-            (&[("retry-after", "NaN")], "None"),
-            (&[("retry-after", "soon")], "None"),
-            (
-                &[("retry-after-ms", "120"), ("retry-after", "1")],
-                "Some(120)",
-            ),
-            (&[], "None"),
-        ];
-        for (headers, expected) in cases {
-            assert_eq!(
-                sort(reply(429, headers, "")),
-                format!("throttled: {expected}"),
-                "{headers:?}"
-            );
-        }
-        let words = [
-            ("Please try again in 120ms.", "Some(120)"),
-            ("Please try again in 1.5s.", "Some(1500)"),
-            ("try again in a while", "None"),
-        ];
-        for (message, expected) in words {
-            assert_eq!(
-                sort(reply(429, &[], message)),
-                format!("throttled: {expected}")
-            );
-        }
+    fn an_answer_that_had_come_whole_before_the_connection_broke_is_an_answer() {
+        let cut = |body: &str| {
+            let mut reply = reply(200, &[], body).unwrap();
+            reply.end = End::Cut(Fault::Broken("reset".into()));
+            sort(Ok(reply))
+        };
+        let whole = r#"{"choices":[{"message":{"content":"x"}}]}"#;
+        assert_eq!(cut(whole), "answer");
         assert_eq!(
-            sort(reply(503, &[("retry-after", "2")], "")),
-            "throttled: Some(2000)"
+            cut(&whole[..whole.len() - 1]),
+            "transient: connection lost 0"
         );
         assert_eq!(
-            sort(reply(500, &[("retry-after", "2")], "")),
-            "transient: http 500 2000"
+            cut("data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}]}\n\n"),
+            "transient: connection lost 0"
         );
+        let mut reply = reply(200, &[], whole).unwrap();
+        reply.end = End::Unreadable("too large".into());
+        assert_eq!(sort(Ok(reply)), "unreadable: too large");
+    }
+
+    #[test]
+    fn a_wait_that_is_asked_for_is_obeyed_by_the_class_of_the_reply() {
+        let far =
+            httpdate::fmt_http_date(SystemTime::UNIX_EPOCH + NOW + Duration::from_secs(36_000));
+        type Headers<'a> = &'a [(&'static str, &'a str)];
+        let used_up: Headers = &[
+            ("x-ratelimit-limit", "50"),
+            ("x-ratelimit-remaining", "0"),
+            ("x-ratelimit-reset", "1800036000000"),
+        ];
+        let cases: [(u16, Headers, &str); 6] = [
+            (429, &[("retry-after", "7")], "throttled: Some(7000)"),
+            (429, &[("retry-after", &far)], "throttled: Some(36000000)"),
+            (429, used_up, "throttled: Some(36000000)"),
+            (503, &[("retry-after", "2")], "throttled: Some(2000)"),
+            (500, &[("retry-after", "2")], "transient: http 500 2000"),
+            (403, &[("retry-after", "2")], "throttled: Some(2000)"),
+        ];
+        for (status, headers, expected) in cases {
+            assert_eq!(
+                sort(reply(status, headers, "")),
+                expected,
+                "{status} {headers:?}"
+            );
+        }
     }
 
     #[test]

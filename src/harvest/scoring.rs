@@ -10,9 +10,9 @@ use std::borrow::Cow;
 
 use serde_json::{Map, Value, json};
 
-use super::api_error::{ApiError, text};
-use super::logprobs::{Alternative, Bytes, Columns, Logprob};
-use super::wire::{self, Completion, NoAnswer};
+use super::reply::error::{ApiError, is_error, text};
+use super::reply::logprobs::{Alternative, Bytes, Columns, Logprob};
+use super::reply::{Completion, NoAnswer, json, usage};
 use crate::cache::record::{Answer, Logprobs};
 use crate::config::Lane;
 use crate::data::tokenizer::Tokenizer;
@@ -82,13 +82,10 @@ impl Scoring {
         body: &Value,
         messages: &[Message],
     ) -> Result<Completion, NoAnswer> {
-        let reply: Value = serde_json::from_slice(reply)
-            .or_else(|error| {
-                serde_json::from_slice(&wire::null_for_bare_words(reply)).map_err(|_| error)
-            })
-            .map_err(|error| NoAnswer::Malformed(format!("the body is no completion: {error}")))?;
-        if wire::is_error(&reply["error"]) {
-            return Err(NoAnswer::Error(ApiError::from_value(&reply["error"])));
+        let reply =
+            json::value(reply).map_err(|problem| NoAnswer::Malformed(problem.to_string()))?;
+        if is_error(&reply["error"]) {
+            return Err(NoAnswer::error(ApiError::from_value(&reply["error"])));
         }
         let choice = &reply["choices"][0];
         if !choice.is_object() {
@@ -99,7 +96,7 @@ impl Scoring {
             Self::Echo(_) => self.of_echo(&choice["logprobs"], &body["prompt"], scored)?,
             Self::PromptLogprobs(_) => self.of_prompt(&reply, messages, scored)?,
         };
-        let (usage, _) = wire::usage(reply["usage"].clone());
+        let (usage, _) = usage::usage(reply["usage"].clone());
         let fault = "the teacher's tokens do not end with the answer";
         Ok(Completion {
             answer: Answer {
@@ -112,7 +109,7 @@ impl Scoring {
             fingerprint: text(&reply["system_fingerprint"]),
             logprobs_fault: logprobs.is_none().then(|| fault.into()),
             logprobs,
-            extra: Map::new(),
+            ..Completion::default()
         })
     }
 
@@ -224,6 +221,7 @@ impl Scoring {
             token,
             logprob: logprob.as_f64().map(Logprob::from).unwrap_or_default(),
             bytes: bytes.map(Bytes::from),
+            prob: None,
         }
     }
 }
@@ -291,12 +289,13 @@ fn behind<'a>(token: Alternative<'a>, front: &[u8]) -> Alternative<'a> {
         bytes: Some(Bytes::from(rest)),
         token: String::from_utf8_lossy(rest).into_owned().into(),
         logprob: token.logprob,
+        prob: None,
     }
 }
 
 /// The endpoint answers, but not what it was asked: to ask again would not help.
 fn untold(what: &str) -> NoAnswer {
-    NoAnswer::Error(ApiError {
+    NoAnswer::error(ApiError {
         status: Some(400),
         message: format!("the endpoint tells {what}"),
         ..ApiError::default()

@@ -1,12 +1,14 @@
 //! Why nothing more is asked, and what the user can do about it: the ends that both ways of asking
 //! share, one by one and in batches. Pure.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::anyhow;
 
 use super::budget::Budget;
 use super::retry::Reason;
+use super::teacher;
 use crate::config;
 use crate::exit::Exit;
 use crate::terminal::{format_count, format_dollars, format_duration};
@@ -35,12 +37,71 @@ pub fn refused(reason: Reason, message: &str, teacher: &config::Teacher) -> anyh
             "the endpoint does not know `teacher.model` = \"{}\" ({message})",
             teacher.model
         ),
+        Reason::Address => format!(
+            "there is nothing to ask at {} ({message}): check `teacher.base_url`{}",
+            completions_url(teacher),
+            path_advice(teacher)
+        ),
         Reason::Redirect => format!(
             "the endpoint redirects ({message}), which is not followed: set `teacher.base_url` to \
              the final address"
         ),
     };
     anyhow!(advice)
+}
+
+/// Where chat completions are asked for.
+fn completions_url(teacher: &config::Teacher) -> String {
+    format!("{}/chat/completions", teacher::identity(teacher))
+}
+
+/// The most frequent mistake in an address.
+fn path_advice(teacher: &config::Teacher) -> &'static str {
+    let address = teacher::identity(teacher);
+    let path = address
+        .split_once("://")
+        .and_then(|(_, rest)| rest.split_once('/'));
+    if path.is_none() {
+        ", which for most endpoints ends with /v1"
+    } else {
+        ""
+    }
+}
+
+/// An endpoint that has answered says by now, again and again, that no request can succeed.
+pub fn refused_by_now(reason: Reason, message: &str, teacher: &config::Teacher) -> anyhow::Error {
+    let error = refused(reason, message, teacher);
+    Exit::Resumable(format!(
+        "{error}; it has answered before, so run the same command once that is mended"
+    ))
+    .into()
+}
+
+/// The server fails at all that it was asked, in the same words.
+pub fn failed_alike(message: &str) -> anyhow::Error {
+    anyhow!(
+        "the endpoint answers every request with the same error ({message}): nothing more is asked; \
+         if it names a field, change that in `[sampling]` or `[teacher]`, and run the same command"
+    )
+}
+
+/// The endpoint is there again only in hours.
+pub fn far(until: &str, wait: Duration, message: &str) -> anyhow::Error {
+    let wait = format_duration(wait);
+    Exit::Resumable(format!(
+        "the endpoint asks to wait until {until}, which is {wait} ({message}): stopped; run the same \
+         command then"
+    ))
+    .into()
+}
+
+/// A results file of a batch that no line can be read of.
+pub fn unreadable_results(file: &Path) -> anyhow::Error {
+    anyhow!(
+        "no line of a batch's results can be read: nothing more is asked, so that nothing is bought \
+         twice; the file is kept as {}, and the same command reads the batch again",
+        file.display()
+    )
 }
 
 /// The endpoint refuses all that it was asked in the same words.

@@ -11,7 +11,9 @@ use super::attempt::Answered;
 use super::batch::{Outlook, Tally};
 use super::estimate::Estimate;
 use super::failures::FailedRow;
+use super::plan::Plan;
 use super::timeline::{self, Hour, Used};
+use super::unanswered::Unanswered;
 use super::{advice, failures};
 use crate::cache::record::{Status, Usage};
 use crate::exit::Exit;
@@ -69,7 +71,7 @@ pub struct Summary {
     pub turns: u64,
     /// What is still to be asked; of a dry run only.
     pub estimate: Option<Estimate>,
-    /// The rows of `failed`, for `failures.jsonl`.
+    /// The rows of `failed`, and those that a filter refused, for `failures.jsonl`.
     #[serde(skip)]
     pub failed_rows: Vec<FailedRow>,
     /// Why the process must not end with status 0: a fatal error, an outage, a signal, failed rows.
@@ -137,6 +139,27 @@ impl Summary {
     pub fn fail(&mut self, row: FailedRow) {
         self.failed += 1;
         *self.failures.entry(row.class.clone()).or_default() += 1;
+        self.failed_rows.push(row);
+    }
+
+    /// What is known before anything is asked.
+    pub fn of_plan(plan: &Plan, unanswered: &Unanswered) -> Summary {
+        let mut summary = Summary {
+            total: plan.total,
+            cached: plan.cached,
+            ..Summary::default()
+        };
+        for (lane, row) in &plan.given_up {
+            let known = unanswered.get(&row.key).cloned().unwrap_or_default();
+            summary.fail(FailedRow::given_up(plan, *lane, row, known));
+        }
+        summary
+    }
+
+    /// A content filter refuses a row: it ends without an answer, and is not asked again.
+    pub fn filtered(&mut self, row: FailedRow) {
+        self.quarantined += 1;
+        *self.quarantines.entry(row.class.clone()).or_default() += 1;
         self.failed_rows.push(row);
     }
 

@@ -8,13 +8,15 @@ use anyhow::{Context as _, Result};
 use async_openai::Client;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, Request, Url};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
+use tokio::sync::SemaphorePermit;
 
 use super::batch::BatchApi;
 use super::exchange::{self, OneAttempt};
+use super::reply;
 use crate::config;
 use crate::exit::Exit;
 
@@ -24,7 +26,37 @@ use crate::exit::Exit;
 pub struct Reply {
     pub status: u16,
     pub headers: HeaderMap,
+    /// Decoded; as it came where that was not possible.
     pub body: Bytes,
+    pub end: End,
+    /// Held for as long as a large body is in memory.
+    pub permit: Option<Permit>,
+}
+
+/// Leave for a large body to be in memory.
+pub type Permit = Arc<SemaphorePermit<'static>>;
+
+/// How a body ended.
+#[derive(Debug, Clone)]
+pub enum End {
+    Whole,
+    /// The connection ended, or the time was up, before the body did.
+    Cut(Fault),
+    /// All of it came, or too much of it, and it cannot be decoded.
+    Unreadable(String),
+}
+
+impl Reply {
+    /// A reply whose body came whole.
+    pub fn whole(status: u16, headers: HeaderMap, body: Bytes) -> Reply {
+        Reply {
+            status,
+            headers,
+            body,
+            end: End::Whole,
+            permit: None,
+        }
+    }
 }
 
 /// Why there is no response.
@@ -39,8 +71,6 @@ pub enum Fault {
     /// Reset, closed early, or not HTTP: may have been billed.
     #[error("{0}")]
     Broken(String),
-    #[error("{0}")]
-    TooLarge(String),
 }
 
 /// The way to a teacher: HTTP, or in a test a simulation on the paused clock.
@@ -143,6 +173,10 @@ impl Endpoint {
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
+        headers.insert(
+            ACCEPT_ENCODING,
+            HeaderValue::from_static(reply::encoding::ACCEPTED),
+        );
         Ok(Endpoint {
             base_url: identity(settings).into(),
             headers,

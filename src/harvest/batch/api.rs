@@ -1,6 +1,7 @@
 //! Files and batches as an endpoint tells of them, read leniently, and the way to them.
 
 use std::path::Path;
+use std::time::SystemTime;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::StreamExt;
@@ -8,7 +9,9 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use serde_json::Value;
 
-use crate::harvest::api_error::ApiError;
+use crate::harvest::reply::error::ApiError;
+use crate::harvest::reply::json;
+use crate::harvest::retry::{self, Claim, Reason, Trouble};
 use crate::harvest::teacher::{Fault, Reply};
 
 /// What each row of a batch asks for.
@@ -46,6 +49,18 @@ pub enum Download {
     Content(BoxStream<'static, Result<Bytes, Fault>>),
 }
 
+/// As [`retry::check`]: what is "not found" here is a file or a batch, and not the endpoint.
+pub fn check(reply: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Trouble> {
+    retry::check(reply, now).map_err(|trouble| match trouble {
+        Trouble::Claim(Claim {
+            reason: Reason::Address | Reason::Model,
+            failure,
+        })
+        | Trouble::Filtered(failure) => Trouble::Refused(failure),
+        other => other,
+    })
+}
+
 /// A batch, as far as the endpoint tells.
 #[derive(Debug, Default, PartialEq)]
 pub struct Card {
@@ -73,7 +88,7 @@ pub struct Mistake {
 impl Card {
     /// None where there is no batch in the body.
     pub fn parse(body: &[u8]) -> Option<Card> {
-        Card::from_value(&serde_json::from_slice(body).ok()?)
+        Card::from_value(&json::value(body).ok()?)
     }
 
     fn from_value(value: &Value) -> Option<Card> {
@@ -87,7 +102,7 @@ impl Card {
         };
         Some(Card {
             id: text("id").filter(|id| !id.is_empty())?,
-            status: text("status").unwrap_or_default(),
+            status: status(&text("status").unwrap_or_default()),
             nonce: value["metadata"]["nonce"]
                 .as_str()
                 .unwrap_or_default()
@@ -101,9 +116,25 @@ impl Card {
     }
 }
 
+/// A status as OpenAI spells it; one that is unknown as it came.
+fn status(told: &str) -> String {
+    let known = match told.to_ascii_lowercase().as_str() {
+        "completed" | "complete" | "succeeded" | "success" | "ended" | "done" => "completed",
+        "expired" | "timeout_exceeded" => "expired",
+        "cancelled" | "canceled" => "cancelled",
+        "failed" | "error" => "failed",
+        "cancelling" | "canceling" | "cancellation_requested" => "cancelling",
+        "in_progress" | "running" | "processing" => "in_progress",
+        "validating" => "validating",
+        "finalizing" => "finalizing",
+        _ => told,
+    };
+    known.into()
+}
+
 /// The batches of a page, and whether there are more.
 pub fn parse_page(body: &[u8]) -> Option<(Vec<Card>, bool)> {
-    let page: Value = serde_json::from_slice(body).ok()?;
+    let page = json::value(body).ok()?;
     let cards = page["data"].as_array()?.iter();
     let cards = cards.filter_map(Card::from_value).collect();
     Some((cards, page["has_more"].as_bool().unwrap_or(false)))
@@ -111,7 +142,7 @@ pub fn parse_page(body: &[u8]) -> Option<(Vec<Card>, bool)> {
 
 /// The id of a file that was uploaded.
 pub fn parse_file(body: &[u8]) -> Option<String> {
-    let file: Value = serde_json::from_slice(body).ok()?;
+    let file = json::value(body).ok()?;
     Some(file["id"].as_str()?.to_owned()).filter(|id| !id.is_empty())
 }
 
@@ -256,6 +287,14 @@ mod tests {
         assert_eq!(Card::parse(b"{}"), None);
         let card = Card::parse(br#"{"id": "b", "status": "new", "errors": null}"#).unwrap();
         assert_eq!((card.status.as_str(), card.mistakes.len()), ("new", 0));
+        for (told, expected) in [
+            ("SUCCEEDED", "completed"),
+            ("Canceled", "cancelled"),
+            ("odd", "odd"),
+        ] {
+            let card = format!("{{\"id\": \"b\", \"status\": \"{told}\"}}");
+            assert_eq!(Card::parse(card.as_bytes()).unwrap().status, expected);
+        }
         let card = Card::parse(
             br#"{"id": "b", "metadata": {"nonce": "n"}, "output_file_id": null, "expired_at": 9,
                 "errors": {"data": [{"code": "x", "line": 3, "message": "m"}]}}"#,

@@ -1,13 +1,15 @@
 //! From a batch under way to its answers in the cache, and every row accounted for.
 
 use std::collections::HashMap;
+use std::io::Write;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use bytes::Bytes;
+use futures_util::StreamExt;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::api::{Card, Download, Lines};
+use super::api::{self, BatchApi, Card, Download, Lines};
 use super::journal::{Bodies, Member, State};
 use super::lane::batches;
 use super::results::{self, Outcome};
@@ -15,11 +17,14 @@ use super::{Batches, Halt};
 use crate::cache::record::Timing;
 use crate::harvest::attempt::Answered;
 use crate::harvest::budget::Bill;
+use crate::harvest::failures::FailedRow;
 use crate::harvest::plan::Row;
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{self, Failure, Trouble};
-use crate::harvest::stop;
-use crate::harvest::wire::Completion;
+use crate::harvest::reply::Completion;
+use crate::harvest::reply::error::ApiError;
+use crate::harvest::retry::{self, Claim, Failure, Reason, Trouble};
+use crate::harvest::unanswered::{Kind, Line};
+use crate::harvest::{stop, unreadable};
 use crate::prompt::Prompt;
 
 /// How often a batch or a file may be "not found" before it counts as gone.
@@ -40,16 +45,19 @@ struct Taking {
     fates: Vec<Option<Fate>>,
     bodies: Bodies,
     timing: Timing,
+    /// Lines that name none of its rows, and lines that name no row at all.
     ignored: u64,
-    stop: Option<Trouble>,
+    unreadable: Vec<u8>,
+    unreadable_lines: u64,
 }
 
 enum Fate {
     Answered,
     Again(Failure),
     Refused(Failure),
-    /// Not to be asked before something else has changed.
-    Stopped,
+    Filtered(Failure),
+    /// The endpoint says that no request can succeed.
+    Claimed(Claim),
 }
 
 impl Batches<'_> {
@@ -61,12 +69,16 @@ impl Batches<'_> {
             return Ok(());
         };
         let now = self.clock.now().into();
-        let reply = match retry::check(api.retrieve(&batch).await, now) {
+        let reply = match api::check(api.retrieve(&batch).await, now) {
             Err(Trouble::Refused(failure)) => return self.gone(index, &failure.message),
             reply => reply?,
         };
-        let card = Card::parse(&reply.body)
-            .ok_or_else(|| retry::lost("malformed", "the reply is no batch"))?;
+        let card = match (Card::parse(&reply.body), ApiError::parse(&reply.body)) {
+            (Some(card), _) => card,
+            // An error in a good status.
+            (None, error) if !error.message.is_empty() => return self.gone(index, &error.message),
+            (None, _) => return Err(retry::lost("malformed", "the reply is no batch").into()),
+        };
         self.lanes[lane].success();
         self.journal.parts[index]
             .live
@@ -87,7 +99,7 @@ impl Batches<'_> {
             if *state != cancelling {
                 self.journal.set(index, cancelling)?;
             }
-            match retry::check(api.cancel(&batch).await, now) {
+            match api::check(api.cancel(&batch).await, now) {
                 // It came to its end meanwhile.
                 Err(Trouble::Refused(_)) | Ok(_) => {}
                 Err(trouble) => return Err(trouble.into()),
@@ -126,11 +138,11 @@ impl Batches<'_> {
         let mut taken = 0;
         // The answers first: a row that is in both files has one.
         for file in [&card.output_file, &card.error_file].into_iter().flatten() {
-            let api = batches(&transport)?;
-            let download = api.content(file).await;
+            let batches = batches(&transport)?;
+            let download = batches.content(file).await;
             let pieces = match download.map_err(retry::classify_fault)? {
                 Download::Content(pieces) => pieces,
-                Download::Refused(reply) => match retry::check(Ok(reply), now()) {
+                Download::Refused(reply) => match api::check(Ok(reply), now()) {
                     Err(Trouble::Refused(failure)) => {
                         self.is_gone(index, &failure.message)?;
                         // Its rows are in neither file.
@@ -141,15 +153,51 @@ impl Batches<'_> {
                 },
             };
             let mut lines = Lines::new(pieces);
+            let (mut of_file, mut understood) = (0, 0);
             while let Some(line) = lines.next().await.map_err(retry::classify_fault)? {
-                self.take_line(index, &mut taking, api.without_key(line))?;
+                if line.trim_ascii().is_empty() {
+                    continue;
+                }
+                of_file += 1;
+                let line = batches.without_key(line);
+                understood += u64::from(self.take_line(index, &mut taking, line)?);
                 taken += 1;
                 if taken % SHOW_EVERY == 0 {
                     self.show();
                 }
             }
+            if of_file > 0 && understood == 0 {
+                return self.keep_unreadable_file(index, batches, file).await;
+            }
         }
         self.close(index, taking, &card.status)
+    }
+
+    /// No line of a results file is one of ours: what was paid for must not be bought again. The file is
+    /// kept, and the lane stops; the batch is looked at again by the next run.
+    async fn keep_unreadable_file(
+        &mut self,
+        index: usize,
+        batches: &dyn BatchApi,
+        file: &str,
+    ) -> Result<(), Halt> {
+        let (lane, _) = self.lane_of(index)?;
+        let folder = unreadable::dir(&self.config.run_dir);
+        crate::fs::create_dir_all(&folder)?;
+        let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
+        let mut kept = crate::fs::Whole::create(&path)?;
+        if let Download::Content(mut pieces) =
+            batches.content(file).await.map_err(retry::classify_fault)?
+        {
+            while let Some(piece) = pieces.next().await {
+                let piece = batches.without_key(piece.map_err(retry::classify_fault)?);
+                kept.write_all(&piece)
+                    .context("could not keep a results file")?;
+            }
+        }
+        kept.commit(true)?;
+        self.lanes[lane].stop(stop::unreadable_results(&path));
+        Ok(())
     }
 
     fn open(&self, index: usize, card: &Card) -> Result<Taking> {
@@ -176,43 +224,50 @@ impl Batches<'_> {
                 attempts: 1,
             },
             ignored: 0,
-            stop: None,
+            unreadable: Vec::new(),
+            unreadable_lines: 0,
             members,
         })
     }
 
-    /// Only answers have an effect at once: the file may break off, and is read again then.
-    fn take_line(&mut self, index: usize, taking: &mut Taking, line: Bytes) -> Result<()> {
-        if line.trim_ascii().is_empty() {
-            return Ok(());
-        }
-        let outcome = results::read(&line);
-        let row = outcome.and_then(|Outcome { custom_id, result }| {
-            Some((*taking.lines.get(&custom_id)?, result))
-        });
-        let Some((line, result)) = row.filter(|(line, _)| taking.fates[*line].is_none()) else {
+    /// Takes a line; true if it is of one of the part's rows. Only answers have an effect at once: the file
+    /// may break off, and is read again then.
+    fn take_line(&mut self, index: usize, taking: &mut Taking, line: Bytes) -> Result<bool> {
+        let Some(Outcome { custom_id, result }) = results::read(&line) else {
+            taking.unreadable.extend_from_slice(&line);
+            taking.unreadable.push(b'\n');
+            taking.unreadable_lines += 1;
+            return Ok(false);
+        };
+        let row = taking.lines.get(&custom_id).copied();
+        let Some(row) = row.filter(|row| taking.fates[*row].is_none()) else {
             taking.ignored += 1;
-            return Ok(());
+            return Ok(row.is_some());
         };
         let fate = match result {
             Ok(completion) => {
-                if !self.cache.contains(&taking.members[line].key) {
-                    self.answered(index, taking, line, *completion)?;
-                }
+                self.answered(index, taking, row, *completion)?;
+                Fate::Answered
+            }
+            Err(Trouble::Unreadable { problem, body }) => {
+                let key = &taking.members[row].key;
+                self.unreadable.keep(key, &body)?;
+                self.answered(index, taking, row, Completion::unreadable(problem))?;
                 Fate::Answered
             }
             Err(Trouble::Refused(failure)) => Fate::Refused(failure),
+            Err(Trouble::Filtered(failure)) => Fate::Filtered(failure),
             Err(Trouble::Transient { failure, .. }) => Fate::Again(failure),
             Err(Trouble::Throttled { message, .. }) => {
                 Fate::Again(Failure::new("http 429", &message))
             }
-            Err(stop @ Trouble::Stop(..)) => {
-                taking.stop.get_or_insert(stop);
-                Fate::Stopped
+            Err(Trouble::KeyRenewed) => {
+                Fate::Again(Failure::new("http 401", "the key had expired"))
             }
+            Err(Trouble::Claim(claim)) => Fate::Claimed(claim),
         };
-        taking.fates[line] = Some(fate);
-        Ok(())
+        taking.fates[row] = Some(fate);
+        Ok(true)
     }
 
     fn answered(
@@ -222,6 +277,9 @@ impl Batches<'_> {
         line: usize,
         completion: Completion,
     ) -> Result<()> {
+        if self.cache.contains(&taking.members[line].key) {
+            return Ok(());
+        }
         let (lane, _) = self.lane_of(index)?;
         let asking = &self.plan.askings[lane];
         let member = &taking.members[line];
@@ -274,22 +332,38 @@ impl Batches<'_> {
     fn close(&mut self, index: usize, taking: Taking, status: &str) -> Result<(), Halt> {
         let (lane, _) = self.lane_of(index)?;
         let was_cancelled = matches!(self.journal.parts[index].state, State::Cancelling { .. });
-        let (mut lost, mut lost_usd, mut answers) = (0, 0.0, 0);
-        let mut refusals: HashMap<String, usize> = HashMap::new();
+        if taking.unreadable_lines > 0 {
+            let nonce = &self.journal.parts[index].nonce;
+            let file = self.unreadable.keep(nonce, &taking.unreadable)?;
+            self.progress.note(&format!(
+                "{} lines of a batch cannot be read: they are kept in {}",
+                taking.unreadable_lines,
+                file.display()
+            ));
+        }
+        let answers = taking
+            .members
+            .iter()
+            .filter(|member| self.cache.contains(&member.key));
+        let has_answers = answers.count() > 0;
+        let mut closing = Closing::default();
         for (line, (member, fate)) in taking.members.iter().zip(taking.fates).enumerate() {
             if self.cache.contains(&member.key) {
-                answers += 1;
                 continue;
             }
+            // A line that cannot be read may be this row's, which then was paid for.
+            let may_be_unreadable = fate.is_none() && taking.unreadable_lines > 0;
             let may_be_billed = match &fate {
-                Some(Fate::Again(failure) | Fate::Refused(failure)) => failure.may_be_billed,
-                Some(Fate::Answered | Fate::Stopped) => false,
+                Some(Fate::Again(failure) | Fate::Refused(failure) | Fate::Filtered(failure)) => {
+                    failure.may_be_billed
+                }
+                Some(Fate::Answered | Fate::Claimed(_)) => false,
                 // What a batch did not come to is not billed; what it lost may be.
                 None => status != "expired" && status != "cancelled",
             };
             if may_be_billed {
-                lost += 1;
-                lost_usd += member.usd;
+                closing.lost += 1;
+                closing.lost_usd += member.usd;
             }
             let row = self.journal.parts[index].live.rows.get(line).copied();
             let Some(row) = row.flatten() else {
@@ -301,14 +375,40 @@ impl Batches<'_> {
             };
             let failure = match fate {
                 Some(Fate::Refused(failure)) => {
-                    *refusals.entry(failure.message.clone()).or_default() += 1;
+                    *closing.refusals.entry(failure.message.clone()).or_default() += 1;
                     entry.failed += 1;
                     self.fail(lane, entry, failure);
                     continue;
                 }
+                Some(Fate::Filtered(failure)) => {
+                    self.filtered(lane, entry, &failure)?;
+                    closing.filtered += 1;
+                    continue;
+                }
+                Some(Fate::Claimed(claim)) => {
+                    let is_of_the_row = matches!(claim.reason, Reason::Forbidden | Reason::Address);
+                    if has_answers && is_of_the_row {
+                        entry.failed += 1;
+                        self.fail(lane, entry, claim.failure);
+                        continue;
+                    }
+                    if !has_answers {
+                        self.lanes[lane].waiting.push_back(entry);
+                        closing.claim.get_or_insert(claim);
+                        continue;
+                    }
+                    claim.failure
+                }
                 Some(Fate::Again(failure)) => failure,
-                Some(Fate::Answered | Fate::Stopped) => {
+                Some(Fate::Answered) => {
                     self.lanes[lane].waiting.push_back(entry);
+                    continue;
+                }
+                None if may_be_unreadable => {
+                    let failure = Failure::new("unreadable", "a line of its batch cannot be read");
+                    self.paid(entry, &failure)?;
+                    entry.failed += 1;
+                    self.fail(lane, entry, failure);
                     continue;
                 }
                 None => {
@@ -316,9 +416,14 @@ impl Batches<'_> {
                     Failure::new("lost in a batch", "the row is in neither file of its batch")
                 }
             };
+            let paid = if may_be_billed {
+                self.paid(entry, &failure)?
+            } else {
+                0
+            };
             // What this side has cancelled, failed for no reason of its own.
             entry.failed += u32::from(!was_cancelled);
-            if entry.failed >= self.config.retry.max_attempts {
+            if entry.failed.max(paid) >= self.config.retry.max_attempts {
                 self.fail(lane, entry, failure);
             } else {
                 self.tally.asked_again += 1;
@@ -326,26 +431,61 @@ impl Batches<'_> {
             }
         }
         self.tally.ignored += taking.ignored;
-        self.summary.attempts_lost += lost;
-        let price = self.lanes[lane].settings.price.clone();
-        self.journal.parts[index].live.held -= lost_usd;
-        self.purse
-            .settle_of_batch(lost_usd, lost, Bill::Possible, &price)?;
-        if answers > 0 {
+        self.settle_lost(index, lane, &closing)?;
+        if has_answers || closing.filtered > 0 {
             self.lanes[lane].batch_succeeded();
         }
-        if let [(message, count)] = refusals.into_iter().collect::<Vec<_>>().as_slice()
-            && *count >= SAME_REFUSALS
+        if let [(message, count)] = closing.refusals.iter().collect::<Vec<_>>().as_slice()
+            && **count >= SAME_REFUSALS
             && !self.lanes[lane].has_answered
         {
             self.lanes[lane].stop(stop::refused_alike(message));
         }
         self.end_part(index, status)?;
-        match taking.stop {
-            Some(stop) => Err(stop.into()),
+        match closing.claim {
+            Some(claim) => Err(Trouble::Claim(claim).into()),
             None => Ok(()),
         }
     }
+
+    fn settle_lost(&mut self, index: usize, lane: usize, closing: &Closing) -> Result<()> {
+        self.summary.attempts_lost += closing.lost;
+        let price = self.lanes[lane].settings.price.clone();
+        self.journal.parts[index].live.held -= closing.lost_usd;
+        self.purse
+            .settle_of_batch(closing.lost_usd, closing.lost, Bill::Possible, &price)
+    }
+
+    /// Notes an attempt that may have been billed. Returns how many there were of the row.
+    fn paid(&mut self, entry: Entry, failure: &Failure) -> Result<u32> {
+        let line = self.line(entry, Kind::PaidAttempt, failure);
+        self.unanswered.add(&line)?;
+        Ok(self.unanswered.get(&line.key).map_or(0, |known| known.paid))
+    }
+
+    /// The row ends as refused by a content filter.
+    fn filtered(&mut self, lane: usize, entry: Entry, failure: &Failure) -> Result<()> {
+        let line = self.line(entry, Kind::Filtered, failure);
+        self.unanswered.add(&line)?;
+        let row = FailedRow::new(&self.plan, lane, entry, failure.clone());
+        self.summary.filtered(row);
+        self.lanes[lane].has_answered = true;
+        Ok(())
+    }
+
+    fn line(&self, entry: Entry, kind: Kind, failure: &Failure) -> Line {
+        Line::new(&self.plan, entry, kind, failure, self.clock.now())
+    }
+}
+
+/// Sums over the rows of a part that ends.
+#[derive(Default)]
+struct Closing {
+    lost: u64,
+    lost_usd: f64,
+    filtered: u64,
+    refusals: HashMap<String, usize>,
+    claim: Option<Claim>,
 }
 
 /// Only compared with a date in `Retry-After`, which these replies have no use for.

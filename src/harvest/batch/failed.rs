@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::api::Card;
 use super::{Batches, Halt, results};
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{Failure, Trouble};
+use crate::harvest::retry::{Claim, Failure, Trouble};
 
 impl Batches<'_> {
     /// Lines that are bad fail, all others wait again.
@@ -44,7 +44,8 @@ impl Batches<'_> {
             .sum();
         self.end_part(index, "failed")?;
         if let Some((reason, message)) = verdict.stop {
-            return Err(Trouble::Stop(reason, message).into());
+            let failure = Failure::new("failed batch", &message);
+            return Err(Trouble::Claim(Claim { reason, failure }).into());
         }
         let retry = &self.config.retry;
         let of_lane = &mut self.lanes[lane];

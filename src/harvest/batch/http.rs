@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use super::api::{BatchApi, Download};
 use crate::harvest::exchange::{self, unpack};
+use crate::harvest::reply::encoding::Decoder;
 use crate::harvest::teacher::{Fault, Reply, Teacher};
 
 /// Batches to a page, the most that is given.
@@ -94,27 +95,35 @@ impl Teacher {
             .timeout(LONGEST_DOWNLOAD);
         let timeout = self.timeout;
         let response = tokio::time::timeout(timeout, request.send()).await;
-        let mut response = response
+        let response = response
             .map_err(|_| Fault::Timeout)?
             .map_err(exchange::fault)?;
-        let status = response.status();
-        if !status.is_success() {
-            let headers = std::mem::take(response.headers_mut());
-            let body = exchange::read(response).await.unwrap_or_default();
-            return Ok(Download::Refused(Reply {
-                status: status.as_u16(),
-                headers,
-                body: self.without_key(body),
-            }));
+        if !response.status().is_success() {
+            let mut reply = exchange::read(response).await;
+            reply.body = self.without_key(reply.body);
+            return Ok(Download::Refused(reply));
         }
-        let pieces = stream::unfold(Some(response), move |response| async move {
-            let mut response = response?;
-            match tokio::time::timeout(timeout, response.chunk()).await {
-                Err(_) => Some((Err(Fault::Timeout), None)),
-                Ok(Err(error)) => Some((Err(exchange::fault(error)), None)),
-                Ok(Ok(piece)) => piece.map(|piece| (Ok(piece), Some(response))),
+        let decoder = Decoder::new(response.headers());
+        let pieces = stream::unfold(Some((response, decoder)), move |state| async move {
+            let (mut response, mut decoder) = state?;
+            let piece = match tokio::time::timeout(timeout, response.chunk()).await {
+                Err(_) => Err(Fault::Timeout),
+                Ok(Err(error)) => Err(exchange::fault(error)),
+                Ok(Ok(None)) => {
+                    let last = decoder.finish().map_err(undecodable);
+                    return Some((last.map(Bytes::from), None));
+                }
+                Ok(Ok(Some(piece))) => decoder.feed(&piece).map_err(undecodable),
+            };
+            match piece {
+                Ok(decoded) => Some((Ok(decoded.into()), Some((response, decoder)))),
+                Err(fault) => Some((Err(fault), None)),
             }
         });
         Ok(Download::Content(pieces.boxed()))
     }
+}
+
+fn undecodable(error: std::io::Error) -> Fault {
+    Fault::Broken(format!("the file's content encoding is broken: {error}"))
 }

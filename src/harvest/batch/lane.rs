@@ -12,12 +12,16 @@ use crate::config;
 use crate::exit::Exit;
 use crate::harvest::plan::Plan;
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{self, Failure, Trouble};
+use crate::harvest::retry::{self, Claim, Failure, Trouble};
 use crate::harvest::stop;
 use crate::harvest::teacher::Transport;
 
 /// Calls after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_CALLS: u32 = 3;
+
+/// Times in a row that an endpoint which has answered says that no request can succeed, before it is
+/// believed.
+const CLAIMS: u32 = 4;
 
 /// Batches in a row that fail as a whole.
 const FAILED_BATCHES: u32 = 3;
@@ -42,6 +46,8 @@ pub struct Lane {
     /// Something has answered at this address.
     is_there: bool,
     failed_batches: u32,
+    /// Replies, since a row was last answered, that say that no request can succeed.
+    claims: u32,
     /// Why nothing more is sent to it; the other lanes go on.
     stopped: Option<anyhow::Error>,
 }
@@ -68,6 +74,7 @@ impl Lane {
             last_success: now,
             is_there: false,
             failed_batches: 0,
+            claims: 0,
             stopped: None,
         }
     }
@@ -95,11 +102,8 @@ impl Lane {
         let now = Instant::now();
         self.failures += 1;
         let (least, message) = match trouble {
-            Trouble::Stop(reason, message) => {
-                self.stop(stop::refused(reason, &message, &self.settings.teacher));
-                return (Duration::ZERO, message);
-            }
-            Trouble::Refused(failure) => {
+            Trouble::Claim(claim) => return self.claimed(claim, retry),
+            Trouble::Refused(failure) | Trouble::Filtered(failure) => {
                 self.stop(anyhow!(
                     "the endpoint takes no batches ({}): set `schedule.mode = \"realtime\"`, or \
                      change in `[batch]` what it names",
@@ -111,6 +115,8 @@ impl Lane {
                 self.is_there = true;
                 (wait, message)
             }
+            Trouble::KeyRenewed => return (Duration::ZERO, String::new()),
+            Trouble::Unreadable { problem, .. } => (None, problem),
             Trouble::Transient { failure, wait } => {
                 self.is_there |= !failure.unreachable;
                 if !self.is_there && self.failures >= FIRST_CONTACT_CALLS {
@@ -133,9 +139,26 @@ impl Lane {
         (pause, message)
     }
 
+    /// A call, or every row of a batch, says that no request can succeed. Before a row has been answered
+    /// that is believed at once; after that only where it is said again and again.
+    fn claimed(&mut self, claim: Claim, retry: &config::Retry) -> (Duration, String) {
+        let Claim { reason, failure } = claim;
+        let teacher = &self.settings.teacher;
+        self.claims += 1;
+        if !self.has_answered {
+            self.stop(stop::refused(reason, &failure.message, teacher));
+        } else if self.claims > CLAIMS {
+            self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+        }
+        let pause = retry::backoff(self.failures, retry, 1.0);
+        self.not_before = Instant::now() + pause;
+        (pause, failure.message)
+    }
+
     /// A batch has brought answers.
     pub fn batch_succeeded(&mut self) {
         self.failed_batches = 0;
+        self.claims = 0;
     }
 
     /// A batch has failed as a whole.

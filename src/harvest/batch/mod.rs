@@ -39,12 +39,14 @@ use tokio::time::{Instant, sleep_until};
 use super::clock::WallClock;
 use super::failures::FailedRow;
 use super::plan::Plan;
-use super::purse::Purse;
+use super::purse::{Books, Purse};
 use super::queue::Entry;
 use super::retry::{Failure, Trouble};
 use super::schedule::{Schedule, State as Time};
 use super::summary::Summary;
 use super::teacher::Transport;
+use super::unanswered::Unanswered;
+use super::unreadable::Unreadable;
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::exit::Exit;
@@ -70,6 +72,8 @@ pub struct Batches<'a> {
     lanes: Vec<Lane>,
     journal: Journal,
     purse: Purse,
+    unanswered: Unanswered,
+    unreadable: Unreadable,
     schedule: Schedule,
     clock: WallClock,
     summary: Summary,
@@ -94,7 +98,7 @@ pub struct Rest {
     /// Batches that would not be cancelled.
     pub under_way: usize,
     pub summary: Summary,
-    pub purse: Purse,
+    pub books: Books,
     pub started: Instant,
 }
 
@@ -131,10 +135,11 @@ impl<'a> Batches<'a> {
         plan: Plan,
         cache: &'a Cache,
         transports: &[Arc<dyn Transport>],
-        purse: Purse,
+        books: Books,
         clock: WallClock,
         quiet: bool,
     ) -> Result<Self> {
+        let Books { purse, unanswered } = books;
         let lanes = transports.iter().enumerate().map(|(index, transport)| {
             let limit = config.batch.enqueued_tokens;
             Lane::new(&plan, index, Arc::clone(transport), limit)
@@ -143,19 +148,17 @@ impl<'a> Batches<'a> {
             lanes: lanes.collect(),
             journal: Journal::load(&config.run_dir)?,
             schedule: Schedule::new(&config.schedule, clock.now())?,
-            summary: Summary {
-                total: plan.total,
-                cached: plan.cached,
-                ..Summary::default()
-            },
+            summary: Summary::of_plan(&plan, &unanswered),
             tally: Tally::default(),
             started: Instant::now(),
             over: None,
             progress: Progress::new("harvest", plan.total, quiet),
+            unreadable: Unreadable::new(&config.run_dir),
             config,
             plan,
             cache,
             purse,
+            unanswered,
             clock,
         })
     }
@@ -355,7 +358,10 @@ impl<'a> Batches<'a> {
             not_to_ask,
             under_way,
             summary: self.summary,
-            purse: self.purse,
+            books: Books {
+                purse: self.purse,
+                unanswered: self.unanswered,
+            },
             started: self.started,
         })))
     }

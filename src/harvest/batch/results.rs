@@ -9,10 +9,10 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::api::Mistake;
-use crate::harvest::api_error::ApiError;
-use crate::harvest::retry::{self, Failure, Reason, Trouble};
+use crate::harvest::reply::error::ApiError;
+use crate::harvest::reply::{Completion, json};
+use crate::harvest::retry::{self, Claim, Failure, Reason, Trouble};
 use crate::harvest::teacher::Reply;
-use crate::harvest::wire::{self, Completion};
 
 /// What a line brings.
 pub struct Outcome {
@@ -38,12 +38,36 @@ struct Response<'a> {
     body: Option<&'a RawValue>,
 }
 
-/// None for a line that names no row.
+/// Reads a line, repaired where it is not strict JSON. None for a line that names no row.
 pub fn read(line: &Bytes) -> Option<Outcome> {
-    read_json(line).or_else(|| {
-        // Python writes NaN and Infinity, which are no JSON, where a logprob is not finite.
-        read_json(&Bytes::from(wire::null_for_bare_words(line)))
+    if let Some(outcome) = read_json(line) {
+        return Some(outcome);
+    }
+    let repaired = json::repaired(line).ok().map(Bytes::from);
+    repaired.and_then(|line| read_json(&line)).or_else(|| {
+        let unreadable = Trouble::Unreadable {
+            problem: "a line of a batch that is not JSON".into(),
+            body: line.clone(),
+        };
+        Some(Outcome {
+            custom_id: custom_id(line)?,
+            result: Err(unreadable),
+        })
     })
+}
+
+/// The row of a line that is otherwise not JSON.
+fn custom_id(line: &[u8]) -> Option<String> {
+    const NAME: &[u8] = b"\"custom_id\"";
+    let rest = &line[memchr::memmem::find(line, NAME)? + NAME.len()..];
+    let rest = rest
+        .trim_ascii_start()
+        .strip_prefix(b":")?
+        .trim_ascii_start();
+    match json::value(rest).ok()? {
+        Value::String(id) => Some(id),
+        _ => None,
+    }
 }
 
 fn read_json(line: &Bytes) -> Option<Outcome> {
@@ -62,12 +86,9 @@ fn read_json(line: &Bytes) -> Option<Outcome> {
     let result = match response {
         Some(response) if status > 0 => {
             let body = response.body.map_or("", RawValue::get);
-            let reply = Reply {
-                status,
-                headers: HeaderMap::new(),
-                body: line.slice_ref(body.as_bytes()),
-            };
+            let body = line.slice_ref(body.as_bytes());
             // There is no header whose date the time would be compared with.
+            let reply = Reply::whole(status, HeaderMap::new(), body);
             retry::classify(Ok(reply), SystemTime::UNIX_EPOCH)
         }
         _ => Err(unanswered(&ApiError::from_value(&error))),
@@ -75,22 +96,26 @@ fn read_json(line: &Bytes) -> Option<Outcome> {
     Some(Outcome { custom_id, result })
 }
 
-/// What a row without a response means, by the code of its error.
+/// Classifies a row without a response by the code of its error.
 fn unanswered(error: &ApiError) -> Trouble {
-    if let Some(reason) = retry::stops_all(error) {
-        return Trouble::Stop(reason, error.message.clone());
-    }
     let class = match error.code.as_str() {
         "" => "no answer in the batch",
         code => code,
     };
     let failure = Failure::new(class, &error.message);
-    match is_of_the_row(error) {
-        true => Trouble::Refused(failure),
-        false => Trouble::Transient {
+    if let Some(reason) = retry::claims_the_end(error, false) {
+        return Trouble::Claim(Claim { reason, failure });
+    }
+    if error.is_of_the_content() {
+        return Trouble::Filtered(failure);
+    }
+    if is_of_the_row(error) {
+        Trouble::Refused(failure)
+    } else {
+        Trouble::Transient {
             failure,
             wait: std::time::Duration::ZERO,
-        },
+        }
     }
 }
 
@@ -127,7 +152,7 @@ pub fn verdict(mistakes: &[Mistake]) -> Verdict {
         }
         if error.code == "token_limit_exceeded" {
             verdict.over_tokens = Some(told_limit(&error.message));
-        } else if let Some(reason) = retry::stops_all(error) {
+        } else if let Some(reason) = retry::claims_the_end(error, false) {
             verdict.stop.get_or_insert((reason, failure.message));
         } else if let Some(line) = line.and_then(|line| usize::try_from(line).ok()?.checked_sub(1))
         {
@@ -155,7 +180,10 @@ mod tests {
         let Outcome { custom_id, result } = read(&Bytes::copy_from_slice(line.as_bytes()))?;
         let word = match result {
             Ok(completion) => format!("answer {}", completion.answer.text),
-            Err(Trouble::Stop(reason, _)) => format!("stop {reason:?}"),
+            Err(Trouble::Claim(claim)) => format!("claim {:?}", claim.reason),
+            Err(Trouble::Filtered(failure)) => format!("filtered {}", failure.class),
+            Err(Trouble::Unreadable { .. }) => "unreadable".into(),
+            Err(Trouble::KeyRenewed) => "key renewed".into(),
             Err(Trouble::Refused(failure)) => format!("refused {}", failure.class),
             Err(Trouble::Throttled { .. }) => "throttled".into(),
             Err(Trouble::Transient { failure, .. }) => format!("again {}", failure.class),
@@ -194,7 +222,7 @@ mod tests {
             ),
             (
                 r#"{"custom_id":"r","response":{"status_code":429,"body":{"error":{"message":"m","code":"insufficient_quota"}}}}"#.into(),
-                "stop Credit",
+                "claim Credit",
             ),
             (
                 r#"{"custom_id":"r","response":{"status_code":429,"body":{}}}"#.into(),
@@ -210,13 +238,30 @@ mod tests {
             ),
             (
                 r#"{"custom_id":"r","response":null,"error":{"code":"model_not_found","message":"m"}}"#.into(),
-                "stop Model",
+                "claim Model",
             ),
             (
                 r#"{"custom_id":"r","response":{"status_code":0,"request_id":"","body":{}},"error":null}"#.into(),
                 "again no answer in the batch",
             ),
             (r#"{"custom_id":"r"}"#.into(), "again no answer in the batch"),
+            (
+                format!("\u{feff}{{\"custom_id\":\"r\",\"response\":{{\"status_code\":200,\"body\":{body}}}}}\r"),
+                "answer x",
+            ),
+            (
+                format!(r#"{{"custom_id":"r","response":{{"status_code":200,"body":{}}}}}"#, serde_json::to_string(body).unwrap()),
+                "answer x",
+            ),
+            (
+                r#"{"custom_id":"r","response":{"status_code":200,"body":{"choices":[{"message":{"content":"\ud83d"}}]}}}"#.into(),
+                "answer \u{fffd}",
+            ),
+            (
+                r#"{"custom_id":"r","response":null,"error":{"code":"content_filter","message":"m"}}"#.into(),
+                "filtered content_filter",
+            ),
+            (r#"{"id":'x',"custom_id":"r","response":'broken"#.into(), "unreadable"),
         ];
         for (line, expected) in cases {
             assert_eq!(sort(&line), Some(("r".into(), expected.into())), "{line}");

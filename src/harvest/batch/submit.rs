@@ -157,7 +157,7 @@ impl Batches<'_> {
         let path = self.journal.requests(&self.journal.parts[index].nonce);
         let (lane, transport) = self.lane_of(index)?;
         let reply = batches(&transport)?.upload(&path).await;
-        let reply = retry::check(reply, self.clock.now().into())?;
+        let reply = api::check(reply, self.clock.now().into())?;
         let file = api::parse_file(&reply.body)
             .ok_or_else(|| retry::lost("malformed", "the reply to an upload names no file"))?;
         self.lanes[lane].success();
@@ -176,7 +176,7 @@ impl Batches<'_> {
         self.journal.parts[index].live.in_doubt = true;
         let reply = batches(&transport)?.create(&body).await;
         let live = &mut self.journal.parts[index].live;
-        let reply = match retry::check(reply, self.clock.now().into()) {
+        let reply = match api::check(reply, self.clock.now().into()) {
             Ok(reply) => reply,
             Err(Trouble::Refused(failure)) if is_missing(&failure) && live.missing < MISSING[1] => {
                 live.in_doubt = false;
@@ -222,7 +222,7 @@ impl Batches<'_> {
         let mut after: Option<String> = None;
         loop {
             let reply = batches(&transport)?.list(after.as_deref()).await;
-            let reply = retry::check(reply, self.clock.now().into())?;
+            let reply = api::check(reply, self.clock.now().into())?;
             let (cards, has_more) = api::parse_page(&reply.body)
                 .ok_or_else(|| retry::lost("malformed", "the reply is no list of batches"))?;
             self.lanes[lane].success();

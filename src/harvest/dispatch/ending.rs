@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::Dispatcher;
 use crate::harvest::lane::Lane;
-use crate::harvest::purse::Purse;
+use crate::harvest::purse::Books;
 use crate::harvest::summary::Summary;
 use crate::harvest::{room, stop};
 
@@ -12,7 +12,7 @@ use crate::harvest::{room, stop};
 pub struct Ended {
     pub summary: Summary,
     pub lanes: Vec<Lane>,
-    pub purse: Purse,
+    pub books: Books,
 }
 
 impl Dispatcher<'_> {
@@ -39,7 +39,10 @@ impl Dispatcher<'_> {
         Ok(Ended {
             summary,
             lanes: self.lanes,
-            purse: self.purse,
+            books: Books {
+                purse: self.purse,
+                unanswered: self.unanswered,
+            },
         })
     }
 }

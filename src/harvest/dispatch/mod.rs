@@ -6,7 +6,7 @@ mod recording;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use tokio::sync::Notify;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -19,15 +19,19 @@ use crate::harvest::budget::Bill;
 use crate::harvest::clock::WallClock;
 use crate::harvest::failures::FailedRow;
 use crate::harvest::lane::{Lane, Verdict};
+use crate::harvest::limiter::Departure;
 use crate::harvest::plan::Plan;
 use crate::harvest::progress::Rates;
-use crate::harvest::purse::Purse;
-use crate::harvest::retry::Trouble;
+use crate::harvest::purse::{Books, Purse};
+use crate::harvest::queue::Entry;
+use crate::harvest::retry::{Failure, Trouble};
 use crate::harvest::room::{self, Room};
 use crate::harvest::schedule::{Schedule, State};
 use crate::harvest::stop;
 use crate::harvest::summary::Summary;
 use crate::harvest::timeline::{Timeline, Used};
+use crate::harvest::unanswered::{Kind, Line, Unanswered};
+use crate::harvest::unreadable::Unreadable;
 use crate::signal::Signals;
 use crate::terminal::{Progress, format_duration};
 pub use ending::Ended;
@@ -47,6 +51,8 @@ pub struct Dispatcher<'a> {
     cache: &'a Cache,
     lanes: Vec<Lane>,
     purse: Purse,
+    unanswered: Unanswered,
+    unreadable: Unreadable,
     schedule: Schedule,
     clock: WallClock,
     in_flight: JoinSet<Result<Finished>>,
@@ -86,26 +92,27 @@ impl<'a> Dispatcher<'a> {
         plan: Arc<Plan>,
         cache: &'a Cache,
         lanes: Vec<Lane>,
-        purse: Purse,
+        books: Books,
         clock: WallClock,
         progress: Progress,
     ) -> Result<Self> {
+        let Books { purse, unanswered } = books;
         let now = Instant::now();
         let used = lanes.iter().map(|lane| Used {
             teacher: lane.settings.teacher.label().into(),
             ..Used::default()
         });
         let summary = Summary {
-            total: plan.total,
-            cached: plan.cached,
             used: used.collect(),
-            ..Summary::default()
+            ..Summary::of_plan(&plan, &unanswered)
         };
         Ok(Self {
             config,
             cache,
             lanes,
             purse,
+            unanswered,
+            unreadable: Unreadable::new(&config.run_dir),
             schedule: Schedule::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
             room: Room::default(),
@@ -249,10 +256,10 @@ impl<'a> Dispatcher<'a> {
 
     fn send_next(&mut self, index: usize) -> Result<Next> {
         let lane = &mut self.lanes[index];
-        if lane.is_done() || !lane.has_room() {
+        if lane.is_done() {
             return Ok(Next::Full);
         }
-        let entry = match lane.queue.peek(Instant::now()) {
+        let entry = match lane.room().and_then(|()| lane.next_row()) {
             Ok(entry) => entry,
             Err(wake) => return Ok(wake.map_or(Next::Full, Next::NotBefore)),
         };
@@ -287,6 +294,7 @@ impl<'a> Dispatcher<'a> {
             Arc::clone(&self.plan),
             Arc::clone(&lane.transport),
             self.clock.clone(),
+            self.unreadable.clone(),
             Attempt {
                 lane: index,
                 entry,
@@ -335,6 +343,7 @@ impl<'a> Dispatcher<'a> {
             attempt,
             reports,
             result,
+            _permit: _,
         } = finished;
         let index = attempt.lane;
         let lane = &mut self.lanes[index];
@@ -350,41 +359,80 @@ impl<'a> Dispatcher<'a> {
             }
             Err(trouble) => trouble,
         };
-        let may_be_billed = match &trouble {
-            Trouble::Refused(failure) | Trouble::Transient { failure, .. } => failure.may_be_billed,
-            Trouble::Stop(..) | Trouble::Throttled { .. } => false,
+        let failure = match &trouble {
+            Trouble::Refused(failure)
+            | Trouble::Filtered(failure)
+            | Trouble::Transient { failure, .. } => Some(failure),
+            _ => None,
         };
-        let bill = match may_be_billed {
-            true => Bill::Possible,
-            false => Bill::Nothing,
+        let billed = failure.filter(|failure| failure.may_be_billed);
+        let bill = match billed {
+            Some(_) => Bill::Possible,
+            None => Bill::Nothing,
         };
-        self.summary.attempts_lost += u64::from(may_be_billed);
+        self.summary.attempts_lost += u64::from(billed.is_some());
         self.purse.settle(attempt.reserved, bill, &price)?;
         self.timeline.hour(Instant::now()).failed_attempts += 1;
-        let (entry, departure) = (attempt.entry, attempt.departure);
+        let mut entry = attempt.entry;
+        let mut paid = 0;
+        if let Some(failure) = billed {
+            entry.paid += 1;
+            paid = self.note_paid(entry, failure)?;
+        }
+        let is_spent = paid >= self.config.retry.max_attempts;
+        self.judge(index, entry, &attempt.departure, trouble, is_spent)
+    }
+
+    /// Decides what becomes of a row whose attempt brought no answer.
+    fn judge(
+        &mut self,
+        index: usize,
+        entry: Entry,
+        departure: &Departure,
+        trouble: Trouble,
+        is_spent: bool,
+    ) -> Result<()> {
+        let lane = &mut self.lanes[index];
         let (verdict, message) = match trouble {
             Trouble::Refused(failure) => {
                 let message = failure.message.clone();
                 (lane.refused(entry, failure), message)
             }
+            Trouble::Filtered(failure) => {
+                lane.filtered(departure);
+                return self.filtered(index, entry, failure);
+            }
             Trouble::Throttled { wait, message } => {
                 self.summary.used[index].throttled += 1;
                 let cost = self.plan.cost(index, entry.row);
-                let verdict = lane.throttled(entry, cost, &departure, wait, message.clone());
+                let verdict = lane.throttled(entry, cost, departure, wait, message.clone());
                 (verdict, message)
             }
             Trouble::Transient { failure, wait } => {
                 let message = failure.message.clone();
-                (lane.transient(entry, failure, wait), message)
+                match lane.transient(entry, failure.clone(), wait) {
+                    // It has been bought as often as it may be.
+                    Verdict::Again { .. } if is_spent => {
+                        lane.queue.remove(entry.row);
+                        (Verdict::Failed(entry, failure), message)
+                    }
+                    verdict => (verdict, message),
+                }
             }
-            Trouble::Stop(reason, message) => {
-                lane.queue.delay(entry, Instant::now());
-                lane.stop(stop::refused(reason, &message, &lane.settings.teacher));
+            Trouble::Claim(claim) => {
+                let message = claim.failure.message.clone();
+                (lane.claimed(entry, claim, departure), message)
+            }
+            Trouble::KeyRenewed => {
+                lane.key_renewed(entry);
                 return Ok(());
             }
+            // An attempt makes an answer of it.
+            Trouble::Unreadable { problem, .. } => bail!("a reply was left unread: {problem}"),
         };
         match verdict {
             Verdict::Failed(entry, failure) => {
+                lane.gave_up(entry.row);
                 let row = FailedRow::new(&self.plan, index, entry, failure);
                 self.summary.fail(row);
             }
@@ -393,7 +441,41 @@ impl<'a> Dispatcher<'a> {
                 format_duration(pause)
             )),
             Verdict::Again { .. } => {}
+            Verdict::Far(wait) => {
+                let now = self.clock.now();
+                let until = now.checked_add(wait).unwrap_or(jiff::Timestamp::MAX);
+                lane.stop(stop::far(&self.schedule.show(until), wait, &message));
+            }
         }
+        Ok(())
+    }
+
+    /// Notes an attempt that may have been billed. Returns how many there were of the row, in all runs.
+    fn note_paid(&mut self, entry: Entry, failure: &Failure) -> Result<u32> {
+        let line = Line::new(
+            &self.plan,
+            entry,
+            Kind::PaidAttempt,
+            failure,
+            self.clock.now(),
+        );
+        room::excuse(self.unanswered.add(&line))?;
+        let known = self.unanswered.get(&line.key);
+        Ok(known.map_or(0, |known| known.paid).max(entry.paid))
+    }
+
+    /// The row ends as refused by a content filter.
+    fn filtered(&mut self, index: usize, entry: Entry, failure: Failure) -> Result<()> {
+        let line = Line::new(
+            &self.plan,
+            entry,
+            Kind::Filtered,
+            &failure,
+            self.clock.now(),
+        );
+        room::excuse(self.unanswered.add(&line))?;
+        let row = FailedRow::new(&self.plan, index, entry, failure);
+        self.summary.filtered(row);
         Ok(())
     }
 

@@ -1,13 +1,15 @@
 //! What a server says about its limits, in any dialect. Pure.
 //!
 //! One grammar reads them all: a family of names (`x-ratelimit-`, `anthropic-ratelimit-`,
-//! `x-tokenlimit-`), and in the rest of the name, in any order, a figure (`limit`, `remaining`,
-//! `reset`), what is counted (`requests`, `tokens`, `input-tokens`, `tokens-generated`, ...) and at
-//! times a period (`minute`, `day`).
+//! `x-tokenlimit-`, the IETF's `ratelimit-`), and in the rest of the name, in any order, a figure
+//! (`limit`, `remaining`, `reset`), what is counted (`requests`, `tokens`, `input-tokens`,
+//! `tokens-generated`, ...) and at times a period (`minute`, `day`).
 
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::HeaderMap;
+
+use crate::harvest::waits;
 
 /// What a limit counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,6 +50,10 @@ pub struct Report {
     pub reset: Option<Duration>,
     /// The period of the limit, where the dialect or the name fixes it.
     period: Option<Duration>,
+    /// The names say neither what is counted nor over which period.
+    is_bare: bool,
+    /// The reset time is the end of a window, as the IETF has it.
+    is_window: bool,
 }
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -78,6 +84,9 @@ impl Report {
         if let Some(period) = self.period {
             return Refill::Constant(period);
         }
+        if self.is_window && self.reset.is_some() {
+            return Refill::AtReset;
+        }
         let (Some(limit), Some(remaining), Some(reset)) = (self.limit, self.remaining, self.reset)
         else {
             return Refill::Unknown;
@@ -99,6 +108,9 @@ impl Report {
     }
 }
 
+/// A reset further away than this is none of a limit by the second.
+const LONGER_THAN_A_SECOND: Duration = Duration::from_secs(5);
+
 /// Every limit that these headers speak of, at most one report for each resource and period.
 pub fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<Report> {
     let mut reports: Vec<Report> = Vec::new();
@@ -107,28 +119,89 @@ pub fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<Report> {
             continue;
         };
         let Ok(value) = value.to_str() else { continue };
-        let found = reports
-            .iter()
-            .position(|report| report.resource == field.resource && report.period == field.period);
-        let index = found.unwrap_or_else(|| {
-            reports.push(Report {
-                resource: field.resource,
-                limit: None,
-                remaining: None,
-                reset: None,
-                period: field.period,
-            });
-            reports.len() - 1
-        });
-        let report = &mut reports[index];
+        let report = report_of(&mut reports, field.resource, field.period);
         match field.figure {
             Figure::Limit => report.limit = amount(value),
             Figure::Remaining => report.remaining = amount(value),
-            Figure::Reset => report.reset = parse_reset(value, now),
+            Figure::Reset => report.reset = waits::until(value, now),
+        }
+        report.is_bare |= field.is_bare;
+        report.is_window |= name.as_str().starts_with("ratelimit-");
+    }
+    for report in &mut reports {
+        // OpenRouter's bare names are those of a day, Together's of a second.
+        if report.is_bare
+            && report
+                .reset
+                .is_some_and(|reset| reset > LONGER_THAN_A_SECOND)
+        {
+            report.period = None;
         }
     }
+    structured(headers, now, &mut reports);
     reports.retain(|report| report.limit.is_some() || report.remaining.is_some());
     reports
+}
+
+fn report_of(
+    reports: &mut Vec<Report>,
+    resource: Resource,
+    period: Option<Duration>,
+) -> &mut Report {
+    let found = reports
+        .iter()
+        .position(|report| report.resource == resource && report.period == period);
+    let index = found.unwrap_or_else(|| {
+        reports.push(Report {
+            resource,
+            limit: None,
+            remaining: None,
+            reset: None,
+            period,
+            is_bare: false,
+            is_window: false,
+        });
+        reports.len() - 1
+    });
+    &mut reports[index]
+}
+
+/// The IETF's fields in one line: `RateLimit: "default";r=50;t=30` with `RateLimit-Policy:
+/// "default";q=100;w=60`, and the older `RateLimit: limit=100, remaining=50, reset=30`
+/// (draft-ietf-httpapi-ratelimit-headers).
+fn structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<Report>) {
+    let line = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let figures = line("ratelimit").into_iter().flat_map(parameters);
+    let policy = line("ratelimit-policy").into_iter().flat_map(parameters);
+    let mut found = [None; 3];
+    for (name, value) in policy.chain(figures) {
+        match name {
+            "q" | "limit" => found[0] = amount(value),
+            "r" | "remaining" => found[1] = amount(value),
+            "t" | "reset" => found[2] = waits::until(value, now).map(|reset| reset.as_secs_f64()),
+            _ => {}
+        }
+    }
+    let [limit, remaining, reset] = found;
+    if remaining.is_none() {
+        return;
+    }
+    let report = report_of(reports, Resource::Requests, None);
+    report.is_window = true;
+    report.limit = report.limit.or(limit);
+    report.remaining = report.remaining.or(remaining);
+    report.reset = report
+        .reset
+        .or(reset.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()));
+}
+
+/// The `name=value` pairs of a structured field.
+fn parameters(line: &str) -> impl Iterator<Item = (&str, &str)> {
+    let parts = line.split([',', ';']);
+    parts.filter_map(|part| {
+        let (name, value) = part.split_once('=')?;
+        Some((name.trim(), value.trim().trim_matches('"')))
+    })
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -142,18 +215,27 @@ struct Field {
     figure: Figure,
     resource: Resource,
     period: Option<Duration>,
+    /// Its name says neither what is counted nor over which period.
+    is_bare: bool,
 }
+
+/// Families of names: the prefix, whether they count tokens, and whether bare names count by the second.
+const FAMILIES: [(&str, bool, bool); 7] = [
+    ("x-tokenlimit-", true, true),
+    ("x-ratelimitbysize-", true, false),
+    ("ratelimitbysize-", true, false),
+    ("anthropic-ratelimit-", false, true),
+    ("x-ratelimit-", false, true),
+    ("x-rate-limit-", false, false),
+    ("ratelimit-", false, false),
+];
 
 impl Field {
     fn parse(name: &str) -> Option<Field> {
-        let (rest, of_tokens) = if let Some(rest) = name.strip_prefix("x-tokenlimit-") {
-            (rest, true)
-        } else {
-            let rest = name
-                .strip_prefix("x-ratelimit-")
-                .or_else(|| name.strip_prefix("anthropic-ratelimit-"))?;
-            (rest, false)
-        };
+        let (rest, of_tokens, by_second) =
+            FAMILIES.iter().find_map(|(prefix, of_tokens, by_second)| {
+                Some((name.strip_prefix(prefix)?, *of_tokens, *by_second))
+            })?;
         let mut figure = None;
         let mut period = None;
         let (mut requests, mut tokens, mut input, mut output) = (false, of_tokens, false, false);
@@ -162,12 +244,12 @@ impl Field {
                 "limit" => figure = Some(Figure::Limit),
                 "remaining" => figure = Some(Figure::Remaining),
                 "reset" => figure = Some(Figure::Reset),
-                "requests" => requests = true,
-                "tokens" => tokens = true,
+                "requests" | "request" | "req" => requests = true,
+                "tokens" | "token" => tokens = true,
                 "input" | "prompt" => input = true,
                 "output" | "generated" => output = true,
                 "second" => period = Some(SECOND),
-                "minute" => period = Some(MINUTE),
+                "minute" | "min" => period = Some(MINUTE),
                 "hour" => period = Some(HOUR),
                 "day" => period = Some(DAY),
                 // Limits of something that we do not use, images or audio, say.
@@ -180,74 +262,24 @@ impl Field {
             (_, true, ..) => Resource::Tokens,
             _ => Resource::Requests,
         };
-        if !requests && (!tokens || of_tokens) {
-            // Together's bare names count by the second.
-            period = period.or(Some(SECOND));
+        let is_bare = !requests && (!tokens || of_tokens) && period.is_none();
+        if is_bare && by_second {
+            period = Some(SECOND);
         }
         Some(Field {
             figure: figure?,
             resource,
             period,
+            is_bare,
         })
     }
 }
 
+/// The first number of a value, as in `100, 100;w=60`.
 fn amount(value: &str) -> Option<f64> {
-    let amount: f64 = value.trim().parse().ok()?;
+    let first = value.split([',', ';']).next()?;
+    let amount: f64 = first.trim().parse().ok()?;
     (amount.is_finite() && amount >= 0.0).then_some(amount)
-}
-
-/// A duration as Go writes it (`17ms`, `6m0s`, `2m59.56s`), seconds, a date (RFC 3339), or a Unix
-/// time in seconds or milliseconds.
-fn parse_reset(value: &str, now: SystemTime) -> Option<Duration> {
-    let value = value.trim();
-    if let Some(number) = amount(value) {
-        let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).ok()?;
-        let seconds = match number {
-            number if number >= 1e11 => number / 1e3 - since_epoch.as_secs_f64(),
-            number if number >= 1e8 => number - since_epoch.as_secs_f64(),
-            number => number,
-        };
-        return Duration::try_from_secs_f64(seconds.max(0.0)).ok();
-    }
-    if let Ok(date) = value.parse::<jiff::Timestamp>() {
-        return Some(
-            SystemTime::from(date)
-                .duration_since(now)
-                .unwrap_or_default(),
-        );
-    }
-    parse_go_duration(value)
-}
-
-/// `1h2m3.5s`, `17ms`, `120us`: numbers and units, one after the other.
-fn parse_go_duration(value: &str) -> Option<Duration> {
-    let mut rest = value.trim();
-    if rest.is_empty() {
-        return None;
-    }
-    let mut seconds = 0.0;
-    while !rest.is_empty() {
-        let digits = rest.find(|char: char| !char.is_ascii_digit() && char != '.')?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        rest = &rest[digits..];
-        let end = rest
-            .find(|char: char| char.is_ascii_digit() || char == '.')
-            .unwrap_or(rest.len());
-        let unit = match &rest[..end] {
-            "d" => 86_400.0,
-            "h" => 3_600.0,
-            "m" => 60.0,
-            "s" => 1.0,
-            "ms" => 1e-3,
-            "us" | "µs" => 1e-6,
-            "ns" => 1e-9,
-            _ => return None,
-        };
-        seconds += number * unit;
-        rest = &rest[end..];
-    }
-    Duration::try_from_secs_f64(seconds).ok()
 }
 
 #[cfg(test)]
@@ -290,7 +322,7 @@ mod tests {
 
     #[test]
     fn every_dialect_is_read() {
-        let cases: [(&[(&str, &str)], &str); 9] = [
+        let cases: [(&[(&str, &str)], &str); 14] = [
             // OpenAI: the reset time is that of a bucket filled in a minute.
             (
                 &[
@@ -372,6 +404,46 @@ mod tests {
                 ],
                 "requests 99/100 at reset",
             ),
+            // OpenRouter: bare names, and a reset that is no second's.
+            (
+                &[
+                    ("x-ratelimit-limit", "50"),
+                    ("x-ratelimit-remaining", "0"),
+                    ("x-ratelimit-reset", "1800036000000"),
+                ],
+                "requests 0/50 at reset",
+            ),
+            // Mistral.
+            (
+                &[
+                    ("x-ratelimit-limit-req-minute", "60"),
+                    ("x-ratelimit-remaining-req-minute", "0"),
+                    ("x-ratelimit-limit-tokens-minute", "500000"),
+                    ("x-ratelimit-remaining-tokens-minute", "499000"),
+                    ("x-ratelimit-tokens-query-cost", "30"),
+                ],
+                "requests 0/60 per 60, tokens 499000/500000 per 60",
+            ),
+            // The IETF's drafts, the older and the newer one.
+            (
+                &[
+                    ("ratelimit-limit", "3, 3;w=5"),
+                    ("ratelimit-remaining", "1"),
+                    ("ratelimit-reset", "4"),
+                ],
+                "requests 1/3 at reset",
+            ),
+            (
+                &[
+                    ("ratelimit", "\"api\";r=0;t=55"),
+                    ("ratelimit-policy", "\"fixed window\";\"api\";q=500;w=300"),
+                ],
+                "requests 0/500 at reset",
+            ),
+            (
+                &[("ratelimit", "limit=100, remaining=50, reset=17")],
+                "requests 50/100 at reset",
+            ),
             // Nonsense is nothing.
             (
                 &[
@@ -385,37 +457,6 @@ mod tests {
         ];
         for (headers, expected) in cases {
             assert_eq!(summary(headers), expected);
-        }
-    }
-
-    #[test]
-    fn reset_times_are_read_in_every_notation() {
-        let now = SystemTime::UNIX_EPOCH + NOW;
-        let cases = [
-            ("17ms", Some(0.017)),
-            ("6m0s", Some(360.0)),
-            ("2m59.56s", Some(179.56)),
-            ("1h0m1s", Some(3601.0)),
-            ("0.5", Some(0.5)),
-            ("12", Some(12.0)),
-            ("1800000030", Some(30.0)),
-            ("1800000030000", Some(30.0)),
-            ("1700000000", Some(0.0)),
-            ("2027-01-15T08:00:12Z", Some(12.0)),
-            ("2020-01-01T00:00:00Z", Some(0.0)),
-            ("5 parsecs", None),
-            ("", None),
-            ("s", None),
-            ("1e400", None),
-        ];
-        for (text, expected) in cases {
-            let found = parse_reset(text, now).map(|reset| reset.as_secs_f64());
-            match (found, expected) {
-                (Some(found), Some(expected)) => {
-                    assert!((found - expected).abs() < 1e-6, "{text}: {found}");
-                }
-                _ => assert_eq!(found, expected, "{text}"),
-            }
         }
     }
 }

@@ -23,6 +23,9 @@ const ROUNDED: Duration = Duration::from_secs(3);
 /// A window is no shorter, where no header says that it is.
 const SHORTEST_WINDOW: Duration = Duration::from_secs(10);
 
+/// A window that ends later is not waited out.
+const FARTHEST_END: Duration = Duration::from_secs(3_600);
+
 /// The period of a limit whose server does not tell it.
 const USUAL_PERIOD: Duration = Duration::from_secs(60);
 
@@ -212,7 +215,9 @@ impl Bucket {
         let filled = if missing <= 0.0 {
             now
         } else if let (Refill::AtReset, Some(end)) = (self.refill, self.ends) {
-            end
+            // A window that ends hours from now may be a mistake of the server's: it is asked, and refuses
+            // if it is none.
+            if end > now + FARTHEST_END { now } else { end }
         } else {
             let seconds = missing / self.rate().max(1e-9);
             now + Duration::try_from_secs_f64(seconds)

@@ -52,11 +52,7 @@ impl Transport for Watching {
             };
             sleep(self.latency).await;
             let reply = |status, headers, body: Value| {
-                Ok(Reply {
-                    status,
-                    headers,
-                    body: body.to_string().into(),
-                })
+                Ok(Reply::whole(status, headers, body.to_string().into()))
             };
             if number.is_multiple_of(self.refuse) {
                 let now = Instant::now();

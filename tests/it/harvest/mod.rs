@@ -3,11 +3,13 @@
 mod batch;
 mod canary;
 mod disk;
+mod evidence;
 mod faults;
 mod limits;
 mod matrix;
 mod nights;
 mod probe;
+mod replies;
 mod runs;
 #[cfg(feature = "redis")]
 mod shared;

@@ -59,11 +59,7 @@ pub fn whole(reply: distill::serve::mock::Reply) -> Reply {
         let name: reqwest::header::HeaderName = name.parse().unwrap();
         headers.insert(name, value.parse().unwrap());
     }
-    Reply {
-        status: reply.status,
-        headers,
-        body: reply.body,
-    }
+    Reply::whole(reply.status, headers, reply.body)
 }
 
 /// A night under way: the run folder, the teacher, and the wall clock, which goes with tokio's.

@@ -209,7 +209,7 @@ async fn the_stats_are_served() {
 async fn a_harvest_survives_a_night_of_faults_and_loses_nothing() {
     let server = Server::start(
         "seed = 3\nmodel = \"m\"\n[answers]\ntext = \"upper\"\n\
-         [limits]\nrequests_per_minute = 30000\nburst_s = 0.02\nretry_after = \"ms\"\n\
+         [limits]\nrequests_per_minute = 30000\nburst_s = 0.02\nretry_after = \"ms\"\nheaders = \"none\"\n\
          [[faults]]\nkind = \"reset in body\"\nshare = 0.1\nfirst = 3\n\
          [[faults]]\nkind = \"http 503\"\nshare = 0.1\nfirst = 3\n\
          [[faults]]\nkind = \"truncated\"\nshare = 0.1\nfirst = 3\n\

@@ -55,11 +55,8 @@ impl Transport for Noting {
             let tokens = (body.to_string().len() as u64).div_ceil(4) + max_tokens;
             self.asked.lock().unwrap().push((Instant::now(), tokens));
             tokio::time::sleep(self.latency).await;
-            Ok(Reply {
-                status: 200,
-                headers: HeaderMap::new(),
-                body: completion("x", 0).to_string().into(),
-            })
+            let body = completion("x", 0).to_string();
+            Ok(Reply::whole(200, HeaderMap::new(), body.into()))
         }
         .boxed()
     }

@@ -1,5 +1,5 @@
 //! Objects of which some fields are known and the others kept, as serde's `flatten` reads them, but
-//! without its copy of every value. Where a field comes twice, the last one counts.
+//! without its copy of every value. Where a field comes twice, the last one that says something counts.
 
 /// Implements `Deserialize` for structs with a parameter `L`, whose fields are those named and
 /// `extra: Map<String, Value>`. A field that does not come is the default of its type.
@@ -24,9 +24,11 @@ macro_rules! fields {
                             $($field: Default::default(),)+
                             extra: Default::default(),
                         };
-                        while let Some(name) = map.next_key::<crate::harvest::fields::Name>()? {
+                        while let Some(name) = map.next_key::<crate::harvest::reply::fields::Name>()? {
                             match &*name.0 {
-                                $(stringify!($field) => object.$field = map.next_value()?,)+
+                                $(stringify!($field) => if let Some(value) = map.next_value()? {
+                                    object.$field = value;
+                                },)+
                                 _ => {
                                     object.extra.insert(name.0.into_owned(), map.next_value()?);
                                 }

@@ -32,8 +32,10 @@ struct Position<'a> {
     #[serde(default)]
     logprob: Logprob,
     bytes: Option<Bytes>,
-    #[serde(borrow)]
+    #[serde(borrow, alias = "top_probs")]
     top_logprobs: Option<Vec<Alternative<'a>>>,
+    /// In the place of a logprob, as llama.cpp sends it after sampling.
+    prob: Option<f64>,
 }
 
 /// A token with its logprob.
@@ -44,6 +46,8 @@ pub struct Alternative<'a> {
     #[serde(default)]
     pub logprob: Logprob,
     pub bytes: Option<Bytes>,
+    #[serde(default)]
+    pub prob: Option<f64>,
 }
 
 impl Alternative<'_> {
@@ -58,6 +62,16 @@ impl Alternative<'_> {
 /// A logprob of any spelling; None where it is missing.
 #[derive(Clone, Copy, Default)]
 pub struct Logprob(Option<f32>);
+
+impl Logprob {
+    /// This, or the logarithm of a probability that stands in its place.
+    fn or_of(self, probability: Option<f64>) -> Logprob {
+        match (self.0, probability) {
+            (None, Some(probability)) => probability.ln().into(),
+            _ => self,
+        }
+    }
+}
 
 impl From<f64> for Logprob {
     fn from(value: f64) -> Self {
@@ -87,9 +101,10 @@ impl<'de> Deserialize<'de> for Logprob {
                 Ok((value as f64).into())
             }
 
-            /// `"-Infinity"` and the like.
-            fn visit_str<E>(self, _: &str) -> Result<Logprob, E> {
-                Ok(Logprob(None))
+            /// A number in a text, or `"-Infinity"` and the like, which is none.
+            fn visit_str<E>(self, text: &str) -> Result<Logprob, E> {
+                let value: Result<f64, _> = text.trim().parse();
+                Ok(value.map(Logprob::from).unwrap_or_default())
             }
 
             fn visit_unit<E>(self) -> Result<Logprob, E> {
@@ -172,10 +187,63 @@ impl<'de> Deserialize<'de> for Bytes {
 ///
 /// `Ok(None)`: the endpoint sent none. An error says why those that it sent are unusable.
 pub fn parse(raw: &str, text: &str) -> Result<Option<Logprobs>, String> {
+    let error = match serde_json::from_str(raw) {
+        Ok(wire) => return columns(wire, text),
+        Err(error) => error,
+    };
+    let Ok(value) = serde_json::from_str::<Value>(raw) else {
+        return Err(error.to_string());
+    };
+    let usual = usual(value).to_string();
+    // The first error is the one that says what came.
     columns(
-        serde_json::from_str(raw).map_err(|error| error.to_string())?,
+        serde_json::from_str(&usual).map_err(|_| error.to_string())?,
         text,
     )
+}
+
+/// Logprobs of a less usual shape in the usual one: a bare list of positions, a token that has bytes and no
+/// text, alternatives as a map.
+fn usual(value: Value) -> Value {
+    let mut fields = match value {
+        Value::Array(positions) => {
+            Map::from_iter([("content".to_owned(), Value::Array(positions))])
+        }
+        Value::Object(fields) => fields,
+        other => return other,
+    };
+    let content = fields.get_mut("content").and_then(Value::as_array_mut);
+    for position in content.into_iter().flatten() {
+        usual_token(position);
+    }
+    Value::Object(fields)
+}
+
+fn usual_token(token: &mut Value) {
+    let Value::Object(fields) = token else {
+        return;
+    };
+    if fields.get("token").is_none_or(Value::is_null)
+        && let Some(Value::Array(bytes)) = fields.get("bytes")
+    {
+        let bytes = bytes.iter().map(|byte| u8::try_from(byte.as_u64()?).ok());
+        if let Some(bytes) = bytes.collect::<Option<Vec<u8>>>() {
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            fields.insert("token".into(), text.into());
+        }
+    }
+    let list = match fields.remove("top_logprobs") {
+        Some(Value::Object(map)) => map
+            .into_iter()
+            .map(|(token, logprob)| serde_json::json!({"token": token, "logprob": logprob}))
+            .collect(),
+        Some(Value::Array(mut list)) => {
+            list.iter_mut().for_each(usual_token);
+            list
+        }
+        _ => return,
+    };
+    fields.insert("top_logprobs".into(), Value::Array(list));
 }
 
 /// As [`parse`], of what has been read already.
@@ -199,11 +267,13 @@ pub fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String> {
                     token: token.into(),
                     logprob: logprob.as_f64().map(Logprob::from).unwrap_or_default(),
                     bytes: None,
+                    prob: None,
                 });
             let position = Alternative {
                 token: token.into(),
                 logprob,
                 bytes: None,
+                prob: None,
             };
             columns.push(position, &mut alternatives.collect());
         }
@@ -211,10 +281,15 @@ pub fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String> {
         for position in wire.content.unwrap_or_default() {
             let emitted = Alternative {
                 token: position.token,
-                logprob: position.logprob,
+                logprob: position.logprob.or_of(position.prob),
                 bytes: position.bytes,
+                prob: None,
             };
-            columns.push(emitted, &mut position.top_logprobs.unwrap_or_default());
+            let mut alternatives = position.top_logprobs.unwrap_or_default();
+            for other in &mut alternatives {
+                other.logprob = other.logprob.or_of(other.prob);
+            }
+            columns.push(emitted, &mut alternatives);
         }
     }
     Ok(columns.finish(text))
@@ -235,6 +310,7 @@ impl Columns {
             token,
             logprob,
             bytes,
+            prob: _,
         } = emitted;
         self.joined
             .extend_from_slice(bytes.as_ref().map_or(token.as_bytes(), Bytes::as_slice));
@@ -354,6 +430,23 @@ mod tests {
         assert_eq!(logprobs.logprob, [None, Some(-1.5)]);
         assert_eq!(logprobs.top, [vec![], vec![" b".to_string(), " c".into()]]);
         assert_eq!(logprobs.top_logprob, [vec![], vec![Some(-1.5), Some(-2.0)]]);
+    }
+
+    #[test]
+    fn less_usual_shapes_are_read_as_the_usual_one() {
+        let usual = json!({"content": [{"token": "a", "logprob": -0.25, "top_logprobs": [
+            {"token": "a", "logprob": -0.25}, {"token": "b", "logprob": -2.0}]}]});
+        let expected = parse(usual, "a");
+        let spellings = [
+            json!([{"token": "a", "logprob": -0.25, "top_logprobs": {"a": -0.25, "b": -2}}]),
+            json!({"content": [{"token": null, "bytes": [97], "logprob": "-0.25", "top_logprobs": [
+                {"token": "a", "logprob": "-0.25"}, {"token": "b", "logprob": " -2 "}]}]}),
+            json!({"content": [{"token": "a", "prob": (-0.25f64).exp(), "top_probs": [
+                {"token": "a", "prob": (-0.25f64).exp()}, {"token": "b", "prob": (-2f64).exp()}]}]}),
+        ];
+        for spelled in spellings {
+            assert_eq!(parse(spelled.clone(), "a"), expected, "{spelled}");
+        }
     }
 
     #[test]

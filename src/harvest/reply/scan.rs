@@ -178,6 +178,7 @@ impl<'a> Scanner<'a> {
             token: token?,
             logprob,
             bytes,
+            prob: None,
         })
     }
 
@@ -207,9 +208,9 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::{Map, Value, json};
 
+    use super::super::logprobs;
     use super::*;
     use crate::cache::record::Logprobs;
-    use crate::harvest::logprobs;
 
     /// What both ways make of a body with these logprobs: here, and by serde.
     fn both(logprobs: &Value, pretty: bool) -> (Option<Option<Logprobs>>, Option<Logprobs>) {

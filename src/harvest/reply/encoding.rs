@@ -1,0 +1,309 @@
+//! `Content-Encoding`: what we ask for, and what comes, decoded piece by piece.
+//!
+//! Top-k logprobs shrink to a tenth on the wire, so compression is asked for. Some servers compress
+//! unasked, or label a body wrongly; so the first bytes decide, where they can, and not the label alone.
+
+use std::io::{self, Write};
+
+use brotli_decompressor::DecompressorWriter;
+use flate2::write::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
+use reqwest::header::{CONTENT_ENCODING, HeaderMap};
+
+/// The value of `Accept-Encoding`.
+pub const ACCEPTED: &str = "zstd, gzip, br, deflate";
+
+/// Decoded bytes that one piece may become, at most: a few kilobytes can unpack to gigabytes.
+const LARGEST_PIECE: usize = 64 << 20;
+
+const BROTLI_BUFFER: usize = 4096;
+
+/// Decodes the body of one response.
+pub struct Decoder {
+    declared: Option<Encoding>,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Encoding {
+    Gzip,
+    Zstd,
+    Brotli,
+    Deflate,
+}
+
+enum State {
+    /// Too few bytes have come to tell.
+    Beginning(Vec<u8>),
+    Plain,
+    Gzip(MultiGzDecoder<Sink>),
+    Zlib(ZlibDecoder<Sink>),
+    Deflate(DeflateDecoder<Sink>),
+    Zstd(zstd::stream::write::Decoder<'static, Sink>),
+    Brotli(Box<DecompressorWriter<Sink>>),
+}
+
+/// What has been decoded and not been taken yet.
+#[derive(Default)]
+struct Sink(Vec<u8>);
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > LARGEST_PIECE {
+            return Err(io::Error::other("it unpacks to more than 64 MiB at once"));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Decoder {
+    /// For the body of a response with these headers.
+    pub fn new(headers: &HeaderMap) -> Decoder {
+        let label = headers
+            .get_all(CONTENT_ENCODING)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .map(|word| word.trim().to_ascii_lowercase())
+            .rfind(|word| word != "identity");
+        let declared = match label.as_deref() {
+            Some("gzip" | "x-gzip") => Some(Encoding::Gzip),
+            Some("zstd") => Some(Encoding::Zstd),
+            Some("br") => Some(Encoding::Brotli),
+            Some("deflate") => Some(Encoding::Deflate),
+            _ => None,
+        };
+        Decoder {
+            declared,
+            state: State::Beginning(Vec::new()),
+        }
+    }
+
+    /// Is anything decoded at all?
+    pub fn is_plain(&self) -> bool {
+        matches!(self.state, State::Plain)
+    }
+
+    /// What a piece of the body adds.
+    ///
+    /// # Errors
+    /// Where the encoding is broken.
+    pub fn feed(&mut self, piece: &[u8]) -> io::Result<Vec<u8>> {
+        let State::Beginning(first) = &mut self.state else {
+            return self.state.feed(piece);
+        };
+        first.extend_from_slice(piece);
+        if first.len() < 4 {
+            return Ok(Vec::new());
+        }
+        self.begin()
+    }
+
+    /// What the end of the body adds.
+    ///
+    /// # Errors
+    /// Where the body ends before its encoding does.
+    pub fn finish(mut self) -> io::Result<Vec<u8>> {
+        let mut decoded = Vec::new();
+        if matches!(self.state, State::Beginning(_)) {
+            decoded = self.begin()?;
+        }
+        decoded.extend(self.state.finish()?);
+        Ok(decoded)
+    }
+
+    /// Chooses by the first bytes, and decodes them.
+    fn begin(&mut self) -> io::Result<Vec<u8>> {
+        let State::Beginning(first) = &mut self.state else {
+            return Ok(Vec::new());
+        };
+        let first = std::mem::take(first);
+        self.state = match encoding(&first, self.declared) {
+            None => State::Plain,
+            Some(Encoding::Gzip) => State::Gzip(MultiGzDecoder::new(Sink::default())),
+            Some(Encoding::Zstd) => {
+                State::Zstd(zstd::stream::write::Decoder::new(Sink::default())?)
+            }
+            Some(Encoding::Brotli) => {
+                let writer = DecompressorWriter::new(Sink::default(), BROTLI_BUFFER);
+                State::Brotli(Box::new(writer))
+            }
+            // "deflate" means zlib, and some servers leave its two bytes out.
+            Some(Encoding::Deflate) if is_zlib(&first) => {
+                State::Zlib(ZlibDecoder::new(Sink::default()))
+            }
+            Some(Encoding::Deflate) => State::Deflate(DeflateDecoder::new(Sink::default())),
+        };
+        self.state.feed(&first)
+    }
+}
+
+impl State {
+    fn feed(&mut self, piece: &[u8]) -> io::Result<Vec<u8>> {
+        let sink = match self {
+            State::Beginning(_) | State::Plain => return Ok(piece.to_vec()),
+            State::Gzip(decoder) => {
+                decoder.write_all(piece)?;
+                decoder.get_mut()
+            }
+            State::Zlib(decoder) => {
+                decoder.write_all(piece)?;
+                decoder.get_mut()
+            }
+            State::Deflate(decoder) => {
+                decoder.write_all(piece)?;
+                decoder.get_mut()
+            }
+            State::Zstd(decoder) => {
+                decoder.write_all(piece)?;
+                decoder.get_mut()
+            }
+            State::Brotli(decoder) => {
+                decoder.write_all(piece)?;
+                decoder.get_mut()
+            }
+        };
+        Ok(std::mem::take(&mut sink.0))
+    }
+
+    fn finish(self) -> io::Result<Vec<u8>> {
+        let sink = match self {
+            State::Beginning(_) | State::Plain => return Ok(Vec::new()),
+            State::Gzip(decoder) => decoder.finish()?,
+            State::Zlib(decoder) => decoder.finish()?,
+            State::Deflate(decoder) => decoder.finish()?,
+            State::Zstd(mut decoder) => {
+                decoder.flush()?;
+                decoder.into_inner()
+            }
+            State::Brotli(mut decoder) => {
+                decoder.close()?;
+                decoder
+                    .into_inner()
+                    .map_err(|_| io::Error::from(io::ErrorKind::UnexpectedEof))?
+            }
+        };
+        Ok(sink.0)
+    }
+}
+
+/// By the magic numbers; by the label where there are none and the bytes are not JSON in the clear.
+fn encoding(first: &[u8], declared: Option<Encoding>) -> Option<Encoding> {
+    match first {
+        [0x1f, 0x8b, ..] => return Some(Encoding::Gzip),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => return Some(Encoding::Zstd),
+        _ => {}
+    }
+    let text = first.trim_ascii_start();
+    let is_clear = text.starts_with(b"{\"")
+        || text.starts_with(b"data:")
+        || text.starts_with(b"<!")
+        || matches!(declared, Some(Encoding::Gzip | Encoding::Zstd));
+    declared.filter(|_| !is_clear)
+}
+
+/// The two bytes in front of a zlib stream (RFC 1950).
+fn is_zlib(first: &[u8]) -> bool {
+    match first {
+        [cmf, flags, ..] => {
+            cmf & 0x0f == 8 && (u16::from(*cmf) << 8 | u16::from(*flags)).is_multiple_of(31)
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flate2::Compression;
+    use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
+
+    const TEXT: &[u8] = b"{\"choices\": [{\"message\": {\"content\": \"hi hi hi hi hi hi\"}}]}";
+
+    /// `TEXT` as Python's `brotli.compress` (1.2.1) makes it.
+    const BROTLI: [u8; 49] = [
+        0x1b, 0x3b, 0x00, 0xf8, 0x1d, 0x07, 0x76, 0x0c, 0xf9, 0x03, 0xe5, 0x70, 0xd0, 0x7c, 0x0d,
+        0xb5, 0x08, 0xc8, 0xd6, 0xde, 0x42, 0x4b, 0x4b, 0x9d, 0xae, 0x3e, 0x98, 0xc8, 0x89, 0x50,
+        0x22, 0x6d, 0xe1, 0x59, 0xde, 0x04, 0x9c, 0x00, 0xc3, 0x35, 0xb8, 0xc5, 0xd0, 0xce, 0xe8,
+        0x7a, 0x88, 0xa1, 0x6f,
+    ];
+
+    fn gzip(text: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+        encoder.write_all(text).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn zlib() -> Vec<u8> {
+        let mut encoder = ZlibEncoder::new(Vec::new(), Compression::default());
+        encoder.write_all(TEXT).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn deflate() -> Vec<u8> {
+        let mut encoder = DeflateEncoder::new(Vec::new(), Compression::default());
+        encoder.write_all(TEXT).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    /// Decodes in pieces of `step` bytes.
+    fn decode(label: &str, body: &[u8], step: usize) -> io::Result<Vec<u8>> {
+        let mut headers = HeaderMap::new();
+        if !label.is_empty() {
+            headers.insert(CONTENT_ENCODING, label.parse().unwrap());
+        }
+        let mut decoder = Decoder::new(&headers);
+        let mut decoded = Vec::new();
+        for piece in body.chunks(step) {
+            decoded.extend(decoder.feed(piece)?);
+        }
+        decoded.extend(decoder.finish()?);
+        Ok(decoded)
+    }
+
+    #[test]
+    fn every_encoding_is_decoded_also_where_the_label_is_wrong_or_missing() {
+        let zstd = zstd::encode_all(TEXT, 3).unwrap();
+        let twice = [gzip(&TEXT[..20]), gzip(&TEXT[20..])].concat();
+        let cases = [
+            ("", TEXT.to_vec()),
+            ("identity", TEXT.to_vec()),
+            ("gzip", gzip(TEXT)),
+            ("x-gzip", twice),
+            ("GZIP", gzip(TEXT)),
+            ("", gzip(TEXT)),
+            ("br", gzip(TEXT)),
+            ("gzip", TEXT.to_vec()),
+            ("zstd", zstd.clone()),
+            ("", zstd),
+            ("br", BROTLI.to_vec()),
+            ("br", TEXT.to_vec()),
+            ("deflate", zlib()),
+            ("deflate", deflate()),
+            ("unheard-of", TEXT.to_vec()),
+        ];
+        for (label, body) in cases {
+            for step in [1, 3, 7, 1_000] {
+                let decoded = decode(label, &body, step).unwrap();
+                assert_eq!(decoded, TEXT, "{label}, {step} bytes at a time");
+            }
+        }
+        assert_eq!(decode("gzip", b"", 1).unwrap(), b"");
+        assert_eq!(decode("gzip", b"{}", 1).unwrap(), b"{}");
+    }
+
+    #[test]
+    fn what_is_broken_or_unpacks_without_end_is_an_error() {
+        let whole = gzip(TEXT);
+        assert!(decode("gzip", &whole[..whole.len() - 9], 1_000).is_err());
+        let mut broken = whole.clone();
+        broken[20] ^= 0x55;
+        assert!(decode("gzip", &broken, 1_000).is_err());
+        let bomb = zstd::encode_all(&vec![b' '; 100 << 20][..], 3).unwrap();
+        assert!(decode("zstd", &bomb, bomb.len()).is_err());
+    }
+}

@@ -1,0 +1,282 @@
+//! An event stream that nobody asked for, joined into the one body that was asked for. Pure.
+//!
+//! Some gateways stream unless `"stream": false` is sent, and some answer whole in the frame of a stream.
+//! The chunks of a chat completion hold pieces of one message: texts and logprobs follow each other, of
+//! all else the last word counts.
+
+use serde_json::{Map, Value};
+
+use super::json::{self, Problem};
+
+/// The end of a stream in OpenAI's dialect.
+const DONE: &[u8] = b"[DONE]";
+
+/// The body that an event stream amounts to; None where `body` is no event stream.
+///
+/// # Errors
+/// Where the stream ends early, or holds no JSON.
+pub fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
+    let body = body.trim_ascii_start();
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+    let names = ["data:", "event:", "id:", "retry:", ":"];
+    names
+        .iter()
+        .any(|name| body.starts_with(name.as_bytes()))
+        .then(|| join(&events(body)))
+}
+
+/// The data of each event. A line ends with `\n`, `\r\n` or `\r`; an event ends with a blank line.
+fn events(body: &[u8]) -> Vec<Vec<u8>> {
+    let (mut events, mut data): (Vec<Vec<u8>>, Option<Vec<u8>>) = (Vec::new(), None);
+    for line in body.split(|byte| matches!(byte, b'\n' | b'\r')) {
+        if let Some(rest) = line.strip_prefix(b"data:") {
+            let rest = rest.strip_prefix(b" ").unwrap_or(rest);
+            match &mut data {
+                // Some servers leave the blank line out.
+                Some(before) if before.ends_with(b"}") && rest.starts_with(b"{") => {
+                    events.push(std::mem::replace(before, rest.to_vec()));
+                }
+                Some(before) => {
+                    before.push(b'\n');
+                    before.extend_from_slice(rest);
+                }
+                None => data = Some(rest.to_vec()),
+            }
+        } else if line.is_empty() {
+            events.extend(data.take());
+        }
+    }
+    events.extend(data);
+    events
+}
+
+fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
+    let (mut body, mut is_whole) = (Map::new(), false);
+    for data in events {
+        // In one event with the last chunk, where no blank line is between them.
+        let (data, is_last) = match data.trim_ascii().strip_suffix(DONE) {
+            Some(rest) => (rest.trim_ascii(), true),
+            None => (&data[..], false),
+        };
+        if !data.is_empty() {
+            match json::value(data)? {
+                Value::Object(chunk) => is_whole |= add(&mut body, chunk),
+                other => {
+                    return Err(Problem::NotJson(json::beginning(
+                        other.to_string().as_bytes(),
+                    )));
+                }
+            }
+        }
+        is_whole |= is_last;
+        if is_last {
+            break;
+        }
+    }
+    if body.is_empty() {
+        return Err(if is_whole {
+            Problem::NotJson("an event stream without data".into())
+        } else {
+            Problem::CutOff
+        });
+    }
+    // What an error says needs no end.
+    if is_whole || body.contains_key("error") {
+        Ok(Value::Object(body))
+    } else {
+        Err(Problem::CutOff)
+    }
+}
+
+/// Adds a chunk. True if it ends the answer.
+fn add(body: &mut Map<String, Value>, chunk: Map<String, Value>) -> bool {
+    let mut ends = false;
+    for (name, value) in chunk {
+        if name != "choices" {
+            merge(body, name, value);
+            continue;
+        }
+        let choices = match value {
+            Value::Array(choices) => choices,
+            _ => continue,
+        };
+        let whole = body
+            .entry("choices")
+            .or_insert_with(|| Value::Array(Vec::new()));
+        let is_first =
+            |choice: &Value| choice.get("index").and_then(Value::as_u64).unwrap_or(0) == 0;
+        for choice in choices.into_iter().filter(is_first) {
+            let Value::Object(choice) = choice else {
+                continue;
+            };
+            ends |= choice.contains_key("message")
+                || choice
+                    .get("finish_reason")
+                    .is_some_and(|reason| !reason.is_null());
+            if let Value::Array(whole) = &mut *whole {
+                if whole.is_empty() {
+                    whole.push(Value::Object(Map::new()));
+                }
+                if let Some(Value::Object(whole)) = whole.first_mut() {
+                    add_choice(whole, choice);
+                }
+            }
+        }
+    }
+    ends
+}
+
+fn add_choice(whole: &mut Map<String, Value>, choice: Map<String, Value>) {
+    for (name, value) in choice {
+        match name.as_str() {
+            "delta" => join_texts(whole, "message".into(), value),
+            "logprobs" | "text" => join_texts(whole, name, value),
+            _ => merge(whole, name, value),
+        }
+    }
+}
+
+/// The last value that says something.
+fn merge(fields: &mut Map<String, Value>, name: String, value: Value) {
+    if !value.is_null() || !fields.contains_key(&name) {
+        fields.insert(name, value);
+    }
+}
+
+/// As [`merge`], but texts and lists go on where they were.
+fn join_texts(fields: &mut Map<String, Value>, name: String, value: Value) {
+    match (fields.get_mut(&name), value) {
+        (Some(Value::String(text)), Value::String(more)) => {
+            // These come again and again, whole.
+            if !matches!(name.as_str(), "role" | "type" | "id") {
+                text.push_str(&more);
+            }
+        }
+        (Some(Value::Array(list)), Value::Array(more)) => join_lists(list, more),
+        (Some(Value::Object(object)), Value::Object(more)) => {
+            for (name, value) in more {
+                join_texts(object, name, value);
+            }
+        }
+        (_, value) => merge(fields, name, value),
+    }
+}
+
+/// Items that tell their place (tool calls) are joined there; all others follow.
+fn join_lists(list: &mut Vec<Value>, more: Vec<Value>) {
+    let place = |item: &Value| item.get("index").and_then(Value::as_u64);
+    for item in more {
+        let known =
+            place(&item).and_then(|at| list.iter_mut().find(|known| place(known) == Some(at)));
+        match (known, item) {
+            (Some(Value::Object(known)), Value::Object(fields)) => {
+                for (name, value) in fields {
+                    join_texts(known, name, value);
+                }
+            }
+            (_, item) => list.push(item),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn stream(chunks: &[Value], end: &str) -> Value {
+        let mut text = String::from(": keep-alive\n\n");
+        for chunk in chunks {
+            text.push_str(&format!("data: {chunk}\n\n"));
+        }
+        joined(format!("{text}{end}").as_bytes()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn chunks_become_the_body_that_was_asked_for() {
+        let chunk = |delta: Value, logprobs: Value, finish: Value| json!({"id": "x", "model": "m", "choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]});
+        let token =
+            |text: &str| json!({"content": [{"token": text, "logprob": -1.0}], "refusal": null});
+        let call = |id: Value, arguments: &str| json!({"tool_calls": [{"index": 0, "id": id, "function": {"arguments": arguments}}]});
+        let chunks = [
+            chunk(
+                json!({"role": "assistant", "content": ""}),
+                Value::Null,
+                Value::Null,
+            ),
+            chunk(json!({"content": "Hel"}), token("Hel"), Value::Null),
+            chunk(json!({"reasoning_content": "hm"}), Value::Null, Value::Null),
+            json!({"choices": [{"index": 1, "delta": {"content": "another"}}]}),
+            chunk(call(json!("c1"), "{\"a\""), Value::Null, Value::Null),
+            chunk(call(json!("c1"), ":1}"), Value::Null, Value::Null),
+            chunk(
+                json!({"role": "assistant", "content": "lo"}),
+                token("lo"),
+                Value::Null,
+            ),
+            chunk(json!({}), Value::Null, json!("stop")),
+            json!({"id": "x", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}),
+        ];
+        for (end, separator) in [
+            ("data: [DONE]\n\n", "\n"),
+            ("", "\n"),
+            ("data: [DONE]", "\r\n"),
+        ] {
+            let text: String = chunks
+                .iter()
+                .map(|chunk| format!("event: chunk{separator}data: {chunk}{separator}{separator}"))
+                .collect();
+            let body = joined(format!("{text}{end}").as_bytes()).unwrap().unwrap();
+            let choice = &body["choices"][0];
+            assert_eq!(
+                choice["message"],
+                json!({
+                    "role": "assistant", "content": "Hello", "reasoning_content": "hm",
+                    "tool_calls": [{"index": 0, "id": "c1", "function": {"arguments": "{\"a\":1}"}}],
+                })
+            );
+            assert_eq!(choice["finish_reason"], "stop");
+            let tokens: Vec<_> = choice["logprobs"]["content"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|t| &t["token"])
+                .collect();
+            assert_eq!(tokens, ["Hel", "lo"]);
+            assert_eq!(
+                (&body["model"], &body["usage"]["prompt_tokens"]),
+                (&json!("m"), &json!(3))
+            );
+            assert_eq!(body["choices"].as_array().unwrap().len(), 1);
+        }
+    }
+
+    #[test]
+    fn a_whole_answer_in_the_frame_of_a_stream_is_that_answer() {
+        let whole =
+            json!({"choices": [{"message": {"content": "hi"}}], "usage": {"prompt_tokens": 1}});
+        assert_eq!(stream(std::slice::from_ref(&whole), ""), whole);
+        let lines = format!("data: {whole}\ndata: [DONE]\n");
+        assert_eq!(joined(lines.as_bytes()).unwrap().unwrap(), whole);
+    }
+
+    #[test]
+    fn a_stream_that_breaks_off_is_cut_off_and_an_error_in_it_is_told() {
+        let chunk = json!({"choices": [{"delta": {"content": "hel"}}]});
+        let cut = format!("data: {chunk}\n\n");
+        assert_eq!(joined(cut.as_bytes()), Some(Err(Problem::CutOff)));
+        assert_eq!(joined(b": wait\n\n"), Some(Err(Problem::CutOff)));
+        let body = stream(
+            &[chunk.clone(), json!({"error": {"message": "overloaded"}})],
+            "",
+        );
+        assert_eq!(body["error"]["message"], "overloaded");
+        // Done is done, also without a reason.
+        assert_eq!(
+            stream(&[chunk], "data: [DONE]\n\n")["choices"][0]["message"]["content"],
+            "hel"
+        );
+        assert_eq!(joined(b"{\"a\":1}"), None);
+        assert!(joined(b"data: hello\n\n").unwrap().is_err());
+    }
+}

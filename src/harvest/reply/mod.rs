@@ -1,0 +1,612 @@
+//! A teacher's reply, read leniently, in this one place. Pure.
+//!
+//! ```text
+//! bytes --encoding--> body --scan (logprobs), serde--> Completion
+//!                          --event_stream or json (repair)--> the same, where it is not strict JSON
+//! ```
+//!
+//! Every answer has been paid for: a field that is missing, of another type or unknown to us is never a
+//! reason to lose one, and neither is a flaw of its JSON. `message` tells text, thinking and refusal apart,
+//! `usage` reads token counts, `logprobs` makes columns, `error` reads errors of every shape.
+
+pub mod encoding;
+pub mod error;
+mod event_stream;
+mod fields;
+pub mod json;
+pub mod logprobs;
+mod message;
+mod scan;
+pub mod usage;
+
+use std::cell::Cell;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+use crate::cache::record::{Answer, Logprobs, Usage};
+use error::{ApiError, is_error, text};
+use fields::fields;
+use json::Problem;
+use scan::{Cut, Mark};
+
+/// An answer with what came along.
+#[derive(Debug, Default)]
+pub struct Completion {
+    pub answer: Answer,
+    pub usage: Option<Usage>,
+    /// As reported; empty if it was not.
+    pub model: String,
+    pub fingerprint: String,
+    pub logprobs: Option<Logprobs>,
+    /// Why logprobs that did come cannot be used.
+    pub logprobs_fault: Option<String>,
+    /// Everything else in the body, as it came.
+    pub extra: Map<String, Value>,
+    /// Why nothing of it could be read.
+    pub unreadable: Option<String>,
+}
+
+impl Completion {
+    /// An answer that was paid for and cannot be read.
+    pub fn unreadable(problem: String) -> Completion {
+        Completion {
+            unreadable: Some(problem),
+            ..Completion::default()
+        }
+    }
+}
+
+/// A body with a good status that holds no answer.
+#[derive(Debug)]
+pub enum NoAnswer {
+    /// An error in a good status, as some routers send once generation has begun.
+    Error(Box<ApiError>),
+    /// Nothing, a body that ends early, or no completion at all: the text says which. Asking again may
+    /// help.
+    Malformed(String),
+    /// There are signs of an answer, which was paid for, but it cannot be read.
+    Unreadable(String),
+}
+
+impl NoAnswer {
+    pub fn error(error: ApiError) -> NoAnswer {
+        NoAnswer::Error(Box::new(error))
+    }
+}
+
+/// A body, its logprobs as an `L`.
+struct Body<L> {
+    choices: Option<Vec<Choice<L>>>,
+    usage: Value,
+    model: Value,
+    system_fingerprint: Value,
+    error: Value,
+    extra: Map<String, Value>,
+}
+
+struct Choice<L> {
+    message: Value,
+    finish_reason: Value,
+    logprobs: Option<L>,
+    error: Value,
+    extra: Map<String, Value>,
+}
+
+fields! {
+    Body: choices, usage, model, system_fingerprint, error;
+    Choice: message, finish_reason, logprobs, error;
+}
+
+/// Reads the body of a reply with a good status.
+///
+/// Top-k logprobs are nearly all of a body, so they are read by themselves where they are as usual,
+/// and else as what they should be. Where that fails, they are left unparsed, so that broken logprobs
+/// cost no answer. A body that is not strict JSON of this shape is repaired first.
+pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
+    if let Some(Cut { rest, columns }) = scan::cut(body) {
+        let columns = Cell::new(Some(columns));
+        let answer = read(&rest, |_: Mark, text| {
+            Ok(columns.take().and_then(|columns| columns.finish(text)))
+        });
+        // Else what was cut out was not the answer's.
+        if let Ok(answer) = answer
+            && columns.take().is_none()
+        {
+            return answer;
+        }
+    }
+    match read(body, logprobs::columns).or_else(|_| read(body, parse_later)) {
+        Ok(Ok(completion)) => Ok(completion),
+        // The choices may be inside of something.
+        Ok(Err(_)) if memchr::memmem::find(body, b"\"choices\"").is_some() => parse_repaired(body),
+        Ok(no_answer) => no_answer,
+        Err(_) => parse_repaired(body),
+    }
+}
+
+fn parse_later(raw: &RawValue, text: &str) -> Result<Option<Logprobs>, String> {
+    logprobs::parse(raw.get(), text)
+}
+
+fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
+    let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
+    let value = value.map_err(|problem| no_json(problem, body))?;
+    let text = unwrapped(value).to_string();
+    match read(text.as_bytes(), parse_later) {
+        Ok(answer) => answer,
+        Err(error) if has_signs_of_an_answer(body) => {
+            let problem = format!("the body is no chat completion: {error}");
+            Err(NoAnswer::Unreadable(problem))
+        }
+        Err(_) => Err(NoAnswer::Malformed(no_completion(body))),
+    }
+}
+
+fn no_json(problem: Problem, body: &[u8]) -> NoAnswer {
+    match problem {
+        Problem::NotJson(_) if has_signs_of_an_answer(body) => {
+            NoAnswer::Unreadable(problem.to_string())
+        }
+        _ => NoAnswer::Malformed(problem.to_string()),
+    }
+}
+
+/// Is there a sign that something was generated?
+fn has_signs_of_an_answer(body: &[u8]) -> bool {
+    ["\"choices\"", "\"usage\"", "completion_tokens"]
+        .iter()
+        .any(|sign| memchr::memmem::find(body, sign.as_bytes()).is_some())
+}
+
+fn no_completion(body: &[u8]) -> String {
+    format!("the body is no chat completion: {}", json::beginning(body))
+}
+
+/// Takes a completion out of what gateways put around it: a list, a text, an object of their own.
+fn unwrapped(mut value: Value) -> Value {
+    const WRAPPERS: [&str; 5] = ["response", "data", "result", "body", "output"];
+    for _ in 0..4 {
+        value = match value {
+            Value::Array(mut items) if items.len() == 1 => items.remove(0),
+            Value::String(text) => match json::value(text.as_bytes()) {
+                Ok(inner @ Value::Object(_)) => inner,
+                _ => return Value::String(text),
+            },
+            Value::Object(mut fields) if !fields.contains_key("choices") => {
+                let holds_choices = |name: &&&str| {
+                    fields
+                        .get(**name)
+                        .is_some_and(|inner| inner.get("choices").is_some())
+                };
+                match WRAPPERS.iter().find(holds_choices) {
+                    Some(name) => fields.remove(*name).unwrap_or_default(),
+                    None => return Value::Object(fields),
+                }
+            }
+            Value::Object(mut fields) => {
+                // One choice without a list around it.
+                if let Some(choices @ Value::Object(_)) = fields.get_mut("choices") {
+                    *choices = Value::Array(vec![choices.take()]);
+                }
+                return Value::Object(fields);
+            }
+            other => return other,
+        };
+    }
+    value
+}
+
+/// Reads a body whose logprobs are an `L`.
+///
+/// # Errors
+/// Where the body is no JSON of this shape.
+fn read<'a, L: Deserialize<'a>>(
+    body: &'a [u8],
+    logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
+) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
+    Ok(completion(serde_json::from_slice(body)?, logprobs))
+}
+
+fn completion<L>(
+    body: Body<L>,
+    logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
+) -> Result<Completion, NoAnswer> {
+    let mut extra = body.extra;
+    let first = body.choices.into_iter().flatten().next();
+    let is_filtered =
+        is_error(&body.error) && ApiError::from_value(&body.error).is_of_the_content();
+    if is_error(&body.error) && !(is_filtered && first.is_some()) {
+        return Err(NoAnswer::error(ApiError::from_value(&body.error)));
+    }
+    let (usage, usage_extra) = usage::usage(usage_of(body.usage, &mut extra));
+    let Some(choice) = first else {
+        // What was read of the prompt is paid for, and nothing was said.
+        if usage.is_none() && usage_extra.is_empty() {
+            return Err(no_choice(&extra));
+        }
+        if !usage_extra.is_empty() {
+            extra.insert("usage".into(), Value::Object(usage_extra));
+        }
+        return Ok(Completion {
+            answer: Answer {
+                finish_reason: if is_blocked(&extra) {
+                    "content_filter"
+                } else {
+                    ""
+                }
+                .into(),
+                ..Answer::default()
+            },
+            usage,
+            model: text(&body.model),
+            fingerprint: text(&body.system_fingerprint),
+            extra,
+            ..Completion::default()
+        });
+    };
+    let mut finish_reason = text(&choice.finish_reason);
+    if !is_filtered && (finish_reason == "error" || is_error(&choice.error)) {
+        return Err(NoAnswer::error(ApiError::from_value(&choice.error)));
+    }
+    if is_filtered && finish_reason.is_empty() {
+        finish_reason = "content_filter".into();
+    }
+    let mut choice_extra = choice.extra;
+    choice_extra.remove("index");
+    let mut message = match choice.message {
+        Value::Object(message) => message,
+        // As text completions have it, or a piece of a stream in one piece.
+        _ => match choice_extra.remove("text").or(choice_extra.remove("delta")) {
+            Some(Value::Object(delta)) => delta,
+            Some(text) => Map::from_iter([("content".to_owned(), text)]),
+            None => Map::new(),
+        },
+    };
+    let answer = message::answer(&mut message, finish_reason);
+    let (logprobs, logprobs_fault) = match choice.logprobs {
+        None => (None, None),
+        Some(raw) => match logprobs(raw, &answer.text) {
+            Ok(logprobs) => (logprobs, None),
+            Err(fault) => (None, Some(fault)),
+        },
+    };
+    for (name, rest) in [
+        ("choice", choice_extra),
+        ("message", message),
+        ("usage", usage_extra),
+    ] {
+        if !rest.is_empty() {
+            extra.insert(name.into(), Value::Object(rest));
+        }
+    }
+    if is_filtered {
+        extra.insert("error".into(), body.error);
+    }
+    Ok(Completion {
+        answer,
+        usage,
+        model: text(&body.model),
+        fingerprint: text(&body.system_fingerprint),
+        logprobs,
+        logprobs_fault,
+        extra,
+        unreadable: None,
+    })
+}
+
+/// The token counts, which some servers have under another name, or beside each other at the top.
+fn usage_of(usage: Value, extra: &mut Map<String, Value>) -> Value {
+    if usage.is_object() {
+        return usage;
+    }
+    let elsewhere = extra
+        .remove("usageMetadata")
+        .or_else(|| extra.get("x_groq")?.get("usage").cloned());
+    elsewhere.unwrap_or(usage)
+}
+
+/// Was the prompt refused by a filter, as Azure's and Google's say it beside an empty list of choices?
+fn is_blocked(extra: &Map<String, Value>) -> bool {
+    let names = ["prompt_filter_results", "promptFeedback", "prompt_feedback"];
+    names.iter().any(|name| extra.contains_key(*name))
+}
+
+/// A body with neither a choice nor usage.
+fn no_choice(extra: &Map<String, Value>) -> NoAnswer {
+    match ApiError::in_body(extra) {
+        Some(error) => NoAnswer::error(error),
+        None => {
+            let body = Value::Object(extra.clone()).to_string();
+            NoAnswer::Malformed(format!(
+                "there is no choice in the body: {}",
+                json::beginning(body.as_bytes())
+            ))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn answer(body: Value) -> Completion {
+        parse(body.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_full_answer_is_taken_apart_and_nothing_is_lost() {
+        let completion = answer(json!({
+            "id": "x", "created": 1.5, "model": "m-1", "system_fingerprint": "f",
+            "service_tier": "on_demand",
+            "choices": [{"index": 0, "finish_reason": "eos", "stop_reason": 7,
+                "message": {"role": "assistant", "content": "hi", "reasoning": "hm", "tool_calls": []}}],
+            "usage": {"prompt_tokens": 5, "completion_tokens": 2.0, "total_tokens": 7, "cost": 0.1,
+                "prompt_tokens_details": {"cached_tokens": 4}},
+        }));
+        assert_eq!(
+            completion.answer,
+            Answer {
+                text: "hi".into(),
+                finish_reason: "eos".into(),
+                refusal: String::new(),
+                reasoning: "hm".into(),
+            }
+        );
+        let usage = completion.usage.unwrap();
+        assert_eq!(
+            (
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cached_tokens
+            ),
+            (5, 2, 4)
+        );
+        assert_eq!(
+            (completion.model.as_str(), completion.fingerprint.as_str()),
+            ("m-1", "f")
+        );
+        let extra = json!({
+            "id": "x", "created": 1.5, "service_tier": "on_demand",
+            "choice": {"stop_reason": 7}, "message": {"tool_calls": []},
+            "usage": {"cost": 0.1, "prompt_tokens_details": {"cached_tokens": 4}},
+        });
+        assert_eq!(Value::Object(completion.extra), extra);
+    }
+
+    #[test]
+    fn thinking_is_billed_once_wherever_it_is_counted() {
+        let usage = |completion_tokens: u64, total_tokens: u64| {
+            let details = json!({"reasoning_tokens": 30});
+            let completion = answer(json!({
+                "choices": [{"message": {"content": "x"}}],
+                "usage": {"prompt_tokens": 10, "completion_tokens": completion_tokens,
+                    "total_tokens": total_tokens, "completion_tokens_details": details},
+            }));
+            completion.usage.unwrap().completion_tokens
+        };
+        assert_eq!(usage(35, 45), 35, "among the completion's tokens");
+        assert_eq!(usage(5, 45), 35, "beside them");
+    }
+
+    #[test]
+    fn odd_answers_are_still_answers() {
+        let choice = |message: Value| json!({"choices": [{"message": message}]});
+        let cases = [
+            (choice(json!({"content": null})), ""),
+            (choice(json!({})), ""),
+            (
+                choice(json!({"content": [{"type": "text", "text": "a"}, {"text": "b"}]})),
+                "ab",
+            ),
+            (choice(json!({"content": "x", "refusal": 3})), "x"),
+            (
+                json!({"choices": [{"message": {"content": "x"}, "logprobs": "none"}], "usage": []}),
+                "x",
+            ),
+            (
+                json!({"choices": [{"message": {"content": "x"}}], "error": {}}),
+                "x",
+            ),
+        ];
+        for (body, expected) in cases {
+            assert_eq!(answer(body).answer.text, expected);
+        }
+        let spaced = b"\n\n\n {\"choices\":[{\"message\":{\"content\":\"x\"}}]}";
+        assert_eq!(parse(spaced).unwrap().answer.text, "x");
+    }
+
+    #[test]
+    fn broken_logprobs_cost_no_answer() {
+        let body = br#"{"choices":[{"message":{"content":"a \" NaN"},"logprobs":{"content":[
+            {"token":"a \" NaN","logprob":-Infinity,"top_logprobs":[{"token":"b","logprob":NaN}]}]}}]}"#;
+        let completion = parse(body).unwrap();
+        assert_eq!(completion.answer.text, "a \" NaN");
+        let logprobs = completion.logprobs.unwrap();
+        assert_eq!(
+            (logprobs.logprob, logprobs.top_logprob),
+            (vec![None], vec![vec![None]])
+        );
+
+        let completion = answer(json!({"choices": [{"message": {"content": "x"},
+            "logprobs": {"content": [{"token": 1}]}}]}));
+        assert!(completion.logprobs.is_none() && completion.logprobs_fault.is_some());
+    }
+
+    #[test]
+    fn a_flaw_of_the_json_costs_no_answer() {
+        let good = r#"{"choices":[{"message":{"content":"hi","role":"assistant"},"finish_reason":"stop","logprobs":{"content":[{"token":"hi","logprob":-0.5,"top_logprobs":[]}]}}],"usage":{"prompt_tokens":3,"completion_tokens":1}}"#;
+        let with = |field: &str| format!("{},{field}}}", &good[..good.len() - 1]);
+        let deep = format!("\"trace\":{}{}", "[".repeat(5_000), "]".repeat(5_000));
+        let bodies = [
+            good.to_owned(),
+            format!("\u{feff}{good}"),
+            format!("{good}\n\ndata: [DONE]\n\n"),
+            format!("data: {good}\n\n"),
+            format!("[{good}]"),
+            serde_json::to_string(good).unwrap(),
+            format!("{{\"data\":{good},\"code\":0,\"message\":\"success\"}}"),
+            with("\"t\":[nan, inf, -inf, -NaN, 1e400]"),
+            with(&deep),
+            with("\"choices\":null"),
+            with("\"error\":\"\",\"note\":\"a\nb\u{1}\""),
+        ];
+        for body in bodies {
+            let completion = parse(body.as_bytes()).unwrap_or_else(|e| panic!("{body}: {e:?}"));
+            let answer = &completion.answer;
+            assert_eq!(
+                (answer.text.as_str(), answer.finish_reason.as_str()),
+                ("hi", "stop"),
+                "{body}"
+            );
+            assert_eq!(completion.usage.unwrap().prompt_tokens, 3, "{body}");
+            assert!(completion.logprobs.unwrap().matches_text, "{body}");
+        }
+        let kept = parse(with(&deep).as_bytes()).unwrap().extra;
+        assert!(kept["trace"].to_string().len() > 5_000);
+        let broken = good.replace("\"hi\",\"role\"", "\"a \\ud83d b\",\"role\"");
+        assert_eq!(
+            parse(broken.as_bytes()).unwrap().answer.text,
+            "a \u{fffd} b"
+        );
+        let bytes = good
+            .replace("\"hi\",\"role\"", "\"a XY b\",\"role\"")
+            .into_bytes();
+        let bytes: Vec<u8> = bytes
+            .into_iter()
+            .map(|byte| if byte == b'X' { 0xff } else { byte })
+            .collect();
+        assert_eq!(parse(&bytes).unwrap().answer.text, "a \u{fffd}Y b");
+    }
+
+    #[test]
+    fn one_choice_in_another_shape_is_a_choice() {
+        let bodies = [
+            json!({"choices": [{"text": "hi"}]}),
+            json!({"choices": {"message": {"content": "hi"}}}),
+            json!({"choices": [{"delta": {"content": "hi"}}]}),
+            json!({"response": {"choices": [{"message": {"content": ["h", "i"]}}]}}),
+        ];
+        for body in bodies {
+            assert_eq!(answer(body.clone()).answer.text, "hi", "{body}");
+        }
+        let parts = answer(json!({"choices": [{"message": {"content": {"answer": 4}}}]}));
+        assert_eq!(parts.answer.text, "");
+        assert_eq!(parts.extra["message"]["content"], json!([{"answer": 4}]));
+    }
+
+    #[test]
+    fn what_was_paid_for_without_a_word_is_an_answer_without_text() {
+        let usage = json!({"prompt_tokens": 12, "completion_tokens": 0, "total_tokens": 12});
+        let cases = [
+            (
+                json!({"choices": [], "usage": usage, "prompt_filter_results": [{}]}),
+                "content_filter",
+            ),
+            (json!({"choices": null, "usage": usage}), ""),
+            (json!({"usage": usage, "model": "gemini"}), ""),
+            (
+                json!({"usageMetadata": {"promptTokenCount": 12, "totalTokenCount": 12}, "promptFeedback": {"blockReason": "SAFETY"}}),
+                "content_filter",
+            ),
+            (
+                json!({"choices": [{"finish_reason": "length"}], "usage": usage}),
+                "length",
+            ),
+            (
+                json!({"choices": [{"message": null, "finish_reason": "content_filter"}], "usage": usage}),
+                "content_filter",
+            ),
+        ];
+        for (body, finish_reason) in cases {
+            let completion = answer(body.clone());
+            let answer = &completion.answer;
+            assert_eq!(
+                (answer.text.as_str(), answer.finish_reason.as_str()),
+                ("", finish_reason),
+                "{body}"
+            );
+            assert_eq!(completion.usage.unwrap().prompt_tokens, 12, "{body}");
+        }
+        // Half of a count is kept, and is no measurement.
+        let half = answer(json!({"choices": [], "usage": {"prompt_tokens": 12}}));
+        assert_eq!(
+            (half.usage, &half.extra["usage"]["prompt_tokens"]),
+            (None, &json!(12))
+        );
+    }
+
+    #[test]
+    fn an_answer_that_a_filter_cut_off_is_kept() {
+        let completion = answer(
+            json!({"error": {"code": "content_filter", "message": "filtered"},
+            "choices": [{"message": {"content": "The first half of"}}]}),
+        );
+        assert_eq!(completion.answer.text, "The first half of");
+        assert_eq!(completion.answer.finish_reason, "content_filter");
+        assert_eq!(completion.extra["error"]["code"], "content_filter");
+    }
+
+    #[test]
+    fn a_body_without_an_answer_says_why() {
+        let nested = format!("{{\"usage\":{}", "[".repeat(100_000));
+        let cases: [(&[u8], &str); 9] = [
+            (b"", "malformed: the body is empty"),
+            (b"{\"choices\":[{\"mess", "malformed: the JSON ends early"),
+            (b"<html>", "malformed: not JSON: an HTML page"),
+            (b"{}", "malformed: there is no choice in the body: {}"),
+            (
+                b"{\"choices\":[],\"id\":7}",
+                "malformed: there is no choice in the body: {\"id\":7}",
+            ),
+            (
+                b"\"hello\"",
+                "malformed: the body is no chat completion: \"hello\"",
+            ),
+            (nested.as_bytes(), "malformed: the JSON ends early"),
+            (b"{\"choices\": 'x'}", "unreadable: not JSON: at byte 12"),
+            (
+                b"{\"choices\": [7], \"usage\": {}}",
+                "unreadable: the body is no chat completion",
+            ),
+        ];
+        for (body, expected) in cases {
+            let found = match parse(body).unwrap_err() {
+                NoAnswer::Malformed(problem) => format!("malformed: {problem}"),
+                NoAnswer::Unreadable(problem) => format!("unreadable: {problem}"),
+                NoAnswer::Error(error) => panic!("{error:?}"),
+            };
+            assert!(found.starts_with(expected), "{found}");
+        }
+    }
+
+    #[test]
+    fn an_error_may_come_with_a_good_status() {
+        let body = br#"{"error":{"code":502,"message":"m"},"choices":[]}"#;
+        assert!(matches!(parse(body), Err(NoAnswer::Error(error)) if error.status == Some(502)));
+        let body = br#"{"choices":[{"message":{"content":"x"},"finish_reason":"error"}]}"#;
+        assert!(matches!(parse(body), Err(NoAnswer::Error(_))));
+        for (body, message) in [
+            (
+                r#"{"choices":null,"base_resp":{"status_code":1002,"status_msg":"rate limit exceeded"}}"#,
+                "rate limit exceeded",
+            ),
+            (
+                r#"{"object":"error","message":"The model is overloaded","code":50001}"#,
+                "The model is overloaded",
+            ),
+            (
+                r#"{"success":false,"errors":[{"code":7003,"message":"No route"}],"result":null}"#,
+                "No route",
+            ),
+            ("data: {\"error\":{\"message\":\"gone\"}}\n\n", "gone"),
+        ] {
+            match parse(body.as_bytes()) {
+                Err(NoAnswer::Error(error)) => assert_eq!(error.message, message),
+                other => panic!("{body}: {other:?}"),
+            }
+        }
+    }
+}

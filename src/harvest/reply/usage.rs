@@ -1,0 +1,228 @@
+//! Token counts in the spellings of all dialects, and whether they can be true. Pure.
+
+use serde_json::{Map, Value};
+
+use super::super::cost::Bound;
+use crate::cache::record::Usage;
+
+/// No request has used more tokens: a larger count is a mistake of the server's, as an unsigned -1 is.
+const IMPOSSIBLE: u64 = 10_000_000;
+
+const PROMPT: [&str; 5] = [
+    "prompt_tokens",
+    "input_tokens",
+    "promptTokenCount",
+    "prompt_eval_count",
+    "inputTokens",
+];
+const COMPLETION: [&str; 6] = [
+    "completion_tokens",
+    "output_tokens",
+    "candidatesTokenCount",
+    "eval_count",
+    "outputTokens",
+    "generated_tokens",
+];
+const TOTAL: [&str; 3] = ["total_tokens", "totalTokenCount", "totalTokens"];
+
+/// Takes the counts that we know out of `fields`; None where they are missing, half or impossible, which
+/// leaves them where they are.
+pub fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
+    let Value::Object(mut fields) = value else {
+        return (None, Map::new());
+    };
+    let Some(usage) = read(&fields) else {
+        return (None, fields);
+    };
+    fields.retain(|name, _| {
+        let known = PROMPT.iter().chain(&COMPLETION).chain(&TOTAL);
+        known.into_iter().all(|known| name != known)
+    });
+    (Some(usage), fields)
+}
+
+fn read(fields: &Map<String, Value>) -> Option<Usage> {
+    let first = |names: &[&str]| names.iter().find_map(|name| count(fields.get(*name)));
+    let detail = |objects: &[&str], name: &str| {
+        let mut objects = objects.iter().filter_map(|object| fields.get(*object));
+        objects.find_map(|object| count(object.get(name)))
+    };
+    let mut prompt_tokens = first(&PROMPT)?;
+    let total = first(&TOTAL);
+    let mut completion_tokens = first(&COMPLETION).or_else(|| total?.checked_sub(prompt_tokens))?;
+    let mut cached_tokens = detail(
+        &["prompt_tokens_details", "input_tokens_details"],
+        "cached_tokens",
+    )
+    .or_else(|| {
+        first(&[
+            "prompt_cache_hit_tokens",
+            "cached_tokens",
+            "cachedContentTokenCount",
+        ])
+    })
+    .unwrap_or(0);
+    // Anthropic counts these beside the input.
+    if let Some(read) = count(fields.get("cache_read_input_tokens"))
+        && fields.contains_key("input_tokens")
+        && !fields.contains_key("prompt_tokens")
+    {
+        let created = count(fields.get("cache_creation_input_tokens")).unwrap_or(0);
+        prompt_tokens = prompt_tokens.saturating_add(read).saturating_add(created);
+        cached_tokens = read;
+    }
+    let reasoning_tokens = detail(
+        &["completion_tokens_details", "output_tokens_details"],
+        "reasoning_tokens",
+    )
+    .or_else(|| first(&["reasoning_tokens", "thoughtsTokenCount"]))
+    .unwrap_or(0);
+    // Where the total says so, thinking is billed beside the completion (xAI, Gemini).
+    let with_thinking = completion_tokens.saturating_add(reasoning_tokens);
+    if reasoning_tokens > 0 && total == Some(prompt_tokens.saturating_add(with_thinking)) {
+        completion_tokens = with_thinking;
+    }
+    let usage = Usage {
+        prompt_tokens,
+        completion_tokens,
+        cached_tokens: cached_tokens.min(prompt_tokens),
+        reasoning_tokens: reasoning_tokens.min(completion_tokens),
+    };
+    let is_possible = prompt_tokens <= IMPOSSIBLE && completion_tokens <= IMPOSSIBLE;
+    is_possible.then_some(usage)
+}
+
+/// A count, be it written as an integer, as a float or as text. A part of a token is billed as one.
+fn count(value: Option<&Value>) -> Option<u64> {
+    let value = match value? {
+        Value::String(text) => text.trim().parse().ok()?,
+        Value::Number(number) => number
+            .as_u64()
+            .map_or_else(|| number.as_f64(), |whole| Some(whole as f64))?,
+        _ => return None,
+    };
+    (value.is_finite() && value >= 0.0).then_some(value.ceil() as u64)
+}
+
+/// What an endpoint measured for an answer of so many bytes, if it can be true: no prompt has no tokens,
+/// and neither has a text.
+pub fn measured(usage: Option<Usage>, text_bytes: usize) -> Option<Usage> {
+    usage
+        .filter(|usage| usage.prompt_tokens > 0 && (usage.completion_tokens > 0 || text_bytes == 0))
+}
+
+/// Did the answer use more tokens than it was allowed?
+pub fn exceeds(usage: &Usage, bound: &Bound) -> bool {
+    usage.completion_tokens > bound.output_tokens
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[track_caller]
+    fn read(value: Value) -> Option<[u64; 4]> {
+        usage(value).0.map(|usage| {
+            [
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cached_tokens,
+                usage.reasoning_tokens,
+            ]
+        })
+    }
+
+    #[test]
+    fn counts_are_read_in_every_spelling() {
+        let cases = [
+            (
+                json!({"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}),
+                [12, 3, 0, 0],
+            ),
+            (
+                json!({"prompt_tokens": "12", "completion_tokens": " 3 "}),
+                [12, 3, 0, 0],
+            ),
+            (
+                json!({"prompt_tokens": 11.9, "completion_tokens": 3.0}),
+                [12, 3, 0, 0],
+            ),
+            (
+                json!({"input_tokens": 12, "output_tokens": 3}),
+                [12, 3, 0, 0],
+            ),
+            (
+                json!({"prompt_tokens": 12, "total_tokens": 15}),
+                [12, 3, 0, 0],
+            ),
+            (
+                json!({"promptTokenCount": 12, "candidatesTokenCount": 3, "thoughtsTokenCount": 4, "totalTokenCount": 19}),
+                [12, 7, 0, 4],
+            ),
+            (
+                json!({"prompt_eval_count": 12, "eval_count": 3}),
+                [12, 3, 0, 0],
+            ),
+            (
+                json!({"prompt_tokens": 12, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 8}}),
+                [12, 3, 8, 0],
+            ),
+            (
+                json!({"prompt_tokens": 12, "completion_tokens": 3, "prompt_cache_hit_tokens": 8}),
+                [12, 3, 8, 0],
+            ),
+            (
+                json!({"prompt_tokens": 12, "completion_tokens": 3, "cached_tokens": 80}),
+                [12, 3, 12, 0],
+            ),
+            (
+                json!({"input_tokens": 2, "output_tokens": 3, "cache_read_input_tokens": 8, "cache_creation_input_tokens": 2}),
+                [12, 3, 8, 0],
+            ),
+            (
+                json!({"input_tokens": 12, "output_tokens": 9, "output_tokens_details": {"reasoning_tokens": 4}}),
+                [12, 9, 0, 4],
+            ),
+        ];
+        for (value, expected) in cases {
+            assert_eq!(read(value.clone()), Some(expected), "{value}");
+        }
+    }
+
+    #[test]
+    fn missing_half_and_impossible_counts_are_none_and_stay_where_they_are() {
+        let huge = u64::MAX;
+        let cases = [
+            json!({}),
+            json!({"prompt_tokens": 5}),
+            json!({"completion_tokens": 5}),
+            json!({"total_tokens": 5}),
+            json!({"prompt_tokens": -1, "completion_tokens": -1}),
+            json!({"prompt_tokens": null, "completion_tokens": 3}),
+            json!({"prompt_tokens": 12, "total_tokens": 3}),
+            json!({"prompt_tokens": huge, "completion_tokens": huge, "total_tokens": 5, "completion_tokens_details": {"reasoning_tokens": huge}}),
+            json!({"prompt_tokens": 1e300, "completion_tokens": 1}),
+            json!({"prompt_tokens": "many", "completion_tokens": 1}),
+        ];
+        for value in cases {
+            let (found, rest) = usage(value.clone());
+            assert_eq!((found, Value::Object(rest)), (None, value));
+        }
+        assert_eq!(usage(json!([1])), (None, Map::new()));
+    }
+
+    #[test]
+    fn zeros_beside_a_text_measure_nothing() {
+        let of = |prompt_tokens, completion_tokens, bytes| {
+            let usage = Usage {
+                prompt_tokens,
+                completion_tokens,
+                ..Usage::default()
+            };
+            measured(Some(usage), bytes).is_some()
+        };
+        assert!(of(10, 2, 5) && of(10, 0, 0));
+        assert!(!of(0, 0, 5) && !of(10, 0, 5) && !of(0, 3, 5));
+    }
+}

@@ -1,0 +1,224 @@
+//! `unanswered.jsonl` in the run folder: rows that a content filter refuses, which are not asked again, and
+//! attempts that may have been billed and brought no answer, so that no row is bought more often than
+//! `retry.max_attempts` times, reruns included.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use super::plan::{Plan, Standing};
+use super::queue::Entry;
+use super::retry::Failure;
+use crate::cache::Cache;
+use crate::cache::record::Timing;
+
+/// What is known of a row without an answer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Known {
+    /// Attempts that may have been billed.
+    pub paid: u32,
+    /// The class and the message of the last of them.
+    pub class: String,
+    pub message: String,
+    /// A filter refuses it.
+    pub is_filtered: bool,
+}
+
+/// A line of the file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Line {
+    pub key: String,
+    pub prompt_id: String,
+    pub sample: u32,
+    pub kind: Kind,
+    pub class: String,
+    pub message: String,
+    /// RFC 3339, in UTC.
+    pub at: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// May have been billed, and brought no answer.
+    PaidAttempt,
+    /// Refused by a content filter.
+    Filtered,
+}
+
+impl Line {
+    pub fn new(
+        plan: &Plan,
+        entry: Entry,
+        kind: Kind,
+        failure: &Failure,
+        now: jiff::Timestamp,
+    ) -> Line {
+        let row = &plan.rows[entry.row];
+        Line {
+            key: row.key.clone(),
+            prompt_id: plan.prompts[row.prompt as usize].id.clone(),
+            sample: row.sample,
+            kind,
+            class: failure.class.clone(),
+            message: failure.message.clone(),
+            at: Timing::stamp(now),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Unanswered {
+    path: PathBuf,
+    rows: HashMap<String, Known>,
+}
+
+pub fn file(run_dir: &Path) -> PathBuf {
+    run_dir.join("unanswered.jsonl")
+}
+
+impl Unanswered {
+    /// Reads the file of the run folder, if there is one. A line that is torn or damaged costs itself.
+    pub fn load(run_dir: &Path) -> Result<Unanswered> {
+        let mut unanswered = Unanswered {
+            path: file(run_dir),
+            rows: HashMap::new(),
+        };
+        let lines = unanswered.lines()?;
+        lines.iter().for_each(|line| unanswered.count(line));
+        Ok(unanswered)
+    }
+
+    fn lines(&self) -> Result<Vec<Line>> {
+        if !self.path.exists() {
+            return Ok(Vec::new());
+        }
+        let text = crate::fs::read(&self.path)?;
+        let lines = text.split(|byte| *byte == b'\n');
+        let lines = lines.filter(|line| !line.trim_ascii().is_empty());
+        let mut damaged = 0;
+        let lines = lines
+            .filter_map(|line| {
+                let line = serde_json::from_slice(line).ok();
+                damaged += usize::from(line.is_none());
+                line
+            })
+            .collect();
+        if damaged > 0 {
+            tracing::warn!(
+                "{}: {damaged} lines are damaged and left out: their rows may be asked once more",
+                self.path.display()
+            );
+        }
+        Ok(lines)
+    }
+
+    fn count(&mut self, line: &Line) {
+        let known = self.rows.entry(line.key.clone()).or_default();
+        match line.kind {
+            Kind::PaidAttempt => known.paid += 1,
+            Kind::Filtered => known.is_filtered = true,
+        }
+        known.class.clone_from(&line.class);
+        known.message.clone_from(&line.message);
+    }
+
+    /// How the row with this key stands before a run.
+    pub fn standing(&self, key: &str, cache: &Cache, max_attempts: u32) -> Standing {
+        if cache.contains(key) {
+            return Standing::Answered;
+        }
+        match self.get(key) {
+            _ if self.is_filtered(key) => Standing::Answered,
+            Some(known) if known.paid >= max_attempts => Standing::GivenUp,
+            _ => Standing::Open,
+        }
+    }
+
+    /// Does a filter refuse the row with this key?
+    pub fn is_filtered(&self, key: &str) -> bool {
+        self.get(key).is_some_and(|known| known.is_filtered)
+    }
+
+    /// What is known of the row with this key.
+    pub fn get(&self, key: &str) -> Option<&Known> {
+        self.rows.get(key)
+    }
+
+    /// Adds what has become of an attempt. It survives a kill of this process once this returns.
+    pub fn add(&mut self, line: &Line) -> Result<()> {
+        let mut text = serde_json::to_vec(line)?;
+        text.push(b'\n');
+        crate::fs::append(&self.path, &text)?;
+        self.count(line);
+        Ok(())
+    }
+
+    /// Forgets the rows that `is_wanted` names, so that they are asked again. Returns how many there were.
+    pub fn forget(&mut self, is_wanted: impl Fn(&str, &Known) -> bool) -> Result<usize> {
+        let wanted = |key: &String, known: &Known| is_wanted(key, known);
+        let before = self.rows.len();
+        let mut kept = Vec::new();
+        for line in self.lines()? {
+            let known = self.rows.get(&line.key);
+            if !known.is_some_and(|known| wanted(&line.key, known)) {
+                serde_json::to_writer(&mut kept, &line)?;
+                kept.push(b'\n');
+            }
+        }
+        self.rows.retain(|key, known| !wanted(key, known));
+        let forgotten = before - self.rows.len();
+        if forgotten > 0 {
+            crate::fs::write_atomic(&self.path, &kept)?;
+        }
+        Ok(forgotten)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(key: &str, kind: Kind) -> Line {
+        Line {
+            key: key.into(),
+            prompt_id: "p".into(),
+            sample: 0,
+            kind,
+            class: "timeout".into(),
+            message: "m".into(),
+            at: String::new(),
+        }
+    }
+
+    #[test]
+    fn attempts_add_up_over_runs_and_can_be_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut first = Unanswered::load(dir.path()).unwrap();
+        first.add(&line("a", Kind::PaidAttempt)).unwrap();
+        first.add(&line("b", Kind::Filtered)).unwrap();
+        let mut text = std::fs::read(file(dir.path())).unwrap();
+        // As a kill leaves it.
+        text.extend_from_slice(b"{\"key\":\"a\",\"pro");
+        std::fs::write(file(dir.path()), text).unwrap();
+
+        let mut second = Unanswered::load(dir.path()).unwrap();
+        second.add(&line("a", Kind::PaidAttempt)).unwrap();
+        let known = |unanswered: &Unanswered, key: &str| {
+            unanswered
+                .get(key)
+                .map(|known| (known.paid, known.is_filtered))
+        };
+        let mut third = Unanswered::load(dir.path()).unwrap();
+        assert_eq!(known(&third, "a"), Some((2, false)));
+        assert_eq!(known(&third, "b"), Some((0, true)));
+        assert_eq!(third.forget(|_, known| known.is_filtered).unwrap(), 1);
+        let fourth = Unanswered::load(dir.path()).unwrap();
+        assert_eq!(
+            (known(&fourth, "a"), known(&fourth, "b")),
+            (Some((2, false)), None)
+        );
+    }
+}

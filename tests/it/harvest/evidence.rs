@@ -1,0 +1,459 @@
+//! What ends a run, a row or nothing: by the reply, and by what was answered before.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::{Run, end};
+use crate::fault_server::{FaultServer, Reaction, Seen, answer, error, reply, reply_with};
+
+/// Prompts `p0`, `p1`, ...
+fn run_of(server: &FaultServer, prompts: usize) -> Run {
+    let prompts: Vec<_> = (0..prompts).map(|number| format!("p{number}")).collect();
+    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
+    let mut run = Run::new(server, &prompts);
+    run.config.sampling.top_logprobs = 0;
+    run
+}
+
+/// The endpoint's answer to each prompt but `p5`, which gets `reaction` at its first `times` requests.
+async fn amid_answers(times: usize, reaction: Reaction) -> FaultServer {
+    FaultServer::start(move |seen| match seen.prompt() {
+        "p5" if seen.repeat < times => reaction.clone(),
+        _ => answer(seen),
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_request_goes_alone_and_a_mistake_costs_one() {
+    let mistakes = [
+        reply(401, error("Incorrect API key provided", "invalid_api_key")),
+        reply(
+            404,
+            error("The model `m` does not exist", "model_not_found"),
+        ),
+        reply(404, json!({"detail": "Not Found"})),
+        reply(
+            403,
+            error(
+                "Country, region, or territory not supported",
+                "unsupported_country",
+            ),
+        ),
+        reply(402, error("Payment required", "")),
+        reply_with(307, "location", "https://elsewhere.example/v1", json!({})),
+        Reaction::After(Duration::from_millis(200), Box::new(reply(401, json!({})))),
+    ];
+    for mistake in mistakes {
+        let told = format!("{mistake:?}");
+        let server = FaultServer::start(move |_| mistake.clone()).await;
+        let summary = run_of(&server, 50).harvest().await;
+        assert_eq!((end(&summary).0, summary.pending), (1, 50), "{told}");
+        assert_eq!(server.count(), 1, "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_without_a_completions_path_is_named() {
+    let server = FaultServer::start(|seen| match seen.path.as_str() {
+        "/v1/chat/completions" => answer(seen),
+        _ => reply(404, json!({"detail": "Not Found"})),
+    })
+    .await;
+    let mut run = run_of(&server, 3);
+    run.config.teacher.base_url = server.base_url.replace("/v1", "");
+    let (code, message) = end(&run.harvest().await);
+    assert_eq!(code, 1);
+    let asked = format!("{}/chat/completions", run.config.teacher.base_url);
+    assert!(
+        message.contains(&asked) && message.contains("/v1"),
+        "{message}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_odd_refusal_amid_answers_ends_nothing() {
+    let passing = [
+        reply(401, error("Incorrect API key provided", "invalid_api_key")),
+        reply(
+            404,
+            error("The model `m` does not exist", "model_not_found"),
+        ),
+        reply(
+            429,
+            error("You exceeded your current quota", "insufficient_quota"),
+        ),
+        reply(402, error("Payment required", "")),
+        reply(
+            424,
+            json!({"error": "Request failed during generation", "error_type": "generation"}),
+        ),
+        reply(
+            498,
+            error("Flex tier capacity exceeded", "capacity_exceeded"),
+        ),
+        Reaction::Reply(404, Vec::new(), Vec::new()),
+        Reaction::Reply(400, Vec::new(), b"\n".to_vec()),
+        Reaction::Reply(403, Vec::new(), Vec::new()),
+        reply_with(302, "location", "/login", json!({})),
+    ];
+    for reaction in passing {
+        let told = format!("{reaction:?}");
+        let server = amid_answers(1, reaction).await;
+        let summary = run_of(&server, 10).harvest().await;
+        assert_eq!(
+            (summary.ok, end(&summary).0),
+            (10, 0),
+            "{told}: {summary:?}"
+        );
+        assert_eq!(summary.requests, 11, "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_always_forbidden_fails_alone() {
+    let page = b"<!DOCTYPE html><title>Attention Required!</title>".to_vec();
+    for reaction in [
+        Reaction::Reply(403, Vec::new(), page),
+        reply(403, error("not for you", "")),
+        reply(404, json!({"detail": "Not Found"})),
+    ] {
+        let server = amid_answers(usize::MAX, reaction).await;
+        let run = run_of(&server, 10);
+        let summary = run.harvest().await;
+        assert_eq!(
+            (summary.ok, summary.failed, end(&summary).0),
+            (9, 1, 3),
+            "{summary:?}"
+        );
+        assert_eq!(run.failures().len(), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_always_claims_the_end_fails_once_others_have_contradicted_it() {
+    let server = amid_answers(usize::MAX, reply(401, json!({}))).await;
+    let mut run = run_of(&server, 60);
+    run.config.limits.concurrency = 2;
+    let summary = run.harvest().await;
+    assert_eq!(
+        (summary.ok, summary.failed, end(&summary).0),
+        (59, 1, 3),
+        "{summary:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_that_runs_dry_or_is_locked_in_the_night_ends_as_resumable() {
+    for reaction in [
+        reply(
+            400,
+            error(
+                "Access denied, please make sure your account is in good standing.",
+                "Arrearage",
+            ),
+        ),
+        reply(
+            401,
+            error("Request had invalid authentication credentials", ""),
+        ),
+        reply(403, error("Your account has been suspended", "")),
+        reply(
+            429,
+            error("You exceeded your current quota", "insufficient_quota"),
+        ),
+    ] {
+        let told = format!("{reaction:?}");
+        let server = FaultServer::start(move |seen| match seen.number {
+            0..10 => answer(seen),
+            _ => reaction.clone(),
+        })
+        .await;
+        let mut run = run_of(&server, 60);
+        run.config.limits.concurrency = 4;
+        let summary = run.harvest().await;
+        let (code, message) = end(&summary);
+        assert_eq!((code, summary.ok), (4, 10), "{told}: {message}");
+        assert!(
+            summary.failed <= 5 && summary.requests < 40,
+            "{told}: {summary:?}"
+        );
+        assert!(message.contains("same command"), "{message}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_of_the_content_are_kept_and_count_against_nobody() {
+    let filtered = error(
+        "The response was filtered due to the prompt triggering the content management policy.",
+        "content_filter",
+    );
+    for (status, body) in [
+        (400, filtered),
+        (
+            403,
+            json!({"error": {"code": 403, "message": "Input was flagged by moderation", "metadata": {"reasons": ["violence"]}}}),
+        ),
+        (400, error("Content Exists Risk", "invalid_request_error")),
+        (
+            200,
+            json!({"error": {"code": "content_filter", "message": "filtered"}}),
+        ),
+    ] {
+        // At the head of the source, one at a time: no rerun would get past them.
+        let server = FaultServer::start(move |seen| {
+            let number: usize = seen.prompt()[1..].parse().unwrap();
+            if number < 8 {
+                reply(status, body.clone())
+            } else {
+                answer(seen)
+            }
+        })
+        .await;
+        let mut run = run_of(&server, 20);
+        run.config.limits.concurrency = 1;
+        let summary = run.harvest().await;
+        assert_eq!(
+            (
+                summary.ok,
+                summary.quarantines["content_filter"],
+                end(&summary).0
+            ),
+            (12, 8, 0),
+            "{summary:?}"
+        );
+        assert_eq!(run.records().len(), 12);
+        assert_eq!(
+            (run.failures().len(), &run.failures()[0]["class"]),
+            (8, &json!("content_filter"))
+        );
+        let again = run.harvest().await;
+        assert_eq!((again.requests, again.cached), (0, 20));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_burst_of_refusals_waits_for_what_is_in_flight() {
+    let server = FaultServer::start(|seen| {
+        let number: usize = seen.prompt()[1..].parse().unwrap();
+        match number {
+            0 => answer(seen),
+            1..9 => reply(400, error("too odd", "odd")),
+            _ => Reaction::After(Duration::from_millis(200), Box::new(answer(seen))),
+        }
+    })
+    .await;
+    let summary = run_of(&server, 32).harvest().await;
+    assert_eq!((summary.ok, summary.failed), (24, 8), "{summary:?}");
+}
+
+/// Throttles the first `times` requests. Returns how long the run took, in seconds.
+async fn throttled(times: usize, reaction: Reaction) -> f64 {
+    let server = FaultServer::start(move |seen: &Seen| match seen.number < times {
+        true => reaction.clone(),
+        false => answer(seen),
+    })
+    .await;
+    let started = Instant::now();
+    let summary = run_of(&server, 5).harvest().await;
+    assert_eq!((summary.ok, end(&summary).0), (5, 0), "{summary:?}");
+    started.elapsed().as_secs_f64()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waits_are_heeded_in_every_form() {
+    let message = "You exceeded your current quota, please check your plan and billing details. Quota exceeded for metric: generate_requests_per_minute, limit: 15\nPlease retry in 0.6s.";
+    let gemini =
+        json!([{"error": {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED"}}]);
+    let details = json!([{"error": {"code": 429, "message": "Resource has been exhausted.", "status": "RESOURCE_EXHAUSTED",
+        "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.6s"}]}}]);
+    let forms = [
+        reply(429, gemini),
+        reply(429, details),
+        reply(
+            429,
+            error(
+                "Rate limit reached. Please try again in 0m0.6s.",
+                "rate_limit_exceeded",
+            ),
+        ),
+        reply_with(429, "retry-after", "0.6s", json!({})),
+        reply_with(429, "retry-after", "0.6, 0.6", json!({})),
+        reply_with(503, "retry-after-ms", "600", json!({})),
+    ];
+    for form in forms {
+        let told = format!("{form:?}");
+        let took = throttled(1, form).await;
+        assert!((0.6..3.0).contains(&took), "{told}: {took} s");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wait_of_nothing_is_never_below_the_own_backoff() {
+    for value in ["0", "Wed, 21 Oct 2015 07:28:00 GMT", "-1"] {
+        let server =
+            FaultServer::start(move |_| reply_with(429, "retry-after", value, json!({}))).await;
+        let mut run = run_of(&server, 10);
+        run.config.retry.base_s = 0.05;
+        run.config.retry.max_s = 0.2;
+        run.config.retry.max_outage_s = 2.0;
+        let summary = run.harvest().await;
+        assert_eq!((end(&summary).0, summary.pending), (4, 10), "{value}");
+        assert!(
+            summary.requests < 30,
+            "{value}: {} requests in 2 s",
+            summary.requests
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_hours_away_stops_the_run_and_says_when() {
+    let in_ten_hours = jiff::Timestamp::now().as_millisecond() + 36_000_000;
+    let limit = |reset: String| {
+        let headers = vec![
+            ("x-ratelimit-limit", "50".to_owned()),
+            ("x-ratelimit-remaining", "0".to_owned()),
+            ("x-ratelimit-reset", reset),
+        ];
+        let body = error("Rate limit exceeded: free-models-per-day", "429");
+        Reaction::Reply(429, headers, body.to_string().into_bytes())
+    };
+    let forms = [
+        limit(in_ten_hours.to_string()),
+        reply_with(429, "retry-after", "36000", json!({})),
+        reply(
+            429,
+            error(
+                "Limit 100, Used 100. Please try again in 10h0m0s.",
+                "rate_limit_exceeded",
+            ),
+        ),
+    ];
+    for form in forms {
+        let told = format!("{form:?}");
+        for answered in [0, 3] {
+            let form = form.clone();
+            let server = FaultServer::start(move |seen| match seen.number < answered {
+                true => answer(seen),
+                false => form.clone(),
+            })
+            .await;
+            let mut run = run_of(&server, 10);
+            run.config.limits.concurrency = 1;
+            run.config.schedule.timezone = Some("UTC".into());
+            let summary = run.harvest().await;
+            let (code, message) = end(&summary);
+            assert_eq!(
+                (code, summary.ok),
+                (4, answered as u64),
+                "{told}: {message}"
+            );
+            assert!(
+                message.contains("wait until") && message.contains("h "),
+                "{message}"
+            );
+            assert!(
+                summary.requests <= answered as u64 + 3,
+                "{told}: {summary:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_absurd_wait_among_good_replies_is_not_believed() {
+    let took = throttled(1, reply_with(429, "retry-after", "99999999", json!({}))).await;
+    assert!(took < 2.0, "{took} s");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_always_fail_end_in_seconds_once_only_they_remain() {
+    let poison = |seen: &Seen| match seen.prompt()[1..].parse::<usize>().unwrap() {
+        20.. => reply(500, error("boom", "")),
+        _ => answer(seen),
+    };
+    let server = FaultServer::start(poison).await;
+    let mut run = run_of(&server, 25);
+    run.config.retry.max_attempts = 3;
+    run.config.retry.max_outage_s = 600.0;
+    for round in 0..2 {
+        let started = Instant::now();
+        let summary = run.harvest().await;
+        let told = format!("round {round}: {summary:?}");
+        assert_eq!(
+            (end(&summary).0, summary.failed, summary.pending),
+            (3, 5, 0),
+            "{told}"
+        );
+        assert!(started.elapsed() < Duration::from_secs(10), "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_always_fail_at_the_head_do_not_hide_the_others() {
+    for concurrency in [1, 3, 4, 32] {
+        let poison = |seen: &Seen| match seen.prompt()[1..].parse::<usize>().unwrap() {
+            0..4 => reply(502, error("boom", "")),
+            _ => answer(seen),
+        };
+        let server = FaultServer::start(poison).await;
+        let mut run = run_of(&server, 40);
+        run.config.limits.concurrency = concurrency;
+        run.config.retry.max_outage_s = 600.0;
+        let summary = run.harvest().await;
+        assert_eq!(
+            (summary.ok, summary.failed),
+            (36, 4),
+            "{concurrency}: {summary:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_fails_at_everything_in_the_same_words_is_not_waited_for() {
+    let count = AtomicUsize::new(0);
+    let server = FaultServer::start(move |_| {
+        count.fetch_add(1, Ordering::Relaxed);
+        reply(500, error("response_format is not supported", ""))
+    })
+    .await;
+    let mut run = run_of(&server, 50);
+    run.config.retry.max_outage_s = 600.0;
+    let summary = run.harvest().await;
+    let (code, message) = end(&summary);
+    assert_eq!((code, summary.failed), (1, 0), "{message}");
+    assert!(
+        message.contains("response_format is not supported"),
+        "{message}"
+    );
+    assert!(server.count() < 12, "{}", server.count());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_words_of_an_error_in_a_good_status_are_shown() {
+    for (body, words) in [
+        (
+            json!({"choices": null, "base_resp": {"status_code": 1000, "status_msg": "unknown error, please retry"}}),
+            "unknown error",
+        ),
+        (
+            json!({"object": "error", "message": "The model is overloaded", "code": 50001}),
+            "The model is overloaded",
+        ),
+        (
+            json!({"success": false, "errors": [{"code": 7003, "message": "No route"}], "result": null}),
+            "No route",
+        ),
+        (json!({"status": "maintenance"}), "maintenance"),
+    ] {
+        let server = FaultServer::start(move |_| reply(200, body.clone())).await;
+        let mut run = run_of(&server, 2);
+        run.config.retry.max_attempts = 2;
+        let summary = run.harvest().await;
+        let told = format!("{} {:?}", end(&summary).1, run.failures());
+        assert!(told.contains(words), "{words} is not in: {told}");
+    }
+}

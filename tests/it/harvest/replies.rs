@@ -1,0 +1,294 @@
+//! Replies with flaws: whatever holds an answer is kept, once.
+
+use std::io::Write;
+
+use distill::cache::record::{Record, Status};
+use serde_json::{Value, json};
+
+use super::{Run, end};
+use crate::fault_server::{FaultServer, Reaction, completion, reply};
+
+/// Harvests two prompts from a server that answers each with this reply. Every one is to be answered at the
+/// first attempt.
+async fn records(reaction: Reaction) -> Vec<Record> {
+    let told = format!("{reaction:?}")
+        .chars()
+        .take(200)
+        .collect::<String>();
+    let server = FaultServer::start(move |_| reaction.clone()).await;
+    let run = Run::new(&server, &["a", "b"]);
+    let summary = run.harvest().await;
+    assert_eq!(
+        (end(&summary).0, summary.requests),
+        (0, 2),
+        "{told}: {summary:?}"
+    );
+    let records = run.records();
+    assert_eq!(records.len(), 2, "{told}");
+    records
+}
+
+fn raw(headers: Vec<(&'static str, String)>, body: impl Into<Vec<u8>>) -> Reaction {
+    Reaction::Reply(200, headers, body.into())
+}
+
+/// The answer `hi` with its logprobs.
+fn good() -> String {
+    completion("hi", 5).to_string()
+}
+
+fn gzip(text: &str) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(text.as_bytes()).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn flaws_of_encoding_and_json_cost_no_answer() {
+    let good = good();
+    let with = |field: &str| format!("{},{field}}}", &good[..good.len() - 1]);
+    let label = |label: &str| vec![("content-encoding", label.to_owned())];
+    let zstd = zstd::encode_all(good.as_bytes(), 3).unwrap();
+    let deep = format!("\"trace\":{}{}", "[".repeat(300), "]".repeat(300));
+    let chunks = [json!({"content": "h"}), json!({"content": "i"})]
+        .map(|delta| json!({"choices": [{"index": 0, "delta": delta}]}));
+    let last = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 10, "completion_tokens": 2}});
+    let stream = format!(
+        ": wait\n\ndata: {}\n\ndata: {}\n\ndata: {last}\n\ndata: [DONE]\n\n",
+        chunks[0], chunks[1]
+    );
+    let reactions = [
+        raw(vec![], format!("\u{feff}{good}")),
+        raw(vec![], format!("{good}\n\ndata: [DONE]\n\n")),
+        raw(vec![], format!("{good}<!-- served by a proxy -->")),
+        raw(vec![], format!("data: {good}\n\n")),
+        raw(vec![], stream),
+        raw(vec![], with("\"timings\":{\"x\":1e400,\"y\":-inf}")),
+        raw(vec![], with(&deep)),
+        raw(vec![], with("\"choices\":null")),
+        raw(label("gzip"), gzip(&good)),
+        raw(vec![], gzip(&good)),
+        raw(label("gzip"), good.clone()),
+        raw(label("zstd"), zstd),
+        // Whole, and then the connection breaks.
+        Reaction::UnfinishedChunks(good.into_bytes()),
+    ];
+    for reaction in reactions {
+        for record in records(reaction).await {
+            assert_eq!(
+                (record.answer.text.as_str(), record.status),
+                ("hi", Status::Ok)
+            );
+            assert_eq!(record.answer.finish_reason, "stop");
+            assert_eq!(record.usage.unwrap().prompt_tokens, 10);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compression_is_asked_for() {
+    let server = FaultServer::start(|_| reply(200, completion("hi", 0))).await;
+    Run::new(&server, &["a"]).harvest().await;
+    let accepted = server.seen()[0]
+        .header("accept-encoding")
+        .unwrap()
+        .to_owned();
+    for encoding in ["gzip", "br", "zstd"] {
+        assert!(accepted.contains(encoding), "{accepted}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn half_characters_become_the_replacement_character() {
+    let spelled = |text: &[u8]| {
+        let body = completion("hi", 0).to_string().into_bytes();
+        let at = memchr::memmem::find(&body, b"\"hi\"").unwrap() + 1;
+        [&body[..at], text, &body[at + 2..]].concat()
+    };
+    let cases: [(&[u8], &str); 5] = [
+        (br"Nice \ud83d day", "Nice \u{fffd} day"),
+        (br"Nice \ude00", "Nice \u{fffd}"),
+        (b"Nice \xf0\x9f\x98", "Nice \u{fffd}"),
+        (b"one\n\ttwo", "one\n\ttwo"),
+        (br"a \ud83d\ude00 b", "a 😀 b"),
+    ];
+    for (text, expected) in cases {
+        for record in records(raw(vec![], spelled(text))).await {
+            assert_eq!(record.answer.text, expected);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parts_of_an_answer_are_told_apart_and_what_is_not_understood_is_kept() {
+    let of = async |content: Value| {
+        let mut body = completion("x", 0);
+        body["choices"][0]["message"]["content"] = content;
+        records(reply(200, body)).await.remove(0)
+    };
+    let text = json!({"type": "text", "text": "Four."});
+    let thinking = json!({"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]});
+    let record = of(json!([thinking, text])).await;
+    assert_eq!(
+        (
+            record.answer.text.as_str(),
+            record.answer.reasoning.as_str()
+        ),
+        ("Four.", "Hm.")
+    );
+    let record = of(json!([{"type": "reasoning", "text": "Hm."}, text])).await;
+    assert_eq!(
+        (
+            record.answer.text.as_str(),
+            record.answer.reasoning.as_str()
+        ),
+        ("Four.", "Hm.")
+    );
+    let record = of(json!([{"type": "refusal", "refusal": "No."}])).await;
+    assert_eq!(
+        (record.answer.refusal.as_str(), record.reason.as_str()),
+        ("No.", "refusal")
+    );
+    assert_eq!(of(json!(["Four", "."])).await.answer.text, "Four.");
+    assert_eq!(of(text).await.answer.text, "Four.");
+    let odd = json!({"answer": 4});
+    let record = of(odd.clone()).await;
+    assert_eq!(
+        (
+            record.reason.as_str(),
+            &record.extra["message"]["content"][0]
+        ),
+        ("empty: stop", &odd)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tool_calls_are_kept_whole() {
+    let calls = json!([{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}]);
+    let mut body = completion("", 0);
+    body["choices"][0]["message"] =
+        json!({"role": "assistant", "content": null, "tool_calls": calls});
+    body["choices"][0]["finish_reason"] = "tool_calls".into();
+    let record = records(reply(200, body)).await.remove(0);
+    assert_eq!(
+        (
+            record.reason.as_str(),
+            &record.extra["message"]["tool_calls"]
+        ),
+        ("empty: tool_calls", &calls)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_paid_for_without_an_answer_is_one_quarantined_record() {
+    let usage = json!({"prompt_tokens": 12, "completion_tokens": 0, "total_tokens": 12});
+    let cases = [
+        (
+            json!({"choices": [], "usage": usage, "prompt_filter_results": [{"prompt_index": 0}]}),
+            "empty: content_filter",
+        ),
+        (json!({"model": "gemini", "usage": usage}), "empty"),
+        (
+            json!({"choices": [{"finish_reason": "length"}], "usage": usage}),
+            "empty: length",
+        ),
+        (
+            json!({"choices": [{"message": null, "finish_reason": "content_filter"}], "usage": usage}),
+            "empty: content_filter",
+        ),
+    ];
+    for (body, reason) in cases {
+        let server = FaultServer::start(move |_| reply(200, body.clone())).await;
+        let run = Run::new(&server, &["a"]);
+        let summary = run.harvest().await;
+        assert_eq!((summary.quarantined, summary.requests), (1, 1), "{reason}");
+        let record = run.records().remove(0);
+        assert_eq!(
+            (record.reason.as_str(), record.usage.unwrap().prompt_tokens),
+            (reason, 12)
+        );
+        assert_eq!(run.harvest().await.requests, 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_read_is_kept_as_it_came_and_not_bought_again() {
+    let cases = [
+        raw(
+            vec![],
+            "{'choices': [{'message': {'content': 'hi'}}], \"usage\": 1}",
+        ),
+        raw(vec![("content-encoding", "gzip".into())], {
+            let mut broken = gzip(&good());
+            broken[30] ^= 0xff;
+            broken
+        }),
+    ];
+    for reaction in cases {
+        let Reaction::Reply(_, _, sent) = reaction.clone() else {
+            unreachable!()
+        };
+        let server = FaultServer::start(move |_| reaction.clone()).await;
+        let run = Run::new(&server, &["a"]);
+        let summary = run.harvest().await;
+        assert_eq!(
+            (summary.quarantines["unreadable"], summary.requests),
+            (1, 1),
+            "{summary:?}"
+        );
+        let record = run.records().remove(0);
+        let kept = run
+            .config
+            .run_dir
+            .join("unreadable")
+            .join(format!("{}.body", record.key));
+        assert_eq!(std::fs::read(kept).unwrap(), sent);
+        assert!(record.extra["unreadable"].is_string());
+        assert_eq!(run.harvest().await.requests, 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_is_bought_as_often_as_it_may_be_reruns_included() {
+    // A page in the place of an answer may have been billed, or not.
+    let page = raw(vec![], "<html><title>Sign in</title></html>");
+    let server = FaultServer::start(move |seen| match seen.prompt() {
+        "a" => page.clone(),
+        _ => reply(200, completion("B", 0)),
+    })
+    .await;
+    let mut run = Run::new(&server, &["a", "b"]);
+    run.config.retry.max_attempts = 3;
+    let summary = run.harvest().await;
+    assert_eq!(
+        (summary.ok, summary.failures["malformed"], summary.requests),
+        (1, 1, 4)
+    );
+    assert!(
+        run.failures()[0]["message"]
+            .as_str()
+            .unwrap()
+            .contains("HTML page")
+    );
+    for _ in 0..2 {
+        let again = run.harvest().await;
+        assert_eq!(
+            (again.failed, again.requests, end(&again).0),
+            (1, 0, 3),
+            "{again:?}"
+        );
+        assert_eq!(run.failures()[0]["attempts"], 3);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sixteen_large_answers_at_once_are_read_two_at_a_time() {
+    let mut body = completion("x", 0);
+    body["choices"][0]["message"]["content"] = "z".repeat(6 << 20).into();
+    let reaction = reply(200, body);
+    let server = FaultServer::start(move |_| reaction.clone()).await;
+    let prompts: Vec<_> = (0..16).map(|number| format!("p{number}")).collect();
+    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
+    let summary = Run::new(&server, &prompts).harvest().await;
+    assert_eq!((summary.ok, summary.requests), (16, 16));
+}
