@@ -115,8 +115,25 @@ fn leading_head(line: &[u8]) -> Option<Head<'_>> {
     })
 }
 
+/// No answer costs more: what says so is no record of ours.
+const DEAREST: f64 = 1e6;
+
 /// Dollars in a line that [`verify`] and [`head`] have accepted; 0 where none are told.
+///
+/// # Errors
+/// Where it has a cost that no answer can have: a negative one would make room in a budget.
 pub fn cost_usd(line: &[u8]) -> Result<f64, Fault> {
+    let usd = told_cost(line)?;
+    if (0.0..=DEAREST).contains(&usd) {
+        Ok(usd)
+    } else {
+        Err(Fault::NoRecord(format!(
+            "it has an impossible cost of ${usd}"
+        )))
+    }
+}
+
+fn told_cost(line: &[u8]) -> Result<f64, Fault> {
     #[derive(Deserialize)]
     struct Cost {
         #[serde(default)]

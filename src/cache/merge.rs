@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use super::keys::{self, Identity};
 use super::line;
 use super::reader::Lines;
+use super::record::Usage;
 use super::recovery::Scan;
 use super::storage;
 use super::writer::{Cache, Sealed};
@@ -24,7 +25,7 @@ const GROUP: usize = 256;
 const NAMED: usize = 5;
 
 /// What came of one source of a merge.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Merged {
     pub records: u64,
     /// Those whose key the cache did not have.
@@ -36,6 +37,9 @@ pub struct Merged {
     pub conflicts: u64,
     /// The first keys of those.
     pub keys: Vec<String>,
+    /// What the added ones cost, and the tokens of those without a price.
+    pub cost_usd: f64,
+    pub unpriced: Usage,
 }
 
 /// Appends to the cache in `into`, which is created if need be, every record of `sources` whose key
@@ -113,6 +117,16 @@ fn identities(dir: &Path) -> Result<HashSet<Identity>> {
     Ok(known)
 }
 
+/// What a record cost; its tokens, where it has no cost.
+fn spent(line: &[u8]) -> Result<(f64, Option<Usage>), line::Fault> {
+    let cost_usd = line::cost_usd(line)?;
+    let usage = match cost_usd {
+        0.0 => line::decode(line)?.usage,
+        _ => None,
+    };
+    Ok((cost_usd, usage))
+}
+
 struct Merging {
     cache: Cache,
     known: HashSet<Identity>,
@@ -168,6 +182,11 @@ impl Merging {
                 merged.added += 1;
                 self.known.insert(identity);
                 group.push(Sealed::from_line(line).map_err(|fault| lines.refuse(fault))?);
+                let (cost_usd, unpriced) = spent(line).map_err(|fault| lines.refuse(fault))?;
+                merged.cost_usd += cost_usd;
+                if let Some(usage) = unpriced {
+                    merged.unpriced.add(&usage);
+                }
             }
         }
         for (path, bad) in lines.torn() {

@@ -15,7 +15,7 @@
 //! `reader` walks both files, also while they are written, and `lookup` finds single lines; `repair`
 //! and `merge` move what does not fit aside. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
 //! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
-//! pid in `lock` apart). An acknowledged record is never changed or lost.
+//! lock's pid apart). An acknowledged record is never changed or lost.
 
 mod columns;
 pub mod frames;
@@ -23,7 +23,6 @@ mod index;
 mod journal;
 mod keys;
 pub mod line;
-mod lock;
 pub mod lookup;
 pub mod merge;
 mod opening;
@@ -41,7 +40,7 @@ mod writer;
 
 use std::path::{Path, PathBuf};
 
-pub use opening::{OnProgress, size};
+pub use opening::{OnProgress, Peek, peek, size};
 pub use reader::read;
 pub use storage::{Storage, Wrap, files};
 pub use writer::{Cache, Sealed};
@@ -73,6 +72,12 @@ pub fn quarantine_file(dir: &Path) -> PathBuf {
 /// Where further records of a key go: whole lines, as in a cache.
 pub fn conflicts_file(dir: &Path) -> PathBuf {
     dir.join("responses.conflicts.jsonl")
+}
+
+/// Takes the cache in `dir` for this process.
+fn lock(dir: &Path) -> anyhow::Result<crate::fs::Lock> {
+    let holds = "writes this cache: wait for it, or set another `run_dir`";
+    crate::fs::Lock::acquire(&dir.join("responses.lock"), holds)
 }
 
 /// Is there a cache in `dir`?

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use super::frames::{self, FrameScan};
 use super::index::{self, Index};
 use super::keys::{self, Identity, Keys};
+use super::reader::Lines;
 use super::recovery::{Ending, Scan};
 use super::storage::{self, Wrap};
 use super::sweep::{self, Block};
@@ -86,6 +87,62 @@ fn length(path: &Path) -> Result<u64> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
         Err(error) => Err(error).with_context(|| format!("could not open {}", path.display())),
     }
+}
+
+/// What a cache holds, read without taking it.
+#[derive(Debug, Default)]
+pub struct Peek {
+    keys: Keys,
+    pub cost_usd: f64,
+    bytes: u64,
+}
+
+impl Peek {
+    /// Has this key been answered?
+    pub fn contains(&self, key: &str) -> bool {
+        self.keys.contains(&keys::fingerprint(key))
+    }
+
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    pub fn bytes_per_record(&self) -> f64 {
+        self.bytes as f64 / self.keys.len().max(1) as f64
+    }
+}
+
+/// Looks into the cache in `dir`, which need not be there, also while another process writes it: by its
+/// index, if that is of these very files, or else whole.
+///
+/// # Errors
+/// Where it cannot be read or is damaged.
+pub fn peek(dir: &Path) -> Result<Peek> {
+    let mut peek = Peek {
+        bytes: size(dir),
+        ..Peek::default()
+    };
+    if !super::exists(dir) {
+        return Ok(peek);
+    }
+    if let Some(index) = index::load(dir) {
+        (peek.keys, peek.cost_usd) = (index.keys, index.cost_usd);
+        return Ok(peek);
+    }
+    let mut lines = Lines::open(dir)?;
+    while lines.advance().map_err(|error| lines.refuse_scan(error))? {
+        let line = lines.line();
+        let known = keys::identity(line).and_then(|(key, _)| Ok((key, line::cost_usd(line)?)));
+        let (key, cost_usd) = known.map_err(|fault| lines.refuse(fault))?;
+        peek.keys.insert(key);
+        peek.cost_usd += cost_usd;
+    }
+    lines.warn_of_torn();
+    Ok(peek)
 }
 
 /// What one of the two files holds.

@@ -80,6 +80,20 @@ pub struct Usage {
     pub reasoning_tokens: u64,
 }
 
+impl Usage {
+    pub fn add(&mut self, other: &Usage) {
+        let sums = [
+            (&mut self.prompt_tokens, other.prompt_tokens),
+            (&mut self.completion_tokens, other.completion_tokens),
+            (&mut self.cached_tokens, other.cached_tokens),
+            (&mut self.reasoning_tokens, other.reasoning_tokens),
+        ];
+        for (sum, count) in sums {
+            *sum = sum.saturating_add(count);
+        }
+    }
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
     /// When the request was sent: RFC 3339 in UTC with milliseconds, as by [`Timing::stamp`].
@@ -128,4 +142,18 @@ pub struct RawToken {
     /// Index in `top[position]`, or -1 for the emitted token.
     pub rank: i32,
     pub hex: String,
+}
+
+impl RawToken {
+    /// None where `hex` is none.
+    pub fn bytes(&self) -> Option<Vec<u8>> {
+        let digits = self.hex.as_bytes();
+        if !digits.len().is_multiple_of(2) {
+            return None;
+        }
+        digits
+            .chunks_exact(2)
+            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
+            .collect()
+    }
 }

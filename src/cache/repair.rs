@@ -11,7 +11,7 @@ use super::frames::{self, Effort, Frames, Piece};
 use super::keys::{self, Identity, Keys};
 use super::line::{self, Fault};
 use super::storage::{self, Appender, Wrap};
-use super::{compressed_file, conflicts_file, exists, lock, plain_file, quarantine_file};
+use super::{compressed_file, conflicts_file, exists, plain_file, quarantine_file};
 
 /// What [`repair`] did.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -46,7 +46,7 @@ pub fn repair(dir: &Path) -> Result<Repaired> {
     if !exists(dir) {
         bail!("there is no cache in {}", dir.display());
     }
-    let _lock = lock::acquire(&dir.join("responses.lock"))?;
+    let _lock = super::lock(dir)?;
     // First without writing anything: most caches are whole.
     let found = Pass::run(dir, None)?;
     if !found.changed() {

@@ -71,12 +71,7 @@ impl Stats {
         count(&mut self.models, &record.model);
         match &record.usage {
             None => self.without_usage += 1,
-            Some(usage) => {
-                self.usage.prompt_tokens += usage.prompt_tokens;
-                self.usage.completion_tokens += usage.completion_tokens;
-                self.usage.cached_tokens += usage.cached_tokens;
-                self.usage.reasoning_tokens += usage.reasoning_tokens;
-            }
+            Some(usage) => self.usage.add(usage),
         }
         match record.cost_usd {
             None => self.without_cost += 1,
@@ -118,16 +113,16 @@ struct OpenAiToken<'a> {
 }
 
 fn as_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
-    let raw: BTreeMap<(u32, i32), &str> = logprobs
+    let raw: BTreeMap<(u32, i32), Vec<u8>> = logprobs
         .raw
         .iter()
-        .map(|token| ((token.position, token.rank), token.hex.as_str()))
+        .filter_map(|token| Some(((token.position, token.rank), token.bytes()?)))
         .collect();
     let token = |position: usize, rank: i32, token, logprob: Option<f32>| OpenAiToken {
         token,
         logprob: logprob.unwrap_or(-9999.0),
         bytes: match raw.get(&(position as u32, rank)) {
-            Some(hex) => bytes_of_hex(hex),
+            Some(bytes) => bytes.clone(),
             None => token.as_bytes().to_vec(),
         },
         top_logprobs: None,
@@ -147,13 +142,6 @@ fn as_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
                 ..token(position, -1, text, logprob)
             }
         })
-        .collect()
-}
-
-fn bytes_of_hex(hex: &str) -> Vec<u8> {
-    hex.as_bytes()
-        .chunks(2)
-        .filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
         .collect()
 }
 

@@ -190,24 +190,13 @@ impl LogprobsView<'_> {
                     self.top.values[range].get_mut(rank)
                 }
             };
-            if let (Some(place), Some(bytes)) = (place, bytes_of_hex(&token.hex))
+            if let (Some(place), Some(bytes)) = (place, token.bytes())
                 && place.is_empty()
             {
                 *place = Cow::Owned(bytes);
             }
         }
     }
-}
-
-fn bytes_of_hex(hex: &str) -> Option<Vec<u8>> {
-    let digits = hex.as_bytes();
-    if !digits.len().is_multiple_of(2) {
-        return None;
-    }
-    digits
-        .chunks_exact(2)
-        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
-        .collect()
 }
 
 /// The fields of [`Logprobs`] as they stand in a line.

@@ -14,7 +14,7 @@ use super::opening::{self, OnProgress};
 use super::record::Record;
 use super::seal::{self, Sealer};
 use super::storage::{self, Wrap};
-use super::{index, line, lock, plain_file};
+use super::{index, line, plain_file};
 use crate::config::{self, Compression, Durability};
 
 /// A group is synced when it has this many records ...
@@ -42,7 +42,7 @@ pub struct Cache {
     /// Compresses what has been appended.
     sealer: Option<JoinHandle<()>>,
     /// Held for as long as this value lives.
-    _lock: lock::Lock,
+    _lock: crate::fs::Lock,
 }
 
 pub struct Shared {
@@ -119,7 +119,7 @@ impl Cache {
         on_progress: OnProgress<'_>,
     ) -> Result<Cache> {
         crate::fs::create_dir_all(dir)?;
-        let lock = lock::acquire(&dir.join("responses.lock"))?;
+        let lock = super::lock(dir)?;
         let mut contents = opening::open(dir, &wrap, on_progress)?;
         let path = plain_file(dir);
         if contents.repeated > 0 {

@@ -180,6 +180,31 @@ impl MaxTokensField {
             MaxTokensField::MaxCompletionTokens => "max_completion_tokens",
         }
     }
+
+    pub fn other(self) -> MaxTokensField {
+        match self {
+            MaxTokensField::MaxTokens => MaxTokensField::MaxCompletionTokens,
+            MaxTokensField::MaxCompletionTokens => MaxTokensField::MaxTokens,
+        }
+    }
+}
+
+/// How answers are taken.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Harvest {
+    /// Where `sampling.top_logprobs` asks for logprobs, and 20 answers in a row have none that can be used.
+    pub on_missing_logprobs: OnMissingLogprobs,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnMissingLogprobs {
+    /// Ask nothing more.
+    #[default]
+    Stop,
+    /// Say so, and go on with the answers alone.
+    Warn,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

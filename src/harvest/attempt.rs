@@ -8,9 +8,9 @@ use anyhow::Result;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::budget::Bill;
+use super::budget::cost::Bound;
+use super::budget::{Amount, Bill};
 use super::clock::WallClock;
-use super::cost::Bound;
 use super::limiter::Departure;
 use super::limiter::headers::{self, Report};
 use super::plan::{Plan, Row};
@@ -21,8 +21,9 @@ use super::request::Asking;
 use super::retry::{self, Trouble};
 use super::teacher::{Permit, Transport};
 use super::unreadable::Unreadable;
+use super::watch::Seen;
 use crate::cache::Sealed;
-use crate::cache::record::{Status, Timing, Usage};
+use crate::cache::record::Timing;
 use crate::prompt::Prompt;
 
 /// A request on its way, and all that must be known when it comes back.
@@ -30,8 +31,8 @@ pub struct Attempt {
     pub lane: usize,
     pub entry: Entry,
     pub departure: Departure,
-    /// Dollars set aside for it.
-    pub reserved: f64,
+    /// Reserved for it.
+    pub reserved: Amount,
 }
 
 /// What a request task brings back.
@@ -47,13 +48,9 @@ pub struct Finished {
 /// An answer, ready to be appended.
 pub struct Answered {
     pub sealed: Sealed,
-    pub status: Status,
-    pub reason: String,
-    pub is_cut_off: bool,
-    pub usage: Option<Usage>,
+    pub seen: Seen,
     /// The most tokens that it can have used, for an answer without usage.
     pub bound: Bound,
-    pub has_logprobs: bool,
 }
 
 /// Sends the request, waits for the reply, and makes a record of the answer.
@@ -133,6 +130,7 @@ impl Answered {
         mut completion: Completion,
         timing: Timing,
     ) -> Result<Answered> {
+        let max_tokens = bound.output_tokens;
         let answer = &completion.answer;
         let text_bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
         // What a model thinks in secret shows in no text.
@@ -140,21 +138,18 @@ impl Answered {
             bound.output_tokens = bound.output_tokens.min(text_bytes as u64 + 8);
         }
         completion.usage = usage::measured(completion.usage, text_bytes);
+        let fault = completion.logprobs_fault.clone();
         let record = record(asking, row, prompt, body, completion, timing);
         Ok(Answered {
             sealed: Sealed::new(&record)?,
-            status: record.status,
-            is_cut_off: record.answer.finish_reason == "length",
-            usage: record.usage,
+            seen: Seen::new(record, fault, max_tokens),
             bound,
-            has_logprobs: record.logprobs.is_some(),
-            reason: record.reason,
         })
     }
 
     /// What it cost.
     pub fn bill(&self) -> Bill {
-        match self.usage {
+        match self.seen.usage {
             Some(usage) => Bill::Measured(usage),
             None => Bill::Answered(self.bound),
         }

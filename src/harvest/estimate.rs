@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::batch::Outlook;
-use super::cost;
+use super::budget::cost;
 use super::plan::Plan;
 use crate::cache::record::Usage;
 use crate::cache::stats::Stats;
@@ -30,8 +30,8 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// `stats` and `bytes` are those of the cache as it is.
-    pub fn new(plan: &Plan, stats: &Stats, bytes: u64) -> Estimate {
+    /// `stats` are those of some records of the cache, each of which takes about so many bytes.
+    pub fn new(plan: &Plan, stats: &Stats, bytes_per_record: f64) -> Estimate {
         let mut estimate = Estimate {
             cost_usd: Some((0.0, 0.0)),
             likely_cost_usd: Some(0.0),
@@ -89,7 +89,7 @@ impl Estimate {
                 .max(days as f64 * 1_440.0);
         }
         estimate.disk_bytes = (stats.records >= ENOUGH)
-            .then(|| (bytes as f64 / stats.records as f64 * estimate.requests as f64) as u64);
+            .then_some((bytes_per_record * estimate.requests as f64) as u64);
         estimate
     }
 }
@@ -120,7 +120,7 @@ mod tests {
         let plan = Plan::new(prompts.collect(), askings, &config.prompts, None, |_| {
             Standing::Open
         });
-        let estimate = Estimate::new(&plan, &Stats::default(), 0);
+        let estimate = Estimate::new(&plan, &Stats::default(), 0.0);
         assert_eq!((estimate.requests, estimate.completion_tokens), (4, 400));
         assert_eq!((estimate.minutes, estimate.disk_bytes), (2.0, None));
         let input = estimate.prompt_tokens as f64 / 1e6;
@@ -133,7 +133,7 @@ mod tests {
             ..Stats::default()
         };
         stats.usage.completion_tokens = 300;
-        let estimate = Estimate::new(&plan, &stats, 3_000);
+        let estimate = Estimate::new(&plan, &stats, 100.0);
         assert_eq!(estimate.likely_completion_tokens, Some(40));
         assert!((estimate.likely_cost_usd.unwrap() - input - 80e-6).abs() < 1e-12);
         assert_eq!(estimate.disk_bytes, Some(400));

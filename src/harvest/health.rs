@@ -132,6 +132,11 @@ impl Health {
         self.probes += u32::from(self.is_outage());
     }
 
+    /// Has the row failed since a request last succeeded?
+    pub fn is_failing(&self, row: usize) -> bool {
+        self.failing.contains(&row)
+    }
+
     /// The row has ended without an answer.
     pub fn gave_up(&mut self, row: usize) {
         self.given_up += usize::from(self.failing.contains(&row));

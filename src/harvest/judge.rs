@@ -12,13 +12,13 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use tokio::runtime::Runtime;
 
+use super::books::Books;
 use super::clock::WallClock;
 use super::dispatch::{Dispatcher, Ended};
 use super::endpoint::{self, Finding};
 use super::lane::Lane;
 use super::limiter::Shared;
 use super::plan::{Plan, Standing};
-use super::purse::{Books, Purse};
 use super::request::{self, Asking};
 use super::scoring::Scoring;
 use super::summary::Summary;
@@ -118,9 +118,9 @@ impl Judge {
         let judged = Lookup::open(&within.own_cache())?;
         // The books are those of the run: one budget for all that it buys.
         let spent = harvest.cost_when_opened() + judged.cost_usd();
-        let (purse, lost) = Purse::open(&config.run_dir, config.budget.usd, spent, clock)?;
-        lost.warn();
         let unanswered = Unanswered::load(&config.judged_dir())?;
+        let (books, lost) = Books::open(config, spent, unanswered, clock)?;
+        lost.warn();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -134,7 +134,7 @@ impl Judge {
             runtime,
             cache,
             judged,
-            books: Some(Books { purse, unanswered }),
+            books: Some(books),
             limits: None,
             told: Told::default(),
             quiet,
@@ -205,8 +205,8 @@ impl Judge {
 
     fn ask(&mut self, plan: Plan, stop: &StopFlag) -> Result<()> {
         let books = self.books.take();
-        let books = books.context("internal error: the budget account is missing")?;
-        books.purse.check_largest(&plan, 0)?;
+        let mut books = books.context("internal error: the budget account is missing")?;
+        books.check_largest(&plan, 0)?;
         let (limits, progress) = (self.limits.take(), Progress::notes(self.quiet));
         let (config, cache, lane) = (&self.config, &self.cache, &self.lane);
         let transport = Arc::clone(&self.transport);
@@ -220,7 +220,7 @@ impl Judge {
                 None => {
                     let patience = Duration::try_from_secs_f64(config.retry.max_outage_s)?;
                     let shared = Shared::connect(lane, plan.largest(0), patience, &wake).await?;
-                    let day = books.purse.day(lane);
+                    let day = books.day(lane);
                     Lane::new(&plan, 0, transport, day, shared, config)?
                 }
             };

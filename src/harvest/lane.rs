@@ -18,6 +18,7 @@ use super::queue::{Entry, Queue};
 use super::retry::{self, Claim, Failure, Reason};
 use super::stop;
 use super::teacher::Transport;
+use super::watch::Watch;
 use crate::cache::record::Usage;
 use crate::config::{self, Config};
 use crate::terminal::format_duration;
@@ -60,6 +61,8 @@ pub struct Lane {
     /// Rows of it have been answered in earlier runs.
     is_known: bool,
     has_budget: bool,
+    /// Whether its answers are worth having.
+    pub watch: Watch,
     /// Why nothing more is sent to it; the other lanes go on.
     stopped: Option<anyhow::Error>,
 }
@@ -104,6 +107,7 @@ impl Lane {
             first: None,
             is_known: plan.answered[index] > 0,
             has_budget: config.budget.usd.is_some(),
+            watch: Watch::of(&settings, config),
             stopped: None,
             settings,
             transport,
@@ -156,7 +160,9 @@ impl Lane {
     pub fn next_row(&self) -> Result<Entry, Option<Instant>> {
         let now = Instant::now();
         if self.is_probing() || !self.health.has_succeeded() {
-            self.queue.peek_least_suspect(now)
+            // One that has not failed since shows whether it is the endpoint.
+            self.queue
+                .peek_least_suspect(now, |row| self.health.is_failing(row))
         } else {
             self.queue.peek(now)
         }

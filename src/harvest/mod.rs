@@ -23,9 +23,9 @@
 mod advice;
 mod attempt;
 mod batch;
-mod budget;
+mod books;
+pub mod budget;
 mod clock;
-mod cost;
 mod dispatch;
 pub mod endpoint;
 mod estimate;
@@ -36,12 +36,10 @@ pub mod fuzz;
 mod health;
 mod judge;
 mod lane;
-mod ledger;
 mod limiter;
 mod plan;
 mod probe;
 mod progress;
-mod purse;
 mod queue;
 mod record;
 mod reply;
@@ -58,9 +56,12 @@ mod teacher;
 mod timeline;
 mod unanswered;
 mod unreadable;
+mod usable;
 mod waits;
+mod watch;
 
 pub use batch::{BatchApi, Download, Tally};
+pub use books::{add_merged, dearest};
 pub use clock::WallClock;
 pub use estimate::Estimate;
 pub use judge::{Judge, Told};
@@ -68,7 +69,6 @@ pub use shard::Shard;
 pub use summary::{SUMMARY_VERSION, Summary};
 pub use teacher::{Fault, Reply, Transport};
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,12 +84,12 @@ use crate::prompt::{self, Prompt};
 use crate::signal::Signals;
 use crate::terminal::{Progress, Reading, format_dollars};
 use batch::{Batches, Outcome};
+use books::Books;
 use dispatch::Dispatcher;
 use endpoint::Endpoints;
 use lane::Lane;
 use limiter::Shared;
 use plan::{Plan, Standing};
-use purse::{Books, Purse};
 use request::Asking;
 use structured::Structured;
 use teacher::Teacher;
@@ -207,7 +207,7 @@ impl Run<'_> {
         let plan = self.plan(&config, prompts, |key| self.standing(key))?;
         let books = self.books()?;
         for lane in 0..plan.lanes.len() {
-            books.purse.check_largest(&plan, lane)?;
+            books.check_largest(&plan, lane)?;
             // For the rest, which is asked one by one: what is wrong with it shall not be found out
             // at the end of the night.
             self.shared(&plan, lane, &Arc::default()).await?;
@@ -271,33 +271,26 @@ impl Run<'_> {
     /// Opens the books, once.
     fn books(&mut self) -> Result<Books> {
         let config = self.config;
-        let measured = match config.budget.usd {
+        let cached = match config.budget.usd {
             Some(_) => self.cache.cost_when_opened() + judge::cost_usd(config)?,
             None => 0.0,
         };
-        let (purse, lost) = Purse::open(
-            &config.run_dir,
-            config.budget.usd,
-            measured,
-            self.clock.clone(),
-        )?;
+        let unanswered = std::mem::take(&mut self.unanswered);
+        let (books, lost) = Books::open(config, cached, unanswered, self.clock.clone())?;
         lost.warn();
-        Ok(Books {
-            purse,
-            unanswered: std::mem::take(&mut self.unanswered),
-        })
+        Ok(books)
     }
 
     async fn dispatcher<'b>(
         &'b self,
         config: &'b Config,
         plan: Plan,
-        books: Books,
+        mut books: Books,
     ) -> Result<Dispatcher<'b>> {
         let (wake, mut lanes) = (Arc::default(), Vec::new());
         for (index, transport) in self.transports.iter().enumerate() {
-            books.purse.check_largest(&plan, index)?;
-            let day = books.purse.day(&plan.askings[index].lane);
+            books.check_largest(&plan, index)?;
+            let day = books.day(&plan.askings[index].lane);
             let shared = self.shared(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
             let lane = Lane::new(&plan, index, transport, day, shared, config)?;
@@ -342,11 +335,24 @@ fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>> {
 /// Where an endpoint does not answer.
 pub async fn probe(config: &Config) -> Result<Endpoints> {
     request::check(config)?;
+    let clock = WallClock::system();
+    check_money(config, None, clock.now())?;
+    let lanes = config.lanes().into_iter();
+    let lanes = lanes.map(|lane| Ok((Arc::new(Teacher::new(&lane.teacher)?), lane)));
+    let lanes = lanes.collect::<Result<Vec<_>>>()?;
+    let cached = cache::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
+    let (mut books, lost) = Books::open(config, cached, Unanswered::default(), clock.clone())?;
+    lost.warn();
     let mut endpoints = Vec::new();
-    for lane in config.lanes() {
-        let teacher = Arc::new(Teacher::new(&lane.teacher)?);
-        endpoints.push(probe::run(lane, teacher, WallClock::system().now()).await?);
+    for (teacher, lane) in lanes {
+        let found = probe::run(lane, teacher, &mut books.account, clock.now()).await;
+        if found.is_err() {
+            // What was asked was asked.
+            books.close(&mut [], 0)?;
+        }
+        endpoints.push(found?);
     }
+    books.close(&mut [], 0)?;
     let endpoints = Endpoints {
         version: endpoint::ENDPOINT_VERSION,
         endpoints,
@@ -389,15 +395,16 @@ fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
     };
     let prompts = prompts(config, options)?;
     let dir = config.own_cache();
-    let (keys, stats) = look_into(&dir)?;
+    let known = cache::peek(&dir)?;
+    let stats = sample(&dir)?;
     let askings = askings(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
-    let standing = |key: &str| match keys.contains(key) || unanswered.is_filtered(key) {
+    let standing = |key: &str| match known.contains(key) || unanswered.is_filtered(key) {
         true => Standing::Answered,
         false => Standing::Open,
     };
     let plan = Plan::new(prompts, askings, &config.prompts, options.shard, standing);
-    let mut estimate = Estimate::new(&plan, &stats, cache::size(&dir));
+    let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
         estimate.batches = Some(batch::Outlook::new(config, &plan)?);
@@ -446,22 +453,22 @@ fn check_money(config: &Config, shard: Option<Shard>, now: jiff::Timestamp) -> R
             );
             return Err(Exit::Usage(message).into());
         }
-        if let Some(warning) = cost::doubt(&lane.price, label, today) {
+        if let Some(warning) = budget::cost::doubt(&lane.price, label, today) {
             tracing::warn!("{warning}");
         }
     }
     Ok(())
 }
 
-/// Read without the lock, so that a dry run may look over the shoulder of a running harvest.
-fn look_into(dir: &Path) -> Result<(HashSet<String>, Stats)> {
-    let (mut keys, mut stats) = (HashSet::new(), Stats::default());
+/// The first records of a cache in numbers, for a guess at those to come. Read without the lock, so that a
+/// dry run may look over the shoulder of a running harvest.
+fn sample(dir: &Path) -> Result<Stats> {
+    const ENOUGH: usize = 1_000;
+    let mut stats = Stats::default();
     if cache::exists(dir) {
-        for record in cache::read(dir)? {
-            let record = record?;
-            stats.add(&record)?;
-            keys.insert(record.key);
+        for record in cache::read(dir)?.take(ENOUGH) {
+            stats.add(&record?)?;
         }
     }
-    Ok((keys, stats))
+    Ok(stats)
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use serde_json::Value;
 
-use super::cost::{self, Bound};
+use super::budget::cost::{self, Bound};
 use super::limiter::Cost;
 use super::request::{self, Asking};
 use super::shard::Shard;

@@ -8,10 +8,12 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep};
 
+use super::budget::cost::Bound;
+use super::budget::{Account, Amount, Bill, Files};
 use super::endpoint::{Endpoint, Finding, LogprobsKind, TokenBytes};
 use super::limiter::headers::{self, Refill};
 use super::reply::error::ApiError;
-use super::reply::{Completion, json};
+use super::reply::{Completion, json, usage};
 use super::retry::{self, Claim, Trouble};
 use super::stop;
 use super::teacher::{self, Reply, Transport};
@@ -40,9 +42,10 @@ enum Asked {
     Refused(String, Option<Reply>),
 }
 
-pub struct Probe {
+pub struct Probe<'a> {
     lane: Lane,
     transport: Arc<dyn Transport>,
+    account: &'a mut Account<Files>,
     found: Endpoint,
     max_tokens: u32,
     /// A plain question has been answered: from then on an error is a finding.
@@ -52,8 +55,13 @@ pub struct Probe {
 /// Finds out what the endpoint of `lane` does.
 ///
 /// # Errors
-/// Where it does not answer a plain question.
-pub async fn run(lane: Lane, transport: Arc<dyn Transport>, now: Timestamp) -> Result<Endpoint> {
+/// Where it does not answer a plain question, and where a question does not fit the budget.
+pub async fn run(
+    lane: Lane,
+    transport: Arc<dyn Transport>,
+    account: &mut Account<Files>,
+    now: Timestamp,
+) -> Result<Endpoint> {
     let found = Endpoint {
         base_url: teacher::identity(&lane.teacher).into(),
         model: lane.teacher.model.clone(),
@@ -63,6 +71,7 @@ pub async fn run(lane: Lane, transport: Arc<dyn Transport>, now: Timestamp) -> R
     let mut probe = Probe {
         lane,
         transport,
+        account,
         found,
         max_tokens: SHORT,
         has_answered: false,
@@ -77,7 +86,7 @@ pub async fn run(lane: Lane, transport: Arc<dyn Transport>, now: Timestamp) -> R
     Ok(probe.found)
 }
 
-impl Probe {
+impl Probe<'_> {
     /// A plain question with the one field that must be right, and what its answer tells.
     async fn plain_question(&mut self) -> Result<()> {
         let first = self.lane.sampling.max_tokens_field;
@@ -367,6 +376,40 @@ impl Probe {
         Ok(())
     }
 
+    /// Reserves what the question may cost.
+    fn reserve(&mut self, body: &Value) -> Result<Amount> {
+        let amount = self.account.bound(&bound(body), &self.lane.price);
+        if self.account.reserve(&amount)? {
+            Ok(amount)
+        } else {
+            Err(stop::out_of_money(self.account))
+        }
+    }
+
+    fn settle(
+        &mut self,
+        reserved: &Amount,
+        body: &Value,
+        classified: &Result<Box<Completion>, Trouble>,
+    ) -> Result<()> {
+        let bill = match classified {
+            Ok(completion) => {
+                let text = completion.answer.text.len() + completion.answer.reasoning.len();
+                usage::measured(completion.usage, text)
+                    .map_or(Bill::Answered(bound(body)), Bill::Measured)
+            }
+            Err(Trouble::Unreadable { .. }) => Bill::Possible,
+            Err(
+                Trouble::Refused(failure)
+                | Trouble::Filtered(failure)
+                | Trouble::Transient { failure, .. },
+            ) if failure.may_be_billed => Bill::Possible,
+            Err(_) => Bill::Nothing,
+        };
+        self.account.settle(reserved, bill, &self.lane.price);
+        self.account.flush()
+    }
+
     /// Asks until there is an answer or a refusal.
     async fn ask(
         &mut self,
@@ -388,9 +431,12 @@ impl Probe {
         let mut attempts = 0;
         loop {
             self.found.requests += 1;
+            let reserved = self.reserve(&body)?;
             let reply = self.transport.ask(&body).await;
             let now = std::time::SystemTime::now();
-            let trouble = match retry::classify(reply.clone(), now) {
+            let classified = retry::classify(reply.clone(), now);
+            self.settle(&reserved, &body, &classified)?;
+            let trouble = match classified {
                 Ok(completion) => {
                     self.has_answered = true;
                     return Ok(Asked::Answer(completion, reply?));
@@ -441,6 +487,21 @@ fn with_logprobs(body: &mut Map<String, Value>, k: u32, temperature: f64) {
     if temperature != 1.0 {
         body.insert("temperature".into(), json!(temperature));
     }
+}
+
+/// The most that a question can use.
+fn bound(body: &Value) -> Bound {
+    let number = |name: &str| body.get(name).and_then(Value::as_u64);
+    let fields = [
+        MaxTokensField::MaxTokens,
+        MaxTokensField::MaxCompletionTokens,
+    ];
+    let max_tokens = fields.iter().find_map(|field| number(field.name()));
+    let answers = number("n").unwrap_or(1);
+    let max_tokens = max_tokens.unwrap_or(0).saturating_mul(answers);
+    let messages = body["messages"].as_array().map_or(0, Vec::len);
+    let max_tokens = u32::try_from(max_tokens).unwrap_or(u32::MAX);
+    Bound::of_request(body.to_string().len(), messages, max_tokens)
 }
 
 /// The shape of an error in words.

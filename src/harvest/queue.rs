@@ -76,15 +76,22 @@ impl Queue {
         }
     }
 
-    /// As [`Queue::peek`], of the row that has least to do with what is wrong: one that always fails must
-    /// not be all that is tried of an endpoint.
-    pub fn peek_least_suspect(&self, now: Instant) -> Result<Entry, Option<Instant>> {
+    /// As [`Queue::peek`], of the row that has least to do with what is wrong: those that always fail must
+    /// not be all that is tried of an endpoint. `is_failing` says whether a row has failed of late.
+    pub fn peek_least_suspect(
+        &self,
+        now: Instant,
+        is_failing: impl Fn(usize) -> bool,
+    ) -> Result<Entry, Option<Instant>> {
         if !self.fresh.is_empty() {
             return Ok(Entry::fresh(self.fresh.start));
         }
         let due = self.delayed.iter().map(|Reverse(delayed)| delayed);
         let due = due.filter(|(not_before, _)| *not_before <= now);
-        match due.min_by_key(|(not_before, entry)| (entry.setbacks(), *not_before)) {
+        let suspicion = |(not_before, entry): &&(Instant, Entry)| {
+            (is_failing(entry.row), entry.setbacks(), *not_before)
+        };
+        match due.min_by_key(suspicion) {
             Some((_, entry)) => Ok(*entry),
             None => self.peek(now),
         }
@@ -147,10 +154,12 @@ mod tests {
         };
         queue.delay(entry(0, 5), now);
         queue.delay(entry(1, 1), now);
-        let fresh = queue.peek_least_suspect(now).unwrap();
+        let fresh = queue.peek_least_suspect(now, |_| false).unwrap();
         assert_eq!(fresh, Entry::fresh(2));
         queue.take(fresh);
-        let least = queue.peek_least_suspect(now).unwrap();
+        let other = queue.peek_least_suspect(now, |row| row == 1).unwrap();
+        assert_eq!(other, entry(0, 5), "it failed longer ago");
+        let least = queue.peek_least_suspect(now, |_| true).unwrap();
         assert_eq!(least, entry(1, 1));
         queue.take(least);
         assert_eq!((queue.len(), queue.peek(now)), (1, Ok(entry(0, 5))));

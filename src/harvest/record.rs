@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::cost;
+use super::budget::cost;
 use super::plan::Row;
 use super::reply::Completion;
 use super::request::Asking;

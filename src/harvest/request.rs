@@ -17,15 +17,36 @@ use crate::prompt::Message;
 /// Part of every key: raise it when the same key would come to mean something else.
 const KEY_VERSION: u32 = 1;
 
-/// Fields of `sampling.extra` that would change what a request is.
-const RESERVED: [(&str, &str); 4] = [
-    (
-        "n",
-        "set `prompts.samples` instead, so that each answer has its own record",
-    ),
-    ("stream", "streamed answers cannot be read; remove it"),
+const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has its own record";
+const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
+                          `sampling.max_tokens_field`: the budget is kept by them";
+
+/// Fields of `sampling.extra` that would change what a request is, or how much it may cost.
+const RESERVED: [(&str, &str); 14] = [
+    ("n", SAMPLES),
+    ("best_of", SAMPLES),
+    ("num_return_sequences", SAMPLES),
+    ("candidateCount", SAMPLES),
+    ("candidate_count", SAMPLES),
+    ("max_tokens", MAX_TOKENS),
+    ("max_completion_tokens", MAX_TOKENS),
+    ("max_output_tokens", MAX_TOKENS),
+    ("maxOutputTokens", MAX_TOKENS),
+    ("max_new_tokens", MAX_TOKENS),
+    ("max_length", MAX_TOKENS),
+    ("num_predict", MAX_TOKENS),
     ("messages", "the prompts come from `prompts.source`"),
     ("model", "set `teacher.model` instead"),
+];
+
+/// Objects in `sampling.extra` whose fields some servers read as the request's own.
+const CONTAINERS: [&str; 6] = [
+    "extra_body",
+    "options",
+    "parameters",
+    "generation_config",
+    "generationConfig",
+    "sampling_params",
 ];
 
 /// What is asked of one teacher, whatever the prompt.
@@ -48,17 +69,33 @@ pub fn check(config: &Config) -> Result<()> {
 }
 
 fn check_lane(lane: &Lane) -> Result<()> {
-    for (field, advice) in RESERVED {
-        if lane.sampling.extra.contains_key(field) {
-            let message = format!("`sampling.extra` must not hold `{field}`: {advice}");
-            return Err(Exit::Usage(message).into());
-        }
-    }
+    check_extra(&lane.sampling.extra)?;
     if lane.teacher.model.is_empty() {
         let message = "set `teacher.model` to the name of the model to ask";
         return Err(Exit::Usage(message.into()).into());
     }
     Ok(())
+}
+
+/// Refuses what would change the request behind the back of the budget.
+fn check_extra(extra: &Map<String, Value>) -> Result<()> {
+    let refuse = |field: &str, advice: &str| {
+        let message = format!("`sampling.extra` must not hold `{field}`: {advice}");
+        Err(Exit::Usage(message).into())
+    };
+    for (field, advice) in RESERVED {
+        if extra.contains_key(field) {
+            return refuse(field, advice);
+        }
+    }
+    if extra.get("stream").is_some_and(|stream| stream != false) {
+        let advice = "answers are read whole; set it to false, or remove it";
+        return refuse("stream", advice);
+    }
+    let inner = CONTAINERS
+        .iter()
+        .filter_map(|name| extra.get(*name)?.as_object());
+    inner.into_iter().try_for_each(check_extra)
 }
 
 impl Asking {
@@ -333,7 +370,20 @@ mod tests {
             let mut config = good.clone();
             config.sampling.extra.insert(field.into(), json!(2));
             refuse(config, &format!("`{field}`"));
+            let mut config = good.clone();
+            let inner = json!({ field: 2 });
+            config.sampling.extra.insert("extra_body".into(), inner);
+            refuse(config, &format!("`{field}`"));
         }
+        let mut config = good.clone();
+        config.sampling.extra.insert("stream".into(), json!(true));
+        refuse(config, "`stream`");
+        // Names inside of a tool's parameters are its own.
+        let mut config = good.clone();
+        let tools = json!([{"function": {"parameters": {"properties": {"n": {}, "model": {}}}}}]);
+        config.sampling.extra =
+            Map::from_iter([("stream".into(), json!(false)), ("tools".into(), tools)]);
+        check(&config).unwrap();
         let mut config = good;
         config.prompts.samples = 0;
         refuse(config, "`prompts.samples`");

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use super::budget::Budget;
+use super::budget::{Account, Store};
 use super::retry::Reason;
 use super::teacher;
 use crate::config;
 use crate::exit::Exit;
-use crate::terminal::{format_count, format_dollars, format_duration};
+use crate::terminal::{format_count, format_duration};
 
 /// The endpoint refuses every request, whatever it asks.
 pub fn refused(reason: Reason, message: &str, teacher: &config::Teacher) -> anyhow::Error {
@@ -112,6 +112,32 @@ pub fn refused_alike(message: &str) -> anyhow::Error {
     )
 }
 
+/// Answers come, and training can use none of their logprobs.
+pub fn without_logprobs(count: u32, why: &str, top_logprobs: u32) -> anyhow::Error {
+    anyhow!(
+        "{count} answers in a row came without logprobs that training can use ({why}), though \
+         `sampling.top_logprobs` = {top_logprobs} asks for them: nothing more is asked; ask an endpoint \
+         that sends them (`distill probe` tells), or set `harvest.on_missing_logprobs = \"warn\"` to go on \
+         with the answers alone"
+    )
+}
+
+/// Answers come, and none is of any use.
+pub fn worthless(count: u32, reason: &str) -> anyhow::Error {
+    let advice = match reason {
+        "empty: length" => {
+            "they were cut off before they began: raise `sampling.max_tokens`, and set \
+             `sampling.reasoning = true` for a model that thinks first"
+        }
+        "refusal" => "change the prompts, the template or the model",
+        _ => "look at them with `distill cache show`, and at the endpoint with `distill probe`",
+    };
+    anyhow!(
+        "{count} answers in a row are of no use ({reason}): nothing more is asked; {advice}, and have \
+         them asked anew with `distill harvest --again quarantined`"
+    )
+}
+
 /// Nothing has ever answered there.
 pub fn nothing_answers(teacher: &config::Teacher, message: &str) -> anyhow::Error {
     anyhow!(
@@ -169,12 +195,12 @@ fn answers(count: usize) -> String {
 }
 
 /// The next request may cost more than the rest of the budget.
-pub fn out_of_money(budget: &Budget) -> anyhow::Error {
+pub fn out_of_money<S: Store>(account: &Account<S>) -> anyhow::Error {
     let message = format!(
         "the budget is used up: {} of {} are spent, and the next request may cost more than the \
          rest; raise `budget.usd` and run the same command to go on",
-        format_dollars(budget.spent().total()),
-        format_dollars(budget.cap().unwrap_or_default())
+        account.spent().total(),
+        account.cap().unwrap_or_default()
     );
     Exit::Resumable(message).into()
 }

@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::attempt::Answered;
 use super::batch::{Outlook, Tally};
 use super::estimate::Estimate;
 use super::failures::FailedRow;
 use super::plan::Plan;
 use super::timeline::{self, Hour, Used};
 use super::unanswered::Unanswered;
+use super::watch::Seen;
 use super::{advice, failures};
 use crate::cache::record::{Status, Usage};
 use crate::exit::Exit;
@@ -55,6 +55,7 @@ pub struct Summary {
     pub seconds: f64,
     /// Answers that were asked for logprobs and came without usable ones.
     pub without_logprobs: u64,
+    pub without_logprobs_because: BTreeMap<String, u64>,
     /// Answers that `sampling.max_tokens` cut off.
     pub cut_off: u64,
     pub quarantines: BTreeMap<String, u64>,
@@ -64,6 +65,8 @@ pub struct Summary {
     pub hours: Vec<Hour>,
     /// Of a run in batch mode.
     pub batches: Option<Tally>,
+    /// What was odd about the answers, as it was said while they came.
+    pub warnings: Vec<String>,
     /// What to do next.
     pub advice: Vec<String>,
     /// Turns of the dispatcher's loop, for tests: it must not spin.
@@ -116,23 +119,31 @@ impl Summary {
     }
 
     /// Counts an answer.
-    pub fn add(&mut self, answered: &Answered, wants_logprobs: bool) {
-        match answered.status {
+    pub fn add(&mut self, seen: &Seen, wants_logprobs: bool) {
+        match seen.status {
             Status::Ok => self.ok += 1,
             Status::Quarantined => {
                 self.quarantined += 1;
-                let reason = answered.reason.clone();
-                *self.quarantines.entry(reason).or_default() += 1;
+                *self.quarantines.entry(seen.reason.clone()).or_default() += 1;
             }
         }
-        if let Some(usage) = &answered.usage {
-            self.usage.prompt_tokens += usage.prompt_tokens;
-            self.usage.completion_tokens += usage.completion_tokens;
-            self.usage.cached_tokens += usage.cached_tokens;
-            self.usage.reasoning_tokens += usage.reasoning_tokens;
+        if let Some(usage) = &seen.usage {
+            self.usage.add(usage);
         }
-        self.cut_off += u64::from(answered.is_cut_off);
-        self.without_logprobs += u64::from(wants_logprobs && !answered.has_logprobs);
+        self.cut_off += u64::from(seen.is_cut_off);
+        if let Some(why) = seen.without_logprobs.as_ref().filter(|_| wants_logprobs) {
+            self.without_logprobs += 1;
+            *self
+                .without_logprobs_because
+                .entry(why.clone())
+                .or_default() += 1;
+        }
+    }
+
+    /// Says what is odd about the answers, now and in the summary.
+    pub fn warn(&mut self, text: String) {
+        tracing::warn!("{text}");
+        self.warnings.push(text);
     }
 
     /// A row ends without an answer.
@@ -244,6 +255,10 @@ impl Summary {
         }
         if self.without_logprobs > 0 {
             rows.push(count("without logprobs", self.without_logprobs));
+            let because = self.without_logprobs_because.iter();
+            rows.extend(
+                because.map(|(why, &number)| count(&format!("  {}", sanitise(why)), number)),
+            );
         }
         if self.cut_off > 0 {
             rows.push(count("cut off by max_tokens", self.cut_off));

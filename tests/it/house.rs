@@ -90,7 +90,7 @@ fn files_are_written_in_two_places() {
             "fs::rename",
             "fs::copy",
         ],
-        &["fs.rs", "cache/"],
+        &["fs/", "cache/"],
     );
 }
 

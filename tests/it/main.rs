@@ -1,5 +1,6 @@
 //! One file per verb or promise.
 
+mod budget;
 mod cache;
 mod cache_compressed;
 mod cache_crashes;

@@ -7,9 +7,11 @@ use serde_json::json;
 
 use super::VERSION;
 use crate::cache::merge::{self, Merged};
+use crate::cache::record::Usage;
 use crate::cache::{conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
-use crate::config;
+use crate::config::{self, Price};
+use crate::harvest;
 use crate::terminal::{Reading, format_count, sanitise};
 
 /// Repairs the cache in `dir` and says what was done.
@@ -52,12 +54,24 @@ pub fn repair(dir: &Path, json: bool) -> Result<()> {
 }
 
 /// Merges `sources` into the cache in `dir` and says what came of each.
-pub fn merge(dir: &Path, settings: &config::Cache, sources: &[PathBuf], json: bool) -> Result<()> {
+pub fn merge(
+    dir: &Path,
+    settings: &config::Cache,
+    price: &Price,
+    sources: &[PathBuf],
+    json: bool,
+) -> Result<()> {
     let mut reading = Reading::new("merging", json);
     let all = merge::merge(dir, settings, sources, &mut |done, total| {
         reading.update(done, total);
     })?;
     drop(reading);
+    if let Some(run_dir) = dir.parent() {
+        let cost_usd = all.iter().map(|merged| merged.cost_usd).sum();
+        let mut unpriced = Usage::default();
+        all.iter().for_each(|merged| unpriced.add(&merged.unpriced));
+        harvest::add_merged(run_dir, price, cost_usd, unpriced)?;
+    }
     if json {
         let sources = sources.iter().zip(&all).map(|(source, merged)| {
             json!({

@@ -18,6 +18,7 @@ use crate::cache::stats::Stats;
 use crate::cli::{CacheAction, CacheArgs, CachePlace, ConfigFile, Global};
 use crate::config::{self, Compression, Config};
 use crate::exit::Exit;
+use crate::harvest;
 use crate::terminal::{Reading, format_count, sanitise};
 
 /// Version of what `--json` prints here.
@@ -30,7 +31,10 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
         CacheAction::Verify(place) => verify(&folder(place)?, global.json),
         CacheAction::Repair(place) => mend::repair(&folder(place)?, global.json),
         CacheAction::Merge { place, sources } => {
-            mend::merge(&folder(place)?, &settings(place)?, sources, global.json)
+            let price =
+                config(place)?.map_or_else(Default::default, |config| harvest::dearest(&config));
+            let dir = folder(place)?;
+            mend::merge(&dir, &settings(place)?, &price, sources, global.json)
         }
         CacheAction::Show {
             place,

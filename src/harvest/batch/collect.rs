@@ -16,7 +16,7 @@ use super::results::{self, Outcome};
 use super::{Batches, Halt};
 use crate::cache::record::Timing;
 use crate::harvest::attempt::Answered;
-use crate::harvest::budget::Bill;
+use crate::harvest::budget::{Bill, Dollars};
 use crate::harvest::failures::FailedRow;
 use crate::harvest::plan::Row;
 use crate::harvest::queue::Entry;
@@ -24,6 +24,7 @@ use crate::harvest::reply::Completion;
 use crate::harvest::reply::error::ApiError;
 use crate::harvest::retry::{self, Claim, Failure, Reason, Trouble};
 use crate::harvest::unanswered::{Kind, Line};
+use crate::harvest::watch::Word;
 use crate::harvest::{stop, unreadable};
 use crate::prompt::Prompt;
 
@@ -307,24 +308,25 @@ impl Batches<'_> {
                 .append_sealed(&answered.sealed)
                 .map_err(|error| stop::not_recorded(error, cache.safe()))
         };
-        // What the record tells the next run of its cost must be in it before the amount is let go;
-        // what only the ledger can tell, must be in there before the record is.
-        let is_measured = matches!(bill, Bill::Measured(_));
-        if is_measured {
-            append(self.cache)?;
-        }
-        self.purse.settle_of_batch(member.usd, 1, bill, &price)?;
-        if !is_measured {
-            append(self.cache)?;
-        }
+        // A kill in between counts it twice: once as spent, once as held for a row without a record.
+        let held = Dollars::at_least(member.usd);
+        self.books.account.settle_of_batch(held, 1, bill, &price)?;
+        append(self.cache)?;
         let part = &mut self.journal.parts[index];
         part.live.held -= member.usd;
         let is_planned = part.live.rows.get(line).copied().flatten().is_some();
         match is_planned {
-            true => self.summary.add(&answered, wants_logprobs),
+            true => self.summary.add(&answered.seen, wants_logprobs),
             false => self.tally.besides += 1,
         }
-        self.lanes[lane].has_answered = true;
+        let lane = &mut self.lanes[lane];
+        lane.has_answered = true;
+        for word in lane.watch.see(&answered.seen) {
+            match word {
+                Word::Note(text) => self.summary.warn(text),
+                Word::Stop(error) => lane.stop(error),
+            }
+        }
         Ok(())
     }
 
@@ -452,21 +454,27 @@ impl Batches<'_> {
         self.summary.attempts_lost += closing.lost;
         let price = self.lanes[lane].settings.price.clone();
         self.journal.parts[index].live.held -= closing.lost_usd;
-        self.purse
-            .settle_of_batch(closing.lost_usd, closing.lost, Bill::Possible, &price)
+        let lost = Dollars::at_least(closing.lost_usd);
+        self.books
+            .account
+            .settle_of_batch(lost, closing.lost, Bill::Possible, &price)
     }
 
     /// Notes an attempt that may have been billed. Returns how many there were of the row.
     fn paid(&mut self, entry: Entry, failure: &Failure) -> Result<u32> {
         let line = self.line(entry, Kind::PaidAttempt, failure);
-        self.unanswered.add(&line)?;
-        Ok(self.unanswered.get(&line.key).map_or(0, |known| known.paid))
+        self.books.unanswered.add(&line)?;
+        Ok(self
+            .books
+            .unanswered
+            .get(&line.key)
+            .map_or(0, |known| known.paid))
     }
 
     /// The row ends as refused by a content filter.
     fn filtered(&mut self, lane: usize, entry: Entry, failure: &Failure) -> Result<()> {
         let line = self.line(entry, Kind::Filtered, failure);
-        self.unanswered.add(&line)?;
+        self.books.unanswered.add(&line)?;
         let row = FailedRow::new(&self.plan, lane, entry, failure.clone());
         self.summary.filtered(row);
         self.lanes[lane].has_answered = true;

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::api::ENDPOINT;
 use crate::exit::Exit;
-use crate::harvest::cost::Bound;
+use crate::harvest::budget::cost::Bound;
 use crate::harvest::plan::Plan;
 use crate::harvest::queue::Entry;
 

@@ -8,13 +8,14 @@ use anyhow::anyhow;
 use tokio::time::Instant;
 
 use super::api::BatchApi;
-use crate::config;
+use crate::config::{self, Config};
 use crate::exit::Exit;
 use crate::harvest::plan::Plan;
 use crate::harvest::queue::Entry;
 use crate::harvest::retry::{self, Claim, Failure, Trouble};
 use crate::harvest::stop;
 use crate::harvest::teacher::Transport;
+use crate::harvest::watch::Watch;
 
 /// Calls after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_CALLS: u32 = 3;
@@ -48,17 +49,14 @@ pub struct Lane {
     failed_batches: u32,
     /// Replies, since a row was last answered, that say that no request can succeed.
     claims: u32,
+    /// Whether its answers are worth having.
+    pub watch: Watch,
     /// Why nothing more is sent to it; the other lanes go on.
     stopped: Option<anyhow::Error>,
 }
 
 impl Lane {
-    pub fn new(
-        plan: &Plan,
-        index: usize,
-        transport: Arc<dyn Transport>,
-        token_limit: Option<u64>,
-    ) -> Lane {
+    pub fn new(plan: &Plan, index: usize, transport: Arc<dyn Transport>, config: &Config) -> Lane {
         let now = Instant::now();
         let rows = plan.lanes[index].clone();
         Lane {
@@ -66,7 +64,7 @@ impl Lane {
             settings: plan.askings[index].lane.clone(),
             transport,
             waiting: rows.map(Entry::fresh).collect(),
-            token_limit,
+            token_limit: config.batch.enqueued_tokens,
             has_answered: false,
             not_before: now,
             next_poll: now,
@@ -75,6 +73,7 @@ impl Lane {
             is_there: false,
             failed_batches: 0,
             claims: 0,
+            watch: Watch::of(&plan.askings[index].lane, config),
             stopped: None,
         }
     }

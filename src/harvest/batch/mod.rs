@@ -36,16 +36,15 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::time::{Instant, sleep_until};
 
+use super::books::Books;
 use super::clock::WallClock;
 use super::failures::FailedRow;
 use super::plan::Plan;
-use super::purse::{Books, Purse};
 use super::queue::Entry;
 use super::retry::{Failure, Trouble};
 use super::schedule::{Schedule, State as Time};
 use super::summary::Summary;
 use super::teacher::Transport;
-use super::unanswered::Unanswered;
 use super::unreadable::Unreadable;
 use crate::cache::Cache;
 use crate::config::Config;
@@ -71,8 +70,7 @@ pub struct Batches<'a> {
     cache: &'a Cache,
     lanes: Vec<Lane>,
     journal: Journal,
-    purse: Purse,
-    unanswered: Unanswered,
+    books: Books,
     unreadable: Unreadable,
     schedule: Schedule,
     clock: WallClock,
@@ -139,16 +137,15 @@ impl<'a> Batches<'a> {
         clock: WallClock,
         quiet: bool,
     ) -> Result<Self> {
-        let Books { purse, unanswered } = books;
-        let lanes = transports.iter().enumerate().map(|(index, transport)| {
-            let limit = config.batch.enqueued_tokens;
-            Lane::new(&plan, index, Arc::clone(transport), limit)
-        });
+        let lanes = transports
+            .iter()
+            .enumerate()
+            .map(|(index, transport)| Lane::new(&plan, index, Arc::clone(transport), config));
         Ok(Self {
             lanes: lanes.collect(),
             journal: Journal::load(&config.run_dir)?,
             schedule: Schedule::new(&config.schedule, clock.now())?,
-            summary: Summary::of_plan(&plan, &unanswered),
+            summary: Summary::of_plan(&plan, &books.unanswered),
             tally: Tally::default(),
             started: Instant::now(),
             over: None,
@@ -157,8 +154,7 @@ impl<'a> Batches<'a> {
             config,
             plan,
             cache,
-            purse,
-            unanswered,
+            books,
             clock,
         })
     }
@@ -199,7 +195,7 @@ impl<'a> Batches<'a> {
                     Err(Halt::Trouble(trouble)) => self.troubled(lane, trouble),
                 }
             }
-            self.purse.tick()?;
+            self.books.account.tick()?;
             self.show();
             if let Some(ended) = self.end() {
                 return Ok(ended);
@@ -312,7 +308,7 @@ impl<'a> Batches<'a> {
 
     fn finish(mut self, ended: Ended) -> Result<Outcome> {
         self.cache.sync()?;
-        self.purse.tell(self.is_priced(), &mut self.summary);
+        self.books.summarise(self.is_priced(), &mut self.summary);
         let under_way = self.parts_under_way();
         let count: u64 = under_way.values().sum();
         for (status, count) in under_way {
@@ -322,7 +318,7 @@ impl<'a> Batches<'a> {
         if matches!(ended, Ended::Deadline) {
             return self.leave_rest();
         }
-        self.purse.close(&mut [], 0)?;
+        self.books.close(&mut [], 0)?;
         let mut summary = self.summary;
         summary.pending = summary.total - summary.done();
         summary.seconds = self.started.elapsed().as_secs_f64();
@@ -358,10 +354,7 @@ impl<'a> Batches<'a> {
             not_to_ask,
             under_way,
             summary: self.summary,
-            books: Books {
-                purse: self.purse,
-                unanswered: self.unanswered,
-            },
+            books: self.books,
             started: self.started,
         })))
     }

@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use super::Batches;
 use super::journal::State;
+use crate::harvest::budget::Dollars;
 use crate::harvest::teacher;
 use crate::terminal::{format_count, sanitise};
 
@@ -36,7 +37,7 @@ impl Batches<'_> {
                     sanitise(&part.teacher)
                 ));
             }
-            self.purse.hold_for_batch(held);
+            self.books.account.hold_for_batch(Dollars::at_least(held));
             let part = &mut self.journal.parts[index];
             part.live.lane = lane;
             part.live.held = held;

@@ -7,7 +7,7 @@ use crate::terminal::{format_dollars, sanitise};
 
 impl Batches<'_> {
     pub(super) fn show(&mut self) {
-        self.purse.tell(self.is_priced(), &mut self.summary);
+        self.books.summarise(self.is_priced(), &mut self.summary);
         let (parts, summary) = (self.parts_under_way(), &self.summary);
         self.progress.update(summary.done(), || {
             let mut texts: Vec<String> = parts

@@ -12,7 +12,7 @@ use super::journal::{Live, Part, State};
 use super::lane::batches;
 use super::parts::{self, Full, Room, Size};
 use super::{Batches, Halt};
-use crate::harvest::budget::Bill;
+use crate::harvest::budget::{Bill, Dollars};
 use crate::harvest::queue::Entry;
 use crate::harvest::retry::{self, Failure, Trouble};
 use crate::harvest::stop;
@@ -50,7 +50,7 @@ impl Batches<'_> {
             // Alone a row is always tried: only the endpoint knows how it counts.
             if enqueued == 0 { room.max(first) } else { room }
         });
-        let room = Room::of(&self.config.batch, tokens, self.purse.budget.room());
+        let room = Room::of(&self.config.batch, tokens, self.books.account.room().usd());
         let (count, sum, full) = room.take(sizes.iter().copied());
         if count == 0 {
             match full {
@@ -88,7 +88,9 @@ impl Batches<'_> {
                 ..Live::default()
             },
         });
-        self.purse.hold_for_batch(sum.usd);
+        self.books
+            .account
+            .hold_for_batch(Dollars::at_least(sum.usd));
         self.journal.save()?;
         Ok(Some(self.journal.parts.len() - 1))
     }
@@ -100,7 +102,7 @@ impl Batches<'_> {
             &self.plan,
             lane,
             row,
-            self.purse.budget.bound(&bound, price),
+            self.books.account.bound(&bound, price).usd.usd(),
         )
     }
 
@@ -121,7 +123,7 @@ impl Batches<'_> {
         if open.any(|lane| !self.parts_of(lane.index).is_empty()) {
             return;
         }
-        let error = stop::out_of_money(&self.purse.budget);
+        let error = stop::out_of_money(&self.books.account);
         self.lanes[lane].stop(error);
     }
 
@@ -268,11 +270,13 @@ impl Batches<'_> {
         let price = self.lanes[lane].settings.price.clone();
         let part = &mut self.journal.parts[index];
         let (held, rows) = (std::mem::take(&mut part.live.held), part.rows);
-        self.purse
+        let held = Dollars::at_least(held);
+        self.books
+            .account
             .settle_of_batch(held, rows, Bill::Nothing, &price)?;
         // The answers and the books first: only a part that has not ended is looked at again.
         self.cache.sync()?;
-        self.purse.tick()?;
+        self.books.account.tick()?;
         *self.tally.parts.entry(status.to_owned()).or_default() += 1;
         Ok(self.journal.end(index, status)?)
     }

@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::Dispatcher;
+use crate::harvest::books::Books;
 use crate::harvest::lane::Lane;
-use crate::harvest::purse::Books;
 use crate::harvest::summary::Summary;
 use crate::harvest::{room, stop};
 
@@ -21,7 +21,7 @@ impl Dispatcher<'_> {
         synced.map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
         self.pass_time();
         let still_in_flight = (self.in_flight.len() + self.room.take().len()) as u64;
-        room::excuse(self.purse.close(&mut self.lanes, still_in_flight))?;
+        room::excuse(self.books.close(&mut self.lanes, still_in_flight))?;
         self.note_dollars();
         let mut summary = self.summary;
         summary.attempts_lost += still_in_flight;
@@ -39,10 +39,7 @@ impl Dispatcher<'_> {
         Ok(Ended {
             summary,
             lanes: self.lanes,
-            books: Books {
-                purse: self.purse,
-                unanswered: self.unanswered,
-            },
+            books: self.books,
         })
     }
 }

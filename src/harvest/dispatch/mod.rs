@@ -14,7 +14,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::exit::Exit;
-use crate::harvest::attempt::{self, Answered, Attempt, Finished};
+use crate::harvest::attempt::{self, Attempt, Finished};
+use crate::harvest::books::Books;
 use crate::harvest::budget::Bill;
 use crate::harvest::clock::WallClock;
 use crate::harvest::failures::FailedRow;
@@ -22,7 +23,6 @@ use crate::harvest::lane::{Lane, Verdict};
 use crate::harvest::limiter::Departure;
 use crate::harvest::plan::Plan;
 use crate::harvest::progress::Rates;
-use crate::harvest::purse::{Books, Purse};
 use crate::harvest::queue::Entry;
 use crate::harvest::retry::{Failure, Trouble};
 use crate::harvest::room::{self, Room};
@@ -30,8 +30,9 @@ use crate::harvest::schedule::{Schedule, State};
 use crate::harvest::stop;
 use crate::harvest::summary::Summary;
 use crate::harvest::timeline::{Timeline, Used};
-use crate::harvest::unanswered::{Kind, Line, Unanswered};
+use crate::harvest::unanswered::{Kind, Line};
 use crate::harvest::unreadable::Unreadable;
+use crate::harvest::watch::{Seen, Word};
 use crate::signal::Signals;
 use crate::terminal::{Progress, format_duration};
 pub use ending::Ended;
@@ -50,8 +51,7 @@ pub struct Dispatcher<'a> {
     plan: Arc<Plan>,
     cache: &'a Cache,
     lanes: Vec<Lane>,
-    purse: Purse,
-    unanswered: Unanswered,
+    books: Books,
     unreadable: Unreadable,
     schedule: Schedule,
     clock: WallClock,
@@ -96,7 +96,6 @@ impl<'a> Dispatcher<'a> {
         clock: WallClock,
         progress: Progress,
     ) -> Result<Self> {
-        let Books { purse, unanswered } = books;
         let now = Instant::now();
         let used = lanes.iter().map(|lane| Used {
             teacher: lane.settings.teacher.label().into(),
@@ -104,14 +103,13 @@ impl<'a> Dispatcher<'a> {
         });
         let summary = Summary {
             used: used.collect(),
-            ..Summary::of_plan(&plan, &unanswered)
+            ..Summary::of_plan(&plan, &books.unanswered)
         };
         Ok(Self {
             config,
             cache,
             lanes,
-            purse,
-            unanswered,
+            books,
             unreadable: Unreadable::new(&config.run_dir),
             schedule: Schedule::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
@@ -155,7 +153,7 @@ impl<'a> Dispatcher<'a> {
     pub async fn run_to_end(mut self, mut signals: Signals) -> Result<Ended> {
         let lanes = self.lanes.iter();
         let most_in_flight = lanes.map(|lane| lane.settings.limits.concurrency as u64);
-        self.purse.expect_in_flight(most_in_flight.sum())?;
+        self.books.account.expect_in_flight(most_in_flight.sum())?;
         let mut seconds = interval(Duration::from_secs(1));
         seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
@@ -221,7 +219,7 @@ impl<'a> Dispatcher<'a> {
         }
         if is_short_of_money && self.in_flight.is_empty() && wake.is_none() {
             self.stop
-                .get_or_insert(stop::out_of_money(&self.purse.budget));
+                .get_or_insert(stop::out_of_money(&self.books.account));
         }
         Ok(wake)
     }
@@ -264,8 +262,8 @@ impl<'a> Dispatcher<'a> {
             Err(wake) => return Ok(wake.map_or(Next::Full, Next::NotBefore)),
         };
         let bound = self.plan.bound(index, entry.row);
-        let reserved = self.purse.budget.bound(&bound, &lane.settings.price);
-        match self.purse.set_aside(reserved, lane) {
+        let reserved = self.books.account.bound(&bound, &lane.settings.price);
+        match self.books.set_aside(&reserved, lane) {
             Ok(true) => {}
             Ok(false) => return Ok(Next::NoMoney),
             Err(error) if room::is_full(&error) => {
@@ -278,8 +276,7 @@ impl<'a> Dispatcher<'a> {
         let departure = match lane.admit(cost) {
             Ok(departure) => departure,
             Err(until) => {
-                self.purse
-                    .settle(reserved, Bill::Nothing, &lane.settings.price)?;
+                self.books.account.release(&reserved);
                 return Ok(Next::NotBefore(until));
             }
         };
@@ -335,7 +332,21 @@ impl<'a> Dispatcher<'a> {
             true => self.room.hold(finished),
             false => self.record(finished)?,
         }
+        self.unless_full(|books| books.account.flush())?;
         fault.map_or(Ok(()), Err)
+    }
+
+    fn tick_account(&mut self) -> Result<()> {
+        self.unless_full(|books| books.account.tick())
+    }
+
+    /// Writes to the books. A full disk is met again by the next request, which must not be sent then;
+    /// until then what was written before is on the safe side.
+    fn unless_full(&mut self, write: impl FnOnce(&mut Books) -> Result<()>) -> Result<()> {
+        match write(&mut self.books) {
+            Err(error) if room::is_full(&error) => Ok(()),
+            other => other,
+        }
     }
 
     fn settle(&mut self, finished: Finished) -> Result<()> {
@@ -351,10 +362,10 @@ impl<'a> Dispatcher<'a> {
         let price = lane.settings.price.clone();
         let trouble = match result {
             Ok(answered) => {
-                lane.answered(&attempt.departure, &reports, answered.usage.as_ref());
+                lane.answered(&attempt.departure, &reports, answered.seen.usage.as_ref());
                 let bill = answered.bill();
-                self.purse.settle(attempt.reserved, bill, &price)?;
-                self.count(index, &answered);
+                self.books.account.settle(&attempt.reserved, bill, &price);
+                self.count(index, &answered.seen);
                 return Ok(());
             }
             Err(trouble) => trouble,
@@ -371,7 +382,7 @@ impl<'a> Dispatcher<'a> {
             None => Bill::Nothing,
         };
         self.summary.attempts_lost += u64::from(billed.is_some());
-        self.purse.settle(attempt.reserved, bill, &price)?;
+        self.books.account.settle(&attempt.reserved, bill, &price);
         self.timeline.hour(Instant::now()).failed_attempts += 1;
         let mut entry = attempt.entry;
         let mut paid = 0;
@@ -459,8 +470,8 @@ impl<'a> Dispatcher<'a> {
             failure,
             self.clock.now(),
         );
-        room::excuse(self.unanswered.add(&line))?;
-        let known = self.unanswered.get(&line.key);
+        room::excuse(self.books.unanswered.add(&line))?;
+        let known = self.books.unanswered.get(&line.key);
         Ok(known.map_or(0, |known| known.paid).max(entry.paid))
     }
 
@@ -473,16 +484,23 @@ impl<'a> Dispatcher<'a> {
             &failure,
             self.clock.now(),
         );
-        room::excuse(self.unanswered.add(&line))?;
+        room::excuse(self.books.unanswered.add(&line))?;
         let row = FailedRow::new(&self.plan, index, entry, failure);
         self.summary.filtered(row);
         Ok(())
     }
 
-    fn count(&mut self, index: usize, answered: &Answered) {
+    fn count(&mut self, index: usize, seen: &Seen) {
         let wants_logprobs = self.plan.askings[index].wants_logprobs();
-        self.summary.add(answered, wants_logprobs);
+        self.summary.add(seen, wants_logprobs);
         self.timeline.hour(Instant::now()).answered += 1;
+        let lane = &mut self.lanes[index];
+        for word in lane.watch.see(seen) {
+            match word {
+                Word::Note(text) => self.summary.warn(text),
+                Word::Stop(error) => lane.stop(error),
+            }
+        }
     }
 
     /// True for the second signal.
@@ -516,7 +534,7 @@ impl<'a> Dispatcher<'a> {
         self.cache
             .check()
             .map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
-        self.purse.tick()?;
+        self.tick_account()?;
         self.note_dollars();
         self.rates.note(Instant::now(), &self.summary);
         let (rates, summary) = (&self.rates, &self.summary);
@@ -550,6 +568,6 @@ impl<'a> Dispatcher<'a> {
         let is_priced = self.lanes.iter().any(|lane| {
             lane.settings.price.input.is_some() && lane.settings.price.output.is_some()
         });
-        self.purse.tell(is_priced, &mut self.summary);
+        self.books.summarise(is_priced, &mut self.summary);
     }
 }

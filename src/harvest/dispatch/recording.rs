@@ -50,7 +50,7 @@ impl Dispatcher<'_> {
         let held = self.room.take();
         self.record(held)?;
         let is_held = self.room.holds_something();
-        match self.purse.save() {
+        match self.books.account.save() {
             Ok(()) if !is_held => {
                 self.room.clear();
                 self.progress.note("there is room on the disk again");

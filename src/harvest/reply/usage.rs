@@ -2,7 +2,6 @@
 
 use serde_json::{Map, Value};
 
-use super::super::cost::Bound;
 use crate::cache::record::Usage;
 
 /// No request has used more tokens: a larger count is a mistake of the server's, as an unsigned -1 is.
@@ -109,11 +108,6 @@ fn count(value: Option<&Value>) -> Option<u64> {
 pub fn measured(usage: Option<Usage>, text_bytes: usize) -> Option<Usage> {
     usage
         .filter(|usage| usage.prompt_tokens > 0 && (usage.completion_tokens > 0 || text_bytes == 0))
-}
-
-/// Did the answer use more tokens than it was allowed?
-pub fn exceeds(usage: &Usage, bound: &Bound) -> bool {
-    usage.completion_tokens > bound.output_tokens
 }
 
 #[cfg(test)]

@@ -246,7 +246,7 @@ async fn on_the_wire_it_is_the_same() {
 async fn broken_logprobs_cost_no_answer_and_are_counted() {
     for (kind, without) in [
         ("logprobs null", 1),
-        ("logprobs fewer", 0),
+        ("logprobs fewer", 1),
         ("logprobs nan", 0),
         ("logprobs inf", 0),
         ("logprobs sentinel", 0),
@@ -258,7 +258,8 @@ async fn broken_logprobs_cost_no_answer_and_are_counted() {
         assert_eq!(
             (summary.ok, summary.without_logprobs),
             (4, without),
-            "{kind}"
+            "{kind}: {:?}",
+            summary.without_logprobs_because
         );
         for record in night.run.records() {
             let Some(logprobs) = record.logprobs else {

@@ -4,6 +4,10 @@
 //! synced, renamed over it, and then the folder is synced, since a rename is not durable before
 //! that. The cache alone writes in another way (it appends, see `cache::storage`).
 
+mod lock;
+
+pub use lock::Lock;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -306,6 +310,11 @@ impl Log {
         self.0
             .write_all(format!("{line}\n").as_bytes())
             .context("could not append to a log")
+    }
+
+    /// Makes what was appended durable.
+    pub fn sync(&self) -> Result<()> {
+        self.0.sync_data().context("could not sync a log")
     }
 }
 

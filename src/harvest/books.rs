@@ -1,0 +1,197 @@
+//! What a run writes beside the cache: its account, the day's requests, and the rows without an answer.
+
+use std::path::Path;
+
+use anyhow::Result;
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use super::budget::{Account, Amount, Dollars, Files, InFlight, Spent, Tokens, ledger};
+use super::clock::WallClock;
+use super::lane::Lane;
+use super::limiter::day::Day;
+use super::plan::Plan;
+use super::summary::Summary;
+use super::unanswered::Unanswered;
+use crate::cache;
+use crate::cache::record::Usage;
+use crate::config::{self, Config, Price};
+use crate::exit::Exit;
+
+pub struct Books {
+    pub account: Account<Files>,
+    pub unanswered: Unanswered,
+    clock: WallClock,
+}
+
+impl Books {
+    /// Opens the account of the run folder, and settles what a killed run left in flight, which is returned.
+    /// `unanswered` may be that of another folder. `cached_usd` is what the records cost that it holds.
+    ///
+    /// # Errors
+    /// Where another process has the account, and where its files are damaged or cannot be written.
+    pub fn open(
+        config: &Config,
+        cached_usd: f64,
+        unanswered: Unanswered,
+        clock: WallClock,
+    ) -> Result<(Books, InFlight)> {
+        let (files, ledger, is_complete) = Files::open(&config.run_dir)?;
+        let mut floor = Spent {
+            measured_usd: Dollars::at_least(cached_usd),
+            ..Spent::default()
+        };
+        if !is_complete {
+            // An older version has left it to the caches what was measured.
+            for dir in [config.own_cache(), config.judged_dir().join("cache")] {
+                floor.measured_tokens.add(unpriced(&dir)?);
+            }
+        }
+        let price = dearest(config);
+        let (account, lost) = Account::open(files, ledger, config.budget.usd, &price, &floor)?;
+        let books = Books {
+            account,
+            unanswered,
+            clock,
+        };
+        Ok((books, lost))
+    }
+
+    /// The requests that earlier runs sent to this endpoint within a day.
+    pub fn day(&mut self, lane: &config::Lane) -> Day {
+        let now = self.clock.now();
+        let slots = self.account.day().get(lane.teacher.label());
+        let slots: Vec<_> = slots
+            .into_iter()
+            .flatten()
+            .map(|&(time, count)| ((now - time).get_seconds(), count))
+            .filter(|(age, _)| *age < 86_400)
+            .collect();
+        Day::new(lane.limits.own().requests_per_day, &slots, Instant::now())
+    }
+
+    /// Refuses a budget that the most expensive request does not fit into.
+    pub fn check_largest(&self, plan: &Plan, lane: usize) -> Result<()> {
+        let Some(cap) = self.account.cap() else {
+            return Ok(());
+        };
+        let settings = &plan.askings[lane].lane;
+        let bounds = plan.lanes[lane].clone().map(|row| {
+            let bound = plan.bound(lane, row);
+            self.account.bound(&bound, &settings.price).usd
+        });
+        let most = bounds.max().unwrap_or_default();
+        if most > cap {
+            return Err(Exit::Usage(format!(
+                "one request to {} may cost {most}, more than `budget.usd` = {}: lower \
+                 `sampling.max_tokens` or raise the budget",
+                settings.teacher.label(),
+                cap.usd()
+            ))
+            .into());
+        }
+        Ok(())
+    }
+
+    /// Reserves the amount, if it fits, for a request that is to be sent now, and writes the day's requests
+    /// ahead, where the limit asks for it. After an error nothing is reserved.
+    pub fn set_aside(&mut self, amount: &Amount, lane: &mut Lane) -> Result<bool> {
+        if !self.account.reserve(amount)? {
+            return Ok(false);
+        }
+        if lane.limiter.day.must_be_written() {
+            self.note_day(lane, false);
+            if let Err(error) = self.account.save() {
+                self.account.release(amount);
+                return Err(error);
+            }
+        }
+        Ok(true)
+    }
+
+    fn note_day(&mut self, lane: &mut Lane, last: bool) {
+        let now = self.clock.now();
+        let slots = lane.limiter.day.written(Instant::now(), last);
+        if slots.is_empty() {
+            return;
+        }
+        let at = |age: i64| Timestamp::from_second(now.as_second() - age).unwrap_or(now);
+        let slots = slots.into_iter().map(|(age, count)| (at(age), count));
+        let label = lane.settings.teacher.label().to_owned();
+        self.account.day().insert(label, slots.collect());
+    }
+
+    /// Closes the account: what is still in flight, after a second signal, counts as possibly billed.
+    pub fn close(&mut self, lanes: &mut [Lane], still_in_flight: u64) -> Result<()> {
+        for lane in lanes {
+            self.note_day(lane, true);
+        }
+        self.account.close(still_in_flight)
+    }
+
+    /// Notes the dollars, if there are prices.
+    pub fn summarise(&self, is_priced: bool, summary: &mut Summary) {
+        if is_priced {
+            let now = self.account.spent_now();
+            summary.cost_usd = Some(now.measured_usd.usd());
+            summary.estimated_usd = Some(now.estimated_usd.usd());
+            summary.run_folder_usd = Some(self.account.spent().total().usd());
+        }
+        summary.budget_usd = self.account.cap().map(Dollars::usd);
+    }
+}
+
+/// Counts what was merged into the cache of a run folder as spent there. A folder that keeps no account
+/// counts its cache when it first opens one.
+///
+/// # Errors
+/// Where another process has the account, and where its files are damaged or cannot be written.
+pub fn add_merged(run_dir: &Path, price: &Price, cost_usd: f64, unpriced: Usage) -> Result<()> {
+    if !ledger::file(run_dir).exists() {
+        return Ok(());
+    }
+    let (files, ledger, is_complete) = Files::open(run_dir)?;
+    if !is_complete {
+        return Ok(());
+    }
+    let (mut account, lost) = Account::open(files, ledger, None, price, &Spent::default())?;
+    lost.warn();
+    account.add_spent(&Spent {
+        measured_usd: Dollars::at_least(cost_usd),
+        measured_tokens: unpriced.into(),
+        ..Spent::default()
+    })?;
+    account.close(0)
+}
+
+/// The tokens of the records of a cache that have no cost.
+fn unpriced(dir: &Path) -> Result<Tokens> {
+    let mut tokens = Tokens::default();
+    if !cache::exists(dir) {
+        return Ok(tokens);
+    }
+    for record in cache::read(dir)? {
+        let record = record?;
+        if record.cost_usd.is_none()
+            && let Some(usage) = record.usage
+        {
+            tokens.add(usage.into());
+        }
+    }
+    Ok(tokens)
+}
+
+/// The highest price of each kind among the teachers that have one.
+pub fn dearest(config: &Config) -> Price {
+    let mut dearest = Price::default();
+    let higher = |a: Option<f64>, b: Option<f64>| match (a, b) {
+        (Some(a), Some(b)) => Some(a.max(b)),
+        (a, b) => a.or(b),
+    };
+    for lane in config.lanes() {
+        dearest.input = higher(dearest.input, lane.price.input);
+        dearest.cached_input = higher(dearest.cached_input, lane.price.cached_input);
+        dearest.output = higher(dearest.output, lane.price.output);
+    }
+    dearest
+}

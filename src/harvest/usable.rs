@@ -1,0 +1,113 @@
+//! Can soft labels be made of an answer's logprobs? Judged while the harvest goes on. Pure.
+
+use crate::cache::record::{Logprobs, RawToken};
+
+/// Logprobs at or below are no logprobs: endpoints send -100, -9999 for "too small to tell".
+const SENTINEL: f32 = -100.0;
+
+/// By how much probabilities may sum to more than 1: they are rounded.
+const EXCESS: f64 = 1e-3;
+
+/// Tokens behind the text that may be stop tokens.
+const STOP_TOKENS: usize = 4;
+
+/// Why training can make nothing of these logprobs of `text`.
+pub fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
+    if !logprobs.matches_text && !spell_more(logprobs, text) {
+        return Some("its tokens do not spell the answer");
+    }
+    let numbers = |values: &[Option<f32>]| values.iter().flatten().any(|value| *value > SENTINEL);
+    let has_numbers =
+        numbers(&logprobs.logprob) || logprobs.top_logprob.iter().any(|top| numbers(top));
+    if !has_numbers {
+        return Some("none of them is a number");
+    }
+    let positions = logprobs.top.iter().zip(&logprobs.top_logprob);
+    if positions
+        .into_iter()
+        .any(|(top, values)| mass(top, values) > 1.0 + EXCESS)
+    {
+        return Some("the probabilities sum to more than 1");
+    }
+    None
+}
+
+/// The sum of the probabilities at a position; one that is listed twice counts once.
+fn mass(top: &[String], values: &[Option<f32>]) -> f64 {
+    let sum = |is_new: &dyn Fn(usize) -> bool| -> f64 {
+        let usable = values.iter().enumerate();
+        let usable =
+            usable.filter(|&(rank, value)| value.is_some_and(|v| v > SENTINEL) && is_new(rank));
+        usable
+            .map(|(_, value)| f64::from(value.unwrap_or(f32::MIN).exp()))
+            .sum()
+    };
+    let all = sum(&|_| true);
+    if all <= 1.0 + EXCESS {
+        return all;
+    }
+    // Bytes that are no text are all "" here.
+    sum(&|rank| top[rank].is_empty() || !top[..rank].contains(&top[rank]))
+}
+
+/// Do the tokens spell the text, and behind it stop tokens?
+fn spell_more(logprobs: &Logprobs, text: &str) -> bool {
+    let mut rest = text.as_bytes();
+    let mut raw = logprobs
+        .raw
+        .iter()
+        .filter(|token| token.rank < 0)
+        .peekable();
+    for (position, token) in logprobs.token.iter().enumerate() {
+        let hex = raw.next_if(|raw| raw.position as usize == position);
+        let of_bytes = hex.and_then(RawToken::bytes);
+        let bytes = of_bytes.as_deref().unwrap_or(token.as_bytes());
+        match rest.strip_prefix(bytes) {
+            Some(left) => rest = left,
+            None => return rest.is_empty() && logprobs.token.len() - position <= STOP_TOKENS,
+        }
+    }
+    rest.is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logprobs(tokens: &[&str], top: &[f32]) -> Logprobs {
+        Logprobs {
+            token: tokens.iter().map(|token| (*token).into()).collect(),
+            logprob: vec![top.first().copied(); tokens.len()],
+            top: vec![(0..top.len()).map(|rank| format!("x{rank}")).collect(); tokens.len()],
+            top_logprob: vec![top.iter().copied().map(Some).collect(); tokens.len()],
+            raw: Vec::new(),
+            matches_text: tokens.concat() == "a b",
+        }
+    }
+
+    #[test]
+    fn what_training_cannot_use_is_seen_at_once() {
+        let of = |tokens: &[&str], top: &[f32]| fault(&logprobs(tokens, top), "a b");
+        assert_eq!(of(&["a", " b"], &[-0.5, -1.5]), None);
+        assert_eq!(of(&["a", " b", "<|im_end|>"], &[-0.5]), None);
+        assert!(
+            of(&["a", " b", " ", "c", "d", "e", "f"], &[-0.5])
+                .unwrap()
+                .contains("spell")
+        );
+        assert!(of(&["a", " c"], &[-0.5]).unwrap().contains("spell"));
+        assert!(of(&["a"], &[-0.5]).unwrap().contains("spell"));
+        assert!(of(&["a", " b"], &[-9999.0]).unwrap().contains("a number"));
+        assert!(of(&["a", " b"], &[]).unwrap().contains("a number"));
+        assert!(
+            of(&["a", " b"], &[-0.1, -0.2])
+                .unwrap()
+                .contains("more than 1")
+        );
+        assert_eq!(of(&["a", " b"], &[-0.7, -0.7]), None);
+        // Some servers list the emitted token twice.
+        let mut twice = logprobs(&["a", " b"], &[-0.1, -0.1]);
+        twice.top = vec![vec!["x".into(); 2]; 2];
+        assert_eq!(fault(&twice, "a b"), None);
+    }
+}
