@@ -18,7 +18,7 @@ pub enum Exit {
     /// 5: a cache or a checkpoint is damaged, and going on could lose data.
     #[error("{0}")]
     Damaged(String),
-    /// 130 or 143: a clean drain after Ctrl-C or SIGTERM (128 + the signal's number).
+    /// 129, 130 or 143: a clean drain after a hang-up, Ctrl-C or SIGTERM (128 + the signal's number).
     #[error("stopped by a signal")]
     Signal(u8),
 }
@@ -32,6 +32,14 @@ impl Exit {
             Exit::Resumable(_) => 4,
             Exit::Damaged(_) => 5,
             Exit::Signal(number) => 128 + number,
+        }
+    }
+
+    /// The number of the signal that is in the chain of `error`.
+    pub fn signal_of(error: &anyhow::Error) -> Option<u8> {
+        match error.downcast_ref::<Exit>()? {
+            Exit::Signal(number) => Some(*number),
+            _ => None,
         }
     }
 

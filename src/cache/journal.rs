@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::place::{Displaced, Place};
 use super::storage::{self, Storage, SyncJob};
 
 /// The file of one writer, and what of it is durable.
@@ -13,6 +14,10 @@ pub struct Journal {
     storage: Box<dyn Storage>,
     syncs_in_background: bool,
     path: PathBuf,
+    /// The file and its name, to be compared.
+    place: Option<Place>,
+    /// The file, or another one of the cache, is not what this process made of it.
+    displaced: Option<Displaced>,
     /// Bytes of whole lines.
     length: u64,
     /// Lines appended since the last sync, and when the first of them was.
@@ -35,9 +40,14 @@ enum Health {
 
 impl Journal {
     /// `storage` holds `length` bytes of whole lines; `path` is for messages.
-    pub fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// Where the process has no descriptor left.
+    pub fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Result<Self> {
+        Ok(Self {
             syncs_in_background: storage.sync_job().is_some(),
+            place: place_of(&*storage, path)?,
+            displaced: None,
             storage,
             path: path.to_owned(),
             length,
@@ -45,13 +55,16 @@ impl Journal {
             doubtful: 0,
             oldest: None,
             health: Health::Good,
-        }
+        })
     }
 
     /// Appends so many `lines`. After an error the file ends where it did before; where even that
-    /// cannot be had, every later append is refused.
+    /// cannot be had, every later append is refused. Where the file is no longer where it was, the lines
+    /// go to where the others are safe.
     pub fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
-        self.check()?;
+        self.may_append()?;
+        self.look();
+        self.may_append()?;
         if let Err(error) = storage::write_all(&mut *self.storage, text) {
             return Err(self.undo(error));
         }
@@ -71,8 +84,9 @@ impl Journal {
 
     /// Makes every line appended so far durable. An error is final.
     pub fn sync(&mut self) -> Result<()> {
+        self.look();
         if self.health == Health::Lost {
-            return self.check();
+            return self.may_append();
         }
         if self.unsynced == 0 {
             return Ok(());
@@ -115,12 +129,72 @@ impl Journal {
 
     /// Goes on in another file, of so many bytes, that holds on the disk whatever this one did from
     /// some line on.
-    pub fn replace(&mut self, storage: Box<dyn Storage>, length: u64) {
+    ///
+    /// # Errors
+    /// Where the process has no descriptor left.
+    pub fn replace(&mut self, storage: Box<dyn Storage>, length: u64) -> Result<()> {
+        self.place = place_of(&*storage, &self.path)?;
         self.storage = storage;
         self.length = length;
         self.take_unsynced();
         if self.health == Health::Torn {
             self.health = Health::Good;
+        }
+        Ok(())
+    }
+
+    /// Compares the file with what was written to it. Where it was moved or changed by somebody else, what
+    /// follows is appended to where it is safe, and [`Journal::check`] says so from now on.
+    pub fn look(&mut self) {
+        if self.displaced.is_some() {
+            return;
+        }
+        let Some(place) = &self.place else {
+            return;
+        };
+        let Err(change) = place.check(self.length) else {
+            return;
+        };
+        let (displaced, rescue) = place.leave(&change, self.length);
+        self.displace(displaced);
+        match rescue {
+            Ok(None) => {}
+            Ok(Some(rescue)) => {
+                self.path = rescue.path;
+                self.length = rescue.length;
+                self.storage = Box::new(rescue.file);
+                self.take_unsynced();
+            }
+            Err(()) => self.health = Health::Lost,
+        }
+    }
+
+    /// A file of the cache is not what this process made of it: nothing more is to be asked.
+    pub fn displace(&mut self, displaced: Displaced) {
+        self.displaced.get_or_insert(displaced);
+    }
+
+    pub fn displaced(&self) -> Option<&Displaced> {
+        self.displaced.as_ref()
+    }
+
+    pub fn is_displaced(&self) -> bool {
+        self.displaced.is_some()
+    }
+
+    /// Bytes of the file that lines are appended to meanwhile.
+    ///
+    /// # Errors
+    /// Where it cannot be opened.
+    pub fn reader(&self) -> Result<Place> {
+        match &self.place {
+            Some(place) => place.again(),
+            None => {
+                let file = std::fs::File::open(&self.path);
+                let file =
+                    file.with_context(|| format!("could not read {}", self.path.display()))?;
+                Place::of(&file, &self.path)
+            }
         }
     }
 
@@ -149,8 +223,17 @@ impl Journal {
         self.syncs_in_background
     }
 
-    /// An error where nothing may be appended any more.
+    /// An error where nothing more is to be asked for.
     pub fn check(&self) -> Result<()> {
+        self.may_append()?;
+        match &self.displaced {
+            Some(displaced) => Err(displaced.clone().into()),
+            None => Ok(()),
+        }
+    }
+
+    /// An error where nothing can be appended any more.
+    pub fn may_append(&self) -> Result<()> {
         let path = self.path.display();
         match self.health {
             Health::Good => Ok(()),
@@ -174,4 +257,8 @@ impl Journal {
     pub fn waiting(&self) -> Option<Duration> {
         self.oldest.map(|oldest| oldest.elapsed())
     }
+}
+
+fn place_of(storage: &dyn Storage, path: &Path) -> Result<Option<Place>> {
+    storage.file().map(|file| Place::of(file, path)).transpose()
 }

@@ -146,7 +146,11 @@ impl Merging {
         Ok(())
     }
 
-    fn take(&mut self, source: &Path, on_progress: &mut dyn FnMut(u64)) -> Result<Merged> {
+    fn take(
+        &mut self,
+        source: &Path,
+        on_progress: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<Merged> {
         let mut lines = Lines::open(source)?;
         let mut merged = Merged::default();
         let mut group = Vec::with_capacity(GROUP);
@@ -162,7 +166,7 @@ impl Merging {
             if group.len() == GROUP || !is_more {
                 self.cache.append_group(&group)?;
                 group.clear();
-                on_progress(lines.position());
+                on_progress(lines.position())?;
             }
             if !is_more {
                 break;

@@ -26,6 +26,7 @@ pub mod line;
 pub mod lookup;
 pub mod merge;
 mod opening;
+pub mod place;
 pub mod reader;
 pub mod record;
 pub mod recovery;

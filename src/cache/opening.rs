@@ -16,8 +16,8 @@ use super::storage::{self, Wrap};
 use super::sweep::{self, Block};
 use super::{compressed_file, damaged, line, plain_file, refusal, torn_file};
 
-/// Told how many bytes have been read, and of how many.
-pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
+/// Told how many bytes have been read, and of how many; an error ends the reading.
+pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 
 /// What an opened cache holds.
 #[derive(Debug, Default)]
@@ -57,11 +57,11 @@ pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Cont
     let mut compressed = Part::default();
     if lengths.1 > 0 {
         compressed = read_compressed(&compressed_file(dir), &mut |bytes| {
-            on_progress(bytes, total);
+            on_progress(bytes, total)
         })?;
     }
     let mut plain = read_plain(&mut file, &plain_file(dir), &mut |bytes| {
-        on_progress(lengths.1 + bytes, total);
+        on_progress(lengths.1 + bytes, total)
     })?;
     repair_plain(&mut file, dir, &mut plain)
         .with_context(|| format!("could not repair {}", plain_file(dir).display()))?;
@@ -81,7 +81,7 @@ pub fn size(dir: &Path) -> u64 {
     files.iter().filter_map(|path| length(path).ok()).sum()
 }
 
-fn length(path: &Path) -> Result<u64> {
+pub fn length(path: &Path) -> Result<u64> {
     match path.metadata() {
         Ok(metadata) => Ok(metadata.len()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
@@ -145,6 +145,9 @@ pub fn peek(dir: &Path) -> Result<Peek> {
     Ok(peek)
 }
 
+/// Told how many bytes of a file have been read.
+type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
+
 /// What one of the two files holds.
 #[derive(Debug)]
 struct Part {
@@ -170,11 +173,11 @@ impl Default for Part {
 }
 
 impl Part {
-    fn add(&mut self, block: Block, on_progress: &mut dyn FnMut(u64)) {
+    fn add(&mut self, block: Block, on_progress: OnBytes<'_>) -> Result<()> {
         self.records.extend(block.records);
         self.cost_usd += block.cost_usd;
         self.bytes += block.bytes;
-        on_progress(self.bytes);
+        on_progress(self.bytes)
     }
 
     /// The file was read to its end, and how it ends.
@@ -195,10 +198,10 @@ impl Part {
     }
 }
 
-fn read_plain(file: &mut File, path: &Path, on_progress: &mut dyn FnMut(u64)) -> Result<Part> {
+fn read_plain(file: &mut File, path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
     let mut part = Part::default();
     let could_not_read = || format!("could not read {}", path.display());
-    sweep::plain(&mut *file, |block| part.add(block, on_progress)).with_context(could_not_read)?;
+    sweep::plain(&mut *file, path, |block| part.add(block, on_progress))?;
     // From the first odd line on, or to see that there is none.
     file.seek(SeekFrom::Start(part.bytes))
         .with_context(could_not_read)?;
@@ -207,18 +210,17 @@ fn read_plain(file: &mut File, path: &Path, on_progress: &mut dyn FnMut(u64)) ->
     while scan.advance().map_err(|error| refusal(path, error))? {
         part.add_line(scan.line())
             .map_err(|fault| damaged(path, &scan.bad(fault)))?;
-        on_progress(scan.position());
+        on_progress(scan.position())?;
     }
     Ok(part.read_to(scan.position(), scan.ending()))
 }
 
-fn read_compressed(path: &Path, on_progress: &mut dyn FnMut(u64)) -> Result<Part> {
+fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
     let mut part = Part::default();
     let could_not_read = || format!("could not read {}", path.display());
     let file = || File::open(path).with_context(could_not_read);
     part.length = length(path)?;
-    sweep::compressed(file()?, |block| part.add(block, on_progress))
-        .with_context(could_not_read)?;
+    sweep::compressed(file()?, path, |block| part.add(block, on_progress))?;
     if part.bytes == part.length {
         return Ok(part);
     }

@@ -277,7 +277,7 @@ pub fn examine(dir: &Path, on_progress: super::OnProgress<'_>) -> Result<Finding
                 Ok(record) => {
                     findings.records += 1;
                     *keys.entry(record.key).or_default() += 1;
-                    on_progress(lines.position(), total);
+                    on_progress(lines.position(), total)?;
                 }
                 Err(fault) => findings.damaged.push((lines.path(), lines.bad(fault))),
             },

@@ -10,7 +10,7 @@
 //! crash between the two steps leaves some in both, which every reader knows.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,8 +21,10 @@ use anyhow::{Context, Result};
 
 use super::frames::{self, Effort, FRAME_TEXT};
 use super::journal::Journal;
+use super::opening::OnProgress;
+use super::place::Place;
 use super::storage::{self, Wrap};
-use super::writer::Shared;
+use super::writer::{Shared, State};
 use super::{compressed_file, plain_file};
 
 /// With more text than this waiting, frames are made fast rather than small.
@@ -48,7 +50,7 @@ impl Sealer {
         crate::fs::sync_folder(dir).with_context(|| format!("could not sync {}", dir.display()))?;
         Ok(Sealer {
             plain: plain_file(dir),
-            frames: Journal::new(wrap(file), &path, length),
+            frames: Journal::new(wrap(file), &path, length)?,
             wrap,
             sealed: 0,
         })
@@ -56,31 +58,30 @@ impl Sealer {
 
     /// Seals all of a plain file of `length` bytes, if it is large: that of a cache that was plain
     /// before. Returns what is left of it.
-    pub fn seal_large(
-        &mut self,
-        length: u64,
-        on_progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<u64> {
+    pub fn seal_large(&mut self, length: u64, on_progress: OnProgress<'_>) -> Result<u64> {
         if length <= HURRY {
             return Ok(length);
         }
+        let plain = File::open(&self.plain);
+        let plain = plain.with_context(|| format!("could not read {}", self.plain.display()))?;
+        let plain = Place::of(&plain, &self.plain)?;
         while self.sealed < length {
-            self.seal(length, || true)?;
-            on_progress(self.sealed, length);
+            self.seal(&plain, length, || true)?;
+            on_progress(self.sealed, length)?;
         }
-        let (_, length) = self.rest(length)?;
+        let (_, length) = self.rest(&plain, length)?;
         self.sealed = 0;
         Ok(length)
     }
 
     /// Makes one frame of the next lines, durably, unless there is no more time for it. The plain
     /// file has `length` bytes of whole lines.
-    fn seal(&mut self, length: u64, has_time: impl Fn() -> bool) -> Result<()> {
+    fn seal(&mut self, plain: &Place, length: u64, has_time: impl Fn() -> bool) -> Result<()> {
         let effort = match length - self.sealed > HURRY {
             true => Effort::Fast,
             false => Effort::Strong,
         };
-        let text = self.next_text(length)?;
+        let text = self.next_text(plain, length)?;
         let frame = frames::compress_while(&text, effort, has_time);
         let Some(frame) = frame.context("could not compress records")? else {
             return Ok(());
@@ -92,12 +93,9 @@ impl Sealer {
     }
 
     /// Whole lines of the plain file that are in no frame yet, enough for one.
-    fn next_text(&self, length: u64) -> Result<Vec<u8>> {
+    fn next_text(&self, plain: &Place, length: u64) -> Result<Vec<u8>> {
         let could_not_read = || format!("could not read {}", self.plain.display());
-        let mut file = File::open(&self.plain).with_context(could_not_read)?;
-        file.seek(SeekFrom::Start(self.sealed))
-            .with_context(could_not_read)?;
-        let mut file = file.take(length - self.sealed);
+        let mut file = plain.read(self.sealed..length);
         let mut text = Vec::new();
         loop {
             let before = text.len();
@@ -117,11 +115,9 @@ impl Sealer {
     }
 
     /// Replaces the plain file by one of its lines that are in no frame.
-    fn rest(&mut self, length: u64) -> Result<(Box<dyn storage::Storage>, u64)> {
+    fn rest(&mut self, plain: &Place, length: u64) -> Result<(Box<dyn storage::Storage>, u64)> {
         let path = self.plain.clone();
-        let mut file = File::open(&path)?;
-        file.seek(SeekFrom::Start(self.sealed))?;
-        let mut file = file.take(length - self.sealed);
+        let mut file = plain.read(self.sealed..length);
         storage::replace(&path, &self.wrap, |new| {
             let mut block = vec![0; 1 << 20];
             loop {
@@ -134,10 +130,23 @@ impl Sealer {
         .with_context(|| format!("could not shorten {}", path.display()))
     }
 
+    /// Lets the cache know how long the compressed file is, and what has become of it.
+    pub fn tell(&self, state: &mut State) {
+        if let Some((_, length)) = &mut state.frames {
+            *length = self.frames.length();
+        }
+        if let Some(displaced) = self.frames.displaced() {
+            state.journal.displace(displaced.clone());
+        }
+    }
+
     /// Has the journal of the plain file go on in one without the sealed lines.
     fn shorten(&mut self, journal: &mut Journal) -> Result<()> {
-        let (storage, length) = self.rest(journal.length())?;
-        journal.replace(storage, length);
+        journal.look();
+        // What has its name now is not ours to replace.
+        journal.check()?;
+        let (storage, length) = self.rest(&journal.reader()?, journal.length())?;
+        journal.replace(storage, length)?;
         self.sealed = 0;
         Ok(())
     }
@@ -159,17 +168,21 @@ fn run(shared: &Shared, mut sealer: Sealer) {
         state.seal_from = sealer.sealed + FRAME_TEXT as u64;
         let is_due = length >= state.seal_from || (state.closing && length > sealer.sealed);
         let is_over = state.closing && (!is_due || has_failed);
-        if is_over || shared.stays_plain.load(Ordering::Relaxed) || state.journal.is_lost() {
+        let is_over = is_over || state.journal.is_lost() || state.journal.is_displaced();
+        if is_over || shared.stays_plain.load(Ordering::Relaxed) {
             return;
         }
         if !is_due {
             state = shared.wait(state);
             continue;
         }
+        let plain = state.journal.reader();
         drop(state);
         let sealed = sealer.sealed;
-        let mut result = sealer.seal(length, || !shared.stays_plain.load(Ordering::Relaxed));
+        let has_time = || !shared.stays_plain.load(Ordering::Relaxed);
+        let mut result = plain.and_then(|plain| sealer.seal(&plain, length, has_time));
         state = shared.lock();
+        sealer.tell(&mut state);
         state.is_untidy |= sealer.sealed > sealed;
         // Only while little is left to be written anew.
         if result.is_ok() && state.journal.length() - sealer.sealed <= sealer.sealed {
@@ -181,6 +194,9 @@ fn run(shared: &Shared, mut sealer: Sealer) {
             has_failed = false;
             continue;
         };
+        if state.journal.is_displaced() {
+            return;
+        }
         // There may be a part of a frame, too.
         state.is_untidy = true;
         if sealer.frames.is_lost() {

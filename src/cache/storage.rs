@@ -19,6 +19,11 @@ pub trait Storage: Send {
     }
     /// Cuts the file to `length` bytes.
     fn truncate(&mut self, length: u64) -> io::Result<()>;
+    /// The file that has the bytes, so that it can be compared with what has its name. None where there is
+    /// no such thing.
+    fn file(&self) -> Option<&File> {
+        None
+    }
 }
 
 pub type SyncJob = Box<dyn FnOnce() -> io::Result<()> + Send>;
@@ -47,6 +52,10 @@ impl Storage for File {
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
         self.set_len(length)
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(self)
     }
 }
 
@@ -112,7 +121,12 @@ fn write_new(
     wrap: &Wrap,
     fill: impl FnOnce(&mut Appender<'_>) -> Result<()>,
 ) -> Result<(Box<dyn Storage>, u64)> {
-    let file = OpenOptions::new().append(true).create(true).open(path)?;
+    // Read as well: what is in it is compressed later on.
+    let file = OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .open(path)?;
     // What a killed attempt may have left.
     file.set_len(0)?;
     let mut storage = wrap(file);

@@ -4,7 +4,9 @@
 //! version writes them it stops, and a [`Scan`](super::recovery::Scan) of the rest has the word.
 
 use std::io::{self, Read};
+use std::path::Path;
 
+use anyhow::{Context, Result};
 use rayon::prelude::*;
 
 use super::frames::{self, Frames};
@@ -40,8 +42,12 @@ fn check(text: &[u8]) -> Option<Block> {
 /// Sweeps a plain file: hands the good blocks to `on_block` in their order, up to the first odd one.
 ///
 /// # Errors
-/// If the file cannot be read.
-pub fn plain(file: impl Read + Send, on_block: impl FnMut(Block)) -> io::Result<()> {
+/// If the file at `path` cannot be read, or one of `on_block`.
+pub fn plain(
+    file: impl Read + Send,
+    path: &Path,
+    on_block: impl FnMut(Block) -> Result<()>,
+) -> Result<()> {
     let mut blocks = Blocks {
         file,
         rest: Vec::new(),
@@ -53,14 +59,19 @@ pub fn plain(file: impl Read + Send, on_block: impl FnMut(Block)) -> io::Result<
             ..block
         })
     };
-    in_order(|| blocks.advance(), check, on_block)
+    let next = || blocks.advance().with_context(|| could_not_read(path));
+    in_order(next, check, on_block)
 }
 
 /// As [`plain`], of a compressed file.
 ///
 /// # Errors
-/// If the file cannot be read.
-pub fn compressed(file: impl Read + Send, on_block: impl FnMut(Block)) -> io::Result<()> {
+/// If the file at `path` cannot be read, or one of `on_block`.
+pub fn compressed(
+    file: impl Read + Send,
+    path: &Path,
+    on_block: impl FnMut(Block) -> Result<()>,
+) -> Result<()> {
     let mut frames = Frames::new(file);
     let check = |frame: Vec<u8>| {
         let block = check(&frames::decompress(&frame).ok()?)?;
@@ -69,7 +80,12 @@ pub fn compressed(file: impl Read + Send, on_block: impl FnMut(Block)) -> io::Re
             ..block
         })
     };
-    in_order(|| frames.advance_raw(), check, on_block)
+    let next = || frames.advance_raw().with_context(|| could_not_read(path));
+    in_order(next, check, on_block)
+}
+
+fn could_not_read(path: &Path) -> String {
+    format!("could not read {}", path.display())
 }
 
 /// Cuts a plain file into blocks of whole lines.
@@ -103,10 +119,10 @@ impl<R: Read> Blocks<R> {
 /// Has every job that `next` tells of checked, on all cores while the next ones are being read, and
 /// hands the results to `on_block` in their order, up to the first that is none.
 fn in_order<J: Send>(
-    mut next: impl FnMut() -> io::Result<Option<J>> + Send,
+    mut next: impl FnMut() -> Result<Option<J>> + Send,
     check: impl Fn(J) -> Option<Block> + Sync,
-    mut on_block: impl FnMut(Block),
-) -> io::Result<()> {
+    mut on_block: impl FnMut(Block) -> Result<()>,
+) -> Result<()> {
     let at_once = rayon::current_num_threads() * 2;
     let mut read = || {
         let mut jobs = Vec::with_capacity(at_once);
@@ -116,7 +132,7 @@ fn in_order<J: Send>(
                 None => break,
             }
         }
-        io::Result::Ok(jobs)
+        anyhow::Ok(jobs)
     };
     let mut jobs = read()?;
     while !jobs.is_empty() {
@@ -125,7 +141,7 @@ fn in_order<J: Send>(
         });
         for block in blocks {
             match block {
-                Some(block) => on_block(block),
+                Some(block) => on_block(block)?,
                 None => return Ok(()),
             }
         }

@@ -11,10 +11,11 @@ use anyhow::{Context, Result};
 use super::journal::Journal;
 use super::keys::{self, Fingerprint, Keys};
 use super::opening::{self, OnProgress};
+use super::place::{Change, Place};
 use super::record::Record;
 use super::seal::{self, Sealer};
 use super::storage::{self, Wrap};
-use super::{index, line, plain_file};
+use super::{compressed_file, index, line, plain_file};
 use crate::config::{self, Compression, Durability};
 
 /// A group is synced when it has this many records ...
@@ -61,6 +62,8 @@ pub struct State {
     cost_usd: f64,
     /// Records that repeat a key.
     repeated: u64,
+    /// The compressed file, where there is one, and its length.
+    pub frames: Option<(Place, u64)>,
     /// When the sync began that is going on in the background.
     syncing: Option<Instant>,
     /// The length of the plain file from which on the sealer has something to do.
@@ -107,7 +110,7 @@ impl Cache {
     /// Opens the cache in `dir`, which is created if need be. A torn tail is moved aside with a
     /// warning; damage is refused ([`crate::exit::Exit::Damaged`]), and so is a second process.
     pub fn open(dir: &Path, settings: &config::Cache) -> Result<Cache> {
-        Self::open_with(dir, settings, storage::files(), &mut |_, _| {})
+        Self::open_with(dir, settings, storage::files(), &mut |_, _| Ok(()))
     }
 
     /// As [`Cache::open`], with appends going through what `wrap` makes of each file, and telling
@@ -138,9 +141,15 @@ impl Cache {
             sealer = Some(new);
         }
         let plain = wrap(storage::open_or_create(&path)?);
+        let frames = compressed_file(dir);
+        let frames = match std::fs::File::open(&frames) {
+            Ok(file) => Some((Place::of(&file, &frames)?, opening::length(&frames)?)),
+            Err(_) => None,
+        };
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
-                journal: Journal::new(plain, &path, contents.plain),
+                journal: Journal::new(plain, &path, contents.plain)?,
+                frames,
                 keys: contents.keys,
                 cost_usd: contents.cost_usd,
                 repeated: contents.repeated,
@@ -194,9 +203,12 @@ impl Cache {
         state.keys.len().saturating_sub(state.journal.doubtful())
     }
 
-    /// An error if nothing may be appended any more.
+    /// Looks whether its files are still what this process made of them. An error, which may be
+    /// [`Displaced`](super::place::Displaced), if nothing more is to be asked for.
     pub fn check(&self) -> Result<()> {
-        self.shared.lock().journal.check()
+        let mut state = self.shared.lock();
+        state.look();
+        state.journal.check()
     }
 
     /// What the records cost, in US dollars, that it held when it was opened.
@@ -289,6 +301,25 @@ impl Drop for Cache {
     }
 }
 
+impl State {
+    /// Compares the files with what was written to them.
+    fn look(&mut self) {
+        self.journal.look();
+        let Some((place, length)) = &self.frames else {
+            return;
+        };
+        // A frame may be on its way into it.
+        match place.check(*length) {
+            Ok(()) | Err(Change::Longer { .. }) => {}
+            Err(change) if !self.journal.is_displaced() => {
+                let (displaced, _) = place.leave(&change, *length);
+                self.journal.displace(displaced);
+            }
+            Err(_) => {}
+        }
+    }
+}
+
 impl Shared {
     /// The state, also after a panic elsewhere: it is consistent between any two statements that
     /// can panic.
@@ -345,7 +376,7 @@ impl Shared {
         if unsynced >= GROUP_RECORDS && !state.journal.syncs_in_background() {
             state.journal.sync()?;
         }
-        state.journal.check()
+        state.journal.may_append()
     }
 }
 

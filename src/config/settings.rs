@@ -62,6 +62,24 @@ impl Config {
         config
     }
 
+    /// The same settings with no more requests in flight at once than `most`, by each endpoint's part.
+    pub fn with_at_most_in_flight(&self, most: usize) -> Config {
+        let wanted: usize = self
+            .lanes()
+            .iter()
+            .map(|lane| lane.limits.concurrency)
+            .sum();
+        let part = |limits: &mut Limits| {
+            limits.concurrency = (limits.concurrency * most / wanted.max(1)).max(1);
+        };
+        let mut config = self.clone();
+        part(&mut config.limits);
+        for teacher in config.teachers.iter_mut().chain([&mut config.teacher]) {
+            teacher.limits.iter_mut().for_each(part);
+        }
+        config
+    }
+
     /// The folder of this run's cache, which `harvest` writes.
     pub fn own_cache(&self) -> PathBuf {
         self.run_dir.join("cache")

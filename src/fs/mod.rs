@@ -286,7 +286,10 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// An append-only text file that may lose its last lines with the power, such as metrics.
-pub struct Log(File);
+pub struct Log {
+    file: File,
+    path: PathBuf,
+}
 
 impl Log {
     /// Opens `path` for appending, after dropping every line for which `keep` is false.
@@ -300,22 +303,59 @@ impl Log {
             write_atomic(path, kept.as_bytes())?;
         }
         let file = File::options().create(true).append(true).open(path);
-        Ok(Self(file.with_context(|| {
-            format!("could not open {}", path.display())
-        })?))
+        Ok(Self {
+            file: file.with_context(|| format!("could not open {}", path.display()))?,
+            path: path.to_owned(),
+        })
     }
 
     /// Appends one line.
     pub fn write(&mut self, line: &str) -> Result<()> {
-        self.0
+        self.file
             .write_all(format!("{line}\n").as_bytes())
-            .context("could not append to a log")
+            .with_context(|| format!("could not append to {}", self.path.display()))
     }
 
     /// Makes what was appended durable.
     pub fn sync(&self) -> Result<()> {
-        self.0.sync_data().context("could not sync a log")
+        self.file
+            .sync_data()
+            .with_context(|| format!("could not sync {}", self.path.display()))
     }
+
+    /// Is the file still the one that has its name?
+    pub fn is_in_place(&self) -> bool {
+        has_name(&self.file, &self.path)
+    }
+}
+
+/// Is the open file the one that has this name? Where neither can be looked at, it may be.
+pub fn has_name(file: &File, path: &Path) -> bool {
+    match (file.metadata(), path.metadata()) {
+        (Ok(own), Ok(named)) => identity(&own) == identity(&named),
+        (_, Err(error)) => !is_gone(&error),
+        (Err(_), Ok(_)) => true,
+    }
+}
+
+/// There is nothing of that name.
+pub fn is_gone(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+    )
+}
+
+/// What two names of the same file have in common.
+#[cfg(unix)]
+pub fn identity(metadata: &fs::Metadata) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.dev(), metadata.ino())
+}
+
+#[cfg(not(unix))]
+pub fn identity(_: &fs::Metadata) -> (u64, u64) {
+    (0, 0)
 }
 
 /// Removes a file.

@@ -118,8 +118,9 @@ mod tests {
             }],
         });
         let plan = Plan::new(prompts.collect(), askings, &config.prompts, None, |_| {
-            Standing::Open
+            Ok(Standing::Open)
         });
+        let plan = plan.unwrap();
         let estimate = Estimate::new(&plan, &Stats::default(), 0.0);
         assert_eq!((estimate.requests, estimate.completion_tokens), (4, 400));
         assert_eq!((estimate.minutes, estimate.disk_bytes), (2.0, None));

@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 
 use super::reply::encoding::Decoder;
 use super::teacher::{End, Fault, Permit, Reply};
+use crate::ops::process;
 
 /// A longer body is no chat completion that anybody wants to keep.
 const LARGEST_BODY: usize = 64 << 20;
@@ -202,6 +203,10 @@ pub fn fault(error: reqwest::Error) -> Fault {
     let mut cause: &dyn std::error::Error = &error;
     while let Some(source) = cause.source() {
         cause = source;
+    }
+    let io = cause.downcast_ref::<std::io::Error>();
+    if io.is_some_and(process::is_out_of_descriptors) {
+        return Fault::NoDescriptor(cause.to_string());
     }
     match is_connect {
         true => Fault::Unreachable(cause.to_string()),

@@ -179,10 +179,10 @@ impl Judge {
         let max_attempts = self.config.retry.max_attempts;
         let books = self.books.as_ref();
         let standing = |key: &str| match books {
-            Some(books) => books.unanswered.standing(key, &self.cache, max_attempts),
-            None => Standing::Open,
+            Some(books) => Ok(books.unanswered.standing(key, &self.cache, max_attempts)),
+            None => Ok(Standing::Open),
         };
-        let plan = Plan::new(texts, vec![asking], &settings, None, standing);
+        let plan = Plan::new(texts, vec![asking], &settings, None, standing)?;
         self.told.texts += plan.total;
         self.told.cached += plan.cached - plan.repeated;
         if !plan.rows.is_empty() {

@@ -80,8 +80,9 @@ use crate::cache::stats::Stats;
 use crate::cache::{self, Cache, Wrap};
 use crate::config::{self, Config, Mode};
 use crate::exit::Exit;
+use crate::ops::process;
 use crate::prompt::{self, Prompt};
-use crate::signal::Signals;
+use crate::signal::{Signals, StopFlag};
 use crate::terminal::{Progress, Reading, format_dollars};
 use batch::{Batches, Outcome};
 use books::Books;
@@ -126,6 +127,7 @@ pub async fn run_until(
     signals: Signals,
 ) -> Result<Summary> {
     request::check(config)?;
+    let config = &within_descriptors(config);
     let lanes = config.lanes();
     let teachers = lanes.iter().map(|lane| {
         let teacher: Arc<dyn Transport> = Arc::new(Teacher::new(&lane.teacher)?);
@@ -138,6 +140,23 @@ pub async fn run_until(
         storage: cache::files(),
     };
     run_in(world, config, options, signals).await
+}
+
+/// The same settings, with no more requests in flight than this process may hold connections open.
+fn within_descriptors(config: &Config) -> Config {
+    let wanted: usize = config
+        .lanes()
+        .iter()
+        .map(|lane| lane.limits.concurrency)
+        .sum();
+    let Some(most) = process::connections().filter(|most| *most < wanted) else {
+        return config.clone();
+    };
+    tracing::warn!(
+        "`limits.concurrency` of {wanted} needs as many connections, and this process may hold {most} \
+         open: {most} requests are in flight at most; raise `ulimit -n` for more"
+    );
+    config.with_at_most_in_flight(most)
 }
 
 /// The seams at which a simulated night takes the place of the network, the clock and the disk.
@@ -160,9 +179,9 @@ pub async fn run_in(
         clock,
         storage,
     } = world;
-    let prompts = prompts(config, options)?;
+    let prompts = prompts(config, options, signals.flag())?;
     let probes = check_endpoints(config)?;
-    let cache = open_cache(config, options, storage)?;
+    let cache = open_cache(config, options, storage, signals.flag())?;
     check_money(config, options.shard, clock.now())?;
     let run = Run {
         config,
@@ -172,6 +191,7 @@ pub async fn run_in(
         probes,
         transports,
         unanswered: Unanswered::load(&config.run_dir)?,
+        stop: signals.flag().clone(),
         clock,
     };
     match config.schedule.mode {
@@ -190,6 +210,8 @@ struct Run<'a> {
     probes: Vec<String>,
     transports: Vec<Arc<dyn Transport>>,
     unanswered: Unanswered,
+    /// For what takes long before anything is asked.
+    stop: StopFlag,
     clock: WallClock,
 }
 
@@ -226,10 +248,10 @@ impl Run<'_> {
         let max_attempts = config.retry.max_attempts;
         let plan = self.plan(&config, rest.prompts, |key| {
             if rest.not_to_ask.contains(key) {
-                return Standing::Answered;
+                return Ok(Standing::Answered);
             }
             let unanswered = &rest.books.unanswered;
-            unanswered.standing(key, self.cache, max_attempts)
+            Ok(unanswered.standing(key, self.cache, max_attempts))
         })?;
         let dispatcher = self.dispatcher(&config, plan, rest.books).await?;
         let dispatcher = dispatcher.after(rest.summary, rest.started);
@@ -249,10 +271,10 @@ impl Run<'_> {
         &self,
         config: &Config,
         prompts: Vec<Prompt>,
-        standing: impl Fn(&str) -> Standing,
+        standing: impl Fn(&str) -> Result<Standing>,
     ) -> Result<Plan> {
         let askings = askings(config, &self.probes)?;
-        let plan = Plan::new(prompts, askings, &config.prompts, self.shard, standing);
+        let plan = Plan::new(prompts, askings, &config.prompts, self.shard, standing)?;
         if plan.repeated > 0 {
             tracing::warn!(
                 "{} requests ask word for word what another one asks: each such answer is bought \
@@ -263,9 +285,10 @@ impl Run<'_> {
         Ok(plan)
     }
 
-    fn standing(&self, key: &str) -> Standing {
+    fn standing(&self, key: &str) -> Result<Standing> {
+        self.stop.check()?;
         let max_attempts = self.config.retry.max_attempts;
-        self.unanswered.standing(key, self.cache, max_attempts)
+        Ok(self.unanswered.standing(key, self.cache, max_attempts))
     }
 
     /// Opens the books, once.
@@ -393,17 +416,17 @@ fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
         true => config.at_batch_prices(),
         false => config.clone(),
     };
-    let prompts = prompts(config, options)?;
+    let prompts = prompts(config, options, &StopFlag::default())?;
     let dir = config.own_cache();
     let known = cache::peek(&dir)?;
     let stats = sample(&dir)?;
     let askings = askings(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
     let standing = |key: &str| match known.contains(key) || unanswered.is_filtered(key) {
-        true => Standing::Answered,
-        false => Standing::Open,
+        true => Ok(Standing::Answered),
+        false => Ok(Standing::Open),
     };
-    let plan = Plan::new(prompts, askings, &config.prompts, options.shard, standing);
+    let plan = Plan::new(prompts, askings, &config.prompts, options.shard, standing)?;
     let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
@@ -418,18 +441,40 @@ fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
     })
 }
 
-fn prompts(config: &Config, options: HarvestOptions) -> Result<Vec<Prompt>> {
-    let mut prompts = prompt::load(&config.prompts)?;
+fn prompts(config: &Config, options: HarvestOptions, stop: &StopFlag) -> Result<Vec<Prompt>> {
+    let mut prompts = prompt::load(&config.prompts, || stop.check())?;
     prompts.truncate(options.limit.unwrap_or(usize::MAX));
     Ok(prompts)
 }
 
-fn open_cache(config: &Config, options: HarvestOptions, storage: Wrap) -> Result<Cache> {
+fn open_cache(
+    config: &Config,
+    options: HarvestOptions,
+    storage: Wrap,
+    stop: &StopFlag,
+) -> Result<Cache> {
     let mut reading = Reading::new("opening the cache", options.quiet);
     let (dir, settings) = (config.own_cache(), &config.cache);
+    check_none_rescued(&dir)?;
     Cache::open_with(&dir, settings, storage, &mut |done, total| {
         reading.update(done, total);
+        stop.check()
     })
+}
+
+/// Refuses to buy again what was rescued from under a cache that was moved.
+fn check_none_rescued(dir: &Path) -> Result<()> {
+    let rescued = cache::place::rescue_dir(dir);
+    if !cache::exists(&rescued) {
+        return Ok(());
+    }
+    let message = format!(
+        "{rescued} holds answers that were rescued when the cache was moved under a run: take them over \
+         with `distill cache merge --dir {} {rescued}`, and remove the folder",
+        dir.display(),
+        rescued = rescued.display()
+    );
+    Err(Exit::Usage(message).into())
 }
 
 /// A budget holds by the prices: without them, or with old ones, it says nothing.

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
+use anyhow::Result;
 use serde_json::Value;
 
 use super::budget::cost::{self, Bound};
@@ -61,13 +62,16 @@ pub struct Plan {
 
 impl Plan {
     /// Everything, or the part of it in `shard`. `standing` tells how a key stands.
+    ///
+    /// # Errors
+    /// Those of `standing`.
     pub fn new(
         prompts: Vec<Prompt>,
         askings: Vec<Asking>,
         settings: &config::Prompts,
         shard: Option<Shard>,
-        standing: impl Fn(&str) -> Standing,
-    ) -> Plan {
+        standing: impl Fn(&str) -> Result<Standing>,
+    ) -> Result<Plan> {
         let order = match settings.order {
             Order::Source => (0..prompts.len()).collect(),
             Order::Prefix => by_prefix(&prompts),
@@ -104,12 +108,12 @@ impl Plan {
                         &mut seen,
                         &is_ours,
                         &standing,
-                    );
+                    )?;
                 }
             }
             plan.lanes.push(start..plan.rows.len());
         }
-        plan
+        Ok(plan)
     }
 
     fn add(
@@ -119,8 +123,8 @@ impl Plan {
         samples: u32,
         seen: &mut HashSet<blake3::Hash>,
         is_ours: &impl Fn(&blake3::Hash) -> bool,
-        standing: &impl Fn(&str) -> Standing,
-    ) {
+        standing: &impl Fn(&str) -> Result<Standing>,
+    ) -> Result<()> {
         for sample in 0..samples {
             let body = self.body(lane, prompt, sample);
             let identity = teacher::identity(&self.askings[lane].lane.teacher);
@@ -141,7 +145,7 @@ impl Plan {
                 key: name.to_string(),
                 bytes: key.bytes as u32,
             };
-            match standing(&name) {
+            match standing(&name)? {
                 Standing::Answered => {
                     self.cached += 1;
                     self.answered[lane] += 1;
@@ -150,6 +154,7 @@ impl Plan {
                 Standing::Open => self.rows.push(row),
             }
         }
+        Ok(())
     }
 
     /// The request body of a row; built anew each time, since a run can have a million of them.
@@ -250,10 +255,10 @@ mod tests {
     fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
         let askings = config.lanes().into_iter().map(Asking::plain).collect();
         let standing = |key: &str| match is_cached(key) {
-            true => Standing::Answered,
-            false => Standing::Open,
+            true => Ok(Standing::Answered),
+            false => Ok(Standing::Open),
         };
-        Plan::new(prompts, askings, &config.prompts, None, standing)
+        Plan::new(prompts, askings, &config.prompts, None, standing).unwrap()
     }
 
     #[test]

@@ -176,6 +176,11 @@ pub fn classify_fault(fault: Fault) -> Trouble {
             },
             wait: Duration::ZERO,
         },
+        // The connections that are open go on; fewer at once are enough.
+        Fault::NoDescriptor(message) => Trouble::Throttled {
+            wait: None,
+            message: format!("{message}; lower `limits.concurrency` or raise `ulimit -n`"),
+        },
         Fault::Timeout => lost("timeout", "no complete answer in time"),
         Fault::Broken(message) => lost("connection lost", &message),
     }

@@ -65,6 +65,9 @@ pub enum Fault {
     /// Refused, no such host, no route, TLS: nothing was sent.
     #[error("{0}")]
     Unreachable(String),
+    /// This process or this machine may open no more connections for now: nothing was sent.
+    #[error("{0}")]
+    NoDescriptor(String),
     /// May have been billed.
     #[error("timed out")]
     Timeout,

@@ -1,4 +1,68 @@
-//! What the arithmetic asks of the allocator and of candle's threads, once, at the start.
+//! What this process asks of the operating system: memory, threads, descriptors, signals.
+
+/// Descriptors that are not for connections: files, looking names up, what a library opens.
+const RESERVE: usize = 96;
+
+/// The most descriptors that are ever asked for; some systems have no limit, and tables that grow with it.
+#[cfg(unix)]
+const MOST: libc::rlim_t = 65_536;
+
+/// How many connections the process may hold open at once, once the soft limit of descriptors is raised to
+/// what is allowed. None where there is no such limit.
+pub fn connections() -> Option<usize> {
+    #[cfg(unix)]
+    {
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: both calls get a valid pointer to a structure that lives on this stack.
+        let descriptors = unsafe {
+            if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
+                return None;
+            }
+            let wanted = limit.rlim_max.min(MOST).max(limit.rlim_cur);
+            if wanted > limit.rlim_cur {
+                let before = limit.rlim_cur;
+                limit.rlim_cur = wanted;
+                if libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) != 0 {
+                    limit.rlim_cur = before;
+                }
+            }
+            limit.rlim_cur
+        };
+        let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
+        // Of few, half.
+        Some(descriptors.saturating_sub(RESERVE).max(descriptors / 2))
+    }
+    #[cfg(not(unix))]
+    None
+}
+
+/// May this process, or this machine, open no more files and connections for now?
+pub fn is_out_of_descriptors(error: &std::io::Error) -> bool {
+    #[cfg(unix)]
+    {
+        matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = error;
+        false
+    }
+}
+
+/// Was the process started with this signal ignored, as `nohup` does?
+#[cfg(unix)]
+pub fn is_ignored(signal: i32) -> bool {
+    // SAFETY: a null pointer asks for the action and changes none; the other one is to a structure on this
+    // stack that is all zeros, which is valid for it.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &raw mut action) == 0
+            && action.sa_sigaction == libc::SIG_IGN
+    }
+}
 
 /// Makes the process fit for training. Call it first in `main`, before any thread is started.
 ///

@@ -36,10 +36,11 @@ pub struct Prompt {
 
 /// The prompts of a run, in the order of their source.
 ///
-/// Errors are [`Exit::Usage`]: they name file, line and what to change.
-pub fn load(settings: &config::Prompts) -> Result<Vec<Prompt>> {
+/// Errors are [`Exit::Usage`]: they name file, line and what to change; and those of `check`, which is asked
+/// at each row whether to go on.
+pub fn load(settings: &config::Prompts, check: impl Fn() -> Result<()>) -> Result<Vec<Prompt>> {
     let template = settings.template.as_deref();
-    let mut prompts = load_with(&settings.source, template, |_, _| Ok(()))?;
+    let mut prompts = load_with(&settings.source, template, |_, _| check())?;
     prompts.truncate(settings.limit.unwrap_or(usize::MAX));
     Ok(prompts.into_iter().map(|(prompt, ())| prompt).collect())
 }

@@ -96,7 +96,10 @@ fn open(dir: &Path) -> anyhow::Result<()> {
     let bytes = cache::size(dir);
     let (mut read, started) = (0, Instant::now());
     let settings = settings(Compression::None);
-    let cache = Cache::open_with(dir, &settings, cache::files(), &mut |done, _| read = done)?;
+    let cache = Cache::open_with(dir, &settings, cache::files(), &mut |done, _| {
+        read = done;
+        Ok(())
+    })?;
     let seconds = started.elapsed().as_secs_f64();
     let report = json!({
         "records": cache.len(), "bytes": bytes, "bytes_read": read, "seconds": seconds,

@@ -112,7 +112,7 @@ fn prompts(bytes: &[u8]) {
         ..config::Prompts::default()
     };
     std::fs::write(&settings.source, bytes).unwrap();
-    if let Ok(prompts) = prompt::load(&settings) {
+    if let Ok(prompts) = prompt::load(&settings, || Ok(())) {
         for prompt in &prompts {
             assert!(!prompt.id.is_empty() && !prompt.messages.is_empty());
         }

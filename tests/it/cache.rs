@@ -390,7 +390,7 @@ fn a_key_is_stored_once() {
 fn verify_lists_all_that_is_wrong() {
     let good = encode([sample(0), sample(1), sample(0)]);
     let dir = folder(&good);
-    let findings = reader::examine(dir.path(), &mut |_, _| {}).unwrap();
+    let findings = reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
     assert_eq!(findings.records, 3);
     assert_eq!(findings.repeated, [(sample(0).key, 2)]);
     let error = commands::cache::verify(dir.path(), false).unwrap_err();
@@ -404,7 +404,7 @@ fn verify_lists_all_that_is_wrong() {
     // Damage, NULs, two good lines, damage, and a torn tail: everything is named.
     let file = [b"oops\n\0\0\n", &good[..], b"oops\n\0\n", &good[..20]].concat();
     let dir = folder(&file);
-    let findings = reader::examine(dir.path(), &mut |_, _| {}).unwrap();
+    let findings = reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
     assert_eq!(findings.records, 3);
     let at = good.len() as u64 + 8;
     let places: Vec<_> = findings

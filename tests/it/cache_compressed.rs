@@ -272,7 +272,7 @@ fn damage_in_the_middle_is_refused_and_named() {
         assert!(message.contains("responses.jsonl.zst"), "{message}");
         assert_eq!(Exit::code_of(&error), 5);
     }
-    let findings = cache::reader::examine(dir.path(), &mut |_, _| {}).unwrap();
+    let findings = cache::reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
     assert_eq!((findings.records, findings.damaged.len()), (12, 1));
 }
 
@@ -288,7 +288,7 @@ fn a_crash_between_the_two_steps_of_compressing_leaves_nothing_twice() {
         assert_eq!(cache.len(), 25);
         drop(cache);
         assert_eq!(read_all(dir.path()).unwrap(), records(0..25));
-        let findings = cache::reader::examine(dir.path(), &mut |_, _| {}).unwrap();
+        let findings = cache::reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
         assert!(findings.repeated.is_empty());
     }
     // Two answers to one key are no such thing: both were paid for.

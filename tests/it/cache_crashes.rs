@@ -147,7 +147,7 @@ fn after_a_power_loss_all_that_was_synced_is_there() {
     let dir = tempfile::tempdir().unwrap();
     let all = records(130);
     let settings = settings(Durability::Batch);
-    let cache = Cache::open_with(dir.path(), &settings, log.wrap(), &mut |_, _| {}).unwrap();
+    let cache = Cache::open_with(dir.path(), &settings, log.wrap(), &mut |_, _| Ok(())).unwrap();
     for record in &all {
         cache.append(record).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(1));
@@ -303,7 +303,7 @@ fn check(dir: &Path, all: &[Record], mishap: Mishap) -> u64 {
         Box::new(move |file| Box::new(FailingFile(file, failing.clone())))
     };
     let settings = settings(Durability::None);
-    let cache = Cache::open_with(dir, &settings, wrap, &mut |_, _| {}).unwrap();
+    let cache = Cache::open_with(dir, &settings, wrap, &mut |_, _| Ok(())).unwrap();
     let (mut acknowledged, mut refused) = (HashSet::new(), 0);
     for (n, record) in all.iter().enumerate() {
         match cache.append(record) {
@@ -338,7 +338,7 @@ fn check(dir: &Path, all: &[Record], mishap: Mishap) -> u64 {
     }
     assert_eq!(cache.len(), all.len(), "{mishap:?}, {refused} refused");
     drop(cache);
-    let findings = cache::reader::examine(dir, &mut |_, _| {}).unwrap();
+    let findings = cache::reader::examine(dir, &mut |_, _| Ok(())).unwrap();
     assert_eq!(findings.records, all.len() as u64, "{mishap:?}");
     assert!(findings.repeated.is_empty() && findings.torn.is_empty());
     failing.operations.load(Ordering::Relaxed)

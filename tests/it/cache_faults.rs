@@ -94,7 +94,7 @@ fn open_on(dir: &Path, durability: Durability, storage: impl Storage + 'static) 
     };
     let storage = Mutex::new(Some(storage));
     let wrap: Wrap = Box::new(move |_| Box::new(storage.lock().unwrap().take().unwrap()));
-    Cache::open_with(dir, &settings, wrap, &mut |_, _| {}).unwrap()
+    Cache::open_with(dir, &settings, wrap, &mut |_, _| Ok(())).unwrap()
 }
 
 /// Appends [`RECORDS`] records to a disk that fails, and checks what it holds then.

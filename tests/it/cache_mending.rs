@@ -71,7 +71,7 @@ fn other(n: u64) -> Record {
 /// Nothing is wrong with the cache, and it holds these records.
 fn assert_holds(dir: &Path, expected: &[Record]) {
     assert!(read_all(dir) == expected, "other records");
-    let findings = reader::examine(dir, &mut |_, _| {}).unwrap();
+    let findings = reader::examine(dir, &mut |_, _| Ok(())).unwrap();
     assert!(findings.damaged.is_empty() && findings.torn.is_empty());
     assert!(findings.repeated.is_empty());
     let opened = Cache::open(dir, &config::Cache::default()).unwrap();
@@ -228,7 +228,7 @@ fn merged(into: &Path, compression: Compression, sources: &[&Path]) -> anyhow::R
         ..config::Cache::default()
     };
     let sources: Vec<_> = sources.iter().map(|path| path.to_path_buf()).collect();
-    merge(into, &settings, &sources, &mut |_, _| {})
+    merge(into, &settings, &sources, &mut |_, _| Ok(()))
 }
 
 #[test]

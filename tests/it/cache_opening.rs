@@ -32,7 +32,10 @@ fn an_index_opens_the_cache_and_is_never_trusted_over_it() {
     let read = |dir: &Path| {
         let mut bytes = 0;
         let settings = config::Cache::default();
-        let cache = Cache::open_with(dir, &settings, cache::files(), &mut |done, _| bytes = done);
+        let cache = Cache::open_with(dir, &settings, cache::files(), &mut |done, _| {
+            bytes = done;
+            Ok(())
+        });
         cache.map(|cache| (bytes, cache.len(), cache.cost_when_opened()))
     };
     let size = file.len() as u64;

@@ -24,7 +24,9 @@ mod house;
 mod kills;
 mod mock;
 mod model;
+mod moved;
 mod serve;
+mod stage;
 mod tiny;
 mod train;
 

@@ -64,6 +64,7 @@ pub fn merge(
     let mut reading = Reading::new("merging", json);
     let all = merge::merge(dir, settings, sources, &mut |done, total| {
         reading.update(done, total);
+        Ok(())
     })?;
     drop(reading);
     if let Some(run_dir) = dir.parent() {

@@ -177,7 +177,10 @@ fn or_dash(value: Option<impl Display>) -> String {
 /// ([`Exit::Damaged`]) or keys repeated. A torn tail is no error, since the next harvest repairs it.
 pub fn verify(dir: &Path, json: bool) -> Result<()> {
     let mut reading = Reading::new("verifying", json);
-    let findings = reader::examine(dir, &mut |done, total| reading.update(done, total))?;
+    let findings = reader::examine(dir, &mut |done, total| {
+        reading.update(done, total);
+        Ok(())
+    })?;
     drop(reading);
     if json {
         print_json(&findings_json(dir, &findings))?;

@@ -195,6 +195,7 @@ impl<'a> Batches<'a> {
                     Err(Halt::Trouble(trouble)) => self.troubled(lane, trouble),
                 }
             }
+            self.cache.check()?;
             self.books.account.tick()?;
             self.show();
             if let Some(ended) = self.end() {

@@ -269,7 +269,8 @@ impl<S: Store> Account<S> {
     /// # Errors
     /// Where it cannot be written.
     pub fn tick(&mut self) -> Result<()> {
-        if self.is_dirty {
+        // Files that somebody has removed are written anew: this process has all that they held.
+        if self.is_dirty || !self.store.is_in_place() {
             return self.save();
         }
         self.flush()?;

@@ -134,6 +134,11 @@ pub trait Store {
     /// Appends to the log. It survives a kill once this returns.
     fn append(&mut self, spent: &Spent) -> Result<()>;
 
+    /// Are its files still those that this process wrote? If not, they are to be saved anew.
+    fn is_in_place(&self) -> bool {
+        true
+    }
+
     /// Makes what was appended durable.
     fn sync(&mut self) -> Result<()>;
 }
@@ -281,6 +286,10 @@ impl Store for Files {
         log.write(&line)
     }
 
+    fn is_in_place(&self) -> bool {
+        self.log.as_ref().is_none_or(Log::is_in_place) && file(&self.run_dir).exists()
+    }
+
     fn sync(&mut self) -> Result<()> {
         self.log.as_ref().map_or(Ok(()), Log::sync)
     }
@@ -289,6 +298,8 @@ impl Store for Files {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Price;
+    use crate::harvest::budget::Account;
 
     fn usd(usd: f64) -> Dollars {
         Dollars::at_least(usd)
@@ -322,6 +333,36 @@ mod tests {
         let (_files, again, is_complete) = open();
         assert_eq!((again.spent, is_complete), (ledger.spent, true));
         assert!(!log_file(dir.path(), 0).exists());
+    }
+
+    #[test]
+    fn files_that_are_removed_or_replaced_are_seen_and_written_anew() {
+        type Harm = fn(&Path);
+        let harms: [Harm; 3] = [
+            |dir| std::fs::remove_file(log_file(dir, 1)).unwrap(),
+            |dir| std::fs::remove_file(file(dir)).unwrap(),
+            |dir| {
+                let path = log_file(dir, 1);
+                std::fs::rename(&path, dir.join("mine")).unwrap();
+                std::fs::write(&path, "").unwrap();
+            },
+        ];
+        for harm in harms {
+            let dir = tempfile::tempdir().unwrap();
+            let (files, ledger, _) = Files::open(dir.path()).unwrap();
+            let none = Spent::default();
+            let opened = Account::open(files, ledger, None, &Price::default(), &none);
+            let mut account = opened.unwrap().0;
+            account.add_spent(&measured(0.5)).unwrap();
+            assert!(account.store().is_in_place());
+            harm(dir.path());
+            assert!(!account.store().is_in_place());
+            account.tick().unwrap();
+            account.add_spent(&measured(0.25)).unwrap();
+            drop(account);
+            let (_files, ledger, _) = Files::open(dir.path()).unwrap();
+            assert_eq!(ledger.spent.measured_usd, usd(0.75));
+        }
     }
 
     #[test]

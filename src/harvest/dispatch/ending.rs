@@ -19,27 +19,39 @@ impl Dispatcher<'_> {
     pub(super) fn finish(mut self) -> Result<Ended> {
         let synced = self.cache.sync();
         synced.map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
+        self.look_at_cache()?;
         self.pass_time();
         let still_in_flight = (self.in_flight.len() + self.room.take().len()) as u64;
-        room::excuse(self.books.close(&mut self.lanes, still_in_flight))?;
+        let closed = self.books.close(&mut self.lanes, still_in_flight);
+        self.excuse(closed)?;
         self.note_dollars();
-        let mut summary = self.summary;
+        let mut summary = std::mem::take(&mut self.summary);
         summary.attempts_lost += still_in_flight;
         summary.pending = summary.total - summary.done();
         summary.seconds = self.started.elapsed().as_secs_f64();
-        summary.hours = self.timeline.hours;
+        summary.hours = std::mem::take(&mut self.timeline.hours);
         // An hour that the run only just touched.
         summary
             .hours
             .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
         let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
         let of_rows = summary.error_of_rows(&self.config.run_dir);
-        summary.error = self.stop.or(of_a_lane).or(of_rows);
-        room::excuse(summary.write(&self.config.run_dir))?;
+        summary.error = self.stop.take().or(of_a_lane).or(of_rows);
+        self.excuse(summary.write(&self.config.run_dir))?;
         Ok(Ended {
             summary,
             lanes: self.lanes,
             books: self.books,
         })
+    }
+    /// What cannot be written to a full disk, or to a folder that is no longer there, is told, and no more.
+    fn excuse(&self, written: Result<()>) -> Result<()> {
+        match written {
+            Err(error) if self.is_displaced => {
+                tracing::warn!("{error:#}");
+                Ok(())
+            }
+            other => room::excuse(other),
+        }
     }
 }

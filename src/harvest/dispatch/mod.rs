@@ -12,6 +12,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::cache::Cache;
+use crate::cache::place::Displaced;
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::harvest::attempt::{self, Attempt, Finished};
@@ -65,6 +66,8 @@ pub struct Dispatcher<'a> {
     stop: Option<anyhow::Error>,
     /// A signal has come: the next one stops at once.
     signalled: bool,
+    /// Files of the cache were moved or changed by somebody else.
+    is_displaced: bool,
     /// The window was closed when last looked at.
     is_closed: bool,
     started: Instant,
@@ -118,6 +121,7 @@ impl<'a> Dispatcher<'a> {
             timeline: Timeline::new(now, clock.now()),
             stop: None,
             signalled: false,
+            is_displaced: false,
             is_closed: false,
             started: now,
             rates: Rates::new(now, &summary),
@@ -333,7 +337,29 @@ impl<'a> Dispatcher<'a> {
             false => self.record(finished)?,
         }
         self.unless_full(|books| books.account.flush())?;
+        self.look_at_cache()?;
         fault.map_or(Ok(()), Err)
+    }
+
+    /// Nothing more is asked where the cache is not what this run has made of it, and nothing at all can go
+    /// on where it cannot be written.
+    pub(super) fn look_at_cache(&mut self) -> Result<()> {
+        let Err(error) = self.cache.check() else {
+            return Ok(());
+        };
+        if error.is::<Displaced>() {
+            self.stop_displaced(error);
+            return Ok(());
+        }
+        Err(stop::not_recorded(error, self.cache.safe()))
+    }
+
+    fn stop_displaced(&mut self, error: anyhow::Error) {
+        if !self.is_displaced {
+            self.is_displaced = true;
+            self.progress.note(&format!("{error:#}"));
+            self.stop = Some(error);
+        }
     }
 
     fn tick_account(&mut self) -> Result<()> {
@@ -345,6 +371,8 @@ impl<'a> Dispatcher<'a> {
     fn unless_full(&mut self, write: impl FnOnce(&mut Books) -> Result<()>) -> Result<()> {
         match write(&mut self.books) {
             Err(error) if room::is_full(&error) => Ok(()),
+            // The whole folder may have been moved. What was written ahead there covers what is in flight.
+            Err(_) if self.is_displaced => Ok(()),
             other => other,
         }
     }
@@ -447,10 +475,9 @@ impl<'a> Dispatcher<'a> {
                 let row = FailedRow::new(&self.plan, index, entry, failure);
                 self.summary.fail(row);
             }
-            Verdict::Again { pause } if pause >= LONG_WAIT => self.progress.note(&format!(
-                "waiting {}: the endpoint says {message}",
-                format_duration(pause)
-            )),
+            Verdict::Again { pause } if pause >= LONG_WAIT => self
+                .progress
+                .note(&format!("waiting {}: {message}", format_duration(pause))),
             Verdict::Again { .. } => {}
             Verdict::Far(wait) => {
                 let now = self.clock.now();
@@ -531,9 +558,7 @@ impl<'a> Dispatcher<'a> {
     fn tick(&mut self) -> Result<()> {
         self.hear();
         self.pass_time();
-        self.cache
-            .check()
-            .map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
+        self.look_at_cache()?;
         self.tick_account()?;
         self.note_dollars();
         self.rates.note(Instant::now(), &self.summary);

@@ -4,6 +4,7 @@ use anyhow::Result;
 use tokio::time::Instant;
 
 use super::Dispatcher;
+use crate::exit::Exit;
 use crate::harvest::attempt::Finished;
 use crate::harvest::{room, stop};
 
@@ -63,7 +64,14 @@ impl Dispatcher<'_> {
             && let Some((lost, error)) = self.room.give_up(self.cache.safe())
         {
             self.summary.attempts_lost += lost.len() as u64;
-            self.stop = Some(error);
+            // A signal stays what ends the run, and what it has cost is said instead of "nothing is lost".
+            let signal = self.stop.as_ref().and_then(Exit::signal_of);
+            self.stop = Some(match signal {
+                Some(number) => {
+                    anyhow::Error::from(Exit::Signal(number)).context(format!("{error:#}"))
+                }
+                None => error,
+            });
         }
         Ok(self.room.retry_at())
     }

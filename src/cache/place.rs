@@ -1,0 +1,223 @@
+//! Is a file still where this process opened it? A night is long, and others use the disk as well.
+//!
+//! Device, inode and length are compared. A file that has lost its name is still open here: its lines are
+//! put into a folder of their own, and nothing that was paid for is lost.
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::terminal::format_count;
+
+/// A file of the cache is not what this process made of it.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct Displaced(pub String);
+
+/// An open file, and the name under which it was opened.
+pub struct Place {
+    file: File,
+    path: PathBuf,
+}
+
+/// What has become of a file.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It has another name now.
+    Moved(PathBuf),
+    /// It has no name any more; the flag says whether another file has its old one.
+    Removed { is_replaced: bool },
+    /// It is shorter than this process left it.
+    Cut { bytes: u64 },
+    /// Somebody else appends to it.
+    Longer { by: u64 },
+}
+
+impl Place {
+    /// # Errors
+    /// Where the process has no descriptor left.
+    pub fn of(file: &File, path: &Path) -> Result<Place> {
+        let file = file.try_clone();
+        Ok(Place {
+            file: file.with_context(|| format!("could not hold {} open", path.display()))?,
+            path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
+        })
+    }
+
+    /// Compares the file with what this process left, which has `length` bytes.
+    pub fn check(&self, length: u64) -> Result<(), Change> {
+        let Ok(own) = self.file.metadata() else {
+            return Ok(());
+        };
+        if !crate::fs::has_name(&self.file, &self.path) {
+            let is_replaced = self.path.exists();
+            let moved = self.name_now();
+            let moved = moved.filter(|now| now.exists() && crate::fs::has_name(&self.file, now));
+            return Err(moved.map_or(Change::Removed { is_replaced }, Change::Moved));
+        }
+        match own.len() {
+            now if now < length => Err(Change::Cut { bytes: now }),
+            now if now > length => Err(Change::Longer { by: now - length }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Decides what becomes of a file that has changed in this way, and of its `length` bytes: the message,
+    /// and the file in which to go on; none where it is the same one.
+    pub fn leave(&self, change: &Change, length: u64) -> (Displaced, Result<Option<Rescue>, ()>) {
+        let cache = self.path.parent().unwrap_or(Path::new("."));
+        let dir = rescue_dir(cache);
+        let displaced = describe(&self.path, change, length, &dir);
+        let kept = match change {
+            Change::Moved(_) => return (displaced, Ok(None)),
+            Change::Removed { .. } => length,
+            // What is left stays where it is.
+            Change::Cut { .. } | Change::Longer { .. } => 0,
+        };
+        match rescue(self, kept, &dir) {
+            Ok(rescue) => (displaced, Ok(Some(rescue))),
+            Err(error) => {
+                let text = format!("{displaced}; but that failed: {error:#}");
+                (Displaced(text), Err(()))
+            }
+        }
+    }
+
+    /// The same once more.
+    ///
+    /// # Errors
+    /// Where the process has no descriptor left.
+    pub fn again(&self) -> Result<Place> {
+        Place::of(&self.file, &self.path)
+    }
+
+    /// Where the operating system has the file now.
+    fn name_now(&self) -> Option<PathBuf> {
+        #[cfg(unix)]
+        {
+            use std::os::fd::AsRawFd;
+            std::fs::read_link(format!("/proc/self/fd/{}", self.file.as_raw_fd())).ok()
+        }
+        #[cfg(not(unix))]
+        None
+    }
+
+    /// Bytes of the file, wherever it is, while others append to it.
+    pub fn read(&self, bytes: Range<u64>) -> impl Read {
+        let part = Part {
+            file: &self.file,
+            bytes,
+        };
+        BufReader::with_capacity(1 << 20, part)
+    }
+}
+
+/// A part of a file, read without moving the place at which it is written.
+struct Part<'a> {
+    file: &'a File,
+    bytes: Range<u64>,
+}
+
+impl Read for Part<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let left = self.bytes.end.saturating_sub(self.bytes.start);
+        let most = usize::try_from(left).map_or(into.len(), |left| left.min(into.len()));
+        let read = read_at(self.file, &mut into[..most], self.bytes.start)?;
+        self.bytes.start += read as u64;
+        Ok(read)
+    }
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, into, at)
+}
+
+#[cfg(not(unix))]
+fn read_at(mut file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
+    use std::io::{Seek, SeekFrom};
+    file.seek(SeekFrom::Start(at))?;
+    file.read(into)
+}
+
+/// The folder beside the cache folder `dir` that has what was rescued from under its name.
+pub fn rescue_dir(dir: &Path) -> PathBuf {
+    let mut name = dir.file_name().unwrap_or_default().to_owned();
+    name.push(".rescued");
+    dir.with_file_name(name)
+}
+
+/// A file in the rescue folder, and what it begins with.
+pub struct Rescue {
+    pub file: File,
+    pub path: PathBuf,
+    pub length: u64,
+}
+
+/// Begins a file of the name of `place` in the folder `dir`, with the first `length` bytes of
+/// what this process has open.
+///
+/// # Errors
+/// Where it cannot be written.
+fn rescue(place: &Place, length: u64, dir: &Path) -> Result<Rescue> {
+    crate::fs::create_dir_all(dir)?;
+    let path = dir.join(place.path.file_name().unwrap_or_default());
+    let could_not = || format!("could not write {}", path.display());
+    let mut file = super::storage::open_or_create(&path)?;
+    let before = file.metadata().with_context(could_not)?.len();
+    let mut copy = || -> io::Result<u64> {
+        let copied = io::copy(&mut place.read(0..length), &mut file)?;
+        file.flush()?;
+        file.sync_all()?;
+        Ok(copied)
+    };
+    let copied = copy().with_context(could_not)?;
+    crate::fs::sync_folder(dir).with_context(could_not)?;
+    Ok(Rescue {
+        file,
+        path,
+        length: before + copied,
+    })
+}
+
+/// What the user is to know and to do about a change of the file at `path`, from which `rescued` was
+/// rescued, or into which is written what is still on its way.
+fn describe(path: &Path, change: &Change, length: u64, rescued: &Path) -> Displaced {
+    let file = path.display();
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let take_back = format!(
+        "`distill cache merge --dir {} {}` takes them over",
+        dir.display(),
+        rescued.display()
+    );
+    let text = match change {
+        Change::Moved(now) => format!(
+            "{file} was moved to {}: every answer that it holds is safe there, also those that were on \
+             their way; move it back and run the same command",
+            now.display()
+        ),
+        Change::Removed { is_replaced } => format!(
+            "{file} was {} while this run wrote it: every answer that it held is safe in {}, also those \
+             that were on their way; {take_back}",
+            if *is_replaced { "replaced" } else { "removed" },
+            rescued.display()
+        ),
+        Change::Cut { bytes } => format!(
+            "{file} was cut to {} of {} bytes while this run wrote it: what was cut off is lost, unless \
+             you have a copy; the answers that were on their way are safe in {}; {take_back}",
+            format_count(*bytes),
+            format_count(length),
+            rescued.display()
+        ),
+        Change::Longer { by } => format!(
+            "another program has appended {} bytes to {file} while this run wrote it: `distill cache \
+             verify` tells what it holds now; the answers that were on their way are safe in {}; {take_back}",
+            format_count(*by),
+            rescued.display()
+        ),
+    };
+    Displaced(format!("{text}; nothing more is asked"))
+}
