@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::exit::Exit;
 use crate::terminal::format_count;
 
 /// A file of the cache is not what this process made of it.
@@ -72,7 +73,14 @@ impl Place {
         let dir = rescue_dir(cache);
         let displaced = describe(&self.path, change, length, &dir);
         let kept = match change {
-            Change::Moved(_) => return (displaced, Ok(None)),
+            Change::Moved(now) => {
+                let note = format!("{}\n{}\n", self.path.display(), now.display());
+                // The folder may have been moved with it: then nothing is asked by its old name.
+                if let Err(error) = crate::fs::write_atomic(&note_file(cache), note.as_bytes()) {
+                    tracing::debug!("{error:#}");
+                }
+                return (displaced, Ok(None));
+            }
             Change::Removed { .. } => length,
             // What is left stays where it is.
             Change::Cut { .. } | Change::Longer { .. } => 0,
@@ -148,6 +156,48 @@ pub fn rescue_dir(dir: &Path) -> PathBuf {
     let mut name = dir.file_name().unwrap_or_default().to_owned();
     name.push(".rescued");
     dir.with_file_name(name)
+}
+
+/// Says to which name a file of the cache folder `dir` was moved under a run.
+fn note_file(dir: &Path) -> PathBuf {
+    let mut name = dir.file_name().unwrap_or_default().to_owned();
+    name.push(".moved");
+    dir.with_file_name(name)
+}
+
+/// Refuses to begin a cache anew in `dir` while what was moved or rescued from under an earlier run is
+/// still elsewhere: it would be bought again.
+///
+/// # Errors
+/// [`Exit::Usage`] with what to do.
+pub fn check_all_is_back(dir: &Path) -> Result<()> {
+    let rescued = rescue_dir(dir);
+    if super::exists(&rescued) {
+        let message = format!(
+            "{rescued} holds answers that were rescued when the cache was moved under a run: take them \
+             over with `distill cache merge --dir {} {rescued}`, and remove the folder",
+            dir.display(),
+            rescued = rescued.display()
+        );
+        return Err(Exit::Usage(message).into());
+    }
+    let note = note_file(dir);
+    let Ok(text) = crate::fs::read_to_string(&note) else {
+        return Ok(());
+    };
+    let mut lines = text.lines();
+    if let (Some(from), Some(to)) = (lines.next(), lines.next())
+        && !Path::new(from).exists()
+        && Path::new(to).exists()
+    {
+        let message = format!(
+            "{from} was moved to {to} under the last run, and every answer in it would be bought again: \
+             move it back; or, to begin anew, remove {}",
+            note.display()
+        );
+        return Err(Exit::Usage(message).into());
+    }
+    crate::fs::remove_file(&note)
 }
 
 /// A file in the rescue folder, and what it begins with.

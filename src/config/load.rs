@@ -192,6 +192,15 @@ fn resolve_paths(config: &mut Config, folder: &Path) {
     resolve(&mut config.prompts.source);
     resolve(&mut config.student.path);
     let teachers = config.teachers.iter_mut().chain([&mut config.teacher]);
+    for teacher in teachers {
+        let files = [
+            &mut teacher.api_key_file,
+            &mut teacher.ca_file,
+            &mut teacher.client_certificate,
+        ];
+        files.into_iter().flatten().for_each(resolve);
+    }
+    let teachers = config.teachers.iter_mut().chain([&mut config.teacher]);
     let own = teachers.filter_map(|teacher| teacher.sampling.as_mut());
     for sampling in own.chain([&mut config.sampling]) {
         sampling.schema.iter_mut().for_each(resolve);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::teacher::hide_keys;
 use crate::exit::Exit;
 
 /// What does not fit in `text`, the content of `path`: file, line, column, and for an unknown key
@@ -53,5 +54,6 @@ pub fn nearest<'a>(
 
 /// The user must change something first.
 pub fn usage(message: String) -> anyhow::Error {
-    Exit::Usage(message).into()
+    // A key may stand where it does not belong.
+    Exit::Usage(hide_keys(&message)).into()
 }

@@ -9,6 +9,7 @@ pub(crate) mod mistake;
 mod redis_url;
 mod settings;
 mod student;
+mod teacher;
 mod validate;
 
 pub use harvest::*;
@@ -16,3 +17,4 @@ pub use load::{Loaded, load, parse};
 pub use redis_url::{CANNOT_SHARE, RedisUrl};
 pub use settings::*;
 pub use student::*;
+pub use teacher::*;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::harvest::*;
 use super::student::*;
+use super::teacher::*;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

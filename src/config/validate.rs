@@ -2,11 +2,12 @@
 
 use anyhow::Result;
 
-use super::harvest::{Batch, Lane};
+use super::harvest::Batch;
 use super::mistake::usage;
 use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
 use super::student::{Best, Init, JudgedBy, Kd};
+use super::teacher::Lane;
 
 fn check(holds: bool, message: &str) -> Result<()> {
     if holds {
@@ -218,6 +219,7 @@ fn batch(batch: &Batch) -> Result<()> {
 }
 
 fn lane(lane: &Lane) -> Result<()> {
+    lane.teacher.check()?;
     check(
         lane.sampling.top_logprobs <= 20,
         "sampling.top_logprobs goes up to 20, the most that endpoints offer",

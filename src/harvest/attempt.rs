@@ -101,7 +101,8 @@ pub async fn run(
     };
     let result = match completion {
         Err(trouble) => Err(trouble),
-        Ok(completion) => {
+        Ok(mut completion) => {
+            completion.clean(&transport.secrets());
             let bound = plan.bound(attempt.lane, attempt.entry.row);
             let timing = timing(sent_at, latency, attempt.entry.failed + 1);
             let answered = Answered::new(asking, row, prompt, body, bound, completion, timing)?;

@@ -8,19 +8,17 @@ use async_openai::error::OpenAIError;
 use async_openai::middleware::HttpRequestFactory;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::header::HeaderMap;
 use reqwest::{Request, Response};
 use tokio::sync::Semaphore;
 
+use super::credentials::{Credentials, Sent};
 use super::reply::encoding::Decoder;
 use super::teacher::{End, Fault, Permit, Reply};
 use crate::ops::process;
 
 /// A longer body is no chat completion that anybody wants to keep.
 const LARGEST_BODY: usize = 64 << 20;
-
-/// Keys shorter than this are placeholders (`none`, `EMPTY`), whose text may well be in an answer.
-const SHORTEST_KEY: usize = 20;
 
 /// For a file, up or down, as long as something comes.
 pub const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
@@ -34,7 +32,7 @@ pub const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
 /// request: path, headers, JSON.
 #[derive(Clone)]
 pub struct OneAttempt {
-    pub http: reqwest::Client,
+    pub http: Sender,
 }
 
 impl tower::Service<HttpRequestFactory> for OneAttempt {
@@ -54,7 +52,7 @@ impl tower::Service<HttpRequestFactory> for OneAttempt {
             if request.body().is_some_and(|body| body.as_bytes().is_none()) {
                 *request.timeout_mut() = Some(LONGEST_TRANSFER);
             }
-            let outcome: tower::BoxError = match send(&http, request).await {
+            let outcome: tower::BoxError = match http.send(request).await {
                 Ok(reply) => reply.into(),
                 Err(fault) => fault.into(),
             };
@@ -80,16 +78,49 @@ pub fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault> {
     Err(Fault::Broken(error))
 }
 
-/// Sends a request and reads the whole reply, decoded.
-///
-/// # Errors
-/// Where no reply began. One that broke off is returned with what came of it.
-pub async fn send(http: &reqwest::Client, request: Request) -> Result<Reply, Fault> {
-    let authorization = request.headers().get(AUTHORIZATION).cloned();
-    let response = http.execute(request).await.map_err(fault)?;
-    let mut reply = read(response).await;
-    reply.body = without_key(reply.body, authorization.as_ref());
-    Ok(reply)
+/// Sends requests with the key and the headers of an endpoint.
+#[derive(Clone)]
+pub struct Sender {
+    pub http: reqwest::Client,
+    pub credentials: Arc<Credentials>,
+}
+
+impl Sender {
+    /// Sends a request and reads the whole reply, decoded and without a key.
+    ///
+    /// # Errors
+    /// Where no reply began, or the key had expired. A reply that broke off is returned with what came of it.
+    pub async fn send(&self, request: Request) -> Result<Reply, Fault> {
+        let (sent, response) = self.begin(request).await?;
+        let mut reply = read(response).await;
+        reply.body = sent.secrets.clean(reply.body);
+        sent.secrets.clean_headers(&mut reply.headers);
+        self.look_at_key(&sent, reply.status).await?;
+        Ok(reply)
+    }
+
+    /// Sends a request, of whose response the body is still to come.
+    pub async fn begin(&self, mut request: Request) -> Result<(Arc<Sent>, Response), Fault> {
+        let sent = self.credentials.current();
+        for (name, value) in &sent.headers {
+            request.headers_mut().insert(name, value.clone());
+        }
+        let response = self.http.execute(request).await.map_err(fault)?;
+        Ok((sent, response))
+    }
+
+    /// After a reply with this status to what was sent.
+    ///
+    /// # Errors
+    /// [`Fault::KeyRenewed`] where the key was refused and there is another one.
+    pub async fn look_at_key(&self, sent: &Sent, status: u16) -> Result<(), Fault> {
+        match status {
+            401 if self.credentials.renew(sent).await => return Err(Fault::KeyRenewed),
+            200..300 => self.credentials.accepted(),
+            _ => {}
+        }
+        Ok(())
+    }
 }
 
 /// Reads a response to its end.
@@ -208,49 +239,15 @@ pub fn fault(error: reqwest::Error) -> Fault {
     if io.is_some_and(process::is_out_of_descriptors) {
         return Fault::NoDescriptor(cause.to_string());
     }
-    match is_connect {
-        true => Fault::Unreachable(cause.to_string()),
-        false => Fault::Broken(cause.to_string()),
-    }
-}
-
-/// Some endpoints echo the key in their error messages, which are shown and kept.
-pub fn without_key(body: Bytes, authorization: Option<&HeaderValue>) -> Bytes {
-    let key = authorization
-        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
-        .filter(|key| key.len() >= SHORTEST_KEY);
-    let Some(key) = key else { return body };
-    let finder = memchr::memmem::Finder::new(key);
-    let mut clean = BytesMut::new();
-    let mut rest = &body[..];
-    while let Some(start) = finder.find(rest) {
-        clean.extend_from_slice(&rest[..start]);
-        clean.extend_from_slice(b"[key]");
-        rest = &rest[start + key.len()..];
-    }
-    if clean.is_empty() {
-        return body;
-    }
-    clean.extend_from_slice(rest);
-    clean.freeze()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_echoed_key_is_taken_out_and_a_placeholder_left_alone() {
-        let clean = |body: &'static str, key: &str| {
-            let header = HeaderValue::try_from(format!("Bearer {key}")).unwrap();
-            without_key(Bytes::from_static(body.as_bytes()), Some(&header))
-        };
-        let key = "sk-0123456789abcdefghij";
-        assert_eq!(
-            clean("bad sk-0123456789abcdefghij, sk-0123456789abcdefghij!", key),
-            "bad [key], [key]!"
+    let mut message = cause.to_string();
+    if message.contains("UnknownIssuer") {
+        message.push_str(
+            " (this machine does not know who signed its certificate: set `teacher.ca_file`, or \
+             SSL_CERT_FILE)",
         );
-        assert_eq!(clean("sk-0123456789abcdefghij", key), "[key]");
-        assert_eq!(clean("none is left", "none"), "none is left");
+    }
+    match is_connect {
+        true => Fault::Unreachable(message),
+        false => Fault::Broken(message),
     }
 }

@@ -26,6 +26,8 @@ mod batch;
 mod books;
 pub mod budget;
 mod clock;
+mod connection;
+mod credentials;
 mod dispatch;
 pub mod endpoint;
 mod estimate;
@@ -48,6 +50,7 @@ mod retry;
 mod room;
 mod schedule;
 mod scoring;
+mod secrets;
 mod shard;
 mod stop;
 mod structured;
@@ -455,26 +458,11 @@ fn open_cache(
 ) -> Result<Cache> {
     let mut reading = Reading::new("opening the cache", options.quiet);
     let (dir, settings) = (config.own_cache(), &config.cache);
-    check_none_rescued(&dir)?;
+    cache::place::check_all_is_back(&dir)?;
     Cache::open_with(&dir, settings, storage, &mut |done, total| {
         reading.update(done, total);
         stop.check()
     })
-}
-
-/// Refuses to buy again what was rescued from under a cache that was moved.
-fn check_none_rescued(dir: &Path) -> Result<()> {
-    let rescued = cache::place::rescue_dir(dir);
-    if !cache::exists(&rescued) {
-        return Ok(());
-    }
-    let message = format!(
-        "{rescued} holds answers that were rescued when the cache was moved under a run: take them over \
-         with `distill cache merge --dir {} {rescued}`, and remove the folder",
-        dir.display(),
-        rescued = rescued.display()
-    );
-    Err(Exit::Usage(message).into())
 }
 
 /// A budget holds by the prices: without them, or with old ones, it says nothing.

@@ -176,6 +176,7 @@ pub fn classify_fault(fault: Fault) -> Trouble {
             },
             wait: Duration::ZERO,
         },
+        Fault::KeyRenewed => Trouble::KeyRenewed,
         // The connections that are open go on; fewer at once are enough.
         Fault::NoDescriptor(message) => Trouble::Throttled {
             wait: None,

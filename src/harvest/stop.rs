@@ -9,22 +9,33 @@ use anyhow::anyhow;
 use super::budget::{Account, Store};
 use super::retry::Reason;
 use super::teacher;
-use crate::config;
+use crate::config::{self, KeySource};
 use crate::exit::Exit;
 use crate::terminal::{format_count, format_duration};
 
 /// The endpoint refuses every request, whatever it asks.
 pub fn refused(reason: Reason, message: &str, teacher: &config::Teacher) -> anyhow::Error {
-    let variable = &teacher.api_key_env;
+    let refuses = |holder: String, advice: &str| {
+        format!("the endpoint refuses the key {holder} ({message}): {advice}")
+    };
     let advice = match reason {
-        Reason::Key if variable.is_empty() => format!(
-            "the endpoint asks for a key ({message}): set `teacher.api_key_env` to the name of the \
-             variable that holds it"
-        ),
-        Reason::Key => format!(
-            "the endpoint refuses the key in `{variable}` ({message}): set the variable to a valid \
-             key"
-        ),
+        Reason::Key => match teacher.key_source() {
+            KeySource::None => format!(
+                "the endpoint asks for a key ({message}): set `teacher.api_key_env` to the name of the \
+                 variable that holds it"
+            ),
+            KeySource::Variable(name) => {
+                refuses(format!("in `{name}`"), "set the variable to a valid key")
+            }
+            KeySource::File(path) => refuses(
+                format!("in {}", path.display()),
+                "write a valid key into `teacher.api_key_file`",
+            ),
+            KeySource::Command(_) => refuses(
+                "that `teacher.api_key_command` prints".into(),
+                "run the command by hand, and see what it prints and for whom",
+            ),
+        },
         Reason::Forbidden => format!(
             "the endpoint forbids this ({message}): check what the account may use, and \
              `teacher.model`"

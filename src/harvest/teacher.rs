@@ -1,6 +1,5 @@
 //! The endpoint: one HTTP request a call, and everything that came back.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,17 +7,18 @@ use anyhow::{Context as _, Result};
 use async_openai::Client;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, Request, Url};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde_json::Value;
 use tokio::sync::SemaphorePermit;
 
 use super::batch::BatchApi;
-use super::exchange::{self, OneAttempt};
-use super::reply;
+use super::connection::{self, Address};
+use super::credentials::Credentials;
+use super::exchange::{OneAttempt, Sender};
+use super::secrets::Secrets;
 use crate::config;
-use crate::exit::Exit;
 
 /// A response, whatever its status.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -65,6 +65,9 @@ pub enum Fault {
     /// Refused, no such host, no route, TLS: nothing was sent.
     #[error("{0}")]
     Unreachable(String),
+    /// The key had expired, and there is a new one.
+    #[error("the key had expired")]
+    KeyRenewed,
     /// This process or this machine may open no more connections for now: nothing was sent.
     #[error("{0}")]
     NoDescriptor(String),
@@ -81,6 +84,11 @@ pub trait Transport: Send + Sync {
     /// Asks once, and waits for the whole reply.
     fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>>;
 
+    /// What must not be in an answer.
+    fn secrets(&self) -> Secrets {
+        Secrets::default()
+    }
+
     /// The way to its files and batches, if there is one.
     fn batches(&self) -> Option<&dyn BatchApi> {
         None
@@ -93,35 +101,45 @@ pub struct Teacher {
     pub(super) client: Client<Endpoint>,
     /// For completions, and for the one thing that async-openai does not do: reading a file
     /// while it comes.
-    pub(super) http: reqwest::Client,
+    pub(super) http: Sender,
     completions: Url,
-    /// Of a request for a completion.
-    headers: HeaderMap,
     /// Between two pieces of such a file.
     pub(super) timeout: Duration,
 }
 
 impl Teacher {
-    /// Reads the key from the environment and prepares the connection pool; sends nothing.
+    /// Reads the key and prepares the connection pool; sends nothing.
     pub fn new(settings: &config::Teacher) -> Result<Teacher> {
         Self::at(settings, "chat/completions")
     }
 
     /// As [`Teacher::new`], to be asked at another path than that of chat completions.
     pub fn at(settings: &config::Teacher, path: &str) -> Result<Teacher> {
-        let base_url = base_url(settings)?;
-        let http = http_client(settings, &base_url)?;
-        let endpoint = Endpoint::new(settings)?;
+        let credentials = Arc::new(Credentials::load(settings)?);
+        let address = Address::of(settings)?;
+        let http = Sender {
+            http: connection::client(settings, &address)?,
+            credentials,
+        };
+        let endpoint = Endpoint {
+            base_url: address.text.as_str().into(),
+            query: address.query.into(),
+            no_key: SecretString::default(),
+        };
         let once = OneAttempt { http: http.clone() };
-        let completions = format!("{}/{path}", identity(settings));
-        let mut headers = endpoint.headers.clone();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let mut completions = format!("{}/{path}", endpoint.base_url)
+            .parse::<Url>()
+            .context("`teacher.base_url` is no URL")?;
+        if !endpoint.query.is_empty() {
+            completions
+                .query_pairs_mut()
+                .extend_pairs(endpoint.query.iter());
+        }
         Ok(Teacher {
-            completions: Url::parse(&completions).context("`teacher.base_url` is no URL")?,
-            headers,
-            client: Client::build(http.clone(), endpoint).with_http_service(once),
+            completions,
+            client: Client::build(http.http.clone(), endpoint).with_http_service(once),
             http,
-            timeout: seconds("timeout_s", settings.timeout_s)?,
+            timeout: connection::seconds("timeout_s", settings.timeout_s)?,
         })
     }
 
@@ -130,9 +148,10 @@ impl Teacher {
     async fn ask_once(&self, body: &Value) -> Result<Reply, Fault> {
         let body = serde_json::to_vec(body).map_err(|error| Fault::Broken(error.to_string()))?;
         let mut request = Request::new(Method::POST, self.completions.clone());
-        *request.headers_mut() = self.headers.clone();
+        let json = HeaderValue::from_static("application/json");
+        request.headers_mut().insert(CONTENT_TYPE, json);
         *request.body_mut() = Some(body.into());
-        exchange::send(&self.http, request).await
+        self.http.send(request).await
     }
 }
 
@@ -141,12 +160,16 @@ impl Transport for Teacher {
         Box::pin(self.ask_once(body))
     }
 
+    fn secrets(&self) -> Secrets {
+        self.http.credentials.current().secrets.clone()
+    }
+
     fn batches(&self) -> Option<&dyn BatchApi> {
         Some(self)
     }
 }
 
-/// The base URL as keys and records name it: without a slash at the end.
+/// The base URL as keys and records name it: as the config has it, without a slash at the end.
 pub fn identity(settings: &config::Teacher) -> &str {
     settings.base_url.trim_end_matches('/')
 }
@@ -156,41 +179,15 @@ pub fn identity(settings: &config::Teacher) -> &str {
 #[derive(Clone)]
 pub struct Endpoint {
     base_url: Arc<str>,
-    headers: HeaderMap,
-    key: SecretString,
-}
-
-impl Endpoint {
-    fn new(settings: &config::Teacher) -> Result<Endpoint> {
-        let key = api_key(&settings.api_key_env)?;
-        let mut headers = HeaderMap::new();
-        if !settings.api_key_env.is_empty() {
-            let mut value = HeaderValue::try_from(format!("Bearer {}", key.expose_secret()))
-                .map_err(|_| {
-                    Exit::Usage(format!(
-                        "the key in `{}` has characters that no header may have: set it again, \
-                         without line ends",
-                        settings.api_key_env
-                    ))
-                })?;
-            value.set_sensitive(true);
-            headers.insert(AUTHORIZATION, value);
-        }
-        headers.insert(
-            ACCEPT_ENCODING,
-            HeaderValue::from_static(reply::encoding::ACCEPTED),
-        );
-        Ok(Endpoint {
-            base_url: identity(settings).into(),
-            headers,
-            key,
-        })
-    }
+    query: Arc<[(String, String)]>,
+    /// The key is in the headers.
+    no_key: SecretString,
 }
 
 impl async_openai::config::Config for Endpoint {
     fn headers(&self) -> HeaderMap {
-        self.headers.clone()
+        // They are set when the request leaves.
+        HeaderMap::new()
     }
 
     fn url(&self, path: &str) -> String {
@@ -198,7 +195,10 @@ impl async_openai::config::Config for Endpoint {
     }
 
     fn query(&self) -> Vec<(&str, &str)> {
-        Vec::new()
+        let pairs = self.query.iter();
+        pairs
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect()
     }
 
     fn api_base(&self) -> &str {
@@ -206,140 +206,6 @@ impl async_openai::config::Config for Endpoint {
     }
 
     fn api_key(&self) -> &SecretString {
-        &self.key
-    }
-}
-
-fn api_key(variable: &str) -> Result<SecretString> {
-    if variable.is_empty() {
-        return Ok(SecretString::default());
-    }
-    match std::env::var(variable) {
-        Ok(key) if !key.trim().is_empty() => Ok(key.trim().into()),
-        _ => Err(Exit::Usage(format!(
-            "the variable `{variable}`, which `teacher.api_key_env` names, is not set: run `export \
-             {variable}=...` with the key of the endpoint, or set `teacher.api_key_env = \"\"` for \
-             an endpoint that needs none"
-        ))
-        .into()),
-    }
-}
-
-/// Checks the base URL: https, or http on this machine; no credentials in it.
-fn base_url(settings: &config::Teacher) -> Result<Url> {
-    let shown = &settings.base_url;
-    let url = Url::parse(shown)
-        .map_err(|error| Exit::Usage(format!("`teacher.base_url` is no URL: {error}")))?;
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err(Exit::Usage(
-            "`teacher.base_url` must hold no user name and no password: set \
-             `teacher.api_key_env` to the name of the variable that holds the key"
-                .into(),
-        )
-        .into());
-    }
-    match url.scheme() {
-        "https" => Ok(url),
-        "http" if is_loopback(&url) => Ok(url),
-        "http" => Err(Exit::Usage(format!(
-            "`teacher.base_url` = \"{shown}\" would send the key and the prompts unencrypted: use \
-             https (http is for this machine only)"
-        ))
-        .into()),
-        _ => Err(Exit::Usage(format!(
-            "`teacher.base_url` = \"{shown}\" must begin with https://"
-        ))
-        .into()),
-    }
-}
-
-fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let address = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost"
-        || address
-            .parse()
-            .is_ok_and(|address: IpAddr| address.is_loopback())
-}
-
-fn http_client(settings: &config::Teacher, base_url: &Url) -> Result<reqwest::Client> {
-    // An error means that a provider is installed already, which is what we want.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let mut builder = reqwest::Client::builder()
-        .user_agent(concat!("distill/", env!("CARGO_PKG_VERSION")))
-        // A redirect could carry the key and the prompts to another host.
-        .redirect(reqwest::redirect::Policy::none())
-        // Retries are the dispatcher's, under the rate limit.
-        .retry(reqwest::retry::never())
-        .connect_timeout(seconds("connect_timeout_s", settings.connect_timeout_s)?)
-        .timeout(seconds("timeout_s", settings.timeout_s)?);
-    if is_loopback(base_url) {
-        builder = builder.no_proxy();
-    }
-    if base_url.scheme() == "http" {
-        // No certificate is ever checked, so a machine that has none installed can go on.
-        builder = builder.tls_certs_only([]);
-    }
-    builder.build().context("cannot set up the HTTP client")
-}
-
-fn seconds(name: &str, value: f64) -> Result<Duration> {
-    Duration::try_from_secs_f64(value)
-        .ok()
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| Exit::Usage(format!("`teacher.{name}` = {value} is no time to wait")).into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn settings(url: &str) -> config::Teacher {
-        config::Teacher {
-            base_url: url.into(),
-            api_key_env: String::new(),
-            ..config::Teacher::default()
-        }
-    }
-
-    #[test]
-    fn only_this_machine_is_spoken_to_without_encryption() {
-        for url in [
-            "https://api.example.com/v1",
-            "http://localhost:8000/v1",
-            "http://127.0.0.2/v1",
-            "http://[::1]:80/v1/",
-        ] {
-            assert!(Teacher::new(&settings(url)).is_ok(), "{url}");
-        }
-        let cases = [
-            ("http://api.example.com/v1", "use https"),
-            ("http://localhost.example.com/v1", "use https"),
-            ("http://192.168.0.1/v1", "use https"),
-            ("ftp://example.com", "must begin with https"),
-            ("example.com", "no URL"),
-            ("https://user:pw@example.com", "no user name"),
-        ];
-        for (url, expected) in cases {
-            let error = Teacher::new(&settings(url)).err().unwrap();
-            assert!(error.to_string().contains(expected), "{error}");
-            assert_eq!(Exit::code_of(&error), 2);
-        }
-    }
-
-    #[test]
-    fn a_missing_key_is_named_by_its_variable() {
-        let settings = config::Teacher {
-            api_key_env: "DISTILL_TEST_NO_SUCH_VARIABLE".into(),
-            ..settings("https://example.com")
-        };
-        let error = Teacher::new(&settings).err().unwrap();
-        assert!(
-            error
-                .to_string()
-                .contains("export DISTILL_TEST_NO_SUCH_VARIABLE=..."),
-            "{error}"
-        );
-        assert_eq!(Exit::code_of(&error), 2);
+        &self.no_key
     }
 }

@@ -67,6 +67,16 @@ fn harmed(
         billed < PROMPTS as u64 - 50,
         "{part}: {billed} asked, and it did not stop"
     );
+    if stage.folder.path().join("run").exists() {
+        let (status, errors) = end(stage.start(), Duration::from_secs(20));
+        // Cut or appended to, the file is where it was.
+        let is_in_place = plain(&stage).exists() && !rescued(&stage).exists();
+        assert!(is_in_place || status.code() == Some(2), "{part}: {errors}");
+        assert!(
+            is_in_place || stage.billed() == billed,
+            "{part}: bought again"
+        );
+    }
     mend(&stage);
     stage.finish();
     assert_eq!(stage.keys().len(), PROMPTS, "{part}");

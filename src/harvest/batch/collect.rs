@@ -37,6 +37,9 @@ const SAME_REFUSALS: usize = 5;
 /// Lines of a file between two looks at the progress.
 const SHOW_EVERY: u64 = 500;
 
+/// In bytes, in any of its forms.
+const LONGEST_KEY: usize = 16 << 10;
+
 /// The rows of a part while its files are read.
 struct Taking {
     members: Vec<Member>,
@@ -190,11 +193,17 @@ impl Batches<'_> {
         if let Download::Content(mut pieces) =
             batches.content(file).await.map_err(retry::classify_fault)?
         {
+            let could_not = "could not keep a results file";
+            let mut held = Vec::new();
             while let Some(piece) = pieces.next().await {
-                let piece = batches.without_key(piece.map_err(retry::classify_fault)?);
-                kept.write_all(&piece)
-                    .context("could not keep a results file")?;
+                held.extend_from_slice(&piece.map_err(retry::classify_fault)?);
+                held = batches.without_key(held.into()).into();
+                // A key may begin in one piece and end in the next one.
+                let sure = held.len().saturating_sub(LONGEST_KEY);
+                kept.write_all(&held[..sure]).context(could_not)?;
+                held.drain(..sure);
             }
+            kept.write_all(&held).context(could_not)?;
         }
         kept.commit(true)?;
         self.lanes[lane].stop(stop::unreadable_results(&path));

@@ -12,7 +12,7 @@ use async_openai::types::files::{CreateFileRequest, FileInput, FilePurpose};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{StreamExt, stream};
-use reqwest::header::AUTHORIZATION;
+use reqwest::{Method, Request, Url};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
@@ -81,26 +81,29 @@ impl BatchApi for Teacher {
     }
 
     fn without_key(&self, line: Bytes) -> Bytes {
-        exchange::without_key(line, self.client.config().headers().get(AUTHORIZATION))
+        self.http.credentials.current().secrets.clean(line)
     }
 }
 
 impl Teacher {
     async fn download(&self, file: &str) -> Result<Download, Fault> {
         let endpoint = self.client.config();
-        let request = self
-            .http
-            .get(endpoint.url(&format!("/files/{file}/content")))
-            .headers(endpoint.headers())
-            .timeout(LONGEST_DOWNLOAD);
+        let url = endpoint.url(&format!("/files/{file}/content"));
+        let mut url: Url = url.parse().map_err(|_| Fault::Broken("no URL".into()))?;
+        if !endpoint.query().is_empty() {
+            url.query_pairs_mut().extend_pairs(endpoint.query());
+        }
+        let mut request = Request::new(Method::GET, url);
+        *request.timeout_mut() = Some(LONGEST_DOWNLOAD);
         let timeout = self.timeout;
-        let response = tokio::time::timeout(timeout, request.send()).await;
-        let response = response
-            .map_err(|_| Fault::Timeout)?
-            .map_err(exchange::fault)?;
-        if !response.status().is_success() {
+        let response = tokio::time::timeout(timeout, self.http.begin(request)).await;
+        let (sent, response) = response.map_err(|_| Fault::Timeout)??;
+        let status = response.status();
+        if !status.is_success() {
             let mut reply = exchange::read(response).await;
             reply.body = self.without_key(reply.body);
+            sent.secrets.clean_headers(&mut reply.headers);
+            self.http.look_at_key(&sent, status.as_u16()).await?;
             return Ok(Download::Refused(reply));
         }
         let decoder = Decoder::new(response.headers());

@@ -25,6 +25,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use super::secrets::Secrets;
 use crate::cache::record::{Answer, Logprobs, Usage};
 use error::{ApiError, is_error, text};
 use fields::fields;
@@ -54,6 +55,15 @@ impl Completion {
         Completion {
             unreadable: Some(problem),
             ..Completion::default()
+        }
+    }
+
+    /// Takes keys out of an answer that came in pieces, none of which held one.
+    pub fn clean(&mut self, secrets: &Secrets) {
+        if secrets.clean_answer(&mut self.answer) {
+            // They spell another text now.
+            let problem = "the answer held the key";
+            self.logprobs_fault = self.logprobs.take().map(|_| problem.into());
         }
     }
 }

@@ -9,8 +9,10 @@ use std::process::{Command, Output};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use distill::serve::mock::{self, MockServer, Script};
+use serde_json::json;
 
 use super::matrix::{Always, FAULTS};
+use crate::fault_server::{FaultServer, Reaction};
 
 const VARIABLE: &str = "CANARY_KEY";
 const KEY: &str = "sk-canary+/=0123456789abcdefghijklmnop";
@@ -198,4 +200,150 @@ fn the_key_is_in_no_output_whatever_the_teacher_does() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(errors(&output).contains(VARIABLE) && !errors(&output).contains(&other));
+}
+
+/// The key in forms that are not byte for byte, in each place of a reply.
+fn disguised() -> Vec<Reaction> {
+    let escaped: String = KEY.bytes().map(|b| format!("\\u{b:04x}")).collect();
+    let in_part = KEY.replacen('c', "\\u0063", 1);
+    let twice = KEY.replace('a', "\\\\u0061");
+    let address: String = KEY.bytes().map(|b| format!("%{b:02X}")).collect();
+    let basic = STANDARD_NO_PAD.encode(format!("Bearer {KEY}"));
+    let mut reactions = Vec::new();
+    for form in [KEY, &escaped, &in_part, &twice, &address, &basic] {
+        let error = format!(r#"{{"error":{{"message":"no: {form}"}}}}"#);
+        let answer = format!(
+            r#"{{"choices":[{{"message":{{"content":"it is {form}"}},"finish_reason":"stop"}}],"odd":"{form}","usage":{{"prompt_tokens":1,"completion_tokens":9}}}}"#
+        );
+        // Half of an answer, and text that is no answer at all.
+        let half = format!(r#"{{"choices":[{{"message":{{"content":"it is {form}"#);
+        for (status, body) in [
+            (200, &answer),
+            (400, &error),
+            (401, &error),
+            (500, &error),
+            (200, &half),
+            (200, &error),
+        ] {
+            reactions.push(Reaction::Reply(
+                status,
+                Vec::new(),
+                body.clone().into_bytes(),
+            ));
+        }
+        if !form.contains('\\') {
+            let location = vec![("location", format!("http://elsewhere/?key={form}"))];
+            reactions.push(Reaction::Reply(302, location, Vec::new()));
+        }
+    }
+    // In pieces, none of which is the key.
+    let delta = |text: &str| {
+        let delta = json!({"choices": [{"index": 0, "delta": {"content": text}}]});
+        format!("data: {delta}\n\n")
+    };
+    let stream = format!(
+        "{}{}data: {}\n\n",
+        delta(&KEY[..15]),
+        delta(&KEY[15..]),
+        json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    );
+    reactions.push(Reaction::Reply(200, Vec::new(), stream.into_bytes()));
+    reactions
+}
+
+/// As a reader of JSON sees it.
+fn unescaped(text: &str) -> String {
+    let mut parts = text.split("\\u");
+    let mut plain = parts.next().unwrap().to_string();
+    for part in parts {
+        match part.get(..4).map(|digits| u32::from_str_radix(digits, 16)) {
+            Some(Ok(code)) => {
+                plain.push(char::from_u32(code).unwrap_or('?'));
+                plain.push_str(&part[4..]);
+            }
+            _ => plain.push_str(part),
+        }
+    }
+    plain
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_is_in_no_output_whatever_form_it_has() {
+    for reaction in disguised() {
+        let told = format!("{reaction:?}");
+        let server = FaultServer::start(move |_| reaction.clone()).await;
+        let more = "max_attempts = 2\n";
+        let dir = folder(&server.base_url, 2, more);
+        let path = dir.path().to_owned();
+        let output = tokio::task::spawn_blocking(move || run(&path, &["harvest"]));
+        let output = output.await.unwrap();
+        let mut texts = vec![errors(&output)];
+        for name in ["cache/responses.jsonl", "failures.jsonl", "summary.json"] {
+            texts.push(fs::read_to_string(dir.path().join("run").join(name)).unwrap_or_default());
+        }
+        let is_shown = texts.iter().any(|text| text.contains("[key]"));
+        // Of half an answer, nothing is shown.
+        let is_half = texts.iter().any(|text| text.contains("ends early"));
+        assert!(is_shown || is_half, "{told}: {texts:?}");
+        for text in texts {
+            let plain = unescaped(&unescaped(&text.replace("\\\\", "\\")));
+            assert_clean(&told, plain.as_bytes());
+        }
+    }
+}
+
+#[test]
+fn a_key_where_a_name_belongs_is_not_repeated() {
+    let dir = folder("http://127.0.0.1:9/v1", 1, "");
+    let config = fs::read_to_string(dir.path().join("run.toml")).unwrap();
+    let key = "sk-canary-0123456789abcdefghijklmnop";
+    let places = [
+        ("api_key_env", format!("api_key_env = \"{key}\"")),
+        ("api_key_env", format!("api_key_env = {key}")),
+        ("api_key_env", format!("api_key = \"{key}\"")),
+        (
+            "api_key_env",
+            format!("headers = {{ x-api-key = \"{key}\" }}"),
+        ),
+        ("api_key_env", format!("query = {{ key = \"{key}\" }}")),
+        (
+            "base_url",
+            format!("base_url = \"https://127.0.0.1:9/{key}/v1\""),
+        ),
+        (
+            "base_url",
+            format!("base_url = \"https://127.0.0.1:9/v1?key={key}\""),
+        ),
+        ("timeout_s", format!("timeout_s = \"{key}\"")),
+    ];
+    for (place, line) in places {
+        let lines = config.lines().map(|old| match old.starts_with(place) {
+            true => line.as_str(),
+            false => old,
+        });
+        let changed: Vec<&str> = lines.collect();
+        fs::write(dir.path().join("run.toml"), changed.join("\n")).unwrap();
+        for verb in [
+            &["harvest"][..],
+            &["harvest", "--dry-run"],
+            &["config", "show"],
+        ] {
+            let output = Command::new(env!("CARGO_BIN_EXE_distill"))
+                .args(verb)
+                .args(["-c", "run.toml"])
+                .current_dir(dir.path())
+                .env("DISTILL_LOG", "trace")
+                .output()
+                .unwrap();
+            assert_eq!(output.status.code(), Some(2), "{line}: {}", errors(&output));
+            let said = [&output.stdout[..], &output.stderr].concat();
+            let said = String::from_utf8_lossy(&said);
+            assert!(!said.contains(key), "{line}: {said}");
+        }
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_distill"))
+        .args(["harvest", "--set", &format!("teacher.api_key={key}")])
+        .output()
+        .unwrap();
+    assert!(!errors(&output).contains(key), "{}", errors(&output));
 }

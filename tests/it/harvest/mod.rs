@@ -9,6 +9,7 @@ mod limits;
 mod matrix;
 mod nights;
 mod probe;
+mod reach;
 mod replies;
 mod runs;
 #[cfg(feature = "redis")]

@@ -1,0 +1,358 @@
+//! What each request carries besides its body: the key, from where it comes, and the headers of a gateway.
+//!
+//! A key from a file or a command may expire in the night. When the endpoint refuses it, it is read again,
+//! once for all requests that were on their way, and only a new one is tried.
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
+use secrecy::{ExposeSecret, SecretString};
+
+use super::reply;
+use super::secrets::Secrets;
+use crate::config::{self, KeySource};
+use crate::exit::Exit;
+
+/// For a command that prints a key.
+const LONGEST_COMMAND: Duration = Duration::from_secs(60);
+
+/// New keys that are refused, one after the other, before the endpoint is believed.
+const REFUSED_KEYS: u32 = 2;
+
+/// What is sent with a request.
+#[derive(Debug, Clone)]
+pub struct Sent {
+    pub headers: HeaderMap,
+    pub secrets: Secrets,
+    /// Counts the keys.
+    number: u64,
+}
+
+/// The key and the headers of one endpoint.
+pub struct Credentials {
+    settings: config::Teacher,
+    header: HeaderName,
+    current: Mutex<Arc<Sent>>,
+    /// Keys in a row that were refused. Held while a new one is fetched.
+    refused: tokio::sync::Mutex<u32>,
+}
+
+impl Credentials {
+    /// Reads the key, and the variables that headers and query name.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] where one is missing or cannot be sent.
+    pub fn load(settings: &config::Teacher) -> Result<Credentials> {
+        let header = header_name("teacher.api_key_header", &settings.api_key_header)?;
+        let mut headers = HeaderMap::new();
+        let accepted = HeaderValue::from_static(reply::encoding::ACCEPTED);
+        headers.insert(ACCEPT_ENCODING, accepted);
+        let mut secrets = Vec::new();
+        let own = [
+            ("OpenAI-Organization", &settings.organization),
+            ("OpenAI-Project", &settings.project),
+        ];
+        let own = own.into_iter().filter(|(_, value)| !value.is_empty());
+        let others = settings.headers.iter();
+        for (name, value) in own.chain(others.map(|(name, value)| (name.as_str(), value))) {
+            let expanded = expand(value)?;
+            let place = format!("teacher.headers.{name}");
+            headers.insert(
+                header_name(&place, name)?,
+                header_value(&place, &expanded.text)?,
+            );
+            secrets.extend(expanded.secrets);
+        }
+        for value in settings.query.values().chain([&settings.base_url]) {
+            secrets.extend(expand(value)?.secrets);
+        }
+        let sent = Sent {
+            headers,
+            secrets: Secrets::new(secrets),
+            number: 0,
+        };
+        let credentials = Credentials {
+            settings: settings.clone(),
+            header,
+            current: Mutex::new(Arc::new(sent)),
+            refused: tokio::sync::Mutex::default(),
+        };
+        if let Some(key) = read_key(settings)? {
+            credentials.set(&key)?;
+        }
+        Ok(credentials)
+    }
+
+    /// What is sent now.
+    pub fn current(&self) -> Arc<Sent> {
+        Arc::clone(&self.current.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The endpoint takes what was sent.
+    pub fn accepted(&self) {
+        if let Ok(mut refused) = self.refused.try_lock() {
+            *refused = 0;
+        }
+    }
+
+    /// The endpoint refuses what was `sent`. True where there is something else to send by now.
+    pub async fn renew(self: &Arc<Self>, sent: &Sent) -> bool {
+        if matches!(
+            self.settings.key_source(),
+            KeySource::None | KeySource::Variable(_)
+        ) {
+            return false;
+        }
+        let mut refused = self.refused.lock().await;
+        if self.current().number != sent.number {
+            return true;
+        }
+        if *refused >= REFUSED_KEYS {
+            return false;
+        }
+        let this = Arc::clone(self);
+        let fetched = tokio::task::spawn_blocking(move || this.fetch()).await;
+        match fetched.map_err(anyhow::Error::from).flatten() {
+            Ok(is_new) => {
+                *refused += 1;
+                if is_new {
+                    tracing::info!("the endpoint refused the key, and there is a new one");
+                }
+                is_new
+            }
+            Err(error) => {
+                tracing::warn!("the endpoint refuses the key, and there is no new one: {error:#}");
+                false
+            }
+        }
+    }
+
+    /// Reads the key again; true if it is another one.
+    fn fetch(&self) -> Result<bool> {
+        let before = self.current();
+        let Some(key) = read_key(&self.settings)? else {
+            return Ok(false);
+        };
+        self.set(&key)?;
+        let now = self.current();
+        Ok(now.headers.get(&self.header) != before.headers.get(&self.header))
+    }
+
+    fn set(&self, key: &SecretString) -> Result<()> {
+        let key = key.expose_secret();
+        let text = match self.header == AUTHORIZATION {
+            true => format!("Bearer {}", key.strip_prefix("Bearer ").unwrap_or(key)),
+            false => key.to_owned(),
+        };
+        let value = header_value("the key", &text)?;
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.headers.get(&self.header) == Some(&value) {
+            return Ok(());
+        }
+        let mut sent = Sent::clone(&current);
+        sent.headers.insert(self.header.clone(), value);
+        sent.secrets = sent.secrets.and([key.to_owned()]);
+        sent.number += 1;
+        *current = Arc::new(sent);
+        Ok(())
+    }
+}
+
+/// A text of the config with its variables filled in.
+pub struct Expanded {
+    pub text: String,
+    secrets: Vec<String>,
+}
+
+/// Fills in `${NAME}`.
+///
+/// # Errors
+/// [`Exit::Usage`] where a variable is not set.
+pub fn expand(text: &str) -> Result<Expanded> {
+    let mut expanded = Expanded {
+        text: String::new(),
+        secrets: Vec::new(),
+    };
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("${") {
+        let Some((name, after)) = after.split_once('}') else {
+            break;
+        };
+        let value = variable(name, "${} in [teacher]")?;
+        expanded.text.push_str(before);
+        expanded.text.push_str(&value);
+        expanded.secrets.push(value);
+        rest = after;
+    }
+    expanded.text.push_str(rest);
+    Ok(expanded)
+}
+
+fn read_key(settings: &config::Teacher) -> Result<Option<SecretString>> {
+    let key = match settings.key_source() {
+        KeySource::None => return Ok(None),
+        KeySource::Variable(name) => {
+            return Ok(Some(variable(name, "`teacher.api_key_env`")?.into()));
+        }
+        KeySource::File(path) => crate::fs::read_to_string(path).map_err(|error| {
+            Exit::Usage(format!("{error:#}: `teacher.api_key_file` holds the key"))
+        })?,
+        KeySource::Command(command) => output_of(command).map_err(|error| {
+            Exit::Usage(format!(
+                "`teacher.api_key_command` printed no key: {error:#}"
+            ))
+        })?,
+    };
+    let key = key.lines().map(str::trim).find(|line| !line.is_empty());
+    let key = key.ok_or_else(|| {
+        let place = match settings.key_source() {
+            KeySource::File(path) => path.display().to_string(),
+            _ => "`teacher.api_key_command`".to_owned(),
+        };
+        Exit::Usage(format!(
+            "{place} gives no key: its first line that is not empty is the key"
+        ))
+    })?;
+    Ok(Some(key.into()))
+}
+
+/// What a command of the shell prints.
+fn output_of(command: &str) -> Result<String> {
+    let child = Command::new("sh")
+        .args(["-c", command])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut child = child.context("could not start it")?;
+    let started = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if started.elapsed() > LONGEST_COMMAND {
+            let _ = child.kill();
+            let _ = child.wait();
+            bail!("it took longer than {} s", LONGEST_COMMAND.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    if !status.success() {
+        bail!("it ended with {status}");
+    }
+    let mut text = String::new();
+    let printed = child.stdout.take().context("it has no output")?;
+    // Keys are short, and fit into the pipe.
+    printed.take(1 << 16).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn variable(name: &str, named_by: &str) -> Result<String> {
+    match std::env::var(name) {
+        Ok(value) if !value.trim().is_empty() => Ok(value.trim().into()),
+        _ => Err(Exit::Usage(format!(
+            "the variable `{name}`, which {named_by} names, is not set: run `export {name}=...` with the \
+             key of the endpoint, or set `teacher.api_key_env = \"\"` for an endpoint that needs none"
+        ))
+        .into()),
+    }
+}
+
+fn header_name(place: &str, name: &str) -> Result<HeaderName> {
+    HeaderName::try_from(name)
+        .map_err(|_| Exit::Usage(format!("`{place}`: {name:?} is no name of a header")).into())
+}
+
+fn header_value(place: &str, value: &str) -> Result<HeaderValue> {
+    let mut value = HeaderValue::try_from(value).map_err(|_| {
+        Exit::Usage(format!(
+            "{place} has characters that no header may have: set it again, without line ends"
+        ))
+    })?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_command(command: &str) -> config::Teacher {
+        config::Teacher {
+            api_key_command: Some(command.into()),
+            ..config::Teacher::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_key_is_renewed_once_for_all_that_were_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("key");
+        std::fs::write(&file, "\n first-key-0123456789 \n").unwrap();
+        let settings = config::Teacher {
+            api_key_file: Some(file.clone()),
+            ..config::Teacher::default()
+        };
+        let credentials = Arc::new(Credentials::load(&settings).unwrap());
+        let first = credentials.current();
+        assert_eq!(first.headers[AUTHORIZATION], "Bearer first-key-0123456789");
+        assert!(!credentials.renew(&first).await, "it is the same key");
+        std::fs::write(&file, "second-key-0123456789").unwrap();
+        assert!(credentials.renew(&first).await);
+        let second = credentials.current();
+        assert!(
+            credentials.renew(&first).await,
+            "another one is there by now"
+        );
+        assert_eq!(credentials.current().number, second.number);
+        let said = bytes::Bytes::from_static(b"first-key-0123456789 second-key-0123456789");
+        assert_eq!(second.secrets.clean(said), "[key] [key]");
+        // New keys that are refused, one after the other, come to an end, until one is taken.
+        std::fs::write(&file, "third-key-0123456789").unwrap();
+        assert!(!credentials.renew(&second).await);
+        credentials.accepted();
+        assert!(credentials.renew(&second).await);
+    }
+
+    #[test]
+    fn commands_and_variables_that_give_no_key_are_named() {
+        let cases = [
+            ("exit 3", "exit status: 3"),
+            ("echo", "gives no key"),
+            ("printf 'a\\001b'", "no header may have"),
+        ];
+        for (command, part) in cases {
+            let error = Credentials::load(&with_command(command)).err().unwrap();
+            assert_eq!(Exit::code_of(&error), 2);
+            assert!(error.to_string().contains(part), "{error}");
+        }
+        let error = expand("a ${DISTILL_TEST_NO_SUCH_VARIABLE} b")
+            .err()
+            .unwrap();
+        assert!(
+            error
+                .to_string()
+                .contains("export DISTILL_TEST_NO_SUCH_VARIABLE"),
+            "{error}"
+        );
+        assert_eq!(expand("a ${").unwrap().text, "a ${");
+    }
+
+    #[test]
+    fn the_key_goes_where_the_endpoint_wants_it() {
+        let settings = config::Teacher {
+            api_key_header: "api-key".into(),
+            headers: [("X-Title".to_string(), "distill".to_string())].into(),
+            organization: "org-1".into(),
+            ..with_command("echo a-key")
+        };
+        let sent = Credentials::load(&settings).unwrap().current();
+        assert_eq!(sent.headers["api-key"], "a-key");
+        assert_eq!(sent.headers["x-title"], "distill");
+        assert_eq!(sent.headers["openai-organization"], "org-1");
+        assert!(!sent.headers.contains_key(AUTHORIZATION));
+    }
+}

@@ -1,0 +1,240 @@
+//! Keys must appear nowhere: they are taken out of whatever an endpoint says, before it is read, shown or
+//! kept, in every form in which endpoints repeat what they were sent.
+
+use aho_corasick::AhoCorasick;
+use base64::Engine;
+use base64::prelude::{BASE64_STANDARD_NO_PAD, BASE64_URL_SAFE_NO_PAD};
+use bytes::Bytes;
+use memchr::{memchr, memchr2_iter};
+use reqwest::header::{HeaderMap, HeaderValue};
+
+use crate::cache::record::Answer;
+
+/// Keys shorter than this are placeholders (`none`, `EMPTY`), whose text may well be in an answer.
+const SHORTEST: usize = 20;
+
+/// What stands where a key stood.
+const INSTEAD: &str = "[key]";
+
+/// The keys of one endpoint, ready to be looked for.
+#[derive(Debug, Clone, Default)]
+pub struct Secrets {
+    known: Vec<String>,
+    forms: Option<AhoCorasick>,
+}
+
+impl Secrets {
+    pub fn new(secrets: impl IntoIterator<Item = String>) -> Secrets {
+        let known: Vec<String> = secrets
+            .into_iter()
+            .filter(|secret| secret.len() >= SHORTEST)
+            .collect();
+        let forms: Vec<Vec<u8>> = known.iter().flat_map(|secret| forms(secret)).collect();
+        Secrets {
+            forms: (!forms.is_empty())
+                .then(|| AhoCorasick::new(forms).ok())
+                .flatten(),
+            known,
+        }
+    }
+
+    /// The same with more.
+    pub fn and(&self, secrets: impl IntoIterator<Item = String>) -> Secrets {
+        Secrets::new(self.known.iter().cloned().chain(secrets))
+    }
+
+    /// The same bytes without a key, as it stands or in base64, and with or without escapes of JSON or of
+    /// addresses.
+    pub fn clean(&self, text: Bytes) -> Bytes {
+        let Some(forms) = &self.forms else {
+            return text;
+        };
+        let mut found: Vec<(usize, usize)> = forms
+            .find_iter(&text[..])
+            .map(|found| (found.start(), found.end()))
+            .collect();
+        if has_escaped_letters(&text) {
+            let (decoded, places) = decode(&text);
+            let escaped = forms.find_iter(&decoded[..]);
+            found.extend(escaped.map(|found| (places[found.start()], places[found.end()])));
+        }
+        if found.is_empty() {
+            return text;
+        }
+        found.sort_unstable();
+        let (mut clean, mut at) = (Vec::with_capacity(text.len()), 0);
+        for (start, end) in found {
+            if start >= at {
+                clean.extend_from_slice(&text[at..start]);
+                clean.extend_from_slice(INSTEAD.as_bytes());
+            }
+            at = at.max(end);
+        }
+        clean.extend_from_slice(&text[at..]);
+        clean.into()
+    }
+
+    /// Takes the keys out of a text; true if there was one.
+    pub fn clean_text(&self, text: &mut String) -> bool {
+        if self.forms.is_none() || text.len() < SHORTEST {
+            return false;
+        }
+        let clean = self.clean(Bytes::copy_from_slice(text.as_bytes()));
+        if clean == text.as_bytes() {
+            return false;
+        }
+        *text = String::from_utf8_lossy(&clean).into_owned();
+        true
+    }
+
+    /// Takes the keys out of the values of headers.
+    pub fn clean_headers(&self, headers: &mut HeaderMap) {
+        for value in headers.values_mut() {
+            let clean = self.clean(Bytes::copy_from_slice(value.as_bytes()));
+            if clean != value.as_bytes() {
+                *value = HeaderValue::from_bytes(&clean)
+                    .unwrap_or_else(|_| HeaderValue::from_static(INSTEAD));
+            }
+        }
+    }
+
+    /// Takes the keys out of an answer that was put together from pieces; true if there was one.
+    pub fn clean_answer(&self, answer: &mut Answer) -> bool {
+        let texts = [&mut answer.text, &mut answer.reasoning, &mut answer.refusal];
+        texts
+            .into_iter()
+            .fold(false, |found, text| self.clean_text(text) | found)
+    }
+}
+
+/// The key as it stands, and what it becomes within a longer text in base64, in either alphabet: three
+/// alignments, without the characters that its neighbours have a part in.
+fn forms(secret: &str) -> Vec<Vec<u8>> {
+    let mut forms = vec![secret.as_bytes().to_vec()];
+    for before in 0..3 {
+        let mut bytes = vec![0; before];
+        bytes.extend_from_slice(secret.as_bytes());
+        let first = (before * 8).div_ceil(6);
+        let last = bytes.len() * 8 / 6;
+        for engine in [&BASE64_STANDARD_NO_PAD, &BASE64_URL_SAFE_NO_PAD] {
+            forms.push(engine.encode(&bytes).as_bytes()[first..last].to_vec());
+        }
+    }
+    forms
+}
+
+/// Is there an escape of what need not be escaped? Those of new lines, quotes and other alphabets are
+/// common; and no key has such characters.
+fn has_escaped_letters(text: &[u8]) -> bool {
+    memchr2_iter(b'\\', b'%', text).any(|at| {
+        escape(&text[at..]).is_some_and(|(letter, _)| {
+            letter.is_ascii_alphanumeric() || b"+/-_=.".contains(&letter)
+        })
+    })
+}
+
+/// The ASCII character that an escape at the start of `text` stands for, and its length. Backslashes may be
+/// doubled, as in JSON within JSON.
+fn escape(text: &[u8]) -> Option<(u8, usize)> {
+    let hex = |digits: &[u8]| {
+        let digits = std::str::from_utf8(digits).ok()?;
+        u8::from_str_radix(digits, 16).ok()
+    };
+    if text.first() == Some(&b'%') {
+        return Some((hex(text.get(1..3)?)?, 3));
+    }
+    let slashes = text.iter().take_while(|byte| **byte == b'\\').count();
+    match text.get(slashes)? {
+        b'u' | b'U' if text.get(slashes + 1..slashes + 3)? == b"00" => {
+            Some((hex(text.get(slashes + 3..slashes + 5)?)?, slashes + 5))
+        }
+        b'/' => Some((b'/', slashes + 1)),
+        _ => None,
+    }
+}
+
+/// The text without escapes, and where each of its bytes begins in the other one, and the end.
+fn decode(text: &[u8]) -> (Vec<u8>, Vec<usize>) {
+    let (mut decoded, mut places, mut at) = (Vec::new(), Vec::new(), 0);
+    while at < text.len() {
+        let escaped = match memchr(text[at], b"\\%") {
+            Some(_) => escape(&text[at..]),
+            None => None,
+        };
+        let (byte, length) = escaped.unwrap_or((text[at], 1));
+        decoded.push(byte);
+        places.push(at);
+        at += length;
+    }
+    places.push(text.len());
+    (decoded, places)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const KEY: &str = "sk-0123456789abcdefghijXYZ";
+
+    fn clean(text: &str) -> String {
+        let secrets = Secrets::new([KEY.to_string()]);
+        let clean = secrets.clean(Bytes::copy_from_slice(text.as_bytes()));
+        String::from_utf8(clean.to_vec()).unwrap()
+    }
+
+    #[test]
+    fn a_key_is_taken_out_in_every_form() {
+        let escape = |n: usize, with: &dyn Fn(u8) -> String| -> String {
+            let letter = |(i, b): (usize, u8)| match i % n {
+                0 => with(b),
+                _ => char::from(b).to_string(),
+            };
+            KEY.bytes().enumerate().map(letter).collect()
+        };
+        let json = |b: u8| format!("\\u{b:04x}");
+        let twice = |b: u8| format!("\\\\u{b:04X}");
+        let address = |b: u8| format!("%{b:02x}");
+        let mut forms = vec![KEY.to_string()];
+        for n in [1, 2, 7, 100] {
+            forms.extend([escape(n, &json), escape(n, &twice), escape(n, &address)]);
+        }
+        for form in forms {
+            assert_eq!(clean(&format!("a {form}\\n{form} b")), "a [key]\\n[key] b");
+        }
+    }
+
+    #[test]
+    fn what_is_no_key_is_left_alone() {
+        for text in [
+            "a text with \\u00e9, \\n, 100 % and \\/slashes\\/",
+            "sk-0123456789abcdefghijXY",
+            "",
+        ] {
+            assert_eq!(clean(text), text);
+        }
+        let none = Secrets::new(["none".to_string()]);
+        assert_eq!(
+            none.clean(Bytes::from_static(b"none is left")),
+            "none is left"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn base64_of_a_text_around_the_key_tells_nothing_of_it(
+            before in "[ -~]{0,9}",
+            after in "[ -~]{0,9}",
+            is_url_safe: bool,
+        ) {
+            let text = format!("{before}{KEY}{after}");
+            let encoded = match is_url_safe {
+                true => BASE64_URL_SAFE_NO_PAD.encode(&text),
+                false => BASE64_STANDARD_NO_PAD.encode(&text).replace('/', "\\/"),
+            };
+            let left = clean(&format!("x {encoded} y"));
+            let pieces = left.split("[key]").count();
+            prop_assert_eq!(pieces, 2, "{}", left);
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Endpoints that want more than a key in the usual place.
+
+use std::collections::BTreeMap;
+
+use super::{Run, end};
+use crate::fault_server::{FaultServer, Reaction, answer, error, reply};
+
+fn table(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    let pairs = pairs.iter();
+    pairs
+        .map(|(name, value)| (name.to_string(), value.to_string()))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_query_and_the_keys_own_header_are_sent_with_each_request() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["a", "b"]);
+    let teacher = &mut run.config.teacher;
+    teacher.base_url = format!(
+        "{}/openai/deployments/m",
+        server.base_url.trim_end_matches("/v1")
+    );
+    teacher.query = table(&[("api-version", "2024-10-21")]);
+    teacher.headers = table(&[("X-Title", "distill")]);
+    teacher.api_key_command = Some("echo a-key-of-azure".into());
+    teacher.api_key_header = "api-key".into();
+    teacher.project = "proj-1".into();
+    let summary = run.harvest().await;
+    assert_eq!(summary.ok, 2);
+    for seen in server.seen() {
+        assert_eq!(
+            seen.path,
+            "/openai/deployments/m/chat/completions?api-version=2024-10-21"
+        );
+        assert_eq!(seen.header("api-key"), Some("a-key-of-azure"));
+        assert_eq!(seen.header("x-title"), Some("distill"));
+        assert_eq!(seen.header("openai-project"), Some("proj-1"));
+        assert_eq!(seen.header("authorization"), None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_expires_in_the_night_is_renewed_and_costs_no_attempt() {
+    let dir = tempfile::tempdir().unwrap();
+    let count = dir.path().join("count");
+    // Each key is good for five answers.
+    let used = std::sync::Mutex::new(BTreeMap::<String, u32>::new());
+    let server = FaultServer::start(move |seen| {
+        let key = seen.header("authorization").unwrap().to_string();
+        let mut used = used.lock().unwrap();
+        let used = used.entry(key).or_default();
+        *used += 1;
+        match *used > 5 {
+            true => reply(401, error("the token has expired", "expired")),
+            false => answer(seen),
+        }
+    })
+    .await;
+    let prompts: Vec<String> = (0..40).map(|n| format!("prompt {n}")).collect();
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let mut run = Run::new(&server, &prompts);
+    run.config.teacher.api_key_command = Some(format!(
+        "echo x >> {0}; echo token-$(wc -l < {0})",
+        count.display()
+    ));
+    run.config.retry.max_attempts = 1;
+    let summary = run.harvest().await;
+    assert_eq!(
+        (end(&summary).0, summary.ok),
+        (0, 40),
+        "{:?}",
+        end(&summary)
+    );
+    let fetched = std::fs::read_to_string(&count).unwrap().lines().count();
+    assert!((8..=16).contains(&fetched), "{fetched} keys");
+    assert!(
+        run.records()
+            .iter()
+            .all(|record| record.timing.attempts == 1)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_stays_wrong_ends_the_run_after_a_few_tries() {
+    let server = FaultServer::start(|_| reply(401, error("no", "invalid_api_key"))).await;
+    let mut run = Run::new(&server, &["a", "b", "c"]);
+    // A new one each time.
+    run.config.teacher.api_key_command = Some("date +%s%N".into());
+    let summary = run.harvest().await;
+    let (code, message) = end(&summary);
+    assert_eq!(code, 1, "{message}");
+    assert!(message.contains("api_key_command"), "{message}");
+    assert!(server.seen().len() <= 4, "{}", server.seen().len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signer_that_nobody_knows_is_named_with_the_way_out() {
+    // Not TLS at all: what the other side says is told.
+    let server = FaultServer::start(|_| Reaction::Reset).await;
+    let mut run = Run::new(&server, &["a"]);
+    run.config.teacher.base_url = server.base_url.replace("http:", "https:");
+    run.config.teacher.ca_file = Some(run.dir.path().join("none.pem"));
+    let (_sender, receiver) = tokio::sync::mpsc::unbounded_channel();
+    let signals = distill::signal::Signals::from_channel(receiver);
+    let error = run.try_harvest(signals).await.err().unwrap();
+    assert_eq!(distill::exit::Exit::code_of(&error), 2);
+    assert!(error.to_string().contains("none.pem"), "{error}");
+}
