@@ -196,23 +196,61 @@ pub fn read_to_string(path: &Path) -> Result<String> {
 
 /// Reads a data file whole; one whose name ends in `.gz` is unpacked.
 pub fn read_data(path: &Path) -> std::io::Result<Vec<u8>> {
-    let bytes = fs::read(path)?;
-    if path.extension().is_none_or(|extension| extension != "gz") {
-        return Ok(bytes);
-    }
-    let mut unpacked = Vec::new();
-    flate2::read::MultiGzDecoder::new(&bytes[..]).read_to_end(&mut unpacked)?;
-    Ok(unpacked)
+    let mut bytes = Vec::new();
+    open_data(path)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Opens a data file to be read bit by bit, unpacked as by [`read_data`].
 pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
-    let file = BufReader::with_capacity(1 << 20, File::open(path)?);
+    let file = File::open(path)?;
     if path.extension().is_none_or(|extension| extension != "gz") {
-        return Ok(Box::new(file));
+        return Ok(Box::new(BufReader::with_capacity(1 << 20, file)));
     }
-    let unpacked = flate2::bufread::MultiGzDecoder::new(file);
+    let packed = BufReader::with_capacity(1 << 16, Counted { file, bytes: 0 });
+    let unpacked = Unpacked {
+        inner: flate2::bufread::MultiGzDecoder::new(packed),
+        bytes: 0,
+    };
     Ok(Box::new(BufReader::with_capacity(1 << 20, unpacked)))
+}
+
+/// Text unpacks to at most so many times its size; what unpacks to more is made to fill the memory.
+const MOST_AIR: u64 = 200;
+/// Whatever its size, a file may unpack to so many bytes.
+const LEAST_AIR: u64 = 16 << 20;
+
+/// A file, and how much was read of it.
+struct Counted {
+    file: File,
+    bytes: u64,
+}
+
+impl Read for Counted {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(into)?;
+        self.bytes += read as u64;
+        Ok(read)
+    }
+}
+
+/// What is unpacked, as long as it is not out of proportion.
+struct Unpacked {
+    inner: flate2::bufread::MultiGzDecoder<BufReader<Counted>>,
+    bytes: u64,
+}
+
+impl Read for Unpacked {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.inner.read(into)?;
+        self.bytes += read as u64;
+        let packed = self.inner.get_ref().get_ref().bytes;
+        if self.bytes > LEAST_AIR + packed * MOST_AIR {
+            let message = format!("it unpacks to more than {MOST_AIR} times its size");
+            return Err(std::io::Error::other(message));
+        }
+        Ok(read)
+    }
 }
 
 /// Writes a file into a folder that [`write_dir_with`] gets filled.

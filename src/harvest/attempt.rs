@@ -67,7 +67,7 @@ pub async fn run(
     let row = &plan.rows[attempt.entry.row];
     let asking = &plan.askings[attempt.lane];
     let prompt = &plan.prompts[row.prompt as usize];
-    let body = asking.body(&prompt.messages, row.sample);
+    let body = asking.body_of(prompt, row.sample);
     let sent_at = clock.now();
     let started = Instant::now();
     let reply = transport.ask(&body).await;

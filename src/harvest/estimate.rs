@@ -110,12 +110,11 @@ mod tests {
         config.price.output = Some(2.0);
         config.limits.requests_per_minute = Some(2);
         let askings = config.lanes().into_iter().map(Asking::plain).collect();
-        let prompts = (0..4).map(|number| Prompt {
-            id: number.to_string(),
-            messages: vec![Message {
-                role: "user".into(),
-                content: number.to_string(),
-            }],
+        let prompts = (0..4).map(|number| {
+            Prompt::plain(
+                number.to_string(),
+                vec![Message::new("user", number.to_string())],
+            )
         });
         let plan = Plan::new(prompts.collect(), askings, &config.prompts, None, |_| {
             Ok(Standing::Open)

@@ -40,13 +40,7 @@ pub fn reply(bytes: &[u8]) {
         key: "key".into(),
         bytes: 0,
     };
-    let prompt = Prompt {
-        id: "id".into(),
-        messages: vec![Message {
-            role: "user".into(),
-            content: "hello".into(),
-        }],
-    };
+    let prompt = Prompt::plain("id", vec![Message::new("user", "hello")]);
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]});
     let timing = Timing::default();
     let mut record = record(

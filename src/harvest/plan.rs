@@ -159,7 +159,7 @@ impl Plan {
 
     /// The request body of a row; built anew each time, since a run can have a million of them.
     pub fn body(&self, lane: usize, prompt: usize, sample: u32) -> Value {
-        self.askings[lane].body(&self.prompts[prompt].messages, sample)
+        self.askings[lane].body_of(&self.prompts[prompt], sample)
     }
 
     /// What a limit will count for the row before it is answered.
@@ -243,13 +243,7 @@ mod tests {
     use crate::prompt::Message;
 
     fn prompt(id: &str, content: &str) -> Prompt {
-        Prompt {
-            id: id.into(),
-            messages: vec![Message {
-                role: "user".into(),
-                content: content.into(),
-            }],
-        }
+        Prompt::plain(id, vec![Message::new("user", content)])
     }
 
     fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {

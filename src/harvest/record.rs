@@ -95,10 +95,7 @@ mod tests {
             key: "k".into(),
             bytes: 9,
         };
-        let prompt = Prompt {
-            id: "p".into(),
-            messages: Vec::new(),
-        };
+        let prompt = Prompt::plain("p", Vec::new());
         (row, prompt)
     }
 

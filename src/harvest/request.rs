@@ -12,7 +12,7 @@ use super::scoring::Scoring;
 use super::structured::Structured;
 use crate::config::{Config, Lane};
 use crate::exit::Exit;
-use crate::prompt::Message;
+use crate::prompt::{Message, Prompt};
 
 /// Part of every key: raise it when the same key would come to mean something else.
 const KEY_VERSION: u32 = 1;
@@ -115,6 +115,20 @@ impl Asking {
             Some(scoring) => scoring.body(&self.lane, messages),
             None => self.chat(messages, sample),
         }
+    }
+
+    /// The body that asks for an answer to a prompt, as it was given.
+    pub fn body_of(&self, prompt: &Prompt, sample: u32) -> Value {
+        let mut body = self.body(&prompt.messages, sample);
+        if let (Some(given), Some(fields)) = (&prompt.given, body.as_object_mut()) {
+            if let Some(messages) = &given.messages {
+                fields.insert("messages".into(), messages.clone());
+            }
+            for (field, value) in &given.fields {
+                fields.insert(field.clone(), value.clone());
+            }
+        }
+        body
     }
 
     /// Reads the reply to `body`, which was made from `messages`.

@@ -1,12 +1,14 @@
 //! Prompt sources and templates -> [`Prompt`].
 //!
-//! A source is a file of JSON objects (`.jsonl`, `.json`: an object a line) or of plain text (any
-//! other extension: a prompt a line). With a template each row is rendered through it; without one
-//! a row carries its `messages`, and a line of text is one user message.
+//! A source is a file of JSON objects, a table with a header, or plain text, a prompt a line (see
+//! `source`). With a template each row is rendered through it; without one a row carries its
+//! `messages`, sent as they stand, and a line of text is one user message.
 
+mod row;
 mod source;
 mod template;
 
+pub use row::Given;
 pub use template::Template;
 
 use std::collections::HashMap;
@@ -26,12 +28,43 @@ pub struct Message {
     pub content: String,
 }
 
+impl Message {
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
+        Message {
+            role: role.into(),
+            content: content.into(),
+        }
+    }
+}
+
 /// A conversation to be answered.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
-    /// The row's `id`, or the hash of its messages where it has none.
+    /// The row's `id`, or the hash of what it asks where it has none.
     pub id: String,
     pub messages: Vec<Message>,
+    /// What a row of JSON brings beside roles and texts.
+    pub given: Option<Box<Given>>,
+}
+
+impl Prompt {
+    /// Messages of text alone.
+    pub fn plain(id: impl Into<String>, messages: Vec<Message>) -> Prompt {
+        Prompt {
+            id: id.into(),
+            messages,
+            given: None,
+        }
+    }
+
+    /// 128 bits of BLAKE3 in hex over what is asked: short enough to read, long enough never to collide.
+    fn hash(&self) -> Result<String> {
+        let bytes = match &self.given {
+            None => serde_json::to_vec(&self.messages)?,
+            Some(given) => serde_json::to_vec(&(&self.messages, &given.messages, &given.fields))?,
+        };
+        Ok(blake3::hash(&bytes).to_hex()[..32].to_string())
+    }
 }
 
 /// The prompts of a run, in the order of their source.
@@ -54,20 +87,34 @@ pub fn load_with<T>(
     let template = template.map(Template::load).transpose()?;
     let mut prompts = Vec::new();
     let mut lines = Vec::new();
-    source::read(source, |line, row| {
+    source::read(source, &mut |line, row| {
         let place = format_args!("{}:{line}", source.display());
-        let messages = match &template {
-            Some(template) => template
-                .render(line, &row)
-                .with_context(|| format!("cannot render {place}"))?,
-            None => source::messages(&row)
-                .map_err(|problem| Exit::Usage(format!("{place}: {problem}")))?,
+        let usage = |problem| Exit::Usage(format!("{place}: {problem}"));
+        let fields = row::fields(&row);
+        let (messages, given) = match &template {
+            Some(template) => {
+                let messages = template.render(line, &row);
+                (
+                    messages.with_context(|| format!("cannot render {place}"))?,
+                    None,
+                )
+            }
+            None => row::messages(&row).map_err(usage)?,
         };
-        let id = source::id(&row)
-            .map_err(|problem| Exit::Usage(format!("{place}: {problem}")))?
-            .map_or_else(|| hash(&messages), Ok)?;
-        let taken = take(&id, row)?;
-        prompts.push((Prompt { id, messages }, taken));
+        let given = Given {
+            messages: given,
+            fields,
+        };
+        let mut prompt = Prompt {
+            id: row::id(&row).map_err(usage)?.unwrap_or_default(),
+            messages,
+            given: (!given.is_plain()).then(|| Box::new(given)),
+        };
+        if prompt.id.is_empty() {
+            prompt.id = prompt.hash()?;
+        }
+        let taken = take(&prompt.id, row)?;
+        prompts.push((prompt, taken));
         lines.push(line);
         Ok(())
     })?;
@@ -79,7 +126,7 @@ pub fn load_with<T>(
         let Some(first) = line_of_id.insert(prompt.id.as_str(), line) else {
             continue;
         };
-        let problem = if prompt.id == hash(&prompt.messages)? {
+        let problem = if prompt.id == prompt.hash()? {
             format!(
                 "repeats the prompt of line {first}: remove one, or set `prompts.samples` to ask \
                  for several answers"
@@ -91,12 +138,6 @@ pub fn load_with<T>(
         return Err(Exit::Usage(format!("{}:{line} {problem}", source.display())).into());
     }
     Ok(prompts)
-}
-
-/// 128 bits of BLAKE3 in hex: short enough to read, long enough never to collide.
-fn hash(messages: &[Message]) -> Result<String> {
-    let bytes = serde_json::to_vec(messages)?;
-    Ok(blake3::hash(&bytes).to_hex()[..32].to_string())
 }
 
 #[cfg(test)]
@@ -173,6 +214,11 @@ mod tests {
         }
         let cases = [
             ("p.jsonl", "{}", "p.jsonl:1: there is no `messages`"),
+            (
+                "p.jsonl",
+                "{\"prompt\":1}",
+                "but `prompt`: set `prompts.template`",
+            ),
             ("p.jsonl", "[1]", "p.jsonl:1: not a JSON object"),
             (
                 "p.jsonl",
@@ -182,7 +228,7 @@ mod tests {
             (
                 "p.jsonl",
                 "\n{\"messages\":[{\"role\":1}]}",
-                "p.jsonl:2: `messages`",
+                "p.jsonl:2: `messages[0]` has no `role`",
             ),
             ("p.txt", "a\nb\na", "p.txt:3 repeats the prompt of line 1"),
             ("p.txt", " \n", "there is no prompt in"),
@@ -200,6 +246,132 @@ mod tests {
             message.contains("p.jsonl:3 has the id `a` of line 1"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn tables_and_arrays_are_rows_too() {
+        let csv = "id,question\r\n7,\"say \"\"hi\"\",\ntwice\"\n8,2+2\n";
+        let prompts = load("p.csv", csv, r#"user = "{{ question }}""#).unwrap();
+        assert_eq!(contents(&prompts), ["say \"hi\",\ntwice", "2+2"]);
+        assert_eq!(prompts[1].0.id, "8");
+        let prompts = load("p.tsv", "\u{feff}text\tnote\na, b\tx\n", "").unwrap();
+        assert_eq!(contents(&prompts), ["a, b"]);
+        let array = " \n[\n {\"text\": \"a\"},\n {\"text\": \"b\"}\n]\n";
+        assert_eq!(contents(&load("p.json", array, "").unwrap()), ["a", "b"]);
+        let lines = "{\"text\":\"a\"}\n{\"text\":\"b\"}";
+        assert_eq!(contents(&load("p.json", lines, "").unwrap()), ["a", "b"]);
+    }
+
+    #[test]
+    fn what_is_no_source_of_prompts_is_refused_by_name() {
+        let cases = [
+            ("p.xlsx", "x", "suffix `.xlsx`"),
+            ("p.png", "x", "suffix `.png`"),
+            ("p.jsonl.zst", "x", "suffix `.zst`"),
+            (
+                "p.csv",
+                "a,b\n1\n",
+                "p.csv:2: the row has 1 fields, and the header has 2",
+            ),
+            ("p.csv", "a,a\n1,2\n", "\"a\" is empty or there twice"),
+            (
+                "p.json",
+                "[{\"text\":\"a\"}, 3]",
+                "row 2 is not a JSON object",
+            ),
+            ("p.json", "[{\"text\":\"a\"}", "EOF"),
+            (
+                "p.json",
+                "[{\"text\":\"a\"}, {}]",
+                "p.json:2: there is no `messages`",
+            ),
+            ("p.json", "{\n\"text\":\"a\"}", "an array of objects"),
+            ("p.txt", "a\0b", "p.txt:1: there is a NUL byte"),
+            ("p.txt", "a\rb\rc", "\\r alone"),
+        ];
+        for (name, content, expected) in cases {
+            let message = problem(load(name, content, ""));
+            assert!(
+                message.contains(expected),
+                "{expected} is not in: {message}"
+            );
+        }
+        let utf16: Vec<u8> = "\u{feff}hi"
+            .encode_utf16()
+            .flat_map(u16::to_le_bytes)
+            .collect();
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("p.txt");
+        std::fs::write(&source, utf16).unwrap();
+        let message = problem(load_with(&source, None, |_, row| Ok(row)));
+        assert!(message.contains("UTF-16"), "{message}");
+        if !cfg!(feature = "parquet") {
+            let message = problem(load("p.parquet", "x", ""));
+            assert!(message.contains("--features parquet"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_packed_file_that_holds_nothing_but_air_is_refused() {
+        use std::io::Write;
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("p.txt.gz");
+        let file = std::fs::File::create(&source).unwrap();
+        let mut packed = flate2::write::GzEncoder::new(file, flate2::Compression::best());
+        let block = vec![b'\n'; 1 << 20];
+        for _ in 0..400 {
+            packed.write_all(&block).unwrap();
+        }
+        packed.finish().unwrap();
+        let message = problem(load_with(&source, None, |_, row| Ok(row)));
+        assert!(message.contains("unpacks to more than"), "{message}");
+    }
+
+    #[test]
+    fn messages_are_sent_as_they_stand() {
+        let row = r#"{"tools":[{"type":"function"}],"n":3,"messages":[{"role":"user","name":"ann","content":[{"type":"text","text":"we"},{"type":"text","text":"ather?"}]},{"role":"assistant","content":null,"tool_calls":[{"id":"c1"}]},{"role":"tool","tool_call_id":"c1","content":"sunny"}]}"#;
+        let prompts = load("p.jsonl", row, "").unwrap();
+        assert_eq!(contents(&prompts), ["weather?", "", "sunny"]);
+        let given = prompts[0].0.given.as_ref().unwrap();
+        let row: Value = serde_json::from_str(row).unwrap();
+        assert_eq!(given.messages.as_ref(), Some(&row["messages"]));
+        assert_eq!(
+            Value::from(given.fields.clone()),
+            serde_json::json!({"tools": row["tools"]})
+        );
+        // Rows that differ in nothing but that are two.
+        let plain = |extra: &str| {
+            format!("{{{extra}\"messages\":[{{\"role\":\"user\",\"content\":\"x\"}}]}}")
+        };
+        let rows = format!("{}\n{}", plain(""), plain("\"tools\":[1],"));
+        let prompts = load("p.jsonl", &rows, "").unwrap();
+        assert!(prompts[0].0.given.is_none() && prompts[1].0.given.is_some());
+
+        let message = |content: &str| {
+            format!("{{\"messages\":[{{\"role\":\"user\",\"content\":{content}}}]}}")
+        };
+        for (content, expected) in [
+            (
+                r#"[{"type":"image_url","image_url":{"url":"x"}}]"#,
+                "`messages[0]` holds a part of the type \"image_url\"",
+            ),
+            (r#"[{"type":"input_audio"}]"#, "input_audio"),
+            ("null", "`messages[0]` has no `content`"),
+            ("3", "neither a text nor a list of parts"),
+        ] {
+            let message = problem(load("p.jsonl", &message(content), ""));
+            assert!(
+                message.contains(expected),
+                "{expected} is not in: {message}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_template_that_never_ends_is_stopped() {
+        let template = r#"user = "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}""#;
+        let message = problem(load("p.txt", "x", template));
+        assert!(message.contains("fuel"), "{message}");
     }
 
     #[test]

@@ -11,6 +11,9 @@ use serde_json::Value;
 use super::Message;
 use crate::exit::Exit;
 
+/// Instructions that a row may take.
+const FUEL: u64 = 2_000_000;
+
 /// The file as written; `prompts/plain.toml` documents it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -48,6 +51,8 @@ impl Template {
         let mut environment = Environment::new();
         // A field that is missing in one row must not become an empty prompt that is paid for.
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        // A loop that never ends shall not keep the night waiting.
+        environment.set_fuel(Some(FUEL));
         let has_system = file.system.is_some();
         for (name, source) in [("system", file.system), ("user", Some(file.user))] {
             if let Some(source) = source {
@@ -71,16 +76,19 @@ impl Template {
     pub fn render(&self, row_number: usize, row: &Value) -> Result<Vec<Message>> {
         let mut messages = Vec::with_capacity(2 + 2 * self.examples.len());
         if self.has_system {
-            messages.push(message(
+            messages.push(Message::new(
                 "system",
                 self.render_one("system", row_number, row)?,
             ));
         }
         for example in &self.examples {
-            messages.push(message("user", example.user.clone()));
-            messages.push(message("assistant", example.assistant.clone()));
+            messages.push(Message::new("user", example.user.clone()));
+            messages.push(Message::new("assistant", example.assistant.clone()));
         }
-        messages.push(message("user", self.render_one("user", row_number, row)?));
+        messages.push(Message::new(
+            "user",
+            self.render_one("user", row_number, row)?,
+        ));
         Ok(messages)
     }
 
@@ -101,13 +109,6 @@ impl Template {
             };
             Exit::Usage(format!("row {row_number}: {problem}")).into()
         })
-    }
-}
-
-fn message(role: &str, content: String) -> Message {
-    Message {
-        role: role.into(),
-        content,
     }
 }
 

@@ -215,10 +215,7 @@ impl Asked<'_> {
                 role: "assistant".into(),
                 content: text.clone(),
             });
-            texts.push(Prompt {
-                id: answer.key.to_owned(),
-                messages,
-            });
+            texts.push(Prompt::plain(answer.key.to_owned(), messages));
             asked.push((at, text, ids));
         }
         let lines = self.judge.judge(texts, stop)?;

@@ -300,10 +300,7 @@ impl Batches<'_> {
             key: member.key.clone(),
             bytes: 0,
         };
-        let prompt = Prompt {
-            id: member.prompt_id.clone(),
-            messages: Vec::new(),
-        };
+        let prompt = Prompt::plain(member.prompt_id.clone(), Vec::new());
         let timing = Timing {
             attempts: member.failed + 1,
             ..taking.timing.clone()

@@ -112,3 +112,28 @@ fn parquet_holds_one_row_group_at_a_time() {
         .collect();
     assert_eq!(groups, [2, 2, 1]);
 }
+
+#[test]
+fn a_parquet_file_is_a_source_of_prompts() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("prompts.parquet");
+    let records = vec![sample(0), sample(1)];
+    let ids: Vec<String> = records
+        .iter()
+        .map(|record| record.prompt_id.clone())
+        .collect();
+    export(records, Format::Parquet, &out).unwrap();
+    let template = dir.path().join("template.toml");
+    fs::write(&template, "user = \"{{ prompt_id }}\"").unwrap();
+    let contents = |template: Option<&std::path::Path>| -> Vec<String> {
+        let prompts = distill::prompt::load_with(&out, template, |_, _| Ok(())).unwrap();
+        prompts
+            .into_iter()
+            .map(|(prompt, ())| prompt.messages[0].content.clone())
+            .collect()
+    };
+    assert_eq!(contents(Some(&template)), ids);
+    let asked =
+        [sample(0), sample(1)].map(|record| record.request["messages"][0]["content"].clone());
+    assert_eq!(json!(contents(None)), json!(asked));
+}

@@ -1,0 +1,113 @@
+//! What a row asks: its conversation, as it stands, and what else of the request it brings.
+
+use serde_json::{Map, Value};
+
+use super::Message;
+
+/// Fields of a row that are fields of its request.
+const REQUEST_FIELDS: [&str; 3] = ["tools", "tool_choice", "parallel_tool_calls"];
+
+/// What is sent of a row beside plain messages, as it stands.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Given {
+    /// The messages, where some are more than a role and a text.
+    pub messages: Option<Value>,
+    /// Further fields of the request.
+    pub fields: Map<String, Value>,
+}
+
+impl Given {
+    pub fn is_plain(&self) -> bool {
+        self.messages.is_none() && self.fields.is_empty()
+    }
+}
+
+/// The fields of the request that a row brings.
+pub fn fields(row: &Value) -> Map<String, Value> {
+    let wanted = REQUEST_FIELDS.iter().filter_map(|name| {
+        let value = row.get(*name).filter(|value| !value.is_null())?;
+        Some((name.to_string(), value.clone()))
+    });
+    wanted.collect()
+}
+
+/// The conversation of a row that no template renders: as text, and as it stands where it is more.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), String> {
+    let Some(given) = row.get("messages") else {
+        return match row.get("text") {
+            // Only a line of text has this shape; an object with a `text` alone is as good as one.
+            Some(Value::String(text)) => Ok((vec![Message::new("user", text.as_str())], None)),
+            _ => {
+                let fields = row.as_object().into_iter().flat_map(Map::keys);
+                let fields: Vec<_> = fields.take(10).map(|name| format!("`{name}`")).collect();
+                Err(format!(
+                    "there is no `messages` in this row, but {}: set `prompts.template` to a file that \
+                     makes them from its fields",
+                    match fields.is_empty() {
+                        true => "nothing at all".to_owned(),
+                        false => fields.join(", "),
+                    }
+                ))
+            }
+        };
+    };
+    let list = given.as_array().ok_or("`messages` is not a list")?;
+    if list.is_empty() {
+        return Err("`messages` is empty".into());
+    }
+    let mut is_plain = true;
+    let mut messages = Vec::with_capacity(list.len());
+    for (index, message) in list.iter().enumerate() {
+        let problem = |what: String| format!("`messages[{index}]` {what}");
+        let fields = message
+            .as_object()
+            .ok_or_else(|| problem("is not an object of `role` and `content`".into()))?;
+        let role = fields.get("role").and_then(Value::as_str);
+        let role = role.ok_or_else(|| problem("has no `role`".into()))?;
+        let content = content(fields).map_err(problem)?;
+        is_plain &= fields.len() == 2 && fields.get("content").is_some_and(Value::is_string);
+        messages.push(Message::new(role, content));
+    }
+    Ok((messages, (!is_plain).then(|| given.clone())))
+}
+
+/// The text of a message.
+fn content(fields: &Map<String, Value>) -> Result<String, String> {
+    match fields.get("content") {
+        Some(Value::String(text)) => Ok(text.clone()),
+        None | Some(Value::Null) if fields.contains_key("tool_calls") => Ok(String::new()),
+        None | Some(Value::Null) => Err("has no `content`".into()),
+        Some(Value::Array(parts)) => parts.iter().map(part).collect(),
+        Some(_) => Err("has a `content` that is neither a text nor a list of parts".into()),
+    }
+}
+
+fn part(part: &Value) -> Result<String, String> {
+    let kind = part.get("type").and_then(Value::as_str).unwrap_or("text");
+    let text = part.get("text").and_then(Value::as_str);
+    match (kind, text) {
+        ("text" | "input_text" | "output_text", Some(text)) => Ok(text.to_owned()),
+        ("text", None) if part.is_string() => Ok(part.as_str().unwrap_or_default().to_owned()),
+        _ => Err(format!(
+            "holds a part of the type {kind:?}: distill teaches text, so leave rows with images or audio \
+             out"
+        )),
+    }
+}
+
+/// The row's own id, if it has one.
+pub fn id(row: &Value) -> Result<Option<String>, String> {
+    const LONGEST: usize = 1_000;
+    match row.get("id") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(id)) if id.len() > LONGEST => {
+            Err(format!("`id` is longer than {LONGEST} bytes"))
+        }
+        Some(Value::String(id)) if !id.is_empty() => Ok(Some(id.clone())),
+        Some(Value::Number(id)) => Ok(Some(id.to_string())),
+        Some(_) => Err("`id` is neither a text nor a number".into()),
+    }
+}

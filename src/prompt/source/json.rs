@@ -1,0 +1,80 @@
+//! A file of JSON: an array of objects, or an object a line.
+
+use std::io::BufRead;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::de::{Deserializer as _, SeqAccess, Visitor};
+use serde_json::Value;
+
+use super::{OnRow, text, usage};
+
+pub fn read(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Result<()> {
+    if first_byte(file) != Some(b'[') {
+        return text::read(path, file, true, on_row).map_err(|error| {
+            error.context("a .json file holds an array of objects, or an object a line")
+        });
+    }
+    let mut failure = None;
+    let mut json = serde_json::Deserializer::from_reader(file);
+    let rows = Rows {
+        on_row,
+        failure: &mut failure,
+    };
+    let read = json.deserialize_seq(rows).and_then(|()| json.end());
+    match (failure, read) {
+        (Some(failure), _) => Err(failure),
+        (None, Err(error)) => Err(usage(format!(
+            "{}: no array of JSON objects: {error}",
+            path.display()
+        ))),
+        (None, Ok(())) => Ok(()),
+    }
+}
+
+/// The first byte that is no white space, which stays there.
+fn first_byte(file: &mut dyn BufRead) -> Option<u8> {
+    loop {
+        let buffer = file.fill_buf().ok()?;
+        let blank = buffer
+            .iter()
+            .take_while(|b| b.is_ascii_whitespace())
+            .count();
+        match buffer.get(blank) {
+            Some(byte) => return Some(*byte),
+            None if buffer.is_empty() => return None,
+            // An array begins behind it; lines of objects may be blank.
+            None => file.consume(blank),
+        }
+    }
+}
+
+/// The elements, one by one.
+struct Rows<'a, 'b> {
+    on_row: OnRow<'a>,
+    failure: &'b mut Option<anyhow::Error>,
+}
+
+impl<'de> Visitor<'de> for Rows<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("an array of objects")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<(), A::Error> {
+        let mut number = 0;
+        while let Some(row) = rows.next_element::<Value>()? {
+            number += 1;
+            if !row.is_object() {
+                let message = format!("row {number} is not a JSON object");
+                return Err(serde::de::Error::custom(message));
+            }
+            if let Err(failure) = (self.on_row)(number, row) {
+                *self.failure = Some(failure);
+                return Err(serde::de::Error::custom("a row was refused"));
+            }
+        }
+        Ok(())
+    }
+}

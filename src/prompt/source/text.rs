@@ -1,0 +1,67 @@
+//! A row a line: plain text, or a JSON object.
+
+use std::io::{BufRead, Read};
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::{OnRow, usage};
+
+/// No prompt is longer.
+const LONGEST_LINE: u64 = 64 << 20;
+
+/// Blank lines and `\r\n` are tolerated.
+pub fn read(path: &Path, file: &mut dyn BufRead, is_json: bool, on_row: OnRow<'_>) -> Result<()> {
+    let (mut line, mut number) = (Vec::new(), 0);
+    loop {
+        number += 1;
+        let at = |problem: &str| usage(format!("{}:{number}: {problem}", path.display()));
+        line.clear();
+        let read = file
+            .take(LONGEST_LINE + 1)
+            .read_until(b'\n', &mut line)
+            .map_err(|error| at(&error.to_string()))?;
+        if read == 0 {
+            return Ok(());
+        }
+        if line.len() as u64 > LONGEST_LINE {
+            let limit = LONGEST_LINE >> 20;
+            return Err(at(&format!("the line is longer than {limit} MiB")));
+        }
+        let text = line.strip_suffix(b"\n").unwrap_or(&line);
+        let text = text.strip_suffix(b"\r").unwrap_or(text);
+        let row = parse(text, is_json).map_err(|problem| at(&problem))?;
+        if let Some(row) = row {
+            on_row(number, row)?;
+        }
+    }
+}
+
+/// None for a blank line.
+fn parse(line: &[u8], is_json: bool) -> Result<Option<Value>, String> {
+    let line = std::str::from_utf8(line)
+        .map_err(|_| "not valid UTF-8: save the file as UTF-8".to_string())?;
+    if line.trim().is_empty() {
+        return Ok(None);
+    }
+    if is_json {
+        return object(line).map(Some);
+    }
+    if line.contains('\0') {
+        return Err("there is a NUL byte in it, so it is no text: save the file as UTF-8".into());
+    }
+    if line.contains('\r') {
+        return Err("lines end with \\r alone: save the file with \\n at the end of lines".into());
+    }
+    Ok(Some(json!({ "text": line })))
+}
+
+/// A JSON object.
+pub fn object(text: &str) -> Result<Value, String> {
+    match serde_json::from_str(text) {
+        Ok(value @ Value::Object(_)) => Ok(value),
+        Ok(_) => Err("not a JSON object".into()),
+        Err(error) => Err(format!("not a JSON object: {error}")),
+    }
+}
