@@ -84,6 +84,15 @@ pub struct HarvestArgs {
     /// Use only the first N prompts
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+    /// Ask again, and these alone, by a comma: length (cut off), quarantined, failed, or a reason as in the
+    /// summary; the answers that there are move to responses.replaced.jsonl
+    #[arg(
+        long,
+        value_name = "WHAT",
+        value_delimiter = ',',
+        conflicts_with = "dry_run"
+    )]
+    pub again: Vec<String>,
     /// Ask only the I-th of N disjoint parts, each on a machine (or in a run_dir) of its own;
     /// `distill cache merge` joins them
     #[arg(long, value_name = "I/N")]
@@ -139,6 +148,8 @@ pub enum CacheAction {
         #[arg(required = true, value_name = "DIR")]
         sources: Vec<PathBuf>,
     },
+    /// Take over answers to the config's questions that another address gave, or an earlier version kept
+    Adopt(ConfigFile),
     /// Print records
     Show {
         #[command(flatten)]

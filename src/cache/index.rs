@@ -1,7 +1,7 @@
 //! `responses.index`: the keys of a cache, beside it, so that a million records open at once.
 //!
 //! ```text
-//! {"version":1,"files":{"responses.jsonl":{"bytes":…,…},…},"records":…,"crc":"…"}⏎
+//! {"version":2,"files":{"responses.jsonl":{"bytes":…,…},…},"records":…,"crc":"…"}⏎
 //! <16 bytes a key>
 //! ```
 //!
@@ -19,8 +19,9 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::keys::{Fingerprint, Keys};
+use super::question::Past;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The longest header that is believed to be one.
 const LONGEST_HEADER: u64 = 1 << 16;
@@ -29,6 +30,7 @@ const LONGEST_HEADER: u64 = 1 << 16;
 #[derive(Debug, Default, PartialEq)]
 pub struct Index {
     pub keys: Keys,
+    pub past: Past,
     /// Records that repeat a key.
     pub repeated: u64,
     pub cost_usd: f64,
@@ -39,6 +41,7 @@ struct Header {
     version: u32,
     files: BTreeMap<String, Stamp>,
     keys: usize,
+    past: Past,
     repeated: u64,
     cost_usd: f64,
     /// CRC-32C of what follows the header.
@@ -119,13 +122,14 @@ pub fn load(dir: &Path) -> Option<Index> {
     let is_whole = crc == header.crc && keys.len() == header.keys;
     is_whole.then_some(Index {
         keys,
+        past: header.past,
         repeated: header.repeated,
         cost_usd: header.cost_usd,
     })
 }
 
 /// Writes the index of the cache in `dir`, whose files nobody else may be writing.
-pub fn save(dir: &Path, keys: &Keys, repeated: u64, cost_usd: f64) -> Result<()> {
+pub fn save(dir: &Path, keys: &Keys, past: &Past, repeated: u64, cost_usd: f64) -> Result<()> {
     let crc = keys
         .iter()
         .fold(0, |crc, key| crc32c::crc32c_append(crc, key));
@@ -133,6 +137,7 @@ pub fn save(dir: &Path, keys: &Keys, repeated: u64, cost_usd: f64) -> Result<()>
         version: VERSION,
         files: stamps(dir),
         keys: keys.len(),
+        past: past.clone(),
         repeated,
         cost_usd,
         crc,

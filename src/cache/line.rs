@@ -3,7 +3,7 @@
 //! A line is the record's JSON object with one more field at its very end:
 //!
 //! ```text
-//! {"v":1,"key":"…", … ,"extra":"{}","crc":"1a2b3c4d"}⏎
+//! {"v":2,"key":"…","cut_at":0, … ,"extra":"{}","crc":"1a2b3c4d"}⏎
 //! └───────────── sealed ────────────┘
 //! ```
 //!
@@ -43,6 +43,9 @@ pub struct Head<'a> {
     pub v: u32,
     #[serde(borrow)]
     pub key: Cow<'a, str>,
+    /// See [`Record::cut_at`].
+    #[serde(default)]
+    pub cut_at: u32,
 }
 
 /// The line that stores `record`, with its newline.
@@ -102,16 +105,26 @@ pub fn head(line: &[u8]) -> Result<Head<'_>, Fault> {
     }
 }
 
-/// The head of `{"v":1,"key":"<no escapes>",…`.
+/// The head of `{"v":1,"key":"<no escapes>",…` and of `{"v":2,"key":"<no escapes>","cut_at":<number>,…`.
 fn leading_head(line: &[u8]) -> Option<Head<'_>> {
-    let rest = line.strip_prefix(b"{\"v\":1,\"key\":\"")?;
-    let key = &rest[..rest.iter().position(|&byte| byte == b'"')?];
+    let (v, rest) = match line.strip_prefix(b"{\"v\":1,\"key\":\"") {
+        Some(rest) => (1, rest),
+        None => (2, line.strip_prefix(b"{\"v\":2,\"key\":\"")?),
+    };
+    let (key, rest) = rest.split_at(rest.iter().position(|&byte| byte == b'"')?);
     if key.contains(&b'\\') {
         return None;
     }
+    let mut cut_at = 0;
+    if v == 2 {
+        let rest = rest.strip_prefix(b"\",\"cut_at\":")?;
+        let digits = &rest[..rest.iter().position(|&byte| byte == b',')?];
+        cut_at = std::str::from_utf8(digits).ok()?.parse().ok()?;
+    }
     Some(Head {
-        v: 1,
+        v,
         key: Cow::Borrowed(std::str::from_utf8(key).ok()?),
+        cut_at,
     })
 }
 

@@ -17,20 +17,23 @@
 //! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
 //! lock's pid apart). An acknowledged record is never changed or lost.
 
+pub mod census;
 mod columns;
 pub mod frames;
 mod index;
 mod journal;
-mod keys;
+pub mod keys;
 pub mod line;
 pub mod lookup;
 pub mod merge;
 mod opening;
 pub mod place;
+pub mod question;
 pub mod reader;
 pub mod record;
 pub mod recovery;
 pub mod repair;
+pub mod rewrite;
 mod seal;
 pub mod stats;
 mod storage;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use super::frames::{self, FrameScan};
 use super::index::{self, Index};
 use super::keys::{self, Identity, Keys};
+use super::question::Past;
 use super::reader::Lines;
 use super::recovery::{Ending, Scan};
 use super::storage::{self, Wrap};
@@ -23,6 +24,7 @@ pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 #[derive(Debug, Default)]
 pub struct Contents {
     pub keys: Keys,
+    pub past: Past,
     /// Records that repeat a key.
     pub repeated: u64,
     pub cost_usd: f64,
@@ -41,12 +43,14 @@ pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Cont
     let lengths = (length(&plain_file(dir))?, length(&compressed_file(dir))?);
     if let Some(Index {
         keys,
+        past,
         repeated,
         cost_usd,
     }) = index
     {
         return Ok(Contents {
             keys,
+            past,
             repeated,
             cost_usd,
             plain: lengths.0,
@@ -93,6 +97,7 @@ pub fn length(path: &Path) -> Result<u64> {
 #[derive(Debug, Default)]
 pub struct Peek {
     keys: Keys,
+    pub past: Past,
     pub cost_usd: f64,
     bytes: u64,
 }
@@ -130,7 +135,7 @@ pub fn peek(dir: &Path) -> Result<Peek> {
         return Ok(peek);
     }
     if let Some(index) = index::load(dir) {
-        (peek.keys, peek.cost_usd) = (index.keys, index.cost_usd);
+        (peek.keys, peek.past, peek.cost_usd) = (index.keys, index.past, index.cost_usd);
         return Ok(peek);
     }
     let mut lines = Lines::open(dir)?;
@@ -139,6 +144,8 @@ pub fn peek(dir: &Path) -> Result<Peek> {
         let known = keys::identity(line).and_then(|(key, _)| Ok((key, line::cost_usd(line)?)));
         let (key, cost_usd) = known.map_err(|fault| lines.refuse(fault))?;
         peek.keys.insert(key);
+        let head = line::head(line).map_err(|fault| lines.refuse(fault))?;
+        peek.past.note(head.v, head.cut_at);
         peek.cost_usd += cost_usd;
     }
     lines.warn_of_torn();
@@ -152,6 +159,7 @@ type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 #[derive(Debug)]
 struct Part {
     records: Vec<Identity>,
+    past: Past,
     cost_usd: f64,
     /// In whole lines or frames.
     bytes: u64,
@@ -164,6 +172,7 @@ impl Default for Part {
     fn default() -> Self {
         Self {
             records: Vec::new(),
+            past: Past::default(),
             cost_usd: 0.0,
             bytes: 0,
             length: 0,
@@ -175,6 +184,7 @@ impl Default for Part {
 impl Part {
     fn add(&mut self, block: Block, on_progress: OnBytes<'_>) -> Result<()> {
         self.records.extend(block.records);
+        self.past.add(&block.past);
         self.cost_usd += block.cost_usd;
         self.bytes += block.bytes;
         on_progress(self.bytes)
@@ -193,6 +203,8 @@ impl Part {
 
     fn add_line(&mut self, line: &[u8]) -> Result<(), line::Fault> {
         self.records.push(keys::identity(line)?);
+        let head = line::head(line)?;
+        self.past.note(head.v, head.cut_at);
         self.cost_usd += line::cost_usd(line)?;
         Ok(())
     }
@@ -341,7 +353,10 @@ fn join(compressed: Part, plain: Part) -> Contents {
     let mut keys = Keys::with_capacity(records);
     keys.extend(compressed.records.into_iter().map(|(key, _)| key));
     keys.extend(plain.records.into_iter().map(|(key, _)| key));
+    let mut past = compressed.past;
+    past.add(&plain.past);
     Contents {
+        past,
         repeated: (records - keys.len()) as u64,
         keys,
         cost_usd: compressed.cost_usd + plain.cost_usd,

@@ -108,6 +108,11 @@ impl Lines {
         Ok(lines)
     }
 
+    /// Is the line in the plain file?
+    pub fn is_in_plain(&self) -> bool {
+        self.is_in_plain
+    }
+
     /// Goes to the next whole record; `false` at the end. After a [`ScanError::Bad`] the walk can go
     /// on behind the damage.
     pub fn advance(&mut self) -> Result<bool, ScanError> {

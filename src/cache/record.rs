@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::stored;
 
 /// The schema that this version writes. Readers accept it and every earlier one.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// A line of the cache, without its checksum (see [`super::line`] for the line format).
 ///
@@ -17,8 +17,12 @@ pub const SCHEMA: u32 = 1;
 pub struct Record {
     /// Schema version of this line.
     pub v: u32,
-    /// BLAKE3 of what was asked, in hex: the answer to "have we paid for this?".
+    /// Names what was asked, in hex: the answer to "have we paid for this?". See [`super::question`].
     pub key: String,
+    /// `max_tokens`, where the answer was cut off there: with more of them it is asked for again. 0
+    /// otherwise, and in records of schema 1.
+    #[serde(default)]
+    pub cut_at: u32,
     /// The prompt's id, as in the prompt source.
     pub prompt_id: String,
     /// Which of `prompts.samples` answers this is, from 0.
@@ -28,6 +32,9 @@ pub struct Record {
     pub reason: String,
     /// Base URL of the endpoint that answered.
     pub endpoint: String,
+    /// `teacher.name`, where one was set.
+    #[serde(default)]
+    pub teacher: String,
     /// Hash of what `distill probe` knew of the endpoint then; empty if it was not probed.
     #[serde(default)]
     pub probe: String,

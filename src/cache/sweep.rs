@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::frames::{self, Frames};
 use super::keys::{self, Identity};
 use super::line;
+use super::question::Past;
 
 /// Bytes of plain text that a core takes at a time.
 const BLOCK: usize = 2 << 20;
@@ -20,6 +21,7 @@ const BLOCK: usize = 2 << 20;
 #[derive(Debug, Default)]
 pub struct Block {
     pub records: Vec<Identity>,
+    pub past: Past,
     pub cost_usd: f64,
     /// Bytes of the file.
     pub bytes: u64,
@@ -34,6 +36,8 @@ fn check(text: &[u8]) -> Option<Block> {
         let line = &rest[..end];
         rest = &rest[end + 1..];
         block.records.push(keys::identity(line).ok()?);
+        let head = line::head(line).ok()?;
+        block.past.note(head.v, head.cut_at);
         block.cost_usd += line::cost_usd(line).ok()?;
     }
     Some(block)

@@ -12,6 +12,7 @@ use super::journal::Journal;
 use super::keys::{self, Fingerprint, Keys};
 use super::opening::{self, OnProgress};
 use super::place::{Change, Place};
+use super::question::Past;
 use super::record::Record;
 use super::seal::{self, Sealer};
 use super::storage::{self, Wrap};
@@ -58,6 +59,7 @@ pub struct Shared {
 pub struct State {
     pub journal: Journal,
     keys: Keys,
+    past: Past,
     /// Of all its records.
     cost_usd: f64,
     /// Records that repeat a key.
@@ -78,6 +80,8 @@ pub struct State {
 pub struct Sealed {
     line: Vec<u8>,
     fingerprint: Fingerprint,
+    /// Its schema, and where it was cut off.
+    head: (u32, u32),
     cost_usd: f64,
 }
 
@@ -86,6 +90,7 @@ impl Sealed {
         Ok(Sealed {
             line: line::encode(record)?,
             fingerprint: keys::fingerprint(&record.key),
+            head: (record.v, record.cut_at),
             cost_usd: record.cost_usd.unwrap_or(0.0),
         })
     }
@@ -93,9 +98,11 @@ impl Sealed {
     /// A whole line of another cache, without its line end, with whatever fields it has.
     pub fn from_line(line: &[u8]) -> Result<Sealed, line::Fault> {
         let (fingerprint, _) = keys::identity(line)?;
+        let head = line::head(line)?;
         Ok(Sealed {
             line: [line, b"\n"].concat(),
             fingerprint,
+            head: (head.v, head.cut_at),
             cost_usd: line::cost_usd(line)?,
         })
     }
@@ -151,6 +158,7 @@ impl Cache {
                 journal: Journal::new(plain, &path, contents.plain)?,
                 frames,
                 keys: contents.keys,
+                past: contents.past,
                 cost_usd: contents.cost_usd,
                 repeated: contents.repeated,
                 syncing: None,
@@ -185,6 +193,11 @@ impl Cache {
     /// As [`Cache::contains`].
     pub fn contains_fingerprint(&self, fingerprint: &Fingerprint) -> bool {
         self.shared.lock().keys.contains(fingerprint)
+    }
+
+    /// What it holds under other keys than plain ones.
+    pub fn past(&self) -> Past {
+        self.shared.lock().past.clone()
     }
 
     /// Number of keys that have been answered.
@@ -240,6 +253,7 @@ impl Cache {
     pub fn append_group<'a>(&self, group: impl IntoIterator<Item = &'a Sealed>) -> Result<()> {
         let mut state = self.shared.lock();
         let (mut lines, mut fingerprints, mut cost_usd) = (Vec::new(), Vec::new(), 0.0);
+        let mut past = Past::default();
         for sealed in group {
             if state.keys.contains(&sealed.fingerprint)
                 || fingerprints.contains(&sealed.fingerprint)
@@ -250,6 +264,7 @@ impl Cache {
             }
             lines.extend_from_slice(&sealed.line);
             fingerprints.push(sealed.fingerprint);
+            past.note(sealed.head.0, sealed.head.1);
             cost_usd += sealed.cost_usd;
         }
         if fingerprints.is_empty() {
@@ -258,6 +273,7 @@ impl Cache {
         let before = state.journal.unsynced();
         state.journal.append(&lines, fingerprints.len())?;
         state.keys.extend(fingerprints);
+        state.past.add(&past);
         state.cost_usd += cost_usd;
         if state.journal.length() >= state.seal_from {
             self.shared.changed.notify_all();
@@ -294,7 +310,13 @@ impl Drop for Cache {
         if state.journal.check().is_ok()
             && !state.is_untidy
             && opening::size(&self.dir) >= WORTH_AN_INDEX
-            && let Err(error) = index::save(&self.dir, &state.keys, state.repeated, state.cost_usd)
+            && let Err(error) = index::save(
+                &self.dir,
+                &state.keys,
+                &state.past,
+                state.repeated,
+                state.cost_usd,
+            )
         {
             tracing::warn!("{error:#}");
         }

@@ -11,6 +11,7 @@ pub fn run(args: &HarvestArgs, global: &Global) -> Result<()> {
     let options = HarvestOptions {
         dry_run: args.dry_run,
         limit: args.limit,
+        again: args.again.clone(),
         shard: args.shard,
         quiet: global.json,
     };

@@ -93,6 +93,7 @@ pub fn load(
         .map_err(|error| usage(format!("a value does not fit: {}", error.message())))?;
     let folder = path.parent().unwrap_or(Path::new(""));
     resolve_paths(&mut config, folder);
+    config.file = Some(path.to_owned());
     validate(&config)?;
     Ok(Loaded { config, origins })
 }

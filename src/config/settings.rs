@@ -12,6 +12,9 @@ use super::teacher::*;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// Where it was read from.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
     /// Folder of this run: the cache, checkpoints, metrics and the student land here.
     pub run_dir: PathBuf,
     pub teacher: Teacher,
@@ -105,6 +108,7 @@ impl Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            file: None,
             run_dir: "run".into(),
             teacher: Teacher::default(),
             teachers: Vec::new(),

@@ -3,19 +3,28 @@
 use std::path::Path;
 
 use super::summary::Summary;
+use crate::exit::Exit;
 use crate::terminal::{format_count, format_share};
 
 /// One sentence a step, the most pressing first.
 pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
     let mut steps = Vec::new();
+    let config = match &summary.config_file {
+        Some(file) => format!(" -c {}", file.display()),
+        None => String::new(),
+    };
     let asked = summary.ok + summary.quarantined;
     let mut step = |holds: bool, text: String| {
         if holds {
             steps.push(text);
         }
     };
+    // What must be changed first, the error says.
+    let goes_on = summary.error.as_ref().is_none_or(|error| {
+        Exit::signal_of(error).is_some() || matches!(Exit::code_of(error), 3 | 4)
+    });
     step(
-        summary.pending > 0,
+        summary.pending > 0 && goes_on,
         format!(
             "run the same command again: {} rows are pending, and nothing is asked twice",
             format_count(summary.pending)
@@ -24,14 +33,15 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
     step(
         summary.failed > 0,
         format!(
-            "look into {}: these rows are asked again by the same command",
+            "look into {}: the same command asks these rows again, as long as they have attempts left; \
+             `distill harvest{config} --again failed` begins anew with them",
             failures.display()
         ),
     );
     step(
         summary.cut_off * 20 > asked,
         format!(
-            "raise `sampling.max_tokens`: it cut off {} of the answers (this asks everything anew)",
+            "raise `sampling.max_tokens`: it cut off {} of the answers (this asks for those alone)",
             format_share(summary.cut_off, asked)
         ),
     );
@@ -63,8 +73,11 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
             ),
         );
     }
-    if steps.is_empty() && asked + summary.cached > 0 {
-        steps.push("train: `distill train` with the same config".into());
+    if steps.is_empty() && summary.error.is_none() && asked + summary.cached > 0 {
+        steps.push(match config.as_str() {
+            "" => "train: `distill train` with the same config".into(),
+            config => format!("train: `distill train{config}`"),
+        });
     }
     steps
 }

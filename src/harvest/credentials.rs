@@ -5,6 +5,7 @@
 
 use std::io::Read;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,8 +38,10 @@ pub struct Credentials {
     settings: config::Teacher,
     header: HeaderName,
     current: Mutex<Arc<Sent>>,
-    /// Keys in a row that were refused. Held while a new one is fetched.
-    refused: tokio::sync::Mutex<u32>,
+    /// Keys in a row that were refused.
+    refused: AtomicU32,
+    /// Held while a new one is fetched.
+    fetching: tokio::sync::Mutex<()>,
 }
 
 impl Credentials {
@@ -79,7 +82,8 @@ impl Credentials {
             settings: settings.clone(),
             header,
             current: Mutex::new(Arc::new(sent)),
-            refused: tokio::sync::Mutex::default(),
+            refused: AtomicU32::new(0),
+            fetching: tokio::sync::Mutex::default(),
         };
         if let Some(key) = read_key(settings)? {
             credentials.set(&key)?;
@@ -94,9 +98,7 @@ impl Credentials {
 
     /// The endpoint takes what was sent.
     pub fn accepted(&self) {
-        if let Ok(mut refused) = self.refused.try_lock() {
-            *refused = 0;
-        }
+        self.refused.store(0, Ordering::Relaxed);
     }
 
     /// The endpoint refuses what was `sent`. True where there is something else to send by now.
@@ -107,18 +109,18 @@ impl Credentials {
         ) {
             return false;
         }
-        let mut refused = self.refused.lock().await;
+        let _fetching = self.fetching.lock().await;
         if self.current().number != sent.number {
             return true;
         }
-        if *refused >= REFUSED_KEYS {
+        if self.refused.load(Ordering::Relaxed) >= REFUSED_KEYS {
             return false;
         }
         let this = Arc::clone(self);
         let fetched = tokio::task::spawn_blocking(move || this.fetch()).await;
         match fetched.map_err(anyhow::Error::from).flatten() {
             Ok(is_new) => {
-                *refused += 1;
+                self.refused.fetch_add(1, Ordering::Relaxed);
                 if is_new {
                     tracing::info!("the endpoint refused the key, and there is a new one");
                 }

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::batch::Outlook;
 use super::budget::cost;
 use super::plan::Plan;
+use crate::cache::census::Census;
 use crate::cache::record::Usage;
 use crate::cache::stats::Stats;
 
@@ -27,6 +28,10 @@ pub struct Estimate {
     pub batches: Option<Outlook>,
     /// Bytes of cache to come, as in the records that it holds.
     pub disk_bytes: Option<u64>,
+    /// What else the cache holds.
+    pub cached: Census,
+    /// The body of the request that would be sent first.
+    pub first_request: Option<serde_json::Value>,
 }
 
 impl Estimate {
@@ -99,7 +104,9 @@ mod tests {
     use super::super::plan::Standing;
     use super::super::request::Asking;
     use super::*;
+    use crate::cache::question::Past;
     use crate::config::Config;
+    use crate::harvest::plan::Scope;
     use crate::prompt::{Message, Prompt};
 
     #[test]
@@ -116,9 +123,14 @@ mod tests {
                 vec![Message::new("user", number.to_string())],
             )
         });
-        let plan = Plan::new(prompts.collect(), askings, &config.prompts, None, |_| {
-            Ok(Standing::Open)
-        });
+        let plan = Plan::new(
+            prompts.collect(),
+            askings,
+            &config.prompts,
+            Scope::default(),
+            &Past::default(),
+            |_| Ok(Standing::Open),
+        );
         let plan = plan.unwrap();
         let estimate = Estimate::new(&plan, &Stats::default(), 0.0);
         assert_eq!((estimate.requests, estimate.completion_tokens), (4, 400));

@@ -38,6 +38,7 @@ pub fn reply(bytes: &[u8]) {
         prompt: 0,
         sample: 0,
         key: "key".into(),
+        old_key: None,
         bytes: 0,
     };
     let prompt = Prompt::plain("id", vec![Message::new("user", "hello")]);

@@ -18,13 +18,14 @@ use super::dispatch::{Dispatcher, Ended};
 use super::endpoint::{self, Finding};
 use super::lane::Lane;
 use super::limiter::Shared;
-use super::plan::{Plan, Standing};
+use super::plan::{Plan, Scope, Standing};
 use super::request::{self, Asking};
 use super::scoring::Scoring;
 use super::summary::Summary;
 use super::teacher::{self, Teacher, Transport};
 use super::unanswered::Unanswered;
 use crate::cache::lookup::Lookup;
+use crate::cache::question::{self, Question};
 use crate::cache::{self, Cache};
 use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
 use crate::data::tokenizer::Tokenizer;
@@ -155,18 +156,26 @@ impl Judge {
     /// was asked so far could be used.
     pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         let asking = self.asking();
-        let identity = teacher::identity(&self.lane.teacher);
+        let endpoint = teacher::name_in_keys(&self.lane.teacher);
+        let address = teacher::identity(&self.lane.teacher);
+        let past = self.cache.past();
         let key = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
-                let key = request::key(identity, &asking.body(&text.messages, 0), 0);
-                Some(key.hash.to_hex().to_string())
+                let body = asking.body(&text.messages, 0);
+                let question = Question::of(&body, 0);
+                let names = [endpoint.clone(), question::endpoint("", address)];
+                let mut keys: Vec<_> = names.iter().map(|name| question.key(name)).collect();
+                if past.has_old {
+                    keys.push(question::old_key(address, &body, 0));
+                }
+                Some(keys)
             }
             Err(error) => {
                 tracing::warn!("{} cannot be judged: {error:#}", text.id);
                 None
             }
         };
-        let keys: Vec<Option<String>> = texts.iter().map(key).collect();
+        let keys: Vec<Option<Vec<String>>> = texts.iter().map(key).collect();
         let mut is_asked = keys.iter().map(Option::is_some);
         let mut texts = texts;
         texts.retain(|_| is_asked.next().unwrap_or_default());
@@ -182,18 +191,31 @@ impl Judge {
             Some(books) => Ok(books.unanswered.standing(key, &self.cache, max_attempts)),
             None => Ok(Standing::Open),
         };
-        let plan = Plan::new(texts, vec![asking], &settings, None, standing)?;
+        let plan = Plan::new(
+            texts,
+            vec![asking],
+            &settings,
+            Scope::default(),
+            &past,
+            standing,
+        )?;
         self.told.texts += plan.total;
         self.told.cached += plan.cached - plan.repeated;
         if !plan.rows.is_empty() {
             self.ask(plan, stop)?;
             self.judged.refresh()?;
         }
-        let line = |key: &Option<String>| match key {
-            Some(key) => self.judged.line(key),
-            None => Ok(None),
-        };
-        keys.iter().map(line).collect()
+        let mut lines = Vec::with_capacity(keys.len());
+        for keys in &keys {
+            let mut line = None;
+            for key in keys.iter().flatten() {
+                if line.is_none() {
+                    line = self.judged.line(key)?;
+                }
+            }
+            lines.push(line);
+        }
+        Ok(lines)
     }
 
     fn asking(&self) -> Asking {

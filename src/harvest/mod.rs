@@ -20,7 +20,9 @@
 //! (`request`, `cost`, `budget`, `record`, `plan`, `shard`, `estimate`, `queue`, `schedule`, `advice`,
 //! `stop`) or does one thing (`teacher` sends, by way of `exchange`). It knows nothing of tensors.
 
+mod adopt;
 mod advice;
+mod again;
 mod attempt;
 mod batch;
 mod books;
@@ -29,6 +31,7 @@ mod clock;
 mod connection;
 mod credentials;
 mod dispatch;
+mod dry_run;
 pub mod endpoint;
 mod estimate;
 mod exchange;
@@ -63,6 +66,7 @@ mod usable;
 mod waits;
 mod watch;
 
+pub use adopt::{Adopted, adopt};
 pub use batch::{BatchApi, Download, Tally};
 pub use books::{add_merged, dearest};
 pub use clock::WallClock;
@@ -72,6 +76,7 @@ pub use shard::Shard;
 pub use summary::{SUMMARY_VERSION, Summary};
 pub use teacher::{Fault, Reply, Transport};
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,8 +84,10 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::sync::Notify;
 
+use crate::cache::census::{self, Census};
 use crate::cache::stats::Stats;
 use crate::cache::{self, Cache, Wrap};
+use crate::cache::{keys, question};
 use crate::config::{self, Config, Mode};
 use crate::exit::Exit;
 use crate::ops::process;
@@ -93,18 +100,20 @@ use dispatch::Dispatcher;
 use endpoint::Endpoints;
 use lane::Lane;
 use limiter::Shared;
-use plan::{Plan, Standing};
+use plan::{Plan, Scope, Standing};
 use request::Asking;
 use structured::Structured;
 use teacher::Teacher;
 use unanswered::Unanswered;
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct HarvestOptions {
     /// Plan only: send nothing, write nothing.
     pub dry_run: bool,
     /// Use only the first so many prompts.
     pub limit: Option<usize>,
+    /// Ask again, and these alone: `length`, `quarantined`, `failed`, or a reason.
+    pub again: Vec<String>,
     /// Only this part of the requests.
     pub shard: Option<Shard>,
     /// Show no progress.
@@ -118,7 +127,7 @@ pub struct HarvestOptions {
 /// [`Summary::into_result`].
 pub async fn run(config: &Config, options: HarvestOptions) -> Result<Summary> {
     match options.dry_run {
-        true => dry_run(config, options),
+        true => dry_run::run(config, &options),
         false => run_until(config, options, Signals::listen()?).await,
     }
 }
@@ -182,10 +191,18 @@ pub async fn run_in(
         clock,
         storage,
     } = world;
-    let prompts = prompts(config, options, signals.flag())?;
+    let prompts = prompts(config, &options, signals.flag())?;
     let probes = check_endpoints(config)?;
-    let cache = open_cache(config, options, storage, signals.flag())?;
     check_money(config, options.shard, clock.now())?;
+    let mut unanswered = Unanswered::load(&config.run_dir)?;
+    let again = match options.again.is_empty() {
+        true => None,
+        false => {
+            batch::check_none_under_way(&config.run_dir)?;
+            Some(again::take_out(config, &mut unanswered, &options.again)?)
+        }
+    };
+    let cache = open_cache(config, &options, storage, signals.flag())?;
     let run = Run {
         config,
         shard: options.shard,
@@ -193,7 +210,8 @@ pub async fn run_in(
         cache: &cache,
         probes,
         transports,
-        unanswered: Unanswered::load(&config.run_dir)?,
+        unanswered,
+        again,
         stop: signals.flag().clone(),
         clock,
     };
@@ -213,6 +231,8 @@ struct Run<'a> {
     probes: Vec<String>,
     transports: Vec<Arc<dyn Transport>>,
     unanswered: Unanswered,
+    /// Nothing else is to be asked.
+    again: Option<again::Wanted>,
     /// For what takes long before anything is asked.
     stop: StopFlag,
     clock: WallClock,
@@ -277,13 +297,21 @@ impl Run<'_> {
         standing: impl Fn(&str) -> Result<Standing>,
     ) -> Result<Plan> {
         let askings = askings(config, &self.probes)?;
-        let plan = Plan::new(prompts, askings, &config.prompts, self.shard, standing)?;
-        if plan.repeated > 0 {
-            tracing::warn!(
-                "{} requests ask word for word what another one asks: each such answer is bought \
-                 once",
-                plan.repeated
-            );
+        let mut past = self.cache.past();
+        // Their rows have the keys of the version that submitted them.
+        past.has_old |= batch::is_under_way(&self.config.run_dir)?;
+        let scope = Scope {
+            shard: self.shard,
+            only: self.again.as_ref(),
+        };
+        let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?;
+        if let Some(told) = plan.told_of_repeats() {
+            tracing::warn!("{told}");
+        }
+        if self.again.is_none()
+            && let Some(told) = census_of(&config.own_cache(), &plan, self.cache.len())?.advice()
+        {
+            tracing::warn!("{told}");
         }
         Ok(plan)
     }
@@ -354,6 +382,23 @@ fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>> {
     lanes.map(asking).collect()
 }
 
+/// What a cache of so many keys holds besides answers to what is asked. It is read for that only where
+/// it holds more than those.
+fn census_of(dir: &Path, plan: &Plan, known: usize) -> Result<Census> {
+    let of_ours: u64 = plan.answered.iter().sum();
+    if plan.rows.is_empty() || known as u64 <= of_ours {
+        return Ok(Census::default());
+    }
+    let open = plan.rows.iter().map(|row| question::half(&row.key));
+    let open = open.map(keys::fingerprint).collect();
+    let ids: HashSet<&str> = plan
+        .prompts
+        .iter()
+        .map(|prompt| prompt.id.as_str())
+        .collect();
+    census::census(dir, &plan.questions, &open, |id| ids.contains(id))
+}
+
 /// Asks each endpoint of the config about twenty cheap questions, and keeps what they tell in the
 /// run folder.
 ///
@@ -412,39 +457,7 @@ fn check_endpoints(config: &Config) -> Result<Vec<String>> {
     Ok(hashes)
 }
 
-fn dry_run(config: &Config, options: HarvestOptions) -> Result<Summary> {
-    request::check(config)?;
-    let is_batch = config.schedule.mode == Mode::Batch;
-    let config = &match is_batch {
-        true => config.at_batch_prices(),
-        false => config.clone(),
-    };
-    let prompts = prompts(config, options, &StopFlag::default())?;
-    let dir = config.own_cache();
-    let known = cache::peek(&dir)?;
-    let stats = sample(&dir)?;
-    let askings = askings(config, &[])?;
-    let unanswered = Unanswered::load(&config.run_dir)?;
-    let standing = |key: &str| match known.contains(key) || unanswered.is_filtered(key) {
-        true => Ok(Standing::Answered),
-        false => Ok(Standing::Open),
-    };
-    let plan = Plan::new(prompts, askings, &config.prompts, options.shard, standing)?;
-    let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
-    if is_batch {
-        estimate.minutes = 0.0;
-        estimate.batches = Some(batch::Outlook::new(config, &plan)?);
-    }
-    Ok(Summary {
-        total: plan.total,
-        cached: plan.cached,
-        pending: plan.rows.len() as u64,
-        estimate: Some(estimate),
-        ..Summary::default()
-    })
-}
-
-fn prompts(config: &Config, options: HarvestOptions, stop: &StopFlag) -> Result<Vec<Prompt>> {
+fn prompts(config: &Config, options: &HarvestOptions, stop: &StopFlag) -> Result<Vec<Prompt>> {
     let mut prompts = prompt::load(&config.prompts, || stop.check())?;
     prompts.truncate(options.limit.unwrap_or(usize::MAX));
     Ok(prompts)
@@ -452,7 +465,7 @@ fn prompts(config: &Config, options: HarvestOptions, stop: &StopFlag) -> Result<
 
 fn open_cache(
     config: &Config,
-    options: HarvestOptions,
+    options: &HarvestOptions,
     storage: Wrap,
     stop: &StopFlag,
 ) -> Result<Cache> {

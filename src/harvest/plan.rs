@@ -8,9 +8,11 @@ use serde_json::Value;
 
 use super::budget::cost::{self, Bound};
 use super::limiter::Cost;
-use super::request::{self, Asking};
+use super::request::Asking;
 use super::shard::Shard;
 use super::teacher;
+use crate::cache::keys::{self, Fingerprint};
+use crate::cache::question::{self, Past, Question};
 use crate::config::{self, Assignment, Order};
 use crate::prompt::Prompt;
 
@@ -24,8 +26,10 @@ pub struct Row {
     /// Index in [`Plan::prompts`].
     pub prompt: u32,
     pub sample: u32,
-    /// Names the record; see [`request::key`].
+    /// Names the record; see [`question`].
     pub key: String,
+    /// The name that versions up to schema 1 would have given it, where there may be such records.
+    pub old_key: Option<Box<str>>,
     /// Length of the request body.
     pub bytes: u32,
 }
@@ -58,10 +62,39 @@ pub struct Plan {
     pub given_up: Vec<(usize, Row)>,
     /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
     pub repeated: u64,
+    /// All of its questions; see [`question::half`].
+    pub questions: HashSet<Fingerprint>,
+}
+
+/// Which of all rows are to be looked at.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Scope<'a> {
+    pub shard: Option<Shard>,
+    /// Those of these questions or keys.
+    pub only: Option<&'a HashSet<String>>,
+}
+
+impl Scope<'_> {
+    fn holds(&self, fingerprint: &Fingerprint, key: &str, old_key: Option<&str>) -> bool {
+        let is_wanted = self.only.is_none_or(|only| {
+            let mut names = [Some(question::half(key)), Some(key), old_key].into_iter();
+            names.any(|name| name.is_some_and(|name| only.contains(name)))
+        });
+        is_wanted && self.shard.is_none_or(|shard| shard.holds(fingerprint))
+    }
+}
+
+/// What the rows of a plan are compared with.
+struct Adding<'a, S> {
+    seen: HashSet<Fingerprint>,
+    scope: Scope<'a>,
+    past: &'a Past,
+    standing: S,
 }
 
 impl Plan {
-    /// Everything, or the part of it in `shard`. `standing` tells how a key stands.
+    /// Everything, or the part of it in `shard`. `past` is what the cache holds under other keys than plain
+    /// ones, and `standing` tells how a key stands.
     ///
     /// # Errors
     /// Those of `standing`.
@@ -69,7 +102,8 @@ impl Plan {
         prompts: Vec<Prompt>,
         askings: Vec<Asking>,
         settings: &config::Prompts,
-        shard: Option<Shard>,
+        scope: Scope<'_>,
+        past: &Past,
         standing: impl Fn(&str) -> Result<Standing>,
     ) -> Result<Plan> {
         let order = match settings.order {
@@ -90,9 +124,14 @@ impl Plan {
             answered: vec![0; shares.len()],
             given_up: Vec::new(),
             repeated: 0,
+            questions: HashSet::new(),
         };
-        let mut seen = HashSet::new();
-        let is_ours = |key: &blake3::Hash| shard.is_none_or(|shard| shard.holds(key));
+        let mut adding = Adding {
+            seen: HashSet::new(),
+            scope,
+            past,
+            standing,
+        };
         for lane in 0..shares.len() {
             let start = plan.rows.len();
             for &prompt in &order {
@@ -101,14 +140,7 @@ impl Plan {
                     Assignment::Share => chosen(&plan.prompts[prompt].id, &shares) == lane,
                 };
                 if is_asked {
-                    plan.add(
-                        lane,
-                        prompt,
-                        settings.samples,
-                        &mut seen,
-                        &is_ours,
-                        &standing,
-                    )?;
+                    plan.add(lane, prompt, settings.samples, &mut adding)?;
                 }
             }
             plan.lanes.push(start..plan.rows.len());
@@ -121,31 +153,53 @@ impl Plan {
         lane: usize,
         prompt: usize,
         samples: u32,
-        seen: &mut HashSet<blake3::Hash>,
-        is_ours: &impl Fn(&blake3::Hash) -> bool,
-        standing: &impl Fn(&str) -> Result<Standing>,
+        adding: &mut Adding<'_, impl Fn(&str) -> Result<Standing>>,
     ) -> Result<()> {
         for sample in 0..samples {
+            let settings = &self.askings[lane].lane;
+            let (teacher, max_tokens) = (&settings.teacher, settings.sampling.max_tokens);
             let body = self.body(lane, prompt, sample);
-            let identity = teacher::identity(&self.askings[lane].lane.teacher);
-            let key = request::key(identity, &body, sample);
-            if !is_ours(&key.hash) {
+            let question = Question::of(&body, sample);
+            let key = question.key(&teacher::name_in_keys(teacher));
+            let fingerprint = keys::fingerprint(&key);
+            let address = teacher::identity(teacher);
+            let is_old = adding.past.has_old || adding.scope.only.is_some();
+            let old_key = is_old.then(|| question::old_key(address, &body, sample));
+            if !adding.scope.holds(&fingerprint, &key, old_key.as_deref()) {
                 continue;
             }
             self.total += 1;
-            let name = key.hash.to_hex();
-            if !seen.insert(key.hash) {
+            self.questions
+                .insert(keys::fingerprint(question::half(&key)));
+            if !adding.seen.insert(fingerprint) {
                 self.cached += 1;
                 self.repeated += 1;
                 continue;
             }
+            let mut standing = (adding.standing)(&key)?;
+            if standing == Standing::Open {
+                // Kept under the address, before the teacher had a name; cut off; or of an earlier schema.
+                let by_address = question.key(&question::endpoint("", address));
+                let others = [by_address.clone()].into_iter().chain(old_key.clone());
+                let cut = adding.past.cut_keys(&key, max_tokens);
+                let cut = cut.chain(adding.past.cut_keys(&by_address, max_tokens));
+                let old = old_key.iter();
+                let cut = cut.chain(old.flat_map(|old| adding.past.cut_keys(old, max_tokens)));
+                for name in others.chain(cut) {
+                    standing = (adding.standing)(&name)?;
+                    if standing != Standing::Open {
+                        break;
+                    }
+                }
+            }
             let row = Row {
                 prompt: prompt as u32,
                 sample,
-                key: name.to_string(),
-                bytes: key.bytes as u32,
+                key,
+                old_key: old_key.map(String::into_boxed_str),
+                bytes: question.bytes as u32,
             };
-            match standing(&name)? {
+            match standing {
                 Standing::Answered => {
                     self.cached += 1;
                     self.answered[lane] += 1;
@@ -155,6 +209,17 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// What the user is to know of rows that ask the same.
+    pub fn told_of_repeats(&self) -> Option<String> {
+        (self.repeated > 0).then(|| {
+            format!(
+                "{} requests ask word for word what another one asks: each such answer is bought once; \
+                 `prompts.samples` asks for several",
+                self.repeated
+            )
+        })
     }
 
     /// The request body of a row; built anew each time, since a run can have a million of them.
@@ -252,7 +317,15 @@ mod tests {
             true => Ok(Standing::Answered),
             false => Ok(Standing::Open),
         };
-        Plan::new(prompts, askings, &config.prompts, None, standing).unwrap()
+        Plan::new(
+            prompts,
+            askings,
+            &config.prompts,
+            Scope::default(),
+            &Past::default(),
+            standing,
+        )
+        .unwrap()
     }
 
     #[test]

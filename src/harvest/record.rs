@@ -8,6 +8,7 @@ use super::reply::Completion;
 use super::request::Asking;
 use super::teacher;
 
+use crate::cache::question;
 use crate::cache::record::{Record, SCHEMA, Status, Timing};
 use crate::prompt::Prompt;
 
@@ -32,9 +33,14 @@ pub fn record(
         extra.insert("unreadable".into(), problem.into());
     }
     let price = &asking.lane.price;
+    let cut_at = cut_at(asking, &completion.answer.finish_reason);
     Record {
         v: SCHEMA,
-        key: row.key.clone(),
+        key: match cut_at {
+            0 => row.key.clone(),
+            _ => question::cut_key(&row.key, cut_at),
+        },
+        cut_at,
         prompt_id: prompt.id.clone(),
         sample: row.sample,
         status: match reason.is_empty() {
@@ -43,6 +49,7 @@ pub fn record(
         },
         reason,
         endpoint: teacher::identity(&asking.lane.teacher).into(),
+        teacher: asking.lane.teacher.name.clone(),
         probe: asking.probe.clone(),
         request: body,
         answer: completion.answer,
@@ -53,6 +60,14 @@ pub fn record(
         logprobs: completion.logprobs,
         timing,
         extra,
+    }
+}
+
+/// Where the answer was cut off; 0 where it was not. An answer that is scored has its length from elsewhere.
+fn cut_at(asking: &Asking, finish_reason: &str) -> u32 {
+    match finish_reason {
+        "length" | "max_tokens" if asking.scoring.is_none() => asking.lane.sampling.max_tokens,
+        _ => 0,
     }
 }
 
@@ -93,6 +108,7 @@ mod tests {
             prompt: 0,
             sample: 1,
             key: "k".into(),
+            old_key: None,
             bytes: 9,
         };
         let prompt = Prompt::plain("p", Vec::new());

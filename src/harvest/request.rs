@@ -1,10 +1,8 @@
 //! A prompt as a wire body, and the key that names it. Pure.
 
-use std::fmt::Write;
 use std::sync::Arc;
 
 use anyhow::Result;
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::reply::{self, Completion, NoAnswer};
@@ -13,9 +11,6 @@ use super::structured::Structured;
 use crate::config::{Config, Lane};
 use crate::exit::Exit;
 use crate::prompt::{Message, Prompt};
-
-/// Part of every key: raise it when the same key would come to mean something else.
-const KEY_VERSION: u32 = 1;
 
 const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has its own record";
 const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
@@ -189,70 +184,6 @@ impl Asking {
     }
 }
 
-/// What names a request, and how long it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Key {
-    /// BLAKE3 of what is asked of whom, in hex the name of the record: "have we paid for this?".
-    pub hash: blake3::Hash,
-    /// Bytes of the body as JSON.
-    pub bytes: usize,
-}
-
-/// The key of a body. Everything that can change the answer is in it; limits, retries and the API
-/// key are not.
-pub fn key(base_url: &str, body: &Value, sample: u32) -> Key {
-    let mut text = String::from("{\"body\":");
-    let start = text.len();
-    write_canonical(body, &mut text);
-    let bytes = text.len() - start;
-    let endpoint = Value::from(base_url);
-    // Writing to a string cannot fail.
-    let _ = write!(
-        text,
-        ",\"endpoint\":{endpoint},\"sample\":{sample},\"v\":{KEY_VERSION}}}"
-    );
-    Key {
-        hash: blake3::hash(text.as_bytes()),
-        bytes,
-    }
-}
-
-/// Writes the value with the keys of every object sorted.
-fn write_canonical(value: &Value, text: &mut String) {
-    match value {
-        Value::Object(fields) => {
-            let mut sorted: Vec<_> = fields.iter().collect();
-            sorted.sort_unstable_by_key(|(name, _)| name.as_str());
-            text.push('{');
-            for (index, (name, value)) in sorted.into_iter().enumerate() {
-                if index > 0 {
-                    text.push(',');
-                }
-                write_scalar(name.as_str(), text);
-                text.push(':');
-                write_canonical(value, text);
-            }
-            text.push('}');
-        }
-        Value::Array(items) => {
-            text.push('[');
-            for (index, item) in items.iter().enumerate() {
-                if index > 0 {
-                    text.push(',');
-                }
-                write_canonical(item, text);
-            }
-            text.push(']');
-        }
-        scalar => write_scalar(scalar, text),
-    }
-}
-
-fn write_scalar(value: impl Serialize, text: &mut String) {
-    // A scalar always has a JSON text.
-    text.push_str(&serde_json::to_string(&value).unwrap_or_default());
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -318,55 +249,6 @@ mod tests {
             body(&teacher(), &sampling, &messages("hi"), 0).to_string(),
             r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_tokens":512}"#
         );
-    }
-
-    #[test]
-    fn the_key_is_stable_and_covers_all_that_is_asked() {
-        let sampling = Sampling::default();
-        let base = body(&teacher(), &sampling, &messages("hi"), 0);
-        let first = key("http://a/v1", &base, 0);
-        // A golden key: should it change, every cache would be bought again.
-        assert_eq!(first.bytes, base.to_string().len());
-        assert_eq!(
-            first.hash.to_string(),
-            "93c719aebe2658e2afeb28e1bc0e94468267cc514d5a71ff383956a79309f425"
-        );
-
-        let reordered: Map<String, Value> = base
-            .as_object()
-            .unwrap()
-            .clone()
-            .into_iter()
-            .rev()
-            .collect();
-        assert_eq!(key("http://a/v1", &Value::Object(reordered), 0), first);
-
-        let warmer = Sampling {
-            temperature: Some(0.7),
-            ..Sampling::default()
-        };
-        let others = [
-            key("http://b/v1", &base, 0),
-            key("http://a/v1", &base, 1),
-            key(
-                "http://a/v1",
-                &body(&teacher(), &sampling, &messages("ho"), 0),
-                0,
-            ),
-            key(
-                "http://a/v1",
-                &body(&teacher(), &warmer, &messages("hi"), 0),
-                0,
-            ),
-            key(
-                "http://a/v1",
-                &body(&Teacher::default(), &sampling, &messages("hi"), 0),
-                0,
-            ),
-        ];
-        for other in others {
-            assert_ne!(other, first);
-        }
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::cache::keys::Fingerprint;
+
 /// The I-th of N parts, from 1. Together they are everything, and no request is in two of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
@@ -14,9 +16,9 @@ impl Shard {
     /// Is the request of this key in it? By the key, which is a hash of what is asked: the same on
     /// each machine and in each order of the prompts, and word for word the same requests are in one
     /// part.
-    pub fn holds(&self, key: &blake3::Hash) -> bool {
+    pub fn holds(&self, key: &Fingerprint) -> bool {
         let mut bytes = [0; 8];
-        bytes.copy_from_slice(&key.as_bytes()[..8]);
+        bytes.copy_from_slice(&key[..8]);
         u64::from_le_bytes(bytes) % self.count == self.index - 1
     }
 }
@@ -44,12 +46,13 @@ impl fmt::Display for Shard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::keys;
 
     #[test]
     fn the_parts_are_disjoint_and_everything() {
         let mut sizes = [0; 7];
         for n in 0..7000u32 {
-            let key = blake3::hash(&n.to_le_bytes());
+            let key = keys::fingerprint(blake3::hash(&n.to_le_bytes()).to_hex().as_str());
             let parts = (1..=7).filter(|index| {
                 Shard {
                     index: *index,
@@ -66,7 +69,7 @@ mod tests {
             "{sizes:?}"
         );
         // For ever the same, whatever the machine.
-        let key = blake3::hash(b"a request");
+        let key = keys::fingerprint(blake3::hash(b"a request").to_hex().as_str());
         assert!(Shard { index: 1, count: 3 }.holds(&key));
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::batch::{Outlook, Tally};
 use super::estimate::Estimate;
@@ -15,10 +15,11 @@ use super::timeline::{self, Hour, Used};
 use super::unanswered::Unanswered;
 use super::watch::Seen;
 use super::{advice, failures};
-use crate::cache::record::{Status, Usage};
+use crate::cache::record::{Status, Timing, Usage};
 use crate::exit::Exit;
 use crate::terminal::{
-    format_bytes, format_count, format_dollars, format_duration, format_share, sanitise, table,
+    escape_unsafe, format_bytes, format_count, format_dollars, format_duration, format_share,
+    sanitise, table,
 };
 
 /// The version of the object that `--json` prints and `summary.json` holds.
@@ -74,6 +75,11 @@ pub struct Summary {
     pub turns: u64,
     /// What is still to be asked; of a dry run only.
     pub estimate: Option<Estimate>,
+    /// Earlier runs in this folder, and this one.
+    pub runs: Vec<PastRun>,
+    /// Names the config in what to do next.
+    #[serde(skip)]
+    pub config_file: Option<PathBuf>,
     /// The rows of `failed`, and those that a filter refused, for `failures.jsonl`.
     #[serde(skip)]
     pub failed_rows: Vec<FailedRow>,
@@ -98,6 +104,54 @@ fn as_text<S: serde::Serializer>(
 ) -> Result<S::Ok, S::Error> {
     let text = error.as_ref().map(|error| format!("{error:#}"));
     text.serialize(serializer)
+}
+
+/// What is kept of a run in the summaries of later ones.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PastRun {
+    /// When it ended; RFC 3339, in UTC.
+    pub at: String,
+    pub ok: u64,
+    pub quarantined: u64,
+    pub failed: u64,
+    pub pending: u64,
+    pub requests: u64,
+    pub cost_usd: Option<f64>,
+    pub seconds: f64,
+    pub error: Option<String>,
+}
+
+impl PastRun {
+    fn of(summary: &Summary) -> PastRun {
+        PastRun {
+            at: Timing::stamp(jiff::Timestamp::now()),
+            ok: summary.ok,
+            quarantined: summary.quarantined,
+            failed: summary.failed,
+            pending: summary.pending,
+            requests: summary.requests,
+            cost_usd: summary.cost_usd,
+            seconds: summary.seconds,
+            error: summary.error.as_ref().map(|error| format!("{error:#}")),
+        }
+    }
+}
+
+/// Of these, the last ones are kept.
+const MOST_RUNS: usize = 1_000;
+
+/// The runs that the summary of the run folder tells of; none where it cannot be read.
+fn past_runs(run_dir: &Path) -> Vec<PastRun> {
+    #[derive(Deserialize)]
+    struct Runs {
+        #[serde(default)]
+        runs: Vec<PastRun>,
+    }
+    let text = crate::fs::read(&file(run_dir)).unwrap_or_default();
+    let mut runs =
+        serde_json::from_slice::<Runs>(&text).map_or_else(|_| Vec::new(), |past| past.runs);
+    runs.drain(..runs.len().saturating_sub(MOST_RUNS - 1));
+    runs
 }
 
 pub fn file(run_dir: &Path) -> PathBuf {
@@ -161,7 +215,9 @@ impl Summary {
             ..Summary::default()
         };
         for (lane, row) in &plan.given_up {
-            let known = unanswered.get(&row.key).cloned().unwrap_or_default();
+            let of_old = || unanswered.get(row.old_key.as_deref()?);
+            let known = unanswered.get(&row.key).or_else(of_old).cloned();
+            let known = known.unwrap_or_default();
             summary.fail(FailedRow::given_up(plan, *lane, row, known));
         }
         summary
@@ -190,7 +246,10 @@ impl Summary {
     pub fn write(&mut self, run_dir: &Path) -> Result<()> {
         failures::write(run_dir, &self.failed_rows)?;
         self.advice = advice::next_steps(self, &failures::file(run_dir));
-        crate::fs::write_atomic(&file(run_dir), &serde_json::to_vec_pretty(self)?)
+        self.runs = past_runs(run_dir);
+        self.runs.push(PastRun::of(self));
+        let text = serde_json::to_string_pretty(self)?;
+        crate::fs::write_atomic(&file(run_dir), escape_unsafe(&text).as_bytes())
     }
 
     /// The summary as a table.
@@ -205,8 +264,8 @@ impl Summary {
             None => rows.extend(self.result_rows()),
         }
         let mut text = table(&rows);
-        if self.estimate.is_some() {
-            return text;
+        if let Some(estimate) = &self.estimate {
+            return text + &self.outlook(estimate);
         }
         for step in &self.advice {
             text.push_str(&format!("next: {}\n", sanitise(step)));
@@ -293,6 +352,31 @@ impl Summary {
             }
         }
         rows
+    }
+
+    /// What a dry run tells beside its table.
+    fn outlook(&self, estimate: &Estimate) -> String {
+        let mut text = String::new();
+        for warning in self.warnings.iter().chain(&estimate.cached.advice()) {
+            text.push_str(&format!("note: {}\n", sanitise(warning)));
+        }
+        for (count, what) in [
+            (
+                estimate.cached.other_settings,
+                "the same prompts, asked with other settings",
+            ),
+            (estimate.cached.other_prompts, "other prompts"),
+        ] {
+            if count > 0 {
+                let count = format_count(count);
+                text.push_str(&format!("note: {count} cached answers are to {what}\n"));
+            }
+        }
+        if let Some(request) = &estimate.first_request {
+            let request = serde_json::to_string_pretty(request).unwrap_or_default();
+            text.push_str(&format!("the first request:\n{}\n", sanitise(&request)));
+        }
+        text
     }
 
     /// `$1.20 measured + at most $0.03 estimated`, and what the run folder cost in all.

@@ -18,6 +18,7 @@ use super::connection::{self, Address};
 use super::credentials::Credentials;
 use super::exchange::{OneAttempt, Sender};
 use super::secrets::Secrets;
+use crate::cache::question;
 use crate::config;
 
 /// A response, whatever its status.
@@ -169,9 +170,14 @@ impl Transport for Teacher {
     }
 }
 
-/// The base URL as keys and records name it: as the config has it, without a slash at the end.
+/// The base URL as records name it: as the config has it, without a slash at the end.
 pub fn identity(settings: &config::Teacher) -> &str {
     settings.base_url.trim_end_matches('/')
+}
+
+/// The endpoint as keys name it.
+pub fn name_in_keys(settings: &config::Teacher) -> String {
+    question::endpoint(&settings.name, identity(settings))
 }
 
 /// What async-openai asks for with each request. Its own configuration would fall back to

@@ -156,10 +156,11 @@ impl Unanswered {
         Ok(())
     }
 
-    /// Forgets the rows that `is_wanted` names, so that they are asked again. Returns how many there were.
-    pub fn forget(&mut self, is_wanted: impl Fn(&str, &Known) -> bool) -> Result<usize> {
+    /// Forgets the rows that `is_wanted` names, so that they are asked again. Returns their keys.
+    pub fn forget(&mut self, is_wanted: impl Fn(&str, &Known) -> bool) -> Result<Vec<String>> {
         let wanted = |key: &String, known: &Known| is_wanted(key, known);
-        let before = self.rows.len();
+        let rows = self.rows.iter().filter(|(key, known)| wanted(key, known));
+        let forgotten: Vec<String> = rows.map(|(key, _)| key.clone()).collect();
         let mut kept = Vec::new();
         for line in self.lines()? {
             let known = self.rows.get(&line.key);
@@ -169,8 +170,7 @@ impl Unanswered {
             }
         }
         self.rows.retain(|key, known| !wanted(key, known));
-        let forgotten = before - self.rows.len();
-        if forgotten > 0 {
+        if !forgotten.is_empty() {
             crate::fs::write_atomic(&self.path, &kept)?;
         }
         Ok(forgotten)
@@ -214,7 +214,7 @@ mod tests {
         let mut third = Unanswered::load(dir.path()).unwrap();
         assert_eq!(known(&third, "a"), Some((2, false)));
         assert_eq!(known(&third, "b"), Some((0, true)));
-        assert_eq!(third.forget(|_, known| known.is_filtered).unwrap(), 1);
+        assert_eq!(third.forget(|_, known| known.is_filtered).unwrap().len(), 1);
         let fourth = Unanswered::load(dir.path()).unwrap();
         assert_eq!(
             (known(&fourth, "a"), known(&fourth, "b")),

@@ -27,6 +27,25 @@ pub fn sanitise(text: &str) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
+/// The same JSON, in whose strings nothing can act on a terminal that shows the file.
+pub fn escape_unsafe(json: &str) -> Cow<'_, str> {
+    if !json.chars().any(is_unsafe) {
+        return Cow::Borrowed(json);
+    }
+    let mut safe = String::with_capacity(json.len() + 16);
+    for char in json.chars() {
+        if is_unsafe(char) {
+            let mut units = [0; 2];
+            for unit in char.encode_utf16(&mut units) {
+                safe.push_str(&format!("\\u{unit:04x}"));
+            }
+        } else {
+            safe.push(char);
+        }
+    }
+    Cow::Owned(safe)
+}
+
 fn is_unsafe(char: char) -> bool {
     match char {
         '\n' | '\t' => false,

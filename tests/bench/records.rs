@@ -14,6 +14,8 @@ pub fn record(
     Record {
         v: SCHEMA,
         key: blake3::hash(&n.to_le_bytes()).to_hex().to_string(),
+        cut_at: 0,
+        teacher: String::new(),
         prompt_id: format!("prompt-{n:07}"),
         sample: 0,
         status: Status::Ok,

@@ -265,7 +265,8 @@ fn a_newer_schema_is_refused_with_advice() {
 fn a_v1_file_stays_readable() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/cache-v1.jsonl");
     let dir = folder(&fs::read(path).unwrap());
-    assert_eq!(read_all(dir.path()).unwrap(), golden());
+    let expected = golden().into_iter().map(|record| Record { v: 1, ..record });
+    assert_eq!(read_all(dir.path()).unwrap(), expected.collect::<Vec<_>>());
 }
 
 fn golden() -> Vec<Record> {

@@ -236,8 +236,8 @@ fn caches_are_joined_by_key_and_both_sides_of_a_conflict_are_kept() {
     // A field of a later version, which must come through.
     let line = String::from_utf8(encode([sample(7)])).unwrap();
     let body = line[..line.rfind("\"crc\"").unwrap()].replacen(
-        "{\"v\":1,",
-        "{\"v\":1,\"mood\":\"good\",",
+        "{\"v\":2,",
+        "{\"v\":2,\"mood\":\"good\",",
         1,
     );
     let crc = crc32c::crc32c(body.as_bytes());

@@ -12,6 +12,8 @@ pub fn sample(n: u64) -> Record {
     Record {
         v: SCHEMA,
         key: blake3::hash(&n.to_le_bytes()).to_hex().to_string(),
+        cut_at: 0,
+        teacher: String::new(),
         prompt_id: format!("row-{n}"),
         sample: 0,
         status: if quarantined {

@@ -11,7 +11,7 @@ use crate::cache::record::Usage;
 use crate::cache::{conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
 use crate::config::{self, Price};
-use crate::harvest;
+use crate::harvest::{self, Adopted};
 use crate::terminal::{Reading, format_count, sanitise};
 
 /// Repairs the cache in `dir` and says what was done.
@@ -118,4 +118,19 @@ fn line(source: &Path, merged: &Merged) -> String {
         format_count(merged.same),
         format_count(merged.conflicts)
     )
+}
+
+/// Says what was taken over into the cache in `dir`.
+pub fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
+    if json {
+        return print_json(&json!({
+            "version": VERSION, "dir": dir, "adopted": done.records, "questions": done.questions,
+        }));
+    }
+    print(&format!(
+        "adopted: {} of the answers in {} are answers to the {} questions of this config now\n",
+        format_count(done.records),
+        dir.display(),
+        format_count(done.questions)
+    ))
 }

@@ -36,6 +36,11 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
             let dir = folder(place)?;
             mend::merge(&dir, &settings(place)?, &price, sources, global.json)
         }
+        CacheAction::Adopt(file) => {
+            let config = load_config(file)?.config;
+            let done = harvest::adopt(&config)?;
+            mend::adopted(&config.own_cache(), &done, global.json)
+        }
         CacheAction::Show {
             place,
             record,

@@ -287,7 +287,7 @@ impl Batches<'_> {
         line: usize,
         completion: Completion,
     ) -> Result<()> {
-        if self.cache.contains(&taking.members[line].key) {
+        if taking.members[line].is_answered(self.cache) {
             return Ok(());
         }
         let (lane, _) = self.lane_of(index)?;
@@ -298,6 +298,7 @@ impl Batches<'_> {
             prompt: 0,
             sample: member.sample,
             key: member.key.clone(),
+            old_key: None,
             bytes: 0,
         };
         let prompt = Prompt::plain(member.prompt_id.clone(), Vec::new());
@@ -352,11 +353,11 @@ impl Batches<'_> {
         let answers = taking
             .members
             .iter()
-            .filter(|member| self.cache.contains(&member.key));
+            .filter(|member| member.is_answered(self.cache));
         let has_answers = answers.count() > 0;
         let mut closing = Closing::default();
         for (line, (member, fate)) in taking.members.iter().zip(taking.fates).enumerate() {
-            if self.cache.contains(&member.key) {
+            if member.is_answered(self.cache) {
                 continue;
             }
             // A line that cannot be read may be this row's, which then was paid for.

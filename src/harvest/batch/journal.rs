@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::api::ENDPOINT;
+use crate::cache::{Cache, question};
 use crate::exit::Exit;
 use crate::harvest::budget::cost::Bound;
 use crate::harvest::plan::Plan;
@@ -120,6 +121,17 @@ pub struct Member {
 }
 
 impl Member {
+    /// Has it an answer, be it cut off where it was to be?
+    pub fn is_answered(&self, cache: &Cache) -> bool {
+        let cut = || {
+            question::cut_key(
+                &self.key,
+                u32::try_from(self.output_tokens).unwrap_or(u32::MAX),
+            )
+        };
+        cache.contains(&self.key) || cache.contains(&cut())
+    }
+
     pub fn bound(&self) -> Bound {
         Bound {
             input_tokens: self.input_tokens,
@@ -158,6 +170,15 @@ pub fn line_bytes(key: usize, body: usize) -> u64 {
 
 pub fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("batches.json")
+}
+
+/// Are there batches of earlier runs, whose answers have not been taken yet?
+///
+/// # Errors
+/// Where the journal is damaged.
+pub fn is_under_way(run_dir: &Path) -> Result<bool> {
+    let journal = Journal::load(run_dir)?;
+    Ok(journal.parts.iter().any(|part| !part.is_done()))
 }
 
 /// Refuses to ask one by one for what batches under way will answer.

@@ -25,7 +25,7 @@ mod submit;
 mod tally;
 
 pub use api::{BatchApi, Download};
-pub use journal::check_none_under_way;
+pub use journal::{check_none_under_way, is_under_way};
 pub use outlook::Outlook;
 pub use tally::Tally;
 
@@ -145,7 +145,10 @@ impl<'a> Batches<'a> {
             lanes: lanes.collect(),
             journal: Journal::load(&config.run_dir)?,
             schedule: Schedule::new(&config.schedule, clock.now())?,
-            summary: Summary::of_plan(&plan, &books.unanswered),
+            summary: Summary {
+                config_file: config.file.clone(),
+                ..Summary::of_plan(&plan, &books.unanswered)
+            },
             tally: Tally::default(),
             started: Instant::now(),
             over: None,

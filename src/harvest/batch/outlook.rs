@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::journal::Journal;
 use super::parts::{self, Room};
 use crate::config::Config;
-use crate::harvest::plan::Plan;
+use crate::harvest::plan::{Plan, Row};
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Outlook {
@@ -37,7 +37,9 @@ impl Outlook {
         for (lane, rows) in plan.lanes.iter().enumerate() {
             let mut sizes = Vec::new();
             for row in rows.clone() {
-                match asked.contains(&plan.rows[row].key) {
+                let Row { key, old_key, .. } = &plan.rows[row];
+                let of_old = || old_key.as_deref().is_some_and(|key| asked.contains(key));
+                match asked.contains(key) || of_old() {
                     true => outlook.rows_under_way += 1,
                     false => sizes.push(parts::size(plan, lane, row, 0.0)),
                 }

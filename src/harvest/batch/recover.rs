@@ -27,7 +27,7 @@ impl Batches<'_> {
             let of_part = self.journal.members(&part.nonce)?;
             let open = of_part
                 .iter()
-                .filter(|member| !self.cache.contains(&member.key));
+                .filter(|member| !member.is_answered(self.cache));
             let held = open.map(|member| member.usd).sum();
             if lane.is_none() {
                 self.progress.note(&format!(
@@ -52,7 +52,8 @@ impl Batches<'_> {
         }
         let mut taken = HashSet::new();
         for (row, planned) in self.plan.rows.iter().enumerate() {
-            if let Some(&(index, line)) = members.get(&planned.key) {
+            let of_old = || members.get(planned.old_key.as_deref()?);
+            if let Some(&(index, line)) = members.get(&planned.key).or_else(of_old) {
                 self.journal.parts[index].live.rows[line] = Some(row as u32);
                 taken.insert(row);
             }

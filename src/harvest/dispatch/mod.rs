@@ -106,6 +106,7 @@ impl<'a> Dispatcher<'a> {
         });
         let summary = Summary {
             used: used.collect(),
+            config_file: config.file.clone(),
             ..Summary::of_plan(&plan, &books.unanswered)
         };
         Ok(Self {

@@ -19,6 +19,8 @@ pub fn record(prompt: &str, answer: &str) -> Record {
     Record {
         v: 1,
         key: format!("key of {prompt}"),
+        cut_at: 0,
+        teacher: String::new(),
         prompt_id: prompt.into(),
         sample: 0,
         status: Status::Ok,

@@ -5,6 +5,7 @@ mod canary;
 mod disk;
 mod evidence;
 mod faults;
+mod keys;
 mod limits;
 mod matrix;
 mod nights;

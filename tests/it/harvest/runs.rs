@@ -211,20 +211,49 @@ async fn the_first_signal_drains_and_the_second_stops_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dry_run_sends_and_writes_nothing() {
     let server = FaultServer::start(answer).await;
-    let mut run = Run::new(&server, &["a", "b", "c"]);
+    let run = Run::new(&server, &["a", "b", "c"]);
     let options = HarvestOptions {
         dry_run: true,
         ..HarvestOptions::default()
     };
-    // A key is not needed to plan.
-    run.config.teacher.api_key_env = "DISTILL_TEST_NO_SUCH_VARIABLE".into();
-    let summary = harvest::run(&run.config, options).await.unwrap();
+    // All that the night would refuse is refused by now.
+    type Change = fn(&mut distill::config::Config);
+    let changes: [(Change, &str); 6] = [
+        (
+            |config| config.teacher.api_key_env = "DISTILL_TEST_NO_SUCH_VARIABLE".into(),
+            "DISTILL_TEST_NO_SUCH_VARIABLE",
+        ),
+        (
+            |config| config.schedule.window = Some("25:00-26:00".into()),
+            "window",
+        ),
+        (
+            |config| config.schedule.deadline = Some("yesterday".into()),
+            "deadline",
+        ),
+        (
+            |config| config.schedule.timezone = Some("Europe/Nowhere".into()),
+            "timezone",
+        ),
+        (|config| config.budget.usd = Some(1.0), "price"),
+        (
+            |config| config.student.path = "no-such-student".into(),
+            "tokenizer.json",
+        ),
+    ];
+    for (change, part) in changes {
+        let mut config = run.config.clone();
+        change(&mut config);
+        let error = harvest::run(&config, options.clone()).await.err().unwrap();
+        assert_eq!(distill::exit::Exit::code_of(&error), 2, "{error:#}");
+        assert!(format!("{error:#}").contains(part), "{part}: {error:#}");
+    }
+    let summary = harvest::run(&run.config, options.clone()).await.unwrap();
     assert_eq!((summary.total, summary.cached, summary.pending), (3, 0, 3));
     assert_eq!(summary.estimate.unwrap().completion_tokens, 48);
     assert_eq!(server.count(), 0);
     assert!(!run.config.run_dir.exists());
 
-    run.config.teacher.api_key_env = String::new();
     run.harvest().await;
     let summary = harvest::run(&run.config, options).await.unwrap();
     assert_eq!((summary.cached, summary.pending), (3, 0));

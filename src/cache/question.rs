@@ -1,0 +1,287 @@
+//! The name of a record: what is asked of whom, and nothing else.
+//!
+//! ```text
+//! question = BLAKE3({"question":<the request without what changes no answer>,"sample":i,"v":2})
+//! key      = BLAKE3(question, endpoint)[..16] + question[..16]      in hex
+//! ```
+//!
+//! So two records of one question share the second half of their keys, whoever answered. An answer that was
+//! cut off at `max_tokens` has a key of its own: with a larger `max_tokens` the question is open again.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Part of every question: raise it when the same text would come to mean something else.
+const VERSION: u32 = 2;
+
+/// Fields of a request that change no answer: how it is sent, who sends it, and how much of it is taken.
+const NO_PART: [&str; 10] = [
+    "max_tokens",
+    "max_completion_tokens",
+    "stream",
+    "stream_options",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+];
+
+/// Hex digits of half a key.
+const HALF: usize = 32;
+
+/// What is asked, of nobody in particular.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Question {
+    hash: blake3::Hash,
+    /// Bytes of the request as JSON.
+    pub bytes: usize,
+}
+
+impl Question {
+    pub fn of(request: &Value, sample: u32) -> Question {
+        let mut text = String::from("{\"question\":");
+        let start = text.len();
+        write_fields(request, &mut text, |name| !NO_PART.contains(&name));
+        let left_out = request.as_object().into_iter().flatten();
+        let left_out = left_out.filter(|(name, _)| NO_PART.contains(&name.as_str()));
+        let left_out: usize = left_out
+            .map(|(name, value)| name.len() + value.to_string().len() + "\"\":,".len())
+            .sum();
+        let bytes = text.len() - start + left_out;
+        text += &format!(",\"sample\":{sample},\"v\":{VERSION}}}");
+        Question {
+            hash: blake3::hash(text.as_bytes()),
+            bytes,
+        }
+    }
+
+    /// Its key, where this endpoint is asked.
+    pub fn key(&self, endpoint: &str) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.hash.as_bytes());
+        hasher.update(endpoint.as_bytes());
+        let asked = hasher.finalize().to_hex();
+        format!("{}{}", &asked[..HALF], &self.hash.to_hex()[..HALF])
+    }
+
+    /// What the keys of all its answers end with.
+    pub fn half(&self) -> String {
+        self.hash.to_hex()[..HALF].to_owned()
+    }
+}
+
+/// What the keys of all answers to one question end with.
+pub fn half(key: &str) -> &str {
+    key.get(HALF..).unwrap_or(key)
+}
+
+/// The key of an answer that was cut off at so many tokens.
+pub fn cut_key(key: &str, max_tokens: u32) -> String {
+    let hash = blake3::hash(format!("{key} cut off at {max_tokens}").as_bytes());
+    format!("{}{}", &hash.to_hex()[..HALF], half(key))
+}
+
+/// The key under which versions up to schema 1 kept the answer.
+pub fn old_key(base_url: &str, request: &Value, sample: u32) -> String {
+    let mut text = String::from("{\"body\":");
+    write_fields(request, &mut text, |_| true);
+    let endpoint = Value::from(base_url);
+    text += &format!(",\"endpoint\":{endpoint},\"sample\":{sample},\"v\":1}}");
+    blake3::hash(text.as_bytes()).to_hex().to_string()
+}
+
+/// An endpoint as keys name it: by the name that the user has given it, or else by its address, in the one
+/// spelling of all that mean the same.
+pub fn endpoint(name: &str, base_url: &str) -> String {
+    if !name.is_empty() {
+        return format!("name:{name}");
+    }
+    let url = base_url.trim().trim_end_matches('/');
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return url.to_owned();
+    };
+    let scheme = scheme.to_lowercase();
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let authority = authority.to_lowercase();
+    let default = match scheme.as_str() {
+        "http" => ":80",
+        _ => ":443",
+    };
+    let authority = authority.strip_suffix(default).unwrap_or(&authority);
+    let (host, port) = match authority
+        .rfind(':')
+        .filter(|at| !authority[*at..].contains(']'))
+    {
+        Some(at) => authority.split_at(at),
+        None => (authority, ""),
+    };
+    let host = match host {
+        "127.0.0.1" | "[::1]" => "localhost",
+        host => host,
+    };
+    format!("{scheme}://{host}{port}{path}")
+}
+
+/// What a cache holds besides answers under their plain keys.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Past {
+    /// Records of schema 1, under keys of that time.
+    pub has_old: bool,
+    /// Where answers were cut off.
+    pub cuts: BTreeSet<u32>,
+}
+
+impl Past {
+    pub fn note(&mut self, schema: u32, cut_at: u32) {
+        self.has_old |= schema < 2;
+        if cut_at > 0 {
+            self.cuts.insert(cut_at);
+        }
+    }
+
+    pub fn add(&mut self, other: &Past) {
+        self.has_old |= other.has_old;
+        self.cuts.extend(&other.cuts);
+    }
+
+    /// The keys under which an answer to the question of this key may be that was cut off no earlier than
+    /// at `max_tokens`.
+    pub fn cut_keys(&self, key: &str, max_tokens: u32) -> impl Iterator<Item = String> {
+        let cuts = self.cuts.range(max_tokens..);
+        cuts.map(move |cut| cut_key(key, *cut))
+    }
+}
+
+/// Writes the value with the keys of every object sorted, and of the outermost one those that are wanted.
+fn write_fields(value: &Value, text: &mut String, is_wanted: impl Fn(&str) -> bool) {
+    match value {
+        Value::Object(fields) => {
+            let mut sorted: Vec<_> = fields.iter().filter(|(name, _)| is_wanted(name)).collect();
+            sorted.sort_unstable_by_key(|(name, _)| name.as_str());
+            text.push('{');
+            for (index, (name, value)) in sorted.into_iter().enumerate() {
+                if index > 0 {
+                    text.push(',');
+                }
+                write_scalar(name.as_str(), text);
+                text.push(':');
+                write_fields(value, text, every);
+            }
+            text.push('}');
+        }
+        Value::Array(items) => {
+            text.push('[');
+            for (index, item) in items.iter().enumerate() {
+                if index > 0 {
+                    text.push(',');
+                }
+                write_fields(item, text, every);
+            }
+            text.push(']');
+        }
+        scalar => write_scalar(scalar, text),
+    }
+}
+
+fn every(_: &str) -> bool {
+    true
+}
+
+fn write_scalar(value: impl Serialize, text: &mut String) {
+    // A scalar always has a JSON text.
+    text.push_str(&serde_json::to_string(&value).unwrap_or_default());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn how_an_answer_is_sent_and_how_much_of_it_is_taken_is_no_part_of_the_question() {
+        let body = json!({"model": "m", "messages": [], "max_tokens": 5, "temperature": 1.0});
+        let same = [
+            json!({"temperature": 1.0, "messages": [], "model": "m"}),
+            json!({"model": "m", "messages": [], "max_completion_tokens": 9, "temperature": 1.0, "stream": false, "user": "u"}),
+        ];
+        let key = |body: &Value, sample| Question::of(body, sample).key("e");
+        for other in &same {
+            assert_eq!(key(&body, 0), key(other, 0));
+        }
+        let other = [
+            json!({"model": "n", "messages": [], "temperature": 1.0}),
+            json!({"model": "m", "messages": [{"user": "u"}], "temperature": 1.0}),
+            json!({"model": "m", "messages": [], "temperature": 0.5}),
+        ];
+        for other in &other {
+            assert_ne!(half(&key(&body, 0)), half(&key(other, 0)));
+        }
+        assert_ne!(half(&key(&body, 0)), half(&key(&body, 1)));
+        // Of whom it is asked is in the first half alone.
+        let elsewhere = Question::of(&body, 0).key("f");
+        assert_ne!(key(&body, 0), elsewhere);
+        assert_eq!(half(&key(&body, 0)), half(&elsewhere));
+        assert_eq!(half(&elsewhere), Question::of(&body, 0).half());
+    }
+
+    #[test]
+    fn an_answer_that_was_cut_off_is_found_up_to_where_it_was_cut() {
+        let key = Question::of(&json!({}), 0).key("e");
+        let mut past = Past::default();
+        past.note(2, 512);
+        past.note(2, 0);
+        let cut = cut_key(&key, 512);
+        assert_eq!(half(&cut), half(&key));
+        for (max_tokens, is_found) in [(1, true), (512, true), (513, false)] {
+            let mut keys = past.cut_keys(&key, max_tokens);
+            assert_eq!(keys.any(|name| name == cut), is_found, "{max_tokens}");
+        }
+        assert!(!past.has_old);
+    }
+
+    #[test]
+    fn one_endpoint_has_one_name_however_its_address_is_spelled() {
+        for (spelling, expected) in [
+            (
+                "HTTPS://API.Example.com:443/v1/",
+                "https://api.example.com/v1",
+            ),
+            ("https://api.example.com/V1", "https://api.example.com/V1"),
+            ("http://127.0.0.1:8000/v1", "http://localhost:8000/v1"),
+            ("http://[::1]:8000/v1", "http://localhost:8000/v1"),
+            ("http://[::1]/v1", "http://localhost/v1"),
+            ("http://localhost:80", "http://localhost"),
+            ("http://10.0.0.1:80/v1", "http://10.0.0.1/v1"),
+        ] {
+            assert_eq!(endpoint("", spelling), expected);
+        }
+        assert_eq!(endpoint("mine", "https://x"), "name:mine");
+    }
+
+    #[test]
+    fn keys_are_those_of_the_versions_before() {
+        let body = json!({"b": [1, {"d": null, "c": "x"}], "a": "ä\n"});
+        // Computed by the version that introduced each of them.
+        assert_eq!(
+            old_key("https://e/v1", &body, 3),
+            blake3::hash(
+                r#"{"body":{"a":"ä\n","b":[1,{"c":"x","d":null}]},"endpoint":"https://e/v1","sample":3,"v":1}"#
+                    .as_bytes()
+            )
+            .to_hex()
+            .to_string()
+        );
+        assert_eq!(
+            Question::of(&body, 3).half(),
+            blake3::hash(
+                r#"{"question":{"a":"ä\n","b":[1,{"c":"x","d":null}]},"sample":3,"v":2}"#
+                    .as_bytes()
+            )
+            .to_hex()[..32]
+        );
+    }
+}

@@ -1,0 +1,128 @@
+//! Records that leave the cache to be asked for again, or get another key. Nothing is thrown away.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::frames::{self, Effort, FRAME_TEXT};
+use super::reader::Lines;
+use super::storage::{self, Appender};
+use super::writer::Cache;
+use super::{compressed_file, plain_file};
+use crate::config;
+
+/// What becomes of a record.
+pub enum Fate {
+    Stay,
+    /// Another line takes its place, with its newline.
+    Become(Vec<u8>),
+    /// It moves to the file of replaced answers.
+    Leave,
+}
+
+/// Decides about a line, without its newline: the same each time that it is asked.
+pub type Decide<'a> = &'a dyn Fn(&[u8]) -> Result<Fate>;
+
+/// The file that has what was asked for again.
+pub fn replaced_file(dir: &Path) -> PathBuf {
+    dir.join("responses.replaced.jsonl")
+}
+
+/// Rewrites the cache in `dir`, which nobody else may be writing. What leaves it is on the disk elsewhere
+/// before it is gone, so that after a crash in between it may be there twice. Returns how many records
+/// did not stay.
+///
+/// # Errors
+/// Where the cache is damaged, or the disk fails.
+pub fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) -> Result<u64> {
+    if !super::exists(dir) {
+        return Ok(0);
+    }
+    // What a crash has left is mended first.
+    drop(Cache::open(dir, settings)?);
+    let _lock = super::lock(dir)?;
+    let mut changed = 0;
+    walk(dir, |_, line| {
+        changed += u64::from(!matches!(decide(line)?, Fate::Stay));
+        Ok(())
+    })?;
+    if changed == 0 {
+        return Ok(0);
+    }
+    keep_replaced(dir, decide)?;
+    if compressed_file(dir).exists() {
+        replace(&compressed_file(dir), |new| {
+            let mut text = Vec::with_capacity(FRAME_TEXT);
+            walk(dir, |is_plain, line| {
+                if !is_plain {
+                    push(&mut text, line, decide(line)?);
+                }
+                if text.len() >= FRAME_TEXT {
+                    new.append(&frames::compress(&text, Effort::Fast)?)?;
+                    text.clear();
+                }
+                Ok(())
+            })?;
+            if text.is_empty() {
+                return Ok(());
+            }
+            Ok(new.append(&frames::compress(&text, Effort::Fast)?)?)
+        })?;
+    }
+    replace(&plain_file(dir), |new| {
+        let mut text = Vec::new();
+        walk(dir, |is_plain, line| {
+            if is_plain {
+                text.clear();
+                push(&mut text, line, decide(line)?);
+                new.append(&text)?;
+            }
+            Ok(())
+        })
+    })?;
+    Ok(changed)
+}
+
+fn replace(path: &Path, fill: impl FnOnce(&mut Appender<'_>) -> Result<()>) -> Result<()> {
+    storage::replace(path, &storage::files(), fill)
+        .map(drop)
+        .with_context(|| format!("could not rewrite {}", path.display()))
+}
+
+fn push(text: &mut Vec<u8>, line: &[u8], fate: Fate) {
+    match fate {
+        Fate::Leave => {}
+        Fate::Become(line) => text.extend_from_slice(&line),
+        Fate::Stay => {
+            text.extend_from_slice(line);
+            text.push(b'\n');
+        }
+    }
+}
+
+/// Appends what is to leave to its file, durably.
+fn keep_replaced(dir: &Path, decide: Decide<'_>) -> Result<()> {
+    let path = replaced_file(dir);
+    let could_not = || format!("could not write {}", path.display());
+    let mut file = storage::open_or_create(&path)?;
+    walk(dir, |_, line| {
+        if let Fate::Leave = decide(line)? {
+            file.write_all(&[line, b"\n"].concat())
+                .with_context(could_not)?;
+        }
+        Ok(())
+    })?;
+    file.sync_all().with_context(could_not)?;
+    crate::fs::sync_folder(dir).with_context(could_not)?;
+    crate::fs::remove_if_empty(&path)
+}
+
+/// Hands each whole line to `take`; the flag says whether it is in the plain file.
+fn walk(dir: &Path, mut take: impl FnMut(bool, &[u8]) -> Result<()>) -> Result<()> {
+    let mut lines = Lines::open(dir)?;
+    while lines.advance().map_err(|error| lines.refuse_scan(error))? {
+        take(lines.is_in_plain(), lines.line())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,96 @@
+//! `harvest --dry-run`: what would be asked and what it would cost, and everything that the night would
+//! refuse. Sends nothing, writes nothing.
+
+use anyhow::Result;
+
+use super::estimate::Estimate;
+use super::plan::{Plan, Scope, Standing};
+use super::schedule::Schedule;
+use super::summary::Summary;
+use super::teacher::Teacher;
+use super::unanswered::Unanswered;
+use super::{HarvestOptions, askings, batch, census_of, check_money, prompts, request, sample};
+use crate::cache;
+use crate::config::{Config, Init, Mode, Student};
+use crate::exit::Exit;
+use crate::signal::StopFlag;
+
+pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
+    check(config, options)?;
+    let is_batch = config.schedule.mode == Mode::Batch;
+    let config = &match is_batch {
+        true => config.at_batch_prices(),
+        false => config.clone(),
+    };
+    let prompts = prompts(config, options, &StopFlag::default())?;
+    let dir = config.own_cache();
+    let known = cache::peek(&dir)?;
+    let stats = sample(&dir)?;
+    let askings = askings(config, &[])?;
+    let unanswered = Unanswered::load(&config.run_dir)?;
+    let mut past = known.past.clone();
+    past.has_old |= batch::is_under_way(&config.run_dir)?;
+    let standing = |key: &str| match known.contains(key) || unanswered.is_filtered(key) {
+        true => Ok(Standing::Answered),
+        false => Ok(Standing::Open),
+    };
+    let scope = Scope {
+        shard: options.shard,
+        only: None,
+    };
+    let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?;
+    let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
+    if is_batch {
+        estimate.minutes = 0.0;
+        estimate.batches = Some(batch::Outlook::new(config, &plan)?);
+    }
+    estimate.cached = census_of(&dir, &plan, known.len())?;
+    estimate.first_request = first_request(&plan);
+    let mut summary = Summary {
+        total: plan.total,
+        cached: plan.cached,
+        pending: plan.rows.len() as u64,
+        estimate: Some(estimate),
+        ..Summary::default()
+    };
+    summary.warnings.extend(plan.told_of_repeats());
+    Ok(summary)
+}
+
+/// Refuses what the night would.
+fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
+    request::check(config)?;
+    for lane in config.lanes() {
+        Teacher::new(&lane.teacher)?;
+    }
+    let now = jiff::Timestamp::now();
+    Schedule::new(&config.schedule, now)?;
+    check_money(config, options.shard, now)?;
+    if config.student != Student::default() {
+        check_student(&config.student)?;
+    }
+    cache::place::check_all_is_back(&config.own_cache())
+}
+
+/// A student that cannot be trained is better found out before its answers are paid for.
+fn check_student(student: &Student) -> Result<()> {
+    let mut files = vec!["tokenizer.json"];
+    if student.init == Init::Pretrained {
+        files.push("config.json");
+    }
+    match files.iter().find(|file| !student.path.join(file).exists()) {
+        None => Ok(()),
+        Some(file) => Err(Exit::Usage(format!(
+            "`student.path` = {} has no {file}: `distill train` would not begin",
+            student.path.display()
+        ))
+        .into()),
+    }
+}
+
+/// The body of the request that would be sent first.
+fn first_request(plan: &Plan) -> Option<serde_json::Value> {
+    let lane = plan.lanes.iter().position(|rows| !rows.is_empty())?;
+    let row = &plan.rows[plan.lanes[lane].start];
+    Some(plan.body(lane, row.prompt as usize, row.sample))
+}

@@ -1,0 +1,213 @@
+//! The same question is the same question: what names a record, and what asks again.
+
+use std::path::Path;
+
+use distill::cache::record::Record;
+use distill::config::MaxTokensField;
+use distill::harvest::{self, HarvestOptions, Summary};
+use serde_json::json;
+
+use super::{Run, end, quietly};
+use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion};
+
+/// Answers as long as they are let be: `long` prompts want 100 tokens.
+fn teacher(seen: &Seen) -> Reaction {
+    let fields = ["max_tokens", "max_completion_tokens"];
+    let most = fields.iter().find_map(|name| seen.body[name].as_u64());
+    let is_cut = seen.prompt().contains("long") && most.unwrap() < 100;
+    let mut body = completion("some text", 0);
+    body["choices"][0]["finish_reason"] = json!(if is_cut { "length" } else { "stop" });
+    Reaction::Reply(200, Vec::new(), body.to_string().into_bytes())
+}
+
+const PROMPTS: [&str; 4] = ["short one", "long one", "short two", "long two"];
+
+async fn requests(run: &Run) -> (u64, u64) {
+    let summary = run.harvest().await;
+    assert_eq!(end(&summary).0, 0, "{:?}", end(&summary));
+    (summary.cached, summary.requests)
+}
+
+async fn again(run: &Run, words: &[&str]) -> anyhow::Result<Summary> {
+    let options = HarvestOptions {
+        again: words.iter().map(|word| word.to_string()).collect(),
+        ..quietly()
+    };
+    let (_sender, receiver) = tokio::sync::mpsc::unbounded_channel();
+    let signals = distill::signal::Signals::from_channel(receiver);
+    harvest::run_until(&run.config, options, signals).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raised_max_tokens_asks_only_what_was_cut_off() {
+    let server = FaultServer::start(teacher).await;
+    let mut run = Run::new(&server, &PROMPTS);
+    assert_eq!(requests(&run).await, (0, 4));
+    assert_eq!(requests(&run).await, (4, 0));
+    run.config.sampling.max_tokens_field = MaxTokensField::MaxTokens;
+    assert_eq!(requests(&run).await, (4, 0), "the name of the field");
+    run.config.sampling.max_tokens = 8;
+    assert_eq!(requests(&run).await, (4, 0), "a smaller one");
+    run.config.sampling.max_tokens = 64;
+    assert_eq!(requests(&run).await, (2, 2), "a larger one");
+    assert_eq!(requests(&run).await, (4, 0));
+    run.config.sampling.max_tokens = 100;
+    assert_eq!(requests(&run).await, (2, 2), "enough");
+    run.config.sampling.max_tokens = 1_000;
+    assert_eq!(requests(&run).await, (4, 0));
+    // Every answer was kept.
+    assert_eq!(run.records().len(), 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_endpoint_is_known_by_its_name_or_by_its_address_however_spelled() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["a", "b"]);
+    assert_eq!(requests(&run).await, (0, 2));
+    let spelled = server.base_url.replace("127.0.0.1", "LOCALHOST");
+    run.config.teacher.base_url = format!("{spelled}/");
+    assert_eq!(requests(&run).await, (2, 0));
+    run.config.teacher.name = "mine".into();
+    assert_eq!(requests(&run).await, (2, 0), "it got a name");
+    run.write("prompts.txt", "a\nb\nc");
+    assert_eq!(requests(&run).await, (2, 1));
+    // By its name it is known wherever it is.
+    let moved = FaultServer::start(answer).await;
+    run.config.teacher.base_url.clone_from(&moved.base_url);
+    let summary = run.harvest().await;
+    assert_eq!((summary.cached, summary.requests), (1, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_from_another_address_are_told_of_and_adopted() {
+    let server = FaultServer::start(teacher).await;
+    let mut run = Run::new(&server, &PROMPTS);
+    assert_eq!(requests(&run).await, (0, 4));
+    let moved = FaultServer::start(teacher).await;
+    run.config.teacher.base_url.clone_from(&moved.base_url);
+    run.write(
+        "prompts.txt",
+        "short one\nlong one\nshort two\nlong two\nanother",
+    );
+    let dry = HarvestOptions {
+        dry_run: true,
+        ..quietly()
+    };
+    let summary = harvest::run(&run.config, dry.clone()).await.unwrap();
+    let estimate = summary.estimate.as_ref().unwrap();
+    // Those that were cut off would be asked by more tokens alone.
+    assert_eq!(estimate.cached.elsewhere.values().sum::<u64>(), 2);
+    let table = summary.to_table();
+    assert!(
+        table.contains("cache adopt") && table.contains(&server.base_url),
+        "{table}"
+    );
+    assert!(table.contains("\"content\": \"short one\""), "{table}");
+    let adopted = harvest::adopt(&run.config).unwrap();
+    assert_eq!((adopted.records, adopted.questions), (4, 5));
+    assert_eq!(requests(&run).await, (4, 1));
+    run.config.sampling.max_tokens = 100;
+    assert_eq!(requests(&run).await, (3, 2));
+    // Of other settings, and of other prompts.
+    run.config.sampling.temperature = Some(0.5);
+    run.write("prompts.txt", "short one\nnew");
+    let summary = harvest::run(&run.config, dry).await.unwrap();
+    let cached = summary.estimate.unwrap().cached;
+    assert_eq!((cached.other_settings, cached.other_prompts), (1, 6));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_named_is_asked_again_alone_and_the_old_answer_is_kept() {
+    let server = FaultServer::start(teacher).await;
+    let run = Run::new(&server, &PROMPTS);
+    assert_eq!(requests(&run).await, (0, 4));
+    run.write(
+        "prompts.txt",
+        "short one\nlong one\nshort two\nlong two\nnew",
+    );
+    let summary = again(&run, &["length"]).await.unwrap();
+    assert_eq!((summary.total, summary.requests), (2, 2));
+    let replaced = run.config.run_dir.join("cache/responses.replaced.jsonl");
+    let replaced = std::fs::read_to_string(replaced).unwrap();
+    assert_eq!(replaced.lines().count(), 2);
+    assert_eq!(run.records().len(), 4);
+    let error = again(&run, &["refusal"]).await.err().unwrap();
+    assert_eq!(distill::exit::Exit::code_of(&error), 2);
+    assert!(error.to_string().contains("\"length\" (2)"), "{error}");
+    assert_eq!(requests(&run).await, (4, 1), "the others are as they were");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_were_given_up_are_asked_again_by_name() {
+    let is_well = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let mended = std::sync::Arc::clone(&is_well);
+    let server = FaultServer::start(move |seen| {
+        let is_well = mended.load(std::sync::atomic::Ordering::Relaxed);
+        match seen.prompt() == "bad" && !is_well {
+            true => Reaction::ShortBody(completion("x", 0).to_string().into_bytes()),
+            false => answer(seen),
+        }
+    })
+    .await;
+    let mut run = Run::new(&server, &["a", "bad", "b"]);
+    run.config.retry.max_attempts = 2;
+    let summary = run.harvest().await;
+    assert_eq!((summary.ok, summary.failed), (2, 1), "{:?}", end(&summary));
+    is_well.store(true, std::sync::atomic::Ordering::Relaxed);
+    let summary = run.harvest().await;
+    assert_eq!((summary.requests, summary.failed), (0, 1), "it is given up");
+    let summary = again(&run, &["failed"]).await.unwrap();
+    assert_eq!((summary.total, summary.ok), (1, 1));
+}
+
+/// The cache of commit 31d146c, whose records have schema 1.
+fn old(run: &mut Run) {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/harvest-v1.jsonl");
+    let cache = run.config.run_dir.join("cache");
+    std::fs::create_dir_all(&cache).unwrap();
+    std::fs::copy(golden, cache.join("responses.jsonl")).unwrap();
+    let rows: Vec<String> = (0..6)
+        .map(|n| format!("{{\"id\":\"row-{n}\",\"text\":\"prompt {n}\"}}"))
+        .collect();
+    run.write("prompts.jsonl", &rows.join("\n"));
+    let config = &mut run.config;
+    config.prompts.source = run.dir.path().join("prompts.jsonl");
+    config.prompts.samples = 2;
+    config.teacher.base_url = "http://127.0.0.1:18123/v1".into();
+    config.teacher.model = "mock".into();
+    config.sampling.max_tokens = 24;
+    config.sampling.max_tokens_field = MaxTokensField::MaxTokens;
+    config.sampling.top_logprobs = 2;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cache_of_an_earlier_version_stays_valid() {
+    let server = FaultServer::start(teacher).await;
+    let mut run = Run::new(&server, &[]);
+    old(&mut run);
+    assert_eq!(requests(&run).await, (12, 0));
+    let before = run.records();
+    // With a new setting its records are of no use until they are adopted.
+    run.config.sampling.max_tokens = 40;
+    let adopted = harvest::adopt(&run.config).unwrap();
+    assert_eq!((adopted.records, adopted.questions), (12, 12));
+    let after = run.records();
+    let what = |records: &[Record]| -> Vec<_> {
+        let parts = records.iter().map(|record| {
+            let logprobs = record.logprobs.clone();
+            (
+                record.prompt_id.clone(),
+                record.sample,
+                record.answer.clone(),
+                logprobs,
+                record.request.clone(),
+            )
+        });
+        parts.collect()
+    };
+    assert_eq!(what(&before), what(&after));
+    run.config.teacher.base_url.clone_from(&server.base_url);
+    assert_eq!(harvest::adopt(&run.config).unwrap().records, 12);
+    // Eight were cut off at 24 tokens.
+    assert_eq!(requests(&run).await, (4, 8));
+}
