@@ -51,7 +51,7 @@ pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
             messages.push(message("user", &prompt));
             let answer = chat.answer(&messages)?;
             if global.json {
-                println!("{}", answer.json());
+                super::print_json(&answer.json())?;
             }
             Ok(())
         }

@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use crate::cli::ConfigFile;
 use crate::config::{Loaded, load};
-use crate::terminal::sanitise;
+use crate::terminal::escape_unsafe;
 
 /// Reads the config that the flags name.
 fn load_config(file: &ConfigFile) -> Result<Loaded> {
@@ -28,26 +28,10 @@ fn load_config(file: &ConfigFile) -> Result<Loaded> {
 
 /// Prints a result as one JSON object, whose version is a promise to scripts.
 fn print_json(value: &impl Serialize) -> Result<()> {
-    print(&format!("{}\n", inert(value)?))
-}
-
-/// JSON whose strings cannot drive a terminal: what [`sanitise`] would touch is escaped as JSON
-/// escapes it, so that the value stays the same.
-fn inert(value: &impl Serialize) -> Result<String> {
-    let mut line = String::new();
-    for character in serde_json::to_string(value)?.chars() {
-        let mut buffer = [0; 4];
-        let text = character.encode_utf8(&mut buffer);
-        if sanitise(text) == *text {
-            line.push(character);
-        } else {
-            let mut units = [0; 2];
-            for unit in character.encode_utf16(&mut units) {
-                line += &format!("\\u{unit:04x}");
-            }
-        }
-    }
-    Ok(line)
+    print(&format!(
+        "{}\n",
+        escape_unsafe(&serde_json::to_string(value)?)
+    ))
 }
 
 /// Prints to stdout; a closed pipe is an error that `main` forgives, not a panic.

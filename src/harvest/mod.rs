@@ -43,10 +43,12 @@ mod judge;
 mod lane;
 mod limiter;
 mod plan;
+mod prepare;
 mod probe;
 mod progress;
 mod queue;
 mod record;
+mod refusal;
 mod reply;
 mod request;
 mod retry;
@@ -58,6 +60,7 @@ mod shard;
 mod stop;
 mod structured;
 mod summary;
+mod table;
 mod teacher;
 mod timeline;
 mod unanswered;
@@ -76,24 +79,19 @@ pub use shard::Shard;
 pub use summary::{SUMMARY_VERSION, Summary};
 pub use teacher::{Fault, Reply, Transport};
 
-use std::collections::HashSet;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
 use tokio::sync::Notify;
 
-use crate::cache::census::{self, Census};
-use crate::cache::stats::Stats;
 use crate::cache::{self, Cache, Wrap};
-use crate::cache::{keys, question};
-use crate::config::{self, Config, Mode};
+use crate::config::{Config, Mode};
 use crate::exit::Exit;
 use crate::ops::process;
-use crate::prompt::{self, Prompt};
+use crate::prompt::Prompt;
 use crate::signal::{Signals, StopFlag};
-use crate::terminal::{Progress, Reading, format_dollars};
+use crate::terminal::Progress;
 use batch::{Batches, Outcome};
 use books::Books;
 use dispatch::Dispatcher;
@@ -101,8 +99,7 @@ use endpoint::Endpoints;
 use lane::Lane;
 use limiter::Shared;
 use plan::{Plan, Scope, Standing};
-use request::Asking;
-use structured::Structured;
+use prepare::{askings, census_of, check_endpoints, check_money, open_cache, prompts, sample};
 use teacher::Teacher;
 use unanswered::Unanswered;
 
@@ -367,38 +364,6 @@ impl Run<'_> {
     }
 }
 
-/// What is asked of each teacher; `probes` are the hashes of what is known of them.
-fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>> {
-    let lanes = config.lanes().into_iter().enumerate();
-    let asking = |(index, lane): (usize, config::Lane)| {
-        let schema = lane.sampling.schema.as_deref();
-        Ok(Asking {
-            structured: schema.map(Structured::load).transpose()?,
-            probe: probes.get(index).cloned().unwrap_or_default(),
-            scoring: None,
-            lane,
-        })
-    };
-    lanes.map(asking).collect()
-}
-
-/// What a cache of so many keys holds besides answers to what is asked. It is read for that only where
-/// it holds more than those.
-fn census_of(dir: &Path, plan: &Plan, known: usize) -> Result<Census> {
-    let of_ours: u64 = plan.answered.iter().sum();
-    if plan.rows.is_empty() || known as u64 <= of_ours {
-        return Ok(Census::default());
-    }
-    let open = plan.rows.iter().map(|row| question::half(&row.key));
-    let open = open.map(keys::fingerprint).collect();
-    let ids: HashSet<&str> = plan
-        .prompts
-        .iter()
-        .map(|prompt| prompt.id.as_str())
-        .collect();
-    census::census(dir, &plan.questions, &open, |id| ids.contains(id))
-}
-
 /// Asks each endpoint of the config about twenty cheap questions, and keeps what they tell in the
 /// run folder.
 ///
@@ -432,89 +397,4 @@ pub async fn probe(config: &Config) -> Result<Endpoints> {
     crate::fs::create_dir_all(&config.run_dir)?;
     crate::fs::write_atomic(&endpoint::file(&config.run_dir), &text)?;
     Ok(endpoints)
-}
-
-/// Compares the config with what `distill probe` found. Returns the hash of that, for each lane.
-fn check_endpoints(config: &Config) -> Result<Vec<String>> {
-    let known = endpoint::load(&config.run_dir)?;
-    let mut hashes = Vec::new();
-    for lane in config.lanes() {
-        let found = known.as_ref().and_then(|known| known.of(&lane));
-        let warnings = match found {
-            Some(found) => found.check(&lane)?,
-            None => endpoint::check_unprobed(&lane).into_iter().collect(),
-        };
-        for warning in warnings {
-            tracing::warn!("{warning}");
-        }
-        hashes.push(
-            found
-                .map(endpoint::Endpoint::hash)
-                .transpose()?
-                .unwrap_or_default(),
-        );
-    }
-    Ok(hashes)
-}
-
-fn prompts(config: &Config, options: &HarvestOptions, stop: &StopFlag) -> Result<Vec<Prompt>> {
-    let mut prompts = prompt::load(&config.prompts, || stop.check())?;
-    prompts.truncate(options.limit.unwrap_or(usize::MAX));
-    Ok(prompts)
-}
-
-fn open_cache(
-    config: &Config,
-    options: &HarvestOptions,
-    storage: Wrap,
-    stop: &StopFlag,
-) -> Result<Cache> {
-    let mut reading = Reading::new("opening the cache", options.quiet);
-    let (dir, settings) = (config.own_cache(), &config.cache);
-    cache::place::check_all_is_back(&dir)?;
-    Cache::open_with(&dir, settings, storage, &mut |done, total| {
-        reading.update(done, total);
-        stop.check()
-    })
-}
-
-/// A budget holds by the prices: without them, or with old ones, it says nothing.
-fn check_money(config: &Config, shard: Option<Shard>, now: jiff::Timestamp) -> Result<()> {
-    let Some(usd) = config.budget.usd else {
-        return Ok(());
-    };
-    if let Some(shard) = shard {
-        tracing::warn!(
-            "the budget of {} is that of shard {shard} alone: each shard keeps its own books",
-            format_dollars(usd)
-        );
-    }
-    let today = now.to_zoned(jiff::tz::TimeZone::UTC).date();
-    for lane in config.lanes() {
-        let label = lane.teacher.label();
-        if lane.price.input.is_none() || lane.price.output.is_none() {
-            let message = format!(
-                "`budget.usd` is set, but {label} has no price: set `price.input` and \
-                 `price.output`, in dollars per million tokens (0 if it is free)"
-            );
-            return Err(Exit::Usage(message).into());
-        }
-        if let Some(warning) = budget::cost::doubt(&lane.price, label, today) {
-            tracing::warn!("{warning}");
-        }
-    }
-    Ok(())
-}
-
-/// The first records of a cache in numbers, for a guess at those to come. Read without the lock, so that a
-/// dry run may look over the shoulder of a running harvest.
-fn sample(dir: &Path) -> Result<Stats> {
-    const ENOUGH: usize = 1_000;
-    let mut stats = Stats::default();
-    if cache::exists(dir) {
-        for record in cache::read(dir)?.take(ENOUGH) {
-            stats.add(&record?)?;
-        }
-    }
-    Ok(stats)
 }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::Start;
 use super::best::Best;
@@ -18,7 +19,7 @@ use super::ema::Ema;
 use super::optimizer::Optimizer;
 use super::student::{self, Student};
 use super::teacher::Teacher;
-use crate::config::{Config, JudgedBy, Kd, Train};
+use crate::config::{self, Config, JudgedBy, Kd, Train};
 use crate::data::batch::Cursor;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
@@ -98,6 +99,9 @@ pub struct State {
     pub best: Best,
     /// Hash of the settings and data that the numbers depend on.
     pub fingerprint: String,
+    /// Those settings and data, to say what has changed; nothing in checkpoints of earlier versions.
+    #[serde(default)]
+    pub basis: Value,
 }
 
 pub const VERSION: u32 = 2;
@@ -162,13 +166,13 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 /// Brings the parts to the state of the checkpoint at `path`.
 ///
 /// # Errors
-/// Where a file is damaged ([`Exit::Damaged`]), or `fingerprint` is another ([`Exit::Usage`]).
-pub fn load(path: &Path, parts: &mut Parts, fingerprint: &str) -> Result<State> {
+/// Where a file is damaged ([`Exit::Damaged`]), or it has another `basis` ([`Exit::Usage`]).
+pub fn load(path: &Path, parts: &mut Parts, basis: &Value) -> Result<State> {
     let state = read_state(path).map_err(|error| damaged(path, &error))?;
-    if state.fingerprint != fingerprint {
+    if state.fingerprint != fingerprint(basis) {
         bail!(Exit::Usage(format!(
-            "the settings or the data have changed since {}: undo the change to go on with it, or \
-             start over with --fresh",
+            "{} changed since {}: undo that to go on with it, or start over with --fresh",
+            changes(&state.basis, basis),
             path.display()
         )));
     }
@@ -196,12 +200,12 @@ pub fn load(path: &Path, parts: &mut Parts, fingerprint: &str) -> Result<State> 
     Ok(state)
 }
 
-/// A hash of everything that the trained weights depend on, checkpoints and paths aside. `data` is
-/// that of the examples, `parts` are those before the first step; device and number type are settled.
+/// Everything that the trained weights depend on, checkpoints and the names of files aside. `data` is the
+/// hash of the examples, `parts` are those before the first step; device and number type are settled.
 ///
 /// # Errors
 /// Where the settings do not serialise, or a device fails.
-pub fn fingerprint(config: &Config, data: &str, parts: &Parts, total: u64) -> Result<String> {
+pub fn basis(config: &Config, data: &str, parts: &Parts, total: u64) -> Result<Value> {
     let settings = Train {
         // These do not change the numbers.
         eval_every: 0,
@@ -217,19 +221,54 @@ pub fn fingerprint(config: &Config, data: &str, parts: &Parts, total: u64) -> Re
     let teacher = &config.teacher;
     let is_asked = config.train.on_policy && config.on_policy.judge != JudgedBy::Local;
     let judge = is_asked.then_some((&teacher.base_url, &teacher.model));
-    let mut hash = blake3::Hasher::new();
-    hash.update(&serde_json::to_vec(&(
-        &settings,
-        &config.loss,
-        &config.lora,
-        &config.student,
-        (teacher.cotrain, teacher.cotrain_rate),
-        (&config.on_policy, judge),
-        data,
-        parts.student.hash_of_frozen()?,
-        parts.teacher.as_ref().map_or("", Teacher::hash),
-    ))?);
-    Ok(hash.finalize().to_hex().to_string())
+    // What is in the files is in the hashes, wherever they are.
+    let student = config::Student {
+        path: PathBuf::new(),
+        ..config.student.clone()
+    };
+    let on_policy = config::OnPolicy {
+        tokenizer: None,
+        ..config.on_policy.clone()
+    };
+    Ok(json!({
+        "train": settings,
+        "loss": &config.loss,
+        "lora": &config.lora,
+        "student": student,
+        "teacher": { "cotrain": teacher.cotrain, "cotrain_rate": teacher.cotrain_rate },
+        "on_policy": on_policy,
+        "judge": judge,
+        "data": data,
+        "frozen weights": parts.student.hash_of_frozen()?,
+        "local teacher": parts.teacher.as_ref().map_or("", Teacher::hash),
+    }))
+}
+
+/// The hash of a basis.
+pub fn fingerprint(basis: &Value) -> String {
+    blake3::hash(basis.to_string().as_bytes())
+        .to_hex()
+        .to_string()
+}
+
+/// What differs between two of them, in words.
+fn changes(before: &Value, now: &Value) -> String {
+    let mut changes = Vec::new();
+    for (section, value) in now.as_object().into_iter().flatten() {
+        let old = before.get(section).unwrap_or(&Value::Null);
+        match (old.as_object(), value.as_object()) {
+            _ if old == value || before.is_null() => {}
+            (Some(old), Some(new)) => changes.extend(new.iter().filter_map(|(key, value)| {
+                let old = old.get(key).unwrap_or(&Value::Null);
+                (old != value).then(|| format!("{section}.{key} was {old} and is {value}, which"))
+            })),
+            _ => changes.push(format!("the {section}")),
+        }
+    }
+    match changes.is_empty() {
+        true => "the settings or the data".to_owned(),
+        false => changes.join("; "),
+    }
 }
 
 /// The checkpoint to start from.

@@ -151,12 +151,12 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     };
     let (train, validation) = (data.train(), data.validation());
     let total = total_steps(config, train.len());
-    let fingerprint = checkpoint::fingerprint(config, data.fingerprint(), &parts, total)?;
+    let basis = checkpoint::basis(config, data.fingerprint(), &parts, total)?;
     let parameters = Parameters::of(&parts.student);
     let checkpoints = config.run_dir.join("checkpoints");
     let (mut tokens, mut cursor, mut best) = (0, Cursor::default(), Best::default());
     if let Some(path) = checkpoint::find(&checkpoints, start)? {
-        let state = checkpoint::load(&path, &mut parts, &fingerprint)?;
+        let state = checkpoint::load(&path, &mut parts, &basis)?;
         (tokens, cursor, best) = (state.tokens, state.cursor, state.best);
     }
     let mut batches = Batches::new(train.len(), settings.batch_size, settings.seed, cursor)?;
@@ -197,7 +197,8 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         cursor,
         tokens,
         best,
-        fingerprint: fingerprint.clone(),
+        fingerprint: checkpoint::fingerprint(&basis),
+        basis: basis.clone(),
     };
     let (mut last_loss, mut last_validation) = (0.0, None);
     while parts.optimizer.step() < total && !best.is_exhausted(settings.patience) {

@@ -97,8 +97,9 @@ concurrency = %d
 
 
 def command(name, arguments, folder, url, case):
-    if name == "distill":
-        return distill_command(arguments.distill, folder, url, case)
+    if name in ("distill", "before"):
+        binary = arguments.distill if name == "distill" else arguments.before
+        return distill_command(binary, folder, url, case)
     if name == "bare reqwest":
         return [arguments.bare, url, str(case["rows"]), str(case["concurrency"]), str(case["top"]),
                 str(case["max_tokens"])]
@@ -144,7 +145,8 @@ def main():
     parser.add_argument("--bare", required=True)
     parser.add_argument("--folder", required=True)
     parser.add_argument("--peers", default="aiohttp,openai,curator")
-    parser.add_argument("--cases", default="P1,P2,P3,P4")
+    parser.add_argument("--before", help="another distill, measured in the same rounds")
+    parser.add_argument("--cases", default="P1,P2,P3,P3gzip,P4")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--check", action="store_true")
@@ -161,6 +163,10 @@ def main():
         "P3": ("top-20 logprobs of 500 tokens", dict(
             rows=2_000 // scale, slow_rows=100 // scale, concurrency=64, top=20, max_tokens=500,
             script='[answers]\ntokens = 500\n[limits]\nheaders = "none"\n')),
+        # As "P3", from a server that compresses: what decoding costs in CPU, and saves on the wire.
+        "P3gzip": ("top-20 logprobs of 500 tokens, gzip", dict(
+            rows=2_000 // scale, slow_rows=100 // scale, concurrency=64, top=20, max_tokens=500,
+            script='[answers]\ntokens = 500\ngzip = true\n[limits]\nheaders = "none"\n')),
         "P4": ("3,000 requests/min + 600,000 tokens/min", dict(
             rows=6_000 // scale, concurrency=256, top=0, max_tokens=32, rounds=2,
             limits={"requests_per_minute": 3000, "tokens_per_minute": 600000},
@@ -179,6 +185,10 @@ def main():
     for key in arguments.cases.split(","):
         title, case = cases[key]
         contestants = ["distill"] if key == "P4" else ["bare reqwest", "distill"] + peers
+        if key == "P3gzip":
+            contestants = ["distill"]
+        if arguments.before:
+            contestants.insert(contestants.index("distill"), "before")
         figures = run_case(title, case, contestants, arguments)
         print("\n%s: %s" % (key, title))
         print("%-14s %10s %16s %16s %10s" % ("", "rows/s", "(min-max)", "CPU ms per row", "peak MiB"))
@@ -197,6 +207,10 @@ def main():
                 ratio = median(figures["curator"], "cpu") / median(ours, "cpu")
                 print("curator uses %.0f times the CPU per row" % ratio)
                 aim(ratio >= 20, "P1: curator uses %.1f times the CPU per row, aim 20" % ratio)
+        if arguments.before:
+            before = figures["before"]
+            print("distill against before: %.2f times the rows/s, %.2f times the CPU per row"
+                  % (median(ours, "rows/s") / median(before, "rows/s"), median(ours, "cpu") / median(before, "cpu")))
         if key == "P3":
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, \
                     Server(arguments.distill, case["script"], folder) as server:

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Times `distill harvest` beside a bare reqwest loop, an aiohttp loop, AsyncOpenAI and bespokelabs-curator.
 #
-#     tests/bench/harvest.sh [--quick] [--check] [--cases P1,P3] [--peers aiohttp] [--rounds 5]
+#     tests/bench/harvest.sh [--quick] [--check] [--cases P1,P3] [--peers aiohttp] [--rounds 5] [--before DISTILL]
+#
+# --before measures another build of distill in the same rounds.
 #
 # Makes its own Python environment under target/. --check exits 1 and names the figure that misses its aim.
 set -euo pipefail

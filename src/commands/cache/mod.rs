@@ -337,7 +337,7 @@ fn plain(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commands::inert;
+    use crate::terminal::escape_unsafe;
 
     #[test]
     fn hostile_text_is_inert_as_text_and_as_json() {
@@ -365,7 +365,8 @@ mod tests {
         assert!(!active(&stats_text(&stats, Path::new("x"), 1)));
 
         let value = json!({ "records": [record] });
-        let line = inert(&value).unwrap();
+        let line = serde_json::to_string(&value).unwrap();
+        let line = escape_unsafe(&line);
         assert!(!active(&line) && line.contains("caf\u{e9}"));
         assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), value);
     }

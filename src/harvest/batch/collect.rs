@@ -16,23 +16,17 @@ use super::results::{self, Outcome};
 use super::{Batches, Halt};
 use crate::cache::record::Timing;
 use crate::harvest::attempt::Answered;
-use crate::harvest::budget::{Bill, Dollars};
-use crate::harvest::failures::FailedRow;
+use crate::harvest::budget::Dollars;
 use crate::harvest::plan::Row;
-use crate::harvest::queue::Entry;
 use crate::harvest::reply::Completion;
 use crate::harvest::reply::error::ApiError;
-use crate::harvest::retry::{self, Claim, Failure, Reason, Trouble};
-use crate::harvest::unanswered::{Kind, Line};
+use crate::harvest::retry::{self, Claim, Failure, Trouble};
 use crate::harvest::watch::Word;
 use crate::harvest::{stop, unreadable};
 use crate::prompt::Prompt;
 
 /// How often a batch or a file may be "not found" before it counts as gone.
 const GONE: u32 = 20;
-
-/// Rows of a batch that are all refused in the same words: it is no matter of the rows.
-const SAME_REFUSALS: usize = 5;
 
 /// Lines of a file between two looks at the progress.
 const SHOW_EVERY: u64 = 500;
@@ -41,21 +35,21 @@ const SHOW_EVERY: u64 = 500;
 const LONGEST_KEY: usize = 16 << 10;
 
 /// The rows of a part while its files are read.
-struct Taking {
-    members: Vec<Member>,
+pub(super) struct Taking {
+    pub(super) members: Vec<Member>,
     /// Which member a key is.
     lines: HashMap<String, usize>,
     /// What became of each, beside those in the cache.
-    fates: Vec<Option<Fate>>,
+    pub(super) fates: Vec<Option<Fate>>,
     bodies: Bodies,
     timing: Timing,
     /// Lines that name none of its rows, and lines that name no row at all.
-    ignored: u64,
-    unreadable: Vec<u8>,
-    unreadable_lines: u64,
+    pub(super) ignored: u64,
+    pub(super) unreadable: Vec<u8>,
+    pub(super) unreadable_lines: u64,
 }
 
-enum Fate {
+pub(super) enum Fate {
     Answered,
     Again(Failure),
     Refused(Failure),
@@ -336,171 +330,6 @@ impl Batches<'_> {
         }
         Ok(())
     }
-
-    /// Every row of the part ends, or waits again; and so the part ends.
-    fn close(&mut self, index: usize, taking: Taking, status: &str) -> Result<(), Halt> {
-        let (lane, _) = self.lane_of(index)?;
-        let was_cancelled = matches!(self.journal.parts[index].state, State::Cancelling { .. });
-        if taking.unreadable_lines > 0 {
-            let nonce = &self.journal.parts[index].nonce;
-            let file = self.unreadable.keep(nonce, &taking.unreadable)?;
-            self.progress.note(&format!(
-                "{} lines of a batch cannot be read: they are kept in {}",
-                taking.unreadable_lines,
-                file.display()
-            ));
-        }
-        let answers = taking
-            .members
-            .iter()
-            .filter(|member| member.is_answered(self.cache));
-        let has_answers = answers.count() > 0;
-        let mut closing = Closing::default();
-        for (line, (member, fate)) in taking.members.iter().zip(taking.fates).enumerate() {
-            if member.is_answered(self.cache) {
-                continue;
-            }
-            // A line that cannot be read may be this row's, which then was paid for.
-            let may_be_unreadable = fate.is_none() && taking.unreadable_lines > 0;
-            let may_be_billed = match &fate {
-                Some(Fate::Again(failure) | Fate::Refused(failure) | Fate::Filtered(failure)) => {
-                    failure.may_be_billed
-                }
-                Some(Fate::Answered | Fate::Claimed(_)) => false,
-                // What a batch did not come to is not billed; what it lost may be.
-                None => status != "expired" && status != "cancelled",
-            };
-            if may_be_billed {
-                closing.lost += 1;
-                closing.lost_usd += member.usd;
-            }
-            let row = self.journal.parts[index].live.rows.get(line).copied();
-            let Some(row) = row.flatten() else {
-                continue;
-            };
-            let mut entry = Entry {
-                failed: member.failed,
-                ..Entry::fresh(row as usize)
-            };
-            let failure = match fate {
-                Some(Fate::Refused(failure)) => {
-                    *closing.refusals.entry(failure.message.clone()).or_default() += 1;
-                    entry.failed += 1;
-                    self.fail(lane, entry, failure);
-                    continue;
-                }
-                Some(Fate::Filtered(failure)) => {
-                    self.filtered(lane, entry, &failure)?;
-                    closing.filtered += 1;
-                    continue;
-                }
-                Some(Fate::Claimed(claim)) => {
-                    let is_of_the_row = matches!(claim.reason, Reason::Forbidden | Reason::Address);
-                    if has_answers && is_of_the_row {
-                        entry.failed += 1;
-                        self.fail(lane, entry, claim.failure);
-                        continue;
-                    }
-                    if !has_answers {
-                        self.lanes[lane].waiting.push_back(entry);
-                        closing.claim.get_or_insert(claim);
-                        continue;
-                    }
-                    claim.failure
-                }
-                Some(Fate::Again(failure)) => failure,
-                Some(Fate::Answered) => {
-                    self.lanes[lane].waiting.push_back(entry);
-                    continue;
-                }
-                None if may_be_unreadable => {
-                    let failure = Failure::new("unreadable", "a line of its batch cannot be read");
-                    self.paid(entry, &failure)?;
-                    entry.failed += 1;
-                    self.fail(lane, entry, failure);
-                    continue;
-                }
-                None => {
-                    self.tally.lost += u64::from(status == "completed");
-                    Failure::new("lost in a batch", "the row is in neither file of its batch")
-                }
-            };
-            let paid = if may_be_billed {
-                self.paid(entry, &failure)?
-            } else {
-                0
-            };
-            // What this side has cancelled, failed for no reason of its own.
-            entry.failed += u32::from(!was_cancelled);
-            if entry.failed.max(paid) >= self.config.retry.max_attempts {
-                self.fail(lane, entry, failure);
-            } else {
-                self.tally.asked_again += 1;
-                self.lanes[lane].waiting.push_back(entry);
-            }
-        }
-        self.tally.ignored += taking.ignored;
-        self.settle_lost(index, lane, &closing)?;
-        if has_answers || closing.filtered > 0 {
-            self.lanes[lane].batch_succeeded();
-        }
-        if let [(message, count)] = closing.refusals.iter().collect::<Vec<_>>().as_slice()
-            && **count >= SAME_REFUSALS
-            && !self.lanes[lane].has_answered
-        {
-            self.lanes[lane].stop(stop::refused_alike(message));
-        }
-        self.end_part(index, status)?;
-        match closing.claim {
-            Some(claim) => Err(Trouble::Claim(claim).into()),
-            None => Ok(()),
-        }
-    }
-
-    fn settle_lost(&mut self, index: usize, lane: usize, closing: &Closing) -> Result<()> {
-        self.summary.attempts_lost += closing.lost;
-        let price = self.lanes[lane].settings.price.clone();
-        self.journal.parts[index].live.held -= closing.lost_usd;
-        let lost = Dollars::at_least(closing.lost_usd);
-        self.books
-            .account
-            .settle_of_batch(lost, closing.lost, Bill::Possible, &price)
-    }
-
-    /// Notes an attempt that may have been billed. Returns how many there were of the row.
-    fn paid(&mut self, entry: Entry, failure: &Failure) -> Result<u32> {
-        let line = self.line(entry, Kind::PaidAttempt, failure);
-        self.books.unanswered.add(&line)?;
-        Ok(self
-            .books
-            .unanswered
-            .get(&line.key)
-            .map_or(0, |known| known.paid))
-    }
-
-    /// The row ends as refused by a content filter.
-    fn filtered(&mut self, lane: usize, entry: Entry, failure: &Failure) -> Result<()> {
-        let line = self.line(entry, Kind::Filtered, failure);
-        self.books.unanswered.add(&line)?;
-        let row = FailedRow::new(&self.plan, lane, entry, failure.clone());
-        self.summary.filtered(row);
-        self.lanes[lane].has_answered = true;
-        Ok(())
-    }
-
-    fn line(&self, entry: Entry, kind: Kind, failure: &Failure) -> Line {
-        Line::new(&self.plan, entry, kind, failure, self.clock.now())
-    }
-}
-
-/// Sums over the rows of a part that ends.
-#[derive(Default)]
-struct Closing {
-    lost: u64,
-    lost_usd: f64,
-    filtered: u64,
-    refusals: HashMap<String, usize>,
-    claim: Option<Claim>,
 }
 
 /// Only compared with a date in `Retry-After`, which these replies have no use for.

@@ -11,6 +11,7 @@
 //! endpoint (`http`, or a test's own), and what it says; `outlook` is for a dry run.
 
 mod api;
+mod closing;
 mod collect;
 mod failed;
 mod http;

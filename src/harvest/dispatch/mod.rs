@@ -2,11 +2,12 @@
 
 mod ending;
 mod recording;
+mod settling;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use tokio::sync::Notify;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -17,29 +18,19 @@ use crate::config::Config;
 use crate::exit::Exit;
 use crate::harvest::attempt::{self, Attempt, Finished};
 use crate::harvest::books::Books;
-use crate::harvest::budget::Bill;
 use crate::harvest::clock::WallClock;
-use crate::harvest::failures::FailedRow;
-use crate::harvest::lane::{Lane, Verdict};
-use crate::harvest::limiter::Departure;
+use crate::harvest::lane::Lane;
 use crate::harvest::plan::Plan;
 use crate::harvest::progress::Rates;
-use crate::harvest::queue::Entry;
-use crate::harvest::retry::{Failure, Trouble};
 use crate::harvest::room::{self, Room};
 use crate::harvest::schedule::{Schedule, State};
 use crate::harvest::stop;
 use crate::harvest::summary::Summary;
 use crate::harvest::timeline::{Timeline, Used};
-use crate::harvest::unanswered::{Kind, Line};
 use crate::harvest::unreadable::Unreadable;
-use crate::harvest::watch::{Seen, Word};
 use crate::signal::Signals;
-use crate::terminal::{Progress, format_duration};
+use crate::terminal::Progress;
 pub use ending::Ended;
-
-/// A wait that is worth telling.
-const LONG_WAIT: Duration = Duration::from_secs(5);
 
 /// Answers that are recorded by one write, at most.
 const LARGEST_GROUP: usize = 64;
@@ -375,159 +366,6 @@ impl<'a> Dispatcher<'a> {
             // The whole folder may have been moved. What was written ahead there covers what is in flight.
             Err(_) if self.is_displaced => Ok(()),
             other => other,
-        }
-    }
-
-    fn settle(&mut self, finished: Finished) -> Result<()> {
-        let Finished {
-            attempt,
-            reports,
-            result,
-            _permit: _,
-        } = finished;
-        let index = attempt.lane;
-        let lane = &mut self.lanes[index];
-        lane.came_back(&attempt.departure, &reports);
-        let price = lane.settings.price.clone();
-        let trouble = match result {
-            Ok(answered) => {
-                lane.answered(&attempt.departure, &reports, answered.seen.usage.as_ref());
-                let bill = answered.bill();
-                self.books.account.settle(&attempt.reserved, bill, &price);
-                self.count(index, &answered.seen);
-                return Ok(());
-            }
-            Err(trouble) => trouble,
-        };
-        let failure = match &trouble {
-            Trouble::Refused(failure)
-            | Trouble::Filtered(failure)
-            | Trouble::Transient { failure, .. } => Some(failure),
-            _ => None,
-        };
-        let billed = failure.filter(|failure| failure.may_be_billed);
-        let bill = match billed {
-            Some(_) => Bill::Possible,
-            None => Bill::Nothing,
-        };
-        self.summary.attempts_lost += u64::from(billed.is_some());
-        self.books.account.settle(&attempt.reserved, bill, &price);
-        self.timeline.hour(Instant::now()).failed_attempts += 1;
-        let mut entry = attempt.entry;
-        let mut paid = 0;
-        if let Some(failure) = billed {
-            entry.paid += 1;
-            paid = self.note_paid(entry, failure)?;
-        }
-        let is_spent = paid >= self.config.retry.max_attempts;
-        self.judge(index, entry, &attempt.departure, trouble, is_spent)
-    }
-
-    /// Decides what becomes of a row whose attempt brought no answer.
-    fn judge(
-        &mut self,
-        index: usize,
-        entry: Entry,
-        departure: &Departure,
-        trouble: Trouble,
-        is_spent: bool,
-    ) -> Result<()> {
-        let lane = &mut self.lanes[index];
-        let (verdict, message) = match trouble {
-            Trouble::Refused(failure) => {
-                let message = failure.message.clone();
-                (lane.refused(entry, failure), message)
-            }
-            Trouble::Filtered(failure) => {
-                lane.filtered(departure);
-                return self.filtered(index, entry, failure);
-            }
-            Trouble::Throttled { wait, message } => {
-                self.summary.used[index].throttled += 1;
-                let cost = self.plan.cost(index, entry.row);
-                let verdict = lane.throttled(entry, cost, departure, wait, message.clone());
-                (verdict, message)
-            }
-            Trouble::Transient { failure, wait } => {
-                let message = failure.message.clone();
-                match lane.transient(entry, failure.clone(), wait) {
-                    // It has been bought as often as it may be.
-                    Verdict::Again { .. } if is_spent => {
-                        lane.queue.remove(entry.row);
-                        (Verdict::Failed(entry, failure), message)
-                    }
-                    verdict => (verdict, message),
-                }
-            }
-            Trouble::Claim(claim) => {
-                let message = claim.failure.message.clone();
-                (lane.claimed(entry, claim, departure), message)
-            }
-            Trouble::KeyRenewed => {
-                lane.key_renewed(entry);
-                return Ok(());
-            }
-            // An attempt makes an answer of it.
-            Trouble::Unreadable { problem, .. } => bail!("a reply was left unread: {problem}"),
-        };
-        match verdict {
-            Verdict::Failed(entry, failure) => {
-                lane.gave_up(entry.row);
-                let row = FailedRow::new(&self.plan, index, entry, failure);
-                self.summary.fail(row);
-            }
-            Verdict::Again { pause } if pause >= LONG_WAIT => self
-                .progress
-                .note(&format!("waiting {}: {message}", format_duration(pause))),
-            Verdict::Again { .. } => {}
-            Verdict::Far(wait) => {
-                let now = self.clock.now();
-                let until = now.checked_add(wait).unwrap_or(jiff::Timestamp::MAX);
-                lane.stop(stop::far(&self.schedule.show(until), wait, &message));
-            }
-        }
-        Ok(())
-    }
-
-    /// Notes an attempt that may have been billed. Returns how many there were of the row, in all runs.
-    fn note_paid(&mut self, entry: Entry, failure: &Failure) -> Result<u32> {
-        let line = Line::new(
-            &self.plan,
-            entry,
-            Kind::PaidAttempt,
-            failure,
-            self.clock.now(),
-        );
-        room::excuse(self.books.unanswered.add(&line))?;
-        let known = self.books.unanswered.get(&line.key);
-        Ok(known.map_or(0, |known| known.paid).max(entry.paid))
-    }
-
-    /// The row ends as refused by a content filter.
-    fn filtered(&mut self, index: usize, entry: Entry, failure: Failure) -> Result<()> {
-        let line = Line::new(
-            &self.plan,
-            entry,
-            Kind::Filtered,
-            &failure,
-            self.clock.now(),
-        );
-        room::excuse(self.books.unanswered.add(&line))?;
-        let row = FailedRow::new(&self.plan, index, entry, failure);
-        self.summary.filtered(row);
-        Ok(())
-    }
-
-    fn count(&mut self, index: usize, seen: &Seen) {
-        let wants_logprobs = self.plan.askings[index].wants_logprobs();
-        self.summary.add(seen, wants_logprobs);
-        self.timeline.hour(Instant::now()).answered += 1;
-        let lane = &mut self.lanes[index];
-        for word in lane.watch.see(seen) {
-            match word {
-                Word::Note(text) => self.summary.warn(text),
-                Word::Stop(error) => lane.stop(error),
-            }
         }
     }
 

@@ -4,30 +4,10 @@
 //! flowed back since is added, so the belief is right whether the server counted when the request
 //! came in or when the answer went out, as long as we send about as much as the limit lets in.
 
-use std::time::Duration;
-
 use tokio::time::Instant;
 
-use super::headers::{Refill, Report, Resource};
-
-/// A full bucket is used up over about this long rather than at once: servers that grant 60 a
-/// minute may well refuse the second one within a second.
-const SPREAD: Duration = Duration::from_secs(60);
-
-/// What may leave ahead of an even pace.
-const BURST: Duration = Duration::from_secs(1);
-
-/// Reset times are rounded, and replies take their time: the end of a window may move by so much.
-const ROUNDED: Duration = Duration::from_secs(3);
-
-/// A window is no shorter, where no header says that it is.
-const SHORTEST_WINDOW: Duration = Duration::from_secs(10);
-
-/// A window that ends later is not waited out.
-const FARTHEST_END: Duration = Duration::from_secs(3_600);
-
-/// The period of a limit whose server does not tell it.
-const USUAL_PERIOD: Duration = Duration::from_secs(60);
+use super::bucket::Bucket;
+use super::headers::{Report, Resource};
 
 /// How much of each resource a request uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -66,42 +46,10 @@ pub struct Mirror {
     buckets: [Bucket; Resource::ALL.len()],
 }
 
-#[derive(Debug)]
-struct Bucket {
-    /// As reported; while only `remaining` is, the most that has been seen of it.
-    limit: Option<f64>,
-    refill: Refill,
-    /// What remained at the instant `at`; may be below zero.
-    level: f64,
-    at: Instant,
-    /// For a window: its end, and what that was when it was first told.
-    ends: Option<Instant>,
-    first_end: Option<Instant>,
-    /// What looked like a window has an end that moves with what is used.
-    is_no_window: bool,
-    /// Departure of the request whose reply is believed.
-    as_of: Option<Instant>,
-    charged: f64,
-    /// When an even pace will have caught up with what has left.
-    paced_until: Instant,
-}
-
 impl Mirror {
     pub fn new(now: Instant) -> Self {
-        let bucket = |_| Bucket {
-            limit: None,
-            refill: Refill::Unknown,
-            level: f64::INFINITY,
-            at: now,
-            ends: None,
-            first_end: None,
-            is_no_window: false,
-            as_of: None,
-            charged: 0.0,
-            paced_until: now,
-        };
         Self {
-            buckets: Resource::ALL.map(bucket),
+            buckets: Resource::ALL.map(|_| Bucket::new(now)),
         }
     }
 
@@ -182,135 +130,12 @@ impl Mirror {
     }
 }
 
-impl Bucket {
-    fn period(&self) -> Duration {
-        match self.refill {
-            Refill::Constant(period) => period,
-            Refill::AtReset | Refill::Unknown => USUAL_PERIOD,
-        }
-    }
-
-    /// Units a second that flow back.
-    fn rate(&self) -> f64 {
-        match (self.refill, self.limit) {
-            (Refill::AtReset, _) | (_, None) => 0.0,
-            (_, Some(limit)) => limit / self.period().as_secs_f64(),
-        }
-    }
-
-    fn level(&self, now: Instant) -> f64 {
-        let limit = self.limit.unwrap_or(f64::INFINITY);
-        if self.ends.is_some_and(|end| end <= now) {
-            return limit;
-        }
-        let elapsed = now.saturating_duration_since(self.at).as_secs_f64();
-        limit.min(self.level + self.rate() * elapsed)
-    }
-
-    /// When a request that uses `amount` may leave.
-    fn free_at(&self, amount: f64, now: Instant) -> Instant {
-        let limit = self.limit.unwrap_or(f64::INFINITY);
-        // What is larger than the limit goes out at a full bucket: the server will say no itself.
-        let missing = amount.min(limit) - self.level(now);
-        let filled = if missing <= 0.0 {
-            now
-        } else if let (Refill::AtReset, Some(end)) = (self.refill, self.ends) {
-            // A window that ends hours from now may be a mistake of the server's: it is asked, and refuses
-            // if it is none.
-            if end > now + FARTHEST_END { now } else { end }
-        } else {
-            let seconds = missing / self.rate().max(1e-9);
-            now + Duration::try_from_secs_f64(seconds)
-                .unwrap_or(USUAL_PERIOD)
-                .clamp(Duration::from_millis(1), Duration::from_secs(86_400))
-        };
-        let paced = self.paced_until.checked_sub(BURST).unwrap_or(now);
-        filled.max(paced)
-    }
-
-    fn charge(&mut self, amount: f64, now: Instant) {
-        self.charged += amount;
-        if self.as_of.is_none() {
-            return;
-        }
-        let level = self.level(now);
-        if self.ends.is_some_and(|end| end <= now) {
-            self.ends = Some(now + USUAL_PERIOD);
-        }
-        let pace = match (self.refill, self.ends) {
-            (Refill::AtReset, Some(end)) => level / (end - now).max(BURST).as_secs_f64(),
-            _ => self.rate() + level.max(0.0) / SPREAD.as_secs_f64(),
-        };
-        self.level = level - amount;
-        self.at = now;
-        if pace.is_finite() && pace > 0.0 {
-            let time = Duration::try_from_secs_f64(amount / pace).unwrap_or(USUAL_PERIOD);
-            self.paced_until = self.paced_until.max(now) + time.min(USUAL_PERIOD);
-        }
-    }
-
-    /// How the resource comes back, by this report and those before it.
-    ///
-    /// A bucket that holds a second's worth of a limit a minute looks like a window that is about to
-    /// end, until that end has come and gone and the next one is as near again.
-    fn refill_of(&mut self, report: &Report, now: Instant) -> Refill {
-        let refill = report.refill();
-        let (Refill::AtReset, Some(reset)) = (refill, report.reset) else {
-            return refill;
-        };
-        let end = now + reset;
-        let first = *self.first_end.get_or_insert(end);
-        let moved = end.saturating_duration_since(first);
-        if moved >= SHORTEST_WINDOW {
-            self.first_end = Some(end);
-        } else if moved > ROUNDED {
-            self.is_no_window = true;
-        }
-        match self.is_no_window {
-            true => Refill::Unknown,
-            false => refill,
-        }
-    }
-
-    fn sync(&mut self, report: &Report, departure: &Departure, charged_then: f64, now: Instant) {
-        if self.as_of.is_some_and(|as_of| departure.at < as_of) {
-            return;
-        }
-        let was_known = self.as_of.replace(departure.at).is_some();
-        self.limit = report.limit.or(match (self.limit, report.remaining) {
-            (Some(limit), Some(remaining)) => Some(limit.max(remaining)),
-            (limit, remaining) => limit.or(remaining),
-        });
-        match (self.refill, self.refill_of(report, now)) {
-            (_, Refill::Unknown) if !self.is_no_window => {}
-            // One reply that looks like the end of a window may be a rounded reset time.
-            (Refill::Constant(_), Refill::AtReset) if was_known => self.refill = Refill::Unknown,
-            (_, refill) => self.refill = refill,
-        }
-        let since = self.charged - charged_then;
-        if let Some(remaining) = report.remaining {
-            let back = self.rate() * (now - departure.at).as_secs_f64();
-            let limit = self.limit.unwrap_or(f64::INFINITY);
-            self.level = (remaining + back).min(limit) - since;
-        } else if !was_known {
-            self.level = self.limit.unwrap_or(f64::INFINITY) - since;
-        } else {
-            self.level = self.level(now);
-        }
-        self.at = now;
-        self.ends = match (self.refill, report.reset) {
-            (Refill::AtReset, Some(reset)) => Some(now + reset),
-            _ => None,
-        };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::headers;
     use super::*;
     use reqwest::header::HeaderMap;
-    use std::time::SystemTime;
+    use std::time::{Duration, SystemTime};
 
     fn reports(limit: &str, remaining: &str, reset: &str) -> Vec<Report> {
         let mut headers = HeaderMap::new();

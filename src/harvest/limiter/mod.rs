@@ -10,6 +10,7 @@
 //! | `concurrency` | how many requests may be in flight |
 //! | `shared` | the user's ceilings, kept in Redis for several processes (feature `redis`) |
 
+mod bucket;
 mod ceiling;
 mod concurrency;
 pub mod day;

@@ -4,10 +4,12 @@
 //! It is also the server of load tests, so a small request costs a read, a write, and no more
 //! memory than its answer.
 
-use std::io;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -88,11 +90,30 @@ async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
         };
         connection.input.drain(..end);
         connection.input.extend_from_slice(&early);
+        let reaction = match reaction {
+            Reaction::Reply(reply) if mock.script.answers.gzip && head.takes_gzip => {
+                Reaction::Reply(compressed(reply)?)
+            }
+            other => other,
+        };
         let goes_on = connection.react(reaction, head.close).await?;
         if !goes_on {
             return Ok(());
         }
     }
+}
+
+/// As gateways do it: fast.
+fn compressed(reply: Reply) -> io::Result<Reply> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(&reply.body)?;
+    let mut headers = reply.headers;
+    headers.push(("content-encoding".into(), "gzip".into()));
+    Ok(Reply {
+        headers,
+        body: encoder.finish()?.into(),
+        ..reply
+    })
 }
 
 /// Ends when the client hangs up. What it sends before that, the next request, is kept.

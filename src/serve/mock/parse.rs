@@ -18,6 +18,8 @@ pub struct Head {
     pub close: bool,
     /// Whether the client waits for a word before it sends the body.
     pub expects_continue: bool,
+    /// Whether the client takes a body that is compressed by gzip.
+    pub takes_gzip: bool,
     /// Where the body begins.
     pub end: usize,
 }
@@ -123,6 +125,7 @@ fn parse_field(input: &[u8], line: Range<usize>, head: &mut Head) -> Result<(), 
             let length = length.and_then(|length| length.parse().ok());
             head.length = length.ok_or(Problem::Malformed)?;
         }
+        15 if is("accept-encoding") => head.takes_gzip = says("gzip"),
         17 if is("transfer-encoding") => head.chunked = says("chunked"),
         _ => {}
     }

@@ -100,6 +100,32 @@ fn a_run_resumed_after_any_step_ends_in_the_same_bytes() {
 }
 
 #[test]
+fn a_checkpoint_does_not_care_where_its_files_are_and_says_what_has_changed() {
+    let (dir, whole) = whole_run();
+    let mut config = killed_after(&whole, 7);
+    // The same files by other names.
+    let elsewhere = dir.path().join("elsewhere");
+    std::os::unix::fs::symlink(&config.student.path, &elsewhere).unwrap();
+    config.student.path = elsewhere.clone();
+    config.teacher.local = Some(elsewhere);
+    train::run(&config, Start::Resume.into()).unwrap();
+    assert_same_outcome(&config, &whole, "by another path");
+
+    let mut config = killed_after(&whole, 7);
+    config.train.learning_rate *= 2.0;
+    config.loss.kd_weight = 0.25;
+    let error = train::run(&config, Start::Resume.into()).err().unwrap();
+    assert_eq!(distill::exit::Exit::code_of(&error), 2);
+    let error = error.to_string();
+    assert!(error.contains("train.learning_rate was"), "{error}");
+    assert!(
+        error.contains("loss.kd_weight was") && error.contains("is 0.25"),
+        "{error}"
+    );
+    assert!(!error.contains("train.beta1"), "{error}");
+}
+
+#[test]
 fn a_checkpoint_that_was_being_written_is_as_if_it_never_began() {
     let (_dir, whole) = whole_run();
     let next = whole.run_dir.join("checkpoints/step-000008");

@@ -62,6 +62,8 @@ pub struct Answers {
     pub max_tokens_field: MaxTokensField,
     /// Prompt and answer may have so many tokens together.
     pub context_tokens: Option<u64>,
+    /// Whether bodies are compressed for who takes that.
+    pub gzip: bool,
     /// Whether an answer is billed whose client left before it came.
     pub bill_abandoned: bool,
 }
@@ -83,6 +85,7 @@ impl Default for Answers {
             refuse_parameters: Vec::new(),
             max_tokens_field: MaxTokensField::Either,
             context_tokens: None,
+            gzip: false,
             bill_abandoned: true,
         }
     }

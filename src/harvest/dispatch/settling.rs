@@ -1,0 +1,177 @@
+//! What becomes of a reply: its bill, and the row that was asked.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use tokio::time::Instant;
+
+use super::Dispatcher;
+use crate::harvest::attempt::Finished;
+use crate::harvest::budget::Bill;
+use crate::harvest::failures::FailedRow;
+use crate::harvest::lane::Verdict;
+use crate::harvest::limiter::Departure;
+use crate::harvest::queue::Entry;
+use crate::harvest::retry::{Failure, Trouble};
+use crate::harvest::unanswered::{Kind, Line};
+use crate::harvest::watch::{Seen, Word};
+use crate::harvest::{room, stop};
+use crate::terminal::format_duration;
+
+/// A wait that is worth telling.
+const LONG_WAIT: Duration = Duration::from_secs(5);
+
+impl Dispatcher<'_> {
+    pub(super) fn settle(&mut self, finished: Finished) -> Result<()> {
+        let Finished {
+            attempt,
+            reports,
+            result,
+            _permit: _,
+        } = finished;
+        let index = attempt.lane;
+        let lane = &mut self.lanes[index];
+        lane.came_back(&attempt.departure, &reports);
+        let price = lane.settings.price.clone();
+        let trouble = match result {
+            Ok(answered) => {
+                lane.answered(&attempt.departure, &reports, answered.seen.usage.as_ref());
+                let bill = answered.bill();
+                self.books.account.settle(&attempt.reserved, bill, &price);
+                self.count(index, &answered.seen);
+                return Ok(());
+            }
+            Err(trouble) => trouble,
+        };
+        let failure = match &trouble {
+            Trouble::Refused(failure)
+            | Trouble::Filtered(failure)
+            | Trouble::Transient { failure, .. } => Some(failure),
+            _ => None,
+        };
+        let billed = failure.filter(|failure| failure.may_be_billed);
+        let bill = match billed {
+            Some(_) => Bill::Possible,
+            None => Bill::Nothing,
+        };
+        self.summary.attempts_lost += u64::from(billed.is_some());
+        self.books.account.settle(&attempt.reserved, bill, &price);
+        self.timeline.hour(Instant::now()).failed_attempts += 1;
+        let mut entry = attempt.entry;
+        let mut paid = 0;
+        if let Some(failure) = billed {
+            entry.paid += 1;
+            paid = self.note_paid(entry, failure)?;
+        }
+        let is_spent = paid >= self.config.retry.max_attempts;
+        self.judge(index, entry, &attempt.departure, trouble, is_spent)
+    }
+
+    /// Decides what becomes of a row whose attempt brought no answer.
+    fn judge(
+        &mut self,
+        index: usize,
+        entry: Entry,
+        departure: &Departure,
+        trouble: Trouble,
+        is_spent: bool,
+    ) -> Result<()> {
+        let lane = &mut self.lanes[index];
+        let (verdict, message) = match trouble {
+            Trouble::Refused(failure) => {
+                let message = failure.message.clone();
+                (lane.refused(entry, failure), message)
+            }
+            Trouble::Filtered(failure) => {
+                lane.filtered(departure);
+                return self.filtered(index, entry, failure);
+            }
+            Trouble::Throttled { wait, message } => {
+                self.summary.used[index].throttled += 1;
+                let cost = self.plan.cost(index, entry.row);
+                let verdict = lane.throttled(entry, cost, departure, wait, message.clone());
+                (verdict, message)
+            }
+            Trouble::Transient { failure, wait } => {
+                let message = failure.message.clone();
+                match lane.transient(entry, failure.clone(), wait) {
+                    // It has been bought as often as it may be.
+                    Verdict::Again { .. } if is_spent => {
+                        lane.queue.remove(entry.row);
+                        (Verdict::Failed(entry, failure), message)
+                    }
+                    verdict => (verdict, message),
+                }
+            }
+            Trouble::Claim(claim) => {
+                let message = claim.failure.message.clone();
+                (lane.claimed(entry, claim, departure), message)
+            }
+            Trouble::KeyRenewed => {
+                lane.key_renewed(entry);
+                return Ok(());
+            }
+            // An attempt makes an answer of it.
+            Trouble::Unreadable { problem, .. } => bail!("a reply was left unread: {problem}"),
+        };
+        match verdict {
+            Verdict::Failed(entry, failure) => {
+                lane.gave_up(entry.row);
+                let row = FailedRow::new(&self.plan, index, entry, failure);
+                self.summary.fail(row);
+            }
+            Verdict::Again { pause } if pause >= LONG_WAIT => self
+                .progress
+                .note(&format!("waiting {}: {message}", format_duration(pause))),
+            Verdict::Again { .. } => {}
+            Verdict::Far(wait) => {
+                let now = self.clock.now();
+                let until = now.checked_add(wait).unwrap_or(jiff::Timestamp::MAX);
+                lane.stop(stop::far(&self.schedule.show(until), wait, &message));
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes an attempt that may have been billed. Returns how many there were of the row, in all runs.
+    fn note_paid(&mut self, entry: Entry, failure: &Failure) -> Result<u32> {
+        let line = Line::new(
+            &self.plan,
+            entry,
+            Kind::PaidAttempt,
+            failure,
+            self.clock.now(),
+        );
+        room::excuse(self.books.unanswered.add(&line))?;
+        let known = self.books.unanswered.get(&line.key);
+        Ok(known.map_or(0, |known| known.paid).max(entry.paid))
+    }
+
+    /// The row ends as refused by a content filter.
+    fn filtered(&mut self, index: usize, entry: Entry, failure: Failure) -> Result<()> {
+        let line = Line::new(
+            &self.plan,
+            entry,
+            Kind::Filtered,
+            &failure,
+            self.clock.now(),
+        );
+        room::excuse(self.books.unanswered.add(&line))?;
+        let row = FailedRow::new(&self.plan, index, entry, failure);
+        self.summary.filtered(row);
+        Ok(())
+    }
+
+    fn count(&mut self, index: usize, seen: &Seen) {
+        let wants_logprobs = self.plan.askings[index].wants_logprobs();
+        self.summary.add(seen, wants_logprobs);
+        self.timeline.hour(Instant::now()).answered += 1;
+        let lane = &mut self.lanes[index];
+        for word in lane.watch.see(seen) {
+            match word {
+                Word::Note(text) => self.summary.warn(text),
+                Word::Stop(error) => lane.stop(error),
+            }
+        }
+    }
+}

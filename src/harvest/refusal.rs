@@ -1,0 +1,135 @@
+//! What kind of trouble an error is, by its status, its code and its words. Pure.
+
+use std::time::{Duration, SystemTime};
+
+use reqwest::header::{HeaderMap, LOCATION};
+
+use super::limiter::headers;
+use super::reply::error::ApiError;
+use super::retry::{Claim, Failure, Reason, Trouble, shorten};
+use super::waits;
+
+pub(super) fn classify_error(
+    status: u16,
+    headers: &HeaderMap,
+    error: &ApiError,
+    now: SystemTime,
+) -> Trouble {
+    let message = match error.message.as_str() {
+        "" => format!("{status}, without a message"),
+        message => shorten(&format!("{status}: {message}")),
+    };
+    let wait = waits::asked_for(headers, error, now);
+    let failure = Failure {
+        is_bodyless: error.is_empty,
+        ..Failure::new(format!("http {status}"), &message)
+    };
+    let claim = |reason: Reason, failure: Failure| Trouble::Claim(Claim { reason, failure });
+    if matches!(status, 400 | 403 | 422 | 451) && error.is_of_the_content() {
+        return Trouble::Filtered(Failure {
+            class: "content_filter".into(),
+            ..failure
+        });
+    }
+    let is_throttle = says_to_wait(error) || wait.is_some();
+    if let Some(reason) = claims_the_end(error, is_throttle) {
+        return claim(reason, failure);
+    }
+    match status {
+        401 => claim(Reason::Key, failure),
+        402 => claim(Reason::Credit, failure),
+        403 if is_throttle => Trouble::Throttled { wait, message },
+        403 => claim(Reason::Forbidden, failure),
+        404 if names_no_model(error) => claim(Reason::Model, failure),
+        404 | 405 => claim(Reason::Address, failure),
+        300..=399 => {
+            let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
+            let location = location.unwrap_or("an address that it does not name");
+            let message = format!("{status} to {location}");
+            claim(Reason::Redirect, Failure::new(failure.class, &message))
+        }
+        429 => Trouble::Throttled {
+            wait: wait.or_else(|| until_reset(headers, now)),
+            message,
+        },
+        503 | 529 if wait.is_some() => Trouble::Throttled { wait, message },
+        // 424: what generates behind the endpoint failed. 498: no capacity at Groq.
+        408 | 409 | 424 | 425 | 498 | 500.. => Trouble::Transient {
+            failure: Failure {
+                // A gateway gave up waiting; what is behind it may have gone on.
+                may_be_billed: matches!(status, 408 | 504 | 524),
+                ..failure
+            },
+            wait: wait.unwrap_or_default(),
+        },
+        _ => Trouble::Refused(failure),
+    }
+}
+
+/// The time until a limit is there again of which nothing remains, as the headers of a refusal have it.
+fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let reports = headers::parse(headers, now);
+    let used_up = reports
+        .iter()
+        .filter(|report| report.remaining == Some(0.0));
+    used_up.filter_map(|report| report.reset).max()
+}
+
+/// Why an error is one for every request, by its code or its words. A limit that comes back by itself
+/// (`is_throttle`) is none: Gemini has the same words for its limit a minute as others for an empty
+/// account.
+pub fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
+    const CREDIT: [&str; 8] = [
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "insufficient_credits",
+        "insufficient_balance",
+        "billing_not_active",
+        "account_deactivated",
+        "arrearage",
+        "accountoverdueerror",
+    ];
+    const CREDIT_WORDS: [&str; 8] = [
+        "credit balance is too low",
+        "insufficient credits",
+        "insufficient balance",
+        "account is not active",
+        "account is in good standing",
+        "exceeded your current quota",
+        "check your plan and billing",
+        "add credits",
+    ];
+    let has_mark = |mark: &str| error.marks.iter().any(|found| found == mark);
+    if CREDIT.iter().any(|mark| has_mark(mark)) {
+        return Some(Reason::Credit);
+    }
+    if has_mark("model_not_found") {
+        return Some(Reason::Model);
+    }
+    let message = error.message.to_lowercase();
+    let has_words = CREDIT_WORDS.iter().any(|words| message.contains(words));
+    (has_words && !is_throttle).then_some(Reason::Credit)
+}
+
+/// Is it a limit that comes back by itself, in the words or the codes of the endpoint?
+fn says_to_wait(error: &ApiError) -> bool {
+    const MARKS: [&str; 4] = ["resource_exhausted", "rate_limit", "ratelimit", "throttl"];
+    const WORDS: [&str; 7] = [
+        "rate limit",
+        "per minute",
+        "per_minute",
+        "perminute",
+        "per second",
+        "per day",
+        "too many requests",
+    ];
+    let message = error.message.to_lowercase();
+    (error.marks.iter()).any(|mark| MARKS.iter().any(|word| mark.contains(word)))
+        || WORDS.iter().any(|words| message.contains(words))
+}
+
+/// Is it a 404 for the model, as endpoints without a code for it word it?
+fn names_no_model(error: &ApiError) -> bool {
+    let message = error.message.to_lowercase();
+    message.contains("model") && (message.contains("not found") || message.contains("not exist"))
+}
