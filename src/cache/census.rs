@@ -32,7 +32,7 @@ impl Census {
         let places: Vec<&str> = self.elsewhere.keys().map(String::as_str).collect();
         (answers > 0).then(|| {
             format!(
-                "the cache holds {} answers to questions that are still open here, from {}: `distill cache \
+                "the cache holds {} whole answers to questions that are still open here, from {}: `distill cache \
                  adopt -c CONFIG` keeps them, and they are not bought again",
                 format_count(answers),
                 places.join(", ")
@@ -105,13 +105,14 @@ impl Origin {
     }
 }
 
-/// Counts the records of the cache in `dir` that do not answer one of the `asked` questions, or one that is
-/// still `open`; `is_prompt` knows the ids of the prompts.
+/// Counts the records of the cache in `dir` that have none of the keys that are `used`, and do not answer one
+/// of the `asked` questions, or one that is still `open`; `is_prompt` knows the ids of the prompts.
 ///
 /// # Errors
 /// Where the cache is damaged.
 pub fn census(
     dir: &Path,
+    used: &HashSet<Fingerprint>,
     asked: &HashSet<Fingerprint>,
     open: &HashSet<Fingerprint>,
     is_prompt: impl Fn(&str) -> bool,
@@ -123,6 +124,9 @@ pub fn census(
     let mut lines = Lines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         let origin = Origin::of(lines.line()).map_err(|fault| lines.refuse(fault))?;
+        if used.contains(&keys::fingerprint(&origin.key)) {
+            continue;
+        }
         let half = keys::fingerprint(&origin.half());
         if open.contains(&half) && origin.cut_at == 0 {
             *census.elsewhere.entry(origin.place()).or_default() += 1;

@@ -1,7 +1,7 @@
 //! `cache adopt`: answers to the questions of a config that another endpoint gave, or that were kept by an
 //! earlier version, get the keys of this one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use anyhow::Result;
 
@@ -9,7 +9,7 @@ use super::plan::{Plan, Scope};
 use super::{Standing, askings};
 use crate::cache::census::Origin;
 use crate::cache::question::{self, Past};
-use crate::cache::record::SCHEMA;
+use crate::cache::record::{Record, SCHEMA};
 use crate::cache::rewrite::{Fate, rewrite};
 use crate::cache::{self, line};
 use crate::config::Config;
@@ -40,45 +40,69 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
         &past,
         open,
     )?;
-    let mut keys = HashMap::new();
-    for (lane, rows) in plan.lanes.iter().enumerate() {
-        for row in &plan.rows[rows.clone()] {
-            let name = &plan.askings[lane].lane.teacher.name;
-            keys.entry(question::half(&row.key))
-                .or_insert((&row.key, name));
+    let mut rows = HashMap::<&str, Vec<(&str, &str)>>::new();
+    for (lane, of_lane) in plan.lanes.iter().enumerate() {
+        let name = plan.askings[lane].lane.teacher.name.as_str();
+        for row in &plan.rows[of_lane.clone()] {
+            let of_question = rows.entry(question::half(&row.key)).or_default();
+            of_question.push((&row.key, name));
         }
     }
     let dir = config.own_cache();
     let known = cache::peek(&dir)?;
+    let mut targets = HashMap::<String, (String, &str)>::new();
+    let mut taken = HashSet::new();
+    let records = match cache::exists(&dir) {
+        true => Some(cache::read(&dir)?),
+        false => None,
+    };
+    for record in records.into_iter().flatten() {
+        let record = record?;
+        let cut_at = cut_at(&record);
+        let name_of = |key: &str| match cut_at {
+            0 => key.to_owned(),
+            cut_at => question::cut_key(key, cut_at),
+        };
+        let Some(of_question) = rows.get(Origin::from(&record).half().as_str()) else {
+            continue;
+        };
+        // What answers a question of this config already stays where it is.
+        if of_question
+            .iter()
+            .any(|(key, _)| name_of(key) == record.key)
+        {
+            continue;
+        }
+        let free = of_question.iter().find_map(|(key, name)| {
+            let key = name_of(key);
+            let is_free = !known.contains(&key) && taken.insert(key.clone());
+            is_free.then_some((key, *name))
+        });
+        if let Some(target) = free {
+            targets.insert(record.key, target);
+        }
+    }
     let records = rewrite(&dir, &config.cache, &|line| {
-        let origin = Origin::of(line)?;
-        let half = origin.half();
-        let Some((key, name)) = keys.get(half.as_str()) else {
+        let Some((key, name)) = targets.get(&*line::head(line)?.key) else {
             return Ok(Fate::Stay);
         };
         let mut record = line::decode(line)?;
-        if origin.v == 1
-            && matches!(
-                record.answer.finish_reason.as_str(),
-                "length" | "max_tokens"
-            )
-        {
-            record.cut_at = origin.max_tokens();
-        }
-        let key = match record.cut_at {
-            0 => (*key).clone(),
-            cut_at => question::cut_key(key, cut_at),
-        };
-        if key == record.key || known.contains(&key) {
-            return Ok(Fate::Stay);
-        }
+        record.cut_at = cut_at(&record);
         record.v = SCHEMA;
-        record.key = key;
-        record.teacher = (*name).clone();
+        record.key.clone_from(key);
+        record.teacher = (*name).to_owned();
         Ok(Fate::Become(line::encode(&record)?))
     })?;
     Ok(Adopted {
         records,
         questions: plan.rows.len() as u64,
     })
+}
+
+/// Where the answer was cut off, which records of schema 1 do not tell by themselves.
+fn cut_at(record: &Record) -> u32 {
+    match record.answer.finish_reason.as_str() {
+        "length" | "max_tokens" if record.v == 1 => Origin::from(record).max_tokens(),
+        _ => record.cut_at,
+    }
 }

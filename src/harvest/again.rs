@@ -1,83 +1,133 @@
 //! `harvest --again`: rows that have an answer, or are given up, and are to be asked once more.
+//!
+//! An answer leaves the cache only when all that a night refuses has been looked at, and only if this run
+//! asks its question. A run that was stopped goes on by the same command: what is in the file of
+//! replaced answers is named as well.
 
-use std::collections::{BTreeMap, HashSet};
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use anyhow::Result;
 
+use super::plan::{Plan, Scope, Standing};
+use super::prepare::check_fits;
 use super::unanswered::Unanswered;
+use super::{HarvestOptions, askings};
 use crate::cache::census::Origin;
+use crate::cache::question;
 use crate::cache::record::{Record, Status};
 use crate::cache::rewrite::{Fate, replaced_file, rewrite};
 use crate::cache::{self, line};
 use crate::config::Config;
 use crate::exit::Exit;
+use crate::prompt::Prompt;
 use crate::terminal::format_count;
 
-/// Which questions are to be asked, by what the keys of their answers end with, or by their keys.
+/// The keys of the rows that are to be asked.
 pub type Wanted = HashSet<String>;
 
-/// Takes the answers that `words` name out of the cache of the run folder, and forgets the rows without an
-/// answer that they name. The cache must be open nowhere.
+/// Takes the answers that `options.again` names, and that this run asks for, out of the cache of the run
+/// folder, and forgets such rows without an answer. The cache must be open nowhere.
 ///
 /// # Errors
-/// [`Exit::Usage`] where nothing is of that name.
-pub fn take_out(config: &Config, unanswered: &mut Unanswered, words: &[String]) -> Result<Wanted> {
+/// [`Exit::Usage`] where nothing is of that name, and whatever the night would refuse.
+pub fn take_out(
+    config: &Config,
+    options: &HarvestOptions,
+    prompts: &[Prompt],
+    unanswered: &mut Unanswered,
+) -> Result<Wanted> {
+    let words = &options.again;
     let dir = config.own_cache();
-    let mut wanted = Wanted::new();
-    let named = names(&dir, words, &mut wanted)?;
-    let mut forgotten = Vec::new();
-    if words.iter().any(|word| word == "failed") {
-        forgotten = unanswered.forget(|_, _| true)?;
-        wanted.extend(forgotten.iter().cloned());
+    let mut found = Found::default();
+    if cache::exists(&dir) {
+        for record in cache::read(&dir)? {
+            found.add(&record?, words, true);
+        }
     }
-    if wanted.is_empty() {
-        let known = match named.is_empty() {
-            true => "there is no such answer in the cache".to_owned(),
-            false => format!("the answers in the cache are: {}", named.join(", ")),
-        };
-        let message = format!("`--again {}` names nothing: {known}", words.join(","));
-        return Err(Exit::Usage(message).into());
+    let replaced = replaced_file(&dir);
+    if replaced.exists() {
+        let text = crate::fs::read(&replaced)?;
+        let lines = text.split(|byte| *byte == b'\n');
+        for record in lines.filter_map(|line| line::decode(line).ok()) {
+            found.add(&record, words, false);
+        }
+    }
+    let is_failed = words.iter().any(|word| word == "failed");
+    if is_failed {
+        found.names.extend(unanswered.keys().map(str::to_owned));
+    }
+    let asked = asked(config, options, prompts, &found.names)?;
+    if asked.rows.is_empty() {
+        return Err(found.nothing(words));
+    }
+    for lane in 0..asked.lanes.len() {
+        check_fits(config, &asked, lane)?;
     }
     let moved = rewrite(&dir, &config.cache, &|line| {
         let record = line::decode(line)?;
-        Ok(match is_named(&record, words) {
+        Ok(match is_named(&record, words) && asked.answers(&record) {
             true => Fate::Leave,
             false => Fate::Stay,
         })
     })?;
+    let mut forgotten = 0;
+    if is_failed {
+        let forgot = unanswered.forget(|key, _| asked.keys.contains(key))?;
+        forgotten = forgot.len() as u64;
+    }
     tracing::warn!(
-        "{} rows are asked again: {} answers moved to {}, and {} rows without an answer begin anew",
-        format_count(wanted.len() as u64),
+        "{} rows are asked again: {} answers moved to {}, {} rows without an answer begin anew; should it be \
+         stopped, the same command goes on",
+        format_count(asked.rows.len() as u64),
         format_count(moved),
-        replaced_file(&dir).display(),
-        format_count(forgotten.len() as u64),
+        replaced.display(),
+        format_count(forgotten),
     );
-    Ok(wanted)
+    Ok(asked.plan.rows.into_iter().map(|row| row.key).collect())
 }
 
-/// The questions of the answers that `words` name, without changing anything. Returns what answers there
-/// are.
-fn names(dir: &Path, words: &[String], wanted: &mut Wanted) -> Result<Vec<String>> {
-    let mut known = BTreeMap::<String, u64>::new();
-    if !cache::exists(dir) {
-        return Ok(Vec::new());
-    }
-    for record in cache::read(dir)? {
-        let record = record?;
-        let name = match record.reason.as_str() {
-            "" => record.answer.finish_reason.as_str(),
-            reason => reason,
-        };
-        *known.entry(name.to_owned()).or_default() += 1;
-        if is_named(&record, words) {
-            wanted.insert(Origin::from(&record).half());
+/// What `--again` names.
+#[derive(Default)]
+struct Found {
+    /// What the keys of the answers end with, or keys.
+    names: HashSet<String>,
+    /// What there is.
+    known: BTreeMap<String, u64>,
+}
+
+impl Found {
+    fn add(&mut self, record: &Record, words: &[String], is_in_cache: bool) {
+        if is_in_cache {
+            let name = match record.reason.as_str() {
+                "" => record.answer.finish_reason.as_str(),
+                reason => reason,
+            };
+            *self.known.entry(name.to_owned()).or_default() += 1;
+        }
+        if is_named(record, words) {
+            self.names.insert(Origin::from(record).half());
         }
     }
-    let known = known.into_iter();
-    Ok(known
-        .map(|(name, count)| format!("{name:?} ({count})"))
-        .collect())
+
+    fn nothing(&self, words: &[String]) -> anyhow::Error {
+        let words = words.join(",");
+        let known = self.known.iter();
+        let known: Vec<_> = known
+            .map(|(name, count)| format!("{name:?} ({count})"))
+            .collect();
+        let message = match (self.names.is_empty(), known.is_empty()) {
+            (false, _) => format!(
+                "`--again {words}` names answers, and none of them is to a question of this config and \
+                 these flags: nothing was changed"
+            ),
+            (true, true) => format!("`--again {words}` names nothing: the cache holds no answers"),
+            (true, false) => format!(
+                "`--again {words}` names nothing: the answers in the cache are {}",
+                known.join(", ")
+            ),
+        };
+        Exit::Usage(message).into()
+    }
 }
 
 /// Is the answer one of those?
@@ -93,5 +143,77 @@ fn is_named(record: &Record, words: &[String]) -> bool {
             let kind = reason.split(':').next().unwrap_or_default();
             !word.is_empty() && [reason, kind, &record.answer.finish_reason].contains(&word)
         }
+    })
+}
+
+/// Those rows of this run that are named.
+struct Asked {
+    plan: Plan,
+    /// All keys of theirs.
+    keys: HashSet<String>,
+    /// How many of the rows have this question.
+    of_question: HashMap<String, usize>,
+}
+
+impl std::ops::Deref for Asked {
+    type Target = Plan;
+
+    fn deref(&self) -> &Plan {
+        &self.plan
+    }
+}
+
+impl Asked {
+    /// Is this an answer to one of the rows?
+    fn answers(&self, record: &Record) -> bool {
+        if self.keys.contains(&record.key) {
+            return true;
+        }
+        let half = Origin::from(record).half();
+        match self.of_question.get(&half) {
+            None => false,
+            // Of another address, name or place of the cut.
+            Some(1) => true,
+            Some(_) => {
+                let mut keys = self.keys.iter().filter(|key| question::half(key) == half);
+                keys.any(|key| question::cut_key(key, record.cut_at) == record.key)
+            }
+        }
+    }
+}
+
+fn asked(
+    config: &Config,
+    options: &HarvestOptions,
+    prompts: &[Prompt],
+    names: &HashSet<String>,
+) -> Result<Asked> {
+    let past = cache::peek(&config.own_cache())?.past;
+    let scope = Scope {
+        shard: options.shard,
+        only: Some(names),
+    };
+    let open = |_: &str| Ok(Standing::Open);
+    let askings = askings(config, &[])?;
+    let plan = Plan::new(
+        prompts.to_vec(),
+        askings,
+        &config.prompts,
+        scope,
+        &past,
+        open,
+    )?;
+    let (mut keys, mut of_question) = (HashSet::new(), HashMap::new());
+    for row in &plan.rows {
+        keys.insert(row.key.clone());
+        keys.extend(row.old_key.as_deref().map(str::to_owned));
+        *of_question
+            .entry(question::half(&row.key).to_owned())
+            .or_default() += 1;
+    }
+    Ok(Asked {
+        plan,
+        keys,
+        of_question,
     })
 }

@@ -71,7 +71,10 @@ impl Address {
 
 fn check_scheme(settings: &config::Teacher, url: &Url) -> Result<()> {
     let shown = &settings.base_url;
-    let has_key = settings.key_source() != KeySource::None;
+    let mut texts = settings.headers.values().chain(settings.query.values());
+    let has_key = settings.key_source() != KeySource::None
+        || texts.any(|text| text.contains("${"))
+        || shown.contains("${");
     let message = match (url.scheme(), settings.allow_http) {
         ("https", _) => return Ok(()),
         ("http", _) if is_loopback(url) => return Ok(()),
@@ -82,9 +85,14 @@ fn check_scheme(settings: &config::Teacher, url: &Url) -> Result<()> {
              endpoint needs no key, set `teacher.api_key_env = \"\"`; or insist upon it with \
              `teacher.allow_http = \"with_key\"`"
         ),
+        ("http", AllowHttp::No) if has_key => format!(
+            "`teacher.base_url` = \"{shown}\" would send the key and the prompts unencrypted: use https; or \
+             set `teacher.api_key_env = \"\"` and `teacher.allow_http = true` for an endpoint without a key in \
+             a network of your own, or `teacher.allow_http = \"with_key\"` to insist"
+        ),
         ("http", AllowHttp::No) => format!(
-            "`teacher.base_url` = \"{shown}\" would send the key and the prompts unencrypted: use https, \
-             or set `teacher.allow_http = true` for an endpoint in a network of your own"
+            "`teacher.base_url` = \"{shown}\" would send the prompts unencrypted: use https, or \
+             set `teacher.allow_http = true` for an endpoint in a network of your own"
         ),
         _ => format!("`teacher.base_url` = \"{shown}\" must begin with https://"),
     };

@@ -5,7 +5,7 @@
 
 use std::io::Read;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,24 @@ use crate::exit::Exit;
 
 /// For a command that prints a key.
 const LONGEST_COMMAND: Duration = Duration::from_secs(60);
+
+/// For a key that has been taken before and is refused now: whoever renews it may be a little late.
+const PATIENCE: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// Headers that say how a request is sent.
+const FRAMING: [&str; 10] = [
+    "Host",
+    "Connection",
+    "Content-Length",
+    "Content-Type",
+    "Content-Encoding",
+    "Accept-Encoding",
+    "Transfer-Encoding",
+    "TE",
+    "Upgrade",
+    "Expect",
+];
 
 /// New keys that are refused, one after the other, before the endpoint is believed.
 const REFUSED_KEYS: u32 = 2;
@@ -40,6 +58,8 @@ pub struct Credentials {
     current: Mutex<Arc<Sent>>,
     /// Keys in a row that were refused.
     refused: AtomicU32,
+    /// A key has been taken.
+    is_known: AtomicBool,
     /// Held while a new one is fetched.
     fetching: tokio::sync::Mutex<()>,
 }
@@ -62,6 +82,24 @@ impl Credentials {
         let own = own.into_iter().filter(|(_, value)| !value.is_empty());
         let others = settings.headers.iter();
         for (name, value) in own.chain(others.map(|(name, value)| (name.as_str(), value))) {
+            if FRAMING
+                .iter()
+                .any(|framing| name.eq_ignore_ascii_case(framing))
+            {
+                let message = format!(
+                    "`teacher.headers.{name}` cannot be set: that header belongs to the connection"
+                );
+                return Err(Exit::Usage(message).into());
+            }
+            if name.eq_ignore_ascii_case(header.as_str())
+                && settings.key_source() != KeySource::None
+            {
+                let message = format!(
+                    "`teacher.headers.{name}` carries the key already: leave it out, or set \
+                     `teacher.api_key_env = \"\"`"
+                );
+                return Err(Exit::Usage(message).into());
+            }
             let expanded = expand(value)?;
             let place = format!("teacher.headers.{name}");
             headers.insert(
@@ -83,6 +121,7 @@ impl Credentials {
             header,
             current: Mutex::new(Arc::new(sent)),
             refused: AtomicU32::new(0),
+            is_known: AtomicBool::new(false),
             fetching: tokio::sync::Mutex::default(),
         };
         if let Some(key) = read_key(settings)? {
@@ -99,6 +138,7 @@ impl Credentials {
     /// The endpoint takes what was sent.
     pub fn accepted(&self) {
         self.refused.store(0, Ordering::Relaxed);
+        self.is_known.store(true, Ordering::Relaxed);
     }
 
     /// The endpoint refuses what was `sent`. True where there is something else to send by now.
@@ -116,9 +156,18 @@ impl Credentials {
         if self.refused.load(Ordering::Relaxed) >= REFUSED_KEYS {
             return false;
         }
-        let this = Arc::clone(self);
-        let fetched = tokio::task::spawn_blocking(move || this.fetch()).await;
-        match fetched.map_err(anyhow::Error::from).flatten() {
+        let started = Instant::now();
+        let fetched = loop {
+            let this = Arc::clone(self);
+            let fetched = tokio::task::spawn_blocking(move || this.fetch()).await;
+            let fetched = fetched.map_err(anyhow::Error::from).flatten();
+            let waits = self.is_known.load(Ordering::Relaxed) && started.elapsed() < PATIENCE;
+            if !waits || matches!(fetched, Ok(true)) {
+                break fetched;
+            }
+            tokio::time::sleep(PAUSE).await;
+        };
+        match fetched {
             Ok(is_new) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
                 if is_new {
@@ -209,6 +258,7 @@ fn read_key(settings: &config::Teacher) -> Result<Option<SecretString>> {
             ))
         })?,
     };
+    let key = key.trim_start_matches('\u{feff}');
     let key = key.lines().map(str::trim).find(|line| !line.is_empty());
     let key = key.ok_or_else(|| {
         let place = match settings.key_source() {

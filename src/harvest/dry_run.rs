@@ -5,6 +5,7 @@ use anyhow::Result;
 
 use super::estimate::Estimate;
 use super::plan::{Plan, Scope, Standing};
+use super::prepare::check_fits;
 use super::schedule::Schedule;
 use super::summary::Summary;
 use super::teacher::Teacher;
@@ -39,6 +40,9 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
         only: None,
     };
     let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?;
+    for lane in 0..plan.lanes.len() {
+        check_fits(config, &plan, lane)?;
+    }
     let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
@@ -64,7 +68,11 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
         Teacher::new(&lane.teacher)?;
     }
     let now = jiff::Timestamp::now();
-    Schedule::new(&config.schedule, now)?;
+    Schedule::new(&config.schedule, now)?.check_not_over(now)?;
+    if config.run_dir.exists() && !config.run_dir.is_dir() {
+        let message = format!("`run_dir` = {} is a file", config.run_dir.display());
+        return Err(Exit::Usage(message).into());
+    }
     check_money(config, options.shard, now)?;
     if config.student != Student::default() {
         check_student(&config.student)?;

@@ -100,6 +100,7 @@ use lane::Lane;
 use limiter::Shared;
 use plan::{Plan, Scope, Standing};
 use prepare::{askings, census_of, check_endpoints, check_money, open_cache, prompts, sample};
+use schedule::Schedule;
 use teacher::Teacher;
 use unanswered::Unanswered;
 
@@ -194,9 +195,22 @@ pub async fn run_in(
     let mut unanswered = Unanswered::load(&config.run_dir)?;
     let again = match options.again.is_empty() {
         true => None,
+        // What was asked again goes on in the batches.
+        false if config.schedule.mode == Mode::Batch && batch::is_under_way(&config.run_dir)? => {
+            tracing::warn!(
+                "batches are under way: they are waited for, and nothing leaves the cache"
+            );
+            None
+        }
         false => {
             batch::check_none_under_way(&config.run_dir)?;
-            Some(again::take_out(config, &mut unanswered, &options.again)?)
+            Schedule::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
+            Some(again::take_out(
+                config,
+                &options,
+                &prompts,
+                &mut unanswered,
+            )?)
         }
     };
     let cache = open_cache(config, &options, storage, signals.flag())?;

@@ -62,6 +62,8 @@ pub struct Plan {
     pub given_up: Vec<(usize, Row)>,
     /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
     pub repeated: u64,
+    /// All of its keys.
+    pub keys: HashSet<Fingerprint>,
     /// All of its questions; see [`question::half`].
     pub questions: HashSet<Fingerprint>,
 }
@@ -86,7 +88,6 @@ impl Scope<'_> {
 
 /// What the rows of a plan are compared with.
 struct Adding<'a, S> {
-    seen: HashSet<Fingerprint>,
     scope: Scope<'a>,
     past: &'a Past,
     standing: S,
@@ -124,10 +125,10 @@ impl Plan {
             answered: vec![0; shares.len()],
             given_up: Vec::new(),
             repeated: 0,
+            keys: HashSet::new(),
             questions: HashSet::new(),
         };
         let mut adding = Adding {
-            seen: HashSet::new(),
             scope,
             past,
             standing,
@@ -171,7 +172,7 @@ impl Plan {
             self.total += 1;
             self.questions
                 .insert(keys::fingerprint(question::half(&key)));
-            if !adding.seen.insert(fingerprint) {
+            if !self.keys.insert(fingerprint) {
                 self.cached += 1;
                 self.repeated += 1;
                 continue;

@@ -4,7 +4,10 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::Result;
+use tokio::time::Instant;
 
+use super::limiter::Limiter;
+use super::limiter::day::Day;
 use super::plan::Plan;
 use super::request::Asking;
 use super::shard::Shard;
@@ -35,6 +38,32 @@ pub(super) fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>>
     lanes.map(asking).collect()
 }
 
+/// Refuses what no limit and no budget will ever let go.
+///
+/// # Errors
+/// [`Exit::Usage`] where a row of the lane could never be sent.
+pub(super) fn check_fits(config: &Config, plan: &Plan, lane: usize) -> Result<()> {
+    if plan.lanes[lane].is_empty() {
+        return Ok(());
+    }
+    let settings = &plan.askings[lane].lane;
+    let day = Day::new(settings.limits.own().requests_per_day, &[], Instant::now());
+    Limiter::new(&settings.limits.own(), plan.largest(lane), day, None)?;
+    let costs = plan.lanes[lane].clone();
+    let costs = costs.filter_map(|row| plan.bound(lane, row).cost(&settings.price));
+    let most = costs.fold(0.0, f64::max);
+    if let Some(cap) = config.budget.usd.filter(|cap| most > *cap) {
+        return Err(Exit::Usage(format!(
+            "one request to {} may cost {}, more than `budget.usd` = {cap}: lower `sampling.max_tokens` or \
+             raise the budget",
+            settings.teacher.label(),
+            format_dollars(most),
+        ))
+        .into());
+    }
+    Ok(())
+}
+
 /// What a cache of so many keys holds besides answers to what is asked. It is read for that only where
 /// it holds more than those.
 pub(super) fn census_of(dir: &Path, plan: &Plan, known: usize) -> Result<Census> {
@@ -49,7 +78,9 @@ pub(super) fn census_of(dir: &Path, plan: &Plan, known: usize) -> Result<Census>
         .iter()
         .map(|prompt| prompt.id.as_str())
         .collect();
-    census::census(dir, &plan.questions, &open, |id| ids.contains(id))
+    census::census(dir, &plan.keys, &plan.questions, &open, |id| {
+        ids.contains(id)
+    })
 }
 
 /// Compares the config with what `distill probe` found. Returns the hash of that, for each lane.

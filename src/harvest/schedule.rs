@@ -28,6 +28,11 @@ pub enum State {
     Over,
 }
 
+/// Why nothing is asked any more.
+pub fn over() -> anyhow::Error {
+    Exit::Resumable("the deadline has come; the same command goes on".into()).into()
+}
+
 impl Schedule {
     /// A deadline without a date is the next one after `now`.
     ///
@@ -53,6 +58,17 @@ impl Schedule {
             deadline,
             zone,
         })
+    }
+
+    /// Refuses to begin after the deadline.
+    ///
+    /// # Errors
+    /// [`Exit::Resumable`].
+    pub fn check_not_over(&self, now: Timestamp) -> Result<()> {
+        match self.state(now) {
+            State::Over => Err(over()),
+            _ => Ok(()),
+        }
     }
 
     pub fn state(&self, now: Timestamp) -> State {

@@ -11,7 +11,10 @@ use reqwest::header::{HeaderMap, HeaderValue};
 use crate::cache::record::Answer;
 
 /// Keys shorter than this are placeholders (`none`, `EMPTY`), whose text may well be in an answer.
-const SHORTEST: usize = 20;
+const SHORTEST: usize = 8;
+
+/// Keys shorter than this are looked for as whole words, and not in base64.
+const SURE: usize = 20;
 
 /// What stands where a key stood.
 const INSTEAD: &str = "[key]";
@@ -21,6 +24,8 @@ const INSTEAD: &str = "[key]";
 pub struct Secrets {
     known: Vec<String>,
     forms: Option<AhoCorasick>,
+    /// By form: only as a whole word.
+    is_word: Vec<bool>,
 }
 
 impl Secrets {
@@ -29,11 +34,17 @@ impl Secrets {
             .into_iter()
             .filter(|secret| secret.len() >= SHORTEST)
             .collect();
-        let forms: Vec<Vec<u8>> = known.iter().flat_map(|secret| forms(secret)).collect();
+        let (mut all, mut is_word) = (Vec::new(), Vec::new());
+        for secret in &known {
+            let forms = forms(secret);
+            is_word.extend(forms.iter().map(|_| secret.len() < SURE));
+            all.extend(forms);
+        }
         Secrets {
-            forms: (!forms.is_empty())
-                .then(|| AhoCorasick::new(forms).ok())
+            forms: (!all.is_empty())
+                .then(|| AhoCorasick::new(all).ok())
                 .flatten(),
+            is_word,
             known,
         }
     }
@@ -49,14 +60,11 @@ impl Secrets {
         let Some(forms) = &self.forms else {
             return text;
         };
-        let mut found: Vec<(usize, usize)> = forms
-            .find_iter(&text[..])
-            .map(|found| (found.start(), found.end()))
-            .collect();
+        let mut found = self.places(forms, &text);
         if has_escaped_letters(&text) {
             let (decoded, places) = decode(&text);
-            let escaped = forms.find_iter(&decoded[..]);
-            found.extend(escaped.map(|found| (places[found.start()], places[found.end()])));
+            let escaped = self.places(forms, &decoded).into_iter();
+            found.extend(escaped.map(|(start, end)| (places[start], places[end])));
         }
         if found.is_empty() {
             return text;
@@ -72,6 +80,24 @@ impl Secrets {
         }
         clean.extend_from_slice(&text[at..]);
         clean.into()
+    }
+
+    /// Where keys are in a text.
+    fn places(&self, forms: &AhoCorasick, text: &[u8]) -> Vec<(usize, usize)> {
+        let is_of_word = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+        let found = forms.find_iter(text).filter(|found| {
+            let before = found.start().checked_sub(1).and_then(|at| text.get(at));
+            let touches = is_of_word(before) || is_of_word(text.get(found.end()));
+            !(self.is_word[found.pattern().as_usize()] && touches)
+        });
+        found.map(|found| (found.start(), found.end())).collect()
+    }
+
+    /// Is there a key in the text?
+    pub fn is_in(&self, text: &str) -> bool {
+        self.forms
+            .as_ref()
+            .is_some_and(|forms| !self.places(forms, text.as_bytes()).is_empty())
     }
 
     /// Takes the keys out of a text; true if there was one.
@@ -111,6 +137,9 @@ impl Secrets {
 /// alignments, without the characters that its neighbours have a part in.
 fn forms(secret: &str) -> Vec<Vec<u8>> {
     let mut forms = vec![secret.as_bytes().to_vec()];
+    if secret.len() < SURE {
+        return forms;
+    }
     for before in 0..3 {
         let mut bytes = vec![0; before];
         bytes.extend_from_slice(secret.as_bytes());
@@ -213,6 +242,9 @@ mod tests {
         ] {
             assert_eq!(clean(text), text);
         }
+        let short = Secrets::new(["my-vllm-token".to_string()]);
+        let said = Bytes::from_static(b"Bearer my-vllm-token, my-vllm-tokens");
+        assert_eq!(short.clean(said), "Bearer [key], my-vllm-tokens");
         let none = Secrets::new(["none".to_string()]);
         assert_eq!(
             none.clean(Bytes::from_static(b"none is left")),

@@ -142,6 +142,11 @@ impl Unanswered {
         self.get(key).is_some_and(|known| known.is_filtered)
     }
 
+    /// The keys of all rows that are known.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.rows.keys().map(String::as_str)
+    }
+
     /// What is known of the row with this key.
     pub fn get(&self, key: &str) -> Option<&Known> {
         self.rows.get(key)

@@ -273,6 +273,11 @@ mod tests {
                 "a,b\n1\n",
                 "p.csv:2: the row has 1 fields, and the header has 2",
             ),
+            (
+                "p.csv",
+                "id,text\n1,\"hello\n2,x\n",
+                "p.csv:2: a quote in this row is not closed",
+            ),
             ("p.csv", "a,a\n1,2\n", "\"a\" is empty or there twice"),
             (
                 "p.json",

@@ -23,7 +23,7 @@ use crate::harvest::lane::Lane;
 use crate::harvest::plan::Plan;
 use crate::harvest::progress::Rates;
 use crate::harvest::room::{self, Room};
-use crate::harvest::schedule::{Schedule, State};
+use crate::harvest::schedule::{self, Schedule, State};
 use crate::harvest::stop;
 use crate::harvest::summary::Summary;
 use crate::harvest::timeline::{Timeline, Used};
@@ -228,9 +228,7 @@ impl<'a> Dispatcher<'a> {
         match state {
             State::Open => None,
             State::Over => {
-                let message = "the deadline has come; the same command goes on";
-                let error = Exit::Resumable(message.into());
-                self.stop.get_or_insert(error.into());
+                self.stop.get_or_insert_with(schedule::over);
                 None
             }
             State::Closed(_) if self.stop.is_some() || self.is_done() => None,

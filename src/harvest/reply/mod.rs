@@ -61,8 +61,16 @@ impl Completion {
 
     /// Takes keys out of an answer that came in pieces, none of which held one.
     pub fn clean(&mut self, secrets: &Secrets) {
-        if secrets.clean_answer(&mut self.answer) {
-            // They spell another text now.
+        // The key was taken out of the text, and is left in the bytes of tokens.
+        let is_in_tokens = self.logprobs.as_ref().is_some_and(|logprobs| {
+            secrets.is_in(&logprobs.token.concat())
+                || logprobs
+                    .top
+                    .iter()
+                    .flatten()
+                    .any(|token| secrets.is_in(token))
+        });
+        if secrets.clean_answer(&mut self.answer) | is_in_tokens {
             let problem = "the answer held the key";
             self.logprobs_fault = self.logprobs.take().map(|_| problem.into());
         }

@@ -30,7 +30,7 @@ pub fn read(path: &Path, file: impl Read, delimiter: u8, on_row: OnRow<'_>) -> R
     };
     let mut table = csv::ReaderBuilder::new()
         .delimiter(delimiter)
-        .from_reader(file);
+        .from_reader(Quotes { file, quotes: 0 });
     let header = table.headers().map_err(problem)?.clone();
     let mut names = HashSet::new();
     for name in &header {
@@ -43,16 +43,39 @@ pub fn read(path: &Path, file: impl Read, delimiter: u8, on_row: OnRow<'_>) -> R
         }
     }
     let mut record = csv::StringRecord::new();
+    let (mut is_last_long, mut last_line) = (false, 1);
     while table.read_record(&mut record).map_err(problem)? {
         let fields = header.iter().zip(&record);
         let row: Map<String, Value> = fields
             .map(|(name, field)| (name.to_owned(), Value::from(field)))
             .collect();
         let line = record.position().map_or(0, csv::Position::line);
+        (is_last_long, last_line) = (record.iter().any(|field| field.contains('\n')), line);
         on_row(
             usize::try_from(line).unwrap_or(usize::MAX),
             Value::Object(row),
         )?;
     }
+    // One that is never closed takes the rest of the file into its field.
+    if is_last_long && !table.get_ref().quotes.is_multiple_of(2) {
+        return Err(usage(format!(
+            "{}:{last_line}: a quote in this row is not closed, and takes in all that follows",
+            path.display()
+        )));
+    }
     Ok(())
+}
+
+/// A file, and the number of quotes in it.
+struct Quotes<R> {
+    file: R,
+    quotes: u64,
+}
+
+impl<R: Read> Read for Quotes<R> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(into)?;
+        self.quotes += memchr::memchr_iter(b'"', &into[..read]).count() as u64;
+        Ok(read)
+    }
 }

@@ -347,3 +347,36 @@ fn a_key_where_a_name_belongs_is_not_repeated() {
         .unwrap();
     assert!(!errors(&output).contains(key), "{}", errors(&output));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_is_in_no_logprobs() {
+    let spelled = |text: &str| {
+        json!({"token": text, "logprob": -0.5, "bytes": text.as_bytes(), "top_logprobs": [
+            {"token": text, "logprob": -0.5, "bytes": text.as_bytes()}]})
+    };
+    let whole = [spelled("it is "), spelled(KEY)];
+    let pieces: Vec<_> = KEY
+        .as_bytes()
+        .chunks(4)
+        .map(|piece| spelled(std::str::from_utf8(piece).unwrap()))
+        .collect();
+    let pieces = [&[spelled("it is ")], &pieces[..]].concat();
+    for content in [whole.to_vec(), pieces] {
+        let body = json!({"choices": [{"message": {"content": format!("it is {KEY}")}, "finish_reason": "stop",
+            "logprobs": {"content": content}}], "usage": {"prompt_tokens": 1, "completion_tokens": 2}});
+        let server = FaultServer::start(move |_| {
+            Reaction::Reply(200, Vec::new(), body.to_string().into_bytes())
+        })
+        .await;
+        let dir = folder(&server.base_url, 2, "");
+        let path = dir.path().to_owned();
+        let output = tokio::task::spawn_blocking(move || run(&path, &["harvest"]));
+        assert_eq!(output.await.unwrap().status.code(), Some(0));
+        let kept = fs::read_to_string(dir.path().join("run/cache/responses.jsonl")).unwrap();
+        assert!(
+            kept.contains("it is [key]") && kept.contains("the answer held the key"),
+            "{kept}"
+        );
+        assert!(!kept.contains(&KEY[..4]), "{kept}");
+    }
+}

@@ -211,3 +211,81 @@ async fn the_cache_of_an_earlier_version_stays_valid() {
     // Eight were cut off at 24 tokens.
     assert_eq!(requests(&run).await, (4, 8));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_this_run_asks_leaves_the_cache_and_a_stopped_one_goes_on() {
+    let is_locked = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let locked = std::sync::Arc::clone(&is_locked);
+    let server =
+        FaultServer::start(
+            move |seen| match locked.load(std::sync::atomic::Ordering::Relaxed) {
+                true => crate::fault_server::reply(401, crate::fault_server::error("no", "")),
+                false => teacher(seen),
+            },
+        )
+        .await;
+    let mut run = Run::new(&server, &PROMPTS);
+    assert_eq!(requests(&run).await, (0, 4));
+    let whole = run.records();
+    // Other settings, other prompts, no money, a deadline that has passed: nothing leaves.
+    let good = run.config.clone();
+    type Change = fn(&mut distill::config::Config);
+    let changes: [(Change, u8); 4] = [
+        (|config| config.sampling.temperature = Some(0.5), 2),
+        (|config| config.teacher.model = "other".into(), 2),
+        (
+            |config| {
+                config.budget.usd = Some(1e-9);
+                config.price.input = Some(1.0);
+                config.price.output = Some(1.0);
+                config.price.as_of = Some(jiff::Zoned::now().date().to_string());
+            },
+            2,
+        ),
+        (
+            |config| config.schedule.deadline = Some("2020-01-01 00:00".into()),
+            4,
+        ),
+    ];
+    for (change, code) in changes {
+        change(&mut run.config);
+        let error = again(&run, &["length"]).await.err().unwrap();
+        assert_eq!(distill::exit::Exit::code_of(&error), code, "{error:#}");
+        assert_eq!(run.records(), whole, "{error:#}");
+        run.config = good.clone();
+    }
+    run.write("prompts.txt", "short one\nlong one");
+    is_locked.store(true, std::sync::atomic::Ordering::Relaxed);
+    let summary = again(&run, &["length"]).await.unwrap();
+    assert_eq!((end(&summary).0, summary.ok), (1, 0));
+    assert_eq!(
+        run.records().len(),
+        3,
+        "the one that this run asks has left"
+    );
+    is_locked.store(false, std::sync::atomic::Ordering::Relaxed);
+    let summary = again(&run, &["length"]).await.unwrap();
+    assert_eq!((summary.total, summary.requests, summary.ok), (1, 1, 1));
+    assert_eq!(run.records().len(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_answers_a_question_already_is_not_adopted_by_another_teacher() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["a", "b", "c", "d", "e", "f"]);
+    let teacher = |name: &str| distill::config::Teacher {
+        name: name.into(),
+        ..run.config.teacher.clone()
+    };
+    run.config.teachers = vec![teacher("A"), teacher("B")];
+    assert_eq!(requests(&run).await, (0, 6));
+    run.config.prompts.teachers = distill::config::Assignment::All;
+    assert_eq!(harvest::adopt(&run.config).unwrap().records, 0);
+    let dry = HarvestOptions {
+        dry_run: true,
+        ..quietly()
+    };
+    let summary = harvest::run(&run.config, dry).await.unwrap();
+    assert_eq!((summary.cached, summary.pending), (6, 6));
+    assert!(summary.estimate.unwrap().cached.elsewhere.is_empty());
+}
