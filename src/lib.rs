@@ -5,7 +5,7 @@
 //! Data flows one way, and each noun has one room:
 //!
 //! ```text
-//! prompts, templates --prompt--> Prompt --harvest::request--> request body + key
+//! prompts, templates --prompt--> Prompt --harvest::request--> request body --cache::question--> key
 //!   --harvest (limiter, teacher, retry)--> answer --cache::record--> cache (append-only JSONL)
 //!   --data (chat template, tokenizer, align)--> prepared examples (mapped) --data::batch--> Batch
 //!   --model (a tape over ops)--> hidden states --train::loss, fused with the LM head--> gradients
@@ -40,7 +40,7 @@
 //!    or random number that is not an argument.
 //! 3. An acknowledged record is never changed or lost.
 //! 4. Every trainable parameter receives a gradient, and no sum depends on the number of threads.
-//! 5. The API key is exposed in one expression (`harvest::teacher`), and printed, logged, cached and
+//! 5. The API key is exposed in one expression (`harvest::credentials`), and printed, logged, cached and
 //!    hashed nowhere.
 //! 6. Text that came from a model reaches a terminal only through [`terminal::sanitise`].
 //! 7. Waiting uses the monotonic clock; wall-clock time only stamps records, reads HTTP dates

@@ -13,7 +13,8 @@
 //! torn tail from damage.
 //!
 //! `reader` walks both files, also while they are written, and `lookup` finds single lines; `repair`
-//! and `merge` move what does not fit aside. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
+//! and `merge` move what does not fit aside, `rewrite` what is to be asked again. `question` names records;
+//! `census` counts those that answer something else; `place` knows whether a file is still where it was. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
 //! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
 //! lock's pid apart). An acknowledged record is never changed or lost.
 

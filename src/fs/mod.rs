@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use tempfile::NamedTempFile;
 
 /// Writes `bytes` to `path`: after this returns the file is whole and survives a power loss, and
@@ -165,7 +165,20 @@ fn folder_of(path: &Path) -> &Path {
 
 /// Reads a file whole.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
+    check_is_file(path)?;
     fs::read(path).with_context(|| format!("could not read {}", path.display()))
+}
+
+/// Refuses what has a name and is no file: a pipe or a device would be read for ever.
+///
+/// # Errors
+/// Where it is neither a file nor a folder; those say for themselves what they are.
+pub fn check_is_file(path: &Path) -> Result<()> {
+    let is_odd = |metadata: fs::Metadata| !metadata.is_file() && !metadata.is_dir();
+    if path.metadata().is_ok_and(is_odd) {
+        bail!("could not read {}: it is no file", path.display());
+    }
+    Ok(())
 }
 
 /// Appends lines to a file that is read leniently; it is created where there is none. They survive a kill
@@ -191,6 +204,7 @@ pub fn append(path: &Path, lines: &[u8]) -> Result<()> {
 
 /// Reads a text file whole.
 pub fn read_to_string(path: &Path) -> Result<String> {
+    check_is_file(path)?;
     fs::read_to_string(path).with_context(|| format!("could not read {}", path.display()))
 }
 
@@ -301,6 +315,40 @@ pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<
     Ok(filled)
 }
 
+/// Takes over into the new folder `to` what somebody has put into the old one, `from`: all that `is_ours` does
+/// not know by name.
+pub fn keep_others(from: &Path, to: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
+    if !from.is_dir() {
+        return Ok(());
+    }
+    let could_not = || format!("could not keep what others put into {}", from.display());
+    for entry in fs::read_dir(from).with_context(could_not)? {
+        let entry = entry.with_context(could_not)?;
+        let name = entry.file_name();
+        let place = to.join(&name);
+        if is_ours(&name.to_string_lossy()) || place.exists() {
+            continue;
+        }
+        copy_tree(&entry.path(), &place).with_context(could_not)?;
+    }
+    Ok(())
+}
+
+fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
+    if from.is_file() {
+        return fs::copy(from, to).map(drop);
+    }
+    if !from.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        copy_tree(&entry.path(), &to.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
 /// Begins a file in a folder that [`write_dir_with`] gets filled, which syncs it with the folder.
 pub fn create(path: &Path) -> Result<BufWriter<File>> {
     let file = File::create_new(path);
@@ -333,12 +381,18 @@ impl Log {
     /// Opens `path` for appending, after dropping every line for which `keep` is false.
     pub fn open(path: &Path, keep: impl Fn(&str) -> bool) -> Result<Self> {
         if path.exists() {
-            let kept: String = read_to_string(path)?
-                .lines()
-                .filter(|line| keep(line))
-                .flat_map(|line| [line, "\n"])
-                .collect();
-            write_atomic(path, kept.as_bytes())?;
+            let text = read(path)?;
+            let lines = text.split_inclusive(|byte| *byte == b'\n');
+            // One bad byte is no reason to lose a line, and a torn end shall touch no other one.
+            let mut kept = Vec::with_capacity(text.len());
+            for line in lines {
+                let line = line.strip_suffix(b"\n").unwrap_or(line);
+                if keep(String::from_utf8_lossy(line).trim_end_matches('\r')) {
+                    kept.extend_from_slice(line);
+                    kept.push(b'\n');
+                }
+            }
+            write_atomic(path, &kept)?;
         }
         let file = File::options().create(true).append(true).open(path);
         Ok(Self {

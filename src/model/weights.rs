@@ -35,6 +35,30 @@ pub fn load(dir: &Path) -> Result<Tensors> {
     Ok(tensors)
 }
 
+/// Refuses weights with more layers than are to be built: the rest would be left out in silence.
+///
+/// # Errors
+/// Where a tensor belongs to a layer from `layers` on.
+pub fn check_layers(tensors: &Tensors, layers: usize) -> Result<()> {
+    let layer = |name: &str| -> Option<usize> {
+        let rest = name
+            .split_once(".layers.")
+            .or_else(|| name.split_once("h."))?
+            .1;
+        rest.split('.').next()?.parse().ok()
+    };
+    match tensors
+        .keys()
+        .find(|name| layer(name).is_some_and(|layer| layer >= layers))
+    {
+        None => Ok(()),
+        Some(name) => bail!(
+            "config.json says `num_hidden_layers` = {layers}, and the weights have {name}: set it to the \
+             number of layers that are there"
+        ),
+    }
+}
+
 /// Reads one safetensors file as f32.
 ///
 /// # Errors
@@ -73,6 +97,7 @@ impl File<'_> {
 /// # Errors
 /// Where it is missing or malformed.
 pub fn with_file<R>(path: &Path, read: impl FnOnce(&File) -> Result<R>) -> Result<R> {
+    crate::fs::check_is_file(path)?;
     let map = std::fs::File::open(path)
         .and_then(|file| Map::of(&file))
         .with_context(|| format!("cannot read {}", path.display()))?;

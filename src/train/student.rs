@@ -190,7 +190,12 @@ impl Student {
                 fs::write_in(folder, name, bytes)?;
             }
             let entries = weights::entries(&weights, dtype)?;
-            weights::write(&folder.join("model.safetensors"), entries)
+            weights::write(&folder.join("model.safetensors"), entries)?;
+            fs::keep_others(dir, folder, |name| {
+                name == GENERATION_CONFIG
+                    || TOKENIZER_FILES.contains(&name)
+                    || name.starts_with("model") && name.contains(".safetensors")
+            })
         })
     }
 }

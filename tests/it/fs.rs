@@ -121,3 +121,56 @@ fn a_folder_that_fails_half_way_leaves_the_old_one_alone() {
     assert_eq!(fs::read_to_string(path.join("rows")).unwrap(), "third");
     assert_eq!(names(dir.path()), ["dataset"]);
 }
+
+#[test]
+fn a_pipe_in_a_model_folder_is_refused_and_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        let status = std::process::Command::new("mkfifo")
+            .arg(dir.path().join(name))
+            .status();
+        assert!(status.unwrap().success());
+    }
+    let error = distill::fs::read_to_string(&dir.path().join("config.json")).unwrap_err();
+    assert!(error.to_string().contains("it is no file"), "{error}");
+    let error = distill::model::weights::load_file(&dir.path().join("model.safetensors"));
+    assert!(error.err().unwrap().to_string().contains("it is no file"));
+    let error = distill::fs::read("/dev/zero".as_ref()).unwrap_err();
+    assert!(error.to_string().contains("it is no file"), "{error}");
+}
+
+#[test]
+fn a_bad_byte_in_a_log_costs_no_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    std::fs::write(&path, b"one\ntw\xffo\nthree\ntorn").unwrap();
+    let mut log = distill::fs::Log::open(&path, |line| line != "three").unwrap();
+    log.write("four").unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"one\ntw\xffo\ntorn\nfour\n");
+}
+
+#[test]
+fn what_others_put_into_a_folder_is_kept_when_it_is_written_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("student");
+    std::fs::create_dir_all(folder.join("notes")).unwrap();
+    for (name, text) in [
+        ("old.bin", "ours"),
+        ("README.txt", "theirs"),
+        ("notes/a", "theirs"),
+    ] {
+        std::fs::write(folder.join(name), text).unwrap();
+    }
+    write_dir_with(&folder, |new| {
+        distill::fs::write_in(new, "new.bin", b"ours")?;
+        distill::fs::keep_others(&folder, new, |name| name.ends_with(".bin"))
+    })
+    .unwrap();
+    assert!(!folder.join("old.bin").exists() && folder.join("new.bin").exists());
+    for name in ["README.txt", "notes/a"] {
+        assert_eq!(
+            std::fs::read_to_string(folder.join(name)).unwrap(),
+            "theirs"
+        );
+    }
+}

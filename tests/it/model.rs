@@ -142,6 +142,14 @@ fn weights_that_do_not_fit_the_config_are_named() {
             .to_string()
             .contains("model.layers.1.mlp.up_proj.weight")
     );
+    // More of them than are to be built.
+    let error = distill::model::weights::check_layers(&tensors, 1);
+    let error = error.err().unwrap().to_string();
+    assert!(
+        error.contains("model.layers.1.") && error.contains("= 1"),
+        "{error}"
+    );
+    distill::model::weights::check_layers(&tensors, 2).unwrap();
     let (_, mut tensors) = tiny(true);
     let wrong = Tensor::zeros((3, 3), DType::F32, &Device::Cpu).unwrap();
     tensors.insert("model.layers.0.self_attn.q_proj.weight".into(), wrong);

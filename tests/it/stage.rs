@@ -125,6 +125,14 @@ pub fn end(mut child: Child, longest: Duration) -> (ExitStatus, String) {
     )
 }
 
+/// Were the tests started with hang-ups ignored, as by `nohup`? So are their children.
+pub fn ignores_hang_ups() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask & 1 != 0)
+}
+
 pub fn signal(child: &Child, name: &str) {
     let status = Command::new("kill")
         .args(["-s", name, &child.id().to_string()])

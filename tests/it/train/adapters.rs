@@ -112,7 +112,10 @@ fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
     *other.last_mut().unwrap() ^= 1;
     std::fs::write(&path, other).unwrap();
     let error = train::run(&config, Start::Resume.into()).err().unwrap();
-    assert!(format!("{error:#}").contains("have changed"), "{error:#}");
+    assert!(
+        format!("{error:#}").contains("the frozen weights changed"),
+        "{error:#}"
+    );
     assert_eq!(Exit::code_of(&error), 2);
 
     std::fs::write(&path, weights_of_base).unwrap();
