@@ -30,7 +30,7 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     let askings = askings(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
     let mut past = known.past.clone();
-    past.has_old |= batch::is_under_way(&config.run_dir)?;
+    past.has_old |= batch::is_under_way(&config.run_dir)? || !unanswered.is_empty();
     let standing = |key: &str| match known.contains(key) || unanswered.is_filtered(key) {
         true => Ok(Standing::Answered),
         false => Ok(Standing::Open),

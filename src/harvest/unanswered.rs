@@ -142,6 +142,10 @@ impl Unanswered {
         self.get(key).is_some_and(|known| known.is_filtered)
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     /// The keys of all rows that are known.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.rows.keys().map(String::as_str)

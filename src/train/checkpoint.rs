@@ -171,9 +171,10 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value) -> Result<State> {
     let state = read_state(path).map_err(|error| damaged(path, &error))?;
     if state.fingerprint != fingerprint(basis) {
         bail!(Exit::Usage(format!(
-            "{} changed since {}: undo that to go on with it, or start over with --fresh",
-            changes(&state.basis, basis),
-            path.display()
+            "the settings or the data have changed since {}{}: undo that to go on with it, or start over with \
+             --fresh",
+            path.display(),
+            changes(&state.basis, basis)
         )));
     }
     let mut restore = || -> Result<()> {
@@ -260,14 +261,14 @@ fn changes(before: &Value, now: &Value) -> String {
             _ if old == value || before.is_null() => {}
             (Some(old), Some(new)) => changes.extend(new.iter().filter_map(|(key, value)| {
                 let old = old.get(key).unwrap_or(&Value::Null);
-                (old != value).then(|| format!("{section}.{key} was {old} and is {value}, which"))
+                (old != value).then(|| format!("{section}.{key} was {old} and is {value}"))
             })),
             _ => changes.push(format!("the {section}")),
         }
     }
     match changes.is_empty() {
-        true => "the settings or the data".to_owned(),
-        false => changes.join("; "),
+        true => String::new(),
+        false => format!(" ({})", changes.join("; ")),
     }
 }
 

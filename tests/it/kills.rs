@@ -144,7 +144,7 @@ fn a_second_signal_stops_at_once() {
         std::thread::sleep(Duration::from_millis(5));
     }
     signal(&child, "INT");
-    std::thread::sleep(Duration::from_millis(1_100));
+    std::thread::sleep(Duration::from_millis(2_500));
     let second = Instant::now();
     signal(&child, "INT");
     let (status, errors) = end(child, Duration::from_secs(10));
