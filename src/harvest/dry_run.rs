@@ -1,6 +1,8 @@
 //! `harvest --dry-run`: what would be asked and what it would cost, and everything that the night would
 //! refuse. Sends nothing, writes nothing.
 
+use std::path::Path;
+
 use anyhow::Result;
 
 use super::estimate::Estimate;
@@ -74,7 +76,15 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
         return Err(Exit::Usage(message).into());
     }
     check_money(config, options.shard, now)?;
-    if config.student != Student::default() {
+    // Where none is named, none is meant yet.
+    let folder = config.file.as_deref().and_then(Path::parent);
+    let unset = Student {
+        path: folder
+            .unwrap_or(Path::new(""))
+            .join(Student::default().path),
+        ..Student::default()
+    };
+    if config.student != unset {
         check_student(&config.student)?;
     }
     cache::place::check_all_is_back(&config.own_cache())

@@ -150,7 +150,8 @@ fn the_key_is_in_no_output_whatever_the_teacher_does() {
         &["cache", "stats"],
         &["config", "show"],
     ] {
-        run(dir, arguments);
+        let output = run(dir, arguments);
+        assert!(output.status.success(), "{}", errors(&output));
     }
     let kept = fs::read_to_string(dir.join("run/cache/responses.jsonl"))
         .unwrap_or_else(|_| panic!("nothing was kept: {}", errors(&output)));
