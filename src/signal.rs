@@ -25,8 +25,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Those of this process, but for those that it was started to ignore, as by `nohup`. From here on they
-    /// no longer end it by themselves.
+    /// Those of this process, but for the hang-up where it was started to ignore it, as by `nohup`. From here on
+    /// they no longer end it by themselves.
     pub fn listen() -> Result<Signals> {
         let kinds = [
             SignalKind::interrupt(),
@@ -37,7 +37,8 @@ impl Signals {
         let flag = StopFlag::default();
         let last: Arc<Mutex<Option<Instant>>> = Arc::default();
         for kind in kinds {
-            if process::is_ignored(kind.as_raw_value()) {
+            // A script's background jobs have Ctrl-C ignored as well, and are to be stopped by it all the same.
+            if kind == SignalKind::hangup() && process::is_ignored(kind.as_raw_value()) {
                 continue;
             }
             let mut signals = signal(kind).context("cannot listen for signals")?;
@@ -164,7 +165,7 @@ mod tests {
         let pid = std::process::id().to_string();
         for (name, number) in [("-TERM", 15), ("-INT", 2), ("-HUP", 1)] {
             // As under `nohup`.
-            if process::is_ignored(number.into()) {
+            if number == 1 && process::is_ignored(number.into()) {
                 continue;
             }
             assert!(number == 15 || signals.flag().check().is_err());
