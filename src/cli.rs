@@ -84,8 +84,8 @@ pub struct HarvestArgs {
     /// Use only the first N prompts
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Ask again, and these alone, by a comma: length (cut off), quarantined, failed, or a reason as in the
-    /// summary; the answers that there are move to responses.replaced.jsonl
+    /// Request these answers again, and no others (comma-separated): length (truncated), quarantined, failed,
+    /// or a reason from the summary; existing answers move to responses.replaced.jsonl
     #[arg(
         long,
         value_name = "WHAT",
@@ -148,7 +148,7 @@ pub enum CacheAction {
         #[arg(required = true, value_name = "DIR")]
         sources: Vec<PathBuf>,
     },
-    /// Take over answers to the config's questions that another address gave, or an earlier version kept
+    /// Assign cached answers from another address, or of an earlier version, to the config's questions
     Adopt(ConfigFile),
     /// Print records
     Show {

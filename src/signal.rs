@@ -106,12 +106,12 @@ impl StopFlag {
             .enable_all()
             .build()
             .context("cannot watch for signals")?;
+        let mut signals = {
+            let _guard = runtime.enter();
+            Signals::listen()?
+        };
         std::thread::spawn(move || {
             runtime.block_on(async {
-                // An error leaves the signals their usual effect: they end the process.
-                let Ok(mut signals) = Signals::listen() else {
-                    return;
-                };
                 while let Some(signal) = signals.next().await {
                     if number.swap(signal, Ordering::Relaxed) != 0 {
                         std::process::exit(128 + i32::from(signal));

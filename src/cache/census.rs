@@ -1,17 +1,16 @@
-//! Whose answers a cache holds besides those that a run can use.
+//! Counts the cached answers that a run does not use: from other endpoints, settings or prompts.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::keys::{self, Fingerprint};
+use super::line;
 use super::question::{self, Question};
 use super::reader::Lines;
 use super::record::Record;
-use super::{line, stored};
 use crate::terminal::format_count;
 
 /// Answers that are not those to what is asked.
@@ -26,13 +25,13 @@ pub struct Census {
 }
 
 impl Census {
-    /// What to do with answers to what is still open.
+    /// Advises `cache adopt` where it would answer open questions.
     pub fn advice(&self) -> Option<String> {
         let answers: u64 = self.elsewhere.values().sum();
         let places: Vec<&str> = self.elsewhere.keys().map(String::as_str).collect();
         (answers > 0).then(|| {
             format!(
-                "the cache holds {} whole answers to questions that are still open here, from {}: `distill cache \
+                "the cache holds at least {} whole answers to questions that are still open here, from {}: `distill cache \
                  adopt -c CONFIG` keeps them, and they are not bought again",
                 format_count(answers),
                 places.join(", ")
@@ -41,93 +40,84 @@ impl Census {
     }
 }
 
-/// What tells where a record belongs.
+/// The fields of a record that identify its question and its endpoint.
 #[derive(Deserialize)]
-pub struct Origin {
-    pub v: u32,
-    pub key: String,
+struct Origin {
+    v: u32,
+    key: String,
     #[serde(default)]
-    pub cut_at: u32,
-    pub prompt_id: String,
-    pub sample: u32,
-    pub endpoint: String,
+    cut_at: u32,
+    prompt_id: String,
+    endpoint: String,
     #[serde(default)]
-    pub teacher: String,
-    #[serde(with = "stored::request")]
-    request: Value,
-}
-
-impl From<&Record> for Origin {
-    fn from(record: &Record) -> Origin {
-        Origin {
-            v: record.v,
-            key: record.key.clone(),
-            cut_at: record.cut_at,
-            prompt_id: record.prompt_id.clone(),
-            sample: record.sample,
-            endpoint: record.endpoint.clone(),
-            teacher: record.teacher.clone(),
-            request: record.request.clone(),
-        }
-    }
+    teacher: String,
 }
 
 impl Origin {
-    /// # Errors
-    /// Where the line is no record.
-    pub fn of(line: &[u8]) -> Result<Origin, line::Fault> {
+    fn of(line: &[u8]) -> Result<Origin, line::Fault> {
         serde_json::from_slice(line).map_err(|error| line::Fault::NoRecord(error.to_string()))
     }
 
-    /// What the keys of all answers to its question end with.
-    pub fn half(&self) -> String {
-        match self.v {
-            1 => Question::of(&self.request, self.sample).half(),
-            _ => question::half(&self.key).to_owned(),
-        }
+    /// Second half of the key that this version gives to the question in `line`.
+    fn half(&self, line: &[u8]) -> Result<Fingerprint, line::Fault> {
+        let half = if self.v < 2 {
+            half_of(&line::decode(line)?)
+        } else {
+            question::half(&self.key).to_owned()
+        };
+        Ok(keys::fingerprint(&half))
     }
 
-    /// `max_tokens` of its request.
-    pub fn max_tokens(&self) -> u32 {
-        let fields = ["max_completion_tokens", "max_tokens"];
-        let told = fields
-            .iter()
-            .find_map(|name| self.request.get(*name)?.as_u64());
-        told.and_then(|told| u32::try_from(told).ok())
-            .unwrap_or(u32::MAX)
-    }
-
-    fn place(&self) -> String {
-        match self.teacher.as_str() {
-            "" => self.endpoint.clone(),
-            name => name.to_owned(),
+    /// Name or address of the endpoint.
+    fn place(self) -> String {
+        if self.teacher.is_empty() {
+            self.endpoint
+        } else {
+            self.teacher
         }
+    }
+}
+
+/// Second half of the key that this version gives to the record's question.
+pub fn half_of(record: &Record) -> String {
+    if record.v < 2 {
+        Question::of(&record.request, record.sample).half()
+    } else {
+        question::half(&record.key).to_owned()
     }
 }
 
 /// Counts the records of the cache in `dir` that have none of the keys that are `used`, and do not answer one
-/// of the `asked` questions, or one that is still `open`; `is_prompt` knows the ids of the prompts.
+/// of the `asked` questions, or one that is still `open`; `is_prompt` knows the ids of the prompts. Reads at
+/// most `limit` records.
 ///
 /// # Errors
-/// Where the cache is damaged.
+/// Where the cache is damaged, and those of `check`, which is called for each record.
 pub fn census(
     dir: &Path,
     used: &HashSet<Fingerprint>,
     asked: &HashSet<Fingerprint>,
     open: &HashSet<Fingerprint>,
     is_prompt: impl Fn(&str) -> bool,
+    limit: u64,
+    check: impl Fn() -> Result<()>,
 ) -> Result<Census> {
     let mut census = Census::default();
     if !super::exists(dir) {
         return Ok(census);
     }
     let mut lines = Lines::open(dir)?;
-    while lines.advance().map_err(|error| lines.refuse_scan(error))? {
+    let mut records = 0;
+    while records < limit && lines.advance().map_err(|error| lines.refuse_scan(error))? {
+        records += 1;
+        check()?;
         let origin = Origin::of(lines.line()).map_err(|fault| lines.refuse(fault))?;
         if used.contains(&keys::fingerprint(&origin.key)) {
             continue;
         }
-        let half = keys::fingerprint(&origin.half());
+        let half = origin
+            .half(lines.line())
+            .map_err(|fault| lines.refuse(fault))?;
         if open.contains(&half) && origin.cut_at == 0 {
             *census.elsewhere.entry(origin.place()).or_default() += 1;
             continue;

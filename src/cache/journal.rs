@@ -59,8 +59,8 @@ impl Journal {
     }
 
     /// Appends so many `lines`. After an error the file ends where it did before; where even that
-    /// cannot be had, every later append is refused. Where the file is no longer where it was, the lines
-    /// go to where the others are safe.
+    /// fails, every later append is refused. If another program moved or changed the file, the lines go to the
+    /// rescue file.
     pub fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
         self.may_append()?;
         self.look();
@@ -116,9 +116,9 @@ impl Journal {
         let Err(error) = result else {
             return Ok(());
         };
-        self.health = Health::Lost;
-        let lines = lines + self.take_unsynced();
-        self.doubtful += lines;
+        let lines = lines + self.unsynced;
+        self.doubtful += lines - self.unsynced;
+        self.give_up();
         Err(error).with_context(|| {
             format!(
                 "could not sync {}: its last {lines} records may not be on the disk",
@@ -146,7 +146,8 @@ impl Journal {
     /// Compares the file with what was written to it. Where it was moved or changed by somebody else, what
     /// follows is appended to where it is safe, and [`Journal::check`] says so from now on.
     pub fn look(&mut self) {
-        if self.displaced.is_some() {
+        // After a failed write the length is not what was written.
+        if self.displaced.is_some() || self.health != Health::Good {
             return;
         }
         let Some(place) = &self.place else {
@@ -165,7 +166,7 @@ impl Journal {
                 self.storage = Box::new(rescue.file);
                 self.take_unsynced();
             }
-            Err(()) => self.health = Health::Lost,
+            Err(()) => self.give_up(),
         }
     }
 
@@ -200,6 +201,7 @@ impl Journal {
 
     /// Nothing may be appended any more: something that it depends on could not be synced.
     pub fn give_up(&mut self) {
+        self.doubtful += self.take_unsynced();
         self.health = Health::Lost;
     }
 
@@ -235,6 +237,9 @@ impl Journal {
     /// An error where nothing can be appended any more.
     pub fn may_append(&self) -> Result<()> {
         let path = self.path.display();
+        if let (Health::Lost, Some(displaced)) = (self.health, &self.displaced) {
+            return Err(displaced.clone().into());
+        }
         match self.health {
             Health::Good => Ok(()),
             Health::Torn => bail!(

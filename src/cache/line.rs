@@ -128,7 +128,7 @@ fn leading_head(line: &[u8]) -> Option<Head<'_>> {
     })
 }
 
-/// No answer costs more: what says so is no record of ours.
+/// Upper bound of a plausible cost in dollars; a higher one is not from a record of this program.
 const DEAREST: f64 = 1e6;
 
 /// Dollars in a line that [`verify`] and [`head`] have accepted; 0 where none are told.

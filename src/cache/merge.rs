@@ -37,7 +37,7 @@ pub struct Merged {
     pub conflicts: u64,
     /// The first keys of those.
     pub keys: Vec<String>,
-    /// What the added ones cost, and the tokens of those without a price.
+    /// Cost of the added records in dollars, and the tokens of those without a price.
     pub cost_usd: f64,
     pub unpriced: Usage,
 }
@@ -55,6 +55,22 @@ pub fn merge(
     sources: &[PathBuf],
     on_progress: OnProgress<'_>,
 ) -> Result<Vec<Merged>> {
+    let mut all = Vec::new();
+    merge_all(into, settings, sources, &mut all, on_progress)?;
+    Ok(all)
+}
+
+/// As [`merge`]; `all` has what was merged also after an error.
+///
+/// # Errors
+/// As [`merge`].
+pub fn merge_all(
+    into: &Path,
+    settings: &config::Cache,
+    sources: &[PathBuf],
+    all: &mut Vec<Merged>,
+    on_progress: OnProgress<'_>,
+) -> Result<()> {
     for source in sources {
         check(into, source)?;
     }
@@ -73,16 +89,18 @@ pub fn merge(
     merging.learn_conflicts(into)?;
     let total: u64 = sources.iter().map(|source| size(source)).sum();
     let mut before = 0;
-    let mut all = Vec::new();
     for source in sources {
-        let merged = merging.take(source, &mut |bytes| on_progress(before + bytes, total))?;
-        before += size(source);
+        let mut merged = Merged::default();
+        let taken = merging.take(source, &mut merged, &mut |bytes| {
+            on_progress(before + bytes, total)
+        });
         all.push(merged);
+        taken?;
+        before += size(source);
     }
     merging.cache.sync()?;
     merging.conflicts.sync_all()?;
-    crate::fs::remove_if_empty(&conflicts_file(into))?;
-    Ok(all)
+    crate::fs::remove_if_empty(&conflicts_file(into))
 }
 
 fn check(into: &Path, source: &Path) -> Result<()> {
@@ -117,7 +135,7 @@ fn identities(dir: &Path) -> Result<HashSet<Identity>> {
     Ok(known)
 }
 
-/// What a record cost; its tokens, where it has no cost.
+/// Cost of a record in dollars, and its usage if it has no cost.
 fn spent(line: &[u8]) -> Result<(f64, Option<Usage>), line::Fault> {
     let cost_usd = line::cost_usd(line)?;
     let usage = match cost_usd {
@@ -149,10 +167,10 @@ impl Merging {
     fn take(
         &mut self,
         source: &Path,
+        merged: &mut Merged,
         on_progress: &mut dyn FnMut(u64) -> Result<()>,
-    ) -> Result<Merged> {
+    ) -> Result<()> {
         let mut lines = Lines::open(source)?;
-        let mut merged = Merged::default();
         let mut group = Vec::with_capacity(GROUP);
         loop {
             let is_more = match lines.advance() {
@@ -181,7 +199,7 @@ impl Merging {
                     .iter()
                     .any(|sealed: &Sealed| sealed.is_of(&identity.0))
             {
-                self.keep_conflict(line, identity, &mut merged)?;
+                self.keep_conflict(line, identity, merged)?;
             } else {
                 merged.added += 1;
                 self.known.insert(identity);
@@ -200,7 +218,7 @@ impl Merging {
                 bad.offset
             );
         }
-        Ok(merged)
+        Ok(())
     }
 
     fn keep_conflict(

@@ -93,7 +93,7 @@ pub fn length(path: &Path) -> Result<u64> {
     }
 }
 
-/// What a cache holds, read without taking it.
+/// Contents of a cache, read without its lock.
 #[derive(Debug, Default)]
 pub struct Peek {
     keys: Keys,
@@ -103,7 +103,7 @@ pub struct Peek {
 }
 
 impl Peek {
-    /// Has this key been answered?
+    /// Returns true if a record has this key.
     pub fn contains(&self, key: &str) -> bool {
         self.keys.contains(&keys::fingerprint(key))
     }

@@ -1,4 +1,4 @@
-//! Is a file still where this process opened it? A night is long, and others use the disk as well.
+//! Detects that an open file was moved, removed, replaced, truncated or appended to by another program.
 //!
 //! Device, inode and length are compared. A file that has lost its name is still open here: its lines are
 //! put into a folder of their own, and nothing that was paid for is lost.
@@ -24,7 +24,7 @@ pub struct Place {
     path: PathBuf,
 }
 
-/// What has become of a file.
+/// Change of a file since this process last wrote it.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Change {
     /// It has another name now.
@@ -102,7 +102,7 @@ impl Place {
         Place::of(&self.file, &self.path)
     }
 
-    /// Where the operating system has the file now.
+    /// Current path of the open file, from the operating system.
     fn name_now(&self) -> Option<PathBuf> {
         #[cfg(unix)]
         {
@@ -158,7 +158,7 @@ pub fn rescue_dir(dir: &Path) -> PathBuf {
     dir.with_file_name(name)
 }
 
-/// Says to which name a file of the cache folder `dir` was moved under a run.
+/// Path of the note that records where a file of the cache folder `dir` was moved to.
 fn note_file(dir: &Path) -> PathBuf {
     let mut name = dir.file_name().unwrap_or_default().to_owned();
     name.push(".moved");
@@ -188,7 +188,6 @@ pub fn check_all_is_back(dir: &Path) -> Result<()> {
     let mut lines = text.lines();
     if let (Some(from), Some(to)) = (lines.next(), lines.next())
         && !Path::new(from).exists()
-        && Path::new(to).exists()
     {
         let message = format!(
             "{from} was moved to {to} under the last run, and every answer in it would be bought again: \
@@ -196,6 +195,18 @@ pub fn check_all_is_back(dir: &Path) -> Result<()> {
             note.display()
         );
         return Err(Exit::Usage(message).into());
+    }
+    Ok(())
+}
+
+/// Removes the note of a move that [`check_all_is_back`] has found undone.
+///
+/// # Errors
+/// Where it cannot be removed.
+pub fn forget_move(dir: &Path) -> Result<()> {
+    let note = note_file(dir);
+    if !note.exists() {
+        return Ok(());
     }
     crate::fs::remove_file(&note)
 }
@@ -233,8 +244,8 @@ fn rescue(place: &Place, length: u64, dir: &Path) -> Result<Rescue> {
     })
 }
 
-/// What the user is to know and to do about a change of the file at `path`, from which `rescued` was
-/// rescued, or into which is written what is still on its way.
+/// Message about a change of the file at `path`: where its answers are, and how to continue. `rescued` is the
+/// folder that received its records, or receives those still in flight.
 fn describe(path: &Path, change: &Change, length: u64, rescued: &Path) -> Displaced {
     let file = path.display();
     let dir = path.parent().unwrap_or(Path::new("."));

@@ -33,7 +33,7 @@ const NO_PART: [&str; 10] = [
 /// Hex digits of half a key.
 const HALF: usize = 32;
 
-/// What is asked, of nobody in particular.
+/// Hash of a request without its endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Question {
     hash: blake3::Hash,
@@ -68,15 +68,71 @@ impl Question {
         format!("{}{}", &asked[..HALF], &self.hash.to_hex()[..HALF])
     }
 
-    /// What the keys of all its answers end with.
+    /// Second half of every key of this question, in hex.
     pub fn half(&self) -> String {
         self.hash.to_hex()[..HALF].to_owned()
     }
 }
 
-/// What the keys of all answers to one question end with.
+/// Keys under which the answer to one request may be cached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// The key of a new record.
+    pub key: String,
+    /// By the address, if the endpoint has a name: it may have been given later.
+    pub by_address: Option<String>,
+    /// Of schema 1.
+    pub old: Option<String>,
+}
+
+impl Names {
+    /// `name` and `base_url` are those of the endpoint; `with_old` adds the key of schema 1.
+    pub fn new(
+        question: &Question,
+        name: &str,
+        base_url: &str,
+        request: &Value,
+        sample: u32,
+        with_old: bool,
+    ) -> Names {
+        let by_address = (!name.is_empty()).then(|| question.key(&endpoint("", base_url)));
+        Names {
+            key: question.key(&endpoint(name, base_url)),
+            by_address,
+            old: with_old.then(|| old_key(base_url, request, sample)),
+        }
+    }
+
+    /// The new key first.
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        let others = [self.by_address.as_deref(), self.old.as_deref()];
+        [Some(self.key.as_str())]
+            .into_iter()
+            .chain(others)
+            .flatten()
+    }
+}
+
+/// Second half of a key, which identifies the question.
 pub fn half(key: &str) -> &str {
     key.get(HALF..).unwrap_or(key)
+}
+
+/// `max_tokens` of a request, under either of its names.
+pub fn max_tokens(request: &Value) -> Option<u32> {
+    let fields = ["max_completion_tokens", "max_tokens"];
+    let value = fields
+        .iter()
+        .find_map(|name| request.get(*name)?.as_u64())?;
+    u32::try_from(value).ok()
+}
+
+/// `max_tokens` if an answer to this request was truncated there, else 0.
+pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
+    match finish_reason {
+        "length" | "max_tokens" => max_tokens(request).unwrap_or(0),
+        _ => 0,
+    }
 }
 
 /// The key of an answer that was cut off at so many tokens.
@@ -126,12 +182,12 @@ pub fn endpoint(name: &str, base_url: &str) -> String {
     format!("{scheme}://{host}{port}{path}")
 }
 
-/// What a cache holds besides answers under their plain keys.
+/// Alternative keys that may occur in a cache: keys of schema 1, and keys of truncated answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Past {
     /// Records of schema 1, under keys of that time.
     pub has_old: bool,
-    /// Where answers were cut off.
+    /// Values of `max_tokens` at which answers were truncated.
     pub cuts: BTreeSet<u32>,
 }
 
@@ -263,25 +319,23 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_those_of_the_versions_before() {
-        let body = json!({"b": [1, {"d": null, "c": "x"}], "a": "ä\n"});
-        // Computed by the version that introduced each of them.
+    fn keys_never_change() {
+        let body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}],
+            "max_completion_tokens": 512, "temperature": 1.0, "logprobs": true, "top_logprobs": 20});
+        // Golden keys: should one change, every cache would be bought again.
         assert_eq!(
-            old_key("https://e/v1", &body, 3),
-            blake3::hash(
-                r#"{"body":{"a":"ä\n","b":[1,{"c":"x","d":null}]},"endpoint":"https://e/v1","sample":3,"v":1}"#
-                    .as_bytes()
-            )
-            .to_hex()
-            .to_string()
+            old_key("http://a/v1", &body, 0),
+            "93c719aebe2658e2afeb28e1bc0e94468267cc514d5a71ff383956a79309f425"
+        );
+        let key = Question::of(&body, 0).key(&endpoint("", "http://a/v1"));
+        assert_eq!(
+            key,
+            "baf29abff0d7df240deeb62c1d4e1694bb9800ba08e76b338c188e77f6bf5eab"
         );
         assert_eq!(
-            Question::of(&body, 3).half(),
-            blake3::hash(
-                r#"{"question":{"a":"ä\n","b":[1,{"c":"x","d":null}]},"sample":3,"v":2}"#
-                    .as_bytes()
-            )
-            .to_hex()[..32]
+            cut_key(&key, 512),
+            "bdf4a81453f9888b294b5792f8e7d813bb9800ba08e76b338c188e77f6bf5eab"
         );
+        assert_eq!(Question::of(&body, 0).bytes, body.to_string().len());
     }
 }

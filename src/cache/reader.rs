@@ -108,7 +108,7 @@ impl Lines {
         Ok(lines)
     }
 
-    /// Is the line in the plain file?
+    /// Returns true if the current line comes from the plain file.
     pub fn is_in_plain(&self) -> bool {
         self.is_in_plain
     }

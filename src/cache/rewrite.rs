@@ -1,18 +1,20 @@
 //! Records that leave the cache to be asked for again, or get another key. Nothing is thrown away.
 
+use std::collections::HashSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
 use super::frames::{self, Effort, FRAME_TEXT};
+use super::keys;
 use super::reader::Lines;
 use super::storage::{self, Appender};
 use super::writer::Cache;
 use super::{compressed_file, plain_file};
 use crate::config;
 
-/// What becomes of a record.
+/// Decision about one record.
 pub enum Fate {
     Stay,
     /// Another line takes its place, with its newline.
@@ -21,7 +23,7 @@ pub enum Fate {
     Leave,
 }
 
-/// Decides about a line, without its newline: the same each time that it is asked.
+/// Decides about a line, without its newline. It may be called twice for a line, with the same result.
 pub type Decide<'a> = &'a dyn Fn(&[u8]) -> Result<Fate>;
 
 /// The file that has what was asked for again.
@@ -42,15 +44,25 @@ pub fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) -> Resu
     // What a crash has left is mended first.
     drop(Cache::open(dir, settings)?);
     let _lock = super::lock(dir)?;
-    let mut changed = 0;
+    // Decided once for all records; the few that do not stay are looked at again as they are written.
+    let mut marked = HashSet::new();
     walk(dir, |_, line| {
-        changed += u64::from(!matches!(decide(line)?, Fate::Stay));
+        if !matches!(decide(line)?, Fate::Stay) {
+            marked.insert(keys::identity(line)?);
+        }
         Ok(())
     })?;
-    if changed == 0 {
+    if marked.is_empty() {
         return Ok(0);
     }
-    keep_replaced(dir, decide)?;
+    let decide = |line: &[u8]| -> Result<Fate> {
+        if marked.contains(&keys::identity(line)?) {
+            decide(line)
+        } else {
+            Ok(Fate::Stay)
+        }
+    };
+    keep_replaced(dir, &decide)?;
     if compressed_file(dir).exists() {
         replace(&compressed_file(dir), |new| {
             let mut text = Vec::with_capacity(FRAME_TEXT);
@@ -81,7 +93,7 @@ pub fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) -> Resu
             Ok(())
         })
     })?;
-    Ok(changed)
+    Ok(marked.len() as u64)
 }
 
 fn replace(path: &Path, fill: impl FnOnce(&mut Appender<'_>) -> Result<()>) -> Result<()> {

@@ -151,7 +151,11 @@ impl Cache {
         let frames = compressed_file(dir);
         let frames = match std::fs::File::open(&frames) {
             Ok(file) => Some((Place::of(&file, &frames)?, opening::length(&frames)?)),
-            Err(_) => None,
+            Err(error) if crate::fs::is_gone(&error) => None,
+            Err(error) => {
+                let could_not = || format!("could not open {}", frames.display());
+                return Err(error).with_context(could_not);
+            }
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
@@ -195,7 +199,7 @@ impl Cache {
         self.shared.lock().keys.contains(fingerprint)
     }
 
-    /// What it holds under other keys than plain ones.
+    /// Alternative keys that occur in this cache.
     pub fn past(&self) -> Past {
         self.shared.lock().past.clone()
     }
@@ -216,8 +220,11 @@ impl Cache {
         state.keys.len().saturating_sub(state.journal.doubtful())
     }
 
-    /// Looks whether its files are still what this process made of them. An error, which may be
-    /// [`Displaced`](super::place::Displaced), if nothing more is to be asked for.
+    /// Compares the files with what this process wrote.
+    ///
+    /// # Errors
+    /// If no further request may be sent; [`Displaced`](super::place::Displaced) if another program moved or
+    /// changed a file.
     pub fn check(&self) -> Result<()> {
         let mut state = self.shared.lock();
         state.look();
@@ -331,14 +338,16 @@ impl State {
             return;
         };
         // A frame may be on its way into it.
-        match place.check(*length) {
-            Ok(()) | Err(Change::Longer { .. }) => {}
-            Err(change) if !self.journal.is_displaced() => {
-                let (displaced, _) = place.leave(&change, *length);
-                self.journal.displace(displaced);
-            }
-            Err(_) => {}
+        let Err(change) = place.check(*length) else {
+            return;
+        };
+        if let Change::Longer { .. } = change {
+            return;
         }
+        // Also after the plain file: both may have been removed, and each is rescued by itself.
+        let (displaced, _) = place.leave(&change, *length);
+        self.journal.displace(displaced);
+        self.frames = None;
     }
 }
 

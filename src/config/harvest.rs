@@ -119,11 +119,11 @@ impl MaxTokensField {
     }
 }
 
-/// How answers are taken.
+/// Settings of `distill harvest` itself.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Harvest {
-    /// Where `sampling.top_logprobs` asks for logprobs, and 20 answers in a row have none that can be used.
+    /// Reaction to 20 consecutive answers without usable logprobs, if `sampling.top_logprobs` requests them.
     pub on_missing_logprobs: OnMissingLogprobs,
 }
 

@@ -12,7 +12,7 @@ use super::teacher::*;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where it was read from.
+    /// Path of the config file.
     #[serde(skip)]
     pub file: Option<PathBuf>,
     /// Folder of this run: the cache, checkpoints, metrics and the student land here.

@@ -11,7 +11,7 @@ use super::mistake::usage;
 
 const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
 
-/// What keys of well-known endpoints begin with.
+/// Prefixes of the API keys of well-known providers.
 const PREFIXES: [&str; 14] = [
     "sk-", "sk_", "gsk_", "hf_", "xai-", "pplx-", "AIza", "r8_", "nvapi-", "fw_", "tgp_", "csk-",
     "ya29.", "eyJ",
@@ -42,7 +42,7 @@ pub struct Teacher {
     pub headers: BTreeMap<String, String>,
     /// The query of every request's address; `${NAME}` likewise.
     pub query: BTreeMap<String, String>,
-    /// Whose account pays, as OpenAI calls it; empty for the key's own.
+    /// Value of the `OpenAI-Organization` header; empty to leave it out.
     pub organization: String,
     pub project: String,
     /// Plain http to another machine than this one.
@@ -119,7 +119,7 @@ impl Default for Teacher {
     }
 }
 
-/// May prompts, and the key, go over the network unencrypted?
+/// Permission to send prompts, and the key, over unencrypted http to another machine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "serde_json::Value", into = "serde_json::Value")]
 pub enum AllowHttp {
@@ -154,7 +154,7 @@ impl From<AllowHttp> for serde_json::Value {
     }
 }
 
-/// Where the key comes from.
+/// Source of the API key.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum KeySource<'a> {
     None,
@@ -220,7 +220,7 @@ impl Teacher {
     }
 }
 
-/// Can this be the name of a variable, and not a key?
+/// Returns true if the text is a plausible variable name and not a key.
 fn is_name(text: &str) -> bool {
     let mut bytes = text.bytes();
     let first = bytes.next().unwrap_or(b'0');
@@ -234,7 +234,7 @@ fn is_name(text: &str) -> bool {
     is_identifier && !is_mixed && !looks_like_key(text)
 }
 
-/// Is a key of a well-known form in this text?
+/// Returns true if the text contains a key of a well-known provider.
 fn looks_like_key(text: &str) -> bool {
     hide_keys(text) != text
 }

@@ -218,7 +218,8 @@ pub fn read_data(path: &Path) -> std::io::Result<Vec<u8>> {
 /// Opens a data file to be read bit by bit, unpacked as by [`read_data`].
 pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
     let file = File::open(path)?;
-    if path.extension().is_none_or(|extension| extension != "gz") {
+    let is_packed = |extension: &std::ffi::OsStr| extension.eq_ignore_ascii_case("gz");
+    if !path.extension().is_some_and(is_packed) {
         return Ok(Box::new(BufReader::with_capacity(1 << 20, file)));
     }
     let packed = BufReader::with_capacity(1 << 16, Counted { file, bytes: 0 });
@@ -248,7 +249,7 @@ impl Read for Counted {
     }
 }
 
-/// What is unpacked, as long as it is not out of proportion.
+/// Decompressed stream, limited in proportion to the compressed bytes read.
 struct Unpacked {
     inner: flate2::bufread::MultiGzDecoder<BufReader<Counted>>,
     bytes: u64,
@@ -415,13 +416,13 @@ impl Log {
             .with_context(|| format!("could not sync {}", self.path.display()))
     }
 
-    /// Is the file still the one that has its name?
+    /// Returns true if the path still names this file.
     pub fn is_in_place(&self) -> bool {
         has_name(&self.file, &self.path)
     }
 }
 
-/// Is the open file the one that has this name? Where neither can be looked at, it may be.
+/// Returns true if `path` names the open file, and also if the metadata cannot be read.
 pub fn has_name(file: &File, path: &Path) -> bool {
     match (file.metadata(), path.metadata()) {
         (Ok(own), Ok(named)) => identity(&own) == identity(&named),
@@ -438,7 +439,7 @@ pub fn is_gone(error: &std::io::Error) -> bool {
     )
 }
 
-/// What two names of the same file have in common.
+/// Device and inode number.
 #[cfg(unix)]
 pub fn identity(metadata: &fs::Metadata) -> (u64, u64) {
     use std::os::unix::fs::MetadataExt;

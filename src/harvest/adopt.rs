@@ -7,15 +7,15 @@ use anyhow::Result;
 
 use super::plan::{Plan, Scope};
 use super::{Standing, askings};
-use crate::cache::census::Origin;
+use crate::cache::census::half_of;
 use crate::cache::question::{self, Past};
-use crate::cache::record::{Record, SCHEMA};
+use crate::cache::record::SCHEMA;
 use crate::cache::rewrite::{Fate, rewrite};
 use crate::cache::{self, line};
 use crate::config::Config;
 use crate::prompt;
 
-/// What [`adopt`] did.
+/// Result of [`adopt`].
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Adopted {
     /// Records that answer questions of the config now.
@@ -52,18 +52,19 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     let known = cache::peek(&dir)?;
     let mut targets = HashMap::<String, (String, &str)>::new();
     let mut taken = HashSet::new();
-    let records = match cache::exists(&dir) {
-        true => Some(cache::read(&dir)?),
-        false => None,
+    let records = if cache::exists(&dir) {
+        Some(cache::read(&dir)?)
+    } else {
+        None
     };
     for record in records.into_iter().flatten() {
         let record = record?;
-        let cut_at = cut_at(&record);
+        let cut_at = question::cut_at(&record.request, &record.answer.finish_reason);
         let name_of = |key: &str| match cut_at {
             0 => key.to_owned(),
             cut_at => question::cut_key(key, cut_at),
         };
-        let Some(of_question) = rows.get(Origin::from(&record).half().as_str()) else {
+        let Some(of_question) = rows.get(half_of(&record).as_str()) else {
             continue;
         };
         // What answers a question of this config already stays where it is.
@@ -87,7 +88,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             return Ok(Fate::Stay);
         };
         let mut record = line::decode(line)?;
-        record.cut_at = cut_at(&record);
+        record.cut_at = question::cut_at(&record.request, &record.answer.finish_reason);
         record.v = SCHEMA;
         record.key.clone_from(key);
         record.teacher = (*name).to_owned();
@@ -97,12 +98,4 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
         records,
         questions: plan.rows.len() as u64,
     })
-}
-
-/// Where the answer was cut off, which records of schema 1 do not tell by themselves.
-fn cut_at(record: &Record) -> u32 {
-    match record.answer.finish_reason.as_str() {
-        "length" | "max_tokens" if record.v == 1 => Origin::from(record).max_tokens(),
-        _ => record.cut_at,
-    }
 }

@@ -12,7 +12,7 @@ use super::plan::{Plan, Scope, Standing};
 use super::prepare::check_fits;
 use super::unanswered::Unanswered;
 use super::{HarvestOptions, askings};
-use crate::cache::census::Origin;
+use crate::cache::census::half_of;
 use crate::cache::question;
 use crate::cache::record::{Record, Status};
 use crate::cache::rewrite::{Fate, replaced_file, rewrite};
@@ -57,17 +57,18 @@ pub fn take_out(
         found.names.extend(unanswered.keys().map(str::to_owned));
     }
     let asked = asked(config, options, prompts, &found.names)?;
-    if asked.rows.is_empty() {
+    if asked.plan.rows.is_empty() {
         return Err(found.nothing(words));
     }
-    for lane in 0..asked.lanes.len() {
-        check_fits(config, &asked, lane)?;
+    for lane in 0..asked.plan.lanes.len() {
+        check_fits(config, &asked.plan, lane)?;
     }
     let moved = rewrite(&dir, &config.cache, &|line| {
         let record = line::decode(line)?;
-        Ok(match is_named(&record, words) && asked.answers(&record) {
-            true => Fate::Leave,
-            false => Fate::Stay,
+        Ok(if is_named(&record, words) && asked.answers(&record) {
+            Fate::Leave
+        } else {
+            Fate::Stay
         })
     })?;
     let mut forgotten = 0;
@@ -78,7 +79,7 @@ pub fn take_out(
     tracing::warn!(
         "{} rows are asked again: {} answers moved to {}, {} rows without an answer begin anew; should it be \
          stopped, the same command goes on",
-        format_count(asked.rows.len() as u64),
+        format_count(asked.plan.rows.len() as u64),
         format_count(moved),
         replaced.display(),
         format_count(forgotten),
@@ -86,12 +87,12 @@ pub fn take_out(
     Ok(asked.plan.rows.into_iter().map(|row| row.key).collect())
 }
 
-/// What `--again` names.
+/// Answers selected by `--again`.
 #[derive(Default)]
 struct Found {
-    /// What the keys of the answers end with, or keys.
+    /// Question halves of the selected keys, or whole keys.
     names: HashSet<String>,
-    /// What there is.
+    /// Number of cached answers by reason or finish reason.
     known: BTreeMap<String, u64>,
 }
 
@@ -105,7 +106,7 @@ impl Found {
             *self.known.entry(name.to_owned()).or_default() += 1;
         }
         if is_named(record, words) {
-            self.names.insert(Origin::from(record).half());
+            self.names.insert(half_of(record));
         }
     }
 
@@ -130,7 +131,7 @@ impl Found {
     }
 }
 
-/// Is the answer one of those?
+/// Returns true if one of the words selects the record.
 fn is_named(record: &Record, words: &[String]) -> bool {
     words.iter().any(|word| match word.as_str() {
         "quarantined" => record.status == Status::Quarantined,
@@ -146,30 +147,22 @@ fn is_named(record: &Record, words: &[String]) -> bool {
     })
 }
 
-/// Those rows of this run that are named.
+/// Rows of this run that `--again` selects.
 struct Asked {
     plan: Plan,
     /// All keys of theirs.
     keys: HashSet<String>,
-    /// How many of the rows have this question.
+    /// Number of selected rows by question.
     of_question: HashMap<String, usize>,
 }
 
-impl std::ops::Deref for Asked {
-    type Target = Plan;
-
-    fn deref(&self) -> &Plan {
-        &self.plan
-    }
-}
-
 impl Asked {
-    /// Is this an answer to one of the rows?
+    /// Returns true if the record answers one of the rows.
     fn answers(&self, record: &Record) -> bool {
         if self.keys.contains(&record.key) {
             return true;
         }
-        let half = Origin::from(record).half();
+        let half = half_of(record);
         match self.of_question.get(&half) {
             None => false,
             // Of another address, name or place of the cut.

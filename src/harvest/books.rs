@@ -1,4 +1,4 @@
-//! What a run writes beside the cache: its account, the day's requests, and the rows without an answer.
+//! Files that a run writes beside the cache: the budget account, the day's requests, unanswered rows.
 
 use std::path::Path;
 
@@ -11,12 +11,12 @@ use super::clock::WallClock;
 use super::lane::Lane;
 use super::limiter::day::Day;
 use super::plan::Plan;
+use super::prepare::check_budget;
 use super::summary::Summary;
 use super::unanswered::Unanswered;
 use crate::cache;
 use crate::cache::record::Usage;
 use crate::config::{self, Config, Price};
-use crate::exit::Exit;
 
 pub struct Books {
     pub account: Account<Files>,
@@ -72,25 +72,10 @@ impl Books {
 
     /// Refuses a budget that the most expensive request does not fit into.
     pub fn check_largest(&self, plan: &Plan, lane: usize) -> Result<()> {
-        let Some(cap) = self.account.cap() else {
-            return Ok(());
-        };
-        let settings = &plan.askings[lane].lane;
-        let bounds = plan.lanes[lane].clone().map(|row| {
-            let bound = plan.bound(lane, row);
-            self.account.bound(&bound, &settings.price).usd
-        });
-        let most = bounds.max().unwrap_or_default();
-        if most > cap {
-            return Err(Exit::Usage(format!(
-                "one request to {} may cost {most}, more than `budget.usd` = {}: lower \
-                 `sampling.max_tokens` or raise the budget",
-                settings.teacher.label(),
-                cap.usd()
-            ))
-            .into());
-        }
-        Ok(())
+        let price = &plan.askings[lane].lane.price;
+        check_budget(plan, lane, self.account.cap(), |bound| {
+            self.account.bound(bound, price).usd
+        })
     }
 
     /// Reserves the amount, if it fits, for a request that is to be sent now, and writes the day's requests
@@ -141,27 +126,43 @@ impl Books {
     }
 }
 
-/// Counts what was merged into the cache of a run folder as spent there. A folder that keeps no account
-/// counts its cache when it first opens one.
-///
-/// # Errors
-/// Where another process has the account, and where its files are damaged or cannot be written.
-pub fn add_merged(run_dir: &Path, price: &Price, cost_usd: f64, unpriced: Usage) -> Result<()> {
-    if !ledger::file(run_dir).exists() {
-        return Ok(());
+/// Account of a run folder that a merge adds to. None where the folder has no account yet: it counts its
+/// cache when it first opens one.
+pub struct MergeAccount(Option<Account<Files>>);
+
+impl MergeAccount {
+    /// Opens the account before anything is merged, so that its cost is counted with it.
+    ///
+    /// # Errors
+    /// Where another process has the account, and where its files are damaged or cannot be written.
+    pub fn open(run_dir: &Path, price: &Price) -> Result<MergeAccount> {
+        if !ledger::file(run_dir).exists() {
+            return Ok(MergeAccount(None));
+        }
+        let (files, ledger, is_complete) = Files::open(run_dir)?;
+        if !is_complete {
+            return Ok(MergeAccount(None));
+        }
+        let (account, lost) = Account::open(files, ledger, None, price, &Spent::default())?;
+        lost.warn();
+        Ok(MergeAccount(Some(account)))
     }
-    let (files, ledger, is_complete) = Files::open(run_dir)?;
-    if !is_complete {
-        return Ok(());
+
+    /// Counts what was merged as spent.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn add(self, cost_usd: f64, unpriced: Usage) -> Result<()> {
+        let Some(mut account) = self.0 else {
+            return Ok(());
+        };
+        account.add_spent(&Spent {
+            measured_usd: Dollars::at_least(cost_usd),
+            measured_tokens: unpriced.into(),
+            ..Spent::default()
+        })?;
+        account.close(0)
     }
-    let (mut account, lost) = Account::open(files, ledger, None, price, &Spent::default())?;
-    lost.warn();
-    account.add_spent(&Spent {
-        measured_usd: Dollars::at_least(cost_usd),
-        measured_tokens: unpriced.into(),
-        ..Spent::default()
-    })?;
-    account.close(0)
 }
 
 /// The tokens of the records of a cache that have no cost.

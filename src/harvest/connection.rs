@@ -11,7 +11,7 @@ use super::credentials::expand;
 use crate::config::{self, AllowHttp, KeySource};
 use crate::exit::Exit;
 
-/// Where an endpoint is.
+/// Validated address of an endpoint.
 #[derive(Debug)]
 pub struct Address {
     /// Without a slash at the end, its variables filled in.

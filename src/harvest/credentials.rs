@@ -1,4 +1,4 @@
-//! What each request carries besides its body: the key, from where it comes, and the headers of a gateway.
+//! API key and extra headers of requests, and the renewal of keys that expire.
 //!
 //! A key from a file or a command may expire in the night. When the endpoint refuses it, it is read again,
 //! once for all requests that were on their way, and only a new one is tried.
@@ -6,7 +6,7 @@
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -25,6 +25,12 @@ const LONGEST_COMMAND: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// Longest output of a command that is read, in bytes.
+const LONGEST_OUTPUT: u64 = 1 << 16;
+
+/// Wait for the rest of the output after the command has ended.
+const REST_OF_OUTPUT: Duration = Duration::from_millis(500);
+
 /// Headers that say how a request is sent.
 const FRAMING: [&str; 10] = [
     "Host",
@@ -42,7 +48,7 @@ const FRAMING: [&str; 10] = [
 /// New keys that are refused, one after the other, before the endpoint is believed.
 const REFUSED_KEYS: u32 = 2;
 
-/// What is sent with a request.
+/// Snapshot of the headers that are sent with a request, and their secrets.
 #[derive(Debug, Clone)]
 pub struct Sent {
     pub headers: HeaderMap,
@@ -60,8 +66,8 @@ pub struct Credentials {
     refused: AtomicU32,
     /// A key has been taken.
     is_known: AtomicBool,
-    /// Held while a new one is fetched.
-    fetching: tokio::sync::Mutex<()>,
+    /// Held while a new key is read; the last failed attempt, by the number of the rejected key.
+    fetching: tokio::sync::Mutex<Option<(u64, Instant)>>,
 }
 
 impl Credentials {
@@ -113,7 +119,7 @@ impl Credentials {
         }
         let sent = Sent {
             headers,
-            secrets: Secrets::new(secrets),
+            secrets: Secrets::new(secrets)?,
             number: 0,
         };
         let credentials = Credentials {
@@ -130,7 +136,7 @@ impl Credentials {
         Ok(credentials)
     }
 
-    /// What is sent now.
+    /// Current snapshot.
     pub fn current(&self) -> Arc<Sent> {
         Arc::clone(&self.current.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -149,11 +155,16 @@ impl Credentials {
         ) {
             return false;
         }
-        let _fetching = self.fetching.lock().await;
+        let rejected_at = Instant::now();
+        let mut failed = self.fetching.lock().await;
         if self.current().number != sent.number {
             return true;
         }
         if self.refused.load(Ordering::Relaxed) >= REFUSED_KEYS {
+            return false;
+        }
+        // The requests that waited for the same attempt share its outcome.
+        if failed.is_some_and(|(number, at)| number == sent.number && rejected_at < at) {
             return false;
         }
         let started = Instant::now();
@@ -167,6 +178,9 @@ impl Credentials {
             }
             tokio::time::sleep(PAUSE).await;
         };
+        if !matches!(fetched, Ok(true)) {
+            *failed = Some((sent.number, Instant::now()));
+        }
         match fetched {
             Ok(is_new) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
@@ -195,9 +209,10 @@ impl Credentials {
 
     fn set(&self, key: &SecretString) -> Result<()> {
         let key = key.expose_secret();
-        let text = match self.header == AUTHORIZATION {
-            true => format!("Bearer {}", key.strip_prefix("Bearer ").unwrap_or(key)),
-            false => key.to_owned(),
+        let text = if self.header == AUTHORIZATION {
+            format!("Bearer {}", key.strip_prefix("Bearer ").unwrap_or(key))
+        } else {
+            key.to_owned()
         };
         let value = header_value("the key", &text)?;
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
@@ -206,7 +221,7 @@ impl Credentials {
         }
         let mut sent = Sent::clone(&current);
         sent.headers.insert(self.header.clone(), value);
-        sent.secrets = sent.secrets.and([key.to_owned()]);
+        sent.secrets = sent.secrets.and([key.to_owned()])?;
         sent.number += 1;
         *current = Arc::new(sent);
         Ok(())
@@ -272,7 +287,7 @@ fn read_key(settings: &config::Teacher) -> Result<Option<SecretString>> {
     Ok(Some(key.into()))
 }
 
-/// What a command of the shell prints.
+/// Standard output of a shell command.
 fn output_of(command: &str) -> Result<String> {
     let child = Command::new("sh")
         .args(["-c", command])
@@ -280,6 +295,18 @@ fn output_of(command: &str) -> Result<String> {
         .stdout(Stdio::piped())
         .spawn();
     let mut child = child.context("could not start it")?;
+    let stdout = child.stdout.take().context("it has no output")?;
+    // In a thread, since a process that the command leaves behind may hold the pipe open for ever.
+    let (sender, pieces) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut stdout = stdout.take(LONGEST_OUTPUT);
+        let mut piece = vec![0; 1 << 12];
+        while let Ok(read @ 1..) = stdout.read(&mut piece) {
+            if sender.send(piece[..read].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
     let started = Instant::now();
     let status = loop {
         if let Some(status) = child.try_wait()? {
@@ -295,11 +322,11 @@ fn output_of(command: &str) -> Result<String> {
     if !status.success() {
         bail!("it ended with {status}");
     }
-    let mut text = String::new();
-    let printed = child.stdout.take().context("it has no output")?;
-    // Keys are short, and fit into the pipe.
-    printed.take(1 << 16).read_to_string(&mut text)?;
-    Ok(text)
+    let mut output = Vec::new();
+    while let Ok(piece) = pieces.recv_timeout(REST_OF_OUTPUT) {
+        output.extend(piece);
+    }
+    String::from_utf8(output).context("its output is not UTF-8")
 }
 
 fn variable(name: &str, named_by: &str) -> Result<String> {
@@ -367,6 +394,33 @@ mod tests {
         assert!(!credentials.renew(&second).await);
         credentials.accepted();
         assert!(credentials.renew(&second).await);
+    }
+
+    #[tokio::test]
+    async fn a_failed_renewal_is_shared_by_the_requests_that_wait_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, count) = (dir.path().join("key"), dir.path().join("count"));
+        std::fs::write(&file, "a-key").unwrap();
+        let command = format!("echo x >> {}; cat {}", count.display(), file.display());
+        let credentials = Arc::new(Credentials::load(&with_command(&command)).unwrap());
+        let sent = credentials.current();
+        std::fs::remove_file(&file).unwrap();
+        let waiting = (0..50).map(|_| {
+            let (credentials, sent) = (Arc::clone(&credentials), Arc::clone(&sent));
+            tokio::spawn(async move { credentials.renew(&sent).await })
+        });
+        for renewed in waiting.collect::<Vec<_>>() {
+            assert!(!renewed.await.unwrap());
+        }
+        let runs = std::fs::read_to_string(&count).unwrap().lines().count();
+        assert_eq!(runs, 2, "once at the start, once for all");
+    }
+
+    #[test]
+    fn a_command_that_leaves_a_process_behind_does_not_hold_up_its_key() {
+        let started = Instant::now();
+        assert_eq!(output_of("sleep 20 & echo a-key").unwrap(), "a-key\n");
+        assert!(started.elapsed() < Duration::from_secs(5));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::estimate::Estimate;
-use super::plan::{Plan, Scope, Standing};
+use super::plan::{Plan, Scope};
 use super::prepare::check_fits;
 use super::schedule::Schedule;
 use super::summary::Summary;
@@ -21,9 +21,10 @@ use crate::signal::StopFlag;
 pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     check(config, options)?;
     let is_batch = config.schedule.mode == Mode::Batch;
-    let config = &match is_batch {
-        true => config.at_batch_prices(),
-        false => config.clone(),
+    let config = &if is_batch {
+        config.at_batch_prices()
+    } else {
+        config.clone()
     };
     let prompts = prompts(config, options, &StopFlag::default())?;
     let dir = config.own_cache();
@@ -33,10 +34,8 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     let unanswered = Unanswered::load(&config.run_dir)?;
     let mut past = known.past.clone();
     past.has_old |= batch::is_under_way(&config.run_dir)? || !unanswered.is_empty();
-    let standing = |key: &str| match known.contains(key) || unanswered.is_filtered(key) {
-        true => Ok(Standing::Answered),
-        false => Ok(Standing::Open),
-    };
+    let max_attempts = config.retry.max_attempts;
+    let standing = |key: &str| Ok(unanswered.standing(key, known.contains(key), max_attempts));
     let scope = Scope {
         shard: options.shard,
         only: None,
@@ -50,14 +49,12 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
         estimate.minutes = 0.0;
         estimate.batches = Some(batch::Outlook::new(config, &plan)?);
     }
-    estimate.cached = census_of(&dir, &plan, known.len())?;
+    estimate.cached = census_of(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
     estimate.first_request = first_request(&plan);
     let mut summary = Summary {
-        total: plan.total,
-        cached: plan.cached,
         pending: plan.rows.len() as u64,
         estimate: Some(estimate),
-        ..Summary::default()
+        ..Summary::of_plan(&plan, &unanswered)
     };
     summary.warnings.extend(plan.told_of_repeats());
     Ok(summary)

@@ -28,7 +28,7 @@ pub struct Estimate {
     pub batches: Option<Outlook>,
     /// Bytes of cache to come, as in the records that it holds.
     pub disk_bytes: Option<u64>,
-    /// What else the cache holds.
+    /// Cached answers that this run does not use.
     pub cached: Census,
     /// The body of the request that would be sent first.
     pub first_request: Option<serde_json::Value>,

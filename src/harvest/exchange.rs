@@ -246,8 +246,9 @@ pub fn fault(error: reqwest::Error) -> Fault {
              SSL_CERT_FILE)",
         );
     }
-    match is_connect {
-        true => Fault::Unreachable(message),
-        false => Fault::Broken(message),
+    if is_connect {
+        Fault::Unreachable(message)
+    } else {
+        Fault::Broken(message)
     }
 }

@@ -132,7 +132,7 @@ impl Health {
         self.probes += u32::from(self.is_outage());
     }
 
-    /// Has the row failed since a request last succeeded?
+    /// Returns true if the row has failed since the last success of any row.
     pub fn is_failing(&self, row: usize) -> bool {
         self.failing.contains(&row)
     }

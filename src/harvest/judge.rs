@@ -25,7 +25,7 @@ use super::summary::Summary;
 use super::teacher::{self, Teacher, Transport};
 use super::unanswered::Unanswered;
 use crate::cache::lookup::Lookup;
-use crate::cache::question::{self, Question};
+use crate::cache::question::{Names, Question};
 use crate::cache::{self, Cache};
 use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
 use crate::data::tokenizer::Tokenizer;
@@ -156,26 +156,28 @@ impl Judge {
     /// was asked so far could be used.
     pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         let asking = self.asking();
-        let endpoint = teacher::name_in_keys(&self.lane.teacher);
-        let address = teacher::identity(&self.lane.teacher);
+        let teacher = &self.lane.teacher;
+        let address = teacher::identity(teacher);
         let past = self.cache.past();
-        let key = |text: &Prompt| match self.scoring.check(&text.messages) {
+        let names = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
                 let body = asking.body(&text.messages, 0);
                 let question = Question::of(&body, 0);
-                let names = [endpoint.clone(), question::endpoint("", address)];
-                let mut keys: Vec<_> = names.iter().map(|name| question.key(name)).collect();
-                if past.has_old {
-                    keys.push(question::old_key(address, &body, 0));
-                }
-                Some(keys)
+                Some(Names::new(
+                    &question,
+                    &teacher.name,
+                    address,
+                    &body,
+                    0,
+                    past.has_old,
+                ))
             }
             Err(error) => {
                 tracing::warn!("{} cannot be judged: {error:#}", text.id);
                 None
             }
         };
-        let keys: Vec<Option<Vec<String>>> = texts.iter().map(key).collect();
+        let keys: Vec<Option<Names>> = texts.iter().map(names).collect();
         let mut is_asked = keys.iter().map(Option::is_some);
         let mut texts = texts;
         texts.retain(|_| is_asked.next().unwrap_or_default());
@@ -188,7 +190,10 @@ impl Judge {
         let max_attempts = self.config.retry.max_attempts;
         let books = self.books.as_ref();
         let standing = |key: &str| match books {
-            Some(books) => Ok(books.unanswered.standing(key, &self.cache, max_attempts)),
+            Some(books) => {
+                let is_cached = self.cache.contains(key);
+                Ok(books.unanswered.standing(key, is_cached, max_attempts))
+            }
             None => Ok(Standing::Open),
         };
         let plan = Plan::new(
@@ -206,9 +211,9 @@ impl Judge {
             self.judged.refresh()?;
         }
         let mut lines = Vec::with_capacity(keys.len());
-        for keys in &keys {
+        for names in &keys {
             let mut line = None;
-            for key in keys.iter().flatten() {
+            for key in names.iter().flat_map(Names::iter) {
                 if line.is_none() {
                     line = self.judged.line(key)?;
                 }

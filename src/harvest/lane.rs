@@ -61,7 +61,7 @@ pub struct Lane {
     /// Rows of it have been answered in earlier runs.
     is_known: bool,
     has_budget: bool,
-    /// Whether its answers are worth having.
+    /// Monitors the usefulness of its answers.
     pub watch: Watch,
     /// Why nothing more is sent to it; the other lanes go on.
     stopped: Option<anyhow::Error>,

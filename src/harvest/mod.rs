@@ -73,7 +73,7 @@ mod watch;
 
 pub use adopt::{Adopted, adopt};
 pub use batch::{BatchApi, Download, Tally};
-pub use books::{add_merged, dearest};
+pub use books::{MergeAccount, dearest};
 pub use clock::WallClock;
 pub use estimate::Estimate;
 pub use judge::{Judge, Told};
@@ -120,15 +120,19 @@ pub struct HarvestOptions {
     pub quiet: bool,
 }
 
+/// Records in which a run looks for answers from other endpoints; a dry run looks at all of them.
+const UNUSED_LOOKED_AT: u64 = 20_000;
+
 /// Asks the teacher for every answer that the run's cache does not hold.
 ///
 /// An error means that nothing could be begun, or that an answer could not be recorded. A run that
 /// began ends with a summary, whose `error` says what, if anything, went wrong; see
 /// [`Summary::into_result`].
 pub async fn run(config: &Config, options: HarvestOptions) -> Result<Summary> {
-    match options.dry_run {
-        true => dry_run::run(config, &options),
-        false => run_until(config, options, Signals::listen()?).await,
+    if options.dry_run {
+        dry_run::run(config, &options)
+    } else {
+        run_until(config, options, Signals::listen()?).await
     }
 }
 
@@ -207,6 +211,11 @@ pub async fn run_in(
         false => {
             batch::check_none_under_way(&config.run_dir)?;
             Schedule::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
+            // The account of an earlier version takes over from the cache what was spent: before records leave it.
+            let cached = cache::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
+            Books::open(config, cached, Unanswered::default(), clock.clone())?
+                .1
+                .warn();
             Some(again::take_out(
                 config,
                 &options,
@@ -287,7 +296,7 @@ impl Run<'_> {
                 return Ok(Standing::Answered);
             }
             let unanswered = &rest.books.unanswered;
-            Ok(unanswered.standing(key, self.cache, max_attempts))
+            Ok(unanswered.standing(key, self.cache.contains(key), max_attempts))
         })?;
         let dispatcher = self.dispatcher(&config, plan, rest.books).await?;
         let dispatcher = dispatcher.after(rest.summary, rest.started);
@@ -321,10 +330,12 @@ impl Run<'_> {
         if let Some(told) = plan.told_of_repeats() {
             tracing::warn!("{told}");
         }
-        if self.again.is_none()
-            && let Some(told) = census_of(&config.own_cache(), &plan, self.cache.len())?.advice()
-        {
-            tracing::warn!("{told}");
+        if self.again.is_none() {
+            let (dir, known) = (config.own_cache(), self.cache.len());
+            let unused = census_of(&dir, &plan, known, UNUSED_LOOKED_AT, &self.stop)?;
+            if let Some(advice) = unused.advice() {
+                tracing::warn!("{advice}");
+            }
         }
         Ok(plan)
     }
@@ -332,16 +343,14 @@ impl Run<'_> {
     fn standing(&self, key: &str) -> Result<Standing> {
         self.stop.check()?;
         let max_attempts = self.config.retry.max_attempts;
-        Ok(self.unanswered.standing(key, self.cache, max_attempts))
+        let is_cached = self.cache.contains(key);
+        Ok(self.unanswered.standing(key, is_cached, max_attempts))
     }
 
     /// Opens the books, once.
     fn books(&mut self) -> Result<Books> {
         let config = self.config;
-        let cached = match config.budget.usd {
-            Some(_) => self.cache.cost_when_opened() + judge::cost_usd(config)?,
-            None => 0.0,
-        };
+        let cached = self.cache.cost_when_opened() + judge::cost_usd(config)?;
         let unanswered = std::mem::take(&mut self.unanswered);
         let (books, lost) = Books::open(config, cached, unanswered, self.clock.clone())?;
         lost.warn();

@@ -12,7 +12,7 @@ use super::request::Asking;
 use super::shard::Shard;
 use super::teacher;
 use crate::cache::keys::{self, Fingerprint};
-use crate::cache::question::{self, Past, Question};
+use crate::cache::question::{self, Names, Past, Question};
 use crate::config::{self, Assignment, Order};
 use crate::prompt::Prompt;
 
@@ -62,35 +62,57 @@ pub struct Plan {
     pub given_up: Vec<(usize, Row)>,
     /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
     pub repeated: u64,
-    /// All of its keys.
+    /// Keys of all its rows.
     pub keys: HashSet<Fingerprint>,
-    /// All of its questions; see [`question::half`].
+    /// Question halves of all its rows; see [`question::half`].
     pub questions: HashSet<Fingerprint>,
 }
 
-/// Which of all rows are to be looked at.
+/// Selection of rows that a plan considers.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Scope<'a> {
     pub shard: Option<Shard>,
-    /// Those of these questions or keys.
+    /// Only rows of these question halves or keys.
     pub only: Option<&'a HashSet<String>>,
 }
 
 impl Scope<'_> {
-    fn holds(&self, fingerprint: &Fingerprint, key: &str, old_key: Option<&str>) -> bool {
+    fn holds(&self, fingerprint: &Fingerprint, names: &Names) -> bool {
         let is_wanted = self.only.is_none_or(|only| {
-            let mut names = [Some(question::half(key)), Some(key), old_key].into_iter();
-            names.any(|name| name.is_some_and(|name| only.contains(name)))
+            only.contains(question::half(&names.key))
+                || names.iter().any(|name| only.contains(name))
         });
         is_wanted && self.shard.is_none_or(|shard| shard.holds(fingerprint))
     }
 }
 
-/// What the rows of a plan are compared with.
+/// Inputs of the loop that adds rows to a plan.
 struct Adding<'a, S> {
     scope: Scope<'a>,
     past: &'a Past,
     standing: S,
+}
+
+impl<S: Fn(&str) -> Result<Standing>> Adding<'_, S> {
+    /// State of a row: of the first of its names that is known, be the answer complete or truncated no earlier
+    /// than at `max_tokens`.
+    fn standing(&self, names: &Names, max_tokens: u32) -> Result<Standing> {
+        for name in names.iter() {
+            let standing = (self.standing)(name)?;
+            if standing != Standing::Open {
+                return Ok(standing);
+            }
+        }
+        for name in names.iter() {
+            for cut in self.past.cut_keys(name, max_tokens) {
+                let standing = (self.standing)(&cut)?;
+                if standing != Standing::Open {
+                    return Ok(standing);
+                }
+            }
+        }
+        Ok(Standing::Open)
+    }
 }
 
 impl Plan {
@@ -161,43 +183,27 @@ impl Plan {
             let (teacher, max_tokens) = (&settings.teacher, settings.sampling.max_tokens);
             let body = self.body(lane, prompt, sample);
             let question = Question::of(&body, sample);
-            let key = question.key(&teacher::name_in_keys(teacher));
-            let fingerprint = keys::fingerprint(&key);
             let address = teacher::identity(teacher);
-            let is_old = adding.past.has_old || adding.scope.only.is_some();
-            let old_key = is_old.then(|| question::old_key(address, &body, sample));
-            if !adding.scope.holds(&fingerprint, &key, old_key.as_deref()) {
+            let with_old = adding.past.has_old || adding.scope.only.is_some();
+            let names = Names::new(&question, &teacher.name, address, &body, sample, with_old);
+            let fingerprint = keys::fingerprint(&names.key);
+            if !adding.scope.holds(&fingerprint, &names) {
                 continue;
             }
             self.total += 1;
             self.questions
-                .insert(keys::fingerprint(question::half(&key)));
+                .insert(keys::fingerprint(question::half(&names.key)));
             if !self.keys.insert(fingerprint) {
                 self.cached += 1;
                 self.repeated += 1;
                 continue;
             }
-            let mut standing = (adding.standing)(&key)?;
-            if standing == Standing::Open {
-                // Kept under the address, before the teacher had a name; cut off; or of an earlier schema.
-                let by_address = question.key(&question::endpoint("", address));
-                let others = [by_address.clone()].into_iter().chain(old_key.clone());
-                let cut = adding.past.cut_keys(&key, max_tokens);
-                let cut = cut.chain(adding.past.cut_keys(&by_address, max_tokens));
-                let old = old_key.iter();
-                let cut = cut.chain(old.flat_map(|old| adding.past.cut_keys(old, max_tokens)));
-                for name in others.chain(cut) {
-                    standing = (adding.standing)(&name)?;
-                    if standing != Standing::Open {
-                        break;
-                    }
-                }
-            }
+            let standing = adding.standing(&names, max_tokens)?;
             let row = Row {
                 prompt: prompt as u32,
                 sample,
-                key,
-                old_key: old_key.map(String::into_boxed_str),
+                key: names.key,
+                old_key: names.old.map(String::into_boxed_str),
                 bytes: question.bytes as u32,
             };
             match standing {
@@ -212,7 +218,7 @@ impl Plan {
         Ok(())
     }
 
-    /// What the user is to know of rows that ask the same.
+    /// Warning about rows with identical requests.
     pub fn told_of_repeats(&self) -> Option<String> {
         (self.repeated > 0).then(|| {
             format!(
@@ -314,9 +320,12 @@ mod tests {
 
     fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
         let askings = config.lanes().into_iter().map(Asking::plain).collect();
-        let standing = |key: &str| match is_cached(key) {
-            true => Ok(Standing::Answered),
-            false => Ok(Standing::Open),
+        let standing = |key: &str| {
+            if is_cached(key) {
+                Ok(Standing::Answered)
+            } else {
+                Ok(Standing::Open)
+            }
         };
         Plan::new(
             prompts,

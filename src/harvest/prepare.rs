@@ -1,4 +1,4 @@
-//! What is loaded, opened and checked before anything is asked, by a night and by a dry run alike.
+//! Loading and checks that a run and a dry run share, before the first request.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -6,6 +6,8 @@ use std::path::Path;
 use anyhow::Result;
 use tokio::time::Instant;
 
+use super::budget::Dollars;
+use super::budget::cost::Bound;
 use super::limiter::Limiter;
 use super::limiter::day::Day;
 use super::plan::Plan;
@@ -23,7 +25,7 @@ use crate::prompt::{self, Prompt};
 use crate::signal::StopFlag;
 use crate::terminal::{Reading, format_dollars};
 
-/// What is asked of each teacher; `probes` are the hashes of what is known of them.
+/// Request template of each teacher; `probes` are the hashes of their probe results.
 pub(super) fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>> {
     let lanes = config.lanes().into_iter().enumerate();
     let asking = |(index, lane): (usize, config::Lane)| {
@@ -49,24 +51,47 @@ pub(super) fn check_fits(config: &Config, plan: &Plan, lane: usize) -> Result<()
     let settings = &plan.askings[lane].lane;
     let day = Day::new(settings.limits.own().requests_per_day, &[], Instant::now());
     Limiter::new(&settings.limits.own(), plan.largest(lane), day, None)?;
-    let costs = plan.lanes[lane].clone();
-    let costs = costs.filter_map(|row| plan.bound(lane, row).cost(&settings.price));
-    let most = costs.fold(0.0, f64::max);
-    if let Some(cap) = config.budget.usd.filter(|cap| most > *cap) {
-        return Err(Exit::Usage(format!(
-            "one request to {} may cost {}, more than `budget.usd` = {cap}: lower `sampling.max_tokens` or \
-             raise the budget",
-            settings.teacher.label(),
-            format_dollars(most),
-        ))
-        .into());
-    }
-    Ok(())
+    let cost = |bound: &Bound| {
+        bound
+            .cost(&settings.price)
+            .map_or(Dollars::ZERO, Dollars::at_least)
+    };
+    check_budget(plan, lane, config.budget.usd.map(Dollars::at_most), cost)
 }
 
-/// What a cache of so many keys holds besides answers to what is asked. It is read for that only where
-/// it holds more than those.
-pub(super) fn census_of(dir: &Path, plan: &Plan, known: usize) -> Result<Census> {
+/// Refuses a budget that the most expensive request does not fit into.
+///
+/// # Errors
+/// [`Exit::Usage`].
+pub(super) fn check_budget(
+    plan: &Plan,
+    lane: usize,
+    cap: Option<Dollars>,
+    cost: impl Fn(&Bound) -> Dollars,
+) -> Result<()> {
+    let rows = plan.lanes[lane].clone();
+    let most = rows.map(|row| cost(&plan.bound(lane, row))).max();
+    match (most, cap) {
+        (Some(most), Some(cap)) if most > cap => Err(Exit::Usage(format!(
+            "one request to {} may cost {most}, more than `budget.usd` = {}: lower `sampling.max_tokens` or \
+             raise the budget",
+            plan.askings[lane].lane.teacher.label(),
+            cap.usd()
+        ))
+        .into()),
+        _ => Ok(()),
+    }
+}
+
+/// Counts the answers of a cache with `known` keys that the plan does not use. Reads the cache only if
+/// it holds more keys than the plan's answered rows, and then at most `limit` records.
+pub(super) fn census_of(
+    dir: &Path,
+    plan: &Plan,
+    known: usize,
+    limit: u64,
+    stop: &StopFlag,
+) -> Result<Census> {
     let of_ours: u64 = plan.answered.iter().sum();
     if plan.rows.is_empty() || known as u64 <= of_ours {
         return Ok(Census::default());
@@ -78,9 +103,17 @@ pub(super) fn census_of(dir: &Path, plan: &Plan, known: usize) -> Result<Census>
         .iter()
         .map(|prompt| prompt.id.as_str())
         .collect();
-    census::census(dir, &plan.keys, &plan.questions, &open, |id| {
-        ids.contains(id)
-    })
+    let is_prompt = |id: &str| ids.contains(id);
+    let check = || stop.check();
+    census::census(
+        dir,
+        &plan.keys,
+        &plan.questions,
+        &open,
+        is_prompt,
+        limit,
+        check,
+    )
 }
 
 /// Compares the config with what `distill probe` found. Returns the hash of that, for each lane.
@@ -125,6 +158,7 @@ pub(super) fn open_cache(
     let mut reading = Reading::new("opening the cache", options.quiet);
     let (dir, settings) = (config.own_cache(), &config.cache);
     cache::place::check_all_is_back(&dir)?;
+    cache::place::forget_move(&dir)?;
     Cache::open_with(&dir, settings, storage, &mut |done, total| {
         reading.update(done, total);
         stop.check()

@@ -33,7 +33,12 @@ pub fn record(
         extra.insert("unreadable".into(), problem.into());
     }
     let price = &asking.lane.price;
-    let cut_at = cut_at(asking, &completion.answer.finish_reason);
+    // A scored text is not truncated by `max_tokens`.
+    let cut_at = if asking.scoring.is_none() {
+        question::cut_at(&body, &completion.answer.finish_reason)
+    } else {
+        0
+    };
     Record {
         v: SCHEMA,
         key: match cut_at {
@@ -60,14 +65,6 @@ pub fn record(
         logprobs: completion.logprobs,
         timing,
         extra,
-    }
-}
-
-/// Where the answer was cut off; 0 where it was not. An answer that is scored has its length from elsewhere.
-fn cut_at(asking: &Asking, finish_reason: &str) -> u32 {
-    match finish_reason {
-        "length" | "max_tokens" if asking.scoring.is_none() => asking.lane.sampling.max_tokens,
-        _ => 0,
     }
 }
 

@@ -1,4 +1,4 @@
-//! What kind of trouble an error is, by its status, its code and its words. Pure.
+//! Classifies an error reply by its status, code and message. Pure.
 
 use std::time::{Duration, SystemTime};
 
@@ -75,7 +75,7 @@ fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     used_up.filter_map(|report| report.reset).max()
 }
 
-/// Why an error is one for every request, by its code or its words. A limit that comes back by itself
+/// Reason for which every request would fail, from the error's code or message. A rate limit
 /// (`is_throttle`) is none: Gemini has the same words for its limit a minute as others for an empty
 /// account.
 pub fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
@@ -111,7 +111,7 @@ pub fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
     (has_words && !is_throttle).then_some(Reason::Credit)
 }
 
-/// Is it a limit that comes back by itself, in the words or the codes of the endpoint?
+/// Returns true if the error's code or message describes a rate limit.
 fn says_to_wait(error: &ApiError) -> bool {
     const MARKS: [&str; 4] = ["resource_exhausted", "rate_limit", "ratelimit", "throttl"];
     const WORDS: [&str; 7] = [
@@ -128,7 +128,7 @@ fn says_to_wait(error: &ApiError) -> bool {
         || WORDS.iter().any(|words| message.contains(words))
 }
 
-/// Is it a 404 for the model, as endpoints without a code for it word it?
+/// Returns true if the message of a 404 names the model as missing.
 fn names_no_model(error: &ApiError) -> bool {
     let message = error.message.to_lowercase();
     message.contains("model") && (message.contains("not found") || message.contains("not exist"))

@@ -28,7 +28,7 @@ pub enum State {
     Over,
 }
 
-/// Why nothing is asked any more.
+/// Error of a run whose deadline has passed.
 pub fn over() -> anyhow::Error {
     Exit::Resumable("the deadline has come; the same command goes on".into()).into()
 }

@@ -2,10 +2,11 @@
 //! kept, in every form in which endpoints repeat what they were sent.
 
 use aho_corasick::AhoCorasick;
+use anyhow::{Context as _, Result};
 use base64::Engine;
 use base64::prelude::{BASE64_STANDARD_NO_PAD, BASE64_URL_SAFE_NO_PAD};
 use bytes::Bytes;
-use memchr::{memchr, memchr2_iter};
+use memchr::memchr2_iter;
 use reqwest::header::{HeaderMap, HeaderValue};
 
 use crate::cache::record::Answer;
@@ -16,7 +17,7 @@ const SHORTEST: usize = 8;
 /// Keys shorter than this are looked for as whole words, and not in base64.
 const SURE: usize = 20;
 
-/// What stands where a key stood.
+/// Replacement text for a removed key.
 const INSTEAD: &str = "[key]";
 
 /// The keys of one endpoint, ready to be looked for.
@@ -29,7 +30,9 @@ pub struct Secrets {
 }
 
 impl Secrets {
-    pub fn new(secrets: impl IntoIterator<Item = String>) -> Secrets {
+    /// # Errors
+    /// Where a key is too long to be looked for.
+    pub fn new(secrets: impl IntoIterator<Item = String>) -> Result<Secrets> {
         let known: Vec<String> = secrets
             .into_iter()
             .filter(|secret| secret.len() >= SHORTEST)
@@ -40,17 +43,19 @@ impl Secrets {
             is_word.extend(forms.iter().map(|_| secret.len() < SURE));
             all.extend(forms);
         }
-        Secrets {
-            forms: (!all.is_empty())
-                .then(|| AhoCorasick::new(all).ok())
-                .flatten(),
+        let finder = AhoCorasick::new(all).context("the key is too long")?;
+        Ok(Secrets {
+            forms: (!is_word.is_empty()).then_some(finder),
             is_word,
             known,
-        }
+        })
     }
 
     /// The same with more.
-    pub fn and(&self, secrets: impl IntoIterator<Item = String>) -> Secrets {
+    ///
+    /// # Errors
+    /// As [`Secrets::new`].
+    pub fn and(&self, secrets: impl IntoIterator<Item = String>) -> Result<Secrets> {
         Secrets::new(self.known.iter().cloned().chain(secrets))
     }
 
@@ -82,10 +87,11 @@ impl Secrets {
         clean.into()
     }
 
-    /// Where keys are in a text.
+    /// Byte ranges of keys in a text.
     fn places(&self, forms: &AhoCorasick, text: &[u8]) -> Vec<(usize, usize)> {
         let is_of_word = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
-        let found = forms.find_iter(text).filter(|found| {
+        // Overlapping ones too: a short key that is rejected may lie within a long one.
+        let found = forms.find_overlapping_iter(text).filter(|found| {
             let before = found.start().checked_sub(1).and_then(|at| text.get(at));
             let touches = is_of_word(before) || is_of_word(text.get(found.end()));
             !(self.is_word[found.pattern().as_usize()] && touches)
@@ -93,7 +99,7 @@ impl Secrets {
         found.map(|found| (found.start(), found.end())).collect()
     }
 
-    /// Is there a key in the text?
+    /// Returns true if the text contains a key.
     pub fn is_in(&self, text: &str) -> bool {
         self.forms
             .as_ref()
@@ -156,9 +162,12 @@ fn forms(secret: &str) -> Vec<Vec<u8>> {
 /// common; and no key has such characters.
 fn has_escaped_letters(text: &[u8]) -> bool {
     memchr2_iter(b'\\', b'%', text).any(|at| {
-        escape(&text[at..]).is_some_and(|(letter, _)| {
-            letter.is_ascii_alphanumeric() || b"+/-_=.".contains(&letter)
-        })
+        // A run of backslashes is looked at once, at its start.
+        let is_within_run = text[at] == b'\\' && at > 0 && text[at - 1] == b'\\';
+        !is_within_run
+            && escape(&text[at..]).is_some_and(|(letter, _)| {
+                letter.is_ascii_alphanumeric() || b"+/-_=.".contains(&letter)
+            })
     })
 }
 
@@ -173,6 +182,9 @@ fn escape(text: &[u8]) -> Option<(u8, usize)> {
         return Some((hex(text.get(1..3)?)?, 3));
     }
     let slashes = text.iter().take_while(|byte| **byte == b'\\').count();
+    if slashes == 0 {
+        return None;
+    }
     match text.get(slashes)? {
         b'u' | b'U' if text.get(slashes + 1..slashes + 3)? == b"00" => {
             Some((hex(text.get(slashes + 3..slashes + 5)?)?, slashes + 5))
@@ -186,14 +198,19 @@ fn escape(text: &[u8]) -> Option<(u8, usize)> {
 fn decode(text: &[u8]) -> (Vec<u8>, Vec<usize>) {
     let (mut decoded, mut places, mut at) = (Vec::new(), Vec::new(), 0);
     while at < text.len() {
-        let escaped = match memchr(text[at], b"\\%") {
-            Some(_) => escape(&text[at..]),
-            None => None,
-        };
-        let (byte, length) = escaped.unwrap_or((text[at], 1));
-        decoded.push(byte);
-        places.push(at);
-        at += length;
+        if let Some((byte, length)) = escape(&text[at..]) {
+            decoded.push(byte);
+            places.push(at);
+            at += length;
+            continue;
+        }
+        // The rest of a run of backslashes is no escape either.
+        let run = text[at..].iter().take_while(|byte| **byte == b'\\').count();
+        for place in at..at + run.max(1) {
+            decoded.push(text[place]);
+            places.push(place);
+        }
+        at += run.max(1);
     }
     places.push(text.len());
     (decoded, places)
@@ -207,7 +224,7 @@ mod tests {
     const KEY: &str = "sk-0123456789abcdefghijXYZ";
 
     fn clean(text: &str) -> String {
-        let secrets = Secrets::new([KEY.to_string()]);
+        let secrets = Secrets::new([KEY.to_string()]).unwrap();
         let clean = secrets.clean(Bytes::copy_from_slice(text.as_bytes()));
         String::from_utf8(clean.to_vec()).unwrap()
     }
@@ -242,14 +259,28 @@ mod tests {
         ] {
             assert_eq!(clean(text), text);
         }
-        let short = Secrets::new(["my-vllm-token".to_string()]);
+        let short = Secrets::new(["my-vllm-token".to_string()]).unwrap();
         let said = Bytes::from_static(b"Bearer my-vllm-token, my-vllm-tokens");
         assert_eq!(short.clean(said), "Bearer [key], my-vllm-tokens");
-        let none = Secrets::new(["none".to_string()]);
+        let none = Secrets::new(["none".to_string()]).unwrap();
         assert_eq!(
             none.clean(Bytes::from_static(b"none is left")),
             "none is left"
         );
+    }
+
+    #[test]
+    fn a_short_key_within_a_long_one_hides_neither() {
+        let both = ["sk-abcdef", "xxsk-abcdef0123456789abcdef"].map(str::to_owned);
+        let secrets = Secrets::new(both).unwrap();
+        let said = Bytes::from_static(b"sk-abcdef, xxsk-abcdef0123456789abcdef");
+        assert_eq!(secrets.clean(said), "[key], [key]");
+    }
+
+    #[test]
+    fn long_runs_of_backslashes_are_read_once() {
+        let text = "\\".repeat(4 << 20) + &KEY.replace('a', "\\u0061");
+        assert!(clean(&text).ends_with("[key]"));
     }
 
     proptest! {
@@ -260,10 +291,7 @@ mod tests {
             is_url_safe: bool,
         ) {
             let text = format!("{before}{KEY}{after}");
-            let encoded = match is_url_safe {
-                true => BASE64_URL_SAFE_NO_PAD.encode(&text),
-                false => BASE64_STANDARD_NO_PAD.encode(&text).replace('/', "\\/"),
-            };
+            let encoded = if is_url_safe { BASE64_URL_SAFE_NO_PAD.encode(&text) } else { BASE64_STANDARD_NO_PAD.encode(&text).replace('/', "\\/") };
             let left = clean(&format!("x {encoded} y"));
             let pieces = left.split("[key]").count();
             prop_assert_eq!(pieces, 2, "{}", left);

@@ -62,7 +62,7 @@ pub struct Summary {
     pub hours: Vec<Hour>,
     /// Of a run in batch mode.
     pub batches: Option<Tally>,
-    /// What was odd about the answers, as it was said while they came.
+    /// Warnings about the answers that were logged during the run.
     pub warnings: Vec<String>,
     /// What to do next.
     pub advice: Vec<String>,
@@ -102,10 +102,10 @@ fn as_text<S: serde::Serializer>(
     text.serialize(serializer)
 }
 
-/// What is kept of a run in the summaries of later ones.
+/// Entry of the run history in `summary.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PastRun {
-    /// When it ended; RFC 3339, in UTC.
+    /// End of the run; RFC 3339, in UTC.
     pub at: String,
     pub ok: u64,
     pub quarantined: u64,
@@ -190,7 +190,7 @@ impl Summary {
         }
     }
 
-    /// Says what is odd about the answers, now and in the summary.
+    /// Logs a warning about the answers, and adds it to the summary.
     pub fn warn(&mut self, text: String) {
         tracing::warn!("{text}");
         self.warnings.push(text);

@@ -113,7 +113,7 @@ impl Summary {
         rows
     }
 
-    /// What a dry run tells beside its table.
+    /// Notes and the first request of a dry run, below its table.
     fn outlook(&self, estimate: &Estimate) -> String {
         let mut text = String::new();
         for warning in self.warnings.iter().chain(&estimate.cached.advice()) {

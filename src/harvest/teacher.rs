@@ -18,7 +18,6 @@ use super::connection::{self, Address};
 use super::credentials::Credentials;
 use super::exchange::{OneAttempt, Sender};
 use super::secrets::Secrets;
-use crate::cache::question;
 use crate::config;
 
 /// A response, whatever its status.
@@ -85,7 +84,7 @@ pub trait Transport: Send + Sync {
     /// Asks once, and waits for the whole reply.
     fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>>;
 
-    /// What must not be in an answer.
+    /// Secrets to remove from answers.
     fn secrets(&self) -> Secrets {
         Secrets::default()
     }
@@ -173,11 +172,6 @@ impl Transport for Teacher {
 /// The base URL as records name it: as the config has it, without a slash at the end.
 pub fn identity(settings: &config::Teacher) -> &str {
     settings.base_url.trim_end_matches('/')
-}
-
-/// The endpoint as keys name it.
-pub fn name_in_keys(settings: &config::Teacher) -> String {
-    question::endpoint(&settings.name, identity(settings))
 }
 
 /// What async-openai asks for with each request. Its own configuration would fall back to

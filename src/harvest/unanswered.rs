@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use super::plan::{Plan, Standing};
 use super::queue::Entry;
 use super::retry::Failure;
-use crate::cache::Cache;
 use crate::cache::record::Timing;
 
 /// What is known of a row without an answer.
@@ -126,8 +125,8 @@ impl Unanswered {
     }
 
     /// How the row with this key stands before a run.
-    pub fn standing(&self, key: &str, cache: &Cache, max_attempts: u32) -> Standing {
-        if cache.contains(key) {
+    pub fn standing(&self, key: &str, is_cached: bool, max_attempts: u32) -> Standing {
+        if is_cached {
             return Standing::Answered;
         }
         match self.get(key) {

@@ -1,4 +1,4 @@
-//! Can soft labels be made of an answer's logprobs? Judged while the harvest goes on. Pure.
+//! Checks during the harvest whether an answer's logprobs can become soft labels. Pure.
 
 use crate::cache::record::{Logprobs, RawToken};
 
@@ -11,7 +11,7 @@ const EXCESS: f64 = 1e-3;
 /// Tokens behind the text that may be stop tokens.
 const STOP_TOKENS: usize = 4;
 
-/// Why training can make nothing of these logprobs of `text`.
+/// Reason for which training cannot use these logprobs of `text`.
 pub fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
     if !logprobs.matches_text && !spell_more(logprobs, text) {
         return Some("its tokens do not spell the answer");

@@ -1,4 +1,4 @@
-//! Are the answers worth what they cost? Seen while it still helps, after about twenty of them. Pure.
+//! Detects worthless answers after about twenty of them. Pure.
 //!
 //! An endpoint can answer everything with status 200 and yet give nothing: no logprobs, no text, another
 //! model, the same text every time. The user hears of it at once; a run that has become worthless stops.
@@ -27,20 +27,20 @@ const SHORT: usize = 24;
 /// Names of models that are told of.
 const MODELS: usize = 5;
 
-/// What is looked at of an answer.
+/// Properties of an answer that the monitor checks.
 #[derive(Debug, Clone)]
 pub struct Seen {
     /// A hash of the id of the prompt that it answers.
     pub prompt: u64,
     pub status: Status,
-    /// Why it is quarantined; empty if it is not.
+    /// Quarantine reason; empty if the answer is ok.
     pub reason: String,
     pub is_cut_off: bool,
     /// As the endpoint calls it.
     pub model: String,
     /// A hash of the text, and its length in bytes.
     pub text: (u64, usize),
-    /// Why there are no usable logprobs; None where there are.
+    /// Reason for unusable logprobs; None if they are usable.
     pub without_logprobs: Option<String>,
     pub usage: Option<Usage>,
     /// The tokens that it may have used.
@@ -70,7 +70,7 @@ impl Seen {
     }
 }
 
-/// What the user is to know.
+/// Result of checking one answer.
 #[derive(Debug)]
 pub enum Word {
     Note(String),

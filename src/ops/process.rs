@@ -1,4 +1,4 @@
-//! What this process asks of the operating system: memory, threads, descriptors, signals.
+//! Operating-system limits and settings of this process: memory, threads, descriptors, signals.
 
 /// Descriptors that are not for connections: files, looking names up, what a library opens.
 const RESERVE: usize = 96;
@@ -7,7 +7,7 @@ const RESERVE: usize = 96;
 #[cfg(unix)]
 const MOST: libc::rlim_t = 65_536;
 
-/// How many connections the process may hold open at once, once the soft limit of descriptors is raised to
+/// Number of connections that the process may hold open, after raising the soft descriptor limit to
 /// what is allowed. None where there is no such limit.
 pub fn connections() -> Option<usize> {
     #[cfg(unix)]
@@ -39,7 +39,7 @@ pub fn connections() -> Option<usize> {
     None
 }
 
-/// May this process, or this machine, open no more files and connections for now?
+/// Returns true if the process or the machine has run out of file descriptors.
 pub fn is_out_of_descriptors(error: &std::io::Error) -> bool {
     #[cfg(unix)]
     {

@@ -43,7 +43,7 @@ pub struct Prompt {
     /// The row's `id`, or the hash of what it asks where it has none.
     pub id: String,
     pub messages: Vec<Message>,
-    /// What a row of JSON brings beside roles and texts.
+    /// Raw messages and request fields of a JSON row that are more than roles and texts.
     pub given: Option<Box<Given>>,
 }
 

@@ -1,4 +1,4 @@
-//! What a row asks: its conversation, as it stands, and what else of the request it brings.
+//! Reads the messages and request fields of a row.
 
 use serde_json::{Map, Value};
 
@@ -7,7 +7,7 @@ use super::Message;
 /// Fields of a row that are fields of its request.
 const REQUEST_FIELDS: [&str; 3] = ["tools", "tool_choice", "parallel_tool_calls"];
 
-/// What is sent of a row beside plain messages, as it stands.
+/// Parts of a row that are sent unchanged.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Given {
     /// The messages, where some are more than a role and a text.
@@ -34,7 +34,7 @@ pub fn fields(row: &Value) -> Map<String, Value> {
 /// The conversation of a row that no template renders: as text, and as it stands where it is more.
 ///
 /// # Errors
-/// What is wrong with it.
+/// A description of the problem.
 pub fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), String> {
     let Some(given) = row.get("messages") else {
         return match row.get("text") {
@@ -46,9 +46,10 @@ pub fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), String> {
                 Err(format!(
                     "there is no `messages` in this row, but {}: set `prompts.template` to a file that \
                      makes them from its fields",
-                    match fields.is_empty() {
-                        true => "nothing at all".to_owned(),
-                        false => fields.join(", "),
+                    if fields.is_empty() {
+                        "nothing at all".to_owned()
+                    } else {
+                        fields.join(", ")
                     }
                 ))
             }

@@ -99,7 +99,7 @@ pub struct State {
     pub best: Best,
     /// Hash of the settings and data that the numbers depend on.
     pub fingerprint: String,
-    /// Those settings and data, to say what has changed; nothing in checkpoints of earlier versions.
+    /// The hashed settings and data, to name what has changed; null in checkpoints of earlier versions.
     #[serde(default)]
     pub basis: Value,
 }
@@ -169,6 +169,12 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 /// Where a file is damaged ([`Exit::Damaged`]), or it has another `basis` ([`Exit::Usage`]).
 pub fn load(path: &Path, parts: &mut Parts, basis: &Value) -> Result<State> {
     let state = read_state(path).map_err(|error| damaged(path, &error))?;
+    if state.basis.is_null() {
+        bail!(Exit::Usage(format!(
+            "an earlier version of distill wrote {}, and its settings cannot be compared: start over with --fresh",
+            path.display()
+        )));
+    }
     if state.fingerprint != fingerprint(basis) {
         bail!(Exit::Usage(format!(
             "the settings or the data have changed since {}{}: undo that to go on with it, or start over with \
@@ -252,13 +258,13 @@ pub fn fingerprint(basis: &Value) -> String {
         .to_string()
 }
 
-/// What differs between two of them, in words.
+/// Description of the differences between two of them.
 fn changes(before: &Value, now: &Value) -> String {
     let mut changes = Vec::new();
     for (section, value) in now.as_object().into_iter().flatten() {
         let old = before.get(section).unwrap_or(&Value::Null);
         match (old.as_object(), value.as_object()) {
-            _ if old == value || before.is_null() => {}
+            _ if old == value => {}
             (Some(old), Some(new)) => changes.extend(new.iter().filter_map(|(key, value)| {
                 let old = old.get(key).unwrap_or(&Value::Null);
                 (old != value).then(|| format!("{section}.{key} was {old} and is {value}"))
@@ -266,9 +272,10 @@ fn changes(before: &Value, now: &Value) -> String {
             _ => changes.push(format!("the {section}")),
         }
     }
-    match changes.is_empty() {
-        true => String::new(),
-        false => format!(" ({})", changes.join("; ")),
+    if changes.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", changes.join("; "))
     }
 }
 

@@ -33,9 +33,10 @@ fn rescued(stage: &Stage) -> PathBuf {
 }
 
 fn count(dir: &Path) -> u64 {
-    match cache::exists(dir) {
-        true => cache::read(dir).unwrap().count() as u64,
-        false => 0,
+    if cache::exists(dir) {
+        cache::read(dir).unwrap().count() as u64
+    } else {
+        0
     }
 }
 

@@ -11,7 +11,7 @@ use crate::cache::record::Usage;
 use crate::cache::{conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
 use crate::config::{self, Price};
-use crate::harvest::{self, Adopted};
+use crate::harvest::{Adopted, MergeAccount};
 use crate::terminal::{Reading, format_count, sanitise};
 
 /// Repairs the cache in `dir` and says what was done.
@@ -61,18 +61,20 @@ pub fn merge(
     sources: &[PathBuf],
     json: bool,
 ) -> Result<()> {
+    let run_dir = dir.parent().unwrap_or(Path::new("."));
+    let account = MergeAccount::open(run_dir, price)?;
     let mut reading = Reading::new("merging", json);
-    let all = merge::merge(dir, settings, sources, &mut |done, total| {
+    let mut all = Vec::new();
+    let merged = merge::merge_all(dir, settings, sources, &mut all, &mut |done, total| {
         reading.update(done, total);
         Ok(())
-    })?;
+    });
     drop(reading);
-    if let Some(run_dir) = dir.parent() {
-        let cost_usd = all.iter().map(|merged| merged.cost_usd).sum();
-        let mut unpriced = Usage::default();
-        all.iter().for_each(|merged| unpriced.add(&merged.unpriced));
-        harvest::add_merged(run_dir, price, cost_usd, unpriced)?;
-    }
+    let cost_usd = all.iter().map(|merged| merged.cost_usd).sum();
+    let mut unpriced = Usage::default();
+    all.iter().for_each(|merged| unpriced.add(&merged.unpriced));
+    account.add(cost_usd, unpriced)?;
+    merged?;
     if json {
         let sources = sources.iter().zip(&all).map(|(source, merged)| {
             json!({
@@ -120,7 +122,7 @@ fn line(source: &Path, merged: &Merged) -> String {
     )
 }
 
-/// Says what was taken over into the cache in `dir`.
+/// Prints the result of `cache adopt` on the cache in `dir`.
 pub fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
     if json {
         return print_json(&json!({

@@ -155,7 +155,7 @@ impl Batches<'_> {
         let lost = Dollars::at_least(closing.lost_usd);
         self.books
             .account
-            .settle_of_batch(lost, closing.lost, Bill::Possible, &price)
+            .settle_of_batch(lost, lost, closing.lost, Bill::Possible, &price)
     }
 
     /// Notes an attempt that may have been billed. Returns how many there were of the row.

@@ -311,14 +311,17 @@ impl Batches<'_> {
         };
         // A kill in between counts it twice: once as spent, once as held for a row without a record.
         let held = Dollars::at_least(member.usd);
-        self.books.account.settle_of_batch(held, 1, bill, &price)?;
+        let unraised = Dollars::at_least(bound.cost(&price).unwrap_or(member.usd));
+        let account = &mut self.books.account;
+        account.settle_of_batch(held, unraised, 1, bill, &price)?;
         append(self.cache)?;
         let part = &mut self.journal.parts[index];
         part.live.held -= member.usd;
         let is_planned = part.live.rows.get(line).copied().flatten().is_some();
-        match is_planned {
-            true => self.summary.add(&answered.seen, wants_logprobs),
-            false => self.tally.besides += 1,
+        if is_planned {
+            self.summary.add(&answered.seen, wants_logprobs)
+        } else {
+            self.tally.besides += 1
         }
         let lane = &mut self.lanes[lane];
         lane.has_answered = true;

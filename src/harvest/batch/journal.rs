@@ -121,7 +121,7 @@ pub struct Member {
 }
 
 impl Member {
-    /// Has it an answer, be it cut off where it was to be?
+    /// Returns true if the cache holds its answer, complete or truncated.
     pub fn is_answered(&self, cache: &Cache) -> bool {
         let cut = || {
             question::cut_key(
@@ -172,7 +172,7 @@ pub fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("batches.json")
 }
 
-/// Are there batches of earlier runs, whose answers have not been taken yet?
+/// Returns true if batches of earlier runs have not been collected yet.
 ///
 /// # Errors
 /// Where the journal is damaged.

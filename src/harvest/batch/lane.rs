@@ -49,7 +49,7 @@ pub struct Lane {
     failed_batches: u32,
     /// Replies, since a row was last answered, that say that no request can succeed.
     claims: u32,
-    /// Whether its answers are worth having.
+    /// Monitors the usefulness of its answers.
     pub watch: Watch,
     /// Why nothing more is sent to it; the other lanes go on.
     stopped: Option<anyhow::Error>,

@@ -273,7 +273,7 @@ impl Batches<'_> {
         let held = Dollars::at_least(held);
         self.books
             .account
-            .settle_of_batch(held, rows, Bill::Nothing, &price)?;
+            .settle_of_batch(held, held, rows, Bill::Nothing, &price)?;
         // The answers and the books first: only a part that has not ended is looked at again.
         self.cache.sync()?;
         self.books.account.tick()?;

@@ -8,17 +8,19 @@ use super::ledger::{InFlight, Ledger, Spent, Store, Tokens};
 use crate::cache::record::Usage;
 use crate::config::Price;
 
-/// What is written ahead is raised in steps of this factor, so that it is written rarely.
+/// The written-ahead reservation grows by this factor, so that it is written rarely.
 const STEP: f64 = 2.0;
 
-/// What a request may cost: dollars, or tokens where no price is set.
+/// Upper bound of a request's cost: dollars, or tokens if no price is set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Amount {
     pub usd: Dollars,
+    /// The same before [`Ledger::excess`] raised it.
+    pub unraised: Dollars,
     pub tokens: Tokens,
 }
 
-/// What became of a reservation.
+/// Outcome of a reservation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Bill {
     /// The endpoint said how many tokens.
@@ -97,10 +99,12 @@ impl<S: Store> Account<S> {
         match bound.cost(price) {
             Some(usd) => Amount {
                 usd: Dollars::at_least(usd).times(self.ledger.excess.max(1.0)),
+                unraised: Dollars::at_least(usd),
                 tokens: Tokens::default(),
             },
             None => Amount {
                 usd: Dollars::ZERO,
+                unraised: Dollars::ZERO,
                 tokens: Tokens {
                     prompt: bound.input_tokens,
                     cached: 0,
@@ -177,13 +181,15 @@ impl<S: Store> Account<S> {
         self.in_batches = self.in_batches.plus(usd);
     }
 
-    /// Settles what was held for so many rows of a batch. What was spent is in the log when this returns.
+    /// Settles what was held for so many rows of a batch, at `unraised` dollars before the excess factor. What
+    /// was spent is in the log when this returns.
     ///
     /// # Errors
     /// Where it cannot be written.
     pub fn settle_of_batch(
         &mut self,
         held: Dollars,
+        unraised: Dollars,
         rows: u64,
         bill: Bill,
         price: &Price,
@@ -198,6 +204,7 @@ impl<S: Store> Account<S> {
         }
         let amount = Amount {
             usd: held,
+            unraised,
             tokens: Tokens::default(),
         };
         self.settle(&amount, bill, price);
@@ -225,10 +232,13 @@ impl<S: Store> Account<S> {
             }
             Bill::Nothing => {}
         }
-        if !reserved.usd.is_zero() && spent.measured_usd > reserved.usd {
-            let excess = spent.measured_usd.usd() / reserved.usd.usd();
-            self.ledger.excess = self.ledger.excess.max(1.0) * excess;
-            self.is_dirty = true;
+        if !reserved.unraised.is_zero() && spent.measured_usd > reserved.unraised {
+            // Not times the factor so far: many requests that were reserved at the same one may exceed it.
+            let excess = spent.measured_usd.usd() / reserved.unraised.usd();
+            if excess > self.ledger.excess {
+                self.ledger.excess = excess;
+                self.is_dirty = true;
+            }
         }
         if bill == Bill::Possible {
             self.ledger.attempts_lost = self.ledger.attempts_lost.saturating_add(1);
@@ -246,6 +256,10 @@ impl<S: Store> Account<S> {
     pub fn flush(&mut self) -> Result<()> {
         if self.pending.is_nothing() {
             return Ok(());
+        }
+        if self.is_overdue {
+            // The log may end with part of a line, behind which nothing may follow.
+            return self.save();
         }
         let appended = self.store.append(&self.pending);
         self.is_overdue |= appended.is_err();
@@ -313,7 +327,7 @@ impl<S: Store> Account<S> {
         &mut self.ledger.day
     }
 
-    /// What is spent and what is reserved.
+    /// Spent and reserved dollars.
     fn committed(&self) -> Dollars {
         self.spent().total().plus(self.reserved.usd)
     }
@@ -328,7 +342,7 @@ impl<S: Store> Account<S> {
         self.now
     }
 
-    /// What is neither spent nor reserved.
+    /// Dollars that are neither spent nor reserved.
     pub fn room(&self) -> Dollars {
         self.cap
             .map_or(Dollars::MAX, |cap| cap.minus(self.committed()))
@@ -338,7 +352,7 @@ impl<S: Store> Account<S> {
         self.cap
     }
 
-    /// Where it is kept.
+    /// Storage of the account.
     pub fn store(&mut self) -> &mut S {
         &mut self.store
     }
@@ -450,6 +464,34 @@ mod tests {
         assert_eq!(first.bound(&bound, &PRICE).usd, amount.usd.times(1.5));
         let next = account(1.0, first.ledger.clone(), &PRICE);
         assert_eq!(next.bound(&bound, &PRICE).usd, amount.usd.times(1.5));
+    }
+
+    #[test]
+    fn many_requests_that_exceed_their_bound_alike_raise_the_factor_once() {
+        let bound = Bound {
+            input_tokens: 0,
+            output_tokens: 100,
+        };
+        let mut account = account(1.0, Ledger::default(), &PRICE);
+        let amount = account.bound(&bound, &PRICE);
+        for _ in 0..32 {
+            assert!(account.reserve(&amount).unwrap());
+        }
+        for _ in 0..32 {
+            account.settle(&amount, Bill::Measured(usage(0, 150)), &PRICE);
+        }
+        assert_eq!(account.ledger.excess, 1.5);
+        let raised = account.bound(&bound, &PRICE);
+        assert!(account.reserve(&raised).unwrap());
+        account.settle(&raised, Bill::Measured(usage(0, 150)), &PRICE);
+        assert_eq!(account.ledger.excess, 1.5, "what was reserved covered it");
+        let held = amount.usd.times(3.0);
+        account.hold_for_batch(held);
+        let bill = Bill::Measured(usage(0, 200));
+        account
+            .settle_of_batch(held, amount.usd, 1, bill, &PRICE)
+            .unwrap();
+        assert_eq!(account.ledger.excess, 2.0);
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl From<Usage> for Tokens {
     }
 }
 
-/// What was spent: dollars, and tokens of answers that came while no price was set.
+/// Spent dollars, and tokens of answers that came while no price was set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Spent {
@@ -114,7 +114,7 @@ pub struct InFlight {
 }
 
 impl InFlight {
-    /// Says so, where a killed run left something.
+    /// Warns about requests that a killed run left in flight.
     pub fn warn(self) {
         if self.requests > 0 {
             tracing::warn!(
@@ -126,7 +126,7 @@ impl InFlight {
     }
 }
 
-/// Where the account is kept: files, or in a test something that crashes.
+/// Storage of the account: files, or a crashing store in tests.
 pub trait Store {
     /// Replaces the ledger, which has added up the log. Durable once this returns.
     fn save(&mut self, ledger: &Ledger) -> Result<()>;
@@ -134,7 +134,7 @@ pub trait Store {
     /// Appends to the log. It survives a kill once this returns.
     fn append(&mut self, spent: &Spent) -> Result<()>;
 
-    /// Are its files still those that this process wrote? If not, they are to be saved anew.
+    /// Returns false if its files were removed or replaced; the caller then saves them anew.
     fn is_in_place(&self) -> bool {
         true
     }
@@ -235,7 +235,7 @@ fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
     Ok((ledger, version == VERSION))
 }
 
-/// What the log holds. A kill may leave its last line torn, which was not acknowledged.
+/// Entries of the log. A kill may leave the last line torn, which was not acknowledged.
 fn logged(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
     let path = log_file(run_dir, number);
     if !path.exists() {
@@ -263,6 +263,11 @@ impl Store for Files {
             log: self.number + 1,
             ..ledger.clone()
         };
+        // One of that number is left of an account that somebody has deleted.
+        let stale = log_file(&self.run_dir, next.log);
+        if stale.exists() {
+            crate::fs::remove_file(&stale)?;
+        }
         crate::fs::write_atomic(&file(&self.run_dir), &serde_json::to_vec_pretty(&next)?)?;
         let old = log_file(&self.run_dir, self.number);
         (self.log, self.number) = (None, self.number + 1);
@@ -363,6 +368,22 @@ mod tests {
             let (_files, ledger, _) = Files::open(dir.path()).unwrap();
             assert_eq!(ledger.spent.measured_usd, usd(0.75));
         }
+    }
+
+    #[test]
+    fn the_log_of_a_deleted_account_is_not_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut files, ledger, _) = Files::open(dir.path()).unwrap();
+        files.save(&ledger).unwrap();
+        files.append(&measured(5.0)).unwrap();
+        drop(files);
+        std::fs::remove_file(file(dir.path())).unwrap();
+        let (mut files, ledger, _) = Files::open(dir.path()).unwrap();
+        files.save(&ledger).unwrap();
+        files.append(&measured(0.5)).unwrap();
+        drop(files);
+        let (_files, ledger, _) = Files::open(dir.path()).unwrap();
+        assert_eq!(ledger.spent.measured_usd, usd(0.5));
     }
 
     #[test]

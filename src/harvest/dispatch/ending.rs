@@ -44,7 +44,7 @@ impl Dispatcher<'_> {
             books: self.books,
         })
     }
-    /// What cannot be written to a full disk, or to a folder that is no longer there, is told, and no more.
+    /// Downgrades a write error to a warning if the disk is full or the folder was moved.
     fn excuse(&self, written: Result<()>) -> Result<()> {
         match written {
             Err(error) if self.is_displaced => {

@@ -315,6 +315,7 @@ impl<'a> Dispatcher<'a> {
 
     /// Records the answers that have come, by one write, and decides about the other replies.
     fn take_back(&mut self, group: Vec<Back>) -> Result<()> {
+        self.look_at_cache()?;
         let (mut finished, mut fault) = (Vec::with_capacity(group.len()), None);
         for ended in group {
             match ended.context("a request task failed").flatten() {

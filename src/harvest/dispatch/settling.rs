@@ -1,4 +1,4 @@
-//! What becomes of a reply: its bill, and the row that was asked.
+//! Settles a reply: the budget reservation, and the state of its row.
 
 use std::time::Duration;
 
@@ -13,9 +13,9 @@ use crate::harvest::lane::Verdict;
 use crate::harvest::limiter::Departure;
 use crate::harvest::queue::Entry;
 use crate::harvest::retry::{Failure, Trouble};
+use crate::harvest::stop;
 use crate::harvest::unanswered::{Kind, Line};
 use crate::harvest::watch::{Seen, Word};
-use crate::harvest::{room, stop};
 use crate::terminal::format_duration;
 
 /// A wait that is worth telling.
@@ -142,7 +142,7 @@ impl Dispatcher<'_> {
             failure,
             self.clock.now(),
         );
-        room::excuse(self.books.unanswered.add(&line))?;
+        self.unless_full(|books| books.unanswered.add(&line))?;
         let known = self.books.unanswered.get(&line.key);
         Ok(known.map_or(0, |known| known.paid).max(entry.paid))
     }
@@ -156,7 +156,7 @@ impl Dispatcher<'_> {
             &failure,
             self.clock.now(),
         );
-        room::excuse(self.books.unanswered.add(&line))?;
+        self.unless_full(|books| books.unanswered.add(&line))?;
         let row = FailedRow::new(&self.plan, index, entry, failure);
         self.summary.filtered(row);
         Ok(())

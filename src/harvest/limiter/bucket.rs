@@ -11,7 +11,7 @@ use super::mirror::Departure;
 /// minute may well refuse the second one within a second.
 const SPREAD: Duration = Duration::from_secs(60);
 
-/// What may leave ahead of an even pace.
+/// Burst allowed ahead of an even pace.
 const BURST: Duration = Duration::from_secs(1);
 
 /// Reset times are rounded, and replies take their time: the end of a window may move by so much.
@@ -31,18 +31,18 @@ pub(super) struct Bucket {
     /// As reported; while only `remaining` is, the most that has been seen of it.
     pub(super) limit: Option<f64>,
     refill: Refill,
-    /// What remained at the instant `at`; may be below zero.
+    /// Amount that remained at the instant `at`; may be negative.
     pub(super) level: f64,
     at: Instant,
     /// For a window: its end, and what that was when it was first told.
     ends: Option<Instant>,
     first_end: Option<Instant>,
-    /// What looked like a window has an end that moves with what is used.
+    /// The reset time moves with usage, so the limit has no fixed window.
     is_no_window: bool,
     /// Departure of the request whose reply is believed.
     pub(super) as_of: Option<Instant>,
     pub(super) charged: f64,
-    /// When an even pace will have caught up with what has left.
+    /// Instant at which an even pace catches up with the usage.
     paced_until: Instant,
 }
 
@@ -86,7 +86,7 @@ impl Bucket {
         limit.min(self.level + self.rate() * elapsed)
     }
 
-    /// When a request that uses `amount` may leave.
+    /// Earliest instant for a request that uses `amount`.
     pub(super) fn free_at(&self, amount: f64, now: Instant) -> Instant {
         let limit = self.limit.unwrap_or(f64::INFINITY);
         // What is larger than the limit goes out at a full bucket: the server will say no itself.
@@ -128,7 +128,7 @@ impl Bucket {
         }
     }
 
-    /// How the resource comes back, by this report and those before it.
+    /// Refill behaviour of the limit, from this report and earlier ones.
     ///
     /// A bucket that holds a second's worth of a limit a minute looks like a window that is about to
     /// end, until that end has come and gone and the next one is as near again.
@@ -145,9 +145,10 @@ impl Bucket {
         } else if moved > ROUNDED {
             self.is_no_window = true;
         }
-        match self.is_no_window {
-            true => Refill::Unknown,
-            false => refill,
+        if self.is_no_window {
+            Refill::Unknown
+        } else {
+            refill
         }
     }
 

@@ -18,7 +18,7 @@ use crate::harvest::teacher::Reply;
 /// Attempts at one request, throttling aside.
 const ATTEMPTS: u32 = 3;
 
-/// What came of a request.
+/// Outcome of a probe request.
 pub(super) enum Asked {
     Answer(Box<Completion>, Reply),
     /// An error, with the endpoint's words, and the reply if there was one.

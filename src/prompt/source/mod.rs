@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::exit::Exit;
 
-/// What hands each row to the reader of a source, with the number of its line or row, from 1.
+/// Callback for each row, with its line or row number, from 1.
 pub type OnRow<'a> = &'a mut dyn FnMut(usize, Value) -> Result<()>;
 
 /// Hands each row of `path` to `on_row`: a JSON object, of a line of text `{"text": line}`, of a table its

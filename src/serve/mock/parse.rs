@@ -18,7 +18,7 @@ pub struct Head {
     pub close: bool,
     /// Whether the client waits for a word before it sends the body.
     pub expects_continue: bool,
-    /// Whether the client takes a body that is compressed by gzip.
+    /// Whether the client accepts gzip.
     pub takes_gzip: bool,
     /// Where the body begins.
     pub end: usize,

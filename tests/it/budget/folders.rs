@@ -43,7 +43,7 @@ struct Folder {
     /// Set once, at a random time: from then on there is a cap, which is raised at times.
     is_priced: bool,
     cap: f64,
-    /// What was merged in, which another teacher has billed.
+    /// Dollars merged in from another cache, billed by another teacher.
     merged: f64,
     merges: u32,
     /// Something was sent under the cap, and nothing merged since: all that is billed is within it.
@@ -150,7 +150,7 @@ impl Folder {
         in_real_time as usize + journal.matches("\"nonce\"").count()
     }
 
-    /// What the endpoints have billed.
+    /// Dollars billed by the endpoints.
     fn billed(&self) -> f64 {
         let billed = self.mock.stats().billed;
         let prompts = 0.01 * billed.prompt_tokens as f64;

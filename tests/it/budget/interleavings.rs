@@ -293,7 +293,7 @@ impl World {
         left
     }
 
-    /// What is billed, and all that may be yet.
+    /// Billed dollars, and the upper bound of those still in flight.
     fn may_be_billed(&self) -> Dollars {
         let in_flight = (0..4).filter(|&request| {
             matches!(

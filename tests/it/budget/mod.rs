@@ -16,7 +16,7 @@ pub const PRICE: Price = Price {
     as_of: None,
 };
 
-/// What survives a kill: the files of the account.
+/// State that survives a kill: the files of the account.
 #[derive(Debug, Clone, Default)]
 pub struct Disk {
     pub ledger: Ledger,
@@ -43,7 +43,7 @@ impl Disk {
     }
 }
 
-/// How the next writes go wrong.
+/// Faults of the next writes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
     /// The process dies after so many of them: before the next one is made, or before it can say so.
@@ -106,7 +106,7 @@ impl Store for Mortal {
     }
 }
 
-/// What the next process would count as spent, were the one that has the account killed now.
+/// Dollars that the next process would count as spent after a kill now.
 pub fn after_a_kill(disk: &Disk, cap: f64, price: &Price, floor: &Spent) -> Spent {
     let opened = Account::open(disk.open(), disk.read(), Some(cap), price, floor);
     opened.unwrap().0.spent()

@@ -85,10 +85,10 @@ struct World {
     cap: usize,
     in_flight: Vec<Sent>,
     batch: Vec<Row>,
-    /// What endpoints have billed: dollars, and tokens of what had no price when it was sent.
+    /// Billed dollars, and billed tokens of requests that had no price when sent.
     billed: Dollars,
     unpriced: Tokens,
-    /// What the records of the cache say that they cost.
+    /// Sum of the costs in the cache's records.
     cached: Dollars,
     fault: Option<Fault>,
 }
@@ -109,7 +109,7 @@ impl World {
         }
     }
 
-    /// What is billed and may be yet, at today's price for what had none.
+    /// Billed and possibly billed dollars, at today's price for unpriced requests.
     fn may_be_billed(&self) -> Dollars {
         let unpriced = self.unpriced_at(&PRICES[self.price]);
         let mut all = self.billed.plus(unpriced.unwrap_or_default());
@@ -366,7 +366,7 @@ impl World {
             None => self.bill_of(&row.bound, row.price, reply),
         };
         let price = &PRICES[row.price];
-        if !self.run(|account| account.settle_of_batch(row.held, 1, bill, price)) {
+        if !self.run(|account| account.settle_of_batch(row.held, row.held, 1, bill, price)) {
             self.die();
             // It has no record: the next process holds for it, and finds the same answer.
             self.batch.push(Row {

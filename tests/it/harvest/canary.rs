@@ -318,9 +318,12 @@ fn a_key_where_a_name_belongs_is_not_repeated() {
         ("timeout_s", format!("timeout_s = \"{key}\"")),
     ];
     for (place, line) in places {
-        let lines = config.lines().map(|old| match old.starts_with(place) {
-            true => line.as_str(),
-            false => old,
+        let lines = config.lines().map(|old| {
+            if old.starts_with(place) {
+                line.as_str()
+            } else {
+                old
+            }
         });
         let changed: Vec<&str> = lines.collect();
         fs::write(dir.path().join("run.toml"), changed.join("\n")).unwrap();

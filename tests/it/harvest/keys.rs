@@ -143,9 +143,10 @@ async fn rows_that_were_given_up_are_asked_again_by_name() {
     let mended = std::sync::Arc::clone(&is_well);
     let server = FaultServer::start(move |seen| {
         let is_well = mended.load(std::sync::atomic::Ordering::Relaxed);
-        match seen.prompt() == "bad" && !is_well {
-            true => Reaction::ShortBody(completion("x", 0).to_string().into_bytes()),
-            false => answer(seen),
+        if seen.prompt() == "bad" && !is_well {
+            Reaction::ShortBody(completion("x", 0).to_string().into_bytes())
+        } else {
+            answer(seen)
         }
     })
     .await;
@@ -216,14 +217,14 @@ async fn the_cache_of_an_earlier_version_stays_valid() {
 async fn only_what_this_run_asks_leaves_the_cache_and_a_stopped_one_goes_on() {
     let is_locked = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let locked = std::sync::Arc::clone(&is_locked);
-    let server =
-        FaultServer::start(
-            move |seen| match locked.load(std::sync::atomic::Ordering::Relaxed) {
-                true => crate::fault_server::reply(401, crate::fault_server::error("no", "")),
-                false => teacher(seen),
-            },
-        )
-        .await;
+    let server = FaultServer::start(move |seen| {
+        if locked.load(std::sync::atomic::Ordering::Relaxed) {
+            crate::fault_server::reply(401, crate::fault_server::error("no", ""))
+        } else {
+            teacher(seen)
+        }
+    })
+    .await;
     let mut run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
     let whole = run.records();

@@ -15,6 +15,7 @@ mod replies;
 mod runs;
 #[cfg(feature = "redis")]
 mod shared;
+mod tls;
 
 use std::time::Duration;
 

@@ -62,7 +62,7 @@ pub struct Answers {
     pub max_tokens_field: MaxTokensField,
     /// Prompt and answer may have so many tokens together.
     pub context_tokens: Option<u64>,
-    /// Whether bodies are compressed for who takes that.
+    /// Whether replies are compressed for clients that accept gzip.
     pub gzip: bool,
     /// Whether an answer is billed whose client left before it came.
     pub bill_abandoned: bool,

@@ -1,0 +1,109 @@
+//! Endpoints with a certificate authority of their own, and those that ask for a client certificate.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
+
+use super::{Run, end};
+use crate::fault_server::completion;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/it/golden/tls")
+        .join(name)
+}
+
+/// A server that answers each request with `hi`, once the handshake is good. Returns its base URL.
+fn serve(wants_client_certificate: bool) -> String {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut roots = RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(golden("ca.pem")).unwrap())
+        .unwrap();
+    let builder = if wants_client_certificate {
+        let verifier = WebPkiClientVerifier::builder(Arc::new(roots))
+            .build()
+            .unwrap();
+        ServerConfig::builder().with_client_cert_verifier(verifier)
+    } else {
+        ServerConfig::builder().with_no_client_auth()
+    };
+    let certificate = CertificateDer::from_pem_file(golden("server.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_file(golden("server.pem")).unwrap();
+    let config = Arc::new(builder.with_single_cert(vec![certificate], key).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for socket in listener.incoming() {
+            let connection = ServerConnection::new(Arc::clone(&config)).unwrap();
+            let mut stream = StreamOwned::new(connection, socket.unwrap());
+            let mut request = vec![0; 1 << 16];
+            // A failed handshake is what some of the tests are about.
+            let Ok(1..) = stream.read(&mut request) else {
+                continue;
+            };
+            let body = completion("hi", 0).to_string();
+            let head = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+                body.len()
+            );
+            let _ = stream.write_all((head + &body).as_bytes());
+            stream.conn.send_close_notify();
+            let _ = stream.flush();
+        }
+    });
+    format!("https://{address}/v1")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_certificate_authority_is_named_with_the_setting_that_trusts_it() {
+    let base_url = serve(false);
+    let mut run = Run::at(&base_url, &["a"]);
+    run.config.retry.max_attempts = 2;
+    let summary = run.harvest().await;
+    let (code, message) = end(&summary);
+    assert_eq!((code, summary.ok), (1, 0), "{message}");
+    assert!(message.contains("teacher.ca_file"), "{message}");
+    run.config.teacher.ca_file = Some(golden("ca.pem"));
+    let summary = run.harvest().await;
+    assert_eq!((end(&summary).0, summary.ok), (0, 1), "{:?}", end(&summary));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_certificate_is_presented() {
+    let base_url = serve(true);
+    let mut run = Run::at(&base_url, &["a"]);
+    run.config.teacher.ca_file = Some(golden("ca.pem"));
+    run.config.retry.max_attempts = 2;
+    let summary = run.harvest().await;
+    assert_eq!(summary.ok, 0, "without one");
+    // That may have been billed, for all that is known, and counts against the row's attempts.
+    run.config.run_dir = run.dir.path().join("another");
+    run.config.teacher.client_certificate = Some(golden("client.pem"));
+    let summary = run.harvest().await;
+    assert_eq!((end(&summary).0, summary.ok), (0, 1), "{:?}", end(&summary));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_or_malformed_certificate_file_is_a_usage_error() {
+    let mut run = Run::at("https://127.0.0.1:9/v1", &["a"]);
+    run.write("empty.pem", "no certificate");
+    for name in ["none.pem", "empty.pem"] {
+        let file = Some(run.dir.path().join(name));
+        for is_ca in [true, false] {
+            run.config.teacher.ca_file = file.clone().filter(|_| is_ca);
+            run.config.teacher.client_certificate = file.clone().filter(|_| !is_ca);
+            let (_sender, receiver) = tokio::sync::mpsc::unbounded_channel();
+            let signals = distill::signal::Signals::from_channel(receiver);
+            let error = run.try_harvest(signals).await.err().unwrap();
+            assert_eq!(distill::exit::Exit::code_of(&error), 2, "{error:#}");
+            assert!(error.to_string().contains(name), "{error:#}");
+        }
+    }
+}
