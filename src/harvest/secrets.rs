@@ -206,11 +206,10 @@ fn decode(text: &[u8]) -> (Vec<u8>, Vec<usize>) {
         }
         // The rest of a run of backslashes is no escape either.
         let run = text[at..].iter().take_while(|byte| **byte == b'\\').count();
-        for place in at..at + run.max(1) {
-            decoded.push(text[place]);
-            places.push(place);
-        }
-        at += run.max(1);
+        let end = at + run.max(1);
+        decoded.extend_from_slice(&text[at..end]);
+        places.extend(at..end);
+        at = end;
     }
     places.push(text.len());
     (decoded, places)
