@@ -86,12 +86,7 @@ pub struct HarvestArgs {
     pub limit: Option<usize>,
     /// Request these answers again, and no others (comma-separated): length (truncated), quarantined, failed,
     /// or a reason from the summary; existing answers move to responses.replaced.jsonl
-    #[arg(
-        long,
-        value_name = "WHAT",
-        value_delimiter = ',',
-        conflicts_with = "dry_run"
-    )]
+    #[arg(long, value_name = "WHAT", value_delimiter = ',')]
     pub again: Vec<String>,
     /// Ask only the I-th of N disjoint parts, each on a machine (or in a run_dir) of its own;
     /// `distill cache merge` joins them

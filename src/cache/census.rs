@@ -26,13 +26,14 @@ pub struct Census {
 
 impl Census {
     /// Advises `cache adopt` where it would answer open questions.
-    pub fn advice(&self) -> Option<String> {
+    /// `arguments` are the flags that name the config.
+    pub fn advice(&self, arguments: &str) -> Option<String> {
         let answers: u64 = self.elsewhere.values().sum();
         let places: Vec<&str> = self.elsewhere.keys().map(String::as_str).collect();
         (answers > 0).then(|| {
             format!(
-                "the cache holds at least {} whole answers to questions that are still open here, from {}: `distill cache \
-                 adopt -c CONFIG` keeps them, and they are not bought again",
+                "the cache holds at least {} complete answers to questions that are still open here, from {}: \
+                 `distill cache adopt {arguments}` keeps them, and they are not bought again",
                 format_count(answers),
                 places.join(", ")
             )

@@ -174,8 +174,8 @@ pub fn check_all_is_back(dir: &Path) -> Result<()> {
     let rescued = rescue_dir(dir);
     if super::exists(&rescued) {
         let message = format!(
-            "{rescued} holds answers that were rescued when the cache was moved under a run: take them \
-             over with `distill cache merge --dir {} {rescued}`, and remove the folder",
+            "{rescued} holds answers that were rescued when files of the cache were moved or changed under a \
+             run: take them over with `distill cache merge --dir {} {rescued}`, and then remove {rescued}",
             dir.display(),
             rescued = rescued.display()
         );
@@ -250,9 +250,9 @@ fn describe(path: &Path, change: &Change, length: u64, rescued: &Path) -> Displa
     let file = path.display();
     let dir = path.parent().unwrap_or(Path::new("."));
     let take_back = format!(
-        "`distill cache merge --dir {} {}` takes them over",
+        "`distill cache merge --dir {} {rescued}` takes them over; then remove {rescued}",
         dir.display(),
-        rescued.display()
+        rescued = rescued.display()
     );
     let text = match change {
         Change::Moved(now) => format!(
@@ -275,7 +275,8 @@ fn describe(path: &Path, change: &Change, length: u64, rescued: &Path) -> Displa
         ),
         Change::Longer { by } => format!(
             "another program has appended {} bytes to {file} while this run wrote it: `distill cache \
-             verify` tells what it holds now; the answers that were on their way are safe in {}; {take_back}",
+             verify` tells what it holds now, and `distill cache repair` moves aside what is no record; the \
+             answers that were on their way are safe in {}; {take_back}",
             format_count(*by),
             rescued.display()
         ),

@@ -1,14 +1,17 @@
 //! Records that leave the cache to be asked for again, or get another key. Nothing is thrown away.
 
 use std::collections::HashSet;
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use super::frames::{self, Effort, FRAME_TEXT};
 use super::keys;
+use super::line;
 use super::reader::Lines;
+use super::record::Record;
 use super::storage::{self, Appender};
 use super::writer::Cache;
 use super::{compressed_file, plain_file};
@@ -29,6 +32,25 @@ pub type Decide<'a> = &'a dyn Fn(&[u8]) -> Result<Fate>;
 /// The file that has what was asked for again.
 pub fn replaced_file(dir: &Path) -> PathBuf {
     dir.join("responses.replaced.jsonl")
+}
+
+/// The answers in `dir` that were asked for again; damaged lines are left out.
+///
+/// # Errors
+/// Where the file cannot be read.
+pub fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Record>>> {
+    let path = replaced_file(dir);
+    let could_not = format!("could not read {}", path.display());
+    let file = path.exists().then(|| File::open(&path)).transpose();
+    let file = file.with_context(|| could_not.clone())?;
+    let lines = file.map(|file| BufReader::new(file).split(b'\n'));
+    Ok(lines
+        .into_iter()
+        .flatten()
+        .filter_map(move |line| match line {
+            Ok(line) => line::decode(&line).ok().map(Ok),
+            Err(error) => Some(Err(anyhow!(error).context(could_not.clone()))),
+        }))
 }
 
 /// Rewrites the cache in `dir`, which nobody else may be writing. What leaves it is on the disk elsewhere

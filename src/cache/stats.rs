@@ -1,6 +1,6 @@
 //! What a cache holds, in numbers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 
 use anyhow::{Context, Result};
@@ -26,10 +26,31 @@ pub struct Stats {
     /// Records without a price; `cost_usd` is short by these.
     pub without_cost: u64,
     pub logprobs: LogprobStats,
+    pub replaced: Replaced,
     #[serde(serialize_with = "as_text")]
     pub first_sent_at: Option<Timestamp>,
     #[serde(serialize_with = "as_text")]
     pub last_sent_at: Option<Timestamp>,
+}
+
+/// Answers that left the cache because they were asked for again.
+#[derive(Debug, Default, Serialize)]
+pub struct Replaced {
+    pub records: u64,
+    pub cost_usd: f64,
+    /// Key and time of each: after a crash an answer may be there twice.
+    #[serde(skip)]
+    seen: HashSet<(String, String)>,
+}
+
+impl Replaced {
+    pub fn add(&mut self, record: &Record) {
+        let name = (record.key.clone(), record.timing.sent_at.clone());
+        if self.seen.insert(name) {
+            self.records += 1;
+            self.cost_usd += record.cost_usd.unwrap_or(0.0);
+        }
+    }
 }
 
 /// How much room logprobs take.

@@ -70,6 +70,7 @@ pub fn load(
             )));
         };
         set(&mut table, key, &value);
+        check_value(key, &value, &name)?;
         origins.insert(key.clone(), format!("environment ({name})"));
     }
     for flag in flags {
@@ -86,6 +87,7 @@ pub fn load(
             )));
         }
         set(&mut table, key, value);
+        check_value(key, value, "--set")?;
         origins.insert(key.to_string(), "flag".into());
     }
     complete_teachers(&mut table);
@@ -94,6 +96,7 @@ pub fn load(
     let folder = path.parent().unwrap_or(Path::new(""));
     resolve_paths(&mut config, folder);
     config.file = Some(path.to_owned());
+    config.flags = flags.to_vec();
     validate(&config)?;
     Ok(Loaded { config, origins })
 }
@@ -146,6 +149,20 @@ fn set(table: &mut Table, key: &str, value: &str) {
             table.insert(key.to_string(), parsed);
         }
     }
+}
+
+/// Refuses a value that is of another type than its setting, by the name of the setting. `origin` says where
+/// it was set.
+fn check_value(key: &str, value: &str, origin: &str) -> Result<()> {
+    let mut alone = Table::new();
+    set(&mut alone, key, value);
+    Config::deserialize(alone).map_err(|error| {
+        let message = error.message();
+        usage(format!(
+            "{origin}: {key} = {value:?} does not fit: {message}"
+        ))
+    })?;
+    Ok(())
 }
 
 /// Gives every teacher, in what it has of its own, the values of the sections that it leaves out.

@@ -15,6 +15,9 @@ pub struct Config {
     /// Path of the config file.
     #[serde(skip)]
     pub file: Option<PathBuf>,
+    /// Values of the `--set` flags.
+    #[serde(skip)]
+    pub flags: Vec<String>,
     /// Folder of this run: the cache, checkpoints, metrics and the student land here.
     pub run_dir: PathBuf,
     pub teacher: Teacher,
@@ -40,6 +43,20 @@ pub struct Config {
 }
 
 impl Config {
+    /// The flags that name this config on a command line, quoted for a shell; empty if it has no file.
+    pub fn arguments(&self) -> String {
+        let Some(file) = &self.file else {
+            return String::new();
+        };
+        let mut words = vec!["-c".to_owned(), file.display().to_string()];
+        for flag in &self.flags {
+            words.extend(["--set".to_owned(), flag.clone()]);
+        }
+        let words = words.iter().map(String::as_str);
+        // Text with a NUL cannot be an argument.
+        shlex::try_join(words).unwrap_or_default()
+    }
+
     /// Every endpoint that is asked, with its own settings.
     pub fn lanes(&self) -> Vec<Lane> {
         let teachers = match self.teachers.is_empty() {
@@ -109,6 +126,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             file: None,
+            flags: Vec::new(),
             run_dir: "run".into(),
             teacher: Teacher::default(),
             teachers: Vec::new(),

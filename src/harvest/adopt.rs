@@ -22,6 +22,8 @@ pub struct Adopted {
     pub records: u64,
     /// Questions of the config.
     pub questions: u64,
+    /// Of these, answered now, adopted answers included.
+    pub answered: u64,
 }
 
 /// Takes over the answers in the cache of the run folder.
@@ -51,7 +53,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     let dir = config.own_cache();
     let known = cache::peek(&dir)?;
     let mut targets = HashMap::<String, (String, &str)>::new();
-    let mut taken = HashSet::new();
+    let (mut taken, mut answered) = (HashSet::new(), HashSet::new());
     let records = if cache::exists(&dir) {
         Some(cache::read(&dir)?)
     } else {
@@ -68,19 +70,19 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             continue;
         };
         // What answers a question of this config already stays where it is.
-        if of_question
-            .iter()
-            .any(|(key, _)| name_of(key) == record.key)
-        {
+        let mut keys = of_question.iter().map(|(key, _)| key);
+        if let Some(key) = keys.find(|key| name_of(key) == record.key) {
+            answered.insert(*key);
             continue;
         }
-        let free = of_question.iter().find_map(|(key, name)| {
-            let key = name_of(key);
+        let free = of_question.iter().find_map(|(plain, name)| {
+            let key = name_of(plain);
             let is_free = !known.contains(&key) && taken.insert(key.clone());
-            is_free.then_some((key, *name))
+            is_free.then_some((*plain, key, *name))
         });
-        if let Some(target) = free {
-            targets.insert(record.key, target);
+        if let Some((plain, key, name)) = free {
+            answered.insert(plain);
+            targets.insert(record.key, (key, name));
         }
     }
     let records = rewrite(&dir, &config.cache, &|line| {
@@ -97,5 +99,6 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     Ok(Adopted {
         records,
         questions: plan.rows.len() as u64,
+        answered: answered.len() as u64,
     })
 }

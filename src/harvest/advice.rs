@@ -6,22 +6,22 @@ use super::summary::Summary;
 use crate::exit::Exit;
 use crate::terminal::{format_count, format_share};
 
+/// Exit code of [`Exit::SomeFailed`].
+const SOME_FAILED: u8 = 3;
+
 /// One sentence a step, the most pressing first.
 pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
     let mut steps = Vec::new();
-    let config = match &summary.config_file {
-        Some(file) => format!(" -c {}", file.display()),
-        None => String::new(),
-    };
+    let config = &summary.arguments;
     let asked = summary.ok + summary.quarantined;
     let mut step = |holds: bool, text: String| {
         if holds {
             steps.push(text);
         }
     };
-    // What must be changed first, the error says.
+    // Every other error says itself what to do before the next run.
     let goes_on = summary.error.as_ref().is_none_or(|error| {
-        Exit::signal_of(error).is_some() || matches!(Exit::code_of(error), 3 | 4)
+        Exit::signal_of(error).is_some() || Exit::code_of(error) == SOME_FAILED
     });
     step(
         summary.pending > 0 && goes_on,
@@ -34,8 +34,17 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
         summary.failed > 0,
         format!(
             "look into {}: the same command asks these rows again, as long as they have attempts left; \
-             `distill harvest{config} --again failed` begins anew with them",
+             `distill harvest {config} --again failed` begins anew with them",
             failures.display()
+        ),
+    );
+    let refusals = summary.quarantines.get("refusal").copied().unwrap_or(0);
+    step(
+        refusals * 20 > asked,
+        format!(
+            "the teacher refused {} of the questions, and none of these is trained on: `distill harvest {config} \
+             --again refusal` asks them once more",
+            format_share(refusals, asked)
         ),
     );
     step(
@@ -48,7 +57,7 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
     step(
         summary.without_logprobs * 20 > asked,
         format!(
-            "{} of the answers came without usable logprobs: `distill probe` tells what the \
+            "{} of the answers came without usable logprobs: `distill probe {config}` tells what the \
              endpoint offers",
             format_share(summary.without_logprobs, asked)
         ),
@@ -74,9 +83,14 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
         );
     }
     if steps.is_empty() && summary.error.is_none() && asked + summary.cached > 0 {
+        let first = if summary.warnings.is_empty() {
+            ""
+        } else {
+            "look at the warnings, and then "
+        };
         steps.push(match config.as_str() {
-            "" => "train: `distill train` with the same config".into(),
-            config => format!("train: `distill train{config}`"),
+            "" => format!("{first}train: `distill train` with the same config"),
+            config => format!("{first}train: `distill train {config}`"),
         });
     }
     steps
@@ -86,6 +100,7 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
 mod tests {
     use super::super::timeline::Used;
     use super::*;
+    use std::collections::BTreeMap;
 
     fn steps(summary: Summary) -> String {
         next_steps(&summary, Path::new("run/failures.jsonl")).join("\n")
@@ -98,9 +113,20 @@ mod tests {
             ..Summary::default()
         };
         assert_eq!(steps(good), "train: `distill train` with the same config");
+        let odd = steps(Summary {
+            ok: 100,
+            arguments: "-c run.toml".into(),
+            warnings: vec!["odd".into()],
+            ..Summary::default()
+        });
+        assert_eq!(
+            odd,
+            "look at the warnings, and then train: `distill train -c run.toml`"
+        );
         let bad = steps(Summary {
             ok: 90,
             cut_off: 45,
+            quarantines: BTreeMap::from([("refusal".into(), 9)]),
             without_logprobs: 90,
             failed: 2,
             pending: 8,
@@ -128,8 +154,26 @@ mod tests {
             "100.0 % of the answers came without",
             "slow was used to 10 %",
             "strict refused 30.0 %",
+            "refused 10.0 % of the questions",
         ] {
             assert!(bad.contains(part), "{part} is not in:\n{bad}");
         }
+    }
+
+    #[test]
+    fn the_same_command_is_advised_only_where_nothing_must_change_first() {
+        let after = |error: Exit| {
+            let summary = Summary {
+                ok: 90,
+                pending: 10,
+                error: Some(error.into()),
+                ..Summary::default()
+            };
+            steps(summary).contains("run the same command again")
+        };
+        assert!(after(Exit::Signal(2)));
+        assert!(after(Exit::SomeFailed("2 failed".into())));
+        assert!(!after(Exit::Resumable("raise `budget.usd`".into())));
+        assert!(!after(Exit::Usage("change it".into())));
     }
 }

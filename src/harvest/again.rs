@@ -13,9 +13,10 @@ use super::prepare::check_fits;
 use super::unanswered::Unanswered;
 use super::{HarvestOptions, askings};
 use crate::cache::census::half_of;
+use crate::cache::keys::{self, Fingerprint};
 use crate::cache::question;
 use crate::cache::record::{Record, Status};
-use crate::cache::rewrite::{Fate, replaced_file, rewrite};
+use crate::cache::rewrite::{Fate, read_replaced, replaced_file, rewrite};
 use crate::cache::{self, line};
 use crate::config::Config;
 use crate::exit::Exit;
@@ -25,17 +26,16 @@ use crate::terminal::format_count;
 /// The keys of the rows that are to be asked.
 pub type Wanted = HashSet<String>;
 
-/// Takes the answers that `options.again` names, and that this run asks for, out of the cache of the run
-/// folder, and forgets such rows without an answer. The cache must be open nowhere.
+/// Finds the rows that `options.again` names and that this run asks for. Changes nothing.
 ///
 /// # Errors
 /// [`Exit::Usage`] where nothing is of that name, and whatever the night would refuse.
-pub fn take_out(
+pub fn select(
     config: &Config,
     options: &HarvestOptions,
     prompts: &[Prompt],
-    unanswered: &mut Unanswered,
-) -> Result<Wanted> {
+    unanswered: &Unanswered,
+) -> Result<Asked> {
     let words = &options.again;
     let dir = config.own_cache();
     let mut found = Found::default();
@@ -44,25 +44,34 @@ pub fn take_out(
             found.add(&record?, words, true);
         }
     }
-    let replaced = replaced_file(&dir);
-    if replaced.exists() {
-        let text = crate::fs::read(&replaced)?;
-        let lines = text.split(|byte| *byte == b'\n');
-        for record in lines.filter_map(|line| line::decode(line).ok()) {
-            found.add(&record, words, false);
-        }
+    for record in read_replaced(&dir)? {
+        found.add(&record?, words, false);
     }
-    let is_failed = words.iter().any(|word| word == "failed");
-    if is_failed {
+    if names_failed(words) {
         found.names.extend(unanswered.keys().map(str::to_owned));
     }
-    let asked = asked(config, options, prompts, &found.names)?;
-    if asked.plan.rows.is_empty() {
+    let asked = asked(config, options, prompts, &found)?;
+    if asked.plan.total == 0 {
         return Err(found.nothing(words));
     }
     for lane in 0..asked.plan.lanes.len() {
         check_fits(config, &asked.plan, lane)?;
     }
+    Ok(asked)
+}
+
+/// Takes the answers to the selected rows out of the cache of the run folder, and forgets such rows
+/// without an answer. The cache must be open nowhere.
+///
+/// # Errors
+/// Where the cache is damaged, or the disk fails.
+pub fn take_out(
+    config: &Config,
+    words: &[String],
+    asked: Asked,
+    unanswered: &mut Unanswered,
+) -> Result<Wanted> {
+    let dir = config.own_cache();
     let moved = rewrite(&dir, &config.cache, &|line| {
         let record = line::decode(line)?;
         Ok(if is_named(&record, words) && asked.answers(&record) {
@@ -72,19 +81,27 @@ pub fn take_out(
         })
     })?;
     let mut forgotten = 0;
-    if is_failed {
+    if names_failed(words) {
         let forgot = unanswered.forget(|key, _| asked.keys.contains(key))?;
         forgotten = forgot.len() as u64;
     }
     tracing::warn!(
-        "{} rows are asked again: {} answers moved to {}, {} rows without an answer begin anew; should it be \
-         stopped, the same command goes on",
+        "{} rows are asked again: {} answers moved to {}, {} rows without an answer begin anew{}; should it \
+         be stopped, the same command goes on",
         format_count(asked.plan.rows.len() as u64),
         format_count(moved),
-        replaced.display(),
+        replaced_file(&dir).display(),
         format_count(forgotten),
+        match asked.plan.cached {
+            0 => String::new(),
+            count => format!(", {} have another answer by now", format_count(count)),
+        }
     );
     Ok(asked.plan.rows.into_iter().map(|row| row.key).collect())
+}
+
+fn names_failed(words: &[String]) -> bool {
+    words.iter().any(|word| word == "failed")
 }
 
 /// Answers selected by `--again`.
@@ -94,6 +111,8 @@ struct Found {
     names: HashSet<String>,
     /// Number of cached answers by reason or finish reason.
     known: BTreeMap<String, u64>,
+    /// Keys of cached answers that are complete and not selected.
+    kept: HashSet<Fingerprint>,
 }
 
 impl Found {
@@ -107,6 +126,8 @@ impl Found {
         }
         if is_named(record, words) {
             self.names.insert(half_of(record));
+        } else if is_in_cache && record.cut_at == 0 {
+            self.kept.insert(keys::fingerprint(&record.key));
         }
     }
 
@@ -148,8 +169,9 @@ fn is_named(record: &Record, words: &[String]) -> bool {
 }
 
 /// Rows of this run that `--again` selects.
-struct Asked {
-    plan: Plan,
+pub struct Asked {
+    /// Those that have another answer by now are cached.
+    pub plan: Plan,
     /// All keys of theirs.
     keys: HashSet<String>,
     /// Number of selected rows by question.
@@ -179,14 +201,20 @@ fn asked(
     config: &Config,
     options: &HarvestOptions,
     prompts: &[Prompt],
-    names: &HashSet<String>,
+    found: &Found,
 ) -> Result<Asked> {
     let past = cache::peek(&config.own_cache())?.past;
     let scope = Scope {
         shard: options.shard,
-        only: Some(names),
+        only: Some(&found.names),
     };
-    let open = |_: &str| Ok(Standing::Open);
+    let standing = |key: &str| {
+        Ok(if found.kept.contains(&keys::fingerprint(key)) {
+            Standing::Answered
+        } else {
+            Standing::Open
+        })
+    };
     let askings = askings(config, &[])?;
     let plan = Plan::new(
         prompts.to_vec(),
@@ -194,7 +222,7 @@ fn asked(
         &config.prompts,
         scope,
         &past,
-        open,
+        standing,
     )?;
     let (mut keys, mut of_question) = (HashSet::new(), HashMap::new());
     for row in &plan.rows {

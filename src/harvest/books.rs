@@ -6,7 +6,8 @@ use anyhow::Result;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::budget::{Account, Amount, Dollars, Files, InFlight, Spent, Tokens, ledger};
+use super::budget::ledger::{self, Unwritten};
+use super::budget::{Account, Amount, Dollars, Files, InFlight, Ledger, Spent, Store, Tokens};
 use super::clock::WallClock;
 use super::lane::Lane;
 use super::limiter::day::Day;
@@ -36,19 +37,8 @@ impl Books {
         unanswered: Unanswered,
         clock: WallClock,
     ) -> Result<(Books, InFlight)> {
-        let (files, ledger, is_complete) = Files::open(&config.run_dir)?;
-        let mut floor = Spent {
-            measured_usd: Dollars::at_least(cached_usd),
-            ..Spent::default()
-        };
-        if !is_complete {
-            // An older version has left it to the caches what was measured.
-            for dir in [config.own_cache(), config.judged_dir().join("cache")] {
-                floor.measured_tokens.add(unpriced(&dir)?);
-            }
-        }
-        let price = dearest(config);
-        let (account, lost) = Account::open(files, ledger, config.budget.usd, &price, &floor)?;
+        let opened = Files::open(&config.run_dir)?;
+        let (account, lost) = account(config, opened, cached_usd)?;
         let books = Books {
             account,
             unanswered,
@@ -59,15 +49,7 @@ impl Books {
 
     /// The requests that earlier runs sent to this endpoint within a day.
     pub fn day(&mut self, lane: &config::Lane) -> Day {
-        let now = self.clock.now();
-        let slots = self.account.day().get(lane.teacher.label());
-        let slots: Vec<_> = slots
-            .into_iter()
-            .flatten()
-            .map(|&(time, count)| ((now - time).get_seconds(), count))
-            .filter(|(age, _)| *age < 86_400)
-            .collect();
-        Day::new(lane.limits.own().requests_per_day, &slots, Instant::now())
+        day(&mut self.account, lane, self.clock.now())
     }
 
     /// Refuses a budget that the most expensive request does not fit into.
@@ -124,6 +106,46 @@ impl Books {
         }
         summary.budget_usd = self.account.cap().map(Dollars::usd);
     }
+}
+
+/// The account of the run folder as a run would find it, read without taking it.
+///
+/// # Errors
+/// Where its files are damaged.
+pub fn look(config: &Config, cached_usd: f64) -> Result<Account<Unwritten>> {
+    let (ledger, is_complete) = ledger::look(&config.run_dir)?;
+    let opened = (Unwritten, ledger, is_complete);
+    Ok(account(config, opened, cached_usd)?.0)
+}
+
+fn account<S: Store>(
+    config: &Config,
+    (store, ledger, is_complete): (S, Ledger, bool),
+    cached_usd: f64,
+) -> Result<(Account<S>, InFlight)> {
+    let mut floor = Spent {
+        measured_usd: Dollars::at_least(cached_usd),
+        ..Spent::default()
+    };
+    if !is_complete {
+        // An older version has left it to the caches what was measured.
+        for dir in [config.own_cache(), config.judged_dir().join("cache")] {
+            floor.measured_tokens.add(unpriced(&dir)?);
+        }
+    }
+    Account::open(store, ledger, config.budget.usd, &dearest(config), &floor)
+}
+
+/// The requests that earlier runs sent to this endpoint within a day.
+pub fn day<S: Store>(account: &mut Account<S>, lane: &config::Lane, now: Timestamp) -> Day {
+    let slots = account.day().get(lane.teacher.label());
+    let slots: Vec<_> = slots
+        .into_iter()
+        .flatten()
+        .map(|&(time, count)| ((now - time).get_seconds(), count))
+        .filter(|(age, _)| *age < 86_400)
+        .collect();
+    Day::new(lane.limits.own().requests_per_day, &slots, Instant::now())
 }
 
 /// Account of a run folder that a merge adds to. None where the folder has no account yet: it counts its

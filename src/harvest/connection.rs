@@ -27,7 +27,7 @@ impl Address {
     /// [`Exit::Usage`] with what to write instead.
     pub fn of(settings: &config::Teacher) -> Result<Address> {
         let shown = &settings.base_url;
-        let text = expand(shown)?.text;
+        let text = expand("teacher.base_url", shown)?.text;
         let text = text.trim().trim_end_matches('/').to_owned();
         let usage = |message: String| anyhow::Error::from(Exit::Usage(message));
         let url = Url::parse(&text)
@@ -60,7 +60,10 @@ impl Address {
             }
         }
         check_scheme(settings, &url)?;
-        let pair = |(name, value): (&String, &String)| Ok((name.clone(), expand(value)?.text));
+        let pair = |(name, value): (&String, &String)| {
+            let place = format!("teacher.query.{name}");
+            Ok((name.clone(), expand(&place, value)?.text))
+        };
         Ok(Address {
             text,
             query: settings.query.iter().map(pair).collect::<Result<_>>()?,

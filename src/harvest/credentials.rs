@@ -106,16 +106,17 @@ impl Credentials {
                 );
                 return Err(Exit::Usage(message).into());
             }
-            let expanded = expand(value)?;
             let place = format!("teacher.headers.{name}");
+            let expanded = expand(&place, value)?;
             headers.insert(
                 header_name(&place, name)?,
                 header_value(&place, &expanded.text)?,
             );
             secrets.extend(expanded.secrets);
         }
-        for value in settings.query.values().chain([&settings.base_url]) {
-            secrets.extend(expand(value)?.secrets);
+        secrets.extend(expand("teacher.base_url", &settings.base_url)?.secrets);
+        for (name, value) in &settings.query {
+            secrets.extend(expand(&format!("teacher.query.{name}"), value)?.secrets);
         }
         let sent = Sent {
             headers,
@@ -234,11 +235,11 @@ pub struct Expanded {
     secrets: Vec<String>,
 }
 
-/// Fills in `${NAME}`.
+/// Fills in `${NAME}` in the value of the setting `place`.
 ///
 /// # Errors
 /// [`Exit::Usage`] where a variable is not set.
-pub fn expand(text: &str) -> Result<Expanded> {
+pub fn expand(place: &str, text: &str) -> Result<Expanded> {
     let mut expanded = Expanded {
         text: String::new(),
         secrets: Vec::new(),
@@ -248,7 +249,12 @@ pub fn expand(text: &str) -> Result<Expanded> {
         let Some((name, after)) = after.split_once('}') else {
             break;
         };
-        let value = variable(name, "${} in [teacher]")?;
+        let value = variable(name).ok_or_else(|| {
+            Exit::Usage(format!(
+                "the variable `{name}`, which `{place}` names, is not set: run `export {name}=...`, or change \
+                 `{place}`"
+            ))
+        })?;
         expanded.text.push_str(before);
         expanded.text.push_str(&value);
         expanded.secrets.push(value);
@@ -262,7 +268,14 @@ fn read_key(settings: &config::Teacher) -> Result<Option<SecretString>> {
     let key = match settings.key_source() {
         KeySource::None => return Ok(None),
         KeySource::Variable(name) => {
-            return Ok(Some(variable(name, "`teacher.api_key_env`")?.into()));
+            let key = variable(name).ok_or_else(|| {
+                Exit::Usage(format!(
+                    "the variable `{name}`, which `teacher.api_key_env` names, is not set: run `export \
+                     {name}=...` with the key of the endpoint, or set `teacher.api_key_env = \"\"` for an \
+                     endpoint that needs none"
+                ))
+            })?;
+            return Ok(Some(key.into()));
         }
         KeySource::File(path) => crate::fs::read_to_string(path).map_err(|error| {
             Exit::Usage(format!("{error:#}: `teacher.api_key_file` holds the key"))
@@ -329,15 +342,11 @@ fn output_of(command: &str) -> Result<String> {
     String::from_utf8(output).context("its output is not UTF-8")
 }
 
-fn variable(name: &str, named_by: &str) -> Result<String> {
-    match std::env::var(name) {
-        Ok(value) if !value.trim().is_empty() => Ok(value.trim().into()),
-        _ => Err(Exit::Usage(format!(
-            "the variable `{name}`, which {named_by} names, is not set: run `export {name}=...` with the \
-             key of the endpoint, or set `teacher.api_key_env = \"\"` for an endpoint that needs none"
-        ))
-        .into()),
-    }
+/// Value of an environment variable that is set and not blank.
+fn variable(name: &str) -> Option<String> {
+    let value = std::env::var(name).ok()?;
+    let value = value.trim();
+    (!value.is_empty()).then(|| value.to_owned())
 }
 
 fn header_name(place: &str, name: &str) -> Result<HeaderName> {
@@ -435,16 +444,14 @@ mod tests {
             assert_eq!(Exit::code_of(&error), 2);
             assert!(error.to_string().contains(part), "{error}");
         }
-        let error = expand("a ${DISTILL_TEST_NO_SUCH_VARIABLE} b")
-            .err()
-            .unwrap();
-        assert!(
-            error
-                .to_string()
-                .contains("export DISTILL_TEST_NO_SUCH_VARIABLE"),
-            "{error}"
-        );
-        assert_eq!(expand("a ${").unwrap().text, "a ${");
+        let place = "teacher.headers.X-Team";
+        let error = expand(place, "a ${DISTILL_TEST_NO_SUCH_VARIABLE} b");
+        let error = error.err().unwrap().to_string();
+        for part in ["export DISTILL_TEST_NO_SUCH_VARIABLE", place] {
+            assert!(error.contains(part), "{part} is not in: {error}");
+        }
+        assert!(!error.contains("api_key_env"), "{error}");
+        assert_eq!(expand(place, "a ${").unwrap().text, "a ${");
     }
 
     #[test]

@@ -4,19 +4,25 @@
 use std::path::Path;
 
 use anyhow::Result;
+use tokio::time::Instant;
 
+use super::budget::{Account, Store};
 use super::estimate::Estimate;
 use super::plan::{Plan, Scope};
 use super::prepare::check_fits;
-use super::schedule::Schedule;
+use super::schedule::{Schedule, State};
 use super::summary::Summary;
 use super::teacher::Teacher;
 use super::unanswered::Unanswered;
-use super::{HarvestOptions, askings, batch, census_of, check_money, prompts, request, sample};
+use super::{
+    HarvestOptions, again, askings, batch, books, census_of, check_money, judge, prompts, request,
+    sample,
+};
 use crate::cache;
 use crate::config::{Config, Init, Mode, Student};
 use crate::exit::Exit;
 use crate::signal::StopFlag;
+use crate::terminal::format_dollars;
 
 pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     check(config, options)?;
@@ -36,11 +42,15 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     past.has_old |= batch::is_under_way(&config.run_dir)? || !unanswered.is_empty();
     let max_attempts = config.retry.max_attempts;
     let standing = |key: &str| Ok(unanswered.standing(key, known.contains(key), max_attempts));
-    let scope = Scope {
-        shard: options.shard,
-        only: None,
+    let plan = if options.again.is_empty() {
+        let scope = Scope {
+            shard: options.shard,
+            only: None,
+        };
+        Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?
+    } else {
+        again::select(config, options, &prompts, &unanswered)?.plan
     };
-    let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?;
     for lane in 0..plan.lanes.len() {
         check_fits(config, &plan, lane)?;
     }
@@ -54,10 +64,66 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     let mut summary = Summary {
         pending: plan.rows.len() as u64,
         estimate: Some(estimate),
+        arguments: config.arguments(),
         ..Summary::of_plan(&plan, &unanswered)
     };
     summary.warnings.extend(plan.told_of_repeats());
+    let cached_usd = known.cost_usd + judge::cost_usd(config)?;
+    let account = books::look(config, cached_usd)?;
+    tell_money(&mut summary, &account);
+    tell_waits(&mut summary, config, &plan, account)?;
     Ok(summary)
+}
+
+/// What is left of the budget, and whether it may end the run early.
+fn tell_money<S: Store>(summary: &mut Summary, account: &Account<S>) {
+    let Some(cap) = account.cap() else { return };
+    summary.budget_usd = Some(cap.usd());
+    summary.run_folder_usd = Some(account.spent().total().usd());
+    let most = summary
+        .estimate
+        .as_ref()
+        .and_then(|estimate| estimate.cost_usd);
+    if let Some((_, most)) = most.filter(|(_, most)| *most > account.room().usd()) {
+        summary.warnings.push(format!(
+            "{} of the budget are left, and the rest may cost {}: the run may stop before its end",
+            format_dollars(account.room().usd()),
+            format_dollars(most)
+        ));
+    }
+}
+
+/// What a run that begins now would wait for.
+fn tell_waits<S: Store>(
+    summary: &mut Summary,
+    config: &Config,
+    plan: &Plan,
+    mut account: Account<S>,
+) -> Result<()> {
+    let now = jiff::Timestamp::now();
+    let schedule = Schedule::new(&config.schedule, now)?;
+    if let State::Closed(until) = schedule.state(now) {
+        summary.warnings.push(format!(
+            "outside the window: a run that begins now waits until {}",
+            schedule.show(until)
+        ));
+    }
+    if config.schedule.mode == Mode::Batch {
+        return Ok(());
+    }
+    for (asking, rows) in plan.askings.iter().zip(&plan.lanes) {
+        let begun = Instant::now();
+        let mut day = books::day(&mut account, &asking.lane, now);
+        if let (false, Err(until)) = (rows.is_empty(), day.check(begun)) {
+            let until = now.checked_add(until - begun).unwrap_or(now);
+            summary.warnings.push(format!(
+                "`limits.requests_per_day` of {} is used up: a run that begins now waits until {}",
+                asking.lane.teacher.label(),
+                schedule.show(until)
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses what the night would.

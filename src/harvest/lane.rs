@@ -41,6 +41,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
 /// Rounds in which the endpoint asks for such a wait, before it is believed.
 const FAR_WAITS: u32 = 2;
 
+/// Time between two notes about the requests of the day.
+const DAY_TOLD_EVERY: Duration = Duration::from_secs(3_600);
+
 /// For how long the first request goes alone, where it is not answered. With a budget there is no such
 /// bound: its answer shows whether the endpoint keeps to `max_tokens`.
 const ALONE: Duration = Duration::from_secs(10);
@@ -65,6 +68,8 @@ pub struct Lane {
     pub watch: Watch,
     /// Why nothing more is sent to it; the other lanes go on.
     stopped: Option<anyhow::Error>,
+    /// When the user was last told that the requests of the day are used up.
+    day_told: Option<Instant>,
 }
 
 /// What a failed attempt leads to.
@@ -109,6 +114,7 @@ impl Lane {
             has_budget: config.budget.usd.is_some(),
             watch: Watch::of(&settings, config),
             stopped: None,
+            day_told: None,
             settings,
             transport,
         })
@@ -180,6 +186,25 @@ impl Lane {
             self.concurrency.room().saturating_sub(self.in_flight)
         };
         self.limiter.admit(cost, room.min(self.queue.len()))
+    }
+
+    /// Limit of requests a day and the wait for the next one, where the user is to be told of it now.
+    pub fn day_to_tell(&mut self) -> Option<(u64, Duration)> {
+        let now = Instant::now();
+        let (limit, until) = self.limiter.day.used_up(now)?;
+        if self
+            .day_told
+            .is_some_and(|told| now < told + DAY_TOLD_EVERY)
+        {
+            return None;
+        }
+        self.day_told = Some(now);
+        Some((limit, until - now))
+    }
+
+    /// Returns true if there is something to send, and the requests of the day are not used up.
+    pub fn may_send(&self) -> bool {
+        !self.is_done() && self.limiter.day.used_up(Instant::now()).is_none()
     }
 
     /// What the user is to know of the limits that are shared.

@@ -216,12 +216,9 @@ pub async fn run_in(
             Books::open(config, cached, Unanswered::default(), clock.clone())?
                 .1
                 .warn();
-            Some(again::take_out(
-                config,
-                &options,
-                &prompts,
-                &mut unanswered,
-            )?)
+            let asked = again::select(config, &options, &prompts, &unanswered)?;
+            let words = &options.again;
+            Some(again::take_out(config, words, asked, &mut unanswered)?)
         }
     };
     let cache = open_cache(config, &options, storage, signals.flag())?;
@@ -333,7 +330,7 @@ impl Run<'_> {
         if self.again.is_none() {
             let (dir, known) = (config.own_cache(), self.cache.len());
             let unused = census_of(&dir, &plan, known, UNUSED_LOOKED_AT, &self.stop)?;
-            if let Some(advice) = unused.advice() {
+            if let Some(advice) = unused.advice(&config.arguments()) {
                 tracing::warn!("{advice}");
             }
         }

@@ -76,7 +76,8 @@ fn quarantine(asking: &Asking, completion: &Completion) -> String {
     if completion.unreadable.is_some() {
         return UNREADABLE.into();
     }
-    if !answer.text.is_empty() {
+    // A text that is scored was not chosen by the teacher.
+    if !answer.text.trim().is_empty() || asking.scoring.is_some() && !answer.text.is_empty() {
         let structured = asking.structured.as_ref();
         return structured
             .and_then(|structured| structured.fault(&answer.text))
@@ -130,6 +131,7 @@ mod tests {
         let cases = [
             ("x", "", "length", ""),
             ("x", "", "content_filter", ""),
+            (" \n\t\u{3000}", "", "stop", "empty: stop"),
             ("", "no", "stop", "refusal"),
             ("", "", "length", "empty: length"),
             ("", "", "content_filter", "empty: content_filter"),

@@ -30,7 +30,7 @@ pub enum State {
 
 /// Error of a run whose deadline has passed.
 pub fn over() -> anyhow::Error {
-    Exit::Resumable("the deadline has come; the same command goes on".into()).into()
+    Exit::Resumable("the deadline has come; to ask for the rest, run the same command (set a later `schedule.deadline` first if it has a date)".into()).into()
 }
 
 impl Schedule {

@@ -73,9 +73,11 @@ pub struct Summary {
     pub estimate: Option<Estimate>,
     /// Earlier runs in this folder, and this one.
     pub runs: Vec<PastRun>,
-    /// Names the config in what to do next.
+    /// The flags that name this config, for commands in what to do next; see [`Config::arguments`].
+    ///
+    /// [`Config::arguments`]: crate::config::Config::arguments
     #[serde(skip)]
-    pub config_file: Option<PathBuf>,
+    pub arguments: String,
     /// The rows of `failed`, and those that a filter refused, for `failures.jsonl`.
     #[serde(skip)]
     pub failed_rows: Vec<FailedRow>,
@@ -181,7 +183,9 @@ impl Summary {
             self.usage.add(usage);
         }
         self.cut_off += u64::from(seen.is_cut_off);
-        if let Some(why) = seen.without_logprobs.as_ref().filter(|_| wants_logprobs) {
+        // What has no text to train on has no tokens either.
+        let is_asked = wants_logprobs && seen.text.1 > 0;
+        if let Some(why) = seen.without_logprobs.as_ref().filter(|_| is_asked) {
             self.without_logprobs += 1;
             *self
                 .without_logprobs_because

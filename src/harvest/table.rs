@@ -19,7 +19,7 @@ impl Summary {
             count("cached before", self.cached),
         ];
         match &self.estimate {
-            Some(estimate) => rows.extend(estimate_rows(self.pending, estimate)),
+            Some(estimate) => rows.extend(estimate_rows(self, estimate)),
             None => rows.extend(self.result_rows()),
         }
         let mut text = table(&rows);
@@ -116,7 +116,11 @@ impl Summary {
     /// Notes and the first request of a dry run, below its table.
     fn outlook(&self, estimate: &Estimate) -> String {
         let mut text = String::new();
-        for warning in self.warnings.iter().chain(&estimate.cached.advice()) {
+        for warning in self
+            .warnings
+            .iter()
+            .chain(&estimate.cached.advice(&self.arguments))
+        {
             text.push_str(&format!("note: {}\n", sanitise(warning)));
         }
         for (count, what) in [
@@ -159,7 +163,7 @@ impl Summary {
     }
 }
 
-fn estimate_rows(pending: u64, estimate: &Estimate) -> Vec<[String; 2]> {
+fn estimate_rows(summary: &Summary, estimate: &Estimate) -> Vec<[String; 2]> {
     let likely =
         |text: Option<String>| text.map_or(String::new(), |text| format!(", likely {text}"));
     let cost = match estimate.cost_usd {
@@ -183,8 +187,8 @@ fn estimate_rows(pending: u64, estimate: &Estimate) -> Vec<[String; 2]> {
         Some(bytes) => format!("about {}", format_bytes(bytes)),
         None => "not known before the first answers".into(),
     };
-    [
-        ("to be asked", format_count(pending)),
+    let mut rows = vec![
+        ("to be asked", format_count(summary.pending)),
         (
             "prompt tokens",
             format!("about {}", format_count(estimate.prompt_tokens)),
@@ -198,11 +202,14 @@ fn estimate_rows(pending: u64, estimate: &Estimate) -> Vec<[String; 2]> {
             ),
         ),
         ("cost", cost),
-        ("time", time),
-        ("disk", disk),
-    ]
-    .map(|(name, value)| [name.into(), value])
-    .into()
+    ];
+    if let (Some(spent), Some(cap)) = (summary.run_folder_usd, summary.budget_usd) {
+        let (spent, cap) = (format_dollars(spent), format_dollars(cap));
+        rows.push(("budget", format!("{spent} of {cap} are spent")));
+    }
+    rows.extend([("time", time), ("disk", disk)]);
+    let rows = rows.into_iter();
+    rows.map(|(name, value)| [name.into(), value]).collect()
 }
 
 /// A provider takes a day for a batch at the most, and often an hour or two.

@@ -220,6 +220,20 @@ fn sharing_limits_takes_a_way_to_share_and_a_limit() {
 }
 
 #[test]
+fn a_value_of_another_type_is_named_with_its_setting() {
+    let error = |environment: &[(&str, &str)], flags: &[&str]| {
+        let error = load_text("", environment, flags).unwrap_err();
+        assert_eq!(distill::exit::Exit::code_of(&error), 2);
+        error.to_string()
+    };
+    let flag = error(&[], &["train.steps=abc"]);
+    assert!(flag.contains("--set: train.steps = \"abc\""), "{flag}");
+    let variable = error(&[("DISTILL_TRAIN_STEPS", "-1")], &[]);
+    let expected = "DISTILL_TRAIN_STEPS: train.steps = \"-1\"";
+    assert!(variable.contains(expected), "{variable}");
+}
+
+#[test]
 fn a_teacher_fills_what_it_leaves_out_from_the_sections() {
     let text = r#"
         [teacher]

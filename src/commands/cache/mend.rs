@@ -127,12 +127,14 @@ pub fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
     if json {
         return print_json(&json!({
             "version": VERSION, "dir": dir, "adopted": done.records, "questions": done.questions,
+            "answered": done.answered,
         }));
     }
     print(&format!(
-        "adopted: {} of the answers in {} are answers to the {} questions of this config now\n",
+        "adopted: {} answers in {}; {} of the {} questions of this config have an answer now\n",
         format_count(done.records),
         dir.display(),
+        format_count(done.answered),
         format_count(done.questions)
     ))
 }

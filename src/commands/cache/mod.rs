@@ -14,6 +14,7 @@ use crate::cache;
 use crate::cache::reader::{self, Findings};
 use crate::cache::record::{Record, Status};
 use crate::cache::recovery::BadLine;
+use crate::cache::rewrite;
 use crate::cache::stats::Stats;
 use crate::cli::{CacheAction, CacheArgs, CachePlace, ConfigFile, Global};
 use crate::config::{self, Compression, Config};
@@ -86,6 +87,9 @@ pub fn stats(dir: &Path, json: bool) -> Result<()> {
     for record in cache::read(dir)? {
         stats.add(&record?)?;
     }
+    for record in rewrite::read_replaced(dir)? {
+        stats.replaced.add(&record?);
+    }
     let bytes = cache::size(dir);
     if json {
         return print_json(&json!({
@@ -130,6 +134,13 @@ fn stats_text(stats: &Stats, dir: &Path, bytes: u64) -> String {
         ("cost", format!("${:.4}", stats.cost_usd)),
         ("without a price", stats.without_cost.to_string()),
         (
+            "replaced by --again",
+            format!(
+                "{} (${:.4})",
+                stats.replaced.records, stats.replaced.cost_usd
+            ),
+        ),
+        (
             "with logprobs",
             format!(
                 "{} ({} do not match their text)",
@@ -156,7 +167,7 @@ fn stats_text(stats: &Stats, dir: &Path, bytes: u64) -> String {
     rows.push(("first sent", or_dash(stats.first_sent_at)));
     rows.push(("last sent", or_dash(stats.last_sent_at)));
     rows.iter()
-        .map(|(name, value)| format!("{name:<18} {}\n", sanitise(value)))
+        .map(|(name, value)| format!("{name:<19} {}\n", sanitise(value)))
         .collect()
 }
 

@@ -147,7 +147,7 @@ impl<'a> Batches<'a> {
             journal: Journal::load(&config.run_dir)?,
             schedule: Schedule::new(&config.schedule, clock.now())?,
             summary: Summary {
-                config_file: config.file.clone(),
+                arguments: config.arguments(),
                 ..Summary::of_plan(&plan, &books.unanswered)
             },
             tally: Tally::default(),

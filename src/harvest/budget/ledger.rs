@@ -177,6 +177,19 @@ fn log_file(run_dir: &Path, number: u64) -> PathBuf {
     run_dir.join(format!("spent.{number}.log"))
 }
 
+/// The account of the run folder as it was last written, read without taking it. The flag is that of
+/// [`Files::open`].
+///
+/// # Errors
+/// [`Exit::Damaged`] where the file is no ledger.
+pub fn look(run_dir: &Path) -> Result<(Ledger, bool)> {
+    let (mut ledger, is_complete) = load(run_dir)?;
+    for spent in logged(run_dir, ledger.log)? {
+        ledger.spent.add(&spent);
+    }
+    Ok((ledger, is_complete))
+}
+
 /// A ledger as it was before this version, which kept no sum of what was measured.
 #[derive(Deserialize)]
 struct Version {
@@ -196,10 +209,7 @@ impl Files {
         let holds =
             "spends from the budget of this run folder: wait for it, or set another `run_dir`";
         let lock = Lock::acquire(&run_dir.join("ledger.lock"), holds)?;
-        let (mut ledger, is_complete) = load(run_dir)?;
-        for spent in logged(run_dir, ledger.log)? {
-            ledger.spent.add(&spent);
-        }
+        let (ledger, is_complete) = look(run_dir)?;
         let files = Files {
             run_dir: run_dir.to_owned(),
             log: None,
@@ -254,6 +264,24 @@ fn logged(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
         );
         Exit::Damaged(message).into()
     })
+}
+
+/// Storage of an account that is only looked at.
+#[derive(Debug)]
+pub struct Unwritten;
+
+impl Store for Unwritten {
+    fn save(&mut self, _ledger: &Ledger) -> Result<()> {
+        Ok(())
+    }
+
+    fn append(&mut self, _spent: &Spent) -> Result<()> {
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Store for Files {

@@ -97,7 +97,7 @@ impl<'a> Dispatcher<'a> {
         });
         let summary = Summary {
             used: used.collect(),
-            config_file: config.file.clone(),
+            arguments: config.arguments(),
             ..Summary::of_plan(&plan, &books.unanswered)
         };
         Ok(Self {
@@ -271,6 +271,7 @@ impl<'a> Dispatcher<'a> {
             Ok(departure) => departure,
             Err(until) => {
                 self.books.account.release(&reserved);
+                self.note_day(index);
                 return Ok(Next::NotBefore(until));
             }
         };
@@ -294,6 +295,19 @@ impl<'a> Dispatcher<'a> {
             },
         ));
         Ok(Next::Sent)
+    }
+
+    fn note_day(&mut self, index: usize) {
+        let Some((limit, wait)) = self.lanes[index].day_to_tell() else {
+            return;
+        };
+        let now = self.clock.now();
+        let until = now.checked_add(wait).unwrap_or(jiff::Timestamp::MAX);
+        self.progress.note(&format!(
+            "waiting until {}: `limits.requests_per_day` = {limit} is used up for {}",
+            self.schedule.show(until),
+            self.lanes[index].settings.teacher.label()
+        ));
     }
 
     /// The request that has ended, and those that end as soon as they are let: under a full load
@@ -421,7 +435,7 @@ impl<'a> Dispatcher<'a> {
             return;
         }
         for (lane, used) in self.lanes.iter().zip(&mut self.summary.used) {
-            if !lane.is_done() {
+            if lane.may_send() {
                 used.pass(seconds, lane.limiter.per_minute());
             }
         }

@@ -23,6 +23,8 @@ pub struct Day {
     total: u64,
     /// Requests that may still leave before the ledger must be written again.
     ahead: u64,
+    /// The limit is used up until then.
+    full_until: Option<Instant>,
 }
 
 impl Day {
@@ -40,6 +42,7 @@ impl Day {
             total: slots.iter().map(|(_, count)| count).sum(),
             slots: slots.into(),
             ahead: 0,
+            full_until: None,
         }
     }
 
@@ -55,13 +58,19 @@ impl Day {
             self.slots.pop_front();
             self.total -= count;
         }
-        match self.slots.front() {
+        self.full_until = match self.slots.front() {
             Some(&(slot, _)) if self.total >= limit => {
                 let seconds = (slot + SLOT + DAY - elapsed).max(1);
-                Err(now + Duration::from_secs(seconds as u64))
+                Some(now + Duration::from_secs(seconds as u64))
             }
-            _ => Ok(()),
-        }
+            _ => None,
+        };
+        self.full_until.map_or(Ok(()), Err)
+    }
+
+    /// The limit, and the instant until which it is used up.
+    pub fn used_up(&self, now: Instant) -> Option<(u64, Instant)> {
+        self.limit.zip(self.full_until.filter(|until| *until > now))
     }
 
     pub fn count(&mut self, now: Instant) {
@@ -156,6 +165,8 @@ mod tests {
         resumed.count(start);
         let until = resumed.check(start).unwrap_err();
         assert_eq!(until, start + Duration::from_secs(82_800 + 300));
+        assert_eq!(resumed.used_up(start), Some((125, until)));
+        assert_eq!(resumed.used_up(until), None);
         let mut free = Day::new(None, &[], start);
         assert!(free.check(start).is_ok() && !free.must_be_written());
     }

@@ -138,6 +138,35 @@ async fn what_is_named_is_asked_again_alone_and_the_old_answer_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_row_with_a_complete_answer_is_not_asked_again_for_its_truncated_one() {
+    let server = FaultServer::start(teacher).await;
+    let mut run = Run::new(&server, &PROMPTS);
+    assert_eq!(requests(&run).await, (0, 4));
+    run.write("prompts.txt", "short one\nlong one\nshort two");
+    run.config.sampling.max_tokens = 100;
+    assert_eq!(requests(&run).await, (2, 1));
+    run.write("prompts.txt", "short one\nlong one\nshort two\nlong two");
+    // `long one` has its whole answer; `long two` has a truncated one.
+    let dry = HarvestOptions {
+        dry_run: true,
+        again: vec!["length".into()],
+        ..quietly()
+    };
+    let summary = harvest::run(&run.config, dry).await.unwrap();
+    assert_eq!((summary.cached, summary.pending), (1, 1));
+    assert_eq!(run.records().len(), 5, "a dry run moves nothing");
+    let summary = again(&run, &["length"]).await.unwrap();
+    assert_eq!((summary.total, summary.requests), (1, 1));
+    let replaced = run.config.run_dir.join("cache/responses.replaced.jsonl");
+    let replaced = std::fs::read_to_string(replaced).unwrap();
+    assert_eq!(replaced.lines().count(), 1);
+    assert_eq!(run.records().len(), 5);
+    // All of them are whole by now: the same command has nothing left to do.
+    let summary = again(&run, &["length"]).await.unwrap();
+    assert_eq!((end(&summary).0, summary.requests), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn rows_that_were_given_up_are_asked_again_by_name() {
     let is_well = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let mended = std::sync::Arc::clone(&is_well);

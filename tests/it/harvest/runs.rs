@@ -9,7 +9,7 @@ use distill::harvest::{self, HarvestOptions};
 use distill::signal::Signals;
 use tokio::sync::mpsc::unbounded_channel;
 
-use super::{Run, end};
+use super::{Run, end, quietly};
 use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion, error, reply};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -257,6 +257,50 @@ async fn a_dry_run_sends_and_writes_nothing() {
     run.harvest().await;
     let summary = harvest::run(&run.config, options).await.unwrap();
     assert_eq!((summary.cached, summary.pending), (3, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_tells_what_is_left_of_the_budget_and_what_is_waited_for() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["a", "b", "c"]);
+    let price = &mut run.config.price;
+    (price.input, price.output) = (Some(1.0), Some(1.0));
+    price.as_of = Some(jiff::Zoned::now().date().to_string());
+    run.config.budget.usd = Some(1.0);
+    run.config.limits.requests_per_day = Some(3);
+    let spent = run.harvest().await.run_folder_usd.unwrap();
+    assert!(spent > 0.0);
+    let prompts: String = (0..100)
+        .map(|number| format!("prompt {number}\n"))
+        .collect();
+    run.write("prompts.txt", &prompts);
+    // Enough for one request, and not for a hundred.
+    run.config.budget.usd = Some(0.0002);
+    let hour = |hours: i64| {
+        let zoned = jiff::Zoned::now().in_tz("UTC").unwrap();
+        let time = zoned.checked_add(jiff::SignedDuration::from_hours(hours));
+        time.unwrap().strftime("%H:%M").to_string()
+    };
+    run.config.schedule.timezone = Some("UTC".into());
+    run.config.schedule.window = Some(format!("{}-{}", hour(2), hour(3)));
+    let ledger = run.config.run_dir.join("ledger.json");
+    let before = std::fs::read(&ledger).unwrap();
+    let options = HarvestOptions {
+        dry_run: true,
+        ..quietly()
+    };
+    let summary = harvest::run(&run.config, options).await.unwrap();
+    assert_eq!(summary.run_folder_usd, Some(spent));
+    let table = summary.to_table();
+    for part in [
+        "are spent",
+        "the run may stop before its end",
+        "outside the window",
+        "`limits.requests_per_day` of",
+    ] {
+        assert!(table.contains(part), "{part} is not in: {table}");
+    }
+    assert_eq!(std::fs::read(&ledger).unwrap(), before);
 }
 
 /// A key for [`the_key_is_sent_and_appears_nowhere_else`], as the environment of a test cannot be
