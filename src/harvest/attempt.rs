@@ -90,7 +90,8 @@ pub async fn run(
             );
             Ok(Completion::unreadable(problem))
         }
-        Err(trouble) => {
+        Err(mut trouble) => {
+            trouble.clean(&transport.secrets());
             if let (Trouble::Transient { failure, .. }, Some(raw)) = (&trouble, raw)
                 && failure.class == "malformed"
             {

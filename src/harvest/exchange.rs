@@ -13,7 +13,8 @@ use reqwest::{Request, Response};
 use tokio::sync::Semaphore;
 
 use super::credentials::{Credentials, Sent};
-use super::reply::encoding::Decoder;
+use super::reply::encoding::{self, Decoder};
+use super::reply::json;
 use super::teacher::{End, Fault, Permit, Reply};
 use crate::ops::process;
 
@@ -93,7 +94,14 @@ impl Sender {
     pub async fn send(&self, request: Request) -> Result<Reply, Fault> {
         let (sent, response) = self.begin(request).await?;
         let mut reply = read(response).await;
-        reply.body = sent.secrets.clean(reply.body);
+        let body = sent.secrets.clean(reply.body.clone());
+        if let End::Unreadable { raw, .. } = &mut reply.end
+            && body != reply.body
+        {
+            // What came holds the key, too.
+            *raw = body.clone();
+        }
+        reply.body = body;
         sent.secrets.clean_headers(&mut reply.headers);
         self.look_at_key(&sent, reply.status).await?;
         Ok(reply)
@@ -175,7 +183,9 @@ impl Reading {
             }
             if self.body.len() > LARGEST_BODY {
                 let limit = LARGEST_BODY >> 20;
-                return End::Unreadable(format!("the body is larger than {limit} MiB"));
+                let problem = format!("the body is larger than {limit} MiB");
+                let raw = Bytes::new();
+                return End::Unreadable { problem, raw };
             }
             if self.body.len() > LARGE_BODY && self.permit.is_none() {
                 // Closed never: it is a static.
@@ -207,21 +217,34 @@ impl Reading {
             Some(decoder) => decoder.finish().map_err(undecodable),
             None => Ok(Vec::new()),
         };
-        match (end, rest) {
-            (End::Whole, Err(problem)) => (self.raw.split().freeze(), problem),
-            (end @ End::Unreadable(_), _) if !self.raw.is_empty() => {
-                (self.raw.split().freeze(), end)
-            }
+        let end = match (end, rest) {
+            (End::Whole, Err(problem)) => problem,
             (end, rest) => {
                 self.body.extend_from_slice(&rest.unwrap_or_default());
-                (self.body.split().freeze(), end)
+                end
             }
+        };
+        let raw = self.raw.split().freeze();
+        match end {
+            End::Unreadable { problem, .. } if !raw.is_empty() => {
+                let body = encoding::salvaged(&raw).map_or_else(|| raw.clone(), Bytes::from);
+                (as_utf8(body), End::Unreadable { problem, raw })
+            }
+            end => (as_utf8(encoding::unpacked(self.body.split().freeze())), end),
         }
     }
 }
 
+/// The body in the encoding in which keys are looked for.
+fn as_utf8(body: Bytes) -> Bytes {
+    json::utf16(&body).map_or(body, Bytes::from)
+}
+
 fn undecodable(error: std::io::Error) -> End {
-    End::Unreadable(format!("its content encoding is broken: {error}"))
+    End::Unreadable {
+        problem: format!("its content encoding is broken: {error}"),
+        raw: Bytes::new(),
+    }
 }
 
 pub fn fault(error: reqwest::Error) -> Fault {

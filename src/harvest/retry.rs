@@ -9,6 +9,7 @@ pub use super::refusal::claims_the_end;
 use super::refusal::classify_error;
 use super::reply::error::ApiError;
 use super::reply::{self, Completion, NoAnswer};
+use super::secrets::Secrets;
 use super::teacher::{End, Fault, Reply};
 use crate::config;
 use crate::terminal::sanitise;
@@ -115,11 +116,16 @@ pub fn classify_by(
     let cut = match reply.end {
         End::Whole => None,
         End::Cut(fault) => Some(fault),
-        End::Unreadable(problem) => {
+        End::Unreadable { problem, raw } if raw.is_empty() => {
             return Err(Trouble::Unreadable {
                 problem,
                 body: reply.body,
             });
+        }
+        // What could be decoded may be a whole answer.
+        End::Unreadable { problem, raw } => {
+            let unreadable = |_| Trouble::Unreadable { problem, body: raw };
+            return read(&reply.body).map(Box::new).map_err(unreadable);
         }
     };
     match (read(&reply.body), cut) {
@@ -148,6 +154,22 @@ pub fn classify_by(
     }
 }
 
+impl Trouble {
+    /// Takes keys out of its message, which may have been put together from pieces.
+    pub fn clean(&mut self, secrets: &Secrets) {
+        let message = match self {
+            Trouble::Claim(Claim { failure, .. })
+            | Trouble::Refused(failure)
+            | Trouble::Filtered(failure)
+            | Trouble::Transient { failure, .. } => &mut failure.message,
+            Trouble::Throttled { message, .. } => message,
+            Trouble::Unreadable { problem, .. } => problem,
+            Trouble::KeyRenewed => return,
+        };
+        secrets.clean_text(message);
+    }
+}
+
 /// Lets replies with a good status pass, whatever they hold.
 pub fn check(result: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Trouble> {
     let reply = result.map_err(classify_fault)?;
@@ -155,7 +177,7 @@ pub fn check(result: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Tro
         _ if !(200..300).contains(&reply.status) => Err(classify_refusal(&reply, now)),
         End::Whole => Ok(reply),
         End::Cut(fault) => Err(classify_fault(fault)),
-        End::Unreadable(problem) => Err(lost("malformed", &problem)),
+        End::Unreadable { problem, .. } => Err(lost("malformed", &problem)),
     }
 }
 
@@ -404,7 +426,10 @@ mod tests {
             "transient: connection lost 0"
         );
         let mut reply = reply(200, &[], whole).unwrap();
-        reply.end = End::Unreadable("too large".into());
+        reply.end = End::Unreadable {
+            problem: "too large".into(),
+            raw: bytes::Bytes::new(),
+        };
         assert_eq!(sort(Ok(reply)), "unreadable: too large");
     }
 

@@ -1,13 +1,14 @@
 //! Keys must appear nowhere: they are taken out of whatever an endpoint says, before it is read, shown or
 //! kept, in every form in which endpoints repeat what they were sent.
 
-use aho_corasick::AhoCorasick;
+use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use anyhow::{Context as _, Result};
 use base64::Engine;
 use base64::prelude::{BASE64_STANDARD_NO_PAD, BASE64_URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use memchr::memchr2_iter;
 use reqwest::header::{HeaderMap, HeaderValue};
+use serde_json::Value;
 
 use crate::cache::record::Answer;
 
@@ -43,7 +44,11 @@ impl Secrets {
             is_word.extend(forms.iter().map(|_| secret.len() < SURE));
             all.extend(forms);
         }
-        let finder = AhoCorasick::new(all).context("the key is too long")?;
+        // Another kind takes minutes for a long key that repeats itself.
+        let finder = AhoCorasick::builder()
+            .kind(Some(AhoCorasickKind::ContiguousNFA))
+            .build(all)
+            .context("the key is too long")?;
         Ok(Secrets {
             forms: (!is_word.is_empty()).then_some(finder),
             is_word,
@@ -117,6 +122,32 @@ impl Secrets {
         }
         *text = String::from_utf8_lossy(&clean).into_owned();
         true
+    }
+
+    /// Takes the keys out of the texts of a value, and out of the names of its fields.
+    pub fn clean_value(&self, value: &mut Value) {
+        if self.forms.is_none() {
+            return;
+        }
+        match value {
+            Value::String(text) => {
+                self.clean_text(text);
+            }
+            Value::Array(items) => items.iter_mut().for_each(|item| self.clean_value(item)),
+            Value::Object(fields) => {
+                let names = fields.keys().filter(|name| self.is_in(name));
+                for name in names.cloned().collect::<Vec<_>>() {
+                    let mut clean = name.clone();
+                    self.clean_text(&mut clean);
+                    let value = fields.remove(&name).unwrap_or_default();
+                    fields.insert(clean, value);
+                }
+                fields
+                    .values_mut()
+                    .for_each(|value| self.clean_value(value));
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        }
     }
 
     /// Takes the keys out of the values of headers.

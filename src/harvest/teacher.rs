@@ -42,8 +42,12 @@ pub enum End {
     Whole,
     /// The connection ended, or the time was up, before the body did.
     Cut(Fault),
-    /// All of it came, or too much of it, and it cannot be decoded.
-    Unreadable(String),
+    /// All of it came, or too much of it, and it cannot be decoded for certain. `raw` is what came, where the
+    /// body is another one.
+    Unreadable {
+        problem: String,
+        raw: Bytes,
+    },
 }
 
 impl Reply {

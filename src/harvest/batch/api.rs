@@ -72,6 +72,8 @@ pub struct Card {
     pub output_file: Option<String>,
     pub error_file: Option<String>,
     pub mistakes: Vec<Mistake>,
+    /// Rows that its files tell of, where that is told.
+    pub rows: Option<u64>,
     /// Unix time.
     pub created_at: Option<i64>,
     pub ended_at: Option<i64>,
@@ -110,10 +112,17 @@ impl Card {
             output_file: text("output_file_id").filter(|id| !id.is_empty()),
             error_file: text("error_file_id").filter(|id| !id.is_empty()),
             mistakes: mistakes.into_iter().flatten().map(mistake).collect(),
+            rows: rows(&value["request_counts"]),
             created_at: at(&"created_at"),
             ended_at: ends.iter().find_map(at),
         })
     }
+}
+
+/// Rows that have ended, with an answer or without one.
+fn rows(counts: &Value) -> Option<u64> {
+    let completed = counts["completed"].as_u64()?;
+    completed.checked_add(counts["failed"].as_u64().unwrap_or(0))
 }
 
 /// A status as OpenAI spells it; one that is unknown as it came.
@@ -156,6 +165,8 @@ pub struct Lines {
     is_over: bool,
     /// The line is too long, and the rest of it is not kept.
     skips: bool,
+    /// Number of lines that were too long.
+    pub skipped: u64,
 }
 
 impl Lines {
@@ -166,6 +177,7 @@ impl Lines {
             searched: 0,
             is_over: false,
             skips: false,
+            skipped: 0,
         }
     }
 
@@ -198,9 +210,11 @@ impl Lines {
     }
 
     fn whole(&mut self, line: BytesMut) -> Bytes {
-        match std::mem::take(&mut self.skips) {
-            true => Bytes::new(),
-            false => line.freeze(),
+        if std::mem::take(&mut self.skips) {
+            self.skipped += 1;
+            Bytes::new()
+        } else {
+            line.freeze()
         }
     }
 }

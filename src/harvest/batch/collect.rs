@@ -49,6 +49,13 @@ pub(super) struct Taking {
     pub(super) unreadable_lines: u64,
 }
 
+impl Taking {
+    /// Rows that its files have told of so far.
+    fn seen(&self) -> u64 {
+        self.fates.iter().flatten().count() as u64 + self.unreadable_lines + self.ignored
+    }
+}
+
 pub(super) enum Fate {
     Answered,
     Again(Failure),
@@ -164,9 +171,17 @@ impl Batches<'_> {
                     self.show();
                 }
             }
-            if of_file > 0 && understood == 0 {
+            taking.unreadable_lines += lines.skipped;
+            if of_file + lines.skipped > 0 && understood == 0 {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
+        }
+        if let Some(told) = card.rows.filter(|told| *told > taking.seen()) {
+            // The file may not be whole yet.
+            let message = format!("its files tell of {} of {told} rows", taking.seen());
+            self.is_gone(index, &message)?;
+            self.progress
+                .note(&format!("a batch has ended, and {message}"));
         }
         self.close(index, taking, &card.status)
     }
@@ -237,12 +252,34 @@ impl Batches<'_> {
     /// Takes a line; true if it is of one of the part's rows. Only answers have an effect at once: the file
     /// may break off, and is read again then.
     fn take_line(&mut self, index: usize, taking: &mut Taking, line: Bytes) -> Result<bool> {
-        let Some(Outcome { custom_id, result }) = results::read(&line) else {
-            taking.unreadable.extend_from_slice(&line);
-            taking.unreadable.push(b'\n');
-            taking.unreadable_lines += 1;
-            return Ok(false);
-        };
+        let mut is_ours = false;
+        for outcome in results::read(&line) {
+            match outcome {
+                Some(outcome) => is_ours |= self.take_outcome(index, taking, outcome)?,
+                None => {
+                    taking.unreadable.extend_from_slice(&line);
+                    taking.unreadable.push(b'\n');
+                    taking.unreadable_lines += 1;
+                }
+            }
+        }
+        Ok(is_ours)
+    }
+
+    fn take_outcome(
+        &mut self,
+        index: usize,
+        taking: &mut Taking,
+        outcome: Outcome,
+    ) -> Result<bool> {
+        let Outcome {
+            custom_id,
+            mut result,
+        } = outcome;
+        if let Err(trouble) = &mut result {
+            let (_, transport) = self.lane_of(index)?;
+            trouble.clean(&transport.secrets());
+        }
         let row = taking.lines.get(&custom_id).copied();
         let Some(row) = row.filter(|row| taking.fates[*row].is_none()) else {
             taking.ignored += 1;
@@ -279,12 +316,13 @@ impl Batches<'_> {
         index: usize,
         taking: &mut Taking,
         line: usize,
-        completion: Completion,
+        mut completion: Completion,
     ) -> Result<()> {
         if taking.members[line].is_answered(self.cache) {
             return Ok(());
         }
-        let (lane, _) = self.lane_of(index)?;
+        let (lane, transport) = self.lane_of(index)?;
+        completion.clean(&transport.secrets());
         let asking = &self.plan.askings[lane];
         let member = &taking.members[line];
         let body: Value = taking.bodies.read(member)?;

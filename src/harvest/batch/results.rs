@@ -9,8 +9,8 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::api::Mistake;
-use crate::harvest::reply::error::ApiError;
-use crate::harvest::reply::{Completion, json};
+use crate::harvest::reply::error::{ApiError, is_error};
+use crate::harvest::reply::{Completion, json, names_choices};
 use crate::harvest::retry::{self, Claim, Failure, Reason, Trouble};
 use crate::harvest::teacher::Reply;
 
@@ -24,22 +24,56 @@ pub struct Outcome {
 struct Line<'a> {
     custom_id: String,
     #[serde(borrow, default)]
-    response: Option<Response<'a>>,
+    response: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    result: Option<&'a RawValue>,
     #[serde(default)]
     error: Value,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
+#[serde(default)]
 struct Response<'a> {
-    #[serde(default)]
     status_code: Value,
+    status: Value,
     /// Left as it is, and read as the body of any reply is.
-    #[serde(borrow, default)]
+    #[serde(borrow)]
     body: Option<&'a RawValue>,
 }
 
-/// Reads a line, repaired where it is not strict JSON. None for a line that names no row.
-pub fn read(line: &Bytes) -> Option<Outcome> {
+/// Reads a line: one outcome, or several where the file does not keep them on lines of their own. None for
+/// what names no row.
+pub fn read(line: &Bytes) -> Vec<Option<Outcome>> {
+    match read_json(line) {
+        Some(outcome) => vec![Some(outcome)],
+        None => values(line).iter().map(read_one).collect(),
+    }
+}
+
+/// The JSON values of a line: those of a list, or one after the other.
+fn values(line: &Bytes) -> Vec<Bytes> {
+    let text = line.trim_ascii();
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+    if let Ok(items) = serde_json::from_slice::<Vec<&RawValue>>(text) {
+        let items = items.into_iter().map(RawValue::get);
+        return items.map(|item| line.slice_ref(item.as_bytes())).collect();
+    }
+    let mut read = serde_json::Deserializer::from_slice(text).into_iter::<&RawValue>();
+    let (mut values, mut end) = (Vec::new(), 0);
+    while let Some(Ok(value)) = read.next() {
+        values.push(line.slice_ref(value.get().as_bytes()));
+        end = read.byte_offset();
+    }
+    // It may be a value that can be repaired.
+    let rest = text[end..].trim_ascii();
+    if values.is_empty() || rest.starts_with(b"{") {
+        values.push(line.slice_ref(rest));
+    }
+    values
+}
+
+/// Reads a value, repaired where it is not strict JSON.
+fn read_one(line: &Bytes) -> Option<Outcome> {
     if let Some(outcome) = read_json(line) {
         return Some(outcome);
     }
@@ -74,30 +108,49 @@ fn read_json(line: &Bytes) -> Option<Outcome> {
     let Line {
         custom_id,
         response,
+        result,
         error,
     } = serde_json::from_slice(line).ok()?;
-    let status = response.as_ref().map_or(0, |response| {
-        let code = &response.status_code;
-        code.as_u64()
-            .or_else(|| code.as_str()?.parse().ok())
-            .and_then(|code| u16::try_from(code).ok())
-            .unwrap_or(0)
-    });
-    let result = match response {
-        Some(response) if status > 0 => {
-            let body = response.body.map_or("", RawValue::get);
-            let body = line.slice_ref(body.as_bytes());
-            // There is no header whose date the time would be compared with.
-            let reply = Reply::whole(status, HeaderMap::new(), body);
-            retry::classify(Ok(reply), SystemTime::UNIX_EPOCH)
-        }
-        _ => Err(unanswered(&ApiError::from_value(&error))),
+    let (status, body) = match response.or(result) {
+        Some(response) => reply(response),
+        None => (0, &line[..]),
+    };
+    let status = match status {
+        0 if names_choices(body) => 200,
+        status => status,
+    };
+    let result = if status > 0 {
+        let body = line.slice_ref(body);
+        // There is no header whose date the time would be compared with.
+        let reply = Reply::whole(status, HeaderMap::new(), body);
+        retry::classify(Ok(reply), SystemTime::UNIX_EPOCH)
+    } else {
+        Err(unanswered(&error))
     };
     Some(Outcome { custom_id, result })
 }
 
+/// Status of a response, 0 where it tells none, and its body: the response itself where that is left out.
+fn reply(response: &RawValue) -> (u16, &[u8]) {
+    let fields: Response = serde_json::from_str(response.get()).unwrap_or_default();
+    let code = |value: &Value| -> Option<u16> {
+        let code = value
+            .as_f64()
+            .or_else(|| value.as_str()?.trim().parse().ok())?;
+        (100.0..600.0).contains(&code).then_some(code as u16)
+    };
+    let status = code(&fields.status_code).or_else(|| code(&fields.status));
+    let body = fields.body.unwrap_or(response);
+    (status.unwrap_or(0), body.get().as_bytes())
+}
+
 /// Classifies a row without a response by the code of its error.
-fn unanswered(error: &ApiError) -> Trouble {
+fn unanswered(error: &Value) -> Trouble {
+    if !is_error(error) {
+        // Nothing says that it was not done.
+        return retry::lost("no answer in the batch", "");
+    }
+    let error = &ApiError::from_value(error);
     let class = match error.code.as_str() {
         "" => "no answer in the batch",
         code => code,
@@ -177,7 +230,13 @@ mod tests {
 
     /// The row, and its outcome in a word.
     fn sort(line: &str) -> Option<(String, String)> {
-        let Outcome { custom_id, result } = read(&Bytes::copy_from_slice(line.as_bytes()))?;
+        let mut read = read(&Bytes::copy_from_slice(line.as_bytes()));
+        assert!(read.len() <= 1, "{line}");
+        word(read.pop()??)
+    }
+
+    fn word(outcome: Outcome) -> Option<(String, String)> {
+        let Outcome { custom_id, result } = outcome;
         let word = match result {
             Ok(completion) => format!("answer {}", completion.answer.text),
             Err(Trouble::Claim(claim)) => format!("claim {:?}", claim.reason),
@@ -246,6 +305,29 @@ mod tests {
             ),
             (r#"{"custom_id":"r"}"#.into(), "again no answer in the batch"),
             (
+                format!(r#"{{"custom_id":"r","response":{{"body":{body}}},"error":{{"code":0,"message":""}}}}"#),
+                "answer x",
+            ),
+            (
+                format!(r#"{{"custom_id":"r","response":{{"status_code":200.0,"body":{body}}}}}"#),
+                "answer x",
+            ),
+            (
+                format!(r#"{{"custom_id":"r","response":{{"status_code":null,"status":"200","body":{body}}}}}"#),
+                "answer x",
+            ),
+            (
+                format!(r#"{{"custom_id":"r","response":{{"status_code":0,"body":{body}}}}}"#),
+                "answer x",
+            ),
+            (format!(r#"{{"custom_id":"r","response":{body}}}"#), "answer x"),
+            (format!(r#"{{"custom_id":"r","result":{body}}}"#), "answer x"),
+            (format!(r#"{{"custom_id":"r","result":{{"body":{body}}}}}"#), "answer x"),
+            (
+                r#"{"custom_id":"r","choices":[{"message":{"content":"x"}}]}"#.into(),
+                "answer x",
+            ),
+            (
                 format!("\u{feff}{{\"custom_id\":\"r\",\"response\":{{\"status_code\":200,\"body\":{body}}}}}\r"),
                 "answer x",
             ),
@@ -268,6 +350,30 @@ mod tests {
         }
         for line in ["", "{", r#"{"id":"x"}"#, r#"{"custom_id":7}"#, "\u{2028}"] {
             assert_eq!(sort(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn several_rows_on_a_line_are_several_rows() {
+        let row = |id: &str| {
+            let body = format!(r#"{{"choices":[{{"message":{{"content":"{id}"}}}}]}}"#);
+            format!(r#"{{"custom_id":"{id}","response":{{"status_code":200,"body":{body}}}}}"#)
+        };
+        let (a, b) = (row("a"), row("b"));
+        let broken = b.replace("\"content\"", "\"n\":NaN,\"content\"");
+        for line in [
+            format!("[{a},{b}]"),
+            format!("\u{feff}[{a}, {b}]\r"),
+            format!("{a}{b}"),
+            format!("{a}\r{b}\r"),
+            format!("{a} {broken}"),
+        ] {
+            let outcomes = read(&Bytes::from(line.clone())).into_iter();
+            let words: Vec<_> = outcomes
+                .map(|outcome| word(outcome.unwrap()).unwrap())
+                .collect();
+            let expected = ["a", "b"].map(|id| (id.to_owned(), format!("answer {id}")));
+            assert_eq!(words, expected, "{line}");
         }
     }
 

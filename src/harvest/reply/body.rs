@@ -6,11 +6,11 @@ use serde_json::{Map, Value};
 use super::error::{ApiError, is_error, text};
 use super::fields::fields;
 use super::{Completion, NoAnswer, json, message, usage};
-use crate::cache::record::{Answer, Logprobs};
+use crate::cache::record::{Answer, Logprobs, Usage};
 
 /// A body, its logprobs as an `L`.
 struct Body<L> {
-    choices: Option<Vec<Choice<L>>>,
+    choices: Option<Vec<Option<Choice<L>>>>,
     usage: Value,
     model: Value,
     system_fingerprint: Value,
@@ -47,14 +47,23 @@ fn completion<L>(
     logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
 ) -> Result<Completion, NoAnswer> {
     let mut extra = body.extra;
-    let first = body.choices.into_iter().flatten().next();
-    let is_filtered =
-        is_error(&body.error) && ApiError::from_value(&body.error).is_of_the_content();
-    if is_error(&body.error) && !(is_filtered && first.is_some()) {
-        return Err(NoAnswer::error(ApiError::from_value(&body.error)));
+    let choice = best(body.choices.unwrap_or_default());
+    let error = Some(&body.error).filter(|error| is_error(error));
+    let error = error.map(ApiError::from_value);
+    let is_filtered = error.as_ref().is_some_and(ApiError::is_of_the_content);
+    // An answer that has come to its end is one, whatever stands beside it.
+    let is_answer = choice
+        .as_ref()
+        .is_some_and(|choice| is_filtered || is_complete(choice));
+    if let Some(error) = error.filter(|_| !is_answer) {
+        return Err(NoAnswer::error(error));
     }
-    let (usage, usage_extra) = usage::usage(usage_of(body.usage, &mut extra));
-    let Some(choice) = first else {
+    let (mut usage, usage_extra) = usage::usage(usage_of(body.usage, &mut extra));
+    let Some(choice) = choice else {
+        let named = ApiError::in_body(&extra).filter(|_| measures_nothing(usage));
+        if let Some(error) = named {
+            return Err(NoAnswer::error(error));
+        }
         // What was read of the prompt is paid for, and nothing was said.
         if usage.is_none() && usage_extra.is_empty() {
             return Err(no_choice(&extra));
@@ -79,24 +88,18 @@ fn completion<L>(
             ..Completion::default()
         });
     };
-    let mut finish_reason = text(&choice.finish_reason);
-    if !is_filtered && (finish_reason == "error" || is_error(&choice.error)) {
+    if !is_filtered && !is_complete(&choice) && has_failed(&choice) {
         return Err(NoAnswer::error(ApiError::from_value(&choice.error)));
     }
+    let mut finish_reason = text(&choice.finish_reason);
     if is_filtered && finish_reason.is_empty() {
         finish_reason = "content_filter".into();
     }
     let mut choice_extra = choice.extra;
     choice_extra.remove("index");
-    let mut message = match choice.message {
-        Value::Object(message) => message,
-        // As text completions have it, or a piece of a stream in one piece.
-        _ => match choice_extra.remove("text").or(choice_extra.remove("delta")) {
-            Some(Value::Object(delta)) => delta,
-            Some(text) => Map::from_iter([("content".to_owned(), text)]),
-            None => Map::new(),
-        },
-    };
+    // Some gateways put it there.
+    usage = usage.or_else(|| usage::usage(choice_extra.get("usage")?.clone()).0);
+    let mut message = message_of(choice.message, &mut choice_extra);
     let answer = message::answer(&mut message, finish_reason);
     let (logprobs, logprobs_fault) = match choice.logprobs {
         None => (None, None),
@@ -114,8 +117,10 @@ fn completion<L>(
             extra.insert(name.into(), Value::Object(rest));
         }
     }
-    if is_filtered {
-        extra.insert("error".into(), body.error);
+    for (error, extra_of) in [(body.error, "error"), (choice.error, "choice_error")] {
+        if is_error(&error) {
+            extra.insert(extra_of.into(), error);
+        }
     }
     Ok(Completion {
         answer,
@@ -127,6 +132,62 @@ fn completion<L>(
         extra,
         unreadable: None,
     })
+}
+
+/// The first choice that says something, or else the first.
+fn best<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
+    let mut choices: Vec<_> = choices.into_iter().flatten().collect();
+    let speaking = choices.iter().position(says_something).unwrap_or(0);
+    (!choices.is_empty()).then(|| choices.swap_remove(speaking))
+}
+
+fn says_something<L>(choice: &Choice<L>) -> bool {
+    let elsewhere = ["delta", "text"].map(|name| choice.extra.get(name));
+    speaks(&choice.message) || elsewhere.into_iter().flatten().any(speaks)
+}
+
+/// Returns true if there is text in a message, or a call of a tool.
+fn speaks(value: &Value) -> bool {
+    match value {
+        Value::String(text) => !text.is_empty(),
+        Value::Array(parts) => parts.iter().any(speaks),
+        Value::Object(fields) => fields.iter().any(|(name, value)| {
+            !["role", "type", "id", "name"].contains(&&**name) && speaks(value)
+        }),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+/// Returns true if the choice has text and a finish reason that is no error.
+fn is_complete<L>(choice: &Choice<L>) -> bool {
+    let finish_reason = text(&choice.finish_reason);
+    !["", "error"].contains(&&*finish_reason) && says_something(choice)
+}
+
+fn has_failed<L>(choice: &Choice<L>) -> bool {
+    text(&choice.finish_reason) == "error" || is_error(&choice.error)
+}
+
+/// Message of a choice: as a text completion or as a piece of a stream, where that says something and
+/// `message` does not. The others stay in `extra`.
+fn message_of(message: Value, extra: &mut Map<String, Value>) -> Map<String, Value> {
+    let mut found = vec![("message", message)];
+    for name in ["delta", "text"] {
+        found.extend(extra.remove(name).map(|value| (name, value)));
+    }
+    let speaking = found.iter().position(|(_, value)| speaks(value));
+    let (_, chosen) = found.swap_remove(speaking.unwrap_or(0));
+    let others = found.into_iter().filter(|(_, other)| speaks(other));
+    extra.extend(others.map(|(name, other)| (name.to_owned(), other)));
+    match chosen {
+        Value::Object(message) => message,
+        Value::Null => Map::new(),
+        text => Map::from_iter([("content".to_owned(), text)]),
+    }
+}
+
+fn measures_nothing(usage: Option<Usage>) -> bool {
+    usage.is_none_or(|usage| usage.prompt_tokens == 0 && usage.completion_tokens == 0)
 }
 
 /// The token counts, which some servers have under another name, or beside each other at the top.

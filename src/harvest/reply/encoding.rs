@@ -3,9 +3,10 @@
 //! Top-k logprobs shrink to a tenth on the wire, so compression is asked for. Some servers compress
 //! unasked, or label a body wrongly; so the first bytes decide, where they can, and not the label alone.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 
 use brotli_decompressor::DecompressorWriter;
+use bytes::Bytes;
 use flate2::write::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 use reqwest::header::{CONTENT_ENCODING, HeaderMap};
 
@@ -191,6 +192,47 @@ impl State {
     }
 }
 
+/// Decodes a body that was encoded more than once, as its magic number shows.
+pub fn unpacked(mut body: Bytes) -> Bytes {
+    const MOST: usize = 3;
+    for _ in 0..MOST {
+        if encoding(&body, None).is_none() {
+            break;
+        }
+        let mut decoder = Decoder::new(&HeaderMap::new());
+        let decoded = decoder.feed(&body).and_then(|mut decoded| {
+            decoded.extend(decoder.finish()?);
+            Ok(decoded)
+        });
+        match decoded {
+            Ok(decoded) => body = decoded.into(),
+            Err(_) => break,
+        }
+    }
+    body
+}
+
+/// What a broken gzip stream holds before something else follows it, or before it ends without its
+/// checksum. None where the checksum is wrong.
+pub fn salvaged(raw: &[u8]) -> Option<Vec<u8>> {
+    let (mut decoded, mut rest) = (Vec::new(), raw);
+    while encoding(rest, None).is_some() {
+        let before = decoded.len();
+        let left = (LARGEST_PIECE - before) as u64;
+        let mut member = flate2::bufread::GzDecoder::new(rest).take(left);
+        match member.read_to_end(&mut decoded) {
+            Ok(_) => rest = member.into_inner().into_inner(),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
+            Err(_) if before > 0 => {
+                decoded.truncate(before);
+                break;
+            }
+            Err(_) => return None,
+        }
+    }
+    (!decoded.is_empty()).then_some(decoded)
+}
+
 /// By the magic numbers; by the label where there are none and the bytes are not JSON in the clear.
 fn encoding(first: &[u8], declared: Option<Encoding>) -> Option<Encoding> {
     match first {
@@ -294,6 +336,27 @@ mod tests {
         }
         assert_eq!(decode("gzip", b"", 1).unwrap(), b"");
         assert_eq!(decode("gzip", b"{}", 1).unwrap(), b"{}");
+    }
+
+    #[test]
+    fn what_is_behind_a_stream_and_a_missing_checksum_cost_nothing() {
+        let whole = gzip(TEXT);
+        let trailing = [&whole[..], b"\r\n<!-- served -->"].concat();
+        for raw in [
+            &trailing[..],
+            &whole[..whole.len() - 8],
+            &whole[..whole.len() - 3],
+        ] {
+            assert!(decode("gzip", raw, 1_000).is_err());
+            assert_eq!(salvaged(raw).as_deref(), Some(TEXT));
+        }
+        let mut wrong = whole.clone();
+        let checksum = wrong.len() - 8;
+        wrong[checksum] ^= 1;
+        assert_eq!(salvaged(&wrong), None);
+        let twice = Bytes::from(gzip(&gzip(TEXT)));
+        assert_eq!(unpacked(twice), TEXT);
+        assert_eq!(unpacked(Bytes::from_static(TEXT)), TEXT);
     }
 
     #[test]

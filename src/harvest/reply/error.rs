@@ -262,15 +262,17 @@ fn title(page: &str) -> Option<&str> {
     Some(title.trim()).filter(|title| !title.is_empty())
 }
 
-/// Does this say that something went wrong? Some servers always send the field, and leave it empty.
+/// Returns true if this says that something went wrong. Some servers always send the field, and leave it
+/// empty or name a success in it.
 pub fn is_error(error: &Value) -> bool {
+    const SUCCESS: [&str; 7] = ["", "0", "200", "ok", "success", "none", "null"];
     match error {
-        Value::Null | Value::Bool(false) => false,
-        Value::String(text) => !text.is_empty(),
-        Value::Object(fields) => !fields.is_empty(),
-        Value::Array(items) => !items.is_empty(),
-        Value::Number(number) => number.as_f64() != Some(0.0),
-        Value::Bool(true) => true,
+        Value::Null => false,
+        Value::Bool(is_error) => *is_error,
+        Value::Number(_) => !SUCCESS.contains(&text(error).trim_end_matches(".0")),
+        Value::String(text) => !SUCCESS.contains(&text.trim().to_ascii_lowercase().as_str()),
+        Value::Object(fields) => fields.values().any(is_error),
+        Value::Array(items) => items.iter().any(is_error),
     }
 }
 
@@ -427,6 +429,9 @@ mod tests {
             r#"{"error":"","errors":[],"success":true}"#,
             r#"{"base_resp":{"status_code":0,"status_msg":"ok"}}"#,
             r#"{"message":"","object":"chat.completion"}"#,
+            r#"{"error":{"message":"","type":"","param":null,"code":null}}"#,
+            r#"{"error":{"code":0,"message":"success"},"msg":"OK"}"#,
+            r#"{"code":200,"message":"success"}"#,
         ] {
             assert!(!names(body), "{body}");
         }

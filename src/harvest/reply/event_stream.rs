@@ -8,10 +8,14 @@ use serde_json::{Map, Value};
 
 use super::json::{self, Problem};
 
+/// What each answer has.
+const CHOICES: &[u8] = b"\"choices\"";
+
 /// The end of a stream in OpenAI's dialect.
 const DONE: &[u8] = b"[DONE]";
 
-/// The body that an event stream amounts to; None where `body` is no event stream.
+/// The body that an event stream amounts to, or chunks that follow each other without the frame of one;
+/// None where `body` is neither.
 ///
 /// # Errors
 /// Where the stream ends early, or holds no JSON.
@@ -19,16 +23,70 @@ pub fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
     let body = body.trim_ascii_start();
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     let names = ["data:", "event:", "id:", "retry:", ":"];
-    names
-        .iter()
-        .any(|name| body.starts_with(name.as_bytes()))
-        .then(|| join(&events(body)))
+    if names.iter().any(|name| body.starts_with(name.as_bytes())) {
+        return Some(join(&events(body)));
+    }
+    let (values, rest) = several(body)?;
+    if !values.iter().any(is_chunk) {
+        // Signs of life before the answer.
+        return (values.len() > 1).then(|| Ok(first_answer(values)));
+    }
+    if rest.starts_with(b"{") {
+        return Some(Err(Problem::NotJson(json::beginning(rest))));
+    }
+    Some(join_values(values))
 }
 
-/// The data of each event. A line ends with `\n`, `\r\n` or `\r`; an event ends with a blank line.
+/// The objects with which a body begins, one after the other, and what is behind them.
+fn several(body: &[u8]) -> Option<(Vec<Value>, &[u8])> {
+    if !body.starts_with(b"{") {
+        return None;
+    }
+    let mut read = serde_json::Deserializer::from_slice(body).into_iter::<Value>();
+    let (mut values, mut end) = (Vec::new(), 0);
+    while let Some(Ok(value)) = read.next() {
+        values.push(value);
+        end = read.byte_offset();
+    }
+    let are_objects = values.iter().all(Value::is_object);
+    are_objects.then(|| (values, body[end..].trim_ascii_start()))
+}
+
+fn is_chunk(value: &Value) -> bool {
+    let choice = value.get("choices").and_then(|choices| choices.get(0));
+    choice.is_some_and(|choice| choice.get("delta").is_some() && choice.get("message").is_none())
+}
+
+fn first_answer(mut values: Vec<Value>) -> Value {
+    let holds_choices =
+        |value: &Value| memchr::memmem::find(value.to_string().as_bytes(), CHOICES).is_some();
+    let first = values.iter().position(holds_choices).unwrap_or(0);
+    values.swap_remove(first)
+}
+
+fn join_values(values: Vec<Value>) -> Result<Value, Problem> {
+    let (mut body, mut is_whole) = (Map::new(), false);
+    for value in values {
+        if let Value::Object(chunk) = value {
+            is_whole |= add(&mut body, chunk);
+        }
+    }
+    finish(body, is_whole)
+}
+
+/// The lines of a stream, each of which ends with `\n`, `\r\n` or `\r`.
+fn lines(body: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let lines = body.split(|byte| *byte == b'\n');
+    lines.flat_map(|line| {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        line.split(|byte| *byte == b'\r')
+    })
+}
+
+/// The data of each event, which a blank line ends.
 fn events(body: &[u8]) -> Vec<Vec<u8>> {
     let (mut events, mut data): (Vec<Vec<u8>>, Option<Vec<u8>>) = (Vec::new(), None);
-    for line in body.split(|byte| matches!(byte, b'\n' | b'\r')) {
+    for line in lines(body) {
         if let Some(rest) = line.strip_prefix(b"data:") {
             let rest = rest.strip_prefix(b" ").unwrap_or(rest);
             match &mut data {
@@ -51,34 +109,48 @@ fn events(body: &[u8]) -> Vec<Vec<u8>> {
 }
 
 fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
-    let (mut body, mut is_whole) = (Map::new(), false);
+    let (mut body, mut is_whole, mut is_over) = (Map::new(), false, false);
+    let mut odd = None;
     for data in events {
         // In one event with the last chunk, where no blank line is between them.
-        let (data, is_last) = match data.trim_ascii().strip_suffix(DONE) {
-            Some(rest) => (rest.trim_ascii(), true),
-            None => (&data[..], false),
+        let data = match data.trim_ascii().strip_suffix(DONE) {
+            Some(rest) => {
+                is_over = true;
+                rest.trim_ascii()
+            }
+            None => data.trim_ascii(),
         };
-        if !data.is_empty() {
+        if data.starts_with(b"{") || data.starts_with(b"[") {
             match json::value(data)? {
                 Value::Object(chunk) => is_whole |= add(&mut body, chunk),
-                other => {
-                    return Err(Problem::NotJson(json::beginning(
-                        other.to_string().as_bytes(),
-                    )));
-                }
+                other => odd = Some(other.to_string()),
             }
+        } else if !data.is_empty() {
+            // A word, as `ping` and `null`: no piece of an answer.
+            odd.get_or_insert_with(|| json::beginning(data));
         }
-        is_whole |= is_last;
-        if is_last {
+        if is_over {
             break;
         }
     }
+    if body.is_empty()
+        && let Some(odd) = odd
+    {
+        return Err(Problem::NotJson(odd));
+    }
+    finish(body, is_whole || is_over)
+}
+
+fn finish(mut body: Map<String, Value>, is_whole: bool) -> Result<Value, Problem> {
     if body.is_empty() {
         return Err(if is_whole {
             Problem::NotJson("an event stream without data".into())
         } else {
             Problem::CutOff
         });
+    }
+    if let Some(Value::Array(choices)) = body.get_mut("choices") {
+        choices.sort_by_key(place);
     }
     // What an error says needs no end.
     if is_whole || body.contains_key("error") {
@@ -88,7 +160,12 @@ fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
     }
 }
 
-/// Adds a chunk. True if it ends the answer.
+/// Index of a choice.
+fn place(choice: &Value) -> u64 {
+    choice.get("index").and_then(Value::as_u64).unwrap_or(0)
+}
+
+/// Adds a chunk. True if it ends an answer.
 fn add(body: &mut Map<String, Value>, chunk: Map<String, Value>) -> bool {
     let mut ends = false;
     for (name, value) in chunk {
@@ -96,30 +173,27 @@ fn add(body: &mut Map<String, Value>, chunk: Map<String, Value>) -> bool {
             merge(body, name, value);
             continue;
         }
-        let choices = match value {
-            Value::Array(choices) => choices,
-            _ => continue,
-        };
         let whole = body
             .entry("choices")
             .or_insert_with(|| Value::Array(Vec::new()));
-        let is_first =
-            |choice: &Value| choice.get("index").and_then(Value::as_u64).unwrap_or(0) == 0;
-        for choice in choices.into_iter().filter(is_first) {
+        let (Value::Array(choices), Value::Array(whole)) = (value, whole) else {
+            continue;
+        };
+        for choice in choices {
+            let at = place(&choice);
             let Value::Object(choice) = choice else {
                 continue;
             };
+            let finish_reason = choice.get("finish_reason");
             ends |= choice.contains_key("message")
-                || choice
-                    .get("finish_reason")
-                    .is_some_and(|reason| !reason.is_null());
-            if let Value::Array(whole) = &mut *whole {
-                if whole.is_empty() {
-                    whole.push(Value::Object(Map::new()));
-                }
-                if let Some(Value::Object(whole)) = whole.first_mut() {
-                    add_choice(whole, choice);
-                }
+                || finish_reason.is_some_and(|reason| !reason.is_null());
+            let known = whole.iter().position(|known| place(known) == at);
+            let known = known.unwrap_or_else(|| {
+                whole.push(Value::Object(Map::new()));
+                whole.len() - 1
+            });
+            if let Value::Object(known) = &mut whole[known] {
+                add_choice(known, choice);
             }
         }
     }
@@ -247,8 +321,38 @@ mod tests {
                 (&body["model"], &body["usage"]["prompt_tokens"]),
                 (&json!("m"), &json!(3))
             );
-            assert_eq!(body["choices"].as_array().unwrap().len(), 1);
+            assert_eq!(body["choices"][1]["message"]["content"], "another");
         }
+    }
+
+    #[test]
+    fn what_is_no_piece_of_an_answer_is_passed_over() {
+        let chunk = |text: &str, finish: Value| json!({"choices": [{"delta": {"content": text}, "finish_reason": finish}]});
+        let (first, last) = (chunk("Hel", Value::Null), chunk("lo", json!("stop")));
+        let several_lines = serde_json::to_string_pretty(&last).unwrap();
+        let several_lines = several_lines.replace('\n', "\r\ndata: ");
+        let bodies = [
+            format!("data: ping\n\ndata: null\n\ndata: {first}\n\ndata: {last}\n\n"),
+            format!("data: {first}\n\ndata: {last}\n\nevent: error\ndata: overloaded\n\n"),
+            format!("data: {first}\r\n\r\ndata: {several_lines}\r\n\r\ndata: [DONE]\r\n\r\n"),
+            format!("data: {first}\r\rdata: {last}\r\r"),
+            format!("{first}\n{last}\n"),
+            format!("{first}{last}[DONE]"),
+        ];
+        for body in bodies {
+            let joined = joined(body.as_bytes())
+                .unwrap()
+                .unwrap_or_else(|e| panic!("{body}: {e}"));
+            assert_eq!(
+                joined["choices"][0]["message"]["content"], "Hello",
+                "{body}"
+            );
+        }
+        // A piece that cannot be read is missed.
+        let broken = format!("{first}\n{{\"choices\": x\n{last}");
+        assert!(joined(broken.as_bytes()).unwrap().is_err());
+        let cut = format!("{first}\n{first}\n");
+        assert_eq!(joined(cut.as_bytes()), Some(Err(Problem::CutOff)));
     }
 
     #[test]

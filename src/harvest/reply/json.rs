@@ -83,7 +83,7 @@ pub fn beginning(body: &[u8]) -> String {
 }
 
 /// UTF-16 as UTF-8, told by its byte order mark or by the zero byte beside the first character.
-fn utf16(body: &[u8]) -> Option<Vec<u8>> {
+pub fn utf16(body: &[u8]) -> Option<Vec<u8>> {
     let (is_little, rest) = match body {
         [0xff, 0xfe, rest @ ..] => (true, rest),
         [0xfe, 0xff, rest @ ..] => (false, rest),

@@ -70,6 +70,11 @@ impl Completion {
                     .flatten()
                     .any(|token| secrets.is_in(token))
         });
+        secrets.clean_text(&mut self.model);
+        secrets.clean_text(&mut self.fingerprint);
+        for value in self.extra.values_mut() {
+            secrets.clean_value(value);
+        }
         if secrets.clean_answer(&mut self.answer) | is_in_tokens {
             let problem = "the answer held the key";
             self.logprobs_fault = self.logprobs.take().map(|_| problem.into());
@@ -116,7 +121,7 @@ pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
     match read(body, logprobs::columns).or_else(|_| read(body, parse_later)) {
         Ok(Ok(completion)) => Ok(completion),
         // The choices may be inside of something.
-        Ok(Err(_)) if memchr::memmem::find(body, b"\"choices\"").is_some() => parse_repaired(body),
+        Ok(Err(_)) if names_choices(body) => parse_repaired(body),
         Ok(no_answer) => no_answer,
         Err(_) => parse_repaired(body),
     }
@@ -151,47 +156,52 @@ fn no_json(problem: Problem, body: &[u8]) -> NoAnswer {
 
 /// Is there a sign that something was generated?
 fn has_signs_of_an_answer(body: &[u8]) -> bool {
-    ["\"choices\"", "\"usage\"", "completion_tokens"]
+    let signs = ["\"usage\"", "completion_tokens"];
+    let has = |sign: &&str| memchr::memmem::find(body, sign.as_bytes()).is_some();
+    names_choices(body) || signs.iter().any(has)
+}
+
+/// Is there a field of this name, also in JSON within JSON?
+pub fn names_choices(body: &[u8]) -> bool {
+    ["\"choices\"", "\"choices\\"]
         .iter()
-        .any(|sign| memchr::memmem::find(body, sign.as_bytes()).is_some())
+        .any(|name| memchr::memmem::find(body, name.as_bytes()).is_some())
 }
 
 fn no_completion(body: &[u8]) -> String {
     format!("the body is no chat completion: {}", json::beginning(body))
 }
 
-/// Takes a completion out of what gateways put around it: a list, a text, an object of their own.
-fn unwrapped(mut value: Value) -> Value {
-    const WRAPPERS: [&str; 5] = ["response", "data", "result", "body", "output"];
-    for _ in 0..4 {
-        value = match value {
-            Value::Array(mut items) if items.len() == 1 => items.remove(0),
-            Value::String(text) => match json::value(text.as_bytes()) {
-                Ok(inner @ Value::Object(_)) => inner,
-                _ => return Value::String(text),
-            },
-            Value::Object(mut fields) if !fields.contains_key("choices") => {
-                let holds_choices = |name: &&&str| {
-                    fields
-                        .get(**name)
-                        .is_some_and(|inner| inner.get("choices").is_some())
-                };
-                match WRAPPERS.iter().find(holds_choices) {
-                    Some(name) => fields.remove(*name).unwrap_or_default(),
-                    None => return Value::Object(fields),
-                }
+/// Takes a completion out of what gateways put around it: a list, a text, objects of their own.
+fn unwrapped(value: Value) -> Value {
+    const DEEPEST: usize = 6;
+    match inner(&value, DEEPEST) {
+        Some(mut completion) => {
+            // One choice without a list around it.
+            if let Some(choices @ Value::Object(_)) = completion.get_mut("choices") {
+                *choices = Value::Array(vec![choices.take()]);
             }
-            Value::Object(mut fields) => {
-                // One choice without a list around it.
-                if let Some(choices @ Value::Object(_)) = fields.get_mut("choices") {
-                    *choices = Value::Array(vec![choices.take()]);
-                }
-                return Value::Object(fields);
-            }
-            other => return other,
-        };
+            completion
+        }
+        None => value,
     }
-    value
+}
+
+/// The outermost object with choices.
+fn inner(value: &Value, depth: usize) -> Option<Value> {
+    let depth = depth.checked_sub(1)?;
+    match value {
+        Value::Object(fields) if fields.contains_key("choices") => Some(value.clone()),
+        Value::Object(fields) => fields.values().find_map(|value| inner(value, depth)),
+        Value::Array(items) => items.iter().find_map(|value| inner(value, depth)),
+        Value::String(text) => {
+            let text = text.trim_start();
+            let may_be = text.starts_with(['{', '[', '"']) && text.contains("choices");
+            let value = may_be.then(|| json::value(text.as_bytes()).ok())??;
+            inner(&value, depth)
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => None,
+    }
 }
 
 #[cfg(test)]
@@ -283,6 +293,73 @@ mod tests {
         }
         let spaced = b"\n\n\n {\"choices\":[{\"message\":{\"content\":\"x\"}}]}";
         assert_eq!(parse(spaced).unwrap().answer.text, "x");
+    }
+
+    #[test]
+    fn an_answer_is_found_wherever_it_stands() {
+        let choice =
+            json!({"message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"});
+        let body =
+            json!({"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 1}});
+        let with = |name: &str, value: Value| {
+            let mut body = body.clone();
+            body[name] = value;
+            body.to_string()
+        };
+        let bodies = [
+            // Fields that say that nothing went wrong, and an error beside a complete answer.
+            with("error", json!({"message": "", "type": "", "code": null})),
+            with("error", json!({"code": 0, "message": "success"})),
+            with("error", json!({"message": "billing record delayed"})),
+            with("choices", json!([{}, choice])),
+            with("choices", json!([null, choice])),
+            with(
+                "choices",
+                json!([{"message": "hi", "finish_reason": "stop"}]),
+            ),
+            with(
+                "choices",
+                json!([{"text": "", "delta": {"content": "hi"}, "finish_reason": "stop"}]),
+            ),
+            with(
+                "choices",
+                json!([{"message": {"content": ""}, "text": "hi", "finish_reason": "stop"}]),
+            ),
+            json!({"code": 0, "msg": "ok", "data": {"result": body}}).to_string(),
+            json!({"success": true, "completion": body.to_string()}).to_string(),
+            format!("{{\"status\":\"processing\"}}\n{body}"),
+            format!("{{}}{body}"),
+            String::from(
+                "data: {\"choices\":[{\"index\":1,\"delta\":{\"content\":\"hi\"},\"finish_reason\":\"stop\"}]}\n\ndata: {\"error\":{\"message\":\"late\"}}\n\n",
+            ),
+        ];
+        for body in bodies {
+            let completion = parse(body.as_bytes()).unwrap_or_else(|e| panic!("{body}: {e:?}"));
+            let answer = &completion.answer;
+            assert_eq!(
+                (answer.text.as_str(), answer.finish_reason.as_str()),
+                ("hi", "stop"),
+                "{body}"
+            );
+        }
+        let errors = [
+            with("choices", json!([{"message": {"content": "h"}, "finish_reason": "error"}])),
+            json!({"error": {"message": "overloaded"}, "choices": [{"message": {"content": "h"}}]}).to_string(),
+            json!({"code": 429, "message": "slow down", "choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0}}).to_string(),
+        ];
+        for body in errors {
+            assert!(
+                matches!(parse(body.as_bytes()), Err(NoAnswer::Error(_))),
+                "{body}"
+            );
+        }
+    }
+
+    #[test]
+    fn usage_is_found_in_a_choice() {
+        let usage = json!({"prompt_tokens": 7, "completion_tokens": 2});
+        let body = json!({"choices": [{"message": {"content": "hi"}, "usage": usage}]});
+        assert_eq!(answer(body).usage.unwrap().prompt_tokens, 7);
     }
 
     #[test]

@@ -62,13 +62,12 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
     })
     .unwrap_or(0);
     // Anthropic counts these beside the input.
-    if let Some(read) = count(fields.get("cache_read_input_tokens"))
-        && fields.contains_key("input_tokens")
-        && !fields.contains_key("prompt_tokens")
-    {
+    if fields.contains_key("input_tokens") && !fields.contains_key("prompt_tokens") {
+        let read = count(fields.get("cache_read_input_tokens"));
         let created = count(fields.get("cache_creation_input_tokens")).unwrap_or(0);
-        prompt_tokens = prompt_tokens.saturating_add(read).saturating_add(created);
-        cached_tokens = read;
+        prompt_tokens = prompt_tokens.saturating_add(read.unwrap_or(0));
+        prompt_tokens = prompt_tokens.saturating_add(created);
+        cached_tokens = read.unwrap_or(cached_tokens);
     }
     let reasoning_tokens = detail(
         &["completion_tokens_details", "output_tokens_details"],
@@ -76,10 +75,16 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
     )
     .or_else(|| first(&["reasoning_tokens", "thoughtsTokenCount"]))
     .unwrap_or(0);
-    // Where the total says so, thinking is billed beside the completion (xAI, Gemini).
-    let with_thinking = completion_tokens.saturating_add(reasoning_tokens);
-    if reasoning_tokens > 0 && total == Some(prompt_tokens.saturating_add(with_thinking)) {
-        completion_tokens = with_thinking;
+    // Some bill thinking beside the completion, and the total shows it (xAI, Gemini); others show no more
+    // than more thinking than completion.
+    match total {
+        Some(total) => {
+            completion_tokens = completion_tokens.max(total.saturating_sub(prompt_tokens))
+        }
+        None if reasoning_tokens > completion_tokens => {
+            completion_tokens = completion_tokens.saturating_add(reasoning_tokens);
+        }
+        None => {}
     }
     let usage = Usage {
         prompt_tokens,
@@ -94,7 +99,7 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
 /// A count, be it written as an integer, as a float or as text. A part of a token is billed as one.
 fn count(value: Option<&Value>) -> Option<u64> {
     let value = match value? {
-        Value::String(text) => text.trim().parse().ok()?,
+        Value::String(text) => text.trim().replace(',', "").parse().ok()?,
         Value::Number(number) => number
             .as_u64()
             .map_or_else(|| number.as_f64(), |whole| Some(whole as f64))?,
@@ -173,6 +178,18 @@ mod tests {
             (
                 json!({"input_tokens": 2, "output_tokens": 3, "cache_read_input_tokens": 8, "cache_creation_input_tokens": 2}),
                 [12, 3, 8, 0],
+            ),
+            (
+                json!({"input_tokens": 2, "output_tokens": 3, "cache_creation_input_tokens": 10}),
+                [12, 3, 0, 0],
+            ),
+            (
+                json!({"prompt_tokens": "1,012", "completion_tokens": 3, "total_tokens": 1_515}),
+                [1_012, 503, 0, 0],
+            ),
+            (
+                json!({"prompt_tokens": 12, "completion_tokens": 3, "reasoning_tokens": 40}),
+                [12, 43, 0, 40],
             ),
             (
                 json!({"input_tokens": 12, "output_tokens": 9, "output_tokens_details": {"reasoning_tokens": 4}}),
