@@ -95,6 +95,22 @@ async fn rows_in_neither_file_are_counted_and_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_file_that_does_not_hold_all_rows_yet_is_read_again() {
+    let night = night("", 20, |_| {});
+    let provider = Provider {
+        chat: night.teacher(),
+        latency: Duration::ZERO,
+        halved: AtomicU32::new(3),
+    };
+    let (_sender, receiver) = unbounded_channel();
+    let summary = night.harvest_over(provider, None, receiver).await;
+    let summary = summary.unwrap().unwrap();
+    assert_eq!((summary.ok, summary.failed), (20, 0));
+    assert_eq!(parts(&summary), [("completed", 1)]);
+    assert_eq!(night.mock.stats().billed.answers, 20);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_batch_without_an_answer_has_no_output_file() {
     let night = night("[batch]\nerror_rows = 100", 5, |config| {
         config.retry.max_attempts = 1;
