@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use reqwest::header::{HeaderMap, LOCATION};
+use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
 
 use super::limiter::headers;
 use super::reply::error::ApiError;
@@ -47,6 +47,11 @@ pub(super) fn classify_error(
             let location = location.unwrap_or("an address that it does not name");
             let message = format!("{status} to {location}");
             claim(Reason::Redirect, Failure::new(failure.class, &message))
+        }
+        // As some clouds refuse for the rate.
+        420 | 430 => Trouble::Throttled { wait, message },
+        400 if says_to_wait(error) || headers.contains_key(RETRY_AFTER) => {
+            Trouble::Throttled { wait, message }
         }
         429 => Trouble::Throttled {
             wait: wait.or_else(|| until_reset(headers, now)),

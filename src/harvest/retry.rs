@@ -316,6 +316,16 @@ mod tests {
                 r#"{"error":{"message":"The model `x` does not exist."}}"#,
                 "claim: Model",
             ),
+            (
+                400,
+                r#"{"code":"Throttling.RateQuota","message":"Requests rate limit exceeded"}"#,
+                "throttled: None",
+            ),
+            (
+                420,
+                r#"{"error":"calm down, try again in 2s"}"#,
+                "refused: http 420",
+            ),
             (424, "", "transient: http 424 0"),
             (498, "", "transient: http 498 0"),
             (

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use reqwest::header::{HeaderMap, RETRY_AFTER};
+use reqwest::header::HeaderMap;
 
 use super::reply::error::ApiError;
 
@@ -10,19 +10,44 @@ use super::reply::error::ApiError;
 const LONGEST: f64 = 10.0 * 366.0 * 86_400.0;
 
 /// Words in front of a wait in an error message, in lower case.
-const WORDS: [&str; 12] = [
+const WORDS: [&str; 15] = [
     "try again in",
     "try again after",
     "retry in",
+    "retry your request in",
     "retry after",
+    "retryafter:",
     "retry-after:",
     "available again in",
+    "available in",
     "resets in",
     "reset in",
     "reset after",
     "please wait for",
     "please wait",
     "wait",
+];
+
+/// Words between those and the wait.
+const FILLERS: [&str; 6] = [
+    "about ",
+    "approximately ",
+    "at least ",
+    "another ",
+    "for ",
+    "a further ",
+];
+
+/// Headers of a refusal that hold a wait in seconds, as a duration or as a date.
+const SECONDS: [&str; 3] = ["retry-after", "x-retry-after", "x-ratelimit-reset-after"];
+const MILLISECONDS: [&str; 2] = ["retry-after-ms", "x-ms-retry-after-ms"];
+
+/// Headers whose reset time is that of the refusal, where none says what remains.
+const RESETS: [&str; 4] = [
+    "x-ratelimit-reset",
+    "x-ratelimit-reset-requests",
+    "x-ratelimit-reset-tokens",
+    "ratelimit-reset",
 ];
 
 /// Words in front of a point in time.
@@ -38,24 +63,31 @@ const TIMES: [&str; 5] = [
 /// its message. None where it asks for none, or for one that makes no sense.
 pub fn asked_for(headers: &HeaderMap, error: &ApiError, now: SystemTime) -> Option<Duration> {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let milliseconds = header("retry-after-ms")
-        .and_then(amount)
-        .and_then(|milliseconds| seconds(milliseconds / 1e3));
+    let milliseconds = MILLISECONDS.into_iter().find_map(header).and_then(amount);
+    let milliseconds = milliseconds.and_then(|milliseconds| seconds(milliseconds / 1e3));
     let is_positive = |wait: &Duration| !wait.is_zero();
-    let by_header = milliseconds.or_else(|| until(header(RETRY_AFTER.as_str())?, now));
+    let in_seconds = SECONDS.into_iter().filter_map(header);
+    let by_header = milliseconds.or_else(|| in_seconds.filter_map(|text| until(text, now)).next());
     by_header
         .filter(is_positive)
         .or(error.retry_delay)
         .or_else(|| until(&error.reset, now).filter(is_positive))
         .or_else(|| in_words(&error.message, now))
         .or(by_header)
+        .or_else(|| {
+            let mut names = headers.keys().map(|name| name.as_str());
+            let is_told = names.any(|name| name.contains("remaining"));
+            let resets = RESETS.into_iter().filter_map(header);
+            let longest = resets.filter_map(|text| until(text, now)).max();
+            longest.filter(|wait| !is_told && is_positive(wait))
+        })
 }
 
 /// The time to a point that is given as seconds from now, a Unix time in seconds or milliseconds, a date
 /// of HTTP or RFC 3339, or a duration (`2m59.56s`). Of a list, as a proxy makes it of two headers, the
 /// longest. A point that has passed is now.
 pub fn until(text: &str, now: SystemTime) -> Option<Duration> {
-    let text = text.trim();
+    let text = text.trim().trim_matches('"').trim();
     if let Some(number) = amount(text) {
         let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).ok()?;
         return seconds(match number {
@@ -64,8 +96,7 @@ pub fn until(text: &str, now: SystemTime) -> Option<Duration> {
             number => number,
         });
     }
-    let date = text.parse::<jiff::Timestamp>().map(SystemTime::from);
-    if let Ok(date) = date.or_else(|_| httpdate::parse_http_date(text)) {
+    if let Some(date) = date(text) {
         return Some(date.duration_since(now).unwrap_or_default());
     }
     let parts: Vec<&str> = text.split(',').collect();
@@ -73,6 +104,22 @@ pub fn until(text: &str, now: SystemTime) -> Option<Duration> {
         return parts.into_iter().filter_map(|part| until(part, now)).max();
     }
     duration(text)
+}
+
+/// A date of RFC 3339, in UTC where it names no zone, or of HTTP, also where that has another name for GMT.
+fn date(text: &str) -> Option<SystemTime> {
+    if let Ok(date) = text.parse::<jiff::Timestamp>() {
+        return Some(date.into());
+    }
+    let begins_with_year = text.len() > 10 && text.as_bytes()[..4].iter().all(u8::is_ascii_digit);
+    if begins_with_year && let Ok(date) = text.parse::<jiff::civil::DateTime>() {
+        let date = date.to_zoned(jiff::tz::TimeZone::UTC).ok()?;
+        return Some(date.timestamp().into());
+    }
+    let zones = ["UTC", "+0000", "Z"];
+    let without = zones.into_iter().find_map(|zone| text.strip_suffix(zone));
+    let date = without.map_or(text.to_owned(), |text| format!("{}GMT", text.trim_end()));
+    httpdate::parse_http_date(&date.replace("GMT", " GMT").replace("  GMT", " GMT")).ok()
 }
 
 /// `1h2m3.5s`, `17ms`, `2 minutes`, `PT1M30S`: numbers and units, one after the other.
@@ -139,7 +186,10 @@ fn in_words(message: &str, now: SystemTime) -> Option<Duration> {
     };
     let by_duration = WORDS.into_iter().flat_map(behind).find_map(|at| {
         let rest = lower[at..].trim_start_matches([' ', ':', '~']);
-        let rest = rest.strip_prefix("about ").unwrap_or(rest);
+        let rest = without_fillers(rest);
+        if let Some(wait) = clock(rest) {
+            return Some(wait);
+        }
         leading(rest).map(|(wait, _)| wait).or_else(|| {
             // Without a unit, where it can only be seconds.
             let word = rest.split_whitespace().next()?;
@@ -152,14 +202,31 @@ fn in_words(message: &str, now: SystemTime) -> Option<Duration> {
             let rest = message[at..].trim_start_matches([' ', ':']);
             let word = rest.split_whitespace().next()?;
             let word = word.trim_end_matches(['.', ',', ')']);
-            let date: jiff::Timestamp = word.parse().ok()?;
-            Some(
-                SystemTime::from(date)
-                    .duration_since(now)
-                    .unwrap_or_default(),
-            )
+            // A number of seconds is no point in time.
+            let is_point = amount(word).is_none_or(|number| number >= 1e8);
+            until(word, now).filter(|_| is_point && duration(word).is_none())
         })
     })
+}
+
+fn without_fillers(text: &str) -> &str {
+    let filler = FILLERS
+        .into_iter()
+        .find_map(|filler| text.strip_prefix(filler));
+    filler.map_or(text, without_fillers)
+}
+
+/// `00:00:02`, with which a text may begin.
+fn clock(text: &str) -> Option<Duration> {
+    let word = text.split_whitespace().next()?.trim_end_matches(['.', ',']);
+    let parts: Vec<f64> = word
+        .split(':')
+        .map(|part| amount(part).filter(|_| part.len() >= 2))
+        .collect::<Option<_>>()?;
+    match parts[..] {
+        [hours, minutes, rest] => seconds(hours * 3_600.0 + minutes * 60.0 + rest),
+        _ => None,
+    }
 }
 
 fn amount(text: &str) -> Option<f64> {
@@ -213,6 +280,10 @@ mod tests {
             ("1800000030", Some(30.0)),
             ("1800000030000", Some(30.0)),
             ("1700000000", Some(0.0)),
+            ("\"12\"", Some(12.0)),
+            ("2027-01-15T08:00:12", Some(12.0)),
+            ("Fri, 15 Jan 2027 08:00:12 UTC", Some(12.0)),
+            ("Fri, 15 Jan 2027 08:00:12 +0000", Some(12.0)),
             ("2027-01-15T08:00:12Z", Some(12.0)),
             ("2020-01-01T00:00:00Z", Some(0.0)),
             (&soon, Some(90.0)),
@@ -252,6 +323,14 @@ mod tests {
             ("Retry after 30.", Some(30.0)),
             ("quota resets at 2027-01-15T08:00:30Z.", Some(30.0)),
             ("Rate limit resets in about 2 hours", Some(7200.0)),
+            ("Please retry your request in 2 seconds.", Some(2.0)),
+            ("Please wait at least another 2 seconds", Some(2.0)),
+            ("Try again in approximately 2 seconds", Some(2.0)),
+            ("The model is available in 2 seconds", Some(2.0)),
+            ("Try again in 00:01:02.", Some(62.0)),
+            ("throttled, RetryAfter: 2 seconds", Some(2.0)),
+            ("blocked until 1800000002", Some(2.0)),
+            ("wait until 5 requests are done", None),
             ("try again in a moment", None),
             ("please wait while the model loads", None),
             ("retry after 3 attempts failed", None),
@@ -275,7 +354,7 @@ mod tests {
         let field = r#"{"error":{"message":"try again in 4s","details":[{"retryDelay":"2s"}]}}"#;
         let reset = r#"{"error":{"message":"m","metadata":{"headers":{"X-RateLimit-Reset":"1800000050000"}}}}"#;
         type Headers<'a> = &'a [(&'static str, &'a str)];
-        let cases: [(Headers, &str, Option<f64>); 9] = [
+        let cases: [(Headers, &str, Option<f64>); 13] = [
             (
                 &[("retry-after-ms", "120"), ("retry-after", "1")],
                 words,
@@ -289,6 +368,15 @@ mod tests {
             (&[], field, Some(2.0)),
             (&[], reset, Some(50.0)),
             (&[], "", None),
+            (&[("x-ms-retry-after-ms", "2000")], words, Some(2.0)),
+            (&[("x-ratelimit-reset-after", "2")], "", Some(2.0)),
+            (&[("x-ratelimit-reset", "1800000003")], "", Some(3.0)),
+            // That is a limit's, which is kept to as such.
+            (
+                &[("x-ratelimit-reset", "3"), ("x-ratelimit-remaining", "5")],
+                "",
+                None,
+            ),
         ];
         for (headers, body, expected) in cases {
             assert_wait(of(headers, body), expected, &format!("{headers:?} {body}"));

@@ -31,6 +31,8 @@ pub(super) struct Bucket {
     /// As reported; while only `remaining` is, the most that has been seen of it.
     pub(super) limit: Option<f64>,
     refill: Refill,
+    /// Length of a window, where that is told.
+    window: Option<Duration>,
     /// Amount that remained at the instant `at`; may be negative.
     pub(super) level: f64,
     at: Instant,
@@ -51,6 +53,7 @@ impl Bucket {
         Self {
             limit: None,
             refill: Refill::Unknown,
+            window: None,
             level: f64::INFINITY,
             at: now,
             ends: None,
@@ -65,7 +68,7 @@ impl Bucket {
     pub(super) fn period(&self) -> Duration {
         match self.refill {
             Refill::Constant(period) => period,
-            Refill::AtReset | Refill::Unknown => USUAL_PERIOD,
+            Refill::AtReset | Refill::Unknown => self.window.unwrap_or(USUAL_PERIOD),
         }
     }
 
@@ -114,7 +117,7 @@ impl Bucket {
         }
         let level = self.level(now);
         if self.ends.is_some_and(|end| end <= now) {
-            self.ends = Some(now + USUAL_PERIOD);
+            self.ends = Some(now + self.period());
         }
         let pace = match (self.refill, self.ends) {
             (Refill::AtReset, Some(end)) => level / (end - now).max(BURST).as_secs_f64(),
@@ -152,6 +155,16 @@ impl Bucket {
         }
     }
 
+    /// Nothing is left of a limit that is not told: until it is reset, where that is told, and else for no
+    /// longer than the refusal itself says.
+    fn close(&mut self, report: &Report, departure: &Departure, now: Instant) {
+        let Some(reset) = report.reset else { return };
+        self.as_of = Some(departure.at);
+        self.refill = Refill::AtReset;
+        (self.level, self.at) = (0.0, now);
+        self.ends = Some(now + reset);
+    }
+
     pub(super) fn sync(
         &mut self,
         report: &Report,
@@ -162,8 +175,14 @@ impl Bucket {
         if self.as_of.is_some_and(|as_of| departure.at < as_of) {
             return;
         }
+        self.window = report.window.or(self.window);
+        let told = report.limit.filter(|limit| *limit > 0.0);
+        if report.remaining == Some(0.0) && self.limit.or(told).is_none() {
+            self.close(report, departure, now);
+            return;
+        }
         let was_known = self.as_of.replace(departure.at).is_some();
-        self.limit = report.limit.or(match (self.limit, report.remaining) {
+        self.limit = told.or(match (self.limit, report.remaining) {
             (Some(limit), Some(remaining)) => Some(limit.max(remaining)),
             (limit, remaining) => limit.or(remaining),
         });

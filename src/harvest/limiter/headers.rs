@@ -48,6 +48,8 @@ pub struct Report {
     pub remaining: Option<f64>,
     /// Until the limit is whole again.
     pub reset: Option<Duration>,
+    /// Length of its window, where that is told.
+    pub window: Option<Duration>,
     /// The period of the limit, where the dialect or the name fixes it.
     period: Option<Duration>,
     /// The names say neither what is counted nor over which period.
@@ -157,6 +159,7 @@ fn report_of(
             limit: None,
             remaining: None,
             reset: None,
+            window: None,
             period,
             is_bare: false,
             is_window: false,
@@ -173,21 +176,28 @@ fn structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<Report>) {
     let line = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     let figures = line("ratelimit").into_iter().flat_map(parameters);
     let policy = line("ratelimit-policy").into_iter().flat_map(parameters);
-    let mut found = [None; 3];
+    let mut found = [None; 4];
     for (name, value) in policy.chain(figures) {
         match name {
             "q" | "limit" => found[0] = amount(value),
             "r" | "remaining" => found[1] = amount(value),
+            "w" => found[3] = amount(value),
             "t" | "reset" => found[2] = waits::until(value, now).map(|reset| reset.as_secs_f64()),
             _ => {}
         }
     }
-    let [limit, remaining, reset] = found;
+    let [limit, remaining, reset, window] = found;
     if remaining.is_none() {
         return;
     }
     let report = report_of(reports, Resource::Requests, None);
     report.is_window = true;
+    let seconds = |seconds: f64| {
+        Duration::try_from_secs_f64(seconds)
+            .ok()
+            .filter(|time| !time.is_zero())
+    };
+    report.window = window.and_then(seconds);
     report.limit = report.limit.or(limit);
     report.remaining = report.remaining.or(remaining);
     report.reset = report

@@ -223,6 +223,41 @@ mod tests {
     }
 
     #[test]
+    fn nothing_left_of_a_limit_that_is_not_told_holds_back_until_its_reset_alone() {
+        let now = Instant::now();
+        for (limit, reset, seconds) in [("", "", 0.0), ("", "2s", 2.0), ("0", "2s", 2.0)] {
+            let mut mirror = Mirror::new(now);
+            let departure = mirror.charge(ONE, now);
+            mirror.sync(&reports(limit, "0", reset), &departure, now);
+            let until = mirror.check(&ONE, now).err().unwrap_or(now);
+            assert_eq!(until, after(now, seconds));
+            let then = after(now, seconds);
+            for _ in 0..1_000 {
+                mirror.check(&ONE, then).unwrap();
+                mirror.charge(ONE, then);
+            }
+            assert_eq!(mirror.too_small(&ONE), None);
+        }
+    }
+
+    #[test]
+    fn the_length_of_a_window_is_that_of_its_policy() {
+        let now = Instant::now();
+        let mut headers = HeaderMap::new();
+        headers.insert("ratelimit", "\"d\";r=0;t=2".parse().unwrap());
+        headers.insert("ratelimit-policy", "\"d\";q=5;w=2".parse().unwrap());
+        let reports = headers::parse(&headers, SystemTime::UNIX_EPOCH);
+        let mut mirror = Mirror::new(now);
+        let departure = mirror.charge(ONE, now);
+        mirror.sync(&reports, &departure, now);
+        let count = departures(&mut mirror, now, 62.0);
+        assert!(
+            (100..=160).contains(&count),
+            "{count} in 60 s, of 5 every 2 s"
+        );
+    }
+
+    #[test]
     fn limits_that_change_are_followed() {
         let now = Instant::now();
         let mut mirror = Mirror::new(now);

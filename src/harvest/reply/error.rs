@@ -77,6 +77,7 @@ impl ApiError {
             let mut found = ApiError::from_value(error);
             // TGI has the kind beside the text.
             found.mark(fields.get("error_type"));
+            found.retry_delay = found.retry_delay.or_else(|| retry_delay(fields));
             return Some(found);
         }
         if let Some(Value::Object(status)) = fields.get("base_resp") {
@@ -233,26 +234,53 @@ fn of_minimax(fields: &Map<String, Value>) -> Option<ApiError> {
     })
 }
 
-/// `details[].retryDelay` of Google's errors, `"1.5s"`; `retry_after` as others spell it, in seconds.
+/// The wait in a field: `details[].retryDelay` of Google's errors, `"1.5s"`; `retry_after` as others spell
+/// it, in seconds or milliseconds, in the error or in an object of it.
 fn retry_delay(fields: &Map<String, Value>) -> Option<Duration> {
-    let details = fields.get("details").and_then(Value::as_array);
-    let delays = details
-        .into_iter()
-        .flatten()
-        .filter_map(|detail| detail.get("retryDelay"));
-    let own = ["retry_after", "retryAfter", "retry_after_seconds"]
-        .into_iter()
-        .filter_map(|name| fields.get(name));
-    delays.chain(own).find_map(|delay| match delay {
-        Value::String(text) => super::super::waits::duration(text),
-        Value::Number(seconds) => Duration::try_from_secs_f64(seconds.as_f64()?).ok(),
+    const DEEPEST: usize = 3;
+    wait_in(fields, DEEPEST)
+}
+
+fn wait_in(fields: &Map<String, Value>, depth: usize) -> Option<Duration> {
+    let depth = depth.checked_sub(1)?;
+    let own = fields.iter().find_map(|(name, value)| {
+        let name = name.to_ascii_lowercase().replace(['_', '-'], "");
+        match name.as_str() {
+            "retryafter" | "retryafterseconds" | "retrydelay" | "retrydelayseconds" => {
+                delay(value, 1.0)
+            }
+            "retryafterms" | "retryaftermilliseconds" | "retrydelayms" => delay(value, 1e-3),
+            _ => None,
+        }
+    });
+    own.or_else(|| {
+        fields.values().find_map(|value| match value {
+            Value::Object(fields) => wait_in(fields, depth),
+            Value::Array(items) => {
+                let mut objects = items.iter().filter_map(Value::as_object);
+                objects.find_map(|fields| wait_in(fields, depth))
+            }
+            _ => None,
+        })
+    })
+}
+
+/// A wait in a unit of so many seconds, where it has none of its own.
+fn delay(value: &Value, unit: f64) -> Option<Duration> {
+    let of_unit = |number: f64| Duration::try_from_secs_f64(number * unit).ok();
+    match value {
+        Value::String(text) => match text.trim().parse() {
+            Ok(number) => of_unit(number),
+            Err(_) => super::super::waits::duration(text),
+        },
+        Value::Number(number) => of_unit(number.as_f64()?),
         // As protobuf has it: {"seconds": 1, "nanos": 500000000}.
         Value::Object(parts) => {
             let part = |name: &str| parts.get(name).and_then(Value::as_f64).unwrap_or(0.0);
             Duration::try_from_secs_f64(part("seconds") + part("nanos") / 1e9).ok()
         }
         _ => None,
-    })
+    }
 }
 
 /// The title of an HTML page.
@@ -383,6 +411,17 @@ mod tests {
                 Some(2.5),
             ),
             (r#"{"message":"m","retry_after":3}"#, Some(3.0)),
+            (r#"{"message":"m","retry_after":"3"}"#, Some(3.0)),
+            (r#"{"message":"m","retry_after_ms":2500}"#, Some(2.5)),
+            (
+                r#"{"message":"m","parameters":{"retry_after":3}}"#,
+                Some(3.0),
+            ),
+            (
+                r#"{"message":"m","metadata":{"retry_after_seconds":"3s"}}"#,
+                Some(3.0),
+            ),
+            (r#"{"message":"m"},"retry_after":4"#, Some(4.0)),
             (r#"{"message":"m","retry_after":"soon"}"#, None),
             (r#"{"message":"m","retry_after":-3}"#, None),
         ];
