@@ -50,6 +50,10 @@ pub struct Health {
     claims: Rounds,
     /// Rows that were forbidden since.
     forbidden: HashSet<usize>,
+    /// Rows of which a reply said that no request can succeed, before any did.
+    suspects: HashSet<usize>,
+    /// Replies that were no answers, before there was one.
+    setbacks: u32,
 }
 
 /// Counts what all that is in flight may say at once: a reply to a request that left before the last
@@ -90,6 +94,8 @@ impl Health {
             far: Rounds::default(),
             claims: Rounds::default(),
             forbidden: HashSet::new(),
+            suspects: HashSet::new(),
+            setbacks: 0,
         }
     }
 
@@ -101,6 +107,7 @@ impl Health {
         self.succeeded = true;
         self.answered = true;
         self.forbidden.clear();
+        self.suspects.clear();
         for rounds in [&mut self.throttled, &mut self.far, &mut self.claims] {
             if rounds.since.is_none_or(|since| departed >= since) {
                 *rounds = Rounds::default();
@@ -124,6 +131,7 @@ impl Health {
 
     /// An attempt at `row` failed in a way that may pass, with so many in flight.
     pub fn failure(&mut self, row: usize, unreachable: bool, in_flight: usize, now: Instant) {
+        self.setbacks += 1;
         self.failing_since.get_or_insert(now);
         self.answered |= !unreachable;
         self.failing.insert(row);
@@ -134,7 +142,31 @@ impl Health {
 
     /// Returns true if the row has failed since the last success of any row.
     pub fn is_failing(&self, row: usize) -> bool {
-        self.failing.contains(&row)
+        self.failing.contains(&row) || self.suspects.contains(&row)
+    }
+
+    /// Rows that brought no answer, where nothing has succeeded at all.
+    pub fn suspects(&self) -> impl Iterator<Item = usize> {
+        let rows = self.failing.iter().chain(&self.suspects).copied();
+        rows.filter(|_| !self.succeeded)
+    }
+
+    /// Something was asked, and nothing has been answered.
+    pub fn is_in_doubt(&self) -> bool {
+        !self.succeeded && self.setbacks > 0
+    }
+
+    /// A reply to this row says that no request can succeed, and none has. Returns the number of such rows.
+    pub fn suspect(&mut self, row: usize) -> usize {
+        self.answered = true;
+        self.setbacks += 1;
+        self.suspects.insert(row);
+        self.suspects.len()
+    }
+
+    /// When a request last succeeded.
+    pub fn last_success(&self) -> Option<Instant> {
+        self.succeeded.then_some(self.last_success)
     }
 
     /// The row has ended without an answer.
@@ -175,6 +207,7 @@ impl Health {
     /// then the next one need not be asked.
     pub fn refused(&mut self, message: &str) -> bool {
         self.answered = true;
+        self.setbacks += 1;
         again(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
     }
 

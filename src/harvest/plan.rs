@@ -38,6 +38,8 @@ pub struct Row {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Open,
+    /// Open, and an earlier run has ended with it before anything was answered.
+    Suspect,
     /// In the cache, or refused by a filter.
     Answered,
     /// All its attempts have been spent.
@@ -58,6 +60,8 @@ pub struct Plan {
     pub cached: u64,
     /// Of these, by teacher.
     pub answered: Vec<u64>,
+    /// The last rows of each teacher that are [`Standing::Suspect`].
+    pub suspects: Vec<usize>,
     /// Rows whose attempts have been spent by earlier runs, with their teacher.
     pub given_up: Vec<(usize, Row)>,
     /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
@@ -145,6 +149,7 @@ impl Plan {
             total: 0,
             cached: 0,
             answered: vec![0; shares.len()],
+            suspects: Vec::new(),
             given_up: Vec::new(),
             repeated: 0,
             keys: HashSet::new(),
@@ -157,27 +162,33 @@ impl Plan {
         };
         for lane in 0..shares.len() {
             let start = plan.rows.len();
+            let mut suspects = Vec::new();
             for &prompt in &order {
                 let is_asked = match settings.teachers {
                     Assignment::All => true,
                     Assignment::Share => chosen(&plan.prompts[prompt].id, &shares) == lane,
                 };
                 if is_asked {
-                    plan.add(lane, prompt, settings.samples, &mut adding)?;
+                    let found = plan.add(lane, prompt, settings.samples, &mut adding)?;
+                    suspects.extend(found);
                 }
             }
+            plan.suspects.push(suspects.len());
+            plan.rows.append(&mut suspects);
             plan.lanes.push(start..plan.rows.len());
         }
         Ok(plan)
     }
 
+    /// Adds the rows of a prompt, but for those that are returned as suspects.
     fn add(
         &mut self,
         lane: usize,
         prompt: usize,
         samples: u32,
         adding: &mut Adding<'_, impl Fn(&str) -> Result<Standing>>,
-    ) -> Result<()> {
+    ) -> Result<Vec<Row>> {
+        let mut suspects = Vec::new();
         for sample in 0..samples {
             let settings = &self.askings[lane].lane;
             let (teacher, max_tokens) = (&settings.teacher, settings.sampling.max_tokens);
@@ -212,10 +223,11 @@ impl Plan {
                     self.answered[lane] += 1;
                 }
                 Standing::GivenUp => self.given_up.push((lane, row)),
+                Standing::Suspect => suspects.push(row),
                 Standing::Open => self.rows.push(row),
             }
         }
-        Ok(())
+        Ok(suspects)
     }
 
     /// Warning about rows with identical requests.

@@ -19,6 +19,8 @@ pub struct Entry {
     pub throttled: u32,
     /// Times that its reply said that no request can succeed.
     pub claimed: u32,
+    /// When the first of [`Entry::throttled`] was.
+    pub throttled_at: Option<Instant>,
 }
 
 impl Entry {
@@ -77,14 +79,21 @@ impl Queue {
     }
 
     /// As [`Queue::peek`], of the row that has least to do with what is wrong: those that always fail must
-    /// not be all that is tried of an endpoint. `is_failing` says whether a row has failed of late.
+    /// not be all that is tried of an endpoint. `is_failing` says whether a row has failed of late. Rows that
+    /// fail may be neighbours: of fresh ones the last is taken if `is_far` is set.
     pub fn peek_least_suspect(
         &self,
         now: Instant,
         is_failing: impl Fn(usize) -> bool,
+        is_far: bool,
     ) -> Result<Entry, Option<Instant>> {
         if !self.fresh.is_empty() {
-            return Ok(Entry::fresh(self.fresh.start));
+            let row = if is_far {
+                self.fresh.end - 1
+            } else {
+                self.fresh.start
+            };
+            return Ok(Entry::fresh(row));
         }
         let due = self.delayed.iter().map(|Reverse(delayed)| delayed);
         let due = due.filter(|(not_before, _)| *not_before <= now);
@@ -97,6 +106,12 @@ impl Queue {
         }
     }
 
+    /// Returns true if every row that waits is one of these.
+    pub fn all(&self, is_one: impl Fn(&Entry) -> bool) -> bool {
+        let mut delayed = self.delayed.iter();
+        self.fresh.is_empty() && delayed.all(|Reverse((_, entry))| is_one(entry))
+    }
+
     /// Takes a row out that was put back.
     pub fn remove(&mut self, row: usize) {
         self.delayed.retain(|Reverse((_, entry))| entry.row != row);
@@ -104,8 +119,12 @@ impl Queue {
 
     /// Takes what one of the two has shown.
     pub fn take(&mut self, entry: Entry) {
-        if entry == Entry::fresh(self.fresh.start) && !self.fresh.is_empty() {
-            self.fresh.start += 1;
+        if self.fresh.contains(&entry.row) && entry == Entry::fresh(entry.row) {
+            if entry.row == self.fresh.start {
+                self.fresh.start += 1;
+            } else {
+                self.fresh.end -= 1;
+            }
             return;
         }
         match self.delayed.peek() {
@@ -154,14 +173,26 @@ mod tests {
         };
         queue.delay(entry(0, 5), now);
         queue.delay(entry(1, 1), now);
-        let fresh = queue.peek_least_suspect(now, |_| false).unwrap();
+        let fresh = queue.peek_least_suspect(now, |_| false, false).unwrap();
         assert_eq!(fresh, Entry::fresh(2));
         queue.take(fresh);
-        let other = queue.peek_least_suspect(now, |row| row == 1).unwrap();
+        let other = queue.peek_least_suspect(now, |row| row == 1, true).unwrap();
         assert_eq!(other, entry(0, 5), "it failed longer ago");
-        let least = queue.peek_least_suspect(now, |_| true).unwrap();
+        let least = queue.peek_least_suspect(now, |_| true, false).unwrap();
         assert_eq!(least, entry(1, 1));
         queue.take(least);
         assert_eq!((queue.len(), queue.peek(now)), (1, Ok(entry(0, 5))));
+    }
+
+    #[test]
+    fn fresh_rows_are_taken_from_either_end() {
+        let now = Instant::now();
+        let mut queue = Queue::new(0..3);
+        for (is_far, expected) in [(true, 2), (false, 0), (true, 1)] {
+            let entry = queue.peek_least_suspect(now, |_| false, is_far).unwrap();
+            assert_eq!(entry, Entry::fresh(expected));
+            queue.take(entry);
+        }
+        assert!(queue.is_empty() && queue.all(|_| false));
     }
 }

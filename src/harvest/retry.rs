@@ -324,7 +324,7 @@ mod tests {
             (
                 420,
                 r#"{"error":"calm down, try again in 2s"}"#,
-                "refused: http 420",
+                "throttled: Some(2000)",
             ),
             (424, "", "transient: http 424 0"),
             (498, "", "transient: http 498 0"),

@@ -23,6 +23,8 @@ pub struct Known {
     pub message: String,
     /// A filter refuses it.
     pub is_filtered: bool,
+    /// A run has ended with it before anything was answered.
+    pub is_suspect: bool,
 }
 
 /// A line of the file.
@@ -45,6 +47,8 @@ pub enum Kind {
     PaidAttempt,
     /// Refused by a content filter.
     Filtered,
+    /// Brought no answer in a run that has ended before anything was answered.
+    Suspect,
 }
 
 impl Line {
@@ -119,6 +123,10 @@ impl Unanswered {
         match line.kind {
             Kind::PaidAttempt => known.paid += 1,
             Kind::Filtered => known.is_filtered = true,
+            Kind::Suspect => {
+                known.is_suspect = true;
+                return;
+            }
         }
         known.class.clone_from(&line.class);
         known.message.clone_from(&line.message);
@@ -132,6 +140,7 @@ impl Unanswered {
         match self.get(key) {
             _ if self.is_filtered(key) => Standing::Answered,
             Some(known) if known.paid >= max_attempts => Standing::GivenUp,
+            Some(known) if known.is_suspect => Standing::Suspect,
             _ => Standing::Open,
         }
     }
@@ -145,9 +154,11 @@ impl Unanswered {
         self.rows.is_empty()
     }
 
-    /// The keys of all rows that are known.
+    /// The keys of all rows that were paid for or refused.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.rows.keys().map(String::as_str)
+        let rows = self.rows.iter();
+        let rows = rows.filter(|(_, known)| known.paid > 0 || known.is_filtered);
+        rows.map(|(key, _)| key.as_str())
     }
 
     /// What is known of the row with this key.

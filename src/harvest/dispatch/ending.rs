@@ -5,7 +5,10 @@ use anyhow::Result;
 use super::Dispatcher;
 use crate::harvest::books::Books;
 use crate::harvest::lane::Lane;
+use crate::harvest::queue::Entry;
+use crate::harvest::retry::Failure;
 use crate::harvest::summary::Summary;
+use crate::harvest::unanswered::{Kind, Line};
 use crate::harvest::{room, stop};
 
 /// What is left of a dispatcher.
@@ -22,6 +25,8 @@ impl Dispatcher<'_> {
         self.look_at_cache()?;
         self.pass_time();
         let still_in_flight = (self.in_flight.len() + self.room.take().len()) as u64;
+        let noted = self.note_suspects();
+        self.excuse(noted)?;
         let closed = self.books.close(&mut self.lanes, still_in_flight);
         self.excuse(closed)?;
         self.note_dollars();
@@ -44,6 +49,26 @@ impl Dispatcher<'_> {
             books: self.books,
         })
     }
+
+    /// Notes the rows with which the run ends before anything was answered: the next run tries others first.
+    fn note_suspects(&mut self) -> Result<()> {
+        for lane in &self.lanes {
+            for row in lane.suspects() {
+                let failure = Failure::new("", "");
+                let now = self.clock.now();
+                let line = Line::new(&self.plan, Entry::fresh(row), Kind::Suspect, &failure, now);
+                let unanswered = &mut self.books.unanswered;
+                if unanswered
+                    .get(&line.key)
+                    .is_none_or(|known| !known.is_suspect)
+                {
+                    unanswered.add(&line)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Downgrades a write error to a warning if the disk is full or the folder was moved.
     fn excuse(&self, written: Result<()>) -> Result<()> {
         match written {

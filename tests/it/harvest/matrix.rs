@@ -22,6 +22,8 @@ pub enum Always {
     /// The run stops where nothing was ever answered. Amid answers the row fails under this name, or is asked
     /// a few times more before the run ends as resumable.
     Stops(Amid),
+    /// The row fails once it is all that is left, after several waits.
+    Throttled,
     /// The run waits as long as it is told to, and ends as resumable when nothing else is left.
     Waits,
 }
@@ -33,43 +35,46 @@ pub enum Amid {
     Waits,
 }
 
-use Always::{Fails, Kept, Quarantined, Stops, Waits};
+use Always::{Fails, Kept, Quarantined, Stops, Throttled, Waits};
 
 /// The fault as the script spells it, and what it leads to.
 pub const FAULTS: [(&str, Always); 56] = [
-    ("kind = \"http 429\"\nretry_after = \"none\"", Waits),
+    ("kind = \"http 429\"\nretry_after = \"none\"", Throttled),
     (
         "kind = \"http 429\"\nretry_after = \"seconds\"\nretry_after_s = 2.0",
-        Waits,
+        Throttled,
     ),
     (
         "kind = \"http 429\"\nretry_after = \"float\"\nretry_after_s = 1.5",
-        Waits,
+        Throttled,
     ),
-    ("kind = \"http 429\"\nretry_after = \"past_date\"", Waits),
+    (
+        "kind = \"http 429\"\nretry_after = \"past_date\"",
+        Throttled,
+    ),
     ("kind = \"http 429\"\nretry_after = \"far_date\"", Waits),
     (
         "kind = \"http 429\"\nretry_after = \"date\"\nretry_after_s = 5.0",
-        Waits,
+        Throttled,
     ),
     (
         "kind = \"http 429\"\nretry_after = \"ms\"\nretry_after_s = 0.25",
-        Waits,
+        Throttled,
     ),
     (
         "kind = \"http 429\"\nretry_after = \"words\"\nretry_after_s = 1.0",
-        Waits,
+        Throttled,
     ),
-    ("kind = \"http 429\"\nretry_after = \"garbage\"", Waits),
+    ("kind = \"http 429\"\nretry_after = \"garbage\"", Throttled),
     (
         "kind = \"http 503\"\nretry_after = \"seconds\"\nretry_after_s = 3.0",
-        Waits,
+        Throttled,
     ),
     (
         "kind = \"http 529\"\nretry_after = \"seconds\"\nretry_after_s = 3.0",
-        Waits,
+        Throttled,
     ),
-    ("kind = \"html 429\"", Waits),
+    ("kind = \"html 429\"", Throttled),
     ("kind = \"insufficient_quota\"", Stops(Amid::Waits)),
     ("kind = \"html 502\"", Fails("http 502", 6)),
     ("kind = \"http 500\"", Fails("http 500", 6)),
@@ -138,7 +143,7 @@ async fn once_or_twice_costs_attempts_and_always_costs_the_row_at_most() {
                     assert_eq!((summary.ok, summary.failed), (3, 1), "{told}");
                 }
                 Kept | Quarantined => assert_eq!(summary.requests, 4, "{told}"),
-                Stops(..) | Fails(..) | Waits => {
+                Stops(..) | Fails(..) | Throttled | Waits => {
                     assert_eq!((summary.ok, end(&summary).0), (4, 0), "{told}");
                     assert_eq!(summary.requests, 4 + times, "{told}");
                 }
@@ -166,6 +171,11 @@ async fn once_or_twice_costs_attempts_and_always_costs_the_row_at_most() {
                 assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{told}");
                 // One more where an answer came in between.
                 assert!((8..=9).contains(&summary.requests), "{told}");
+            }
+            Throttled => {
+                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{told}");
+                assert_eq!(summary.failures.get("throttled"), Some(&1), "{told}");
+                assert!((11..=14).contains(&summary.requests), "{told}");
             }
             Waits => {
                 assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{told}");

@@ -1,5 +1,6 @@
 //! `distill harvest` against a teacher over real TCP.
 
+mod bad_rows;
 mod batch;
 mod canary;
 mod disk;

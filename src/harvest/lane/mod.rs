@@ -2,6 +2,9 @@
 //!
 //! What a reply means for its row and for the run is decided here, by the reply (`retry`) and by what was
 //! answered before (`health`). The first request goes alone: a wrong key, model or address costs one.
+//! `refusals` holds what follows from a refusal.
+
+mod refusals;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +18,7 @@ use super::limiter::headers::Report;
 use super::limiter::{Concurrency, Cost, Departure, Limiter, News, Shared};
 use super::plan::Plan;
 use super::queue::{Entry, Queue};
-use super::retry::{self, Claim, Failure, Reason};
+use super::retry::{self, Failure};
 use super::stop;
 use super::teacher::Transport;
 use super::watch::Watch;
@@ -28,18 +31,6 @@ const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
 /// The longest pause between the probes of an outage, as a multiple of `retry.max_s`.
 const OUTAGE_PAUSE: f64 = 5.0;
-
-/// Rounds in which an endpoint that has answered says that no request can succeed, before it is believed.
-const CLAIMS: u32 = 4;
-
-/// Times that one row brings such a reply while others are answered, before it is the row.
-const CLAIMS_OF_A_ROW: u32 = 3;
-
-/// A wait that is longer is not sat out: the run ends, and says until when.
-const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
-
-/// Rounds in which the endpoint asks for such a wait, before it is believed.
-const FAR_WAITS: u32 = 2;
 
 /// Time between two notes about the requests of the day.
 const DAY_TOLD_EVERY: Duration = Duration::from_secs(3_600);
@@ -63,6 +54,8 @@ pub struct Lane {
     first: Option<Instant>,
     /// Rows of it have been answered in earlier runs.
     is_known: bool,
+    /// An earlier run has ended with a row that brought no answer, before any did.
+    has_suspects: bool,
     has_budget: bool,
     /// Monitors the usefulness of its answers.
     pub watch: Watch,
@@ -70,6 +63,21 @@ pub struct Lane {
     stopped: Option<anyhow::Error>,
     /// When the user was last told that the requests of the day are used up.
     day_told: Option<Instant>,
+}
+
+/// The rows of a lane, those last that an earlier run has failed at.
+fn queue(plan: &Plan, index: usize, now: Instant) -> Queue {
+    let rows = plan.lanes[index].clone();
+    let first_suspect = rows.end - plan.suspects[index];
+    let mut queue = Queue::new(rows.start..first_suspect);
+    for row in first_suspect..rows.end {
+        let entry = Entry {
+            claimed: 1,
+            ..Entry::fresh(row)
+        };
+        queue.delay(entry, now);
+    }
+    queue
 }
 
 /// What a failed attempt leads to.
@@ -103,7 +111,7 @@ impl Lane {
         let concurrency = settings.limits.concurrency;
         Ok(Lane {
             limiter: Limiter::new(&settings.limits, plan.largest(index), day, shared)?,
-            queue: Queue::new(plan.lanes[index].clone()),
+            queue: queue(plan, index, now),
             health: Health::new(now),
             concurrency: Concurrency::new(concurrency),
             retry: config.retry.clone(),
@@ -111,6 +119,7 @@ impl Lane {
             probe: None,
             first: None,
             is_known: plan.answered[index] > 0,
+            has_suspects: plan.suspects[index] > 0,
             has_budget: config.budget.usd.is_some(),
             watch: Watch::of(&settings, config),
             stopped: None,
@@ -126,7 +135,7 @@ impl Lane {
     /// Where a request could never leave.
     pub fn go_on(&mut self, plan: &Plan, index: usize) -> Result<()> {
         self.limiter.make_room_for(plan.largest(index))?;
-        self.queue = Queue::new(plan.lanes[index].clone());
+        self.queue = queue(plan, index, Instant::now());
         (self.in_flight, self.probe, self.first) = (0, None, None);
         Ok(())
     }
@@ -167,8 +176,9 @@ impl Lane {
         let now = Instant::now();
         if self.is_probing() || !self.health.has_succeeded() {
             // One that has not failed since shows whether it is the endpoint.
-            self.queue
-                .peek_least_suspect(now, |row| self.health.is_failing(row))
+            let is_failing = |row| self.health.is_failing(row);
+            let is_far = self.health.is_in_doubt();
+            self.queue.peek_least_suspect(now, is_failing, is_far)
         } else {
             self.queue.peek(now)
         }
@@ -266,107 +276,9 @@ impl Lane {
         self.limiter.answered(reports, departure, used);
     }
 
-    /// The endpoint asks everybody to wait: the row costs no attempt, and the gate closes.
-    pub fn throttled(
-        &mut self,
-        mut entry: Entry,
-        cost: Cost,
-        departure: &Departure,
-        wait: Option<Duration>,
-        message: String,
-    ) -> Verdict {
-        let now = Instant::now();
-        let round = self.health.throttled(departure.at, now);
-        // No wait makes room for a request that is larger than the limit itself.
-        let too_small = self.limiter.too_small(&cost);
-        if too_small.is_some() || message.to_lowercase().contains("request too large") {
-            let which = too_small.map_or("the endpoint's limit".into(), |(resource, limit)| {
-                format!("the endpoint's limit of {limit} {}", resource.name())
-            });
-            let failure = Failure::over_limit(&which, cost.tokens() as f64, &message);
-            return Verdict::Failed(entry, failure);
-        }
-        if self.settings.limits.adapt {
-            self.concurrency.throttled(departure.at, now);
-        }
-        let own = self.firm_pause(round, 1.0);
-        let far = wait.filter(|wait| *wait > LONGEST_WAIT);
-        if let Some(far) = far
-            && self.health.told_far(departure.at, now) >= FAR_WAITS
-        {
-            self.queue.delay(entry, now);
-            return Verdict::Far(far);
-        }
-        // Never shorter than our own back-off once it has refused again after the wait that it asked for.
-        let pause = match wait.filter(|_| far.is_none()) {
-            Some(wait) if round > 1 => wait.max(own),
-            Some(wait) => wait,
-            None => own,
-        };
-        let was_open = self.limiter.close_until(now + pause);
-        if was_open && wait.is_some() && pause.as_secs_f64() > self.retry.max_s {
-            self.health.excuse(pause);
-        }
-        // It may be the row after all: behind the others with it, the further the oftener.
-        let behind = self.firm_pause(entry.throttled, 1.0);
-        entry.throttled += 1;
-        let behind = if entry.throttled > 1 {
-            pause + behind
-        } else {
-            Duration::ZERO
-        };
-        self.queue.delay(entry, now + behind);
-        self.stop_after_long_silence(&message);
-        Verdict::Again {
-            // Everything in flight may say the same; once is enough.
-            pause: if was_open { pause } else { Duration::ZERO },
-        }
-    }
-
-    /// The reply says that no request can succeed. Before the first answer that is believed at once;
-    /// where others are answered it is the row, or it passes.
-    pub fn claimed(&mut self, mut entry: Entry, claim: Claim, departure: &Departure) -> Verdict {
-        let now = Instant::now();
-        let Claim { reason, failure } = claim;
-        let teacher = &self.settings.teacher;
-        if self.stopped.is_some() {
-            self.queue.delay(entry, now);
-            return Verdict::AGAIN;
-        }
-        if !self.health.has_succeeded() {
-            self.queue.delay(entry, now);
-            self.stop(stop::refused(reason, &failure.message, teacher));
-            return Verdict::AGAIN;
-        }
-        if failure.is_bodyless && matches!(reason, Reason::Address | Reason::Forbidden) {
-            return self.transient(entry, failure, Duration::ZERO);
-        }
-        if matches!(reason, Reason::Address | Reason::Forbidden) {
-            if self.health.forbade(entry.row) {
-                self.queue.delay(entry, now);
-                self.stop(stop::refused_by_now(reason, &failure.message, teacher));
-                return Verdict::AGAIN;
-            }
-            entry.failed += 1;
-            return Verdict::Failed(entry, failure);
-        }
-        entry.claimed += 1;
-        let round = self.health.claimed(departure.at, now);
-        if round > CLAIMS {
-            self.queue.delay(entry, now);
-            self.stop(stop::refused_by_now(reason, &failure.message, teacher));
-            return Verdict::AGAIN;
-        }
-        if entry.claimed > CLAIMS_OF_A_ROW && round == 1 {
-            entry.failed += 1;
-            return Verdict::Failed(entry, failure);
-        }
-        let pause = self.firm_pause(round, 1.0);
-        let was_open = self.limiter.close_until(now + pause);
-        self.queue.delay(entry, now + pause);
-        Verdict::Again {
-            pause: if was_open { pause } else { Duration::ZERO },
-        }
+    /// Rows that brought no answer, where nothing was answered at all.
+    pub fn suspects(&self) -> Vec<usize> {
+        self.health.suspects().collect()
     }
 
     /// The content of the row is refused: the endpoint is in order.
@@ -426,18 +338,6 @@ impl Lane {
         }
         self.stop_where_nothing_helps(&failure);
         Verdict::AGAIN
-    }
-
-    pub fn refused(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
-        if failure.is_bodyless && self.health.has_succeeded() {
-            return self.transient(entry, failure, Duration::ZERO);
-        }
-        entry.failed += 1;
-        // What is on its way may show that others are answered.
-        if self.health.refused(&failure.message) && self.in_flight == 0 {
-            self.stop(stop::refused_alike(&failure.message));
-        }
-        Verdict::Failed(entry, failure)
     }
 
     /// The row has ended without an answer.

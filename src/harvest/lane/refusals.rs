@@ -1,0 +1,184 @@
+//! What follows from a refusal: to wait, to try another row, to fail the row or to stop.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Lane, Verdict};
+use crate::harvest::limiter::{Cost, Departure};
+use crate::harvest::queue::Entry;
+use crate::harvest::retry::{Claim, Failure, Reason};
+use crate::harvest::stop;
+
+/// Rounds in which an endpoint that has answered says that no request can succeed, before it is believed.
+const CLAIMS: u32 = 4;
+
+/// Times that one row brings such a reply while others are answered, before it is the row.
+const CLAIMS_OF_A_ROW: u32 = 3;
+
+/// Rows that bring such a reply before any is answered, where the cache holds answers or an earlier run
+/// has ended so, before it is believed.
+const CLAIMS_OF_ROWS: usize = 3;
+
+/// Rounds in which the endpoint asks to wait for a row while others were answered, before it is the row.
+const THROTTLES_OF_A_ROW: u32 = 8;
+
+/// A wait that is longer is not sat out: the run ends, and says until when.
+const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
+
+/// Rounds in which the endpoint asks for such a wait, before it is believed.
+const FAR_WAITS: u32 = 2;
+
+impl Lane {
+    /// The endpoint asks everybody to wait: the row costs no attempt, and the gate closes.
+    pub fn throttled(
+        &mut self,
+        mut entry: Entry,
+        cost: Cost,
+        departure: &Departure,
+        wait: Option<Duration>,
+        message: String,
+    ) -> Verdict {
+        let now = Instant::now();
+        let round = self.health.throttled(departure.at, now);
+        // No wait makes room for a request that is larger than the limit itself.
+        let too_small = self.limiter.too_small(&cost);
+        if too_small.is_some() || message.to_lowercase().contains("request too large") {
+            let which = too_small.map_or("the endpoint's limit".into(), |(resource, limit)| {
+                format!("the endpoint's limit of {limit} {}", resource.name())
+            });
+            let failure = Failure::over_limit(&which, cost.tokens() as f64, &message);
+            return Verdict::Failed(entry, failure);
+        }
+        if self.settings.limits.adapt {
+            self.concurrency.throttled(departure.at, now);
+        }
+        let own = self.firm_pause(round, 1.0);
+        let far = wait.filter(|wait| *wait > LONGEST_WAIT);
+        if let Some(far) = far
+            && self.health.told_far(departure.at, now) >= FAR_WAITS
+        {
+            self.queue.delay(entry, now);
+            return Verdict::Far(far);
+        }
+        // Never shorter than our own back-off once it has refused again after the wait that it asked for.
+        let pause = match wait.filter(|_| far.is_none()) {
+            Some(wait) if round > 1 => wait.max(own),
+            Some(wait) => wait,
+            None => own,
+        };
+        let was_open = self.limiter.close_until(now + pause);
+        let is_long = wait.is_some() && pause.as_secs_f64() > self.retry.max_s;
+        if was_open && is_long && round <= THROTTLES_OF_A_ROW {
+            self.health.excuse(pause);
+        }
+        // It may be the row after all: behind the others with it, the further the oftener.
+        let behind = self.firm_pause(entry.throttled, 1.0);
+        entry.throttled += 1;
+        let first = *entry.throttled_at.get_or_insert(now);
+        let is_such = |entry: &Entry| entry.throttled >= THROTTLES_OF_A_ROW;
+        let others_succeed = self.health.last_success().is_some_and(|at| at > first);
+        let is_alone = self.in_flight == 0 && self.queue.all(is_such);
+        if others_succeed && is_alone && is_such(&entry) && round >= THROTTLES_OF_A_ROW {
+            entry.failed += 1;
+            return Verdict::Failed(entry, Failure::new("throttled", &message));
+        }
+        let behind = if entry.throttled > 1 {
+            pause + behind
+        } else {
+            Duration::ZERO
+        };
+        self.queue.delay(entry, now + behind);
+        self.stop_after_long_silence(&message);
+        Verdict::Again {
+            // Everything in flight may say the same; once is enough.
+            pause: if was_open { pause } else { Duration::ZERO },
+        }
+    }
+
+    /// The reply says that no request can succeed. Before the first answer that is believed at once;
+    /// where others are answered it is the row, or it passes.
+    pub fn claimed(&mut self, mut entry: Entry, claim: Claim, departure: &Departure) -> Verdict {
+        let now = Instant::now();
+        let Claim { reason, failure } = claim;
+        let teacher = &self.settings.teacher;
+        if self.stopped.is_some() {
+            self.queue.delay(entry, now);
+            return Verdict::AGAIN;
+        }
+        if !self.health.has_succeeded() {
+            return self.claimed_first(entry, Claim { reason, failure });
+        }
+        if failure.is_bodyless && matches!(reason, Reason::Address | Reason::Forbidden) {
+            return self.transient(entry, failure, Duration::ZERO);
+        }
+        if matches!(reason, Reason::Address | Reason::Forbidden) {
+            if self.health.forbade(entry.row) {
+                self.queue.delay(entry, now);
+                self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+                return Verdict::AGAIN;
+            }
+            entry.failed += 1;
+            return Verdict::Failed(entry, failure);
+        }
+        entry.claimed += 1;
+        let round = self.health.claimed(departure.at, now);
+        if round > CLAIMS {
+            self.queue.delay(entry, now);
+            self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+            return Verdict::AGAIN;
+        }
+        if entry.claimed > CLAIMS_OF_A_ROW && round == 1 {
+            entry.failed += 1;
+            return Verdict::Failed(entry, failure);
+        }
+        let pause = self.firm_pause(round, 1.0);
+        let was_open = self.limiter.close_until(now + pause);
+        self.queue.delay(entry, now + pause);
+        Verdict::Again {
+            pause: if was_open { pause } else { Duration::ZERO },
+        }
+    }
+
+    /// As [`Lane::claimed`], before the first answer. Where answers are in the cache, or an earlier run has
+    /// ended like this, it may be the row: others are tried.
+    fn claimed_first(&mut self, mut entry: Entry, claim: Claim) -> Verdict {
+        let now = Instant::now();
+        let Claim { reason, failure } = claim;
+        let may_be_the_row = reason != Reason::Key;
+        let suspects = if may_be_the_row {
+            self.health.suspect(entry.row)
+        } else {
+            CLAIMS_OF_ROWS
+        };
+        if may_be_the_row && (self.is_known || self.has_suspects) {
+            let remaining = 1 + self.queue.len() + self.in_flight;
+            if suspects < CLAIMS_OF_ROWS && suspects < remaining {
+                entry.claimed += 1;
+                self.queue.delay(entry, now);
+                return Verdict::AGAIN;
+            }
+            // None but these are left, and all others have their answers.
+            if self.is_known && suspects >= remaining && reason != Reason::Credit {
+                entry.failed += 1;
+                return Verdict::Failed(entry, failure);
+            }
+        }
+        self.queue.delay(entry, now);
+        let teacher = &self.settings.teacher;
+        self.stop(stop::refused(reason, &failure.message, teacher));
+        Verdict::AGAIN
+    }
+
+    pub fn refused(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
+        if failure.is_bodyless && self.health.has_succeeded() {
+            return self.transient(entry, failure, Duration::ZERO);
+        }
+        entry.failed += 1;
+        // What is on its way may show that others are answered.
+        if self.health.refused(&failure.message) && self.in_flight == 0 {
+            self.stop(stop::refused_alike(&failure.message));
+        }
+        Verdict::Failed(entry, failure)
+    }
+}

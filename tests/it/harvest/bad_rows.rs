@@ -1,0 +1,113 @@
+//! Rows at which every attempt fails: they keep no other row from its answer, in this run or the next one.
+
+use serde_json::json;
+
+use super::{Run, end};
+use crate::fault_server::{FaultServer, Reaction, answer, error, reply, reply_with};
+
+/// What the endpoint may have against a row, and always says.
+fn reactions() -> Vec<Reaction> {
+    let credit = error("your document says \"insufficient credits\"", "invalid");
+    vec![
+        reply(403, error("forbidden", "")),
+        reply(402, error("payment required", "")),
+        reply(
+            404,
+            error("The model `x` does not exist", "model_not_found"),
+        ),
+        reply(400, credit),
+        reply(400, error("unsupported input", "invalid")),
+        reply(500, error("internal error", "")),
+        reply_with(302, "location", "https://elsewhere.example/", json!({})),
+    ]
+}
+
+/// The prompts `p0` to `p{count - 1}`, of which those below `bad` always get `reaction`.
+async fn teacher(bad: usize, reaction: Reaction) -> FaultServer {
+    FaultServer::start(move |seen| {
+        let number: usize = seen.prompt()[1..].parse().unwrap();
+        if number < bad {
+            reaction.clone()
+        } else {
+            answer(seen)
+        }
+    })
+    .await
+}
+
+fn prompts(run: &Run, count: usize) {
+    let lines: String = (0..count).map(|number| format!("p{number}\n")).collect();
+    run.write("prompts.txt", &lines);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_pending_from_an_earlier_run_does_not_block_new_ones() {
+    for reaction in reactions() {
+        let told = format!("{reaction:?}");
+        let server = teacher(1, reaction).await;
+        let mut run = Run::new(&server, &[]);
+        run.config.limits.concurrency = 2;
+        run.config.sampling.top_logprobs = 0;
+        // The bad row comes amid answers, and is left.
+        run.write("prompts.txt", "p1\np2\np0\np3");
+        run.harvest().await;
+        assert_eq!(run.records().len(), 3, "{told}");
+        run.write("prompts.txt", "p0\np1\np2\np3\np4\np5\np6");
+        run.harvest().await;
+        assert_eq!(run.records().len(), 6, "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_fail_at_the_head_cost_a_run_and_not_every_one() {
+    for reaction in reactions() {
+        let told = format!("{reaction:?}");
+        let server = teacher(4, reaction).await;
+        let mut run = Run::new(&server, &[]);
+        run.config.limits.concurrency = 2;
+        run.config.sampling.top_logprobs = 0;
+        prompts(&run, 12);
+        for _ in 0..2 {
+            run.harvest().await;
+        }
+        assert_eq!(run.records().len(), 8, "{told}");
+        assert!(server.count() < 60, "{told}: {}", server.count());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_setting_costs_a_few_requests_in_each_run() {
+    let wrong = reply(
+        404,
+        error("The model `m` does not exist", "model_not_found"),
+    );
+    let server = FaultServer::start(move |_| wrong.clone()).await;
+    let run = Run::new(&server, &[]);
+    prompts(&run, 50);
+    for most in [1, 4, 7] {
+        let summary = run.harvest().await;
+        assert_eq!((end(&summary).0, summary.pending), (1, 50));
+        assert!(server.count() <= most, "{}", server.count());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_always_asked_to_wait_fails_once_it_is_all_that_is_left() {
+    for (status, header) in [(429, ""), (429, "0.02"), (503, "0.02")] {
+        let reaction = if header.is_empty() {
+            reply(status, error("slow down", ""))
+        } else {
+            reply_with(status, "retry-after", header, error("slow down", ""))
+        };
+        let server = teacher(1, reaction).await;
+        let mut run = Run::new(&server, &[]);
+        run.config.limits.concurrency = 3;
+        run.config.retry.max_outage_s = 60.0;
+        prompts(&run, 12);
+        let summary = run.harvest().await;
+        let told = format!("{status} {header}: {summary:?}");
+        assert_eq!((summary.ok, summary.failed), (11, 1), "{told}");
+        assert_eq!(end(&summary).0, 3, "{told}");
+        assert!(server.count() < 40, "{told}");
+    }
+}
