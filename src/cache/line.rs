@@ -17,6 +17,7 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
+use super::question;
 use super::record::{Record, SCHEMA};
 
 /// Bytes of `"crc":"1a2b3c4d"}`.
@@ -35,6 +36,8 @@ pub enum Fault {
     NoRecord(String),
     #[error("the frame cannot be decompressed ({0})")]
     Frame(String),
+    #[error("its key is that of another question")]
+    AnotherKey,
 }
 
 /// What opening a cache needs of a line.
@@ -180,4 +183,14 @@ fn trailing_cost(line: &[u8]) -> Option<f64> {
 /// not know are left out.
 pub fn decode(line: &[u8]) -> Result<Record, Fault> {
     serde_json::from_slice(line).map_err(|e| Fault::NoRecord(e.to_string()))
+}
+
+/// As [`decode`], of a record whose key must be that of its request: it would answer another question.
+pub fn decode_own(line: &[u8]) -> Result<Record, Fault> {
+    let record = decode(line)?;
+    if question::is_key_of(&record) {
+        Ok(record)
+    } else {
+        Err(Fault::AnotherKey)
+    }
 }

@@ -135,14 +135,11 @@ fn identities(dir: &Path) -> Result<HashSet<Identity>> {
     Ok(known)
 }
 
-/// Cost of a record in dollars, and its usage if it has no cost.
+/// Cost of a record in dollars, and its usage if it has no cost. It is refused where its key is not its own.
 fn spent(line: &[u8]) -> Result<(f64, Option<Usage>), line::Fault> {
     let cost_usd = line::cost_usd(line)?;
-    let usage = match cost_usd {
-        0.0 => line::decode(line)?.usage,
-        _ => None,
-    };
-    Ok((cost_usd, usage))
+    let record = line::decode_own(line)?;
+    Ok((cost_usd, record.usage.filter(|_| cost_usd == 0.0)))
 }
 
 struct Merging {

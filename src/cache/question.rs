@@ -13,6 +13,8 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::record::Record;
+
 /// Part of every question: raise it when the same text would come to mean something else.
 const VERSION: u32 = 2;
 
@@ -110,6 +112,16 @@ impl Names {
             .into_iter()
             .chain(others)
             .flatten()
+    }
+}
+
+/// Returns true if the key of the record is one of its request, whoever was asked.
+pub fn is_key_of(record: &Record) -> bool {
+    let (request, sample) = (&record.request, record.sample);
+    if record.v < 2 {
+        record.key == old_key(&record.endpoint, request, sample)
+    } else {
+        half(&record.key) == Question::of(request, sample).half()
     }
 }
 

@@ -278,7 +278,7 @@ pub fn examine(dir: &Path, on_progress: super::OnProgress<'_>) -> Result<Finding
     let mut keys = std::collections::BTreeMap::<String, u64>::new();
     loop {
         match lines.advance() {
-            Ok(true) => match line::decode(lines.line()) {
+            Ok(true) => match line::decode_own(lines.line()) {
                 Ok(record) => {
                     findings.records += 1;
                     *keys.entry(record.key).or_default() += 1;

@@ -243,7 +243,7 @@ impl Pass {
 fn whole(bare: &[u8]) -> Result<bool> {
     let verdict = line::verify(bare)
         .and_then(|_| line::head(bare))
-        .and_then(|_| line::decode(bare));
+        .and_then(|_| line::decode_own(bare));
     match verdict {
         Ok(_) => Ok(true),
         Err(newer @ Fault::Newer(_)) => Err(newer.into()),

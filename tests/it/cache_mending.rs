@@ -317,3 +317,35 @@ fn a_merge_refuses_what_it_cannot_read_whole() {
     let expected = [&records(0..8)[..], &[sample(9)]].concat();
     assert_holds(into.path(), &expected);
 }
+
+#[test]
+fn an_answer_under_the_key_of_another_question_is_no_record() {
+    let foreign = Record {
+        key: sample(2).key,
+        ..sample(1)
+    };
+    let text = encode(vec![sample(0), foreign, sample(3)]);
+    for (frames, plain) in [
+        (vec![], text.clone()),
+        (compress(&text, Effort::Fast).unwrap(), vec![]),
+    ] {
+        let source = folder(&frames, &plain);
+        let findings = reader::examine(source.path(), &mut |_, _| Ok(())).unwrap();
+        assert_eq!((findings.records, findings.damaged.len()), (2, 1));
+        assert!(
+            findings.damaged[0]
+                .1
+                .to_string()
+                .contains("another question")
+        );
+        let target = tempfile::tempdir().unwrap();
+        let sources = [source.path().to_owned()];
+        let settings = config::Cache::default();
+        let error = merge(target.path(), &settings, &sources, &mut |_, _| Ok(())).unwrap_err();
+        assert_eq!(Exit::code_of(&error), 5, "{error:#}");
+        let repaired = repair(source.path()).unwrap();
+        assert_eq!((repaired.records, repaired.quarantined), (2, 1));
+        merge(target.path(), &settings, &sources, &mut |_, _| Ok(())).unwrap();
+        assert_eq!(read_all(target.path()), [sample(0), sample(3)]);
+    }
+}

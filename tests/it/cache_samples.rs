@@ -1,6 +1,7 @@
 //! Records, and cache files made of them, for the tests of the cache.
 
 use distill::cache::line;
+use distill::cache::question::Question;
 use distill::cache::record::{Answer, Logprobs, RawToken, Record, SCHEMA, Status, Timing, Usage};
 use distill::cache::recovery::{BadLine, Ending, Scan, ScanError};
 use serde_json::{Map, json};
@@ -9,9 +10,15 @@ use serde_json::{Map, json};
 pub fn sample(n: u64) -> Record {
     let with_logprobs = n.is_multiple_of(3);
     let quarantined = n % 7 == 3;
+    let endpoint = "https://api.example.com/v1";
+    let request = json!({
+        "model": "teacher-1",
+        "messages": [{"role": "user", "content": format!("what is {n} + 1?")}],
+        "temperature": 1.0,
+    });
     Record {
         v: SCHEMA,
-        key: blake3::hash(&n.to_le_bytes()).to_hex().to_string(),
+        key: Question::of(&request, 0).key(endpoint),
         cut_at: 0,
         teacher: String::new(),
         prompt_id: format!("row-{n}"),
@@ -22,13 +29,9 @@ pub fn sample(n: u64) -> Record {
             Status::Ok
         },
         reason: if quarantined { "refusal" } else { "" }.to_owned(),
-        endpoint: "https://api.example.com/v1".to_owned(),
+        endpoint: endpoint.to_owned(),
         probe: String::new(),
-        request: json!({
-            "model": "teacher-1",
-            "messages": [{"role": "user", "content": format!("what is {n} + 1?")}],
-            "temperature": 1.0,
-        }),
+        request,
         answer: Answer {
             text: format!("{} \u{1f980}", n + 1),
             finish_reason: "stop".to_owned(),
