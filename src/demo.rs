@@ -186,7 +186,7 @@ fn write_configs(options: &Options, base_url: &str) -> Result<()> {
     let ask = |run_dir: &str, source: &str, limit: usize| {
         format!(
             "run_dir = \"{run_dir}\"\n\n\
-             [teacher]\nbase_url = \"{base_url}\"\nmodel = \"teacher\"\napi_key_env = \"\"\n\n\
+             [teacher]\nname = \"demo\"\nbase_url = \"{base_url}\"\nmodel = \"teacher\"\napi_key_env = \"\"\n\n\
              [prompts]\nsource = \"{source}\"\ntemplate = \"reminders.toml\"\nlimit = {limit}\n\n\
              [sampling]\ntemperature = 1.0\ntop_logprobs = 20\nmax_tokens = 96\nseed = 1\n\n\
              [limits]\nconcurrency = 64\n"

@@ -1,6 +1,6 @@
 //! Parse, set up logging, call the library, map the result to an exit status.
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -35,7 +35,8 @@ fn main() -> ExitCode {
             let (code, text) = (Exit::code_of(&error), format!("{error:#}"));
             // A stop that was asked for is no error.
             let prefix = if code > 128 { "" } else { "error: " };
-            eprintln!("{prefix}{}", terminal::sanitise(&text));
+            // Where nobody can read it, the exit status still says so.
+            let _ = writeln!(std::io::stderr(), "{prefix}{}", terminal::sanitise(&text));
             ExitCode::from(code)
         }
     }

@@ -1,6 +1,6 @@
 //! Counts the cached answers that a run does not use: from other endpoints, settings or prompts.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use anyhow::Result;
@@ -32,7 +32,7 @@ impl Census {
         let places: Vec<&str> = self.elsewhere.keys().map(String::as_str).collect();
         (answers > 0).then(|| {
             format!(
-                "the cache holds at least {} complete answers to questions that are still open here, from {}: \
+                "the cache holds at least {} answers to questions that are still open here, from {}: \
                  `distill cache adopt {arguments}` keeps them, and they are not bought again",
                 format_count(answers),
                 places.join(", ")
@@ -89,8 +89,8 @@ pub fn half_of(record: &Record) -> String {
 }
 
 /// Counts the records of the cache in `dir` that have none of the keys that are `used`, and do not answer one
-/// of the `asked` questions, or one that is still `open`; `is_prompt` knows the ids of the prompts. Reads at
-/// most `limit` records.
+/// of the `asked` questions, or one that is still `open`, with the `max_tokens` of its request; `is_prompt`
+/// knows the ids of the prompts. Reads at most `limit` records.
 ///
 /// # Errors
 /// Where the cache is damaged, and those of `check`, which is called for each record.
@@ -98,7 +98,7 @@ pub fn census(
     dir: &Path,
     used: &HashSet<Fingerprint>,
     asked: &HashSet<Fingerprint>,
-    open: &HashSet<Fingerprint>,
+    open: &HashMap<Fingerprint, u32>,
     is_prompt: impl Fn(&str) -> bool,
     limit: u64,
     check: impl Fn() -> Result<()>,
@@ -119,7 +119,9 @@ pub fn census(
         let half = origin
             .half(lines.line())
             .map_err(|fault| lines.refuse(fault))?;
-        if open.contains(&half) && origin.cut_at == 0 {
+        // A truncated answer is one where no more tokens are asked for.
+        let is_enough = |max_tokens: &u32| origin.cut_at == 0 || origin.cut_at >= *max_tokens;
+        if open.get(&half).is_some_and(is_enough) {
             *census.elsewhere.entry(origin.place()).or_default() += 1;
             continue;
         }

@@ -227,10 +227,10 @@ fn is_name(text: &str) -> bool {
     let is_identifier = (first.is_ascii_alphabetic() || first == b'_')
         && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
     // Names are words; in keys, digits and letters are mixed.
-    let is_mixed = text.len() >= 24
-        && !text.contains('_')
-        && text.bytes().any(|byte| byte.is_ascii_lowercase())
-        && text.bytes().any(|byte| byte.is_ascii_digit());
+    let digits = text.bytes().filter(u8::is_ascii_digit).count();
+    let has_lower_case = text.bytes().any(|byte| byte.is_ascii_lowercase());
+    let most_digits = if has_lower_case { 0 } else { 3 };
+    let is_mixed = text.len() >= 16 && !text.contains('_') && digits > most_digits;
     is_identifier && !is_mixed && !looks_like_key(text)
 }
 
@@ -271,6 +271,7 @@ mod tests {
             "hf_0123456789abcdefghijkl",
             "a1b2c3d4e5f6a7b8c9d0e1f2a3b4c5d6",
             "AKey with spaces",
+            "SKABCDEF0123456789ABCDEF",
             "Bearer sk-realkey0123456789abcdef",
         ] {
             let teacher = Teacher {

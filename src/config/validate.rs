@@ -159,8 +159,8 @@ pub fn validate(config: &Config) -> Result<()> {
 
 fn harvest(config: &Config) -> Result<()> {
     check(
-        config.prompts.samples > 0,
-        "prompts.samples must be at least 1",
+        (1..=100_000).contains(&config.prompts.samples),
+        "prompts.samples must be at least 1, and at most 100000",
     )?;
     check(
         config.retry.max_attempts > 0,
@@ -223,6 +223,14 @@ fn lane(lane: &Lane) -> Result<()> {
     check(
         lane.sampling.top_logprobs <= 20,
         "sampling.top_logprobs goes up to 20, the most that endpoints offer",
+    )?;
+    check(
+        (lane.sampling.temperature).is_none_or(|value| (0.0..=100.0).contains(&value)),
+        "sampling.temperature must lie between 0 and 100; most endpoints take up to 2",
+    )?;
+    check(
+        (lane.sampling.top_p).is_none_or(|value| 0.0 < value && value <= 1.0),
+        "sampling.top_p must be above 0, and at most 1",
     )?;
     check(
         lane.sampling.max_tokens > 0,

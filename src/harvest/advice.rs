@@ -33,8 +33,8 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
     step(
         summary.failed > 0,
         format!(
-            "look into {}: the same command asks these rows again, as long as they have attempts left; \
-             `distill harvest {config} --again failed` begins anew with them",
+            "look into {}: the same command asks these rows again, but for those that have been bought \
+             `retry.max_attempts` times, which takes `distill harvest {config} --again failed`",
             failures.display()
         ),
     );

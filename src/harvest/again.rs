@@ -137,6 +137,11 @@ impl Found {
         let known: Vec<_> = known
             .map(|(name, count)| format!("{name:?} ({count})"))
             .collect();
+        if words == "failed" && self.names.is_empty() {
+            let message = "`--again failed` names nothing: no row was bought `retry.max_attempts` times or \
+                           refused by a filter, and the command without `--again` asks every other one";
+            return Exit::Usage(message.into()).into();
+        }
         let message = match (self.names.is_empty(), known.is_empty()) {
             (false, _) => format!(
                 "`--again {words}` names answers, and none of them is to a question of this config and \

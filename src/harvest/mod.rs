@@ -101,7 +101,10 @@ use endpoint::Endpoints;
 use lane::Lane;
 use limiter::Shared;
 use plan::{Plan, Scope, Standing};
-use prepare::{askings, census_of, check_endpoints, check_money, open_cache, prompts, sample};
+use prepare::{
+    askings, census_of, check_endpoints, check_money, open_cache, prompts, sample,
+    warn_of_empty_cache,
+};
 use schedule::Schedule;
 use teacher::Teacher;
 use unanswered::Unanswered;
@@ -222,6 +225,7 @@ pub async fn run_in(
         }
     };
     let cache = open_cache(config, &options, storage, signals.flag())?;
+    warn_of_empty_cache(config, cache.len());
     let run = Run {
         config,
         shard: options.shard,

@@ -1,6 +1,6 @@
 //! Loading and checks that a run and a dry run share, before the first request.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use anyhow::Result;
@@ -14,7 +14,7 @@ use super::plan::Plan;
 use super::request::Asking;
 use super::shard::Shard;
 use super::structured::Structured;
-use super::{HarvestOptions, budget, endpoint};
+use super::{HarvestOptions, budget, endpoint, summary};
 use crate::cache::census::{self, Census};
 use crate::cache::stats::Stats;
 use crate::cache::{self, Cache, Wrap};
@@ -23,7 +23,7 @@ use crate::config::{self, Config};
 use crate::exit::Exit;
 use crate::prompt::{self, Prompt};
 use crate::signal::StopFlag;
-use crate::terminal::{Reading, format_dollars};
+use crate::terminal::{Reading, format_count, format_dollars};
 
 /// Request template of each teacher; `probes` are the hashes of their probe results.
 pub(super) fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>> {
@@ -96,8 +96,13 @@ pub(super) fn census_of(
     if plan.rows.is_empty() || known as u64 <= of_ours {
         return Ok(Census::default());
     }
-    let open = plan.rows.iter().map(|row| question::half(&row.key));
-    let open = open.map(keys::fingerprint).collect();
+    let mut open = HashMap::new();
+    for (asking, rows) in plan.askings.iter().zip(&plan.lanes) {
+        for row in &plan.rows[rows.clone()] {
+            let half = keys::fingerprint(question::half(&row.key));
+            open.insert(half, asking.lane.sampling.max_tokens);
+        }
+    }
     let ids: HashSet<&str> = plan
         .prompts
         .iter()
@@ -163,6 +168,19 @@ pub(super) fn open_cache(
         reading.update(done, total);
         stop.check()
     })
+}
+
+/// Warns where earlier runs have recorded answers and the cache is empty: it may have been moved.
+pub(super) fn warn_of_empty_cache(config: &Config, records: usize) {
+    let before = summary::recorded_before(&config.run_dir);
+    if records == 0 && before > 0 {
+        tracing::warn!(
+            "earlier runs have recorded {} answers, and the cache in {} is empty: they are bought again; if it \
+             was moved or compressed by hand, stop this run and put it back",
+            format_count(before),
+            config.own_cache().display()
+        );
+    }
 }
 
 /// A budget holds by the prices: without them, or with old ones, it says nothing.

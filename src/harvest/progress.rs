@@ -42,6 +42,13 @@ impl Rates {
     /// The state of the run as one line.
     pub fn line(&self, summary: &Summary) -> String {
         let mut parts = Vec::new();
+        // First, since a narrow terminal cuts off the end.
+        let done = self.per_minute(|sample| sample.done);
+        if done > 0.0 {
+            let minutes = summary.total.saturating_sub(summary.done()) as f64 / done;
+            let left = Duration::from_secs_f64(minutes * 60.0);
+            parts.push(format!("{} left", format_duration(left)));
+        }
         for (count, name) in [
             (summary.failed, "failed"),
             (summary.quarantined, "quarantined"),
@@ -67,12 +74,6 @@ impl Rates {
                 Some(budget) => format!("{} of {}", format_dollars(total), format_dollars(budget)),
                 None => format_dollars(cost),
             });
-        }
-        let done = self.per_minute(|sample| sample.done);
-        if done > 0.0 {
-            let minutes = summary.total.saturating_sub(summary.done()) as f64 / done;
-            let left = Duration::from_secs_f64(minutes * 60.0);
-            parts.push(format!("{} left", format_duration(left)));
         }
         parts.join(", ")
     }
@@ -121,7 +122,7 @@ mod tests {
         }
         assert_eq!(
             rates.line(&summary),
-            "100 cached, 60 requests/min, 6,000 tokens/min, $0.2500, 4 min 0 s left"
+            "4 min 0 s left, 100 cached, 60 requests/min, 6,000 tokens/min, $0.2500"
         );
     }
 }

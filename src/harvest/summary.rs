@@ -28,8 +28,10 @@ pub struct Summary {
     pub version: Version,
     /// Prompts times samples, for every teacher that is asked.
     pub total: u64,
-    /// Answered before this run.
+    /// Answered before this run, or by another row of it that asks the same.
     pub cached: u64,
+    /// Of these, rows that ask word for word what another one asks.
+    pub repeated: u64,
     pub ok: u64,
     /// Recorded, but not to be trained on; by reason in `quarantines`.
     pub quarantined: u64,
@@ -152,6 +154,12 @@ fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     runs
 }
 
+/// Answers that earlier runs have recorded in this folder, as far as the summary tells.
+pub fn recorded_before(run_dir: &Path) -> u64 {
+    let runs = past_runs(run_dir);
+    runs.iter().map(|run| run.ok + run.quarantined).sum()
+}
+
 pub fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("summary.json")
 }
@@ -212,6 +220,7 @@ impl Summary {
         let mut summary = Summary {
             total: plan.total,
             cached: plan.cached,
+            repeated: plan.repeated,
             ..Summary::default()
         };
         for (lane, row) in &plan.given_up {

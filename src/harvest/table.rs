@@ -16,8 +16,11 @@ impl Summary {
         let count = |name: &str, number| [name.to_string(), format_count(number)];
         let mut rows = vec![
             count("prompts x samples", self.total),
-            count("cached before", self.cached),
+            count("cached before", self.cached - self.repeated),
         ];
+        if self.repeated > 0 {
+            rows.push(count("the same as another", self.repeated));
+        }
         match &self.estimate {
             Some(estimate) => rows.extend(estimate_rows(self, estimate)),
             None => rows.extend(self.result_rows()),

@@ -11,7 +11,7 @@ mod template;
 pub use row::Given;
 pub use template::Template;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -67,13 +67,32 @@ impl Prompt {
     }
 }
 
+/// Unsent fields that are named.
+const NAMED: usize = 8;
+
 /// The prompts of a run, in the order of their source.
 ///
 /// Errors are [`Exit::Usage`]: they name file, line and what to change; and those of `check`, which is asked
 /// at each row whether to go on.
 pub fn load(settings: &config::Prompts, check: impl Fn() -> Result<()>) -> Result<Vec<Prompt>> {
     let template = settings.template.as_deref();
-    let mut prompts = load_with(&settings.source, template, |_, _| check())?;
+    let mut unsent = BTreeSet::new();
+    let mut prompts = load_with(&settings.source, template, |_, row| {
+        for name in row::unsent(&row) {
+            if unsent.len() < NAMED && !unsent.contains(name) {
+                unsent.insert(name.to_owned());
+            }
+        }
+        check()
+    })?;
+    if template.is_none() && !unsent.is_empty() {
+        let names: Vec<_> = unsent.iter().map(|name| format!("`{name}`")).collect();
+        tracing::warn!(
+            "{}: these fields of its rows are not sent, and a `prompts.template` could use them: {}",
+            settings.source.display(),
+            names.join(", ")
+        );
+    }
     prompts.truncate(settings.limit.unwrap_or(usize::MAX));
     Ok(prompts.into_iter().map(|(prompt, ())| prompt).collect())
 }

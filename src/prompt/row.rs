@@ -31,6 +31,17 @@ pub fn fields(row: &Value) -> Map<String, Value> {
     wanted.collect()
 }
 
+/// Names of fields that are not sent where no template uses them.
+pub fn unsent(row: &Value) -> impl Iterator<Item = &str> {
+    let has_messages = row.get("messages").is_some();
+    let names = row.as_object().into_iter().flat_map(Map::keys);
+    names.map(String::as_str).filter(move |name| match *name {
+        "id" | "messages" => false,
+        "text" => has_messages,
+        name => !REQUEST_FIELDS.contains(&name),
+    })
+}
+
 /// The conversation of a row that no template renders: as text, and as it stands where it is more.
 ///
 /// # Errors
@@ -39,6 +50,9 @@ pub fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), String> {
     let Some(given) = row.get("messages") else {
         return match row.get("text") {
             // Only a line of text has this shape; an object with a `text` alone is as good as one.
+            Some(Value::String(text)) if text.trim().is_empty() => {
+                Err("`text` is empty: fill it, or remove the row".into())
+            }
             Some(Value::String(text)) => Ok((vec![Message::new("user", text.as_str())], None)),
             _ => {
                 let fields = row.as_object().into_iter().flat_map(Map::keys);

@@ -16,6 +16,11 @@ fn sources() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     walk(&root, &mut files);
+    // `mod tests;` is compiled for tests alone.
+    files.retain(|path| {
+        let is_tests = path.file_name().is_some_and(|name| name == "tests.rs");
+        is_tests.then(|| assert_is_for_tests(path)).is_none()
+    });
     files
         .into_iter()
         .map(|path| {
@@ -32,6 +37,19 @@ fn sources() -> Vec<(String, String)> {
             (name.replace('\\', "/"), code)
         })
         .collect()
+}
+
+/// The module that holds a `tests.rs` declares it for tests alone.
+fn assert_is_for_tests(path: &Path) {
+    let folder = path.parent().unwrap();
+    let holders = [folder.join("mod.rs"), folder.with_extension("rs")];
+    let holder = holders.iter().find(|path| path.exists()).unwrap();
+    let text = std::fs::read_to_string(holder).unwrap();
+    assert!(
+        text.contains("#[cfg(test)]\nmod tests;"),
+        "{}",
+        path.display()
+    );
 }
 
 /// The files whose code holds one of `words`.

@@ -387,9 +387,11 @@ impl<'a> Dispatcher<'a> {
         let is_second = std::mem::replace(&mut self.signalled, true);
         let in_flight = self.in_flight.len();
         if is_second {
-            self.progress.note(&format!(
-                "stopped; {in_flight} requests were in flight, and may be billed without an answer"
-            ));
+            let told = format!(
+                "stopped at once: {in_flight} requests were in flight, and may be billed without an answer; \
+                 the same command goes on"
+            );
+            self.stop = Some(anyhow::Error::from(Exit::Signal(number)).context(told));
         } else {
             let error = anyhow::Error::from(Exit::Signal(number));
             let advice = "every answer is recorded, and the same command goes on";

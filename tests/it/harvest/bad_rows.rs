@@ -71,7 +71,8 @@ async fn rows_that_fail_at_the_head_cost_a_run_and_not_every_one() {
             run.harvest().await;
         }
         assert_eq!(run.records().len(), 8, "{told}");
-        assert!(server.count() < 60, "{told}: {}", server.count());
+        // Up to six attempts at each bad row in each run.
+        assert!(server.count() < 80, "{told}: {}", server.count());
     }
 }
 
