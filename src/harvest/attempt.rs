@@ -128,17 +128,13 @@ impl Answered {
         row: &Row,
         prompt: &Prompt,
         body: Value,
-        mut bound: Bound,
+        bound: Bound,
         mut completion: Completion,
         timing: Timing,
     ) -> Result<Answered> {
         let max_tokens = bound.output_tokens;
         let answer = &completion.answer;
         let text_bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
-        // What a model thinks in secret shows in no text.
-        if !asking.lane.sampling.reasoning && completion.unreadable.is_none() {
-            bound.output_tokens = bound.output_tokens.min(text_bytes as u64 + 8);
-        }
         completion.usage = usage::measured(completion.usage, text_bytes);
         let fault = completion.logprobs_fault.clone();
         let record = record(asking, row, prompt, body, completion, timing);

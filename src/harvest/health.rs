@@ -151,9 +151,9 @@ impl Health {
         rows.filter(|_| !self.succeeded)
     }
 
-    /// Something was asked, and nothing has been answered.
+    /// What was asked last has not been answered, and it may be the rows.
     pub fn is_in_doubt(&self) -> bool {
-        !self.succeeded && self.setbacks > 0
+        !self.succeeded && self.setbacks > 0 || self.forbidden.len() > 1
     }
 
     /// A reply to this row says that no request can succeed, and none has. Returns the number of such rows.

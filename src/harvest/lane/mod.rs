@@ -174,7 +174,7 @@ impl Lane {
     /// The row to send next, or when there may be one.
     pub fn next_row(&self) -> Result<Entry, Option<Instant>> {
         let now = Instant::now();
-        if self.is_probing() || !self.health.has_succeeded() {
+        if self.is_probing() || !self.health.has_succeeded() || self.health.is_in_doubt() {
             // One that has not failed since shows whether it is the endpoint.
             let is_failing = |row| self.health.is_failing(row);
             let is_far = self.health.is_in_doubt();

@@ -20,6 +20,9 @@ const CLAIMS_OF_A_ROW: u32 = 3;
 /// has ended so, before it is believed.
 const CLAIMS_OF_ROWS: usize = 3;
 
+/// Rows that may all be refused, also in the same words, though the cache holds answers.
+const REFUSED_ROWS: usize = 20;
+
 /// Rounds in which the endpoint asks to wait for a row while others were answered, before it is the row.
 const THROTTLES_OF_A_ROW: u32 = 8;
 
@@ -153,13 +156,18 @@ impl Lane {
         };
         if may_be_the_row && (self.is_known || self.has_suspects) {
             let remaining = 1 + self.queue.len() + self.in_flight;
+            // The few that are left may be those that are always refused.
+            if self.is_known && remaining <= REFUSED_ROWS && reason != Reason::Credit {
+                entry.failed += 1;
+                return Verdict::Failed(entry, failure);
+            }
             if suspects < CLAIMS_OF_ROWS && suspects < remaining {
                 entry.claimed += 1;
                 self.queue.delay(entry, now);
                 return Verdict::AGAIN;
             }
             // None but these are left, and all others have their answers.
-            if self.is_known && suspects >= remaining && reason != Reason::Credit {
+            if self.is_known && suspects >= remaining {
                 entry.failed += 1;
                 return Verdict::Failed(entry, failure);
             }
@@ -176,7 +184,9 @@ impl Lane {
         }
         entry.failed += 1;
         // What is on its way may show that others are answered.
-        if self.health.refused(&failure.message) && self.in_flight == 0 {
+        // Where the cache holds answers, these may be the rows that are always refused.
+        let is_settled = !self.is_known || self.queue.len() > REFUSED_ROWS;
+        if self.health.refused(&failure.message) && self.in_flight == 0 && is_settled {
             self.stop(stop::refused_alike(&failure.message));
         }
         Verdict::Failed(entry, failure)

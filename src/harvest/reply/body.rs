@@ -142,7 +142,7 @@ fn best<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
 }
 
 fn says_something<L>(choice: &Choice<L>) -> bool {
-    let elsewhere = ["delta", "text"].map(|name| choice.extra.get(name));
+    let elsewhere = ["delta", "text", "messages"].map(|name| choice.extra.get(name));
     speaks(&choice.message) || elsewhere.into_iter().flatten().any(speaks)
 }
 
@@ -172,7 +172,7 @@ fn has_failed<L>(choice: &Choice<L>) -> bool {
 /// `message` does not. The others stay in `extra`.
 fn message_of(message: Value, extra: &mut Map<String, Value>) -> Map<String, Value> {
     let mut found = vec![("message", message)];
-    for name in ["delta", "text"] {
+    for name in ["delta", "text", "messages"] {
         found.extend(extra.remove(name).map(|value| (name, value)));
     }
     let speaking = found.iter().position(|(_, value)| speaks(value));
@@ -182,6 +182,12 @@ fn message_of(message: Value, extra: &mut Map<String, Value>) -> Map<String, Val
     match chosen {
         Value::Object(message) => message,
         Value::Null => Map::new(),
+        Value::Array(mut messages) if messages.last().is_some_and(Value::is_object) => {
+            match messages.pop() {
+                Some(Value::Object(message)) => message,
+                _ => Map::new(),
+            }
+        }
         text => Map::from_iter([("content".to_owned(), text)]),
     }
 }

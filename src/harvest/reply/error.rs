@@ -246,9 +246,8 @@ fn wait_in(fields: &Map<String, Value>, depth: usize) -> Option<Duration> {
     let own = fields.iter().find_map(|(name, value)| {
         let name = name.to_ascii_lowercase().replace(['_', '-'], "");
         match name.as_str() {
-            "retryafter" | "retryafterseconds" | "retrydelay" | "retrydelayseconds" => {
-                delay(value, 1.0)
-            }
+            "retryafter" | "retryafterseconds" | "retrydelay" | "retrydelayseconds"
+            | "estimatedtime" => delay(value, 1.0),
             "retryafterms" | "retryaftermilliseconds" | "retrydelayms" => delay(value, 1e-3),
             _ => None,
         }

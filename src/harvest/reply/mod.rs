@@ -179,11 +179,21 @@ fn unwrapped(value: Value) -> Value {
         Some(mut completion) => {
             // One choice without a list around it.
             if let Some(choices @ Value::Object(_)) = completion.get_mut("choices") {
-                *choices = Value::Array(vec![choices.take()]);
+                *choices = Value::Array(listed(choices.take()));
             }
             completion
         }
         None => value,
+    }
+}
+
+/// Choices without a list around them: one, or several by their index.
+fn listed(choices: Value) -> Vec<Value> {
+    match choices {
+        Value::Object(fields) if fields.keys().all(|name| name.parse::<u32>().is_ok()) => {
+            fields.into_iter().map(|(_, choice)| choice).collect()
+        }
+        choice => vec![choice],
     }
 }
 

@@ -106,6 +106,12 @@ fn an_answer_is_found_wherever_it_stands() {
         with("error", json!({"message": "billing record delayed"})),
         with("choices", json!([{}, choice])),
         with("choices", json!([null, choice])),
+        with("choices", choice.clone()),
+        with("choices", json!({"0": choice})),
+        with(
+            "choices",
+            json!([{"messages": [{"role": "assistant", "content": "hi"}], "finish_reason": "stop"}]),
+        ),
         with(
             "choices",
             json!([{"message": "hi", "finish_reason": "stop"}]),

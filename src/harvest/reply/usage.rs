@@ -27,8 +27,10 @@ const TOTAL: [&str; 3] = ["total_tokens", "totalTokenCount", "totalTokens"];
 /// Takes the counts that we know out of `fields`; None where they are missing, half or impossible, which
 /// leaves them where they are.
 pub fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
-    let Value::Object(mut fields) = value else {
-        return (None, Map::new());
+    let mut fields = match value {
+        Value::Object(fields) => fields,
+        Value::Array(mut items) if items.len() == 1 => return usage(items.remove(0)),
+        _ => return (None, Map::new()),
     };
     let Some(usage) = read(&fields) else {
         return (None, fields);
@@ -221,6 +223,10 @@ mod tests {
             assert_eq!((found, Value::Object(rest)), (None, value));
         }
         assert_eq!(usage(json!([1])), (None, Map::new()));
+        assert_eq!(
+            read(json!([{"prompt_tokens": 12, "completion_tokens": 3}])),
+            Some([12, 3, 0, 0])
+        );
     }
 
     #[test]
