@@ -159,8 +159,8 @@ pub fn validate(config: &Config) -> Result<()> {
 
 fn harvest(config: &Config) -> Result<()> {
     check(
-        (1..=100_000).contains(&config.prompts.samples),
-        "prompts.samples must be at least 1, and at most 100000",
+        (1..=1_000_000_000).contains(&config.prompts.samples),
+        "prompts.samples must be at least 1, and at most a billion",
     )?;
     check(
         config.retry.max_attempts > 0,

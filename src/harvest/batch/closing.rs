@@ -34,11 +34,15 @@ impl Batches<'_> {
         let was_cancelled = matches!(self.journal.parts[index].state, State::Cancelling { .. });
         if taking.unreadable_lines > 0 {
             let nonce = &self.journal.parts[index].nonce;
-            let file = self.unreadable.keep(nonce, &taking.unreadable)?;
+            let place = if taking.unreadable.is_empty() {
+                "they are too long to be kept".to_owned()
+            } else {
+                let file = self.unreadable.keep(nonce, &taking.unreadable)?;
+                format!("they are kept in {}", file.display())
+            };
             self.progress.note(&format!(
-                "{} lines of a batch cannot be read: they are kept in {}",
-                taking.unreadable_lines,
-                file.display()
+                "{} lines of a batch cannot be read: {place}",
+                taking.unreadable_lines
             ));
         }
         let answers = taking
