@@ -79,8 +79,20 @@ pub fn conflicts_file(dir: &Path) -> PathBuf {
     dir.join("responses.conflicts.jsonl")
 }
 
+/// Refuses a cache whose files are none: opening a pipe waits for ever.
+fn check_files(dir: &Path) -> anyhow::Result<()> {
+    for path in [plain_file(dir), compressed_file(dir)] {
+        if path.exists() && !path.is_file() {
+            let message = format!("{} is no ordinary file: move it away", path.display());
+            return Err(Exit::Usage(message).into());
+        }
+    }
+    Ok(())
+}
+
 /// Takes the cache in `dir` for this process.
 fn lock(dir: &Path) -> anyhow::Result<crate::fs::Lock> {
+    check_files(dir)?;
     let holds = "writes this cache: wait for it, or set another `run_dir`";
     crate::fs::Lock::acquire(&dir.join("responses.lock"), holds)
 }

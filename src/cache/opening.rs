@@ -134,6 +134,7 @@ pub fn peek(dir: &Path) -> Result<Peek> {
     if !super::exists(dir) {
         return Ok(peek);
     }
+    super::check_files(dir)?;
     if let Some(index) = index::load(dir) {
         (peek.keys, peek.past, peek.cost_usd) = (index.keys, index.past, index.cost_usd);
         return Ok(peek);

@@ -70,6 +70,7 @@ impl Lines {
     /// # Errors
     /// If there is none.
     pub fn open(dir: &Path) -> Result<Lines> {
+        super::check_files(dir)?;
         // In this order: a line that leaves the plain file from now on is found in the other one.
         let plain = open(&plain_file(dir))?;
         let compressed = open(&compressed_file(dir))?;

@@ -125,3 +125,25 @@ fn costs_are_read_from_lines_of_any_order() {
     }
     assert!(cost("{\"cost_usd\":").is_err());
 }
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_in_the_place_of_a_cache_is_refused_and_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let status = std::process::Command::new("mkfifo")
+        .arg(cache::plain_file(dir.path()))
+        .status();
+    assert!(status.unwrap().success());
+    let settings = distill::config::Cache::default();
+    let errors = [
+        Cache::open(dir.path(), &settings).err(),
+        cache::peek(dir.path()).err(),
+        cache::read(dir.path()).err(),
+        distill::cache::repair::repair(dir.path()).err(),
+    ];
+    for error in errors {
+        let error = error.unwrap();
+        assert_eq!(distill::exit::Exit::code_of(&error), 2, "{error:#}");
+        assert!(error.to_string().contains("no ordinary file"), "{error:#}");
+    }
+}
