@@ -52,6 +52,16 @@ pub fn is_out_of_descriptors(error: &std::io::Error) -> bool {
     }
 }
 
+/// Bytes of memory that the process takes up. None where the system does not tell.
+pub fn resident() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1_024)
+}
+
 /// Was the process started with this signal ignored, as `nohup` does?
 #[cfg(unix)]
 pub fn is_ignored(signal: i32) -> bool {

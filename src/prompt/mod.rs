@@ -4,6 +4,7 @@
 //! `source`). With a template each row is rendered through it; without one a row carries its
 //! `messages`, sent as they stand, and a line of text is one user message.
 
+mod guard;
 mod row;
 mod source;
 mod template;

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Message;
+use super::guard::Guard;
 use crate::exit::Exit;
 
 /// Instructions that a row may take.
@@ -38,6 +39,7 @@ pub struct Template {
     environment: Environment<'static>,
     has_system: bool,
     examples: Vec<Example>,
+    guard: Guard,
 }
 
 impl Template {
@@ -67,6 +69,7 @@ impl Template {
             environment,
             has_system,
             examples: file.examples,
+            guard: Guard::new(path),
         })
     }
 
@@ -94,7 +97,10 @@ impl Template {
 
     fn render_one(&self, name: &str, row_number: usize, row: &Value) -> Result<String> {
         let template = self.environment.get_template(name)?;
-        template.render(Serde(row)).map_err(|error| {
+        let rendered = self
+            .guard
+            .during(row_number, || template.render(Serde(row)));
+        rendered.map_err(|error| {
             let variables = template.undeclared_variables(true);
             let missing = missing_variables(&variables, row);
             let problem = if error.kind() == ErrorKind::UndefinedError && !missing.is_empty() {

@@ -372,3 +372,21 @@ fn a_mock_serves_its_script_and_tells_on_ctrl_c_what_it_billed() {
     );
     refused(&run(&["serve"]), 2, &["--model"]);
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_template_that_doubles_its_text_ends_before_the_memory_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    write("prompts.txt", "one\ntwo\n");
+    let doubles = "{% set ns = namespace(s=text) %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}";
+    write("t.toml", &format!("user = \"{doubles}{{{{ ns.s }}}}\""));
+    write(
+        "run.toml",
+        "[teacher]\nbase_url = \"http://localhost:9/v1\"\nmodel = \"m\"\napi_key_env = \"\"\n\
+         [prompts]\nsource = \"prompts.txt\"\ntemplate = \"t.toml\"\n",
+    );
+    let config = dir.path().join("run.toml");
+    let output = run(&["harvest", "--dry-run", "-c", config.to_str().unwrap()]);
+    refused(&output, 2, &["row 1", "t.toml", "512 MiB"]);
+}
