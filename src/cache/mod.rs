@@ -79,11 +79,11 @@ pub fn conflicts_file(dir: &Path) -> PathBuf {
     dir.join("responses.conflicts.jsonl")
 }
 
-/// Refuses a cache whose files are none: opening a pipe waits for ever.
+/// Refuses pipes and devices in place of the cache files: opening a pipe waits for ever.
 fn check_files(dir: &Path) -> anyhow::Result<()> {
     for path in [plain_file(dir), compressed_file(dir)] {
         if path.exists() && !path.is_file() {
-            let message = format!("{} is no ordinary file: move it away", path.display());
+            let message = format!("{} is not a regular file: move it away", path.display());
             return Err(Exit::Usage(message).into());
         }
     }

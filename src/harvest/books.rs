@@ -37,8 +37,8 @@ impl Books {
         unanswered: Unanswered,
         clock: WallClock,
     ) -> Result<(Books, InFlight)> {
-        let opened = Files::open(&config.run_dir)?;
-        let (account, lost) = account(config, opened, cached_usd)?;
+        let (files, ledger, is_complete) = Files::open(&config.run_dir)?;
+        let (account, lost) = account(config, files, ledger, is_complete, cached_usd)?;
         let books = Books {
             account,
             unanswered,
@@ -114,13 +114,16 @@ impl Books {
 /// Where its files are damaged.
 pub fn look(config: &Config, cached_usd: f64) -> Result<Account<Unwritten>> {
     let (ledger, is_complete) = ledger::look(&config.run_dir)?;
-    let opened = (Unwritten, ledger, is_complete);
-    Ok(account(config, opened, cached_usd)?.0)
+    let (account, _) = account(config, Unwritten, ledger, is_complete, cached_usd)?;
+    Ok(account)
 }
 
+/// Opens the account over its files; `is_complete` is that of [`Files::open`].
 fn account<S: Store>(
     config: &Config,
-    (store, ledger, is_complete): (S, Ledger, bool),
+    store: S,
+    ledger: Ledger,
+    is_complete: bool,
     cached_usd: f64,
 ) -> Result<(Account<S>, InFlight)> {
     let mut floor = Spent {

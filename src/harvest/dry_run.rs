@@ -75,7 +75,7 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     Ok(summary)
 }
 
-/// What is left of the budget, and whether it may end the run early.
+/// Adds the budget left, and a warning if it may end the run early.
 fn tell_money<S: Store>(summary: &mut Summary, account: &Account<S>) {
     let Some(cap) = account.cap() else { return };
     summary.budget_usd = Some(cap.usd());
@@ -93,7 +93,7 @@ fn tell_money<S: Store>(summary: &mut Summary, account: &Account<S>) {
     }
 }
 
-/// What a run that begins now would wait for.
+/// Adds a warning for each wait that a run started now would begin with.
 fn tell_waits<S: Store>(
     summary: &mut Summary,
     config: &Config,

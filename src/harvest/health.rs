@@ -151,7 +151,7 @@ impl Health {
         rows.filter(|_| !self.succeeded)
     }
 
-    /// What was asked last has not been answered, and it may be the rows.
+    /// Returns true if the last requests were refused and their rows may be the reason.
     pub fn is_in_doubt(&self) -> bool {
         !self.succeeded && self.setbacks > 0 || self.forbidden.len() > 1
     }

@@ -116,10 +116,12 @@ fn date(text: &str) -> Option<SystemTime> {
         let date = date.to_zoned(jiff::tz::TimeZone::UTC).ok()?;
         return Some(date.timestamp().into());
     }
-    let zones = ["UTC", "+0000", "Z"];
-    let without = zones.into_iter().find_map(|zone| text.strip_suffix(zone));
-    let date = without.map_or(text.to_owned(), |text| format!("{}GMT", text.trim_end()));
-    httpdate::parse_http_date(&date.replace("GMT", " GMT").replace("  GMT", " GMT")).ok()
+    if let Ok(date) = httpdate::parse_http_date(text) {
+        return Some(date);
+    }
+    let others = ["UTC", "+0000", "Z"].into_iter();
+    let date = others.filter_map(|zone| text.strip_suffix(zone)).next()?;
+    httpdate::parse_http_date(&format!("{} GMT", date.trim_end())).ok()
 }
 
 /// `1h2m3.5s`, `17ms`, `2 minutes`, `PT1M30S`: numbers and units, one after the other.

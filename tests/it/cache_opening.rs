@@ -144,6 +144,9 @@ fn a_pipe_in_the_place_of_a_cache_is_refused_and_not_waited_for() {
     for error in errors {
         let error = error.unwrap();
         assert_eq!(distill::exit::Exit::code_of(&error), 2, "{error:#}");
-        assert!(error.to_string().contains("no ordinary file"), "{error:#}");
+        assert!(
+            error.to_string().contains("not a regular file"),
+            "{error:#}"
+        );
     }
 }

@@ -72,7 +72,7 @@ pub struct Card {
     pub output_file: Option<String>,
     pub error_file: Option<String>,
     pub mistakes: Vec<Mistake>,
-    /// Rows that its files tell of, where that is told.
+    /// Number of rows in its files, if the endpoint reports it.
     pub rows: Option<u64>,
     /// Unix time.
     pub created_at: Option<i64>,
@@ -119,7 +119,7 @@ impl Card {
     }
 }
 
-/// Rows that have ended, with an answer or without one.
+/// Number of rows that have ended, with or without an answer.
 fn rows(counts: &Value) -> Option<u64> {
     let completed = counts["completed"].as_u64()?;
     completed.checked_add(counts["failed"].as_u64().unwrap_or(0))

@@ -50,7 +50,7 @@ pub(super) struct Taking {
 }
 
 impl Taking {
-    /// Rows that its files have told of so far.
+    /// Number of rows found in its files so far.
     fn seen(&self) -> u64 {
         self.fates.iter().flatten().count() as u64 + self.unreadable_lines + self.ignored
     }
@@ -178,7 +178,7 @@ impl Batches<'_> {
         }
         if let Some(told) = card.rows.filter(|told| *told > taking.seen()) {
             // The file may not be whole yet.
-            let message = format!("its files tell of {} of {told} rows", taking.seen());
+            let message = format!("its files hold {} of {told} rows", taking.seen());
             self.is_gone(index, &message)?;
             self.progress
                 .note(&format!("a batch has ended, and {message}"));

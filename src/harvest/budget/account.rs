@@ -181,8 +181,8 @@ impl<S: Store> Account<S> {
         self.in_batches = self.in_batches.plus(usd);
     }
 
-    /// Settles what was held for so many rows of a batch, at `unraised` dollars before the excess factor. What
-    /// was spent is in the log when this returns.
+    /// Settles the amount held for a number of rows of a batch; `unraised` is their cost before the excess
+    /// factor. The amount spent is in the log when this returns.
     ///
     /// # Errors
     /// Where it cannot be written.

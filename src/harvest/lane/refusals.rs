@@ -1,4 +1,4 @@
-//! What follows from a refusal: to wait, to try another row, to fail the row or to stop.
+//! Decisions after a refusal: wait, try another row, fail the row or stop.
 
 use std::time::Duration;
 
@@ -156,8 +156,13 @@ impl Lane {
         };
         if may_be_the_row && (self.is_known || self.has_suspects) {
             let remaining = 1 + self.queue.len() + self.in_flight;
-            // The few that are left may be those that are always refused.
-            if self.is_known && remaining <= REFUSED_ROWS && reason != Reason::Credit {
+            // The last few rows may be those that are always refused. An empty account refuses all rows alike.
+            let few = if reason == Reason::Credit {
+                CLAIMS_OF_ROWS - 1
+            } else {
+                REFUSED_ROWS
+            };
+            if self.is_known && remaining <= few {
                 entry.failed += 1;
                 return Verdict::Failed(entry, failure);
             }
@@ -165,11 +170,6 @@ impl Lane {
                 entry.claimed += 1;
                 self.queue.delay(entry, now);
                 return Verdict::AGAIN;
-            }
-            // None but these are left, and all others have their answers.
-            if self.is_known && suspects >= remaining {
-                entry.failed += 1;
-                return Verdict::Failed(entry, failure);
             }
         }
         self.queue.delay(entry, now);
@@ -183,8 +183,8 @@ impl Lane {
             return self.transient(entry, failure, Duration::ZERO);
         }
         entry.failed += 1;
-        // What is on its way may show that others are answered.
-        // Where the cache holds answers, these may be the rows that are always refused.
+        // Replies in flight may show that other rows are answered, and if the cache holds answers, these may be
+        // the rows that are always refused.
         let is_settled = !self.is_known || self.queue.len() > REFUSED_ROWS;
         if self.health.refused(&failure.message) && self.in_flight == 0 && is_settled {
             self.stop(stop::refused_alike(&failure.message));

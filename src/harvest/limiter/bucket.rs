@@ -31,7 +31,7 @@ pub(super) struct Bucket {
     /// As reported; while only `remaining` is, the most that has been seen of it.
     pub(super) limit: Option<f64>,
     refill: Refill,
-    /// Length of a window, where that is told.
+    /// Length of a window, if the server reports it.
     window: Option<Duration>,
     /// Amount that remained at the instant `at`; may be negative.
     pub(super) level: f64,
@@ -155,8 +155,8 @@ impl Bucket {
         }
     }
 
-    /// Nothing is left of a limit that is not told: until it is reset, where that is told, and else for no
-    /// longer than the refusal itself says.
+    /// Nothing is left of a limit of unknown size: waits for its reset, if the server reports one, and else no
+    /// longer than the refusal itself asks for.
     fn close(&mut self, report: &Report, departure: &Departure, now: Instant) {
         let Some(reset) = report.reset else { return };
         self.as_of = Some(departure.at);

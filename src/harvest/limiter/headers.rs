@@ -48,7 +48,7 @@ pub struct Report {
     pub remaining: Option<f64>,
     /// Until the limit is whole again.
     pub reset: Option<Duration>,
-    /// Length of its window, where that is told.
+    /// Length of its window, if the server reports it.
     pub window: Option<Duration>,
     /// The period of the limit, where the dialect or the name fixes it.
     period: Option<Duration>,

@@ -212,8 +212,8 @@ pub fn unpacked(mut body: Bytes) -> Bytes {
     body
 }
 
-/// What a broken gzip stream holds before something else follows it, or before it ends without its
-/// checksum. None where the checksum is wrong.
+/// Decodes a broken gzip stream: one that other bytes follow, or that ends without its checksum. None if the
+/// checksum is wrong.
 pub fn salvaged(raw: &[u8]) -> Option<Vec<u8>> {
     let (mut decoded, mut rest) = (Vec::new(), raw);
     while encoding(rest, None).is_some() {

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::json::{self, Problem};
 
-/// What each answer has.
+/// Field of every completion.
 const CHOICES: &[u8] = b"\"choices\"";
 
 /// The end of a stream in OpenAI's dialect.

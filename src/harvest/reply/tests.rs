@@ -3,6 +3,19 @@
 use super::*;
 use serde_json::json;
 
+/// Parses a body whose answer must be `hi`, complete.
+#[track_caller]
+fn says_hi(body: &str) -> Completion {
+    let completion = parse(body.as_bytes()).unwrap_or_else(|e| panic!("{body}: {e:?}"));
+    let answer = &completion.answer;
+    assert_eq!(
+        (answer.text.as_str(), answer.finish_reason.as_str()),
+        ("hi", "stop"),
+        "{body}"
+    );
+    completion
+}
+
 fn answer(body: Value) -> Completion {
     parse(body.to_string().as_bytes()).unwrap()
 }
@@ -133,13 +146,7 @@ fn an_answer_is_found_wherever_it_stands() {
         ),
     ];
     for body in bodies {
-        let completion = parse(body.as_bytes()).unwrap_or_else(|e| panic!("{body}: {e:?}"));
-        let answer = &completion.answer;
-        assert_eq!(
-            (answer.text.as_str(), answer.finish_reason.as_str()),
-            ("hi", "stop"),
-            "{body}"
-        );
+        says_hi(&body);
     }
     let errors = [
         with("choices", json!([{"message": {"content": "h"}, "finish_reason": "error"}])),
@@ -197,13 +204,7 @@ fn a_flaw_of_the_json_costs_no_answer() {
         with("\"error\":\"\",\"note\":\"a\nb\u{1}\""),
     ];
     for body in bodies {
-        let completion = parse(body.as_bytes()).unwrap_or_else(|e| panic!("{body}: {e:?}"));
-        let answer = &completion.answer;
-        assert_eq!(
-            (answer.text.as_str(), answer.finish_reason.as_str()),
-            ("hi", "stop"),
-            "{body}"
-        );
+        let completion = says_hi(&body);
         assert_eq!(completion.usage.unwrap().prompt_tokens, 3, "{body}");
         assert!(completion.logprobs.unwrap().matches_text, "{body}");
     }

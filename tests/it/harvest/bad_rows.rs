@@ -5,7 +5,7 @@ use serde_json::json;
 use super::{Run, end};
 use crate::fault_server::{FaultServer, Reaction, answer, error, reply, reply_with};
 
-/// What the endpoint may have against a row, and always says.
+/// Replies that an endpoint may always give to one row.
 fn reactions() -> Vec<Reaction> {
     let credit = error("your document says \"insufficient credits\"", "invalid");
     vec![
@@ -35,6 +35,13 @@ async fn teacher(bad: usize, reaction: Reaction) -> FaultServer {
     .await
 }
 
+fn two_at_once(server: &FaultServer) -> Run {
+    let mut run = Run::new(server, &[]);
+    run.config.limits.concurrency = 2;
+    run.config.sampling.top_logprobs = 0;
+    run
+}
+
 fn prompts(run: &Run, count: usize) {
     let lines: String = (0..count).map(|number| format!("p{number}\n")).collect();
     run.write("prompts.txt", &lines);
@@ -45,9 +52,7 @@ async fn a_row_that_is_pending_from_an_earlier_run_does_not_block_new_ones() {
     for reaction in reactions() {
         let told = format!("{reaction:?}");
         let server = teacher(1, reaction).await;
-        let mut run = Run::new(&server, &[]);
-        run.config.limits.concurrency = 2;
-        run.config.sampling.top_logprobs = 0;
+        let run = two_at_once(&server);
         // The bad row comes amid answers, and is left.
         run.write("prompts.txt", "p1\np2\np0\np3");
         run.harvest().await;
@@ -63,9 +68,7 @@ async fn rows_that_fail_at_the_head_cost_a_run_and_not_every_one() {
     for reaction in reactions() {
         let told = format!("{reaction:?}");
         let server = teacher(4, reaction).await;
-        let mut run = Run::new(&server, &[]);
-        run.config.limits.concurrency = 2;
-        run.config.sampling.top_logprobs = 0;
+        let run = two_at_once(&server);
         prompts(&run, 12);
         for _ in 0..2 {
             run.harvest().await;

@@ -1,4 +1,4 @@
-//! What an account promises.
+//! Tests of the account's promises.
 
 use super::*;
 
