@@ -2,7 +2,8 @@
 //!
 //! A source is a file of JSON objects, a table with a header, or plain text, a prompt a line (see
 //! `source`). With a template each row is rendered through it; without one a row carries its
-//! `messages`, sent as they stand, and a line of text is one user message.
+//! `messages`, sent as they stand, and a line of text is one user message. `guard` bounds the memory that a
+//! template may take.
 
 mod guard;
 mod row;

@@ -121,7 +121,7 @@ fn read_json(line: &Bytes) -> Option<Outcome> {
     };
     let result = if status > 0 {
         let body = line.slice_ref(body);
-        // There is no header whose date the time would be compared with.
+        // A batch line has no date header that the time would be compared with.
         let reply = Reply::whole(status, HeaderMap::new(), body);
         retry::classify(Ok(reply), SystemTime::UNIX_EPOCH)
     } else {
