@@ -149,7 +149,7 @@ pub enum CacheAction {
     Show {
         #[command(flatten)]
         place: CachePlace,
-        /// A key (or its beginning) or a prompt id; all records without one
+        /// A key (or its beginning) or a prompt id; without one, the first records, up to `--limit`
         record: Option<String>,
         /// Print at most N records
         #[arg(long, value_name = "N", default_value_t = 10)]

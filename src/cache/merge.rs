@@ -229,6 +229,10 @@ impl Merging {
             merged.keys.push(line::head(line)?.key.into_owned());
         }
         if self.told.insert(identity) {
+            // It was paid for, too.
+            let (cost_usd, unpriced) = spent(line)?;
+            merged.cost_usd += cost_usd;
+            merged.unpriced.add(&unpriced.unwrap_or_default());
             (self.conflicts.write_all(&[line, b"\n"].concat()))
                 .context("could not keep a conflict")?;
         }

@@ -175,7 +175,8 @@ pub fn check_all_is_back(dir: &Path) -> Result<()> {
     if super::exists(&rescued) {
         let message = format!(
             "{rescued} holds answers that were rescued when files of the cache were moved or changed under a \
-             run: take them over with `distill cache merge --dir {} {rescued}`, and then remove {rescued}",
+             run: take them over with `distill cache merge --dir {} {rescued}` (after `distill cache repair`, if that \
+             says that the cache is damaged), and then remove {rescued}",
             dir.display(),
             rescued = rescued.display()
         );

@@ -5,8 +5,10 @@
 //! replaced answers is named as well.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 use super::plan::{Plan, Scope, Standing};
 use super::prepare::check_fits;
@@ -38,6 +40,15 @@ pub fn select(
 ) -> Result<Asked> {
     let words = &options.again;
     let dir = config.own_cache();
+    if let Some(under_way) = UnderWay::load(&config.run_dir, words)? {
+        let known = cache::peek(&dir)?;
+        let is_kept = |key: &str| known.contains(key);
+        let mut asked = asked(config, options, prompts, &under_way.keys, is_kept)?;
+        if !asked.plan.rows.is_empty() {
+            asked.is_resumed = true;
+            return Ok(asked);
+        }
+    }
     let mut found = Found::default();
     if cache::exists(&dir) {
         for record in cache::read(&dir)? {
@@ -50,7 +61,8 @@ pub fn select(
     if names_failed(words) {
         found.names.extend(unanswered.keys().map(str::to_owned));
     }
-    let asked = asked(config, options, prompts, &found)?;
+    let is_kept = |key: &str| found.kept.contains(&keys::fingerprint(key));
+    let asked = asked(config, options, prompts, &found.names, is_kept)?;
     if asked.plan.total == 0 {
         return Err(found.nothing(words));
     }
@@ -72,6 +84,14 @@ pub fn take_out(
     unanswered: &mut Unanswered,
 ) -> Result<Wanted> {
     let dir = config.own_cache();
+    if asked.is_resumed {
+        tracing::warn!(
+            "{} rows are still to be asked again; {} have their new answer",
+            format_count(asked.plan.rows.len() as u64),
+            format_count(asked.plan.cached)
+        );
+        return Ok(asked.wanted());
+    }
     let moved = rewrite(&dir, &config.cache, &|line| {
         let record = line::decode(line)?;
         Ok(if is_named(&record, words) && asked.answers(&record) {
@@ -97,7 +117,61 @@ pub fn take_out(
             count => format!(", {} have another answer by now", format_count(count)),
         }
     );
-    Ok(asked.plan.rows.into_iter().map(|row| row.key).collect())
+    let wanted = asked.wanted();
+    // Only now: what has not left the cache by then is no new answer.
+    UnderWay {
+        words: words.to_vec(),
+        keys: wanted.clone(),
+    }
+    .save(&config.run_dir)?;
+    Ok(wanted)
+}
+
+/// Ends what `--again` has begun: every row of a run has ended.
+///
+/// # Errors
+/// Where the file cannot be removed.
+pub fn finish(run_dir: &Path) -> Result<()> {
+    let path = UnderWay::file(run_dir);
+    if !path.exists() {
+        return Ok(());
+    }
+    crate::fs::remove_file(&path)
+}
+
+/// `again.json` in the run folder: rows whose answers have left the cache and are being asked for again. The
+/// same command after a stop asks for the rest, and for no new answer once more.
+#[derive(Serialize, Deserialize)]
+struct UnderWay {
+    words: Vec<String>,
+    keys: Wanted,
+}
+
+impl UnderWay {
+    fn file(run_dir: &Path) -> PathBuf {
+        run_dir.join("again.json")
+    }
+
+    /// None where nothing was begun with these words.
+    fn load(run_dir: &Path, words: &[String]) -> Result<Option<UnderWay>> {
+        let path = UnderWay::file(run_dir);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = crate::fs::read(&path)?;
+        let under_way: UnderWay = serde_json::from_slice(&text).map_err(|error| {
+            let message = format!(
+                "{} is damaged ({error}): delete it, and `--again` begins anew",
+                path.display()
+            );
+            Exit::Damaged(message)
+        })?;
+        Ok((under_way.words == words).then_some(under_way))
+    }
+
+    fn save(&self, run_dir: &Path) -> Result<()> {
+        crate::fs::write_atomic(&UnderWay::file(run_dir), &serde_json::to_vec(self)?)
+    }
 }
 
 fn names_failed(words: &[String]) -> bool {
@@ -181,9 +255,15 @@ pub struct Asked {
     keys: HashSet<String>,
     /// Number of selected rows by question.
     of_question: HashMap<String, usize>,
+    /// An earlier run has begun with them, and their answers have left the cache.
+    is_resumed: bool,
 }
 
 impl Asked {
+    fn wanted(&self) -> Wanted {
+        self.plan.rows.iter().map(|row| row.key.clone()).collect()
+    }
+
     /// Returns true if the record answers one of the rows.
     fn answers(&self, record: &Record) -> bool {
         if self.keys.contains(&record.key) {
@@ -206,15 +286,16 @@ fn asked(
     config: &Config,
     options: &HarvestOptions,
     prompts: &[Prompt],
-    found: &Found,
+    names: &HashSet<String>,
+    is_kept: impl Fn(&str) -> bool,
 ) -> Result<Asked> {
     let past = cache::peek(&config.own_cache())?.past;
     let scope = Scope {
         shard: options.shard,
-        only: Some(&found.names),
+        only: Some(names),
     };
     let standing = |key: &str| {
-        Ok(if found.kept.contains(&keys::fingerprint(key)) {
+        Ok(if is_kept(key) {
             Standing::Answered
         } else {
             Standing::Open
@@ -241,5 +322,6 @@ fn asked(
         plan,
         keys,
         of_question,
+        is_resumed: false,
     })
 }

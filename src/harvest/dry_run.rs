@@ -59,7 +59,9 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
         estimate.minutes = 0.0;
         estimate.batches = Some(batch::Outlook::new(config, &plan)?);
     }
-    estimate.cached = census_of(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
+    if options.again.is_empty() {
+        estimate.cached = census_of(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
+    }
     estimate.first_request = first_request(&plan);
     let mut summary = Summary {
         pending: plan.rows.len() as u64,

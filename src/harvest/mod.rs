@@ -238,10 +238,15 @@ pub async fn run_in(
         stop: signals.flag().clone(),
         clock,
     };
-    match config.schedule.mode {
+    let summary = match config.schedule.mode {
         Mode::Realtime => run.realtime(prompts, signals).await,
         Mode::Batch => run.batch(prompts, signals).await,
+    }?;
+    let is_all = !options.again.is_empty() || options.limit.is_none() && options.shard.is_none();
+    if summary.pending == 0 && is_all {
+        again::finish(&config.run_dir)?;
     }
+    Ok(summary)
 }
 
 /// What both ways of asking begin with.

@@ -191,6 +191,7 @@ fn estimate_rows(summary: &Summary, estimate: &Estimate) -> Vec<[String; 2]> {
         None => "not known before the first answers".into(),
     };
     let mut rows = vec![
+        ("given up", format_count(summary.failed)),
         ("to be asked", format_count(summary.pending)),
         (
             "prompt tokens",
@@ -211,6 +212,8 @@ fn estimate_rows(summary: &Summary, estimate: &Estimate) -> Vec<[String; 2]> {
         rows.push(("budget", format!("{spent} of {cap} are spent")));
     }
     rows.extend([("time", time), ("disk", disk)]);
+    // Bought as often as they may be: `--again failed` begins anew with them.
+    rows.retain(|(name, _)| *name != "given up" || summary.failed > 0);
     let rows = rows.into_iter();
     rows.map(|(name, value)| [name.into(), value]).collect()
 }

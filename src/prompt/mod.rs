@@ -122,6 +122,13 @@ pub fn load_with<T>(
             }
             None => row::messages(&row).map_err(usage)?,
         };
+        let is_empty =
+            |message: &Message| message.role == "user" && message.content.trim().is_empty();
+        if messages.last().is_some_and(is_empty) {
+            return Err(
+                usage("the last message is empty: fill it, or remove the row".into()).into(),
+            );
+        }
         let given = Given {
             messages: given,
             fields,

@@ -227,6 +227,7 @@ impl<'a> Dispatcher<'a> {
         let was_closed = std::mem::replace(&mut self.is_closed, matches!(state, State::Closed(_)));
         match state {
             State::Open => None,
+            State::Over if self.is_done() => None,
             State::Over => {
                 self.stop.get_or_insert_with(schedule::over);
                 None
@@ -397,7 +398,7 @@ impl<'a> Dispatcher<'a> {
             let advice = "every answer is recorded, and the same command goes on";
             self.stop.get_or_insert(error.context(advice));
             self.progress.note(&format!(
-                "waiting for the {in_flight} answers in flight; once more to stop at once"
+                "waiting for the {in_flight} answers in flight; once more, a second later, to stop at once"
             ));
         }
         is_second

@@ -1,6 +1,9 @@
 //! The same question is the same question: what names a record, and what asks again.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
 use distill::cache::record::Record;
 use distill::config::MaxTokensField;
@@ -8,7 +11,7 @@ use distill::harvest::{self, HarvestOptions, Summary};
 use serde_json::json;
 
 use super::{Run, end, quietly};
-use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion};
+use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion, error, reply};
 
 /// Answers as long as they are let be: `long` prompts want 100 tokens.
 fn teacher(seen: &Seen) -> Reaction {
@@ -164,6 +167,34 @@ async fn a_row_with_a_complete_answer_is_not_asked_again_for_its_truncated_one()
     // All of them are whole by now: the same command has nothing left to do.
     let summary = again(&run, &["length"]).await.unwrap();
     assert_eq!((end(&summary).0, summary.requests), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_asked_again_before_a_stop_is_not_asked_once_more() {
+    let is_locked = Arc::new(AtomicBool::new(false));
+    let locked = Arc::clone(&is_locked);
+    let server = FaultServer::start(move |seen| {
+        if seen.prompt() == "long two" && locked.load(Relaxed) {
+            return reply(401, error("Incorrect API key provided", "invalid_api_key"));
+        }
+        teacher(seen)
+    })
+    .await;
+    let mut run = Run::new(&server, &PROMPTS);
+    run.config.limits.concurrency = 1;
+    assert_eq!(requests(&run).await, (0, 4));
+    is_locked.store(true, Relaxed);
+    let stopped = again(&run, &["length"]).await.unwrap();
+    assert_eq!((end(&stopped).0, stopped.ok, stopped.pending), (4, 1, 1));
+    let marker = run.config.run_dir.join("again.json");
+    assert!(marker.exists());
+    is_locked.store(false, Relaxed);
+    // The new answer of `long one` is cut off as well, and stays.
+    let rest = again(&run, &["length"]).await.unwrap();
+    assert_eq!((end(&rest).0, rest.requests, rest.ok), (0, 1, 1));
+    assert!(!marker.exists());
+    let anew = again(&run, &["length"]).await.unwrap();
+    assert_eq!(anew.requests, 2, "from the beginning");
 }
 
 #[tokio::test(flavor = "multi_thread")]
