@@ -222,8 +222,8 @@ impl<S: Store> Account<S> {
             },
             Bill::Answered(bound) => {
                 let at_most = self.bound(&bound, price);
-                // What was reserved is a bound, too.
-                spent.estimated_usd = at_most.usd.min(reserved.usd);
+                // What was reserved is a bound, too, unless the endpoint itself reports more.
+                spent.estimated_usd = at_most.usd.min(reserved.usd).max(at_most.unraised);
                 spent.estimated_tokens = at_most.tokens;
             }
             Bill::Possible => {
@@ -232,9 +232,13 @@ impl<S: Store> Account<S> {
             }
             Bill::Nothing => {}
         }
-        if !reserved.unraised.is_zero() && spent.measured_usd > reserved.unraised {
+        let known = match bill {
+            Bill::Answered(bound) => self.bound(&bound, price).unraised,
+            _ => spent.measured_usd,
+        };
+        if !reserved.unraised.is_zero() && known > reserved.unraised {
             // Not times the factor so far: many requests that were reserved at the same one may exceed it.
-            let excess = spent.measured_usd.usd() / reserved.unraised.usd();
+            let excess = known.usd() / reserved.unraised.usd();
             if excess > self.ledger.excess {
                 self.ledger.excess = excess;
                 self.is_dirty = true;

@@ -51,14 +51,14 @@ fn completion<L>(
     let error = Some(&body.error).filter(|error| is_error(error));
     let error = error.map(ApiError::from_value);
     let is_filtered = error.as_ref().is_some_and(ApiError::is_of_the_content);
-    // An answer that has come to its end is one, whatever stands beside it.
-    let is_answer = choice
-        .as_ref()
-        .is_some_and(|choice| is_filtered || is_complete(choice));
+    // A text is an answer, whatever stands beside it.
+    let is_answer = choice.as_ref().is_some_and(|choice| {
+        is_filtered || says_something(choice) && reason(&choice.finish_reason) != "error"
+    });
     if let Some(error) = error.filter(|_| !is_answer) {
         return Err(NoAnswer::error(error));
     }
-    let (mut usage, usage_extra) = usage::usage(usage_of(body.usage, &mut extra));
+    let (usage, usage_extra) = usage::usage(usage_of(body.usage, &mut extra));
     let Some(choice) = choice else {
         let named = ApiError::in_body(&extra).filter(|_| measures_nothing(usage));
         if let Some(error) = named {
@@ -88,17 +88,18 @@ fn completion<L>(
             ..Completion::default()
         });
     };
-    if !is_filtered && !is_complete(&choice) && has_failed(&choice) {
+    if !is_filtered && !is_answer && has_failed(&choice) {
         return Err(NoAnswer::error(ApiError::from_value(&choice.error)));
     }
-    let mut finish_reason = text(&choice.finish_reason);
+    let mut finish_reason = reason(&choice.finish_reason);
     if is_filtered && finish_reason.is_empty() {
         finish_reason = "content_filter".into();
+    } else if finish_reason.is_empty() && (is_error(&body.error) || is_error(&choice.error)) {
+        // Paid for, and perhaps not all of it.
+        finish_reason = "error".into();
     }
     let mut choice_extra = choice.extra;
     choice_extra.remove("index");
-    // Some gateways put it there.
-    usage = usage.or_else(|| usage::usage(choice_extra.get("usage")?.clone()).0);
     let mut message = message_of(choice.message, &mut choice_extra);
     let answer = message::answer(&mut message, finish_reason);
     let (logprobs, logprobs_fault) = match choice.logprobs {
@@ -134,6 +135,9 @@ fn completion<L>(
     })
 }
 
+/// Fields of a choice that may hold its message instead of `message`.
+const ELSEWHERE: [&str; 4] = ["delta", "text", "messages", "content"];
+
 /// The first choice that says something, or else the first.
 fn best<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
     let mut choices: Vec<_> = choices.into_iter().flatten().collect();
@@ -142,12 +146,12 @@ fn best<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
 }
 
 fn says_something<L>(choice: &Choice<L>) -> bool {
-    let elsewhere = ["delta", "text", "messages"].map(|name| choice.extra.get(name));
+    let elsewhere = ELSEWHERE.map(|name| choice.extra.get(name));
     speaks(&choice.message) || elsewhere.into_iter().flatten().any(speaks)
 }
 
 /// Returns true if there is text in a message, or a call of a tool.
-fn speaks(value: &Value) -> bool {
+pub fn speaks(value: &Value) -> bool {
     match value {
         Value::String(text) => !text.is_empty(),
         Value::Array(parts) => parts.iter().any(speaks),
@@ -158,21 +162,23 @@ fn speaks(value: &Value) -> bool {
     }
 }
 
-/// Returns true if the choice has text and a finish reason that is no error.
-fn is_complete<L>(choice: &Choice<L>) -> bool {
-    let finish_reason = text(&choice.finish_reason);
-    !["", "error"].contains(&&*finish_reason) && says_something(choice)
+fn has_failed<L>(choice: &Choice<L>) -> bool {
+    reason(&choice.finish_reason) == "error" || is_error(&choice.error)
 }
 
-fn has_failed<L>(choice: &Choice<L>) -> bool {
-    text(&choice.finish_reason) == "error" || is_error(&choice.error)
+/// A finish reason, also inside of an object.
+fn reason(value: &Value) -> String {
+    let inner = ["type", "reason", "name"]
+        .iter()
+        .find_map(|name| value.get(*name));
+    text(inner.unwrap_or(value))
 }
 
 /// Message of a choice: as a text completion or as a piece of a stream, where that says something and
 /// `message` does not. The others stay in `extra`.
 fn message_of(message: Value, extra: &mut Map<String, Value>) -> Map<String, Value> {
     let mut found = vec![("message", message)];
-    for name in ["delta", "text", "messages"] {
+    for name in ELSEWHERE {
         found.extend(extra.remove(name).map(|value| (name, value)));
     }
     let speaking = found.iter().position(|(_, value)| speaks(value));
@@ -198,7 +204,7 @@ fn measures_nothing(usage: Option<Usage>) -> bool {
 
 /// The token counts, which some servers have under another name, or beside each other at the top.
 fn usage_of(usage: Value, extra: &mut Map<String, Value>) -> Value {
-    if usage.is_object() {
+    if usage.as_object().is_some_and(|counts| !counts.is_empty()) {
         return usage;
     }
     let elsewhere = extra

@@ -77,7 +77,8 @@ impl ApiError {
             let mut found = ApiError::from_value(error);
             // TGI has the kind beside the text.
             found.mark(fields.get("error_type"));
-            found.retry_delay = found.retry_delay.or_else(|| retry_delay(fields));
+            let beside = || retry_delay(fields).filter(|wait| !wait.is_zero());
+            found.retry_delay = found.retry_delay.or_else(beside);
             return Some(found);
         }
         if let Some(Value::Object(status)) = fields.get("base_resp") {
@@ -140,7 +141,7 @@ impl ApiError {
             } else {
                 message
             },
-            retry_delay: retry_delay(fields),
+            retry_delay: retry_delay(fields).filter(|wait| !wait.is_zero()),
             ..ApiError::default()
         };
         for name in [

@@ -6,10 +6,9 @@
 
 use serde_json::{Map, Value};
 
+use super::error::is_error;
 use super::json::{self, Problem};
-
-/// Field of every completion.
-const CHOICES: &[u8] = b"\"choices\"";
+use super::{names_choices, wrapped};
 
 /// The end of a stream in OpenAI's dialect.
 const DONE: &[u8] = b"[DONE]";
@@ -24,12 +23,18 @@ pub fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     let names = ["data:", "event:", "id:", "retry:", ":"];
     if names.iter().any(|name| body.starts_with(name.as_bytes())) {
-        return Some(join(&events(body)));
+        let joined = join(&events(body));
+        // A body in the clear, behind comments that kept the connection open.
+        let clear = memchr::memmem::find(body, b"\n{").map(|at| &body[at + 1..]);
+        return Some(match (joined, clear) {
+            (Err(_), Some(clear)) => json::value(clear),
+            (joined, _) => joined,
+        });
     }
     let (values, rest) = several(body)?;
     if !values.iter().any(is_chunk) {
         // Signs of life before the answer.
-        return (values.len() > 1).then(|| Ok(first_answer(values)));
+        return (values.len() > 1).then_some(Ok(Value::Array(values)));
     }
     if rest.starts_with(b"{") {
         return Some(Err(Problem::NotJson(json::beginning(rest))));
@@ -55,13 +60,6 @@ fn several(body: &[u8]) -> Option<(Vec<Value>, &[u8])> {
 fn is_chunk(value: &Value) -> bool {
     let choice = value.get("choices").and_then(|choices| choices.get(0));
     choice.is_some_and(|choice| choice.get("delta").is_some() && choice.get("message").is_none())
-}
-
-fn first_answer(mut values: Vec<Value>) -> Value {
-    let holds_choices =
-        |value: &Value| memchr::memmem::find(value.to_string().as_bytes(), CHOICES).is_some();
-    let first = values.iter().position(holds_choices).unwrap_or(0);
-    values.swap_remove(first)
 }
 
 fn join_values(values: Vec<Value>) -> Result<Value, Problem> {
@@ -121,9 +119,12 @@ fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
             None => data.trim_ascii(),
         };
         if data.starts_with(b"{") || data.starts_with(b"[") {
-            match json::value(data)? {
-                Value::Object(chunk) => is_whole |= add(&mut body, chunk),
-                other => odd = Some(other.to_string()),
+            match json::value(data) {
+                Ok(Value::Object(chunk)) => is_whole |= add(&mut body, chunk),
+                Ok(other) => odd = Some(other.to_string()),
+                // No piece of the answer is missed.
+                Err(_) if is_whole || !names_choices(data) => odd = Some(json::beginning(data)),
+                Err(problem) => return Err(problem),
             }
         } else if !data.is_empty() {
             // A word, as `ping` and `null`: no piece of an answer.
@@ -152,8 +153,12 @@ fn finish(mut body: Map<String, Value>, is_whole: bool) -> Result<Value, Problem
     if let Some(Value::Array(choices)) = body.get_mut("choices") {
         choices.sort_by_key(place);
     }
-    // What an error says needs no end.
-    if is_whole || body.contains_key("error") {
+    if is_whole {
+        return Ok(Value::Object(body));
+    }
+    // An error needs no end, and half a text before it is no answer.
+    body.remove("choices");
+    if body.get("error").is_some_and(is_error) {
         Ok(Value::Object(body))
     } else {
         Err(Problem::CutOff)
@@ -166,8 +171,16 @@ fn place(choice: &Value) -> u64 {
 }
 
 /// Adds a chunk. True if it ends an answer.
-fn add(body: &mut Map<String, Value>, chunk: Map<String, Value>) -> bool {
+fn add(body: &mut Map<String, Value>, mut chunk: Map<String, Value>) -> bool {
+    if !chunk.contains_key("choices")
+        && let Some(Value::Object(inner)) =
+            wrapped::completions(&Value::Object(chunk.clone())).pop()
+    {
+        chunk = inner;
+    }
     let mut ends = false;
+    // A whole answer in the frame of a stream may have no finish reason.
+    let is_measured = chunk.get("usage").is_some_and(Value::is_object);
     for (name, value) in chunk {
         if name != "choices" {
             merge(body, name, value);
@@ -185,8 +198,8 @@ fn add(body: &mut Map<String, Value>, chunk: Map<String, Value>) -> bool {
                 continue;
             };
             let finish_reason = choice.get("finish_reason");
-            ends |= choice.contains_key("message")
-                || finish_reason.is_some_and(|reason| !reason.is_null());
+            let has_reason = finish_reason.is_some_and(|reason| !reason.is_null() && reason != "");
+            ends |= has_reason || is_measured && choice.contains_key("message");
             let known = whole.iter().position(|known| place(known) == at);
             let known = known.unwrap_or_else(|| {
                 whole.push(Value::Object(Map::new()));
@@ -204,10 +217,19 @@ fn add_choice(whole: &mut Map<String, Value>, choice: Map<String, Value>) {
     for (name, value) in choice {
         match name.as_str() {
             "delta" => join_texts(whole, "message".into(), value),
+            // Pieces, or all of it once more.
+            "message" if !repeats(whole.get("message"), &value) => join_texts(whole, name, value),
             "logprobs" | "text" => join_texts(whole, name, value),
             _ => merge(whole, name, value),
         }
     }
+}
+
+/// Returns true if a message begins with the text of the one before.
+fn repeats(before: Option<&Value>, message: &Value) -> bool {
+    let text = |message: &Value| Some(message.get("content")?.as_str()?.to_owned());
+    let before = before.and_then(text).unwrap_or_default();
+    text(message).is_some_and(|text| text.starts_with(&before))
 }
 
 /// The last value that says something.

@@ -20,6 +20,7 @@ mod message;
 mod repair;
 mod scan;
 pub mod usage;
+mod wrapped;
 
 use std::cell::Cell;
 
@@ -57,6 +58,21 @@ impl Completion {
             unreadable: Some(problem),
             ..Completion::default()
         }
+    }
+
+    /// Returns true if there is something in it to keep: text of any kind, or calls of tools.
+    fn says_something(&self) -> bool {
+        let Answer {
+            text,
+            refusal,
+            reasoning,
+            ..
+        } = &self.answer;
+        let rest = self.extra.get("message");
+        [text, refusal, reasoning]
+            .iter()
+            .any(|text| !text.is_empty())
+            || rest.is_some_and(body::speaks)
     }
 
     /// Takes keys out of an answer that came in pieces, none of which held one.
@@ -106,6 +122,22 @@ impl NoAnswer {
 /// and else as what they should be. Where that fails, they are left unparsed, so that broken logprobs
 /// cost no answer. A body that is not strict JSON of this shape is repaired first.
 pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
+    let first = strict(body).unwrap_or_else(|_| parse_repaired(body));
+    let completion = match first {
+        Ok(completion) if completion.says_something() => completion,
+        // It may be inside of something, or behind something.
+        other if names_choices(body) => match (parse_repaired(body), other) {
+            (Ok(found), _) if found.says_something() => found,
+            (_, Ok(empty)) => empty,
+            (found, Err(_)) => found?,
+        },
+        other => other?,
+    };
+    Ok(with_usage(completion, body))
+}
+
+/// Reads a body that is strict JSON of the usual shape.
+fn strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
     if let Some(Cut { rest, columns }) = scan::cut(body) {
         let columns = Cell::new(Some(columns));
         let answer = read(&rest, |_: Mark, text| {
@@ -115,16 +147,20 @@ pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
         if let Ok(answer) = answer
             && columns.take().is_none()
         {
-            return answer;
+            return Ok(answer);
         }
     }
-    match read(body, logprobs::columns).or_else(|_| read(body, parse_later)) {
-        Ok(Ok(completion)) => Ok(completion),
-        // The choices may be inside of something.
-        Ok(Err(_)) if names_choices(body) => parse_repaired(body),
-        Ok(no_answer) => no_answer,
-        Err(_) => parse_repaired(body),
+    read(body, logprobs::columns).or_else(|_| read(body, parse_later))
+}
+
+/// Finds the token counts elsewhere in the body, if they are not where they should be.
+fn with_usage(mut completion: Completion, body: &[u8]) -> Completion {
+    let has_counts = memchr::memmem::find(body, b"oken").is_some();
+    if completion.usage.is_none() && has_counts {
+        let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
+        completion.usage = value.ok().and_then(|value| wrapped::usage_in(&value));
     }
+    completion
 }
 
 fn parse_later(raw: &RawValue, text: &str) -> Result<Option<Logprobs>, String> {
@@ -134,15 +170,27 @@ fn parse_later(raw: &RawValue, text: &str) -> Result<Option<Logprobs>, String> {
 fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
     let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
     let value = value.map_err(|problem| no_json(problem, body))?;
-    let text = unwrapped(value).to_string();
-    match read(text.as_bytes(), parse_later) {
-        Ok(answer) => answer,
-        Err(error) if has_signs_of_an_answer(body) => {
-            let problem = format!("the body is no chat completion: {error}");
-            Err(NoAnswer::Unreadable(problem))
-        }
-        Err(_) => Err(NoAnswer::Malformed(no_completion(body))),
+    let mut found = wrapped::completions(&value);
+    if found.is_empty() {
+        found.push(value);
     }
+    let mut answers = found.iter().map(|value| {
+        let text = value.to_string();
+        read(text.as_bytes(), parse_later).unwrap_or_else(|error| {
+            Err(if has_signs_of_an_answer(body) {
+                NoAnswer::Unreadable(format!("the body is no chat completion: {error}"))
+            } else {
+                NoAnswer::Malformed(no_completion(body))
+            })
+        })
+    });
+    let says_something = |answer: &Result<Completion, NoAnswer>| {
+        answer.as_ref().is_ok_and(Completion::says_something)
+    };
+    let speaking = answers.clone().find(says_something);
+    speaking
+        .or_else(|| answers.next())
+        .unwrap_or_else(|| Err(NoAnswer::Malformed(no_completion(body))))
 }
 
 fn no_json(problem: Problem, body: &[u8]) -> NoAnswer {
@@ -170,48 +218,6 @@ pub fn names_choices(body: &[u8]) -> bool {
 
 fn no_completion(body: &[u8]) -> String {
     format!("the body is no chat completion: {}", json::beginning(body))
-}
-
-/// Takes a completion out of what gateways put around it: a list, a text, objects of their own.
-fn unwrapped(value: Value) -> Value {
-    const DEEPEST: usize = 6;
-    match inner(&value, DEEPEST) {
-        Some(mut completion) => {
-            // One choice without a list around it.
-            if let Some(choices @ Value::Object(_)) = completion.get_mut("choices") {
-                *choices = Value::Array(listed(choices.take()));
-            }
-            completion
-        }
-        None => value,
-    }
-}
-
-/// Choices without a list around them: one, or several by their index.
-fn listed(choices: Value) -> Vec<Value> {
-    match choices {
-        Value::Object(fields) if fields.keys().all(|name| name.parse::<u32>().is_ok()) => {
-            fields.into_iter().map(|(_, choice)| choice).collect()
-        }
-        choice => vec![choice],
-    }
-}
-
-/// The outermost object with choices.
-fn inner(value: &Value, depth: usize) -> Option<Value> {
-    let depth = depth.checked_sub(1)?;
-    match value {
-        Value::Object(fields) if fields.contains_key("choices") => Some(value.clone()),
-        Value::Object(fields) => fields.values().find_map(|value| inner(value, depth)),
-        Value::Array(items) => items.iter().find_map(|value| inner(value, depth)),
-        Value::String(text) => {
-            let text = text.trim_start();
-            let may_be = text.starts_with(['{', '[', '"']) && text.contains("choices");
-            let value = may_be.then(|| json::value(text.as_bytes()).ok())??;
-            inner(&value, depth)
-        }
-        Value::Null | Value::Bool(_) | Value::Number(_) => None,
-    }
 }
 
 #[cfg(test)]

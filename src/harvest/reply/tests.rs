@@ -125,6 +125,23 @@ fn an_answer_is_found_wherever_it_stands() {
             "choices",
             json!([{"messages": [{"role": "assistant", "content": "hi"}], "finish_reason": "stop"}]),
         ),
+        with("choices", json!([[choice]])),
+        with("choices", json!(json!([choice]).to_string())),
+        with("choices", json!([false, choice])),
+        with("choices", json!({"items": [choice]})),
+        with(
+            "choices",
+            json!([{"content": "hi", "finish_reason": {"type": "stop"}}]),
+        ),
+        format!("{{\"choices\":[]}}\n{body}"),
+        format!("{{\"choices\":null}}{{\"choices\":[]}}{body}"),
+        json!([{}, body]).to_string(),
+        format!(": wait\n\n: wait\n\n{body}"),
+        format!("data: ping\n\n{body}\n"),
+        format!(
+            "data: {{\"data\":{{\"choices\":[{{\"delta\":{{\"content\":\"h\"}}}}]}}}}\n\ndata: {{\"data\":{{\"choices\":[{{\"delta\":{{\"content\":\"i\"}},\"finish_reason\":\"stop\"}}]}}}}\n\n"
+        ),
+        format!("data: {{\"oops\n\ndata: {body}\n\ndata: [DONE]\n\ndata: {{\"late\n\n"),
         with(
             "choices",
             json!([{"message": "hi", "finish_reason": "stop"}]),
@@ -150,7 +167,11 @@ fn an_answer_is_found_wherever_it_stands() {
     }
     let errors = [
         with("choices", json!([{"message": {"content": "h"}, "finish_reason": "error"}])),
-        json!({"error": {"message": "overloaded"}, "choices": [{"message": {"content": "h"}}]}).to_string(),
+        json!({"error": {"message": "overloaded"}, "choices": [{"message": {"content": ""}}]})
+            .to_string(),
+        // Half a text in a stream.
+        format!("data: {}\n\ndata: {}\n\n",
+            json!({"choices": [{"delta": {"content": "h"}}]}), json!({"error": {"message": "overloaded"}})),
         json!({"code": 429, "message": "slow down", "choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0}}).to_string(),
     ];
     for body in errors {
@@ -162,10 +183,54 @@ fn an_answer_is_found_wherever_it_stands() {
 }
 
 #[test]
-fn usage_is_found_in_a_choice() {
+fn a_text_beside_an_error_is_kept_and_marked() {
+    for finish_reason in [json!(null), json!({"type": "error_late"})] {
+        let choice = json!({"message": {"content": "h"}, "finish_reason": finish_reason});
+        let kept = answer(json!({"choices": [choice], "error": {"message": "late"}}));
+        assert_eq!(kept.answer.text, "h");
+        assert!(kept.answer.finish_reason.starts_with("error"));
+        assert_eq!(kept.extra["error"]["message"], "late");
+    }
+}
+
+#[test]
+fn usage_is_found_wherever_it_stands() {
     let usage = json!({"prompt_tokens": 7, "completion_tokens": 2});
-    let body = json!({"choices": [{"message": {"content": "hi"}, "usage": usage}]});
-    assert_eq!(answer(body).usage.unwrap().prompt_tokens, 7);
+    let choice = json!({"message": {"content": "hi"}, "finish_reason": "stop"});
+    let mut measured = choice.clone();
+    measured["usage"] = usage.clone();
+    let bodies = [
+        json!({"choices": [measured]}),
+        json!({"choices": [choice], "meta": {"usage": usage}}),
+        json!({"choices": [choice], "usage": {}, "usageMetadata": usage}),
+        json!({"output": {"choices": [choice]}, "usage": usage}),
+        json!({"choices": [], "usage": usage, "result": {"choices": [choice]}}),
+    ];
+    for body in bodies {
+        let completion = says_hi(&body.to_string());
+        assert_eq!(completion.usage.unwrap().prompt_tokens, 7, "{body}");
+    }
+}
+
+#[test]
+fn a_stream_that_was_cut_is_no_answer() {
+    let with = |delta: Value, finish: Value| {
+        let chunk = json!({"choices": [{"delta": delta, "finish_reason": finish}], "error": null});
+        parse(format!("data: {chunk}\n\n").as_bytes())
+    };
+    for finish in [json!(null), json!("")] {
+        let found = with(json!({"content": "h"}), finish);
+        assert!(matches!(found, Err(NoAnswer::Malformed(_))), "{found:?}");
+    }
+    let piece = |text: &str| json!({"choices": [{"message": {"content": text}}]});
+    let pieces = format!("data: {}\n\ndata: {}\n\n", piece("h"), piece("i"));
+    assert!(matches!(
+        parse(pieces.as_bytes()),
+        Err(NoAnswer::Malformed(_))
+    ));
+    says_hi(&format!(
+        "{pieces}data: {{\"choices\":[{{\"finish_reason\":\"stop\"}}]}}\n\n"
+    ));
 }
 
 #[test]

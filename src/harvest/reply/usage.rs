@@ -30,7 +30,8 @@ pub fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
     let mut fields = match value {
         Value::Object(fields) => fields,
         Value::Array(mut items) if items.len() == 1 => return usage(items.remove(0)),
-        _ => return (None, Map::new()),
+        Value::Null => return (None, Map::new()),
+        other => return (None, Map::from_iter([("counts".to_owned(), other)])),
     };
     let Some(usage) = read(&fields) else {
         return (None, fields);
@@ -96,6 +97,41 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
     };
     let is_possible = prompt_tokens <= IMPOSSIBLE && completion_tokens <= IMPOSSIBLE;
     is_possible.then_some(usage)
+}
+
+/// The largest prompt and completion counts in what an endpoint said, of which no whole usage could be made.
+fn reported(value: &Value) -> Usage {
+    let mut most = Usage::default();
+    match value {
+        Value::Object(fields) => {
+            let first = |names: &[&str]| {
+                let counts = names.iter().filter_map(|name| count(fields.get(*name)));
+                counts
+                    .filter(|count| *count <= IMPOSSIBLE)
+                    .max()
+                    .unwrap_or(0)
+            };
+            let total = first(&TOTAL);
+            most.prompt_tokens = first(&PROMPT);
+            most.completion_tokens =
+                first(&COMPLETION).max(total.saturating_sub(most.prompt_tokens));
+            fields.values().for_each(|value| raise(&mut most, value));
+        }
+        Value::Array(items) => items.iter().for_each(|value| raise(&mut most, value)),
+        _ => {}
+    }
+    most
+}
+
+/// Raises `most` to what is said in the rest of a body.
+pub fn raise_by(most: &mut Usage, extra: &Map<String, Value>) {
+    extra.values().for_each(|value| raise(most, value));
+}
+
+fn raise(most: &mut Usage, value: &Value) {
+    let other = reported(value);
+    most.prompt_tokens = most.prompt_tokens.max(other.prompt_tokens);
+    most.completion_tokens = most.completion_tokens.max(other.completion_tokens);
 }
 
 /// A count, be it written as an integer, as a float or as text. A part of a token is billed as one.
@@ -222,7 +258,8 @@ mod tests {
             let (found, rest) = usage(value.clone());
             assert_eq!((found, Value::Object(rest)), (None, value));
         }
-        assert_eq!(usage(json!([1])), (None, Map::new()));
+        let counts = Map::from_iter([("counts".to_owned(), json!([1, 2]))]);
+        assert_eq!(usage(json!([1, 2])), (None, counts));
         assert_eq!(
             read(json!([{"prompt_tokens": 12, "completion_tokens": 3}])),
             Some([12, 3, 0, 0])
