@@ -185,8 +185,10 @@ pub fn decode(line: &[u8]) -> Result<Record, Fault> {
     serde_json::from_slice(line).map_err(|e| Fault::NoRecord(e.to_string()))
 }
 
-/// As [`decode`], of a record whose key must be that of its request: it would answer another question.
+/// As [`decode`], of a record whose cost must be possible, and whose key that of its request: it would answer
+/// another question.
 pub fn decode_own(line: &[u8]) -> Result<Record, Fault> {
+    cost_usd(line)?;
     let record = decode(line)?;
     if question::is_key_of(&record) {
         Ok(record)

@@ -75,12 +75,20 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             answered.insert(*key);
             continue;
         }
+        let is_answered = |plain: &str| {
+            known.contains(plain)
+                || known
+                    .past
+                    .cut_keys(plain, 0)
+                    .any(|key| known.contains(&key))
+        };
         let free = of_question.iter().find_map(|(plain, name)| {
             let key = name_of(plain);
-            let is_free = !known.contains(&key) && taken.insert(key.clone());
+            let is_free = !is_answered(plain) && !taken.contains(plain);
             is_free.then_some((*plain, key, *name))
         });
         if let Some((plain, key, name)) = free {
+            taken.insert(plain);
             answered.insert(plain);
             targets.insert(record.key, (key, name));
         }

@@ -121,8 +121,13 @@ impl Card {
 
 /// Number of rows that have ended, with or without an answer.
 fn rows(counts: &Value) -> Option<u64> {
-    let completed = counts["completed"].as_u64()?;
-    completed.checked_add(counts["failed"].as_u64().unwrap_or(0))
+    let count = |name: &str| {
+        let value = &counts[name];
+        value
+            .as_u64()
+            .or_else(|| value.as_str()?.trim().parse().ok())
+    };
+    count("completed")?.checked_add(count("failed").unwrap_or(0))
 }
 
 /// A status as OpenAI spells it; one that is unknown as it came.

@@ -52,12 +52,19 @@ pub(super) struct Taking {
 impl Taking {
     /// Number of rows found in its files so far.
     fn seen(&self) -> u64 {
-        self.fates.iter().flatten().count() as u64 + self.unreadable_lines + self.ignored
+        let fates = self.fates.iter().flatten();
+        let readable = fates.filter(|fate| !matches!(fate, Fate::Unreadable { .. }));
+        readable.count() as u64
     }
 }
 
 pub(super) enum Fate {
     Answered,
+    /// Its line cannot be read, unless a later one can: the file may be whole by then.
+    Unreadable {
+        problem: String,
+        body: Bytes,
+    },
     Again(Failure),
     Refused(Failure),
     Filtered(Failure),
@@ -176,14 +183,33 @@ impl Batches<'_> {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
         }
-        if let Some(told) = card.rows.filter(|told| *told > taking.seen()) {
+        // Without a number that can be true, all of them.
+        let members = taking.members.len() as u64;
+        let told = card.rows.filter(|rows| (1..=members).contains(rows));
+        let told = told.or((card.status == "completed").then_some(members));
+        if let Some(told) = told.filter(|told| *told > taking.seen()) {
             // The file may not be whole yet.
             let message = format!("its files hold {} of {told} rows", taking.seen());
             self.is_gone(index, &message)?;
             self.progress
                 .note(&format!("a batch has ended, and {message}"));
         }
+        self.record_unreadable(index, &mut taking)?;
         self.close(index, taking, &card.status)
+    }
+
+    /// Records the answers whose lines cannot be read: they were paid for.
+    fn record_unreadable(&mut self, index: usize, taking: &mut Taking) -> Result<()> {
+        for row in 0..taking.fates.len() {
+            let Some(Fate::Unreadable { problem, body }) = &taking.fates[row] else {
+                continue;
+            };
+            self.unreadable.keep(&taking.members[row].key, body)?;
+            let completion = Completion::unreadable(problem.clone());
+            self.answered(index, taking, row, completion)?;
+            taking.fates[row] = Some(Fate::Answered);
+        }
+        Ok(())
     }
 
     /// No line of a results file is one of ours: what was paid for must not be bought again. The file is
@@ -281,7 +307,13 @@ impl Batches<'_> {
             trouble.clean(&transport.secrets());
         }
         let row = taking.lines.get(&custom_id).copied();
-        let Some(row) = row.filter(|row| taking.fates[*row].is_none()) else {
+        // An answer counts, also after a line that has none.
+        let is_open = |row: &usize| match &taking.fates[*row] {
+            None => true,
+            Some(Fate::Answered) => false,
+            Some(_) => result.is_ok(),
+        };
+        let Some(row) = row.filter(is_open) else {
             taking.ignored += 1;
             return Ok(row.is_some());
         };
@@ -290,12 +322,7 @@ impl Batches<'_> {
                 self.answered(index, taking, row, *completion)?;
                 Fate::Answered
             }
-            Err(Trouble::Unreadable { problem, body }) => {
-                let key = &taking.members[row].key;
-                self.unreadable.keep(key, &body)?;
-                self.answered(index, taking, row, Completion::unreadable(problem))?;
-                Fate::Answered
-            }
+            Err(Trouble::Unreadable { problem, body }) => Fate::Unreadable { problem, body },
             Err(Trouble::Refused(failure)) => Fate::Refused(failure),
             Err(Trouble::Filtered(failure)) => Fate::Filtered(failure),
             Err(Trouble::Transient { failure, .. }) => Fate::Again(failure),

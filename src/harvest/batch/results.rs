@@ -50,26 +50,82 @@ pub fn read(line: &Bytes) -> Vec<Option<Outcome>> {
     }
 }
 
-/// The JSON values of a line: those of a list, or one after the other.
+/// Field that names the row of an object.
+const ID: &[u8] = b"\"custom_id\"";
+
+/// The rows of a line, each as an object, though one of them may be flawed: those of a list, one after the
+/// other, or inside of an object.
 fn values(line: &Bytes) -> Vec<Bytes> {
-    let text = line.trim_ascii();
-    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
-    if let Ok(items) = serde_json::from_slice::<Vec<&RawValue>>(text) {
-        let items = items.into_iter().map(RawValue::get);
-        return items.map(|item| line.slice_ref(item.as_bytes())).collect();
+    let (mut values, mut at) = (Vec::new(), 0);
+    while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
+        let rest = &line[start..];
+        let ids: Vec<usize> = memchr::memmem::find_iter(rest, ID).take(2).collect();
+        let end = object_end(rest).unwrap_or(rest.len());
+        match ids[..] {
+            // It holds several rows, or the end of its first one is lost.
+            [first, second] if second < end => {
+                let inner = brace_before(rest, first);
+                if inner > 0 {
+                    at = start + inner;
+                    continue;
+                }
+                let next = brace_before(rest, second);
+                values.push(line.slice(start..start + next.max(1)));
+                at = start + next.max(1);
+            }
+            _ => {
+                values.push(line.slice(start..start + end));
+                at = start + end;
+            }
+        }
     }
-    let mut read = serde_json::Deserializer::from_slice(text).into_iter::<&RawValue>();
-    let (mut values, mut end) = (Vec::new(), 0);
-    while let Some(Ok(value)) = read.next() {
-        values.push(line.slice_ref(value.get().as_bytes()));
-        end = read.byte_offset();
-    }
-    // It may be a value that can be repaired.
-    let rest = text[end..].trim_ascii();
-    if values.is_empty() || rest.starts_with(b"{") {
-        values.push(line.slice_ref(rest));
+    if values.is_empty() {
+        values.push(line.clone());
     }
     values
+}
+
+/// The brace of the object whose field is at `field`: the nearest one before it, unless that one is closed by
+/// then or begins the value of another field.
+fn brace_before(text: &[u8], field: usize) -> usize {
+    let mut end = field;
+    if let Some(brace) = memchr::memrchr(b'{', &text[..field])
+        && !text[brace..field].contains(&b'}')
+    {
+        return brace;
+    }
+    while let Some(brace) = memchr::memrchr(b'{', &text[..end]) {
+        let before = text[..brace].trim_ascii_end().last();
+        // Of a list, of what came before, or of the outermost one.
+        if matches!(before, None | Some(b'[' | b',' | b'}' | b']'))
+            || !text[..brace].contains(&b':')
+        {
+            return brace;
+        }
+        end = brace;
+    }
+    0
+}
+
+/// Length of the object that a text begins with; None where it does not end.
+fn object_end(text: &[u8]) -> Option<usize> {
+    let (mut depth, mut in_text, mut is_escaped) = (0usize, false, false);
+    for (at, byte) in text.iter().enumerate() {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if in_text => is_escaped = true,
+            b'"' => in_text = !in_text,
+            b'{' if !in_text => depth += 1,
+            b'}' if !in_text => {
+                depth -= 1;
+                if depth == 0 {
+                    return Some(at + 1);
+                }
+            }
+            _ => {}
+        }
+    }
+    None
 }
 
 /// Reads a value, repaired where it is not strict JSON.
@@ -92,8 +148,7 @@ fn read_one(line: &Bytes) -> Option<Outcome> {
 
 /// The row of a line that is otherwise not JSON.
 fn custom_id(line: &[u8]) -> Option<String> {
-    const NAME: &[u8] = b"\"custom_id\"";
-    let rest = &line[memchr::memmem::find(line, NAME)? + NAME.len()..];
+    let rest = &line[memchr::memmem::find(line, ID)? + ID.len()..];
     let rest = rest
         .trim_ascii_start()
         .strip_prefix(b":")?
@@ -367,6 +422,15 @@ mod tests {
             format!("{a}{b}"),
             format!("{a}\r{b}\r"),
             format!("{a} {broken}"),
+            format!("{} {b}", a.replace("\"content\"", "\"n\":NaN,\"content\"")),
+            format!("[{a},{broken},]"),
+            format!(
+                "[{}, {b}]",
+                a.replace("\"content\"", "\"n\":NaN,\"content\"")
+            ),
+            format!("{{\"data\":[{a},{b}]}}"),
+            format!("{a},{b}"),
+            format!("{a} junk {b}"),
         ] {
             let outcomes = read(&Bytes::from(line.clone())).into_iter();
             let words: Vec<_> = outcomes
@@ -374,6 +438,28 @@ mod tests {
                 .collect();
             let expected = ["a", "b"].map(|id| (id.to_owned(), format!("answer {id}")));
             assert_eq!(words, expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_row_that_breaks_off_costs_itself() {
+        let whole = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
+        for broken in [
+            r#"{"id":"x","custom_id":"a","response":{"status_code":200,"body":{"choices":[{"mess"#,
+            r#"{"custom_id":"a","response":{"status_code":200,"body":{"choices":[{"message":{"content":"q}}"#,
+        ] {
+            let line = Bytes::from(format!("{broken}{whole}"));
+            let found = read(&line).into_iter().flatten();
+            let words: Vec<_> = found.filter_map(word).collect();
+            assert!(
+                words.contains(&("b".into(), "answer b".into())),
+                "{words:?}"
+            );
+            assert!(
+                words
+                    .iter()
+                    .all(|(id, word)| id == "b" || !word.starts_with("answer"))
+            );
         }
     }
 

@@ -138,8 +138,8 @@ fn an_answer_is_found_wherever_it_stands() {
         json!([{}, body]).to_string(),
         format!(": wait\n\n: wait\n\n{body}"),
         format!("data: ping\n\n{body}\n"),
-        format!(
-            "data: {{\"data\":{{\"choices\":[{{\"delta\":{{\"content\":\"h\"}}}}]}}}}\n\ndata: {{\"data\":{{\"choices\":[{{\"delta\":{{\"content\":\"i\"}},\"finish_reason\":\"stop\"}}]}}}}\n\n"
+        String::from(
+            "data: {\"data\":{\"choices\":[{\"delta\":{\"content\":\"h\"}}]}}\n\ndata: {\"data\":{\"choices\":[{\"delta\":{\"content\":\"i\"},\"finish_reason\":\"stop\"}]}}\n\n",
         ),
         format!("data: {{\"oops\n\ndata: {body}\n\ndata: [DONE]\n\ndata: {{\"late\n\n"),
         with(
