@@ -50,7 +50,7 @@ pub struct Health {
     claims: Rounds,
     /// Rows that were forbidden since.
     forbidden: HashSet<usize>,
-    /// Rows of which a reply said that no request can succeed, before any did.
+    /// Rows of which a reply said that no request can succeed, since one did.
     suspects: HashSet<usize>,
     /// Replies that were no answers, before there was one.
     setbacks: u32,
@@ -145,15 +145,22 @@ impl Health {
         self.failing.contains(&row) || self.suspects.contains(&row)
     }
 
-    /// Rows that brought no answer, where nothing has succeeded at all.
+    /// Rows that brought no answer where nothing has succeeded at all, and those of which a reply said last
+    /// that nothing can.
     pub fn suspects(&self) -> impl Iterator<Item = usize> {
-        let rows = self.failing.iter().chain(&self.suspects).copied();
-        rows.filter(|_| !self.succeeded)
+        let failing = self.failing.iter().filter(|_| !self.succeeded);
+        failing.chain(&self.suspects).copied()
     }
 
-    /// Returns true if the last requests were refused and their rows may be the reason.
+    /// Returns true if the last requests failed and their rows may be the reason.
     pub fn is_in_doubt(&self) -> bool {
-        !self.succeeded && self.setbacks > 0 || self.forbidden.len() > 1
+        let has_suspects = self.forbidden.len() > 1 || !self.suspects.is_empty();
+        !self.succeeded && self.setbacks > 0 || has_suspects || self.is_outage()
+    }
+
+    /// Returns true if several rows in a row were forbidden.
+    pub fn is_forbidding(&self) -> bool {
+        self.forbidden.len() >= SAME_REFUSALS as usize
     }
 
     /// A reply to this row says that no request can succeed, and none has. Returns the number of such rows.
@@ -192,15 +199,16 @@ impl Health {
     }
 
     /// As [`Health::throttled`], of replies that say that no request can succeed.
-    pub fn claimed(&mut self, departed: Instant, now: Instant) -> u32 {
+    pub fn claimed(&mut self, row: usize, departed: Instant, now: Instant) -> u32 {
         self.answered = true;
+        self.suspects.insert(row);
         self.claims.add(departed, now)
     }
 
     /// The endpoint forbade a row. True if it has forbidden several in a row.
     pub fn forbade(&mut self, row: usize) -> bool {
         self.forbidden.insert(row);
-        self.forbidden.len() >= SAME_REFUSALS as usize
+        self.is_forbidding()
     }
 
     /// The endpoint refused a row. True if it has refused all that it was asked, in the same words:

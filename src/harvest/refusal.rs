@@ -40,8 +40,8 @@ pub(super) fn classify_error(
         402 => claim(Reason::Credit, failure),
         403 if is_throttle => Trouble::Throttled { wait, message },
         403 => claim(Reason::Forbidden, failure),
-        404 if names_no_model(error) => claim(Reason::Model, failure),
-        404 | 405 => claim(Reason::Address, failure),
+        400 | 404 | 410 if names_no_model(error) => claim(Reason::Model, failure),
+        404 | 405 | 410 => claim(Reason::Address, failure),
         300..=399 => {
             let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
             let location = location.unwrap_or("an address that it does not name");
@@ -94,6 +94,14 @@ pub fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
         "arrearage",
         "accountoverdueerror",
     ];
+    const KEY: [&str; 3] = ["api_key_invalid", "invalid_api_key", "expired_api_key"];
+    const KEY_WORDS: [&str; 3] = ["api key expired", "api key not valid", "invalid api key"];
+    const MODEL: [&str; 4] = [
+        "model_not_found",
+        "invalid_model",
+        "model_decommissioned",
+        "model_not_available",
+    ];
     const CREDIT_WORDS: [&str; 8] = [
         "credit balance is too low",
         "insufficient credits",
@@ -108,10 +116,14 @@ pub fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
     if CREDIT.iter().any(|mark| has_mark(mark)) {
         return Some(Reason::Credit);
     }
-    if has_mark("model_not_found") {
+    if MODEL.iter().any(|mark| has_mark(mark)) {
         return Some(Reason::Model);
     }
     let message = error.message.to_lowercase();
+    let has_key_words = KEY_WORDS.iter().any(|words| message.contains(words));
+    if has_key_words || KEY.iter().any(|mark| has_mark(mark)) {
+        return Some(Reason::Key);
+    }
     let has_words = CREDIT_WORDS.iter().any(|words| message.contains(words));
     (has_words && !is_throttle).then_some(Reason::Credit)
 }
@@ -133,8 +145,28 @@ fn says_to_wait(error: &ApiError) -> bool {
         || WORDS.iter().any(|words| message.contains(words))
 }
 
-/// Returns true if the message of a 404 names the model as missing.
+/// Returns true if the message names the model as missing, or as no longer served.
 fn names_no_model(error: &ApiError) -> bool {
+    const NO_MODEL: [&str; 5] = [
+        "invalid model",
+        "unknown model",
+        "no such model",
+        "not a valid model",
+        "not found the model",
+    ];
+    const MISSING: [&str; 6] = [
+        "not found",
+        "not exist",
+        "decommissioned",
+        "retired",
+        "no longer supported",
+        "no longer available",
+    ];
     let message = error.message.to_lowercase();
-    message.contains("model") && (message.contains("not found") || message.contains("not exist"))
+    // Of the model, and not of something that is said to it.
+    let is_missing = |sentence: &str| {
+        let about = sentence.find("model").map(|at| &sentence[at..]);
+        about.is_some_and(|about| MISSING.iter().any(|words| about.contains(words)))
+    };
+    NO_MODEL.iter().any(|words| message.contains(words)) || message.split(". ").any(is_missing)
 }

@@ -79,6 +79,13 @@ impl Failure {
         Self::new("over the limit", &message)
     }
 
+    /// Returns true if the request may be the reason, and not only that something is missing or overloaded
+    /// on the way.
+    pub fn may_be_the_row(&self) -> bool {
+        let is_of_the_way = ["http 502", "http 503", "http 529"].contains(&self.class.as_str());
+        !self.unreachable && !is_of_the_way
+    }
+
     pub fn new(class: impl Into<String>, message: &str) -> Self {
         Self {
             class: class.into(),
@@ -315,6 +322,36 @@ mod tests {
                 404,
                 r#"{"error":{"message":"The model `x` does not exist."}}"#,
                 "claim: Model",
+            ),
+            (
+                400,
+                r#"{"error":{"message":"The model `x` has been decommissioned and is no longer supported.","code":"y"}}"#,
+                "claim: Model",
+            ),
+            (
+                400,
+                r#"{"error":{"message":"x is not a valid model ID"}}"#,
+                "claim: Model",
+            ),
+            (
+                410,
+                r#"{"error":{"message":"The model m was retired"}}"#,
+                "claim: Model",
+            ),
+            (
+                400,
+                r#"{"error":{"message":"`logit_bias` is no longer supported with this model."}}"#,
+                "refused: http 400",
+            ),
+            (
+                400,
+                r#"[{"error":{"code":400,"message":"API key expired.","status":"INVALID_ARGUMENT","details":[{"reason":"API_KEY_INVALID"}]}}]"#,
+                "claim: Key",
+            ),
+            (
+                400,
+                r#"{"error":{"message":"API key not valid. Please pass a valid API key."}}"#,
+                "claim: Key",
             ),
             (
                 400,

@@ -23,7 +23,7 @@ pub struct Known {
     pub message: String,
     /// A filter refuses it.
     pub is_filtered: bool,
-    /// A run has ended with it before anything was answered.
+    /// A run has ended with it before anything was answered, or its replies would end one.
     pub is_suspect: bool,
 }
 
@@ -47,7 +47,7 @@ pub enum Kind {
     PaidAttempt,
     /// Refused by a content filter.
     Filtered,
-    /// Brought no answer in a run that has ended before anything was answered.
+    /// Brought no answer in a run that has ended before anything was answered, or its replies would end one.
     Suspect,
 }
 

@@ -50,7 +50,7 @@ impl Dispatcher<'_> {
         })
     }
 
-    /// Notes the rows with which the run ends before anything was answered: the next run tries others first.
+    /// Notes the rows that the next run tries last.
     fn note_suspects(&mut self) -> Result<()> {
         for lane in &self.lanes {
             for row in lane.suspects() {

@@ -25,12 +25,20 @@ use super::watch::Watch;
 use crate::cache::record::Usage;
 use crate::config::{self, Config};
 use crate::terminal::format_duration;
+use refusals::LONGEST_WAIT;
 
 /// Failures after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
 /// The longest pause between the probes of an outage, as a multiple of `retry.max_s`.
 const OUTAGE_PAUSE: f64 = 5.0;
+
+/// So few rows may be all that are left because they always fail.
+const LAST_ROWS: usize = 50;
+
+/// Time in which all of them are tried once, and the part of `retry.max_outage_s` that it is at most.
+const LAST_ROWS_WITHIN: Duration = Duration::from_secs(60);
+const PART_OF_OUTAGE: f64 = 0.25;
 
 /// Time between two notes about the requests of the day.
 const DAY_TOLD_EVERY: Duration = Duration::from_secs(3_600);
@@ -57,6 +65,8 @@ pub struct Lane {
     /// An earlier run has ended with a row that brought no answer, before any did.
     has_suspects: bool,
     has_budget: bool,
+    /// Rows that have failed because their replies said that no request can succeed.
+    claimants: Vec<usize>,
     /// Monitors the usefulness of its answers.
     pub watch: Watch,
     /// Why nothing more is sent to it; the other lanes go on.
@@ -121,6 +131,7 @@ impl Lane {
             is_known: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
             has_budget: config.budget.usd.is_some(),
+            claimants: Vec::new(),
             watch: Watch::of(&settings, config),
             stopped: None,
             day_told: None,
@@ -164,7 +175,8 @@ impl Lane {
                 return Err(Some(first + ALONE));
             }
         }
-        if self.in_flight < self.concurrency.room() {
+        let must_drain = self.health.is_forbidding() && self.in_flight > 0;
+        if !must_drain && self.in_flight < self.concurrency.room() {
             Ok(())
         } else {
             Err(None)
@@ -276,9 +288,11 @@ impl Lane {
         self.limiter.answered(reports, departure, used);
     }
 
-    /// Rows that brought no answer, where nothing was answered at all.
+    /// Rows that the next run tries last: those that brought no answer where nothing was answered at all, and
+    /// those whose replies would end it.
     pub fn suspects(&self) -> Vec<usize> {
-        self.health.suspects().collect()
+        let claimants = self.claimants.iter().copied();
+        self.health.suspects().chain(claimants).collect()
     }
 
     /// The content of the row is refused: the endpoint is in order.
@@ -295,6 +309,12 @@ impl Lane {
     /// The attempt failed in a way that may pass.
     pub fn transient(&mut self, mut entry: Entry, failure: Failure, wait: Duration) -> Verdict {
         let now = Instant::now();
+        // Nobody knows such a thing of a failure.
+        let wait = if wait > LONGEST_WAIT {
+            Duration::ZERO
+        } else {
+            wait
+        };
         self.health
             .failure(entry.row, failure.unreachable, self.in_flight + 1, now);
         // Itself, what waits, and what is on its way.
@@ -303,9 +323,11 @@ impl Lane {
         let is_the_rows = is_in_order && !self.health.has_others(remaining);
         if self.health.is_outage() && !self.health.never_answered() && !is_the_rows {
             // No row is to blame: it costs no attempt, and one probe at a time goes out.
-            let pause = self
-                .firm_pause(self.health.probes(), OUTAGE_PAUSE)
-                .max(wait);
+            let mut pause = self.firm_pause(self.health.probes(), OUTAGE_PAUSE);
+            if is_in_order && remaining <= LAST_ROWS && failure.may_be_the_row() {
+                pause = pause.min(self.pause_of_last(remaining));
+            }
+            let pause = pause.max(wait);
             let was_open = self.limiter.close_until(now + pause);
             self.queue.delay(entry, now + wait);
             self.stop_where_nothing_helps(&failure);
@@ -337,7 +359,17 @@ impl Lane {
             self.limiter.close_until(now + pause);
         }
         self.stop_where_nothing_helps(&failure);
-        Verdict::AGAIN
+        let holds_up = self.in_flight == 0 && self.queue.peek(now).is_err();
+        Verdict::Again {
+            pause: if holds_up { wait } else { Duration::ZERO },
+        }
+    }
+
+    /// The longest pause between the last rows in an outage, so that all of them are tried soon.
+    fn pause_of_last(&self, remaining: usize) -> Duration {
+        let part = Duration::try_from_secs_f64(self.retry.max_outage_s * PART_OF_OUTAGE);
+        let within = part.unwrap_or(LAST_ROWS_WITHIN).min(LAST_ROWS_WITHIN);
+        within / remaining.max(1) as u32
     }
 
     /// The row has ended without an answer.

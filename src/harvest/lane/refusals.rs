@@ -23,11 +23,12 @@ const CLAIMS_OF_ROWS: usize = 3;
 /// Rows that may all be refused, also in the same words, though the cache holds answers.
 const REFUSED_ROWS: usize = 20;
 
-/// Rounds in which the endpoint asks to wait for a row while others were answered, before it is the row.
+/// Rounds in which the endpoint asks to wait for a row while others were answered, before it is the row. With
+/// the default pauses they take longer than a limit a minute does.
 const THROTTLES_OF_A_ROW: u32 = 8;
 
 /// A wait that is longer is not sat out: the run ends, and says until when.
-const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
 
 /// Rounds in which the endpoint asks for such a wait, before it is believed.
 const FAR_WAITS: u32 = 2;
@@ -118,14 +119,17 @@ impl Lane {
         if matches!(reason, Reason::Address | Reason::Forbidden) {
             if self.health.forbade(entry.row) {
                 self.queue.delay(entry, now);
-                self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+                // What is in flight may still be answered: nothing more is sent until then.
+                if self.in_flight == 0 {
+                    self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+                }
                 return Verdict::AGAIN;
             }
             entry.failed += 1;
             return Verdict::Failed(entry, failure);
         }
         entry.claimed += 1;
-        let round = self.health.claimed(departure.at, now);
+        let round = self.health.claimed(entry.row, departure.at, now);
         if round > CLAIMS {
             self.queue.delay(entry, now);
             self.stop(stop::refused_by_now(reason, &failure.message, teacher));
@@ -133,6 +137,7 @@ impl Lane {
         }
         if entry.claimed > CLAIMS_OF_A_ROW && round == 1 {
             entry.failed += 1;
+            self.claimants.push(entry.row);
             return Verdict::Failed(entry, failure);
         }
         let pause = self.firm_pause(round, 1.0);
@@ -148,13 +153,9 @@ impl Lane {
     fn claimed_first(&mut self, mut entry: Entry, claim: Claim) -> Verdict {
         let now = Instant::now();
         let Claim { reason, failure } = claim;
-        let may_be_the_row = reason != Reason::Key;
-        let suspects = if may_be_the_row {
-            self.health.suspect(entry.row)
-        } else {
-            CLAIMS_OF_ROWS
-        };
-        if may_be_the_row && (self.is_known || self.has_suspects) {
+        let suspects = self.health.suspect(entry.row);
+        // A wrong key is far likelier than a row that brings such a reply: the next run tries others first.
+        if reason != Reason::Key && (self.is_known || self.has_suspects) {
             let remaining = 1 + self.queue.len() + self.in_flight;
             // The last few rows may be those that are always refused. An empty account refuses all rows alike.
             let few = if reason == Reason::Credit {

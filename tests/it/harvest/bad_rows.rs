@@ -1,5 +1,8 @@
 //! Rows at which every attempt fails: they keep no other row from its answer, in this run or the next one.
 
+use std::ops::Range;
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::{Run, end};
@@ -22,17 +25,30 @@ fn reactions() -> Vec<Reaction> {
     ]
 }
 
-/// The prompts `p0` to `p{count - 1}`, of which those below `bad` always get `reaction`.
-async fn teacher(bad: usize, reaction: Reaction) -> FaultServer {
+/// As [`reactions`], with those that are believed at once before the first answer.
+fn all_reactions() -> Vec<Reaction> {
+    let mut all = reactions();
+    all.push(reply(401, error("no access", "")));
+    all
+}
+
+/// A server at which the prompts `p{number}` of these numbers always get `reaction`, and others an answer
+/// after `takes`.
+async fn teacher_of(bad: Range<usize>, reaction: Reaction, takes: Duration) -> FaultServer {
     FaultServer::start(move |seen| {
         let number: usize = seen.prompt()[1..].parse().unwrap();
-        if number < bad {
+        if bad.contains(&number) {
             reaction.clone()
         } else {
-            answer(seen)
+            Reaction::After(takes, Box::new(answer(seen)))
         }
     })
     .await
+}
+
+/// As [`teacher_of`], of the first rows.
+async fn teacher(bad: usize, reaction: Reaction) -> FaultServer {
+    teacher_of(0..bad, reaction, Duration::ZERO).await
 }
 
 fn two_at_once(server: &FaultServer) -> Run {
@@ -49,7 +65,7 @@ fn prompts(run: &Run, count: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_that_is_pending_from_an_earlier_run_does_not_block_new_ones() {
-    for reaction in reactions() {
+    for reaction in all_reactions() {
         let told = format!("{reaction:?}");
         let server = teacher(1, reaction).await;
         let run = two_at_once(&server);
@@ -88,6 +104,17 @@ async fn rows_that_fail_at_the_head_cost_a_run_and_not_every_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_row_without_access_at_the_head_costs_one_run_of_one_request() {
+    let server = teacher(1, reply(401, error("no access", ""))).await;
+    let run = two_at_once(&server);
+    prompts(&run, 6);
+    let first = run.harvest().await;
+    assert_eq!((end(&first).0, server.count()), (1, 1));
+    run.harvest().await;
+    assert_eq!(run.records().len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_setting_costs_a_few_requests_in_each_run() {
     let wrong = reply(
         404,
@@ -121,5 +148,55 @@ async fn a_row_that_is_always_asked_to_wait_fails_once_it_is_all_that_is_left() 
         assert_eq!((summary.ok, summary.failed), (11, 1), "{told}");
         assert_eq!(end(&summary).0, 3, "{told}");
         assert!(server.count() < 40, "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neighbours_that_always_fail_cost_no_other_row_its_answer() {
+    for reaction in all_reactions() {
+        for concurrency in [1, 8] {
+            let told = format!("{reaction:?} {concurrency}");
+            let server = teacher_of(5..12, reaction.clone(), Duration::from_millis(40)).await;
+            let mut run = Run::new(&server, &[]);
+            run.config.sampling.top_logprobs = 0;
+            run.config.limits.concurrency = concurrency;
+            prompts(&run, 40);
+            let summary = run.harvest().await;
+            assert_eq!(summary.ok, 33, "{told}: {summary:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_rows_that_always_fail_end_as_failed_once_they_are_all_that_is_left() {
+    let server = teacher_of(10..45, reply(500, error("boom", "")), Duration::ZERO).await;
+    let mut run = Run::new(&server, &[]);
+    run.config.sampling.top_logprobs = 0;
+    run.config.limits.concurrency = 1;
+    run.config.retry.max_attempts = 2;
+    run.config.retry.max_s = 5.0;
+    run.config.retry.max_outage_s = 20.0;
+    prompts(&run, 60);
+    let summary = run.harvest().await;
+    assert_eq!(
+        (summary.ok, summary.failed, end(&summary).0),
+        (25, 35, 3),
+        "{summary:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_that_asks_for_a_day_is_tried_again_all_the_same() {
+    for (status, header, value) in [(500, "retry-after", "86400"), (504, "retry-after", "1e9")] {
+        let reaction = reply_with(status, header, value, error("x", ""));
+        let server = teacher(1, reaction).await;
+        let run = two_at_once(&server);
+        prompts(&run, 6);
+        let summary = run.harvest().await;
+        assert_eq!(
+            (summary.ok, summary.failed, end(&summary).0),
+            (5, 1, 3),
+            "{summary:?}"
+        );
     }
 }
