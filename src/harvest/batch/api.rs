@@ -18,7 +18,7 @@ use crate::harvest::teacher::{Fault, Reply};
 pub const ENDPOINT: &str = "/v1/chat/completions";
 
 /// A longer line is no answer that anybody wants to keep.
-const LONGEST_LINE: usize = 64 << 20;
+pub(super) const LONGEST_LINE: usize = 64 << 20;
 
 /// The way to a teacher's files and batches: HTTP, or in a test a simulation on the paused clock.
 pub trait BatchApi: Send + Sync {

@@ -13,6 +13,7 @@ use super::api::{self, BatchApi, Card, Download, Lines};
 use super::journal::{Bodies, Member, State};
 use super::lane::batches;
 use super::results::{self, Outcome};
+use super::rows::Rows;
 use super::{Batches, Halt};
 use crate::cache::record::Timing;
 use crate::harvest::attempt::Answered;
@@ -50,11 +51,16 @@ pub(super) struct Taking {
 }
 
 impl Taking {
-    /// Number of rows found in its files so far.
+    /// Number of rows found in its files so far that can be read.
     fn seen(&self) -> u64 {
         let fates = self.fates.iter().flatten();
         let readable = fates.filter(|fate| !matches!(fate, Fate::Unreadable { .. }));
         readable.count() as u64
+    }
+
+    /// Returns true if several rows were found, and none that can be read.
+    fn is_unreadable(&self) -> bool {
+        self.seen() == 0 && self.fates.iter().flatten().count() > 1
     }
 }
 
@@ -164,9 +170,9 @@ impl Batches<'_> {
                     Ok(_) => continue,
                 },
             };
-            let mut lines = Lines::new(pieces);
+            let mut rows = Rows::new(Lines::new(pieces));
             let (mut of_file, mut understood) = (0, 0);
-            while let Some(line) = lines.next().await.map_err(retry::classify_fault)? {
+            while let Some(line) = rows.next().await.map_err(retry::classify_fault)? {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
@@ -178,8 +184,9 @@ impl Batches<'_> {
                     self.show();
                 }
             }
-            taking.unreadable_lines += lines.skipped;
-            if of_file + lines.skipped > 0 && understood == 0 {
+            taking.unreadable_lines += rows.skipped();
+            let is_lost = understood == 0 || taking.is_unreadable();
+            if of_file + rows.skipped() > 0 && is_lost {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! rows --parts: how many fit--> part (journal) --submit: upload, create or adopt--> batch
-//!   --collect: poll, both files line by line, results--> cache | a later part | failed
+//!   --collect: poll, both files row by row, results--> cache | a later part | failed
 //! ```
 //!
 //! One loop moves every part as far as it goes, then sleeps until the next look. What has been done
@@ -21,6 +21,7 @@ mod outlook;
 mod parts;
 mod recover;
 mod results;
+mod rows;
 mod show;
 mod submit;
 mod tally;

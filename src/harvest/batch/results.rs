@@ -51,7 +51,7 @@ pub fn read(line: &Bytes) -> Vec<Option<Outcome>> {
 }
 
 /// Field that names the row of an object.
-const ID: &[u8] = b"\"custom_id\"";
+pub(super) const ID: &[u8] = b"\"custom_id\"";
 
 /// The rows of a line, each as an object, though one of them may be flawed: those of a list, one after the
 /// other, or inside of an object.

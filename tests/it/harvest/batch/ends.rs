@@ -101,12 +101,62 @@ async fn a_file_that_does_not_hold_all_rows_yet_is_read_again() {
         chat: night.teacher(),
         latency: Duration::ZERO,
         halved: AtomicU32::new(3),
+        on_the_way: |content| content,
     };
     let (_sender, receiver) = unbounded_channel();
     let summary = night.harvest_over(provider, None, receiver).await;
     let summary = summary.unwrap().unwrap();
     assert_eq!((summary.ok, summary.failed), (20, 0));
     assert_eq!(parts(&summary), [("completed", 1)]);
+    assert_eq!(night.mock.stats().billed.answers, 20);
+}
+
+/// A night whose results are changed on their way.
+async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Summary {
+    let provider = Provider {
+        chat: night.teacher(),
+        latency: Duration::ZERO,
+        halved: AtomicU32::new(0),
+        on_the_way,
+    };
+    let (_sender, receiver) = unbounded_channel();
+    let summary = night.harvest_over(provider, None, receiver).await;
+    summary.unwrap().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_may_be_spread_over_several_lines() {
+    let night = night("", 20, |_| {});
+    let summary = harvest_changed(&night, |content| {
+        let rows = content.split(|byte| *byte == b'\n');
+        let rows = rows.filter(|row| !row.is_empty());
+        let rows = rows.map(|row| serde_json::from_slice(row).unwrap());
+        let rows: Vec<Value> = rows.collect();
+        serde_json::to_vec_pretty(&rows).unwrap().into()
+    })
+    .await;
+    assert_eq!((summary.ok, end(&summary).0), (20, 0));
+    assert_eq!(night.mock.stats().billed.answers, 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn results_of_which_none_can_be_read_are_kept_and_stop_the_run() {
+    let night = night("", 20, |_| {});
+    let summary = harvest_changed(&night, |content| {
+        let content = String::from_utf8_lossy(&content);
+        content.replace("\"choices\":", "\"choices\" ").into()
+    })
+    .await;
+    assert_eq!(
+        (summary.ok, summary.quarantined, end(&summary).0),
+        (0, 0, 1)
+    );
+    assert_eq!(night.mock.stats().billed.answers, 20);
+    let kept = std::fs::read_dir(night.run.config.run_dir.join("unreadable")).unwrap();
+    assert_eq!(kept.count(), 1);
+    // The same command reads them again, and buys nothing.
+    let summary = harvest(&night).await;
+    assert_eq!((summary.ok, end(&summary).0), (20, 0));
     assert_eq!(night.mock.stats().billed.answers, 20);
 }
 

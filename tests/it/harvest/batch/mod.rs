@@ -34,6 +34,8 @@ struct Provider {
     latency: Duration,
     /// Downloads that hold half of their file and end as if that were all.
     halved: AtomicU32,
+    /// Changes the content of files on its way.
+    on_the_way: fn(Bytes) -> Bytes,
 }
 
 impl Transport for Provider {
@@ -123,14 +125,15 @@ impl BatchApi for Provider {
             if reply.status != 200 {
                 return Ok(Download::Refused(whole(reply)));
             }
+            let content = (self.on_the_way)(reply.body);
             let take = |left: u32| left.checked_sub(1);
             let is_halved = self.halved.fetch_update(Relaxed, Relaxed, take).is_ok();
             let length = if breaks || is_halved {
-                reply.body.len() / 2
+                content.len() / 2
             } else {
-                reply.body.len()
+                content.len()
             };
-            let body = reply.body.slice(..length);
+            let body = content.slice(..length);
             let mut pieces: Vec<Result<Bytes, Fault>> = (0..length)
                 .step_by(777)
                 .map(|at| Ok(body.slice(at..length.min(at + 777))))
@@ -163,6 +166,7 @@ async fn harvest_with(
         chat: night.teacher(),
         latency,
         halved: AtomicU32::new(0),
+        on_the_way: |content| content,
     };
     night.harvest_over(provider, life, signals).await
 }

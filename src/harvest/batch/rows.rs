@@ -1,0 +1,159 @@
+//! The rows of a results file: its lines, and objects that are spread over several of them.
+
+use std::collections::VecDeque;
+
+use bytes::{Bytes, BytesMut};
+use memchr::memmem::find;
+
+use super::api::{LONGEST_LINE, Lines};
+use super::results::ID;
+use crate::harvest::teacher::Fault;
+
+pub struct Rows {
+    lines: Lines,
+    /// An object whose end has not come.
+    open: BytesMut,
+    /// Braces of it that are open.
+    depth: usize,
+    ready: VecDeque<Bytes>,
+}
+
+impl Rows {
+    pub fn new(lines: Lines) -> Rows {
+        Rows {
+            lines,
+            open: BytesMut::new(),
+            depth: 0,
+            ready: VecDeque::new(),
+        }
+    }
+
+    /// The next line, or object of several lines. None after the last one.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+        loop {
+            if let Some(row) = self.ready.pop_front() {
+                return Ok(Some(row));
+            }
+            match self.lines.next().await? {
+                Some(line) => self.take(line),
+                None if self.open.is_empty() => return Ok(None),
+                None => self.give_up(),
+            }
+        }
+    }
+
+    /// Number of lines that were too long.
+    pub fn skipped(&self) -> u64 {
+        self.lines.skipped
+    }
+
+    fn take(&mut self, line: Bytes) {
+        let text = line.trim_ascii();
+        let is_row = text.starts_with(b"{") && find(text, ID).is_some();
+        let is_open = !self.open.is_empty();
+        if is_open && (is_row || self.open.len() + line.len() > LONGEST_LINE) {
+            self.give_up();
+        }
+        if !self.open.is_empty() || (text.ends_with(b"{") && !is_row) {
+            self.join(line);
+        } else if !matches!(text, b"" | b"[" | b"]" | b",") {
+            self.ready.push_back(line);
+        }
+    }
+
+    /// Adds a line to the object. Where it ends, it is ready.
+    fn join(&mut self, line: Bytes) {
+        // Text holds no line's end, so that each line begins outside of it.
+        let (mut in_text, mut is_escaped, mut start) = (false, false, 0);
+        for (at, byte) in line.iter().enumerate() {
+            match byte {
+                _ if is_escaped => is_escaped = false,
+                b'\\' if in_text => is_escaped = true,
+                b'"' => in_text = !in_text,
+                b'{' if !in_text => {
+                    if self.depth == 0 {
+                        start = at;
+                    }
+                    self.depth += 1;
+                }
+                b'}' if !in_text && self.depth > 0 => {
+                    self.depth -= 1;
+                    if self.depth == 0 {
+                        self.open.extend_from_slice(&line[start..=at]);
+                        self.give_up();
+                        start = at + 1;
+                    }
+                }
+                _ => {}
+            }
+        }
+        if self.depth > 0 {
+            self.open.extend_from_slice(&line[start..]);
+            self.open.extend_from_slice(b"\n");
+        }
+    }
+
+    /// What has come of the object goes on as it is.
+    fn give_up(&mut self) {
+        self.depth = 0;
+        self.ready.push_back(self.open.split().freeze());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::{StreamExt, stream};
+    use serde_json::{Value, json};
+
+    fn rows(text: &str) -> Vec<String> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let piece = Ok(Bytes::copy_from_slice(text.as_bytes()));
+            let mut rows = Rows::new(Lines::new(stream::iter([piece]).boxed()));
+            let mut all = Vec::new();
+            while let Some(row) = rows.next().await.unwrap() {
+                all.push(String::from_utf8(row.to_vec()).unwrap());
+            }
+            all
+        })
+    }
+
+    fn row(id: &str) -> Value {
+        json!({"custom_id": id, "response": {"body": {"choices": [{"text": "a } \" { b"}]}}})
+    }
+
+    #[test]
+    fn an_object_may_have_several_lines() {
+        let (a, b) = (row("a"), row("b"));
+        let pretty = |value: &Value| serde_json::to_string_pretty(value).unwrap();
+        for text in [
+            format!("{a}\n{b}\n"),
+            format!("{}\n{}", pretty(&a), pretty(&b)),
+            pretty(&json!([a, b])),
+            format!("[{}, {}]", pretty(&a), pretty(&b)),
+            format!("[\n{a}\n,\n{b}\n]"),
+        ] {
+            let found: Vec<Value> = rows(&text)
+                .iter()
+                .map(|row| serde_json::from_str(row).unwrap())
+                .collect();
+            assert_eq!(found, [a.clone(), b.clone()], "{text}");
+        }
+    }
+
+    #[test]
+    fn an_object_without_an_end_costs_no_other_row() {
+        let (a, b) = (row("a"), row("b"));
+        let pretty = serde_json::to_string_pretty(&a).unwrap();
+        let broken = &pretty[..pretty.len() - 20];
+        let found = rows(&format!("{broken}\n{b}\n{pretty}"));
+        assert_eq!(found.len(), 3);
+        assert_eq!(found[1], b.to_string());
+        assert_eq!(serde_json::from_str::<Value>(&found[2]).unwrap(), a);
+        assert_eq!(rows(broken).len(), 1);
+        assert_eq!(rows("x\n{\"a\": {"), ["x", "{\"a\": {\n"]);
+    }
+}
