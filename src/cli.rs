@@ -27,6 +27,8 @@ pub enum Verb {
     /// Ask the teacher for every answer that the cache does not hold yet
     Harvest(HarvestArgs),
     /// Find out what the endpoint really does, with about twenty cheap requests
+    ///
+    /// They count in the budget. They are sent at once: `[schedule]` and `[limits]` do not apply to them.
     Probe(ProbeArgs),
     /// Train the student on the cache, or on given conversations
     Train(TrainArgs),

@@ -42,8 +42,12 @@ pub fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
     Some(join_values(values))
 }
 
-/// The objects with which a body begins, one after the other, and what is behind them.
+/// The objects with which a body begins, one after the other, and what is behind them; or chunks in a list.
 fn several(body: &[u8]) -> Option<(Vec<Value>, &[u8])> {
+    if body.starts_with(b"[") {
+        let values: Vec<Value> = serde_json::from_slice(body).ok()?;
+        return values.iter().any(is_chunk).then_some((values, b""));
+    }
     if !body.starts_with(b"{") {
         return None;
     }
@@ -360,6 +364,7 @@ mod tests {
             format!("data: {first}\r\rdata: {last}\r\r"),
             format!("{first}\n{last}\n"),
             format!("{first}{last}[DONE]"),
+            format!("[{first}, {last}]"),
         ];
         for body in bodies {
             let joined = joined(body.as_bytes())

@@ -49,26 +49,45 @@ pub fn repaired(body: &[u8]) -> Result<Vec<u8>, Problem> {
         body = rest.trim_ascii_start();
     }
     let first = *body.first().ok_or(Problem::Empty)?;
-    if first == b'<' {
-        return Err(Problem::NotJson("an HTML page".into()));
-    }
     // Some servers put a guard or a line of log in front of the object.
     let starts_well = matches!(first, b'{' | b'[' | b'"');
     let start = match memchr::memchr(b'{', body) {
         Some(start) if !starts_well => start,
         _ => 0,
     };
+    let found = match first {
+        b'<' => Err(Problem::NotJson("an HTML page".into())),
+        _ => run(&body[start..]),
+    };
+    let Err(Problem::NotJson(problem)) = found else {
+        return found;
+    };
+    let below = completion_below(body).map(run);
+    below.and_then(Result::ok).ok_or_else(|| {
+        Problem::NotJson(if starts_well || first == b'<' {
+            problem
+        } else {
+            beginning(body)
+        })
+    })
+}
+
+fn run(text: &[u8]) -> Result<Vec<u8>, Problem> {
     let mut repair = Repair {
-        text: &body[start..],
+        text,
         at: 0,
-        out: Vec::with_capacity(body.len() + 16),
+        out: Vec::with_capacity(text.len() + 16),
         open: Vec::new(),
     };
-    match repair.run() {
-        Err(Problem::NotJson(_)) if !starts_well => Err(Problem::NotJson(beginning(body))),
-        Err(problem) => Err(problem),
-        Ok(()) => Ok(repair.out),
-    }
+    repair.run()?;
+    Ok(repair.out)
+}
+
+/// The completion below lines of something else, as of a warning.
+fn completion_below(body: &[u8]) -> Option<&[u8]> {
+    let below = &body[memchr::memmem::find(body, b"\n{")?..];
+    memchr::memmem::find(below, b"\"choices\"")?;
+    Some(below.trim_ascii_start())
 }
 
 /// The first characters of a body, for a message.
@@ -113,13 +132,18 @@ mod tests {
 
     #[test]
     fn flaws_are_repaired() {
-        let cases: [(&[u8], Value); 28] = [
+        let cases: [(&[u8], Value); 30] = [
             (b" {\"a\": 1} ", json!({"a": 1})),
             (b"\xef\xbb\xbf{\"a\":1}", json!({"a": 1})),
             (b"{\"a\":1}\n\ndata: [DONE]\n\n", json!({"a": 1})),
             (b"{\"a\":1}{\"b\":2}", json!({"a": 1})),
             (b")]}',\n{\"a\":1}", json!({"a": 1})),
             (b"OK {\"a\":1}", json!({"a": 1})),
+            (
+                b"<br /><b>Warning</b>\n{\"choices\":[]}",
+                json!({"choices": []}),
+            ),
+            (b"[a: b] {c d}\n{\"choices\":[]}", json!({"choices": []})),
             (br#"{"a":"x \ud83d"}"#, json!({"a": "x \u{fffd}"})),
             (br#"{"a":"\ude00\ud83d\ude00"}"#, json!({"a": "\u{fffd}😀"})),
             (br#"{"a":"\ud83d\n"}"#, json!({"a": "\u{fffd}\n"})),
