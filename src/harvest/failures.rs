@@ -9,7 +9,8 @@ use serde::Serialize;
 use super::plan::{Plan, Row};
 use super::queue::Entry;
 use super::retry::Failure;
-use super::unanswered::Known;
+use super::unanswered::{Kind, Known, Line};
+use crate::cache::record::Timing;
 
 /// A line of the file.
 #[derive(Debug, Serialize)]
@@ -37,9 +38,20 @@ impl FailedRow {
             attempts: entry.failed,
         }
     }
-}
 
-impl FailedRow {
+    /// What the next run is to know of it, if other rows were answered.
+    pub fn line(&self, now: jiff::Timestamp) -> Line {
+        Line {
+            key: self.key.clone(),
+            prompt_id: self.prompt_id.clone(),
+            sample: self.sample,
+            kind: Kind::Failed,
+            class: self.class.clone(),
+            message: self.message.clone(),
+            at: Timing::stamp(now),
+        }
+    }
+
     /// A row that earlier runs have bought as often as it may be.
     pub fn given_up(plan: &Plan, lane: usize, row: &Row, known: Known) -> FailedRow {
         FailedRow {

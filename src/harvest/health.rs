@@ -8,6 +8,9 @@ use tokio::time::Instant;
 /// First refusals in the same words after which it is no matter of the rows: a parameter is wrong.
 const SAME_REFUSALS: u32 = 5;
 
+/// Doublings of that number for refusals amid answers.
+const MOST_DOUBLINGS: u32 = 5;
+
 /// First errors of the server in the same words after which it answers nothing at all.
 const SAME_ERRORS: u32 = 6;
 
@@ -52,6 +55,9 @@ pub struct Health {
     forbidden: HashSet<usize>,
     /// Rows of which a reply said that no request can succeed, since one did.
     suspects: HashSet<usize>,
+    /// When the first of these rows was refused, and how often an answer to a later request contradicted that.
+    doubted_since: Option<Instant>,
+    contradicted: u32,
     /// Replies that were no answers, before there was one.
     setbacks: u32,
 }
@@ -95,6 +101,8 @@ impl Health {
             claims: Rounds::default(),
             forbidden: HashSet::new(),
             suspects: HashSet::new(),
+            doubted_since: None,
+            contradicted: 0,
             setbacks: 0,
         }
     }
@@ -106,6 +114,8 @@ impl Health {
         self.excused = Duration::ZERO;
         self.succeeded = true;
         self.answered = true;
+        let doubted = self.doubted_since.take();
+        self.contradicted += u32::from(doubted.is_some_and(|since| departed >= since));
         self.forbidden.clear();
         self.suspects.clear();
         for rounds in [&mut self.throttled, &mut self.far, &mut self.claims] {
@@ -158,9 +168,21 @@ impl Health {
         !self.succeeded && self.setbacks > 0 || has_suspects || self.is_outage()
     }
 
-    /// Returns true if several rows in a row were forbidden.
+    /// Returns true if several rows in a row were forbidden; the more, the oftener an answer has contradicted
+    /// that.
     pub fn is_forbidding(&self) -> bool {
-        self.forbidden.len() >= SAME_REFUSALS as usize
+        let enough = SAME_REFUSALS << self.contradicted.min(MOST_DOUBLINGS);
+        self.forbidden.len() >= enough as usize
+    }
+
+    /// Times that a refusal that seemed to be the end was followed by an answer.
+    pub fn contradicted(&self) -> u32 {
+        self.contradicted
+    }
+
+    /// Something answers at this address.
+    pub fn is_there(&mut self) {
+        self.answered = true;
     }
 
     /// A reply to this row says that no request can succeed, and none has. Returns the number of such rows.
@@ -201,12 +223,14 @@ impl Health {
     /// As [`Health::throttled`], of replies that say that no request can succeed.
     pub fn claimed(&mut self, row: usize, departed: Instant, now: Instant) -> u32 {
         self.answered = true;
+        self.doubted_since.get_or_insert(now);
         self.suspects.insert(row);
         self.claims.add(departed, now)
     }
 
     /// The endpoint forbade a row. True if it has forbidden several in a row.
-    pub fn forbade(&mut self, row: usize) -> bool {
+    pub fn forbade(&mut self, row: usize, now: Instant) -> bool {
+        self.doubted_since.get_or_insert(now);
         self.forbidden.insert(row);
         self.is_forbidding()
     }
@@ -378,8 +402,13 @@ mod tests {
         assert!(!health.failed_alike("500: another"));
         health.success(Instant::now(), Instant::now());
         assert!((0..10).all(|_| !health.failed_alike("500: no schema")));
-        assert!((1..5).all(|row| !health.forbade(row)) && !health.forbade(4) && health.forbade(5));
+        let forbade = |health: &mut Health, row| health.forbade(row, Instant::now());
+        assert!((1..5).all(|row| !forbade(&mut health, row)) && !forbade(&mut health, 4));
+        assert!(forbade(&mut health, 5));
+        // An answer shows that it is the rows: more of them have to be forbidden from then on.
         health.success(Instant::now(), Instant::now());
-        assert!(!health.forbade(6));
+        assert_eq!(health.contradicted(), 1);
+        assert!((6..15).all(|row| !forbade(&mut health, row)));
+        assert!(forbade(&mut health, 15));
     }
 }

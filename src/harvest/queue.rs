@@ -39,7 +39,8 @@ impl Entry {
 }
 
 pub struct Queue {
-    fresh: Range<usize>,
+    /// In order, none of them empty.
+    fresh: Vec<Range<usize>>,
     /// Earliest first.
     delayed: BinaryHeap<Reverse<(Instant, Entry)>>,
 }
@@ -48,14 +49,14 @@ impl Queue {
     /// All of these rows, fresh.
     pub fn new(rows: Range<usize>) -> Self {
         Self {
-            fresh: rows,
+            fresh: Vec::from_iter(Some(rows).filter(|rows| !rows.is_empty())),
             delayed: BinaryHeap::new(),
         }
     }
 
     /// Rows that wait.
     pub fn len(&self) -> usize {
-        self.fresh.len() + self.delayed.len()
+        self.fresh.iter().map(Range::len).sum::<usize>() + self.delayed.len()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -73,26 +74,29 @@ impl Queue {
         let due = self.delayed.peek().map(|Reverse(delayed)| *delayed);
         match due {
             Some((not_before, entry)) if not_before <= now => Ok(entry),
-            _ if !self.fresh.is_empty() => Ok(Entry::fresh(self.fresh.start)),
-            _ => Err(due.map(|(not_before, _)| not_before)),
+            _ => match self.fresh.first() {
+                Some(rows) => Ok(Entry::fresh(rows.start)),
+                None => Err(due.map(|(not_before, _)| not_before)),
+            },
         }
     }
 
     /// As [`Queue::peek`], of the row that has least to do with what is wrong: those that always fail must
     /// not be all that is tried of an endpoint. `is_failing` says whether a row has failed of late. Rows that
-    /// fail may be neighbours: of fresh ones the last is taken if `is_far` is set.
+    /// fail may be neighbours: if `is_far` is set, the fresh one that is farthest from those that were taken.
     pub fn peek_least_suspect(
         &self,
         now: Instant,
         is_failing: impl Fn(usize) -> bool,
         is_far: bool,
     ) -> Result<Entry, Option<Instant>> {
-        if !self.fresh.is_empty() {
-            let row = if is_far {
-                self.fresh.end - 1
-            } else {
-                self.fresh.start
-            };
+        let fresh = if is_far {
+            let longest = self.fresh.iter().max_by_key(|rows| rows.len());
+            longest.map(|rows| rows.start + rows.len() / 2)
+        } else {
+            self.fresh.first().map(|rows| rows.start)
+        };
+        if let Some(row) = fresh {
             return Ok(Entry::fresh(row));
         }
         let due = self.delayed.iter().map(|Reverse(delayed)| delayed);
@@ -119,12 +123,12 @@ impl Queue {
 
     /// Takes what one of the two has shown.
     pub fn take(&mut self, entry: Entry) {
-        if self.fresh.contains(&entry.row) && entry == Entry::fresh(entry.row) {
-            if entry.row == self.fresh.start {
-                self.fresh.start += 1;
-            } else {
-                self.fresh.end -= 1;
-            }
+        let at = self.fresh.iter().position(|rows| rows.contains(&entry.row));
+        if let Some(at) = at.filter(|_| entry == Entry::fresh(entry.row)) {
+            let rows = self.fresh[at].clone();
+            let around = [rows.start..entry.row, entry.row + 1..rows.end];
+            let left = around.into_iter().filter(|rows| !rows.is_empty());
+            self.fresh.splice(at..=at, left);
             return;
         }
         match self.delayed.peek() {
@@ -185,10 +189,21 @@ mod tests {
     }
 
     #[test]
-    fn fresh_rows_are_taken_from_either_end() {
+    fn of_fresh_rows_the_first_is_taken_or_one_far_from_it() {
         let now = Instant::now();
-        let mut queue = Queue::new(0..3);
-        for (is_far, expected) in [(true, 2), (false, 0), (true, 1)] {
+        let mut queue = Queue::new(0..8);
+        let order = [
+            (false, 0),
+            (true, 4),
+            (true, 2),
+            (false, 1),
+            (true, 6),
+            (true, 7),
+            (true, 5),
+            (false, 3),
+        ];
+        for (taken, (is_far, expected)) in order.into_iter().enumerate() {
+            assert_eq!(queue.len(), 8 - taken);
             let entry = queue.peek_least_suspect(now, |_| false, is_far).unwrap();
             assert_eq!(entry, Entry::fresh(expected));
             queue.take(entry);

@@ -115,6 +115,14 @@ pub fn unreadable_results(file: &Path) -> anyhow::Error {
     )
 }
 
+/// A batch has ended with answers, and the endpoint names no file that holds them.
+pub fn no_results(batch: &str) -> anyhow::Error {
+    anyhow!(
+        "the batch {batch} has ended, and the endpoint names no file with its answers: nothing more is \
+         asked, so that nothing is bought twice; the same command looks at the batch again"
+    )
+}
+
 /// The endpoint refuses all that it was asked in the same words.
 pub fn refused_alike(message: &str) -> anyhow::Error {
     anyhow!(

@@ -25,6 +25,8 @@ pub struct Known {
     pub is_filtered: bool,
     /// A run has ended with it before anything was answered, or its replies would end one.
     pub is_suspect: bool,
+    /// Class of the failure with which it ended while other rows were answered; empty if it did not.
+    pub failed_as: String,
 }
 
 /// A line of the file.
@@ -49,6 +51,8 @@ pub enum Kind {
     Filtered,
     /// Brought no answer in a run that has ended before anything was answered, or its replies would end one.
     Suspect,
+    /// Has failed while other rows were answered.
+    Failed,
 }
 
 impl Line {
@@ -127,6 +131,11 @@ impl Unanswered {
                 known.is_suspect = true;
                 return;
             }
+            Kind::Failed => {
+                known.is_suspect = true;
+                known.failed_as.clone_from(&line.class);
+                return;
+            }
         }
         known.class.clone_from(&line.class);
         known.message.clone_from(&line.message);
@@ -175,20 +184,23 @@ impl Unanswered {
         Ok(())
     }
 
-    /// Forgets the rows that `is_wanted` names, so that they are asked again. Returns their keys.
+    /// Forgets the rows that `is_wanted` names, so that they are asked again, after those that have not failed.
+    /// Returns their keys.
     pub fn forget(&mut self, is_wanted: impl Fn(&str, &Known) -> bool) -> Result<Vec<String>> {
         let wanted = |key: &String, known: &Known| is_wanted(key, known);
         let rows = self.rows.iter().filter(|(key, known)| wanted(key, known));
         let forgotten: Vec<String> = rows.map(|(key, _)| key.clone()).collect();
-        let mut kept = Vec::new();
+        let (mut kept, mut left) = (Vec::new(), Unanswered::default());
         for line in self.lines()? {
             let known = self.rows.get(&line.key);
-            if !known.is_some_and(|known| wanted(&line.key, known)) {
+            let is_wanted = known.is_some_and(|known| wanted(&line.key, known));
+            if !is_wanted || line.kind == Kind::Failed {
                 serde_json::to_writer(&mut kept, &line)?;
                 kept.push(b'\n');
+                left.count(&line);
             }
         }
-        self.rows.retain(|key, known| !wanted(key, known));
+        self.rows = left.rows;
         if !forgotten.is_empty() {
             crate::fs::write_atomic(&self.path, &kept)?;
         }

@@ -72,8 +72,9 @@ pub struct Card {
     pub output_file: Option<String>,
     pub error_file: Option<String>,
     pub mistakes: Vec<Mistake>,
-    /// Number of rows in its files, if the endpoint reports it.
+    /// Number of rows in its files, and of those with an answer, if the endpoint reports it.
     pub rows: Option<u64>,
+    pub answered: Option<u64>,
     /// Unix time.
     pub created_at: Option<i64>,
     pub ended_at: Option<i64>,
@@ -93,8 +94,20 @@ impl Card {
         Card::from_value(&json::value(body).ok()?)
     }
 
+    /// Returns true if rows were answered, or may have been.
+    pub fn has_results(&self) -> bool {
+        let has_file = self.output_file.is_some() || self.error_file.is_some();
+        let is_completed = self.status == "completed";
+        has_file || self.answered.map_or(is_completed, |answered| answered > 0)
+    }
+
     fn from_value(value: &Value) -> Option<Card> {
         let text = |name: &str| value[name].as_str().map(String::from);
+        // Others than OpenAI have names of their own.
+        let file = |names: [&str; 2]| {
+            let found = names.iter().filter_map(|name| text(name));
+            found.into_iter().find(|id| !id.is_empty())
+        };
         let at = |name: &&str| value[*name].as_f64().map(|seconds| seconds as i64);
         let ends = ["completed_at", "expired_at", "cancelled_at", "failed_at"];
         let mistakes = value["errors"]["data"].as_array();
@@ -109,10 +122,11 @@ impl Card {
                 .as_str()
                 .unwrap_or_default()
                 .into(),
-            output_file: text("output_file_id").filter(|id| !id.is_empty()),
-            error_file: text("error_file_id").filter(|id| !id.is_empty()),
+            output_file: file(["output_file_id", "output_file"]),
+            error_file: file(["error_file_id", "error_file"]),
             mistakes: mistakes.into_iter().flatten().map(mistake).collect(),
             rows: rows(&value["request_counts"]),
+            answered: count(&value["request_counts"]["completed"]),
             created_at: at(&"created_at"),
             ended_at: ends.iter().find_map(at),
         })
@@ -121,13 +135,12 @@ impl Card {
 
 /// Number of rows that have ended, with or without an answer.
 fn rows(counts: &Value) -> Option<u64> {
-    let count = |name: &str| {
-        let value = &counts[name];
-        value
-            .as_u64()
-            .or_else(|| value.as_str()?.trim().parse().ok())
-    };
-    count("completed")?.checked_add(count("failed").unwrap_or(0))
+    count(&counts["completed"])?.checked_add(count(&counts["failed"]).unwrap_or(0))
+}
+
+fn count(value: &Value) -> Option<u64> {
+    let in_text = || value.as_str()?.trim().parse().ok();
+    value.as_u64().or_else(in_text)
 }
 
 /// A status as OpenAI spells it; one that is unknown as it came.

@@ -10,7 +10,7 @@ use super::{Batches, Halt};
 use crate::harvest::budget::{Bill, Dollars};
 use crate::harvest::failures::FailedRow;
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{Claim, Failure, Reason, Trouble};
+use crate::harvest::retry::{Claim, Failure, Reason};
 use crate::harvest::stop;
 use crate::harvest::unanswered::{Kind, Line};
 
@@ -146,10 +146,10 @@ impl Batches<'_> {
             self.lanes[lane].stop(stop::refused_alike(message));
         }
         self.end_part(index, status)?;
-        match closing.claim {
-            Some(claim) => Err(Trouble::Claim(claim).into()),
-            None => Ok(()),
+        if let Some(claim) = closing.claim {
+            self.lanes[lane].all_claimed(claim, &self.config.retry);
         }
+        Ok(())
     }
 
     fn settle_lost(&mut self, index: usize, lane: usize, closing: &Closing) -> Result<()> {

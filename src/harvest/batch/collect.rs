@@ -98,12 +98,15 @@ impl Batches<'_> {
             (None, _) => return Err(retry::lost("malformed", "the reply is no batch").into()),
         };
         self.lanes[lane].success();
+        self.lanes[lane].has_batches = true;
         self.journal.parts[index]
             .live
             .status
             .clone_from(&card.status);
         match card.status.as_str() {
             "completed" | "expired" | "cancelled" => return self.take(index, &card).await,
+            // What was answered before it failed is paid for.
+            "failed" if card.has_results() => return self.take(index, &card).await,
             "failed" => return self.failed(index, &card),
             // What is unknown is waited for, too.
             "cancelling" | "finalizing" => return Ok(()),
@@ -147,10 +150,21 @@ impl Batches<'_> {
 
     /// Records what both files of a batch hold, and accounts for every row.
     async fn take(&mut self, index: usize, card: &Card) -> Result<(), Halt> {
-        let (_, transport) = self.lane_of(index)?;
-        if card.status == "completed" && card.output_file.is_none() && card.error_file.is_none() {
+        let (lane, transport) = self.lane_of(index)?;
+        if card.output_file.is_none() && card.error_file.is_none() && card.has_results() {
             // The files may be on their way.
-            self.is_gone(index, "a completed batch has no file")?;
+            self.is_gone(index, "a batch that has ended has no file")?;
+            // Where others had one, its rows are lost.
+            if !self.lanes[lane].has_answered && self.plan.answered[lane] == 0 {
+                let batch = self.journal.parts[index].batch().unwrap_or_default();
+                self.lanes[lane].stop(stop::no_results(batch));
+                return Ok(());
+            }
+        }
+        for mistake in &card.mistakes {
+            let message = &mistake.error.message;
+            self.progress
+                .note(&format!("a batch has ended with an error: {message}"));
         }
         let mut taking = self.open(index, card)?;
         let mut taken = 0;

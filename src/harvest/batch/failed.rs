@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::api::Card;
 use super::{Batches, Halt, results};
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{Claim, Failure, Trouble};
+use crate::harvest::retry::{Claim, Failure};
 
 impl Batches<'_> {
     /// Lines that are bad fail, all others wait again.
@@ -45,7 +45,8 @@ impl Batches<'_> {
         self.end_part(index, "failed")?;
         if let Some((reason, message)) = verdict.stop {
             let failure = Failure::new("failed batch", &message);
-            return Err(Trouble::Claim(Claim { reason, failure }).into());
+            self.lanes[lane].all_claimed(Claim { reason, failure }, &self.config.retry);
+            return Ok(());
         }
         let retry = &self.config.retry;
         let of_lane = &mut self.lanes[lane];

@@ -47,8 +47,12 @@ pub struct Lane {
     /// Something has answered at this address.
     is_there: bool,
     failed_batches: u32,
-    /// Replies, since a row was last answered, that say that no request can succeed.
+    /// The endpoint knows of batches of ours.
+    pub has_batches: bool,
+    /// Batches, since a row was last answered, and calls, since one succeeded, of which all that came says
+    /// that no request can succeed.
     claims: u32,
+    claims_of_calls: u32,
     /// Monitors the usefulness of its answers.
     pub watch: Watch,
     /// Why nothing more is sent to it; the other lanes go on.
@@ -72,7 +76,9 @@ impl Lane {
             last_success: now,
             is_there: false,
             failed_batches: 0,
+            has_batches: false,
             claims: 0,
+            claims_of_calls: 0,
             watch: Watch::of(&plan.askings[index].lane, config),
             stopped: None,
         }
@@ -92,6 +98,7 @@ impl Lane {
 
     pub fn success(&mut self) {
         self.failures = 0;
+        self.claims_of_calls = 0;
         self.last_success = Instant::now();
         self.is_there = true;
     }
@@ -138,20 +145,32 @@ impl Lane {
         (pause, message)
     }
 
-    /// A call, or every row of a batch, says that no request can succeed. Before a row has been answered
-    /// that is believed at once; after that only where it is said again and again.
+    /// A call says that no request can succeed. Before there is a batch that is believed at once; after that
+    /// only where it is said again and again.
     fn claimed(&mut self, claim: Claim, retry: &config::Retry) -> (Duration, String) {
-        let Claim { reason, failure } = claim;
-        let teacher = &self.settings.teacher;
-        self.claims += 1;
-        if !self.has_answered {
-            self.stop(stop::refused(reason, &failure.message, teacher));
-        } else if self.claims > CLAIMS {
-            self.stop(stop::refused_by_now(reason, &failure.message, teacher));
-        }
+        self.claims_of_calls += 1;
         let pause = retry::backoff(self.failures, retry, 1.0);
         self.not_before = Instant::now() + pause;
-        (pause, failure.message)
+        let message = claim.failure.message.clone();
+        self.believe(claim, self.has_batches, self.claims_of_calls);
+        (pause, message)
+    }
+
+    /// As [`Lane::claimed`], of every row of a batch, before a row has been answered.
+    pub fn all_claimed(&mut self, claim: Claim, retry: &config::Retry) {
+        self.claims += 1;
+        self.not_before = Instant::now() + retry::backoff(self.claims, retry, 1.0);
+        self.believe(claim, self.has_answered, self.claims);
+    }
+
+    fn believe(&mut self, claim: Claim, is_doubtful: bool, times: u32) {
+        let Claim { reason, failure } = claim;
+        let teacher = &self.settings.teacher;
+        if !is_doubtful {
+            self.stop(stop::refused(reason, &failure.message, teacher));
+        } else if times > CLAIMS {
+            self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+        }
     }
 
     /// A batch has brought answers.

@@ -199,6 +199,7 @@ impl Batches<'_> {
             }
         };
         self.lanes[lane].success();
+        self.lanes[lane].has_batches = true;
         match Card::parse(&reply.body) {
             Some(card) => self.created(index, card),
             None => Err(retry::lost("malformed", "the reply to a creation names no batch").into()),

@@ -65,6 +65,14 @@ impl Dispatcher<'_> {
                     unanswered.add(&line)?;
                 }
             }
+            let label = lane.settings.teacher.label();
+            let failed = self.summary.failed_rows.iter();
+            for row in failed.filter(|row| lane.has_succeeded() && row.teacher == label) {
+                let known = self.books.unanswered.get(&row.key);
+                if known.is_none_or(|known| known.failed_as != row.class) {
+                    self.books.unanswered.add(&row.line(self.clock.now()))?;
+                }
+            }
         }
         Ok(())
     }

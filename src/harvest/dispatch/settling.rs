@@ -12,7 +12,7 @@ use crate::harvest::failures::FailedRow;
 use crate::harvest::lane::Verdict;
 use crate::harvest::limiter::Departure;
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{Failure, Trouble};
+use crate::harvest::retry::{Claim, Failure, Trouble};
 use crate::harvest::stop;
 use crate::harvest::unanswered::{Kind, Line};
 use crate::harvest::watch::{Seen, Word};
@@ -77,7 +77,15 @@ impl Dispatcher<'_> {
         is_spent: bool,
     ) -> Result<()> {
         let lane = &mut self.lanes[index];
+        let known = self.books.unanswered.get(&self.plan.rows[entry.row].key);
+        let failed_as = known.map_or("", |known| known.failed_as.as_str());
         let (verdict, message) = match trouble {
+            Trouble::Refused(failure) | Trouble::Claim(Claim { failure, .. })
+                if failure.class == failed_as =>
+            {
+                let message = failure.message.clone();
+                (lane.failed_again(entry, failure), message)
+            }
             Trouble::Refused(failure) => {
                 let message = failure.message.clone();
                 (lane.refused(entry, failure), message)

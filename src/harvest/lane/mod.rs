@@ -295,6 +295,11 @@ impl Lane {
         self.health.suspects().chain(claimants).collect()
     }
 
+    /// Has anything been answered in this run?
+    pub fn has_succeeded(&self) -> bool {
+        self.health.has_succeeded()
+    }
+
     /// The content of the row is refused: the endpoint is in order.
     pub fn filtered(&mut self, departure: &Departure) {
         self.health.success(departure.at, Instant::now());

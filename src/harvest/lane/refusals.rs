@@ -13,12 +13,19 @@ use crate::harvest::stop;
 /// Rounds in which an endpoint that has answered says that no request can succeed, before it is believed.
 const CLAIMS: u32 = 4;
 
+/// Further rounds, one for each time that such a reply was followed by an answer.
+const MORE_CLAIMS: u32 = 12;
+
 /// Times that one row brings such a reply while others are answered, before it is the row.
 const CLAIMS_OF_A_ROW: u32 = 3;
 
 /// Rows that bring such a reply before any is answered, where the cache holds answers or an earlier run
 /// has ended so, before it is believed.
 const CLAIMS_OF_ROWS: usize = 3;
+
+/// As [`CLAIMS_OF_ROWS`], where rows have failed while others were answered, and for a wrong key.
+const CLAIMS_OF_DOUBTFUL_ROWS: usize = 8;
+const CLAIMS_FOR_A_KEY: usize = 2;
 
 /// Rows that may all be refused, also in the same words, though the cache holds answers.
 const REFUSED_ROWS: usize = 20;
@@ -117,7 +124,7 @@ impl Lane {
             return self.transient(entry, failure, Duration::ZERO);
         }
         if matches!(reason, Reason::Address | Reason::Forbidden) {
-            if self.health.forbade(entry.row) {
+            if self.health.forbade(entry.row, now) {
                 self.queue.delay(entry, now);
                 // What is in flight may still be answered: nothing more is sent until then.
                 if self.in_flight == 0 {
@@ -130,12 +137,14 @@ impl Lane {
         }
         entry.claimed += 1;
         let round = self.health.claimed(entry.row, departure.at, now);
-        if round > CLAIMS {
+        let contradicted = self.health.contradicted();
+        if round > CLAIMS + contradicted.min(MORE_CLAIMS) {
             self.queue.delay(entry, now);
             self.stop(stop::refused_by_now(reason, &failure.message, teacher));
             return Verdict::AGAIN;
         }
-        if entry.claimed > CLAIMS_OF_A_ROW && round == 1 {
+        let is_contradicted = round == 1 || contradicted >= CLAIMS_OF_A_ROW;
+        if entry.claimed > CLAIMS_OF_A_ROW && is_contradicted {
             entry.failed += 1;
             self.claimants.push(entry.row);
             return Verdict::Failed(entry, failure);
@@ -154,8 +163,9 @@ impl Lane {
         let now = Instant::now();
         let Claim { reason, failure } = claim;
         let suspects = self.health.suspect(entry.row);
+        let is_key = reason == Reason::Key;
         // A wrong key is far likelier than a row that brings such a reply: the next run tries others first.
-        if reason != Reason::Key && (self.is_known || self.has_suspects) {
+        if self.is_known || self.has_suspects && !is_key {
             let remaining = 1 + self.queue.len() + self.in_flight;
             // The last few rows may be those that are always refused. An empty account refuses all rows alike.
             let few = if reason == Reason::Credit {
@@ -163,11 +173,17 @@ impl Lane {
             } else {
                 REFUSED_ROWS
             };
-            if self.is_known && remaining <= few {
+            if self.is_known && remaining <= few && !is_key {
                 entry.failed += 1;
                 return Verdict::Failed(entry, failure);
             }
-            if suspects < CLAIMS_OF_ROWS && suspects < remaining {
+            let enough = match reason {
+                Reason::Key => CLAIMS_FOR_A_KEY,
+                Reason::Credit => CLAIMS_OF_ROWS,
+                _ if self.is_known && self.has_suspects => CLAIMS_OF_DOUBTFUL_ROWS,
+                _ => CLAIMS_OF_ROWS,
+            };
+            if suspects < enough && suspects < remaining {
                 entry.claimed += 1;
                 self.queue.delay(entry, now);
                 return Verdict::AGAIN;
@@ -177,6 +193,13 @@ impl Lane {
         let teacher = &self.settings.teacher;
         self.stop(stop::refused(reason, &failure.message, teacher));
         Verdict::AGAIN
+    }
+
+    /// The row fails as it did in an earlier run, while others were answered: that shows nothing new.
+    pub fn failed_again(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
+        self.health.is_there();
+        entry.failed += 1;
+        Verdict::Failed(entry, failure)
     }
 
     pub fn refused(&mut self, mut entry: Entry, failure: Failure) -> Verdict {

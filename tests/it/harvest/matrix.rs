@@ -169,8 +169,8 @@ async fn once_or_twice_costs_attempts_and_always_costs_the_row_at_most() {
             }
             Stops(Amid::Waits) => {
                 assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{told}");
-                // One more where an answer came in between.
-                assert!((8..=9).contains(&summary.requests), "{told}");
+                // Up to two more for each answer that came in between.
+                assert!((8..=11).contains(&summary.requests), "{told}");
             }
             Throttled => {
                 assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{told}");

@@ -98,30 +98,83 @@ async fn rows_in_neither_file_are_counted_and_asked_again() {
 async fn a_file_that_does_not_hold_all_rows_yet_is_read_again() {
     let night = night("", 20, |_| {});
     let provider = Provider {
-        chat: night.teacher(),
-        latency: Duration::ZERO,
         halved: AtomicU32::new(3),
-        on_the_way: |content| content,
+        ..Provider::of(&night)
     };
-    let (_sender, receiver) = unbounded_channel();
-    let summary = night.harvest_over(provider, None, receiver).await;
-    let summary = summary.unwrap().unwrap();
+    let summary = harvest_over(&night, provider).await;
     assert_eq!((summary.ok, summary.failed), (20, 0));
     assert_eq!(parts(&summary), [("completed", 1)]);
     assert_eq!(night.mock.stats().billed.answers, 20);
 }
 
-/// A night whose results are changed on their way.
-async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Summary {
-    let provider = Provider {
-        chat: night.teacher(),
-        latency: Duration::ZERO,
-        halved: AtomicU32::new(0),
-        on_the_way,
-    };
+async fn harvest_over(night: &Night, provider: Provider) -> Summary {
     let (_sender, receiver) = unbounded_channel();
     let summary = night.harvest_over(provider, None, receiver).await;
     summary.unwrap().unwrap()
+}
+
+/// A night whose results are changed on their way.
+async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Summary {
+    let provider = Provider {
+        on_the_way,
+        ..Provider::of(night)
+    };
+    harvest_over(night, provider).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_batch_has_answered_before_it_failed_is_taken() {
+    let night = night("", 20, |_| {});
+    let provider = Provider {
+        of_cards: |mut card| {
+            if card["status"] == "completed" {
+                card["status"] = "failed".into();
+                card["errors"] = json!({"data": [{"code": "internal", "message": "broke"}]});
+            }
+            card
+        },
+        ..Provider::of(&night)
+    };
+    let summary = harvest_over(&night, provider).await;
+    assert_eq!((summary.ok, end(&summary).0), (20, 0));
+    assert_eq!(night.mock.stats().billed.answers, 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_with_answers_and_without_a_file_stops_the_run() {
+    let night = night("", 20, |_| {});
+    let provider = Provider {
+        of_cards: |mut card| {
+            card["output_file_id"] = Value::Null;
+            card
+        },
+        ..Provider::of(&night)
+    };
+    let summary = harvest_over(&night, provider).await;
+    let (code, message) = end(&summary);
+    assert_eq!((summary.ok, summary.pending, code), (0, 20, 1));
+    assert!(message.contains("names no file"), "{message}");
+    let summary = harvest(&night).await;
+    assert_eq!((summary.ok, end(&summary).0), (20, 0));
+    assert_eq!(night.mock.stats().billed.answers, 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_is_forbidden_now_and_then_ends_nothing() {
+    let night = night("", 20, |_| {});
+    let provider = Provider {
+        forbidden: AtomicU32::new(2),
+        ..Provider::of(&night)
+    };
+    let summary = harvest_over(&night, provider).await;
+    assert_eq!((summary.ok, end(&summary).0), (20, 0));
+    let lasting = Provider {
+        forbidden: AtomicU32::new(u32::MAX),
+        ..Provider::of(&night)
+    };
+    night.run.write("prompts.txt", "one more");
+    let summary = harvest_over(&night, lasting).await;
+    assert_eq!((summary.pending, end(&summary).0), (1, 4));
 }
 
 #[tokio::test(start_paused = true)]

@@ -19,7 +19,8 @@ use distill::harvest::{BatchApi, Download, Fault, Reply, Summary, Transport};
 use distill::serve::mock::Reaction;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
-use serde_json::Value;
+use reqwest::header::HeaderMap;
+use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::sleep;
 
@@ -34,8 +35,11 @@ struct Provider {
     latency: Duration,
     /// Downloads that hold half of their file and end as if that were all.
     halved: AtomicU32,
-    /// Changes the content of files on its way.
+    /// Changes the content of files on its way, and cards.
     on_the_way: fn(Bytes) -> Bytes,
+    of_cards: fn(Value) -> Value,
+    /// Calls for cards and files that are refused with 403.
+    forbidden: AtomicU32,
 }
 
 impl Transport for Provider {
@@ -49,6 +53,25 @@ impl Transport for Provider {
 }
 
 impl Provider {
+    fn of(night: &Night) -> Provider {
+        Provider {
+            chat: night.teacher(),
+            latency: Duration::ZERO,
+            halved: AtomicU32::new(0),
+            on_the_way: |content| content,
+            of_cards: |card| card,
+            forbidden: AtomicU32::new(0),
+        }
+    }
+
+    /// A refusal, if this call is to have one.
+    fn forbid(&self) -> Option<Reply> {
+        let take = |left: u32| left.checked_sub(1);
+        let is_forbidden = self.forbidden.fetch_update(Relaxed, Relaxed, take).is_ok();
+        let body = json!({"error": {"message": "not now"}}).to_string();
+        is_forbidden.then(|| Reply::whole(403, HeaderMap::new(), body.into()))
+    }
+
     async fn travel(&self) {
         sleep(self.latency.mul_f64(fastrand::f64())).await;
     }
@@ -93,7 +116,18 @@ impl BatchApi for Provider {
     }
 
     fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>> {
-        async move { self.call("GET", &format!("/v1/batches/{batch}"), b"").await }.boxed()
+        async move {
+            if let Some(refusal) = self.forbid() {
+                return Ok(refusal);
+            }
+            let path = format!("/v1/batches/{batch}");
+            let mut reply = self.call("GET", &path, b"").await?;
+            if let Ok(card) = serde_json::from_slice(&reply.body) {
+                reply.body = (self.of_cards)(card).to_string().into();
+            }
+            Ok(reply)
+        }
+        .boxed()
     }
 
     fn list<'a>(&'a self, after: Option<&'a str>) -> BoxFuture<'a, Result<Reply, Fault>> {
@@ -116,6 +150,9 @@ impl BatchApi for Provider {
 
     fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Download, Fault>> {
         async move {
+            if let Some(refusal) = self.forbid() {
+                return Ok(Download::Refused(refusal));
+            }
             let path = format!("/v1/files/{file}/content");
             let (reply, breaks) = match self.react("GET", &path, b"").await {
                 Reaction::Reply(reply) => (reply, false),
@@ -163,10 +200,8 @@ async fn harvest_with(
     signals: UnboundedReceiver<u8>,
 ) -> anyhow::Result<Option<Summary>> {
     let provider = Provider {
-        chat: night.teacher(),
         latency,
-        halved: AtomicU32::new(0),
-        on_the_way: |content| content,
+        ..Provider::of(night)
     };
     night.harvest_over(provider, life, signals).await
 }
