@@ -33,6 +33,7 @@ pub struct Health {
     /// Has anything ever succeeded, or answered at all?
     succeeded: bool,
     answered: bool,
+    is_as_before: bool,
     /// When an attempt first failed after the last request that showed the endpoint in order left.
     failing_since: Option<Instant>,
     /// Rows that have failed since, attempts that have, and the most that was in flight meanwhile.
@@ -88,6 +89,7 @@ impl Health {
             excused: Duration::ZERO,
             succeeded: false,
             answered: false,
+            is_as_before: false,
             failing_since: None,
             failing: HashSet::new(),
             given_up: 0,
@@ -180,9 +182,16 @@ impl Health {
         self.contradicted
     }
 
-    /// Something answers at this address.
-    pub fn is_there(&mut self) {
+    /// A row has failed as it did while others were answered.
+    pub fn failed_as_before(&mut self) {
         self.answered = true;
+        self.is_as_before = true;
+    }
+
+    /// Returns true if the first request need not go alone any more: one has succeeded, or what has come is
+    /// what came while others were answered.
+    pub fn is_proven(&self) -> bool {
+        self.succeeded || self.is_as_before
     }
 
     /// A reply to this row says that no request can succeed, and none has. Returns the number of such rows.

@@ -195,12 +195,12 @@ mod tests {
         let order = [
             (false, 0),
             (true, 4),
-            (true, 2),
-            (false, 1),
             (true, 6),
+            (false, 1),
+            (true, 3),
             (true, 7),
             (true, 5),
-            (false, 3),
+            (false, 2),
         ];
         for (taken, (is_far, expected)) in order.into_iter().enumerate() {
             assert_eq!(queue.len(), 8 - taken);

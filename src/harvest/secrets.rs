@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use base64::Engine;
 use base64::prelude::{BASE64_STANDARD_NO_PAD, BASE64_URL_SAFE_NO_PAD};
 use bytes::Bytes;
-use memchr::memchr2_iter;
+use memchr::memchr3_iter;
 use reqwest::header::{HeaderMap, HeaderValue};
 use serde_json::Value;
 
@@ -17,6 +17,9 @@ const SHORTEST: usize = 8;
 
 /// Keys shorter than this are looked for as whole words, and not in base64.
 const SURE: usize = 20;
+
+/// Bytes of `&#x0073;`.
+const LONGEST_ENTITY: usize = 8;
 
 /// Replacement text for a removed key.
 const INSTEAD: &str = "[key]";
@@ -170,12 +173,18 @@ impl Secrets {
     }
 }
 
-/// The key as it stands, and what it becomes within a longer text in base64, in either alphabet: three
-/// alignments, without the characters that its neighbours have a part in.
+/// The key as it stands, in hexadecimal digits with and without separators, and what it becomes within a
+/// longer text in base64, in either alphabet: three alignments, without the characters that its neighbours
+/// have a part in.
 fn forms(secret: &str) -> Vec<Vec<u8>> {
     let mut forms = vec![secret.as_bytes().to_vec()];
     if secret.len() < SURE {
         return forms;
+    }
+    for separator in ["", ":", " "] {
+        let digits: Vec<String> = secret.bytes().map(|byte| format!("{byte:02x}")).collect();
+        let digits = digits.join(separator);
+        forms.extend([digits.to_ascii_uppercase(), digits].map(String::into_bytes));
     }
     for before in 0..3 {
         let mut bytes = vec![0; before];
@@ -192,7 +201,7 @@ fn forms(secret: &str) -> Vec<Vec<u8>> {
 /// Is there an escape of what need not be escaped? Those of new lines, quotes and other alphabets are
 /// common; and no key has such characters.
 fn has_escaped_letters(text: &[u8]) -> bool {
-    memchr2_iter(b'\\', b'%', text).any(|at| {
+    memchr3_iter(b'\\', b'%', b'&', text).any(|at| {
         // A run of backslashes is looked at once, at its start.
         let is_within_run = text[at] == b'\\' && at > 0 && text[at - 1] == b'\\';
         !is_within_run
@@ -209,8 +218,10 @@ fn escape(text: &[u8]) -> Option<(u8, usize)> {
         let digits = std::str::from_utf8(digits).ok()?;
         u8::from_str_radix(digits, 16).ok()
     };
-    if text.first() == Some(&b'%') {
-        return Some((hex(text.get(1..3)?)?, 3));
+    match text.first()? {
+        b'%' => return Some((hex(text.get(1..3)?)?, 3)),
+        b'&' => return entity(text),
+        _ => {}
     }
     let slashes = text.iter().take_while(|byte| **byte == b'\\').count();
     if slashes == 0 {
@@ -220,9 +231,24 @@ fn escape(text: &[u8]) -> Option<(u8, usize)> {
         b'u' | b'U' if text.get(slashes + 1..slashes + 3)? == b"00" => {
             Some((hex(text.get(slashes + 3..slashes + 5)?)?, slashes + 5))
         }
+        b'x' => Some((hex(text.get(slashes + 1..slashes + 3)?)?, slashes + 3)),
         b'/' => Some((b'/', slashes + 1)),
         _ => None,
     }
+}
+
+/// As [`escape`], of an entity of HTML: `&#115;` or `&#x73;`.
+fn entity(text: &[u8]) -> Option<(u8, usize)> {
+    let end = text
+        .iter()
+        .take(LONGEST_ENTITY)
+        .position(|byte| *byte == b';')?;
+    let digits = std::str::from_utf8(text.get(2..end)?).ok()?;
+    let value = match digits.strip_prefix(['x', 'X']) {
+        Some(digits) => u8::from_str_radix(digits, 16),
+        None => digits.parse(),
+    };
+    (text[1] == b'#').then_some((value.ok()?, end + 1))
 }
 
 /// The text without escapes, and where each of its bytes begins in the other one, and the end.
@@ -271,7 +297,18 @@ mod tests {
         let json = |b: u8| format!("\\u{b:04x}");
         let twice = |b: u8| format!("\\\\u{b:04X}");
         let address = |b: u8| format!("%{b:02x}");
+        let bytes = |of: &dyn Fn(u8) -> String, separator: &str| -> String {
+            let bytes: Vec<String> = KEY.bytes().map(of).collect();
+            bytes.join(separator)
+        };
         let mut forms = vec![KEY.to_string()];
+        for separator in ["", ":", " "] {
+            forms.push(bytes(&|b| format!("{b:02x}"), separator));
+            forms.push(bytes(&|b| format!("{b:02X}"), separator));
+        }
+        forms.push(bytes(&|b| format!("&#{b};"), ""));
+        forms.push(bytes(&|b| format!("&#x{b:x};"), ""));
+        forms.push(bytes(&|b| format!("\\x{b:02x}"), ""));
         for n in [1, 2, 7, 100] {
             forms.extend([escape(n, &json), escape(n, &twice), escape(n, &address)]);
         }

@@ -61,7 +61,9 @@ impl Batches<'_> {
                 Some(Fate::Again(failure) | Fate::Refused(failure) | Fate::Filtered(failure)) => {
                     failure.may_be_billed
                 }
-                Some(Fate::Answered | Fate::Unreadable { .. } | Fate::Claimed(_)) => false,
+                Some(
+                    Fate::Answered | Fate::Blank(_) | Fate::Unreadable { .. } | Fate::Claimed(_),
+                ) => false,
                 // What a batch did not come to is not billed; what it lost may be.
                 None => status != "expired" && status != "cancelled",
             };
@@ -104,7 +106,7 @@ impl Batches<'_> {
                     claim.failure
                 }
                 Some(Fate::Again(failure)) => failure,
-                Some(Fate::Answered | Fate::Unreadable { .. }) => {
+                Some(Fate::Answered | Fate::Blank(_) | Fate::Unreadable { .. }) => {
                     self.lanes[lane].waiting.push_back(entry);
                     continue;
                 }

@@ -66,6 +66,8 @@ impl Taking {
 
 pub(super) enum Fate {
     Answered,
+    /// There is nothing in its answer, unless a later line has more.
+    Blank(Box<Completion>),
     /// Its line cannot be read, unless a later one can: the file may be whole by then.
     Unreadable {
         problem: String,
@@ -215,18 +217,24 @@ impl Batches<'_> {
             self.progress
                 .note(&format!("a batch has ended, and {message}"));
         }
-        self.record_unreadable(index, &mut taking)?;
+        self.record_rest(index, &mut taking)?;
         self.close(index, taking, &card.status)
     }
 
-    /// Records the answers whose lines cannot be read: they were paid for.
-    fn record_unreadable(&mut self, index: usize, taking: &mut Taking) -> Result<()> {
+    /// Records the answers that are empty, or whose lines cannot be read: they were paid for.
+    fn record_rest(&mut self, index: usize, taking: &mut Taking) -> Result<()> {
         for row in 0..taking.fates.len() {
-            let Some(Fate::Unreadable { problem, body }) = &taking.fates[row] else {
-                continue;
+            let completion = match taking.fates[row].take() {
+                Some(Fate::Blank(completion)) => *completion,
+                Some(Fate::Unreadable { problem, body }) => {
+                    self.unreadable.keep(&taking.members[row].key, &body)?;
+                    Completion::unreadable(problem)
+                }
+                other => {
+                    taking.fates[row] = other;
+                    continue;
+                }
             };
-            self.unreadable.keep(&taking.members[row].key, body)?;
-            let completion = Completion::unreadable(problem.clone());
             self.answered(index, taking, row, completion)?;
             taking.fates[row] = Some(Fate::Answered);
         }
@@ -339,10 +347,11 @@ impl Batches<'_> {
             return Ok(row.is_some());
         };
         let fate = match result {
-            Ok(completion) => {
+            Ok(completion) if completion.says_something() => {
                 self.answered(index, taking, row, *completion)?;
                 Fate::Answered
             }
+            Ok(completion) => Fate::Blank(completion),
             Err(Trouble::Unreadable { problem, body }) => Fate::Unreadable { problem, body },
             Err(Trouble::Refused(failure)) => Fate::Refused(failure),
             Err(Trouble::Filtered(failure)) => Fate::Filtered(failure),

@@ -167,7 +167,7 @@ impl Lane {
             };
         }
         let now = Instant::now();
-        if let Some(first) = self.first.filter(|_| !self.health.has_succeeded()) {
+        if let Some(first) = self.first.filter(|_| !self.health.is_proven()) {
             if self.has_budget {
                 return Err(None);
             }
@@ -202,7 +202,7 @@ impl Lane {
 
     /// Lets a request out, or says when to ask again.
     pub fn admit(&mut self, cost: Cost) -> Result<Departure, Instant> {
-        let room = if self.is_probing() || !self.health.has_succeeded() {
+        let room = if self.is_probing() || !self.health.is_proven() {
             1
         } else {
             self.concurrency.room().saturating_sub(self.in_flight)
@@ -252,7 +252,7 @@ impl Lane {
 
     pub fn left(&mut self, departure: &Departure) {
         self.in_flight += 1;
-        if !self.health.has_succeeded() {
+        if !self.health.is_proven() {
             self.first.get_or_insert(departure.at);
         }
         if self.is_probing() {

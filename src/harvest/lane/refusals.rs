@@ -197,7 +197,7 @@ impl Lane {
 
     /// The row fails as it did in an earlier run, while others were answered: that shows nothing new.
     pub fn failed_again(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
-        self.health.is_there();
+        self.health.failed_as_before();
         entry.failed += 1;
         Verdict::Failed(entry, failure)
     }

@@ -141,6 +141,8 @@ const ELSEWHERE: [&str; 4] = ["delta", "text", "messages", "content"];
 /// The first choice that says something, or else the first.
 fn best<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
     let mut choices: Vec<_> = choices.into_iter().flatten().collect();
+    // Of several, that which is asked for.
+    choices.sort_by_key(|choice| choice.extra.get("index").and_then(Value::as_u64));
     let speaking = choices.iter().position(says_something).unwrap_or(0);
     (!choices.is_empty()).then(|| choices.swap_remove(speaking))
 }

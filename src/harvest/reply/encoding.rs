@@ -238,6 +238,10 @@ fn encoding(first: &[u8], declared: Option<Encoding>) -> Option<Encoding> {
     match first {
         [0x1f, 0x8b, ..] => return Some(Encoding::Gzip),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => return Some(Encoding::Zstd),
+        // Of zlib, at the usual levels.
+        [0x78, 0x01 | 0x9c | 0xda, ..] if declared != Some(Encoding::Brotli) => {
+            return Some(Encoding::Deflate);
+        }
         _ => {}
     }
     let text = first.trim_ascii_start();
@@ -325,6 +329,8 @@ mod tests {
             ("br", BROTLI.to_vec()),
             ("br", TEXT.to_vec()),
             ("deflate", zlib()),
+            ("gzip", zlib()),
+            ("", zlib()),
             ("deflate", deflate()),
             ("unheard-of", TEXT.to_vec()),
         ];

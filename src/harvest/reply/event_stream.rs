@@ -8,10 +8,13 @@ use serde_json::{Map, Value};
 
 use super::error::is_error;
 use super::json::{self, Problem};
-use super::{names_choices, wrapped};
+use super::{names_choices, usage, wrapped};
 
-/// The end of a stream in OpenAI's dialect.
-const DONE: &[u8] = b"[DONE]";
+/// Begins each value of a JSON text sequence (RFC 7464).
+const SEPARATOR: u8 = 0x1e;
+
+/// The end of a stream in OpenAI's dialect, and as others write it.
+const DONE: [&[u8]; 3] = [b"[DONE]", b"DONE", b"[done]"];
 
 /// The body that an event stream amounts to, or chunks that follow each other without the frame of one;
 /// None where `body` is neither.
@@ -21,6 +24,10 @@ const DONE: &[u8] = b"[DONE]";
 pub fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
     let body = body.trim_ascii_start();
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+    if body.starts_with(&[SEPARATOR]) {
+        let lines: Vec<&[u8]> = body.split(|byte| *byte == SEPARATOR).collect();
+        return joined(&lines.concat());
+    }
     let names = ["data:", "event:", "id:", "retry:", ":"];
     if names.iter().any(|name| body.starts_with(name.as_bytes())) {
         let joined = join(&events(body));
@@ -61,12 +68,12 @@ fn several(body: &[u8]) -> Option<(Vec<Value>, &[u8])> {
     are_objects.then(|| (values, body[end..].trim_ascii_start()))
 }
 
-fn is_chunk(value: &Value) -> bool {
+pub fn is_chunk(value: &Value) -> bool {
     let choice = value.get("choices").and_then(|choices| choices.get(0));
     choice.is_some_and(|choice| choice.get("delta").is_some() && choice.get("message").is_none())
 }
 
-fn join_values(values: Vec<Value>) -> Result<Value, Problem> {
+pub fn join_values(values: Vec<Value>) -> Result<Value, Problem> {
     let (mut body, mut is_whole) = (Map::new(), false);
     for value in values {
         if let Value::Object(chunk) = value {
@@ -115,13 +122,10 @@ fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
     let mut odd = None;
     for data in events {
         // In one event with the last chunk, where no blank line is between them.
-        let data = match data.trim_ascii().strip_suffix(DONE) {
-            Some(rest) => {
-                is_over = true;
-                rest.trim_ascii()
-            }
-            None => data.trim_ascii(),
-        };
+        let data = data.trim_ascii();
+        let before_the_end = DONE.iter().find_map(|done| data.strip_suffix(*done));
+        is_over |= before_the_end.is_some();
+        let data = before_the_end.unwrap_or(data).trim_ascii();
         if data.starts_with(b"{") || data.starts_with(b"[") {
             match json::value(data) {
                 Ok(Value::Object(chunk)) => is_whole |= add(&mut body, chunk),
@@ -182,7 +186,9 @@ fn add(body: &mut Map<String, Value>, mut chunk: Map<String, Value>) -> bool {
     {
         chunk = inner;
     }
-    let mut ends = false;
+    let choices = chunk.get("choices").and_then(Value::as_array);
+    let is_last_word = choices.is_some_and(Vec::is_empty) && counts(chunk.get("usage"));
+    let mut ends = is_last_word && body.contains_key("choices");
     // A whole answer in the frame of a stream may have no finish reason.
     let is_measured = chunk.get("usage").is_some_and(Value::is_object);
     for (name, value) in chunk {
@@ -215,6 +221,14 @@ fn add(body: &mut Map<String, Value>, mut chunk: Map<String, Value>) -> bool {
         }
     }
     ends
+}
+
+/// Returns true if a usage counts tokens of an answer, as that of the whole stream does.
+fn counts(value: Option<&Value>) -> bool {
+    let counts = value.map(|value| usage::usage(value.clone()).0);
+    counts
+        .flatten()
+        .is_some_and(|usage| usage.completion_tokens > 0)
 }
 
 fn add_choice(whole: &mut Map<String, Value>, choice: Map<String, Value>) {
@@ -365,6 +379,7 @@ mod tests {
             format!("{first}\n{last}\n"),
             format!("{first}{last}[DONE]"),
             format!("[{first}, {last}]"),
+            format!("\u{1e}{first}\n\u{1e}{last}\n"),
         ];
         for body in bodies {
             let joined = joined(body.as_bytes())
@@ -407,6 +422,15 @@ mod tests {
             stream(&[chunk], "data: [DONE]\n\n")["choices"][0]["message"]["content"],
             "hel"
         );
+        // So is what its tokens are counted for.
+        let usage = json!({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}});
+        let chunk = json!({"choices": [{"delta": {"content": "hel"}}]});
+        assert_eq!(
+            stream(&[chunk.clone(), usage], "")["choices"][0]["message"]["content"],
+            "hel"
+        );
+        let done = format!("data: {chunk}\n\ndata: DONE\n\n");
+        assert!(joined(done.as_bytes()).unwrap().is_ok());
         assert_eq!(joined(b"{\"a\":1}"), None);
         assert!(joined(b"data: hello\n\n").unwrap().is_err());
     }

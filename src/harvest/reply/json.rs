@@ -3,7 +3,8 @@
 //! An answer has been paid for, so a flaw in its JSON is repaired rather than refused: invalid UTF-8 and
 //! half surrogate pairs become U+FFFD, raw control characters are escaped, words for numbers that JSON
 //! does not have (`NaN`, `-inf`) become null, and values nested too deep for a parser become their own
-//! text. A byte order mark, text in front of the first value and all that follows it are left out.
+//! text. A byte order mark, text in front of the first value and all that follows it are left out, and so
+//! is what follows the choices where a body ends early behind them.
 
 use serde_json::Value;
 
@@ -78,8 +79,12 @@ fn run(text: &[u8]) -> Result<Vec<u8>, Problem> {
         at: 0,
         out: Vec::with_capacity(text.len() + 16),
         open: Vec::new(),
+        whole: 0,
     };
-    repair.run()?;
+    match repair.run() {
+        Err(Problem::CutOff) if repair.close() => {}
+        other => other?,
+    }
     Ok(repair.out)
 }
 
@@ -132,13 +137,17 @@ mod tests {
 
     #[test]
     fn flaws_are_repaired() {
-        let cases: [(&[u8], Value); 30] = [
+        let cases: [(&[u8], Value); 31] = [
             (b" {\"a\": 1} ", json!({"a": 1})),
             (b"\xef\xbb\xbf{\"a\":1}", json!({"a": 1})),
             (b"{\"a\":1}\n\ndata: [DONE]\n\n", json!({"a": 1})),
             (b"{\"a\":1}{\"b\":2}", json!({"a": 1})),
             (b")]}',\n{\"a\":1}", json!({"a": 1})),
             (b"OK {\"a\":1}", json!({"a": 1})),
+            (
+                b"{\"choices\": [{\"finish_reason\": \"stop\", \"a\": 1}], \"usage\": {\"pro",
+                json!({"choices": [{"finish_reason": "stop", "a": 1}]}),
+            ),
             (
                 b"<br /><b>Warning</b>\n{\"choices\":[]}",
                 json!({"choices": []}),

@@ -61,7 +61,7 @@ impl Completion {
     }
 
     /// Returns true if there is something in it to keep: text of any kind, or calls of tools.
-    fn says_something(&self) -> bool {
+    pub fn says_something(&self) -> bool {
         let Answer {
             text,
             refusal,
@@ -173,6 +173,14 @@ fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
     let mut found = wrapped::completions(&value);
     if found.is_empty() {
         found.push(value);
+    } else if found
+        .iter()
+        .filter(|value| event_stream::is_chunk(value))
+        .count()
+        > 1
+    {
+        let whole = event_stream::join_values(found);
+        found = vec![whole.map_err(|problem| no_json(problem, body))?];
     }
     let mut answers = found.iter().map(|value| {
         let text = value.to_string();

@@ -13,6 +13,8 @@ pub(super) struct Repair<'a> {
     pub(super) out: Vec<u8>,
     /// The brackets that are open.
     pub(super) open: Vec<u8>,
+    /// Length of `out` when an object of a list of the outermost object last ended.
+    pub(super) whole: usize,
 }
 
 impl Repair<'_> {
@@ -43,6 +45,19 @@ impl Repair<'_> {
                 break;
             }
         }
+    }
+
+    /// Closes a body that ends early behind a choice with its reason to finish: all of the answer has come.
+    pub(super) fn close(&mut self) -> bool {
+        self.out.truncate(self.whole);
+        let choices = memchr::memmem::find(&self.out, b"\"choices\":[");
+        let has_reason = |at: usize| {
+            let reason = b"\"finish_reason\":\"";
+            memchr::memmem::find(&self.out[at..], reason).is_some()
+        };
+        let is_whole = choices.is_some_and(has_reason);
+        self.out.extend_from_slice(b"]}");
+        is_whole
     }
 
     /// Reads a value that holds no other, or opens one that does, up to its first value.
@@ -77,6 +92,9 @@ impl Repair<'_> {
             self.at += 1;
             self.out.push(end);
             self.open.pop();
+            if self.open == *b"{[" {
+                self.whole = self.out.len();
+            }
         }
         Ok(is_next)
     }

@@ -158,6 +158,11 @@ fn an_answer_is_found_wherever_it_stands() {
         json!({"success": true, "completion": body.to_string()}).to_string(),
         format!("{{\"status\":\"processing\"}}\n{body}"),
         format!("{{}}{body}"),
+        json!({"data": [
+            {"choices": [{"delta": {"content": "h"}}]},
+            {"choices": [{"delta": {"content": "i"}, "finish_reason": "stop"}]},
+        ]})
+        .to_string(),
         String::from(
             "data: {\"choices\":[{\"index\":1,\"delta\":{\"content\":\"hi\"},\"finish_reason\":\"stop\"}]}\n\ndata: {\"error\":{\"message\":\"late\"}}\n\n",
         ),

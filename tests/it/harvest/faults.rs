@@ -40,7 +40,9 @@ async fn a_retry_after_closes_the_gate_for_everybody_and_costs_no_attempt() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_may_pass_is_tried_again_and_counted() {
     let good = completion("A", 20).to_string();
-    let cut = good.as_bytes()[..good.len() - 20].to_vec();
+    let cut = good[..good.find("finish_reason").unwrap()]
+        .as_bytes()
+        .to_vec();
     let faults = [
         reply(500, json!("oops")),
         Reaction::Reply(502, Vec::new(), b"<html>bad gateway</html>".to_vec()),
@@ -69,6 +71,22 @@ async fn what_may_pass_is_tried_again_and_counted() {
             "{name}: {summary:?}"
         );
         assert_eq!(run.records()[0].timing.attempts, 3, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_whose_body_breaks_off_behind_it_is_bought_once() {
+    let good = completion("A", 20).to_string();
+    let cut = good[..good.find("usage").unwrap()].as_bytes().to_vec();
+    for fault in [
+        Reaction::UnfinishedChunks(cut.clone()),
+        Reaction::Reply(200, Vec::new(), cut),
+    ] {
+        let server = FaultServer::start(at_first(1, fault)).await;
+        let run = Run::new(&server, &["a"]);
+        let summary = run.harvest().await;
+        assert_eq!((summary.ok, summary.requests), (1, 1), "{summary:?}");
+        assert_eq!(run.texts(), ["A"]);
     }
 }
 

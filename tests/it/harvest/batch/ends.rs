@@ -193,6 +193,26 @@ async fn rows_may_be_spread_over_several_lines() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn of_several_lines_of_a_row_that_with_an_answer_counts() {
+    let night = night("", 20, |_| {});
+    let summary = harvest_changed(&night, |content| {
+        let rows = content.split(|byte| *byte == b'\n');
+        let rows = rows.filter(|row| !row.is_empty());
+        let mut lines = Vec::new();
+        for row in rows {
+            let good: Value = serde_json::from_slice(row).unwrap();
+            let mut empty = good.clone();
+            empty["response"]["body"]["choices"][0]["message"]["content"] = "".into();
+            lines.push(format!("{empty}\n{good}\n{empty}\n"));
+        }
+        lines.concat().into()
+    })
+    .await;
+    assert_eq!((summary.ok, end(&summary).0), (20, 0));
+    assert_eq!(night.mock.stats().billed.answers, 20);
+}
+
+#[tokio::test(start_paused = true)]
 async fn results_of_which_none_can_be_read_are_kept_and_stop_the_run() {
     let night = night("", 20, |_| {});
     let summary = harvest_changed(&night, |content| {
