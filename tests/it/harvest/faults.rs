@@ -40,9 +40,7 @@ async fn a_retry_after_closes_the_gate_for_everybody_and_costs_no_attempt() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_may_pass_is_tried_again_and_counted() {
     let good = completion("A", 20).to_string();
-    let cut = good[..good.find("finish_reason").unwrap()]
-        .as_bytes()
-        .to_vec();
+    let cut = good.as_bytes()[..good.find("finish_reason").unwrap()].to_vec();
     let faults = [
         reply(500, json!("oops")),
         Reaction::Reply(502, Vec::new(), b"<html>bad gateway</html>".to_vec()),
@@ -77,7 +75,7 @@ async fn what_may_pass_is_tried_again_and_counted() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_whose_body_breaks_off_behind_it_is_bought_once() {
     let good = completion("A", 20).to_string();
-    let cut = good[..good.find("usage").unwrap()].as_bytes().to_vec();
+    let cut = good.as_bytes()[..good.find("usage").unwrap()].to_vec();
     for fault in [
         Reaction::UnfinishedChunks(cut.clone()),
         Reaction::Reply(200, Vec::new(), cut),
