@@ -135,12 +135,15 @@ impl Answered {
         let max_tokens = bound.output_tokens;
         let answer = &completion.answer;
         let text_bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
-        // What was billed is no less than what the endpoint said, be it only a half of its usage.
-        let mut told = completion.usage.unwrap_or_default();
-        usage::raise_by(&mut told, &completion.extra);
-        bound.input_tokens = bound.input_tokens.max(told.prompt_tokens);
-        bound.output_tokens = bound.output_tokens.max(told.completion_tokens);
-        completion.usage = usage::measured(completion.usage, text_bytes);
+        let told = completion.usage;
+        completion.usage = usage::measured(told, text_bytes);
+        if completion.usage.is_none() {
+            // What was billed is no less than what the endpoint said, be it only a half of its usage.
+            let mut told = told.unwrap_or_default();
+            usage::raise_by(&mut told, &completion.extra);
+            bound.input_tokens = bound.input_tokens.max(told.prompt_tokens);
+            bound.output_tokens = bound.output_tokens.max(told.completion_tokens);
+        }
         let fault = completion.logprobs_fault.clone();
         let record = record(asking, row, prompt, body, completion, timing);
         Ok(Answered {

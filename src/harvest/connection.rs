@@ -11,8 +11,8 @@ use super::credentials::expand;
 use crate::config::{self, AllowHttp, KeySource};
 use crate::exit::Exit;
 
-/// Headers of a response, at most.
-const MOST_HEADERS: usize = 1_000;
+/// Headers of a response, at most. Each response takes memory for so many.
+const MOST_HEADERS: usize = 256;
 
 /// Validated address of an endpoint.
 #[derive(Debug)]

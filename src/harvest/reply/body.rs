@@ -141,15 +141,18 @@ const ELSEWHERE: [&str; 4] = ["delta", "text", "messages", "content"];
 /// The first choice that says something, or else the first.
 fn best<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
     let mut choices: Vec<_> = choices.into_iter().flatten().collect();
-    // Of several, that which is asked for.
+    if choices.len() == 1 {
+        return choices.pop();
+    }
+    // Of several, that which was asked for.
     choices.sort_by_key(|choice| choice.extra.get("index").and_then(Value::as_u64));
     let speaking = choices.iter().position(says_something).unwrap_or(0);
     (!choices.is_empty()).then(|| choices.swap_remove(speaking))
 }
 
 fn says_something<L>(choice: &Choice<L>) -> bool {
-    let elsewhere = ELSEWHERE.map(|name| choice.extra.get(name));
-    speaks(&choice.message) || elsewhere.into_iter().flatten().any(speaks)
+    let mut elsewhere = ELSEWHERE.iter().filter_map(|name| choice.extra.get(*name));
+    speaks(&choice.message) || elsewhere.any(speaks)
 }
 
 /// Returns true if there is text in a message, or a call of a tool.
