@@ -242,14 +242,21 @@ mod tests {
                 .get(key)
                 .map(|known| (known.paid, known.is_filtered))
         };
+        second.add(&line("c", Kind::PaidAttempt)).unwrap();
+        second.add(&line("c", Kind::Failed)).unwrap();
         let mut third = Unanswered::load(dir.path()).unwrap();
         assert_eq!(known(&third, "a"), Some((2, false)));
         assert_eq!(known(&third, "b"), Some((0, true)));
-        assert_eq!(third.forget(|_, known| known.is_filtered).unwrap().len(), 1);
+        let is_wanted = |key: &str, known: &Known| known.is_filtered || key == "c";
+        assert_eq!(third.forget(is_wanted).unwrap().len(), 2);
         let fourth = Unanswered::load(dir.path()).unwrap();
+        assert_eq!(fourth.rows, third.rows);
         assert_eq!(
             (known(&fourth, "a"), known(&fourth, "b")),
             (Some((2, false)), None)
         );
+        // That it has failed is remembered: others go before it.
+        assert_eq!(known(&fourth, "c"), Some((0, false)));
+        assert_eq!(fourth.standing("c", false, 1), Standing::Suspect);
     }
 }

@@ -65,8 +65,6 @@ pub struct Lane {
     /// An earlier run has ended with a row that brought no answer, before any did.
     has_suspects: bool,
     has_budget: bool,
-    /// Rows that have failed because their replies said that no request can succeed.
-    claimants: Vec<usize>,
     /// Monitors the usefulness of its answers.
     pub watch: Watch,
     /// Why nothing more is sent to it; the other lanes go on.
@@ -131,7 +129,6 @@ impl Lane {
             is_known: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
             has_budget: config.budget.usd.is_some(),
-            claimants: Vec::new(),
             watch: Watch::of(&settings, config),
             stopped: None,
             day_told: None,
@@ -288,11 +285,9 @@ impl Lane {
         self.limiter.answered(reports, departure, used);
     }
 
-    /// Rows that the next run tries last: those that brought no answer where nothing was answered at all, and
-    /// those whose replies would end it.
+    /// Rows that the next run tries last, though they have not failed: see [`Health::suspects`].
     pub fn suspects(&self) -> Vec<usize> {
-        let claimants = self.claimants.iter().copied();
-        self.health.suspects().chain(claimants).collect()
+        self.health.suspects().collect()
     }
 
     /// Has anything been answered in this run?

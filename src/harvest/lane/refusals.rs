@@ -146,7 +146,6 @@ impl Lane {
         let is_contradicted = round == 1 || contradicted >= CLAIMS_OF_A_ROW;
         if entry.claimed > CLAIMS_OF_A_ROW && is_contradicted {
             entry.failed += 1;
-            self.claimants.push(entry.row);
             return Verdict::Failed(entry, failure);
         }
         let pause = self.firm_pause(round, 1.0);

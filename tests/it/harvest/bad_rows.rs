@@ -200,3 +200,24 @@ async fn a_failure_that_asks_for_a_day_is_tried_again_all_the_same() {
         );
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_failed_amid_answers_go_last_and_fail_again_alone() {
+    for status in [403, 404] {
+        let reaction = reply(status, error("not this one", ""));
+        let server = teacher_of(10..40, reaction, Duration::ZERO).await;
+        let run = two_at_once(&server);
+        prompts(&run, 60);
+        let first = run.harvest().await;
+        assert_eq!((first.ok, first.failed), (30, 30), "{status}: {first:?}");
+        for _ in 0..2 {
+            let again = run.harvest().await;
+            let told = format!("{status}: {again:?}");
+            assert_eq!((again.failed, again.requests), (30, 30), "{told}");
+            assert_eq!(end(&again).0, 3, "{told}");
+        }
+        prompts(&run, 70);
+        let more = run.harvest().await;
+        assert_eq!((more.ok, more.requests), (10, 40), "{status}: {more:?}");
+    }
+}
