@@ -76,6 +76,26 @@ impl Question {
     }
 }
 
+/// An endpoint as the keys of its answers name it.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    base_url: String,
+    part_of_key: String,
+    /// What was a part of the key before it was given a name.
+    by_address: Option<String>,
+}
+
+impl Endpoint {
+    /// `name` is empty where the user has given it none.
+    pub fn new(name: &str, base_url: &str) -> Endpoint {
+        Endpoint {
+            base_url: base_url.to_owned(),
+            part_of_key: endpoint(name, base_url),
+            by_address: (!name.is_empty()).then(|| endpoint("", base_url)),
+        }
+    }
+}
+
 /// Keys under which the answer to one request may be cached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Names {
@@ -88,20 +108,19 @@ pub struct Names {
 }
 
 impl Names {
-    /// `name` and `base_url` are those of the endpoint; `with_old` adds the key of schema 1.
+    /// `with_old` adds the key of schema 1.
     pub fn new(
         question: &Question,
-        name: &str,
-        base_url: &str,
+        endpoint: &Endpoint,
         request: &Value,
         sample: u32,
         with_old: bool,
     ) -> Names {
-        let by_address = (!name.is_empty()).then(|| question.key(&endpoint("", base_url)));
+        let by_address = endpoint.by_address.as_deref();
         Names {
-            key: question.key(&endpoint(name, base_url)),
-            by_address,
-            old: with_old.then(|| old_key(base_url, request, sample)),
+            key: question.key(&endpoint.part_of_key),
+            by_address: by_address.map(|address| question.key(address)),
+            old: with_old.then(|| old_key(&endpoint.base_url, request, sample)),
         }
     }
 

@@ -11,9 +11,6 @@ use super::credentials::expand;
 use crate::config::{self, AllowHttp, KeySource};
 use crate::exit::Exit;
 
-/// Headers of a response, at most. Each response takes memory for so many.
-const MOST_HEADERS: usize = 256;
-
 /// Validated address of an endpoint.
 #[derive(Debug)]
 pub struct Address {
@@ -128,7 +125,6 @@ pub fn client(settings: &config::Teacher, address: &Address) -> Result<reqwest::
         // Retries are the dispatcher's, under the rate limit.
         .retry(reqwest::retry::never())
         // An answer is paid for, whatever headers a gateway puts before it.
-        .http1_max_headers(MOST_HEADERS)
         .http1_ignore_invalid_headers_in_responses(true)
         .connect_timeout(seconds("connect_timeout_s", settings.connect_timeout_s)?)
         .timeout(seconds("timeout_s", settings.timeout_s)?);

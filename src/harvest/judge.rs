@@ -25,7 +25,7 @@ use super::summary::Summary;
 use super::teacher::{self, Teacher, Transport};
 use super::unanswered::Unanswered;
 use crate::cache::lookup::Lookup;
-use crate::cache::question::{Names, Question};
+use crate::cache::question::{Endpoint, Names, Question};
 use crate::cache::{self, Cache};
 use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
 use crate::data::tokenizer::Tokenizer;
@@ -157,20 +157,13 @@ impl Judge {
     pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         let asking = self.asking();
         let teacher = &self.lane.teacher;
-        let address = teacher::identity(teacher);
+        let endpoint = Endpoint::new(&teacher.name, teacher::identity(teacher));
         let past = self.cache.past();
         let names = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
                 let body = asking.body(&text.messages, 0);
                 let question = Question::of(&body, 0);
-                Some(Names::new(
-                    &question,
-                    &teacher.name,
-                    address,
-                    &body,
-                    0,
-                    past.has_old,
-                ))
+                Some(Names::new(&question, &endpoint, &body, 0, past.has_old))
             }
             Err(error) => {
                 tracing::warn!("{} cannot be judged: {error:#}", text.id);

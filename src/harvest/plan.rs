@@ -12,7 +12,7 @@ use super::request::Asking;
 use super::shard::Shard;
 use super::teacher;
 use crate::cache::keys::{self, Fingerprint};
-use crate::cache::question::{self, Names, Past, Question};
+use crate::cache::question::{self, Endpoint, Names, Past, Question};
 use crate::config::{self, Assignment, Order};
 use crate::prompt::Prompt;
 
@@ -92,6 +92,7 @@ impl Scope<'_> {
 
 /// Inputs of the loop that adds rows to a plan.
 struct Adding<'a, S> {
+    endpoints: Vec<Endpoint>,
     scope: Scope<'a>,
     past: &'a Past,
     standing: S,
@@ -155,7 +156,12 @@ impl Plan {
             keys: HashSet::new(),
             questions: HashSet::new(),
         };
+        let endpoint = |asking: &Asking| {
+            let teacher = &asking.lane.teacher;
+            Endpoint::new(&teacher.name, teacher::identity(teacher))
+        };
         let mut adding = Adding {
+            endpoints: plan.askings.iter().map(endpoint).collect(),
             scope,
             past,
             standing,
@@ -190,13 +196,12 @@ impl Plan {
     ) -> Result<Vec<Row>> {
         let mut suspects = Vec::new();
         for sample in 0..samples {
-            let settings = &self.askings[lane].lane;
-            let (teacher, max_tokens) = (&settings.teacher, settings.sampling.max_tokens);
+            let max_tokens = self.askings[lane].lane.sampling.max_tokens;
             let body = self.body(lane, prompt, sample);
             let question = Question::of(&body, sample);
-            let address = teacher::identity(teacher);
             let with_old = adding.past.has_old || adding.scope.only.is_some();
-            let names = Names::new(&question, &teacher.name, address, &body, sample, with_old);
+            let endpoint = &adding.endpoints[lane];
+            let names = Names::new(&question, endpoint, &body, sample, with_old);
             let fingerprint = keys::fingerprint(&names.key);
             if !adding.scope.holds(&fingerprint, &names) {
                 continue;

@@ -136,13 +136,7 @@ pub fn classify_by(
         }
     };
     match (read(&reply.body), cut) {
-        // Of a stream, a piece without an end is not all of the answer.
-        (Ok(completion), Some(fault))
-            if completion.answer.finish_reason.is_empty()
-                && memchr::memmem::find(&reply.body, b"\"delta\"").is_some() =>
-        {
-            Err(classify_fault(fault))
-        }
+        (Ok(completion), Some(fault)) if completion.is_piece => Err(classify_fault(fault)),
         // All of the answer had come.
         (Ok(completion), _) => Ok(Box::new(completion)),
         (Err(_), Some(fault)) => Err(classify_fault(fault)),

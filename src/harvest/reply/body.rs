@@ -92,6 +92,7 @@ fn completion<L>(
         return Err(NoAnswer::error(ApiError::from_value(&choice.error)));
     }
     let mut finish_reason = reason(&choice.finish_reason);
+    let is_piece = finish_reason.is_empty() && usage.is_none() && is_piece(&choice);
     if is_filtered && finish_reason.is_empty() {
         finish_reason = "content_filter".into();
     } else if finish_reason.is_empty() && (is_error(&body.error) || is_error(&choice.error)) {
@@ -131,6 +132,7 @@ fn completion<L>(
         logprobs,
         logprobs_fault,
         extra,
+        is_piece,
         unreadable: None,
     })
 }
@@ -148,6 +150,11 @@ fn best<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
     choices.sort_by_key(|choice| choice.extra.get("index").and_then(Value::as_u64));
     let speaking = choices.iter().position(says_something).unwrap_or(0);
     (!choices.is_empty()).then(|| choices.swap_remove(speaking))
+}
+
+/// Returns true if the choice has a part of a message alone.
+fn is_piece<L>(choice: &Choice<L>) -> bool {
+    !speaks(&choice.message) && choice.extra.get("delta").is_some_and(speaks)
 }
 
 fn says_something<L>(choice: &Choice<L>) -> bool {

@@ -47,6 +47,8 @@ pub struct Completion {
     pub logprobs_fault: Option<String>,
     /// Everything else in the body, as it came.
     pub extra: Map<String, Value>,
+    /// Its text came as a piece of a stream does, and without an end: if the body was cut, more was to come.
+    pub is_piece: bool,
     /// Why nothing of it could be read.
     pub unreadable: Option<String>,
 }
@@ -155,8 +157,11 @@ fn strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error
 
 /// Finds the token counts elsewhere in the body, if they are not where they should be.
 fn with_usage(mut completion: Completion, body: &[u8]) -> Completion {
-    let has_counts = memchr::memmem::find(body, b"oken").is_some();
-    if completion.usage.is_none() && has_counts {
+    // Logprobs have tokens, too.
+    let names = ["_tokens", "Tokens", "TokenCount", "_eval_count"];
+    let is_there = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
+    let has_counts = || names.into_iter().any(is_there);
+    if completion.usage.is_none() && has_counts() {
         let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
         completion.usage = value.ok().and_then(|value| wrapped::usage_in(&value));
     }

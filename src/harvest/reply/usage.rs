@@ -44,9 +44,14 @@ pub fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
 }
 
 fn read(fields: &Map<String, Value>) -> Option<Usage> {
-    let first = |names: &[&str]| names.iter().find_map(|name| count(fields.get(*name)));
+    // There are few fields, and many names: to compare them costs less than to hash each name.
+    let field = |name: &str| {
+        let mut fields = fields.iter();
+        fields.find_map(|(found, value)| (found == name).then_some(value))
+    };
+    let first = |names: &[&str]| names.iter().find_map(|name| count(field(name)));
     let detail = |objects: &[&str], name: &str| {
-        let mut objects = objects.iter().filter_map(|object| fields.get(*object));
+        let mut objects = objects.iter().filter_map(|object| field(object));
         objects.find_map(|object| count(object.get(name)))
     };
     let mut prompt_tokens = first(&PROMPT)?;
