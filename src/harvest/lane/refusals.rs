@@ -166,13 +166,14 @@ impl Lane {
         // A wrong key is far likelier than a row that brings such a reply: the next run tries others first.
         if self.is_known || self.has_suspects && !is_key {
             let remaining = 1 + self.queue.len() + self.in_flight;
-            // The last few rows may be those that are always refused. An empty account refuses all rows alike.
-            let few = if reason == Reason::Credit {
-                CLAIMS_OF_ROWS - 1
-            } else {
-                REFUSED_ROWS
+            // The last few rows may be those that are always refused. An empty account or a wrong key refuses
+            // all rows alike; and a wrong key is believed at once, but of a row that has brought such a reply
+            // before.
+            let few = match reason {
+                Reason::Credit | Reason::Key => CLAIMS_OF_ROWS - 1,
+                _ => REFUSED_ROWS,
             };
-            if self.is_known && remaining <= few && !is_key {
+            if self.is_known && remaining <= few && (!is_key || entry.claimed > 0) {
                 entry.failed += 1;
                 return Verdict::Failed(entry, failure);
             }
@@ -182,9 +183,16 @@ impl Lane {
                 _ if self.is_known && self.has_suspects => CLAIMS_OF_DOUBTFUL_ROWS,
                 _ => CLAIMS_OF_ROWS,
             };
-            if suspects < enough && suspects < remaining {
+            if suspects < enough && suspects < remaining && entry.claimed <= CLAIMS {
+                // Where the others wait, it is this row's turn again.
+                let pause = self.firm_pause(entry.claimed, 1.0);
                 entry.claimed += 1;
-                self.queue.delay(entry, now);
+                let wait = if entry.claimed > 1 {
+                    pause
+                } else {
+                    Duration::ZERO
+                };
+                self.queue.delay(entry, now + wait);
                 return Verdict::AGAIN;
             }
         }

@@ -221,3 +221,25 @@ async fn rows_that_failed_amid_answers_go_last_and_fail_again_alone() {
         assert_eq!((more.ok, more.requests), (10, 40), "{status}: {more:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_fail_in_different_ways_settle_with_few_requests() {
+    for status in [401, 402, 403, 404] {
+        let server = FaultServer::start(move |seen| match seen.prompt() {
+            "p3" => reply(status, error("not this one", "")),
+            "p4" => reply(500, error("boom", "")),
+            _ => answer(seen),
+        })
+        .await;
+        let mut run = two_at_once(&server);
+        run.config.limits.concurrency = 32;
+        prompts(&run, 6);
+        for _ in 0..3 {
+            run.harvest().await;
+        }
+        let last = run.harvest().await;
+        let told = format!("{status}: {last:?}");
+        assert_eq!((last.failed, end(&last).0), (2, 3), "{told}");
+        assert!(server.count() < 60, "{}: {told}", server.count());
+    }
+}
