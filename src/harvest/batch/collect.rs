@@ -153,11 +153,14 @@ impl Batches<'_> {
     /// Records what both files of a batch hold, and accounts for every row.
     async fn take(&mut self, index: usize, card: &Card) -> Result<(), Halt> {
         let (lane, transport) = self.lane_of(index)?;
-        if card.output_file.is_none() && card.error_file.is_none() && card.has_results() {
+        let has_file = card.output_file.is_some() || card.error_file.is_some();
+        let is_lost = !has_file && card.has_results();
+        if is_lost {
             // The files may be on their way.
             self.is_gone(index, "a batch that has ended has no file")?;
             // Where others had one, its rows are lost.
-            if !self.lanes[lane].has_answered && self.plan.answered[lane] == 0 {
+            let is_completed = card.status == "completed";
+            if is_completed && !self.lanes[lane].has_answered && self.plan.answered[lane] == 0 {
                 let batch = self.journal.parts[index].batch().unwrap_or_default();
                 self.lanes[lane].stop(stop::no_results(batch));
                 return Ok(());
@@ -218,7 +221,13 @@ impl Batches<'_> {
                 .note(&format!("a batch has ended, and {message}"));
         }
         self.record_rest(index, &mut taking)?;
-        self.close(index, taking, &card.status)
+        // What was answered and is nowhere may be billed.
+        let status = if is_lost && card.status != "completed" {
+            "gone"
+        } else {
+            &card.status
+        };
+        self.close(index, taking, status)
     }
 
     /// Records the answers that are empty, or whose lines cannot be read: they were paid for.

@@ -15,6 +15,8 @@ pub struct Rows {
     open: BytesMut,
     /// Braces of it that are open.
     depth: usize,
+    /// Its last line ends within a text, which some servers do not escape the line ends of.
+    in_text: bool,
     ready: VecDeque<Bytes>,
 }
 
@@ -24,6 +26,7 @@ impl Rows {
             lines,
             open: BytesMut::new(),
             depth: 0,
+            in_text: false,
             ready: VecDeque::new(),
         }
     }
@@ -54,7 +57,9 @@ impl Rows {
         if is_open && (is_row || self.open.len() + line.len() > LONGEST_LINE) {
             self.give_up();
         }
-        if !self.open.is_empty() || (text.ends_with(b"{") && !is_row) {
+        let is_whole = text.ends_with(b"}");
+        let begins = text.ends_with(b"{") || text.starts_with(b"{");
+        if !self.open.is_empty() || begins && !is_whole {
             self.join(line);
         } else if !matches!(text, b"" | b"[" | b"]" | b",") {
             self.ready.push_back(line);
@@ -63,8 +68,7 @@ impl Rows {
 
     /// Adds a line to the object. Where it ends, it is ready.
     fn join(&mut self, line: Bytes) {
-        // Text holds no line's end, so that each line begins outside of it.
-        let (mut in_text, mut is_escaped, mut start) = (false, false, 0);
+        let (mut in_text, mut is_escaped, mut start) = (self.in_text, false, 0);
         for (at, byte) in line.iter().enumerate() {
             match byte {
                 _ if is_escaped => is_escaped = false,
@@ -87,6 +91,7 @@ impl Rows {
                 _ => {}
             }
         }
+        self.in_text = in_text;
         if self.depth > 0 {
             self.open.extend_from_slice(&line[start..]);
             self.open.extend_from_slice(b"\n");
@@ -95,7 +100,7 @@ impl Rows {
 
     /// What has come of the object goes on as it is.
     fn give_up(&mut self) {
-        self.depth = 0;
+        (self.depth, self.in_text) = (0, false);
         self.ready.push_back(self.open.split().freeze());
     }
 }
@@ -135,6 +140,7 @@ mod tests {
             pretty(&json!([a, b])),
             format!("[{}, {}]", pretty(&a), pretty(&b)),
             format!("[\n{a}\n,\n{b}\n]"),
+            pretty(&a).replacen("{\n  \"custom", "{\"custom", 1) + "\n" + &b.to_string(),
         ] {
             let found: Vec<Value> = rows(&text)
                 .iter()
@@ -142,6 +148,13 @@ mod tests {
                 .collect();
             assert_eq!(found, [a.clone(), b.clone()], "{text}");
         }
+    }
+
+    #[test]
+    fn a_text_may_have_line_ends_that_are_not_escaped() {
+        let raw = "{\"custom_id\":\"a\",\"text\":\"one {\ntwo\n}\"}";
+        let b = row("b").to_string();
+        assert_eq!(rows(&format!("{raw}\n{b}\n{raw}")), [raw, &b, raw]);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 
 use serde_json::{Map, Value};
 
-use super::error::is_error;
+use super::body::speaks;
+use super::error::ApiError;
 use super::json::{self, Problem};
 use super::{names_choices, usage, wrapped};
 
@@ -74,13 +75,13 @@ pub fn is_chunk(value: &Value) -> bool {
 }
 
 pub fn join_values(values: Vec<Value>) -> Result<Value, Problem> {
-    let (mut body, mut is_whole) = (Map::new(), false);
+    let mut joined = Joined::default();
     for value in values {
         if let Value::Object(chunk) = value {
-            is_whole |= add(&mut body, chunk);
+            joined.add(chunk);
         }
     }
-    finish(body, is_whole)
+    joined.finish(false)
 }
 
 /// The lines of a stream, each of which ends with `\n`, `\r\n` or `\r`.
@@ -95,8 +96,11 @@ fn lines(body: &[u8]) -> impl Iterator<Item = &[u8]> {
 /// The data of each event, which a blank line ends.
 fn events(body: &[u8]) -> Vec<Vec<u8>> {
     let (mut events, mut data): (Vec<Vec<u8>>, Option<Vec<u8>>) = (Vec::new(), None);
+    let mut is_error = false;
     for line in lines(body) {
-        if let Some(rest) = line.strip_prefix(b"data:") {
+        if let Some(kind) = line.strip_prefix(b"event:") {
+            is_error = kind.trim_ascii() == b"error";
+        } else if let Some(rest) = line.strip_prefix(b"data:") {
             let rest = rest.strip_prefix(b" ").unwrap_or(rest);
             match &mut data {
                 // Some servers leave the blank line out.
@@ -110,16 +114,28 @@ fn events(body: &[u8]) -> Vec<Vec<u8>> {
                 None => data = Some(rest.to_vec()),
             }
         } else if line.is_empty() {
-            events.extend(data.take());
+            events.extend(data.take().map(|data| named(data, is_error)));
+            is_error = false;
         }
     }
-    events.extend(data);
+    events.extend(data.map(|data| named(data, is_error)));
     events
 }
 
+/// The data of an event that is called an error, as an error where they do not say so themselves.
+fn named(data: Vec<u8>, is_error: bool) -> Vec<u8> {
+    let says_so = || matches!(json::value(&data), Ok(Value::Object(fields)) if ApiError::in_body(&fields).is_some());
+    if !is_error || says_so() {
+        return data;
+    }
+    let text = String::from_utf8_lossy(&data);
+    serde_json::json!({ "error": text })
+        .to_string()
+        .into_bytes()
+}
+
 fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
-    let (mut body, mut is_whole, mut is_over) = (Map::new(), false, false);
-    let mut odd = None;
+    let (mut joined, mut is_over, mut odd) = (Joined::default(), false, None);
     for data in events {
         // In one event with the last chunk, where no blank line is between them.
         let data = data.trim_ascii();
@@ -128,11 +144,15 @@ fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
         let data = before_the_end.unwrap_or(data).trim_ascii();
         if data.starts_with(b"{") || data.starts_with(b"[") {
             match json::value(data) {
-                Ok(Value::Object(chunk)) => is_whole |= add(&mut body, chunk),
+                Ok(Value::Object(chunk)) => joined.add(chunk),
                 Ok(other) => odd = Some(other.to_string()),
                 // No piece of the answer is missed.
-                Err(_) if is_whole || !names_choices(data) => odd = Some(json::beginning(data)),
-                Err(problem) => return Err(problem),
+                Err(_) if joined.is_whole => odd = Some(json::beginning(data)),
+                Err(problem) if names_choices(data) => return Err(problem),
+                Err(problem) => {
+                    odd = Some(json::beginning(data));
+                    joined.hole.get_or_insert(problem);
+                }
             }
         } else if !data.is_empty() {
             // A word, as `ping` and `null`: no piece of an answer.
@@ -142,65 +162,91 @@ fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
             break;
         }
     }
-    if body.is_empty()
-        && let Some(odd) = odd
-    {
-        return Err(Problem::NotJson(odd));
-    }
-    finish(body, is_whole || is_over)
-}
-
-fn finish(mut body: Map<String, Value>, is_whole: bool) -> Result<Value, Problem> {
-    if body.is_empty() {
-        return Err(if is_whole {
-            Problem::NotJson("an event stream without data".into())
-        } else {
-            Problem::CutOff
-        });
-    }
-    if let Some(Value::Array(choices)) = body.get_mut("choices") {
-        choices.sort_by_key(place);
-    }
-    if is_whole {
-        return Ok(Value::Object(body));
-    }
-    // An error needs no end, and half a text before it is no answer.
-    body.remove("choices");
-    if body.get("error").is_some_and(is_error) {
-        Ok(Value::Object(body))
-    } else {
-        Err(Problem::CutOff)
+    match odd {
+        Some(odd) if joined.body.is_empty() => Err(Problem::NotJson(odd)),
+        _ => joined.finish(is_over),
     }
 }
 
-/// Index of a choice.
-fn place(choice: &Value) -> u64 {
-    choice.get("index").and_then(Value::as_u64).unwrap_or(0)
+/// What the chunks so far amount to.
+#[derive(Default)]
+struct Joined {
+    body: Map<String, Value>,
+    /// A choice has a reason to finish, or came whole.
+    is_whole: bool,
+    /// The last chunk has counted the tokens of all before it.
+    is_counted: bool,
+    /// There were pieces of a message.
+    has_pieces: bool,
+    /// Problem of a chunk that could not be read.
+    hole: Option<Problem>,
 }
 
-/// Adds a chunk. True if it ends an answer.
-fn add(body: &mut Map<String, Value>, mut chunk: Map<String, Value>) -> bool {
-    if !chunk.contains_key("choices")
-        && let Some(Value::Object(inner)) =
-            wrapped::completions(&Value::Object(chunk.clone())).pop()
-    {
-        chunk = inner;
-    }
-    let choices = chunk.get("choices").and_then(Value::as_array);
-    let is_last_word = choices.is_some_and(Vec::is_empty) && counts(chunk.get("usage"));
-    let mut ends = is_last_word && body.contains_key("choices");
-    // A whole answer in the frame of a stream may have no finish reason.
-    let is_measured = chunk.get("usage").is_some_and(Value::is_object);
-    for (name, value) in chunk {
-        if name != "choices" {
-            merge(body, name, value);
-            continue;
+impl Joined {
+    /// The body. `is_over` says that the stream has named its end.
+    fn finish(self, is_over: bool) -> Result<Value, Problem> {
+        let mut body = self.body;
+        if body.is_empty() {
+            return Err(if is_over {
+                Problem::NotJson("an event stream without data".into())
+            } else {
+                Problem::CutOff
+            });
         }
-        let whole = body
-            .entry("choices")
-            .or_insert_with(|| Value::Array(Vec::new()));
-        let (Value::Array(choices), Value::Array(whole)) = (value, whole) else {
-            continue;
+        // It may have been a piece, too.
+        if let Some(problem) = self.hole.filter(|_| self.has_pieces) {
+            return Err(problem);
+        }
+        let mut has_text = false;
+        if let Some(Value::Array(choices)) = body.get_mut("choices") {
+            choices.sort_by_key(place);
+            has_text = choices.iter().any(speaks);
+        }
+        let has_failed = ApiError::in_body(&body).is_some();
+        let has_ended = is_over || self.is_counted && has_text;
+        if self.is_whole || has_ended && !has_failed {
+            return Ok(Value::Object(body));
+        }
+        // An error needs no end, and half a text before it is no answer.
+        body.remove("choices");
+        if has_failed {
+            Ok(Value::Object(body))
+        } else {
+            Err(Problem::CutOff)
+        }
+    }
+
+    fn add(&mut self, mut chunk: Map<String, Value>) {
+        if !chunk.contains_key("choices")
+            && let Some(Value::Object(inner)) =
+                wrapped::completions(&Value::Object(chunk.clone())).pop()
+        {
+            chunk = inner;
+        }
+        // A whole answer in the frame of a stream may have no finish reason.
+        let is_measured = chunk.get("usage").is_some_and(Value::is_object);
+        if let Some(Value::Array(choices)) = chunk.get("choices") {
+            self.is_counted = choices.is_empty() && counts(chunk.get("usage"));
+        }
+        for (name, value) in chunk {
+            match value {
+                Value::Array(choices) if name == "choices" => {
+                    self.add_choices(choices, is_measured)
+                }
+                _ if name == "choices" => {
+                    self.body
+                        .entry(name)
+                        .or_insert_with(|| Value::Array(Vec::new()));
+                }
+                value => merge(&mut self.body, name, value),
+            }
+        }
+    }
+
+    fn add_choices(&mut self, choices: Vec<Value>, is_measured: bool) {
+        let whole = self.body.entry("choices");
+        let Value::Array(whole) = whole.or_insert_with(|| Value::Array(Vec::new())) else {
+            return;
         };
         for choice in choices {
             let at = place(&choice);
@@ -209,7 +255,8 @@ fn add(body: &mut Map<String, Value>, mut chunk: Map<String, Value>) -> bool {
             };
             let finish_reason = choice.get("finish_reason");
             let has_reason = finish_reason.is_some_and(|reason| !reason.is_null() && reason != "");
-            ends |= has_reason || is_measured && choice.contains_key("message");
+            self.is_whole |= has_reason || is_measured && choice.contains_key("message");
+            self.has_pieces |= choice.contains_key("delta");
             let known = whole.iter().position(|known| place(known) == at);
             let known = known.unwrap_or_else(|| {
                 whole.push(Value::Object(Map::new()));
@@ -220,7 +267,11 @@ fn add(body: &mut Map<String, Value>, mut chunk: Map<String, Value>) -> bool {
             }
         }
     }
-    ends
+}
+
+/// Index of a choice.
+fn place(choice: &Value) -> u64 {
+    choice.get("index").and_then(Value::as_u64).unwrap_or(0)
 }
 
 /// Returns true if a usage counts tokens of an answer, as that of the whole stream does.
@@ -294,144 +345,4 @@ fn join_lists(list: &mut Vec<Value>, more: Vec<Value>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn stream(chunks: &[Value], end: &str) -> Value {
-        let mut text = String::from(": keep-alive\n\n");
-        for chunk in chunks {
-            text.push_str(&format!("data: {chunk}\n\n"));
-        }
-        joined(format!("{text}{end}").as_bytes()).unwrap().unwrap()
-    }
-
-    #[test]
-    fn chunks_become_the_body_that_was_asked_for() {
-        let chunk = |delta: Value, logprobs: Value, finish: Value| json!({"id": "x", "model": "m", "choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]});
-        let token =
-            |text: &str| json!({"content": [{"token": text, "logprob": -1.0}], "refusal": null});
-        let call = |id: Value, arguments: &str| json!({"tool_calls": [{"index": 0, "id": id, "function": {"arguments": arguments}}]});
-        let chunks = [
-            chunk(
-                json!({"role": "assistant", "content": ""}),
-                Value::Null,
-                Value::Null,
-            ),
-            chunk(json!({"content": "Hel"}), token("Hel"), Value::Null),
-            chunk(json!({"reasoning_content": "hm"}), Value::Null, Value::Null),
-            json!({"choices": [{"index": 1, "delta": {"content": "another"}}]}),
-            chunk(call(json!("c1"), "{\"a\""), Value::Null, Value::Null),
-            chunk(call(json!("c1"), ":1}"), Value::Null, Value::Null),
-            chunk(
-                json!({"role": "assistant", "content": "lo"}),
-                token("lo"),
-                Value::Null,
-            ),
-            chunk(json!({}), Value::Null, json!("stop")),
-            json!({"id": "x", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}),
-        ];
-        for (end, separator) in [
-            ("data: [DONE]\n\n", "\n"),
-            ("", "\n"),
-            ("data: [DONE]", "\r\n"),
-        ] {
-            let text: String = chunks
-                .iter()
-                .map(|chunk| format!("event: chunk{separator}data: {chunk}{separator}{separator}"))
-                .collect();
-            let body = joined(format!("{text}{end}").as_bytes()).unwrap().unwrap();
-            let choice = &body["choices"][0];
-            assert_eq!(
-                choice["message"],
-                json!({
-                    "role": "assistant", "content": "Hello", "reasoning_content": "hm",
-                    "tool_calls": [{"index": 0, "id": "c1", "function": {"arguments": "{\"a\":1}"}}],
-                })
-            );
-            assert_eq!(choice["finish_reason"], "stop");
-            let tokens: Vec<_> = choice["logprobs"]["content"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|t| &t["token"])
-                .collect();
-            assert_eq!(tokens, ["Hel", "lo"]);
-            assert_eq!(
-                (&body["model"], &body["usage"]["prompt_tokens"]),
-                (&json!("m"), &json!(3))
-            );
-            assert_eq!(body["choices"][1]["message"]["content"], "another");
-        }
-    }
-
-    #[test]
-    fn what_is_no_piece_of_an_answer_is_passed_over() {
-        let chunk = |text: &str, finish: Value| json!({"choices": [{"delta": {"content": text}, "finish_reason": finish}]});
-        let (first, last) = (chunk("Hel", Value::Null), chunk("lo", json!("stop")));
-        let several_lines = serde_json::to_string_pretty(&last).unwrap();
-        let several_lines = several_lines.replace('\n', "\r\ndata: ");
-        let bodies = [
-            format!("data: ping\n\ndata: null\n\ndata: {first}\n\ndata: {last}\n\n"),
-            format!("data: {first}\n\ndata: {last}\n\nevent: error\ndata: overloaded\n\n"),
-            format!("data: {first}\r\n\r\ndata: {several_lines}\r\n\r\ndata: [DONE]\r\n\r\n"),
-            format!("data: {first}\r\rdata: {last}\r\r"),
-            format!("{first}\n{last}\n"),
-            format!("{first}{last}[DONE]"),
-            format!("[{first}, {last}]"),
-            format!("\u{1e}{first}\n\u{1e}{last}\n"),
-        ];
-        for body in bodies {
-            let joined = joined(body.as_bytes())
-                .unwrap()
-                .unwrap_or_else(|e| panic!("{body}: {e}"));
-            assert_eq!(
-                joined["choices"][0]["message"]["content"], "Hello",
-                "{body}"
-            );
-        }
-        // A piece that cannot be read is missed.
-        let broken = format!("{first}\n{{\"choices\": x\n{last}");
-        assert!(joined(broken.as_bytes()).unwrap().is_err());
-        let cut = format!("{first}\n{first}\n");
-        assert_eq!(joined(cut.as_bytes()), Some(Err(Problem::CutOff)));
-    }
-
-    #[test]
-    fn a_whole_answer_in_the_frame_of_a_stream_is_that_answer() {
-        let whole =
-            json!({"choices": [{"message": {"content": "hi"}}], "usage": {"prompt_tokens": 1}});
-        assert_eq!(stream(std::slice::from_ref(&whole), ""), whole);
-        let lines = format!("data: {whole}\ndata: [DONE]\n");
-        assert_eq!(joined(lines.as_bytes()).unwrap().unwrap(), whole);
-    }
-
-    #[test]
-    fn a_stream_that_breaks_off_is_cut_off_and_an_error_in_it_is_told() {
-        let chunk = json!({"choices": [{"delta": {"content": "hel"}}]});
-        let cut = format!("data: {chunk}\n\n");
-        assert_eq!(joined(cut.as_bytes()), Some(Err(Problem::CutOff)));
-        assert_eq!(joined(b": wait\n\n"), Some(Err(Problem::CutOff)));
-        let body = stream(
-            &[chunk.clone(), json!({"error": {"message": "overloaded"}})],
-            "",
-        );
-        assert_eq!(body["error"]["message"], "overloaded");
-        // Done is done, also without a reason.
-        assert_eq!(
-            stream(&[chunk], "data: [DONE]\n\n")["choices"][0]["message"]["content"],
-            "hel"
-        );
-        // So is what its tokens are counted for.
-        let usage = json!({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}});
-        let chunk = json!({"choices": [{"delta": {"content": "hel"}}]});
-        assert_eq!(
-            stream(&[chunk.clone(), usage], "")["choices"][0]["message"]["content"],
-            "hel"
-        );
-        let done = format!("data: {chunk}\n\ndata: DONE\n\n");
-        assert!(joined(done.as_bytes()).unwrap().is_ok());
-        assert_eq!(joined(b"{\"a\":1}"), None);
-        assert!(joined(b"data: hello\n\n").unwrap().is_err());
-    }
-}
+mod tests;

@@ -160,6 +160,28 @@ async fn a_batch_with_answers_and_without_a_file_stops_the_run() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_a_failed_batch_has_answered_and_does_not_hand_out_counts_and_ends() {
+    let night = night("", 5, |config| {
+        priced(config);
+        config.retry.max_attempts = 1;
+    });
+    let provider = Provider {
+        of_cards: |mut card| {
+            if card["status"] == "completed" {
+                card["status"] = "failed".into();
+                card["output_file_id"] = Value::Null;
+            }
+            card
+        },
+        ..Provider::of(&night)
+    };
+    let summary = harvest_over(&night, provider).await;
+    assert_eq!((summary.failed, end(&summary).0), (5, 3), "{summary:?}");
+    assert_eq!(summary.attempts_lost, 5);
+    assert!(summary.run_folder_usd.unwrap() > 0.0, "{summary:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_call_that_is_forbidden_now_and_then_ends_nothing() {
     let night = night("", 20, |_| {});
     let provider = Provider {
