@@ -7,12 +7,23 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::harvest::Shard;
 
+/// As [`crate::exit::Exit`] decides.
+const EXIT_STATUS: &str = "\
+Exit status:
+  0    done
+  1    failed; the message says what to do
+  2    the command line, the config or the input files must be changed first
+  3    done, and some rows failed: see failures.jsonl
+  4    stopped by the budget, a window, a limit or an outage; the same command goes on
+  5    a cache or a checkpoint is damaged, and going on could lose data
+  129, 130, 143  stopped by a hang-up, Ctrl-C or SIGTERM; the same command goes on";
+
 /// Distill a hosted model into a small one that you own
 ///
 /// `distill harvest` asks the teacher, within limits, and keeps every answer in a crash-safe cache;
 /// `distill train` fine-tunes a student on it. `distill demo` shows the whole way on this machine.
 #[derive(Debug, Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(version, arg_required_else_help = true, after_help = EXIT_STATUS)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -77,6 +88,7 @@ pub struct DemoArgs {
 }
 
 #[derive(Debug, Clone, Args)]
+#[command(after_help = EXIT_STATUS)]
 pub struct HarvestArgs {
     #[command(flatten)]
     pub config: ConfigFile,
@@ -86,8 +98,9 @@ pub struct HarvestArgs {
     /// Use only the first N prompts
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Request these answers again, and no others (comma-separated): length (truncated), quarantined, failed,
-    /// or a reason from the summary; existing answers move to responses.replaced.jsonl
+    /// Request these answers again, and no others (comma-separated): length (truncated), quarantined, a
+    /// reason that the summary lists under quarantined, or failed (rows that were bought retry.max_attempts
+    /// times; the plain command asks every other failed row); answers move to responses.replaced.jsonl
     #[arg(long, value_name = "WHAT", value_delimiter = ',')]
     pub again: Vec<String>,
     /// Ask only the I-th of N disjoint parts, each on a machine (or in a run_dir) of its own;

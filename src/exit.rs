@@ -9,7 +9,7 @@ pub enum Exit {
     /// 2: the command line, the config or the input files must be changed first.
     #[error("{0}")]
     Usage(String),
-    /// 3: the run finished, and some prompts failed for good.
+    /// 3: the run finished, and some rows failed.
     #[error("{0}")]
     SomeFailed(String),
     /// 4: stopped by a budget, a window or an outage; running the command again goes on.

@@ -5,6 +5,9 @@ use std::path::Path;
 use super::teacher::hide_keys;
 use crate::exit::Exit;
 
+/// Keys that a message lists.
+const FEW: usize = 12;
+
 /// What does not fit in `text`, the content of `path`: file, line, column, and for an unknown key
 /// the nearest one that exists, or else `otherwise`.
 pub fn describe(
@@ -25,11 +28,13 @@ pub fn describe(
         Some(rest) => {
             let mut quoted = rest.split('`').step_by(2);
             let unknown = quoted.next().unwrap_or_default();
-            let fields = rest.split('`').skip(2).step_by(2);
+            let fields: Vec<&str> = rest.split('`').skip(2).step_by(2).collect();
+            let all = format!("the keys here are {}; {otherwise}", fields.join(", "));
+            let otherwise = if fields.len() <= FEW { &all } else { otherwise };
             return usage(format!(
                 "{}{place}: unknown key {unknown:?}{}",
                 path.display(),
-                nearest(unknown, fields, otherwise)
+                nearest(unknown, fields.into_iter(), otherwise)
             ));
         }
         None => message.replace('\n', " "),

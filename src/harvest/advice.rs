@@ -32,11 +32,7 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
     );
     step(
         summary.failed > 0,
-        format!(
-            "look into {}: the same command asks these rows again, but for those that have been bought \
-             `retry.max_attempts` times, which takes `distill harvest {config} --again failed`",
-            failures.display()
-        ),
+        format!("look into {}: {}", failures.display(), again(summary)),
     );
     let refusals = summary.quarantines.get("refusal").copied().unwrap_or(0);
     step(
@@ -94,6 +90,23 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
         });
     }
     steps
+}
+
+/// How the failed rows are asked again.
+fn again(summary: &Summary) -> String {
+    let config = &summary.arguments;
+    let asks = format!("`distill harvest {config} --again failed` asks");
+    match summary.given_up {
+        0 => "the same command asks these rows again".into(),
+        count if count == summary.failed => {
+            format!("they have been bought `retry.max_attempts` times, and {asks} them again")
+        }
+        count => format!(
+            "the same command asks these rows again, but for {} that have been bought \
+             `retry.max_attempts` times, which {asks}",
+            format_count(count)
+        ),
+    }
 }
 
 #[cfg(test)]
@@ -158,6 +171,21 @@ mod tests {
         ] {
             assert!(bad.contains(part), "{part} is not in:\n{bad}");
         }
+    }
+
+    #[test]
+    fn rows_that_were_bought_too_often_alone_need_a_word() {
+        let of = |failed, given_up| {
+            steps(Summary {
+                ok: 90,
+                failed,
+                given_up,
+                ..Summary::default()
+            })
+        };
+        assert!(!of(2, 0).contains("--again"));
+        assert!(of(2, 1).contains("but for 1 that"));
+        assert!(of(2, 2).contains("they have been bought"));
     }
 
     #[test]

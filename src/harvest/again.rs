@@ -118,7 +118,7 @@ pub fn take_out(
         }
     );
     let wanted = asked.wanted();
-    // Only now: what has not left the cache by then is no new answer.
+    // After the old answers have left the cache: a run that goes on takes those that it finds there for new.
     UnderWay {
         words: words.to_vec(),
         keys: wanted.clone(),
@@ -223,7 +223,8 @@ impl Found {
             ),
             (true, true) => format!("`--again {words}` names nothing: the cache holds no answers"),
             (true, false) => format!(
-                "`--again {words}` names nothing: the answers in the cache are {}",
+                "`--again {words}` names nothing: the answers in the cache are {}; rows that failed are \
+                 asked again by the command without `--again`",
                 known.join(", ")
             ),
         };

@@ -9,9 +9,10 @@ use tokio::time::Instant;
 use super::budget::ledger::{self, Unwritten};
 use super::budget::{Account, Amount, Dollars, Files, InFlight, Ledger, Spent, Store, Tokens};
 use super::clock::WallClock;
+use super::failures::FailedRow;
 use super::lane::Lane;
 use super::limiter::day::Day;
-use super::plan::Plan;
+use super::plan::{Plan, Standing};
 use super::prepare::check_budget;
 use super::summary::Summary;
 use super::unanswered::Unanswered;
@@ -105,6 +106,13 @@ impl Books {
             summary.run_folder_usd = Some(self.account.spent().total().usd());
         }
         summary.budget_usd = self.account.cap().map(Dollars::usd);
+    }
+
+    /// Number of failed rows that no run asks again by itself.
+    pub fn given_up(&self, rows: &[FailedRow], max_attempts: u32) -> u64 {
+        let standing = |row: &&FailedRow| self.unanswered.standing(&row.key, false, max_attempts);
+        let given_up = |row: &&FailedRow| standing(row) == Standing::GivenUp;
+        rows.iter().filter(given_up).count() as u64
     }
 }
 

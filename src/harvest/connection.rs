@@ -30,6 +30,12 @@ impl Address {
         let text = expand("teacher.base_url", shown)?.text;
         let text = text.trim().trim_end_matches('/').to_owned();
         let usage = |message: String| anyhow::Error::from(Exit::Usage(message));
+        if !text.contains("://") {
+            return Err(usage(format!(
+                "`teacher.base_url` = \"{shown}\" lacks its beginning: write \"https://{shown}\", or \
+                 \"http://{shown}\" for a server on this machine"
+            )));
+        }
         let url = Url::parse(&text)
             .map_err(|error| usage(format!("`teacher.base_url` is no URL: {error}")))?;
         if !url.username().is_empty() || url.password().is_some() {
@@ -206,7 +212,11 @@ mod tests {
             ("http://localhost.example.com/v1", "use https"),
             ("http://192.168.0.1/v1", "use https"),
             ("ftp://example.com", "must begin with https"),
-            ("example.com", "no URL"),
+            ("example.com/v1", "write \"https://example.com/v1\""),
+            (
+                "localhost:8080/v1",
+                "\"http://localhost:8080/v1\" for a server",
+            ),
             ("https://user:pw@example.com", "no user name"),
             (
                 "https://example.com/v1/chat/completions/",

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use tokio::time::Instant;
 
-use super::budget::{Account, Store};
+use super::budget::{Account, Dollars, Store};
 use super::estimate::Estimate;
 use super::plan::{Plan, Scope};
 use super::prepare::check_fits;
@@ -72,13 +72,15 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     summary.warnings.extend(plan.told_of_repeats());
     let cached_usd = known.cost_usd + judge::cost_usd(config)?;
     let account = books::look(config, cached_usd)?;
-    tell_money(&mut summary, &account);
+    tell_money(&mut summary, &plan, &account);
     tell_waits(&mut summary, config, &plan, account)?;
+    // Better found out before its answers are paid for; below what was asked for.
+    summary.error = check_student(config).err();
     Ok(summary)
 }
 
 /// Adds the budget left, and a warning if it may end the run early.
-fn tell_money<S: Store>(summary: &mut Summary, account: &Account<S>) {
+fn tell_money<S: Store>(summary: &mut Summary, plan: &Plan, account: &Account<S>) {
     let Some(cap) = account.cap() else { return };
     summary.budget_usd = Some(cap.usd());
     summary.run_folder_usd = Some(account.spent().total().usd());
@@ -86,13 +88,31 @@ fn tell_money<S: Store>(summary: &mut Summary, account: &Account<S>) {
         .estimate
         .as_ref()
         .and_then(|estimate| estimate.cost_usd);
-    if let Some((_, most)) = most.filter(|(_, most)| *most > account.room().usd()) {
+    let room = account.room();
+    let left = format_dollars(room.usd());
+    if let Some(least) = cheapest(plan).filter(|least| *least > room) {
         summary.warnings.push(format!(
-            "{} of the budget are left, and the rest may cost {}: the run may stop before its end",
-            format_dollars(account.room().usd()),
+            "{left} of the budget are left, and {} must be set aside for a request: nothing would be sent; \
+             raise `budget.usd`",
+            format_dollars(least.usd())
+        ));
+    } else if let Some((_, most)) = most.filter(|(_, most)| *most > room.usd()) {
+        summary.warnings.push(format!(
+            "{left} of the budget are left, and the rest may cost {}: the run may stop before its end",
             format_dollars(most)
         ));
     }
+}
+
+/// The least that must be set aside for a row, where all have a price.
+fn cheapest(plan: &Plan) -> Option<Dollars> {
+    let lanes = plan.lanes.iter().zip(&plan.askings).enumerate();
+    let rows = lanes.flat_map(|(lane, (rows, asking))| {
+        let cost = move |row| plan.bound(lane, row).cost(&asking.lane.price);
+        rows.clone().map(cost)
+    });
+    let costs: Option<Vec<f64>> = rows.collect();
+    costs?.into_iter().map(Dollars::at_least).min()
 }
 
 /// Adds a warning for each wait that a run started now would begin with.
@@ -141,7 +161,14 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
         return Err(Exit::Usage(message).into());
     }
     check_money(config, options.shard, now)?;
-    // Where none is named, none is meant yet.
+    if config.schedule.mode == Mode::Realtime {
+        batch::check_none_under_way(&config.run_dir)?;
+    }
+    cache::place::check_all_is_back(&config.own_cache())
+}
+
+/// Refuses a student that cannot be trained, where one is named.
+fn check_student(config: &Config) -> Result<()> {
     let folder = config.file.as_deref().and_then(Path::parent);
     let unset = Student {
         path: folder
@@ -149,14 +176,10 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
             .join(Student::default().path),
         ..Student::default()
     };
-    if config.student != unset {
-        check_student(&config.student)?;
+    let student = &config.student;
+    if *student == unset {
+        return Ok(());
     }
-    cache::place::check_all_is_back(&config.own_cache())
-}
-
-/// A student that cannot be trained is better found out before its answers are paid for.
-fn check_student(student: &Student) -> Result<()> {
     let mut files = vec!["tokenizer.json"];
     if student.init == Init::Pretrained {
         files.push("config.json");
@@ -164,7 +187,8 @@ fn check_student(student: &Student) -> Result<()> {
     match files.iter().find(|file| !student.path.join(file).exists()) {
         None => Ok(()),
         Some(file) => Err(Exit::Usage(format!(
-            "`student.path` = {} has no {file}: `distill train` would not begin",
+            "`student.path` = {} has no {file}: `distill train` would not begin; download the student's \
+             Hugging Face folder to there, or leave `[student]` out until you have one",
             student.path.display()
         ))
         .into()),

@@ -269,6 +269,7 @@ struct Run<'a> {
 impl Run<'_> {
     async fn realtime(mut self, prompts: Vec<Prompt>, signals: Signals) -> Result<Summary> {
         batch::check_none_under_way(&self.config.run_dir)?;
+        batch::drop_uncreated(&self.config.run_dir)?;
         let plan = self.plan(self.config, prompts, |key| self.standing(key))?;
         let books = self.books()?;
         let dispatcher = self.dispatcher(self.config, plan, books).await?;

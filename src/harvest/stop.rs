@@ -159,11 +159,24 @@ pub fn worthless(count: u32, reason: &str) -> anyhow::Error {
 
 /// Nothing has ever answered there.
 pub fn nothing_answers(teacher: &config::Teacher, message: &str) -> anyhow::Error {
-    anyhow!(
-        "nothing answers at {} ({message}): check `teacher.base_url`, and that the endpoint is \
-         running",
-        teacher.base_url
-    )
+    let base_url = &teacher.base_url;
+    match base_url.strip_prefix("https://") {
+        // In the words of rustls and of native-tls.
+        Some(rest)
+            if ["InvalidContentType", "wrong version number"]
+                .iter()
+                .any(|words| message.contains(words)) =>
+        {
+            anyhow!(
+                "the server at {base_url} does not speak TLS ({message}): check the port, or, if the server is \
+             your own, set `teacher.base_url` to \"http://{rest}\""
+            )
+        }
+        _ => anyhow!(
+            "nothing answers at {base_url} ({message}): check `teacher.base_url`, and that the endpoint is \
+             running"
+        ),
+    }
 }
 
 /// Nothing has succeeded for too long.

@@ -35,8 +35,10 @@ pub struct Summary {
     pub ok: u64,
     /// Recorded, but not to be trained on; by reason in `quarantines`.
     pub quarantined: u64,
-    /// Without an answer for good; by class in `failures`, one by one in `failures.jsonl`.
+    /// Ended without an answer; by class in `failures`, one by one in `failures.jsonl`.
     pub failed: u64,
+    /// Of these, bought `retry.max_attempts` times: only `harvest --again failed` asks them again.
+    pub given_up: u64,
     /// Not asked to the end; the next run goes on with them.
     pub pending: u64,
     /// Requests sent, retries included.
@@ -239,10 +241,10 @@ impl Summary {
         self.failed_rows.push(row);
     }
 
-    /// Rows that failed for good keep a run from having succeeded.
+    /// Rows that failed keep a run from having succeeded.
     pub fn error_of_rows(&self, run_dir: &Path) -> Option<anyhow::Error> {
         let message = format!(
-            "{} of {} answers failed for good: see {}",
+            "{} of {} rows failed: see {}",
             self.failed,
             self.total,
             failures::file(run_dir).display()

@@ -100,7 +100,9 @@ impl Summary {
                 1 => String::new(),
                 _ => format!(" ({})", sanitise(&used.teacher)),
             };
-            if let Some(share) = used.share() {
+            // What may leave at once is a large part of a shorter time.
+            let is_long = used.open_s >= 60.0;
+            if let Some(share) = used.share().filter(|_| is_long) {
                 rows.push([
                     format!("of the rate limit{name}"),
                     format!("{:.1} %", share * 100.0),
@@ -233,6 +235,9 @@ fn batch_time(batches: &Outlook) -> String {
             format_count(batches.rows_under_way)
         ),
     };
+    if batches.batches == 0 && batches.under_way == 0 {
+        return "no batch is needed".to_owned();
+    }
     let rounds = match batches.rounds {
         0 | 1 => "up to 24 h".to_owned(),
         rounds => format!("{rounds} rounds by `batch.enqueued_tokens`, up to 24 h each"),
@@ -255,6 +260,7 @@ mod tests {
                 rounds,
             })
         };
+        assert_eq!(of(0, 0, 0), "no batch is needed");
         assert_eq!(of(1, 0, 1), "1 batch: up to 24 h");
         assert_eq!(
             of(0, 2, 0),

@@ -184,7 +184,8 @@ pub fn is_under_way(run_dir: &Path) -> Result<bool> {
 /// Refuses to ask one by one for what batches under way will answer.
 pub fn check_none_under_way(run_dir: &Path) -> Result<()> {
     let journal = Journal::load(run_dir)?;
-    let under_way = journal.parts.iter().filter(|part| !part.is_done()).count();
+    let parts = journal.parts.iter();
+    let under_way = parts.filter(|part| part.is_enqueued()).count();
     if under_way > 0 {
         return Err(Exit::Usage(format!(
             "{under_way} batches of this run folder are under way, and what they answer would be \
@@ -192,6 +193,26 @@ pub fn check_none_under_way(run_dir: &Path) -> Result<()> {
              to a time that has passed to cancel them and have the rest in real time"
         ))
         .into());
+    }
+    Ok(())
+}
+
+/// Drops batches that no run has created yet: their rows are asked one by one.
+pub fn drop_uncreated(run_dir: &Path) -> Result<()> {
+    let mut journal = Journal::load(run_dir)?;
+    let mut dropped = 0;
+    for index in 0..journal.parts.len() {
+        let part = &journal.parts[index];
+        if !part.is_done() && !part.is_enqueued() {
+            journal.end(index, "not created")?;
+            dropped += 1;
+        }
+    }
+    if dropped > 0 {
+        tracing::warn!(
+            "{dropped} batches of this run folder were planned and never created: they are dropped, and \
+             their rows are asked in real time"
+        );
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ mod submit;
 mod tally;
 
 pub use api::{BatchApi, Download};
-pub use journal::{check_none_under_way, is_under_way};
+pub use journal::{check_none_under_way, drop_uncreated, is_under_way};
 pub use outlook::Outlook;
 pub use tally::Tally;
 
@@ -327,6 +327,8 @@ impl<'a> Batches<'a> {
         self.books.close(&mut [], 0)?;
         let mut summary = self.summary;
         summary.pending = summary.total - summary.done();
+        let max_attempts = self.config.retry.max_attempts;
+        summary.given_up = self.books.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
         let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
         summary.error = match ended {

@@ -185,16 +185,21 @@ impl Batches<'_> {
                 live.missing += 1;
                 let pause = Duration::from_millis(500 << live.missing.min(6));
                 live.not_before = Some(Instant::now() + pause);
-                if live.missing == MISSING[0] {
-                    self.journal.set(index, State::Planned)?;
-                }
-                return Ok(());
+                let state = if live.missing == MISSING[0] {
+                    State::Planned
+                } else {
+                    State::Uploaded { file }
+                };
+                return Ok(self.journal.set(index, state)?);
             }
             Err(trouble) => {
                 live.looked = 0;
                 // A refusal is a refusal; what broke may have broken on its way back.
                 live.in_doubt =
                     matches!(&trouble, Trouble::Transient { failure, .. } if !failure.unreachable);
+                if !live.in_doubt {
+                    self.journal.set(index, State::Uploaded { file })?;
+                }
                 return Err(trouble.into());
             }
         };

@@ -33,6 +33,8 @@ impl Dispatcher<'_> {
         let mut summary = std::mem::take(&mut self.summary);
         summary.attempts_lost += still_in_flight;
         summary.pending = summary.total - summary.done();
+        let max_attempts = self.config.retry.max_attempts;
+        summary.given_up = self.books.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
         summary.hours = std::mem::take(&mut self.timeline.hours);
         // An hour that the run only just touched.

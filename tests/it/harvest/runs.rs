@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use distill::cache::record::Status;
 use distill::exit::Exit;
-use distill::harvest::{self, HarvestOptions};
+use distill::harvest::{self, HarvestOptions, Summary};
 use distill::signal::Signals;
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -244,7 +244,8 @@ async fn a_dry_run_sends_and_writes_nothing() {
     for (change, part) in changes {
         let mut config = run.config.clone();
         change(&mut config);
-        let error = harvest::run(&config, options.clone()).await.err().unwrap();
+        let outcome = harvest::run(&config, options.clone()).await;
+        let error = outcome.and_then(Summary::into_result).err().unwrap();
         assert_eq!(distill::exit::Exit::code_of(&error), 2, "{error:#}");
         assert!(format!("{error:#}").contains(part), "{part}: {error:#}");
     }
@@ -289,7 +290,7 @@ async fn a_dry_run_tells_what_is_left_of_the_budget_and_what_is_waited_for() {
         dry_run: true,
         ..quietly()
     };
-    let summary = harvest::run(&run.config, options).await.unwrap();
+    let summary = harvest::run(&run.config, options.clone()).await.unwrap();
     assert_eq!(summary.run_folder_usd, Some(spent));
     let table = summary.to_table();
     for part in [
@@ -300,6 +301,16 @@ async fn a_dry_run_tells_what_is_left_of_the_budget_and_what_is_waited_for() {
     ] {
         assert!(table.contains(part), "{part} is not in: {table}");
     }
+    // Enough for each request, and not beside what is spent.
+    let mut micros = 100..;
+    let summary = loop {
+        run.config.budget.usd = micros.next().map(|micros| f64::from(micros) / 1e6);
+        if let Ok(summary) = harvest::run(&run.config, options.clone()).await {
+            break summary;
+        }
+    };
+    let table = summary.to_table();
+    assert!(table.contains("nothing would be sent"), "{table}");
     assert_eq!(std::fs::read(&ledger).unwrap(), before);
 }
 

@@ -349,16 +349,24 @@ async fn faults_on_the_way_cost_time_and_nothing_else() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_endpoint_without_batches_is_named() {
-    let night = night(
-        "[[faults]]\nkind = \"http 404\"\npath = \"/v1/files\"",
-        5,
-        |_| {},
-    );
-    let summary = harvest(&night).await;
-    let (code, message) = end(&summary);
-    assert_eq!((code, summary.pending), (1, 5));
-    assert!(message.contains("takes no batches"), "{message}");
+async fn an_endpoint_without_batches_is_named_and_asked_in_real_time() {
+    for path in ["/v1/files", "/v1/batches"] {
+        let script = format!("[[faults]]\nkind = \"http 404\"\npath = \"{path}\"");
+        let mut night = night(&script, 5, |_| {});
+        let summary = harvest(&night).await;
+        let (code, message) = end(&summary);
+        assert_eq!((code, summary.pending), (1, 5), "{path}");
+        assert!(message.contains("takes no batches"), "{message}");
+
+        night.run.config.schedule.mode = Mode::Realtime;
+        let summary = harvest(&night).await;
+        assert_eq!(summary.ok, 5, "{summary:?}");
+        // Nothing is left of the batch that was planned.
+        night.run.config.schedule.mode = Mode::Batch;
+        let summary = harvest(&night).await;
+        assert!(summary.error.is_none(), "{summary:?}");
+        assert_eq!(night.mock.stats().billed.answers, 5);
+    }
 }
 
 #[tokio::test(start_paused = true)]
