@@ -138,7 +138,7 @@ impl Answered {
         let told = completion.usage;
         completion.usage = usage::measured(told, text_bytes);
         if completion.usage.is_none() {
-            // What was billed is no less than what the endpoint said, be it only a half of its usage.
+            // A usage with one of its two counts is a lower limit of what was billed.
             let mut told = told.unwrap_or_default();
             usage::raise_by(&mut told, &completion.extra);
             bound.input_tokens = bound.input_tokens.max(told.prompt_tokens);

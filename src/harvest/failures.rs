@@ -39,7 +39,7 @@ impl FailedRow {
         }
     }
 
-    /// What the next run is to know of it, if other rows were answered.
+    /// The line of `unanswered.jsonl` that tells the next run of this failure.
     pub fn line(&self, now: jiff::Timestamp) -> Line {
         Line {
             key: self.key.clone(),

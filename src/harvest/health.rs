@@ -188,8 +188,8 @@ impl Health {
         self.is_as_before = true;
     }
 
-    /// Returns true if the first request need not go alone any more: one has succeeded, or what has come is
-    /// what came while others were answered.
+    /// Returns true once several requests may be in flight: one has succeeded, or a row has failed as it
+    /// did in an earlier run, amid answers.
     pub fn is_proven(&self) -> bool {
         self.succeeded || self.is_as_before
     }

@@ -98,7 +98,7 @@ impl Rows {
         }
     }
 
-    /// What has come of the object goes on as it is.
+    /// Hands out what has come of an object that does not end.
     fn give_up(&mut self) {
         (self.depth, self.in_text) = (0, false);
         self.ready.push_back(self.open.split().freeze());

@@ -47,7 +47,8 @@ impl Repair<'_> {
         }
     }
 
-    /// Closes a body that ends early behind a choice with its reason to finish: all of the answer has come.
+    /// Closes a body that breaks off. Returns true if a choice with its finish reason came before the break,
+    /// so that the answer is whole.
     pub(super) fn close(&mut self) -> bool {
         self.out.truncate(self.whole);
         let choices = memchr::memmem::find(&self.out, b"\"choices\":[");

@@ -142,6 +142,11 @@ pub fn end(summary: &Summary) -> (u8, String) {
     }
 }
 
+/// How many rows were answered and how many failed, and the exit status.
+pub fn outcome(summary: &Summary) -> (u64, u64, u8) {
+    (summary.ok, summary.failed, end(summary).0)
+}
+
 /// Answers after the first `times` requests for each body, which get `fault`.
 pub fn at_first(times: usize, fault: Reaction) -> impl Fn(&Seen) -> Reaction {
     move |seen| match seen.repeat < times {

@@ -113,6 +113,15 @@ async fn harvest_over(night: &Night, provider: Provider) -> Summary {
     summary.unwrap().unwrap()
 }
 
+/// A night whose cards are changed on their way.
+async fn harvest_with_cards(night: &Night, of_cards: fn(Value) -> Value) -> Summary {
+    let provider = Provider {
+        of_cards,
+        ..Provider::of(night)
+    };
+    harvest_over(night, provider).await
+}
+
 /// A night whose results are changed on their way.
 async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Summary {
     let provider = Provider {
@@ -125,17 +134,14 @@ async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Summa
 #[tokio::test(start_paused = true)]
 async fn what_a_batch_has_answered_before_it_failed_is_taken() {
     let night = night("", 20, |_| {});
-    let provider = Provider {
-        of_cards: |mut card| {
-            if card["status"] == "completed" {
-                card["status"] = "failed".into();
-                card["errors"] = json!({"data": [{"code": "internal", "message": "broke"}]});
-            }
-            card
-        },
-        ..Provider::of(&night)
-    };
-    let summary = harvest_over(&night, provider).await;
+    let summary = harvest_with_cards(&night, |mut card| {
+        if card["status"] == "completed" {
+            card["status"] = "failed".into();
+            card["errors"] = json!({"data": [{"code": "internal", "message": "broke"}]});
+        }
+        card
+    })
+    .await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0));
     assert_eq!(night.mock.stats().billed.answers, 20);
 }
@@ -143,14 +149,11 @@ async fn what_a_batch_has_answered_before_it_failed_is_taken() {
 #[tokio::test(start_paused = true)]
 async fn a_batch_with_answers_and_without_a_file_stops_the_run() {
     let night = night("", 20, |_| {});
-    let provider = Provider {
-        of_cards: |mut card| {
-            card["output_file_id"] = Value::Null;
-            card
-        },
-        ..Provider::of(&night)
-    };
-    let summary = harvest_over(&night, provider).await;
+    let summary = harvest_with_cards(&night, |mut card| {
+        card["output_file_id"] = Value::Null;
+        card
+    })
+    .await;
     let (code, message) = end(&summary);
     assert_eq!((summary.ok, summary.pending, code), (0, 20, 1));
     assert!(message.contains("names no file"), "{message}");
@@ -165,17 +168,14 @@ async fn what_a_failed_batch_has_answered_and_does_not_hand_out_counts_and_ends(
         priced(config);
         config.retry.max_attempts = 1;
     });
-    let provider = Provider {
-        of_cards: |mut card| {
-            if card["status"] == "completed" {
-                card["status"] = "failed".into();
-                card["output_file_id"] = Value::Null;
-            }
-            card
-        },
-        ..Provider::of(&night)
-    };
-    let summary = harvest_over(&night, provider).await;
+    let summary = harvest_with_cards(&night, |mut card| {
+        if card["status"] == "completed" {
+            card["status"] = "failed".into();
+            card["output_file_id"] = Value::Null;
+        }
+        card
+    })
+    .await;
     assert_eq!((summary.failed, end(&summary).0), (5, 3), "{summary:?}");
     assert_eq!(summary.attempts_lost, 5);
     assert!(summary.run_folder_usd.unwrap() > 0.0, "{summary:?}");
