@@ -59,14 +59,14 @@ impl Origin {
         serde_json::from_slice(line).map_err(|error| line::Fault::NoRecord(error.to_string()))
     }
 
-    /// Second half of the key that this version gives to the question in `line`.
+    /// Fingerprint of the question in `line`, as this version sees it.
     fn half(&self, line: &[u8]) -> Result<Fingerprint, line::Fault> {
-        let half = if self.v < 2 {
-            half_of(&line::decode(line)?)
+        Ok(if self.v < 2 {
+            let record = line::decode(line)?;
+            Question::of(&record.request, record.sample).fingerprint()
         } else {
-            question::half(&self.key).to_owned()
-        };
-        Ok(keys::fingerprint(&half))
+            question::fingerprint(&self.key)
+        })
     }
 
     /// Name or address of the endpoint.

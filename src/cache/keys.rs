@@ -24,34 +24,38 @@ pub fn identity(line: &[u8]) -> Result<Identity, Fault> {
 /// The fingerprint of `key`. A key that is no BLAKE3 hash in lower-case hex, as another writer may
 /// have made it, is hashed first.
 pub fn fingerprint(key: &str) -> Fingerprint {
-    from_hex(key.as_bytes()).unwrap_or_else(|| {
-        let mut bytes = Fingerprint::default();
-        blake3::Hasher::new()
-            .update(key.as_bytes())
-            .finalize_xof()
-            .fill(&mut bytes);
-        bytes
-    })
+    let hash = Some(key).filter(|key| key.len() == blake3::OUT_LEN * 2);
+    hash.and_then(|hash| from_hex(hash.as_bytes()))
+        .unwrap_or_else(|| {
+            let mut bytes = Fingerprint::default();
+            blake3::Hasher::new()
+                .update(key.as_bytes())
+                .finalize_xof()
+                .fill(&mut bytes);
+            bytes
+        })
 }
 
-fn from_hex(key: &[u8]) -> Option<Fingerprint> {
-    if key.len() != 64 {
-        return None;
-    }
-    let mut digits = [0u8; 64];
-    // Every digit is looked at: two keys that differ in case or in what is no digit differ.
-    for (digit, &byte) in digits.iter_mut().zip(key) {
-        *digit = match byte {
-            b'0'..=b'9' => byte - b'0',
-            b'a'..=b'f' => byte - b'a' + 10,
-            _ => return None,
-        };
-    }
+/// The first bytes of a hash in lower-case hex. None if it is none, or too short.
+pub fn from_hex(key: &[u8]) -> Option<Fingerprint> {
     let mut bytes = Fingerprint::default();
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-        *byte = pair[0] << 4 | pair[1];
+    // Every digit is looked at: two keys that differ in case or in what is no digit differ.
+    for (index, pair) in key.chunks(2).enumerate() {
+        let [high, low] = *pair else { return None };
+        let byte = digit(high)? << 4 | digit(low)?;
+        if let Some(place) = bytes.get_mut(index) {
+            *place = byte;
+        }
     }
-    Some(bytes)
+    (key.len() >= bytes.len() * 2).then_some(bytes)
+}
+
+fn digit(byte: u8) -> Option<u8> {
+    match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

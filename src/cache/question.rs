@@ -13,6 +13,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::keys::{self, Fingerprint};
 use super::record::Record;
 
 /// Part of every question: raise it when the same text would come to mean something else.
@@ -32,6 +33,9 @@ const NO_PART: [&str; 10] = [
     "prompt_cache_key",
 ];
 
+/// Room for the text of most requests.
+const USUAL_BYTES: usize = 1024;
+
 /// Hex digits of half a key.
 const HALF: usize = 32;
 
@@ -45,19 +49,25 @@ pub struct Question {
 
 impl Question {
     pub fn of(request: &Value, sample: u32) -> Question {
-        let mut text = String::from("{\"question\":");
-        let start = text.len();
+        let mut text = Vec::with_capacity(USUAL_BYTES);
+        let beginning = b"{\"question\":";
+        text.extend_from_slice(beginning);
         write_fields(request, &mut text, |name| !NO_PART.contains(&name));
-        let left_out = request.as_object().into_iter().flatten();
-        let left_out = left_out.filter(|(name, _)| NO_PART.contains(&name.as_str()));
-        let left_out: usize = left_out
-            .map(|(name, value)| name.len() + value.to_string().len() + "\"\":,".len())
-            .sum();
-        let bytes = text.len() - start + left_out;
-        text += &format!(",\"sample\":{sample},\"v\":{VERSION}}}");
+        let end = text.len();
+        let rest = format!(",\"sample\":{sample},\"v\":{VERSION}}}");
+        text.extend_from_slice(rest.as_bytes());
+        let hash = blake3::hash(&text);
+        // The others are only measured.
+        text.truncate(end);
+        let fields = request.as_object().into_iter().flatten();
+        for (name, value) in fields.filter(|(name, _)| NO_PART.contains(&name.as_str())) {
+            write_scalar(name, &mut text);
+            text.extend_from_slice(b":,");
+            write_fields(value, &mut text, every);
+        }
         Question {
-            hash: blake3::hash(text.as_bytes()),
-            bytes,
+            hash,
+            bytes: text.len() - beginning.len(),
         }
     }
 
@@ -73,6 +83,13 @@ impl Question {
     /// Second half of every key of this question, in hex.
     pub fn half(&self) -> String {
         self.hash.to_hex()[..HALF].to_owned()
+    }
+
+    /// Fingerprint of that half.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut bytes = Fingerprint::default();
+        bytes.copy_from_slice(&self.hash.as_bytes()[..HALF / 2]);
+        bytes
     }
 }
 
@@ -149,6 +166,12 @@ pub fn half(key: &str) -> &str {
     key.get(HALF..).unwrap_or(key)
 }
 
+/// Fingerprint of the second half of a key; that of [`Question::fingerprint`] if the key is of a question.
+pub fn fingerprint(key: &str) -> Fingerprint {
+    let half = half(key);
+    keys::from_hex(half.as_bytes()).unwrap_or_else(|| keys::fingerprint(half))
+}
+
 /// `max_tokens` of a request, under either of its names.
 pub fn max_tokens(request: &Value) -> Option<u32> {
     let fields = ["max_completion_tokens", "max_tokens"];
@@ -174,11 +197,12 @@ pub fn cut_key(key: &str, max_tokens: u32) -> String {
 
 /// The key under which versions up to schema 1 kept the answer.
 pub fn old_key(base_url: &str, request: &Value, sample: u32) -> String {
-    let mut text = String::from("{\"body\":");
-    write_fields(request, &mut text, |_| true);
+    let mut text = b"{\"body\":".to_vec();
+    write_fields(request, &mut text, every);
     let endpoint = Value::from(base_url);
-    text += &format!(",\"endpoint\":{endpoint},\"sample\":{sample},\"v\":1}}");
-    blake3::hash(text.as_bytes()).to_hex().to_string()
+    let rest = format!(",\"endpoint\":{endpoint},\"sample\":{sample},\"v\":1}}");
+    text.extend_from_slice(rest.as_bytes());
+    blake3::hash(&text).to_hex().to_string()
 }
 
 /// An endpoint as keys name it: by the name that the user has given it, or else by its address, in the one
@@ -244,31 +268,31 @@ impl Past {
 }
 
 /// Writes the value with the keys of every object sorted, and of the outermost one those that are wanted.
-fn write_fields(value: &Value, text: &mut String, is_wanted: impl Fn(&str) -> bool) {
+fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> bool) {
     match value {
         Value::Object(fields) => {
             let mut sorted: Vec<_> = fields.iter().filter(|(name, _)| is_wanted(name)).collect();
             sorted.sort_unstable_by_key(|(name, _)| name.as_str());
-            text.push('{');
+            text.push(b'{');
             for (index, (name, value)) in sorted.into_iter().enumerate() {
                 if index > 0 {
-                    text.push(',');
+                    text.push(b',');
                 }
                 write_scalar(name.as_str(), text);
-                text.push(':');
+                text.push(b':');
                 write_fields(value, text, every);
             }
-            text.push('}');
+            text.push(b'}');
         }
         Value::Array(items) => {
-            text.push('[');
+            text.push(b'[');
             for (index, item) in items.iter().enumerate() {
                 if index > 0 {
-                    text.push(',');
+                    text.push(b',');
                 }
                 write_fields(item, text, every);
             }
-            text.push(']');
+            text.push(b']');
         }
         scalar => write_scalar(scalar, text),
     }
@@ -278,9 +302,9 @@ fn every(_: &str) -> bool {
     true
 }
 
-fn write_scalar(value: impl Serialize, text: &mut String) {
-    // A scalar always has a JSON text.
-    text.push_str(&serde_json::to_string(&value).unwrap_or_default());
+fn write_scalar(value: impl Serialize, text: &mut Vec<u8>) {
+    // A scalar always has a JSON text, and a vector room for it.
+    serde_json::to_writer(text, &value).ok();
 }
 
 #[cfg(test)]

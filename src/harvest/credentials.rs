@@ -52,7 +52,7 @@ const REFUSED_KEYS: u32 = 2;
 #[derive(Debug, Clone)]
 pub struct Sent {
     pub headers: HeaderMap,
-    pub secrets: Secrets,
+    pub secrets: Arc<Secrets>,
     /// Counts the keys.
     number: u64,
 }
@@ -120,7 +120,7 @@ impl Credentials {
         }
         let sent = Sent {
             headers,
-            secrets: Secrets::new(secrets)?,
+            secrets: Arc::new(Secrets::new(secrets)?),
             number: 0,
         };
         let credentials = Credentials {
@@ -222,7 +222,7 @@ impl Credentials {
         }
         let mut sent = Sent::clone(&current);
         sent.headers.insert(self.header.clone(), value);
-        sent.secrets = sent.secrets.and([key.to_owned()])?;
+        sent.secrets = Arc::new(sent.secrets.and([key.to_owned()])?);
         sent.number += 1;
         *current = Arc::new(sent);
         Ok(())

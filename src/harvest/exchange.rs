@@ -155,7 +155,7 @@ const LARGE_BODY: usize = 4 << 20;
 
 struct Reading {
     decoder: Option<Decoder>,
-    body: BytesMut,
+    body: Gathered,
     /// As it came, where it is encoded: what cannot be decoded is kept.
     raw: BytesMut,
     permit: Option<Permit>,
@@ -165,7 +165,7 @@ impl Reading {
     fn new(headers: &HeaderMap) -> Reading {
         Reading {
             decoder: Some(Decoder::new(headers)),
-            body: BytesMut::new(),
+            body: Gathered::default(),
             raw: BytesMut::new(),
             permit: None,
         }
@@ -178,7 +178,7 @@ impl Reading {
                 Ok(None) => return End::Whole,
                 Err(error) => return End::Cut(fault(error)),
             };
-            if let Err(problem) = self.add(&piece) {
+            if let Err(problem) = self.add(piece) {
                 return problem;
             }
             if self.body.len() > LARGEST_BODY {
@@ -194,17 +194,17 @@ impl Reading {
         }
     }
 
-    fn add(&mut self, piece: &[u8]) -> Result<(), End> {
+    fn add(&mut self, piece: Bytes) -> Result<(), End> {
         let Some(decoder) = &mut self.decoder else {
             return Ok(());
         };
-        if decoder.is_plain() {
-            self.body.extend_from_slice(piece);
+        if decoder.begins_plain(&piece) {
+            self.body.add(piece);
             return Ok(());
         }
-        self.raw.extend_from_slice(piece);
-        let decoded = decoder.feed(piece).map_err(undecodable)?;
-        self.body.extend_from_slice(&decoded);
+        self.raw.extend_from_slice(&piece);
+        let decoded = decoder.feed(&piece).map_err(undecodable)?;
+        self.body.add(decoded.into());
         if decoder.is_plain() {
             self.raw.clear();
         }
@@ -220,7 +220,7 @@ impl Reading {
         let end = match (end, rest) {
             (End::Whole, Err(problem)) => problem,
             (end, rest) => {
-                self.body.extend_from_slice(&rest.unwrap_or_default());
+                self.body.add(rest.unwrap_or_default().into());
                 end
             }
         };
@@ -230,7 +230,40 @@ impl Reading {
                 let body = encoding::salvaged(&raw).map_or_else(|| raw.clone(), Bytes::from);
                 (as_utf8(body), End::Unreadable { problem, raw })
             }
-            end => (as_utf8(encoding::unpacked(self.body.split().freeze())), end),
+            end => (as_utf8(encoding::unpacked(self.body.take())), end),
+        }
+    }
+}
+
+/// Pieces of a body, of which a single one is not copied.
+#[derive(Default)]
+struct Gathered {
+    first: Bytes,
+    /// All of them, once there are several.
+    all: BytesMut,
+}
+
+impl Gathered {
+    fn add(&mut self, piece: Bytes) {
+        if self.len() == 0 {
+            self.first = piece;
+            return;
+        }
+        if self.all.is_empty() {
+            self.all.extend_from_slice(&self.first);
+        }
+        self.all.extend_from_slice(&piece);
+    }
+
+    fn len(&self) -> usize {
+        self.first.len().max(self.all.len())
+    }
+
+    fn take(&mut self) -> Bytes {
+        if self.all.is_empty() {
+            std::mem::take(&mut self.first)
+        } else {
+            self.all.split().freeze()
         }
     }
 }

@@ -207,8 +207,7 @@ impl Plan {
                 continue;
             }
             self.total += 1;
-            self.questions
-                .insert(keys::fingerprint(question::half(&names.key)));
+            self.questions.insert(question.fingerprint());
             if !self.keys.insert(fingerprint) {
                 self.cached += 1;
                 self.repeated += 1;

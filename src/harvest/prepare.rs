@@ -16,9 +16,9 @@ use super::shard::Shard;
 use super::structured::Structured;
 use super::{HarvestOptions, budget, endpoint, summary};
 use crate::cache::census::{self, Census};
+use crate::cache::question;
 use crate::cache::stats::Stats;
 use crate::cache::{self, Cache, Wrap};
-use crate::cache::{keys, question};
 use crate::config::{self, Config};
 use crate::exit::Exit;
 use crate::prompt::{self, Prompt};
@@ -99,7 +99,7 @@ pub(super) fn census_of(
     let mut open = HashMap::new();
     for (asking, rows) in plan.askings.iter().zip(&plan.lanes) {
         for row in &plan.rows[rows.clone()] {
-            let half = keys::fingerprint(question::half(&row.key));
+            let half = question::fingerprint(&row.key);
             open.insert(half, asking.lane.sampling.max_tokens);
         }
     }

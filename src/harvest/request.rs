@@ -44,6 +44,9 @@ const CONTAINERS: [&str; 6] = [
     "sampling_params",
 ];
 
+/// Fields of most chat requests.
+const USUAL_FIELDS: usize = 8;
+
 /// What is asked of one teacher, whatever the prompt.
 pub struct Asking {
     pub lane: Lane,
@@ -52,6 +55,14 @@ pub struct Asking {
     pub probe: String,
     /// Nothing is to be written, but an answer that is there to be scored.
     pub scoring: Option<Arc<Scoring>>,
+}
+
+/// A message as a request has it.
+fn message(message: &Message) -> Value {
+    let mut fields = Map::with_capacity(2);
+    fields.insert("role".into(), message.role.as_str().into());
+    fields.insert("content".into(), message.content.as_str().into());
+    Value::Object(fields)
 }
 
 /// Refuses settings that no request can be made from.
@@ -143,9 +154,9 @@ impl Asking {
     /// same answer.
     fn chat(&self, messages: &[Message], sample: u32) -> Value {
         let sampling = &self.lane.sampling;
-        let mut body = Map::new();
+        let mut body = Map::with_capacity(USUAL_FIELDS + sampling.extra.len());
         body.insert("model".into(), json!(self.lane.teacher.model));
-        body.insert("messages".into(), json!(messages));
+        body.insert("messages".into(), messages.iter().map(message).collect());
         let max_tokens = sampling.max_tokens_field.name();
         body.insert(max_tokens.into(), json!(sampling.max_tokens));
         if !sampling.reasoning {

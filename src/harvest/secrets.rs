@@ -70,17 +70,20 @@ impl Secrets {
     /// The same bytes without a key, as it stands or in base64, and with or without escapes of JSON or of
     /// addresses.
     pub fn clean(&self, text: Bytes) -> Bytes {
-        let Some(forms) = &self.forms else {
-            return text;
-        };
-        let mut found = self.places(forms, &text);
-        if has_escaped_letters(&text) {
-            let (decoded, places) = decode(&text);
+        self.cleaned(&text).map_or(text, Bytes::from)
+    }
+
+    /// As [`Secrets::clean`]; None if there is no key.
+    fn cleaned(&self, text: &[u8]) -> Option<Vec<u8>> {
+        let forms = self.forms.as_ref().filter(|_| text.len() >= SHORTEST)?;
+        let mut found = self.places(forms, text);
+        if has_escaped_letters(text) {
+            let (decoded, places) = decode(text);
             let escaped = self.places(forms, &decoded).into_iter();
             found.extend(escaped.map(|(start, end)| (places[start], places[end])));
         }
         if found.is_empty() {
-            return text;
+            return None;
         }
         found.sort_unstable();
         let (mut clean, mut at) = (Vec::with_capacity(text.len()), 0);
@@ -92,7 +95,7 @@ impl Secrets {
             at = at.max(end);
         }
         clean.extend_from_slice(&text[at..]);
-        clean.into()
+        Some(clean)
     }
 
     /// Byte ranges of keys in a text.
@@ -109,22 +112,17 @@ impl Secrets {
 
     /// Returns true if the text contains a key.
     pub fn is_in(&self, text: &str) -> bool {
-        self.forms
-            .as_ref()
-            .is_some_and(|forms| !self.places(forms, text.as_bytes()).is_empty())
+        let forms = self.forms.as_ref().filter(|_| text.len() >= SHORTEST);
+        forms.is_some_and(|forms| !self.places(forms, text.as_bytes()).is_empty())
     }
 
     /// Takes the keys out of a text; true if there was one.
     pub fn clean_text(&self, text: &mut String) -> bool {
-        if self.forms.is_none() || text.len() < SHORTEST {
-            return false;
+        let clean = self.cleaned(text.as_bytes());
+        if let Some(clean) = &clean {
+            *text = String::from_utf8_lossy(clean).into_owned();
         }
-        let clean = self.clean(Bytes::copy_from_slice(text.as_bytes()));
-        if clean == text.as_bytes() {
-            return false;
-        }
-        *text = String::from_utf8_lossy(&clean).into_owned();
-        true
+        clean.is_some()
     }
 
     /// Takes the keys out of the texts of a value, and out of the names of its fields.
@@ -156,8 +154,7 @@ impl Secrets {
     /// Takes the keys out of the values of headers.
     pub fn clean_headers(&self, headers: &mut HeaderMap) {
         for value in headers.values_mut() {
-            let clean = self.clean(Bytes::copy_from_slice(value.as_bytes()));
-            if clean != value.as_bytes() {
+            if let Some(clean) = self.cleaned(value.as_bytes()) {
                 *value = HeaderValue::from_bytes(&clean)
                     .unwrap_or_else(|_| HeaderValue::from_static(INSTEAD));
             }

@@ -89,8 +89,8 @@ pub trait Transport: Send + Sync {
     fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>>;
 
     /// Secrets to remove from answers.
-    fn secrets(&self) -> Secrets {
-        Secrets::default()
+    fn secrets(&self) -> Arc<Secrets> {
+        Arc::default()
     }
 
     /// The way to its files and batches, if there is one.
@@ -164,8 +164,8 @@ impl Transport for Teacher {
         Box::pin(self.ask_once(body))
     }
 
-    fn secrets(&self) -> Secrets {
-        self.http.credentials.current().secrets.clone()
+    fn secrets(&self) -> Arc<Secrets> {
+        Arc::clone(&self.http.credentials.current().secrets)
     }
 
     fn batches(&self) -> Option<&dyn BatchApi> {

@@ -16,6 +16,9 @@ pub const ACCEPTED: &str = "zstd, gzip, br, deflate";
 /// Decoded bytes that one piece may become, at most: a few kilobytes can unpack to gigabytes.
 const LARGEST_PIECE: usize = 64 << 20;
 
+/// Bytes that tell how a body is encoded.
+const ENOUGH: usize = 4;
+
 const BROTLI_BUFFER: usize = 4096;
 
 /// Decodes the body of one response.
@@ -89,6 +92,15 @@ impl Decoder {
         matches!(self.state, State::Plain)
     }
 
+    /// As [`Decoder::is_plain`], of a body that may begin with this piece.
+    pub fn begins_plain(&mut self, piece: &[u8]) -> bool {
+        let is_first = matches!(&self.state, State::Beginning(first) if first.is_empty());
+        if is_first && piece.len() >= ENOUGH && encoding(piece, self.declared).is_none() {
+            self.state = State::Plain;
+        }
+        self.is_plain()
+    }
+
     /// What a piece of the body adds.
     ///
     /// # Errors
@@ -98,7 +110,7 @@ impl Decoder {
             return self.state.feed(piece);
         };
         first.extend_from_slice(piece);
-        if first.len() < 4 {
+        if first.len() < ENOUGH {
             return Ok(Vec::new());
         }
         self.begin()
