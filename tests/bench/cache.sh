@@ -15,7 +15,9 @@ for argument in "$@"; do
         *) demo=$argument ;;
     esac
 done
-cargo build --locked --release --quiet --bin distill --example cache
+# Apart: together with an example, the program would get the features of the tests' dependencies.
+cargo build --locked --release --quiet --example cache
+cargo build --locked --release --quiet --bin distill
 cache=target/release/examples/cache
 distill=target/release/distill
 folder=$(mktemp -d "$PWD/target/bench-cache.XXXXXX")

@@ -9,7 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-cargo build --locked --release --quiet --bin distill --example bare
+# Apart: together with an example, the program would get the features of the tests' dependencies.
+cargo build --locked --release --quiet --example bare
+cargo build --locked --release --quiet --bin distill
 folder=target/bench
 mkdir -p "$folder"
 if [ ! -x "$folder/venv/bin/python" ]; then
