@@ -1,12 +1,12 @@
 //! Counts the cached answers that a run does not use: from other endpoints, settings or prompts.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::keys::{self, Fingerprint};
+use super::keys::{self, Fingerprint, Keys};
 use super::line;
 use super::question::{self, Question};
 use super::reader::Lines;
@@ -96,8 +96,8 @@ pub fn half_of(record: &Record) -> String {
 /// Where the cache is damaged, and those of `check`, which is called for each record.
 pub fn census(
     dir: &Path,
-    used: &HashSet<Fingerprint>,
-    asked: &HashSet<Fingerprint>,
+    used: &Keys,
+    asked: &Keys,
     open: &HashMap<Fingerprint, u32>,
     is_prompt: impl Fn(&str) -> bool,
     limit: u64,

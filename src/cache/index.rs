@@ -112,7 +112,7 @@ pub fn load(dir: &Path) -> Option<Index> {
     if header.version != VERSION || header.files != stamps(dir) {
         return None;
     }
-    let mut keys = Keys::with_capacity(header.keys.min(1 << 24));
+    let mut keys = Keys::with_capacity_and_hasher(header.keys.min(1 << 24), Default::default());
     let (mut key, mut crc) = (Fingerprint::default(), 0);
     for _ in 0..header.keys {
         reader.read_exact(&mut key).ok()?;

@@ -351,7 +351,7 @@ fn forget_what_is_compressed(
 
 fn join(compressed: Part, plain: Part) -> Contents {
     let records = compressed.records.len() + plain.records.len();
-    let mut keys = Keys::with_capacity(records);
+    let mut keys = Keys::with_capacity_and_hasher(records, Default::default());
     keys.extend(compressed.records.into_iter().map(|(key, _)| key));
     keys.extend(plain.records.into_iter().map(|(key, _)| key));
     let mut past = compressed.past;

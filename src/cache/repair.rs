@@ -91,7 +91,7 @@ impl Pass {
         let mut pass = Pass {
             dir: dir.to_owned(),
             done: Repaired::default(),
-            keys: Keys::new(),
+            keys: Keys::default(),
             compressed: HashSet::new(),
             aside,
         };

@@ -15,7 +15,7 @@ use super::prepare::check_fits;
 use super::unanswered::Unanswered;
 use super::{HarvestOptions, askings};
 use crate::cache::census::half_of;
-use crate::cache::keys::{self, Fingerprint};
+use crate::cache::keys::{self, Keys};
 use crate::cache::question;
 use crate::cache::record::{Record, Status};
 use crate::cache::rewrite::{Fate, read_replaced, replaced_file, rewrite};
@@ -186,7 +186,7 @@ struct Found {
     /// Number of cached answers by reason or finish reason.
     known: BTreeMap<String, u64>,
     /// Keys of cached answers that are complete and not selected.
-    kept: HashSet<Fingerprint>,
+    kept: Keys,
 }
 
 impl Found {

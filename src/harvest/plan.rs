@@ -11,7 +11,7 @@ use super::limiter::Cost;
 use super::request::Asking;
 use super::shard::Shard;
 use super::teacher;
-use crate::cache::keys::{self, Fingerprint};
+use crate::cache::keys::{self, Fingerprint, Keys};
 use crate::cache::question::{self, Endpoint, Names, Past, Question};
 use crate::config::{self, Assignment, Order};
 use crate::prompt::Prompt;
@@ -67,9 +67,9 @@ pub struct Plan {
     /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
     pub repeated: u64,
     /// Keys of all its rows.
-    pub keys: HashSet<Fingerprint>,
+    pub keys: Keys,
     /// Question halves of all its rows; see [`question::half`].
-    pub questions: HashSet<Fingerprint>,
+    pub questions: Keys,
 }
 
 /// Selection of rows that a plan considers.
@@ -153,8 +153,8 @@ impl Plan {
             suspects: Vec::new(),
             given_up: Vec::new(),
             repeated: 0,
-            keys: HashSet::new(),
-            questions: HashSet::new(),
+            keys: Keys::default(),
+            questions: Keys::default(),
         };
         let endpoint = |asking: &Asking| {
             let teacher = &asking.lane.teacher;
@@ -166,6 +166,11 @@ impl Plan {
             past,
             standing,
         };
+        if scope.shard.is_none() && scope.only.is_none() {
+            let rows = order.len() * settings.samples as usize;
+            plan.keys.reserve(rows);
+            plan.questions.reserve(rows);
+        }
         for lane in 0..shares.len() {
             let start = plan.rows.len();
             let mut suspects = Vec::new();
