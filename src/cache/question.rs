@@ -8,6 +8,8 @@
 //! So two records of one question share the second half of their keys, whoever answered. An answer that was
 //! cut off at `max_tokens` has a key of its own: with a larger `max_tokens` the question is open again.
 
+mod template;
+
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +17,7 @@ use serde_json::Value;
 
 use super::keys::{self, Fingerprint};
 use super::record::Record;
+pub use template::Template;
 
 /// Part of every question: raise it when the same text would come to mean something else.
 const VERSION: u32 = 2;
@@ -33,6 +36,9 @@ const NO_PART: [&str; 10] = [
     "prompt_cache_key",
 ];
 
+/// First bytes of the text that is hashed.
+const BEGINNING: &[u8] = b"{\"question\":";
+
 /// Room for the text of most requests.
 const USUAL_BYTES: usize = 1024;
 
@@ -50,24 +56,22 @@ pub struct Question {
 impl Question {
     pub fn of(request: &Value, sample: u32) -> Question {
         let mut text = Vec::with_capacity(USUAL_BYTES);
-        let beginning = b"{\"question\":";
-        text.extend_from_slice(beginning);
+        text.extend_from_slice(BEGINNING);
         write_fields(request, &mut text, |name| !NO_PART.contains(&name));
         let end = text.len();
+        write_no_part(request, &mut text);
+        Question::of_text(&mut text, end, sample)
+    }
+
+    /// Hashes the text, whose first `end` bytes name the question; the others are only measured.
+    fn of_text(text: &mut Vec<u8>, end: usize, sample: u32) -> Question {
+        let bytes = text.len() - BEGINNING.len();
+        text.truncate(end);
         let rest = format!(",\"sample\":{sample},\"v\":{VERSION}}}");
         text.extend_from_slice(rest.as_bytes());
-        let hash = blake3::hash(&text);
-        // The others are only measured.
-        text.truncate(end);
-        let fields = request.as_object().into_iter().flatten();
-        for (name, value) in fields.filter(|(name, _)| NO_PART.contains(&name.as_str())) {
-            write_scalar(name, &mut text);
-            text.extend_from_slice(b":,");
-            write_fields(value, &mut text, every);
-        }
         Question {
-            hash,
-            bytes: text.len() - beginning.len(),
+            hash: blake3::hash(text),
+            bytes,
         }
     }
 
@@ -125,19 +129,13 @@ pub struct Names {
 }
 
 impl Names {
-    /// `with_old` adds the key of schema 1.
-    pub fn new(
-        question: &Question,
-        endpoint: &Endpoint,
-        request: &Value,
-        sample: u32,
-        with_old: bool,
-    ) -> Names {
+    /// `old` is the request and its sample, where the key of schema 1 is wanted too.
+    pub fn new(question: &Question, endpoint: &Endpoint, old: Option<(&Value, u32)>) -> Names {
         let by_address = endpoint.by_address.as_deref();
         Names {
             key: question.key(&endpoint.part_of_key),
             by_address: by_address.map(|address| question.key(address)),
-            old: with_old.then(|| old_key(&endpoint.base_url, request, sample)),
+            old: old.map(|(request, sample)| old_key(&endpoint.base_url, request, sample)),
         }
     }
 
@@ -295,6 +293,16 @@ fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> b
             text.push(b']');
         }
         scalar => write_scalar(scalar, text),
+    }
+}
+
+/// Writes the fields that are no part of the question, in the order of the request.
+fn write_no_part(request: &Value, text: &mut Vec<u8>) {
+    let fields = request.as_object().into_iter().flatten();
+    for (name, value) in fields.filter(|(name, _)| NO_PART.contains(&name.as_str())) {
+        write_scalar(name, text);
+        text.extend_from_slice(b":,");
+        write_fields(value, text, every);
     }
 }
 

@@ -163,7 +163,8 @@ impl Judge {
             Ok(()) => {
                 let body = asking.body(&text.messages, 0);
                 let question = Question::of(&body, 0);
-                Some(Names::new(&question, &endpoint, &body, 0, past.has_old))
+                let old = past.has_old.then_some((&body, 0));
+                Some(Names::new(&question, &endpoint, old))
             }
             Err(error) => {
                 tracing::warn!("{} cannot be judged: {error:#}", text.id);

@@ -12,7 +12,7 @@ use super::request::Asking;
 use super::shard::Shard;
 use super::teacher;
 use crate::cache::keys::{self, Fingerprint, Keys};
-use crate::cache::question::{self, Endpoint, Names, Past, Question};
+use crate::cache::question::{self, Endpoint, Names, Past, Question, Template};
 use crate::config::{self, Assignment, Order};
 use crate::prompt::Prompt;
 
@@ -93,6 +93,8 @@ impl Scope<'_> {
 /// Inputs of the loop that adds rows to a plan.
 struct Adding<'a, S> {
     endpoints: Vec<Endpoint>,
+    /// By sample, of the teacher whose rows are added; empty where each request is written in full.
+    templates: Vec<Template>,
     scope: Scope<'a>,
     past: &'a Past,
     standing: S,
@@ -162,6 +164,7 @@ impl Plan {
         };
         let mut adding = Adding {
             endpoints: plan.askings.iter().map(endpoint).collect(),
+            templates: Vec::new(),
             scope,
             past,
             standing,
@@ -172,6 +175,7 @@ impl Plan {
             plan.questions.reserve(rows);
         }
         for lane in 0..shares.len() {
+            adding.templates = plan.askings[lane].templates(settings.samples);
             let start = plan.rows.len();
             let mut suspects = Vec::new();
             for &prompt in &order {
@@ -202,11 +206,23 @@ impl Plan {
         let mut suspects = Vec::new();
         for sample in 0..samples {
             let max_tokens = self.askings[lane].lane.sampling.max_tokens;
-            let body = self.body(lane, prompt, sample);
-            let question = Question::of(&body, sample);
             let with_old = adding.past.has_old || adding.scope.only.is_some();
+            let asked = &self.prompts[prompt];
+            let template = adding.templates.get(sample as usize);
+            let template = template.filter(|_| asked.given.is_none() && !with_old);
             let endpoint = &adding.endpoints[lane];
-            let names = Names::new(&question, endpoint, &body, sample, with_old);
+            let (question, names) = match template {
+                Some(template) => {
+                    let question = template.question(&asked.messages);
+                    (question, Names::new(&question, endpoint, None))
+                }
+                None => {
+                    let body = self.body(lane, prompt, sample);
+                    let question = Question::of(&body, sample);
+                    let old = with_old.then_some((&body, sample));
+                    (question, Names::new(&question, endpoint, old))
+                }
+            };
             let fingerprint = keys::fingerprint(&names.key);
             if !adding.scope.holds(&fingerprint, &names) {
                 continue;

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::reply::{self, Completion, NoAnswer};
 use super::scoring::Scoring;
 use super::structured::Structured;
+use crate::cache::question::Template;
 use crate::config::{Config, Lane};
 use crate::exit::Exit;
 use crate::prompt::{Message, Prompt};
@@ -43,6 +44,9 @@ const CONTAINERS: [&str; 6] = [
     "generationConfig",
     "sampling_params",
 ];
+
+/// Samples of a prompt whose questions are named by a template.
+const MAX_TEMPLATES: u32 = 1_000;
 
 /// Fields of most chat requests.
 const USUAL_FIELDS: usize = 8;
@@ -135,6 +139,18 @@ impl Asking {
             }
         }
         body
+    }
+
+    /// For each sample up to a bound: what names its requests for prompts without fields of their own. Empty
+    /// where the rest of a request depends on its messages.
+    pub fn templates(&self, samples: u32) -> Vec<Template> {
+        if self.scoring.is_some() {
+            return Vec::new();
+        }
+        let samples = 0..samples.min(MAX_TEMPLATES);
+        samples
+            .map(|sample| Template::new(&self.chat(&[], sample), sample))
+            .collect()
     }
 
     /// Reads the reply to `body`, which was made from `messages`.

@@ -1,0 +1,106 @@
+//! Names of many questions that share all but their messages.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{BEGINNING, NO_PART, Question, USUAL_BYTES, write_fields, write_no_part, write_scalar};
+use crate::prompt::Message;
+
+const MESSAGES: &str = "messages";
+
+/// The question of requests that differ in their messages alone, with the rest of its text written once.
+#[derive(Debug)]
+pub struct Template {
+    before: Vec<u8>,
+    after: Vec<u8>,
+    no_part: Vec<u8>,
+    sample: u32,
+}
+
+impl Template {
+    /// `request` is one of these requests; its messages are ignored.
+    pub fn new(request: &Value, sample: u32) -> Template {
+        let mut before = BEGINNING.to_vec();
+        let mut after = Vec::new();
+        let is_part = |name: &str| !NO_PART.contains(&name) && name != MESSAGES;
+        write_fields(request, &mut before, |name| {
+            is_part(name) && name < MESSAGES
+        });
+        write_fields(request, &mut after, |name| is_part(name) && name > MESSAGES);
+        // The braces between the two halves go, and commas come where there are fields.
+        before.pop();
+        if before.len() > BEGINNING.len() + 1 {
+            before.push(b',');
+        }
+        before.extend_from_slice(b"\"messages\":");
+        after[0] = b',';
+        if after == b",}" {
+            after.remove(0);
+        }
+        let mut no_part = Vec::new();
+        write_no_part(request, &mut no_part);
+        Template {
+            before,
+            after,
+            no_part,
+            sample,
+        }
+    }
+
+    /// Same as [`Question::of`] the request with these messages.
+    pub fn question(&self, messages: &[Message]) -> Question {
+        let mut text = Vec::with_capacity(USUAL_BYTES);
+        text.extend_from_slice(&self.before);
+        let sorted: Vec<_> = messages.iter().map(SortedMessage::from).collect();
+        write_scalar(&sorted, &mut text);
+        text.extend_from_slice(&self.after);
+        let end = text.len();
+        text.extend_from_slice(&self.no_part);
+        Question::of_text(&mut text, end, self.sample)
+    }
+}
+
+/// A message with its fields in the order in which they are hashed.
+#[derive(Serialize)]
+struct SortedMessage<'a> {
+    content: &'a str,
+    role: &'a str,
+}
+
+impl<'a> From<&'a Message> for SortedMessage<'a> {
+    fn from(message: &'a Message) -> SortedMessage<'a> {
+        SortedMessage {
+            content: &message.content,
+            role: &message.role,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_template_names_the_questions_that_its_requests_name() {
+        let messages = [
+            Message::new("system", "quote \" and \\ and \u{1}"),
+            Message::new("user", "ä\u{2028}\n"),
+        ];
+        let sent = json!([{"role": "system", "content": messages[0].content},
+            {"role": "user", "content": messages[1].content}]);
+        for request in [
+            json!({"messages": sent}),
+            json!({"model": "m", "messages": sent}),
+            json!({"logprobs": true, "messages": sent, "max_tokens": 7}),
+            json!({"model": "m", "messages": sent, "max_completion_tokens": 512, "seed": 3, "stream": false,
+                "temperature": 0.7, "logprobs": true, "extra": {"b": [1, {"d": 1, "c": null}], "a": "é"}}),
+        ] {
+            let mut other = request.clone();
+            other["messages"] = json!([]);
+            let template = Template::new(&other, 4);
+            assert_eq!(template.question(&messages), Question::of(&request, 4));
+            assert_ne!(template.question(&messages[..1]), Question::of(&request, 4));
+        }
+    }
+}
