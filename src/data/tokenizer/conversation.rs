@@ -8,9 +8,8 @@
 use std::ops::Range;
 
 use anyhow::{Result, bail};
-use tokenizers::{NormalizerWrapper, OffsetReferential, OffsetType};
 
-use super::{Place, Tokenizer};
+use super::{Place, Tokenizer, added};
 use crate::data::chat_template::{ChatTemplate, Span};
 use crate::prompt::Message;
 
@@ -114,9 +113,9 @@ impl<'a> Writer<'a> {
     fn flush(&mut self) -> Result<()> {
         if !self.run.is_empty() {
             let ids = self.tokenizer.encode_at(&self.run, self.place)?;
+            self.place = self.tokenizer.place_after(&ids);
             self.done.ids.extend(ids);
             self.run.clear();
-            self.place = Place::AfterText;
         }
         Ok(())
     }
@@ -173,16 +172,9 @@ pub fn holds_control(tokenizer: &Tokenizer, text: &str) -> bool {
 
 /// The control tokens in template text, with the white space that some of them swallow.
 fn control_tokens(tokenizer: &Tokenizer, text: &str) -> Vec<(Range<usize>, u32)> {
-    let normalizer: Option<&NormalizerWrapper> = tokenizer.text.get_normalizer();
-    let extracted = tokenizer.control.extract_and_normalize(normalizer, text);
-    let splits = extracted.get_splits(OffsetReferential::Original, OffsetType::Byte);
-    let mut found = Vec::new();
-    for (_, (start, end), tokens) in splits {
-        for token in tokens.iter().flatten() {
-            if tokenizer.is_special(token.id) {
-                found.push((start..end, token.id));
-            }
-        }
-    }
-    found
+    let found = added::find(&tokenizer.control, tokenizer.text.get_normalizer(), text);
+    let controls = found.into_iter();
+    controls
+        .filter(|(_, id)| tokenizer.is_special(*id))
+        .collect()
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The small files of a model folder, each null where it is missing.
 pub struct Files {
@@ -11,6 +11,8 @@ pub struct Files {
     special_tokens_map: Value,
     generation_config: Value,
     config: Value,
+    /// Of folders from before `tokenizer_config.json` had them.
+    added_tokens: Value,
     /// The chat template, where there is one.
     pub chat_template: Option<String>,
 }
@@ -20,10 +22,11 @@ impl Files {
     /// If a file is there and cannot be read or is no JSON.
     pub fn read(dir: &Path) -> Result<Self> {
         let mut files = Self {
-            tokenizer_config: json(&dir.join("tokenizer_config.json"))?,
-            special_tokens_map: json(&dir.join("special_tokens_map.json"))?,
-            generation_config: json(&dir.join("generation_config.json"))?,
-            config: json(&dir.join("config.json"))?,
+            tokenizer_config: read_json(&dir.join("tokenizer_config.json"))?,
+            special_tokens_map: read_json(&dir.join("special_tokens_map.json"))?,
+            generation_config: read_json(&dir.join("generation_config.json"))?,
+            config: read_json(&dir.join("config.json"))?,
+            added_tokens: read_json(&dir.join("added_tokens.json"))?,
             chat_template: text(&dir.join("chat_template.jinja"))?,
         };
         if files.chat_template.is_none() {
@@ -43,6 +46,7 @@ impl Files {
             self.special_tokens(),
             ["bos_token", "eos_token", "unk_token"].map(|role| self.token(role)),
             self.eos_token_ids(),
+            self.added_tokens(),
         ))?;
         Ok(blake3::hash(&used))
     }
@@ -75,6 +79,39 @@ impl Files {
             }
         }
         tokens
+    }
+
+    /// Added tokens that the files list, by their ids, each as an entry of `added_tokens` in a
+    /// `tokenizer.json`; without `tokenizer_config.json`'s list, those of `added_tokens.json`.
+    pub fn added_tokens(&self) -> Vec<Value> {
+        let flags = ["special", "normalized", "single_word", "lstrip", "rstrip"];
+        let mut tokens: Vec<(u64, Value)> = Vec::new();
+        if let Some(listed) = self.tokenizer_config["added_tokens_decoder"].as_object() {
+            for (id, token) in listed {
+                let content = &token["content"];
+                let mut entry = json!({"content": content});
+                for flag in flags {
+                    // The defaults of `AddedToken`: what is not special is looked for in normalised text.
+                    let default = flag == "normalized" && token["special"] != true;
+                    entry[flag] = token[flag].as_bool().unwrap_or(default).into();
+                }
+                if let (Ok(id), true) = (id.parse(), content.is_string()) {
+                    tokens.push((id, entry));
+                }
+            }
+        } else if let Some(listed) = self.added_tokens.as_object() {
+            let special = self.special_tokens();
+            for (content, id) in listed {
+                let is_special = special.contains(&content.as_str());
+                let entry = json!({
+                    "content": content, "special": is_special, "normalized": !is_special,
+                    "single_word": false, "lstrip": false, "rstrip": false,
+                });
+                tokens.extend(id.as_u64().map(|id| (id, entry)));
+            }
+        }
+        tokens.sort_by_key(|(id, _)| *id);
+        tokens.into_iter().map(|(_, token)| token).collect()
     }
 
     /// The ids of the tokens that end an answer, if a model config names them.
@@ -118,7 +155,7 @@ fn text(path: &Path) -> Result<Option<String>> {
     }
 }
 
-fn json(path: &Path) -> Result<Value> {
+fn read_json(path: &Path) -> Result<Value> {
     match text(path)? {
         Some(text) => serde_json::from_str(&text)
             .with_context(|| format!("{} is no valid JSON", path.display())),

@@ -4,9 +4,10 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokenizers::Model;
 
+use super::added::{self, PlainAdded};
 use super::files::Files;
 use super::pieces::Pieces;
 use super::token_bytes::{TokenBytes, has_part};
@@ -32,6 +33,7 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
     let fingerprint = files.fingerprint(&source)?;
     drop(source);
 
+    added::complete(&mut json, &files);
     let control_ids = mark_control_tokens(&mut json, &files);
     let parsed = |json: &Value| -> Result<tokenizers::Tokenizer> {
         let mut tokenizer: tokenizers::Tokenizer = serde_json::from_str(&json.to_string())
@@ -56,7 +58,7 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
         if token.special {
             special.insert(id);
         } else {
-            plain_added.push((id, token.content.clone()));
+            plain_added.push((id, token.clone()));
         }
     }
     let stop_ids = files.eos_token_ids().unwrap_or_else(|| {
@@ -73,7 +75,9 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
         .or(files.token("unk_token"))
         .and_then(|token| text.token_to_id(token))
         .or_else(|| json["model"]["unk_id"].as_u64()?.try_into().ok());
-    plain_added.retain(|(id, _)| !special.contains(id));
+    // Bytes of what is in the vocabulary too are told by its spelling there: Gemma's runs of spaces.
+    plain_added
+        .retain(|(id, token)| !special.contains(id) && vocabulary.get(&token.content) != Some(id));
     let bytes = TokenBytes::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
     let template = files.chat_template.as_deref().map(|source| {
         ChatTemplate::new(
@@ -82,9 +86,22 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
             files.token("eos_token").unwrap_or_default(),
         )
     });
+    let space_after_control = !has_metaspace_for_first(&json["pre_tokenizer"]);
+    // Tokens looked for in normalised text have the space of a normalizer before them already.
+    let by_words = has_part(&json["pre_tokenizer"], "Metaspace");
+    let adds_space = space_after_control && continuing.is_some();
+    let spacing = plain_added
+        .iter()
+        .filter(|(_, token)| adds_space && (by_words || !token.normalized))
+        .map(|(id, _)| *id)
+        .collect();
+    let normalises = text.get_normalizer().is_some();
     Ok(Tokenizer {
         dir: dir.into(),
-        space_after_control: !has_metaspace_for_first(&json["pre_tokenizer"]),
+        plain_added: PlainAdded::new(text.get_added_vocabulary(), normalises)?,
+        spacing,
+        space_after_control,
+        prepends_by_normalizer: has_part(&json["normalizer"], "Prepend"),
         text,
         continuing,
         control,
@@ -128,27 +145,28 @@ fn mark_control_tokens(tokenizer: &mut Value, files: &Files) -> HashSet<u32> {
         listed.insert(content);
     }
     for content in named {
-        let id = tokenizer["model"]["vocab"][content].as_u64();
+        let id = added::id_in_vocabulary(&tokenizer["model"]["vocab"], content);
         let (Some(id), false) = (id, listed.contains(content)) else {
             continue;
         };
         touched.extend(u32::try_from(id).ok());
         if let Some(added) = tokenizer["added_tokens"].as_array_mut() {
-            added.push(json!({
-                "id": id, "content": content, "special": true, "normalized": false,
-                "single_word": false, "lstrip": false, "rstrip": false,
-            }));
+            added.push(added::special(content, id));
         }
     }
     touched
 }
 
-/// The tokenizer without the space that it puts before a text. None if it puts none.
+/// The tokenizer without the space that it puts before a text, and without added tokens that are plain text.
+/// None if it puts none.
 fn without_prefix_space(tokenizer: &Value) -> Option<Value> {
     let mut changed = tokenizer.clone();
     let mut found = false;
     for part in ["normalizer", "pre_tokenizer"] {
         remove_prefix_space(&mut changed[part], &mut found);
+    }
+    if let Some(added) = changed["added_tokens"].as_array_mut() {
+        added.retain(|token| token["special"] == true);
     }
     found.then_some(changed)
 }

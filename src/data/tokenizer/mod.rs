@@ -1,5 +1,6 @@
 //! The student's tokenizer: text, conversations and bytes to ids and back.
 
+mod added;
 mod conversation;
 mod files;
 mod load;
@@ -10,6 +11,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use added::PlainAdded;
 use anyhow::{Result, anyhow, bail};
 use tokenizers::AddedVocabulary;
 
@@ -31,12 +33,18 @@ pub struct Tokenizer {
     /// Encodes everything as text, control tokens too.
     text: tokenizers::Tokenizer,
     /// The same for text that goes on where other text ends, without the space that `text` puts
-    /// before. None where it puts none.
+    /// before, and without added tokens. None where it puts none.
     continuing: Option<tokenizers::Tokenizer>,
     /// Does text after a control token get that space?
     space_after_control: bool,
     /// Finds the control tokens in template text.
     control: AddedVocabulary,
+    /// Finds the other added tokens in any text. None where there are none.
+    plain_added: Option<PlainAdded>,
+    /// Of these, those after which text gets the space too, if it gets one after a control token.
+    spacing: HashSet<u32>,
+    /// Does the space come before the search for some of them?
+    prepends_by_normalizer: bool,
     special: HashSet<u32>,
     unknown: Option<u32>,
     bytes: TokenBytes,
@@ -118,6 +126,14 @@ impl Tokenizer {
     /// As [`Self::encode_prompt`].
     pub fn conversation(&self, messages: &[Message]) -> Result<Conversation> {
         conversation::encode(self, messages, false)
+    }
+
+    /// The text that [`Self::conversation`] encodes.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn render(&self, messages: &[Message]) -> Result<String> {
+        self.template()?.render_text(messages, false)
     }
 
     /// Text of ids, without control tokens and unknown ids. Bytes that are no UTF-8 become U+FFFD.
@@ -241,7 +257,71 @@ impl Tokenizer {
     }
 
     fn encode_at(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+        // Where a text goes to the library as it stands, the library finds added tokens itself.
+        let is_cut = self.pieces.is_some() || self.continues(place);
+        if !is_cut || !self.may_hold_added(text) {
+            return self.encode_stretch(text, place);
+        }
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        let (mut at, mut place) = (0, place);
+        for (range, id) in self.find_added(text, place) {
+            ids.extend(self.encode_stretch(&text[at..range.start], place)?);
+            ids.push(id);
+            at = range.end;
+            place = self.place_after(&[id]);
+        }
+        ids.extend(self.encode_stretch(&text[at..], place)?);
+        Ok(ids)
+    }
+
+    /// Is a text at this place encoded without the space that others get?
+    fn continues(&self, place: Place) -> bool {
+        let has_space = match place {
+            Place::First => true,
+            Place::AfterControl => self.space_after_control,
+            Place::AfterText => false,
+        };
+        self.continuing.is_some() && !has_space
+    }
+
+    /// Where text stands that goes on after these ids of text.
+    fn place_after(&self, ids: &[u32]) -> Place {
+        match ids.last() {
+            Some(id) if self.spacing.contains(id) => Place::AfterControl,
+            _ => Place::AfterText,
+        }
+    }
+
+    /// Returns false only if `text` holds no added token that is plain text.
+    fn may_hold_added(&self, text: &str) -> bool {
+        let added = self.plain_added.as_ref();
+        added.is_some_and(|added| added.may_be_in(text))
+    }
+
+    /// The added tokens that are plain text: their bytes in `text` and ids.
+    fn find_added(&self, text: &str, place: Place) -> Vec<(Range<usize>, u32)> {
+        let vocabulary = self.text.get_added_vocabulary();
+        let mut found = added::find(vocabulary, self.text.get_normalizer(), text);
+        // Some are found only after a space, and the normalizer has put one before the text.
+        let is_by_prefix = |(range, id): &(Range<usize>, u32)| {
+            let token = vocabulary.get_added_tokens_decoder().get(id);
+            range.start == 0
+                && token
+                    .is_some_and(|token| token.normalized && token.content == text[range.clone()])
+        };
+        if self.continues(place)
+            && self.prepends_by_normalizer
+            && found.first().is_some_and(is_by_prefix)
+        {
+            found.remove(0);
+        }
+        found
+    }
+
+    /// Encodes a text without added tokens.
+    fn encode_stretch(&self, text: &str, place: Place) -> Result<Vec<u32>> {
         match &self.pieces {
+            _ if text.is_empty() => Ok(Vec::new()),
             // No tokenizer that knows pieces puts a space before a text: the place is no matter.
             Some(pieces) => pieces.encode(text, |piece| self.encode_whole(piece, place)),
             None => self.encode_whole(text, place),
@@ -249,13 +329,8 @@ impl Tokenizer {
     }
 
     fn encode_whole(&self, text: &str, place: Place) -> Result<Vec<u32>> {
-        let space = match place {
-            Place::First => true,
-            Place::AfterControl => self.space_after_control,
-            Place::AfterText => false,
-        };
         let tokenizer = match &self.continuing {
-            Some(continuing) if !space => continuing,
+            Some(continuing) if self.continues(place) => continuing,
             _ => &self.text,
         };
         let encoding = tokenizer

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use serde_json::Value;
+use tokenizers::AddedToken;
 
 /// How a vocabulary writes bytes down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,12 +26,12 @@ pub struct TokenBytes {
 
 impl TokenBytes {
     /// Reads them from a parsed `tokenizer.json`. `vocabulary` holds the model's tokens and `added`
-    /// those added tokens that are plain text. Nothing where the way of writing is not known (a
+    /// those added tokens that are plain text and not among them. Nothing where the way of writing is not known (a
     /// WordPiece vocabulary does not tell where words were apart).
     pub fn new(
         tokenizer: &Value,
         vocabulary: &HashMap<String, u32>,
-        added: &[(u32, String)],
+        added: &[(u32, AddedToken)],
         control: impl Fn(u32) -> bool,
     ) -> Self {
         let Some(alphabet) = alphabet(tokenizer) else {
@@ -55,8 +56,13 @@ impl TokenBytes {
                 tokens.push((id, bytes.into(), u8::from(fallback.is_some())));
             }
         }
-        for (id, text) in added {
-            tokens.push((*id, text.as_bytes().into(), 2));
+        for (id, token) in added {
+            let text = match alphabet {
+                // Looked for in text whose spaces have been replaced.
+                Alphabet::SentencePiece if token.normalized => token.content.replace('▁', " "),
+                _ => token.content.clone(),
+            };
+            tokens.push((*id, text.into_bytes().into(), 2));
         }
         // Where two tokens have the same bytes, the tokenizer makes the ordinary one.
         tokens.sort_by_key(|&(id, _, rank)| (rank, id));

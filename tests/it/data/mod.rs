@@ -1,5 +1,6 @@
 //! The room `data`: tokenizer, chat templates, alignment, datasets and batches.
 
+mod added_tokens;
 mod align;
 mod batches;
 mod chat_template;

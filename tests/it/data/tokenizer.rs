@@ -67,17 +67,10 @@ fn pieces_of_a_text_are_encoded_as_the_whole() {
     {
         let mut json = golden(&format!("{name}/tokenizer.json"));
         if let Some(digits) = digits {
-            // Llama 3 and Qwen 2
-            let pattern = format!(
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-            );
             if name != "bytelevel" {
                 continue;
             }
-            json["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
-                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
-            ]});
+            json["pre_tokenizer"] = split_as_llama_3(digits);
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tokenizer.json");
@@ -98,6 +91,17 @@ fn pieces_of_a_text_are_encoded_as_the_whole() {
             );
         }
     }
+}
+
+/// The pre-tokenizer of Llama 3 and Qwen 2, which differ in their pattern of digits.
+pub fn split_as_llama_3(digits: &str) -> Value {
+    let pattern = format!(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    );
+    json!({"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+    ]})
 }
 
 /// An answer begins a new stretch of text, as it does when a model generates it; transformers

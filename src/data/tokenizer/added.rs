@@ -1,0 +1,148 @@
+//! Added tokens: which ones a model folder has, and where they stand in a text.
+//!
+//! A tokenizer looks for added tokens before anything else, and encodes the text between them on its own.
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use aho_corasick::{AhoCorasick, Anchored, Input};
+use anyhow::Result;
+use serde_json::{Value, json};
+use tokenizers::{AddedVocabulary, NormalizerWrapper, OffsetReferential, OffsetType};
+
+use super::files::Files;
+
+/// Adds to `tokenizer`, a parsed `tokenizer.json`, the tokens that only the other files of the folder name,
+/// as `transformers` does when it loads a folder.
+pub fn complete(tokenizer: &mut Value, files: &Files) {
+    let mut next = next_id(tokenizer);
+    for mut token in files.added_tokens() {
+        let content = token["content"].as_str().unwrap_or_default().to_owned();
+        let Some(added) = tokenizer["added_tokens"].as_array() else {
+            return;
+        };
+        let known = added.iter().position(|known| known["content"] == content);
+        let id = known
+            .and_then(|at| added[at]["id"].as_u64())
+            .or_else(|| id_in_vocabulary(&tokenizer["model"]["vocab"], &content))
+            .unwrap_or_else(|| {
+                next += 1;
+                next - 1
+            });
+        token["id"] = id.into();
+        let Some(added) = tokenizer["added_tokens"].as_array_mut() else {
+            return;
+        };
+        match known {
+            Some(at) => added[at] = token,
+            None => added.push(token),
+        }
+    }
+    let Some(template) = &files.chat_template else {
+        return;
+    };
+    // Special tokens that are in no vocabulary get an id each, where anything can make them.
+    let known: HashSet<String> = contents(tokenizer);
+    for content in files.special_tokens() {
+        let is_known = known.contains(content)
+            || id_in_vocabulary(&tokenizer["model"]["vocab"], content).is_some();
+        if is_known || content.is_empty() || !template.contains(content) {
+            continue;
+        }
+        if let Some(added) = tokenizer["added_tokens"].as_array_mut()
+            && !added.iter().any(|token| token["content"] == content)
+        {
+            added.push(special(content, next));
+            next += 1;
+        }
+    }
+}
+
+/// An entry of `added_tokens` for a special token.
+pub fn special(content: &str, id: u64) -> Value {
+    json!({
+        "id": id, "content": content, "special": true, "normalized": false,
+        "single_word": false, "lstrip": false, "rstrip": false,
+    })
+}
+
+fn contents(tokenizer: &Value) -> HashSet<String> {
+    let added = tokenizer["added_tokens"].as_array().into_iter().flatten();
+    added
+        .filter_map(|token| token["content"].as_str().map(str::to_owned))
+        .collect()
+}
+
+/// The id that the next added token gets.
+fn next_id(tokenizer: &Value) -> u64 {
+    let vocabulary = &tokenizer["model"]["vocab"];
+    let size = vocabulary.as_object().map_or_else(
+        || vocabulary.as_array().map_or(0, Vec::len),
+        |map| map.len(),
+    );
+    let added = tokenizer["added_tokens"].as_array().into_iter().flatten();
+    let largest = added.filter_map(|token| token["id"].as_u64()).max();
+    largest.map_or(0, |id| id + 1).max(size as u64)
+}
+
+/// The id of a token in the vocabulary of a model: an object of ids, or a list of tokens with scores.
+pub fn id_in_vocabulary(vocabulary: &Value, token: &str) -> Option<u64> {
+    match vocabulary {
+        Value::Object(ids) => ids.get(token)?.as_u64(),
+        Value::Array(tokens) => {
+            let at = tokens.iter().position(|entry| entry[0] == token)?;
+            Some(at as u64)
+        }
+        _ => None,
+    }
+}
+
+/// Finds added tokens that are plain text; `None` where there are none.
+#[derive(Debug)]
+pub struct PlainAdded {
+    names: AhoCorasick,
+    /// Normalisation may make such a token of a text that does not hold its name.
+    by_normalising: bool,
+}
+
+impl PlainAdded {
+    /// # Errors
+    /// If there are more names than the search can hold.
+    pub fn new(vocabulary: &AddedVocabulary, normalises: bool) -> Result<Option<PlainAdded>> {
+        let plain = vocabulary.get_added_tokens_decoder().values();
+        let plain: Vec<_> = plain.filter(|token| !token.special).collect();
+        if plain.is_empty() {
+            return Ok(None);
+        }
+        let by_normalising = normalises
+            && plain
+                .iter()
+                .any(|token| token.normalized && !token.content.is_ascii());
+        let names = AhoCorasick::new(plain.iter().map(|token| &token.content))?;
+        Ok(Some(PlainAdded {
+            names,
+            by_normalising,
+        }))
+    }
+
+    /// Returns false only if no such token is in `text`.
+    pub fn may_be_in(&self, text: &str) -> bool {
+        let input = Input::new(text).anchored(Anchored::No).earliest(true);
+        self.names.find(input).is_some() || (self.by_normalising && !text.is_ascii())
+    }
+}
+
+/// The added tokens that `vocabulary` finds in a text, in order: their bytes in it and ids.
+pub fn find(
+    vocabulary: &AddedVocabulary,
+    normalizer: Option<&NormalizerWrapper>,
+    text: &str,
+) -> Vec<(Range<usize>, u32)> {
+    let extracted = vocabulary.extract_and_normalize(normalizer, text);
+    let splits = extracted.get_splits(OffsetReferential::Original, OffsetType::Byte);
+    let found = splits.into_iter().filter_map(|(_, (start, end), tokens)| {
+        let token = tokens.as_ref()?.first()?;
+        Some((start..end, token.id))
+    });
+    found.collect()
+}
