@@ -14,9 +14,9 @@ Exit status:
   1    failed; the message says what to do
   2    the command line, the config or the input files must be changed first
   3    done, and some rows failed: see failures.jsonl
-  4    stopped by the budget, a window, a limit or an outage; the same command goes on
+  4    stopped by the budget, a window, a limit or an outage; run the same command to resume
   5    a cache or a checkpoint is damaged, and going on could lose data
-  129, 130, 143  stopped by a hang-up, Ctrl-C or SIGTERM; the same command goes on";
+  129, 130, 143  stopped by a hang-up, Ctrl-C or SIGTERM; run the same command to resume";
 
 /// Distill a hosted model into a small one that you own
 ///
@@ -39,7 +39,7 @@ pub enum Verb {
     Harvest(HarvestArgs),
     /// Find out what the endpoint really does, with about twenty cheap requests
     ///
-    /// They count in the budget. They are sent at once: `[schedule]` and `[limits]` do not apply to them.
+    /// They count in the budget. They are sent immediately: `[schedule]` and `[limits]` do not apply to them.
     Probe(ProbeArgs),
     /// Train the student on the cache, or on given conversations
     Train(TrainArgs),
@@ -100,7 +100,8 @@ pub struct HarvestArgs {
     pub limit: Option<usize>,
     /// Request these answers again, and no others (comma-separated): length (truncated), quarantined, a
     /// reason that the summary lists under quarantined, or failed (rows that were bought retry.max_attempts
-    /// times; the plain command asks every other failed row); answers move to responses.replaced.jsonl
+    /// times or refused by a content filter; the plain command asks every other row that failed); answers
+    /// move to responses.replaced.jsonl
     #[arg(long, value_name = "WHAT", value_delimiter = ',')]
     pub again: Vec<String>,
     /// Ask only the I-th of N disjoint parts, each on a machine (or in a run_dir) of its own;

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::keys::{self, Fingerprint};
 use super::record::Record;
-pub use template::Template;
+pub use template::QuestionTemplate;
 
 /// Part of every question: raise it when the same text would come to mean something else.
 const VERSION: u32 = 2;

@@ -26,6 +26,27 @@ pub struct Adopted {
     pub answered: u64,
 }
 
+/// A question of the config.
+struct Row<'a> {
+    key: &'a str,
+    teacher: &'a str,
+    max_tokens: u32,
+}
+
+impl Row<'_> {
+    /// The key of an answer that was cut off at so many tokens; 0 where it is complete.
+    fn key_of_answer(&self, cut_at: u32) -> String {
+        match cut_at {
+            0 => self.key.to_owned(),
+            cut_at => question::cut_key(self.key, cut_at),
+        }
+    }
+
+    fn is_answered_by(&self, cut_at: u32) -> bool {
+        cut_at == 0 || cut_at >= self.max_tokens
+    }
+}
+
 /// Takes over the answers in the cache of the run folder.
 ///
 /// # Errors
@@ -42,12 +63,16 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
         &past,
         open,
     )?;
-    let mut rows = HashMap::<&str, Vec<(&str, &str)>>::new();
+    let mut rows = HashMap::<&str, Vec<Row>>::new();
     for (lane, of_lane) in plan.lanes.iter().enumerate() {
-        let name = plan.askings[lane].lane.teacher.name.as_str();
+        let settings = &plan.askings[lane].lane;
         for row in &plan.rows[of_lane.clone()] {
             let of_question = rows.entry(question::half(&row.key)).or_default();
-            of_question.push((&row.key, name));
+            of_question.push(Row {
+                key: &row.key,
+                teacher: &settings.teacher.name,
+                max_tokens: settings.sampling.max_tokens,
+            });
         }
     }
     let dir = config.own_cache();
@@ -59,38 +84,48 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     } else {
         None
     };
+    let mut others = Vec::new();
     for record in records.into_iter().flatten() {
         let record = record?;
         let cut_at = question::cut_at(&record.request, &record.answer.finish_reason);
-        let name_of = |key: &str| match cut_at {
-            0 => key.to_owned(),
-            cut_at => question::cut_key(key, cut_at),
-        };
-        let Some(of_question) = rows.get(half_of(&record).as_str()) else {
+        let half = half_of(&record);
+        let Some(of_question) = rows.get(half.as_str()) else {
             continue;
         };
         // What answers a question of this config already stays where it is.
-        let mut keys = of_question.iter().map(|(key, _)| key);
-        if let Some(key) = keys.find(|key| name_of(key) == record.key) {
-            answered.insert(*key);
-            continue;
+        let mut of_question = of_question.iter();
+        match of_question.find(|row| row.key_of_answer(cut_at) == record.key) {
+            Some(row) if row.is_answered_by(cut_at) => {
+                answered.insert(row.key);
+            }
+            Some(_) => {}
+            None => others.push((cut_at, half, record.key)),
         }
-        let is_answered = |plain: &str| {
-            known.contains(plain)
-                || known
-                    .past
-                    .cut_keys(plain, 0)
-                    .any(|key| known.contains(&key))
-        };
-        let free = of_question.iter().find_map(|(plain, name)| {
-            let key = name_of(plain);
-            let is_free = !is_answered(plain) && !taken.contains(plain);
-            is_free.then_some((*plain, key, *name))
+    }
+    // Complete answers first, and of those that were cut off the longest.
+    others.sort_by_key(|(cut_at, ..)| match cut_at {
+        0 => u32::MIN,
+        cut_at => u32::MAX - cut_at,
+    });
+    for (cut_at, half, record) in others {
+        let of_question = rows.get(half.as_str()).into_iter().flatten();
+        let mut free = of_question.filter(|row| {
+            // One that is too short is better than none.
+            let least = if row.is_answered_by(cut_at) {
+                row.max_tokens
+            } else {
+                0
+            };
+            let mut cut_keys = known.past.cut_keys(row.key, least);
+            let is_there = known.contains(row.key) || cut_keys.any(|key| known.contains(&key));
+            !is_there && !taken.contains(row.key)
         });
-        if let Some((plain, key, name)) = free {
-            taken.insert(plain);
-            answered.insert(plain);
-            targets.insert(record.key, (key, name));
+        if let Some(row) = free.next() {
+            taken.insert(row.key);
+            if row.is_answered_by(cut_at) {
+                answered.insert(row.key);
+            }
+            targets.insert(record, (row.key_of_answer(cut_at), row.teacher));
         }
     }
     let records = rewrite(&dir, &config.cache, &|line| {

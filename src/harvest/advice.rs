@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_were_bought_too_often_alone_need_a_word() {
+    fn rows_bought_max_attempts_times_are_advised_again_failed() {
         let of = |failed, given_up| {
             steps(Summary {
                 ok: 90,

@@ -44,7 +44,8 @@ pub fn select(
         let known = cache::peek(&dir)?;
         let is_kept = |key: &str| known.contains(key);
         let mut asked = asked(config, options, prompts, &under_way.keys, is_kept)?;
-        if !asked.plan.rows.is_empty() {
+        // Without rows too: the run that asked for the last one has not come to its end.
+        if asked.plan.total > 0 {
             asked.is_resumed = true;
             return Ok(asked);
         }
@@ -85,11 +86,19 @@ pub fn take_out(
 ) -> Result<Wanted> {
     let dir = config.own_cache();
     if asked.is_resumed {
-        tracing::warn!(
-            "{} rows are still to be asked again; {} have their new answer",
-            format_count(asked.plan.rows.len() as u64),
-            format_count(asked.plan.cached)
-        );
+        let (left, done) = (asked.plan.rows.len() as u64, asked.plan.cached);
+        match left {
+            0 => tracing::warn!(
+                "all {} rows that were to be asked again have their new answer; run the same command once \
+                 more to start over",
+                format_count(done)
+            ),
+            left => tracing::warn!(
+                "{} rows are still to be asked again; {} have their new answer",
+                format_count(left),
+                format_count(done)
+            ),
+        }
         return Ok(asked.wanted());
     }
     let moved = rewrite(&dir, &config.cache, &|line| {
@@ -106,8 +115,8 @@ pub fn take_out(
         forgotten = forgot.len() as u64;
     }
     tracing::warn!(
-        "{} rows are asked again: {} answers moved to {}, {} rows without an answer begin anew{}; should it \
-         be stopped, the same command goes on",
+        "{} rows are asked again: {} answers moved to {}, {} rows without an answer start over{}; if it \
+         is stopped, run the same command to resume",
         format_count(asked.plan.rows.len() as u64),
         format_count(moved),
         replaced_file(&dir).display(),
@@ -139,8 +148,8 @@ pub fn finish(run_dir: &Path) -> Result<()> {
     crate::fs::remove_file(&path)
 }
 
-/// `again.json` in the run folder: rows whose answers have left the cache and are being asked for again. The
-/// same command after a stop asks for the rest, and for no new answer once more.
+/// `again.json` in the run folder: rows whose answers have left the cache and are being asked for again. After
+/// a stop, the same command asks for the rest, and not again for those that have their new answer.
 #[derive(Serialize, Deserialize)]
 struct UnderWay {
     words: Vec<String>,
@@ -161,7 +170,7 @@ impl UnderWay {
         let text = crate::fs::read(&path)?;
         let under_way: UnderWay = serde_json::from_slice(&text).map_err(|error| {
             let message = format!(
-                "{} is damaged ({error}): delete it, and `--again` begins anew",
+                "{} is damaged ({error}): delete it, and `--again` starts over",
                 path.display()
             );
             Exit::Damaged(message)
@@ -223,8 +232,9 @@ impl Found {
             ),
             (true, true) => format!("`--again {words}` names nothing: the cache holds no answers"),
             (true, false) => format!(
-                "`--again {words}` names nothing: the answers in the cache are {}; rows that failed are \
-                 asked again by the command without `--again`",
+                "`--again {words}` names nothing: the answers in the cache are {}; rows that \
+                 failed are asked again by the command without `--again`, or by `--again failed` if they were \
+                 bought `retry.max_attempts` times",
                 known.join(", ")
             ),
         };

@@ -135,14 +135,14 @@ impl Answered {
         let max_tokens = bound.output_tokens;
         let answer = &completion.answer;
         let text_bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
-        let told = completion.usage;
-        completion.usage = usage::measured(told, text_bytes);
+        let reported = completion.usage;
+        completion.usage = usage::measured(reported, text_bytes);
         if completion.usage.is_none() {
             // A usage with one of its two counts is a lower limit of what was billed.
-            let mut told = told.unwrap_or_default();
-            usage::raise_by(&mut told, &completion.extra);
-            bound.input_tokens = bound.input_tokens.max(told.prompt_tokens);
-            bound.output_tokens = bound.output_tokens.max(told.completion_tokens);
+            let mut least = reported.unwrap_or_default();
+            usage::raise_by(&mut least, &completion.extra);
+            bound.input_tokens = bound.input_tokens.max(least.prompt_tokens);
+            bound.output_tokens = bound.output_tokens.max(least.completion_tokens);
         }
         let fault = completion.logprobs_fault.clone();
         let record = record(asking, row, prompt, body, completion, timing);

@@ -90,7 +90,7 @@ fn tell_money<S: Store>(summary: &mut Summary, plan: &Plan, account: &Account<S>
         .and_then(|estimate| estimate.cost_usd);
     let room = account.room();
     let left = format_dollars(room.usd());
-    if let Some(least) = cheapest(plan).filter(|least| *least > room) {
+    if let Some(least) = cheapest(plan, account).filter(|least| *least > room) {
         summary.warnings.push(format!(
             "{left} of the budget are left, and {} must be set aside for a request: nothing would be sent; \
              raise `budget.usd`",
@@ -104,15 +104,18 @@ fn tell_money<S: Store>(summary: &mut Summary, plan: &Plan, account: &Account<S>
     }
 }
 
-/// The least that must be set aside for a row, where all have a price.
-fn cheapest(plan: &Plan) -> Option<Dollars> {
+/// The least that must be set aside for a row: nothing for one without a price.
+fn cheapest<S: Store>(plan: &Plan, account: &Account<S>) -> Option<Dollars> {
     let lanes = plan.lanes.iter().zip(&plan.askings).enumerate();
     let rows = lanes.flat_map(|(lane, (rows, asking))| {
-        let cost = move |row| plan.bound(lane, row).cost(&asking.lane.price);
-        rows.clone().map(cost)
+        let least = move |row| {
+            account
+                .bound(&plan.bound(lane, row), &asking.lane.price)
+                .usd
+        };
+        rows.clone().map(least)
     });
-    let costs: Option<Vec<f64>> = rows.collect();
-    costs?.into_iter().map(Dollars::at_least).min()
+    rows.min()
 }
 
 /// Adds a warning for each wait that a run started now would begin with.

@@ -54,7 +54,7 @@ pub struct Health {
     claims: Rounds,
     /// Rows that were forbidden since.
     forbidden: HashSet<usize>,
-    /// Rows of which a reply said that no request can succeed, since one did.
+    /// Rows of which a reply said that no request can succeed, since one last did.
     suspects: HashSet<usize>,
     /// When the first of these rows was refused, and how often an answer to a later request contradicted that.
     doubted_since: Option<Instant>,
@@ -170,8 +170,8 @@ impl Health {
         !self.succeeded && self.setbacks > 0 || has_suspects || self.is_outage()
     }
 
-    /// Returns true if several rows in a row were forbidden; the more, the oftener an answer has contradicted
-    /// that.
+    /// Returns true if several rows in a row were forbidden. The number doubles each time that an answer
+    /// contradicts the refusals.
     pub fn is_forbidding(&self) -> bool {
         let enough = SAME_REFUSALS << self.contradicted.min(MOST_DOUBLINGS);
         self.forbidden.len() >= enough as usize

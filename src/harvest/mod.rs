@@ -14,9 +14,9 @@
 //!
 //! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
 //! a `lane`: its queue, its `limiter` (whose ceilings may be shared with other processes), its
-//! `health`, its decisions after a refusal (`lane::refusals`), and a `watch` over what its answers are worth. `books` keeps the account (`budget`), whose cap
-//! holds over kills, and the rows without an answer; in `room` answers wait while the disk is full. A
-//! body is read by `reply`; what it means is for `retry` and `refusal` to say. A `teacher` sends, by way of
+//! `health`, its decisions after a refusal (`lane::refusals`), and a `watch` over what its answers are
+//! worth. `books` keeps the account (`budget`), whose cap holds over kills, and the rows without an answer;
+//! in `room` answers wait while the disk is full. A body is read by `reply`; what it means is for `retry` and `refusal` to say. A `teacher` sends, by way of
 //! `exchange`, over a `connection`, with `credentials` that may be renewed, and `secrets` are taken out
 //! of whatever comes back. `prepare` opens and checks what a night and a `dry_run` begin with; `again` and
 //! `adopt` change what the cache is taken to answer. Everything else is pure (`request`, `record`, `plan`,

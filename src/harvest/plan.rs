@@ -12,7 +12,7 @@ use super::request::Asking;
 use super::shard::Shard;
 use super::teacher;
 use crate::cache::keys::{self, Fingerprint, Keys};
-use crate::cache::question::{self, Endpoint, Names, Past, Question, Template};
+use crate::cache::question::{self, Endpoint, Names, Past, Question, QuestionTemplate};
 use crate::config::{self, Assignment, Order};
 use crate::prompt::Prompt;
 
@@ -38,7 +38,7 @@ pub struct Row {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Open,
-    /// Open, and an earlier run has ended with it before anything was answered.
+    /// Open, and an earlier run ended because of it, or it failed there while other rows were answered.
     Suspect,
     /// In the cache, or refused by a filter.
     Answered,
@@ -94,31 +94,39 @@ impl Scope<'_> {
 struct Adding<'a, S> {
     endpoints: Vec<Endpoint>,
     /// By sample, of the teacher whose rows are added; empty where each request is written in full.
-    templates: Vec<Template>,
+    templates: Vec<QuestionTemplate>,
     scope: Scope<'a>,
     past: &'a Past,
     standing: S,
 }
 
 impl<S: Fn(&str) -> Result<Standing>> Adding<'_, S> {
-    /// State of a row: of the first of its names that is known, be the answer complete or truncated no earlier
-    /// than at `max_tokens`.
+    /// State of a row: answered if the answer is under any of its names, complete or truncated no earlier than
+    /// at `max_tokens`.
     fn standing(&self, names: &Names, max_tokens: u32) -> Result<Standing> {
+        let mut found = Standing::Open;
+        let mut ends = |name: &str| -> Result<bool> {
+            match (self.standing)(name)? {
+                Standing::Open => {}
+                // An answer may have come since, under another name.
+                Standing::Suspect => found = Standing::Suspect,
+                end => found = end,
+            }
+            Ok(!matches!(found, Standing::Open | Standing::Suspect))
+        };
         for name in names.iter() {
-            let standing = (self.standing)(name)?;
-            if standing != Standing::Open {
-                return Ok(standing);
+            if ends(name)? {
+                return Ok(found);
             }
         }
         for name in names.iter() {
             for cut in self.past.cut_keys(name, max_tokens) {
-                let standing = (self.standing)(&cut)?;
-                if standing != Standing::Open {
-                    return Ok(standing);
+                if ends(&cut)? {
+                    return Ok(found);
                 }
             }
         }
-        Ok(Standing::Open)
+        Ok(found)
     }
 }
 

@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn of_fresh_rows_the_first_is_taken_or_one_far_from_it() {
+    fn the_next_fresh_row_is_the_first_or_one_from_the_middle() {
         let now = Instant::now();
         let mut queue = Queue::new(0..8);
         let order = [

@@ -76,6 +76,10 @@ fn quarantine(asking: &Asking, completion: &Completion) -> String {
     if completion.unreadable.is_some() {
         return UNREADABLE.into();
     }
+    // An error came beside the text, which may end anywhere.
+    if answer.finish_reason == "error" && !answer.text.is_empty() {
+        return "cut off by an error".into();
+    }
     // A text that is scored was not chosen by the teacher.
     if !answer.text.trim().is_empty() || asking.scoring.is_some() && !answer.text.is_empty() {
         let structured = asking.structured.as_ref();
@@ -124,6 +128,21 @@ mod tests {
         let asking = Asking::plain(lane);
         let body = json!({"model": "m"});
         record(&asking, &row, &prompt, body, completion, Timing::default())
+    }
+
+    #[test]
+    fn a_text_beside_an_error_is_quarantined() {
+        let completion = Completion {
+            answer: Answer {
+                text: "half of".into(),
+                finish_reason: "error".into(),
+                ..Answer::default()
+            },
+            ..Completion::default()
+        };
+        let record = record_of(completion, &Price::default());
+        assert_eq!(record.status, Status::Quarantined);
+        assert_eq!(record.reason, "cut off by an error");
     }
 
     #[test]

@@ -40,7 +40,8 @@ pub(super) fn classify_error(
         402 => claim(Reason::Credit, failure),
         403 if is_throttle => Trouble::Throttled { wait, message },
         403 => claim(Reason::Forbidden, failure),
-        400 | 404 | 410 if names_no_model(error) => claim(Reason::Model, failure),
+        404 | 410 if names_no_model(error) => claim(Reason::Model, failure),
+        400 if is_about_missing_model(&error.message) => claim(Reason::Model, failure),
         404 | 405 | 410 => claim(Reason::Address, failure),
         300..=399 => {
             let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
@@ -145,6 +146,39 @@ fn says_to_wait(error: &ApiError) -> bool {
         || WORDS.iter().any(|words| message.contains(words))
 }
 
+/// Words for what is missing, or no longer served.
+const MISSING: [&str; 6] = [
+    "not found",
+    "not exist",
+    "decommissioned",
+    "retired",
+    "no longer supported",
+    "no longer available",
+];
+
+/// Returns true if the model is the subject of a message that something is missing. A 400 has many reasons, and
+/// a model may be named in each.
+fn is_about_missing_model(message: &str) -> bool {
+    const NAMES: [&str; 5] = ["", "name", "id", "specified", "requested"];
+    /// Words between the model and what is said of it: its name, and a verb.
+    const BETWEEN: usize = 4;
+    let message = message.to_lowercase();
+    let is_invalid = message.split("invalid model").skip(1).any(|rest| {
+        let word = rest.trim_start().split(char::is_whitespace).next();
+        let word = word.unwrap_or_default();
+        let is_name = word.contains(['`', '\'', '"', '=', '-', '.']);
+        is_name || rest.starts_with(':') || NAMES.contains(&word.trim_end_matches([':', ',']))
+    });
+    let is_missing = message.split("model").skip(1).any(|rest| {
+        let at = MISSING.iter().filter_map(|words| rest.find(words)).min();
+        at.is_some_and(|at| {
+            let between = rest[..at].trim();
+            !between.contains(',') && between.split_whitespace().count() <= BETWEEN
+        })
+    });
+    is_invalid || is_missing || message.contains("not a valid model")
+}
+
 /// Returns true if the message names the model as missing, or as no longer served.
 fn names_no_model(error: &ApiError) -> bool {
     const NO_MODEL: [&str; 5] = [
@@ -154,16 +188,8 @@ fn names_no_model(error: &ApiError) -> bool {
         "not a valid model",
         "not found the model",
     ];
-    const MISSING: [&str; 6] = [
-        "not found",
-        "not exist",
-        "decommissioned",
-        "retired",
-        "no longer supported",
-        "no longer available",
-    ];
     let message = error.message.to_lowercase();
-    // Of the model, and not of something that is said to it.
+    // The words follow the model's name: "not found: a file for the model" is about something else.
     let is_missing = |sentence: &str| {
         let about = sentence.find("model").map(|at| &sentence[at..]);
         about.is_some_and(|about| MISSING.iter().any(|words| about.contains(words)))

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::reply::{self, Completion, NoAnswer};
 use super::scoring::Scoring;
 use super::structured::Structured;
-use crate::cache::question::Template;
+use crate::cache::question::QuestionTemplate;
 use crate::config::{Config, Lane};
 use crate::exit::Exit;
 use crate::prompt::{Message, Prompt};
@@ -143,13 +143,13 @@ impl Asking {
 
     /// For each sample up to a bound: what names its requests for prompts without fields of their own. Empty
     /// where the rest of a request depends on its messages.
-    pub fn templates(&self, samples: u32) -> Vec<Template> {
+    pub fn templates(&self, samples: u32) -> Vec<QuestionTemplate> {
         if self.scoring.is_some() {
             return Vec::new();
         }
         let samples = 0..samples.min(MAX_TEMPLATES);
         samples
-            .map(|sample| Template::new(&self.chat(&[], sample), sample))
+            .map(|sample| QuestionTemplate::new(&self.chat(&[], sample), sample))
             .collect()
     }
 

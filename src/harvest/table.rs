@@ -193,7 +193,6 @@ fn estimate_rows(summary: &Summary, estimate: &Estimate) -> Vec<[String; 2]> {
         None => "not known before the first answers".into(),
     };
     let mut rows = vec![
-        ("given up", format_count(summary.failed)),
         ("to be asked", format_count(summary.pending)),
         (
             "prompt tokens",
@@ -214,8 +213,10 @@ fn estimate_rows(summary: &Summary, estimate: &Estimate) -> Vec<[String; 2]> {
         rows.push(("budget", format!("{spent} of {cap} are spent")));
     }
     rows.extend([("time", time), ("disk", disk)]);
-    // Bought as often as they may be: `--again failed` begins anew with them.
-    rows.retain(|(name, _)| *name != "given up" || summary.failed > 0);
+    if summary.failed > 0 {
+        // Bought as often as they may be: `--again failed` starts over with them.
+        rows.insert(0, ("given up", format_count(summary.failed)));
+    }
     let rows = rows.into_iter();
     rows.map(|(name, value)| [name.into(), value]).collect()
 }

@@ -1,6 +1,6 @@
-//! `unanswered.jsonl` in the run folder: rows that a content filter refuses, which are not asked again, and
-//! attempts that may have been billed and brought no answer, so that no row is bought more often than
-//! `retry.max_attempts` times, reruns included.
+//! `unanswered.jsonl` in the run folder: rows that a content filter refuses, which are not asked again; attempts
+//! that may have been billed and brought no answer, so that no row is bought more often than
+//! `retry.max_attempts` times, reruns included; and rows that failed, which the next run asks last.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub struct Known {
     pub message: String,
     /// A filter refuses it.
     pub is_filtered: bool,
-    /// A run has ended with it before anything was answered, or its replies would end one.
+    /// A run ended because of its reply, or would have, had nothing else been answered.
     pub is_suspect: bool,
     /// Class of the failure with which it ended while other rows were answered; empty if it did not.
     pub failed_as: String,
@@ -49,7 +49,7 @@ pub enum Kind {
     PaidAttempt,
     /// Refused by a content filter.
     Filtered,
-    /// Brought no answer in a run that has ended before anything was answered, or its replies would end one.
+    /// A run ended because of its reply, or would have, had nothing else been answered.
     Suspect,
     /// Has failed while other rows were answered.
     Failed,

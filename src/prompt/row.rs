@@ -54,9 +54,9 @@ pub fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), String> {
                 Err("`text` is empty: fill it, or remove the row".into())
             }
             Some(Value::String(text)) => Ok((vec![Message::new("user", text.as_str())], None)),
-            Some(other) if !other.is_null() && !other.is_object() => {
-                Err(format!("`text` is {other}, which is no text: quote it"))
-            }
+            Some(other) if !other.is_null() && !other.is_object() => Err(format!(
+                "`text` is {other}, which is not a string: put the text in quotes"
+            )),
             _ => {
                 let fields = row.as_object().into_iter().flat_map(Map::keys);
                 let fields: Vec<_> = fields.take(10).map(|name| format!("`{name}`")).collect();

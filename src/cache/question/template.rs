@@ -10,16 +10,16 @@ const MESSAGES: &str = "messages";
 
 /// The question of requests that differ in their messages alone, with the rest of its text written once.
 #[derive(Debug)]
-pub struct Template {
+pub struct QuestionTemplate {
     before: Vec<u8>,
     after: Vec<u8>,
     no_part: Vec<u8>,
     sample: u32,
 }
 
-impl Template {
+impl QuestionTemplate {
     /// `request` is one of these requests; its messages are ignored.
-    pub fn new(request: &Value, sample: u32) -> Template {
+    pub fn new(request: &Value, sample: u32) -> QuestionTemplate {
         let mut before = BEGINNING.to_vec();
         let mut after = Vec::new();
         let is_part = |name: &str| !NO_PART.contains(&name) && name != MESSAGES;
@@ -39,7 +39,7 @@ impl Template {
         }
         let mut no_part = Vec::new();
         write_no_part(request, &mut no_part);
-        Template {
+        QuestionTemplate {
             before,
             after,
             no_part,
@@ -98,7 +98,7 @@ mod tests {
         ] {
             let mut other = request.clone();
             other["messages"] = json!([]);
-            let template = Template::new(&other, 4);
+            let template = QuestionTemplate::new(&other, 4);
             assert_eq!(template.question(&messages), Question::of(&request, 4));
             assert_ne!(template.question(&messages[..1]), Question::of(&request, 4));
         }

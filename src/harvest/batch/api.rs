@@ -94,11 +94,11 @@ impl Card {
         Card::from_value(&json::value(body).ok()?)
     }
 
-    /// Returns true if rows were answered, or may have been.
-    pub fn has_results(&self) -> bool {
-        let has_file = self.output_file.is_some() || self.error_file.is_some();
+    /// Returns true if rows were answered, or may have been. An error file alone shows no answer: it may
+    /// say why the input file was refused.
+    pub fn has_answers(&self) -> bool {
         let is_completed = self.status == "completed";
-        has_file || self.answered.map_or(is_completed, |answered| answered > 0)
+        self.output_file.is_some() || self.answered.map_or(is_completed, |answered| answered > 0)
     }
 
     fn from_value(value: &Value) -> Option<Card> {
@@ -334,5 +334,17 @@ mod tests {
         let card = card.unwrap();
         assert_eq!((card.nonce.as_str(), card.ended_at), ("n", Some(9)));
         assert_eq!((card.output_file, card.mistakes[0].line), (None, Some(3)));
+    }
+
+    #[test]
+    fn an_error_file_alone_is_no_answer() {
+        let card = |text: &str| Card::parse(text.as_bytes()).unwrap();
+        let failed = r#"{"id":"b","status":"failed","error_file_id":"f","request_counts":{"completed":0,"failed":0}}"#;
+        assert!(!card(failed).has_answers());
+        assert!(card(r#"{"id":"b","status":"failed","output_file_id":"f"}"#).has_answers());
+        assert!(
+            card(r#"{"id":"b","status":"failed","request_counts":{"completed":2}}"#).has_answers()
+        );
+        assert!(card(r#"{"id":"b","status":"completed"}"#).has_answers());
     }
 }

@@ -108,7 +108,7 @@ impl Batches<'_> {
         match card.status.as_str() {
             "completed" | "expired" | "cancelled" => return self.take(index, &card).await,
             // What was answered before it failed is paid for.
-            "failed" if card.has_results() => return self.take(index, &card).await,
+            "failed" if card.has_answers() => return self.take(index, &card).await,
             "failed" => return self.failed(index, &card),
             // What is unknown is waited for, too.
             "cancelling" | "finalizing" => return Ok(()),
@@ -154,11 +154,11 @@ impl Batches<'_> {
     async fn take(&mut self, index: usize, card: &Card) -> Result<(), Halt> {
         let (lane, transport) = self.lane_of(index)?;
         let has_file = card.output_file.is_some() || card.error_file.is_some();
-        let is_lost = !has_file && card.has_results();
-        if is_lost {
+        let has_lost_answers = !has_file && card.has_answers();
+        if has_lost_answers {
             // The files may be on their way.
             self.is_gone(index, "a batch that has ended has no file")?;
-            // Where others had one, its rows are lost.
+            // If another batch brought answers, only the rows of this one are lost.
             let is_completed = card.status == "completed";
             if is_completed && !self.lanes[lane].has_answered && self.plan.answered[lane] == 0 {
                 let batch = self.journal.parts[index].batch().unwrap_or_default();
@@ -204,8 +204,8 @@ impl Batches<'_> {
                 }
             }
             taking.unreadable_lines += rows.skipped();
-            let is_lost = understood == 0 || taking.is_unreadable();
-            if of_file + rows.skipped() > 0 && is_lost {
+            let is_unreadable = understood == 0 || taking.is_unreadable();
+            if of_file + rows.skipped() > 0 && is_unreadable {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
         }
@@ -222,7 +222,7 @@ impl Batches<'_> {
         }
         self.record_rest(index, &mut taking)?;
         // What was answered and is nowhere may be billed.
-        let status = if is_lost && card.status != "completed" {
+        let status = if has_lost_answers && card.status != "completed" {
             "gone"
         } else {
             &card.status

@@ -49,9 +49,9 @@ pub struct Lane {
     failed_batches: u32,
     /// The endpoint knows of batches of ours.
     pub has_batches: bool,
-    /// Batches, since a row was last answered, and calls, since one succeeded, of which all that came says
-    /// that no request can succeed.
+    /// Batches since the last answered row in which every row says that no request can succeed.
     claims: u32,
+    /// Calls since the last successful one that were refused in this way.
     claims_of_calls: u32,
     /// Monitors the usefulness of its answers.
     pub watch: Watch,
@@ -152,18 +152,18 @@ impl Lane {
         let pause = retry::backoff(self.failures, retry, 1.0);
         self.not_before = Instant::now() + pause;
         let message = claim.failure.message.clone();
-        self.believe(claim, self.has_batches, self.claims_of_calls);
+        self.stop_if_confirmed(claim, self.has_batches, self.claims_of_calls);
         (pause, message)
     }
 
-    /// As [`Lane::claimed`], of every row of a batch, before a row has been answered.
+    /// As [`Lane::claimed`], for a batch in which every row says so.
     pub fn all_claimed(&mut self, claim: Claim, retry: &config::Retry) {
         self.claims += 1;
         self.not_before = Instant::now() + retry::backoff(self.claims, retry, 1.0);
-        self.believe(claim, self.has_answered, self.claims);
+        self.stop_if_confirmed(claim, self.has_answered, self.claims);
     }
 
-    fn believe(&mut self, claim: Claim, is_doubtful: bool, times: u32) {
+    fn stop_if_confirmed(&mut self, claim: Claim, is_doubtful: bool, times: u32) {
         let Claim { reason, failure } = claim;
         let teacher = &self.settings.teacher;
         if !is_doubtful {

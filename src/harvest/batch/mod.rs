@@ -11,6 +11,7 @@
 //! endpoint (`http`, or a test's own), and what it says; `outlook` is for a dry run.
 
 mod api;
+mod braces;
 mod closing;
 mod collect;
 mod failed;
@@ -337,7 +338,7 @@ impl<'a> Batches<'a> {
                     "{count} batches go on at the endpoint; the same command comes back to them"
                 );
                 let advice = match count {
-                    0 => "every answer is recorded, and the same command goes on".into(),
+                    0 => "every answer is recorded; run the same command to resume".into(),
                     _ => advice,
                 };
                 Some(anyhow::Error::from(Exit::Signal(number)).context(advice))

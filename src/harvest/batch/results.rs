@@ -1,5 +1,7 @@
 //! A line of an output or an error file: whose it is, and what it means. Pure.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -9,6 +11,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::api::Mistake;
+use super::braces::object_end;
 use crate::harvest::reply::error::{ApiError, is_error};
 use crate::harvest::reply::{Completion, json, names_choices};
 use crate::harvest::retry::{self, Claim, Failure, Reason, Trouble};
@@ -53,9 +56,54 @@ pub fn read(line: &Bytes) -> Vec<Option<Outcome>> {
 /// Field that names the row of an object.
 pub(super) const ID: &[u8] = b"\"custom_id\"";
 
-/// The rows of a line, each as an object, though one of them may be flawed: those of a list, one after the
-/// other, or inside of an object.
+/// The rows of a line, each as an object: those of a list, one after the other, or inside of an object.
 fn values(line: &Bytes) -> Vec<Bytes> {
+    strict_values(line).unwrap_or_else(|| values_by_braces(line))
+}
+
+/// Levels of nesting down to a row.
+const DEEPEST: usize = 5;
+
+/// The rows of a line that is JSON, but for a comma behind it.
+fn strict_values(line: &Bytes) -> Option<Vec<Bytes>> {
+    let text = line.trim_ascii();
+    let text = text.strip_suffix(b",").unwrap_or(text);
+    let values = serde_json::Deserializer::from_slice(text).into_iter::<&RawValue>();
+    let values = values.collect::<Result<Vec<_>, _>>().ok()?;
+    let mut rows = Vec::new();
+    for value in values {
+        add_rows(value, DEEPEST, &mut rows);
+    }
+    let rows = rows
+        .into_iter()
+        .map(|row| line.slice_ref(row.get().as_bytes()));
+    let rows: Vec<_> = rows.collect();
+    (!rows.is_empty()).then_some(rows)
+}
+
+fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>) {
+    let Some(depth) = depth.checked_sub(1) else {
+        return;
+    };
+    if let Ok(items) = serde_json::from_str::<Vec<&RawValue>>(value.get()) {
+        items
+            .into_iter()
+            .for_each(|item| add_rows(item, depth, rows));
+    } else if let Ok(fields) =
+        serde_json::from_str::<BTreeMap<Cow<'_, str>, &RawValue>>(value.get())
+    {
+        if fields.contains_key("custom_id") {
+            rows.push(value);
+        } else {
+            fields
+                .into_values()
+                .for_each(|field| add_rows(field, depth, rows));
+        }
+    }
+}
+
+/// The rows of a line of which one may be flawed.
+fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
     let (mut values, mut at) = (Vec::new(), 0);
     while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
         let rest = &line[start..];
@@ -105,27 +153,6 @@ fn brace_before(text: &[u8], field: usize) -> usize {
         end = brace;
     }
     0
-}
-
-/// Length of the object that a text begins with; None where it does not end.
-fn object_end(text: &[u8]) -> Option<usize> {
-    let (mut depth, mut in_text, mut is_escaped) = (0usize, false, false);
-    for (at, byte) in text.iter().enumerate() {
-        match byte {
-            _ if is_escaped => is_escaped = false,
-            b'\\' if in_text => is_escaped = true,
-            b'"' => in_text = !in_text,
-            b'{' if !in_text => depth += 1,
-            b'}' if !in_text => {
-                depth -= 1;
-                if depth == 0 {
-                    return Some(at + 1);
-                }
-            }
-            _ => {}
-        }
-    }
-    None
 }
 
 /// Reads a value, repaired where it is not strict JSON.
@@ -306,6 +333,33 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_a_list_or_an_object_are_read_whatever_their_bodies_repeat() {
+        let body = r#"{"metadata":{"custom_id":"a"},"choices":[{"message":{"content":"x"}}]}"#;
+        let first = |id: &str| {
+            format!(r#"{{"custom_id":"{id}","response":{{"status_code":200,"body":{body}}}}}"#)
+        };
+        let last = |id: &str| {
+            format!(r#"{{"response":{{"status_code":200,"body":{body}}},"custom_id":"{id}"}}"#)
+        };
+        for line in [
+            format!("[{},{}]", first("a"), first("b")),
+            format!("[{},{}]", last("a"), last("b")),
+            format!(r#"{{"data":[{},{}]}}"#, last("a"), last("b")),
+            format!(r#"{{"result":{{"rows":[{}]}}}} {}"#, first("a"), last("b")),
+            format!("{}{},", first("a"), first("b")),
+        ] {
+            let read = read(&Bytes::copy_from_slice(line.as_bytes()));
+            let words: Vec<_> = read
+                .into_iter()
+                .map(|one| word(one.unwrap()).unwrap())
+                .collect();
+            let expected = ["a", "b"].map(|id| (id.to_owned(), "answer x".to_owned()));
+            assert_eq!(words, expected, "{line}");
+        }
+        assert_eq!(sort(&format!("{},", first("a"))).unwrap().1, "answer x");
+    }
+
+    #[test]
     fn lines_of_every_shape_are_sorted() {
         let body = r#"{"choices":[{"message":{"content":"x"}}]}"#;
         let cases = [
@@ -442,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_breaks_off_costs_itself() {
+    fn a_truncated_line_fails_only_its_own_row() {
         let whole = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
         for broken in [
             r#"{"id":"x","custom_id":"a","response":{"status_code":200,"body":{"choices":[{"mess"#,

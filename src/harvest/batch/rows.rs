@@ -6,6 +6,7 @@ use bytes::{Bytes, BytesMut};
 use memchr::memmem::find;
 
 use super::api::{LONGEST_LINE, Lines};
+use super::braces::{Braces, is_closed};
 use super::results::ID;
 use crate::harvest::teacher::Fault;
 
@@ -13,10 +14,7 @@ pub struct Rows {
     lines: Lines,
     /// An object whose end has not come.
     open: BytesMut,
-    /// Braces of it that are open.
-    depth: usize,
-    /// Its last line ends within a text, which some servers do not escape the line ends of.
-    in_text: bool,
+    braces: Braces,
     ready: VecDeque<Bytes>,
 }
 
@@ -25,8 +23,7 @@ impl Rows {
         Rows {
             lines,
             open: BytesMut::new(),
-            depth: 0,
-            in_text: false,
+            braces: Braces::default(),
             ready: VecDeque::new(),
         }
     }
@@ -57,7 +54,7 @@ impl Rows {
         if is_open && (is_row || self.open.len() + line.len() > LONGEST_LINE) {
             self.give_up();
         }
-        let is_whole = text.ends_with(b"}");
+        let is_whole = text.ends_with(b"}") && is_closed(text);
         let begins = text.ends_with(b"{") || text.starts_with(b"{");
         if !self.open.is_empty() || begins && !is_whole {
             self.join(line);
@@ -68,31 +65,22 @@ impl Rows {
 
     /// Adds a line to the object. Where it ends, it is ready.
     fn join(&mut self, line: Bytes) {
-        let (mut in_text, mut is_escaped, mut start) = (self.in_text, false, 0);
+        let mut start = 0;
         for (at, byte) in line.iter().enumerate() {
-            match byte {
-                _ if is_escaped => is_escaped = false,
-                b'\\' if in_text => is_escaped = true,
-                b'"' => in_text = !in_text,
-                b'{' if !in_text => {
-                    if self.depth == 0 {
-                        start = at;
-                    }
-                    self.depth += 1;
-                }
-                b'}' if !in_text && self.depth > 0 => {
-                    self.depth -= 1;
-                    if self.depth == 0 {
-                        self.open.extend_from_slice(&line[start..=at]);
-                        self.give_up();
-                        start = at + 1;
-                    }
-                }
-                _ => {}
+            let before = self.braces.depth;
+            if !self.braces.see(*byte) {
+                continue;
+            }
+            if before == 0 {
+                start = at;
+            } else if self.braces.depth == 0 {
+                self.open.extend_from_slice(&line[start..=at]);
+                self.give_up();
+                start = at + 1;
             }
         }
-        self.in_text = in_text;
-        if self.depth > 0 {
+        self.braces.end_line();
+        if self.braces.depth > 0 {
             self.open.extend_from_slice(&line[start..]);
             self.open.extend_from_slice(b"\n");
         }
@@ -100,7 +88,7 @@ impl Rows {
 
     /// Hands out what has come of an object that does not end.
     fn give_up(&mut self) {
-        (self.depth, self.in_text) = (0, false);
+        self.braces = Braces::default();
         self.ready.push_back(self.open.split().freeze());
     }
 }
@@ -155,6 +143,8 @@ mod tests {
         let raw = "{\"custom_id\":\"a\",\"text\":\"one {\ntwo\n}\"}";
         let b = row("b").to_string();
         assert_eq!(rows(&format!("{raw}\n{b}\n{raw}")), [raw, &b, raw]);
+        let code = "{\"custom_id\":\"a\",\"text\":\"fn f() {}\nend\"}";
+        assert_eq!(rows(&format!("{code}\n{b}")), [code, &b]);
     }
 
     #[test]

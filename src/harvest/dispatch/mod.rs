@@ -390,15 +390,15 @@ impl<'a> Dispatcher<'a> {
         if is_second {
             let told = format!(
                 "stopped at once: {in_flight} requests were in flight, and may be billed without an answer; \
-                 the same command goes on"
+                 run the same command to resume"
             );
             self.stop = Some(anyhow::Error::from(Exit::Signal(number)).context(told));
         } else {
             let error = anyhow::Error::from(Exit::Signal(number));
-            let advice = "every answer is recorded, and the same command goes on";
+            let advice = "every answer is recorded; run the same command to resume";
             self.stop.get_or_insert(error.context(advice));
             self.progress.note(&format!(
-                "waiting for the {in_flight} answers in flight; once more, a second later, to stop at once"
+                "waiting for the {in_flight} answers in flight; press Ctrl-C again after a second to stop at once"
             ));
         }
         is_second

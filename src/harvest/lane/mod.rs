@@ -33,7 +33,7 @@ const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 /// The longest pause between the probes of an outage, as a multiple of `retry.max_s`.
 const OUTAGE_PAUSE: f64 = 5.0;
 
-/// So few rows may be all that are left because they always fail.
+/// If no more rows than these are left, they may be the rows that always fail.
 const LAST_ROWS: usize = 50;
 
 /// Time in which all of them are tried once, and the part of `retry.max_outage_s` that it is at most.
@@ -62,7 +62,7 @@ pub struct Lane {
     first: Option<Instant>,
     /// Rows of it have been answered in earlier runs.
     is_known: bool,
-    /// An earlier run has ended with a row that brought no answer, before any did.
+    /// Some of its rows failed in an earlier run, or were the last ones there.
     has_suspects: bool,
     has_budget: bool,
     /// Monitors the usefulness of its answers.
@@ -90,7 +90,7 @@ fn queue(plan: &Plan, index: usize, now: Instant) -> Queue {
 
 /// What a failed attempt leads to.
 pub enum Verdict {
-    /// The row is in the queue again; the gate was closed for this long.
+    /// The row is in the queue again; it, or the whole lane, waits this long.
     Again { pause: Duration },
     /// The row ends without an answer.
     Failed(Entry, Failure),
@@ -309,7 +309,7 @@ impl Lane {
     /// The attempt failed in a way that may pass.
     pub fn transient(&mut self, mut entry: Entry, failure: Failure, wait: Duration) -> Verdict {
         let now = Instant::now();
-        // Nobody knows such a thing of a failure.
+        // A server cannot know that an error lasts for hours: a longer wait is ignored.
         let wait = if wait > LONGEST_WAIT {
             Duration::ZERO
         } else {

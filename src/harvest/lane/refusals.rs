@@ -23,8 +23,10 @@ const CLAIMS_OF_A_ROW: u32 = 3;
 /// has ended so, before it is believed.
 const CLAIMS_OF_ROWS: usize = 3;
 
-/// As [`CLAIMS_OF_ROWS`], where rows have failed while others were answered, and for a wrong key.
+/// As [`CLAIMS_OF_ROWS`], where rows have failed while others were answered.
 const CLAIMS_OF_DOUBTFUL_ROWS: usize = 8;
+
+/// As [`CLAIMS_OF_ROWS`], for a wrong key.
 const CLAIMS_FOR_A_KEY: usize = 2;
 
 /// Rows that may all be refused, also in the same words, though the cache holds answers.

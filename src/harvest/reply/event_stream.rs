@@ -99,11 +99,13 @@ fn events(body: &[u8]) -> Vec<Vec<u8>> {
     let mut is_error = false;
     for line in lines(body) {
         if let Some(kind) = line.strip_prefix(b"event:") {
+            // Some servers leave the blank line out.
+            events.extend(data.take().map(|data| named(data, is_error)));
             is_error = kind.trim_ascii() == b"error";
         } else if let Some(rest) = line.strip_prefix(b"data:") {
             let rest = rest.strip_prefix(b" ").unwrap_or(rest);
             match &mut data {
-                // Some servers leave the blank line out.
+                // Here too, if an object ends and another one begins.
                 Some(before) if before.ends_with(b"}") && rest.starts_with(b"{") => {
                     events.push(std::mem::replace(before, rest.to_vec()));
                 }

@@ -124,16 +124,16 @@ impl NoAnswer {
 /// and else as what they should be. Where that fails, they are left unparsed, so that broken logprobs
 /// cost no answer. A body that is not strict JSON of this shape is repaired first.
 pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
-    let first = strict(body).unwrap_or_else(|_| parse_repaired(body));
-    let completion = match first {
-        Ok(completion) if completion.says_something() => completion,
+    let completion = match strict(body) {
+        Err(_) => parse_repaired(body)?,
+        Ok(Ok(completion)) if completion.says_something() => completion,
         // It may be inside of something, or behind something.
-        other if names_choices(body) => match (parse_repaired(body), other) {
+        Ok(other) if names_choices(body) => match (parse_repaired(body), other) {
             (Ok(found), _) if found.says_something() => found,
             (_, Ok(empty)) => empty,
             (found, Err(_)) => found?,
         },
-        other => other?,
+        Ok(other) => other?,
     };
     Ok(with_usage(completion, body))
 }

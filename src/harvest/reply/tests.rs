@@ -218,6 +218,13 @@ fn usage_is_found_wherever_it_stands() {
 }
 
 #[test]
+fn usage_in_the_text_of_an_answer_is_no_usage() {
+    let example = r#"{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}"#;
+    let choice = json!({"message": {"content": example}, "finish_reason": "stop"});
+    assert_eq!(answer(json!({"choices": [choice]})).usage, None);
+}
+
+#[test]
 fn a_stream_that_was_cut_is_no_answer() {
     let with = |delta: Value, finish: Value| {
         let chunk = json!({"choices": [{"delta": delta, "finish_reason": finish}], "error": null});

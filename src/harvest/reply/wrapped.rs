@@ -25,30 +25,49 @@ pub fn completions(value: &Value) -> Vec<Value> {
     found
 }
 
-/// The first token counts anywhere in a body that can be true.
+/// The first token counts in a body that can be true, but for those in an answer: it may be about such counts.
 pub fn usage_in(value: &Value) -> Option<Usage> {
+    const ANSWERS: [&str; 5] = ["message", "messages", "delta", "content", "text"];
     let mut found = None;
-    search(value, DEEPEST, &mut |fields| {
+    let mut look = |fields: &Map<String, Value>| {
         let counts = usage::usage(Value::Object(fields.clone())).0;
         found = found.or(counts.filter(|usage| usage.prompt_tokens > 0));
-    });
+    };
+    search_but(value, &ANSWERS, DEEPEST, &mut look);
     found
 }
 
 /// Shows every object, outer ones before those inside of them; JSON in a text is one as well.
 fn search(value: &Value, depth: usize, look: &mut impl FnMut(&Map<String, Value>)) {
+    search_but(value, &[], depth, look);
+}
+
+/// The same without what is in the fields `but`.
+fn search_but(
+    value: &Value,
+    but: &[&str],
+    depth: usize,
+    look: &mut impl FnMut(&Map<String, Value>),
+) {
     let Some(depth) = depth.checked_sub(1) else {
         return;
     };
     match value {
         Value::Object(fields) => {
             look(fields);
-            fields.values().for_each(|value| search(value, depth, look));
+            let inner = fields
+                .iter()
+                .filter(|(name, _)| !but.contains(&name.as_str()));
+            inner.for_each(|(_, value)| search_but(value, but, depth, look));
         }
-        Value::Array(items) => items.iter().for_each(|value| search(value, depth, look)),
+        Value::Array(items) => {
+            items
+                .iter()
+                .for_each(|value| search_but(value, but, depth, look));
+        }
         Value::String(text) => {
             if let Some(value) = in_text(text, "choices") {
-                search(&value, depth, look);
+                search_but(&value, but, depth, look);
             }
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => {}

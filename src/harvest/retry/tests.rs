@@ -101,6 +101,21 @@ fn every_status_has_its_class() {
         ),
         (
             400,
+            r#"{"error":{"message":"The model called the tool `f`, which was not found in `tools`"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"Invalid model parameters: top_k"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"Invalid model name passed in model=m"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
             r#"{"error":{"message":"API key not valid. Please pass a valid API key."}}"#,
             "claim: Key",
         ),

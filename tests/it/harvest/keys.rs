@@ -25,6 +25,11 @@ fn teacher(seen: &Seen) -> Reaction {
 
 const PROMPTS: [&str; 4] = ["short one", "long one", "short two", "long two"];
 
+/// Second halves of keys, which name questions.
+fn halves(keys: &[String]) -> Vec<&str> {
+    keys.iter().map(|key| &key[32..]).collect()
+}
+
 async fn requests(run: &Run) -> (u64, u64) {
     let summary = run.harvest().await;
     assert_eq!(end(&summary).0, 0, "{:?}", end(&summary));
@@ -167,6 +172,69 @@ async fn a_row_with_a_complete_answer_is_not_asked_again_for_its_truncated_one()
     // All of them are whole by now: the same command has nothing left to do.
     let summary = again(&run, &["length"]).await.unwrap();
     assert_eq!((end(&summary).0, summary.requests), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_truncated_answer_to_a_row_that_failed_before_is_not_bought_again() {
+    let is_missing = Arc::new(AtomicBool::new(true));
+    let missing = Arc::clone(&is_missing);
+    let server = FaultServer::start(move |seen| {
+        if seen.prompt() == "long two" && missing.load(Relaxed) {
+            return reply(404, error("no such thing", "not_found"));
+        }
+        teacher(seen)
+    })
+    .await;
+    let mut run = Run::new(&server, &PROMPTS);
+    run.config.limits.concurrency = 1;
+    let summary = run.harvest().await;
+    assert_eq!((summary.ok, summary.failed), (3, 1));
+    is_missing.store(false, Relaxed);
+    assert_eq!(requests(&run).await, (3, 1));
+    assert_eq!(requests(&run).await, (4, 0), "its answer is in the cache");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_killed_after_its_last_new_answer_does_not_start_over() {
+    let server = FaultServer::start(teacher).await;
+    let run = Run::new(&server, &PROMPTS);
+    assert_eq!(requests(&run).await, (0, 4));
+    let marker = run.config.run_dir.join("again.json");
+    let first = again(&run, &["length"]).await.unwrap();
+    assert_eq!((first.requests, marker.exists()), (2, false));
+    // As it was before the run removed it.
+    let keys: Vec<String> = run
+        .records()
+        .into_iter()
+        .filter(|record| record.answer.finish_reason == "length")
+        .map(|record| record.key)
+        .collect();
+    let begun = json!({"words": ["length"], "keys": halves(&keys)});
+    std::fs::write(&marker, begun.to_string()).unwrap();
+    let summary = again(&run, &["length"]).await.unwrap();
+    assert_eq!(
+        (end(&summary).0, summary.requests, marker.exists()),
+        (0, 0, false)
+    );
+    let anew = again(&run, &["length"]).await.unwrap();
+    assert_eq!(anew.requests, 2, "from the beginning");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn complete_answers_are_adopted_before_truncated_ones() {
+    let server = FaultServer::start(teacher).await;
+    let mut run = Run::new(&server, &["long one", "long two"]);
+    run.config.sampling.max_tokens = 50;
+    assert_eq!(requests(&run).await, (0, 2));
+    let moved = FaultServer::start(teacher).await;
+    run.config.teacher.base_url.clone_from(&moved.base_url);
+    run.config.sampling.max_tokens = 1_000;
+    assert_eq!(requests(&run).await, (0, 2));
+    // The first endpoint has truncated answers to both, the second one complete ones.
+    run.config.teacher.base_url.clone_from(&server.base_url);
+    let adopted = harvest::adopt(&run.config).unwrap();
+    assert_eq!((adopted.records, adopted.answered), (2, 2));
+    assert_eq!(requests(&run).await, (2, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]

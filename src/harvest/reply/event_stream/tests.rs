@@ -101,7 +101,7 @@ fn what_is_no_piece_of_an_answer_is_passed_over() {
 }
 
 #[test]
-fn half_an_answer_is_none_whatever_ends_the_stream() {
+fn a_truncated_stream_is_not_an_answer_however_it_ends() {
     let chunk = |text: &str, finish: Value| json!({"choices": [{"delta": {"content": text}, "finish_reason": finish}]});
     let (first, last) = (chunk("hel", Value::Null), chunk("lo", json!("stop")));
     let usage = json!({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}});
@@ -163,4 +163,13 @@ fn a_stream_that_breaks_off_is_cut_off_and_an_error_in_it_is_told() {
     assert!(joined(done.as_bytes()).unwrap().is_ok());
     assert_eq!(joined(b"{\"a\":1}"), None);
     assert!(joined(b"data: hello\n\n").unwrap().is_err());
+}
+
+#[test]
+fn an_error_event_without_a_blank_line_before_it_leaves_the_chunk_alone() {
+    let chunk = json!({"choices": [{"delta": {"content": "hi"}, "finish_reason": "stop"}]});
+    let text = format!("data: {chunk}\nevent: error\ndata: late\n\n");
+    let body = joined(text.as_bytes()).unwrap().unwrap();
+    assert_eq!(body["choices"][0]["message"]["content"], "hi");
+    assert_eq!(body["choices"][0]["finish_reason"], "stop");
 }

@@ -163,7 +163,7 @@ async fn a_batch_with_answers_and_without_a_file_stops_the_run() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_failed_batch_has_answered_and_does_not_hand_out_counts_and_ends() {
+async fn a_failed_batch_without_an_output_file_is_billed_and_ends() {
     let night = night("", 5, |config| {
         priced(config);
         config.retry.max_attempts = 1;
@@ -182,7 +182,7 @@ async fn what_a_failed_batch_has_answered_and_does_not_hand_out_counts_and_ends(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_is_forbidden_now_and_then_ends_nothing() {
+async fn an_occasional_403_on_a_batch_call_stops_nothing() {
     let night = night("", 20, |_| {});
     let provider = Provider {
         forbidden: AtomicU32::new(2),
@@ -215,7 +215,7 @@ async fn rows_may_be_spread_over_several_lines() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_several_lines_of_a_row_that_with_an_answer_counts() {
+async fn a_row_with_several_lines_takes_the_one_with_an_answer() {
     let night = night("", 20, |_| {});
     let summary = harvest_changed(&night, |content| {
         let rows = content.split(|byte| *byte == b'\n');
