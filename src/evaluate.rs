@@ -66,7 +66,9 @@ pub fn run(config: &Config, quiet: bool) -> Result<Report> {
         )));
     }
     let model = Model::load(&dir)?;
-    let tokenizer = Tokenizer::load(&dir)?;
+    let mut tokenizer = Tokenizer::load(&dir)?;
+    let date = config.student.template_date.map(Into::into);
+    tokenizer.set_date(date.unwrap_or_else(|| jiff::Zoned::now().datetime()));
     tokenizer.check_fits(model.config().vocab_size)?;
     let truth = match &config.eval.source {
         Some(source) => {

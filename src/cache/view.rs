@@ -87,7 +87,7 @@ impl<'a> RecordView<'a> {
 }
 
 /// [`Logprobs`] of T tokens without a list per position, and every token by its bytes.
-#[derive(Debug, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(from = "Stored<'a>", bound(deserialize = "'de: 'a"))]
 pub struct LogprobsView<'a> {
     /// The emitted tokens (T); empty where the bytes are not known.
@@ -100,7 +100,7 @@ pub struct LogprobsView<'a> {
 }
 
 /// Lists, end to end.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Lists<T> {
     values: Vec<T>,
     /// Where each list ends.
@@ -178,7 +178,24 @@ impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
     }
 }
 
-impl LogprobsView<'_> {
+impl<'a> LogprobsView<'a> {
+    /// The same with other bytes for each token; None where `of` has none for an emitted one. Alternatives
+    /// for which it has none keep theirs.
+    pub fn map_tokens(&self, of: impl Fn(&[u8]) -> Option<Vec<u8>>) -> Option<LogprobsView<'a>> {
+        let token = self.token.iter().map(|bytes| of(bytes).map(Cow::Owned));
+        let top = self.top.values.iter();
+        let top = top.map(|bytes| of(bytes).map_or_else(|| bytes.clone(), Cow::Owned));
+        Some(LogprobsView {
+            token: token.collect::<Option<_>>()?,
+            logprob: self.logprob.clone(),
+            top: Lists {
+                values: top.collect(),
+                ends: self.top.ends.clone(),
+            },
+            top_logprob: self.top_logprob.clone(),
+        })
+    }
+
     /// Puts the tokens that are no UTF-8 where an empty text holds their place.
     pub fn put_raw(&mut self, raw: &[RawToken]) {
         for token in raw {

@@ -27,7 +27,8 @@ pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
         }
     };
     let model = Model::load(&args.model)?;
-    let tokenizer = Tokenizer::load(&args.model)?;
+    let mut tokenizer = Tokenizer::load(&args.model)?;
+    tokenizer.set_date(jiff::Zoned::now().datetime());
     tokenizer.check_fits(model.config().vocab_size)?;
     let chat = Chat {
         model,

@@ -1,5 +1,6 @@
 //! What `distill train` and `distill eval` are told.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,10 @@ pub struct Student {
     /// A Hugging Face model folder. With `init = "random"` only its tokenizer and chat template
     /// are used, and the shape below.
     pub path: PathBuf,
+    /// Variables of the chat template, such as `enable_thinking`.
+    pub template_args: BTreeMap<String, serde_json::Value>,
+    /// The date that a chat template is told, such as "2026-01-31".
+    pub template_date: Option<jiff::civil::Date>,
     pub hidden_size: usize,
     pub intermediate_size: usize,
     pub num_hidden_layers: usize,
@@ -28,6 +33,8 @@ impl Default for Student {
         Self {
             init: Init::Pretrained,
             path: "student".into(),
+            template_args: BTreeMap::new(),
+            template_date: None,
             hidden_size: 256,
             intermediate_size: 688,
             num_hidden_layers: 4,
@@ -76,6 +83,20 @@ pub struct Data {
     pub top_logprobs: Option<usize>,
     /// Finish reasons whose answers are trained on.
     pub keep_finish_reasons: Vec<String>,
+    /// What becomes of thinking that an answer begins with.
+    pub thinking: Thinking,
+}
+
+/// Thinking is what stands between `<think>` and `</think>` at the beginning of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Thinking {
+    /// It is learnt, as the rest of the answer.
+    Supervise,
+    /// It stands before the answer, and is not learnt.
+    Context,
+    /// It is left out.
+    Drop,
 }
 
 impl Default for Data {
@@ -88,6 +109,7 @@ impl Default for Data {
             sample_trie: false,
             top_logprobs: None,
             keep_finish_reasons: ["stop", "eos", "end_turn"].map(String::from).to_vec(),
+            thinking: Thinking::Supervise,
         }
     }
 }

@@ -96,8 +96,12 @@ impl Judge {
         }
         let tokenizer = config.on_policy.tokenizer.as_deref();
         let tokenizer = tokenizer.map(|dir| {
-            Tokenizer::load(dir)
-                .with_context(|| format!("cannot load on_policy.tokenizer {}", dir.display()))
+            let mut tokenizer = Tokenizer::load(dir)
+                .with_context(|| format!("cannot load on_policy.tokenizer {}", dir.display()))?;
+            if let Some(date) = config.student.template_date {
+                tokenizer.set_date(date.into());
+            }
+            anyhow::Ok(tokenizer)
         });
         let (path, scoring) = match (dialect, tokenizer.transpose()?) {
             (JudgedBy::Echo, Some(tokenizer)) => ("completions", Scoring::Echo(tokenizer)),

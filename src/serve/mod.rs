@@ -97,7 +97,9 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let model = Model::load(model_dir)?;
-    let tokenizer = Arc::new(Tokenizer::load(model_dir)?);
+    let mut tokenizer = Tokenizer::load(model_dir)?;
+    tokenizer.set_date(jiff::Zoned::now().datetime());
+    let tokenizer = Arc::new(tokenizer);
     tokenizer.check_fits(model.config().vocab_size)?;
     let (jobs, queue) = mpsc::channel(options.queue.max(1));
     let router = app::router(App {

@@ -136,7 +136,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     } = options;
     let settings = &config.train;
     let stop = StopFlag::watch()?;
-    let tokenizer = Tokenizer::load(&config.student.path)?;
+    let tokenizer = Tokenizer::of_student(&config.student)?;
     soft_labels::check_tokenizer(config, &tokenizer)?;
     let mut parts = Parts::initial(config, &tokenizer)?;
     let mut reading = Reading::new("prepare", quiet);
@@ -318,7 +318,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         &summary.student,
         &parts.student.with(trained),
         config.student.save_dtype,
-        (&config.student.path, tokenizer.stop_ids()),
+        (tokenizer.dir(), &tokenizer),
         &card::text(config, parts.student.model.config().model_type(), &summary),
     )?;
     if let Some(teacher) = &parts.teacher {

@@ -227,7 +227,7 @@ impl Asked<'_> {
             };
             let aligned = self
                 .mapper
-                .align(logprobs, text.as_bytes(), 0..text.len(), ids);
+                .align(logprobs, text.as_bytes(), 0..text.len(), ids, None);
             said[at] = aligned
                 .ok()
                 .filter(|said| (0..said.len()).any(|at| said.is_soft(at)));

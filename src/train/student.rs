@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Var};
 use regex::Regex;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::device;
 use crate::config::{Config, Init, SaveDtype};
@@ -20,6 +20,8 @@ use crate::model::{Model, ModelConfig, decoder, lora};
 /// Names the tokens that end an answer.
 const GENERATION_CONFIG: &str = "generation_config.json";
 
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
 /// Files of the source folder that belong to the tokenizer and go along unchanged.
 const TOKENIZER_FILES: [&str; 9] = [
     GENERATION_CONFIG,
@@ -30,7 +32,7 @@ const TOKENIZER_FILES: [&str; 9] = [
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 ];
 
 /// A model whose weights, or whose adapters, are variables, but for those that are frozen.
@@ -150,7 +152,7 @@ impl Student {
     /// Writes a student as a Hugging Face folder with the given weights, adapters merged into them;
     /// an older one is replaced whole.
     ///
-    /// `tokenizer_dir` is the folder that the tokenizer came from, `card` the text of its README.
+    /// Files of the tokenizer come from `tokenizer_dir`; `card` is the text of the README.
     ///
     /// # Errors
     /// Where a file cannot be read or written.
@@ -159,7 +161,7 @@ impl Student {
         dir: &Path,
         weights: &Tensors,
         dtype: SaveDtype,
-        (tokenizer_dir, stop_ids): (&Path, &[u32]),
+        (tokenizer_dir, tokenizer): (&Path, &Tokenizer),
         card: &str,
     ) -> Result<()> {
         let (dtype, name) = match dtype {
@@ -178,9 +180,11 @@ impl Student {
                 files.push((name, bytes));
             }
         }
-        if !files.iter().any(|(name, _)| *name == GENERATION_CONFIG) {
-            let generation = serde_json::to_vec_pretty(&json!({ "eos_token_id": stop_ids }))?;
-            files.push((GENERATION_CONFIG, generation));
+        set_stop_ids(&mut files, tokenizer.stop_ids())?;
+        let is_own = tokenizer_dir == tokenizer.dir();
+        if let Some(template) = tokenizer.changed_template().filter(|_| is_own) {
+            files.retain(|(name, _)| *name != CHAT_TEMPLATE);
+            files.push((CHAT_TEMPLATE, template.into()));
         }
         let shape = self.model.config();
         let weights = weights::to_device(weights, &Device::Cpu)?;
@@ -198,6 +202,33 @@ impl Student {
             })
         })
     }
+}
+
+/// Makes `generation_config.json` name every token that ends an answer.
+fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<()> {
+    let at = files
+        .iter()
+        .position(|(name, _)| *name == GENERATION_CONFIG);
+    let mut settings = match at {
+        Some(at) => serde_json::from_slice(&files[at].1)
+            .with_context(|| format!("{GENERATION_CONFIG} is no valid JSON"))?,
+        None => json!({}),
+    };
+    let named = match &settings["eos_token_id"] {
+        Value::Array(ids) => ids.clone(),
+        Value::Null => Vec::new(),
+        id => vec![id.clone()],
+    };
+    if stop_ids.iter().all(|id| named.contains(&json!(id))) && at.is_some() {
+        return Ok(());
+    }
+    settings["eos_token_id"] = json!(stop_ids);
+    let text = serde_json::to_vec_pretty(&settings)?;
+    match at {
+        Some(at) => files[at].1 = text,
+        None => files.push((GENERATION_CONFIG, text)),
+    }
+    Ok(())
 }
 
 /// Variables as tensors.

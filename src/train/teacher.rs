@@ -109,7 +109,7 @@ impl Teacher {
             &config.run_dir.join("teacher"),
             &self.learner.with(self.learner.trained()?),
             config.student.save_dtype,
-            (dir, tokenizer.stop_ids()),
+            (dir, tokenizer),
             &card::of_teacher(config, self.learner.model.config().model_type()),
         )
     }

@@ -242,7 +242,7 @@ fn align(dir: &Path) -> anyhow::Result<()> {
             (tokens, soft, started) = (0, 0, Instant::now());
         }
         for ((text, ids, _), view) in answers.iter().zip(&views) {
-            let aligned = mapper.align(view, text.as_bytes(), 0..text.len(), ids)?;
+            let aligned = mapper.align(view, text.as_bytes(), 0..text.len(), ids, None)?;
             tokens += ids.len();
             soft += (0..ids.len())
                 .filter(|&at| !aligned.soft(at).0.is_empty())

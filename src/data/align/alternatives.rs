@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use crate::cache::view::LogprobsView;
 use crate::data::gate::Agreement;
 
-use super::Mismatch;
+use super::run::{Kind, Unit};
 
 /// Logprobs at or below are no logprobs: endpoints send -100, -9999 for "too small to tell".
 const SENTINEL: f32 = -100.0;
@@ -30,34 +30,52 @@ pub enum Drawn {
     Unknown,
 }
 
-/// Fills `listed` with the teacher's alternatives at a position that have usable logprobs, the `most` most
-/// likely ones, and the emitted token where it is not among them; probabilities that sum to slightly
-/// more than 1 are brought to 1.
+/// Fills `listed` with the teacher's alternatives at a position that have usable logprobs, the most likely ones
+/// of them, at most `most` and at most as many as were `asked` for, and the emitted token where it is not among
+/// these; probabilities that sum to slightly more than 1 are brought to 1.
 ///
-/// # Errors
-/// [`Mismatch::Mass`] if they sum to more than that.
+/// Servers list an emitted token from outside the k best behind them, in place of the last one, or not at all:
+/// whether it is one of the k best is told by its rank.
+///
+/// None if the probabilities sum to more than that.
 pub fn alternatives<'t>(
     teacher: &'t LogprobsView,
     position: usize,
     most: usize,
+    asked: Option<usize>,
     listed: &mut Vec<(&'t [u8], f32)>,
-) -> Result<Known, Mismatch> {
+) -> Option<Known> {
     let emitted = teacher.token.get(position).map_or(&[][..], Cow::as_ref);
     let logprobs = teacher.top_logprob.get(position);
-    let mut among = false;
     listed.clear();
     for (bytes, &logprob) in teacher.top.get(position).iter().zip(logprobs) {
-        among |= **bytes == *emitted;
         if let Some(logprob) = logprob.filter(is_usable) {
-            listed.push((bytes, logprob));
+            let is_known = |known: &(&[u8], f32)| *known.0 == **bytes && known.1 == logprob;
+            // Some list the emitted token twice. What has no bytes may be any token.
+            if bytes.is_empty() || !listed.iter().any(is_known) {
+                listed.push((bytes, logprob));
+            }
         }
     }
+    let asked = asked.unwrap_or(usize::MAX);
+    // Put first for having been emitted, it has taken the place of the last of the best.
+    let first = listed.first().copied();
+    let takes_place = listed.len() > 1
+        && listed.len() == asked
+        && first.is_some_and(|(bytes, logprob)| {
+            *bytes == *emitted && listed[1..].iter().all(|other| other.1 > logprob)
+        });
+    if takes_place {
+        listed.remove(0);
+    }
+    let most = most.min(asked);
     if listed.len() > most {
         listed.sort_by(|a, b| b.1.total_cmp(&a.1));
         listed.truncate(most);
-        among = listed.iter().any(|(bytes, _)| *bytes == emitted);
     }
+    let among = listed.iter().any(|(bytes, _)| *bytes == emitted);
     let own = teacher.logprob.get(position).copied().flatten();
+    let own = own.or(first.filter(|_| takes_place).map(|(_, logprob)| logprob));
     let drawn = match (among, own.filter(is_usable)) {
         (true, _) => Drawn::No,
         (false, None) => Drawn::Unknown,
@@ -68,7 +86,7 @@ pub fn alternatives<'t>(
     };
     let total = mass(listed.iter().map(|&(_, logprob)| logprob));
     if total > 1.0 + EXCESS {
-        return Err(Mismatch::Mass);
+        return None;
     }
     if total > 1.0 {
         let excess = total.ln() as f32;
@@ -76,17 +94,17 @@ pub fn alternatives<'t>(
             *logprob -= excess;
         }
     }
-    Ok(Known {
+    Some(Known {
         mass: total.min(1.0),
         drawn,
     })
 }
 
-/// How often the most likely of the alternatives at the first `positions` positions is the token that
-/// was emitted there.
-pub(super) fn agreement(teacher: &LogprobsView, positions: usize) -> Agreement {
+/// How often the most likely of the alternatives is the token that was emitted there.
+pub(super) fn agreement(teacher: &LogprobsView, units: &[Unit]) -> Agreement {
     let mut agreement = Agreement::default();
-    for position in 0..positions {
+    let tokens = units.iter().filter(|unit| unit.kind != Kind::Unknown);
+    for position in tokens.map(|unit| unit.tokens.start) {
         let (top, logprobs) = (teacher.top.get(position), teacher.top_logprob.get(position));
         let mut best: Option<(f32, &[u8])> = None;
         for (bytes, logprob) in top.iter().zip(logprobs) {

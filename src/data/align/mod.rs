@@ -8,17 +8,20 @@
 //! one and one, and the map is the identity.
 
 mod alternatives;
+mod run;
 mod tokens;
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::classes::Classes;
 use super::gate::Agreement;
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{Tokenizer, token_bytes};
 use crate::cache::view::LogprobsView;
 use crate::ops::math::logaddexp;
 pub use alternatives::{Drawn, Known, alternatives};
 use alternatives::{agreement, is_usable, mass};
+use run::{Kind, Unit};
 use tokens::Tokens;
 pub use tokens::is_stop;
 
@@ -35,8 +38,6 @@ pub enum Mismatch {
     Teacher,
     #[error("the student's tokens do not spell the answer")]
     Student,
-    #[error("the teacher's probabilities sum to more than 1")]
-    Mass,
 }
 
 /// The soft labels of an answer of N student tokens.
@@ -55,6 +56,8 @@ pub struct Aligned {
     chunks: Vec<Chunk>,
     /// The teacher's mass on student tokens, summed over the positions that have soft labels.
     pub mapped_mass: f64,
+    /// Positions whose probabilities sum to more than 1.
+    pub bad: u64,
     /// How often the teacher emitted its most likely token: of all its tokens, before the map.
     pub agreement: Agreement,
     /// How often the label is the most likely token after the map.
@@ -152,7 +155,8 @@ impl<'a> Mapper<'a> {
     }
 
     /// Soft labels for `student`, the N tokens that spell the part `kept` of the answer's bytes,
-    /// possibly with white space of the template before it.
+    /// possibly with what the template writes before it. `asked` is how many alternatives the teacher was
+    /// asked for.
     ///
     /// # Errors
     /// If one side's bytes do not add up, or the logprobs are none.
@@ -162,11 +166,14 @@ impl<'a> Mapper<'a> {
         answer: &[u8],
         kept: Range<usize>,
         student: &[u32],
+        asked: Option<usize>,
     ) -> Result<Aligned, Mismatch> {
-        let teacher_ends = self.teacher_ends(teacher, answer)?;
+        let (units, teacher) = self.teacher_units(teacher, answer, &kept)?;
+        let teacher = teacher.as_ref();
         let student_ends = self.student_ends(student, answer, kept.clone())?;
         // What the template cut off, and the white space that it put in its place, has no partner.
-        let skipped = teacher_ends.partition_point(|&end| end <= kept.start);
+        let skipped = units.partition_point(|unit| unit.end <= kept.start);
+        let teacher_ends: Vec<usize> = units.iter().map(|unit| unit.end).collect();
         let lead = student_ends.partition_point(|&end| end <= kept.start);
 
         let most = teacher.top.total() + student.len();
@@ -175,16 +182,25 @@ impl<'a> Mapper<'a> {
             logprobs: Vec::with_capacity(most),
             ends: Vec::with_capacity(student.len()),
             drawn: Vec::with_capacity(student.len()),
-            agreement: agreement(teacher, teacher_ends.len()),
+            agreement: agreement(teacher, &units),
             ..Aligned::default()
         };
         let mut listed = Vec::new();
         for (from, to) in groups(&teacher_ends[skipped..], &student_ends[lead..]) {
-            let (position, at) = (skipped + from.start, lead + to.start);
+            let said = &units[skipped + from.start..skipped + from.end];
+            let at = lead + to.start;
             let labels = &student[at..at + to.len()];
-            if from.len() > 1 {
-                let said = skipped + from.start..skipped + from.end;
-                let chunk = self.chunk(teacher, said, at, labels);
+            if said.iter().any(|unit| unit.kind == Kind::Partial) {
+                continue;
+            }
+            let (Some(first), Some(last)) = (said.first(), said.last()) else {
+                continue;
+            };
+            let position = first.tokens.start;
+            if said.len() > 1 || first.kind == Kind::Unknown {
+                let is_known = said.iter().all(|unit| unit.kind == Kind::Token);
+                let said = position..last.tokens.end;
+                let chunk = self.chunk(teacher, said, at, labels, is_known);
                 aligned.chunks.extend(chunk);
                 continue;
             }
@@ -193,7 +209,11 @@ impl<'a> Mapper<'a> {
                 continue;
             }
             aligned.fill(at);
-            let known = alternatives(teacher, position, self.most, &mut listed)?;
+            // One bad position costs itself.
+            let Some(known) = alternatives(teacher, position, self.most, asked, &mut listed) else {
+                aligned.bad += 1;
+                continue;
+            };
             let split = labels.len() > 1;
             self.first(&listed, known, bytes, labels[0], split, &mut aligned);
             let mut written = self.tokenizer.token_bytes(labels[0]).map_or(0, <[u8]>::len);
@@ -215,14 +235,15 @@ impl<'a> Mapper<'a> {
         said: Range<usize>,
         start: usize,
         labels: &[u32],
+        is_known: bool,
     ) -> Option<Chunk> {
         let logprobs = teacher.logprob.get(said.clone())?;
         let nll = logprobs
             .iter()
             .map(|logprob| logprob.filter(is_usable).map(|logprob| -logprob))
             .sum::<Option<f32>>()?;
-        let bytes = teacher.token[said].concat();
-        let fits = labels.len() <= MAX_CHUNK && self.spells(labels, &bytes);
+        let spells = || self.spells(labels, &teacher.token[said].concat());
+        let fits = labels.len() <= MAX_CHUNK && (!is_known || spells());
         fits.then_some(Chunk {
             start,
             len: labels.len(),
@@ -322,50 +343,51 @@ impl<'a> Mapper<'a> {
         }
     }
 
-    /// Gate 1: the teacher's bytes are the answer's, up to stop tokens at the end. Returns where
-    /// each of the others ends in the answer.
-    fn teacher_ends(&self, teacher: &LogprobsView, answer: &[u8]) -> Result<Vec<usize>, Mismatch> {
-        let mut ends = Vec::with_capacity(teacher.token.len());
-        let mut at = 0;
-        for (position, bytes) in teacher.token.iter().enumerate() {
-            if at == answer.len() && is_stop(self.tokenizer, bytes) {
-                continue;
-            }
-            if ends.len() != position || !answer[at..].starts_with(bytes) {
-                return Err(Mismatch::Teacher);
-            }
-            at += bytes.len();
-            ends.push(at);
+    /// Gate 1: a run of the teacher's tokens spells the answer, as they are or with the spelling of a
+    /// vocabulary undone. Returns it, and the logprobs if their spelling was undone.
+    fn teacher_units<'t>(
+        &self,
+        teacher: &'t LogprobsView<'t>,
+        answer: &[u8],
+        kept: &Range<usize>,
+    ) -> Result<(Vec<Unit>, Cow<'t, LogprobsView<'t>>), Mismatch> {
+        let is_stop = |bytes: &[u8]| is_stop(self.tokenizer, bytes);
+        let find = |tokens: &[Cow<'_, [u8]>]| run::find(tokens, answer, kept.clone(), is_stop);
+        if let Some(units) = find(&teacher.token) {
+            return Ok((units, Cow::Borrowed(teacher)));
         }
-        if at != answer.len() {
-            return Err(Mismatch::Teacher);
+        for spelling in [token_bytes::byte_level, token_bytes::sentence_piece] {
+            let undone = teacher.map_tokens(|bytes| spelling(std::str::from_utf8(bytes).ok()?));
+            let units = undone.as_ref().and_then(|undone| find(&undone.token));
+            if let (Some(units), Some(undone)) = (units, undone) {
+                return Ok((units, Cow::Owned(undone)));
+            }
         }
-        Ok(ends)
+        Err(Mismatch::Teacher)
     }
 
-    /// Gate 2: the student's bytes are the answer's, up to white space before it. Returns where
-    /// each token ends in the answer (N).
+    /// Gate 2: the student's bytes end with the answer's; what the template writes before them is no part of
+    /// it. Returns where each token ends in the answer (N).
     fn student_ends(
         &self,
         student: &[u32],
         answer: &[u8],
         kept: Range<usize>,
     ) -> Result<Vec<usize>, Mismatch> {
-        let spelled: Option<Vec<&[u8]>> = student
+        let spelled: Option<Vec<Cow<'_, [u8]>>> = student
             .iter()
-            .map(|&id| self.tokenizer.token_bytes(id))
+            .map(|&id| self.tokenizer.spelling(id))
             .collect();
         let spelled = spelled.ok_or(Mismatch::Student)?;
         let all = spelled.concat();
         let lead = all
             .strip_suffix(&answer[kept.clone()])
-            .filter(|lead| lead.iter().all(u8::is_ascii_whitespace))
             .ok_or(Mismatch::Student)?
             .len();
         let mut at = 0;
         let ends = spelled.iter().map(|bytes| {
             at += bytes.len();
-            // white space of the template ends where the answer starts
+            // What the template writes ends where the answer starts.
             kept.start + at.saturating_sub(lead)
         });
         Ok(ends.collect())

@@ -2,11 +2,12 @@
 
 use std::sync::LazyLock;
 
+use jiff::civil::DateTime;
 use minijinja::value::{Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, Expression, State, Value, context};
 use minijinja_contrib::pycompat;
 
-use super::python_json;
+use super::{python_json, python_text};
 
 /// Bytes that a rendering may handle, and how often it may handle each byte of the messages.
 pub const ALLOWANCE: usize = 16 << 20;
@@ -17,6 +18,7 @@ const LARGEST_VALUE_PER_BYTE: usize = 4;
 /// What an element of a list counts for.
 const ELEMENT: usize = 32;
 const LARGEST_RANGE: usize = 1_000;
+const LONGEST_FORMAT: usize = 100;
 /// Nested macro calls and loops; low, since a frame of the engine is large and threads are small.
 const RECURSION: usize = 100;
 
@@ -105,11 +107,20 @@ struct Meter {
 
 static BUILTIN: LazyLock<Environment<'static>> = LazyLock::new(Environment::new);
 
-/// An environment for messages of `input` bytes in all: what `transformers` gives to a chat template,
-/// less the clock.
-pub fn environment(input: usize) -> Environment<'static> {
+/// An environment for messages of `input` bytes in all: what `transformers` gives to a chat template, with
+/// `date` in place of the clock.
+pub fn environment(input: usize, date: Option<DateTime>) -> Environment<'static> {
     let mut env = METERED.clone();
     env.add_global(INPUT, input);
+    env.add_function("strftime_now", move |format: String| match date {
+        None => Err(Error::new(
+            ErrorKind::InvalidOperation,
+            "it asks for the date: set `student.template_date`",
+        )),
+        Some(_) if format.len() > LONGEST_FORMAT => Err(refusal("its date format is too long")),
+        Some(date) => jiff::fmt::strtime::format(&format, date)
+            .map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string())),
+    });
     env
 }
 
@@ -123,7 +134,10 @@ static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
     });
     env.set_unknown_method_callback(|state, value, method, args| {
         charge(state, cost(method, value, args)?)?;
-        let result = pycompat::unknown_method_callback(state, value, method, args)?;
+        let result = match python_text::call(value, method, args) {
+            Some(result) => result?,
+            None => pycompat::unknown_method_callback(state, value, method, args)?,
+        };
         receive(state, result)
     });
     for (name, expression) in OPERATORS {
@@ -147,6 +161,17 @@ static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
             BUILTIN.empty_state().perform_test(name, &args)
         });
     }
+    // As Python says of texts, dictionaries, None and what is undefined.
+    env.add_test("iterable", |value: &Value| {
+        value.is_undefined() || (!value.is_none() && value.try_iter().is_ok())
+    });
+    env.add_test("sequence", |value: &Value| {
+        let kind = value.kind();
+        matches!(
+            kind,
+            ValueKind::String | ValueKind::Map | ValueKind::Seq | ValueKind::Undefined
+        )
+    });
     for name in REFUSED_FILTERS {
         env.remove_filter(name);
     }

@@ -7,38 +7,111 @@
 
 mod meter;
 mod python_json;
+mod python_text;
 mod sandbox;
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
 use anyhow::{Result, anyhow, bail};
+use jiff::civil::DateTime;
 use minijinja::{Value, context};
 
+use crate::exit::Exit;
 use crate::prompt::Message;
+
+/// A template that gives variables these values, unless whoever renders it gives others.
+///
+/// # Errors
+/// [`Exit::Usage`] for a name that no variable can have.
+pub fn with_arguments(
+    source: &str,
+    arguments: &BTreeMap<String, serde_json::Value>,
+) -> Result<String> {
+    let mut text = String::new();
+    for (name, value) in arguments {
+        let is_name = !name.starts_with(|c: char| c.is_ascii_digit())
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        if name.is_empty() || !is_name {
+            bail!(Exit::Usage(format!(
+                "`student.template_args` names {name:?}, which is no variable of a chat template"
+            )));
+        }
+        let value = literal(value);
+        text.push_str(&format!(
+            "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}"
+        ));
+    }
+    Ok(text + source)
+}
+
+/// A value in the language of templates.
+fn literal(value: &serde_json::Value) -> String {
+    use serde_json::Value;
+    match value {
+        Value::Null => "none".into(),
+        Value::Array(items) => {
+            let items: Vec<_> = items.iter().map(literal).collect();
+            format!("[{}]", items.join(", "))
+        }
+        Value::Object(fields) => {
+            let fields = fields.iter();
+            let fields: Vec<_> = fields
+                .map(|(name, value)| format!("{}: {}", Value::from(name.as_str()), literal(value)))
+                .collect();
+            // No space before the end: two braces would end the tag.
+            format!("{{{} }}", fields.join(", "))
+        }
+        scalar => scalar.to_string(),
+    }
+}
 
 /// A piece of a rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Span {
     /// Text of the template itself, where control tokens are control tokens.
     Template(String),
-    /// Content of message number `message`, possibly without the white space at its ends.
+    /// Content of message number `message`, possibly without the white space at its ends. An answer that
+    /// begins with thinking may have two: the thinking, and the rest.
     Content { message: usize, text: String },
+}
+
+impl Span {
+    pub fn text(&self) -> &str {
+        match self {
+            Span::Template(text) | Span::Content { text, .. } => text,
+        }
+    }
 }
 
 /// A template and the tokens that it may name.
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     source: String,
-    bos_token: String,
-    eos_token: String,
+    /// By role, as `bos_token`.
+    tokens: Vec<(&'static str, String)>,
+    date: Option<DateTime>,
 }
 
 impl ChatTemplate {
     /// Takes the template as it stands in a model folder.
     pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Self {
+        let tokens = [("bos_token", bos_token), ("eos_token", eos_token)];
         Self {
             source: without_generation_tags(source),
-            bos_token: bos_token.into(),
-            eos_token: eos_token.into(),
+            tokens: tokens.map(|(role, token)| (role, token.to_owned())).into(),
+            date: None,
         }
+    }
+
+    /// A further token that the template may name.
+    pub fn name_token(&mut self, role: &'static str, token: &str) {
+        self.tokens.push((role, token.to_owned()));
+    }
+
+    /// What `strftime_now` tells; without it, a template that asks for the date fails.
+    pub fn set_date(&mut self, date: DateTime) {
+        self.date = Some(date);
     }
 
     /// The conversation as one text, without telling template and content apart.
@@ -54,12 +127,11 @@ impl ChatTemplate {
         let context = context! {
             messages => messages.iter().map(as_value).collect::<Vec<_>>(),
             add_generation_prompt,
-            bos_token => self.bos_token.as_str(),
-            eos_token => self.eos_token.as_str(),
             tools => Value::from(()),
             documents => Value::from(()),
+            ..Value::from_pairs(self.tokens.iter().map(|(role, token)| (*role, token.as_str())))
         };
-        sandbox::render(&self.source, context, messages.len(), input)
+        sandbox::render(&self.source, context, messages.len(), input, self.date)
             .map_err(|e| anyhow!("the chat template fails: {e}"))
     }
 
@@ -74,19 +146,25 @@ impl ChatTemplate {
         // A template may leave out an empty message, which a marker would hide: so the second try
         // leaves empty contents empty.
         for mark_empty in [true, false] {
+            let mut parts = Vec::new();
             let marked: Vec<Message> = messages
                 .iter()
                 .enumerate()
-                .map(|(number, message)| Message {
-                    role: message.role.clone(),
-                    content: match message.content.is_empty() && !mark_empty {
-                        true => String::new(),
-                        false => format!("{marker}{number}{MARKER_END}"),
-                    },
+                .map(|(message, Message { role, content })| {
+                    let mut marked = String::new();
+                    for part in parts_of(role, content) {
+                        if part.is_tag || part.text.is_empty() && !mark_empty {
+                            marked.push_str(part.text);
+                        } else {
+                            marked.push_str(&format!("{marker}{}{MARKER_END}", parts.len()));
+                            parts.push((message, part.text));
+                        }
+                    }
+                    Message::new(role.as_str(), marked)
                 })
                 .collect();
             let marked = self.render_text(&marked, add_generation_prompt)?;
-            if let Some(spans) = follow(&real, &marked, &marker, messages) {
+            if let Some(spans) = follow(&real, &marked, &marker, &parts) {
                 return Ok(spans);
             }
         }
@@ -110,8 +188,60 @@ fn marker(messages: &[Message]) -> String {
     format!("{MARKER_START}{}-", hasher.finalize().to_hex())
 }
 
-/// Cuts `real` where `marked` has its markers. None if the two do not agree.
-fn follow(real: &str, marked: &str, marker: &str, messages: &[Message]) -> Option<Vec<Span>> {
+/// A part of a content: text, or a tag around thinking with the white space that belongs to it.
+struct ContentPart<'a> {
+    text: &'a str,
+    is_tag: bool,
+}
+
+const THINKING: (&str, &str) = ("<think>", "</think>");
+
+/// An answer that begins with thinking in parts, any other content whole: some templates take thinking apart,
+/// move it, or leave it out.
+fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
+    let text = |text: &'a str| ContentPart {
+        text,
+        is_tag: false,
+    };
+    let tag = |text: &'a str| ContentPart { text, is_tag: true };
+    match thinking(content).filter(|_| role == "assistant") {
+        Some(range) => vec![
+            tag(&content[..range.start]),
+            text(&content[range.clone()]),
+            tag(&content[range.end..answer_after(content, range.end)]),
+            text(&content[answer_after(content, range.end)..]),
+        ],
+        None => vec![text(content)],
+    }
+}
+
+/// The bytes of the thinking that a content begins with, without the line ends at both of its ends.
+fn thinking(content: &str) -> Option<Range<usize>> {
+    let (open, close) = THINKING;
+    let opened = content.trim_start().strip_prefix(open)?;
+    let inner = opened.trim_start_matches(['\n', '\r']);
+    let start = content.len() - inner.len();
+    let end = start + inner.find(close)?;
+    let end = start + content[start..end].trim_end_matches(['\n', '\r']).len();
+    Some(start..end)
+}
+
+/// Where the answer begins behind thinking that ends at `end`.
+fn answer_after(content: &str, end: usize) -> usize {
+    let (_, close) = THINKING;
+    let rest = &content[end..];
+    let rest = rest.find(close).map_or("", |at| &rest[at + close.len()..]);
+    content.len() - rest.trim_start().len()
+}
+
+/// Where the answer in a content begins: behind its thinking, if it begins with any.
+pub fn answer_start(content: &str) -> usize {
+    thinking(content).map_or(0, |range| answer_after(content, range.end))
+}
+
+/// Cuts `real` where `marked` has its markers, which are numbers in `parts`: messages and their texts. None
+/// if the two do not agree.
+fn follow(real: &str, marked: &str, marker: &str, parts: &[(usize, &str)]) -> Option<Vec<Span>> {
     let mut pieces = marked.split(marker);
     let first = pieces.next().unwrap_or_default();
     let mut rest = real.strip_prefix(first)?;
@@ -120,8 +250,7 @@ fn follow(real: &str, marked: &str, marker: &str, messages: &[Message]) -> Optio
     let mut pieces = pieces.peekable();
     while let Some(piece) = pieces.next() {
         let (number, template) = piece.split_once(MARKER_END)?;
-        let message: usize = number.parse().ok()?;
-        let content = &messages.get(message)?.content;
+        let &(message, content) = parts.get(number.parse::<usize>().ok()?)?;
         let last = pieces.peek().is_none();
         let (text, after) = forms(content).into_iter().find_map(|form| {
             let after = rest.strip_prefix(form)?.strip_prefix(template)?;

@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use jiff::civil::DateTime;
 use minijinja::machinery::{self, CompiledTemplate, Instruction, TemplateConfig, Token};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Error, Value};
@@ -25,12 +26,13 @@ const LARGEST_TAG: usize = 1_000;
 const BRANCHES: usize = 500;
 
 /// Renders `source`. `messages` is how many messages the context holds and `input` their bytes;
-/// both widen what the template may take.
+/// both widen what the template may take. `date` is what `strftime_now` tells.
 pub fn render(
     source: &str,
     context: Value,
     messages: usize,
     input: usize,
+    date: Option<DateTime>,
 ) -> Result<String, Error> {
     let syntax_config = SyntaxConfig::builder()
         .trim_blocks(true)
@@ -52,7 +54,7 @@ pub fn render(
         }
     }
 
-    let mut env = meter::environment(input);
+    let mut env = meter::environment(input, date);
     // The template's own text is written without passing the meter, so the fuel must bound it.
     let fuel = FUEL.min(ALLOWANCE / longest_text) + messages * FUEL_PER_MESSAGE;
     env.set_fuel(Some(fuel as u64));

@@ -192,6 +192,7 @@ fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Resu
         top_logprobs,
         sample_trie,
         keep_finish_reasons,
+        thinking,
     } = settings;
     let mut hash = blake3::Hasher::new();
     let tokenizer = tokenizer.fingerprint().to_hex();
@@ -202,6 +203,7 @@ fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Resu
         top_logprobs,
         sample_trie,
         keep_finish_reasons,
+        thinking,
         tokenizer.as_str(),
     );
     hash.update(&serde_json::to_vec(&settings)?);

@@ -11,12 +11,12 @@ use super::report::{self, Report};
 use super::rows::Row;
 use super::source::{Portion, Reader, Source};
 use super::{OnProgress, prompt_hash};
-use crate::config;
+use crate::config::{self, Thinking};
 use crate::data::align::{Aligned, Mapper};
 use crate::data::prepared::{Entry, Example, Part, Sink, Writer};
 use crate::data::samples::Samples;
 use crate::data::sampling::Sampling;
-use crate::data::tokenizer::Tokenizer;
+use crate::data::tokenizer::{AnswerTokens, Difference, Tokenizer};
 use crate::exit::Exit;
 
 /// Prepares `source` into `sink`, whose index tells `hash`. Returns the files where the sink is
@@ -75,6 +75,9 @@ pub fn run(
     writer.finish(entries, hash, report)
 }
 
+/// Pairs of endings of prompts that are counted apart.
+const MOST_DIFFERENCES: usize = 20;
+
 /// What the threads made, or the first error by the number of its line: portions are handed out in order
 /// and finished.
 fn all<T>(parts: Vec<Result<T, Failure>>) -> Result<Vec<T>> {
@@ -126,7 +129,15 @@ impl Work<'_> {
     /// What each thread does.
     fn run(&self, mut part: Part) -> Result<Done, Failure> {
         let mut preparing = self.preparing();
-        self.each_row(|number, row| preparing.add(number, row, &mut part))?;
+        self.each_row(|number, row| {
+            let others = preparing.add(number, row, &mut part)?;
+            others.into_iter().try_for_each(|row| {
+                preparing.report.split += 1;
+                let behind = preparing.add(number, Ok(row), &mut part)?;
+                debug_assert!(behind.is_empty());
+                Ok(())
+            })
+        })?;
         let entries = part.finish().map_err(|error| (u64::MAX, error))?;
         Ok(Done {
             entries,
@@ -140,7 +151,7 @@ impl Work<'_> {
         let mut samples = Samples::default();
         self.each_row(|_, row| {
             // A row that is left out is counted when it is prepared.
-            if let Ok(ready) = row.and_then(|row| preparing.prepare(&row)) {
+            if let Ok(ready) = row.and_then(|mut row| preparing.prepare(&mut row)) {
                 let (prompt, answer) = ready.input_ids.split_at(ready.answer);
                 samples.add(prompt, answer);
             }
@@ -154,7 +165,7 @@ impl Work<'_> {
             tokenizer: self.tokenizer,
             samples: &self.samples,
             mapper: Mapper::new(self.tokenizer, self.settings.top_logprobs),
-            max_length: self.settings.max_length,
+            settings: self.settings,
             in_file: matches!(self.source, Source::File(_)),
             report: Report::default(),
         }
@@ -201,7 +212,7 @@ struct Preparing<'a> {
     tokenizer: &'a Tokenizer,
     samples: &'a Samples,
     mapper: Mapper<'a>,
-    max_length: usize,
+    settings: &'a config::Data,
     in_file: bool,
     report: Report,
 }
@@ -215,17 +226,29 @@ struct Ready {
     answer: usize,
     /// Why it has no soft labels.
     ce_only: Option<String>,
+    /// How many of its answers are learnt, and how many of these end without a token that says so.
+    answers: u64,
+    without_end: u64,
+    difference: Option<Difference>,
+    /// Messages that are answers behind other prompts than those of a generating model.
+    elsewhere: Vec<usize>,
 }
 
 impl Preparing<'_> {
-    fn add(&mut self, number: u64, row: Result<Row, String>, part: &mut Part) -> Result<()> {
+    /// Returns rows for answers of this one that need an example of their own.
+    fn add<'r>(
+        &mut self,
+        number: u64,
+        row: Result<Row<'r>, String>,
+        part: &mut Part,
+    ) -> Result<Vec<Row<'r>>> {
         self.report.records += 1;
-        let ready = row.and_then(|row| Ok((self.prepare(&row)?, row)));
+        let ready = row.and_then(|mut row| Ok((self.prepare(&mut row)?, row)));
         let (ready, row) = match ready {
             Ok(ready) => ready,
             Err(reason) => {
                 increment(&mut self.report.dropped, reason);
-                return Ok(());
+                return Ok(Vec::new());
             }
         };
         let report = &mut self.report;
@@ -235,6 +258,21 @@ impl Preparing<'_> {
         if let Some(reason) = ready.ce_only {
             increment(&mut report.ce_only, reason);
         }
+        report.answers += ready.answers;
+        report.without_end += ready.without_end;
+        if let Some(difference) = ready.difference {
+            let shown = format!(
+                "{:?} for generation, {:?} in a conversation",
+                difference.generation, difference.conversation
+            );
+            // Prompts end alike but for a date, say.
+            let known = report.differences.len() < MOST_DIFFERENCES;
+            if known || report.differences.contains_key(&shown) {
+                increment(&mut report.differences, shown);
+            }
+            report.different += 1;
+        }
+        report.bad_positions += ready.soft.bad;
         report.gate.count(row.sampling, ready.soft.agreement);
         report.classes.add(ready.soft.classes);
         let soft = (0..ready.soft.len()).filter(|&at| ready.soft.is_soft(at));
@@ -251,17 +289,24 @@ impl Preparing<'_> {
             answer: ready.answer,
             exact,
         };
+        // Of a file by their lines, and of a line by its messages; only files have several of a line.
         let order = if self.in_file { "" } else { &*row.key };
+        let message = row.message.unwrap_or(0).min(u16::MAX.into()) as u64;
         part.push(
-            (order, number),
+            (order, (number << 16) + message),
             prompt_hash(&row.prompt_id),
             ready.soft.mapped_mass,
             &example,
-        )
+        )?;
+        let others = ready.elsewhere.into_iter();
+        Ok(others.map(|message| row.up_to(message)).collect())
     }
 
     /// A row as an example, or the reason to leave it out.
-    fn prepare(&mut self, row: &Row) -> Result<Ready, String> {
+    fn prepare(&mut self, row: &mut Row) -> Result<Ready, String> {
+        if self.settings.thinking == Thinking::Drop {
+            row.drop_thinking();
+        }
         let conversation = self
             .tokenizer
             .conversation(&row.messages)
@@ -271,29 +316,40 @@ impl Preparing<'_> {
             return Err("no answer".into());
         };
         let mut labels = Vec::new();
+        let from = |answer: &AnswerTokens| match self.settings.thinking {
+            Thinking::Context => answer.after_thinking,
+            Thinking::Supervise | Thinking::Drop => answer.supervised.start,
+        };
+        let mut elsewhere = Vec::new();
         // A token at the very start is predicted by nothing.
         let mut supervise = |range: Range<usize>| labels.push(range.start.max(1)..range.end);
         if row.every_answer {
-            earlier
-                .iter()
-                .for_each(|answer| supervise(answer.supervised.clone()));
+            for answer in earlier {
+                if answer.is_behind_its_prompt {
+                    supervise(from(answer)..answer.supervised.end);
+                } else {
+                    elsewhere.push(answer.message);
+                }
+            }
         }
         let end = if row.ended {
             last.supervised.end
         } else {
             last.tokens.end
         };
-        supervise(last.supervised.start..end);
+        supervise(from(last)..end);
         labels.retain(|range| !range.is_empty());
         if labels.is_empty() {
             return Err("the answer is empty".into());
         }
-        if end > self.max_length {
+        let max_length = self.settings.max_length;
+        if end > max_length {
             return Err(format!(
-                "longer than `data.max_length` ({} tokens)",
-                self.max_length
+                "longer than `data.max_length` ({max_length} tokens)"
             ));
         }
+        let answers = labels.len() as u64;
+        let ends_open = row.ended && last.supervised.end == last.tokens.end;
 
         let content = &row.messages[last.message].content;
         let aligned = match &row.logprobs {
@@ -305,6 +361,7 @@ impl Preparing<'_> {
                     content.as_bytes(),
                     last.text.clone(),
                     &input_ids[last.tokens.clone()],
+                    row.asked,
                 )
                 .map_err(|mismatch| mismatch.to_string()),
         };
@@ -327,6 +384,10 @@ impl Preparing<'_> {
             soft,
             answer,
             ce_only,
+            answers,
+            without_end: u64::from(ends_open),
+            difference: conversation.difference,
+            elsewhere,
         })
     }
 }

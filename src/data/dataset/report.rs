@@ -21,6 +21,24 @@ pub struct Report {
     pub dropped: BTreeMap<String, u64>,
     /// Kept answers that train on cross-entropy alone, by reason.
     pub ce_only: BTreeMap<String, u64>,
+    /// Answers that are learnt, and those of them that no token ends.
+    #[serde(default)]
+    pub answers: u64,
+    #[serde(default)]
+    pub without_end: u64,
+    /// Answers in examples of their own: inside of their conversation, they are behind another prompt than
+    /// the one that a model generates from.
+    #[serde(default)]
+    pub split: u64,
+    /// Answers before which the template writes something else in a conversation than for generation, and the
+    /// ends of both prompts; the examples have the latter.
+    #[serde(default)]
+    pub different: u64,
+    #[serde(default)]
+    pub differences: BTreeMap<String, u64>,
+    /// Positions whose probabilities sum to more than 1; they train on cross-entropy.
+    #[serde(default)]
+    pub bad_positions: u64,
     /// Tokens in the kept examples.
     pub tokens: u64,
     /// Supervised positions, and those of them with soft labels.
@@ -48,6 +66,11 @@ impl Report {
     pub fn add(&mut self, other: Report) {
         self.records += other.records;
         self.kept += other.kept;
+        self.answers += other.answers;
+        self.without_end += other.without_end;
+        self.split += other.split;
+        self.different += other.different;
+        self.bad_positions += other.bad_positions;
         self.tokens += other.tokens;
         self.positions += other.positions;
         self.soft_positions += other.soft_positions;
@@ -58,6 +81,7 @@ impl Report {
         for (mine, others) in [
             (&mut self.dropped, other.dropped),
             (&mut self.ce_only, other.ce_only),
+            (&mut self.differences, other.differences),
         ] {
             for (reason, count) in others {
                 *mine.entry(reason).or_default() += count;
@@ -110,6 +134,37 @@ impl fmt::Display for Report {
         let classes = self.classes.to_string();
         if !classes.is_empty() {
             write!(f, "\nthrough the map: {classes}")?;
+        }
+        if self.split > 0 {
+            write!(
+                f,
+                "\n{} answers are examples of their own: inside of their conversation, the chat template \
+                 writes another prompt before them than for generation",
+                self.split
+            )?;
+        }
+        if self.different > 0 {
+            write!(
+                f,
+                "\n{} answers are behind the prompt for generation, which differs from what the chat template \
+                 writes in a conversation: {}",
+                self.different,
+                by_reason(&self.differences)
+            )?;
+        }
+        if self.without_end > 0 {
+            write!(
+                f,
+                "\n{} of {} answers are ended by no token: the student does not learn to stop there",
+                self.without_end, self.answers
+            )?;
+        }
+        if self.bad_positions > 0 {
+            write!(
+                f,
+                "\n{} positions without soft labels: the teacher's probabilities there sum to more than 1",
+                self.bad_positions
+            )?;
         }
         if !self.ce_only.is_empty() {
             write!(f, "\ncross-entropy only: {}", by_reason(&self.ce_only))?;

@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::cache::record::{Record, Status};
 use crate::cache::view::{LogprobsView, RecordView};
 use crate::config;
+use crate::data::chat_template::answer_start;
 use crate::data::sampling::Sampling;
 use crate::prompt::Message;
 
@@ -14,6 +15,8 @@ use crate::prompt::Message;
 pub struct Row<'a> {
     /// Names the row in errors.
     pub key: String,
+    /// The message of a longer conversation that is its answer.
+    pub message: Option<usize>,
     /// Rows with the same id land on the same side of the split.
     pub prompt_id: String,
     pub messages: Vec<Message>,
@@ -24,8 +27,35 @@ pub struct Row<'a> {
     pub ended: bool,
     /// How the last answer was drawn.
     pub sampling: Sampling,
+    /// How many alternatives the teacher was asked for at each position.
+    pub asked: Option<usize>,
     /// Of the last answer.
     pub logprobs: Option<LogprobsView<'a>>,
+}
+
+impl<'a> Row<'a> {
+    /// A row of the answer `message` alone, which is not the last one.
+    pub fn up_to(&self, message: usize) -> Row<'a> {
+        Row {
+            key: format!("{}:{message}", self.key),
+            message: Some(message),
+            prompt_id: self.prompt_id.clone(),
+            messages: self.messages[..=message].to_vec(),
+            every_answer: false,
+            ended: true,
+            sampling: Sampling::Unknown,
+            asked: None,
+            logprobs: None,
+        }
+    }
+
+    /// Takes the thinking that answers begin with out of them.
+    pub fn drop_thinking(&mut self) {
+        let answers = self.messages.iter_mut();
+        for answer in answers.filter(|message| message.role == "assistant") {
+            answer.content.drain(..answer_start(&answer.content));
+        }
+    }
 }
 
 /// A record as a row, or the reason to leave it out.
@@ -34,7 +64,9 @@ pub fn of_record<'a>(
     settings: &config::Data,
 ) -> Result<Row<'a>, String> {
     is_wanted(record.status, &record.answer.finish_reason, settings)?;
-    let sampling = Sampling::of(&record.params());
+    let params = record.params();
+    let sampling = Sampling::of(&params);
+    let asked = params["top_logprobs"].as_u64();
     let messages = record.take_messages();
     let messages = messages.or_else(|request| messages_of_request(&request).ok_or(NO_TEXT));
     let mut messages = messages?;
@@ -48,11 +80,13 @@ pub fn of_record<'a>(
     });
     Ok(Row {
         key: record.key,
+        message: None,
         prompt_id: record.prompt_id,
         messages,
         every_answer: false,
         ended,
         sampling,
+        asked: asked.and_then(|asked| usize::try_from(asked).ok()),
         logprobs: record.logprobs,
     })
 }
@@ -126,11 +160,13 @@ pub fn of_line(line: &str, number: u64) -> Result<Row<'static>> {
     };
     Ok(Row {
         key: number.to_string(),
+        message: None,
         prompt_id,
         messages: line.messages,
         every_answer: true,
         ended: true,
         sampling: Sampling::Unknown,
+        asked: None,
         logprobs: None,
     })
 }

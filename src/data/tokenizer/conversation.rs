@@ -2,15 +2,15 @@
 //!
 //! Text between two control tokens is encoded in one go, template text and contents together, so
 //! that the ids are those of the whole rendered conversation, which pre-training and every server
-//! use. The exception is an answer: it begins where a generating model begins, so a new stretch
-//! begins there too, and again where the answer ends.
+//! use. The exception is an answer: a new stretch begins where a generating model begins, at the end of the
+//! prompt as the template renders it for generation, and again where the answer ends.
 
 use std::ops::Range;
 
 use anyhow::{Result, bail};
 
 use super::{Place, Tokenizer, added};
-use crate::data::chat_template::{ChatTemplate, Span};
+use crate::data::chat_template::{Span, answer_start};
 use crate::prompt::Message;
 
 /// A conversation of T tokens.
@@ -20,6 +20,16 @@ pub struct Conversation {
     pub ids: Vec<u32>,
     /// The assistant's messages, in order.
     pub answers: Vec<AnswerTokens>,
+    /// Where the template writes another prompt for generation than before the last answer: the ends of
+    /// both. The ids have the former.
+    pub difference: Option<Difference>,
+}
+
+/// Ends of a prompt as it is rendered for generation, and inside of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    pub generation: String,
+    pub conversation: String,
 }
 
 /// An answer in a [`Conversation`]; ranges of tokens are in `ids`.
@@ -27,65 +37,157 @@ pub struct Conversation {
 pub struct AnswerTokens {
     /// The message's index.
     pub message: usize,
-    /// The bytes of its content that the template kept.
+    /// The bytes of its content that `tokens` end with.
     pub text: Range<usize>,
-    /// The tokens that spell it, and the white space that the template puts before it where the
-    /// model has to generate that as well.
+    /// The tokens that the model has to generate up to the end of the content: what the template puts
+    /// between prompt and content, and the content.
     pub tokens: Range<usize>,
     /// `tokens` and what follows up to the token that ends the turn, if one does.
     pub supervised: Range<usize>,
+    /// The first token of the content behind its thinking; that of `tokens` where there is none.
+    pub after_thinking: usize,
+    /// Do the ids before it equal its prompt as it is rendered for generation?
+    pub is_behind_its_prompt: bool,
 }
 
-pub fn encode(
-    tokenizer: &Tokenizer,
-    messages: &[Message],
-    add_generation_prompt: bool,
-) -> Result<Conversation> {
-    let template = tokenizer.template()?;
-    let spans = template.render(messages, add_generation_prompt)?;
+/// Encodes the prompt for an answer to these messages.
+pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
+    let spans = tokenizer.template()?.render(messages, true)?;
     let mut writer = Writer::new(tokenizer);
-    let mut rendered = String::new();
-    for span in &spans {
-        match span {
-            Span::Template(text) => {
-                writer.template(text)?;
-                rendered.push_str(text);
-            }
-            Span::Content { message, text } if messages[*message].role == "assistant" => {
-                let lead = lead(template, &messages[..*message], &rendered);
-                writer.answer(*message, &messages[*message].content, text, lead)?;
-                rendered.push_str(text);
-            }
-            Span::Content { text, .. } => {
-                writer.run.push_str(text);
-                rendered.push_str(text);
-            }
-        }
-    }
-    writer.flush()?;
-    let answers = messages.iter().filter(|m| m.role == "assistant").count();
-    if writer.done.answers.len() != answers {
+    writer.prompt(&spans)?;
+    Ok(writer.done.ids)
+}
+
+/// Encodes a conversation with its answers.
+pub fn encode(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Conversation> {
+    let template = tokenizer.template()?;
+    let spans = template.render(messages, false)?;
+    let answers = Answers::find(&spans, messages);
+    let count = messages.iter().filter(|m| m.role == "assistant").count();
+    if answers.0.len() != count {
         bail!(
-            "the chat template prints {} of {answers} answers",
-            writer.done.answers.len()
+            "the chat template prints {} of {count} answers",
+            answers.0.len()
         );
     }
+    let text: String = spans.iter().map(Span::text).collect();
+    let mut writer = Writer::new(tokenizer);
+    let mut at = 0;
+    for (number, answer) in answers.0.iter().enumerate() {
+        let before = &text[..answer.start];
+        // A template may refuse a conversation that is cut off here; then nothing is known.
+        let prompt = template.render_text(&messages[..answer.message], true).ok();
+        // Where the prompt ends, if it ends behind what came before.
+        let end = match &prompt {
+            None => Some(answer.start),
+            Some(prompt) if before.starts_with(prompt.as_str()) => {
+                let earliest = spans[..answer.spans.start]
+                    .iter()
+                    .rposition(|span| matches!(span, Span::Content { .. }))
+                    .map_or(0, |last| length(&spans[..=last]));
+                Some(prompt.len()).filter(|end| *end >= earliest)
+            }
+            Some(_) => None,
+        };
+        if let (None, Some(prompt)) = (end, &prompt)
+            && number + 1 == count
+        {
+            return composed(tokenizer, messages, &spans, answer, before, prompt, number);
+        }
+        let is_behind_its_prompt = end.is_some();
+        let end = end.unwrap_or(answer.start);
+        let (prompt, lead) = writer.split(&spans[at..answer.spans.start], &text, end, answer)?;
+        writer.prompt(&prompt)?;
+        writer.answer(&lead, answer, &spans, messages, is_behind_its_prompt)?;
+        at = answer.spans.end;
+    }
+    writer.prompt(&spans[at..])?;
     Ok(writer.done)
 }
 
-/// How many bytes of white space at the end of `rendered`, which stands before an answer, are not
-/// part of the prompt for it, so that the model must generate them. `[/INST]` + ` answer`, say.
-fn lead(template: &ChatTemplate, before: &[Message], rendered: &str) -> usize {
-    if !rendered.ends_with(char::is_whitespace) {
-        return 0;
-    }
-    match template.render_text(before, true) {
-        Ok(prompt) => rendered
-            .strip_prefix(&prompt)
-            .filter(|rest| rest.trim().is_empty())
-            .map_or(0, str::len),
-        // A template may refuse a conversation that is cut off here; then nothing is known.
-        Err(_) => 0,
+/// The last answer behind the prompt for it, where the template writes another text before it in a
+/// conversation.
+fn composed(
+    tokenizer: &Tokenizer,
+    messages: &[Message],
+    spans: &[Span],
+    answer: &Answer,
+    before: &str,
+    prompt: &str,
+    earlier: usize,
+) -> Result<Conversation> {
+    let mut writer = Writer::new(tokenizer);
+    let rendered = tokenizer
+        .template()?
+        .render(&messages[..answer.message], true)?;
+    writer.prompt(&rendered)?;
+    writer.answer(&[], answer, spans, messages, true)?;
+    writer.prompt(&spans[answer.spans.end..])?;
+    let mut done = writer.done;
+    // Those before are in the prompt, and are learnt in examples of their own.
+    let others = messages.iter().enumerate();
+    let others = others.filter(|(_, message)| message.role == "assistant");
+    let others = others.take(earlier).map(|(message, _)| AnswerTokens {
+        message,
+        text: 0..0,
+        tokens: 0..0,
+        supervised: 0..0,
+        after_thinking: 0,
+        is_behind_its_prompt: false,
+    });
+    done.answers.splice(0..0, others);
+    done.difference = Some(Difference {
+        generation: ending(prompt, before),
+        conversation: ending(before, prompt),
+    });
+    Ok(done)
+}
+
+/// What `text` has behind its common beginning with `other`, and a little before.
+fn ending(text: &str, other: &str) -> String {
+    const SHOWN: usize = 60;
+    let common = text.bytes().zip(other.bytes()).take_while(|(a, b)| a == b);
+    let from = common.count().saturating_sub(SHOWN / 3);
+    let from = from.max(text.len().saturating_sub(SHOWN));
+    let from = (0..=from).rev().find(|at| text.is_char_boundary(*at));
+    text[from.unwrap_or_default()..].to_owned()
+}
+
+fn length(spans: &[Span]) -> usize {
+    spans.iter().map(|span| span.text().len()).sum()
+}
+
+/// Where the answers are in a rendered conversation.
+struct Answers(Vec<Answer>);
+
+struct Answer {
+    message: usize,
+    /// The first byte of its content.
+    start: usize,
+    /// Its content, with what the template puts between parts of it.
+    spans: Range<usize>,
+}
+
+impl Answers {
+    fn find(spans: &[Span], messages: &[Message]) -> Answers {
+        let mut found: Vec<Answer> = Vec::new();
+        let mut at = 0;
+        for (index, span) in spans.iter().enumerate() {
+            if let Span::Content { message, .. } = span
+                && messages[*message].role == "assistant"
+            {
+                match found.last_mut() {
+                    Some(last) if last.message == *message => last.spans.end = index + 1,
+                    _ => found.push(Answer {
+                        message: *message,
+                        start: at,
+                        spans: index..index + 1,
+                    }),
+                }
+            }
+            at += span.text().len();
+        }
+        Answers(found)
     }
 }
 
@@ -120,6 +222,44 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
+    /// Writes what no model has to generate, and ends the stretch of text.
+    fn prompt(&mut self, spans: &[Span]) -> Result<()> {
+        for span in spans {
+            match span {
+                Span::Template(text) => self.template(text)?,
+                Span::Content { text, .. } => self.run.push_str(text),
+            }
+        }
+        self.flush()
+    }
+
+    /// Splits the spans before an answer where its prompt ends, at byte `end` of the whole text.
+    fn split(
+        &self,
+        spans: &[Span],
+        text: &str,
+        end: usize,
+        answer: &Answer,
+    ) -> Result<(Vec<Span>, Vec<Span>)> {
+        let lead = &text[end..answer.start];
+        let mut prompt = spans.to_vec();
+        if lead.is_empty() {
+            return Ok((prompt, Vec::new()));
+        }
+        let Some(Span::Template(last)) = prompt.last_mut() else {
+            bail!(
+                "the chat template writes the prompt for an answer in a way that cannot be followed"
+            );
+        };
+        let Some(kept) = last.strip_suffix(lead) else {
+            bail!(
+                "the chat template writes the prompt for an answer in a way that cannot be followed"
+            );
+        };
+        *last = kept.to_owned();
+        Ok((prompt, vec![Span::Template(lead.to_owned())]))
+    }
+
     fn template(&mut self, text: &str) -> Result<()> {
         let controls = control_tokens(self.tokenizer, text);
         let is_stop = |id: u32| self.tokenizer.stop_ids().contains(&id);
@@ -146,23 +286,62 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    fn answer(&mut self, message: usize, content: &str, text: &str, lead: usize) -> Result<()> {
-        let lead = self.run.split_off(self.run.len().saturating_sub(lead));
+    /// Writes an answer, and before it the `lead` that the template puts between prompt and content.
+    fn answer(
+        &mut self,
+        lead: &[Span],
+        answer: &Answer,
+        spans: &[Span],
+        messages: &[Message],
+        is_behind_its_prompt: bool,
+    ) -> Result<()> {
         self.flush()?;
+        self.open = false;
         let start = self.done.ids.len();
-        self.run = lead + text;
-        self.flush()?;
+        let spans = &spans[answer.spans.clone()];
+        self.prompt(&[lead, spans].concat())?;
         let tokens = start..self.done.ids.len();
-        let kept = content.find(text).unwrap_or(0);
+        let content = &messages[answer.message].content;
+        let written: String = lead.iter().chain(spans).map(Span::text).collect();
+        let last = spans.last().map_or("", Span::text);
+        let text = kept(content, &written, last);
+        let after = match answer_start(content) {
+            0 => tokens.clone().start,
+            from => self.first_of_last(&tokens, text.end - text.end.min(from.max(text.start))),
+        };
         self.done.answers.push(AnswerTokens {
-            message,
-            text: kept..kept + text.len(),
+            message: answer.message,
+            text,
             supervised: tokens.clone(),
             tokens,
+            after_thinking: after,
+            is_behind_its_prompt,
         });
         self.open = true;
         Ok(())
     }
+
+    /// The first of the tokens that spell the last so many bytes.
+    fn first_of_last(&self, tokens: &Range<usize>, bytes: usize) -> usize {
+        let mut left = bytes;
+        let mut at = tokens.end;
+        while left > 0 && at > tokens.start {
+            at -= 1;
+            let id = self.done.ids[at];
+            let length = self.tokenizer.token_bytes(id).map_or(1, <[u8]>::len);
+            left = left.saturating_sub(length);
+        }
+        at
+    }
+}
+
+/// The bytes of a content that `written`, which ends with its last part `last`, ends with as well.
+fn kept(content: &str, written: &str, last: &str) -> Range<usize> {
+    let end = content.rfind(last).unwrap_or(0) + last.len();
+    let same = content[..end].chars().rev().zip(written.chars().rev());
+    let same = same.take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8());
+    let start = end - same.sum::<usize>();
+    start..end
 }
 
 /// Would this text, as part of a template, make control tokens?

@@ -1,6 +1,6 @@
 //! Reading `tokenizer.json`, with the changes that keep control tokens out of text.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -12,13 +12,15 @@ use super::files::Files;
 use super::pieces::Pieces;
 use super::token_bytes::{TokenBytes, has_part};
 use super::{ChatTemplate, Tokenizer};
+use crate::data::chat_template::with_arguments;
 use crate::exit::Exit;
 
 /// Words whose tokens are remembered, on each thread: as many as a language has, and six times as many
 /// as by default, after which every rare word would be put together anew.
 const REMEMBERED: usize = 1 << 16;
 
-pub fn load(dir: &Path) -> Result<Tokenizer> {
+/// `arguments` are variables of the chat template.
+pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let path = dir.join("tokenizer.json");
     let source = match std::fs::read_to_string(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => bail!(Exit::Usage(format!(
@@ -29,7 +31,10 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
     };
     let mut json: Value = serde_json::from_str(&source)
         .with_context(|| format!("{} is no valid JSON", path.display()))?;
-    let files = Files::read(dir)?;
+    let mut files = Files::read(dir)?;
+    if let Some(source) = &mut files.chat_template {
+        *source = with_arguments(source, arguments)?;
+    }
     let fingerprint = files.fingerprint(&source)?;
     drop(source);
 
@@ -80,11 +85,21 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
         .retain(|(id, token)| !special.contains(id) && vocabulary.get(&token.content) != Some(id));
     let bytes = TokenBytes::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
     let template = files.chat_template.as_deref().map(|source| {
-        ChatTemplate::new(
-            source,
-            files.token("bos_token").unwrap_or_default(),
-            files.token("eos_token").unwrap_or_default(),
-        )
+        let [bos, eos] = ["bos_token", "eos_token"].map(|role| files.token(role));
+        let mut template =
+            ChatTemplate::new(source, bos.unwrap_or_default(), eos.unwrap_or_default());
+        for role in [
+            "unk_token",
+            "pad_token",
+            "sep_token",
+            "cls_token",
+            "mask_token",
+        ] {
+            if let Some(token) = files.token(role) {
+                template.name_token(role, token);
+            }
+        }
+        template
     });
     let space_after_control = !has_metaspace_for_first(&json["pre_tokenizer"]);
     // Tokens looked for in normalised text have the space of a normalizer before them already.
@@ -96,7 +111,7 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
         .map(|(id, _)| *id)
         .collect();
     let normalises = text.get_normalizer().is_some();
-    Ok(Tokenizer {
+    let mut tokenizer = Tokenizer {
         dir: dir.into(),
         plain_added: PlainAdded::new(text.get_added_vocabulary(), normalises)?,
         spacing,
@@ -113,7 +128,15 @@ pub fn load(dir: &Path) -> Result<Tokenizer> {
         template,
         fingerprint,
         pieces: Pieces::new(&json),
-    })
+        changed_template: files.chat_template.filter(|_| !arguments.is_empty()),
+    };
+    // A base model may be told to stop at another token than the one that its template ends a turn with.
+    if let Some(end) = tokenizer.end_of_turn()
+        && !tokenizer.stop_ids.contains(&end)
+    {
+        tokenizer.stop_ids.push(end);
+    }
+    Ok(tokenizer)
 }
 
 /// Declares every control token special and adds those that only the other files name. Returns the

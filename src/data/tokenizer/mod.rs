@@ -5,20 +5,23 @@ mod conversation;
 mod files;
 mod load;
 mod pieces;
-mod token_bytes;
+pub mod token_bytes;
 
-use std::collections::HashSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use added::PlainAdded;
 use anyhow::{Result, anyhow, bail};
+use jiff::civil::DateTime;
 use tokenizers::AddedVocabulary;
 
 use super::chat_template::ChatTemplate;
+use crate::config;
 use crate::exit::Exit;
 use crate::prompt::Message;
-pub use conversation::{AnswerTokens, Conversation};
+pub use conversation::{AnswerTokens, Conversation, Difference};
 use pieces::Pieces;
 use token_bytes::TokenBytes;
 
@@ -52,6 +55,7 @@ pub struct Tokenizer {
     vocab_size: usize,
     template: Option<ChatTemplate>,
     fingerprint: blake3::Hash,
+    changed_template: Option<String>,
     /// None where texts must be encoded whole.
     pieces: Option<Pieces>,
 }
@@ -72,7 +76,55 @@ impl Tokenizer {
     /// If `tokenizer.json` is missing or damaged. A missing chat template is an error only once a
     /// conversation is encoded.
     pub fn load(dir: &Path) -> Result<Self> {
-        load::load(dir)
+        load::load(dir, &BTreeMap::new())
+    }
+
+    /// Loads the tokenizer of a student with the variables and the date of its chat template.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn of_student(settings: &config::Student) -> Result<Self> {
+        let mut tokenizer = load::load(&settings.path, &settings.template_args)?;
+        if let Some(date) = settings.template_date {
+            tokenizer.set_date(date.into());
+            let mut hash = blake3::Hasher::new();
+            hash.update(tokenizer.fingerprint.as_bytes());
+            hash.update(date.to_string().as_bytes());
+            tokenizer.fingerprint = hash.finalize();
+        }
+        Ok(tokenizer)
+    }
+
+    /// The date that the chat template is told.
+    pub fn set_date(&mut self, date: DateTime) {
+        if let Some(template) = &mut self.template {
+            template.set_date(date);
+        }
+    }
+
+    /// The chat template, where it is not that of the folder.
+    pub fn changed_template(&self) -> Option<&str> {
+        self.changed_template.as_deref()
+    }
+
+    /// The folder that it was loaded from.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The control token that the template ends an answer with, if there is one.
+    fn end_of_turn(&mut self) -> Option<u32> {
+        let template = self.template.clone()?;
+        // Whatever it asks for, the end is the same.
+        self.set_date(DateTime::constant(2000, 1, 1, 0, 0, 0, 0));
+        let messages = [Message::new("user", "a"), Message::new("assistant", "b")];
+        let conversation = conversation::encode(self, &messages);
+        self.template = Some(template);
+        let conversation = conversation.ok()?;
+        let answer = conversation.answers.last()?;
+        let is_ended = answer.supervised.end > answer.tokens.end;
+        let last = conversation.ids.get(answer.supervised.end - 1)?;
+        is_ended.then_some(*last)
     }
 
     /// Ids of a text, without anything in front or behind. The names of control tokens are text.
@@ -88,7 +140,7 @@ impl Tokenizer {
     /// # Errors
     /// If there is no chat template, or it does not take these messages.
     pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        Ok(conversation::encode(self, messages, true)?.ids)
+        conversation::encode_prompt(self, messages)
     }
 
     /// Ids of a conversation that ends in the midst of its last message, an answer, which the model is to
@@ -97,7 +149,9 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode_prompt`], and where the last message is no answer.
     pub fn encode_continued(&self, messages: &[Message]) -> Result<(Vec<u32>, Range<usize>)> {
-        let Conversation { mut ids, answers } = self.conversation(messages)?;
+        let Conversation {
+            mut ids, answers, ..
+        } = self.conversation(messages)?;
         let last = answers.last();
         let Some(answer) = last.filter(|answer| answer.message + 1 == messages.len()) else {
             bail!("the last message is not the assistant's");
@@ -125,7 +179,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode_prompt`].
     pub fn conversation(&self, messages: &[Message]) -> Result<Conversation> {
-        conversation::encode(self, messages, false)
+        conversation::encode(self, messages)
     }
 
     /// The text that [`Self::conversation`] encodes.
@@ -153,6 +207,17 @@ impl Tokenizer {
     /// tokens of a vocabulary that does not tell (WordPiece).
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
         self.bytes.of_id(id)
+    }
+
+    /// The bytes of a token in an answer, where a control token is its name: a template writes some there.
+    pub fn spelling(&self, id: u32) -> Option<Cow<'_, [u8]>> {
+        match self.bytes.of_id(id) {
+            Some(bytes) => Some(Cow::Borrowed(bytes)),
+            None if self.is_special(id) && self.tells_bytes() => {
+                Some(Cow::Owned(self.token_name(id).into_bytes()))
+            }
+            None => None,
+        }
     }
 
     /// A token as the vocabulary spells it; empty for ids past it. Not its text: see

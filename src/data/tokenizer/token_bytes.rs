@@ -4,6 +4,7 @@
 //! a replacement character, and a SentencePiece decoder drops a leading space.
 
 use std::collections::HashMap;
+use std::sync::LazyLock;
 
 use serde_json::Value;
 use tokenizers::AddedToken;
@@ -118,6 +119,18 @@ pub fn has_part(part: &Value, kind: &str) -> bool {
             .filter_map(|name| part[name].as_array())
             .flatten()
             .any(|step| has_part(step, kind))
+}
+
+/// The bytes of a token as a byte-level vocabulary spells it. None if a character is none of its alphabet.
+pub fn byte_level(token: &str) -> Option<Vec<u8>> {
+    static CHARACTERS: LazyLock<HashMap<char, u8>> = LazyLock::new(byte_of_character);
+    token.chars().map(|c| CHARACTERS.get(&c).copied()).collect()
+}
+
+/// The bytes of a token as SentencePiece spells it.
+pub fn sentence_piece(token: &str) -> Option<Vec<u8>> {
+    let byte = fallback_byte(token).map(|byte| vec![byte]);
+    Some(byte.unwrap_or_else(|| token.replace('▁', " ").into_bytes()))
 }
 
 /// The byte of a token such as `<0x0A>`.

@@ -120,7 +120,7 @@ fn with_one_tokenizer_the_map_is_the_identity() {
         }
         let mut mapper = Mapper::new(&tokenizer, None);
         let aligned = mapper
-            .align(&(&teacher).into(), answer.as_bytes(), range.text, ids)
+            .align(&(&teacher).into(), answer.as_bytes(), range.text, ids, None)
             .unwrap();
         let soft = soft_labels(&aligned);
         assert_eq!(soft.len(), ids.len());
@@ -141,7 +141,13 @@ fn tokens_that_do_not_spell_the_answer_are_refused() {
     let ids = tokenizer.encode_text(answer).unwrap();
     let align = |teacher: &Logprobs, answer: &str, ids: &[u32]| {
         Mapper::new(&tokenizer, None)
-            .align(&teacher.into(), answer.as_bytes(), 0..answer.len(), ids)
+            .align(
+                &teacher.into(),
+                answer.as_bytes(),
+                0..answer.len(),
+                ids,
+                None,
+            )
             .map(|aligned| soft_labels(&aligned).iter().flatten().count())
     };
     let (teacher, _) = same_tokenizer(&tokenizer, &ids, 5);
@@ -160,7 +166,10 @@ fn tokens_that_do_not_spell_the_answer_are_refused() {
     let mut stopped = teacher.clone();
     stopped.token.extend(["<|eot_id|>".into(), "".into()]);
     assert_eq!(align(&stopped, answer, &ids), Ok(ids.len()));
+    // Nor is a stop string; so much is none.
     stopped.token.push("more".into());
+    assert_eq!(align(&stopped, answer, &ids), Ok(ids.len()));
+    stopped.token.push("more".repeat(100));
     assert_eq!(align(&stopped, answer, &ids), Err(Mismatch::Teacher));
 }
 
@@ -175,7 +184,7 @@ fn what_is_told_as_the_replacement_character_counts_to_the_rest() {
     )];
     let teacher = logprobs(&rows);
     let aligned = Mapper::new(&tokenizer, None)
-        .align(&(&teacher).into(), b"The", 0..3, &ids)
+        .align(&(&teacher).into(), b"The", 0..3, &ids, None)
         .unwrap();
     assert_eq!(aligned.soft(0).1.len(), 1);
 }
@@ -252,7 +261,13 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     ]);
     let mut mapper = Mapper::new(&tokenizer, None);
     let aligned = mapper
-        .align(&(&teacher).into(), answer.as_bytes(), 0..answer.len(), &ids)
+        .align(
+            &(&teacher).into(),
+            answer.as_bytes(),
+            0..answer.len(),
+            &ids,
+            None,
+        )
         .unwrap();
     let soft = soft_labels(&aligned);
     let mass: f64 = aligned.mapped_mass;
@@ -286,16 +301,18 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
 
     let impossible = logprobs(&[(answer, -0.1, &[(answer, Some(-0.1)), ("x", Some(-0.5))])]);
     let text = answer.as_bytes();
-    let whole = mapper.align(&(&impossible).into(), text, 0..text.len(), &ids);
-    assert_eq!(whole.unwrap_err(), Mismatch::Mass);
+    let whole = mapper.align(&(&impossible).into(), text, 0..text.len(), &ids, None);
+    let whole = whole.unwrap();
+    assert_eq!((whole.bad, soft_labels(&whole)), (1, vec![None; ids.len()]));
     let mut twice = teacher.clone();
     twice.top_logprob[0][1] = Some(0.6f32.ln());
-    assert_eq!(
-        mapper
-            .align(&(&twice).into(), text, 0..text.len(), &ids)
-            .unwrap_err(),
-        Mismatch::Mass
-    );
+    // A bad position costs itself.
+    let but_one = mapper.align(&(&twice).into(), text, 0..text.len(), &ids, None);
+    let but_one = but_one.unwrap();
+    assert_eq!(but_one.bad, 1);
+    let others = soft_labels(&but_one);
+    assert_eq!(others[0], None);
+    assert_eq!(others[1..], soft[1..]);
 }
 
 #[test]
@@ -320,9 +337,130 @@ fn a_trimmed_answer_keeps_its_soft_labels() {
             answer.as_bytes(),
             range.text.clone(),
             ids,
+            None,
         )
         .unwrap();
     assert!((0..ids.len()).all(|at| aligned.is_soft(at)), "{texts:?}");
+}
+
+/// Whether the emitted token is listed behind the k best, in place of one of them, or not at all.
+#[test]
+fn the_k_best_are_told_by_their_rank() {
+    let tokenizer = tokenizer("bytelevel");
+    let ids = tokenizer.encode_text("T").unwrap();
+    let best = [("a", Some(-0.5)), ("b", Some(-2.5))];
+    let emitted = ("T", Some(-4.0));
+    let of = |top: &[Alternative], asked: usize| {
+        let teacher = logprobs(&[("T", -4.0, top)]);
+        let aligned = Mapper::new(&tokenizer, None)
+            .align(&(&teacher).into(), b"T", 0..1, &ids, Some(asked))
+            .unwrap();
+        (
+            aligned.drawn(0),
+            soft_labels(&aligned)[0].clone().unwrap().ids.len(),
+        )
+    };
+    assert_eq!(of(&best, 2), (Some(-4.0), 2), "not listed");
+    assert_eq!(
+        of(&[best[0], best[1], emitted], 2),
+        (Some(-4.0), 2),
+        "appended"
+    );
+    assert_eq!(
+        of(&[emitted, best[0], best[1]], 3),
+        (Some(-4.0), 2),
+        "first, in place of the third"
+    );
+    assert_eq!(
+        of(&[emitted, best[0], best[1]], 2),
+        (Some(-4.0), 2),
+        "first, as one more"
+    );
+    assert_eq!(
+        of(&[best[0], best[1], emitted], 3),
+        (None, 3),
+        "one of the best"
+    );
+    assert_eq!(
+        of(&[best[0], best[1], emitted, emitted], 3),
+        (None, 3),
+        "twice"
+    );
+    let better = ("T", Some(-2.0));
+    assert_eq!(
+        of(&[better, best[0], best[1]], 3),
+        (None, 3),
+        "first, and one of the best"
+    );
+}
+
+/// As vocabularies spell them.
+#[test]
+fn raw_pieces_are_understood() {
+    let tokenizer = tokenizer("bytelevel");
+    let answer = "The ü\n";
+    let ids = tokenizer.encode_text(answer).unwrap();
+    for (pieces, one) in [
+        (["The", "ĠÃ¼", "Ċ"], "ĠThe"),
+        (["The", "▁ü", "<0x0A>"], "▁The"),
+    ] {
+        let rows: Vec<Row> = pieces.iter().map(|piece| (*piece, -1.0, &[][..])).collect();
+        let mut teacher = logprobs(&rows);
+        teacher.top[0] = vec!["The".into(), one.into()];
+        teacher.top_logprob[0] = vec![Some(-1.0), Some(-2.0)];
+        let aligned = Mapper::new(&tokenizer, None)
+            .align(
+                &(&teacher).into(),
+                answer.as_bytes(),
+                0..answer.len(),
+                &ids,
+                None,
+            )
+            .unwrap();
+        let first = soft_labels(&aligned)[0].clone().unwrap();
+        let expected = [
+            ids[0],
+            tokenizer
+                .id_of_bytes(b" The")
+                .unwrap_or(tokenizer.first_id_of(b" The").unwrap()),
+        ];
+        assert_eq!(first.ids, expected, "{pieces:?}");
+    }
+}
+
+/// Thinking before it, white space, and a stop string behind it.
+#[test]
+fn an_answer_is_found_among_what_was_not_handed_out() {
+    let tokenizer = tokenizer("bytelevel");
+    let answer = "The capital";
+    let ids = tokenizer.encode_text(answer).unwrap();
+    let said: Vec<String> = ids
+        .iter()
+        .map(|id| String::from_utf8(tokenizer.token_bytes(*id).unwrap().into()).unwrap())
+        .collect();
+    let said: Vec<&str> = said.iter().map(String::as_str).collect();
+    for (before, behind) in [
+        (
+            vec!["<think>", "Hm", "</think>", "\n\n"],
+            vec!["<|im_end|>"],
+        ),
+        (vec!["\n"], vec![" ", "\n"]),
+        (vec![], vec!["STOP"]),
+    ] {
+        let all = [&before[..], &said, &behind].concat();
+        let rows: Vec<Row> = all.iter().map(|token| (*token, -1.0, &[][..])).collect();
+        let teacher = logprobs(&rows);
+        let aligned = Mapper::new(&tokenizer, None)
+            .align(
+                &(&teacher).into(),
+                answer.as_bytes(),
+                0..answer.len(),
+                &ids,
+                None,
+            )
+            .unwrap();
+        assert!((0..ids.len()).all(|at| aligned.is_soft(at)), "{all:?}");
+    }
 }
 
 #[test]
@@ -354,7 +492,7 @@ fn a_split_token_tells_its_parts_by_what_may_follow() {
     let mut align = |teacher: &Logprobs| {
         let text = "The answer is two".as_bytes();
         mapper
-            .align(&teacher.into(), text, 0..text.len(), &ids)
+            .align(&teacher.into(), text, 0..text.len(), &ids, None)
             .unwrap()
     };
     let aligned = align(&split(0.2));
@@ -390,7 +528,13 @@ fn align_speed() {
     let rounds = 20;
     for _ in 0..rounds {
         mapper
-            .align(&(&teacher).into(), answer.as_bytes(), 0..answer.len(), &ids)
+            .align(
+                &(&teacher).into(),
+                answer.as_bytes(),
+                0..answer.len(),
+                &ids,
+                None,
+            )
             .unwrap();
     }
     let speed = (rounds * ids.len()) as f64 / start.elapsed().as_secs_f64();

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use distill::data::chat_template::{ChatTemplate, Span};
+use distill::data::chat_template::{ChatTemplate, Span, with_arguments};
+use serde_json::json;
 
 use super::{ask, golden, messages};
 
@@ -69,6 +70,84 @@ fn template_text_and_content_are_told_apart() {
     let refusing = ChatTemplate::new("{{ raise_exception('only user first') }}", "", "");
     let error = refusing.render(&ask("", ""), false).unwrap_err();
     assert!(error.to_string().contains("only user first"), "{error}");
+}
+
+/// What jinja2 prints.
+#[test]
+fn texts_and_tests_are_those_of_python() {
+    for (source, expected) in [
+        ("{{ tools is iterable }}", "False"),
+        (
+            "{{ none is iterable }} {{ 1 is iterable }} {{ nothing is iterable }}",
+            "False False True",
+        ),
+        (
+            "{{ 'a' is iterable }} {{ 'a' is sequence }} {{ messages[0] is sequence }}",
+            "True True True",
+        ),
+        (
+            "{{ messages is sequence }} {{ 1 is sequence }}",
+            "True False",
+        ),
+        (
+            "{% if tools is iterable and tools | length > 0 %}T{% else %}F{% endif %}",
+            "F",
+        ),
+        (
+            "{{ 'a-b-c'.rsplit('-', 1)[0] }} {{ 'a b'.rsplit()[1] }}",
+            "a-b b",
+        ),
+        (
+            "{{ 'a-b-c'.partition('-')[2] }} {{ 'a-b-c'.rpartition('-')[0] }}",
+            "b-c a-b",
+        ),
+        (
+            "{{ 'a'.partition('-')[0] }} {{ 'a'.rpartition('-')[2] }}",
+            "a a",
+        ),
+        (
+            "{{ 'xab'.removeprefix('x') }} {{ 'abx'.removesuffix('x') }}",
+            "ab ab",
+        ),
+        ("{{ 'äbc'.index('c') }} {{ 'aB'.swapcase() }}", "2 Ab"),
+        (
+            "{{ bos_token }} {{ pad_token is defined }} {{ unk_token }}",
+            "<s> False <unk>",
+        ),
+    ] {
+        let mut template = ChatTemplate::new(source, "<s>", "</s>");
+        template.name_token("unk_token", "<unk>");
+        let text = template.render_text(&ask("a", "b"), false).unwrap();
+        assert_eq!(text, expected, "{source}");
+    }
+    let missing = ChatTemplate::new("{{ 'a'.index('b') }}", "", "");
+    let error = missing.render_text(&ask("a", "b"), false).unwrap_err();
+    assert!(error.to_string().contains("substring not found"), "{error}");
+}
+
+#[test]
+fn a_template_is_told_the_date_of_the_config_and_no_other() {
+    let mut template = ChatTemplate::new("{{ strftime_now('%d %b %Y') }}", "", "");
+    let error = template.render_text(&[], true).unwrap_err().to_string();
+    assert!(error.contains("student.template_date"), "{error}");
+    template.set_date(jiff::civil::date(2026, 1, 31).into());
+    assert_eq!(template.render_text(&[], true).unwrap(), "31 Jan 2026");
+}
+
+#[test]
+fn arguments_become_defaults_of_the_template() {
+    let arguments = json!({"thinks": false, "name": "a \"b\"\n", "list": [1, null, {"k": {}}]});
+    let arguments = serde_json::from_value(arguments).unwrap();
+    let source = "{{ thinks }} {{ name }}{{ list[2].k | length }} {{ list[1] is none }}";
+    let text = with_arguments(source, &arguments).unwrap();
+    let template = ChatTemplate::new(&text, "", "");
+    assert_eq!(
+        template.render_text(&[], true).unwrap(),
+        "False a \"b\"\n0 True"
+    );
+    let wrong = serde_json::from_value(json!({"a b": 1})).unwrap();
+    let error = with_arguments("", &wrong).unwrap_err().to_string();
+    assert!(error.contains("\"a b\""), "{error}");
 }
 
 /// X5

@@ -6,6 +6,7 @@ mod batches;
 mod chat_template;
 pub mod dataset;
 mod prepared;
+mod prompts;
 mod tokenizer;
 
 use std::path::PathBuf;

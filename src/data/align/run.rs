@@ -1,0 +1,229 @@
+//! The run of a teacher's tokens that spells an answer.
+//!
+//! A server may tell more tokens than the text it hands out has: thinking before it, white space that it took
+//! off, a stop string behind it. And it may tell less: tokens without bytes, or U+FFFD for a part of a
+//! character.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+/// U+FFFD in UTF-8.
+const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
+/// Bytes and tokens that may follow an answer: a stop string, and what ends a turn.
+const MOST_BEHIND: usize = 256;
+/// Bytes that a token without known bytes may stand for.
+const MOST_UNKNOWN: usize = 16;
+
+/// Some of the teacher's tokens, up to a place in the answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    pub tokens: Range<usize>,
+    /// Bytes of the answer.
+    pub end: usize,
+    pub kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// One token with its bytes.
+    Token,
+    /// Tokens of which it is not known where one ends and the next one begins.
+    Unknown,
+    /// A token that begins before the answer, or ends behind it.
+    Partial,
+}
+
+/// Cuts the answer, of which the student is shown the part `kept`, where the teacher's tokens end. None if they
+/// do not spell it. `is_stop` tells tokens that may stand behind an answer.
+pub fn find(
+    tokens: &[Cow<'_, [u8]>],
+    answer: &[u8],
+    kept: Range<usize>,
+    is_stop: impl Fn(&[u8]) -> bool,
+) -> Option<Vec<Unit>> {
+    whole(tokens, answer, &is_stop)
+        .or_else(|| inside(tokens, &answer[kept.clone()], kept.start))
+        .or_else(|| around_unknown(tokens, answer, &is_stop))
+}
+
+/// Nothing but stop tokens stands behind the answer, and nothing before it.
+fn whole(
+    tokens: &[Cow<'_, [u8]>],
+    answer: &[u8],
+    is_stop: impl Fn(&[u8]) -> bool,
+) -> Option<Vec<Unit>> {
+    let mut units = Vec::with_capacity(tokens.len());
+    let mut at = 0;
+    for (index, bytes) in tokens.iter().enumerate() {
+        if at == answer.len() && is_stop(bytes) {
+            continue;
+        }
+        if units.len() != index || !answer[at..].starts_with(bytes) {
+            return None;
+        }
+        at += bytes.len();
+        units.push(Unit {
+            tokens: index..index + 1,
+            end: at,
+            kind: Kind::Token,
+        });
+    }
+    (at == answer.len()).then_some(units)
+}
+
+/// The text, which begins at `start` of its answer, is somewhere in what the tokens spell, at its end but for
+/// little.
+fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<Unit>> {
+    if text.is_empty() {
+        return None;
+    }
+    let all = tokens.concat();
+    let from = memchr::memmem::rfind(&all, text)?;
+    let to = from + text.len();
+    if all.len() - to > MOST_BEHIND {
+        return None;
+    }
+    let mut units = Vec::new();
+    let mut at = 0;
+    for (index, bytes) in tokens.iter().enumerate() {
+        let range = at..at + bytes.len();
+        at = range.end;
+        if range.end <= from || range.is_empty() {
+            continue;
+        }
+        if range.start >= to {
+            break;
+        }
+        let is_inside = range.start >= from && range.end <= to;
+        units.push(Unit {
+            tokens: index..index + 1,
+            end: start + range.end.min(to) - from,
+            kind: if is_inside {
+                Kind::Token
+            } else {
+                Kind::Partial
+            },
+        });
+    }
+    let has_whole = units.iter().any(|unit| unit.kind == Kind::Token);
+    has_whole.then_some(units)
+}
+
+fn is_unknown(bytes: &[u8]) -> bool {
+    bytes.is_empty() || memchr::memmem::find(bytes, REPLACEMENT).is_some()
+}
+
+/// Tokens whose bytes are known stand where the text has them; those between spell what is between.
+fn around_unknown(
+    tokens: &[Cow<'_, [u8]>],
+    answer: &[u8],
+    is_stop: impl Fn(&[u8]) -> bool,
+) -> Option<Vec<Unit>> {
+    let mut units = Vec::new();
+    let mut at = 0;
+    let mut unknown: Option<usize> = None;
+    for (index, bytes) in tokens.iter().enumerate() {
+        if at == answer.len() && is_stop(bytes) {
+            continue;
+        }
+        if is_unknown(bytes) {
+            unknown.get_or_insert(index);
+            continue;
+        }
+        if let Some(first) = unknown.take() {
+            let most = (index - first) * MOST_UNKNOWN + bytes.len();
+            let window = &answer[at..answer.len().min(at + most)];
+            let skipped = memchr::memmem::find(window, bytes)?;
+            at += skipped;
+            if skipped > 0 {
+                units.push(Unit {
+                    tokens: first..index,
+                    end: at,
+                    kind: Kind::Unknown,
+                });
+            }
+        }
+        if !answer[at..].starts_with(bytes) {
+            return None;
+        }
+        at += bytes.len();
+        units.push(Unit {
+            tokens: index..index + 1,
+            end: at,
+            kind: Kind::Token,
+        });
+    }
+    let left = answer.len() - at;
+    match unknown {
+        Some(first) if left > 0 && left <= (tokens.len() - first) * MOST_UNKNOWN => {
+            units.push(Unit {
+                tokens: first..tokens.len(),
+                end: answer.len(),
+                kind: Kind::Unknown,
+            });
+        }
+        _ if left > 0 => return None,
+        _ => {}
+    }
+    let has_known = units.iter().any(|unit| unit.kind == Kind::Token);
+    has_known.then_some(units)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut(tokens: &[&str], answer: &str) -> Option<Vec<(Range<usize>, usize, Kind)>> {
+        let tokens: Vec<_> = tokens.iter().map(|t| Cow::Borrowed(t.as_bytes())).collect();
+        let is_stop = |bytes: &[u8]| bytes.is_empty() || bytes == b"</s>";
+        let units = find(&tokens, answer.as_bytes(), 0..answer.len(), is_stop)?;
+        Some(
+            units
+                .into_iter()
+                .map(|u| (u.tokens, u.end, u.kind))
+                .collect(),
+        )
+    }
+
+    #[test]
+    fn tokens_spell_the_answer_with_more_around_it() {
+        use Kind::{Partial, Token};
+        let both = |first: usize| {
+            vec![
+                (first..first + 1, 1, Token),
+                (first + 1..first + 2, 3, Token),
+            ]
+        };
+        assert_eq!(cut(&["a", " b"], "a b"), Some(both(0)));
+        assert_eq!(cut(&["a", " b", "</s>", ""], "a b"), Some(both(0)));
+        assert_eq!(
+            cut(&["<think>", "a b", "</think>", "\n\n", "a", " b"], "a b"),
+            Some(both(4))
+        );
+        assert_eq!(cut(&["\n", "a", " b", "\n"], "a b"), Some(both(1)));
+        assert_eq!(cut(&["a", " b", "STOP"], "a b"), Some(both(0)));
+        let partial = vec![(0..1, 1, Partial), (1..2, 3, Token), (2..3, 4, Partial)];
+        assert_eq!(cut(&[" a", " b", "c<"], "a bc"), Some(partial));
+        assert_eq!(cut(&["a", " c"], "a b"), None);
+        assert_eq!(cut(&["xa bx"], "a b"), None, "not one token of it alone");
+        assert_eq!(cut(&["a", "b"], ""), None);
+    }
+
+    #[test]
+    fn tokens_without_bytes_spell_what_is_between_their_neighbours() {
+        use Kind::{Token, Unknown};
+        let expected = vec![(0..1, 2, Token), (1..3, 6, Unknown), (3..4, 8, Token)];
+        assert_eq!(
+            cut(&["hi", "\u{fffd}", "\u{fffd}", " b"], "hi👋 b"),
+            Some(expected.clone())
+        );
+        assert_eq!(cut(&["hi", "", "", " b"], "hi👋 b"), Some(expected));
+        let at_the_end = vec![(0..1, 2, Token), (1..3, 6, Unknown)];
+        assert_eq!(
+            cut(&["hi", "\u{fffd}", "\u{fffd}"], "hi👋"),
+            Some(at_the_end)
+        );
+        assert_eq!(cut(&["hi", "\u{fffd}", "x"], "hi👋 b"), None);
+        assert_eq!(cut(&["\u{fffd}"], "👋"), None);
+    }
+}
