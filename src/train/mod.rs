@@ -172,6 +172,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         config,
         first_step,
     ));
+    progress.note(&data.report.to_string());
     if let Some(note) = &soft_labels.note {
         progress.note(note);
     }

@@ -4,11 +4,14 @@ use anyhow::{Result, bail};
 
 use super::loss::divergence::Divergence;
 use crate::config::{Config, Kd, Loss};
-use crate::data::dataset::Report;
+use crate::data::dataset::{NO_LOGPROBS, Report, by_reason};
 use crate::data::gate::Agreement;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::terminal::format_count;
+
+/// One in so many of the answers with logprobs must have soft labels, or else something is wrong.
+const LEAST_USED: u64 = 20;
 
 /// What to do with soft labels.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,7 +50,7 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
         divergence,
         note: None,
     };
-    if divergence.is_none() || report.soft_positions == 0 {
+    if divergence.is_none() {
         return Ok(choice);
     }
     let refuse = |why: String| match force {
@@ -57,6 +60,23 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
         }
         false => bail!(Exit::Usage(why)),
     };
+    // Of the answers that came with logprobs.
+    let mut missed = report.ce_only.clone();
+    let without = missed.remove(NO_LOGPROBS).unwrap_or_default();
+    let with_logprobs = report.kept.saturating_sub(without);
+    if with_logprobs > 0 && report.with_soft_labels * LEAST_USED < with_logprobs {
+        refuse(format!(
+            "loss.kd = \"{}\" is to use the teacher's logprobs, and those of {} of {} answers cannot be used: \
+             {}. Set loss.kd = \"none\" to train on the answers alone, or --force to train all the same",
+            settings.kd.name(),
+            format_count(with_logprobs - report.with_soft_labels),
+            format_count(with_logprobs),
+            by_reason(&missed)
+        ))?;
+    }
+    if report.soft_positions == 0 {
+        return Ok(choice);
+    }
     if let Some(broken) = report.gate.broken() {
         refuse(format!(
             "the teacher's logprobs do not belong to its answers: {}. They may be one position off, or \

@@ -16,7 +16,7 @@ use crate::config::{self, Config};
 use crate::exit::Exit;
 use crate::fs;
 use crate::prompt::Message;
-pub use report::Report;
+pub use report::{NO_LOGPROBS, Report, by_reason};
 pub use rows::prompt_of;
 use source::{Portion, Source};
 

@@ -353,7 +353,7 @@ impl Preparing<'_> {
 
         let content = &row.messages[last.message].content;
         let aligned = match &row.logprobs {
-            None => Err("no logprobs".into()),
+            None => Err(report::NO_LOGPROBS.into()),
             Some(logprobs) => self
                 .mapper
                 .align(

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::data::classes::Classes;
 use crate::data::gate::Gate;
 
+/// Why an answer has no soft labels where it came without logprobs.
+pub const NO_LOGPROBS: &str = "no logprobs";
+
 /// Counts of rows and positions, for the user and for `--json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
