@@ -50,7 +50,7 @@ pub fn alternatives<'t>(
     listed.clear();
     for (bytes, &logprob) in teacher.top.get(position).iter().zip(logprobs) {
         if let Some(logprob) = logprob.filter(is_usable) {
-            let is_known = |known: &(&[u8], f32)| *known.0 == **bytes && known.1 == logprob;
+            let is_known = |known: &(&[u8], f32)| known.1 == logprob && *known.0 == **bytes;
             // Some list the emitted token twice. What has no bytes may be any token.
             if bytes.is_empty() || !listed.iter().any(is_known) {
                 listed.push((bytes, logprob));
