@@ -148,7 +148,8 @@ pub fn load(
     Ok(dataset)
 }
 
-/// What the last answer of each example answers, by the example's key, as messages.
+/// What the last answer of each example answers, by the example's key, as messages; for every answer inside of
+/// a conversation too, which may be an example of its own.
 ///
 /// # Errors
 /// If the source cannot be read, or a row of a file of conversations is none.
@@ -158,11 +159,19 @@ pub fn prompts(config: &Config) -> Result<HashMap<String, Vec<Message>>> {
     let (mut reader, mut portion) = (source.open()?, Portion::default());
     while reader.next(&mut portion)? {
         let read = portion.rows(&source, &config.data, |_, row| {
-            if let Ok(mut row) = row {
-                let answer = row.messages.iter().rposition(|m| m.role == "assistant");
-                row.messages.truncate(answer.unwrap_or_default());
-                prompts.insert(row.key, row.messages);
+            let Ok(mut row) = row else {
+                return Ok(());
+            };
+            let answer = row.messages.iter().rposition(|m| m.role == "assistant");
+            row.messages.truncate(answer.unwrap_or_default());
+            if row.every_answer {
+                for (at, message) in row.messages.iter().enumerate() {
+                    if message.role == "assistant" {
+                        prompts.insert(row.key_of(at), row.messages[..at].to_vec());
+                    }
+                }
             }
+            prompts.insert(row.key, row.messages);
             Ok(())
         });
         read.map_err(|(_, error)| error)?;

@@ -37,7 +37,7 @@ impl<'a> Row<'a> {
     /// A row of the answer `message` alone, which is not the last one.
     pub fn up_to(&self, message: usize) -> Row<'a> {
         Row {
-            key: format!("{}:{message}", self.key),
+            key: self.key_of(message),
             message: Some(message),
             prompt_id: self.prompt_id.clone(),
             messages: self.messages[..=message].to_vec(),
@@ -47,6 +47,11 @@ impl<'a> Row<'a> {
             asked: None,
             logprobs: None,
         }
+    }
+
+    /// The key of such a row.
+    pub fn key_of(&self, message: usize) -> String {
+        format!("{}:{message}", self.key)
     }
 
     /// Takes the thinking that answers begin with out of them.

@@ -306,8 +306,11 @@ impl<'a> Writer<'a> {
         let last = spans.last().map_or("", Span::text);
         let text = kept(content, &written, last);
         let after = match answer_start(content) {
-            0 => tokens.clone().start,
-            from => self.first_of_last(&tokens, text.end - text.end.min(from.max(text.start))),
+            0 => tokens.start,
+            from => {
+                let bytes = text.end - text.end.min(from.max(text.start));
+                first_of_last(self.tokenizer, &self.done.ids, &tokens, bytes)
+            }
         };
         self.done.answers.push(AnswerTokens {
             message: answer.message,
@@ -320,19 +323,23 @@ impl<'a> Writer<'a> {
         self.open = true;
         Ok(())
     }
+}
 
-    /// The first of the tokens that spell the last so many bytes.
-    fn first_of_last(&self, tokens: &Range<usize>, bytes: usize) -> usize {
-        let mut left = bytes;
-        let mut at = tokens.end;
-        while left > 0 && at > tokens.start {
-            at -= 1;
-            let id = self.done.ids[at];
-            let length = self.tokenizer.token_bytes(id).map_or(1, <[u8]>::len);
-            left = left.saturating_sub(length);
-        }
-        at
+/// The first of those of `tokens` that spell their last so many bytes.
+pub fn first_of_last(
+    tokenizer: &Tokenizer,
+    ids: &[u32],
+    tokens: &Range<usize>,
+    bytes: usize,
+) -> usize {
+    let mut left = bytes;
+    let mut at = tokens.end;
+    while left > 0 && at > tokens.start {
+        at -= 1;
+        let length = tokenizer.token_bytes(ids[at]).map_or(1, <[u8]>::len);
+        left = left.saturating_sub(length);
     }
+    at
 }
 
 /// The bytes of a content that `written`, which ends with its last part `last`, ends with as well.

@@ -156,8 +156,11 @@ impl Tokenizer {
         let Some(answer) = last.filter(|answer| answer.message + 1 == messages.len()) else {
             bail!("the last message is not the assistant's");
         };
-        ids.truncate(answer.tokens.end);
-        Ok((ids, answer.tokens.clone()))
+        let Range { end, .. } = answer.tokens;
+        ids.truncate(end);
+        // Without what the template writes before it, which the model has to generate as well.
+        let start = conversation::first_of_last(self, &ids, &answer.tokens, answer.text.len());
+        Ok((ids, start..end))
     }
 
     /// Ids of a conversation, and the ranges of those that a student must learn to predict: each

@@ -2,6 +2,7 @@
 
 mod added_tokens;
 mod align;
+mod align_servers;
 mod batches;
 mod chat_template;
 pub mod dataset;

@@ -1,9 +1,15 @@
 //! The prompt that an answer is trained behind is the one that a model generates from.
 
+use std::collections::BTreeMap;
+
+use distill::config::{Config, Thinking};
+use distill::data::dataset::{self, Report};
 use distill::data::tokenizer::Tokenizer;
 use distill::prompt::Message;
+use serde_json::json;
 use tempfile::TempDir;
 
+use super::dataset::load;
 use super::{ask, folder, message};
 
 /// As Qwen 3's: an empty block of thinking stands before the last answer.
@@ -135,4 +141,99 @@ fn the_token_that_ends_an_answer_is_a_stop_token() {
     let endless = template.replace("<|im_end|>", "");
     std::fs::write(dir.path().join("chat_template.jinja"), endless).unwrap();
     assert_eq!(Tokenizer::load(dir.path()).unwrap().stop_ids(), [0]);
+}
+
+/// What each example of these rows supervises, by its key.
+fn examples(
+    template: &str,
+    rows: &[Vec<Message>],
+    set: impl Fn(&mut Config),
+) -> (Report, BTreeMap<String, Vec<String>>) {
+    let (dir, tokenizer) = with_template(template);
+    let source = dir.path().join("rows.jsonl");
+    let lines = rows
+        .iter()
+        .map(|messages| json!({"messages": messages}).to_string());
+    std::fs::write(&source, lines.collect::<Vec<_>>().join("\n")).unwrap();
+    let mut config = Config {
+        run_dir: dir.path().join("run"),
+        ..Config::default()
+    };
+    config.data.source = Some(source);
+    config.data.validation_share = 0.0;
+    set(&mut config);
+    let data = load(&config, &tokenizer).unwrap();
+    let prompts = dataset::prompts(&config).unwrap();
+    let mut found = BTreeMap::new();
+    for example in data.train().iter() {
+        assert!(prompts.contains_key(example.key()), "{}", example.key());
+        let ids: Vec<u32> = example.input_ids().collect();
+        let mut spans: Vec<Vec<u32>> = Vec::new();
+        let mut before = None;
+        for position in example.positions() {
+            if before != Some(position) {
+                spans.push(Vec::new());
+            }
+            spans.last_mut().unwrap().push(ids[position as usize + 1]);
+            before = Some(position + 1);
+        }
+        let texts = spans.iter().map(|ids| text(&tokenizer, ids)).collect();
+        found.insert(example.key().to_owned(), texts);
+    }
+    (data.report.clone(), found)
+}
+
+#[test]
+fn an_answer_behind_another_prompt_is_an_example_of_its_own() {
+    let mut several = ask("Hello", "Hi.");
+    several.extend(ask("And now?", "Bye."));
+    let (report, found) = examples(OPENED, &[several.clone()], |_| {});
+    assert_eq!((report.records, report.kept, report.split), (2, 2, 1));
+    assert_eq!(
+        (report.different, report.answers, report.without_end),
+        (2, 2, 0)
+    );
+    assert_eq!(found["1"], ["Bye.<|im_end|>"]);
+    assert_eq!(found["1:1"], ["Hi.<|im_end|>"]);
+    let shown = report.to_string();
+    assert!(
+        shown.contains("assistant\\n<think>\\n") && shown.contains("example"),
+        "{shown}"
+    );
+    // Where both are the same, one example has them all.
+    let (report, found) = examples(EMPTY_BLOCK, &[several], |_| {});
+    assert_eq!((report.kept, report.split, report.different), (1, 0, 0));
+    assert_eq!(
+        found["1"],
+        ["Hi.<|im_end|>", "<think>\n\n</think>\n\nBye.<|im_end|>"]
+    );
+}
+
+#[test]
+fn thinking_is_learnt_or_stands_before_the_answer_or_is_left_out() {
+    let rows = [ask("Who?", "<think>\nHm.\n</think>\n\nMe.")];
+    let of = |thinking| {
+        let (report, found) = examples(THINKING, &rows, |config| config.data.thinking = thinking);
+        (found["1"].clone(), report.tokens)
+    };
+    let (learnt, all) = of(Thinking::Supervise);
+    assert_eq!(learnt, ["<think>\nHm.\n</think>\n\nMe.<|im_end|>"]);
+    assert_eq!(of(Thinking::Context), (vec!["Me.<|im_end|>".into()], all));
+    let (learnt, tokens) = of(Thinking::Drop);
+    assert_eq!(learnt, ["Me.<|im_end|>"]);
+    // It is nowhere in the example.
+    assert!(tokens < all, "{tokens} of {all}");
+}
+
+#[test]
+fn answers_that_no_token_ends_are_told() {
+    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+    let (report, found) = examples(template, &[ask("Who?", "Me.")], |_| {});
+    assert_eq!((report.answers, report.without_end), (1, 1));
+    assert_eq!(found["1"], ["Me."]);
+    assert!(
+        report
+            .to_string()
+            .contains("1 of 1 answers are ended by no token")
+    );
 }

@@ -10,8 +10,11 @@ mod teacher;
 use std::path::Path;
 
 use distill::config::{Config, Init, Kd, SaveDtype};
+use distill::data::tokenizer::Tokenizer;
 use distill::exit::Exit;
+use distill::prompt::Message;
 use distill::train::{self, Start};
+use serde_json::json;
 
 use crate::tiny;
 
@@ -149,6 +152,36 @@ fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
         status == 5 && message.contains("optimizer.safetensors"),
         "{message}"
     );
+}
+
+#[test]
+fn what_is_saved_renders_the_prompts_and_stops_at_the_tokens_that_were_trained() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(0);
+    // A base model, whose own end of text is another token than the template's end of turn.
+    let generation = json!({"eos_token_id": 262, "temperature": 0.7});
+    let path = config.student.path.join("generation_config.json");
+    std::fs::write(path, generation.to_string()).unwrap();
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ mood }}: {% endif %}";
+    let path = config.student.path.join("chat_template.jinja");
+    std::fs::write(path, template).unwrap();
+    config.student.template_args = [("mood".to_owned(), json!("kind"))].into();
+    let prompt = [Message::new("user", "the")];
+    let trained = Tokenizer::of_student(&config.student).unwrap();
+    let expected = trained.encode_prompt(&prompt).unwrap();
+    train::run(&config, Start::Ask.into()).unwrap();
+    let saved = Tokenizer::load(&config.student_dir()).unwrap();
+    assert_eq!(saved.encode_prompt(&prompt).unwrap(), expected);
+    assert!(saved.decode(&expected).unwrap().ends_with("kind: "));
+    let bare = Tokenizer::load(&config.student.path).unwrap();
+    assert_ne!(bare.encode_prompt(&prompt).unwrap(), expected);
+    let text = std::fs::read(config.student_dir().join("generation_config.json")).unwrap();
+    let generation: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!(
+        generation,
+        json!({"eos_token_id": [262, 264], "temperature": 0.7})
+    );
+    assert_eq!(saved.stop_ids(), [262, 264]);
 }
 
 #[test]

@@ -1,0 +1,232 @@
+use super::*;
+use serde_json::json;
+
+/// The row, and its outcome in a word.
+fn sort(line: &str) -> Option<(String, String)> {
+    let mut read = read(&Bytes::copy_from_slice(line.as_bytes()));
+    assert!(read.len() <= 1, "{line}");
+    word(read.pop()??)
+}
+
+fn word(outcome: Outcome) -> Option<(String, String)> {
+    let Outcome { custom_id, result } = outcome;
+    let word = match result {
+        Ok(completion) => format!("answer {}", completion.answer.text),
+        Err(Trouble::Claim(claim)) => format!("claim {:?}", claim.reason),
+        Err(Trouble::Filtered(failure)) => format!("filtered {}", failure.class),
+        Err(Trouble::Unreadable { .. }) => "unreadable".into(),
+        Err(Trouble::KeyRenewed) => "key renewed".into(),
+        Err(Trouble::Refused(failure)) => format!("refused {}", failure.class),
+        Err(Trouble::Throttled { .. }) => "throttled".into(),
+        Err(Trouble::Transient { failure, .. }) => format!("again {}", failure.class),
+    };
+    Some((custom_id, word))
+}
+
+#[test]
+fn rows_of_a_list_or_an_object_are_read_whatever_their_bodies_repeat() {
+    let body = r#"{"metadata":{"custom_id":"a"},"choices":[{"message":{"content":"x"}}]}"#;
+    let first = |id: &str| {
+        format!(r#"{{"custom_id":"{id}","response":{{"status_code":200,"body":{body}}}}}"#)
+    };
+    let last = |id: &str| {
+        format!(r#"{{"response":{{"status_code":200,"body":{body}}},"custom_id":"{id}"}}"#)
+    };
+    for line in [
+        format!("[{},{}]", first("a"), first("b")),
+        format!("[{},{}]", last("a"), last("b")),
+        format!(r#"{{"data":[{},{}]}}"#, last("a"), last("b")),
+        format!(r#"{{"result":{{"rows":[{}]}}}} {}"#, first("a"), last("b")),
+        format!("{}{},", first("a"), first("b")),
+    ] {
+        let read = read(&Bytes::copy_from_slice(line.as_bytes()));
+        let words: Vec<_> = read
+            .into_iter()
+            .map(|one| word(one.unwrap()).unwrap())
+            .collect();
+        let expected = ["a", "b"].map(|id| (id.to_owned(), "answer x".to_owned()));
+        assert_eq!(words, expected, "{line}");
+    }
+    assert_eq!(sort(&format!("{},", first("a"))).unwrap().1, "answer x");
+}
+
+#[test]
+fn lines_of_every_shape_are_sorted() {
+    let body = r#"{"choices":[{"message":{"content":"x"}}]}"#;
+    let cases = [
+        (
+            format!(r#"{{"custom_id":"r","response":{{"status_code":200,"body":{body}}},"error":null}}"#),
+            "answer x",
+        ),
+        // Without a field that might have been there, and with a status as text.
+        (
+            format!(r#"{{"response":{{"body":{body},"status_code":"200"}},"custom_id":"r"}}"#),
+            "answer x",
+        ),
+        (
+            r#"{"custom_id":"r","response":{"status_code":200,"body":{"choices":[{"message":{"content":"x"},"logprobs":NaN}]}}}"#.into(),
+            "answer x",
+        ),
+        (
+            r#"{"custom_id":"r","response":{"status_code":200,"body":{}}}"#.into(),
+            "again malformed",
+        ),
+        (
+            r#"{"custom_id":"r","response":{"status_code":500,"body":{"error":{"message":"m"}}}}"#.into(),
+            "again http 500",
+        ),
+        (
+            r#"{"custom_id":"r","response":{"status_code":400,"body":{"error":{"message":"m"}}}}"#.into(),
+            "refused http 400",
+        ),
+        (
+            r#"{"custom_id":"r","response":{"status_code":429,"body":{"error":{"message":"m","code":"insufficient_quota"}}}}"#.into(),
+            "claim Credit",
+        ),
+        (
+            r#"{"custom_id":"r","response":{"status_code":429,"body":{}}}"#.into(),
+            "throttled",
+        ),
+        (
+            r#"{"custom_id":"r","response":null,"error":{"code":"batch_expired","message":"m"}}"#.into(),
+            "again batch_expired",
+        ),
+        (
+            r#"{"custom_id":"r","response":null,"error":{"code":"invalid_request","message":"m"}}"#.into(),
+            "refused invalid_request",
+        ),
+        (
+            r#"{"custom_id":"r","response":null,"error":{"code":"model_not_found","message":"m"}}"#.into(),
+            "claim Model",
+        ),
+        (
+            r#"{"custom_id":"r","response":{"status_code":0,"request_id":"","body":{}},"error":null}"#.into(),
+            "again no answer in the batch",
+        ),
+        (r#"{"custom_id":"r"}"#.into(), "again no answer in the batch"),
+        (
+            format!(r#"{{"custom_id":"r","response":{{"body":{body}}},"error":{{"code":0,"message":""}}}}"#),
+            "answer x",
+        ),
+        (
+            format!(r#"{{"custom_id":"r","response":{{"status_code":200.0,"body":{body}}}}}"#),
+            "answer x",
+        ),
+        (
+            format!(r#"{{"custom_id":"r","response":{{"status_code":null,"status":"200","body":{body}}}}}"#),
+            "answer x",
+        ),
+        (
+            format!(r#"{{"custom_id":"r","response":{{"status_code":0,"body":{body}}}}}"#),
+            "answer x",
+        ),
+        (format!(r#"{{"custom_id":"r","response":{body}}}"#), "answer x"),
+        (format!(r#"{{"custom_id":"r","result":{body}}}"#), "answer x"),
+        (format!(r#"{{"custom_id":"r","result":{{"body":{body}}}}}"#), "answer x"),
+        (
+            r#"{"custom_id":"r","choices":[{"message":{"content":"x"}}]}"#.into(),
+            "answer x",
+        ),
+        (
+            format!("\u{feff}{{\"custom_id\":\"r\",\"response\":{{\"status_code\":200,\"body\":{body}}}}}\r"),
+            "answer x",
+        ),
+        (
+            format!(r#"{{"custom_id":"r","response":{{"status_code":200,"body":{}}}}}"#, serde_json::to_string(body).unwrap()),
+            "answer x",
+        ),
+        (
+            r#"{"custom_id":"r","response":{"status_code":200,"body":{"choices":[{"message":{"content":"\ud83d"}}]}}}"#.into(),
+            "answer \u{fffd}",
+        ),
+        (
+            r#"{"custom_id":"r","response":null,"error":{"code":"content_filter","message":"m"}}"#.into(),
+            "filtered content_filter",
+        ),
+        (r#"{"id":'x',"custom_id":"r","response":'broken"#.into(), "unreadable"),
+    ];
+    for (line, expected) in cases {
+        assert_eq!(sort(&line), Some(("r".into(), expected.into())), "{line}");
+    }
+    for line in ["", "{", r#"{"id":"x"}"#, r#"{"custom_id":7}"#, "\u{2028}"] {
+        assert_eq!(sort(line), None, "{line}");
+    }
+}
+
+#[test]
+fn several_rows_on_a_line_are_several_rows() {
+    let row = |id: &str| {
+        let body = format!(r#"{{"choices":[{{"message":{{"content":"{id}"}}}}]}}"#);
+        format!(r#"{{"custom_id":"{id}","response":{{"status_code":200,"body":{body}}}}}"#)
+    };
+    let (a, b) = (row("a"), row("b"));
+    let broken = b.replace("\"content\"", "\"n\":NaN,\"content\"");
+    for line in [
+        format!("[{a},{b}]"),
+        format!("\u{feff}[{a}, {b}]\r"),
+        format!("{a}{b}"),
+        format!("{a}\r{b}\r"),
+        format!("{a} {broken}"),
+        format!("{} {b}", a.replace("\"content\"", "\"n\":NaN,\"content\"")),
+        format!("[{a},{broken},]"),
+        format!(
+            "[{}, {b}]",
+            a.replace("\"content\"", "\"n\":NaN,\"content\"")
+        ),
+        format!("{{\"data\":[{a},{b}]}}"),
+        format!("{a},{b}"),
+        format!("{a} junk {b}"),
+    ] {
+        let outcomes = read(&Bytes::from(line.clone())).into_iter();
+        let words: Vec<_> = outcomes
+            .map(|outcome| word(outcome.unwrap()).unwrap())
+            .collect();
+        let expected = ["a", "b"].map(|id| (id.to_owned(), format!("answer {id}")));
+        assert_eq!(words, expected, "{line}");
+    }
+}
+
+#[test]
+fn a_truncated_line_fails_only_its_own_row() {
+    let whole = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
+    for broken in [
+        r#"{"id":"x","custom_id":"a","response":{"status_code":200,"body":{"choices":[{"mess"#,
+        r#"{"custom_id":"a","response":{"status_code":200,"body":{"choices":[{"message":{"content":"q}}"#,
+    ] {
+        let line = Bytes::from(format!("{broken}{whole}"));
+        let found = read(&line).into_iter().flatten();
+        let words: Vec<_> = found.filter_map(word).collect();
+        assert!(
+            words.contains(&("b".into(), "answer b".into())),
+            "{words:?}"
+        );
+        assert!(
+            words
+                .iter()
+                .all(|(id, word)| id == "b" || !word.starts_with("answer"))
+        );
+    }
+}
+
+#[test]
+fn a_failed_batch_says_whose_fault_it_is() {
+    let of = |mistakes: Value| {
+        let card = json!({"id": "b", "errors": {"data": mistakes}}).to_string();
+        let card = crate::harvest::batch::api::Card::parse(card.as_bytes());
+        verdict(&card.unwrap().mistakes)
+    };
+    let told = "Enqueued token limit reached for m. Limit: 90,000 enqueued tokens. Try later.";
+    let tokens = of(json!([{"code": "token_limit_exceeded", "line": null, "message": told}]));
+    assert_eq!(tokens.over_tokens, Some(Some(90_000)));
+    let tokens = of(json!([{"code": "token_limit_exceeded", "message": "no"}]));
+    assert_eq!(tokens.over_tokens, Some(None));
+    let lines = of(json!([
+        {"code": "invalid_json_line", "line": 2, "message": "bad"},
+        {"code": "empty_file", "line": null, "message": "odd"},
+    ]));
+    assert_eq!((lines.lines.len(), lines.lines[0].0), (1, 1));
+    assert_eq!(lines.message, "bad");
+    let model = of(json!([{"code": "model_not_found", "line": 1, "message": "m"}]));
+    assert_eq!(model.stop.unwrap().0, Reason::Model);
+    assert!(of(json!(null)).message.contains("not say"));
+}
