@@ -2,7 +2,7 @@
 //!
 //! A tokenizer looks for added tokens before anything else, and encodes the text between them on its own.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ops::Range;
 
 use aho_corasick::{AhoCorasick, Anchored, Input};
@@ -16,46 +16,42 @@ use super::files::Files;
 /// as `transformers` does when it loads a folder.
 pub fn complete(tokenizer: &mut Value, files: &Files) {
     let mut next = next_id(tokenizer);
-    for mut token in files.added_tokens() {
-        let content = token["content"].as_str().unwrap_or_default().to_owned();
-        let Some(added) = tokenizer["added_tokens"].as_array() else {
-            return;
-        };
-        let known = added.iter().position(|known| known["content"] == content);
-        let id = known
-            .and_then(|at| added[at]["id"].as_u64())
-            .or_else(|| id_in_vocabulary(&tokenizer["model"]["vocab"], &content))
-            .unwrap_or_else(|| {
-                next += 1;
-                next - 1
-            });
-        token["id"] = id.into();
-        let Some(added) = tokenizer["added_tokens"].as_array_mut() else {
-            return;
-        };
-        match known {
-            Some(at) => added[at] = token,
-            None => added.push(token),
-        }
-    }
-    let Some(template) = &files.chat_template else {
+    let mut new_id = || {
+        next += 1;
+        next - 1
+    };
+    let Some(Value::Array(mut added)) = tokenizer.get_mut("added_tokens").map(Value::take) else {
         return;
     };
-    // Special tokens that are in no vocabulary get an id each, where anything can make them.
-    let known: HashSet<String> = contents(tokenizer);
-    for content in files.special_tokens() {
-        let is_known = known.contains(content)
-            || id_in_vocabulary(&tokenizer["model"]["vocab"], content).is_some();
-        if is_known || content.is_empty() || !template.contains(content) {
-            continue;
-        }
-        if let Some(added) = tokenizer["added_tokens"].as_array_mut()
-            && !added.iter().any(|token| token["content"] == content)
-        {
-            added.push(special(content, next));
-            next += 1;
+    let vocabulary = &tokenizer["model"]["vocab"];
+    let content = |token: &Value| token["content"].as_str().unwrap_or_default().to_owned();
+    let mut known: HashMap<String, usize> = added.iter().map(content).zip(0..).collect();
+    for mut token in files.added_tokens() {
+        let name = content(&token);
+        match known.get(&name) {
+            Some(&at) => {
+                token["id"] = added[at]["id"].take();
+                added[at] = token;
+            }
+            None => {
+                let id = id_in_vocabulary(vocabulary, &name);
+                token["id"] = id.unwrap_or_else(&mut new_id).into();
+                known.insert(name, added.len());
+                added.push(token);
+            }
         }
     }
+    // Special tokens that are in no vocabulary get an id each, where anything can make them.
+    let template = files.chat_template.as_deref().unwrap_or_default();
+    for name in files.special_tokens() {
+        let is_known = known.contains_key(name) || id_in_vocabulary(vocabulary, name).is_some();
+        if is_known || name.is_empty() || !template.contains(name) {
+            continue;
+        }
+        known.insert(name.to_owned(), added.len());
+        added.push(special(name, new_id()));
+    }
+    tokenizer["added_tokens"] = Value::Array(added);
 }
 
 /// An entry of `added_tokens` for a special token.
@@ -64,13 +60,6 @@ pub fn special(content: &str, id: u64) -> Value {
         "id": id, "content": content, "special": true, "normalized": false,
         "single_word": false, "lstrip": false, "rstrip": false,
     })
-}
-
-fn contents(tokenizer: &Value) -> HashSet<String> {
-    let added = tokenizer["added_tokens"].as_array().into_iter().flatten();
-    added
-        .filter_map(|token| token["content"].as_str().map(str::to_owned))
-        .collect()
 }
 
 /// The id that the next added token gets.

@@ -90,7 +90,10 @@ async fn nothing_leaves_once_the_server_is_gone_and_the_run_ends_so_that_it_can_
     let (summary, ()) = tokio::join!(harvest(&run, &teacher), async {
         teacher.until(80).await;
         redis.kill();
-        killed = Some((Instant::now(), teacher.count()));
+        let at = Instant::now();
+        // What it had granted by then leaves.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        killed = Some((at, teacher.count()));
     });
     let (summary, (killed, before)) = (summary.unwrap(), killed.unwrap());
     let (code, message) = end(&summary);
