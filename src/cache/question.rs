@@ -63,7 +63,7 @@ impl Question {
         Question::of_text(&mut text, end, sample)
     }
 
-    /// Hashes the text, whose first `end` bytes name the question; the others are only measured.
+    /// Hashes the first `end` bytes of the text; the rest only counts towards `bytes`.
     fn of_text(text: &mut Vec<u8>, end: usize, sample: u32) -> Question {
         let bytes = text.len() - BEGINNING.len();
         text.truncate(end);
@@ -129,7 +129,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// `old` is the request and its sample, where the key of schema 1 is wanted too.
+    /// `old` is the request and its sample; if given, the key of schema 1 is included.
     pub fn new(question: &Question, endpoint: &Endpoint, old: Option<(&Value, u32)>) -> Names {
         let by_address = endpoint.by_address.as_deref();
         Names {
@@ -296,7 +296,7 @@ fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> b
     }
 }
 
-/// Writes the fields that are no part of the question, in the order of the request.
+/// Writes the fields in [`NO_PART`], in the order of the request.
 fn write_no_part(request: &Value, text: &mut Vec<u8>) {
     let fields = request.as_object().into_iter().flatten();
     for (name, value) in fields.filter(|(name, _)| NO_PART.contains(&name.as_str())) {

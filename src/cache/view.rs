@@ -179,8 +179,8 @@ impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
 }
 
 impl<'a> LogprobsView<'a> {
-    /// The same with other bytes for each token; None where `of` has none for an emitted one. Alternatives
-    /// for which it has none keep theirs.
+    /// Maps the bytes of all tokens. Returns None if `of` fails for an emitted token; alternatives for which it
+    /// fails keep their bytes.
     pub fn map_tokens(&self, of: impl Fn(&[u8]) -> Option<Vec<u8>>) -> Option<LogprobsView<'a>> {
         let token = self.token.iter().map(|bytes| of(bytes).map(Cow::Owned));
         let top = self.top.values.iter();

@@ -14,7 +14,7 @@ pub struct Student {
     pub path: PathBuf,
     /// Variables of the chat template, such as `enable_thinking`.
     pub template_args: BTreeMap<String, serde_json::Value>,
-    /// The date that a chat template is told, such as "2026-01-31".
+    /// Date that `strftime_now` returns in the chat template, such as "2026-01-31".
     pub template_date: Option<jiff::civil::Date>,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -83,19 +83,19 @@ pub struct Data {
     pub top_logprobs: Option<usize>,
     /// Finish reasons whose answers are trained on.
     pub keep_finish_reasons: Vec<String>,
-    /// What becomes of thinking that an answer begins with.
+    /// Treatment of thinking at the beginning of an answer.
     pub thinking: Thinking,
 }
 
-/// Thinking is what stands between `<think>` and `</think>` at the beginning of an answer.
+/// Treatment of the text between `<think>` and `</think>` at the beginning of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Thinking {
-    /// It is learnt, as the rest of the answer.
+    /// Supervised, like the rest of the answer.
     Supervise,
-    /// It stands before the answer, and is not learnt.
+    /// Kept in the input without loss.
     Context,
-    /// It is left out.
+    /// Removed from the example.
     Drop,
 }
 

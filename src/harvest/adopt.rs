@@ -34,7 +34,7 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// The key of an answer that was cut off at so many tokens; 0 where it is complete.
+    /// Key of an answer that was truncated at `cut_at` tokens; 0 if it is complete.
     fn key_of_answer(&self, cut_at: u32) -> String {
         match cut_at {
             0 => self.key.to_owned(),
@@ -102,7 +102,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             None => others.push((cut_at, half, record.key)),
         }
     }
-    // Complete answers first, and of those that were cut off the longest.
+    // Complete answers first, then truncated ones, longest first.
     others.sort_by_key(|(cut_at, ..)| match cut_at {
         0 => u32::MIN,
         cut_at => u32::MAX - cut_at,
@@ -110,7 +110,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     for (cut_at, half, record) in others {
         let of_question = rows.get(half.as_str()).into_iter().flatten();
         let mut free = of_question.filter(|row| {
-            // One that is too short is better than none.
+            // A truncated answer is adopted if there is no other.
             let least = if row.is_answered_by(cut_at) {
                 row.max_tokens
             } else {

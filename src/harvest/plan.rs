@@ -38,7 +38,7 @@ pub struct Row {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Open,
-    /// Open, and an earlier run ended because of it, or it failed there while other rows were answered.
+    /// Open; an earlier run ended because of it, or it failed while other rows were answered.
     Suspect,
     /// In the cache, or refused by a filter.
     Answered,
@@ -93,7 +93,7 @@ impl Scope<'_> {
 /// Inputs of the loop that adds rows to a plan.
 struct Adding<'a, S> {
     endpoints: Vec<Endpoint>,
-    /// By sample, of the teacher whose rows are added; empty where each request is written in full.
+    /// By sample, for the current teacher; empty if the full request is needed.
     templates: Vec<QuestionTemplate>,
     scope: Scope<'a>,
     past: &'a Past,
@@ -108,7 +108,7 @@ impl<S: Fn(&str) -> Result<Standing>> Adding<'_, S> {
         let mut ends = |name: &str| -> Result<bool> {
             match (self.standing)(name)? {
                 Standing::Open => {}
-                // An answer may have come since, under another name.
+                // A later run may have stored an answer under another name.
                 Standing::Suspect => found = Standing::Suspect,
                 end => found = end,
             }

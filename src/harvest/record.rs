@@ -76,7 +76,7 @@ fn quarantine(asking: &Asking, completion: &Completion) -> String {
     if completion.unreadable.is_some() {
         return UNREADABLE.into();
     }
-    // An error came beside the text, which may end anywhere.
+    // The response contains both a text and an error: the text may be incomplete.
     if answer.finish_reason == "error" && !answer.text.is_empty() {
         return "cut off by an error".into();
     }

@@ -146,7 +146,7 @@ fn says_to_wait(error: &ApiError) -> bool {
         || WORDS.iter().any(|words| message.contains(words))
 }
 
-/// Words for what is missing, or no longer served.
+/// Phrases for a missing or retired model.
 const MISSING: [&str; 6] = [
     "not found",
     "not exist",
@@ -156,11 +156,11 @@ const MISSING: [&str; 6] = [
     "no longer available",
 ];
 
-/// Returns true if the model is the subject of a message that something is missing. A 400 has many reasons, and
-/// a model may be named in each.
+/// Returns true if the message reports that the model is missing. Messages of a 400 may mention a model for many
+/// other reasons, so the model must be the subject.
 fn is_about_missing_model(message: &str) -> bool {
     const NAMES: [&str; 5] = ["", "name", "id", "specified", "requested"];
-    /// Words between the model and what is said of it: its name, and a verb.
+    /// Maximum number of words between "model" and such a phrase: its name and a verb.
     const BETWEEN: usize = 4;
     let message = message.to_lowercase();
     let is_invalid = message.split("invalid model").skip(1).any(|rest| {
@@ -189,7 +189,7 @@ fn names_no_model(error: &ApiError) -> bool {
         "not found the model",
     ];
     let message = error.message.to_lowercase();
-    // The words follow the model's name: "not found: a file for the model" is about something else.
+    // "not found: a file for the model" is about something else.
     let is_missing = |sentence: &str| {
         let about = sentence.find("model").map(|at| &sentence[at..]);
         about.is_some_and(|about| MISSING.iter().any(|words| about.contains(words)))

@@ -45,7 +45,7 @@ const CONTAINERS: [&str; 6] = [
     "sampling_params",
 ];
 
-/// Samples of a prompt whose questions are named by a template.
+/// Maximum number of question templates.
 const MAX_TEMPLATES: u32 = 1_000;
 
 /// Fields of most chat requests.
@@ -141,8 +141,8 @@ impl Asking {
         body
     }
 
-    /// For each sample up to a bound: what names its requests for prompts without fields of their own. Empty
-    /// where the rest of a request depends on its messages.
+    /// Question template of each sample, up to [`MAX_TEMPLATES`], for prompts without fields of their own. Empty
+    /// for scoring requests.
     pub fn templates(&self, samples: u32) -> Vec<QuestionTemplate> {
         if self.scoring.is_some() {
             return Vec::new();

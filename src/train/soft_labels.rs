@@ -10,7 +10,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::terminal::format_count;
 
-/// One in so many of the answers with logprobs must have soft labels, or else something is wrong.
+/// At least one in 20 answers with logprobs must have soft labels.
 const LEAST_USED: u64 = 20;
 
 /// What to do with soft labels.
@@ -60,14 +60,13 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
         }
         false => bail!(Exit::Usage(why)),
     };
-    // Of the answers that came with logprobs.
     let mut missed = report.ce_only.clone();
     let without = missed.remove(NO_LOGPROBS).unwrap_or_default();
     let with_logprobs = report.kept.saturating_sub(without);
     if with_logprobs > 0 && report.with_soft_labels * LEAST_USED < with_logprobs {
         refuse(format!(
-            "loss.kd = \"{}\" is to use the teacher's logprobs, and those of {} of {} answers cannot be used: \
-             {}. Set loss.kd = \"none\" to train on the answers alone, or --force to train all the same",
+            "loss.kd = \"{}\" needs the teacher's logprobs, and those of {} of {} answers cannot be used: {}. Set \
+             loss.kd = \"none\" to train on the answers alone, or pass --force",
             settings.kd.name(),
             format_count(with_logprobs - report.with_soft_labels),
             format_count(with_logprobs),

@@ -204,14 +204,14 @@ impl Student {
     }
 }
 
-/// Makes `generation_config.json` name every token that ends an answer.
+/// Adds all stop ids to `eos_token_id` in `generation_config.json`.
 fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<()> {
     let at = files
         .iter()
         .position(|(name, _)| *name == GENERATION_CONFIG);
     let mut settings = match at {
         Some(at) => serde_json::from_slice(&files[at].1)
-            .with_context(|| format!("{GENERATION_CONFIG} is no valid JSON"))?,
+            .with_context(|| format!("{GENERATION_CONFIG} is not valid JSON"))?,
         None => json!({}),
     };
     let named = match &settings["eos_token_id"] {

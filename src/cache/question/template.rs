@@ -1,4 +1,4 @@
-//! Names of many questions that share all but their messages.
+//! Hashes of requests that differ only in their messages.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -8,7 +8,7 @@ use crate::prompt::Message;
 
 const MESSAGES: &str = "messages";
 
-/// The question of requests that differ in their messages alone, with the rest of its text written once.
+/// Serialised request without its messages, shared by all prompts.
 #[derive(Debug)]
 pub struct QuestionTemplate {
     before: Vec<u8>,
@@ -18,7 +18,7 @@ pub struct QuestionTemplate {
 }
 
 impl QuestionTemplate {
-    /// `request` is one of these requests; its messages are ignored.
+    /// The messages of `request` are ignored.
     pub fn new(request: &Value, sample: u32) -> QuestionTemplate {
         let mut before = BEGINNING.to_vec();
         let mut after = Vec::new();
@@ -27,7 +27,7 @@ impl QuestionTemplate {
             is_part(name) && name < MESSAGES
         });
         write_fields(request, &mut after, |name| is_part(name) && name > MESSAGES);
-        // The braces between the two halves go, and commas come where there are fields.
+        // Joins the two halves: without the braces between them, and with commas if there are fields.
         before.pop();
         if before.len() > BEGINNING.len() + 1 {
             before.push(b',');
@@ -47,7 +47,7 @@ impl QuestionTemplate {
         }
     }
 
-    /// Same as [`Question::of`] the request with these messages.
+    /// Returns the same as [`Question::of`] for the request with these messages.
     pub fn question(&self, messages: &[Message]) -> Question {
         let mut text = Vec::with_capacity(USUAL_BYTES);
         text.extend_from_slice(&self.before);
@@ -60,7 +60,7 @@ impl QuestionTemplate {
     }
 }
 
-/// A message with its fields in the order in which they are hashed.
+/// A message with its fields sorted by name, as they are hashed.
 #[derive(Serialize)]
 struct SortedMessage<'a> {
     content: &'a str,

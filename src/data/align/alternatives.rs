@@ -30,14 +30,14 @@ pub enum Drawn {
     Unknown,
 }
 
-/// Fills `listed` with the teacher's alternatives at a position that have usable logprobs, the most likely ones
-/// of them, at most `most` and at most as many as were `asked` for, and the emitted token where it is not among
-/// these; probabilities that sum to slightly more than 1 are brought to 1.
+/// Fills `listed` with the most likely alternatives at a position that have usable logprobs: at most `most`, and
+/// at most the `asked` ones of the request. The emitted token is appended if it is not among them. Probabilities
+/// that sum to slightly more than 1 are normalised.
 ///
-/// Servers list an emitted token from outside the k best behind them, in place of the last one, or not at all:
-/// whether it is one of the k best is told by its rank.
+/// Servers list an emitted token from outside the top-k after the others, in place of the last one, or not at
+/// all, so its rank by logprob decides whether it belongs to the top-k.
 ///
-/// None if the probabilities sum to more than that.
+/// Returns None if the probabilities sum to more than that.
 pub fn alternatives<'t>(
     teacher: &'t LogprobsView,
     position: usize,
@@ -51,14 +51,14 @@ pub fn alternatives<'t>(
     for (bytes, &logprob) in teacher.top.get(position).iter().zip(logprobs) {
         if let Some(logprob) = logprob.filter(is_usable) {
             let is_known = |known: &(&[u8], f32)| known.1 == logprob && *known.0 == **bytes;
-            // Some list the emitted token twice. What has no bytes may be any token.
+            // Some servers list the emitted token twice. Tokens without bytes may differ.
             if bytes.is_empty() || !listed.iter().any(is_known) {
                 listed.push((bytes, logprob));
             }
         }
     }
     let asked = asked.unwrap_or(usize::MAX);
-    // Put first for having been emitted, it has taken the place of the last of the best.
+    // Listed first because it was emitted, it has replaced the last of the top-k.
     let first = listed.first().copied();
     let takes_place = listed.len() > 1
         && listed.len() == asked
@@ -100,7 +100,7 @@ pub fn alternatives<'t>(
     })
 }
 
-/// How often the most likely of the alternatives is the token that was emitted there.
+/// Counts how often the emitted token is the most likely alternative.
 pub(super) fn agreement(teacher: &LogprobsView, units: &[Unit]) -> Agreement {
     let mut agreement = Agreement::default();
     let tokens = units.iter().filter(|unit| unit.kind != Kind::Unknown);

@@ -155,8 +155,7 @@ impl<'a> Mapper<'a> {
     }
 
     /// Soft labels for `student`, the N tokens that spell the part `kept` of the answer's bytes,
-    /// possibly with what the template writes before it. `asked` is how many alternatives the teacher was
-    /// asked for.
+    /// possibly after text of the template. `asked` is the `top_logprobs` of the request.
     ///
     /// # Errors
     /// If one side's bytes do not add up, or the logprobs are none.
@@ -209,7 +208,7 @@ impl<'a> Mapper<'a> {
                 continue;
             }
             aligned.fill(at);
-            // One bad position costs itself.
+            // A bad position leaves the others usable.
             let Some(known) = alternatives(teacher, position, self.most, asked, &mut listed) else {
                 aligned.bad += 1;
                 continue;
@@ -343,8 +342,8 @@ impl<'a> Mapper<'a> {
         }
     }
 
-    /// Gate 1: a run of the teacher's tokens spells the answer, as they are or with the spelling of a
-    /// vocabulary undone. Returns it, and the logprobs if their spelling was undone.
+    /// Gate 1: finds the run of teacher tokens that spells the answer. If the tokens are raw vocabulary
+    /// entries (`Ġfoo`, `▁foo`), they are decoded first, and the decoded logprobs are returned.
     fn teacher_units<'t>(
         &self,
         teacher: &'t LogprobsView<'t>,
@@ -366,8 +365,8 @@ impl<'a> Mapper<'a> {
         Err(Mismatch::Teacher)
     }
 
-    /// Gate 2: the student's bytes end with the answer's; what the template writes before them is no part of
-    /// it. Returns where each token ends in the answer (N).
+    /// Gate 2: checks that the student's bytes end with the answer's; template text may precede them. Returns
+    /// the end of each token in the answer (N).
     fn student_ends(
         &self,
         student: &[u32],
@@ -387,7 +386,7 @@ impl<'a> Mapper<'a> {
         let mut at = 0;
         let ends = spelled.iter().map(|bytes| {
             at += bytes.len();
-            // What the template writes ends where the answer starts.
+            // Template text ends at the start of the answer.
             kept.start + at.saturating_sub(lead)
         });
         Ok(ends.collect())

@@ -1,40 +1,49 @@
 //! The run of a teacher's tokens that spells an answer.
 //!
-//! A server may tell more tokens than the text it hands out has: thinking before it, white space that it took
-//! off, a stop string behind it. And it may tell less: tokens without bytes, or U+FFFD for a part of a
-//! character.
+//! A server may report logprobs of more tokens than its text contains: thinking before it, stripped white space,
+//! a stop string after it. It may also report tokens without their bytes, or U+FFFD for a part of a character.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
 /// U+FFFD in UTF-8.
 const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
-/// Bytes and tokens that may follow an answer: a stop string, and what ends a turn.
+/// Maximum number of bytes after an answer: a stop string and the end of the turn.
 const MOST_BEHIND: usize = 256;
-/// Bytes that a token without known bytes may stand for.
+/// Maximum number of bytes of a token whose bytes are not reported.
 const MOST_UNKNOWN: usize = 16;
 
-/// Some of the teacher's tokens, up to a place in the answer.
+/// Teacher tokens that end at a known byte of the answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit {
     pub tokens: Range<usize>,
-    /// Bytes of the answer.
+    /// Byte of the answer at which they end.
     pub end: usize,
     pub kind: Kind,
 }
 
+impl Unit {
+    fn token(index: usize, end: usize) -> Unit {
+        Unit {
+            tokens: index..index + 1,
+            end,
+            kind: Kind::Token,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// One token with its bytes.
+    /// One token whose bytes are known.
     Token,
-    /// Tokens of which it is not known where one ends and the next one begins.
+    /// Tokens whose boundaries are unknown.
     Unknown,
-    /// A token that begins before the answer, or ends behind it.
+    /// A token that starts before the answer or ends after it.
     Partial,
 }
 
-/// Cuts the answer, of which the student is shown the part `kept`, where the teacher's tokens end. None if they
-/// do not spell it. `is_stop` tells tokens that may stand behind an answer.
+/// Finds the teacher tokens that spell the answer, or its part `kept` that the student's template keeps. Returns
+/// None if no run of them does. `is_stop` identifies tokens that may follow an answer.
 pub fn find(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
@@ -46,7 +55,7 @@ pub fn find(
         .or_else(|| around_unknown(tokens, answer, &is_stop))
 }
 
-/// Nothing but stop tokens stands behind the answer, and nothing before it.
+/// Matches tokens that spell the answer from the first one on, followed by stop tokens alone.
 fn whole(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
@@ -62,17 +71,12 @@ fn whole(
             return None;
         }
         at += bytes.len();
-        units.push(Unit {
-            tokens: index..index + 1,
-            end: at,
-            kind: Kind::Token,
-        });
+        units.push(Unit::token(index, at));
     }
     (at == answer.len()).then_some(units)
 }
 
-/// The text, which begins at `start` of its answer, is somewhere in what the tokens spell, at its end but for
-/// little.
+/// Finds a text, which starts at byte `start` of its answer, near the end of the text of all tokens.
 fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<Unit>> {
     if text.is_empty() {
         return None;
@@ -113,7 +117,8 @@ fn is_unknown(bytes: &[u8]) -> bool {
     bytes.is_empty() || memchr::memmem::find(bytes, REPLACEMENT).is_some()
 }
 
-/// Tokens whose bytes are known stand where the text has them; those between spell what is between.
+/// Matches the tokens with known bytes in order, and assigns the bytes between two of them to the unknown tokens
+/// between them.
 fn around_unknown(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
@@ -147,11 +152,7 @@ fn around_unknown(
             return None;
         }
         at += bytes.len();
-        units.push(Unit {
-            tokens: index..index + 1,
-            end: at,
-            kind: Kind::Token,
-        });
+        units.push(Unit::token(index, at));
     }
     let left = answer.len() - at;
     match unknown {

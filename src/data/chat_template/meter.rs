@@ -107,15 +107,15 @@ struct Meter {
 
 static BUILTIN: LazyLock<Environment<'static>> = LazyLock::new(Environment::new);
 
-/// An environment for messages of `input` bytes in all: what `transformers` gives to a chat template, with
-/// `date` in place of the clock.
+/// The environment that `transformers` provides to chat templates, with `date` instead of the clock, for
+/// messages of `input` bytes in total.
 pub fn environment(input: usize, date: Option<DateTime>) -> Environment<'static> {
     let mut env = METERED.clone();
     env.add_global(INPUT, input);
     env.add_function("strftime_now", move |format: String| match date {
         None => Err(Error::new(
             ErrorKind::InvalidOperation,
-            "it asks for the date: set `student.template_date`",
+            "it calls `strftime_now`: set `student.template_date`",
         )),
         Some(_) if format.len() > LONGEST_FORMAT => Err(refusal("its date format is too long")),
         Some(date) => jiff::fmt::strtime::format(&format, date)
@@ -161,7 +161,7 @@ static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
             BUILTIN.empty_state().perform_test(name, &args)
         });
     }
-    // As Python says of texts, dictionaries, None and what is undefined.
+    // Python's semantics for strings, dictionaries, None and undefined values.
     env.add_test("iterable", |value: &Value| {
         value.is_undefined() || (!value.is_none() && value.try_iter().is_ok())
     });

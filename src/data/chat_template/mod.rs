@@ -20,7 +20,7 @@ use minijinja::{Value, context};
 use crate::exit::Exit;
 use crate::prompt::Message;
 
-/// A template that gives variables these values, unless whoever renders it gives others.
+/// Prepends default values of variables to a template; values passed at rendering take precedence.
 ///
 /// # Errors
 /// [`Exit::Usage`] for a name that no variable can have.
@@ -34,7 +34,7 @@ pub fn with_arguments(
             && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
         if name.is_empty() || !is_name {
             bail!(Exit::Usage(format!(
-                "`student.template_args` names {name:?}, which is no variable of a chat template"
+                "`student.template_args` contains {name:?}, which is not a valid variable name"
             )));
         }
         let value = literal(value);
@@ -45,7 +45,7 @@ pub fn with_arguments(
     Ok(text + source)
 }
 
-/// A value in the language of templates.
+/// A JSON value as a Jinja literal.
 fn literal(value: &serde_json::Value) -> String {
     use serde_json::Value;
     match value {
@@ -59,7 +59,7 @@ fn literal(value: &serde_json::Value) -> String {
             let fields: Vec<_> = fields
                 .map(|(name, value)| format!("{}: {}", Value::from(name.as_str()), literal(value)))
                 .collect();
-            // No space before the end: two braces would end the tag.
+            // Without the space, two closing braces would end the tag.
             format!("{{{} }}", fields.join(", "))
         }
         scalar => scalar.to_string(),
@@ -71,8 +71,8 @@ fn literal(value: &serde_json::Value) -> String {
 pub enum Span {
     /// Text of the template itself, where control tokens are control tokens.
     Template(String),
-    /// Content of message number `message`, possibly without the white space at its ends. An answer that
-    /// begins with thinking may have two: the thinking, and the rest.
+    /// Content of message number `message`, possibly stripped. An answer with thinking may have two spans:
+    /// the thinking and the rest.
     Content { message: usize, text: String },
 }
 
@@ -88,7 +88,7 @@ impl Span {
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     source: String,
-    /// By role, as `bos_token`.
+    /// Special tokens by variable name, such as `bos_token`.
     tokens: Vec<(&'static str, String)>,
     date: Option<DateTime>,
 }
@@ -104,12 +104,12 @@ impl ChatTemplate {
         }
     }
 
-    /// A further token that the template may name.
+    /// Adds a variable for a special token.
     pub fn name_token(&mut self, role: &'static str, token: &str) {
         self.tokens.push((role, token.to_owned()));
     }
 
-    /// What `strftime_now` tells; without it, a template that asks for the date fails.
+    /// Sets the date that `strftime_now` returns; a template that calls it fails without one.
     pub fn set_date(&mut self, date: DateTime) {
         self.date = Some(date);
     }
@@ -188,7 +188,7 @@ fn marker(messages: &[Message]) -> String {
     format!("{MARKER_START}{}-", hasher.finalize().to_hex())
 }
 
-/// A part of a content: text, or a tag around thinking with the white space that belongs to it.
+/// A part of a message: text, or a thinking tag with the white space around it.
 struct ContentPart<'a> {
     text: &'a str,
     is_tag: bool,
@@ -196,8 +196,8 @@ struct ContentPart<'a> {
 
 const THINKING: (&str, &str) = ("<think>", "</think>");
 
-/// An answer that begins with thinking in parts, any other content whole: some templates take thinking apart,
-/// move it, or leave it out.
+/// Splits an answer that begins with thinking, since some templates parse, move or drop thinking. Any other
+/// message is one part.
 fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
     let text = |text: &'a str| ContentPart {
         text,
@@ -215,7 +215,7 @@ fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
     }
 }
 
-/// The bytes of the thinking that a content begins with, without the line ends at both of its ends.
+/// Byte range of the thinking at the beginning of a message, without line breaks around it.
 fn thinking(content: &str) -> Option<Range<usize>> {
     let (open, close) = THINKING;
     let opened = content.trim_start().strip_prefix(open)?;
@@ -226,7 +226,7 @@ fn thinking(content: &str) -> Option<Range<usize>> {
     Some(start..end)
 }
 
-/// Where the answer begins behind thinking that ends at `end`.
+/// First byte of the answer after thinking that ends at `end`.
 fn answer_after(content: &str, end: usize) -> usize {
     let (_, close) = THINKING;
     let rest = &content[end..];
@@ -234,13 +234,13 @@ fn answer_after(content: &str, end: usize) -> usize {
     content.len() - rest.trim_start().len()
 }
 
-/// Where the answer in a content begins: behind its thinking, if it begins with any.
+/// First byte of the answer in a message: after its thinking, if there is any.
 pub fn answer_start(content: &str) -> usize {
     thinking(content).map_or(0, |range| answer_after(content, range.end))
 }
 
-/// Cuts `real` where `marked` has its markers, which are numbers in `parts`: messages and their texts. None
-/// if the two do not agree.
+/// Splits `real` at the markers in `marked`, which are indices into `parts` (message number and text). Returns
+/// None if the two renderings differ.
 fn follow(real: &str, marked: &str, marker: &str, parts: &[(usize, &str)]) -> Option<Vec<Span>> {
     let mut pieces = marked.split(marker);
     let first = pieces.next().unwrap_or_default();

@@ -3,7 +3,7 @@
 use minijinja::value::from_args;
 use minijinja::{Error, ErrorKind, Value};
 
-/// Calls a method. None where the value is no string, or the method is not one of these.
+/// Calls a string method. Returns None for other values and methods.
 pub fn call(value: &Value, method: &str, args: &[Value]) -> Option<Result<Value, Error>> {
     let text = value.as_str()?;
     let result = match method {
@@ -36,7 +36,7 @@ fn index(text: &str, args: &[Value]) -> Result<Value, Error> {
     Ok(text[..at].chars().count().into())
 }
 
-/// The text before, in and behind a separator; `without` where it is not there.
+/// Text before the separator, the separator, and the text after it; `without` if there is no separator.
 fn partition(
     text: &str,
     args: &[Value],
@@ -69,8 +69,9 @@ fn rsplit(text: &str, args: &[Value]) -> Result<Value, Error> {
 }
 
 fn swap(letter: char) -> Vec<char> {
-    match letter.is_uppercase() {
-        true => letter.to_lowercase().collect(),
-        false => letter.to_uppercase().collect(),
+    if letter.is_uppercase() {
+        letter.to_lowercase().collect()
+    } else {
+        letter.to_uppercase().collect()
     }
 }

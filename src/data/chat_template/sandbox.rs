@@ -26,7 +26,7 @@ const LARGEST_TAG: usize = 1_000;
 const BRANCHES: usize = 500;
 
 /// Renders `source`. `messages` is how many messages the context holds and `input` their bytes;
-/// both widen what the template may take. `date` is what `strftime_now` tells.
+/// both widen what the template may take. `strftime_now` returns `date`.
 pub fn render(
     source: &str,
     context: Value,

@@ -148,8 +148,8 @@ pub fn load(
     Ok(dataset)
 }
 
-/// What the last answer of each example answers, by the example's key, as messages; for every answer inside of
-/// a conversation too, which may be an example of its own.
+/// Prompt of each example by its key: the messages before the answer. Includes the answers inside
+/// conversations, which may be separate examples.
 ///
 /// # Errors
 /// If the source cannot be read, or a row of a file of conversations is none.

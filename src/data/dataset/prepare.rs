@@ -75,7 +75,7 @@ pub fn run(
     writer.finish(entries, hash, report)
 }
 
-/// Pairs of endings of prompts that are counted apart.
+/// Maximum number of distinct prompt endings in the report.
 const MOST_DIFFERENCES: usize = 20;
 
 /// What the threads made, or the first error by the number of its line: portions are handed out in order
@@ -226,16 +226,16 @@ struct Ready {
     answer: usize,
     /// Why it has no soft labels.
     ce_only: Option<String>,
-    /// How many of its answers are learnt, and how many of these end without a token that says so.
+    /// Number of supervised answers, and of those without an end-of-turn token.
     answers: u64,
     without_end: u64,
     difference: Option<Difference>,
-    /// Messages that are answers behind other prompts than those of a generating model.
-    elsewhere: Vec<usize>,
+    /// Indices of answers that need separate examples: their prefix here differs from the generation prompt.
+    separate: Vec<usize>,
 }
 
 impl Preparing<'_> {
-    /// Returns rows for answers of this one that need an example of their own.
+    /// Adds the row. Returns rows for those of its answers that need separate examples.
     fn add<'r>(
         &mut self,
         number: u64,
@@ -265,7 +265,7 @@ impl Preparing<'_> {
                 "{:?} for generation, {:?} in a conversation",
                 difference.generation, difference.conversation
             );
-            // Prompts end alike but for a date, say.
+            // Each could contain a date or an id.
             let known = report.differences.len() < MOST_DIFFERENCES;
             if known || report.differences.contains_key(&shown) {
                 increment(&mut report.differences, shown);
@@ -289,7 +289,7 @@ impl Preparing<'_> {
             answer: ready.answer,
             exact,
         };
-        // Of a file by their lines, and of a line by its messages; only files have several of a line.
+        // Rows of a file are ordered by line and message, records of a cache by key.
         let order = if self.in_file { "" } else { &*row.key };
         let message = row.message.unwrap_or(0).min(u16::MAX.into()) as u64;
         part.push(
@@ -298,7 +298,7 @@ impl Preparing<'_> {
             ready.soft.mapped_mass,
             &example,
         )?;
-        let others = ready.elsewhere.into_iter();
+        let others = ready.separate.into_iter();
         Ok(others.map(|message| row.up_to(message)).collect())
     }
 
@@ -320,7 +320,7 @@ impl Preparing<'_> {
             Thinking::Context => answer.after_thinking,
             Thinking::Supervise | Thinking::Drop => answer.supervised.start,
         };
-        let mut elsewhere = Vec::new();
+        let mut separate = Vec::new();
         // A token at the very start is predicted by nothing.
         let mut supervise = |range: Range<usize>| labels.push(range.start.max(1)..range.end);
         if row.every_answer {
@@ -328,7 +328,7 @@ impl Preparing<'_> {
                 if answer.is_behind_its_prompt {
                     supervise(from(answer)..answer.supervised.end);
                 } else {
-                    elsewhere.push(answer.message);
+                    separate.push(answer.message);
                 }
             }
         }
@@ -387,7 +387,7 @@ impl Preparing<'_> {
             answers,
             without_end: u64::from(ends_open),
             difference: conversation.difference,
-            elsewhere,
+            separate,
         })
     }
 }

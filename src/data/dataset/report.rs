@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::classes::Classes;
 use crate::data::gate::Gate;
 
-/// Why an answer has no soft labels where it came without logprobs.
+/// Reason in [`Report::ce_only`] for an answer without logprobs.
 pub const NO_LOGPROBS: &str = "no logprobs";
 
 /// Counts of rows and positions, for the user and for `--json`.
@@ -24,17 +24,17 @@ pub struct Report {
     pub dropped: BTreeMap<String, u64>,
     /// Kept answers that train on cross-entropy alone, by reason.
     pub ce_only: BTreeMap<String, u64>,
-    /// Answers that are learnt, and those of them that no token ends.
+    /// Supervised answers, and those without an end-of-turn token.
     #[serde(default)]
     pub answers: u64,
     #[serde(default)]
     pub without_end: u64,
-    /// Answers in examples of their own: inside of their conversation, they are behind another prompt than
-    /// the one that a model generates from.
+    /// Answers made into separate examples, since their prefix in the conversation differs from the generation
+    /// prompt.
     #[serde(default)]
     pub split: u64,
-    /// Answers before which the template writes something else in a conversation than for generation, and the
-    /// ends of both prompts; the examples have the latter.
+    /// Answers whose prefix in the rendered conversation differs from the generation prompt, which the examples
+    /// use; and the ends of both by frequency.
     #[serde(default)]
     pub different: u64,
     #[serde(default)]
@@ -141,16 +141,16 @@ impl fmt::Display for Report {
         if self.split > 0 {
             write!(
                 f,
-                "\n{} answers are examples of their own: inside of their conversation, the chat template \
-                 writes another prompt before them than for generation",
+                "\n{} answers inside conversations became separate examples: their prefix there differs from \
+                 the generation prompt",
                 self.split
             )?;
         }
         if self.different > 0 {
             write!(
                 f,
-                "\n{} answers are behind the prompt for generation, which differs from what the chat template \
-                 writes in a conversation: {}",
+                "\n{} answers are trained after the generation prompt, which differs from their prefix in the \
+                 rendered conversation: {}",
                 self.different,
                 by_reason(&self.differences)
             )?;
@@ -158,7 +158,7 @@ impl fmt::Display for Report {
         if self.without_end > 0 {
             write!(
                 f,
-                "\n{} of {} answers are ended by no token: the student does not learn to stop there",
+                "\n{} of {} answers have no end-of-turn token: the student does not learn to stop after them",
                 self.without_end, self.answers
             )?;
         }

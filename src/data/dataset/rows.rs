@@ -15,7 +15,7 @@ use crate::prompt::Message;
 pub struct Row<'a> {
     /// Names the row in errors.
     pub key: String,
-    /// The message of a longer conversation that is its answer.
+    /// Index of its answer, if the row is an earlier answer of a conversation.
     pub message: Option<usize>,
     /// Rows with the same id land on the same side of the split.
     pub prompt_id: String,
@@ -27,14 +27,14 @@ pub struct Row<'a> {
     pub ended: bool,
     /// How the last answer was drawn.
     pub sampling: Sampling,
-    /// How many alternatives the teacher was asked for at each position.
+    /// `top_logprobs` of the request.
     pub asked: Option<usize>,
     /// Of the last answer.
     pub logprobs: Option<LogprobsView<'a>>,
 }
 
 impl<'a> Row<'a> {
-    /// A row of the answer `message` alone, which is not the last one.
+    /// A row that supervises the earlier answer `message` alone.
     pub fn up_to(&self, message: usize) -> Row<'a> {
         Row {
             key: self.key_of(message),
@@ -49,12 +49,12 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// The key of such a row.
+    /// Key of the row of an earlier answer.
     pub fn key_of(&self, message: usize) -> String {
         format!("{}:{message}", self.key)
     }
 
-    /// Takes the thinking that answers begin with out of them.
+    /// Removes thinking from the beginning of answers.
     pub fn drop_thinking(&mut self) {
         let answers = self.messages.iter_mut();
         for answer in answers.filter(|message| message.role == "assistant") {

@@ -1,6 +1,6 @@
-//! Added tokens: which ones a model folder has, and where they stand in a text.
+//! Added tokens of a model folder, and their occurrences in a text.
 //!
-//! A tokenizer looks for added tokens before anything else, and encodes the text between them on its own.
+//! A tokenizer finds added tokens first, and encodes the text between them separately.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,8 +12,8 @@ use tokenizers::{AddedVocabulary, NormalizerWrapper, OffsetReferential, OffsetTy
 
 use super::files::Files;
 
-/// Adds to `tokenizer`, a parsed `tokenizer.json`, the tokens that only the other files of the folder name,
-/// as `transformers` does when it loads a folder.
+/// Adds tokens that only the other files of the folder list to `tokenizer`, a parsed `tokenizer.json`, as
+/// `transformers` does on loading.
 pub fn complete(tokenizer: &mut Value, files: &Files) {
     let mut next = next_id(tokenizer);
     let mut new_id = || {
@@ -41,7 +41,7 @@ pub fn complete(tokenizer: &mut Value, files: &Files) {
             }
         }
     }
-    // Special tokens that are in no vocabulary get an id each, where anything can make them.
+    // A special token outside the vocabulary gets an id if the chat template can produce it.
     let template = files.chat_template.as_deref().unwrap_or_default();
     for name in files.special_tokens() {
         let is_known = known.contains_key(name) || id_in_vocabulary(vocabulary, name).is_some();
@@ -62,7 +62,7 @@ pub fn special(content: &str, id: u64) -> Value {
     })
 }
 
-/// The id that the next added token gets.
+/// Id of the next new token.
 fn next_id(tokenizer: &Value) -> u64 {
     let vocabulary = &tokenizer["model"]["vocab"];
     let size = vocabulary.as_object().map_or_else(
@@ -74,7 +74,7 @@ fn next_id(tokenizer: &Value) -> u64 {
     largest.map_or(0, |id| id + 1).max(size as u64)
 }
 
-/// The id of a token in the vocabulary of a model: an object of ids, or a list of tokens with scores.
+/// Id of a token in a vocabulary: an object of ids, or a list of tokens with scores.
 pub fn id_in_vocabulary(vocabulary: &Value, token: &str) -> Option<u64> {
     match vocabulary {
         Value::Object(ids) => ids.get(token)?.as_u64(),
@@ -86,17 +86,19 @@ pub fn id_in_vocabulary(vocabulary: &Value, token: &str) -> Option<u64> {
     }
 }
 
-/// Finds added tokens that are plain text; `None` where there are none.
+/// Fast search for added tokens that are not control tokens.
 #[derive(Debug)]
 pub struct PlainAdded {
     names: AhoCorasick,
-    /// Normalisation may make such a token of a text that does not hold its name.
+    /// Normalisation may produce such a token from a text without its name.
     by_normalising: bool,
 }
 
 impl PlainAdded {
+    /// Returns None if there are none.
+    ///
     /// # Errors
-    /// If there are more names than the search can hold.
+    /// If the names exceed the limits of the search.
     pub fn new(vocabulary: &AddedVocabulary, normalises: bool) -> Result<Option<PlainAdded>> {
         let plain = vocabulary.get_added_tokens_decoder().values();
         let plain: Vec<_> = plain.filter(|token| !token.special).collect();
@@ -121,7 +123,7 @@ impl PlainAdded {
     }
 }
 
-/// The added tokens that `vocabulary` finds in a text, in order: their bytes in it and ids.
+/// Finds the added tokens of `vocabulary` in a text, in order: byte ranges and ids.
 pub fn find(
     vocabulary: &AddedVocabulary,
     normalizer: Option<&NormalizerWrapper>,

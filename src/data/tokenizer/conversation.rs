@@ -2,8 +2,8 @@
 //!
 //! Text between two control tokens is encoded in one go, template text and contents together, so
 //! that the ids are those of the whole rendered conversation, which pre-training and every server
-//! use. The exception is an answer: a new stretch begins where a generating model begins, at the end of the
-//! prompt as the template renders it for generation, and again where the answer ends.
+//! use. The exception is an answer, which is encoded separately: from the end of the generation prompt to the
+//! end of its content, as a model generates it.
 
 use std::ops::Range;
 
@@ -20,12 +20,12 @@ pub struct Conversation {
     pub ids: Vec<u32>,
     /// The assistant's messages, in order.
     pub answers: Vec<AnswerTokens>,
-    /// Where the template writes another prompt for generation than before the last answer: the ends of
-    /// both. The ids have the former.
+    /// Set if the generation prompt differs from the rendered prefix of the last answer; `ids` begin with the
+    /// generation prompt.
     pub difference: Option<Difference>,
 }
 
-/// Ends of a prompt as it is rendered for generation, and inside of a conversation.
+/// Ends of the generation prompt and of the prefix in the rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     pub generation: String,
@@ -37,20 +37,20 @@ pub struct Difference {
 pub struct AnswerTokens {
     /// The message's index.
     pub message: usize,
-    /// The bytes of its content that `tokens` end with.
+    /// Byte range of the content that `tokens` end with.
     pub text: Range<usize>,
-    /// The tokens that the model has to generate up to the end of the content: what the template puts
-    /// between prompt and content, and the content.
+    /// Tokens from the end of the generation prompt to the end of the content: text of the template that the
+    /// model has to generate, and the content.
     pub tokens: Range<usize>,
     /// `tokens` and what follows up to the token that ends the turn, if one does.
     pub supervised: Range<usize>,
-    /// The first token of the content behind its thinking; that of `tokens` where there is none.
+    /// First token after the thinking, or of `tokens` without thinking.
     pub after_thinking: usize,
-    /// Do the ids before it equal its prompt as it is rendered for generation?
+    /// True if the ids before `tokens` equal the generation prompt.
     pub is_behind_its_prompt: bool,
 }
 
-/// Encodes the prompt for an answer to these messages.
+/// Encodes the generation prompt of these messages.
 pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
     let spans = tokenizer.template()?.render(messages, true)?;
     let mut writer = Writer::new(tokenizer);
@@ -75,9 +75,9 @@ pub fn encode(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Conversatio
     let mut at = 0;
     for (number, answer) in answers.0.iter().enumerate() {
         let before = &text[..answer.start];
-        // A template may refuse a conversation that is cut off here; then nothing is known.
+        // Some templates reject such a prefix; then there is no generation prompt to compare with.
         let prompt = template.render_text(&messages[..answer.message], true).ok();
-        // Where the prompt ends, if it ends behind what came before.
+        // End of the generation prompt, if it is a prefix that ends after the previous message.
         let end = match &prompt {
             None => Some(answer.start),
             Some(prompt) if before.starts_with(prompt.as_str()) => {
@@ -105,7 +105,7 @@ pub fn encode(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Conversatio
     Ok(writer.done)
 }
 
-/// The last answer behind the prompt for it, where the template writes another text before it in a
+/// Encodes the last answer after the generation prompt, which differs from its prefix in the rendered
 /// conversation.
 fn composed(
     tokenizer: &Tokenizer,
@@ -124,7 +124,7 @@ fn composed(
     writer.answer(&[], answer, spans, messages, true)?;
     writer.prompt(&spans[answer.spans.end..])?;
     let mut done = writer.done;
-    // Those before are in the prompt, and are learnt in examples of their own.
+    // Earlier answers are part of the prompt here.
     let others = messages.iter().enumerate();
     let others = others.filter(|(_, message)| message.role == "assistant");
     let others = others.take(earlier).map(|(message, _)| AnswerTokens {
@@ -143,7 +143,7 @@ fn composed(
     Ok(done)
 }
 
-/// What `text` has behind its common beginning with `other`, and a little before.
+/// End of `text` from a little before its first difference to `other`.
 fn ending(text: &str, other: &str) -> String {
     const SHOWN: usize = 60;
     let common = text.bytes().zip(other.bytes()).take_while(|(a, b)| a == b);
@@ -157,14 +157,14 @@ fn length(spans: &[Span]) -> usize {
     spans.iter().map(|span| span.text().len()).sum()
 }
 
-/// Where the answers are in a rendered conversation.
+/// Answers in a rendered conversation, in order.
 struct Answers(Vec<Answer>);
 
 struct Answer {
     message: usize,
-    /// The first byte of its content.
+    /// First byte of its content.
     start: usize,
-    /// Its content, with what the template puts between parts of it.
+    /// Spans of its content, and of template text between them.
     spans: Range<usize>,
 }
 
@@ -222,7 +222,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Writes what no model has to generate, and ends the stretch of text.
+    /// Writes spans and encodes the pending text.
     fn prompt(&mut self, spans: &[Span]) -> Result<()> {
         for span in spans {
             match span {
@@ -233,7 +233,7 @@ impl<'a> Writer<'a> {
         self.flush()
     }
 
-    /// Splits the spans before an answer where its prompt ends, at byte `end` of the whole text.
+    /// Splits the spans before an answer at the end of its prompt, byte `end` of the whole text.
     fn split(
         &self,
         spans: &[Span],
@@ -286,7 +286,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Writes an answer, and before it the `lead` that the template puts between prompt and content.
+    /// Writes an answer: `lead`, the text of the template between prompt and content, and the content.
     fn answer(
         &mut self,
         lead: &[Span],
@@ -325,7 +325,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// The first of those of `tokens` that spell their last so many bytes.
+/// First token of the shortest suffix of `tokens` with at least this number of bytes.
 pub fn first_of_last(
     tokenizer: &Tokenizer,
     ids: &[u32],
@@ -342,7 +342,7 @@ pub fn first_of_last(
     at
 }
 
-/// The bytes of a content that `written`, which ends with its last part `last`, ends with as well.
+/// Byte range of the longest part of `content` that `written` ends with; `last` is its last span.
 fn kept(content: &str, written: &str, last: &str) -> Range<usize> {
     let end = content.rfind(last).unwrap_or(0) + last.len();
     let same = content[..end].chars().rev().zip(written.chars().rev());

@@ -11,7 +11,7 @@ pub struct Files {
     special_tokens_map: Value,
     generation_config: Value,
     config: Value,
-    /// Of folders from before `tokenizer_config.json` had them.
+    /// `added_tokens.json` of older folders.
     added_tokens: Value,
     /// The chat template, where there is one.
     pub chat_template: Option<String>,
@@ -81,8 +81,8 @@ impl Files {
         tokens
     }
 
-    /// Added tokens that the files list, by their ids, each as an entry of `added_tokens` in a
-    /// `tokenizer.json`; without `tokenizer_config.json`'s list, those of `added_tokens.json`.
+    /// Added tokens in `tokenizer_config.json`, or else in `added_tokens.json`, sorted by id, in the format of
+    /// `added_tokens` in `tokenizer.json`.
     pub fn added_tokens(&self) -> Vec<Value> {
         let flags = ["special", "normalized", "single_word", "lstrip", "rstrip"];
         let mut tokens: Vec<(u64, Value)> = Vec::new();
@@ -91,7 +91,7 @@ impl Files {
                 let content = &token["content"];
                 let mut entry = json!({"content": content});
                 for flag in flags {
-                    // The defaults of `AddedToken`: what is not special is looked for in normalised text.
+                    // The defaults of `AddedToken`: tokens that are not special match normalised text.
                     let default = flag == "normalized" && token["special"] != true;
                     entry[flag] = token[flag].as_bool().unwrap_or(default).into();
                 }

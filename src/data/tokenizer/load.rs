@@ -19,7 +19,7 @@ use crate::exit::Exit;
 /// as by default, after which every rare word would be put together anew.
 const REMEMBERED: usize = 1 << 16;
 
-/// `arguments` are variables of the chat template.
+/// Loads a folder; `arguments` are default values of variables of the chat template.
 pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let path = dir.join("tokenizer.json");
     let source = match std::fs::read_to_string(&path) {
@@ -80,7 +80,7 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
         .or(files.token("unk_token"))
         .and_then(|token| text.token_to_id(token))
         .or_else(|| json["model"]["unk_id"].as_u64()?.try_into().ok());
-    // Bytes of what is in the vocabulary too are told by its spelling there: Gemma's runs of spaces.
+    // For a token of the vocabulary, its spelling there gives the bytes: Gemma's runs of spaces.
     plain_added
         .retain(|(id, token)| !special.contains(id) && vocabulary.get(&token.content) != Some(id));
     let bytes = TokenBytes::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
@@ -102,7 +102,7 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
         template
     });
     let space_after_control = !has_metaspace_for_first(&json["pre_tokenizer"]);
-    // Tokens looked for in normalised text have the space of a normalizer before them already.
+    // A normalizer prepends its space before tokens in normalised text are matched.
     let by_words = has_part(&json["pre_tokenizer"], "Metaspace");
     let adds_space = space_after_control && continuing.is_some();
     let spacing = plain_added
@@ -130,7 +130,7 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
         pieces: Pieces::new(&json),
         changed_template: files.chat_template.filter(|_| !arguments.is_empty()),
     };
-    // A base model may be told to stop at another token than the one that its template ends a turn with.
+    // The eos token of a base model may differ from the end of turn in its template.
     if let Some(end) = tokenizer.end_of_turn()
         && !tokenizer.stop_ids.contains(&end)
     {

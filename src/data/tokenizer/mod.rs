@@ -42,11 +42,11 @@ pub struct Tokenizer {
     space_after_control: bool,
     /// Finds the control tokens in template text.
     control: AddedVocabulary,
-    /// Finds the other added tokens in any text. None where there are none.
+    /// Finds the other added tokens in any text. None if there are none.
     plain_added: Option<PlainAdded>,
-    /// Of these, those after which text gets the space too, if it gets one after a control token.
+    /// Those of `plain_added` after which the tokenizer adds a prefix space.
     spacing: HashSet<u32>,
-    /// Does the space come before the search for some of them?
+    /// True if a normalizer adds the prefix space, before normalised added tokens are matched.
     prepends_by_normalizer: bool,
     special: HashSet<u32>,
     unknown: Option<u32>,
@@ -95,14 +95,14 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// The date that the chat template is told.
+    /// Sets the date that `strftime_now` returns in the chat template.
     pub fn set_date(&mut self, date: DateTime) {
         if let Some(template) = &mut self.template {
             template.set_date(date);
         }
     }
 
-    /// The chat template, where it is not that of the folder.
+    /// Chat template with its arguments, if there are any.
     pub fn changed_template(&self) -> Option<&str> {
         self.changed_template.as_deref()
     }
@@ -112,10 +112,10 @@ impl Tokenizer {
         &self.dir
     }
 
-    /// The control token that the template ends an answer with, if there is one.
+    /// End-of-turn token of the chat template: the control token after an answer.
     fn end_of_turn(&mut self) -> Option<u32> {
         let template = self.template.clone()?;
-        // Whatever it asks for, the end is the same.
+        // The end of turn does not depend on the date.
         self.set_date(DateTime::constant(2000, 1, 1, 0, 0, 0, 0));
         let messages = [Message::new("user", "a"), Message::new("assistant", "b")];
         let conversation = conversation::encode(self, &messages);
@@ -158,7 +158,7 @@ impl Tokenizer {
         };
         let Range { end, .. } = answer.tokens;
         ids.truncate(end);
-        // Without what the template writes before it, which the model has to generate as well.
+        // Without text of the template before the content.
         let start = conversation::first_of_last(self, &ids, &answer.tokens, answer.text.len());
         Ok((ids, start..end))
     }
@@ -185,7 +185,7 @@ impl Tokenizer {
         conversation::encode(self, messages)
     }
 
-    /// The text that [`Self::conversation`] encodes.
+    /// Renders a conversation as text.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
@@ -212,7 +212,7 @@ impl Tokenizer {
         self.bytes.of_id(id)
     }
 
-    /// The bytes of a token in an answer, where a control token is its name: a template writes some there.
+    /// Bytes of a token, or the name of a control token, which a template may write inside an answer.
     pub fn spelling(&self, id: u32) -> Option<Cow<'_, [u8]>> {
         match self.bytes.of_id(id) {
             Some(bytes) => Some(Cow::Borrowed(bytes)),
@@ -325,7 +325,7 @@ impl Tokenizer {
     }
 
     fn encode_at(&self, text: &str, place: Place) -> Result<Vec<u32>> {
-        // Where a text goes to the library as it stands, the library finds added tokens itself.
+        // The library itself finds added tokens in a text that it encodes unchanged.
         let is_cut = self.pieces.is_some() || self.continues(place);
         if !is_cut || !self.may_hold_added(text) {
             return self.encode_stretch(text, place);
@@ -342,7 +342,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Is a text at this place encoded without the space that others get?
+    /// Returns true if text at this place is encoded without the prefix space.
     fn continues(&self, place: Place) -> bool {
         let has_space = match place {
             Place::First => true,
@@ -352,7 +352,7 @@ impl Tokenizer {
         self.continuing.is_some() && !has_space
     }
 
-    /// Where text stands that goes on after these ids of text.
+    /// Place of the text that follows these ids.
     fn place_after(&self, ids: &[u32]) -> Place {
         match ids.last() {
             Some(id) if self.spacing.contains(id) => Place::AfterControl,
@@ -360,17 +360,17 @@ impl Tokenizer {
         }
     }
 
-    /// Returns false only if `text` holds no added token that is plain text.
+    /// Returns false only if `text` contains none of `plain_added`.
     fn may_hold_added(&self, text: &str) -> bool {
         let added = self.plain_added.as_ref();
         added.is_some_and(|added| added.may_be_in(text))
     }
 
-    /// The added tokens that are plain text: their bytes in `text` and ids.
+    /// Finds `plain_added` in a text: byte ranges and ids.
     fn find_added(&self, text: &str, place: Place) -> Vec<(Range<usize>, u32)> {
         let vocabulary = self.text.get_added_vocabulary();
         let mut found = added::find(vocabulary, self.text.get_normalizer(), text);
-        // Some are found only after a space, and the normalizer has put one before the text.
+        // Some match only after a space, and here the normalizer prepended it.
         let is_by_prefix = |(range, id): &(Range<usize>, u32)| {
             let token = vocabulary.get_added_tokens_decoder().get(id);
             range.start == 0
@@ -386,7 +386,7 @@ impl Tokenizer {
         found
     }
 
-    /// Encodes a text without added tokens.
+    /// Encodes a text that contains none of `plain_added`.
     fn encode_stretch(&self, text: &str, place: Place) -> Result<Vec<u32>> {
         match &self.pieces {
             _ if text.is_empty() => Ok(Vec::new()),

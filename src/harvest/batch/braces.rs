@@ -29,7 +29,7 @@ impl Braces {
         false
     }
 
-    /// A line ends, perhaps within a string: some servers do not escape the line ends of strings.
+    /// Ends a line. Some servers do not escape line breaks in strings, so a string may continue.
     pub fn end_line(&mut self) {
         self.is_escaped = false;
     }

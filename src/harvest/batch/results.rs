@@ -56,7 +56,7 @@ pub fn read(line: &Bytes) -> Vec<Option<Outcome>> {
 /// Field that names the row of an object.
 pub(super) const ID: &[u8] = b"\"custom_id\"";
 
-/// The rows of a line, each as an object: those of a list, one after the other, or inside of an object.
+/// Rows of a line as objects: items of a list, consecutive objects, or fields of an object.
 fn values(line: &Bytes) -> Vec<Bytes> {
     strict_values(line).unwrap_or_else(|| values_by_braces(line))
 }
@@ -64,7 +64,7 @@ fn values(line: &Bytes) -> Vec<Bytes> {
 /// Levels of nesting down to a row.
 const DEEPEST: usize = 5;
 
-/// The rows of a line that is JSON, but for a comma behind it.
+/// Rows of a line that is valid JSON, apart from a trailing comma.
 fn strict_values(line: &Bytes) -> Option<Vec<Bytes>> {
     let text = line.trim_ascii();
     let text = text.strip_suffix(b",").unwrap_or(text);
@@ -102,7 +102,7 @@ fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>)
     }
 }
 
-/// The rows of a line of which one may be flawed.
+/// Rows of a line with invalid JSON in one of them.
 fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
     let (mut values, mut at) = (Vec::new(), 0);
     while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {

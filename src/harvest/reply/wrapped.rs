@@ -25,7 +25,8 @@ pub fn completions(value: &Value) -> Vec<Value> {
     found
 }
 
-/// The first token counts in a body that can be true, but for those in an answer: it may be about such counts.
+/// First plausible token counts in a body. Text of the answer is skipped, since it may contain an example of
+/// such counts.
 pub fn usage_in(value: &Value) -> Option<Usage> {
     const ANSWERS: [&str; 5] = ["message", "messages", "delta", "content", "text"];
     let mut found = None;
@@ -42,7 +43,7 @@ fn search(value: &Value, depth: usize, look: &mut impl FnMut(&Map<String, Value>
     search_but(value, &[], depth, look);
 }
 
-/// The same without what is in the fields `but`.
+/// Same, without the fields named in `but`.
 fn search_but(
     value: &Value,
     but: &[&str],

@@ -1,9 +1,10 @@
-//! Added tokens that are plain text: `<idea>`, `[NAME]`, whatever a user added.
+//! Added tokens that are not control tokens: `<think>`, `[NAME]`, tokens of a user.
 
 use distill::data::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::tokenizer::{random_text, split_as_llama_3};
 use super::{FOLDERS, ask, folder, golden};
 
 fn added(id: usize, content: &str) -> Value {
@@ -11,7 +12,7 @@ fn added(id: usize, content: &str) -> Value {
            "single_word": false, "lstrip": false, "rstrip": false})
 }
 
-/// The id that the library gives the next added token.
+/// Id that the library assigns to the next added token.
 fn next_id(tokenizer: &Value) -> usize {
     let size = tokenizer["model"]["vocab"].as_object().unwrap().len();
     let added = tokenizer["added_tokens"].as_array().unwrap().iter();
@@ -19,7 +20,7 @@ fn next_id(tokenizer: &Value) -> usize {
     ids.max().unwrap().max(size)
 }
 
-/// The folder with these tokens added, and the ids that they get.
+/// A folder with these tokens added, and their ids.
 fn with_added(mut tokenizer: Value, tokens: &[Value]) -> (TempDir, Vec<u32>) {
     let dir = tempfile::tempdir().unwrap();
     for token in tokens {
@@ -45,7 +46,7 @@ fn whole(dir: &TempDir) -> tokenizers::Tokenizer {
 }
 
 #[test]
-fn they_are_found_before_a_text_is_cut_into_words() {
+fn added_tokens_are_found_before_words_are_split() {
     let (dir, ids) = with_added(
         golden("bytelevel/tokenizer.json"),
         &["<idea>", "</idea>", "[NAME]"].map(|name| added(0, name)),
@@ -63,7 +64,7 @@ fn they_are_found_before_a_text_is_cut_into_words() {
     );
 }
 
-/// With every combination of their flags, in texts with and without them.
+/// With random flags, in texts with and without added tokens.
 #[test]
 fn texts_with_added_tokens_are_encoded_as_the_library_does() {
     let mut random = fastrand::Rng::with_seed(7);
@@ -112,13 +113,13 @@ fn texts_with_added_tokens_are_encoded_as_the_library_does() {
             let mut json = golden(&format!("{name}/tokenizer.json"));
             if name == "bytelevel" {
                 if let Some(digits) = patterns[round % 3] {
-                    json["pre_tokenizer"] = super::tokenizer::split_as_llama_3(digits);
+                    json["pre_tokenizer"] = split_as_llama_3(digits);
                 }
                 if let Some(normalizer) = &normalizers[round % 2] {
                     json["normalizer"] = normalizer.clone();
                 }
             }
-            // Most vocabularies have one kind of token only.
+            // Most vocabularies use no flags.
             let is_plain = random.bool();
             let mut tokens = Vec::new();
             for name in names {
@@ -136,10 +137,7 @@ fn texts_with_added_tokens_are_encoded_as_the_library_does() {
             let mut whole = whole(&dir);
             whole.set_encode_special_tokens(true);
             for _ in 0..60 {
-                let length = random.usize(1..12);
-                let text: String = (0..length)
-                    .map(|_| parts[random.usize(..parts.len())])
-                    .collect();
+                let text = random_text(&mut random, &parts, 12);
                 let expected = whole.encode_fast(text.as_str(), false).unwrap();
                 let expected = expected.get_ids();
                 found += usize::from(expected.iter().any(|id| ids.contains(id)));
@@ -154,9 +152,9 @@ fn texts_with_added_tokens_are_encoded_as_the_library_does() {
     assert!(found > 3_000, "{found}");
 }
 
-/// After plain text of the template too, where a tokenizer puts spaces before texts.
+/// Includes tokenizers that add a prefix space, after plain text of the template.
 #[test]
-fn answers_with_added_tokens_are_encoded_as_the_whole_conversation_is() {
+fn answers_with_added_tokens_match_the_encoded_conversation() {
     for name in FOLDERS {
         for is_normalized in [false, true] {
             let tokens = ["<tool>", "</tool>"].map(|name| {
@@ -195,7 +193,7 @@ fn answers_with_added_tokens_are_encoded_as_the_whole_conversation_is() {
 }
 
 #[test]
-fn those_that_only_other_files_of_the_folder_list_are_found_too() {
+fn added_tokens_of_other_files_are_found() {
     let tokenizer = golden("bytelevel/tokenizer.json");
     let next = next_id(&tokenizer);
     let listed = json!({"added_tokens_decoder": {
@@ -227,9 +225,9 @@ fn those_that_only_other_files_of_the_folder_list_are_found_too() {
     }
 }
 
-/// A vocabulary that lists its own runs of spaces as added tokens, as Gemma 3's does.
+/// Like Gemma 3, whose runs of spaces are added tokens too.
 #[test]
-fn bytes_of_added_tokens_that_the_vocabulary_spells_are_its_own() {
+fn bytes_of_added_tokens_in_the_vocabulary_follow_its_spelling() {
     let mut json = golden("sentencepiece/tokenizer.json");
     let runs: Vec<String> = (2..6).map(|length| "▁".repeat(length)).collect();
     for run in &runs {

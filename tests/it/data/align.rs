@@ -49,6 +49,22 @@ pub fn logprobs(rows: &[Row]) -> Logprobs {
     }
 }
 
+/// Aligns logprobs with `ids`, the student's tokens of the whole answer.
+pub fn align(
+    tokenizer: &Tokenizer,
+    teacher: &Logprobs,
+    answer: &str,
+    ids: &[u32],
+) -> Result<Aligned, Mismatch> {
+    Mapper::new(tokenizer, None).align(
+        &teacher.into(),
+        answer.as_bytes(),
+        0..answer.len(),
+        ids,
+        None,
+    )
+}
+
 /// Logprobs from a teacher with the tokenizer of the student: `k` alternatives, made up.
 pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs, Vec<SoftLabels>) {
     let ordinary: Vec<u32> = (0..tokenizer.vocab_size() as u32)
@@ -140,15 +156,8 @@ fn tokens_that_do_not_spell_the_answer_are_refused() {
     let answer = "The capital of France is Paris.";
     let ids = tokenizer.encode_text(answer).unwrap();
     let align = |teacher: &Logprobs, answer: &str, ids: &[u32]| {
-        Mapper::new(&tokenizer, None)
-            .align(
-                &teacher.into(),
-                answer.as_bytes(),
-                0..answer.len(),
-                ids,
-                None,
-            )
-            .map(|aligned| soft_labels(&aligned).iter().flatten().count())
+        let aligned = align(&tokenizer, teacher, answer, ids)?;
+        Ok(soft_labels(&aligned).iter().flatten().count())
     };
     let (teacher, _) = same_tokenizer(&tokenizer, &ids, 5);
     assert_eq!(align(&teacher, answer, &ids), Ok(ids.len()));
@@ -183,9 +192,7 @@ fn what_is_told_as_the_replacement_character_counts_to_the_rest() {
         &[("The", Some(-1.0)), ("\u{fffd}", Some(-1.5))],
     )];
     let teacher = logprobs(&rows);
-    let aligned = Mapper::new(&tokenizer, None)
-        .align(&(&teacher).into(), b"The", 0..3, &ids, None)
-        .unwrap();
+    let aligned = align(&tokenizer, &teacher, "The", &ids).unwrap();
     assert_eq!(aligned.soft(0).1.len(), 1);
 }
 
@@ -259,16 +266,7 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
         // y itself is a sentinel
         ("\n", -9999.0, &[]),
     ]);
-    let mut mapper = Mapper::new(&tokenizer, None);
-    let aligned = mapper
-        .align(
-            &(&teacher).into(),
-            answer.as_bytes(),
-            0..answer.len(),
-            &ids,
-            None,
-        )
-        .unwrap();
+    let aligned = align(&tokenizer, &teacher, answer, &ids).unwrap();
     let soft = soft_labels(&aligned);
     let mass: f64 = aligned.mapped_mass;
     let listed = soft.iter().flatten().flat_map(|labels| &labels.logprobs);
@@ -300,15 +298,12 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     assert!(soft[1..at(" is")].iter().all(Option::is_none));
 
     let impossible = logprobs(&[(answer, -0.1, &[(answer, Some(-0.1)), ("x", Some(-0.5))])]);
-    let text = answer.as_bytes();
-    let whole = mapper.align(&(&impossible).into(), text, 0..text.len(), &ids, None);
-    let whole = whole.unwrap();
+    let whole = align(&tokenizer, &impossible, answer, &ids).unwrap();
     assert_eq!((whole.bad, soft_labels(&whole)), (1, vec![None; ids.len()]));
     let mut twice = teacher.clone();
     twice.top_logprob[0][1] = Some(0.6f32.ln());
     // A bad position costs itself.
-    let but_one = mapper.align(&(&twice).into(), text, 0..text.len(), &ids, None);
-    let but_one = but_one.unwrap();
+    let but_one = align(&tokenizer, &twice, answer, &ids).unwrap();
     assert_eq!(but_one.bad, 1);
     let others = soft_labels(&but_one);
     assert_eq!(others[0], None);

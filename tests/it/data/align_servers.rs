@@ -1,13 +1,13 @@
-//! Logprobs as servers really tell them.
+//! Logprobs in the forms that servers return.
 
 use distill::data::align::Mapper;
 
-use super::align::{Alternative, Row, logprobs, soft_labels};
+use super::align::{Alternative, Row, align, logprobs, soft_labels};
 use super::tokenizer;
 
-/// Whether the emitted token is listed behind the k best, in place of one of them, or not at all.
+/// The emitted token may be listed after the top-k, in place of one of them, or not at all.
 #[test]
-fn the_k_best_are_told_by_their_rank() {
+fn top_k_is_decided_by_rank() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("T").unwrap();
     let best = [("a", Some(-0.5)), ("b", Some(-2.5))];
@@ -56,9 +56,8 @@ fn the_k_best_are_told_by_their_rank() {
     );
 }
 
-/// As vocabularies spell them.
 #[test]
-fn raw_pieces_are_understood() {
+fn raw_vocabulary_entries_are_decoded() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "The ü\n";
     let ids = tokenizer.encode_text(answer).unwrap();
@@ -70,15 +69,7 @@ fn raw_pieces_are_understood() {
         let mut teacher = logprobs(&rows);
         teacher.top[0] = vec!["The".into(), one.into()];
         teacher.top_logprob[0] = vec![Some(-1.0), Some(-2.0)];
-        let aligned = Mapper::new(&tokenizer, None)
-            .align(
-                &(&teacher).into(),
-                answer.as_bytes(),
-                0..answer.len(),
-                &ids,
-                None,
-            )
-            .unwrap();
+        let aligned = align(&tokenizer, &teacher, answer, &ids).unwrap();
         let first = soft_labels(&aligned)[0].clone().unwrap();
         let expected = [
             ids[0],
@@ -90,9 +81,9 @@ fn raw_pieces_are_understood() {
     }
 }
 
-/// Thinking before it, white space, and a stop string behind it.
+/// With thinking, white space or a stop string around it.
 #[test]
-fn an_answer_is_found_among_what_was_not_handed_out() {
+fn answer_is_aligned_within_longer_logprobs() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "The capital";
     let ids = tokenizer.encode_text(answer).unwrap();
@@ -112,15 +103,7 @@ fn an_answer_is_found_among_what_was_not_handed_out() {
         let all = [&before[..], &said, &behind].concat();
         let rows: Vec<Row> = all.iter().map(|token| (*token, -1.0, &[][..])).collect();
         let teacher = logprobs(&rows);
-        let aligned = Mapper::new(&tokenizer, None)
-            .align(
-                &(&teacher).into(),
-                answer.as_bytes(),
-                0..answer.len(),
-                &ids,
-                None,
-            )
-            .unwrap();
+        let aligned = align(&tokenizer, &teacher, answer, &ids).unwrap();
         assert!((0..ids.len()).all(|at| aligned.is_soft(at)), "{all:?}");
     }
 }

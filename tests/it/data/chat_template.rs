@@ -72,9 +72,9 @@ fn template_text_and_content_are_told_apart() {
     assert!(error.to_string().contains("only user first"), "{error}");
 }
 
-/// What jinja2 prints.
+/// Expected values are the output of jinja2.
 #[test]
-fn texts_and_tests_are_those_of_python() {
+fn string_methods_and_tests_match_jinja2() {
     for (source, expected) in [
         ("{{ tools is iterable }}", "False"),
         (
@@ -126,7 +126,7 @@ fn texts_and_tests_are_those_of_python() {
 }
 
 #[test]
-fn a_template_is_told_the_date_of_the_config_and_no_other() {
+fn strftime_now_returns_the_configured_date() {
     let mut template = ChatTemplate::new("{{ strftime_now('%d %b %Y') }}", "", "");
     let error = template.render_text(&[], true).unwrap_err().to_string();
     assert!(error.contains("student.template_date"), "{error}");
@@ -135,7 +135,7 @@ fn a_template_is_told_the_date_of_the_config_and_no_other() {
 }
 
 #[test]
-fn arguments_become_defaults_of_the_template() {
+fn template_args_become_default_values() {
     let arguments = json!({"thinks": false, "name": "a \"b\"\n", "list": [1, null, {"k": {}}]});
     let arguments = serde_json::from_value(arguments).unwrap();
     let source = "{{ thinks }} {{ name }}{{ list[2].k | length }} {{ list[1] is none }}";

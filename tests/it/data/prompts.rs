@@ -1,4 +1,4 @@
-//! The prompt that an answer is trained behind is the one that a model generates from.
+//! Training and generation use the same prompt.
 
 use std::collections::BTreeMap;
 
@@ -12,13 +12,13 @@ use tempfile::TempDir;
 use super::dataset::load;
 use super::{ask, folder, message};
 
-/// As Qwen 3's: an empty block of thinking stands before the last answer.
+/// Like Qwen 3's: an empty thinking block before the last answer.
 const EMPTY_BLOCK: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}";
-/// As R1's: a prompt opens the thinking, which a conversation does not have.
+/// Like R1's: only the generation prompt opens a thinking block.
 const OPENED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";
-/// As Mistral Nemo's: the system message moves to the last question.
+/// Like Mistral Nemo's: the system message is part of the last user message.
 const MOVED: &str = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% if loop.last or (loop.index == messages | length - 1) %}{{ messages[0].content }} {% endif %}{{ m.content }}<|im_end|>{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}";
-/// As Qwen 3's for thinking: that of the last answer stays, in a form of its own.
+/// Like Qwen 3's: reformats the thinking of the last answer, and drops it elsewhere.
 const THINKING: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1] %}{% if loop.last %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 fn with_template(template: &str) -> (TempDir, Tokenizer) {
@@ -40,12 +40,12 @@ fn text(tokenizer: &Tokenizer, ids: &[u32]) -> String {
 }
 
 #[test]
-fn every_answer_that_is_learnt_is_behind_the_prompt_for_it() {
+fn supervised_answers_follow_their_generation_prompt() {
     let mut several = vec![message("system", "Be kind.")];
     several.extend(ask("Hello", "Hi."));
     several.extend(ask("And now?", "<think>\nHm, what?\n</think>\n\nBye."));
     let conversations: [Vec<Message>; 2] = [ask("Who?", "Me."), several];
-    // Template, and what is supervised last of each.
+    // Template, and the last supervised text of each conversation.
     for (template, last) in [
         (
             EMPTY_BLOCK,
@@ -86,7 +86,6 @@ fn every_answer_that_is_learnt_is_behind_the_prompt_for_it() {
             assert!(answer.is_behind_its_prompt, "{template}");
             let supervised = &conversation.ids[answer.supervised.clone()];
             assert_eq!(text(&tokenizer, supervised), last, "{template}");
-            // What it keeps of the content, and where the answer behind the thinking begins.
             let content = &messages[answer.message].content;
             assert!(
                 content[answer.text.clone()].ends_with(if messages.len() == 2 {
@@ -104,7 +103,7 @@ fn every_answer_that_is_learnt_is_behind_the_prompt_for_it() {
 }
 
 #[test]
-fn prompts_that_differ_are_told_with_their_ends() {
+fn differing_prompt_endings_are_reported() {
     let (_dir, tokenizer) = with_template(OPENED);
     let conversation = tokenizer.conversation(&ask("Who?", "Me.")).unwrap();
     let difference = conversation.difference.unwrap();
@@ -122,14 +121,14 @@ fn prompts_that_differ_are_told_with_their_ends() {
 }
 
 #[test]
-fn the_token_that_ends_an_answer_is_a_stop_token() {
+fn end_of_turn_token_is_a_stop_id() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(
         folder("bytelevel").join("tokenizer.json"),
         dir.path().join("tokenizer.json"),
     )
     .unwrap();
-    // A base model, whose own end is another one.
+    // The eos token of a base model.
     std::fs::write(
         dir.path().join("generation_config.json"),
         r#"{"eos_token_id": 0}"#,
@@ -143,7 +142,7 @@ fn the_token_that_ends_an_answer_is_a_stop_token() {
     assert_eq!(Tokenizer::load(dir.path()).unwrap().stop_ids(), [0]);
 }
 
-/// What each example of these rows supervises, by its key.
+/// Supervised texts of each example, by its key.
 fn examples(
     template: &str,
     rows: &[Vec<Message>],
@@ -184,7 +183,7 @@ fn examples(
 }
 
 #[test]
-fn an_answer_behind_another_prompt_is_an_example_of_its_own() {
+fn answers_with_another_prefix_become_separate_examples() {
     let mut several = ask("Hello", "Hi.");
     several.extend(ask("And now?", "Bye."));
     let (report, found) = examples(OPENED, &[several.clone()], |_| {});
@@ -197,10 +196,10 @@ fn an_answer_behind_another_prompt_is_an_example_of_its_own() {
     assert_eq!(found["1:1"], ["Hi.<|im_end|>"]);
     let shown = report.to_string();
     assert!(
-        shown.contains("assistant\\n<think>\\n") && shown.contains("example"),
+        shown.contains("assistant\\n<think>\\n") && shown.contains("separate examples"),
         "{shown}"
     );
-    // Where both are the same, one example has them all.
+    // Without a difference, one example contains all answers.
     let (report, found) = examples(EMPTY_BLOCK, &[several], |_| {});
     assert_eq!((report.kept, report.split, report.different), (1, 0, 0));
     assert_eq!(
@@ -210,7 +209,7 @@ fn an_answer_behind_another_prompt_is_an_example_of_its_own() {
 }
 
 #[test]
-fn thinking_is_learnt_or_stands_before_the_answer_or_is_left_out() {
+fn thinking_is_supervised_kept_without_loss_or_dropped() {
     let rows = [ask("Who?", "<think>\nHm.\n</think>\n\nMe.")];
     let of = |thinking| {
         let (report, found) = examples(THINKING, &rows, |config| config.data.thinking = thinking);
@@ -221,12 +220,11 @@ fn thinking_is_learnt_or_stands_before_the_answer_or_is_left_out() {
     assert_eq!(of(Thinking::Context), (vec!["Me.<|im_end|>".into()], all));
     let (learnt, tokens) = of(Thinking::Drop);
     assert_eq!(learnt, ["Me.<|im_end|>"]);
-    // It is nowhere in the example.
     assert!(tokens < all, "{tokens} of {all}");
 }
 
 #[test]
-fn answers_that_no_token_ends_are_told() {
+fn answers_without_end_of_turn_token_are_counted() {
     let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
     let (report, found) = examples(template, &[ask("Who?", "Me.")], |_| {});
     assert_eq!((report.answers, report.without_end), (1, 1));
@@ -234,6 +232,6 @@ fn answers_that_no_token_ends_are_told() {
     assert!(
         report
             .to_string()
-            .contains("1 of 1 answers are ended by no token")
+            .contains("1 of 1 answers have no end-of-turn token")
     );
 }

@@ -79,10 +79,7 @@ fn pieces_of_a_text_are_encoded_as_the_whole() {
         let mut whole = tokenizers::Tokenizer::from_file(&path).unwrap();
         whole.set_encode_special_tokens(true);
         for _ in 0..3000 {
-            let length = random.usize(1..14);
-            let text: String = (0..length)
-                .map(|_| parts[random.usize(..parts.len())])
-                .collect();
+            let text = random_text(&mut random, &parts, 14);
             let expected = whole.encode_fast(text.as_str(), false).unwrap();
             assert_eq!(
                 ours.encode_text(&text).unwrap(),
@@ -91,6 +88,14 @@ fn pieces_of_a_text_are_encoded_as_the_whole() {
             );
         }
     }
+}
+
+/// Fewer than `most` of these parts, joined.
+pub fn random_text(random: &mut fastrand::Rng, parts: &[&str], most: usize) -> String {
+    let length = random.usize(1..most);
+    (0..length)
+        .map(|_| parts[random.usize(..parts.len())])
+        .collect()
 }
 
 /// The pre-tokenizer of Llama 3 and Qwen 2, which differ in their pattern of digits.

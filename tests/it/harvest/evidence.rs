@@ -168,7 +168,7 @@ async fn an_account_that_runs_dry_or_is_locked_in_the_night_ends_as_resumable() 
         let summary = run.harvest().await;
         let (code, message) = end(&summary);
         assert_eq!((code, summary.ok), (4, 10), "{told}: {message}");
-        // Five rows alike end it; an answer that was still under way may come after up to three of them.
+        // Five equal refusals end the run; a late answer may reset the count once, after up to three of them.
         assert!(
             summary.failed <= 8 && summary.requests < 40,
             "{told}: {summary:?}"

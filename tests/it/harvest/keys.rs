@@ -25,6 +25,20 @@ fn teacher(seen: &Seen) -> Reaction {
 
 const PROMPTS: [&str; 4] = ["short one", "long one", "short two", "long two"];
 
+/// A server that refuses `prompt` with `refusal` while the flag is set.
+async fn refusing(prompt: &'static str, refusal: Reaction) -> (FaultServer, Arc<AtomicBool>) {
+    let refuses = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&refuses);
+    let server = FaultServer::start(move |seen| {
+        if seen.prompt() == prompt && flag.load(Relaxed) {
+            refusal.clone()
+        } else {
+            teacher(seen)
+        }
+    });
+    (server.await, refuses)
+}
+
 /// Second halves of keys, which name questions.
 fn halves(keys: &[String]) -> Vec<&str> {
     keys.iter().map(|key| &key[32..]).collect()
@@ -175,16 +189,10 @@ async fn a_row_with_a_complete_answer_is_not_asked_again_for_its_truncated_one()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_truncated_answer_to_a_row_that_failed_before_is_not_bought_again() {
-    let is_missing = Arc::new(AtomicBool::new(true));
-    let missing = Arc::clone(&is_missing);
-    let server = FaultServer::start(move |seen| {
-        if seen.prompt() == "long two" && missing.load(Relaxed) {
-            return reply(404, error("no such thing", "not_found"));
-        }
-        teacher(seen)
-    })
-    .await;
+async fn truncated_answer_after_a_failure_is_not_bought_again() {
+    let refusal = reply(404, error("no such thing", "not_found"));
+    let (server, is_missing) = refusing("long two", refusal).await;
+    is_missing.store(true, Relaxed);
     let mut run = Run::new(&server, &PROMPTS);
     run.config.limits.concurrency = 1;
     let summary = run.harvest().await;
@@ -195,7 +203,7 @@ async fn a_truncated_answer_to_a_row_that_failed_before_is_not_bought_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_was_killed_after_its_last_new_answer_does_not_start_over() {
+async fn again_killed_after_its_last_answer_does_not_start_over() {
     let server = FaultServer::start(teacher).await;
     let run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
@@ -221,7 +229,7 @@ async fn a_run_that_was_killed_after_its_last_new_answer_does_not_start_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn complete_answers_are_adopted_before_truncated_ones() {
+async fn adopt_prefers_complete_answers() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &["long one", "long two"]);
     run.config.sampling.max_tokens = 50;
@@ -239,15 +247,8 @@ async fn complete_answers_are_adopted_before_truncated_ones() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_asked_again_before_a_stop_is_not_asked_once_more() {
-    let is_locked = Arc::new(AtomicBool::new(false));
-    let locked = Arc::clone(&is_locked);
-    let server = FaultServer::start(move |seen| {
-        if seen.prompt() == "long two" && locked.load(Relaxed) {
-            return reply(401, error("Incorrect API key provided", "invalid_api_key"));
-        }
-        teacher(seen)
-    })
-    .await;
+    let refusal = reply(401, error("Incorrect API key provided", "invalid_api_key"));
+    let (server, is_locked) = refusing("long two", refusal).await;
     let mut run = Run::new(&server, &PROMPTS);
     run.config.limits.concurrency = 1;
     assert_eq!(requests(&run).await, (0, 4));
@@ -267,22 +268,14 @@ async fn what_was_asked_again_before_a_stop_is_not_asked_once_more() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_that_were_given_up_are_asked_again_by_name() {
-    let is_well = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let mended = std::sync::Arc::clone(&is_well);
-    let server = FaultServer::start(move |seen| {
-        let is_well = mended.load(std::sync::atomic::Ordering::Relaxed);
-        if seen.prompt() == "bad" && !is_well {
-            Reaction::ShortBody(completion("x", 0).to_string().into_bytes())
-        } else {
-            answer(seen)
-        }
-    })
-    .await;
+    let broken = Reaction::ShortBody(completion("x", 0).to_string().into_bytes());
+    let (server, is_broken) = refusing("bad", broken).await;
+    is_broken.store(true, Relaxed);
     let mut run = Run::new(&server, &["a", "bad", "b"]);
     run.config.retry.max_attempts = 2;
     let summary = run.harvest().await;
     assert_eq!((summary.ok, summary.failed), (2, 1), "{:?}", end(&summary));
-    is_well.store(true, std::sync::atomic::Ordering::Relaxed);
+    is_broken.store(false, Relaxed);
     let summary = run.harvest().await;
     assert_eq!((summary.requests, summary.failed), (0, 1), "it is given up");
     let summary = again(&run, &["failed"]).await.unwrap();

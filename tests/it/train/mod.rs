@@ -155,10 +155,10 @@ fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
 }
 
 #[test]
-fn what_is_saved_renders_the_prompts_and_stops_at_the_tokens_that_were_trained() {
+fn saved_student_has_the_template_arguments_and_stop_ids() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    // A base model, whose own end of text is another token than the template's end of turn.
+    // The eos token of a base model differs from the template's end of turn.
     let generation = json!({"eos_token_id": 262, "temperature": 0.7});
     let path = config.student.path.join("generation_config.json");
     std::fs::write(path, generation.to_string()).unwrap();

@@ -91,7 +91,7 @@ async fn nothing_leaves_once_the_server_is_gone_and_the_run_ends_so_that_it_can_
         teacher.until(80).await;
         redis.kill();
         let at = Instant::now();
-        // What it had granted by then leaves.
+        // Requests with permits granted before the kill are still sent.
         tokio::time::sleep(Duration::from_millis(100)).await;
         killed = Some((at, teacher.count()));
     });
