@@ -126,7 +126,7 @@ pub struct TrainArgs {
     /// Remove the checkpoints that are there and start over
     #[arg(long)]
     pub fresh: bool,
-    /// Train on logprobs that do not fit the answers that they came with, too
+    /// Also train on logprobs that do not belong to their answers, or of which few can be used
     #[arg(long)]
     pub force: bool,
 }

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::config::{Config, Eval, Matching};
+use crate::data::chat_template::Date;
 use crate::data::dataset;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
@@ -67,8 +68,10 @@ pub fn run(config: &Config, quiet: bool) -> Result<Report> {
     }
     let model = Model::load(&dir)?;
     let mut tokenizer = Tokenizer::load(&dir)?;
-    let date = config.student.template_date.map(Into::into);
-    tokenizer.set_date(date.unwrap_or_else(|| jiff::Zoned::now().datetime()));
+    match config.student.template_date {
+        Some(date) => tokenizer.set_date(Date::Fixed(date.into())),
+        None => tokenizer.use_clock(),
+    }
     tokenizer.check_fits(model.config().vocab_size)?;
     let truth = match &config.eval.source {
         Some(source) => {

@@ -43,8 +43,8 @@
 //! 5. The API key is exposed in one expression (`harvest::credentials`), and printed, logged, cached and
 //!    hashed nowhere.
 //! 6. Text that came from a model reaches a terminal only through [`terminal::sanitise`].
-//! 7. Waiting uses the monotonic clock; wall-clock time only stamps records, reads HTTP dates
-//!    and opens the window of the night.
+//! 7. Waiting uses the monotonic clock; wall-clock time only stamps records, reads HTTP dates,
+//!    opens the window of the night, and is the date of chat templates outside training.
 //! 8. Files are written by [`fs`] and `cache::storage` alone.
 
 pub mod cache;

@@ -130,6 +130,11 @@ impl<T> Lists<T> {
         &self.values[self.range(at)]
     }
 
+    /// Number of lists.
+    pub fn lists(&self) -> usize {
+        self.ends.len()
+    }
+
     /// Values in all lists.
     pub fn total(&self) -> usize {
         self.values.len()
@@ -179,21 +184,18 @@ impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
 }
 
 impl<'a> LogprobsView<'a> {
-    /// Maps the bytes of all tokens. Returns None if `of` fails for an emitted token; alternatives for which it
-    /// fails keep their bytes.
-    pub fn map_tokens(&self, of: impl Fn(&[u8]) -> Option<Vec<u8>>) -> Option<LogprobsView<'a>> {
-        let token = self.token.iter().map(|bytes| of(bytes).map(Cow::Owned));
-        let top = self.top.values.iter();
-        let top = top.map(|bytes| of(bytes).map_or_else(|| bytes.clone(), Cow::Owned));
-        Some(LogprobsView {
-            token: token.collect::<Option<_>>()?,
+    /// Maps the bytes of all tokens; those for which `of` returns None are kept.
+    pub fn map_tokens(&self, of: impl Fn(&[u8]) -> Option<Vec<u8>>) -> LogprobsView<'a> {
+        let map = |bytes: &Cow<'a, [u8]>| of(bytes).map_or_else(|| bytes.clone(), Cow::Owned);
+        LogprobsView {
+            token: self.token.iter().map(map).collect(),
             logprob: self.logprob.clone(),
             top: Lists {
-                values: top.collect(),
+                values: self.top.values.iter().map(map).collect(),
                 ends: self.top.ends.clone(),
             },
             top_logprob: self.top_logprob.clone(),
-        })
+        }
     }
 
     /// Puts the tokens that are no UTF-8 where an empty text holds their place.

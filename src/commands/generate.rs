@@ -28,7 +28,7 @@ pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
     };
     let model = Model::load(&args.model)?;
     let mut tokenizer = Tokenizer::load(&args.model)?;
-    tokenizer.set_date(jiff::Zoned::now().datetime());
+    tokenizer.use_clock();
     tokenizer.check_fits(model.config().vocab_size)?;
     let chat = Chat {
         model,

@@ -6,7 +6,7 @@ use super::harvest::Batch;
 use super::mistake::usage;
 use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
-use super::student::{Best, Init, JudgedBy, Kd};
+use super::student::{Best, Init, JudgedBy, Kd, Thinking};
 use super::teacher::Lane;
 
 fn check(holds: bool, message: &str) -> Result<()> {
@@ -72,6 +72,11 @@ pub fn validate(config: &Config) -> Result<()> {
             .iter()
             .all(|one| one.local.is_none() && !one.cotrain),
         "`local` and `cotrain` belong into [teacher]: a student has one teacher on this machine",
+    )?;
+    check(
+        !config.train.on_policy || config.data.thinking != Thinking::Context,
+        "train.on_policy writes answers from the generation prompt, without the teacher's thinking: set \
+         data.thinking to \"supervise\" or \"drop\"",
     )?;
     let written = &config.on_policy;
     let is_local = written.judge == JudgedBy::Local;

@@ -133,6 +133,9 @@ pub struct Gate {
     pub exact: Agreement,
     /// From a sharper one: it may be more.
     pub sharper: Agreement,
+    /// How often an exactly sampled token is in the top-k, whose mass is the expected rate.
+    #[serde(default)]
+    pub in_top_k: Agreement,
 }
 
 impl Gate {
@@ -145,9 +148,27 @@ impl Gate {
         }
     }
 
+    /// Counts how often the emitted tokens of an answer were in the top-k.
+    pub fn count_top_k(&mut self, sampling: Sampling, in_top_k: Agreement) {
+        if sampling == Sampling::Exact {
+            self.in_top_k.add(in_top_k);
+        }
+    }
+
+    /// Returns true if tokens outside the top-k are emitted less than half as often as the mass there says: the
+    /// server truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of another one.
+    pub fn misses_tail(&self) -> bool {
+        let tail = 1.0 - self.in_top_k.expected();
+        let emitted = 1.0 - self.in_top_k.rate();
+        self.in_top_k.positions > 0
+            && emitted < tail / 2.0
+            && tail - emitted > DEVIATIONS * self.in_top_k.deviation()
+    }
+
     pub fn add(&mut self, other: Self) {
         self.exact.add(other.exact);
         self.sharper.add(other.sharper);
+        self.in_top_k.add(other.in_top_k);
     }
 
     /// The agreement that shows that logprobs and answers do not belong together, if one does.
@@ -231,5 +252,23 @@ mod tests {
         assert!(gate.broken().is_none() && !gate.is_too_sharp());
         gate.count(Sampling::Sharper, sampled(30_000, 1.0, 1));
         assert!(gate.broken().is_some());
+    }
+
+    #[test]
+    fn missing_tail_is_detected_even_if_it_is_small() {
+        let sampled = |share: f64, positions: usize| {
+            let mut random = fastrand::Rng::with_seed(3);
+            let mut gate = Gate::default();
+            let mut in_top_k = Agreement::default();
+            for at in 0..positions {
+                let mass = 0.98 + 0.02 * random.f64();
+                in_top_k.count(at, mass, random.f64() >= share * (1.0 - mass));
+            }
+            gate.count_top_k(Sampling::Exact, in_top_k);
+            gate.misses_tail()
+        };
+        assert!(!sampled(1.0, 20_000) && !sampled(1.0, 200) && !sampled(1.0, 0));
+        assert!(sampled(0.0, 20_000) && sampled(0.2, 20_000));
+        assert!(!sampled(0.0, 200), "too few positions to tell");
     }
 }

@@ -130,14 +130,14 @@ fn entries(
     dropped: &mut u64,
 ) -> Result<Vec<Entry>, String> {
     let conversation = tokenizer
-        .conversation(messages)
+        .last_answer(messages)
         .map_err(|error| format!("{error:#}"))?;
     let answer = conversation.answers.last().ok_or("no answer")?;
     let teacher = LogprobsView::from(logprobs);
-    let ids = &conversation.ids[answer.tokens.clone()];
+    let ids = &conversation.ids[answer.content.clone()];
     same_tokens(ids, &teacher, tokenizer)?;
 
-    let behind = &conversation.ids[answer.tokens.start..];
+    let behind = &conversation.ids[answer.content.start..];
     let mut entries = Vec::with_capacity(behind.len() + 1);
     for (position, &id) in behind.iter().enumerate() {
         let known = position < ids.len() || {

@@ -98,7 +98,7 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     let address = listener.local_addr()?;
     let model = Model::load(model_dir)?;
     let mut tokenizer = Tokenizer::load(model_dir)?;
-    tokenizer.set_date(jiff::Zoned::now().datetime());
+    tokenizer.use_clock();
     let tokenizer = Arc::new(tokenizer);
     tokenizer.check_fits(model.config().vocab_size)?;
     let (jobs, queue) = mpsc::channel(options.queue.max(1));

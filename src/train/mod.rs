@@ -35,7 +35,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::fs;
 use crate::model::Model;
 use crate::signal::StopFlag;
-use crate::terminal::{Progress, Reading, format_count, format_duration};
+use crate::terminal::{Progress, Reading, format_count, format_duration, sanitise};
 use best::Best;
 use checkpoint::{Parts, State};
 use ema::Ema;
@@ -136,7 +136,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     } = options;
     let settings = &config.train;
     let stop = StopFlag::watch()?;
-    let tokenizer = Tokenizer::of_student(&config.student)?;
+    let tokenizer = Tokenizer::for_student(&config.student)?;
     soft_labels::check_tokenizer(config, &tokenizer)?;
     let mut parts = Parts::initial(config, &tokenizer)?;
     let mut reading = Reading::new("prepare", quiet);
@@ -172,7 +172,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         config,
         first_step,
     ));
-    progress.note(&data.report.to_string());
+    progress.note(&sanitise(&data.report.to_string()));
     if let Some(note) = &soft_labels.note {
         progress.note(note);
     }

@@ -86,6 +86,7 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
     }
     let (exact, all) = (report.exact, report.with_soft_labels);
     let too_sharp = report.gate.is_too_sharp();
+    let misses_tail = report.gate.misses_tail();
     match settings.kd {
         Kd::Auto if too_sharp => {
             choice.divergence = Some([Divergence::Tail; 2]);
@@ -93,6 +94,13 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
                 "loss.kd = \"auto\": tail, since the answers were sampled more sharply than their \
                  logprobs tell: {}",
                 told(&report.gate.exact)
+            ));
+        }
+        Kd::Auto if misses_tail => {
+            choice.divergence = Some([Divergence::Tail; 2]);
+            choice.note = Some(format!(
+                "loss.kd = \"auto\": tail, since tokens outside the top-k are missing: {}",
+                tail_of(&report.gate.in_top_k)
             ));
         }
         Kd::Auto => {
@@ -115,6 +123,12 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
              were sampled more sharply: {}. Set it to \"tail\"",
             told(&report.gate.exact)
         ))?,
+        Kd::Unbiased if misses_tail => refuse(format!(
+            "loss.kd = \"unbiased\" needs answers with tokens from outside the top-k, and these are missing: {}. \
+             The server truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of \
+             another one. Set loss.kd to \"tail\"",
+            tail_of(&report.gate.in_top_k)
+        ))?,
         _ => {}
     }
     Ok(choice)
@@ -136,6 +150,15 @@ pub fn dense(settings: &Loss) -> Choice {
         divergence: Divergence::of(settings).map(|[of_any, _]| [of_any; 2]),
         note,
     }
+}
+
+fn tail_of(in_top_k: &Agreement) -> String {
+    format!(
+        "{:.2} % of {} emitted tokens are from there, which has {:.2} % of the mass",
+        100.0 * (1.0 - in_top_k.rate()),
+        format_count(in_top_k.positions),
+        100.0 * (1.0 - in_top_k.expected())
+    )
 }
 
 fn told(agreement: &Agreement) -> String {

@@ -6,10 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Var};
 use regex::Regex;
-use serde_json::{Value, json};
+use serde_json::{Map, Value};
 
 use super::device;
 use crate::config::{Config, Init, SaveDtype};
+use crate::data::chat_template::with_arguments;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs;
@@ -21,12 +22,13 @@ use crate::model::{Model, ModelConfig, decoder, lora};
 const GENERATION_CONFIG: &str = "generation_config.json";
 
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
-/// Files of the source folder that belong to the tokenizer and go along unchanged.
+/// Files of the source folder that belong to the tokenizer.
 const TOKENIZER_FILES: [&str; 9] = [
     GENERATION_CONFIG,
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -181,10 +183,8 @@ impl Student {
             }
         }
         set_stop_ids(&mut files, tokenizer.stop_ids())?;
-        let is_own = tokenizer_dir == tokenizer.dir();
-        if let Some(template) = tokenizer.changed_template().filter(|_| is_own) {
-            files.retain(|(name, _)| *name != CHAT_TEMPLATE);
-            files.push((CHAT_TEMPLATE, template.into()));
+        if tokenizer_dir == tokenizer.dir() {
+            set_template_args(&mut files, tokenizer.template_args())?;
         }
         let shape = self.model.config();
         let weights = weights::to_device(weights, &Device::Cpu)?;
@@ -204,25 +204,69 @@ impl Student {
     }
 }
 
+/// Makes default values of variables part of the chat templates, wherever they are.
+fn set_template_args(
+    files: &mut [(&str, Vec<u8>)],
+    arguments: &BTreeMap<String, Value>,
+) -> Result<()> {
+    if arguments.is_empty() {
+        return Ok(());
+    }
+    for (name, bytes) in files {
+        if *name == CHAT_TEMPLATE {
+            *bytes = with_arguments(std::str::from_utf8(bytes)?, arguments)?.into();
+        } else if *name == TOKENIZER_CONFIG {
+            let mut config: Value = serde_json::from_slice(bytes)?;
+            let mut texts = match &mut config["chat_template"] {
+                Value::Array(templates) => {
+                    let texts = templates.iter_mut().map(|named| &mut named["template"]);
+                    texts.collect()
+                }
+                Value::Null => continue,
+                text => vec![text],
+            };
+            for text in &mut texts {
+                let source = text.as_str().unwrap_or_default();
+                // A template for tools need not use all of them.
+                let used = arguments
+                    .iter()
+                    .filter(|(name, _)| source.contains(name.as_str()));
+                let used = used
+                    .map(|(name, value)| (name.clone(), value.clone()))
+                    .collect();
+                **text = with_arguments(source, &used)?.into();
+            }
+            *bytes = serde_json::to_vec_pretty(&config)?;
+        }
+    }
+    Ok(())
+}
+
 /// Adds all stop ids to `eos_token_id` in `generation_config.json`.
 fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<()> {
     let at = files
         .iter()
         .position(|(name, _)| *name == GENERATION_CONFIG);
-    let mut settings = match at {
+    let mut settings: Map<String, Value> = match at {
         Some(at) => serde_json::from_slice(&files[at].1)
-            .with_context(|| format!("{GENERATION_CONFIG} is not valid JSON"))?,
-        None => json!({}),
+            .with_context(|| format!("{GENERATION_CONFIG} is not a valid JSON object"))?,
+        None => Map::new(),
     };
-    let named = match &settings["eos_token_id"] {
-        Value::Array(ids) => ids.clone(),
-        Value::Null => Vec::new(),
-        id => vec![id.clone()],
+    let mut ids = match settings.remove("eos_token_id") {
+        Some(Value::Array(ids)) => ids,
+        None | Some(Value::Null) => Vec::new(),
+        Some(id) => vec![id],
     };
-    if stop_ids.iter().all(|id| named.contains(&json!(id))) && at.is_some() {
+    let named = ids.len();
+    for id in stop_ids.iter().copied().map(Value::from) {
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    if ids.len() == named && at.is_some() {
         return Ok(());
     }
-    settings["eos_token_id"] = json!(stop_ids);
+    settings.insert("eos_token_id".into(), ids.into());
     let text = serde_json::to_vec_pretty(&settings)?;
     match at {
         Some(at) => files[at].1 = text,

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use crate::cache::view::LogprobsView;
 use crate::data::gate::Agreement;
 
-use super::run::{Kind, Unit};
+use super::run::{Unit, UnitKind};
 
 /// Logprobs at or below are no logprobs: endpoints send -100, -9999 for "too small to tell".
 const SENTINEL: f32 = -100.0;
@@ -17,6 +17,8 @@ const EXCESS: f64 = 1e-3;
 pub struct Known {
     /// What the listed probabilities sum to.
     pub mass: f64,
+    /// Same without an emitted token from outside the top-k.
+    pub top_mass: f64,
     pub drawn: Drawn,
 }
 
@@ -34,8 +36,8 @@ pub enum Drawn {
 /// at most the `asked` ones of the request. The emitted token is appended if it is not among them. Probabilities
 /// that sum to slightly more than 1 are normalised.
 ///
-/// Servers list an emitted token from outside the top-k after the others, in place of the last one, or not at
-/// all, so its rank by logprob decides whether it belongs to the top-k.
+/// Some servers append an emitted token from outside the top-k, so its rank by logprob decides whether it
+/// belongs to the top-k. Others replace the last of the top-k, which `Gate` detects over many answers.
 ///
 /// Returns None if the probabilities sum to more than that.
 pub fn alternatives<'t>(
@@ -57,25 +59,14 @@ pub fn alternatives<'t>(
             }
         }
     }
-    let asked = asked.unwrap_or(usize::MAX);
-    // Listed first because it was emitted, it has replaced the last of the top-k.
-    let first = listed.first().copied();
-    let takes_place = listed.len() > 1
-        && listed.len() == asked
-        && first.is_some_and(|(bytes, logprob)| {
-            *bytes == *emitted && listed[1..].iter().all(|other| other.1 > logprob)
-        });
-    if takes_place {
-        listed.remove(0);
-    }
-    let most = most.min(asked);
+    let most = most.min(asked.unwrap_or(usize::MAX));
     if listed.len() > most {
         listed.sort_by(|a, b| b.1.total_cmp(&a.1));
         listed.truncate(most);
     }
     let among = listed.iter().any(|(bytes, _)| *bytes == emitted);
     let own = teacher.logprob.get(position).copied().flatten();
-    let own = own.or(first.filter(|_| takes_place).map(|(_, logprob)| logprob));
+    let top_mass = mass(listed.iter().map(|&(_, logprob)| logprob)).min(1.0);
     let drawn = match (among, own.filter(is_usable)) {
         (true, _) => Drawn::No,
         (false, None) => Drawn::Unknown,
@@ -96,6 +87,7 @@ pub fn alternatives<'t>(
     }
     Some(Known {
         mass: total.min(1.0),
+        top_mass,
         drawn,
     })
 }
@@ -103,7 +95,7 @@ pub fn alternatives<'t>(
 /// Counts how often the emitted token is the most likely alternative.
 pub(super) fn agreement(teacher: &LogprobsView, units: &[Unit]) -> Agreement {
     let mut agreement = Agreement::default();
-    let tokens = units.iter().filter(|unit| unit.kind != Kind::Unknown);
+    let tokens = units.iter().filter(|unit| unit.kind != UnitKind::Unknown);
     for position in tokens.map(|unit| unit.tokens.start) {
         let (top, logprobs) = (teacher.top.get(position), teacher.top_logprob.get(position));
         let mut best: Option<(f32, &[u8])> = None;

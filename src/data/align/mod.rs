@@ -21,7 +21,7 @@ use crate::cache::view::LogprobsView;
 use crate::ops::math::logaddexp;
 pub use alternatives::{Drawn, Known, alternatives};
 use alternatives::{agreement, is_usable, mass};
-use run::{Kind, Unit};
+use run::{Unit, UnitKind};
 use tokens::Tokens;
 pub use tokens::is_stop;
 
@@ -56,8 +56,10 @@ pub struct Aligned {
     chunks: Vec<Chunk>,
     /// The teacher's mass on student tokens, summed over the positions that have soft labels.
     pub mapped_mass: f64,
+    /// How often the teacher emitted one of its top-k, and the mass of the top-k as the expected rate.
+    pub in_top_k: Agreement,
     /// Positions whose probabilities sum to more than 1.
-    pub bad: u64,
+    pub positions_over_one: u64,
     /// How often the teacher emitted its most likely token: of all its tokens, before the map.
     pub agreement: Agreement,
     /// How often the label is the most likely token after the map.
@@ -167,7 +169,10 @@ impl<'a> Mapper<'a> {
         student: &[u32],
         asked: Option<usize>,
     ) -> Result<Aligned, Mismatch> {
-        let (units, teacher) = self.teacher_units(teacher, answer, &kept)?;
+        // Gate 1
+        let is_stop = |bytes: &[u8]| is_stop(self.tokenizer, bytes);
+        let (units, teacher) =
+            teacher_units(teacher, answer, &kept, is_stop).ok_or(Mismatch::Teacher)?;
         let teacher = teacher.as_ref();
         let student_ends = self.student_ends(student, answer, kept.clone())?;
         // What the template cut off, and the white space that it put in its place, has no partner.
@@ -189,15 +194,15 @@ impl<'a> Mapper<'a> {
             let said = &units[skipped + from.start..skipped + from.end];
             let at = lead + to.start;
             let labels = &student[at..at + to.len()];
-            if said.iter().any(|unit| unit.kind == Kind::Partial) {
+            if said.iter().any(|unit| unit.kind == UnitKind::Partial) {
                 continue;
             }
             let (Some(first), Some(last)) = (said.first(), said.last()) else {
                 continue;
             };
             let position = first.tokens.start;
-            if said.len() > 1 || first.kind == Kind::Unknown {
-                let is_known = said.iter().all(|unit| unit.kind == Kind::Token);
+            if said.len() > 1 || first.kind == UnitKind::Unknown {
+                let is_known = said.iter().all(|unit| unit.kind == UnitKind::Token);
                 let said = position..last.tokens.end;
                 let chunk = self.chunk(teacher, said, at, labels, is_known);
                 aligned.chunks.extend(chunk);
@@ -210,9 +215,13 @@ impl<'a> Mapper<'a> {
             aligned.fill(at);
             // A bad position leaves the others usable.
             let Some(known) = alternatives(teacher, position, self.most, asked, &mut listed) else {
-                aligned.bad += 1;
+                aligned.positions_over_one += 1;
                 continue;
             };
+            if !teacher.top.get(position).is_empty() {
+                let is_in = known.drawn == Drawn::No;
+                aligned.in_top_k.count(position, known.top_mass, is_in);
+            }
             let split = labels.len() > 1;
             self.first(&listed, known, bytes, labels[0], split, &mut aligned);
             let mut written = self.tokenizer.token_bytes(labels[0]).map_or(0, <[u8]>::len);
@@ -342,29 +351,6 @@ impl<'a> Mapper<'a> {
         }
     }
 
-    /// Gate 1: finds the run of teacher tokens that spells the answer. If the tokens are raw vocabulary
-    /// entries (`Ġfoo`, `▁foo`), they are decoded first, and the decoded logprobs are returned.
-    fn teacher_units<'t>(
-        &self,
-        teacher: &'t LogprobsView<'t>,
-        answer: &[u8],
-        kept: &Range<usize>,
-    ) -> Result<(Vec<Unit>, Cow<'t, LogprobsView<'t>>), Mismatch> {
-        let is_stop = |bytes: &[u8]| is_stop(self.tokenizer, bytes);
-        let find = |tokens: &[Cow<'_, [u8]>]| run::find(tokens, answer, kept.clone(), is_stop);
-        if let Some(units) = find(&teacher.token) {
-            return Ok((units, Cow::Borrowed(teacher)));
-        }
-        for spelling in [token_bytes::byte_level, token_bytes::sentence_piece] {
-            let undone = teacher.map_tokens(|bytes| spelling(std::str::from_utf8(bytes).ok()?));
-            let units = undone.as_ref().and_then(|undone| find(&undone.token));
-            if let (Some(units), Some(undone)) = (units, undone) {
-                return Ok((units, Cow::Owned(undone)));
-            }
-        }
-        Err(Mismatch::Teacher)
-    }
-
     /// Gate 2: checks that the student's bytes end with the answer's; template text may precede them. Returns
     /// the end of each token in the answer (N).
     fn student_ends(
@@ -444,6 +430,55 @@ impl<'a> Mapper<'a> {
         }
         mapped
     }
+}
+
+/// Returns true if the teacher's tokens spell the answer, with more around it or not.
+pub fn spells(teacher: &LogprobsView, answer: &[u8]) -> bool {
+    teacher_units(teacher, answer, &(0..answer.len()), <[u8]>::is_empty).is_some()
+}
+
+/// Finds the run of teacher tokens that spells the answer. If the tokens are raw vocabulary entries (`Ġfoo`,
+/// `▁foo`), they are decoded first, and the decoded logprobs are returned.
+fn teacher_units<'t>(
+    teacher: &'t LogprobsView<'t>,
+    answer: &[u8],
+    kept: &Range<usize>,
+    is_stop: impl Fn(&[u8]) -> bool,
+) -> Option<(Vec<Unit>, Cow<'t, LogprobsView<'t>>)> {
+    let find = |tokens: &[Cow<'_, [u8]>]| run::find(tokens, answer, kept.clone(), &is_stop);
+    if let Some(decode) = raw_spelling(teacher) {
+        let decoded = teacher.map_tokens(|bytes| decode(std::str::from_utf8(bytes).ok()?));
+        if let Some(units) = find(&decoded.token) {
+            return Some((units, Cow::Owned(decoded)));
+        }
+    }
+    Some((find(&teacher.token)?, Cow::Borrowed(teacher)))
+}
+
+/// Bytes of a raw vocabulary entry.
+type Decode = fn(&str) -> Option<Vec<u8>>;
+
+/// Decoder of the tokens if they are raw vocabulary entries: these contain `Ġ` or `▁`, but no space.
+fn raw_spelling(teacher: &LogprobsView) -> Option<Decode> {
+    // Nearly every position has an alternative that begins with a space.
+    const POSITIONS: usize = 16;
+    let positions = 0..teacher.top.lists().min(POSITIONS);
+    let alternatives = positions.flat_map(|at| teacher.top.get(at));
+    let mut spelling: Option<Decode> = None;
+    for bytes in teacher.token.iter().chain(alternatives) {
+        if bytes.contains(&b' ') {
+            return None;
+        }
+        if spelling.is_none() {
+            let has = |mark: &str| memchr::memmem::find(bytes, mark.as_bytes()).is_some();
+            if has("Ġ") || has("Ċ") {
+                spelling = Some(token_bytes::byte_level);
+            } else if has("▁") {
+                spelling = Some(token_bytes::sentence_piece);
+            }
+        }
+    }
+    spelling
 }
 
 /// Cuts two tokenisations, given by where each token ends in the same text, at their common

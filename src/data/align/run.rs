@@ -9,9 +9,9 @@ use std::ops::Range;
 /// U+FFFD in UTF-8.
 const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
 /// Maximum number of bytes after an answer: a stop string and the end of the turn.
-const MOST_BEHIND: usize = 256;
+const MAX_TRAILING_BYTES: usize = 256;
 /// Maximum number of bytes of a token whose bytes are not reported.
-const MOST_UNKNOWN: usize = 16;
+const MAX_UNKNOWN_BYTES: usize = 16;
 
 /// Teacher tokens that end at a known byte of the answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct Unit {
     pub tokens: Range<usize>,
     /// Byte of the answer at which they end.
     pub end: usize,
-    pub kind: Kind,
+    pub kind: UnitKind,
 }
 
 impl Unit {
@@ -27,13 +27,13 @@ impl Unit {
         Unit {
             tokens: index..index + 1,
             end,
-            kind: Kind::Token,
+            kind: UnitKind::Token,
         }
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum UnitKind {
     /// One token whose bytes are known.
     Token,
     /// Tokens whose boundaries are unknown.
@@ -76,17 +76,27 @@ fn whole(
     (at == answer.len()).then_some(units)
 }
 
-/// Finds a text, which starts at byte `start` of its answer, near the end of the text of all tokens.
+/// Finds a text, which starts at byte `start` of its answer, near the end of the text of all tokens: from the
+/// first token on, or else its last occurrence, preferably between token boundaries.
 fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<Unit>> {
     if text.is_empty() {
         return None;
     }
     let all = tokens.concat();
-    let from = memchr::memmem::rfind(&all, text)?;
-    let to = from + text.len();
-    if all.len() - to > MOST_BEHIND {
-        return None;
+    let mut boundaries = vec![false; all.len() + 1];
+    let mut at = 0;
+    for bytes in tokens {
+        boundaries[at] = true;
+        at += bytes.len();
     }
+    boundaries[all.len()] = true;
+    let is_near_the_end = |from: &usize| all.len() - from - text.len() <= MAX_TRAILING_BYTES;
+    let found = memchr::memmem::find_iter(&all, text).filter(is_near_the_end);
+    let from = found.max_by_key(|from| {
+        let (starts, ends) = (boundaries[*from], boundaries[from + text.len()]);
+        (*from == 0 && ends, starts && ends, starts, *from)
+    })?;
+    let to = from + text.len();
     let mut units = Vec::new();
     let mut at = 0;
     for (index, bytes) in tokens.iter().enumerate() {
@@ -103,13 +113,13 @@ fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<Uni
             tokens: index..index + 1,
             end: start + range.end.min(to) - from,
             kind: if is_inside {
-                Kind::Token
+                UnitKind::Token
             } else {
-                Kind::Partial
+                UnitKind::Partial
             },
         });
     }
-    let has_whole = units.iter().any(|unit| unit.kind == Kind::Token);
+    let has_whole = units.iter().any(|unit| unit.kind == UnitKind::Token);
     has_whole.then_some(units)
 }
 
@@ -136,7 +146,7 @@ fn around_unknown(
             continue;
         }
         if let Some(first) = unknown.take() {
-            let most = (index - first) * MOST_UNKNOWN + bytes.len();
+            let most = (index - first) * MAX_UNKNOWN_BYTES + bytes.len();
             let window = &answer[at..answer.len().min(at + most)];
             let skipped = memchr::memmem::find(window, bytes)?;
             at += skipped;
@@ -144,7 +154,7 @@ fn around_unknown(
                 units.push(Unit {
                     tokens: first..index,
                     end: at,
-                    kind: Kind::Unknown,
+                    kind: UnitKind::Unknown,
                 });
             }
         }
@@ -156,17 +166,17 @@ fn around_unknown(
     }
     let left = answer.len() - at;
     match unknown {
-        Some(first) if left > 0 && left <= (tokens.len() - first) * MOST_UNKNOWN => {
+        Some(first) if left > 0 && left <= (tokens.len() - first) * MAX_UNKNOWN_BYTES => {
             units.push(Unit {
                 tokens: first..tokens.len(),
                 end: answer.len(),
-                kind: Kind::Unknown,
+                kind: UnitKind::Unknown,
             });
         }
         _ if left > 0 => return None,
         _ => {}
     }
-    let has_known = units.iter().any(|unit| unit.kind == Kind::Token);
+    let has_known = units.iter().any(|unit| unit.kind == UnitKind::Token);
     has_known.then_some(units)
 }
 
@@ -174,7 +184,7 @@ fn around_unknown(
 mod tests {
     use super::*;
 
-    fn cut(tokens: &[&str], answer: &str) -> Option<Vec<(Range<usize>, usize, Kind)>> {
+    fn cut(tokens: &[&str], answer: &str) -> Option<Vec<(Range<usize>, usize, UnitKind)>> {
         let tokens: Vec<_> = tokens.iter().map(|t| Cow::Borrowed(t.as_bytes())).collect();
         let is_stop = |bytes: &[u8]| bytes.is_empty() || bytes == b"</s>";
         let units = find(&tokens, answer.as_bytes(), 0..answer.len(), is_stop)?;
@@ -188,7 +198,7 @@ mod tests {
 
     #[test]
     fn tokens_spell_the_answer_with_more_around_it() {
-        use Kind::{Partial, Token};
+        use UnitKind::{Partial, Token};
         let both = |first: usize| {
             vec![
                 (first..first + 1, 1, Token),
@@ -205,6 +215,11 @@ mod tests {
         assert_eq!(cut(&["a", " b", "STOP"], "a b"), Some(both(0)));
         let partial = vec![(0..1, 1, Partial), (1..2, 3, Token), (2..3, 4, Partial)];
         assert_eq!(cut(&[" a", " b", "c<"], "a bc"), Some(partial));
+        // An occurrence on token boundaries is preferred, and the first token to later ones.
+        let one = |index: usize| Some(vec![(index..index + 1, 1, Token)]);
+        assert_eq!(cut(&["A", "\n", "Answer", ":"], "A"), one(0));
+        assert_eq!(cut(&["4", "\n\n", "Step", " ", "4", ":"], "4"), one(0));
+        assert_eq!(cut(&["<think>", "4", "</think>", "4", "</s>"], "4"), one(3));
         assert_eq!(cut(&["a", " c"], "a b"), None);
         assert_eq!(cut(&["xa bx"], "a b"), None, "not one token of it alone");
         assert_eq!(cut(&["a", "b"], ""), None);
@@ -212,7 +227,7 @@ mod tests {
 
     #[test]
     fn tokens_without_bytes_spell_what_is_between_their_neighbours() {
-        use Kind::{Token, Unknown};
+        use UnitKind::{Token, Unknown};
         let expected = vec![(0..1, 2, Token), (1..3, 6, Unknown), (3..4, 8, Token)];
         assert_eq!(
             cut(&["hi", "\u{fffd}", "\u{fffd}", " b"], "hi👋 b"),

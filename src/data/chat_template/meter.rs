@@ -9,6 +9,8 @@ use minijinja_contrib::pycompat;
 
 use super::{python_json, python_text};
 
+/// Error of a template that calls `strftime_now` without a date.
+pub const NEEDS_DATE: &str = "it calls `strftime_now`: set `student.template_date`";
 /// Bytes that a rendering may handle, and how often it may handle each byte of the messages.
 pub const ALLOWANCE: usize = 16 << 20;
 const ALLOWANCE_PER_BYTE: usize = 200;
@@ -113,10 +115,7 @@ pub fn environment(input: usize, date: Option<DateTime>) -> Environment<'static>
     let mut env = METERED.clone();
     env.add_global(INPUT, input);
     env.add_function("strftime_now", move |format: String| match date {
-        None => Err(Error::new(
-            ErrorKind::InvalidOperation,
-            "it calls `strftime_now`: set `student.template_date`",
-        )),
+        None => Err(Error::new(ErrorKind::InvalidOperation, NEEDS_DATE)),
         Some(_) if format.len() > LONGEST_FORMAT => Err(refusal("its date format is too long")),
         Some(date) => jiff::fmt::strtime::format(&format, date)
             .map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string())),

@@ -28,18 +28,31 @@ pub fn with_arguments(
     source: &str,
     arguments: &BTreeMap<String, serde_json::Value>,
 ) -> Result<String> {
+    const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
     let mut text = String::new();
     for (name, value) in arguments {
-        let is_name = !name.starts_with(|c: char| c.is_ascii_digit())
+        let is_name = !name.is_empty()
+            && !name.starts_with(|c: char| c.is_ascii_digit())
             && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-        if name.is_empty() || !is_name {
+        if !is_name {
             bail!(Exit::Usage(format!(
                 "`student.template_args` contains {name:?}, which is not a valid variable name"
             )));
         }
+        if RESERVED.contains(&name.as_str()) || TOKEN_VARIABLES.contains(&name.as_str()) {
+            bail!(Exit::Usage(format!(
+                "`student.template_args` must not contain {name:?}: every rendering sets it"
+            )));
+        }
+        if !source.contains(name.as_str()) {
+            bail!(Exit::Usage(format!(
+                "`student.template_args` sets `{name}`, which the chat template does not use"
+            )));
+        }
         let value = literal(value);
+        // The line end keeps the first line of the template a line of its own.
         text.push_str(&format!(
-            "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}"
+            "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}\n"
         ));
     }
     Ok(text + source)
@@ -59,8 +72,7 @@ fn literal(value: &serde_json::Value) -> String {
             let fields: Vec<_> = fields
                 .map(|(name, value)| format!("{}: {}", Value::from(name.as_str()), literal(value)))
                 .collect();
-            // Without the space, two closing braces would end the tag.
-            format!("{{{} }}", fields.join(", "))
+            format!("{{{}}}", fields.join(", "))
         }
         scalar => scalar.to_string(),
     }
@@ -84,33 +96,68 @@ impl Span {
     }
 }
 
+/// Variables of a chat template that hold special tokens.
+pub const TOKEN_VARIABLES: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+];
+
+/// Date that `strftime_now` returns.
+#[derive(Debug, Clone, Copy)]
+pub enum Date {
+    Fixed(DateTime),
+    Clock(fn() -> DateTime),
+}
+
+impl Date {
+    fn get(self) -> DateTime {
+        match self {
+            Date::Fixed(date) => date,
+            Date::Clock(now) => now(),
+        }
+    }
+}
+
 /// A template and the tokens that it may name.
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     source: String,
     /// Special tokens by variable name, such as `bos_token`.
     tokens: Vec<(&'static str, String)>,
-    date: Option<DateTime>,
+    date: Option<Date>,
 }
 
 impl ChatTemplate {
     /// Takes the template as it stands in a model folder.
     pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Self {
-        let tokens = [("bos_token", bos_token), ("eos_token", eos_token)];
+        let tokens = [
+            ("bos_token", Some(bos_token)),
+            ("eos_token", Some(eos_token)),
+        ];
+        Self::with_tokens(source, tokens)
+    }
+
+    /// Same with the text of each special token that the model has.
+    pub fn with_tokens<'a>(
+        source: &str,
+        tokens: impl IntoIterator<Item = (&'static str, Option<&'a str>)>,
+    ) -> Self {
+        let tokens = tokens.into_iter();
+        let tokens = tokens.filter_map(|(name, token)| Some((name, token?.to_owned())));
         Self {
             source: without_generation_tags(source),
-            tokens: tokens.map(|(role, token)| (role, token.to_owned())).into(),
+            tokens: tokens.collect(),
             date: None,
         }
     }
 
-    /// Adds a variable for a special token.
-    pub fn name_token(&mut self, role: &'static str, token: &str) {
-        self.tokens.push((role, token.to_owned()));
-    }
-
     /// Sets the date that `strftime_now` returns; a template that calls it fails without one.
-    pub fn set_date(&mut self, date: DateTime) {
+    pub fn set_date(&mut self, date: Date) {
         self.date = Some(date);
     }
 
@@ -131,8 +178,14 @@ impl ChatTemplate {
             documents => Value::from(()),
             ..Value::from_pairs(self.tokens.iter().map(|(role, token)| (*role, token.as_str())))
         };
-        sandbox::render(&self.source, context, messages.len(), input, self.date)
-            .map_err(|e| anyhow!("the chat template fails: {e}"))
+        sandbox::render(
+            &self.source,
+            context,
+            messages.len(),
+            input,
+            self.date.map(Date::get),
+        )
+        .map_err(|e| anyhow!("the chat template fails: {e}"))
     }
 
     /// The conversation in pieces, whose texts joined are [`Self::render_text`].
@@ -194,7 +247,10 @@ struct ContentPart<'a> {
     is_tag: bool,
 }
 
-const THINKING: (&str, &str) = ("<think>", "</think>");
+pub use meter::NEEDS_DATE;
+
+/// Tags around thinking.
+pub const THINKING: (&str, &str) = ("<think>", "</think>");
 
 /// Splits an answer that begins with thinking, since some templates parse, move or drop thinking. Any other
 /// message is one part.
@@ -205,38 +261,41 @@ fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
     };
     let tag = |text: &'a str| ContentPart { text, is_tag: true };
     match thinking(content).filter(|_| role == "assistant") {
-        Some(range) => vec![
-            tag(&content[..range.start]),
-            text(&content[range.clone()]),
-            tag(&content[range.end..answer_after(content, range.end)]),
-            text(&content[answer_after(content, range.end)..]),
+        Some(Thinking { inner, answer }) => vec![
+            tag(&content[..inner.start]),
+            text(&content[inner.clone()]),
+            tag(&content[inner.end..answer]),
+            text(&content[answer..]),
         ],
         None => vec![text(content)],
     }
 }
 
-/// Byte range of the thinking at the beginning of a message, without line breaks around it.
-fn thinking(content: &str) -> Option<Range<usize>> {
-    let (open, close) = THINKING;
-    let opened = content.trim_start().strip_prefix(open)?;
-    let inner = opened.trim_start_matches(['\n', '\r']);
-    let start = content.len() - inner.len();
-    let end = start + inner.find(close)?;
-    let end = start + content[start..end].trim_end_matches(['\n', '\r']).len();
-    Some(start..end)
+/// Thinking at the beginning of a message.
+struct Thinking {
+    /// Byte range without line breaks at both ends.
+    inner: Range<usize>,
+    /// First byte of the answer.
+    answer: usize,
 }
 
-/// First byte of the answer after thinking that ends at `end`.
-fn answer_after(content: &str, end: usize) -> usize {
-    let (_, close) = THINKING;
-    let rest = &content[end..];
-    let rest = rest.find(close).map_or("", |at| &rest[at + close.len()..]);
-    content.len() - rest.trim_start().len()
+fn thinking(content: &str) -> Option<Thinking> {
+    let (open, close) = THINKING;
+    let opened = content.trim_start().strip_prefix(open)?;
+    let (inside, rest) = opened.split_once(close)?;
+    let breaks = ['\n', '\r'];
+    let start =
+        content.len() - opened.len() + inside.len() - inside.trim_start_matches(breaks).len();
+    let inner = inside.trim_matches(breaks);
+    Some(Thinking {
+        inner: start..start + inner.len(),
+        answer: content.len() - rest.trim_start().len(),
+    })
 }
 
 /// First byte of the answer in a message: after its thinking, if there is any.
 pub fn answer_start(content: &str) -> usize {
-    thinking(content).map_or(0, |range| answer_after(content, range.end))
+    thinking(content).map_or(0, |thinking| thinking.answer)
 }
 
 /// Splits `real` at the markers in `marked`, which are indices into `parts` (message number and text). Returns

@@ -13,6 +13,7 @@ use super::source::{Portion, Reader, Source};
 use super::{OnProgress, prompt_hash};
 use crate::config::{self, Thinking};
 use crate::data::align::{Aligned, Mapper};
+use crate::data::chat_template::{NEEDS_DATE, answer_start};
 use crate::data::prepared::{Entry, Example, Part, Sink, Writer};
 use crate::data::samples::Samples;
 use crate::data::sampling::Sampling;
@@ -61,6 +62,9 @@ pub fn run(
         report.add(done.report);
         entries.extend(done.entries);
     }
+    if let Some(reason) = report.dropped.keys().find(|it| it.contains(NEEDS_DATE)) {
+        bail!(Exit::Usage(reason.clone()));
+    }
     if entries.is_empty() {
         let reasons = match report.dropped.is_empty() {
             true => "it is empty".into(),
@@ -75,8 +79,7 @@ pub fn run(
     writer.finish(entries, hash, report)
 }
 
-/// Maximum number of distinct prompt endings in the report.
-const MOST_DIFFERENCES: usize = 20;
+const EMPTY: &str = "the answer is empty";
 
 /// What the threads made, or the first error by the number of its line: portions are handed out in order
 /// and finished.
@@ -130,13 +133,13 @@ impl Work<'_> {
     fn run(&self, mut part: Part) -> Result<Done, Failure> {
         let mut preparing = self.preparing();
         self.each_row(|number, row| {
-            let others = preparing.add(number, row, &mut part)?;
-            others.into_iter().try_for_each(|row| {
-                preparing.report.split += 1;
-                let behind = preparing.add(number, Ok(row), &mut part)?;
-                debug_assert!(behind.is_empty());
-                Ok(())
-            })
+            preparing.report.records += 1;
+            for row in preparing.add(number, row, &mut part)? {
+                let kept = preparing.report.kept;
+                preparing.add(number, Ok(row), &mut part)?;
+                preparing.report.split += preparing.report.kept - kept;
+            }
+            Ok(())
         })?;
         let entries = part.finish().map_err(|error| (u64::MAX, error))?;
         Ok(Done {
@@ -151,7 +154,7 @@ impl Work<'_> {
         let mut samples = Samples::default();
         self.each_row(|_, row| {
             // A row that is left out is counted when it is prepared.
-            if let Ok(ready) = row.and_then(|mut row| preparing.prepare(&mut row)) {
+            if let Ok(ready) = row.and_then(|row| preparing.prepare(&row)) {
                 let (prompt, answer) = ready.input_ids.split_at(ready.answer);
                 samples.add(prompt, answer);
             }
@@ -242,8 +245,7 @@ impl Preparing<'_> {
         row: Result<Row<'r>, String>,
         part: &mut Part,
     ) -> Result<Vec<Row<'r>>> {
-        self.report.records += 1;
-        let ready = row.and_then(|mut row| Ok((self.prepare(&mut row)?, row)));
+        let ready = row.and_then(|row| Ok((self.prepare(&row)?, row)));
         let (ready, row) = match ready {
             Ok(ready) => ready,
             Err(reason) => {
@@ -265,15 +267,11 @@ impl Preparing<'_> {
                 "{:?} for generation, {:?} in a conversation",
                 difference.generation, difference.conversation
             );
-            // Each could contain a date or an id.
-            let known = report.differences.len() < MOST_DIFFERENCES;
-            if known || report.differences.contains_key(&shown) {
-                increment(&mut report.differences, shown);
-            }
-            report.different += 1;
+            report.count_difference(shown, 1);
         }
-        report.bad_positions += ready.soft.bad;
+        report.positions_over_one += ready.soft.positions_over_one;
         report.gate.count(row.sampling, ready.soft.agreement);
+        report.gate.count_top_k(row.sampling, ready.soft.in_top_k);
         report.classes.add(ready.soft.classes);
         let soft = (0..ready.soft.len()).filter(|&at| ready.soft.is_soft(at));
         let soft_positions = soft.count() as u64;
@@ -303,14 +301,13 @@ impl Preparing<'_> {
     }
 
     /// A row as an example, or the reason to leave it out.
-    fn prepare(&mut self, row: &mut Row) -> Result<Ready, String> {
-        if self.settings.thinking == Thinking::Drop {
-            row.drop_thinking();
-        }
-        let conversation = self
-            .tokenizer
-            .conversation(&row.messages)
-            .map_err(|e| format!("{e:#}"))?;
+    fn prepare(&mut self, row: &Row) -> Result<Ready, String> {
+        let conversation = if row.every_answer {
+            self.tokenizer.conversation(&row.messages)
+        } else {
+            self.tokenizer.last_answer(&row.messages)
+        };
+        let conversation = conversation.map_err(|e| format!("{e:#}"))?;
         let mut input_ids = conversation.ids;
         let Some((last, earlier)) = conversation.answers.split_last() else {
             return Err("no answer".into());
@@ -325,7 +322,7 @@ impl Preparing<'_> {
         let mut supervise = |range: Range<usize>| labels.push(range.start.max(1)..range.end);
         if row.every_answer {
             for answer in earlier {
-                if answer.is_behind_its_prompt {
+                if answer.follows_generation_prompt {
                     supervise(from(answer)..answer.supervised.end);
                 } else {
                     separate.push(answer.message);
@@ -340,7 +337,7 @@ impl Preparing<'_> {
         supervise(from(last)..end);
         labels.retain(|range| !range.is_empty());
         if labels.is_empty() {
-            return Err("the answer is empty".into());
+            return Err(EMPTY.into());
         }
         let max_length = self.settings.max_length;
         if end > max_length {
@@ -349,9 +346,25 @@ impl Preparing<'_> {
             ));
         }
         let answers = labels.len() as u64;
-        let ends_open = row.ended && last.supervised.end == last.tokens.end;
+        let supervised = earlier
+            .iter()
+            .filter(|answer| row.every_answer && answer.follows_generation_prompt);
+        let without_end = supervised
+            .chain(row.ended.then_some(last))
+            .filter(|answer| answer.supervised.end == answer.tokens.end)
+            .count() as u64;
 
         let content = &row.messages[last.message].content;
+        let answer = from(last);
+        let mut kept = last.text.clone();
+        if self.settings.thinking != Thinking::Supervise {
+            // Without its thinking, an answer may be empty.
+            let start = answer_start(content);
+            if content[start..].trim().is_empty() {
+                return Err(EMPTY.into());
+            }
+            kept.start = kept.start.max(start);
+        }
         let aligned = match &row.logprobs {
             None => Err(report::NO_LOGPROBS.into()),
             Some(logprobs) => self
@@ -359,17 +372,20 @@ impl Preparing<'_> {
                 .align(
                     logprobs,
                     content.as_bytes(),
-                    last.text.clone(),
-                    &input_ids[last.tokens.clone()],
+                    kept,
+                    &input_ids[answer..last.tokens.end],
                     row.asked,
                 )
                 .map_err(|mismatch| mismatch.to_string()),
         };
         // Nothing is learnt from what follows the last answer.
         input_ids.truncate(end);
-        let answer = last.supervised.start;
         let (soft, ce_only) = match aligned {
-            Ok(aligned) => (aligned, None),
+            Ok(aligned) => {
+                let has_soft = (0..aligned.len()).any(|at| aligned.is_soft(at));
+                let has_none = !has_soft && aligned.chunks().is_empty();
+                (aligned, has_none.then(|| "no usable logprobs".to_owned()))
+            }
             Err(reason) => {
                 let (prompt, said) = input_ids.split_at(answer);
                 match self.samples.soft_labels(prompt, said) {
@@ -385,7 +401,7 @@ impl Preparing<'_> {
             answer,
             ce_only,
             answers,
-            without_end: u64::from(ends_open),
+            without_end,
             difference: conversation.difference,
             separate,
         })

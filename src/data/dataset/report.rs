@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::data::classes::Classes;
 use crate::data::gate::Gate;
 
+/// Maximum number of distinct prompt endings that are shown.
+const MAX_DIFFERENCES: usize = 5;
+
 /// Reason in [`Report::ce_only`] for an answer without logprobs.
 pub const NO_LOGPROBS: &str = "no logprobs";
 
@@ -36,12 +39,12 @@ pub struct Report {
     /// Answers whose prefix in the rendered conversation differs from the generation prompt, which the examples
     /// use; and the ends of both by frequency.
     #[serde(default)]
-    pub different: u64,
+    pub prefix_differs: u64,
     #[serde(default)]
     pub differences: BTreeMap<String, u64>,
     /// Positions whose probabilities sum to more than 1; they train on cross-entropy.
     #[serde(default)]
-    pub bad_positions: u64,
+    pub positions_over_one: u64,
     /// Tokens in the kept examples.
     pub tokens: u64,
     /// Supervised positions, and those of them with soft labels.
@@ -72,8 +75,7 @@ impl Report {
         self.answers += other.answers;
         self.without_end += other.without_end;
         self.split += other.split;
-        self.different += other.different;
-        self.bad_positions += other.bad_positions;
+        self.positions_over_one += other.positions_over_one;
         self.tokens += other.tokens;
         self.positions += other.positions;
         self.soft_positions += other.soft_positions;
@@ -84,12 +86,26 @@ impl Report {
         for (mine, others) in [
             (&mut self.dropped, other.dropped),
             (&mut self.ce_only, other.ce_only),
-            (&mut self.differences, other.differences),
         ] {
             for (reason, count) in others {
                 *mine.entry(reason).or_default() += count;
             }
         }
+        for (endings, count) in other.differences {
+            self.count_difference(endings, count);
+        }
+    }
+
+    /// Counts answers with these prompt endings, each of which could contain a date or an id.
+    pub fn count_difference(&mut self, endings: String, count: u64) {
+        self.prefix_differs += count;
+        let has_room = self.differences.len() < MAX_DIFFERENCES;
+        let endings = if has_room || self.differences.contains_key(&endings) {
+            endings
+        } else {
+            "other endings".into()
+        };
+        *self.differences.entry(endings).or_default() += count;
     }
 }
 
@@ -146,12 +162,12 @@ impl fmt::Display for Report {
                 self.split
             )?;
         }
-        if self.different > 0 {
+        if self.prefix_differs > 0 {
             write!(
                 f,
                 "\n{} answers are trained after the generation prompt, which differs from their prefix in the \
                  rendered conversation: {}",
-                self.different,
+                self.prefix_differs,
                 by_reason(&self.differences)
             )?;
         }
@@ -162,11 +178,11 @@ impl fmt::Display for Report {
                 self.without_end, self.answers
             )?;
         }
-        if self.bad_positions > 0 {
+        if self.positions_over_one > 0 {
             write!(
                 f,
                 "\n{} positions without soft labels: the teacher's probabilities there sum to more than 1",
-                self.bad_positions
+                self.positions_over_one
             )?;
         }
         if !self.ce_only.is_empty() {

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::cache::record::{Record, Status};
 use crate::cache::view::{LogprobsView, RecordView};
-use crate::config;
+use crate::config::{self, Thinking};
 use crate::data::chat_template::answer_start;
 use crate::data::sampling::Sampling;
 use crate::prompt::Message;
@@ -53,10 +53,12 @@ impl<'a> Row<'a> {
     pub fn key_of(&self, message: usize) -> String {
         format!("{}:{message}", self.key)
     }
+}
 
-    /// Removes thinking from the beginning of answers.
-    pub fn drop_thinking(&mut self) {
-        let answers = self.messages.iter_mut();
+/// Removes thinking from the beginning of answers, if the settings say so.
+fn drop_thinking(messages: &mut [Message], settings: &config::Data) {
+    if settings.thinking == Thinking::Drop {
+        let answers = messages.iter_mut();
         for answer in answers.filter(|message| message.role == "assistant") {
             answer.content.drain(..answer_start(&answer.content));
         }
@@ -83,6 +85,7 @@ pub fn of_record<'a>(
         role: "assistant".into(),
         content: record.answer.text,
     });
+    drop_thinking(&mut messages, settings);
     Ok(Row {
         key: record.key,
         message: None,
@@ -150,11 +153,12 @@ struct Line {
 ///
 /// # Errors
 /// If it is no such row.
-pub fn of_line(line: &str, number: u64) -> Result<Row<'static>> {
-    let line: Line = serde_json::from_str(line)
+pub fn of_line(line: &str, number: u64, settings: &config::Data) -> Result<Row<'static>> {
+    let mut line: Line = serde_json::from_str(line)
         .context(r#"expected {"messages": [{"role": "...", "content": "..."}, ...]}"#)?;
     let last = line.messages.iter().rposition(|m| m.role == "assistant");
     let last = last.context("the conversation has no message of the role `assistant`")?;
+    drop_thinking(&mut line.messages, settings);
     let prompt_id = match line.id {
         Some(Value::String(id)) => id,
         Some(id) => id.to_string(),

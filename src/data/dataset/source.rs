@@ -244,9 +244,12 @@ impl Portion {
                 (Source::Cache(dir), Some(place)) => RecordView::of_line(text)
                     .map(|record| Some(rows::of_record(record, settings)))
                     .map_err(|fault| place.refuse(dir, fault)),
-                (source, _) => of_line(text, line.number)
+                (source, _) => of_line(text, line.number, settings)
                     .map(|row| row.map(Ok))
-                    .with_context(|| format!("{}:{}", source.path().display(), line.number)),
+                    .map_err(|error| {
+                        let place = format!("{}:{}", source.path().display(), line.number);
+                        Exit::Usage(format!("{place}: {error:#}")).into()
+                    }),
             };
             let done = match row {
                 Ok(Some(row)) => each(line.number, row),
@@ -259,10 +262,10 @@ impl Portion {
     }
 }
 
-fn of_line(line: &[u8], number: u64) -> Result<Option<Row<'static>>> {
+fn of_line(line: &[u8], number: u64, settings: &config::Data) -> Result<Option<Row<'static>>> {
     let line = std::str::from_utf8(line).context("it is no UTF-8")?;
     match line.trim().is_empty() {
         true => Ok(None),
-        false => rows::of_line(line, number).map(Some),
+        false => rows::of_line(line, number, settings).map(Some),
     }
 }

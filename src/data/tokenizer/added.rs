@@ -5,23 +5,22 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use aho_corasick::{AhoCorasick, Anchored, Input};
+use aho_corasick::AhoCorasick;
 use anyhow::Result;
 use serde_json::{Value, json};
 use tokenizers::{AddedVocabulary, NormalizerWrapper, OffsetReferential, OffsetType};
 
 use super::files::Files;
+use crate::data::chat_template::TOKEN_VARIABLES;
 
 /// Adds tokens that only the other files of the folder list to `tokenizer`, a parsed `tokenizer.json`, as
 /// `transformers` does on loading.
 pub fn complete(tokenizer: &mut Value, files: &Files) {
-    let mut next = next_id(tokenizer);
-    let mut new_id = || {
-        next += 1;
-        next - 1
-    };
-    let Some(Value::Array(mut added)) = tokenizer.get_mut("added_tokens").map(Value::take) else {
-        return;
+    let mut new_ids = next_id(tokenizer)..;
+    let mut new_id = || new_ids.next().unwrap_or(u64::MAX);
+    let mut added = match tokenizer["added_tokens"].take() {
+        Value::Array(added) => added,
+        _ => Vec::new(),
     };
     let vocabulary = &tokenizer["model"]["vocab"];
     let content = |token: &Value| token["content"].as_str().unwrap_or_default().to_owned();
@@ -43,9 +42,14 @@ pub fn complete(tokenizer: &mut Value, files: &Files) {
     }
     // A special token outside the vocabulary gets an id if the chat template can produce it.
     let template = files.chat_template.as_deref().unwrap_or_default();
+    let by_variable = |name: &str| {
+        let mut variables = TOKEN_VARIABLES.iter();
+        variables.any(|variable| files.token(variable) == Some(name) && template.contains(variable))
+    };
     for name in files.special_tokens() {
         let is_known = known.contains_key(name) || id_in_vocabulary(vocabulary, name).is_some();
-        if is_known || name.is_empty() || !template.contains(name) {
+        let is_used = template.contains(name) || by_variable(name);
+        if is_known || name.is_empty() || !is_used {
             continue;
         }
         known.insert(name.to_owned(), added.len());
@@ -90,8 +94,15 @@ pub fn id_in_vocabulary(vocabulary: &Value, token: &str) -> Option<u64> {
 #[derive(Debug)]
 pub struct PlainAdded {
     names: AhoCorasick,
-    /// Normalisation may produce such a token from a text without its name.
-    by_normalising: bool,
+    by_normalising: ByNormalising,
+}
+
+/// Texts without the name of an added token from which normalisation may produce it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ByNormalising {
+    Never,
+    NonAscii,
+    Always,
 }
 
 impl PlainAdded {
@@ -99,16 +110,24 @@ impl PlainAdded {
     ///
     /// # Errors
     /// If the names exceed the limits of the search.
-    pub fn new(vocabulary: &AddedVocabulary, normalises: bool) -> Result<Option<PlainAdded>> {
+    pub fn new(vocabulary: &AddedVocabulary, normalizer: &Value) -> Result<Option<PlainAdded>> {
         let plain = vocabulary.get_added_tokens_decoder().values();
         let plain: Vec<_> = plain.filter(|token| !token.special).collect();
         if plain.is_empty() {
             return Ok(None);
         }
-        let by_normalising = normalises
-            && plain
-                .iter()
-                .any(|token| token.normalized && !token.content.is_ascii());
+        let mut normalized = plain.iter().filter(|token| token.normalized);
+        let by_normalising = if normalizer.is_null() {
+            ByNormalising::Never
+        } else if normalizer["type"] != "NFC" {
+            normalized
+                .next()
+                .map_or(ByNormalising::Never, |_| ByNormalising::Always)
+        } else if normalized.any(|token| !token.content.is_ascii()) {
+            ByNormalising::NonAscii
+        } else {
+            ByNormalising::Never
+        };
         let names = AhoCorasick::new(plain.iter().map(|token| &token.content))?;
         Ok(Some(PlainAdded {
             names,
@@ -118,8 +137,12 @@ impl PlainAdded {
 
     /// Returns false only if no such token is in `text`.
     pub fn may_be_in(&self, text: &str) -> bool {
-        let input = Input::new(text).anchored(Anchored::No).earliest(true);
-        self.names.find(input).is_some() || (self.by_normalising && !text.is_ascii())
+        let by_normalising = match self.by_normalising {
+            ByNormalising::Never => false,
+            ByNormalising::NonAscii => !text.is_ascii(),
+            ByNormalising::Always => true,
+        };
+        by_normalising || self.names.is_match(text)
     }
 }
 

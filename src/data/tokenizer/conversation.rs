@@ -10,7 +10,7 @@ use std::ops::Range;
 use anyhow::{Result, bail};
 
 use super::{Place, Tokenizer, added};
-use crate::data::chat_template::{Span, answer_start};
+use crate::data::chat_template::{Span, THINKING, answer_start};
 use crate::prompt::Message;
 
 /// A conversation of T tokens.
@@ -44,10 +44,28 @@ pub struct AnswerTokens {
     pub tokens: Range<usize>,
     /// `tokens` and what follows up to the token that ends the turn, if one does.
     pub supervised: Range<usize>,
+    /// Tokens of the content alone.
+    pub content: Range<usize>,
     /// First token after the thinking, or of `tokens` without thinking.
     pub after_thinking: usize,
-    /// True if the ids before `tokens` equal the generation prompt.
-    pub is_behind_its_prompt: bool,
+    /// True if the ids before `tokens` equal the generation prompt and the answer is rendered as after it, or if
+    /// the template rejects such a prompt.
+    pub follows_generation_prompt: bool,
+}
+
+impl AnswerTokens {
+    /// An answer without supervised tokens here.
+    fn separate(message: usize) -> AnswerTokens {
+        AnswerTokens {
+            message,
+            text: 0..0,
+            content: 0..0,
+            tokens: 0..0,
+            supervised: 0..0,
+            after_thinking: 0,
+            follows_generation_prompt: false,
+        }
+    }
 }
 
 /// Encodes the generation prompt of these messages.
@@ -58,137 +76,170 @@ pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<
     Ok(writer.done.ids)
 }
 
-/// Encodes a conversation with its answers.
-pub fn encode(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Conversation> {
+/// Encodes a conversation with its answers. Without `every_answer`, earlier answers are part of the prompt for the
+/// last one and have no ranges.
+pub fn encode(
+    tokenizer: &Tokenizer,
+    messages: &[Message],
+    every_answer: bool,
+) -> Result<Conversation> {
     let template = tokenizer.template()?;
     let spans = template.render(messages, false)?;
-    let answers = Answers::find(&spans, messages);
+    let answers = rendered_answers(&spans, messages);
     let count = messages.iter().filter(|m| m.role == "assistant").count();
-    if answers.0.len() != count {
+    if answers.len() != count {
         bail!(
             "the chat template prints {} of {count} answers",
-            answers.0.len()
+            answers.len()
         );
+    }
+    if !answers.is_sorted_by_key(|answer| answer.message) {
+        bail!("the chat template prints the answers in another order");
     }
     let text: String = spans.iter().map(Span::text).collect();
     let mut writer = Writer::new(tokenizer);
     let mut at = 0;
-    for (number, answer) in answers.0.iter().enumerate() {
-        let before = &text[..answer.start];
+    for (number, answer) in answers.iter().enumerate() {
+        let is_last = number + 1 == count;
+        if !is_last && !every_answer {
+            let skipped = AnswerTokens::separate(answer.message);
+            writer.done.answers.push(skipped);
+            continue;
+        }
         // Some templates reject such a prefix; then there is no generation prompt to compare with.
         let prompt = template.render_text(&messages[..answer.message], true).ok();
-        // End of the generation prompt, if it is a prefix that ends after the previous message.
         let end = match &prompt {
+            Some(prompt) => answer.end_of_prompt(&text, prompt),
             None => Some(answer.start),
-            Some(prompt) if before.starts_with(prompt.as_str()) => {
-                let earliest = spans[..answer.spans.start]
-                    .iter()
-                    .rposition(|span| matches!(span, Span::Content { .. }))
-                    .map_or(0, |last| length(&spans[..=last]));
-                Some(prompt.len()).filter(|end| *end >= earliest)
-            }
-            Some(_) => None,
         };
-        if let (None, Some(prompt)) = (end, &prompt)
-            && number + 1 == count
-        {
-            return composed(tokenizer, messages, &spans, answer, before, prompt, number);
+        if let (None, true, Some(prompt)) = (end, is_last, &prompt) {
+            let before = &text[..answer.start];
+            let mut done = after_prompt(tokenizer, messages, &spans, answer)?;
+            let earlier = answers[..number].iter();
+            let earlier = earlier.map(|answer| AnswerTokens::separate(answer.message));
+            done.answers.splice(0..0, earlier);
+            done.difference = Some(Difference {
+                generation: difference(prompt, before, answer.earliest),
+                conversation: difference(before, prompt, answer.earliest),
+            });
+            return Ok(done);
         }
-        let is_behind_its_prompt = end.is_some();
-        let end = end.unwrap_or(answer.start);
-        let (prompt, lead) = writer.split(&spans[at..answer.spans.start], &text, end, answer)?;
-        writer.prompt(&prompt)?;
-        writer.answer(&lead, answer, &spans, messages, is_behind_its_prompt)?;
+        let follows = match (end, &prompt) {
+            (Some(end), Some(prompt)) if !is_last => {
+                // Some templates render an answer in another way inside a conversation.
+                let alone = template.render_text(&messages[..=answer.message], false);
+                let alone = alone
+                    .as_ref()
+                    .ok()
+                    .and_then(|text| text.strip_prefix(prompt.as_str()));
+                alone.is_some_and(|alone| text[end..].starts_with(alone.trim_end()))
+            }
+            (end, _) => end.is_some(),
+        };
+        let lead = &text[end.unwrap_or(answer.start)..answer.start];
+        writer.before_answer(&spans[at..answer.spans.start], lead)?;
+        writer.answer(lead, answer, &spans, messages)?;
+        if let Some(answer) = writer.done.answers.last_mut() {
+            answer.follows_generation_prompt = follows;
+        }
         at = answer.spans.end;
     }
     writer.prompt(&spans[at..])?;
     Ok(writer.done)
 }
 
-/// Encodes the last answer after the generation prompt, which differs from its prefix in the rendered
-/// conversation.
-fn composed(
+/// Encodes an answer after its generation prompt.
+fn after_prompt(
     tokenizer: &Tokenizer,
     messages: &[Message],
-    spans: &[Span],
-    answer: &Answer,
-    before: &str,
-    prompt: &str,
-    earlier: usize,
+    all: &[Span],
+    answer: &RenderedAnswer,
 ) -> Result<Conversation> {
-    let mut writer = Writer::new(tokenizer);
-    let rendered = tokenizer
+    let prompt = tokenizer
         .template()?
         .render(&messages[..answer.message], true)?;
-    writer.prompt(&rendered)?;
-    writer.answer(&[], answer, spans, messages, true)?;
-    writer.prompt(&spans[answer.spans.end..])?;
-    let mut done = writer.done;
-    // Earlier answers are part of the prompt here.
-    let others = messages.iter().enumerate();
-    let others = others.filter(|(_, message)| message.role == "assistant");
-    let others = others.take(earlier).map(|(message, _)| AnswerTokens {
-        message,
-        text: 0..0,
-        tokens: 0..0,
-        supervised: 0..0,
-        after_thinking: 0,
-        is_behind_its_prompt: false,
-    });
-    done.answers.splice(0..0, others);
-    done.difference = Some(Difference {
-        generation: ending(prompt, before),
-        conversation: ending(before, prompt),
-    });
-    Ok(done)
+    let mut writer = Writer::new(tokenizer);
+    writer.prompt(&prompt)?;
+    let is_closed = prompt
+        .last()
+        .is_some_and(|last| last.text().trim_end().ends_with(THINKING.1));
+    if is_closed {
+        // The prompt has closed the thinking, so that of the answer is left out.
+        let spans = answer.spans.end - 1..answer.spans.end;
+        let answer = &RenderedAnswer { spans, ..*answer };
+        writer.answer("", answer, all, messages)?;
+    } else {
+        writer.answer("", answer, all, messages)?;
+    }
+    writer.prompt(&all[answer.spans.end..])?;
+    Ok(writer.done)
 }
 
-/// End of `text` from a little before its first difference to `other`.
-fn ending(text: &str, other: &str) -> String {
+/// `text` without the messages that it shares with `other`, whose last one ends at `content_end`; or else from a
+/// little before the first difference. Shortened.
+fn difference(text: &str, other: &str, content_end: usize) -> String {
+    const BEFORE: usize = 20;
     const SHOWN: usize = 60;
     let common = text.bytes().zip(other.bytes()).take_while(|(a, b)| a == b);
-    let from = common.count().saturating_sub(SHOWN / 3);
-    let from = from.max(text.len().saturating_sub(SHOWN));
+    let common = common.count();
+    let from = if common >= content_end {
+        content_end
+    } else {
+        common.saturating_sub(BEFORE)
+    };
     let from = (0..=from).rev().find(|at| text.is_char_boundary(*at));
-    text[from.unwrap_or_default()..].to_owned()
+    let shown = &text[from.unwrap_or_default()..];
+    shown.chars().take(SHOWN).collect()
 }
 
-fn length(spans: &[Span]) -> usize {
-    spans.iter().map(|span| span.text().len()).sum()
-}
-
-/// Answers in a rendered conversation, in order.
-struct Answers(Vec<Answer>);
-
-struct Answer {
+struct RenderedAnswer {
     message: usize,
     /// First byte of its content.
     start: usize,
+    /// First byte of the template text before it.
+    earliest: usize,
     /// Spans of its content, and of template text between them.
     spans: Range<usize>,
 }
 
-impl Answers {
-    fn find(spans: &[Span], messages: &[Message]) -> Answers {
-        let mut found: Vec<Answer> = Vec::new();
-        let mut at = 0;
-        for (index, span) in spans.iter().enumerate() {
-            if let Span::Content { message, .. } = span
-                && messages[*message].role == "assistant"
-            {
-                match found.last_mut() {
-                    Some(last) if last.message == *message => last.spans.end = index + 1,
-                    _ => found.push(Answer {
+impl RenderedAnswer {
+    /// Byte of `text`, the rendered conversation, at which the generation prompt ends. None if the prompt is not
+    /// a prefix that ends after the previous message.
+    fn end_of_prompt(&self, text: &str, prompt: &str) -> Option<usize> {
+        let is_prefix = text[..self.start].starts_with(prompt);
+        (is_prefix && prompt.len() >= self.earliest).then_some(prompt.len())
+    }
+}
+
+/// Answers in a rendered conversation, in order.
+fn rendered_answers(spans: &[Span], messages: &[Message]) -> Vec<RenderedAnswer> {
+    let mut found: Vec<RenderedAnswer> = Vec::new();
+    let (mut at, mut end_of_content, mut before) = (0, 0, None);
+    for (index, span) in spans.iter().enumerate() {
+        let end = at + span.text().len();
+        if let Span::Content { message, .. } = span {
+            match found.last_mut() {
+                Some(last) if before == Some(*message) && last.message == *message => {
+                    last.spans.end = index + 1;
+                }
+                _ if messages[*message].role == "assistant" => {
+                    // A summary may print an answer before its turn.
+                    found.retain(|answer| answer.message != *message);
+                    found.push(RenderedAnswer {
                         message: *message,
                         start: at,
+                        earliest: end_of_content,
                         spans: index..index + 1,
-                    }),
+                    });
                 }
+                _ => {}
             }
-            at += span.text().len();
+            before = Some(*message);
+            end_of_content = end;
         }
-        Answers(found)
+        at = end;
     }
+    found
 }
 
 struct Writer<'a> {
@@ -233,31 +284,15 @@ impl<'a> Writer<'a> {
         self.flush()
     }
 
-    /// Splits the spans before an answer at the end of its prompt, byte `end` of the whole text.
-    fn split(
-        &self,
-        spans: &[Span],
-        text: &str,
-        end: usize,
-        answer: &Answer,
-    ) -> Result<(Vec<Span>, Vec<Span>)> {
-        let lead = &text[end..answer.start];
-        let mut prompt = spans.to_vec();
-        if lead.is_empty() {
-            return Ok((prompt, Vec::new()));
+    /// Writes the spans before an answer without their end `lead`, which belongs to the answer.
+    fn before_answer(&mut self, spans: &[Span], lead: &str) -> Result<()> {
+        match spans.split_last() {
+            Some((Span::Template(last), others)) => {
+                let kept = last.strip_suffix(lead).unwrap_or(last);
+                self.prompt(&[others, &[Span::Template(kept.to_owned())]].concat())
+            }
+            _ => self.prompt(spans),
         }
-        let Some(Span::Template(last)) = prompt.last_mut() else {
-            bail!(
-                "the chat template writes the prompt for an answer in a way that cannot be followed"
-            );
-        };
-        let Some(kept) = last.strip_suffix(lead) else {
-            bail!(
-                "the chat template writes the prompt for an answer in a way that cannot be followed"
-            );
-        };
-        *last = kept.to_owned();
-        Ok((prompt, vec![Span::Template(lead.to_owned())]))
     }
 
     fn template(&mut self, text: &str) -> Result<()> {
@@ -289,36 +324,35 @@ impl<'a> Writer<'a> {
     /// Writes an answer: `lead`, the text of the template between prompt and content, and the content.
     fn answer(
         &mut self,
-        lead: &[Span],
-        answer: &Answer,
+        lead: &str,
+        answer: &RenderedAnswer,
         spans: &[Span],
         messages: &[Message],
-        is_behind_its_prompt: bool,
     ) -> Result<()> {
-        self.flush()?;
         self.open = false;
         let start = self.done.ids.len();
         let spans = &spans[answer.spans.clone()];
-        self.prompt(&[lead, spans].concat())?;
+        self.prompt(&[&[Span::Template(lead.to_owned())], spans].concat())?;
         let tokens = start..self.done.ids.len();
         let content = &messages[answer.message].content;
-        let written: String = lead.iter().chain(spans).map(Span::text).collect();
+        let written: String = [lead]
+            .into_iter()
+            .chain(spans.iter().map(Span::text))
+            .collect();
         let last = spans.last().map_or("", Span::text);
         let text = kept(content, &written, last);
-        let after = match answer_start(content) {
-            0 => tokens.start,
-            from => {
-                let bytes = text.end - text.end.min(from.max(text.start));
-                first_of_last(self.tokenizer, &self.done.ids, &tokens, bytes)
-            }
-        };
+        let first_of = |bytes| first_of_last(self.tokenizer, &self.done.ids, &tokens, bytes);
         self.done.answers.push(AnswerTokens {
             message: answer.message,
+            content: first_of(text.len())..tokens.end,
+            after_thinking: match answer_start(content) {
+                0 => tokens.start,
+                from => first_of(text.end - text.end.min(from.max(text.start))),
+            },
             text,
             supervised: tokens.clone(),
             tokens,
-            after_thinking: after,
-            is_behind_its_prompt,
+            follows_generation_prompt: true,
         });
         self.open = true;
         Ok(())
@@ -326,17 +360,12 @@ impl<'a> Writer<'a> {
 }
 
 /// First token of the shortest suffix of `tokens` with at least this number of bytes.
-pub fn first_of_last(
-    tokenizer: &Tokenizer,
-    ids: &[u32],
-    tokens: &Range<usize>,
-    bytes: usize,
-) -> usize {
+fn first_of_last(tokenizer: &Tokenizer, ids: &[u32], tokens: &Range<usize>, bytes: usize) -> usize {
     let mut left = bytes;
     let mut at = tokens.end;
     while left > 0 && at > tokens.start {
         at -= 1;
-        let length = tokenizer.token_bytes(ids[at]).map_or(1, <[u8]>::len);
+        let length = tokenizer.spelling(ids[at]).map_or(1, |bytes| bytes.len());
         left = left.saturating_sub(length);
     }
     at

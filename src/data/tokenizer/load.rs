@@ -12,7 +12,7 @@ use super::files::Files;
 use super::pieces::Pieces;
 use super::token_bytes::{TokenBytes, has_part};
 use super::{ChatTemplate, Tokenizer};
-use crate::data::chat_template::with_arguments;
+use crate::data::chat_template::{TOKEN_VARIABLES, with_arguments};
 use crate::exit::Exit;
 
 /// Words whose tokens are remembered, on each thread: as many as a language has, and six times as many
@@ -80,40 +80,28 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
         .or(files.token("unk_token"))
         .and_then(|token| text.token_to_id(token))
         .or_else(|| json["model"]["unk_id"].as_u64()?.try_into().ok());
+    let space_after_control = !has_metaspace_for_first(&json["pre_tokenizer"]);
+    // A normalizer prepends its space before tokens in normalised text are matched.
+    let by_words = has_part(&json["pre_tokenizer"], "Metaspace");
+    let adds_space = space_after_control && continuing.is_some();
+    let spacing: HashSet<u32> = plain_added
+        .iter()
+        .filter(|(_, token)| adds_space && (by_words || !token.normalized))
+        .map(|(id, _)| *id)
+        .collect();
     // For a token of the vocabulary, its spelling there gives the bytes: Gemma's runs of spaces.
     plain_added
         .retain(|(id, token)| !special.contains(id) && vocabulary.get(&token.content) != Some(id));
     let bytes = TokenBytes::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
     let template = files.chat_template.as_deref().map(|source| {
-        let [bos, eos] = ["bos_token", "eos_token"].map(|role| files.token(role));
-        let mut template =
-            ChatTemplate::new(source, bos.unwrap_or_default(), eos.unwrap_or_default());
-        for role in [
-            "unk_token",
-            "pad_token",
-            "sep_token",
-            "cls_token",
-            "mask_token",
-        ] {
-            if let Some(token) = files.token(role) {
-                template.name_token(role, token);
-            }
-        }
-        template
+        let tokens = TOKEN_VARIABLES.map(|name| (name, files.token(name)));
+        // Templates expect these two.
+        let defaults = [("bos_token", Some("")), ("eos_token", Some(""))];
+        ChatTemplate::with_tokens(source, defaults.into_iter().chain(tokens))
     });
-    let space_after_control = !has_metaspace_for_first(&json["pre_tokenizer"]);
-    // A normalizer prepends its space before tokens in normalised text are matched.
-    let by_words = has_part(&json["pre_tokenizer"], "Metaspace");
-    let adds_space = space_after_control && continuing.is_some();
-    let spacing = plain_added
-        .iter()
-        .filter(|(_, token)| adds_space && (by_words || !token.normalized))
-        .map(|(id, _)| *id)
-        .collect();
-    let normalises = text.get_normalizer().is_some();
     let mut tokenizer = Tokenizer {
         dir: dir.into(),
-        plain_added: PlainAdded::new(text.get_added_vocabulary(), normalises)?,
+        plain_added: PlainAdded::new(text.get_added_vocabulary(), &json["normalizer"])?,
         spacing,
         space_after_control,
         prepends_by_normalizer: has_part(&json["normalizer"], "Prepend"),
@@ -128,7 +116,7 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
         template,
         fingerprint,
         pieces: Pieces::new(&json),
-        changed_template: files.chat_template.filter(|_| !arguments.is_empty()),
+        template_args: arguments.clone(),
     };
     // The eos token of a base model may differ from the end of turn in its template.
     if let Some(end) = tokenizer.end_of_turn()

@@ -15,9 +15,10 @@ use std::path::{Path, PathBuf};
 use added::PlainAdded;
 use anyhow::{Result, anyhow, bail};
 use jiff::civil::DateTime;
+use serde_json::Value;
 use tokenizers::AddedVocabulary;
 
-use super::chat_template::ChatTemplate;
+use super::chat_template::{ChatTemplate, Date};
 use crate::config;
 use crate::exit::Exit;
 use crate::prompt::Message;
@@ -55,7 +56,7 @@ pub struct Tokenizer {
     vocab_size: usize,
     template: Option<ChatTemplate>,
     fingerprint: blake3::Hash,
-    changed_template: Option<String>,
+    template_args: BTreeMap<String, Value>,
     /// None where texts must be encoded whole.
     pieces: Option<Pieces>,
 }
@@ -83,10 +84,10 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Self::load`].
-    pub fn of_student(settings: &config::Student) -> Result<Self> {
+    pub fn for_student(settings: &config::Student) -> Result<Self> {
         let mut tokenizer = load::load(&settings.path, &settings.template_args)?;
         if let Some(date) = settings.template_date {
-            tokenizer.set_date(date.into());
+            tokenizer.set_date(Date::Fixed(date.into()));
             let mut hash = blake3::Hasher::new();
             hash.update(tokenizer.fingerprint.as_bytes());
             hash.update(date.to_string().as_bytes());
@@ -96,15 +97,20 @@ impl Tokenizer {
     }
 
     /// Sets the date that `strftime_now` returns in the chat template.
-    pub fn set_date(&mut self, date: DateTime) {
+    pub fn set_date(&mut self, date: Date) {
         if let Some(template) = &mut self.template {
             template.set_date(date);
         }
     }
 
-    /// Chat template with its arguments, if there are any.
-    pub fn changed_template(&self) -> Option<&str> {
-        self.changed_template.as_deref()
+    /// Makes `strftime_now` return the current local time.
+    pub fn use_clock(&mut self) {
+        self.set_date(Date::Clock(|| jiff::Zoned::now().datetime()));
+    }
+
+    /// Default values of variables of the chat template.
+    pub fn template_args(&self) -> &BTreeMap<String, Value> {
+        &self.template_args
     }
 
     /// The folder that it was loaded from.
@@ -116,9 +122,9 @@ impl Tokenizer {
     fn end_of_turn(&mut self) -> Option<u32> {
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.
-        self.set_date(DateTime::constant(2000, 1, 1, 0, 0, 0, 0));
+        self.set_date(Date::Fixed(DateTime::constant(2000, 1, 1, 0, 0, 0, 0)));
         let messages = [Message::new("user", "a"), Message::new("assistant", "b")];
-        let conversation = conversation::encode(self, &messages);
+        let conversation = conversation::encode(self, &messages, false);
         self.template = Some(template);
         let conversation = conversation.ok()?;
         let answer = conversation.answers.last()?;
@@ -151,16 +157,13 @@ impl Tokenizer {
     pub fn encode_continued(&self, messages: &[Message]) -> Result<(Vec<u32>, Range<usize>)> {
         let Conversation {
             mut ids, answers, ..
-        } = self.conversation(messages)?;
+        } = self.last_answer(messages)?;
         let last = answers.last();
         let Some(answer) = last.filter(|answer| answer.message + 1 == messages.len()) else {
             bail!("the last message is not the assistant's");
         };
-        let Range { end, .. } = answer.tokens;
-        ids.truncate(end);
-        // Without text of the template before the content.
-        let start = conversation::first_of_last(self, &ids, &answer.tokens, answer.text.len());
-        Ok((ids, start..end))
+        ids.truncate(answer.content.end);
+        Ok((ids, answer.content.clone()))
     }
 
     /// Ids of a conversation, and the ranges of those that a student must learn to predict: each
@@ -182,7 +185,15 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode_prompt`].
     pub fn conversation(&self, messages: &[Message]) -> Result<Conversation> {
-        conversation::encode(self, messages)
+        conversation::encode(self, messages, true)
+    }
+
+    /// Same, with the ranges of the last answer alone.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn last_answer(&self, messages: &[Message]) -> Result<Conversation> {
+        conversation::encode(self, messages, false)
     }
 
     /// Renders a conversation as text.
@@ -333,9 +344,12 @@ impl Tokenizer {
         let mut ids = Vec::with_capacity(text.len() / 3);
         let (mut at, mut place) = (0, place);
         for (range, id) in self.find_added(text, place) {
-            ids.extend(self.encode_stretch(&text[at..range.start], place)?);
+            // A token that strips white space may reach into the next one.
+            if at < range.start {
+                ids.extend(self.encode_stretch(&text[at..range.start], place)?);
+            }
             ids.push(id);
-            at = range.end;
+            at = at.max(range.end);
             place = self.place_after(&[id]);
         }
         ids.extend(self.encode_stretch(&text[at..], place)?);
@@ -388,8 +402,10 @@ impl Tokenizer {
 
     /// Encodes a text that contains none of `plain_added`.
     fn encode_stretch(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+        if text.is_empty() {
+            return Ok(Vec::new());
+        }
         match &self.pieces {
-            _ if text.is_empty() => Ok(Vec::new()),
             // No tokenizer that knows pieces puts a space before a text: the place is no matter.
             Some(pieces) => pieces.encode(text, |piece| self.encode_whole(piece, place)),
             None => self.encode_whole(text, place),

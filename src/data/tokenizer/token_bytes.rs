@@ -39,18 +39,15 @@ impl TokenBytes {
             return Self::default();
         };
         let byte_fallback = tokenizer["model"]["byte_fallback"] == true;
-        let characters = byte_of_character();
         let mut tokens: Vec<(u32, Box<[u8]>, u8)> = Vec::with_capacity(vocabulary.len());
         for (token, &id) in vocabulary {
             let fallback = fallback_byte(token).filter(|_| byte_fallback);
             let bytes: Vec<u8> = match (alphabet, fallback) {
                 (_, Some(byte)) => vec![byte],
                 // A token with a character outside the alphabet is plain text, as for the decoder.
-                (Alphabet::ByteLevel, _) => token
-                    .chars()
-                    .map(|c| characters.get(&c).copied())
-                    .collect::<Option<Vec<u8>>>()
-                    .unwrap_or_else(|| token.clone().into_bytes()),
+                (Alphabet::ByteLevel, _) => {
+                    byte_level(token).unwrap_or_else(|| token.clone().into_bytes())
+                }
                 (Alphabet::SentencePiece, _) => token.replace('▁', " ").into_bytes(),
             };
             if !control(id) {

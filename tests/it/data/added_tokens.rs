@@ -259,3 +259,24 @@ fn bytes_of_added_tokens_in_the_vocabulary_follow_its_spelling() {
     let id = tokenizer.id_of_bytes(b"  ").unwrap();
     assert_eq!(tokenizer.token_name(id), "▁▁");
 }
+
+/// A token that strips white space reaches into the next one.
+#[test]
+fn overlapping_added_tokens_are_all_found() {
+    for name in FOLDERS {
+        let mut stripping = added(0, "  ");
+        stripping["rstrip"] = true.into();
+        let (dir, ids) = with_added(golden(&format!("{name}/tokenizer.json")), &[stripping]);
+        let template =
+            "{{ messages[0].content }}:{% if messages[1] %}{{ messages[1].content }}{% endif %}";
+        std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+        let ours = Tokenizer::load(dir.path()).unwrap();
+        let (found, _) = ours.encode_conversation(&ask("a", "a    b")).unwrap();
+        let count = found.iter().filter(|id| ids.contains(id)).count();
+        let mut whole = whole(&dir);
+        whole.set_encode_special_tokens(true);
+        let expected = whole.encode_fast("a    b", false).unwrap();
+        let expected = expected.get_ids().iter().filter(|id| ids.contains(id));
+        assert_eq!(count, expected.count(), "{name}: {found:?}");
+    }
+}

@@ -299,12 +299,15 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
 
     let impossible = logprobs(&[(answer, -0.1, &[(answer, Some(-0.1)), ("x", Some(-0.5))])]);
     let whole = align(&tokenizer, &impossible, answer, &ids).unwrap();
-    assert_eq!((whole.bad, soft_labels(&whole)), (1, vec![None; ids.len()]));
+    assert_eq!(
+        (whole.positions_over_one, soft_labels(&whole)),
+        (1, vec![None; ids.len()])
+    );
     let mut twice = teacher.clone();
     twice.top_logprob[0][1] = Some(0.6f32.ln());
     // A bad position costs itself.
     let but_one = align(&tokenizer, &twice, answer, &ids).unwrap();
-    assert_eq!(but_one.bad, 1);
+    assert_eq!(but_one.positions_over_one, 1);
     let others = soft_labels(&but_one);
     assert_eq!(others[0], None);
     assert_eq!(others[1..], soft[1..]);

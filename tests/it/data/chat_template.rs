@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use distill::data::chat_template::{ChatTemplate, Span, with_arguments};
+use distill::data::chat_template::{ChatTemplate, Date, Span, with_arguments};
 use serde_json::json;
 
 use super::{ask, golden, messages};
@@ -115,8 +115,8 @@ fn string_methods_and_tests_match_jinja2() {
             "<s> False <unk>",
         ),
     ] {
-        let mut template = ChatTemplate::new(source, "<s>", "</s>");
-        template.name_token("unk_token", "<unk>");
+        let tokens = [("bos_token", Some("<s>")), ("unk_token", Some("<unk>"))];
+        let template = ChatTemplate::with_tokens(source, tokens);
         let text = template.render_text(&ask("a", "b"), false).unwrap();
         assert_eq!(text, expected, "{source}");
     }
@@ -130,7 +130,7 @@ fn strftime_now_returns_the_configured_date() {
     let mut template = ChatTemplate::new("{{ strftime_now('%d %b %Y') }}", "", "");
     let error = template.render_text(&[], true).unwrap_err().to_string();
     assert!(error.contains("student.template_date"), "{error}");
-    template.set_date(jiff::civil::date(2026, 1, 31).into());
+    template.set_date(Date::Fixed(jiff::civil::date(2026, 1, 31).into()));
     assert_eq!(template.render_text(&[], true).unwrap(), "31 Jan 2026");
 }
 
@@ -145,9 +145,13 @@ fn template_args_become_default_values() {
         template.render_text(&[], true).unwrap(),
         "False a \"b\"\n0 True"
     );
-    let wrong = serde_json::from_value(json!({"a b": 1})).unwrap();
-    let error = with_arguments("", &wrong).unwrap_err().to_string();
-    assert!(error.contains("\"a b\""), "{error}");
+    for name in ["a b", "", "1a", "tools", "bos_token", "thinkz"] {
+        let wrong = serde_json::from_value(json!({ name: 1 })).unwrap();
+        let error = with_arguments("{{ thinks }}", &wrong)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(name), "{error}");
+    }
 }
 
 /// X5

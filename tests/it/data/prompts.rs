@@ -21,6 +21,8 @@ const MOVED: &str = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|
 /// Like Qwen 3's: reformats the thinking of the last answer, and drops it elsewhere.
 const THINKING: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1] %}{% if loop.last %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
+const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
 fn with_template(template: &str) -> (TempDir, Tokenizer) {
     let dir = tempfile::tempdir().unwrap();
     for file in ["tokenizer.json", "tokenizer_config.json"] {
@@ -77,13 +79,13 @@ fn supervised_answers_follow_their_generation_prompt() {
                 let prompt = tokenizer
                     .encode_prompt(&messages[..answer.message])
                     .unwrap();
-                if answer.is_behind_its_prompt {
+                if answer.follows_generation_prompt {
                     let before = &conversation.ids[..answer.supervised.start];
                     assert_eq!(before, prompt, "{template}: {}", text(&tokenizer, before));
                 }
             }
             let answer = conversation.answers.last().unwrap();
-            assert!(answer.is_behind_its_prompt, "{template}");
+            assert!(answer.follows_generation_prompt, "{template}");
             let supervised = &conversation.ids[answer.supervised.clone()];
             assert_eq!(text(&tokenizer, supervised), last, "{template}");
             let content = &messages[answer.message].content;
@@ -187,9 +189,9 @@ fn answers_with_another_prefix_become_separate_examples() {
     let mut several = ask("Hello", "Hi.");
     several.extend(ask("And now?", "Bye."));
     let (report, found) = examples(OPENED, &[several.clone()], |_| {});
-    assert_eq!((report.records, report.kept, report.split), (2, 2, 1));
+    assert_eq!((report.records, report.kept, report.split), (1, 2, 1));
     assert_eq!(
-        (report.different, report.answers, report.without_end),
+        (report.prefix_differs, report.answers, report.without_end),
         (2, 2, 0)
     );
     assert_eq!(found["1"], ["Bye.<|im_end|>"]);
@@ -199,12 +201,26 @@ fn answers_with_another_prefix_become_separate_examples() {
         shown.contains("assistant\\n<think>\\n") && shown.contains("separate examples"),
         "{shown}"
     );
-    // Without a difference, one example contains all answers.
-    let (report, found) = examples(EMPTY_BLOCK, &[several], |_| {});
-    assert_eq!((report.kept, report.split, report.different), (1, 0, 0));
+    // The last message of a conversation has a thinking block, so each answer is trained as the last one.
+    let (report, found) = examples(EMPTY_BLOCK, &[several.clone()], |_| {});
     assert_eq!(
-        found["1"],
-        ["Hi.<|im_end|>", "<think>\n\n</think>\n\nBye.<|im_end|>"]
+        (report.kept, report.split, report.prefix_differs),
+        (2, 1, 0)
+    );
+    assert_eq!(found["1"], ["<think>\n\n</think>\n\nBye.<|im_end|>"]);
+    assert_eq!(found["1:1"], ["<think>\n\n</think>\n\nHi.<|im_end|>"]);
+    // Without a difference, one example contains all answers.
+    let (report, found) = examples(CHATML, &[several.clone()], |_| {});
+    assert_eq!((report.records, report.kept, report.split), (1, 1, 0));
+    assert_eq!((report.answers, report.without_end), (2, 0));
+    assert_eq!(found["1"], ["Hi.<|im_end|>", "Bye.<|im_end|>"]);
+    // A conversation whose last answer is too long is dropped as a whole.
+    let rows = [ask("Hello", "Hi."), several];
+    let (report, _) = examples(OPENED, &rows, |config| config.data.max_length = 40);
+    let dropped: u64 = report.dropped.values().sum();
+    assert_eq!(
+        (report.records, report.kept, report.split, dropped),
+        (2, 1, 0, 1)
     );
 }
 
@@ -234,4 +250,89 @@ fn answers_without_end_of_turn_token_are_counted() {
             .to_string()
             .contains("1 of 1 answers have no end-of-turn token")
     );
+}
+
+/// The generation prompt has closed its thinking, so that of the answer has no place.
+#[test]
+fn thinking_is_left_out_after_a_prompt_that_closed_it() {
+    let template = THINKING.replace(
+        "<|im_start|>assistant\n{% endif %}",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+    );
+    let rows = [ask("Who?", "<think>\nHm.\n</think>\n\nMe.")];
+    let (_, found) = examples(&template, &rows, |_| {});
+    assert_eq!(found["1"], ["Me.<|im_end|>"]);
+}
+
+#[test]
+fn answers_printed_twice_or_in_another_order_are_not_mixed_up() {
+    let first =
+        "{% if messages[-1].role == 'assistant' %}Last: {{ messages[-1].content }}\n{% endif %}";
+    let (_, found) = examples(
+        &format!("{first}{CHATML}"),
+        &[ask("Say yes", "yes")],
+        |_| {},
+    );
+    assert_eq!(found["1"], ["yes<|im_end|>"]);
+    let reversed = CHATML.replace("in messages %}", "in messages | reverse %}");
+    let (_dir, tokenizer) = with_template(&reversed);
+    let mut several = ask("Hello", "Hi.");
+    several.extend(ask("And now?", "Bye."));
+    let error = tokenizer.conversation(&several).unwrap_err().to_string();
+    assert!(error.contains("in another order"), "{error}");
+}
+
+#[test]
+fn difference_is_shown_behind_the_messages() {
+    let long = "a question ".repeat(20);
+    for template in [OPENED, MOVED] {
+        let (_dir, tokenizer) = with_template(template);
+        let mut messages = vec![message("system", "Be kind.")];
+        messages.extend(ask(&long, "Hi."));
+        messages.extend(ask(&long, "Bye."));
+        let conversation = tokenizer.conversation(&messages).unwrap();
+        if let Some(difference) = conversation.difference {
+            assert_ne!(difference.generation, difference.conversation, "{template}");
+        }
+    }
+    let (_dir, tokenizer) = with_template(OPENED);
+    let difference = tokenizer
+        .conversation(&ask(&long, "Hi."))
+        .unwrap()
+        .difference
+        .unwrap();
+    assert_eq!(
+        difference.generation,
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    );
+    assert_eq!(
+        difference.conversation,
+        "<|im_end|>\n<|im_start|>assistant\n"
+    );
+}
+
+#[test]
+fn a_template_that_needs_a_date_stops_the_run() {
+    let template = CHATML.replace(
+        "{% for",
+        "{% if messages | length > 2 %}{{ strftime_now('%Y') }}{% endif %}{% for",
+    );
+    let (dir, tokenizer) = with_template(&template);
+    let mut several = ask("Hello", "Hi.");
+    several.extend(ask("And now?", "Bye."));
+    let rows =
+        [ask("Hello", "Hi."), several].map(|messages| json!({"messages": messages}).to_string());
+    let source = dir.path().join("rows.jsonl");
+    std::fs::write(&source, rows.join("\n")).unwrap();
+    let mut config = Config {
+        run_dir: dir.path().join("run"),
+        ..Config::default()
+    };
+    config.data.source = Some(source);
+    let error = load(&config, &tokenizer).unwrap_err();
+    assert!(
+        error.to_string().contains("student.template_date"),
+        "{error:#}"
+    );
+    assert_eq!(distill::exit::Exit::code_of(&error), 2);
 }

@@ -167,7 +167,7 @@ fn saved_student_has_the_template_arguments_and_stop_ids() {
     std::fs::write(path, template).unwrap();
     config.student.template_args = [("mood".to_owned(), json!("kind"))].into();
     let prompt = [Message::new("user", "the")];
-    let trained = Tokenizer::of_student(&config.student).unwrap();
+    let trained = Tokenizer::for_student(&config.student).unwrap();
     let expected = trained.encode_prompt(&prompt).unwrap();
     train::run(&config, Start::Ask.into()).unwrap();
     let saved = Tokenizer::load(&config.student_dir()).unwrap();
