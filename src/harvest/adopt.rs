@@ -1,6 +1,7 @@
 //! `cache adopt`: answers to the questions of a config that another endpoint gave, or that were kept by an
 //! earlier version, get the keys of this one.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 
 use anyhow::Result;
@@ -27,13 +28,13 @@ pub struct Adopted {
 }
 
 /// A question of the config.
-struct Row<'a> {
+struct AdoptableRow<'a> {
     key: &'a str,
     teacher: &'a str,
     max_tokens: u32,
 }
 
-impl Row<'_> {
+impl AdoptableRow<'_> {
     /// Key of an answer that was truncated at `cut_at` tokens; 0 if it is complete.
     fn key_of_answer(&self, cut_at: u32) -> String {
         match cut_at {
@@ -63,12 +64,12 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
         &past,
         open,
     )?;
-    let mut rows = HashMap::<&str, Vec<Row>>::new();
+    let mut rows = HashMap::<&str, Vec<AdoptableRow>>::new();
     for (lane, of_lane) in plan.lanes.iter().enumerate() {
         let settings = &plan.askings[lane].lane;
         for row in &plan.rows[of_lane.clone()] {
             let of_question = rows.entry(question::half(&row.key)).or_default();
-            of_question.push(Row {
+            of_question.push(AdoptableRow {
                 key: &row.key,
                 teacher: &settings.teacher.name,
                 max_tokens: settings.sampling.max_tokens,
@@ -103,10 +104,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
         }
     }
     // Complete answers first, then truncated ones, longest first.
-    others.sort_by_key(|(cut_at, ..)| match cut_at {
-        0 => u32::MIN,
-        cut_at => u32::MAX - cut_at,
-    });
+    others.sort_by_key(|(cut_at, ..)| Reverse(cut_at.wrapping_sub(1)));
     for (cut_at, half, record) in others {
         let of_question = rows.get(half.as_str()).into_iter().flatten();
         let mut free = of_question.filter(|row| {

@@ -44,7 +44,7 @@ pub fn select(
         let known = cache::peek(&dir)?;
         let is_kept = |key: &str| known.contains(key);
         let mut asked = asked(config, options, prompts, &under_way.keys, is_kept)?;
-        // Without rows too: the run that asked for the last one has not come to its end.
+        // Also with no rows left: the last run ended before `finish`.
         if asked.plan.total > 0 {
             asked.is_resumed = true;
             return Ok(asked);
@@ -99,6 +99,9 @@ pub fn take_out(
                 format_count(done)
             ),
         }
+        if names_failed(words) {
+            forget(config, words, &asked, unanswered)?;
+        }
         return Ok(asked.wanted());
     }
     let moved = rewrite(&dir, &config.cache, &|line| {
@@ -109,11 +112,19 @@ pub fn take_out(
             Fate::Stay
         })
     })?;
-    let mut forgotten = 0;
-    if names_failed(words) {
-        let forgot = unanswered.forget(|key, _| asked.keys.contains(key))?;
-        forgotten = forgot.len() as u64;
+    // After the old answers have left the cache: a resumed run takes those that it finds there for new.
+    let wanted = asked.wanted();
+    UnderWay {
+        words: words.to_vec(),
+        keys: wanted.clone(),
+        has_forgotten: false,
     }
+    .save(&config.run_dir)?;
+    let forgotten = if names_failed(words) {
+        forget(config, words, &asked, unanswered)?
+    } else {
+        0
+    };
     tracing::warn!(
         "{} rows are asked again: {} answers moved to {}, {} rows without an answer start over{}; if it \
          is stopped, run the same command to resume",
@@ -126,14 +137,26 @@ pub fn take_out(
             count => format!(", {} have another answer by now", format_count(count)),
         }
     );
-    let wanted = asked.wanted();
-    // After the old answers have left the cache: a run that goes on takes those that it finds there for new.
-    UnderWay {
-        words: words.to_vec(),
-        keys: wanted.clone(),
-    }
-    .save(&config.run_dir)?;
     Ok(wanted)
+}
+
+/// Removes the failures of the rows from the books, once.
+fn forget(
+    config: &Config,
+    words: &[String],
+    asked: &Asked,
+    unanswered: &mut Unanswered,
+) -> Result<u64> {
+    let Some(mut under_way) = UnderWay::load(&config.run_dir, words)? else {
+        return Ok(0);
+    };
+    if under_way.has_forgotten {
+        return Ok(0);
+    }
+    let forgotten = unanswered.forget(|key, _| asked.keys.contains(key))?;
+    under_way.has_forgotten = true;
+    under_way.save(&config.run_dir)?;
+    Ok(forgotten.len() as u64)
 }
 
 /// Ends what `--again` has begun: every row of a run has ended.
@@ -154,6 +177,9 @@ pub fn finish(run_dir: &Path) -> Result<()> {
 struct UnderWay {
     words: Vec<String>,
     keys: Wanted,
+    /// The failures of these rows have been removed from the books.
+    #[serde(default)]
+    has_forgotten: bool,
 }
 
 impl UnderWay {
@@ -234,7 +260,7 @@ impl Found {
             (true, false) => format!(
                 "`--again {words}` names nothing: the answers in the cache are {}; rows that \
                  failed are asked again by the command without `--again`, or by `--again failed` if they were \
-                 bought `retry.max_attempts` times",
+                 bought `retry.max_attempts` times or refused by a content filter",
                 known.join(", ")
             ),
         };

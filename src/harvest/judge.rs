@@ -28,6 +28,7 @@ use crate::cache::lookup::Lookup;
 use crate::cache::question::{Endpoint, Names, Question};
 use crate::cache::{self, Cache};
 use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
+use crate::data::chat_template::Date;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::prompt::Prompt;
@@ -99,7 +100,7 @@ impl Judge {
             let mut tokenizer = Tokenizer::load(dir)
                 .with_context(|| format!("cannot load on_policy.tokenizer {}", dir.display()))?;
             if let Some(date) = config.student.template_date {
-                tokenizer.set_date(date.into());
+                tokenizer.set_date(Date::Fixed(date.into()));
             }
             anyhow::Ok(tokenizer)
         });

@@ -310,7 +310,7 @@ impl Run<'_> {
         let mut summary = dispatcher.run(signals).await?;
         if rest.under_way > 0 && summary.error.is_none() {
             let message = format!(
-                "{} batches are still being cancelled: the same command comes back to them",
+                "{} batches are still being cancelled: rerun the command to collect them",
                 rest.under_way
             );
             summary.error = Some(Exit::Resumable(message).into());

@@ -104,26 +104,18 @@ impl<S: Fn(&str) -> Result<Standing>> Adding<'_, S> {
     /// State of a row: answered if the answer is under any of its names, complete or truncated no earlier than
     /// at `max_tokens`.
     fn standing(&self, names: &Names, max_tokens: u32) -> Result<Standing> {
+        let cut = names
+            .iter()
+            .flat_map(|name| self.past.cut_keys(name, max_tokens));
+        let all = names.iter().map(str::to_owned).chain(cut);
+        // An answer under another name counts more than a failure.
         let mut found = Standing::Open;
-        let mut ends = |name: &str| -> Result<bool> {
-            match (self.standing)(name)? {
+        for name in all {
+            match (self.standing)(&name)? {
+                Standing::Answered => return Ok(Standing::Answered),
                 Standing::Open => {}
-                // A later run may have stored an answer under another name.
-                Standing::Suspect => found = Standing::Suspect,
-                end => found = end,
-            }
-            Ok(!matches!(found, Standing::Open | Standing::Suspect))
-        };
-        for name in names.iter() {
-            if ends(name)? {
-                return Ok(found);
-            }
-        }
-        for name in names.iter() {
-            for cut in self.past.cut_keys(name, max_tokens) {
-                if ends(&cut)? {
-                    return Ok(found);
-                }
+                other if found != Standing::GivenUp => found = other,
+                _ => {}
             }
         }
         Ok(found)

@@ -40,8 +40,7 @@ pub(super) fn classify_error(
         402 => claim(Reason::Credit, failure),
         403 if is_throttle => Trouble::Throttled { wait, message },
         403 => claim(Reason::Forbidden, failure),
-        404 | 410 if names_no_model(error) => claim(Reason::Model, failure),
-        400 if is_about_missing_model(&error.message) => claim(Reason::Model, failure),
+        400 | 404 | 410 if names_no_model(&error.message) => claim(Reason::Model, failure),
         404 | 405 | 410 => claim(Reason::Address, failure),
         300..=399 => {
             let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
@@ -146,53 +145,61 @@ fn says_to_wait(error: &ApiError) -> bool {
         || WORDS.iter().any(|words| message.contains(words))
 }
 
-/// Phrases for a missing or retired model.
-const MISSING: [&str; 6] = [
-    "not found",
-    "not exist",
-    "decommissioned",
-    "retired",
-    "no longer supported",
-    "no longer available",
-];
-
-/// Returns true if the message reports that the model is missing. Messages of a 400 may mention a model for many
-/// other reasons, so the model must be the subject.
-fn is_about_missing_model(message: &str) -> bool {
-    const NAMES: [&str; 5] = ["", "name", "id", "specified", "requested"];
-    /// Maximum number of words between "model" and such a phrase: its name and a verb.
-    const BETWEEN: usize = 4;
-    let message = message.to_lowercase();
-    let is_invalid = message.split("invalid model").skip(1).any(|rest| {
-        let word = rest.trim_start().split(char::is_whitespace).next();
-        let word = word.unwrap_or_default();
-        let is_name = word.contains(['`', '\'', '"', '=', '-', '.']);
-        is_name || rest.starts_with(':') || NAMES.contains(&word.trim_end_matches([':', ',']))
-    });
-    let is_missing = message.split("model").skip(1).any(|rest| {
-        let at = MISSING.iter().filter_map(|words| rest.find(words)).min();
-        at.is_some_and(|at| {
-            let between = rest[..at].trim();
-            !between.contains(',') && between.split_whitespace().count() <= BETWEEN
-        })
-    });
-    is_invalid || is_missing || message.contains("not a valid model")
-}
-
-/// Returns true if the message names the model as missing, or as no longer served.
-fn names_no_model(error: &ApiError) -> bool {
-    const NO_MODEL: [&str; 5] = [
-        "invalid model",
+/// Returns true if the message reports that the model is missing or retired. Messages may mention a model for
+/// many other reasons, so it must be the subject.
+fn names_no_model(message: &str) -> bool {
+    const NO_MODEL: [&str; 4] = [
         "unknown model",
         "no such model",
         "not a valid model",
         "not found the model",
     ];
-    let message = error.message.to_lowercase();
-    // "not found: a file for the model" is about something else.
-    let is_missing = |sentence: &str| {
-        let about = sentence.find("model").map(|at| &sentence[at..]);
-        about.is_some_and(|about| MISSING.iter().any(|words| about.contains(words)))
-    };
-    NO_MODEL.iter().any(|words| message.contains(words)) || message.split(". ").any(is_missing)
+    /// After "invalid model".
+    const NOUNS: [&str; 5] = ["", "name", "id", "specified", "requested"];
+    const MISSING: [&str; 6] = [
+        "not found",
+        "not exist",
+        "decommissioned",
+        "retired",
+        "no longer supported",
+        "no longer available",
+    ];
+    /// Between "model" and such a phrase, after at most one other word: the name.
+    const FILLERS: [&str; 14] = [
+        "",
+        "is",
+        "was",
+        "has",
+        "have",
+        "been",
+        "does",
+        "did",
+        "do",
+        "could",
+        "be",
+        "you",
+        "requested",
+        "specified",
+    ];
+    let message = message.to_lowercase();
+    let is_invalid = message.split("invalid model").skip(1).any(|rest| {
+        let is_word = rest.is_empty() || rest.starts_with([' ', ':', '.']);
+        let word = rest.trim_start_matches([' ', ':']).split(' ').next();
+        let word = word.unwrap_or_default().trim_end_matches([':', ',', '.']);
+        let is_name = word.contains(['`', '\'', '"', '=', '-', '.', '/']);
+        is_word && (is_name || rest.starts_with(':') || NOUNS.contains(&word))
+    });
+    let is_missing = message.split("model").skip(1).any(|rest| {
+        if !rest.starts_with([' ', ':', '`', '"', '\'', '/', 's']) {
+            return false;
+        }
+        let at = MISSING.iter().filter_map(|words| rest.find(words)).min();
+        at.is_some_and(|at| {
+            let between = rest[..at].trim();
+            let words = between.split_whitespace();
+            let others = words.filter(|word| !FILLERS.contains(word)).count();
+            !between.contains(", ") && others <= 1
+        })
+    });
+    is_invalid || is_missing || NO_MODEL.iter().any(|words| message.contains(words))
 }

@@ -1,6 +1,7 @@
 //! Checks during the harvest whether an answer's logprobs can become soft labels. Pure.
 
-use crate::cache::record::{Logprobs, RawToken};
+use crate::cache::record::Logprobs;
+use crate::data::align;
 
 /// Logprobs at or below are no logprobs: endpoints send -100, -9999 for "too small to tell".
 const SENTINEL: f32 = -100.0;
@@ -8,12 +9,9 @@ const SENTINEL: f32 = -100.0;
 /// By how much probabilities may sum to more than 1: they are rounded.
 const EXCESS: f64 = 1e-3;
 
-/// Tokens behind the text that may be stop tokens.
-const STOP_TOKENS: usize = 4;
-
 /// Reason for which training cannot use these logprobs of `text`.
 pub fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
-    if !logprobs.matches_text && !spell_more(logprobs, text) {
+    if !logprobs.matches_text && !align::spells(&logprobs.into(), text.as_bytes()) {
         return Some("its tokens do not spell the answer");
     }
     let numbers = |values: &[Option<f32>]| values.iter().flatten().any(|value| *value > SENTINEL);
@@ -22,11 +20,9 @@ pub fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
     if !has_numbers {
         return Some("none of them is a number");
     }
-    let positions = logprobs.top.iter().zip(&logprobs.top_logprob);
-    if positions
-        .into_iter()
-        .any(|(top, values)| mass(top, values) > 1.0 + EXCESS)
-    {
+    // Training skips single positions.
+    let mut positions = logprobs.top.iter().zip(&logprobs.top_logprob);
+    if positions.all(|(top, values)| mass(top, values) > 1.0 + EXCESS) {
         return Some("the probabilities sum to more than 1");
     }
     None
@@ -50,26 +46,6 @@ fn mass(top: &[String], values: &[Option<f32>]) -> f64 {
     sum(&|rank| top[rank].is_empty() || !top[..rank].contains(&top[rank]))
 }
 
-/// Do the tokens spell the text, and behind it stop tokens?
-fn spell_more(logprobs: &Logprobs, text: &str) -> bool {
-    let mut rest = text.as_bytes();
-    let mut raw = logprobs
-        .raw
-        .iter()
-        .filter(|token| token.rank < 0)
-        .peekable();
-    for (position, token) in logprobs.token.iter().enumerate() {
-        let hex = raw.next_if(|raw| raw.position as usize == position);
-        let of_bytes = hex.and_then(RawToken::bytes);
-        let bytes = of_bytes.as_deref().unwrap_or(token.as_bytes());
-        match rest.strip_prefix(bytes) {
-            Some(left) => rest = left,
-            None => return rest.is_empty() && logprobs.token.len() - position <= STOP_TOKENS,
-        }
-    }
-    rest.is_empty()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,15 +66,24 @@ mod tests {
         let of = |tokens: &[&str], top: &[f32]| fault(&logprobs(tokens, top), "a b");
         assert_eq!(of(&["a", " b"], &[-0.5, -1.5]), None);
         assert_eq!(of(&["a", " b", "<|im_end|>"], &[-0.5]), None);
-        assert!(
-            of(&["a", " b", " ", "c", "d", "e", "f"], &[-0.5])
-                .unwrap()
-                .contains("spell")
-        );
+        // What training aligns: thinking before it, white space, a stop string, raw vocabulary entries.
+        for tokens in [
+            &["<think>", "x", "</think>", "a", " b"][..],
+            &["\n", "a", " b", "\n"],
+            &["a", " b", "STOP", "</s>"],
+            &["a", "Ġb"],
+        ] {
+            assert_eq!(of(tokens, &[-0.5]), None, "{tokens:?}");
+        }
+        let long = "more".repeat(100);
+        assert!(of(&["a", " b", &long], &[-0.5]).unwrap().contains("spell"));
         assert!(of(&["a", " c"], &[-0.5]).unwrap().contains("spell"));
         assert!(of(&["a"], &[-0.5]).unwrap().contains("spell"));
         assert!(of(&["a", " b"], &[-9999.0]).unwrap().contains("a number"));
         assert!(of(&["a", " b"], &[]).unwrap().contains("a number"));
+        let mut one = logprobs(&["a", " b"], &[-0.1, -0.2]);
+        one.top_logprob[1] = vec![Some(-0.7); 2];
+        assert_eq!(fault(&one, "a b"), None, "one position of two");
         assert!(
             of(&["a", " b"], &[-0.1, -0.2])
                 .unwrap()

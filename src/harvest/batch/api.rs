@@ -88,6 +88,22 @@ pub struct Mistake {
     pub line: Option<u64>,
 }
 
+impl Mistake {
+    /// A line of an error file that is not about one row.
+    pub fn of_line(line: &[u8]) -> Option<Mistake> {
+        let value = json::value(line).ok()?;
+        let error = ApiError::from_value(if value["error"].is_null() {
+            &value
+        } else {
+            &value["error"]
+        });
+        (!error.message.is_empty()).then(|| Mistake {
+            error,
+            line: value["line"].as_u64(),
+        })
+    }
+}
+
 impl Card {
     /// None where there is no batch in the body.
     pub fn parse(body: &[u8]) -> Option<Card> {

@@ -51,6 +51,7 @@ impl Batches<'_> {
             .filter(|member| member.is_answered(self.cache));
         let has_answers = answers.count() > 0;
         let mut closing = Closing::default();
+        let rest_was_not_asked = taking.rest_was_not_asked;
         for (line, (member, fate)) in taking.members.iter().zip(taking.fates).enumerate() {
             if member.is_answered(self.cache) {
                 continue;
@@ -65,7 +66,7 @@ impl Batches<'_> {
                     Fate::Answered | Fate::Blank(_) | Fate::Unreadable { .. } | Fate::Claimed(_),
                 ) => false,
                 // What a batch did not come to is not billed; what it lost may be.
-                None => status != "expired" && status != "cancelled",
+                None => status != "expired" && status != "cancelled" && !rest_was_not_asked,
             };
             if may_be_billed {
                 closing.lost += 1;
@@ -107,6 +108,11 @@ impl Batches<'_> {
                 }
                 Some(Fate::Again(failure)) => failure,
                 Some(Fate::Answered | Fate::Blank(_) | Fate::Unreadable { .. }) => {
+                    self.lanes[lane].waiting.push_back(entry);
+                    continue;
+                }
+                None if rest_was_not_asked => {
+                    self.tally.asked_again += 1;
                     self.lanes[lane].waiting.push_back(entry);
                     continue;
                 }

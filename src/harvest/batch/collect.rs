@@ -9,7 +9,7 @@ use futures_util::StreamExt;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::api::{self, BatchApi, Card, Download, Lines};
+use super::api::{self, BatchApi, Card, Download, Lines, Mistake};
 use super::journal::{Bodies, Member, State};
 use super::lane::batches;
 use super::results::{self, Outcome};
@@ -44,6 +44,8 @@ pub(super) struct Taking {
     pub(super) fates: Vec<Option<Fate>>,
     bodies: Bodies,
     timing: Timing,
+    /// Rows that no file names were not asked.
+    pub(super) rest_was_not_asked: bool,
     /// Lines that name none of its rows, and lines that name no row at all.
     pub(super) ignored: u64,
     pub(super) unreadable: Vec<u8>,
@@ -109,6 +111,7 @@ impl Batches<'_> {
             "completed" | "expired" | "cancelled" => return self.take(index, &card).await,
             // What was answered before it failed is paid for.
             "failed" if card.has_answers() => return self.take(index, &card).await,
+            "failed" if card.error_file.is_some() => return self.take_errors(index, card).await,
             "failed" => return self.failed(index, &card),
             // What is unknown is waited for, too.
             "cancelling" | "finalizing" => return Ok(()),
@@ -211,8 +214,11 @@ impl Batches<'_> {
         }
         // Without a number that can be true, all of them.
         let members = taking.members.len() as u64;
-        let told = card.rows.filter(|rows| (1..=members).contains(rows));
-        let told = told.or((card.status == "completed").then_some(members));
+        let told = if card.status == "completed" {
+            Some(members)
+        } else {
+            card.rows.filter(|rows| (1..=members).contains(rows))
+        };
         if let Some(told) = told.filter(|told| *told > taking.seen()) {
             // The file may not be whole yet.
             let message = format!("its files hold {} of {told} rows", taking.seen());
@@ -228,6 +234,54 @@ impl Batches<'_> {
             &card.status
         };
         self.close(index, taking, status)
+    }
+
+    /// Reads the error file of a failed batch: it names the rows for which the input file was refused, and on
+    /// some servers it holds answers.
+    async fn take_errors(&mut self, index: usize, mut card: Card) -> Result<(), Halt> {
+        let (_, transport) = self.lane_of(index)?;
+        let batches = batches(&transport)?;
+        let file = card.error_file.clone().unwrap_or_default();
+        let download = batches.content(&file).await;
+        let pieces = match download.map_err(retry::classify_fault)? {
+            Download::Content(pieces) => pieces,
+            Download::Refused(reply) => match api::check(Ok(reply), now()) {
+                Err(Trouble::Refused(failure)) => {
+                    self.is_gone(index, &failure.message)?;
+                    return self.failed(index, &card);
+                }
+                Err(trouble) => return Err(trouble.into()),
+                Ok(_) => return self.failed(index, &card),
+            },
+        };
+        let mut taking = self.open(index, &card)?;
+        let mut rows = Rows::new(Lines::new(pieces));
+        while let Some(line) = rows.next().await.map_err(retry::classify_fault)? {
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
+            let line = batches.without_key(line);
+            if !self.take_line(index, &mut taking, line.clone())? {
+                card.mistakes.extend(Mistake::of_line(&line));
+            }
+        }
+        if taking.seen() == 0 {
+            return self.failed(index, &card);
+        }
+        for mistake in &card.mistakes {
+            let line = mistake
+                .line
+                .and_then(|line| usize::try_from(line).ok()?.checked_sub(1));
+            if let Some(fate @ None) = line.and_then(|line| taking.fates.get_mut(line)) {
+                let failure = Failure::new(mistake.error.code.as_str(), &mistake.error.message);
+                *fate = Some(Fate::Refused(failure));
+            }
+        }
+        // Lines without an id are about the file, and rows that it does not name were not asked.
+        taking.unreadable_lines = 0;
+        taking.rest_was_not_asked = true;
+        self.record_rest(index, &mut taking)?;
+        self.close(index, taking, "failed")
     }
 
     /// Records the answers that are empty, or whose lines cannot be read: they were paid for.
@@ -307,6 +361,7 @@ impl Batches<'_> {
                 attempts: 1,
             },
             ignored: 0,
+            rest_was_not_asked: false,
             unreadable: Vec::new(),
             unreadable_lines: 0,
             members,

@@ -335,7 +335,7 @@ impl<'a> Batches<'a> {
         summary.error = match ended {
             Ended::Signal(number) => {
                 let advice = format!(
-                    "{count} batches go on at the endpoint; the same command comes back to them"
+                    "{count} batches go on at the endpoint; rerun the command to collect them"
                 );
                 let advice = match count {
                     0 => "every answer is recorded; run the same command to resume".into(),

@@ -56,32 +56,69 @@ pub fn read(line: &Bytes) -> Vec<Option<Outcome>> {
 /// Field that names the row of an object.
 pub(super) const ID: &[u8] = b"\"custom_id\"";
 
-/// Rows of a line as objects: items of a list, consecutive objects, or fields of an object.
-fn values(line: &Bytes) -> Vec<Bytes> {
-    strict_values(line).unwrap_or_else(|| values_by_braces(line))
-}
-
 /// Levels of nesting down to a row.
 const DEEPEST: usize = 5;
 
-/// Rows of a line that is valid JSON, apart from a trailing comma.
-fn strict_values(line: &Bytes) -> Option<Vec<Bytes>> {
-    let text = line.trim_ascii();
-    let text = text.strip_suffix(b",").unwrap_or(text);
-    let values = serde_json::Deserializer::from_slice(text).into_iter::<&RawValue>();
-    let values = values.collect::<Result<Vec<_>, _>>().ok()?;
-    let mut rows = Vec::new();
-    for value in values {
-        add_rows(value, DEEPEST, &mut rows);
+/// Rows of a line as objects: items of a list, consecutive objects, or fields of an object, whatever is between
+/// them. Invalid JSON is repaired.
+fn values(line: &Bytes) -> Vec<Bytes> {
+    let (mut rows, mut at) = (Vec::new(), 0);
+    while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
+        let rest = line.slice(start..);
+        let mut strict = serde_json::Deserializer::from_slice(&rest).into_iter::<&RawValue>();
+        if let Some(Ok(value)) = strict.next() {
+            let mut found = Vec::new();
+            add_rows(value, DEEPEST, &mut found);
+            let found = found.into_iter();
+            rows.extend(found.map(|row| rest.slice_ref(row.get().as_bytes())));
+            at = start + strict.byte_offset();
+        } else if let Some(end) = object_end(&rest) {
+            rows.extend(repaired_rows(&rest.slice(..end)));
+            at = start + end;
+        } else if is_before(ID, b'{', &rest[1..]) {
+            // The end of the row is lost.
+            rows.extend(values_by_braces(&rest));
+            break;
+        } else {
+            // The end of what is around the rows is lost.
+            at = start + 1;
+        }
     }
-    let rows = rows
-        .into_iter()
-        .map(|row| line.slice_ref(row.get().as_bytes()));
-    let rows: Vec<_> = rows.collect();
-    (!rows.is_empty()).then_some(rows)
+    if rows.is_empty() {
+        rows.push(line.clone());
+    }
+    rows
 }
 
+/// Rows of an object that is not strict JSON.
+fn repaired_rows(object: &Bytes) -> Vec<Bytes> {
+    let repaired = json::repaired(object).ok().map(Bytes::from);
+    let value = repaired.as_ref().and_then(|text| {
+        let value: &RawValue = serde_json::from_slice(text).ok()?;
+        Some((text, value))
+    });
+    let mut found = Vec::new();
+    if let Some((_, value)) = value {
+        add_rows(value, DEEPEST, &mut found);
+    }
+    match value {
+        Some((text, _)) if !found.is_empty() => found
+            .into_iter()
+            .map(|row| text.slice_ref(row.get().as_bytes()))
+            .collect(),
+        _ => values_by_braces(object),
+    }
+}
+
+/// Returns true if `text` contains `first`, and not after a `byte`.
+fn is_before(first: &[u8], byte: u8, text: &[u8]) -> bool {
+    let end = memchr::memchr(byte, text).unwrap_or(text.len());
+    memchr::memmem::find(&text[..end], first).is_some()
+}
+
+/// Adds the rows in a value: objects with an id and an outcome, since other objects may repeat the id.
 fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>) {
+    const OUTCOMES: [&str; 4] = ["response", "result", "error", "choices"];
     let Some(depth) = depth.checked_sub(1) else {
         return;
     };
@@ -92,7 +129,8 @@ fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>)
     } else if let Ok(fields) =
         serde_json::from_str::<BTreeMap<Cow<'_, str>, &RawValue>>(value.get())
     {
-        if fields.contains_key("custom_id") {
+        let has_outcome = OUTCOMES.iter().any(|name| fields.contains_key(*name));
+        if has_outcome && fields.contains_key("custom_id") {
             rows.push(value);
         } else {
             fields
@@ -102,7 +140,7 @@ fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>)
     }
 }
 
-/// Rows of a line with invalid JSON in one of them.
+/// Rows of a text that cannot be repaired, by their braces.
 fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
     let (mut values, mut at) = (Vec::new(), 0);
     while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {

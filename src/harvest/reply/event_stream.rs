@@ -147,6 +147,13 @@ fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
         if data.starts_with(b"{") || data.starts_with(b"[") {
             match json::value(data) {
                 Ok(Value::Object(chunk)) => joined.add(chunk),
+                Ok(Value::Array(chunks)) if chunks.iter().all(Value::is_object) => {
+                    let objects = chunks.into_iter().filter_map(|chunk| match chunk {
+                        Value::Object(chunk) => Some(chunk),
+                        _ => None,
+                    });
+                    objects.for_each(|chunk| joined.add(chunk));
+                }
                 Ok(other) => odd = Some(other.to_string()),
                 // No piece of the answer is missed.
                 Err(_) if joined.is_whole => odd = Some(json::beginning(data)),

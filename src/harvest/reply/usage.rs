@@ -130,7 +130,11 @@ fn reported(value: &Value) -> Usage {
 
 /// Raises `most` to what is said in the rest of a body.
 pub fn raise_by(most: &mut Usage, extra: &Map<String, Value>) {
-    extra.values().for_each(|value| raise(most, value));
+    // An answer, or the request, may contain an example of token counts.
+    let elsewhere = extra
+        .iter()
+        .filter(|(name, _)| !["message", "choice", "request"].contains(&name.as_str()));
+    elsewhere.for_each(|(_, value)| raise(most, value));
 }
 
 fn raise(most: &mut Usage, value: &Value) {

@@ -25,10 +25,10 @@ pub fn completions(value: &Value) -> Vec<Value> {
     found
 }
 
-/// First plausible token counts in a body. Text of the answer is skipped, since it may contain an example of
-/// such counts.
+/// First plausible token counts in a body. The answer and an echo of the request are skipped, since they may
+/// contain an example of such counts.
 pub fn usage_in(value: &Value) -> Option<Usage> {
-    const ANSWERS: [&str; 5] = ["message", "messages", "delta", "content", "text"];
+    const ANSWERS: [&str; 6] = ["request", "message", "messages", "delta", "content", "text"];
     let mut found = None;
     let mut look = |fields: &Map<String, Value>| {
         let counts = usage::usage(Value::Object(fields.clone())).0;

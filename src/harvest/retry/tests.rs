@@ -111,6 +111,41 @@ fn every_status_has_its_class() {
         ),
         (
             400,
+            r#"{"error":{"message":"Invalid model parameters."}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"Invalid model_config.temperature: too high"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model input image was not found"}}"#,
+            "refused: http 400",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"The file 'model.txt' was not found"}}"#,
+            "claim: Address",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"models/gemini-x is not found for API version v1beta, or is not supported"}}"#,
+            "claim: Model",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"Not found the model m or Permission denied"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model you requested does not exist"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
             r#"{"error":{"message":"Invalid model name passed in model=m"}}"#,
             "claim: Model",
         ),

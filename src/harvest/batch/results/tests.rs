@@ -24,7 +24,7 @@ fn word(outcome: Outcome) -> Option<(String, String)> {
 }
 
 #[test]
-fn rows_of_a_list_or_an_object_are_read_whatever_their_bodies_repeat() {
+fn rows_in_lists_and_objects_are_read_even_if_a_body_contains_custom_id() {
     let body = r#"{"metadata":{"custom_id":"a"},"choices":[{"message":{"content":"x"}}]}"#;
     let first = |id: &str| {
         format!(r#"{{"custom_id":"{id}","response":{{"status_code":200,"body":{body}}}}}"#)
