@@ -402,6 +402,36 @@ mod tests {
     }
 
     #[test]
+    fn answer_under_another_name_beats_a_failure() {
+        let config = Config::default();
+        let key = plan(vec![prompt("a", "x")], &config, |_| false).rows[0]
+            .key
+            .clone();
+        let mut past = Past::default();
+        past.note(2, config.sampling.max_tokens);
+        for failure in [Standing::GivenUp, Standing::Suspect] {
+            let standing = |name: &str| {
+                Ok(if name == key {
+                    failure
+                } else {
+                    Standing::Answered
+                })
+            };
+            let askings = config.lanes().into_iter().map(Asking::plain).collect();
+            let plan = Plan::new(
+                vec![prompt("a", "x")],
+                askings,
+                &config.prompts,
+                Scope::default(),
+                &past,
+                standing,
+            )
+            .unwrap();
+            assert_eq!((plan.cached, plan.rows.len()), (1, 0), "{failure:?}");
+        }
+    }
+
+    #[test]
     fn teachers_share_the_prompts_or_all_get_all() {
         let teacher = |name: &str, share| Teacher {
             name: name.into(),

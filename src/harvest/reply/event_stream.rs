@@ -148,11 +148,11 @@ fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
             match json::value(data) {
                 Ok(Value::Object(chunk)) => joined.add(chunk),
                 Ok(Value::Array(chunks)) if chunks.iter().all(Value::is_object) => {
-                    let objects = chunks.into_iter().filter_map(|chunk| match chunk {
-                        Value::Object(chunk) => Some(chunk),
-                        _ => None,
-                    });
-                    objects.for_each(|chunk| joined.add(chunk));
+                    for chunk in chunks {
+                        if let Value::Object(chunk) = chunk {
+                            joined.add(chunk);
+                        }
+                    }
                 }
                 Ok(other) => odd = Some(other.to_string()),
                 // No piece of the answer is missed.

@@ -276,6 +276,21 @@ mod tests {
     }
 
     #[test]
+    fn counts_inside_an_answer_or_the_request_are_no_usage() {
+        let counts = json!({"usage": {"prompt_tokens": 1_200, "completion_tokens": 3}});
+        let most = |name: &str| {
+            let mut most = Usage::default();
+            let extra = Map::from_iter([(name.to_owned(), json!({"parsed": counts}))]);
+            raise_by(&mut most, &extra);
+            most.prompt_tokens
+        };
+        assert_eq!(
+            ["message", "choice", "request", "x_groq"].map(most),
+            [0, 0, 0, 1_200]
+        );
+    }
+
+    #[test]
     fn zeros_beside_a_text_measure_nothing() {
         let of = |prompt_tokens, completion_tokens, bytes| {
             let usage = Usage {

@@ -228,6 +228,23 @@ async fn again_killed_after_its_last_answer_does_not_start_over() {
     assert_eq!(anew.requests, 2, "from the beginning");
 }
 
+/// Killed after the old answers were moved, and before the run was marked as begun.
+#[tokio::test(flavor = "multi_thread")]
+async fn again_killed_before_it_is_marked_asks_each_row_once() {
+    let refusal = reply(401, error("Incorrect API key provided", "invalid_api_key"));
+    let (server, is_locked) = refusing("long two", refusal).await;
+    let run = Run::new(&server, &PROMPTS);
+    assert_eq!(requests(&run).await, (0, 4));
+    is_locked.store(true, Relaxed);
+    let stopped = again(&run, &["length"]).await.unwrap();
+    assert_eq!(end(&stopped).0, 4);
+    std::fs::remove_file(run.config.run_dir.join("again.json")).unwrap();
+    is_locked.store(false, Relaxed);
+    let left = stopped.pending;
+    assert_eq!(requests(&run).await, (4 - left, left));
+    assert_eq!(requests(&run).await, (4, 0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn adopt_prefers_complete_answers() {
     let server = FaultServer::start(teacher).await;

@@ -184,6 +184,31 @@ fn saved_student_has_the_template_arguments_and_stop_ids() {
     assert_eq!(saved.stop_ids(), [262, 264]);
 }
 
+/// Older folders have several templates in tokenizer_config.json.
+#[test]
+fn template_arguments_are_saved_in_each_template_of_a_list() {
+    let (_dir, mut config) = run_folder();
+    config.train.steps = Some(0);
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ mood }}: {% endif %}";
+    let templates = json!([
+        {"name": "default", "template": template},
+        {"name": "tool_use", "template": "{{ tools }}"},
+    ]);
+    let path = config.student.path.join("tokenizer_config.json");
+    let mut settings: serde_json::Value =
+        std::fs::read(&path).map_or(json!({}), |text| serde_json::from_slice(&text).unwrap());
+    settings["chat_template"] = templates;
+    std::fs::write(path, settings.to_string()).unwrap();
+    config.student.template_args = [("mood".to_owned(), json!("kind"))].into();
+    train::run(&config, Start::Ask.into()).unwrap();
+    let saved = Tokenizer::load(&config.student_dir()).unwrap();
+    let prompt = saved.encode_prompt(&[Message::new("user", "the")]).unwrap();
+    assert!(saved.decode(&prompt).unwrap().ends_with("kind: "));
+    let text = std::fs::read(config.student_dir().join("tokenizer_config.json")).unwrap();
+    let settings: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!(settings["chat_template"][1]["template"], "{{ tools }}");
+}
+
 #[test]
 fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
     let (_dir, mut config) = run_folder();

@@ -106,6 +106,29 @@ fn logprobs_that_are_one_position_off_are_refused_unless_forced() {
     );
 }
 
+/// Logprobs of another text: each answer is the next record's.
+#[test]
+fn logprobs_that_cannot_be_used_are_refused_with_the_reason_unless_forced() {
+    let mut records = answers(20, 0, 0.0, &json!({"temperature": 1.0}));
+    let texts: Vec<String> = records
+        .iter()
+        .map(|record| record.answer.text.clone())
+        .collect();
+    for (record, text) in records.iter_mut().zip(texts.into_iter().cycle().skip(1)) {
+        record.answer.text = text;
+    }
+    let (status, printed) = train(&records, "tail", &[]);
+    assert_eq!(status, 2, "{printed}");
+    assert!(
+        printed.contains("20 of 20 answers cannot be used") && printed.contains("do not spell"),
+        "{printed}"
+    );
+    let (status, printed) = train(&records, "none", &[]);
+    assert_eq!(status, 0, "{printed}");
+    let (status, printed) = train(&records, "tail", &["--force"]);
+    assert_eq!(status, 0, "{printed}");
+}
+
 #[test]
 fn auto_says_what_it_chose() {
     let records = |temperature: f64| answers(40, 0, 0.0, &json!({"temperature": temperature}));

@@ -50,6 +50,50 @@ fn rows_in_lists_and_objects_are_read_even_if_a_body_contains_custom_id() {
     assert_eq!(sort(&format!("{},", first("a"))).unwrap().1, "answer x");
 }
 
+/// JSON with what servers leave in it, and a body that repeats the id of its row.
+#[test]
+fn invalid_rows_are_repaired_one_by_one() {
+    let flaws = [
+        ("\"score\":1", "\"score\":NaN"),
+        ("\"score\":1", "\"score\":-Infinity"),
+        ("FLAW", "a\tb"),
+        ("FLAW", "a\nb"),
+        ("FLAW", r"\ud83d"),
+        ("FLAW", r"C:\x"),
+    ];
+    let row = |id: &str, is_last: bool| {
+        let body = format!(
+            r#"{{"metadata":{{"custom_id":"{id}"}},"choices":[{{"message":{{"content":"{id} FLAW"}},"score":1}}]}}"#
+        );
+        let response = format!(r#""response":{{"status_code":200,"body":{body}}}"#);
+        if is_last {
+            format!(r#"{{{response},"custom_id":"{id}"}}"#)
+        } else {
+            format!(r#"{{"custom_id":"{id}",{response}}}"#)
+        }
+    };
+    for (clean, flaw) in flaws {
+        for is_last in [false, true] {
+            let flawed = row("a", is_last).replace(clean, flaw);
+            let good = row("b", is_last);
+            for line in [
+                format!("{flawed}{good}"),
+                format!("[{flawed},{good}]"),
+                format!(r#"{{"data":[{flawed},{good}]}}"#),
+            ] {
+                let read = read(&Bytes::copy_from_slice(line.as_bytes()));
+                let words = read.into_iter().map(|one| word(one.unwrap()).unwrap());
+                let words: Vec<_> = words.collect();
+                assert_eq!(words.len(), 2, "{line}: {words:?}");
+                for ((id, word), expected) in words.iter().zip(["a", "b"]) {
+                    assert_eq!(id, expected, "{line}");
+                    assert!(word.starts_with(&format!("answer {id} ")), "{line}: {word}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn lines_of_every_shape_are_sorted() {
     let body = r#"{"choices":[{"message":{"content":"x"}}]}"#;

@@ -173,3 +173,13 @@ fn an_error_event_without_a_blank_line_before_it_leaves_the_chunk_alone() {
     assert_eq!(body["choices"][0]["message"]["content"], "hi");
     assert_eq!(body["choices"][0]["finish_reason"], "stop");
 }
+
+#[test]
+fn event_with_a_list_of_chunks_is_joined() {
+    let chunk = |text: &str, finish: Value| json!({"choices": [{"delta": {"content": text}, "finish_reason": finish}]});
+    let first = json!([chunk("Hel", Value::Null), chunk("lo", json!("stop"))]);
+    let last = json!([{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}]);
+    let body = stream(&[first, last], "data: [DONE]\n\n");
+    assert_eq!(body["choices"][0]["message"]["content"], "Hello");
+    assert_eq!(body["usage"]["completion_tokens"], 2);
+}

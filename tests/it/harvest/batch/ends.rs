@@ -107,14 +107,14 @@ async fn a_file_that_does_not_hold_all_rows_yet_is_read_again() {
     assert_eq!(night.mock.stats().billed.answers, 20);
 }
 
-async fn harvest_over(night: &Night, provider: Provider) -> Summary {
+pub(super) async fn harvest_over(night: &Night, provider: Provider) -> Summary {
     let (_sender, receiver) = unbounded_channel();
     let summary = night.harvest_over(provider, None, receiver).await;
     summary.unwrap().unwrap()
 }
 
 /// A night whose cards are changed on their way.
-async fn harvest_with_cards(night: &Night, of_cards: fn(Value) -> Value) -> Summary {
+pub(super) async fn harvest_with_cards(night: &Night, of_cards: fn(Value) -> Value) -> Summary {
     let provider = Provider {
         of_cards,
         ..Provider::of(night)
@@ -132,21 +132,6 @@ async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Summa
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_batch_has_answered_before_it_failed_is_taken() {
-    let night = night("", 20, |_| {});
-    let summary = harvest_with_cards(&night, |mut card| {
-        if card["status"] == "completed" {
-            card["status"] = "failed".into();
-            card["errors"] = json!({"data": [{"code": "internal", "message": "broke"}]});
-        }
-        card
-    })
-    .await;
-    assert_eq!((summary.ok, end(&summary).0), (20, 0));
-    assert_eq!(night.mock.stats().billed.answers, 20);
-}
-
-#[tokio::test(start_paused = true)]
 async fn a_batch_with_answers_and_without_a_file_stops_the_run() {
     let night = night("", 20, |_| {});
     let summary = harvest_with_cards(&night, |mut card| {
@@ -160,25 +145,6 @@ async fn a_batch_with_answers_and_without_a_file_stops_the_run() {
     let summary = harvest(&night).await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0));
     assert_eq!(night.mock.stats().billed.answers, 20);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_failed_batch_without_an_output_file_is_billed_and_ends() {
-    let night = night("", 5, |config| {
-        priced(config);
-        config.retry.max_attempts = 1;
-    });
-    let summary = harvest_with_cards(&night, |mut card| {
-        if card["status"] == "completed" {
-            card["status"] = "failed".into();
-            card["output_file_id"] = Value::Null;
-        }
-        card
-    })
-    .await;
-    assert_eq!((summary.failed, end(&summary).0), (5, 3), "{summary:?}");
-    assert_eq!(summary.attempts_lost, 5);
-    assert!(summary.run_folder_usd.unwrap() > 0.0, "{summary:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -262,18 +228,6 @@ async fn a_batch_without_an_answer_has_no_output_file() {
     });
     let summary = harvest(&night).await;
     assert_eq!((summary.failed, night.mock.stats().billed.answers), (5, 0));
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_failed_batch_costs_the_rows_that_it_names_and_three_stop_the_run() {
-    let night = night("[batch]\noutcome = \"failed\"", 10, |_| {});
-    let summary = harvest(&night).await;
-    assert_eq!((summary.failed, summary.pending), (3, 7));
-    assert_eq!(parts(&summary), [("failed", 3)]);
-    let (code, message) = end(&summary);
-    assert_eq!(code, 1);
-    assert!(message.contains("fails every batch"), "{message}");
-    assert_eq!(night.mock.stats().billed.answers, 0);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,7 @@
 //! `schedule.mode = "batch"` against a scripted teacher's files and batches, on the paused clock.
 
 mod ends;
+mod failed;
 mod kills;
 mod money;
 mod tcp;

@@ -1,0 +1,132 @@
+//! Batches that fail, with answers or without.
+
+use super::super::end;
+use super::ends::{harvest_over, harvest_with_cards};
+use super::*;
+
+#[tokio::test(start_paused = true)]
+async fn what_a_batch_has_answered_before_it_failed_is_taken() {
+    let night = night("", 20, |_| {});
+    let summary = harvest_with_cards(&night, |mut card| {
+        if card["status"] == "completed" {
+            card["status"] = "failed".into();
+            card["errors"] = json!({"data": [{"code": "internal", "message": "broke"}]});
+        }
+        card
+    })
+    .await;
+    assert_eq!((summary.ok, end(&summary).0), (20, 0));
+    assert_eq!(night.mock.stats().billed.answers, 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_batch_without_an_output_file_is_billed_and_ends() {
+    let night = night("", 5, |config| {
+        priced(config);
+        config.retry.max_attempts = 1;
+    });
+    let summary = harvest_with_cards(&night, |mut card| {
+        if card["status"] == "completed" {
+            card["status"] = "failed".into();
+            card["output_file_id"] = Value::Null;
+        }
+        card
+    })
+    .await;
+    assert_eq!((summary.failed, end(&summary).0), (5, 3), "{summary:?}");
+    assert_eq!(summary.attempts_lost, 5);
+    assert!(summary.run_folder_usd.unwrap() > 0.0, "{summary:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_batch_costs_the_rows_that_it_names_and_three_stop_the_run() {
+    let night = night("[batch]\noutcome = \"failed\"", 10, |_| {});
+    let summary = harvest(&night).await;
+    assert_eq!((summary.failed, summary.pending), (3, 7));
+    assert_eq!(parts(&summary), [("failed", 3)]);
+    let (code, message) = end(&summary);
+    assert_eq!(code, 1);
+    assert!(message.contains("fails every batch"), "{message}");
+    assert_eq!(night.mock.stats().billed.answers, 0);
+}
+
+/// A completed batch as a server reports it that has refused one row: failed, with all its lines in the error file.
+fn failed_with_error_file(mut card: Value) -> Value {
+    if card["status"] == "completed" {
+        card["status"] = "failed".into();
+        card["error_file_id"] = card["output_file_id"].take();
+        card["request_counts"] = Value::Null;
+    }
+    card
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_in_the_error_file_of_a_failed_batch_are_taken() {
+    let night = night("", 20, |_| {});
+    let summary = harvest_with_cards(&night, failed_with_error_file).await;
+    assert_eq!((summary.ok, end(&summary).0), (20, 0), "{summary:?}");
+    assert_eq!(night.mock.stats().billed.answers, 20);
+    assert_eq!(summary.attempts_lost, 0);
+}
+
+/// The first 15 answers of an error file, if it has 20, and lines without an answer.
+fn with_errors(content: Bytes, errors: impl Fn(Value) -> Vec<Value>) -> Bytes {
+    let text = String::from_utf8(content.to_vec()).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    if lines.len() < 20 {
+        return content;
+    }
+    let last: Value = serde_json::from_str(lines[19]).unwrap();
+    let errors = errors(last["custom_id"].clone());
+    let kept = lines[..15].iter().map(|line| (*line).to_owned());
+    let kept = kept.chain(errors.iter().map(Value::to_string));
+    kept.collect::<Vec<_>>().join("\n").into()
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_named_in_the_error_file_of_a_failed_batch_fail_and_the_rest_is_asked_again() {
+    let night = night("", 20, |_| {});
+    let provider = Provider {
+        of_cards: failed_with_error_file,
+        on_the_way: |content| {
+            with_errors(content, |id| {
+                let error = json!({"code": "invalid_request", "message": "too odd"});
+                vec![json!({"custom_id": id, "error": error})]
+            })
+        },
+        ..Provider::of(&night)
+    };
+    let summary = harvest_over(&night, provider).await;
+    assert_eq!((summary.ok, summary.failed), (19, 1), "{summary:?}");
+    assert_eq!(parts(&summary), [("failed", 2)]);
+    assert_eq!(night.run.failures()[0]["class"], "invalid_request");
+    // Rows that were not asked have lost no attempt.
+    let batches = summary.batches.as_ref().unwrap();
+    assert_eq!(
+        (summary.attempts_lost, batches.lost, batches.asked_again),
+        (0, 0, 4)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_named_by_their_line_in_an_error_file_fail_unless_they_have_an_answer() {
+    let night = night("", 20, |_| {});
+    let provider = Provider {
+        of_cards: failed_with_error_file,
+        on_the_way: |content| {
+            with_errors(content, |_| {
+                let error = |line: usize| json!({"line": line, "code": "invalid_request", "message": "too odd"});
+                (1..=20).map(error).collect()
+            })
+        },
+        ..Provider::of(&night)
+    };
+    let summary = harvest_over(&night, provider).await;
+    assert_eq!((summary.ok, summary.failed), (15, 5), "{summary:?}");
+    assert_eq!(parts(&summary), [("failed", 1)]);
+    let failures = night.run.failures();
+    assert!(
+        failures.iter().all(|row| row["class"] == "invalid_request"),
+        "{failures:?}"
+    );
+}
