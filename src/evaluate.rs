@@ -7,8 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::config::{Config, Eval, Matching};
-use crate::data::chat_template::Date;
+use crate::config::{Config, Eval, Matching, TemplateDate};
 use crate::data::dataset;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
@@ -69,8 +68,8 @@ pub fn run(config: &Config, quiet: bool) -> Result<Report> {
     let model = Model::load(&dir)?;
     let mut tokenizer = Tokenizer::load(&dir)?;
     match config.student.template_date {
-        Some(date) => tokenizer.set_date(Date::Fixed(date.into())),
-        None => tokenizer.use_clock(),
+        Some(date @ TemplateDate::Fixed(_)) => tokenizer.set_date(date.into()),
+        Some(TemplateDate::Record) | None => tokenizer.use_clock(),
     }
     tokenizer.check_fits(model.config().vocab_size)?;
     let truth = match &config.eval.source {
@@ -86,6 +85,9 @@ pub fn run(config: &Config, quiet: bool) -> Result<Report> {
         }
         None => None,
     };
+    if let Some(date) = config.student.template_date {
+        tokenizer.set_date(date.into());
+    }
     let teacher = against_teacher(config, &model, &tokenizer)?;
     if truth.is_none() && teacher.is_none() {
         bail!(Exit::Usage(

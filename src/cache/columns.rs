@@ -11,9 +11,9 @@ use super::view::{Lists, LogprobsView};
 /// Alternatives to make room for: the most that endpoints offer.
 const USUAL_TOP: usize = 20;
 
-/// The logprobs in `text`, which starts behind the brace that opens them and may go on behind the
-/// one that closes them.
-pub fn read(text: &str) -> Option<LogprobsView<'_>> {
+/// The logprobs in `text`, which starts behind the brace that opens them, and the text from the one that closes
+/// them.
+pub fn read(text: &str) -> Option<(LogprobsView<'_>, &str)> {
     let mut scan = Scan { text, at: 0 };
     let mut view = LogprobsView::default();
     scan.literal("\"token\":")?;
@@ -31,7 +31,7 @@ pub fn read(text: &str) -> Option<LogprobsView<'_>> {
     scan.literal(",\"raw\":")?;
     let raw = scan.string()?;
     view.put_raw(&stored::raw::tokens(std::str::from_utf8(&raw).ok()?).ok()?);
-    Some(view)
+    Some((view, &text[scan.at..]))
 }
 
 struct Scan<'a> {

@@ -6,6 +6,9 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
 use serde::de::{DeserializeSeed, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -25,6 +28,14 @@ pub struct RecordView<'a> {
     pub answer: Answer,
     #[serde(borrow, default)]
     pub logprobs: Option<LogprobsView<'a>>,
+    #[serde(borrow, default)]
+    timing: Timing<'a>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Timing<'a> {
+    #[serde(borrow)]
+    sent_at: Cow<'a, str>,
 }
 
 /// As `stored::request` writes it.
@@ -61,14 +72,26 @@ impl<'a> RecordView<'a> {
         // Were this inside of something, what stands before it would not be whole.
         let head = format!("{}}}", &line[..at]);
         let head: RecordView = serde_json::from_str(&head).ok()?;
+        let (logprobs, rest) = columns::read(&line[at + LOGPROBS.len()..])?;
+        let sent_at = rest.strip_prefix("},\"timing\":{\"sent_at\":\"")?;
+        let (sent_at, _) = sent_at.split_once('"')?;
         Some(RecordView {
             key: head.key,
             prompt_id: head.prompt_id,
             status: head.status,
             request: head.request,
             answer: head.answer,
-            logprobs: Some(columns::read(&line[at + LOGPROBS.len()..])?),
+            logprobs: Some(logprobs),
+            timing: Timing {
+                sent_at: sent_at.into(),
+            },
         })
+    }
+
+    /// When the request was sent, in UTC.
+    pub fn sent_at(&self) -> Option<DateTime> {
+        let sent_at: Timestamp = self.timing.sent_at.parse().ok()?;
+        Some(sent_at.to_zoned(TimeZone::UTC).datetime())
     }
 
     /// The parameters of the request, other than model and messages.

@@ -14,8 +14,8 @@ pub struct Student {
     pub path: PathBuf,
     /// Variables of the chat template, such as `enable_thinking`.
     pub template_args: BTreeMap<String, serde_json::Value>,
-    /// Date that `strftime_now` returns in the chat template, such as "2026-01-31".
-    pub template_date: Option<jiff::civil::Date>,
+    /// Date that `strftime_now` returns in the chat template.
+    pub template_date: Option<TemplateDate>,
     pub hidden_size: usize,
     pub intermediate_size: usize,
     pub num_hidden_layers: usize,
@@ -44,6 +44,38 @@ impl Default for Student {
             rope_theta: 10_000.0,
             max_position_embeddings: 2048,
             save_dtype: SaveDtype::F32,
+        }
+    }
+}
+
+/// "record", or a date such as "2026-01-31".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum TemplateDate {
+    Fixed(jiff::civil::Date),
+    /// The day on which the record's request was sent, in UTC.
+    Record,
+}
+
+impl TryFrom<String> for TemplateDate {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if text == "record" {
+            return Ok(Self::Record);
+        }
+        let date = text.parse().map_err(|error| {
+            format!("expected \"record\" or a date such as \"2026-01-31\", found {text:?}: {error}")
+        });
+        date.map(Self::Fixed)
+    }
+}
+
+impl From<TemplateDate> for String {
+    fn from(date: TemplateDate) -> Self {
+        match date {
+            TemplateDate::Fixed(date) => date.to_string(),
+            TemplateDate::Record => "record".into(),
         }
     }
 }

@@ -6,7 +6,7 @@ use super::harvest::Batch;
 use super::mistake::usage;
 use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
-use super::student::{Best, Init, JudgedBy, Kd, Thinking};
+use super::student::{Best, Init, JudgedBy, Kd, TemplateDate, Thinking};
 use super::teacher::Lane;
 
 fn check(holds: bool, message: &str) -> Result<()> {
@@ -77,6 +77,15 @@ pub fn validate(config: &Config) -> Result<()> {
         !config.train.on_policy || config.data.thinking != Thinking::Context,
         "train.on_policy writes answers from the generation prompt, without the teacher's thinking: set \
          data.thinking to \"supervise\" or \"drop\"",
+    )?;
+    let is_of_record = config.student.template_date == Some(TemplateDate::Record);
+    check(
+        !is_of_record || config.data.source.is_none(),
+        "student.template_date = \"record\" needs the records of a cache: set a date for the rows of data.source",
+    )?;
+    check(
+        !is_of_record || !config.train.on_policy || config.on_policy.tokenizer.is_none(),
+        "student.template_date = \"record\" leaves on_policy.tokenizer without a date: set one",
     )?;
     let written = &config.on_policy;
     let is_local = written.judge == JudgedBy::Local;

@@ -28,7 +28,6 @@ use crate::cache::lookup::Lookup;
 use crate::cache::question::{Endpoint, Names, Question};
 use crate::cache::{self, Cache};
 use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
-use crate::data::chat_template::Date;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::prompt::Prompt;
@@ -100,7 +99,7 @@ impl Judge {
             let mut tokenizer = Tokenizer::load(dir)
                 .with_context(|| format!("cannot load on_policy.tokenizer {}", dir.display()))?;
             if let Some(date) = config.student.template_date {
-                tokenizer.set_date(Date::Fixed(date.into()));
+                tokenizer.set_date(date.into());
             }
             anyhow::Ok(tokenizer)
         });

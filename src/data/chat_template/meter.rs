@@ -10,7 +10,7 @@ use minijinja_contrib::pycompat;
 use super::{python_json, python_text};
 
 /// Error of a template that calls `strftime_now` without a date.
-pub const NEEDS_DATE: &str = "it calls `strftime_now`: set `student.template_date`";
+pub const NEEDS_DATE: &str = "it calls `strftime_now`: set `student.template_date` to a date";
 /// Bytes that a rendering may handle, and how often it may handle each byte of the messages.
 pub const ALLOWANCE: usize = 16 << 20;
 const ALLOWANCE_PER_BYTE: usize = 200;

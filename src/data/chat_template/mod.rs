@@ -10,13 +10,16 @@ mod python_json;
 mod python_text;
 mod sandbox;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
 use jiff::civil::DateTime;
 use minijinja::{Value, context};
 
+use crate::config::TemplateDate;
 use crate::exit::Exit;
 use crate::prompt::Message;
 
@@ -112,13 +115,25 @@ pub const TOKEN_VARIABLES: [&str; 7] = [
 pub enum Date {
     Fixed(DateTime),
     Clock(fn() -> DateTime),
+    /// That of each record: see [`ChatTemplate::at`].
+    Record,
+}
+
+impl From<TemplateDate> for Date {
+    fn from(date: TemplateDate) -> Self {
+        match date {
+            TemplateDate::Fixed(date) => Date::Fixed(date.into()),
+            TemplateDate::Record => Date::Record,
+        }
+    }
 }
 
 impl Date {
-    fn get(self) -> DateTime {
+    fn get(self) -> Option<DateTime> {
         match self {
-            Date::Fixed(date) => date,
-            Date::Clock(now) => now(),
+            Date::Fixed(date) => Some(date),
+            Date::Clock(now) => Some(now()),
+            Date::Record => None,
         }
     }
 }
@@ -126,7 +141,7 @@ impl Date {
 /// A template and the tokens that it may name.
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
-    source: String,
+    source: Arc<str>,
     /// Special tokens by variable name, such as `bos_token`.
     tokens: Vec<(&'static str, String)>,
     date: Option<Date>,
@@ -150,7 +165,7 @@ impl ChatTemplate {
         let tokens = tokens.into_iter();
         let tokens = tokens.filter_map(|(name, token)| Some((name, token?.to_owned())));
         Self {
-            source: without_generation_tags(source),
+            source: without_generation_tags(source).into(),
             tokens: tokens.collect(),
             date: None,
         }
@@ -159,6 +174,17 @@ impl ChatTemplate {
     /// Sets the date that `strftime_now` returns; a template that calls it fails without one.
     pub fn set_date(&mut self, date: Date) {
         self.date = Some(date);
+    }
+
+    /// The template for a record of this date.
+    pub fn at(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
+        match (self.date, date) {
+            (Some(Date::Record), Some(date)) => Cow::Owned(ChatTemplate {
+                date: Some(Date::Fixed(date)),
+                ..self.clone()
+            }),
+            _ => Cow::Borrowed(self),
+        }
     }
 
     /// The conversation as one text, without telling template and content apart.
@@ -183,7 +209,7 @@ impl ChatTemplate {
             context,
             messages.len(),
             input,
-            self.date.map(Date::get),
+            self.date.and_then(Date::get),
         )
         .map_err(|e| anyhow!("the chat template fails: {e}"))
     }

@@ -302,11 +302,9 @@ impl Preparing<'_> {
 
     /// A row as an example, or the reason to leave it out.
     fn prepare(&mut self, row: &Row) -> Result<Ready, String> {
-        let conversation = if row.every_answer {
-            self.tokenizer.conversation(&row.messages)
-        } else {
-            self.tokenizer.last_answer(&row.messages)
-        };
+        let conversation =
+            self.tokenizer
+                .conversation_at(&row.messages, row.every_answer, row.date);
         let conversation = conversation.map_err(|e| format!("{e:#}"))?;
         let mut input_ids = conversation.ids;
         let Some((last, earlier)) = conversation.answers.split_last() else {

@@ -1,6 +1,7 @@
 //! The two sources of training data, a cache and a file of conversations, as rows of one kind.
 
 use anyhow::{Context, Result};
+use jiff::civil::DateTime;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -29,6 +30,8 @@ pub struct Row<'a> {
     pub sampling: Sampling,
     /// `top_logprobs` of the request.
     pub asked: Option<usize>,
+    /// When the answer was requested; None in a file.
+    pub date: Option<DateTime>,
     /// Of the last answer.
     pub logprobs: Option<LogprobsView<'a>>,
 }
@@ -45,6 +48,7 @@ impl<'a> Row<'a> {
             ended: true,
             sampling: Sampling::Unknown,
             asked: None,
+            date: self.date,
             logprobs: None,
         }
     }
@@ -73,6 +77,7 @@ pub fn of_record<'a>(
     is_wanted(record.status, &record.answer.finish_reason, settings)?;
     let params = record.params();
     let sampling = Sampling::of(&params);
+    let date = record.sent_at();
     let asked = params["top_logprobs"].as_u64();
     let messages = record.take_messages();
     let messages = messages.or_else(|request| messages_of_request(&request).ok_or(NO_TEXT));
@@ -95,6 +100,7 @@ pub fn of_record<'a>(
         ended,
         sampling,
         asked: asked.and_then(|asked| usize::try_from(asked).ok()),
+        date,
         logprobs: record.logprobs,
     })
 }
@@ -176,6 +182,7 @@ pub fn of_line(line: &str, number: u64, settings: &config::Data) -> Result<Row<'
         ended: true,
         sampling: Sampling::Unknown,
         asked: None,
+        date: None,
         logprobs: None,
     })
 }

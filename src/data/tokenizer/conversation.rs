@@ -10,7 +10,7 @@ use std::ops::Range;
 use anyhow::{Result, bail};
 
 use super::{Place, Tokenizer, added};
-use crate::data::chat_template::{Span, THINKING, answer_start};
+use crate::data::chat_template::{ChatTemplate, Span, THINKING, answer_start};
 use crate::prompt::Message;
 
 /// A conversation of T tokens.
@@ -69,8 +69,12 @@ impl AnswerTokens {
 }
 
 /// Encodes the generation prompt of these messages.
-pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
-    let spans = tokenizer.template()?.render(messages, true)?;
+pub fn encode_prompt(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    messages: &[Message],
+) -> Result<Vec<u32>> {
+    let spans = template.render(messages, true)?;
     let mut writer = Writer::new(tokenizer);
     writer.prompt(&spans)?;
     Ok(writer.done.ids)
@@ -80,10 +84,10 @@ pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<
 /// last one and have no ranges.
 pub fn encode(
     tokenizer: &Tokenizer,
+    template: &ChatTemplate,
     messages: &[Message],
     every_answer: bool,
 ) -> Result<Conversation> {
-    let template = tokenizer.template()?;
     let spans = template.render(messages, false)?;
     let answers = rendered_answers(&spans, messages);
     let count = messages.iter().filter(|m| m.role == "assistant").count();
@@ -114,7 +118,7 @@ pub fn encode(
         };
         if let (None, true, Some(prompt)) = (end, is_last, &prompt) {
             let before = &text[..answer.start];
-            let mut done = after_prompt(tokenizer, messages, &spans, answer)?;
+            let mut done = after_prompt(tokenizer, template, messages, &spans, answer)?;
             let earlier = answers[..number].iter();
             let earlier = earlier.map(|answer| AnswerTokens::separate(answer.message));
             done.answers.splice(0..0, earlier);
@@ -151,13 +155,12 @@ pub fn encode(
 /// Encodes an answer after its generation prompt.
 fn after_prompt(
     tokenizer: &Tokenizer,
+    template: &ChatTemplate,
     messages: &[Message],
     all: &[Span],
     answer: &RenderedAnswer,
 ) -> Result<Conversation> {
-    let prompt = tokenizer
-        .template()?
-        .render(&messages[..answer.message], true)?;
+    let prompt = template.render(&messages[..answer.message], true)?;
     let mut writer = Writer::new(tokenizer);
     writer.prompt(&prompt)?;
     let is_closed = prompt

@@ -87,10 +87,10 @@ impl Tokenizer {
     pub fn for_student(settings: &config::Student) -> Result<Self> {
         let mut tokenizer = load::load(&settings.path, &settings.template_args)?;
         if let Some(date) = settings.template_date {
-            tokenizer.set_date(Date::Fixed(date.into()));
+            tokenizer.set_date(date.into());
             let mut hash = blake3::Hasher::new();
             hash.update(tokenizer.fingerprint.as_bytes());
-            hash.update(date.to_string().as_bytes());
+            hash.update(String::from(date).as_bytes());
             tokenizer.fingerprint = hash.finalize();
         }
         Ok(tokenizer)
@@ -124,7 +124,7 @@ impl Tokenizer {
         // The end of turn does not depend on the date.
         self.set_date(Date::Fixed(DateTime::constant(2000, 1, 1, 0, 0, 0, 0)));
         let messages = [Message::new("user", "a"), Message::new("assistant", "b")];
-        let conversation = conversation::encode(self, &messages, false);
+        let conversation = self.last_answer(&messages);
         self.template = Some(template);
         let conversation = conversation.ok()?;
         let answer = conversation.answers.last()?;
@@ -146,7 +146,7 @@ impl Tokenizer {
     /// # Errors
     /// If there is no chat template, or it does not take these messages.
     pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        conversation::encode_prompt(self, messages)
+        conversation::encode_prompt(self, self.template()?, messages)
     }
 
     /// Ids of a conversation that ends in the midst of its last message, an answer, which the model is to
@@ -185,7 +185,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode_prompt`].
     pub fn conversation(&self, messages: &[Message]) -> Result<Conversation> {
-        conversation::encode(self, messages, true)
+        self.conversation_at(messages, true, None)
     }
 
     /// Same, with the ranges of the last answer alone.
@@ -193,7 +193,21 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode_prompt`].
     pub fn last_answer(&self, messages: &[Message]) -> Result<Conversation> {
-        conversation::encode(self, messages, false)
+        self.conversation_at(messages, false, None)
+    }
+
+    /// [`Self::conversation`] or [`Self::last_answer`] of a record of this date.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn conversation_at(
+        &self,
+        messages: &[Message],
+        every_answer: bool,
+        date: Option<DateTime>,
+    ) -> Result<Conversation> {
+        let template = self.template()?.at(date);
+        conversation::encode(self, &template, messages, every_answer)
     }
 
     /// Renders a conversation as text.

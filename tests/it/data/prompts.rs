@@ -2,14 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use distill::config::{Config, Thinking};
+use distill::cache::record::{Record, Timing};
+use distill::config::{Config, TemplateDate, Thinking};
 use distill::data::dataset::{self, Report};
 use distill::data::tokenizer::Tokenizer;
 use distill::prompt::Message;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::dataset::load;
+use super::align::same_tokenizer;
+use super::dataset::{load, record, write_cache};
 use super::{ask, folder, message};
 
 /// Like Qwen 3's: an empty thinking block before the last answer.
@@ -335,4 +337,45 @@ fn a_template_that_needs_a_date_stops_the_run() {
         "{error:#}"
     );
     assert_eq!(distill::exit::Exit::code_of(&error), 2);
+}
+
+/// With logprobs, which are read by another parser, and without.
+#[test]
+fn the_date_of_a_record_is_that_of_its_answer() {
+    let template = CHATML.replace("{% for", "{{ strftime_now('%d %b %Y') }}\n{% for");
+    let (dir, _) = with_template(&template);
+    let mut config = Config {
+        run_dir: dir.path().join("run"),
+        ..Config::default()
+    };
+    config.student.path = dir.path().to_owned();
+    config.data.validation_share = 0.0;
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let ids = tokenizer.encode_text("Me.").unwrap();
+    let dated = |prompt: &str, sent_at: &str| Record {
+        timing: Timing {
+            sent_at: sent_at.into(),
+            ..Timing::default()
+        },
+        ..record(prompt, "Me.")
+    };
+    let with_logprobs = Record {
+        logprobs: Some(same_tokenizer(&tokenizer, &ids, 5).0),
+        ..dated("a", "2026-02-28T23:59:59.999Z")
+    };
+    let records = [with_logprobs, dated("b", "2026-03-01T00:00:00.000Z")];
+    write_cache(&config.training_cache(), &records);
+    let begins = |config: &Config| {
+        let tokenizer = Tokenizer::for_student(&config.student).unwrap();
+        let data = load(config, &tokenizer).unwrap();
+        let begin = |ids: Vec<u32>| text(&tokenizer, &ids)[..11].to_owned();
+        let examples = data.train().iter();
+        let begins = examples.map(|example| begin(example.input_ids().collect()));
+        begins.collect::<Vec<_>>()
+    };
+    config.student.template_date = Some(TemplateDate::Record);
+    assert_eq!(begins(&config), ["28 Feb 2026", "01 Mar 2026"]);
+    // Another setting is another dataset.
+    config.student.template_date = Some("2026-01-31".to_owned().try_into().unwrap());
+    assert_eq!(begins(&config), ["31 Jan 2026", "31 Jan 2026"]);
 }
