@@ -113,6 +113,8 @@ pub struct Data {
     pub sample_trie: bool,
     /// At most so many of the teacher's alternatives at a position, the most likely ones; None: all.
     pub top_logprobs: Option<usize>,
+    /// Model folder of the teacher, if its tokens are named by id (`token_id:N`).
+    pub teacher_tokenizer: Option<PathBuf>,
     /// Finish reasons whose answers are trained on.
     pub keep_finish_reasons: Vec<String>,
     /// Treatment of thinking at the beginning of an answer.
@@ -140,6 +142,7 @@ impl Default for Data {
             max_length: 1024,
             sample_trie: false,
             top_logprobs: None,
+            teacher_tokenizer: None,
             keep_finish_reasons: ["stop", "eos", "end_turn"].map(String::from).to_vec(),
             thinking: Thinking::Supervise,
         }

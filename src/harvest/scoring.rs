@@ -15,6 +15,7 @@ use super::reply::logprobs::{Alternative, Bytes, Columns, Logprob};
 use super::reply::{Completion, NoAnswer, json, usage};
 use crate::cache::record::{Answer, Logprobs};
 use crate::config::Lane;
+use crate::data::align::token_ids;
 use crate::data::tokenizer::Tokenizer;
 use crate::prompt::Message;
 
@@ -199,8 +200,7 @@ impl Scoring {
 
     /// A token by its text or, exactly, as `token_id:N`.
     fn named<'a>(&'a self, name: &str, logprob: &Value) -> Alternative<'a> {
-        let id = name.strip_prefix("token_id:").map(str::parse);
-        let id = id.and_then(Result::ok);
+        let id = token_ids::parse(name.as_bytes());
         self.alternative(id, name.to_owned().into(), logprob)
     }
 
@@ -229,8 +229,8 @@ impl Scoring {
 /// Does a server mean this token by `name`? It may have lost the bytes of a part of a character, and the
 /// white space in front, as SentencePiece's decoder does.
 fn is_called(token: &Alternative, id: u32, name: &str) -> bool {
-    if let Some(told) = name.strip_prefix("token_id:") {
-        return told.parse() == Ok(id);
+    if let Some(told) = token_ids::parse(name.as_bytes()) {
+        return told == id;
     }
     let text = String::from_utf8_lossy(token.spelled());
     name.contains(char::REPLACEMENT_CHARACTER) || text.trim_start() == name.trim_start()

@@ -1,7 +1,7 @@
 //! Checks during the harvest whether an answer's logprobs can become soft labels. Pure.
 
 use crate::cache::record::Logprobs;
-use crate::data::align;
+use crate::data::align::{self, token_ids};
 
 /// Logprobs at or below are no logprobs: endpoints send -100, -9999 for "too small to tell".
 const SENTINEL: f32 = -100.0;
@@ -11,8 +11,12 @@ const EXCESS: f64 = 1e-3;
 
 /// Reason for which training cannot use these logprobs of `text`.
 pub fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
-    if !logprobs.matches_text && !align::spells(&logprobs.into(), text.as_bytes()) {
-        return Some("its tokens do not spell the answer");
+    if !logprobs.matches_text {
+        let view = logprobs.into();
+        // The text of tokens that are named by id is known to their tokenizer.
+        if !token_ids::are_ids(&view) && !align::spells(&view, text.as_bytes()) {
+            return Some("its tokens do not spell the answer");
+        }
     }
     let numbers = |values: &[Option<f32>]| values.iter().flatten().any(|value| *value > SENTINEL);
     let has_numbers =
@@ -72,6 +76,7 @@ mod tests {
             &["\n", "a", " b", "\n"],
             &["a", " b", "STOP", "</s>"],
             &["a", "Ġb"],
+            &["token_id:7", "token_id:12"],
         ] {
             assert_eq!(of(tokens, &[-0.5]), None, "{tokens:?}");
         }

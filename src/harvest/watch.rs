@@ -11,6 +11,7 @@ use foldhash::fast::FixedState;
 use super::{stop, usable};
 use crate::cache::record::{Record, Status, Usage};
 use crate::config::{self, Config, OnMissingLogprobs};
+use crate::data::align::token_ids;
 
 /// Answers in a row that are no accident.
 const NOTED: u32 = 20;
@@ -45,6 +46,8 @@ pub struct Seen {
     pub text: (u64, usize),
     /// Reason for unusable logprobs; None if they are usable.
     pub without_logprobs: Option<String>,
+    /// The tokens of its logprobs are named by id.
+    pub has_token_ids: bool,
     pub usage: Option<Usage>,
     /// The tokens that it may have used.
     pub max_tokens: u64,
@@ -59,7 +62,9 @@ impl Seen {
             Some(logprobs) => usable::fault(logprobs, text).map(String::from),
             None => Some(fault.map_or("none came".into(), |_| "they cannot be read".into())),
         };
+        let logprobs = record.logprobs.as_ref();
         Seen {
+            has_token_ids: logprobs.is_some_and(|logprobs| token_ids::are_ids(&logprobs.into())),
             prompt: hash(&record.prompt_id),
             text: (hash(text), text.len()),
             without_logprobs: why,
@@ -87,6 +92,8 @@ pub struct Watch {
     settings: config::Lane,
     on_missing: OnMissingLogprobs,
     has_budget: bool,
+    /// A note for tokens that are named by id, until it is shown.
+    token_ids: Option<String>,
     without_logprobs: u32,
     useless: u32,
     cut_off: u32,
@@ -102,7 +109,11 @@ pub struct Watch {
 impl Watch {
     pub fn of(settings: &config::Lane, config: &Config) -> Watch {
         let on_missing = config.harvest.on_missing_logprobs;
-        Watch::new(settings, on_missing, config.budget.usd.is_some())
+        let mut watch = Watch::new(settings, on_missing, config.budget.usd.is_some());
+        if config.data.teacher_tokenizer.is_some() {
+            watch.token_ids = None;
+        }
+        watch
     }
 
     fn new(settings: &config::Lane, on_missing: OnMissingLogprobs, has_budget: bool) -> Watch {
@@ -112,6 +123,11 @@ impl Watch {
             settings: settings.clone(),
             on_missing,
             has_budget,
+            token_ids: Some(
+                "the tokens of the logprobs are ids (`token_id:N`): `distill train` needs \
+                 `data.teacher_tokenizer` for them"
+                    .into(),
+            ),
             without_logprobs: 0,
             useless: 0,
             cut_off: 0,
@@ -131,6 +147,7 @@ impl Watch {
             self.model(seen),
             self.use_of(seen),
             self.logprobs(seen),
+            self.token_ids(seen),
             self.cut_off(seen),
             self.alike(seen),
             self.samples(seen),
@@ -211,6 +228,11 @@ impl Watch {
                  cross-entropy alone"
             )),
         })
+    }
+
+    fn token_ids(&mut self, seen: &Seen) -> Option<Word> {
+        let note = self.token_ids.take_if(|_| seen.has_token_ids);
+        note.map(Word::Note)
     }
 
     fn cut_off(&mut self, seen: &Seen) -> Option<Word> {
@@ -303,6 +325,7 @@ mod tests {
             model: "m".into(),
             text: (prompt.into(), 100),
             without_logprobs: None,
+            has_token_ids: false,
             usage: Some(Usage {
                 prompt_tokens: 5,
                 completion_tokens: 10,
@@ -336,6 +359,22 @@ mod tests {
             assert_eq!(number, expected, "{text}");
             assert!(text.contains(part), "{part} is not in: {text}");
         }
+    }
+
+    #[test]
+    fn token_ids_are_noted_once_and_only_without_their_tokenizer() {
+        let seen = Seen {
+            has_token_ids: true,
+            ..good(0)
+        };
+        let notes = |teacher_tokenizer: Option<&str>| {
+            let mut config = Config::default();
+            config.data.teacher_tokenizer = teacher_tokenizer.map(Into::into);
+            let mut watch = Watch::of(&lane(), &config);
+            assert!(watch.see(&good(0)).is_empty());
+            watch.see(&seen).len() + watch.see(&seen).len()
+        };
+        assert_eq!((notes(None), notes(Some("teacher"))), (1, 0));
     }
 
     #[test]

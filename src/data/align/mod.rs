@@ -9,6 +9,7 @@
 
 mod alternatives;
 mod run;
+pub mod token_ids;
 mod tokens;
 
 use std::borrow::Cow;
@@ -38,6 +39,8 @@ pub enum Mismatch {
     Teacher,
     #[error("the student's tokens do not spell the answer")]
     Student,
+    #[error("the teacher's tokens are ids (`token_id:N`): set `data.teacher_tokenizer`")]
+    TokenIds,
 }
 
 /// The soft labels of an answer of N student tokens.
@@ -138,6 +141,8 @@ impl Aligned {
 /// for many answers.
 pub struct Mapper<'a> {
     tokenizer: &'a Tokenizer,
+    /// The teacher's, for tokens that are named by id.
+    teacher: Option<&'a Tokenizer>,
     tokens: Tokens<'a>,
     /// The most alternatives at a position.
     most: usize,
@@ -150,10 +155,16 @@ impl<'a> Mapper<'a> {
     pub fn new(tokenizer: &'a Tokenizer, most: Option<usize>) -> Self {
         Self {
             tokenizer,
+            teacher: None,
             tokens: Tokens::new(tokenizer),
             most: most.unwrap_or(usize::MAX),
             found: Vec::new(),
         }
+    }
+
+    /// With the teacher's tokenizer, which knows tokens that are named by id.
+    pub fn with_teacher(self, teacher: Option<&'a Tokenizer>) -> Self {
+        Self { teacher, ..self }
     }
 
     /// Soft labels for `student`, the N tokens that spell the part `kept` of the answer's bytes,
@@ -169,6 +180,13 @@ impl<'a> Mapper<'a> {
         student: &[u32],
         asked: Option<usize>,
     ) -> Result<Aligned, Mismatch> {
+        let decoded;
+        let teacher = if token_ids::are_ids(teacher) {
+            decoded = token_ids::decoded(teacher, self.teacher.ok_or(Mismatch::TokenIds)?);
+            &decoded
+        } else {
+            teacher
+        };
         // Gate 1
         let is_stop = |bytes: &[u8]| is_stop(self.tokenizer, bytes);
         let (units, teacher) =

@@ -200,6 +200,7 @@ fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Resu
         max_length,
         top_logprobs,
         sample_trie,
+        teacher_tokenizer,
         keep_finish_reasons,
         thinking,
     } = settings;
@@ -216,6 +217,9 @@ fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Resu
         tokenizer.as_str(),
     );
     hash.update(&serde_json::to_vec(&settings)?);
+    if let Some(dir) = teacher_tokenizer {
+        hash.update(Tokenizer::load(dir)?.fingerprint().as_bytes());
+    }
     source.hash(&mut hash)?;
     let hash = hash.finalize().to_hex();
     // Long enough for two folders never to meet, short enough to be read.

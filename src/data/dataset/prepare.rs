@@ -34,10 +34,13 @@ pub fn run(
     hash: &str,
     on_progress: OnProgress<'_>,
 ) -> Result<BTreeMap<String, Vec<u8>>> {
+    let teacher = settings.teacher_tokenizer.as_deref();
+    let teacher = teacher.map(Tokenizer::load).transpose()?;
     let mut work = Work {
         source,
         settings,
         tokenizer,
+        teacher: teacher.as_ref(),
         samples: Samples::default(),
         reading: Mutex::new(Reading {
             reader: source.open()?,
@@ -109,6 +112,8 @@ struct Work<'a> {
     source: &'a Source,
     settings: &'a config::Data,
     tokenizer: &'a Tokenizer,
+    /// `data.teacher_tokenizer`.
+    teacher: Option<&'a Tokenizer>,
     /// Empty where they are not asked for.
     samples: Samples,
     reading: Mutex<Reading<'a>>,
@@ -167,7 +172,8 @@ impl Work<'_> {
         Preparing {
             tokenizer: self.tokenizer,
             samples: &self.samples,
-            mapper: Mapper::new(self.tokenizer, self.settings.top_logprobs),
+            mapper: Mapper::new(self.tokenizer, self.settings.top_logprobs)
+                .with_teacher(self.teacher),
             settings: self.settings,
             in_file: matches!(self.source, Source::File(_)),
             report: Report::default(),

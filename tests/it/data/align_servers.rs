@@ -1,6 +1,7 @@
 //! Logprobs in the forms that servers return.
 
-use distill::data::align::Mapper;
+use distill::cache::record::Logprobs;
+use distill::data::align::{Mapper, Mismatch};
 
 use super::align::{Alternative, Row, align, logprobs, soft_labels};
 use super::tokenizer;
@@ -120,4 +121,46 @@ fn answer_is_aligned_within_longer_logprobs() {
         let aligned = align(&tokenizer, &teacher, answer, &ids).unwrap();
         assert!((0..ids.len()).all(|at| aligned.is_soft(at)), "{all:?}");
     }
+}
+
+/// vLLM's `return_tokens_as_token_ids`, with another tokenizer than the student's.
+#[test]
+fn tokens_named_by_id_are_spelled_by_the_tokenizer_of_the_teacher() {
+    let (student, teacher) = (tokenizer("bytelevel"), tokenizer("sentencepiece"));
+    let answer = "The capital of France is Paris.";
+    let ids = student.encode_text(answer).unwrap();
+    let emitted = teacher.encode_text(answer).unwrap();
+    let other = teacher.encode_text("Lyon").unwrap()[0];
+    let name = |id: u32| format!("token_id:{id}");
+    let spelled = |id: u32| String::from_utf8(teacher.token_bytes(id).unwrap().to_vec()).unwrap();
+    let of = |naming: &dyn Fn(u32) -> String| {
+        let names: Vec<_> = emitted.iter().map(|id| naming(*id)).collect();
+        let other = naming(other);
+        let top: Vec<_> = names
+            .iter()
+            .map(|name| [(name.as_str(), Some(-0.5)), (other.as_str(), Some(-1.5))])
+            .collect();
+        let rows: Vec<Row> = names
+            .iter()
+            .zip(&top)
+            .map(|(name, top)| (name.as_str(), -0.5, &top[..]))
+            .collect();
+        logprobs(&rows)
+    };
+    let by_id = of(&name);
+    let align = |teacher_tokenizer, logprobs: &Logprobs| {
+        let mut mapper = Mapper::new(&student, None).with_teacher(teacher_tokenizer);
+        let whole = 0..answer.len();
+        mapper.align(&logprobs.into(), answer.as_bytes(), whole, &ids, Some(2))
+    };
+    let aligned = align(Some(&teacher), &by_id).unwrap();
+    assert!((0..aligned.len()).any(|at| aligned.is_soft(at)));
+    let by_text = align(None, &of(&spelled)).unwrap();
+    assert_eq!(soft_labels(&aligned), soft_labels(&by_text));
+    let error = align(None, &by_id).unwrap_err();
+    assert_eq!(error, Mismatch::TokenIds);
+    // The tokenizer of another model.
+    let unknown = of(&|id| name(id + 1_000_000));
+    let error = align(Some(&teacher), &unknown).unwrap_err();
+    assert_eq!(error, Mismatch::Teacher);
 }

@@ -1,0 +1,30 @@
+//! Tokens that are named by id, as by vLLM's `return_tokens_as_token_ids`.
+
+use crate::cache::view::LogprobsView;
+use crate::data::tokenizer::Tokenizer;
+
+const PREFIX: &str = "token_id:";
+
+/// Id in a name such as `token_id:42`.
+pub fn parse(name: &[u8]) -> Option<u32> {
+    let name = std::str::from_utf8(name).ok()?;
+    let digits = name.strip_prefix(PREFIX)?;
+    // `parse` would accept a sign.
+    let is_number = digits.bytes().all(|byte| byte.is_ascii_digit());
+    digits.parse().ok().filter(|_| is_number)
+}
+
+/// Returns true if all emitted tokens are named by id.
+pub fn are_ids(teacher: &LogprobsView) -> bool {
+    !teacher.token.is_empty() && teacher.token.iter().all(|name| parse(name).is_some())
+}
+
+/// Logprobs with the bytes of the tokens in place of their ids. Tokens without bytes, and ids that the tokenizer
+/// does not have, become empty: unknown.
+pub fn decoded<'t>(teacher: &LogprobsView<'t>, tokenizer: &Tokenizer) -> LogprobsView<'t> {
+    teacher.map_tokens(|name| {
+        let id = parse(name)?;
+        let spelling = tokenizer.spelling(id);
+        Some(spelling.map_or_else(Vec::new, |bytes| bytes.into_owned()))
+    })
+}
