@@ -185,6 +185,9 @@ pub struct ExportArgs {
     /// Where to write it: a folder for `hf`, else a file
     #[arg(short = 'o', long = "out", value_name = "OUT")]
     pub out: PathBuf,
+    /// Groups to write instead of `data.groups`: "all" but those of a mock, or ids, models and teachers
+    #[arg(long, value_name = "GROUP", value_delimiter = ',')]
+    pub groups: Vec<String>,
     /// The teacher's model folder (tokenizer.json, chat template), which `axolotl` needs
     #[arg(long, value_name = "DIR")]
     pub tokenizer: Option<PathBuf>,

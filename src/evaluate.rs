@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::config::{Config, Eval, Matching, TemplateDate};
 use crate::data::dataset;
+use crate::data::groups::Selection;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::model::Model;
@@ -53,7 +54,7 @@ pub const VERSION: u32 = 1;
 ///
 /// # Errors
 /// Where the model or the rows do not load, or there is nothing to evaluate on.
-pub fn run(config: &Config, quiet: bool) -> Result<Report> {
+pub fn run(config: &Config, selection: &Selection, quiet: bool) -> Result<Report> {
     let dir = config
         .eval
         .model
@@ -88,7 +89,7 @@ pub fn run(config: &Config, quiet: bool) -> Result<Report> {
     if let Some(date) = config.student.template_date {
         tokenizer.set_date(date.into());
     }
-    let teacher = against_teacher(config, &model, &tokenizer)?;
+    let teacher = against_teacher(config, selection, &model, &tokenizer)?;
     if truth.is_none() && teacher.is_none() {
         bail!(Exit::Usage(
             "there is nothing to evaluate on: set eval.source to held-out rows with their true \
@@ -192,12 +193,17 @@ fn parse(text: &str) -> Option<Value> {
 }
 
 /// Mean terms on held-out teacher answers.
-fn against_teacher(config: &Config, model: &Model, tokenizer: &Tokenizer) -> Result<Option<Means>> {
+fn against_teacher(
+    config: &Config,
+    selection: &Selection,
+    model: &Model,
+    tokenizer: &Tokenizer,
+) -> Result<Option<Means>> {
     let data = match &config.eval.teacher_cache {
         Some(dir) => dataset::held_out(dir, &config.data, tokenizer)
             .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?,
         None if config.data.source.is_some() || config.training_cache().exists() => {
-            dataset::load(config, tokenizer, &mut |_, _| Ok(()))?
+            dataset::load(config, selection, tokenizer, &mut |_, _| Ok(()))?
         }
         None => return Ok(None),
     };

@@ -36,8 +36,8 @@
 //!
 //! 1. `harvest` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
 //! 2. `harvest::{request, scoring, plan, shard, retry, cost, budget, record, schedule}`, `cache::recovery`,
-//!    `data::{align, chat_template, gate, samples, sampling}` and `train::{loss, schedule}` are pure: no clock, file, network
-//!    or random number that is not an argument.
+//!    `data::{align, chat_template, gate, groups, samples, sampling}` and `train::{loss, schedule}` are pure: no
+//!    clock, file, network or random number that is not an argument.
 //! 3. An acknowledged record is never changed or lost.
 //! 4. Every trainable parameter receives a gradient, and no sum depends on the number of threads.
 //! 5. The API key is exposed in one expression (`harvest::credentials`), and printed, logged, cached and

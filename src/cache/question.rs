@@ -36,6 +36,17 @@ const NO_PART: [&str; 10] = [
     "prompt_cache_key",
 ];
 
+/// Fields that are no sampling parameters, beside [`NO_PART`].
+const NOT_SAMPLING: [&str; 7] = [
+    "model",
+    "messages",
+    "seed",
+    "n",
+    "tools",
+    "tool_choice",
+    "response_format",
+];
+
 /// First bytes of the text that is hashed.
 const BEGINNING: &[u8] = b"{\"question\":";
 
@@ -191,6 +202,15 @@ pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
 pub fn cut_key(key: &str, max_tokens: u32) -> String {
     let hash = blake3::hash(format!("{key} cut off at {max_tokens}").as_bytes());
     format!("{}{}", &hash.to_hex()[..HALF], half(key))
+}
+
+/// Sampling parameters of a request as JSON, the same for all its prompts and samples.
+pub fn sampling(request: &Value) -> String {
+    let mut text = Vec::new();
+    write_fields(request, &mut text, |name| {
+        !NO_PART.contains(&name) && !NOT_SAMPLING.contains(&name)
+    });
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// The key under which versions up to schema 1 kept the answer.

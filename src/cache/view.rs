@@ -13,19 +13,25 @@ use serde::de::{DeserializeSeed, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+use super::keys::Fingerprint;
 use super::line::Fault;
 use super::record::{Logprobs, RawToken, Status};
-use super::{columns, stored};
+use super::{columns, question, stored};
 use crate::prompt::Message;
 
 /// The part of a [`super::record::Record`] that training needs.
 #[derive(Debug, Deserialize)]
 pub struct RecordView<'a> {
+    v: u32,
     pub key: String,
     pub prompt_id: String,
     pub status: Status,
+    pub endpoint: String,
+    #[serde(default)]
+    pub teacher: String,
     request: Request,
     pub answer: Answer,
+    pub fingerprint: String,
     #[serde(borrow, default)]
     pub logprobs: Option<LogprobsView<'a>>,
     #[serde(borrow, default)]
@@ -41,6 +47,7 @@ struct Timing<'a> {
 /// As `stored::request` writes it.
 #[derive(Debug, Deserialize)]
 struct Request {
+    model: String,
     messages: Vec<Message>,
     params: String,
 }
@@ -76,16 +83,30 @@ impl<'a> RecordView<'a> {
         let sent_at = rest.strip_prefix("},\"timing\":{\"sent_at\":\"")?;
         let (sent_at, _) = sent_at.split_once('"')?;
         Some(RecordView {
-            key: head.key,
-            prompt_id: head.prompt_id,
-            status: head.status,
-            request: head.request,
-            answer: head.answer,
             logprobs: Some(logprobs),
             timing: Timing {
                 sent_at: sent_at.into(),
             },
+            v: head.v,
+            key: head.key,
+            prompt_id: head.prompt_id,
+            status: head.status,
+            endpoint: head.endpoint,
+            teacher: head.teacher,
+            request: head.request,
+            answer: head.answer,
+            fingerprint: head.fingerprint,
         })
+    }
+
+    /// Model that was asked.
+    pub fn request_model(&self) -> &str {
+        &self.request.model
+    }
+
+    /// Fingerprint of the question; None in schema 1, whose keys contain none.
+    pub fn question(&self) -> Option<Fingerprint> {
+        (self.v > 1).then(|| question::fingerprint(&self.key))
     }
 
     /// When the request was sent, in UTC.

@@ -8,10 +8,12 @@ use serde_json::json;
 use super::{load_config, print, print_json};
 use crate::cache;
 use crate::cli::{CachePlace, ConfigFile, ExportArgs, ExportFormat, Global};
-use crate::config;
+use crate::config::{self, Groups};
+use crate::data::groups::Selection;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::export::{self, Format, Report, Settings};
+use crate::harvest;
 use crate::terminal::{format_count, sanitise};
 
 /// Version of what `--json` prints here.
@@ -25,11 +27,12 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<()> {
             "--tokenizer is for `--to axolotl`; the other formats hold text, leave it out".into()
         ));
     }
-    let (folder, data) = source(&args.place)?;
+    let (folder, data, selection) = source(&args.place, &args.groups)?;
     check_outside(&args.out, &folder)?;
     let tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
     let settings = Settings {
         data: &data,
+        selection: &selection,
         tokenizer: tokenizer.as_ref(),
         force: args.force,
     };
@@ -58,16 +61,27 @@ fn format(format: ExportFormat) -> Format {
 }
 
 /// The cache folder, and which of its answers are worth training on.
-fn source(place: &CachePlace) -> Result<(PathBuf, config::Data)> {
+fn source(place: &CachePlace, groups: &[String]) -> Result<(PathBuf, config::Data, Selection)> {
     match (&place.dir, &place.config) {
-        (Some(dir), _) => Ok((dir.clone(), config::Data::default())),
+        (Some(dir), _) => {
+            let selection = match Groups::named(groups) {
+                Some(Groups::Named(names)) => Selection::Named(names),
+                _ => Selection::All,
+            };
+            Ok((dir.clone(), config::Data::default(), selection))
+        }
         (None, Some(file)) => {
             let file = ConfigFile {
                 file: file.clone(),
                 set: Vec::new(),
             };
-            let config = load_config(&file)?.config;
-            Ok((config.training_cache(), config.data))
+            let mut config = load_config(&file)?.config;
+            if let Some(groups) = Groups::named(groups) {
+                config.data.groups = groups;
+            }
+            let folder = config.training_cache();
+            let selection = export::settled(harvest::selection(&config)?, &folder)?;
+            Ok((folder, config.data, selection))
         }
         (None, None) => Err(Exit::Usage("give -c FILE or --dir DIR".into()).into()),
     }

@@ -21,6 +21,7 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
     };
     let options = Options {
         start,
+        selection: harvest::selection(&config)?,
         force: args.force,
         quiet: global.json,
     };

@@ -229,6 +229,7 @@ fn resolve_paths(config: &mut Config, folder: &Path) {
         &mut config.prompts.template,
         &mut config.data.source,
         &mut config.data.cache,
+        &mut config.data.teacher_tokenizer,
         &mut config.eval.source,
         &mut config.eval.teacher_cache,
         &mut config.eval.model,

@@ -3,6 +3,7 @@
 //! Precedence: `--set section.key=value` > `DISTILL_SECTION_KEY` > the file > the default. Relative
 //! paths of the file are relative to its folder.
 
+mod data;
 mod harvest;
 mod load;
 pub(crate) mod mistake;
@@ -12,6 +13,7 @@ mod student;
 mod teacher;
 mod validate;
 
+pub use data::*;
 pub use harvest::*;
 pub use load::{Loaded, load, parse};
 pub use redis_url::{CANNOT_SHARE, RedisUrl};

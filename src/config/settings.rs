@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::data::*;
 use super::harvest::*;
 use super::student::*;
 use super::teacher::*;

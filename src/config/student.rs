@@ -99,58 +99,6 @@ pub enum Init {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Data {
-    /// None: a cache. Else a JSONL file of `{"messages": [...]}` rows.
-    pub source: Option<PathBuf>,
-    /// The cache folder of another run. None: this run's.
-    pub cache: Option<PathBuf>,
-    /// Share of the prompts that is held out for the validation loss.
-    pub validation_share: f64,
-    /// Longer examples are left out, and counted.
-    pub max_length: usize,
-    /// Merge the answers to a prompt into a trie: where some begin alike, what they go on with are soft
-    /// labels for answers without logprobs.
-    pub sample_trie: bool,
-    /// At most so many of the teacher's alternatives at a position, the most likely ones; None: all.
-    pub top_logprobs: Option<usize>,
-    /// Model folder of the teacher, if its tokens are named by id (`token_id:N`).
-    pub teacher_tokenizer: Option<PathBuf>,
-    /// Finish reasons whose answers are trained on.
-    pub keep_finish_reasons: Vec<String>,
-    /// Treatment of thinking at the beginning of an answer.
-    pub thinking: Thinking,
-}
-
-/// Treatment of the text between `<think>` and `</think>` at the beginning of an answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Thinking {
-    /// Supervised, like the rest of the answer.
-    Supervise,
-    /// Kept in the input without loss.
-    Context,
-    /// Removed from the example.
-    Drop,
-}
-
-impl Default for Data {
-    fn default() -> Self {
-        Self {
-            source: None,
-            cache: None,
-            validation_share: 0.02,
-            max_length: 1024,
-            sample_trie: false,
-            top_logprobs: None,
-            teacher_tokenizer: None,
-            keep_finish_reasons: ["stop", "eos", "end_turn"].map(String::from).to_vec(),
-            thinking: Thinking::Supervise,
-        }
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
 pub struct Loss {
     pub kd: Kd,
     /// lambda: the share of the soft-label term where a position has soft labels.

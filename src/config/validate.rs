@@ -2,11 +2,12 @@
 
 use anyhow::Result;
 
+use super::data::Thinking;
 use super::harvest::Batch;
 use super::mistake::usage;
 use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
-use super::student::{Best, Init, JudgedBy, Kd, TemplateDate, Thinking};
+use super::student::{Best, Init, JudgedBy, Kd, TemplateDate};
 use super::teacher::Lane;
 
 fn check(holds: bool, message: &str) -> Result<()> {

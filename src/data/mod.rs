@@ -5,6 +5,7 @@ pub mod chat_template;
 pub mod classes;
 pub mod dataset;
 pub mod gate;
+pub mod groups;
 pub mod prepared;
 pub mod samples;
 pub mod sampling;

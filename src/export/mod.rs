@@ -30,9 +30,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-use crate::cache::record::Record;
+use crate::cache::{self, record::Record};
 use crate::config;
 use crate::data::dataset::prompt_of;
+use crate::data::groups::{Counts, Selection};
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs::Whole;
@@ -52,6 +53,7 @@ pub enum Format {
 pub struct Settings<'a> {
     /// Which answers are worth training on.
     pub data: &'a config::Data,
+    pub selection: &'a Selection,
     /// The teacher's tokenizer, which [`Format::Axolotl`] needs for its token ids.
     pub tokenizer: Option<&'a Tokenizer>,
     /// Replace what is there.
@@ -69,6 +71,28 @@ pub struct Report {
     pub dropped_alternatives: Option<u64>,
 }
 
+/// The selection for this cache: its only group if that of another run answers none of the config's questions, as
+/// in training.
+///
+/// # Errors
+/// If the cache cannot be read.
+pub fn settled(selection: Selection, cache: &Path) -> Result<Selection> {
+    match &selection {
+        Selection::Asked(asked) if !asked.is_own => {}
+        _ => return Ok(selection),
+    }
+    let mut counts = Counts::default();
+    for record in cache::read(cache)? {
+        if counts.count(&selection, &record?) {
+            return Ok(selection);
+        }
+    }
+    Ok(match counts.only() {
+        Some(only) => Selection::Named(vec![only.to_owned()]),
+        None => selection,
+    })
+}
+
 /// Writes the records that are worth training on to `out`, which appears whole or not at all.
 ///
 /// # Errors
@@ -84,6 +108,7 @@ pub fn write(
     let rows = Rows {
         records,
         settings: settings.data,
+        selection: settings.selection,
         report: Report::default(),
     };
     match format {
@@ -147,13 +172,14 @@ impl Row {
 pub struct Rows<'a, R> {
     records: R,
     settings: &'a config::Data,
+    selection: &'a Selection,
     report: Report,
 }
 
 impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
     fn next(&mut self) -> Result<Option<Row>> {
         while let Some(record) = self.records.next().transpose()? {
-            match prompt_of(&record, self.settings) {
+            match prompt_of(&record, self.settings, self.selection) {
                 Ok(prompt) => return Ok(Some(Row { record, prompt })),
                 Err(reason) => self.leave_out(reason),
             }

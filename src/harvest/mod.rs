@@ -19,7 +19,7 @@
 //! in `room` answers wait while the disk is full. A body is read by `reply`; what it means is for `retry` and `refusal` to say. A `teacher` sends, by way of
 //! `exchange`, over a `connection`, with `credentials` that may be renewed, and `secrets` are taken out
 //! of whatever comes back. `prepare` opens and checks what a night and a `dry_run` begin with; `again` and
-//! `adopt` change what the cache is taken to answer. Everything else is pure (`request`, `record`, `plan`,
+//! `adopt` change what the cache is taken to answer, and `questions` selects its records for training. Everything else is pure (`request`, `record`, `plan`,
 //! `shard`, `estimate`, `queue`, `schedule`, `advice`, `stop`) or does one thing. It knows nothing of tensors.
 
 mod adopt;
@@ -48,6 +48,7 @@ mod plan;
 mod prepare;
 mod probe;
 mod progress;
+mod questions;
 mod queue;
 mod record;
 mod refusal;
@@ -77,6 +78,7 @@ pub use books::{MergeAccount, dearest};
 pub use clock::WallClock;
 pub use estimate::Estimate;
 pub use judge::{Judge, Told};
+pub use questions::selection;
 pub use shard::Shard;
 pub use summary::{SUMMARY_VERSION, Summary};
 pub use teacher::{Fault, Reply, Transport};

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::Summary;
 use crate::config::{Config, Kd};
+use crate::data::groups::Counts;
 use crate::terminal::format_count;
 
 const HEAD: &str = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distillation\n---\n\n";
@@ -25,22 +26,43 @@ pub fn text(config: &Config, architecture: &str, summary: &Summary) -> String {
             config.loss.kd_weight
         ),
     };
+    let teacher = match &config.teacher.local {
+        Some(dir) => dir
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
+        None => answered_by(&summary.data.groups),
+    };
     format!(
         "{HEAD}A {architecture} model of {} parameters, trained with `distill train`.\n\n\
-         - teacher: {}\n- loss: {loss}\n- steps: {} of {} examples, {} tokens in all\n{}{}",
+         - teacher: {teacher}\n- loss: {loss}\n- steps: {} of {} examples, {} tokens in all\n{}{}",
         format_count(summary.parameters as u64),
-        match &config.teacher.local {
-            Some(dir) => dir.file_name().unwrap_or_default().to_string_lossy(),
-            None if config.teacher.model.is_empty() || config.data.source.is_some() =>
-                "none; trained on given answers".into(),
-            None => config.teacher.model.as_str().into(),
-        },
         summary.steps,
         config.train.batch_size,
         format_count(summary.tokens),
         line("cross-entropy", summary.validation.ce),
         line("KL to the teacher", summary.validation.kl),
     )
+}
+
+/// Groups of a cache that the answers are from.
+fn answered_by(groups: &Counts) -> String {
+    const SHOWN: usize = 8;
+    let mut used: Vec<String> = groups
+        .all_used()
+        .map(|(group, count)| format!("{group} ({} answers)", format_count(count)))
+        .collect();
+    let others = used.len().saturating_sub(SHOWN);
+    used.truncate(SHOWN);
+    if others > 0 {
+        used.push(format!("{others} other groups"));
+    }
+    if used.is_empty() {
+        "none; trained on given answers".into()
+    } else {
+        used.join("; ")
+    }
 }
 
 /// That of a teacher that was trained along.

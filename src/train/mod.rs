@@ -30,6 +30,7 @@ use serde::Serialize;
 use crate::config::Config;
 use crate::data::batch::{Batches, Cursor};
 use crate::data::dataset;
+use crate::data::groups::Selection;
 use crate::data::prepared::ExampleView;
 use crate::data::tokenizer::Tokenizer;
 use crate::fs;
@@ -81,9 +82,11 @@ pub struct Summary {
 }
 
 /// How a run goes about it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Options {
     pub start: Start,
+    /// Records of the cache to train on.
+    pub selection: Selection,
     /// Train on soft labels that do not belong to their answers, too.
     pub force: bool,
     pub quiet: bool,
@@ -94,6 +97,7 @@ impl From<Start> for Options {
     fn from(start: Start) -> Self {
         Self {
             start,
+            selection: Selection::All,
             force: false,
             quiet: true,
         }
@@ -131,6 +135,7 @@ pub fn run_judged(
 fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Result<Summary> {
     let Options {
         start,
+        selection,
         force,
         quiet,
     } = options;
@@ -140,7 +145,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     soft_labels::check_tokenizer(config, &tokenizer)?;
     let mut parts = Parts::initial(config, &tokenizer)?;
     let mut reading = Reading::new("prepare", quiet);
-    let data = dataset::load(config, &tokenizer, &mut |done, total| {
+    let data = dataset::load(config, &selection, &tokenizer, &mut |done, total| {
         reading.update(done, total);
         stop.check()
     })?;
@@ -179,7 +184,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     let (began, began_tokens) = (Instant::now(), tokens);
     // For as long as this function, not as its caller has it.
     let judge = judge.map(|judge| judge as &mut dyn Judge);
-    let mut on_policy = OnPolicy::of(config, &tokenizer, judge)?;
+    let mut on_policy = OnPolicy::of(config, &selection, &tokenizer, judge)?;
     let judged = on_policy
         .as_ref()
         .and_then(|it| it.divergence(&config.loss));

@@ -22,6 +22,7 @@ use crate::config::{self, Config, Loss};
 use crate::data::align::{Aligned, Mapper};
 use crate::data::batch::Batch;
 use crate::data::dataset;
+use crate::data::groups::Selection;
 use crate::data::prepared::ExampleView;
 use crate::data::tokenizer::Tokenizer;
 use crate::model::Model;
@@ -83,6 +84,7 @@ impl<'a> OnPolicy<'a> {
     /// Where the prompts cannot be read.
     pub fn of(
         config: &'a Config,
+        selection: &Selection,
         tokenizer: &'a Tokenizer,
         judge: Option<&'a mut dyn Judge>,
     ) -> Result<Option<Self>> {
@@ -95,7 +97,7 @@ impl<'a> OnPolicy<'a> {
                 judge: judge
                     .context("there is nobody to ask what the student's answers are worth")?,
                 mapper: Mapper::new(tokenizer, config.data.top_logprobs),
-                prompts: dataset::prompts(config)?,
+                prompts: dataset::prompts(config, selection)?,
             }),
         };
         Ok(Some(Self {

@@ -17,6 +17,7 @@ use distill::cache::{Cache, Sealed};
 use distill::config::{self, Compression, Config, Durability};
 use distill::data::align::Mapper;
 use distill::data::dataset;
+use distill::data::groups::Selection;
 use distill::data::tokenizer::Tokenizer;
 use serde_json::json;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -204,7 +205,7 @@ fn run(dir: &Path) -> anyhow::Result<()> {
     config.student.path = dir.join("student");
     let tokenizer = Tokenizer::load(&config.student.path)?;
     let started = Instant::now();
-    let data = dataset::load(&config, &tokenizer, &mut |_, _| Ok(()))?;
+    let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(()))?;
     let seconds = started.elapsed().as_secs_f64();
     let report = &data.report;
     println!(

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
+use super::groups::Selection;
 use super::prepared::{self, ExampleView, Prepared, Sink, VERSION};
 use super::tokenizer::Tokenizer;
 use crate::config::{self, Config};
@@ -111,11 +112,13 @@ impl Dataset {
 /// cannot be written, or no example is left ([`Exit::Usage`], with the reasons).
 pub fn load(
     config: &Config,
+    selection: &Selection,
     tokenizer: &Tokenizer,
     on_progress: OnProgress<'_>,
 ) -> Result<Dataset> {
     let source = Source::of(config);
-    let hash = hash(&source, &config.data, tokenizer)?;
+    let selected = (&config.data, selection);
+    let hash = hash(&source, selected, tokenizer)?;
     let root = config.run_dir.join("prepared");
     let dir = root.join(&hash);
     let found = Prepared::open(&dir).unwrap_or_else(|error| {
@@ -131,7 +134,7 @@ pub fn load(
         None => {
             fs::write_dir_with(&dir, |folder| {
                 let sink = Sink::Folder(folder.to_owned());
-                prepare::run(&source, &config.data, tokenizer, sink, &hash, on_progress)
+                prepare::run(&source, selected, tokenizer, sink, &hash, on_progress)
             })?;
             prepared::remove_older(&root, &dir)?;
             Prepared::open_new(&dir).with_context(|| format!("could not read {}", dir.display()))?
@@ -153,12 +156,12 @@ pub fn load(
 ///
 /// # Errors
 /// If the source cannot be read, or a row of a file of conversations is none.
-pub fn prompts(config: &Config) -> Result<HashMap<String, Vec<Message>>> {
+pub fn prompts(config: &Config, selection: &Selection) -> Result<HashMap<String, Vec<Message>>> {
     let source = Source::of(config);
     let mut prompts = HashMap::new();
     let (mut reader, mut portion) = (source.open()?, Portion::default());
     while reader.next(&mut portion)? {
-        let read = portion.rows(&source, &config.data, |_, row| {
+        let read = portion.rows(&source, (&config.data, selection), |_, row| {
             let Ok(mut row) = row else {
                 return Ok(());
             };
@@ -186,16 +189,22 @@ pub fn prompts(config: &Config) -> Result<HashMap<String, Vec<Message>>> {
 pub fn held_out(dir: &Path, settings: &config::Data, tokenizer: &Tokenizer) -> Result<Dataset> {
     let source = Source::Cache(dir.to_owned());
     let nothing = &mut |_, _| Ok(());
-    let files = prepare::run(&source, settings, tokenizer, Sink::Memory, "", nothing)?;
+    let selected = (settings, &Selection::All);
+    let files = prepare::run(&source, selected, tokenizer, Sink::Memory, "", nothing)?;
     Ok(Dataset::new(Prepared::in_memory(files)?, 1.0, true))
 }
 
 /// A hash of all that the prepared examples depend on.
-fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Result<String> {
+fn hash(
+    source: &Source,
+    (settings, selection): (&config::Data, &Selection),
+    tokenizer: &Tokenizer,
+) -> Result<String> {
     let config::Data {
         // The source counts by its content, and the split is made later.
         source: _,
         cache: _,
+        groups: _,
         validation_share: _,
         max_length,
         top_logprobs,
@@ -220,6 +229,7 @@ fn hash(source: &Source, settings: &config::Data, tokenizer: &Tokenizer) -> Resu
     if let Some(dir) = teacher_tokenizer {
         hash.update(Tokenizer::load(dir)?.fingerprint().as_bytes());
     }
+    selection.update(&mut hash);
     source.hash(&mut hash)?;
     let hash = hash.finalize().to_hex();
     // Long enough for two folders never to meet, short enough to be read.

@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Error, Result, bail};
 
 use super::report::{self, Report};
-use super::rows::Row;
+use super::rows::{Row, Skipped};
 use super::source::{Portion, Reader, Source};
 use super::{OnProgress, prompt_hash};
 use crate::config::{self, Thinking};
 use crate::data::align::{Aligned, Mapper};
 use crate::data::chat_template::{NEEDS_DATE, answer_start};
+use crate::data::groups::Selection;
 use crate::data::prepared::{Entry, Example, Part, Sink, Writer};
 use crate::data::samples::Samples;
 use crate::data::sampling::Sampling;
@@ -28,7 +29,7 @@ use crate::exit::Exit;
 /// is left ([`Exit::Usage`], with the reasons).
 pub fn run(
     source: &Source,
-    settings: &config::Data,
+    (settings, selection): (&config::Data, &Selection),
     tokenizer: &Tokenizer,
     sink: Sink,
     hash: &str,
@@ -36,11 +37,67 @@ pub fn run(
 ) -> Result<BTreeMap<String, Vec<u8>>> {
     let teacher = settings.teacher_tokenizer.as_deref();
     let teacher = teacher.map(Tokenizer::load).transpose()?;
+    let tokenizers = (tokenizer, teacher.as_ref());
+    let selected = (settings, selection);
+    let mut done = read(source, selected, tokenizers, sink.clone(), on_progress)?;
+    if let (Selection::Asked(asked), Some(only)) = (selection, done.report.groups.only())
+        && done.report.groups.has_left_out()
+        && done.entries.is_empty()
+        && !asked.is_own
+    {
+        // The cache of another run need not answer this config's questions.
+        let selected = (settings, &Selection::Named(vec![only.to_owned()]));
+        done = read(source, selected, tokenizers, sink, on_progress)?;
+    }
+    let Output {
+        writer,
+        entries,
+        report,
+    } = done;
+    if let Some(reason) = report.dropped.keys().find(|it| it.contains(NEEDS_DATE)) {
+        bail!(Exit::Usage(reason.clone()));
+    }
+    if entries.is_empty() {
+        let mut reasons: Vec<String> = report.groups.lines();
+        reasons.extend((!report.dropped.is_empty()).then(|| report::by_reason(&report.dropped)));
+        if reasons.is_empty() {
+            reasons.push("it is empty".into());
+        }
+        let advice = if report.groups.has_left_out() {
+            "\nrun `distill harvest`, or set data.groups to \"all\" or to a list of groups"
+        } else {
+            ""
+        };
+        bail!(Exit::Usage(format!(
+            "no example can be made of the {} records in {}: {}{advice}",
+            report.records,
+            source.path().display(),
+            reasons.join("\n")
+        )));
+    }
+    writer.finish(entries, hash, report)
+}
+
+/// Result of reading a source.
+struct Output {
+    writer: Writer,
+    entries: Vec<Entry>,
+    report: Report,
+}
+
+fn read(
+    source: &Source,
+    (settings, selection): (&config::Data, &Selection),
+    (tokenizer, teacher): (&Tokenizer, Option<&Tokenizer>),
+    sink: Sink,
+    on_progress: OnProgress<'_>,
+) -> Result<Output> {
     let mut work = Work {
         source,
         settings,
+        selection,
         tokenizer,
-        teacher: teacher.as_ref(),
+        teacher,
         samples: Samples::default(),
         reading: Mutex::new(Reading {
             reader: source.open()?,
@@ -65,21 +122,11 @@ pub fn run(
         report.add(done.report);
         entries.extend(done.entries);
     }
-    if let Some(reason) = report.dropped.keys().find(|it| it.contains(NEEDS_DATE)) {
-        bail!(Exit::Usage(reason.clone()));
-    }
-    if entries.is_empty() {
-        let reasons = match report.dropped.is_empty() {
-            true => "it is empty".into(),
-            false => report::by_reason(&report.dropped),
-        };
-        bail!(Exit::Usage(format!(
-            "no example can be made of the {} records in {}: {reasons}",
-            report.records,
-            source.path().display()
-        )));
-    }
-    writer.finish(entries, hash, report)
+    Ok(Output {
+        writer,
+        entries,
+        report,
+    })
 }
 
 const EMPTY: &str = "the answer is empty";
@@ -111,6 +158,7 @@ type Failure = (u64, Error);
 struct Work<'a> {
     source: &'a Source,
     settings: &'a config::Data,
+    selection: &'a Selection,
     tokenizer: &'a Tokenizer,
     /// `data.teacher_tokenizer`.
     teacher: Option<&'a Tokenizer>,
@@ -159,7 +207,8 @@ impl Work<'_> {
         let mut samples = Samples::default();
         self.each_row(|_, row| {
             // A row that is left out is counted when it is prepared.
-            if let Ok(ready) = row.and_then(|row| preparing.prepare(&row)) {
+            let ready = row.ok().and_then(|row| preparing.prepare(&row).ok());
+            if let Some(ready) = ready {
                 let (prompt, answer) = ready.input_ids.split_at(ready.answer);
                 samples.add(prompt, answer);
             }
@@ -184,12 +233,13 @@ impl Work<'_> {
     /// has an error.
     fn each_row(
         &self,
-        mut work: impl FnMut(u64, Result<Row, String>) -> Result<()>,
+        mut work: impl FnMut(u64, Result<Row, Skipped>) -> Result<()>,
     ) -> Result<(), Failure> {
         let mut portion = Portion::default();
         let mut through = || {
             while !self.failed.load(Ordering::Relaxed) && self.next(&mut portion)? {
-                portion.rows(self.source, self.settings, &mut work)?;
+                let selected = (self.settings, self.selection);
+                portion.rows(self.source, selected, &mut work)?;
             }
             Ok(())
         };
@@ -248,13 +298,22 @@ impl Preparing<'_> {
     fn add<'r>(
         &mut self,
         number: u64,
-        row: Result<Row<'r>, String>,
+        row: Result<Row<'r>, Skipped>,
         part: &mut Part,
     ) -> Result<Vec<Row<'r>>> {
-        let ready = row.and_then(|row| Ok((self.prepare(&row)?, row)));
+        let ready = row.and_then(|row| {
+            if let Some(group) = &row.group {
+                self.report.groups.used(group);
+            }
+            Ok((self.prepare(&row)?, row))
+        });
         let (ready, row) = match ready {
             Ok(ready) => ready,
-            Err(reason) => {
+            Err(Skipped::Group(left)) => {
+                self.report.groups.left_out(&left);
+                return Ok(Vec::new());
+            }
+            Err(Skipped::Other(reason)) => {
                 increment(&mut self.report.dropped, reason);
                 return Ok(Vec::new());
             }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::classes::Classes;
 use crate::data::gate::Gate;
+use crate::data::groups::Counts;
 
 /// Maximum number of distinct prompt endings that are shown.
 const MAX_DIFFERENCES: usize = 5;
@@ -23,7 +24,10 @@ pub struct Report {
     /// Examples on either side of the split; both 0 where nothing was split.
     pub train: u64,
     pub validation: u64,
-    /// Rows left out, by reason.
+    /// Records by group, and those that are not selected.
+    #[serde(default)]
+    pub groups: Counts,
+    /// Selected rows that make no example, by reason.
     pub dropped: BTreeMap<String, u64>,
     /// Kept answers that train on cross-entropy alone, by reason.
     pub ce_only: BTreeMap<String, u64>,
@@ -71,6 +75,7 @@ impl Report {
     /// Adds the counts of further rows; the mean is another's to take.
     pub fn add(&mut self, other: Report) {
         self.records += other.records;
+        self.groups.add(other.groups);
         self.kept += other.kept;
         self.answers += other.answers;
         self.without_end += other.without_end;
@@ -125,6 +130,12 @@ impl fmt::Display for Report {
         write!(f, "{} records, {} kept", self.records, self.kept)?;
         if self.train + self.validation > 0 {
             write!(f, ": {} train, {} validation", self.train, self.validation)?;
+        }
+        for line in self.groups.lines() {
+            write!(f, "\n{line}")?;
+        }
+        if self.groups.has_left_out() {
+            write!(f, "\ndata.groups selects other groups")?;
         }
         if !self.dropped.is_empty() {
             write!(f, "\ndropped: {}", by_reason(&self.dropped))?;

@@ -9,6 +9,7 @@ use crate::cache::record::{Record, Status};
 use crate::cache::view::{LogprobsView, RecordView};
 use crate::config::{self, Thinking};
 use crate::data::chat_template::answer_start;
+use crate::data::groups::{Group, LeftOut, Selection};
 use crate::data::sampling::Sampling;
 use crate::prompt::Message;
 
@@ -30,6 +31,8 @@ pub struct Row<'a> {
     pub sampling: Sampling,
     /// `top_logprobs` of the request.
     pub asked: Option<usize>,
+    /// None in a file.
+    pub group: Option<Group>,
     /// When the answer was requested; None in a file.
     pub date: Option<DateTime>,
     /// Of the last answer.
@@ -48,6 +51,7 @@ impl<'a> Row<'a> {
             ended: true,
             sampling: Sampling::Unknown,
             asked: None,
+            group: None,
             date: self.date,
             logprobs: None,
         }
@@ -56,6 +60,19 @@ impl<'a> Row<'a> {
     /// Key of the row of an earlier answer.
     pub fn key_of(&self, message: usize) -> String {
         format!("{}:{message}", self.key)
+    }
+}
+
+/// Why a row makes no example.
+#[derive(Debug)]
+pub enum Skipped {
+    Group(LeftOut),
+    Other(String),
+}
+
+impl From<String> for Skipped {
+    fn from(reason: String) -> Self {
+        Skipped::Other(reason)
     }
 }
 
@@ -73,14 +90,20 @@ fn drop_thinking(messages: &mut [Message], settings: &config::Data) {
 pub fn of_record<'a>(
     mut record: RecordView<'a>,
     settings: &config::Data,
-) -> Result<Row<'a>, String> {
-    is_wanted(record.status, &record.answer.finish_reason, settings)?;
+    selection: &Selection,
+) -> Result<Row<'a>, Skipped> {
     let params = record.params();
+    let group = Group::of_view(&record, &params);
+    if let Some(difference) = selection.difference(&group, record.question()) {
+        return Err(Skipped::Group(LeftOut { group, difference }));
+    }
+    is_wanted(record.status, &record.answer.finish_reason, settings)?;
     let sampling = Sampling::of(&params);
     let date = record.sent_at();
     let asked = params["top_logprobs"].as_u64();
     let messages = record.take_messages();
-    let messages = messages.or_else(|request| messages_of_request(&request).ok_or(NO_TEXT));
+    let messages =
+        messages.or_else(|request| messages_of_request(&request).ok_or(NO_TEXT.to_owned()));
     let mut messages = messages?;
     let ended = !matches!(
         record.answer.finish_reason.as_str(),
@@ -100,13 +123,21 @@ pub fn of_record<'a>(
         ended,
         sampling,
         asked: asked.and_then(|asked| usize::try_from(asked).ok()),
+        group: Some(group),
         date,
         logprobs: record.logprobs,
     })
 }
 
 /// What was asked in a record whose answer is to be learnt, or the reason to leave it out.
-pub fn prompt_of(record: &Record, settings: &config::Data) -> Result<Vec<Message>, String> {
+pub fn prompt_of(
+    record: &Record,
+    settings: &config::Data,
+    selection: &Selection,
+) -> Result<Vec<Message>, String> {
+    if let Err(left) = selection.check(record) {
+        return Err(left.to_string());
+    }
     is_wanted(record.status, &record.answer.finish_reason, settings)?;
     messages_of_request(&record.request).ok_or_else(|| NO_TEXT.into())
 }
@@ -182,6 +213,7 @@ pub fn of_line(line: &str, number: u64, settings: &config::Data) -> Result<Row<'
         ended: true,
         sampling: Sampling::Unknown,
         asked: None,
+        group: None,
         date: None,
         logprobs: None,
     })

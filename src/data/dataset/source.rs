@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::rows::{self, Row};
+use super::rows::{self, Row, Skipped};
 use crate::cache::reader::{Lines, Place};
 use crate::cache::view::RecordView;
+use crate::data::groups::Selection;
 use crate::exit::Exit;
 use crate::{cache, config, fs};
 
@@ -233,8 +234,8 @@ impl Portion {
     pub fn rows(
         &self,
         source: &Source,
-        settings: &config::Data,
-        mut each: impl FnMut(u64, Result<Row, String>) -> Result<()>,
+        (settings, selection): (&config::Data, &Selection),
+        mut each: impl FnMut(u64, Result<Row, Skipped>) -> Result<()>,
     ) -> Result<(), (u64, anyhow::Error)> {
         let mut start = 0;
         for line in &self.lines {
@@ -242,7 +243,7 @@ impl Portion {
             start = line.end;
             let row = match (source, &line.place) {
                 (Source::Cache(dir), Some(place)) => RecordView::of_line(text)
-                    .map(|record| Some(rows::of_record(record, settings)))
+                    .map(|record| Some(rows::of_record(record, settings, selection)))
                     .map_err(|fault| place.refuse(dir, fault)),
                 (source, _) => of_line(text, line.number, settings)
                     .map(|row| row.map(Ok))

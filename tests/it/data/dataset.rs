@@ -8,6 +8,7 @@ use distill::cache::{Cache, Sealed};
 use distill::config;
 use distill::data::batch::Batch;
 use distill::data::dataset::{self, Dataset, Examples};
+use distill::data::groups::Selection;
 use distill::data::tokenizer::Tokenizer;
 use distill::exit::Exit;
 use serde_json::json;
@@ -57,7 +58,7 @@ pub fn write_cache(dir: &Path, records: &[Record]) {
 }
 
 pub fn load(config: &config::Config, tokenizer: &Tokenizer) -> anyhow::Result<Dataset> {
-    dataset::load(config, tokenizer, &mut |_, _| Ok(()))
+    dataset::load(config, &Selection::All, tokenizer, &mut |_, _| Ok(()))
 }
 
 #[test]

@@ -26,7 +26,7 @@ fn folder(name: &str) -> PathBuf {
         .join(name)
 }
 
-fn tokenizer(name: &str) -> Tokenizer {
+pub fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::load(&folder(name)).unwrap()
 }
 

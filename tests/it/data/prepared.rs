@@ -7,6 +7,7 @@ use distill::cache::view::{LogprobsView, RecordView};
 use distill::config::Config;
 use distill::data::batch::Batch;
 use distill::data::dataset::{self, Dataset};
+use distill::data::groups::Selection;
 use distill::data::tokenizer::Tokenizer;
 
 use super::align::same_tokenizer;
@@ -247,7 +248,7 @@ fn half_a_folder_is_not_taken_for_whole() {
 
     // Stopped while it prepares, it leaves nothing.
     std::fs::remove_dir_all(&whole).unwrap();
-    let stopped = dataset::load(&run.config, &run.tokenizer, &mut |_, _| {
+    let stopped = dataset::load(&run.config, &Selection::All, &run.tokenizer, &mut |_, _| {
         anyhow::bail!("stop")
     });
     assert_eq!(stopped.unwrap_err().to_string(), "stop");

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use distill::cache::record::{Record, Timing};
 use distill::config::{Config, TemplateDate, Thinking};
 use distill::data::dataset::{self, Report};
+use distill::data::groups::Selection;
 use distill::data::tokenizer::Tokenizer;
 use distill::prompt::Message;
 use serde_json::json;
@@ -166,7 +167,7 @@ fn examples(
     config.data.validation_share = 0.0;
     set(&mut config);
     let data = load(&config, &tokenizer).unwrap();
-    let prompts = dataset::prompts(&config).unwrap();
+    let prompts = dataset::prompts(&config, &Selection::All).unwrap();
     let mut found = BTreeMap::new();
     for example in data.train().iter() {
         assert!(prompts.contains_key(example.key()), "{}", example.key());

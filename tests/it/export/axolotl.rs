@@ -4,6 +4,7 @@ use std::path::Path;
 
 use distill::cache::record::{Logprobs, RawToken, Record};
 use distill::config::Data;
+use distill::data::groups::Selection;
 use distill::data::tokenizer::Tokenizer;
 use distill::export::{Format, Report, Settings, write};
 use serde_json::json;
@@ -62,6 +63,7 @@ fn export_axolotl(
     out: &Path,
 ) -> anyhow::Result<Report> {
     let settings = Settings {
+        selection: &Selection::All,
         data: &Data::default(),
         tokenizer: Some(tokenizer),
         force: false,

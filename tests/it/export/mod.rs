@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use distill::cache::record::Record;
 use distill::config::Data;
+use distill::data::groups::Selection;
 use distill::exit::Exit;
 use distill::export::{Format, Report, Settings, write};
 use serde_json::{Value, json};
@@ -57,6 +58,7 @@ const NOT_TEXT: &str = "the request has messages that are not text";
 
 fn export(records: Vec<Record>, format: Format, out: &Path) -> anyhow::Result<Report> {
     let settings = Settings {
+        selection: &Selection::All,
         data: &Data::default(),
         tokenizer: None,
         force: false,
@@ -233,6 +235,7 @@ fn a_failure_leaves_what_was_there() {
             let before = force.then(|| content(&data));
             let records = [Ok(sample(1)), Err(anyhow::anyhow!("line 2 is damaged"))];
             let settings = Settings {
+                selection: &Selection::All,
                 data: &Data::default(),
                 tokenizer: None,
                 force,
@@ -254,6 +257,7 @@ fn what_is_there_is_replaced_by_force_alone() {
         let error = export(vec![sample(1)], format, &out).unwrap_err();
         usage_error(&error, &["--force"]);
         let settings = Settings {
+            selection: &Selection::All,
             data: &Data::default(),
             tokenizer: None,
             force: true,
@@ -333,6 +337,13 @@ fn the_command_line_refuses_before_it_writes() {
             &["--to", "axolotl", "--dir", "cache", "-o", "x"],
             2,
             "--tokenizer",
+        ),
+        (
+            &[
+                "--to", "trl", "--dir", "cache", "-o", "x", "--groups", "a,b",
+            ],
+            2,
+            "not in data.groups",
         ),
         (
             &[

@@ -6,6 +6,7 @@ mod canary;
 mod disk;
 mod evidence;
 mod faults;
+mod groups;
 mod keys;
 mod limits;
 mod matrix;

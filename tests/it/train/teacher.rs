@@ -1,6 +1,7 @@
 //! A teacher on this machine: dense soft labels, alone and trained along.
 
 use distill::config::{ComputeDtype, Init, Kd};
+use distill::data::groups::Selection;
 use distill::exit::Exit;
 use distill::model::{Input, Model};
 use distill::train::{self, Start};
@@ -46,7 +47,9 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
     let [teacher, student] =
         [&config.student.path, &config.student_dir()].map(|dir| Model::load(dir).unwrap());
     let tokenizer = distill::data::tokenizer::Tokenizer::load(&config.student.path).unwrap();
-    let data = distill::data::dataset::load(&config, &tokenizer, &mut |_, _| Ok(())).unwrap();
+    let data =
+        distill::data::dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(()))
+            .unwrap();
     let (mut sum, mut count) = (0.0, 0);
     for example in data.validation().iter() {
         let batch = distill::data::batch::Batch::new([example]);

@@ -1,0 +1,164 @@
+//! Which answers of a cache are trained on: those to the questions of the config.
+
+use distill::config::{Config, Groups};
+use distill::data::dataset::{self, Dataset};
+use distill::data::groups::Selection;
+use distill::exit::Exit;
+use distill::harvest;
+
+use super::nights::Night;
+use super::{Run, end};
+use crate::data::tokenizer;
+use crate::fault_server::{FaultServer, answer};
+
+fn load(config: &Config) -> anyhow::Result<Dataset> {
+    let selection = harvest::selection(config)?;
+    dataset::load(config, &selection, &tokenizer("bytelevel"), &mut |_, _| {
+        Ok(())
+    })
+}
+
+async fn harvested(run: &mut Run) {
+    run.config.data.validation_share = 0.0;
+    let summary = run.harvest().await;
+    assert_eq!(end(&summary).0, 0, "{:?}", end(&summary));
+}
+
+/// Number of examples, and the lines about groups.
+fn kept(config: &Config) -> (u64, Vec<String>) {
+    let report = load(config).unwrap().report;
+    (report.kept, report.groups.lines())
+}
+
+/// Status and message.
+fn refused(config: &Config) -> (u8, String) {
+    let error = load(config).unwrap_err();
+    (Exit::code_of(&error), format!("{error:#}"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_to_other_settings_are_left_out_and_mixed_only_by_name() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["one", "two", "three"]);
+    run.config.sampling.temperature = Some(1.0);
+    harvested(&mut run).await;
+    let (count, lines) = kept(&run.config);
+    assert_eq!((count, lines.len()), (3, 1), "{lines:?}");
+    assert!(lines[0].contains("m at http://localhost"), "{lines:?}");
+
+    // Nothing was harvested with these.
+    type Change = fn(&mut Config);
+    let changes: [(Change, &str); 3] = [
+        (
+            |config| config.sampling.temperature = Some(0.5),
+            "other sampling parameters",
+        ),
+        (|config| config.teacher.model = "n".into(), "another model"),
+        (
+            |config| config.teacher.base_url = "http://127.0.0.1:1/v1".into(),
+            "another endpoint",
+        ),
+    ];
+    for (change, reason) in changes {
+        let mut config = run.config.clone();
+        change(&mut config);
+        let (status, message) = refused(&config);
+        assert_eq!(status, 2, "{message}");
+        assert!(
+            message.contains("3 records of group") && message.contains(reason),
+            "{message}"
+        );
+        assert!(message.contains("data.groups"), "{message}");
+        config.data.groups = Groups::All;
+        assert_eq!(kept(&config).0, 3, "{reason}");
+    }
+
+    run.config.sampling.temperature = Some(0.5);
+    harvested(&mut run).await;
+    let (count, lines) = kept(&run.config);
+    assert_eq!(count, 3);
+    let left_out: Vec<_> = lines
+        .iter()
+        .filter(|line| line.contains("left out"))
+        .collect();
+    assert_eq!((lines.len(), left_out.len()), (2, 1), "{lines:?}");
+    run.config.data.groups = Groups::All;
+    assert_eq!(kept(&run.config).0, 6);
+    // By the id that is shown.
+    let (_, rest) = left_out[0].split_once("group ").unwrap();
+    let id = rest.split(' ').next().unwrap();
+    run.config.data.groups = Groups::Named(vec![id.into()]);
+    assert_eq!(kept(&run.config).0, 3);
+    run.config.data.groups = Groups::Named(vec!["m".into()]);
+    assert_eq!(kept(&run.config).0, 6);
+    run.config.data.groups = Groups::Named(vec!["gpt".into()]);
+    assert!(refused(&run.config).1.contains("not in data.groups"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_to_prompts_that_have_changed_are_left_out() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["one", "two", "three"]);
+    harvested(&mut run).await;
+    run.write("prompts.txt", "one\nfour");
+    let (count, lines) = kept(&run.config);
+    assert_eq!(count, 1);
+    let shown = lines.join("\n");
+    assert!(
+        shown.contains("2 records") && shown.contains("other prompts"),
+        "{shown}"
+    );
+    harvested(&mut run).await;
+    assert_eq!(kept(&run.config).0, 2);
+    // Without its prompts, the rest decides.
+    std::fs::remove_file(run.dir.path().join("prompts.txt")).unwrap();
+    assert_eq!(kept(&run.config).0, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cache_of_another_run_is_used_if_it_has_one_group() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["one", "two", "three"]);
+    harvested(&mut run).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = Config {
+        run_dir: dir.path().join("run"),
+        ..Config::default()
+    };
+    config.data.cache = Some(run.config.own_cache());
+    config.data.validation_share = 0.0;
+    assert_eq!(kept(&config).0, 3);
+    run.config.teacher.model = "n".into();
+    harvested(&mut run).await;
+    let (status, message) = refused(&config);
+    assert_eq!(status, 2);
+    assert!(
+        message.contains("m at ") && message.contains("n at "),
+        "{message}"
+    );
+    config.data.groups = Groups::Named(vec!["n".into()]);
+    assert_eq!(kept(&config).0, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_of_a_mock_are_used_only_by_name() {
+    let mut night = Night::new("", 5, |config| config.data.validation_share = 0.0);
+    night.harvest().await;
+    let config = &mut night.run.config;
+    for groups in [Groups::Asked, Groups::All] {
+        config.data.groups = groups;
+        let (status, message) = refused(config);
+        assert_eq!(status, 2);
+        assert!(message.contains("answers of a mock"), "{message}");
+    }
+    config.data.groups = Groups::Named(vec!["mock".into()]);
+    assert_eq!(kept(config).0, 5);
+    // Neither as the only group of another run.
+    let dir = tempfile::tempdir().unwrap();
+    config.data.cache = Some(config.own_cache());
+    config.run_dir = dir.path().join("run");
+    config.data.groups = Groups::Asked;
+    assert_eq!(refused(config).0, 2);
+    let selection = harvest::selection(config).unwrap();
+    assert!(matches!(selection, Selection::Asked(_)));
+}
