@@ -79,9 +79,8 @@ fn source(place: &CachePlace, groups: &[String]) -> Result<(PathBuf, config::Dat
             if let Some(groups) = Groups::named(groups) {
                 config.data.groups = groups;
             }
-            let folder = config.training_cache();
-            let selection = export::settled(harvest::selection(&config)?, &folder)?;
-            Ok((folder, config.data, selection))
+            let selection = harvest::selection(&config)?;
+            Ok((config.training_cache(), config.data, selection))
         }
         (None, None) => Err(Exit::Usage("give -c FILE or --dir DIR".into()).into()),
     }

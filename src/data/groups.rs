@@ -114,8 +114,6 @@ pub struct Asked {
     /// None if the prompts cannot be read.
     pub questions: Option<Keys>,
     pub teachers: Vec<Teacher>,
-    /// The cache is that of the config's own run.
-    pub is_own: bool,
 }
 
 /// Which records of a cache are trained on.
@@ -276,18 +274,6 @@ impl Counts {
             .or_default() += 1;
     }
 
-    /// Counts a record; true if it is selected.
-    pub fn count(&mut self, selection: &Selection, record: &Record) -> bool {
-        match selection.check(record) {
-            Ok(group) => self.used(&group),
-            Err(left) => {
-                self.left_out(&left);
-                return false;
-            }
-        }
-        true
-    }
-
     pub fn add(&mut self, other: Counts) {
         for (id, count) in other.0 {
             let mine = self.0.entry(id).or_default();
@@ -362,7 +348,6 @@ mod tests {
             Selection::Asked(Asked {
                 questions,
                 teachers: vec![Teacher::new("mine", "http://a/v1", &request)],
-                is_own: true,
             })
         };
         let known = asked(Some(Keys::from_iter([question])));

@@ -30,10 +30,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-use crate::cache::{self, record::Record};
+use crate::cache::record::Record;
 use crate::config;
 use crate::data::dataset::prompt_of;
-use crate::data::groups::{Counts, Selection};
+use crate::data::groups::Selection;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs::Whole;
@@ -69,28 +69,6 @@ pub struct Report {
     /// Top-k alternatives that are in no row though their record is: the tokenizer has no token
     /// for them. None where the format holds no token ids.
     pub dropped_alternatives: Option<u64>,
-}
-
-/// The selection for this cache: its only group if that of another run answers none of the config's questions, as
-/// in training.
-///
-/// # Errors
-/// If the cache cannot be read.
-pub fn settled(selection: Selection, cache: &Path) -> Result<Selection> {
-    match &selection {
-        Selection::Asked(asked) if !asked.is_own => {}
-        _ => return Ok(selection),
-    }
-    let mut counts = Counts::default();
-    for record in cache::read(cache)? {
-        if counts.count(&selection, &record?) {
-            return Ok(selection);
-        }
-    }
-    Ok(match counts.only() {
-        Some(only) => Selection::Named(vec![only.to_owned()]),
-        None => selection,
-    })
 }
 
 /// Writes the records that are worth training on to `out`, which appears whole or not at all.

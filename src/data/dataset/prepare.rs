@@ -37,67 +37,12 @@ pub fn run(
 ) -> Result<BTreeMap<String, Vec<u8>>> {
     let teacher = settings.teacher_tokenizer.as_deref();
     let teacher = teacher.map(Tokenizer::load).transpose()?;
-    let tokenizers = (tokenizer, teacher.as_ref());
-    let selected = (settings, selection);
-    let mut done = read(source, selected, tokenizers, sink.clone(), on_progress)?;
-    if let (Selection::Asked(asked), Some(only)) = (selection, done.report.groups.only())
-        && done.report.groups.has_left_out()
-        && done.entries.is_empty()
-        && !asked.is_own
-    {
-        // The cache of another run need not answer this config's questions.
-        let selected = (settings, &Selection::Named(vec![only.to_owned()]));
-        done = read(source, selected, tokenizers, sink, on_progress)?;
-    }
-    let Output {
-        writer,
-        entries,
-        report,
-    } = done;
-    if let Some(reason) = report.dropped.keys().find(|it| it.contains(NEEDS_DATE)) {
-        bail!(Exit::Usage(reason.clone()));
-    }
-    if entries.is_empty() {
-        let mut reasons: Vec<String> = report.groups.lines();
-        reasons.extend((!report.dropped.is_empty()).then(|| report::by_reason(&report.dropped)));
-        if reasons.is_empty() {
-            reasons.push("it is empty".into());
-        }
-        let advice = if report.groups.has_left_out() {
-            "\nrun `distill harvest`, or set data.groups to \"all\" or to a list of groups"
-        } else {
-            ""
-        };
-        bail!(Exit::Usage(format!(
-            "no example can be made of the {} records in {}: {}{advice}",
-            report.records,
-            source.path().display(),
-            reasons.join("\n")
-        )));
-    }
-    writer.finish(entries, hash, report)
-}
-
-/// Result of reading a source.
-struct Output {
-    writer: Writer,
-    entries: Vec<Entry>,
-    report: Report,
-}
-
-fn read(
-    source: &Source,
-    (settings, selection): (&config::Data, &Selection),
-    (tokenizer, teacher): (&Tokenizer, Option<&Tokenizer>),
-    sink: Sink,
-    on_progress: OnProgress<'_>,
-) -> Result<Output> {
     let mut work = Work {
         source,
         settings,
         selection,
         tokenizer,
-        teacher,
+        teacher: teacher.as_ref(),
         samples: Samples::default(),
         reading: Mutex::new(Reading {
             reader: source.open()?,
@@ -122,11 +67,28 @@ fn read(
         report.add(done.report);
         entries.extend(done.entries);
     }
-    Ok(Output {
-        writer,
-        entries,
-        report,
-    })
+    if let Some(reason) = report.dropped.keys().find(|it| it.contains(NEEDS_DATE)) {
+        bail!(Exit::Usage(reason.clone()));
+    }
+    if entries.is_empty() {
+        let mut reasons: Vec<String> = report.groups.lines();
+        reasons.extend((!report.dropped.is_empty()).then(|| report::by_reason(&report.dropped)));
+        if reasons.is_empty() {
+            reasons.push("it is empty".into());
+        }
+        let advice = if report.groups.has_left_out() {
+            "\nrun `distill harvest`, or set data.groups to \"all\" or to a list of groups"
+        } else {
+            ""
+        };
+        bail!(Exit::Usage(format!(
+            "no example can be made of the {} records in {}: {}{advice}",
+            report.records,
+            source.path().display(),
+            reasons.join("\n")
+        )));
+    }
+    writer.finish(entries, hash, report)
 }
 
 const EMPTY: &str = "the answer is empty";

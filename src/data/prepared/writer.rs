@@ -22,7 +22,7 @@ use crate::fs;
 const SHARD_BYTES: usize = 32 << 20;
 
 /// Where the files go.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub enum Sink {
     /// A folder, in which nobody looks before it is whole.
     Folder(PathBuf),
