@@ -49,6 +49,10 @@ pub enum Verb {
     Serve(ServeArgs),
     /// Answer one prompt with a local model, or chat with it
     Generate(GenerateArgs),
+    /// Look at examples as they are trained
+    Data(DataArgs),
+    /// Split a text into the tokens of a model
+    Tokenize(TokenizeArgs),
     /// Look into a cache, repair it, merge or export it
     Cache(CacheArgs),
     /// Show the config as it is understood
@@ -267,6 +271,45 @@ pub struct ServeArgs {
     /// Answers that may wait for a slot; further requests get 503
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub queue: usize,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct DataArgs {
+    #[command(subcommand)]
+    pub command: DataCommand,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub enum DataCommand {
+    /// Show examples token by token: what is supervised, and the soft labels of each position
+    ///
+    /// Tokens are separated by `|`; what is supervised stands between `>>>` and `<<<`.
+    Show(ShowDataArgs),
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct ShowDataArgs {
+    #[command(flatten)]
+    pub config: ConfigFile,
+    /// Key of a record or at least six digits of it, a prompt id, or the line of a file [default: the first that make
+    /// an example]
+    #[arg(long, value_name = "ID")]
+    pub id: Option<String>,
+    /// Maximum number of examples
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub limit: usize,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct TokenizeArgs {
+    /// Model folder (Hugging Face layout)
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Take the text as the message of a user, and show the prompt that the chat template makes of it
+    #[arg(long)]
+    pub chat: bool,
+    /// The text; `-` reads it from stdin
+    pub text: String,
 }
 
 #[derive(Debug, Clone, Args)]

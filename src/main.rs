@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use distill::cli::{Cli, Verb};
 use distill::commands::{
-    cache, completions, config, demo, eval, generate, harvest, probe, serve, train,
+    cache, completions, config, data, demo, eval, generate, harvest, probe, serve, tokenize, train,
 };
 use distill::exit::Exit;
 use distill::{ops, terminal};
@@ -24,6 +24,8 @@ fn main() -> ExitCode {
         Verb::Eval(args) => eval::run(args, global),
         Verb::Serve(args) => serve::run(args, global),
         Verb::Generate(args) => generate::run(args, global),
+        Verb::Data(args) => data::run(args, global),
+        Verb::Tokenize(args) => tokenize::run(args, global),
         Verb::Cache(args) => cache::run(args, global),
         Verb::Config(args) => config::run(args, global),
         Verb::Completions { shell } => completions::run(*shell),

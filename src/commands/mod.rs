@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod completions;
 pub mod config;
+pub mod data;
 pub mod demo;
 pub mod eval;
 pub mod export;
@@ -10,6 +11,7 @@ pub mod generate;
 pub mod harvest;
 pub mod probe;
 pub mod serve;
+pub mod tokenize;
 pub mod train;
 
 use std::io::Write;

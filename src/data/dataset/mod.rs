@@ -3,6 +3,7 @@
 mod prepare;
 mod report;
 mod rows;
+mod show;
 mod source;
 
 use std::collections::HashMap;
@@ -19,6 +20,7 @@ use crate::fs;
 use crate::prompt::Message;
 pub use report::{NO_LOGPROBS, Report, by_reason};
 pub use rows::prompt_of;
+pub use show::{Shown, Token, show, text_of};
 use source::{Portion, Source};
 
 /// Told how many bytes of how many have been read; may end the reading by an error.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Error, Result, bail};
 
 use super::report::{self, Report};
-use super::rows::{Row, Skipped};
+use super::rows::{Reason, Row, Skipped};
 use super::source::{Portion, Reader, Source};
 use super::{OnProgress, prompt_hash};
 use crate::config::{self, Thinking};
@@ -180,15 +180,8 @@ impl Work<'_> {
     }
 
     fn preparing(&self) -> Preparing<'_> {
-        Preparing {
-            tokenizer: self.tokenizer,
-            samples: &self.samples,
-            mapper: Mapper::new(self.tokenizer, self.settings.top_logprobs)
-                .with_teacher(self.teacher),
-            settings: self.settings,
-            in_file: matches!(self.source, Source::File(_)),
-            report: Report::default(),
-        }
+        let tokenizers = (self.tokenizer, self.teacher);
+        Preparing::new(self.source, self.settings, tokenizers, &self.samples)
     }
 
     /// Calls `work` with the rows that are handed to this thread, until there are none, or any thread
@@ -229,7 +222,7 @@ impl Work<'_> {
 }
 
 /// What one thread needs, and its counts.
-struct Preparing<'a> {
+pub(super) struct Preparing<'a> {
     tokenizer: &'a Tokenizer,
     samples: &'a Samples,
     mapper: Mapper<'a>,
@@ -239,23 +232,40 @@ struct Preparing<'a> {
 }
 
 /// A row as an example.
-struct Ready {
-    input_ids: Vec<u32>,
-    labels: Vec<Range<usize>>,
+pub(super) struct Ready {
+    pub(super) input_ids: Vec<u32>,
+    pub(super) labels: Vec<Range<usize>>,
     /// The soft labels of the answer whose first token is `answer`.
-    soft: Aligned,
-    answer: usize,
+    pub(super) soft: Aligned,
+    pub(super) answer: usize,
     /// Why it has no soft labels.
-    ce_only: Option<String>,
+    pub(super) ce_only: Option<String>,
     /// Number of supervised answers, and of those without an end-of-turn token.
     answers: u64,
     without_end: u64,
-    difference: Option<Difference>,
+    pub(super) difference: Option<Difference>,
     /// Indices of answers that need separate examples: their prefix here differs from the generation prompt.
-    separate: Vec<usize>,
+    pub(super) separate: Vec<usize>,
 }
 
-impl Preparing<'_> {
+impl<'a> Preparing<'a> {
+    /// With the tokenizers of the student and of `data.teacher_tokenizer`.
+    pub(super) fn new(
+        source: &Source,
+        settings: &'a config::Data,
+        (tokenizer, teacher): (&'a Tokenizer, Option<&'a Tokenizer>),
+        samples: &'a Samples,
+    ) -> Self {
+        Preparing {
+            tokenizer,
+            samples,
+            mapper: Mapper::new(tokenizer, settings.top_logprobs).with_teacher(teacher),
+            settings,
+            in_file: matches!(source, Source::File(_)),
+            report: Report::default(),
+        }
+    }
+
     /// Adds the row. Returns rows for those of its answers that need separate examples.
     fn add<'r>(
         &mut self,
@@ -263,6 +273,7 @@ impl Preparing<'_> {
         row: Result<Row<'r>, Skipped>,
         part: &mut Part,
     ) -> Result<Vec<Row<'r>>> {
+        let row = row.map_err(|skipped| skipped.reason);
         let ready = row.and_then(|row| {
             if let Some(group) = &row.group {
                 self.report.groups.used(group);
@@ -271,11 +282,11 @@ impl Preparing<'_> {
         });
         let (ready, row) = match ready {
             Ok(ready) => ready,
-            Err(Skipped::Group(left)) => {
+            Err(Reason::Group(left)) => {
                 self.report.groups.left_out(&left);
                 return Ok(Vec::new());
             }
-            Err(Skipped::Other(reason)) => {
+            Err(Reason::Other(reason)) => {
                 increment(&mut self.report.dropped, reason);
                 return Ok(Vec::new());
             }
@@ -328,7 +339,7 @@ impl Preparing<'_> {
     }
 
     /// A row as an example, or the reason to leave it out.
-    fn prepare(&mut self, row: &Row) -> Result<Ready, String> {
+    pub(super) fn prepare(&mut self, row: &Row) -> Result<Ready, String> {
         let conversation =
             self.tokenizer
                 .conversation_at(&row.messages, row.every_answer, row.date);

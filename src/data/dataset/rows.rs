@@ -1,5 +1,7 @@
 //! The two sources of training data, a cache and a file of conversations, as rows of one kind.
 
+use std::fmt;
+
 use anyhow::{Context, Result};
 use jiff::civil::DateTime;
 use serde::Deserialize;
@@ -63,16 +65,42 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Why a row makes no example.
+/// A row that makes no example.
 #[derive(Debug)]
-pub enum Skipped {
-    Group(LeftOut),
+pub struct Skipped {
+    pub key: String,
+    pub prompt_id: String,
+    pub reason: Reason,
+}
+
+#[derive(Debug)]
+pub enum Reason {
+    Group(Box<LeftOut>),
     Other(String),
 }
 
-impl From<String> for Skipped {
+impl Skipped {
+    pub fn of_row(row: &Row, reason: String) -> Skipped {
+        Skipped {
+            key: row.key.clone(),
+            prompt_id: row.prompt_id.clone(),
+            reason: Reason::Other(reason),
+        }
+    }
+}
+
+impl From<String> for Reason {
     fn from(reason: String) -> Self {
-        Skipped::Other(reason)
+        Reason::Other(reason)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reason::Group(left) => left.fmt(f),
+            Reason::Other(reason) => f.write_str(reason),
+        }
     }
 }
 
@@ -88,14 +116,27 @@ fn drop_thinking(messages: &mut [Message], settings: &config::Data) {
 
 /// A record as a row, or the reason to leave it out.
 pub fn of_record<'a>(
-    mut record: RecordView<'a>,
+    record: RecordView<'a>,
     settings: &config::Data,
     selection: &Selection,
 ) -> Result<Row<'a>, Skipped> {
+    let (key, prompt_id) = (record.key.clone(), record.prompt_id.clone());
+    selected(record, settings, selection).map_err(|reason| Skipped {
+        key,
+        prompt_id,
+        reason,
+    })
+}
+
+fn selected<'a>(
+    mut record: RecordView<'a>,
+    settings: &config::Data,
+    selection: &Selection,
+) -> Result<Row<'a>, Reason> {
     let params = record.params();
     let group = Group::of_view(&record, &params);
     if let Some(difference) = selection.difference(&group, record.question()) {
-        return Err(Skipped::Group(LeftOut { group, difference }));
+        return Err(Reason::Group(LeftOut { group, difference }.into()));
     }
     is_wanted(record.status, &record.answer.finish_reason, settings)?;
     let sampling = Sampling::of(&params);

@@ -8,6 +8,7 @@
 use std::ops::Range;
 
 use anyhow::{Result, bail};
+use serde::Serialize;
 
 use super::{Place, Tokenizer, added};
 use crate::data::chat_template::{ChatTemplate, Span, THINKING, answer_start};
@@ -26,7 +27,7 @@ pub struct Conversation {
 }
 
 /// Ends of the generation prompt and of the prefix in the rendered conversation.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Difference {
     pub generation: String,
     pub conversation: String,

@@ -8,6 +8,7 @@ mod chat_template;
 pub mod dataset;
 mod prepared;
 mod prompts;
+mod show;
 mod tokenizer;
 
 use std::path::PathBuf;

@@ -1,0 +1,188 @@
+//! `distill data show`: what an answer is trained as.
+
+use std::io::IsTerminal;
+
+use anyhow::{Result, bail};
+use serde_json::json;
+
+use super::{load_config, print, print_json};
+use crate::cli::{DataArgs, DataCommand, Global, ShowDataArgs};
+use crate::data::dataset::{self, Shown, Token};
+use crate::data::tokenizer::Tokenizer;
+use crate::exit::Exit;
+use crate::harvest;
+use crate::terminal::sanitise;
+
+/// Version of what `--json` prints here.
+const VERSION: u32 = 1;
+/// Maximum number of soft labels in a line, and their least probability.
+const LABELS: usize = 5;
+const LEAST_SHOWN: f64 = 5e-5;
+
+pub fn run(args: &DataArgs, global: &Global) -> Result<()> {
+    match &args.command {
+        DataCommand::Show(args) => show(args, global),
+    }
+}
+
+fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
+    let config = load_config(&args.config)?.config;
+    let tokenizer = Tokenizer::for_student(&config.student)?;
+    let selection = harvest::selection(&config)?;
+    let id = args.id.as_deref();
+    let shown = dataset::show(&config, &selection, &tokenizer, id, args.limit)?;
+    if shown.is_empty() {
+        bail!(Exit::Usage(match id {
+            Some(id) => format!(
+                "there is no row \"{id}\": give the key of a record or at least six digits of it, a prompt id, or \
+                 the line of a file"
+            ),
+            None => "no row makes an example: `distill train` shows the reasons".into(),
+        }));
+    }
+    if global.json {
+        return print_json(&json!({ "version": VERSION, "examples": shown }));
+    }
+    let style = Style::of_stdout();
+    let texts: Vec<String> = shown.iter().map(|shown| text(shown, style)).collect();
+    print(&texts.join("\n"))
+}
+
+/// Escape sequences, or nothing where they would be read as text.
+#[derive(Clone, Copy)]
+struct Style {
+    has_colour: bool,
+}
+
+impl Style {
+    fn of_stdout() -> Style {
+        let is_off = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        Style {
+            has_colour: !is_off && std::io::stdout().is_terminal(),
+        }
+    }
+
+    fn paint(self, code: &str, text: &str) -> String {
+        if self.has_colour {
+            format!("\u{1b}[{code}m{text}\u{1b}[0m")
+        } else {
+            text.to_owned()
+        }
+    }
+
+    /// Supervised tokens are green, control tokens cyan, and others dim.
+    fn token(self, token: &Token) -> String {
+        let code = match (token.is_supervised, token.is_special) {
+            (true, true) => "1;36",
+            (true, false) => "32",
+            (false, true) => "36",
+            (false, false) => "2",
+        };
+        self.paint(code, &visible(&token.text))
+    }
+}
+
+/// Text with its line breaks and control characters spelled out.
+fn visible(text: &str) -> String {
+    let mut shown = String::new();
+    for char in text.chars() {
+        if char.is_control() {
+            shown.extend(char.escape_default());
+        } else {
+            shown.push(char);
+        }
+    }
+    sanitise(&shown).into_owned()
+}
+
+fn text(shown: &Shown, style: Style) -> String {
+    let mut text = format!(
+        "{}  prompt {}\n",
+        style.paint("1", &visible(&shown.key)),
+        visible(&shown.prompt_id)
+    );
+    let mut line = |name: &str, value: Option<&str>| {
+        if let Some(value) = value {
+            text.push_str(&format!("{name}: {}\n", visible(value)));
+        }
+    };
+    line("group", shown.group.as_deref());
+    line("left out", shown.left_out.as_deref());
+    line("cross-entropy only", shown.ce_only.as_deref());
+    if let Some(difference) = &shown.difference {
+        line(
+            "prompt for generation ends with",
+            Some(&difference.generation),
+        );
+        line(
+            "rendered conversation has instead",
+            Some(&difference.conversation),
+        );
+    }
+    if shown.tokens.is_empty() {
+        return text;
+    }
+    // The text, with a bar between tokens, and brackets around what is supervised.
+    let mut is_supervised = false;
+    for (position, token) in shown.tokens.iter().enumerate() {
+        if token.is_supervised != is_supervised {
+            is_supervised = token.is_supervised;
+            text.push_str(if is_supervised { "\n>>> " } else { " <<<\n" });
+        } else if position > 0 {
+            text.push('|');
+        }
+        text.push_str(&style.token(token));
+        if token.text.ends_with('\n') {
+            text.push('\n');
+        }
+    }
+    text.push_str(if is_supervised { " <<<\n\n" } else { "\n\n" });
+    let supervised = shown.tokens.iter().enumerate();
+    let supervised = supervised.filter(|(_, token)| token.is_supervised);
+    let width = |token: &Token| visible(&token.text).chars().count();
+    let most = supervised.clone().map(|(_, token)| width(token)).max();
+    let most = most.unwrap_or_default();
+    for (position, token) in supervised {
+        let padding = " ".repeat(most - width(token));
+        text.push_str(&format!(
+            "{position:>5} {:>7} {}{padding}  {}\n",
+            token.id,
+            style.token(token),
+            labels(token)
+        ));
+    }
+    text
+}
+
+/// What is learnt at a token beside its cross-entropy.
+fn labels(token: &Token) -> String {
+    let shown = token.soft_labels.iter().take(LABELS);
+    let shown = shown.take_while(|label| label.probability >= LEAST_SHOWN);
+    let mut parts: Vec<String> = shown
+        .map(|label| {
+            let text = visible(&format!("{:?}", label.text));
+            format!("{:.4} {text}", label.probability)
+        })
+        .collect();
+    let rest = &token.soft_labels[parts.len()..];
+    if !rest.is_empty() {
+        let mass: f64 = rest.iter().map(|label| label.probability).sum();
+        parts.push(format!("{mass:.4} {} others", rest.len()));
+    }
+    parts.extend(token.tail.map(|tail| format!("{tail:.4} tail")));
+    parts.extend(
+        token
+            .emitted
+            .map(|p| format!("emitted from outside the top-k with {p:.2e}")),
+    );
+    parts.extend(
+        token
+            .chunk
+            .map(|(p, len)| format!("{p:.4} for the text of {len} tokens")),
+    );
+    if parts.is_empty() {
+        "cross-entropy".into()
+    } else {
+        parts.join("  ")
+    }
+}

@@ -1,0 +1,52 @@
+//! `distill tokenize`: the tokens of a text.
+
+use std::io::Read;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::{print, print_json};
+use crate::cli::{Global, TokenizeArgs};
+use crate::data::dataset::text_of;
+use crate::data::tokenizer::Tokenizer;
+use crate::prompt::Message;
+use crate::terminal::{sanitise, table};
+
+/// Version of what `--json` prints here.
+const VERSION: u32 = 1;
+
+pub fn run(args: &TokenizeArgs, global: &Global) -> Result<()> {
+    let mut tokenizer = Tokenizer::load(&args.model)?;
+    tokenizer.use_clock();
+    let text = match args.text.as_str() {
+        "-" => {
+            let mut text = String::new();
+            let stdin = std::io::stdin().lock().read_to_string(&mut text);
+            stdin.context("stdin is no text in UTF-8")?;
+            text
+        }
+        text => text.to_owned(),
+    };
+    let ids = if args.chat {
+        tokenizer.encode_prompt(&[Message::new("user", text)])?
+    } else {
+        tokenizer.encode_text(&text)?
+    };
+    let tokens = ids.iter().map(|&id| (id, text_of(&tokenizer, id)));
+    if global.json {
+        let tokens = tokens.map(
+            |(id, text)| json!({ "id": id, "text": text, "is_special": tokenizer.is_special(id) }),
+        );
+        let tokens: Vec<_> = tokens.collect();
+        return print_json(&json!({ "version": VERSION, "tokens": tokens }));
+    }
+    let rows = tokens.map(|(id, text)| {
+        let quoted = if tokenizer.is_special(id) {
+            text
+        } else {
+            format!("{text:?}")
+        };
+        [id.to_string(), sanitise(&quoted).into_owned()]
+    });
+    print(&table(&rows.collect::<Vec<_>>()))
+}

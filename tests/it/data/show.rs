@@ -1,0 +1,125 @@
+//! `distill data show` and `distill tokenize`.
+
+use std::path::Path;
+use std::process::Command;
+
+use distill::cache::record::{Record, Status};
+use serde_json::{Value, json};
+
+use super::align::same_tokenizer;
+use super::dataset::{record, write_cache};
+use super::{folder, tokenizer};
+
+fn distill(dir: &Path, arguments: &[&str]) -> (i32, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_distill"))
+        .args(arguments)
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    let printed = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+    (output.status.code().unwrap(), printed)
+}
+
+#[test]
+fn an_example_is_shown_token_by_token() {
+    let dir = tempfile::tempdir().unwrap();
+    let student = tokenizer("bytelevel");
+    let answer = "It is Paris.";
+    let ids = student.encode_text(answer).unwrap();
+    let (logprobs, soft) = same_tokenizer(&student, &ids, 3);
+    let good = Record {
+        logprobs: Some(logprobs),
+        ..record("good", answer)
+    };
+    let bad = Record {
+        status: Status::Quarantined,
+        ..record("bad", answer)
+    };
+    write_cache(&dir.path().join("cache"), &[bad, good]);
+    let config = format!(
+        "[student]\npath = {:?}\n[data]\ncache = \"cache\"\ngroups = \"all\"\n",
+        folder("bytelevel")
+    );
+    std::fs::write(dir.path().join("run.toml"), config).unwrap();
+    let show = |more: &[&str]| {
+        let arguments = [&["data", "show", "-c", "run.toml"], more].concat();
+        distill(dir.path(), &arguments)
+    };
+
+    let (status, printed) = show(&["--json"]);
+    assert_eq!(status, 0, "{printed}");
+    let shown: Value = serde_json::from_str(&printed).unwrap();
+    assert_eq!(shown["version"], 1);
+    let examples = shown["examples"].as_array().unwrap();
+    assert_eq!(examples.len(), 1, "the first that makes an example");
+    assert_eq!(examples[0]["prompt_id"], "good");
+    let tokens = examples[0]["tokens"].as_array().unwrap();
+    let supervised: Vec<&Value> = tokens
+        .iter()
+        .filter(|token| token["is_supervised"] == true)
+        .collect();
+    let text: String = supervised
+        .iter()
+        .map(|token| token["text"].as_str().unwrap())
+        .collect();
+    assert_eq!(text, format!("{answer}<|im_end|>"));
+    for (token, expected) in supervised.iter().zip(&soft) {
+        let labels = token["soft_labels"].as_array().unwrap();
+        let ids: Vec<u64> = labels
+            .iter()
+            .map(|label| label["id"].as_u64().unwrap())
+            .collect();
+        let expected_ids: Vec<u64> = expected.ids.iter().map(|id| u64::from(*id)).collect();
+        assert_eq!(ids, expected_ids);
+        let known: f64 = labels
+            .iter()
+            .map(|label| label["probability"].as_f64().unwrap())
+            .sum();
+        let tail = token["tail"].as_f64().unwrap();
+        assert!((known + tail - 1.0).abs() < 1e-6, "{token}");
+    }
+    assert_eq!(supervised.last().unwrap()["soft_labels"], json!([]));
+
+    let (status, printed) = show(&["--id", "good"]);
+    assert_eq!(status, 0, "{printed}");
+    assert!(printed.contains(">>> I"), "{printed}");
+    assert!(printed.contains("|<|im_end|> <<<"), "{printed}");
+    assert!(!printed.contains('\u{1b}'), "{printed}");
+    let (status, printed) = show(&["--id", "key of bad"]);
+    assert!(
+        status == 0 && printed.contains("left out: quarantined"),
+        "{printed}"
+    );
+    let (status, printed) = show(&["--id", "nobody"]);
+    assert!(
+        status == 2 && printed.contains("no row \"nobody\""),
+        "{printed}"
+    );
+}
+
+#[test]
+fn a_text_is_split_into_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = folder("bytelevel");
+    let model = model.to_str().unwrap();
+    let (status, printed) = distill(
+        dir.path(),
+        &["tokenize", "--model", model, "--json", "a <|im_end|>"],
+    );
+    assert_eq!(status, 0, "{printed}");
+    let shown: Value = serde_json::from_str(&printed).unwrap();
+    let ids: Vec<u32> = shown["tokens"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|token| token["id"].as_u64().unwrap() as u32)
+        .collect();
+    let student = tokenizer("bytelevel");
+    assert_eq!(ids, student.encode_text("a <|im_end|>").unwrap());
+    let (status, printed) = distill(dir.path(), &["tokenize", "--model", model, "--chat", "a"]);
+    assert_eq!(status, 0, "{printed}");
+    assert!(
+        printed.contains("<|im_start|>") && printed.contains("\"a\""),
+        "{printed}"
+    );
+}
