@@ -37,3 +37,5 @@ done < "$scratch/commands"
 "$distill" cache show -c "$demo/harvest.toml" --limit 1
 "$distill" harvest -c "$demo/harvest.toml" --dry-run
 "$distill" generate --model "$demo/kl/student" "remind me to call the bank at noon"
+"$distill" data show -c "$demo/kl.toml" | grep -q '>>> '
+"$distill" tokenize --model "$demo/teacher" "call the bank" > /dev/null
