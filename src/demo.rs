@@ -142,7 +142,7 @@ pub fn run(options: &Options, quiet: bool) -> Result<Outcome> {
     let names = STUDENTS.map(|(name, title, _)| (name, title));
     for (name, title) in [("teacher", "teacher")].into_iter().chain(names) {
         let config = command("eval", name)?;
-        let report = evaluate::run(&config, &harvest::selection(&config)?, quiet)?;
+        let report = evaluate::run(&config, &|| harvest::selection(&config), quiet)?;
         models.push(Evaluated {
             name: title.into(),
             bytes: weight_bytes(&report.model)?,

@@ -54,7 +54,11 @@ pub const VERSION: u32 = 1;
 ///
 /// # Errors
 /// Where the model or the rows do not load, or there is nothing to evaluate on.
-pub fn run(config: &Config, selection: &Selection, quiet: bool) -> Result<Report> {
+pub fn run(
+    config: &Config,
+    selection: &dyn Fn() -> Result<Selection>,
+    quiet: bool,
+) -> Result<Report> {
     let dir = config
         .eval
         .model
@@ -195,7 +199,7 @@ fn parse(text: &str) -> Option<Value> {
 /// Mean terms on held-out teacher answers.
 fn against_teacher(
     config: &Config,
-    selection: &Selection,
+    selection: &dyn Fn() -> Result<Selection>,
     model: &Model,
     tokenizer: &Tokenizer,
 ) -> Result<Option<Means>> {
@@ -203,7 +207,7 @@ fn against_teacher(
         Some(dir) => dataset::held_out(dir, &config.data, tokenizer)
             .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?,
         None if config.data.source.is_some() || config.training_cache().exists() => {
-            dataset::load(config, selection, tokenizer, &mut |_, _| Ok(()))?
+            dataset::load(config, &selection()?, tokenizer, &mut |_, _| Ok(()))?
         }
         None => return Ok(None),
     };

@@ -37,13 +37,16 @@ const NO_PART: [&str; 10] = [
 ];
 
 /// Fields that are no sampling parameters, beside [`NO_PART`].
-const NOT_SAMPLING: [&str; 7] = [
+const NOT_SAMPLING: [&str; 10] = [
     "model",
     "messages",
     "seed",
     "n",
     "tools",
     "tool_choice",
+    "parallel_tool_calls",
+    "functions",
+    "function_call",
     "response_format",
 ];
 

@@ -1,5 +1,7 @@
 //! One answered request, as one line of the cache.
 
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -111,6 +113,12 @@ pub struct Timing {
 }
 
 impl Timing {
+    /// `sent_at` in UTC; None if it is no timestamp.
+    pub fn date(sent_at: &str) -> Option<DateTime> {
+        let sent_at: jiff::Timestamp = sent_at.parse().ok()?;
+        Some(sent_at.to_zoned(TimeZone::UTC).datetime())
+    }
+
     /// `time` as `sent_at` holds it: always with milliseconds. Where some stamps have a fraction
     /// and others none, readers that guess types guess differently from one block to the next.
     pub fn stamp(time: jiff::Timestamp) -> String {

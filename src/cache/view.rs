@@ -6,24 +6,22 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use jiff::Timestamp;
 use jiff::civil::DateTime;
-use jiff::tz::TimeZone;
 use serde::de::{DeserializeSeed, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::keys::Fingerprint;
 use super::line::Fault;
-use super::record::{Logprobs, RawToken, Status};
-use super::{columns, question, stored};
+use super::record::{self, Logprobs, RawToken, Status};
+use super::{columns, stored};
 use crate::prompt::Message;
 
 /// The part of a [`super::record::Record`] that training needs.
 #[derive(Debug, Deserialize)]
 pub struct RecordView<'a> {
-    v: u32,
     pub key: String,
+    #[serde(default)]
+    pub cut_at: u32,
     pub prompt_id: String,
     pub status: Status,
     pub endpoint: String,
@@ -87,8 +85,8 @@ impl<'a> RecordView<'a> {
             timing: Timing {
                 sent_at: sent_at.into(),
             },
-            v: head.v,
             key: head.key,
+            cut_at: head.cut_at,
             prompt_id: head.prompt_id,
             status: head.status,
             endpoint: head.endpoint,
@@ -104,15 +102,9 @@ impl<'a> RecordView<'a> {
         &self.request.model
     }
 
-    /// Fingerprint of the question; None in schema 1, whose keys contain none.
-    pub fn question(&self) -> Option<Fingerprint> {
-        (self.v > 1).then(|| question::fingerprint(&self.key))
-    }
-
     /// When the request was sent, in UTC.
     pub fn sent_at(&self) -> Option<DateTime> {
-        let sent_at: Timestamp = self.timing.sent_at.parse().ok()?;
-        Some(sent_at.to_zoned(TimeZone::UTC).datetime())
+        record::Timing::date(&self.timing.sent_at)
     }
 
     /// The parameters of the request, other than model and messages.

@@ -37,7 +37,8 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
                 "there is no row \"{id}\": give the key of a record or at least six digits of it, a prompt id, or \
                  the line of a file"
             ),
-            None => "no row makes an example: `distill train` shows the reasons".into(),
+            None =>
+                "no row makes an example: `distill train` shows the reasons, or --limit is 0".into(),
         }));
     }
     if global.json {

@@ -9,6 +9,7 @@ use super::{load_config, print, print_json};
 use crate::cache;
 use crate::cli::{CachePlace, ConfigFile, ExportArgs, ExportFormat, Global};
 use crate::config::{self, Groups};
+use crate::data::chat_template::Date;
 use crate::data::groups::Selection;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
@@ -29,7 +30,10 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<()> {
     }
     let (folder, data, selection) = source(&args.place, &args.groups)?;
     check_outside(&args.out, &folder)?;
-    let tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
+    let mut tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
+    if let Some(tokenizer) = &mut tokenizer {
+        tokenizer.set_date(Date::Record);
+    }
     let settings = Settings {
         data: &data,
         selection: &selection,
@@ -65,8 +69,11 @@ fn source(place: &CachePlace, groups: &[String]) -> Result<(PathBuf, config::Dat
     match (&place.dir, &place.config) {
         (Some(dir), _) => {
             let selection = match Groups::named(groups) {
+                None | Some(Groups::All) => Selection::All,
                 Some(Groups::Named(names)) => Selection::Named(names),
-                _ => Selection::All,
+                Some(Groups::Asked) => bail!(Exit::Usage(
+                    "--groups asked needs the questions of a config: give -c FILE".into()
+                )),
             };
             Ok((dir.clone(), config::Data::default(), selection))
         }

@@ -53,7 +53,7 @@ impl Default for Student {
 #[serde(try_from = "String", into = "String")]
 pub enum TemplateDate {
     Fixed(jiff::civil::Date),
-    /// The day on which the record's request was sent, in UTC.
+    /// When the record's request was sent, in UTC.
     Record,
 }
 

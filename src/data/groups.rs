@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::cache::keys::{Fingerprint, Keys};
+use crate::cache::keys::{self, Keys};
 use crate::cache::question;
 use crate::cache::record::Record;
 use crate::cache::view::RecordView;
@@ -19,7 +19,7 @@ const MOCK: &str = "mock";
 const ID_DIGITS: usize = 8;
 
 /// What the answers of a group have in common.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     /// As in keys: by name or by address.
     endpoint: String,
@@ -58,6 +58,11 @@ impl Group {
         }
         hash.update(&[u8::from(self.is_mock)]);
         hash.finalize().to_hex()[..ID_DIGITS].to_owned()
+    }
+
+    /// Model and sampling, without the address.
+    pub fn model_and_sampling(&self) -> String {
+        format!("{}, {}", self.model, self.sampling)
     }
 
     fn is_named(&self, name: &str) -> bool {
@@ -112,13 +117,32 @@ impl Teacher {
 #[derive(Debug, Clone)]
 pub struct Asked {
     /// None if the prompts cannot be read.
-    pub questions: Option<Keys>,
+    pub rows: Option<Rows>,
     pub teachers: Vec<Teacher>,
+}
+
+/// Rows of a plan.
+#[derive(Debug, Clone, Default)]
+pub struct Rows {
+    /// Every key under which an answer to one of them is cached: see `cache::question::Names`.
+    pub keys: Keys,
+    /// See [`question::fingerprint`].
+    pub questions: Keys,
+}
+
+/// What the selection needs of a record.
+#[derive(Debug, Clone, Copy)]
+pub struct Name<'a> {
+    pub key: &'a str,
+    /// See [`Record::cut_at`].
+    pub cut_at: u32,
 }
 
 /// Which records of a cache are trained on.
 #[derive(Debug, Clone)]
 pub enum Selection {
+    /// Every record.
+    Any,
     /// All but those of a mock.
     All,
     /// By id, model, endpoint or teacher; "mock" names all groups of a mock.
@@ -135,6 +159,7 @@ pub enum Difference {
     Endpoint,
     Model,
     Sampling,
+    Truncated,
     Question,
 }
 
@@ -146,21 +171,23 @@ impl fmt::Display for Difference {
             Difference::Endpoint => "another endpoint",
             Difference::Model => "another model",
             Difference::Sampling => "other sampling parameters",
-            Difference::Question => "other prompts, template or samples",
+            Difference::Truncated => "truncated before sampling.max_tokens",
+            Difference::Question => "other prompts, template, samples, seed, schema or tools",
         })
     }
 }
 
 impl Selection {
-    /// Reason to leave out a record of this group, whose key contains this question (None for schema 1).
-    pub fn difference(&self, group: &Group, question: Option<Fingerprint>) -> Option<Difference> {
+    /// Reason to leave out a record of this group.
+    pub fn difference(&self, group: &Group, name: Name) -> Option<Difference> {
         match self {
+            Selection::Any => None,
             Selection::All => group.is_mock.then_some(Difference::Mock),
             Selection::Named(names) => {
                 let is_named = names.iter().any(|name| group.is_named(name));
                 (!is_named).then_some(Difference::NotNamed)
             }
-            Selection::Asked(asked) => asked.difference(group, question),
+            Selection::Asked(asked) => asked.difference(group, name),
         }
     }
 
@@ -170,8 +197,11 @@ impl Selection {
     /// If it is left out.
     pub fn check(&self, record: &Record) -> Result<Group, LeftOut> {
         let group = Group::of_record(record);
-        let question = (record.v > 1).then(|| question::fingerprint(&record.key));
-        match self.difference(&group, question) {
+        let name = Name {
+            key: &record.key,
+            cut_at: record.cut_at,
+        };
+        match self.difference(&group, name) {
             Some(difference) => Err(LeftOut { group, difference }),
             None => Ok(group),
         }
@@ -180,6 +210,9 @@ impl Selection {
     /// Adds everything that decides to a hash.
     pub fn update(&self, hash: &mut blake3::Hasher) {
         match self {
+            Selection::Any => {
+                hash.update(b"any");
+            }
             Selection::All => {
                 hash.update(b"all");
             }
@@ -195,10 +228,11 @@ impl Selection {
                         hash.update(field.as_bytes()).update(b"\n");
                     }
                 }
-                let mut questions: Vec<_> = asked.questions.iter().flatten().collect();
-                questions.sort_unstable();
-                for question in questions {
-                    hash.update(question);
+                let rows = asked.rows.iter();
+                let mut keys: Vec<_> = rows.flat_map(|rows| &rows.keys).collect();
+                keys.sort_unstable();
+                for key in keys {
+                    hash.update(key);
                 }
             }
         }
@@ -206,9 +240,14 @@ impl Selection {
 }
 
 impl Asked {
-    fn difference(&self, group: &Group, question: Option<Fingerprint>) -> Option<Difference> {
+    fn difference(&self, group: &Group, name: Name) -> Option<Difference> {
         if group.is_mock {
             return Some(Difference::Mock);
+        }
+        if let Some(rows) = &self.rows
+            && rows.keys.contains(&keys::fingerprint(name.key))
+        {
+            return None;
         }
         let is_there = |of: &dyn Fn(&&Teacher) -> bool| self.teachers.iter().any(|it| of(&it));
         let has_endpoint = |teacher: &&Teacher| teacher.endpoints.contains(&group.endpoint);
@@ -218,12 +257,18 @@ impl Asked {
         if !is_there(&has_endpoint) {
             return Some(Difference::Endpoint);
         }
-        match (&self.questions, question) {
-            (Some(questions), Some(question)) if questions.contains(&question) => None,
-            _ if !is_there(&has_model) => Some(Difference::Model),
-            _ if !is_there(&has_sampling) => Some(Difference::Sampling),
-            (Some(_), Some(_)) => Some(Difference::Question),
-            _ => None,
+        if !is_there(&has_model) {
+            return Some(Difference::Model);
+        }
+        if !is_there(&has_sampling) {
+            return Some(Difference::Sampling);
+        }
+        let rows = self.rows.as_ref()?;
+        let is_asked = rows.questions.contains(&question::fingerprint(name.key));
+        if is_asked && name.cut_at > 0 {
+            Some(Difference::Truncated)
+        } else {
+            Some(Difference::Question)
         }
     }
 }
@@ -248,7 +293,7 @@ pub struct Counts(BTreeMap<String, Count>);
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Count {
-    group: String,
+    group: Group,
     used: u64,
     /// By reason.
     left_out: BTreeMap<String, u64>,
@@ -257,7 +302,7 @@ struct Count {
 impl Counts {
     fn of(&mut self, group: &Group) -> &mut Count {
         self.0.entry(group.id()).or_insert_with(|| Count {
-            group: group.to_string(),
+            group: group.clone(),
             ..Count::default()
         })
     }
@@ -288,18 +333,44 @@ impl Counts {
     /// Id of the only group, unless it is a mock's.
     pub fn only(&self) -> Option<&str> {
         let (id, count) = self.0.first_key_value().filter(|_| self.0.len() == 1)?;
-        let is_mock = count.left_out.contains_key(&Difference::Mock.to_string());
-        (!is_mock).then_some(id.as_str())
-    }
-
-    pub fn has_left_out(&self) -> bool {
-        self.0.values().any(|count| !count.left_out.is_empty())
+        (!count.group.is_mock).then_some(id.as_str())
     }
 
     /// Groups that are used, with the number of their records.
-    pub fn all_used(&self) -> impl Iterator<Item = (&str, u64)> {
+    pub fn all_used(&self) -> impl Iterator<Item = (&Group, u64)> {
         let used = self.0.values().filter(|count| count.used > 0);
-        used.map(|count| (count.group.as_str(), count.used))
+        used.map(|count| (&count.group, count.used))
+    }
+
+    /// A name of the selection that no group has.
+    pub fn unknown_name<'n>(&self, selection: &'n Selection) -> Option<&'n str> {
+        let Selection::Named(names) = selection else {
+            return None;
+        };
+        let is_known = |name: &&String| self.0.values().any(|count| count.group.is_named(name));
+        let unknown = names.iter().find(|name| !is_known(name));
+        unknown.map(String::as_str)
+    }
+
+    /// How to use the groups that are left out; empty if there are none.
+    pub fn advice(&self) -> String {
+        let left_out = self.0.values().filter(|count| !count.left_out.is_empty());
+        let names: Vec<&str> = left_out
+            .map(|count| match count.group.is_mock {
+                true => "\"mock\"",
+                false => "\"all\"",
+            })
+            .collect();
+        let mut words: Vec<String> = ["\"all\"", "\"mock\""]
+            .into_iter()
+            .filter(|name| names.contains(name))
+            .map(str::to_owned)
+            .collect();
+        if words.is_empty() {
+            return String::new();
+        }
+        words.push("a list of groups".into());
+        format!("set data.groups to {} to use them", words.join(" or "))
     }
 
     /// One line for each group and reason: number of records, id, group, and the reason to leave them out.
@@ -343,66 +414,64 @@ mod tests {
     fn answers_of_the_config_are_told_from_others() {
         let request =
             json!({"model": "m", "temperature": 1.0, "seed": 7, "max_tokens": 5, "messages": []});
-        let question = [7; 16];
-        let asked = |questions: Option<Keys>| {
+        let asked = |rows: Option<Rows>| {
             Selection::Asked(Asked {
-                questions,
+                rows,
                 teachers: vec![Teacher::new("mine", "http://a/v1", &request)],
             })
         };
-        let known = asked(Some(Keys::from_iter([question])));
-        let ours = group("http://a/v1", "m", 1.0);
+        let [ours, other] = ["1", "2"].map(|digit| digit.repeat(64));
+        let known = asked(Some(Rows {
+            keys: Keys::from_iter([keys::fingerprint(&ours)]),
+            questions: Keys::from_iter([question::fingerprint(&ours)]),
+        }));
+        // The same question, under the key of a truncated answer.
+        let cut = format!("{}{}", "3".repeat(32), "1".repeat(32));
+        let plain = group("http://a/v1", "m", 1.0);
+        let named = Group {
+            endpoint: "name:mine".into(),
+            ..plain.clone()
+        };
+        let mock = Group {
+            is_mock: true,
+            ..plain.clone()
+        };
+        let elsewhere = group("http://b/v1", "m", 1.0);
         let cases = [
-            (ours.clone(), [7; 16], None),
-            (ours.clone(), [8; 16], Some(Difference::Question)),
+            (&plain, &ours, 0, None),
+            // Taken over by `cache adopt`.
+            (&elsewhere, &ours, 0, None),
+            (&mock, &ours, 0, Some(Difference::Mock)),
+            (&plain, &other, 0, Some(Difference::Question)),
+            (&named, &other, 0, Some(Difference::Question)),
+            (&named, &cut, 16, Some(Difference::Truncated)),
+            (&elsewhere, &other, 0, Some(Difference::Endpoint)),
             (
-                group("http://b/v1", "m", 1.0),
-                [7; 16],
-                Some(Difference::Endpoint),
-            ),
-            (
-                group("http://a/v1", "n", 1.0),
-                [8; 16],
+                &group("http://a/v1", "n", 1.0),
+                &other,
+                0,
                 Some(Difference::Model),
             ),
             (
-                group("http://a/v1", "m", 0.5),
-                [8; 16],
+                &group("http://a/v1", "m", 0.5),
+                &other,
+                0,
                 Some(Difference::Sampling),
             ),
-            (
-                Group {
-                    endpoint: "name:mine".into(),
-                    ..ours.clone()
-                },
-                [7; 16],
-                None,
-            ),
-            (
-                Group {
-                    is_mock: true,
-                    ..ours.clone()
-                },
-                [7; 16],
-                Some(Difference::Mock),
-            ),
         ];
-        for (group, question, expected) in cases {
-            assert_eq!(
-                known.difference(&group, Some(question)),
-                expected,
-                "{group}"
-            );
+        for (group, key, cut_at, expected) in cases {
+            let name = Name { key, cut_at };
+            assert_eq!(known.difference(group, name), expected, "{group} {key}");
         }
-        // Schema 1 has other keys, and the prompts may be gone.
-        assert_eq!(known.difference(&ours, None), None);
+        // Without the prompts.
         let unknown = asked(None);
-        assert_eq!(unknown.difference(&ours, Some(question)), None);
-        let other = group("http://a/v1", "n", 1.0);
-        assert_eq!(
-            unknown.difference(&other, Some(question)),
-            Some(Difference::Model)
-        );
+        let name = Name {
+            key: &other,
+            cut_at: 0,
+        };
+        assert_eq!(unknown.difference(&named, name), None);
+        let model = group("http://a/v1", "n", 1.0);
+        assert_eq!(unknown.difference(&model, name), Some(Difference::Model));
     }
 
     #[test]
@@ -416,18 +485,18 @@ mod tests {
             is_mock: true,
             ..plain.clone()
         };
+        let any = Name { key: "", cut_at: 0 };
         let is_in = |name: &str, group| {
-            Selection::Named(vec![name.into()])
-                .difference(group, None)
-                .is_none()
+            let selection = Selection::Named(vec![name.into()]);
+            selection.difference(group, any).is_none()
         };
         assert!(is_in(&plain.id(), &plain) && is_in("m", &plain) && is_in("http://a/v1", &plain));
         assert!(is_in("mine", &named) && !is_in("mine", &plain) && !is_in("mock", &plain));
         assert!(is_in("mock", &mock) && !is_in(&plain.id(), &mock));
         assert_eq!(
-            Selection::All.difference(&mock, None),
+            Selection::All.difference(&mock, any),
             Some(Difference::Mock)
         );
-        assert_eq!(Selection::All.difference(&named, None), None);
+        assert_eq!(Selection::All.difference(&named, any), None);
     }
 }

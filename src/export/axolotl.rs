@@ -26,10 +26,11 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use jiff::civil::DateTime;
 use serde::Serialize;
 
 use super::{Report, Row, Rows, Settings, write_lines};
-use crate::cache::record::{Logprobs, Record};
+use crate::cache::record::{Logprobs, Record, Timing};
 use crate::cache::view::LogprobsView;
 use crate::data::align::{self, is_stop};
 use crate::data::tokenizer::Tokenizer;
@@ -80,9 +81,10 @@ fn line(mut row: Row, tokenizer: &Tokenizer, dropped: &mut u64) -> Result<Line, 
         // axolotl makes that token of it, and all entries before would be one off.
         return Err("the answer holds the name of a control token".into());
     }
+    let date = Timing::date(&row.record.timing.sent_at);
     let messages = row.conversation();
     let mut dropped_here = 0;
-    let entries = entries(&messages, &logprobs, tokenizer, &mut dropped_here)?;
+    let entries = entries((&messages, date), &logprobs, tokenizer, &mut dropped_here)?;
     *dropped += dropped_here;
     let (target_token_ids, logprobs) = entries
         .into_iter()
@@ -124,13 +126,13 @@ impl Entry {
 /// The entries of the last tokens of a conversation that ends in an answer, from the one before the
 /// answer on: each of the token that comes next.
 fn entries(
-    messages: &[Message],
+    (messages, date): (&[Message], Option<DateTime>),
     logprobs: &Logprobs,
     tokenizer: &Tokenizer,
     dropped: &mut u64,
 ) -> Result<Vec<Entry>, String> {
     let conversation = tokenizer
-        .last_answer(messages)
+        .conversation_at(messages, false, date)
         .map_err(|error| format!("{error:#}"))?;
     let answer = conversation.answers.last().ok_or("no answer")?;
     let teacher = LogprobsView::from(logprobs);

@@ -103,8 +103,8 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             None => others.push((cut_at, half, record.key)),
         }
     }
-    // Complete answers first, then truncated ones, longest first.
-    others.sort_by_key(|(cut_at, ..)| Reverse(cut_at.wrapping_sub(1)));
+    // Complete answers (0) first, then truncated ones, longest first.
+    others.sort_by_key(|(cut_at, ..)| (*cut_at > 0, Reverse(*cut_at)));
     for (cut_at, half, record) in others {
         let of_question = rows.get(half.as_str()).into_iter().flatten();
         let mut free = of_question.filter(|row| {

@@ -1,18 +1,22 @@
 //! Questions of a config: which records of a cache are answers to them.
 
+use std::cell::RefCell;
 use std::path::Path;
 
 use anyhow::Result;
 
 use super::plan::{Plan, Scope, Standing};
 use super::prepare::askings;
+use super::request::Asking;
 use crate::cache;
-use crate::cache::question::Past;
+use crate::cache::keys::{self, Keys};
 use crate::cache::reader::Lines;
 use crate::cache::view::RecordView;
 use crate::config::{Config, Groups};
-use crate::data::groups::{Asked, Counts, Group, LeftOut, Selection, Teacher};
-use crate::prompt;
+use crate::data::groups::{
+    Asked, Counts, Difference, Group, LeftOut, Name, Rows, Selection, Teacher,
+};
+use crate::prompt::{self, Prompt};
 
 /// Selection of `data.groups`.
 ///
@@ -33,7 +37,7 @@ pub fn selection(config: &Config) -> Result<Selection> {
     }
 }
 
-/// Selects the only group of another run's cache if it answers none of this config's questions.
+/// Selects the only group of another run's cache if no answer in it is from a teacher of this config.
 fn of_other_run(dir: &Path, selection: Selection) -> Result<Selection> {
     let mut counts = Counts::default();
     if !cache::exists(dir) {
@@ -43,9 +47,13 @@ fn of_other_run(dir: &Path, selection: Selection) -> Result<Selection> {
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         let record = RecordView::of_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
         let group = Group::of_view(&record, &record.params());
-        match selection.difference(&group, record.question()) {
+        let name = Name {
+            key: &record.key,
+            cut_at: record.cut_at,
+        };
+        match selection.difference(&group, name) {
+            None | Some(Difference::Question | Difference::Truncated) => return Ok(selection),
             Some(difference) => counts.left_out(&LeftOut { group, difference }),
-            None => return Ok(selection),
         }
     }
     Ok(match counts.only() {
@@ -61,13 +69,8 @@ fn asked(config: &Config) -> Result<Asked> {
         Teacher::new(&teacher.name, &teacher.base_url, &asking.body(&[], 0))
     });
     let teachers = teachers.collect();
-    let questions = match prompt::load(&config.prompts, || Ok(())) {
-        Ok(prompts) => {
-            let is_open = |_: &str| Ok(Standing::Open);
-            let (scope, past) = (Scope::default(), Past::default());
-            let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, is_open)?;
-            Some(plan.questions)
-        }
+    let rows = match prompt::load(&config.prompts, || Ok(())) {
+        Ok(prompts) => Some(rows(config, prompts, askings)?),
         Err(error) => {
             // The cache of another run comes without its prompts.
             if config.data.cache.is_none() {
@@ -79,8 +82,21 @@ fn asked(config: &Config) -> Result<Asked> {
             None
         }
     };
-    Ok(Asked {
-        questions,
-        teachers,
+    Ok(Asked { rows, teachers })
+}
+
+/// Rows of the plan, with all names under which the cache may hold their answers.
+fn rows(config: &Config, prompts: Vec<Prompt>, askings: Vec<Asking>) -> Result<Rows> {
+    let past = cache::peek(&config.training_cache())?.past;
+    let names = RefCell::new(Keys::default());
+    let standing = |name: &str| {
+        names.borrow_mut().insert(keys::fingerprint(name));
+        Ok(Standing::Open)
+    };
+    let scope = Scope::default();
+    let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?;
+    Ok(Rows {
+        questions: plan.questions,
+        keys: names.into_inner(),
     })
 }

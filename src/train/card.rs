@@ -51,7 +51,13 @@ fn answered_by(groups: &Counts) -> String {
     const SHOWN: usize = 8;
     let mut used: Vec<String> = groups
         .all_used()
-        .map(|(group, count)| format!("{group} ({} answers)", format_count(count)))
+        .map(|(group, count)| {
+            format!(
+                "{} ({} answers)",
+                group.model_and_sampling(),
+                format_count(count)
+            )
+        })
         .collect();
     let others = used.len().saturating_sub(SHOWN);
     used.truncate(SHOWN);

@@ -484,7 +484,8 @@ fn raw_spelling(teacher: &LogprobsView) -> Option<Decode> {
     let alternatives = positions.flat_map(|at| teacher.top.get(at));
     let mut spelling: Option<Decode> = None;
     for bytes in teacher.token.iter().chain(alternatives) {
-        if bytes.contains(&b' ') {
+        // Raw vocabularies may contain added tokens that are runs of spaces.
+        if bytes.contains(&b' ') && !bytes.trim_ascii().is_empty() {
             return None;
         }
         if spelling.is_none() {

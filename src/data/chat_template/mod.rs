@@ -129,6 +129,15 @@ impl From<TemplateDate> for Date {
 }
 
 impl Date {
+    /// Distinguishes dates that render other texts. The clock has none: its texts differ by themselves.
+    pub fn name(self) -> String {
+        match self {
+            Date::Fixed(date) => date.to_string(),
+            Date::Record => "record".into(),
+            Date::Clock(_) => String::new(),
+        }
+    }
+
     fn get(self) -> Option<DateTime> {
         match self {
             Date::Fixed(date) => Some(date),

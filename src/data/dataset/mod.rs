@@ -191,7 +191,7 @@ pub fn prompts(config: &Config, selection: &Selection) -> Result<HashMap<String,
 pub fn held_out(dir: &Path, settings: &config::Data, tokenizer: &Tokenizer) -> Result<Dataset> {
     let source = Source::Cache(dir.to_owned());
     let nothing = &mut |_, _| Ok(());
-    let selected = (settings, &Selection::All);
+    let selected = (settings, &Selection::Any);
     let files = prepare::run(&source, selected, tokenizer, Sink::Memory, "", nothing)?;
     Ok(Dataset::new(Prepared::in_memory(files)?, 1.0, true))
 }

@@ -67,6 +67,13 @@ pub fn run(
         report.add(done.report);
         entries.extend(done.entries);
     }
+    if let Some(name) = report.groups.unknown_name(selection) {
+        bail!(Exit::Usage(format!(
+            "data.groups names \"{name}\", and {} has no such group:\n{}",
+            source.path().display(),
+            report.groups.lines().join("\n")
+        )));
+    }
     if let Some(reason) = report.dropped.keys().find(|it| it.contains(NEEDS_DATE)) {
         bail!(Exit::Usage(reason.clone()));
     }
@@ -76,13 +83,12 @@ pub fn run(
         if reasons.is_empty() {
             reasons.push("it is empty".into());
         }
-        let advice = if report.groups.has_left_out() {
-            "\nrun `distill harvest`, or set data.groups to \"all\" or to a list of groups"
-        } else {
-            ""
-        };
+        let advice = report.groups.advice();
+        if !advice.is_empty() {
+            reasons.push(format!("run `distill harvest`, or {advice}"));
+        }
         bail!(Exit::Usage(format!(
-            "no example can be made of the {} records in {}: {}{advice}",
+            "no example can be made of the {} records in {}: {}",
             report.records,
             source.path().display(),
             reasons.join("\n")
@@ -169,11 +175,7 @@ impl Work<'_> {
         let mut samples = Samples::default();
         self.each_row(|_, row| {
             // A row that is left out is counted when it is prepared.
-            let ready = row.ok().and_then(|row| preparing.prepare(&row).ok());
-            if let Some(ready) = ready {
-                let (prompt, answer) = ready.input_ids.split_at(ready.answer);
-                samples.add(prompt, answer);
-            }
+            preparing.collect(row, &mut samples);
             Ok(())
         })?;
         Ok(samples)
@@ -263,6 +265,15 @@ impl<'a> Preparing<'a> {
             settings,
             in_file: matches!(source, Source::File(_)),
             report: Report::default(),
+        }
+    }
+
+    /// Adds the answer of the row to those of its prompt.
+    pub(super) fn collect(&mut self, row: Result<Row, Skipped>, samples: &mut Samples) {
+        let ready = row.ok().and_then(|row| self.prepare(&row).ok());
+        if let Some(ready) = ready {
+            let (prompt, answer) = ready.input_ids.split_at(ready.answer);
+            samples.add(prompt, answer);
         }
     }
 

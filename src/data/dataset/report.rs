@@ -134,8 +134,9 @@ impl fmt::Display for Report {
         for line in self.groups.lines() {
             write!(f, "\n{line}")?;
         }
-        if self.groups.has_left_out() {
-            write!(f, "\ndata.groups selects other groups")?;
+        let advice = self.groups.advice();
+        if !advice.is_empty() {
+            write!(f, "\n{advice}")?;
         }
         if !self.dropped.is_empty() {
             write!(f, "\ndropped: {}", by_reason(&self.dropped))?;

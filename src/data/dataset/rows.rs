@@ -11,7 +11,7 @@ use crate::cache::record::{Record, Status};
 use crate::cache::view::{LogprobsView, RecordView};
 use crate::config::{self, Thinking};
 use crate::data::chat_template::answer_start;
-use crate::data::groups::{Group, LeftOut, Selection};
+use crate::data::groups::{Group, LeftOut, Name, Selection};
 use crate::data::sampling::Sampling;
 use crate::prompt::Message;
 
@@ -135,7 +135,11 @@ fn selected<'a>(
 ) -> Result<Row<'a>, Reason> {
     let params = record.params();
     let group = Group::of_view(&record, &params);
-    if let Some(difference) = selection.difference(&group, record.question()) {
+    let name = Name {
+        key: &record.key,
+        cut_at: record.cut_at,
+    };
+    if let Some(difference) = selection.difference(&group, name) {
         return Err(Reason::Group(LeftOut { group, difference }.into()));
     }
     is_wanted(record.status, &record.answer.finish_reason, settings)?;

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::prepare::{Preparing, Ready};
 use super::rows::{Row, Skipped};
 use super::source::{Portion, Source};
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::data::groups::Selection;
 use crate::data::samples::Samples;
 use crate::data::tokenizer::{Difference, Tokenizer};
@@ -43,8 +43,8 @@ pub struct Token {
     pub tail: Option<f64>,
     /// Probability of the emitted token, if it was outside the teacher's top-k and is known.
     pub emitted: Option<f64>,
-    /// Likelihood under the teacher of the text that begins here, which its tokens cut in another way, and the
-    /// number of tokens of that text.
+    /// Likelihood under the teacher of the text that begins here, which its tokenizer splits in another way, and the
+    /// number of student tokens of that text.
     pub chunk: Option<(f64, usize)>,
 }
 
@@ -70,13 +70,14 @@ pub fn show(
     let source = Source::of(config);
     let teacher = config.data.teacher_tokenizer.as_deref();
     let teacher = teacher.map(Tokenizer::load).transpose()?;
-    let samples = Samples::default();
-    let mut preparing = Preparing::new(
-        &source,
-        &config.data,
-        (tokenizer, teacher.as_ref()),
-        &samples,
-    );
+    let tokenizers = (tokenizer, teacher.as_ref());
+    let selected = (&config.data, selection);
+    let samples = if config.data.sample_trie {
+        samples_of(&source, selected, tokenizers)?
+    } else {
+        Samples::default()
+    };
+    let mut preparing = Preparing::new(&source, &config.data, tokenizers, &samples);
     let is_named = |key: &str, prompt_id: &str| {
         id.is_none_or(|id| {
             let is_beginning = id.len() >= LEAST_DIGITS && key.starts_with(id);
@@ -86,7 +87,7 @@ pub fn show(
     let (mut reader, mut portion) = (source.open()?, Portion::default());
     let mut shown = Vec::new();
     while shown.len() < limit && reader.next(&mut portion)? {
-        let read = portion.rows(&source, (&config.data, selection), |_, row| {
+        let read = portion.rows(&source, selected, |_, row| {
             let mut rows = vec![row];
             while let Some(row) = rows.pop() {
                 let (name, prompt_id) = match &row {
@@ -116,6 +117,25 @@ pub fn show(
         read.map_err(|(_, error)| error)?;
     }
     Ok(shown)
+}
+
+/// Answers to the same prompts, merged.
+fn samples_of(
+    source: &Source,
+    selected: (&config::Data, &Selection),
+    tokenizers: (&Tokenizer, Option<&Tokenizer>),
+) -> Result<Samples> {
+    let (mut samples, none) = (Samples::default(), Samples::default());
+    let mut preparing = Preparing::new(source, selected.0, tokenizers, &none);
+    let (mut reader, mut portion) = (source.open()?, Portion::default());
+    while reader.next(&mut portion)? {
+        let read = portion.rows(source, selected, |_, row| {
+            preparing.collect(row, &mut samples);
+            Ok(())
+        });
+        read.map_err(|(_, error)| error)?;
+    }
+    Ok(samples)
 }
 
 fn left_out(skipped: Skipped) -> Shown {

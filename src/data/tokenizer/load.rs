@@ -115,6 +115,7 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
         vocab_size,
         template,
         fingerprint,
+        date: String::new(),
         pieces: Pieces::new(&json),
         template_args: arguments.clone(),
     };

@@ -56,6 +56,8 @@ pub struct Tokenizer {
     vocab_size: usize,
     template: Option<ChatTemplate>,
     fingerprint: blake3::Hash,
+    /// Name of the template's date.
+    date: String,
     template_args: BTreeMap<String, Value>,
     /// None where texts must be encoded whole.
     pieces: Option<Pieces>,
@@ -88,16 +90,13 @@ impl Tokenizer {
         let mut tokenizer = load::load(&settings.path, &settings.template_args)?;
         if let Some(date) = settings.template_date {
             tokenizer.set_date(date.into());
-            let mut hash = blake3::Hasher::new();
-            hash.update(tokenizer.fingerprint.as_bytes());
-            hash.update(String::from(date).as_bytes());
-            tokenizer.fingerprint = hash.finalize();
         }
         Ok(tokenizer)
     }
 
     /// Sets the date that `strftime_now` returns in the chat template.
     pub fn set_date(&mut self, date: Date) {
+        self.date = date.name();
         if let Some(template) = &mut self.template {
             template.set_date(date);
         }
@@ -307,7 +306,10 @@ impl Tokenizer {
 
     /// A hash of all that decides how conversations are encoded.
     pub fn fingerprint(&self) -> blake3::Hash {
-        self.fingerprint
+        let mut hash = blake3::Hasher::new();
+        hash.update(self.fingerprint.as_bytes());
+        hash.update(self.date.as_bytes());
+        hash.finalize()
     }
 
     /// The largest id + 1.

@@ -261,10 +261,16 @@ impl Batches<'_> {
                 continue;
             }
             let line = batches.without_key(line);
-            if !self.take_line(index, &mut taking, line.clone())? {
-                card.mistakes.extend(Mistake::of_line(&line));
+            let (kept, count) = (taking.unreadable.len(), taking.unreadable_lines);
+            if !self.take_line(index, &mut taking, line.clone())?
+                && let Some(mistake) = Mistake::of_line(&line)
+            {
+                card.mistakes.push(mistake);
+                taking.unreadable.truncate(kept);
+                taking.unreadable_lines = count;
             }
         }
+        taking.unreadable_lines += rows.skipped();
         if taking.seen() == 0 {
             return self.failed(index, &card);
         }
@@ -277,9 +283,8 @@ impl Batches<'_> {
                 *fate = Some(Fate::Refused(failure));
             }
         }
-        // Lines without an id are about the file, and rows that it does not name were not asked.
-        taking.unreadable_lines = 0;
-        taking.rest_was_not_asked = true;
+        // Rows that the file does not name were not asked, unless a line of it cannot be read.
+        taking.rest_was_not_asked = taking.unreadable_lines == 0;
         self.record_rest(index, &mut taking)?;
         self.close(index, taking, "failed")
     }

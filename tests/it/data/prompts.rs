@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use distill::cache::record::{Record, Timing};
 use distill::config::{Config, TemplateDate, Thinking};
+use distill::data::chat_template::Date;
 use distill::data::dataset::{self, Report};
 use distill::data::groups::Selection;
 use distill::data::tokenizer::Tokenizer;
@@ -376,7 +377,16 @@ fn the_date_of_a_record_is_that_of_its_answer() {
     };
     config.student.template_date = Some(TemplateDate::Record);
     assert_eq!(begins(&config), ["28 Feb 2026", "01 Mar 2026"]);
-    // Another setting is another dataset.
+    // Another setting is another dataset, also for `distill eval`, which sets the date later.
+    let fingerprint = |date: Date| {
+        let mut tokenizer = Tokenizer::load(dir.path()).unwrap();
+        tokenizer.set_date(date);
+        tokenizer.fingerprint()
+    };
+    let trained = Tokenizer::for_student(&config.student).unwrap();
+    assert_eq!(fingerprint(Date::Record), trained.fingerprint());
+    let other = TemplateDate::try_from("2026-01-31".to_owned()).unwrap();
+    assert_ne!(fingerprint(Date::Record), fingerprint(other.into()));
     config.student.template_date = Some("2026-01-31".to_owned().try_into().unwrap());
     assert_eq!(begins(&config), ["31 Jan 2026", "31 Jan 2026"]);
 }

@@ -123,3 +123,49 @@ fn a_text_is_split_into_tokens() {
         "{printed}"
     );
 }
+
+/// Answers to one prompt, without logprobs.
+#[test]
+fn labels_of_merged_samples_are_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let answers = ["It is Paris.", "It is Lyon."];
+    let records = answers.map(|answer| Record {
+        key: format!("key of {answer}"),
+        ..record("city", answer)
+    });
+    write_cache(&dir.path().join("cache"), &records);
+    let config = format!(
+        "[student]\npath = {:?}\n[data]\ncache = \"cache\"\ngroups = \"all\"\nsample_trie = true\n",
+        folder("bytelevel")
+    );
+    std::fs::write(dir.path().join("run.toml"), config).unwrap();
+    let (status, printed) = distill(dir.path(), &["data", "show", "-c", "run.toml"]);
+    assert!(
+        status == 0 && printed.matches("0.5000 \"").count() == 2,
+        "{printed}"
+    );
+}
+
+#[test]
+fn texts_reach_the_terminal_without_control_characters() {
+    let dir = tempfile::tempdir().unwrap();
+    write_cache(
+        &dir.path().join("cache"),
+        &[record("\u{1b}[2Jprompt", "an\u{1b}[31mswer\u{9b}")],
+    );
+    let model = folder("bytelevel");
+    let config =
+        format!("[student]\npath = {model:?}\n[data]\ncache = \"cache\"\ngroups = \"all\"\n");
+    std::fs::write(dir.path().join("run.toml"), config).unwrap();
+    let model = model.to_str().unwrap();
+    for arguments in [
+        &["data", "show", "-c", "run.toml"][..],
+        &["data", "show", "-c", "run.toml", "--json"],
+        &["tokenize", "--model", model, "a\u{1b}[2Jb\u{9b}"],
+        &["tokenize", "--model", model, "--json", "a\u{1b}[2Jb\u{9b}"],
+    ] {
+        let (status, printed) = distill(dir.path(), arguments);
+        assert_eq!(status, 0, "{printed}");
+        assert!(!printed.contains(['\u{1b}', '\u{9b}']), "{printed:?}");
+    }
+}

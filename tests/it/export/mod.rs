@@ -347,6 +347,13 @@ fn the_command_line_refuses_before_it_writes() {
         ),
         (
             &[
+                "--to", "trl", "--dir", "cache", "-o", "x", "--groups", "asked",
+            ],
+            2,
+            "give -c FILE",
+        ),
+        (
+            &[
                 "--to",
                 "trl",
                 "--dir",

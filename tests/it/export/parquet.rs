@@ -4,6 +4,7 @@ use std::fs;
 
 use distill::cache::record::{Logprobs, Record, Status};
 use distill::config::Data;
+use distill::data::groups::Selection;
 use distill::export::{Format, Settings, write};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, RowAccessor};
@@ -98,6 +99,7 @@ fn parquet_holds_one_row_group_at_a_time() {
         Ok(record)
     });
     let settings = Settings {
+        selection: &Selection::All,
         data: &Data::default(),
         tokenizer: None,
         force: false,

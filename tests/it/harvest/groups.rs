@@ -9,7 +9,7 @@ use distill::harvest;
 use super::nights::Night;
 use super::{Run, end};
 use crate::data::tokenizer;
-use crate::fault_server::{FaultServer, answer};
+use crate::fault_server::{FaultServer, Reaction, answer, completion};
 
 fn load(config: &Config) -> anyhow::Result<Dataset> {
     let selection = harvest::selection(config)?;
@@ -91,8 +91,14 @@ async fn answers_to_other_settings_are_left_out_and_mixed_only_by_name() {
     assert_eq!(kept(&run.config).0, 3);
     run.config.data.groups = Groups::Named(vec!["m".into()]);
     assert_eq!(kept(&run.config).0, 6);
-    run.config.data.groups = Groups::Named(vec!["gpt".into()]);
-    assert!(refused(&run.config).1.contains("not in data.groups"));
+    // A typing error beside a right name.
+    run.config.data.groups = Groups::Named(vec!["m".into(), "gpt".into()]);
+    let (status, message) = refused(&run.config);
+    assert_eq!(status, 2);
+    assert!(
+        message.contains("\"gpt\"") && message.contains("no such group"),
+        "{message}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -128,6 +134,15 @@ async fn the_cache_of_another_run_is_used_if_it_has_one_group() {
     config.data.cache = Some(run.config.own_cache());
     config.data.validation_share = 0.0;
     assert_eq!(kept(&config).0, 3);
+    // Prompts of its own teachers decide, however few are shared.
+    let mut other = run.config.clone();
+    other.run_dir = dir.path().join("other");
+    other.data.cache = Some(run.config.own_cache());
+    std::fs::write(dir.path().join("prompts.txt"), "four").unwrap();
+    other.prompts.source = dir.path().join("prompts.txt");
+    assert!(refused(&other).1.contains("other prompts"));
+    std::fs::write(dir.path().join("prompts.txt"), "four\none").unwrap();
+    assert_eq!(kept(&other).0, 1);
     run.config.teacher.model = "n".into();
     harvested(&mut run).await;
     let (status, message) = refused(&config);
@@ -149,7 +164,10 @@ async fn answers_of_a_mock_are_used_only_by_name() {
         config.data.groups = groups;
         let (status, message) = refused(config);
         assert_eq!(status, 2);
-        assert!(message.contains("answers of a mock"), "{message}");
+        assert!(
+            message.contains("answers of a mock") && message.contains("data.groups to \"mock\""),
+            "{message}"
+        );
     }
     config.data.groups = Groups::Named(vec!["mock".into()]);
     assert_eq!(kept(config).0, 5);
@@ -161,4 +179,49 @@ async fn answers_of_a_mock_are_used_only_by_name() {
     assert_eq!(refused(config).0, 2);
     let selection = harvest::selection(config).unwrap();
     assert!(matches!(selection, Selection::Asked(_)));
+}
+
+/// The harvest takes them for answers, so training does.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_harvest_takes_for_an_answer_is_trained_on() {
+    let server = FaultServer::start(answer).await;
+    let mut run = Run::new(&server, &["one", "two", "three"]);
+    harvested(&mut run).await;
+    let config = &mut run.config;
+    config.teacher.name = "mine".into();
+    assert_eq!(kept(config).0, 3, "named later");
+    config.teacher.name = String::new();
+    config.prompts.samples = 2;
+    assert_eq!(kept(config).0, 3, "more samples");
+    config.prompts.samples = 1;
+    config.prompts.limit = Some(2);
+    assert_eq!(kept(config).0, 2, "fewer prompts");
+    config.prompts.limit = None;
+    config.teacher.base_url = "http://127.0.0.1:1/v1".into();
+    assert!(refused(config).1.contains("another endpoint"));
+    assert_eq!(harvest::adopt(config).unwrap().records, 3);
+    assert_eq!(kept(config).0, 3, "adopted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn truncated_answers_are_used_until_max_tokens_is_raised() {
+    let server = FaultServer::start(|seen| {
+        let mut body = completion(&format!("answer to {}", seen.prompt()), 0);
+        body["choices"][0]["finish_reason"] = "length".into();
+        Reaction::Reply(200, Vec::new(), body.to_string().into_bytes())
+    })
+    .await;
+    let mut run = Run::new(&server, &["one", "two", "three"]);
+    run.config.data.keep_finish_reasons = vec!["stop".into(), "length".into()];
+    harvested(&mut run).await;
+    assert_eq!(kept(&run.config).0, 3);
+    run.config.sampling.max_tokens = 8;
+    assert_eq!(kept(&run.config).0, 3);
+    run.config.sampling.max_tokens = 32;
+    let (status, message) = refused(&run.config);
+    assert_eq!(status, 2);
+    assert!(
+        message.contains("truncated before sampling.max_tokens"),
+        "{message}"
+    );
 }
