@@ -9,7 +9,7 @@ use futures_util::StreamExt;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::api::{self, BatchApi, Card, Download, Lines, Mistake};
+use super::api::{self, BatchApi, Card, Download, Lines};
 use super::journal::{Bodies, Member, State};
 use super::lane::batches;
 use super::results::{self, Outcome};
@@ -54,7 +54,7 @@ pub(super) struct Taking {
 
 impl Taking {
     /// Number of rows found in its files so far that can be read.
-    fn seen(&self) -> u64 {
+    pub(super) fn seen(&self) -> u64 {
         let fates = self.fates.iter().flatten();
         let readable = fates.filter(|fate| !matches!(fate, Fate::Unreadable { .. }));
         readable.count() as u64
@@ -135,7 +135,7 @@ impl Batches<'_> {
     }
 
     /// What should be there is not; after a while that is believed.
-    fn is_gone(&mut self, index: usize, message: &str) -> Result<(), Trouble> {
+    pub(super) fn is_gone(&mut self, index: usize, message: &str) -> Result<(), Trouble> {
         let live = &mut self.journal.parts[index].live;
         live.gone += 1;
         match live.gone < GONE {
@@ -236,61 +236,8 @@ impl Batches<'_> {
         self.close(index, taking, status)
     }
 
-    /// Reads the error file of a failed batch: it names the rows for which the input file was refused, and on
-    /// some servers it holds answers.
-    async fn take_errors(&mut self, index: usize, mut card: Card) -> Result<(), Halt> {
-        let (_, transport) = self.lane_of(index)?;
-        let batches = batches(&transport)?;
-        let file = card.error_file.clone().unwrap_or_default();
-        let download = batches.content(&file).await;
-        let pieces = match download.map_err(retry::classify_fault)? {
-            Download::Content(pieces) => pieces,
-            Download::Refused(reply) => match api::check(Ok(reply), now()) {
-                Err(Trouble::Refused(failure)) => {
-                    self.is_gone(index, &failure.message)?;
-                    return self.failed(index, &card);
-                }
-                Err(trouble) => return Err(trouble.into()),
-                Ok(_) => return self.failed(index, &card),
-            },
-        };
-        let mut taking = self.open(index, &card)?;
-        let mut rows = Rows::new(Lines::new(pieces));
-        while let Some(line) = rows.next().await.map_err(retry::classify_fault)? {
-            if line.trim_ascii().is_empty() {
-                continue;
-            }
-            let line = batches.without_key(line);
-            let (kept, count) = (taking.unreadable.len(), taking.unreadable_lines);
-            if !self.take_line(index, &mut taking, line.clone())?
-                && let Some(mistake) = Mistake::of_line(&line)
-            {
-                card.mistakes.push(mistake);
-                taking.unreadable.truncate(kept);
-                taking.unreadable_lines = count;
-            }
-        }
-        taking.unreadable_lines += rows.skipped();
-        if taking.seen() == 0 {
-            return self.failed(index, &card);
-        }
-        for mistake in &card.mistakes {
-            let line = mistake
-                .line
-                .and_then(|line| usize::try_from(line).ok()?.checked_sub(1));
-            if let Some(fate @ None) = line.and_then(|line| taking.fates.get_mut(line)) {
-                let failure = Failure::new(mistake.error.code.as_str(), &mistake.error.message);
-                *fate = Some(Fate::Refused(failure));
-            }
-        }
-        // Rows that the file does not name were not asked, unless a line of it cannot be read.
-        taking.rest_was_not_asked = taking.unreadable_lines == 0;
-        self.record_rest(index, &mut taking)?;
-        self.close(index, taking, "failed")
-    }
-
     /// Records the answers that are empty, or whose lines cannot be read: they were paid for.
-    fn record_rest(&mut self, index: usize, taking: &mut Taking) -> Result<()> {
+    pub(super) fn record_rest(&mut self, index: usize, taking: &mut Taking) -> Result<()> {
         for row in 0..taking.fates.len() {
             let completion = match taking.fates[row].take() {
                 Some(Fate::Blank(completion)) => *completion,
@@ -342,7 +289,7 @@ impl Batches<'_> {
         Ok(())
     }
 
-    fn open(&self, index: usize, card: &Card) -> Result<Taking> {
+    pub(super) fn open(&self, index: usize, card: &Card) -> Result<Taking> {
         let nonce = &self.journal.parts[index].nonce;
         let members = self.journal.members(nonce)?;
         let created = card
@@ -375,7 +322,12 @@ impl Batches<'_> {
 
     /// Takes a line; true if it is of one of the part's rows. Only answers have an effect at once: the file
     /// may break off, and is read again then.
-    fn take_line(&mut self, index: usize, taking: &mut Taking, line: Bytes) -> Result<bool> {
+    pub(super) fn take_line(
+        &mut self,
+        index: usize,
+        taking: &mut Taking,
+        line: Bytes,
+    ) -> Result<bool> {
         let mut is_ours = false;
         for outcome in results::read(&line) {
             match outcome {
@@ -500,6 +452,6 @@ impl Batches<'_> {
 }
 
 /// Only compared with a date in `Retry-After`, which these replies have no use for.
-fn now() -> std::time::SystemTime {
+pub(super) fn now() -> std::time::SystemTime {
     std::time::SystemTime::UNIX_EPOCH
 }

@@ -1,13 +1,69 @@
-//! A batch that failed as a whole, before any row was asked.
+//! A batch that failed as a whole: most often before any row was asked.
 
 use std::collections::HashMap;
 
-use super::api::Card;
+use super::api::{self, Card, Download, Lines, Mistake};
+use super::collect::{Fate, now};
+use super::lane::batches;
+use super::rows::Rows;
 use super::{Batches, Halt, results};
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{Claim, Failure};
+use crate::harvest::retry::{self, Claim, Failure, Trouble};
 
 impl Batches<'_> {
+    /// Reads the error file of a failed batch: it names the rows for which the input file was refused, and on
+    /// some servers it holds answers.
+    pub(super) async fn take_errors(&mut self, index: usize, mut card: Card) -> Result<(), Halt> {
+        let (_, transport) = self.lane_of(index)?;
+        let batches = batches(&transport)?;
+        let file = card.error_file.clone().unwrap_or_default();
+        let download = batches.content(&file).await;
+        let pieces = match download.map_err(retry::classify_fault)? {
+            Download::Content(pieces) => pieces,
+            Download::Refused(reply) => match api::check(Ok(reply), now()) {
+                Err(Trouble::Refused(failure)) => {
+                    self.is_gone(index, &failure.message)?;
+                    return self.failed(index, &card);
+                }
+                Err(trouble) => return Err(trouble.into()),
+                Ok(_) => return self.failed(index, &card),
+            },
+        };
+        let mut taking = self.open(index, &card)?;
+        let mut rows = Rows::new(Lines::new(pieces));
+        while let Some(line) = rows.next().await.map_err(retry::classify_fault)? {
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
+            let line = batches.without_key(line);
+            let (kept, count) = (taking.unreadable.len(), taking.unreadable_lines);
+            if !self.take_line(index, &mut taking, line.clone())?
+                && let Some(mistake) = Mistake::of_line(&line)
+            {
+                card.mistakes.push(mistake);
+                taking.unreadable.truncate(kept);
+                taking.unreadable_lines = count;
+            }
+        }
+        taking.unreadable_lines += rows.skipped();
+        if taking.seen() == 0 {
+            return self.failed(index, &card);
+        }
+        for mistake in &card.mistakes {
+            let line = mistake
+                .line
+                .and_then(|line| usize::try_from(line).ok()?.checked_sub(1));
+            if let Some(fate @ None) = line.and_then(|line| taking.fates.get_mut(line)) {
+                let failure = Failure::new(mistake.error.code.as_str(), &mistake.error.message);
+                *fate = Some(Fate::Refused(failure));
+            }
+        }
+        // Rows that the file does not name were not asked, unless a line of it cannot be read.
+        taking.rest_was_not_asked = taking.unreadable_lines == 0;
+        self.record_rest(index, &mut taking)?;
+        self.close(index, taking, "failed")
+    }
+
     /// Lines that are bad fail, all others wait again.
     pub(super) fn failed(&mut self, index: usize, card: &Card) -> Result<(), Halt> {
         let (lane, _) = self.lane_of(index)?;
