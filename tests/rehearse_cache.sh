@@ -86,7 +86,7 @@ test "$code" = 5
 "$distill" cache verify -c whole.toml
 
 echo "-- exported"
-"$distill" cache export --to trl -c whole.toml -o trl.jsonl
+"$distill" cache export --to trl -c whole.toml --groups mock -o trl.jsonl
 test "$(wc -l < trl.jsonl)" = 600
 
 echo "-- a full disk, on which somebody makes room"

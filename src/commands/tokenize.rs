@@ -34,9 +34,14 @@ pub fn run(args: &TokenizeArgs, global: &Global) -> Result<()> {
     };
     let tokens = ids.iter().map(|&id| (id, text_of(&tokenizer, id)));
     if global.json {
-        let tokens = tokens.map(
-            |(id, text)| json!({ "id": id, "text": text, "is_special": tokenizer.is_special(id) }),
-        );
+        let tokens = tokens.map(|(id, text)| {
+            json!({
+                "id": id,
+                "text": text,
+                "bytes": tokenizer.token_bytes(id),
+                "is_special": tokenizer.is_special(id),
+            })
+        });
         let tokens: Vec<_> = tokens.collect();
         return print_json(&json!({ "version": VERSION, "tokens": tokens }));
     }

@@ -87,6 +87,7 @@ pub fn write(
         records,
         settings: settings.data,
         selection: settings.selection,
+        has_other_groups: false,
         report: Report::default(),
     };
     match format {
@@ -151,13 +152,20 @@ pub struct Rows<'a, R> {
     records: R,
     settings: &'a config::Data,
     selection: &'a Selection,
+    /// Records were left out because of their group.
+    has_other_groups: bool,
     report: Report,
 }
 
 impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
     fn next(&mut self) -> Result<Option<Row>> {
         while let Some(record) = self.records.next().transpose()? {
-            match prompt_of(&record, self.settings, self.selection) {
+            if let Err(left) = self.selection.check(&record) {
+                self.has_other_groups = true;
+                self.leave_out(left.to_string());
+                continue;
+            }
+            match prompt_of(&record, self.settings) {
                 Ok(prompt) => return Ok(Some(Row { record, prompt })),
                 Err(reason) => self.leave_out(reason),
             }
@@ -197,9 +205,17 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
         let reasons: Vec<_> = reasons
             .map(|(reason, count)| format!("{count}: {reason}"))
             .collect();
+        let advice = if self.has_other_groups {
+            "; --groups or data.groups selects other groups"
+        } else {
+            ""
+        };
         bail!(Exit::Usage(match reasons.is_empty() {
             true => "the cache is empty: run `distill harvest` first".into(),
-            false => format!("no record is left to export ({})", reasons.join("; ")),
+            false => format!(
+                "no record is left to export ({}){advice}",
+                reasons.join("; ")
+            ),
         }))
     }
 }

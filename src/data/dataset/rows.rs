@@ -175,14 +175,7 @@ fn selected<'a>(
 }
 
 /// What was asked in a record whose answer is to be learnt, or the reason to leave it out.
-pub fn prompt_of(
-    record: &Record,
-    settings: &config::Data,
-    selection: &Selection,
-) -> Result<Vec<Message>, String> {
-    if let Err(left) = selection.check(record) {
-        return Err(left.to_string());
-    }
+pub fn prompt_of(record: &Record, settings: &config::Data) -> Result<Vec<Message>, String> {
     is_wanted(record.status, &record.answer.finish_reason, settings)?;
     messages_of_request(&record.request).ok_or_else(|| NO_TEXT.into())
 }

@@ -116,6 +116,7 @@ fn a_text_is_split_into_tokens() {
         .collect();
     let student = tokenizer("bytelevel");
     assert_eq!(ids, student.encode_text("a <|im_end|>").unwrap());
+    assert_eq!(shown["tokens"][0]["bytes"], json!(b"a"));
     let (status, printed) = distill(dir.path(), &["tokenize", "--model", model, "--chat", "a"]);
     assert_eq!(status, 0, "{printed}");
     assert!(
