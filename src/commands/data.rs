@@ -34,8 +34,8 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
     if shown.is_empty() {
         bail!(Exit::Usage(match id {
             Some(id) => format!(
-                "there is no row \"{id}\": give the key of a record or at least six digits of it, a prompt id, or \
-                 the line of a file"
+                "no row matches \"{id}\": give the key of a record or at least its first six digits, a prompt id, or the \
+                 line of a file"
             ),
             None =>
                 "no row makes an example: `distill train` shows the reasons, or --limit is 0".into(),
@@ -155,7 +155,7 @@ fn text(shown: &Shown, style: Style) -> String {
     text
 }
 
-/// What is learnt at a token beside its cross-entropy.
+/// Soft labels of a token.
 fn labels(token: &Token) -> String {
     let shown = token.soft_labels.iter().take(LABELS);
     let shown = shown.take_while(|label| label.probability >= LEAST_SHOWN);

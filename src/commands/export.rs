@@ -28,7 +28,10 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<()> {
             "--tokenizer is for `--to axolotl`; the other formats hold text, leave it out".into()
         ));
     }
-    let (folder, data, selection) = source(&args.place, &args.groups)?;
+    let groups = (!args.groups.is_empty()).then(|| Groups::parse(args.groups.clone()));
+    let groups = groups.transpose();
+    let groups = groups.map_err(|problem| Exit::Usage(format!("--groups: {problem}")))?;
+    let (folder, data, selection) = source(&args.place, groups)?;
     check_outside(&args.out, &folder)?;
     let mut tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
     if let Some(tokenizer) = &mut tokenizer {
@@ -65,10 +68,13 @@ fn format(format: ExportFormat) -> Format {
 }
 
 /// The cache folder, and which of its answers are worth training on.
-fn source(place: &CachePlace, groups: &[String]) -> Result<(PathBuf, config::Data, Selection)> {
+fn source(
+    place: &CachePlace,
+    groups: Option<Groups>,
+) -> Result<(PathBuf, config::Data, Selection)> {
     match (&place.dir, &place.config) {
         (Some(dir), _) => {
-            let selection = match Groups::named(groups) {
+            let selection = match groups {
                 None | Some(Groups::All) => Selection::All,
                 Some(Groups::Named(names)) => Selection::Named(names),
                 Some(Groups::Asked) => bail!(Exit::Usage(
@@ -83,7 +89,7 @@ fn source(place: &CachePlace, groups: &[String]) -> Result<(PathBuf, config::Dat
                 set: Vec::new(),
             };
             let mut config = load_config(&file)?.config;
-            if let Some(groups) = Groups::named(groups) {
+            if let Some(groups) = groups {
                 config.data.groups = groups;
             }
             let selection = harvest::selection(&config)?;

@@ -22,7 +22,7 @@ pub fn run(args: &TokenizeArgs, global: &Global) -> Result<()> {
         "-" => {
             let mut text = String::new();
             let stdin = std::io::stdin().lock().read_to_string(&mut text);
-            stdin.context("stdin is no text in UTF-8")?;
+            stdin.context("stdin is not valid UTF-8")?;
             text
         }
         text => text.to_owned(),

@@ -17,10 +17,10 @@ pub struct Data {
     pub validation_share: f64,
     /// Longer examples are left out, and counted.
     pub max_length: usize,
-    /// Merge the answers to a prompt into a trie: where some begin alike, what they go on with are soft
-    /// labels for answers without logprobs.
+    /// Merge the answers to a prompt into a trie: the shares of their next tokens become soft labels for answers
+    /// without logprobs.
     pub sample_trie: bool,
-    /// At most so many of the teacher's alternatives at a position, the most likely ones; None: all.
+    /// Maximum number of alternatives at a position, the most likely ones; None: all.
     pub top_logprobs: Option<usize>,
     /// Model folder of the teacher, if its tokens are named by id (`token_id:N`).
     pub teacher_tokenizer: Option<PathBuf>,
@@ -32,23 +32,12 @@ pub struct Data {
 
 /// Answers of a cache: "asked", "all", or groups by name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "OneOrMany", into = "OneOrMany")]
+#[serde(try_from = "OneOrMany", into = "OneOrMany")]
 pub enum Groups {
     /// Those to the questions of this config.
     Asked,
     All,
     Named(Vec<String>),
-}
-
-impl Groups {
-    /// Those of a command line; None without names.
-    pub fn named(names: &[String]) -> Option<Groups> {
-        match names {
-            [] => None,
-            [name] => Some(OneOrMany::One(name.clone()).into()),
-            names => Some(Groups::Named(names.to_vec())),
-        }
-    }
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -58,13 +47,32 @@ enum OneOrMany {
     Many(Vec<String>),
 }
 
-impl From<OneOrMany> for Groups {
-    fn from(names: OneOrMany) -> Self {
+impl TryFrom<OneOrMany> for Groups {
+    type Error = String;
+
+    fn try_from(names: OneOrMany) -> Result<Self, String> {
         match names {
-            OneOrMany::One(name) if name == "asked" => Groups::Asked,
-            OneOrMany::One(name) if name == "all" => Groups::All,
-            OneOrMany::One(name) => Groups::Named(vec![name]),
-            OneOrMany::Many(names) => Groups::Named(names),
+            OneOrMany::One(name) => Groups::parse(vec![name]),
+            OneOrMany::Many(names) => Groups::parse(names),
+        }
+    }
+}
+
+impl Groups {
+    /// # Errors
+    /// If "asked" or "all" stands beside other names, or a name is missing.
+    pub fn parse(names: Vec<String>) -> Result<Groups, String> {
+        let is_word = |name: &String| name == "asked" || name == "all";
+        match names.as_slice() {
+            [name] if name == "asked" => Ok(Groups::Asked),
+            [name] if name == "all" => Ok(Groups::All),
+            _ if names.iter().any(is_word) => {
+                Err("\"asked\" and \"all\" stand alone, without other groups".into())
+            }
+            _ if names.is_empty() || names.iter().any(String::is_empty) => {
+                Err("name at least one group, or \"all\"".into())
+            }
+            _ => Ok(Groups::Named(names)),
         }
     }
 }

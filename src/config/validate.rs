@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::data::{Groups, Thinking};
+use super::data::Thinking;
 use super::harvest::Batch;
 use super::mistake::usage;
 use super::redis_url::CANNOT_SHARE;
@@ -79,12 +79,6 @@ pub fn validate(config: &Config) -> Result<()> {
         "train.on_policy writes answers from the generation prompt, without the teacher's thinking: set \
          data.thinking to \"supervise\" or \"drop\"",
     )?;
-    if let Groups::Named(names) = &config.data.groups {
-        check(
-            !names.iter().any(|name| name == "all" || name == "asked"),
-            "data.groups = \"all\" and \"asked\" stand alone, without a list",
-        )?;
-    }
     let is_of_record = config.student.template_date == Some(TemplateDate::Record);
     check(
         !is_of_record || config.data.source.is_none(),

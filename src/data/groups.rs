@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::cache::keys::{self, Keys};
+use crate::cache::keys::{self, Fingerprint, Keys};
 use crate::cache::question;
 use crate::cache::record::Record;
 use crate::cache::view::RecordView;
@@ -18,7 +18,7 @@ const MOCK: &str = "mock";
 /// Hex digits of a group's id.
 const ID_DIGITS: usize = 8;
 
-/// What the answers of a group have in common.
+/// Properties that all answers of a group share.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     /// As in keys: by name or by address.
@@ -32,24 +32,6 @@ pub struct Group {
 }
 
 impl Group {
-    pub fn of_view(record: &RecordView, params: &Value) -> Group {
-        Group {
-            endpoint: question::endpoint(&record.teacher, &record.endpoint),
-            model: record.request_model().to_owned(),
-            sampling: question::sampling(params),
-            is_mock: record.fingerprint == MOCK_FINGERPRINT,
-        }
-    }
-
-    pub fn of_record(record: &Record) -> Group {
-        Group {
-            endpoint: question::endpoint(&record.teacher, &record.endpoint),
-            model: model_of(&record.request),
-            sampling: question::sampling(&record.request),
-            is_mock: record.fingerprint == MOCK_FINGERPRINT,
-        }
-    }
-
     /// Short name, the same in every cache.
     pub fn id(&self) -> String {
         let mut hash = blake3::Hasher::new();
@@ -93,6 +75,48 @@ fn model_of(request: &Value) -> String {
     request["model"].as_str().unwrap_or_default().to_owned()
 }
 
+/// The properties of a record that decide whether it is selected.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    pub group: Group,
+    key: Fingerprint,
+    question: Fingerprint,
+    /// The answer was truncated at the `max_tokens` of its request.
+    is_truncated: bool,
+}
+
+impl Candidate {
+    /// `params` are those of [`RecordView::params`].
+    pub fn of_view(record: &RecordView, params: &Value) -> Candidate {
+        let group = Group {
+            endpoint: question::endpoint(&record.teacher, &record.endpoint),
+            model: record.request_model().to_owned(),
+            sampling: question::sampling(params),
+            is_mock: record.fingerprint == MOCK_FINGERPRINT,
+        };
+        Candidate::new(group, &record.key, record.cut_at)
+    }
+
+    pub fn of_record(record: &Record) -> Candidate {
+        let group = Group {
+            endpoint: question::endpoint(&record.teacher, &record.endpoint),
+            model: model_of(&record.request),
+            sampling: question::sampling(&record.request),
+            is_mock: record.fingerprint == MOCK_FINGERPRINT,
+        };
+        Candidate::new(group, &record.key, record.cut_at)
+    }
+
+    fn new(group: Group, key: &str, cut_at: u32) -> Candidate {
+        Candidate {
+            group,
+            key: keys::fingerprint(key),
+            question: question::fingerprint(key),
+            is_truncated: cut_at > 0,
+        }
+    }
+}
+
 /// A teacher of the config, as its requests name it.
 #[derive(Debug, Clone)]
 pub struct Teacher {
@@ -128,14 +152,6 @@ pub struct Rows {
     pub keys: Keys,
     /// See [`question::fingerprint`].
     pub questions: Keys,
-}
-
-/// What the selection needs of a record.
-#[derive(Debug, Clone, Copy)]
-pub struct Name<'a> {
-    pub key: &'a str,
-    /// See [`Record::cut_at`].
-    pub cut_at: u32,
 }
 
 /// Which records of a cache are trained on.
@@ -178,33 +194,20 @@ impl fmt::Display for Difference {
 }
 
 impl Selection {
-    /// Reason to leave out a record of this group.
-    pub fn difference(&self, group: &Group, name: Name) -> Option<Difference> {
-        match self {
-            Selection::Any => None,
-            Selection::All => group.is_mock.then_some(Difference::Mock),
+    /// # Errors
+    /// The reason to leave the record out.
+    pub fn check(&self, candidate: &Candidate) -> Result<(), Difference> {
+        let group = &candidate.group;
+        let (is_selected, difference) = match self {
+            Selection::Any => return Ok(()),
+            Selection::All => (!group.is_mock, Difference::Mock),
             Selection::Named(names) => {
                 let is_named = names.iter().any(|name| group.is_named(name));
-                (!is_named).then_some(Difference::NotNamed)
+                (is_named, Difference::NotNamed)
             }
-            Selection::Asked(asked) => asked.difference(group, name),
-        }
-    }
-
-    /// Group of a selected record.
-    ///
-    /// # Errors
-    /// If it is left out.
-    pub fn check(&self, record: &Record) -> Result<Group, LeftOut> {
-        let group = Group::of_record(record);
-        let name = Name {
-            key: &record.key,
-            cut_at: record.cut_at,
+            Selection::Asked(asked) => return asked.check(candidate),
         };
-        match self.difference(&group, name) {
-            Some(difference) => Err(LeftOut { group, difference }),
-            None => Ok(group),
-        }
+        if is_selected { Ok(()) } else { Err(difference) }
     }
 
     /// Adds everything that decides to a hash.
@@ -240,50 +243,39 @@ impl Selection {
 }
 
 impl Asked {
-    fn difference(&self, group: &Group, name: Name) -> Option<Difference> {
+    fn check(&self, candidate: &Candidate) -> Result<(), Difference> {
+        let group = &candidate.group;
         if group.is_mock {
-            return Some(Difference::Mock);
+            return Err(Difference::Mock);
         }
         if let Some(rows) = &self.rows
-            && rows.keys.contains(&keys::fingerprint(name.key))
+            && rows.keys.contains(&candidate.key)
         {
-            return None;
+            return Ok(());
         }
-        let is_there = |of: &dyn Fn(&&Teacher) -> bool| self.teachers.iter().any(|it| of(&it));
-        let has_endpoint = |teacher: &&Teacher| teacher.endpoints.contains(&group.endpoint);
-        let has_model = |teacher: &&Teacher| has_endpoint(teacher) && teacher.model == group.model;
-        let has_sampling =
-            |teacher: &&Teacher| has_model(teacher) && teacher.sampling == group.sampling;
-        if !is_there(&has_endpoint) {
-            return Some(Difference::Endpoint);
+        // Which property is the first that no teacher shares?
+        let mut like: Vec<&Teacher> = self.teachers.iter().collect();
+        like.retain(|teacher| teacher.endpoints.contains(&group.endpoint));
+        if like.is_empty() {
+            return Err(Difference::Endpoint);
         }
-        if !is_there(&has_model) {
-            return Some(Difference::Model);
+        like.retain(|teacher| teacher.model == group.model);
+        if like.is_empty() {
+            return Err(Difference::Model);
         }
-        if !is_there(&has_sampling) {
-            return Some(Difference::Sampling);
+        like.retain(|teacher| teacher.sampling == group.sampling);
+        if like.is_empty() {
+            return Err(Difference::Sampling);
         }
-        let rows = self.rows.as_ref()?;
-        let is_asked = rows.questions.contains(&question::fingerprint(name.key));
-        if is_asked && name.cut_at > 0 {
-            Some(Difference::Truncated)
-        } else {
-            Some(Difference::Question)
+        match &self.rows {
+            None => Ok(()),
+            Some(rows)
+                if candidate.is_truncated && rows.questions.contains(&candidate.question) =>
+            {
+                Err(Difference::Truncated)
+            }
+            Some(_) => Err(Difference::Question),
         }
-    }
-}
-
-/// A record that is left out because of its group.
-#[derive(Debug, Clone)]
-pub struct LeftOut {
-    pub group: Group,
-    pub difference: Difference,
-}
-
-impl fmt::Display for LeftOut {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let LeftOut { group, difference } = self;
-        write!(f, "{difference}: group {} ({group})", group.id())
     }
 }
 
@@ -307,16 +299,18 @@ impl Counts {
         })
     }
 
+    /// Notes a selected record that may still be dropped.
+    pub fn seen(&mut self, group: &Group) {
+        self.of(group);
+    }
+
     pub fn used(&mut self, group: &Group) {
         self.of(group).used += 1;
     }
 
-    pub fn left_out(&mut self, left: &LeftOut) {
-        let count = self.of(&left.group);
-        *count
-            .left_out
-            .entry(left.difference.to_string())
-            .or_default() += 1;
+    pub fn left_out(&mut self, group: &Group, difference: Difference) {
+        let left_out = &mut self.of(group).left_out;
+        *left_out.entry(difference.to_string()).or_default() += 1;
     }
 
     pub fn add(&mut self, other: Counts) {
@@ -352,25 +346,19 @@ impl Counts {
         unknown.map(String::as_str)
     }
 
-    /// How to use the groups that are left out; empty if there are none.
-    pub fn advice(&self) -> String {
-        let left_out = self.0.values().filter(|count| !count.left_out.is_empty());
-        let names: Vec<&str> = left_out
-            .map(|count| match count.group.is_mock {
-                true => "\"mock\"",
-                false => "\"all\"",
-            })
-            .collect();
-        let mut words: Vec<String> = ["\"all\"", "\"mock\""]
-            .into_iter()
-            .filter(|name| names.contains(name))
-            .map(str::to_owned)
-            .collect();
-        if words.is_empty() {
-            return String::new();
+    /// How to use the groups that are left out, if there are any.
+    pub fn advice(&self) -> Option<String> {
+        let mut words = Vec::new();
+        for (is_mock, word) in [(false, "\"all\""), (true, "\"mock\"")] {
+            let is_left_out =
+                |count: &Count| count.group.is_mock == is_mock && !count.left_out.is_empty();
+            if self.0.values().any(is_left_out) {
+                words.push(word);
+            }
         }
-        words.push("a list of groups".into());
-        format!("set data.groups to {} to use them", words.join(" or "))
+        let words = words.join(" or ");
+        (!words.is_empty())
+            .then(|| format!("set data.groups to {words}, or to a list of groups, to use them"))
     }
 
     /// One line for each group and reason: number of records, id, group, and the reason to leave them out.

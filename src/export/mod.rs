@@ -33,7 +33,7 @@ use serde::Serialize;
 use crate::cache::record::Record;
 use crate::config;
 use crate::data::dataset::prompt_of;
-use crate::data::groups::Selection;
+use crate::data::groups::{Candidate, Counts, Selection};
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs::Whole;
@@ -87,7 +87,7 @@ pub fn write(
         records,
         settings: settings.data,
         selection: settings.selection,
-        has_other_groups: false,
+        groups: Counts::default(),
         report: Report::default(),
     };
     match format {
@@ -152,19 +152,21 @@ pub struct Rows<'a, R> {
     records: R,
     settings: &'a config::Data,
     selection: &'a Selection,
-    /// Records were left out because of their group.
-    has_other_groups: bool,
+    groups: Counts,
     report: Report,
 }
 
 impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
     fn next(&mut self) -> Result<Option<Row>> {
         while let Some(record) = self.records.next().transpose()? {
-            if let Err(left) = self.selection.check(&record) {
-                self.has_other_groups = true;
-                self.leave_out(left.to_string());
+            let candidate = Candidate::of_record(&record);
+            let group = &candidate.group;
+            if let Err(difference) = self.selection.check(&candidate) {
+                self.groups.left_out(group, difference);
+                self.leave_out(format!("{difference}: group {} ({group})", group.id()));
                 continue;
             }
+            self.groups.seen(group);
             match prompt_of(&record, self.settings) {
                 Ok(prompt) => return Ok(Some(Row { record, prompt })),
                 Err(reason) => self.leave_out(reason),
@@ -198,6 +200,12 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
 
     /// The counts, once all rows are written.
     fn finish(self) -> Result<Report> {
+        if let Some(name) = self.groups.unknown_name(self.selection) {
+            bail!(Exit::Usage(format!(
+                "data.groups or --groups names \"{name}\", and the cache has no such group:\n{}",
+                self.groups.lines().join("\n")
+            )));
+        }
         if self.report.rows > 0 {
             return Ok(self.report);
         }
@@ -205,10 +213,9 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
         let reasons: Vec<_> = reasons
             .map(|(reason, count)| format!("{count}: {reason}"))
             .collect();
-        let advice = if self.has_other_groups {
-            "; --groups or data.groups selects other groups"
-        } else {
-            ""
+        let advice = match self.groups.advice() {
+            Some(advice) => format!("; {advice} (or --groups)"),
+            None => String::new(),
         };
         bail!(Exit::Usage(match reasons.is_empty() {
             true => "the cache is empty: run `distill harvest` first".into(),

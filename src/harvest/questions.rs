@@ -13,9 +13,7 @@ use crate::cache::keys::{self, Keys};
 use crate::cache::reader::Lines;
 use crate::cache::view::RecordView;
 use crate::config::{Config, Groups};
-use crate::data::groups::{
-    Asked, Counts, Difference, Group, LeftOut, Name, Rows, Selection, Teacher,
-};
+use crate::data::groups::{Asked, Candidate, Counts, Difference, Rows, Selection, Teacher};
 use crate::prompt::{self, Prompt};
 
 /// Selection of `data.groups`.
@@ -27,62 +25,52 @@ pub fn selection(config: &Config) -> Result<Selection> {
         Groups::All => Ok(Selection::All),
         Groups::Named(names) => Ok(Selection::Named(names.clone())),
         Groups::Asked if config.data.source.is_some() => Ok(Selection::All),
-        Groups::Asked => {
-            let selection = Selection::Asked(asked(config)?);
-            match &config.data.cache {
-                Some(dir) => of_other_run(dir, selection),
-                None => Ok(selection),
-            }
-        }
+        Groups::Asked => asked(config),
     }
 }
 
-/// Selects the only group of another run's cache if no answer in it is from a teacher of this config.
-fn of_other_run(dir: &Path, selection: Selection) -> Result<Selection> {
-    let mut counts = Counts::default();
-    if !cache::exists(dir) {
-        return Ok(selection);
-    }
-    let mut lines = Lines::open(dir)?;
-    while lines.advance().map_err(|error| lines.refuse_scan(error))? {
-        let record = RecordView::of_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
-        let group = Group::of_view(&record, &record.params());
-        let name = Name {
-            key: &record.key,
-            cut_at: record.cut_at,
-        };
-        match selection.difference(&group, name) {
-            None | Some(Difference::Question | Difference::Truncated) => return Ok(selection),
-            Some(difference) => counts.left_out(&LeftOut { group, difference }),
-        }
-    }
-    Ok(match counts.only() {
-        Some(only) => Selection::Named(vec![only.to_owned()]),
-        None => selection,
-    })
-}
-
-fn asked(config: &Config) -> Result<Asked> {
+fn asked(config: &Config) -> Result<Selection> {
     let askings = askings(config, &[])?;
     let teachers = askings.iter().map(|asking| {
         let teacher = &asking.lane.teacher;
         Teacher::new(&teacher.name, &teacher.base_url, &asking.body(&[], 0))
     });
     let teachers = teachers.collect();
-    let rows = match prompt::load(&config.prompts, || Ok(())) {
-        Ok(prompts) => Some(rows(config, prompts, askings)?),
-        Err(error) => {
-            // The cache of another run comes without its prompts.
-            if config.data.cache.is_none() {
-                tracing::warn!(
-                    "the prompts cannot be read, so answers are selected by endpoint, model and sampling \
-                     alone: {error:#}"
-                );
-            }
-            None
-        }
+    let prompts = prompt::load(&config.prompts, || Ok(()));
+    let (rows, problem) = match prompts {
+        Ok(prompts) => (Some(rows(config, prompts, askings)?), None),
+        Err(error) => (None, Some(error)),
     };
-    Ok(Asked { rows, teachers })
+    let selection = Selection::Asked(Asked { rows, teachers });
+    if let Some(dir) = &config.data.cache
+        && let Some(only) = only_group_of(dir, &selection)?
+    {
+        return Ok(Selection::Named(vec![only]));
+    }
+    if let Some(error) = problem {
+        tracing::warn!(
+            "the prompts cannot be read, so answers are selected by endpoint, model and sampling alone: {error:#}"
+        );
+    }
+    Ok(selection)
+}
+
+/// Id of the only group of another run's cache, if no answer in it is from a teacher of this config.
+fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
+    let mut counts = Counts::default();
+    if !cache::exists(dir) {
+        return Ok(None);
+    }
+    let mut lines = Lines::open(dir)?;
+    while lines.advance().map_err(|error| lines.refuse_scan(error))? {
+        let record = RecordView::of_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
+        let candidate = Candidate::of_view(&record, &record.params());
+        match selection.check(&candidate) {
+            Ok(()) | Err(Difference::Question | Difference::Truncated) => return Ok(None),
+            Err(difference) => counts.left_out(&candidate.group, difference),
+        }
+    }
+    Ok(counts.only().map(str::to_owned))
 }
 
 /// Rows of the plan, with all names under which the cache may hold their answers.

@@ -1,24 +1,18 @@
 //! Checks during the harvest whether an answer's logprobs can become soft labels. Pure.
 
 use crate::cache::record::Logprobs;
-use crate::data::align::{self, token_ids};
-
-/// Logprobs at or below are no logprobs: endpoints send -100, -9999 for "too small to tell".
-const SENTINEL: f32 = -100.0;
-
-/// By how much probabilities may sum to more than 1: they are rounded.
-const EXCESS: f64 = 1e-3;
+use crate::data::align::{self, EXCESS, is_usable, token_ids};
 
 /// Reason for which training cannot use these logprobs of `text`.
 pub fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
-    if !logprobs.matches_text {
-        let view = logprobs.into();
-        // The text of tokens that are named by id is known to their tokenizer.
-        if !token_ids::are_ids(&view) && !align::spells(&view, text.as_bytes()) {
-            return Some("its tokens do not spell the answer");
-        }
+    // The text of tokens that are named by id is known to their tokenizer.
+    if !logprobs.matches_text
+        && !token_ids::are_ids(&logprobs.token)
+        && !align::spells(&logprobs.into(), text.as_bytes())
+    {
+        return Some("its tokens do not spell the answer");
     }
-    let numbers = |values: &[Option<f32>]| values.iter().flatten().any(|value| *value > SENTINEL);
+    let numbers = |values: &[Option<f32>]| values.iter().flatten().any(is_usable);
     let has_numbers =
         numbers(&logprobs.logprob) || logprobs.top_logprob.iter().any(|top| numbers(top));
     if !has_numbers {
@@ -37,7 +31,7 @@ fn mass(top: &[String], values: &[Option<f32>]) -> f64 {
     let sum = |is_new: &dyn Fn(usize) -> bool| -> f64 {
         let usable = values.iter().enumerate();
         let usable =
-            usable.filter(|&(rank, value)| value.is_some_and(|v| v > SENTINEL) && is_new(rank));
+            usable.filter(|&(rank, value)| value.as_ref().is_some_and(is_usable) && is_new(rank));
         usable
             .map(|(_, value)| f64::from(value.unwrap_or(f32::MIN).exp()))
             .sum()

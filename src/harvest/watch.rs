@@ -64,7 +64,7 @@ impl Seen {
         };
         let logprobs = record.logprobs.as_ref();
         Seen {
-            has_token_ids: logprobs.is_some_and(|logprobs| token_ids::are_ids(&logprobs.into())),
+            has_token_ids: logprobs.is_some_and(|logprobs| token_ids::are_ids(&logprobs.token)),
             prompt: hash(&record.prompt_id),
             text: (hash(text), text.len()),
             without_logprobs: why,

@@ -10,7 +10,7 @@ use super::run::{Unit, UnitKind};
 /// Logprobs at or below are no logprobs: endpoints send -100, -9999 for "too small to tell".
 const SENTINEL: f32 = -100.0;
 /// By how much probabilities may sum to more than 1: they are rounded.
-const EXCESS: f64 = 1e-3;
+pub const EXCESS: f64 = 1e-3;
 
 /// What [`alternatives`] found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -113,7 +113,7 @@ pub(super) fn agreement(teacher: &LogprobsView, units: &[Unit]) -> Agreement {
     agreement
 }
 
-pub(super) fn is_usable(logprob: &f32) -> bool {
+pub fn is_usable(logprob: &f32) -> bool {
     logprob.is_finite() && *logprob > SENTINEL
 }
 

@@ -21,8 +21,8 @@ use super::gate::Agreement;
 use super::tokenizer::Tokenizer;
 use crate::cache::view::LogprobsView;
 use crate::ops::math::logaddexp;
-pub use alternatives::{Drawn, Known, alternatives};
-use alternatives::{agreement, is_usable, mass};
+pub use alternatives::{Drawn, EXCESS, Known, alternatives, is_usable};
+use alternatives::{agreement, mass};
 use run::UnitKind;
 pub use teacher::spells;
 use teacher::teacher_units;
@@ -184,7 +184,7 @@ impl<'a> Mapper<'a> {
         asked: Option<usize>,
     ) -> Result<Aligned, Mismatch> {
         let decoded;
-        let teacher = if token_ids::are_ids(teacher) {
+        let teacher = if token_ids::are_ids(&teacher.token) {
             decoded = token_ids::decoded(teacher, self.teacher.ok_or(Mismatch::TokenIds)?);
             &decoded
         } else {

@@ -15,8 +15,8 @@ pub fn parse(name: &[u8]) -> Option<u32> {
 }
 
 /// Returns true if all emitted tokens are named by id.
-pub fn are_ids(teacher: &LogprobsView) -> bool {
-    !teacher.token.is_empty() && teacher.token.iter().all(|name| parse(name).is_some())
+pub fn are_ids<T: AsRef<[u8]>>(tokens: &[T]) -> bool {
+    !tokens.is_empty() && tokens.iter().all(|name| parse(name.as_ref()).is_some())
 }
 
 /// Logprobs with the bytes of the tokens in place of their ids. Tokens without bytes, and ids that the tokenizer

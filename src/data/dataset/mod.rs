@@ -21,7 +21,7 @@ use crate::prompt::Message;
 pub use report::{NO_LOGPROBS, Report, by_reason};
 pub use rows::prompt_of;
 pub use show::{Shown, Token, show, text_of};
-use source::{Portion, Source};
+use source::Source;
 
 /// Told how many bytes of how many have been read; may end the reading by an error.
 pub type OnProgress<'a> = &'a mut (dyn FnMut(u64, u64) -> Result<()> + Send);
@@ -161,26 +161,22 @@ pub fn load(
 pub fn prompts(config: &Config, selection: &Selection) -> Result<HashMap<String, Vec<Message>>> {
     let source = Source::of(config);
     let mut prompts = HashMap::new();
-    let (mut reader, mut portion) = (source.open()?, Portion::default());
-    while reader.next(&mut portion)? {
-        let read = portion.rows(&source, (&config.data, selection), |_, row| {
-            let Ok(mut row) = row else {
-                return Ok(());
-            };
-            let answer = row.messages.iter().rposition(|m| m.role == "assistant");
-            row.messages.truncate(answer.unwrap_or_default());
-            if row.every_answer {
-                for (at, message) in row.messages.iter().enumerate() {
-                    if message.role == "assistant" {
-                        prompts.insert(row.key_of(at), row.messages[..at].to_vec());
-                    }
+    source.for_each_row((&config.data, selection), |row| {
+        let Ok(mut row) = row else {
+            return true;
+        };
+        let answer = row.messages.iter().rposition(|m| m.role == "assistant");
+        row.messages.truncate(answer.unwrap_or_default());
+        if row.every_answer {
+            for (at, message) in row.messages.iter().enumerate() {
+                if message.role == "assistant" {
+                    prompts.insert(row.key_of(at), row.messages[..at].to_vec());
                 }
             }
-            prompts.insert(row.key, row.messages);
-            Ok(())
-        });
-        read.map_err(|(_, error)| error)?;
-    }
+        }
+        prompts.insert(row.key, row.messages);
+        true
+    })?;
     Ok(prompts)
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Error, Result, bail};
 
 use super::report::{self, Report};
-use super::rows::{Reason, Row, Skipped};
+use super::rows::{Row, Skipped};
 use super::source::{Portion, Reader, Source};
 use super::{OnProgress, prompt_hash};
 use crate::config::{self, Thinking};
@@ -83,8 +83,7 @@ pub fn run(
         if reasons.is_empty() {
             reasons.push("it is empty".into());
         }
-        let advice = report.groups.advice();
-        if !advice.is_empty() {
+        if let Some(advice) = report.groups.advice() {
             reasons.push(format!("run `distill harvest`, or {advice}"));
         }
         bail!(Exit::Usage(format!(
@@ -190,7 +189,7 @@ impl Work<'_> {
     /// has an error.
     fn each_row(
         &self,
-        mut work: impl FnMut(u64, Result<Row, Skipped>) -> Result<()>,
+        mut work: impl FnMut(u64, Result<Row, Box<Skipped>>) -> Result<()>,
     ) -> Result<(), Failure> {
         let mut portion = Portion::default();
         let mut through = || {
@@ -269,9 +268,8 @@ impl<'a> Preparing<'a> {
     }
 
     /// Adds the answer of the row to those of its prompt.
-    pub(super) fn collect(&mut self, row: Result<Row, Skipped>, samples: &mut Samples) {
-        let ready = row.ok().and_then(|row| self.prepare(&row).ok());
-        if let Some(ready) = ready {
+    pub(super) fn collect(&mut self, row: Result<Row, Box<Skipped>>, samples: &mut Samples) {
+        if let Ok((_, ready)) = row.and_then(|row| self.ready(row)) {
             let (prompt, answer) = ready.input_ids.split_at(ready.answer);
             samples.add(prompt, answer);
         }
@@ -281,28 +279,25 @@ impl<'a> Preparing<'a> {
     fn add<'r>(
         &mut self,
         number: u64,
-        row: Result<Row<'r>, Skipped>,
+        row: Result<Row<'r>, Box<Skipped>>,
         part: &mut Part,
     ) -> Result<Vec<Row<'r>>> {
-        let row = row.map_err(|skipped| skipped.reason);
-        let ready = row.and_then(|row| {
-            if let Some(group) = &row.group {
-                self.report.groups.used(group);
-            }
-            Ok((self.prepare(&row)?, row))
-        });
-        let (ready, row) = match ready {
+        let ready = row.and_then(|row| self.ready(row));
+        let report = &mut self.report;
+        let (row, ready) = match ready {
             Ok(ready) => ready,
-            Err(Reason::Group(left)) => {
-                self.report.groups.left_out(&left);
-                return Ok(Vec::new());
-            }
-            Err(Reason::Other(reason)) => {
-                increment(&mut self.report.dropped, reason);
+            Err(skipped) => {
+                match (&skipped.group, skipped.difference) {
+                    (Some(group), Some(difference)) => report.groups.left_out(group, difference),
+                    (group, _) => {
+                        group.iter().for_each(|group| report.groups.seen(group));
+                        increment(&mut report.dropped, skipped.reason);
+                    }
+                }
                 return Ok(Vec::new());
             }
         };
-        let report = &mut self.report;
+        row.group.iter().for_each(|group| report.groups.used(group));
         report.kept += 1;
         report.tokens += ready.input_ids.len() as u64;
         report.positions += ready.labels.iter().map(|l| l.len() as u64).sum::<u64>();
@@ -349,8 +344,25 @@ impl<'a> Preparing<'a> {
         Ok(others.map(|message| row.up_to(message)).collect())
     }
 
+    /// A row with its example.
+    ///
+    /// # Errors
+    /// If it makes none.
+    pub(super) fn ready<'r>(&mut self, row: Row<'r>) -> Result<(Row<'r>, Ready), Box<Skipped>> {
+        match self.prepare(&row) {
+            Ok(ready) => Ok((row, ready)),
+            Err(reason) => Err(Box::new(Skipped {
+                key: row.key,
+                prompt_id: row.prompt_id,
+                group: row.group,
+                difference: None,
+                reason,
+            })),
+        }
+    }
+
     /// A row as an example, or the reason to leave it out.
-    pub(super) fn prepare(&mut self, row: &Row) -> Result<Ready, String> {
+    fn prepare(&mut self, row: &Row) -> Result<Ready, String> {
         let conversation =
             self.tokenizer
                 .conversation_at(&row.messages, row.every_answer, row.date);

@@ -134,8 +134,7 @@ impl fmt::Display for Report {
         for line in self.groups.lines() {
             write!(f, "\n{line}")?;
         }
-        let advice = self.groups.advice();
-        if !advice.is_empty() {
+        if let Some(advice) = self.groups.advice() {
             write!(f, "\n{advice}")?;
         }
         if !self.dropped.is_empty() {

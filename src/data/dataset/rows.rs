@@ -1,7 +1,5 @@
 //! The two sources of training data, a cache and a file of conversations, as rows of one kind.
 
-use std::fmt;
-
 use anyhow::{Context, Result};
 use jiff::civil::DateTime;
 use serde::Deserialize;
@@ -11,7 +9,7 @@ use crate::cache::record::{Record, Status};
 use crate::cache::view::{LogprobsView, RecordView};
 use crate::config::{self, Thinking};
 use crate::data::chat_template::answer_start;
-use crate::data::groups::{Group, LeftOut, Name, Selection};
+use crate::data::groups::{Candidate, Difference, Group, Selection};
 use crate::data::sampling::Sampling;
 use crate::prompt::Message;
 
@@ -70,38 +68,11 @@ impl<'a> Row<'a> {
 pub struct Skipped {
     pub key: String,
     pub prompt_id: String,
-    pub reason: Reason,
-}
-
-#[derive(Debug)]
-pub enum Reason {
-    Group(Box<LeftOut>),
-    Other(String),
-}
-
-impl Skipped {
-    pub fn of_row(row: &Row, reason: String) -> Skipped {
-        Skipped {
-            key: row.key.clone(),
-            prompt_id: row.prompt_id.clone(),
-            reason: Reason::Other(reason),
-        }
-    }
-}
-
-impl From<String> for Reason {
-    fn from(reason: String) -> Self {
-        Reason::Other(reason)
-    }
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Reason::Group(left) => left.fmt(f),
-            Reason::Other(reason) => f.write_str(reason),
-        }
-    }
+    /// None in a file.
+    pub group: Option<Group>,
+    /// Set if it is not selected.
+    pub difference: Option<Difference>,
+    pub reason: String,
 }
 
 /// Removes thinking from the beginning of answers, if the settings say so.
@@ -119,31 +90,38 @@ pub fn of_record<'a>(
     record: RecordView<'a>,
     settings: &config::Data,
     selection: &Selection,
-) -> Result<Row<'a>, Skipped> {
+) -> Result<Row<'a>, Box<Skipped>> {
+    let params = record.params();
+    let candidate = Candidate::of_view(&record, &params);
+    let checked = selection.check(&candidate);
     let (key, prompt_id) = (record.key.clone(), record.prompt_id.clone());
-    selected(record, settings, selection).map_err(|reason| Skipped {
-        key,
-        prompt_id,
-        reason,
-    })
+    let group = candidate.group;
+    let row = match checked {
+        Ok(()) => row(record, &params, settings),
+        Err(difference) => Err(difference.to_string()),
+    };
+    match row {
+        Ok(row) => Ok(Row {
+            group: Some(group),
+            ..row
+        }),
+        Err(reason) => Err(Box::new(Skipped {
+            key,
+            prompt_id,
+            group: Some(group),
+            difference: checked.err(),
+            reason,
+        })),
+    }
 }
 
-fn selected<'a>(
+fn row<'a>(
     mut record: RecordView<'a>,
+    params: &Value,
     settings: &config::Data,
-    selection: &Selection,
-) -> Result<Row<'a>, Reason> {
-    let params = record.params();
-    let group = Group::of_view(&record, &params);
-    let name = Name {
-        key: &record.key,
-        cut_at: record.cut_at,
-    };
-    if let Some(difference) = selection.difference(&group, name) {
-        return Err(Reason::Group(LeftOut { group, difference }.into()));
-    }
+) -> Result<Row<'a>, String> {
     is_wanted(record.status, &record.answer.finish_reason, settings)?;
-    let sampling = Sampling::of(&params);
+    let sampling = Sampling::of(params);
     let date = record.sent_at();
     let asked = params["top_logprobs"].as_u64();
     let messages = record.take_messages();
@@ -168,7 +146,7 @@ fn selected<'a>(
         ended,
         sampling,
         asked: asked.and_then(|asked| usize::try_from(asked).ok()),
-        group: Some(group),
+        group: None,
         date,
         logprobs: record.logprobs,
     })

@@ -5,9 +5,9 @@ use serde::Serialize;
 
 use super::prepare::{Preparing, Ready};
 use super::rows::{Row, Skipped};
-use super::source::{Portion, Source};
+use super::source::Source;
 use crate::config::{self, Config};
-use crate::data::groups::Selection;
+use crate::data::groups::{Group, Selection};
 use crate::data::samples::Samples;
 use crate::data::tokenizer::{Difference, Tokenizer};
 
@@ -84,38 +84,30 @@ pub fn show(
             key == id || prompt_id == id || is_beginning
         })
     };
-    let (mut reader, mut portion) = (source.open()?, Portion::default());
     let mut shown = Vec::new();
-    while shown.len() < limit && reader.next(&mut portion)? {
-        let read = portion.rows(&source, selected, |_, row| {
-            let mut rows = vec![row];
-            while let Some(row) = rows.pop() {
-                let (name, prompt_id) = match &row {
-                    Ok(row) => (&row.key, &row.prompt_id),
-                    Err(skipped) => (&skipped.key, &skipped.prompt_id),
-                };
-                let base = name.split(':').next().unwrap_or(name);
-                if shown.len() >= limit || !is_named(name, prompt_id) && !is_named(base, prompt_id)
-                {
-                    continue;
-                }
-                let ready = row.and_then(|row| match preparing.prepare(&row) {
-                    Ok(ready) => Ok((row, ready)),
-                    Err(reason) => Err(Skipped::of_row(&row, reason)),
-                });
-                match ready {
-                    Ok((row, ready)) => {
-                        rows.extend(ready.separate.iter().map(|at| Ok(row.up_to(*at))));
-                        shown.push(shown_of(row, ready, tokenizer));
-                    }
-                    Err(skipped) if id.is_some() => shown.push(left_out(skipped)),
-                    Err(_) => {}
-                }
+    source.for_each_row(selected, |row| {
+        let mut rows = vec![row];
+        while let Some(row) = rows.pop() {
+            let (name, prompt_id) = match &row {
+                Ok(row) => (&row.key, &row.prompt_id),
+                Err(skipped) => (&skipped.key, &skipped.prompt_id),
+            };
+            let base = name.split(':').next().unwrap_or(name);
+            let is_asked = is_named(name, prompt_id) || is_named(base, prompt_id);
+            if !is_asked || shown.len() >= limit {
+                continue;
             }
-            Ok(())
-        });
-        read.map_err(|(_, error)| error)?;
-    }
+            match row.and_then(|row| preparing.ready(row)) {
+                Ok((row, ready)) => {
+                    rows.extend(ready.separate.iter().map(|at| Ok(row.up_to(*at))));
+                    shown.push(shown_of(row, ready, tokenizer));
+                }
+                Err(skipped) if id.is_some() => shown.push(left_out(*skipped)),
+                Err(_) => {}
+            }
+        }
+        shown.len() < limit
+    })?;
     Ok(shown)
 }
 
@@ -127,23 +119,23 @@ fn samples_of(
 ) -> Result<Samples> {
     let (mut samples, none) = (Samples::default(), Samples::default());
     let mut preparing = Preparing::new(source, selected.0, tokenizers, &none);
-    let (mut reader, mut portion) = (source.open()?, Portion::default());
-    while reader.next(&mut portion)? {
-        let read = portion.rows(source, selected, |_, row| {
-            preparing.collect(row, &mut samples);
-            Ok(())
-        });
-        read.map_err(|(_, error)| error)?;
-    }
+    source.for_each_row(selected, |row| {
+        preparing.collect(row, &mut samples);
+        true
+    })?;
     Ok(samples)
+}
+
+fn group_text(group: &Group) -> String {
+    format!("{} ({group})", group.id())
 }
 
 fn left_out(skipped: Skipped) -> Shown {
     Shown {
-        left_out: Some(skipped.reason.to_string()),
+        left_out: Some(skipped.reason),
         key: skipped.key,
         prompt_id: skipped.prompt_id,
-        group: None,
+        group: skipped.group.as_ref().map(group_text),
         ce_only: None,
         difference: None,
         tokens: Vec::new(),
@@ -198,7 +190,7 @@ fn shown_of(row: Row, ready: Ready, tokenizer: &Tokenizer) -> Shown {
     Shown {
         key: row.key,
         prompt_id: row.prompt_id,
-        group: row.group.map(|group| format!("{} ({group})", group.id())),
+        group: row.group.as_ref().map(group_text),
         left_out: None,
         ce_only: ready.ce_only,
         difference: ready.difference,

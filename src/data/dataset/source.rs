@@ -92,6 +92,27 @@ impl Source {
         Ok(())
     }
 
+    /// Calls `each` with every row, or the reason to leave it out, until it returns false.
+    ///
+    /// # Errors
+    /// If it cannot be read, or a row of a file is none.
+    pub fn for_each_row(
+        &self,
+        selected: (&config::Data, &Selection),
+        mut each: impl FnMut(Result<Row, Box<Skipped>>) -> bool,
+    ) -> Result<()> {
+        let (mut reader, mut portion) = (self.open()?, Portion::default());
+        let mut is_wanted = true;
+        while is_wanted && reader.next(&mut portion)? {
+            let read = portion.rows(self, selected, |_, row| {
+                is_wanted = is_wanted && each(row);
+                Ok(())
+            });
+            read.map_err(|(_, error)| error)?;
+        }
+        Ok(())
+    }
+
     /// Opens it for reading.
     ///
     /// # Errors
@@ -235,7 +256,7 @@ impl Portion {
         &self,
         source: &Source,
         (settings, selection): (&config::Data, &Selection),
-        mut each: impl FnMut(u64, Result<Row, Skipped>) -> Result<()>,
+        mut each: impl FnMut(u64, Result<Row, Box<Skipped>>) -> Result<()>,
     ) -> Result<(), (u64, anyhow::Error)> {
         let mut start = 0;
         for line in &self.lines {

@@ -111,7 +111,7 @@ pub fn encode(
             writer.done.answers.push(skipped);
             continue;
         }
-        // Some templates reject such a prefix; then there is no generation prompt to compare with.
+        // Some templates reject conversations that end before an answer.
         let prompt = template.render_text(&messages[..answer.message], true).ok();
         let end = match &prompt {
             Some(prompt) => answer.end_of_prompt(&text, prompt),

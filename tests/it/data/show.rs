@@ -92,7 +92,7 @@ fn an_example_is_shown_token_by_token() {
     );
     let (status, printed) = show(&["--id", "nobody"]);
     assert!(
-        status == 2 && printed.contains("no row \"nobody\""),
+        status == 2 && printed.contains("no row matches \"nobody\""),
         "{printed}"
     );
 }

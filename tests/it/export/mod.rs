@@ -343,7 +343,7 @@ fn the_command_line_refuses_before_it_writes() {
                 "--to", "trl", "--dir", "cache", "-o", "x", "--groups", "a,b",
             ],
             2,
-            "not in data.groups",
+            "no such group",
         ),
         (
             &[
