@@ -295,9 +295,9 @@ pub struct ShowDataArgs {
     /// an example]
     #[arg(long, value_name = "ID")]
     pub id: Option<String>,
-    /// Maximum number of examples
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub limit: usize,
+    /// Maximum number of examples [default: 1 without --id]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub limit: Option<u64>,
 }
 
 #[derive(Debug, Clone, Args)]

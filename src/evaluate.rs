@@ -93,7 +93,13 @@ pub fn run(
     if let Some(date) = config.student.template_date {
         tokenizer.set_date(date.into());
     }
-    let teacher = against_teacher(config, selection, &model, &tokenizer)?;
+    let teacher = match against_teacher(config, selection, &model, &tokenizer) {
+        Err(error) if truth.is_some() && matches!(error.downcast_ref(), Some(Exit::Usage(_))) => {
+            tracing::warn!("the student is not compared with its teacher: {error:#}");
+            None
+        }
+        teacher => teacher?,
+    };
     if truth.is_none() && teacher.is_none() {
         bail!(Exit::Usage(
             "there is nothing to evaluate on: set eval.source to held-out rows with their true \
@@ -211,6 +217,10 @@ fn against_teacher(
         }
         None => return Ok(None),
     };
+    let groups = data.report.groups.lines();
+    if groups.len() > 1 || data.report.groups.advice().is_some() {
+        tracing::warn!("answers of the teacher:\n{}", groups.join("\n"));
+    }
     if data.validation().is_empty() {
         return Ok(None);
     }

@@ -10,7 +10,7 @@ use super::keys::{self, Fingerprint, Keys};
 use super::line;
 use super::question::{self, Question};
 use super::reader::Lines;
-use super::record::Record;
+use super::record::{Record, is_mock};
 use crate::terminal::format_count;
 
 /// Answers that are not those to what is asked.
@@ -52,6 +52,7 @@ struct Origin {
     endpoint: String,
     #[serde(default)]
     teacher: String,
+    fingerprint: String,
 }
 
 impl Origin {
@@ -121,7 +122,7 @@ pub fn census(
             .map_err(|fault| lines.refuse(fault))?;
         // A truncated answer is one where no more tokens are asked for.
         let is_enough = |max_tokens: &u32| origin.cut_at == 0 || origin.cut_at >= *max_tokens;
-        if open.get(&half).is_some_and(is_enough) {
+        if open.get(&half).is_some_and(is_enough) && !is_mock(&origin.fingerprint) {
             *census.elsewhere.entry(origin.place()).or_default() += 1;
             continue;
         }

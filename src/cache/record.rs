@@ -61,6 +61,11 @@ pub struct Record {
     pub extra: Map<String, Value>,
 }
 
+/// Returns true if the answer is of `distill serve --mock`, by its `system_fingerprint`.
+pub fn is_mock(fingerprint: &str) -> bool {
+    fingerprint == "fp_mock"
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {

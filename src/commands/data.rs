@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{load_config, print, print_json};
 use crate::cli::{DataArgs, DataCommand, Global, ShowDataArgs};
-use crate::data::dataset::{self, Shown, Token};
+use crate::data::dataset::{self, Shown, Token, by_reason};
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::harvest;
@@ -30,15 +30,20 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
     let tokenizer = Tokenizer::for_student(&config.student)?;
     let selection = harvest::selection(&config)?;
     let id = args.id.as_deref();
-    let shown = dataset::show(&config, &selection, &tokenizer, id, args.limit)?;
+    // A prompt id may name several records.
+    let limit = match (args.limit, id) {
+        (Some(limit), _) => usize::try_from(limit)?,
+        (None, Some(_)) => usize::MAX,
+        (None, None) => 1,
+    };
+    let (shown, skipped) = dataset::show(&config, &selection, &tokenizer, id, limit)?;
     if shown.is_empty() {
         bail!(Exit::Usage(match id {
             Some(id) => format!(
-                "no row matches \"{id}\": give the key of a record or at least its first six digits, a prompt id, or the \
-                 line of a file"
+                "no row matches \"{id}\": give the key of a record or at least its first six digits, a prompt id, \
+                 or the line of a file of conversations"
             ),
-            None =>
-                "no row makes an example: `distill train` shows the reasons, or --limit is 0".into(),
+            None => format!("no row makes an example: {}", by_reason(&skipped)),
         }));
     }
     if global.json {

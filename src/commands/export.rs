@@ -76,7 +76,7 @@ fn source(
         (Some(dir), _) => {
             let selection = match groups {
                 None | Some(Groups::All) => Selection::All,
-                Some(Groups::Named(names)) => Selection::Named(names),
+                Some(Groups::Named(names)) => harvest::named(dir, names)?,
                 Some(Groups::Asked) => bail!(Exit::Usage(
                     "--groups asked needs the questions of a config: give -c FILE".into()
                 )),

@@ -41,7 +41,10 @@ pub enum Groups {
 }
 
 #[derive(Clone, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected \"asked\", \"all\", or a list of groups, models or teachers"
+)]
 enum OneOrMany {
     One(String),
     Many(Vec<String>),

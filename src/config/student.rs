@@ -64,8 +64,8 @@ impl TryFrom<String> for TemplateDate {
         if text == "record" {
             return Ok(Self::Record);
         }
-        let date = text.parse().map_err(|error| {
-            format!("expected \"record\" or a date such as \"2026-01-31\", found {text:?}: {error}")
+        let date = text.parse().map_err(|_| {
+            format!("expected \"record\" or a date such as \"2026-01-31\", found {text:?}")
         });
         date.map(Self::Fixed)
     }

@@ -8,11 +8,9 @@ use serde_json::Value;
 
 use crate::cache::keys::{self, Fingerprint, Keys};
 use crate::cache::question;
-use crate::cache::record::Record;
+use crate::cache::record::{Record, is_mock};
 use crate::cache::view::RecordView;
 
-/// `system_fingerprint` of `distill serve --mock`.
-const MOCK_FINGERPRINT: &str = "fp_mock";
 /// Name of all groups of a mock.
 const MOCK: &str = "mock";
 /// Hex digits of a group's id.
@@ -44,16 +42,24 @@ impl Group {
 
     /// Model and sampling, without the address.
     pub fn model_and_sampling(&self) -> String {
-        format!("{}, {}", self.model, self.sampling)
+        format!("{}{}, {}", self.model, self.mock_note(), self.sampling)
     }
 
-    fn is_named(&self, name: &str) -> bool {
-        let by_name = self.endpoint.strip_prefix("name:");
+    fn mock_note(&self) -> &'static str {
+        if self.is_mock { ", a mock" } else { "" }
+    }
+
+    /// A mock has the model name and perhaps the address of what it stands for, so these do not name its groups.
+    pub fn is_named(&self, name: &str) -> bool {
+        if name == self.id() {
+            return true;
+        }
+        if self.is_mock {
+            return name == MOCK;
+        }
         name == self.model
-            || name == self.endpoint
-            || by_name == Some(name)
-            || name == self.id()
-            || name == MOCK && self.is_mock
+            || self.endpoint.strip_prefix("name:") == Some(name)
+            || self.endpoint == question::endpoint("", name)
     }
 }
 
@@ -63,11 +69,10 @@ impl fmt::Display for Group {
             endpoint,
             model,
             sampling,
-            is_mock,
+            is_mock: _,
         } = self;
         let endpoint = endpoint.strip_prefix("name:").unwrap_or(endpoint);
-        let mock = if *is_mock { ", a mock" } else { "" };
-        write!(f, "{model} at {endpoint}{mock}, {sampling}")
+        write!(f, "{model} at {endpoint}{}, {sampling}", self.mock_note())
     }
 }
 
@@ -92,7 +97,7 @@ impl Candidate {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: record.request_model().to_owned(),
             sampling: question::sampling(params),
-            is_mock: record.fingerprint == MOCK_FINGERPRINT,
+            is_mock: is_mock(&record.fingerprint),
         };
         Candidate::new(group, &record.key, record.cut_at)
     }
@@ -102,7 +107,7 @@ impl Candidate {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: model_of(&record.request),
             sampling: question::sampling(&record.request),
-            is_mock: record.fingerprint == MOCK_FINGERPRINT,
+            is_mock: is_mock(&record.fingerprint),
         };
         Candidate::new(group, &record.key, record.cut_at)
     }
@@ -157,8 +162,6 @@ pub struct Rows {
 /// Which records of a cache are trained on.
 #[derive(Debug, Clone)]
 pub enum Selection {
-    /// Every record.
-    Any,
     /// All but those of a mock.
     All,
     /// By id, model, endpoint or teacher; "mock" names all groups of a mock.
@@ -176,6 +179,7 @@ pub enum Difference {
     Model,
     Sampling,
     Truncated,
+    Adoptable,
     Question,
 }
 
@@ -187,7 +191,12 @@ impl fmt::Display for Difference {
             Difference::Endpoint => "another endpoint",
             Difference::Model => "another model",
             Difference::Sampling => "other sampling parameters",
-            Difference::Truncated => "truncated before sampling.max_tokens",
+            Difference::Truncated => {
+                "truncated at a smaller max_tokens; `distill harvest` requests them again"
+            }
+            Difference::Adoptable => {
+                "from another endpoint to this config's questions; `distill cache adopt` takes them over"
+            }
             Difference::Question => "other prompts, template, samples, seed, schema or tools",
         })
     }
@@ -199,7 +208,6 @@ impl Selection {
     pub fn check(&self, candidate: &Candidate) -> Result<(), Difference> {
         let group = &candidate.group;
         let (is_selected, difference) = match self {
-            Selection::Any => return Ok(()),
             Selection::All => (!group.is_mock, Difference::Mock),
             Selection::Named(names) => {
                 let is_named = names.iter().any(|name| group.is_named(name));
@@ -213,9 +221,6 @@ impl Selection {
     /// Adds everything that decides to a hash.
     pub fn update(&self, hash: &mut blake3::Hasher) {
         match self {
-            Selection::Any => {
-                hash.update(b"any");
-            }
             Selection::All => {
                 hash.update(b"all");
             }
@@ -252,6 +257,15 @@ impl Asked {
             && rows.keys.contains(&candidate.key)
         {
             return Ok(());
+        }
+        if let Some(rows) = &self.rows
+            && rows.questions.contains(&candidate.question)
+        {
+            return Err(if candidate.is_truncated {
+                Difference::Truncated
+            } else {
+                Difference::Adoptable
+            });
         }
         // Which property is the first that no teacher shares?
         let mut like: Vec<&Teacher> = self.teachers.iter().collect();
@@ -299,11 +313,6 @@ impl Counts {
         })
     }
 
-    /// Notes a selected record that may still be dropped.
-    pub fn seen(&mut self, group: &Group) {
-        self.of(group);
-    }
-
     pub fn used(&mut self, group: &Group) {
         self.of(group).used += 1;
     }
@@ -324,26 +333,10 @@ impl Counts {
         }
     }
 
-    /// Id of the only group, unless it is a mock's.
-    pub fn only(&self) -> Option<&str> {
-        let (id, count) = self.0.first_key_value().filter(|_| self.0.len() == 1)?;
-        (!count.group.is_mock).then_some(id.as_str())
-    }
-
     /// Groups that are used, with the number of their records.
     pub fn all_used(&self) -> impl Iterator<Item = (&Group, u64)> {
         let used = self.0.values().filter(|count| count.used > 0);
         used.map(|count| (&count.group, count.used))
-    }
-
-    /// A name of the selection that no group has.
-    pub fn unknown_name<'n>(&self, selection: &'n Selection) -> Option<&'n str> {
-        let Selection::Named(names) = selection else {
-            return None;
-        };
-        let is_known = |name: &&String| self.0.values().any(|count| count.group.is_named(name));
-        let unknown = names.iter().find(|name| !is_known(name));
-        unknown.map(String::as_str)
     }
 
     /// How to use the groups that are left out, if there are any.
@@ -361,25 +354,21 @@ impl Counts {
             .then(|| format!("set data.groups to {words}, or to a list of groups, to use them"))
     }
 
-    /// One line for each group and reason: number of records, id, group, and the reason to leave them out.
+    /// One line for each group: its id and properties, the number of records used, and of those left out by reason.
     pub fn lines(&self) -> Vec<String> {
-        let mut lines = Vec::new();
-        for (id, count) in &self.0 {
+        let line = |(id, count): (&String, &Count)| {
             let Count {
                 group,
                 used,
                 left_out,
             } = count;
-            if *used > 0 {
-                lines.push(format!("{used} records of group {id} ({group})"));
-            }
-            for (reason, count) in left_out {
-                lines.push(format!(
-                    "{count} records of group {id} ({group}) left out: {reason}"
-                ));
-            }
-        }
-        lines
+            let used = (*used > 0).then(|| format!("{used} used"));
+            let left_out = left_out.iter();
+            let left_out = left_out.map(|(reason, count)| format!("{count} left out: {reason}"));
+            let parts: Vec<String> = used.into_iter().chain(left_out).collect();
+            format!("group {id} ({group}): {}", parts.join("; "))
+        };
+        self.0.iter().map(line).collect()
     }
 }
 

@@ -166,7 +166,6 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
                 self.leave_out(format!("{difference}: group {} ({group})", group.id()));
                 continue;
             }
-            self.groups.seen(group);
             match prompt_of(&record, self.settings) {
                 Ok(prompt) => return Ok(Some(Row { record, prompt })),
                 Err(reason) => self.leave_out(reason),
@@ -200,12 +199,6 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
 
     /// The counts, once all rows are written.
     fn finish(self) -> Result<Report> {
-        if let Some(name) = self.groups.unknown_name(self.selection) {
-            bail!(Exit::Usage(format!(
-                "data.groups or --groups names \"{name}\", and the cache has no such group:\n{}",
-                self.groups.lines().join("\n")
-            )));
-        }
         if self.report.rows > 0 {
             return Ok(self.report);
         }

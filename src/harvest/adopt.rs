@@ -10,7 +10,7 @@ use super::plan::{Plan, Scope};
 use super::{Standing, askings};
 use crate::cache::census::half_of;
 use crate::cache::question::{self, Past};
-use crate::cache::record::SCHEMA;
+use crate::cache::record::{SCHEMA, is_mock};
 use crate::cache::rewrite::{Fate, rewrite};
 use crate::cache::{self, line};
 use crate::config::Config;
@@ -21,6 +21,8 @@ use crate::prompt;
 pub struct Adopted {
     /// Records that answer questions of the config now.
     pub records: u64,
+    /// Answers of a mock at another address, which are not taken over.
+    pub mocks: u64,
     /// Questions of the config.
     pub questions: u64,
     /// Of these, answered now, adopted answers included.
@@ -31,6 +33,7 @@ pub struct Adopted {
 struct AdoptableRow<'a> {
     key: &'a str,
     teacher: &'a str,
+    base_url: &'a str,
     max_tokens: u32,
 }
 
@@ -46,6 +49,13 @@ impl AdoptableRow<'_> {
     fn is_answered_by(&self, cut_at: u32) -> bool {
         cut_at == 0 || cut_at >= self.max_tokens
     }
+}
+
+/// Returns true if one of the rows is asked at this address.
+fn is_asked(rows: &[AdoptableRow], base_url: &str) -> bool {
+    let address = question::endpoint("", base_url);
+    rows.iter()
+        .any(|row| question::endpoint("", row.base_url) == address)
 }
 
 /// Takes over the answers in the cache of the run folder.
@@ -72,6 +82,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             of_question.push(AdoptableRow {
                 key: &row.key,
                 teacher: &settings.teacher.name,
+                base_url: &settings.teacher.base_url,
                 max_tokens: settings.sampling.max_tokens,
             });
         }
@@ -86,6 +97,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
         None
     };
     let mut others = Vec::new();
+    let mut mocks = 0;
     for record in records.into_iter().flatten() {
         let record = record?;
         let cut_at = question::cut_at(&record.request, &record.answer.finish_reason);
@@ -94,12 +106,16 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             continue;
         };
         // What answers a question of this config already stays where it is.
-        let mut of_question = of_question.iter();
-        match of_question.find(|row| row.key_of_answer(cut_at) == record.key) {
+        let is_ours = |row: &&AdoptableRow| row.key_of_answer(cut_at) == record.key;
+        match of_question.iter().find(is_ours) {
             Some(row) if row.is_answered_by(cut_at) => {
                 answered.insert(row.key);
             }
             Some(_) => {}
+            // A mock may only have stood in for the teacher.
+            None if is_mock(&record.fingerprint) && !is_asked(of_question, &record.endpoint) => {
+                mocks += 1;
+            }
             None => others.push((cut_at, half, record.key)),
         }
     }
@@ -139,6 +155,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     })?;
     Ok(Adopted {
         records,
+        mocks,
         questions: plan.rows.len() as u64,
         answered: answered.len() as u64,
     })

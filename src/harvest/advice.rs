@@ -84,9 +84,10 @@ pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
         } else {
             "look at the warnings, and then "
         };
+        let before = summary.before_training;
         steps.push(match config.as_str() {
-            "" => format!("{first}train: `distill train` with the same config"),
-            config => format!("{first}train: `distill train {config}`"),
+            "" => format!("{first}{before}train: `distill train` with the same config"),
+            config => format!("{first}{before}train: `distill train {config}`"),
         });
     }
     steps

@@ -78,7 +78,7 @@ pub use books::{MergeAccount, dearest};
 pub use clock::WallClock;
 pub use estimate::Estimate;
 pub use judge::{Judge, Told};
-pub use questions::selection;
+pub use questions::{named, selection};
 pub use shard::Shard;
 pub use summary::{SUMMARY_VERSION, Summary};
 pub use teacher::{Fault, Reply, Transport};

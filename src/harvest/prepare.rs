@@ -40,6 +40,17 @@ pub(super) fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>>
     lanes.map(asking).collect()
 }
 
+/// What to change in the config before it can train on the answers of its run, for the advice after the run.
+pub(super) fn before_training(config: &Config) -> &'static str {
+    if config.data.cache.is_some() {
+        "unset data.cache, which is the cache of another run, and then "
+    } else if !config.student.path.join("tokenizer.json").exists() {
+        "set student.path to a model folder, and then "
+    } else {
+        ""
+    }
+}
+
 /// Refuses what no limit and no budget will ever let go.
 ///
 /// # Errors

@@ -1,9 +1,10 @@
 //! Questions of a config: which records of a cache are answers to them.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::plan::{Plan, Scope, Standing};
 use super::prepare::askings;
@@ -13,20 +14,61 @@ use crate::cache::keys::{self, Keys};
 use crate::cache::reader::Lines;
 use crate::cache::view::RecordView;
 use crate::config::{Config, Groups};
-use crate::data::groups::{Asked, Candidate, Counts, Difference, Rows, Selection, Teacher};
+use crate::data::groups::{Asked, Candidate, Difference, Rows, Selection, Teacher};
+use crate::exit::Exit;
 use crate::prompt::{self, Prompt};
 
 /// Selection of `data.groups`.
 ///
 /// # Errors
-/// If a schema of the config or the cache of another run cannot be read.
+/// If a schema of the config or the cache cannot be read; [`Exit::Usage`] for a name that no group has.
 pub fn selection(config: &Config) -> Result<Selection> {
     match &config.data.groups {
         Groups::All => Ok(Selection::All),
-        Groups::Named(names) => Ok(Selection::Named(names.clone())),
+        Groups::Named(names) => named(&config.training_cache(), names.clone()),
         Groups::Asked if config.data.source.is_some() => Ok(Selection::All),
         Groups::Asked => asked(config),
     }
+}
+
+/// Selects the groups of these names.
+///
+/// # Errors
+/// If the cache cannot be read; [`Exit::Usage`] for a name that no group has.
+pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
+    let mut unknown = names.clone();
+    let mut groups = BTreeMap::new();
+    each_candidate(dir, |candidate| {
+        let group = candidate.group;
+        unknown.retain(|name| !group.is_named(name));
+        groups.entry(group.id()).or_insert(group);
+        !unknown.is_empty()
+    })?;
+    // Without a cache, its absence is reported when it is read.
+    if let (Some(name), true) = (unknown.first(), cache::exists(dir)) {
+        let lines = groups.iter().map(|(id, group)| format!("\n{id}: {group}"));
+        bail!(Exit::Usage(format!(
+            "data.groups (or --groups) names \"{name}\", and {} has no such group, but:{}",
+            dir.display(),
+            lines.collect::<String>()
+        )));
+    }
+    Ok(Selection::Named(names))
+}
+
+/// Calls `each` with the records of a cache until it returns false.
+fn each_candidate(dir: &Path, mut each: impl FnMut(Candidate) -> bool) -> Result<()> {
+    if !cache::exists(dir) {
+        return Ok(());
+    }
+    let mut lines = Lines::open(dir)?;
+    while lines.advance().map_err(|error| lines.refuse_scan(error))? {
+        let record = RecordView::of_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
+        if !each(Candidate::of_view(&record, &record.params())) {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn asked(config: &Config) -> Result<Selection> {
@@ -45,6 +87,9 @@ fn asked(config: &Config) -> Result<Selection> {
     if let Some(dir) = &config.data.cache
         && let Some(only) = only_group_of(dir, &selection)?
     {
+        tracing::warn!(
+            "data.cache has no answers of this config's teacher, model and sampling: its only group is used"
+        );
         return Ok(Selection::Named(vec![only]));
     }
     if let Some(error) = problem {
@@ -55,22 +100,26 @@ fn asked(config: &Config) -> Result<Selection> {
     Ok(selection)
 }
 
-/// Id of the only group of another run's cache, if no answer in it is from a teacher of this config.
+/// Id of the only group of another run's cache, if none of its answers is of a mock or of this config's teachers.
 fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
-    let mut counts = Counts::default();
-    if !cache::exists(dir) {
-        return Ok(None);
-    }
-    let mut lines = Lines::open(dir)?;
-    while lines.advance().map_err(|error| lines.refuse_scan(error))? {
-        let record = RecordView::of_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
-        let candidate = Candidate::of_view(&record, &record.params());
-        match selection.check(&candidate) {
-            Ok(()) | Err(Difference::Question | Difference::Truncated) => return Ok(None),
-            Err(difference) => counts.left_out(&candidate.group, difference),
-        }
-    }
-    Ok(counts.only().map(str::to_owned))
+    let mut groups = BTreeMap::new();
+    let mut has_answers = false;
+    each_candidate(dir, |candidate| {
+        has_answers = matches!(
+            selection.check(&candidate),
+            Ok(())
+                | Err(Difference::Question
+                    | Difference::Truncated
+                    | Difference::Adoptable
+                    | Difference::Mock)
+        );
+        groups.insert(candidate.group.id(), candidate.group);
+        !has_answers && groups.len() < 2
+    })?;
+    Ok(match groups.len() {
+        1 if !has_answers => groups.into_keys().next(),
+        _ => None,
+    })
 }
 
 /// Rows of the plan, with all names under which the cache may hold their answers.

@@ -82,6 +82,9 @@ pub struct Summary {
     /// [`Config::arguments`]: crate::config::Config::arguments
     #[serde(skip)]
     pub arguments: String,
+    /// What the config needs before it can train; empty if nothing.
+    #[serde(skip)]
+    pub before_training: &'static str,
     /// The rows of `failed`, and those that a filter refused, for `failures.jsonl`.
     #[serde(skip)]
     pub failed_rows: Vec<FailedRow>,

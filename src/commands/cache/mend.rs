@@ -127,11 +127,18 @@ pub fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
     if json {
         return print_json(&json!({
             "version": VERSION, "dir": dir, "adopted": done.records, "questions": done.questions,
-            "answered": done.answered,
+            "answered": done.answered, "mocks": done.mocks,
         }));
     }
+    let mocks = match done.mocks {
+        0 => String::new(),
+        count => format!(
+            "; {} answers of a mock were not taken over",
+            format_count(count)
+        ),
+    };
     print(&format!(
-        "adopted: {} answers in {}; {} of the {} questions of this config have an answer now\n",
+        "adopted: {} answers in {}; {} of the {} questions of this config have an answer now{mocks}\n",
         format_count(done.records),
         dir.display(),
         format_count(done.answered),

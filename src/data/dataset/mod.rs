@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use super::groups::Selection;
 use super::prepared::{self, ExampleView, Prepared, Sink, VERSION};
 use super::tokenizer::Tokenizer;
-use crate::config::{self, Config};
+use crate::config::{self, Config, Groups};
 use crate::exit::Exit;
 use crate::fs;
 use crate::prompt::Message;
@@ -187,7 +187,11 @@ pub fn prompts(config: &Config, selection: &Selection) -> Result<HashMap<String,
 pub fn held_out(dir: &Path, settings: &config::Data, tokenizer: &Tokenizer) -> Result<Dataset> {
     let source = Source::Cache(dir.to_owned());
     let nothing = &mut |_, _| Ok(());
-    let selected = (settings, &Selection::Any);
+    let selection = match &settings.groups {
+        Groups::Named(names) => Selection::Named(names.clone()),
+        Groups::Asked | Groups::All => Selection::All,
+    };
+    let selected = (settings, &selection);
     let files = prepare::run(&source, selected, tokenizer, Sink::Memory, "", nothing)?;
     Ok(Dataset::new(Prepared::in_memory(files)?, 1.0, true))
 }

@@ -67,13 +67,6 @@ pub fn run(
         report.add(done.report);
         entries.extend(done.entries);
     }
-    if let Some(name) = report.groups.unknown_name(selection) {
-        bail!(Exit::Usage(format!(
-            "data.groups names \"{name}\", and {} has no such group:\n{}",
-            source.path().display(),
-            report.groups.lines().join("\n")
-        )));
-    }
     if let Some(reason) = report.dropped.keys().find(|it| it.contains(NEEDS_DATE)) {
         bail!(Exit::Usage(reason.clone()));
     }
@@ -84,7 +77,11 @@ pub fn run(
             reasons.push("it is empty".into());
         }
         if let Some(advice) = report.groups.advice() {
-            reasons.push(format!("run `distill harvest`, or {advice}"));
+            reasons.push(if settings.cache.is_some() {
+                format!("data.cache is the cache of another run: {advice}")
+            } else {
+                format!("run `distill harvest`, or {advice}")
+            });
         }
         bail!(Exit::Usage(format!(
             "no example can be made of the {} records in {}: {}",
@@ -289,10 +286,7 @@ impl<'a> Preparing<'a> {
             Err(skipped) => {
                 match (&skipped.group, skipped.difference) {
                     (Some(group), Some(difference)) => report.groups.left_out(group, difference),
-                    (group, _) => {
-                        group.iter().for_each(|group| report.groups.seen(group));
-                        increment(&mut report.dropped, skipped.reason);
-                    }
+                    _ => increment(&mut report.dropped, skipped.reason),
                 }
                 return Ok(Vec::new());
             }

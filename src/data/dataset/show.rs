@@ -1,5 +1,7 @@
 //! Examples token by token, for people.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use serde::Serialize;
 
@@ -56,7 +58,7 @@ pub struct SoftLabel {
 }
 
 /// Shows at most `limit` rows: those of this key, beginning of a key, line or prompt id; or else the first rows that
-/// make an example.
+/// make an example. Also returns the reasons for which others make none.
 ///
 /// # Errors
 /// If the source or the teacher's tokenizer cannot be read.
@@ -66,7 +68,7 @@ pub fn show(
     tokenizer: &Tokenizer,
     id: Option<&str>,
     limit: usize,
-) -> Result<Vec<Shown>> {
+) -> Result<(Vec<Shown>, BTreeMap<String, u64>)> {
     let source = Source::of(config);
     let teacher = config.data.teacher_tokenizer.as_deref();
     let teacher = teacher.map(Tokenizer::load).transpose()?;
@@ -84,7 +86,7 @@ pub fn show(
             key == id || prompt_id == id || is_beginning
         })
     };
-    let mut shown = Vec::new();
+    let (mut shown, mut skipped) = (Vec::new(), BTreeMap::new());
     source.for_each_row(selected, |row| {
         let mut rows = vec![row];
         while let Some(row) = rows.pop() {
@@ -102,13 +104,13 @@ pub fn show(
                     rows.extend(ready.separate.iter().map(|at| Ok(row.up_to(*at))));
                     shown.push(shown_of(row, ready, tokenizer));
                 }
-                Err(skipped) if id.is_some() => shown.push(left_out(*skipped)),
-                Err(_) => {}
+                Err(row) if id.is_some() => shown.push(left_out(*row)),
+                Err(row) => *skipped.entry(row.reason).or_default() += 1,
             }
         }
         shown.len() < limit
     })?;
-    Ok(shown)
+    Ok((shown, skipped))
 }
 
 /// Answers to the same prompts, merged.

@@ -46,6 +46,7 @@ fn answers_of_the_config_are_told_from_others() {
     }));
     // The same question, under the key of a truncated answer.
     let cut = format!("{}{}", "3".repeat(32), "1".repeat(32));
+    let adoptable = format!("{}{}", "4".repeat(32), "1".repeat(32));
     let [plain, named, mock] = variants();
     let elsewhere = group("http://b/v1", "m", 1.0);
     let model = group("http://a/v1", "n", 1.0);
@@ -55,6 +56,7 @@ fn answers_of_the_config_are_told_from_others() {
         // Taken over by `cache adopt`.
         (&elsewhere, &ours, 0, Ok(())),
         (&mock, &ours, 0, Err(Difference::Mock)),
+        (&elsewhere, &adoptable, 0, Err(Difference::Adoptable)),
         (&plain, &other, 0, Err(Difference::Question)),
         (&named, &other, 0, Err(Difference::Question)),
         (&named, &cut, 16, Err(Difference::Truncated)),
@@ -82,7 +84,10 @@ fn groups_are_named_by_id_model_endpoint_and_teacher() {
     };
     assert!(is_in(&plain.id(), &plain) && is_in("m", &plain) && is_in("http://a/v1", &plain));
     assert!(is_in("mine", &named) && !is_in("mine", &plain) && !is_in("mock", &plain));
-    assert!(is_in("mock", &mock) && !is_in(&plain.id(), &mock));
+    let local = group("http://localhost/v1", "m", 1.0);
+    assert!(is_in("http://127.0.0.1:80/v1", &local));
+    assert!(is_in("mock", &mock) && is_in(&mock.id(), &mock) && !is_in(&plain.id(), &mock));
+    assert!(!is_in("m", &mock) && !is_in("http://a/v1", &mock));
     let all = |group| Selection::All.check(&candidate(group, "", 0));
     assert_eq!(all(&mock), Err(Difference::Mock));
     assert_eq!(all(&named), Ok(()));

@@ -150,6 +150,7 @@ impl<'a> Batches<'a> {
             schedule: Schedule::new(&config.schedule, clock.now())?,
             summary: Summary {
                 arguments: config.arguments(),
+                before_training: crate::harvest::prepare::before_training(config),
                 ..Summary::of_plan(&plan, &books.unanswered)
             },
             tally: Tally::default(),

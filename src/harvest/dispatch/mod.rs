@@ -98,6 +98,7 @@ impl<'a> Dispatcher<'a> {
         let summary = Summary {
             used: used.collect(),
             arguments: config.arguments(),
+            before_training: super::prepare::before_training(config),
             ..Summary::of_plan(&plan, &books.unanswered)
         };
         Ok(Self {

@@ -90,6 +90,21 @@ fn an_example_is_shown_token_by_token() {
         status == 0 && printed.contains("left out: quarantined"),
         "{printed}"
     );
+    // A prompt with several records shows all of them.
+    let twin = Record {
+        key: "key of twin".into(),
+        ..record("good", answer)
+    };
+    write_cache(&dir.path().join("cache"), &[twin]);
+    let (status, printed) = show(&["--id", "good"]);
+    assert_eq!((status, printed.matches("prompt good").count()), (0, 2));
+    let (_, printed) = show(&["--id", "good", "--limit", "1"]);
+    assert_eq!(printed.matches("prompt good").count(), 1);
+    let (status, printed) = show(&["--set", "data.keep_finish_reasons=[\"length\"]"]);
+    assert!(
+        status == 2 && printed.contains("finish_reason `stop` is not in"),
+        "{printed}"
+    );
     let (status, printed) = show(&["--id", "nobody"]);
     assert!(
         status == 2 && printed.contains("no row matches \"nobody\""),

@@ -65,7 +65,7 @@ async fn answers_to_other_settings_are_left_out_and_mixed_only_by_name() {
         let (status, message) = refused(&config);
         assert_eq!(status, 2, "{message}");
         assert!(
-            message.contains("3 records of group") && message.contains(reason),
+            message.contains("3 left out") && message.contains(reason),
             "{message}"
         );
         assert!(message.contains("data.groups"), "{message}");
@@ -111,7 +111,7 @@ async fn answers_to_prompts_that_have_changed_are_left_out() {
     assert_eq!(count, 1);
     let shown = lines.join("\n");
     assert!(
-        shown.contains("2 records") && shown.contains("other prompts"),
+        shown.contains("1 used; 2 left out: other prompts"),
         "{shown}"
     );
     harvested(&mut run).await;
@@ -169,8 +169,19 @@ async fn answers_of_a_mock_are_used_only_by_name() {
             "{message}"
         );
     }
+    // The name of what it stands for does not select it.
+    config.data.groups = Groups::Named(vec![config.teacher.base_url.clone()]);
+    assert!(refused(config).1.contains("no such group"));
     config.data.groups = Groups::Named(vec!["mock".into()]);
     assert_eq!(kept(config).0, 5);
+    // Nor does another endpoint take its answers over.
+    let address = std::mem::replace(&mut config.teacher.base_url, "http://other/v1".into());
+    let adopted = harvest::adopt(config).unwrap();
+    assert_eq!(
+        (adopted.records, adopted.mocks, adopted.answered),
+        (0, 5, 0)
+    );
+    config.teacher.base_url = address;
     // Neither as the only group of another run.
     let dir = tempfile::tempdir().unwrap();
     config.data.cache = Some(config.own_cache());
@@ -198,7 +209,7 @@ async fn what_the_harvest_takes_for_an_answer_is_trained_on() {
     assert_eq!(kept(config).0, 2, "fewer prompts");
     config.prompts.limit = None;
     config.teacher.base_url = "http://127.0.0.1:1/v1".into();
-    assert!(refused(config).1.contains("another endpoint"));
+    assert!(refused(config).1.contains("distill cache adopt"));
     assert_eq!(harvest::adopt(config).unwrap().records, 3);
     assert_eq!(kept(config).0, 3, "adopted");
 }
@@ -221,7 +232,7 @@ async fn truncated_answers_are_used_until_max_tokens_is_raised() {
     let (status, message) = refused(&run.config);
     assert_eq!(status, 2);
     assert!(
-        message.contains("truncated before sampling.max_tokens"),
+        message.contains("truncated at a smaller max_tokens"),
         "{message}"
     );
 }

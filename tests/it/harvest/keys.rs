@@ -11,6 +11,7 @@ use distill::harvest::{self, HarvestOptions, Summary};
 use serde_json::json;
 
 use super::{Run, end, quietly};
+use crate::data::dataset::write_cache;
 use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion, error, reply};
 
 /// Answers as long as they are let be: `long` prompts want 100 tokens.
@@ -346,6 +347,15 @@ async fn the_cache_of_an_earlier_version_stays_valid() {
     };
     assert_eq!(what(&before), what(&after));
     run.config.teacher.base_url.clone_from(&server.base_url);
+    // A mock has given these answers.
+    assert_eq!(harvest::adopt(&run.config).unwrap().records, 0);
+    let others = after.into_iter().map(|record| Record {
+        fingerprint: "fp_real".into(),
+        ..record
+    });
+    let cache = run.config.run_dir.join("cache");
+    std::fs::remove_dir_all(&cache).unwrap();
+    write_cache(&cache, &others.collect::<Vec<_>>());
     assert_eq!(harvest::adopt(&run.config).unwrap().records, 12);
     // Eight were cut off at 24 tokens.
     assert_eq!(requests(&run).await, (4, 8));
