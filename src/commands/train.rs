@@ -70,7 +70,7 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
     }
     rows.extend(told.into_iter().flat_map(bought));
     super::print(&table(&rows))?;
-    super::print(&format!("{}\n", summary.data))
+    super::print(&format!("{}\n", sanitise(&summary.data.to_string())))
 }
 
 /// The endpoint of the config as the judge of what the student writes.

@@ -101,8 +101,11 @@ pub enum Init {
 #[serde(default, deny_unknown_fields)]
 pub struct Loss {
     pub kd: Kd,
-    /// lambda: the share of the soft-label term where a position has soft labels.
-    pub kd_weight: f64,
+    /// The share of the soft-label term where a position has soft labels. None: see
+    /// `train::soft_labels::default_weight`.
+    pub kd_weight: Option<f64>,
+    /// For `kd = "damped"`: the weight of the likelihood of an emitted token outside the top-k, among the tokens there.
+    pub tail_weight: f64,
     /// The weight of the likelihoods of chunks that several tokens of the teacher spell.
     pub alm_weight: f64,
     /// tau, for `kd = "temperature"`.
@@ -118,8 +121,9 @@ pub struct Loss {
 impl Default for Loss {
     fn default() -> Self {
         Self {
-            kd: Kd::Tail,
-            kd_weight: 0.5,
+            kd: Kd::Auto,
+            kd_weight: None,
+            tail_weight: 0.35,
             alm_weight: 0.5,
             temperature: 2.0,
             beta: 0.5,
@@ -134,12 +138,14 @@ impl Default for Loss {
 pub enum Kd {
     /// Cross-entropy on the answers alone.
     None,
-    /// `Unbiased` for the answers whose sampling settings allow it, `Tail` for the others.
+    /// `Damped` for the answers whose sampling settings allow it, `Tail` for the others.
     Auto,
     /// KL on the teacher's top-k plus one bucket for all the rest.
     Tail,
     /// `Tail`, with the emitted token as a sample of what is in the bucket.
     Unbiased,
+    /// `Unbiased`, with a lower weight of that sample.
+    Damped,
     /// The top-k at a temperature, and the bucket.
     Temperature,
     ReverseKl,

@@ -31,8 +31,12 @@ pub fn validate(config: &Config) -> Result<()> {
         "data.top_logprobs must be at least 1; loss.kd = \"none\" trains without soft labels",
     )?;
     check(
-        share(config.loss.kd_weight),
+        config.loss.kd_weight.is_none_or(share),
         "loss.kd_weight must lie between 0 and 1",
+    )?;
+    check(
+        share(config.loss.tail_weight),
+        "loss.tail_weight must lie between 0 and 1",
     )?;
     check(
         config.loss.alm_weight.is_finite() && config.loss.alm_weight >= 0.0,

@@ -10,6 +10,7 @@ use crate::cache::keys::{self, Fingerprint, Keys};
 use crate::cache::question;
 use crate::cache::record::{Record, is_mock};
 use crate::cache::view::RecordView;
+use crate::terminal::sanitise;
 
 /// Name of all groups of a mock.
 const MOCK: &str = "mock";
@@ -42,7 +43,12 @@ impl Group {
 
     /// Model and sampling, without the address.
     pub fn model_and_sampling(&self) -> String {
-        format!("{}{}, {}", self.model, self.mock_note(), self.sampling)
+        on_one_line(&format!(
+            "{}{}, {}",
+            self.model,
+            self.mock_note(),
+            self.sampling
+        ))
     }
 
     fn mock_note(&self) -> &'static str {
@@ -72,8 +78,14 @@ impl fmt::Display for Group {
             is_mock: _,
         } = self;
         let endpoint = endpoint.strip_prefix("name:").unwrap_or(endpoint);
-        write!(f, "{model} at {endpoint}{}, {sampling}", self.mock_note())
+        let text = format!("{model} at {endpoint}{}, {sampling}", self.mock_note());
+        f.write_str(&on_one_line(&text))
     }
+}
+
+/// Names come from whoever wrote the cache.
+fn on_one_line(text: &str) -> String {
+    sanitise(text).replace(['\n', '\t'], " ")
 }
 
 fn model_of(request: &Value) -> String {
@@ -153,8 +165,10 @@ pub struct Asked {
 /// Rows of a plan.
 #[derive(Debug, Clone, Default)]
 pub struct Rows {
-    /// Every key under which an answer to one of them is cached: see `cache::question::Names`.
+    /// Key of the answer to each row that has one.
     pub keys: Keys,
+    /// Questions of these.
+    pub answered: Keys,
     /// See [`question::fingerprint`].
     pub questions: Keys,
 }
@@ -178,6 +192,7 @@ pub enum Difference {
     Endpoint,
     Model,
     Sampling,
+    Duplicate,
     Truncated,
     Adoptable,
     Question,
@@ -191,6 +206,7 @@ impl fmt::Display for Difference {
             Difference::Endpoint => "another endpoint",
             Difference::Model => "another model",
             Difference::Sampling => "other sampling parameters",
+            Difference::Duplicate => "another answer to the same question is used",
             Difference::Truncated => {
                 "truncated at a smaller max_tokens; `distill harvest` requests them again"
             }
@@ -261,7 +277,9 @@ impl Asked {
         if let Some(rows) = &self.rows
             && rows.questions.contains(&candidate.question)
         {
-            return Err(if candidate.is_truncated {
+            return Err(if rows.answered.contains(&candidate.question) {
+                Difference::Duplicate
+            } else if candidate.is_truncated {
                 Difference::Truncated
             } else {
                 Difference::Adoptable

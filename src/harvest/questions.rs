@@ -10,7 +10,8 @@ use super::plan::{Plan, Scope, Standing};
 use super::prepare::askings;
 use super::request::Asking;
 use crate::cache;
-use crate::cache::keys::{self, Keys};
+use crate::cache::keys;
+use crate::cache::question;
 use crate::cache::reader::Lines;
 use crate::cache::view::RecordView;
 use crate::config::{Config, Groups};
@@ -109,6 +110,7 @@ fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
             selection.check(&candidate),
             Ok(())
                 | Err(Difference::Question
+                    | Difference::Duplicate
                     | Difference::Truncated
                     | Difference::Adoptable
                     | Difference::Mock)
@@ -122,18 +124,30 @@ fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
     })
 }
 
-/// Rows of the plan, with all names under which the cache may hold their answers.
+/// Rows of the plan, each with the name of its answer in the cache: the first of several, in the order of the harvest.
 fn rows(config: &Config, prompts: Vec<Prompt>, askings: Vec<Asking>) -> Result<Rows> {
-    let past = cache::peek(&config.training_cache())?.past;
-    let names = RefCell::new(Keys::default());
+    let known = cache::peek(&config.training_cache())?;
+    let rows = RefCell::new(Rows::default());
     let standing = |name: &str| {
-        names.borrow_mut().insert(keys::fingerprint(name));
-        Ok(Standing::Open)
+        if !known.contains(name) {
+            return Ok(Standing::Open);
+        }
+        let mut rows = rows.borrow_mut();
+        rows.keys.insert(keys::fingerprint(name));
+        rows.answered.insert(question::fingerprint(name));
+        Ok(Standing::Answered)
     };
     let scope = Scope::default();
-    let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?;
+    let plan = Plan::new(
+        prompts,
+        askings,
+        &config.prompts,
+        scope,
+        &known.past,
+        standing,
+    )?;
     Ok(Rows {
         questions: plan.questions,
-        keys: names.into_inner(),
+        ..rows.into_inner()
     })
 }

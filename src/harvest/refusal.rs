@@ -148,21 +148,40 @@ fn says_to_wait(error: &ApiError) -> bool {
 /// Returns true if the message reports that the model is missing or retired. Messages may mention a model for
 /// many other reasons, so it must be the subject.
 fn names_no_model(message: &str) -> bool {
-    const NO_MODEL: [&str; 4] = [
+    const NO_MODEL: [&str; 6] = [
         "unknown model",
         "no such model",
         "not a valid model",
         "not found the model",
+        "model identifier is invalid",
+        "no endpoints found for",
+    ];
+    /// Parts of a request or a reply that belong to a model.
+    const PARTS: [&str; 12] = [
+        "adapter",
+        "config",
+        "context",
+        "file",
+        "input",
+        "inputs",
+        "output",
+        "parameter",
+        "prompt",
+        "provider",
+        "response",
+        "weights",
     ];
     /// After "invalid model".
     const NOUNS: [&str; 5] = ["", "name", "id", "specified", "requested"];
-    const MISSING: [&str; 6] = [
+    const MISSING: [&str; 8] = [
         "not found",
         "not exist",
         "decommissioned",
         "retired",
         "no longer supported",
         "no longer available",
+        "deprecated",
+        "not available",
     ];
     /// Between "model" and such a phrase, after at most one other word: the name.
     const FILLERS: [&str; 14] = [
@@ -182,6 +201,8 @@ fn names_no_model(message: &str) -> bool {
         "specified",
     ];
     let message = message.to_lowercase();
+    let words: Vec<&str> = message.split_whitespace().collect();
+    let message = words.join(" ");
     let is_invalid = message.split("invalid model").skip(1).any(|rest| {
         let is_word = rest.is_empty() || rest.starts_with([' ', ':', '.']);
         let word = rest.trim_start_matches([' ', ':']).split(' ').next();
@@ -189,16 +210,19 @@ fn names_no_model(message: &str) -> bool {
         let is_name = word.contains(['`', '\'', '"', '=', '-', '.', '/']);
         is_word && (is_name || rest.starts_with(':') || NOUNS.contains(&word))
     });
-    let is_missing = message.split("model").skip(1).any(|rest| {
-        if !rest.starts_with([' ', ':', '`', '"', '\'', '/', 's']) {
+    let is_missing = message.match_indices("model").any(|(start, model)| {
+        let rest = &message[start + model.len()..];
+        let is_word = !message[..start].ends_with(char::is_alphanumeric);
+        if !is_word || !rest.starts_with([' ', ':', '`', '"', '\'', '/', 's']) {
             return false;
         }
         let at = MISSING.iter().filter_map(|words| rest.find(words)).min();
         at.is_some_and(|at| {
             let between = rest[..at].trim();
             let words = between.split_whitespace();
-            let others = words.filter(|word| !FILLERS.contains(word)).count();
-            !between.contains(", ") && others <= 1
+            let others: Vec<&str> = words.filter(|word| !FILLERS.contains(word)).collect();
+            let is_of_part = others.iter().any(|word| PARTS.contains(word));
+            !between.contains(", ") && others.len() <= 1 && !is_of_part
         })
     });
     is_invalid || is_missing || NO_MODEL.iter().any(|words| message.contains(words))

@@ -163,6 +163,18 @@ pub fn classify_by(
 }
 
 impl Trouble {
+    pub fn message(&self) -> &str {
+        match self {
+            Trouble::Claim(Claim { failure, .. })
+            | Trouble::Refused(failure)
+            | Trouble::Filtered(failure)
+            | Trouble::Transient { failure, .. } => &failure.message,
+            Trouble::Throttled { message, .. } => message,
+            Trouble::Unreadable { problem, .. } => problem,
+            Trouble::KeyRenewed => "the key had expired",
+        }
+    }
+
     /// Takes keys out of its message, which may have been put together from pieces.
     pub fn clean(&mut self, secrets: &Secrets) {
         let message = match self {

@@ -115,6 +115,15 @@ pub fn unreadable_results(file: &Path) -> anyhow::Error {
     )
 }
 
+/// A results file could not be downloaded or decoded, again and again.
+pub fn results_not_read(count: u32, message: &str) -> anyhow::Error {
+    let message = format!(
+        "a batch's results file could not be read {count} times ({message}): stopped; run the same command to read it \
+         again, nothing is bought twice"
+    );
+    Exit::Resumable(message).into()
+}
+
 /// A batch has ended with answers, and the endpoint names no file that holds them.
 pub fn no_results(batch: &str) -> anyhow::Error {
     anyhow!(

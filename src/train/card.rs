@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::Summary;
-use crate::config::{Config, Kd};
+use crate::config::Config;
 use crate::data::groups::Counts;
 use crate::terminal::format_count;
 
@@ -13,18 +13,6 @@ const HEAD: &str = "---\nlibrary_name: transformers\npipeline_tag: text-generati
 pub fn text(config: &Config, architecture: &str, summary: &Summary) -> String {
     let line = |name: &str, value: Option<f64>| {
         value.map_or(String::new(), |v| format!("- validation {name}: {v:.4}\n"))
-    };
-    let loss = match config.loss.kd {
-        Kd::None => "cross-entropy on the answers".to_string(),
-        kd => format!(
-            "cross-entropy and the teacher's {} (`{}`, weight {})",
-            match config.teacher.local {
-                Some(_) => "distribution",
-                None => "top-k",
-            },
-            kd.name(),
-            config.loss.kd_weight
-        ),
     };
     let teacher = match &config.teacher.local {
         Some(dir) => dir
@@ -36,8 +24,9 @@ pub fn text(config: &Config, architecture: &str, summary: &Summary) -> String {
     };
     format!(
         "{HEAD}A {architecture} model of {} parameters, trained with `distill train`.\n\n\
-         - teacher: {teacher}\n- loss: {loss}\n- steps: {} of {} examples, {} tokens in all\n{}{}",
+         - teacher: {teacher}\n- loss: {}\n- steps: {} of {} examples, {} tokens in all\n{}{}",
         format_count(summary.parameters as u64),
+        summary.loss,
         summary.steps,
         config.train.batch_size,
         format_count(summary.tokens),

@@ -76,6 +76,8 @@ pub struct Summary {
     /// Means over the last step.
     pub last_loss: f64,
     pub validation: Means,
+    /// In words.
+    pub loss: String,
     /// With `train.on_policy`.
     pub own_answers: Option<Count>,
     pub data: dataset::Report,
@@ -188,8 +190,8 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     let judged = on_policy
         .as_ref()
         .and_then(|it| it.divergence(&config.loss));
-    let divergence = soft_labels.divergence;
-    let mut stepper = Stepper::new(config, divergence, judged, &parts.student.model);
+    let terms = soft_labels.terms;
+    let mut stepper = Stepper::new(config, terms, judged, &parts.student.model);
     let evaluate = |parts: &Parts, student: &Model| {
         let models = Models {
             student,
@@ -317,6 +319,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         tokens_per_s: (tokens - began_tokens) as f64 / seconds,
         last_loss,
         validation,
+        loss: soft_labels.loss(&data.report, parts.teacher.is_some()),
         own_answers: on_policy.as_ref().map(OnPolicy::count),
         data: data.report.clone(),
     };

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 
+use super::loss::SoftTerm;
 use super::loss::divergence::Divergence;
 use crate::config::{Config, Kd, Loss};
 use crate::data::dataset::{NO_LOGPROBS, Report, by_reason};
@@ -16,8 +17,9 @@ const LEAST_USED: u64 = 20;
 /// What to do with soft labels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
-    /// See [`Divergence::of`].
-    pub divergence: Option<[Divergence; 2]>,
+    /// The second is for answers that were sampled from the very distribution that their logprobs tell. None:
+    /// cross-entropy alone.
+    pub terms: Option<[SoftTerm; 2]>,
     /// What the user may want to know of it.
     pub note: Option<String>,
 }
@@ -39,20 +41,37 @@ pub fn check_tokenizer(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
     )))
 }
 
+/// The weight of a term where `loss.kd_weight` is not set: the best of `tests/bench/softlabels.sh`.
+pub fn default_weight(divergence: Divergence) -> f32 {
+    match divergence {
+        // The emitted token is part of it.
+        Divergence::Damped(_) => 1.0,
+        // Cross-entropy alone tells what the bucket holds.
+        Divergence::Tail => 0.8,
+        _ => 0.5,
+    }
+}
+
+fn term(settings: &Loss, divergence: Divergence, default_weight: f32) -> SoftTerm {
+    let weight = settings.kd_weight.map(|weight| weight as f32);
+    SoftTerm {
+        divergence,
+        weight: weight.unwrap_or(default_weight),
+    }
+}
+
 /// Chooses by the settings and by what the data are.
 ///
 /// # Errors
 /// [`Exit::Usage`] where the logprobs are not those of the answers, or do not allow what the settings
 /// want; not with `force`.
 pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
-    let divergence = Divergence::of(settings);
-    let mut choice = Choice {
-        divergence,
-        note: None,
-    };
-    if divergence.is_none() {
+    let of = |divergence| term(settings, divergence, default_weight(divergence));
+    let terms = Divergence::of(settings).map(|both| both.map(of));
+    let mut choice = Choice { terms, note: None };
+    let Some([of_any, of_exact]) = terms else {
         return Ok(choice);
-    }
+    };
     let refuse = |why: String| match force {
         true => {
             tracing::warn!("{why}; training all the same, as --force says");
@@ -87,44 +106,45 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
     let (exact, all) = (report.exact, report.with_soft_labels);
     let too_sharp = report.gate.is_too_sharp();
     let misses_tail = report.gate.misses_tail();
+    let name = settings.kd.name();
     match settings.kd {
         Kd::Auto if too_sharp => {
-            choice.divergence = Some([Divergence::Tail; 2]);
+            choice.terms = Some([of_any; 2]);
             choice.note = Some(format!(
-                "loss.kd = \"auto\": tail, since the answers were sampled more sharply than their \
+                "loss.kd = \"auto\": {of_any}, since the answers were sampled more sharply than their \
                  logprobs tell: {}",
                 told(&report.gate.exact)
             ));
         }
         Kd::Auto if misses_tail => {
-            choice.divergence = Some([Divergence::Tail; 2]);
+            choice.terms = Some([of_any; 2]);
             choice.note = Some(format!(
-                "loss.kd = \"auto\": tail, since tokens outside the top-k are missing: {}",
+                "loss.kd = \"auto\": {of_any}, since tokens outside the top-k are missing: {}",
                 tail_of(&report.gate.in_top_k)
             ));
         }
         Kd::Auto => {
             choice.note = Some(format!(
-                "loss.kd = \"auto\": unbiased for the {} answers that were sampled as their logprobs tell, \
-                 tail for the other {}",
+                "loss.kd = \"auto\": {of_exact} for the {} answers that were sampled as their logprobs tell; \
+                 {of_any} for the other {}",
                 format_count(exact),
                 format_count(all - exact)
             ));
         }
-        Kd::Unbiased if exact < all => refuse(format!(
-            "loss.kd = \"unbiased\" needs answers that were sampled at temperature 1, with nothing cut \
+        Kd::Unbiased | Kd::Damped if exact < all => refuse(format!(
+            "loss.kd = \"{name}\" needs answers that were sampled at temperature 1, with nothing cut \
              off: {} of {} were not (sampling.temperature and the like, when they were harvested). \
              \"auto\" uses \"tail\" for those",
             format_count(all - exact),
             format_count(all)
         ))?,
-        Kd::Unbiased if too_sharp => refuse(format!(
-            "loss.kd = \"unbiased\" needs answers that were sampled as their logprobs tell, and these \
+        Kd::Unbiased | Kd::Damped if too_sharp => refuse(format!(
+            "loss.kd = \"{name}\" needs answers that were sampled as their logprobs tell, and these \
              were sampled more sharply: {}. Set it to \"tail\"",
             told(&report.gate.exact)
         ))?,
-        Kd::Unbiased if misses_tail => refuse(format!(
-            "loss.kd = \"unbiased\" needs answers with tokens from outside the top-k, and these are missing: {}. \
+        Kd::Unbiased | Kd::Damped if misses_tail => refuse(format!(
+            "loss.kd = \"{name}\" needs answers with tokens from outside the top-k, and these are missing: {}. \
              The server truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of \
              another one. Set loss.kd to \"tail\"",
             tail_of(&report.gate.in_top_k)
@@ -138,7 +158,7 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
 pub fn dense(settings: &Loss) -> Choice {
     let full = matches!(
         settings.kd,
-        Kd::Auto | Kd::Tail | Kd::Unbiased | Kd::Renormalize | Kd::RenormalizeBoth
+        Kd::Auto | Kd::Tail | Kd::Unbiased | Kd::Damped | Kd::Renormalize | Kd::RenormalizeBoth
     );
     let note = full.then(|| {
         format!(
@@ -147,8 +167,34 @@ pub fn dense(settings: &Loss) -> Choice {
         )
     });
     Choice {
-        divergence: Divergence::of(settings).map(|[of_any, _]| [of_any; 2]),
+        terms: Divergence::of(settings).map(|[divergence, _]| {
+            // Beside the full divergence, cross-entropy adds noise alone.
+            let default = if full {
+                1.0
+            } else {
+                default_weight(divergence)
+            };
+            [term(settings, divergence, default); 2]
+        }),
         note,
+    }
+}
+
+impl Choice {
+    /// The loss in words, for data that `report` counts.
+    pub fn loss(&self, report: &Report, is_dense: bool) -> String {
+        let Some([of_any, of_exact]) = self.terms else {
+            return "cross-entropy on the answers".into();
+        };
+        let others = report.with_soft_labels - report.exact;
+        let terms = match (report.exact, others) {
+            _ if of_any == of_exact => of_any.to_string(),
+            (_, 0) => of_exact.to_string(),
+            (0, _) => of_any.to_string(),
+            _ => format!("{of_exact}; {of_any} for answers that were sampled in another way"),
+        };
+        let of = if is_dense { "distribution" } else { "top-k" };
+        format!("cross-entropy and the teacher's {of} ({terms})")
     }
 }
 

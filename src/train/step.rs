@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 
+use super::loss::SoftTerm;
 use super::loss::Weights;
 use super::loss::divergence::Divergence;
 use super::metrics::Sums;
@@ -70,29 +71,32 @@ pub struct Taken {
 }
 
 impl Stepper {
-    /// For `model`, with `divergence` of [`soft_labels`](super::soft_labels), and with `on_policy` for what
-    /// the student writes itself.
+    /// For `model`, with `terms` of [`soft_labels`](super::soft_labels), and with `on_policy` for what the
+    /// student writes itself.
     pub fn new(
         config: &Config,
-        divergence: Option<[Divergence; 2]>,
+        terms: Option<[SoftTerm; 2]>,
         on_policy: Option<[Divergence; 2]>,
         model: &Model,
     ) -> Self {
-        let kd = divergence.map_or(0.0, |_| config.loss.kd_weight as f32);
+        let plain = Weights::default();
         Self {
             settings: config.train.clone(),
             weights: Weights {
-                kd,
-                divergence: divergence.unwrap_or([Divergence::Tail; 2]),
-                alm: divergence.map_or(0.0, |_| config.loss.alm_weight as f32),
+                soft: terms.unwrap_or(plain.soft),
+                alm: terms.map_or(0.0, |_| config.loss.alm_weight as f32),
                 label_smoothing: config.loss.label_smoothing as f32,
                 // Each step sets its own.
                 scale: 1.0,
             },
             on_policy: Weights {
-                kd: 1.0,
-                divergence: on_policy.unwrap_or([Divergence::ReverseKl; 2]),
-                ..Weights::default()
+                soft: on_policy
+                    .unwrap_or([Divergence::ReverseKl; 2])
+                    .map(|divergence| SoftTerm {
+                        divergence,
+                        weight: 1.0,
+                    }),
+                ..plain
             },
             memory: match config.train.activation_checkpointing {
                 true => Memory::Checkpoint,

@@ -15,7 +15,8 @@ use distill::model::tape::Memory;
 use distill::model::weights::Tensors;
 use distill::model::{ModelConfig, lora};
 use distill::ops::matmul::Precision;
-use distill::train::loss::Weights;
+use distill::train::loss::divergence::Divergence;
+use distill::train::loss::{SoftTerm, Weights};
 use distill::train::objective;
 use distill::train::optimizer::Optimizer;
 use distill::train::student::Student;
@@ -158,7 +159,10 @@ fn time(case: &Case) -> Result<()> {
     let batch = case.random_batch();
     let settings = config::Train::default();
     let weights = Weights {
-        kd: 0.5,
+        soft: [SoftTerm {
+            divergence: Divergence::Tail,
+            weight: 0.5,
+        }; 2],
         scale: 1.0 / batch.positions.len() as f32,
         ..Weights::default()
     };

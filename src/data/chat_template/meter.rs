@@ -3,6 +3,8 @@
 use std::sync::LazyLock;
 
 use jiff::civil::DateTime;
+
+use super::python_date;
 use minijinja::value::{Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, Expression, State, Value, context};
 use minijinja_contrib::pycompat;
@@ -117,8 +119,7 @@ pub fn environment(input: usize, date: Option<DateTime>) -> Environment<'static>
     env.add_function("strftime_now", move |format: String| match date {
         None => Err(Error::new(ErrorKind::InvalidOperation, NEEDS_DATE)),
         Some(_) if format.len() > LONGEST_FORMAT => Err(refusal("its date format is too long")),
-        Some(date) => jiff::fmt::strtime::format(&format, date)
-            .map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string())),
+        Some(date) => python_date::format(&format, date),
     });
     env
 }

@@ -6,6 +6,7 @@
 //! template puts contents; the first decides what it makes of them.
 
 mod meter;
+mod python_date;
 mod python_json;
 mod python_text;
 mod sandbox;
@@ -114,8 +115,9 @@ pub const TOKEN_VARIABLES: [&str; 7] = [
 #[derive(Debug, Clone, Copy)]
 pub enum Date {
     Fixed(DateTime),
+    /// See [`ChatTemplate::at`], as for [`Date::Record`].
     Clock(fn() -> DateTime),
-    /// That of each record: see [`ChatTemplate::at`].
+    /// That of each record.
     Record,
 }
 
@@ -135,14 +137,6 @@ impl Date {
             Date::Fixed(date) => date.to_string(),
             Date::Record => "record".into(),
             Date::Clock(_) => String::new(),
-        }
-    }
-
-    fn get(self) -> Option<DateTime> {
-        match self {
-            Date::Fixed(date) => Some(date),
-            Date::Clock(now) => Some(now()),
-            Date::Record => None,
         }
     }
 }
@@ -185,15 +179,17 @@ impl ChatTemplate {
         self.date = Some(date);
     }
 
-    /// The template for a record of this date.
+    /// The template with the date of a conversation: that of its record, or of the clock, which is read once.
     pub fn at(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
-        match (self.date, date) {
-            (Some(Date::Record), Some(date)) => Cow::Owned(ChatTemplate {
-                date: Some(Date::Fixed(date)),
-                ..self.clone()
-            }),
-            _ => Cow::Borrowed(self),
-        }
+        let date = match (self.date, date) {
+            (Some(Date::Record), Some(date)) => date,
+            (Some(Date::Clock(now)), _) => now(),
+            _ => return Cow::Borrowed(self),
+        };
+        Cow::Owned(ChatTemplate {
+            date: Some(Date::Fixed(date)),
+            ..self.clone()
+        })
     }
 
     /// The conversation as one text, without telling template and content apart.
@@ -218,7 +214,10 @@ impl ChatTemplate {
             context,
             messages.len(),
             input,
-            self.date.and_then(Date::get),
+            match self.date {
+                Some(Date::Fixed(date)) => Some(date),
+                _ => None,
+            },
         )
         .map_err(|e| anyhow!("the chat template fails: {e}"))
     }
@@ -331,6 +330,20 @@ fn thinking(content: &str) -> Option<Thinking> {
 /// First byte of the answer in a message: after its thinking, if there is any.
 pub fn answer_start(content: &str) -> usize {
     thinking(content).map_or(0, |thinking| thinking.answer)
+}
+
+/// An answer that begins with thinking, as a model writes it: two tags, and two contents. None for any other message.
+pub fn thinking_spans(message: usize, content: &str) -> Option<[Span; 4]> {
+    let parts = parts_of("assistant", content);
+    let spans = parts.into_iter().map(|part| {
+        let text = part.text.to_owned();
+        if part.is_tag {
+            Span::Template(text)
+        } else {
+            Span::Content { message, text }
+        }
+    });
+    spans.collect::<Vec<_>>().try_into().ok()
 }
 
 /// Splits `real` at the markers in `marked`, which are indices into `parts` (message number and text). Returns

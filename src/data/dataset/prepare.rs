@@ -18,7 +18,7 @@ use crate::data::groups::Selection;
 use crate::data::prepared::{Entry, Example, Part, Sink, Writer};
 use crate::data::samples::Samples;
 use crate::data::sampling::Sampling;
-use crate::data::tokenizer::{AnswerTokens, Difference, Tokenizer};
+use crate::data::tokenizer::{AnswerTokens, Difference, ThinkingChange, Tokenizer};
 use crate::exit::Exit;
 
 /// Prepares `source` into `sink`, whose index tells `hash`. Returns the files where the sink is
@@ -241,6 +241,8 @@ pub(super) struct Ready {
     /// Number of supervised answers, and of those without an end-of-turn token.
     answers: u64,
     without_end: u64,
+    /// What became of thinking that the template does not print.
+    thinking: Vec<ThinkingChange>,
     pub(super) difference: Option<Difference>,
     /// Indices of answers that need separate examples: their prefix here differs from the generation prompt.
     pub(super) separate: Vec<usize>,
@@ -300,6 +302,9 @@ impl<'a> Preparing<'a> {
         }
         report.answers += ready.answers;
         report.without_end += ready.without_end;
+        for change in ready.thinking {
+            increment(&mut report.thinking, change.to_string());
+        }
         if let Some(difference) = ready.difference {
             let shown = format!(
                 "{:?} for generation, {:?} in a conversation",
@@ -402,6 +407,8 @@ impl<'a> Preparing<'a> {
         let supervised = earlier
             .iter()
             .filter(|answer| row.every_answer && answer.follows_generation_prompt);
+        let changed = supervised.clone().chain([last]);
+        let thinking = changed.filter_map(|answer| answer.thinking).collect();
         let without_end = supervised
             .chain(row.ended.then_some(last))
             .filter(|answer| answer.supervised.end == answer.tokens.end)
@@ -455,6 +462,7 @@ impl<'a> Preparing<'a> {
             ce_only,
             answers,
             without_end,
+            thinking,
             difference: conversation.difference,
             separate,
         })

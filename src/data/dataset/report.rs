@@ -36,6 +36,9 @@ pub struct Report {
     pub answers: u64,
     #[serde(default)]
     pub without_end: u64,
+    /// Supervised answers whose thinking the chat template does not print, by what became of it.
+    #[serde(default)]
+    pub thinking: BTreeMap<String, u64>,
     /// Answers made into separate examples, since their prefix in the conversation differs from the generation
     /// prompt.
     #[serde(default)]
@@ -91,6 +94,7 @@ impl Report {
         for (mine, others) in [
             (&mut self.dropped, other.dropped),
             (&mut self.ce_only, other.ce_only),
+            (&mut self.thinking, other.thinking),
         ] {
             for (reason, count) in others {
                 *mine.entry(reason).or_default() += count;
@@ -181,6 +185,9 @@ impl fmt::Display for Report {
                 self.prefix_differs,
                 by_reason(&self.differences)
             )?;
+        }
+        if !self.thinking.is_empty() {
+            write!(f, "\nanswers trained: {}", by_reason(&self.thinking))?;
         }
         if self.without_end > 0 {
             write!(

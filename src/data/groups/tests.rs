@@ -40,13 +40,15 @@ fn answers_of_the_config_are_told_from_others() {
         })
     };
     let [ours, other] = ["1", "2"].map(|digit| digit.repeat(64));
+    let [answered, open] = ["1", "5"].map(|digit| digit.repeat(64));
+    let [answered, open] = [answered, open].map(|key| question::fingerprint(&key));
     let known = asked(Some(Rows {
         keys: Keys::from_iter([keys::fingerprint(&ours)]),
-        questions: Keys::from_iter([question::fingerprint(&ours)]),
+        answered: Keys::from_iter([answered]),
+        questions: Keys::from_iter([answered, open]),
     }));
-    // The same question, under the key of a truncated answer.
-    let cut = format!("{}{}", "3".repeat(32), "1".repeat(32));
-    let adoptable = format!("{}{}", "4".repeat(32), "1".repeat(32));
+    // Of the same questions, under other keys.
+    let [second, cut] = ["1", "5"].map(|digit| format!("{}{}", "3".repeat(32), digit.repeat(32)));
     let [plain, named, mock] = variants();
     let elsewhere = group("http://b/v1", "m", 1.0);
     let model = group("http://a/v1", "n", 1.0);
@@ -56,7 +58,9 @@ fn answers_of_the_config_are_told_from_others() {
         // Taken over by `cache adopt`.
         (&elsewhere, &ours, 0, Ok(())),
         (&mock, &ours, 0, Err(Difference::Mock)),
-        (&elsewhere, &adoptable, 0, Err(Difference::Adoptable)),
+        (&plain, &second, 0, Err(Difference::Duplicate)),
+        (&plain, &second, 16, Err(Difference::Duplicate)),
+        (&elsewhere, &cut, 0, Err(Difference::Adoptable)),
         (&plain, &other, 0, Err(Difference::Question)),
         (&named, &other, 0, Err(Difference::Question)),
         (&named, &cut, 16, Err(Difference::Truncated)),
@@ -91,4 +95,17 @@ fn groups_are_named_by_id_model_endpoint_and_teacher() {
     let all = |group| Selection::All.check(&candidate(group, "", 0));
     assert_eq!(all(&mock), Err(Difference::Mock));
     assert_eq!(all(&named), Ok(()));
+}
+
+#[test]
+fn names_in_a_cache_stay_on_their_line_without_control_characters() {
+    let hostile = group(
+        "http://a/v1\u{1b}[2J",
+        "m\u{1b}]0;x\u{7}\nsecond\tline",
+        1.0,
+    );
+    for shown in [hostile.to_string(), hostile.model_and_sampling()] {
+        assert!(!shown.contains(char::is_control), "{shown:?}");
+        assert!(shown.contains("second line"), "{shown:?}");
+    }
 }

@@ -5,13 +5,14 @@
 //! use. The exception is an answer, which is encoded separately: from the end of the generation prompt to the
 //! end of its content, as a model generates it.
 
+use std::fmt;
 use std::ops::Range;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::{Place, Tokenizer, added};
-use crate::data::chat_template::{ChatTemplate, Span, THINKING, answer_start};
+use crate::data::chat_template::{ChatTemplate, Span, THINKING, answer_start, thinking_spans};
 use crate::prompt::Message;
 
 /// A conversation of T tokens.
@@ -52,6 +53,28 @@ pub struct AnswerTokens {
     /// True if the ids before `tokens` equal the generation prompt and the answer is rendered as after it, or if
     /// the template rejects such a prompt.
     pub follows_generation_prompt: bool,
+    /// Set if the thinking in the message is rendered in another way than by the template.
+    pub thinking: Option<ThinkingChange>,
+}
+
+/// What an answer's thinking became.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThinkingChange {
+    /// The template drops it; it is written as in the message.
+    Restored,
+    /// The generation prompt closes a block of thinking, so there is no place for it.
+    LeftOut,
+}
+
+impl fmt::Display for ThinkingChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ThinkingChange::Restored => "with their thinking, which the chat template drops",
+            ThinkingChange::LeftOut => {
+                "without their thinking, which has no place after a generation prompt that closes it"
+            }
+        })
+    }
 }
 
 impl AnswerTokens {
@@ -65,6 +88,7 @@ impl AnswerTokens {
             supervised: 0..0,
             after_thinking: 0,
             follows_generation_prompt: false,
+            thinking: None,
         }
     }
 }
@@ -117,19 +141,24 @@ pub fn encode(
             Some(prompt) => answer.end_of_prompt(&text, prompt),
             None => Some(answer.start),
         };
-        if let (None, true, Some(prompt)) = (end, is_last, &prompt) {
+        let change = prompt
+            .as_ref()
+            .and_then(|prompt| answer.thinking_change(&spans, messages, prompt));
+        let is_restored = change == Some(ThinkingChange::Restored);
+        if let (true, true, Some(prompt)) = (end.is_none() || is_restored, is_last, &prompt) {
             let before = &text[..answer.start];
             let mut done = after_prompt(tokenizer, template, messages, &spans, answer)?;
             let earlier = answers[..number].iter();
             let earlier = earlier.map(|answer| AnswerTokens::separate(answer.message));
             done.answers.splice(0..0, earlier);
-            done.difference = Some(Difference {
+            done.difference = end.is_none().then(|| Difference {
                 generation: difference(prompt, before, answer.earliest),
                 conversation: difference(before, prompt, answer.earliest),
             });
             return Ok(done);
         }
         let follows = match (end, &prompt) {
+            _ if is_restored => false,
             (Some(end), Some(prompt)) if !is_last => {
                 // Some templates render an answer in another way inside a conversation.
                 let alone = template.render_text(&messages[..=answer.message], false);
@@ -143,9 +172,10 @@ pub fn encode(
         };
         let lead = &text[end.unwrap_or(answer.start)..answer.start];
         writer.before_answer(&spans[at..answer.spans.start], lead)?;
-        writer.answer(lead, answer, &spans, messages)?;
+        writer.answer(lead, answer.message, &spans[answer.spans.clone()], messages)?;
         if let Some(answer) = writer.done.answers.last_mut() {
             answer.follows_generation_prompt = follows;
+            answer.thinking = change;
         }
         at = answer.spans.end;
     }
@@ -153,7 +183,8 @@ pub fn encode(
     Ok(writer.done)
 }
 
-/// Encodes an answer after its generation prompt.
+/// Encodes an answer after its generation prompt. Its thinking, if any, is written as in the message: of what the
+/// template makes of it, nobody can tell where the generation prompt would end.
 fn after_prompt(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
@@ -162,21 +193,41 @@ fn after_prompt(
     answer: &RenderedAnswer,
 ) -> Result<Conversation> {
     let prompt = template.render(&messages[..answer.message], true)?;
+    let text: String = prompt.iter().map(Span::text).collect();
+    let content = &messages[answer.message].content;
+    let (spans, change) = match thinking_spans(answer.message, content) {
+        None => (all[answer.spans.clone()].to_vec(), None),
+        Some([.., said]) if closes_thinking(&text) => (vec![said], Some(ThinkingChange::LeftOut)),
+        Some([opening, inner, closing, said]) => {
+            let opening = Span::Template(not_opened(opening.text(), &text).to_owned());
+            let restored = answer.thinking_change(all, messages, &text);
+            (vec![opening, inner, closing, said], restored)
+        }
+    };
     let mut writer = Writer::new(tokenizer);
     writer.prompt(&prompt)?;
-    let is_closed = prompt
-        .last()
-        .is_some_and(|last| last.text().trim_end().ends_with(THINKING.1));
-    if is_closed {
-        // The prompt has closed the thinking, so that of the answer is left out.
-        let spans = answer.spans.end - 1..answer.spans.end;
-        let answer = &RenderedAnswer { spans, ..*answer };
-        writer.answer("", answer, all, messages)?;
-    } else {
-        writer.answer("", answer, all, messages)?;
+    writer.answer("", answer.message, &spans, messages)?;
+    if let Some(answer) = writer.done.answers.last_mut() {
+        answer.thinking = change;
     }
     writer.prompt(&all[answer.spans.end..])?;
     Ok(writer.done)
+}
+
+/// Does a block of thinking end where the generation prompt ends?
+fn closes_thinking(prompt: &str) -> bool {
+    prompt.trim_end().ends_with(THINKING.1)
+}
+
+/// The opening tag of an answer without what the generation prompt ends with.
+fn not_opened<'a>(tag: &'a str, prompt: &str) -> &'a str {
+    let opened = prompt.trim_end();
+    if !opened.ends_with(THINKING.0) {
+        return tag;
+    }
+    let after = |text: &'a str| text.trim_start().strip_prefix(THINKING.0);
+    let space = after(tag).unwrap_or_default();
+    space.strip_prefix(&prompt[opened.len()..]).unwrap_or("")
 }
 
 /// `text` without the messages that it shares with `other`, whose last one ends at `content_end`; or else from a
@@ -212,6 +263,25 @@ impl RenderedAnswer {
     fn end_of_prompt(&self, text: &str, prompt: &str) -> Option<usize> {
         let is_prefix = text[..self.start].starts_with(prompt);
         (is_prefix && prompt.len() >= self.earliest).then_some(prompt.len())
+    }
+
+    /// What the template makes of this answer's thinking after `prompt`. None if it prints it.
+    fn thinking_change(
+        &self,
+        spans: &[Span],
+        messages: &[Message],
+        prompt: &str,
+    ) -> Option<ThinkingChange> {
+        thinking_spans(self.message, &messages[self.message].content)?;
+        let spans = spans[self.spans.clone()].iter();
+        let printed = spans.filter(|span| matches!(span, Span::Content { .. }));
+        if printed.count() > 1 {
+            None
+        } else if closes_thinking(prompt) {
+            Some(ThinkingChange::LeftOut)
+        } else {
+            Some(ThinkingChange::Restored)
+        }
     }
 }
 
@@ -329,16 +399,15 @@ impl<'a> Writer<'a> {
     fn answer(
         &mut self,
         lead: &str,
-        answer: &RenderedAnswer,
+        message: usize,
         spans: &[Span],
         messages: &[Message],
     ) -> Result<()> {
         self.open = false;
         let start = self.done.ids.len();
-        let spans = &spans[answer.spans.clone()];
         self.prompt(&[&[Span::Template(lead.to_owned())], spans].concat())?;
         let tokens = start..self.done.ids.len();
-        let content = &messages[answer.message].content;
+        let content = &messages[message].content;
         let written: String = [lead]
             .into_iter()
             .chain(spans.iter().map(Span::text))
@@ -347,7 +416,7 @@ impl<'a> Writer<'a> {
         let text = kept(content, &written, last);
         let first_of = |bytes| first_of_last(self.tokenizer, &self.done.ids, &tokens, bytes);
         self.done.answers.push(AnswerTokens {
-            message: answer.message,
+            message,
             content: first_of(text.len())..tokens.end,
             after_thinking: match answer_start(content) {
                 0 => tokens.start,
@@ -357,6 +426,7 @@ impl<'a> Writer<'a> {
             supervised: tokens.clone(),
             tokens,
             follows_generation_prompt: true,
+            thinking: None,
         });
         self.open = true;
         Ok(())

@@ -22,7 +22,7 @@ use super::chat_template::{ChatTemplate, Date};
 use crate::config;
 use crate::exit::Exit;
 use crate::prompt::Message;
-pub use conversation::{AnswerTokens, Conversation, Difference};
+pub use conversation::{AnswerTokens, Conversation, Difference, ThinkingChange};
 use pieces::Pieces;
 use token_bytes::TokenBytes;
 
@@ -145,7 +145,7 @@ impl Tokenizer {
     /// # Errors
     /// If there is no chat template, or it does not take these messages.
     pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        conversation::encode_prompt(self, self.template()?, messages)
+        conversation::encode_prompt(self, &self.template()?.at(None), messages)
     }
 
     /// Ids of a conversation that ends in the midst of its last message, an answer, which the model is to
@@ -214,7 +214,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode_prompt`].
     pub fn render(&self, messages: &[Message]) -> Result<String> {
-        self.template()?.render_text(messages, false)
+        self.template()?.at(None).render_text(messages, false)
     }
 
     /// Text of ids, without control tokens and unknown ids. Bytes that are no UTF-8 become U+FFFD.

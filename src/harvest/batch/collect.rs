@@ -1,19 +1,16 @@
 //! From a batch under way to its answers in the cache, and every row accounted for.
 
 use std::collections::HashMap;
-use std::io::Write;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bytes::Bytes;
-use futures_util::StreamExt;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::api::{self, BatchApi, Card, Download, Lines};
+use super::api::{self, Card};
 use super::journal::{Bodies, Member, State};
 use super::lane::batches;
 use super::results::{self, Outcome};
-use super::rows::Rows;
 use super::{Batches, Halt};
 use crate::cache::record::Timing;
 use crate::harvest::attempt::Answered;
@@ -22,8 +19,8 @@ use crate::harvest::plan::Row;
 use crate::harvest::reply::Completion;
 use crate::harvest::reply::error::ApiError;
 use crate::harvest::retry::{self, Claim, Failure, Trouble};
+use crate::harvest::stop;
 use crate::harvest::watch::Word;
-use crate::harvest::{stop, unreadable};
 use crate::prompt::Prompt;
 
 /// How often a batch or a file may be "not found" before it counts as gone.
@@ -31,9 +28,6 @@ const GONE: u32 = 20;
 
 /// Lines of a file between two looks at the progress.
 const SHOW_EVERY: u64 = 500;
-
-/// In bytes, in any of its forms.
-const LONGEST_KEY: usize = 16 << 10;
 
 /// The rows of a part while its files are read.
 pub(super) struct Taking {
@@ -58,6 +52,18 @@ impl Taking {
         let fates = self.fates.iter().flatten();
         let readable = fates.filter(|fate| !matches!(fate, Fate::Unreadable { .. }));
         readable.count() as u64
+    }
+
+    /// Returns true if a row or a line cannot be read.
+    pub(super) fn has_unreadable(&self) -> bool {
+        let is_unreadable = |fate: &Fate| matches!(fate, Fate::Unreadable { .. });
+        self.unreadable_lines > 0 || self.fates.iter().flatten().any(is_unreadable)
+    }
+
+    pub(super) fn keep_unreadable(&mut self, line: &[u8]) {
+        self.unreadable.extend_from_slice(line);
+        self.unreadable.push(b'\n');
+        self.unreadable_lines += 1;
     }
 
     /// Returns true if several rows were found, and none that can be read.
@@ -179,22 +185,11 @@ impl Batches<'_> {
         // The answers first: a row that is in both files has one.
         for file in [&card.output_file, &card.error_file].into_iter().flatten() {
             let batches = batches(&transport)?;
-            let download = batches.content(file).await;
-            let pieces = match download.map_err(retry::classify_fault)? {
-                Download::Content(pieces) => pieces,
-                Download::Refused(reply) => match api::check(Ok(reply), now()) {
-                    Err(Trouble::Refused(failure)) => {
-                        self.is_gone(index, &failure.message)?;
-                        // Its rows are in neither file.
-                        continue;
-                    }
-                    Err(trouble) => return Err(trouble.into()),
-                    Ok(_) => continue,
-                },
+            let Some(mut rows) = self.rows_of_file(index, batches, file).await? else {
+                continue;
             };
-            let mut rows = Rows::new(Lines::new(pieces));
             let (mut of_file, mut understood) = (0, 0);
-            while let Some(line) = rows.next().await.map_err(retry::classify_fault)? {
+            while let Some(line) = self.next_row(index, &mut rows).await? {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
@@ -256,39 +251,6 @@ impl Batches<'_> {
         Ok(())
     }
 
-    /// No line of a results file is one of ours: what was paid for must not be bought again. The file is
-    /// kept, and the lane stops; the batch is looked at again by the next run.
-    async fn keep_unreadable_file(
-        &mut self,
-        index: usize,
-        batches: &dyn BatchApi,
-        file: &str,
-    ) -> Result<(), Halt> {
-        let (lane, _) = self.lane_of(index)?;
-        let folder = unreadable::dir(&self.config.run_dir);
-        crate::fs::create_dir_all(&folder)?;
-        let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
-        let mut kept = crate::fs::Whole::create(&path)?;
-        if let Download::Content(mut pieces) =
-            batches.content(file).await.map_err(retry::classify_fault)?
-        {
-            let could_not = "could not keep a results file";
-            let mut held = Vec::new();
-            while let Some(piece) = pieces.next().await {
-                held.extend_from_slice(&piece.map_err(retry::classify_fault)?);
-                held = batches.without_key(held.into()).into();
-                // A key may begin in one piece and end in the next one.
-                let sure = held.len().saturating_sub(LONGEST_KEY);
-                kept.write_all(&held[..sure]).context(could_not)?;
-                held.drain(..sure);
-            }
-            kept.write_all(&held).context(could_not)?;
-        }
-        kept.commit(true)?;
-        self.lanes[lane].stop(stop::unreadable_results(&path));
-        Ok(())
-    }
-
     pub(super) fn open(&self, index: usize, card: &Card) -> Result<Taking> {
         let nonce = &self.journal.parts[index].nonce;
         let members = self.journal.members(nonce)?;
@@ -332,11 +294,7 @@ impl Batches<'_> {
         for outcome in results::read(&line) {
             match outcome {
                 Some(outcome) => is_ours |= self.take_outcome(index, taking, outcome)?,
-                None => {
-                    taking.unreadable.extend_from_slice(&line);
-                    taking.unreadable.push(b'\n');
-                    taking.unreadable_lines += 1;
-                }
+                None => taking.keep_unreadable(&line),
             }
         }
         Ok(is_ours)

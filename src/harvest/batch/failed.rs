@@ -2,13 +2,18 @@
 
 use std::collections::HashMap;
 
-use super::api::{self, Card, Download, Lines, Mistake};
-use super::collect::{Fate, now};
+use super::api::{Card, Mistake};
+use super::collect::Fate;
 use super::lane::batches;
-use super::rows::Rows;
 use super::{Batches, Halt, results};
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{self, Claim, Failure, Trouble};
+use crate::harvest::retry::{Claim, Failure};
+
+/// Returns true if an answer may be in the line, which names none of the rows.
+fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
+    let has = |field: &[u8]| memchr::memmem::find(line, field).is_some();
+    has(b"\"choices\"") || !is_readable && has(results::ID)
+}
 
 impl Batches<'_> {
     /// Reads the error file of a failed batch: it names the rows for which the input file was refused, and on
@@ -17,35 +22,33 @@ impl Batches<'_> {
         let (_, transport) = self.lane_of(index)?;
         let batches = batches(&transport)?;
         let file = card.error_file.clone().unwrap_or_default();
-        let download = batches.content(&file).await;
-        let pieces = match download.map_err(retry::classify_fault)? {
-            Download::Content(pieces) => pieces,
-            Download::Refused(reply) => match api::check(Ok(reply), now()) {
-                Err(Trouble::Refused(failure)) => {
-                    self.is_gone(index, &failure.message)?;
-                    return self.failed(index, &card);
-                }
-                Err(trouble) => return Err(trouble.into()),
-                Ok(_) => return self.failed(index, &card),
-            },
+        let Some(mut rows) = self.rows_of_file(index, batches, &file).await? else {
+            return self.failed(index, &card);
         };
         let mut taking = self.open(index, &card)?;
-        let mut rows = Rows::new(Lines::new(pieces));
-        while let Some(line) = rows.next().await.map_err(retry::classify_fault)? {
+        while let Some(line) = self.next_row(index, &mut rows).await? {
             if line.trim_ascii().is_empty() {
                 continue;
             }
             let line = batches.without_key(line);
             let (kept, count) = (taking.unreadable.len(), taking.unreadable_lines);
-            if !self.take_line(index, &mut taking, line.clone())?
-                && let Some(mistake) = Mistake::of_line(&line)
-            {
-                card.mistakes.push(mistake);
-                taking.unreadable.truncate(kept);
-                taking.unreadable_lines = count;
+            if self.take_line(index, &mut taking, line.clone())? {
+                continue;
+            }
+            let is_readable = taking.unreadable_lines == count;
+            taking.unreadable.truncate(kept);
+            taking.unreadable_lines = count;
+            if may_be_answer(&line, is_readable) {
+                taking.keep_unreadable(&line);
+            } else {
+                card.mistakes.extend(Mistake::of_line(&line));
             }
         }
         taking.unreadable_lines += rows.skipped();
+        if taking.seen() == 0 && taking.has_unreadable() {
+            // Answers may be among it.
+            return self.keep_unreadable_file(index, batches, &file).await;
+        }
         if taking.seen() == 0 {
             return self.failed(index, &card);
         }

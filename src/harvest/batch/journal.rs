@@ -101,6 +101,8 @@ pub struct Live {
     pub looked: usize,
     pub missing: u32,
     pub gone: u32,
+    /// How often a results file of its could not be read.
+    pub not_read: u32,
     pub not_before: Option<Instant>,
 }
 

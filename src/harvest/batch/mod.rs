@@ -14,6 +14,7 @@ mod api;
 mod braces;
 mod closing;
 mod collect;
+mod download;
 mod failed;
 mod http;
 mod journal;

@@ -67,10 +67,7 @@ fn values(line: &Bytes) -> Vec<Bytes> {
         let rest = line.slice(start..);
         let mut strict = serde_json::Deserializer::from_slice(&rest).into_iter::<&RawValue>();
         if let Some(Ok(value)) = strict.next() {
-            let mut found = Vec::new();
-            add_rows(value, DEEPEST, &mut found);
-            let found = found.into_iter();
-            rows.extend(found.map(|row| rest.slice_ref(row.get().as_bytes())));
+            rows.extend(rows_in(&rest, value));
             at = start + strict.byte_offset();
         } else if let Some(end) = object_end(&rest) {
             rows.extend(repaired_rows(&rest.slice(..end)));
@@ -92,22 +89,23 @@ fn values(line: &Bytes) -> Vec<Bytes> {
 
 /// Rows of an object that is not strict JSON.
 fn repaired_rows(object: &Bytes) -> Vec<Bytes> {
-    let repaired = json::repaired(object).ok().map(Bytes::from);
-    let value = repaired.as_ref().and_then(|text| {
-        let value: &RawValue = serde_json::from_slice(text).ok()?;
-        Some((text, value))
-    });
+    let Ok(text) = json::repaired(object).map(Bytes::from) else {
+        return values_by_braces(object);
+    };
+    let rows = serde_json::from_slice(&text).map(|value| rows_in(&text, value));
+    rows.ok()
+        .filter(|rows| !rows.is_empty())
+        .unwrap_or_else(|| values_by_braces(object))
+}
+
+/// Rows of a value, which is a part of `text`.
+fn rows_in(text: &Bytes, value: &RawValue) -> Vec<Bytes> {
     let mut found = Vec::new();
-    if let Some((_, value)) = value {
-        add_rows(value, DEEPEST, &mut found);
-    }
-    match value {
-        Some((text, _)) if !found.is_empty() => found
-            .into_iter()
-            .map(|row| text.slice_ref(row.get().as_bytes()))
-            .collect(),
-        _ => values_by_braces(object),
-    }
+    add_rows(value, DEEPEST, &mut found);
+    let found = found.into_iter();
+    found
+        .map(|row| text.slice_ref(row.get().as_bytes()))
+        .collect()
 }
 
 /// Returns true if `text` contains `first`, and not after a `byte`.

@@ -151,6 +151,36 @@ fn every_status_has_its_class() {
         ),
         (
             400,
+            r#"{"error":{"message":"The provided model identifier is invalid."}}"#,
+            "claim: Model",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"No endpoints found for m."}}"#,
+            "claim: Model",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"The model\n  `m` has been deprecated"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model's output is not available"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"submodel x was not found in the schema"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model parameter is deprecated"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
             r#"{"error":{"message":"API key not valid. Please pass a valid API key."}}"#,
             "claim: Key",
         ),

@@ -2,7 +2,7 @@
 //! missing: K is the whole vocabulary, and there is no tail.
 
 use super::divergence::{Divergence, Position};
-use super::{RowLoss, Weights, pull_to_label, top1};
+use super::{RowLoss, SoftTerm, Weights, pull_to_label, top1};
 use crate::ops::math;
 
 /// A softmax at a temperature, without its weights.
@@ -35,11 +35,15 @@ impl Softmax {
 
 /// As [`super::row`], with the logits of a teacher (V, or as many as it has) in place of its top-k.
 ///
-/// `tail`, `unbiased` and both kinds of `renormalize` are the same then: the KL divergence. That, and
+/// `tail`, `unbiased`, `damped` and both kinds of `renormalize` are the same then: the KL divergence. That, and
 /// with it `temperature`, is the classic of Hinton et al. (arXiv 1503.02531).
 #[inline(always)]
 pub fn row(logits: &mut [f32], teacher: &[f32], label: u32, weights: Weights) -> RowLoss {
-    let Weights { scale, kd, .. } = weights;
+    let scale = weights.scale;
+    let SoftTerm {
+        divergence,
+        weight: kd,
+    } = weights.soft[0];
     let (label, smoothing) = (label as usize, weights.label_smoothing);
     let teacher = &teacher[..teacher.len().min(logits.len())];
     let ((best, max), (teachers, teacher_max)) = (top1(logits), top1(teacher));
@@ -52,10 +56,10 @@ pub fn row(logits: &mut [f32], teacher: &[f32], label: u32, weights: Weights) ->
     };
     let smoothed = ce + smoothing * (logits[label] - mean_logit);
     let kl = kl(logits, teacher, student, truth);
-    let tau = match weights.divergence[0] {
+    let tau = match divergence {
         Divergence::Temperature(tau) => Some(tau),
         Divergence::Tail
-        | Divergence::Unbiased
+        | Divergence::Damped(_)
         | Divergence::Renormalize
         | Divergence::RenormalizeBoth => Some(1.0),
         _ => None,
@@ -95,7 +99,7 @@ pub fn row(logits: &mut [f32], teacher: &[f32], label: u32, weights: Weights) ->
                 masses: (1.0, 0.0),
                 drawn: None,
             };
-            let term = position.term(weights.divergence[0]);
+            let term = position.term(divergence);
             let beyond = scale * kd * term.outside / student.sum;
             for (at, z) in logits.iter_mut().enumerate() {
                 let e = math::exp(student.log(*z));

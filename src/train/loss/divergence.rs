@@ -7,7 +7,7 @@
 //! | name | value | source |
 //! |---|---|---|
 //! | `tail` | KL(t, s) | |
-//! | `unbiased` | KL(t, s) - 1\[y not in K\] (log(q_y / q_) - log(p_y / p_)) | |
+//! | `unbiased`, `damped` | KL(t, s) - lambda 1\[y not in K\] (log(q_y / q_) - log(p_y / p_)) | |
 //! | `temperature` | tau^2 P KL(softmax_K(l / tau), softmax_K(z / tau)) + KL((P, p_), (Q, q_)) | Hinton et al., arXiv 1503.02531, for a top-k |
 //! | `reverse_kl` | KL(s, t) | MiniLLM, arXiv 2306.08543 |
 //! | `jsd` | beta KL(t, m) + (1 - beta) KL(s, m), m = beta t + (1 - beta) s | GKD, arXiv 2306.13649 |
@@ -21,9 +21,12 @@
 //! (it teaches over-confidence: -log P is left), and `renormalize_both` does not see what the
 //! student gives to tokens outside K.
 //!
-//! `unbiased` needs a y that was drawn from p itself: temperature 1, nothing cut off, no penalties.
-//! Then its expectation over y is the divergence of the full distributions, and so is that of its
-//! gradient.
+//! `unbiased` (lambda = 1) and `damped` (lambda = `loss.tail_weight`) need a y that was drawn from p itself:
+//! temperature 1, nothing cut off, no penalties. Then the expectation over y of `unbiased` is the divergence
+//! of the full distributions, and so is that of its gradient. At a match, the expected gradient vanishes for
+//! every lambda: it only trades how fast the shape of the tail is learnt against the noise of one token.
+
+use std::fmt;
 
 use crate::config::{Kd, Loss};
 
@@ -41,7 +44,8 @@ const MIN_PROBABILITY: f32 = 1e-30;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Divergence {
     Tail,
-    Unbiased,
+    /// lambda, the weight of the conditional likelihood of a token outside K; 1 is `unbiased`
+    Damped(f32),
     /// tau
     Temperature(f32),
     ReverseKl,
@@ -60,11 +64,13 @@ impl Divergence {
     /// What the settings choose for answers of a teacher; the second for those that were drawn from
     /// the very distribution that the logprobs tell. None: cross-entropy alone.
     pub fn of(settings: &Loss) -> Option<[Self; 2]> {
+        let damped = Self::Damped(settings.tail_weight as f32);
         let one = match settings.kd {
             Kd::None => return None,
-            Kd::Auto => return Some([Self::Tail, Self::Unbiased]),
+            Kd::Auto => return Some([Self::Tail, damped]),
             Kd::Tail => Self::Tail,
-            Kd::Unbiased => Self::Unbiased,
+            Kd::Unbiased => Self::Damped(1.0),
+            Kd::Damped => damped,
             Kd::Temperature => Self::Temperature(settings.temperature as f32),
             Kd::ReverseKl => Self::ReverseKl,
             Kd::Jsd => Self::Jsd(settings.beta as f32),
@@ -75,6 +81,24 @@ impl Divergence {
             Kd::RenormalizeBoth => Self::RenormalizeBoth,
         };
         Some([one, one])
+    }
+}
+
+impl fmt::Display for Divergence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Divergence::Tail => f.write_str("tail"),
+            Divergence::Damped(1.0) => f.write_str("unbiased"),
+            Divergence::Damped(lambda) => write!(f, "damped {lambda}"),
+            Divergence::Temperature(tau) => write!(f, "temperature {tau}"),
+            Divergence::ReverseKl => f.write_str("reverse_kl"),
+            Divergence::Jsd(beta) => write!(f, "jsd {beta}"),
+            Divergence::SkewKl(alpha) => write!(f, "skew_kl {alpha}"),
+            Divergence::SkewReverseKl(alpha) => write!(f, "skew_reverse_kl {alpha}"),
+            Divergence::Tvd => f.write_str("tvd"),
+            Divergence::Renormalize => f.write_str("renormalize"),
+            Divergence::RenormalizeBoth => f.write_str("renormalize_both"),
+        }
     }
 }
 
@@ -105,8 +129,8 @@ pub struct Term {
     pub inside: Vec<f32>,
     /// Its derivative by a logit elsewhere is this, times q of that token.
     pub outside: f32,
-    /// Is 1 to be taken off the derivative by the logit of y?
-    pub minus_label: bool,
+    /// To be subtracted from the derivative by the logit of y.
+    pub at_label: f32,
 }
 
 /// A probability of both sides.
@@ -156,7 +180,7 @@ impl Position<'_> {
     pub fn term(&self, divergence: Divergence) -> Term {
         match divergence {
             Divergence::Tail => self.of_buckets(forward),
-            Divergence::Unbiased => self.unbiased(),
+            Divergence::Damped(lambda) => self.damped(lambda),
             Divergence::Temperature(tau) => self.tempered(tau),
             Divergence::ReverseKl => self.of_buckets(|b| {
                 let ratio = b.log_s - b.log_t;
@@ -208,22 +232,22 @@ impl Position<'_> {
             value,
             inside: slopes.iter().map(|(slope, s)| slope - s * mean).collect(),
             outside: tail_slope / tail.s - mean,
-            minus_label: false,
+            at_label: 0.0,
         }
     }
 
-    fn unbiased(&self) -> Term {
+    fn damped(&self, lambda: f32) -> Term {
         let mut term = self.of_buckets(forward);
         if let Some((logit, logprob)) = self.drawn {
             let tail = self.student_tail();
-            term.value -= logit - self.lse - tail.ln();
+            term.value -= lambda * (logit - self.lse - tail.ln());
             let known = logprob.filter(|_| self.masses.1 > 0.0);
             if let Some(logprob) = known {
-                term.value += logprob - self.masses.1.ln();
+                term.value += lambda * (logprob - self.masses.1.ln());
             }
             // d(log q_ - log q_y) / dz_j = q_j / q_ outside K, 0 inside, and -1 more at y.
-            term.outside += 1.0 / tail;
-            term.minus_label = true;
+            term.outside += lambda / tail;
+            term.at_label = lambda;
         }
         term
     }
@@ -249,7 +273,7 @@ impl Position<'_> {
                 .map(|(((t, _), (s, _)), q)| tau * mass * (s - t) + q * (both - pull))
                 .collect(),
             outside: both - tail / student_tail,
-            minus_label: false,
+            at_label: 0.0,
         }
     }
 
@@ -266,7 +290,7 @@ impl Position<'_> {
                 .map(|((t, _), q)| q - t)
                 .collect(),
             outside: 1.0,
-            minus_label: false,
+            at_label: 0.0,
         }
     }
 
@@ -281,7 +305,7 @@ impl Position<'_> {
                 .sum(),
             inside: parts.map(|((t, _), (s, _))| s - t).collect(),
             outside: 0.0,
-            minus_label: false,
+            at_label: 0.0,
         }
     }
 }

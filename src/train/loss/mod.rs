@@ -6,20 +6,33 @@
 pub mod dense;
 pub mod divergence;
 
+use std::fmt;
+
 use crate::ops::math;
 use divergence::{Divergence, Position, Term};
 
 /// Negative log-likelihoods never count as smaller than this, which bounds their ratio.
 const MIN_NLL: f32 = 1e-6;
 
+/// KD, the term of soft labels, and its weight kd.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SoftTerm {
+    pub divergence: Divergence,
+    pub weight: f32,
+}
+
+impl fmt::Display for SoftTerm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, weight {}", self.divergence, self.weight)
+    }
+}
+
 /// How the terms of a position make its loss:
 /// `scale * ((1 - kd) CE + kd KD)`, or `scale * CE` where the position has no soft labels.
 #[derive(Debug, Clone, Copy)]
 pub struct Weights {
-    /// lambda, the weight of KD.
-    pub kd: f32,
-    /// What KD is; at positions whose y was drawn from the teacher's distribution, the second.
-    pub divergence: [Divergence; 2],
+    /// The second is for positions whose y was drawn from the teacher's distribution.
+    pub soft: [SoftTerm; 2],
     /// epsilon: CE is taken against (1 - epsilon) of the label and epsilon of the uniform
     /// distribution (Szegedy et al., arXiv 1512.00567).
     pub label_smoothing: f32,
@@ -33,8 +46,10 @@ impl Default for Weights {
     /// Cross-entropy, summed.
     fn default() -> Self {
         Self {
-            kd: 0.0,
-            divergence: [Divergence::Tail; 2],
+            soft: [SoftTerm {
+                divergence: Divergence::Tail,
+                weight: 0.0,
+            }; 2],
             label_smoothing: 0.0,
             alm: 0.0,
             scale: 1.0,
@@ -63,10 +78,10 @@ pub struct Row<'a> {
 
 impl Row<'_> {
     /// K with the logprobs on it. A label that the teacher emitted from outside its top-k is added,
-    /// unless that is told apart (`unbiased`).
+    /// unless that is told apart (`damped`).
     fn known(&self, divergence: Divergence) -> (Vec<u32>, Vec<f32>) {
         let (mut ids, mut logprobs) = (self.soft_ids.to_vec(), self.soft_logprobs.to_vec());
-        let apart = divergence == Divergence::Unbiased;
+        let apart = matches!(divergence, Divergence::Damped(_));
         if let Some(drawn) = self.drawn.filter(|drawn| drawn.is_finite() && !apart) {
             match ids.iter().position(|&id| id == self.label) {
                 // What the teacher calls something else begins with the label, too.
@@ -111,7 +126,11 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
     if let Some(teacher) = row.dense {
         return dense::row(logits, teacher, row.label, weights);
     }
-    let Weights { scale, kd, .. } = weights;
+    let scale = weights.scale;
+    let SoftTerm {
+        divergence,
+        weight: kd,
+    } = weights.soft[usize::from(row.exact)];
     let label = row.label as usize;
     let label_logit = logits[label];
     let smoothing = weights.label_smoothing;
@@ -120,7 +139,6 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
         false => 0.0,
     };
     let (top1, max) = top1(logits);
-    let divergence = weights.divergence[usize::from(row.exact)];
     let (ids, logprobs) = row.known(divergence);
     // With K set aside the sum over the rest is the tail itself: no cancellation in 1 - Q.
     let inside: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
@@ -182,9 +200,7 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
         logits[id as usize] = scale * ((1.0 - kd) * q + kd * slope);
     }
     pull_to_label(logits, label, smoothing, scale * (1.0 - kd));
-    if term.minus_label {
-        logits[label] -= scale * kd;
-    }
+    logits[label] -= scale * kd * term.at_label;
     loss
 }
 
@@ -265,10 +281,9 @@ mod tests {
         TEACHER.iter().map(|z| (z - lse) as f32).collect()
     }
 
-    fn weights(kd: f32, label_smoothing: f32, divergence: Divergence) -> Weights {
+    fn weights(weight: f32, label_smoothing: f32, divergence: Divergence) -> Weights {
         Weights {
-            kd,
-            divergence: [divergence; 2],
+            soft: [SoftTerm { divergence, weight }; 2],
             label_smoothing,
             ..Weights::default()
         }
@@ -321,6 +336,49 @@ mod tests {
         let at_match = |divergence| kd(&TEACHER.map(|z| z as f32), 3, divergence).0;
         assert!((at_match(Divergence::Renormalize) - 0.095_229_28).abs() < 1e-6);
         assert!(at_match(Divergence::RenormalizeBoth).abs() < 1e-6);
+    }
+
+    #[test]
+    fn damped_has_its_golden_values_and_gradients() {
+        // The label, 5, is outside K.
+        let golden: [(f32, f32, [f32; 6]); 3] = [
+            (
+                1.0,
+                -0.781_453_28,
+                [
+                    -0.294939, 0.288398, -0.039916, 0.431482, 0.261707, -0.646733,
+                ],
+            ),
+            (
+                0.35,
+                -0.119_628_94,
+                [
+                    -0.294939, 0.288398, -0.039916, 0.163469, 0.099149, -0.216163,
+                ],
+            ),
+            (
+                0.0,
+                0.236_738_01,
+                [-0.294939, 0.288398, -0.039916, 0.019155, 0.011618, 0.015683],
+            ),
+        ];
+        let teacher = teacher_logprobs();
+        for (lambda, value, slopes) in golden {
+            let mut gradient = STUDENT.to_vec();
+            let target = Row {
+                label: 5,
+                soft_ids: &[0, 1, 2],
+                soft_logprobs: &teacher[..3],
+                drawn: Some(teacher[5]),
+                ..Row::default()
+            };
+            let weights = weights(1.0, 0.0, Divergence::Damped(lambda));
+            let loss = row(&mut gradient, target, weights).kd.unwrap();
+            assert!((loss - value).abs() < 1e-6, "{lambda}: {loss}");
+            for (got, golden) in gradient.iter().zip(slopes) {
+                assert!((got - golden).abs() < 2e-6, "{lambda}: {gradient:?}");
+            }
+        }
     }
 
     #[test]

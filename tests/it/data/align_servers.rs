@@ -96,6 +96,29 @@ fn raw_vocabulary_entries_are_decoded() {
     }
 }
 
+/// As of DeepSeek: its answers may have no space, and its control tokens contain `▁`.
+#[test]
+fn control_tokens_with_a_metaspace_do_not_hide_a_byte_level_vocabulary() {
+    let tokenizer = tokenizer("bytelevel");
+    let answer = "ü\n";
+    let ids = tokenizer.encode_text(answer).unwrap();
+    for pieces in [
+        vec!["Ã¼", "Ċ", "<｜end▁of▁sentence｜>"],
+        vec!["<｜begin▁of▁sentence｜>", "Ã¼Ċ"],
+    ] {
+        let rows: Vec<Row> = pieces.iter().map(|piece| (*piece, -1.0, &[][..])).collect();
+        let aligned = align(&tokenizer, &logprobs(&rows), answer, &ids);
+        assert!(aligned.is_ok(), "{pieces:?}: {:?}", aligned.err());
+    }
+    // Without a line break, no token has a mark of its own.
+    let rows: Vec<Row> = ["Ã¼", "<｜end▁of▁sentence｜>"]
+        .iter()
+        .map(|piece| (*piece, -1.0, &[][..]))
+        .collect();
+    let ids = tokenizer.encode_text("ü").unwrap();
+    assert!(align(&tokenizer, &logprobs(&rows), "ü", &ids).is_ok());
+}
+
 /// With thinking, white space or a stop string around it.
 #[test]
 fn answer_is_aligned_within_longer_logprobs() {

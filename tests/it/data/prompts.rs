@@ -25,6 +25,11 @@ const MOVED: &str = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|
 /// Like Qwen 3's: reformats the thinking of the last answer, and drops it elsewhere.
 const THINKING: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1] %}{% if loop.last %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
+/// Drops the thinking of every answer.
+const DROPPED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1].lstrip('\\n') }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+/// Its generation prompt begins in another way than the conversation.
+const DATED: &str = "{% if add_generation_prompt %}Today. {% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1] %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
 const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 fn with_template(template: &str) -> (TempDir, Tokenizer) {
@@ -60,7 +65,24 @@ fn supervised_answers_follow_their_generation_prompt() {
                 "<think>\n\n</think>\n\n<think>\nHm, what?\n</think>\n\nBye.<|im_end|>",
             ],
         ),
-        (OPENED, ["Me.<|im_end|>", "Bye.<|im_end|>"]),
+        (
+            OPENED,
+            ["Me.<|im_end|>", "Hm, what?\n</think>\n\nBye.<|im_end|>"],
+        ),
+        (
+            DROPPED,
+            [
+                "Me.<|im_end|>",
+                "<think>\nHm, what?\n</think>\n\nBye.<|im_end|>",
+            ],
+        ),
+        (
+            DATED,
+            [
+                "Me.<|im_end|>",
+                "<think>\nHm, what?\n</think>\n\nBye.<|im_end|>",
+            ],
+        ),
         (
             MOVED,
             [
@@ -264,8 +286,52 @@ fn thinking_is_left_out_after_a_prompt_that_closed_it() {
         "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
     );
     let rows = [ask("Who?", "<think>\nHm.\n</think>\n\nMe.")];
-    let (_, found) = examples(&template, &rows, |_| {});
+    let (report, found) = examples(&template, &rows, |_| {});
     assert_eq!(found["1"], ["Me.<|im_end|>"]);
+    let shown = report.to_string();
+    assert!(
+        shown.contains("answers trained: 1 without their thinking"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn thinking_that_the_template_drops_is_restored() {
+    let mut several = ask("Hello", "<think>\nA.\n</think>\n\nHi.");
+    several.extend(ask("And now?", "<think>B.</think>Bye."));
+    let of = |template, thinking| {
+        examples(template, &[several.clone()], |config| {
+            config.data.thinking = thinking
+        })
+    };
+    // Template, and the supervised texts of the two answers.
+    for (template, first, last) in [
+        (
+            DROPPED,
+            "<think>\nA.\n</think>\n\nHi.<|im_end|>",
+            "<think>B.</think>Bye.<|im_end|>",
+        ),
+        (
+            OPENED,
+            "A.\n</think>\n\nHi.<|im_end|>",
+            "B.</think>Bye.<|im_end|>",
+        ),
+    ] {
+        let (report, found) = of(template, Thinking::Supervise);
+        assert_eq!(found["1"], [last], "{template}");
+        assert_eq!(found["1:1"], [first], "{template}");
+        let shown = report.to_string();
+        assert!(
+            shown.contains("answers trained: 2 with their thinking, which the chat template drops"),
+            "{shown}"
+        );
+        let (_, found) = of(template, Thinking::Context);
+        assert_eq!(found["1"], ["Bye.<|im_end|>"], "{template}");
+        assert_eq!(found["1:1"], ["Hi.<|im_end|>"], "{template}");
+        let (report, found) = of(template, Thinking::Drop);
+        assert_eq!(found["1"].last().unwrap(), "Bye.<|im_end|>", "{template}");
+        assert!(report.thinking.is_empty());
+    }
 }
 
 #[test]

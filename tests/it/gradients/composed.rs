@@ -18,7 +18,8 @@ use distill::ops::attention::Heads;
 use distill::ops::matmul::Precision;
 use distill::ops::rope::RopeTable;
 use distill::train::ema::Ema;
-use distill::train::loss::Weights;
+use distill::train::loss::divergence::Divergence;
+use distill::train::loss::{SoftTerm, Weights};
 use distill::train::objective::{self, Models};
 use distill::train::optimizer::Optimizer;
 use distill::train::student::Student;
@@ -165,7 +166,10 @@ fn train(frame: Frame) -> Trained {
         ..Train::default()
     };
     let weights = Weights {
-        kd: 0.5,
+        soft: [SoftTerm {
+            divergence: Divergence::Tail,
+            weight: 0.5,
+        }; 2],
         scale: 1.0 / batch.positions.len() as f32,
         ..Weights::default()
     };

@@ -2,14 +2,15 @@
 //! its formula in f64.
 
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::{self, Row, Weights};
+use distill::train::loss::{self, Row, SoftTerm, Weights};
 
 /// Every one there is, with its parameter where it has one.
-fn divergences(random: &mut fastrand::Rng) -> [Divergence; 10] {
+fn divergences(random: &mut fastrand::Rng) -> [Divergence; 11] {
     let mut parameter = |from: f32, to: f32| from + (to - from) * random.f32();
     [
         Divergence::Tail,
-        Divergence::Unbiased,
+        Divergence::Damped(1.0),
+        Divergence::Damped(parameter(0.0, 1.0)),
         Divergence::Temperature(parameter(0.5, 5.0)),
         Divergence::ReverseKl,
         Divergence::Jsd(parameter(0.05, 0.95)),
@@ -19,6 +20,10 @@ fn divergences(random: &mut fastrand::Rng) -> [Divergence; 10] {
         Divergence::Renormalize,
         Divergence::RenormalizeBoth,
     ]
+}
+
+fn term(divergence: Divergence, weight: f32) -> SoftTerm {
+    SoftTerm { divergence, weight }
 }
 
 /// The table of `train::loss::divergence`, row by row. `logq` are log-probabilities (V).
@@ -36,7 +41,7 @@ fn formula(divergence: Divergence, logq: &[f64], row: Row) -> Option<f64> {
             .collect(),
     };
     let drawn = row.drawn.map(f64::from);
-    if let (Some(drawn), true) = (drawn, divergence != Divergence::Unbiased) {
+    if let (Some(drawn), false) = (drawn, matches!(divergence, Divergence::Damped(_))) {
         known.push((row.label as usize, drawn));
     }
     if known.is_empty() {
@@ -61,12 +66,12 @@ fn formula(divergence: Divergence, logq: &[f64], row: Row) -> Option<f64> {
     s.push(student_tail);
     Some(match divergence {
         Divergence::Tail => kl(&t, &s),
-        Divergence::Unbiased => {
+        Divergence::Damped(lambda) => {
             let of_label = drawn.map_or(0.0, |logprob| {
                 let student = logq[row.label as usize] - student_tail.ln();
                 logprob - tail.ln() - student
             });
-            kl(&t, &s) + of_label
+            kl(&t, &s) + f64::from(lambda) * of_label
         }
         Divergence::Temperature(tau) => {
             let tau = f64::from(tau);
@@ -165,11 +170,10 @@ fn gradients_are_those_of_the_formula() {
         for divergence in divergences(&mut random) {
             let exact = random.bool();
             let row = case.row(exact);
-            let mut pair = [Divergence::Renormalize; 2];
-            pair[usize::from(exact)] = divergence;
+            let mut soft = [term(Divergence::Renormalize, 0.5); 2];
+            soft[usize::from(exact)] = term(divergence, kd);
             let weights = Weights {
-                kd,
-                divergence: pair,
+                soft,
                 label_smoothing: smoothing,
                 ..Weights::default()
             };
@@ -207,14 +211,13 @@ fn gradients_towards_a_whole_distribution_are_those_of_the_formula() {
         };
         for divergence in divergences(&mut random) {
             let weights = Weights {
-                kd: random.f32(),
-                divergence: [divergence; 2],
+                soft: [term(divergence, random.f32()); 2],
                 label_smoothing: [0.0, 0.1][number % 2],
                 ..Weights::default()
             };
             // Nothing is missing of the teacher's side, so that all of these are one.
             let whole = match divergence {
-                Divergence::Unbiased | Divergence::Renormalize | Divergence::RenormalizeBoth => {
+                Divergence::Damped(_) | Divergence::Renormalize | Divergence::RenormalizeBoth => {
                     Divergence::Tail
                 }
                 other => other,
@@ -234,7 +237,7 @@ fn gradients_towards_a_whole_distribution_are_those_of_the_formula() {
 
 /// The classic of distillation.
 fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: Weights) -> f64 {
-    let (tau, kd) = (f64::from(tau), f64::from(weights.kd));
+    let (tau, kd) = (f64::from(tau), f64::from(weights.soft[0].weight));
     let both = teacher.len().min(logits.len());
     let cool = |values: Vec<f64>| log_softmax(&values.iter().map(|v| v / tau).collect::<Vec<_>>());
     let p = cool(teacher[..both].iter().map(|l| f64::from(*l)).collect());
@@ -255,7 +258,10 @@ fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: Weig
 /// The loss of a position by its formula, at the log-probabilities `logq` (V).
 fn position(logq: &[f64], divergence: Divergence, row: Row, weights: Weights) -> f64 {
     let uniform = -logq.iter().sum::<f64>() / logq.len() as f64;
-    let (kd, smoothing) = (f64::from(weights.kd), f64::from(weights.label_smoothing));
+    let (kd, smoothing) = (
+        f64::from(weights.soft[usize::from(row.exact)].weight),
+        f64::from(weights.label_smoothing),
+    );
     let ce = -(1.0 - smoothing) * logq[row.label as usize] + smoothing * uniform;
     match formula(divergence, logq, row) {
         Some(value) => (1.0 - kd) * ce + kd * value,
@@ -304,7 +310,7 @@ fn gradients_of_chunks_are_those_of_the_formula() {
             })
             .collect();
         let weights = Weights {
-            kd: random.f32(),
+            soft: [term(Divergence::Tail, random.f32()); 2],
             alm: random.f32(),
             label_smoothing: [0.0, 0.1][number % 2],
             ..Weights::default()
@@ -361,14 +367,13 @@ fn what_is_a_divergence_is_zero_and_flat_at_a_match() {
             let row = case.row(false);
             let mut gradient = case.logits.clone();
             let weights = Weights {
-                kd: 1.0,
-                divergence: [divergence; 2],
+                soft: [term(divergence, 1.0); 2],
                 ..Weights::default()
             };
             let found = loss::row(&mut gradient, row, weights);
             let Some(kd) = found.kd else { continue };
             // A sample says something, even at a match; on average it does not.
-            let sampled = divergence == Divergence::Unbiased && row.drawn.is_some();
+            let sampled = matches!(divergence, Divergence::Damped(_)) && row.drawn.is_some();
             let confident =
                 divergence == Divergence::Renormalize && case.ids.len() < gradient.len();
             let steepest = gradient.iter().fold(0.0f32, |most, g| most.max(g.abs()));
@@ -389,35 +394,28 @@ fn what_is_a_divergence_is_zero_and_flat_at_a_match() {
     }
 }
 
-/// Over all y that the teacher may emit, weighted by its probabilities, `unbiased` and its gradient
-/// are those of the full divergence.
+/// Over all y that the teacher may emit, weighted by its probabilities, `damped` is the divergence on the top-k and the
+/// tail, and lambda p_ times that of the distributions within the tail; so `unbiased` is the full one. The same
+/// holds for the gradients, and at a match they vanish for every lambda.
 #[test]
-fn unbiased_is_the_full_divergence_on_average() {
+fn damped_is_head_and_weighted_tail_on_average() {
     let mut random = fastrand::Rng::with_seed(14);
-    for _ in 0..50 {
+    for number in 0..100 {
         let case = Case::random(&mut random);
         let vocabulary = case.logits.len();
+        let is_match = number % 4 == 3;
+        let lambda = [1.0, 0.35, random.f32()][number % 3];
+        let logits: Vec<f64> = case.logits.iter().map(|z| f64::from(*z)).collect();
         let teacher: Vec<f64> = (0..vocabulary).map(|_| random.f64() * 4.0).collect();
-        let teacher = log_softmax(&teacher);
+        let teacher = log_softmax(if is_match { &logits } else { &teacher });
         let logprobs: Vec<f32> = teacher.iter().map(|l| *l as f32).collect();
         let mut ids: Vec<u32> = (0..vocabulary as u32).collect();
         ids.sort_by(|a, b| logprobs[*b as usize].total_cmp(&logprobs[*a as usize]));
-        let all = ids.clone();
         ids.truncate(random.usize(1..=vocabulary));
         let inside: Vec<f32> = ids.iter().map(|id| logprobs[*id as usize]).collect();
-        let everything: Vec<f32> = all.iter().map(|id| logprobs[*id as usize]).collect();
-        let of = |row: Row, divergence| {
-            let mut gradient = case.logits.clone();
-            let weights = Weights {
-                kd: 1.0,
-                divergence: [divergence; 2],
-                ..Weights::default()
-            };
-            let found = loss::row(&mut gradient, row, weights);
-            (
-                f64::from(found.kd.expect("there are soft labels")),
-                gradient,
-            )
+        let weights = Weights {
+            soft: [term(Divergence::Damped(lambda), 1.0); 2],
+            ..Weights::default()
         };
         let (mut mean, mut slope) = (0.0, vec![0.0; vocabulary]);
         for y in 0..vocabulary as u32 {
@@ -429,25 +427,49 @@ fn unbiased_is_the_full_divergence_on_average() {
                 exact: true,
                 ..Row::default()
             };
-            let (value, gradient) = of(row, Divergence::Unbiased);
+            let mut gradient = case.logits.clone();
+            let found = loss::row(&mut gradient, row, weights);
             let p = teacher[y as usize].exp();
-            mean += p * value;
+            mean += p * f64::from(found.kd.expect("there are soft labels"));
             for (slope, g) in slope.iter_mut().zip(gradient) {
                 *slope += p * f64::from(g);
             }
         }
-        let full = Row {
-            label: 0,
-            soft_ids: &all,
-            soft_logprobs: &everything,
-            drawn: None,
-            exact: true,
-            ..Row::default()
+        let is_outside = |id: &usize| !ids.contains(&(*id as u32));
+        let expected = |logits: &[f64]| {
+            let student = log_softmax(logits);
+            let of = |log: &[f64]| -> (Vec<f64>, Vec<f64>) {
+                let outside: Vec<f64> = (0..vocabulary)
+                    .filter(is_outside)
+                    .map(|id| log[id].exp())
+                    .collect();
+                let mass: f64 = outside.iter().sum();
+                let head = ids.iter().map(|id| log[*id as usize].exp());
+                (
+                    head.chain([mass]).collect(),
+                    outside.iter().map(|p| p / mass).collect(),
+                )
+            };
+            let ((t, t_within), (s, s_within)) = (of(&teacher), of(&student));
+            kl(&t, &s) + f64::from(lambda) * t[ids.len()] * kl(&t_within, &s_within)
         };
-        let (value, gradient) = of(full, Divergence::Tail);
-        assert!((mean - value).abs() < 5e-6, "{mean} and {value}");
-        for (slope, g) in slope.iter().zip(gradient) {
-            assert!((slope - f64::from(g)).abs() < 2e-6, "{slope} and {g}");
+        let what = format!(
+            "case {number}, lambda {lambda}, k {} of {vocabulary}",
+            ids.len()
+        );
+        assert!((mean - expected(&logits)).abs() < 5e-6, "{what}: {mean}");
+        for (index, slope) in slope.into_iter().enumerate() {
+            let at = |step: f64| {
+                let mut moved = logits.clone();
+                moved[index] += step;
+                expected(&moved)
+            };
+            let difference = (at(1e-5) - at(-1e-5)) / 2e-5;
+            assert!(
+                (slope - difference).abs() < 3e-6,
+                "{what}: {slope} and {difference}"
+            );
+            assert!(!is_match || slope.abs() < 3e-6, "{what}: {slope}");
         }
     }
 }

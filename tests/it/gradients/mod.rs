@@ -13,7 +13,8 @@ use distill::data::batch::Batch;
 use distill::model::gradients::Gradients;
 use distill::model::tape::Memory;
 use distill::model::{Input, Model, ModelConfig, weights::Tensors};
-use distill::train::loss::Weights;
+use distill::train::loss::divergence::Divergence;
+use distill::train::loss::{SoftTerm, Weights};
 use distill::train::objective;
 
 use crate::model::tiny;
@@ -67,7 +68,10 @@ impl Trainable {
     ) -> (f64, BTreeMap<String, Vec<f32>>) {
         let positions: usize = batches.iter().map(|batch| batch.positions.len()).sum();
         let weights = Weights {
-            kd,
+            soft: [SoftTerm {
+                divergence: Divergence::Tail,
+                weight: kd,
+            }; 2],
             alm: ALM as f32,
             scale: 1.0 / positions as f32,
             ..Weights::default()

@@ -236,3 +236,30 @@ async fn truncated_answers_are_used_until_max_tokens_is_raised() {
         "{message}"
     );
 }
+
+/// One answer to each row, though the cache holds several to its question.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_several_answers_to_a_row_one_is_trained_on() {
+    let server = FaultServer::start(|seen| {
+        let mut body = completion(&format!("answer to {}", seen.prompt()), 0);
+        body["choices"][0]["finish_reason"] = "length".into();
+        Reaction::Reply(200, Vec::new(), body.to_string().into_bytes())
+    })
+    .await;
+    let mut run = Run::new(&server, &["one", "two", "three"]);
+    run.config.data.keep_finish_reasons = vec!["stop".into(), "length".into()];
+    for max_tokens in [16, 32] {
+        run.config.sampling.max_tokens = max_tokens;
+        harvested(&mut run).await;
+    }
+    assert_eq!(run.records().len(), 6);
+    for max_tokens in [8, 16, 32] {
+        run.config.sampling.max_tokens = max_tokens;
+        let (count, lines) = kept(&run.config);
+        let reason = "another answer to the same question is used";
+        assert_eq!(count, 3, "{lines:?}");
+        assert!(lines.join("\n").contains(reason), "{lines:?}");
+    }
+    run.config.data.groups = Groups::All;
+    assert_eq!(kept(&run.config).0, 6);
+}

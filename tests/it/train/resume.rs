@@ -114,7 +114,7 @@ fn a_checkpoint_does_not_care_where_its_files_are_and_says_what_has_changed() {
 
     let mut config = killed_after(&whole, 7);
     config.train.learning_rate *= 2.0;
-    config.loss.kd_weight = 0.25;
+    config.loss.kd_weight = Some(0.25);
     let error = train::run(&config, Start::Resume.into()).err().unwrap();
     assert_eq!(distill::exit::Exit::code_of(&error), 2);
     let error = error.to_string();

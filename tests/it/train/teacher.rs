@@ -18,7 +18,7 @@ fn a_student_comes_closer_to_the_whole_distribution() {
     let mut ends = Vec::new();
     for (kd, weight) in [(Kd::None, 0.5), (Kd::Tail, 1.0), (Kd::Temperature, 1.0)] {
         config.loss.kd = kd;
-        config.loss.kd_weight = weight;
+        config.loss.kd_weight = Some(weight);
         let summary = train::run(&config, Start::Fresh.into()).unwrap();
         let validation = summary.validation;
         if kd == Kd::None {

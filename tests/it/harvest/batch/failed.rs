@@ -130,3 +130,81 @@ async fn rows_named_by_their_line_in_an_error_file_fail_unless_they_have_an_answ
         "{failures:?}"
     );
 }
+
+/// Failed batches whose answers cannot be read are not bought again.
+#[tokio::test(start_paused = true)]
+async fn answers_that_cannot_be_read_in_an_error_file_are_kept_and_stop_the_run() {
+    type Change = fn(Bytes) -> Bytes;
+    let changes: [Change; 2] = [
+        |content| {
+            let text = String::from_utf8(content.to_vec()).unwrap();
+            let lines = text.lines().map(|line| &line[..line.len() / 2]);
+            lines.collect::<Vec<_>>().join("\n").into()
+        },
+        |content| {
+            let text = String::from_utf8(content.to_vec()).unwrap();
+            text.replace("\"custom_id\"", "\"customer\"").into()
+        },
+    ];
+    for on_the_way in changes {
+        let night = night("", 20, |_| {});
+        let provider = Provider {
+            of_cards: failed_with_error_file,
+            on_the_way,
+            ..Provider::of(&night)
+        };
+        let summary = harvest_over(&night, provider).await;
+        let (status, message) = end(&summary);
+        assert_eq!(
+            (summary.ok, summary.pending, status),
+            (0, 20, 1),
+            "{message}"
+        );
+        assert_eq!(night.mock.stats().billed.answers, 20);
+        let kept = std::fs::read_dir(night.run.config.run_dir.join("unreadable")).unwrap();
+        assert_eq!(kept.count(), 1);
+        let summary = harvest_with_cards(&night, failed_with_error_file).await;
+        assert_eq!((summary.ok, end(&summary).0), (20, 0));
+        assert_eq!(night.mock.stats().billed.answers, 20);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn plain_text_in_an_error_file_is_ignored() {
+    let night = night("", 20, |_| {});
+    let provider = Provider {
+        of_cards: failed_with_error_file,
+        on_the_way: |content| {
+            [b"2 rows failed, see below:\n\n".as_slice(), &content]
+                .concat()
+                .into()
+        },
+        ..Provider::of(&night)
+    };
+    let summary = harvest_over(&night, provider).await;
+    assert_eq!((summary.ok, end(&summary).0), (20, 0), "{summary:?}");
+    assert_eq!(summary.attempts_lost, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_results_file_that_always_breaks_off_stops_the_run() {
+    for of_cards in [failed_with_error_file, |card| card] {
+        let night = night("", 20, |_| {});
+        let provider = Provider {
+            breaks_files: true,
+            of_cards,
+            ..Provider::of(&night)
+        };
+        let summary = harvest_over(&night, provider).await;
+        let (status, message) = end(&summary);
+        assert_eq!((summary.ok + summary.pending, status), (20, 4));
+        assert!(summary.pending > 0);
+        assert!(
+            message.contains("could not be read 20 times (reset)"),
+            "{message}"
+        );
+        let summary = harvest_with_cards(&night, of_cards).await;
+        assert_eq!((summary.ok + summary.cached, end(&summary).0), (20, 0));
+        assert_eq!(night.mock.stats().billed.answers, 20);
+    }
+}

@@ -36,6 +36,8 @@ struct Provider {
     latency: Duration,
     /// Downloads that hold half of their file and end as if that were all.
     halved: AtomicU32,
+    /// Do downloads break off?
+    breaks_files: bool,
     /// Changes the content of files on its way, and cards.
     on_the_way: fn(Bytes) -> Bytes,
     of_cards: fn(Value) -> Value,
@@ -59,6 +61,7 @@ impl Provider {
             chat: night.teacher(),
             latency: Duration::ZERO,
             halved: AtomicU32::new(0),
+            breaks_files: false,
             on_the_way: |content| content,
             of_cards: |card| card,
             forbidden: AtomicU32::new(0),
@@ -156,7 +159,7 @@ impl BatchApi for Provider {
             }
             let path = format!("/v1/files/{file}/content");
             let (reply, breaks) = match self.react("GET", &path, b"").await {
-                Reaction::Reply(reply) => (reply, false),
+                Reaction::Reply(reply) => (reply, self.breaks_files),
                 Reaction::ResetInBody(reply) => (reply, true),
                 _ => return Err(Fault::Broken("reset".into())),
             };

@@ -1,0 +1,74 @@
+//! `strftime` as Python has it in the C locale, with glibc's flag `-`.
+
+use jiff::civil::DateTime;
+use jiff::fmt::strtime;
+use minijinja::{Error, ErrorKind};
+
+/// Formats a date without a time zone.
+///
+/// # Errors
+/// For a directive that Python does not document.
+pub fn format(format: &str, date: DateTime) -> Result<String, Error> {
+    let mut text = String::new();
+    let mut rest = format;
+    while let Some(at) = rest.find('%') {
+        text.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let flag = usize::from(rest[1..].starts_with('-'));
+        let Some(directive) = rest[1 + flag..].chars().next() else {
+            return Err(unknown(rest));
+        };
+        let end = 1 + flag + directive.len_utf8();
+        let whole = &rest[..end];
+        let same = match directive {
+            'a' | 'A' | 'b' | 'B' | 'd' | 'e' | 'F' | 'H' | 'I' | 'j' | 'm' | 'M' | 'p' | 'S'
+            | 'T' | 'U' | 'w' | 'W' | 'y' | 'Y' | 'G' | 'u' | 'V' | '%' => whole,
+            'c' => "%a %b %e %H:%M:%S %Y",
+            'x' | 'D' => "%m/%d/%y",
+            'X' => "%H:%M:%S",
+            'f' => "%6f",
+            // A date without a zone has neither.
+            'z' | 'Z' => "",
+            _ => return Err(unknown(whole)),
+        };
+        let part = strtime::format(same, date);
+        text.push_str(
+            &part.map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))?,
+        );
+        rest = &rest[end..];
+    }
+    text.push_str(rest);
+    Ok(text)
+}
+
+fn unknown(directive: &str) -> Error {
+    let message = format!("strftime_now does not know `{directive}`");
+    Error::new(ErrorKind::InvalidOperation, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values of Python 3.11's `datetime(2026, 3, 1, 5, 7, 9, 12345).strftime`.
+    #[test]
+    fn dates_are_formatted_as_by_python() {
+        let date = DateTime::constant(2026, 3, 1, 5, 7, 9, 12_345_000);
+        for (directives, expected) in [
+            ("%d %b %Y", "01 Mar 2026"),
+            ("%-d. %B %y", "1. March 26"),
+            ("%c", "Sun Mar  1 05:07:09 2026"),
+            ("%x %X", "03/01/26 05:07:09"),
+            ("%H:%M:%S.%f", "05:07:09.012345"),
+            ("%I %p %j %U %w %W %a %A", "05 AM 060 09 0 08 Sun Sunday"),
+            ("%G-W%V-%u", "2026-W09-7"),
+            ("[%z%Z] 100%%", "[] 100%"),
+            ("Größe", "Größe"),
+        ] {
+            assert_eq!(format(directives, date).unwrap(), expected, "{directives}");
+        }
+        for unknown in ["%q", "%", "%-", "%Q", "%ü"] {
+            assert!(format(unknown, date).is_err(), "{unknown}");
+        }
+    }
+}

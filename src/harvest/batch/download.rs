@@ -1,0 +1,110 @@
+//! Results files are read over a connection that may break, and kept if nothing in them can be read.
+
+use std::io::Write;
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use futures_util::StreamExt;
+
+use super::api::{self, BatchApi, Download, Lines};
+use super::collect::now;
+use super::rows::Rows;
+use super::{Batches, Halt};
+use crate::harvest::retry::{self, Trouble};
+use crate::harvest::{stop, unreadable};
+
+/// How often a results file may fail to be read before the lane stops.
+const NOT_READ: u32 = 20;
+
+/// In bytes, in any of its forms.
+const LONGEST_KEY: usize = 16 << 10;
+
+impl Batches<'_> {
+    /// Opens a results file. Returns None if it is gone: its rows are in no file.
+    pub(super) async fn rows_of_file(
+        &mut self,
+        index: usize,
+        batches: &dyn BatchApi,
+        file: &str,
+    ) -> Result<Option<Rows>, Halt> {
+        match batches.content(file).await {
+            Err(fault) => Err(self.not_read(index, retry::classify_fault(fault))),
+            Ok(Download::Content(pieces)) => Ok(Some(Rows::new(Lines::new(pieces)))),
+            Ok(Download::Refused(reply)) => match api::check(Ok(reply), now()) {
+                Err(Trouble::Refused(failure)) => {
+                    self.is_gone(index, &failure.message)?;
+                    Ok(None)
+                }
+                Err(trouble) => Err(self.not_read(index, trouble)),
+                Ok(_) => Ok(None),
+            },
+        }
+    }
+
+    /// The next line of a results file.
+    pub(super) async fn next_row(
+        &mut self,
+        index: usize,
+        rows: &mut Rows,
+    ) -> Result<Option<Bytes>, Halt> {
+        match rows.next().await {
+            Ok(line) => Ok(line),
+            Err(fault) => Err(self.not_read(index, retry::classify_fault(fault))),
+        }
+    }
+
+    /// A results file could not be read to its end. Other requests may succeed meanwhile, so the outage clock does
+    /// not bound this.
+    fn not_read(&mut self, index: usize, trouble: Trouble) -> Halt {
+        let live = &mut self.journal.parts[index].live;
+        live.not_read += 1;
+        let (count, lane) = (live.not_read, live.lane);
+        let message = trouble.message().to_owned();
+        if count == 1 {
+            self.progress.note(&format!(
+                "a results file cannot be read ({message}): it is requested again"
+            ));
+        } else if count >= NOT_READ
+            && let Some(lane) = lane
+        {
+            self.lanes[lane].stop(stop::results_not_read(count, &message));
+        }
+        trouble.into()
+    }
+
+    /// No line of a results file is one of ours: what was paid for must not be bought again. The file is
+    /// kept, and the lane stops; the batch is looked at again by the next run.
+    pub(super) async fn keep_unreadable_file(
+        &mut self,
+        index: usize,
+        batches: &dyn BatchApi,
+        file: &str,
+    ) -> Result<(), Halt> {
+        let (lane, _) = self.lane_of(index)?;
+        let folder = unreadable::dir(&self.config.run_dir);
+        crate::fs::create_dir_all(&folder)?;
+        let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
+        let mut kept = crate::fs::Whole::create(&path)?;
+        let content = batches.content(file).await;
+        let content =
+            content.map_err(|fault| self.not_read(index, retry::classify_fault(fault)))?;
+        if let Download::Content(mut pieces) = content {
+            let could_not = "could not keep a results file";
+            let mut held = Vec::new();
+            while let Some(piece) = pieces.next().await {
+                let piece =
+                    piece.map_err(|fault| self.not_read(index, retry::classify_fault(fault)))?;
+                held.extend_from_slice(&piece);
+                held = batches.without_key(held.into()).into();
+                // A key may begin in one piece and end in the next one.
+                let sure = held.len().saturating_sub(LONGEST_KEY);
+                kept.write_all(&held[..sure]).context(could_not)?;
+                held.drain(..sure);
+            }
+            kept.write_all(&held).context(could_not)?;
+        }
+        kept.commit(true)?;
+        self.lanes[lane].stop(stop::unreadable_results(&path));
+        Ok(())
+    }
+}
