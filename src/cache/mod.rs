@@ -20,6 +20,7 @@
 
 pub mod census;
 mod columns;
+pub mod control;
 pub mod frames;
 mod index;
 mod journal;

@@ -150,7 +150,7 @@ pub struct Logprobs {
     /// Tokens whose bytes are no valid UTF-8.
     #[serde(with = "stored::raw")]
     pub raw: Vec<RawToken>,
-    /// Do the emitted tokens' bytes, joined, equal the answer's text?
+    /// Do the emitted tokens' bytes, joined, equal the answer's text? A last token that ends the turn aside.
     pub matches_text: bool,
 }
 

@@ -210,16 +210,11 @@ impl Sequence {
         );
         let token = self.sampler.sample(logits);
         self.remaining -= 1;
+        let begin = self.text.received();
         let finish_reason = if tokenizer.stop_ids().contains(&token) {
             Some(FinishReason::Stop)
         } else {
-            let begin = self.text.received();
             let stopped = self.text.push(tokenizer.token_bytes(token).unwrap_or(&[]));
-            if let Some(k) = self.top_logprobs {
-                let choice = Choice::of(logits, token, k);
-                self.unreported
-                    .push_back((begin, self.text.received(), choice));
-            }
             self.unread.push(token);
             match (stopped, self.remaining) {
                 (true, _) => Some(FinishReason::Stop),
@@ -227,6 +222,12 @@ impl Sequence {
                 (false, _) => None,
             }
         };
+        // The end of the turn, too, as vLLM reports it: it is one of the model's choices.
+        if let Some(k) = self.top_logprobs {
+            let choice = Choice::of(logits, token, k);
+            let end = self.text.received();
+            self.unreported.push_back((begin, end, choice));
+        }
         let text = match finish_reason {
             Some(_) => self.text.finish(),
             None => self.text.release(),

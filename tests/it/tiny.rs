@@ -26,7 +26,7 @@ const MERGES: [(&str, &str); 6] = [
     // Two of the three bytes of €.
     ("â", "Ĥ"),
 ];
-const CONTROL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+pub const CONTROL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n\
     {{ message['content'] }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
@@ -52,15 +52,20 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
             *tensor = (&*tensor * 12.0).unwrap();
         }
     }
-    let write = |name: &str, bytes: &[u8]| fs::write(dir.join(name), bytes).unwrap();
-    let write_json = |name: &str, value: Value| write(name, value.to_string().as_bytes());
-    write_json("config.json", config.to_json("float32"));
-    write_json("tokenizer.json", tokenizer());
-    write_json(
-        "tokenizer_config.json",
-        json!({"eos_token": CONTROL[2], "chat_template": CHAT_TEMPLATE}),
-    );
+    write_json(dir, "config.json", &config.to_json("float32"));
+    write_tokenizer(dir, 0..=255, &MERGES);
     write_weights(dir, &weights);
+}
+
+fn write_json(dir: &Path, name: &str, value: &Value) {
+    fs::write(dir.join(name), value.to_string()).unwrap();
+}
+
+/// Writes a tokenizer of these bytes, merges and the control tokens.
+pub fn write_tokenizer(dir: &Path, bytes: impl IntoIterator<Item = u8>, merges: &[(&str, &str)]) {
+    write_json(dir, "tokenizer.json", &tokenizer(bytes, merges));
+    let settings = json!({"eos_token": CONTROL[2], "chat_template": CHAT_TEMPLATE});
+    write_json(dir, "tokenizer_config.json", &settings);
 }
 
 /// Writes the weights of the model folder `dir`.
@@ -73,19 +78,19 @@ pub fn write_weights(dir: &Path, weights: &weights::Tensors) {
     weights::write(&path, entries).unwrap();
 }
 
-fn tokenizer() -> Value {
+fn tokenizer(bytes: impl IntoIterator<Item = u8>, merges: &[(&str, &str)]) -> Value {
     let mut vocabulary = Map::new();
     let mut add = |token: String| {
         let id = vocabulary.len();
         vocabulary.insert(token, id.into());
     };
-    for byte in 0..=255 {
+    for byte in bytes {
         add(byte_letter(byte).to_string());
     }
-    for (left, right) in MERGES {
+    for (left, right) in merges {
         add(format!("{left}{right}"));
     }
-    let first_control = VOCABULARY - CONTROL.len();
+    let first_control = vocabulary.len();
     let control = |(index, content): (usize, &&str)| {
         json!({
             "id": first_control + index, "content": content, "special": true,
@@ -114,7 +119,7 @@ fn tokenizer() -> Value {
             "byte_fallback": false,
             "ignore_merges": false,
             "vocab": vocabulary,
-            "merges": MERGES.map(|(left, right)| [left, right]),
+            "merges": merges.iter().map(|(left, right)| [left, right]).collect::<Vec<_>>(),
         },
     })
 }

@@ -26,8 +26,8 @@ use alternatives::{agreement, mass};
 use run::UnitKind;
 pub use teacher::spells;
 use teacher::teacher_units;
-use tokens::Tokens;
 pub use tokens::is_stop;
+use tokens::{Tokens, ends_turn};
 
 /// Chunks of more student tokens than this are left to cross-entropy.
 const MAX_CHUNK: usize = 64;
@@ -171,7 +171,8 @@ impl<'a> Mapper<'a> {
     }
 
     /// Soft labels for `student`, the N tokens that spell the part `kept` of the answer's bytes,
-    /// possibly after text of the template. `asked` is the `top_logprobs` of the request.
+    /// possibly after text of the template, and possibly with the token that ends the turn. `asked` is the
+    /// `top_logprobs` of the request.
     ///
     /// # Errors
     /// If one side's bytes do not add up, or the logprobs are none.
@@ -195,7 +196,12 @@ impl<'a> Mapper<'a> {
         let (units, teacher) =
             teacher_units(teacher, answer, &kept, is_stop).ok_or(Mismatch::Teacher)?;
         let teacher = teacher.as_ref();
-        let student_ends = self.student_ends(student, answer, kept.clone())?;
+        let stop_ids = self.tokenizer.stop_ids();
+        let (end, text) = match student.split_last() {
+            Some((last, text)) if stop_ids.contains(last) => (Some(*last), text),
+            _ => (None, student),
+        };
+        let student_ends = self.student_ends(text, answer, kept.clone())?;
         // What the template cut off, and the white space that it put in its place, has no partner.
         let skipped = units.partition_point(|unit| unit.end <= kept.start);
         let teacher_ends: Vec<usize> = units.iter().map(|unit| unit.end).collect();
@@ -252,8 +258,42 @@ impl<'a> Mapper<'a> {
                 written += self.tokenizer.token_bytes(label).map_or(0, <[u8]>::len);
             }
         }
-        aligned.fill(student.len());
+        aligned.fill(text.len());
+        if let Some(end) = end {
+            let position = units.last().map_or(0, |unit| unit.tokens.end);
+            self.end_of_turn(teacher, position, end, asked, &mut aligned);
+            aligned.fill(student.len());
+        }
         Ok(aligned)
+    }
+
+    /// Adds soft labels for the token that ends the turn, if the teacher's token at `position` does, as servers like
+    /// vLLM report it.
+    fn end_of_turn(
+        &mut self,
+        teacher: &LogprobsView,
+        position: usize,
+        label: u32,
+        asked: Option<usize>,
+        to: &mut Aligned,
+    ) {
+        let Some(bytes) = teacher.token.get(position) else {
+            return;
+        };
+        if !ends_turn(self.tokenizer, bytes) {
+            return;
+        }
+        let mut listed = Vec::new();
+        match alternatives(teacher, position, self.most, asked, &mut listed) {
+            Some(known) => {
+                if !teacher.top.get(position).is_empty() {
+                    let is_in = known.drawn == Drawn::No;
+                    to.in_top_k.count(position, known.top_mass, is_in);
+                }
+                self.first(&listed, known, bytes, label, false, to);
+            }
+            None => to.positions_over_one += 1,
+        }
     }
 
     /// The teacher's tokens `said` as a chunk of the student tokens `labels`, the first of which is at

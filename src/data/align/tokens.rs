@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use foldhash::fast::FixedState;
 
+use crate::cache::control::{names_control, names_end};
 use crate::data::tokenizer::Tokenizer;
 
 /// U+FFFD in UTF-8.
@@ -27,8 +28,9 @@ impl<'a> Tokens<'a> {
     }
 
     /// The student token for a teacher token that is spelled `bytes`: that with the same bytes, or
-    /// else the first of their encoding, an event that they imply. None for control tokens, for what holds
-    /// the replacement character, and for what the student cannot spell.
+    /// else the first of their encoding, an event that they imply. A control token is that of the same name, and
+    /// one that ends a turn is that which ends the student's. None for other control tokens, for what holds the
+    /// replacement character, and for what the student cannot spell.
     pub fn id_of(&mut self, bytes: &[u8]) -> Option<u32> {
         let tokenizer = self.tokenizer;
         match short_key(bytes) {
@@ -76,11 +78,24 @@ fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
     if memchr::memmem::find(bytes, REPLACEMENT).is_some() {
         return None;
     }
-    let same = tokenizer.id_of_bytes(bytes);
-    same.or_else(|| match is_stop(tokenizer, bytes) {
-        true => None,
-        false => tokenizer.first_id_of(bytes),
-    })
+    if let Some(same) = tokenizer.id_of_bytes(bytes) {
+        return Some(same);
+    }
+    if !is_stop(tokenizer, bytes) {
+        return tokenizer.first_id_of(bytes);
+    }
+    let name = std::str::from_utf8(bytes).ok()?;
+    let of_turn = || tokenizer.end_of_turn().filter(|_| names_end(name));
+    tokenizer.id_of_control(name).or_else(of_turn)
+}
+
+/// Is this the name of a token that ends a turn, of the student's tokenizer or of another one?
+pub(super) fn ends_turn(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
+    let Ok(name) = std::str::from_utf8(bytes) else {
+        return false;
+    };
+    let own = tokenizer.id_of_control(name);
+    own.map_or_else(|| names_end(name), |id| tokenizer.stop_ids().contains(&id))
 }
 
 /// Is this a token that may end an answer without being part of its text: one without bytes, or
@@ -94,17 +109,5 @@ fn is_control(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(bytes) else {
         return false;
     };
-    let usual = [
-        "</s>",
-        "<s>",
-        "<eos>",
-        "<bos>",
-        "<end_of_turn>",
-        "<pad>",
-        "<unk>",
-    ];
-    tokenizer.names_special(text)
-        || usual.contains(&text)
-        || (text.starts_with("<|") && text.ends_with("|>") && text.len() > 4)
-        || (text.starts_with("<｜") && text.ends_with("｜>"))
+    tokenizer.names_special(text) || names_control(text)
 }

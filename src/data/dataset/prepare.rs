@@ -425,6 +425,12 @@ impl<'a> Preparing<'a> {
             }
             kept.start = kept.start.max(start);
         }
+        // A token that ends the turn directly after the text is the teacher's choice, too.
+        let of_teacher = if end == last.tokens.end + 1 {
+            end
+        } else {
+            last.tokens.end
+        };
         let aligned = match &row.logprobs {
             None => Err(report::NO_LOGPROBS.into()),
             Some(logprobs) => self
@@ -433,7 +439,7 @@ impl<'a> Preparing<'a> {
                     logprobs,
                     content.as_bytes(),
                     kept,
-                    &input_ids[answer..last.tokens.end],
+                    &input_ids[answer..of_teacher],
                     row.asked,
                 )
                 .map_err(|mismatch| mismatch.to_string()),

@@ -112,6 +112,7 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
         unknown,
         bytes,
         stop_ids,
+        end_of_turn: None,
         vocab_size,
         template,
         fingerprint,
@@ -120,7 +121,8 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
         template_args: arguments.clone(),
     };
     // The eos token of a base model may differ from the end of turn in its template.
-    if let Some(end) = tokenizer.end_of_turn()
+    tokenizer.end_of_turn = tokenizer.find_end_of_turn();
+    if let Some(end) = tokenizer.end_of_turn
         && !tokenizer.stop_ids.contains(&end)
     {
         tokenizer.stop_ids.push(end);

@@ -53,6 +53,7 @@ pub struct Tokenizer {
     unknown: Option<u32>,
     bytes: TokenBytes,
     stop_ids: Vec<u32>,
+    end_of_turn: Option<u32>,
     vocab_size: usize,
     template: Option<ChatTemplate>,
     fingerprint: blake3::Hash,
@@ -118,7 +119,7 @@ impl Tokenizer {
     }
 
     /// End-of-turn token of the chat template: the control token after an answer.
-    fn end_of_turn(&mut self) -> Option<u32> {
+    fn find_end_of_turn(&mut self) -> Option<u32> {
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.
         self.set_date(Date::Fixed(DateTime::constant(2000, 1, 1, 0, 0, 0, 0)));
@@ -320,6 +321,11 @@ impl Tokenizer {
     /// The tokens that end an answer.
     pub fn stop_ids(&self) -> &[u32] {
         &self.stop_ids
+    }
+
+    /// The one that ends an answer in the chat template.
+    pub fn end_of_turn(&self) -> Option<u32> {
+        self.end_of_turn
     }
 
     /// Checks that a model with so many rows of embeddings has one for each token.

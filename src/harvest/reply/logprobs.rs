@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
+use crate::cache::control::names_end;
 use crate::cache::record::{Logprobs, RawToken};
 
 /// At or below this a logprob means "very unlikely" and not a number.
@@ -51,11 +52,12 @@ pub struct Alternative<'a> {
 }
 
 impl Alternative<'_> {
-    /// Its bytes, or where it has none those of its text.
+    /// Its bytes, or where it has none those of its text: of control tokens, some servers send an empty list.
     pub fn spelled(&self) -> &[u8] {
-        self.bytes
-            .as_ref()
-            .map_or(self.token.as_bytes(), Bytes::as_slice)
+        match &self.bytes {
+            Some(bytes) if !bytes.as_slice().is_empty() => bytes.as_slice(),
+            _ => self.token.as_bytes(),
+        }
     }
 }
 
@@ -306,15 +308,9 @@ pub struct Columns {
 impl Columns {
     /// Adds a position: the token that was emitted, and all that were likely, which are taken.
     pub fn push(&mut self, emitted: Alternative, alternatives: &mut Vec<Alternative>) {
-        let Alternative {
-            token,
-            logprob,
-            bytes,
-            prob: _,
-        } = emitted;
-        self.joined
-            .extend_from_slice(bytes.as_ref().map_or(token.as_bytes(), Bytes::as_slice));
-        let token = self.text(token, bytes, -1);
+        self.joined.extend_from_slice(emitted.spelled());
+        let logprob = emitted.logprob.0;
+        let token = self.text(emitted, -1);
         // Best first, the missing ones last; a stable sort leaves equal ones as they came.
         let value = |other: &Alternative| other.logprob.0.unwrap_or(f32::NEG_INFINITY);
         if !alternatives.is_sorted_by(|a, b| value(a) >= value(b)) {
@@ -323,26 +319,20 @@ impl Columns {
         let mut top = Vec::with_capacity(alternatives.len());
         let mut top_logprob = Vec::with_capacity(alternatives.len());
         for (rank, other) in alternatives.drain(..).enumerate() {
-            top.push(self.text(other.token, other.bytes, rank as i32));
             top_logprob.push(other.logprob.0);
+            top.push(self.text(other, rank as i32));
         }
         self.logprobs.token.push(token);
-        self.logprobs.logprob.push(logprob.0);
+        self.logprobs.logprob.push(logprob);
         self.logprobs.top.push(top);
         self.logprobs.top_logprob.push(top_logprob);
     }
 
-    /// A token is its bytes; only where the endpoint sends none is it the bytes of its text. Bytes
-    /// that are no text become `""`, and an entry in `raw`.
-    fn text(&mut self, token: Cow<str>, bytes: Option<Bytes>, rank: i32) -> String {
-        let Some(bytes) = bytes else {
-            return token.into_owned();
-        };
-        let bytes = bytes.as_slice();
-        if bytes == token.as_bytes() {
-            return token.into_owned();
-        }
+    /// A token is its bytes. Bytes that are no text become `""`, and an entry in `raw`.
+    fn text(&mut self, token: Alternative, rank: i32) -> String {
+        let bytes = token.spelled();
         match std::str::from_utf8(bytes) {
+            _ if bytes == token.token.as_bytes() => token.token.into_owned(),
             Ok(text) => text.to_owned(),
             Err(_) => {
                 self.logprobs.raw.push(RawToken {
@@ -360,7 +350,12 @@ impl Columns {
         if self.logprobs.token.is_empty() {
             return None;
         }
-        self.logprobs.matches_text = self.joined == text.as_bytes();
+        let last = self.logprobs.token.last().map_or("", String::as_str);
+        let text = text.as_bytes();
+        // The end of the turn is no part of the text.
+        let without_end = || self.joined.strip_suffix(last.as_bytes());
+        self.logprobs.matches_text =
+            self.joined == text || names_end(last) && without_end() == Some(text);
         Some(self.logprobs)
     }
 }
@@ -416,9 +411,21 @@ mod tests {
 
     #[test]
     fn tokens_that_do_not_make_the_text_are_marked() {
-        let raw =
-            json!({"content": [{"token": "a", "logprob": -1}, {"token": "<eos>", "logprob": 0}]});
+        let raw = json!({"content": [{"token": "a", "logprob": -1}, {"token": "b", "logprob": 0}]});
         assert!(!parse(raw, "a").matches_text);
+    }
+
+    #[test]
+    fn a_token_that_ends_the_turn_is_kept_by_its_name() {
+        for bytes in [json!(null), json!([]), json!(b"<eos>")] {
+            let end = json!({"token": "<eos>", "logprob": 0, "bytes": bytes});
+            let raw =
+                json!({"content": [{"token": "a", "logprob": -1, "top_logprobs": [end]}, end]});
+            let logprobs = parse(raw, "a");
+            assert!(logprobs.matches_text, "{bytes}");
+            assert_eq!(logprobs.token, ["a", "<eos>"]);
+            assert_eq!(logprobs.top[0], ["<eos>"]);
+        }
     }
 
     #[test]

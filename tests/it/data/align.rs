@@ -274,7 +274,8 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     assert!((mass - expected - 0.2).abs() < 1e-6, "{mass} {expected}");
 
     let first = soft[at("The")].as_ref().unwrap();
-    assert_eq!(first.ids, [id("The"), id(" capital")]);
+    let end = tokenizer.end_of_turn().unwrap();
+    assert_eq!(first.ids, [id("The"), id(" capital"), end]);
     assert_eq!(first.logprobs[0], 0.5f32.ln());
     assert!((first.logprobs[1].exp() - 0.3).abs() < 1e-6);
     let third = soft[at(" is")].as_ref().unwrap();

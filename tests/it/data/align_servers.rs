@@ -187,3 +187,36 @@ fn tokens_named_by_id_are_spelled_by_the_tokenizer_of_the_teacher() {
     let error = align(Some(&teacher), &unknown).unwrap_err();
     assert_eq!(error, Mismatch::Teacher);
 }
+
+/// vLLM lists the token that ends the turn after those of the text, and as an alternative elsewhere.
+#[test]
+fn ends_of_turns_have_soft_labels_where_they_are_listed() {
+    let tokenizer = tokenizer("bytelevel");
+    let end = tokenizer.end_of_turn().unwrap();
+    let mut ids = tokenizer.encode_text("T").unwrap();
+    ids.push(end);
+    let other = tokenizer.encode_text("a").unwrap()[0];
+    let of = |name: &str, listed: bool| {
+        let text = ("T", -0.1, &[("T", Some(-0.1)), (name, Some(-3.0))][..]);
+        let last = (name, -0.5, &[(name, Some(-0.5)), ("a", Some(-1.0))][..]);
+        let rows = [text, last];
+        let teacher = logprobs(&rows[..1 + usize::from(listed)]);
+        align(&tokenizer, &teacher, "T", &ids).unwrap()
+    };
+    // Its own name, and those of other models.
+    for name in ["<|im_end|>", "<|eot_id|>", "</s>", "<end_of_turn>"] {
+        let aligned = of(name, true);
+        assert_eq!(aligned.len(), 2);
+        assert_eq!(aligned.soft(0), (&[ids[0], end][..], &[-0.1, -3.0][..]));
+        assert_eq!(aligned.soft(1), (&[end, other][..], &[-0.5, -1.0][..]));
+        let aligned = of(name, false);
+        assert_eq!((aligned.len(), aligned.is_soft(1)), (2, false));
+    }
+    // A control token that ends no turn is none, and one without a name may be any.
+    for name in ["<|im_start|>", ""] {
+        assert!(!of(name, true).is_soft(1), "{name:?}");
+    }
+    let aligned = of("<|im_start|>", false);
+    let start = tokenizer.id_of_control("<|im_start|>").unwrap();
+    assert_eq!(aligned.soft(0).0, [ids[0], start]);
+}

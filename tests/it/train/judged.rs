@@ -182,8 +182,6 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
             let mut known: Vec<usize> = (0..vocabulary).collect();
             known.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
             known.truncate(20);
-            // A control token is no text, and goes to the rest.
-            known.retain(|&id| !tokenizer.is_special(id as u32));
             if !known.contains(&(ids[at] as usize)) {
                 known.push(ids[at] as usize);
             }

@@ -1,6 +1,7 @@
 //! Training: it learns, it resumes to the same bytes, it does not depend on how a step is cut.
 
 mod adapters;
+mod identity;
 mod judged;
 mod options;
 mod resume;

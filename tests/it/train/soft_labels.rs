@@ -134,9 +134,15 @@ fn auto_says_what_it_chose() {
     let records = |temperature: f64| answers(40, 0, 0.0, &json!({"temperature": temperature}));
     let (status, printed) = train(&records(1.0), "auto", &[]);
     assert_eq!(status, 0, "{printed}");
-    assert!(printed.contains("unbiased for the 40 answers"), "{printed}");
+    assert!(
+        printed.contains("damped 0.35, weight 1 for the 40 answers"),
+        "{printed}"
+    );
     let (_, printed) = train(&records(0.7), "auto", &[]);
-    assert!(printed.contains("tail for the other 40"), "{printed}");
+    assert!(
+        printed.contains("tail, weight 0.8 for the other 40"),
+        "{printed}"
+    );
     // Sharper than it says.
     let sharper = answers(40, 0, 0.3, &json!({"temperature": 1.0}));
     let (status, printed) = train(&sharper, "auto", &[]);

@@ -1,0 +1,31 @@
+//! Names of control tokens, as servers report them among logprobs.
+
+/// Is this the name of a control token in the tokenizers that most models use?
+pub fn names_control(name: &str) -> bool {
+    const OTHERS: [&str; 4] = ["<s>", "<bos>", "<pad>", "<unk>"];
+    names_end(name)
+        || OTHERS.contains(&name)
+        || (name.starts_with("<|") && name.ends_with("|>") && name.len() > 4)
+        || (name.starts_with("<｜") && name.ends_with("｜>"))
+}
+
+/// Is this the name of a token that ends a turn there?
+pub fn names_end(name: &str) -> bool {
+    const ENDS: [&str; 14] = [
+        "</s>",
+        "<eos>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|eot_id|>",
+        "<|eot|>",
+        "<|end_of_text|>",
+        "<|end_of_turn|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|endoftext|>",
+        "<｜end▁of▁sentence｜>",
+    ];
+    ENDS.contains(&name)
+}

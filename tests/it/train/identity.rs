@@ -1,0 +1,296 @@
+//! A student that is distilled over HTTP from itself has nothing to learn: any bias of the chain (tokens, template,
+//! alignment, loss, numbers) would move it.
+
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use distill::config::Config;
+use distill::data::batch::Batch;
+use distill::data::dataset::{self, Dataset};
+use distill::data::groups::Selection;
+use distill::data::tokenizer::Tokenizer;
+use distill::harvest;
+use distill::model::tape::Memory;
+use distill::model::weights::Tensors;
+use distill::model::{Model, ModelConfig, decoder, parameters};
+use distill::ops::matmul::Precision;
+use distill::serve::{self, ServeOptions};
+use distill::signal::Signals;
+use distill::train::loss::divergence::Divergence;
+use distill::train::loss::{SoftTerm, Weights};
+use distill::train::objective::{self, Models};
+use distill::train::student::Student;
+use serde_json::{Value, json};
+use tokio::sync::mpsc::unbounded_channel;
+
+use crate::harvest::quietly;
+use crate::tiny;
+
+const CONTEXT: usize = 128;
+const PROMPTS: usize = 50;
+const SAMPLES: u32 = 2;
+/// Largest gradient of soft labels that are those of the student, as a share of the gradient of cross-entropy.
+const LARGEST: f64 = 1e-5;
+/// The same for a step in bf16 on what a server computed in f32: what is rounded is the same in many contexts.
+const LARGEST_ROUNDED: f64 = 0.5;
+/// Largest mean of gradients whose expectation is zero, in standard errors.
+const LARGEST_DEVIATION: f64 = 3.0;
+
+/// `config.json` of each architecture, for a vocabulary of this size.
+fn architectures(vocabulary: usize) -> [(&'static str, Value); 5] {
+    let llama = |model_type: &str, more: Value| {
+        let mut config = json!({
+            "model_type": model_type, "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+            "max_position_embeddings": CONTEXT, "tie_word_embeddings": false,
+        });
+        for (name, value) in more.as_object().unwrap() {
+            config[name] = value.clone();
+        }
+        config
+    };
+    let gpt2 = json!({
+        "model_type": "gpt2", "vocab_size": vocabulary, "n_embd": 32, "n_layer": 2, "n_head": 4,
+        "n_positions": CONTEXT, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    });
+    [
+        ("llama", llama("llama", json!({}))),
+        ("mistral", llama("mistral", json!({"sliding_window": 16}))),
+        ("qwen2", llama("qwen2", json!({}))),
+        ("qwen3", llama("qwen3", json!({}))),
+        ("gpt2", gpt2),
+    ]
+}
+
+/// Writes a model whose answers are ASCII, a token a character, and end now and then.
+fn write_model(dir: &Path, config: &Value) {
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let ascii = std::iter::once(b'\n').chain(32..127);
+    tiny::write_tokenizer(dir, ascii, &[]);
+    let config = ModelConfig::load(dir).unwrap();
+    let mut weights = parameters::random_weights(&config, 3).unwrap();
+    let is_head = |name: &str| name == "lm_head.weight" || name.ends_with("wte.weight");
+    for (name, tensor) in &mut weights {
+        if !name.contains("norm") && !name.contains("ln_") {
+            *tensor = (&*tensor * 12.0).unwrap();
+        }
+        if is_head(name) {
+            *tensor = with_likely_end(tensor);
+        }
+        // Real models come in bf16, so that nothing of them is lost in a step that computes with it.
+        let rounded = tensor.to_dtype(DType::BF16).unwrap();
+        *tensor = rounded.to_dtype(DType::F32).unwrap();
+    }
+    tiny::write_weights(dir, &config.export(&weights).unwrap());
+}
+
+/// A head (V x D) that often chooses the last token, and hardly ever the control tokens before it.
+fn with_likely_end(head: &Tensor) -> Tensor {
+    let mut rows = head.to_vec2::<f32>().unwrap();
+    for value in rows.iter_mut().flatten() {
+        *value *= 3.5;
+    }
+    let [.., unlikely, also, end] = &mut rows[..] else {
+        unreachable!("control tokens come last")
+    };
+    unlikely.fill(0.0);
+    also.fill(0.0);
+    end.iter_mut().for_each(|value| *value *= 2.0);
+    Tensor::new(rows, head.device()).unwrap()
+}
+
+/// Harvests answers of the model in `dir` over HTTP.
+async fn harvested(dir: &Path, prompts: &Path, run: &Path) -> Config {
+    let options = ServeOptions {
+        port: 0,
+        model_name: Some("self".into()),
+        batch_size: 16,
+        ..ServeOptions::default()
+    };
+    let server = serve::start(dir, options).unwrap();
+    let mut config = Config {
+        run_dir: run.join("run"),
+        ..Config::default()
+    };
+    config.teacher.base_url = server.base_url();
+    config.teacher.model = "self".into();
+    config.teacher.api_key_env = String::new();
+    config.prompts.source = prompts.into();
+    config.prompts.limit = Some(PROMPTS);
+    config.prompts.samples = SAMPLES;
+    config.sampling.temperature = Some(1.0);
+    config.sampling.top_logprobs = 20;
+    config.sampling.max_tokens = 24;
+    config.sampling.seed = Some(2);
+    config.limits.concurrency = 16;
+    config.student.path = dir.into();
+    config.data.validation_share = 0.0;
+    config.data.keep_finish_reasons = vec!["stop".into(), "length".into()];
+    let (_sender, receiver) = unbounded_channel();
+    let summary = harvest::run_until(&config, quietly(), Signals::from_channel(receiver));
+    let summary = summary.await.unwrap();
+    assert_eq!(summary.failed + summary.pending, 0, "{summary:?}");
+    config
+}
+
+/// The gradients of the examples, one each, and what they are of.
+struct Gradients<'a> {
+    student: &'a Student,
+    teacher: Option<&'a Model>,
+    data: &'a Dataset,
+}
+
+impl Gradients<'_> {
+    /// By example (N x parameters).
+    fn of(&self, term: SoftTerm) -> Vec<Vec<f32>> {
+        let weights = Weights {
+            soft: [term; 2],
+            ..Weights::default()
+        };
+        let models = Models {
+            student: &self.student.model,
+            teacher: self.teacher,
+        };
+        let examples = self.data.train();
+        let gradient = |example| {
+            let batch = Batch::new(std::iter::once(example));
+            let mut gradients = self.student.model.gradients();
+            let memory = Memory::Record;
+            objective::gradients(models, &batch, weights, memory, &mut gradients).unwrap();
+            let vars = self.student.vars.values();
+            let parts = vars.map(|var| gradients.get(var.as_tensor()).unwrap_or_default());
+            parts.collect::<Vec<_>>().concat()
+        };
+        examples.iter().map(gradient).collect()
+    }
+}
+
+fn soft(divergence: Divergence, weight: f32) -> SoftTerm {
+    SoftTerm { divergence, weight }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    let products = a.iter().zip(b);
+    products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+/// The norm of the sum.
+fn norm(gradients: &[Vec<f32>]) -> f64 {
+    let mut sum = vec![0.0; gradients[0].len()];
+    for gradient in gradients {
+        sum.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
+    }
+    dot(&sum, &sum).sqrt()
+}
+
+/// The squared norm of the expected gradient, in standard errors: the mean of the products of different examples,
+/// of which each has the expectation zero if the gradient has.
+fn deviation(gradients: &[Vec<f32>]) -> f64 {
+    let (mut sum, mut squares) = (0.0, 0.0);
+    for (at, a) in gradients.iter().enumerate() {
+        for b in &gradients[..at] {
+            let product = dot(a, b);
+            sum += product;
+            squares += product * product;
+        }
+    }
+    sum / squares.sqrt()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_student_that_is_its_own_teacher_does_not_move() {
+    let vocabulary = 96 + tiny::CONTROL.len();
+    for (name, config) in architectures(vocabulary) {
+        let (dir, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        write_model(dir.path(), &config);
+        let prompts = run.path().join("prompts.txt");
+        let lines: String = (0..PROMPTS).map(|n| format!("Prompt {n}\n")).collect();
+        std::fs::write(&prompts, lines).unwrap();
+        let config = harvested(dir.path(), &prompts, run.path()).await;
+        let answers = config.own_cache().join("responses.jsonl");
+        let answers = std::fs::read_to_string(answers).unwrap();
+        let tokenizer = Tokenizer::for_student(&config.student).unwrap();
+        let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(())).unwrap();
+        let report = &data.report;
+        assert!(report.ce_only.is_empty(), "{name}: {report}");
+        assert_eq!(report.positions, report.soft_positions, "{name}: {report}");
+        let is_ended = |line: &&str| line.contains("\"stop\"");
+        let ended = answers.lines().filter(is_ended).count();
+        assert!(
+            ended > PROMPTS / 10,
+            "{name}: {ended} answers end by themselves"
+        );
+        let mut teacher = Model::load(dir.path()).unwrap();
+        let (shape, weights) = decoder::load(dir.path()).unwrap();
+        let mut student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
+        for (precision, largest) in [
+            (Precision::F32, LARGEST),
+            (Precision::Bf16, LARGEST_ROUNDED),
+        ] {
+            student.model.set_precision(precision);
+            teacher.set_precision(precision);
+            let chain = Gradients {
+                student: &student,
+                teacher: None,
+                data: &data,
+            };
+            let by_answers = chain.of(soft(Divergence::Tail, 0.0));
+            let scale = norm(&by_answers);
+            let others = [
+                Divergence::Temperature(2.0),
+                Divergence::ReverseKl,
+                Divergence::Jsd(0.5),
+                Divergence::SkewKl(0.1),
+                Divergence::SkewReverseKl(0.1),
+            ];
+            let others = others.iter().filter(|_| precision == Precision::F32);
+            for &divergence in [Divergence::Tail].iter().chain(others) {
+                let share = norm(&chain.of(soft(divergence, 1.0))) / scale;
+                assert!(
+                    share < largest,
+                    "{name}, {precision:?}, {divergence}: {share:e}"
+                );
+            }
+            let mut sampled = vec![("cross-entropy", by_answers)];
+            if precision == Precision::F32 {
+                // At a match, a smaller lambda scales it.
+                sampled.push(("unbiased", chain.of(soft(Divergence::Damped(1.0), 1.0))));
+            }
+            for (loss, gradients) in sampled {
+                let deviation = deviation(&gradients);
+                assert!(
+                    deviation < LARGEST_DEVIATION,
+                    "{name}, {precision:?}, {loss}: {deviation}"
+                );
+            }
+            let dense = Gradients {
+                teacher: Some(&teacher),
+                ..chain
+            };
+            let share = norm(&dense.of(soft(Divergence::Tail, 1.0))) / scale;
+            assert!(share < LARGEST, "{name}, {precision:?}, dense: {share:e}");
+        }
+    }
+}
+
+/// A trained model with merges, whose answers a tokenizer may cut in another way than they were written.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trained_model_hardly_moves_under_its_own_soft_labels() {
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/reminders");
+    let run = tempfile::tempdir().unwrap();
+    let dir = shipped.join("teacher");
+    let config = harvested(&dir, &shipped.join("prompts.jsonl"), run.path()).await;
+    let tokenizer = Tokenizer::for_student(&config.student).unwrap();
+    let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(())).unwrap();
+    let (shape, weights) = decoder::load(&dir).unwrap();
+    let student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let chain = Gradients {
+        student: &student,
+        teacher: None,
+        data: &data,
+    };
+    let scale = norm(&chain.of(soft(Divergence::Tail, 0.0)));
+    let share = norm(&chain.of(soft(Divergence::Tail, 1.0))) / scale;
+    assert!(share < 10.0 * LARGEST, "{share:e}: {}", data.report);
+}
