@@ -209,21 +209,6 @@ fn against_teacher(
     model: &Model,
     tokenizer: &Tokenizer,
 ) -> Result<Option<Means>> {
-    let data = match &config.eval.teacher_cache {
-        Some(dir) => dataset::held_out(dir, &config.data, tokenizer)
-            .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?,
-        None if config.data.source.is_some() || config.training_cache().exists() => {
-            dataset::load(config, &selection()?, tokenizer, &mut |_, _| Ok(()))?
-        }
-        None => return Ok(None),
-    };
-    let groups = data.report.groups.lines();
-    if groups.len() > 1 || data.report.groups.advice().is_some() {
-        tracing::warn!("answers of the teacher:\n{}", groups.join("\n"));
-    }
-    if data.validation().is_empty() {
-        return Ok(None);
-    }
     let teacher = config.teacher.local.as_ref();
     let teacher = teacher.map(|dir| teacher::frozen(dir, tokenizer, &config.train));
     let teacher = teacher.transpose()?;
@@ -231,6 +216,29 @@ fn against_teacher(
         student: model,
         teacher: teacher.as_ref(),
     };
+    let fitting = Config {
+        data: config.data.within(models.context()),
+        ..config.clone()
+    };
+    let data = match &config.eval.teacher_cache {
+        Some(dir) => dataset::held_out(dir, &fitting.data, tokenizer)
+            .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?,
+        None if config.data.source.is_some() || config.training_cache().exists() => {
+            dataset::load(&fitting, &selection()?, tokenizer, &mut |_, _| Ok(()))?
+        }
+        None => return Ok(None),
+    };
+    if !data.report.dropped.is_empty() {
+        let reasons = dataset::by_reason(&data.report.dropped);
+        tracing::warn!("answers of the teacher that are not compared: {reasons}");
+    }
+    let groups = data.report.groups.lines();
+    if groups.len() > 1 || data.report.groups.advice().is_some() {
+        tracing::warn!("answers of the teacher:\n{}", groups.join("\n"));
+    }
+    if data.validation().is_empty() {
+        return Ok(None);
+    }
     objective::evaluate(models, data.validation(), config.eval.batch_size).map(Some)
 }
 

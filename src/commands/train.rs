@@ -70,7 +70,12 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
     }
     rows.extend(told.into_iter().flat_map(bought));
     super::print(&table(&rows))?;
-    super::print(&format!("{}\n", sanitise(&summary.data.to_string())))
+    let changes = summary.changes.iter();
+    let changes: String = changes.map(|change| format!("saved {change}\n")).collect();
+    super::print(&format!(
+        "{}\n{changes}",
+        sanitise(&summary.data.to_string())
+    ))
 }
 
 /// The endpoint of the config as the judge of what the student writes.

@@ -102,6 +102,16 @@ pub enum Thinking {
     Drop,
 }
 
+impl Data {
+    /// With no longer examples than a model of this context can read.
+    pub fn within(&self, context: usize) -> Data {
+        Data {
+            max_length: self.max_length.min(context),
+            ..self.clone()
+        }
+    }
+}
+
 impl Default for Data {
     fn default() -> Self {
         Self {

@@ -1,8 +1,9 @@
 //! A decoder: embedding, layers, final norm and LM head. What a layer does is its architecture's.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
 use super::config::{Architecture, ModelConfig};
@@ -11,6 +12,7 @@ use super::norm::Norm;
 use super::parameters::{Checked, List, Parameter, Role};
 use super::weights::{self, Tensors};
 use super::{gpt2, llama};
+use crate::exit::Exit;
 
 /// A decoder's weights.
 pub struct Decoder {
@@ -29,12 +31,17 @@ enum Layer {
 
 /// What an architecture calls the weights that are of no layer.
 pub(super) struct Names {
+    /// Before all names but that of the head, in files of models that have one.
+    pub prefix: &'static str,
     pub embedding: &'static str,
     /// Where positions are learned.
     pub positions: Option<&'static str>,
     /// The norm after the last layer, and whether it has a bias.
     pub norm: (&'static str, bool),
 }
+
+/// File of an adapter beside the weights.
+const ADAPTER: &str = "adapter_config.json";
 
 /// The LM head, where it is not the embedding.
 pub(super) const HEAD: &str = "lm_head.weight";
@@ -134,6 +141,18 @@ impl ModelConfig {
         self.parameters().iter().map(Parameter::count).sum()
     }
 
+    /// Names of the weights in files.
+    fn stored_names(&self) -> BTreeSet<String> {
+        let names = self
+            .parameters()
+            .into_iter()
+            .map(|parameter| parameter.name);
+        match self.architecture {
+            Architecture::Llama(_) => names.collect(),
+            Architecture::Gpt2 => names.map(gpt2::stored_name).collect(),
+        }
+    }
+
     /// Weights as files hold them, as they are in memory.
     ///
     /// # Errors
@@ -157,14 +176,40 @@ impl ModelConfig {
     }
 }
 
-/// Reads shape and weights of a Hugging Face folder.
+/// Reads shape and weights of a Hugging Face folder. Tensors in the files that are not used are named in the log.
 ///
 /// # Errors
-/// Where a file is missing or malformed.
+/// Where a file is missing or malformed, weights have more layers than `config.json` says, or there is an adapter,
+/// which would be left out.
 pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
+    if dir.join(ADAPTER).exists() {
+        bail!(Exit::Usage(format!(
+            "{} holds an adapter ({ADAPTER}), which this version does not load: merge it into the weights first, with \
+             peft's `merge_and_unload` and `save_pretrained`",
+            dir.display()
+        )));
+    }
     let config = ModelConfig::load(dir)?;
-    let tensors = config
-        .import(weights::load(dir)?)
-        .with_context(|| format!("cannot load {}", dir.display()))?;
+    let load = || {
+        let stored = config.stored_names();
+        // Transformers finds weights with and without the prefix of a model that has a head.
+        let name = |name: &str| {
+            let with_prefix = format!("{}{name}", config.names().prefix);
+            let names = [name.to_owned(), with_prefix].into_iter();
+            names.into_iter().find(|name| stored.contains(name))
+        };
+        let loaded = weights::load(dir, name)?;
+        weights::check_layers(&loaded.unused, config.num_hidden_layers)?;
+        if !loaded.unused.is_empty() {
+            tracing::warn!(
+                "tensors in {} that a {} model does not use: {}",
+                dir.display(),
+                config.model_type(),
+                weights::patterns(&loaded.unused).join(", ")
+            );
+        }
+        config.import(loaded.tensors)
+    };
+    let tensors = load().with_context(|| format!("cannot load {}", dir.display()))?;
     Ok((config, tensors))
 }

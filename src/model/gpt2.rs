@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::config::ModelConfig;
-use super::decoder::{HEAD, Names};
+use super::decoder::Names;
 use super::graph::Graph;
 use super::norm::Norm;
 use super::parameters::{Checked, List};
@@ -18,6 +18,7 @@ use super::weights::Tensors;
 const PREFIX: &str = "transformer.";
 
 pub(super) const NAMES: Names = Names {
+    prefix: PREFIX,
     embedding: "transformer.wte.weight",
     positions: Some("transformer.wpe.weight"),
     norm: ("transformer.ln_f", true),
@@ -63,6 +64,12 @@ fn module_name(layer: usize, module: &str) -> String {
     format!("{PREFIX}h.{layer}.{module}")
 }
 
+/// Name in the files of a weight in memory.
+pub(super) fn stored_name(name: String) -> String {
+    let part = PARTS.iter().find(|part| name.contains(*part));
+    part.map_or(name.clone(), |part| name.replace(part, FUSED))
+}
+
 /// Weights as files hold them, as they are in memory.
 ///
 /// # Errors
@@ -70,11 +77,6 @@ fn module_name(layer: usize, module: &str) -> String {
 pub fn import(stored: Tensors) -> Result<Tensors> {
     let mut tensors = Tensors::new();
     for (name, tensor) in stored {
-        // The files of OpenAI's own models lack the prefix.
-        let name = match name.starts_with(PREFIX) || name == HEAD {
-            true => name,
-            false => format!("{PREFIX}{name}"),
-        };
         if let Some((layer, kind)) = name.split_once(FUSED) {
             let all = turned(&tensor)?;
             let parts = all.chunk(PARTS.len(), 0)?;

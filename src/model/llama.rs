@@ -14,6 +14,7 @@ use super::parameters::{Checked, List};
 use super::projection::Projection;
 
 pub(super) const NAMES: Names = Names {
+    prefix: "model.",
     embedding: "model.embed_tokens.weight",
     positions: None,
     norm: ("model.norm", false),

@@ -22,33 +22,73 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Reads all tensors of a model folder as f32: `model.safetensors`, or the shards that
-/// `model.safetensors.index.json` names.
+/// Tensors of a model folder.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// Those that are used, by the names that `load` was given for them.
+    pub tensors: Tensors,
+    /// Names of the others in the files.
+    pub unused: BTreeSet<String>,
+}
+
+/// Reads tensors of a model folder as f32: of `model.safetensors`, or of the shards that
+/// `model.safetensors.index.json` names. `name` returns what a tensor of the files is called, or None if it is not
+/// used: it is not read then, and may be of any type.
 ///
 /// # Errors
 /// Where a file is missing or malformed, or the index names a file outside of the folder.
-pub fn load(dir: &Path) -> Result<Tensors> {
-    let mut tensors = Tensors::new();
-    for file in files(dir)? {
-        tensors.extend(load_file(&file)?);
+pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<Loaded> {
+    let mut loaded = Loaded::default();
+    for path in files(dir)? {
+        with_file(&path, |file| {
+            for stored in file.tensors.names() {
+                match name(stored) {
+                    Some(name) => {
+                        loaded.tensors.insert(name, file.tensor(stored)?);
+                    }
+                    None => {
+                        loaded.unused.insert(stored.to_owned());
+                    }
+                }
+            }
+            Ok(())
+        })?;
     }
-    Ok(tensors)
+    Ok(loaded)
+}
+
+/// Names with `*` in place of the numbers in them, each once, with its count.
+pub fn patterns(names: &BTreeSet<String>) -> Vec<String> {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for name in names {
+        let parts = name.split('.').map(|part| match part.parse::<u64>() {
+            Ok(_) => "*",
+            Err(_) => part,
+        });
+        let pattern = parts.collect::<Vec<_>>().join(".");
+        *counts.entry(pattern).or_default() += 1;
+    }
+    let shown = counts.into_iter().map(|(pattern, count)| match count {
+        1 => pattern,
+        _ => format!("{pattern} ({count})"),
+    });
+    shown.collect()
 }
 
 /// Refuses weights with more layers than are to be built: the rest would be left out in silence.
 ///
 /// # Errors
 /// Where a tensor belongs to a layer from `layers` on.
-pub fn check_layers(tensors: &Tensors, layers: usize) -> Result<()> {
+pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
     let layer = |name: &str| -> Option<usize> {
         let rest = name
-            .split_once(".layers.")
+            .split_once("layers.")
             .or_else(|| name.split_once("h."))?
             .1;
         rest.split('.').next()?.parse().ok()
     };
-    match tensors
-        .keys()
+    match names
+        .iter()
         .find(|name| layer(name).is_some_and(|layer| layer >= layers))
     {
         None => Ok(()),

@@ -6,6 +6,7 @@
 //! A checkpoint appears whole, by the rename of its folder, or not at all. The newest one is found
 //! by looking, so no pointer can be stale.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 use super::Start;
 use super::best::Best;
 use super::ema::Ema;
+use super::objective::Models;
 use super::optimizer::Optimizer;
 use super::student::{self, Student};
 use super::teacher::Teacher;
@@ -71,6 +73,14 @@ impl Parts {
         average.unwrap_or(&self.student.model)
     }
 
+    /// Who learns, and from whom.
+    pub fn models(&self) -> Models<'_> {
+        Models {
+            student: &self.student.model,
+            teacher: self.teacher_model(),
+        }
+    }
+
     /// The model of a teacher on this machine.
     pub fn teacher_model(&self) -> Option<&Model> {
         let teacher = self.teacher.as_ref()?;
@@ -102,6 +112,9 @@ pub struct State {
     /// The hashed settings and data, to name what has changed; null in checkpoints of earlier versions.
     #[serde(default)]
     pub basis: Value,
+    /// Hashes of the other files by name, set by [`save`]; empty in checkpoints of earlier versions.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
 }
 
 pub const VERSION: u32 = 2;
@@ -124,7 +137,11 @@ pub fn save(dir: &Path, parts: &mut Parts, state: &State, keep: usize) -> Result
             write(TEACHER, &teacher.trained()?)?;
             weights::write(&folder.join(TEACHER_OPTIMIZER), optimizer.state()?)?;
         }
-        fs::write_in(folder, STATE, &serde_json::to_vec_pretty(state)?)
+        let state = State {
+            files: hashes(folder)?,
+            ..state.clone()
+        };
+        fs::write_in(folder, STATE, &serde_json::to_vec_pretty(&state)?)
     })?;
     let best = state.best.found.map(|(step, _)| step);
     let steps = list(dir)?;
@@ -183,6 +200,7 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value) -> Result<State> {
             changes(&state.basis, basis)
         )));
     }
+    check_files(path, &state.files).map_err(|error| damaged(path, &error))?;
     let mut restore = || -> Result<()> {
         let vars = &parts.student.vars;
         weights::with_file(&path.join(MODEL), |file| student::restore(vars, file))?;
@@ -300,6 +318,36 @@ pub fn find(dir: &Path, start: Start) -> Result<Option<PathBuf>> {
         }
         _ => Ok(found),
     }
+}
+
+/// Hashes of the files in a folder.
+fn hashes(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let mut hashes = BTreeMap::new();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        hashes.insert(name, hash(&entry.path())?);
+    }
+    Ok(hashes)
+}
+
+fn hash(path: &Path) -> Result<String> {
+    let read = || {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(std::fs::File::open(path)?)?;
+        Ok::<_, std::io::Error>(hasher.finalize().to_hex().to_string())
+    };
+    read().with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Checks that the files are those that were written.
+fn check_files(folder: &Path, hashes: &BTreeMap<String, String>) -> Result<()> {
+    for (name, expected) in hashes {
+        if hash(&folder.join(name))? != *expected {
+            bail!("{name} is not what was written: its checksum differs");
+        }
+    }
+    Ok(())
 }
 
 fn read_state(path: &Path) -> Result<State> {

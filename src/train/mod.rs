@@ -10,6 +10,7 @@ pub mod card;
 pub mod checkpoint;
 pub mod device;
 pub mod ema;
+mod folder;
 pub mod loss;
 pub mod metrics;
 pub mod objective;
@@ -21,6 +22,7 @@ pub mod step;
 pub mod student;
 pub mod teacher;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -78,6 +80,8 @@ pub struct Summary {
     pub validation: Means,
     /// In words.
     pub loss: String,
+    /// What in the student's folder is not as in the files that it comes from.
+    pub changes: Vec<String>,
     /// With `train.on_policy`.
     pub own_answers: Option<Count>,
     pub data: dataset::Report,
@@ -147,7 +151,11 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     soft_labels::check_tokenizer(config, &tokenizer)?;
     let mut parts = Parts::initial(config, &tokenizer)?;
     let mut reading = Reading::new("prepare", quiet);
-    let data = dataset::load(config, &selection, &tokenizer, &mut |done, total| {
+    let fitting = Config {
+        data: config.data.within(parts.models().context()),
+        ..config.clone()
+    };
+    let data = dataset::load(&fitting, &selection, &tokenizer, &mut |done, total| {
         reading.update(done, total);
         stop.check()
     })?;
@@ -207,6 +215,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         best,
         fingerprint: checkpoint::fingerprint(&basis),
         basis: basis.clone(),
+        files: BTreeMap::new(),
     };
     let (mut last_loss, mut last_validation) = (0.0, None);
     while parts.optimizer.step() < total && !best.is_exhausted(settings.patience) {
@@ -308,7 +317,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
             (trained, means, None)
         }
     };
-    let summary = Summary {
+    let mut summary = Summary {
         student: config.run_dir.join("student"),
         parameters: parameters.all,
         trained_parameters: parameters.trained,
@@ -320,10 +329,11 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         last_loss,
         validation,
         loss: soft_labels.loss(&data.report, parts.teacher.is_some()),
+        changes: Vec::new(),
         own_answers: on_policy.as_ref().map(OnPolicy::count),
         data: data.report.clone(),
     };
-    parts.student.save(
+    summary.changes = parts.student.save(
         &summary.student,
         &parts.student.with(trained),
         config.student.save_dtype,

@@ -22,6 +22,15 @@ pub struct Models<'a> {
     pub teacher: Option<&'a Model>,
 }
 
+impl Models<'_> {
+    /// The longest example that all of them can read, in tokens.
+    pub fn context(&self) -> usize {
+        let models = [Some(self.student), self.teacher].into_iter().flatten();
+        let contexts = models.map(|model| model.config().max_position_embeddings);
+        contexts.min().unwrap_or(usize::MAX)
+    }
+}
+
 impl<'a> From<&'a Model> for Models<'a> {
     fn from(student: &'a Model) -> Self {
         Self {

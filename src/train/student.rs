@@ -6,36 +6,15 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Var};
 use regex::Regex;
-use serde_json::{Map, Value};
 
-use super::device;
+use super::{device, folder};
 use crate::config::{Config, Init, SaveDtype};
-use crate::data::chat_template::with_arguments;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs;
 use crate::model::parameters::random_weights;
 use crate::model::weights::{self, Tensors};
 use crate::model::{Model, ModelConfig, decoder, lora};
-
-/// Names the tokens that end an answer.
-const GENERATION_CONFIG: &str = "generation_config.json";
-
-const CHAT_TEMPLATE: &str = "chat_template.jinja";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
-
-/// Files of the source folder that belong to the tokenizer.
-const TOKENIZER_FILES: [&str; 9] = [
-    GENERATION_CONFIG,
-    "tokenizer.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    CHAT_TEMPLATE,
-];
 
 /// A model whose weights, or whose adapters, are variables, but for those that are frozen.
 pub struct Student {
@@ -154,7 +133,8 @@ impl Student {
     /// Writes a student as a Hugging Face folder with the given weights, adapters merged into them;
     /// an older one is replaced whole.
     ///
-    /// Files of the tokenizer come from `tokenizer_dir`; `card` is the text of the README.
+    /// Files of the tokenizer come from `tokenizer_dir`; `card` is the text of the README. Returns what in these files
+    /// is not as it was read.
     ///
     /// # Errors
     /// Where a file cannot be read or written.
@@ -165,28 +145,15 @@ impl Student {
         dtype: SaveDtype,
         (tokenizer_dir, tokenizer): (&Path, &Tokenizer),
         card: &str,
-    ) -> Result<()> {
+    ) -> Result<Vec<String>> {
         let (dtype, name) = match dtype {
             SaveDtype::F32 => (DType::F32, "float32"),
             SaveDtype::F16 => (DType::F16, "float16"),
             SaveDtype::Bf16 => (DType::BF16, "bfloat16"),
         };
-        let config = serde_json::to_vec_pretty(&self.model.config().to_json(name))?;
-        let mut files: Vec<(&str, Vec<u8>)> =
-            vec![("config.json", config), ("README.md", card.into())];
-        for name in TOKENIZER_FILES {
-            let path = tokenizer_dir.join(name);
-            if path.exists() {
-                let bytes = std::fs::read(&path)
-                    .with_context(|| format!("cannot read {}", path.display()))?;
-                files.push((name, bytes));
-            }
-        }
-        set_stop_ids(&mut files, tokenizer.stop_ids())?;
-        if tokenizer_dir == tokenizer.dir() {
-            set_template_args(&mut files, tokenizer.template_args())?;
-        }
         let shape = self.model.config();
+        let folder::Files { files, changes } =
+            folder::files(shape, name, (tokenizer_dir, tokenizer), card)?;
         let weights = weights::to_device(weights, &Device::Cpu)?;
         let weights = shape.export(&lora::merged(shape, &weights)?)?;
         fs::write_dir_with(dir, |folder| {
@@ -196,83 +163,12 @@ impl Student {
             let entries = weights::entries(&weights, dtype)?;
             weights::write(&folder.join("model.safetensors"), entries)?;
             fs::keep_others(dir, folder, |name| {
-                name == GENERATION_CONFIG
-                    || TOKENIZER_FILES.contains(&name)
+                folder::TOKENIZER_FILES.contains(&name)
                     || name.starts_with("model") && name.contains(".safetensors")
             })
-        })
+        })?;
+        Ok(changes)
     }
-}
-
-/// Makes default values of variables part of the chat templates, wherever they are.
-fn set_template_args(
-    files: &mut [(&str, Vec<u8>)],
-    arguments: &BTreeMap<String, Value>,
-) -> Result<()> {
-    if arguments.is_empty() {
-        return Ok(());
-    }
-    for (name, bytes) in files {
-        if *name == CHAT_TEMPLATE {
-            *bytes = with_arguments(std::str::from_utf8(bytes)?, arguments)?.into();
-        } else if *name == TOKENIZER_CONFIG {
-            let mut config: Value = serde_json::from_slice(bytes)?;
-            let mut texts = match &mut config["chat_template"] {
-                Value::Array(templates) => {
-                    let texts = templates.iter_mut().map(|named| &mut named["template"]);
-                    texts.collect()
-                }
-                Value::Null => continue,
-                text => vec![text],
-            };
-            for text in &mut texts {
-                let source = text.as_str().unwrap_or_default();
-                // A template for tools need not use all of them.
-                let used = arguments
-                    .iter()
-                    .filter(|(name, _)| source.contains(name.as_str()));
-                let used = used
-                    .map(|(name, value)| (name.clone(), value.clone()))
-                    .collect();
-                **text = with_arguments(source, &used)?.into();
-            }
-            *bytes = serde_json::to_vec_pretty(&config)?;
-        }
-    }
-    Ok(())
-}
-
-/// Adds all stop ids to `eos_token_id` in `generation_config.json`.
-fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<()> {
-    let at = files
-        .iter()
-        .position(|(name, _)| *name == GENERATION_CONFIG);
-    let mut settings: Map<String, Value> = match at {
-        Some(at) => serde_json::from_slice(&files[at].1)
-            .with_context(|| format!("{GENERATION_CONFIG} is not a valid JSON object"))?,
-        None => Map::new(),
-    };
-    let mut ids = match settings.remove("eos_token_id") {
-        Some(Value::Array(ids)) => ids,
-        None | Some(Value::Null) => Vec::new(),
-        Some(id) => vec![id],
-    };
-    let named = ids.len();
-    for id in stop_ids.iter().copied().map(Value::from) {
-        if !ids.contains(&id) {
-            ids.push(id);
-        }
-    }
-    if ids.len() == named && at.is_some() {
-        return Ok(());
-    }
-    settings.insert("eos_token_id".into(), ids.into());
-    let text = serde_json::to_vec_pretty(&settings)?;
-    match at {
-        Some(at) => files[at].1 = text,
-        None => files.push((GENERATION_CONFIG, text)),
-    }
-    Ok(())
 }
 
 /// Variables as tensors.

@@ -111,7 +111,8 @@ impl Teacher {
             config.student.save_dtype,
             (dir, tokenizer),
             &card::of_teacher(config, self.learner.model.config().model_type()),
-        )
+        )?;
+        Ok(())
     }
 }
 

@@ -14,6 +14,7 @@ mod config;
 mod data;
 mod export;
 mod fault_server;
+mod folders;
 mod fs;
 mod fuzz;
 mod generate;

@@ -52,7 +52,7 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
             *tensor = (&*tensor * 12.0).unwrap();
         }
     }
-    write_json(dir, "config.json", &config.to_json("float32"));
+    write_json(dir, "config.json", &config.to_json("float32").0);
     write_tokenizer(dir, 0..=255, &MERGES);
     write_weights(dir, &weights);
 }

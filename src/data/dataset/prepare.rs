@@ -400,7 +400,7 @@ impl<'a> Preparing<'a> {
         let max_length = self.settings.max_length;
         if end > max_length {
             return Err(format!(
-                "longer than `data.max_length` ({max_length} tokens)"
+                "longer than {max_length} tokens (data.max_length, or the context of the model)"
             ));
         }
         let answers = labels.len() as u64;

@@ -158,12 +158,23 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// `config.json` as it goes into the student's folder, with the data type of its weights.
-    pub fn to_json(&self, dtype: &str) -> Value {
+    /// `config.json` as it goes into the student's folder, with the data type of its weights; and what else is not as
+    /// it was read.
+    pub fn to_json(&self, dtype: &str) -> (Value, Vec<&'static str>) {
         let mut json = self.json.clone();
+        let mut changes = Vec::new();
         json.remove("torch_dtype");
         json.insert("dtype".into(), dtype.into());
-        Value::Object(json)
+        // The weights are plain numbers now.
+        if json.remove("quantization_config").is_some() {
+            changes.push("without quantization_config");
+        }
+        if let Some(rope) = self.rope()
+            && rope.write(&mut json)
+        {
+            changes.push("rope settings as transformers 4 and 5 spell them");
+        }
+        (Value::Object(json), changes)
     }
 
     /// What Hugging Face calls the architecture.

@@ -32,7 +32,8 @@ impl Rope {
     /// Where the kind of scaling is not supported.
     pub(super) fn from_json(json: &Map<String, Value>) -> Result<Self> {
         let map = |name: &str| json.get(name).and_then(Value::as_object);
-        let scaling = map("rope_parameters").or(map("rope_scaling"));
+        // Version 5, too, reads `rope_scaling` first.
+        let scaling = map("rope_scaling").or(map("rope_parameters"));
         let field = |name: &str| scaling.and_then(|map| map.get(name));
         let theta = field("rope_theta")
             .or(json.get("rope_theta"))
@@ -51,6 +52,30 @@ impl Rope {
             }
         };
         Ok(Self { theta, llama3 })
+    }
+
+    /// Writes the settings in both spellings, since transformers 4 reads `rope_theta` and `rope_scaling`, and 5 writes
+    /// `rope_parameters`. Returns true if one was missing.
+    pub(super) fn write(&self, json: &mut Map<String, Value>) -> bool {
+        let before = json.clone();
+        let read = |name: &str| json.get(name).and_then(Value::as_object).cloned();
+        let mut settings = read("rope_scaling").or_else(|| read("rope_parameters"));
+        let settings = settings.get_or_insert_default();
+        let old_kind = settings.remove("type");
+        let kind = settings.entry("rope_type");
+        let kind = kind.or_insert(old_kind.unwrap_or_else(|| "default".into()));
+        let is_scaled = *kind != "default";
+        settings.remove("rope_theta");
+        let scaling = if is_scaled {
+            Value::Object(settings.clone())
+        } else {
+            Value::Null
+        };
+        settings.insert("rope_theta".into(), self.theta.into());
+        json.insert("rope_parameters".into(), Value::Object(settings.clone()));
+        json.insert("rope_scaling".into(), scaling);
+        json.insert("rope_theta".into(), self.theta.into());
+        *json != before
     }
 
     /// Radians per position of each channel pair (C / 2).

@@ -217,7 +217,7 @@ fn no_example_at_all_is_an_error_that_says_why() {
     assert!(
         error
             .to_string()
-            .contains("2 longer than `data.max_length`"),
+            .contains("2 longer than 5 tokens (data.max_length"),
         "{error}"
     );
 }

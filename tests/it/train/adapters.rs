@@ -27,7 +27,7 @@ fn adapted(name: &str) -> bool {
 }
 
 fn student(config: &Config) -> Tensors {
-    weights::load(&config.student_dir()).unwrap()
+    weights::load_file(&config.student_dir().join("model.safetensors")).unwrap()
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {

@@ -10,7 +10,7 @@ use super::{metrics, run_folder, weights};
 use crate::tiny;
 
 fn tensors(config: &Config) -> Tensors {
-    weights::load(&config.student_dir()).unwrap()
+    weights::load_file(&config.student_dir().join("model.safetensors")).unwrap()
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {
@@ -71,7 +71,9 @@ fn the_best_weights_become_the_student_and_patience_ends_the_run() {
     let kept = config.run_dir.join(format!("checkpoints/step-{best:06}"));
     assert_eq!(
         values(&tensors(&config)["model.embed_tokens.weight"]),
-        values(&weights::load(&kept).unwrap()["model.embed_tokens.weight"]),
+        values(
+            &weights::load_file(&kept.join("model.safetensors")).unwrap()["model.embed_tokens.weight"]
+        ),
     );
     // A run that has ended for good does not go on.
     let again = train::run(&config, Start::Resume.into()).unwrap();
@@ -89,7 +91,7 @@ fn the_average_follows_its_formula_and_becomes_the_student() {
     let name = "model.layers.1.mlp.down_proj.weight";
     let of = |step: u64| {
         let folder = config.run_dir.join(format!("checkpoints/step-{step:06}"));
-        values(&weights::load(&folder).unwrap()[name])
+        values(&weights::load_file(&folder.join("model.safetensors")).unwrap()[name])
     };
     let (_start_dir, mut start) = run_folder();
     start.train.steps = Some(0);
@@ -177,7 +179,8 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
         let (_dir, mut config) = run_folder();
         config.student.init = Init::Pretrained;
         config.train.micro_batch_size = 2;
-        let mut tensors = weights::load(&config.student.path).unwrap();
+        let mut tensors =
+            weights::load_file(&config.student.path.join("model.safetensors")).unwrap();
         break_weights(&mut tensors);
         tiny::write_weights(&config.student.path, &tensors);
         let error = train::run(&config, Start::Ask.into()).err().unwrap();

@@ -275,3 +275,32 @@ fn a_disk_that_fills_up_keeps_the_checkpoint_before() {
     succeed(binary(&file, "--resume", "").output().unwrap());
     assert_same_outcome(&config, &whole, "after a full disk");
 }
+
+/// A bit that flips in the weights makes no other student: the checkpoint is refused, and the one before is used.
+#[test]
+fn a_checkpoint_that_changed_on_the_disk_is_refused() {
+    let (_dir, config) = whole_run();
+    let checkpoints = config.run_dir.join("checkpoints");
+    let last = checkpoints.join(format!("step-{STEPS:06}"));
+    for name in [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "ema.safetensors",
+        "teacher.safetensors",
+    ] {
+        let path = last.join(name);
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        let error = train::run(&config, Start::Resume.into()).unwrap_err();
+        let message = format!("{error:#}");
+        assert!(
+            message.contains(name) && message.contains("checksum"),
+            "{message}"
+        );
+        assert_eq!(distill::exit::Exit::code_of(&error), 5, "{message}");
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+    }
+    train::run(&config, Start::Resume.into()).unwrap();
+}

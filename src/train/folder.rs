@@ -1,0 +1,172 @@
+//! The files beside the weights in a student's folder, such that transformers 4 and 5 read them as the same model.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::{Map, Value};
+
+use crate::data::chat_template::with_arguments;
+use crate::data::tokenizer::Tokenizer;
+use crate::model::ModelConfig;
+
+/// Names the tokens that end an answer.
+const GENERATION_CONFIG: &str = "generation_config.json";
+
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+/// Files of the source folder that belong to the tokenizer.
+pub const TOKENIZER_FILES: [&str; 9] = [
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    CHAT_TEMPLATE,
+];
+
+/// Files by name, and what in them is not as it was read.
+pub struct Files {
+    pub files: Vec<(&'static str, Vec<u8>)>,
+    pub changes: Vec<String>,
+}
+
+/// The files for a model whose weights are of type `dtype`, with those of the tokenizer from `dir`; `card` is the text
+/// of the README.
+///
+/// # Errors
+/// Where a file cannot be read.
+pub fn files(
+    shape: &ModelConfig,
+    dtype: &str,
+    (dir, tokenizer): (&Path, &Tokenizer),
+    card: &str,
+) -> Result<Files> {
+    let (config, changed) = shape.to_json(dtype);
+    let changed = changed.into_iter();
+    let mut changes: Vec<String> = changed.map(|what| format!("config.json: {what}")).collect();
+    let config = serde_json::to_vec_pretty(&config)?;
+    let mut files = vec![("config.json", config), ("README.md", card.into())];
+    for name in TOKENIZER_FILES {
+        let path = dir.join(name);
+        if path.exists() {
+            let bytes =
+                std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            files.push((name, bytes));
+        }
+    }
+    if set_stop_ids(&mut files, tokenizer.stop_ids())? {
+        changes.push(format!(
+            "{GENERATION_CONFIG}: eos_token_id has every token that ends an answer"
+        ));
+    }
+    if dir == tokenizer.dir() && !tokenizer.template_args().is_empty() {
+        set_template_args(&mut files, tokenizer.template_args())?;
+        changes.push("chat template: student.template_args are its defaults".into());
+    }
+    for (name, bytes) in &mut files {
+        if *name == TOKENIZER_CONFIG {
+            changes.extend(set_class(bytes)?);
+        }
+    }
+    Ok(Files { files, changes })
+}
+
+/// Gives a tokenizer's settings of transformers 5 the spelling that version 4 reads, too.
+fn set_class(bytes: &mut Vec<u8>) -> Result<Option<String>> {
+    /// Of any `tokenizer.json`; the second is the name that both versions know.
+    const CLASSES: [&str; 2] = ["TokenizersBackend", "PreTrainedTokenizerFast"];
+    const EXTRA: &str = "extra_special_tokens";
+    let mut settings: Map<String, Value> = serde_json::from_slice(bytes)
+        .with_context(|| format!("{TOKENIZER_CONFIG} is not a valid JSON object"))?;
+    let is_new = settings.get("tokenizer_class").and_then(Value::as_str) == Some(CLASSES[0]);
+    let has_list = settings.get(EXTRA).is_some_and(Value::is_array);
+    if !is_new && !has_list {
+        return Ok(None);
+    }
+    if is_new {
+        settings.insert("tokenizer_class".into(), CLASSES[1].into());
+    }
+    if has_list && let Some(tokens) = settings.remove(EXTRA) {
+        settings.insert("additional_special_tokens".into(), tokens);
+    }
+    *bytes = serde_json::to_vec_pretty(&settings)?;
+    Ok(Some(format!(
+        "{TOKENIZER_CONFIG}: as transformers 4 and 5 spell it"
+    )))
+}
+
+/// Makes default values of variables part of the chat templates, wherever they are.
+fn set_template_args(
+    files: &mut [(&str, Vec<u8>)],
+    arguments: &BTreeMap<String, Value>,
+) -> Result<()> {
+    if arguments.is_empty() {
+        return Ok(());
+    }
+    for (name, bytes) in files {
+        if *name == CHAT_TEMPLATE {
+            *bytes = with_arguments(std::str::from_utf8(bytes)?, arguments)?.into();
+        } else if *name == TOKENIZER_CONFIG {
+            let mut config: Value = serde_json::from_slice(bytes)?;
+            let mut texts = match &mut config["chat_template"] {
+                Value::Array(templates) => {
+                    let texts = templates.iter_mut().map(|named| &mut named["template"]);
+                    texts.collect()
+                }
+                Value::Null => continue,
+                text => vec![text],
+            };
+            for text in &mut texts {
+                let source = text.as_str().unwrap_or_default();
+                // A template for tools need not use all of them.
+                let used = arguments
+                    .iter()
+                    .filter(|(name, _)| source.contains(name.as_str()));
+                let used = used
+                    .map(|(name, value)| (name.clone(), value.clone()))
+                    .collect();
+                **text = with_arguments(source, &used)?.into();
+            }
+            *bytes = serde_json::to_vec_pretty(&config)?;
+        }
+    }
+    Ok(())
+}
+
+/// Adds all stop ids to `eos_token_id` in `generation_config.json`. Returns true if one was missing.
+fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<bool> {
+    let at = files
+        .iter()
+        .position(|(name, _)| *name == GENERATION_CONFIG);
+    let mut settings: Map<String, Value> = match at {
+        Some(at) => serde_json::from_slice(&files[at].1)
+            .with_context(|| format!("{GENERATION_CONFIG} is not a valid JSON object"))?,
+        None => Map::new(),
+    };
+    let mut ids = match settings.remove("eos_token_id") {
+        Some(Value::Array(ids)) => ids,
+        None | Some(Value::Null) => Vec::new(),
+        Some(id) => vec![id],
+    };
+    let named = ids.len();
+    for id in stop_ids.iter().copied().map(Value::from) {
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    if ids.len() == named && at.is_some() {
+        return Ok(false);
+    }
+    settings.insert("eos_token_id".into(), ids.into());
+    let text = serde_json::to_vec_pretty(&settings)?;
+    match at {
+        Some(at) => files[at].1 = text,
+        None => files.push((GENERATION_CONFIG, text)),
+    }
+    Ok(true)
+}

@@ -1,0 +1,228 @@
+//! Model folders as transformers 4 and 5 write them, and what training writes.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use candle_core::{DType, Device, Tensor};
+use distill::config::{Config, Init, Kd, Student};
+use distill::exit::Exit;
+use distill::model::weights::{self, Tensors};
+use distill::model::{Input, Model, ModelConfig, decoder};
+use distill::train::{self, Start};
+use serde_json::{Value, json};
+
+use crate::tiny;
+
+fn json_of(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut value = json_of(path);
+    change(&mut value);
+    fs::write(path, value.to_string()).unwrap();
+}
+
+/// A model folder.
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    tiny::write_model(dir.path(), 1, 64);
+    dir
+}
+
+fn stored(dir: &Path) -> Tensors {
+    weights::load_file(&dir.join("model.safetensors")).unwrap()
+}
+
+/// Logits after a few tokens.
+fn logits(model: &Model) -> Vec<f32> {
+    let ids: Vec<u32> = (0..20).map(|id| id * 7 % 200).collect();
+    let input = Input {
+        input_ids: &ids,
+        segments: std::slice::from_ref(&(0..20)),
+        positions: &[19],
+    };
+    let rows = model.map_logits(input, |_, row| row.to_vec()).unwrap();
+    rows.into_iter().next().unwrap()
+}
+
+#[test]
+fn weights_without_the_prefix_of_a_headed_model_are_found() {
+    let dir = folder();
+    let expected = logits(&Model::load(dir.path()).unwrap());
+    let without = stored(dir.path()).into_iter().map(|(name, tensor)| {
+        let name = name.strip_prefix("model.").unwrap_or(&name).to_owned();
+        (name, tensor)
+    });
+    tiny::write_weights(dir.path(), &without.collect());
+    assert_eq!(logits(&Model::load(dir.path()).unwrap()), expected);
+}
+
+/// Buffers of masks and the like, of a type that no weight has: they are named, and not read.
+#[test]
+fn tensors_that_no_one_uses_are_named_and_not_read() {
+    let dir = folder();
+    let expected = logits(&Model::load(dir.path()).unwrap());
+    let path = dir.path().join("model.safetensors");
+    let mut tensors = stored(dir.path());
+    let mask = Tensor::ones((4, 4), DType::U8, &Device::Cpu).unwrap();
+    for layer in 0..2 {
+        let name = format!("model.layers.{layer}.self_attn.bias");
+        tensors.insert(name, mask.clone());
+    }
+    tensors.insert("score.weight".into(), mask);
+    fs::remove_file(&path).unwrap();
+    let tensors: HashMap<String, Tensor> = tensors.into_iter().collect();
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+    assert_eq!(logits(&Model::load(dir.path()).unwrap()), expected);
+
+    let done = Command::new(env!("CARGO_BIN_EXE_distill"))
+        .args(["generate", "--max-tokens", "2", "--model"])
+        .arg(dir.path())
+        .arg("hello")
+        .output()
+        .unwrap();
+    let told = String::from_utf8(done.stderr).unwrap();
+    assert!(done.status.success(), "{told}");
+    assert_eq!(told.matches("score.weight").count(), 1, "{told}");
+    assert!(told.contains("model.layers.*.self_attn.bias (2)"), "{told}");
+}
+
+#[test]
+fn an_adapter_beside_the_weights_is_refused() {
+    let dir = folder();
+    fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
+    let error = decoder::load(dir.path()).unwrap_err();
+    assert_eq!(Exit::code_of(&error), 2);
+    let message = error.to_string();
+    assert!(
+        message.contains("adapter_config.json") && message.contains("merge_and_unload"),
+        "{message}"
+    );
+}
+
+/// A run that takes a step with the model in `dir`.
+fn trained(dir: &Path) -> (Config, train::Summary) {
+    let rows =
+        r#"{"messages":[{"role":"user","content":"the"},{"role":"assistant","content":"in"}]}"#;
+    fs::write(dir.join("rows.jsonl"), rows).unwrap();
+    let mut config = Config {
+        run_dir: dir.join("run"),
+        student: Student {
+            init: Init::Pretrained,
+            path: dir.into(),
+            ..Student::default()
+        },
+        ..Config::default()
+    };
+    config.data.source = Some(dir.join("rows.jsonl"));
+    config.data.validation_share = 0.0;
+    config.loss.kd = Kd::None;
+    config.train.steps = Some(1);
+    config.train.learning_rate = 0.0;
+    let summary = train::run(&config, Start::Fresh.into()).unwrap();
+    (config, summary)
+}
+
+#[test]
+fn rope_settings_are_written_as_both_versions_read_them() {
+    let llama3 = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    });
+    let with_theta = |settings: &Value| {
+        let mut settings = settings.clone();
+        settings["rope_theta"] = 5e5.into();
+        settings
+    };
+    let plain = json!({"rope_type": "default"});
+    // As version 4 writes them, and as 5 does.
+    for (scaling, settings) in [(Value::Null, &plain), (llama3.clone(), &llama3)] {
+        let old = json!({"rope_theta": 5e5, "rope_scaling": scaling});
+        let new = json!({"rope_parameters": with_theta(settings)});
+        for spelling in [old, new] {
+            let dir = folder();
+            edit(&dir.path().join("config.json"), |config| {
+                for name in ["rope_theta", "rope_scaling", "rope_parameters"] {
+                    config.as_object_mut().unwrap().remove(name);
+                }
+                for (name, value) in spelling.as_object().unwrap() {
+                    config[name] = value.clone();
+                }
+            });
+            let expected = logits(&Model::load(dir.path()).unwrap());
+            let (config, summary) = trained(dir.path());
+            let written = json_of(&config.student_dir().join("config.json"));
+            assert_eq!(written["rope_theta"], 5e5, "{spelling}");
+            assert_eq!(written["rope_scaling"], scaling, "{spelling}");
+            assert_eq!(
+                written["rope_parameters"],
+                with_theta(settings),
+                "{spelling}"
+            );
+            let changes = summary.changes.join("\n");
+            assert!(changes.contains("config.json: rope settings"), "{changes}");
+            assert_eq!(
+                logits(&Model::load(&config.student_dir()).unwrap()),
+                expected
+            );
+        }
+    }
+}
+
+#[test]
+fn what_saving_changes_is_said() {
+    let dir = folder();
+    edit(&dir.path().join("config.json"), |config| {
+        config["quantization_config"] = json!({"quant_method": "fp8"});
+    });
+    edit(&dir.path().join("tokenizer_config.json"), |config| {
+        config["tokenizer_class"] = "TokenizersBackend".into();
+        config["extra_special_tokens"] = json!(["<|im_start|>"]);
+    });
+    let (config, summary) = trained(dir.path());
+    let student = config.student_dir();
+    let written = json_of(&student.join("config.json"));
+    assert_eq!(written["quantization_config"], Value::Null);
+    let tokenizer = json_of(&student.join("tokenizer_config.json"));
+    assert_eq!(tokenizer["tokenizer_class"], "PreTrainedTokenizerFast");
+    assert_eq!(
+        tokenizer["additional_special_tokens"],
+        json!(["<|im_start|>"])
+    );
+    let changes = summary.changes.join("\n");
+    for word in [
+        "quantization_config",
+        "tokenizer_config.json",
+        "eos_token_id",
+    ] {
+        assert!(changes.contains(word), "{changes}");
+    }
+    // A second time, there is nothing left to change.
+    let second = dir.path().join("second");
+    fs::rename(&student, &second).unwrap();
+    let (_, summary) = trained(&second);
+    assert_eq!(summary.changes, [""; 0]);
+}
+
+/// Before the first step, rather than in the step whose batch they come in.
+#[test]
+fn examples_longer_than_the_context_of_the_model_are_left_out() {
+    let dir = folder();
+    let row = |words: usize| {
+        let content = "the ".repeat(words);
+        json!({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "in"}]})
+    };
+    let rows = [row(1), row(200), row(2)].map(|row| row.to_string());
+    let (mut config, _) = trained(dir.path());
+    fs::write(dir.path().join("rows.jsonl"), rows.join("\n")).unwrap();
+    config.train.batch_size = 3;
+    let summary = train::run(&config, Start::Fresh.into()).unwrap();
+    assert_eq!((summary.data.records, summary.data.kept), (3, 2));
+    let shown = summary.data.to_string();
+    assert!(shown.contains("1 longer than 64 tokens"), "{shown}");
+    let context = ModelConfig::load(dir.path()).unwrap();
+    assert_eq!(context.max_position_embeddings, 64);
+}
