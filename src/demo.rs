@@ -70,11 +70,7 @@ const FILES: [(&str, &[u8]); 9] = shipped! {
 
 /// The students: name of the config, name in the table, what differs in it.
 const STUDENTS: [(&str, &str, &str); 3] = [
-    (
-        "kl",
-        "student, KL + CE",
-        "[loss]\nkd = \"tail\"\nkd_weight = 0.9\n",
-    ),
+    ("kl", "student, KL", "[loss]\nkd = \"auto\"\n"),
     ("ce", "student, CE only", "[loss]\nkd = \"none\"\n"),
     ("untrained", "student, untrained", ""),
 ];

@@ -91,6 +91,24 @@ fn tensors_that_no_one_uses_are_named_and_not_read() {
 }
 
 #[test]
+fn settings_that_are_null_are_as_good_as_absent() {
+    let dir = folder();
+    let expected = logits(&Model::load(dir.path()).unwrap());
+    edit(&dir.path().join("config.json"), |config| {
+        for name in [
+            "attention_bias",
+            "mlp_bias",
+            "use_sliding_window",
+            "layer_types",
+            "head_dim",
+        ] {
+            config[name] = Value::Null;
+        }
+    });
+    assert_eq!(logits(&Model::load(dir.path()).unwrap()), expected);
+}
+
+#[test]
 fn an_adapter_beside_the_weights_is_refused() {
     let dir = folder();
     fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();

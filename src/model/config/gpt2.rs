@@ -46,7 +46,7 @@ fn yes() -> bool {
 /// # Errors
 /// Where fields are missing, or describe what cannot be computed.
 pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: File = serde_json::from_value(Value::Object(json.clone()))?;
+    let file: File = serde_json::from_value(super::without_nulls(&json))?;
     let activation = file.activation_function.as_str();
     if !matches!(activation, "gelu_new" | "gelu_pytorch_tanh") {
         return refuse(format!(

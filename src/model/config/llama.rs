@@ -77,7 +77,7 @@ const DEFAULT_WINDOW: usize = 4096;
 /// # Errors
 /// Where fields are missing, or describe what cannot be computed.
 pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: File = serde_json::from_value(Value::Object(json.clone()))?;
+    let file: File = serde_json::from_value(super::without_nulls(&json))?;
     if file.hidden_act != "silu" {
         return refuse(format!(
             "hidden_act is {:?}, and this version computes \"silu\" in a {} model",

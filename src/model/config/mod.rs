@@ -57,6 +57,13 @@ fn refuse<T>(what: String) -> Result<T> {
     Err(Exit::Usage(what).into())
 }
 
+/// Without fields that are null, which are as good as absent to transformers.
+fn without_nulls(json: &Map<String, Value>) -> Value {
+    let fields = json.iter().filter(|(_, value)| !value.is_null());
+    let fields = fields.map(|(name, value)| (name.clone(), value.clone()));
+    Value::Object(fields.collect())
+}
+
 fn check_layers(layers: usize) -> Result<()> {
     if layers == 0 || layers > MAX_LAYERS {
         return refuse(format!(
