@@ -1,7 +1,7 @@
 //! Training: this file is the loop, and reads from top to bottom.
 //!
 //! A step takes `batch_size` examples in micro-batches. With N the supervised positions of the
-//! whole step and lambda = `loss.kd_weight` where a position has soft labels (0 elsewhere), it
+//! whole step and lambda = `loss.kd_weight` (see `soft_labels`) where a position has soft labels (0 elsewhere), it
 //! minimises L = (1/N) sum [(1 - lambda) CE + lambda KD]: dividing by the N of the step, not of the
 //! micro-batch, makes the gradient independent of how the step is cut.
 
