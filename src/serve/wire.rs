@@ -114,8 +114,8 @@ struct Position<'a> {
 struct Token<'a> {
     token: Cow<'a, str>,
     logprob: f32,
-    /// null for control tokens: the end of the turn, for one, adds no bytes to the text.
-    bytes: Option<&'a [u8]>,
+    /// Empty for control tokens: the end of the turn, for one, adds no bytes to the text.
+    bytes: &'a [u8],
 }
 
 impl<'a> Logprobs<'a> {
@@ -142,8 +142,8 @@ impl<'a> Logprobs<'a> {
 impl<'a> Token<'a> {
     fn new(id: u32, logprob: f32, tokenizer: &'a Tokenizer) -> Self {
         let (token, bytes) = match tokenizer.token_bytes(id) {
-            Some(bytes) => (String::from_utf8_lossy(bytes), Some(bytes)),
-            None => (tokenizer.token_name(id).into(), None),
+            Some(bytes) => (String::from_utf8_lossy(bytes), bytes),
+            None => (tokenizer.token_name(id).into(), [].as_slice()),
         };
         Self {
             token,
