@@ -40,7 +40,7 @@ pub(super) fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>>
     lanes.map(asking).collect()
 }
 
-/// What to change in the config before it can train on the answers of its run, for the advice after the run.
+/// Advice after the run: changes to the config without which it cannot train on the answers.
 pub(super) fn before_training(config: &Config) -> &'static str {
     if config.data.cache.is_some() {
         "unset data.cache, which is the cache of another run, and then "

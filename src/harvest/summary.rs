@@ -82,7 +82,7 @@ pub struct Summary {
     /// [`Config::arguments`]: crate::config::Config::arguments
     #[serde(skip)]
     pub arguments: String,
-    /// What the config needs before it can train; empty if nothing.
+    /// Changes to the config without which it cannot train; empty if there are none.
     #[serde(skip)]
     pub before_training: &'static str,
     /// The rows of `failed`, and those that a filter refused, for `failures.jsonl`.

@@ -195,7 +195,7 @@ pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
         // Transformers finds weights with and without the prefix of a model that has a head.
         let name = |name: &str| {
             let with_prefix = format!("{}{name}", config.names().prefix);
-            let names = [name.to_owned(), with_prefix].into_iter();
+            let names = [name.to_owned(), with_prefix];
             names.into_iter().find(|name| stored.contains(name))
         };
         let loaded = weights::load(dir, name)?;

@@ -81,10 +81,10 @@ pub fn patterns(names: &BTreeSet<String>) -> Vec<String> {
 /// Where a tensor belongs to a layer from `layers` on.
 pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
     let layer = |name: &str| -> Option<usize> {
-        let rest = name
-            .split_once("layers.")
-            .or_else(|| name.split_once("h."))?
-            .1;
+        let own = ["model.", "transformer."];
+        let own = own.iter().find_map(|prefix| name.strip_prefix(prefix));
+        let own = own.unwrap_or(name);
+        let rest = own.strip_prefix("layers.").or(own.strip_prefix("h."))?;
         rest.split('.').next()?.parse().ok()
     };
     match names

@@ -29,7 +29,7 @@ pub const TOKENIZER_FILES: [&str; 9] = [
     CHAT_TEMPLATE,
 ];
 
-/// Files by name, and what in them is not as it was read.
+/// Files by name, and how they differ from the files that were read.
 pub struct Files {
     pub files: Vec<(&'static str, Vec<u8>)>,
     pub changes: Vec<String>,

@@ -78,9 +78,9 @@ pub struct Summary {
     /// Means over the last step.
     pub last_loss: f64,
     pub validation: Means,
-    /// In words.
+    /// The loss in words, with the weights that were used.
     pub loss: String,
-    /// What in the student's folder is not as in the files that it comes from.
+    /// Differences between files of the student's folder and those that they come from.
     pub changes: Vec<String>,
     /// With `train.on_policy`.
     pub own_answers: Option<Count>,

@@ -133,8 +133,8 @@ impl Student {
     /// Writes a student as a Hugging Face folder with the given weights, adapters merged into them;
     /// an older one is replaced whole.
     ///
-    /// Files of the tokenizer come from `tokenizer_dir`; `card` is the text of the README. Returns what in these files
-    /// is not as it was read.
+    /// Files of the tokenizer come from `tokenizer_dir`; `card` is the text of the README. Returns how these files
+    /// differ from those that were read.
     ///
     /// # Errors
     /// Where a file cannot be read or written.

@@ -258,7 +258,7 @@ def losses(bench, seeds):
     grid(found, "tail, by weight", ks, weights, tail)
     grid(found, "damped, by tail_weight", ks, lambdas, damped)
     grid(found, f"damped {DAMPED}, by weight", [k], weights, lambda k, weight: damped(k, DAMPED, weight))
-    print("\nan answer with logprobs is worth so many without")
+    print("\ntext-only answers that one answer is worth")
     for label, student in [*few[1:], *more[1:]]:
         print(f"{label:28}{'all' if student.local else student.k:>4}{spread(worth(found, student, seeds), 2):>26}", flush=True)
     return found

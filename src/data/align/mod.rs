@@ -146,15 +146,10 @@ impl<'a> Mapper<'a> {
                 continue;
             }
             aligned.fill(at);
-            // A bad position leaves the others usable.
-            let Some(known) = alternatives(teacher, position, self.most, asked, &mut listed) else {
-                aligned.positions_over_one += 1;
+            let Some(known) = self.known(teacher, position, asked, &mut listed, &mut aligned)
+            else {
                 continue;
             };
-            if !teacher.top.get(position).is_empty() {
-                let is_in = known.drawn == Drawn::No;
-                aligned.in_top_k.count(position, known.top_mass, is_in);
-            }
             let split = labels.len() > 1;
             self.first(&listed, known, bytes, labels[0], split, &mut aligned);
             let mut written = self.tokenizer.token_bytes(labels[0]).map_or(0, <[u8]>::len);
@@ -167,39 +162,38 @@ impl<'a> Mapper<'a> {
         aligned.fill(text.len());
         if let Some(end) = end {
             let position = units.last().map_or(0, |unit| unit.tokens.end);
-            self.end_of_turn(teacher, position, end, asked, &mut aligned);
+            let bytes = teacher.token.get(position).map_or(&[][..], Cow::as_ref);
+            // Servers like vLLM report it after the tokens of the text.
+            if ends_turn(self.tokenizer, bytes)
+                && let Some(known) = self.known(teacher, position, asked, &mut listed, &mut aligned)
+            {
+                self.first(&listed, known, bytes, end, false, &mut aligned);
+            }
             aligned.fill(student.len());
         }
         Ok(aligned)
     }
 
-    /// Adds soft labels for the token that ends the turn, if the teacher's token at `position` does, as servers like
-    /// vLLM report it.
-    fn end_of_turn(
-        &mut self,
-        teacher: &LogprobsView,
+    /// Fills `listed` with the alternatives at a position, and counts it. Returns None if they are not usable, which
+    /// leaves other positions usable.
+    fn known<'t>(
+        &self,
+        teacher: &'t LogprobsView,
         position: usize,
-        label: u32,
         asked: Option<usize>,
+        listed: &mut Vec<(&'t [u8], f32)>,
         to: &mut Aligned,
-    ) {
-        let Some(bytes) = teacher.token.get(position) else {
-            return;
+    ) -> Option<Known> {
+        let known = alternatives(teacher, position, self.most, asked, listed);
+        let Some(known) = known else {
+            to.positions_over_one += 1;
+            return None;
         };
-        if !ends_turn(self.tokenizer, bytes) {
-            return;
+        if !teacher.top.get(position).is_empty() {
+            let is_in = known.drawn == Drawn::No;
+            to.in_top_k.count(position, known.top_mass, is_in);
         }
-        let mut listed = Vec::new();
-        match alternatives(teacher, position, self.most, asked, &mut listed) {
-            Some(known) => {
-                if !teacher.top.get(position).is_empty() {
-                    let is_in = known.drawn == Drawn::No;
-                    to.in_top_k.count(position, known.top_mass, is_in);
-                }
-                self.first(&listed, known, bytes, label, false, to);
-            }
-            None => to.positions_over_one += 1,
-        }
+        Some(known)
     }
 
     /// The teacher's tokens `said` as a chunk of the student tokens `labels`, the first of which is at

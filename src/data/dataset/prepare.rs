@@ -241,7 +241,7 @@ pub(super) struct Ready {
     /// Number of supervised answers, and of those without an end-of-turn token.
     answers: u64,
     without_end: u64,
-    /// What became of thinking that the template does not print.
+    /// For each supervised answer whose thinking the template does not print.
     thinking: Vec<ThinkingChange>,
     pub(super) difference: Option<Difference>,
     /// Indices of answers that need separate examples: their prefix here differs from the generation prompt.

@@ -36,7 +36,7 @@ pub struct Report {
     pub answers: u64,
     #[serde(default)]
     pub without_end: u64,
-    /// Supervised answers whose thinking the chat template does not print, by what became of it.
+    /// Supervised answers whose thinking the chat template does not print, by how they are trained.
     #[serde(default)]
     pub thinking: BTreeMap<String, u64>,
     /// Answers made into separate examples, since their prefix in the conversation differs from the generation

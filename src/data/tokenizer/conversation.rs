@@ -53,16 +53,16 @@ pub struct AnswerTokens {
     /// True if the ids before `tokens` equal the generation prompt and the answer is rendered as after it, or if
     /// the template rejects such a prompt.
     pub follows_generation_prompt: bool,
-    /// Set if the thinking in the message is rendered in another way than by the template.
+    /// Set if the template does not print the thinking of the message.
     pub thinking: Option<ThinkingChange>,
 }
 
-/// What an answer's thinking became.
+/// How an answer's thinking differs from what the template prints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ThinkingChange {
     /// The template drops it; it is written as in the message.
     Restored,
-    /// The generation prompt closes a block of thinking, so there is no place for it.
+    /// Left out, since the generation prompt closes a block of thinking.
     LeftOut,
 }
 
@@ -71,7 +71,7 @@ impl fmt::Display for ThinkingChange {
         f.write_str(match self {
             ThinkingChange::Restored => "with their thinking, which the chat template drops",
             ThinkingChange::LeftOut => {
-                "without their thinking, which has no place after a generation prompt that closes it"
+                "without their thinking, since the generation prompt closes a block of it"
             }
         })
     }
@@ -183,8 +183,8 @@ pub fn encode(
     Ok(writer.done)
 }
 
-/// Encodes an answer after its generation prompt. Its thinking, if any, is written as in the message: of what the
-/// template makes of it, nobody can tell where the generation prompt would end.
+/// Encodes an answer after its generation prompt. Thinking is written as in the message: in what the template renders,
+/// the end of the generation prompt cannot be found.
 fn after_prompt(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
@@ -265,7 +265,7 @@ impl RenderedAnswer {
         (is_prefix && prompt.len() >= self.earliest).then_some(prompt.len())
     }
 
-    /// What the template makes of this answer's thinking after `prompt`. None if it prints it.
+    /// How this answer's thinking is written after `prompt`. None if the template prints it.
     fn thinking_change(
         &self,
         spans: &[Span],

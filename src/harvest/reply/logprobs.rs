@@ -352,7 +352,7 @@ impl Columns {
         }
         let last = self.logprobs.token.last().map_or("", String::as_str);
         let text = text.as_bytes();
-        // The end of the turn is no part of the text.
+        // The text does not include the end of the turn.
         let without_end = || self.joined.strip_suffix(last.as_bytes());
         self.logprobs.matches_text =
             self.joined == text || names_end(last) && without_end() == Some(text);

@@ -165,8 +165,8 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// `config.json` as it goes into the student's folder, with the data type of its weights; and what else is not as
-    /// it was read.
+    /// `config.json` as it goes into the student's folder, with the data type of its weights; and its other
+    /// differences from the file that was read.
     pub fn to_json(&self, dtype: &str) -> (Value, Vec<&'static str>) {
         let mut json = self.json.clone();
         let mut changes = Vec::new();

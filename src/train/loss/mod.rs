@@ -77,8 +77,8 @@ pub struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// K with the logprobs on it. A label that the teacher emitted from outside its top-k is added,
-    /// unless that is told apart (`damped`).
+    /// K with the logprobs on it. A label that the teacher emitted from outside its top-k is added, but
+    /// not for `damped`, which treats it as a sample of the tail.
     fn known(&self, divergence: Divergence) -> (Vec<u32>, Vec<f32>) {
         let (mut ids, mut logprobs) = (self.soft_ids.to_vec(), self.soft_logprobs.to_vec());
         let apart = matches!(divergence, Divergence::Damped(_));

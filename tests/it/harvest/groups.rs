@@ -214,8 +214,8 @@ async fn what_the_harvest_takes_for_an_answer_is_trained_on() {
     assert_eq!(kept(config).0, 3, "adopted");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn truncated_answers_are_used_until_max_tokens_is_raised() {
+/// A run that trains on truncated answers, and a server that gives no others.
+async fn truncated() -> (FaultServer, Run) {
     let server = FaultServer::start(|seen| {
         let mut body = completion(&format!("answer to {}", seen.prompt()), 0);
         body["choices"][0]["finish_reason"] = "length".into();
@@ -224,6 +224,12 @@ async fn truncated_answers_are_used_until_max_tokens_is_raised() {
     .await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     run.config.data.keep_finish_reasons = vec!["stop".into(), "length".into()];
+    (server, run)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn truncated_answers_are_used_until_max_tokens_is_raised() {
+    let (_server, mut run) = truncated().await;
     harvested(&mut run).await;
     assert_eq!(kept(&run.config).0, 3);
     run.config.sampling.max_tokens = 8;
@@ -240,14 +246,7 @@ async fn truncated_answers_are_used_until_max_tokens_is_raised() {
 /// One answer to each row, though the cache holds several to its question.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_several_answers_to_a_row_one_is_trained_on() {
-    let server = FaultServer::start(|seen| {
-        let mut body = completion(&format!("answer to {}", seen.prompt()), 0);
-        body["choices"][0]["finish_reason"] = "length".into();
-        Reaction::Reply(200, Vec::new(), body.to_string().into_bytes())
-    })
-    .await;
-    let mut run = Run::new(&server, &["one", "two", "three"]);
-    run.config.data.keep_finish_reasons = vec!["stop".into(), "length".into()];
+    let (_server, mut run) = truncated().await;
     for max_tokens in [16, 32] {
         run.config.sampling.max_tokens = max_tokens;
         harvested(&mut run).await;

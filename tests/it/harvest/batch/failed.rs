@@ -69,6 +69,16 @@ async fn answers_in_the_error_file_of_a_failed_batch_are_taken() {
     assert_eq!(summary.attempts_lost, 0);
 }
 
+/// A night whose batches fail, with error files that are changed on their way.
+async fn harvest_failing(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Summary {
+    let provider = Provider {
+        of_cards: failed_with_error_file,
+        on_the_way,
+        ..Provider::of(night)
+    };
+    harvest_over(night, provider).await
+}
+
 /// The first 15 answers of an error file, if it has 20, and lines without an answer.
 fn with_errors(content: Bytes, errors: impl Fn(Value) -> Vec<Value>) -> Bytes {
     let text = String::from_utf8(content.to_vec()).unwrap();
@@ -86,17 +96,13 @@ fn with_errors(content: Bytes, errors: impl Fn(Value) -> Vec<Value>) -> Bytes {
 #[tokio::test(start_paused = true)]
 async fn rows_named_in_the_error_file_of_a_failed_batch_fail_and_the_rest_is_asked_again() {
     let night = night("", 20, |_| {});
-    let provider = Provider {
-        of_cards: failed_with_error_file,
-        on_the_way: |content| {
-            with_errors(content, |id| {
-                let error = json!({"code": "invalid_request", "message": "too odd"});
-                vec![json!({"custom_id": id, "error": error})]
-            })
-        },
-        ..Provider::of(&night)
-    };
-    let summary = harvest_over(&night, provider).await;
+    let summary = harvest_failing(&night, |content| {
+        with_errors(content, |id| {
+            let error = json!({"code": "invalid_request", "message": "too odd"});
+            vec![json!({"custom_id": id, "error": error})]
+        })
+    })
+    .await;
     assert_eq!((summary.ok, summary.failed), (19, 1), "{summary:?}");
     assert_eq!(parts(&summary), [("failed", 2)]);
     assert_eq!(night.run.failures()[0]["class"], "invalid_request");
@@ -111,17 +117,13 @@ async fn rows_named_in_the_error_file_of_a_failed_batch_fail_and_the_rest_is_ask
 #[tokio::test(start_paused = true)]
 async fn rows_named_by_their_line_in_an_error_file_fail_unless_they_have_an_answer() {
     let night = night("", 20, |_| {});
-    let provider = Provider {
-        of_cards: failed_with_error_file,
-        on_the_way: |content| {
+    let summary = harvest_failing(&night, |content| {
             with_errors(content, |_| {
                 let error = |line: usize| json!({"line": line, "code": "invalid_request", "message": "too odd"});
                 (1..=20).map(error).collect()
             })
-        },
-        ..Provider::of(&night)
-    };
-    let summary = harvest_over(&night, provider).await;
+        })
+    .await;
     assert_eq!((summary.ok, summary.failed), (15, 5), "{summary:?}");
     assert_eq!(parts(&summary), [("failed", 1)]);
     let failures = night.run.failures();
@@ -148,12 +150,7 @@ async fn answers_that_cannot_be_read_in_an_error_file_are_kept_and_stop_the_run(
     ];
     for on_the_way in changes {
         let night = night("", 20, |_| {});
-        let provider = Provider {
-            of_cards: failed_with_error_file,
-            on_the_way,
-            ..Provider::of(&night)
-        };
-        let summary = harvest_over(&night, provider).await;
+        let summary = harvest_failing(&night, on_the_way).await;
         let (status, message) = end(&summary);
         assert_eq!(
             (summary.ok, summary.pending, status),
@@ -172,16 +169,12 @@ async fn answers_that_cannot_be_read_in_an_error_file_are_kept_and_stop_the_run(
 #[tokio::test(start_paused = true)]
 async fn plain_text_in_an_error_file_is_ignored() {
     let night = night("", 20, |_| {});
-    let provider = Provider {
-        of_cards: failed_with_error_file,
-        on_the_way: |content| {
-            [b"2 rows failed, see below:\n\n".as_slice(), &content]
-                .concat()
-                .into()
-        },
-        ..Provider::of(&night)
-    };
-    let summary = harvest_over(&night, provider).await;
+    let summary = harvest_failing(&night, |content| {
+        [b"2 rows failed, see below:\n\n".as_slice(), &content]
+            .concat()
+            .into()
+    })
+    .await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0), "{summary:?}");
     assert_eq!(summary.attempts_lost, 0);
 }
