@@ -54,6 +54,8 @@ struct Request {
 pub struct Answer {
     pub text: String,
     pub finish_reason: String,
+    #[serde(default)]
+    pub reasoning: String,
 }
 
 impl<'a> RecordView<'a> {

@@ -36,13 +36,20 @@ pub struct Loaded {
 /// used: it is not read then, and may be of any type.
 ///
 /// # Errors
-/// Where a file is missing or malformed, or the index names a file outside of the folder.
+/// Where a file is missing or malformed, the index names a file outside of the folder, or two tensors have the same
+/// name.
 pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<Loaded> {
     let mut loaded = Loaded::default();
     for path in files(dir)? {
         with_file(&path, |file| {
             for stored in file.tensors.names() {
                 match name(stored) {
+                    Some(name) if loaded.tensors.contains_key(&name) => {
+                        bail!(Exit::Usage(format!(
+                            "the weights have {name} twice, perhaps with a prefix and without, and programs differ in \
+                         which they use: remove one"
+                        )))
+                    }
                     Some(name) => {
                         loaded.tensors.insert(name, file.tensor(stored)?);
                     }

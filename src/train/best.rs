@@ -1,9 +1,11 @@
 //! Which validation was the best, and whether it is worth going on.
 
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::metrics::Means;
 use crate::config;
+use crate::exit::Exit;
 
 /// The validations so far; part of a checkpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -12,6 +14,31 @@ pub struct Best {
     pub found: Option<(u64, f64)>,
     /// Validations since.
     pub since: u64,
+}
+
+/// Checks that the metric can be computed on `held_out` examples; `has_soft_labels` tells if these have soft labels.
+///
+/// # Errors
+/// [`Exit::Usage`] if it cannot: every validation would count as no improvement.
+pub fn check(
+    metric: config::Best,
+    held_out: usize,
+    has_soft_labels: impl FnOnce() -> bool,
+) -> Result<()> {
+    if metric != config::Best::Last && held_out == 0 {
+        bail!(Exit::Usage(
+            "train.best needs held-out examples, and there are none: raise data.validation_share"
+                .into()
+        ));
+    }
+    if metric == config::Best::Kl && !has_soft_labels() {
+        bail!(Exit::Usage(
+            "train.best = \"kl\" needs held-out examples with soft labels, and there are none: set it to \"ce\" or \
+             \"token_accuracy\""
+                .into()
+        ));
+    }
+    Ok(())
 }
 
 impl Best {

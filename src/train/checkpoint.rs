@@ -115,6 +115,20 @@ pub struct State {
     /// Hashes of the other files by name, set by [`save`]; empty in checkpoints of earlier versions.
     #[serde(default)]
     pub files: BTreeMap<String, String>,
+    /// Hash of all other fields, set by [`save`].
+    #[serde(default)]
+    pub checksum: String,
+}
+
+impl State {
+    fn hash(&self) -> Result<String> {
+        let state = State {
+            checksum: String::new(),
+            ..self.clone()
+        };
+        let hash = blake3::hash(serde_json::to_string(&state)?.as_bytes());
+        Ok(hash.to_hex().to_string())
+    }
 }
 
 pub const VERSION: u32 = 2;
@@ -137,10 +151,11 @@ pub fn save(dir: &Path, parts: &mut Parts, state: &State, keep: usize) -> Result
             write(TEACHER, &teacher.trained()?)?;
             weights::write(&folder.join(TEACHER_OPTIMIZER), optimizer.state()?)?;
         }
-        let state = State {
+        let mut state = State {
             files: hashes(folder)?,
             ..state.clone()
         };
+        state.checksum = state.hash()?;
         fs::write_in(folder, STATE, &serde_json::to_vec_pretty(&state)?)
     })?;
     let best = state.best.found.map(|(step, _)| step);
@@ -160,16 +175,20 @@ fn folder(dir: &Path, step: u64) -> PathBuf {
 /// there is one.
 ///
 /// # Errors
-/// Where the checkpoint is gone or damaged.
+/// [`Exit::Damaged`] where the checkpoint is gone or damaged.
 pub fn weights_of(dir: &Path, step: u64) -> Result<Tensors> {
     let folder = folder(dir, step);
-    let average = folder.join(EMA);
-    let path = if average.exists() {
-        average
-    } else {
-        folder.join(MODEL)
+    let load = || {
+        check_files(&folder, &read_state(&folder)?.files)?;
+        let average = folder.join(EMA);
+        let path = if average.exists() {
+            average
+        } else {
+            folder.join(MODEL)
+        };
+        weights::load_file(&path)
     };
-    weights::load_file(&path)
+    load().map_err(|error| damaged(&folder, &error))
 }
 
 /// The newest checkpoint in `dir`, if there is one.
@@ -357,6 +376,10 @@ fn read_state(path: &Path) -> Result<State> {
             "its version is {}, and this program reads {VERSION}",
             state.version
         );
+    }
+    // Checkpoints of earlier versions have none.
+    if !state.files.is_empty() && state.checksum != state.hash()? {
+        bail!("{STATE} is not what was written: its checksum differs");
     }
     Ok(state)
 }

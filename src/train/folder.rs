@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::data::chat_template::with_arguments;
 use crate::data::tokenizer::Tokenizer;
+use crate::exit::Exit;
 use crate::model::ModelConfig;
 
 /// Names the tokens that end an answer.
@@ -76,13 +77,17 @@ pub fn files(
     Ok(Files { files, changes })
 }
 
+fn object(name: &str, bytes: &[u8]) -> Result<Map<String, Value>> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| Exit::Usage(format!("{name} is not a valid JSON object: {error}")).into())
+}
+
 /// Gives a tokenizer's settings of transformers 5 the spelling that version 4 reads, too.
 fn set_class(bytes: &mut Vec<u8>) -> Result<Option<String>> {
     /// Of any `tokenizer.json`; the second is the name that both versions know.
     const CLASSES: [&str; 2] = ["TokenizersBackend", "PreTrainedTokenizerFast"];
     const EXTRA: &str = "extra_special_tokens";
-    let mut settings: Map<String, Value> = serde_json::from_slice(bytes)
-        .with_context(|| format!("{TOKENIZER_CONFIG} is not a valid JSON object"))?;
+    let mut settings = object(TOKENIZER_CONFIG, bytes)?;
     let is_new = settings.get("tokenizer_class").and_then(Value::as_str) == Some(CLASSES[0]);
     let has_list = settings.get(EXTRA).is_some_and(Value::is_array);
     if !is_new && !has_list {
@@ -144,8 +149,7 @@ fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<bo
         .iter()
         .position(|(name, _)| *name == GENERATION_CONFIG);
     let mut settings: Map<String, Value> = match at {
-        Some(at) => serde_json::from_slice(&files[at].1)
-            .with_context(|| format!("{GENERATION_CONFIG} is not a valid JSON object"))?,
+        Some(at) => object(GENERATION_CONFIG, &files[at].1)?,
         None => Map::new(),
     };
     let mut ids = match settings.remove("eos_token_id") {

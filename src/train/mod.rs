@@ -150,6 +150,9 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     let tokenizer = Tokenizer::for_student(&config.student)?;
     soft_labels::check_tokenizer(config, &tokenizer)?;
     let mut parts = Parts::initial(config, &tokenizer)?;
+    // Files that cannot be written at the end are refused at the start.
+    let shape = parts.student.model.config();
+    folder::files(shape, "", (tokenizer.dir(), &tokenizer), "")?;
     let mut reading = Reading::new("prepare", quiet);
     let fitting = Config {
         data: config.data.within(parts.models().context()),
@@ -165,6 +168,14 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         None => soft_labels::choose(&config.loss, &data.report, force)?,
     };
     let (train, validation) = (data.train(), data.validation());
+    let has_labels = || {
+        validation
+            .iter()
+            .any(|example| example.soft_ids().len() > 0)
+    };
+    best::check(settings.best, validation.len(), || {
+        parts.teacher.is_some() || has_labels()
+    })?;
     let total = total_steps(config, train.len());
     let basis = checkpoint::basis(config, data.fingerprint(), &parts, total)?;
     let parameters = Parameters::of(&parts.student);
@@ -216,6 +227,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         fingerprint: checkpoint::fingerprint(&basis),
         basis: basis.clone(),
         files: BTreeMap::new(),
+        checksum: String::new(),
     };
     let (mut last_loss, mut last_validation) = (0.0, None);
     while parts.optimizer.step() < total && !best.is_exhausted(settings.patience) {

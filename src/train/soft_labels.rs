@@ -93,6 +93,10 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
         ))?;
     }
     if report.soft_positions == 0 {
+        let name = settings.kd.name();
+        choice.note = Some(format!(
+            "loss.kd = \"{name}\": no answer has soft labels, so all train on cross-entropy alone"
+        ));
         return Ok(choice);
     }
     if let Some(broken) = report.gate.broken() {
@@ -121,6 +125,12 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
             choice.note = Some(format!(
                 "loss.kd = \"auto\": {of_any}, since tokens outside the top-k are missing: {}",
                 tail_of(&report.gate.in_top_k)
+            ));
+        }
+        Kd::Auto if exact == 0 => {
+            choice.note = Some(format!(
+                "loss.kd = \"auto\": {of_any}, since no answer was sampled as its logprobs tell (temperature 1, nothing \
+                 cut off)"
             ));
         }
         Kd::Auto => {
@@ -183,7 +193,8 @@ pub fn dense(settings: &Loss) -> Choice {
 impl Choice {
     /// The loss in words, for data that `report` counts.
     pub fn loss(&self, report: &Report, is_dense: bool) -> String {
-        let Some([of_any, of_exact]) = self.terms else {
+        let has_none = !is_dense && report.soft_positions == 0;
+        let Some([of_any, of_exact]) = self.terms.filter(|_| !has_none) else {
             return "cross-entropy on the answers".into();
         };
         let others = report.with_soft_labels - report.exact;

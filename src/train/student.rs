@@ -58,6 +58,18 @@ impl Student {
         let adapters = weights::to_device(&adapters, &device)?;
         let mut student = Self::new(shape, weights, adapters, &patterns(&train.freeze)?)
             .with_context(|| format!("cannot load the student {}", settings.path.display()))?;
+        let is_known = |pattern: &Regex| {
+            let names = student.vars.keys().chain(student.frozen.keys());
+            names.into_iter().any(|name| pattern.is_match(name))
+        };
+        for pattern in patterns(&train.freeze)? {
+            if !is_known(&pattern) {
+                bail!(Exit::Usage(format!(
+                    "train.freeze names {:?}, which matches no parameter",
+                    pattern.as_str()
+                )));
+            }
+        }
         if student.vars.is_empty() {
             bail!(Exit::Usage(
                 "train.freeze leaves no parameter to train".into()

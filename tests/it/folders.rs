@@ -244,3 +244,65 @@ fn examples_longer_than_the_context_of_the_model_are_left_out() {
     let context = ModelConfig::load(dir.path()).unwrap();
     assert_eq!(context.max_position_embeddings, 64);
 }
+
+#[test]
+fn contradictory_folders_are_refused_by_name() {
+    let rope = |value: Value| {
+        move |dir: &Path| {
+            edit(&dir.join("config.json"), |config| {
+                config["rope_parameters"] = value
+            })
+        }
+    };
+    let twice = |dir: &Path| {
+        let mut tensors = stored(dir);
+        let norm = tensors["model.norm.weight"].clone();
+        tensors.insert("norm.weight".into(), norm);
+        tiny::write_weights(dir, &tensors);
+    };
+    type Change = Box<dyn FnOnce(&Path)>;
+    let cases: [(Change, &str); 3] = [
+        (Box::new(twice), "model.norm.weight twice"),
+        (
+            Box::new(rope(json!({"full_attention": {"rope_theta": 1e6}}))),
+            "by type of layer",
+        ),
+        (
+            Box::new(rope(json!({"rope_type": "default", "rope_theta": "1e6"}))),
+            "not a number",
+        ),
+    ];
+    for (change, word) in cases {
+        let dir = folder();
+        change(dir.path());
+        let error = decoder::load(dir.path()).unwrap_err();
+        let message = format!("{error:#}");
+        assert!(message.contains(word), "{message}");
+        assert_eq!(Exit::code_of(&error), 2, "{message}");
+    }
+    // An empty map is as good as none.
+    let dir = folder();
+    edit(&dir.path().join("config.json"), |config| {
+        config["rope_scaling"] = json!({});
+        config["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 500.0});
+        config.as_object_mut().unwrap().remove("rope_theta");
+    });
+    assert_eq!(
+        ModelConfig::load(dir.path()).unwrap().rope().unwrap().theta,
+        500.0
+    );
+}
+
+/// At the start, and not when the student is written.
+#[test]
+fn settings_that_cannot_be_written_are_refused_before_training() {
+    let dir = folder();
+    let (config, _) = trained(dir.path());
+    fs::write(dir.path().join("generation_config.json"), "null").unwrap();
+    fs::remove_dir_all(&config.run_dir).unwrap();
+    let error = train::run(&config, Start::Fresh.into()).unwrap_err();
+    let message = format!("{error:#}");
+    assert!(message.contains("generation_config.json"), "{message}");
+    assert_eq!(Exit::code_of(&error), 2, "{message}");
+    assert!(!config.run_dir.join("metrics.jsonl").exists());
+}

@@ -161,7 +161,9 @@ impl<'a> Mapper<'a> {
         }
         aligned.fill(text.len());
         if let Some(end) = end {
-            let position = units.last().map_or(0, |unit| unit.tokens.end);
+            // Of a token that ends after the text, nothing follows that was chosen after the text.
+            let last = units.last().filter(|unit| unit.kind != UnitKind::Partial);
+            let position = last.map_or(usize::MAX, |unit| unit.tokens.end);
             let bytes = teacher.token.get(position).map_or(&[][..], Cow::as_ref);
             // Servers like vLLM report it after the tokens of the text.
             if ends_turn(self.tokenizer, bytes)

@@ -137,6 +137,10 @@ fn around_unknown(
     let mut units = Vec::new();
     let mut at = 0;
     let mut unknown: Option<usize> = None;
+    // Tokens of unknown bytes may be followed by the end of the turn.
+    let is_end = |bytes: &Cow<'_, [u8]>| !is_unknown(bytes) && is_stop(bytes);
+    let ends = tokens.iter().rev().take_while(|bytes| is_end(bytes));
+    let (tokens, _) = tokens.split_at(tokens.len() - ends.count());
     for (index, bytes) in tokens.iter().enumerate() {
         if at == answer.len() && is_stop(bytes) {
             continue;
@@ -238,6 +242,11 @@ mod tests {
         assert_eq!(
             cut(&["hi", "\u{fffd}", "\u{fffd}"], "hi👋"),
             Some(at_the_end)
+        );
+        let before_end = vec![(0..1, 2, Token), (1..3, 6, Unknown)];
+        assert_eq!(
+            cut(&["hi", "\u{fffd}", "\u{fffd}", "</s>"], "hi👋"),
+            Some(before_end)
         );
         assert_eq!(cut(&["hi", "\u{fffd}", "x"], "hi👋 b"), None);
         assert_eq!(cut(&["\u{fffd}"], "👋"), None);

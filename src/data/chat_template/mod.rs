@@ -313,13 +313,29 @@ struct Thinking {
     answer: usize,
 }
 
+/// Finds thinking between its tags, or without the opening one, as a model writes it after a prompt that ends with that,
+/// or without the closing one, where it was cut off.
 fn thinking(content: &str) -> Option<Thinking> {
     let (open, close) = THINKING;
-    let opened = content.trim_start().strip_prefix(open)?;
-    let (inside, rest) = opened.split_once(close)?;
+    let trimmed = content.trim_start();
+    let opened = trimmed.strip_prefix(open);
+    let inside = opened.unwrap_or(trimmed);
+    let (inside, rest) = match inside.split_once(close) {
+        Some((before, after)) if opened.is_none() => {
+            // Other text may mention the tag.
+            let is_own_line = (before.is_empty() || before.ends_with('\n'))
+                && (after.is_empty() || after.starts_with(['\n', '\r']));
+            if !is_own_line || before.contains(open) {
+                return None;
+            }
+            (before, after)
+        }
+        Some(parts) => parts,
+        None => (opened?, ""),
+    };
     let breaks = ['\n', '\r'];
-    let start =
-        content.len() - opened.len() + inside.len() - inside.trim_start_matches(breaks).len();
+    let before = opened.map_or(0, |_| open.len()) + content.len() - trimmed.len();
+    let start = before + inside.len() - inside.trim_start_matches(breaks).len();
     let inner = inside.trim_matches(breaks);
     Some(Thinking {
         inner: start..start + inner.len(),

@@ -229,6 +229,10 @@ pub(super) struct Preparing<'a> {
     report: Report,
 }
 
+/// Key in [`Report::thinking`].
+const SEPARATE_REASONING: &str =
+    "without the reasoning that the endpoint returned in a field of its own";
+
 /// A row as an example.
 pub(super) struct Ready {
     pub(super) input_ids: Vec<u32>,
@@ -302,6 +306,9 @@ impl<'a> Preparing<'a> {
         }
         report.answers += ready.answers;
         report.without_end += ready.without_end;
+        if row.has_reasoning && self.settings.thinking != Thinking::Drop {
+            increment(&mut report.thinking, SEPARATE_REASONING.into());
+        }
         for change in ready.thinking {
             increment(&mut report.thinking, change.to_string());
         }
@@ -424,6 +431,10 @@ impl<'a> Preparing<'a> {
                 return Err(EMPTY.into());
             }
             kept.start = kept.start.max(start);
+        }
+        // After a prompt that closes its thinking, an answer of thinking alone is empty.
+        if content[kept.clone()].trim().is_empty() {
+            return Err(EMPTY.into());
         }
         // A token that ends the turn directly after the text is the teacher's choice, too.
         let of_teacher = if end == last.tokens.end + 1 {

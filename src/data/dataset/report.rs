@@ -131,7 +131,15 @@ pub fn by_reason(counts: &BTreeMap<String, u64>) -> String {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} records, {} kept", self.records, self.kept)?;
+        write!(
+            f,
+            "{} records, {} kept",
+            self.records,
+            self.kept - self.split
+        )?;
+        if self.split > 0 {
+            write!(f, " as {} examples", self.kept)?;
+        }
         if self.train + self.validation > 0 {
             write!(f, ": {} train, {} validation", self.train, self.validation)?;
         }

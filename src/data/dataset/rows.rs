@@ -1,9 +1,9 @@
 //! The two sources of training data, a cache and a file of conversations, as rows of one kind.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use jiff::civil::DateTime;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::cache::record::{Record, Status};
 use crate::cache::view::{LogprobsView, RecordView};
@@ -35,6 +35,8 @@ pub struct Row<'a> {
     pub group: Option<Group>,
     /// When the answer was requested; None in a file.
     pub date: Option<DateTime>,
+    /// The record has reasoning in a field of its own, which `messages` do not contain.
+    pub has_reasoning: bool,
     /// Of the last answer.
     pub logprobs: Option<LogprobsView<'a>>,
 }
@@ -53,6 +55,7 @@ impl<'a> Row<'a> {
             asked: None,
             group: None,
             date: self.date,
+            has_reasoning: false,
             logprobs: None,
         }
     }
@@ -148,6 +151,7 @@ fn row<'a>(
         asked: asked.and_then(|asked| usize::try_from(asked).ok()),
         group: None,
         date,
+        has_reasoning: !record.answer.reasoning.trim().is_empty(),
         logprobs: record.logprobs,
     })
 }
@@ -195,11 +199,53 @@ fn messages_of_request(request: &Value) -> Option<Vec<Message>> {
         .collect()
 }
 
-/// A line of a file of conversations; other fields are for others.
+/// A line of a file of conversations; other fields are for other programs.
 #[derive(Deserialize)]
 struct Line {
     id: Option<Value>,
-    messages: Vec<Message>,
+    messages: Vec<Turn>,
+    tools: Option<Value>,
+}
+
+/// A message with the fields that would change how it is trained.
+#[derive(Deserialize)]
+struct Turn {
+    #[serde(flatten)]
+    message: Message,
+    tool_calls: Option<Value>,
+    reasoning_content: Option<Value>,
+    reasoning: Option<Value>,
+    weight: Option<f64>,
+}
+
+impl Line {
+    /// Refuses what is not supported, rather than training on something else.
+    fn check(&self) -> Result<()> {
+        let is_set = |value: &Option<Value>| {
+            let value = value.as_ref();
+            value.is_some_and(|value| !(value.is_null() || *value == "" || *value == json!([])))
+        };
+        if is_set(&self.tools) {
+            bail!("`tools` are not supported: render them into the text of a message");
+        }
+        for turn in &self.messages {
+            if is_set(&turn.tool_calls) {
+                bail!("`tool_calls` are not supported: render them into the text of the message");
+            }
+            if is_set(&turn.reasoning_content) || is_set(&turn.reasoning) {
+                bail!(
+                    "reasoning in a field of its own is not supported: put it at the beginning of `content`, between \
+                     <think> and </think>"
+                );
+            }
+            if turn.weight.is_some_and(|weight| weight != 1.0) {
+                bail!(
+                    "`weight` other than 1 is not supported: leave the answer out, or cut the conversation"
+                );
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Line `number`, from 1, of a JSONL file of `{"messages": [{"role", "content"}, ...]}`.
@@ -207,16 +253,19 @@ struct Line {
 /// # Errors
 /// If it is no such row.
 pub fn of_line(line: &str, number: u64, settings: &config::Data) -> Result<Row<'static>> {
-    let mut line: Line = serde_json::from_str(line)
+    let line: Line = serde_json::from_str(line)
         .context(r#"expected {"messages": [{"role": "...", "content": "..."}, ...]}"#)?;
-    let last = line.messages.iter().rposition(|m| m.role == "assistant");
+    line.check()?;
+    let messages = line.messages.into_iter().map(|turn| turn.message);
+    let mut messages: Vec<Message> = messages.collect();
+    let last = messages.iter().rposition(|m| m.role == "assistant");
     let last = last.context("the conversation has no message of the role `assistant`")?;
-    drop_thinking(&mut line.messages, settings);
+    drop_thinking(&mut messages, settings);
     let prompt_id = match line.id {
         Some(Value::String(id)) => id,
         Some(id) => id.to_string(),
         None => {
-            let prompt = serde_json::to_vec(&line.messages[..last])?;
+            let prompt = serde_json::to_vec(&messages[..last])?;
             blake3::hash(&prompt).to_hex().to_string()
         }
     };
@@ -224,13 +273,14 @@ pub fn of_line(line: &str, number: u64, settings: &config::Data) -> Result<Row<'
         key: number.to_string(),
         message: None,
         prompt_id,
-        messages: line.messages,
+        messages,
         every_answer: true,
         ended: true,
         sampling: Sampling::Unknown,
         asked: None,
         group: None,
         date: None,
+        has_reasoning: false,
         logprobs: None,
     })
 }

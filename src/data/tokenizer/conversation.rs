@@ -197,7 +197,10 @@ fn after_prompt(
     let content = &messages[answer.message].content;
     let (spans, change) = match thinking_spans(answer.message, content) {
         None => (all[answer.spans.clone()].to_vec(), None),
-        Some([.., said]) if closes_thinking(&text) => (vec![said], Some(ThinkingChange::LeftOut)),
+        Some([_, inner, _, said]) if closes_thinking(&text) => {
+            let is_blank = inner.text().trim().is_empty();
+            (vec![said], (!is_blank).then_some(ThinkingChange::LeftOut))
+        }
         Some([opening, inner, closing, said]) => {
             let opening = Span::Template(not_opened(opening.text(), &text).to_owned());
             let restored = answer.thinking_change(all, messages, &text);
@@ -272,10 +275,10 @@ impl RenderedAnswer {
         messages: &[Message],
         prompt: &str,
     ) -> Option<ThinkingChange> {
-        thinking_spans(self.message, &messages[self.message].content)?;
+        let [_, inner, ..] = thinking_spans(self.message, &messages[self.message].content)?;
         let spans = spans[self.spans.clone()].iter();
         let printed = spans.filter(|span| matches!(span, Span::Content { .. }));
-        if printed.count() > 1 {
+        if printed.count() > 1 || inner.text().trim().is_empty() {
             None
         } else if closes_thinking(prompt) {
             Some(ThinkingChange::LeftOut)

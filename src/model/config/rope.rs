@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::exit::Exit;
+use super::refuse;
 
 /// How fast each pair of channels turns.
 #[derive(Debug, Clone)]
@@ -31,14 +31,32 @@ impl Rope {
     /// # Errors
     /// Where the kind of scaling is not supported.
     pub(super) fn from_json(json: &Map<String, Value>) -> Result<Self> {
-        let map = |name: &str| json.get(name).and_then(Value::as_object);
-        // Version 5, too, reads `rope_scaling` first.
+        // Version 5, too, reads `rope_scaling` first, if there is something in it.
+        let map = |name: &str| {
+            let map = json.get(name).and_then(Value::as_object);
+            map.filter(|map| !map.is_empty())
+        };
         let scaling = map("rope_scaling").or(map("rope_parameters"));
+        let parts = scaling.into_iter().flat_map(|map| map.values());
+        if parts.clone().any(Value::is_object) {
+            return refuse("rope settings by type of layer are not supported".into());
+        }
         let field = |name: &str| scaling.and_then(|map| map.get(name));
-        let theta = field("rope_theta")
-            .or(json.get("rope_theta"))
-            .and_then(Value::as_f64)
-            .unwrap_or(10_000.0);
+        let given = [field("rope_theta"), json.get("rope_theta")];
+        let mut given = given.into_iter().flatten().filter(|value| !value.is_null());
+        let theta = match given.next() {
+            None => 10_000.0,
+            Some(value) => match value.as_f64() {
+                Some(theta) => theta,
+                None => return refuse(format!("rope_theta is {value}, and not a number")),
+            },
+        };
+        if let Some(other) = given.next().filter(|other| other.as_f64() != Some(theta)) {
+            tracing::warn!(
+                "config.json has two values of rope_theta: {theta} is used, as by transformers 5, and version 4 reads \
+                 {other}"
+            );
+        }
         let kind = field("rope_type").or(field("type")).and_then(Value::as_str);
         let llama3 = match kind {
             None | Some("default") => None,
@@ -47,8 +65,7 @@ impl Rope {
                 Some(serde_json::from_value(map).context("rope scaling of type llama3")?)
             }
             Some(other) => {
-                let what = format!("rope scaling of type {other:?} is not supported");
-                return Err(Exit::Usage(what).into());
+                return refuse(format!("rope scaling of type {other:?} is not supported"));
             }
         };
         Ok(Self { theta, llama3 })
@@ -58,7 +75,10 @@ impl Rope {
     /// `rope_parameters`. Returns true if one was missing.
     pub(super) fn write(&self, json: &mut Map<String, Value>) -> bool {
         let before = json.clone();
-        let read = |name: &str| json.get(name).and_then(Value::as_object).cloned();
+        let read = |name: &str| {
+            let map = json.get(name).and_then(Value::as_object);
+            map.filter(|map| !map.is_empty()).cloned()
+        };
         let mut settings = read("rope_scaling").or_else(|| read("rope_parameters"));
         let settings = settings.get_or_insert_default();
         let old_kind = settings.remove("type");

@@ -220,3 +220,34 @@ fn ends_of_turns_have_soft_labels_where_they_are_listed() {
     let start = tokenizer.id_of_control("<|im_start|>").unwrap();
     assert_eq!(aligned.soft(0).0, [ids[0], start]);
 }
+
+/// Control tokens whose names contain `▁`, beside plain tokens without a space.
+#[test]
+fn names_of_control_tokens_are_no_raw_vocabulary() {
+    let tokenizer = tokenizer("bytelevel");
+    let end = tokenizer.end_of_turn().unwrap();
+    let name = "<｜end▁of▁sentence｜>";
+    let ids = [tokenizer.encode_text("T").unwrap()[0], end];
+    let top = [("T", Some(-0.1)), (name, Some(-3.0))];
+    let teacher = logprobs(&[("T", -0.1, &top), (name, -0.2, &[(name, Some(-0.2))])]);
+    let aligned = align(&tokenizer, &teacher, "T", &ids).unwrap();
+    assert_eq!(aligned.soft(0).0, ids);
+    assert_eq!(aligned.soft(1), (&[end][..], &[-0.2][..]));
+}
+
+/// The end was chosen after text that was cut off, which the student does not have.
+#[test]
+fn an_end_after_a_token_that_was_cut_has_no_soft_labels() {
+    let tokenizer = tokenizer("bytelevel");
+    let end = tokenizer.end_of_turn().unwrap();
+    let mut ids = tokenizer.encode_text("Tb").unwrap();
+    ids.push(end);
+    let name = "<|im_end|>";
+    let listed = (name, -0.1, &[(name, Some(-0.1))][..]);
+    let is_soft = |last: &str| {
+        let teacher = logprobs(&[("T", -0.1, &[]), (last, -0.1, &[]), listed]);
+        let aligned = align(&tokenizer, &teacher, "Tb", &ids).unwrap();
+        aligned.is_soft(ids.len() - 1)
+    };
+    assert!(is_soft("b") && !is_soft("b\n"));
+}

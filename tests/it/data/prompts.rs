@@ -456,3 +456,96 @@ fn the_date_of_a_record_is_that_of_its_answer() {
     config.student.template_date = Some("2026-01-31".to_owned().try_into().unwrap());
     assert_eq!(begins(&config), ["31 Jan 2026", "31 Jan 2026"]);
 }
+
+/// A block of thinking may lack its opening tag, if the teacher's prompt ends with it, or its end, if it was cut off.
+#[test]
+fn thinking_is_found_without_one_of_its_tags() {
+    let of = |template: &str, answer: &str, thinking| {
+        examples(template, &[ask("Who?", answer)], |config| {
+            config.data.thinking = thinking
+        })
+    };
+    let closed = "Hm.\n</think>\n\nMe.";
+    // Template, and the supervised text.
+    for (template, learnt) in [
+        (OPENED, "Hm.\n</think>\n\nMe.<|im_end|>"),
+        (THINKING, "<think>\nHm.\n</think>\n\nMe.<|im_end|>"),
+        (CHATML, "Hm.\n</think>\n\nMe.<|im_end|>"),
+    ] {
+        let (_, found) = of(template, closed, Thinking::Supervise);
+        assert_eq!(found["1"], [learnt], "{template}");
+        for thinking in [Thinking::Context, Thinking::Drop] {
+            let (_, found) = of(template, closed, thinking);
+            assert_eq!(found["1"], ["Me.<|im_end|>"], "{template}, {thinking:?}");
+        }
+    }
+    let (_, found) = of(OPENED, "<think>\nHm", Thinking::Supervise);
+    assert_eq!(found["1"], ["Hm<|im_end|>"]);
+    let (_, found) = of(CHATML, "<think>\nHm", Thinking::Supervise);
+    assert_eq!(found["1"], ["<think>\nHm<|im_end|>"]);
+    // A text that mentions the tag.
+    let told = "The tag </think> ends it.";
+    let (_, found) = of(CHATML, told, Thinking::Drop);
+    assert_eq!(found["1"], [format!("{told}<|im_end|>")]);
+}
+
+#[test]
+fn an_answer_of_thinking_alone_is_empty_without_it() {
+    let closing = THINKING.replace(
+        "<|im_start|>assistant\n{% endif %}",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+    );
+    for (template, answer, thinking) in [
+        (
+            closing.as_str(),
+            "<think>\nHm.\n</think>",
+            Thinking::Supervise,
+        ),
+        (closing.as_str(), "<think>\nHm.", Thinking::Supervise),
+        (CHATML, "<think>\nHm.", Thinking::Drop),
+        (CHATML, "<think>\nHm.", Thinking::Context),
+    ] {
+        let (report, found) = examples(
+            template,
+            &[ask("Who?", answer), ask("Who?", "Me.")],
+            |config| config.data.thinking = thinking,
+        );
+        assert_eq!(found.len(), 1, "{answer}, {thinking:?}: {found:?}");
+        let dropped: Vec<_> = report.dropped.keys().collect();
+        assert_eq!(dropped, ["the answer is empty"], "{answer}, {thinking:?}");
+    }
+}
+
+/// Fields that would change what is trained are used or refused, not ignored.
+#[test]
+fn rows_with_fields_that_are_not_supported_are_refused_by_name() {
+    let (dir, tokenizer) = with_template(CHATML);
+    let source = dir.path().join("rows.jsonl");
+    let mut config = Config {
+        run_dir: dir.path().join("run"),
+        ..Config::default()
+    };
+    config.data.source = Some(source.clone());
+    config.data.validation_share = 0.0;
+    let question = json!({"role": "user", "content": "Who?"});
+    for (field, value) in [
+        ("reasoning_content", json!("Hm.")),
+        ("reasoning", json!("Hm.")),
+        ("tool_calls", json!([{"id": "1"}])),
+        ("weight", json!(0)),
+    ] {
+        let mut answer = json!({"role": "assistant", "content": "Me."});
+        answer[field] = value;
+        let row = json!({"messages": [question, answer]});
+        std::fs::write(&source, row.to_string()).unwrap();
+        let error = format!("{:#}", load(&config, &tokenizer).unwrap_err());
+        assert!(
+            error.contains(":1: ") && error.contains("not supported"),
+            "{field}: {error}"
+        );
+    }
+    let answer = json!({"role": "assistant", "content": "Me.", "weight": 1, "tool_calls": null});
+    let row = json!({"messages": [question, answer], "tools": [], "other": 1});
+    std::fs::write(&source, row.to_string()).unwrap();
+    assert_eq!(load(&config, &tokenizer).unwrap().report.kept, 1);
+}

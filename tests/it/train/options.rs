@@ -215,3 +215,21 @@ fn a_device_that_the_program_was_not_built_for_is_refused() {
         }
     }
 }
+
+#[test]
+fn settings_without_effect_are_refused() {
+    let (_dir, mut config) = run_folder();
+    let refused = |config: &Config| {
+        let error = train::run(config, Start::Fresh.into()).unwrap_err();
+        assert_eq!(Exit::code_of(&error), 2);
+        format!("{error:#}")
+    };
+    config.train.freeze = vec!["nope".into()];
+    assert!(refused(&config).contains("\"nope\", which matches no parameter"));
+    config.train.freeze.clear();
+    config.train.best = Best::Kl;
+    assert!(refused(&config).contains("soft labels"));
+    config.train.best = Best::Ce;
+    config.data.validation_share = 0.0;
+    assert!(refused(&config).contains("data.validation_share"));
+}

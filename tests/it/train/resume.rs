@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use distill::config::Config;
-use distill::train::{self, Start};
+use distill::train::{self, Start, checkpoint};
 
 use super::{metrics, run_folder};
 use crate::nightly;
@@ -302,5 +302,20 @@ fn a_checkpoint_that_changed_on_the_disk_is_refused() {
         *bytes.last_mut().unwrap() ^= 1;
         std::fs::write(&path, &bytes).unwrap();
     }
+    let path = last.join("state.json");
+    let state = std::fs::read_to_string(&path).unwrap();
+    let step = format!("\"step\": {STEPS}");
+    assert!(state.contains(&step));
+    std::fs::write(&path, state.replace(&step, "\"step\": 7")).unwrap();
+    let error = train::run(&config, Start::Resume.into()).unwrap_err();
+    assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
+    std::fs::write(&path, state).unwrap();
     train::run(&config, Start::Resume.into()).unwrap();
+
+    // Nor does it become the student if it was the best one.
+    checkpoint::weights_of(&checkpoints, 7).unwrap();
+    let other = checkpoints.join("step-000007/ema.safetensors");
+    std::fs::copy(last.join("ema.safetensors"), other).unwrap();
+    let error = checkpoint::weights_of(&checkpoints, 7).unwrap_err();
+    assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
 }

@@ -140,7 +140,7 @@ fn auto_says_what_it_chose() {
     );
     let (_, printed) = train(&records(0.7), "auto", &[]);
     assert!(
-        printed.contains("tail, weight 0.8 for the other 40"),
+        printed.contains("tail, weight 0.8, since no answer was sampled"),
         "{printed}"
     );
     // Sharper than it says.
