@@ -12,7 +12,7 @@ use super::tape::{Keys, Memory, Tape};
 use super::{Frame, Input, Model};
 use crate::ops::Values;
 use crate::ops::arena::Buffer;
-use crate::ops::head_loss::{self, CHUNK, Rows, Units};
+use crate::ops::head_loss::{self, Rows, Units, chunk_rows};
 use crate::ops::matmul::Precision;
 
 impl Model {
@@ -93,8 +93,9 @@ impl Model {
         let (count, vocabulary) = (input.positions.len(), self.config.vocab_size);
         let mut logits = self.chunk_of_logits(count)?;
         let mut reports = Vec::with_capacity(count);
-        for start in (0..count).step_by(CHUNK) {
-            let range = start..count.min(start + CHUNK);
+        let chunk = chunk_rows(vocabulary);
+        for start in (0..count).step_by(chunk) {
+            let range = start..count.min(start + chunk);
             rows.begin(range.clone())?;
             let logits = &mut logits[..range.len() * vocabulary];
             hidden.logits(range.clone(), logits)?;
@@ -140,9 +141,9 @@ impl Model {
     }
 
     fn chunk_of_logits(&self, positions: usize) -> Result<Buffer> {
-        Ok(self
-            .arena
-            .take(positions.min(CHUNK) * self.config.vocab_size)?)
+        let vocabulary = self.config.vocab_size;
+        let rows = positions.min(chunk_rows(vocabulary));
+        Ok(self.arena.take(rows * vocabulary)?)
     }
 
     fn check(&self, input: &Input) -> Result<()> {

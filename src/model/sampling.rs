@@ -4,6 +4,8 @@
 
 use std::cmp::Ordering;
 
+use crate::ops::math;
+
 /// How the next token is drawn.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
@@ -103,7 +105,7 @@ impl Sampler {
         if temperature == 0.0 {
             return argmax(logits);
         }
-        let max = max(logits);
+        let max = math::max(logits);
         let inverse = (1.0 / temperature).min(f64::from(f32::MAX)) as f32;
         let weights: Vec<f32> = logits
             .iter()
@@ -123,12 +125,8 @@ fn argmax(logits: &[f32]) -> u32 {
     largest(logits, 1).first().map_or(0, |best| best.0)
 }
 
-fn max(logits: &[f32]) -> f32 {
-    logits.iter().copied().fold(f32::NEG_INFINITY, f32::max)
-}
-
 fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = max(logits);
+    let max = math::max(logits);
     let sum: f64 = logits
         .iter()
         .map(|logit| f64::from((logit - max).exp()))

@@ -215,15 +215,24 @@ impl View for Entry<'_> {
         fn render<const N: usize>(values: &[f32], bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
             values.iter().flat_map(|v| bytes(*v)).collect()
         }
-        Cow::Owned(match self.dtype {
-            Dtype::F16 => render(&self.values, |v| half::f16::from_f32(v).to_le_bytes()),
-            Dtype::BF16 => render(&self.values, |v| half::bf16::from_f32(v).to_le_bytes()),
-            _ => render(&self.values, f32::to_le_bytes),
-        })
+        match self.dtype {
+            Dtype::F16 => render(&self.values, |v| half::f16::from_f32(v).to_le_bytes()).into(),
+            Dtype::BF16 => render(&self.values, |v| half::bf16::from_f32(v).to_le_bytes()).into(),
+            _ => le_bytes(&self.values),
+        }
     }
 
     fn data_len(&self) -> usize {
         self.values.len() * if self.dtype == Dtype::F32 { 4 } else { 2 }
+    }
+}
+
+fn le_bytes(values: &[f32]) -> Cow<'_, [u8]> {
+    if cfg!(target_endian = "little") {
+        bytemuck::cast_slice(values).into()
+    } else {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes());
+        bytes.collect::<Vec<u8>>().into()
     }
 }
 
@@ -249,8 +258,7 @@ pub fn hash(tensors: &Tensors) -> Result<String> {
     for (name, tensor) in tensors {
         hash.update(name.as_bytes());
         for values in Values::of(&tensor.to_device(&Device::Cpu)?)?.chunks(1 << 16) {
-            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            hash.update_rayon(&bytes);
+            hash.update_rayon(&le_bytes(values));
         }
     }
     Ok(hash.finalize().to_hex().to_string())

@@ -71,13 +71,20 @@ impl InplaceOp1 for AdamW<'_> {
         if [self.gradient.len(), first.len(), second.len()] != [values.len(); 3] {
             candle_core::bail!("adamw: a gradient or moment has another size than its parameter");
         }
+        let step = self.step;
         values
             .par_chunks_mut(TASK)
             .zip(self.gradient.par_chunks(TASK))
             .zip(first.par_chunks_mut(TASK))
             .zip(second.par_chunks_mut(TASK))
             .for_each(|(((values, gradient), first), second)| {
-                simd(|| update(values, gradient, first, second, self.step));
+                simd!(|values: &mut [f32],
+                       gradient: &[f32],
+                       first: &mut [f32],
+                       second: &mut [f32],
+                       step: Step| {
+                    update(values, gradient, first, second, step);
+                });
             });
         Ok(())
     }
@@ -111,7 +118,7 @@ pub fn composed(
 
 /// The sum of squares, in running sums of their own.
 pub fn sum_of_squares(values: &[f32]) -> f64 {
-    simd(|| {
+    simd!(|values: &[f32]| -> f64 {
         let mut sums = [0.0f64; 8];
         let (chunks, rest) = values.as_chunks::<8>();
         for chunk in chunks {

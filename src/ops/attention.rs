@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::math::{dot, exp, sum};
+use super::math::{self, dot, exp};
 use super::matmul::{Mat, MatMut, Precision, Threads, matmul};
 use super::{Gradient, ROWS_PER_TASK, part, simd, split};
 
@@ -184,13 +184,9 @@ impl Attention<'_> {
                 let lse = forward.lse[(segment.start + start + row) * heads.query + head];
                 let here = at + row * wide..at + row * wide + channels;
                 let seen = seen(start + row, first, self.window);
-                simd(|| {
-                    let along = dot(&dout[here.clone()], &forward.out[here]);
-                    for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen.clone()]) {
-                        *p = exp(*p * scale - lse);
-                        *ds = *p * (*ds - along) * scale;
-                    }
-                });
+                let seen_of = (&mut p[seen.clone()], &mut ds[seen.clone()]);
+                let outputs = (&dout[here.clone()], &forward.out[here]);
+                softmax_backward(seen_of, outputs, scale, lse);
                 for values in [p, ds] {
                     values[..seen.start].fill(0.0);
                     values[seen.end..].fill(0.0);
@@ -318,14 +314,30 @@ fn seen(row: usize, first: usize, window: Option<usize>) -> Range<usize> {
     from - first..row + 1 - first
 }
 
+/// Turns the products of a query with keys, `p`, into probabilities, and their gradients `ds` into those of
+/// the products. `dout` and `out` are the query's rows of dO and O.
+fn softmax_backward(
+    (p, ds): (&mut [f32], &mut [f32]),
+    (dout, out): (&[f32], &[f32]),
+    scale: f32,
+    lse: f32,
+) {
+    simd!(
+        |p: &mut [f32], ds: &mut [f32], dout: &[f32], out: &[f32], scale: f32, lse: f32| {
+            let along = dot(dout, out);
+            for (p, ds) in p.iter_mut().zip(ds) {
+                *p = exp(*p * scale - lse);
+                *ds = *p * (*ds - along) * scale;
+            }
+        }
+    );
+}
+
 /// Softmax of `scale * scores`, in place; returns the log-sum-exp.
 fn softmax(scores: &mut [f32], scale: f32) -> f32 {
-    simd(|| {
-        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max) * scale;
-        for score in scores.iter_mut() {
-            *score = exp(*score * scale - max);
-        }
-        let total = sum(scores);
+    simd!(|scores: &mut [f32], scale: f32| -> f32 {
+        let max = math::max(scores) * scale;
+        let total = math::exp_sum(scores, scale, max);
         let inverse = 1.0 / total;
         scores.iter_mut().for_each(|p| *p *= inverse);
         max + total.ln()

@@ -42,13 +42,14 @@ impl InplaceOp2 for Average {
         if averages.len() != values.len() {
             candle_core::bail!("average: the sizes differ");
         }
+        let decay = self.decay;
         averages
             .par_chunks_mut(VALUES_PER_TASK)
             .zip(values.par_chunks(VALUES_PER_TASK))
             .for_each(|(averages, values)| {
-                simd(|| {
+                simd!(|averages: &mut [f32], values: &[f32], decay: f32| {
                     for (average, value) in averages.iter_mut().zip(values) {
-                        *average = self.decay * *average + (1.0 - self.decay) * value;
+                        *average = decay * *average + (1.0 - decay) * value;
                     }
                 });
             });

@@ -16,7 +16,7 @@ pub fn forward(x: &[f32], y: &mut [f32]) {
     y.par_chunks_mut(VALUES_PER_TASK)
         .zip(x.par_chunks(VALUES_PER_TASK))
         .for_each(|(y, x)| {
-            simd(|| {
+            simd!(|y: &mut [f32], x: &[f32]| {
                 for (y, x) in y.iter_mut().zip(x) {
                     *y = x * sigmoid(SLOPE * x * (1.0 + CUBIC * x * x));
                 }
@@ -29,7 +29,7 @@ pub fn backward(x: &mut [f32], dy: &[f32]) {
     x.par_chunks_mut(VALUES_PER_TASK)
         .zip(dy.par_chunks(VALUES_PER_TASK))
         .for_each(|(x, dy)| {
-            simd(|| {
+            simd!(|x: &mut [f32], dy: &[f32]| {
                 for (x, dy) in x.iter_mut().zip(dy) {
                     let (z, square) = (*x, *x * *x);
                     let s = sigmoid(SLOPE * z * (1.0 + CUBIC * square));

@@ -9,12 +9,21 @@ use std::ops::Range;
 use candle_core::Result;
 use rayon::prelude::*;
 
+use super::Gradient;
 use super::linear::Linear;
-use super::{Gradient, simd};
 
 /// Rows of logits that exist at a time: enough that packing the head's weight is little work beside
 /// multiplying with it.
-pub const CHUNK: usize = 512;
+const CHUNK: usize = 512;
+/// The same for large vocabularies, where 512 rows would be most of the memory.
+const SMALLEST_CHUNK: usize = 128;
+/// Number of logits up to which there are more than that: 128 MiB.
+const CHUNK_LOGITS: usize = 1 << 25;
+
+/// Rows of logits that exist at a time.
+pub fn chunk_rows(vocabulary: usize) -> usize {
+    (CHUNK_LOGITS / vocabulary.max(1)).clamp(SMALLEST_CHUNK, CHUNK)
+}
 
 /// What is made of the logits of positions.
 pub trait Rows: Sync {
@@ -52,7 +61,7 @@ pub struct Units {
 
 impl Units {
     /// Of `positions` (N) of which `spans` belong together: in order, apart from each other, each of
-    /// at most [`CHUNK`].
+    /// at most 128.
     pub fn new(positions: usize, spans: &[Range<usize>]) -> Self {
         let mut ends = Vec::with_capacity(positions);
         let mut spans = spans.iter().peekable();
@@ -67,12 +76,12 @@ impl Units {
         Self { ends }
     }
 
-    /// Whole units of at most [`CHUNK`] positions in all, and after these the next ones.
-    pub fn chunks(&self) -> impl Iterator<Item = Units> {
+    /// Whole units of at most `rows` positions in all, and after these the next ones.
+    pub fn chunks(&self, rows: usize) -> impl Iterator<Item = Units> {
         let mut left = &self.ends[..];
         let mut start = 0;
         std::iter::from_fn(move || {
-            let count = left.partition_point(|&end| end <= start + CHUNK);
+            let count = left.partition_point(|&end| end <= start + rows);
             let (chunk, rest) = left.split_at(count);
             let ends = chunk.iter().map(|end| end - start).collect();
             (left, start) = (rest, *chunk.last()?);
@@ -103,13 +112,29 @@ impl Units {
         }
         let reports = parts
             .into_par_iter()
-            .flat_map_iter(|(range, part)| simd(|| rows.rows(range, part)));
+            .flat_map_iter(|(range, part)| pulp::Arch::new().dispatch(Unit { rows, range, part }));
         reports.collect()
     }
 }
 
+/// What [`super::simd`] makes of a loop, for any type of rows.
+struct Unit<'a, R> {
+    rows: &'a R,
+    range: Range<usize>,
+    part: &'a mut [f32],
+}
+
+impl<R: Rows> pulp::WithSimd for Unit<'_, R> {
+    type Output = Vec<R::Report>;
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) -> Self::Output {
+        self.rows.rows(self.range, self.part)
+    }
+}
+
 /// The loss of `hidden` (N x D) under the head `weight` (V x D), a linear layer from D to V, which is
-/// what `rows` makes of it. `logits` has room for [`CHUNK`] rows, or N if that is less. Gradients that
+/// what `rows` makes of it. `logits` has room for [`chunk_rows`], or N if that is less. Gradients that
 /// nobody asks for are not computed.
 ///
 /// # Errors
@@ -130,7 +155,7 @@ pub fn head_loss<R: Rows>(
     }
     let mut reports = Vec::with_capacity(units.positions());
     let mut start = 0;
-    for chunk in units.chunks() {
+    for chunk in units.chunks(chunk_rows(vocabulary)) {
         let end = start + chunk.positions();
         rows.begin(start..end)?;
         let hidden = &hidden[start * width..end * width];
@@ -164,9 +189,11 @@ mod tests {
         let units = Units::new(7, &[1..3, 3..6]);
         assert_eq!(units.ends, [1, 3, 6, 7]);
         let long = Units::new(CHUNK + 300, &[0..2, CHUNK - 1..CHUNK + 2]);
-        let sizes: Vec<usize> = long.chunks().map(|chunk| chunk.positions()).collect();
+        let sizes: Vec<usize> = long.chunks(CHUNK).map(|chunk| chunk.positions()).collect();
         assert_eq!(sizes, [CHUNK - 1, 301]);
-        assert_eq!(Units::new(0, &[]).chunks().count(), 0);
+        let of_large = [32_000, 131_072, 262_144, 1 << 24].map(chunk_rows);
+        assert_eq!(of_large, [512, 256, 128, 128]);
+        assert_eq!(Units::new(0, &[]).chunks(CHUNK).count(), 0);
 
         let mut values = vec![0.0; 14];
         let rows = |range: Range<usize>, part: &mut [f32]| {

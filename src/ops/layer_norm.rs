@@ -23,7 +23,13 @@ pub fn forward(
         .zip(x.par_chunks(task))
         .zip(statistics.par_chunks_mut(2 * ROWS_PER_TASK))
         .for_each(|((y, x), statistics)| {
-            simd(|| {
+            simd!(|y: &mut [f32],
+                   x: &[f32],
+                   statistics: &mut [f32],
+                   weight: &[f32],
+                   bias: &[f32],
+                   epsilon: f32| {
+                let width = weight.len();
                 let rows = y.chunks_mut(width).zip(x.chunks(width));
                 for ((y, x), of_row) in rows.zip(statistics.chunks_mut(2)) {
                     let mean = sum(x) / width as f32;
@@ -62,8 +68,16 @@ pub fn backward(
         .zip(dy.par_chunks(task))
         .zip(statistics.par_chunks(2 * ROWS_PER_TASK))
         .map(|(((dx, x), dy), statistics)| {
-            let mut dweight = vec![0.0; width];
-            simd(|| {
+            let mut partial = vec![0.0; width];
+            let dweight = &mut partial[..];
+            simd!(|dx: &mut [f32],
+                   x: &[f32],
+                   dy: &[f32],
+                   statistics: &[f32],
+                   weight: &[f32],
+                   dweight: &mut [f32],
+                   add: bool| {
+                let width = weight.len();
                 let rows = dx
                     .chunks_mut(width)
                     .zip(x.chunks(width))
@@ -85,7 +99,7 @@ pub fn backward(
                     }
                 }
             });
-            dweight
+            partial
         })
         .collect();
     if let Some(dweight) = dweight {

@@ -44,6 +44,42 @@ pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// The largest of `values`; -inf if there are none.
+#[inline(always)]
+pub fn max(values: &[f32]) -> f32 {
+    // A fold with `f32::max` takes one value after the other: the compiler may not change its order.
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut largest = [f32::NEG_INFINITY; 4 * LANES];
+    let chunks = values.chunks_exact(4 * LANES);
+    let tail = chunks.remainder().iter().copied();
+    let tail = tail.fold(f32::NEG_INFINITY, larger);
+    for chunk in chunks {
+        for (largest, &value) in largest.iter_mut().zip(chunk) {
+            *largest = larger(*largest, value);
+        }
+    }
+    largest.into_iter().fold(tail, larger)
+}
+
+/// Replaces each z of `values` by e^(scale z - max) and returns their sum.
+#[inline(always)]
+pub fn exp_sum(values: &mut [f32], scale: f32, max: f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let mut chunks = values.chunks_exact_mut(LANES);
+    for chunk in &mut chunks {
+        for lane in 0..LANES {
+            chunk[lane] = exp(chunk[lane] * scale - max);
+            sums[lane] += chunk[lane];
+        }
+    }
+    let mut tail = 0.0;
+    for value in chunks.into_remainder() {
+        *value = exp(*value * scale - max);
+        tail += *value;
+    }
+    sums.iter().sum::<f32>() + tail
+}
+
 /// The sum of products of `a` and `b`.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -89,6 +125,22 @@ pub fn sum_of_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reductions_see_every_value() {
+        assert_eq!(max(&[]), f32::NEG_INFINITY);
+        for length in [1, 7, 31, 32, 33, 100] {
+            for at in 0..length {
+                let mut values = vec![-1.0; length];
+                values[at] = 2.0;
+                assert_eq!(max(&values), 2.0);
+                let total = exp_sum(&mut values, 0.5, 1.0);
+                let expected = 1.0 + (length - 1) as f32 * (-1.5f32).exp();
+                assert!((total - expected).abs() < 1e-5 * expected);
+                assert_eq!(values[at], 1.0);
+            }
+        }
+    }
 
     #[test]
     fn exp_is_accurate_over_its_range() {

@@ -77,11 +77,29 @@ pub fn sum_rows(dy: &[f32], width: usize, to: Gradient) {
     sum_partials(&partials, to);
 }
 
-/// Runs a loop compiled for the widest vector instructions that this CPU has.
-#[inline(always)]
-fn simd<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
+/// Runs a loop compiled for the widest vector instructions that this CPU has. The variables that it uses
+/// are its parameters, with their types.
+///
+/// `pulp` would take a closure as well, but one that the compiler does not inline is compiled without these
+/// instructions, and only the time tells. What is here cannot be left out of line.
+macro_rules! simd {
+    (|$($variable:ident: $type:ty),*| $body:block) => {
+        $crate::ops::simd!(|$($variable: $type),*| -> () $body)
+    };
+    (|$($variable:ident: $type:ty),*| -> $output:ty $body:block) => {{
+        struct Work<T>(T);
+        impl pulp::WithSimd for Work<($($type,)*)> {
+            type Output = $output;
+            #[inline(always)]
+            fn with_simd<S: pulp::Simd>(self, _: S) -> $output {
+                let ($($variable,)*) = self.0;
+                $body
+            }
+        }
+        pulp::Arch::new().dispatch(Work(($($variable,)*)))
+    }};
 }
+use simd;
 
 /// The values of a contiguous f32 tensor on the CPU, for as long as they are read.
 pub struct Values<'a> {

@@ -15,15 +15,18 @@ pub fn forward(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], scale: &m
         .zip(x.par_chunks(task))
         .zip(scale.par_chunks_mut(ROWS_PER_TASK))
         .for_each(|((y, x), scale)| {
-            simd(|| {
-                let rows = y.chunks_mut(width).zip(x.chunks(width)).zip(scale);
-                for ((y, x), scale) in rows {
-                    *scale = 1.0 / (dot(x, x) / width as f32 + epsilon).sqrt();
-                    for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                        *y = x * *scale * w;
+            simd!(
+                |y: &mut [f32], x: &[f32], scale: &mut [f32], weight: &[f32], epsilon: f32| {
+                    let width = weight.len();
+                    let rows = y.chunks_mut(width).zip(x.chunks(width)).zip(scale);
+                    for ((y, x), scale) in rows {
+                        *scale = 1.0 / (dot(x, x) / width as f32 + epsilon).sqrt();
+                        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                            *y = x * *scale * w;
+                        }
                     }
                 }
-            });
+            );
         });
 }
 
@@ -47,8 +50,16 @@ pub fn backward(
         .zip(dy.par_chunks(task))
         .zip(scale.par_chunks(ROWS_PER_TASK))
         .map(|(((dx, x), dy), scale)| {
-            let mut dweight = vec![0.0; width];
-            simd(|| {
+            let mut partial = vec![0.0; width];
+            let dweight = &mut partial[..];
+            simd!(|dx: &mut [f32],
+                   x: &[f32],
+                   dy: &[f32],
+                   scale: &[f32],
+                   weight: &[f32],
+                   dweight: &mut [f32],
+                   add: bool| {
+                let width = weight.len();
                 let rows = dx
                     .chunks_mut(width)
                     .zip(x.chunks(width))
@@ -72,7 +83,7 @@ pub fn backward(
                     }
                 }
             });
-            dweight
+            partial
         })
         .collect();
     if let Some(dweight) = dweight {

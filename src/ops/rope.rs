@@ -65,9 +65,10 @@ impl RopeTable {
             .with_min_len(super::ROWS_PER_TASK)
             .for_each(|(row, heads)| {
                 let (cos, sin) = self.at(first + row);
-                simd(|| {
-                    for head in heads.chunks_exact_mut(2 * self.half) {
-                        let (a, b) = head.split_at_mut(self.half);
+                simd!(|heads: &mut [f32], cos: &[f32], sin: &[f32], sign: f32| {
+                    let half = cos.len();
+                    for head in heads.chunks_exact_mut(2 * half) {
+                        let (a, b) = head.split_at_mut(half);
                         for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
                             let (x, y, sin) = (*a, *b, sin * sign);
                             *a = x * cos - y * sin;

@@ -11,7 +11,7 @@ pub fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
         .zip(gate.par_chunks(VALUES_PER_TASK))
         .zip(up.par_chunks(VALUES_PER_TASK))
         .for_each(|((y, gate), up)| {
-            simd(|| {
+            simd!(|y: &mut [f32], gate: &[f32], up: &[f32]| {
                 for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
                     *y = gate * sigmoid(*gate) * up;
                 }
@@ -26,7 +26,7 @@ pub fn backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
         .zip(up.par_chunks_mut(VALUES_PER_TASK))
         .zip(dy.par_chunks(VALUES_PER_TASK))
         .for_each(|((gate, up), dy)| {
-            simd(|| {
+            simd!(|gate: &mut [f32], up: &mut [f32], dy: &[f32]| {
                 for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
                     let (z, s) = (*gate, sigmoid(*gate));
                     *gate = dy * *up * s * (1.0 + z * (1.0 - s));

@@ -11,7 +11,7 @@ use crate::data::dataset::Examples;
 use crate::model::gradients::Gradients;
 use crate::model::tape::Memory;
 use crate::model::{Hidden, Input, Model};
-use crate::ops::head_loss::{CHUNK, Rows, Units};
+use crate::ops::head_loss::{Rows, Units, chunk_rows};
 
 /// Who learns, and from whom.
 #[derive(Clone, Copy)]
@@ -83,13 +83,14 @@ struct Dense<'a> {
 
 impl<'a> Objective<'a> {
     fn new(models: Models<'a>, batch: &'a Batch, weights: Weights) -> Result<Self> {
+        let rows = chunk_rows(models.student.config().vocab_size).min(batch.labels.len());
         let teacher = models.teacher.map(|teacher| -> Result<_> {
             let vocabulary = teacher.config().vocab_size;
             Ok(Dense {
                 hidden: teacher.hidden(input(batch))?,
                 vocabulary,
                 start: 0,
-                logits: vec![0.0; batch.labels.len().min(CHUNK) * vocabulary],
+                logits: vec![0.0; rows * vocabulary],
             })
         });
         let teacher = teacher.transpose()?;

@@ -8,21 +8,21 @@ use std::ops::Range;
 use aho_corasick::AhoCorasick;
 use anyhow::Result;
 use serde_json::{Value, json};
-use tokenizers::{AddedVocabulary, NormalizerWrapper, OffsetReferential, OffsetType};
+use tokenizers::{AddedVocabulary, Model, NormalizerWrapper, OffsetReferential, OffsetType};
 
 use super::files::Files;
+use super::source::Source;
 use crate::data::chat_template::TOKEN_VARIABLES;
 
-/// Adds tokens that only the other files of the folder list to `tokenizer`, a parsed `tokenizer.json`, as
-/// `transformers` does on loading.
-pub fn complete(tokenizer: &mut Value, files: &Files) {
+/// Adds tokens that only the other files of the folder list to `tokenizer`, as `transformers` does on
+/// loading.
+pub fn complete(tokenizer: &mut Source, files: &Files) {
     let mut new_ids = next_id(tokenizer)..;
     let mut new_id = || new_ids.next().unwrap_or(u64::MAX);
-    let mut added = match tokenizer["added_tokens"].take() {
+    let mut added = match tokenizer.json["added_tokens"].take() {
         Value::Array(added) => added,
         _ => Vec::new(),
     };
-    let vocabulary = &tokenizer["model"]["vocab"];
     let content = |token: &Value| token["content"].as_str().unwrap_or_default().to_owned();
     let mut known: HashMap<String, usize> = added.iter().map(content).zip(0..).collect();
     for mut token in files.added_tokens() {
@@ -33,7 +33,7 @@ pub fn complete(tokenizer: &mut Value, files: &Files) {
                 added[at] = token;
             }
             None => {
-                let id = id_in_vocabulary(vocabulary, &name);
+                let id = tokenizer.id(&name).map(u64::from);
                 token["id"] = id.unwrap_or_else(&mut new_id).into();
                 known.insert(name, added.len());
                 added.push(token);
@@ -47,7 +47,7 @@ pub fn complete(tokenizer: &mut Value, files: &Files) {
         variables.any(|variable| files.token(variable) == Some(name) && template.contains(variable))
     };
     for name in files.special_tokens() {
-        let is_known = known.contains_key(name) || id_in_vocabulary(vocabulary, name).is_some();
+        let is_known = known.contains_key(name) || tokenizer.id(name).is_some();
         let is_used = template.contains(name) || by_variable(name);
         if is_known || name.is_empty() || !is_used {
             continue;
@@ -55,7 +55,7 @@ pub fn complete(tokenizer: &mut Value, files: &Files) {
         known.insert(name.to_owned(), added.len());
         added.push(special(name, new_id()));
     }
-    tokenizer["added_tokens"] = Value::Array(added);
+    tokenizer.json["added_tokens"] = Value::Array(added);
 }
 
 /// An entry of `added_tokens` for a special token.
@@ -67,27 +67,12 @@ pub fn special(content: &str, id: u64) -> Value {
 }
 
 /// Id of the next new token.
-fn next_id(tokenizer: &Value) -> u64 {
-    let vocabulary = &tokenizer["model"]["vocab"];
-    let size = vocabulary.as_object().map_or_else(
-        || vocabulary.as_array().map_or(0, Vec::len),
-        |map| map.len(),
-    );
-    let added = tokenizer["added_tokens"].as_array().into_iter().flatten();
-    let largest = added.filter_map(|token| token["id"].as_u64()).max();
-    largest.map_or(0, |id| id + 1).max(size as u64)
-}
-
-/// Id of a token in a vocabulary: an object of ids, or a list of tokens with scores.
-pub fn id_in_vocabulary(vocabulary: &Value, token: &str) -> Option<u64> {
-    match vocabulary {
-        Value::Object(ids) => ids.get(token)?.as_u64(),
-        Value::Array(tokens) => {
-            let at = tokens.iter().position(|entry| entry[0] == token)?;
-            Some(at as u64)
-        }
-        _ => None,
-    }
+fn next_id(tokenizer: &Source) -> u64 {
+    let size = tokenizer.model.get_vocab_size() as u64;
+    let added = tokenizer.json["added_tokens"].as_array();
+    let ids = added.into_iter().flatten();
+    let largest = ids.filter_map(|token| token["id"].as_u64()).max();
+    largest.map_or(0, |id| id + 1).max(size)
 }
 
 /// Fast search for added tokens that are not control tokens.

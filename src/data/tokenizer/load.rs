@@ -3,24 +3,29 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use tokenizers::Model;
+use tokenizers::{Model, ModelWrapper};
 
 use super::added::{self, PlainAdded};
 use super::files::Files;
 use super::pieces::Pieces;
+use super::source::{self, Source};
 use super::token_bytes::{TokenBytes, has_part};
 use super::{ChatTemplate, Tokenizer};
 use crate::data::chat_template::{TOKEN_VARIABLES, with_arguments};
 use crate::exit::Exit;
-
-/// Words whose tokens are remembered, on each thread: as many as a language has, and six times as many
-/// as by default, after which every rare word would be put together anew.
-const REMEMBERED: usize = 1 << 16;
+use crate::ops::process;
 
 /// Loads a folder; `arguments` are default values of variables of the chat template.
 pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
+    let tokenizer = read(dir, arguments);
+    // Merges are read as two texts each, over a million of them for a large vocabulary.
+    process::give_back();
+    tokenizer
+}
+
+fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let path = dir.join("tokenizer.json");
     let source = match std::fs::read_to_string(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => bail!(Exit::Usage(format!(
@@ -29,8 +34,7 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
         ))),
         source => source.with_context(|| format!("reading {}", path.display()))?,
     };
-    let mut json: Value = serde_json::from_str(&source)
-        .with_context(|| format!("{} is no valid JSON", path.display()))?;
+    let mut tokenizer = Source::parse(&source, &path)?;
     let mut files = Files::read(dir)?;
     if let Some(source) = &mut files.chat_template {
         *source = with_arguments(source, arguments)?;
@@ -38,22 +42,18 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
     let fingerprint = files.fingerprint(&source)?;
     drop(source);
 
-    added::complete(&mut json, &files);
-    let control_ids = mark_control_tokens(&mut json, &files);
-    let parsed = |json: &Value| -> Result<tokenizers::Tokenizer> {
-        let mut tokenizer: tokenizers::Tokenizer = serde_json::from_str(&json.to_string())
-            .map_err(|e| anyhow!(e).context(format!("{} is no tokenizer", path.display())))?;
-        tokenizer.with_truncation(None).map_err(|e| anyhow!(e))?;
-        tokenizer.with_padding(None);
-        let mut model = tokenizer.get_model().clone();
-        model.resize_cache(REMEMBERED);
-        tokenizer.with_model(model);
-        tokenizer.set_encode_special_tokens(true);
-        Ok(tokenizer)
+    added::complete(&mut tokenizer, &files);
+    let control_ids = mark_control_tokens(&mut tokenizer, &files);
+    let Source { json, model } = tokenizer;
+    let build = |json: &Value, model: ModelWrapper| {
+        let built = source::build(json, model);
+        built.with_context(|| format!("{} is no tokenizer", path.display()))
     };
-    let text = parsed(&json)?;
     let continuing = without_prefix_space(&json);
-    let continuing = continuing.as_ref().map(parsed).transpose()?;
+    let continuing = continuing
+        .map(|json| build(&json, model.clone()))
+        .transpose()?;
+    let text = build(&json, model)?;
     let mut control = text.get_added_vocabulary().clone();
     control.set_encode_special_tokens(false);
 
@@ -132,7 +132,7 @@ pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer
 
 /// Declares every control token special and adds those that only the other files name. Returns the
 /// ids that it touched.
-fn mark_control_tokens(tokenizer: &mut Value, files: &Files) -> HashSet<u32> {
+fn mark_control_tokens(tokenizer: &mut Source, files: &Files) -> HashSet<u32> {
     let named: HashSet<&str> = files.special_tokens().into_iter().collect();
     let stops: HashSet<u64> = files
         .eos_token_ids()
@@ -142,11 +142,8 @@ fn mark_control_tokens(tokenizer: &mut Value, files: &Files) -> HashSet<u32> {
         .collect();
     let mut touched = HashSet::new();
     let mut listed = HashSet::new();
-    for token in tokenizer["added_tokens"]
-        .as_array_mut()
-        .into_iter()
-        .flatten()
-    {
+    let added = tokenizer.json["added_tokens"].as_array_mut();
+    for token in added.into_iter().flatten() {
         let content = token["content"].as_str().unwrap_or_default().to_owned();
         let id = token["id"].as_u64();
         if named.contains(content.as_str())
@@ -159,13 +156,12 @@ fn mark_control_tokens(tokenizer: &mut Value, files: &Files) -> HashSet<u32> {
         listed.insert(content);
     }
     for content in named {
-        let id = added::id_in_vocabulary(&tokenizer["model"]["vocab"], content);
-        let (Some(id), false) = (id, listed.contains(content)) else {
+        let (Some(id), false) = (tokenizer.id(content), listed.contains(content)) else {
             continue;
         };
-        touched.extend(u32::try_from(id).ok());
-        if let Some(added) = tokenizer["added_tokens"].as_array_mut() {
-            added.push(added::special(content, id));
+        touched.insert(id);
+        if let Some(added) = tokenizer.json["added_tokens"].as_array_mut() {
+            added.push(added::special(content, id.into()));
         }
     }
     touched

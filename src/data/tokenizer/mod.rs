@@ -5,6 +5,7 @@ mod conversation;
 mod files;
 mod load;
 mod pieces;
+mod source;
 pub mod token_bytes;
 
 use std::borrow::Cow;

@@ -7,7 +7,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
 use crate::model::gradients::Gradients;
-use crate::ops::head_loss::{Rows, Units};
+use crate::ops::head_loss::{Rows, Units, chunk_rows};
 
 /// Hands `rows` the logits of `hidden` (N x D) under the head (V x D), which it turns into their
 /// gradient: adds the gradients of the head and of the variables that `hidden` was made of. Returns what
@@ -27,7 +27,7 @@ pub fn train_pass<R: Rows>(
     let mut parts = Vec::new();
     let mut reports = Vec::with_capacity(units.positions());
     let mut start = 0;
-    for chunk in units.chunks() {
+    for chunk in units.chunks(chunk_rows(vocabulary)) {
         let count = chunk.positions();
         rows.begin(start..start + count)?;
         let part = all.narrow(0, start, count)?;

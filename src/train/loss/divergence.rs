@@ -29,6 +29,7 @@
 use std::fmt;
 
 use crate::config::{Kd, Loss};
+use crate::ops::math;
 
 /// Masses below this are rounding, not information: a tail of the teacher is left out of what it is
 /// a weight of, and counts as this where it is divided by.
@@ -326,7 +327,7 @@ fn log(probability: f32) -> f32 {
 
 /// softmax(values / tau) with its logarithm.
 fn softmax(values: &[f32], tau: f32) -> Vec<(f32, f32)> {
-    let max = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = math::max(values);
     let sum: f32 = values.iter().map(|v| ((v - max) / tau).exp()).sum();
     let logs = values.iter().map(|v| (v - max) / tau - sum.ln());
     logs.map(|log| (log.exp(), log)).collect()

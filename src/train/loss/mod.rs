@@ -145,7 +145,7 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
     for &id in &ids {
         logits[id as usize] = f32::NEG_INFINITY;
     }
-    let outside_sum = exp_sum(logits, max);
+    let outside_sum = math::exp_sum(logits, 1.0, max);
     let inside_exp: Vec<f32> = inside.iter().map(|z| (z - max).exp()).collect();
     let sum = outside_sum + inside_exp.iter().sum::<f32>();
     let lse = max + sum.ln();
@@ -224,10 +224,11 @@ pub fn chunk(logits: &mut [f32], rows: &[Row], nll: f32, weights: Weights) -> Ve
     let slope = weights.alm * (1.0 - a / b);
     let value = b - a + a * (a / b).ln();
     let logits = logits.chunks_exact_mut(vocabulary);
-    let mut losses: Vec<RowLoss> = logits
-        .zip(rows)
-        .map(|(logits, &of)| row(logits, Row { chunk: slope, ..of }, weights))
-        .collect();
+    let mut losses = Vec::with_capacity(rows.len());
+    // No closure: one that is not inlined is compiled without vector instructions.
+    for (logits, &of) in logits.zip(rows) {
+        losses.push(row(logits, Row { chunk: slope, ..of }, weights));
+    }
     if let Some(first) = losses.first_mut() {
         first.loss += weights.alm * value;
         first.alm = Some(value);
@@ -256,16 +257,9 @@ fn best(ids: &[u32], logprobs: &[f32]) -> Option<u32> {
 /// Index and value of the largest logit; the first of equals.
 #[inline(always)]
 fn top1(logits: &[f32]) -> (usize, f32) {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = math::max(logits);
     let index = logits.iter().position(|&z| z == max).unwrap_or(0);
     (index, max)
-}
-
-/// Replaces each z by e^(z - max) and returns their sum.
-#[inline(always)]
-fn exp_sum(logits: &mut [f32], max: f32) -> f32 {
-    logits.iter_mut().for_each(|z| *z = math::exp(*z - max));
-    math::sum(logits)
 }
 
 #[cfg(test)]
