@@ -209,7 +209,10 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     let judged = on_policy
         .as_ref()
         .and_then(|it| it.divergence(&config.loss));
-    let terms = soft_labels.terms;
+    let unlisted_end = tokenizer
+        .end_of_turn()
+        .filter(|_| data.report.misses_ends());
+    let terms = (soft_labels.terms, unlisted_end);
     let mut stepper = Stepper::new(config, terms, judged, &parts.student.model);
     let evaluate = |parts: &Parts, student: &Model| {
         let models = Models {

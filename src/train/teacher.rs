@@ -59,7 +59,7 @@ impl Teacher {
             Ok(Training {
                 optimizer: Optimizer::new(&learner, &no_decay)?,
                 rate: config.teacher.cotrain_rate,
-                stepper: Stepper::new(config, None, None, &learner.model),
+                stepper: Stepper::new(config, (None, None), None, &learner.model),
             })
         });
         Ok(Some(Self {

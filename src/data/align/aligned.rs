@@ -27,6 +27,8 @@ pub struct Aligned {
     pub agreement: Agreement,
     /// How often the label is the most likely token after the map.
     pub classes: Classes,
+    /// Where the tokens end the turn: did the teacher say how likely that was?
+    pub lists_end: Option<bool>,
 }
 
 /// Text that several tokens of the teacher spell, cut in another way by the student.

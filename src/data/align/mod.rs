@@ -171,6 +171,7 @@ impl<'a> Mapper<'a> {
             {
                 self.first(&listed, known, bytes, end, false, &mut aligned);
             }
+            aligned.lists_end = Some(aligned.is_soft(text.len()));
             aligned.fill(student.len());
         }
         Ok(aligned)

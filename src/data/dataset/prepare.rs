@@ -329,6 +329,8 @@ impl<'a> Preparing<'a> {
         let exact = row.sampling == Sampling::Exact;
         report.with_soft_labels += u64::from(soft_positions > 0);
         report.exact += u64::from(soft_positions > 0 && exact);
+        report.ends += u64::from(ready.soft.lists_end.is_some());
+        report.ends_listed += u64::from(ready.soft.lists_end == Some(true));
         let example = Example {
             key: &row.key,
             input_ids: &ready.input_ids,

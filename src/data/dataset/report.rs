@@ -63,6 +63,11 @@ pub struct Report {
     pub with_soft_labels: u64,
     #[serde(default)]
     pub exact: u64,
+    /// Answers with logprobs that end the turn, and those of them whose logprobs have a place for its end.
+    #[serde(default)]
+    pub ends: u64,
+    #[serde(default)]
+    pub ends_listed: u64,
     /// The share of the teacher's probability that lies on student tokens, where there are soft
     /// labels; the rest is the tail.
     pub mean_mapped_mass: f64,
@@ -89,6 +94,8 @@ impl Report {
         self.soft_positions += other.soft_positions;
         self.with_soft_labels += other.with_soft_labels;
         self.exact += other.exact;
+        self.ends += other.ends;
+        self.ends_listed += other.ends_listed;
         self.gate.add(other.gate);
         self.classes.add(other.classes);
         for (mine, others) in [
@@ -103,6 +110,11 @@ impl Report {
         for (endings, count) in other.differences {
             self.count_difference(endings, count);
         }
+    }
+
+    /// Does the endpoint leave the token that ends a turn out of its logprobs, as most do?
+    pub fn misses_ends(&self) -> bool {
+        2 * self.ends_listed < self.ends
     }
 
     /// Counts answers with these prompt endings, each of which could contain a date or an id.
@@ -202,6 +214,15 @@ impl fmt::Display for Report {
                 f,
                 "\n{} of {} answers have no end-of-turn token: the student does not learn to stop after them",
                 self.without_end, self.answers
+            )?;
+        }
+        if self.misses_ends() {
+            write!(
+                f,
+                "\n{} of {} ends of answers have no soft labels: the endpoint leaves them out. They train on \
+                 cross-entropy, and the soft labels of other positions do not say how likely an end is there",
+                self.ends - self.ends_listed,
+                self.ends
             )?;
         }
         if self.positions_over_one > 0 {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use tokenizers::{Model, ModelWrapper};
+use tokenizers::Model;
 
 use super::added::{self, PlainAdded};
 use super::files::Files;
@@ -34,7 +34,8 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         ))),
         source => source.with_context(|| format!("reading {}", path.display()))?,
     };
-    let mut tokenizer = Source::parse(&source, &path)?;
+    let is_none = || format!("{} is no tokenizer", path.display());
+    let mut tokenizer = Source::parse(&source).with_context(is_none)?;
     let mut files = Files::read(dir)?;
     if let Some(source) = &mut files.chat_template {
         *source = with_arguments(source, arguments)?;
@@ -45,10 +46,7 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     added::complete(&mut tokenizer, &files);
     let control_ids = mark_control_tokens(&mut tokenizer, &files);
     let Source { json, model } = tokenizer;
-    let build = |json: &Value, model: ModelWrapper| {
-        let built = source::build(json, model);
-        built.with_context(|| format!("{} is no tokenizer", path.display()))
-    };
+    let build = |json: &Value, model| source::build(json, model).with_context(is_none);
     let continuing = without_prefix_space(&json);
     let continuing = continuing
         .map(|json| build(&json, model.clone()))

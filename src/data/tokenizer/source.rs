@@ -5,10 +5,10 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde::de::value::MapDeserializer;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokenizers::models::bpe::BPE;
@@ -25,40 +25,52 @@ pub struct Source {
     pub model: ModelWrapper,
 }
 
-/// What is used of the model's settings.
-#[derive(Deserialize, Serialize)]
-#[serde(default)]
-#[derive(Default)]
-struct Settings {
-    #[serde(rename = "type")]
-    kind: Value,
-    byte_fallback: Value,
-    unk_token: Value,
-    unk_id: Value,
+/// What is used of the model's settings besides the model.
+const SETTINGS: [&str; 4] = ["type", "byte_fallback", "unk_token", "unk_id"];
+
+/// What a BPE model is made of. Its reader fails at others, which versions to come may write.
+const OF_BPE: [&str; 9] = [
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+    "ignore_merges",
+    "vocab",
+    "merges",
+];
+
+type Fields<'a> = HashMap<Cow<'a, str>, &'a RawValue>;
+
+/// A token of `added_tokens`.
+#[derive(Deserialize)]
+struct Added {
+    id: u32,
+    #[serde(flatten)]
+    token: AddedToken,
 }
 
 impl Source {
-    /// Parses `text`, the content of the file at `path`.
+    /// Parses `text`, the content of a `tokenizer.json`.
     ///
     /// # Errors
     /// If it is no JSON, or no tokenizer.
-    pub fn parse(text: &str, path: &Path) -> Result<Self> {
-        let fields: HashMap<Cow<str>, &RawValue> = serde_json::from_str(text)
-            .with_context(|| format!("{} is no valid JSON", path.display()))?;
-        let is_no_tokenizer = || format!("{} is no tokenizer", path.display());
-        let mut json = json!({});
-        let mut model = None;
-        for (name, raw) in fields {
-            if name == "model" {
-                json["model"] = settings(raw).with_context(is_no_tokenizer)?;
-                model = Some(read_model(raw, &json["model"]).with_context(is_no_tokenizer)?);
-            } else {
-                json[&*name] = serde_json::from_str(raw.get())?;
-            }
-        }
-        let model = model
-            .context("it has no model")
-            .with_context(is_no_tokenizer)?;
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut fields = fields(text)?;
+        let model = fields.remove("model").context("it has no model")?;
+        let mut json = values(&fields, |_| true)?;
+        let fields = self::fields(model.get()).context("in its model")?;
+        json["model"] = values(&fields, |name| SETTINGS.contains(&name))?;
+        let mut model = if json["model"]["type"] == "BPE" {
+            let known = fields.iter().map(|(name, raw)| (&**name, *raw));
+            let known = known.filter(|(name, _)| OF_BPE.contains(name));
+            // Read directly, it never exists as a value.
+            ModelWrapper::BPE(BPE::deserialize(MapDeserializer::new(known))?)
+        } else {
+            serde_json::from_str(model.get())?
+        };
+        model.resize_cache(REMEMBERED);
         Ok(Self { json, model })
     }
 
@@ -75,31 +87,43 @@ impl Source {
 pub fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tokenizer> {
     let mut json = json.clone();
     // Their ids depend on the model.
-    let added: Option<Vec<AddedToken>> = serde_json::from_value(json["added_tokens"].take())?;
+    let added: Option<Vec<Added>> =
+        serde_json::from_value(json["added_tokens"].take()).context("in its added_tokens")?;
+    let added = added.unwrap_or_default();
     json["added_tokens"] = json!([]);
     json["model"] = json!({"type": "BPE", "vocab": {}, "merges": []});
     let mut tokenizer: tokenizers::Tokenizer = serde_json::from_value(json)?;
     tokenizer.with_model(model);
-    let added = added.unwrap_or_default();
-    tokenizer.add_tokens(added).map_err(|e| anyhow!(e))?;
+    for Added { id, token } in &added {
+        if let Some(of_model) = tokenizer.token_to_id(&token.content).filter(|of| of != id) {
+            tracing::warn!(
+                "tokenizer.json adds {:?} with id {id}, but in the vocabulary its id is {of_model}, which is used",
+                token.content
+            );
+        }
+    }
+    let tokens = added.into_iter().map(|added| added.token);
+    tokenizer.add_tokens(tokens).map_err(|e| anyhow!(e))?;
     tokenizer.with_truncation(None).map_err(|e| anyhow!(e))?;
     tokenizer.with_padding(None);
     tokenizer.set_encode_special_tokens(true);
     Ok(tokenizer)
 }
 
-fn settings(model: &RawValue) -> Result<Value> {
-    let settings: Settings = serde_json::from_str(model.get())?;
-    Ok(serde_json::to_value(settings)?)
+/// The fields of an object. Of several with one name, the last.
+fn fields(text: &str) -> Result<Fields<'_>> {
+    serde_json::from_str(text).map_err(|error| match error.is_data() {
+        true => anyhow!("it is no object of JSON"),
+        false => anyhow!(error).context("it is no valid JSON"),
+    })
 }
 
-fn read_model(raw: &RawValue, settings: &Value) -> Result<ModelWrapper> {
-    let mut model = if settings["type"] == "BPE" {
-        // Read directly, it never exists as a value.
-        ModelWrapper::BPE(serde_json::from_str::<BPE>(raw.get())?)
-    } else {
-        serde_json::from_str(raw.get())?
-    };
-    model.resize_cache(REMEMBERED);
-    Ok(model)
+/// Those with these names as an object.
+fn values(fields: &Fields, wanted: impl Fn(&str) -> bool) -> Result<Value> {
+    let mut values = json!({});
+    for (name, raw) in fields.iter().filter(|(name, _)| wanted(name)) {
+        let value = serde_json::from_str(raw.get());
+        values[&**name] = value.with_context(|| format!("in its {name}"))?;
+    }
+    Ok(values)
 }

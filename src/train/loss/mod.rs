@@ -11,6 +11,9 @@ use std::fmt;
 use crate::ops::math;
 use divergence::{Divergence, Position, Term};
 
+/// What the teacher's distribution has besides the end of the turn never counts as less than this.
+const MIN_REST: f32 = 1e-6;
+
 /// Negative log-likelihoods never count as smaller than this, which bounds their ratio.
 const MIN_NLL: f32 = 1e-6;
 
@@ -38,6 +41,8 @@ pub struct Weights {
     pub label_smoothing: f32,
     /// The weight of the likelihoods of chunks.
     pub alm: f32,
+    /// The token that ends a turn, where the teacher gives no distribution for the positions that it ends at.
+    pub unlisted_end: Option<u32>,
     /// 1 / N, with N the supervised positions of the step.
     pub scale: f32,
 }
@@ -52,6 +57,7 @@ impl Default for Weights {
             }; 2],
             label_smoothing: 0.0,
             alm: 0.0,
+            unlisted_end: None,
             scale: 1.0,
         }
     }
@@ -120,6 +126,13 @@ pub struct RowLoss {
 
 /// Computes the loss of one position and turns its logits into their gradient.
 ///
+/// Where [`Weights::unlisted_end`] is set, positions with soft labels are those at which no end came: with
+/// them alone, the student would learn the end from the tail, and from cross-entropy at the ends once
+/// more. So the two sides are compared without it, and KD gets -log(1 - q_end) beside the -log q_end of
+/// the ends, which is the likelihood of ending or not; both terms together have their fixed point where the
+/// student is the teacher. What the teacher gives to the end, if it is not among its top-k, is taken to be
+/// what the student does, but at most the tail.
+///
 /// `logits` has V entries; every id must be below V.
 #[inline(always)]
 pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
@@ -139,15 +152,29 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
         false => 0.0,
     };
     let (top1, max) = top1(logits);
-    let (ids, logprobs) = row.known(divergence);
+    let (mut ids, mut logprobs) = row.known(divergence);
+    let has_soft = !ids.is_empty();
+    let teachers = best(&ids, &logprobs);
+    let end = weights
+        .unlisted_end
+        .filter(|&end| has_soft && end != row.label);
+    let known_end = end.and_then(|end| {
+        let at = ids.iter().position(|&id| id == end)?;
+        ids.swap_remove(at);
+        Some(logprobs.swap_remove(at).exp())
+    });
     // With K set aside the sum over the rest is the tail itself: no cancellation in 1 - Q.
     let inside: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
-    for &id in &ids {
+    let end_logit = end.map_or(f32::NEG_INFINITY, |end| logits[end as usize]);
+    for &id in ids.iter().chain(&end) {
         logits[id as usize] = f32::NEG_INFINITY;
     }
     let outside_sum = math::exp_sum(logits, 1.0, max);
     let inside_exp: Vec<f32> = inside.iter().map(|z| (z - max).exp()).collect();
-    let sum = outside_sum + inside_exp.iter().sum::<f32>();
+    // Without the end, and with it.
+    let rest = outside_sum + inside_exp.iter().sum::<f32>();
+    let end_exp = (end_logit - max).exp();
+    let sum = rest + end_exp;
     let lse = max + sum.ln();
     let ce = lse - label_logit;
     let smoothed = ce + smoothing * (label_logit - mean_logit);
@@ -161,7 +188,7 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
         top1_is_teachers: None,
         confidence: 1.0 / sum,
     };
-    if ids.is_empty() {
+    if !has_soft {
         let factor = scale * (1.0 + row.chunk) / sum;
         logits.iter_mut().for_each(|e| *e *= factor);
         pull_to_label(logits, label, smoothing, scale);
@@ -169,35 +196,47 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
         return loss;
     }
 
-    let shares: Vec<f32> = inside_exp.iter().map(|e| e / sum).collect();
+    let end_share = end_exp / sum;
+    let mut drawn = row.drawn;
+    if end.is_some() {
+        let (_, tail) = divergence::masses(&logprobs);
+        let teachers_end = known_end.unwrap_or(end_share.min(tail));
+        let shift = (1.0 - teachers_end).max(MIN_REST).ln();
+        logprobs.iter_mut().for_each(|logprob| *logprob -= shift);
+        drawn = drawn.map(|logprob| logprob - shift);
+    }
+    let shares: Vec<f32> = inside_exp.iter().map(|e| e / rest).collect();
     let position = Position {
         teacher: &logprobs,
         logits: &inside,
         shares: &shares,
-        lse,
-        tail: outside_sum / sum,
+        lse: max + rest.ln(),
+        tail: outside_sum / rest,
         masses: divergence::masses(&logprobs),
-        drawn: row
-            .drawn
-            .map(|known| (label_logit, Some(known).filter(|known| known.is_finite()))),
+        drawn: drawn.map(|known| (label_logit, Some(known).filter(|known| known.is_finite()))),
     };
     let term = position.term(divergence);
     let kl = match divergence {
         Divergence::Tail => term.value,
         _ => position.term(Divergence::Tail).value,
     };
-    loss.kd = Some(term.value);
+    // That no end came here: -log(1 - q_end).
+    let value = term.value + (sum / rest).ln();
+    loss.kd = Some(value);
     loss.kl = Some(kl);
-    loss.loss = (1.0 - kd) * smoothed + kd * term.value;
-    loss.top1_is_teachers = best(&ids, &logprobs).map(|id| id as usize == top1);
+    loss.loss = (1.0 - kd) * smoothed + kd * value;
+    loss.top1_is_teachers = teachers.map(|id| id as usize == top1);
 
     let Term {
         inside, outside, ..
     } = term;
-    let factor = scale * (1.0 - kd + kd * outside) / sum;
+    let factor = scale * ((1.0 - kd) / sum + kd * (outside - end_share) / rest);
     logits.iter_mut().for_each(|e| *e *= factor);
-    for ((&id, q), slope) in ids.iter().zip(&shares).zip(inside) {
-        logits[id as usize] = scale * ((1.0 - kd) * q + kd * slope);
+    for (((&id, e), q), slope) in ids.iter().zip(&inside_exp).zip(&shares).zip(inside) {
+        logits[id as usize] = scale * ((1.0 - kd) * e / sum + kd * (slope - end_share * q));
+    }
+    if let Some(end) = end {
+        logits[end as usize] = scale * end_share;
     }
     pull_to_label(logits, label, smoothing, scale * (1.0 - kd));
     logits[label] -= scale * kd * term.at_label;
@@ -263,188 +302,4 @@ fn top1(logits: &[f32]) -> (usize, f32) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    // The case of the reference: V = 6, K = {0, 1, 2}.
-    const TEACHER: [f64; 6] = [3.0, 2.0, 1.0, 0.5, 0.0, -1.0];
-    const STUDENT: [f32; 6] = [2.0, 2.5, 0.0, 0.3, -0.2, 0.1];
-
-    fn teacher_logprobs() -> Vec<f32> {
-        let lse = TEACHER.iter().map(|z| z.exp()).sum::<f64>().ln();
-        TEACHER.iter().map(|z| (z - lse) as f32).collect()
-    }
-
-    fn weights(weight: f32, label_smoothing: f32, divergence: Divergence) -> Weights {
-        Weights {
-            soft: [SoftTerm { divergence, weight }; 2],
-            label_smoothing,
-            ..Weights::default()
-        }
-    }
-
-    fn kd(logits: &[f32], k: usize, divergence: Divergence) -> (f32, Vec<f32>) {
-        let mut gradient = logits.to_vec();
-        let ids: Vec<u32> = (0..k as u32).collect();
-        let target = Row {
-            label: 5,
-            soft_ids: &ids,
-            soft_logprobs: &teacher_logprobs()[..k],
-            ..Row::default()
-        };
-        let loss = row(&mut gradient, target, weights(1.0, 0.0, divergence));
-        (loss.kd.expect("soft labels were given"), gradient)
-    }
-
-    #[test]
-    fn divergences_have_their_golden_values_and_gradients() {
-        let golden: [(_, f32, [f32; 6]); 4] = [
-            (
-                Divergence::Tail,
-                0.236_738_01,
-                [-0.294939, 0.288398, -0.039916, 0.019155, 0.011618, 0.015683],
-            ),
-            (
-                Divergence::Temperature(2.0),
-                0.245_135_11,
-                [-0.251965, 0.294322, -0.088813, 0.019155, 0.011618, 0.015683],
-            ),
-            (
-                Divergence::Renormalize,
-                0.396_888_9,
-                [-0.355366, 0.266168, -0.048094, 0.056609, 0.034335, 0.046348],
-            ),
-            (
-                Divergence::RenormalizeBoth,
-                0.249_210_39,
-                [-0.306053, 0.347473, -0.041420, 0.0, 0.0, 0.0],
-            ),
-        ];
-        for (divergence, value, slopes) in golden {
-            let (loss, gradient) = kd(&STUDENT, 3, divergence);
-            assert!((loss - value).abs() < 1e-6, "{divergence:?}: {loss}");
-            for (got, golden) in gradient.iter().zip(slopes) {
-                assert!((got - golden).abs() < 2e-6, "{divergence:?}: {gradient:?}");
-            }
-        }
-        let at_match = |divergence| kd(&TEACHER.map(|z| z as f32), 3, divergence).0;
-        assert!((at_match(Divergence::Renormalize) - 0.095_229_28).abs() < 1e-6);
-        assert!(at_match(Divergence::RenormalizeBoth).abs() < 1e-6);
-    }
-
-    #[test]
-    fn damped_has_its_golden_values_and_gradients() {
-        // The label, 5, is outside K.
-        let golden: [(f32, f32, [f32; 6]); 3] = [
-            (
-                1.0,
-                -0.781_453_28,
-                [
-                    -0.294939, 0.288398, -0.039916, 0.431482, 0.261707, -0.646733,
-                ],
-            ),
-            (
-                0.35,
-                -0.119_628_94,
-                [
-                    -0.294939, 0.288398, -0.039916, 0.163469, 0.099149, -0.216163,
-                ],
-            ),
-            (
-                0.0,
-                0.236_738_01,
-                [-0.294939, 0.288398, -0.039916, 0.019155, 0.011618, 0.015683],
-            ),
-        ];
-        let teacher = teacher_logprobs();
-        for (lambda, value, slopes) in golden {
-            let mut gradient = STUDENT.to_vec();
-            let target = Row {
-                label: 5,
-                soft_ids: &[0, 1, 2],
-                soft_logprobs: &teacher[..3],
-                drawn: Some(teacher[5]),
-                ..Row::default()
-            };
-            let weights = weights(1.0, 0.0, Divergence::Damped(lambda));
-            let loss = row(&mut gradient, target, weights).kd.unwrap();
-            assert!((loss - value).abs() < 1e-6, "{lambda}: {loss}");
-            for (got, golden) in gradient.iter().zip(slopes) {
-                assert!((got - golden).abs() < 2e-6, "{lambda}: {gradient:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn tail_equals_the_full_divergence_at_k_of_v_and_grows_with_k() {
-        let losses: Vec<f32> = (1..=6)
-            .map(|k| kd(&STUDENT, k, Divergence::Tail).0)
-            .collect();
-        let grows = losses.windows(2).all(|pair| pair[1] > pair[0] - 1e-6);
-        assert!(grows && losses[4] > losses[0] + 0.05, "{losses:?}");
-        assert!((losses[5] - 0.247_935_45).abs() < 1e-6, "{losses:?}");
-    }
-
-    #[test]
-    fn tail_is_zero_and_flat_at_a_match() {
-        for k in 1..=6 {
-            let (loss, gradient) = kd(&TEACHER.map(|z| z as f32), k, Divergence::Tail);
-            assert!(loss.abs() < 1e-6, "k {k}: {loss}");
-            assert!(
-                gradient.iter().all(|g| g.abs() < 1e-6),
-                "k {k}: {gradient:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn the_gradient_sums_to_zero_and_cross_entropy_is_exact() {
-        let mut gradient = STUDENT.to_vec();
-        let target = Row {
-            label: 1,
-            ..Row::default()
-        };
-        let loss = row(&mut gradient, target, weights(0.5, 0.0, Divergence::Tail));
-        let lse = STUDENT
-            .iter()
-            .map(|z| f64::from(*z).exp())
-            .sum::<f64>()
-            .ln();
-        assert!((f64::from(loss.ce) - (lse - 2.5)).abs() < 1e-6);
-        assert!(loss.kd.is_none() && loss.top1_is_label);
-        assert!(gradient.iter().sum::<f32>().abs() < 1e-6);
-        let (_, gradient) = kd(&STUDENT, 3, Divergence::Tail);
-        assert!(gradient.iter().sum::<f32>().abs() < 1e-6);
-    }
-
-    #[test]
-    fn label_smoothing_is_cross_entropy_with_the_smoothed_distribution() {
-        let lse = STUDENT
-            .iter()
-            .map(|z| f64::from(*z).exp())
-            .sum::<f64>()
-            .ln();
-        for soft in [0, 3] {
-            let teacher = teacher_logprobs();
-            let target = Row {
-                label: 1,
-                soft_ids: &[0, 1, 2][..soft],
-                soft_logprobs: &teacher[..soft],
-                ..Row::default()
-            };
-            let [mut plain, mut smooth] = [STUDENT.to_vec(), STUDENT.to_vec()];
-            let without = row(&mut plain, target, weights(0.4, 0.0, Divergence::Tail));
-            let with = row(&mut smooth, target, weights(0.4, 0.3, Divergence::Tail));
-            assert_eq!(without.ce, with.ce);
-            let share = if soft > 0 { 0.6 } else { 1.0 };
-            let uniform = lse - STUDENT.iter().map(|z| f64::from(*z)).sum::<f64>() / 6.0;
-            let more = share * 0.3 * (uniform - f64::from(with.ce));
-            assert!((f64::from(with.loss - without.loss) - more).abs() < 1e-6);
-            for (j, (plain, smooth)) in plain.iter().zip(&smooth).enumerate() {
-                let label = if j == 1 { 1.0 } else { 0.0 };
-                let more = share * 0.3 * (label - 1.0 / 6.0);
-                assert!((smooth - plain - more as f32).abs() < 1e-6);
-            }
-        }
-    }
-}
+mod tests;

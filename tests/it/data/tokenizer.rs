@@ -324,3 +324,68 @@ fn a_tokenizer_larger_than_the_embeddings_is_refused() {
         "{text}"
     );
 }
+
+/// What a text makes of the file `tokenizer.json` of the fixture.
+type Change = fn(String) -> String;
+
+#[test]
+fn tokenizers_of_other_versions_load_and_damaged_ones_say_where() {
+    let source = std::fs::read_to_string(folder("bytelevel").join("tokenizer.json")).unwrap();
+    // Of the model, as of the whole.
+    let compact = serde_json::from_str::<Value>(&source).unwrap().to_string();
+    let loaded = |change: Change| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, change(compact.clone())).unwrap();
+        Tokenizer::load(dir.path())
+    };
+    let changed: [(&str, Change); 5] = [
+        ("new fields", |text| {
+            let model = text.replace(r#""vocab":"#, r#""new":{"a":[1,null]},"vocab":"#);
+            model.replacen('{', r#"{"another":true,"#, 1)
+        }),
+        ("escapes", |text| text.replace(r#""BPE""#, r#""B\u0050E""#)),
+        ("a field twice", |text| {
+            text.replace(r#""vocab":"#, r#""type":"BPE","vocab":"#)
+        }),
+        ("no type", |text| text.replace(r#""type":"BPE","#, "")),
+        ("merges as text", |text| {
+            let mut json: Value = serde_json::from_str(&text).unwrap();
+            for merge in json["model"]["merges"].as_array_mut().unwrap() {
+                if let [left, right] = merge.as_array().map(Vec::as_slice).unwrap_or_default() {
+                    let (left, right) = (left.as_str().unwrap(), right.as_str().unwrap());
+                    *merge = format!("{left} {right}").into();
+                }
+            }
+            json.to_string()
+        }),
+    ];
+    let text = "Hello you, Grüße 👋🏽";
+    let expected = tokenizer("bytelevel").encode_text(text).unwrap();
+    for (name, change) in changed {
+        let tokenizer = loaded(change).unwrap_or_else(|error| panic!("{name}: {error:#}"));
+        assert_eq!(tokenizer.encode_text(text).unwrap(), expected, "{name}");
+    }
+    let refused: [(&str, Change); 6] = [
+        ("no valid JSON", |text| text[..text.len() / 2].to_owned()),
+        ("no object", |_| "[1]".into()),
+        ("in its model", |text| {
+            let model = text.find(r#""model":"#).unwrap();
+            format!("{}\"model\":null}}", &text[..model])
+        }),
+        ("it has no model", |_| r#"{"version": "1.0"}"#.into()),
+        ("in its version", |text| {
+            text.replacen(r#""version":"1.0""#, r#""version":"\ud800""#, 1)
+        }),
+        ("in its added_tokens", |text| {
+            text.replacen(r#""id":"#, r#""number":"#, 1)
+        }),
+    ];
+    for (part, change) in refused {
+        let error = format!("{:#}", loaded(change).unwrap_err());
+        assert!(
+            error.contains(part) && error.contains("tokenizer.json"),
+            "{error}"
+        );
+    }
+}

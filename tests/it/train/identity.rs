@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
-use distill::config::Config;
+use distill::cache::{self, Cache};
+use distill::config::{self, Config};
 use distill::data::batch::Batch;
 use distill::data::dataset::{self, Dataset};
 use distill::data::groups::Selection;
@@ -134,11 +135,29 @@ async fn harvested(dir: &Path, prompts: &Path, run: &Path) -> Config {
     config
 }
 
+/// Writes what an endpoint would have answered that leaves the ends of turns out of its logprobs, as most do.
+fn leave_out_ends(from: &Path, to: &Path) {
+    let cache = Cache::open(to, &config::Cache::default()).unwrap();
+    for record in cache::read(from).unwrap() {
+        let mut record = record.unwrap();
+        let ended = record.answer.finish_reason == "stop";
+        if let Some(logprobs) = record.logprobs.as_mut().filter(|_| ended) {
+            logprobs.token.pop();
+            logprobs.logprob.pop();
+            logprobs.top.pop();
+            logprobs.top_logprob.pop();
+        }
+        cache.append(&record).unwrap();
+    }
+}
+
 /// The gradients of the examples, one each, and what they are of.
 struct Gradients<'a> {
     student: &'a Student,
     teacher: Option<&'a Model>,
     data: &'a Dataset,
+    /// See [`Weights::unlisted_end`].
+    unlisted_end: Option<u32>,
 }
 
 impl Gradients<'_> {
@@ -146,6 +165,7 @@ impl Gradients<'_> {
     fn of(&self, term: SoftTerm) -> Vec<Vec<f32>> {
         let weights = Weights {
             soft: [term; 2],
+            unlisted_end: self.unlisted_end,
             ..Weights::default()
         };
         let models = Models {
@@ -198,16 +218,21 @@ fn deviation(gradients: &[Vec<f32>]) -> f64 {
     sum / squares.sqrt()
 }
 
+/// Makes a model in `dir` and harvests it into `run`.
+async fn of_architecture(config: &Value, dir: &Path, run: &Path) -> Config {
+    write_model(dir, config);
+    let prompts = run.join("prompts.txt");
+    let lines: String = (0..PROMPTS).map(|n| format!("Prompt {n}\n")).collect();
+    std::fs::write(&prompts, lines).unwrap();
+    harvested(dir, &prompts, run).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_student_that_is_its_own_teacher_does_not_move() {
     let vocabulary = 96 + tiny::CONTROL.len();
     for (name, config) in architectures(vocabulary) {
         let (dir, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        write_model(dir.path(), &config);
-        let prompts = run.path().join("prompts.txt");
-        let lines: String = (0..PROMPTS).map(|n| format!("Prompt {n}\n")).collect();
-        std::fs::write(&prompts, lines).unwrap();
-        let config = harvested(dir.path(), &prompts, run.path()).await;
+        let config = of_architecture(&config, dir.path(), run.path()).await;
         let answers = config.own_cache().join("responses.jsonl");
         let answers = std::fs::read_to_string(answers).unwrap();
         let tokenizer = Tokenizer::for_student(&config.student).unwrap();
@@ -234,6 +259,7 @@ async fn a_student_that_is_its_own_teacher_does_not_move() {
                 student: &student,
                 teacher: None,
                 data: &data,
+                unlisted_end: None,
             };
             let by_answers = chain.of(soft(Divergence::Tail, 0.0));
             let scale = norm(&by_answers);
@@ -289,8 +315,55 @@ async fn a_trained_model_hardly_moves_under_its_own_soft_labels() {
         student: &student,
         teacher: None,
         data: &data,
+        unlisted_end: None,
     };
     let scale = norm(&chain.of(soft(Divergence::Tail, 0.0)));
     let share = norm(&chain.of(soft(Divergence::Tail, 1.0))) / scale;
     assert!(share < 10.0 * LARGEST, "{share:e}: {}", data.report);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
+    let [(_, llama), ..] = architectures(96 + tiny::CONTROL.len());
+    let (dir, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut config = of_architecture(&llama, dir.path(), run.path()).await;
+    let without_ends = run.path().join("without-ends");
+    leave_out_ends(&config.own_cache(), &without_ends);
+    config.data.cache = Some(without_ends);
+    let tokenizer = Tokenizer::for_student(&config.student).unwrap();
+    let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(())).unwrap();
+    let report = &data.report;
+    assert!(report.misses_ends() && report.ends > 0, "{report}");
+    assert_eq!(report.positions - report.soft_positions, report.ends);
+    let told = format!(
+        "{0} of {0} ends of answers have no soft labels",
+        report.ends
+    );
+    assert!(report.to_string().contains(&told), "{report}");
+    let (shape, weights) = decoder::load(dir.path()).unwrap();
+    let student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let deviation_of = |divergence, unlisted_end| {
+        let chain = Gradients {
+            student: &student,
+            teacher: None,
+            data: &data,
+            unlisted_end,
+        };
+        deviation(&chain.of(soft(divergence, 1.0)))
+    };
+    let end = tokenizer.end_of_turn();
+    assert!(end.is_some());
+    for divergence in [
+        Divergence::Tail,
+        Divergence::Damped(0.35),
+        Divergence::ReverseKl,
+    ] {
+        let (moved, left) = (
+            deviation_of(divergence, None),
+            deviation_of(divergence, end),
+        );
+        eprintln!("{divergence} {moved} {left}");
+        assert!(left < LARGEST_DEVIATION, "{divergence}: {left}");
+        assert!(moved > LARGEST_DEVIATION, "{divergence}: {moved}");
+    }
 }
