@@ -8,6 +8,7 @@ use serde_json::json;
 use super::{load_config, print, print_json};
 use crate::cli::{DataArgs, DataCommand, Global, ShowDataArgs};
 use crate::data::dataset::{self, Shown, Token, by_reason};
+use crate::data::groups::Difference;
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::harvest;
@@ -43,7 +44,14 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
                 "no row matches \"{id}\": give the key of a record or at least its first six digits, a prompt id, \
                  or the line of a file of conversations"
             ),
-            None => format!("no row makes an example: {}", by_reason(&skipped)),
+            None => {
+                let of_mocks = skipped.contains_key(&Difference::Mock.to_string());
+                let advice = match of_mocks {
+                    true => "; set data.groups to \"mock\" to use those",
+                    false => "",
+                };
+                format!("no row makes an example: {}{advice}", by_reason(&skipped))
+            }
         }));
     }
     if global.json {

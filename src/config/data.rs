@@ -43,7 +43,7 @@ pub enum Groups {
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(
     untagged,
-    expecting = "expected \"asked\", \"all\", or a list of groups, models or teachers"
+    expecting = "expected \"asked\", \"all\", \"mock\", or a list of groups, models or teachers"
 )]
 enum OneOrMany {
     One(String),

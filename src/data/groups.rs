@@ -27,7 +27,7 @@ pub struct Group {
     /// Sampling parameters of the request as JSON.
     sampling: String,
     /// The answers are scripted.
-    is_mock: bool,
+    pub is_mock: bool,
 }
 
 impl Group {

@@ -112,6 +112,9 @@ pub struct State {
     /// The hashed settings and data, to name what has changed; null in checkpoints of earlier versions.
     #[serde(default)]
     pub basis: Value,
+    /// See [`choice_of_data`].
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub choice_of_data: Value,
     /// Hashes of the other files by name, set by [`save`]; empty in checkpoints of earlier versions.
     #[serde(default)]
     pub files: BTreeMap<String, String>,
@@ -202,8 +205,9 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 /// Brings the parts to the state of the checkpoint at `path`.
 ///
 /// # Errors
-/// Where a file is damaged ([`Exit::Damaged`]), or it has another `basis` ([`Exit::Usage`]).
-pub fn load(path: &Path, parts: &mut Parts, basis: &Value) -> Result<State> {
+/// Where a file is damaged ([`Exit::Damaged`]), or it has another `basis` ([`Exit::Usage`]), which `data`, of
+/// [`choice_of_data`], may explain.
+pub fn load(path: &Path, parts: &mut Parts, basis: &Value, data: &Value) -> Result<State> {
     let state = read_state(path).map_err(|error| damaged(path, &error))?;
     if state.basis.is_null() {
         bail!(Exit::Usage(format!(
@@ -212,11 +216,19 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value) -> Result<State> {
         )));
     }
     if state.fingerprint != fingerprint(basis) {
+        let mut changes = changes(&state.basis, basis);
+        if state.basis["data"] != basis["data"] && !state.choice_of_data.is_null() {
+            changes.extend(self::changes(&state.choice_of_data, data));
+        }
+        let changes = match changes.is_empty() {
+            true => String::new(),
+            false => format!(" ({})", changes.join("; ")),
+        };
         bail!(Exit::Usage(format!(
             "the settings or the data have changed since {}{}: undo that to go on with it, or start over with \
              --fresh",
             path.display(),
-            changes(&state.basis, basis)
+            changes
         )));
     }
     check_files(path, &state.files).map_err(|error| damaged(path, &error))?;
@@ -288,6 +300,27 @@ pub fn basis(config: &Config, data: &str, parts: &Parts, total: u64) -> Result<V
     }))
 }
 
+/// The settings that may choose other examples, by which a difference of their hash is explained; names of files
+/// aside.
+pub fn choice_of_data(config: &Config) -> Value {
+    let teacher = &config.teacher;
+    let mut choice = json!({
+        "data": &config.data,
+        "prompts": &config.prompts,
+        "sampling": &config.sampling,
+        "teacher": { "base_url": &teacher.base_url, "model": &teacher.model, "name": &teacher.name },
+    });
+    for (section, file) in [
+        ("data", "source"),
+        ("data", "cache"),
+        ("data", "teacher_tokenizer"),
+        ("prompts", "source"),
+    ] {
+        choice[section][file] = Value::Null;
+    }
+    choice
+}
+
 /// The hash of a basis.
 pub fn fingerprint(basis: &Value) -> String {
     blake3::hash(basis.to_string().as_bytes())
@@ -296,7 +329,7 @@ pub fn fingerprint(basis: &Value) -> String {
 }
 
 /// Description of the differences between two of them.
-fn changes(before: &Value, now: &Value) -> String {
+fn changes(before: &Value, now: &Value) -> Vec<String> {
     let mut changes = Vec::new();
     for (section, value) in now.as_object().into_iter().flatten() {
         let old = before.get(section).unwrap_or(&Value::Null);
@@ -309,11 +342,7 @@ fn changes(before: &Value, now: &Value) -> String {
             _ => changes.push(format!("the {section}")),
         }
     }
-    if changes.is_empty() {
-        String::new()
-    } else {
-        format!(" ({})", changes.join("; "))
-    }
+    changes
 }
 
 /// The checkpoint to start from.
@@ -370,10 +399,12 @@ fn check_files(folder: &Path, hashes: &BTreeMap<String, String>) -> Result<()> {
 }
 
 fn read_state(path: &Path) -> Result<State> {
-    let state: State = serde_json::from_str(&fs::read_to_string(&path.join(STATE))?)?;
+    let text = fs::read_to_string(&path.join(STATE))?;
+    let state: State =
+        serde_json::from_str(&text).with_context(|| format!("{STATE} is not what was written"))?;
     if state.version != VERSION {
         bail!(
-            "its version is {}, and this program reads {VERSION}",
+            "the version of {STATE} is {}, and this program reads {VERSION}",
             state.version
         );
     }

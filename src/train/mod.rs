@@ -178,11 +178,12 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     })?;
     let total = total_steps(config, train.len());
     let basis = checkpoint::basis(config, data.fingerprint(), &parts, total)?;
+    let choice_of_data = checkpoint::choice_of_data(config);
     let parameters = Parameters::of(&parts.student);
     let checkpoints = config.run_dir.join("checkpoints");
     let (mut tokens, mut cursor, mut best) = (0, Cursor::default(), Best::default());
     if let Some(path) = checkpoint::find(&checkpoints, start)? {
-        let state = checkpoint::load(&path, &mut parts, &basis)?;
+        let state = checkpoint::load(&path, &mut parts, &basis, &choice_of_data)?;
         (tokens, cursor, best) = (state.tokens, state.cursor, state.best);
     }
     let mut batches = Batches::new(train.len(), settings.batch_size, settings.seed, cursor)?;
@@ -229,6 +230,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         best,
         fingerprint: checkpoint::fingerprint(&basis),
         basis: basis.clone(),
+        choice_of_data: choice_of_data.clone(),
         files: BTreeMap::new(),
         checksum: String::new(),
     };

@@ -133,6 +133,11 @@ pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
                  cut off)"
             ));
         }
+        Kd::Auto if exact == all => {
+            choice.note = Some(format!(
+                "loss.kd = \"auto\": {of_exact}, since all answers were sampled as their logprobs tell"
+            ));
+        }
         Kd::Auto => {
             choice.note = Some(format!(
                 "loss.kd = \"auto\": {of_exact} for the {} answers that were sampled as their logprobs tell; \

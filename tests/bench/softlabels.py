@@ -372,7 +372,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("distill")
     parser.add_argument("folder")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", default="f32")

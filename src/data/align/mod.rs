@@ -102,9 +102,9 @@ impl<'a> Mapper<'a> {
         let (units, teacher) =
             teacher_units(teacher, answer, &kept, is_stop).ok_or(Mismatch::Teacher)?;
         let teacher = teacher.as_ref();
-        let stop_ids = self.tokenizer.stop_ids();
+        let is_end = |id| self.tokenizer.is_special(id) && self.tokenizer.stop_ids().contains(&id);
         let (end, text) = match student.split_last() {
-            Some((last, text)) if stop_ids.contains(last) => (Some(*last), text),
+            Some((last, text)) if is_end(*last) => (Some(*last), text),
             _ => (None, student),
         };
         let student_ends = self.student_ends(text, answer, kept.clone())?;

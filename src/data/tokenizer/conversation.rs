@@ -11,8 +11,9 @@ use std::ops::Range;
 use anyhow::{Result, bail};
 use serde::Serialize;
 
-use super::{Place, Tokenizer, added};
-use crate::data::chat_template::{ChatTemplate, Span, THINKING, answer_start, thinking_spans};
+use super::Tokenizer;
+use super::writer::Writer;
+use crate::data::chat_template::{ChatTemplate, Span, THINKING, thinking_spans};
 use crate::prompt::Message;
 
 /// A conversation of T tokens.
@@ -172,6 +173,17 @@ pub fn encode(
         };
         let lead = &text[end.unwrap_or(answer.start)..answer.start];
         writer.before_answer(&spans[at..answer.spans.start], lead)?;
+        let said = &text[answer.start - lead.len()..];
+        let is_trained_here = is_last || follows && writer.may_cut_before(said)?;
+        if !is_trained_here {
+            // Cut there, the prompts of later answers would not be their generation prompts.
+            writer.template(lead)?;
+            let skipped = AnswerTokens::separate(answer.message);
+            writer.done.answers.push(skipped);
+            at = answer.spans.start;
+            continue;
+        }
+        writer.flush()?;
         writer.answer(lead, answer.message, &spans[answer.spans.clone()], messages)?;
         if let Some(answer) = writer.done.answers.last_mut() {
             answer.follows_generation_prompt = follows;
@@ -317,156 +329,4 @@ fn rendered_answers(spans: &[Span], messages: &[Message]) -> Vec<RenderedAnswer>
         at = end;
     }
     found
-}
-
-struct Writer<'a> {
-    tokenizer: &'a Tokenizer,
-    done: Conversation,
-    /// Text not yet encoded, and where it stands.
-    run: String,
-    place: Place,
-    /// Has the last answer's end of turn still to come?
-    open: bool,
-}
-
-impl<'a> Writer<'a> {
-    fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self {
-            tokenizer,
-            done: Conversation::default(),
-            run: String::new(),
-            place: Place::First,
-            open: false,
-        }
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        if !self.run.is_empty() {
-            let ids = self.tokenizer.encode_at(&self.run, self.place)?;
-            self.place = self.tokenizer.place_after(&ids);
-            self.done.ids.extend(ids);
-            self.run.clear();
-        }
-        Ok(())
-    }
-
-    /// Writes spans and encodes the pending text.
-    fn prompt(&mut self, spans: &[Span]) -> Result<()> {
-        for span in spans {
-            match span {
-                Span::Template(text) => self.template(text)?,
-                Span::Content { text, .. } => self.run.push_str(text),
-            }
-        }
-        self.flush()
-    }
-
-    /// Writes the spans before an answer without their end `lead`, which belongs to the answer.
-    fn before_answer(&mut self, spans: &[Span], lead: &str) -> Result<()> {
-        match spans.split_last() {
-            Some((Span::Template(last), others)) => {
-                let kept = last.strip_suffix(lead).unwrap_or(last);
-                self.prompt(&[others, &[Span::Template(kept.to_owned())]].concat())
-            }
-            _ => self.prompt(spans),
-        }
-    }
-
-    fn template(&mut self, text: &str) -> Result<()> {
-        let controls = control_tokens(self.tokenizer, text);
-        let is_stop = |id: u32| self.tokenizer.stop_ids().contains(&id);
-        let end_of_turn = controls
-            .iter()
-            .position(|&(_, id)| is_stop(id))
-            .unwrap_or(0);
-        let mut at = 0;
-        for (number, (range, id)) in controls.into_iter().enumerate() {
-            self.run.push_str(&text[at..range.start]);
-            self.flush()?;
-            self.done.ids.push(id);
-            self.place = Place::AfterControl;
-            at = range.end;
-            if self.open && number == end_of_turn {
-                self.open = false;
-                if let Some(answer) = self.done.answers.last_mut() {
-                    answer.supervised.end = self.done.ids.len();
-                }
-            }
-        }
-        self.run.push_str(&text[at..]);
-        self.open = false;
-        Ok(())
-    }
-
-    /// Writes an answer: `lead`, the text of the template between prompt and content, and the content.
-    fn answer(
-        &mut self,
-        lead: &str,
-        message: usize,
-        spans: &[Span],
-        messages: &[Message],
-    ) -> Result<()> {
-        self.open = false;
-        let start = self.done.ids.len();
-        self.prompt(&[&[Span::Template(lead.to_owned())], spans].concat())?;
-        let tokens = start..self.done.ids.len();
-        let content = &messages[message].content;
-        let written: String = [lead]
-            .into_iter()
-            .chain(spans.iter().map(Span::text))
-            .collect();
-        let last = spans.last().map_or("", Span::text);
-        let text = kept(content, &written, last);
-        let first_of = |bytes| first_of_last(self.tokenizer, &self.done.ids, &tokens, bytes);
-        self.done.answers.push(AnswerTokens {
-            message,
-            content: first_of(text.len())..tokens.end,
-            after_thinking: match answer_start(content) {
-                0 => tokens.start,
-                from => first_of(text.end - text.end.min(from.max(text.start))),
-            },
-            text,
-            supervised: tokens.clone(),
-            tokens,
-            follows_generation_prompt: true,
-            thinking: None,
-        });
-        self.open = true;
-        Ok(())
-    }
-}
-
-/// First token of the shortest suffix of `tokens` with at least this number of bytes.
-fn first_of_last(tokenizer: &Tokenizer, ids: &[u32], tokens: &Range<usize>, bytes: usize) -> usize {
-    let mut left = bytes;
-    let mut at = tokens.end;
-    while left > 0 && at > tokens.start {
-        at -= 1;
-        let length = tokenizer.spelling(ids[at]).map_or(1, |bytes| bytes.len());
-        left = left.saturating_sub(length);
-    }
-    at
-}
-
-/// Byte range of the longest part of `content` that `written` ends with; `last` is its last span.
-fn kept(content: &str, written: &str, last: &str) -> Range<usize> {
-    let end = content.rfind(last).unwrap_or(0) + last.len();
-    let same = content[..end].chars().rev().zip(written.chars().rev());
-    let same = same.take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8());
-    let start = end - same.sum::<usize>();
-    start..end
-}
-
-/// Would this text, as part of a template, make control tokens?
-pub fn holds_control(tokenizer: &Tokenizer, text: &str) -> bool {
-    !control_tokens(tokenizer, text).is_empty()
-}
-
-/// The control tokens in template text, with the white space that some of them swallow.
-fn control_tokens(tokenizer: &Tokenizer, text: &str) -> Vec<(Range<usize>, u32)> {
-    let found = added::find(&tokenizer.control, tokenizer.text.get_normalizer(), text);
-    let controls = found.into_iter();
-    controls
-        .filter(|(_, id)| tokenizer.is_special(*id))
-        .collect()
 }

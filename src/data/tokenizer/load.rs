@@ -17,6 +17,9 @@ use crate::data::chat_template::{TOKEN_VARIABLES, with_arguments};
 use crate::exit::Exit;
 use crate::ops::process;
 
+/// A larger id is damage, and a table of that many tokens would take all memory.
+const LARGEST_VOCABULARY: usize = 1 << 24;
+
 /// Loads a folder; `arguments` are default values of variables of the chat template.
 pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let tokenizer = read(dir, arguments);
@@ -68,11 +71,23 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         let eos = files.token("eos_token").and_then(|t| text.token_to_id(t));
         eos.into_iter().collect()
     });
-    special.extend(&stop_ids);
+    // An ordinary token, such as a line break, may end answers, too, and be part of a text all the same.
+    let is_control = |id: &&u32| {
+        text.id_to_token(**id)
+            .is_some_and(|name| names_control(&name))
+    };
+    special.extend(stop_ids.iter().filter(is_control));
 
     let vocabulary = text.get_model().get_vocab();
     let ids = vocabulary.values().chain(control.get_vocab().values());
     let vocab_size = ids.max().map_or(0, |&id| id as usize + 1);
+    if vocab_size > LARGEST_VOCABULARY {
+        bail!(Exit::Usage(format!(
+            "a token in {} has the id {}, past any vocabulary",
+            path.display(),
+            vocab_size - 1
+        )));
+    }
     let unknown = json["model"]["unk_token"]
         .as_str()
         .or(files.token("unk_token"))
@@ -126,6 +141,12 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         tokenizer.stop_ids.push(end);
     }
     Ok(tokenizer)
+}
+
+/// Is this a name as control tokens of a vocabulary have, that nobody lists among the added tokens?
+fn names_control(name: &str) -> bool {
+    let is_between = |first, last| name.starts_with(first) && name.ends_with(last);
+    name.len() > 2 && (is_between('<', '>') || is_between('[', ']'))
 }
 
 /// Declares every control token special and adds those that only the other files name. Returns the

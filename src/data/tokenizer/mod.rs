@@ -7,6 +7,7 @@ mod load;
 mod pieces;
 mod source;
 pub mod token_bytes;
+mod writer;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
@@ -277,7 +278,7 @@ impl Tokenizer {
 
     /// Is the name of a control token somewhere in this text?
     pub fn holds_control(&self, text: &str) -> bool {
-        conversation::holds_control(self, text)
+        writer::holds_control(self, text)
     }
 
     /// The control token of this name.
@@ -470,7 +471,11 @@ impl Tokenizer {
             }
             // The unknown token stands for characters that the vocabulary lacks.
             None if Some(special) == self.unknown => Ok(ids.to_vec()),
-            _ => bail!("the tokenizer makes the control token {name:?} of plain text"),
+            _ => bail!(Exit::Usage(format!(
+                "plain text makes the token {name:?} (id {special}), which is a control token of the model in {}: special, \
+                 or listed in `eos_token_id` of its generation_config.json or config.json. Take it out there",
+                self.dir.display()
+            ))),
         }
     }
 }

@@ -56,21 +56,24 @@ impl Pieces {
     ) -> Result<Vec<u32>> {
         let mut ids = Vec::with_capacity(text.len() / 3);
         let mut new: Vec<(&str, Vec<u32>)> = Vec::new();
-        {
-            let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let read = || self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let mut known = read();
+        for piece in pieces(text) {
+            if let Some(known) = known.get(piece) {
+                ids.extend_from_slice(known);
+                continue;
+            }
             let has_room = known.len() < REMEMBERED;
-            for piece in pieces(text) {
-                if let Some(known) = known.get(piece) {
-                    ids.extend_from_slice(known);
-                    continue;
-                }
-                let encoded = encode(piece)?;
-                ids.extend_from_slice(&encoded);
-                if has_room && piece.len() <= LONGEST {
-                    new.push((piece, encoded));
-                }
+            // It may come back here for parts of the piece, and write what it has met.
+            drop(known);
+            let encoded = encode(piece)?;
+            known = read();
+            ids.extend_from_slice(&encoded);
+            if has_room && piece.len() <= LONGEST {
+                new.push((piece, encoded));
             }
         }
+        drop(known);
         if !new.is_empty() {
             let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
             known.extend(

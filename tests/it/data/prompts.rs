@@ -250,6 +250,22 @@ fn answers_with_another_prefix_become_separate_examples() {
     );
 }
 
+/// The tokenizer makes one token of the end of the template text and the white space that an answer begins with.
+#[test]
+fn prompts_of_later_answers_are_cut_as_generation_prompts() {
+    let mut messages = ask("Hello", "   Hi.");
+    messages.extend(ask("And now?", "Bye."));
+    let (_dir, tokenizer) = with_template(CHATML);
+    let conversation = tokenizer.conversation(&messages).unwrap();
+    let last = conversation.answers.last().unwrap();
+    let prompt = tokenizer.encode_prompt(&messages[..3]).unwrap();
+    assert_eq!(conversation.ids[..last.tokens.start], prompt);
+    let (report, found) = examples(CHATML, &[messages], |_| {});
+    assert_eq!((report.kept, report.split, report.answers), (2, 1, 2));
+    assert_eq!(found["1"], ["Bye.<|im_end|>"]);
+    assert_eq!(found["1:1"], ["   Hi.<|im_end|>"]);
+}
+
 #[test]
 fn thinking_is_supervised_kept_without_loss_or_dropped() {
     let rows = [ask("Who?", "<think>\nHm.\n</think>\n\nMe.")];

@@ -230,6 +230,64 @@ fn a_vocabulary_that_spells_control_tokens_is_split() {
     assert_eq!(tokenizer.encode_text("aé").unwrap(), [6, 0]);
 }
 
+/// The same where texts are encoded in pieces.
+#[test]
+fn control_tokens_of_the_vocabulary_are_split_in_pieces_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut json = golden("bytelevel/tokenizer.json");
+    let id = json["model"]["vocab"]["ou"].as_u64().unwrap() as u32;
+    let mut control = json["added_tokens"][0].clone();
+    control["content"] = "ou".into();
+    control["id"] = id.into();
+    json["added_tokens"].as_array_mut().unwrap().push(control);
+    std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let ours = Tokenizer::load(dir.path()).unwrap();
+    let text = "out of you, soup";
+    assert!(
+        tokenizer("bytelevel")
+            .encode_text(text)
+            .unwrap()
+            .contains(&id)
+    );
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let ids = ours.encode_text(text).unwrap();
+        let bytes = ids
+            .iter()
+            .flat_map(|&id| ours.token_bytes(id).unwrap().to_vec());
+        sender.send((bytes.collect(), ids)).unwrap();
+    });
+    let limit = std::time::Duration::from_secs(20);
+    let (bytes, ids): (Vec<u8>, Vec<u32>) = receiver.recv_timeout(limit).expect("it hangs");
+    assert_eq!(String::from_utf8(bytes).unwrap(), text);
+    assert!(!ids.contains(&id), "{ids:?}");
+}
+
+#[test]
+fn an_ordinary_token_may_end_answers_and_be_text() {
+    let dir = tempfile::tempdir().unwrap();
+    for file in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ] {
+        let _ = std::fs::copy(folder("bytelevel").join(file), dir.path().join(file));
+    }
+    let before = tokenizer("bytelevel");
+    let [newline] = before.encode_text("\n").unwrap()[..] else {
+        panic!("no token")
+    };
+    let settings = json!({ "eos_token_id": [2, newline] }).to_string();
+    std::fs::write(dir.path().join("generation_config.json"), settings).unwrap();
+    let ours = Tokenizer::load(dir.path()).unwrap();
+    assert_eq!(ours.stop_ids(), [2, newline]);
+    assert!(ours.is_special(2) && !ours.is_special(newline));
+    let messages = ask("One\nline", "Two\nlines\n");
+    let found = ours.encode_conversation(&messages).unwrap();
+    assert_eq!(found, before.encode_conversation(&messages).unwrap());
+    assert_eq!(ours.token_bytes(newline), Some(&b"\n"[..]));
+}
+
 #[test]
 fn token_bytes_add_up_to_the_text() {
     for name in FOLDERS {

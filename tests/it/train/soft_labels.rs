@@ -135,7 +135,7 @@ fn auto_says_what_it_chose() {
     let (status, printed) = train(&records(1.0), "auto", &[]);
     assert_eq!(status, 0, "{printed}");
     assert!(
-        printed.contains("damped 0.35, weight 1 for the 40 answers"),
+        printed.contains("damped 0.35, weight 1, since all answers were sampled"),
         "{printed}"
     );
     let (_, printed) = train(&records(0.7), "auto", &[]);
