@@ -32,6 +32,8 @@ pub struct Batch {
     /// Was the label drawn from the very distribution that the logprobs tell? (N; or empty, where
     /// none was.)
     pub exact: Vec<bool>,
+    /// Does the teacher say how likely the end of this answer was? (N; or empty, where nobody knows.)
+    pub lists_end: Vec<Option<bool>>,
     /// Positions that spell what the teacher cuts into other tokens, in order, with the negative
     /// log-likelihood of that text under the teacher.
     pub chunks: Vec<(Range<usize>, f32)>,
@@ -64,6 +66,8 @@ impl Batch {
             batch.soft_logprobs.extend(example.soft_logprobs());
             batch.drawn.extend(example.drawn());
             batch.exact.resize(batch.labels.len(), example.is_exact());
+            let lists_end = example.lists_end();
+            batch.lists_end.resize(batch.labels.len(), lists_end);
             let ends = example.soft_ends();
             batch.soft_offsets.extend(ends.map(|end| soft_start + end));
         }

@@ -218,7 +218,12 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value, data: &Value) -> Resu
     if state.fingerprint != fingerprint(basis) {
         let mut changes = changes(&state.basis, basis);
         if state.basis["data"] != basis["data"] && !state.choice_of_data.is_null() {
-            changes.extend(self::changes(&state.choice_of_data, data));
+            let reasons = self::changes(&state.choice_of_data, data);
+            changes.extend(
+                reasons
+                    .into_iter()
+                    .map(|reason| format!("perhaps since {reason}")),
+            );
         }
         let changes = match changes.is_empty() {
             true => String::new(),

@@ -42,6 +42,7 @@ use crate::terminal::{Progress, Reading, format_count, format_duration, sanitise
 use best::Best;
 use checkpoint::{Parts, State};
 use ema::Ema;
+use loss::End;
 use metrics::{Means, Metrics, StepLine};
 use objective::Models;
 use on_policy::{Count, Judge, OnPolicy};
@@ -210,10 +211,11 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     let judged = on_policy
         .as_ref()
         .and_then(|it| it.divergence(&config.loss));
-    let unlisted_end = tokenizer
+    let is_listed = !data.report.misses_ends();
+    let end = tokenizer
         .end_of_turn()
-        .filter(|_| data.report.misses_ends());
-    let terms = (soft_labels.terms, unlisted_end);
+        .map(|token| End { token, is_listed });
+    let terms = (soft_labels.terms, end);
     let mut stepper = Stepper::new(config, terms, judged, &parts.student.model);
     let evaluate = |parts: &Parts, student: &Model| {
         let models = Models {

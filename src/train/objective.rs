@@ -166,6 +166,7 @@ fn target(batch: &Batch, n: usize) -> Row<'_> {
         soft_logprobs: &batch.soft_logprobs[soft],
         drawn: batch.drawn.get(n).copied().flatten(),
         exact: batch.exact.get(n).copied().unwrap_or_default(),
+        lists_end: batch.lists_end.get(n).copied().flatten(),
         ..Row::default()
     }
 }

@@ -2,9 +2,8 @@
 
 use anyhow::{Result, bail};
 
-use super::loss::SoftTerm;
-use super::loss::Weights;
 use super::loss::divergence::Divergence;
+use super::loss::{End, SoftTerm, Weights};
 use super::metrics::Sums;
 use super::objective::{self, Models};
 use super::optimizer::Optimizer;
@@ -71,11 +70,11 @@ pub struct Taken {
 }
 
 impl Stepper {
-    /// For `model`, with `terms` of [`soft_labels`](super::soft_labels) and the token that ends a turn where
-    /// these miss it, and with `on_policy` for what the student writes itself.
+    /// For `model`, with `terms` of [`soft_labels`](super::soft_labels) and the token that ends a turn, and with
+    /// `on_policy` for what the student writes itself.
     pub fn new(
         config: &Config,
-        (terms, unlisted_end): (Option<[SoftTerm; 2]>, Option<u32>),
+        (terms, end): (Option<[SoftTerm; 2]>, Option<End>),
         on_policy: Option<[Divergence; 2]>,
         model: &Model,
     ) -> Self {
@@ -86,7 +85,7 @@ impl Stepper {
                 soft: terms.unwrap_or(plain.soft),
                 alm: terms.map_or(0.0, |_| config.loss.alm_weight as f32),
                 label_smoothing: config.loss.label_smoothing as f32,
-                unlisted_end,
+                end,
                 // Each step sets its own.
                 scale: 1.0,
             },

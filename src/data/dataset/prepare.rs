@@ -468,7 +468,11 @@ impl<'a> Preparing<'a> {
             Err(reason) => {
                 let (prompt, said) = input_ids.split_at(answer);
                 match self.samples.soft_labels(prompt, said) {
-                    Some(shares) => (shares, None),
+                    Some(mut shares) => {
+                        // They tell of ends as of any token.
+                        shares.lists_end = Some(true);
+                        (shares, None)
+                    }
                     None => (Aligned::default(), Some(reason)),
                 }
             }

@@ -63,7 +63,7 @@ pub struct Report {
     pub with_soft_labels: u64,
     #[serde(default)]
     pub exact: u64,
-    /// Answers with logprobs that end the turn, and those of them whose logprobs have a place for its end.
+    /// Answers with soft labels that end the turn, and those of them whose soft labels tell of its end.
     #[serde(default)]
     pub ends: u64,
     #[serde(default)]

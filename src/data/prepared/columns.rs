@@ -50,6 +50,8 @@ pub struct Columns {
     chunk_ends: Vec<u32>,
     /// 1 or 0 (B).
     exact: Vec<u8>,
+    /// See [`Aligned::lists_end`]: 0 is none, 1 false, 2 true (B).
+    lists_end: Vec<u8>,
     /// Bytes of all keys.
     keys: Vec<u8>,
     /// (B)
@@ -71,6 +73,7 @@ pub mod name {
     pub const CHUNK_NLLS: &str = "chunk_nlls";
     pub const CHUNK_ENDS: &str = "chunk_ends";
     pub const EXACT: &str = "exact";
+    pub const LISTS_END: &str = "lists_end";
     pub const KEYS: &str = "keys";
     pub const KEY_ENDS: &str = "key_ends";
 }
@@ -102,6 +105,7 @@ impl Columns {
         self.chunk_nlls.clear();
         self.chunk_ends.clear();
         self.exact.clear();
+        self.lists_end.clear();
         self.keys.clear();
         self.key_ends.clear();
     }
@@ -136,6 +140,11 @@ impl Columns {
         self.target_ends.push(self.positions.len() as u32);
         self.chunk_ends.push(self.chunk_starts.len() as u32);
         self.exact.push(example.exact.into());
+        let lists_end = example
+            .soft
+            .lists_end
+            .map_or(0, |lists| 1 + u8::from(lists));
+        self.lists_end.push(lists_end);
 
         let mut hash = Hash::default();
         hash.bytes(example.key.as_bytes());
@@ -149,7 +158,7 @@ impl Columns {
         hash.words(self.chunk_starts[first_chunk..].iter().copied());
         hash.words(self.chunk_lens[first_chunk..].iter().copied());
         hash.words(self.chunk_nlls[first_chunk..].iter().map(|l| l.to_bits()));
-        hash.bytes(&[example.exact.into()]);
+        hash.bytes(&[example.exact.into(), lists_end]);
         hash.0.finalize()
     }
 
@@ -185,6 +194,7 @@ impl Columns {
             header.add(name, id_type, id_width, values.len());
         }
         header.add(name::EXACT, "U8", 1, self.exact.len());
+        header.add(name::LISTS_END, "U8", 1, self.lists_end.len());
         header.add(name::KEYS, "U8", 1, self.keys.len());
         header.write(out)?;
 
@@ -201,6 +211,7 @@ impl Columns {
             }
         }
         out.write_all(&self.exact)?;
+        out.write_all(&self.lists_end)?;
         out.write_all(&self.keys)
     }
 }

@@ -103,6 +103,7 @@ pub struct Shard {
     chunk_nlls: Column,
     chunk_ends: Column,
     exact: Column,
+    lists_end: Column,
     keys: Column,
     key_ends: Column,
 }
@@ -129,6 +130,7 @@ impl Shard {
             chunk_nlls: column(name::CHUNK_NLLS, &[Dtype::F32])?,
             chunk_ends: words(name::CHUNK_ENDS)?,
             exact: column(name::EXACT, &[Dtype::U8])?,
+            lists_end: column(name::LISTS_END, &[Dtype::U8])?,
             keys: column(name::KEYS, &[Dtype::U8])?,
             key_ends: words(name::KEY_ENDS)?,
             bytes,
@@ -138,6 +140,7 @@ impl Shard {
             &shard.key_ends,
             &shard.chunk_ends,
             &shard.exact,
+            &shard.lists_end,
         ];
         let positions = [&shard.soft_ends, &shard.drawn];
         if examples.iter().any(|column| column.len() != shard.len())
@@ -246,6 +249,14 @@ impl<'a> ExampleView<'a> {
     /// Was the answer drawn from the very distribution that its logprobs tell?
     pub fn is_exact(self) -> bool {
         self.shard.exact.get(self.bytes(), self.index) != 0
+    }
+
+    /// Where the answer ends its turn: did the teacher say how likely that was?
+    pub fn lists_end(self) -> Option<bool> {
+        match self.shard.lists_end.get(self.bytes(), self.index) {
+            0 => None,
+            lists => Some(lists == 2),
+        }
     }
 
     /// The student tokens of the soft labels of all positions.

@@ -174,7 +174,14 @@ pub fn encode(
         let lead = &text[end.unwrap_or(answer.start)..answer.start];
         writer.before_answer(&spans[at..answer.spans.start], lead)?;
         let said = &text[answer.start - lead.len()..];
-        let is_trained_here = is_last || follows && writer.may_cut_before(said)?;
+        let length = lead.len()
+            + spans[answer.spans.clone()]
+                .iter()
+                .map(|s| s.text().len())
+                .sum::<usize>();
+        let is_blank = messages[answer.message].content.trim().is_empty();
+        let is_trained_here =
+            is_last || follows && !is_blank && writer.may_cut_around(said.split_at(length))?;
         if !is_trained_here {
             // Cut there, the prompts of later answers would not be their generation prompts.
             writer.template(lead)?;

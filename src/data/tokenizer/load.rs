@@ -146,7 +146,8 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
 /// Is this a name as control tokens of a vocabulary have, that nobody lists among the added tokens?
 fn names_control(name: &str) -> bool {
     let is_between = |first, last| name.starts_with(first) && name.ends_with(last);
-    name.len() > 2 && (is_between('<', '>') || is_between('[', ']'))
+    let is_byte = name.starts_with("<0x");
+    name.len() > 2 && !is_byte && (is_between('<', '>') || is_between('[', ']'))
 }
 
 /// Declares every control token special and adds those that only the other files name. Returns the
@@ -166,7 +167,7 @@ fn mark_control_tokens(tokenizer: &mut Source, files: &Files) -> HashSet<u32> {
         let content = token["content"].as_str().unwrap_or_default().to_owned();
         let id = token["id"].as_u64();
         if named.contains(content.as_str())
-            || id.is_some_and(|id| stops.contains(&id))
+            || (id.is_some_and(|id| stops.contains(&id)) && !content.trim().is_empty())
             || (content.starts_with("<|") && content.ends_with("|>"))
         {
             token["special"] = true.into();

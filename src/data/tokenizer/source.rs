@@ -66,10 +66,11 @@ impl Source {
             let known = fields.iter().map(|(name, raw)| (&**name, *raw));
             let known = known.filter(|(name, _)| OF_BPE.contains(name));
             // Read directly, it never exists as a value.
-            ModelWrapper::BPE(BPE::deserialize(MapDeserializer::new(known))?)
+            BPE::deserialize(MapDeserializer::new(known)).map(ModelWrapper::BPE)
         } else {
-            serde_json::from_str(model.get())?
-        };
+            serde_json::from_str(model.get())
+        }
+        .context("in its model")?;
         model.resize_cache(REMEMBERED);
         Ok(Self { json, model })
     }
@@ -94,16 +95,20 @@ pub fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tokenizer>
     json["model"] = json!({"type": "BPE", "vocab": {}, "merges": []});
     let mut tokenizer: tokenizers::Tokenizer = serde_json::from_value(json)?;
     tokenizer.with_model(model);
+    let tokens = added.iter().map(|added| added.token.clone());
+    tokenizer.add_tokens(tokens).map_err(|e| anyhow!(e))?;
     for Added { id, token } in &added {
-        if let Some(of_model) = tokenizer.token_to_id(&token.content).filter(|of| of != id) {
+        if let Some(other) = tokenizer
+            .token_to_id(&token.content)
+            .filter(|found| found != id)
+        {
             tracing::warn!(
-                "tokenizer.json adds {:?} with id {id}, but in the vocabulary its id is {of_model}, which is used",
+                "tokenizer.json adds {:?} with id {id}, but by its vocabulary and the order of added tokens the id is \
+                 {other}, which is used",
                 token.content
             );
         }
     }
-    let tokens = added.into_iter().map(|added| added.token);
-    tokenizer.add_tokens(tokens).map_err(|e| anyhow!(e))?;
     tokenizer.with_truncation(None).map_err(|e| anyhow!(e))?;
     tokenizer.with_padding(None);
     tokenizer.set_encode_special_tokens(true);

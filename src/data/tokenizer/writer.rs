@@ -9,6 +9,9 @@ use super::{Place, Tokenizer, added};
 use crate::data::chat_template::{Span, answer_start};
 use crate::prompt::Message;
 
+/// Bytes beside a cut that matter to it: more than a token has.
+const NEAR: usize = 64;
+
 /// A conversation being encoded.
 pub struct Writer<'a> {
     tokenizer: &'a Tokenizer,
@@ -68,23 +71,28 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Are the tokens of the pending text and of `next`, which follows it, those of both together? Not where the
-    /// tokenizer makes one token of what is on both sides.
-    pub fn may_cut_before(&self, next: &str) -> Result<bool> {
-        /// Bytes of `next` that matter: more than a token has.
-        const NEAR: usize = 64;
-        if self.run.is_empty() {
+    /// May `answer`, which comes next, be encoded apart from the pending text, and from what follows it? Not
+    /// where the tokenizer makes one token of what is on both sides.
+    pub fn may_cut_around(&self, (answer, following): (&str, &str)) -> Result<bool> {
+        let controls = control_tokens(self.tokenizer, following);
+        let next_control = controls
+            .first()
+            .map_or(following.len(), |found| found.0.start);
+        let following = first_bytes(&following[..next_control]);
+        Ok(self.may_cut(&self.run, self.place, first_bytes(answer))?
+            && self.may_cut(last_bytes(answer), Place::AfterText, following)?)
+    }
+
+    /// Are the tokens of two texts those of both together?
+    fn may_cut(&self, left: &str, place: Place, right: &str) -> Result<bool> {
+        if left.is_empty() || right.is_empty() {
             return Ok(true);
         }
-        let near = (0..=NEAR.min(next.len()))
-            .rev()
-            .find_map(|end| next.get(..end));
-        let near = near.unwrap_or_default();
-        let mut apart = self.tokenizer.encode_at(&self.run, self.place)?;
-        let place = self.tokenizer.place_after(&apart);
-        apart.extend(self.tokenizer.encode_at(near, place)?);
-        let together = format!("{}{near}", self.run);
-        Ok(apart == self.tokenizer.encode_at(&together, self.place)?)
+        let mut apart = self.tokenizer.encode_at(left, place)?;
+        let next = self.tokenizer.place_after(&apart);
+        apart.extend(self.tokenizer.encode_at(right, next)?);
+        let together = format!("{left}{right}");
+        Ok(apart == self.tokenizer.encode_at(&together, place)?)
     }
 
     pub fn template(&mut self, text: &str) -> Result<()> {
@@ -149,6 +157,23 @@ impl<'a> Writer<'a> {
         self.open = true;
         Ok(())
     }
+}
+
+/// As much of a text as the tokens at its start depend on.
+fn first_bytes(text: &str) -> &str {
+    let ends = (0..=NEAR.min(text.len())).rev();
+    ends.into_iter()
+        .find_map(|end| text.get(..end))
+        .unwrap_or_default()
+}
+
+/// The same for its end.
+fn last_bytes(text: &str) -> &str {
+    let starts = text.len().saturating_sub(NEAR)..=text.len();
+    starts
+        .into_iter()
+        .find_map(|start| text.get(start..))
+        .unwrap_or_default()
 }
 
 /// First token of the shortest suffix of `tokens` with at least this number of bytes.

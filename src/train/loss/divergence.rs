@@ -180,8 +180,10 @@ impl Position<'_> {
     /// The term that `divergence` makes.
     pub fn term(&self, divergence: Divergence) -> Term {
         match divergence {
-            Divergence::Tail => self.of_buckets(forward),
             Divergence::Damped(lambda) => self.damped(lambda),
+            // Nothing is known but that all is tail.
+            _ if self.teacher.is_empty() => self.of_buckets(forward),
+            Divergence::Tail => self.of_buckets(forward),
             Divergence::Temperature(tau) => self.tempered(tau),
             Divergence::ReverseKl => self.of_buckets(|b| {
                 let ratio = b.log_s - b.log_t;

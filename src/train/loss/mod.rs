@@ -41,10 +41,18 @@ pub struct Weights {
     pub label_smoothing: f32,
     /// The weight of the likelihoods of chunks.
     pub alm: f32,
-    /// The token that ends a turn, where the teacher gives no distribution for the positions that it ends at.
-    pub unlisted_end: Option<u32>,
+    /// The end of a turn; None where it is a token like others.
+    pub end: Option<End>,
     /// 1 / N, with N the supervised positions of the step.
     pub scale: f32,
+}
+
+/// The token that ends a turn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct End {
+    pub token: u32,
+    /// Does a teacher give its distribution where a turn ends? Of answers that do not show it themselves.
+    pub is_listed: bool,
 }
 
 impl Default for Weights {
@@ -57,7 +65,7 @@ impl Default for Weights {
             }; 2],
             label_smoothing: 0.0,
             alm: 0.0,
-            unlisted_end: None,
+            end: None,
             scale: 1.0,
         }
     }
@@ -76,6 +84,8 @@ pub struct Row<'a> {
     pub drawn: Option<f32>,
     /// Was the label drawn from the very distribution that the logprobs tell?
     pub exact: bool,
+    /// Does the teacher give its distribution where this turn ends, if that is known?
+    pub lists_end: Option<bool>,
     /// The logits of a teacher that is on this machine, in place of its top-k (V, or as many as it has).
     pub dense: Option<&'a [f32]>,
     /// By how much its cross-entropy weighs more, for the chunk that it belongs to; without soft labels.
@@ -126,7 +136,7 @@ pub struct RowLoss {
 
 /// Computes the loss of one position and turns its logits into their gradient.
 ///
-/// Where [`Weights::unlisted_end`] is set, positions with soft labels are those at which no end came: with
+/// Where the teacher does not list [`Weights::end`], positions with soft labels are those at which no end came: with
 /// them alone, the student would learn the end from the tail, and from cross-entropy at the ends once
 /// more. So the two sides are compared without it, and KD gets -log(1 - q_end) beside the -log q_end of
 /// the ends, which is the likelihood of ending or not; both terms together have their fixed point where the
@@ -155,8 +165,11 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
     let (mut ids, mut logprobs) = row.known(divergence);
     let has_soft = !ids.is_empty();
     let teachers = best(&ids, &logprobs);
-    let end = weights
-        .unlisted_end
+    let unlisted = weights
+        .end
+        .filter(|end| !row.lists_end.unwrap_or(end.is_listed));
+    let end = unlisted
+        .map(|end| end.token)
         .filter(|&end| has_soft && end != row.label);
     let known_end = end.and_then(|end| {
         let at = ids.iter().position(|&id| id == end)?;

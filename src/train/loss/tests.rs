@@ -238,7 +238,10 @@ fn unlisted_ends_leave_a_student_where_it_matches() {
             ] {
                 let biased = mean(listed, weights);
                 let weights = Weights {
-                    unlisted_end: Some(END),
+                    end: Some(End {
+                        token: END,
+                        is_listed: false,
+                    }),
                     ..weights
                 };
                 let left = mean(listed, weights);
@@ -264,7 +267,10 @@ fn unlisted_ends_have_the_gradient_of_their_loss() {
         // With the end among them, its share does not depend on the student.
         for (label, listed) in [(0, [0, 1, 4]), (3, [0, 4, 2]), (5, [4, 1, 2])] {
             let weights = Weights {
-                unlisted_end: Some(END),
+                end: Some(End {
+                    token: END,
+                    is_listed: false,
+                }),
                 ..weights(0.7, 0.1, divergence)
             };
             let loss =
@@ -283,5 +289,70 @@ fn unlisted_ends_have_the_gradient_of_their_loss() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn an_answer_shows_whether_its_ends_are_listed() {
+    let of = |lists_end, is_listed| {
+        let mut logits = STUDENT;
+        let target = Row {
+            label: 1,
+            soft_ids: &[0, 1],
+            soft_logprobs: &[-1.0, -1.5],
+            lists_end,
+            ..Row::default()
+        };
+        let end = Some(End {
+            token: END,
+            is_listed,
+        });
+        let weights = Weights {
+            end,
+            ..weights(1.0, 0.0, Divergence::Tail)
+        };
+        (row(&mut logits, target, weights).loss, logits)
+    };
+    let (listed, unlisted) = (of(None, true), of(None, false));
+    assert_ne!(listed, unlisted);
+    assert_eq!(of(Some(true), false), listed);
+    assert_eq!(of(Some(false), true), unlisted);
+}
+
+#[test]
+fn nothing_but_an_unlisted_end_among_the_top_k_is_no_reason_to_break() {
+    for divergence in [
+        Divergence::Tail,
+        Divergence::Damped(0.35),
+        Divergence::Temperature(2.0),
+        Divergence::ReverseKl,
+        Divergence::Jsd(0.5),
+        Divergence::SkewKl(0.1),
+        Divergence::SkewReverseKl(0.1),
+        Divergence::Tvd,
+        Divergence::Renormalize,
+        Divergence::RenormalizeBoth,
+    ] {
+        let mut logits = STUDENT;
+        let target = Row {
+            label: 2,
+            soft_ids: &[END],
+            soft_logprobs: &[-0.7],
+            drawn: Some(f32::NEG_INFINITY),
+            lists_end: Some(false),
+            ..Row::default()
+        };
+        let end = Some(End {
+            token: END,
+            is_listed: true,
+        });
+        let weights = Weights {
+            end,
+            ..weights(0.9, 0.0, divergence)
+        };
+        let loss = row(&mut logits, target, weights);
+        assert!(loss.loss.is_finite(), "{divergence}: {loss:?}");
+        let sum: f32 = logits.iter().sum();
+        assert!(sum.abs() < 1e-6, "{divergence}: {logits:?}");
     }
 }

@@ -266,6 +266,23 @@ fn prompts_of_later_answers_are_cut_as_generation_prompts() {
     assert_eq!(found["1:1"], ["   Hi.<|im_end|>"]);
 }
 
+/// The same where text of the template follows the answer, without a control token between.
+#[test]
+fn answers_that_melt_into_the_template_become_separate_examples() {
+    const FOLLOWED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}   <|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let (_dir, tokenizer) = with_template(FOLLOWED);
+    for (answer, separate) in [("Hi.\n", 1), ("Hi.", 0)] {
+        let mut messages = ask("Hello", answer);
+        messages.extend(ask("And now?", "Bye."));
+        let conversation = tokenizer.conversation(&messages).unwrap();
+        let last = conversation.answers.last().unwrap();
+        let prompt = tokenizer.encode_prompt(&messages[..3]).unwrap();
+        assert_eq!(conversation.ids[..last.tokens.start], prompt, "{answer:?}");
+        let (report, _) = examples(FOLLOWED, &[messages], |_| {});
+        assert_eq!(report.split, separate, "{answer:?}");
+    }
+}
+
 #[test]
 fn thinking_is_supervised_kept_without_loss_or_dropped() {
     let rows = [ask("Who?", "<think>\nHm.\n</think>\n\nMe.")];

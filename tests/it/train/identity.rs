@@ -18,7 +18,7 @@ use distill::ops::matmul::Precision;
 use distill::serve::{self, ServeOptions};
 use distill::signal::Signals;
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::{SoftTerm, Weights};
+use distill::train::loss::{End, SoftTerm, Weights};
 use distill::train::objective::{self, Models};
 use distill::train::student::Student;
 use serde_json::{Value, json};
@@ -156,8 +156,7 @@ struct Gradients<'a> {
     student: &'a Student,
     teacher: Option<&'a Model>,
     data: &'a Dataset,
-    /// See [`Weights::unlisted_end`].
-    unlisted_end: Option<u32>,
+    end: Option<End>,
 }
 
 impl Gradients<'_> {
@@ -165,7 +164,7 @@ impl Gradients<'_> {
     fn of(&self, term: SoftTerm) -> Vec<Vec<f32>> {
         let weights = Weights {
             soft: [term; 2],
-            unlisted_end: self.unlisted_end,
+            end: self.end,
             ..Weights::default()
         };
         let models = Models {
@@ -259,7 +258,7 @@ async fn a_student_that_is_its_own_teacher_does_not_move() {
                 student: &student,
                 teacher: None,
                 data: &data,
-                unlisted_end: None,
+                end: None,
             };
             let by_answers = chain.of(soft(Divergence::Tail, 0.0));
             let scale = norm(&by_answers);
@@ -315,7 +314,7 @@ async fn a_trained_model_hardly_moves_under_its_own_soft_labels() {
         student: &student,
         teacher: None,
         data: &data,
-        unlisted_end: None,
+        end: None,
     };
     let scale = norm(&chain.of(soft(Divergence::Tail, 0.0)));
     let share = norm(&chain.of(soft(Divergence::Tail, 1.0))) / scale;
@@ -342,16 +341,20 @@ async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
     assert!(report.to_string().contains(&told), "{report}");
     let (shape, weights) = decoder::load(dir.path()).unwrap();
     let student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
-    let deviation_of = |divergence, unlisted_end| {
+    let deviation_of = |divergence, end| {
         let chain = Gradients {
             student: &student,
             teacher: None,
             data: &data,
-            unlisted_end,
+            end,
         };
         deviation(&chain.of(soft(divergence, 1.0)))
     };
-    let end = tokenizer.end_of_turn();
+    // That it is listed is said of other answers: these show that it is not.
+    let end = tokenizer.end_of_turn().map(|token| End {
+        token,
+        is_listed: true,
+    });
     assert!(end.is_some());
     for divergence in [
         Divergence::Tail,
@@ -362,7 +365,6 @@ async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
             deviation_of(divergence, None),
             deviation_of(divergence, end),
         );
-        eprintln!("{divergence} {moved} {left}");
         assert!(left < LARGEST_DEVIATION, "{divergence}: {left}");
         assert!(moved > LARGEST_DEVIATION, "{divergence}: {moved}");
     }
