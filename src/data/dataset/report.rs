@@ -112,7 +112,7 @@ impl Report {
         }
     }
 
-    /// Does the endpoint leave the token that ends a turn out of its logprobs, as most do?
+    /// Do endpoints leave the token that ends a turn out of their logprobs, as most do?
     pub fn misses_ends(&self) -> bool {
         2 * self.ends_listed < self.ends
     }
@@ -216,11 +216,11 @@ impl fmt::Display for Report {
                 self.without_end, self.answers
             )?;
         }
-        if self.misses_ends() {
+        if self.ends_listed < self.ends {
             write!(
                 f,
-                "\n{} of {} ends of answers have no soft labels: the endpoint leaves them out. They train on \
-                 cross-entropy, and the soft labels of other positions do not say how likely an end is there",
+                "\n{} of {} ends of answers are not in the logprobs: they train on cross-entropy, and the soft labels \
+                 of these answers do not say how likely an end is elsewhere",
                 self.ends - self.ends_listed,
                 self.ends
             )?;

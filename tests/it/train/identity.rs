@@ -335,7 +335,7 @@ async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
     assert!(report.misses_ends() && report.ends > 0, "{report}");
     assert_eq!(report.positions - report.soft_positions, report.ends);
     let told = format!(
-        "{0} of {0} ends of answers have no soft labels",
+        "{0} of {0} ends of answers are not in the logprobs",
         report.ends
     );
     assert!(report.to_string().contains(&told), "{report}");
