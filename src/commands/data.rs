@@ -45,10 +45,10 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
                  or the line of a file of conversations"
             ),
             None => {
-                let of_mocks = skipped.contains_key(&Difference::Mock.to_string());
-                let advice = match of_mocks {
-                    true => "; set data.groups to \"mock\" to use those",
-                    false => "",
+                let advice = if skipped.contains_key(&Difference::Mock.to_string()) {
+                    "; set data.groups to \"mock\" to use those"
+                } else {
+                    ""
                 };
                 format!("no row makes an example: {}{advice}", by_reason(&skipped))
             }

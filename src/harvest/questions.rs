@@ -48,9 +48,10 @@ pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
     // Without a cache, its absence is reported when it is read.
     if let (Some(name), true) = (unknown.first(), cache::exists(dir)) {
         let lines = groups.iter().map(|(id, group)| format!("\n{id}: {group}"));
-        let of_mocks = match groups.values().any(|group| group.is_mock) {
-            true => "\nThose of a mock are named by id, or all of them by \"mock\"",
-            false => "",
+        let of_mocks = if groups.values().any(|group| group.is_mock) {
+            "\nThose of a mock are named by id, or all of them by \"mock\""
+        } else {
+            ""
         };
         bail!(Exit::Usage(format!(
             "data.groups (or --groups) names \"{name}\", and {} has no such group, but:{}{of_mocks}",

@@ -47,7 +47,7 @@ pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<Loaded>
                     Some(name) if loaded.tensors.contains_key(&name) => {
                         bail!(Exit::Usage(format!(
                             "the weights have {name} twice, perhaps with a prefix and without, and programs differ in \
-                         which they use: remove one"
+                             which they use: remove one"
                         )))
                     }
                     Some(name) => {

@@ -117,7 +117,7 @@ impl Units {
     }
 }
 
-/// What [`super::simd`] makes of a loop, for any type of rows.
+/// A loop for vector instructions as [`super::simd`] makes it, which cannot be generic.
 struct Unit<'a, R> {
     rows: &'a R,
     range: Range<usize>,

@@ -218,16 +218,13 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value, data: &Value) -> Resu
     if state.fingerprint != fingerprint(basis) {
         let mut changes = changes(&state.basis, basis);
         if state.basis["data"] != basis["data"] && !state.choice_of_data.is_null() {
-            let reasons = self::changes(&state.choice_of_data, data);
-            changes.extend(
-                reasons
-                    .into_iter()
-                    .map(|reason| format!("perhaps since {reason}")),
-            );
+            let reasons = self::changes(&state.choice_of_data, data).into_iter();
+            changes.extend(reasons.map(|reason| format!("perhaps since {reason}")));
         }
-        let changes = match changes.is_empty() {
-            true => String::new(),
-            false => format!(" ({})", changes.join("; ")),
+        let changes = if changes.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", changes.join("; "))
         };
         bail!(Exit::Usage(format!(
             "the settings or the data have changed since {}{}: undo that to go on with it, or start over with \

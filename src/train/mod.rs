@@ -42,7 +42,6 @@ use crate::terminal::{Progress, Reading, format_count, format_duration, sanitise
 use best::Best;
 use checkpoint::{Parts, State};
 use ema::Ema;
-use loss::End;
 use metrics::{Means, Metrics, StepLine};
 use objective::Models;
 use on_policy::{Count, Judge, OnPolicy};
@@ -166,7 +165,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     drop(reading);
     let soft_labels = match parts.teacher {
         Some(_) => soft_labels::dense(&config.loss),
-        None => soft_labels::choose(&config.loss, &data.report, force)?,
+        None => soft_labels::choose(&config.loss, &data.report, tokenizer.end_of_turn(), force)?,
     };
     let (train, validation) = (data.train(), data.validation());
     let has_labels = || {
@@ -211,12 +210,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     let judged = on_policy
         .as_ref()
         .and_then(|it| it.divergence(&config.loss));
-    let is_listed = !data.report.misses_ends();
-    let end = tokenizer
-        .end_of_turn()
-        .map(|token| End { token, is_listed });
-    let terms = (soft_labels.terms, end);
-    let mut stepper = Stepper::new(config, terms, judged, &parts.student.model);
+    let mut stepper = Stepper::new(config, &soft_labels, judged, &parts.student.model);
     let evaluate = |parts: &Parts, student: &Model| {
         let models = Models {
             student,

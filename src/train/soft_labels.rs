@@ -2,8 +2,8 @@
 
 use anyhow::{Result, bail};
 
-use super::loss::SoftTerm;
 use super::loss::divergence::Divergence;
+use super::loss::{End, SoftTerm};
 use crate::config::{Config, Kd, Loss};
 use crate::data::dataset::{NO_LOGPROBS, Report, by_reason};
 use crate::data::gate::Agreement;
@@ -15,11 +15,13 @@ use crate::terminal::format_count;
 const LEAST_USED: u64 = 20;
 
 /// What to do with soft labels.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Choice {
     /// The second is for answers that were sampled from the very distribution that their logprobs tell. None:
     /// cross-entropy alone.
     pub terms: Option<[SoftTerm; 2]>,
+    /// The end of a turn; None where the soft labels tell of it as of any token.
+    pub end: Option<End>,
     /// What the user may want to know of it.
     pub note: Option<String>,
 }
@@ -60,15 +62,20 @@ fn term(settings: &Loss, divergence: Divergence, default_weight: f32) -> SoftTer
     }
 }
 
-/// Chooses by the settings and by what the data are.
+/// Chooses by the settings and by what the data are; `end` is the token that ends a turn.
 ///
 /// # Errors
 /// [`Exit::Usage`] where the logprobs are not those of the answers, or do not allow what the settings
 /// want; not with `force`.
-pub fn choose(settings: &Loss, report: &Report, force: bool) -> Result<Choice> {
+pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -> Result<Choice> {
     let of = |divergence| term(settings, divergence, default_weight(divergence));
     let terms = Divergence::of(settings).map(|both| both.map(of));
-    let mut choice = Choice { terms, note: None };
+    let is_listed = !report.misses_ends();
+    let mut choice = Choice {
+        terms,
+        end: end.map(|token| End { token, is_listed }),
+        note: None,
+    };
     let Some([of_any, of_exact]) = terms else {
         return Ok(choice);
     };
@@ -191,6 +198,7 @@ pub fn dense(settings: &Loss) -> Choice {
             };
             [term(settings, divergence, default); 2]
         }),
+        end: None,
         note,
     }
 }

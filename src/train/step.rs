@@ -3,10 +3,11 @@
 use anyhow::{Result, bail};
 
 use super::loss::divergence::Divergence;
-use super::loss::{End, SoftTerm, Weights};
+use super::loss::{SoftTerm, Weights};
 use super::metrics::Sums;
 use super::objective::{self, Models};
 use super::optimizer::Optimizer;
+use super::soft_labels::Choice;
 use super::student::Student;
 use crate::config::{Config, Train};
 use crate::data::batch::{Batch, micro_batches};
@@ -70,11 +71,11 @@ pub struct Taken {
 }
 
 impl Stepper {
-    /// For `model`, with `terms` of [`soft_labels`](super::soft_labels) and the token that ends a turn, and with
-    /// `on_policy` for what the student writes itself.
+    /// For `model`, with `soft_labels` as chosen for the data, and with `on_policy` for what the student writes
+    /// itself.
     pub fn new(
         config: &Config,
-        (terms, end): (Option<[SoftTerm; 2]>, Option<End>),
+        soft_labels: &Choice,
         on_policy: Option<[Divergence; 2]>,
         model: &Model,
     ) -> Self {
@@ -82,10 +83,12 @@ impl Stepper {
         Self {
             settings: config.train.clone(),
             weights: Weights {
-                soft: terms.unwrap_or(plain.soft),
-                alm: terms.map_or(0.0, |_| config.loss.alm_weight as f32),
+                soft: soft_labels.terms.unwrap_or(plain.soft),
+                alm: soft_labels
+                    .terms
+                    .map_or(0.0, |_| config.loss.alm_weight as f32),
                 label_smoothing: config.loss.label_smoothing as f32,
-                end,
+                end: soft_labels.end,
                 // Each step sets its own.
                 scale: 1.0,
             },

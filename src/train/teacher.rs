@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use super::optimizer::Optimizer;
+use super::soft_labels::Choice;
 use super::step::{Lesson, Stepper, Taken};
 use super::student::{self, Student};
 use super::{card, device};
@@ -59,7 +60,7 @@ impl Teacher {
             Ok(Training {
                 optimizer: Optimizer::new(&learner, &no_decay)?,
                 rate: config.teacher.cotrain_rate,
-                stepper: Stepper::new(config, (None, None), None, &learner.model),
+                stepper: Stepper::new(config, &Choice::default(), None, &learner.model),
             })
         });
         Ok(Some(Self {

@@ -13,6 +13,7 @@ use super::pieces::Pieces;
 use super::source::{self, Source};
 use super::token_bytes::{TokenBytes, has_part};
 use super::{ChatTemplate, Tokenizer};
+use crate::cache::control::names_control;
 use crate::data::chat_template::{TOKEN_VARIABLES, with_arguments};
 use crate::exit::Exit;
 use crate::ops::process;
@@ -141,13 +142,6 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         tokenizer.stop_ids.push(end);
     }
     Ok(tokenizer)
-}
-
-/// Is this a name as control tokens of a vocabulary have, that nobody lists among the added tokens?
-fn names_control(name: &str) -> bool {
-    let is_between = |first, last| name.starts_with(first) && name.ends_with(last);
-    let is_byte = name.starts_with("<0x");
-    name.len() > 2 && !is_byte && (is_between('<', '>') || is_between('[', ']'))
 }
 
 /// Declares every control token special and adds those that only the other files name. Returns the

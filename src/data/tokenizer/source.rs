@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 use serde::de::value::MapDeserializer;
 use serde_json::value::RawValue;
@@ -25,10 +25,10 @@ pub struct Source {
     pub model: ModelWrapper,
 }
 
-/// What is used of the model's settings besides the model.
+/// Settings of the model that are used besides the model itself.
 const SETTINGS: [&str; 4] = ["type", "byte_fallback", "unk_token", "unk_id"];
 
-/// What a BPE model is made of. Its reader fails at others, which versions to come may write.
+/// Fields of a BPE model. Its reader fails at others, which versions to come may write.
 const OF_BPE: [&str; 9] = [
     "dropout",
     "unk_token",
@@ -60,6 +60,9 @@ impl Source {
         let mut fields = fields(text)?;
         let model = fields.remove("model").context("it has no model")?;
         let mut json = values(&fields, |_| true)?;
+        if !matches!(json["added_tokens"], Value::Null | Value::Array(_)) {
+            bail!("its added_tokens are no list");
+        }
         let fields = self::fields(model.get()).context("in its model")?;
         json["model"] = values(&fields, |name| SETTINGS.contains(&name))?;
         let mut model = if json["model"]["type"] == "BPE" {
@@ -117,9 +120,12 @@ pub fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tokenizer>
 
 /// The fields of an object. Of several with one name, the last.
 fn fields(text: &str) -> Result<Fields<'_>> {
-    serde_json::from_str(text).map_err(|error| match error.is_data() {
-        true => anyhow!("it is no object of JSON"),
-        false => anyhow!(error).context("it is no valid JSON"),
+    serde_json::from_str(text).map_err(|error| {
+        if error.is_data() {
+            anyhow!("it is no object of JSON")
+        } else {
+            anyhow!(error).context("it is no valid JSON")
+        }
     })
 }
 

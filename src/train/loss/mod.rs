@@ -11,7 +11,7 @@ use std::fmt;
 use crate::ops::math;
 use divergence::{Divergence, Position, Term};
 
-/// What the teacher's distribution has besides the end of the turn never counts as less than this.
+/// The teacher's probabilities of all tokens but the end of the turn never count as less than this.
 const MIN_REST: f32 = 1e-6;
 
 /// Negative log-likelihoods never count as smaller than this, which bounds their ratio.

@@ -185,6 +185,22 @@ fn label_smoothing_is_cross_entropy_with_the_smoothed_distribution() {
 /// p over six tokens; 4 ends the turn.
 const WITH_END: [f32; 6] = [0.3, 0.2, 0.1, 0.1, 0.25, 0.05];
 const END: u32 = 4;
+/// It is not listed, unless an answer shows that it is.
+const UNLISTED: Option<End> = Some(End {
+    token: END,
+    is_listed: false,
+});
+/// Divergences that are flat where the distributions match.
+const SMOOTH: [Divergence; 8] = [
+    Divergence::Tail,
+    Divergence::Damped(1.0),
+    Divergence::Damped(0.35),
+    Divergence::Temperature(2.0),
+    Divergence::ReverseKl,
+    Divergence::Jsd(0.5),
+    Divergence::SkewKl(0.1),
+    Divergence::SkewReverseKl(0.1),
+];
 
 /// The loss of `label` after this teacher, which lists these tokens and nothing where the turn ends.
 fn without_ends(logits: &mut [f32], listed: &[u32], label: u32, weights: Weights) -> RowLoss {
@@ -206,16 +222,6 @@ fn without_ends(logits: &mut [f32], listed: &[u32], label: u32, weights: Weights
 
 #[test]
 fn unlisted_ends_leave_a_student_where_it_matches() {
-    let divergences = [
-        Divergence::Tail,
-        Divergence::Damped(1.0),
-        Divergence::Damped(0.35),
-        Divergence::Temperature(2.0),
-        Divergence::ReverseKl,
-        Divergence::Jsd(0.5),
-        Divergence::SkewKl(0.1),
-        Divergence::SkewReverseKl(0.1),
-    ];
     let mean = |listed: &[u32], weights: Weights| {
         let mut mean = [0.0; 6];
         for (label, p) in (0..).zip(WITH_END) {
@@ -227,7 +233,7 @@ fn unlisted_ends_leave_a_student_where_it_matches() {
         }
         mean.iter().fold(0.0f32, |most, g| most.max(g.abs()))
     };
-    for divergence in divergences {
+    for divergence in SMOOTH {
         for weight in [0.5, 1.0] {
             let weights = weights(weight, 0.0, divergence);
             for listed in [
@@ -238,10 +244,7 @@ fn unlisted_ends_leave_a_student_where_it_matches() {
             ] {
                 let biased = mean(listed, weights);
                 let weights = Weights {
-                    end: Some(End {
-                        token: END,
-                        is_listed: false,
-                    }),
+                    end: UNLISTED,
                     ..weights
                 };
                 let left = mean(listed, weights);
@@ -267,10 +270,7 @@ fn unlisted_ends_have_the_gradient_of_their_loss() {
         // With the end among them, its share does not depend on the student.
         for (label, listed) in [(0, [0, 1, 4]), (3, [0, 4, 2]), (5, [4, 1, 2])] {
             let weights = Weights {
-                end: Some(End {
-                    token: END,
-                    is_listed: false,
-                }),
+                end: UNLISTED,
                 ..weights(0.7, 0.1, divergence)
             };
             let loss =
@@ -321,33 +321,22 @@ fn an_answer_shows_whether_its_ends_are_listed() {
 
 #[test]
 fn nothing_but_an_unlisted_end_among_the_top_k_is_no_reason_to_break() {
-    for divergence in [
-        Divergence::Tail,
-        Divergence::Damped(0.35),
-        Divergence::Temperature(2.0),
-        Divergence::ReverseKl,
-        Divergence::Jsd(0.5),
-        Divergence::SkewKl(0.1),
-        Divergence::SkewReverseKl(0.1),
+    let others = [
         Divergence::Tvd,
         Divergence::Renormalize,
         Divergence::RenormalizeBoth,
-    ] {
+    ];
+    for divergence in SMOOTH.into_iter().chain(others) {
         let mut logits = STUDENT;
         let target = Row {
             label: 2,
             soft_ids: &[END],
             soft_logprobs: &[-0.7],
             drawn: Some(f32::NEG_INFINITY),
-            lists_end: Some(false),
             ..Row::default()
         };
-        let end = Some(End {
-            token: END,
-            is_listed: true,
-        });
         let weights = Weights {
-            end,
+            end: UNLISTED,
             ..weights(0.9, 0.0, divergence)
         };
         let loss = row(&mut logits, target, weights);

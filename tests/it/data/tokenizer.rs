@@ -383,7 +383,7 @@ fn a_tokenizer_larger_than_the_embeddings_is_refused() {
     );
 }
 
-/// What a text makes of the file `tokenizer.json` of the fixture.
+/// Changes the text of the fixture's `tokenizer.json`.
 type Change = fn(String) -> String;
 
 #[test]
@@ -424,7 +424,16 @@ fn tokenizers_of_other_versions_load_and_damaged_ones_say_where() {
         let tokenizer = loaded(change).unwrap_or_else(|error| panic!("{name}: {error:#}"));
         assert_eq!(tokenizer.encode_text(text).unwrap(), expected, "{name}");
     }
-    let refused: [(&str, Change); 6] = [
+    let refused: [(&str, Change); 7] = [
+        ("added_tokens are no list", |text| {
+            let start = text.find(r#""added_tokens":["#).unwrap();
+            let end = start + text[start..].find(']').unwrap();
+            format!(
+                "{}\"added_tokens\":{{}}{}",
+                &text[..start],
+                &text[end + 1..]
+            )
+        }),
         ("no valid JSON", |text| text[..text.len() / 2].to_owned()),
         ("no object", |_| "[1]".into()),
         ("in its model", |text| {
