@@ -165,7 +165,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     drop(reading);
     let soft_labels = match parts.teacher {
         Some(_) => soft_labels::dense(&config.loss),
-        None => soft_labels::choose(&config.loss, &data.report, tokenizer.end_of_turn(), force)?,
+        None => soft_labels::choose(&config.loss, &data.report, tokenizer.end_of_answer(), force)?,
     };
     let (train, validation) = (data.train(), data.validation());
     let has_labels = || {
@@ -200,7 +200,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         first_step,
     ));
     progress.note(&sanitise(&data.report.to_string()));
-    if let Some(note) = &soft_labels.note {
+    for note in &soft_labels.notes {
         progress.note(note);
     }
     let (began, began_tokens) = (Instant::now(), tokens);

@@ -20,10 +20,10 @@ pub struct Choice {
     /// The second is for answers that were sampled from the very distribution that their logprobs tell. None:
     /// cross-entropy alone.
     pub terms: Option<[SoftTerm; 2]>,
-    /// The end of a turn; None where the soft labels tell of it as of any token.
+    /// The token that ends an answer; None where the soft labels tell of it as of any token.
     pub end: Option<End>,
-    /// What the user may want to know of it.
-    pub note: Option<String>,
+    /// Sentences for the user.
+    pub notes: Vec<String>,
 }
 
 /// Checks that soft labels of a cache can be mapped to the tokens of `tokenizer`.
@@ -62,7 +62,7 @@ fn term(settings: &Loss, divergence: Divergence, default_weight: f32) -> SoftTer
     }
 }
 
-/// Chooses by the settings and by what the data are; `end` is the token that ends a turn.
+/// Chooses by the settings and by what the data are; `end` is the token that ends an answer.
 ///
 /// # Errors
 /// [`Exit::Usage`] where the logprobs are not those of the answers, or do not allow what the settings
@@ -74,7 +74,7 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
     let mut choice = Choice {
         terms,
         end: end.map(|token| End { token, is_listed }),
-        note: None,
+        notes: Vec::new(),
     };
     let Some([of_any, of_exact]) = terms else {
         return Ok(choice);
@@ -101,10 +101,18 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
     }
     if report.soft_positions == 0 {
         let name = settings.kd.name();
-        choice.note = Some(format!(
+        choice.notes.push(format!(
             "loss.kd = \"{name}\": no answer has soft labels, so all train on cross-entropy alone"
         ));
         return Ok(choice);
+    }
+    if report.ends_listed < report.ends {
+        choice.notes.push(format!(
+            "{} of {} ends of answers are not in the logprobs: they train on cross-entropy, and the soft labels of \
+             these answers do not say how likely an end is elsewhere",
+            format_count(report.ends - report.ends_listed),
+            format_count(report.ends)
+        ));
     }
     if let Some(broken) = report.gate.broken() {
         refuse(format!(
@@ -121,7 +129,7 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
     match settings.kd {
         Kd::Auto if too_sharp => {
             choice.terms = Some([of_any; 2]);
-            choice.note = Some(format!(
+            choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since the answers were sampled more sharply than their \
                  logprobs tell: {}",
                 told(&report.gate.exact)
@@ -129,24 +137,24 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
         }
         Kd::Auto if misses_tail => {
             choice.terms = Some([of_any; 2]);
-            choice.note = Some(format!(
+            choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since tokens outside the top-k are missing: {}",
                 tail_of(&report.gate.in_top_k)
             ));
         }
         Kd::Auto if exact == 0 => {
-            choice.note = Some(format!(
+            choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since no answer was sampled as its logprobs tell (temperature 1, nothing \
                  cut off)"
             ));
         }
         Kd::Auto if exact == all => {
-            choice.note = Some(format!(
+            choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_exact}, since all answers were sampled as their logprobs tell"
             ));
         }
         Kd::Auto => {
-            choice.note = Some(format!(
+            choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_exact} for the {} answers that were sampled as their logprobs tell; \
                  {of_any} for the other {}",
                 format_count(exact),
@@ -199,7 +207,7 @@ pub fn dense(settings: &Loss) -> Choice {
             [term(settings, divergence, default); 2]
         }),
         end: None,
-        note,
+        notes: note.into_iter().collect(),
     }
 }
 

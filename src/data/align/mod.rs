@@ -77,7 +77,7 @@ impl<'a> Mapper<'a> {
     }
 
     /// Soft labels for `student`, the N tokens that spell the part `kept` of the answer's bytes,
-    /// possibly after text of the template, and possibly with the token that ends the turn. `asked` is the
+    /// possibly after text of the template, and possibly with the token that ends the answer. `asked` is the
     /// `top_logprobs` of the request.
     ///
     /// # Errors
@@ -102,12 +102,8 @@ impl<'a> Mapper<'a> {
         let (units, teacher) =
             teacher_units(teacher, answer, &kept, is_stop).ok_or(Mismatch::Teacher)?;
         let teacher = teacher.as_ref();
-        let is_end = |id| self.tokenizer.is_special(id) && self.tokenizer.stop_ids().contains(&id);
-        let (end, text) = match student.split_last() {
-            Some((last, text)) if is_end(*last) => (Some(*last), text),
-            _ => (None, student),
-        };
-        let student_ends = self.student_ends(text, answer, kept.clone())?;
+        let (end, student_ends) = self.ends(student, answer, kept.clone())?;
+        let text = &student[..student_ends.len()];
         // What the template cut off, and the white space that it put in its place, has no partner.
         let skipped = units.partition_point(|unit| unit.end <= kept.start);
         let teacher_ends: Vec<usize> = units.iter().map(|unit| unit.end).collect();
@@ -313,6 +309,27 @@ impl<'a> Mapper<'a> {
             let bytes = self.tokenizer.token_bytes(label).unwrap_or_default();
             to.classes.count(bytes, *best == label);
         }
+    }
+
+    /// The token that ends the answer, if one does, and what [`Self::student_ends`] says of the others.
+    fn ends(
+        &self,
+        student: &[u32],
+        answer: &[u8],
+        kept: Range<usize>,
+    ) -> Result<(Option<u32>, Vec<usize>), Mismatch> {
+        let Some((&last, text)) = student.split_last() else {
+            return Ok((None, self.student_ends(student, answer, kept)?));
+        };
+        if self.tokenizer.is_special(last) && self.tokenizer.stop_ids().contains(&last) {
+            return Ok((Some(last), self.student_ends(text, answer, kept)?));
+        }
+        let all = self.student_ends(student, answer, kept.clone());
+        // Text of the template before the end of the turn.
+        if all.is_err() && Some(last) == self.tokenizer.end_of_answer() {
+            return Ok((Some(last), self.student_ends(text, answer, kept)?));
+        }
+        Ok((None, all?))
     }
 
     /// Gate 2: checks that the student's bytes end with the answer's; template text may precede them. Returns

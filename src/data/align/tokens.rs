@@ -29,7 +29,7 @@ impl<'a> Tokens<'a> {
 
     /// The student token for a teacher token that is spelled `bytes`: that with the same bytes, or
     /// else the first of their encoding, an event that they imply. A control token is that of the same name, and
-    /// one that ends a turn is that which ends the student's. None for other control tokens, for what holds the
+    /// one that ends a turn is that by which the student ends its answer. None for other control tokens, for what holds the
     /// replacement character, and for what the student cannot spell.
     pub fn id_of(&mut self, bytes: &[u8]) -> Option<u32> {
         let tokenizer = self.tokenizer;
@@ -85,8 +85,12 @@ fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
         return tokenizer.first_id_of(bytes);
     }
     let name = std::str::from_utf8(bytes).ok()?;
-    let of_turn = || tokenizer.end_of_turn().filter(|_| names_end(name));
-    tokenizer.id_of_control(name).or_else(of_turn)
+    let own = tokenizer.id_of_control(name);
+    if own == tokenizer.end_of_turn() || own.is_none() && names_end(name) {
+        tokenizer.end_of_answer()
+    } else {
+        own
+    }
 }
 
 /// Is this the name of a token that ends a turn, of the student's tokenizer or of another one?

@@ -438,12 +438,8 @@ impl<'a> Preparing<'a> {
         if content[kept.clone()].trim().is_empty() {
             return Err(EMPTY.into());
         }
-        // A token that ends the turn directly after the text is the teacher's choice, too.
-        let of_teacher = if end == last.tokens.end + 1 {
-            end
-        } else {
-            last.tokens.end
-        };
+        // The token that ends the answer is the teacher's choice, too; what the template writes behind it is not.
+        let of_teacher = end.min(last.tokens.end + 1);
         let aligned = match &row.logprobs {
             None => Err(report::NO_LOGPROBS.into()),
             Some(logprobs) => self

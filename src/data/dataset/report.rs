@@ -216,15 +216,6 @@ impl fmt::Display for Report {
                 self.without_end, self.answers
             )?;
         }
-        if self.ends_listed < self.ends {
-            write!(
-                f,
-                "\n{} of {} ends of answers are not in the logprobs: they train on cross-entropy, and the soft labels \
-                 of these answers do not say how likely an end is elsewhere",
-                self.ends - self.ends_listed,
-                self.ends
-            )?;
-        }
         if self.positions_over_one > 0 {
             write!(
                 f,

@@ -35,7 +35,7 @@ use shard::{Bytes, Shard};
 pub use writer::{Entry, Part, Sink, Writer};
 
 /// Of the files, and of how records become examples: raise it where either changes.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 const INDEX: &str = "index.json";
 const ORDER: &str = "order.safetensors";

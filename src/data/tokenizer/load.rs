@@ -126,7 +126,7 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         unknown,
         bytes,
         stop_ids,
-        end_of_turn: None,
+        end_of_turn: Box::default(),
         vocab_size,
         template,
         fingerprint,
@@ -135,8 +135,8 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         template_args: arguments.clone(),
     };
     // The eos token of a base model may differ from the end of turn in its template.
-    tokenizer.end_of_turn = tokenizer.find_end_of_turn();
-    if let Some(end) = tokenizer.end_of_turn
+    tokenizer.end_of_turn = tokenizer.find_end_of_turn().unwrap_or_default();
+    if let Some(end) = tokenizer.end_of_turn()
         && !tokenizer.stop_ids.contains(&end)
     {
         tokenizer.stop_ids.push(end);

@@ -55,7 +55,8 @@ pub struct Tokenizer {
     unknown: Option<u32>,
     bytes: TokenBytes,
     stop_ids: Vec<u32>,
-    end_of_turn: Option<u32>,
+    /// See [`Self::find_end_of_turn`]. Empty if the template ends no turn.
+    end_of_turn: Box<[u32]>,
     vocab_size: usize,
     template: Option<ChatTemplate>,
     fingerprint: blake3::Hash,
@@ -120,8 +121,9 @@ impl Tokenizer {
         &self.dir
     }
 
-    /// End-of-turn token of the chat template: the control token after an answer.
-    fn find_end_of_turn(&mut self) -> Option<u32> {
+    /// Tokens with which the chat template ends a turn: text that it writes behind an answer, if any, and the first
+    /// token that ends answers, or else the first control token.
+    fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.
         self.set_date(Date::Fixed(DateTime::constant(2000, 1, 1, 0, 0, 0, 0)));
@@ -129,10 +131,12 @@ impl Tokenizer {
         let conversation = self.last_answer(&messages);
         self.template = Some(template);
         let conversation = conversation.ok()?;
-        let answer = conversation.answers.last()?;
-        let is_ended = answer.supervised.end > answer.tokens.end;
-        let last = conversation.ids.get(answer.supervised.end - 1)?;
-        is_ended.then_some(*last)
+        let behind = &conversation.ids[conversation.answers.last()?.tokens.end..];
+        let is_control = |id: &u32| self.is_special(*id);
+        let is_end = |id: &u32| is_control(id) && self.stop_ids.contains(id);
+        let end = behind.iter().position(is_end);
+        let end = end.or_else(|| behind.iter().position(is_control))?;
+        Some(behind[..=end].into())
     }
 
     /// Ids of a text, without anything in front or behind. The names of control tokens are text.
@@ -327,7 +331,13 @@ impl Tokenizer {
 
     /// The one that ends an answer in the chat template.
     pub fn end_of_turn(&self) -> Option<u32> {
-        self.end_of_turn
+        self.end_of_turn.last().copied()
+    }
+
+    /// The token by which a model decides to end its answer: that of the end of turn, or of the text that the
+    /// template writes before it, as Llama 2's writes a space.
+    pub fn end_of_answer(&self) -> Option<u32> {
+        self.end_of_turn.first().copied()
     }
 
     /// Checks that a model with so many rows of embeddings has one for each token.

@@ -9,7 +9,8 @@ use super::{Place, Tokenizer, added};
 use crate::data::chat_template::{Span, answer_start};
 use crate::prompt::Message;
 
-/// Bytes beside a cut that matter to it: more than a token has.
+/// Bytes behind a cut that matter to it: more than a token has. Before it, all do: runs of one character are tokens
+/// by their length.
 const NEAR: usize = 64;
 
 /// A conversation being encoded.
@@ -80,7 +81,7 @@ impl<'a> Writer<'a> {
             .map_or(following.len(), |found| found.0.start);
         let following = first_bytes(&following[..next_control]);
         Ok(self.may_cut(&self.run, self.place, first_bytes(answer))?
-            && self.may_cut(last_bytes(answer), Place::AfterText, following)?)
+            && self.may_cut(answer, Place::AfterText, following)?)
     }
 
     /// Are the tokens of two texts those of both together?
@@ -98,10 +99,7 @@ impl<'a> Writer<'a> {
     pub fn template(&mut self, text: &str) -> Result<()> {
         let controls = control_tokens(self.tokenizer, text);
         let is_stop = |id: u32| self.tokenizer.stop_ids().contains(&id);
-        let end_of_turn = controls
-            .iter()
-            .position(|&(_, id)| is_stop(id))
-            .unwrap_or(0);
+        let end_of_turn = controls.iter().position(|&(_, id)| is_stop(id));
         let mut at = 0;
         for (number, (range, id)) in controls.into_iter().enumerate() {
             self.run.push_str(&text[at..range.start]);
@@ -109,7 +107,7 @@ impl<'a> Writer<'a> {
             self.done.ids.push(id);
             self.place = Place::AfterControl;
             at = range.end;
-            if self.open && number == end_of_turn {
+            if self.open && Some(number) == end_of_turn {
                 self.open = false;
                 if let Some(answer) = self.done.answers.last_mut() {
                     answer.supervised.end = self.done.ids.len();
@@ -164,15 +162,6 @@ fn first_bytes(text: &str) -> &str {
     let ends = (0..=NEAR.min(text.len())).rev();
     ends.into_iter()
         .find_map(|end| text.get(..end))
-        .unwrap_or_default()
-}
-
-/// The same for its end.
-fn last_bytes(text: &str) -> &str {
-    let starts = text.len().saturating_sub(NEAR)..=text.len();
-    starts
-        .into_iter()
-        .find_map(|start| text.get(start..))
         .unwrap_or_default()
 }
 

@@ -41,13 +41,13 @@ pub struct Weights {
     pub label_smoothing: f32,
     /// The weight of the likelihoods of chunks.
     pub alm: f32,
-    /// The end of a turn; None where it is a token like others.
+    /// The end of an answer; None where it is a token like others.
     pub end: Option<End>,
     /// 1 / N, with N the supervised positions of the step.
     pub scale: f32,
 }
 
-/// The token that ends a turn.
+/// The token by which a model ends its answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct End {
     pub token: u32,
