@@ -16,7 +16,7 @@ Exit status:
   3    done, and some rows failed: see failures.jsonl
   4    stopped by the budget, a window, a limit or an outage; run the same command to resume
   5    a cache or a checkpoint is damaged, and going on could lose data
-  129, 130, 143  stopped by a hang-up, Ctrl-C or SIGTERM; run the same command to resume";
+  129, 130, 143  stopped by a hang-up, Ctrl-C or SIGTERM; run the same command to resume, `train` with --resume";
 
 /// Distill a hosted model into a small one that you own
 ///

@@ -200,7 +200,11 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         first_step,
     ));
     progress.note(&sanitise(&data.report.to_string()));
-    for note in &soft_labels.notes {
+    for note in soft_labels
+        .notes
+        .iter()
+        .chain(&schedule::note(settings, total))
+    {
         progress.note(note);
     }
     let (began, began_tokens) = (Instant::now(), tokens);

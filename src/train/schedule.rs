@@ -23,6 +23,17 @@ pub fn learning_rate(train: &Train, step: u64, total: u64) -> f64 {
     peak * (floor + (1.0 - floor) * left)
 }
 
+/// A sentence for the user where the warmup leaves no step at the full rate.
+pub fn note(train: &Train, total: u64) -> Option<String> {
+    (train.warmup_steps >= total).then(|| {
+        format!(
+            "train.warmup_steps = {} is not less than the {total} steps of this run: the learning rate rises up to the \
+             last of them",
+            train.warmup_steps
+        )
+    })
+}
+
 /// Warmup-stable-decay (Hu et al., arXiv 2404.06395): the full rate, and over the last
 /// `decay_share` of the steps in a straight line to the floor.
 fn decayed(train: &Train, step: u64, total: u64) -> f64 {

@@ -150,7 +150,7 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
         }
         Kd::Auto if exact == all => {
             choice.notes.push(format!(
-                "loss.kd = \"auto\": {of_exact}, since all answers were sampled as their logprobs tell"
+                "loss.kd = \"auto\": {of_exact}, since all answers were sampled at temperature 1, with nothing cut off"
             ));
         }
         Kd::Auto => {
@@ -184,12 +184,20 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
     Ok(choice)
 }
 
+/// Is this the full KL divergence where nothing of the teacher's distribution is missing?
+fn is_full(divergence: Divergence) -> bool {
+    matches!(
+        divergence,
+        Divergence::Tail
+            | Divergence::Damped(_)
+            | Divergence::Renormalize
+            | Divergence::RenormalizeBoth
+    )
+}
+
 /// Chooses for a teacher on this machine, of whose distributions nothing is missing.
 pub fn dense(settings: &Loss) -> Choice {
-    let full = matches!(
-        settings.kd,
-        Kd::Auto | Kd::Tail | Kd::Unbiased | Kd::Damped | Kd::Renormalize | Kd::RenormalizeBoth
-    );
+    let full = Divergence::of(settings).is_some_and(|[divergence, _]| is_full(divergence));
     let note = full.then(|| {
         format!(
             "loss.kd = \"{}\" is the full KL divergence with teacher.local",
@@ -220,6 +228,7 @@ impl Choice {
         };
         let others = report.with_soft_labels - report.exact;
         let terms = match (report.exact, others) {
+            _ if is_dense && is_full(of_any.divergence) => format!("KL, weight {}", of_any.weight),
             _ if of_any == of_exact => of_any.to_string(),
             (_, 0) => of_exact.to_string(),
             (0, _) => of_any.to_string(),

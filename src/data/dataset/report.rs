@@ -192,8 +192,8 @@ impl fmt::Display for Report {
         if self.split > 0 {
             write!(
                 f,
-                "\n{} answers inside conversations became separate examples: their prefix there differs from \
-                 the generation prompt",
+                "\n{} answers inside conversations became separate examples: rendered there, they are not what a model \
+                 writes behind its generation prompt",
                 self.split
             )?;
         }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use jiff::civil::DateTime;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::cache::record::{Record, Status};
 use crate::cache::view::{LogprobsView, RecordView};
@@ -204,48 +204,52 @@ fn messages_of_request(request: &Value) -> Option<Vec<Message>> {
 struct Line {
     id: Option<Value>,
     messages: Vec<Turn>,
-    tools: Option<Value>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
-/// A message with the fields that would change how it is trained.
+/// A message with its other fields.
 #[derive(Deserialize)]
 struct Turn {
     #[serde(flatten)]
     message: Message,
-    tool_calls: Option<Value>,
-    reasoning_content: Option<Value>,
-    reasoning: Option<Value>,
-    weight: Option<f64>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
-impl Line {
-    /// Refuses what is not supported, rather than training on something else.
-    fn check(&self) -> Result<()> {
-        let is_set = |value: &Option<Value>| {
-            let value = value.as_ref();
-            value.is_some_and(|value| !(value.is_null() || *value == "" || *value == json!([])))
-        };
-        if is_set(&self.tools) {
-            bail!("`tools` are not supported: render them into the text of a message");
+/// Fields of rows and messages that would change how these are trained, as programs and servers name them.
+const TOOLS: [&str; 4] = ["tools", "functions", "tool_calls", "function_call"];
+/// Of messages alone: a row may say so that it has some.
+const REASONING: [&str; 5] = [
+    "reasoning_content",
+    "reasoning",
+    "reasoning_details",
+    "thinking",
+    "thought",
+];
+
+/// Refuses fields that are not supported, rather than training on something else.
+fn check(fields: &Map<String, Value>, is_message: bool) -> Result<()> {
+    let is_set = |value: &Value| !(value.is_null() || *value == "" || *value == json!([]));
+    for (name, _) in fields.iter().filter(|(_, value)| is_set(value)) {
+        if TOOLS.contains(&name.as_str()) {
+            bail!("`{name}` is not supported: render it into the text of a message");
         }
-        for turn in &self.messages {
-            if is_set(&turn.tool_calls) {
-                bail!("`tool_calls` are not supported: render them into the text of the message");
-            }
-            if is_set(&turn.reasoning_content) || is_set(&turn.reasoning) {
-                bail!(
-                    "reasoning in a field of its own is not supported: put it at the beginning of `content`, between \
-                     <think> and </think>"
-                );
-            }
-            if turn.weight.is_some_and(|weight| weight != 1.0) {
-                bail!(
-                    "`weight` other than 1 is not supported: leave the answer out, or cut the conversation"
-                );
-            }
+        if is_message && REASONING.contains(&name.as_str()) {
+            bail!(
+                "`{name}` is not supported: put reasoning at the beginning of `content`, between <think> and </think>"
+            );
         }
-        Ok(())
     }
+    if fields
+        .get("weight")
+        .is_some_and(|weight| is_set(weight) && weight.as_f64() != Some(1.0))
+    {
+        bail!(
+            "`weight` other than 1 is not supported: leave the answer out, or cut the conversation"
+        );
+    }
+    Ok(())
 }
 
 /// Line `number`, from 1, of a JSONL file of `{"messages": [{"role", "content"}, ...]}`.
@@ -255,11 +259,16 @@ impl Line {
 pub fn of_line(line: &str, number: u64, settings: &config::Data) -> Result<Row<'static>> {
     let line: Line = serde_json::from_str(line)
         .context(r#"expected {"messages": [{"role": "...", "content": "..."}, ...]}"#)?;
-    line.check()?;
+    check(&line.others, false)?;
+    for turn in &line.messages {
+        check(&turn.others, true)?;
+    }
     let messages = line.messages.into_iter().map(|turn| turn.message);
     let mut messages: Vec<Message> = messages.collect();
     let last = messages.iter().rposition(|m| m.role == "assistant");
     let last = last.context("the conversation has no message of the role `assistant`")?;
+    // Nothing is learnt from what follows, and some templates render the answer in another way before it.
+    messages.truncate(last + 1);
     drop_thinking(&mut messages, settings);
     let prompt_id = match line.id {
         Some(Value::String(id)) => id,

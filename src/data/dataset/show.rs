@@ -96,15 +96,19 @@ pub fn show(
             };
             let base = name.split(':').next().unwrap_or(name);
             let is_asked = is_named(name, prompt_id) || is_named(base, prompt_id);
-            if !is_asked || shown.len() >= limit {
+            // Its other answers may be asked for.
+            let is_of_asked = id.is_some_and(|id| id.split(':').next() == Some(base));
+            if !(is_asked || is_of_asked) || shown.len() >= limit {
                 continue;
             }
             match row.and_then(|row| preparing.ready(row)) {
                 Ok((row, ready)) => {
                     rows.extend(ready.separate.iter().map(|at| Ok(row.up_to(*at))));
-                    shown.push(shown_of(row, ready, tokenizer));
+                    if is_asked {
+                        shown.push(shown_of(row, ready, tokenizer));
+                    }
                 }
-                Err(row) if id.is_some() => shown.push(left_out(*row)),
+                Err(row) if id.is_some() && is_asked => shown.push(left_out(*row)),
                 Err(row) => *skipped.entry(row.reason).or_default() += 1,
             }
         }

@@ -12,9 +12,10 @@ use distill::prompt::Message;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::align::same_tokenizer;
+use super::align::{align, logprobs, same_tokenizer};
 use super::dataset::{load, record, write_cache};
 use super::{ask, folder, message};
+use crate::tiny;
 
 /// Like Qwen 3's: an empty thinking block before the last answer.
 const EMPTY_BLOCK: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}";
@@ -281,6 +282,101 @@ fn answers_that_melt_into_the_template_become_separate_examples() {
         let (report, _) = examples(FOLLOWED, &[messages], |_| {});
         assert_eq!(report.split, separate, "{answer:?}");
     }
+}
+
+/// A run of one character is cut by its length.
+#[test]
+fn long_runs_before_the_template_are_seen_whole() {
+    const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let dir = tempfile::tempdir().unwrap();
+    tiny::write_tokenizer(dir.path(), 0..=255, &[("-", "-"), ("-", "Ċ")]);
+    let path = dir.path().join("tokenizer.json");
+    let source = std::fs::read_to_string(&path).unwrap();
+    let whole = source.replace(r#""use_regex":true"#, r#""use_regex":false"#);
+    assert_ne!(source, whole);
+    std::fs::write(&path, whole).unwrap();
+    std::fs::write(dir.path().join("chat_template.jinja"), TEMPLATE).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let dashes = |count: usize| {
+        let mut messages = ask("Hello", &"-".repeat(count));
+        messages.extend(ask("And now?", "Bye."));
+        messages
+    };
+    for (count, follows) in [(64, true), (65, false), (66, true), (129, false)] {
+        let messages = dashes(count);
+        let conversation = tokenizer.conversation(&messages).unwrap();
+        let start = conversation.answers[1].tokens.start;
+        let prompt = tokenizer.encode_prompt(&messages[..3]).unwrap();
+        assert_eq!(conversation.ids[..start], prompt, "{count}");
+        let first = &conversation.answers[0];
+        assert_eq!(first.follows_generation_prompt, follows, "{count}");
+    }
+}
+
+/// Templates such as Llama 2's write text between an answer and the end of its turn.
+#[test]
+fn an_answer_ends_where_the_template_begins_to_end_the_turn() {
+    const LATER: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let (_dir, tokenizer) = with_template(LATER);
+    let newline = tokenizer.encode_text("\n").unwrap()[0];
+    let end = tokenizer.id_of_control("<|im_end|>");
+    assert_eq!(
+        (tokenizer.end_of_answer(), tokenizer.end_of_turn()),
+        (Some(newline), end)
+    );
+    let letter = tokenizer.encode_text("T").unwrap()[0];
+    let listed = (
+        "<|im_end|>",
+        -0.5,
+        &[("<|im_end|>", Some(-0.5)), ("a", Some(-1.0))][..],
+    );
+    let text = ("T", -0.1, &[("T", Some(-0.1)), ("</s>", Some(-3.0))][..]);
+    let of = |rows: &[_]| align(&tokenizer, &logprobs(rows), "T", &[letter, newline]).unwrap();
+    let aligned = of(&[text, listed]);
+    assert_eq!(aligned.lists_end, Some(true));
+    assert_eq!(aligned.soft(0), (&[letter, newline][..], &[-0.1, -3.0][..]));
+    let other = tokenizer.encode_text("a").unwrap()[0];
+    assert_eq!(aligned.soft(1), (&[newline, other][..], &[-0.5, -1.0][..]));
+    assert_eq!(of(&[text]).lists_end, Some(false));
+    // The same token may be part of the answer.
+    let teacher = logprobs(&[("T", -0.1, &[]), ("\n", -0.1, &[]), listed]);
+    let aligned = align(&tokenizer, &teacher, "T\n", &[letter, newline, newline]).unwrap();
+    assert_eq!((aligned.len(), aligned.lists_end), (3, Some(true)));
+    let aligned = align(&tokenizer, &teacher, "T\n", &[letter, newline]).unwrap();
+    assert_eq!((aligned.len(), aligned.lists_end), (2, None));
+}
+
+/// What begins the next turn is no end, and would not stop a model.
+#[test]
+fn a_control_token_that_stops_nothing_ends_no_turn() {
+    const ENDLESS: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let mut messages = ask("Hello", "Hi.");
+    messages.extend(ask("And now?", "Bye."));
+    let (report, found) = examples(ENDLESS, &[messages], |_| {});
+    assert_eq!(found["1"], ["Hi.", "Bye."]);
+    assert_eq!((report.answers, report.without_end), (2, 2));
+}
+
+#[test]
+fn messages_after_the_last_answer_change_nothing() {
+    let answer = ask("Hello", "Hi.");
+    let mut followed = answer.clone();
+    followed.push(message("user", "And now?"));
+    let (_, found) = examples(EMPTY_BLOCK, &[answer, followed], |_| {});
+    assert_eq!(found["1"], ["<think>\n\n</think>\n\nHi.<|im_end|>"]);
+    assert_eq!(found["2"], found["1"]);
+}
+
+#[test]
+fn an_answer_of_thinking_alone_is_dropped_after_a_prompt_that_closed_it() {
+    const CLOSED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}";
+    let rows = [
+        ask("Who?", "<think>\nHm.\n</think>\n\n"),
+        ask("Who?", "Me."),
+    ];
+    let (report, found) = examples(CLOSED, &rows, |_| {});
+    assert_eq!(report.dropped["the answer is empty"], 1);
+    assert_eq!(found["2"], ["Me.<|im_end|>"]);
 }
 
 #[test]
@@ -564,21 +660,39 @@ fn rows_with_fields_that_are_not_supported_are_refused_by_name() {
     for (field, value) in [
         ("reasoning_content", json!("Hm.")),
         ("reasoning", json!("Hm.")),
+        ("reasoning_details", json!([{"text": "Hm."}])),
+        ("thinking", json!("Hm.")),
+        ("thought", json!("Hm.")),
         ("tool_calls", json!([{"id": "1"}])),
+        ("function_call", json!({"name": "f"})),
+        ("functions", json!([{"name": "f"}])),
+        ("tools", json!([{"type": "function"}])),
         ("weight", json!(0)),
     ] {
-        let mut answer = json!({"role": "assistant", "content": "Me."});
-        answer[field] = value;
-        let row = json!({"messages": [question, answer]});
-        std::fs::write(&source, row.to_string()).unwrap();
-        let error = format!("{:#}", load(&config, &tokenizer).unwrap_err());
-        assert!(
-            error.contains(":1: ") && error.contains("not supported"),
-            "{field}: {error}"
-        );
+        let is_reasoning = value.is_string() || field == "reasoning_details";
+        for is_of_row in [false, true] {
+            // Rows of some datasets say by such a field whether they have reasoning.
+            if is_of_row && is_reasoning {
+                continue;
+            }
+            let mut answer = json!({"role": "assistant", "content": "Me."});
+            let mut row = json!({"messages": []});
+            if is_of_row {
+                row[field] = value.clone();
+            } else {
+                answer[field] = value.clone();
+            }
+            row["messages"] = json!([question, answer]);
+            std::fs::write(&source, row.to_string()).unwrap();
+            let error = format!("{:#}", load(&config, &tokenizer).unwrap_err());
+            assert!(
+                error.contains(":1: ") && error.contains(field) && error.contains("not supported"),
+                "{field}: {error}"
+            );
+        }
     }
     let answer = json!({"role": "assistant", "content": "Me.", "weight": 1, "tool_calls": null});
-    let row = json!({"messages": [question, answer], "tools": [], "other": 1});
+    let row = json!({"messages": [question, answer], "tools": [], "other": 1, "reasoning": "off"});
     std::fs::write(&source, row.to_string()).unwrap();
     assert_eq!(load(&config, &tokenizer).unwrap().report.kept, 1);
 }
