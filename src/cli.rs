@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::harvest::Shard;
+use crate::plan::shard::Shard;
 
 /// As [`crate::exit::Exit`] decides.
 const EXIT_STATUS: &str = "\

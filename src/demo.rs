@@ -10,7 +10,8 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::config::load;
-use crate::evaluate::{self, Report};
+use crate::eval;
+use crate::eval::Report;
 use crate::fs;
 use crate::harvest::{self, HarvestOptions};
 use crate::serve::{self, ServeOptions, Server};
@@ -131,7 +132,7 @@ pub fn run(options: &Options, quiet: bool) -> Result<Outcome> {
         let start = if started { Start::Resume } else { Start::Ask };
         let options = train::Options {
             quiet,
-            selection: harvest::selection(&config)?,
+            selection: crate::plan::questions::selection(&config)?,
             ..start.into()
         };
         train::run(&config, options)?;
@@ -140,7 +141,11 @@ pub fn run(options: &Options, quiet: bool) -> Result<Outcome> {
     let names = STUDENTS.map(|(name, title, _)| (name, title));
     for (name, title) in [("teacher", "teacher")].into_iter().chain(names) {
         let config = command("eval", name)?;
-        let report = evaluate::run(&config, &|| harvest::selection(&config), quiet)?;
+        let report = eval::run(
+            &config,
+            &|| crate::plan::questions::selection(&config),
+            quiet,
+        )?;
         models.push(Evaluated {
             name: title.into(),
             bytes: weight_bytes(&report.model)?,

@@ -5,7 +5,7 @@
 //! Data flows one way, and each noun has one room:
 //!
 //! ```text
-//! prompts, templates --prompt--> Prompt --harvest::request--> request body --cache::question--> key
+//! prompts, templates --prompt--> Prompt --crate::client::request--> request body --cache::question--> key
 //!   --harvest (limiter, teacher, retry)--> answer --cache::record--> cache (append-only JSONL)
 //!   --data (chat template, tokenizer, align)--> prepared examples (mapped) --data::batch--> Batch
 //!   --model (a tape over ops)--> hidden states --train::loss, fused with the LM head--> gradients
@@ -28,7 +28,7 @@
 //! | [`train`] | THE loop, and what it needs: device, loss, a teacher on this machine, answers of the student's own, optimizer, schedule, checkpoints, metrics |
 //! | [`export`] | the cache in the formats of other trainers, one file per format |
 //! | [`evaluate`] | a model against the truth and against its teacher |
-//! | [`serve`] | the OpenAI dialect over a local model, or by a script that fails on purpose (`serve::mock`) |
+//! | [`serve`] | the OpenAI dialect over a local model, or by a script that fails on purpose (`crate::mock`) |
 //! | [`demo`] | the whole way, through the rooms above |
 //! | [`fs`], [`terminal`], [`log`], [`signal`], [`exit`] | files written whole; text for people; exit statuses |
 //!
@@ -40,29 +40,38 @@
 //!    clock, file, network or random number that is not an argument.
 //! 3. An acknowledged record is never changed or lost.
 //! 4. Every trainable parameter receives a gradient, and no sum depends on the number of threads.
-//! 5. The API key is exposed in one expression (`harvest::credentials`), and printed, logged, cached and
+//! 5. The API key is exposed in one expression (`crate::client::credentials`), and printed, logged, cached and
 //!    hashed nowhere.
 //! 6. Text that came from a model reaches a terminal only through [`terminal::sanitise`].
 //! 7. Waiting uses the monotonic clock; wall-clock time only stamps records, reads HTTP dates,
 //!    opens the window of the night, and is the date of chat templates outside training.
 //! 8. Files are written by [`fs`] and `cache::storage` alone.
 
+pub mod budget;
 pub mod cache;
 pub mod cli;
+pub mod client;
+pub mod clock;
 pub mod commands;
 pub mod config;
 pub mod data;
 pub mod demo;
-pub mod evaluate;
+pub mod eval;
 pub mod exit;
 pub mod export;
 pub mod fs;
 pub mod harvest;
 pub mod log;
+pub mod mock;
 pub mod model;
 pub mod ops;
+pub mod plan;
+pub mod probe;
 pub mod prompt;
+pub mod rate_limit;
+pub mod report;
 pub mod serve;
 pub mod signal;
 pub mod terminal;
+pub mod tokenizer;
 pub mod train;

@@ -14,7 +14,8 @@ use super::record::Usage;
 use super::recovery::Scan;
 use super::storage;
 use super::writer::{Cache, Sealed};
-use super::{OnProgress, conflicts_file, exists, refusal, size};
+use super::{conflicts_file, exists, refusal};
+use crate::cache::open::{OnProgress, size};
 use crate::config;
 use crate::exit::Exit;
 

@@ -18,17 +18,18 @@
 //! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
 //! lock's pid apart). An acknowledged record is never changed or lost.
 
+pub mod append_log;
 pub mod census;
-mod columns;
+pub mod columns;
+pub mod compressor;
 pub mod control;
 pub mod frames;
-mod index;
-mod journal;
+pub mod index;
 pub mod keys;
 pub mod line;
 pub mod lookup;
 pub mod merge;
-mod opening;
+pub mod open;
 pub mod place;
 pub mod question;
 pub mod reader;
@@ -36,17 +37,16 @@ pub mod record;
 pub mod recovery;
 pub mod repair;
 pub mod rewrite;
-mod seal;
 pub mod stats;
-mod storage;
-mod stored;
-mod sweep;
+pub mod storage;
+pub mod stored;
+pub mod verify_parallel;
 pub mod view;
-mod writer;
+pub mod writer;
 
 use std::path::{Path, PathBuf};
 
-pub use opening::{OnProgress, Peek, peek, size};
+pub use crate::cache::open::{OnProgress, Peek, peek, size};
 pub use reader::read;
 pub use storage::{Storage, Wrap, files};
 pub use writer::{Cache, Sealed};

@@ -8,7 +8,7 @@
 //! So two records of one question share the second half of their keys, whoever answered. An answer that was
 //! cut off at `max_tokens` has a key of its own: with a larger `max_tokens` the question is open again.
 
-mod template;
+pub mod template;
 
 use std::collections::BTreeSet;
 

@@ -8,15 +8,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::journal::Journal;
 use super::keys::{self, Fingerprint, Keys};
-use super::opening::{self, OnProgress};
 use super::place::{Change, Place};
 use super::question::Past;
 use super::record::Record;
-use super::seal::{self, Sealer};
 use super::storage::{self, Wrap};
 use super::{compressed_file, index, line, plain_file};
+use crate::cache::append_log::Journal;
+use crate::cache::compressor;
+use crate::cache::compressor::Sealer;
+use crate::cache::open;
+use crate::cache::open::OnProgress;
 use crate::config::{self, Compression, Durability};
 
 /// A group is synced when it has this many records ...
@@ -130,7 +132,7 @@ impl Cache {
     ) -> Result<Cache> {
         crate::fs::create_dir_all(dir)?;
         let lock = super::lock(dir)?;
-        let mut contents = opening::open(dir, &wrap, on_progress)?;
+        let mut contents = open::open(dir, &wrap, on_progress)?;
         let path = plain_file(dir);
         if contents.repeated > 0 {
             tracing::warn!(
@@ -150,7 +152,7 @@ impl Cache {
         let plain = wrap(storage::open_or_create(&path)?);
         let frames = compressed_file(dir);
         let frames = match std::fs::File::open(&frames) {
-            Ok(file) => Some((Place::of(&file, &frames)?, opening::length(&frames)?)),
+            Ok(file) => Some((Place::of(&file, &frames)?, open::length(&frames)?)),
             Err(error) if crate::fs::is_gone(&error) => None,
             Err(error) => {
                 let could_not = || format!("could not open {}", frames.display());
@@ -177,7 +179,7 @@ impl Cache {
             Durability::Batch => Some(start_timer(Arc::clone(&shared))?),
             Durability::Record | Durability::None => None,
         };
-        let sealer = sealer.map(|sealer| seal::start(Arc::clone(&shared), sealer));
+        let sealer = sealer.map(|sealer| compressor::start(Arc::clone(&shared), sealer));
         Ok(Cache {
             shared,
             durability: settings.durability,
@@ -316,7 +318,7 @@ impl Drop for Cache {
         // Where it cannot be written, the next run reads the cache whole.
         if state.journal.check().is_ok()
             && !state.is_untidy
-            && opening::size(&self.dir) >= WORTH_AN_INDEX
+            && open::size(&self.dir) >= WORTH_AN_INDEX
             && let Err(error) = index::save(
                 &self.dir,
                 &state.keys,

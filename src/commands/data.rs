@@ -7,12 +7,13 @@ use serde_json::json;
 
 use super::{load_config, print, print_json};
 use crate::cli::{DataArgs, DataCommand, Global, ShowDataArgs};
-use crate::data::dataset::{self, Shown, Token, by_reason};
+use crate::data::dataset;
+use crate::data::dataset::report::by_reason;
+use crate::data::dataset::show::{Shown, Token};
 use crate::data::groups::Difference;
-use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
-use crate::harvest;
 use crate::terminal::sanitise;
+use crate::tokenizer::Tokenizer;
 
 /// Version of what `--json` prints here.
 const VERSION: u32 = 1;
@@ -29,7 +30,7 @@ pub fn run(args: &DataArgs, global: &Global) -> Result<()> {
 fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
     let config = load_config(&args.config)?.config;
     let tokenizer = Tokenizer::for_student(&config.student)?;
-    let selection = harvest::selection(&config)?;
+    let selection = crate::plan::questions::selection(&config)?;
     let id = args.id.as_deref();
     // A prompt id may name several records.
     let limit = match (args.limit, id) {

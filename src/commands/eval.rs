@@ -3,14 +3,17 @@
 use anyhow::Result;
 
 use crate::cli::{EvalArgs, Global};
-use crate::evaluate;
-use crate::harvest;
+use crate::eval;
 use crate::terminal::{format_count, sanitise, table};
 
 /// Evaluates a model and prints what was found.
 pub fn run(args: &EvalArgs, global: &Global) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
-    let report = evaluate::run(&config, &|| harvest::selection(&config), global.json)?;
+    let report = eval::run(
+        &config,
+        &|| crate::plan::questions::selection(&config),
+        global.json,
+    )?;
     if global.json {
         return super::print_json(&report);
     }

@@ -6,16 +6,14 @@ use anyhow::{Result, bail};
 use serde_json::json;
 
 use super::{load_config, print, print_json};
-use crate::cache;
 use crate::cli::{CachePlace, ConfigFile, ExportArgs, ExportFormat, Global};
 use crate::config::{self, Groups};
-use crate::data::chat_template::Date;
 use crate::data::groups::Selection;
-use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::export::{self, Format, Report, Settings};
-use crate::harvest;
 use crate::terminal::{format_count, sanitise};
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat_template::Date;
 
 /// Version of what `--json` prints here.
 const VERSION: u32 = 1;
@@ -43,7 +41,7 @@ pub fn run(args: &ExportArgs, global: &Global) -> Result<()> {
         tokenizer: tokenizer.as_ref(),
         force: args.force,
     };
-    let records = cache::read(&folder)?;
+    let records = crate::cache::reader::read(&folder)?;
     let report = export::write(records, format, &args.out, &settings)?;
     if global.json {
         return print_json(&json!({
@@ -76,7 +74,7 @@ fn source(
         (Some(dir), _) => {
             let selection = match groups {
                 None | Some(Groups::All) => Selection::All,
-                Some(Groups::Named(names)) => harvest::named(dir, names)?,
+                Some(Groups::Named(names)) => crate::plan::questions::named(dir, names)?,
                 Some(Groups::Asked) => bail!(Exit::Usage(
                     "--groups asked needs the questions of a config: give -c FILE".into()
                 )),
@@ -92,7 +90,7 @@ fn source(
             if let Some(groups) = groups {
                 config.data.groups = groups;
             }
-            let selection = harvest::selection(&config)?;
+            let selection = crate::plan::questions::selection(&config)?;
             Ok((config.training_cache(), config.data, selection))
         }
         (None, None) => Err(Exit::Usage("give -c FILE or --dir DIR".into()).into()),

@@ -6,12 +6,13 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use crate::cli::{GenerateArgs, Global};
-use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::model::Model;
-use crate::model::generate::{Batcher, FinishReason, GenerateOptions, Sampling};
+use crate::model::batcher::{Batcher, FinishReason, GenerateOptions};
+use crate::model::sampling::Sampling;
 use crate::prompt::Message;
 use crate::terminal;
+use crate::tokenizer::Tokenizer;
 
 pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
     if args.temperature < 0.0 || !(0.0..=1.0).contains(&args.top_p) || args.max_tokens == 0 {

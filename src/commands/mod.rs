@@ -20,7 +20,8 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::cli::ConfigFile;
-use crate::config::{Loaded, load};
+use crate::config::load;
+use crate::config::load::Loaded;
 use crate::terminal::escape_unsafe;
 
 /// Reads the config that the flags name.

@@ -5,8 +5,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cli::{Global, ProbeArgs};
-use crate::harvest;
-use crate::harvest::endpoint::{self, Endpoint};
+use crate::probe::findings;
+use crate::probe::findings::Endpoint;
 use crate::terminal::{sanitise, table};
 
 /// Probes every endpoint of the config, prints what was found, and fails where the config asks for
@@ -14,14 +14,14 @@ use crate::terminal::{sanitise, table};
 pub fn run(args: &ProbeArgs, global: &Global) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    let endpoints = runtime.block_on(harvest::probe(&config))?;
+    let endpoints = runtime.block_on(crate::harvest::probe(&config))?;
     if global.json {
         super::print_json(&endpoints)?;
     } else {
         for endpoint in &endpoints.endpoints {
             super::print(&table(&rows(endpoint)))?;
         }
-        let file = endpoint::file(&config.run_dir);
+        let file = findings::file(&config.run_dir);
         super::print(&format!("kept in {}\n", file.display()))?;
     }
     for lane in config.lanes() {

@@ -10,7 +10,8 @@ use tokio::runtime::Builder;
 use super::{print, print_json};
 use crate::cli::{Global, ServeArgs};
 use crate::exit::Exit;
-use crate::serve::mock::{self, Script, Stats};
+use crate::mock::ledger::Stats;
+use crate::mock::script::Script;
 use crate::serve::{self, ServeOptions, Server};
 use crate::signal::Signals;
 use crate::terminal::{format_count, table};
@@ -52,7 +53,7 @@ fn run_model(model: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
 fn run_mock(script: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
     let script = Script::load(script)?;
     let model = script.model_name().to_string();
-    let server = mock::start(script, args.host, args.port)?;
+    let server = crate::mock::server::start(script, args.host, args.port)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
     // Before the announcement: a script that read it may send its signal at once.
     let mut signals = runtime.block_on(async { Signals::listen() })?;

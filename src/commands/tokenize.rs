@@ -7,10 +7,10 @@ use serde_json::json;
 
 use super::{print, print_json};
 use crate::cli::{Global, TokenizeArgs};
-use crate::data::dataset::text_of;
-use crate::data::tokenizer::Tokenizer;
+use crate::data::dataset::show::text_of;
 use crate::prompt::Message;
 use crate::terminal::{sanitise, table};
+use crate::tokenizer::Tokenizer;
 
 /// Version of what `--json` prints here.
 const VERSION: u32 = 1;

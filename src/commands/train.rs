@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::cli::{Global, TrainArgs};
-use crate::harvest::{self, Told};
+use crate::harvest::judge::Told;
 use crate::prompt::Prompt;
 use crate::signal::StopFlag;
 use crate::terminal::{format_count, format_dollars, sanitise, table};
@@ -21,11 +21,11 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
     };
     let options = Options {
         start,
-        selection: harvest::selection(&config)?,
+        selection: crate::plan::questions::selection(&config)?,
         force: args.force,
         quiet: global.json,
     };
-    let mut judge = harvest::Judge::of(&config, options.quiet)?.map(Asked);
+    let mut judge = crate::harvest::judge::Judge::of(&config, options.quiet)?.map(Asked);
     let asked = judge.as_mut().map(|judge| judge as &mut dyn Judge);
     let summary = train::run_judged(&config, options, asked)?;
     let told = judge.as_ref().map(|judge| judge.0.told());
@@ -79,7 +79,7 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
 }
 
 /// The endpoint of the config as the judge of what the student writes.
-struct Asked(harvest::Judge);
+struct Asked(crate::harvest::judge::Judge);
 
 impl Judge for Asked {
     fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {

@@ -7,9 +7,9 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::mistake::{describe, nearest, usage};
 use super::settings::Config;
 use super::validate::validate;
+use crate::config::error::{describe, nearest, usage};
 
 const PREFIX: &str = "DISTILL_";
 /// For who has lost the way.

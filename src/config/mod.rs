@@ -3,15 +3,15 @@
 //! Precedence: `--set section.key=value` > `DISTILL_SECTION_KEY` > the file > the default. Relative
 //! paths of the file are relative to its folder.
 
-mod data;
-mod harvest;
-mod load;
-pub(crate) mod mistake;
-mod redis_url;
-mod settings;
-mod student;
-mod teacher;
-mod validate;
+pub mod data;
+pub(crate) mod error;
+pub mod harvest;
+pub mod load;
+pub mod redis_url;
+pub mod settings;
+pub mod student;
+pub mod teacher;
+pub mod validate;
 
 pub use data::*;
 pub use harvest::*;

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::harvest::{Limits, Price, Sampling};
-use super::mistake::usage;
+use crate::config::error::usage;
 
 const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
 

@@ -4,11 +4,11 @@ use anyhow::Result;
 
 use super::data::Thinking;
 use super::harvest::Batch;
-use super::mistake::usage;
 use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
 use super::student::{Best, Init, JudgedBy, Kd, TemplateDate};
 use super::teacher::Lane;
+use crate::config::error::usage;
 
 fn check(holds: bool, message: &str) -> Result<()> {
     if holds {

@@ -5,8 +5,8 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::prepared::ExampleView;
 use crate::config;
+use crate::data::prepared::shard::ExampleView;
 
 /// B examples of T tokens in all, one after the other without padding. Attention stays inside a
 /// segment and positions start at 0 in each, so an example's result does not depend on its

@@ -32,10 +32,11 @@ use serde::Serialize;
 use super::{Report, Row, Rows, Settings, write_lines};
 use crate::cache::record::{Logprobs, Record, Timing};
 use crate::cache::view::LogprobsView;
-use crate::data::align::{self, is_stop};
-use crate::data::tokenizer::Tokenizer;
+use crate::data::align;
+use crate::data::align::tokens::is_stop;
 use crate::exit::Exit;
 use crate::prompt::Message;
+use crate::tokenizer::Tokenizer;
 
 /// The logprob of what fills up a position with fewer than k entries: small enough to weigh
 /// nothing, large enough for its exponential to be no zero in f32, whose logarithm is infinite.

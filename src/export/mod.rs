@@ -32,12 +32,12 @@ use serde::Serialize;
 
 use crate::cache::record::Record;
 use crate::config;
-use crate::data::dataset::prompt_of;
+use crate::data::dataset::rows::prompt_of;
 use crate::data::groups::{Candidate, Counts, Selection};
-use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs::Whole;
 use crate::prompt::Message;
+use crate::tokenizer::Tokenizer;
 
 /// What to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,23 +8,25 @@ use anyhow::Result;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::budget::cost::Bound;
-use super::budget::{Amount, Bill};
-use super::clock::WallClock;
-use super::limiter::Departure;
-use super::limiter::headers::{self, Report};
-use super::plan::{Plan, Row};
 use super::queue::Entry;
 use super::record::record;
-use super::reply::{Completion, usage};
-use super::request::Asking;
-use super::retry::{self, Trouble};
-use super::teacher::{Permit, Transport};
 use super::unreadable::Unreadable;
 use super::watch::Seen;
-use crate::cache::Sealed;
+use crate::budget::account::{Amount, Bill};
+use crate::budget::price::Bound;
 use crate::cache::record::Timing;
+use crate::cache::writer::Sealed;
+use crate::client::http::{Permit, Transport};
+use crate::client::outcome;
+use crate::client::outcome::Trouble;
+use crate::client::request::Asking;
+use crate::client::response::{Completion, usage};
+use crate::clock::WallClock;
+use crate::plan::{Plan, Row};
 use crate::prompt::Prompt;
+use crate::rate_limit::headers;
+use crate::rate_limit::headers::Report;
+use crate::rate_limit::server_limits::Departure;
 
 /// A request on its way, and all that must be known when it comes back.
 pub struct Attempt {
@@ -80,7 +82,7 @@ pub async fn run(
         raw = Some(reply.body.clone());
     }
     let read = |reply: &[u8]| asking.read(reply, &body, &prompt.messages);
-    let completion = match retry::classify_by(reply, now, read) {
+    let completion = match outcome::classify_by(reply, now, read) {
         Ok(completion) => Ok(*completion),
         Err(Trouble::Unreadable { problem, body }) => {
             let file = unreadable.keep(&row.key, &body)?;

@@ -6,19 +6,22 @@ use anyhow::Result;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::budget::ledger::{self, Unwritten};
-use super::budget::{Account, Amount, Dollars, Files, InFlight, Ledger, Spent, Store, Tokens};
-use super::clock::WallClock;
-use super::failures::FailedRow;
-use super::lane::Lane;
-use super::limiter::day::Day;
-use super::plan::{Plan, Standing};
-use super::prepare::check_budget;
-use super::summary::Summary;
-use super::unanswered::Unanswered;
+use crate::budget::account::{Account, Amount};
+use crate::budget::dollars::Dollars;
+use crate::budget::ledger;
+use crate::budget::ledger::Unwritten;
+use crate::budget::ledger::{Files, InFlight, Ledger, Spent, Store, Tokens};
 use crate::cache;
 use crate::cache::record::Usage;
+use crate::clock::WallClock;
 use crate::config::{self, Config, Price};
+use crate::harvest::upstream::Lane;
+use crate::plan::prepare::check_budget;
+use crate::plan::unanswered::Unanswered;
+use crate::plan::{Plan, Standing};
+use crate::rate_limit::daily::Day;
+use crate::report::failures::FailedRow;
+use crate::report::summary::Summary;
 
 pub struct Books {
     pub account: Account<Files>,
@@ -204,7 +207,7 @@ fn unpriced(dir: &Path) -> Result<Tokens> {
     if !cache::exists(dir) {
         return Ok(tokens);
     }
-    for record in cache::read(dir)? {
+    for record in crate::cache::reader::read(dir)? {
         let record = record?;
         if record.cost_usd.is_none()
             && let Some(usage) = record.usage

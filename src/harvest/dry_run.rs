@@ -6,21 +6,22 @@ use std::path::Path;
 use anyhow::Result;
 use tokio::time::Instant;
 
-use super::budget::{Account, Dollars, Store};
-use super::estimate::Estimate;
-use super::plan::{Plan, Scope};
-use super::prepare::check_fits;
-use super::schedule::{Schedule, State};
-use super::summary::Summary;
-use super::teacher::Teacher;
-use super::unanswered::Unanswered;
-use super::{
-    HarvestOptions, again, askings, batch, books, census_of, check_money, judge, prompts, request,
-    sample,
-};
+use super::{HarvestOptions, books, judge};
+use crate::budget::account::Account;
+use crate::budget::dollars::Dollars;
+use crate::budget::ledger::Store;
 use crate::cache;
+use crate::client::http::Teacher;
+use crate::client::request;
 use crate::config::{Config, Init, Mode, Student};
 use crate::exit::Exit;
+use crate::harvest::window::{Schedule, State};
+use crate::plan::again;
+use crate::plan::estimate::Estimate;
+use crate::plan::prepare::{askings, census_of, check_fits, check_money, prompts, sample};
+use crate::plan::unanswered::Unanswered;
+use crate::plan::{Plan, Scope};
+use crate::report::summary::Summary;
 use crate::signal::StopFlag;
 use crate::terminal::format_dollars;
 
@@ -32,14 +33,15 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     } else {
         config.clone()
     };
-    let prompts = prompts(config, options, &StopFlag::default())?;
+    let prompts = prompts(&config.prompts, options.limit, &StopFlag::default())?;
     let dir = config.own_cache();
-    let known = cache::peek(&dir)?;
+    let known = crate::cache::open::peek(&dir)?;
     let stats = sample(&dir)?;
     let askings = askings(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
     let mut past = known.past.clone();
-    past.has_old |= batch::is_under_way(&config.run_dir)? || !unanswered.is_empty();
+    past.has_old |=
+        crate::harvest::batch::journal::is_under_way(&config.run_dir)? || !unanswered.is_empty();
     let max_attempts = config.retry.max_attempts;
     let standing = |key: &str| Ok(unanswered.standing(key, known.contains(key), max_attempts));
     let plan = if options.again.is_empty() {
@@ -49,7 +51,7 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
         };
         Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?
     } else {
-        again::select(config, options, &prompts, &unanswered)?.plan
+        again::select(config, &options.again, options.shard, &prompts, &unanswered)?.plan
     };
     for lane in 0..plan.lanes.len() {
         check_fits(config, &plan, lane)?;
@@ -57,7 +59,7 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
-        estimate.batches = Some(batch::Outlook::new(config, &plan)?);
+        estimate.batches = Some(crate::harvest::batch::outlook::Outlook::new(config, &plan)?);
     }
     if options.again.is_empty() {
         estimate.cached = census_of(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
@@ -165,7 +167,7 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
     }
     check_money(config, options.shard, now)?;
     if config.schedule.mode == Mode::Realtime {
-        batch::check_none_under_way(&config.run_dir)?;
+        crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
     }
     cache::place::check_all_is_back(&config.own_cache())
 }

@@ -7,17 +7,19 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::limiter::day::Day;
-use super::limiter::{Cost, Limiter, headers};
-use super::plan::Row;
 use super::record::record;
-use super::request::Asking;
-use super::retry;
-use super::teacher::Reply;
 use crate::cache::line;
 use crate::cache::record::{Timing, Usage};
+use crate::client::http::Reply;
+use crate::client::outcome;
+use crate::client::request::Asking;
 use crate::config::{Config, Limits};
+use crate::plan::Row;
 use crate::prompt::{Message, Prompt};
+use crate::rate_limit::daily::Day;
+use crate::rate_limit::headers;
+use crate::rate_limit::pacer::Limiter;
+use crate::rate_limit::server_limits::Cost;
 
 /// A body, behind a byte for the status: whatever it holds, an answer that is taken for one survives
 /// the cache.
@@ -28,7 +30,7 @@ pub fn reply(bytes: &[u8]) {
     };
     let status = STATUSES[usize::from(*status) % STATUSES.len()];
     let reply = Reply::whole(status, HeaderMap::new(), body.to_vec().into());
-    let Ok(completion) = retry::classify(Ok(reply), SystemTime::UNIX_EPOCH) else {
+    let Ok(completion) = outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH) else {
         return;
     };
     let Some(lane) = Config::default().lanes().pop() else {

@@ -13,26 +13,31 @@ use serde::Serialize;
 use tokio::runtime::Runtime;
 
 use super::books::Books;
-use super::clock::WallClock;
-use super::dispatch::{Dispatcher, Ended};
-use super::endpoint::{self, Finding};
-use super::lane::Lane;
-use super::limiter::Shared;
-use super::plan::{Plan, Scope, Standing};
-use super::request::{self, Asking};
-use super::scoring::Scoring;
-use super::summary::Summary;
-use super::teacher::{self, Teacher, Transport};
-use super::unanswered::Unanswered;
+use super::dispatch::Dispatcher;
+use crate::cache;
 use crate::cache::lookup::Lookup;
 use crate::cache::question::{Endpoint, Names, Question};
-use crate::cache::{self, Cache};
+use crate::cache::writer::Cache;
+use crate::client::http;
+use crate::client::http::{Teacher, Transport};
+use crate::client::request;
+use crate::client::request::Asking;
+use crate::client::score_text::Scoring;
+use crate::clock::WallClock;
 use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
-use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
+use crate::harvest::dispatch::ending::Ended;
+use crate::harvest::upstream::Lane;
+use crate::plan::unanswered::Unanswered;
+use crate::plan::{Plan, Scope, Standing};
+use crate::probe::findings;
+use crate::probe::findings::Finding;
 use crate::prompt::Prompt;
+use crate::rate_limit::redis::Shared;
+use crate::report::summary::Summary;
 use crate::signal::StopFlag;
-use crate::terminal::Progress;
+use crate::terminal::progress::Progress;
+use crate::tokenizer::Tokenizer;
 
 /// An endpoint, ready to judge.
 pub struct Judge {
@@ -161,7 +166,7 @@ impl Judge {
     pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         let asking = self.asking();
         let teacher = &self.lane.teacher;
-        let endpoint = Endpoint::new(&teacher.name, teacher::identity(teacher));
+        let endpoint = Endpoint::new(&teacher.name, http::identity(teacher));
         let past = self.cache.past();
         let names = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
@@ -295,7 +300,7 @@ impl Judge {
 
 /// Refuses an endpoint that `distill probe` found not to tell the logprobs of given texts.
 fn check_endpoint(lane: &config::Lane, run_dir: &Path) -> Result<()> {
-    let known = endpoint::load(run_dir)?;
+    let known = findings::load(run_dir)?;
     let Some(found) = known.as_ref().and_then(|known| known.of(lane)) else {
         return Ok(());
     };

@@ -14,7 +14,7 @@
 //!
 //! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
 //! a `lane`: its queue, its `limiter` (whose ceilings may be shared with other processes), its
-//! `health`, its decisions after a refusal (`lane::refusals`), and a `watch` over what its answers are
+//! `health`, its decisions after a refusal (`crate::harvest::upstream::refusals`), and a `watch` over what its answers are
 //! worth. `books` keeps the account (`budget`), whose cap holds over kills, and the rows without an answer;
 //! in `room` answers wait while the disk is full. A body is read by `reply`; what it means is for `retry` and `refusal` to say. A `teacher` sends, by way of
 //! `exchange`, over a `connection`, with `credentials` that may be renewed, and `secrets` are taken out
@@ -22,66 +22,24 @@
 //! `adopt` change what the cache is taken to answer, and `questions` selects its records for training. Everything else is pure (`request`, `record`, `plan`,
 //! `shard`, `estimate`, `queue`, `schedule`, `advice`, `stop`) or does one thing. It knows nothing of tensors.
 
-mod adopt;
-mod advice;
-mod again;
-mod attempt;
-mod batch;
-mod books;
-pub mod budget;
-mod clock;
-mod connection;
-mod credentials;
-mod dispatch;
-mod dry_run;
-pub mod endpoint;
-mod estimate;
-mod exchange;
-mod failures;
+pub mod attempt;
+pub mod batch;
+pub mod books;
+pub mod disk_full;
+pub mod dispatch;
+pub mod dry_run;
 #[doc(hidden)]
 pub mod fuzz;
-mod health;
-mod judge;
-mod lane;
-mod limiter;
-mod plan;
-mod prepare;
-mod probe;
-mod progress;
-mod questions;
-mod queue;
-mod record;
-mod refusal;
-mod reply;
-mod request;
-mod retry;
-mod room;
-mod schedule;
-mod scoring;
-mod secrets;
-mod shard;
-mod stop;
-mod structured;
-mod summary;
-mod table;
-mod teacher;
-mod timeline;
-mod unanswered;
-mod unreadable;
-mod usable;
-mod waits;
-mod watch;
-
-pub use adopt::{Adopted, adopt};
-pub use batch::{BatchApi, Download, Tally};
-pub use books::{MergeAccount, dearest};
-pub use clock::WallClock;
-pub use estimate::Estimate;
-pub use judge::{Judge, Told};
-pub use questions::{named, selection};
-pub use shard::Shard;
-pub use summary::{SUMMARY_VERSION, Summary};
-pub use teacher::{Fault, Reply, Transport};
+pub mod health;
+pub mod judge;
+pub mod queue;
+pub mod record;
+pub mod stop;
+pub mod unreadable;
+pub mod upstream;
+pub mod usable;
+pub mod watch;
+pub mod window;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -89,27 +47,30 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::sync::Notify;
 
-use crate::cache::{self, Cache, Wrap};
+use crate::cache::storage::Wrap;
+use crate::cache::writer::Cache;
+use crate::client::http::{Teacher, Transport};
+use crate::clock::WallClock;
 use crate::config::{Config, Mode};
 use crate::exit::Exit;
+use crate::harvest::upstream::Lane;
+use crate::harvest::window::Schedule;
 use crate::ops::process;
+use crate::plan::prepare::{
+    askings, census_of, check_endpoints, check_money, open_cache, prompts, warn_of_empty_cache,
+};
+use crate::plan::shard::Shard;
+use crate::plan::unanswered::Unanswered;
+use crate::plan::{Plan, Scope, Standing};
+use crate::probe::findings::Endpoints;
 use crate::prompt::Prompt;
+use crate::rate_limit::redis::Shared;
+use crate::report::summary::Summary;
 use crate::signal::{Signals, StopFlag};
-use crate::terminal::Progress;
+use crate::terminal::progress::Progress;
 use batch::{Batches, Outcome};
 use books::Books;
 use dispatch::Dispatcher;
-use endpoint::Endpoints;
-use lane::Lane;
-use limiter::Shared;
-use plan::{Plan, Scope, Standing};
-use prepare::{
-    askings, census_of, check_endpoints, check_money, open_cache, prompts, sample,
-    warn_of_empty_cache,
-};
-use schedule::Schedule;
-use teacher::Teacher;
-use unanswered::Unanswered;
 
 #[derive(Debug, Clone, Default)]
 pub struct HarvestOptions {
@@ -147,7 +108,7 @@ pub async fn run_until(
     options: HarvestOptions,
     signals: Signals,
 ) -> Result<Summary> {
-    request::check(config)?;
+    crate::client::request::check(config)?;
     let config = &within_descriptors(config);
     let lanes = config.lanes();
     let teachers = lanes.iter().map(|lane| {
@@ -158,7 +119,7 @@ pub async fn run_until(
     let world = World {
         transports,
         clock: WallClock::system(),
-        storage: cache::files(),
+        storage: crate::cache::storage::files(),
     };
     run_in(world, config, options, signals).await
 }
@@ -200,33 +161,48 @@ pub async fn run_in(
         clock,
         storage,
     } = world;
-    let prompts = prompts(config, &options, signals.flag())?;
+    let prompts = prompts(&config.prompts, options.limit, signals.flag())?;
     let probes = check_endpoints(config)?;
     check_money(config, options.shard, clock.now())?;
     let mut unanswered = Unanswered::load(&config.run_dir)?;
     let again = match options.again.is_empty() {
         true => None,
         // What was asked again goes on in the batches.
-        false if config.schedule.mode == Mode::Batch && batch::is_under_way(&config.run_dir)? => {
+        false
+            if config.schedule.mode == Mode::Batch
+                && crate::harvest::batch::journal::is_under_way(&config.run_dir)? =>
+        {
             tracing::warn!(
                 "batches are under way: they are waited for, and nothing leaves the cache"
             );
             None
         }
         false => {
-            batch::check_none_under_way(&config.run_dir)?;
+            crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
             Schedule::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
             // The account of an earlier version takes over from the cache what was spent: before records leave it.
-            let cached = cache::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
+            let cached =
+                crate::cache::open::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
             Books::open(config, cached, Unanswered::default(), clock.clone())?
                 .1
                 .warn();
-            let asked = again::select(config, &options, &prompts, &unanswered)?;
+            let asked = crate::plan::again::select(
+                config,
+                &options.again,
+                options.shard,
+                &prompts,
+                &unanswered,
+            )?;
             let words = &options.again;
-            Some(again::take_out(config, words, asked, &mut unanswered)?)
+            Some(crate::plan::again::take_out(
+                config,
+                words,
+                asked,
+                &mut unanswered,
+            )?)
         }
     };
-    let cache = open_cache(config, &options, storage, signals.flag())?;
+    let cache = open_cache(config, options.quiet, storage, signals.flag())?;
     warn_of_empty_cache(config, cache.len());
     let run = Run {
         config,
@@ -246,7 +222,7 @@ pub async fn run_in(
     }?;
     let is_all = !options.again.is_empty() || options.limit.is_none() && options.shard.is_none();
     if summary.pending == 0 && is_all {
-        again::finish(&config.run_dir)?;
+        crate::plan::again::finish(&config.run_dir)?;
     }
     Ok(summary)
 }
@@ -262,7 +238,7 @@ struct Run<'a> {
     transports: Vec<Arc<dyn Transport>>,
     unanswered: Unanswered,
     /// Nothing else is to be asked.
-    again: Option<again::Wanted>,
+    again: Option<crate::plan::again::Wanted>,
     /// For what takes long before anything is asked.
     stop: StopFlag,
     clock: WallClock,
@@ -270,8 +246,8 @@ struct Run<'a> {
 
 impl Run<'_> {
     async fn realtime(mut self, prompts: Vec<Prompt>, signals: Signals) -> Result<Summary> {
-        batch::check_none_under_way(&self.config.run_dir)?;
-        batch::drop_uncreated(&self.config.run_dir)?;
+        crate::harvest::batch::journal::check_none_under_way(&self.config.run_dir)?;
+        crate::harvest::batch::journal::drop_uncreated(&self.config.run_dir)?;
         let plan = self.plan(self.config, prompts, |key| self.standing(key))?;
         let books = self.books()?;
         let dispatcher = self.dispatcher(self.config, plan, books).await?;
@@ -330,7 +306,8 @@ impl Run<'_> {
         let askings = askings(config, &self.probes)?;
         let mut past = self.cache.past();
         // Their rows have the keys of the version that submitted them.
-        past.has_old |= batch::is_under_way(&self.config.run_dir)? || !self.unanswered.is_empty();
+        past.has_old |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
+            || !self.unanswered.is_empty();
         let scope = Scope {
             shard: self.shard,
             only: self.again.as_ref(),
@@ -404,18 +381,18 @@ impl Run<'_> {
 /// # Errors
 /// Where an endpoint does not answer.
 pub async fn probe(config: &Config) -> Result<Endpoints> {
-    request::check(config)?;
+    crate::client::request::check(config)?;
     let clock = WallClock::system();
     check_money(config, None, clock.now())?;
     let lanes = config.lanes().into_iter();
     let lanes = lanes.map(|lane| Ok((Arc::new(Teacher::new(&lane.teacher)?), lane)));
     let lanes = lanes.collect::<Result<Vec<_>>>()?;
-    let cached = cache::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
+    let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
     let (mut books, lost) = Books::open(config, cached, Unanswered::default(), clock.clone())?;
     lost.warn();
     let mut endpoints = Vec::new();
     for (teacher, lane) in lanes {
-        let found = probe::run(lane, teacher, &mut books.account, clock.now()).await;
+        let found = crate::probe::run(lane, teacher, &mut books.account, clock.now()).await;
         if found.is_err() {
             // What was asked was asked.
             books.close(&mut [], 0)?;
@@ -424,11 +401,11 @@ pub async fn probe(config: &Config) -> Result<Endpoints> {
     }
     books.close(&mut [], 0)?;
     let endpoints = Endpoints {
-        version: endpoint::ENDPOINT_VERSION,
+        version: crate::probe::findings::ENDPOINT_VERSION,
         endpoints,
     };
     let text = serde_json::to_vec_pretty(&endpoints)?;
     crate::fs::create_dir_all(&config.run_dir)?;
-    crate::fs::write_atomic(&endpoint::file(&config.run_dir), &text)?;
+    crate::fs::write_atomic(&crate::probe::findings::file(&config.run_dir), &text)?;
     Ok(endpoints)
 }

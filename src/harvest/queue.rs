@@ -9,7 +9,7 @@ use tokio::time::Instant;
 /// A row with its history.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
-    /// Index in [`super::plan::Plan::rows`].
+    /// Index in [`crate::plan::Plan::rows`].
     pub row: usize,
     /// Attempts that failed for a reason of their own; throttling and an outage are none.
     pub failed: u32,

@@ -2,11 +2,11 @@
 
 use serde_json::Value;
 
-use super::budget::cost;
-use super::plan::Row;
-use super::reply::Completion;
-use super::request::Asking;
-use super::teacher;
+use crate::budget::price;
+use crate::client::http;
+use crate::client::request::Asking;
+use crate::client::response::Completion;
+use crate::plan::Row;
 
 use crate::cache::question;
 use crate::cache::record::{Record, SCHEMA, Status, Timing};
@@ -53,12 +53,14 @@ pub fn record(
             false => Status::Quarantined,
         },
         reason,
-        endpoint: teacher::identity(&asking.lane.teacher).into(),
+        endpoint: http::identity(&asking.lane.teacher).into(),
         teacher: asking.lane.teacher.name.clone(),
         probe: asking.probe.clone(),
         request: body,
         answer: completion.answer,
-        cost_usd: completion.usage.and_then(|usage| cost::cost(&usage, price)),
+        cost_usd: completion
+            .usage
+            .and_then(|usage| price::cost(&usage, price)),
         usage: completion.usage,
         model: completion.model,
         fingerprint: completion.fingerprint,

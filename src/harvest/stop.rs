@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use super::budget::{Account, Store};
-use super::retry::Reason;
-use super::teacher;
+use crate::budget::account::Account;
+use crate::budget::ledger::Store;
+use crate::client::http;
+use crate::client::outcome::Reason;
 use crate::config::{self, KeySource};
 use crate::exit::Exit;
 use crate::terminal::{format_count, format_duration};
@@ -63,12 +64,12 @@ pub fn refused(reason: Reason, message: &str, teacher: &config::Teacher) -> anyh
 
 /// Where chat completions are asked for.
 fn completions_url(teacher: &config::Teacher) -> String {
-    format!("{}/chat/completions", teacher::identity(teacher))
+    format!("{}/chat/completions", http::identity(teacher))
 }
 
 /// The most frequent mistake in an address.
 fn path_advice(teacher: &config::Teacher) -> &'static str {
-    let address = teacher::identity(teacher);
+    let address = http::identity(teacher);
     let path = address
         .split_once("://")
         .and_then(|(_, rest)| rest.split_once('/'));

@@ -1,14 +1,15 @@
 //! Checks during the harvest whether an answer's logprobs can become soft labels. Pure.
 
 use crate::cache::record::Logprobs;
-use crate::data::align::{self, EXCESS, is_usable, token_ids};
+use crate::data::align::alternatives::{EXCESS, is_usable};
+use crate::data::align::token_ids;
 
 /// Reason for which training cannot use these logprobs of `text`.
 pub fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
     // The text of tokens that are named by id is known to their tokenizer.
     if !logprobs.matches_text
         && !token_ids::are_ids(&logprobs.token)
-        && !align::spells(&logprobs.into(), text.as_bytes())
+        && !crate::data::align::teacher::spells(&logprobs.into(), text.as_bytes())
     {
         return Some("its tokens do not spell the answer");
     }

@@ -10,10 +10,11 @@ use anyhow::{Result, ensure};
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::Model;
 use super::sampling::{Choice, Sampler, Sampling};
 use super::text_stream::TextStream;
-use super::{KvCache, Model};
-use crate::data::tokenizer::Tokenizer;
+use crate::model::kv_cache::KvCache;
+use crate::tokenizer::Tokenizer;
 
 /// Prompt tokens read in one pass, so that a long prompt does not stall the answers under way.
 const PROMPT_TOKENS_PER_STEP: usize = 512;

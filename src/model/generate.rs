@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use super::Model;
 pub use super::batcher::{Batcher, FinishReason, GenerateOptions, Update};
 pub use super::sampling::{Choice, Sampling};
-use crate::data::tokenizer::Tokenizer;
+use crate::tokenizer::Tokenizer;
 
 /// One answer.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,7 +4,7 @@
 //! | graph | runs on | for |
 //! |---|---|---|
 //! | [`Tape`](super::tape::Tape) | CPU, fused operations | training and generation |
-//! | [`Composed`](super::composed::Composed) | every device, candle's autograd | training elsewhere; the oracle of the tests |
+//! | [`Composed`](crate::model::candle_graph::Composed) | every device, candle's autograd | training elsewhere; the oracle of the tests |
 
 use anyhow::Result;
 use candle_core::Tensor;

@@ -6,12 +6,13 @@
 
 use anyhow::Result;
 
-use super::config::{LlamaVariant, ModelConfig};
+use super::config::ModelConfig;
 use super::decoder::Names;
 use super::graph::Graph;
 use super::norm::Norm;
 use super::parameters::{Checked, List};
 use super::projection::Projection;
+use crate::model::config::llama::LlamaVariant;
 
 pub(super) const NAMES: Names = Names {
     prefix: "model.",

@@ -4,19 +4,19 @@
 //! once, over the operations of a [`graph`]; [`tape`] runs them on the CPU, [`composed`] everywhere.
 
 pub mod batcher;
-mod cached;
-pub mod composed;
+pub mod candle_graph;
 pub mod config;
 pub mod decoder;
+pub mod forward;
 pub mod generate;
 pub mod gpt2;
 pub mod gradients;
 pub mod graph;
+pub mod kv_cache;
 pub mod llama;
 pub mod lora;
 pub mod norm;
 pub mod parameters;
-mod passes;
 pub mod projection;
 pub mod sampling;
 pub mod score;
@@ -30,10 +30,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
-pub use cached::KvCache;
+pub use crate::model::forward::Hidden;
+pub use crate::model::kv_cache::KvCache;
 pub use config::ModelConfig;
 use decoder::Decoder;
-pub use passes::Hidden;
 use tape::Setting;
 use weights::Tensors;
 

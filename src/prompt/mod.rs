@@ -5,10 +5,10 @@
 //! `messages`, sent as they stand, and a line of text is one user message. `guard` bounds the memory that a
 //! template may take.
 
-mod guard;
-mod row;
-mod source;
-mod template;
+pub mod guard;
+pub mod row;
+pub mod source;
+pub mod template;
 
 pub use row::Given;
 pub use template::Template;

@@ -5,7 +5,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::App;
 use super::engine::{Answer, Job, Reply, Score};
 use super::error::ApiError;
-use crate::model::generate::{Choice, FinishReason, GenerateOptions};
+use crate::model::batcher::{FinishReason, GenerateOptions};
+use crate::model::sampling::Choice;
 
 /// One answer as far as it has come.
 #[derive(Debug, Default)]

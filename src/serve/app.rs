@@ -13,7 +13,7 @@ use super::engine::Job;
 use super::error::ApiError;
 use super::wire::Head;
 use super::{chat, completions};
-use crate::data::tokenizer::Tokenizer;
+use crate::tokenizer::Tokenizer;
 
 /// Larger bodies are refused with 413.
 const MAX_BODY_BYTES: usize = 16 << 20;

@@ -21,7 +21,8 @@ use super::wire::{
     PromptLogprobs, Usage,
 };
 use super::{App, answers};
-use crate::model::generate::{Choice, FinishReason, Update};
+use crate::model::batcher::{FinishReason, Update};
+use crate::model::sampling::Choice;
 
 /// Answers a conversation, whole or as server-sent events.
 pub async fn completions(

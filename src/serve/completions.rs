@@ -13,8 +13,8 @@ use super::error::ApiError;
 use super::fields::{Fields, MAX_TOP_LOGPROBS};
 use super::wire::{PromptLogprobs, TextChoice, TextCompletion, TextLogprobs, Usage};
 use super::{App, answers};
-use crate::data::tokenizer::Tokenizer;
-use crate::model::generate::{FinishReason, GenerateOptions};
+use crate::model::batcher::{FinishReason, GenerateOptions};
+use crate::tokenizer::Tokenizer;
 
 const MAX_PROMPTS: usize = 64;
 /// OpenAI's default.

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::data::tokenizer::Tokenizer;
 use crate::model::Model;
-use crate::model::generate::{Batcher, Choice, GenerateOptions, Update};
+use crate::model::batcher::{Batcher, GenerateOptions, Update};
+use crate::model::sampling::Choice;
 use crate::model::score::{self, Text};
+use crate::tokenizer::Tokenizer;
 
 /// Tokens that are scored in one forward pass; a text that is longer has one of its own.
 const SCORED_TOKENS_PER_PASS: usize = 4096;

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use crate::model::generate::Sampling;
+use crate::model::sampling::Sampling;
 
 const MAX_CHOICES: usize = 16;
 const MAX_STOP_STRINGS: usize = 4;

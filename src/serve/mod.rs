@@ -6,16 +6,15 @@
 //!
 //! [`mock`] is another server for the same clients: a scripted teacher that fails on purpose.
 
-mod answers;
-mod app;
-mod chat;
-mod completions;
-mod engine;
-mod error;
-mod fields;
-pub mod mock;
-mod request;
-mod wire;
+pub mod answers;
+pub mod app;
+pub mod chat;
+pub mod completions;
+pub mod engine;
+pub mod error;
+pub mod fields;
+pub mod request;
+pub mod wire;
 
 use std::fs::File;
 use std::io;
@@ -31,8 +30,8 @@ use tokio::runtime::Builder;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::data::tokenizer::Tokenizer;
 use crate::model::Model;
+use crate::tokenizer::Tokenizer;
 use app::App;
 
 /// How long answers under way may take after a shutdown began.

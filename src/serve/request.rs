@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 use super::error::ApiError;
 use super::fields::{Fields, MAX_TOP_LOGPROBS};
-use crate::model::generate::GenerateOptions;
+use crate::model::batcher::GenerateOptions;
 use crate::prompt::Message;
 
 /// What a client asks for.

@@ -4,8 +4,9 @@ use std::borrow::Cow;
 
 use serde::Serialize;
 
-use crate::data::tokenizer::Tokenizer;
-use crate::model::generate::{Choice, FinishReason};
+use crate::model::batcher::FinishReason;
+use crate::model::sampling::Choice;
+use crate::tokenizer::Tokenizer;
 
 /// What OpenAI sends for "very unlikely", since JSON has no infinity.
 const LOWEST_LOGPROB: f32 = -9999.0;

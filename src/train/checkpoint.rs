@@ -15,19 +15,19 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Start;
-use super::best::Best;
 use super::ema::Ema;
 use super::objective::Models;
 use super::optimizer::Optimizer;
 use super::student::{self, Student};
-use super::teacher::Teacher;
 use crate::config::{self, Config, JudgedBy, Kd, Train};
 use crate::data::batch::Cursor;
-use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs;
 use crate::model::Model;
 use crate::model::weights::{self, Tensors};
+use crate::tokenizer::Tokenizer;
+use crate::train::early_stopping::Best;
+use crate::train::local_teacher::Teacher;
 
 const MODEL: &str = "model.safetensors";
 const EMA: &str = "ema.safetensors";

@@ -6,10 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
-use crate::data::chat_template::with_arguments;
-use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
-use crate::model::ModelConfig;
+use crate::model::config::ModelConfig;
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat_template::with_arguments;
 
 /// Names the tokens that end an answer.
 const GENERATION_CONFIG: &str = "generation_config.json";

@@ -5,14 +5,15 @@
 //! minimises L = (1/N) sum [(1 - lambda) CE + lambda KD]: dividing by the N of the step, not of the
 //! micro-batch, makes the gradient independent of how the step is cut.
 
-pub mod best;
-pub mod card;
 pub mod checkpoint;
 pub mod device;
+pub mod early_stopping;
 pub mod ema;
-mod folder;
+pub mod folder;
+pub mod local_teacher;
 pub mod loss;
 pub mod metrics;
+pub mod model_card;
 pub mod objective;
 pub mod on_policy;
 pub mod optimizer;
@@ -20,7 +21,6 @@ pub mod schedule;
 pub mod soft_labels;
 pub mod step;
 pub mod student;
-pub mod teacher;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -33,13 +33,14 @@ use crate::config::Config;
 use crate::data::batch::{Batches, Cursor};
 use crate::data::dataset;
 use crate::data::groups::Selection;
-use crate::data::prepared::ExampleView;
-use crate::data::tokenizer::Tokenizer;
+use crate::data::prepared::shard::ExampleView;
 use crate::fs;
 use crate::model::Model;
 use crate::signal::StopFlag;
-use crate::terminal::{Progress, Reading, format_count, format_duration, sanitise};
-use best::Best;
+use crate::terminal::progress::{Progress, Reading};
+use crate::terminal::{format_count, format_duration, sanitise};
+use crate::tokenizer::Tokenizer;
+use crate::train::early_stopping::Best;
 use checkpoint::{Parts, State};
 use ema::Ema;
 use metrics::{Means, Metrics, StepLine};
@@ -84,7 +85,7 @@ pub struct Summary {
     pub changes: Vec<String>,
     /// With `train.on_policy`.
     pub own_answers: Option<Count>,
-    pub data: dataset::Report,
+    pub data: crate::data::dataset::report::Report,
 }
 
 /// How a run goes about it.
@@ -173,7 +174,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
             .iter()
             .any(|example| example.soft_ids().len() > 0)
     };
-    best::check(settings.best, validation.len(), || {
+    crate::train::early_stopping::check(settings.best, validation.len(), || {
         parts.teacher.is_some() || has_labels()
     })?;
     let total = total_steps(config, train.len());
@@ -355,7 +356,11 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         &parts.student.with(trained),
         config.student.save_dtype,
         (tokenizer.dir(), &tokenizer),
-        &card::text(config, parts.student.model.config().model_type(), &summary),
+        &crate::train::model_card::text(
+            config,
+            parts.student.model.config().model_type(),
+            &summary,
+        ),
     )?;
     if let Some(teacher) = &parts.teacher {
         teacher.save(config, &tokenizer)?;

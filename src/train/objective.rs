@@ -8,9 +8,10 @@ use super::loss::{self, Row, RowLoss, Weights};
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
 use crate::data::dataset::Examples;
+use crate::model::forward::Hidden;
 use crate::model::gradients::Gradients;
 use crate::model::tape::Memory;
-use crate::model::{Hidden, Input, Model};
+use crate::model::{Input, Model};
 use crate::ops::head_loss::{Rows, Units, chunk_rows};
 
 /// Who learns, and from whom.

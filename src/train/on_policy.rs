@@ -6,7 +6,7 @@
 //! distillation (GKD, Agarwal et al., arXiv 2306.13649), with reverse KL as in MiniLLM (Gu et al., arXiv
 //! 2306.08543). The texts count as given: no gradient goes through the sampling.
 //!
-//! A teacher on this machine says it by its whole distributions ([`super::teacher`]); one behind an API
+//! A teacher on this machine says it by its whole distributions ([`crate::train::local_teacher`]); one behind an API
 //! ([`Judge`]) by its top-k, which is aligned with the student's tokens like that of any answer. Positions
 //! that it says nothing of are left out, and so is the end of the turn, and what is no text.
 
@@ -19,16 +19,19 @@ use serde::Serialize;
 use super::loss::divergence::Divergence;
 use crate::cache::view::RecordView;
 use crate::config::{self, Config, Loss};
-use crate::data::align::{Aligned, Mapper};
+use crate::data::align::Mapper;
+use crate::data::align::aligned::Aligned;
 use crate::data::batch::Batch;
 use crate::data::dataset;
 use crate::data::groups::Selection;
-use crate::data::prepared::ExampleView;
-use crate::data::tokenizer::Tokenizer;
+use crate::data::prepared::shard::ExampleView;
 use crate::model::Model;
-use crate::model::generate::{self, GenerateOptions, Sampling};
+use crate::model::batcher::GenerateOptions;
+use crate::model::generate;
+use crate::model::sampling::Sampling;
 use crate::prompt::{Message, Prompt};
 use crate::signal::StopFlag;
+use crate::tokenizer::Tokenizer;
 
 /// A teacher behind an API.
 pub trait Judge: Send {

@@ -11,7 +11,7 @@ use super::soft_labels::Choice;
 use super::student::Student;
 use crate::config::{Config, Train};
 use crate::data::batch::{Batch, micro_batches};
-use crate::data::prepared::ExampleView;
+use crate::data::prepared::shard::ExampleView;
 use crate::model::Model;
 use crate::model::gradients::Gradients;
 use crate::model::tape::Memory;

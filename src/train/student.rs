@@ -9,12 +9,13 @@ use regex::Regex;
 
 use super::{device, folder};
 use crate::config::{Config, Init, SaveDtype};
-use crate::data::tokenizer::Tokenizer;
 use crate::exit::Exit;
 use crate::fs;
+use crate::model::config::ModelConfig;
 use crate::model::parameters::random_weights;
 use crate::model::weights::{self, Tensors};
-use crate::model::{Model, ModelConfig, decoder, lora};
+use crate::model::{Model, decoder, lora};
+use crate::tokenizer::Tokenizer;
 
 /// A model whose weights, or whose adapters, are variables, but for those that are frozen.
 pub struct Student {

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use distill::cache::record::{Logprobs, Record};
-use distill::cache::{self, Cache, Sealed};
+use distill::cache::writer::{Cache, Sealed};
 use distill::config::{self, Compression, Durability};
 use serde_json::json;
 
@@ -93,13 +93,18 @@ fn logprobs(tokens: usize, words: &[String], random: &mut fastrand::Rng) -> Logp
 }
 
 fn open(dir: &Path) -> anyhow::Result<()> {
-    let bytes = cache::size(dir);
+    let bytes = distill::cache::open::size(dir);
     let (mut read, started) = (0, Instant::now());
     let settings = settings(Compression::None);
-    let cache = Cache::open_with(dir, &settings, cache::files(), &mut |done, _| {
-        read = done;
-        Ok(())
-    })?;
+    let cache = Cache::open_with(
+        dir,
+        &settings,
+        distill::cache::storage::files(),
+        &mut |done, _| {
+            read = done;
+            Ok(())
+        },
+    )?;
     let seconds = started.elapsed().as_secs_f64();
     let report = json!({
         "records": cache.len(), "bytes": bytes, "bytes_read": read, "seconds": seconds,

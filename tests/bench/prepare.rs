@@ -13,12 +13,12 @@ use std::time::Instant;
 
 use distill::cache::record::{Logprobs, Record};
 use distill::cache::view::LogprobsView;
-use distill::cache::{Cache, Sealed};
+use distill::cache::writer::{Cache, Sealed};
 use distill::config::{self, Compression, Config, Durability};
 use distill::data::align::Mapper;
 use distill::data::dataset;
 use distill::data::groups::Selection;
-use distill::data::tokenizer::Tokenizer;
+use distill::tokenizer::Tokenizer;
 use serde_json::json;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;

@@ -93,9 +93,9 @@ fn config(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else {
         return;
     };
-    if let Ok(config) = config::parse(path, text) {
+    if let Ok(config) = distill::config::load::parse(path, text) {
         let again = toml::to_string(&config).unwrap();
-        let again: Config = config::parse(path, &again).unwrap();
+        let again: Config = distill::config::load::parse(path, &again).unwrap();
         assert_eq!(format!("{config:?}"), format!("{again:?}"));
     }
 }

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use distill::cache::record::{Answer, Record, SCHEMA, Usage};
 use distill::cache::recovery::Ending;
-use distill::cache::{self, Cache, line, reader};
+use distill::cache::writer::Cache;
+use distill::cache::{self, line, reader};
 use distill::commands;
 use distill::config;
 use distill::exit::Exit;
@@ -19,7 +20,7 @@ fn open(dir: &Path) -> anyhow::Result<Cache> {
 }
 
 fn read_all(dir: &Path) -> anyhow::Result<Vec<Record>> {
-    cache::read(dir)?.collect()
+    distill::cache::reader::read(dir)?.collect()
 }
 
 /// A cache folder that holds `file`.

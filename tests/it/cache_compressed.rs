@@ -6,7 +6,8 @@ use std::path::Path;
 use distill::cache::frames::{Effort, FrameScan, compress};
 use distill::cache::record::{Answer, Record};
 use distill::cache::recovery::{BadLine, Ending, ScanError};
-use distill::cache::{self, Cache, compressed_file, plain_file};
+use distill::cache::writer::Cache;
+use distill::cache::{self, compressed_file, plain_file};
 use distill::config::{self, Compression, Durability};
 use distill::exit::Exit;
 
@@ -22,7 +23,7 @@ fn open(dir: &Path) -> anyhow::Result<Cache> {
 }
 
 fn read_all(dir: &Path) -> anyhow::Result<Vec<Record>> {
-    cache::read(dir)?.collect()
+    distill::cache::reader::read(dir)?.collect()
 }
 
 fn records(range: std::ops::Range<u64>) -> Vec<Record> {

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 
 use distill::cache::record::{Answer, Record};
 use distill::cache::repair::repair;
-use distill::cache::{self, Cache, Storage, Wrap, compressed_file, plain_file};
+use distill::cache::storage::{Storage, Wrap};
+use distill::cache::writer::Cache;
+use distill::cache::{self, compressed_file, plain_file};
 use distill::config::{self, Compression, Durability};
 use distill::exit::Exit;
 
@@ -217,7 +219,7 @@ fn after_a_power_loss_all_that_was_synced_is_there() {
             repair(crashed.path()).unwrap();
             drop(Cache::open(crashed.path(), &config::Cache::default()).unwrap());
         }
-        let found: Vec<Record> = cache::read(crashed.path())
+        let found: Vec<Record> = distill::cache::reader::read(crashed.path())
             .unwrap()
             .map(Result::unwrap)
             .collect();
@@ -316,7 +318,7 @@ fn check(dir: &Path, all: &[Record], mishap: Mishap) -> u64 {
         }
     }
     drop(cache);
-    let found: Vec<Record> = cache::read(dir)
+    let found: Vec<Record> = distill::cache::reader::read(dir)
         .unwrap()
         .map(|record| record.unwrap_or_else(|error| panic!("{mishap:?}: {error}")))
         .collect();

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use distill::cache::record::Record;
 use distill::cache::recovery::Ending;
-use distill::cache::{Cache, Storage, Wrap};
+use distill::cache::storage::{Storage, Wrap};
+use distill::cache::writer::Cache;
 use distill::config::{self, Durability};
 
 use crate::cache_samples::{encode, sample, scan};

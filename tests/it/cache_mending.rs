@@ -7,9 +7,8 @@ use distill::cache::frames::{Effort, compress};
 use distill::cache::merge::{Merged, merge};
 use distill::cache::record::{Answer, Record, SCHEMA};
 use distill::cache::repair::{Repaired, repair};
-use distill::cache::{
-    self, Cache, compressed_file, conflicts_file, plain_file, quarantine_file, reader,
-};
+use distill::cache::writer::Cache;
+use distill::cache::{compressed_file, conflicts_file, plain_file, quarantine_file, reader};
 use distill::config::{self, Compression};
 use distill::exit::Exit;
 
@@ -37,7 +36,10 @@ fn frame(records: Vec<Record>) -> Vec<u8> {
 }
 
 fn read_all(dir: &Path) -> Vec<Record> {
-    cache::read(dir).unwrap().map(Result::unwrap).collect()
+    distill::cache::reader::read(dir)
+        .unwrap()
+        .map(Result::unwrap)
+        .collect()
 }
 
 fn names(dir: &Path) -> Vec<String> {

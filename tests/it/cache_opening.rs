@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use distill::cache::record::{Answer, Record};
-use distill::cache::{self, Cache, line};
+use distill::cache::writer::Cache;
+use distill::cache::{self, line};
 use distill::config;
 use distill::exit::Exit;
 
@@ -32,10 +33,15 @@ fn an_index_opens_the_cache_and_is_never_trusted_over_it() {
     let read = |dir: &Path| {
         let mut bytes = 0;
         let settings = config::Cache::default();
-        let cache = Cache::open_with(dir, &settings, cache::files(), &mut |done, _| {
-            bytes = done;
-            Ok(())
-        });
+        let cache = Cache::open_with(
+            dir,
+            &settings,
+            distill::cache::storage::files(),
+            &mut |done, _| {
+                bytes = done;
+                Ok(())
+            },
+        );
         cache.map(|cache| (bytes, cache.len(), cache.cost_when_opened()))
     };
     let size = file.len() as u64;
@@ -137,8 +143,8 @@ fn a_pipe_in_the_place_of_a_cache_is_refused_and_not_waited_for() {
     let settings = distill::config::Cache::default();
     let errors = [
         Cache::open(dir.path(), &settings).err(),
-        cache::peek(dir.path()).err(),
-        cache::read(dir.path()).err(),
+        distill::cache::open::peek(dir.path()).err(),
+        distill::cache::reader::read(dir.path()).err(),
         distill::cache::repair::repair(dir.path()).err(),
     ];
     for error in errors {

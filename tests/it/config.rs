@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use distill::config::{Config, load, parse};
+use distill::config::load::parse;
+use distill::config::{Config, load};
 use distill::exit::Exit;
 
 const EXAMPLE: &str = include_str!("../../config.example.toml");

@@ -8,8 +8,9 @@ use std::process::Command;
 use candle_core::{DType, Device, Tensor};
 use distill::config::{Config, Init, Kd, Student};
 use distill::exit::Exit;
+use distill::model::config::ModelConfig;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Input, Model, ModelConfig, decoder};
+use distill::model::{Input, Model, decoder};
 use distill::train::{self, Start};
 use serde_json::{Value, json};
 

@@ -1,8 +1,10 @@
 //! Answers to a list of prompts.
 
-use distill::data::tokenizer::Tokenizer;
 use distill::model::Model;
-use distill::model::generate::{FinishReason, GenerateOptions, Generated, Sampling, batch};
+use distill::model::batcher::{FinishReason, GenerateOptions};
+use distill::model::generate::{Generated, batch};
+use distill::model::sampling::Sampling;
+use distill::tokenizer::Tokenizer;
 
 use crate::tiny;
 

@@ -80,8 +80,11 @@ fn only_in(words: &[&str], rooms: &[&str]) {
 fn tensors_and_the_network_live_apart() {
     only_in(&["candle_"], &["model/", "ops/", "train/"]);
     // log.rs names them to silence them.
-    only_in(&["reqwest", "async_openai"], &["harvest/", "log.rs"]);
-    only_in(&["axum"], &["serve/"]);
+    only_in(
+        &["reqwest", "async_openai"],
+        &["client/", "rate_limit/", "log.rs"],
+    );
+    only_in(&["axum"], &["serve/", "mock/"]);
     only_in(&["clap"], &["cli.rs", "commands/completions.rs", "main.rs"]);
 }
 

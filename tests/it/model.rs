@@ -4,8 +4,9 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as oracle;
 use distill::config::Student;
+use distill::model::config::ModelConfig;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Input, Model, ModelConfig, parameters};
+use distill::model::{Input, Model, parameters};
 
 /// A small decoder with grouped heads: hidden 32, 2 layers, 4 query and 2 key/value heads.
 pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {

@@ -34,7 +34,7 @@ fn rescued(stage: &Stage) -> PathBuf {
 
 fn count(dir: &Path) -> u64 {
     if cache::exists(dir) {
-        cache::read(dir).unwrap().count() as u64
+        distill::cache::reader::read(dir).unwrap().count() as u64
     } else {
         0
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use distill::cache::{self, reader};
-use distill::serve::mock::Mock;
+use distill::mock::Mock;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
@@ -98,12 +98,12 @@ impl Stage {
         let findings = reader::examine(&self.cache(), &mut |_, _| Ok(())).unwrap();
         assert!(findings.damaged.is_empty(), "{:?}", findings.damaged);
         assert!(findings.repeated.is_empty(), "{:?}", findings.repeated);
-        let records = cache::read(&self.cache()).unwrap();
+        let records = distill::cache::reader::read(&self.cache()).unwrap();
         records.map(|record| record.unwrap().key).collect()
     }
 
     pub fn prompt_ids(&self) -> HashSet<String> {
-        let records = cache::read(&self.cache()).unwrap();
+        let records = distill::cache::reader::read(&self.cache()).unwrap();
         records.map(|record| record.unwrap().prompt_id).collect()
     }
 }

@@ -8,7 +8,8 @@ use std::path::Path;
 
 use candle_core::DType;
 use distill::config::Student;
-use distill::model::{ModelConfig, parameters, weights};
+use distill::model::config::ModelConfig;
+use distill::model::{parameters, weights};
 use serde_json::{Map, Value, json};
 
 /// Bytes, merges and control tokens.

@@ -11,8 +11,10 @@ use crate::cache::record::Usage;
 use crate::cache::{conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
 use crate::config::{self, Price};
-use crate::harvest::{Adopted, MergeAccount};
-use crate::terminal::{Reading, format_count, sanitise};
+use crate::harvest::books::MergeAccount;
+use crate::plan::adopt::Adopted;
+use crate::terminal::progress::Reading;
+use crate::terminal::{format_count, sanitise};
 
 /// Repairs the cache in `dir` and says what was done.
 pub fn repair(dir: &Path, json: bool) -> Result<()> {

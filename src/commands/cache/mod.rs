@@ -1,6 +1,6 @@
 //! `distill cache`: what was paid for, is it whole, and what to do if it is not.
 
-mod mend;
+pub mod mend;
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -19,8 +19,8 @@ use crate::cache::stats::Stats;
 use crate::cli::{CacheAction, CacheArgs, CachePlace, ConfigFile, Global};
 use crate::config::{self, Compression, Config};
 use crate::exit::Exit;
-use crate::harvest;
-use crate::terminal::{Reading, format_count, sanitise};
+use crate::terminal::progress::Reading;
+use crate::terminal::{format_count, sanitise};
 
 /// Version of what `--json` prints here.
 const VERSION: u32 = 1;
@@ -32,14 +32,15 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
         CacheAction::Verify(place) => verify(&folder(place)?, global.json),
         CacheAction::Repair(place) => mend::repair(&folder(place)?, global.json),
         CacheAction::Merge { place, sources } => {
-            let price =
-                config(place)?.map_or_else(Default::default, |config| harvest::dearest(&config));
+            let price = config(place)?.map_or_else(Default::default, |config| {
+                crate::harvest::books::dearest(&config)
+            });
             let dir = folder(place)?;
             mend::merge(&dir, &settings(place)?, &price, sources, global.json)
         }
         CacheAction::Adopt(file) => {
             let config = load_config(file)?.config;
-            let done = harvest::adopt(&config)?;
+            let done = crate::plan::adopt::adopt(&config)?;
             mend::adopted(&config.own_cache(), &done, global.json)
         }
         CacheAction::Show {
@@ -84,13 +85,13 @@ fn settings(place: &CachePlace) -> Result<config::Cache> {
 /// Prints what the cache in `dir` holds, in numbers.
 pub fn stats(dir: &Path, json: bool) -> Result<()> {
     let mut stats = Stats::default();
-    for record in cache::read(dir)? {
+    for record in crate::cache::reader::read(dir)? {
         stats.add(&record?)?;
     }
     for record in rewrite::read_replaced(dir)? {
         stats.replaced.add(&record?);
     }
-    let bytes = cache::size(dir);
+    let bytes = crate::cache::open::size(dir);
     if json {
         return print_json(&json!({
             "version": VERSION, "dir": dir, "bytes": bytes, "stats": stats,
@@ -263,7 +264,7 @@ fn findings_text(findings: &Findings) -> String {
 /// `which`, or all of them; at most `limit`.
 pub fn show(dir: &Path, which: Option<&str>, limit: usize, json: bool) -> Result<()> {
     let mut shown = Vec::new();
-    for record in cache::read(dir)? {
+    for record in crate::cache::reader::read(dir)? {
         if shown.len() == limit {
             break;
         }

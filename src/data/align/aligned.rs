@@ -1,7 +1,7 @@
 //! The soft labels of an answer.
 
 use crate::data::classes::Classes;
-use crate::data::gate::Agreement;
+use crate::data::logprob_check::Agreement;
 
 /// The soft labels of an answer of N student tokens.
 ///

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use crate::cache::view::LogprobsView;
-use crate::data::gate::Agreement;
+use crate::data::logprob_check::Agreement;
 
 use super::run::{Unit, UnitKind};
 

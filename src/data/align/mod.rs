@@ -7,19 +7,19 @@
 //! other group the position trains on cross-entropy. With one tokenizer on both sides all groups are
 //! one and one, and the map is the identity.
 
-mod aligned;
-mod alternatives;
-mod run;
-mod teacher;
+pub mod aligned;
+pub mod alternatives;
+pub mod run;
+pub mod teacher;
 pub mod token_ids;
-mod tokens;
+pub mod tokens;
 
 use std::borrow::Cow;
 use std::ops::Range;
 
-use super::tokenizer::Tokenizer;
 use crate::cache::view::LogprobsView;
 use crate::ops::math::logaddexp;
+use crate::tokenizer::Tokenizer;
 pub use aligned::{Aligned, Chunk};
 pub use alternatives::{Drawn, EXCESS, Known, alternatives, is_usable};
 use alternatives::{agreement, mass};

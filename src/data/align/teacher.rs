@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::run::{self, Unit};
 use crate::cache::control::names_control;
 use crate::cache::view::LogprobsView;
-use crate::data::tokenizer::token_bytes;
+use crate::tokenizer::token_bytes;
 
 /// Returns true if the teacher's tokens spell the answer, with more around it or not.
 pub fn spells(teacher: &LogprobsView, answer: &[u8]) -> bool {

@@ -1,7 +1,7 @@
 //! Tokens that are named by id, as by vLLM's `return_tokens_as_token_ids`.
 
 use crate::cache::view::LogprobsView;
-use crate::data::tokenizer::Tokenizer;
+use crate::tokenizer::Tokenizer;
 
 const PREFIX: &str = "token_id:";
 

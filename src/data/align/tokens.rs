@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use foldhash::fast::FixedState;
 
 use crate::cache::control::{names_control, names_end};
-use crate::data::tokenizer::Tokenizer;
+use crate::tokenizer::Tokenizer;
 
 /// U+FFFD in UTF-8.
 const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();

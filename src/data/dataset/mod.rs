@@ -1,10 +1,10 @@
 //! From the teacher's answers, or a file of conversations, to examples.
 
-mod prepare;
-mod report;
-mod rows;
-mod show;
-mod source;
+pub mod prepare;
+pub mod report;
+pub mod rows;
+pub mod show;
+pub mod source;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -12,12 +12,14 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use super::groups::Selection;
-use super::prepared::{self, ExampleView, Prepared, Sink, VERSION};
-use super::tokenizer::Tokenizer;
+use super::prepared::{self, Prepared, VERSION};
 use crate::config::{self, Config, Groups};
+use crate::data::prepared::shard::ExampleView;
+use crate::data::prepared::writer::Sink;
 use crate::exit::Exit;
 use crate::fs;
 use crate::prompt::Message;
+use crate::tokenizer::Tokenizer;
 pub use report::{NO_LOGPROBS, Report, by_reason};
 pub use rows::prompt_of;
 pub use show::{Shown, Token, show, text_of};

@@ -12,14 +12,18 @@ use super::rows::{Row, Skipped};
 use super::source::{Portion, Reader, Source};
 use super::{OnProgress, prompt_hash};
 use crate::config::{self, Thinking};
-use crate::data::align::{Aligned, Mapper};
-use crate::data::chat_template::{NEEDS_DATE, answer_start};
+use crate::data::align::Mapper;
+use crate::data::align::aligned::Aligned;
 use crate::data::groups::Selection;
-use crate::data::prepared::{Entry, Example, Part, Sink, Writer};
-use crate::data::samples::Samples;
+use crate::data::prepared::columns::Example;
+use crate::data::prepared::writer::{Entry, Part, Sink, Writer};
+use crate::data::sample_trie::Samples;
 use crate::data::sampling::Sampling;
-use crate::data::tokenizer::{AnswerTokens, Difference, ThinkingChange, Tokenizer};
 use crate::exit::Exit;
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat_template::answer_start;
+use crate::tokenizer::chat_template::meter::NEEDS_DATE;
+use crate::tokenizer::conversation::{AnswerTokens, Difference, ThinkingChange};
 
 /// Prepares `source` into `sink`, whose index tells `hash`. Returns the files where the sink is
 /// memory.

@@ -6,8 +6,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::data::classes::Classes;
-use crate::data::gate::Gate;
 use crate::data::groups::Counts;
+use crate::data::logprob_check::Gate;
 
 /// Maximum number of distinct prompt endings that are shown.
 const MAX_DIFFERENCES: usize = 5;

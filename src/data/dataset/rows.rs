@@ -8,10 +8,10 @@ use serde_json::{Map, Value, json};
 use crate::cache::record::{Record, Status};
 use crate::cache::view::{LogprobsView, RecordView};
 use crate::config::{self, Thinking};
-use crate::data::chat_template::answer_start;
 use crate::data::groups::{Candidate, Difference, Group, Selection};
 use crate::data::sampling::Sampling;
 use crate::prompt::Message;
+use crate::tokenizer::chat_template::answer_start;
 
 /// A conversation that ends in an answer.
 pub struct Row<'a> {

@@ -10,8 +10,9 @@ use super::rows::{Row, Skipped};
 use super::source::Source;
 use crate::config::{self, Config};
 use crate::data::groups::{Group, Selection};
-use crate::data::samples::Samples;
-use crate::data::tokenizer::{Difference, Tokenizer};
+use crate::data::sample_trie::Samples;
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::conversation::Difference;
 
 /// Hex digits from which the beginning of a key names a record.
 const LEAST_DIGITS: usize = 6;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use serde_json::{Map, json};
 
-use crate::data::align::Aligned;
+use crate::data::align::aligned::Aligned;
 
 /// A tokenised conversation with what it teaches.
 pub struct Example<'a> {

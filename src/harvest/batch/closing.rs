@@ -7,12 +7,13 @@ use anyhow::Result;
 use super::collect::{Fate, Taking};
 use super::journal::State;
 use super::{Batches, Halt};
-use crate::harvest::budget::{Bill, Dollars};
-use crate::harvest::failures::FailedRow;
+use crate::budget::account::Bill;
+use crate::budget::dollars::Dollars;
+use crate::client::outcome::{Claim, Failure, Reason};
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{Claim, Failure, Reason};
 use crate::harvest::stop;
-use crate::harvest::unanswered::{Kind, Line};
+use crate::plan::unanswered::{Kind, Line};
+use crate::report::failures::FailedRow;
 
 /// Rows of a batch that are all refused in the same words: it is no matter of the rows.
 const SAME_REFUSALS: usize = 5;

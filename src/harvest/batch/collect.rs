@@ -7,20 +7,22 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::api::{self, Card};
 use super::journal::{Bodies, Member, State};
 use super::lane::batches;
 use super::results::{self, Outcome};
 use super::{Batches, Halt};
+use crate::budget::dollars::Dollars;
 use crate::cache::record::Timing;
+use crate::client::batch_object;
+use crate::client::batch_object::Card;
+use crate::client::outcome;
+use crate::client::outcome::{Claim, Failure, Trouble};
+use crate::client::response::Completion;
+use crate::client::response::error::ApiError;
 use crate::harvest::attempt::Answered;
-use crate::harvest::budget::Dollars;
-use crate::harvest::plan::Row;
-use crate::harvest::reply::Completion;
-use crate::harvest::reply::error::ApiError;
-use crate::harvest::retry::{self, Claim, Failure, Trouble};
 use crate::harvest::stop;
 use crate::harvest::watch::Word;
+use crate::plan::Row;
 use crate::prompt::Prompt;
 
 /// How often a batch or a file may be "not found" before it counts as gone.
@@ -97,7 +99,7 @@ impl Batches<'_> {
             return Ok(());
         };
         let now = self.clock.now().into();
-        let reply = match api::check(api.retrieve(&batch).await, now) {
+        let reply = match batch_object::check(api.retrieve(&batch).await, now) {
             Err(Trouble::Refused(failure)) => return self.gone(index, &failure.message),
             reply => reply?,
         };
@@ -105,7 +107,7 @@ impl Batches<'_> {
             (Some(card), _) => card,
             // An error in a good status.
             (None, error) if !error.message.is_empty() => return self.gone(index, &error.message),
-            (None, _) => return Err(retry::lost("malformed", "the reply is no batch").into()),
+            (None, _) => return Err(outcome::lost("malformed", "the reply is no batch").into()),
         };
         self.lanes[lane].success();
         self.lanes[lane].has_batches = true;
@@ -131,7 +133,7 @@ impl Batches<'_> {
             if *state != cancelling {
                 self.journal.set(index, cancelling)?;
             }
-            match api::check(api.cancel(&batch).await, now) {
+            match batch_object::check(api.cancel(&batch).await, now) {
                 // It came to its end meanwhile.
                 Err(Trouble::Refused(_)) | Ok(_) => {}
                 Err(trouble) => return Err(trouble.into()),
@@ -145,7 +147,7 @@ impl Batches<'_> {
         let live = &mut self.journal.parts[index].live;
         live.gone += 1;
         match live.gone < GONE {
-            true => Err(retry::lost("gone", message)),
+            true => Err(outcome::lost("gone", message)),
             false => Ok(()),
         }
     }

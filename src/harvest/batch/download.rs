@@ -6,11 +6,13 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures_util::StreamExt;
 
-use super::api::{self, BatchApi, Download, Lines};
 use super::collect::now;
 use super::rows::Rows;
 use super::{Batches, Halt};
-use crate::harvest::retry::{self, Trouble};
+use crate::client::batch_object;
+use crate::client::batch_object::{BatchApi, Download, Lines};
+use crate::client::outcome;
+use crate::client::outcome::Trouble;
 use crate::harvest::{stop, unreadable};
 
 /// How often a results file may fail to be read before the lane stops.
@@ -28,9 +30,9 @@ impl Batches<'_> {
         file: &str,
     ) -> Result<Option<Rows>, Halt> {
         match batches.content(file).await {
-            Err(fault) => Err(self.not_read(index, retry::classify_fault(fault))),
+            Err(fault) => Err(self.not_read(index, outcome::classify_fault(fault))),
             Ok(Download::Content(pieces)) => Ok(Some(Rows::new(Lines::new(pieces)))),
-            Ok(Download::Refused(reply)) => match api::check(Ok(reply), now()) {
+            Ok(Download::Refused(reply)) => match batch_object::check(Ok(reply), now()) {
                 Err(Trouble::Refused(failure)) => {
                     self.is_gone(index, &failure.message)?;
                     Ok(None)
@@ -49,7 +51,7 @@ impl Batches<'_> {
     ) -> Result<Option<Bytes>, Halt> {
         match rows.next().await {
             Ok(line) => Ok(line),
-            Err(fault) => Err(self.not_read(index, retry::classify_fault(fault))),
+            Err(fault) => Err(self.not_read(index, outcome::classify_fault(fault))),
         }
     }
 
@@ -87,13 +89,13 @@ impl Batches<'_> {
         let mut kept = crate::fs::Whole::create(&path)?;
         let content = batches.content(file).await;
         let content =
-            content.map_err(|fault| self.not_read(index, retry::classify_fault(fault)))?;
+            content.map_err(|fault| self.not_read(index, outcome::classify_fault(fault)))?;
         if let Download::Content(mut pieces) = content {
             let could_not = "could not keep a results file";
             let mut held = Vec::new();
             while let Some(piece) = pieces.next().await {
                 let piece =
-                    piece.map_err(|fault| self.not_read(index, retry::classify_fault(fault)))?;
+                    piece.map_err(|fault| self.not_read(index, outcome::classify_fault(fault)))?;
                 held.extend_from_slice(&piece);
                 held = batches.without_key(held.into()).into();
                 // A key may begin in one piece and end in the next one.

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use super::api::{Card, Mistake};
 use super::collect::Fate;
 use super::lane::batches;
 use super::{Batches, Halt, results};
+use crate::client::batch_object::{Card, Mistake};
+use crate::client::outcome::{Claim, Failure};
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{Claim, Failure};
 
 /// Returns true if an answer may be in the line, which names none of the rows.
 fn may_be_answer(line: &[u8], is_readable: bool) -> bool {

@@ -16,12 +16,13 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::api::ENDPOINT;
-use crate::cache::{Cache, question};
+use crate::budget::price::Bound;
+use crate::cache::question;
+use crate::cache::writer::Cache;
+use crate::client::batch_object::ENDPOINT;
 use crate::exit::Exit;
-use crate::harvest::budget::cost::Bound;
-use crate::harvest::plan::Plan;
 use crate::harvest::queue::Entry;
+use crate::plan::Plan;
 
 const VERSION: u32 = 1;
 

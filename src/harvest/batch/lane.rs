@@ -7,15 +7,16 @@ use std::time::Duration;
 use anyhow::anyhow;
 use tokio::time::Instant;
 
-use super::api::BatchApi;
+use crate::client::batch_object::BatchApi;
+use crate::client::http::Transport;
+use crate::client::outcome;
+use crate::client::outcome::{Claim, Failure, Trouble};
 use crate::config::{self, Config};
 use crate::exit::Exit;
-use crate::harvest::plan::Plan;
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{self, Claim, Failure, Trouble};
 use crate::harvest::stop;
-use crate::harvest::teacher::Transport;
 use crate::harvest::watch::Watch;
+use crate::plan::Plan;
 
 /// Calls after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_CALLS: u32 = 3;
@@ -140,7 +141,7 @@ impl Lane {
         }
         // At least half of the pause is certain.
         let random = 0.5 + fastrand::f64() / 2.0;
-        let pause = retry::backoff(self.failures, retry, random).max(least.unwrap_or_default());
+        let pause = outcome::backoff(self.failures, retry, random).max(least.unwrap_or_default());
         self.not_before = now + pause;
         (pause, message)
     }
@@ -149,7 +150,7 @@ impl Lane {
     /// only where it is said again and again.
     fn claimed(&mut self, claim: Claim, retry: &config::Retry) -> (Duration, String) {
         self.claims_of_calls += 1;
-        let pause = retry::backoff(self.failures, retry, 1.0);
+        let pause = outcome::backoff(self.failures, retry, 1.0);
         self.not_before = Instant::now() + pause;
         let message = claim.failure.message.clone();
         self.stop_if_confirmed(claim, self.has_batches, self.claims_of_calls);
@@ -159,7 +160,7 @@ impl Lane {
     /// As [`Lane::claimed`], for a batch in which every row says so.
     pub fn all_claimed(&mut self, claim: Claim, retry: &config::Retry) {
         self.claims += 1;
-        self.not_before = Instant::now() + retry::backoff(self.claims, retry, 1.0);
+        self.not_before = Instant::now() + outcome::backoff(self.claims, retry, 1.0);
         self.stop_if_confirmed(claim, self.has_answered, self.claims);
     }
 
@@ -188,7 +189,7 @@ impl Lane {
                  `[sampling]` or `[teacher]`, or set `schedule.mode = \"realtime\"`"
             ));
         }
-        self.not_before = Instant::now() + retry::backoff(self.failed_batches, retry, 1.0);
+        self.not_before = Instant::now() + outcome::backoff(self.failed_batches, retry, 1.0);
     }
 
     /// Nothing else of ours is under way, and there is no room for a row of so many tokens.
@@ -201,7 +202,7 @@ impl Lane {
             );
             self.stop(Exit::Resumable(message).into());
         }
-        let pause = retry::backoff(self.failed_batches, retry, 1.0);
+        let pause = outcome::backoff(self.failed_batches, retry, 1.0);
         self.not_before = Instant::now() + pause.max(Duration::from_secs(30));
     }
 }

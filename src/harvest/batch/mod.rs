@@ -10,25 +10,23 @@
 //! signal, which leaves the batches to go on at the endpoint, or by a kill. `api` is the way to the
 //! endpoint (`http`, or a test's own), and what it says; `outlook` is for a dry run.
 
-mod api;
-mod braces;
-mod closing;
-mod collect;
-mod download;
-mod failed;
-mod http;
-mod journal;
-mod lane;
-mod outlook;
-mod parts;
-mod recover;
-mod results;
-mod rows;
-mod show;
-mod submit;
-mod tally;
+pub mod braces;
+pub mod closing;
+pub mod collect;
+pub mod download;
+pub mod failed;
+pub mod journal;
+pub mod lane;
+pub mod outlook;
+pub mod parts;
+pub mod recover;
+pub mod results;
+pub mod rows;
+pub mod show;
+pub mod submit;
+pub mod tally;
 
-pub use api::{BatchApi, Download};
+pub use crate::client::batch_object::{BatchApi, Download};
 pub use journal::{check_none_under_way, drop_uncreated, is_under_way};
 pub use outlook::Outlook;
 pub use tally::Tally;
@@ -41,21 +39,22 @@ use anyhow::Result;
 use tokio::time::{Instant, sleep_until};
 
 use super::books::Books;
-use super::clock::WallClock;
-use super::failures::FailedRow;
-use super::plan::Plan;
 use super::queue::Entry;
-use super::retry::{Failure, Trouble};
-use super::schedule::{Schedule, State as Time};
-use super::summary::Summary;
-use super::teacher::Transport;
 use super::unreadable::Unreadable;
-use crate::cache::Cache;
+use crate::cache::writer::Cache;
+use crate::client::http::Transport;
+use crate::client::outcome::{Failure, Trouble};
+use crate::clock::WallClock;
 use crate::config::Config;
 use crate::exit::Exit;
+use crate::harvest::window::{Schedule, State as Time};
+use crate::plan::Plan;
 use crate::prompt::Prompt;
+use crate::report::failures::FailedRow;
+use crate::report::summary::Summary;
 use crate::signal::Signals;
-use crate::terminal::{Progress, format_duration};
+use crate::terminal::format_duration;
+use crate::terminal::progress::Progress;
 use journal::Journal;
 use lane::Lane;
 
@@ -151,7 +150,7 @@ impl<'a> Batches<'a> {
             schedule: Schedule::new(&config.schedule, clock.now())?,
             summary: Summary {
                 arguments: config.arguments(),
-                before_training: crate::harvest::prepare::before_training(config),
+                before_training: crate::plan::prepare::before_training(config),
                 ..Summary::of_plan(&plan, &books.unanswered)
             },
             tally: Tally::default(),

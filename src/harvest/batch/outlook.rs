@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::journal::Journal;
 use super::parts::{self, Room};
 use crate::config::Config;
-use crate::harvest::plan::{Plan, Row};
+use crate::plan::{Plan, Row};
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Outlook {

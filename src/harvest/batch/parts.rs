@@ -2,7 +2,7 @@
 
 use super::journal::line_bytes;
 use crate::config;
-use crate::harvest::plan::Plan;
+use crate::plan::Plan;
 
 /// Bytes of an answer's line beside its tokens.
 const OUTPUT_OVERHEAD: f64 = 1_000.0;

@@ -10,12 +10,13 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::api::Mistake;
 use super::braces::object_end;
-use crate::harvest::reply::error::{ApiError, is_error};
-use crate::harvest::reply::{Completion, json, names_choices};
-use crate::harvest::retry::{self, Claim, Failure, Reason, Trouble};
-use crate::harvest::teacher::Reply;
+use crate::client::batch_object::Mistake;
+use crate::client::http::Reply;
+use crate::client::outcome;
+use crate::client::outcome::{Claim, Failure, Reason, Trouble};
+use crate::client::response::error::{ApiError, is_error};
+use crate::client::response::{Completion, json, names_choices};
 
 /// What a line brings.
 pub struct Outcome {
@@ -241,7 +242,7 @@ fn read_json(line: &Bytes) -> Option<Outcome> {
         let body = line.slice_ref(body);
         // A batch line has no date header that the time would be compared with.
         let reply = Reply::whole(status, HeaderMap::new(), body);
-        retry::classify(Ok(reply), SystemTime::UNIX_EPOCH)
+        outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH)
     } else {
         Err(unanswered(&error))
     };
@@ -266,7 +267,7 @@ fn reply(response: &RawValue) -> (u16, &[u8]) {
 fn unanswered(error: &Value) -> Trouble {
     if !is_error(error) {
         // Nothing says that it was not done.
-        return retry::lost("no answer in the batch", "");
+        return outcome::lost("no answer in the batch", "");
     }
     let error = &ApiError::from_value(error);
     let class = match error.code.as_str() {
@@ -274,7 +275,7 @@ fn unanswered(error: &Value) -> Trouble {
         code => code,
     };
     let failure = Failure::new(class, &error.message);
-    if let Some(reason) = retry::claims_the_end(error, false) {
+    if let Some(reason) = crate::client::error_class::claims_the_end(error, false) {
         return Trouble::Claim(Claim { reason, failure });
     }
     if error.is_of_the_content() {
@@ -323,7 +324,7 @@ pub fn verdict(mistakes: &[Mistake]) -> Verdict {
         }
         if error.code == "token_limit_exceeded" {
             verdict.over_tokens = Some(told_limit(&error.message));
-        } else if let Some(reason) = retry::claims_the_end(error, false) {
+        } else if let Some(reason) = crate::client::error_class::claims_the_end(error, false) {
             verdict.stop.get_or_insert((reason, failure.message));
         } else if let Some(line) = line.and_then(|line| usize::try_from(line).ok()?.checked_sub(1))
         {

@@ -5,10 +5,10 @@ use std::collections::VecDeque;
 use bytes::{Bytes, BytesMut};
 use memchr::memmem::find;
 
-use super::api::{LONGEST_LINE, Lines};
 use super::braces::{Braces, is_closed};
 use super::results::ID;
-use crate::harvest::teacher::Fault;
+use crate::client::batch_object::{LONGEST_LINE, Lines};
+use crate::client::http::Fault;
 
 pub struct Rows {
     lines: Lines,

@@ -7,16 +7,20 @@ use anyhow::{Context, Result};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::api::{self, Card, ENDPOINT};
 use super::journal::{Live, Part, State};
 use super::lane::batches;
 use super::parts::{self, Full, Room, Size};
 use super::{Batches, Halt};
-use crate::harvest::budget::{Bill, Dollars};
+use crate::budget::account::Bill;
+use crate::budget::dollars::Dollars;
+use crate::client::batch_object;
+use crate::client::batch_object::{Card, ENDPOINT};
+use crate::client::http;
+use crate::client::http::Transport;
+use crate::client::outcome;
+use crate::client::outcome::{Failure, Trouble};
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{self, Failure, Trouble};
 use crate::harvest::stop;
-use crate::harvest::teacher::{self, Transport};
 
 /// A batch whose creation had no reply is looked for after so many seconds each; a list may lag.
 const LOOKS: [u64; 4] = [0, 5, 15, 40];
@@ -72,7 +76,7 @@ impl Batches<'_> {
         self.journal.parts.push(Part {
             nonce,
             teacher: settings.teacher.label().into(),
-            endpoint: teacher::identity(&settings.teacher).into(),
+            endpoint: http::identity(&settings.teacher).into(),
             rows: count as u64,
             tokens: sum.tokens,
             reserved_usd: sum.usd,
@@ -159,9 +163,9 @@ impl Batches<'_> {
         let path = self.journal.requests(&self.journal.parts[index].nonce);
         let (lane, transport) = self.lane_of(index)?;
         let reply = batches(&transport)?.upload(&path).await;
-        let reply = api::check(reply, self.clock.now().into())?;
-        let file = api::parse_file(&reply.body)
-            .ok_or_else(|| retry::lost("malformed", "the reply to an upload names no file"))?;
+        let reply = batch_object::check(reply, self.clock.now().into())?;
+        let file = batch_object::parse_file(&reply.body)
+            .ok_or_else(|| outcome::lost("malformed", "the reply to an upload names no file"))?;
         self.lanes[lane].success();
         Ok(self.journal.set(index, State::Uploaded { file })?)
     }
@@ -178,7 +182,7 @@ impl Batches<'_> {
         self.journal.parts[index].live.in_doubt = true;
         let reply = batches(&transport)?.create(&body).await;
         let live = &mut self.journal.parts[index].live;
-        let reply = match api::check(reply, self.clock.now().into()) {
+        let reply = match batch_object::check(reply, self.clock.now().into()) {
             Ok(reply) => reply,
             Err(Trouble::Refused(failure)) if is_missing(&failure) && live.missing < MISSING[1] => {
                 live.in_doubt = false;
@@ -207,7 +211,9 @@ impl Batches<'_> {
         self.lanes[lane].has_batches = true;
         match Card::parse(&reply.body) {
             Some(card) => self.created(index, card),
-            None => Err(retry::lost("malformed", "the reply to a creation names no batch").into()),
+            None => {
+                Err(outcome::lost("malformed", "the reply to a creation names no batch").into())
+            }
         }
     }
 
@@ -230,9 +236,9 @@ impl Batches<'_> {
         let mut after: Option<String> = None;
         loop {
             let reply = batches(&transport)?.list(after.as_deref()).await;
-            let reply = api::check(reply, self.clock.now().into())?;
-            let (cards, has_more) = api::parse_page(&reply.body)
-                .ok_or_else(|| retry::lost("malformed", "the reply is no list of batches"))?;
+            let reply = batch_object::check(reply, self.clock.now().into())?;
+            let (cards, has_more) = batch_object::parse_page(&reply.body)
+                .ok_or_else(|| outcome::lost("malformed", "the reply is no list of batches"))?;
             self.lanes[lane].success();
             after = cards.last().map(|card| card.id.clone());
             let is_last = !has_more

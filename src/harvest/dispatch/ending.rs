@@ -3,13 +3,13 @@
 use anyhow::Result;
 
 use super::Dispatcher;
+use crate::client::outcome::Failure;
 use crate::harvest::books::Books;
-use crate::harvest::lane::Lane;
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::Failure;
-use crate::harvest::summary::Summary;
-use crate::harvest::unanswered::{Kind, Line};
-use crate::harvest::{room, stop};
+use crate::harvest::upstream::Lane;
+use crate::harvest::{disk_full, stop};
+use crate::plan::unanswered::{Kind, Line};
+use crate::report::summary::Summary;
 
 /// What is left of a dispatcher.
 pub struct Ended {
@@ -86,7 +86,7 @@ impl Dispatcher<'_> {
                 tracing::warn!("{error:#}");
                 Ok(())
             }
-            other => room::excuse(other),
+            other => disk_full::excuse(other),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The one task that decides what is sent, and what becomes of the replies.
 
-mod ending;
-mod recording;
-mod settling;
+pub mod ending;
+pub mod recording;
+pub mod settling;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,24 +12,26 @@ use tokio::sync::Notify;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
-use crate::cache::Cache;
 use crate::cache::place::Displaced;
+use crate::cache::writer::Cache;
+use crate::clock::WallClock;
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::harvest::attempt::{self, Attempt, Finished};
 use crate::harvest::books::Books;
-use crate::harvest::clock::WallClock;
-use crate::harvest::lane::Lane;
-use crate::harvest::plan::Plan;
-use crate::harvest::progress::Rates;
-use crate::harvest::room::{self, Room};
-use crate::harvest::schedule::{self, Schedule, State};
+use crate::harvest::disk_full;
+use crate::harvest::disk_full::Room;
 use crate::harvest::stop;
-use crate::harvest::summary::Summary;
-use crate::harvest::timeline::{Timeline, Used};
 use crate::harvest::unreadable::Unreadable;
+use crate::harvest::upstream::Lane;
+use crate::harvest::window;
+use crate::harvest::window::{Schedule, State};
+use crate::plan::Plan;
+use crate::report::progress::Rates;
+use crate::report::summary::Summary;
+use crate::report::timeline::{Timeline, Used};
 use crate::signal::Signals;
-use crate::terminal::Progress;
+use crate::terminal::progress::Progress;
 pub use ending::Ended;
 
 /// Answers that are recorded by one write, at most.
@@ -98,7 +100,7 @@ impl<'a> Dispatcher<'a> {
         let summary = Summary {
             used: used.collect(),
             arguments: config.arguments(),
-            before_training: super::prepare::before_training(config),
+            before_training: crate::plan::prepare::before_training(config),
             ..Summary::of_plan(&plan, &books.unanswered)
         };
         Ok(Self {
@@ -230,7 +232,7 @@ impl<'a> Dispatcher<'a> {
             State::Open => None,
             State::Over if self.is_done() => None,
             State::Over => {
-                self.stop.get_or_insert_with(schedule::over);
+                self.stop.get_or_insert_with(window::over);
                 None
             }
             State::Closed(_) if self.stop.is_some() || self.is_done() => None,
@@ -262,7 +264,7 @@ impl<'a> Dispatcher<'a> {
         match self.books.set_aside(&reserved, lane) {
             Ok(true) => {}
             Ok(false) => return Ok(Next::NoMoney),
-            Err(error) if room::is_full(&error) => {
+            Err(error) if disk_full::is_full(&error) => {
                 self.note_full_disk(&error);
                 return Ok(Next::Full);
             }
@@ -377,7 +379,7 @@ impl<'a> Dispatcher<'a> {
     /// until then what was written before is on the safe side.
     fn unless_full(&mut self, write: impl FnOnce(&mut Books) -> Result<()>) -> Result<()> {
         match write(&mut self.books) {
-            Err(error) if room::is_full(&error) => Ok(()),
+            Err(error) if disk_full::is_full(&error) => Ok(()),
             // The whole folder may have been moved. What was written ahead there covers what is in flight.
             Err(_) if self.is_displaced => Ok(()),
             other => other,

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use super::Dispatcher;
 use crate::exit::Exit;
 use crate::harvest::attempt::Finished;
-use crate::harvest::{room, stop};
+use crate::harvest::{disk_full, stop};
 
 impl Dispatcher<'_> {
     /// Records the answers among these by one write, and decides about the other replies.
@@ -21,7 +21,7 @@ impl Dispatcher<'_> {
             Ok(()) => finished
                 .into_iter()
                 .try_for_each(|request| self.settle(request)),
-            Err(error) if room::is_full(&error) => {
+            Err(error) if disk_full::is_full(&error) => {
                 self.room.hold(finished);
                 self.note_full_disk(&error);
                 Ok(())
@@ -57,7 +57,7 @@ impl Dispatcher<'_> {
                 self.progress.note("there is room on the disk again");
                 return Ok(None);
             }
-            Err(error) if !room::is_full(&error) => return Err(error),
+            Err(error) if !disk_full::is_full(&error) => return Err(error),
             _ => {}
         }
         if (is_last || self.room.has_waited_long())

@@ -6,16 +6,16 @@ use anyhow::{Result, bail};
 use tokio::time::Instant;
 
 use super::Dispatcher;
+use crate::budget::account::Bill;
+use crate::client::outcome::{Claim, Failure, Trouble};
 use crate::harvest::attempt::Finished;
-use crate::harvest::budget::Bill;
-use crate::harvest::failures::FailedRow;
-use crate::harvest::lane::Verdict;
-use crate::harvest::limiter::Departure;
 use crate::harvest::queue::Entry;
-use crate::harvest::retry::{Claim, Failure, Trouble};
 use crate::harvest::stop;
-use crate::harvest::unanswered::{Kind, Line};
+use crate::harvest::upstream::Verdict;
 use crate::harvest::watch::{Seen, Word};
+use crate::plan::unanswered::{Kind, Line};
+use crate::rate_limit::server_limits::Departure;
+use crate::report::failures::FailedRow;
 use crate::terminal::format_duration;
 
 /// A wait that is worth telling.

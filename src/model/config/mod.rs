@@ -1,8 +1,8 @@
 //! The shape of a decoder, as `config.json` of a Hugging Face folder gives it.
 
-mod gpt2;
-mod llama;
-mod rope;
+pub mod gpt2;
+pub mod llama;
+pub mod rope;
 
 use std::path::Path;
 

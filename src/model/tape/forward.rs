@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 
 use super::{Keys, Memory, Op, Setting, Tape, linear_of, lora_of};
-use crate::model::KvCache;
 use crate::model::graph::NO_ROPE;
+use crate::model::kv_cache::KvCache;
 use crate::ops::arena::Buffer;
 use crate::ops::attention::{Attention, Cached};
 use crate::ops::rope::Turn;

@@ -8,8 +8,8 @@
 //! activation is dropped when the last gradient that needs it is done, so the peak of a step is
 //! the larger of the two, not their sum.
 
-mod backward;
-mod forward;
+pub mod backward;
+pub mod forward;
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -18,9 +18,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
-use super::KvCache;
 use super::graph::Graph;
 use super::projection::{Adapter, Projection};
+use crate::model::kv_cache::KvCache;
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::attention::Heads;
 use crate::ops::linear::Linear;

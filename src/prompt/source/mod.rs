@@ -1,10 +1,10 @@
 //! Rows of a prompt file, whatever its format.
 
-mod json;
+pub mod json;
 #[cfg(feature = "parquet")]
-mod parquet;
-mod table;
-mod text;
+pub mod parquet;
+pub mod table;
+pub mod text;
 
 use std::io::BufRead;
 use std::path::Path;

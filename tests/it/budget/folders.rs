@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use distill::cache;
-use distill::serve::mock::Mock;
+use distill::mock::Mock;
 use tokio::runtime::Runtime;
 
 use crate::mock::server::Server;
@@ -247,7 +247,7 @@ impl Folder {
             self.start(&other, &config, &["harvest", "--limit", "5"]),
             Duration::from_secs(10),
         );
-        let records = cache::read(&other.join("cache")).expect(&errors);
+        let records = distill::cache::reader::read(&other.join("cache")).expect(&errors);
         let costs = records.map(|record| record.unwrap().cost_usd.unwrap());
         self.merged += costs.sum::<f64>();
         self.is_bound = false;

@@ -3,10 +3,11 @@
 
 use std::collections::HashSet;
 
+use distill::budget::account::{Account, Bill};
+use distill::budget::dollars::Dollars;
+use distill::budget::ledger::Spent;
+use distill::budget::price::Bound;
 use distill::cache::record::Usage;
-use distill::harvest::budget::account::{Account, Bill};
-use distill::harvest::budget::cost::Bound;
-use distill::harvest::budget::{Dollars, Spent};
 
 use super::{Disk, Fault, Mortal, PRICE, after_a_kill, dollars};
 

@@ -1,12 +1,14 @@
-//! The invariant of the budget (see `harvest::budget`): what may have been billed never exceeds the cap.
+//! The invariant of the budget (see `distill::budget`): what may have been billed never exceeds the cap.
 
 mod folders;
 mod interleavings;
 mod property;
 
 use anyhow::{Result, bail};
+use distill::budget::account::Account;
+use distill::budget::dollars::Dollars;
+use distill::budget::ledger::{Ledger, Spent, Store};
 use distill::config::Price;
-use distill::harvest::budget::{Account, Dollars, Ledger, Spent, Store};
 
 /// A dollar a million tokens of either kind: with whole millions, sums are easy to read.
 pub const PRICE: Price = Price {

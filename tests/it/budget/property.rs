@@ -2,11 +2,13 @@
 //! judge or probe one after the other, batches, kills, prices that are set, changed or taken away, a cap
 //! that comes late or moves, caches that are repaired, deleted and merged.
 
+use distill::budget::account::{Account, Amount, Bill};
+use distill::budget::dollars::Dollars;
+use distill::budget::ledger::{Spent, Tokens};
+use distill::budget::price;
+use distill::budget::price::Bound;
 use distill::cache::record::Usage;
 use distill::config::Price;
-use distill::harvest::budget::account::{Account, Amount, Bill};
-use distill::harvest::budget::cost::{self, Bound};
-use distill::harvest::budget::{Dollars, Spent, Tokens};
 use proptest::prelude::*;
 
 use super::{Disk, Fault, Mortal, after_a_kill};
@@ -128,7 +130,7 @@ impl World {
             completion_tokens: self.unpriced.completion,
             ..Usage::default()
         };
-        cost::cost(&usage, price).map(Dollars::at_most)
+        price::cost(&usage, price).map(Dollars::at_most)
     }
 
     /// The most that a request can cost which was sent at that price.
@@ -148,7 +150,7 @@ impl World {
             completion_tokens: part(bound.output_tokens),
             ..Usage::default()
         };
-        match cost::cost(&usage, &PRICES[sent_at]) {
+        match price::cost(&usage, &PRICES[sent_at]) {
             Some(usd) => self.billed = self.billed.plus(Dollars::at_most(usd)),
             None => self.unpriced.add(usage.into()),
         }
@@ -307,7 +309,7 @@ impl World {
             if at_once { account.flush() } else { Ok(()) }
         });
         if lives && let Bill::Measured(usage) = bill {
-            let usd = cost::cost(&usage, &PRICES[price]).unwrap_or(0.0);
+            let usd = price::cost(&usage, &PRICES[price]).unwrap_or(0.0);
             self.cached = self.cached.plus(Dollars::at_most(usd));
         }
     }

@@ -1,6 +1,6 @@
 //! Added tokens that are not control tokens: `<think>`, `[NAME]`, tokens of a user.
 
-use distill::data::tokenizer::Tokenizer;
+use distill::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use distill::cache::record::{Logprobs, RawToken};
-use distill::data::align::{Aligned, Chunk, Mapper, Mismatch, groups};
-use distill::data::tokenizer::Tokenizer;
+use distill::data::align::aligned::{Aligned, Chunk};
+use distill::data::align::{Mapper, Mismatch, groups};
+use distill::tokenizer::Tokenizer;
 
 use super::{FOLDERS, ask, tokenizer};
 

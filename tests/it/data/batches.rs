@@ -2,7 +2,7 @@
 
 use distill::config::{Config, Train};
 use distill::data::batch::{Batch, Batches, Cursor, micro_batches};
-use distill::data::prepared::ExampleView;
+use distill::data::prepared::shard::ExampleView;
 use serde_json::json;
 
 use super::dataset::load;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use distill::data::chat_template::{ChatTemplate, Date, Span, with_arguments};
+use distill::tokenizer::chat_template::{ChatTemplate, Date, Span, with_arguments};
 use serde_json::json;
 
 use super::{ask, golden, messages};

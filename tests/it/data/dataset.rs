@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use distill::cache::record::{Answer, Record, Status, Timing};
-use distill::cache::{Cache, Sealed};
+use distill::cache::writer::{Cache, Sealed};
 use distill::config;
 use distill::data::batch::Batch;
 use distill::data::dataset::{self, Dataset, Examples};
 use distill::data::groups::Selection;
-use distill::data::tokenizer::Tokenizer;
 use distill::exit::Exit;
+use distill::tokenizer::Tokenizer;
 use serde_json::json;
 
 use super::align::same_tokenizer;

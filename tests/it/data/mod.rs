@@ -13,8 +13,8 @@ mod tokenizer;
 
 use std::path::PathBuf;
 
-use distill::data::tokenizer::Tokenizer;
 use distill::prompt::Message;
+use distill::tokenizer::Tokenizer;
 use serde_json::Value;
 
 /// Small tokenizers in the formats of real models; `tests/python/make_tokenizer_fixtures.py` made

@@ -8,7 +8,7 @@ use distill::config::Config;
 use distill::data::batch::Batch;
 use distill::data::dataset::{self, Dataset};
 use distill::data::groups::Selection;
-use distill::data::tokenizer::Tokenizer;
+use distill::tokenizer::Tokenizer;
 
 use super::align::same_tokenizer;
 use super::dataset::{load, record, write_cache};

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use distill::cache::record::{Record, Timing};
 use distill::config::{Config, TemplateDate, Thinking};
-use distill::data::chat_template::Date;
-use distill::data::dataset::{self, Report};
+use distill::data::dataset;
+use distill::data::dataset::report::Report;
 use distill::data::groups::Selection;
-use distill::data::tokenizer::Tokenizer;
 use distill::prompt::Message;
+use distill::tokenizer::Tokenizer;
+use distill::tokenizer::chat_template::Date;
 use serde_json::json;
 use tempfile::TempDir;
 

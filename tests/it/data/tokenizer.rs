@@ -1,7 +1,7 @@
 //! Ids and bytes, held against transformers.
 
-use distill::data::tokenizer::Tokenizer;
 use distill::exit::Exit;
+use distill::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
 use super::{FOLDERS, ask, folder, golden, ids, message, messages, tokenizer};

@@ -5,8 +5,8 @@ use std::path::Path;
 use distill::cache::record::{Logprobs, RawToken, Record};
 use distill::config::Data;
 use distill::data::groups::Selection;
-use distill::data::tokenizer::Tokenizer;
 use distill::export::{Format, Report, Settings, write};
+use distill::tokenizer::Tokenizer;
 use serde_json::json;
 
 use super::{left_out, rows};

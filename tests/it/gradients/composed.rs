@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor, Var};
 use distill::config::Train;
-use distill::model::composed::Composed;
+use distill::model::candle_graph::Composed;
 use distill::model::gradients::Gradients;
 use distill::model::graph::Graph;
 use distill::model::projection::Projection;

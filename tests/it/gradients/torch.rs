@@ -5,9 +5,10 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use distill::data::batch::Batch;
+use distill::model::config::ModelConfig;
 use distill::model::tape::Memory;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Frame, Input, ModelConfig};
+use distill::model::{Frame, Input};
 use serde_json::Value;
 
 use super::{Trainable, assert_same, difference};

@@ -8,7 +8,8 @@ use std::process::{Command, Output};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
-use distill::serve::mock::{self, MockServer, Script};
+use distill::mock::script::Script;
+use distill::mock::server::MockServer;
 use serde_json::json;
 
 use super::matrix::{Always, FAULTS};
@@ -60,7 +61,7 @@ fn assert_files_clean(dir: &Path) {
 fn teacher(script: &str) -> MockServer {
     let script = format!("key = \"{KEY}\"\n{script}");
     let script = Script::parse("mock.toml".as_ref(), &script).unwrap();
-    mock::start(script, [127, 0, 0, 1].into(), 0).unwrap()
+    distill::mock::server::start(script, [127, 0, 0, 1].into(), 0).unwrap()
 }
 
 fn fault(kind: &str, conditions: &str) -> String {

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use distill::cache::{Storage, Wrap};
+use distill::cache::storage::{Storage, Wrap};
 use distill::config::Durability;
-use distill::harvest::{self, Summary, World};
+use distill::harvest::{self, World};
+use distill::report::summary::Summary;
 use distill::signal::Signals;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::Instant;

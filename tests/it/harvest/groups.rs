@@ -4,7 +4,6 @@ use distill::config::{Config, Groups};
 use distill::data::dataset::{self, Dataset};
 use distill::data::groups::Selection;
 use distill::exit::Exit;
-use distill::harvest;
 
 use super::nights::Night;
 use super::{Run, end};
@@ -12,7 +11,7 @@ use crate::data::tokenizer;
 use crate::fault_server::{FaultServer, Reaction, answer, completion};
 
 fn load(config: &Config) -> anyhow::Result<Dataset> {
-    let selection = harvest::selection(config)?;
+    let selection = distill::plan::questions::selection(config)?;
     dataset::load(config, &selection, &tokenizer("bytelevel"), &mut |_, _| {
         Ok(())
     })
@@ -176,7 +175,7 @@ async fn answers_of_a_mock_are_used_only_by_name() {
     assert_eq!(kept(config).0, 5);
     // Nor does another endpoint take its answers over.
     let address = std::mem::replace(&mut config.teacher.base_url, "http://other/v1".into());
-    let adopted = harvest::adopt(config).unwrap();
+    let adopted = distill::plan::adopt::adopt(config).unwrap();
     assert_eq!(
         (adopted.records, adopted.mocks, adopted.answered),
         (0, 5, 0)
@@ -188,7 +187,7 @@ async fn answers_of_a_mock_are_used_only_by_name() {
     config.run_dir = dir.path().join("run");
     config.data.groups = Groups::Asked;
     assert_eq!(refused(config).0, 2);
-    let selection = harvest::selection(config).unwrap();
+    let selection = distill::plan::questions::selection(config).unwrap();
     assert!(matches!(selection, Selection::Asked(_)));
 }
 
@@ -210,7 +209,7 @@ async fn what_the_harvest_takes_for_an_answer_is_trained_on() {
     config.prompts.limit = None;
     config.teacher.base_url = "http://127.0.0.1:1/v1".into();
     assert!(refused(config).1.contains("distill cache adopt"));
-    assert_eq!(harvest::adopt(config).unwrap().records, 3);
+    assert_eq!(distill::plan::adopt::adopt(config).unwrap().records, 3);
     assert_eq!(kept(config).0, 3, "adopted");
 }
 

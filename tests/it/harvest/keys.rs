@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use distill::cache::record::Record;
 use distill::config::MaxTokensField;
-use distill::harvest::{self, HarvestOptions, Summary};
+use distill::harvest::{self, HarvestOptions};
+use distill::report::summary::Summary;
 use serde_json::json;
 
 use super::{Run, end, quietly};
@@ -126,7 +127,7 @@ async fn answers_from_another_address_are_told_of_and_adopted() {
         "{table}"
     );
     assert!(table.contains("\"content\": \"short one\""), "{table}");
-    let adopted = harvest::adopt(&run.config).unwrap();
+    let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (4, 5));
     assert_eq!(requests(&run).await, (4, 1));
     run.config.sampling.max_tokens = 100;
@@ -258,7 +259,7 @@ async fn adopt_prefers_complete_answers() {
     assert_eq!(requests(&run).await, (0, 2));
     // The first endpoint has truncated answers to both, the second one complete ones.
     run.config.teacher.base_url.clone_from(&server.base_url);
-    let adopted = harvest::adopt(&run.config).unwrap();
+    let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.answered), (2, 2));
     assert_eq!(requests(&run).await, (2, 0));
 }
@@ -329,7 +330,7 @@ async fn the_cache_of_an_earlier_version_stays_valid() {
     let before = run.records();
     // With a new setting its records are of no use until they are adopted.
     run.config.sampling.max_tokens = 40;
-    let adopted = harvest::adopt(&run.config).unwrap();
+    let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (12, 12));
     let after = run.records();
     let what = |records: &[Record]| -> Vec<_> {
@@ -348,7 +349,7 @@ async fn the_cache_of_an_earlier_version_stays_valid() {
     assert_eq!(what(&before), what(&after));
     run.config.teacher.base_url.clone_from(&server.base_url);
     // A mock has given these answers.
-    assert_eq!(harvest::adopt(&run.config).unwrap().records, 0);
+    assert_eq!(distill::plan::adopt::adopt(&run.config).unwrap().records, 0);
     let others = after.into_iter().map(|record| Record {
         fingerprint: "fp_real".into(),
         ..record
@@ -356,7 +357,10 @@ async fn the_cache_of_an_earlier_version_stays_valid() {
     let cache = run.config.run_dir.join("cache");
     std::fs::remove_dir_all(&cache).unwrap();
     write_cache(&cache, &others.collect::<Vec<_>>());
-    assert_eq!(harvest::adopt(&run.config).unwrap().records, 12);
+    assert_eq!(
+        distill::plan::adopt::adopt(&run.config).unwrap().records,
+        12
+    );
     // Eight were cut off at 24 tokens.
     assert_eq!(requests(&run).await, (4, 8));
 }
@@ -429,7 +433,7 @@ async fn what_answers_a_question_already_is_not_adopted_by_another_teacher() {
     run.config.teachers = vec![teacher("A"), teacher("B")];
     assert_eq!(requests(&run).await, (0, 6));
     run.config.prompts.teachers = distill::config::Assignment::All;
-    assert_eq!(harvest::adopt(&run.config).unwrap().records, 0);
+    assert_eq!(distill::plan::adopt::adopt(&run.config).unwrap().records, 0);
     let dry = HarvestOptions {
         dry_run: true,
         ..quietly()

@@ -3,9 +3,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use distill::client::http::{Fault, Reply, Transport};
+use distill::clock::WallClock;
 use distill::config::{Durability, Teacher};
 use distill::exit::Exit;
-use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock, World};
+use distill::harvest::{self, World};
+use distill::report::summary::Summary;
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;

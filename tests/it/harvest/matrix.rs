@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 
 use distill::config::Config;
-use distill::serve::mock::script::Kind;
-use distill::serve::mock::{self, Script};
+use distill::mock::script::Script;
+use distill::mock::script::kind::Kind;
 
 use super::nights::Night;
 use super::{Run, end};
@@ -234,7 +234,7 @@ async fn on_the_wire_it_is_the_same() {
         };
         let script = format!("[[faults]]\nkind = \"{kind}\"\nfirst = 1\nmatching = \"b\"\n{size}");
         let script = Script::parse("fault.toml".as_ref(), &script).unwrap();
-        let server = mock::start(script, [127, 0, 0, 1].into(), 0).unwrap();
+        let server = distill::mock::server::start(script, [127, 0, 0, 1].into(), 0).unwrap();
         let mut run = Run::at(&server.base_url(), &["a", "b", "c"]);
         run.config.teacher.model = "mock".into();
         run.config.teacher.timeout_s = 0.3;

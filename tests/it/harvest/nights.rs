@@ -4,9 +4,15 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use distill::client::http::{Fault, Reply, Transport};
+use distill::clock::WallClock;
 use distill::config::{Config, Durability};
-use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock, World};
-use distill::serve::mock::{Mock, Reaction, Request, Script, Stats};
+use distill::harvest::{self, World};
+use distill::mock::ledger::Stats;
+use distill::mock::response::Reaction;
+use distill::mock::script::Script;
+use distill::mock::{Mock, Request};
+use distill::report::summary::Summary;
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -53,7 +59,7 @@ impl Transport for Simulated {
     }
 }
 
-pub fn whole(reply: distill::serve::mock::Reply) -> Reply {
+pub fn whole(reply: distill::mock::response::Reply) -> Reply {
     let mut headers = HeaderMap::new();
     for (name, value) in &reply.headers {
         let name: reqwest::header::HeaderName = name.parse().unwrap();

@@ -3,21 +3,22 @@
 use distill::config::MaxTokensField;
 use distill::exit::Exit;
 use distill::harvest;
-use distill::harvest::endpoint::{Endpoint, Finding, LogprobsKind, TokenBytes};
-use distill::serve::mock::{self, MockServer, Script};
+use distill::mock::script::Script;
+use distill::mock::server::MockServer;
+use distill::probe::findings::{Endpoint, Finding, LogprobsKind, TokenBytes};
 
 use super::{Run, quietly};
 
 fn teacher(script: &str) -> (MockServer, Run) {
     let script = Script::parse("teacher.toml".as_ref(), script).unwrap();
-    let server = mock::start(script, [127, 0, 0, 1].into(), 0).unwrap();
+    let server = distill::mock::server::start(script, [127, 0, 0, 1].into(), 0).unwrap();
     let mut run = Run::at(&server.base_url(), &["a", "b"]);
     run.config.teacher.model = "mock".into();
     (server, run)
 }
 
 async fn probe(run: &Run) -> Endpoint {
-    let found = harvest::probe(&run.config).await.unwrap();
+    let found = distill::harvest::probe(&run.config).await.unwrap();
     assert!(run.config.run_dir.join("endpoint.json").exists());
     found.endpoints[0].clone()
 }
@@ -99,10 +100,10 @@ async fn refusals_are_found_one_by_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_endpoint_that_is_not_there_or_wants_another_key_is_an_error() {
     let (server, mut run) = teacher("key = \"sk-right\"");
-    let error = harvest::probe(&run.config).await.unwrap_err();
+    let error = distill::harvest::probe(&run.config).await.unwrap_err();
     assert!(error.to_string().contains("asks for a key"), "{error}");
     run.config.teacher.model = "other".into();
     server.stop();
-    let error = harvest::probe(&run.config).await.unwrap_err();
+    let error = distill::harvest::probe(&run.config).await.unwrap_err();
     assert!(error.to_string().contains("does not answer"), "{error}");
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use distill::serve::mock::{Mock, Reaction, Reply, Request};
+use distill::mock::response::{Reaction, Reply};
+use distill::mock::{Mock, Request};
 use serde_json::{Value, json};
 use tokio::time::advance;
 

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use distill::serve::mock::script::Kind;
-use distill::serve::mock::{Reaction, Request};
+use distill::mock::Request;
+use distill::mock::response::Reaction;
+use distill::mock::script::kind::Kind;
 use serde_json::{Value, json};
 use tokio::time::{Instant, advance, timeout};
 

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use distill::serve::mock::{Mock, Reply};
+use distill::mock::Mock;
+use distill::mock::response::Reply;
 use serde_json::json;
 use tokio::time::{Instant, advance};
 

@@ -8,7 +8,9 @@ pub mod server;
 
 use std::path::Path;
 
-use distill::serve::mock::{Mock, Reaction, Reply, Request, Script};
+use distill::mock::response::{Reaction, Reply};
+use distill::mock::script::Script;
+use distill::mock::{Mock, Request};
 use serde_json::{Value, json};
 
 pub fn script(text: &str) -> Script {

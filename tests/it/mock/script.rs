@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use distill::exit::Exit;
-use distill::serve::mock::Script;
-use distill::serve::mock::script::{Fault, Kind};
+use distill::mock::script::Script;
+use distill::mock::script::fault::Fault;
+use distill::mock::script::kind::Kind;
 use serde_json::Value;
 
 const EXAMPLE: &str = include_str!("../../mock/example.toml");

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use distill::serve::mock::{self, Mock, http};
+use distill::mock::{Mock, http};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -177,7 +177,8 @@ async fn a_client_that_hangs_up_frees_its_place() {
 
 #[tokio::test]
 async fn the_stats_are_served() {
-    let server = mock::start(script("threads = 2"), [127, 0, 0, 1].into(), 0).unwrap();
+    let server =
+        distill::mock::server::start(script("threads = 2"), [127, 0, 0, 1].into(), 0).unwrap();
     let address = server.base_url();
     let address = address
         .strip_prefix("http://")

@@ -4,19 +4,20 @@
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
-use distill::cache::{self, Cache};
+use distill::cache::writer::Cache;
 use distill::config::{self, Config};
 use distill::data::batch::Batch;
 use distill::data::dataset::{self, Dataset};
 use distill::data::groups::Selection;
-use distill::data::tokenizer::Tokenizer;
 use distill::harvest;
+use distill::model::config::ModelConfig;
 use distill::model::tape::Memory;
 use distill::model::weights::Tensors;
-use distill::model::{Model, ModelConfig, decoder, parameters};
+use distill::model::{Model, decoder, parameters};
 use distill::ops::matmul::Precision;
 use distill::serve::{self, ServeOptions};
 use distill::signal::Signals;
+use distill::tokenizer::Tokenizer;
 use distill::train::loss::divergence::Divergence;
 use distill::train::loss::{End, SoftTerm, Weights};
 use distill::train::objective::{self, Models};
@@ -139,7 +140,7 @@ async fn harvested(dir: &Path, prompts: &Path, run: &Path) -> Config {
 /// Writes what an endpoint would have answered that leaves the ends of turns out of its logprobs, as most do.
 fn leave_out_ends(from: &Path, to: &Path) {
     let cache = Cache::open(to, &config::Cache::default()).unwrap();
-    for record in cache::read(from).unwrap() {
+    for record in distill::cache::reader::read(from).unwrap() {
         let mut record = record.unwrap();
         let ended = record.answer.finish_reason == "stop";
         if let Some(logprobs) = record.logprobs.as_mut().filter(|_| ended) {

@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, bail};
 use distill::config::{ComputeDtype, Config, Init, JudgedBy, Kd, Teacher};
-use distill::data::tokenizer::Tokenizer;
 use distill::exit::Exit;
 use distill::harvest::{self, HarvestOptions};
 use distill::model::{Input, Model};
 use distill::prompt::{Message, Prompt};
 use distill::serve::{self, ServeOptions, Server};
 use distill::signal::StopFlag;
+use distill::tokenizer::Tokenizer;
 use distill::train::on_policy::Judge;
 use distill::train::{self, Start, Summary};
 
@@ -44,7 +44,7 @@ fn judged(config: &mut Config, teacher: &Path, by: JudgedBy) -> Server {
 
 /// The judge of the config, that says how often it was called and fails at the `fails`-th call.
 struct Asked {
-    judge: harvest::Judge,
+    judge: distill::harvest::judge::Judge,
     calls: Arc<AtomicUsize>,
     fails: usize,
 }
@@ -59,8 +59,14 @@ impl Judge for Asked {
 }
 
 /// Trains, with a judge that is gone at the `fails`-th call; 0 is never.
-fn run(config: &Config, start: Start, fails: usize) -> (Result<Summary>, harvest::Told) {
-    let judge = harvest::Judge::of(config, true).unwrap().unwrap();
+fn run(
+    config: &Config,
+    start: Start,
+    fails: usize,
+) -> (Result<Summary>, distill::harvest::judge::Told) {
+    let judge = distill::harvest::judge::Judge::of(config, true)
+        .unwrap()
+        .unwrap();
     let calls = Arc::default();
     let mut asked = Asked {
         judge,
@@ -278,9 +284,9 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
     let server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
     drop(server);
     let script =
-        distill::serve::mock::Script::parse(std::path::Path::new("script.toml"), "").unwrap();
+        distill::mock::script::Script::parse(std::path::Path::new("script.toml"), "").unwrap();
     let mock =
-        distill::serve::mock::start(script, std::net::Ipv4Addr::LOCALHOST.into(), 0).unwrap();
+        distill::mock::server::start(script, std::net::Ipv4Addr::LOCALHOST.into(), 0).unwrap();
     config.teacher.base_url = mock.base_url();
     config.teacher.model = "mock".into();
     let (summary, told) = run(&config, Start::Ask, 0);
@@ -295,15 +301,17 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
 
     // A probe knows it before anything is asked.
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(harvest::probe(&config)).unwrap();
-    let error = harvest::Judge::of(&config, true).err().unwrap();
+    runtime.block_on(distill::harvest::probe(&config)).unwrap();
+    let error = distill::harvest::judge::Judge::of(&config, true)
+        .err()
+        .unwrap();
     assert_eq!(Exit::code_of(&error), 2, "{error:#}");
     assert!(format!("{error:#}").contains("distill probe"), "{error:#}");
     config.teacher.model = "teacher".into();
     let teacher = config.student.path.clone();
     let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
-    runtime.block_on(harvest::probe(&config)).unwrap();
-    assert!(harvest::Judge::of(&config, true).is_ok());
+    runtime.block_on(distill::harvest::probe(&config)).unwrap();
+    assert!(distill::harvest::judge::Judge::of(&config, true).is_ok());
 }
 
 /// The student's tokens are not the teacher's.

@@ -11,9 +11,9 @@ mod teacher;
 use std::path::Path;
 
 use distill::config::{Config, Init, Kd, SaveDtype};
-use distill::data::tokenizer::Tokenizer;
 use distill::exit::Exit;
 use distill::prompt::Message;
+use distill::tokenizer::Tokenizer;
 use distill::train::{self, Start};
 use serde_json::json;
 

@@ -46,7 +46,7 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
     let summary = train::run(&config, Start::Ask.into()).unwrap();
     let [teacher, student] =
         [&config.student.path, &config.student_dir()].map(|dir| Model::load(dir).unwrap());
-    let tokenizer = distill::data::tokenizer::Tokenizer::load(&config.student.path).unwrap();
+    let tokenizer = distill::tokenizer::Tokenizer::load(&config.student.path).unwrap();
     let data =
         distill::data::dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(()))
             .unwrap();

@@ -256,7 +256,7 @@ fn a_truncated_line_fails_only_its_own_row() {
 fn a_failed_batch_says_whose_fault_it_is() {
     let of = |mistakes: Value| {
         let card = json!({"id": "b", "errors": {"data": mistakes}}).to_string();
-        let card = crate::harvest::batch::api::Card::parse(card.as_bytes());
+        let card = crate::client::batch_object::Card::parse(card.as_bytes());
         verdict(&card.unwrap().mistakes)
     };
     let told = "Enqueued token limit reached for m. Limit: 90,000 enqueued tokens. Try later.";

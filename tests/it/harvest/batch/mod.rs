@@ -15,9 +15,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use distill::cache::record::Record;
+use distill::client::batch_object::{BatchApi, Download};
+use distill::client::http::{Fault, Reply, Transport};
 use distill::config::{Config, Mode};
-use distill::harvest::{BatchApi, Download, Fault, Reply, Summary, Transport};
-use distill::serve::mock::Reaction;
+use distill::mock::response::Reaction;
+use distill::report::summary::Summary;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
 use reqwest::header::HeaderMap;

@@ -1,11 +1,12 @@
 //! Batch mode over real TCP, where a day takes a second.
 
-use distill::serve::mock::{Script, start};
+use distill::mock::script::Script;
+use distill::mock::server::start;
 
 use super::super::{Run, end};
 use super::*;
 
-fn run(script: &str, change: impl FnOnce(&mut Config)) -> (distill::serve::mock::MockServer, Run) {
+fn run(script: &str, change: impl FnOnce(&mut Config)) -> (distill::mock::server::MockServer, Run) {
     let script = format!("{script}\n[batch]\nclock = 86400.0\n");
     let script = Script::parse("batch.toml".as_ref(), &script).unwrap();
     let server = start(script, "127.0.0.1".parse().unwrap(), 0).unwrap();

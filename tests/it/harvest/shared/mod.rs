@@ -8,9 +8,12 @@ mod silence;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use distill::client::http::{Fault, Reply, Transport};
+use distill::clock::WallClock;
 use distill::config::{Durability, Limits};
 use distill::exit::Exit;
-use distill::harvest::{self, Fault, Reply, Summary, Transport, WallClock, World};
+use distill::harvest::{self, World};
+use distill::report::summary::Summary;
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, join_all};

@@ -7,7 +7,7 @@ use redis::{Connection, Script};
 
 use super::server::Redis;
 
-const SCRIPT: &str = include_str!("../../../../src/harvest/limiter/shared/admit.lua");
+const SCRIPT: &str = include_str!("../../../../src/rate_limit/redis/admit.lua");
 const MINUTE: u64 = 60_000_000_000_000;
 const SLOT: u64 = 300_000_000;
 const DAY: u64 = 86_400_000_000;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use distill::serve::mock::{self, Script};
+use distill::mock::script::Script;
 
 use super::server::{Redis, free_port};
 
@@ -44,7 +44,7 @@ fn assert_files_clean(dir: &Path) {
 #[test]
 fn the_password_of_the_server_is_in_no_output() {
     let script = Script::parse("mock.toml".as_ref(), "").unwrap();
-    let teacher = mock::start(script, [127, 0, 0, 1].into(), 0).unwrap();
+    let teacher = distill::mock::server::start(script, [127, 0, 0, 1].into(), 0).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     fs::write(dir.join("prompts.txt"), "one\ntwo\nthree\n").unwrap();

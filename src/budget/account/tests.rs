@@ -1,0 +1,134 @@
+//! Tests of the account's promises.
+
+use crate::budget::account::*;
+
+/// Keeps nothing.
+#[derive(Debug, Clone)]
+struct Nowhere;
+
+impl Store for Nowhere {
+    fn save(&mut self, _: &Ledger) -> Result<()> {
+        Ok(())
+    }
+
+    fn append(&mut self, _: &Spent) -> Result<()> {
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+const PRICE: Price = Price {
+    input: Some(1.0),
+    cached_input: None,
+    output: Some(10.0),
+    as_of: None,
+};
+
+fn account(cap: f64, ledger: Ledger, price: &Price) -> Account<Nowhere> {
+    let opened = Account::open(Nowhere, ledger, Some(cap), price, &Spent::default());
+    opened.unwrap().0
+}
+
+fn usage(prompt_tokens: u64, completion_tokens: u64) -> Usage {
+    Usage {
+        prompt_tokens,
+        completion_tokens,
+        ..Usage::default()
+    }
+}
+
+#[test]
+fn a_reservation_is_settled_by_what_is_known() {
+    let bound = Bound {
+        input_tokens: 1_000,
+        output_tokens: 900,
+    };
+    let mut account = account(0.025, Ledger::default(), &PRICE);
+    let amount = account.bound(&bound, &PRICE);
+    assert_eq!(amount.usd, Dollars::at_least(0.01));
+    assert!(account.reserve(&amount).unwrap() && account.reserve(&amount).unwrap());
+    assert!(
+        !account.reserve(&amount).unwrap(),
+        "a third one does not fit"
+    );
+    account.settle(&amount, Bill::Nothing, &PRICE);
+    assert!(account.reserve(&amount).unwrap());
+    account.settle(&amount, Bill::Measured(usage(500, 100)), &PRICE);
+    assert_eq!(account.spent().measured_usd, Dollars::at_least(0.0015));
+    account.settle(&amount, Bill::Possible, &PRICE);
+    assert_eq!(account.spent().estimated_usd, amount.usd);
+    assert_eq!(account.room(), Dollars::at_most(0.0135));
+    let half = Bound {
+        input_tokens: 500,
+        output_tokens: 10,
+    };
+    assert!(account.reserve(&amount).unwrap());
+    account.settle(&amount, Bill::Answered(half), &PRICE);
+    assert_eq!(account.spent().estimated_usd, Dollars::at_least(0.0106));
+}
+
+#[test]
+fn a_model_that_exceeds_its_bound_is_reserved_more_for_in_later_runs_too() {
+    let bound = Bound {
+        input_tokens: 0,
+        output_tokens: 100,
+    };
+    let mut first = account(1.0, Ledger::default(), &PRICE);
+    let amount = first.bound(&bound, &PRICE);
+    assert!(first.reserve(&amount).unwrap());
+    first.settle(&amount, Bill::Measured(usage(0, 150)), &PRICE);
+    assert_eq!(first.bound(&bound, &PRICE).usd, amount.usd.times(1.5));
+    let next = account(1.0, first.ledger.clone(), &PRICE);
+    assert_eq!(next.bound(&bound, &PRICE).usd, amount.usd.times(1.5));
+}
+
+#[test]
+fn many_requests_that_exceed_their_bound_alike_raise_the_factor_once() {
+    let bound = Bound {
+        input_tokens: 0,
+        output_tokens: 100,
+    };
+    let mut account = account(1.0, Ledger::default(), &PRICE);
+    let amount = account.bound(&bound, &PRICE);
+    for _ in 0..32 {
+        assert!(account.reserve(&amount).unwrap());
+    }
+    for _ in 0..32 {
+        account.settle(&amount, Bill::Measured(usage(0, 150)), &PRICE);
+    }
+    assert_eq!(account.ledger.excess, 1.5);
+    let raised = account.bound(&bound, &PRICE);
+    assert!(account.reserve(&raised).unwrap());
+    account.settle(&raised, Bill::Measured(usage(0, 150)), &PRICE);
+    assert_eq!(account.ledger.excess, 1.5, "what was reserved covered it");
+    let held = amount.usd.times(3.0);
+    account.hold_for_batch(held);
+    let bill = Bill::Measured(usage(0, 200));
+    account
+        .settle_of_batch(held, amount.usd, 1, bill, &PRICE)
+        .unwrap();
+    assert_eq!(account.ledger.excess, 2.0);
+}
+
+#[test]
+fn what_was_spent_without_a_price_is_counted_at_the_first_one() {
+    let bound = Bound {
+        input_tokens: 1_000,
+        output_tokens: 1_000,
+    };
+    let free = Price::default();
+    let mut first = account(1.0, Ledger::default(), &free);
+    let amount = first.bound(&bound, &free);
+    assert!(first.reserve(&amount).unwrap() && first.reserve(&amount).unwrap());
+    first.settle(&amount, Bill::Measured(usage(1_000, 100)), &free);
+    assert_eq!(first.spent().total(), Dollars::ZERO);
+    // The other one is in flight when the process is killed.
+    let next = account(1.0, first.ledger.clone(), &PRICE);
+    assert_eq!(next.spent().measured_usd, Dollars::at_least(0.002));
+    // It was written ahead in steps: two and two again.
+    assert_eq!(next.spent().estimated_usd, Dollars::at_least(0.022));
+    assert!(next.spent().measured_tokens.is_none() && next.spent().estimated_tokens.is_none());
+}

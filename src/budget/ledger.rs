@@ -1,0 +1,486 @@
+//! `ledger.json` and its log in the run folder: the account on the disk, written so that a kill cannot make
+//! its promise untrue.
+//!
+//! The ledger holds what was spent, and the most that may be billed for what is in flight. What is spent
+//! after it was written is appended to `spent.N.log`, whose number the ledger names; the next ledger adds it
+//! up and begins the next log. A run that ends in good order leaves nothing in flight; one that is killed
+//! leaves its upper bound, which the next run counts as spent.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::budget::dollars::Dollars;
+use crate::cache::record::Usage;
+use crate::exit::Exit;
+use crate::fs::Log;
+use crate::fs::lock::Lock;
+
+const VERSION: u32 = 2;
+
+/// Tokens that have no price yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tokens {
+    pub prompt: u64,
+    /// Of these, from the provider's prompt cache.
+    pub cached: u64,
+    pub completion: u64,
+}
+
+impl Tokens {
+    pub fn add(&mut self, other: Tokens) {
+        self.prompt = self.prompt.saturating_add(other.prompt);
+        self.cached = self.cached.saturating_add(other.cached);
+        self.completion = self.completion.saturating_add(other.completion);
+    }
+
+    pub fn is_none(&self) -> bool {
+        *self == Tokens::default()
+    }
+}
+
+impl From<Usage> for Tokens {
+    fn from(usage: Usage) -> Tokens {
+        Tokens {
+            prompt: usage.prompt_tokens,
+            cached: usage.cached_tokens,
+            completion: usage.completion_tokens,
+        }
+    }
+}
+
+/// Spent dollars, and tokens of answers that came while no price was set.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Spent {
+    /// By the usage that endpoints reported.
+    pub measured_usd: Dollars,
+    /// Upper bounds: attempts that may have been billed, answers without usage, what kills have left.
+    pub estimated_usd: Dollars,
+    #[serde(skip_serializing_if = "Tokens::is_none")]
+    pub measured_tokens: Tokens,
+    #[serde(skip_serializing_if = "Tokens::is_none")]
+    pub estimated_tokens: Tokens,
+}
+
+impl Spent {
+    pub fn add(&mut self, other: &Spent) {
+        self.measured_usd = self.measured_usd.plus(other.measured_usd);
+        self.estimated_usd = self.estimated_usd.plus(other.estimated_usd);
+        self.measured_tokens.add(other.measured_tokens);
+        self.estimated_tokens.add(other.estimated_tokens);
+    }
+
+    pub fn total(&self) -> Dollars {
+        self.measured_usd.plus(self.estimated_usd)
+    }
+
+    pub fn is_nothing(&self) -> bool {
+        *self == Spent::default()
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Ledger {
+    version: u32,
+    #[serde(flatten)]
+    pub spent: Spent,
+    /// At most; nothing after a run that ended in good order.
+    pub in_flight: InFlight,
+    /// Attempts that may have been billed and brought no answer, kills included.
+    pub attempts_lost: u64,
+    /// The most by which an answer has cost more than its bound, as a ratio; 0 for never.
+    pub excess: f64,
+    /// By endpoint: requests as (slot, count).
+    pub day: BTreeMap<String, Vec<(Timestamp, u64)>>,
+    /// The number of the log that follows this ledger.
+    pub log: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
+pub struct InFlight {
+    pub requests: u64,
+    pub usd: Dollars,
+    /// The budget that it was within, together with all that was spent.
+    pub budget_usd: Option<Dollars>,
+    /// Of requests without a price.
+    #[serde(skip_serializing_if = "Tokens::is_none")]
+    pub tokens: Tokens,
+}
+
+impl InFlight {
+    /// Warns about requests that a killed run left in flight.
+    pub fn warn(self) {
+        if self.requests > 0 {
+            tracing::warn!(
+                "the last run was killed: at most {} requests were in flight, and may be billed \
+                 without an answer",
+                self.requests
+            );
+        }
+    }
+}
+
+/// Storage of the account: files, or a crashing store in tests.
+pub trait Store {
+    /// Replaces the ledger, which has added up the log. Durable once this returns.
+    fn save(&mut self, ledger: &Ledger) -> Result<()>;
+
+    /// Appends to the log. It survives a kill once this returns.
+    fn append(&mut self, spent: &Spent) -> Result<()>;
+
+    /// Returns false if its files were removed or replaced; the caller then saves them anew.
+    fn is_in_place(&self) -> bool {
+        true
+    }
+
+    /// Makes what was appended durable.
+    fn sync(&mut self) -> Result<()>;
+}
+
+impl Ledger {
+    /// Counts what a killed run left in flight as spent. Returns it.
+    pub fn settle_kill(&mut self) -> InFlight {
+        let mut lost = std::mem::take(&mut self.in_flight);
+        if let Some(cap) = lost.budget_usd {
+            // The bound was raised in steps; spent and reserved were never more than the cap.
+            lost.usd = lost.usd.min(cap.minus(self.spent.total()));
+        }
+        self.spent.add(&Spent {
+            estimated_usd: lost.usd,
+            estimated_tokens: lost.tokens,
+            ..Spent::default()
+        });
+        self.attempts_lost = self.attempts_lost.saturating_add(lost.requests);
+        lost
+    }
+}
+
+/// The files of the run folder, held by one process at a time.
+pub struct Files {
+    run_dir: PathBuf,
+    log: Option<Log>,
+    number: u64,
+    _lock: Lock,
+}
+
+pub fn file(run_dir: &Path) -> PathBuf {
+    run_dir.join("ledger.json")
+}
+
+fn log_file(run_dir: &Path, number: u64) -> PathBuf {
+    run_dir.join(format!("spent.{number}.log"))
+}
+
+/// The account of the run folder as it was last written, read without taking it. The flag is that of
+/// [`Files::open`].
+///
+/// # Errors
+/// [`Exit::Damaged`] where the file is no ledger.
+pub fn look(run_dir: &Path) -> Result<(Ledger, bool)> {
+    let (mut ledger, is_complete) = load(run_dir)?;
+    for spent in logged(run_dir, ledger.log)? {
+        ledger.spent.add(&spent);
+    }
+    Ok((ledger, is_complete))
+}
+
+/// A ledger as it was before this version, which kept no sum of what was measured.
+#[derive(Deserialize)]
+struct Version {
+    #[serde(default)]
+    version: u32,
+}
+
+impl Files {
+    /// Opens the account of the run folder for this process. The flag says whether what was measured is
+    /// known: an older ledger leaves that to the cache.
+    ///
+    /// # Errors
+    /// Where another process has it, and [`Exit::Damaged`] where the file is no ledger: what it held
+    /// cannot be guessed.
+    pub fn open(run_dir: &Path) -> Result<(Files, Ledger, bool)> {
+        crate::fs::create_dir_all(run_dir)?;
+        let holds =
+            "spends from the budget of this run folder: wait for it, or set another `run_dir`";
+        let lock = Lock::acquire(&run_dir.join("ledger.lock"), holds)?;
+        let (ledger, is_complete) = look(run_dir)?;
+        let files = Files {
+            run_dir: run_dir.to_owned(),
+            log: None,
+            number: ledger.log,
+            _lock: lock,
+        };
+        Ok((files, ledger, is_complete))
+    }
+}
+
+fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
+    let path = file(run_dir);
+    if !path.exists() {
+        return Ok((Ledger::default(), false));
+    }
+    let text = crate::fs::read_to_string(&path)?;
+    let damaged = |error: serde_json::Error| {
+        Exit::Damaged(format!(
+            "{} is damaged ({error}): restore it, or delete it if no request of earlier runs need \
+             count against the budget and the day's limit beyond what the cache holds",
+            path.display()
+        ))
+    };
+    let Version { version } = serde_json::from_str(&text).map_err(damaged)?;
+    if version > VERSION {
+        return Err(Exit::Damaged(format!(
+            "a newer distill wrote {} (version {version}): update distill",
+            path.display()
+        ))
+        .into());
+    }
+    let ledger: Ledger = serde_json::from_str(&text).map_err(damaged)?;
+    Ok((ledger, version == VERSION))
+}
+
+/// Entries of the log. A kill may leave the last line torn, which was not acknowledged.
+fn logged(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
+    let path = log_file(run_dir, number);
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = crate::fs::read(&path)?;
+    let lines: Vec<&[u8]> = text.split_inclusive(|byte| *byte == b'\n').collect();
+    let whole = lines.iter().filter(|line| line.ends_with(b"\n"));
+    let spent = whole.map(|line| serde_json::from_slice(line));
+    let spent: Result<Vec<Spent>, _> = spent.collect();
+    spent.map_err(|error| {
+        let message = format!(
+            "{} is damaged ({error}): restore it, or delete it if what it holds need not count \
+             against the budget",
+            path.display()
+        );
+        Exit::Damaged(message).into()
+    })
+}
+
+/// Storage of an account that is only looked at.
+#[derive(Debug)]
+pub struct Unwritten;
+
+impl Store for Unwritten {
+    fn save(&mut self, _ledger: &Ledger) -> Result<()> {
+        Ok(())
+    }
+
+    fn append(&mut self, _spent: &Spent) -> Result<()> {
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Store for Files {
+    fn save(&mut self, ledger: &Ledger) -> Result<()> {
+        let next = Ledger {
+            version: VERSION,
+            log: self.number + 1,
+            ..ledger.clone()
+        };
+        // One of that number is left of an account that somebody has deleted.
+        let stale = log_file(&self.run_dir, next.log);
+        if stale.exists() {
+            crate::fs::remove_file(&stale)?;
+        }
+        crate::fs::write_atomic(&file(&self.run_dir), &serde_json::to_vec_pretty(&next)?)?;
+        let old = log_file(&self.run_dir, self.number);
+        (self.log, self.number) = (None, self.number + 1);
+        // The ledger no longer names it.
+        if old.exists() {
+            crate::fs::remove_file(&old)?;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, spent: &Spent) -> Result<()> {
+        let line = serde_json::to_string(spent)?;
+        if self.log.is_none() {
+            let path = log_file(&self.run_dir, self.number);
+            self.log = Some(Log::open(&path, |_| true)?);
+        }
+        let log = self
+            .log
+            .as_mut()
+            .context("internal error: the log of the budget is closed")?;
+        log.write(&line)
+    }
+
+    fn is_in_place(&self) -> bool {
+        self.log.as_ref().is_none_or(Log::is_in_place) && file(&self.run_dir).exists()
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        self.log.as_ref().map_or(Ok(()), Log::sync)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::budget::account::Account;
+    use crate::config::Price;
+
+    fn usd(usd: f64) -> Dollars {
+        Dollars::at_least(usd)
+    }
+
+    fn measured(amount: f64) -> Spent {
+        Spent {
+            measured_usd: usd(amount),
+            ..Spent::default()
+        }
+    }
+
+    #[test]
+    fn what_is_logged_is_added_up_once_whenever_the_process_dies() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Files::open(dir.path()).unwrap();
+        let (mut files, ledger, is_complete) = open();
+        assert_eq!((ledger.spent, is_complete), (Spent::default(), false));
+        files.append(&measured(0.25)).unwrap();
+        files.append(&measured(0.5)).unwrap();
+        drop(files);
+
+        let (mut files, mut ledger, _) = open();
+        assert_eq!(ledger.spent.measured_usd, usd(0.75));
+        files.save(&ledger).unwrap();
+        files.append(&measured(1.0)).unwrap();
+        ledger.spent.add(&measured(1.0));
+        drop(files);
+        // A torn line was never acknowledged.
+        crate::fs::append(&log_file(dir.path(), 1), b"{\"measured_usd\":0.").unwrap();
+        let (_files, again, is_complete) = open();
+        assert_eq!((again.spent, is_complete), (ledger.spent, true));
+        assert!(!log_file(dir.path(), 0).exists());
+    }
+
+    #[test]
+    fn files_that_are_removed_or_replaced_are_seen_and_written_anew() {
+        type Harm = fn(&Path);
+        let harms: [Harm; 3] = [
+            |dir| std::fs::remove_file(log_file(dir, 1)).unwrap(),
+            |dir| std::fs::remove_file(file(dir)).unwrap(),
+            |dir| {
+                let path = log_file(dir, 1);
+                std::fs::rename(&path, dir.join("mine")).unwrap();
+                std::fs::write(&path, "").unwrap();
+            },
+        ];
+        for harm in harms {
+            let dir = tempfile::tempdir().unwrap();
+            let (files, ledger, _) = Files::open(dir.path()).unwrap();
+            let none = Spent::default();
+            let opened = Account::open(files, ledger, None, &Price::default(), &none);
+            let mut account = opened.unwrap().0;
+            account.add_spent(&measured(0.5)).unwrap();
+            assert!(account.store().is_in_place());
+            harm(dir.path());
+            assert!(!account.store().is_in_place());
+            account.tick().unwrap();
+            account.add_spent(&measured(0.25)).unwrap();
+            drop(account);
+            let (_files, ledger, _) = Files::open(dir.path()).unwrap();
+            assert_eq!(ledger.spent.measured_usd, usd(0.75));
+        }
+    }
+
+    #[test]
+    fn the_log_of_a_deleted_account_is_not_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut files, ledger, _) = Files::open(dir.path()).unwrap();
+        files.save(&ledger).unwrap();
+        files.append(&measured(5.0)).unwrap();
+        drop(files);
+        std::fs::remove_file(file(dir.path())).unwrap();
+        let (mut files, ledger, _) = Files::open(dir.path()).unwrap();
+        files.save(&ledger).unwrap();
+        files.append(&measured(0.5)).unwrap();
+        drop(files);
+        let (_files, ledger, _) = Files::open(dir.path()).unwrap();
+        assert_eq!(ledger.spent.measured_usd, usd(0.5));
+    }
+
+    #[test]
+    fn one_process_at_a_time_has_the_account() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Files::open(dir.path()).unwrap();
+        let error = Files::open(dir.path()).err().unwrap();
+        assert!(error.to_string().contains("another process"), "{error}");
+        drop(first);
+        assert!(Files::open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn a_killed_run_leaves_its_upper_bound_within_its_budget() {
+        let mut ledger = Ledger {
+            in_flight: InFlight {
+                requests: 32,
+                usd: usd(0.5),
+                budget_usd: Some(usd(2.0)),
+                ..InFlight::default()
+            },
+            spent: measured(1.0),
+            ..Ledger::default()
+        };
+        let mut rich = ledger.clone();
+        assert_eq!(ledger.settle_kill().requests, 32);
+        assert_eq!(
+            (ledger.spent.estimated_usd, ledger.attempts_lost),
+            (usd(0.5), 32)
+        );
+        assert_eq!(ledger.settle_kill(), InFlight::default());
+        rich.spent = measured(1.7);
+        assert_eq!(rich.settle_kill().usd, usd(2.0).minus(usd(1.7)));
+    }
+
+    #[test]
+    fn an_older_ledger_is_read_and_a_damaged_or_newer_one_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |text: &str| std::fs::write(file(dir.path()), text).unwrap();
+        write(
+            r#"{"version":1,"in_flight":{"requests":3,"usd":0.5,"budget_usd":null},"estimated_usd":0.25,"attempts_lost":4,"day":{}}"#,
+        );
+        let (files, ledger, is_complete) = Files::open(dir.path()).unwrap();
+        assert_eq!(
+            (
+                ledger.spent.estimated_usd,
+                ledger.in_flight.requests,
+                is_complete
+            ),
+            (usd(0.25), 3, false)
+        );
+        drop(files);
+        for (text, part) in [
+            ("{\"version\":", "damaged"),
+            (r#"{"version":2,"estimated_usd":-5.0}"#, "negative"),
+            (r#"{"version":2,"in_flight":{"usd":-5.0}}"#, "negative"),
+            (
+                r#"{"version":2,"in_flight":{"budget_usd":-5.0}}"#,
+                "negative",
+            ),
+            ("[]", "damaged"),
+            ("", "damaged"),
+            (r#"{"version":9}"#, "update distill"),
+        ] {
+            write(text);
+            let error = Files::open(dir.path()).err().unwrap();
+            assert_eq!(Exit::code_of(&error), 5, "{text}");
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! The append-only file: whole lines or none, and an fsync that failed is never believed again.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache::place::{Displaced, Place};
+use crate::cache::storage;
+use crate::cache::storage::{Storage, SyncJob};
+
+/// The file of one writer, and what of it is durable.
+pub struct Journal {
+    storage: Box<dyn Storage>,
+    syncs_in_background: bool,
+    path: PathBuf,
+    /// The file and its name, to be compared.
+    place: Option<Place>,
+    /// The file, or another one of the cache, is not what this process made of it.
+    displaced: Option<Displaced>,
+    /// Bytes of whole lines.
+    length: u64,
+    /// Lines appended since the last sync, and when the first of them was.
+    unsynced: usize,
+    /// Lines that a failed sync may have lost.
+    doubtful: usize,
+    oldest: Option<Instant>,
+    health: Health,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Health {
+    Good,
+    /// The file ends with part of a line, so that nothing may follow it.
+    Torn,
+    /// A sync failed. The kernel may have dropped what it could not write, and another sync would
+    /// report success all the same.
+    Lost,
+}
+
+impl Journal {
+    /// `storage` holds `length` bytes of whole lines; `path` is for messages.
+    ///
+    /// # Errors
+    /// Where the process has no descriptor left.
+    pub fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Result<Self> {
+        Ok(Self {
+            syncs_in_background: storage.sync_job().is_some(),
+            place: place_of(&*storage, path)?,
+            displaced: None,
+            storage,
+            path: path.to_owned(),
+            length,
+            unsynced: 0,
+            doubtful: 0,
+            oldest: None,
+            health: Health::Good,
+        })
+    }
+
+    /// Appends so many `lines`. After an error the file ends where it did before; where even that
+    /// fails, every later append is refused. If another program moved or changed the file, the lines go to the
+    /// rescue file.
+    pub fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
+        self.may_append()?;
+        self.look();
+        self.may_append()?;
+        if let Err(error) = storage::write_all(&mut *self.storage, text) {
+            return Err(self.undo(error));
+        }
+        self.length += text.len() as u64;
+        self.unsynced += lines;
+        self.oldest.get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
+    /// Takes back what was written before `error`.
+    fn undo(&mut self, error: io::Error) -> anyhow::Error {
+        if self.storage.truncate(self.length).is_err() {
+            self.health = Health::Torn;
+        }
+        anyhow::Error::new(error).context(format!("could not append to {}", self.path.display()))
+    }
+
+    /// Makes every line appended so far durable. An error is final.
+    pub fn sync(&mut self) -> Result<()> {
+        self.look();
+        if self.health == Health::Lost {
+            return self.may_append();
+        }
+        if self.unsynced == 0 {
+            return Ok(());
+        }
+        let unsynced = self.take_unsynced();
+        let result = self.storage.sync();
+        self.end_sync(unsynced, result)
+    }
+
+    /// A sync of every line appended so far as a job for another thread, with their number.
+    /// Hand its result to [`Journal::end_sync`].
+    pub fn begin_sync(&mut self) -> Option<(usize, SyncJob)> {
+        if self.health == Health::Lost || self.unsynced == 0 {
+            return None;
+        }
+        let job = self.storage.sync_job()?;
+        Some((self.take_unsynced(), job))
+    }
+
+    fn take_unsynced(&mut self) -> usize {
+        self.oldest = None;
+        std::mem::take(&mut self.unsynced)
+    }
+
+    /// Takes note of how a sync of so many lines ended. An error is final.
+    pub fn end_sync(&mut self, lines: usize, result: io::Result<()>) -> Result<()> {
+        let Err(error) = result else {
+            return Ok(());
+        };
+        let lines = lines + self.unsynced;
+        self.doubtful += lines - self.unsynced;
+        self.give_up();
+        Err(error).with_context(|| {
+            format!(
+                "could not sync {}: its last {lines} records may not be on the disk",
+                self.path.display()
+            )
+        })
+    }
+
+    /// Goes on in another file, of so many bytes, that holds on the disk whatever this one did from
+    /// some line on.
+    ///
+    /// # Errors
+    /// Where the process has no descriptor left.
+    pub fn replace(&mut self, storage: Box<dyn Storage>, length: u64) -> Result<()> {
+        self.place = place_of(&*storage, &self.path)?;
+        self.storage = storage;
+        self.length = length;
+        self.take_unsynced();
+        if self.health == Health::Torn {
+            self.health = Health::Good;
+        }
+        Ok(())
+    }
+
+    /// Compares the file with what was written to it. Where it was moved or changed by somebody else, what
+    /// follows is appended to where it is safe, and [`Journal::check`] says so from now on.
+    pub fn look(&mut self) {
+        // After a failed write the length is not what was written.
+        if self.displaced.is_some() || self.health != Health::Good {
+            return;
+        }
+        let Some(place) = &self.place else {
+            return;
+        };
+        let Err(change) = place.check(self.length) else {
+            return;
+        };
+        let (displaced, rescue) = place.leave(&change, self.length);
+        self.displace(displaced);
+        match rescue {
+            Ok(None) => {}
+            Ok(Some(rescue)) => {
+                self.path = rescue.path;
+                self.length = rescue.length;
+                self.storage = Box::new(rescue.file);
+                self.take_unsynced();
+            }
+            Err(()) => self.give_up(),
+        }
+    }
+
+    /// A file of the cache is not what this process made of it: nothing more is to be asked.
+    pub fn displace(&mut self, displaced: Displaced) {
+        self.displaced.get_or_insert(displaced);
+    }
+
+    pub fn displaced(&self) -> Option<&Displaced> {
+        self.displaced.as_ref()
+    }
+
+    pub fn is_displaced(&self) -> bool {
+        self.displaced.is_some()
+    }
+
+    /// Bytes of the file that lines are appended to meanwhile.
+    ///
+    /// # Errors
+    /// Where it cannot be opened.
+    pub fn reader(&self) -> Result<Place> {
+        match &self.place {
+            Some(place) => place.again(),
+            None => {
+                let file = std::fs::File::open(&self.path);
+                let file =
+                    file.with_context(|| format!("could not read {}", self.path.display()))?;
+                Place::of(&file, &self.path)
+            }
+        }
+    }
+
+    /// Nothing may be appended any more: something that it depends on could not be synced.
+    pub fn give_up(&mut self) {
+        self.doubtful += self.take_unsynced();
+        self.health = Health::Lost;
+    }
+
+    /// Lines that may not be on the disk since a sync of them failed.
+    pub fn doubtful(&self) -> usize {
+        self.doubtful
+    }
+
+    /// Has a sync failed?
+    pub fn is_lost(&self) -> bool {
+        self.health == Health::Lost
+    }
+
+    /// Bytes of whole lines.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Can another thread sync while lines are appended?
+    pub fn syncs_in_background(&self) -> bool {
+        self.syncs_in_background
+    }
+
+    /// An error where nothing more is to be asked for.
+    pub fn check(&self) -> Result<()> {
+        self.may_append()?;
+        match &self.displaced {
+            Some(displaced) => Err(displaced.clone().into()),
+            None => Ok(()),
+        }
+    }
+
+    /// An error where nothing can be appended any more.
+    pub fn may_append(&self) -> Result<()> {
+        let path = self.path.display();
+        if let (Health::Lost, Some(displaced)) = (self.health, &self.displaced) {
+            return Err(displaced.clone().into());
+        }
+        match self.health {
+            Health::Good => Ok(()),
+            Health::Torn => bail!(
+                "{path} ends with part of a record after a failed write: free the disk and run the \
+                 same command again, which repairs it"
+            ),
+            Health::Lost => bail!(
+                "{path} could not be synced before, so that nothing more is written to it: check \
+                 the disk and run the same command again"
+            ),
+        }
+    }
+
+    /// Lines that a power loss may take.
+    pub fn unsynced(&self) -> usize {
+        self.unsynced
+    }
+
+    /// For how long the oldest of them has been waiting.
+    pub fn waiting(&self) -> Option<Duration> {
+        self.oldest.map(|oldest| oldest.elapsed())
+    }
+}
+
+fn place_of(storage: &dyn Storage, path: &Path) -> Result<Option<Place>> {
+    storage.file().map(|file| Place::of(file, path)).transpose()
+}

@@ -1,0 +1,372 @@
+//! What a cache holds when it is opened, and the repair of what a crash has left.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::cache::frames;
+use crate::cache::frames::FrameScan;
+use crate::cache::index;
+use crate::cache::index::Index;
+use crate::cache::keys;
+use crate::cache::keys::{Identity, Keys};
+use crate::cache::question::Past;
+use crate::cache::reader::Lines;
+use crate::cache::recovery::{Ending, Scan};
+use crate::cache::storage;
+use crate::cache::storage::Wrap;
+use crate::cache::verify_parallel;
+use crate::cache::verify_parallel::Block;
+use crate::cache::{compressed_file, damaged, line, plain_file, refusal, torn_file};
+
+/// Told how many bytes have been read, and of how many; an error ends the reading.
+pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
+
+/// What an opened cache holds.
+#[derive(Debug, Default)]
+pub struct Contents {
+    pub keys: Keys,
+    pub past: Past,
+    /// Records that repeat a key.
+    pub repeated: u64,
+    pub cost_usd: f64,
+    /// Bytes of the plain file and of the compressed one, in whole lines and frames.
+    pub plain: u64,
+    pub compressed: u64,
+}
+
+/// Reads the cache in `dir`: by its index, if that is of these very files, or else whole. Torn tails
+/// are moved aside with a warning, and damage is refused ([`crate::exit::Exit::Damaged`]).
+pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Contents> {
+    let index = index::load(dir);
+    storage::forget_replacement(&plain_file(dir));
+    storage::forget_replacement(&compressed_file(dir));
+    let mut file = storage::open_or_create(&plain_file(dir))?;
+    let lengths = (length(&plain_file(dir))?, length(&compressed_file(dir))?);
+    if let Some(Index {
+        keys,
+        past,
+        repeated,
+        cost_usd,
+    }) = index
+    {
+        return Ok(Contents {
+            keys,
+            past,
+            repeated,
+            cost_usd,
+            plain: lengths.0,
+            compressed: lengths.1,
+        });
+    }
+    let total = lengths.0 + lengths.1;
+    let mut compressed = Part::default();
+    if lengths.1 > 0 {
+        compressed = read_compressed(&compressed_file(dir), &mut |bytes| {
+            on_progress(bytes, total)
+        })?;
+    }
+    let mut plain = read_plain(&mut file, &plain_file(dir), &mut |bytes| {
+        on_progress(lengths.1 + bytes, total)
+    })?;
+    repair_plain(&mut file, dir, &mut plain)
+        .with_context(|| format!("could not repair {}", plain_file(dir).display()))?;
+    if let Ending::Torn(_) = compressed.ending {
+        repair_compressed(&mut file, dir, &compressed, &mut plain)
+            .with_context(|| format!("could not repair {}", compressed_file(dir).display()))?;
+    }
+    drop(file);
+    forget_what_is_compressed(dir, &compressed, &mut plain, wrap)?;
+    crate::fs::sync_folder(dir).with_context(|| format!("could not sync {}", dir.display()))?;
+    Ok(join(compressed, plain))
+}
+
+/// Bytes of the cache in `dir`.
+pub fn size(dir: &Path) -> u64 {
+    let files = [plain_file(dir), compressed_file(dir)];
+    files.iter().filter_map(|path| length(path).ok()).sum()
+}
+
+pub fn length(path: &Path) -> Result<u64> {
+    match path.metadata() {
+        Ok(metadata) => Ok(metadata.len()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error).with_context(|| format!("could not open {}", path.display())),
+    }
+}
+
+/// Contents of a cache, read without its lock.
+#[derive(Debug, Default)]
+pub struct Peek {
+    keys: Keys,
+    pub past: Past,
+    pub cost_usd: f64,
+    bytes: u64,
+}
+
+impl Peek {
+    /// Returns true if a record has this key.
+    pub fn contains(&self, key: &str) -> bool {
+        self.keys.contains(&keys::fingerprint(key))
+    }
+
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    pub fn bytes_per_record(&self) -> f64 {
+        self.bytes as f64 / self.keys.len().max(1) as f64
+    }
+}
+
+/// Looks into the cache in `dir`, which need not be there, also while another process writes it: by its
+/// index, if that is of these very files, or else whole.
+///
+/// # Errors
+/// Where it cannot be read or is damaged.
+pub fn peek(dir: &Path) -> Result<Peek> {
+    let mut peek = Peek {
+        bytes: size(dir),
+        ..Peek::default()
+    };
+    if !crate::cache::exists(dir) {
+        return Ok(peek);
+    }
+    crate::cache::check_files(dir)?;
+    if let Some(index) = index::load(dir) {
+        (peek.keys, peek.past, peek.cost_usd) = (index.keys, index.past, index.cost_usd);
+        return Ok(peek);
+    }
+    let mut lines = Lines::open(dir)?;
+    while lines.advance().map_err(|error| lines.refuse_scan(error))? {
+        let line = lines.line();
+        let known = keys::identity(line).and_then(|(key, _)| Ok((key, line::cost_usd(line)?)));
+        let (key, cost_usd) = known.map_err(|fault| lines.refuse(fault))?;
+        peek.keys.insert(key);
+        let head = line::head(line).map_err(|fault| lines.refuse(fault))?;
+        peek.past.note(head.v, head.cut_at);
+        peek.cost_usd += cost_usd;
+    }
+    lines.warn_of_torn();
+    Ok(peek)
+}
+
+/// Told how many bytes of a file have been read.
+type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
+
+/// What one of the two files holds.
+#[derive(Debug)]
+struct Part {
+    records: Vec<Identity>,
+    past: Past,
+    cost_usd: f64,
+    /// In whole lines or frames.
+    bytes: u64,
+    /// Those and what follows them.
+    length: u64,
+    ending: Ending,
+}
+
+impl Default for Part {
+    fn default() -> Self {
+        Self {
+            records: Vec::new(),
+            past: Past::default(),
+            cost_usd: 0.0,
+            bytes: 0,
+            length: 0,
+            ending: Ending::Clean,
+        }
+    }
+}
+
+impl Part {
+    fn add(&mut self, block: Block, on_progress: OnBytes<'_>) -> Result<()> {
+        self.records.extend(block.records);
+        self.past.add(&block.past);
+        self.cost_usd += block.cost_usd;
+        self.bytes += block.bytes;
+        on_progress(self.bytes)
+    }
+
+    /// The file was read to its end, and how it ends.
+    fn read_to(mut self, length: u64, ending: Ending) -> Part {
+        self.length = length;
+        self.bytes = match &ending {
+            Ending::Torn(bad) => bad.offset,
+            Ending::Clean | Ending::Unterminated => length,
+        };
+        self.ending = ending;
+        self
+    }
+
+    fn add_line(&mut self, line: &[u8]) -> Result<(), line::Fault> {
+        self.records.push(keys::identity(line)?);
+        let head = line::head(line)?;
+        self.past.note(head.v, head.cut_at);
+        self.cost_usd += line::cost_usd(line)?;
+        Ok(())
+    }
+}
+
+fn read_plain(file: &mut File, path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
+    let mut part = Part::default();
+    let could_not_read = || format!("could not read {}", path.display());
+    verify_parallel::plain(&mut *file, path, |block| part.add(block, on_progress))?;
+    // From the first odd line on, or to see that there is none.
+    file.seek(SeekFrom::Start(part.bytes))
+        .with_context(could_not_read)?;
+    let reader = BufReader::with_capacity(1 << 20, file);
+    let mut scan = Scan::behind(reader, part.bytes, part.records.len() as u64);
+    while scan.advance().map_err(|error| refusal(path, error))? {
+        part.add_line(scan.line())
+            .map_err(|fault| damaged(path, &scan.bad(fault)))?;
+        on_progress(scan.position())?;
+    }
+    Ok(part.read_to(scan.position(), scan.ending()))
+}
+
+fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
+    let mut part = Part::default();
+    let could_not_read = || format!("could not read {}", path.display());
+    let file = || File::open(path).with_context(could_not_read);
+    part.length = length(path)?;
+    verify_parallel::compressed(file()?, path, |block| part.add(block, on_progress))?;
+    if part.bytes == part.length {
+        return Ok(part);
+    }
+    let mut scan = FrameScan::new(file()?);
+    part.records.clear();
+    part.cost_usd = 0.0;
+    while scan.advance().map_err(|error| refusal(path, error))? {
+        part.add_line(scan.line())
+            .map_err(|fault| damaged(path, &scan.bad(fault)))?;
+    }
+    Ok(part.read_to(scan.position(), scan.ending()))
+}
+
+fn warn_of_tear(path: &Path, part: &Part, aside: &Path) {
+    tracing::warn!(
+        "{}: a torn record at its end ({} bytes from byte {}) is moved to {}; it will be asked again",
+        path.display(),
+        part.length - part.bytes,
+        part.bytes,
+        aside.display()
+    );
+}
+
+fn repair_plain(file: &mut File, dir: &Path, plain: &mut Part) -> std::io::Result<()> {
+    match plain.ending {
+        Ending::Clean => {}
+        Ending::Unterminated => {
+            storage::append(file, b"\n")?;
+            plain.bytes += 1;
+        }
+        Ending::Torn(_) => {
+            let aside = torn_file(dir);
+            warn_of_tear(&plain_file(dir), plain, &aside);
+            storage::cut(file, plain.bytes, &aside)?;
+        }
+    }
+    Ok(())
+}
+
+/// Cuts a frame that is not whole. A crash leaves its lines in the plain file, too, and any other
+/// line that can still be read goes there.
+fn repair_compressed(
+    file: &mut File,
+    dir: &Path,
+    compressed: &Part,
+    plain: &mut Part,
+) -> Result<()> {
+    let path = compressed_file(dir);
+    let mut torn = Vec::new();
+    let mut frames = storage::open_or_create(&path)?;
+    frames.seek(SeekFrom::Start(compressed.bytes))?;
+    (&mut frames).take(1 << 30).read_to_end(&mut torn)?;
+    let known: Keys = plain.records.iter().map(|(key, _)| *key).collect();
+    let mut rescued = Vec::new();
+    for line in frames::salvage(&torn).split_inclusive(|&byte| byte == b'\n') {
+        let bare = line.trim_ascii_end();
+        if !known.contains(&keys::identity(bare)?.0) {
+            plain.add_line(bare)?;
+            rescued.extend_from_slice(line);
+        }
+    }
+    storage::append(file, &rescued)?;
+    plain.bytes += rescued.len() as u64;
+    tracing::warn!(
+        "{}: a torn frame at its end ({} bytes from byte {}) is moved to {}; what it held that can \
+         still be read is kept",
+        path.display(),
+        compressed.length - compressed.bytes,
+        compressed.bytes,
+        torn_file(dir).display()
+    );
+    storage::cut(&mut frames, compressed.bytes, &torn_file(dir))?;
+    Ok(())
+}
+
+/// A crash between the two steps of compressing leaves lines in both files: they leave the plain one.
+fn forget_what_is_compressed(
+    dir: &Path,
+    compressed: &Part,
+    plain: &mut Part,
+    wrap: &Wrap,
+) -> Result<()> {
+    if compressed.records.is_empty() || plain.records.is_empty() {
+        return Ok(());
+    }
+    let mut twice: HashSet<Identity> = plain.records.iter().copied().collect();
+    let in_frames: HashSet<_> = (compressed.records.iter().copied())
+        .filter(|record| twice.contains(record))
+        .collect();
+    twice.retain(|record| in_frames.contains(record));
+    if twice.is_empty() {
+        return Ok(());
+    }
+    let path = plain_file(dir);
+    let could_not = || format!("could not repair {}", path.display());
+    let mut rest = Part::default();
+    let file = File::open(&path).with_context(could_not)?;
+    let mut scan = Scan::new(BufReader::with_capacity(1 << 20, file));
+    let (_, length) = storage::replace(&path, wrap, |new| {
+        while scan.advance().map_err(|error| refusal(&path, error))? {
+            let line = scan.line();
+            if !twice.contains(&keys::identity(line)?) {
+                rest.add_line(line)?;
+                new.append(line)?;
+                new.append(b"\n")?;
+            }
+        }
+        Ok(())
+    })
+    .with_context(could_not)?;
+    rest.bytes = length;
+    *plain = rest;
+    Ok(())
+}
+
+fn join(compressed: Part, plain: Part) -> Contents {
+    let records = compressed.records.len() + plain.records.len();
+    let mut keys = Keys::with_capacity_and_hasher(records, Default::default());
+    keys.extend(compressed.records.into_iter().map(|(key, _)| key));
+    keys.extend(plain.records.into_iter().map(|(key, _)| key));
+    let mut past = compressed.past;
+    past.add(&plain.past);
+    Contents {
+        past,
+        repeated: (records - keys.len()) as u64,
+        keys,
+        cost_usd: compressed.cost_usd + plain.cost_usd,
+        plain: plain.bytes,
+        compressed: compressed.bytes,
+    }
+}

@@ -1,0 +1,157 @@
+//! Opening a large cache: every checksum, on all cores.
+//!
+//! A sweep knows only good and odd. Where it meets anything that is not a whole line as this
+//! version writes them it stops, and a [`Scan`](crate::cache::recovery::Scan) of the rest has the word.
+
+use std::io::{self, Read};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+
+use crate::cache::frames;
+use crate::cache::frames::Frames;
+use crate::cache::keys;
+use crate::cache::keys::Identity;
+use crate::cache::line;
+use crate::cache::question::Past;
+
+/// Bytes of plain text that a core takes at a time.
+const BLOCK: usize = 2 << 20;
+
+/// What a block of whole lines holds.
+#[derive(Debug, Default)]
+pub struct Block {
+    pub records: Vec<Identity>,
+    pub past: Past,
+    pub cost_usd: f64,
+    /// Bytes of the file.
+    pub bytes: u64,
+}
+
+/// The records in `text`; none if a line of it is not whole and as this version writes it.
+fn check(text: &[u8]) -> Option<Block> {
+    let mut block = Block::default();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = memchr::memchr(b'\n', rest)?;
+        let line = &rest[..end];
+        rest = &rest[end + 1..];
+        block.records.push(keys::identity(line).ok()?);
+        let head = line::head(line).ok()?;
+        block.past.note(head.v, head.cut_at);
+        block.cost_usd += line::cost_usd(line).ok()?;
+    }
+    Some(block)
+}
+
+/// Sweeps a plain file: hands the good blocks to `on_block` in their order, up to the first odd one.
+///
+/// # Errors
+/// If the file at `path` cannot be read, or one of `on_block`.
+pub fn plain(
+    file: impl Read + Send,
+    path: &Path,
+    on_block: impl FnMut(Block) -> Result<()>,
+) -> Result<()> {
+    let mut blocks = Blocks {
+        file,
+        rest: Vec::new(),
+    };
+    let check = |text: Vec<u8>| {
+        let block = check(&text)?;
+        Some(Block {
+            bytes: text.len() as u64,
+            ..block
+        })
+    };
+    let next = || blocks.advance().with_context(|| could_not_read(path));
+    in_order(next, check, on_block)
+}
+
+/// As [`plain`], of a compressed file.
+///
+/// # Errors
+/// If the file at `path` cannot be read, or one of `on_block`.
+pub fn compressed(
+    file: impl Read + Send,
+    path: &Path,
+    on_block: impl FnMut(Block) -> Result<()>,
+) -> Result<()> {
+    let mut frames = Frames::new(file);
+    let check = |frame: Vec<u8>| {
+        let block = check(&frames::decompress(&frame).ok()?)?;
+        Some(Block {
+            bytes: frame.len() as u64,
+            ..block
+        })
+    };
+    let next = || frames.advance_raw().with_context(|| could_not_read(path));
+    in_order(next, check, on_block)
+}
+
+fn could_not_read(path: &Path) -> String {
+    format!("could not read {}", path.display())
+}
+
+/// Cuts a plain file into blocks of whole lines.
+struct Blocks<R> {
+    file: R,
+    /// The beginning of a line whose end has not been read.
+    rest: Vec<u8>,
+}
+
+impl<R: Read> Blocks<R> {
+    /// The next block; what follows the last newline is none.
+    fn advance(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let mut block = std::mem::take(&mut self.rest);
+        loop {
+            let before = block.len();
+            block.reserve_exact(BLOCK);
+            (&mut self.file)
+                .take(BLOCK as u64)
+                .read_to_end(&mut block)?;
+            if block.len() == before {
+                return Ok(None);
+            }
+            if let Some(newline) = memchr::memrchr(b'\n', &block[before..]) {
+                self.rest = block.split_off(before + newline + 1);
+                return Ok(Some(block));
+            }
+        }
+    }
+}
+
+/// Has every job that `next` tells of checked, on all cores while the next ones are being read, and
+/// hands the results to `on_block` in their order, up to the first that is none.
+fn in_order<J: Send>(
+    mut next: impl FnMut() -> Result<Option<J>> + Send,
+    check: impl Fn(J) -> Option<Block> + Sync,
+    mut on_block: impl FnMut(Block) -> Result<()>,
+) -> Result<()> {
+    let at_once = rayon::current_num_threads() * 2;
+    let mut read = || {
+        let mut jobs = Vec::with_capacity(at_once);
+        while jobs.len() < at_once {
+            match next()? {
+                Some(job) => jobs.push(job),
+                None => break,
+            }
+        }
+        anyhow::Ok(jobs)
+    };
+    let mut jobs = read()?;
+    while !jobs.is_empty() {
+        let (following, blocks) = rayon::join(&mut read, || {
+            jobs.into_par_iter().map(&check).collect::<Vec<_>>()
+        });
+        for block in blocks {
+            match block {
+                Some(block) => on_block(block)?,
+                None => return Ok(()),
+            }
+        }
+        jobs = following?;
+    }
+    Ok(())
+}

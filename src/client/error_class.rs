@@ -1,0 +1,229 @@
+//! Classifies an error reply by its status, code and message. Pure.
+
+use std::time::{Duration, SystemTime};
+
+use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
+
+use crate::client::outcome::{Claim, Failure, Reason, Trouble, shorten};
+use crate::client::response::error::ApiError;
+use crate::client::retry_after;
+use crate::rate_limit::headers;
+
+pub(crate) fn classify_error(
+    status: u16,
+    headers: &HeaderMap,
+    error: &ApiError,
+    now: SystemTime,
+) -> Trouble {
+    let message = match error.message.as_str() {
+        "" => format!("{status}, without a message"),
+        message => shorten(&format!("{status}: {message}")),
+    };
+    let wait = retry_after::asked_for(headers, error, now);
+    let failure = Failure {
+        is_bodyless: error.is_empty,
+        ..Failure::new(format!("http {status}"), &message)
+    };
+    let claim = |reason: Reason, failure: Failure| Trouble::Claim(Claim { reason, failure });
+    if matches!(status, 400 | 403 | 422 | 451) && error.is_of_the_content() {
+        return Trouble::Filtered(Failure {
+            class: "content_filter".into(),
+            ..failure
+        });
+    }
+    let is_throttle = says_to_wait(error) || wait.is_some();
+    if let Some(reason) = claims_the_end(error, is_throttle) {
+        return claim(reason, failure);
+    }
+    match status {
+        401 => claim(Reason::Key, failure),
+        402 => claim(Reason::Credit, failure),
+        403 if is_throttle => Trouble::Throttled { wait, message },
+        403 => claim(Reason::Forbidden, failure),
+        400 | 404 | 410 if names_no_model(&error.message) => claim(Reason::Model, failure),
+        404 | 405 | 410 => claim(Reason::Address, failure),
+        300..=399 => {
+            let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
+            let location = location.unwrap_or("an address that it does not name");
+            let message = format!("{status} to {location}");
+            claim(Reason::Redirect, Failure::new(failure.class, &message))
+        }
+        // As some clouds refuse for the rate.
+        420 | 430 => Trouble::Throttled { wait, message },
+        400 if says_to_wait(error) || headers.contains_key(RETRY_AFTER) => {
+            Trouble::Throttled { wait, message }
+        }
+        429 => Trouble::Throttled {
+            wait: wait.or_else(|| until_reset(headers, now)),
+            message,
+        },
+        503 | 529 if wait.is_some() => Trouble::Throttled { wait, message },
+        // 424: what generates behind the endpoint failed. 498: no capacity at Groq.
+        408 | 409 | 424 | 425 | 498 | 500.. => Trouble::Transient {
+            failure: Failure {
+                // A gateway gave up waiting; what is behind it may have gone on.
+                may_be_billed: matches!(status, 408 | 504 | 524),
+                ..failure
+            },
+            wait: wait.unwrap_or_default(),
+        },
+        _ => Trouble::Refused(failure),
+    }
+}
+
+/// The time until a limit is there again of which nothing remains, as the headers of a refusal have it.
+fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let reports = headers::parse(headers, now);
+    let used_up = reports
+        .iter()
+        .filter(|report| report.remaining == Some(0.0));
+    used_up.filter_map(|report| report.reset).max()
+}
+
+/// Reason for which every request would fail, from the error's code or message. A rate limit
+/// (`is_throttle`) is none: Gemini has the same words for its limit a minute as others for an empty
+/// account.
+pub fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
+    const CREDIT: [&str; 8] = [
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "insufficient_credits",
+        "insufficient_balance",
+        "billing_not_active",
+        "account_deactivated",
+        "arrearage",
+        "accountoverdueerror",
+    ];
+    const KEY: [&str; 3] = ["api_key_invalid", "invalid_api_key", "expired_api_key"];
+    const KEY_WORDS: [&str; 3] = ["api key expired", "api key not valid", "invalid api key"];
+    const MODEL: [&str; 4] = [
+        "model_not_found",
+        "invalid_model",
+        "model_decommissioned",
+        "model_not_available",
+    ];
+    const CREDIT_WORDS: [&str; 8] = [
+        "credit balance is too low",
+        "insufficient credits",
+        "insufficient balance",
+        "account is not active",
+        "account is in good standing",
+        "exceeded your current quota",
+        "check your plan and billing",
+        "add credits",
+    ];
+    let has_mark = |mark: &str| error.marks.iter().any(|found| found == mark);
+    if CREDIT.iter().any(|mark| has_mark(mark)) {
+        return Some(Reason::Credit);
+    }
+    if MODEL.iter().any(|mark| has_mark(mark)) {
+        return Some(Reason::Model);
+    }
+    let message = error.message.to_lowercase();
+    let has_key_words = KEY_WORDS.iter().any(|words| message.contains(words));
+    if has_key_words || KEY.iter().any(|mark| has_mark(mark)) {
+        return Some(Reason::Key);
+    }
+    let has_words = CREDIT_WORDS.iter().any(|words| message.contains(words));
+    (has_words && !is_throttle).then_some(Reason::Credit)
+}
+
+/// Returns true if the error's code or message describes a rate limit.
+fn says_to_wait(error: &ApiError) -> bool {
+    const MARKS: [&str; 4] = ["resource_exhausted", "rate_limit", "ratelimit", "throttl"];
+    const WORDS: [&str; 7] = [
+        "rate limit",
+        "per minute",
+        "per_minute",
+        "perminute",
+        "per second",
+        "per day",
+        "too many requests",
+    ];
+    let message = error.message.to_lowercase();
+    (error.marks.iter()).any(|mark| MARKS.iter().any(|word| mark.contains(word)))
+        || WORDS.iter().any(|words| message.contains(words))
+}
+
+/// Returns true if the message reports that the model is missing or retired. Messages may mention a model for
+/// many other reasons, so it must be the subject.
+fn names_no_model(message: &str) -> bool {
+    const NO_MODEL: [&str; 6] = [
+        "unknown model",
+        "no such model",
+        "not a valid model",
+        "not found the model",
+        "model identifier is invalid",
+        "no endpoints found for",
+    ];
+    /// Parts of a request or a reply that belong to a model.
+    const PARTS: [&str; 12] = [
+        "adapter",
+        "config",
+        "context",
+        "file",
+        "input",
+        "inputs",
+        "output",
+        "parameter",
+        "prompt",
+        "provider",
+        "response",
+        "weights",
+    ];
+    /// After "invalid model".
+    const NOUNS: [&str; 5] = ["", "name", "id", "specified", "requested"];
+    const MISSING: [&str; 8] = [
+        "not found",
+        "not exist",
+        "decommissioned",
+        "retired",
+        "no longer supported",
+        "no longer available",
+        "deprecated",
+        "not available",
+    ];
+    /// Between "model" and such a phrase, after at most one other word: the name.
+    const FILLERS: [&str; 14] = [
+        "",
+        "is",
+        "was",
+        "has",
+        "have",
+        "been",
+        "does",
+        "did",
+        "do",
+        "could",
+        "be",
+        "you",
+        "requested",
+        "specified",
+    ];
+    let message = message.to_lowercase();
+    let words: Vec<&str> = message.split_whitespace().collect();
+    let message = words.join(" ");
+    let is_invalid = message.split("invalid model").skip(1).any(|rest| {
+        let is_word = rest.is_empty() || rest.starts_with([' ', ':', '.']);
+        let word = rest.trim_start_matches([' ', ':']).split(' ').next();
+        let word = word.unwrap_or_default().trim_end_matches([':', ',', '.']);
+        let is_name = word.contains(['`', '\'', '"', '=', '-', '.', '/']);
+        is_word && (is_name || rest.starts_with(':') || NOUNS.contains(&word))
+    });
+    let is_missing = message.match_indices("model").any(|(start, model)| {
+        let rest = &message[start + model.len()..];
+        let is_word = !message[..start].ends_with(char::is_alphanumeric);
+        if !is_word || !rest.starts_with([' ', ':', '`', '"', '\'', '/', 's']) {
+            return false;
+        }
+        let at = MISSING.iter().filter_map(|words| rest.find(words)).min();
+        at.is_some_and(|at| {
+            let between = rest[..at].trim();
+            let words = between.split_whitespace();
+            let others: Vec<&str> = words.filter(|word| !FILLERS.contains(word)).collect();
+            let is_of_part = others.iter().any(|word| PARTS.contains(word));
+            !between.contains(", ") && others.len() <= 1 && !is_of_part
+        })
+    });
+    is_invalid || is_missing || NO_MODEL.iter().any(|words| message.contains(words))
+}

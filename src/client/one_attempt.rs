@@ -1,0 +1,311 @@
+//! One HTTP exchange: a request out, the whole reply back, exactly once.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use async_openai::error::OpenAIError;
+use async_openai::middleware::HttpRequestFactory;
+use bytes::{Bytes, BytesMut};
+use futures_util::future::BoxFuture;
+use reqwest::header::HeaderMap;
+use reqwest::{Request, Response};
+use tokio::sync::Semaphore;
+
+use crate::client::credentials::{Credentials, Sent};
+use crate::client::http::{End, Fault, Permit, Reply};
+use crate::client::response::encoding;
+use crate::client::response::encoding::Decoder;
+use crate::client::response::json;
+use crate::ops::process;
+
+/// A longer body is no chat completion that anybody wants to keep.
+const LARGEST_BODY: usize = 64 << 20;
+
+/// For a file, up or down, as long as something comes.
+pub const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
+
+/// Our transport below async-openai: exactly one attempt, its reply handed out whole.
+///
+/// The crate's own executor retries under any rate limit, and what it makes of a response loses the
+/// headers, the body of an error and every answer that its types do not foresee (and logs bodies).
+/// So this service reads the response itself and carries it out as its *error*, the one thing that
+/// the crate passes on untouched; [`unpack`] takes it out again. What remains with the crate is the
+/// request: path, headers, JSON.
+#[derive(Clone)]
+pub struct OneAttempt {
+    pub http: Sender,
+}
+
+impl tower::Service<HttpRequestFactory> for OneAttempt {
+    type Response = Response;
+    type Error = tower::BoxError;
+    type Future = BoxFuture<'static, Result<Response, tower::BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: HttpRequestFactory) -> Self::Future {
+        let http = self.http.clone();
+        Box::pin(async move {
+            let mut request = request.build().await?;
+            // A body that is streamed is a file, which takes its time.
+            if request.body().is_some_and(|body| body.as_bytes().is_none()) {
+                *request.timeout_mut() = Some(LONGEST_TRANSFER);
+            }
+            let outcome: tower::BoxError = match http.send(request).await {
+                Ok(reply) => reply.into(),
+                Err(fault) => fault.into(),
+            };
+            Err(outcome)
+        })
+    }
+}
+
+/// Takes the reply out of the error in which [`OneAttempt`] has sent it through async-openai.
+pub fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault> {
+    let error = match outcome {
+        Err(OpenAIError::Boxed(carried)) => match carried.downcast::<Reply>() {
+            Ok(reply) => return Ok(*reply),
+            Err(carried) => match carried.downcast::<Fault>() {
+                Ok(fault) => return Err(*fault),
+                Err(other) => other.to_string(),
+            },
+        },
+        Err(other) => other.to_string(),
+        // `OneAttempt` never returns a response.
+        Ok(_) => "the reply was lost on the way".into(),
+    };
+    Err(Fault::Broken(error))
+}
+
+/// Sends requests with the key and the headers of an endpoint.
+#[derive(Clone)]
+pub struct Sender {
+    pub http: reqwest::Client,
+    pub credentials: Arc<Credentials>,
+}
+
+impl Sender {
+    /// Sends a request and reads the whole reply, decoded and without a key.
+    ///
+    /// # Errors
+    /// Where no reply began, or the key had expired. A reply that broke off is returned with what came of it.
+    pub async fn send(&self, request: Request) -> Result<Reply, Fault> {
+        let (sent, response) = self.begin(request).await?;
+        let mut reply = read(response).await;
+        let body = sent.secrets.clean(reply.body.clone());
+        if let End::Unreadable { raw, .. } = &mut reply.end
+            && body != reply.body
+        {
+            // What came holds the key, too.
+            *raw = body.clone();
+        }
+        reply.body = body;
+        sent.secrets.clean_headers(&mut reply.headers);
+        self.look_at_key(&sent, reply.status).await?;
+        Ok(reply)
+    }
+
+    /// Sends a request, of whose response the body is still to come.
+    pub async fn begin(&self, mut request: Request) -> Result<(Arc<Sent>, Response), Fault> {
+        let sent = self.credentials.current();
+        for (name, value) in &sent.headers {
+            request.headers_mut().insert(name, value.clone());
+        }
+        let response = self.http.execute(request).await.map_err(fault)?;
+        Ok((sent, response))
+    }
+
+    /// After a reply with this status to what was sent.
+    ///
+    /// # Errors
+    /// [`Fault::KeyRenewed`] where the key was refused and there is another one.
+    pub async fn look_at_key(&self, sent: &Sent, status: u16) -> Result<(), Fault> {
+        match status {
+            401 if self.credentials.renew(sent).await => return Err(Fault::KeyRenewed),
+            200..300 => self.credentials.accepted(),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Reads a response to its end.
+pub async fn read(mut response: Response) -> Reply {
+    let status = response.status().as_u16();
+    let headers = std::mem::take(response.headers_mut());
+    let mut reading = Reading::new(&headers);
+    let end = reading.read_all(response).await;
+    let (body, end) = reading.finish(end);
+    Reply {
+        status,
+        headers,
+        body,
+        end,
+        permit: reading.permit,
+    }
+}
+
+/// Bodies above [`LARGE_BODY`] that may be in memory at once: each takes several times its size while it
+/// becomes a record.
+static LARGE: Semaphore = Semaphore::const_new(2);
+
+const LARGE_BODY: usize = 4 << 20;
+
+struct Reading {
+    decoder: Option<Decoder>,
+    body: Gathered,
+    /// As it came, where it is encoded: what cannot be decoded is kept.
+    raw: BytesMut,
+    permit: Option<Permit>,
+}
+
+impl Reading {
+    fn new(headers: &HeaderMap) -> Reading {
+        Reading {
+            decoder: Some(Decoder::new(headers)),
+            body: Gathered::default(),
+            raw: BytesMut::new(),
+            permit: None,
+        }
+    }
+
+    async fn read_all(&mut self, mut response: Response) -> End {
+        loop {
+            let piece = match response.chunk().await {
+                Ok(Some(piece)) => piece,
+                Ok(None) => return End::Whole,
+                Err(error) => return End::Cut(fault(error)),
+            };
+            if let Err(problem) = self.add(piece) {
+                return problem;
+            }
+            if self.body.len() > LARGEST_BODY {
+                let limit = LARGEST_BODY >> 20;
+                let problem = format!("the body is larger than {limit} MiB");
+                let raw = Bytes::new();
+                return End::Unreadable { problem, raw };
+            }
+            if self.body.len() > LARGE_BODY && self.permit.is_none() {
+                // Closed never: it is a static.
+                self.permit = LARGE.acquire().await.ok().map(Arc::new);
+            }
+        }
+    }
+
+    fn add(&mut self, piece: Bytes) -> Result<(), End> {
+        let Some(decoder) = &mut self.decoder else {
+            return Ok(());
+        };
+        if decoder.begins_plain(&piece) {
+            self.body.add(piece);
+            return Ok(());
+        }
+        self.raw.extend_from_slice(&piece);
+        let decoded = decoder.feed(&piece).map_err(undecodable)?;
+        self.body.add(decoded.into());
+        if decoder.is_plain() {
+            self.raw.clear();
+        }
+        Ok(())
+    }
+
+    /// The body, and how it ended.
+    fn finish(&mut self, end: End) -> (Bytes, End) {
+        let rest = match self.decoder.take() {
+            Some(decoder) => decoder.finish().map_err(undecodable),
+            None => Ok(Vec::new()),
+        };
+        let end = match (end, rest) {
+            (End::Whole, Err(problem)) => problem,
+            (end, rest) => {
+                self.body.add(rest.unwrap_or_default().into());
+                end
+            }
+        };
+        let raw = self.raw.split().freeze();
+        match end {
+            End::Unreadable { problem, .. } if !raw.is_empty() => {
+                let body = encoding::salvaged(&raw).map_or_else(|| raw.clone(), Bytes::from);
+                (as_utf8(body), End::Unreadable { problem, raw })
+            }
+            end => (as_utf8(encoding::unpacked(self.body.take())), end),
+        }
+    }
+}
+
+/// Pieces of a body, of which a single one is not copied.
+#[derive(Default)]
+struct Gathered {
+    first: Bytes,
+    /// All of them, once there are several.
+    all: BytesMut,
+}
+
+impl Gathered {
+    fn add(&mut self, piece: Bytes) {
+        if self.len() == 0 {
+            self.first = piece;
+            return;
+        }
+        if self.all.is_empty() {
+            self.all.extend_from_slice(&self.first);
+        }
+        self.all.extend_from_slice(&piece);
+    }
+
+    fn len(&self) -> usize {
+        self.first.len().max(self.all.len())
+    }
+
+    fn take(&mut self) -> Bytes {
+        if self.all.is_empty() {
+            std::mem::take(&mut self.first)
+        } else {
+            self.all.split().freeze()
+        }
+    }
+}
+
+/// The body in the encoding in which keys are looked for.
+fn as_utf8(body: Bytes) -> Bytes {
+    json::utf16(&body).map_or(body, Bytes::from)
+}
+
+fn undecodable(error: std::io::Error) -> End {
+    End::Unreadable {
+        problem: format!("its content encoding is broken: {error}"),
+        raw: Bytes::new(),
+    }
+}
+
+pub fn fault(error: reqwest::Error) -> Fault {
+    let is_connect = error.is_connect();
+    if error.is_timeout() && !is_connect {
+        return Fault::Timeout;
+    }
+    // The outermost texts ("error sending request") say nothing; the innermost names the cause.
+    let error = error.without_url();
+    let mut cause: &dyn std::error::Error = &error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    let io = cause.downcast_ref::<std::io::Error>();
+    if io.is_some_and(process::is_out_of_descriptors) {
+        return Fault::NoDescriptor(cause.to_string());
+    }
+    let mut message = cause.to_string();
+    if message.contains("UnknownIssuer") {
+        message.push_str(
+            " (this machine does not know who signed its certificate: set `teacher.ca_file`, or \
+             SSL_CERT_FILE)",
+        );
+    }
+    if is_connect {
+        Fault::Unreachable(message)
+    } else {
+        Fault::Broken(message)
+    }
+}

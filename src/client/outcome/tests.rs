@@ -1,0 +1,363 @@
+use crate::client::outcome::*;
+
+const NOW: Duration = Duration::from_secs(1_800_000_000);
+
+fn reply(status: u16, headers: &[(&'static str, &str)], body: &str) -> Result<Reply, Fault> {
+    let headers = headers
+        .iter()
+        .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+        .collect();
+    Ok(Reply::whole(status, headers, body.to_string().into()))
+}
+
+/// The outcome in a word, and the wait in milliseconds where there is one.
+fn sort(result: Result<Reply, Fault>) -> String {
+    let trouble = match classify(result, SystemTime::UNIX_EPOCH + NOW) {
+        Ok(_) => return "answer".into(),
+        Err(trouble) => trouble,
+    };
+    match trouble {
+        Trouble::Claim(claim) => format!("claim: {:?}", claim.reason),
+        Trouble::Refused(failure) => format!("refused: {}", failure.class),
+        Trouble::Filtered(failure) => format!("filtered: {}", failure.class),
+        Trouble::Unreadable { problem, .. } => format!("unreadable: {problem}"),
+        Trouble::KeyRenewed => "key renewed".into(),
+        Trouble::Throttled { wait, .. } => {
+            format!("throttled: {:?}", wait.map(|w| w.as_millis()))
+        }
+        Trouble::Transient { failure, wait } => {
+            format!("transient: {} {}", failure.class, wait.as_millis())
+        }
+    }
+}
+
+#[test]
+fn every_status_has_its_class() {
+    let quota = r#"{"error":{"message":"m","code":"insufficient_quota"}}"#;
+    let cases = [
+        (
+            200,
+            r#"{"choices":[{"message":{"content":"x"}}]}"#,
+            "answer",
+        ),
+        (
+            200,
+            r#"{"error":{"code":429,"message":"slow"}}"#,
+            "throttled: None",
+        ),
+        (
+            200,
+            r#"{"error":{"code":"x","message":"broke"}}"#,
+            "transient: http 500 0",
+        ),
+        (200, r#"{"choices":["#, "transient: malformed 0"),
+        (204, "", "transient: malformed 0"),
+        (302, "", "claim: Redirect"),
+        (400, "", "refused: http 400"),
+        (
+            400,
+            r#"{"error":{"message":"Your credit balance is too low"}}"#,
+            "claim: Credit",
+        ),
+        (401, "", "claim: Key"),
+        (402, "", "claim: Credit"),
+        (403, "", "claim: Forbidden"),
+        (404, "", "claim: Address"),
+        (405, r#"{"detail":"Method Not Allowed"}"#, "claim: Address"),
+        (
+            404,
+            r#"{"error":{"message":"x","code":"model_not_found"}}"#,
+            "claim: Model",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"The model `x` does not exist."}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model `x` has been decommissioned and is no longer supported.","code":"y"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"x is not a valid model ID"}}"#,
+            "claim: Model",
+        ),
+        (
+            410,
+            r#"{"error":{"message":"The model m was retired"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"`logit_bias` is no longer supported with this model."}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"[{"error":{"code":400,"message":"API key expired.","status":"INVALID_ARGUMENT","details":[{"reason":"API_KEY_INVALID"}]}}]"#,
+            "claim: Key",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model called the tool `f`, which was not found in `tools`"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"Invalid model parameters: top_k"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"Invalid model parameters."}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"Invalid model_config.temperature: too high"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model input image was not found"}}"#,
+            "refused: http 400",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"The file 'model.txt' was not found"}}"#,
+            "claim: Address",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"models/gemini-x is not found for API version v1beta, or is not supported"}}"#,
+            "claim: Model",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"Not found the model m or Permission denied"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model you requested does not exist"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"Invalid model name passed in model=m"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The provided model identifier is invalid."}}"#,
+            "claim: Model",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"No endpoints found for m."}}"#,
+            "claim: Model",
+        ),
+        (
+            404,
+            r#"{"error":{"message":"The model\n  `m` has been deprecated"}}"#,
+            "claim: Model",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model's output is not available"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"submodel x was not found in the schema"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"The model parameter is deprecated"}}"#,
+            "refused: http 400",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"API key not valid. Please pass a valid API key."}}"#,
+            "claim: Key",
+        ),
+        (
+            400,
+            r#"{"code":"Throttling.RateQuota","message":"Requests rate limit exceeded"}"#,
+            "throttled: None",
+        ),
+        (
+            420,
+            r#"{"error":"calm down, try again in 2s"}"#,
+            "throttled: Some(2000)",
+        ),
+        (424, "", "transient: http 424 0"),
+        (498, "", "transient: http 498 0"),
+        (
+            400,
+            r#"{"error":{"message":"m","code":"content_filter"}}"#,
+            "filtered: content_filter",
+        ),
+        (
+            403,
+            r#"{"error":{"code":403,"message":"Input was flagged by moderation"}}"#,
+            "filtered: content_filter",
+        ),
+        (
+            403,
+            "<html><title>Attention Required!</title>",
+            "claim: Forbidden",
+        ),
+        (
+            403,
+            r#"{"error":{"message":"API rate limit exceeded"}}"#,
+            "throttled: None",
+        ),
+        (
+            400,
+            r#"{"error":{"message":"Access denied","code":"Arrearage"}}"#,
+            "claim: Credit",
+        ),
+        (
+            429,
+            r#"{"error":{"message":"You exceeded your current quota"}}"#,
+            "claim: Credit",
+        ),
+        (
+            429,
+            r#"[{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","message":"You exceeded your current quota, please check your plan and billing details. Please retry in 1.5s."}}]"#,
+            "throttled: Some(1500)",
+        ),
+        (
+            200,
+            r#"{"choices":null,"base_resp":{"status_code":1002,"status_msg":"rate limit"}}"#,
+            "throttled: None",
+        ),
+        (
+            200,
+            r#"{"choices":null,"base_resp":{"status_code":1008,"status_msg":"no balance"}}"#,
+            "claim: Credit",
+        ),
+        (
+            200,
+            r#"{"error":{"code":"content_filter","message":"m"}}"#,
+            "filtered: content_filter",
+        ),
+        (
+            200,
+            r#"{"choices": 'x'}"#,
+            "unreadable: not JSON: at byte 12: 'x'}",
+        ),
+        (
+            400,
+            r#"{"error":{"code":"content_filter","message":"m"},"choices":[{"message":{"content":"The first half of"}}]}"#,
+            "answer",
+        ),
+        (408, "", "transient: http 408 0"),
+        (409, "", "transient: http 409 0"),
+        (413, "", "refused: http 413"),
+        (422, "", "refused: http 422"),
+        (425, "", "transient: http 425 0"),
+        (429, "<html>", "throttled: None"),
+        (429, quota, "claim: Credit"),
+        (500, "", "transient: http 500 0"),
+        (503, "", "transient: http 503 0"),
+        (520, "<html>", "transient: http 520 0"),
+        (529, "", "transient: http 529 0"),
+    ];
+    for (status, body, expected) in cases {
+        assert_eq!(sort(reply(status, &[], body)), expected, "{status} {body}");
+    }
+}
+
+#[test]
+fn faults_of_the_connection_may_pass() {
+    assert_eq!(sort(Err(Fault::Timeout)), "transient: timeout 0");
+    assert_eq!(
+        sort(Err(Fault::Unreachable("x".into()))),
+        "transient: unreachable 0"
+    );
+    assert_eq!(
+        sort(Err(Fault::Broken("x".into()))),
+        "transient: connection lost 0"
+    );
+}
+
+#[test]
+fn an_answer_that_had_come_whole_before_the_connection_broke_is_an_answer() {
+    let cut = |body: &str| {
+        let mut reply = reply(200, &[], body).unwrap();
+        reply.end = End::Cut(Fault::Broken("reset".into()));
+        sort(Ok(reply))
+    };
+    let whole = r#"{"choices":[{"message":{"content":"x"}}]}"#;
+    assert_eq!(cut(whole), "answer");
+    assert_eq!(
+        cut(&whole[..whole.len() - 1]),
+        "transient: connection lost 0"
+    );
+    for piece in [
+        "data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}]}\n\n",
+        "{\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":null}]}\n",
+    ] {
+        assert_eq!(cut(piece), "transient: connection lost 0");
+    }
+    let mut reply = reply(200, &[], whole).unwrap();
+    reply.end = End::Unreadable {
+        problem: "too large".into(),
+        raw: bytes::Bytes::new(),
+    };
+    assert_eq!(sort(Ok(reply)), "unreadable: too large");
+}
+
+#[test]
+fn a_wait_that_is_asked_for_is_obeyed_by_the_class_of_the_reply() {
+    let far = httpdate::fmt_http_date(SystemTime::UNIX_EPOCH + NOW + Duration::from_secs(36_000));
+    type Headers<'a> = &'a [(&'static str, &'a str)];
+    let used_up: Headers = &[
+        ("x-ratelimit-limit", "50"),
+        ("x-ratelimit-remaining", "0"),
+        ("x-ratelimit-reset", "1800036000000"),
+    ];
+    let cases: [(u16, Headers, &str); 6] = [
+        (429, &[("retry-after", "7")], "throttled: Some(7000)"),
+        (429, &[("retry-after", &far)], "throttled: Some(36000000)"),
+        (429, used_up, "throttled: Some(36000000)"),
+        (503, &[("retry-after", "2")], "throttled: Some(2000)"),
+        (500, &[("retry-after", "2")], "transient: http 500 2000"),
+        (403, &[("retry-after", "2")], "throttled: Some(2000)"),
+    ];
+    for (status, headers, expected) in cases {
+        assert_eq!(
+            sort(reply(status, headers, "")),
+            expected,
+            "{status} {headers:?}"
+        );
+    }
+}
+
+#[test]
+fn pauses_double_up_to_the_longest() {
+    let retry = config::Retry {
+        base_s: 0.5,
+        max_s: 60.0,
+        ..config::Retry::default()
+    };
+    let ceilings = [1, 2, 3, 7, 8, 1000].map(|attempt| backoff(attempt, &retry, 1.0).as_secs_f64());
+    assert_eq!(ceilings, [0.5, 1.0, 2.0, 32.0, 60.0, 60.0]);
+    assert_eq!(backoff(5, &retry, 0.0), Duration::ZERO);
+}
+
+#[test]
+fn messages_are_one_harmless_line() {
+    let message = format!("a\n\n\u{1b}[31m{}", "x".repeat(1000));
+    let short = shorten(&message);
+    assert!(
+        short.starts_with("a \\u{1b}[31mxxx") && short.ends_with("x ..."),
+        "{short}"
+    );
+    assert!(short.len() < 320);
+}

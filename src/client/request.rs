@@ -1,0 +1,316 @@
+//! A prompt as a wire body, and the key that names it. Pure.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+
+use crate::cache::question::template::QuestionTemplate;
+use crate::client::response;
+use crate::client::response::{Completion, NoAnswer};
+use crate::client::score_text::Scoring;
+use crate::client::structured_output::Structured;
+use crate::config::{Config, Lane};
+use crate::exit::Exit;
+use crate::prompt::{Message, Prompt};
+
+const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has its own record";
+const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
+                          `sampling.max_tokens_field`: the budget is kept by them";
+
+/// Fields of `sampling.extra` that would change what a request is, or how much it may cost.
+const RESERVED: [(&str, &str); 14] = [
+    ("n", SAMPLES),
+    ("best_of", SAMPLES),
+    ("num_return_sequences", SAMPLES),
+    ("candidateCount", SAMPLES),
+    ("candidate_count", SAMPLES),
+    ("max_tokens", MAX_TOKENS),
+    ("max_completion_tokens", MAX_TOKENS),
+    ("max_output_tokens", MAX_TOKENS),
+    ("maxOutputTokens", MAX_TOKENS),
+    ("max_new_tokens", MAX_TOKENS),
+    ("max_length", MAX_TOKENS),
+    ("num_predict", MAX_TOKENS),
+    ("messages", "the prompts come from `prompts.source`"),
+    ("model", "set `teacher.model` instead"),
+];
+
+/// Objects in `sampling.extra` whose fields some servers read as the request's own.
+const CONTAINERS: [&str; 6] = [
+    "extra_body",
+    "options",
+    "parameters",
+    "generation_config",
+    "generationConfig",
+    "sampling_params",
+];
+
+/// Maximum number of question templates.
+const MAX_TEMPLATES: u32 = 1_000;
+
+/// Fields of most chat requests.
+const USUAL_FIELDS: usize = 8;
+
+/// What is asked of one teacher, whatever the prompt.
+pub struct Asking {
+    pub lane: Lane,
+    pub structured: Option<Structured>,
+    /// Hash of what `distill probe` found out about the endpoint; empty without a probe.
+    pub probe: String,
+    /// Nothing is to be written, but an answer that is there to be scored.
+    pub scoring: Option<Arc<Scoring>>,
+}
+
+/// A message as a request has it.
+fn message(message: &Message) -> Value {
+    let mut fields = Map::with_capacity(2);
+    fields.insert("role".into(), message.role.as_str().into());
+    fields.insert("content".into(), message.content.as_str().into());
+    Value::Object(fields)
+}
+
+/// Refuses settings that no request can be made from.
+pub fn check(config: &Config) -> Result<()> {
+    if config.prompts.samples == 0 {
+        let message = "`prompts.samples` = 0 asks for nothing: set it to 1 or more";
+        return Err(Exit::Usage(message.into()).into());
+    }
+    config.lanes().iter().try_for_each(check_lane)
+}
+
+fn check_lane(lane: &Lane) -> Result<()> {
+    check_extra(&lane.sampling.extra)?;
+    if lane.teacher.model.is_empty() {
+        let message = "set `teacher.model` to the name of the model to ask";
+        return Err(Exit::Usage(message.into()).into());
+    }
+    Ok(())
+}
+
+/// Refuses what would change the request behind the back of the budget.
+fn check_extra(extra: &Map<String, Value>) -> Result<()> {
+    let refuse = |field: &str, advice: &str| {
+        let message = format!("`sampling.extra` must not hold `{field}`: {advice}");
+        Err(Exit::Usage(message).into())
+    };
+    for (field, advice) in RESERVED {
+        if extra.contains_key(field) {
+            return refuse(field, advice);
+        }
+    }
+    if extra.get("stream").is_some_and(|stream| stream != false) {
+        let advice = "answers are read whole; set it to false, or remove it";
+        return refuse("stream", advice);
+    }
+    let inner = CONTAINERS
+        .iter()
+        .filter_map(|name| extra.get(*name)?.as_object());
+    inner.into_iter().try_for_each(check_extra)
+}
+
+impl Asking {
+    /// Without a schema, of an endpoint that has not been probed.
+    pub fn plain(lane: Lane) -> Asking {
+        Asking {
+            lane,
+            structured: None,
+            probe: String::new(),
+            scoring: None,
+        }
+    }
+
+    /// The body of a request, its fields in a fixed order.
+    pub fn body(&self, messages: &[Message], sample: u32) -> Value {
+        match &self.scoring {
+            Some(scoring) => scoring.body(&self.lane, messages),
+            None => self.chat(messages, sample),
+        }
+    }
+
+    /// The body that asks for an answer to a prompt, as it was given.
+    pub fn body_of(&self, prompt: &Prompt, sample: u32) -> Value {
+        let mut body = self.body(&prompt.messages, sample);
+        if let (Some(given), Some(fields)) = (&prompt.given, body.as_object_mut()) {
+            if let Some(messages) = &given.messages {
+                fields.insert("messages".into(), messages.clone());
+            }
+            for (field, value) in &given.fields {
+                fields.insert(field.clone(), value.clone());
+            }
+        }
+        body
+    }
+
+    /// Question template of each sample, up to [`MAX_TEMPLATES`], for prompts without fields of their own. Empty
+    /// for scoring requests.
+    pub fn templates(&self, samples: u32) -> Vec<QuestionTemplate> {
+        if self.scoring.is_some() {
+            return Vec::new();
+        }
+        let samples = 0..samples.min(MAX_TEMPLATES);
+        samples
+            .map(|sample| QuestionTemplate::new(&self.chat(&[], sample), sample))
+            .collect()
+    }
+
+    /// Reads the reply to `body`, which was made from `messages`.
+    pub fn read(
+        &self,
+        reply: &[u8],
+        body: &Value,
+        messages: &[Message],
+    ) -> Result<Completion, NoAnswer> {
+        match &self.scoring {
+            Some(scoring) => scoring.read(reply, body, messages),
+            None => response::parse(reply),
+        }
+    }
+
+    /// A chat completion's. With a seed, sample i is asked with seed + i: the same seed would bring the
+    /// same answer.
+    fn chat(&self, messages: &[Message], sample: u32) -> Value {
+        let sampling = &self.lane.sampling;
+        let mut body = Map::with_capacity(USUAL_FIELDS + sampling.extra.len());
+        body.insert("model".into(), json!(self.lane.teacher.model));
+        body.insert("messages".into(), messages.iter().map(message).collect());
+        let max_tokens = sampling.max_tokens_field.name();
+        body.insert(max_tokens.into(), json!(sampling.max_tokens));
+        if !sampling.reasoning {
+            if let Some(temperature) = sampling.temperature {
+                body.insert("temperature".into(), json!(temperature));
+            }
+            if let Some(top_p) = sampling.top_p {
+                body.insert("top_p".into(), json!(top_p));
+            }
+            if sampling.top_logprobs > 0 {
+                body.insert("logprobs".into(), json!(true));
+                body.insert("top_logprobs".into(), json!(sampling.top_logprobs));
+            }
+        }
+        if let Some(seed) = sampling.seed {
+            body.insert("seed".into(), json!(seed.wrapping_add(i64::from(sample))));
+        }
+        if !sampling.stop.is_empty() && !sampling.reasoning {
+            body.insert("stop".into(), json!(sampling.stop));
+        }
+        if let Some(effort) = &sampling.reasoning_effort {
+            body.insert("reasoning_effort".into(), json!(effort));
+        }
+        if let Some(structured) = &self.structured {
+            body.insert("response_format".into(), structured.response_format());
+        }
+        for (field, value) in &sampling.extra {
+            body.insert(field.clone(), value.clone());
+        }
+        Value::Object(body)
+    }
+
+    /// Are logprobs asked for?
+    pub fn wants_logprobs(&self) -> bool {
+        self.lane.sampling.top_logprobs > 0 && !self.lane.sampling.reasoning
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{MaxTokensField, Sampling, Teacher};
+
+    fn body(teacher: &Teacher, sampling: &Sampling, messages: &[Message], sample: u32) -> Value {
+        let lane = Lane {
+            teacher: teacher.clone(),
+            sampling: sampling.clone(),
+            limits: Default::default(),
+            price: Default::default(),
+        };
+        Asking::plain(lane).body(messages, sample)
+    }
+
+    fn teacher() -> Teacher {
+        Teacher {
+            model: "m".into(),
+            ..Teacher::default()
+        }
+    }
+
+    fn messages(content: &str) -> Vec<Message> {
+        vec![Message {
+            role: "user".into(),
+            content: content.into(),
+        }]
+    }
+
+    #[test]
+    fn the_body_has_a_fixed_order_and_extra_comes_last() {
+        let sampling = Sampling {
+            top_p: Some(0.5),
+            seed: Some(7),
+            stop: vec!["\n".into()],
+            extra: Map::from_iter([
+                ("reasoning_effort".to_string(), json!("none")),
+                ("temperature".to_string(), json!(0)),
+            ]),
+            ..Sampling::default()
+        };
+        assert_eq!(
+            body(&teacher(), &sampling, &messages("hi"), 2).to_string(),
+            r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_completion_tokens":512,"temperature":0,"top_p":0.5,"logprobs":true,"top_logprobs":20,"seed":9,"stop":["\n"],"reasoning_effort":"none"}"#
+        );
+        let sampling = Sampling {
+            reasoning: true,
+            reasoning_effort: Some("low".into()),
+            stop: vec!["x".into()],
+            ..Sampling::default()
+        };
+        assert_eq!(
+            body(&teacher(), &sampling, &messages("hi"), 0).to_string(),
+            r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_completion_tokens":512,"reasoning_effort":"low"}"#
+        );
+        let sampling = Sampling {
+            max_tokens_field: MaxTokensField::MaxTokens,
+            temperature: None,
+            top_logprobs: 0,
+            ..Sampling::default()
+        };
+        assert_eq!(
+            body(&teacher(), &sampling, &messages("hi"), 0).to_string(),
+            r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_tokens":512}"#
+        );
+    }
+
+    #[test]
+    fn settings_that_make_no_request_are_refused() {
+        let good = Config {
+            teacher: teacher(),
+            ..Config::default()
+        };
+        check(&good).unwrap();
+        let refuse = |config: Config, expected: &str| {
+            let error = check(&config).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        };
+        for (field, _) in RESERVED {
+            let mut config = good.clone();
+            config.sampling.extra.insert(field.into(), json!(2));
+            refuse(config, &format!("`{field}`"));
+            let mut config = good.clone();
+            let inner = json!({ field: 2 });
+            config.sampling.extra.insert("extra_body".into(), inner);
+            refuse(config, &format!("`{field}`"));
+        }
+        let mut config = good.clone();
+        config.sampling.extra.insert("stream".into(), json!(true));
+        refuse(config, "`stream`");
+        // Names inside of a tool's parameters are its own.
+        let mut config = good.clone();
+        let tools = json!([{"function": {"parameters": {"properties": {"n": {}, "model": {}}}}}]);
+        config.sampling.extra =
+            Map::from_iter([("stream".into(), json!(false)), ("tools".into(), tools)]);
+        check(&config).unwrap();
+        let mut config = good;
+        config.prompts.samples = 0;
+        refuse(config, "`prompts.samples`");
+        refuse(Config::default(), "`teacher.model`");
+    }
+}

@@ -1,0 +1,246 @@
+//! The body of a chat completion, taken apart into an answer and what came along. Pure.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::cache::record::{Answer, Logprobs, Usage};
+use crate::client::response::error::{ApiError, is_error, text};
+use crate::client::response::fields::fields;
+use crate::client::response::{Completion, NoAnswer, json, message, usage};
+
+/// A body, its logprobs as an `L`.
+struct Body<L> {
+    choices: Option<Vec<Option<Choice<L>>>>,
+    usage: Value,
+    model: Value,
+    system_fingerprint: Value,
+    error: Value,
+    extra: Map<String, Value>,
+}
+
+struct Choice<L> {
+    message: Value,
+    finish_reason: Value,
+    logprobs: Option<L>,
+    error: Value,
+    extra: Map<String, Value>,
+}
+
+fields! {
+    Body: choices, usage, model, system_fingerprint, error;
+    Choice: message, finish_reason, logprobs, error;
+}
+
+/// Reads a body whose logprobs are an `L`.
+///
+/// # Errors
+/// Where the body is no JSON of this shape.
+pub(crate) fn read<'a, L: Deserialize<'a>>(
+    body: &'a [u8],
+    logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
+) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
+    Ok(completion(serde_json::from_slice(body)?, logprobs))
+}
+
+fn completion<L>(
+    body: Body<L>,
+    logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
+) -> Result<Completion, NoAnswer> {
+    let mut extra = body.extra;
+    let choice = best(body.choices.unwrap_or_default());
+    let error = Some(&body.error).filter(|error| is_error(error));
+    let error = error.map(ApiError::from_value);
+    let is_filtered = error.as_ref().is_some_and(ApiError::is_of_the_content);
+    // A text is an answer, whatever stands beside it.
+    let is_answer = choice.as_ref().is_some_and(|choice| {
+        is_filtered || says_something(choice) && reason(&choice.finish_reason) != "error"
+    });
+    if let Some(error) = error.filter(|_| !is_answer) {
+        return Err(NoAnswer::error(error));
+    }
+    let (usage, usage_extra) = usage::usage(usage_of(body.usage, &mut extra));
+    let Some(choice) = choice else {
+        let named = ApiError::in_body(&extra).filter(|_| measures_nothing(usage));
+        if let Some(error) = named {
+            return Err(NoAnswer::error(error));
+        }
+        // What was read of the prompt is paid for, and nothing was said.
+        if usage.is_none() && usage_extra.is_empty() {
+            return Err(no_choice(&extra));
+        }
+        if !usage_extra.is_empty() {
+            extra.insert("usage".into(), Value::Object(usage_extra));
+        }
+        return Ok(Completion {
+            answer: Answer {
+                finish_reason: if is_blocked(&extra) {
+                    "content_filter"
+                } else {
+                    ""
+                }
+                .into(),
+                ..Answer::default()
+            },
+            usage,
+            model: text(&body.model),
+            fingerprint: text(&body.system_fingerprint),
+            extra,
+            ..Completion::default()
+        });
+    };
+    if !is_filtered && !is_answer && has_failed(&choice) {
+        return Err(NoAnswer::error(ApiError::from_value(&choice.error)));
+    }
+    let mut finish_reason = reason(&choice.finish_reason);
+    let is_piece = finish_reason.is_empty() && usage.is_none() && is_piece(&choice);
+    if is_filtered && finish_reason.is_empty() {
+        finish_reason = "content_filter".into();
+    } else if finish_reason.is_empty() && (is_error(&body.error) || is_error(&choice.error)) {
+        // Paid for, and perhaps not all of it.
+        finish_reason = "error".into();
+    }
+    let mut choice_extra = choice.extra;
+    choice_extra.remove("index");
+    let mut message = message_of(choice.message, &mut choice_extra);
+    let answer = message::answer(&mut message, finish_reason);
+    let (logprobs, logprobs_fault) = match choice.logprobs {
+        None => (None, None),
+        Some(raw) => match logprobs(raw, &answer.text) {
+            Ok(logprobs) => (logprobs, None),
+            Err(fault) => (None, Some(fault)),
+        },
+    };
+    for (name, rest) in [
+        ("choice", choice_extra),
+        ("message", message),
+        ("usage", usage_extra),
+    ] {
+        if !rest.is_empty() {
+            extra.insert(name.into(), Value::Object(rest));
+        }
+    }
+    for (error, extra_of) in [(body.error, "error"), (choice.error, "choice_error")] {
+        if is_error(&error) {
+            extra.insert(extra_of.into(), error);
+        }
+    }
+    Ok(Completion {
+        answer,
+        usage,
+        model: text(&body.model),
+        fingerprint: text(&body.system_fingerprint),
+        logprobs,
+        logprobs_fault,
+        extra,
+        is_piece,
+        unreadable: None,
+    })
+}
+
+/// Fields of a choice that may hold its message instead of `message`.
+const ELSEWHERE: [&str; 4] = ["delta", "text", "messages", "content"];
+
+/// The first choice that says something, or else the first.
+fn best<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
+    let mut choices: Vec<_> = choices.into_iter().flatten().collect();
+    if choices.len() == 1 {
+        return choices.pop();
+    }
+    // Of several, that which was asked for.
+    choices.sort_by_key(|choice| choice.extra.get("index").and_then(Value::as_u64));
+    let speaking = choices.iter().position(says_something).unwrap_or(0);
+    (!choices.is_empty()).then(|| choices.swap_remove(speaking))
+}
+
+/// Returns true if the choice has a part of a message alone.
+fn is_piece<L>(choice: &Choice<L>) -> bool {
+    !speaks(&choice.message) && choice.extra.get("delta").is_some_and(speaks)
+}
+
+fn says_something<L>(choice: &Choice<L>) -> bool {
+    let mut elsewhere = ELSEWHERE.iter().filter_map(|name| choice.extra.get(*name));
+    speaks(&choice.message) || elsewhere.any(speaks)
+}
+
+/// Returns true if there is text in a message, or a call of a tool.
+pub fn speaks(value: &Value) -> bool {
+    match value {
+        Value::String(text) => !text.is_empty(),
+        Value::Array(parts) => parts.iter().any(speaks),
+        Value::Object(fields) => fields.iter().any(|(name, value)| {
+            !["role", "type", "id", "name"].contains(&&**name) && speaks(value)
+        }),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+fn has_failed<L>(choice: &Choice<L>) -> bool {
+    reason(&choice.finish_reason) == "error" || is_error(&choice.error)
+}
+
+/// A finish reason, also inside of an object.
+fn reason(value: &Value) -> String {
+    let inner = ["type", "reason", "name"]
+        .iter()
+        .find_map(|name| value.get(*name));
+    text(inner.unwrap_or(value))
+}
+
+/// Message of a choice: as a text completion or as a piece of a stream, where that says something and
+/// `message` does not. The others stay in `extra`.
+fn message_of(message: Value, extra: &mut Map<String, Value>) -> Map<String, Value> {
+    let mut found = vec![("message", message)];
+    for name in ELSEWHERE {
+        found.extend(extra.remove(name).map(|value| (name, value)));
+    }
+    let speaking = found.iter().position(|(_, value)| speaks(value));
+    let (_, chosen) = found.swap_remove(speaking.unwrap_or(0));
+    let others = found.into_iter().filter(|(_, other)| speaks(other));
+    extra.extend(others.map(|(name, other)| (name.to_owned(), other)));
+    match chosen {
+        Value::Object(message) => message,
+        Value::Null => Map::new(),
+        Value::Array(mut messages) if messages.last().is_some_and(Value::is_object) => {
+            match messages.pop() {
+                Some(Value::Object(message)) => message,
+                _ => Map::new(),
+            }
+        }
+        text => Map::from_iter([("content".to_owned(), text)]),
+    }
+}
+
+fn measures_nothing(usage: Option<Usage>) -> bool {
+    usage.is_none_or(|usage| usage.prompt_tokens == 0 && usage.completion_tokens == 0)
+}
+
+/// The token counts, which some servers have under another name, or beside each other at the top.
+fn usage_of(usage: Value, extra: &mut Map<String, Value>) -> Value {
+    if usage.as_object().is_some_and(|counts| !counts.is_empty()) {
+        return usage;
+    }
+    let elsewhere = extra
+        .remove("usageMetadata")
+        .or_else(|| extra.get("x_groq")?.get("usage").cloned());
+    elsewhere.unwrap_or(usage)
+}
+
+/// Was the prompt refused by a filter, as Azure's and Google's say it beside an empty list of choices?
+fn is_blocked(extra: &Map<String, Value>) -> bool {
+    let names = ["prompt_filter_results", "promptFeedback", "prompt_feedback"];
+    names.iter().any(|name| extra.contains_key(*name))
+}
+
+/// A body with neither a choice nor usage.
+fn no_choice(extra: &Map<String, Value>) -> NoAnswer {
+    match ApiError::in_body(extra) {
+        Some(error) => NoAnswer::error(error),
+        None => {
+            let body = Value::Object(extra.clone()).to_string();
+            NoAnswer::Malformed(format!(
+                "there is no choice in the body: {}",
+                json::beginning(body.as_bytes())
+            ))
+        }
+    }
+}

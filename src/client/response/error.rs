@@ -1,0 +1,478 @@
+//! An endpoint's error, read from any of the usual shapes. Pure.
+
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use crate::client::response::{event_stream, json};
+
+/// An endpoint's error. Fields are empty where the endpoint says nothing.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub struct ApiError {
+    /// An HTTP status in place of a code, as vLLM, llama.cpp and OpenRouter send.
+    pub status: Option<u16>,
+    pub code: String,
+    pub kind: String,
+    pub message: String,
+    /// All that stands where codes do, in lower case: code, type, status, and those of an inner error.
+    pub marks: Vec<String>,
+    /// How long to wait, where the body says it in a field.
+    pub retry_delay: Option<Duration>,
+    /// The header `X-RateLimit-Reset` of the provider behind a router, which repeats it in the body.
+    pub reset: String,
+    /// The body held nothing at all.
+    pub is_empty: bool,
+}
+
+impl ApiError {
+    /// Reads the body of a reply with a bad status: any of the usual shapes, or text.
+    pub fn parse(body: &[u8]) -> ApiError {
+        if body.trim_ascii().is_empty() {
+            return ApiError {
+                is_empty: true,
+                ..ApiError::default()
+            };
+        }
+        let text = body.trim_ascii();
+        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+        let value = match (event_stream::joined(text), text.first()) {
+            (Some(joined), _) => joined.ok(),
+            (None, Some(b'{' | b'[' | b'"')) => json::value(text).ok(),
+            _ => None,
+        };
+        match value {
+            Some(Value::Array(errors)) if !errors.is_empty() => ApiError::from_body(&errors[0]),
+            Some(value @ Value::Object(_)) => ApiError::from_body(&value),
+            Some(Value::String(text)) => ApiError::of_text(&text),
+            _ => ApiError::of_text(&String::from_utf8_lossy(body)),
+        }
+    }
+
+    fn of_text(text: &str) -> ApiError {
+        let text = text.trim();
+        let message = if text.starts_with('<') {
+            match title(text) {
+                Some(title) => format!("an HTML page instead of an answer: {title}"),
+                None => "an HTML page instead of an answer".into(),
+            }
+        } else {
+            text.into()
+        };
+        ApiError {
+            message,
+            ..ApiError::default()
+        }
+    }
+
+    fn from_body(body: &Value) -> ApiError {
+        match body.as_object() {
+            Some(fields) => ApiError::in_body(fields).unwrap_or_else(|| ApiError::from_value(body)),
+            None => ApiError::from_value(body),
+        }
+    }
+
+    /// The error that a body names, whatever its status; None where it names none.
+    pub fn in_body(fields: &Map<String, Value>) -> Option<ApiError> {
+        if let Some(error) = fields.get("error").filter(|error| is_error(error)) {
+            let mut found = ApiError::from_value(error);
+            // TGI has the kind beside the text.
+            found.mark(fields.get("error_type"));
+            let beside = || retry_delay(fields).filter(|wait| !wait.is_zero());
+            found.retry_delay = found.retry_delay.or_else(beside);
+            return Some(found);
+        }
+        if let Some(Value::Object(status)) = fields.get("base_resp") {
+            return of_minimax(status);
+        }
+        let listed = fields.get("errors").and_then(Value::as_array);
+        if let Some(error) = listed.and_then(|errors| errors.first()) {
+            return Some(ApiError::from_value(error));
+        }
+        let is_named = fields.get("object").is_some_and(|object| object == "error")
+            || fields
+                .get("success")
+                .is_some_and(|success| success == false)
+            || [
+                "detail",
+                "error_msg",
+                "message",
+                "msg",
+                "error_message",
+                "Message",
+            ]
+            .iter()
+            .any(|name| fields.get(*name).is_some_and(is_error));
+        is_named.then(|| ApiError::from_value(&Value::Object(fields.clone())))
+    }
+
+    /// From what stands under `error`: an object, a text, or null where nothing is said.
+    pub fn from_value(error: &Value) -> ApiError {
+        let Value::Object(fields) = error else {
+            return ApiError {
+                message: text(error),
+                ..ApiError::default()
+            };
+        };
+        let field = |name: &str| fields.get(name).map(text).unwrap_or_default();
+        let first = |names: &[&str]| -> String {
+            let mut texts = names.iter().map(|name| field(name));
+            texts.find(|text| !text.is_empty()).unwrap_or_default()
+        };
+        let code = first(&["code", "error_code", "status_code", "Code"]);
+        let status = code
+            .parse()
+            .ok()
+            .filter(|status| (300..600).contains(status));
+        let message = first(&[
+            "message",
+            "detail",
+            "msg",
+            "error_msg",
+            "error_message",
+            "Message",
+            "status_msg",
+        ]);
+        let mut found = ApiError {
+            status,
+            code,
+            kind: field("type"),
+            message: if message.is_empty() {
+                error.to_string()
+            } else {
+                message
+            },
+            retry_delay: retry_delay(fields).filter(|wait| !wait.is_zero()),
+            ..ApiError::default()
+        };
+        for name in [
+            "code",
+            "error_code",
+            "Code",
+            "type",
+            "status",
+            "reason",
+            "param",
+        ] {
+            found.mark(fields.get(name));
+        }
+        if let Some(headers) = error.pointer("/metadata/headers") {
+            found.reset = headers
+                .get("X-RateLimit-Reset")
+                .map(text)
+                .unwrap_or_default();
+        }
+        for inner in ["innererror", "metadata", "inner_error"] {
+            if let Some(Value::Object(inner)) = fields.get(inner) {
+                found.mark(inner.get("code"));
+                found.mark(inner.get("error_type"));
+            }
+        }
+        found
+    }
+
+    /// Is it the prompt or the answer that a filter refuses, and no matter of the account or the request?
+    pub fn is_of_the_content(&self) -> bool {
+        const MARKS: [&str; 11] = [
+            "content_filter",
+            "contentfilter",
+            "responsibleai",
+            "inspection",
+            "content_policy",
+            "contentpolicy",
+            "moderation",
+            "prohibited_content",
+            "invalid_prompt",
+            "sensitive",
+            "safety",
+        ];
+        const WORDS: [&str; 12] = [
+            "content management policy",
+            "content filter",
+            "content policy",
+            "content_policy",
+            "moderation",
+            "was flagged",
+            "been flagged",
+            "safety system",
+            "inappropriate content",
+            "content exists risk",
+            "usage polic",
+            "sensitive content",
+        ];
+        let message = self.message.to_lowercase();
+        let has_mark = |mark: &String| MARKS.iter().any(|word| mark.contains(word));
+        self.marks.iter().any(has_mark) || WORDS.iter().any(|word| message.contains(word))
+    }
+
+    fn mark(&mut self, value: Option<&Value>) {
+        let mark = value.map(text).unwrap_or_default().to_ascii_lowercase();
+        if !mark.is_empty() {
+            self.marks.push(mark);
+        }
+    }
+}
+
+/// MiniMax reports its errors in a good status, by numbers of its own; 0 is none.
+fn of_minimax(fields: &Map<String, Value>) -> Option<ApiError> {
+    let number = fields.get("status_code").and_then(Value::as_i64)?;
+    if number == 0 {
+        return None;
+    }
+    let (status, mark) = match number {
+        1002 | 1039 | 1041 => (429, "rate_limit"),
+        1008 => (402, "insufficient_balance"),
+        1004 | 2049 => (401, "invalid_api_key"),
+        1026 | 1027 => (400, "content_filter"),
+        2013 | 2056 => (400, "invalid_request"),
+        _ => (500, "server_error"),
+    };
+    Some(ApiError {
+        status: Some(status),
+        code: number.to_string(),
+        message: fields.get("status_msg").map(text).unwrap_or_default(),
+        marks: vec![mark.into()],
+        ..ApiError::default()
+    })
+}
+
+/// The wait in a field: `details[].retryDelay` of Google's errors, `"1.5s"`; `retry_after` as others spell
+/// it, in seconds or milliseconds, in the error or in an object of it.
+fn retry_delay(fields: &Map<String, Value>) -> Option<Duration> {
+    const DEEPEST: usize = 3;
+    wait_in(fields, DEEPEST)
+}
+
+fn wait_in(fields: &Map<String, Value>, depth: usize) -> Option<Duration> {
+    let depth = depth.checked_sub(1)?;
+    let own = fields.iter().find_map(|(name, value)| {
+        let name = name.to_ascii_lowercase().replace(['_', '-'], "");
+        match name.as_str() {
+            "retryafter" | "retryafterseconds" | "retrydelay" | "retrydelayseconds"
+            | "estimatedtime" => delay(value, 1.0),
+            "retryafterms" | "retryaftermilliseconds" | "retrydelayms" => delay(value, 1e-3),
+            _ => None,
+        }
+    });
+    own.or_else(|| {
+        fields.values().find_map(|value| match value {
+            Value::Object(fields) => wait_in(fields, depth),
+            Value::Array(items) => {
+                let mut objects = items.iter().filter_map(Value::as_object);
+                objects.find_map(|fields| wait_in(fields, depth))
+            }
+            _ => None,
+        })
+    })
+}
+
+/// A wait in a unit of so many seconds, where it has none of its own.
+fn delay(value: &Value, unit: f64) -> Option<Duration> {
+    let of_unit = |number: f64| Duration::try_from_secs_f64(number * unit).ok();
+    match value {
+        Value::String(text) => match text.trim().parse() {
+            Ok(number) => of_unit(number),
+            Err(_) => crate::client::retry_after::duration(text),
+        },
+        Value::Number(number) => of_unit(number.as_f64()?),
+        // As protobuf has it: {"seconds": 1, "nanos": 500000000}.
+        Value::Object(parts) => {
+            let part = |name: &str| parts.get(name).and_then(Value::as_f64).unwrap_or(0.0);
+            Duration::try_from_secs_f64(part("seconds") + part("nanos") / 1e9).ok()
+        }
+        _ => None,
+    }
+}
+
+/// The title of an HTML page.
+fn title(page: &str) -> Option<&str> {
+    let (_, rest) = page.split_once("<title>")?;
+    let (title, _) = rest.split_once("</title>")?;
+    Some(title.trim()).filter(|title| !title.is_empty())
+}
+
+/// Returns true if this says that something went wrong. Some servers always send the field, and leave it
+/// empty or name a success in it.
+pub fn is_error(error: &Value) -> bool {
+    const SUCCESS: [&str; 7] = ["", "0", "200", "ok", "success", "none", "null"];
+    match error {
+        Value::Null => false,
+        Value::Bool(is_error) => *is_error,
+        Value::Number(_) => !SUCCESS.contains(&text(error).trim_end_matches(".0")),
+        Value::String(text) => !SUCCESS.contains(&text.trim().to_ascii_lowercase().as_str()),
+        Value::Object(fields) => fields.values().any(is_error),
+        Value::Array(items) => items.iter().any(is_error),
+    }
+}
+
+/// A scalar as text; empty for anything else.
+pub fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Number(number) => number.to_string(),
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_read_in_any_shape() {
+        let cases = [
+            (
+                r#"{"error":{"message":"m","type":"t","code":"c"}}"#,
+                (None, "c", "t", "m"),
+            ),
+            (
+                r#"{"error":{"message":"m","code":429}}"#,
+                (Some(429), "429", "", "m"),
+            ),
+            (r#"[{"error":{"message":"m"}}]"#, (None, "", "", "m")),
+            (r#"{"error":"m"}"#, (None, "", "", "m")),
+            ("\u{feff}{\"error\":\"m\"}", (None, "", "", "m")),
+            ("{\"error\":\"a\nb\"}", (None, "", "", "a\nb")),
+            (r#"{"detail":"Not Found"}"#, (None, "", "", "Not Found")),
+            (r#"{"detail":[1]}"#, (None, "", "", r#"{"detail":[1]}"#)),
+            (
+                r#"{"errors":[{"code":7003,"message":"No route"}],"success":false}"#,
+                (None, "7003", "", "No route"),
+            ),
+            (
+                r#"{"object":"error","message":"overloaded","code":50001}"#,
+                (None, "50001", "", "overloaded"),
+            ),
+            (
+                r#"{"base_resp":{"status_code":1002,"status_msg":"rate limit"}}"#,
+                (Some(429), "1002", "", "rate limit"),
+            ),
+            (
+                r#"{"error_code":18,"error_msg":"qps"}"#,
+                (None, "18", "", "qps"),
+            ),
+            ("\"a text\"", (None, "", "", "a text")),
+            ("upstream gone\n", (None, "", "", "upstream gone")),
+            (
+                "<html>",
+                (None, "", "", "an HTML page instead of an answer"),
+            ),
+            (
+                "<html><title> Sign in </title>",
+                (None, "", "", "an HTML page instead of an answer: Sign in"),
+            ),
+        ];
+        for (body, (status, code, kind, message)) in cases {
+            let found = ApiError::parse(body.as_bytes());
+            let shown = (
+                found.status,
+                found.code.as_str(),
+                found.kind.as_str(),
+                found.message.as_str(),
+            );
+            assert_eq!(shown, (status, code, kind, message), "{body}");
+        }
+        assert!(ApiError::parse(b" \n").is_empty && !ApiError::parse(b"x").is_empty);
+    }
+
+    #[test]
+    fn all_that_stands_where_codes_do_is_found() {
+        let marks = |body: &str| ApiError::parse(body.as_bytes()).marks.join(" ");
+        assert_eq!(
+            marks(
+                r#"{"error":{"code":400,"innererror":{"code":"ResponsibleAIPolicyViolation"},"type":null}}"#
+            ),
+            "400 responsibleaipolicyviolation"
+        );
+        assert_eq!(
+            marks(r#"{"error":{"code":429,"status":"RESOURCE_EXHAUSTED"}}"#),
+            "429 resource_exhausted"
+        );
+        assert_eq!(
+            marks(r#"{"error":"x","error_type":"generation"}"#),
+            "generation"
+        );
+        assert_eq!(marks(r#"{"code":"Arrearage","message":"m"}"#), "arrearage");
+    }
+
+    #[test]
+    fn a_wait_in_a_field_is_read() {
+        let wait = |error: &str| {
+            ApiError::parse(format!("{{\"error\":{error}}}").as_bytes())
+                .retry_delay
+                .map(|wait| wait.as_secs_f64())
+        };
+        let cases = [
+            (
+                r#"{"message":"m","details":[{"x":1},{"retryDelay":"1.5s"}]}"#,
+                Some(1.5),
+            ),
+            (
+                r#"{"message":"m","details":[{"retryDelay":{"seconds":2,"nanos":500000000}}]}"#,
+                Some(2.5),
+            ),
+            (r#"{"message":"m","retry_after":3}"#, Some(3.0)),
+            (r#"{"message":"m","retry_after":"3"}"#, Some(3.0)),
+            (r#"{"message":"m","retry_after_ms":2500}"#, Some(2.5)),
+            (
+                r#"{"message":"m","parameters":{"retry_after":3}}"#,
+                Some(3.0),
+            ),
+            (
+                r#"{"message":"m","metadata":{"retry_after_seconds":"3s"}}"#,
+                Some(3.0),
+            ),
+            (r#"{"message":"m"},"retry_after":4"#, Some(4.0)),
+            (r#"{"message":"m","retry_after":"soon"}"#, None),
+            (r#"{"message":"m","retry_after":-3}"#, None),
+        ];
+        for (error, expected) in cases {
+            assert_eq!(wait(error), expected, "{error}");
+        }
+    }
+
+    #[test]
+    fn refusals_of_the_content_are_told_from_others() {
+        let is_of_the_content = |error: &str| ApiError::parse(error.as_bytes()).is_of_the_content();
+        for error in [
+            r#"{"error":{"message":"The response was filtered due to the prompt triggering the content management policy.","code":"content_filter"}}"#,
+            r#"{"error":{"message":"m","innererror":{"code":"ResponsibleAIPolicyViolation"}}}"#,
+            r#"{"error":{"code":403,"message":"Input was flagged by moderation"}}"#,
+            r#"{"code":"DataInspectionFailed","message":"Input data may contain inappropriate content."}"#,
+            r#"{"error":{"message":"Content Exists Risk","type":"invalid_request_error"}}"#,
+            r#"{"error":{"message":"Invalid prompt: your prompt was flagged as potentially violating our usage policy.","code":"invalid_prompt"}}"#,
+            r#"{"base_resp":{"status_code":1026,"status_msg":"input new_sensitive"}}"#,
+        ] {
+            assert!(is_of_the_content(error), "{error}");
+        }
+        for error in [
+            r#"{"error":{"message":"maximum context length is 8192 tokens","code":"context_length_exceeded"}}"#,
+            r#"{"error":{"message":"Unsupported value: 'temperature'","code":"unsupported_value"}}"#,
+            r#"{"error":{"message":"Incorrect API key provided","code":"invalid_api_key"}}"#,
+            "<html><title>Attention Required!</title>",
+            "",
+        ] {
+            assert!(!is_of_the_content(error), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_body_without_an_error_names_none() {
+        let names = |body: &str| {
+            let Ok(Value::Object(fields)) = serde_json::from_str(body) else {
+                unreachable!()
+            };
+            ApiError::in_body(&fields).is_some()
+        };
+        for body in [
+            r#"{"error":null,"choices":[]}"#,
+            r#"{"error":"","errors":[],"success":true}"#,
+            r#"{"base_resp":{"status_code":0,"status_msg":"ok"}}"#,
+            r#"{"message":"","object":"chat.completion"}"#,
+            r#"{"error":{"message":"","type":"","param":null,"code":null}}"#,
+            r#"{"error":{"code":0,"message":"success"},"msg":"OK"}"#,
+            r#"{"code":200,"message":"success"}"#,
+        ] {
+            assert!(!names(body), "{body}");
+        }
+    }
+}

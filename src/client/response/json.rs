@@ -1,0 +1,298 @@
+//! JSON as endpoints really send it, rewritten as strict JSON. Pure.
+//!
+//! An answer has been paid for, so a flaw in its JSON is repaired rather than refused: invalid UTF-8 and
+//! half surrogate pairs become U+FFFD, raw control characters are escaped, words for numbers that JSON
+//! does not have (`NaN`, `-inf`) become null, and values nested too deep for a parser become their own
+//! text. A byte order mark, text in front of the first value and all that follows it are left out, and so
+//! is what follows the choices where a body ends early behind them.
+
+use serde_json::Value;
+
+use crate::client::response::repair::Repair;
+
+/// Why there is no JSON value in a body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Problem {
+    Empty,
+    /// The value does not end.
+    CutOff,
+    /// What stands where a value should begin or go on.
+    NotJson(String),
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Problem::Empty => formatter.write_str("the body is empty"),
+            Problem::CutOff => formatter.write_str("the JSON ends early (EOF)"),
+            Problem::NotJson(text) => write!(formatter, "not JSON: {text}"),
+        }
+    }
+}
+
+/// The first JSON value in `body`: read as it is where it is strict JSON, else repaired.
+pub fn value(body: &[u8]) -> Result<Value, Problem> {
+    match serde_json::from_slice(body) {
+        Ok(value) => Ok(value),
+        Err(_) => {
+            let text = repaired(body)?;
+            serde_json::from_slice(&text).map_err(|error| Problem::NotJson(error.to_string()))
+        }
+    }
+}
+
+/// The first JSON value in `body` as strict JSON.
+pub fn repaired(body: &[u8]) -> Result<Vec<u8>, Problem> {
+    let decoded = utf16(body);
+    let body = decoded.as_deref().unwrap_or(body);
+    let mut body = body.trim_ascii();
+    while let Some(rest) = body.strip_prefix(b"\xef\xbb\xbf") {
+        body = rest.trim_ascii_start();
+    }
+    let first = *body.first().ok_or(Problem::Empty)?;
+    // Some servers put a guard or a line of log in front of the object.
+    let starts_well = matches!(first, b'{' | b'[' | b'"');
+    let start = match memchr::memchr(b'{', body) {
+        Some(start) if !starts_well => start,
+        _ => 0,
+    };
+    let found = match first {
+        b'<' => Err(Problem::NotJson("an HTML page".into())),
+        _ => run(&body[start..]),
+    };
+    let Err(Problem::NotJson(problem)) = found else {
+        return found;
+    };
+    let below = completion_below(body).map(run);
+    below.and_then(Result::ok).ok_or_else(|| {
+        Problem::NotJson(if starts_well || first == b'<' {
+            problem
+        } else {
+            beginning(body)
+        })
+    })
+}
+
+fn run(text: &[u8]) -> Result<Vec<u8>, Problem> {
+    let mut repair = Repair {
+        text,
+        at: 0,
+        out: Vec::with_capacity(text.len() + 16),
+        open: Vec::new(),
+        whole: 0,
+    };
+    match repair.run() {
+        Err(Problem::CutOff) if repair.close() => {}
+        other => other?,
+    }
+    Ok(repair.out)
+}
+
+/// The completion below lines of something else, as of a warning.
+fn completion_below(body: &[u8]) -> Option<&[u8]> {
+    let below = &body[memchr::memmem::find(body, b"\n{")?..];
+    memchr::memmem::find(below, b"\"choices\"")?;
+    Some(below.trim_ascii_start())
+}
+
+/// The first characters of a body, for a message.
+pub fn beginning(body: &[u8]) -> String {
+    const SHOWN: usize = 120;
+    let text = String::from_utf8_lossy(&body[..body.len().min(4 * SHOWN)]);
+    let mut short: String = text.trim().chars().take(SHOWN).collect();
+    if short.len() < body.trim_ascii().len() {
+        short.push_str(" ...");
+    }
+    short
+}
+
+/// UTF-16 as UTF-8, told by its byte order mark or by the zero byte beside the first character.
+pub fn utf16(body: &[u8]) -> Option<Vec<u8>> {
+    let (is_little, rest) = match body {
+        [0xff, 0xfe, rest @ ..] => (true, rest),
+        [0xfe, 0xff, rest @ ..] => (false, rest),
+        [b'{' | b'[', 0, ..] => (true, body),
+        [0, b'{' | b'[', ..] => (false, body),
+        _ => return None,
+    };
+    let units = rest.chunks_exact(2).map(|pair| {
+        let pair = [pair[0], pair[1]];
+        if is_little {
+            u16::from_le_bytes(pair)
+        } else {
+            u16::from_be_bytes(pair)
+        }
+    });
+    let text: String = char::decode_utf16(units)
+        .map(|char| char.unwrap_or(char::REPLACEMENT_CHARACTER))
+        .collect();
+    Some(text.into_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    #[test]
+    fn flaws_are_repaired() {
+        let cases: [(&[u8], Value); 31] = [
+            (b" {\"a\": 1} ", json!({"a": 1})),
+            (b"\xef\xbb\xbf{\"a\":1}", json!({"a": 1})),
+            (b"{\"a\":1}\n\ndata: [DONE]\n\n", json!({"a": 1})),
+            (b"{\"a\":1}{\"b\":2}", json!({"a": 1})),
+            (b")]}',\n{\"a\":1}", json!({"a": 1})),
+            (b"OK {\"a\":1}", json!({"a": 1})),
+            (
+                b"{\"choices\": [{\"finish_reason\": \"stop\", \"a\": 1}], \"usage\": {\"pro",
+                json!({"choices": [{"finish_reason": "stop", "a": 1}]}),
+            ),
+            (
+                b"<br /><b>Warning</b>\n{\"choices\":[]}",
+                json!({"choices": []}),
+            ),
+            (b"[a: b] {c d}\n{\"choices\":[]}", json!({"choices": []})),
+            (br#"{"a":"x \ud83d"}"#, json!({"a": "x \u{fffd}"})),
+            (br#"{"a":"\ude00\ud83d\ude00"}"#, json!({"a": "\u{fffd}😀"})),
+            (br#"{"a":"\ud83d\n"}"#, json!({"a": "\u{fffd}\n"})),
+            (b"{\"a\":\"x\xf0\x9f\x98\"}", json!({"a": "x\u{fffd}"})),
+            (
+                b"{\"a\":\"x\xff\xfey\"}",
+                json!({"a": "x\u{fffd}\u{fffd}y"}),
+            ),
+            (b"{\"a\":\"l1\n\tl2\x00\"}", json!({"a": "l1\n\tl2\0"})),
+            (br#"{"a":"\x41\'"}"#, json!({"a": "\\x41'"})),
+            (br#"{"a":"\u12"}"#, json!({"a": "\\u12"})),
+            (
+                b"{\"a\":[nan, inf, -inf, -NaN, NaN, Infinity]}",
+                json!({"a": [null, null, null, null, null, null]}),
+            ),
+            (b"{\"a\":1e400,\"b\":-1e999}", json!({"a": null, "b": null})),
+            (
+                b"{\"a\":+1,\"b\":.5,\"c\":007,\"d\":1.}",
+                json!({"a": 1, "b": 0.5, "c": 7, "d": 1}),
+            ),
+            (
+                b"{\"a\":True,\"b\":None,\"c\":False,\"d\":undefined}",
+                json!({"a": true, "b": null, "c": false, "d": null}),
+            ),
+            (b"{\"a\":[1,2,],}", json!({"a": [1, 2]})),
+            (b"{\"a\":{},\"b\":[]}", json!({"a": {}, "b": []})),
+            (b"[[],[1]]", json!([[], [1]])),
+            (b"\"text\"", json!("text")),
+            (b"\0\0 {\"a\":\0 1}", json!({"a": 1})),
+            (b"{\0\"\0a\0\"\0:\0\x31\0}\0", json!({"a": 1})),
+            (b"\xff\xfe{\0}\0", json!({})),
+            (b"\xfe\xff\0{\0}", json!({})),
+            (
+                b"{\"a\": 18446744073709551616}",
+                json!({"a": 18446744073709551616.0}),
+            ),
+            (b"{\"a\": \"no \\\" end\"}", json!({"a": "no \" end"})),
+        ];
+        for (body, expected) in cases {
+            let shown = String::from_utf8_lossy(body).into_owned();
+            let text = repaired(body).unwrap_or_else(|problem| panic!("{shown}: {problem}"));
+            let found: Value = serde_json::from_slice(&text).unwrap_or_else(|_| panic!("{shown}"));
+            // 1 and 1.0 are told apart as values, and are the same number.
+            assert_eq!(
+                found.to_string().replace(".0", ""),
+                expected.to_string().replace(".0", ""),
+                "{shown}"
+            );
+        }
+    }
+
+    #[test]
+    fn values_nested_too_deep_are_kept_as_text() {
+        let deep = format!("{}1, \"]\"{}", "[".repeat(200_000), "]".repeat(200_000));
+        let body = format!("{{\"a\":1,\"trace\":{deep},\"b\":2}}");
+        let mut found = &value(body.as_bytes()).unwrap();
+        assert_eq!((&found["a"], &found["b"]), (&json!(1), &json!(2)));
+        found = &found["trace"];
+        while found.is_array() {
+            found = &found[0];
+        }
+        let text = found.as_str().unwrap();
+        assert!(text.starts_with("[[") && text.ends_with("]]") && text.contains("1, \"]\""));
+    }
+
+    #[test]
+    fn what_holds_no_value_says_why() {
+        let cases: [(&[u8], Problem); 12] = [
+            (b"", Problem::Empty),
+            (b" \n\n", Problem::Empty),
+            (b"{\"a\":", Problem::CutOff),
+            (b"{\"a\":\"x", Problem::CutOff),
+            (b"{\"a\":\"x\\", Problem::CutOff),
+            (b"{\"a\":12", Problem::CutOff),
+            (b"{\"a\":tru", Problem::CutOff),
+            (b"[[[[", Problem::CutOff),
+            (
+                b"<!DOCTYPE html><style>a {b: c}</style>",
+                Problem::NotJson("an HTML page".into()),
+            ),
+            (b"upstream gone", Problem::NotJson("upstream gone".into())),
+            (b"{'a': 1}", Problem::NotJson("at byte 1: 'a': 1}".into())),
+            (b"{\"a\" 1}", Problem::NotJson("at byte 5: 1}".into())),
+        ];
+        for (body, expected) in cases {
+            assert_eq!(
+                repaired(body),
+                Err(expected),
+                "{}",
+                String::from_utf8_lossy(body)
+            );
+        }
+        let deep = [&b"{\"a\":"[..], &[b'['; 300_000]].concat();
+        assert_eq!(repaired(&deep), Err(Problem::CutOff));
+    }
+
+    fn any_value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>()
+                .prop_filter("JSON has no others", |value| value.is_finite())
+                .prop_map(Value::from),
+            any::<String>().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(5, 40, 6, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+                proptest::collection::vec((any::<String>(), inner), 0..6)
+                    .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        /// Strict JSON comes out as the same value, whatever follows it.
+        #[test]
+        fn strict_json_stays_what_it_is(value in any_value(), pretty in any::<bool>(), behind in "[ -~\n]{0,20}") {
+            let text = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) };
+            let mut text = text.unwrap();
+            // A number may go on in what follows it.
+            if value.is_object() || value.is_array() || value.is_string() {
+                text.push_str(&behind);
+                let repaired = repaired(text.as_bytes()).unwrap();
+                prop_assert_eq!(serde_json::from_slice::<Value>(&repaired).unwrap(), value);
+            }
+        }
+
+        /// Whatever comes out is strict JSON, and a text that is cut anywhere says so.
+        #[test]
+        fn no_body_is_too_strange(value in any_value(), junk in proptest::collection::vec(any::<u8>(), 0..12), at in any::<prop::sample::Index>()) {
+            let whole = serde_json::to_vec(&json!({"a": value})).unwrap();
+            let at = at.index(whole.len());
+            prop_assert!(at == 0 || repaired(&whole[..at]) == Err(Problem::CutOff));
+            let mut broken = whole.clone();
+            broken.splice(at..at, junk);
+            if let Ok(text) = repaired(&broken) {
+                prop_assert!(serde_json::from_slice::<Value>(&text).is_ok());
+            }
+        }
+    }
+}

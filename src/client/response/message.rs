@@ -1,0 +1,218 @@
+//! The message of a choice: text, thinking and refusal told apart, however they are packed. Pure.
+
+use serde_json::{Map, Value};
+
+use crate::cache::record::Answer;
+use crate::client::response::error::text;
+
+/// Fields that hold the visible thinking of a reasoning model, the preferred one first.
+const REASONING: [&str; 4] = [
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "reasoning_text",
+];
+
+/// Kinds of content parts that are thinking.
+const THINKING: [&str; 5] = [
+    "thinking",
+    "reasoning",
+    "reasoning_text",
+    "redacted_thinking",
+    "thought",
+];
+
+/// Takes the answer out of a message. What is not understood stays in it.
+pub fn answer(message: &mut Map<String, Value>, finish_reason: String) -> Answer {
+    message.remove("role");
+    let mut answer = Answer {
+        finish_reason,
+        ..Answer::default()
+    };
+    match message.remove("content") {
+        None | Some(Value::Null) => {}
+        Some(Value::String(text)) => answer.text = text,
+        Some(content) => {
+            let rest = add_content(content, &mut answer);
+            if !rest.is_empty() {
+                message.insert("content".into(), Value::Array(rest));
+            }
+        }
+    }
+    if let Some(refusal) = message.remove("refusal") {
+        answer.refusal.push_str(&text(&refusal));
+    }
+    for name in REASONING {
+        let Some(Value::String(trace)) = message.get(name) else {
+            continue;
+        };
+        if answer.reasoning.is_empty() {
+            answer.reasoning.clone_from(trace);
+        }
+        // A second field that says the same, or nothing, says nothing more.
+        if trace.is_empty() || *trace == answer.reasoning {
+            message.remove(name);
+        }
+    }
+    answer
+}
+
+/// Adds content that is a list of parts, or one part. Returns the parts that are not understood.
+fn add_content(content: Value, answer: &mut Answer) -> Vec<Value> {
+    let parts = match content {
+        Value::Array(parts) => parts,
+        part => vec![part],
+    };
+    parts
+        .into_iter()
+        .filter_map(|part| add_part(part, answer))
+        .collect()
+}
+
+/// Adds a part; one that is not understood is returned.
+fn add_part(part: Value, answer: &mut Answer) -> Option<Value> {
+    let fields = match &part {
+        Value::Null => return None,
+        Value::String(text) => {
+            answer.text.push_str(text);
+            return None;
+        }
+        Value::Object(fields) => fields,
+        _ => return Some(part),
+    };
+    let kind = fields.get("type").and_then(Value::as_str).unwrap_or("text");
+    let into = match kind {
+        "text" | "output_text" => &mut answer.text,
+        "refusal" => &mut answer.refusal,
+        kind if THINKING.contains(&kind) => &mut answer.reasoning,
+        _ => return Some(part),
+    };
+    // A part holds its text under the name of its kind, or as `text`; it may be nested once more.
+    let inner = [kind, "text", "thinking", "summary"]
+        .into_iter()
+        .find_map(|name| fields.get(name).filter(|value| !value.is_null()));
+    match inner.map(flat) {
+        Some(Some(text)) => {
+            into.push_str(&text);
+            None
+        }
+        _ => Some(part),
+    }
+}
+
+/// A text, or the texts of a list of parts.
+fn flat(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Object(fields) => flat(fields.get("text").or(fields.get("value"))?),
+        Value::Array(parts) => parts.iter().map(flat).collect(),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn parts_are_what_their_kind_says() {
+        let thinking = json!([{"type": "thinking", "thinking": [{"type": "text", "text": "Let me think."}]}, {"type": "text", "text": "Four."}]);
+        let cases = [
+            (json!("Four."), ["Four.", "", ""]),
+            (json!(["Four", "."]), ["Four.", "", ""]),
+            (json!({"type": "text", "text": "Four."}), ["Four.", "", ""]),
+            (
+                json!([{"type": "output_text", "text": "Fo"}, {"text": "ur."}]),
+                ["Four.", "", ""],
+            ),
+            (
+                json!([{"type": "text", "text": {"value": "Four."}}]),
+                ["Four.", "", ""],
+            ),
+            (thinking, ["Four.", "Let me think.", ""]),
+            (
+                json!([{"type": "reasoning", "text": "Hm."}, {"type": "text", "text": "Four."}]),
+                ["Four.", "Hm.", ""],
+            ),
+            (
+                json!([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}, "Four."]),
+                ["Four.", "Hm.", ""],
+            ),
+            (
+                json!([{"type": "refusal", "refusal": "I can't."}]),
+                ["", "", "I can't."],
+            ),
+            (json!([null, "x"]), ["x", "", ""]),
+        ];
+        for (content, [text, reasoning, refusal]) in cases {
+            let Value::Object(mut message) = json!({"role": "assistant", "content": content})
+            else {
+                unreachable!()
+            };
+            let found = answer(&mut message, "stop".into());
+            assert_eq!(
+                (found.text, found.reasoning, found.refusal),
+                (text.into(), reasoning.into(), refusal.into()),
+                "{content}"
+            );
+            assert!(message.is_empty(), "{content}: {message:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_understood_is_kept() {
+        let audio = json!({"type": "audio", "data": "AAAA"});
+        for (content, left) in [
+            (json!({"answer": 4}), json!([{"answer": 4}])),
+            (json!(["x", audio]), json!([audio])),
+            (json!(4), json!([4])),
+            (
+                json!([{"type": "text", "text": 4}]),
+                json!([{"type": "text", "text": 4}]),
+            ),
+        ] {
+            let Value::Object(mut message) = json!({"content": content, "tool_calls": [1]}) else {
+                unreachable!()
+            };
+            answer(&mut message, String::new());
+            assert_eq!(
+                Value::Object(message),
+                json!({"content": left, "tool_calls": [1]})
+            );
+        }
+    }
+
+    #[test]
+    fn thinking_is_found_under_each_of_its_names() {
+        let of = |message: Value| {
+            let Value::Object(mut message) = message else {
+                unreachable!()
+            };
+            let answer = answer(&mut message, String::new());
+            (answer.reasoning, Value::Object(message))
+        };
+        let cases = [
+            (json!({"reasoning_content": "hm"}), ("hm", json!({}))),
+            (
+                json!({"reasoning_content": "", "reasoning": "hm"}),
+                ("hm", json!({})),
+            ),
+            (
+                json!({"reasoning_content": "hm", "reasoning": "hm"}),
+                ("hm", json!({})),
+            ),
+            (
+                json!({"reasoning_content": "a", "reasoning": "b"}),
+                ("a", json!({"reasoning": "b"})),
+            ),
+            (
+                json!({"reasoning": {"a": 1}}),
+                ("", json!({"reasoning": {"a": 1}})),
+            ),
+        ];
+        for (message, (reasoning, left)) in cases {
+            assert_eq!(of(message), (reasoning.into(), left));
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! A teacher's reply, read leniently, in this one place. Pure.
+//!
+//! ```text
+//! bytes --encoding--> body --scan (logprobs), serde--> Completion
+//!                          --event_stream or json (repair)--> the same, where it is not strict JSON
+//! ```
+//!
+//! Every answer has been paid for: a field that is missing, of another type or unknown to us is never a
+//! reason to lose one, and neither is a flaw of its JSON. `message` tells text, thinking and refusal apart,
+//! `usage` reads token counts, `logprobs` makes columns, `error` reads errors of every shape.
+
+pub mod body;
+pub mod encoding;
+pub mod error;
+pub mod event_stream;
+pub mod fields;
+pub mod json;
+pub mod logprobs;
+pub mod message;
+pub mod repair;
+pub mod scan;
+pub mod usage;
+pub mod wrapped;
+
+use std::cell::Cell;
+
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+use crate::cache::record::{Answer, Logprobs, Usage};
+use crate::client::response::body::read;
+use crate::client::response::error::ApiError;
+use crate::client::response::json::Problem;
+use crate::client::response::scan::{Cut, Mark};
+use crate::client::secrets::Secrets;
+
+/// An answer with what came along.
+#[derive(Debug, Default)]
+pub struct Completion {
+    pub answer: Answer,
+    pub usage: Option<Usage>,
+    /// As reported; empty if it was not.
+    pub model: String,
+    pub fingerprint: String,
+    pub logprobs: Option<Logprobs>,
+    /// Why logprobs that did come cannot be used.
+    pub logprobs_fault: Option<String>,
+    /// Everything else in the body, as it came.
+    pub extra: Map<String, Value>,
+    /// Its text came as a piece of a stream does, and without an end: if the body was cut, more was to come.
+    pub is_piece: bool,
+    /// Why nothing of it could be read.
+    pub unreadable: Option<String>,
+}
+
+impl Completion {
+    /// An answer that was paid for and cannot be read.
+    pub fn unreadable(problem: String) -> Completion {
+        Completion {
+            unreadable: Some(problem),
+            ..Completion::default()
+        }
+    }
+
+    /// Returns true if there is something in it to keep: text of any kind, or calls of tools.
+    pub fn says_something(&self) -> bool {
+        let Answer {
+            text,
+            refusal,
+            reasoning,
+            ..
+        } = &self.answer;
+        let rest = self.extra.get("message");
+        [text, refusal, reasoning]
+            .iter()
+            .any(|text| !text.is_empty())
+            || rest.is_some_and(body::speaks)
+    }
+
+    /// Takes keys out of an answer that came in pieces, none of which held one.
+    pub fn clean(&mut self, secrets: &Secrets) {
+        // The key was taken out of the text, and is left in the bytes of tokens.
+        let is_in_tokens = self.logprobs.as_ref().is_some_and(|logprobs| {
+            secrets.is_in(&logprobs.token.concat())
+                || logprobs
+                    .top
+                    .iter()
+                    .flatten()
+                    .any(|token| secrets.is_in(token))
+        });
+        secrets.clean_text(&mut self.model);
+        secrets.clean_text(&mut self.fingerprint);
+        for value in self.extra.values_mut() {
+            secrets.clean_value(value);
+        }
+        if secrets.clean_answer(&mut self.answer) | is_in_tokens {
+            let problem = "the answer held the key";
+            self.logprobs_fault = self.logprobs.take().map(|_| problem.into());
+        }
+    }
+}
+
+/// A body with a good status that holds no answer.
+#[derive(Debug)]
+pub enum NoAnswer {
+    /// An error in a good status, as some routers send once generation has begun.
+    Error(Box<ApiError>),
+    /// Nothing, a body that ends early, or no completion at all: the text says which. Asking again may
+    /// help.
+    Malformed(String),
+    /// There are signs of an answer, which was paid for, but it cannot be read.
+    Unreadable(String),
+}
+
+impl NoAnswer {
+    pub fn error(error: ApiError) -> NoAnswer {
+        NoAnswer::Error(Box::new(error))
+    }
+}
+
+/// Reads the body of a reply with a good status.
+///
+/// Top-k logprobs are nearly all of a body, so they are read by themselves where they are as usual,
+/// and else as what they should be. Where that fails, they are left unparsed, so that broken logprobs
+/// cost no answer. A body that is not strict JSON of this shape is repaired first.
+pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
+    let completion = match strict(body) {
+        Err(_) => parse_repaired(body)?,
+        Ok(Ok(completion)) if completion.says_something() => completion,
+        // It may be inside of something, or behind something.
+        Ok(other) if names_choices(body) => match (parse_repaired(body), other) {
+            (Ok(found), _) if found.says_something() => found,
+            (_, Ok(empty)) => empty,
+            (found, Err(_)) => found?,
+        },
+        Ok(other) => other?,
+    };
+    Ok(with_usage(completion, body))
+}
+
+/// Reads a body that is strict JSON of the usual shape.
+fn strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
+    if let Some(Cut { rest, columns }) = scan::cut(body) {
+        let columns = Cell::new(Some(columns));
+        let answer = read(&rest, |_: Mark, text| {
+            Ok(columns.take().and_then(|columns| columns.finish(text)))
+        });
+        // Else what was cut out was not the answer's.
+        if let Ok(answer) = answer
+            && columns.take().is_none()
+        {
+            return Ok(answer);
+        }
+    }
+    read(body, logprobs::columns).or_else(|_| read(body, parse_later))
+}
+
+/// Finds the token counts elsewhere in the body, if they are not where they should be.
+fn with_usage(mut completion: Completion, body: &[u8]) -> Completion {
+    // Logprobs have tokens, too.
+    let names = ["_tokens", "Tokens", "TokenCount", "_eval_count"];
+    let is_there = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
+    let has_counts = || names.into_iter().any(is_there);
+    if completion.usage.is_none() && has_counts() {
+        let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
+        completion.usage = value.ok().and_then(|value| wrapped::usage_in(&value));
+    }
+    completion
+}
+
+fn parse_later(raw: &RawValue, text: &str) -> Result<Option<Logprobs>, String> {
+    logprobs::parse(raw.get(), text)
+}
+
+fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
+    let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
+    let value = value.map_err(|problem| no_json(problem, body))?;
+    let mut found = wrapped::completions(&value);
+    if found.is_empty() {
+        found.push(value);
+    } else if found
+        .iter()
+        .filter(|value| event_stream::is_chunk(value))
+        .count()
+        > 1
+    {
+        let whole = event_stream::join_values(found);
+        found = vec![whole.map_err(|problem| no_json(problem, body))?];
+    }
+    let mut answers = found.iter().map(|value| {
+        let text = value.to_string();
+        read(text.as_bytes(), parse_later).unwrap_or_else(|error| {
+            Err(if has_signs_of_an_answer(body) {
+                NoAnswer::Unreadable(format!("the body is no chat completion: {error}"))
+            } else {
+                NoAnswer::Malformed(no_completion(body))
+            })
+        })
+    });
+    let says_something = |answer: &Result<Completion, NoAnswer>| {
+        answer.as_ref().is_ok_and(Completion::says_something)
+    };
+    let speaking = answers.clone().find(says_something);
+    speaking
+        .or_else(|| answers.next())
+        .unwrap_or_else(|| Err(NoAnswer::Malformed(no_completion(body))))
+}
+
+fn no_json(problem: Problem, body: &[u8]) -> NoAnswer {
+    match problem {
+        Problem::NotJson(_) if has_signs_of_an_answer(body) => {
+            NoAnswer::Unreadable(problem.to_string())
+        }
+        _ => NoAnswer::Malformed(problem.to_string()),
+    }
+}
+
+/// Is there a sign that something was generated?
+fn has_signs_of_an_answer(body: &[u8]) -> bool {
+    let signs = ["\"usage\"", "completion_tokens"];
+    let has = |sign: &&str| memchr::memmem::find(body, sign.as_bytes()).is_some();
+    names_choices(body) || signs.iter().any(has)
+}
+
+/// Is there a field of this name, also in JSON within JSON?
+pub fn names_choices(body: &[u8]) -> bool {
+    ["\"choices\"", "\"choices\\"]
+        .iter()
+        .any(|name| memchr::memmem::find(body, name.as_bytes()).is_some())
+}
+
+fn no_completion(body: &[u8]) -> String {
+    format!("the body is no chat completion: {}", json::beginning(body))
+}
+
+#[cfg(test)]
+mod tests;

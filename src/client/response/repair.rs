@@ -1,0 +1,285 @@
+//! The rewriting of JSON that is nearly right, byte by byte, for `json`. Pure.
+
+use crate::client::response::json::{Problem, beginning};
+
+/// Values nested deeper are kept as text. serde_json stops at 128 levels, and a reply is read as part of
+/// other types.
+const DEEPEST: usize = 96;
+
+/// The rewriting of one value. It keeps a stack of its own, so that depth costs no recursion.
+pub(crate) struct Repair<'a> {
+    pub(crate) text: &'a [u8],
+    pub(crate) at: usize,
+    pub(crate) out: Vec<u8>,
+    /// The brackets that are open.
+    pub(crate) open: Vec<u8>,
+    /// Length of `out` when an object of a list of the outermost object last ended.
+    pub(crate) whole: usize,
+}
+
+impl Repair<'_> {
+    pub(crate) fn run(&mut self) -> Result<(), Problem> {
+        loop {
+            self.value()?;
+            // Behind a value: the end of what is open, or one more.
+            loop {
+                let Some(&bracket) = self.open.last() else {
+                    return Ok(());
+                };
+                let next = self.peek()?;
+                if next == b',' {
+                    self.at += 1;
+                    if self.closes(bracket)? {
+                        // A comma behind the last value.
+                        continue;
+                    }
+                    self.out.push(b',');
+                } else if self.closes(bracket)? {
+                    continue;
+                } else {
+                    return Err(self.unexpected());
+                }
+                if bracket == b'{' {
+                    self.key()?;
+                }
+                break;
+            }
+        }
+    }
+
+    /// Closes a body that breaks off. Returns true if a choice with its finish reason came before the break,
+    /// so that the answer is whole.
+    pub(crate) fn close(&mut self) -> bool {
+        self.out.truncate(self.whole);
+        let choices = memchr::memmem::find(&self.out, b"\"choices\":[");
+        let has_reason = |at: usize| {
+            let reason = b"\"finish_reason\":\"";
+            memchr::memmem::find(&self.out[at..], reason).is_some()
+        };
+        let is_whole = choices.is_some_and(has_reason);
+        self.out.extend_from_slice(b"]}");
+        is_whole
+    }
+
+    /// Reads a value that holds no other, or opens one that does, up to its first value.
+    fn value(&mut self) -> Result<(), Problem> {
+        loop {
+            match self.peek()? {
+                bracket @ (b'{' | b'[') => {
+                    if self.open.len() == DEEPEST {
+                        return self.keep_as_text();
+                    }
+                    self.at += 1;
+                    self.out.push(bracket);
+                    self.open.push(bracket);
+                    if self.closes(bracket)? {
+                        return Ok(());
+                    }
+                    if bracket == b'{' {
+                        self.key()?;
+                    }
+                }
+                b'"' => return self.string(),
+                _ => return self.word(),
+            }
+        }
+    }
+
+    /// Passes the end of what `bracket` has opened, if it is next.
+    fn closes(&mut self, bracket: u8) -> Result<bool, Problem> {
+        let end = if bracket == b'{' { b'}' } else { b']' };
+        let is_next = self.peek()? == end;
+        if is_next {
+            self.at += 1;
+            self.out.push(end);
+            self.open.pop();
+            if self.open == *b"{[" {
+                self.whole = self.out.len();
+            }
+        }
+        Ok(is_next)
+    }
+
+    fn key(&mut self) -> Result<(), Problem> {
+        if self.peek()? != b'"' {
+            return Err(self.unexpected());
+        }
+        self.string()?;
+        if self.peek()? != b':' {
+            return Err(self.unexpected());
+        }
+        self.at += 1;
+        self.out.push(b':');
+        Ok(())
+    }
+
+    /// The next byte that is not white space.
+    fn peek(&mut self) -> Result<u8, Problem> {
+        while let Some(byte) = self.text.get(self.at) {
+            // Some proxies send NUL as keep-alive.
+            if byte.is_ascii_whitespace() || *byte == 0 {
+                self.at += 1;
+            } else {
+                return Ok(*byte);
+            }
+        }
+        Err(Problem::CutOff)
+    }
+
+    fn unexpected(&self) -> Problem {
+        Problem::NotJson(format!(
+            "at byte {}: {}",
+            self.at,
+            beginning(&self.text[self.at..])
+        ))
+    }
+
+    fn string(&mut self) -> Result<(), Problem> {
+        self.out.push(b'"');
+        self.at += 1;
+        loop {
+            let rest = &self.text[self.at..];
+            let plain = rest
+                .iter()
+                .position(|byte| matches!(byte, b'"' | b'\\' | 0..0x20))
+                .ok_or(Problem::CutOff)?;
+            self.out
+                .extend_from_slice(String::from_utf8_lossy(&rest[..plain]).as_bytes());
+            self.at += plain;
+            match self.text[self.at] {
+                b'"' => {
+                    self.at += 1;
+                    self.out.push(b'"');
+                    return Ok(());
+                }
+                b'\\' => self.escape()?,
+                control => {
+                    self.at += 1;
+                    self.out
+                        .extend_from_slice(format!("\\u{control:04x}").as_bytes());
+                }
+            }
+        }
+    }
+
+    fn escape(&mut self) -> Result<(), Problem> {
+        let kind = *self.text.get(self.at + 1).ok_or(Problem::CutOff)?;
+        match kind {
+            b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => {
+                self.out.extend_from_slice(&[b'\\', kind]);
+                self.at += 2;
+            }
+            b'u' => match unit(&self.text[self.at..]) {
+                None => self.escaped_backslash(),
+                Some(high @ 0xd800..0xdc00) => {
+                    let low = unit(&self.text[self.at + 6..]);
+                    if let Some(low @ 0xdc00..0xe000) = low {
+                        self.out
+                            .extend_from_slice(format!("\\u{high:04x}\\u{low:04x}").as_bytes());
+                        self.at += 12;
+                    } else {
+                        self.replacement();
+                    }
+                }
+                Some(0xdc00..0xe000) => self.replacement(),
+                Some(_) => {
+                    self.out.extend_from_slice(&self.text[self.at..self.at + 6]);
+                    self.at += 6;
+                }
+            },
+            b'\'' => {
+                self.out.push(b'\'');
+                self.at += 2;
+            }
+            _ => self.escaped_backslash(),
+        }
+        Ok(())
+    }
+
+    /// Half a surrogate pair: an answer was cut off within a character.
+    fn replacement(&mut self) {
+        self.out.extend_from_slice(b"\\ufffd");
+        self.at += 6;
+    }
+
+    /// A backslash that escapes nothing stands for itself.
+    fn escaped_backslash(&mut self) {
+        self.out.extend_from_slice(b"\\\\");
+        self.at += 1;
+    }
+
+    /// A number, or a word; null where JSON has no such value.
+    fn word(&mut self) -> Result<(), Problem> {
+        let rest = &self.text[self.at..];
+        let is_part =
+            |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.');
+        let length = rest.iter().take_while(|byte| is_part(byte)).count();
+        let word = std::str::from_utf8(&rest[..length]).unwrap_or_default();
+        if word.is_empty() {
+            return Err(self.unexpected());
+        }
+        // A number or a word that goes on behind the end of the text.
+        if self.at + length == self.text.len() && !self.open.is_empty() {
+            return Err(Problem::CutOff);
+        }
+        let bare = word.trim_start_matches(['+', '-']).to_ascii_lowercase();
+        let strict = match bare.as_str() {
+            "true" | "false" | "null" => bare,
+            "none" | "undefined" | "nan" | "inf" | "infinity" => "null".into(),
+            _ => number(word).ok_or_else(|| self.unexpected())?,
+        };
+        self.at += length;
+        self.out.extend_from_slice(strict.as_bytes());
+        Ok(())
+    }
+
+    /// A value that is nested too deep stays, as a text.
+    fn keep_as_text(&mut self) -> Result<(), Problem> {
+        let start = self.at;
+        let mut depth = 0usize;
+        let mut in_string = false;
+        loop {
+            let byte = *self.text.get(self.at).ok_or(Problem::CutOff)?;
+            self.at += 1;
+            match byte {
+                b'\\' if in_string => self.at += 1,
+                b'"' => in_string = !in_string,
+                b'{' | b'[' if !in_string => depth += 1,
+                b'}' | b']' if !in_string => {
+                    depth -= 1;
+                    if depth == 0 {
+                        break;
+                    }
+                }
+                _ => {}
+            }
+        }
+        let text = String::from_utf8_lossy(&self.text[start..self.at.min(self.text.len())]);
+        // A string always has a JSON text.
+        self.out
+            .extend_from_slice(&serde_json::to_vec(&text).unwrap_or_default());
+        Ok(())
+    }
+}
+
+/// A number as JSON spells it; null where it is beyond all numbers.
+fn number(word: &str) -> Option<String> {
+    let value: f64 = word.parse().ok()?;
+    if !value.is_finite() {
+        return Some("null".into());
+    }
+    match serde_json::from_str::<serde_json::Number>(word) {
+        Ok(_) => Some(word.into()),
+        // As in `+1`, `.5` or `007`.
+        Err(_) => Some(value.to_string()),
+    }
+}
+
+/// The code unit of `\uXXXX` at the start of `text`.
+fn unit(text: &[u8]) -> Option<u16> {
+    let digits = text.strip_prefix(b"\\u")?.get(..4)?;
+    if !digits.iter().all(u8::is_ascii_hexdigit) {
+        return None;
+    }
+    u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
+}

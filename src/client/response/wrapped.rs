@@ -1,0 +1,122 @@
+//! Completions inside of what gateways put around them: lists, texts, objects of their own. Pure.
+
+use serde_json::{Map, Value};
+
+use crate::cache::record::Usage;
+use crate::client::response::{json, usage};
+
+/// Levels of nesting that are searched.
+const DEEPEST: usize = 8;
+
+/// Every object with choices, the outermost first, its choices in a list.
+pub fn completions(value: &Value) -> Vec<Value> {
+    let mut found = Vec::new();
+    search(value, DEEPEST, &mut |fields| {
+        if let Some(choices) = fields.get("choices") {
+            let mut fields = fields.clone();
+            let list = listed(choices, DEEPEST);
+            // What cannot be understood stays, and is kept as unreadable.
+            if !list.is_empty() {
+                fields.insert("choices".into(), Value::Array(list));
+            }
+            found.push(Value::Object(fields));
+        }
+    });
+    found
+}
+
+/// First plausible token counts in a body. The answer and an echo of the request are skipped, since they may
+/// contain an example of such counts.
+pub fn usage_in(value: &Value) -> Option<Usage> {
+    const ANSWERS: [&str; 6] = ["request", "message", "messages", "delta", "content", "text"];
+    let mut found = None;
+    let mut look = |fields: &Map<String, Value>| {
+        let counts = usage::usage(Value::Object(fields.clone())).0;
+        found = found.or(counts.filter(|usage| usage.prompt_tokens > 0));
+    };
+    search_but(value, &ANSWERS, DEEPEST, &mut look);
+    found
+}
+
+/// Shows every object, outer ones before those inside of them; JSON in a text is one as well.
+fn search(value: &Value, depth: usize, look: &mut impl FnMut(&Map<String, Value>)) {
+    search_but(value, &[], depth, look);
+}
+
+/// Same, without the fields named in `but`.
+fn search_but(
+    value: &Value,
+    but: &[&str],
+    depth: usize,
+    look: &mut impl FnMut(&Map<String, Value>),
+) {
+    let Some(depth) = depth.checked_sub(1) else {
+        return;
+    };
+    match value {
+        Value::Object(fields) => {
+            look(fields);
+            let inner = fields
+                .iter()
+                .filter(|(name, _)| !but.contains(&name.as_str()));
+            inner.for_each(|(_, value)| search_but(value, but, depth, look));
+        }
+        Value::Array(items) => {
+            items
+                .iter()
+                .for_each(|value| search_but(value, but, depth, look));
+        }
+        Value::String(text) => {
+            if let Some(value) = in_text(text, "choices") {
+                search_but(&value, but, depth, look);
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+}
+
+/// The value that a text is JSON of, if it contains the word.
+fn in_text(text: &str, word: &str) -> Option<Value> {
+    let text = text.trim_start();
+    let may_be = text.starts_with(['{', '[', '"']) && text.contains(word);
+    may_be.then(|| json::value(text.as_bytes()).ok())?
+}
+
+/// Choices as a list of objects: one alone, by their index, in lists of lists, or as texts.
+fn listed(choices: &Value, depth: usize) -> Vec<Value> {
+    const FIELDS: [&str; 6] = [
+        "message",
+        "delta",
+        "text",
+        "messages",
+        "content",
+        "finish_reason",
+    ];
+    let Some(depth) = depth.checked_sub(1) else {
+        return Vec::new();
+    };
+    match choices {
+        Value::Array(items) => items.iter().flat_map(|item| listed(item, depth)).collect(),
+        Value::Object(fields) if fields.is_empty() => Vec::new(),
+        Value::Object(fields) if FIELDS.iter().any(|name| fields.contains_key(*name)) => {
+            vec![choices.clone()]
+        }
+        Value::Object(fields) => {
+            let inner: Vec<Value> = fields
+                .values()
+                .flat_map(|item| listed(item, depth))
+                .collect();
+            if inner.iter().any(Value::is_object) {
+                inner
+            } else {
+                vec![choices.clone()]
+            }
+        }
+        Value::String(text) if text.is_empty() => Vec::new(),
+        Value::String(text) => match in_text(text, "message") {
+            Some(value) => listed(&value, depth),
+            None => vec![serde_json::json!({ "text": text })],
+        },
+        Value::Null | Value::Bool(_) | Value::Number(_) => Vec::new(),
+    }
+}

@@ -1,0 +1,64 @@
+//! A mistake in a TOML file, told with its place and a way out.
+
+use std::path::Path;
+
+use crate::config::teacher::hide_keys;
+use crate::exit::Exit;
+
+/// Keys that a message lists.
+const FEW: usize = 12;
+
+/// What does not fit in `text`, the content of `path`: file, line, column, and for an unknown key
+/// the nearest one that exists, or else `otherwise`.
+pub fn describe(
+    path: &Path,
+    text: &str,
+    error: &toml::de::Error,
+    otherwise: &str,
+) -> anyhow::Error {
+    let place = error.span().map_or(String::new(), |span| {
+        let before = &text[..span.start.min(text.len())];
+        let line = before.matches('\n').count() + 1;
+        let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+        format!(":{line}:{column}")
+    });
+    let message = error.message();
+    // serde says: unknown field `x`, expected one of `a`, `b`
+    let hint = match message.strip_prefix("unknown field `") {
+        Some(rest) => {
+            let mut quoted = rest.split('`').step_by(2);
+            let unknown = quoted.next().unwrap_or_default();
+            let fields: Vec<&str> = rest.split('`').skip(2).step_by(2).collect();
+            let all = format!("the keys here are {}; {otherwise}", fields.join(", "));
+            let otherwise = if fields.len() <= FEW { &all } else { otherwise };
+            return usage(format!(
+                "{}{place}: unknown key {unknown:?}{}",
+                path.display(),
+                nearest(unknown, fields.into_iter(), otherwise)
+            ));
+        }
+        None => message.replace('\n', " "),
+    };
+    usage(format!("{}{place}: {hint}", path.display()))
+}
+
+/// `; did you mean ...?`, where something is near enough, or else `; ` and `otherwise`.
+pub fn nearest<'a>(
+    word: &str,
+    candidates: impl Iterator<Item = &'a str>,
+    otherwise: &str,
+) -> String {
+    candidates
+        .map(|candidate| (strsim::jaro_winkler(word, candidate), candidate))
+        .filter(|(likeness, _)| *likeness > 0.7)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map_or(format!("; {otherwise}"), |(_, best)| {
+            format!("; did you mean {best:?}?")
+        })
+}
+
+/// The user must change something first.
+pub fn usage(message: String) -> anyhow::Error {
+    // A key may stand where it does not belong.
+    Exit::Usage(hide_keys(&message)).into()
+}

@@ -1,0 +1,107 @@
+//! Several answers to one prompt, merged where they begin alike.
+//!
+//! A teacher that tells no logprobs still shows its distribution in what it says: of n answers that share a
+//! beginning, the share of those that go on with a token is a Monte-Carlo estimate of its probability. In a
+//! trie of the answers these are the counts at each node; nodes that one answer alone comes through say
+//! nothing.
+
+use std::collections::HashMap;
+
+use crate::data::align::aligned::Aligned;
+
+/// Answers as student tokens, by the tokens of their prompts.
+#[derive(Debug, Default)]
+pub struct Samples {
+    of_prompt: HashMap<blake3::Hash, Vec<Box<[u32]>>>,
+}
+
+impl Samples {
+    /// Takes an answer in, with the token that ends it if it was not cut off.
+    pub fn add(&mut self, prompt: &[u32], answer: &[u32]) {
+        let answers = self.of_prompt.entry(hash(prompt)).or_default();
+        answers.push(answer.into());
+    }
+
+    /// Takes in those of another part of the data.
+    pub fn merge(&mut self, other: Self) {
+        for (prompt, answers) in other.of_prompt {
+            self.of_prompt.entry(prompt).or_default().extend(answers);
+        }
+    }
+
+    /// The soft labels of `answer`, where other answers to its prompt begin as it does: shares of the
+    /// tokens that follow. None where there are no others.
+    pub fn soft_labels(&self, prompt: &[u32], answer: &[u32]) -> Option<Aligned> {
+        let answers = self.of_prompt.get(&hash(prompt))?;
+        let mut alike: Vec<&[u32]> = answers.iter().map(|answer| &**answer).collect();
+        if alike.len() < 2 {
+            return None;
+        }
+        let mut aligned = Aligned::default();
+        for (at, token) in answer.iter().enumerate() {
+            if alike.len() < 2 {
+                break;
+            }
+            aligned.push(&shares(alike.iter().filter_map(|answer| answer.get(at))));
+            alike.retain(|answer| answer.get(at) == Some(token));
+        }
+        Some(aligned)
+    }
+}
+
+fn hash(prompt: &[u32]) -> blake3::Hash {
+    let mut hash = blake3::Hasher::new();
+    prompt.iter().for_each(|id| {
+        hash.update(&id.to_le_bytes());
+    });
+    hash.finalize()
+}
+
+/// How often each token is among `tokens`, as logarithms of shares, the most frequent first.
+fn shares<'a>(tokens: impl Iterator<Item = &'a u32>) -> Vec<(u32, f32)> {
+    let mut tokens: Vec<u32> = tokens.copied().collect();
+    tokens.sort_unstable();
+    let all = tokens.len() as f32;
+    let alike = tokens.chunk_by(|a, b| a == b);
+    let mut shares: Vec<(u32, f32)> = alike
+        .map(|alike| (alike[0], (alike.len() as f32 / all).ln()))
+        .collect();
+    shares.sort_by(|a, b| b.1.total_cmp(&a.1));
+    shares
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_at_shared_beginnings_are_soft_labels() {
+        let mut samples = Samples::default();
+        let answers: [&[u32]; 4] = [&[1, 2, 9], &[1, 2, 3, 9], &[1, 4, 9], &[5, 9]];
+        samples.add(&[7], answers[0]);
+        let mut others = Samples::default();
+        for answer in &answers[1..] {
+            others.add(&[7], answer);
+        }
+        others.add(&[8], answers[0]);
+        samples.merge(others);
+        let labels = samples.soft_labels(&[7], answers[1]).unwrap();
+        let at = |at: usize| {
+            let (ids, logprobs) = labels.soft(at);
+            let shares = logprobs.iter().map(|l| l.exp());
+            ids.iter().copied().zip(shares).collect::<Vec<_>>()
+        };
+        let close = |found: Vec<(u32, f32)>, expected: &[(u32, f32)]| {
+            assert_eq!(found.len(), expected.len(), "{found:?}");
+            for (found, expected) in found.iter().zip(expected) {
+                assert!(found.0 == expected.0 && (found.1 - expected.1).abs() < 1e-6);
+            }
+        };
+        close(at(0), &[(1, 0.75), (5, 0.25)]);
+        close(at(1), &[(2, 2.0 / 3.0), (4, 1.0 / 3.0)]);
+        close(at(2), &[(3, 0.5), (9, 0.5)]);
+        assert!(!labels.is_soft(3), "one answer alone says nothing");
+        assert!(samples.soft_labels(&[8], answers[0]).is_none());
+        assert!(samples.soft_labels(&[9], answers[0]).is_none());
+    }
+}

@@ -1,0 +1,109 @@
+//! A full disk: answers wait in memory until there is room again, and nothing more is asked.
+
+use std::io::ErrorKind;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::harvest::attempt::Finished;
+use crate::harvest::stop;
+
+/// For how long room is waited for.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// The pause between two tries.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Does the error come from a full disk, which somebody may make room on?
+pub fn is_full(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
+    causes.any(|error: &std::io::Error| {
+        matches!(
+            error.kind(),
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+        )
+    })
+}
+
+/// At the end of a run that a full disk has ended: what cannot be written is told, and no more.
+pub fn excuse(result: anyhow::Result<()>) -> anyhow::Result<()> {
+    match result {
+        Err(error) if is_full(&error) => {
+            tracing::warn!("{error:#}");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// What waits for room. It is bounded by what may be in flight, since nothing is sent meanwhile.
+#[derive(Default)]
+pub struct Room {
+    held: Vec<Finished>,
+    full: Option<Full>,
+}
+
+struct Full {
+    since: Instant,
+    retry_at: Instant,
+    message: String,
+}
+
+impl Room {
+    /// The disk is full; true if that is new.
+    pub fn note(&mut self, error: &anyhow::Error) -> bool {
+        let now = Instant::now();
+        let is_new = self.full.is_none();
+        let full = self.full.get_or_insert_with(|| Full {
+            since: now,
+            retry_at: now,
+            message: format!("{error:#}"),
+        });
+        full.retry_at = now + PAUSE;
+        is_new
+    }
+
+    /// Keeps what could not be recorded.
+    pub fn hold(&mut self, group: Vec<Finished>) {
+        self.held.extend(group);
+    }
+
+    pub fn holds_something(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    pub fn is_waiting(&self) -> bool {
+        self.full.is_some()
+    }
+
+    /// When to try again.
+    pub fn retry_at(&self) -> Option<Instant> {
+        self.full.as_ref().map(|full| full.retry_at)
+    }
+
+    /// What to try again with.
+    pub fn take(&mut self) -> Vec<Finished> {
+        std::mem::take(&mut self.held)
+    }
+
+    /// There is room.
+    pub fn clear(&mut self) {
+        self.full = None;
+    }
+
+    pub fn has_waited_long(&self) -> bool {
+        self.full
+            .as_ref()
+            .is_some_and(|full| full.since.elapsed() >= PATIENCE)
+    }
+
+    /// Waits no longer. Returns the answers that are lost, and why the run ends; `safe` is the number
+    /// of records in the cache.
+    pub fn give_up(&mut self, safe: usize) -> Option<(Vec<Finished>, anyhow::Error)> {
+        let full = self.full.take()?;
+        let held = self.take();
+        let lost = held.iter().filter(|request| request.result.is_ok()).count();
+        let error = stop::disk_full(full.since.elapsed(), &full.message, safe, lost);
+        Some((held, error))
+    }
+}

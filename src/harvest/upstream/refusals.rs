@@ -1,0 +1,227 @@
+//! Decisions after a refusal: wait, try another row, fail the row or stop.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::client::outcome::{Claim, Failure, Reason};
+use crate::harvest::queue::Entry;
+use crate::harvest::stop;
+use crate::harvest::upstream::{Lane, Verdict};
+use crate::rate_limit::server_limits::{Cost, Departure};
+
+/// Rounds in which an endpoint that has answered says that no request can succeed, before it is believed.
+const CLAIMS: u32 = 4;
+
+/// Further rounds, one for each time that such a reply was followed by an answer.
+const MORE_CLAIMS: u32 = 12;
+
+/// Times that one row brings such a reply while others are answered, before it is the row.
+const CLAIMS_OF_A_ROW: u32 = 3;
+
+/// Rows that bring such a reply before any is answered, where the cache holds answers or an earlier run
+/// has ended so, before it is believed.
+const CLAIMS_OF_ROWS: usize = 3;
+
+/// As [`CLAIMS_OF_ROWS`], where rows have failed while others were answered.
+const CLAIMS_OF_DOUBTFUL_ROWS: usize = 8;
+
+/// As [`CLAIMS_OF_ROWS`], for a wrong key.
+const CLAIMS_FOR_A_KEY: usize = 2;
+
+/// Rows that may all be refused, also in the same words, though the cache holds answers.
+const REFUSED_ROWS: usize = 20;
+
+/// Rounds in which the endpoint asks to wait for a row while others were answered, before it is the row. With
+/// the default pauses they take longer than a limit a minute does.
+const THROTTLES_OF_A_ROW: u32 = 8;
+
+/// A wait that is longer is not sat out: the run ends, and says until when.
+pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
+
+/// Rounds in which the endpoint asks for such a wait, before it is believed.
+const FAR_WAITS: u32 = 2;
+
+impl Lane {
+    /// The endpoint asks everybody to wait: the row costs no attempt, and the gate closes.
+    pub fn throttled(
+        &mut self,
+        mut entry: Entry,
+        cost: Cost,
+        departure: &Departure,
+        wait: Option<Duration>,
+        message: String,
+    ) -> Verdict {
+        let now = Instant::now();
+        let round = self.health.throttled(departure.at, now);
+        // No wait makes room for a request that is larger than the limit itself.
+        let too_small = self.limiter.too_small(&cost);
+        if too_small.is_some() || message.to_lowercase().contains("request too large") {
+            let which = too_small.map_or("the endpoint's limit".into(), |(resource, limit)| {
+                format!("the endpoint's limit of {limit} {}", resource.name())
+            });
+            let failure = Failure::over_limit(&which, cost.tokens() as f64, &message);
+            return Verdict::Failed(entry, failure);
+        }
+        if self.settings.limits.adapt {
+            self.concurrency.throttled(departure.at, now);
+        }
+        let own = self.firm_pause(round, 1.0);
+        let far = wait.filter(|wait| *wait > LONGEST_WAIT);
+        if let Some(far) = far
+            && self.health.told_far(departure.at, now) >= FAR_WAITS
+        {
+            self.queue.delay(entry, now);
+            return Verdict::Far(far);
+        }
+        // Never shorter than our own back-off once it has refused again after the wait that it asked for.
+        let pause = match wait.filter(|_| far.is_none()) {
+            Some(wait) if round > 1 => wait.max(own),
+            Some(wait) => wait,
+            None => own,
+        };
+        let was_open = self.limiter.close_until(now + pause);
+        let is_long = wait.is_some() && pause.as_secs_f64() > self.retry.max_s;
+        if was_open && is_long && round <= THROTTLES_OF_A_ROW {
+            self.health.excuse(pause);
+        }
+        // It may be the row after all: behind the others with it, the further the oftener.
+        let behind = self.firm_pause(entry.throttled, 1.0);
+        entry.throttled += 1;
+        let first = *entry.throttled_at.get_or_insert(now);
+        let is_such = |entry: &Entry| entry.throttled >= THROTTLES_OF_A_ROW;
+        let others_succeed = self.health.last_success().is_some_and(|at| at > first);
+        let is_alone = self.in_flight == 0 && self.queue.all(is_such);
+        if others_succeed && is_alone && is_such(&entry) && round >= THROTTLES_OF_A_ROW {
+            entry.failed += 1;
+            return Verdict::Failed(entry, Failure::new("throttled", &message));
+        }
+        let behind = if entry.throttled > 1 {
+            pause + behind
+        } else {
+            Duration::ZERO
+        };
+        self.queue.delay(entry, now + behind);
+        self.stop_after_long_silence(&message);
+        Verdict::Again {
+            // Everything in flight may say the same; once is enough.
+            pause: if was_open { pause } else { Duration::ZERO },
+        }
+    }
+
+    /// The reply says that no request can succeed. Before the first answer that is believed at once;
+    /// where others are answered it is the row, or it passes.
+    pub fn claimed(&mut self, mut entry: Entry, claim: Claim, departure: &Departure) -> Verdict {
+        let now = Instant::now();
+        let Claim { reason, failure } = claim;
+        let teacher = &self.settings.teacher;
+        if self.stopped.is_some() {
+            self.queue.delay(entry, now);
+            return Verdict::AGAIN;
+        }
+        if !self.health.has_succeeded() {
+            return self.claimed_first(entry, Claim { reason, failure });
+        }
+        if failure.is_bodyless && matches!(reason, Reason::Address | Reason::Forbidden) {
+            return self.transient(entry, failure, Duration::ZERO);
+        }
+        if matches!(reason, Reason::Address | Reason::Forbidden) {
+            if self.health.forbade(entry.row, now) {
+                self.queue.delay(entry, now);
+                // What is in flight may still be answered: nothing more is sent until then.
+                if self.in_flight == 0 {
+                    self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+                }
+                return Verdict::AGAIN;
+            }
+            entry.failed += 1;
+            return Verdict::Failed(entry, failure);
+        }
+        entry.claimed += 1;
+        let round = self.health.claimed(entry.row, departure.at, now);
+        let contradicted = self.health.contradicted();
+        if round > CLAIMS + contradicted.min(MORE_CLAIMS) {
+            self.queue.delay(entry, now);
+            self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+            return Verdict::AGAIN;
+        }
+        let is_contradicted = round == 1 || contradicted >= CLAIMS_OF_A_ROW;
+        if entry.claimed > CLAIMS_OF_A_ROW && is_contradicted {
+            entry.failed += 1;
+            return Verdict::Failed(entry, failure);
+        }
+        let pause = self.firm_pause(round, 1.0);
+        let was_open = self.limiter.close_until(now + pause);
+        self.queue.delay(entry, now + pause);
+        Verdict::Again {
+            pause: if was_open { pause } else { Duration::ZERO },
+        }
+    }
+
+    /// As [`Lane::claimed`], before the first answer. Where answers are in the cache, or an earlier run has
+    /// ended like this, it may be the row: others are tried.
+    fn claimed_first(&mut self, mut entry: Entry, claim: Claim) -> Verdict {
+        let now = Instant::now();
+        let Claim { reason, failure } = claim;
+        let suspects = self.health.suspect(entry.row);
+        let is_key = reason == Reason::Key;
+        // A wrong key is far likelier than a row that brings such a reply: the next run tries others first.
+        if self.is_known || self.has_suspects && !is_key {
+            let remaining = 1 + self.queue.len() + self.in_flight;
+            // The last few rows may be those that are always refused. An empty account or a wrong key refuses
+            // all rows alike; and a wrong key is believed at once, but of a row that has brought such a reply
+            // before.
+            let few = match reason {
+                Reason::Credit | Reason::Key => CLAIMS_OF_ROWS - 1,
+                _ => REFUSED_ROWS,
+            };
+            if self.is_known && remaining <= few && (!is_key || entry.claimed > 0) {
+                entry.failed += 1;
+                return Verdict::Failed(entry, failure);
+            }
+            let enough = match reason {
+                Reason::Key => CLAIMS_FOR_A_KEY,
+                Reason::Credit => CLAIMS_OF_ROWS,
+                _ if self.is_known && self.has_suspects => CLAIMS_OF_DOUBTFUL_ROWS,
+                _ => CLAIMS_OF_ROWS,
+            };
+            if suspects < enough && suspects < remaining && entry.claimed <= CLAIMS {
+                // Where the others wait, it is this row's turn again.
+                let pause = self.firm_pause(entry.claimed, 1.0);
+                entry.claimed += 1;
+                let wait = if entry.claimed > 1 {
+                    pause
+                } else {
+                    Duration::ZERO
+                };
+                self.queue.delay(entry, now + wait);
+                return Verdict::AGAIN;
+            }
+        }
+        self.queue.delay(entry, now);
+        let teacher = &self.settings.teacher;
+        self.stop(stop::refused(reason, &failure.message, teacher));
+        Verdict::AGAIN
+    }
+
+    /// The row fails as it did in an earlier run, while others were answered: that shows nothing new.
+    pub fn failed_again(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
+        self.health.failed_as_before();
+        entry.failed += 1;
+        Verdict::Failed(entry, failure)
+    }
+
+    pub fn refused(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
+        if failure.is_bodyless && self.health.has_succeeded() {
+            return self.transient(entry, failure, Duration::ZERO);
+        }
+        entry.failed += 1;
+        // Replies in flight may show that other rows are answered, and if the cache holds answers, these may be
+        // the rows that are always refused.
+        let is_settled = !self.is_known || self.queue.len() > REFUSED_ROWS;
+        if self.health.refused(&failure.message) && self.in_flight == 0 && is_settled {
+            self.stop(stop::refused_alike(&failure.message));
+        }
+        Verdict::Failed(entry, failure)
+    }
+}

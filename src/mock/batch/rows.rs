@@ -1,0 +1,160 @@
+//! The lines of a batch's files: read, found bad, answered. Pure.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+
+use crate::mock::chat::Chat;
+use crate::mock::script::Script;
+
+/// No more mistakes are told than this.
+const MOST_MISTAKES: usize = 100;
+
+/// A line of the input.
+#[derive(Debug)]
+pub struct Row {
+    pub custom_id: String,
+    pub body: Bytes,
+    /// Its prompt and the longest answer that it allows.
+    pub tokens: u64,
+}
+
+#[derive(Deserialize)]
+struct Line<'a> {
+    custom_id: Option<String>,
+    method: Option<String>,
+    url: Option<String>,
+    #[serde(borrow)]
+    body: Option<&'a RawValue>,
+}
+
+/// Reads an input file. The mistakes are those of `errors.data`; with any, the batch fails.
+pub fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<Row>, Vec<Value>) {
+    let mut mistakes = Vec::new();
+    let mut rows = Vec::new();
+    let mut ids = HashSet::new();
+    if file.len() > script.batch.max_bytes {
+        let message = format!("The file has more than {} bytes.", script.batch.max_bytes);
+        mistakes.push(mistake("file_too_large", None, None, &message));
+    }
+    // A line ends at this byte alone: JSON may hold U+2028 and its like.
+    for (index, text) in file.split(|byte| *byte == b'\n').enumerate() {
+        if text.trim_ascii().is_empty() {
+            continue;
+        }
+        match read_line(file, text, endpoint, script) {
+            Ok(row) if !ids.insert(row.custom_id.clone()) => {
+                let message = format!("The custom_id '{}' is used twice.", row.custom_id);
+                let line = Some(index + 1);
+                mistakes.push(mistake(
+                    "duplicate_custom_id",
+                    line,
+                    Some("custom_id"),
+                    &message,
+                ));
+            }
+            Ok(row) => rows.push(row),
+            Err((code, param, message)) => {
+                mistakes.push(mistake(code, Some(index + 1), param, &message));
+            }
+        }
+    }
+    if rows.is_empty() && mistakes.is_empty() {
+        mistakes.push(mistake(
+            "empty_file",
+            None,
+            None,
+            "The input file is empty.",
+        ));
+    }
+    if rows.len() > script.batch.max_rows {
+        let message = format!("The file has more than {} requests.", script.batch.max_rows);
+        mistakes.push(mistake("too_many_requests", None, None, &message));
+    }
+    mistakes.truncate(MOST_MISTAKES);
+    (rows, mistakes)
+}
+
+type Mistake = (&'static str, Option<&'static str>, String);
+
+fn read_line(file: &Bytes, text: &[u8], endpoint: &str, script: &Script) -> Result<Row, Mistake> {
+    let line: Line = serde_json::from_slice(text).map_err(|_| {
+        let message = "This line is not parseable as valid JSON.".to_string();
+        ("invalid_json_line", None, message)
+    })?;
+    let missing = |param: &'static str| {
+        let message = format!("Missing required parameter: '{param}'.");
+        ("missing_required_parameter", Some(param), message)
+    };
+    let custom_id = line.custom_id.ok_or_else(|| missing("custom_id"))?;
+    let method = line.method.ok_or_else(|| missing("method"))?;
+    let url = line.url.ok_or_else(|| missing("url"))?;
+    let body = line.body.ok_or_else(|| missing("body"))?;
+    if method != "POST" {
+        let message = format!("Invalid method '{method}': expected POST.");
+        return Err(("invalid_method", Some("method"), message));
+    }
+    if url != endpoint {
+        let message = format!("The url '{url}' is not the batch's endpoint '{endpoint}'.");
+        return Err(("invalid_url", Some("url"), message));
+    }
+    let body = file.slice_ref(body.get().as_bytes());
+    let tokens = match Chat::parse(&body, script) {
+        Ok(chat) => {
+            let cost = chat.cost();
+            cost.prompt_tokens.saturating_add(cost.output_tokens)
+        }
+        // Of another model the batch fails; any other mistake is its row's alone.
+        Err(reply) if reply.status == 404 => {
+            let message = "The provided model does not exist.".to_string();
+            return Err(("model_not_found", Some("body.model"), message));
+        }
+        Err(_) => 0,
+    };
+    Ok(Row {
+        custom_id,
+        body,
+        tokens,
+    })
+}
+
+/// An entry of `errors.data`.
+pub fn mistake(code: &str, line: Option<usize>, param: Option<&str>, message: &str) -> Value {
+    json!({"code": code, "line": line, "message": message, "param": param})
+}
+
+/// A line of the output file, or of the error file in the first of its shapes: an HTTP error.
+pub fn responded(id: &str, custom_id: &str, status: u16, body: &[u8]) -> Vec<u8> {
+    let mut line = head(id, custom_id);
+    let response =
+        format!(",\"response\":{{\"status_code\":{status},\"request_id\":\"req_{id}\",\"body\":");
+    line.extend_from_slice(response.as_bytes());
+    line.extend_from_slice(body);
+    line.extend_from_slice(b"},\"error\":null}\n");
+    line
+}
+
+/// A line of the error file in its second shape: no response.
+pub fn unanswered(id: &str, custom_id: &str, code: &str, message: &str) -> Vec<u8> {
+    let mut line = head(id, custom_id);
+    let error = json!({"code": code, "message": message});
+    line.extend_from_slice(format!(",\"response\":null,\"error\":{error}}}\n").as_bytes());
+    line
+}
+
+/// A line of the error file in its third shape: a response that is none.
+pub fn hollow(id: &str, custom_id: &str) -> Vec<u8> {
+    let mut line = head(id, custom_id);
+    line.extend_from_slice(
+        b",\"response\":{\"status_code\":0,\"request_id\":\"\",\"body\":{}},\"error\":null}\n",
+    );
+    line
+}
+
+fn head(id: &str, custom_id: &str) -> Vec<u8> {
+    let (id, custom_id) = (json!(id), json!(custom_id));
+    format!("{{\"id\":{id},\"custom_id\":{custom_id}").into_bytes()
+}

@@ -1,0 +1,219 @@
+//! What goes wrong with a good answer's body. Pure.
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+
+use crate::mock::script::kind::Kind;
+
+const HUGE: usize = 64 << 20;
+const DEEP: usize = 100_000;
+/// Stands for what JSON has no word for, until the bytes are there. No logprob is as low.
+const PLACEHOLDER: &str = "-4242.4242";
+
+/// The body that a fault of this kind makes of a good one; `size` is the script's.
+pub fn twist(kind: Kind, body: Vec<u8>, size: Option<usize>) -> Bytes {
+    let twisted = match kind {
+        Kind::Empty => Vec::new(),
+        Kind::Truncated => body[..body.len() / 2].to_vec(),
+        Kind::BadUtf8 => bad_utf8(body),
+        Kind::HugeBody => huge(size.unwrap_or(HUGE)),
+        Kind::DeepJson => {
+            let depth = size.unwrap_or(DEEP);
+            [b"[".repeat(depth), b"]".repeat(depth)].concat()
+        }
+        Kind::BlankLines => [b"\n".repeat(blank_lines(size)), body].concat(),
+        // What goes wrong with these is how they are sent.
+        Kind::ResetInBody
+        | Kind::ShortBody
+        | Kind::UnfinishedChunks
+        | Kind::StallInBody
+        | Kind::Drip => body,
+        Kind::LogprobsNan => replace(edit(kind, &body), PLACEHOLDER, "NaN"),
+        Kind::LogprobsInf => replace(edit(kind, &body), PLACEHOLDER, "-Infinity"),
+        _ => edit(kind, &body).into_bytes(),
+    };
+    twisted.into()
+}
+
+/// How many come before the answer.
+pub fn blank_lines(size: Option<usize>) -> usize {
+    size.unwrap_or(3)
+}
+
+/// A sequence that UTF-8 does not have, as the content's first bytes.
+fn bad_utf8(mut body: Vec<u8>) -> Vec<u8> {
+    let content = b"\"content\":\"";
+    let at = body
+        .windows(content.len())
+        .position(|window| window == content);
+    let at = at.map_or(0, |at| at + content.len());
+    body.splice(at..at, [0xc3, 0x28, 0xff]);
+    body
+}
+
+/// An answer of `size` bytes.
+fn huge(size: usize) -> Vec<u8> {
+    let head = br#"{"choices":[{"index":0,"message":{"role":"assistant","content":""#;
+    let tail = br#""},"finish_reason":"stop"}]}"#;
+    let mut body = head.to_vec();
+    body.resize(size.saturating_sub(tail.len()).max(head.len()), b'x');
+    body.extend_from_slice(tail);
+    body
+}
+
+fn replace(text: String, from: &str, to: &str) -> Vec<u8> {
+    text.replace(from, to).into_bytes()
+}
+
+fn edit(kind: Kind, body: &[u8]) -> String {
+    let mut body: Value = serde_json::from_slice(body).unwrap_or_default();
+    match kind {
+        Kind::FloatCreated => {
+            let created = body["created"].as_f64().unwrap_or_default();
+            body["created"] = json!(created + 0.25);
+        }
+        Kind::OtherModel => body["model"] = "another-model-2026-11-01".into(),
+        Kind::NoUsage => {
+            if let Some(fields) = body.as_object_mut() {
+                fields.remove("usage");
+            }
+        }
+        Kind::NoChoices => body["choices"] = json!([]),
+        _ => {
+            let choices = body["choices"].as_array_mut();
+            for choice in choices.into_iter().flatten() {
+                edit_choice(kind, choice);
+            }
+        }
+    }
+    body.to_string()
+}
+
+fn edit_choice(kind: Kind, choice: &mut Value) {
+    match kind {
+        Kind::NullContent => choice["message"]["content"] = Value::Null,
+        Kind::UnknownFinishReason => choice["finish_reason"] = "model_length".into(),
+        Kind::Length => choice["finish_reason"] = "length".into(),
+        Kind::ContentFilter => {
+            choice["finish_reason"] = "content_filter".into();
+            choice["message"]["content"] = "".into();
+            choice["logprobs"] = Value::Null;
+        }
+        Kind::Refusal => {
+            choice["message"]["content"] = Value::Null;
+            choice["message"]["refusal"] = "I'm sorry, I can't help with that.".into();
+            choice["logprobs"] = Value::Null;
+        }
+        Kind::LogprobsNull => choice["logprobs"] = Value::Null,
+        _ => {
+            if let Some(positions) = choice["logprobs"]["content"].as_array_mut() {
+                edit_logprobs(kind, positions);
+            }
+        }
+    }
+}
+
+fn edit_logprobs(kind: Kind, positions: &mut Vec<Value>) {
+    if kind == Kind::LogprobsFewer {
+        positions.truncate(positions.len() / 2);
+    }
+    let logprob = match kind {
+        Kind::LogprobsSentinel => Some(json!(-9999.0)),
+        Kind::LogprobsNan | Kind::LogprobsInf => serde_json::from_str(PLACEHOLDER).ok(),
+        _ => None,
+    };
+    for position in positions {
+        if let Some(top) = position["top_logprobs"].as_array_mut() {
+            match kind {
+                Kind::LogprobsFewer => top.truncate(top.len() / 2),
+                Kind::LogprobsDuplicates => top.extend(top.first().cloned()),
+                Kind::LogprobsWithoutChosen if !top.is_empty() => drop(top.remove(0)),
+                _ => {}
+            }
+            // The unlikeliest one, where these come from.
+            if let (Some(last), Some(logprob)) = (top.last_mut(), &logprob) {
+                last["logprob"] = logprob.clone();
+            }
+        }
+        // The token itself too where it has no alternatives.
+        if let Some(logprob) = &logprob
+            && position["top_logprobs"]
+                .as_array()
+                .is_none_or(Vec::is_empty)
+        {
+            position["logprob"] = logprob.clone();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer() -> Vec<u8> {
+        let token = |text: &str, logprob: f64| json!({"token": text, "logprob": logprob});
+        let position = |text: &str| {
+            let mut position = token(text, -0.5);
+            position["top_logprobs"] = json!([token(text, -0.5), token("z", -2.0)]);
+            position
+        };
+        let choice = json!({
+            "message": {"content": "a b"}, "finish_reason": "stop",
+            "logprobs": {"content": [position("a"), position(" b")]},
+        });
+        json!({"created": 5, "model": "m", "choices": [choice], "usage": {}})
+            .to_string()
+            .into_bytes()
+    }
+
+    /// Each kind against a part of its body, and a part that is gone.
+    #[test]
+    fn every_kind_leaves_its_mark() {
+        let cases = [
+            (Kind::NoChoices, "\"choices\":[]", "stop"),
+            (Kind::NullContent, "\"content\":null", "a b"),
+            (Kind::UnknownFinishReason, "model_length", "stop"),
+            (Kind::Length, "\"length\"", "stop"),
+            (Kind::ContentFilter, "content_filter", "a b"),
+            (Kind::Refusal, "I can't", "a b"),
+            (Kind::FloatCreated, "5.25", "\"created\":5,"),
+            (Kind::OtherModel, "another-model", "\"m\""),
+            (Kind::NoUsage, "stop", "usage"),
+            (Kind::LogprobsNull, "\"logprobs\":null", "top_logprobs"),
+            (Kind::LogprobsFewer, "\"token\":\"a\"", "\" b\""),
+            (Kind::LogprobsNan, ":NaN}", "-2.0"),
+            (Kind::LogprobsInf, ":-Infinity}", "-2.0"),
+            (Kind::LogprobsSentinel, ":-9999.0}", "-2.0"),
+            (
+                Kind::LogprobsDuplicates,
+                r#"-2.0},{"token":"a","logprob":-0.5}]"#,
+                "-2.0}]",
+            ),
+            (
+                Kind::LogprobsWithoutChosen,
+                r#""top_logprobs":[{"token":"z""#,
+                r#""top_logprobs":[{"token":"a""#,
+            ),
+            (Kind::BlankLines, "\n\n\n{", "\n\n\n\n"),
+        ];
+        for (kind, there, gone) in cases {
+            let body = twist(kind, answer(), None);
+            let body = std::str::from_utf8(&body).unwrap();
+            assert!(body.contains(there), "{kind}: {body} lacks {there}");
+            assert!(!body.contains(gone), "{kind}: {body} still has {gone}");
+        }
+    }
+
+    #[test]
+    fn bodies_that_are_no_json_are_what_they_say() {
+        assert!(twist(Kind::Empty, answer(), None).is_empty());
+        assert!(serde_json::from_slice::<Value>(&twist(Kind::Truncated, answer(), None)).is_err());
+        assert!(std::str::from_utf8(&twist(Kind::BadUtf8, answer(), None)).is_err());
+        assert_eq!(&twist(Kind::DeepJson, answer(), Some(3))[..], b"[[[]]]");
+        assert_eq!(twist(Kind::DeepJson, answer(), None).len(), 200_000);
+        assert_eq!(twist(Kind::HugeBody, answer(), None).len(), 64 << 20);
+        let body = twist(Kind::HugeBody, answer(), Some(1000));
+        assert_eq!(body.len(), 1000);
+        serde_json::from_slice::<Value>(&body).unwrap();
+    }
+}

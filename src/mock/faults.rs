@@ -1,0 +1,180 @@
+//! Which fault hits a request, and what it makes of it. Pure: time and chance are arguments.
+
+use std::time::{Duration, SystemTime};
+
+use crate::mock::corrupt::{blank_lines, twist};
+use crate::mock::headers::{with_retry_after, words};
+use crate::mock::response::{Reaction, Reply};
+use crate::mock::script::Script;
+use crate::mock::script::fault::Fault;
+use crate::mock::script::kind::Kind;
+use crate::mock::script::limits::RetryAfter;
+
+/// Another host than any that a test serves.
+const ELSEWHERE: &str = "https://elsewhere.invalid/v1/chat/completions";
+
+/// A request, as far as a fault's conditions look at it.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen<'a> {
+    /// Without a query.
+    pub path: &'a str,
+    /// Whether it is for an answer.
+    pub is_chat: bool,
+    /// The last message.
+    pub prompt: &'a str,
+    /// How often the same body came before.
+    pub attempt: u32,
+    /// Since the start.
+    pub at: Duration,
+}
+
+/// The first fault of the script whose conditions hold. Each one draws, so that the draws of one
+/// do not depend on the conditions of another.
+pub fn choose<'a>(script: &'a Script, seen: Seen, draw: &mut fastrand::Rng) -> Option<&'a Fault> {
+    let mut chosen = None;
+    for fault in &script.faults {
+        let random = draw.f64();
+        if chosen.is_none() && fault.applies(seen, random) {
+            chosen = Some(fault);
+        }
+    }
+    chosen
+}
+
+impl Fault {
+    fn applies(&self, seen: Seen, random: f64) -> bool {
+        let at = seen.at.as_secs_f64();
+        let is_there = match &self.path {
+            None => seen.is_chat,
+            Some(part) => seen.path.contains(part.as_str()),
+        };
+        is_there
+            && self.first.is_none_or(|first| seen.attempt < first)
+            && self.share.is_none_or(|share| random < share)
+            && self.from_s.is_none_or(|from| at >= from)
+            && self.to_s.is_none_or(|to| at < to)
+            && self
+                .matching
+                .as_ref()
+                .is_none_or(|part| seen.prompt.contains(part.as_str()))
+    }
+
+    /// Whether the request is billed.
+    pub fn is_billed(&self) -> bool {
+        self.billed.unwrap_or(self.kind.is_of_an_answer())
+    }
+
+    /// Puts the script's own body and headers in place of the kind's.
+    fn dress(&self, mut reply: Reply) -> Reply {
+        if let Some(body) = &self.body {
+            reply.body = body.clone().into();
+        }
+        for (name, value) in &self.headers {
+            let name = name.to_ascii_lowercase();
+            reply.headers.retain(|(other, _)| *other != name);
+            reply = reply.with(name, value.clone());
+        }
+        reply
+    }
+}
+
+/// What a fault that leaves no answer makes of a request. None: nothing ever comes.
+///
+/// `now` is only for a `Retry-After` that is a date.
+pub fn error(fault: &Fault, now: SystemTime) -> Option<Reaction> {
+    let reply = match fault.kind {
+        Kind::Stall => return None,
+        Kind::Reset => return Some(Reaction::Reset),
+        Kind::Refused => return Some(Reaction::Refused),
+        Kind::Html(status) => Reply {
+            content_type: "text/html",
+            ..Reply::json(status, page(status))
+        },
+        Kind::InsufficientQuota => Reply::error(
+            429,
+            "You exceeded your current quota, please check your plan and billing details.",
+            "insufficient_quota",
+        ),
+        Kind::Redirect => Reply::json(307, "").with("location", ELSEWHERE),
+        // With the status as its code, as routers send it.
+        Kind::ErrorIn200 => {
+            let reply = Reply::error(502, "The upstream provider failed.", 502);
+            Reply {
+                status: 200,
+                ..reply
+            }
+        }
+        Kind::Http(status) => of_status(status, &message(fault, status)),
+        _ => Reply::error(500, "This fault has no answer to spoil.", "server_error"),
+    };
+    let form = fault.retry_after.unwrap_or(RetryAfter::None);
+    let reply = with_retry_after(reply, form, wait(fault), now);
+    Some(Reaction::Reply(fault.dress(reply)))
+}
+
+/// What any other fault makes of a good answer.
+pub fn spoil(fault: &Fault, mut answer: Reply) -> Reaction {
+    let interval = seconds(fault.interval_s.unwrap_or(1.0));
+    let body = std::mem::take(&mut answer.body);
+    answer.body = twist(fault.kind, body.into(), fault.size);
+    let reply = fault.dress(answer);
+    match fault.kind {
+        Kind::ResetInBody => Reaction::ResetInBody(reply),
+        Kind::ShortBody => Reaction::ShortBody(reply),
+        Kind::UnfinishedChunks => Reaction::UnfinishedChunks(reply),
+        Kind::StallInBody => Reaction::StallInBody(reply),
+        Kind::Drip => Reaction::Drip {
+            slow: reply.body.len(),
+            reply,
+            interval,
+        },
+        Kind::BlankLines if fault.interval_s.is_some() => Reaction::Drip {
+            slow: blank_lines(fault.size),
+            reply,
+            interval,
+        },
+        _ => Reaction::Reply(reply),
+    }
+}
+
+fn of_status(status: u16, message: &str) -> Reply {
+    let code = match status {
+        400 => "invalid_request",
+        401 => "invalid_api_key",
+        402 => "payment_required",
+        403 => "forbidden",
+        404 => "not_found",
+        408 => "request_timeout",
+        409 => "conflict",
+        413 => "request_too_large",
+        422 => "unprocessable_entity",
+        429 => "rate_limit_exceeded",
+        503 | 529 => "overloaded",
+        _ => "server_error",
+    };
+    Reply::error(status, message, code)
+}
+
+fn message(fault: &Fault, status: u16) -> String {
+    let form = fault.retry_after.unwrap_or(RetryAfter::None);
+    format!(
+        "The mock was told to answer {status}.{}",
+        words(form, wait(fault))
+    )
+}
+
+fn wait(fault: &Fault) -> Duration {
+    seconds(fault.retry_after_s.unwrap_or(1.0))
+}
+
+fn page(status: u16) -> String {
+    format!(
+        "<html>\r\n<head><title>{status}</title></head>\r\n<body>\r\n<center><h1>{status}</h1>\
+         </center>\r\n<hr><center>cloudfront</center>\r\n</body>\r\n</html>\r\n"
+    )
+}
+
+/// A time of the script. What does not fit is none: [`Script::load`] has refused it by then.
+pub fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or_default()
+}

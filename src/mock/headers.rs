@@ -1,0 +1,198 @@
+//! The limits as the endpoints' headers tell of them. Pure: times are arguments.
+//!
+//! The names and their meaning are those of the providers' documents: OpenAI's "Rate limits" guide,
+//! Groq's, Together's, Fireworks' and Anthropic's pages of the same name.
+
+use std::time::{Duration, SystemTime};
+
+use crate::mock::limits::Readings;
+use crate::mock::quota::Reading;
+use crate::mock::response::{Header, Reply};
+use crate::mock::script::limits::{Dialect, RetryAfter};
+
+const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 86_400);
+
+/// Adds the headers that a reply of this dialect carries.
+pub fn push_limits(
+    headers: &mut Vec<Header>,
+    dialect: Dialect,
+    limits: &Readings,
+    now: SystemTime,
+) {
+    let mut push = |name: String, value: String| headers.push((name.into(), value.into()));
+    let per_minute = [("requests", limits.requests), ("tokens", limits.tokens)];
+    match dialect {
+        Dialect::None => {}
+        Dialect::Openai | Dialect::Groq => {
+            // Of Groq's requests it is those of a day.
+            let requests = match dialect {
+                Dialect::Groq => limits.day.or(limits.requests),
+                _ => limits.requests,
+            };
+            for (what, reading) in present(&[("requests", requests), ("tokens", limits.tokens)]) {
+                push(format!("x-ratelimit-limit-{what}"), whole(reading.limit));
+                push(
+                    format!("x-ratelimit-remaining-{what}"),
+                    whole(reading.remaining),
+                );
+                push(
+                    format!("x-ratelimit-reset-{what}"),
+                    go_duration(reading.reset),
+                );
+            }
+        }
+        Dialect::Azure => {
+            for (what, reading) in present(&per_minute) {
+                push(
+                    format!("x-ratelimit-remaining-{what}"),
+                    whole(reading.remaining),
+                );
+            }
+        }
+        Dialect::Anthropic => {
+            let output = limits.output_tokens;
+            // Where answers have no limit of their own, there is one of all tokens.
+            let input = output.and(limits.tokens);
+            let both = limits.tokens.filter(|_| output.is_none());
+            for (what, reading) in present(&[
+                ("requests", limits.requests),
+                ("tokens", both),
+                ("input-tokens", input),
+                ("output-tokens", output),
+            ]) {
+                let name = |part| format!("anthropic-ratelimit-{what}-{part}");
+                push(name("limit"), whole(reading.limit));
+                push(name("remaining"), whole(reading.remaining));
+                push(name("reset"), rfc_3339(now + reading.reset));
+            }
+        }
+        // Per second.
+        Dialect::Together => {
+            for (what, reading) in present(&[
+                ("ratelimit", limits.requests),
+                ("tokenlimit", limits.tokens),
+            ]) {
+                push(format!("x-{what}-limit"), whole(reading.limit / 60.0));
+                push(
+                    format!("x-{what}-remaining"),
+                    whole(reading.remaining.min(reading.limit / 60.0)),
+                );
+                push(
+                    format!("x-{what}-reset"),
+                    format!("{}", reading.reset.as_secs_f64().ceil()),
+                );
+            }
+        }
+        Dialect::Fireworks => {
+            let kinds = [
+                ("requests", limits.requests),
+                ("tokens-prompt", limits.tokens),
+                ("tokens-generated", limits.output_tokens),
+            ];
+            for (what, reading) in present(&kinds) {
+                push(format!("x-ratelimit-limit-{what}"), whole(reading.limit));
+                push(
+                    format!("x-ratelimit-remaining-{what}"),
+                    whole(reading.remaining),
+                );
+            }
+            let over = present(&kinds).any(|(_, reading)| reading.remaining < 1.0);
+            let word = if over { "yes" } else { "no" };
+            push("x-ratelimit-over-limit".into(), word.into());
+        }
+    }
+}
+
+fn present<'a>(
+    readings: &'a [(&'static str, Option<Reading>)],
+) -> impl Iterator<Item = (&'static str, Reading)> + 'a {
+    readings
+        .iter()
+        .filter_map(|(what, reading)| Some((*what, (*reading)?)))
+}
+
+/// What a refusal's message says about the wait, if the form is one of words.
+pub fn words(form: RetryAfter, wait: Duration) -> String {
+    match form {
+        RetryAfter::Words if wait < Duration::from_secs(1) => {
+            format!(" Please try again in {}ms.", ceil_ms(wait))
+        }
+        RetryAfter::Words => {
+            format!(" Please try again in {}s.", ceil_ms(wait) as f64 / 1000.0)
+        }
+        _ => String::new(),
+    }
+}
+
+/// `reply` with the header that says to come back after `wait`.
+pub fn with_retry_after(reply: Reply, form: RetryAfter, wait: Duration, now: SystemTime) -> Reply {
+    let date = |time| httpdate::fmt_http_date(time);
+    let value = match form {
+        RetryAfter::None | RetryAfter::Words => return reply,
+        RetryAfter::Ms => return reply.with("retry-after-ms", ceil_ms(wait).to_string()),
+        RetryAfter::Seconds => ceil_ms(wait).div_ceil(1000).to_string(),
+        RetryAfter::Float => format!("{}", ceil_ms(wait) as f64 / 1000.0),
+        // Whole seconds, rounded up: a client that obeys must not come too early.
+        RetryAfter::Date => date(now + wait + Duration::from_millis(999)),
+        RetryAfter::PastDate => date(now - Duration::from_secs(3600)),
+        RetryAfter::FarDate => date(now + TEN_YEARS),
+        RetryAfter::Garbage => "in a while; ask -1 more times".into(),
+    };
+    reply.with("retry-after", value)
+}
+
+fn ceil_ms(wait: Duration) -> u64 {
+    u64::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}
+
+fn whole(amount: f64) -> String {
+    // Against 2999.9999999 of a bucket that refilled for a while.
+    format!("{}", (amount + 1e-6).floor())
+}
+
+fn rfc_3339(time: SystemTime) -> String {
+    jiff::Timestamp::try_from(time).map_or_else(
+        |_| String::new(),
+        |time| time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+    )
+}
+
+/// As Go prints a duration that was cut to milliseconds: `17ms`, `8.64s`, `6m0s`, `1h2m3s`.
+fn go_duration(duration: Duration) -> String {
+    // Microseconds first, against 5m59.999s for six minutes.
+    let ms = (duration + Duration::from_nanos(500)).as_micros() / 1000;
+    if ms < 1000 {
+        return if ms == 0 {
+            "0s".into()
+        } else {
+            format!("{ms}ms")
+        };
+    }
+    let (hours, minutes) = (ms / 3_600_000, ms / 60_000 % 60);
+    let seconds = (ms % 60_000) as f64 / 1000.0;
+    match (hours, minutes) {
+        (0, 0) => format!("{seconds}s"),
+        (0, _) => format!("{minutes}m{seconds}s"),
+        _ => format!("{hours}h{minutes}m{seconds}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_as_go_prints_them() {
+        for (micros, expected) in [
+            (0, "0s"),
+            (17_142, "17ms"),
+            (8_640_000, "8.64s"),
+            (360_000_000, "6m0s"),
+            (179_560_000, "2m59.56s"),
+            (3_723_000_000, "1h2m3s"),
+        ] {
+            assert_eq!(go_duration(Duration::from_micros(micros)), expected);
+        }
+        assert_eq!(go_duration(Duration::from_nanos(359_999_999_999)), "6m0s");
+    }
+}

@@ -1,0 +1,290 @@
+//! A mock on raw TCP: HTTP/1.1 with connections that are kept, and everything below HTTP that can
+//! go wrong.
+//!
+//! It is also the server of load tests, so a small request costs a read, a write, and no more
+//! memory than its answer.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::mock::parse::{Chunks, Head, Problem, parse_head};
+use crate::mock::response::{Reaction, Reply};
+use crate::mock::{Mock, Request};
+
+/// Of a request. A batch's file may have 200 MB.
+const MAX_BODY: usize = 512 << 20;
+/// A body up to this size is sent in one write with its head.
+const SMALL: usize = 64 << 10;
+/// A pause without which a reset may overtake what was sent before it.
+const BEFORE_RESET: Duration = Duration::from_millis(20);
+
+/// Serves `mock` to whoever connects. It only ends by being dropped; the connections end with the
+/// runtime.
+pub async fn serve(mock: Arc<Mock>, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let mock = Arc::clone(&mock);
+                tokio::spawn(async move {
+                    mock.state().ledger.connected();
+                    if let Err(error) = converse(stream, &mock).await {
+                        tracing::debug!("a connection broke: {error}");
+                    }
+                });
+            }
+            // Too many open files, most likely: some will close.
+            Err(error) => {
+                tracing::warn!("cannot accept a connection: {error}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+/// Answers one request after another until either side closes.
+async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut connection = Connection {
+        stream,
+        input: Vec::with_capacity(8 << 10),
+        output: Vec::with_capacity(8 << 10),
+    };
+    loop {
+        let head = match connection.read_head().await? {
+            Some(Ok(head)) => head,
+            Some(Err(problem)) => return connection.refuse(problem).await,
+            None => return Ok(()),
+        };
+        let chunks = match connection.read_body(&head).await? {
+            Some(Ok(body)) => body,
+            Some(Err(problem)) => return connection.refuse(problem).await,
+            None => return Ok(()),
+        };
+        let text = |range: &std::ops::Range<usize>| {
+            std::str::from_utf8(&connection.input[range.clone()]).unwrap_or_default()
+        };
+        let end = chunks
+            .as_ref()
+            .map_or(head.end + head.length, |chunks| chunks.at);
+        let request = Request {
+            method: text(&head.method),
+            path: text(&head.path),
+            authorization: head.authorization.as_ref().map(text),
+            content_type: head.content_type.as_ref().map(text),
+            body: match &chunks {
+                Some(chunks) => &chunks.body,
+                None => &connection.input[head.end..end],
+            },
+        };
+        let mut early = Vec::new();
+        let reaction = tokio::select! {
+            biased;
+            reaction = mock.respond(request) => reaction,
+            gone = until_gone(&mut connection.stream, &mut early) => return gone,
+        };
+        connection.input.drain(..end);
+        connection.input.extend_from_slice(&early);
+        let reaction = match reaction {
+            Reaction::Reply(reply) if mock.script.answers.gzip && head.takes_gzip => {
+                Reaction::Reply(compressed(reply)?)
+            }
+            other => other,
+        };
+        let goes_on = connection.react(reaction, head.close).await?;
+        if !goes_on {
+            return Ok(());
+        }
+    }
+}
+
+/// As gateways do it: fast.
+fn compressed(reply: Reply) -> io::Result<Reply> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(&reply.body)?;
+    let mut headers = reply.headers;
+    headers.push(("content-encoding".into(), "gzip".into()));
+    Ok(Reply {
+        headers,
+        body: encoder.finish()?.into(),
+        ..reply
+    })
+}
+
+/// Ends when the client hangs up. What it sends before that, the next request, is kept.
+async fn until_gone(stream: &mut TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
+    while early.len() < SMALL {
+        if stream.read_buf(early).await? == 0 {
+            return Ok(());
+        }
+    }
+    // Who sends so much ahead is here.
+    std::future::pending().await
+}
+
+struct Connection {
+    stream: TcpStream,
+    /// What came, from the beginning of a request on.
+    input: Vec<u8>,
+    /// A head to be sent, with its body if that is small.
+    output: Vec<u8>,
+}
+
+impl Connection {
+    /// None once the client has closed.
+    async fn read_head(&mut self) -> io::Result<Option<Result<Head, Problem>>> {
+        loop {
+            match parse_head(&self.input) {
+                Ok(Some(head)) => return Ok(Some(Ok(head))),
+                Ok(None) => {}
+                Err(problem) => return Ok(Some(Err(problem))),
+            }
+            if self.stream.read_buf(&mut self.input).await? == 0 {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Reads on until the body is there: a plain one into `input`, where it stays; a chunked one
+    /// is returned. None if the client closes before.
+    async fn read_body(
+        &mut self,
+        head: &Head,
+    ) -> io::Result<Option<Result<Option<Chunks>, Problem>>> {
+        if head.length > MAX_BODY {
+            return Ok(Some(Err(Problem::TooLarge)));
+        }
+        if head.expects_continue && self.input.len() == head.end {
+            self.stream
+                .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+                .await?;
+        }
+        let mut chunks = head.chunked.then(|| Chunks::new(head.end));
+        let end = head.end + head.length;
+        self.input.reserve(end.saturating_sub(self.input.len()));
+        loop {
+            let whole = match &mut chunks {
+                None => Ok(self.input.len() >= end),
+                Some(_) if self.input.len() > MAX_BODY => Err(Problem::TooLarge),
+                Some(chunks) => chunks.advance(&self.input),
+            };
+            match whole {
+                Ok(true) => return Ok(Some(Ok(chunks))),
+                Ok(false) => {}
+                Err(problem) => return Ok(Some(Err(problem))),
+            }
+            if self.stream.read_buf(&mut self.input).await? == 0 {
+                return Ok(None);
+            }
+        }
+    }
+
+    async fn refuse(&mut self, problem: Problem) -> io::Result<()> {
+        let reply = Reply::error(problem.status(), problem.message(), "bad_request");
+        self.react(Reaction::Reply(reply), true).await?;
+        Ok(())
+    }
+
+    /// True if the connection can go on.
+    async fn react(&mut self, reaction: Reaction, close: bool) -> io::Result<bool> {
+        match reaction {
+            Reaction::Reply(reply) => {
+                self.write_head(&reply, Some(reply.body.len()), close);
+                if reply.body.len() <= SMALL {
+                    self.output.extend_from_slice(&reply.body);
+                    self.flush().await?;
+                } else {
+                    self.flush().await?;
+                    self.stream.write_all(&reply.body).await?;
+                }
+                return Ok(!close);
+            }
+            Reaction::Refused | Reaction::Reset => self.stream.set_zero_linger()?,
+            Reaction::ResetInBody(reply) => {
+                self.send_half(&reply).await?;
+                tokio::time::sleep(BEFORE_RESET).await;
+                self.stream.set_zero_linger()?;
+            }
+            Reaction::ShortBody(reply) => {
+                self.send_half(&reply).await?;
+                self.stream.shutdown().await?;
+            }
+            Reaction::UnfinishedChunks(reply) => {
+                self.write_head(&reply, None, close);
+                let size = format!("{:x}\r\n", reply.body.len());
+                self.output.extend_from_slice(size.as_bytes());
+                self.output.extend_from_slice(&reply.body);
+                self.output.extend_from_slice(b"\r\n");
+                self.flush().await?;
+                self.stream.shutdown().await?;
+            }
+            Reaction::StallInBody(reply) => {
+                self.send_half(&reply).await?;
+                until_gone(&mut self.stream, &mut Vec::new()).await?;
+            }
+            Reaction::Drip {
+                reply,
+                slow,
+                interval,
+            } => {
+                self.write_head(&reply, Some(reply.body.len()), close);
+                self.flush().await?;
+                let (slow, rest) = reply.body.split_at(slow.min(reply.body.len()));
+                for byte in slow {
+                    tokio::time::sleep(interval).await;
+                    self.stream.write_all(&[*byte]).await?;
+                }
+                self.stream.write_all(rest).await?;
+                return Ok(!close);
+            }
+        }
+        Ok(false)
+    }
+
+    async fn send_half(&mut self, reply: &Reply) -> io::Result<()> {
+        self.write_head(reply, Some(reply.body.len()), false);
+        self.output
+            .extend_from_slice(&reply.body[..reply.body.len() / 2]);
+        self.flush().await
+    }
+
+    /// Puts the head of a reply into `output`; a body without a length will be chunked.
+    fn write_head(&mut self, reply: &Reply, length: Option<usize>, close: bool) {
+        let out = &mut self.output;
+        match reply.status {
+            200 => out.extend_from_slice(b"HTTP/1.1 200 OK\r\ncontent-type: "),
+            status => {
+                let line = format!("HTTP/1.1 {status} Mock\r\ncontent-type: ");
+                out.extend_from_slice(line.as_bytes());
+            }
+        }
+        out.extend_from_slice(reply.content_type.as_bytes());
+        match length {
+            Some(length) => {
+                out.extend_from_slice(b"\r\ncontent-length: ");
+                crate::mock::logprobs::write_number(out, length as u64);
+            }
+            None => out.extend_from_slice(b"\r\ntransfer-encoding: chunked"),
+        }
+        for (name, value) in &reply.headers {
+            for part in ["\r\n", name, ": ", value] {
+                out.extend_from_slice(part.as_bytes());
+            }
+        }
+        if close {
+            out.extend_from_slice(b"\r\nconnection: close");
+        }
+        out.extend_from_slice(b"\r\n\r\n");
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        let sent = self.stream.write_all(&self.output).await;
+        self.output.clear();
+        sent
+    }
+}

@@ -1,0 +1,236 @@
+//! One limit: so much of something in so long a time. Pure: the time is an argument.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::mock::script::limits::Window;
+
+/// Rounding errors of a bucket that was refilled many times.
+const SLACK: f64 = 1e-6;
+
+/// A wait without an end, which can still be added to a date.
+const AGES: Duration = Duration::from_secs(1_000_000_000);
+
+/// What is left of a limit. `now` must never go back.
+#[derive(Debug)]
+pub struct Gauge {
+    /// What the script says, in a time of `per`.
+    nominal: f64,
+    factor: f64,
+    per: Duration,
+    count: Count,
+}
+
+#[derive(Debug)]
+enum Count {
+    Bucket {
+        level: f64,
+        /// Of `per`: the bucket's size is as much of the limit.
+        burst: f64,
+        at: Instant,
+    },
+    Fixed {
+        used: f64,
+        since: Instant,
+    },
+    Sliding {
+        used: f64,
+        entries: VecDeque<(Instant, f64)>,
+    },
+}
+
+/// A gauge as headers tell of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Reading {
+    pub limit: f64,
+    pub remaining: f64,
+    /// Until nothing is used.
+    pub reset: Duration,
+}
+
+impl Gauge {
+    /// `limit` a minute; a bucket holds `burst_s` seconds' worth of it.
+    pub fn per_minute(limit: u64, window: Window, burst_s: f64, now: Instant) -> Gauge {
+        let nominal = limit as f64;
+        let burst = burst_s / 60.0;
+        let count = match window {
+            Window::Bucket => Count::Bucket {
+                // A bucket that cannot hold one request would let none through.
+                level: (nominal * burst).max(1.0),
+                burst,
+                at: now,
+            },
+            Window::FixedMinute => Count::Fixed {
+                used: 0.0,
+                since: now,
+            },
+            Window::SlidingMinute => Count::Sliding {
+                used: 0.0,
+                entries: VecDeque::new(),
+            },
+        };
+        Gauge {
+            nominal,
+            factor: 1.0,
+            per: Duration::from_secs(60),
+            count,
+        }
+    }
+
+    /// `limit` a day, counted anew every 24 hours.
+    pub fn per_day(limit: u64, now: Instant) -> Gauge {
+        Gauge {
+            nominal: limit as f64,
+            factor: 1.0,
+            per: Duration::from_secs(86_400),
+            count: Count::Fixed {
+                used: 0.0,
+                since: now,
+            },
+        }
+    }
+
+    /// From now on the limit is `factor` times what it was made with.
+    pub fn scale(&mut self, now: Instant, factor: f64) {
+        self.advance(now);
+        self.factor = factor;
+        let size = self.size();
+        if let Count::Bucket { level, .. } = &mut self.count {
+            *level = level.min(size);
+        }
+    }
+
+    /// In a time of `per`.
+    fn limit(&self) -> f64 {
+        self.nominal * self.factor
+    }
+
+    /// The most that can be taken at one moment.
+    pub fn size(&self) -> f64 {
+        match self.count {
+            Count::Bucket { burst, .. } => (self.limit() * burst).max(1.0),
+            Count::Fixed { .. } | Count::Sliding { .. } => self.limit(),
+        }
+    }
+
+    /// Until a bucket has refilled by `amount`; an age where it does not refill at all.
+    fn time_for(&self, amount: f64) -> Duration {
+        let seconds = self.per.as_secs_f64() * amount / self.limit();
+        Duration::try_from_secs_f64(seconds).map_or(AGES, |time| time.min(AGES))
+    }
+
+    fn remaining(&self) -> f64 {
+        match self.count {
+            Count::Bucket { level, .. } => level,
+            Count::Fixed { used, .. } | Count::Sliding { used, .. } => self.limit() - used,
+        }
+    }
+
+    fn advance(&mut self, now: Instant) {
+        let (size, limit, per) = (self.size(), self.limit(), self.per);
+        match &mut self.count {
+            Count::Bucket { level, at, .. } => {
+                let passed = now.duration_since(*at).div_duration_f64(per);
+                *level = (*level + limit * passed).min(size);
+                *at = now.max(*at);
+            }
+            Count::Fixed { used, since } => {
+                while now.duration_since(*since) >= per {
+                    *since += per;
+                    *used = 0.0;
+                }
+            }
+            Count::Sliding { used, entries } => {
+                while let Some(&(at, amount)) = entries.front()
+                    && now.duration_since(at) >= per
+                {
+                    *used -= amount;
+                    entries.pop_front();
+                }
+            }
+        }
+    }
+
+    /// How long until `cost` can be taken; None if it never can.
+    pub fn wait(&mut self, now: Instant, cost: f64) -> Option<Duration> {
+        self.advance(now);
+        if cost > self.size() + SLACK {
+            return None;
+        }
+        let missing = cost - self.remaining();
+        if missing <= SLACK {
+            return Some(Duration::ZERO);
+        }
+        Some(match &self.count {
+            Count::Bucket { .. } => self.time_for(missing),
+            Count::Fixed { since, .. } => (*since + self.per).duration_since(now),
+            Count::Sliding { entries, .. } => {
+                let mut freed = 0.0;
+                let enough = entries.iter().find(|(_, amount)| {
+                    freed += amount;
+                    freed + SLACK >= missing
+                });
+                let at = enough.map_or(now, |(at, _)| *at);
+                (at + self.per).duration_since(now)
+            }
+        })
+    }
+
+    /// Takes `cost`, which may be more than there is: what is owed is paid off first. A bucket owes
+    /// no more than its size.
+    pub fn take(&mut self, now: Instant, cost: f64) {
+        self.advance(now);
+        let size = self.size();
+        match &mut self.count {
+            Count::Bucket { level, .. } => *level = (*level - cost).max(-size),
+            Count::Fixed { used, .. } => *used += cost,
+            Count::Sliding { used, entries } => {
+                *used += cost;
+                match entries.back_mut() {
+                    Some((at, amount)) if *at == now => *amount += cost,
+                    _ => entries.push_back((now, cost)),
+                }
+            }
+        }
+    }
+
+    /// Corrects what was taken at `taken_at` by `amount`: gives it back, or takes it if negative.
+    pub fn give_back(&mut self, now: Instant, taken_at: Instant, amount: f64) {
+        self.advance(now);
+        let size = self.size();
+        match &mut self.count {
+            Count::Bucket { level, .. } => *level = (*level + amount).min(size),
+            Count::Fixed { used, since } => {
+                if taken_at >= *since {
+                    *used -= amount;
+                }
+            }
+            Count::Sliding { used, entries } => {
+                if let Ok(index) = entries.binary_search_by_key(&taken_at, |(at, _)| *at) {
+                    entries[index].1 -= amount;
+                    *used -= amount;
+                }
+            }
+        }
+    }
+
+    pub fn read(&mut self, now: Instant) -> Reading {
+        self.advance(now);
+        let remaining = self.remaining().max(0.0);
+        let reset = match &self.count {
+            Count::Bucket { level, .. } => self.time_for((self.size() - level).max(0.0)),
+            Count::Fixed { used, .. } if *used <= 0.0 => Duration::ZERO,
+            Count::Fixed { since, .. } => (*since + self.per).duration_since(now),
+            Count::Sliding { entries, .. } => entries.back().map_or(Duration::ZERO, |(at, _)| {
+                (*at + self.per).duration_since(now)
+            }),
+        };
+        Reading {
+            limit: self.limit(),
+            remaining,
+            reset,
+        }
+    }
+}

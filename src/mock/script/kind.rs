@@ -1,0 +1,203 @@
+//! The kinds of faults, and their names in a script.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::error::nearest;
+
+/// What goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Kind {
+    /// `http 500`: an error with this status, in OpenAI's shape.
+    Http(u16),
+    /// `html 502`: a page, as proxies send.
+    Html(u16),
+    /// A 429 that waiting does not cure.
+    InsufficientQuota,
+    /// To another host, unless `headers.location` says where.
+    Redirect,
+    /// Nobody listens. Over TCP it is a reset, since the connection has been accepted by then.
+    Refused,
+    /// Before a byte of the answer.
+    Reset,
+    /// Nothing comes, and the connection stays open.
+    Stall,
+    /// An error, with status 200.
+    ErrorIn200,
+    /// Half of the answer, then a reset.
+    ResetInBody,
+    /// Half of the body that was announced, then an end in good order.
+    ShortBody,
+    /// A chunked body without its end.
+    UnfinishedChunks,
+    /// Half of the answer, and then nothing.
+    StallInBody,
+    /// The answer, a byte every `interval_s`.
+    Drip,
+    /// Blank lines before the answer, one every `interval_s`.
+    BlankLines,
+    /// No body.
+    Empty,
+    /// Half of a body that says to be whole.
+    Truncated,
+    BadUtf8,
+    NoChoices,
+    NullContent,
+    UnknownFinishReason,
+    FloatCreated,
+    /// `logprobs` is null, though they were asked for.
+    LogprobsNull,
+    /// Fewer positions than tokens, and fewer alternatives than asked for.
+    LogprobsFewer,
+    /// Bare `NaN`, as Python writes it.
+    LogprobsNan,
+    /// Bare `-Infinity`.
+    LogprobsInf,
+    /// -9999.0, OpenAI's "very unlikely".
+    LogprobsSentinel,
+    /// The first alternative comes twice.
+    LogprobsDuplicates,
+    /// The chosen token is not among the alternatives.
+    LogprobsWithoutChosen,
+    /// Of `size` bytes, 64 MiB if it is not given.
+    HugeBody,
+    /// Arrays in arrays, `size` or 100,000 deep.
+    DeepJson,
+    OtherModel,
+    NoUsage,
+    /// A `refusal` in place of the content.
+    Refusal,
+    ContentFilter,
+    /// Cut off by the longest answer that was allowed.
+    Length,
+}
+
+const NAMES: [(&str, Kind); 33] = [
+    ("insufficient_quota", Kind::InsufficientQuota),
+    ("redirect", Kind::Redirect),
+    ("refused", Kind::Refused),
+    ("reset", Kind::Reset),
+    ("stall", Kind::Stall),
+    ("error in 200", Kind::ErrorIn200),
+    ("reset in body", Kind::ResetInBody),
+    ("short body", Kind::ShortBody),
+    ("unfinished chunks", Kind::UnfinishedChunks),
+    ("stall in body", Kind::StallInBody),
+    ("drip", Kind::Drip),
+    ("blank lines", Kind::BlankLines),
+    ("empty", Kind::Empty),
+    ("truncated", Kind::Truncated),
+    ("bad utf-8", Kind::BadUtf8),
+    ("no choices", Kind::NoChoices),
+    ("null content", Kind::NullContent),
+    ("unknown finish_reason", Kind::UnknownFinishReason),
+    ("float created", Kind::FloatCreated),
+    ("logprobs null", Kind::LogprobsNull),
+    ("logprobs fewer", Kind::LogprobsFewer),
+    ("logprobs nan", Kind::LogprobsNan),
+    ("logprobs inf", Kind::LogprobsInf),
+    ("logprobs sentinel", Kind::LogprobsSentinel),
+    ("logprobs duplicates", Kind::LogprobsDuplicates),
+    ("logprobs without chosen", Kind::LogprobsWithoutChosen),
+    ("huge body", Kind::HugeBody),
+    ("deep json", Kind::DeepJson),
+    ("other model", Kind::OtherModel),
+    ("no usage", Kind::NoUsage),
+    ("refusal", Kind::Refusal),
+    ("content_filter", Kind::ContentFilter),
+    ("length", Kind::Length),
+];
+
+impl Kind {
+    /// Every kind; of those with a status, one each.
+    pub fn all() -> impl Iterator<Item = Kind> {
+        let named = NAMES.into_iter().map(|(_, kind)| kind);
+        [Kind::Http(500), Kind::Html(502)].into_iter().chain(named)
+    }
+
+    /// Whether the request had an answer, which then went wrong. Such a request is billed.
+    pub fn is_of_an_answer(self) -> bool {
+        !matches!(
+            self,
+            Kind::Http(_)
+                | Kind::Html(_)
+                | Kind::InsufficientQuota
+                | Kind::Redirect
+                | Kind::Refused
+                | Kind::Reset
+                | Kind::Stall
+                | Kind::ErrorIn200
+        )
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Kind::Http(status) => write!(f, "http {status}"),
+            Kind::Html(status) => write!(f, "html {status}"),
+            kind => f.write_str(
+                NAMES
+                    .iter()
+                    .find(|(_, other)| other == kind)
+                    .map_or("", |(name, _)| name),
+            ),
+        }
+    }
+}
+
+impl From<Kind> for String {
+    fn from(kind: Kind) -> String {
+        kind.to_string()
+    }
+}
+
+impl TryFrom<String> for Kind {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Kind, String> {
+        let status = |text: &str| {
+            text.parse()
+                .ok()
+                .filter(|status| (200..600).contains(status))
+                .ok_or_else(|| format!("{name:?} needs a status from 200 to 599"))
+        };
+        if let Some(rest) = name.strip_prefix("http ") {
+            return status(rest).map(Kind::Http);
+        }
+        if let Some(rest) = name.strip_prefix("html ") {
+            return status(rest).map(Kind::Html);
+        }
+        let known = NAMES.iter().find(|(other, _)| *other == name);
+        known.map(|(_, kind)| *kind).ok_or_else(|| {
+            let names = NAMES.iter().map(|(name, _)| *name);
+            format!(
+                "unknown kind {name:?}{}",
+                nearest(
+                    &name,
+                    names.chain(["http 500", "html 502"]),
+                    crate::mock::script::WHERE_KEYS_ARE
+                )
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_has_a_name_and_is_found_by_it() {
+        for kind in Kind::all() {
+            let name = kind.to_string();
+            assert!(!name.is_empty(), "{kind:?} has no name");
+            assert_eq!(Kind::try_from(name), Ok(kind));
+        }
+        let error = Kind::try_from("reset in boddy".to_string()).unwrap_err();
+        assert!(error.contains("did you mean \"reset in body\"?"), "{error}");
+        assert!(Kind::try_from("http 600".to_string()).is_err());
+    }
+}

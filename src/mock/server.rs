@@ -1,0 +1,99 @@
+//! A mock on a thread of its own.
+
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result};
+use tokio::runtime::Builder;
+use tokio_util::sync::CancellationToken;
+
+use crate::mock::ledger::Stats;
+use crate::mock::script::Script;
+use crate::mock::{Mock, http};
+
+/// A running mock. It can be held from synchronous and from async code alike; dropping it stops it
+/// at once.
+#[derive(Debug)]
+pub struct MockServer {
+    address: SocketAddr,
+    mock: Arc<Mock>,
+    stop: CancellationToken,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Serves `script` on this address; port 0 takes a free one. Returns once it accepts connections.
+///
+/// # Errors
+/// Where it cannot listen.
+pub fn start(script: Script, host: IpAddr, port: u16) -> Result<MockServer> {
+    let address = SocketAddr::new(host, port);
+    let listener = TcpListener::bind(address)
+        .with_context(|| format!("cannot listen on {address}; choose another port"))?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    let mut runtime = match script.threads {
+        1 => Builder::new_current_thread(),
+        threads => {
+            let mut builder = Builder::new_multi_thread();
+            builder.worker_threads(threads);
+            builder
+        }
+    };
+    let runtime = runtime.enable_all().build()?;
+    let mock = Arc::new(Mock::new(script));
+    let stop = CancellationToken::new();
+    let (serving, stopped) = (Arc::clone(&mock), stop.clone());
+    let listener = {
+        let _inside = runtime.enter();
+        tokio::net::TcpListener::from_std(listener)?
+    };
+    let thread = std::thread::Builder::new()
+        .name("mock".into())
+        .spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = http::serve(serving, listener) => {}
+                    () = stopped.cancelled() => {}
+                }
+            });
+        })?;
+    Ok(MockServer {
+        address,
+        mock,
+        stop,
+        thread: Some(thread),
+    })
+}
+
+impl MockServer {
+    /// For clients: `http://127.0.0.1:PORT/v1`.
+    pub fn base_url(&self) -> String {
+        format!("http://{}/v1", self.address)
+    }
+
+    pub fn mock(&self) -> &Mock {
+        &self.mock
+    }
+
+    /// Hangs up on everybody, and returns what there is to tell.
+    pub fn stop(mut self) -> Stats {
+        self.end();
+        self.mock.stats()
+    }
+
+    fn end(&mut self) {
+        self.stop.cancel();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the mock's thread panicked");
+        }
+    }
+}
+
+impl Drop for MockServer {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

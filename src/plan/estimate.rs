@@ -1,0 +1,153 @@
+//! What the remaining rows will use, before any of them is asked. Pure.
+
+use serde::Serialize;
+
+use crate::budget::price;
+use crate::cache::census::Census;
+use crate::cache::record::Usage;
+use crate::cache::stats::Stats;
+use crate::harvest::batch::outlook::Outlook;
+use crate::plan::Plan;
+
+/// Records from which the lengths of answers to come are guessed, at the least.
+const ENOUGH: u64 = 20;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Estimate {
+    pub requests: u64,
+    pub prompt_tokens: u64,
+    /// At most: every answer as long as `sampling.max_tokens`.
+    pub completion_tokens: u64,
+    /// As in the answers that the cache holds; none where it holds too few.
+    pub likely_completion_tokens: Option<u64>,
+    /// US dollars for empty and for longest answers; none where a price is missing.
+    pub cost_usd: Option<(f64, f64)>,
+    pub likely_cost_usd: Option<f64>,
+    /// The time that the limits alone demand; none for batches, which have limits of their own.
+    pub minutes: f64,
+    pub batches: Option<Outlook>,
+    /// Bytes of cache to come, as in the records that it holds.
+    pub disk_bytes: Option<u64>,
+    /// Cached answers that this run does not use.
+    pub cached: Census,
+    /// The body of the request that would be sent first.
+    pub first_request: Option<serde_json::Value>,
+}
+
+impl Estimate {
+    /// `stats` are those of some records of the cache, each of which takes about so many bytes.
+    pub fn new(plan: &Plan, stats: &Stats, bytes_per_record: f64) -> Estimate {
+        let mut estimate = Estimate {
+            cost_usd: Some((0.0, 0.0)),
+            likely_cost_usd: Some(0.0),
+            ..Estimate::default()
+        };
+        let answered = stats.records - stats.without_usage;
+        let likely_length =
+            (answered >= ENOUGH).then(|| stats.usage.completion_tokens as f64 / answered as f64);
+        if likely_length.is_some() {
+            estimate.likely_completion_tokens = Some(0);
+        }
+        for (lane, asking) in plan.askings.iter().enumerate() {
+            let requests = plan.lanes[lane].len() as u64;
+            let prompt_tokens: u64 = plan.lanes[lane]
+                .clone()
+                .map(|row| plan.cost(lane, row).input_tokens)
+                .sum();
+            let most = requests * u64::from(asking.lane.sampling.max_tokens);
+            let likely = likely_length.map(|length| ((length * requests as f64) as u64).min(most));
+            let dollars = |completion_tokens| {
+                let usage = Usage {
+                    prompt_tokens,
+                    completion_tokens,
+                    ..Usage::default()
+                };
+                price::cost(&usage, &asking.lane.price)
+            };
+            estimate.requests += requests;
+            estimate.prompt_tokens += prompt_tokens;
+            estimate.completion_tokens += most;
+            estimate.likely_completion_tokens = estimate
+                .likely_completion_tokens
+                .zip(likely)
+                .map(|(sum, more)| sum + more);
+            estimate.cost_usd = estimate
+                .cost_usd
+                .zip(dollars(0).zip(dollars(most)))
+                .map(|(sum, more)| (sum.0 + more.0, sum.1 + more.1));
+            estimate.likely_cost_usd = estimate
+                .likely_cost_usd
+                .zip(likely.and_then(dollars))
+                .map(|(sum, more)| sum + more);
+            let limits = &asking.lane.limits;
+            let minutes = |amount: u64, limit: Option<u32>| {
+                limit.map_or(0.0, |limit| amount as f64 / f64::from(limit))
+            };
+            let days = limits
+                .requests_per_day
+                .map_or(0, |limit| requests.saturating_sub(1) / limit);
+            // Teachers work side by side.
+            estimate.minutes = estimate
+                .minutes
+                .max(minutes(requests, limits.requests_per_minute))
+                .max(minutes(prompt_tokens + most, limits.tokens_per_minute))
+                .max(days as f64 * 1_440.0);
+        }
+        estimate.disk_bytes = (stats.records >= ENOUGH)
+            .then_some((bytes_per_record * estimate.requests as f64) as u64);
+        estimate
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::question::Past;
+    use crate::client::request::Asking;
+    use crate::config::Config;
+    use crate::plan::Scope;
+    use crate::plan::Standing;
+    use crate::prompt::{Message, Prompt};
+
+    #[test]
+    fn the_range_is_what_the_limits_allow_and_the_guess_what_was_seen() {
+        let mut config = Config::default();
+        config.sampling.max_tokens = 100;
+        config.price.input = Some(1.0);
+        config.price.output = Some(2.0);
+        config.limits.requests_per_minute = Some(2);
+        let askings = config.lanes().into_iter().map(Asking::plain).collect();
+        let prompts = (0..4).map(|number| {
+            Prompt::plain(
+                number.to_string(),
+                vec![Message::new("user", number.to_string())],
+            )
+        });
+        let plan = Plan::new(
+            prompts.collect(),
+            askings,
+            &config.prompts,
+            Scope::default(),
+            &Past::default(),
+            |_| Ok(Standing::Open),
+        );
+        let plan = plan.unwrap();
+        let estimate = Estimate::new(&plan, &Stats::default(), 0.0);
+        assert_eq!((estimate.requests, estimate.completion_tokens), (4, 400));
+        assert_eq!((estimate.minutes, estimate.disk_bytes), (2.0, None));
+        let input = estimate.prompt_tokens as f64 / 1e6;
+        let (least, most) = estimate.cost_usd.unwrap();
+        assert!((least - input).abs() < 1e-12 && (most - input - 800e-6).abs() < 1e-12);
+        assert_eq!(estimate.likely_cost_usd, None);
+
+        let mut stats = Stats {
+            records: 30,
+            ..Stats::default()
+        };
+        stats.usage.completion_tokens = 300;
+        let estimate = Estimate::new(&plan, &stats, 100.0);
+        assert_eq!(estimate.likely_completion_tokens, Some(40));
+        assert!((estimate.likely_cost_usd.unwrap() - input - 80e-6).abs() < 1e-12);
+        assert_eq!(estimate.disk_bytes, Some(400));
+    }
+}

@@ -1,0 +1,244 @@
+//! Loading and checks that a run and a dry run share, before the first request.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+use anyhow::Result;
+use tokio::time::Instant;
+
+use crate::budget::dollars::Dollars;
+use crate::budget::price::Bound;
+use crate::cache;
+use crate::cache::census::{self, Census};
+use crate::cache::question;
+use crate::cache::stats::Stats;
+use crate::cache::storage::Wrap;
+use crate::cache::writer::Cache;
+use crate::client::request::Asking;
+use crate::client::structured_output::Structured;
+use crate::config::{self, Config};
+use crate::exit::Exit;
+use crate::plan::Plan;
+use crate::plan::shard::Shard;
+use crate::probe::findings;
+use crate::prompt::{self, Prompt};
+use crate::rate_limit::daily::Day;
+use crate::rate_limit::pacer::Limiter;
+use crate::report::summary;
+use crate::signal::StopFlag;
+use crate::terminal::progress::Reading;
+use crate::terminal::{format_count, format_dollars};
+
+/// Request template of each teacher; `probes` are the hashes of their probe results.
+pub(crate) fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>> {
+    let lanes = config.lanes().into_iter().enumerate();
+    let asking = |(index, lane): (usize, config::Lane)| {
+        let schema = lane.sampling.schema.as_deref();
+        Ok(Asking {
+            structured: schema.map(Structured::load).transpose()?,
+            probe: probes.get(index).cloned().unwrap_or_default(),
+            scoring: None,
+            lane,
+        })
+    };
+    lanes.map(asking).collect()
+}
+
+/// Advice after the run: changes to the config without which it cannot train on the answers.
+pub(crate) fn before_training(config: &Config) -> &'static str {
+    if config.data.cache.is_some() {
+        "unset data.cache, which is the cache of another run, and then "
+    } else if !config.student.path.join("tokenizer.json").exists() {
+        "set student.path to a model folder, and then "
+    } else {
+        ""
+    }
+}
+
+/// Refuses what no limit and no budget will ever let go.
+///
+/// # Errors
+/// [`Exit::Usage`] where a row of the lane could never be sent.
+pub(crate) fn check_fits(config: &Config, plan: &Plan, lane: usize) -> Result<()> {
+    if plan.lanes[lane].is_empty() {
+        return Ok(());
+    }
+    let settings = &plan.askings[lane].lane;
+    let day = Day::new(settings.limits.own().requests_per_day, &[], Instant::now());
+    Limiter::new(&settings.limits.own(), plan.largest(lane), day, None)?;
+    let cost = |bound: &Bound| {
+        bound
+            .cost(&settings.price)
+            .map_or(Dollars::ZERO, Dollars::at_least)
+    };
+    check_budget(plan, lane, config.budget.usd.map(Dollars::at_most), cost)
+}
+
+/// Refuses a budget that the most expensive request does not fit into.
+///
+/// # Errors
+/// [`Exit::Usage`].
+pub(crate) fn check_budget(
+    plan: &Plan,
+    lane: usize,
+    cap: Option<Dollars>,
+    cost: impl Fn(&Bound) -> Dollars,
+) -> Result<()> {
+    let rows = plan.lanes[lane].clone();
+    let most = rows.map(|row| cost(&plan.bound(lane, row))).max();
+    match (most, cap) {
+        (Some(most), Some(cap)) if most > cap => Err(Exit::Usage(format!(
+            "one request to {} may cost {most}, more than `budget.usd` = {}: lower `sampling.max_tokens` or \
+             raise the budget",
+            plan.askings[lane].lane.teacher.label(),
+            cap.usd()
+        ))
+        .into()),
+        _ => Ok(()),
+    }
+}
+
+/// Counts the answers of a cache with `known` keys that the plan does not use. Reads the cache only if
+/// it holds more keys than the plan's answered rows, and then at most `limit` records.
+pub(crate) fn census_of(
+    dir: &Path,
+    plan: &Plan,
+    known: usize,
+    limit: u64,
+    stop: &StopFlag,
+) -> Result<Census> {
+    let of_ours: u64 = plan.answered.iter().sum();
+    if plan.rows.is_empty() || known as u64 <= of_ours {
+        return Ok(Census::default());
+    }
+    let mut open = HashMap::new();
+    for (asking, rows) in plan.askings.iter().zip(&plan.lanes) {
+        for row in &plan.rows[rows.clone()] {
+            let half = question::fingerprint(&row.key);
+            open.insert(half, asking.lane.sampling.max_tokens);
+        }
+    }
+    let ids: HashSet<&str> = plan
+        .prompts
+        .iter()
+        .map(|prompt| prompt.id.as_str())
+        .collect();
+    let is_prompt = |id: &str| ids.contains(id);
+    let check = || stop.check();
+    census::census(
+        dir,
+        &plan.keys,
+        &plan.questions,
+        &open,
+        is_prompt,
+        limit,
+        check,
+    )
+}
+
+/// Compares the config with what `distill probe` found. Returns the hash of that, for each lane.
+pub(crate) fn check_endpoints(config: &Config) -> Result<Vec<String>> {
+    let known = findings::load(&config.run_dir)?;
+    let mut hashes = Vec::new();
+    for lane in config.lanes() {
+        let found = known.as_ref().and_then(|known| known.of(&lane));
+        let warnings = match found {
+            Some(found) => found.check(&lane)?,
+            None => findings::check_unprobed(&lane).into_iter().collect(),
+        };
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        hashes.push(
+            found
+                .map(findings::Endpoint::hash)
+                .transpose()?
+                .unwrap_or_default(),
+        );
+    }
+    Ok(hashes)
+}
+
+pub(crate) fn prompts(
+    settings: &config::Prompts,
+    limit: Option<usize>,
+    stop: &StopFlag,
+) -> Result<Vec<Prompt>> {
+    let mut prompts = prompt::load(settings, || stop.check())?;
+    prompts.truncate(limit.unwrap_or(usize::MAX));
+    Ok(prompts)
+}
+
+pub(crate) fn open_cache(
+    config: &Config,
+    quiet: bool,
+    storage: Wrap,
+    stop: &StopFlag,
+) -> Result<Cache> {
+    let mut reading = Reading::new("opening the cache", quiet);
+    let (dir, settings) = (config.own_cache(), &config.cache);
+    cache::place::check_all_is_back(&dir)?;
+    cache::place::forget_move(&dir)?;
+    Cache::open_with(&dir, settings, storage, &mut |done, total| {
+        reading.update(done, total);
+        stop.check()
+    })
+}
+
+/// Warns where earlier runs have recorded answers and the cache is empty: it may have been moved.
+pub(crate) fn warn_of_empty_cache(config: &Config, records: usize) {
+    let before = summary::recorded_before(&config.run_dir);
+    if records == 0 && before > 0 {
+        tracing::warn!(
+            "earlier runs have recorded {} answers, and the cache in {} is empty: they are bought again; if it \
+             was moved or compressed by hand, stop this run and put it back",
+            format_count(before),
+            config.own_cache().display()
+        );
+    }
+}
+
+/// A budget holds by the prices: without them, or with old ones, it says nothing.
+pub(crate) fn check_money(
+    config: &Config,
+    shard: Option<Shard>,
+    now: jiff::Timestamp,
+) -> Result<()> {
+    let Some(usd) = config.budget.usd else {
+        return Ok(());
+    };
+    if let Some(shard) = shard {
+        tracing::warn!(
+            "the budget of {} is that of shard {shard} alone: each shard keeps its own books",
+            format_dollars(usd)
+        );
+    }
+    let today = now.to_zoned(jiff::tz::TimeZone::UTC).date();
+    for lane in config.lanes() {
+        let label = lane.teacher.label();
+        if lane.price.input.is_none() || lane.price.output.is_none() {
+            let message = format!(
+                "`budget.usd` is set, but {label} has no price: set `price.input` and \
+                 `price.output`, in dollars per million tokens (0 if it is free)"
+            );
+            return Err(Exit::Usage(message).into());
+        }
+        if let Some(warning) = crate::budget::price::doubt(&lane.price, label, today) {
+            tracing::warn!("{warning}");
+        }
+    }
+    Ok(())
+}
+
+/// The first records of a cache in numbers, for a guess at those to come. Read without the lock, so that a
+/// dry run may look over the shoulder of a running harvest.
+pub(crate) fn sample(dir: &Path) -> Result<Stats> {
+    const ENOUGH: usize = 1_000;
+    let mut stats = Stats::default();
+    if cache::exists(dir) {
+        for record in crate::cache::reader::read(dir)?.take(ENOUGH) {
+            stats.add(&record?)?;
+        }
+    }
+    Ok(stats)
+}

@@ -1,0 +1,474 @@
+//! What a server says about its limits, in any dialect. Pure.
+//!
+//! One grammar reads them all: a family of names (`x-ratelimit-`, `anthropic-ratelimit-`,
+//! `x-tokenlimit-`, the IETF's `ratelimit-`), and in the rest of the name, in any order, a figure
+//! (`limit`, `remaining`, `reset`), what is counted (`requests`, `tokens`, `input-tokens`,
+//! `tokens-generated`, ...) and at times a period (`minute`, `day`).
+
+use std::time::{Duration, SystemTime};
+
+use reqwest::header::HeaderMap;
+
+use crate::client::retry_after;
+
+/// What a limit counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Resource {
+    Requests,
+    /// Prompt and completion together.
+    Tokens,
+    InputTokens,
+    OutputTokens,
+}
+
+impl Resource {
+    pub const ALL: [Resource; 4] = [
+        Resource::Requests,
+        Resource::Tokens,
+        Resource::InputTokens,
+        Resource::OutputTokens,
+    ];
+
+    /// As messages name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Resource::Requests => "requests",
+            Resource::Tokens => "tokens",
+            Resource::InputTokens => "input tokens",
+            Resource::OutputTokens => "output tokens",
+        }
+    }
+}
+
+/// What one reply says about one limit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Report {
+    pub resource: Resource,
+    pub limit: Option<f64>,
+    pub remaining: Option<f64>,
+    /// Until the limit is whole again.
+    pub reset: Option<Duration>,
+    /// Length of its window, if the server reports it.
+    pub window: Option<Duration>,
+    /// The period of the limit, where the dialect or the name fixes it.
+    period: Option<Duration>,
+    /// The names say neither what is counted nor over which period.
+    is_bare: bool,
+    /// The reset time is the end of a window, as the IETF has it.
+    is_window: bool,
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3_600);
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// How a limit comes back, as far as one reply tells.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Refill {
+    /// At a constant rate, all of it in this time: `reset` is when the bucket is full.
+    Constant(Duration),
+    /// All at once, when the window ends after `reset`.
+    AtReset,
+    /// Too little is said, or nothing is used yet.
+    Unknown,
+}
+
+impl Report {
+    /// Tells a bucket from a fixed window, and a minute from a day, by the reset time.
+    ///
+    /// The same names mean a minute at one endpoint and a day at another (Groq's requests). But a
+    /// bucket that refills at a constant rate needs `period * used / limit` to be full again, so
+    /// the reset time gives the period away once something is used; where no usual period fits, it
+    /// is the end of a window. An empty bucket that is full in a second is more likely to hold a
+    /// second's worth of a limit a minute than to be 60 times as generous.
+    pub fn refill(&self) -> Refill {
+        if let Some(period) = self.period {
+            return Refill::Constant(period);
+        }
+        if self.is_window && self.reset.is_some() {
+            return Refill::AtReset;
+        }
+        let (Some(limit), Some(remaining), Some(reset)) = (self.limit, self.remaining, self.reset)
+        else {
+            return Refill::Unknown;
+        };
+        let (used, reset) = (limit - remaining, reset.as_secs_f64());
+        if used <= 0.0 || reset <= 0.0 {
+            return Refill::Unknown;
+        }
+        let period = reset * limit / used;
+        let fits = |candidate: &Duration| {
+            let ratio = period / candidate.as_secs_f64();
+            (1.0 / 1.2..1.2).contains(&ratio)
+        };
+        match [SECOND, MINUTE, HOUR, DAY].into_iter().find(fits) {
+            Some(SECOND) if remaining < limit / 10.0 => Refill::Unknown,
+            Some(period) => Refill::Constant(period),
+            None => Refill::AtReset,
+        }
+    }
+}
+
+/// A reset further away than this is none of a limit by the second.
+const LONGER_THAN_A_SECOND: Duration = Duration::from_secs(5);
+
+/// Every limit that these headers speak of, at most one report for each resource and period.
+pub fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<Report> {
+    let mut reports: Vec<Report> = Vec::new();
+    for (name, value) in headers {
+        let Some(field) = Field::parse(name.as_str()) else {
+            continue;
+        };
+        let Ok(value) = value.to_str() else { continue };
+        let report = report_of(&mut reports, field.resource, field.period);
+        match field.figure {
+            Figure::Limit => report.limit = amount(value),
+            Figure::Remaining => report.remaining = amount(value),
+            Figure::Reset => report.reset = retry_after::until(value, now),
+        }
+        report.is_bare |= field.is_bare;
+        report.is_window |= name.as_str().starts_with("ratelimit-");
+    }
+    for report in &mut reports {
+        // OpenRouter's bare names are those of a day, Together's of a second.
+        if report.is_bare
+            && report
+                .reset
+                .is_some_and(|reset| reset > LONGER_THAN_A_SECOND)
+        {
+            report.period = None;
+        }
+    }
+    structured(headers, now, &mut reports);
+    reports.retain(|report| report.limit.is_some() || report.remaining.is_some());
+    reports
+}
+
+fn report_of(
+    reports: &mut Vec<Report>,
+    resource: Resource,
+    period: Option<Duration>,
+) -> &mut Report {
+    let found = reports
+        .iter()
+        .position(|report| report.resource == resource && report.period == period);
+    let index = found.unwrap_or_else(|| {
+        reports.push(Report {
+            resource,
+            limit: None,
+            remaining: None,
+            reset: None,
+            window: None,
+            period,
+            is_bare: false,
+            is_window: false,
+        });
+        reports.len() - 1
+    });
+    &mut reports[index]
+}
+
+/// The IETF's fields in one line: `RateLimit: "default";r=50;t=30` with `RateLimit-Policy:
+/// "default";q=100;w=60`, and the older `RateLimit: limit=100, remaining=50, reset=30`
+/// (draft-ietf-httpapi-ratelimit-headers).
+fn structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<Report>) {
+    let line = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let figures = line("ratelimit").into_iter().flat_map(parameters);
+    let policy = line("ratelimit-policy").into_iter().flat_map(parameters);
+    let mut found = [None; 4];
+    for (name, value) in policy.chain(figures) {
+        match name {
+            "q" | "limit" => found[0] = amount(value),
+            "r" | "remaining" => found[1] = amount(value),
+            "w" => found[3] = amount(value),
+            "t" | "reset" => {
+                found[2] = retry_after::until(value, now).map(|reset| reset.as_secs_f64())
+            }
+            _ => {}
+        }
+    }
+    let [limit, remaining, reset, window] = found;
+    if remaining.is_none() {
+        return;
+    }
+    let report = report_of(reports, Resource::Requests, None);
+    report.is_window = true;
+    let seconds = |seconds: f64| {
+        Duration::try_from_secs_f64(seconds)
+            .ok()
+            .filter(|time| !time.is_zero())
+    };
+    report.window = window.and_then(seconds);
+    report.limit = report.limit.or(limit);
+    report.remaining = report.remaining.or(remaining);
+    report.reset = report
+        .reset
+        .or(reset.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()));
+}
+
+/// The `name=value` pairs of a structured field.
+fn parameters(line: &str) -> impl Iterator<Item = (&str, &str)> {
+    let parts = line.split([',', ';']);
+    parts.filter_map(|part| {
+        let (name, value) = part.split_once('=')?;
+        Some((name.trim(), value.trim().trim_matches('"')))
+    })
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Figure {
+    Limit,
+    Remaining,
+    Reset,
+}
+
+struct Field {
+    figure: Figure,
+    resource: Resource,
+    period: Option<Duration>,
+    /// Its name says neither what is counted nor over which period.
+    is_bare: bool,
+}
+
+/// Families of names: the prefix, whether they count tokens, and whether bare names count by the second.
+const FAMILIES: [(&str, bool, bool); 7] = [
+    ("x-tokenlimit-", true, true),
+    ("x-ratelimitbysize-", true, false),
+    ("ratelimitbysize-", true, false),
+    ("anthropic-ratelimit-", false, true),
+    ("x-ratelimit-", false, true),
+    ("x-rate-limit-", false, false),
+    ("ratelimit-", false, false),
+];
+
+impl Field {
+    fn parse(name: &str) -> Option<Field> {
+        let (rest, of_tokens, by_second) =
+            FAMILIES.iter().find_map(|(prefix, of_tokens, by_second)| {
+                Some((name.strip_prefix(prefix)?, *of_tokens, *by_second))
+            })?;
+        let mut figure = None;
+        let mut period = None;
+        let (mut requests, mut tokens, mut input, mut output) = (false, of_tokens, false, false);
+        for word in rest.split('-') {
+            match word {
+                "limit" => figure = Some(Figure::Limit),
+                "remaining" => figure = Some(Figure::Remaining),
+                "reset" => figure = Some(Figure::Reset),
+                "requests" | "request" | "req" => requests = true,
+                "tokens" | "token" => tokens = true,
+                "input" | "prompt" => input = true,
+                "output" | "generated" => output = true,
+                "second" => period = Some(SECOND),
+                "minute" | "min" => period = Some(MINUTE),
+                "hour" => period = Some(HOUR),
+                "day" => period = Some(DAY),
+                // Limits of something that we do not use, images or audio, say.
+                _ => return None,
+            }
+        }
+        let resource = match (requests, tokens, input, output) {
+            (_, _, true, _) => Resource::InputTokens,
+            (_, _, _, true) => Resource::OutputTokens,
+            (_, true, ..) => Resource::Tokens,
+            _ => Resource::Requests,
+        };
+        let is_bare = !requests && (!tokens || of_tokens) && period.is_none();
+        if is_bare && by_second {
+            period = Some(SECOND);
+        }
+        Some(Field {
+            figure: figure?,
+            resource,
+            period,
+            is_bare,
+        })
+    }
+}
+
+/// The first number of a value, as in `100, 100;w=60`.
+fn amount(value: &str) -> Option<f64> {
+    let first = value.split([',', ';']).next()?;
+    let amount: f64 = first.trim().parse().ok()?;
+    (amount.is_finite() && amount >= 0.0).then_some(amount)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Duration = Duration::from_secs(1_800_000_000);
+
+    fn reports(headers: &[(&'static str, &str)]) -> Vec<Report> {
+        let headers = headers
+            .iter()
+            .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+            .collect();
+        let mut reports = parse(&headers, SystemTime::UNIX_EPOCH + NOW);
+        reports.sort_by_key(|report| report.resource);
+        reports
+    }
+
+    /// `resource remaining/limit per period`, with `?` for what is unknown.
+    fn summary(headers: &[(&'static str, &str)]) -> String {
+        let show = |value: Option<f64>| value.map_or("?".into(), |value| value.to_string());
+        reports(headers)
+            .iter()
+            .map(|report| {
+                let refill = match report.refill() {
+                    Refill::Constant(period) => format!("per {}", period.as_secs()),
+                    Refill::AtReset => "at reset".into(),
+                    Refill::Unknown => "?".into(),
+                };
+                format!(
+                    "{} {}/{} {refill}",
+                    report.resource.name(),
+                    show(report.remaining),
+                    show(report.limit),
+                )
+            })
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+
+    #[test]
+    fn every_dialect_is_read() {
+        let cases: [(&[(&str, &str)], &str); 14] = [
+            // OpenAI: the reset time is that of a bucket filled in a minute.
+            (
+                &[
+                    ("x-ratelimit-limit-requests", "3500"),
+                    ("x-ratelimit-remaining-requests", "3499"),
+                    ("x-ratelimit-reset-requests", "17ms"),
+                    ("x-ratelimit-limit-tokens", "90000"),
+                    ("x-ratelimit-remaining-tokens", "45000"),
+                    ("x-ratelimit-reset-tokens", "30s"),
+                ],
+                "requests 3499/3500 per 60, tokens 45000/90000 per 60",
+            ),
+            // Groq: the same names, but requests are per day.
+            (
+                &[
+                    ("x-ratelimit-limit-requests", "14400"),
+                    ("x-ratelimit-remaining-requests", "14370"),
+                    ("x-ratelimit-reset-requests", "2m59.56s"),
+                    ("x-ratelimit-limit-tokens", "18000"),
+                    ("x-ratelimit-remaining-tokens", "17997"),
+                    ("x-ratelimit-reset-tokens", "9.99ms"),
+                ],
+                "requests 14370/14400 per 86400, tokens 17997/18000 per 60",
+            ),
+            // Azure: no limits, no reset.
+            (
+                &[
+                    ("x-ratelimit-remaining-requests", "9"),
+                    ("x-ratelimit-remaining-tokens", "900"),
+                ],
+                "requests 9/? ?, tokens 900/? ?",
+            ),
+            (
+                &[
+                    ("anthropic-ratelimit-requests-limit", "50"),
+                    ("anthropic-ratelimit-requests-remaining", "25"),
+                    ("anthropic-ratelimit-requests-reset", "2027-01-15T08:00:30Z"),
+                    ("anthropic-ratelimit-input-tokens-limit", "1000"),
+                    ("anthropic-ratelimit-input-tokens-remaining", "1000"),
+                    ("anthropic-ratelimit-output-tokens-remaining", "8000"),
+                ],
+                "requests 25/50 per 60, input tokens 1000/1000 ?, output tokens 8000/? ?",
+            ),
+            // Together: by the second.
+            (
+                &[
+                    ("x-ratelimit-limit", "10"),
+                    ("x-ratelimit-remaining", "9"),
+                    ("x-ratelimit-reset", "1"),
+                    ("x-tokenlimit-limit", "3000"),
+                    ("x-tokenlimit-remaining", "2000"),
+                ],
+                "requests 9/10 per 1, tokens 2000/3000 per 1",
+            ),
+            // Fireworks: prompt and generated tokens apart.
+            (
+                &[
+                    ("x-ratelimit-limit-requests", "600"),
+                    ("x-ratelimit-limit-tokens-prompt", "60000"),
+                    ("x-ratelimit-remaining-tokens-generated", "5"),
+                    ("x-ratelimit-over-limit", "no"),
+                ],
+                "requests ?/600 ?, input tokens ?/60000 ?, output tokens 5/? ?",
+            ),
+            // The period in the name.
+            (
+                &[
+                    ("x-ratelimit-limit-requests-day", "14400"),
+                    ("x-ratelimit-limit-tokens-minute", "60000"),
+                ],
+                "requests ?/14400 per 86400, tokens ?/60000 per 60",
+            ),
+            // A fixed window ends in 59 s, whatever is used.
+            (
+                &[
+                    ("x-ratelimit-limit-requests", "100"),
+                    ("x-ratelimit-remaining-requests", "99"),
+                    ("x-ratelimit-reset-requests", "59"),
+                ],
+                "requests 99/100 at reset",
+            ),
+            // OpenRouter: bare names, and a reset that is no second's.
+            (
+                &[
+                    ("x-ratelimit-limit", "50"),
+                    ("x-ratelimit-remaining", "0"),
+                    ("x-ratelimit-reset", "1800036000000"),
+                ],
+                "requests 0/50 at reset",
+            ),
+            // Mistral.
+            (
+                &[
+                    ("x-ratelimit-limit-req-minute", "60"),
+                    ("x-ratelimit-remaining-req-minute", "0"),
+                    ("x-ratelimit-limit-tokens-minute", "500000"),
+                    ("x-ratelimit-remaining-tokens-minute", "499000"),
+                    ("x-ratelimit-tokens-query-cost", "30"),
+                ],
+                "requests 0/60 per 60, tokens 499000/500000 per 60",
+            ),
+            // The IETF's drafts, the older and the newer one.
+            (
+                &[
+                    ("ratelimit-limit", "3, 3;w=5"),
+                    ("ratelimit-remaining", "1"),
+                    ("ratelimit-reset", "4"),
+                ],
+                "requests 1/3 at reset",
+            ),
+            (
+                &[
+                    ("ratelimit", "\"api\";r=0;t=55"),
+                    ("ratelimit-policy", "\"fixed window\";\"api\";q=500;w=300"),
+                ],
+                "requests 0/500 at reset",
+            ),
+            (
+                &[("ratelimit", "limit=100, remaining=50, reset=17")],
+                "requests 50/100 at reset",
+            ),
+            // Nonsense is nothing.
+            (
+                &[
+                    ("x-ratelimit-limit-requests", "many"),
+                    ("x-ratelimit-remaining-tokens", "-1"),
+                    ("x-ratelimit-reset-tokens", "soon"),
+                    ("x-request-id", "1"),
+                ],
+                "",
+            ),
+        ];
+        for (headers, expected) in cases {
+            assert_eq!(summary(headers), expected);
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! A build without the feature `redis`: there is no way to a server.
+
+use std::convert::Infallible;
+
+use anyhow::Result;
+
+use crate::config::redis_url::{CANNOT_SHARE, RedisUrl};
+use crate::exit::Exit;
+use crate::rate_limit::redis::rules::{ANSWERS, Arguments, KEYS};
+
+pub struct Connection(Infallible);
+
+impl Connection {
+    pub async fn open(_: &RedisUrl, _: [String; KEYS]) -> Result<Connection> {
+        Err(Exit::Usage(CANNOT_SHARE.into()).into())
+    }
+
+    pub async fn ask(&mut self, _: &Arguments) -> Result<[u64; ANSWERS], String> {
+        match self.0 {}
+    }
+}

@@ -1,0 +1,147 @@
+//! The ceilings in the numbers of `admit.lua`. Pure.
+
+use std::time::Duration;
+
+use crate::client::http::identity;
+use crate::config::{Limits, Teacher};
+use crate::rate_limit::user_limits::burst;
+
+pub const KEYS: usize = 3;
+pub const ANSWERS: usize = 3;
+
+/// What the script is told with each question.
+pub type Arguments = [u64; 11];
+
+/// A minute in picoseconds: whole numbers of them are fine enough for any limit, and small enough to
+/// be exact in the doubles that Lua counts with.
+const MINUTE: u64 = 60_000_000_000_000;
+
+/// The largest number that is.
+const LARGEST_EXACT: u64 = 1 << 53;
+
+/// The names of the script's keys. What stands in braces is the same in all of them, so that a
+/// cluster keeps them in one place.
+pub fn keys(teacher: &Teacher) -> [String; KEYS] {
+    let asked = format!("{}\n{}", identity(teacher), teacher.model);
+    let hash = blake3::hash(asked.as_bytes()).to_hex();
+    ["requests", "tokens", "day"].map(|name| format!("distill:limit:{{{}}}:{name}", &hash[..32]))
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Rules {
+    requests: Bucket,
+    tokens: Bucket,
+    /// 0 for no ceiling.
+    requests_per_day: u64,
+}
+
+/// In picoseconds at the limit; all 0 where there is none.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Bucket {
+    /// What one unit takes.
+    interval: u64,
+    /// What the burst takes, before it is raised to the largest request.
+    burst: u64,
+    largest: u64,
+}
+
+impl Bucket {
+    fn new(per_minute: Option<u32>, largest: u64) -> Bucket {
+        let Some(per_minute) = per_minute else {
+            return Bucket::default();
+        };
+        // Rounded up: rounding down would let out a little more than the limit.
+        let interval = MINUTE.div_ceil(u64::from(per_minute.max(1)));
+        Bucket {
+            interval,
+            burst: interval * u64::from(burst(per_minute)),
+            largest: interval * largest.min(per_minute.into()),
+        }
+    }
+}
+
+impl Rules {
+    /// `largest` is the estimate of tokens of the largest request to come.
+    pub fn new(limits: &Limits, largest: u64) -> Rules {
+        let per_day = limits.requests_per_day.unwrap_or(0);
+        Rules {
+            requests: Bucket::new(limits.requests_per_minute, 1),
+            tokens: Bucket::new(limits.tokens_per_minute, largest),
+            requests_per_day: per_day.min(LARGEST_EXACT),
+        }
+    }
+
+    /// Asks for up to `wanted` requests of so many tokens each; `held` requests and tokens are there.
+    pub fn arguments(&self, wanted: u64, tokens: u64, held: (u64, u64)) -> Arguments {
+        let (requests, by_tokens) = (self.requests, self.tokens);
+        [
+            wanted,
+            tokens,
+            held.0,
+            held.1,
+            requests.interval,
+            requests.burst,
+            requests.largest,
+            by_tokens.interval,
+            by_tokens.burst,
+            by_tokens.largest,
+            self.requests_per_day,
+        ]
+    }
+}
+
+/// What the script answers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Charged {
+    pub requests: u64,
+    pub tokens: u64,
+    /// Where nothing was charged: until there is room for one request.
+    pub wait: Duration,
+}
+
+impl Charged {
+    pub fn new([requests, tokens, microseconds]: [u64; ANSWERS]) -> Charged {
+        Charged {
+            requests,
+            tokens,
+            wait: Duration::from_micros(microseconds),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_rounded_to_the_safe_side_and_every_number_is_exact() {
+        for per_minute in [1, 7, 60, 159, 6_000, 2_000_000, u32::MAX] {
+            for largest in [1, 1_000, u64::from(per_minute)] {
+                let bucket = Bucket::new(Some(per_minute), largest);
+                let minute = bucket.interval * u64::from(per_minute);
+                assert!(minute >= MINUTE && minute - MINUTE < u64::from(per_minute));
+                // The highest level, and what drains in the two minutes that the script looks back.
+                assert!(bucket.burst + 2 * bucket.largest + 2 * MINUTE < LARGEST_EXACT);
+            }
+        }
+        assert_eq!(Bucket::new(None, 9), Bucket::default());
+    }
+
+    #[test]
+    fn endpoint_and_model_share_a_limit_and_a_place_in_a_cluster() {
+        let keys_of = |base_url: &str, model: &str| {
+            keys(&Teacher {
+                base_url: base_url.into(),
+                model: model.into(),
+                ..Teacher::default()
+            })
+        };
+        let keys = keys_of("https://a/v1", "m");
+        assert_eq!(keys, keys_of("https://a/v1/", "m"));
+        assert_ne!(keys[0], keys_of("https://a/v1", "n")[0]);
+        assert_ne!(keys[0], keys_of("https://b/v1", "m")[0]);
+        let tag = |key: &str| key.split(['{', '}']).nth(1).unwrap().to_string();
+        assert!(keys.iter().all(|key| tag(key) == tag(&keys[0])));
+        assert!(keys[0].starts_with("distill:limit:{") && keys[0].ends_with("}:requests"));
+    }
+}

@@ -1,0 +1,86 @@
+//! `failures.jsonl`: the rows that ended without an answer, and why: failed ones, and those that a
+//! content filter refused.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::cache::record::Timing;
+use crate::client::outcome::Failure;
+use crate::harvest::queue::Entry;
+use crate::plan::unanswered::{Kind, Known, Line};
+use crate::plan::{Plan, Row};
+
+/// A line of the file.
+#[derive(Debug, Serialize)]
+pub struct FailedRow {
+    pub teacher: String,
+    pub prompt_id: String,
+    pub sample: u32,
+    /// The key that an answer would have been recorded under.
+    pub key: String,
+    pub class: String,
+    pub message: String,
+    pub attempts: u32,
+}
+
+impl FailedRow {
+    pub fn new(plan: &Plan, lane: usize, entry: Entry, failure: Failure) -> FailedRow {
+        let row = &plan.rows[entry.row];
+        FailedRow {
+            teacher: plan.askings[lane].lane.teacher.label().into(),
+            prompt_id: plan.prompts[row.prompt as usize].id.clone(),
+            sample: row.sample,
+            key: row.key.clone(),
+            class: failure.class,
+            message: failure.message,
+            attempts: entry.failed,
+        }
+    }
+
+    /// The line of `unanswered.jsonl` that tells the next run of this failure.
+    pub fn line(&self, now: jiff::Timestamp) -> Line {
+        Line {
+            key: self.key.clone(),
+            prompt_id: self.prompt_id.clone(),
+            sample: self.sample,
+            kind: Kind::Failed,
+            class: self.class.clone(),
+            message: self.message.clone(),
+            at: Timing::stamp(now),
+        }
+    }
+
+    /// A row that earlier runs have bought as often as it may be.
+    pub fn given_up(plan: &Plan, lane: usize, row: &Row, known: Known) -> FailedRow {
+        FailedRow {
+            teacher: plan.askings[lane].lane.teacher.label().into(),
+            prompt_id: plan.prompts[row.prompt as usize].id.clone(),
+            sample: row.sample,
+            key: row.key.clone(),
+            class: known.class,
+            message: known.message,
+            attempts: known.paid,
+        }
+    }
+}
+
+pub fn file(run_dir: &Path) -> PathBuf {
+    run_dir.join("failures.jsonl")
+}
+
+/// Replaces the file by the rows of this run: an older one would speak of rows that have been
+/// answered since.
+pub fn write(run_dir: &Path, rows: &[FailedRow]) -> Result<()> {
+    let path = file(run_dir);
+    if rows.is_empty() && !path.exists() {
+        return Ok(());
+    }
+    let mut lines = Vec::new();
+    for row in rows {
+        serde_json::to_writer(&mut lines, row)?;
+        lines.push(b'\n');
+    }
+    crate::fs::write_atomic(&path, &lines)
+}

@@ -1,0 +1,128 @@
+//! How the run is going: what is done, how fast, what it costs, how long it will take.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::report::summary::Summary;
+use crate::terminal::{format_count, format_dollars, format_duration};
+
+/// Rates are those of the last minute.
+const WINDOW: Duration = Duration::from_secs(60);
+
+/// Counters over the last minute.
+pub struct Rates {
+    samples: VecDeque<Sample>,
+}
+
+#[derive(Clone, Copy)]
+struct Sample {
+    at: Instant,
+    requests: u64,
+    tokens: u64,
+    done: u64,
+}
+
+impl Rates {
+    pub fn new(now: Instant, summary: &Summary) -> Self {
+        Self {
+            samples: VecDeque::from([sample(now, summary)]),
+        }
+    }
+
+    /// Takes note of where the run stands; call it about once a second.
+    pub fn note(&mut self, now: Instant, summary: &Summary) {
+        while self.samples.len() > 1 && now - self.samples[1].at >= WINDOW {
+            self.samples.pop_front();
+        }
+        self.samples.push_back(sample(now, summary));
+    }
+
+    /// The state of the run as one line.
+    pub fn line(&self, summary: &Summary) -> String {
+        let mut parts = Vec::new();
+        // First, since a narrow terminal cuts off the end.
+        let done = self.per_minute(|sample| sample.done);
+        if done > 0.0 {
+            let minutes = summary.total.saturating_sub(summary.done()) as f64 / done;
+            let left = Duration::from_secs_f64(minutes * 60.0);
+            parts.push(format!("{} left", format_duration(left)));
+        }
+        for (count, name) in [
+            (summary.failed, "failed"),
+            (summary.quarantined, "quarantined"),
+            (summary.cached, "cached"),
+        ] {
+            if count > 0 {
+                parts.push(format!("{} {name}", format_count(count)));
+            }
+        }
+        let requests = self.per_minute(|sample| sample.requests);
+        let tokens = self.per_minute(|sample| sample.tokens);
+        parts.push(format!(
+            "{} requests/min",
+            format_count(requests.round() as u64)
+        ));
+        parts.push(format!(
+            "{} tokens/min",
+            format_count(tokens.round() as u64)
+        ));
+        if let Some(cost) = summary.cost_usd {
+            let total = summary.run_folder_usd.unwrap_or(cost);
+            parts.push(match summary.budget_usd {
+                Some(budget) => format!("{} of {}", format_dollars(total), format_dollars(budget)),
+                None => format_dollars(cost),
+            });
+        }
+        parts.join(", ")
+    }
+
+    fn per_minute(&self, counter: impl Fn(&Sample) -> u64) -> f64 {
+        match (self.samples.front(), self.samples.back()) {
+            (Some(first), Some(last)) if last.at > first.at => {
+                let minutes = (last.at - first.at).as_secs_f64() / 60.0;
+                (counter(last) - counter(first)) as f64 / minutes
+            }
+            _ => 0.0,
+        }
+    }
+}
+
+fn sample(at: Instant, summary: &Summary) -> Sample {
+    Sample {
+        at,
+        requests: summary.requests,
+        tokens: summary.usage.prompt_tokens + summary.usage.completion_tokens,
+        done: summary.done(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_is_about_the_last_minute() {
+        let start = Instant::now();
+        let mut summary = Summary {
+            total: 1_000,
+            cached: 100,
+            cost_usd: Some(0.25),
+            ..Summary::default()
+        };
+        let mut rates = Rates::new(start, &summary);
+        // Ten requests a second for a minute, then one.
+        for second in 1..=120 {
+            let each = if second <= 60 { 10 } else { 1 };
+            summary.requests += each;
+            summary.ok += each;
+            summary.usage.prompt_tokens += 100 * each;
+            rates.note(start + Duration::from_secs(second), &summary);
+        }
+        assert_eq!(
+            rates.line(&summary),
+            "4 min 0 s left, 100 cached, 60 requests/min, 6,000 tokens/min, $0.2500"
+        );
+    }
+}

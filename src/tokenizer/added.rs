@@ -1,0 +1,147 @@
+//! Added tokens of a model folder, and their occurrences in a text.
+//!
+//! A tokenizer finds added tokens first, and encodes the text between them separately.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use aho_corasick::AhoCorasick;
+use anyhow::Result;
+use serde_json::{Value, json};
+use tokenizers::{AddedVocabulary, Model, NormalizerWrapper, OffsetReferential, OffsetType};
+
+use crate::tokenizer::chat_template::TOKEN_VARIABLES;
+use crate::tokenizer::files::Files;
+use crate::tokenizer::source::Source;
+
+/// Adds tokens that only the other files of the folder list to `tokenizer`, as `transformers` does on
+/// loading.
+pub fn complete(tokenizer: &mut Source, files: &Files) {
+    let mut new_ids = next_id(tokenizer)..;
+    let mut new_id = || new_ids.next().unwrap_or(u64::MAX);
+    let mut added = match tokenizer.json["added_tokens"].take() {
+        Value::Array(added) => added,
+        _ => Vec::new(),
+    };
+    let content = |token: &Value| token["content"].as_str().unwrap_or_default().to_owned();
+    let mut known: HashMap<String, usize> = added.iter().map(content).zip(0..).collect();
+    for mut token in files.added_tokens() {
+        let name = content(&token);
+        match known.get(&name) {
+            Some(&at) => {
+                token["id"] = added[at]["id"].take();
+                added[at] = token;
+            }
+            None => {
+                let id = tokenizer.id(&name).map(u64::from);
+                token["id"] = id.unwrap_or_else(&mut new_id).into();
+                known.insert(name, added.len());
+                added.push(token);
+            }
+        }
+    }
+    // A special token outside the vocabulary gets an id if the chat template can produce it.
+    let template = files.chat_template.as_deref().unwrap_or_default();
+    let by_variable = |name: &str| {
+        let mut variables = TOKEN_VARIABLES.iter();
+        variables.any(|variable| files.token(variable) == Some(name) && template.contains(variable))
+    };
+    for name in files.special_tokens() {
+        let is_known = known.contains_key(name) || tokenizer.id(name).is_some();
+        let is_used = template.contains(name) || by_variable(name);
+        if is_known || name.is_empty() || !is_used {
+            continue;
+        }
+        known.insert(name.to_owned(), added.len());
+        added.push(special(name, new_id()));
+    }
+    tokenizer.json["added_tokens"] = Value::Array(added);
+}
+
+/// An entry of `added_tokens` for a special token.
+pub fn special(content: &str, id: u64) -> Value {
+    json!({
+        "id": id, "content": content, "special": true, "normalized": false,
+        "single_word": false, "lstrip": false, "rstrip": false,
+    })
+}
+
+/// Id of the next new token.
+fn next_id(tokenizer: &Source) -> u64 {
+    let size = tokenizer.model.get_vocab_size() as u64;
+    let added = tokenizer.json["added_tokens"].as_array();
+    let ids = added.into_iter().flatten();
+    let largest = ids.filter_map(|token| token["id"].as_u64()).max();
+    largest.map_or(0, |id| id + 1).max(size)
+}
+
+/// Fast search for added tokens that are not control tokens.
+#[derive(Debug)]
+pub struct PlainAdded {
+    names: AhoCorasick,
+    by_normalising: ByNormalising,
+}
+
+/// Texts without the name of an added token from which normalisation may produce it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ByNormalising {
+    Never,
+    NonAscii,
+    Always,
+}
+
+impl PlainAdded {
+    /// Returns None if there are none.
+    ///
+    /// # Errors
+    /// If the names exceed the limits of the search.
+    pub fn new(vocabulary: &AddedVocabulary, normalizer: &Value) -> Result<Option<PlainAdded>> {
+        let plain = vocabulary.get_added_tokens_decoder().values();
+        let plain: Vec<_> = plain.filter(|token| !token.special).collect();
+        if plain.is_empty() {
+            return Ok(None);
+        }
+        let mut normalized = plain.iter().filter(|token| token.normalized);
+        let by_normalising = if normalizer.is_null() {
+            ByNormalising::Never
+        } else if normalizer["type"] != "NFC" {
+            normalized
+                .next()
+                .map_or(ByNormalising::Never, |_| ByNormalising::Always)
+        } else if normalized.any(|token| !token.content.is_ascii()) {
+            ByNormalising::NonAscii
+        } else {
+            ByNormalising::Never
+        };
+        let names = AhoCorasick::new(plain.iter().map(|token| &token.content))?;
+        Ok(Some(PlainAdded {
+            names,
+            by_normalising,
+        }))
+    }
+
+    /// Returns false only if no such token is in `text`.
+    pub fn may_be_in(&self, text: &str) -> bool {
+        let by_normalising = match self.by_normalising {
+            ByNormalising::Never => false,
+            ByNormalising::NonAscii => !text.is_ascii(),
+            ByNormalising::Always => true,
+        };
+        by_normalising || self.names.is_match(text)
+    }
+}
+
+/// Finds the added tokens of `vocabulary` in a text, in order: byte ranges and ids.
+pub fn find(
+    vocabulary: &AddedVocabulary,
+    normalizer: Option<&NormalizerWrapper>,
+    text: &str,
+) -> Vec<(Range<usize>, u32)> {
+    let extracted = vocabulary.extract_and_normalize(normalizer, text);
+    let splits = extracted.get_splits(OffsetReferential::Original, OffsetType::Byte);
+    let found = splits.into_iter().filter_map(|(_, (start, end), tokens)| {
+        let token = tokens.as_ref()?.first()?;
+        Some((start..end, token.id))
+    });
+    found.collect()
+}

@@ -1,0 +1,438 @@
+//! A model's chat template, rendered with template text and message content kept apart.
+//!
+//! Apart, since they are tokenised differently: `<|im_end|>` is a control token where the template
+//! wrote it, and ten characters of text where a message did. How: the conversation is rendered
+//! twice, once as it is and once with a marker in place of each content. The second shows where the
+//! template puts contents; the first decides what it makes of them.
+
+pub mod meter;
+pub mod python_date;
+pub mod python_json;
+pub mod python_text;
+pub mod sandbox;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow, bail};
+use jiff::civil::DateTime;
+use minijinja::{Value, context};
+
+use crate::config::TemplateDate;
+use crate::exit::Exit;
+use crate::prompt::Message;
+
+/// Prepends default values of variables to a template; values passed at rendering take precedence.
+///
+/// # Errors
+/// [`Exit::Usage`] for a name that no variable can have.
+pub fn with_arguments(
+    source: &str,
+    arguments: &BTreeMap<String, serde_json::Value>,
+) -> Result<String> {
+    const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+    let mut text = String::new();
+    for (name, value) in arguments {
+        let is_name = !name.is_empty()
+            && !name.starts_with(|c: char| c.is_ascii_digit())
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        if !is_name {
+            bail!(Exit::Usage(format!(
+                "`student.template_args` contains {name:?}, which is not a valid variable name"
+            )));
+        }
+        if RESERVED.contains(&name.as_str()) || TOKEN_VARIABLES.contains(&name.as_str()) {
+            bail!(Exit::Usage(format!(
+                "`student.template_args` must not contain {name:?}: every rendering sets it"
+            )));
+        }
+        if !source.contains(name.as_str()) {
+            bail!(Exit::Usage(format!(
+                "`student.template_args` sets `{name}`, which the chat template does not use"
+            )));
+        }
+        let value = literal(value);
+        // The line end keeps the first line of the template a line of its own.
+        text.push_str(&format!(
+            "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}\n"
+        ));
+    }
+    Ok(text + source)
+}
+
+/// A JSON value as a Jinja literal.
+fn literal(value: &serde_json::Value) -> String {
+    use serde_json::Value;
+    match value {
+        Value::Null => "none".into(),
+        Value::Array(items) => {
+            let items: Vec<_> = items.iter().map(literal).collect();
+            format!("[{}]", items.join(", "))
+        }
+        Value::Object(fields) => {
+            let fields = fields.iter();
+            let fields: Vec<_> = fields
+                .map(|(name, value)| format!("{}: {}", Value::from(name.as_str()), literal(value)))
+                .collect();
+            format!("{{{}}}", fields.join(", "))
+        }
+        scalar => scalar.to_string(),
+    }
+}
+
+/// A piece of a rendered conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Span {
+    /// Text of the template itself, where control tokens are control tokens.
+    Template(String),
+    /// Content of message number `message`, possibly stripped. An answer with thinking may have two spans:
+    /// the thinking and the rest.
+    Content { message: usize, text: String },
+}
+
+impl Span {
+    pub fn text(&self) -> &str {
+        match self {
+            Span::Template(text) | Span::Content { text, .. } => text,
+        }
+    }
+}
+
+/// Variables of a chat template that hold special tokens.
+pub const TOKEN_VARIABLES: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+];
+
+/// Date that `strftime_now` returns.
+#[derive(Debug, Clone, Copy)]
+pub enum Date {
+    Fixed(DateTime),
+    /// See [`ChatTemplate::at`], as for [`Date::Record`].
+    Clock(fn() -> DateTime),
+    /// That of each record.
+    Record,
+}
+
+impl From<TemplateDate> for Date {
+    fn from(date: TemplateDate) -> Self {
+        match date {
+            TemplateDate::Fixed(date) => Date::Fixed(date.into()),
+            TemplateDate::Record => Date::Record,
+        }
+    }
+}
+
+impl Date {
+    /// Distinguishes dates that render other texts. The clock has none: its texts differ by themselves.
+    pub fn name(self) -> String {
+        match self {
+            Date::Fixed(date) => date.to_string(),
+            Date::Record => "record".into(),
+            Date::Clock(_) => String::new(),
+        }
+    }
+}
+
+/// A template and the tokens that it may name.
+#[derive(Debug, Clone)]
+pub struct ChatTemplate {
+    source: Arc<str>,
+    /// Special tokens by variable name, such as `bos_token`.
+    tokens: Vec<(&'static str, String)>,
+    date: Option<Date>,
+}
+
+impl ChatTemplate {
+    /// Takes the template as it stands in a model folder.
+    pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Self {
+        let tokens = [
+            ("bos_token", Some(bos_token)),
+            ("eos_token", Some(eos_token)),
+        ];
+        Self::with_tokens(source, tokens)
+    }
+
+    /// Same with the text of each special token that the model has.
+    pub fn with_tokens<'a>(
+        source: &str,
+        tokens: impl IntoIterator<Item = (&'static str, Option<&'a str>)>,
+    ) -> Self {
+        let tokens = tokens.into_iter();
+        let tokens = tokens.filter_map(|(name, token)| Some((name, token?.to_owned())));
+        Self {
+            source: without_generation_tags(source).into(),
+            tokens: tokens.collect(),
+            date: None,
+        }
+    }
+
+    /// Sets the date that `strftime_now` returns; a template that calls it fails without one.
+    pub fn set_date(&mut self, date: Date) {
+        self.date = Some(date);
+    }
+
+    /// The template with the date of a conversation: that of its record, or of the clock, which is read once.
+    pub fn at(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
+        let date = match (self.date, date) {
+            (Some(Date::Record), Some(date)) => date,
+            (Some(Date::Clock(now)), _) => now(),
+            _ => return Cow::Borrowed(self),
+        };
+        Cow::Owned(ChatTemplate {
+            date: Some(Date::Fixed(date)),
+            ..self.clone()
+        })
+    }
+
+    /// The conversation as one text, without telling template and content apart.
+    ///
+    /// # Errors
+    /// If the template does not parse, refuses the conversation, or takes more than its share of
+    /// time or memory.
+    pub fn render_text(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let input = messages
+            .iter()
+            .map(|m| m.role.len() + m.content.len())
+            .sum();
+        let context = context! {
+            messages => messages.iter().map(as_value).collect::<Vec<_>>(),
+            add_generation_prompt,
+            tools => Value::from(()),
+            documents => Value::from(()),
+            ..Value::from_pairs(self.tokens.iter().map(|(role, token)| (*role, token.as_str())))
+        };
+        sandbox::render(
+            &self.source,
+            context,
+            messages.len(),
+            input,
+            match self.date {
+                Some(Date::Fixed(date)) => Some(date),
+                _ => None,
+            },
+        )
+        .map_err(|e| anyhow!("the chat template fails: {e}"))
+    }
+
+    /// The conversation in pieces, whose texts joined are [`Self::render_text`].
+    ///
+    /// # Errors
+    /// As there; and if the template does something to a content that cannot be followed, such as
+    /// writing it in capitals.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<Span>> {
+        let real = self.render_text(messages, add_generation_prompt)?;
+        let marker = marker(messages);
+        // A template may leave out an empty message, which a marker would hide: so the second try
+        // leaves empty contents empty.
+        for mark_empty in [true, false] {
+            let mut parts = Vec::new();
+            let marked: Vec<Message> = messages
+                .iter()
+                .enumerate()
+                .map(|(message, Message { role, content })| {
+                    let mut marked = String::new();
+                    for part in parts_of(role, content) {
+                        if part.is_tag || part.text.is_empty() && !mark_empty {
+                            marked.push_str(part.text);
+                        } else {
+                            marked.push_str(&format!("{marker}{}{MARKER_END}", parts.len()));
+                            parts.push((message, part.text));
+                        }
+                    }
+                    Message::new(role.as_str(), marked)
+                })
+                .collect();
+            let marked = self.render_text(&marked, add_generation_prompt)?;
+            if let Some(spans) = follow(&real, &marked, &marker, &parts) {
+                return Ok(spans);
+            }
+        }
+        bail!("the chat template changes the text of a message in a way that cannot be followed")
+    }
+}
+
+/// Private-use characters: no template looks for them.
+const MARKER_START: char = '\u{F8F0}';
+const MARKER_END: char = '\u{F8F1}';
+
+/// Text that occurs in no message: it contains the hash of all of them.
+fn marker(messages: &[Message]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for message in messages {
+        hasher.update(message.role.as_bytes());
+        hasher.update(b"\0");
+        hasher.update(message.content.as_bytes());
+        hasher.update(b"\0");
+    }
+    format!("{MARKER_START}{}-", hasher.finalize().to_hex())
+}
+
+/// A part of a message: text, or a thinking tag with the white space around it.
+struct ContentPart<'a> {
+    text: &'a str,
+    is_tag: bool,
+}
+
+pub use crate::tokenizer::chat_template::meter::NEEDS_DATE;
+
+/// Tags around thinking.
+pub const THINKING: (&str, &str) = ("<think>", "</think>");
+
+/// Splits an answer that begins with thinking, since some templates parse, move or drop thinking. Any other
+/// message is one part.
+fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
+    let text = |text: &'a str| ContentPart {
+        text,
+        is_tag: false,
+    };
+    let tag = |text: &'a str| ContentPart { text, is_tag: true };
+    match thinking(content).filter(|_| role == "assistant") {
+        Some(Thinking { inner, answer }) => vec![
+            tag(&content[..inner.start]),
+            text(&content[inner.clone()]),
+            tag(&content[inner.end..answer]),
+            text(&content[answer..]),
+        ],
+        None => vec![text(content)],
+    }
+}
+
+/// Thinking at the beginning of a message.
+struct Thinking {
+    /// Byte range without line breaks at both ends.
+    inner: Range<usize>,
+    /// First byte of the answer.
+    answer: usize,
+}
+
+/// Finds thinking between its tags, or without the opening one, as a model writes it after a prompt that ends with that,
+/// or without the closing one, where it was cut off.
+fn thinking(content: &str) -> Option<Thinking> {
+    let (open, close) = THINKING;
+    let trimmed = content.trim_start();
+    let opened = trimmed.strip_prefix(open);
+    let inside = opened.unwrap_or(trimmed);
+    let (inside, rest) = match inside.split_once(close) {
+        Some((before, after)) if opened.is_none() => {
+            // Other text may mention the tag.
+            let is_own_line = (before.is_empty() || before.ends_with('\n'))
+                && (after.is_empty() || after.starts_with(['\n', '\r']));
+            if !is_own_line || before.contains(open) {
+                return None;
+            }
+            (before, after)
+        }
+        Some(parts) => parts,
+        None => (opened?, ""),
+    };
+    let breaks = ['\n', '\r'];
+    let before = opened.map_or(0, |_| open.len()) + content.len() - trimmed.len();
+    let start = before + inside.len() - inside.trim_start_matches(breaks).len();
+    let inner = inside.trim_matches(breaks);
+    Some(Thinking {
+        inner: start..start + inner.len(),
+        answer: content.len() - rest.trim_start().len(),
+    })
+}
+
+/// First byte of the answer in a message: after its thinking, if there is any.
+pub fn answer_start(content: &str) -> usize {
+    thinking(content).map_or(0, |thinking| thinking.answer)
+}
+
+/// An answer that begins with thinking, as a model writes it: two tags, and two contents. None for any other message.
+pub fn thinking_spans(message: usize, content: &str) -> Option<[Span; 4]> {
+    let parts = parts_of("assistant", content);
+    let spans = parts.into_iter().map(|part| {
+        let text = part.text.to_owned();
+        if part.is_tag {
+            Span::Template(text)
+        } else {
+            Span::Content { message, text }
+        }
+    });
+    spans.collect::<Vec<_>>().try_into().ok()
+}
+
+/// Splits `real` at the markers in `marked`, which are indices into `parts` (message number and text). Returns
+/// None if the two renderings differ.
+fn follow(real: &str, marked: &str, marker: &str, parts: &[(usize, &str)]) -> Option<Vec<Span>> {
+    let mut pieces = marked.split(marker);
+    let first = pieces.next().unwrap_or_default();
+    let mut rest = real.strip_prefix(first)?;
+    let mut spans = Vec::new();
+    push_template(&mut spans, first);
+    let mut pieces = pieces.peekable();
+    while let Some(piece) = pieces.next() {
+        let (number, template) = piece.split_once(MARKER_END)?;
+        let &(message, content) = parts.get(number.parse::<usize>().ok()?)?;
+        let last = pieces.peek().is_none();
+        let (text, after) = forms(content).into_iter().find_map(|form| {
+            let after = rest.strip_prefix(form)?.strip_prefix(template)?;
+            (!last || after.is_empty()).then_some((form, after))
+        })?;
+        spans.push(Span::Content {
+            message,
+            text: text.into(),
+        });
+        push_template(&mut spans, template);
+        rest = after;
+    }
+    rest.is_empty().then_some(spans)
+}
+
+fn push_template(spans: &mut Vec<Span>, text: &str) {
+    if !text.is_empty() {
+        spans.push(Span::Template(text.into()));
+    }
+}
+
+/// What templates make of a content: the content, or the content without white space at its ends.
+fn forms(content: &str) -> [&str; 7] {
+    [
+        content,
+        content.trim(),
+        content.trim_start(),
+        content.trim_end(),
+        content.trim_matches('\n'),
+        content.trim_start_matches('\n'),
+        content.trim_end_matches('\n'),
+    ]
+}
+
+/// Takes out the tags with which `transformers` marks the assistant's part. An `if` in their place
+/// keeps their effect on the white space around them.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let Some(length) = rest[start..].find("%}") else {
+            break;
+        };
+        let tag = &rest[start + 2..start + length];
+        out.push_str(&rest[..start + 2]);
+        match tag.trim_matches(['-', '+', ' ', '\t', '\n']) {
+            "generation" => out.push_str(&tag.replace("generation", "if true")),
+            "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
+            _ => out.push_str(tag),
+        }
+        rest = &rest[start + length..];
+    }
+    out.push_str(rest);
+    out
+}
+
+fn as_value(message: &Message) -> Value {
+    Value::from_pairs([
+        ("role", message.role.as_str()),
+        ("content", message.content.as_str()),
+    ])
+}

@@ -1,0 +1,134 @@
+//! Runs a chat template that nobody vouches for: it may take so much work and so much memory.
+//!
+//! A template comes with a model, and a model comes from anywhere. The engine's own fuel counts
+//! instructions, but one instruction can double a string (thirty of them make a gigabyte), copy it
+//! or compare it. So whatever an operator, filter, test or method reads and makes, and all that is
+//! written, is paid for by its size from one allowance per rendering ([`meter`]).
+//!
+//! The engine has no hook for operators, so they are replaced by calls in the compiled template.
+
+use std::sync::Arc;
+
+use jiff::civil::DateTime;
+use minijinja::machinery::{self, CompiledTemplate, Instruction, TemplateConfig, Token};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{AutoEscape, Error, Value};
+
+use crate::tokenizer::chat_template::meter;
+use crate::tokenizer::chat_template::meter::{ALLOWANCE, LARGEST_VALUE, refusal};
+
+/// Instructions that a template may run, and for each message on top.
+const FUEL: usize = 100_000;
+const FUEL_PER_MESSAGE: usize = 2_000;
+/// Bytes of a template, tokens of the language in one tag, and branches: the compiler recurses over
+/// the last two.
+const LARGEST_TEMPLATE: usize = 256 << 10;
+const LARGEST_TAG: usize = 1_000;
+const BRANCHES: usize = 500;
+
+/// Renders `source`. `messages` is how many messages the context holds and `input` their bytes;
+/// both widen what the template may take. `strftime_now` returns `date`.
+pub fn render(
+    source: &str,
+    context: Value,
+    messages: usize,
+    input: usize,
+    date: Option<DateTime>,
+) -> Result<String, Error> {
+    let syntax_config = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()?;
+    check_source(source, &syntax_config)?;
+    let config = TemplateConfig {
+        syntax_config,
+        default_auto_escape: Arc::new(|_| AutoEscape::None),
+    };
+    let mut template = CompiledTemplate::new("chat template", source, &config)?;
+    let mut longest_text = 1;
+    let blocks = template.blocks.values_mut();
+    for instructions in std::iter::once(&mut template.instructions).chain(blocks) {
+        let mut at = 0;
+        while let Some(instruction) = instructions.get_mut(at) {
+            longest_text = longest_text.max(replace(instruction)?);
+            at += 1;
+        }
+    }
+
+    let mut env = meter::environment(input, date);
+    // The template's own text is written without passing the meter, so the fuel must bound it.
+    let fuel = FUEL.min(ALLOWANCE / longest_text) + messages * FUEL_PER_MESSAGE;
+    env.set_fuel(Some(fuel as u64));
+    let mut rendered = String::new();
+    machinery::eval(
+        &env,
+        &template.instructions,
+        context,
+        &template.blocks,
+        &mut machinery::make_string_output(&mut rendered),
+        AutoEscape::None,
+    )?;
+    Ok(rendered)
+}
+
+/// Replaces an operator by the call that pays for it: as many operands, as many results. Returns
+/// the length of the text that the instruction writes.
+fn replace(instruction: &mut Instruction) -> Result<usize, Error> {
+    let (function, operands) = match instruction {
+        Instruction::Add => ("operator +", 2),
+        Instruction::Mul => ("operator *", 2),
+        Instruction::StringConcat => ("operator ~", 2),
+        Instruction::Slice => ("operator []", 4),
+        Instruction::Eq => ("operator ==", 2),
+        Instruction::Ne => ("operator !=", 2),
+        Instruction::Lt => ("operator <", 2),
+        Instruction::Lte => ("operator <=", 2),
+        Instruction::Gt => ("operator >", 2),
+        Instruction::Gte => ("operator >=", 2),
+        Instruction::In => ("operator in", 2),
+        Instruction::UnpackLists(_) => return Err(refusal("it unpacks a list with `*`")),
+        Instruction::CompareAndPreserve(_) => return Err(refusal("it chains comparisons")),
+        Instruction::EmitRaw(text) => return Ok(text.len()),
+        _ => return Ok(0),
+    };
+    *instruction = Instruction::CallFunction(function, Some(operands));
+    Ok(0)
+}
+
+/// Refuses what the compiler itself would not survive: it recurses, and it computes what consists
+/// of constants, for which the product of the constants in a tag that multiplies is a bound.
+fn check_source(source: &str, syntax: &SyntaxConfig) -> Result<(), Error> {
+    if source.len() > LARGEST_TEMPLATE {
+        return Err(refusal("it is too long"));
+    }
+    let (mut tokens, mut multiplies, mut text, mut product) = (0, false, 0usize, 1usize);
+    let mut branches = 0;
+    for token in machinery::tokenize(source, false, syntax.clone()) {
+        tokens += 1;
+        match token?.0 {
+            Token::VariableStart | Token::BlockStart => {
+                (tokens, multiplies, text, product) = (0, false, 0, 1);
+            }
+            Token::Str(part) => text += part.len(),
+            Token::String(part) => text += part.len(),
+            Token::Int(number) => {
+                let number = usize::try_from(number).unwrap_or(usize::MAX).max(2);
+                product = product.saturating_mul(number);
+            }
+            Token::Int128(_) | Token::Float(_) => product = usize::MAX,
+            Token::Ident("elif") => branches += 1,
+            Token::Mul => multiplies = true,
+            Token::Pow => (multiplies, product) = (true, usize::MAX),
+            _ => {}
+        }
+        if tokens > LARGEST_TAG || branches > BRANCHES {
+            return Err(refusal(
+                "it has too many parts in one tag, or too many `elif`s",
+            ));
+        }
+        if multiplies && product.saturating_mul(text.max(1)) > LARGEST_VALUE {
+            return Err(refusal("it multiplies large constants"));
+        }
+    }
+    Ok(())
+}

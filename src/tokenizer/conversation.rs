@@ -1,0 +1,339 @@
+//! A conversation in ids, and where its answers lie.
+//!
+//! Text between two control tokens is encoded in one go, template text and contents together, so
+//! that the ids are those of the whole rendered conversation, which pre-training and every server
+//! use. The exception is an answer, which is encoded separately: from the end of the generation prompt to the
+//! end of its content, as a model generates it.
+
+use std::fmt;
+use std::ops::Range;
+
+use anyhow::{Result, bail};
+use serde::Serialize;
+
+use crate::prompt::Message;
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat_template::{ChatTemplate, Span, THINKING, thinking_spans};
+use crate::tokenizer::writer::Writer;
+
+/// A conversation of T tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Conversation {
+    /// (T)
+    pub ids: Vec<u32>,
+    /// The assistant's messages, in order.
+    pub answers: Vec<AnswerTokens>,
+    /// Set if the generation prompt differs from the rendered prefix of the last answer; `ids` begin with the
+    /// generation prompt.
+    pub difference: Option<Difference>,
+}
+
+/// Ends of the generation prompt and of the prefix in the rendered conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    pub generation: String,
+    pub conversation: String,
+}
+
+/// An answer in a [`Conversation`]; ranges of tokens are in `ids`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AnswerTokens {
+    /// The message's index.
+    pub message: usize,
+    /// Byte range of the content that `tokens` end with.
+    pub text: Range<usize>,
+    /// Tokens from the end of the generation prompt to the end of the content: text of the template that the
+    /// model has to generate, and the content.
+    pub tokens: Range<usize>,
+    /// `tokens` and what follows up to the token that ends the turn, if one does.
+    pub supervised: Range<usize>,
+    /// Tokens of the content alone.
+    pub content: Range<usize>,
+    /// First token after the thinking, or of `tokens` without thinking.
+    pub after_thinking: usize,
+    /// True if the ids before `tokens` equal the generation prompt and the answer is rendered as after it, or if
+    /// the template rejects such a prompt.
+    pub follows_generation_prompt: bool,
+    /// Set if the template does not print the thinking of the message.
+    pub thinking: Option<ThinkingChange>,
+}
+
+/// How an answer's thinking differs from what the template prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThinkingChange {
+    /// The template drops it; it is written as in the message.
+    Restored,
+    /// Left out, since the generation prompt closes a block of thinking.
+    LeftOut,
+}
+
+impl fmt::Display for ThinkingChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ThinkingChange::Restored => "with their thinking, which the chat template drops",
+            ThinkingChange::LeftOut => {
+                "without their thinking, since the generation prompt closes a block of it"
+            }
+        })
+    }
+}
+
+impl AnswerTokens {
+    /// An answer without supervised tokens here.
+    fn separate(message: usize) -> AnswerTokens {
+        AnswerTokens {
+            message,
+            text: 0..0,
+            content: 0..0,
+            tokens: 0..0,
+            supervised: 0..0,
+            after_thinking: 0,
+            follows_generation_prompt: false,
+            thinking: None,
+        }
+    }
+}
+
+/// Encodes the generation prompt of these messages.
+pub fn encode_prompt(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    messages: &[Message],
+) -> Result<Vec<u32>> {
+    let spans = template.render(messages, true)?;
+    let mut writer = Writer::new(tokenizer);
+    writer.prompt(&spans)?;
+    Ok(writer.done.ids)
+}
+
+/// Encodes a conversation with its answers. Without `every_answer`, earlier answers are part of the prompt for the
+/// last one and have no ranges.
+pub fn encode(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    messages: &[Message],
+    every_answer: bool,
+) -> Result<Conversation> {
+    let spans = template.render(messages, false)?;
+    let answers = rendered_answers(&spans, messages);
+    let count = messages.iter().filter(|m| m.role == "assistant").count();
+    if answers.len() != count {
+        bail!(
+            "the chat template prints {} of {count} answers",
+            answers.len()
+        );
+    }
+    if !answers.is_sorted_by_key(|answer| answer.message) {
+        bail!("the chat template prints the answers in another order");
+    }
+    let text: String = spans.iter().map(Span::text).collect();
+    let mut writer = Writer::new(tokenizer);
+    let mut at = 0;
+    for (number, answer) in answers.iter().enumerate() {
+        let is_last = number + 1 == count;
+        if !is_last && !every_answer {
+            let skipped = AnswerTokens::separate(answer.message);
+            writer.done.answers.push(skipped);
+            continue;
+        }
+        // Some templates reject conversations that end before an answer.
+        let prompt = template.render_text(&messages[..answer.message], true).ok();
+        let end = match &prompt {
+            Some(prompt) => answer.end_of_prompt(&text, prompt),
+            None => Some(answer.start),
+        };
+        let change = prompt
+            .as_ref()
+            .and_then(|prompt| answer.thinking_change(&spans, messages, prompt));
+        let is_restored = change == Some(ThinkingChange::Restored);
+        if let (true, true, Some(prompt)) = (end.is_none() || is_restored, is_last, &prompt) {
+            let before = &text[..answer.start];
+            let mut done = after_prompt(tokenizer, template, messages, &spans, answer)?;
+            let earlier = answers[..number].iter();
+            let earlier = earlier.map(|answer| AnswerTokens::separate(answer.message));
+            done.answers.splice(0..0, earlier);
+            done.difference = end.is_none().then(|| Difference {
+                generation: difference(prompt, before, answer.earliest),
+                conversation: difference(before, prompt, answer.earliest),
+            });
+            return Ok(done);
+        }
+        let follows = match (end, &prompt) {
+            _ if is_restored => false,
+            (Some(end), Some(prompt)) if !is_last => {
+                // Some templates render an answer in another way inside a conversation.
+                let alone = template.render_text(&messages[..=answer.message], false);
+                let alone = alone
+                    .as_ref()
+                    .ok()
+                    .and_then(|text| text.strip_prefix(prompt.as_str()));
+                alone.is_some_and(|alone| text[end..].starts_with(alone.trim_end()))
+            }
+            (end, _) => end.is_some(),
+        };
+        let lead = &text[end.unwrap_or(answer.start)..answer.start];
+        writer.before_answer(&spans[at..answer.spans.start], lead)?;
+        let said = &text[answer.start - lead.len()..];
+        let length = lead.len()
+            + spans[answer.spans.clone()]
+                .iter()
+                .map(|s| s.text().len())
+                .sum::<usize>();
+        let is_blank = messages[answer.message].content.trim().is_empty();
+        let is_trained_here =
+            is_last || follows && !is_blank && writer.may_cut_around(said.split_at(length))?;
+        if !is_trained_here {
+            // Cut there, the prompts of later answers would not be their generation prompts.
+            writer.template(lead)?;
+            let skipped = AnswerTokens::separate(answer.message);
+            writer.done.answers.push(skipped);
+            at = answer.spans.start;
+            continue;
+        }
+        writer.flush()?;
+        writer.answer(lead, answer.message, &spans[answer.spans.clone()], messages)?;
+        if let Some(answer) = writer.done.answers.last_mut() {
+            answer.follows_generation_prompt = follows;
+            answer.thinking = change;
+        }
+        at = answer.spans.end;
+    }
+    writer.prompt(&spans[at..])?;
+    Ok(writer.done)
+}
+
+/// Encodes an answer after its generation prompt. Thinking is written as in the message: in what the template renders,
+/// the end of the generation prompt cannot be found.
+fn after_prompt(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    messages: &[Message],
+    all: &[Span],
+    answer: &RenderedAnswer,
+) -> Result<Conversation> {
+    let prompt = template.render(&messages[..answer.message], true)?;
+    let text: String = prompt.iter().map(Span::text).collect();
+    let content = &messages[answer.message].content;
+    let (spans, change) = match thinking_spans(answer.message, content) {
+        None => (all[answer.spans.clone()].to_vec(), None),
+        Some([_, inner, _, said]) if closes_thinking(&text) => {
+            let is_blank = inner.text().trim().is_empty();
+            (vec![said], (!is_blank).then_some(ThinkingChange::LeftOut))
+        }
+        Some([opening, inner, closing, said]) => {
+            let opening = Span::Template(not_opened(opening.text(), &text).to_owned());
+            let restored = answer.thinking_change(all, messages, &text);
+            (vec![opening, inner, closing, said], restored)
+        }
+    };
+    let mut writer = Writer::new(tokenizer);
+    writer.prompt(&prompt)?;
+    writer.answer("", answer.message, &spans, messages)?;
+    if let Some(answer) = writer.done.answers.last_mut() {
+        answer.thinking = change;
+    }
+    writer.prompt(&all[answer.spans.end..])?;
+    Ok(writer.done)
+}
+
+/// Does a block of thinking end where the generation prompt ends?
+fn closes_thinking(prompt: &str) -> bool {
+    prompt.trim_end().ends_with(THINKING.1)
+}
+
+/// The opening tag of an answer without what the generation prompt ends with.
+fn not_opened<'a>(tag: &'a str, prompt: &str) -> &'a str {
+    let opened = prompt.trim_end();
+    if !opened.ends_with(THINKING.0) {
+        return tag;
+    }
+    let after = |text: &'a str| text.trim_start().strip_prefix(THINKING.0);
+    let space = after(tag).unwrap_or_default();
+    space.strip_prefix(&prompt[opened.len()..]).unwrap_or("")
+}
+
+/// `text` without the messages that it shares with `other`, whose last one ends at `content_end`; or else from a
+/// little before the first difference. Shortened.
+fn difference(text: &str, other: &str, content_end: usize) -> String {
+    const BEFORE: usize = 20;
+    const SHOWN: usize = 60;
+    let common = text.bytes().zip(other.bytes()).take_while(|(a, b)| a == b);
+    let common = common.count();
+    let from = if common >= content_end {
+        content_end
+    } else {
+        common.saturating_sub(BEFORE)
+    };
+    let from = (0..=from).rev().find(|at| text.is_char_boundary(*at));
+    let shown = &text[from.unwrap_or_default()..];
+    shown.chars().take(SHOWN).collect()
+}
+
+struct RenderedAnswer {
+    message: usize,
+    /// First byte of its content.
+    start: usize,
+    /// First byte of the template text before it.
+    earliest: usize,
+    /// Spans of its content, and of template text between them.
+    spans: Range<usize>,
+}
+
+impl RenderedAnswer {
+    /// Byte of `text`, the rendered conversation, at which the generation prompt ends. None if the prompt is not
+    /// a prefix that ends after the previous message.
+    fn end_of_prompt(&self, text: &str, prompt: &str) -> Option<usize> {
+        let is_prefix = text[..self.start].starts_with(prompt);
+        (is_prefix && prompt.len() >= self.earliest).then_some(prompt.len())
+    }
+
+    /// How this answer's thinking is written after `prompt`. None if the template prints it.
+    fn thinking_change(
+        &self,
+        spans: &[Span],
+        messages: &[Message],
+        prompt: &str,
+    ) -> Option<ThinkingChange> {
+        let [_, inner, ..] = thinking_spans(self.message, &messages[self.message].content)?;
+        let spans = spans[self.spans.clone()].iter();
+        let printed = spans.filter(|span| matches!(span, Span::Content { .. }));
+        if printed.count() > 1 || inner.text().trim().is_empty() {
+            None
+        } else if closes_thinking(prompt) {
+            Some(ThinkingChange::LeftOut)
+        } else {
+            Some(ThinkingChange::Restored)
+        }
+    }
+}
+
+/// Answers in a rendered conversation, in order.
+fn rendered_answers(spans: &[Span], messages: &[Message]) -> Vec<RenderedAnswer> {
+    let mut found: Vec<RenderedAnswer> = Vec::new();
+    let (mut at, mut end_of_content, mut before) = (0, 0, None);
+    for (index, span) in spans.iter().enumerate() {
+        let end = at + span.text().len();
+        if let Span::Content { message, .. } = span {
+            match found.last_mut() {
+                Some(last) if before == Some(*message) && last.message == *message => {
+                    last.spans.end = index + 1;
+                }
+                _ if messages[*message].role == "assistant" => {
+                    // A summary may print an answer before its turn.
+                    found.retain(|answer| answer.message != *message);
+                    found.push(RenderedAnswer {
+                        message: *message,
+                        start: at,
+                        earliest: end_of_content,
+                        spans: index..index + 1,
+                    });
+                }
+                _ => {}
+            }
+            before = Some(*message);
+            end_of_content = end;
+        }
+        at = end;
+    }
+    found
+}

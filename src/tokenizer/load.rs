@@ -1,0 +1,233 @@
+//! Reading `tokenizer.json`, with the changes that keep control tokens out of text.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use tokenizers::Model;
+
+use crate::cache::control::names_control;
+use crate::exit::Exit;
+use crate::ops::process;
+use crate::tokenizer::added;
+use crate::tokenizer::added::PlainAdded;
+use crate::tokenizer::chat_template::{TOKEN_VARIABLES, with_arguments};
+use crate::tokenizer::files::Files;
+use crate::tokenizer::pieces::Pieces;
+use crate::tokenizer::source;
+use crate::tokenizer::source::Source;
+use crate::tokenizer::token_bytes::{TokenBytes, has_part};
+use crate::tokenizer::{ChatTemplate, Tokenizer};
+
+/// A larger id is damage, and a table of that many tokens would take all memory.
+const LARGEST_VOCABULARY: usize = 1 << 24;
+
+/// Loads a folder; `arguments` are default values of variables of the chat template.
+pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
+    let tokenizer = read(dir, arguments);
+    // Merges are read as two texts each, over a million of them for a large vocabulary.
+    process::give_back();
+    tokenizer
+}
+
+fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
+    let path = dir.join("tokenizer.json");
+    let source = match std::fs::read_to_string(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => bail!(Exit::Usage(format!(
+            "{} does not exist; a model folder needs a tokenizer.json",
+            path.display()
+        ))),
+        source => source.with_context(|| format!("reading {}", path.display()))?,
+    };
+    let is_none = || format!("{} is no tokenizer", path.display());
+    let mut tokenizer = Source::parse(&source).with_context(is_none)?;
+    let mut files = Files::read(dir)?;
+    if let Some(source) = &mut files.chat_template {
+        *source = with_arguments(source, arguments)?;
+    }
+    let fingerprint = files.fingerprint(&source)?;
+    drop(source);
+
+    added::complete(&mut tokenizer, &files);
+    let control_ids = mark_control_tokens(&mut tokenizer, &files);
+    let Source { json, model } = tokenizer;
+    let build = |json: &Value, model| source::build(json, model).with_context(is_none);
+    let continuing = without_prefix_space(&json);
+    let continuing = continuing
+        .map(|json| build(&json, model.clone()))
+        .transpose()?;
+    let text = build(&json, model)?;
+    let mut control = text.get_added_vocabulary().clone();
+    control.set_encode_special_tokens(false);
+
+    let mut special = control_ids;
+    let mut plain_added = Vec::new();
+    for (&id, token) in control.get_added_tokens_decoder() {
+        if token.special {
+            special.insert(id);
+        } else {
+            plain_added.push((id, token.clone()));
+        }
+    }
+    let stop_ids = files.eos_token_ids().unwrap_or_else(|| {
+        let eos = files.token("eos_token").and_then(|t| text.token_to_id(t));
+        eos.into_iter().collect()
+    });
+    // An ordinary token, such as a line break, may end answers, too, and be part of a text all the same.
+    let is_control = |id: &&u32| {
+        text.id_to_token(**id)
+            .is_some_and(|name| names_control(&name))
+    };
+    special.extend(stop_ids.iter().filter(is_control));
+
+    let vocabulary = text.get_model().get_vocab();
+    let ids = vocabulary.values().chain(control.get_vocab().values());
+    let vocab_size = ids.max().map_or(0, |&id| id as usize + 1);
+    if vocab_size > LARGEST_VOCABULARY {
+        bail!(Exit::Usage(format!(
+            "a token in {} has the id {}, past any vocabulary",
+            path.display(),
+            vocab_size - 1
+        )));
+    }
+    let unknown = json["model"]["unk_token"]
+        .as_str()
+        .or(files.token("unk_token"))
+        .and_then(|token| text.token_to_id(token))
+        .or_else(|| json["model"]["unk_id"].as_u64()?.try_into().ok());
+    let space_after_control = !has_metaspace_for_first(&json["pre_tokenizer"]);
+    // A normalizer prepends its space before tokens in normalised text are matched.
+    let by_words = has_part(&json["pre_tokenizer"], "Metaspace");
+    let adds_space = space_after_control && continuing.is_some();
+    let spacing: HashSet<u32> = plain_added
+        .iter()
+        .filter(|(_, token)| adds_space && (by_words || !token.normalized))
+        .map(|(id, _)| *id)
+        .collect();
+    // For a token of the vocabulary, its spelling there gives the bytes: Gemma's runs of spaces.
+    plain_added
+        .retain(|(id, token)| !special.contains(id) && vocabulary.get(&token.content) != Some(id));
+    let bytes = TokenBytes::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
+    let template = files.chat_template.as_deref().map(|source| {
+        let tokens = TOKEN_VARIABLES.map(|name| (name, files.token(name)));
+        // Templates expect these two.
+        let defaults = [("bos_token", Some("")), ("eos_token", Some(""))];
+        ChatTemplate::with_tokens(source, defaults.into_iter().chain(tokens))
+    });
+    let mut tokenizer = Tokenizer {
+        dir: dir.into(),
+        plain_added: PlainAdded::new(text.get_added_vocabulary(), &json["normalizer"])?,
+        spacing,
+        space_after_control,
+        prepends_by_normalizer: has_part(&json["normalizer"], "Prepend"),
+        text,
+        continuing,
+        control,
+        special,
+        unknown,
+        bytes,
+        stop_ids,
+        end_of_turn: Box::default(),
+        vocab_size,
+        template,
+        fingerprint,
+        date: String::new(),
+        pieces: Pieces::new(&json),
+        template_args: arguments.clone(),
+    };
+    // The eos token of a base model may differ from the end of turn in its template.
+    tokenizer.end_of_turn = tokenizer.find_end_of_turn().unwrap_or_default();
+    if let Some(end) = tokenizer.end_of_turn()
+        && !tokenizer.stop_ids.contains(&end)
+    {
+        tokenizer.stop_ids.push(end);
+    }
+    Ok(tokenizer)
+}
+
+/// Declares every control token special and adds those that only the other files name. Returns the
+/// ids that it touched.
+fn mark_control_tokens(tokenizer: &mut Source, files: &Files) -> HashSet<u32> {
+    let named: HashSet<&str> = files.special_tokens().into_iter().collect();
+    let stops: HashSet<u64> = files
+        .eos_token_ids()
+        .unwrap_or_default()
+        .into_iter()
+        .map(u64::from)
+        .collect();
+    let mut touched = HashSet::new();
+    let mut listed = HashSet::new();
+    let added = tokenizer.json["added_tokens"].as_array_mut();
+    for token in added.into_iter().flatten() {
+        let content = token["content"].as_str().unwrap_or_default().to_owned();
+        let id = token["id"].as_u64();
+        if named.contains(content.as_str())
+            || (id.is_some_and(|id| stops.contains(&id)) && !content.trim().is_empty())
+            || (content.starts_with("<|") && content.ends_with("|>"))
+        {
+            token["special"] = true.into();
+            touched.extend(id.and_then(|id| u32::try_from(id).ok()));
+        }
+        listed.insert(content);
+    }
+    for content in named {
+        let (Some(id), false) = (tokenizer.id(content), listed.contains(content)) else {
+            continue;
+        };
+        touched.insert(id);
+        if let Some(added) = tokenizer.json["added_tokens"].as_array_mut() {
+            added.push(added::special(content, id.into()));
+        }
+    }
+    touched
+}
+
+/// The tokenizer without the space that it puts before a text, and without added tokens that are plain text.
+/// None if it puts none.
+fn without_prefix_space(tokenizer: &Value) -> Option<Value> {
+    let mut changed = tokenizer.clone();
+    let mut found = false;
+    for part in ["normalizer", "pre_tokenizer"] {
+        remove_prefix_space(&mut changed[part], &mut found);
+    }
+    if let Some(added) = changed["added_tokens"].as_array_mut() {
+        added.retain(|token| token["special"] == true);
+    }
+    found.then_some(changed)
+}
+
+fn remove_prefix_space(part: &mut Value, found: &mut bool) {
+    match part["type"].as_str() {
+        Some("Prepend") => {
+            *found = true;
+            *part = Value::Null;
+        }
+        Some("Metaspace") if part["prepend_scheme"] != "never" => {
+            *found = true;
+            part["prepend_scheme"] = "never".into();
+            part["add_prefix_space"] = false.into();
+        }
+        Some("ByteLevel") if part["add_prefix_space"] == true => {
+            *found = true;
+            part["add_prefix_space"] = false.into();
+        }
+        Some("Sequence") => {
+            for steps in ["normalizers", "pretokenizers"] {
+                if let Some(steps) = part[steps].as_array_mut() {
+                    steps
+                        .iter_mut()
+                        .for_each(|step| remove_prefix_space(step, found));
+                    steps.retain(|step| !step.is_null());
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+/// `Metaspace` with the scheme `first` puts the space at the start of a text only, every other way
+/// of doing it after each control token as well.
+fn has_metaspace_for_first(pre_tokenizer: &Value) -> bool {
+    has_part(pre_tokenizer, "Metaspace") && pre_tokenizer.to_string().contains(r#""first""#)
+}
