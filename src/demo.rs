@@ -13,14 +13,16 @@ use crate::config::load;
 use crate::eval;
 use crate::eval::Report;
 use crate::fs;
-use crate::harvest::{self, HarvestOptions};
+use crate::harvest;
+use crate::harvest::options::HarvestOptions;
 use crate::serve::{self, ServeOptions, Server};
 use crate::signal::StopFlag;
 use crate::terminal::{format_count, table};
-use crate::train::{self, Start, checkpoint};
+use crate::train::summary::Start;
+use crate::train::{self, checkpoint};
 
 #[derive(Debug, Clone)]
-pub struct Options {
+pub(crate) struct Options {
     /// The run folder.
     pub dir: PathBuf,
     /// Prompts to harvest.
@@ -35,7 +37,7 @@ pub struct Options {
 
 /// What the demo measured.
 #[derive(Debug, Clone, Serialize)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     pub version: u32,
     pub dir: PathBuf,
     /// Teacher, students, untrained student, in the order of the table.
@@ -43,7 +45,7 @@ pub struct Outcome {
 }
 
 #[derive(Debug, Clone, Serialize)]
-pub struct Evaluated {
+pub(crate) struct Evaluated {
     pub name: String,
     /// Size of the weights in the model folder.
     pub bytes: u64,
@@ -80,7 +82,7 @@ const STUDENTS: [(&str, &str, &str); 3] = [
 ///
 /// # Errors
 /// Where one of the verbs fails.
-pub fn run(options: &Options, quiet: bool) -> Result<Outcome> {
+pub(crate) fn run(options: &Options, quiet: bool) -> Result<Outcome> {
     let stop = StopFlag::watch()?;
     let dir = &options.dir;
     for (name, bytes) in FILES {

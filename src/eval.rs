@@ -26,7 +26,7 @@ use crate::train::objective::Models;
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Serialize)]
-pub struct Report {
+pub(crate) struct Report {
     pub version: u32,
     pub model: PathBuf,
     pub parameters: usize,
@@ -38,7 +38,7 @@ pub struct Report {
 
 /// Greedy answers beside the true ones.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Truth {
+pub(crate) struct Truth {
     pub rows: usize,
     pub correct: usize,
     /// `correct / rows`.
@@ -51,13 +51,13 @@ pub struct Truth {
     pub tokens_per_s: f64,
 }
 
-pub const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// Evaluates `eval.model`, or the student of this run.
 ///
 /// # Errors
 /// Where the model or the rows do not load, or there is nothing to evaluate on.
-pub fn run(
+pub(crate) fn run(
     config: &Config,
     selection: &dyn Fn() -> Result<Selection>,
     quiet: bool,
@@ -233,7 +233,7 @@ fn against_teacher(
         None => return Ok(None),
     };
     if !data.report.dropped.is_empty() {
-        let reasons = crate::data::dataset::report::by_reason(&data.report.dropped);
+        let reasons = crate::data::report::by_reason(&data.report.dropped);
         tracing::warn!("answers of the teacher that are not compared: {reasons}");
     }
     let groups = data.report.groups.lines();

@@ -47,6 +47,9 @@
 //!    opens the window of the night, and is the date of chat templates outside training.
 //! 8. Files are written by [`fs`] and `cache::storage` alone.
 
+// What is `pub` is what the binary and the tests use.
+#![warn(unreachable_pub)]
+
 pub mod budget;
 pub mod cache;
 pub mod cli;
@@ -55,8 +58,8 @@ pub mod clock;
 pub mod commands;
 pub mod config;
 pub mod data;
-pub mod demo;
-pub mod eval;
+pub(crate) mod demo;
+pub(crate) mod eval;
 pub mod exit;
 pub mod export;
 pub mod fs;
@@ -68,7 +71,7 @@ pub mod ops;
 pub mod plan;
 pub mod probe;
 pub mod prompt;
-pub mod rate_limit;
+pub(crate) mod rate_limit;
 pub mod report;
 pub mod serve;
 pub mod signal;

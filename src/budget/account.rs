@@ -6,8 +6,9 @@ use crate::budget::dollars::Dollars;
 use crate::budget::ledger::{InFlight, Ledger, Spent, Store, Tokens};
 use crate::budget::price;
 use crate::budget::price::Bound;
-use crate::cache::record::Usage;
+use crate::cache::usage::Usage;
 use crate::config::Price;
+use crate::exit::Exit;
 
 /// The written-ahead reservation grows by this factor, so that it is written rarely.
 const STEP: f64 = 2.0;
@@ -382,6 +383,17 @@ fn give_a_price(spent: &mut Spent, price: &Price) {
     };
     spent.measured_usd = spent.measured_usd.plus(cost(&mut spent.measured_tokens));
     spent.estimated_usd = spent.estimated_usd.plus(cost(&mut spent.estimated_tokens));
+}
+
+/// The next request may cost more than the rest of the budget.
+pub fn out_of_money<S: Store>(account: &Account<S>) -> anyhow::Error {
+    let message = format!(
+        "the budget is used up: {} of {} are spent, and the next request may cost more than the \
+         rest; raise `budget.usd` and run the same command to go on",
+        account.spent().total(),
+        account.cap().unwrap_or_default()
+    );
+    Exit::Resumable(message).into()
 }
 
 #[cfg(test)]

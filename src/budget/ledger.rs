@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::budget::dollars::Dollars;
-use crate::cache::record::Usage;
+use crate::cache::usage::Usage;
 use crate::exit::Exit;
 use crate::fs::Log;
 use crate::fs::lock::Lock;

@@ -2,7 +2,7 @@
 
 use jiff::civil::Date;
 
-use crate::cache::record::Usage;
+use crate::cache::usage::Usage;
 use crate::config::Price;
 
 /// Tokens of a prompt, about, as a rate limit counts them before the answer: four bytes to a token,

@@ -11,7 +11,7 @@ use crate::cache::storage;
 use crate::cache::storage::{Storage, SyncJob};
 
 /// The file of one writer, and what of it is durable.
-pub struct Journal {
+pub(crate) struct Journal {
     storage: Box<dyn Storage>,
     syncs_in_background: bool,
     path: PathBuf,
@@ -44,7 +44,7 @@ impl Journal {
     ///
     /// # Errors
     /// Where the process has no descriptor left.
-    pub fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Result<Self> {
+    pub(crate) fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Result<Self> {
         Ok(Self {
             syncs_in_background: storage.sync_job().is_some(),
             place: place_of(&*storage, path)?,
@@ -62,7 +62,7 @@ impl Journal {
     /// Appends so many `lines`. After an error the file ends where it did before; where even that
     /// fails, every later append is refused. If another program moved or changed the file, the lines go to the
     /// rescue file.
-    pub fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
+    pub(crate) fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
         self.may_append()?;
         self.look();
         self.may_append()?;
@@ -84,7 +84,7 @@ impl Journal {
     }
 
     /// Makes every line appended so far durable. An error is final.
-    pub fn sync(&mut self) -> Result<()> {
+    pub(crate) fn sync(&mut self) -> Result<()> {
         self.look();
         if self.health == Health::Lost {
             return self.may_append();
@@ -99,7 +99,7 @@ impl Journal {
 
     /// A sync of every line appended so far as a job for another thread, with their number.
     /// Hand its result to [`Journal::end_sync`].
-    pub fn begin_sync(&mut self) -> Option<(usize, SyncJob)> {
+    pub(crate) fn begin_sync(&mut self) -> Option<(usize, SyncJob)> {
         if self.health == Health::Lost || self.unsynced == 0 {
             return None;
         }
@@ -113,7 +113,7 @@ impl Journal {
     }
 
     /// Takes note of how a sync of so many lines ended. An error is final.
-    pub fn end_sync(&mut self, lines: usize, result: io::Result<()>) -> Result<()> {
+    pub(crate) fn end_sync(&mut self, lines: usize, result: io::Result<()>) -> Result<()> {
         let Err(error) = result else {
             return Ok(());
         };
@@ -133,7 +133,7 @@ impl Journal {
     ///
     /// # Errors
     /// Where the process has no descriptor left.
-    pub fn replace(&mut self, storage: Box<dyn Storage>, length: u64) -> Result<()> {
+    pub(crate) fn replace(&mut self, storage: Box<dyn Storage>, length: u64) -> Result<()> {
         self.place = place_of(&*storage, &self.path)?;
         self.storage = storage;
         self.length = length;
@@ -146,7 +146,7 @@ impl Journal {
 
     /// Compares the file with what was written to it. Where it was moved or changed by somebody else, what
     /// follows is appended to where it is safe, and [`Journal::check`] says so from now on.
-    pub fn look(&mut self) {
+    pub(crate) fn look(&mut self) {
         // After a failed write the length is not what was written.
         if self.displaced.is_some() || self.health != Health::Good {
             return;
@@ -172,15 +172,15 @@ impl Journal {
     }
 
     /// A file of the cache is not what this process made of it: nothing more is to be asked.
-    pub fn displace(&mut self, displaced: Displaced) {
+    pub(crate) fn displace(&mut self, displaced: Displaced) {
         self.displaced.get_or_insert(displaced);
     }
 
-    pub fn displaced(&self) -> Option<&Displaced> {
+    pub(crate) fn displaced(&self) -> Option<&Displaced> {
         self.displaced.as_ref()
     }
 
-    pub fn is_displaced(&self) -> bool {
+    pub(crate) fn is_displaced(&self) -> bool {
         self.displaced.is_some()
     }
 
@@ -188,7 +188,7 @@ impl Journal {
     ///
     /// # Errors
     /// Where it cannot be opened.
-    pub fn reader(&self) -> Result<Place> {
+    pub(crate) fn reader(&self) -> Result<Place> {
         match &self.place {
             Some(place) => place.again(),
             None => {
@@ -201,33 +201,33 @@ impl Journal {
     }
 
     /// Nothing may be appended any more: something that it depends on could not be synced.
-    pub fn give_up(&mut self) {
+    pub(crate) fn give_up(&mut self) {
         self.doubtful += self.take_unsynced();
         self.health = Health::Lost;
     }
 
     /// Lines that may not be on the disk since a sync of them failed.
-    pub fn doubtful(&self) -> usize {
+    pub(crate) fn doubtful(&self) -> usize {
         self.doubtful
     }
 
     /// Has a sync failed?
-    pub fn is_lost(&self) -> bool {
+    pub(crate) fn is_lost(&self) -> bool {
         self.health == Health::Lost
     }
 
     /// Bytes of whole lines.
-    pub fn length(&self) -> u64 {
+    pub(crate) fn length(&self) -> u64 {
         self.length
     }
 
     /// Can another thread sync while lines are appended?
-    pub fn syncs_in_background(&self) -> bool {
+    pub(crate) fn syncs_in_background(&self) -> bool {
         self.syncs_in_background
     }
 
     /// An error where nothing more is to be asked for.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.may_append()?;
         match &self.displaced {
             Some(displaced) => Err(displaced.clone().into()),
@@ -236,7 +236,7 @@ impl Journal {
     }
 
     /// An error where nothing can be appended any more.
-    pub fn may_append(&self) -> Result<()> {
+    pub(crate) fn may_append(&self) -> Result<()> {
         let path = self.path.display();
         if let (Health::Lost, Some(displaced)) = (self.health, &self.displaced) {
             return Err(displaced.clone().into());
@@ -255,12 +255,12 @@ impl Journal {
     }
 
     /// Lines that a power loss may take.
-    pub fn unsynced(&self) -> usize {
+    pub(crate) fn unsynced(&self) -> usize {
         self.unsynced
     }
 
     /// For how long the oldest of them has been waiting.
-    pub fn waiting(&self) -> Option<Duration> {
+    pub(crate) fn waiting(&self) -> Option<Duration> {
         self.oldest.map(|oldest| oldest.elapsed())
     }
 }

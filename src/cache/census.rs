@@ -6,11 +6,12 @@ use std::path::Path;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::keys::{self, Fingerprint, Keys};
+use super::keys::Keys;
 use super::line;
 use super::question::{self, Question};
 use super::reader::Lines;
 use super::record::{Record, is_mock};
+use crate::cache::fingerprint::Fingerprint;
 use crate::terminal::format_count;
 
 /// Answers that are not those to what is asked.
@@ -81,7 +82,7 @@ impl Origin {
 }
 
 /// Second half of the key that this version gives to the record's question.
-pub fn half_of(record: &Record) -> String {
+pub(crate) fn half_of(record: &Record) -> String {
     if record.v < 2 {
         Question::of(&record.request, record.sample).half()
     } else {
@@ -95,7 +96,7 @@ pub fn half_of(record: &Record) -> String {
 ///
 /// # Errors
 /// Where the cache is damaged, and those of `check`, which is called for each record.
-pub fn census(
+pub(crate) fn census(
     dir: &Path,
     used: &Keys,
     asked: &Keys,
@@ -114,7 +115,7 @@ pub fn census(
         records += 1;
         check()?;
         let origin = Origin::of(lines.line()).map_err(|fault| lines.refuse(fault))?;
-        if used.contains(&keys::fingerprint(&origin.key)) {
+        if used.contains(&crate::cache::fingerprint::fingerprint(&origin.key)) {
             continue;
         }
         let half = origin

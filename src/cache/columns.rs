@@ -6,14 +6,14 @@
 use std::borrow::Cow;
 
 use super::stored;
-use super::view::{Lists, LogprobsView};
+use crate::cache::logprobs_view::{Lists, LogprobsView};
 
 /// Alternatives to make room for: the most that endpoints offer.
 const USUAL_TOP: usize = 20;
 
 /// The logprobs in `text`, which starts behind the brace that opens them, and the text from the one that closes
 /// them.
-pub fn read(text: &str) -> Option<(LogprobsView<'_>, &str)> {
+pub(crate) fn read(text: &str) -> Option<(LogprobsView<'_>, &str)> {
     let mut scan = Scan { text, at: 0 };
     let mut view = LogprobsView::default();
     scan.literal("\"token\":")?;

@@ -20,13 +20,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::cache::append_log::Journal;
+use crate::cache::files::OnProgress;
 use crate::cache::frames;
 use crate::cache::frames::{Effort, FRAME_TEXT};
-use crate::cache::open::OnProgress;
 use crate::cache::place::Place;
+use crate::cache::shared::{Shared, State};
 use crate::cache::storage;
 use crate::cache::storage::Wrap;
-use crate::cache::writer::{Shared, State};
 use crate::cache::{compressed_file, plain_file};
 
 /// With more text than this waiting, frames are made fast rather than small.
@@ -36,7 +36,7 @@ const HURRY: u64 = FRAME_TEXT as u64 * 3 / 2;
 const RETRY: Duration = Duration::from_secs(10);
 
 /// Moves lines from the plain file of a cache to its compressed one.
-pub struct Sealer {
+pub(crate) struct Sealer {
     plain: PathBuf,
     frames: Journal,
     wrap: Arc<Wrap>,
@@ -46,7 +46,7 @@ pub struct Sealer {
 
 impl Sealer {
     /// `length` is that of the compressed file, of whole frames.
-    pub fn open(dir: &Path, length: u64, wrap: Arc<Wrap>) -> Result<Sealer> {
+    pub(crate) fn open(dir: &Path, length: u64, wrap: Arc<Wrap>) -> Result<Sealer> {
         let path = compressed_file(dir);
         let file = storage::open_or_create(&path)?;
         crate::fs::sync_folder(dir).with_context(|| format!("could not sync {}", dir.display()))?;
@@ -60,7 +60,7 @@ impl Sealer {
 
     /// Seals all of a plain file of `length` bytes, if it is large: that of a cache that was plain
     /// before. Returns what is left of it.
-    pub fn seal_large(&mut self, length: u64, on_progress: OnProgress<'_>) -> Result<u64> {
+    pub(crate) fn seal_large(&mut self, length: u64, on_progress: OnProgress<'_>) -> Result<u64> {
         if length <= HURRY {
             return Ok(length);
         }
@@ -133,7 +133,7 @@ impl Sealer {
     }
 
     /// Lets the cache know how long the compressed file is, and what has become of it.
-    pub fn tell(&self, state: &mut State) {
+    pub(crate) fn tell(&self, state: &mut State) {
         if let Some((_, length)) = &mut state.frames {
             *length = self.frames.length();
         }
@@ -155,7 +155,7 @@ impl Sealer {
 }
 
 /// Starts the thread that seals what is appended, until the cache is closed.
-pub fn start(shared: Arc<Shared>, sealer: Sealer) -> Result<JoinHandle<()>> {
+pub(crate) fn start(shared: Arc<Shared>, sealer: Sealer) -> Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("cache-seal".to_owned())
         .spawn(move || run(&shared, sealer))

@@ -18,8 +18,9 @@ use std::time::UNIX_EPOCH;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::keys::{Fingerprint, Keys};
+use super::keys::Keys;
 use super::question::Past;
+use crate::cache::fingerprint::Fingerprint;
 
 const VERSION: u32 = 2;
 
@@ -28,7 +29,7 @@ const LONGEST_HEADER: u64 = 1 << 16;
 
 /// What an index says of its cache.
 #[derive(Debug, Default, PartialEq)]
-pub struct Index {
+pub(crate) struct Index {
     pub keys: Keys,
     pub past: Past,
     /// Records that repeat a key.
@@ -86,7 +87,7 @@ fn changed(_: &std::fs::Metadata) -> (i64, i64, u64) {
 }
 
 /// The index of the cache folder `dir`.
-pub fn file(dir: &Path) -> PathBuf {
+pub(crate) fn file(dir: &Path) -> PathBuf {
     dir.join("responses.index")
 }
 
@@ -101,7 +102,7 @@ fn stamps(dir: &Path) -> BTreeMap<String, Stamp> {
 }
 
 /// The index of the cache in `dir`, if it is of these very files.
-pub fn load(dir: &Path) -> Option<Index> {
+pub(crate) fn load(dir: &Path) -> Option<Index> {
     let mut reader = BufReader::with_capacity(1 << 20, File::open(file(dir)).ok()?);
     let mut header = Vec::new();
     (&mut reader)
@@ -129,7 +130,13 @@ pub fn load(dir: &Path) -> Option<Index> {
 }
 
 /// Writes the index of the cache in `dir`, whose files nobody else may be writing.
-pub fn save(dir: &Path, keys: &Keys, past: &Past, repeated: u64, cost_usd: f64) -> Result<()> {
+pub(crate) fn save(
+    dir: &Path,
+    keys: &Keys,
+    past: &Past,
+    repeated: u64,
+    cost_usd: f64,
+) -> Result<()> {
     let crc = keys
         .iter()
         .fold(0, |crc, key| crc32c::crc32c_append(crc, key));

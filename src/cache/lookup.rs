@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use super::keys::{self, Fingerprint};
+use super::keys;
 use super::line::{self, Fault};
 use super::reader::Lines;
 use super::recovery::Scan;
 use super::{exists, plain_file, refusal};
+use crate::cache::fingerprint::Fingerprint;
 
 /// Where the lines of a cache are. Its plain file must only ever grow: it is one that is not compressed.
-pub struct Lookup {
+pub(crate) struct Lookup {
     plain: PathBuf,
     places: HashMap<Fingerprint, Place>,
     cost_usd: f64,
@@ -35,7 +36,7 @@ impl Lookup {
     ///
     /// # Errors
     /// Where it cannot be read or is damaged.
-    pub fn open(dir: &Path) -> Result<Lookup> {
+    pub(crate) fn open(dir: &Path) -> Result<Lookup> {
         let mut lookup = Lookup {
             plain: plain_file(dir),
             places: HashMap::new(),
@@ -59,7 +60,7 @@ impl Lookup {
     ///
     /// # Errors
     /// Where it cannot be read or is damaged.
-    pub fn refresh(&mut self) -> Result<()> {
+    pub(crate) fn refresh(&mut self) -> Result<()> {
         let could_not_read = || format!("could not read {}", self.plain.display());
         let mut file = File::open(&self.plain).with_context(could_not_read)?;
         file.seek(SeekFrom::Start(self.end))
@@ -89,7 +90,7 @@ impl Lookup {
     }
 
     /// What the records cost, in US dollars.
-    pub fn cost_usd(&self) -> f64 {
+    pub(crate) fn cost_usd(&self) -> f64 {
         self.cost_usd
     }
 
@@ -97,8 +98,11 @@ impl Lookup {
     ///
     /// # Errors
     /// Where it cannot be read.
-    pub fn line(&self, key: &str) -> Result<Option<Vec<u8>>> {
-        let range = match self.places.get(&keys::fingerprint(key)) {
+    pub(crate) fn line(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let range = match self
+            .places
+            .get(&crate::cache::fingerprint::fingerprint(key))
+        {
             None => return Ok(None),
             Some(Place::Held(line)) => return Ok(Some(line.clone())),
             Some(Place::At(range)) => range,
@@ -113,7 +117,7 @@ impl Lookup {
         let line = read().with_context(|| format!("could not read {}", self.plain.display()))?;
         let (found, _) = keys::identity(&line)?;
         ensure!(
-            found == keys::fingerprint(key),
+            found == crate::cache::fingerprint::fingerprint(key),
             "{} was changed meanwhile",
             self.plain.display()
         );

@@ -10,12 +10,12 @@ use anyhow::{Context, Result};
 use super::keys::{self, Identity};
 use super::line;
 use super::reader::Lines;
-use super::record::Usage;
 use super::recovery::Scan;
 use super::storage;
 use super::writer::{Cache, Sealed};
 use super::{conflicts_file, exists, refusal};
-use crate::cache::open::{OnProgress, size};
+use crate::cache::files::{OnProgress, size};
+use crate::cache::usage::Usage;
 use crate::config;
 use crate::exit::Exit;
 

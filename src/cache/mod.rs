@@ -18,35 +18,41 @@
 //! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
 //! lock's pid apart). An acknowledged record is never changed or lost.
 
-pub mod append_log;
-pub mod census;
-pub mod columns;
-pub mod compressor;
-pub mod control;
+pub(crate) mod append_log;
+pub(crate) mod census;
+pub(crate) mod columns;
+pub(crate) mod compressor;
+pub mod encoding;
+pub mod files;
+pub(crate) mod fingerprint;
 pub mod frames;
-pub mod index;
-pub mod keys;
+pub(crate) mod index;
+pub(crate) mod keys;
 pub mod line;
-pub mod lookup;
+pub mod logprobs_view;
+pub(crate) mod lookup;
 pub mod merge;
 pub mod open;
-pub mod place;
+pub(crate) mod place;
 pub mod question;
 pub mod reader;
 pub mod record;
 pub mod recovery;
 pub mod repair;
-pub mod rewrite;
-pub mod stats;
+pub(crate) mod rewrite;
+pub(crate) mod shared;
+pub(crate) mod stats;
 pub mod storage;
-pub mod stored;
-pub mod verify_parallel;
+pub(crate) mod stored;
+pub mod usage;
+pub(crate) mod verify_parallel;
 pub mod view;
 pub mod writer;
 
 use std::path::{Path, PathBuf};
 
-pub use crate::cache::open::{OnProgress, Peek, peek, size};
+pub use crate::cache::files::{OnProgress, size};
+pub use crate::cache::open::{Peek, peek};
 pub use reader::read;
 pub use storage::{Storage, Wrap, files};
 pub use writer::{Cache, Sealed};

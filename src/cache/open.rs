@@ -1,5 +1,8 @@
 //! What a cache holds when it is opened, and the repair of what a crash has left.
 
+use crate::cache::files::OnProgress;
+use crate::cache::files::length;
+use crate::cache::files::size;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -21,9 +24,6 @@ use crate::cache::storage::Wrap;
 use crate::cache::verify_parallel;
 use crate::cache::verify_parallel::Block;
 use crate::cache::{compressed_file, damaged, line, plain_file, refusal, torn_file};
-
-/// Told how many bytes have been read, and of how many; an error ends the reading.
-pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 
 /// What an opened cache holds.
 #[derive(Debug, Default)]
@@ -84,20 +84,6 @@ pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Cont
     Ok(join(compressed, plain))
 }
 
-/// Bytes of the cache in `dir`.
-pub fn size(dir: &Path) -> u64 {
-    let files = [plain_file(dir), compressed_file(dir)];
-    files.iter().filter_map(|path| length(path).ok()).sum()
-}
-
-pub fn length(path: &Path) -> Result<u64> {
-    match path.metadata() {
-        Ok(metadata) => Ok(metadata.len()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
-        Err(error) => Err(error).with_context(|| format!("could not open {}", path.display())),
-    }
-}
-
 /// Contents of a cache, read without its lock.
 #[derive(Debug, Default)]
 pub struct Peek {
@@ -110,7 +96,8 @@ pub struct Peek {
 impl Peek {
     /// Returns true if a record has this key.
     pub fn contains(&self, key: &str) -> bool {
-        self.keys.contains(&keys::fingerprint(key))
+        self.keys
+            .contains(&crate::cache::fingerprint::fingerprint(key))
     }
 
     pub fn len(&self) -> usize {

@@ -16,17 +16,17 @@ use crate::terminal::format_count;
 /// A file of the cache is not what this process made of it.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
-pub struct Displaced(pub String);
+pub(crate) struct Displaced(pub String);
 
 /// An open file, and the name under which it was opened.
-pub struct Place {
+pub(crate) struct Place {
     file: File,
     path: PathBuf,
 }
 
 /// Change of a file since this process last wrote it.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Change {
+pub(crate) enum Change {
     /// It has another name now.
     Moved(PathBuf),
     /// It has no name any more; the flag says whether another file has its old one.
@@ -40,7 +40,7 @@ pub enum Change {
 impl Place {
     /// # Errors
     /// Where the process has no descriptor left.
-    pub fn of(file: &File, path: &Path) -> Result<Place> {
+    pub(crate) fn of(file: &File, path: &Path) -> Result<Place> {
         let file = file.try_clone();
         Ok(Place {
             file: file.with_context(|| format!("could not hold {} open", path.display()))?,
@@ -49,7 +49,7 @@ impl Place {
     }
 
     /// Compares the file with what this process left, which has `length` bytes.
-    pub fn check(&self, length: u64) -> Result<(), Change> {
+    pub(crate) fn check(&self, length: u64) -> Result<(), Change> {
         let Ok(own) = self.file.metadata() else {
             return Ok(());
         };
@@ -68,7 +68,11 @@ impl Place {
 
     /// Decides what becomes of a file that has changed in this way, and of its `length` bytes: the message,
     /// and the file in which to go on; none where it is the same one.
-    pub fn leave(&self, change: &Change, length: u64) -> (Displaced, Result<Option<Rescue>, ()>) {
+    pub(crate) fn leave(
+        &self,
+        change: &Change,
+        length: u64,
+    ) -> (Displaced, Result<Option<Rescue>, ()>) {
         let cache = self.path.parent().unwrap_or(Path::new("."));
         let dir = rescue_dir(cache);
         let displaced = describe(&self.path, change, length, &dir);
@@ -98,7 +102,7 @@ impl Place {
     ///
     /// # Errors
     /// Where the process has no descriptor left.
-    pub fn again(&self) -> Result<Place> {
+    pub(crate) fn again(&self) -> Result<Place> {
         Place::of(&self.file, &self.path)
     }
 
@@ -114,7 +118,7 @@ impl Place {
     }
 
     /// Bytes of the file, wherever it is, while others append to it.
-    pub fn read(&self, bytes: Range<u64>) -> impl Read {
+    pub(crate) fn read(&self, bytes: Range<u64>) -> impl Read {
         let part = Part {
             file: &self.file,
             bytes,
@@ -152,7 +156,7 @@ fn read_at(mut file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
 }
 
 /// The folder beside the cache folder `dir` that has what was rescued from under its name.
-pub fn rescue_dir(dir: &Path) -> PathBuf {
+pub(crate) fn rescue_dir(dir: &Path) -> PathBuf {
     let mut name = dir.file_name().unwrap_or_default().to_owned();
     name.push(".rescued");
     dir.with_file_name(name)
@@ -170,7 +174,7 @@ fn note_file(dir: &Path) -> PathBuf {
 ///
 /// # Errors
 /// [`Exit::Usage`] with what to do.
-pub fn check_all_is_back(dir: &Path) -> Result<()> {
+pub(crate) fn check_all_is_back(dir: &Path) -> Result<()> {
     let rescued = rescue_dir(dir);
     if super::exists(&rescued) {
         let message = format!(
@@ -204,7 +208,7 @@ pub fn check_all_is_back(dir: &Path) -> Result<()> {
 ///
 /// # Errors
 /// Where it cannot be removed.
-pub fn forget_move(dir: &Path) -> Result<()> {
+pub(crate) fn forget_move(dir: &Path) -> Result<()> {
     let note = note_file(dir);
     if !note.exists() {
         return Ok(());
@@ -213,7 +217,7 @@ pub fn forget_move(dir: &Path) -> Result<()> {
 }
 
 /// A file in the rescue folder, and what it begins with.
-pub struct Rescue {
+pub(crate) struct Rescue {
     pub file: File,
     pub path: PathBuf,
     pub length: u64,

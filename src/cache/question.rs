@@ -8,15 +8,15 @@
 //! So two records of one question share the second half of their keys, whoever answered. An answer that was
 //! cut off at `max_tokens` has a key of its own: with a larger `max_tokens` the question is open again.
 
-pub mod template;
+pub(crate) mod template;
 
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::keys::{self, Fingerprint};
 use super::record::Record;
+use crate::cache::fingerprint::Fingerprint;
 pub use template::QuestionTemplate;
 
 /// Part of every question: raise it when the same text would come to mean something else.
@@ -181,7 +181,8 @@ pub fn half(key: &str) -> &str {
 /// Fingerprint of the second half of a key; that of [`Question::fingerprint`] if the key is of a question.
 pub fn fingerprint(key: &str) -> Fingerprint {
     let half = half(key);
-    keys::from_hex(half.as_bytes()).unwrap_or_else(|| keys::fingerprint(half))
+    crate::cache::fingerprint::from_hex(half.as_bytes())
+        .unwrap_or_else(|| crate::cache::fingerprint::fingerprint(half))
 }
 
 /// `max_tokens` of a request, under either of its names.

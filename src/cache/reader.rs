@@ -272,9 +272,9 @@ pub struct Findings {
 }
 
 /// Reads the cache in `dir` whole, decodes every record, and lists all that is wrong with it.
-pub fn examine(dir: &Path, on_progress: crate::cache::open::OnProgress<'_>) -> Result<Findings> {
+pub fn examine(dir: &Path, on_progress: crate::cache::files::OnProgress<'_>) -> Result<Findings> {
     let mut lines = Lines::open(dir)?;
-    let total = crate::cache::open::size(dir);
+    let total = crate::cache::files::size(dir);
     let mut findings = Findings::default();
     let mut keys = std::collections::BTreeMap::<String, u64>::new();
     loop {

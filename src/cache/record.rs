@@ -1,5 +1,7 @@
 //! One answered request, as one line of the cache.
 
+use crate::cache::encoding::RawToken;
+use crate::cache::usage::Usage;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
@@ -83,31 +85,6 @@ pub struct Answer {
     pub reasoning: String,
 }
 
-/// Token counts as billed by the endpoint.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Usage {
-    pub prompt_tokens: u64,
-    pub completion_tokens: u64,
-    /// Part of `prompt_tokens` that was served from the provider's prompt cache.
-    pub cached_tokens: u64,
-    /// Part of `completion_tokens` that was hidden reasoning.
-    pub reasoning_tokens: u64,
-}
-
-impl Usage {
-    pub fn add(&mut self, other: &Usage) {
-        let sums = [
-            (&mut self.prompt_tokens, other.prompt_tokens),
-            (&mut self.completion_tokens, other.completion_tokens),
-            (&mut self.cached_tokens, other.cached_tokens),
-            (&mut self.reasoning_tokens, other.reasoning_tokens),
-        ];
-        for (sum, count) in sums {
-            *sum = sum.saturating_add(count);
-        }
-    }
-}
-
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
     /// When the request was sent: RFC 3339 in UTC with milliseconds, as by [`Timing::stamp`].
@@ -152,28 +129,4 @@ pub struct Logprobs {
     pub raw: Vec<RawToken>,
     /// Do the emitted tokens' bytes, joined, equal the answer's text? A last token that ends the turn aside.
     pub matches_text: bool,
-}
-
-/// The bytes of a token that is no valid UTF-8; stored as `position:rank:hex`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RawToken {
-    /// Position in the answer, from 0.
-    pub position: u32,
-    /// Index in `top[position]`, or -1 for the emitted token.
-    pub rank: i32,
-    pub hex: String,
-}
-
-impl RawToken {
-    /// None where `hex` is none.
-    pub fn bytes(&self) -> Option<Vec<u8>> {
-        let digits = self.hex.as_bytes();
-        if !digits.len().is_multiple_of(2) {
-            return None;
-        }
-        digits
-            .chunks_exact(2)
-            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
-            .collect()
-    }
 }

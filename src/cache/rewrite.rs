@@ -18,7 +18,7 @@ use super::{compressed_file, plain_file};
 use crate::config;
 
 /// Decision about one record.
-pub enum Fate {
+pub(crate) enum Fate {
     Stay,
     /// Another line takes its place, with its newline.
     Become(Vec<u8>),
@@ -27,10 +27,10 @@ pub enum Fate {
 }
 
 /// Decides about a line, without its newline. It may be called twice for a line, with the same result.
-pub type Decide<'a> = &'a dyn Fn(&[u8]) -> Result<Fate>;
+pub(crate) type Decide<'a> = &'a dyn Fn(&[u8]) -> Result<Fate>;
 
 /// The file that has what was asked for again.
-pub fn replaced_file(dir: &Path) -> PathBuf {
+pub(crate) fn replaced_file(dir: &Path) -> PathBuf {
     dir.join("responses.replaced.jsonl")
 }
 
@@ -38,7 +38,7 @@ pub fn replaced_file(dir: &Path) -> PathBuf {
 ///
 /// # Errors
 /// Where the file cannot be read.
-pub fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Record>>> {
+pub(crate) fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Record>>> {
     let path = replaced_file(dir);
     let could_not = format!("could not read {}", path.display());
     let file = path.exists().then(|| File::open(&path)).transpose();
@@ -59,7 +59,7 @@ pub fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Record>>>
 ///
 /// # Errors
 /// Where the cache is damaged, or the disk fails.
-pub fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) -> Result<u64> {
+pub(crate) fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) -> Result<u64> {
     if !super::exists(dir) {
         return Ok(0);
     }

@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
-use super::record::{Logprobs, Record, Status, Usage};
+use super::record::{Logprobs, Record, Status};
+use crate::cache::usage::Usage;
 
 /// Sums over the records of a cache.
 #[derive(Debug, Default, Serialize)]

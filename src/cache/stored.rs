@@ -7,13 +7,13 @@
 /// The request body: `model` and `messages` as they are, for whoever wants the conversation, and
 /// all other parameters as JSON in the string `params`. Messages of any other shape than role and
 /// text stay in `params` too.
-pub mod request {
+pub(crate) mod request {
     use serde::de::Error as _;
     use serde::ser::{Error as _, SerializeStruct};
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use serde_json::Value;
 
-    use crate::prompt::Message;
+    use crate::prompt::message::Message;
 
     #[derive(Deserialize)]
     struct Stored {
@@ -30,7 +30,10 @@ pub mod request {
     }
 
     /// Borrows all it writes: a record is encoded for each answer.
-    pub fn serialize<S: Serializer>(request: &Value, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(
+        request: &Value,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         let field = |name: &str| request.get(name);
         let model = field("model").and_then(Value::as_str).unwrap_or_default();
         let messages = field("messages")
@@ -85,7 +88,9 @@ pub mod request {
             .collect()
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Value, D::Error> {
         let stored = Stored::deserialize(deserializer)?;
         let params = serde_json::from_str(&stored.params).map_err(D::Error::custom)?;
         let Value::Object(params) = params else {
@@ -105,13 +110,13 @@ pub mod request {
 }
 
 /// Unknown response fields, as JSON in a string.
-pub mod extra {
+pub(crate) mod extra {
     use serde::de::Error as _;
     use serde::ser::Error as _;
     use serde::{Deserialize, Deserializer, Serializer};
     use serde_json::{Map, Value};
 
-    pub fn serialize<S: Serializer>(
+    pub(crate) fn serialize<S: Serializer>(
         extra: &Map<String, Value>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
@@ -119,7 +124,7 @@ pub mod extra {
         serializer.serialize_str(&text)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Map<String, Value>, D::Error> {
         let text = String::deserialize(deserializer)?;
@@ -128,19 +133,19 @@ pub mod extra {
 }
 
 /// No usage is all zeros: no answer is paid for with zero tokens.
-pub mod usage {
+pub(crate) mod usage {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    use crate::cache::record::Usage;
+    use crate::cache::usage::Usage;
 
-    pub fn serialize<S: Serializer>(
+    pub(crate) fn serialize<S: Serializer>(
         usage: &Option<Usage>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
         usage.unwrap_or_default().serialize(serializer)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<Usage>, D::Error> {
         let usage = Usage::deserialize(deserializer)?;
@@ -149,16 +154,19 @@ pub mod usage {
 }
 
 /// No price is a cost of 0.
-pub mod cost {
+pub(crate) mod cost {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    pub fn serialize<S: Serializer>(cost: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(
+        cost: &Option<f64>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         cost.filter(|usd| usd.is_finite())
             .unwrap_or(0.0)
             .serialize(serializer)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<f64>, D::Error> {
         let usd = f64::deserialize(deserializer)?;
@@ -167,13 +175,16 @@ pub mod cost {
 }
 
 /// Tokens that are no UTF-8: `position:rank:hex`, separated by spaces.
-pub mod raw {
+pub(crate) mod raw {
     use serde::de::Error as _;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    use crate::cache::record::RawToken;
+    use crate::cache::encoding::RawToken;
 
-    pub fn serialize<S: Serializer>(raw: &[RawToken], serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(
+        raw: &[RawToken],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         let tokens: Vec<String> = raw
             .iter()
             .map(|token| format!("{}:{}:{}", token.position, token.rank, token.hex))
@@ -181,7 +192,7 @@ pub mod raw {
         serializer.serialize_str(&tokens.join(" "))
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Vec<RawToken>, D::Error> {
         let text = String::deserialize(deserializer)?;
@@ -190,7 +201,7 @@ pub mod raw {
     }
 
     /// The tokens in a text, or the first that is none.
-    pub fn tokens(text: &str) -> Result<Vec<RawToken>, &str> {
+    pub(crate) fn tokens(text: &str) -> Result<Vec<RawToken>, &str> {
         text.split_whitespace()
             .map(|token| parse(token).ok_or(token))
             .collect()

@@ -21,7 +21,7 @@ const BLOCK: usize = 2 << 20;
 
 /// What a block of whole lines holds.
 #[derive(Debug, Default)]
-pub struct Block {
+pub(crate) struct Block {
     pub records: Vec<Identity>,
     pub past: Past,
     pub cost_usd: f64,
@@ -49,7 +49,7 @@ fn check(text: &[u8]) -> Option<Block> {
 ///
 /// # Errors
 /// If the file at `path` cannot be read, or one of `on_block`.
-pub fn plain(
+pub(crate) fn plain(
     file: impl Read + Send,
     path: &Path,
     on_block: impl FnMut(Block) -> Result<()>,
@@ -73,7 +73,7 @@ pub fn plain(
 ///
 /// # Errors
 /// If the file at `path` cannot be read, or one of `on_block`.
-pub fn compressed(
+pub(crate) fn compressed(
     file: impl Read + Send,
     path: &Path,
     on_block: impl FnMut(Block) -> Result<()>,

@@ -1,15 +1,19 @@
 //! The one writer of a cache: what is paid for, and the group commit.
 
+use crate::cache::shared::GROUP_AGE;
+use crate::cache::shared::GROUP_RECORDS;
+use crate::cache::shared::Shared;
+use crate::cache::shared::State;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::keys::{self, Fingerprint, Keys};
-use super::place::{Change, Place};
+use super::keys::{self};
+use super::place::Place;
 use super::question::Past;
 use super::record::Record;
 use super::storage::{self, Wrap};
@@ -17,15 +21,10 @@ use super::{compressed_file, index, line, plain_file};
 use crate::cache::append_log::Journal;
 use crate::cache::compressor;
 use crate::cache::compressor::Sealer;
+use crate::cache::files::OnProgress;
+use crate::cache::fingerprint::Fingerprint;
 use crate::cache::open;
-use crate::cache::open::OnProgress;
 use crate::config::{self, Compression, Durability};
-
-/// A group is synced when it has this many records ...
-const GROUP_RECORDS: usize = 64;
-/// ... or when its first record is this old. Nor may more than what was appended in such a time
-/// wait for a slow disk.
-const GROUP_AGE: Duration = Duration::from_secs(1);
 
 /// A smaller cache is read faster than its index is worth.
 const WORTH_AN_INDEX: u64 = 4 << 20;
@@ -49,35 +48,6 @@ pub struct Cache {
     _lock: crate::fs::Lock,
 }
 
-pub struct Shared {
-    state: Mutex<State>,
-    /// A group was begun or is complete, there is enough for a frame, a sync has ended, or the
-    /// cache is being closed.
-    changed: Condvar,
-    /// What is in the plain file stays there.
-    pub stays_plain: AtomicBool,
-}
-
-pub struct State {
-    pub journal: Journal,
-    keys: Keys,
-    past: Past,
-    /// Of all its records.
-    cost_usd: f64,
-    /// Records that repeat a key.
-    repeated: u64,
-    /// The compressed file, where there is one, and its length.
-    pub frames: Option<(Place, u64)>,
-    /// When the sync began that is going on in the background.
-    syncing: Option<Instant>,
-    /// The length of the plain file from which on the sealer has something to do.
-    pub seal_from: u64,
-    pub closing: bool,
-    /// Some lines are in both files, or there is a part of a frame: when the cache is next opened it
-    /// is read whole, and tidied.
-    pub is_untidy: bool,
-}
-
 /// A record as its line in the file, ready to be appended.
 pub struct Sealed {
     line: Vec<u8>,
@@ -91,7 +61,7 @@ impl Sealed {
     pub fn new(record: &Record) -> Result<Sealed> {
         Ok(Sealed {
             line: line::encode(record)?,
-            fingerprint: keys::fingerprint(&record.key),
+            fingerprint: crate::cache::fingerprint::fingerprint(&record.key),
             head: (record.v, record.cut_at),
             cost_usd: record.cost_usd.unwrap_or(0.0),
         })
@@ -152,7 +122,10 @@ impl Cache {
         let plain = wrap(storage::open_or_create(&path)?);
         let frames = compressed_file(dir);
         let frames = match std::fs::File::open(&frames) {
-            Ok(file) => Some((Place::of(&file, &frames)?, open::length(&frames)?)),
+            Ok(file) => Some((
+                Place::of(&file, &frames)?,
+                crate::cache::files::length(&frames)?,
+            )),
             Err(error) if crate::fs::is_gone(&error) => None,
             Err(error) => {
                 let could_not = || format!("could not open {}", frames.display());
@@ -193,7 +166,7 @@ impl Cache {
 
     /// Has this key been answered, be the answer good or quarantined?
     pub fn contains(&self, key: &str) -> bool {
-        self.contains_fingerprint(&keys::fingerprint(key))
+        self.contains_fingerprint(&crate::cache::fingerprint::fingerprint(key))
     }
 
     /// As [`Cache::contains`].
@@ -318,7 +291,7 @@ impl Drop for Cache {
         // Where it cannot be written, the next run reads the cache whole.
         if state.journal.check().is_ok()
             && !state.is_untidy
-            && open::size(&self.dir) >= WORTH_AN_INDEX
+            && crate::cache::files::size(&self.dir) >= WORTH_AN_INDEX
             && let Err(error) = index::save(
                 &self.dir,
                 &state.keys,
@@ -329,87 +302,6 @@ impl Drop for Cache {
         {
             tracing::warn!("{error:#}");
         }
-    }
-}
-
-impl State {
-    /// Compares the files with what was written to them.
-    fn look(&mut self) {
-        self.journal.look();
-        let Some((place, length)) = &self.frames else {
-            return;
-        };
-        // A frame may be on its way into it.
-        let Err(change) = place.check(*length) else {
-            return;
-        };
-        if let Change::Longer { .. } = change {
-            return;
-        }
-        // Also after the plain file: both may have been removed, and each is rescued by itself.
-        let (displaced, _) = place.leave(&change, *length);
-        self.journal.displace(displaced);
-        self.frames = None;
-    }
-}
-
-impl Shared {
-    /// The state, also after a panic elsewhere: it is consistent between any two statements that
-    /// can panic.
-    pub fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits for a change.
-    pub fn wait<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed
-            .wait(state)
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits for a change, but not for longer than `time`.
-    pub fn wait_for<'a>(
-        &'a self,
-        state: MutexGuard<'a, State>,
-        time: Duration,
-    ) -> MutexGuard<'a, State> {
-        self.changed
-            .wait_timeout(state, time)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0
-    }
-
-    /// Waits until no sync is going on in the background.
-    pub fn wait_while_syncing<'a>(
-        &'a self,
-        mut state: MutexGuard<'a, State>,
-    ) -> MutexGuard<'a, State> {
-        while state.syncing.is_some() {
-            state = self.wait(state);
-        }
-        state
-    }
-}
-
-impl Shared {
-    /// After an append to `before` lines that were not synced: has a full group synced, in the
-    /// background where the storage can.
-    fn commit<'a>(&'a self, mut state: MutexGuard<'a, State>, before: usize) -> Result<()> {
-        // A disk that takes longer than a group may wait holds up the appending.
-        if state
-            .syncing
-            .is_some_and(|began| began.elapsed() >= GROUP_AGE)
-        {
-            state = self.wait_while_syncing(state);
-        }
-        let unsynced = state.journal.unsynced();
-        if before == 0 || (before < GROUP_RECORDS && unsynced >= GROUP_RECORDS) {
-            self.changed.notify_all();
-        }
-        if unsynced >= GROUP_RECORDS && !state.journal.syncs_in_background() {
-            state.journal.sync()?;
-        }
-        state.journal.may_append()
     }
 }
 

@@ -1,57 +1,26 @@
 //! Files and batches as an endpoint tells of them, read leniently, and the way to them.
 
-use std::path::Path;
 use std::time::SystemTime;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::StreamExt;
-use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use serde_json::Value;
 
-use crate::client::http::{Fault, Reply};
+use crate::client::attempt_error::{Claim, Reason, Trouble};
 use crate::client::outcome;
-use crate::client::outcome::{Claim, Reason, Trouble};
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
+use crate::client::transport::{Fault, Reply};
 
 /// What each row of a batch asks for.
-pub const ENDPOINT: &str = "/v1/chat/completions";
+pub(crate) const ENDPOINT: &str = "/v1/chat/completions";
 
 /// A longer line is no answer that anybody wants to keep.
 pub(crate) const LONGEST_LINE: usize = 64 << 20;
 
-/// The way to a teacher's files and batches: HTTP, or in a test a simulation on the paused clock.
-pub trait BatchApi: Send + Sync {
-    /// Uploads a file of requests.
-    fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<Reply, Fault>>;
-
-    fn create<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>>;
-
-    fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>>;
-
-    /// A page of the account's batches, the newest first, from the one after `after` on.
-    fn list<'a>(&'a self, after: Option<&'a str>) -> BoxFuture<'a, Result<Reply, Fault>>;
-
-    fn cancel<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>>;
-
-    /// What a file holds, as it comes.
-    fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Download, Fault>>;
-
-    /// Takes an echoed key out of a line.
-    fn without_key(&self, line: Bytes) -> Bytes {
-        line
-    }
-}
-
-pub enum Download {
-    /// A reply with a bad status.
-    Refused(Reply),
-    Content(BoxStream<'static, Result<Bytes, Fault>>),
-}
-
 /// As [`outcome::check`]: what is "not found" here is a file or a batch, and not the endpoint.
-pub fn check(reply: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Trouble> {
+pub(crate) fn check(reply: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Trouble> {
     outcome::check(reply, now).map_err(|trouble| match trouble {
         Trouble::Claim(Claim {
             reason: Reason::Address | Reason::Model,
@@ -64,7 +33,7 @@ pub fn check(reply: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Trou
 
 /// A batch, as far as the endpoint tells.
 #[derive(Debug, Default, PartialEq)]
-pub struct Card {
+pub(crate) struct Card {
     pub id: String,
     /// Known ones and others.
     pub status: String,
@@ -83,7 +52,7 @@ pub struct Card {
 
 /// Why a batch failed.
 #[derive(Debug, PartialEq)]
-pub struct Mistake {
+pub(crate) struct Mistake {
     pub error: ApiError,
     /// Of the input file, from 1; None where it is the whole file.
     pub line: Option<u64>,
@@ -91,7 +60,7 @@ pub struct Mistake {
 
 impl Mistake {
     /// A line of an error file that is not about one row.
-    pub fn of_line(line: &[u8]) -> Option<Mistake> {
+    pub(crate) fn of_line(line: &[u8]) -> Option<Mistake> {
         let value = json::value(line).ok()?;
         let error = ApiError::from_value(if value["error"].is_null() {
             &value
@@ -107,13 +76,13 @@ impl Mistake {
 
 impl Card {
     /// None where there is no batch in the body.
-    pub fn parse(body: &[u8]) -> Option<Card> {
+    pub(crate) fn parse(body: &[u8]) -> Option<Card> {
         Card::from_value(&json::value(body).ok()?)
     }
 
     /// Returns true if rows were answered, or may have been. An error file alone shows no answer: it may
     /// say why the input file was refused.
-    pub fn has_answers(&self) -> bool {
+    pub(crate) fn has_answers(&self) -> bool {
         let is_completed = self.status == "completed";
         self.output_file.is_some() || self.answered.map_or(is_completed, |answered| answered > 0)
     }
@@ -177,7 +146,7 @@ fn status(told: &str) -> String {
 }
 
 /// The batches of a page, and whether there are more.
-pub fn parse_page(body: &[u8]) -> Option<(Vec<Card>, bool)> {
+pub(crate) fn parse_page(body: &[u8]) -> Option<(Vec<Card>, bool)> {
     let page = json::value(body).ok()?;
     let cards = page["data"].as_array()?.iter();
     let cards = cards.filter_map(Card::from_value).collect();
@@ -185,14 +154,14 @@ pub fn parse_page(body: &[u8]) -> Option<(Vec<Card>, bool)> {
 }
 
 /// The id of a file that was uploaded.
-pub fn parse_file(body: &[u8]) -> Option<String> {
+pub(crate) fn parse_file(body: &[u8]) -> Option<String> {
     let file = json::value(body).ok()?;
     Some(file["id"].as_str()?.to_owned()).filter(|id| !id.is_empty())
 }
 
 /// A file that comes in pieces, as lines. They end at the byte `\n` alone: JSON may hold U+2028 and
 /// its like.
-pub struct Lines {
+pub(crate) struct Lines {
     pieces: BoxStream<'static, Result<Bytes, Fault>>,
     buffer: BytesMut,
     /// Bytes of the buffer that are known to hold no line's end.
@@ -205,7 +174,7 @@ pub struct Lines {
 }
 
 impl Lines {
-    pub fn new(pieces: BoxStream<'static, Result<Bytes, Fault>>) -> Lines {
+    pub(crate) fn new(pieces: BoxStream<'static, Result<Bytes, Fault>>) -> Lines {
         Lines {
             pieces,
             buffer: BytesMut::new(),
@@ -217,7 +186,7 @@ impl Lines {
     }
 
     /// The next line, without its end; one that is too long is empty. None after the last one.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
             let rest = &self.buffer[self.searched..];
             if let Some(length) = rest.iter().position(|byte| *byte == b'\n') {

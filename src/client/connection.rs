@@ -14,7 +14,7 @@ use crate::exit::Exit;
 
 /// Validated address of an endpoint.
 #[derive(Debug)]
-pub struct Address {
+pub(crate) struct Address {
     /// Without a slash at the end, its variables filled in.
     pub text: String,
     pub query: Vec<(String, String)>,
@@ -26,7 +26,7 @@ impl Address {
     ///
     /// # Errors
     /// [`Exit::Usage`] with what to write instead.
-    pub fn of(settings: &config::Teacher) -> Result<Address> {
+    pub(crate) fn of(settings: &config::Teacher) -> Result<Address> {
         let shown = &settings.base_url;
         let text = expand("teacher.base_url", shown)?.text;
         let text = text.trim().trim_end_matches('/').to_owned();
@@ -122,7 +122,7 @@ fn is_loopback(url: &Url) -> bool {
 ///
 /// # Errors
 /// [`Exit::Usage`] where a certificate cannot be read.
-pub fn client(settings: &config::Teacher, address: &Address) -> Result<reqwest::Client> {
+pub(crate) fn client(settings: &config::Teacher, address: &Address) -> Result<reqwest::Client> {
     // An error means that a provider is installed already, which is what we want.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut builder = reqwest::Client::builder()
@@ -179,7 +179,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// [`Exit::Usage`] where it is none.
-pub fn seconds(name: &str, value: f64) -> Result<Duration> {
+pub(crate) fn seconds(name: &str, value: f64) -> Result<Duration> {
     Duration::try_from_secs_f64(value)
         .ok()
         .filter(|duration| !duration.is_zero())

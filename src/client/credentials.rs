@@ -51,7 +51,7 @@ const REFUSED_KEYS: u32 = 2;
 
 /// Snapshot of the headers that are sent with a request, and their secrets.
 #[derive(Debug, Clone)]
-pub struct Sent {
+pub(crate) struct Sent {
     pub headers: HeaderMap,
     pub secrets: Arc<Secrets>,
     /// Counts the keys.
@@ -59,7 +59,7 @@ pub struct Sent {
 }
 
 /// The key and the headers of one endpoint.
-pub struct Credentials {
+pub(crate) struct Credentials {
     settings: config::Teacher,
     header: HeaderName,
     current: Mutex<Arc<Sent>>,
@@ -76,7 +76,7 @@ impl Credentials {
     ///
     /// # Errors
     /// [`Exit::Usage`] where one is missing or cannot be sent.
-    pub fn load(settings: &config::Teacher) -> Result<Credentials> {
+    pub(crate) fn load(settings: &config::Teacher) -> Result<Credentials> {
         let header = header_name("teacher.api_key_header", &settings.api_key_header)?;
         let mut headers = HeaderMap::new();
         let accepted = HeaderValue::from_static(response::encoding::ACCEPTED);
@@ -139,18 +139,18 @@ impl Credentials {
     }
 
     /// Current snapshot.
-    pub fn current(&self) -> Arc<Sent> {
+    pub(crate) fn current(&self) -> Arc<Sent> {
         Arc::clone(&self.current.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The endpoint takes what was sent.
-    pub fn accepted(&self) {
+    pub(crate) fn accepted(&self) {
         self.refused.store(0, Ordering::Relaxed);
         self.is_known.store(true, Ordering::Relaxed);
     }
 
     /// The endpoint refuses what was `sent`. True where there is something else to send by now.
-    pub async fn renew(self: &Arc<Self>, sent: &Sent) -> bool {
+    pub(crate) async fn renew(self: &Arc<Self>, sent: &Sent) -> bool {
         if matches!(
             self.settings.key_source(),
             KeySource::None | KeySource::Variable(_)
@@ -231,7 +231,7 @@ impl Credentials {
 }
 
 /// A text of the config with its variables filled in.
-pub struct Expanded {
+pub(crate) struct Expanded {
     pub text: String,
     secrets: Vec<String>,
 }
@@ -240,7 +240,7 @@ pub struct Expanded {
 ///
 /// # Errors
 /// [`Exit::Usage`] where a variable is not set.
-pub fn expand(place: &str, text: &str) -> Result<Expanded> {
+pub(crate) fn expand(place: &str, text: &str) -> Result<Expanded> {
     let mut expanded = Expanded {
         text: String::new(),
         secrets: Vec::new(),

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
 
-use crate::client::outcome::{Claim, Failure, Reason, Trouble, shorten};
+use crate::client::attempt_error::{Claim, Failure, Reason, Trouble, shorten};
 use crate::client::response::error::ApiError;
 use crate::client::retry_after;
 use crate::rate_limit::headers;
@@ -83,7 +83,7 @@ fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
 /// Reason for which every request would fail, from the error's code or message. A rate limit
 /// (`is_throttle`) is none: Gemini has the same words for its limit a minute as others for an empty
 /// account.
-pub fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
+pub(crate) fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
     const CREDIT: [&str; 8] = [
         "insufficient_quota",
         "billing_hard_limit_reached",

@@ -1,107 +1,29 @@
 //! The endpoint: one HTTP request a call, and everything that came back.
 
+use crate::client::transport::Fault;
+use crate::client::transport::Reply;
+use crate::client::transport::Transport;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use async_openai::Client;
-use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, Request, Url};
 use secrecy::SecretString;
 use serde_json::Value;
-use tokio::sync::SemaphorePermit;
 
-use crate::client::batch_object::BatchApi;
 use crate::client::connection;
 use crate::client::connection::Address;
 use crate::client::credentials::Credentials;
 use crate::client::one_attempt::{OneAttempt, Sender};
 use crate::client::secrets::Secrets;
+use crate::client::transport::BatchApi;
 use crate::config;
 
-/// A response, whatever its status.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("a reply with status {status}")]
-pub struct Reply {
-    pub status: u16,
-    pub headers: HeaderMap,
-    /// Decoded; as it came where that was not possible.
-    pub body: Bytes,
-    pub end: End,
-    /// Held for as long as a large body is in memory.
-    pub permit: Option<Permit>,
-}
-
-/// Leave for a large body to be in memory.
-pub type Permit = Arc<SemaphorePermit<'static>>;
-
-/// How a body ended.
-#[derive(Debug, Clone)]
-pub enum End {
-    Whole,
-    /// The connection ended, or the time was up, before the body did.
-    Cut(Fault),
-    /// All of it came, or too much of it, and it cannot be decoded for certain. `raw` is what came, where the
-    /// body is another one.
-    Unreadable {
-        problem: String,
-        raw: Bytes,
-    },
-}
-
-impl Reply {
-    /// A reply whose body came whole.
-    pub fn whole(status: u16, headers: HeaderMap, body: Bytes) -> Reply {
-        Reply {
-            status,
-            headers,
-            body,
-            end: End::Whole,
-            permit: None,
-        }
-    }
-}
-
-/// Why there is no response.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum Fault {
-    /// Refused, no such host, no route, TLS: nothing was sent.
-    #[error("{0}")]
-    Unreachable(String),
-    /// The key had expired, and there is a new one.
-    #[error("the key had expired")]
-    KeyRenewed,
-    /// This process or this machine may open no more connections for now: nothing was sent.
-    #[error("{0}")]
-    NoDescriptor(String),
-    /// May have been billed.
-    #[error("timed out")]
-    Timeout,
-    /// Reset, closed early, or not HTTP: may have been billed.
-    #[error("{0}")]
-    Broken(String),
-}
-
-/// The way to a teacher: HTTP, or in a test a simulation on the paused clock.
-pub trait Transport: Send + Sync {
-    /// Asks once, and waits for the whole reply.
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>>;
-
-    /// Secrets to remove from answers.
-    fn secrets(&self) -> Arc<Secrets> {
-        Arc::default()
-    }
-
-    /// The way to its files and batches, if there is one.
-    fn batches(&self) -> Option<&dyn BatchApi> {
-        None
-    }
-}
-
 /// The teacher, ready to be asked.
-pub struct Teacher {
+pub(crate) struct Teacher {
     /// For files and batches.
     pub(crate) client: Client<Endpoint>,
     /// For completions, and for the one thing that async-openai does not do: reading a file
@@ -114,12 +36,12 @@ pub struct Teacher {
 
 impl Teacher {
     /// Reads the key and prepares the connection pool; sends nothing.
-    pub fn new(settings: &config::Teacher) -> Result<Teacher> {
+    pub(crate) fn new(settings: &config::Teacher) -> Result<Teacher> {
         Self::at(settings, "chat/completions")
     }
 
     /// As [`Teacher::new`], to be asked at another path than that of chat completions.
-    pub fn at(settings: &config::Teacher, path: &str) -> Result<Teacher> {
+    pub(crate) fn at(settings: &config::Teacher, path: &str) -> Result<Teacher> {
         let credentials = Arc::new(Credentials::load(settings)?);
         let address = Address::of(settings)?;
         let http = Sender {
@@ -174,15 +96,10 @@ impl Transport for Teacher {
     }
 }
 
-/// The base URL as records name it: as the config has it, without a slash at the end.
-pub fn identity(settings: &config::Teacher) -> &str {
-    settings.base_url.trim_end_matches('/')
-}
-
 /// What async-openai asks for with each request. Its own configuration would fall back to
 /// environment variables that the user of this program has not named.
 #[derive(Clone)]
-pub struct Endpoint {
+pub(crate) struct Endpoint {
     base_url: Arc<str>,
     query: Arc<[(String, String)]>,
     /// The key is in the headers.

@@ -16,11 +16,12 @@ use reqwest::{Method, Request, Url};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
-use crate::client::batch_object::{BatchApi, Download};
-use crate::client::http::{Fault, Reply, Teacher};
+use crate::client::http::Teacher;
 use crate::client::one_attempt;
 use crate::client::one_attempt::unpack;
 use crate::client::response::encoding::Decoder;
+use crate::client::transport::{BatchApi, Download};
+use crate::client::transport::{Fault, Reply};
 
 /// Batches to a page, the most that is given.
 const PAGE: &str = "100";

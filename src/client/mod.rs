@@ -1,16 +1,19 @@
 //! TODO
 
-pub mod batch_object;
-pub mod connection;
-pub mod credentials;
-pub mod error_class;
-pub mod http;
-pub mod http_batches;
-pub mod one_attempt;
-pub mod outcome;
-pub mod request;
-pub mod response;
-pub mod retry_after;
-pub mod score_text;
-pub mod secrets;
-pub mod structured_output;
+pub(crate) mod attempt_error;
+pub(crate) mod batch_object;
+pub(crate) mod connection;
+pub(crate) mod credentials;
+pub(crate) mod error_class;
+pub(crate) mod http;
+pub(crate) mod http_batches;
+pub(crate) mod one_attempt;
+pub(crate) mod outcome;
+pub(crate) mod refused;
+pub(crate) mod request;
+pub(crate) mod response;
+pub(crate) mod retry_after;
+pub(crate) mod score_text;
+pub(crate) mod secrets;
+pub(crate) mod structured_output;
+pub mod transport;

@@ -13,17 +13,17 @@ use reqwest::{Request, Response};
 use tokio::sync::Semaphore;
 
 use crate::client::credentials::{Credentials, Sent};
-use crate::client::http::{End, Fault, Permit, Reply};
 use crate::client::response::encoding;
 use crate::client::response::encoding::Decoder;
 use crate::client::response::json;
+use crate::client::transport::{End, Fault, Permit, Reply};
 use crate::ops::process;
 
 /// A longer body is no chat completion that anybody wants to keep.
 const LARGEST_BODY: usize = 64 << 20;
 
 /// For a file, up or down, as long as something comes.
-pub const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
+pub(crate) const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
 
 /// Our transport below async-openai: exactly one attempt, its reply handed out whole.
 ///
@@ -33,7 +33,7 @@ pub const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
 /// the crate passes on untouched; [`unpack`] takes it out again. What remains with the crate is the
 /// request: path, headers, JSON.
 #[derive(Clone)]
-pub struct OneAttempt {
+pub(crate) struct OneAttempt {
     pub http: Sender,
 }
 
@@ -64,7 +64,7 @@ impl tower::Service<HttpRequestFactory> for OneAttempt {
 }
 
 /// Takes the reply out of the error in which [`OneAttempt`] has sent it through async-openai.
-pub fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault> {
+pub(crate) fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault> {
     let error = match outcome {
         Err(OpenAIError::Boxed(carried)) => match carried.downcast::<Reply>() {
             Ok(reply) => return Ok(*reply),
@@ -82,7 +82,7 @@ pub fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault> {
 
 /// Sends requests with the key and the headers of an endpoint.
 #[derive(Clone)]
-pub struct Sender {
+pub(crate) struct Sender {
     pub http: reqwest::Client,
     pub credentials: Arc<Credentials>,
 }
@@ -92,7 +92,7 @@ impl Sender {
     ///
     /// # Errors
     /// Where no reply began, or the key had expired. A reply that broke off is returned with what came of it.
-    pub async fn send(&self, request: Request) -> Result<Reply, Fault> {
+    pub(crate) async fn send(&self, request: Request) -> Result<Reply, Fault> {
         let (sent, response) = self.begin(request).await?;
         let mut reply = read(response).await;
         let body = sent.secrets.clean(reply.body.clone());
@@ -109,7 +109,7 @@ impl Sender {
     }
 
     /// Sends a request, of whose response the body is still to come.
-    pub async fn begin(&self, mut request: Request) -> Result<(Arc<Sent>, Response), Fault> {
+    pub(crate) async fn begin(&self, mut request: Request) -> Result<(Arc<Sent>, Response), Fault> {
         let sent = self.credentials.current();
         for (name, value) in &sent.headers {
             request.headers_mut().insert(name, value.clone());
@@ -122,7 +122,7 @@ impl Sender {
     ///
     /// # Errors
     /// [`Fault::KeyRenewed`] where the key was refused and there is another one.
-    pub async fn look_at_key(&self, sent: &Sent, status: u16) -> Result<(), Fault> {
+    pub(crate) async fn look_at_key(&self, sent: &Sent, status: u16) -> Result<(), Fault> {
         match status {
             401 if self.credentials.renew(sent).await => return Err(Fault::KeyRenewed),
             200..300 => self.credentials.accepted(),
@@ -133,7 +133,7 @@ impl Sender {
 }
 
 /// Reads a response to its end.
-pub async fn read(mut response: Response) -> Reply {
+pub(crate) async fn read(mut response: Response) -> Reply {
     let status = response.status().as_u16();
     let headers = std::mem::take(response.headers_mut());
     let mut reading = Reading::new(&headers);
@@ -281,7 +281,7 @@ fn undecodable(error: std::io::Error) -> End {
     }
 }
 
-pub fn fault(error: reqwest::Error) -> Fault {
+pub(crate) fn fault(error: reqwest::Error) -> Fault {
     let is_connect = error.is_connect();
     if error.is_timeout() && !is_connect {
         return Fault::Timeout;

@@ -7,12 +7,13 @@ use serde_json::{Map, Value, json};
 
 use crate::cache::question::template::QuestionTemplate;
 use crate::client::response;
-use crate::client::response::{Completion, NoAnswer};
+use crate::client::response::completion::{Completion, NoAnswer};
 use crate::client::score_text::Scoring;
 use crate::client::structured_output::Structured;
 use crate::config::{Config, Lane};
 use crate::exit::Exit;
-use crate::prompt::{Message, Prompt};
+use crate::prompt::Prompt;
+use crate::prompt::message::Message;
 
 const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has its own record";
 const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
@@ -71,7 +72,7 @@ fn message(message: &Message) -> Value {
 }
 
 /// Refuses settings that no request can be made from.
-pub fn check(config: &Config) -> Result<()> {
+pub(crate) fn check(config: &Config) -> Result<()> {
     if config.prompts.samples == 0 {
         let message = "`prompts.samples` = 0 asks for nothing: set it to 1 or more";
         return Err(Exit::Usage(message.into()).into());

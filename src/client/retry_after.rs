@@ -1,13 +1,15 @@
 //! How long an endpoint asks to wait, in every form in which endpoints say it. Pure.
 
+use crate::rate_limit::wait::amount;
+use crate::rate_limit::wait::duration;
+use crate::rate_limit::wait::leading;
+use crate::rate_limit::wait::seconds;
+use crate::rate_limit::wait::until;
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::HeaderMap;
 
 use crate::client::response::error::ApiError;
-
-/// Longer waits than this are as good as for ever.
-const LONGEST: f64 = 10.0 * 366.0 * 86_400.0;
 
 /// Words in front of a wait in an error message, in lower case.
 const WORDS: [&str; 15] = [
@@ -61,7 +63,11 @@ const TIMES: [&str; 5] = [
 
 /// The wait that a refusal asks for: `retry-after-ms`, `Retry-After`, a field of its body, or the words of
 /// its message. None where it asks for none, or for one that makes no sense.
-pub fn asked_for(headers: &HeaderMap, error: &ApiError, now: SystemTime) -> Option<Duration> {
+pub(crate) fn asked_for(
+    headers: &HeaderMap,
+    error: &ApiError,
+    now: SystemTime,
+) -> Option<Duration> {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     let milliseconds = MILLISECONDS.into_iter().find_map(header).and_then(amount);
     let milliseconds = milliseconds.and_then(|milliseconds| seconds(milliseconds / 1e3));
@@ -81,102 +87,6 @@ pub fn asked_for(headers: &HeaderMap, error: &ApiError, now: SystemTime) -> Opti
             let longest = resets.filter_map(|text| until(text, now)).max();
             longest.filter(|wait| !is_told && is_positive(wait))
         })
-}
-
-/// The time to a point that is given as seconds from now, a Unix time in seconds or milliseconds, a date
-/// of HTTP or RFC 3339, or a duration (`2m59.56s`). Of a list, as a proxy makes it of two headers, the
-/// longest. A point that has passed is now.
-pub fn until(text: &str, now: SystemTime) -> Option<Duration> {
-    let text = text.trim().trim_matches('"').trim();
-    if let Some(number) = amount(text) {
-        let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).ok()?;
-        return seconds(match number {
-            number if number >= 1e11 => number / 1e3 - since_epoch.as_secs_f64(),
-            number if number >= 1e8 => number - since_epoch.as_secs_f64(),
-            number => number,
-        });
-    }
-    if let Some(date) = date(text) {
-        return Some(date.duration_since(now).unwrap_or_default());
-    }
-    let parts: Vec<&str> = text.split(',').collect();
-    if parts.len() > 1 {
-        return parts.into_iter().filter_map(|part| until(part, now)).max();
-    }
-    duration(text)
-}
-
-/// A date of RFC 3339, in UTC where it names no zone, or of HTTP, also where that has another name for GMT.
-fn date(text: &str) -> Option<SystemTime> {
-    if let Ok(date) = text.parse::<jiff::Timestamp>() {
-        return Some(date.into());
-    }
-    let begins_with_year = text.len() > 10 && text.as_bytes()[..4].iter().all(u8::is_ascii_digit);
-    if begins_with_year && let Ok(date) = text.parse::<jiff::civil::DateTime>() {
-        let date = date.to_zoned(jiff::tz::TimeZone::UTC).ok()?;
-        return Some(date.timestamp().into());
-    }
-    if let Ok(date) = httpdate::parse_http_date(text) {
-        return Some(date);
-    }
-    let others = ["UTC", "+0000", "Z"].into_iter();
-    let date = others.filter_map(|zone| text.strip_suffix(zone)).next()?;
-    httpdate::parse_http_date(&format!("{} GMT", date.trim_end())).ok()
-}
-
-/// `1h2m3.5s`, `17ms`, `2 minutes`, `PT1M30S`: numbers and units, one after the other.
-pub fn duration(text: &str) -> Option<Duration> {
-    let lower = text.trim().to_ascii_lowercase();
-    let lower = lower.strip_prefix("pt").unwrap_or(&lower);
-    let (total, rest) = leading(lower)?;
-    rest.trim().is_empty().then_some(total)
-}
-
-/// The duration that a text in lower case begins with, and what follows it.
-fn leading(text: &str) -> Option<(Duration, &str)> {
-    let (mut rest, mut total, mut is_any) = (text, 0.0, false);
-    loop {
-        let start = rest.trim_start_matches([' ', ',', ':']);
-        let start = match start.strip_prefix("and ") {
-            Some(after) if is_any => after.trim_start(),
-            _ => start,
-        };
-        let digits = start
-            .find(|char: char| !char.is_ascii_digit() && char != '.')
-            .unwrap_or(start.len());
-        // The full stop of a sentence is no part of a number.
-        let number: f64 = match start[..digits].trim_end_matches('.').parse() {
-            Ok(number) => number,
-            Err(_) => break,
-        };
-        let behind = &start[digits..];
-        let unit_start = behind.trim_start();
-        let letters = unit_start
-            .find(|char: char| !char.is_alphabetic())
-            .unwrap_or(unit_start.len());
-        let Some(unit) = unit(&unit_start[..letters]) else {
-            break;
-        };
-        total += number * unit;
-        is_any = true;
-        rest = &unit_start[letters..];
-    }
-    let total = seconds(total).filter(|_| is_any)?;
-    Some((total, rest))
-}
-
-/// Seconds of a unit.
-fn unit(name: &str) -> Option<f64> {
-    Some(match name {
-        "d" | "day" | "days" => 86_400.0,
-        "h" | "hr" | "hrs" | "hour" | "hours" => 3_600.0,
-        "m" | "min" | "mins" | "minute" | "minutes" => 60.0,
-        "s" | "sec" | "secs" | "second" | "seconds" => 1.0,
-        "ms" | "msec" | "millisecond" | "milliseconds" => 1e-3,
-        "us" | "µs" => 1e-6,
-        "ns" => 1e-9,
-        _ => return None,
-    })
 }
 
 /// The wait in a message: "Please try again in 7m12s", "retry after 5 seconds", "resets at 2026-11-29T00:00:00Z".
@@ -229,16 +139,6 @@ fn clock(text: &str) -> Option<Duration> {
         [hours, minutes, rest] => seconds(hours * 3_600.0 + minutes * 60.0 + rest),
         _ => None,
     }
-}
-
-fn amount(text: &str) -> Option<f64> {
-    let amount: f64 = text.trim().parse().ok()?;
-    (!amount.is_nan() && amount >= 0.0).then_some(amount)
-}
-
-/// Less than nothing is now.
-fn seconds(seconds: f64) -> Option<Duration> {
-    Duration::try_from_secs_f64(seconds.clamp(0.0, LONGEST)).ok()
 }
 
 #[cfg(test)]

@@ -11,12 +11,14 @@ use std::borrow::Cow;
 use serde_json::{Map, Value, json};
 
 use crate::cache::record::{Answer, Logprobs};
-use crate::client::response::error::{ApiError, is_error, text};
+use crate::client::response::completion::{Completion, NoAnswer};
+use crate::client::response::error::{ApiError, is_error};
 use crate::client::response::logprobs::{Alternative, Bytes, Columns, Logprob};
-use crate::client::response::{Completion, NoAnswer, json, usage};
+use crate::client::response::text::text;
+use crate::client::response::{json, usage};
 use crate::config::Lane;
 use crate::data::align::token_ids;
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 
 /// How texts are scored, and the teacher's tokenizer.

@@ -10,7 +10,8 @@ use crate::cli::{CachePlace, ConfigFile, ExportArgs, ExportFormat, Global};
 use crate::config::{self, Groups};
 use crate::data::groups::Selection;
 use crate::exit::Exit;
-use crate::export::{self, Format, Report, Settings};
+use crate::export::rows::{Report, Settings};
+use crate::export::{self, Format};
 use crate::terminal::{format_count, sanitise};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::Date;
@@ -19,7 +20,7 @@ use crate::tokenizer::chat_template::Date;
 const VERSION: u32 = 1;
 
 /// Writes the export that the command line names.
-pub fn run(args: &ExportArgs, global: &Global) -> Result<()> {
+pub(crate) fn run(args: &ExportArgs, global: &Global) -> Result<()> {
     let format = format(args.to);
     if args.tokenizer.is_some() && format != Format::Axolotl {
         bail!(Exit::Usage(

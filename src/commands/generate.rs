@@ -10,7 +10,7 @@ use crate::exit::Exit;
 use crate::model::Model;
 use crate::model::batcher::{Batcher, FinishReason, GenerateOptions};
 use crate::model::sampling::Sampling;
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 use crate::terminal;
 use crate::tokenizer::Tokenizer;
 

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result};
 
 use crate::cli::{Global, HarvestArgs};
-use crate::harvest::{self, HarvestOptions};
+use crate::harvest;
+use crate::harvest::options::HarvestOptions;
 
 /// Runs the harvest, prints its summary, and fails with what the summary says went wrong.
 pub fn run(args: &HarvestArgs, global: &Global) -> Result<()> {

@@ -6,7 +6,7 @@ pub mod config;
 pub mod data;
 pub mod demo;
 pub mod eval;
-pub mod export;
+pub(crate) mod export;
 pub mod generate;
 pub mod harvest;
 pub mod probe;

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{print, print_json};
 use crate::cli::{Global, TokenizeArgs};
 use crate::data::dataset::show::text_of;
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 use crate::terminal::{sanitise, table};
 use crate::tokenizer::Tokenizer;
 

@@ -9,7 +9,8 @@ use crate::prompt::Prompt;
 use crate::signal::StopFlag;
 use crate::terminal::{format_count, format_dollars, sanitise, table};
 use crate::train::on_policy::Judge;
-use crate::train::{self, Options, Start};
+use crate::train::summary::Start;
+use crate::train::{self, Options};
 
 /// Trains the student and prints where it is and how it did.
 pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {

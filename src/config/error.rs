@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use crate::config::teacher::hide_keys;
 use crate::exit::Exit;
 
 /// Keys that a message lists.
@@ -10,7 +9,7 @@ const FEW: usize = 12;
 
 /// What does not fit in `text`, the content of `path`: file, line, column, and for an unknown key
 /// the nearest one that exists, or else `otherwise`.
-pub fn describe(
+pub(crate) fn describe(
     path: &Path,
     text: &str,
     error: &toml::de::Error,
@@ -43,7 +42,7 @@ pub fn describe(
 }
 
 /// `; did you mean ...?`, where something is near enough, or else `; ` and `otherwise`.
-pub fn nearest<'a>(
+pub(crate) fn nearest<'a>(
     word: &str,
     candidates: impl Iterator<Item = &'a str>,
     otherwise: &str,
@@ -58,7 +57,36 @@ pub fn nearest<'a>(
 }
 
 /// The user must change something first.
-pub fn usage(message: String) -> anyhow::Error {
+pub(crate) fn usage(message: String) -> anyhow::Error {
     // A key may stand where it does not belong.
     Exit::Usage(hide_keys(&message)).into()
 }
+
+/// The same text without what looks like a key.
+pub(crate) fn hide_keys(text: &str) -> String {
+    let is_of_key = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let mut hidden = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(start) = rest.find(is_of_key) {
+        hidden.push_str(&rest[..start]);
+        let word = &rest[start..];
+        let end = word.find(|c| !is_of_key(c)).unwrap_or(word.len());
+        let (word, after) = word.split_at(end);
+        let is_key = word.len() >= SHORTEST_KEY
+            && PREFIXES.iter().any(|prefix| word.starts_with(prefix))
+            && word.bytes().any(|byte| byte.is_ascii_digit());
+        hidden.push_str(if is_key { "[key]" } else { word });
+        rest = after;
+    }
+    hidden.push_str(rest);
+    hidden
+}
+
+/// Shorter texts are placeholders or names.
+pub(crate) const SHORTEST_KEY: usize = 16;
+
+/// Prefixes of the API keys of well-known providers.
+pub(crate) const PREFIXES: [&str; 14] = [
+    "sk-", "sk_", "gsk_", "hf_", "xai-", "pplx-", "AIza", "r8_", "nvapi-", "fw_", "tgp_", "csk-",
+    "ya29.", "eyJ",
+];

@@ -3,15 +3,15 @@
 //! Precedence: `--set section.key=value` > `DISTILL_SECTION_KEY` > the file > the default. Relative
 //! paths of the file are relative to its folder.
 
-pub mod data;
+pub(crate) mod data;
 pub(crate) mod error;
-pub mod harvest;
+pub(crate) mod harvest;
 pub mod load;
-pub mod redis_url;
-pub mod settings;
-pub mod student;
-pub mod teacher;
-pub mod validate;
+pub(crate) mod redis_url;
+pub(crate) mod settings;
+pub(crate) mod student;
+pub(crate) mod teacher;
+pub(crate) mod validate;
 
 pub use data::*;
 pub use harvest::*;

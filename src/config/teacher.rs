@@ -1,5 +1,7 @@
 //! The endpoint that is asked, and how it is reached.
 
+use crate::config::error::SHORTEST_KEY;
+use crate::config::error::hide_keys;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -7,18 +9,10 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::harvest::{Limits, Price, Sampling};
+use crate::config;
 use crate::config::error::usage;
 
 const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
-
-/// Prefixes of the API keys of well-known providers.
-const PREFIXES: [&str; 14] = [
-    "sk-", "sk_", "gsk_", "hf_", "xai-", "pplx-", "AIza", "r8_", "nvapi-", "fw_", "tgp_", "csk-",
-    "ya29.", "eyJ",
-];
-
-/// Shorter texts are placeholders or names.
-const SHORTEST_KEY: usize = 16;
 
 /// The endpoint that is asked, or the model on this machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -239,24 +233,9 @@ fn looks_like_key(text: &str) -> bool {
     hide_keys(text) != text
 }
 
-/// The same text without what looks like a key.
-pub fn hide_keys(text: &str) -> String {
-    let is_of_key = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    let mut hidden = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(start) = rest.find(is_of_key) {
-        hidden.push_str(&rest[..start]);
-        let word = &rest[start..];
-        let end = word.find(|c| !is_of_key(c)).unwrap_or(word.len());
-        let (word, after) = word.split_at(end);
-        let is_key = word.len() >= SHORTEST_KEY
-            && PREFIXES.iter().any(|prefix| word.starts_with(prefix))
-            && word.bytes().any(|byte| byte.is_ascii_digit());
-        hidden.push_str(if is_key { "[key]" } else { word });
-        rest = after;
-    }
-    hidden.push_str(rest);
-    hidden
+/// The base URL as records name it: as the config has it, without a slash at the end.
+pub fn identity(settings: &config::Teacher) -> &str {
+    settings.base_url.trim_end_matches('/')
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ fn check(holds: bool, message: &str) -> Result<()> {
 }
 
 /// Refuses a config that cannot be meant.
-pub fn validate(config: &Config) -> Result<()> {
+pub(crate) fn validate(config: &Config) -> Result<()> {
     let share = |value: f64| (0.0..=1.0).contains(&value);
     harvest(config)?;
     check(

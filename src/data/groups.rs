@@ -6,7 +6,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::cache::keys::{self, Fingerprint, Keys};
+use crate::cache::fingerprint::Fingerprint;
+use crate::cache::keys::Keys;
 use crate::cache::question;
 use crate::cache::record::{Record, is_mock};
 use crate::cache::view::RecordView;
@@ -127,7 +128,7 @@ impl Candidate {
     fn new(group: Group, key: &str, cut_at: u32) -> Candidate {
         Candidate {
             group,
-            key: keys::fingerprint(key),
+            key: crate::cache::fingerprint::fingerprint(key),
             question: question::fingerprint(key),
             is_truncated: cut_at > 0,
         }

@@ -1,10 +1,11 @@
 //! From cache records to batches.
 pub mod align;
 pub mod batch;
-pub mod classes;
+pub(crate) mod classes;
 pub mod dataset;
 pub mod groups;
-pub mod logprob_check;
+pub(crate) mod logprob_check;
 pub mod prepared;
-pub mod sample_trie;
-pub mod sampling;
+pub mod report;
+pub(crate) mod sample_trie;
+pub(crate) mod sampling;

@@ -11,19 +11,19 @@ use crate::data::align::aligned::Aligned;
 
 /// Answers as student tokens, by the tokens of their prompts.
 #[derive(Debug, Default)]
-pub struct Samples {
+pub(crate) struct Samples {
     of_prompt: HashMap<blake3::Hash, Vec<Box<[u32]>>>,
 }
 
 impl Samples {
     /// Takes an answer in, with the token that ends it if it was not cut off.
-    pub fn add(&mut self, prompt: &[u32], answer: &[u32]) {
+    pub(crate) fn add(&mut self, prompt: &[u32], answer: &[u32]) {
         let answers = self.of_prompt.entry(hash(prompt)).or_default();
         answers.push(answer.into());
     }
 
     /// Takes in those of another part of the data.
-    pub fn merge(&mut self, other: Self) {
+    pub(crate) fn merge(&mut self, other: Self) {
         for (prompt, answers) in other.of_prompt {
             self.of_prompt.entry(prompt).or_default().extend(answers);
         }
@@ -31,7 +31,7 @@ impl Samples {
 
     /// The soft labels of `answer`, where other answers to its prompt begin as it does: shares of the
     /// tokens that follow. None where there are no others.
-    pub fn soft_labels(&self, prompt: &[u32], answer: &[u32]) -> Option<Aligned> {
+    pub(crate) fn soft_labels(&self, prompt: &[u32], answer: &[u32]) -> Option<Aligned> {
         let answers = self.of_prompt.get(&hash(prompt))?;
         let mut alike: Vec<&[u32]> = answers.iter().map(|answer| &**answer).collect();
         if alike.len() < 2 {

@@ -29,13 +29,13 @@ use anyhow::{Result, bail};
 use jiff::civil::DateTime;
 use serde::Serialize;
 
-use super::{Report, Row, Rows, Settings, write_lines};
+use crate::cache::logprobs_view::LogprobsView;
 use crate::cache::record::{Logprobs, Record, Timing};
-use crate::cache::view::LogprobsView;
 use crate::data::align;
 use crate::data::align::tokens::is_stop;
 use crate::exit::Exit;
-use crate::prompt::Message;
+use crate::export::rows::{Report, Row, Rows, Settings, write_lines};
+use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 
 /// The logprob of what fills up a position with fewer than k entries: small enough to weigh

@@ -7,10 +7,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::{Report, Row, Rows};
 use crate::cache::record::Record;
+use crate::export::rows::{Report, Row, Rows};
 use crate::fs::{Whole, write_dir_with};
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 use crate::terminal::{format_count, sanitise};
 
 const DATA: &str = "train.jsonl";

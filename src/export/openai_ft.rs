@@ -5,17 +5,17 @@
 
 use serde::Serialize;
 
-use super::Row;
-use crate::prompt::Message;
+use crate::export::rows::Row;
+use crate::prompt::message::Message;
 
 /// A conversation that ends in the answer.
 #[derive(Debug, Serialize)]
-pub struct Line {
+pub(crate) struct Line {
     pub messages: Vec<Message>,
 }
 
 /// A row as a line, or the reason to leave it out.
-pub fn line(row: Row) -> Result<Line, String> {
+pub(crate) fn line(row: Row) -> Result<Line, String> {
     let messages = row.conversation();
     let known = ["system", "user", "assistant"];
     if let Some(other) = messages.iter().find(|m| !known.contains(&m.role.as_str())) {

@@ -16,8 +16,9 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
 
-use super::{Report, Row, Rows};
-use crate::cache::record::{Logprobs, RawToken, Record};
+use crate::cache::encoding::RawToken;
+use crate::cache::record::{Logprobs, Record};
+use crate::export::rows::{Report, Row, Rows};
 use crate::fs::Whole;
 
 /// Lists as the format's LIST annotation wants them, in three levels, so that every reader sees

@@ -3,18 +3,18 @@
 
 use serde::Serialize;
 
-use super::Row;
-use crate::prompt::Message;
+use crate::export::rows::Row;
+use crate::prompt::message::Message;
 
 /// What was asked, and the answer as the only message of the completion.
 #[derive(Debug, Serialize)]
-pub struct Line {
+pub(crate) struct Line {
     pub prompt: Vec<Message>,
     pub completion: [Message; 1],
 }
 
 /// A row as a line.
-pub fn line(row: Row) -> Line {
+pub(crate) fn line(row: Row) -> Line {
     let answer = Message {
         role: "assistant".into(),
         content: row.record.answer.text,

@@ -4,7 +4,7 @@
 //! synced, renamed over it, and then the folder is synced, since a rename is not durable before
 //! that. The cache alone writes in another way (it appends, see `cache::storage`).
 
-pub mod lock;
+pub(crate) mod lock;
 
 pub use lock::Lock;
 

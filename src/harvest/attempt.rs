@@ -8,28 +8,29 @@ use anyhow::Result;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::queue::Entry;
 use super::record::record;
 use super::unreadable::Unreadable;
-use super::watch::Seen;
 use crate::budget::account::{Amount, Bill};
 use crate::budget::price::Bound;
 use crate::cache::record::Timing;
 use crate::cache::writer::Sealed;
-use crate::client::http::{Permit, Transport};
+use crate::client::attempt_error::Trouble;
 use crate::client::outcome;
-use crate::client::outcome::Trouble;
 use crate::client::request::Asking;
-use crate::client::response::{Completion, usage};
+use crate::client::response::completion::Completion;
+use crate::client::response::usage;
+use crate::client::transport::{Permit, Transport};
 use crate::clock::WallClock;
+use crate::plan::queue::Entry;
 use crate::plan::{Plan, Row};
 use crate::prompt::Prompt;
 use crate::rate_limit::headers;
 use crate::rate_limit::headers::Report;
-use crate::rate_limit::server_limits::Departure;
+use crate::rate_limit::send_ticket::Departure;
+use crate::report::seen::Seen;
 
 /// A request on its way, and all that must be known when it comes back.
-pub struct Attempt {
+pub(crate) struct Attempt {
     pub lane: usize,
     pub entry: Entry,
     pub departure: Departure,
@@ -38,7 +39,7 @@ pub struct Attempt {
 }
 
 /// What a request task brings back.
-pub struct Finished {
+pub(crate) struct Finished {
     pub attempt: Attempt,
     /// What the reply's headers say about limits.
     pub reports: Vec<Report>,
@@ -48,7 +49,7 @@ pub struct Finished {
 }
 
 /// An answer, ready to be appended.
-pub struct Answered {
+pub(crate) struct Answered {
     pub sealed: Sealed,
     pub seen: Seen,
     /// The most tokens that it can have used, for an answer without usage.
@@ -59,7 +60,7 @@ pub struct Answered {
 ///
 /// # Errors
 /// Where a record cannot be encoded, or an answer that cannot be read cannot be kept.
-pub async fn run(
+pub(crate) async fn run(
     plan: Arc<Plan>,
     transport: Arc<dyn Transport>,
     clock: WallClock,
@@ -125,7 +126,7 @@ impl Answered {
     ///
     /// # Errors
     /// Where a record cannot be encoded.
-    pub fn new(
+    pub(crate) fn new(
         asking: &Asking,
         row: &Row,
         prompt: &Prompt,
@@ -156,7 +157,7 @@ impl Answered {
     }
 
     /// What it cost.
-    pub fn bill(&self) -> Bill {
+    pub(crate) fn bill(&self) -> Bill {
         match self.seen.usage {
             Some(usage) => Bill::Measured(usage),
             None => Bill::Answered(self.bound),

@@ -12,7 +12,7 @@ use crate::budget::ledger;
 use crate::budget::ledger::Unwritten;
 use crate::budget::ledger::{Files, InFlight, Ledger, Spent, Store, Tokens};
 use crate::cache;
-use crate::cache::record::Usage;
+use crate::cache::usage::Usage;
 use crate::clock::WallClock;
 use crate::config::{self, Config, Price};
 use crate::harvest::upstream::Lane;
@@ -23,7 +23,7 @@ use crate::rate_limit::daily::Day;
 use crate::report::failures::FailedRow;
 use crate::report::summary::Summary;
 
-pub struct Books {
+pub(crate) struct Books {
     pub account: Account<Files>,
     pub unanswered: Unanswered,
     clock: WallClock,
@@ -35,7 +35,7 @@ impl Books {
     ///
     /// # Errors
     /// Where another process has the account, and where its files are damaged or cannot be written.
-    pub fn open(
+    pub(crate) fn open(
         config: &Config,
         cached_usd: f64,
         unanswered: Unanswered,
@@ -52,12 +52,12 @@ impl Books {
     }
 
     /// The requests that earlier runs sent to this endpoint within a day.
-    pub fn day(&mut self, lane: &config::Lane) -> Day {
+    pub(crate) fn day(&mut self, lane: &config::Lane) -> Day {
         day(&mut self.account, lane, self.clock.now())
     }
 
     /// Refuses a budget that the most expensive request does not fit into.
-    pub fn check_largest(&self, plan: &Plan, lane: usize) -> Result<()> {
+    pub(crate) fn check_largest(&self, plan: &Plan, lane: usize) -> Result<()> {
         let price = &plan.askings[lane].lane.price;
         check_budget(plan, lane, self.account.cap(), |bound| {
             self.account.bound(bound, price).usd
@@ -66,7 +66,7 @@ impl Books {
 
     /// Reserves the amount, if it fits, for a request that is to be sent now, and writes the day's requests
     /// ahead, where the limit asks for it. After an error nothing is reserved.
-    pub fn set_aside(&mut self, amount: &Amount, lane: &mut Lane) -> Result<bool> {
+    pub(crate) fn set_aside(&mut self, amount: &Amount, lane: &mut Lane) -> Result<bool> {
         if !self.account.reserve(amount)? {
             return Ok(false);
         }
@@ -93,7 +93,7 @@ impl Books {
     }
 
     /// Closes the account: what is still in flight, after a second signal, counts as possibly billed.
-    pub fn close(&mut self, lanes: &mut [Lane], still_in_flight: u64) -> Result<()> {
+    pub(crate) fn close(&mut self, lanes: &mut [Lane], still_in_flight: u64) -> Result<()> {
         for lane in lanes {
             self.note_day(lane, true);
         }
@@ -101,7 +101,7 @@ impl Books {
     }
 
     /// Notes the dollars, if there are prices.
-    pub fn summarise(&self, is_priced: bool, summary: &mut Summary) {
+    pub(crate) fn summarise(&self, is_priced: bool, summary: &mut Summary) {
         if is_priced {
             let now = self.account.spent_now();
             summary.cost_usd = Some(now.measured_usd.usd());
@@ -112,7 +112,7 @@ impl Books {
     }
 
     /// Number of failed rows that no run asks again by itself.
-    pub fn given_up(&self, rows: &[FailedRow], max_attempts: u32) -> u64 {
+    pub(crate) fn given_up(&self, rows: &[FailedRow], max_attempts: u32) -> u64 {
         let standing = |row: &&FailedRow| self.unanswered.standing(&row.key, false, max_attempts);
         let given_up = |row: &&FailedRow| standing(row) == Standing::GivenUp;
         rows.iter().filter(given_up).count() as u64
@@ -123,7 +123,7 @@ impl Books {
 ///
 /// # Errors
 /// Where its files are damaged.
-pub fn look(config: &Config, cached_usd: f64) -> Result<Account<Unwritten>> {
+pub(crate) fn look(config: &Config, cached_usd: f64) -> Result<Account<Unwritten>> {
     let (ledger, is_complete) = ledger::look(&config.run_dir)?;
     let (account, _) = account(config, Unwritten, ledger, is_complete, cached_usd)?;
     Ok(account)
@@ -151,7 +151,7 @@ fn account<S: Store>(
 }
 
 /// The requests that earlier runs sent to this endpoint within a day.
-pub fn day<S: Store>(account: &mut Account<S>, lane: &config::Lane, now: Timestamp) -> Day {
+pub(crate) fn day<S: Store>(account: &mut Account<S>, lane: &config::Lane, now: Timestamp) -> Day {
     let slots = account.day().get(lane.teacher.label());
     let slots: Vec<_> = slots
         .into_iter()
@@ -164,14 +164,14 @@ pub fn day<S: Store>(account: &mut Account<S>, lane: &config::Lane, now: Timesta
 
 /// Account of a run folder that a merge adds to. None where the folder has no account yet: it counts its
 /// cache when it first opens one.
-pub struct MergeAccount(Option<Account<Files>>);
+pub(crate) struct MergeAccount(Option<Account<Files>>);
 
 impl MergeAccount {
     /// Opens the account before anything is merged, so that its cost is counted with it.
     ///
     /// # Errors
     /// Where another process has the account, and where its files are damaged or cannot be written.
-    pub fn open(run_dir: &Path, price: &Price) -> Result<MergeAccount> {
+    pub(crate) fn open(run_dir: &Path, price: &Price) -> Result<MergeAccount> {
         if !ledger::file(run_dir).exists() {
             return Ok(MergeAccount(None));
         }
@@ -188,7 +188,7 @@ impl MergeAccount {
     ///
     /// # Errors
     /// Where it cannot be written.
-    pub fn add(self, cost_usd: f64, unpriced: Usage) -> Result<()> {
+    pub(crate) fn add(self, cost_usd: f64, unpriced: Usage) -> Result<()> {
         let Some(mut account) = self.0 else {
             return Ok(());
         };
@@ -219,7 +219,7 @@ fn unpriced(dir: &Path) -> Result<Tokens> {
 }
 
 /// The highest price of each kind among the teachers that have one.
-pub fn dearest(config: &Config) -> Price {
+pub(crate) fn dearest(config: &Config) -> Price {
     let mut dearest = Price::default();
     let higher = |a: Option<f64>, b: Option<f64>| match (a, b) {
         (Some(a), Some(b)) => Some(a.max(b)),

@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const PAUSE: Duration = Duration::from_secs(5);
 
 /// Does the error come from a full disk, which somebody may make room on?
-pub fn is_full(error: &anyhow::Error) -> bool {
+pub(crate) fn is_full(error: &anyhow::Error) -> bool {
     let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
     causes.any(|error: &std::io::Error| {
         matches!(
@@ -26,7 +26,7 @@ pub fn is_full(error: &anyhow::Error) -> bool {
 }
 
 /// At the end of a run that a full disk has ended: what cannot be written is told, and no more.
-pub fn excuse(result: anyhow::Result<()>) -> anyhow::Result<()> {
+pub(crate) fn excuse(result: anyhow::Result<()>) -> anyhow::Result<()> {
     match result {
         Err(error) if is_full(&error) => {
             tracing::warn!("{error:#}");
@@ -38,7 +38,7 @@ pub fn excuse(result: anyhow::Result<()>) -> anyhow::Result<()> {
 
 /// What waits for room. It is bounded by what may be in flight, since nothing is sent meanwhile.
 #[derive(Default)]
-pub struct Room {
+pub(crate) struct Room {
     held: Vec<Finished>,
     full: Option<Full>,
 }
@@ -51,7 +51,7 @@ struct Full {
 
 impl Room {
     /// The disk is full; true if that is new.
-    pub fn note(&mut self, error: &anyhow::Error) -> bool {
+    pub(crate) fn note(&mut self, error: &anyhow::Error) -> bool {
         let now = Instant::now();
         let is_new = self.full.is_none();
         let full = self.full.get_or_insert_with(|| Full {
@@ -64,34 +64,34 @@ impl Room {
     }
 
     /// Keeps what could not be recorded.
-    pub fn hold(&mut self, group: Vec<Finished>) {
+    pub(crate) fn hold(&mut self, group: Vec<Finished>) {
         self.held.extend(group);
     }
 
-    pub fn holds_something(&self) -> bool {
+    pub(crate) fn holds_something(&self) -> bool {
         !self.held.is_empty()
     }
 
-    pub fn is_waiting(&self) -> bool {
+    pub(crate) fn is_waiting(&self) -> bool {
         self.full.is_some()
     }
 
     /// When to try again.
-    pub fn retry_at(&self) -> Option<Instant> {
+    pub(crate) fn retry_at(&self) -> Option<Instant> {
         self.full.as_ref().map(|full| full.retry_at)
     }
 
     /// What to try again with.
-    pub fn take(&mut self) -> Vec<Finished> {
+    pub(crate) fn take(&mut self) -> Vec<Finished> {
         std::mem::take(&mut self.held)
     }
 
     /// There is room.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.full = None;
     }
 
-    pub fn has_waited_long(&self) -> bool {
+    pub(crate) fn has_waited_long(&self) -> bool {
         self.full
             .as_ref()
             .is_some_and(|full| full.since.elapsed() >= PATIENCE)
@@ -99,7 +99,7 @@ impl Room {
 
     /// Waits no longer. Returns the answers that are lost, and why the run ends; `safe` is the number
     /// of records in the cache.
-    pub fn give_up(&mut self, safe: usize) -> Option<(Vec<Finished>, anyhow::Error)> {
+    pub(crate) fn give_up(&mut self, safe: usize) -> Option<(Vec<Finished>, anyhow::Error)> {
         let full = self.full.take()?;
         let held = self.take();
         let lost = held.iter().filter(|request| request.result.is_ok()).count();

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use tokio::time::Instant;
 
-use super::{HarvestOptions, books, judge};
+use super::{books, judge};
 use crate::budget::account::Account;
 use crate::budget::dollars::Dollars;
 use crate::budget::ledger::Store;
@@ -15,6 +15,7 @@ use crate::client::http::Teacher;
 use crate::client::request;
 use crate::config::{Config, Init, Mode, Student};
 use crate::exit::Exit;
+use crate::harvest::options::HarvestOptions;
 use crate::harvest::window::{Schedule, State};
 use crate::plan::again;
 use crate::plan::estimate::Estimate;
@@ -25,7 +26,7 @@ use crate::report::summary::Summary;
 use crate::signal::StopFlag;
 use crate::terminal::format_dollars;
 
-pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
+pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     check(config, options)?;
     let is_batch = config.schedule.mode == Mode::Batch;
     let config = &if is_batch {
@@ -59,7 +60,7 @@ pub fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
     let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
-        estimate.batches = Some(crate::harvest::batch::outlook::Outlook::new(config, &plan)?);
+        estimate.batches = Some(crate::harvest::batch::outlook::outlook(config, &plan)?);
     }
     if options.again.is_empty() {
         estimate.cached = census_of(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;

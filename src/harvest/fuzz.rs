@@ -9,17 +9,19 @@ use tokio::time::Instant;
 
 use super::record::record;
 use crate::cache::line;
-use crate::cache::record::{Timing, Usage};
-use crate::client::http::Reply;
+use crate::cache::record::Timing;
+use crate::cache::usage::Usage;
 use crate::client::outcome;
 use crate::client::request::Asking;
+use crate::client::transport::Reply;
 use crate::config::{Config, Limits};
 use crate::plan::Row;
-use crate::prompt::{Message, Prompt};
+use crate::prompt::Prompt;
+use crate::prompt::message::Message;
+use crate::rate_limit::cost::Cost;
 use crate::rate_limit::daily::Day;
 use crate::rate_limit::headers;
 use crate::rate_limit::pacer::Limiter;
-use crate::rate_limit::server_limits::Cost;
 
 /// A body, behind a byte for the status: whatever it holds, an answer that is taken for one survives
 /// the cache.
@@ -29,7 +31,7 @@ pub fn reply(bytes: &[u8]) {
         return;
     };
     let status = STATUSES[usize::from(*status) % STATUSES.len()];
-    let reply = Reply::whole(status, HeaderMap::new(), body.to_vec().into());
+    let reply = Reply::without_headers(status, body.to_vec().into());
     let Ok(completion) = outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH) else {
         return;
     };

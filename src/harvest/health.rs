@@ -25,7 +25,7 @@ const LONGEST_EXCUSE: Duration = Duration::from_secs(86_400);
 
 /// What the endpoint has done of late.
 #[derive(Debug)]
-pub struct Health {
+pub(crate) struct Health {
     /// When a request last succeeded; the start of the run, to begin with.
     last_success: Instant,
     /// Of the time since, what the endpoint asked to be given.
@@ -83,7 +83,7 @@ impl Rounds {
 }
 
 impl Health {
-    pub fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         Self {
             last_success: now,
             excused: Duration::ZERO,
@@ -111,7 +111,7 @@ impl Health {
 
     /// A request that left at `departed` was answered. One that left before the failures began shows
     /// nothing about them: it may have been under way for minutes.
-    pub fn success(&mut self, departed: Instant, now: Instant) {
+    pub(crate) fn success(&mut self, departed: Instant, now: Instant) {
         self.last_success = now;
         self.excused = Duration::ZERO;
         self.succeeded = true;
@@ -137,12 +137,18 @@ impl Health {
     }
 
     /// Has anything succeeded in this run?
-    pub fn has_succeeded(&self) -> bool {
+    pub(crate) fn has_succeeded(&self) -> bool {
         self.succeeded
     }
 
     /// An attempt at `row` failed in a way that may pass, with so many in flight.
-    pub fn failure(&mut self, row: usize, unreachable: bool, in_flight: usize, now: Instant) {
+    pub(crate) fn failure(
+        &mut self,
+        row: usize,
+        unreachable: bool,
+        in_flight: usize,
+        now: Instant,
+    ) {
         self.setbacks += 1;
         self.failing_since.get_or_insert(now);
         self.answered |= !unreachable;
@@ -153,49 +159,49 @@ impl Health {
     }
 
     /// Returns true if the row has failed since the last success of any row.
-    pub fn is_failing(&self, row: usize) -> bool {
+    pub(crate) fn is_failing(&self, row: usize) -> bool {
         self.failing.contains(&row) || self.suspects.contains(&row)
     }
 
     /// Rows that brought no answer where nothing has succeeded at all, and those of which a reply said last
     /// that nothing can.
-    pub fn suspects(&self) -> impl Iterator<Item = usize> {
+    pub(crate) fn suspects(&self) -> impl Iterator<Item = usize> {
         let failing = self.failing.iter().filter(|_| !self.succeeded);
         failing.chain(&self.suspects).copied()
     }
 
     /// Returns true if the last requests failed and their rows may be the reason.
-    pub fn is_in_doubt(&self) -> bool {
+    pub(crate) fn is_in_doubt(&self) -> bool {
         let has_suspects = self.forbidden.len() > 1 || !self.suspects.is_empty();
         !self.succeeded && self.setbacks > 0 || has_suspects || self.is_outage()
     }
 
     /// Returns true if several rows in a row were forbidden. The number doubles each time that an answer
     /// contradicts the refusals.
-    pub fn is_forbidding(&self) -> bool {
+    pub(crate) fn is_forbidding(&self) -> bool {
         let enough = SAME_REFUSALS << self.contradicted.min(MOST_DOUBLINGS);
         self.forbidden.len() >= enough as usize
     }
 
     /// Times that a refusal that seemed to be the end was followed by an answer.
-    pub fn contradicted(&self) -> u32 {
+    pub(crate) fn contradicted(&self) -> u32 {
         self.contradicted
     }
 
     /// A row has failed as it did while others were answered.
-    pub fn failed_as_before(&mut self) {
+    pub(crate) fn failed_as_before(&mut self) {
         self.answered = true;
         self.is_as_before = true;
     }
 
     /// Returns true once several requests may be in flight: one has succeeded, or a row has failed as it
     /// did in an earlier run, amid answers.
-    pub fn is_proven(&self) -> bool {
+    pub(crate) fn is_proven(&self) -> bool {
         self.succeeded || self.is_as_before
     }
 
     /// A reply to this row says that no request can succeed, and none has. Returns the number of such rows.
-    pub fn suspect(&mut self, row: usize) -> usize {
+    pub(crate) fn suspect(&mut self, row: usize) -> usize {
         self.answered = true;
         self.setbacks += 1;
         self.suspects.insert(row);
@@ -203,34 +209,34 @@ impl Health {
     }
 
     /// When a request last succeeded.
-    pub fn last_success(&self) -> Option<Instant> {
+    pub(crate) fn last_success(&self) -> Option<Instant> {
         self.succeeded.then_some(self.last_success)
     }
 
     /// The row has ended without an answer.
-    pub fn gave_up(&mut self, row: usize) {
+    pub(crate) fn gave_up(&mut self, row: usize) {
         self.given_up += usize::from(self.failing.contains(&row));
     }
 
     /// Attempts that failed since one succeeded.
-    pub fn failures(&self) -> usize {
+    pub(crate) fn failures(&self) -> usize {
         self.failures
     }
 
     /// The endpoint asked to wait: it is there. Returns how often it did since it last answered, all that
     /// was in flight at once counted as one.
-    pub fn throttled(&mut self, departed: Instant, now: Instant) -> u32 {
+    pub(crate) fn throttled(&mut self, departed: Instant, now: Instant) -> u32 {
         self.answered = true;
         self.throttled.add(departed, now)
     }
 
     /// As [`Health::throttled`], of waits that are hours long.
-    pub fn told_far(&mut self, departed: Instant, now: Instant) -> u32 {
+    pub(crate) fn told_far(&mut self, departed: Instant, now: Instant) -> u32 {
         self.far.add(departed, now)
     }
 
     /// As [`Health::throttled`], of replies that say that no request can succeed.
-    pub fn claimed(&mut self, row: usize, departed: Instant, now: Instant) -> u32 {
+    pub(crate) fn claimed(&mut self, row: usize, departed: Instant, now: Instant) -> u32 {
         self.answered = true;
         self.doubted_since.get_or_insert(now);
         self.suspects.insert(row);
@@ -238,7 +244,7 @@ impl Health {
     }
 
     /// The endpoint forbade a row. True if it has forbidden several in a row.
-    pub fn forbade(&mut self, row: usize, now: Instant) -> bool {
+    pub(crate) fn forbade(&mut self, row: usize, now: Instant) -> bool {
         self.doubted_since.get_or_insert(now);
         self.forbidden.insert(row);
         self.is_forbidding()
@@ -246,7 +252,7 @@ impl Health {
 
     /// The endpoint refused a row. True if it has refused all that it was asked, in the same words:
     /// then the next one need not be asked.
-    pub fn refused(&mut self, message: &str) -> bool {
+    pub(crate) fn refused(&mut self, message: &str) -> bool {
         self.answered = true;
         self.setbacks += 1;
         again(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
@@ -254,44 +260,44 @@ impl Health {
 
     /// The server failed with this message. True if it has failed at all that it was asked, in the same
     /// words.
-    pub fn failed_alike(&mut self, message: &str) -> bool {
+    pub(crate) fn failed_alike(&mut self, message: &str) -> bool {
         again(&mut self.error, message) >= SAME_ERRORS && !self.succeeded
     }
 
     /// Nothing has ever answered at this address.
-    pub fn never_answered(&self) -> bool {
+    pub(crate) fn never_answered(&self) -> bool {
         !self.answered
     }
 
     /// As many attempts as are in flight at once have failed without a success in between, and those
     /// of several rows: it is the endpoint, and no row is to blame.
-    pub fn is_outage(&self) -> bool {
+    pub(crate) fn is_outage(&self) -> bool {
         self.failing.len() >= SEVERAL_ROWS && self.failures >= self.in_flight.max(FAILURES)
     }
 
     /// Are there rows among the `remaining` that have not failed since something last succeeded?
-    pub fn has_others(&self, remaining: usize) -> bool {
+    pub(crate) fn has_others(&self, remaining: usize) -> bool {
         remaining + self.given_up > self.failing.len()
     }
 
     /// A row has failed so many times. Was that the endpoint's fault, for all we know? So it is where
     /// nothing has succeeded meanwhile and some of the `remaining` rows have not failed yet.
-    pub fn may_be_the_endpoint(&self, attempts: u32, remaining: usize) -> bool {
+    pub(crate) fn may_be_the_endpoint(&self, attempts: u32, remaining: usize) -> bool {
         self.failures >= attempts as usize && self.has_others(remaining)
     }
 
     /// Failures since the outage began, from 1; 0 where there is none.
-    pub fn probes(&self) -> u32 {
+    pub(crate) fn probes(&self) -> u32 {
         self.probes
     }
 
     /// The endpoint said for how long to wait, and it is obeyed: that is no outage.
-    pub fn excuse(&mut self, wait: Duration) {
+    pub(crate) fn excuse(&mut self, wait: Duration) {
         self.excused = (self.excused + wait).min(LONGEST_EXCUSE);
     }
 
     /// How long nothing has succeeded, without the time that the endpoint asked for.
-    pub fn silence(&self, now: Instant) -> Duration {
+    pub(crate) fn silence(&self, now: Instant) -> Duration {
         (now - self.last_success).saturating_sub(self.excused)
     }
 }

@@ -18,11 +18,11 @@ use crate::cache;
 use crate::cache::lookup::Lookup;
 use crate::cache::question::{Endpoint, Names, Question};
 use crate::cache::writer::Cache;
-use crate::client::http;
-use crate::client::http::{Teacher, Transport};
+use crate::client::http::Teacher;
 use crate::client::request;
 use crate::client::request::Asking;
 use crate::client::score_text::Scoring;
+use crate::client::transport::Transport;
 use crate::clock::WallClock;
 use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
 use crate::exit::Exit;
@@ -90,7 +90,7 @@ impl Judge {
         }
         request::check(config)?;
         let clock = WallClock::system();
-        super::check_money(config, None, clock.now())?;
+        crate::plan::prepare::check_money(config, None, clock.now())?;
         let Some(mut lane) = config.lanes().pop() else {
             return Ok(None);
         };
@@ -166,7 +166,7 @@ impl Judge {
     pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         let asking = self.asking();
         let teacher = &self.lane.teacher;
-        let endpoint = Endpoint::new(&teacher.name, http::identity(teacher));
+        let endpoint = Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
         let past = self.cache.past();
         let names = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {

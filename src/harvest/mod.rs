@@ -22,25 +22,25 @@
 //! `adopt` change what the cache is taken to answer, and `questions` selects its records for training. Everything else is pure (`request`, `record`, `plan`,
 //! `shard`, `estimate`, `queue`, `schedule`, `advice`, `stop`) or does one thing. It knows nothing of tensors.
 
-pub mod attempt;
-pub mod batch;
-pub mod books;
-pub mod disk_full;
-pub mod dispatch;
-pub mod dry_run;
+pub(crate) mod attempt;
+pub(crate) mod batch;
+pub(crate) mod books;
+pub(crate) mod disk_full;
+pub(crate) mod dispatch;
+pub(crate) mod dry_run;
 #[doc(hidden)]
 pub mod fuzz;
-pub mod health;
+pub(crate) mod health;
 pub mod judge;
-pub mod queue;
-pub mod record;
-pub mod stop;
-pub mod unreadable;
-pub mod upstream;
-pub mod usable;
-pub mod watch;
-pub mod window;
+pub mod options;
+pub(crate) mod record;
+pub(crate) mod stop;
+pub(crate) mod unreadable;
+pub(crate) mod upstream;
+pub(crate) mod watch;
+pub(crate) mod window;
 
+use crate::harvest::options::HarvestOptions;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,7 +49,8 @@ use tokio::sync::Notify;
 
 use crate::cache::storage::Wrap;
 use crate::cache::writer::Cache;
-use crate::client::http::{Teacher, Transport};
+use crate::client::http::Teacher;
+use crate::client::transport::Transport;
 use crate::clock::WallClock;
 use crate::config::{Config, Mode};
 use crate::exit::Exit;
@@ -71,20 +72,6 @@ use crate::terminal::progress::Progress;
 use batch::{Batches, Outcome};
 use books::Books;
 use dispatch::Dispatcher;
-
-#[derive(Debug, Clone, Default)]
-pub struct HarvestOptions {
-    /// Plan only: send nothing, write nothing.
-    pub dry_run: bool,
-    /// Use only the first so many prompts.
-    pub limit: Option<usize>,
-    /// Ask again, and these alone: `length`, `quarantined`, `failed`, or a reason.
-    pub again: Vec<String>,
-    /// Only this part of the requests.
-    pub shard: Option<Shard>,
-    /// Show no progress.
-    pub quiet: bool,
-}
 
 /// Records in which a run looks for answers from other endpoints; a dry run looks at all of them.
 const UNUSED_LOOKED_AT: u64 = 20_000;
@@ -292,7 +279,7 @@ impl Run<'_> {
                 rest.under_way
             );
             summary.error = Some(Exit::Resumable(message).into());
-            summary.write(&config.run_dir)?;
+            crate::report::write(&mut summary, &config.run_dir)?;
         }
         Ok(summary)
     }

@@ -3,9 +3,8 @@
 use serde_json::Value;
 
 use crate::budget::price;
-use crate::client::http;
 use crate::client::request::Asking;
-use crate::client::response::Completion;
+use crate::client::response::completion::Completion;
 use crate::plan::Row;
 
 use crate::cache::question;
@@ -13,10 +12,10 @@ use crate::cache::record::{Record, SCHEMA, Status, Timing};
 use crate::prompt::Prompt;
 
 /// The reason of an answer that was paid for and cannot be read.
-pub const UNREADABLE: &str = "unreadable";
+pub(crate) const UNREADABLE: &str = "unreadable";
 
 /// The record of `completion`, the answer to `body`.
-pub fn record(
+pub(crate) fn record(
     asking: &Asking,
     row: &Row,
     prompt: &Prompt,
@@ -53,7 +52,7 @@ pub fn record(
             false => Status::Quarantined,
         },
         reason,
-        endpoint: http::identity(&asking.lane.teacher).into(),
+        endpoint: crate::config::teacher::identity(&asking.lane.teacher).into(),
         teacher: asking.lane.teacher.name.clone(),
         probe: asking.probe.clone(),
         request: body,
@@ -103,7 +102,8 @@ fn quarantine(asking: &Asking, completion: &Completion) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::record::{Answer, Usage};
+    use crate::cache::record::Answer;
+    use crate::cache::usage::Usage;
     use crate::config::{Lane, Price};
     use serde_json::json;
 

@@ -12,18 +12,18 @@ const MOST_UNPAID: usize = 100;
 
 /// The folder, shared by all attempts.
 #[derive(Clone)]
-pub struct Unreadable {
+pub(crate) struct Unreadable {
     dir: PathBuf,
     unpaid: Arc<AtomicUsize>,
 }
 
 /// The folder of a run.
-pub fn dir(run_dir: &Path) -> PathBuf {
+pub(crate) fn dir(run_dir: &Path) -> PathBuf {
     run_dir.join("unreadable")
 }
 
 impl Unreadable {
-    pub fn new(run_dir: &Path) -> Unreadable {
+    pub(crate) fn new(run_dir: &Path) -> Unreadable {
         Unreadable {
             dir: dir(run_dir),
             unpaid: Arc::default(),
@@ -31,7 +31,7 @@ impl Unreadable {
     }
 
     /// Keeps the body of an answer that was paid for. Returns its file.
-    pub fn keep(&self, key: &str, body: &[u8]) -> Result<PathBuf> {
+    pub(crate) fn keep(&self, key: &str, body: &[u8]) -> Result<PathBuf> {
         crate::fs::create_dir_all(&self.dir)?;
         let file = self.dir.join(format!("{key}.body"));
         crate::fs::write_atomic(&file, body)?;
@@ -39,7 +39,7 @@ impl Unreadable {
     }
 
     /// Keeps one of the first bodies that hold no answer; a later attempt at the same row replaces it.
-    pub fn keep_unpaid(&self, key: &str, body: &[u8]) {
+    pub(crate) fn keep_unpaid(&self, key: &str, body: &[u8]) {
         if body.trim_ascii().is_empty()
             || self.unpaid.fetch_add(1, Ordering::Relaxed) >= MOST_UNPAID
         {

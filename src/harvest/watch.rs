@@ -3,15 +3,12 @@
 //! An endpoint can answer everything with status 200 and yet give nothing: no logprobs, no text, another
 //! model, the same text every time. The user hears of it at once; a run that has become worthless stops.
 
+use crate::report::seen::Seen;
 use std::collections::{HashMap, HashSet};
-use std::hash::BuildHasher;
 
-use foldhash::fast::FixedState;
-
-use super::{stop, usable};
-use crate::cache::record::{Record, Status, Usage};
+use super::stop;
+use crate::cache::record::Status;
 use crate::config::{self, Config, OnMissingLogprobs};
-use crate::data::align::token_ids;
 
 /// Answers in a row that are no accident.
 const NOTED: u32 = 20;
@@ -31,56 +28,9 @@ const ROUNDING: u64 = 4;
 /// Names of models that are told of.
 const MODELS: usize = 5;
 
-/// Properties of an answer that the monitor checks.
-#[derive(Debug, Clone)]
-pub struct Seen {
-    /// A hash of the id of the prompt that it answers.
-    pub prompt: u64,
-    pub status: Status,
-    /// Quarantine reason; empty if the answer is ok.
-    pub reason: String,
-    pub is_cut_off: bool,
-    /// As the endpoint calls it.
-    pub model: String,
-    /// A hash of the text, and its length in bytes.
-    pub text: (u64, usize),
-    /// Reason for unusable logprobs; None if they are usable.
-    pub without_logprobs: Option<String>,
-    /// The tokens of its logprobs are named by id.
-    pub has_token_ids: bool,
-    pub usage: Option<Usage>,
-    /// The tokens that it may have used.
-    pub max_tokens: u64,
-}
-
-impl Seen {
-    /// Of a record that may have used so many tokens. `fault` says why its logprobs were dropped.
-    pub fn new(record: Record, fault: Option<String>, max_tokens: u64) -> Seen {
-        let hash = |text: &str| FixedState::default().hash_one(text);
-        let text = &record.answer.text;
-        let why = match &record.logprobs {
-            Some(logprobs) => usable::fault(logprobs, text).map(String::from),
-            None => Some(fault.map_or("none came".into(), |_| "they cannot be read".into())),
-        };
-        let logprobs = record.logprobs.as_ref();
-        Seen {
-            has_token_ids: logprobs.is_some_and(|logprobs| token_ids::are_ids(&logprobs.token)),
-            prompt: hash(&record.prompt_id),
-            text: (hash(text), text.len()),
-            without_logprobs: why,
-            status: record.status,
-            is_cut_off: record.answer.finish_reason == "length",
-            usage: record.usage,
-            reason: record.reason,
-            model: record.model,
-            max_tokens,
-        }
-    }
-}
-
 /// Result of checking one answer.
 #[derive(Debug)]
-pub enum Word {
+pub(crate) enum Word {
     Note(String),
     /// The run is not worth going on with.
     Stop(anyhow::Error),
@@ -88,7 +38,7 @@ pub enum Word {
 
 /// The answers of one teacher so far.
 #[derive(Debug)]
-pub struct Watch {
+pub(crate) struct Watch {
     settings: config::Lane,
     on_missing: OnMissingLogprobs,
     has_budget: bool,
@@ -107,7 +57,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    pub fn of(settings: &config::Lane, config: &Config) -> Watch {
+    pub(crate) fn of(settings: &config::Lane, config: &Config) -> Watch {
         let on_missing = config.harvest.on_missing_logprobs;
         let mut watch = Watch::new(settings, on_missing, config.budget.usd.is_some());
         if config.data.teacher_tokenizer.is_some() {
@@ -140,7 +90,7 @@ impl Watch {
     }
 
     /// Looks at one more answer. Returns what is to be said now.
-    pub fn see(&mut self, seen: &Seen) -> Vec<Word> {
+    pub(crate) fn see(&mut self, seen: &Seen) -> Vec<Word> {
         let words = [
             self.past_max_tokens(seen),
             self.usage(seen),
@@ -300,6 +250,7 @@ fn in_a_row(count: &mut u32, holds: bool) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::usage::Usage;
     use crate::config::Lane;
 
     fn lane() -> Lane {

@@ -13,14 +13,14 @@ use crate::config::Night;
 use crate::exit::Exit;
 
 #[derive(Debug, Clone)]
-pub struct Schedule {
+pub(crate) struct Schedule {
     window: Option<(Time, Time)>,
     deadline: Option<Timestamp>,
     zone: TimeZone,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum State {
     Open,
     /// Outside the window, which opens then.
     Closed(Timestamp),
@@ -29,7 +29,7 @@ pub enum State {
 }
 
 /// Error of a run whose deadline has passed.
-pub fn over() -> anyhow::Error {
+pub(crate) fn over() -> anyhow::Error {
     Exit::Resumable("the deadline has come; to ask for the rest, run the same command (set a later `schedule.deadline` first if it has a date)".into()).into()
 }
 
@@ -38,7 +38,7 @@ impl Schedule {
     ///
     /// # Errors
     /// [`Exit::Usage`] where a time cannot be read.
-    pub fn new(night: &Night, now: Timestamp) -> Result<Schedule> {
+    pub(crate) fn new(night: &Night, now: Timestamp) -> Result<Schedule> {
         let zone = match &night.timezone {
             Some(name) => TimeZone::get(name).map_err(|_| {
                 usage(format!(
@@ -64,14 +64,14 @@ impl Schedule {
     ///
     /// # Errors
     /// [`Exit::Resumable`].
-    pub fn check_not_over(&self, now: Timestamp) -> Result<()> {
+    pub(crate) fn check_not_over(&self, now: Timestamp) -> Result<()> {
         match self.state(now) {
             State::Over => Err(over()),
             _ => Ok(()),
         }
     }
 
-    pub fn state(&self, now: Timestamp) -> State {
+    pub(crate) fn state(&self, now: Timestamp) -> State {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             return State::Over;
         }
@@ -105,7 +105,7 @@ impl Schedule {
     }
 
     /// The time of day there, as people write it.
-    pub fn show(&self, time: Timestamp) -> String {
+    pub(crate) fn show(&self, time: Timestamp) -> String {
         time.to_zoned(self.zone.clone())
             .strftime("%Y-%m-%d %H:%M")
             .to_string()

@@ -18,13 +18,13 @@ pub struct Usage {
 }
 
 #[derive(Debug)]
-pub struct Answer {
+pub(crate) struct Answer {
     pub body: Vec<u8>,
     pub usage: Usage,
 }
 
 /// What an answer needs besides the request.
-pub struct Circumstances<'a> {
+pub(crate) struct Circumstances<'a> {
     pub script: &'a Script,
     /// Of the script's `top_logprobs`, at temperature 1.
     pub pieces: &'a Pieces,
@@ -35,7 +35,7 @@ pub struct Circumstances<'a> {
 }
 
 /// The answer to `chat`; the same `draw` makes the same one.
-pub fn write(chat: &Chat, with: &Circumstances, draw: &mut fastrand::Rng) -> Answer {
+pub(crate) fn write(chat: &Chat, with: &Circumstances, draw: &mut fastrand::Rng) -> Answer {
     let answers = &with.script.answers;
     let text = match &answers.text {
         Text::Echo => chat.prompt.as_ref().into(),

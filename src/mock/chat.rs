@@ -16,7 +16,7 @@ const UNSAID_MAX_TOKENS: u64 = 16;
 
 /// A request for an answer that a mock can give.
 #[derive(Debug)]
-pub struct Chat<'a> {
+pub(crate) struct Chat<'a> {
     pub model: Cow<'a, str>,
     /// The last message.
     pub prompt: Cow<'a, str>,
@@ -66,7 +66,7 @@ impl<'a> Chat<'a> {
     ///
     /// # Errors
     /// The reply that it earns: 400, or 404 for another model.
-    pub fn parse(body: &'a [u8], script: &Script) -> Result<Chat<'a>, Reply> {
+    pub(crate) fn parse(body: &'a [u8], script: &Script) -> Result<Chat<'a>, Reply> {
         let read: Body<'a> = serde_json::from_slice(body).map_err(|error| {
             let message = format!("We could not parse the JSON body of your request: {error}");
             Reply::error(400, &message, Value::Null)
@@ -90,7 +90,7 @@ impl<'a> Chat<'a> {
     }
 
     /// What the limits count before the answer is there.
-    pub fn cost(&self) -> Cost {
+    pub(crate) fn cost(&self) -> Cost {
         let output_tokens = self.max_tokens.unwrap_or(UNSAID_MAX_TOKENS);
         Cost {
             prompt_tokens: self.prompt_tokens,

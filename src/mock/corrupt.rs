@@ -11,7 +11,7 @@ const DEEP: usize = 100_000;
 const PLACEHOLDER: &str = "-4242.4242";
 
 /// The body that a fault of this kind makes of a good one; `size` is the script's.
-pub fn twist(kind: Kind, body: Vec<u8>, size: Option<usize>) -> Bytes {
+pub(crate) fn twist(kind: Kind, body: Vec<u8>, size: Option<usize>) -> Bytes {
     let twisted = match kind {
         Kind::Empty => Vec::new(),
         Kind::Truncated => body[..body.len() / 2].to_vec(),
@@ -36,7 +36,7 @@ pub fn twist(kind: Kind, body: Vec<u8>, size: Option<usize>) -> Bytes {
 }
 
 /// How many come before the answer.
-pub fn blank_lines(size: Option<usize>) -> usize {
+pub(crate) fn blank_lines(size: Option<usize>) -> usize {
     size.unwrap_or(3)
 }
 

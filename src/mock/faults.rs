@@ -15,7 +15,7 @@ const ELSEWHERE: &str = "https://elsewhere.invalid/v1/chat/completions";
 
 /// A request, as far as a fault's conditions look at it.
 #[derive(Debug, Clone, Copy)]
-pub struct Seen<'a> {
+pub(crate) struct Seen<'a> {
     /// Without a query.
     pub path: &'a str,
     /// Whether it is for an answer.
@@ -30,7 +30,11 @@ pub struct Seen<'a> {
 
 /// The first fault of the script whose conditions hold. Each one draws, so that the draws of one
 /// do not depend on the conditions of another.
-pub fn choose<'a>(script: &'a Script, seen: Seen, draw: &mut fastrand::Rng) -> Option<&'a Fault> {
+pub(crate) fn choose<'a>(
+    script: &'a Script,
+    seen: Seen,
+    draw: &mut fastrand::Rng,
+) -> Option<&'a Fault> {
     let mut chosen = None;
     for fault in &script.faults {
         let random = draw.f64();
@@ -81,7 +85,7 @@ impl Fault {
 /// What a fault that leaves no answer makes of a request. None: nothing ever comes.
 ///
 /// `now` is only for a `Retry-After` that is a date.
-pub fn error(fault: &Fault, now: SystemTime) -> Option<Reaction> {
+pub(crate) fn error(fault: &Fault, now: SystemTime) -> Option<Reaction> {
     let reply = match fault.kind {
         Kind::Stall => return None,
         Kind::Reset => return Some(Reaction::Reset),
@@ -113,7 +117,7 @@ pub fn error(fault: &Fault, now: SystemTime) -> Option<Reaction> {
 }
 
 /// What any other fault makes of a good answer.
-pub fn spoil(fault: &Fault, mut answer: Reply) -> Reaction {
+pub(crate) fn spoil(fault: &Fault, mut answer: Reply) -> Reaction {
     let interval = seconds(fault.interval_s.unwrap_or(1.0));
     let body = std::mem::take(&mut answer.body);
     answer.body = twist(fault.kind, body.into(), fault.size);
@@ -175,6 +179,6 @@ fn page(status: u16) -> String {
 }
 
 /// A time of the script. What does not fit is none: [`Script::load`] has refused it by then.
-pub fn seconds(seconds: f64) -> Duration {
+pub(crate) fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }

@@ -13,7 +13,7 @@ use crate::mock::script::limits::{Dialect, RetryAfter};
 const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// Adds the headers that a reply of this dialect carries.
-pub fn push_limits(
+pub(crate) fn push_limits(
     headers: &mut Vec<Header>,
     dialect: Dialect,
     limits: &Readings,
@@ -112,7 +112,7 @@ fn present<'a>(
 }
 
 /// What a refusal's message says about the wait, if the form is one of words.
-pub fn words(form: RetryAfter, wait: Duration) -> String {
+pub(crate) fn words(form: RetryAfter, wait: Duration) -> String {
     match form {
         RetryAfter::Words if wait < Duration::from_secs(1) => {
             format!(" Please try again in {}ms.", ceil_ms(wait))
@@ -125,7 +125,12 @@ pub fn words(form: RetryAfter, wait: Duration) -> String {
 }
 
 /// `reply` with the header that says to come back after `wait`.
-pub fn with_retry_after(reply: Reply, form: RetryAfter, wait: Duration, now: SystemTime) -> Reply {
+pub(crate) fn with_retry_after(
+    reply: Reply,
+    form: RetryAfter,
+    wait: Duration,
+    now: SystemTime,
+) -> Reply {
     let date = |time| httpdate::fmt_http_date(time);
     let value = match form {
         RetryAfter::None | RetryAfter::Words => return reply,

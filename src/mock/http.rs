@@ -13,9 +13,10 @@ use flate2::write::GzEncoder;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::mock::Mock;
 use crate::mock::parse::{Chunks, Head, Problem, parse_head};
+use crate::mock::request::Request;
 use crate::mock::response::{Reaction, Reply};
-use crate::mock::{Mock, Request};
 
 /// Of a request. A batch's file may have 200 MB.
 const MAX_BODY: usize = 512 << 20;

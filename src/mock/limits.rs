@@ -10,7 +10,7 @@ use crate::mock::script::limits::{Change, Counts, Limits};
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cost {
+pub(crate) struct Cost {
     pub prompt_tokens: u64,
     /// The longest answers that it allows.
     pub output_tokens: u64,
@@ -18,7 +18,7 @@ pub struct Cost {
 
 /// Which limit a request ran into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Limit {
+pub(crate) enum Limit {
     Requests,
     Tokens,
     OutputTokens,
@@ -28,7 +28,7 @@ pub enum Limit {
 
 impl Limit {
     /// As messages have it.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Limit::Requests => "requests per min (RPM)",
             Limit::Tokens => "tokens per min (TPM)",
@@ -41,14 +41,14 @@ impl Limit {
 
 /// A request that was let in. It is given back with [`Limiter::leave`].
 #[derive(Debug, Clone, Copy)]
-pub struct Ticket {
+pub(crate) struct Ticket {
     at: Instant,
     cost: Cost,
 }
 
 /// A request that was not.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Refusal {
+pub(crate) struct Refusal {
     pub limit: Limit,
     /// Until the same request would be let in, were it alone. None: it never would, or nobody knows.
     pub wait: Option<Duration>,
@@ -58,7 +58,7 @@ pub struct Refusal {
 
 /// Every limit as headers tell of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Readings {
+pub(crate) struct Readings {
     pub requests: Option<Reading>,
     pub tokens: Option<Reading>,
     pub output_tokens: Option<Reading>,
@@ -66,7 +66,7 @@ pub struct Readings {
 }
 
 #[derive(Debug)]
-pub struct Limiter {
+pub(crate) struct Limiter {
     requests: Option<Gauge>,
     tokens: Option<Gauge>,
     output_tokens: Option<Gauge>,
@@ -80,7 +80,7 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    pub fn new(limits: &Limits, now: Instant) -> Limiter {
+    pub(crate) fn new(limits: &Limits, now: Instant) -> Limiter {
         let gauge = |limit: Option<u64>| {
             limit.map(|limit| Gauge::per_minute(limit, limits.window, limits.burst_s, now))
         };
@@ -104,12 +104,12 @@ impl Limiter {
     }
 
     /// Requests that were let in and have not left.
-    pub fn in_flight(&self) -> u64 {
+    pub(crate) fn in_flight(&self) -> u64 {
         self.in_flight
     }
 
     /// Lets a request in, or says why not.
-    pub fn admit(&mut self, now: Instant, cost: Cost) -> Result<Ticket, Refusal> {
+    pub(crate) fn admit(&mut self, now: Instant, cost: Cost) -> Result<Ticket, Refusal> {
         self.change(now);
         let verdict = self.check(now, cost);
         match verdict {
@@ -186,7 +186,7 @@ impl Limiter {
     }
 
     /// A request has ended, and used so many tokens if it was answered.
-    pub fn leave(&mut self, now: Instant, ticket: Ticket, used: Option<Cost>) {
+    pub(crate) fn leave(&mut self, now: Instant, ticket: Ticket, used: Option<Cost>) {
         self.change(now);
         self.in_flight -= 1;
         let (Counts::Actual, Some(used)) = (self.counts, used) else {
@@ -198,7 +198,7 @@ impl Limiter {
         }
     }
 
-    pub fn read(&mut self, now: Instant) -> Readings {
+    pub(crate) fn read(&mut self, now: Instant) -> Readings {
         self.change(now);
         let read = |gauge: &mut Option<Gauge>| gauge.as_mut().map(|gauge| gauge.read(now));
         Readings {

@@ -9,7 +9,7 @@ const LEVELS: usize = 16;
 
 /// Every piece of JSON that logprobs are made of.
 #[derive(Debug)]
-pub struct Pieces {
+pub(crate) struct Pieces {
     levels: Vec<Level>,
 }
 
@@ -25,7 +25,7 @@ struct Level {
 
 impl Pieces {
     /// For up to `most` alternatives at this temperature; 1 leaves the probabilities as they are.
-    pub fn new(most: usize, temperature: f64) -> Pieces {
+    pub(crate) fn new(most: usize, temperature: f64) -> Pieces {
         let levels = (0..LEVELS).map(|level| {
             let p = 0.5 + 0.49 * level as f64 / (LEVELS - 1) as f64;
             Level::new(p, most, temperature)
@@ -36,7 +36,13 @@ impl Pieces {
     }
 
     /// Appends the position of `token` with `top` alternatives, the token itself first among them.
-    pub fn write(&self, out: &mut Vec<u8>, token: &[u8], top: usize, draw: &mut fastrand::Rng) {
+    pub(crate) fn write(
+        &self,
+        out: &mut Vec<u8>,
+        token: &[u8],
+        top: usize,
+        draw: &mut fastrand::Rng,
+    ) {
         let level = &self.levels[draw.usize(..LEVELS)];
         out.push(b'{');
         let start = out.len();
@@ -101,13 +107,13 @@ fn write_token(out: &mut Vec<u8>, token: &[u8], logprob: &str) {
 }
 
 /// Appends a JSON string.
-pub fn write_string(out: &mut Vec<u8>, text: &str) {
+pub(crate) fn write_string(out: &mut Vec<u8>, text: &str) {
     // Writing to memory cannot fail.
     let _ = serde_json::to_writer(out, text);
 }
 
 /// Appends a number in decimal digits.
-pub fn write_number(out: &mut Vec<u8>, mut number: u64) {
+pub(crate) fn write_number(out: &mut Vec<u8>, mut number: u64) {
     let mut digits = [0; 20];
     let mut start = digits.len();
     loop {

@@ -24,24 +24,27 @@
 //! # }
 //! ```
 
-pub mod answer;
-pub mod batch;
-pub mod chat;
-pub mod corrupt;
-pub mod faults;
-pub mod handle;
-pub mod headers;
+pub(crate) mod answer;
+pub(crate) mod batch;
+pub(crate) mod chat;
+pub(crate) mod corrupt;
+pub(crate) mod faults;
+pub(crate) mod handle;
+pub(crate) mod headers;
 pub mod http;
 pub mod ledger;
-pub mod limits;
-pub mod logprobs;
-pub mod other_routes;
-pub mod parse;
-pub mod quota;
+pub(crate) mod limits;
+pub(crate) mod logprobs;
+pub(crate) mod other_routes;
+pub(crate) mod parse;
+pub(crate) mod quota;
+pub mod request;
 pub mod response;
 pub mod script;
 pub mod server;
 
+use crate::mock::request::Request;
+use crate::mock::request::wrong_method;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -58,32 +61,6 @@ use crate::mock::chat::Chat;
 use crate::mock::ledger::{BodyHash, Ledger};
 use crate::mock::limits::Limiter;
 use crate::mock::logprobs::Pieces;
-
-const CHAT: &str = "/v1/chat/completions";
-
-/// A request as it arrived.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Request<'a> {
-    pub method: &'a str,
-    /// With its query, if it has one.
-    pub path: &'a str,
-    pub authorization: Option<&'a str>,
-    pub content_type: Option<&'a str>,
-    pub body: &'a [u8],
-}
-
-impl<'a> Request<'a> {
-    /// A request for an answer.
-    pub fn chat(body: &'a [u8]) -> Request<'a> {
-        Request {
-            method: "POST",
-            path: CHAT,
-            content_type: Some("application/json"),
-            body,
-            ..Request::default()
-        }
-    }
-}
 
 /// A scripted teacher. One serves any number of clients at once.
 #[derive(Debug)]
@@ -211,9 +188,4 @@ impl Mock {
 fn unix(time: SystemTime) -> i64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs().cast_signed())
-}
-
-fn wrong_method(path: &str, method: &str) -> Reaction {
-    let message = format!("{path} does not take {method}");
-    Reaction::Reply(Reply::error(405, &message, "method_not_allowed"))
 }

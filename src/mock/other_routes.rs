@@ -7,16 +7,18 @@ use serde::de::IgnoredAny;
 use serde_json::json;
 
 use crate::mock::answer::Answer;
-use crate::mock::batch::Context;
+use crate::mock::batch::context::Context;
 use crate::mock::chat::Chat;
 use crate::mock::faults;
 use crate::mock::faults::Seen;
 use crate::mock::handle::pause;
 use crate::mock::ledger;
 use crate::mock::ledger::Ledger;
+use crate::mock::request::CHAT;
+use crate::mock::request::{Request, wrong_method};
 use crate::mock::response::{Reaction, Reply};
 use crate::mock::script::fault::Fault;
-use crate::mock::{CHAT, Mock, Request, State, unix, wrong_method};
+use crate::mock::{Mock, State, unix};
 
 impl Mock {
     /// A request for anything but an answer. Only a fault that names its path hits it.

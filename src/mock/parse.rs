@@ -6,7 +6,7 @@ const MAX_HEAD: usize = 64 << 10;
 
 /// Where the parts of a request's head are in the bytes that it was read from.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Head {
+pub(crate) struct Head {
     pub method: Range<usize>,
     pub path: Range<usize>,
     pub authorization: Option<Range<usize>>,
@@ -26,14 +26,14 @@ pub struct Head {
 
 /// Why a request cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Problem {
+pub(crate) enum Problem {
     Malformed,
     HeadTooLarge,
     TooLarge,
 }
 
 impl Problem {
-    pub fn status(self) -> u16 {
+    pub(crate) fn status(self) -> u16 {
         match self {
             Problem::Malformed => 400,
             Problem::HeadTooLarge => 431,
@@ -41,7 +41,7 @@ impl Problem {
         }
     }
 
-    pub fn message(self) -> &'static str {
+    pub(crate) fn message(self) -> &'static str {
         match self {
             Problem::Malformed => "this is no HTTP/1.1 request",
             Problem::HeadTooLarge => "the head of the request is too large",
@@ -51,7 +51,7 @@ impl Problem {
 }
 
 /// The head that `input` begins with; none while it is incomplete.
-pub fn parse_head(input: &[u8]) -> Result<Option<Head>, Problem> {
+pub(crate) fn parse_head(input: &[u8]) -> Result<Option<Head>, Problem> {
     let mut head = Head::default();
     let mut start = 0;
     loop {
@@ -134,7 +134,7 @@ fn parse_field(input: &[u8], line: Range<usize>, head: &mut Head) -> Result<(), 
 
 /// A chunked body, as far as it has come.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Chunks {
+pub(crate) struct Chunks {
     pub body: Vec<u8>,
     /// Where the next chunk begins; at last, where the request ends.
     pub at: usize,
@@ -144,7 +144,7 @@ pub struct Chunks {
 
 impl Chunks {
     /// One that begins at `at`.
-    pub fn new(at: usize) -> Chunks {
+    pub(crate) fn new(at: usize) -> Chunks {
         Chunks {
             body: Vec::new(),
             at,
@@ -154,7 +154,7 @@ impl Chunks {
 
     /// Takes in what has come since the last call, which `input` still begins with. True once the
     /// body is whole.
-    pub fn advance(&mut self, input: &[u8]) -> Result<bool, Problem> {
+    pub(crate) fn advance(&mut self, input: &[u8]) -> Result<bool, Problem> {
         while !self.is_last {
             let Some(line) = line_at(input, self.at) else {
                 return Ok(false);

@@ -15,7 +15,7 @@ const AGES: Duration = Duration::from_secs(1_000_000_000);
 
 /// What is left of a limit. `now` must never go back.
 #[derive(Debug)]
-pub struct Gauge {
+pub(crate) struct Gauge {
     /// What the script says, in a time of `per`.
     nominal: f64,
     factor: f64,
@@ -43,7 +43,7 @@ enum Count {
 
 /// A gauge as headers tell of it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Reading {
+pub(crate) struct Reading {
     pub limit: f64,
     pub remaining: f64,
     /// Until nothing is used.
@@ -52,7 +52,7 @@ pub struct Reading {
 
 impl Gauge {
     /// `limit` a minute; a bucket holds `burst_s` seconds' worth of it.
-    pub fn per_minute(limit: u64, window: Window, burst_s: f64, now: Instant) -> Gauge {
+    pub(crate) fn per_minute(limit: u64, window: Window, burst_s: f64, now: Instant) -> Gauge {
         let nominal = limit as f64;
         let burst = burst_s / 60.0;
         let count = match window {
@@ -80,7 +80,7 @@ impl Gauge {
     }
 
     /// `limit` a day, counted anew every 24 hours.
-    pub fn per_day(limit: u64, now: Instant) -> Gauge {
+    pub(crate) fn per_day(limit: u64, now: Instant) -> Gauge {
         Gauge {
             nominal: limit as f64,
             factor: 1.0,
@@ -93,7 +93,7 @@ impl Gauge {
     }
 
     /// From now on the limit is `factor` times what it was made with.
-    pub fn scale(&mut self, now: Instant, factor: f64) {
+    pub(crate) fn scale(&mut self, now: Instant, factor: f64) {
         self.advance(now);
         self.factor = factor;
         let size = self.size();
@@ -108,7 +108,7 @@ impl Gauge {
     }
 
     /// The most that can be taken at one moment.
-    pub fn size(&self) -> f64 {
+    pub(crate) fn size(&self) -> f64 {
         match self.count {
             Count::Bucket { burst, .. } => (self.limit() * burst).max(1.0),
             Count::Fixed { .. } | Count::Sliding { .. } => self.limit(),
@@ -154,7 +154,7 @@ impl Gauge {
     }
 
     /// How long until `cost` can be taken; None if it never can.
-    pub fn wait(&mut self, now: Instant, cost: f64) -> Option<Duration> {
+    pub(crate) fn wait(&mut self, now: Instant, cost: f64) -> Option<Duration> {
         self.advance(now);
         if cost > self.size() + SLACK {
             return None;
@@ -180,7 +180,7 @@ impl Gauge {
 
     /// Takes `cost`, which may be more than there is: what is owed is paid off first. A bucket owes
     /// no more than its size.
-    pub fn take(&mut self, now: Instant, cost: f64) {
+    pub(crate) fn take(&mut self, now: Instant, cost: f64) {
         self.advance(now);
         let size = self.size();
         match &mut self.count {
@@ -197,7 +197,7 @@ impl Gauge {
     }
 
     /// Corrects what was taken at `taken_at` by `amount`: gives it back, or takes it if negative.
-    pub fn give_back(&mut self, now: Instant, taken_at: Instant, amount: f64) {
+    pub(crate) fn give_back(&mut self, now: Instant, taken_at: Instant, amount: f64) {
         self.advance(now);
         let size = self.size();
         match &mut self.count {
@@ -216,7 +216,7 @@ impl Gauge {
         }
     }
 
-    pub fn read(&mut self, now: Instant) -> Reading {
+    pub(crate) fn read(&mut self, now: Instant) -> Reading {
         self.advance(now);
         let remaining = self.remaining().max(0.0);
         let reset = match &self.count {

@@ -1,18 +1,20 @@
 //! A decoder: embedding, layers, final norm and LM head. What a layer does is its architecture's.
 
+use crate::model::parameters::HEAD;
+use crate::model::parameters::Names;
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
-use super::config::{Architecture, ModelConfig};
 use super::graph::Graph;
 use super::norm::Norm;
 use super::parameters::{Checked, List, Parameter, Role};
 use super::weights::{self, Tensors};
 use super::{gpt2, llama};
 use crate::exit::Exit;
+use crate::model::config::shape::{Architecture, ModelConfig};
 
 /// A decoder's weights.
 pub struct Decoder {
@@ -29,22 +31,8 @@ enum Layer {
     Gpt2(gpt2::Layer),
 }
 
-/// What an architecture calls the weights that are of no layer.
-pub(super) struct Names {
-    /// Before all names but that of the head, in files of models that have one.
-    pub prefix: &'static str,
-    pub embedding: &'static str,
-    /// Where positions are learned.
-    pub positions: Option<&'static str>,
-    /// The norm after the last layer, and whether it has a bias.
-    pub norm: (&'static str, bool),
-}
-
 /// File of an adapter beside the weights.
 const ADAPTER: &str = "adapter_config.json";
-
-/// The LM head, where it is not the embedding.
-pub(super) const HEAD: &str = "lm_head.weight";
 
 impl Decoder {
     /// A decoder over the given tensors; trainable where these are variables.

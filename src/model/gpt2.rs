@@ -7,13 +7,13 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::config::ModelConfig;
-use super::decoder::Names;
 use super::graph::Graph;
 use super::norm::Norm;
 use super::parameters::{Checked, List};
 use super::projection::Projection;
 use super::weights::Tensors;
+use crate::model::config::shape::ModelConfig;
+use crate::model::parameters::Names;
 
 const PREFIX: &str = "transformer.";
 
@@ -36,7 +36,7 @@ const TURNED: [&str; 3] = [
 ];
 
 /// A layer's weights.
-pub struct Layer {
+pub(crate) struct Layer {
     ln_1: Norm,
     q: Projection,
     k: Projection,
@@ -74,7 +74,7 @@ pub(super) fn stored_name(name: String) -> String {
 ///
 /// # Errors
 /// Where a weight cannot be cut into three.
-pub fn import(stored: Tensors) -> Result<Tensors> {
+pub(crate) fn import(stored: Tensors) -> Result<Tensors> {
     let mut tensors = Tensors::new();
     for (name, tensor) in stored {
         if let Some((layer, kind)) = name.split_once(FUSED) {
@@ -96,7 +96,7 @@ pub fn import(stored: Tensors) -> Result<Tensors> {
 ///
 /// # Errors
 /// Where a part of a fused weight is missing.
-pub fn export(tensors: &Tensors) -> Result<Tensors> {
+pub(crate) fn export(tensors: &Tensors) -> Result<Tensors> {
     let mut stored = Tensors::new();
     for (name, tensor) in tensors {
         if let Some((layer, kind)) = name.split_once(PARTS[0]) {
@@ -144,7 +144,12 @@ impl Layer {
     ///
     /// # Errors
     /// Where the graph fails.
-    pub fn forward<G: Graph>(&self, graph: &mut G, index: usize, x: G::Value) -> Result<G::Value> {
+    pub(crate) fn forward<G: Graph>(
+        &self,
+        graph: &mut G,
+        index: usize,
+        x: G::Value,
+    ) -> Result<G::Value> {
         let normed = self.ln_1.forward(graph, &x)?;
         let q = graph.linear(&normed, &self.q)?;
         let k = graph.linear(&normed, &self.k)?;

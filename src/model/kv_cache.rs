@@ -1,16 +1,10 @@
-//! Generation: passes that go on from what was said before.
-
-use anyhow::{Result, bail};
-
-use crate::model::Model;
-use crate::model::tape::{Keys, Memory, Tape};
-use crate::ops::Values;
+//! Keys and values of earlier tokens.
 
 /// Keys (the rotary embedding done) and values of one sequence, layer by layer (len x G C each).
 #[derive(Default)]
 pub struct KvCache {
-    layers: Vec<(Vec<f32>, Vec<f32>)>,
-    len: usize,
+    pub(super) layers: Vec<(Vec<f32>, Vec<f32>)>,
+    pub(super) len: usize,
 }
 
 impl KvCache {
@@ -27,52 +21,5 @@ impl KvCache {
     pub(super) fn layer(&mut self, layer: usize) -> (&mut Vec<f32>, &mut Vec<f32>) {
         let (keys, values) = &mut self.layers[layer];
         (keys, values)
-    }
-}
-
-impl Model {
-    /// An empty cache for a new sequence.
-    pub fn new_cache(&self) -> KvCache {
-        KvCache {
-            layers: vec![Default::default(); self.config.num_hidden_layers],
-            len: 0,
-        }
-    }
-
-    /// Appends `tokens[i]` to the sequence of `caches[i]` and returns the logits after the last
-    /// token of each, row-major (B x V). Lengths may differ; prompts and single tokens may mix.
-    ///
-    /// # Errors
-    /// Where an id is past the vocabulary, a sequence grows past the context, or one gets no token.
-    pub fn step(&self, tokens: &[&[u32]], caches: &mut [&mut KvCache]) -> Result<Vec<f32>> {
-        let mut segments = Vec::with_capacity(tokens.len());
-        let mut input_ids = Vec::new();
-        for (tokens, cache) in tokens.iter().zip(caches.iter()) {
-            let context = self.config.max_position_embeddings;
-            if tokens.is_empty() || cache.len + tokens.len() > context {
-                bail!(
-                    "a sequence of {} tokens does not take {} more in a context of {context}",
-                    cache.len,
-                    tokens.len()
-                );
-            }
-            let start = input_ids.len();
-            input_ids.extend_from_slice(tokens);
-            segments.push(start..input_ids.len());
-        }
-        let last: Vec<u32> = segments.iter().map(|s| s.end as u32 - 1).collect();
-        let keys = Keys::Caches(caches);
-        let mut tape = Tape::new(self.setting(), &segments, keys, Memory::Forget);
-        let root = self.decoder.hidden(&mut tape, &input_ids, &last)?;
-        let hidden = tape.value(&root)?;
-        drop(tape);
-        for (segment, cache) in segments.iter().zip(caches.iter_mut()) {
-            cache.len += segment.len();
-        }
-        let mut logits = vec![0.0; segments.len() * self.config.vocab_size];
-        let weight = Values::of(self.decoder.head())?;
-        self.head_layer()
-            .forward(&hidden, &weight, None, &mut logits, false);
-        Ok(logits)
     }
 }

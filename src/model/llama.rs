@@ -6,13 +6,13 @@
 
 use anyhow::Result;
 
-use super::config::ModelConfig;
-use super::decoder::Names;
 use super::graph::Graph;
 use super::norm::Norm;
 use super::parameters::{Checked, List};
 use super::projection::Projection;
-use crate::model::config::llama::LlamaVariant;
+use crate::model::config::shape::LlamaVariant;
+use crate::model::config::shape::ModelConfig;
+use crate::model::parameters::Names;
 
 pub(super) const NAMES: Names = Names {
     prefix: "model.",
@@ -22,7 +22,7 @@ pub(super) const NAMES: Names = Names {
 };
 
 /// A layer's weights.
-pub struct Layer {
+pub(crate) struct Layer {
     input_norm: Norm,
     q: Projection,
     k: Projection,
@@ -94,7 +94,12 @@ impl Layer {
     ///
     /// # Errors
     /// Where the graph fails.
-    pub fn forward<G: Graph>(&self, graph: &mut G, index: usize, x: G::Value) -> Result<G::Value> {
+    pub(crate) fn forward<G: Graph>(
+        &self,
+        graph: &mut G,
+        index: usize,
+        x: G::Value,
+    ) -> Result<G::Value> {
         let normed = self.input_norm.forward(graph, &x)?;
         let mut q = graph.linear(&normed, &self.q)?;
         let mut k = graph.linear(&normed, &self.k)?;

@@ -5,11 +5,12 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use regex::Regex;
 
-use super::config::ModelConfig;
 use super::parameters::Role;
 use super::weights::Tensors;
+use crate::model::config::shape::ModelConfig;
 use crate::ops::Values;
-use crate::ops::matmul::{Mat, MatMut, Precision, Threads, matmul};
+use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
+use crate::ops::matmul::{Precision, matmul};
 
 const WEIGHT: &str = ".weight";
 const A: &str = ".lora_A.weight";

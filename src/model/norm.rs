@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use super::graph::Graph;
 
 /// RMSNorm, or LayerNorm where there is a bias.
-pub struct Norm {
+pub(crate) struct Norm {
     pub weight: Tensor,
     pub bias: Option<Tensor>,
     pub epsilon: f64,
@@ -17,7 +17,7 @@ impl Norm {
     ///
     /// # Errors
     /// Where the graph fails.
-    pub fn forward<G: Graph>(&self, graph: &mut G, x: &G::Value) -> Result<G::Value> {
+    pub(crate) fn forward<G: Graph>(&self, graph: &mut G, x: &G::Value) -> Result<G::Value> {
         match &self.bias {
             Some(bias) => graph.layer_norm(x, &self.weight, bias, self.epsilon),
             None => graph.rms_norm(x, &self.weight, self.epsilon),

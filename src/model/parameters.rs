@@ -3,10 +3,10 @@
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
 
-use super::config::ModelConfig;
 use super::norm::Norm;
 use super::projection::{Adapter, Projection};
 use super::weights::Tensors;
+use crate::model::config::shape::ModelConfig;
 
 /// A weight of a decoder.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub enum Role {
 pub(super) struct List(Vec<Parameter>);
 
 impl List {
-    pub fn add(&mut self, name: impl Into<String>, shape: &[usize], role: Role) {
+    pub(super) fn add(&mut self, name: impl Into<String>, shape: &[usize], role: Role) {
         self.0.push(Parameter {
             name: name.into(),
             shape: shape.to_vec(),
@@ -49,7 +49,7 @@ impl List {
     }
 
     /// `module.weight` (outputs x inputs), and `module.bias` where there is one.
-    pub fn projection(&mut self, module: &str, [outputs, inputs]: [usize; 2], bias: bool) {
+    pub(super) fn projection(&mut self, module: &str, [outputs, inputs]: [usize; 2], bias: bool) {
         let weight = format!("{module}.weight");
         self.add(weight, &[outputs, inputs], Role::Projection);
         if bias {
@@ -58,14 +58,14 @@ impl List {
     }
 
     /// `module.weight` (width), and `module.bias` where there is one.
-    pub fn norm(&mut self, module: &str, width: usize, bias: bool) {
+    pub(super) fn norm(&mut self, module: &str, width: usize, bias: bool) {
         self.add(format!("{module}.weight"), &[width], Role::Norm);
         if bias {
             self.add(format!("{module}.bias"), &[width], Role::Bias);
         }
     }
 
-    pub fn into_inner(self) -> Vec<Parameter> {
+    pub(super) fn into_inner(self) -> Vec<Parameter> {
         self.0
     }
 }
@@ -109,7 +109,7 @@ pub(super) struct Checked<'a> {
 impl<'a> Checked<'a> {
     /// # Errors
     /// Names the first tensor that is missing or has another shape than `config` says.
-    pub fn new(config: &ModelConfig, tensors: &'a Tensors) -> Result<Self> {
+    pub(super) fn new(config: &ModelConfig, tensors: &'a Tensors) -> Result<Self> {
         for Parameter { name, shape, .. } in config.parameters() {
             let Some(tensor) = tensors.get(&name) else {
                 bail!("the weights lack {name}, which config.json asks for");
@@ -130,7 +130,7 @@ impl<'a> Checked<'a> {
 
     /// # Errors
     /// Where the config has no such weight.
-    pub fn get(&self, name: &str) -> Result<Tensor> {
+    pub(super) fn get(&self, name: &str) -> Result<Tensor> {
         let tensor = self.tensors.get(name).cloned();
         tensor.with_context(|| format!("{name} is no weight of this architecture"))
     }
@@ -144,7 +144,7 @@ impl<'a> Checked<'a> {
     ///
     /// # Errors
     /// As [`Checked::get`].
-    pub fn norm(&self, module: &str, bias: bool) -> Result<Norm> {
+    pub(super) fn norm(&self, module: &str, bias: bool) -> Result<Norm> {
         Ok(Norm {
             weight: self.get(&format!("{module}.weight"))?,
             bias: self.bias(module, bias)?,
@@ -156,7 +156,7 @@ impl<'a> Checked<'a> {
     ///
     /// # Errors
     /// As [`Checked::get`], and where an adapter lacks its other half.
-    pub fn projection(&self, module: &str, bias: bool) -> Result<Projection> {
+    pub(super) fn projection(&self, module: &str, bias: bool) -> Result<Projection> {
         let part = |name: &str| self.tensors.get(&format!("{module}.{name}")).cloned();
         let adapter = match (part("lora_A.weight"), part("lora_B.weight")) {
             (Some(a), Some(b)) => Some(Adapter {
@@ -174,3 +174,17 @@ impl<'a> Checked<'a> {
         })
     }
 }
+
+/// What an architecture calls the weights that are of no layer.
+pub(super) struct Names {
+    /// Before all names but that of the head, in files of models that have one.
+    pub prefix: &'static str,
+    pub embedding: &'static str,
+    /// Where positions are learned.
+    pub positions: Option<&'static str>,
+    /// The norm after the last layer, and whether it has a bias.
+    pub norm: (&'static str, bool),
+}
+
+/// The LM head, where it is not the embedding.
+pub(super) const HEAD: &str = "lm_head.weight";

@@ -8,14 +8,14 @@ use super::sampling::Choice;
 use super::{Input, Model};
 
 /// A text to score: its token ids (T), and how many of the likeliest tokens to tell at each.
-pub type Text<'a> = (&'a [u32], usize);
+pub(crate) type Text<'a> = (&'a [u32], usize);
 
 /// The logprobs of every token of each text but its first, which nothing comes before (T - 1 each),
 /// in one forward pass. Ids from `vocabulary` on are padding of the model's embedding.
 ///
 /// # Errors
 /// Where a text does not fit the model, or its logits are no numbers.
-pub fn score(model: &Model, vocabulary: usize, texts: &[Text]) -> Result<Vec<Vec<Choice>>> {
+pub(crate) fn score(model: &Model, vocabulary: usize, texts: &[Text]) -> Result<Vec<Vec<Choice>>> {
     let (mut input_ids, mut segments) = (Vec::new(), Vec::new());
     // Of each position whose logits are looked at: it, the token that follows, and how many to tell.
     let (mut positions, mut following) = (Vec::new(), Vec::new());

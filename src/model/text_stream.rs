@@ -6,7 +6,7 @@
 /// Offsets are those of the tokens' bytes. What is released, joined, is the lossy decoding of the
 /// bytes before the stop string, however they were cut into tokens.
 #[derive(Debug)]
-pub struct TextStream {
+pub(crate) struct TextStream {
     bytes: Vec<u8>,
     released: usize,
     stop: Vec<String>,
@@ -16,7 +16,7 @@ pub struct TextStream {
 
 impl TextStream {
     /// `stop`: the strings that end the answer; empty ones are ignored.
-    pub fn new(stop: &[String]) -> Self {
+    pub(crate) fn new(stop: &[String]) -> Self {
         Self {
             bytes: Vec::new(),
             released: 0,
@@ -30,7 +30,7 @@ impl TextStream {
     }
 
     /// Appends a token's bytes. True once they complete a stop string.
-    pub fn push(&mut self, bytes: &[u8]) -> bool {
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> bool {
         let old = self.bytes.len();
         self.bytes.extend_from_slice(bytes);
         self.cut = self
@@ -47,28 +47,28 @@ impl TextStream {
     }
 
     /// Bytes received.
-    pub fn received(&self) -> usize {
+    pub(crate) fn received(&self) -> usize {
         self.bytes.len()
     }
 
     /// Bytes whose text was released.
-    pub fn released(&self) -> usize {
+    pub(crate) fn released(&self) -> usize {
         self.released
     }
 
     /// Where the stop string begins, once one was seen.
-    pub fn cut(&self) -> Option<usize> {
+    pub(crate) fn cut(&self) -> Option<usize> {
         self.cut
     }
 
     /// The text that became certain since the last call.
-    pub fn release(&mut self) -> String {
+    pub(crate) fn release(&mut self) -> String {
         let held = self.partial_character().max(self.partial_stop());
         self.release_until(self.bytes.len() - held)
     }
 
     /// The rest of the text; for the end of the answer.
-    pub fn finish(&mut self) -> String {
+    pub(crate) fn finish(&mut self) -> String {
         self.release_until(self.cut.unwrap_or(self.bytes.len()))
     }
 

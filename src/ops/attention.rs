@@ -10,8 +10,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::math::{self, dot, exp};
-use super::matmul::{Mat, MatMut, Precision, Threads, matmul};
+use super::matmul::{Precision, matmul};
 use super::{Gradient, ROWS_PER_TASK, part, simd, split};
+use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
 /// Query rows of one block.
 const BLOCK: usize = 64;

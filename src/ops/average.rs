@@ -9,7 +9,7 @@ use super::{VALUES_PER_TASK, simd};
 ///
 /// # Errors
 /// Where the tensors are others, or of different sizes.
-pub fn average(average: &Tensor, value: &Tensor, decay: f32) -> Result<()> {
+pub(crate) fn average(average: &Tensor, value: &Tensor, decay: f32) -> Result<()> {
     average.inplace_op2(value, &Average { decay })
 }
 

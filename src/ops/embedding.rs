@@ -8,7 +8,7 @@ use super::Gradient;
 ///
 /// # Panics
 /// Where an id is past the table.
-pub fn forward(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
+pub(crate) fn forward(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
     for (y, &id) in y.chunks_mut(width).zip(ids) {
         y.copy_from_slice(row(table, id, width));
     }
@@ -18,7 +18,7 @@ pub fn forward(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
 ///
 /// # Panics
 /// Where an id is past the table.
-pub fn add(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
+pub(crate) fn add(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
     for (y, &id) in y.chunks_mut(width).zip(ids) {
         for (y, x) in y.iter_mut().zip(row(table, id, width)) {
             *y += x;
@@ -27,7 +27,7 @@ pub fn add(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
 }
 
 /// `dtable[id]` = sum of dy over the rows that took `id`.
-pub fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: Gradient) {
+pub(crate) fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: Gradient) {
     if !dtable.add {
         dtable
             .values

@@ -12,7 +12,7 @@ const SLOPE: f32 = 1.595_769;
 const CUBIC: f32 = 0.044_715;
 
 /// `x` (T x F) gives `y` (T x F).
-pub fn forward(x: &[f32], y: &mut [f32]) {
+pub(crate) fn forward(x: &[f32], y: &mut [f32]) {
     y.par_chunks_mut(VALUES_PER_TASK)
         .zip(x.par_chunks(VALUES_PER_TASK))
         .for_each(|(y, x)| {
@@ -25,7 +25,7 @@ pub fn forward(x: &[f32], y: &mut [f32]) {
 }
 
 /// Turns `x` into its gradient: dx = dy (s + x s (1 - s) 2u') with s = sigmoid(2u).
-pub fn backward(x: &mut [f32], dy: &[f32]) {
+pub(crate) fn backward(x: &mut [f32], dy: &[f32]) {
     x.par_chunks_mut(VALUES_PER_TASK)
         .zip(dy.par_chunks(VALUES_PER_TASK))
         .for_each(|(x, dy)| {

@@ -21,7 +21,7 @@ const SMALLEST_CHUNK: usize = 128;
 const CHUNK_LOGITS: usize = 1 << 25;
 
 /// Rows of logits that exist at a time.
-pub fn chunk_rows(vocabulary: usize) -> usize {
+pub(crate) fn chunk_rows(vocabulary: usize) -> usize {
     (CHUNK_LOGITS / vocabulary.max(1)).clamp(SMALLEST_CHUNK, CHUNK)
 }
 
@@ -139,7 +139,7 @@ impl<R: Rows> pulp::WithSimd for Unit<'_, R> {
 ///
 /// # Errors
 /// Where `rows` cannot get ready.
-pub fn head_loss<R: Rows>(
+pub(crate) fn head_loss<R: Rows>(
     head: Linear,
     (hidden, units): (&[f32], &Units),
     weight: &[f32],

@@ -9,7 +9,7 @@ use super::{Gradient, ROWS_PER_TASK, simd, sum_partials};
 ///
 /// `statistics` (T x 2) receives the mean and 1 / sqrt(var + eps) of each row, for the backward
 /// pass.
-pub fn forward(
+pub(crate) fn forward(
     x: &[f32],
     weight: &[f32],
     bias: &[f32],
@@ -50,7 +50,7 @@ pub fn forward(
 /// With r a row's scale, n = (x - mean) r and g = dy * w:
 /// dx = r (g - mean(g) - n mean(g n)), dw = sum over rows of dy n; the gradient of b is
 /// [`sum_rows`](super::sum_rows) of dy.
-pub fn backward(
+pub(crate) fn backward(
     x: &[f32],
     weight: &[f32],
     statistics: &[f32],

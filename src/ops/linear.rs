@@ -3,12 +3,13 @@
 
 use rayon::prelude::*;
 
-use super::matmul::{Mat, MatMut, Precision, Threads, matmul};
+use super::matmul::{Precision, matmul};
 use super::{Gradient, ROWS_PER_TASK};
+use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
 /// A linear layer of `inputs` (I) and `outputs` (O) channels.
 #[derive(Debug, Clone, Copy)]
-pub struct Linear {
+pub(crate) struct Linear {
     pub inputs: usize,
     pub outputs: usize,
     pub precision: Precision,
@@ -17,7 +18,7 @@ pub struct Linear {
 impl Linear {
     /// `x` (T x I), `weight` (O x I, as Hugging Face stores it) and `bias` (O) give `y` (T x O).
     /// What is in `y` stays as a summand where `add` (a residual connection).
-    pub fn forward(
+    pub(crate) fn forward(
         self,
         x: &[f32],
         weight: &[f32],
@@ -43,7 +44,7 @@ impl Linear {
     }
 
     /// dx = dy W.
-    pub fn backward_input(self, dy: &[f32], weight: &[f32], dx: Gradient) {
+    pub(crate) fn backward_input(self, dy: &[f32], weight: &[f32], dx: Gradient) {
         matmul(
             MatMut::new(dx.values, self.inputs),
             Mat::new(dy, self.outputs),
@@ -55,7 +56,7 @@ impl Linear {
     }
 
     /// dW = dy^T x.
-    pub fn backward_weight(self, dy: &[f32], x: &[f32], dweight: Gradient) {
+    pub(crate) fn backward_weight(self, dy: &[f32], x: &[f32], dweight: Gradient) {
         matmul(
             MatMut::new(dweight.values, self.inputs),
             Mat::new(dy, self.outputs).t(),

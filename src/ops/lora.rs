@@ -7,7 +7,7 @@ use super::matmul::Precision;
 
 /// An adapter of rank R between I inputs and O outputs.
 #[derive(Debug, Clone, Copy)]
-pub struct Lora {
+pub(crate) struct Lora {
     pub inputs: usize,
     pub rank: usize,
     pub outputs: usize,
@@ -38,14 +38,14 @@ impl Lora {
     /// Adds the adapter's part for `x` (T x I), with `a` (R x I) and `b` (O x R), to `y` (T x O).
     ///
     /// `low` (T x R) receives s x A^T, for the backward pass.
-    pub fn forward(self, x: &[f32], a: &[f32], b: &[f32], low: &mut [f32], y: &mut [f32]) {
+    pub(crate) fn forward(self, x: &[f32], a: &[f32], b: &[f32], low: &mut [f32], y: &mut [f32]) {
         self.down().forward(x, a, None, low, false);
         low.iter_mut().for_each(|value| *value *= self.scale);
         self.up().forward(low, b, None, y, true);
     }
 
     /// The gradient of x A^T: s dy B, into `dlow` (T x R).
-    pub fn backward_low(self, dy: &[f32], b: &[f32], dlow: &mut [f32]) {
+    pub(crate) fn backward_low(self, dy: &[f32], b: &[f32], dlow: &mut [f32]) {
         let to = Gradient {
             values: &mut *dlow,
             add: false,
@@ -55,17 +55,17 @@ impl Lora {
     }
 
     /// dB = dy^T (s x A^T).
-    pub fn backward_b(self, dy: &[f32], low: &[f32], db: Gradient) {
+    pub(crate) fn backward_b(self, dy: &[f32], low: &[f32], db: Gradient) {
         self.up().backward_weight(dy, low, db);
     }
 
     /// dA = dlow^T x.
-    pub fn backward_a(self, dlow: &[f32], x: &[f32], da: Gradient) {
+    pub(crate) fn backward_a(self, dlow: &[f32], x: &[f32], da: Gradient) {
         self.down().backward_weight(dlow, x, da);
     }
 
     /// The adapter's part of dx: dlow A.
-    pub fn backward_input(self, dlow: &[f32], a: &[f32], dx: Gradient) {
+    pub(crate) fn backward_input(self, dlow: &[f32], a: &[f32], dx: Gradient) {
         self.down().backward_input(dlow, a, dx);
     }
 }

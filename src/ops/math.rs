@@ -8,7 +8,7 @@ const LANES: usize = 8;
 /// x = n ln 2 + f with |f| <= ln 2 / 2, e^x = 2^n e^f; e^f by a polynomial of degree 6
 /// (coefficients of Cephes' `expf`).
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     /// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
@@ -33,20 +33,20 @@ pub fn exp(x: f32) -> f32 {
 }
 
 /// ln(e^a + e^b)
-pub fn logaddexp(a: f32, b: f32) -> f32 {
+pub(crate) fn logaddexp(a: f32, b: f32) -> f32 {
     let (low, high) = if a < b { (a, b) } else { (b, a) };
     high + (low - high).exp().ln_1p()
 }
 
 /// 1 / (1 + e^-x)
 #[inline(always)]
-pub fn sigmoid(x: f32) -> f32 {
+pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
 /// The largest of `values`; -inf if there are none.
 #[inline(always)]
-pub fn max(values: &[f32]) -> f32 {
+pub(crate) fn max(values: &[f32]) -> f32 {
     // A fold with `f32::max` takes one value after the other: the compiler may not change its order.
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut largest = [f32::NEG_INFINITY; 4 * LANES];
@@ -63,7 +63,7 @@ pub fn max(values: &[f32]) -> f32 {
 
 /// Replaces each z of `values` by e^(scale z - max) and returns their sum.
 #[inline(always)]
-pub fn exp_sum(values: &mut [f32], scale: f32, max: f32) -> f32 {
+pub(crate) fn exp_sum(values: &mut [f32], scale: f32, max: f32) -> f32 {
     let mut sums = [0.0f32; LANES];
     let mut chunks = values.chunks_exact_mut(LANES);
     for chunk in &mut chunks {
@@ -82,19 +82,19 @@ pub fn exp_sum(values: &mut [f32], scale: f32, max: f32) -> f32 {
 
 /// The sum of products of `a` and `b`.
 #[inline(always)]
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum_of_pairs(a, b, |a, b| a * b)
 }
 
 /// The sum of `values`.
 #[inline(always)]
-pub fn sum(values: &[f32]) -> f32 {
+pub(crate) fn sum(values: &[f32]) -> f32 {
     sum_of(values, |value| value)
 }
 
 /// The sum of what `f` makes of `values`.
 #[inline(always)]
-pub fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+pub(crate) fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut sums = [0.0f32; LANES];
     let chunks = values.chunks_exact(LANES);
     let tail: f32 = chunks.remainder().iter().map(|&value| f(value)).sum();
@@ -108,7 +108,7 @@ pub fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 
 /// The sum of what `f` makes of pairs of `a` and `b`, as many as both have.
 #[inline(always)]
-pub fn sum_of_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(crate) fn sum_of_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut sums = [0.0f32; LANES];
     let both = a.len().min(b.len());
     let (a_chunks, b_chunks) = (a[..both].chunks_exact(LANES), b[..both].chunks_exact(LANES));

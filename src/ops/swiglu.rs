@@ -6,7 +6,7 @@ use super::math::sigmoid;
 use super::{VALUES_PER_TASK, simd};
 
 /// `gate` and `up` (T x F) give `y` (T x F).
-pub fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
+pub(crate) fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
     y.par_chunks_mut(VALUES_PER_TASK)
         .zip(gate.par_chunks(VALUES_PER_TASK))
         .zip(up.par_chunks(VALUES_PER_TASK))
@@ -21,7 +21,7 @@ pub fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
 
 /// Turns `gate` and `up` into their gradients:
 /// dup = dy silu(gate), dgate = dy up s (1 + gate (1 - s)) with s = sigmoid(gate).
-pub fn backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+pub(crate) fn backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
     gate.par_chunks_mut(VALUES_PER_TASK)
         .zip(up.par_chunks_mut(VALUES_PER_TASK))
         .zip(dy.par_chunks(VALUES_PER_TASK))

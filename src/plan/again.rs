@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache;
 use crate::cache::census::half_of;
-use crate::cache::keys;
 use crate::cache::keys::Keys;
 use crate::cache::line;
 use crate::cache::question;
@@ -29,13 +28,13 @@ use crate::prompt::Prompt;
 use crate::terminal::format_count;
 
 /// The keys of the rows that are to be asked.
-pub type Wanted = HashSet<String>;
+pub(crate) type Wanted = HashSet<String>;
 
 /// Finds the rows that `words` name and that this run asks for. Changes nothing.
 ///
 /// # Errors
 /// [`Exit::Usage`] where nothing is of that name, and whatever the night would refuse.
-pub fn select(
+pub(crate) fn select(
     config: &Config,
     words: &[String],
     shard: Option<Shard>,
@@ -65,7 +64,11 @@ pub fn select(
     if names_failed(words) {
         found.names.extend(unanswered.keys().map(str::to_owned));
     }
-    let is_kept = |key: &str| found.kept.contains(&keys::fingerprint(key));
+    let is_kept = |key: &str| {
+        found
+            .kept
+            .contains(&crate::cache::fingerprint::fingerprint(key))
+    };
     let asked = asked(config, shard, prompts, &found.names, is_kept)?;
     if asked.plan.total == 0 {
         return Err(found.nothing(words));
@@ -81,7 +84,7 @@ pub fn select(
 ///
 /// # Errors
 /// Where the cache is damaged, or the disk fails.
-pub fn take_out(
+pub(crate) fn take_out(
     config: &Config,
     words: &[String],
     asked: Asked,
@@ -166,7 +169,7 @@ fn forget(
 ///
 /// # Errors
 /// Where the file cannot be removed.
-pub fn finish(run_dir: &Path) -> Result<()> {
+pub(crate) fn finish(run_dir: &Path) -> Result<()> {
     let path = UnderWay::file(run_dir);
     if !path.exists() {
         return Ok(());
@@ -239,7 +242,8 @@ impl Found {
         if is_named(record, words) {
             self.names.insert(half_of(record));
         } else if is_in_cache && record.cut_at == 0 {
-            self.kept.insert(keys::fingerprint(&record.key));
+            self.kept
+                .insert(crate::cache::fingerprint::fingerprint(&record.key));
         }
     }
 
@@ -288,7 +292,7 @@ fn is_named(record: &Record, words: &[String]) -> bool {
 }
 
 /// Rows of this run that `--again` selects.
-pub struct Asked {
+pub(crate) struct Asked {
     /// Those that have another answer by now are cached.
     pub plan: Plan,
     /// All keys of theirs.

@@ -4,9 +4,9 @@ use serde::Serialize;
 
 use crate::budget::price;
 use crate::cache::census::Census;
-use crate::cache::record::Usage;
 use crate::cache::stats::Stats;
-use crate::harvest::batch::outlook::Outlook;
+use crate::cache::usage::Usage;
+
 use crate::plan::Plan;
 
 /// Records from which the lengths of answers to come are guessed, at the least.
@@ -99,6 +99,17 @@ impl Estimate {
     }
 }
 
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Outlook {
+    /// To be submitted.
+    pub batches: u64,
+    /// At the endpoint already, and so many of the rows with them.
+    pub under_way: u64,
+    pub rows_under_way: u64,
+    /// How often `batch.enqueued_tokens` has to be free again, the first time included.
+    pub rounds: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,7 +118,8 @@ mod tests {
     use crate::config::Config;
     use crate::plan::Scope;
     use crate::plan::Standing;
-    use crate::prompt::{Message, Prompt};
+    use crate::prompt::Prompt;
+    use crate::prompt::message::Message;
 
     #[test]
     fn the_range_is_what_the_limits_allow_and_the_guess_what_was_seen() {

@@ -1,12 +1,13 @@
 //! What is to be asked: every prompt, teacher and sample that the cache does not hold.
 
 pub mod adopt;
-pub mod again;
-pub mod estimate;
-pub mod prepare;
+pub(crate) mod again;
+pub(crate) mod estimate;
+pub(crate) mod prepare;
 pub mod questions;
-pub mod shard;
-pub mod unanswered;
+pub(crate) mod queue;
+pub(crate) mod shard;
+pub(crate) mod unanswered;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
@@ -15,18 +16,17 @@ use serde_json::Value;
 
 use crate::budget::price;
 use crate::budget::price::Bound;
-use crate::cache::keys;
-use crate::cache::keys::{Fingerprint, Keys};
+use crate::cache::fingerprint::Fingerprint;
+use crate::cache::keys::Keys;
 use crate::cache::question;
 use crate::cache::question::template::QuestionTemplate;
 use crate::cache::question::{Endpoint, Names, Past, Question};
-use crate::client::http;
 use crate::client::request::Asking;
 use crate::config;
 use crate::config::{Assignment, Order};
 use crate::plan::shard::Shard;
 use crate::prompt::Prompt;
-use crate::rate_limit::server_limits::Cost;
+use crate::rate_limit::cost::Cost;
 
 /// Prompts that begin with the same so many bytes share a provider's prompt cache: OpenAI's begins
 /// at 1,024 tokens.
@@ -172,7 +172,7 @@ impl Plan {
         };
         let endpoint = |asking: &Asking| {
             let teacher = &asking.lane.teacher;
-            Endpoint::new(&teacher.name, http::identity(teacher))
+            Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
         };
         let mut adding = Adding {
             endpoints: plan.askings.iter().map(endpoint).collect(),
@@ -235,7 +235,7 @@ impl Plan {
                     (question, Names::new(&question, endpoint, old))
                 }
             };
-            let fingerprint = keys::fingerprint(&names.key);
+            let fingerprint = crate::cache::fingerprint::fingerprint(&names.key);
             if !adding.scope.holds(&fingerprint, &names) {
                 continue;
             }
@@ -361,7 +361,7 @@ fn by_prefix(prompts: &[Prompt]) -> Vec<usize> {
 mod tests {
     use super::*;
     use crate::config::{Config, Teacher};
-    use crate::prompt::Message;
+    use crate::prompt::message::Message;
 
     fn prompt(id: &str, content: &str) -> Prompt {
         Prompt::plain(id, vec![Message::new("user", content)])

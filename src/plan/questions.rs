@@ -7,7 +7,6 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 use crate::cache;
-use crate::cache::keys;
 use crate::cache::question;
 use crate::cache::reader::Lines;
 use crate::cache::view::RecordView;
@@ -139,7 +138,8 @@ fn rows(config: &Config, prompts: Vec<Prompt>, askings: Vec<Asking>) -> Result<R
             return Ok(Standing::Open);
         }
         let mut rows = rows.borrow_mut();
-        rows.keys.insert(keys::fingerprint(name));
+        rows.keys
+            .insert(crate::cache::fingerprint::fingerprint(name));
         rows.answered.insert(question::fingerprint(name));
         Ok(Standing::Answered)
     };

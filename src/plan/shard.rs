@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::cache::keys::Fingerprint;
+use crate::cache::fingerprint::Fingerprint;
 
 /// The I-th of N parts, from 1. Together they are everything, and no request is in two of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,13 +46,14 @@ impl fmt::Display for Shard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::keys;
 
     #[test]
     fn the_parts_are_disjoint_and_everything() {
         let mut sizes = [0; 7];
         for n in 0..7000u32 {
-            let key = keys::fingerprint(blake3::hash(&n.to_le_bytes()).to_hex().as_str());
+            let key = crate::cache::fingerprint::fingerprint(
+                blake3::hash(&n.to_le_bytes()).to_hex().as_str(),
+            );
             let parts = (1..=7).filter(|index| {
                 Shard {
                     index: *index,
@@ -69,7 +70,8 @@ mod tests {
             "{sizes:?}"
         );
         // For ever the same, whatever the machine.
-        let key = keys::fingerprint(blake3::hash(b"a request").to_hex().as_str());
+        let key =
+            crate::cache::fingerprint::fingerprint(blake3::hash(b"a request").to_hex().as_str());
         assert!(Shard { index: 1, count: 3 }.holds(&key));
     }
 

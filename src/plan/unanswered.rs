@@ -9,8 +9,8 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::record::Timing;
-use crate::client::outcome::Failure;
-use crate::harvest::queue::Entry;
+use crate::client::attempt_error::Failure;
+use crate::plan::queue::Entry;
 use crate::plan::{Plan, Standing};
 
 /// What is known of a row without an answer.
@@ -82,7 +82,7 @@ pub struct Unanswered {
     rows: HashMap<String, Known>,
 }
 
-pub fn file(run_dir: &Path) -> PathBuf {
+pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("unanswered.jsonl")
 }
 

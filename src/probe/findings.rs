@@ -127,7 +127,7 @@ pub fn load(run_dir: &Path) -> Result<Option<Endpoints>> {
 impl Endpoints {
     /// What is known of the endpoint that this lane asks.
     pub fn of(&self, lane: &Lane) -> Option<&Endpoint> {
-        let base_url = crate::client::http::identity(&lane.teacher);
+        let base_url = crate::config::teacher::identity(&lane.teacher);
         self.endpoints
             .iter()
             .find(|endpoint| endpoint.base_url == base_url && endpoint.model == lane.teacher.model)

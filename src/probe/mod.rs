@@ -1,8 +1,9 @@
 //! `distill probe`: about twenty cheap requests that find out what an endpoint really does.
 
 pub mod findings;
-pub mod question;
+pub(crate) mod question;
 
+use crate::probe::question::Probe;
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
@@ -11,10 +12,10 @@ use serde_json::{Map, Value, json};
 
 use crate::budget::account::Account;
 use crate::budget::ledger::Files;
-use crate::client::http;
-use crate::client::http::{Reply, Transport};
+use crate::client::response::completion::Completion;
 use crate::client::response::error::ApiError;
-use crate::client::response::{Completion, json};
+use crate::client::response::json;
+use crate::client::transport::{Reply, Transport};
 use crate::config::{Lane, MaxTokensField};
 use crate::probe::findings::{Endpoint, Finding, LogprobsKind, TokenBytes};
 use crate::probe::question::Asked;
@@ -34,16 +35,6 @@ const OPEN: &str = "Write ten random words, in no order, separated by spaces.";
 /// Characters of two, three and four bytes, which tokenizers cut in the middle.
 const WIDE: &str = "Repeat exactly, and write nothing else: 😀 naïve 漢字 👩‍👩‍👧 Ω≈ç";
 
-pub struct Probe<'a> {
-    lane: Lane,
-    transport: Arc<dyn Transport>,
-    account: &'a mut Account<Files>,
-    found: Endpoint,
-    max_tokens: u32,
-    /// A plain question has been answered: from then on an error is a finding.
-    has_answered: bool,
-}
-
 /// Finds out what the endpoint of `lane` does.
 ///
 /// # Errors
@@ -55,7 +46,7 @@ pub async fn run(
     now: Timestamp,
 ) -> Result<Endpoint> {
     let found = Endpoint {
-        base_url: http::identity(&lane.teacher).into(),
+        base_url: crate::config::teacher::identity(&lane.teacher).into(),
         model: lane.teacher.model.clone(),
         probed_at: format!("{now:.0}"),
         ..Endpoint::default()

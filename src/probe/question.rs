@@ -8,13 +8,19 @@ use tokio::time::{Instant, sleep};
 
 use crate::budget::account::{Amount, Bill};
 use crate::budget::price::Bound;
-use crate::client::http::Reply;
+use crate::client::attempt_error::{Claim, Trouble};
 use crate::client::outcome;
-use crate::client::outcome::{Claim, Trouble};
-use crate::client::response::{Completion, usage};
+use crate::client::response::completion::Completion;
+use crate::client::response::usage;
+use crate::client::transport::Reply;
 use crate::config::MaxTokensField;
-use crate::harvest::stop;
-use crate::probe::Probe;
+
+use crate::budget::account::Account;
+use crate::budget::ledger::Files;
+use crate::client::transport::Transport;
+use crate::config::Lane;
+use crate::probe::findings::Endpoint;
+use std::sync::Arc;
 
 /// Attempts at one request, throttling aside.
 const ATTEMPTS: u32 = 3;
@@ -33,7 +39,7 @@ impl Probe<'_> {
         if self.account.reserve(&amount)? {
             Ok(amount)
         } else {
-            Err(stop::out_of_money(self.account))
+            Err(crate::budget::account::out_of_money(self.account))
         }
     }
 
@@ -97,7 +103,11 @@ impl Probe<'_> {
             let (wait, message) = match trouble {
                 Trouble::Claim(claim) if !self.has_answered => {
                     let message = claim.failure.message;
-                    return Err(stop::refused(claim.reason, &message, &self.lane.teacher));
+                    return Err(crate::client::refused::refused(
+                        claim.reason,
+                        &message,
+                        &self.lane.teacher,
+                    ));
                 }
                 Trouble::Claim(Claim { failure, .. })
                 | Trouble::Refused(failure)
@@ -144,4 +154,14 @@ fn bound(body: &Value) -> Bound {
     let messages = body["messages"].as_array().map_or(0, Vec::len);
     let max_tokens = u32::try_from(max_tokens).unwrap_or(u32::MAX);
     Bound::of_request(body.to_string().len(), messages, max_tokens)
+}
+
+pub(crate) struct Probe<'a> {
+    pub(super) lane: Lane,
+    pub(super) transport: Arc<dyn Transport>,
+    pub(super) account: &'a mut Account<Files>,
+    pub(super) found: Endpoint,
+    pub(super) max_tokens: u32,
+    /// A plain question has been answered: from then on an error is a finding.
+    pub(super) has_answered: bool,
 }

@@ -26,14 +26,14 @@ const IDLE: u64 = 0;
 const OVER: u64 = u64::MAX;
 
 /// Watches the memory of the process while rows are rendered, until it is dropped.
-pub struct Guard {
+pub(crate) struct Guard {
     /// Number of the row that is being rendered, counted from 1.
     row: Arc<AtomicU64>,
 }
 
 impl Guard {
     /// `template` is named where it takes too much.
-    pub fn new(template: &Path) -> Guard {
+    pub(crate) fn new(template: &Path) -> Guard {
         let row = Arc::new(AtomicU64::new(IDLE));
         let (watched, template) = (Arc::clone(&row), template.to_owned());
         std::thread::spawn(move || watch(&watched, &template));
@@ -41,7 +41,7 @@ impl Guard {
     }
 
     /// Renders the row with this number.
-    pub fn during<T>(&self, row: usize, render: impl FnOnce() -> T) -> T {
+    pub(crate) fn during<T>(&self, row: usize, render: impl FnOnce() -> T) -> T {
         self.row.store(row as u64 + 1, Ordering::Relaxed);
         let rendered = render();
         self.row.store(IDLE, Ordering::Relaxed);

@@ -5,39 +5,25 @@
 //! `messages`, sent as they stand, and a line of text is one user message. `guard` bounds the memory that a
 //! template may take.
 
-pub mod guard;
-pub mod row;
-pub mod source;
-pub mod template;
+pub(crate) mod control_tokens;
+pub(crate) mod guard;
+pub mod message;
+pub(crate) mod row;
+pub(crate) mod source;
+pub(crate) mod template;
 
 pub use row::Given;
 pub use template::Template;
 
+use crate::prompt::message::Message;
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config;
 use crate::exit::Exit;
-
-/// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
-    pub role: String,
-    pub content: String,
-}
-
-impl Message {
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
-        Message {
-            role: role.into(),
-            content: content.into(),
-        }
-    }
-}
 
 /// A conversation to be answered.
 #[derive(Debug, Clone, PartialEq)]

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::Message;
+use crate::prompt::message::Message;
 
 /// Fields of a row that are fields of its request.
 const REQUEST_FIELDS: [&str; 3] = ["tools", "tool_choice", "parallel_tool_calls"];
@@ -23,7 +23,7 @@ impl Given {
 }
 
 /// The fields of the request that a row brings.
-pub fn fields(row: &Value) -> Map<String, Value> {
+pub(crate) fn fields(row: &Value) -> Map<String, Value> {
     let wanted = REQUEST_FIELDS.iter().filter_map(|name| {
         let value = row.get(*name).filter(|value| !value.is_null())?;
         Some((name.to_string(), value.clone()))
@@ -32,7 +32,7 @@ pub fn fields(row: &Value) -> Map<String, Value> {
 }
 
 /// Names of fields that are not sent where no template uses them.
-pub fn unsent(row: &Value) -> impl Iterator<Item = &str> {
+pub(crate) fn unsent(row: &Value) -> impl Iterator<Item = &str> {
     let has_messages = row.get("messages").is_some();
     let names = row.as_object().into_iter().flat_map(Map::keys);
     names.map(String::as_str).filter(move |name| match *name {
@@ -46,7 +46,7 @@ pub fn unsent(row: &Value) -> impl Iterator<Item = &str> {
 ///
 /// # Errors
 /// A description of the problem.
-pub fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), String> {
+pub(crate) fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), String> {
     let Some(given) = row.get("messages") else {
         return match row.get("text") {
             // Only a line of text has this shape; an object with a `text` alone is as good as one.
@@ -117,7 +117,7 @@ fn part(part: &Value) -> Result<String, String> {
 }
 
 /// The row's own id, if it has one.
-pub fn id(row: &Value) -> Result<Option<String>, String> {
+pub(crate) fn id(row: &Value) -> Result<Option<String>, String> {
     const LONGEST: usize = 1_000;
     match row.get("id") {
         None | Some(Value::Null) => Ok(None),

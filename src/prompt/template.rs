@@ -8,9 +8,9 @@ use minijinja::{Environment, ErrorKind, UndefinedBehavior};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Message;
 use super::guard::Guard;
 use crate::exit::Exit;
+use crate::prompt::message::Message;
 
 /// Instructions that a row may take.
 const FUEL: u64 = 2_000_000;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::rate_limit::headers::{Refill, Report};
-use crate::rate_limit::server_limits::Departure;
+use crate::rate_limit::send_ticket::Departure;
 
 /// A full bucket is used up over about this long rather than at once: servers that grant 60 a
 /// minute may well refuse the second one within a second.

@@ -24,7 +24,7 @@ const SAMPLES: f64 = 128.0;
 const LONGEST_REST: u32 = 64;
 
 #[derive(Debug)]
-pub struct Concurrency {
+pub(crate) struct Concurrency {
     ceiling: f64,
     window: f64,
     /// A refusal of a request that left before this was answered by the cut then made.
@@ -50,7 +50,7 @@ struct Gradient {
 }
 
 impl Concurrency {
-    pub fn new(ceiling: usize) -> Self {
+    pub(crate) fn new(ceiling: usize) -> Self {
         let ceiling = ceiling.max(1) as f64;
         Self {
             ceiling,
@@ -70,13 +70,13 @@ impl Concurrency {
     }
 
     /// Requests that may be in flight.
-    pub fn room(&self) -> usize {
+    pub(crate) fn room(&self) -> usize {
         self.window as usize
     }
 
     /// An answer came to a request that left at `departed`. `is_full`: the window, and not a
     /// limit or the end of the queue, decides how many are in flight.
-    pub fn answered(&mut self, departed: Instant, now: Instant, is_full: bool) {
+    pub(crate) fn answered(&mut self, departed: Instant, now: Instant, is_full: bool) {
         if !self.gradient.is_on {
             self.window = (self.window + 1.0 / self.window).min(self.ceiling);
         } else if is_full {
@@ -85,7 +85,7 @@ impl Concurrency {
     }
 
     /// The server refused a request for its rate. One cut answers all that were in flight then.
-    pub fn throttled(&mut self, departed: Instant, now: Instant) {
+    pub(crate) fn throttled(&mut self, departed: Instant, now: Instant) {
         self.follow_limits();
         if self.last_cut.is_some_and(|cut| departed < cut) {
             return;
@@ -95,7 +95,7 @@ impl Concurrency {
     }
 
     /// The server has limits of its own and tells them: its latency means nothing.
-    pub fn follow_limits(&mut self) {
+    pub(crate) fn follow_limits(&mut self) {
         self.gradient.is_on = false;
     }
 

@@ -15,7 +15,7 @@ const SLOT: i64 = 300;
 const AHEAD: u64 = 200;
 
 #[derive(Debug)]
-pub struct Day {
+pub(crate) struct Day {
     limit: Option<u64>,
     start: Instant,
     /// Slots as (seconds from `start` to the slot's beginning, requests), oldest first.
@@ -29,7 +29,7 @@ pub struct Day {
 
 impl Day {
     /// `earlier` holds the slots of earlier runs as (age in seconds, requests).
-    pub fn new(limit: Option<u64>, earlier: &[(i64, u64)], now: Instant) -> Day {
+    pub(crate) fn new(limit: Option<u64>, earlier: &[(i64, u64)], now: Instant) -> Day {
         let mut slots: Vec<(i64, u64)> = earlier
             .iter()
             // A wall clock that was set back makes an age negative: count it as just now.
@@ -47,7 +47,7 @@ impl Day {
     }
 
     /// Whether one more may leave; if not, when the oldest slot is a day old.
-    pub fn check(&mut self, now: Instant) -> Result<(), Instant> {
+    pub(crate) fn check(&mut self, now: Instant) -> Result<(), Instant> {
         let Some(limit) = self.limit else {
             return Ok(());
         };
@@ -69,11 +69,11 @@ impl Day {
     }
 
     /// The limit, and the instant until which it is used up.
-    pub fn used_up(&self, now: Instant) -> Option<(u64, Instant)> {
+    pub(crate) fn used_up(&self, now: Instant) -> Option<(u64, Instant)> {
         self.limit.zip(self.full_until.filter(|until| *until > now))
     }
 
-    pub fn count(&mut self, now: Instant) {
+    pub(crate) fn count(&mut self, now: Instant) {
         if self.limit.is_none() {
             return;
         }
@@ -88,13 +88,13 @@ impl Day {
     }
 
     /// Whether the ledger must be written before one more leaves.
-    pub fn must_be_written(&self) -> bool {
+    pub(crate) fn must_be_written(&self) -> bool {
         self.limit.is_some() && self.ahead == 0
     }
 
     /// The slots for the ledger, as (age in seconds, requests), with some requests to come in the
     /// newest one unless this is the `last` time.
-    pub fn written(&mut self, now: Instant, last: bool) -> Vec<(i64, u64)> {
+    pub(crate) fn written(&mut self, now: Instant, last: bool) -> Vec<(i64, u64)> {
         let Some(limit) = self.limit else {
             return Vec::new();
         };

@@ -9,8 +9,6 @@ use std::time::{Duration, SystemTime};
 
 use reqwest::header::HeaderMap;
 
-use crate::client::retry_after;
-
 /// What a limit counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Resource {
@@ -42,7 +40,7 @@ impl Resource {
 
 /// What one reply says about one limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Report {
+pub(crate) struct Report {
     pub resource: Resource,
     pub limit: Option<f64>,
     pub remaining: Option<f64>,
@@ -65,7 +63,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 
 /// How a limit comes back, as far as one reply tells.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Refill {
+pub(crate) enum Refill {
     /// At a constant rate, all of it in this time: `reset` is when the bucket is full.
     Constant(Duration),
     /// All at once, when the window ends after `reset`.
@@ -82,7 +80,7 @@ impl Report {
     /// the reset time gives the period away once something is used; where no usual period fits, it
     /// is the end of a window. An empty bucket that is full in a second is more likely to hold a
     /// second's worth of a limit a minute than to be 60 times as generous.
-    pub fn refill(&self) -> Refill {
+    pub(crate) fn refill(&self) -> Refill {
         if let Some(period) = self.period {
             return Refill::Constant(period);
         }
@@ -114,7 +112,7 @@ impl Report {
 const LONGER_THAN_A_SECOND: Duration = Duration::from_secs(5);
 
 /// Every limit that these headers speak of, at most one report for each resource and period.
-pub fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<Report> {
+pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<Report> {
     let mut reports: Vec<Report> = Vec::new();
     for (name, value) in headers {
         let Some(field) = Field::parse(name.as_str()) else {
@@ -125,7 +123,7 @@ pub fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<Report> {
         match field.figure {
             Figure::Limit => report.limit = amount(value),
             Figure::Remaining => report.remaining = amount(value),
-            Figure::Reset => report.reset = retry_after::until(value, now),
+            Figure::Reset => report.reset = crate::rate_limit::wait::until(value, now),
         }
         report.is_bare |= field.is_bare;
         report.is_window |= name.as_str().starts_with("ratelimit-");
@@ -183,7 +181,8 @@ fn structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<Report>) {
             "r" | "remaining" => found[1] = amount(value),
             "w" => found[3] = amount(value),
             "t" | "reset" => {
-                found[2] = retry_after::until(value, now).map(|reset| reset.as_secs_f64())
+                found[2] =
+                    crate::rate_limit::wait::until(value, now).map(|reset| reset.as_secs_f64())
             }
             _ => {}
         }

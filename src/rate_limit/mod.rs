@@ -1,10 +1,13 @@
 //! TODO
 
-pub mod bucket;
-pub mod concurrency;
-pub mod daily;
-pub mod headers;
-pub mod pacer;
-pub mod redis;
-pub mod server_limits;
-pub mod user_limits;
+pub(crate) mod bucket;
+pub(crate) mod concurrency;
+pub(crate) mod cost;
+pub(crate) mod daily;
+pub(crate) mod headers;
+pub(crate) mod pacer;
+pub(crate) mod redis;
+pub(crate) mod send_ticket;
+pub(crate) mod server_limits;
+pub(crate) mod user_limits;
+pub(crate) mod wait;

@@ -14,15 +14,15 @@ use anyhow::Result;
 use tokio::time::Instant;
 
 use crate::config::Limits;
-pub use crate::rate_limit::concurrency::Concurrency;
+pub(crate) use crate::rate_limit::cost::Cost;
 use crate::rate_limit::daily::Day;
 use crate::rate_limit::headers::{Report, Resource};
-pub use crate::rate_limit::redis::{News, Shared};
+pub(crate) use crate::rate_limit::redis::{News, Shared};
+pub(crate) use crate::rate_limit::send_ticket::Departure;
 use crate::rate_limit::server_limits::Mirror;
-pub use crate::rate_limit::server_limits::{Cost, Departure};
 use crate::rate_limit::user_limits::Ceilings;
 
-pub struct Limiter {
+pub(crate) struct Limiter {
     /// Those that are not shared.
     ceilings: Ceilings,
     shared: Option<Shared>,
@@ -41,7 +41,7 @@ impl Limiter {
     ///
     /// # Errors
     /// Where a request could never leave.
-    pub fn new(
+    pub(crate) fn new(
         limits: &Limits,
         largest: Cost,
         day: Day,
@@ -63,12 +63,12 @@ impl Limiter {
     ///
     /// # Errors
     /// Where it could never leave.
-    pub fn make_room_for(&mut self, largest: Cost) -> Result<()> {
+    pub(crate) fn make_room_for(&mut self, largest: Cost) -> Result<()> {
         self.ceilings.make_room_for(largest.tokens())
     }
 
     /// Lets a request out, or says when to ask again. There is room for `room` such requests.
-    pub fn admit(&mut self, cost: Cost, room: usize) -> Result<Departure, Instant> {
+    pub(crate) fn admit(&mut self, cost: Cost, room: usize) -> Result<Departure, Instant> {
         let now = Instant::now();
         if let Some(until) = self.closed_until
             && until > now
@@ -87,12 +87,12 @@ impl Limiter {
     }
 
     /// What is new about the limits that are shared.
-    pub fn hear(&mut self) -> Option<News> {
+    pub(crate) fn hear(&mut self) -> Option<News> {
         self.shared.as_mut().and_then(Shared::hear)
     }
 
     /// Learns from the headers of a reply, be it an answer or a refusal. True if there were any.
-    pub fn learn(&mut self, reports: &[Report], departure: &Departure) -> bool {
+    pub(crate) fn learn(&mut self, reports: &[Report], departure: &Departure) -> bool {
         if self.limits.follow_headers {
             self.mirror.sync(reports, departure, Instant::now());
         }
@@ -100,7 +100,12 @@ impl Limiter {
     }
 
     /// An answer came: the gate is open, and tokens that it did not use are given back.
-    pub fn answered(&mut self, reports: &[Report], departure: &Departure, used: Option<Cost>) {
+    pub(crate) fn answered(
+        &mut self,
+        reports: &[Report],
+        departure: &Departure,
+        used: Option<Cost>,
+    ) {
         if self.closed_until.is_none_or(|until| departure.at >= until) {
             self.is_half_open = false;
         }
@@ -110,7 +115,7 @@ impl Limiter {
     }
 
     /// Closes the gate until then, or leaves it closed for longer. True if it was open.
-    pub fn close_until(&mut self, until: Instant) -> bool {
+    pub(crate) fn close_until(&mut self, until: Instant) -> bool {
         let was_open = self
             .closed_until
             .is_none_or(|until| until <= Instant::now());
@@ -120,24 +125,24 @@ impl Limiter {
     }
 
     /// After the gate was closed one request goes first, and the others when it is answered.
-    pub fn is_half_open(&self) -> bool {
+    pub(crate) fn is_half_open(&self) -> bool {
         self.is_half_open
     }
 
     /// Nothing leaves for now: the gate is closed, or a limit that is shared cannot be asked for.
-    pub fn is_closed(&self, now: Instant) -> bool {
+    pub(crate) fn is_closed(&self, now: Instant) -> bool {
         self.closed_until.is_some_and(|until| until > now)
             || self.shared.as_ref().is_some_and(Shared::is_silent)
     }
 
     /// The server's limit that is too small for a request of this cost, however long it waits.
-    pub fn too_small(&self, cost: &Cost) -> Option<(Resource, f64)> {
+    pub(crate) fn too_small(&self, cost: &Cost) -> Option<(Resource, f64)> {
         self.mirror.too_small(cost)
     }
 
     /// What all the limits together grant in a minute: requests, tokens. Of a limit that is shared
     /// nobody knows this process's part.
-    pub fn per_minute(&self) -> (Option<f64>, Option<f64>) {
+    pub(crate) fn per_minute(&self) -> (Option<f64>, Option<f64>) {
         let mut requests = self.limits.requests_per_minute.map(f64::from);
         let mut tokens = self.limits.tokens_per_minute.map(f64::from);
         let at_most = |limit: &mut Option<f64>, other: f64| {

@@ -4,57 +4,27 @@
 //! flowed back since is added, so the belief is right whether the server counted when the request
 //! came in or when the answer went out, as long as we send about as much as the limit lets in.
 
+use crate::rate_limit::cost::Cost;
+use crate::rate_limit::send_ticket::Departure;
 use tokio::time::Instant;
 
 use crate::rate_limit::bucket::Bucket;
 use crate::rate_limit::headers::{Report, Resource};
 
-/// How much of each resource a request uses.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Cost {
-    pub input_tokens: u64,
-    pub output_tokens: u64,
-}
-
-impl Cost {
-    pub fn tokens(&self) -> u64 {
-        self.input_tokens + self.output_tokens
-    }
-
-    pub fn of(&self, resource: Resource) -> f64 {
-        let amount = match resource {
-            Resource::Requests => 1,
-            Resource::Tokens => self.tokens(),
-            Resource::InputTokens => self.input_tokens,
-            Resource::OutputTokens => self.output_tokens,
-        };
-        amount as f64
-    }
-}
-
-/// What a request that has left remembers, so that its reply can be understood.
-#[derive(Debug, Clone, Copy)]
-pub struct Departure {
-    pub at: Instant,
-    cost: Cost,
-    /// What each bucket had been charged in all, this request included.
-    charged: [f64; Resource::ALL.len()],
-}
-
 #[derive(Debug)]
-pub struct Mirror {
+pub(crate) struct Mirror {
     buckets: [Bucket; Resource::ALL.len()],
 }
 
 impl Mirror {
-    pub fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         Self {
             buckets: Resource::ALL.map(|_| Bucket::new(now)),
         }
     }
 
     /// Whether a request may leave as far as the server's limits go; if not, when to ask again.
-    pub fn check(&self, cost: &Cost, now: Instant) -> Result<(), Instant> {
+    pub(crate) fn check(&self, cost: &Cost, now: Instant) -> Result<(), Instant> {
         let waits = self.each(cost).filter_map(|(bucket, amount)| {
             let until = bucket.free_at(amount, now);
             (until > now).then_some(until)
@@ -63,7 +33,7 @@ impl Mirror {
     }
 
     /// Takes note that the request leaves.
-    pub fn charge(&mut self, cost: Cost, now: Instant) -> Departure {
+    pub(crate) fn charge(&mut self, cost: Cost, now: Instant) -> Departure {
         let mut charged = [0.0; Resource::ALL.len()];
         for (index, resource) in Resource::ALL.into_iter().enumerate() {
             let bucket = &mut self.buckets[index];
@@ -78,7 +48,7 @@ impl Mirror {
     }
 
     /// Believes what the reply to `departure` says.
-    pub fn sync(&mut self, reports: &[Report], departure: &Departure, now: Instant) {
+    pub(crate) fn sync(&mut self, reports: &[Report], departure: &Departure, now: Instant) {
         for report in reports {
             let index = report.resource as usize;
             self.buckets[index].sync(report, departure, departure.charged[index], now);
@@ -87,7 +57,7 @@ impl Mirror {
 
     /// Gives back what was charged for tokens that were not used, where the reply did not say
     /// what remains.
-    pub fn refund(&mut self, departure: &Departure, used: &Cost, reports: &[Report]) {
+    pub(crate) fn refund(&mut self, departure: &Departure, used: &Cost, reports: &[Report]) {
         for (index, resource) in Resource::ALL.into_iter().enumerate() {
             let told = reports
                 .iter()
@@ -102,7 +72,7 @@ impl Mirror {
     }
 
     /// The limits known, with what they grant in a minute.
-    pub fn per_minute(&self) -> impl Iterator<Item = (Resource, f64)> {
+    pub(crate) fn per_minute(&self) -> impl Iterator<Item = (Resource, f64)> {
         Resource::ALL
             .into_iter()
             .zip(&self.buckets)
@@ -113,7 +83,7 @@ impl Mirror {
     }
 
     /// The limit that is too small for a request of this cost, however long it waits.
-    pub fn too_small(&self, cost: &Cost) -> Option<(Resource, f64)> {
+    pub(crate) fn too_small(&self, cost: &Cost) -> Option<(Resource, f64)> {
         let known = Resource::ALL.into_iter().zip(&self.buckets);
         known
             .filter(|(resource, _)| *resource != Resource::Requests)

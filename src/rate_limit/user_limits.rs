@@ -33,7 +33,7 @@ impl Clock for TokioClock {
 
 type Gcra = RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Duration>>;
 
-pub struct Ceilings {
+pub(crate) struct Ceilings {
     clock: TokioClock,
     requests: Option<Gcra>,
     tokens: Option<Gcra>,
@@ -50,7 +50,7 @@ impl Ceilings {
     ///
     /// A burst is less than a second's worth, but at least one request. In any minute no more leaves than the
     /// limit and one burst. A request that could never leave is an error.
-    pub fn new(limits: &Limits, largest: u64) -> Result<Ceilings> {
+    pub(crate) fn new(limits: &Limits, largest: u64) -> Result<Ceilings> {
         check_largest(limits, largest)?;
         let clock = TokioClock {
             start: Instant::now(),
@@ -77,7 +77,7 @@ impl Ceilings {
     ///
     /// # Errors
     /// As [`Ceilings::new`].
-    pub fn make_room_for(&mut self, largest: u64) -> Result<()> {
+    pub(crate) fn make_room_for(&mut self, largest: u64) -> Result<()> {
         let Some(limit) = self
             .limits
             .tokens_per_minute
@@ -97,7 +97,7 @@ impl Ceilings {
     }
 
     /// May a request of about so many tokens leave now? If not, when to ask again.
-    pub fn admit(&mut self, tokens: u64) -> Result<(), Instant> {
+    pub(crate) fn admit(&mut self, tokens: u64) -> Result<(), Instant> {
         if let Some(limiter) = &self.tokens {
             let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
             if let Some(missing) = NonZeroU32::new(tokens.saturating_sub(self.granted_tokens)) {
@@ -125,7 +125,7 @@ impl Ceilings {
 }
 
 /// Refuses a limit that the largest request, of about so many tokens, never fits into.
-pub fn check_largest(limits: &Limits, largest: u64) -> Result<()> {
+pub(crate) fn check_largest(limits: &Limits, largest: u64) -> Result<()> {
     if let Some(limit) = limits.tokens_per_minute
         && largest > u64::from(limit)
     {
@@ -141,7 +141,7 @@ pub fn check_largest(limits: &Limits, largest: u64) -> Result<()> {
 
 /// What may leave at once: three quarters of a second's worth. A server whose bucket holds a second's
 /// worth, and whose clock differs a little, then never has to refuse.
-pub fn burst(per_minute: u32) -> u32 {
+pub(crate) fn burst(per_minute: u32) -> u32 {
     per_minute / 80
 }
 

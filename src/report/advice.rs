@@ -10,7 +10,7 @@ use crate::terminal::{format_count, format_share};
 const SOME_FAILED: u8 = 3;
 
 /// One sentence a step, the most pressing first.
-pub fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
+pub(crate) fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
     let mut steps = Vec::new();
     let config = &summary.arguments;
     let asked = summary.ok + summary.quarantined;

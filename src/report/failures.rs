@@ -7,8 +7,8 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::cache::record::Timing;
-use crate::client::outcome::Failure;
-use crate::harvest::queue::Entry;
+use crate::client::attempt_error::Failure;
+use crate::plan::queue::Entry;
 use crate::plan::unanswered::{Kind, Known, Line};
 use crate::plan::{Plan, Row};
 
@@ -66,13 +66,13 @@ impl FailedRow {
     }
 }
 
-pub fn file(run_dir: &Path) -> PathBuf {
+pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("failures.jsonl")
 }
 
 /// Replaces the file by the rows of this run: an older one would speak of rows that have been
 /// answered since.
-pub fn write(run_dir: &Path, rows: &[FailedRow]) -> Result<()> {
+pub(crate) fn write(run_dir: &Path, rows: &[FailedRow]) -> Result<()> {
     let path = file(run_dir);
     if rows.is_empty() && !path.exists() {
         return Ok(());

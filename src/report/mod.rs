@@ -1,8 +1,29 @@
-//! TODO
+//! What a run has done: counted (`summary`), shown (`table`, `progress`), and with advice for the next steps.
 
-pub mod advice;
-pub mod failures;
-pub mod progress;
+pub(crate) mod advice;
+pub(crate) mod batch_counts;
+pub(crate) mod failures;
+pub(crate) mod progress;
+pub(crate) mod seen;
 pub mod summary;
-pub mod table;
-pub mod timeline;
+pub(crate) mod table;
+pub(crate) mod timeline;
+pub(crate) mod usable;
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::report::summary::{PastRun, Summary, file, past_runs};
+use crate::terminal::escape_unsafe;
+
+/// Completes the summary with what to do next, and leaves it in the run folder for the morning,
+/// beside the rows that failed.
+pub fn write(summary: &mut Summary, run_dir: &Path) -> Result<()> {
+    failures::write(run_dir, &summary.failed_rows)?;
+    summary.advice = advice::next_steps(summary, &failures::file(run_dir));
+    summary.runs = past_runs(run_dir);
+    summary.runs.push(PastRun::of(summary));
+    let text = serde_json::to_string_pretty(summary)?;
+    crate::fs::write_atomic(&file(run_dir), escape_unsafe(&text).as_bytes())
+}

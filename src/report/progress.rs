@@ -12,7 +12,7 @@ use crate::terminal::{format_count, format_dollars, format_duration};
 const WINDOW: Duration = Duration::from_secs(60);
 
 /// Counters over the last minute.
-pub struct Rates {
+pub(crate) struct Rates {
     samples: VecDeque<Sample>,
 }
 
@@ -25,14 +25,14 @@ struct Sample {
 }
 
 impl Rates {
-    pub fn new(now: Instant, summary: &Summary) -> Self {
+    pub(crate) fn new(now: Instant, summary: &Summary) -> Self {
         Self {
             samples: VecDeque::from([sample(now, summary)]),
         }
     }
 
     /// Takes note of where the run stands; call it about once a second.
-    pub fn note(&mut self, now: Instant, summary: &Summary) {
+    pub(crate) fn note(&mut self, now: Instant, summary: &Summary) {
         while self.samples.len() > 1 && now - self.samples[1].at >= WINDOW {
             self.samples.pop_front();
         }
@@ -40,7 +40,7 @@ impl Rates {
     }
 
     /// The state of the run as one line.
-    pub fn line(&self, summary: &Summary) -> String {
+    pub(crate) fn line(&self, summary: &Summary) -> String {
         let mut parts = Vec::new();
         // First, since a narrow terminal cuts off the end.
         let done = self.per_minute(|sample| sample.done);

@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::cache::record::{Status, Timing, Usage};
+use crate::cache::record::{Status, Timing};
+use crate::cache::usage::Usage;
 use crate::exit::Exit;
-use crate::harvest::batch::tally::Tally;
-use crate::harvest::watch::Seen;
 use crate::plan::Plan;
 use crate::plan::estimate::Estimate;
 use crate::plan::unanswered::Unanswered;
+use crate::report::batch_counts::Tally;
+use crate::report::failures;
 use crate::report::failures::FailedRow;
+use crate::report::seen::Seen;
 use crate::report::timeline::{Hour, Used};
-use crate::report::{advice, failures};
-use crate::terminal::escape_unsafe;
 
 /// The version of the object that `--json` prints and `summary.json` holds.
 pub const SUMMARY_VERSION: u32 = 1;
@@ -127,7 +127,7 @@ pub struct PastRun {
 }
 
 impl PastRun {
-    fn of(summary: &Summary) -> PastRun {
+    pub(crate) fn of(summary: &Summary) -> PastRun {
         PastRun {
             at: Timing::stamp(jiff::Timestamp::now()),
             ok: summary.ok,
@@ -146,7 +146,7 @@ impl PastRun {
 const MOST_RUNS: usize = 1_000;
 
 /// The runs that the summary of the run folder tells of; none where it cannot be read.
-fn past_runs(run_dir: &Path) -> Vec<PastRun> {
+pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     #[derive(Deserialize)]
     struct Runs {
         #[serde(default)]
@@ -253,16 +253,5 @@ impl Summary {
             failures::file(run_dir).display()
         );
         (self.failed > 0).then(|| Exit::SomeFailed(message).into())
-    }
-
-    /// Completes the summary with what to do next, and leaves it in the run folder for the morning,
-    /// beside the rows that failed.
-    pub fn write(&mut self, run_dir: &Path) -> Result<()> {
-        failures::write(run_dir, &self.failed_rows)?;
-        self.advice = advice::next_steps(self, &failures::file(run_dir));
-        self.runs = past_runs(run_dir);
-        self.runs.push(PastRun::of(self));
-        let text = serde_json::to_string_pretty(self)?;
-        crate::fs::write_atomic(&file(run_dir), escape_unsafe(&text).as_bytes())
     }
 }

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use crate::harvest::batch::outlook::Outlook;
-use crate::harvest::batch::tally::Tally;
 use crate::plan::estimate::Estimate;
+use crate::plan::estimate::Outlook;
+use crate::report::batch_counts::Tally;
 use crate::report::summary::Summary;
 use crate::report::timeline;
 use crate::terminal::{

@@ -69,7 +69,7 @@ impl Used {
 
 /// The hours of a run, and the time that has not been told to anybody yet.
 #[derive(Debug)]
-pub struct Timeline {
+pub(crate) struct Timeline {
     started: Instant,
     last: Instant,
     pub hours: Vec<Hour>,
@@ -77,7 +77,7 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    pub fn new(now: Instant, start: jiff::Timestamp) -> Self {
+    pub(crate) fn new(now: Instant, start: jiff::Timestamp) -> Self {
         let mut timeline = Self {
             started: now,
             last: now,
@@ -89,7 +89,7 @@ impl Timeline {
     }
 
     /// The hour that it is.
-    pub fn hour(&mut self, now: Instant) -> &mut Hour {
+    pub(crate) fn hour(&mut self, now: Instant) -> &mut Hour {
         let index = (now - self.started).as_secs() / 3_600;
         while self.hours.len() as u64 <= index {
             let seconds = self.hours.len() as i64 * 3_600;
@@ -104,7 +104,7 @@ impl Timeline {
     }
 
     /// The seconds since the last call, which are the hour's.
-    pub fn pass(&mut self, now: Instant) -> f64 {
+    pub(crate) fn pass(&mut self, now: Instant) -> f64 {
         let seconds = (now - self.last).as_secs_f64();
         self.last = now;
         self.hour(now).seconds += seconds;
@@ -113,7 +113,7 @@ impl Timeline {
 }
 
 /// The hour with the fewest answers for the time in which it was allowed to ask, among whole ones.
-pub fn slowest(hours: &[Hour]) -> Option<&Hour> {
+pub(crate) fn slowest(hours: &[Hour]) -> Option<&Hour> {
     let rate = |hour: &Hour| hour.answered as f64 / (hour.seconds - hour.closed_s);
     hours
         .iter()

@@ -2,15 +2,15 @@
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::App;
 use super::engine::{Answer, Job, Reply, Score};
 use super::error::ApiError;
 use crate::model::batcher::{FinishReason, GenerateOptions};
 use crate::model::sampling::Choice;
+use crate::serve::state::App;
 
 /// One answer as far as it has come.
 #[derive(Debug, Default)]
-pub struct Written {
+pub(crate) struct Written {
     pub text: String,
     pub choices: Vec<Choice>,
     pub finish_reason: Option<FinishReason>,
@@ -21,7 +21,7 @@ pub struct Written {
 ///
 /// # Errors
 /// 503 where the queue has no room.
-pub fn submit(
+pub(crate) fn submit(
     app: &App,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
@@ -59,7 +59,7 @@ fn reserve(app: &App, jobs: usize) -> Result<mpsc::PermitIterator<'_, Job>, ApiE
 ///
 /// # Errors
 /// 500 where the model fails.
-pub async fn collect(
+pub(crate) async fn collect(
     mut replies: mpsc::UnboundedReceiver<Reply>,
     count: usize,
 ) -> Result<(Vec<Written>, usize), ApiError> {
@@ -83,7 +83,7 @@ pub async fn collect(
 ///
 /// # Errors
 /// 503 where the queue has no room; 500 where the model fails.
-pub async fn score(
+pub(crate) async fn score(
     app: &App,
     texts: &[Vec<u32>],
     top: usize,

@@ -13,6 +13,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
+use super::answers;
 use super::engine::Reply;
 use super::error::ApiError;
 use super::request::ChatRequest;
@@ -20,12 +21,12 @@ use super::wire::{
     AssistantMessage, Chunk, ChunkChoice, Completion, CompletionChoice, Delta, Head, Logprobs,
     PromptLogprobs, Usage,
 };
-use super::{App, answers};
 use crate::model::batcher::{FinishReason, Update};
 use crate::model::sampling::Choice;
+use crate::serve::state::App;
 
 /// Answers a conversation, whole or as server-sent events.
-pub async fn completions(
+pub(crate) async fn completions(
     State(app): State<Arc<App>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {

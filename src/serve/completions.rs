@@ -9,11 +9,12 @@ use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
+use super::answers;
 use super::error::ApiError;
 use super::fields::{Fields, MAX_TOP_LOGPROBS};
 use super::wire::{PromptLogprobs, TextChoice, TextCompletion, TextLogprobs, Usage};
-use super::{App, answers};
 use crate::model::batcher::{FinishReason, GenerateOptions};
+use crate::serve::state::App;
 use crate::tokenizer::Tokenizer;
 
 const MAX_PROMPTS: usize = 64;
@@ -118,7 +119,7 @@ impl CompletionRequest {
 }
 
 /// Goes on with each prompt, after it has been told again where that is asked for.
-pub async fn completions(
+pub(crate) async fn completions(
     State(app): State<Arc<App>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {

@@ -14,13 +14,13 @@ use crate::tokenizer::Tokenizer;
 const SCORED_TOKENS_PER_PASS: usize = 4096;
 
 /// What the model is to do.
-pub enum Job {
+pub(crate) enum Job {
     Answer(Answer),
     Score(Score),
 }
 
 /// A text whose tokens' logprobs are asked for.
-pub struct Score {
+pub(crate) struct Score {
     /// Token ids (T).
     pub ids: Vec<u32>,
     /// How many of the likeliest tokens to tell at each position.
@@ -30,7 +30,7 @@ pub struct Score {
 }
 
 /// One answer to generate.
-pub struct Answer {
+pub(crate) struct Answer {
     /// Token ids, ready to be continued.
     pub prompt: Vec<u32>,
     pub options: GenerateOptions,
@@ -42,7 +42,7 @@ pub struct Answer {
 }
 
 /// News of one answer.
-pub struct Reply {
+pub(crate) struct Reply {
     /// As in the [`Answer`].
     pub index: usize,
     /// The message of an error ends the answer.
@@ -52,7 +52,12 @@ pub struct Reply {
 /// Answers jobs, `batch_size` at once, until every sender of `jobs` is gone and all is answered.
 ///
 /// Jobs wait in the channel itself until a slot is free, so its capacity bounds the queue.
-pub fn run(model: &Model, tokenizer: &Tokenizer, batch_size: usize, jobs: mpsc::Receiver<Job>) {
+pub(crate) fn run(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    batch_size: usize,
+    jobs: mpsc::Receiver<Job>,
+) {
     let mut engine = Engine {
         batcher: Batcher::new(model, tokenizer, batch_size),
         clients: HashMap::new(),

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 /// Why a request is refused.
 #[derive(Debug)]
-pub struct ApiError {
+pub(crate) struct ApiError {
     status: StatusCode,
     body: ErrorBody,
 }
@@ -41,19 +41,23 @@ impl ApiError {
     }
 
     /// 400: the request as a whole is no good.
-    pub fn bad_request(message: impl Into<String>) -> Self {
+    pub(crate) fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, message.into())
     }
 
     /// 400: one field is no good.
-    pub fn bad_field(param: &'static str, message: impl Into<String>) -> Self {
+    pub(crate) fn bad_field(param: &'static str, message: impl Into<String>) -> Self {
         let mut error = Self::bad_request(message);
         error.body.param = Some(param);
         error
     }
 
     /// 400: the prompt in `field` leaves no room for an answer.
-    pub fn context_length_exceeded(field: &'static str, tokens: usize, context: usize) -> Self {
+    pub(crate) fn context_length_exceeded(
+        field: &'static str,
+        tokens: usize,
+        context: usize,
+    ) -> Self {
         let has = if field == "messages" { "have" } else { "has" };
         let mut error = Self::bad_field(
             field,
@@ -66,7 +70,7 @@ impl ApiError {
     }
 
     /// 404: another model is served.
-    pub fn model_not_found(asked: &str, served: &str) -> Self {
+    pub(crate) fn model_not_found(asked: &str, served: &str) -> Self {
         let message = format!("the model `{asked}` does not exist; this server has `{served}`");
         let mut error = Self::new(StatusCode::NOT_FOUND, message);
         error.body.param = Some("model");
@@ -75,23 +79,23 @@ impl ApiError {
     }
 
     /// Anything that HTTP itself has a status for: 404, 405, 413.
-    pub fn http(status: StatusCode, message: String) -> Self {
+    pub(crate) fn http(status: StatusCode, message: String) -> Self {
         Self::new(status, message)
     }
 
     /// 500: the model failed.
-    pub fn internal(message: impl Into<String>) -> Self {
+    pub(crate) fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message.into())
     }
 
     /// 503: as many requests wait as may wait.
-    pub fn overloaded() -> Self {
+    pub(crate) fn overloaded() -> Self {
         let message = "the queue is full; try again later".to_string();
         Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
     /// The body; also sent as an event, where the stream has begun and the status is gone.
-    pub fn body(&self) -> Value {
+    pub(crate) fn body(&self) -> Value {
         json!({ "error": self.body })
     }
 }

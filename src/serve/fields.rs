@@ -12,24 +12,27 @@ use crate::model::sampling::Sampling;
 
 const MAX_CHOICES: usize = 16;
 const MAX_STOP_STRINGS: usize = 4;
-pub const MAX_TOP_LOGPROBS: usize = 20;
+pub(crate) const MAX_TOP_LOGPROBS: usize = 20;
 
 /// A JSON object that names the field in its errors.
-pub struct Fields(Map<String, Value>);
+pub(crate) struct Fields(Map<String, Value>);
 
 impl Fields {
     /// Of a request body.
     ///
     /// # Errors
     /// 400 where it is no JSON object.
-    pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let body = serde_json::from_slice(body);
         body.map(Self)
             .map_err(|error| ApiError::bad_request(format!("the body is no JSON object: {error}")))
     }
 
     /// A field's value; none where it is absent or null.
-    pub fn get<T: DeserializeOwned>(&self, name: &'static str) -> Result<Option<T>, ApiError> {
+    pub(crate) fn get<T: DeserializeOwned>(
+        &self,
+        name: &'static str,
+    ) -> Result<Option<T>, ApiError> {
         self.0
             .get(name)
             .map(Option::<T>::deserialize)
@@ -38,12 +41,17 @@ impl Fields {
             .map_err(|error| ApiError::bad_field(name, format!("`{name}`: {error}")))
     }
 
-    pub fn require<T: DeserializeOwned>(&self, name: &'static str) -> Result<T, ApiError> {
+    pub(crate) fn require<T: DeserializeOwned>(&self, name: &'static str) -> Result<T, ApiError> {
         self.get(name)?
             .ok_or_else(|| ApiError::bad_field(name, format!("`{name}` is missing")))
     }
 
-    pub fn within<T>(&self, name: &'static str, low: T, high: T) -> Result<Option<T>, ApiError>
+    pub(crate) fn within<T>(
+        &self,
+        name: &'static str,
+        low: T,
+        high: T,
+    ) -> Result<Option<T>, ApiError>
     where
         T: DeserializeOwned + PartialOrd + std::fmt::Display,
     {
@@ -57,11 +65,11 @@ impl Fields {
     }
 
     /// Answers to each prompt.
-    pub fn n(&self) -> Result<usize, ApiError> {
+    pub(crate) fn n(&self) -> Result<usize, ApiError> {
         Ok(self.within("n", 1, MAX_CHOICES)?.unwrap_or(1))
     }
 
-    pub fn sampling(&self) -> Result<Sampling, ApiError> {
+    pub(crate) fn sampling(&self) -> Result<Sampling, ApiError> {
         let seed: Option<i64> = self.get("seed")?;
         Ok(Sampling {
             temperature: self.within("temperature", 0.0, 2.0)?.unwrap_or(1.0),
@@ -70,7 +78,7 @@ impl Fields {
         })
     }
 
-    pub fn stop(&self) -> Result<Vec<String>, ApiError> {
+    pub(crate) fn stop(&self) -> Result<Vec<String>, ApiError> {
         let stop = match self.get("stop")? {
             Some(Stop::One(stop)) => vec![stop],
             Some(Stop::Several(stop)) => stop,
@@ -84,7 +92,7 @@ impl Fields {
     }
 
     /// vLLM's: how many of the likeliest tokens to tell at each position of the prompt.
-    pub fn prompt_logprobs(&self) -> Result<Option<usize>, ApiError> {
+    pub(crate) fn prompt_logprobs(&self) -> Result<Option<usize>, ApiError> {
         self.within("prompt_logprobs", 0, MAX_TOP_LOGPROBS)
     }
 }

@@ -6,15 +6,16 @@
 //!
 //! [`mock`] is another server for the same clients: a scripted teacher that fails on purpose.
 
-pub mod answers;
-pub mod app;
-pub mod chat;
-pub mod completions;
-pub mod engine;
-pub mod error;
-pub mod fields;
-pub mod request;
-pub mod wire;
+pub(crate) mod answers;
+pub(crate) mod app;
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod engine;
+pub(crate) mod error;
+pub(crate) mod fields;
+pub(crate) mod request;
+pub(crate) mod state;
+pub(crate) mod wire;
 
 use std::fs::File;
 use std::io;
@@ -31,8 +32,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::model::Model;
+use crate::serve::state::App;
 use crate::tokenizer::Tokenizer;
-use app::App;
 
 /// How long answers under way may take after a shutdown began.
 const GRACE: Duration = Duration::from_secs(30);

@@ -5,11 +5,11 @@ use serde::Deserialize;
 use super::error::ApiError;
 use super::fields::{Fields, MAX_TOP_LOGPROBS};
 use crate::model::batcher::GenerateOptions;
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 
 /// What a client asks for.
 #[derive(Debug)]
-pub struct ChatRequest {
+pub(crate) struct ChatRequest {
     pub model: String,
     pub messages: Vec<Message>,
     /// `max_tokens` is unbounded where the client sets none.
@@ -33,7 +33,7 @@ impl ChatRequest {
     /// # Errors
     ///
     /// 400 with the field at fault.
-    pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let fields = Fields::parse(body)?;
         let stream = fields.get("stream")?.unwrap_or(false);
         let stream_options: Option<StreamOptions> = fields.get("stream_options")?;

@@ -13,7 +13,7 @@ const LOWEST_LOGPROB: f32 = -9999.0;
 
 /// What every object of one answer repeats.
 #[derive(Debug, Clone, Serialize)]
-pub struct Head {
+pub(crate) struct Head {
     pub id: String,
     pub object: &'static str,
     /// Unix time in seconds.
@@ -24,7 +24,7 @@ pub struct Head {
 }
 
 #[derive(Debug, Serialize)]
-pub struct Completion<'a> {
+pub(crate) struct Completion<'a> {
     #[serde(flatten)]
     pub head: &'a Head,
     pub choices: Vec<CompletionChoice<'a>>,
@@ -37,7 +37,7 @@ pub struct Completion<'a> {
 }
 
 #[derive(Debug, Serialize)]
-pub struct CompletionChoice<'a> {
+pub(crate) struct CompletionChoice<'a> {
     pub index: usize,
     pub message: AssistantMessage,
     pub logprobs: Option<Logprobs<'a>>,
@@ -45,7 +45,7 @@ pub struct CompletionChoice<'a> {
 }
 
 #[derive(Debug, Serialize)]
-pub struct AssistantMessage {
+pub(crate) struct AssistantMessage {
     pub role: &'static str,
     pub content: String,
     pub refusal: Option<String>,
@@ -53,7 +53,7 @@ pub struct AssistantMessage {
 
 /// One event of a stream.
 #[derive(Debug, Serialize)]
-pub struct Chunk<'a> {
+pub(crate) struct Chunk<'a> {
     #[serde(flatten)]
     pub head: &'a Head,
     pub choices: Vec<ChunkChoice<'a>>,
@@ -63,7 +63,7 @@ pub struct Chunk<'a> {
 }
 
 #[derive(Debug, Serialize)]
-pub struct ChunkChoice<'a> {
+pub(crate) struct ChunkChoice<'a> {
     pub index: usize,
     pub delta: Delta,
     pub logprobs: Option<Logprobs<'a>>,
@@ -71,7 +71,7 @@ pub struct ChunkChoice<'a> {
 }
 
 #[derive(Debug, Default, Serialize)]
-pub struct Delta {
+pub(crate) struct Delta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -80,14 +80,14 @@ pub struct Delta {
 
 /// Tokens, as OpenAI counts them: the end of the turn is one of the completion's.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
-pub struct Usage {
+pub(crate) struct Usage {
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
     pub total_tokens: usize,
 }
 
 impl Usage {
-    pub fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
+    pub(crate) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
         Self {
             prompt_tokens,
             completion_tokens,
@@ -97,7 +97,7 @@ impl Usage {
 }
 
 #[derive(Debug, Serialize)]
-pub struct Logprobs<'a> {
+pub(crate) struct Logprobs<'a> {
     content: Vec<Position<'a>>,
     refusal: Option<Vec<Position<'a>>>,
 }
@@ -120,7 +120,7 @@ struct Token<'a> {
 }
 
 impl<'a> Logprobs<'a> {
-    pub fn new(choices: &[Choice], tokenizer: &'a Tokenizer) -> Self {
+    pub(crate) fn new(choices: &[Choice], tokenizer: &'a Tokenizer) -> Self {
         let token = |id, logprob| Token::new(id, logprob, tokenizer);
         let content = choices
             .iter()
@@ -158,7 +158,7 @@ impl<'a> Token<'a> {
 /// is there first, then the likeliest ones; null at the first, which nothing comes before.
 #[derive(Debug, Serialize)]
 #[serde(transparent)]
-pub struct PromptLogprobs<'a>(Vec<Option<PromptPosition<'a>>>);
+pub(crate) struct PromptLogprobs<'a>(Vec<Option<PromptPosition<'a>>>);
 
 /// Keeps its order.
 #[derive(Debug)]
@@ -180,7 +180,7 @@ impl Serialize for PromptPosition<'_> {
 
 impl<'a> PromptLogprobs<'a> {
     /// Of `choices`, which are those of every token but the first, with the `top` likeliest at each.
-    pub fn new(choices: &[Choice], top: usize, tokenizer: &'a Tokenizer) -> Self {
+    pub(crate) fn new(choices: &[Choice], top: usize, tokenizer: &'a Tokenizer) -> Self {
         let position = |choice: &Choice| {
             let likeliest = &choice.top[..top.min(choice.top.len())];
             let rank = |id: u32| {
@@ -212,7 +212,7 @@ impl<'a> PromptLogprobs<'a> {
 
 /// An answer to a plain text, in the older shape.
 #[derive(Debug, Serialize)]
-pub struct TextCompletion<'a> {
+pub(crate) struct TextCompletion<'a> {
     #[serde(flatten)]
     pub head: &'a Head,
     pub choices: Vec<TextChoice<'a>>,
@@ -220,7 +220,7 @@ pub struct TextCompletion<'a> {
 }
 
 #[derive(Debug, Serialize)]
-pub struct TextChoice<'a> {
+pub(crate) struct TextChoice<'a> {
     pub index: usize,
     pub text: String,
     pub logprobs: Option<TextLogprobs<'a>>,
@@ -232,7 +232,7 @@ pub struct TextChoice<'a> {
 
 /// Logprobs in columns, by the tokens' texts.
 #[derive(Debug, Default, Serialize)]
-pub struct TextLogprobs<'a> {
+pub(crate) struct TextLogprobs<'a> {
     /// Where each token begins, in characters.
     text_offset: Vec<usize>,
     /// null at the very first token of an echoed prompt, as is its `top_logprobs`.
@@ -255,7 +255,7 @@ impl<'a> TextLogprobs<'a> {
     /// Of an echoed text's `first` token, which nothing comes before, and of all that were chosen after,
     /// with the `most` likeliest at each. With `as_ids` tokens are named `token_id:N`, which is exact where
     /// they are parts of a character.
-    pub fn new(
+    pub(crate) fn new(
         first: Option<u32>,
         choices: impl Iterator<Item = &'a Choice>,
         most: usize,

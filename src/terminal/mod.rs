@@ -1,6 +1,6 @@
 //! What reaches a terminal: model text made inert, numbers made readable, tables, progress.
 
-pub mod progress;
+pub(crate) mod progress;
 
 pub use progress::{Progress, Reading};
 

@@ -16,7 +16,7 @@ use crate::tokenizer::source::Source;
 
 /// Adds tokens that only the other files of the folder list to `tokenizer`, as `transformers` does on
 /// loading.
-pub fn complete(tokenizer: &mut Source, files: &Files) {
+pub(crate) fn complete(tokenizer: &mut Source, files: &Files) {
     let mut new_ids = next_id(tokenizer)..;
     let mut new_id = || new_ids.next().unwrap_or(u64::MAX);
     let mut added = match tokenizer.json["added_tokens"].take() {
@@ -59,7 +59,7 @@ pub fn complete(tokenizer: &mut Source, files: &Files) {
 }
 
 /// An entry of `added_tokens` for a special token.
-pub fn special(content: &str, id: u64) -> Value {
+pub(crate) fn special(content: &str, id: u64) -> Value {
     json!({
         "id": id, "content": content, "special": true, "normalized": false,
         "single_word": false, "lstrip": false, "rstrip": false,
@@ -77,7 +77,7 @@ fn next_id(tokenizer: &Source) -> u64 {
 
 /// Fast search for added tokens that are not control tokens.
 #[derive(Debug)]
-pub struct PlainAdded {
+pub(crate) struct PlainAdded {
     names: AhoCorasick,
     by_normalising: ByNormalising,
 }
@@ -95,7 +95,10 @@ impl PlainAdded {
     ///
     /// # Errors
     /// If the names exceed the limits of the search.
-    pub fn new(vocabulary: &AddedVocabulary, normalizer: &Value) -> Result<Option<PlainAdded>> {
+    pub(crate) fn new(
+        vocabulary: &AddedVocabulary,
+        normalizer: &Value,
+    ) -> Result<Option<PlainAdded>> {
         let plain = vocabulary.get_added_tokens_decoder().values();
         let plain: Vec<_> = plain.filter(|token| !token.special).collect();
         if plain.is_empty() {
@@ -121,7 +124,7 @@ impl PlainAdded {
     }
 
     /// Returns false only if no such token is in `text`.
-    pub fn may_be_in(&self, text: &str) -> bool {
+    pub(crate) fn may_be_in(&self, text: &str) -> bool {
         let by_normalising = match self.by_normalising {
             ByNormalising::Never => false,
             ByNormalising::NonAscii => !text.is_ascii(),
@@ -132,7 +135,7 @@ impl PlainAdded {
 }
 
 /// Finds the added tokens of `vocabulary` in a text, in order: byte ranges and ids.
-pub fn find(
+pub(crate) fn find(
     vocabulary: &AddedVocabulary,
     normalizer: Option<&NormalizerWrapper>,
     text: &str,

@@ -5,97 +5,112 @@
 //! use. The exception is an answer, which is encoded separately: from the end of the generation prompt to the
 //! end of its content, as a model generates it.
 
-use std::fmt;
+use crate::tokenizer::answer_tokens::AnswerTokens;
+use crate::tokenizer::answer_tokens::Conversation;
+use crate::tokenizer::answer_tokens::Difference;
+use crate::tokenizer::answer_tokens::ThinkingChange;
 use std::ops::Range;
 
+use crate::tokenizer::chat_template::Date;
 use anyhow::{Result, bail};
-use serde::Serialize;
+use jiff::civil::DateTime;
 
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::{ChatTemplate, Span, THINKING, thinking_spans};
 use crate::tokenizer::writer::Writer;
 
-/// A conversation of T tokens.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Conversation {
-    /// (T)
-    pub ids: Vec<u32>,
-    /// The assistant's messages, in order.
-    pub answers: Vec<AnswerTokens>,
-    /// Set if the generation prompt differs from the rendered prefix of the last answer; `ids` begin with the
-    /// generation prompt.
-    pub difference: Option<Difference>,
-}
-
-/// Ends of the generation prompt and of the prefix in the rendered conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Difference {
-    pub generation: String,
-    pub conversation: String,
-}
-
-/// An answer in a [`Conversation`]; ranges of tokens are in `ids`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AnswerTokens {
-    /// The message's index.
-    pub message: usize,
-    /// Byte range of the content that `tokens` end with.
-    pub text: Range<usize>,
-    /// Tokens from the end of the generation prompt to the end of the content: text of the template that the
-    /// model has to generate, and the content.
-    pub tokens: Range<usize>,
-    /// `tokens` and what follows up to the token that ends the turn, if one does.
-    pub supervised: Range<usize>,
-    /// Tokens of the content alone.
-    pub content: Range<usize>,
-    /// First token after the thinking, or of `tokens` without thinking.
-    pub after_thinking: usize,
-    /// True if the ids before `tokens` equal the generation prompt and the answer is rendered as after it, or if
-    /// the template rejects such a prompt.
-    pub follows_generation_prompt: bool,
-    /// Set if the template does not print the thinking of the message.
-    pub thinking: Option<ThinkingChange>,
-}
-
-/// How an answer's thinking differs from what the template prints.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ThinkingChange {
-    /// The template drops it; it is written as in the message.
-    Restored,
-    /// Left out, since the generation prompt closes a block of thinking.
-    LeftOut,
-}
-
-impl fmt::Display for ThinkingChange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            ThinkingChange::Restored => "with their thinking, which the chat template drops",
-            ThinkingChange::LeftOut => {
-                "without their thinking, since the generation prompt closes a block of it"
-            }
-        })
+impl Tokenizer {
+    /// Tokens with which the chat template ends a turn: text that it writes behind an answer, if any, and the first
+    /// token that ends answers, or else the first control token.
+    pub(super) fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
+        let template = self.template.clone()?;
+        // The end of turn does not depend on the date.
+        self.set_date(Date::Fixed(DateTime::constant(2000, 1, 1, 0, 0, 0, 0)));
+        let messages = [Message::new("user", "a"), Message::new("assistant", "b")];
+        let conversation = self.last_answer(&messages);
+        self.template = Some(template);
+        let conversation = conversation.ok()?;
+        let behind = &conversation.ids[conversation.answers.last()?.tokens.end..];
+        let is_control = |id: &u32| self.is_special(*id);
+        let is_end = |id: &u32| is_control(id) && self.stop_ids.contains(id);
+        let end = behind.iter().position(is_end);
+        let end = end.or_else(|| behind.iter().position(is_control))?;
+        Some(behind[..=end].into())
     }
-}
 
-impl AnswerTokens {
-    /// An answer without supervised tokens here.
-    fn separate(message: usize) -> AnswerTokens {
-        AnswerTokens {
-            message,
-            text: 0..0,
-            content: 0..0,
-            tokens: 0..0,
-            supervised: 0..0,
-            after_thinking: 0,
-            follows_generation_prompt: false,
-            thinking: None,
-        }
+    /// Ids of a conversation that the model is to continue.
+    ///
+    /// # Errors
+    /// If there is no chat template, or it does not take these messages.
+    pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        encode_prompt(self, &self.template()?.at(None), messages)
+    }
+
+    /// Ids of a conversation that ends in the midst of its last message, an answer, which the model is to
+    /// continue; and which of them spell that answer.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`], and where the last message is no answer.
+    pub fn encode_continued(&self, messages: &[Message]) -> Result<(Vec<u32>, Range<usize>)> {
+        let Conversation {
+            mut ids, answers, ..
+        } = self.last_answer(messages)?;
+        let last = answers.last();
+        let Some(answer) = last.filter(|answer| answer.message + 1 == messages.len()) else {
+            bail!("the last message is not the assistant's");
+        };
+        ids.truncate(answer.content.end);
+        Ok((ids, answer.content.clone()))
+    }
+
+    /// Ids of a conversation, and the ranges of those that a student must learn to predict: each
+    /// answer of the assistant with the token that ends it.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn encode_conversation(
+        &self,
+        messages: &[Message],
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        let conversation = self.conversation(messages)?;
+        let ranges = conversation.answers.into_iter().map(|a| a.supervised);
+        Ok((conversation.ids, ranges.collect()))
+    }
+
+    /// [`Self::encode_conversation`] with what alignment needs to know about each answer.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn conversation(&self, messages: &[Message]) -> Result<Conversation> {
+        self.conversation_at(messages, true, None)
+    }
+
+    /// Same, with the ranges of the last answer alone.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn last_answer(&self, messages: &[Message]) -> Result<Conversation> {
+        self.conversation_at(messages, false, None)
+    }
+
+    /// [`Self::conversation`] or [`Self::last_answer`] of a record of this date.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn conversation_at(
+        &self,
+        messages: &[Message],
+        every_answer: bool,
+        date: Option<DateTime>,
+    ) -> Result<Conversation> {
+        let template = self.template()?.at(date);
+        encode(self, &template, messages, every_answer)
     }
 }
 
 /// Encodes the generation prompt of these messages.
-pub fn encode_prompt(
+pub(crate) fn encode_prompt(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     messages: &[Message],
@@ -108,7 +123,7 @@ pub fn encode_prompt(
 
 /// Encodes a conversation with its answers. Without `every_answer`, earlier answers are part of the prompt for the
 /// last one and have no ranges.
-pub fn encode(
+pub(crate) fn encode(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     messages: &[Message],

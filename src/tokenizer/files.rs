@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 /// The small files of a model folder, each null where it is missing.
-pub struct Files {
+pub(crate) struct Files {
     tokenizer_config: Value,
     special_tokens_map: Value,
     generation_config: Value,
@@ -20,7 +20,7 @@ pub struct Files {
 impl Files {
     /// # Errors
     /// If a file is there and cannot be read or is no JSON.
-    pub fn read(dir: &Path) -> Result<Self> {
+    pub(crate) fn read(dir: &Path) -> Result<Self> {
         let mut files = Self {
             tokenizer_config: read_json(&dir.join("tokenizer_config.json"))?,
             special_tokens_map: read_json(&dir.join("special_tokens_map.json"))?,
@@ -39,7 +39,7 @@ impl Files {
     ///
     /// # Errors
     /// Never, since all of it is text.
-    pub fn fingerprint(&self, tokenizer: &str) -> Result<blake3::Hash> {
+    pub(crate) fn fingerprint(&self, tokenizer: &str) -> Result<blake3::Hash> {
         let used = serde_json::to_vec(&(
             tokenizer,
             &self.chat_template,
@@ -52,14 +52,14 @@ impl Files {
     }
 
     /// The text of `bos_token`, `eos_token`, ... or nothing.
-    pub fn token(&self, role: &str) -> Option<&str> {
+    pub(crate) fn token(&self, role: &str) -> Option<&str> {
         [&self.tokenizer_config, &self.special_tokens_map]
             .into_iter()
             .find_map(|file| token_text(&file[role]))
     }
 
     /// Every text that one of the files calls a special token.
-    pub fn special_tokens(&self) -> Vec<&str> {
+    pub(crate) fn special_tokens(&self) -> Vec<&str> {
         let mut tokens = Vec::new();
         for file in [&self.tokenizer_config, &self.special_tokens_map] {
             let Some(fields) = file.as_object() else {
@@ -83,7 +83,7 @@ impl Files {
 
     /// Added tokens in `tokenizer_config.json`, or else in `added_tokens.json`, sorted by id, in the format of
     /// `added_tokens` in `tokenizer.json`.
-    pub fn added_tokens(&self) -> Vec<Value> {
+    pub(crate) fn added_tokens(&self) -> Vec<Value> {
         let flags = ["special", "normalized", "single_word", "lstrip", "rstrip"];
         let mut tokens: Vec<(u64, Value)> = Vec::new();
         if let Some(listed) = self.tokenizer_config["added_tokens_decoder"].as_object() {
@@ -115,7 +115,7 @@ impl Files {
     }
 
     /// The ids of the tokens that end an answer, if a model config names them.
-    pub fn eos_token_ids(&self) -> Option<Vec<u32>> {
+    pub(crate) fn eos_token_ids(&self) -> Option<Vec<u32>> {
         [&self.generation_config, &self.config]
             .into_iter()
             .find_map(|file| {

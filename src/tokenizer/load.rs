@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
+use crate::config;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tokenizers::Model;
 
-use crate::cache::control::names_control;
 use crate::exit::Exit;
 use crate::ops::process;
+use crate::prompt::control_tokens::names_control;
 use crate::tokenizer::added;
 use crate::tokenizer::added::PlainAdded;
 use crate::tokenizer::chat_template::{TOKEN_VARIABLES, with_arguments};
@@ -23,8 +24,32 @@ use crate::tokenizer::{ChatTemplate, Tokenizer};
 /// A larger id is damage, and a table of that many tokens would take all memory.
 const LARGEST_VOCABULARY: usize = 1 << 24;
 
+impl Tokenizer {
+    /// Loads `tokenizer.json`, the chat template (`chat_template.jinja`, or the field of
+    /// `tokenizer_config.json`) and the special tokens from a Hugging Face model folder.
+    ///
+    /// # Errors
+    /// If `tokenizer.json` is missing or damaged. A missing chat template is an error only once a
+    /// conversation is encoded.
+    pub fn load(dir: &Path) -> Result<Self> {
+        load(dir, &BTreeMap::new())
+    }
+
+    /// Loads the tokenizer of a student with the variables and the date of its chat template.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn for_student(settings: &config::Student) -> Result<Self> {
+        let mut tokenizer = load(&settings.path, &settings.template_args)?;
+        if let Some(date) = settings.template_date {
+            tokenizer.set_date(date.into());
+        }
+        Ok(tokenizer)
+    }
+}
+
 /// Loads a folder; `arguments` are default values of variables of the chat template.
-pub fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
+pub(crate) fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let tokenizer = read(dir, arguments);
     // Merges are read as two texts each, over a million of them for a large vocabulary.
     process::give_back();

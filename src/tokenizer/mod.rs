@@ -1,14 +1,15 @@
 //! The student's tokenizer: text, conversations and bytes to ids and back.
 
-pub mod added;
+pub(crate) mod added;
+pub(crate) mod answer_tokens;
 pub mod chat_template;
-pub mod conversation;
-pub mod files;
-pub mod load;
-pub mod pieces;
-pub mod source;
-pub mod token_bytes;
-pub mod writer;
+pub(crate) mod conversation;
+pub(crate) mod files;
+pub(crate) mod load;
+pub(crate) mod pieces;
+pub(crate) mod source;
+pub(crate) mod token_bytes;
+pub(crate) mod writer;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
@@ -17,15 +18,13 @@ use std::path::{Path, PathBuf};
 
 use crate::tokenizer::added::PlainAdded;
 use anyhow::{Result, anyhow, bail};
-use jiff::civil::DateTime;
 use serde_json::Value;
 use tokenizers::AddedVocabulary;
 
-use crate::config;
 use crate::exit::Exit;
-use crate::prompt::Message;
+use crate::prompt::message::Message;
+pub use crate::tokenizer::answer_tokens::{AnswerTokens, Conversation, Difference, ThinkingChange};
 use crate::tokenizer::chat_template::{ChatTemplate, Date};
-pub use crate::tokenizer::conversation::{AnswerTokens, Conversation, Difference, ThinkingChange};
 use crate::tokenizer::pieces::Pieces;
 use crate::tokenizer::token_bytes::TokenBytes;
 
@@ -77,28 +76,6 @@ enum Place {
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json`, the chat template (`chat_template.jinja`, or the field of
-    /// `tokenizer_config.json`) and the special tokens from a Hugging Face model folder.
-    ///
-    /// # Errors
-    /// If `tokenizer.json` is missing or damaged. A missing chat template is an error only once a
-    /// conversation is encoded.
-    pub fn load(dir: &Path) -> Result<Self> {
-        load::load(dir, &BTreeMap::new())
-    }
-
-    /// Loads the tokenizer of a student with the variables and the date of its chat template.
-    ///
-    /// # Errors
-    /// As [`Self::load`].
-    pub fn for_student(settings: &config::Student) -> Result<Self> {
-        let mut tokenizer = load::load(&settings.path, &settings.template_args)?;
-        if let Some(date) = settings.template_date {
-            tokenizer.set_date(date.into());
-        }
-        Ok(tokenizer)
-    }
-
     /// Sets the date that `strftime_now` returns in the chat template.
     pub fn set_date(&mut self, date: Date) {
         self.date = date.name();
@@ -122,99 +99,12 @@ impl Tokenizer {
         &self.dir
     }
 
-    /// Tokens with which the chat template ends a turn: text that it writes behind an answer, if any, and the first
-    /// token that ends answers, or else the first control token.
-    fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
-        let template = self.template.clone()?;
-        // The end of turn does not depend on the date.
-        self.set_date(Date::Fixed(DateTime::constant(2000, 1, 1, 0, 0, 0, 0)));
-        let messages = [Message::new("user", "a"), Message::new("assistant", "b")];
-        let conversation = self.last_answer(&messages);
-        self.template = Some(template);
-        let conversation = conversation.ok()?;
-        let behind = &conversation.ids[conversation.answers.last()?.tokens.end..];
-        let is_control = |id: &u32| self.is_special(*id);
-        let is_end = |id: &u32| is_control(id) && self.stop_ids.contains(id);
-        let end = behind.iter().position(is_end);
-        let end = end.or_else(|| behind.iter().position(is_control))?;
-        Some(behind[..=end].into())
-    }
-
     /// Ids of a text, without anything in front or behind. The names of control tokens are text.
     ///
     /// # Errors
     /// If the vocabulary holds a control token of a single character and the text contains it.
     pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_at(text, Place::First)
-    }
-
-    /// Ids of a conversation that the model is to continue.
-    ///
-    /// # Errors
-    /// If there is no chat template, or it does not take these messages.
-    pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        conversation::encode_prompt(self, &self.template()?.at(None), messages)
-    }
-
-    /// Ids of a conversation that ends in the midst of its last message, an answer, which the model is to
-    /// continue; and which of them spell that answer.
-    ///
-    /// # Errors
-    /// As [`Self::encode_prompt`], and where the last message is no answer.
-    pub fn encode_continued(&self, messages: &[Message]) -> Result<(Vec<u32>, Range<usize>)> {
-        let Conversation {
-            mut ids, answers, ..
-        } = self.last_answer(messages)?;
-        let last = answers.last();
-        let Some(answer) = last.filter(|answer| answer.message + 1 == messages.len()) else {
-            bail!("the last message is not the assistant's");
-        };
-        ids.truncate(answer.content.end);
-        Ok((ids, answer.content.clone()))
-    }
-
-    /// Ids of a conversation, and the ranges of those that a student must learn to predict: each
-    /// answer of the assistant with the token that ends it.
-    ///
-    /// # Errors
-    /// As [`Self::encode_prompt`].
-    pub fn encode_conversation(
-        &self,
-        messages: &[Message],
-    ) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
-        let conversation = self.conversation(messages)?;
-        let ranges = conversation.answers.into_iter().map(|a| a.supervised);
-        Ok((conversation.ids, ranges.collect()))
-    }
-
-    /// [`Self::encode_conversation`] with what alignment needs to know about each answer.
-    ///
-    /// # Errors
-    /// As [`Self::encode_prompt`].
-    pub fn conversation(&self, messages: &[Message]) -> Result<Conversation> {
-        self.conversation_at(messages, true, None)
-    }
-
-    /// Same, with the ranges of the last answer alone.
-    ///
-    /// # Errors
-    /// As [`Self::encode_prompt`].
-    pub fn last_answer(&self, messages: &[Message]) -> Result<Conversation> {
-        self.conversation_at(messages, false, None)
-    }
-
-    /// [`Self::conversation`] or [`Self::last_answer`] of a record of this date.
-    ///
-    /// # Errors
-    /// As [`Self::encode_prompt`].
-    pub fn conversation_at(
-        &self,
-        messages: &[Message],
-        every_answer: bool,
-        date: Option<DateTime>,
-    ) -> Result<Conversation> {
-        let template = self.template()?.at(date);
-        conversation::encode(self, &template, messages, every_answer)
     }
 
     /// Renders a conversation as text.
@@ -279,11 +169,6 @@ impl Tokenizer {
     /// The token with exactly these bytes.
     pub fn id_of_bytes(&self, bytes: &[u8]) -> Option<u32> {
         self.bytes.id_of(bytes)
-    }
-
-    /// Is the name of a control token somewhere in this text?
-    pub fn holds_control(&self, text: &str) -> bool {
-        writer::holds_control(self, text)
     }
 
     /// The control token of this name.

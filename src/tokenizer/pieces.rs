@@ -25,12 +25,12 @@ const SPLITS: [&str; 2] = [
 
 /// The ids of pieces met before.
 #[derive(Debug, Default)]
-pub struct Pieces(RwLock<HashMap<Box<str>, Box<[u32]>, FixedState>>);
+pub(crate) struct Pieces(RwLock<HashMap<Box<str>, Box<[u32]>, FixedState>>);
 
 impl Pieces {
     /// None where `tokenizer`, a parsed `tokenizer.json`, may make one token of what stands on both
     /// sides of a cut.
-    pub fn new(tokenizer: &Value) -> Option<Self> {
+    pub(crate) fn new(tokenizer: &Value) -> Option<Self> {
         let normalizer = &tokenizer["normalizer"];
         let keeps_words = normalizer.is_null() || normalizer["type"] == "NFC";
         // Such a token takes part of the text around it, before the words are told apart.
@@ -49,7 +49,7 @@ impl Pieces {
     ///
     /// # Errors
     /// That of `encode`.
-    pub fn encode(
+    pub(crate) fn encode(
         &self,
         text: &str,
         encode: impl Fn(&str) -> Result<Vec<u32>>,

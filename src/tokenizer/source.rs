@@ -19,7 +19,7 @@ use tokenizers::{AddedToken, Model, ModelWrapper};
 const REMEMBERED: usize = 1 << 16;
 
 /// A parsed `tokenizer.json`.
-pub struct Source {
+pub(crate) struct Source {
     /// All of the file, with the model's settings alone under `model`.
     pub json: Value,
     pub model: ModelWrapper,
@@ -56,7 +56,7 @@ impl Source {
     ///
     /// # Errors
     /// If it is no JSON, or no tokenizer.
-    pub fn parse(text: &str) -> Result<Self> {
+    pub(crate) fn parse(text: &str) -> Result<Self> {
         let mut fields = fields(text)?;
         let model = fields.remove("model").context("it has no model")?;
         let mut json = values(&fields, |_| true)?;
@@ -79,7 +79,7 @@ impl Source {
     }
 
     /// Id of a token of the model.
-    pub fn id(&self, token: &str) -> Option<u32> {
+    pub(crate) fn id(&self, token: &str) -> Option<u32> {
         self.model.token_to_id(token)
     }
 }
@@ -88,7 +88,7 @@ impl Source {
 ///
 /// # Errors
 /// If a part of it is unknown.
-pub fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tokenizer> {
+pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tokenizer> {
     let mut json = json.clone();
     // Their ids depend on the model.
     let added: Option<Vec<Added>> =

@@ -20,7 +20,7 @@ enum Alphabet {
 
 /// The bytes of all tokens, both ways. Control tokens have none.
 #[derive(Debug, Default)]
-pub struct TokenBytes {
+pub(crate) struct TokenBytes {
     of_id: Vec<Option<Box<[u8]>>>,
     id_of: HashMap<Box<[u8]>, u32>,
 }
@@ -29,7 +29,7 @@ impl TokenBytes {
     /// Reads them from a parsed `tokenizer.json`. `vocabulary` holds the model's tokens and `added`
     /// those added tokens that are plain text and not among them. Nothing where the way of writing is not known (a
     /// WordPiece vocabulary does not tell where words were apart).
-    pub fn new(
+    pub(crate) fn new(
         tokenizer: &Value,
         vocabulary: &HashMap<String, u32>,
         added: &[(u32, AddedToken)],
@@ -78,15 +78,15 @@ impl TokenBytes {
         all
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.of_id.is_empty()
     }
 
-    pub fn of_id(&self, id: u32) -> Option<&[u8]> {
+    pub(crate) fn of_id(&self, id: u32) -> Option<&[u8]> {
         self.of_id.get(id as usize)?.as_deref()
     }
 
-    pub fn id_of(&self, bytes: &[u8]) -> Option<u32> {
+    pub(crate) fn id_of(&self, bytes: &[u8]) -> Option<u32> {
         self.id_of.get(bytes).copied()
     }
 }
@@ -108,7 +108,7 @@ fn alphabet(tokenizer: &Value) -> Option<Alphabet> {
 }
 
 /// Is `part`, or a step of it where it is a sequence, of this type?
-pub fn has_part(part: &Value, kind: &str) -> bool {
+pub(crate) fn has_part(part: &Value, kind: &str) -> bool {
     let steps = ["decoders", "pretokenizers", "normalizers"];
     part["type"] == kind
         || steps
@@ -119,13 +119,13 @@ pub fn has_part(part: &Value, kind: &str) -> bool {
 }
 
 /// The bytes of a token as a byte-level vocabulary spells it. None if a character is none of its alphabet.
-pub fn byte_level(token: &str) -> Option<Vec<u8>> {
+pub(crate) fn byte_level(token: &str) -> Option<Vec<u8>> {
     static CHARACTERS: LazyLock<HashMap<char, u8>> = LazyLock::new(byte_of_character);
     token.chars().map(|c| CHARACTERS.get(&c).copied()).collect()
 }
 
 /// The bytes of a token as SentencePiece spells it.
-pub fn sentence_piece(token: &str) -> Option<Vec<u8>> {
+pub(crate) fn sentence_piece(token: &str) -> Option<Vec<u8>> {
     let byte = fallback_byte(token).map(|byte| vec![byte]);
     Some(byte.unwrap_or_else(|| token.replace('▁', " ").into_bytes()))
 }

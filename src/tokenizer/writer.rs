@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use anyhow::Result;
 
-use crate::prompt::Message;
+use crate::prompt::message::Message;
+use crate::tokenizer::answer_tokens::{AnswerTokens, Conversation};
 use crate::tokenizer::chat_template::{Span, answer_start};
-use crate::tokenizer::conversation::{AnswerTokens, Conversation};
 use crate::tokenizer::{Place, Tokenizer, added};
 
 /// Bytes behind a cut that matter to it: more than a token has. Before it, all do: runs of one character are tokens
@@ -14,7 +14,7 @@ use crate::tokenizer::{Place, Tokenizer, added};
 const NEAR: usize = 64;
 
 /// A conversation being encoded.
-pub struct Writer<'a> {
+pub(crate) struct Writer<'a> {
     tokenizer: &'a Tokenizer,
     pub done: Conversation,
     /// Text not yet encoded, and where it stands.
@@ -25,7 +25,7 @@ pub struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    pub fn new(tokenizer: &'a Tokenizer) -> Self {
+    pub(crate) fn new(tokenizer: &'a Tokenizer) -> Self {
         Self {
             tokenizer,
             done: Conversation::default(),
@@ -35,7 +35,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    pub fn flush(&mut self) -> Result<()> {
+    pub(crate) fn flush(&mut self) -> Result<()> {
         if !self.run.is_empty() {
             let ids = self.tokenizer.encode_at(&self.run, self.place)?;
             self.place = self.tokenizer.place_after(&ids);
@@ -46,7 +46,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes spans and encodes the pending text.
-    pub fn prompt(&mut self, spans: &[Span]) -> Result<()> {
+    pub(crate) fn prompt(&mut self, spans: &[Span]) -> Result<()> {
         self.spans(spans)?;
         self.flush()
     }
@@ -62,7 +62,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes the spans before an answer without their end `lead`, which belongs to the answer.
-    pub fn before_answer(&mut self, spans: &[Span], lead: &str) -> Result<()> {
+    pub(crate) fn before_answer(&mut self, spans: &[Span], lead: &str) -> Result<()> {
         match spans.split_last() {
             Some((Span::Template(last), others)) => {
                 let kept = last.strip_suffix(lead).unwrap_or(last);
@@ -74,7 +74,7 @@ impl<'a> Writer<'a> {
 
     /// May `answer`, which comes next, be encoded apart from the pending text, and from what follows it? Not
     /// where the tokenizer makes one token of what is on both sides.
-    pub fn may_cut_around(&self, (answer, following): (&str, &str)) -> Result<bool> {
+    pub(crate) fn may_cut_around(&self, (answer, following): (&str, &str)) -> Result<bool> {
         let controls = control_tokens(self.tokenizer, following);
         let next_control = controls
             .first()
@@ -96,7 +96,7 @@ impl<'a> Writer<'a> {
         Ok(apart == self.tokenizer.encode_at(&together, place)?)
     }
 
-    pub fn template(&mut self, text: &str) -> Result<()> {
+    pub(crate) fn template(&mut self, text: &str) -> Result<()> {
         let controls = control_tokens(self.tokenizer, text);
         let is_stop = |id: u32| self.tokenizer.stop_ids().contains(&id);
         let end_of_turn = controls.iter().position(|&(_, id)| is_stop(id));
@@ -120,7 +120,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes an answer: `lead`, the text of the template between prompt and content, and the content.
-    pub fn answer(
+    pub(crate) fn answer(
         &mut self,
         lead: &str,
         message: usize,
@@ -186,8 +186,15 @@ fn kept(content: &str, written: &str, last: &str) -> Range<usize> {
     start..end
 }
 
+impl Tokenizer {
+    /// Is the name of a control token somewhere in this text?
+    pub fn holds_control(&self, text: &str) -> bool {
+        holds_control(self, text)
+    }
+}
+
 /// Would this text, as part of a template, make control tokens?
-pub fn holds_control(tokenizer: &Tokenizer, text: &str) -> bool {
+pub(crate) fn holds_control(tokenizer: &Tokenizer, text: &str) -> bool {
     !control_tokens(tokenizer, text).is_empty()
 }
 

@@ -14,7 +14,6 @@ use candle_core::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Start;
 use super::ema::Ema;
 use super::objective::Models;
 use super::optimizer::Optimizer;
@@ -28,6 +27,7 @@ use crate::model::weights::{self, Tensors};
 use crate::tokenizer::Tokenizer;
 use crate::train::early_stopping::Best;
 use crate::train::local_teacher::Teacher;
+use crate::train::summary::Start;
 
 const MODEL: &str = "model.safetensors";
 const EMA: &str = "ema.safetensors";

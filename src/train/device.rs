@@ -12,7 +12,7 @@ use crate::ops::matmul::Precision;
 /// # Errors
 /// [`Exit::Usage`] where this program, or this machine, has no such device, or the device cannot do
 /// what the settings ask for.
-pub fn of(train: &Train) -> Result<Device> {
+pub(crate) fn of(train: &Train) -> Result<Device> {
     let kind = kind(train);
     if kind == config::Device::Cpu {
         return Ok(Device::Cpu);
@@ -63,7 +63,7 @@ fn open(kind: config::Device) -> candle_core::Result<Device> {
 }
 
 /// The settings with the device and the number type that "auto" stands for.
-pub fn resolved(train: &Train) -> Train {
+pub(crate) fn resolved(train: &Train) -> Train {
     let device = kind(train);
     let dtype = match (train.dtype, device) {
         (ComputeDtype::Auto, config::Device::Cuda) => ComputeDtype::Bf16,
@@ -100,7 +100,7 @@ fn kind(train: &Train) -> config::Device {
 }
 
 /// The number type of [`resolved`] settings.
-pub fn precision(train: &Train) -> Precision {
+pub(crate) fn precision(train: &Train) -> Precision {
     match train.dtype {
         ComputeDtype::Bf16 => Precision::Bf16,
         ComputeDtype::F32 | ComputeDtype::Auto => Precision::F32,
@@ -108,7 +108,7 @@ pub fn precision(train: &Train) -> Precision {
 }
 
 /// What the opening line calls the device.
-pub fn name(train: &Train) -> &'static str {
+pub(crate) fn name(train: &Train) -> &'static str {
     match train.device {
         config::Device::Cuda => " on CUDA",
         config::Device::Metal => " on Metal",

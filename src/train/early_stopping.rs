@@ -20,7 +20,7 @@ pub struct Best {
 ///
 /// # Errors
 /// [`Exit::Usage`] if it cannot: every validation would count as no improvement.
-pub fn check(
+pub(crate) fn check(
     metric: config::Best,
     held_out: usize,
     has_soft_labels: impl FnOnce() -> bool,

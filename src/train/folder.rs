@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
 use crate::exit::Exit;
-use crate::model::config::ModelConfig;
+use crate::model::config::shape::ModelConfig;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::with_arguments;
 
@@ -18,7 +18,7 @@ const CHAT_TEMPLATE: &str = "chat_template.jinja";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// Files of the source folder that belong to the tokenizer.
-pub const TOKENIZER_FILES: [&str; 9] = [
+pub(crate) const TOKENIZER_FILES: [&str; 9] = [
     GENERATION_CONFIG,
     "tokenizer.json",
     TOKENIZER_CONFIG,
@@ -31,7 +31,7 @@ pub const TOKENIZER_FILES: [&str; 9] = [
 ];
 
 /// Files by name, and how they differ from the files that were read.
-pub struct Files {
+pub(crate) struct Files {
     pub files: Vec<(&'static str, Vec<u8>)>,
     pub changes: Vec<String>,
 }
@@ -41,7 +41,7 @@ pub struct Files {
 ///
 /// # Errors
 /// Where a file cannot be read.
-pub fn files(
+pub(crate) fn files(
     shape: &ModelConfig,
     dtype: &str,
     (dir, tokenizer): (&Path, &Tokenizer),

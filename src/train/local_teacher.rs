@@ -123,7 +123,7 @@ impl Teacher {
 ///
 /// # Errors
 /// Where it does not load, or its tokenizer is another ([`Exit::Usage`]).
-pub fn frozen(dir: &Path, tokenizer: &Tokenizer, train: &Train) -> Result<Model> {
+pub(crate) fn frozen(dir: &Path, tokenizer: &Tokenizer, train: &Train) -> Result<Model> {
     check_tokenizer(dir, tokenizer)?;
     let mut model = Model::load(dir)?;
     model.set_precision(device::precision(train));

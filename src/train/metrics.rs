@@ -6,8 +6,8 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::loss::RowLoss;
 use crate::fs::Log;
+use crate::train::loss::row::RowLoss;
 
 /// Sums over supervised positions.
 #[derive(Debug, Clone, Copy, Default)]
@@ -107,14 +107,14 @@ pub struct Means {
 }
 
 /// `metrics.jsonl`: a line a step and a line a validation.
-pub struct Metrics(Log);
+pub(crate) struct Metrics(Log);
 
 impl Metrics {
     /// Opens the file and drops what was written after step `step`, which will be done again.
     ///
     /// # Errors
     /// Where the file cannot be opened.
-    pub fn open(path: &Path, step: u64) -> Result<Self> {
+    pub(crate) fn open(path: &Path, step: u64) -> Result<Self> {
         let kept = |line: &str| {
             let line: Value = serde_json::from_str(line).unwrap_or_default();
             line["step"].as_u64().is_some_and(|s| s <= step)
@@ -126,7 +126,7 @@ impl Metrics {
     ///
     /// # Errors
     /// Where the file cannot be written.
-    pub fn step(&mut self, line: &StepLine) -> Result<()> {
+    pub(crate) fn step(&mut self, line: &StepLine) -> Result<()> {
         self.0.write(&serde_json::to_string(line)?)
     }
 
@@ -134,7 +134,7 @@ impl Metrics {
     ///
     /// # Errors
     /// Where the file cannot be written.
-    pub fn validation(&mut self, step: u64, means: &Means) -> Result<()> {
+    pub(crate) fn validation(&mut self, step: u64, means: &Means) -> Result<()> {
         let line = json!({ "step": step, "split": "validation", "means": means });
         self.0.write(&line.to_string())
     }
@@ -142,7 +142,7 @@ impl Metrics {
 
 /// A training step as `metrics.jsonl` keeps it.
 #[derive(Debug, Clone, Serialize)]
-pub struct StepLine {
+pub(crate) struct StepLine {
     pub step: u64,
     pub split: &'static str,
     pub epoch: u64,

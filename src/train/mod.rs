@@ -6,28 +6,29 @@
 //! micro-batch, makes the gradient independent of how the step is cut.
 
 pub mod checkpoint;
-pub mod device;
-pub mod early_stopping;
+pub(crate) mod device;
+pub(crate) mod early_stopping;
 pub mod ema;
-pub mod folder;
-pub mod local_teacher;
+pub(crate) mod folder;
+pub(crate) mod local_teacher;
 pub mod loss;
-pub mod metrics;
-pub mod model_card;
+pub(crate) mod metrics;
+pub(crate) mod model_card;
 pub mod objective;
 pub mod on_policy;
 pub mod optimizer;
-pub mod schedule;
+pub(crate) mod schedule;
 pub mod soft_labels;
-pub mod step;
+pub(crate) mod step;
 pub mod student;
+pub mod summary;
 
+use crate::train::summary::Start;
+use crate::train::summary::Summary;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
 
 use crate::config::Config;
 use crate::data::batch::{Batches, Cursor};
@@ -45,48 +46,11 @@ use checkpoint::{Parts, State};
 use ema::Ema;
 use metrics::{Means, Metrics, StepLine};
 use objective::Models;
-use on_policy::{Count, Judge, OnPolicy};
+use on_policy::{Judge, OnPolicy};
 use step::{Lesson, Stepper};
 use student::Student;
 
 const GO_ON: &str = "the checkpoint is written: go on with --resume";
-
-/// What to do with checkpoints that are already there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Start {
-    /// Refuse to choose.
-    Ask,
-    /// Go on from the newest.
-    Resume,
-    /// Remove them.
-    Fresh,
-}
-
-/// What a finished run reports.
-#[derive(Debug, Clone, Serialize)]
-pub struct Summary {
-    pub student: PathBuf,
-    pub parameters: usize,
-    /// Those that were trained, adapters among them.
-    pub trained_parameters: usize,
-    /// Steps taken, over all sessions.
-    pub steps: u64,
-    /// The step whose weights became the student, where these are not the last.
-    pub best_step: Option<u64>,
-    pub tokens: u64,
-    pub seconds: f64,
-    pub tokens_per_s: f64,
-    /// Means over the last step.
-    pub last_loss: f64,
-    pub validation: Means,
-    /// The loss in words, with the weights that were used.
-    pub loss: String,
-    /// Differences between files of the student's folder and those that they come from.
-    pub changes: Vec<String>,
-    /// With `train.on_policy`.
-    pub own_answers: Option<Count>,
-    pub data: crate::data::dataset::report::Report,
-}
 
 /// How a run goes about it.
 #[derive(Debug, Clone)]

@@ -5,12 +5,12 @@ use std::path::Path;
 use crate::config::Config;
 use crate::data::groups::Counts;
 use crate::terminal::format_count;
-use crate::train::Summary;
+use crate::train::summary::Summary;
 
 const HEAD: &str = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distillation\n---\n\n";
 
 /// A Hugging Face model card: what the model is and how it was made.
-pub fn text(config: &Config, architecture: &str, summary: &Summary) -> String {
+pub(crate) fn text(config: &Config, architecture: &str, summary: &Summary) -> String {
     let line = |name: &str, value: Option<f64>| {
         value.map_or(String::new(), |v| format!("- validation {name}: {v:.4}\n"))
     };
@@ -61,7 +61,7 @@ fn answered_by(groups: &Counts) -> String {
 }
 
 /// That of a teacher that was trained along.
-pub fn of_teacher(config: &Config, architecture: &str) -> String {
+pub(crate) fn of_teacher(config: &Config, architecture: &str) -> String {
     let from = config.teacher.local.as_deref().and_then(Path::file_name);
     format!(
         "{HEAD}A {architecture} model, trained from {} by `distill train` as the teacher of the student \

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use anyhow::Result;
 
-use super::loss::{self, Row, RowLoss, Weights};
+use super::loss;
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
 use crate::data::dataset::Examples;
@@ -13,6 +13,7 @@ use crate::model::gradients::Gradients;
 use crate::model::tape::Memory;
 use crate::model::{Input, Model};
 use crate::ops::head_loss::{Rows, Units, chunk_rows};
+use crate::train::loss::row::{Row, RowLoss, Weights};
 
 /// Who learns, and from whom.
 #[derive(Clone, Copy)]

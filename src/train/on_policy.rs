@@ -29,7 +29,8 @@ use crate::model::Model;
 use crate::model::batcher::GenerateOptions;
 use crate::model::generate;
 use crate::model::sampling::Sampling;
-use crate::prompt::{Message, Prompt};
+use crate::prompt::Prompt;
+use crate::prompt::message::Message;
 use crate::signal::StopFlag;
 use crate::tokenizer::Tokenizer;
 

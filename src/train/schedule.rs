@@ -4,7 +4,7 @@ use crate::config::{Schedule, Train};
 
 /// The learning rate of step `step` (from 1) of `total`: a linear warmup to
 /// `train.learning_rate`, then the schedule down to `min_learning_rate_ratio` of it at the end.
-pub fn learning_rate(train: &Train, step: u64, total: u64) -> f64 {
+pub(crate) fn learning_rate(train: &Train, step: u64, total: u64) -> f64 {
     let peak = train.learning_rate;
     let warmup = train.warmup_steps.min(total);
     if step <= warmup {
@@ -24,7 +24,7 @@ pub fn learning_rate(train: &Train, step: u64, total: u64) -> f64 {
 }
 
 /// A sentence for the user where the warmup leaves no step at the full rate.
-pub fn note(train: &Train, total: u64) -> Option<String> {
+pub(crate) fn note(train: &Train, total: u64) -> Option<String> {
     (train.warmup_steps >= total).then(|| {
         format!(
             "train.warmup_steps = {} is not less than the {total} steps of this run: the learning rate rises up to the \

@@ -3,13 +3,13 @@
 use anyhow::{Result, bail};
 
 use super::loss::divergence::Divergence;
-use super::loss::{End, SoftTerm};
 use crate::config::{Config, Kd, Loss};
-use crate::data::dataset::report::{NO_LOGPROBS, Report, by_reason};
 use crate::data::logprob_check::Agreement;
+use crate::data::report::{NO_LOGPROBS, Report, by_reason};
 use crate::exit::Exit;
 use crate::terminal::format_count;
 use crate::tokenizer::Tokenizer;
+use crate::train::loss::row::{End, SoftTerm};
 
 /// At least one in 20 answers with logprobs must have soft labels.
 const LEAST_USED: u64 = 20;

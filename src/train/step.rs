@@ -3,7 +3,6 @@
 use anyhow::{Result, bail};
 
 use super::loss::divergence::Divergence;
-use super::loss::{SoftTerm, Weights};
 use super::metrics::Sums;
 use super::objective::{self, Models};
 use super::optimizer::Optimizer;
@@ -15,9 +14,10 @@ use crate::data::prepared::shard::ExampleView;
 use crate::model::Model;
 use crate::model::gradients::Gradients;
 use crate::model::tape::Memory;
+use crate::train::loss::row::{SoftTerm, Weights};
 
 /// How steps are taken.
-pub struct Stepper {
+pub(crate) struct Stepper {
     settings: Train,
     weights: Weights,
     /// Of what the student wrote itself.
@@ -28,7 +28,7 @@ pub struct Stepper {
 }
 
 /// What a step is taken on.
-pub struct Lesson<'a> {
+pub(crate) struct Lesson<'a> {
     /// Examples as they are.
     pub given: &'a [ExampleView<'a>],
     /// What the student wrote itself, for the teacher to judge.
@@ -37,7 +37,7 @@ pub struct Lesson<'a> {
 
 impl<'a> Lesson<'a> {
     /// These examples, as they are.
-    pub fn of(examples: &'a [ExampleView<'a>]) -> Self {
+    pub(crate) fn of(examples: &'a [ExampleView<'a>]) -> Self {
         Self {
             given: examples,
             written: Vec::new(),
@@ -73,7 +73,7 @@ pub struct Taken {
 impl Stepper {
     /// For `model`, with `soft_labels` as chosen for the data, and with `on_policy` for what the student writes
     /// itself.
-    pub fn new(
+    pub(crate) fn new(
         config: &Config,
         soft_labels: &Choice,
         on_policy: Option<[Divergence; 2]>,
@@ -114,7 +114,7 @@ impl Stepper {
     ///
     /// # Errors
     /// Where a loss or a gradient is not finite, before anything is updated; names the examples.
-    pub fn take(
+    pub(crate) fn take(
         &mut self,
         (student, optimizer): (&Student, &mut Optimizer),
         teacher: Option<&Model>,

@@ -11,7 +11,7 @@ use super::{device, folder};
 use crate::config::{Config, Init, SaveDtype};
 use crate::exit::Exit;
 use crate::fs;
-use crate::model::config::ModelConfig;
+use crate::model::config::shape::ModelConfig;
 use crate::model::parameters::random_weights;
 use crate::model::weights::{self, Tensors};
 use crate::model::{Model, decoder, lora};

@@ -93,7 +93,7 @@ fn logprobs(tokens: usize, words: &[String], random: &mut fastrand::Rng) -> Logp
 }
 
 fn open(dir: &Path) -> anyhow::Result<()> {
-    let bytes = distill::cache::open::size(dir);
+    let bytes = distill::cache::files::size(dir);
     let (mut read, started) = (0, Instant::now());
     let settings = settings(Compression::None);
     let cache = Cache::open_with(

@@ -11,8 +11,8 @@ mod records;
 use std::path::Path;
 use std::time::Instant;
 
+use distill::cache::logprobs_view::LogprobsView;
 use distill::cache::record::{Logprobs, Record};
-use distill::cache::view::LogprobsView;
 use distill::cache::writer::{Cache, Sealed};
 use distill::config::{self, Compression, Config, Durability};
 use distill::data::align::Mapper;

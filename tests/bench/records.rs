@@ -1,6 +1,7 @@
 //! Records like those of a real run, for the benchmarks that need many.
 
-use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing, Usage};
+use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing};
+use distill::cache::usage::Usage;
 use serde_json::{Map, json};
 
 /// Record number `n`: an answer of `tokens` tokens to `question`.

@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use distill::cache::record::{Answer, Record, SCHEMA, Usage};
+use distill::cache::record::{Answer, Record, SCHEMA};
 use distill::cache::recovery::Ending;
+use distill::cache::usage::Usage;
 use distill::cache::writer::Cache;
 use distill::cache::{self, line, reader};
 use distill::commands;

@@ -1,8 +1,10 @@
 //! Any record survives the cache, and no garbage behind the records harms them.
 
+use distill::cache::encoding::RawToken;
 use distill::cache::line;
-use distill::cache::record::{Answer, Logprobs, RawToken, Record, Timing, Usage};
+use distill::cache::record::{Answer, Logprobs, Record, Timing};
 use distill::cache::recovery::Ending;
+use distill::cache::usage::Usage;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

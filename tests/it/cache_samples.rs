@@ -1,9 +1,11 @@
 //! Records, and cache files made of them, for the tests of the cache.
 
+use distill::cache::encoding::RawToken;
 use distill::cache::line;
 use distill::cache::question::Question;
-use distill::cache::record::{Answer, Logprobs, RawToken, Record, SCHEMA, Status, Timing, Usage};
+use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing};
 use distill::cache::recovery::{BadLine, Ending, Scan, ScanError};
+use distill::cache::usage::Usage;
 use serde_json::{Map, json};
 
 /// The n-th of a varied lot of records: with and without logprobs, good and quarantined.

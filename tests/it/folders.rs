@@ -8,10 +8,11 @@ use std::process::Command;
 use candle_core::{DType, Device, Tensor};
 use distill::config::{Config, Init, Kd, Student};
 use distill::exit::Exit;
-use distill::model::config::ModelConfig;
+use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
 use distill::model::{Input, Model, decoder};
-use distill::train::{self, Start};
+use distill::train;
+use distill::train::summary::Start;
 use serde_json::{Value, json};
 
 use crate::tiny;
@@ -123,7 +124,7 @@ fn an_adapter_beside_the_weights_is_refused() {
 }
 
 /// A run that takes a step with the model in `dir`.
-fn trained(dir: &Path) -> (Config, train::Summary) {
+fn trained(dir: &Path) -> (Config, distill::train::summary::Summary) {
     let rows =
         r#"{"messages":[{"role":"user","content":"the"},{"role":"assistant","content":"in"}]}"#;
     fs::write(dir.join("rows.jsonl"), rows).unwrap();

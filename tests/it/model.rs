@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as oracle;
 use distill::config::Student;
-use distill::model::config::ModelConfig;
+use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
 use distill::model::{Input, Model, parameters};
 

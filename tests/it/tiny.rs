@@ -8,7 +8,7 @@ use std::path::Path;
 
 use candle_core::DType;
 use distill::config::Student;
-use distill::model::config::ModelConfig;
+use distill::model::config::shape::ModelConfig;
 use distill::model::{parameters, weights};
 use serde_json::{Map, Value, json};
 

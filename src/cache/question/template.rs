@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{BEGINNING, NO_PART, Question, USUAL_BYTES, write_fields, write_no_part, write_scalar};
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 
 const MESSAGES: &str = "messages";
 

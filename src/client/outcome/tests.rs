@@ -1,3 +1,4 @@
+use crate::client::attempt_error::shorten;
 use crate::client::outcome::*;
 
 const NOW: Duration = Duration::from_secs(1_800_000_000);

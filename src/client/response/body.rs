@@ -1,12 +1,16 @@
 //! The body of a chat completion, taken apart into an answer and what came along. Pure.
 
+use crate::client::response::text::speaks;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::cache::record::{Answer, Logprobs, Usage};
-use crate::client::response::error::{ApiError, is_error, text};
+use crate::cache::record::{Answer, Logprobs};
+use crate::cache::usage::Usage;
+use crate::client::response::completion::{Completion, NoAnswer};
+use crate::client::response::error::{ApiError, is_error};
 use crate::client::response::fields::fields;
-use crate::client::response::{Completion, NoAnswer, json, message, usage};
+use crate::client::response::text::text;
+use crate::client::response::{message, usage};
 
 /// A body, its logprobs as an `L`.
 struct Body<L> {
@@ -162,18 +166,6 @@ fn says_something<L>(choice: &Choice<L>) -> bool {
     speaks(&choice.message) || elsewhere.any(speaks)
 }
 
-/// Returns true if there is text in a message, or a call of a tool.
-pub fn speaks(value: &Value) -> bool {
-    match value {
-        Value::String(text) => !text.is_empty(),
-        Value::Array(parts) => parts.iter().any(speaks),
-        Value::Object(fields) => fields.iter().any(|(name, value)| {
-            !["role", "type", "id", "name"].contains(&&**name) && speaks(value)
-        }),
-        Value::Null | Value::Bool(_) | Value::Number(_) => false,
-    }
-}
-
 fn has_failed<L>(choice: &Choice<L>) -> bool {
     reason(&choice.finish_reason) == "error" || is_error(&choice.error)
 }
@@ -239,7 +231,7 @@ fn no_choice(extra: &Map<String, Value>) -> NoAnswer {
             let body = Value::Object(extra.clone()).to_string();
             NoAnswer::Malformed(format!(
                 "there is no choice in the body: {}",
-                json::beginning(body.as_bytes())
+                crate::client::response::json_error::beginning(body.as_bytes())
             ))
         }
     }

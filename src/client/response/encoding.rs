@@ -11,7 +11,7 @@ use flate2::write::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 use reqwest::header::{CONTENT_ENCODING, HeaderMap};
 
 /// The value of `Accept-Encoding`.
-pub const ACCEPTED: &str = "zstd, gzip, br, deflate";
+pub(crate) const ACCEPTED: &str = "zstd, gzip, br, deflate";
 
 /// Decoded bytes that one piece may become, at most: a few kilobytes can unpack to gigabytes.
 const LARGEST_PIECE: usize = 64 << 20;
@@ -22,7 +22,7 @@ const ENOUGH: usize = 4;
 const BROTLI_BUFFER: usize = 4096;
 
 /// Decodes the body of one response.
-pub struct Decoder {
+pub(crate) struct Decoder {
     declared: Option<Encoding>,
     state: State,
 }
@@ -66,7 +66,7 @@ impl Write for Sink {
 
 impl Decoder {
     /// For the body of a response with these headers.
-    pub fn new(headers: &HeaderMap) -> Decoder {
+    pub(crate) fn new(headers: &HeaderMap) -> Decoder {
         let label = headers
             .get_all(CONTENT_ENCODING)
             .iter()
@@ -88,12 +88,12 @@ impl Decoder {
     }
 
     /// Is anything decoded at all?
-    pub fn is_plain(&self) -> bool {
+    pub(crate) fn is_plain(&self) -> bool {
         matches!(self.state, State::Plain)
     }
 
     /// As [`Decoder::is_plain`], of a body that may begin with this piece.
-    pub fn begins_plain(&mut self, piece: &[u8]) -> bool {
+    pub(crate) fn begins_plain(&mut self, piece: &[u8]) -> bool {
         let is_first = matches!(&self.state, State::Beginning(first) if first.is_empty());
         if is_first && piece.len() >= ENOUGH && encoding(piece, self.declared).is_none() {
             self.state = State::Plain;
@@ -105,7 +105,7 @@ impl Decoder {
     ///
     /// # Errors
     /// Where the encoding is broken.
-    pub fn feed(&mut self, piece: &[u8]) -> io::Result<Vec<u8>> {
+    pub(crate) fn feed(&mut self, piece: &[u8]) -> io::Result<Vec<u8>> {
         let State::Beginning(first) = &mut self.state else {
             return self.state.feed(piece);
         };
@@ -120,7 +120,7 @@ impl Decoder {
     ///
     /// # Errors
     /// Where the body ends before its encoding does.
-    pub fn finish(mut self) -> io::Result<Vec<u8>> {
+    pub(crate) fn finish(mut self) -> io::Result<Vec<u8>> {
         let mut decoded = Vec::new();
         if matches!(self.state, State::Beginning(_)) {
             decoded = self.begin()?;
@@ -205,7 +205,7 @@ impl State {
 }
 
 /// Decodes a body that was encoded more than once, as its magic number shows.
-pub fn unpacked(mut body: Bytes) -> Bytes {
+pub(crate) fn unpacked(mut body: Bytes) -> Bytes {
     const MOST: usize = 3;
     for _ in 0..MOST {
         if encoding(&body, None).is_none() {
@@ -226,7 +226,7 @@ pub fn unpacked(mut body: Bytes) -> Bytes {
 
 /// Decodes a broken gzip stream: one that other bytes follow, or that ends without its checksum. None if the
 /// checksum is wrong.
-pub fn salvaged(raw: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn salvaged(raw: &[u8]) -> Option<Vec<u8>> {
     let (mut decoded, mut rest) = (Vec::new(), raw);
     while encoding(rest, None).is_some() {
         let before = decoded.len();

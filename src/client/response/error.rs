@@ -1,10 +1,9 @@
 //! An endpoint's error, read from any of the usual shapes. Pure.
 
+use crate::client::response::text::text;
 use std::time::Duration;
 
 use serde_json::{Map, Value};
-
-use crate::client::response::{event_stream, json};
 
 /// An endpoint's error. Fields are empty where the endpoint says nothing.
 #[derive(Debug, Default, Clone, PartialEq)]
@@ -25,30 +24,7 @@ pub struct ApiError {
 }
 
 impl ApiError {
-    /// Reads the body of a reply with a bad status: any of the usual shapes, or text.
-    pub fn parse(body: &[u8]) -> ApiError {
-        if body.trim_ascii().is_empty() {
-            return ApiError {
-                is_empty: true,
-                ..ApiError::default()
-            };
-        }
-        let text = body.trim_ascii();
-        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
-        let value = match (event_stream::joined(text), text.first()) {
-            (Some(joined), _) => joined.ok(),
-            (None, Some(b'{' | b'[' | b'"')) => json::value(text).ok(),
-            _ => None,
-        };
-        match value {
-            Some(Value::Array(errors)) if !errors.is_empty() => ApiError::from_body(&errors[0]),
-            Some(value @ Value::Object(_)) => ApiError::from_body(&value),
-            Some(Value::String(text)) => ApiError::of_text(&text),
-            _ => ApiError::of_text(&String::from_utf8_lossy(body)),
-        }
-    }
-
-    fn of_text(text: &str) -> ApiError {
+    pub(crate) fn of_text(text: &str) -> ApiError {
         let text = text.trim();
         let message = if text.starts_with('<') {
             match title(text) {
@@ -64,7 +40,7 @@ impl ApiError {
         }
     }
 
-    fn from_body(body: &Value) -> ApiError {
+    pub(crate) fn from_body(body: &Value) -> ApiError {
         match body.as_object() {
             Some(fields) => ApiError::in_body(fields).unwrap_or_else(|| ApiError::from_value(body)),
             None => ApiError::from_value(body),
@@ -271,7 +247,7 @@ fn delay(value: &Value, unit: f64) -> Option<Duration> {
     match value {
         Value::String(text) => match text.trim().parse() {
             Ok(number) => of_unit(number),
-            Err(_) => crate::client::retry_after::duration(text),
+            Err(_) => crate::rate_limit::wait::duration(text),
         },
         Value::Number(number) => of_unit(number.as_f64()?),
         // As protobuf has it: {"seconds": 1, "nanos": 500000000}.
@@ -292,7 +268,7 @@ fn title(page: &str) -> Option<&str> {
 
 /// Returns true if this says that something went wrong. Some servers always send the field, and leave it
 /// empty or name a success in it.
-pub fn is_error(error: &Value) -> bool {
+pub(crate) fn is_error(error: &Value) -> bool {
     const SUCCESS: [&str; 7] = ["", "0", "200", "ok", "success", "none", "null"];
     match error {
         Value::Null => false,
@@ -301,15 +277,6 @@ pub fn is_error(error: &Value) -> bool {
         Value::String(text) => !SUCCESS.contains(&text.trim().to_ascii_lowercase().as_str()),
         Value::Object(fields) => fields.values().any(is_error),
         Value::Array(items) => items.iter().any(is_error),
-    }
-}
-
-/// A scalar as text; empty for anything else.
-pub fn text(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Number(number) => number.to_string(),
-        _ => String::new(),
     }
 }
 

@@ -6,11 +6,12 @@
 
 use serde_json::{Map, Value};
 
-use crate::client::response::body::speaks;
+use crate::client::response::completion::names_choices;
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
-use crate::client::response::json::Problem;
-use crate::client::response::{names_choices, usage, wrapped};
+use crate::client::response::json_error::Problem;
+use crate::client::response::text::speaks;
+use crate::client::response::{usage, wrapped};
 
 /// Begins each value of a JSON text sequence (RFC 7464).
 const SEPARATOR: u8 = 0x1e;
@@ -23,7 +24,7 @@ const DONE: [&[u8]; 3] = [b"[DONE]", b"DONE", b"[done]"];
 ///
 /// # Errors
 /// Where the stream ends early, or holds no JSON.
-pub fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
+pub(crate) fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
     let body = body.trim_ascii_start();
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     if body.starts_with(&[SEPARATOR]) {
@@ -46,7 +47,9 @@ pub fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
         return (values.len() > 1).then_some(Ok(Value::Array(values)));
     }
     if rest.starts_with(b"{") {
-        return Some(Err(Problem::NotJson(json::beginning(rest))));
+        return Some(Err(Problem::NotJson(
+            crate::client::response::json_error::beginning(rest),
+        )));
     }
     Some(join_values(values))
 }
@@ -70,12 +73,12 @@ fn several(body: &[u8]) -> Option<(Vec<Value>, &[u8])> {
     are_objects.then(|| (values, body[end..].trim_ascii_start()))
 }
 
-pub fn is_chunk(value: &Value) -> bool {
+pub(crate) fn is_chunk(value: &Value) -> bool {
     let choice = value.get("choices").and_then(|choices| choices.get(0));
     choice.is_some_and(|choice| choice.get("delta").is_some() && choice.get("message").is_none())
 }
 
-pub fn join_values(values: Vec<Value>) -> Result<Value, Problem> {
+pub(crate) fn join_values(values: Vec<Value>) -> Result<Value, Problem> {
     let mut joined = Joined::default();
     for value in values {
         if let Value::Object(chunk) = value {
@@ -157,16 +160,18 @@ fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
                 }
                 Ok(other) => odd = Some(other.to_string()),
                 // No piece of the answer is missed.
-                Err(_) if joined.is_whole => odd = Some(json::beginning(data)),
+                Err(_) if joined.is_whole => {
+                    odd = Some(crate::client::response::json_error::beginning(data))
+                }
                 Err(problem) if names_choices(data) => return Err(problem),
                 Err(problem) => {
-                    odd = Some(json::beginning(data));
+                    odd = Some(crate::client::response::json_error::beginning(data));
                     joined.hole.get_or_insert(problem);
                 }
             }
         } else if !data.is_empty() {
             // A word, as `ping` and `null`: no piece of an answer.
-            odd.get_or_insert_with(|| json::beginning(data));
+            odd.get_or_insert_with(|| crate::client::response::json_error::beginning(data));
         }
         if is_over {
             break;

@@ -48,4 +48,4 @@ pub(crate) use fields;
 
 /// The name of a field, borrowed from the text where no escape is in it.
 #[derive(serde::Deserialize)]
-pub struct Name<'a>(#[serde(borrow)] pub std::borrow::Cow<'a, str>);
+pub(crate) struct Name<'a>(#[serde(borrow)] pub std::borrow::Cow<'a, str>);

@@ -6,32 +6,14 @@
 //! text. A byte order mark, text in front of the first value and all that follows it are left out, and so
 //! is what follows the choices where a body ends early behind them.
 
+use crate::client::response::json_error::Problem;
+use crate::client::response::json_error::beginning;
 use serde_json::Value;
 
 use crate::client::response::repair::Repair;
 
-/// Why there is no JSON value in a body.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Problem {
-    Empty,
-    /// The value does not end.
-    CutOff,
-    /// What stands where a value should begin or go on.
-    NotJson(String),
-}
-
-impl std::fmt::Display for Problem {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
-        match self {
-            Problem::Empty => formatter.write_str("the body is empty"),
-            Problem::CutOff => formatter.write_str("the JSON ends early (EOF)"),
-            Problem::NotJson(text) => write!(formatter, "not JSON: {text}"),
-        }
-    }
-}
-
 /// The first JSON value in `body`: read as it is where it is strict JSON, else repaired.
-pub fn value(body: &[u8]) -> Result<Value, Problem> {
+pub(crate) fn value(body: &[u8]) -> Result<Value, Problem> {
     match serde_json::from_slice(body) {
         Ok(value) => Ok(value),
         Err(_) => {
@@ -42,7 +24,7 @@ pub fn value(body: &[u8]) -> Result<Value, Problem> {
 }
 
 /// The first JSON value in `body` as strict JSON.
-pub fn repaired(body: &[u8]) -> Result<Vec<u8>, Problem> {
+pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, Problem> {
     let decoded = utf16(body);
     let body = decoded.as_deref().unwrap_or(body);
     let mut body = body.trim_ascii();
@@ -95,19 +77,8 @@ fn completion_below(body: &[u8]) -> Option<&[u8]> {
     Some(below.trim_ascii_start())
 }
 
-/// The first characters of a body, for a message.
-pub fn beginning(body: &[u8]) -> String {
-    const SHOWN: usize = 120;
-    let text = String::from_utf8_lossy(&body[..body.len().min(4 * SHOWN)]);
-    let mut short: String = text.trim().chars().take(SHOWN).collect();
-    if short.len() < body.trim_ascii().len() {
-        short.push_str(" ...");
-    }
-    short
-}
-
 /// UTF-16 as UTF-8, told by its byte order mark or by the zero byte beside the first character.
-pub fn utf16(body: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn utf16(body: &[u8]) -> Option<Vec<u8>> {
     let (is_little, rest) = match body {
         [0xff, 0xfe, rest @ ..] => (true, rest),
         [0xfe, 0xff, rest @ ..] => (false, rest),

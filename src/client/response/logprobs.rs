@@ -10,15 +10,16 @@ use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use crate::cache::control::names_end;
-use crate::cache::record::{Logprobs, RawToken};
+use crate::cache::encoding::RawToken;
+use crate::cache::record::Logprobs;
+use crate::prompt::control_tokens::names_end;
 
 /// At or below this a logprob means "very unlikely" and not a number.
 const SENTINEL: f64 = -9999.0;
 
 /// The field as it should be.
 #[derive(Deserialize)]
-pub struct Wire<'a> {
+pub(crate) struct Wire<'a> {
     #[serde(borrow)]
     content: Option<Vec<Position<'a>>>,
     tokens: Option<Vec<String>>,
@@ -41,7 +42,7 @@ struct Position<'a> {
 
 /// A token with its logprob.
 #[derive(Deserialize)]
-pub struct Alternative<'a> {
+pub(crate) struct Alternative<'a> {
     #[serde(borrow)]
     pub token: Cow<'a, str>,
     #[serde(default)]
@@ -53,7 +54,7 @@ pub struct Alternative<'a> {
 
 impl Alternative<'_> {
     /// Its bytes, or where it has none those of its text: of control tokens, some servers send an empty list.
-    pub fn spelled(&self) -> &[u8] {
+    pub(crate) fn spelled(&self) -> &[u8] {
         match &self.bytes {
             Some(bytes) if !bytes.as_slice().is_empty() => bytes.as_slice(),
             _ => self.token.as_bytes(),
@@ -63,7 +64,7 @@ impl Alternative<'_> {
 
 /// A logprob of any spelling; None where it is missing.
 #[derive(Clone, Copy, Default)]
-pub struct Logprob(Option<f32>);
+pub(crate) struct Logprob(Option<f32>);
 
 impl Logprob {
     /// This, or the logarithm of a probability that stands in its place.
@@ -118,7 +119,7 @@ impl<'de> Deserialize<'de> for Logprob {
 }
 
 /// A token's bytes: nearly always few, and so many tokens have them that they get no allocation.
-pub enum Bytes {
+pub(crate) enum Bytes {
     Few([u8; FEW], usize),
     Many(Vec<u8>),
 }
@@ -132,7 +133,7 @@ impl Default for Bytes {
 }
 
 impl Bytes {
-    pub fn push(&mut self, byte: u8) {
+    pub(crate) fn push(&mut self, byte: u8) {
         match self {
             Bytes::Few(bytes, length) if *length < FEW => {
                 bytes[*length] = byte;
@@ -188,7 +189,7 @@ impl<'de> Deserialize<'de> for Bytes {
 /// Reads the `logprobs` of a choice whose content is `text`.
 ///
 /// `Ok(None)`: the endpoint sent none. An error says why those that it sent are unusable.
-pub fn parse(raw: &str, text: &str) -> Result<Option<Logprobs>, String> {
+pub(crate) fn parse(raw: &str, text: &str) -> Result<Option<Logprobs>, String> {
     let error = match serde_json::from_str(raw) {
         Ok(wire) => return columns(wire, text),
         Err(error) => error,
@@ -249,7 +250,7 @@ fn usual_token(token: &mut Value) {
 }
 
 /// As [`parse`], of what has been read already.
-pub fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String> {
+pub(crate) fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String> {
     let mut columns = Columns::default();
     if let Some(tokens) = wire.tokens {
         let logprobs = wire.token_logprobs.unwrap_or_default();
@@ -299,7 +300,7 @@ pub fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String> {
 
 /// The columns of a record in the making.
 #[derive(Default)]
-pub struct Columns {
+pub(crate) struct Columns {
     logprobs: Logprobs,
     /// The emitted tokens' bytes, joined.
     joined: Vec<u8>,
@@ -307,7 +308,7 @@ pub struct Columns {
 
 impl Columns {
     /// Adds a position: the token that was emitted, and all that were likely, which are taken.
-    pub fn push(&mut self, emitted: Alternative, alternatives: &mut Vec<Alternative>) {
+    pub(crate) fn push(&mut self, emitted: Alternative, alternatives: &mut Vec<Alternative>) {
         self.joined.extend_from_slice(emitted.spelled());
         let logprob = emitted.logprob.0;
         let token = self.text(emitted, -1);
@@ -346,7 +347,7 @@ impl Columns {
     }
 
     /// The columns of an answer whose content is `text`, if there are any.
-    pub fn finish(mut self, text: &str) -> Option<Logprobs> {
+    pub(crate) fn finish(mut self, text: &str) -> Option<Logprobs> {
         if self.logprobs.token.is_empty() {
             return None;
         }

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::cache::record::Answer;
-use crate::client::response::error::text;
+use crate::client::response::text::text;
 
 /// Fields that hold the visible thinking of a reasoning model, the preferred one first.
 const REASONING: [&str; 4] = [
@@ -23,7 +23,7 @@ const THINKING: [&str; 5] = [
 ];
 
 /// Takes the answer out of a message. What is not understood stays in it.
-pub fn answer(message: &mut Map<String, Value>, finish_reason: String) -> Answer {
+pub(crate) fn answer(message: &mut Map<String, Value>, finish_reason: String) -> Answer {
     message.remove("role");
     let mut answer = Answer {
         finish_reason,

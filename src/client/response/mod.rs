@@ -9,121 +9,41 @@
 //! reason to lose one, and neither is a flaw of its JSON. `message` tells text, thinking and refusal apart,
 //! `usage` reads token counts, `logprobs` makes columns, `error` reads errors of every shape.
 
-pub mod body;
-pub mod encoding;
-pub mod error;
-pub mod event_stream;
-pub mod fields;
-pub mod json;
-pub mod logprobs;
-pub mod message;
-pub mod repair;
-pub mod scan;
-pub mod usage;
-pub mod wrapped;
+pub(crate) mod body;
+pub(crate) mod completion;
+pub(crate) mod encoding;
+pub(crate) mod error;
+pub(crate) mod error_body;
+pub(crate) mod event_stream;
+pub(crate) mod fields;
+pub(crate) mod json;
+pub(crate) mod json_error;
+pub(crate) mod logprobs;
+pub(crate) mod message;
+pub(crate) mod repair;
+pub(crate) mod scan;
+pub(crate) mod text;
+pub(crate) mod usage;
+pub(crate) mod wrapped;
 
+use crate::client::response::completion::Completion;
+use crate::client::response::completion::NoAnswer;
+use crate::client::response::completion::names_choices;
 use std::cell::Cell;
 
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 
-use crate::cache::record::{Answer, Logprobs, Usage};
+use crate::cache::record::Logprobs;
 use crate::client::response::body::read;
-use crate::client::response::error::ApiError;
-use crate::client::response::json::Problem;
+use crate::client::response::json_error::Problem;
 use crate::client::response::scan::{Cut, Mark};
-use crate::client::secrets::Secrets;
-
-/// An answer with what came along.
-#[derive(Debug, Default)]
-pub struct Completion {
-    pub answer: Answer,
-    pub usage: Option<Usage>,
-    /// As reported; empty if it was not.
-    pub model: String,
-    pub fingerprint: String,
-    pub logprobs: Option<Logprobs>,
-    /// Why logprobs that did come cannot be used.
-    pub logprobs_fault: Option<String>,
-    /// Everything else in the body, as it came.
-    pub extra: Map<String, Value>,
-    /// Its text came as a piece of a stream does, and without an end: if the body was cut, more was to come.
-    pub is_piece: bool,
-    /// Why nothing of it could be read.
-    pub unreadable: Option<String>,
-}
-
-impl Completion {
-    /// An answer that was paid for and cannot be read.
-    pub fn unreadable(problem: String) -> Completion {
-        Completion {
-            unreadable: Some(problem),
-            ..Completion::default()
-        }
-    }
-
-    /// Returns true if there is something in it to keep: text of any kind, or calls of tools.
-    pub fn says_something(&self) -> bool {
-        let Answer {
-            text,
-            refusal,
-            reasoning,
-            ..
-        } = &self.answer;
-        let rest = self.extra.get("message");
-        [text, refusal, reasoning]
-            .iter()
-            .any(|text| !text.is_empty())
-            || rest.is_some_and(body::speaks)
-    }
-
-    /// Takes keys out of an answer that came in pieces, none of which held one.
-    pub fn clean(&mut self, secrets: &Secrets) {
-        // The key was taken out of the text, and is left in the bytes of tokens.
-        let is_in_tokens = self.logprobs.as_ref().is_some_and(|logprobs| {
-            secrets.is_in(&logprobs.token.concat())
-                || logprobs
-                    .top
-                    .iter()
-                    .flatten()
-                    .any(|token| secrets.is_in(token))
-        });
-        secrets.clean_text(&mut self.model);
-        secrets.clean_text(&mut self.fingerprint);
-        for value in self.extra.values_mut() {
-            secrets.clean_value(value);
-        }
-        if secrets.clean_answer(&mut self.answer) | is_in_tokens {
-            let problem = "the answer held the key";
-            self.logprobs_fault = self.logprobs.take().map(|_| problem.into());
-        }
-    }
-}
-
-/// A body with a good status that holds no answer.
-#[derive(Debug)]
-pub enum NoAnswer {
-    /// An error in a good status, as some routers send once generation has begun.
-    Error(Box<ApiError>),
-    /// Nothing, a body that ends early, or no completion at all: the text says which. Asking again may
-    /// help.
-    Malformed(String),
-    /// There are signs of an answer, which was paid for, but it cannot be read.
-    Unreadable(String),
-}
-
-impl NoAnswer {
-    pub fn error(error: ApiError) -> NoAnswer {
-        NoAnswer::Error(Box::new(error))
-    }
-}
 
 /// Reads the body of a reply with a good status.
 ///
 /// Top-k logprobs are nearly all of a body, so they are read by themselves where they are as usual,
 /// and else as what they should be. Where that fails, they are left unparsed, so that broken logprobs
 /// cost no answer. A body that is not strict JSON of this shape is repaired first.
-pub fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
+pub(crate) fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
     let completion = match strict(body) {
         Err(_) => parse_repaired(body)?,
         Ok(Ok(completion)) if completion.says_something() => completion,
@@ -222,15 +142,11 @@ fn has_signs_of_an_answer(body: &[u8]) -> bool {
     names_choices(body) || signs.iter().any(has)
 }
 
-/// Is there a field of this name, also in JSON within JSON?
-pub fn names_choices(body: &[u8]) -> bool {
-    ["\"choices\"", "\"choices\\"]
-        .iter()
-        .any(|name| memchr::memmem::find(body, name.as_bytes()).is_some())
-}
-
 fn no_completion(body: &[u8]) -> String {
-    format!("the body is no chat completion: {}", json::beginning(body))
+    format!(
+        "the body is no chat completion: {}",
+        crate::client::response::json_error::beginning(body)
+    )
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The rewriting of JSON that is nearly right, byte by byte, for `json`. Pure.
 
-use crate::client::response::json::{Problem, beginning};
+use crate::client::response::json_error::{Problem, beginning};
 
 /// Values nested deeper are kept as text. serde_json stops at 128 levels, and a reply is read as part of
 /// other types.

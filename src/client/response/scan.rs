@@ -13,14 +13,14 @@ use serde::de::{Deserializer, Error};
 use crate::client::response::logprobs::{Alternative, Bytes, Columns, Logprob};
 
 /// A body of which the logprobs have been read.
-pub struct Cut {
+pub(crate) struct Cut {
     /// The body with a [`Mark`] in the place of the logprobs' list.
     pub rest: Vec<u8>,
     pub columns: Columns,
 }
 
 /// Stands where logprobs have been cut out.
-pub struct Mark;
+pub(crate) struct Mark;
 
 /// No server would send it.
 const MARK: &str = "\u{1}distill: logprobs were here";
@@ -39,7 +39,7 @@ impl<'de> Deserialize<'de> for Mark {
 }
 
 /// Takes the first list of logprobs out of a body. None: there is none, or it is not read here.
-pub fn cut(body: &[u8]) -> Option<Cut> {
+pub(crate) fn cut(body: &[u8]) -> Option<Cut> {
     // No text holds this, since quotes have a backslash there.
     let field = memmem::find(body, b"\"logprobs\"")?;
     let mut scanner = Scanner {

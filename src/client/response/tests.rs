@@ -1,7 +1,8 @@
 //! Replies of every shape.
 
+use crate::cache::record::Answer;
 use crate::client::response::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Parses a body whose answer must be `hi`, complete.
 #[track_caller]

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::cache::record::Usage;
+use crate::cache::usage::Usage;
 
 /// No request has used more tokens: a larger count is a mistake of the server's, as an unsigned -1 is.
 const IMPOSSIBLE: u64 = 10_000_000;
@@ -26,7 +26,7 @@ const TOTAL: [&str; 3] = ["total_tokens", "totalTokenCount", "totalTokens"];
 
 /// Takes the counts that we know out of `fields`; None where they are missing, half or impossible, which
 /// leaves them where they are.
-pub fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
+pub(crate) fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
     let mut fields = match value {
         Value::Object(fields) => fields,
         Value::Array(mut items) if items.len() == 1 => return usage(items.remove(0)),
@@ -129,7 +129,7 @@ fn reported(value: &Value) -> Usage {
 }
 
 /// Raises `most` to what is said in the rest of a body.
-pub fn raise_by(most: &mut Usage, extra: &Map<String, Value>) {
+pub(crate) fn raise_by(most: &mut Usage, extra: &Map<String, Value>) {
     // An answer, or the request, may contain an example of token counts.
     let elsewhere = extra
         .iter()
@@ -157,7 +157,7 @@ fn count(value: Option<&Value>) -> Option<u64> {
 
 /// What an endpoint measured for an answer of so many bytes, if it can be true: no prompt has no tokens,
 /// and neither has a text.
-pub fn measured(usage: Option<Usage>, text_bytes: usize) -> Option<Usage> {
+pub(crate) fn measured(usage: Option<Usage>, text_bytes: usize) -> Option<Usage> {
     usage
         .filter(|usage| usage.prompt_tokens > 0 && (usage.completion_tokens > 0 || text_bytes == 0))
 }

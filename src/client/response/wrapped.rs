@@ -2,14 +2,14 @@
 
 use serde_json::{Map, Value};
 
-use crate::cache::record::Usage;
+use crate::cache::usage::Usage;
 use crate::client::response::{json, usage};
 
 /// Levels of nesting that are searched.
 const DEEPEST: usize = 8;
 
 /// Every object with choices, the outermost first, its choices in a list.
-pub fn completions(value: &Value) -> Vec<Value> {
+pub(crate) fn completions(value: &Value) -> Vec<Value> {
     let mut found = Vec::new();
     search(value, DEEPEST, &mut |fields| {
         if let Some(choices) = fields.get("choices") {
@@ -27,7 +27,7 @@ pub fn completions(value: &Value) -> Vec<Value> {
 
 /// First plausible token counts in a body. The answer and an echo of the request are skipped, since they may
 /// contain an example of such counts.
-pub fn usage_in(value: &Value) -> Option<Usage> {
+pub(crate) fn usage_in(value: &Value) -> Option<Usage> {
     const ANSWERS: [&str; 6] = ["request", "message", "messages", "delta", "content", "text"];
     let mut found = None;
     let mut look = |fields: &Map<String, Value>| {

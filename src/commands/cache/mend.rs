@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::json;
 
-use super::VERSION;
 use crate::cache::merge::{self, Merged};
-use crate::cache::record::Usage;
+use crate::cache::usage::Usage;
 use crate::cache::{conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
 use crate::config::{self, Price};
@@ -17,7 +16,7 @@ use crate::terminal::progress::Reading;
 use crate::terminal::{format_count, sanitise};
 
 /// Repairs the cache in `dir` and says what was done.
-pub fn repair(dir: &Path, json: bool) -> Result<()> {
+pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
     let done = repair::repair(dir)?;
     if json {
         return print_json(&json!({
@@ -56,7 +55,7 @@ pub fn repair(dir: &Path, json: bool) -> Result<()> {
 }
 
 /// Merges `sources` into the cache in `dir` and says what came of each.
-pub fn merge(
+pub(crate) fn merge(
     dir: &Path,
     settings: &config::Cache,
     price: &Price,
@@ -125,7 +124,7 @@ fn line(source: &Path, merged: &Merged) -> String {
 }
 
 /// Prints the result of `cache adopt` on the cache in `dir`.
-pub fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
+pub(crate) fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
     if json {
         return print_json(&json!({
             "version": VERSION, "dir": dir, "adopted": done.records, "questions": done.questions,
@@ -147,3 +146,6 @@ pub fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
         format_count(done.questions)
     ))
 }
+
+/// Version of what `--json` prints here.
+pub(crate) const VERSION: u32 = 1;

@@ -1,7 +1,8 @@
 //! `distill cache`: what was paid for, is it whole, and what to do if it is not.
 
-pub mod mend;
+pub(crate) mod mend;
 
+use crate::commands::cache::mend::VERSION;
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -21,9 +22,6 @@ use crate::config::{self, Compression, Config};
 use crate::exit::Exit;
 use crate::terminal::progress::Reading;
 use crate::terminal::{format_count, sanitise};
-
-/// Version of what `--json` prints here.
-const VERSION: u32 = 1;
 
 /// Runs the action that the command line names.
 pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
@@ -91,7 +89,7 @@ pub fn stats(dir: &Path, json: bool) -> Result<()> {
     for record in rewrite::read_replaced(dir)? {
         stats.replaced.add(&record?);
     }
-    let bytes = crate::cache::open::size(dir);
+    let bytes = crate::cache::files::size(dir);
     if json {
         return print_json(&json!({
             "version": VERSION, "dir": dir, "bytes": bytes, "stats": stats,

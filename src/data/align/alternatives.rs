@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::cache::view::LogprobsView;
+use crate::cache::logprobs_view::LogprobsView;
 use crate::data::logprob_check::Agreement;
 
 use super::run::{Unit, UnitKind};

@@ -8,16 +8,16 @@
 //! one and one, and the map is the identity.
 
 pub mod aligned;
-pub mod alternatives;
-pub mod run;
-pub mod teacher;
-pub mod token_ids;
-pub mod tokens;
+pub(crate) mod alternatives;
+pub(crate) mod run;
+pub(crate) mod teacher;
+pub(crate) mod token_ids;
+pub(crate) mod tokens;
 
 use std::borrow::Cow;
 use std::ops::Range;
 
-use crate::cache::view::LogprobsView;
+use crate::cache::logprobs_view::LogprobsView;
 use crate::ops::math::logaddexp;
 use crate::tokenizer::Tokenizer;
 pub use aligned::{Aligned, Chunk};

@@ -15,7 +15,7 @@ const MAX_UNKNOWN_BYTES: usize = 16;
 
 /// Teacher tokens that end at a known byte of the answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unit {
+pub(crate) struct Unit {
     pub tokens: Range<usize>,
     /// Byte of the answer at which they end.
     pub end: usize,
@@ -33,7 +33,7 @@ impl Unit {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UnitKind {
+pub(crate) enum UnitKind {
     /// One token whose bytes are known.
     Token,
     /// Tokens whose boundaries are unknown.
@@ -44,7 +44,7 @@ pub enum UnitKind {
 
 /// Finds the teacher tokens that spell the answer, or its part `kept` that the student's template keeps. Returns
 /// None if no run of them does. `is_stop` identifies tokens that may follow an answer.
-pub fn find(
+pub(crate) fn find(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
     kept: Range<usize>,

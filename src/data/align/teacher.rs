@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::run::{self, Unit};
-use crate::cache::control::names_control;
-use crate::cache::view::LogprobsView;
+use crate::cache::logprobs_view::LogprobsView;
+use crate::prompt::control_tokens::names_control;
 use crate::tokenizer::token_bytes;
 
 /// Returns true if the teacher's tokens spell the answer, with more around it or not.

@@ -1,12 +1,12 @@
 //! Tokens that are named by id, as by vLLM's `return_tokens_as_token_ids`.
 
-use crate::cache::view::LogprobsView;
+use crate::cache::logprobs_view::LogprobsView;
 use crate::tokenizer::Tokenizer;
 
 const PREFIX: &str = "token_id:";
 
 /// Id in a name such as `token_id:42`.
-pub fn parse(name: &[u8]) -> Option<u32> {
+pub(crate) fn parse(name: &[u8]) -> Option<u32> {
     let name = std::str::from_utf8(name).ok()?;
     let digits = name.strip_prefix(PREFIX)?;
     // `parse` would accept a sign.
@@ -15,13 +15,13 @@ pub fn parse(name: &[u8]) -> Option<u32> {
 }
 
 /// Returns true if all emitted tokens are named by id.
-pub fn are_ids<T: AsRef<[u8]>>(tokens: &[T]) -> bool {
+pub(crate) fn are_ids<T: AsRef<[u8]>>(tokens: &[T]) -> bool {
     !tokens.is_empty() && tokens.iter().all(|name| parse(name.as_ref()).is_some())
 }
 
 /// Logprobs with the bytes of the tokens in place of their ids. Tokens without bytes, and ids that the tokenizer
 /// does not have, become empty: unknown.
-pub fn decoded<'t>(teacher: &LogprobsView<'t>, tokenizer: &Tokenizer) -> LogprobsView<'t> {
+pub(crate) fn decoded<'t>(teacher: &LogprobsView<'t>, tokenizer: &Tokenizer) -> LogprobsView<'t> {
     teacher.map_tokens(|name| {
         let id = parse(name)?;
         let spelling = tokenizer.spelling(id);

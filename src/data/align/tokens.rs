@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use foldhash::fast::FixedState;
 
-use crate::cache::control::{names_control, names_end};
+use crate::prompt::control_tokens::{names_control, names_end};
 use crate::tokenizer::Tokenizer;
 
 /// U+FFFD in UTF-8.
@@ -19,7 +19,7 @@ pub(super) struct Tokens<'a> {
 }
 
 impl<'a> Tokens<'a> {
-    pub fn new(tokenizer: &'a Tokenizer) -> Self {
+    pub(super) fn new(tokenizer: &'a Tokenizer) -> Self {
         Self {
             tokenizer,
             short: HashMap::default(),
@@ -31,7 +31,7 @@ impl<'a> Tokens<'a> {
     /// else the first of their encoding, an event that they imply. A control token is that of the same name, and
     /// one that ends a turn is that by which the student ends its answer. None for other control tokens, for what holds the
     /// replacement character, and for what the student cannot spell.
-    pub fn id_of(&mut self, bytes: &[u8]) -> Option<u32> {
+    pub(super) fn id_of(&mut self, bytes: &[u8]) -> Option<u32> {
         let tokenizer = self.tokenizer;
         match short_key(bytes) {
             Some(key) => *self

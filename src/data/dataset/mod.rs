@@ -1,11 +1,11 @@
 //! From the teacher's answers, or a file of conversations, to examples.
 
-pub mod prepare;
-pub mod report;
-pub mod rows;
-pub mod show;
-pub mod source;
+pub(crate) mod prepare;
+pub(crate) mod rows;
+pub(crate) mod show;
+pub(crate) mod source;
 
+use crate::data::dataset::source::OnProgress;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -16,17 +16,14 @@ use super::prepared::{self, Prepared, VERSION};
 use crate::config::{self, Config, Groups};
 use crate::data::prepared::shard::ExampleView;
 use crate::data::prepared::writer::Sink;
+pub use crate::data::report::{NO_LOGPROBS, Report, by_reason};
 use crate::exit::Exit;
 use crate::fs;
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
-pub use report::{NO_LOGPROBS, Report, by_reason};
 pub use rows::prompt_of;
 pub use show::{Shown, Token, show, text_of};
 use source::Source;
-
-/// Told how many bytes of how many have been read; may end the reading by an error.
-pub type OnProgress<'a> = &'a mut (dyn FnMut(u64, u64) -> Result<()> + Send);
 
 /// The examples of a run, split by prompt.
 #[derive(Debug)]
@@ -238,12 +235,6 @@ fn hash(
     let hash = hash.finalize().to_hex();
     // Long enough for two folders never to meet, short enough to be read.
     Ok(hash[..32].to_owned())
-}
-
-/// The part of a prompt id's hash that decides on which side of the split its answers fall.
-fn prompt_hash(prompt_id: &str) -> u32 {
-    let [a, b, c, d, ..] = *blake3::hash(prompt_id.as_bytes()).as_bytes();
-    u32::from_be_bytes([a, b, c, d])
 }
 
 /// Is this prompt held out? By a hash of its id, so that the answer does not depend on the other

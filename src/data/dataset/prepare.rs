@@ -7,23 +7,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Error, Result, bail};
 
-use super::report::{self, Report};
 use super::rows::{Row, Skipped};
 use super::source::{Portion, Reader, Source};
-use super::{OnProgress, prompt_hash};
 use crate::config::{self, Thinking};
 use crate::data::align::Mapper;
 use crate::data::align::aligned::Aligned;
+use crate::data::dataset::source::{OnProgress, prompt_hash};
 use crate::data::groups::Selection;
 use crate::data::prepared::columns::Example;
 use crate::data::prepared::writer::{Entry, Part, Sink, Writer};
+use crate::data::report;
+use crate::data::report::Report;
 use crate::data::sample_trie::Samples;
 use crate::data::sampling::Sampling;
 use crate::exit::Exit;
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::answer_tokens::{AnswerTokens, Difference, ThinkingChange};
 use crate::tokenizer::chat_template::answer_start;
 use crate::tokenizer::chat_template::meter::NEEDS_DATE;
-use crate::tokenizer::conversation::{AnswerTokens, Difference, ThinkingChange};
 
 /// Prepares `source` into `sink`, whose index tells `hash`. Returns the files where the sink is
 /// memory.
@@ -31,7 +32,7 @@ use crate::tokenizer::conversation::{AnswerTokens, Difference, ThinkingChange};
 /// # Errors
 /// If the source cannot be read, a row of a file is none, the sink cannot be written, or no example
 /// is left ([`Exit::Usage`], with the reasons).
-pub fn run(
+pub(crate) fn run(
     source: &Source,
     (settings, selection): (&config::Data, &Selection),
     tokenizer: &Tokenizer,

@@ -5,16 +5,17 @@ use jiff::civil::DateTime;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::cache::logprobs_view::LogprobsView;
 use crate::cache::record::{Record, Status};
-use crate::cache::view::{LogprobsView, RecordView};
+use crate::cache::view::RecordView;
 use crate::config::{self, Thinking};
 use crate::data::groups::{Candidate, Difference, Group, Selection};
 use crate::data::sampling::Sampling;
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 use crate::tokenizer::chat_template::answer_start;
 
 /// A conversation that ends in an answer.
-pub struct Row<'a> {
+pub(crate) struct Row<'a> {
     /// Names the row in errors.
     pub key: String,
     /// Index of its answer, if the row is an earlier answer of a conversation.
@@ -43,7 +44,7 @@ pub struct Row<'a> {
 
 impl<'a> Row<'a> {
     /// A row that supervises the earlier answer `message` alone.
-    pub fn up_to(&self, message: usize) -> Row<'a> {
+    pub(crate) fn up_to(&self, message: usize) -> Row<'a> {
         Row {
             key: self.key_of(message),
             message: Some(message),
@@ -61,14 +62,14 @@ impl<'a> Row<'a> {
     }
 
     /// Key of the row of an earlier answer.
-    pub fn key_of(&self, message: usize) -> String {
+    pub(crate) fn key_of(&self, message: usize) -> String {
         format!("{}:{message}", self.key)
     }
 }
 
 /// A row that makes no example.
 #[derive(Debug)]
-pub struct Skipped {
+pub(crate) struct Skipped {
     pub key: String,
     pub prompt_id: String,
     /// None in a file.
@@ -89,7 +90,7 @@ fn drop_thinking(messages: &mut [Message], settings: &config::Data) {
 }
 
 /// A record as a row, or the reason to leave it out.
-pub fn of_record<'a>(
+pub(crate) fn of_record<'a>(
     record: RecordView<'a>,
     settings: &config::Data,
     selection: &Selection,
@@ -256,7 +257,7 @@ fn check(fields: &Map<String, Value>, is_message: bool) -> Result<()> {
 ///
 /// # Errors
 /// If it is no such row.
-pub fn of_line(line: &str, number: u64, settings: &config::Data) -> Result<Row<'static>> {
+pub(crate) fn of_line(line: &str, number: u64, settings: &config::Data) -> Result<Row<'static>> {
     let line: Line = serde_json::from_str(line)
         .context(r#"expected {"messages": [{"role": "...", "content": "..."}, ...]}"#)?;
     check(&line.others, false)?;

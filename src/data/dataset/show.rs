@@ -12,7 +12,7 @@ use crate::config::{self, Config};
 use crate::data::groups::{Group, Selection};
 use crate::data::sample_trie::Samples;
 use crate::tokenizer::Tokenizer;
-use crate::tokenizer::conversation::Difference;
+use crate::tokenizer::answer_tokens::Difference;
 
 /// Hex digits from which the beginning of a key names a record.
 const LEAST_DIGITS: usize = 6;

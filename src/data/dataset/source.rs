@@ -23,7 +23,7 @@ const HASHED: usize = 4 << 20;
 
 /// A source by its path.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Source {
+pub(crate) enum Source {
     /// A cache folder.
     Cache(PathBuf),
     /// A JSONL file of `{"messages": [{"role", "content"}, ...]}`, packed if its name ends in `.gz`.
@@ -33,14 +33,14 @@ pub enum Source {
 
 impl Source {
     /// `data.source`, or the cache of this run where that is not set.
-    pub fn of(config: &config::Config) -> Self {
+    pub(crate) fn of(config: &config::Config) -> Self {
         match &config.data.source {
             None => Self::Cache(config.training_cache()),
             Some(path) => Self::File(path.clone()),
         }
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         match self {
             Self::Cache(path) | Self::File(path) => path,
         }
@@ -54,7 +54,7 @@ impl Source {
     }
 
     /// Its size in bytes; 0 where there is none.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         let sizes = self.files().into_iter().filter_map(|path| {
             let metadata = path.metadata().ok()?;
             Some(metadata.len())
@@ -78,7 +78,7 @@ impl Source {
     ///
     /// # Errors
     /// If it cannot be read.
-    pub fn hash(&self, hash: &mut blake3::Hasher) -> Result<()> {
+    pub(crate) fn hash(&self, hash: &mut blake3::Hasher) -> Result<()> {
         self.check()?;
         hash.update(match self {
             Self::Cache(_) => b"cache",
@@ -96,7 +96,7 @@ impl Source {
     ///
     /// # Errors
     /// If it cannot be read, or a row of a file is none.
-    pub fn for_each_row(
+    pub(crate) fn for_each_row(
         &self,
         selected: (&config::Data, &Selection),
         mut each: impl FnMut(Result<Row, Box<Skipped>>) -> bool,
@@ -117,7 +117,7 @@ impl Source {
     ///
     /// # Errors
     /// If it cannot be read.
-    pub fn open(&self) -> Result<Reader> {
+    pub(crate) fn open(&self) -> Result<Reader> {
         self.check()?;
         let kind = match self {
             Self::Cache(dir) => Kind::Cache(Box::new(Lines::open(dir)?)),
@@ -159,7 +159,7 @@ fn hash_file(path: &Path, hash: &mut blake3::Hasher) -> std::io::Result<u64> {
 }
 
 /// Reads the lines of a source.
-pub struct Reader {
+pub(crate) struct Reader {
     kind: Kind,
     /// Lines read.
     number: u64,
@@ -177,7 +177,7 @@ enum Kind {
 
 /// Some lines, in their order.
 #[derive(Default)]
-pub struct Portion {
+pub(crate) struct Portion {
     text: Vec<u8>,
     lines: Vec<Line>,
 }
@@ -195,7 +195,7 @@ impl Reader {
     ///
     /// # Errors
     /// Where the source cannot be read or is damaged.
-    pub fn next(&mut self, portion: &mut Portion) -> Result<bool> {
+    pub(crate) fn next(&mut self, portion: &mut Portion) -> Result<bool> {
         portion.text.clear();
         portion.lines.clear();
         while !self.done && portion.text.len() < PORTION && portion.lines.len() < PORTION_LINES {
@@ -236,12 +236,12 @@ impl Reader {
     }
 
     /// Lines read so far.
-    pub fn number(&self) -> u64 {
+    pub(crate) fn number(&self) -> u64 {
         self.number
     }
 
     /// Bytes read so far; of a packed file, of what is in it.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 }
@@ -252,7 +252,7 @@ impl Portion {
     ///
     /// # Errors
     /// With the line's number: the first that is no row, or that `each` refuses.
-    pub fn rows(
+    pub(crate) fn rows(
         &self,
         source: &Source,
         (settings, selection): (&config::Data, &Selection),
@@ -290,4 +290,13 @@ fn of_line(line: &[u8], number: u64, settings: &config::Data) -> Result<Option<R
         true => Ok(None),
         false => rows::of_line(line, number, settings).map(Some),
     }
+}
+
+/// Told how many bytes of how many have been read; may end the reading by an error.
+pub(crate) type OnProgress<'a> = &'a mut (dyn FnMut(u64, u64) -> Result<()> + Send);
+
+/// The part of a prompt id's hash that decides on which side of the split its answers fall.
+pub(crate) fn prompt_hash(prompt_id: &str) -> u32 {
+    let [a, b, c, d, ..] = *blake3::hash(prompt_id.as_bytes()).as_bytes();
+    u32::from_be_bytes([a, b, c, d])
 }

@@ -43,7 +43,7 @@ fn answers_of_the_config_are_told_from_others() {
     let [answered, open] = ["1", "5"].map(|digit| digit.repeat(64));
     let [answered, open] = [answered, open].map(|key| question::fingerprint(&key));
     let known = asked(Some(Rows {
-        keys: Keys::from_iter([keys::fingerprint(&ours)]),
+        keys: Keys::from_iter([crate::cache::fingerprint::fingerprint(&ours)]),
         answered: Keys::from_iter([answered]),
         questions: Keys::from_iter([answered, open]),
     }));

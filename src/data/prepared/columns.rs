@@ -25,7 +25,7 @@ pub struct Example<'a> {
 
 /// Examples end to end: B of T tokens in all, with N supervised positions and S soft labels.
 #[derive(Debug, Default)]
-pub struct Columns {
+pub(crate) struct Columns {
     /// (T)
     input_ids: Vec<u32>,
     /// Where each example ends in `input_ids` (B); likewise the other ends.
@@ -59,39 +59,39 @@ pub struct Columns {
 }
 
 /// The names of the columns in a file.
-pub mod name {
-    pub const INPUT_IDS: &str = "input_ids";
-    pub const INPUT_ENDS: &str = "input_ends";
-    pub const POSITIONS: &str = "positions";
-    pub const TARGET_ENDS: &str = "target_ends";
-    pub const SOFT_IDS: &str = "soft_ids";
-    pub const SOFT_LOGPROBS: &str = "soft_logprobs";
-    pub const SOFT_ENDS: &str = "soft_ends";
-    pub const DRAWN: &str = "drawn";
-    pub const CHUNK_STARTS: &str = "chunk_starts";
-    pub const CHUNK_LENS: &str = "chunk_lens";
-    pub const CHUNK_NLLS: &str = "chunk_nlls";
-    pub const CHUNK_ENDS: &str = "chunk_ends";
-    pub const EXACT: &str = "exact";
-    pub const LISTS_END: &str = "lists_end";
-    pub const KEYS: &str = "keys";
-    pub const KEY_ENDS: &str = "key_ends";
+pub(crate) mod name {
+    pub(crate) const INPUT_IDS: &str = "input_ids";
+    pub(crate) const INPUT_ENDS: &str = "input_ends";
+    pub(crate) const POSITIONS: &str = "positions";
+    pub(crate) const TARGET_ENDS: &str = "target_ends";
+    pub(crate) const SOFT_IDS: &str = "soft_ids";
+    pub(crate) const SOFT_LOGPROBS: &str = "soft_logprobs";
+    pub(crate) const SOFT_ENDS: &str = "soft_ends";
+    pub(crate) const DRAWN: &str = "drawn";
+    pub(crate) const CHUNK_STARTS: &str = "chunk_starts";
+    pub(crate) const CHUNK_LENS: &str = "chunk_lens";
+    pub(crate) const CHUNK_NLLS: &str = "chunk_nlls";
+    pub(crate) const CHUNK_ENDS: &str = "chunk_ends";
+    pub(crate) const EXACT: &str = "exact";
+    pub(crate) const LISTS_END: &str = "lists_end";
+    pub(crate) const KEYS: &str = "keys";
+    pub(crate) const KEY_ENDS: &str = "key_ends";
 }
 
 impl Columns {
     /// B
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.input_ends.len()
     }
 
     /// About as many bytes as the file will have.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         let words = self.input_ids.len() + 3 * self.positions.len() + 2 * self.soft_ids.len();
         4 * words + self.keys.len()
     }
 
     /// Makes room for another file.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.input_ids.clear();
         self.input_ends.clear();
         self.positions.clear();
@@ -111,7 +111,7 @@ impl Columns {
     }
 
     /// Appends an example. Returns a hash of all that is in it.
-    pub fn push(&mut self, example: &Example) -> blake3::Hash {
+    pub(crate) fn push(&mut self, example: &Example) -> blake3::Hash {
         let (first_target, first_soft) = (self.positions.len(), self.soft_ids.len());
         self.keys.extend_from_slice(example.key.as_bytes());
         self.key_ends.push(self.keys.len() as u32);
@@ -166,7 +166,7 @@ impl Columns {
     ///
     /// # Errors
     /// Where `out` cannot be written.
-    pub fn write(&self, narrow: bool, out: &mut dyn Write) -> io::Result<()> {
+    pub(crate) fn write(&self, narrow: bool, out: &mut dyn Write) -> io::Result<()> {
         // Wide numbers come first, so that each column is aligned.
         let words = [
             (name::INPUT_ENDS, &self.input_ends),
@@ -218,14 +218,14 @@ impl Columns {
 
 /// The beginning of a safetensors file.
 #[derive(Default)]
-pub struct Header {
+pub(crate) struct Header {
     tensors: Map<String, serde_json::Value>,
     end: usize,
 }
 
 impl Header {
     /// The next column: `count` values of `width` bytes each.
-    pub fn add(&mut self, name: &str, dtype: &str, width: usize, count: usize) {
+    pub(crate) fn add(&mut self, name: &str, dtype: &str, width: usize, count: usize) {
         let start = self.end;
         self.end += width * count;
         let tensor = json!({"dtype": dtype, "shape": [count], "data_offsets": [start, self.end]});
@@ -234,7 +234,7 @@ impl Header {
 
     /// # Errors
     /// Where `out` cannot be written.
-    pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+    pub(crate) fn write(&self, out: &mut dyn Write) -> io::Result<()> {
         let mut text = serde_json::to_vec(&self.tensors)?;
         // The format wants the data aligned to 8 bytes, and white space at the end of the header.
         text.resize(text.len().next_multiple_of(8), b' ');
@@ -244,7 +244,7 @@ impl Header {
 }
 
 /// Writes numbers, little end first, as the format demands.
-pub fn write_all<T: Copy, const N: usize>(
+pub(crate) fn write_all<T: Copy, const N: usize>(
     out: &mut dyn Write,
     values: &[T],
     bytes: impl Fn(T) -> [u8; N],

@@ -12,10 +12,10 @@
 //! The side of the split that an example falls on is not written down, only the hash of its prompt:
 //! another `data.validation_share` needs no other shards.
 
-pub mod columns;
-pub mod order;
+pub(crate) mod columns;
+pub(crate) mod order;
 pub mod shard;
-pub mod writer;
+pub(crate) mod writer;
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -26,7 +26,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::data::dataset::report::Report;
+use crate::data::report::Report;
 use crate::fs;
 use crate::ops::map::Map;
 pub use columns::Example;

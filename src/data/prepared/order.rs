@@ -16,7 +16,7 @@ const PROMPT_HASHES: &str = "prompt_hashes";
 ///
 /// # Errors
 /// Where `out` cannot be written.
-pub fn write(places: &[u32], prompt_hashes: &[u32], out: &mut dyn Write) -> io::Result<()> {
+pub(crate) fn write(places: &[u32], prompt_hashes: &[u32], out: &mut dyn Write) -> io::Result<()> {
     let mut header = Header::default();
     header.add(PLACES, "U32", 4, places.len());
     header.add(PROMPT_HASHES, "U32", 4, prompt_hashes.len());
@@ -29,7 +29,7 @@ pub fn write(places: &[u32], prompt_hashes: &[u32], out: &mut dyn Write) -> io::
 ///
 /// # Errors
 /// Where these are no such bytes.
-pub fn read(bytes: &[u8]) -> Result<(Vec<u32>, Vec<u32>)> {
+pub(crate) fn read(bytes: &[u8]) -> Result<(Vec<u32>, Vec<u32>)> {
     let file = SafeTensors::deserialize(bytes)?;
     let column = |name: &str| -> Result<Vec<u32>> {
         let view = file.tensor(name).with_context(|| format!("no {name}"))?;

@@ -154,7 +154,7 @@ impl Shard {
     }
 
     /// Examples in it.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.input_ends.len()
     }
 

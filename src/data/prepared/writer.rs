@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 
 use super::columns::{Columns, Example};
 use super::{File, INDEX, Index, ORDER, ShardFile, VERSION, order};
-use crate::data::dataset::report::Report;
+use crate::data::report::Report;
 use crate::fs;
 
 /// The size of a shard. Each thread holds one in memory; files ten times as large would be read no

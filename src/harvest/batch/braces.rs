@@ -2,7 +2,7 @@
 
 /// Follows a text byte by byte.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Braces {
+pub(crate) struct Braces {
     /// Braces that are open.
     pub depth: usize,
     in_text: bool,
@@ -11,7 +11,7 @@ pub struct Braces {
 
 impl Braces {
     /// Returns true if the byte is a brace that counts.
-    pub fn see(&mut self, byte: u8) -> bool {
+    pub(crate) fn see(&mut self, byte: u8) -> bool {
         match byte {
             _ if self.is_escaped => self.is_escaped = false,
             b'\\' if self.in_text => self.is_escaped = true,
@@ -30,13 +30,13 @@ impl Braces {
     }
 
     /// Ends a line. Some servers do not escape line breaks in strings, so a string may continue.
-    pub fn end_line(&mut self) {
+    pub(crate) fn end_line(&mut self) {
         self.is_escaped = false;
     }
 }
 
 /// Length of the object that a text begins with; None where it does not end.
-pub fn object_end(text: &[u8]) -> Option<usize> {
+pub(crate) fn object_end(text: &[u8]) -> Option<usize> {
     let mut braces = Braces::default();
     text.iter()
         .position(|byte| braces.see(*byte) && braces.depth == 0)
@@ -44,7 +44,7 @@ pub fn object_end(text: &[u8]) -> Option<usize> {
 }
 
 /// Returns true if every brace and string of a text is closed in it.
-pub fn is_closed(text: &[u8]) -> bool {
+pub(crate) fn is_closed(text: &[u8]) -> bool {
     let mut braces = Braces::default();
     for byte in text {
         braces.see(*byte);

@@ -9,9 +9,9 @@ use super::journal::State;
 use super::{Batches, Halt};
 use crate::budget::account::Bill;
 use crate::budget::dollars::Dollars;
-use crate::client::outcome::{Claim, Failure, Reason};
-use crate::harvest::queue::Entry;
+use crate::client::attempt_error::{Claim, Failure, Reason};
 use crate::harvest::stop;
+use crate::plan::queue::Entry;
 use crate::plan::unanswered::{Kind, Line};
 use crate::report::failures::FailedRow;
 

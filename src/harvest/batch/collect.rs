@@ -13,11 +13,10 @@ use super::results::{self, Outcome};
 use super::{Batches, Halt};
 use crate::budget::dollars::Dollars;
 use crate::cache::record::Timing;
+use crate::client::attempt_error::{Claim, Failure, Trouble};
 use crate::client::batch_object;
 use crate::client::batch_object::Card;
-use crate::client::outcome;
-use crate::client::outcome::{Claim, Failure, Trouble};
-use crate::client::response::Completion;
+use crate::client::response::completion::Completion;
 use crate::client::response::error::ApiError;
 use crate::harvest::attempt::Answered;
 use crate::harvest::stop;
@@ -107,7 +106,13 @@ impl Batches<'_> {
             (Some(card), _) => card,
             // An error in a good status.
             (None, error) if !error.message.is_empty() => return self.gone(index, &error.message),
-            (None, _) => return Err(outcome::lost("malformed", "the reply is no batch").into()),
+            (None, _) => {
+                return Err(crate::client::attempt_error::lost(
+                    "malformed",
+                    "the reply is no batch",
+                )
+                .into());
+            }
         };
         self.lanes[lane].success();
         self.lanes[lane].has_batches = true;
@@ -147,7 +152,7 @@ impl Batches<'_> {
         let live = &mut self.journal.parts[index].live;
         live.gone += 1;
         match live.gone < GONE {
-            true => Err(outcome::lost("gone", message)),
+            true => Err(crate::client::attempt_error::lost("gone", message)),
             false => Ok(()),
         }
     }

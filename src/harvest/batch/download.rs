@@ -9,10 +9,11 @@ use futures_util::StreamExt;
 use super::collect::now;
 use super::rows::Rows;
 use super::{Batches, Halt};
+use crate::client::attempt_error::Trouble;
 use crate::client::batch_object;
-use crate::client::batch_object::{BatchApi, Download, Lines};
+use crate::client::batch_object::Lines;
 use crate::client::outcome;
-use crate::client::outcome::Trouble;
+use crate::client::transport::{BatchApi, Download};
 use crate::harvest::{stop, unreadable};
 
 /// How often a results file may fail to be read before the lane stops.

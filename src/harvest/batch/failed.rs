@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use super::collect::Fate;
 use super::lane::batches;
 use super::{Batches, Halt, results};
+use crate::client::attempt_error::{Claim, Failure};
 use crate::client::batch_object::{Card, Mistake};
-use crate::client::outcome::{Claim, Failure};
-use crate::harvest::queue::Entry;
+use crate::plan::queue::Entry;
 
 /// Returns true if an answer may be in the line, which names none of the rows.
 fn may_be_answer(line: &[u8], is_readable: bool) -> bool {

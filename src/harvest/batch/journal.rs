@@ -21,8 +21,8 @@ use crate::cache::question;
 use crate::cache::writer::Cache;
 use crate::client::batch_object::ENDPOINT;
 use crate::exit::Exit;
-use crate::harvest::queue::Entry;
 use crate::plan::Plan;
+use crate::plan::queue::Entry;
 
 const VERSION: u32 = 1;
 
@@ -34,7 +34,7 @@ const LINE: [&str; 3] = [
 ];
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub struct Journal {
+pub(crate) struct Journal {
     version: u32,
     /// In the order in which they were made; indices stay.
     pub parts: Vec<Part>,
@@ -44,7 +44,7 @@ pub struct Journal {
 
 /// Rows that are sent as one batch.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Part {
+pub(crate) struct Part {
     /// Its name here, and in the metadata of the batch.
     pub nonce: String,
     pub teacher: String,
@@ -64,7 +64,7 @@ pub struct Part {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
-pub enum State {
+pub(crate) enum State {
     Planned,
     Uploaded {
         file: String,
@@ -87,7 +87,7 @@ pub enum State {
 
 /// What this run knows of a part.
 #[derive(Debug, Default)]
-pub struct Live {
+pub(crate) struct Live {
     /// None: no teacher of this config.
     pub lane: Option<usize>,
     /// The row of the plan for each line; None for one that this run does not ask.
@@ -109,7 +109,7 @@ pub struct Live {
 
 /// A line of `<nonce>.rows.jsonl`: what a record of the answer needs, whatever the next run asks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Member {
+pub(crate) struct Member {
     pub key: String,
     pub prompt_id: String,
     pub sample: u32,
@@ -125,7 +125,7 @@ pub struct Member {
 
 impl Member {
     /// Returns true if the cache holds its answer, complete or truncated.
-    pub fn is_answered(&self, cache: &Cache) -> bool {
+    pub(crate) fn is_answered(&self, cache: &Cache) -> bool {
         let cut = || {
             question::cut_key(
                 &self.key,
@@ -135,7 +135,7 @@ impl Member {
         cache.contains(&self.key) || cache.contains(&cut())
     }
 
-    pub fn bound(&self) -> Bound {
+    pub(crate) fn bound(&self) -> Bound {
         Bound {
             input_tokens: self.input_tokens,
             output_tokens: self.output_tokens,
@@ -144,12 +144,12 @@ impl Member {
 }
 
 impl Part {
-    pub fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         matches!(self.state, State::Done { .. })
     }
 
     /// It counts against the endpoint's limit of enqueued tokens.
-    pub fn is_enqueued(&self) -> bool {
+    pub(crate) fn is_enqueued(&self) -> bool {
         !matches!(
             self.state,
             State::Planned | State::Uploaded { .. } | State::Done { .. }
@@ -157,7 +157,7 @@ impl Part {
     }
 
     /// The id of its batch, if that is known.
-    pub fn batch(&self) -> Option<&str> {
+    pub(crate) fn batch(&self) -> Option<&str> {
         match &self.state {
             State::Created { batch } | State::Cancelling { batch } => Some(batch),
             _ => None,
@@ -166,12 +166,12 @@ impl Part {
 }
 
 /// Bytes of the line that asks for a row whose key and body have so many.
-pub fn line_bytes(key: usize, body: usize) -> u64 {
+pub(crate) fn line_bytes(key: usize, body: usize) -> u64 {
     let around: usize = LINE.iter().map(|part| part.len()).sum();
     (around + ENDPOINT.len() + "}\n".len() + key + body) as u64
 }
 
-pub fn file(run_dir: &Path) -> PathBuf {
+pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("batches.json")
 }
 
@@ -179,13 +179,13 @@ pub fn file(run_dir: &Path) -> PathBuf {
 ///
 /// # Errors
 /// Where the journal is damaged.
-pub fn is_under_way(run_dir: &Path) -> Result<bool> {
+pub(crate) fn is_under_way(run_dir: &Path) -> Result<bool> {
     let journal = Journal::load(run_dir)?;
     Ok(journal.parts.iter().any(|part| !part.is_done()))
 }
 
 /// Refuses to ask one by one for what batches under way will answer.
-pub fn check_none_under_way(run_dir: &Path) -> Result<()> {
+pub(crate) fn check_none_under_way(run_dir: &Path) -> Result<()> {
     let journal = Journal::load(run_dir)?;
     let parts = journal.parts.iter();
     let under_way = parts.filter(|part| part.is_enqueued()).count();
@@ -201,7 +201,7 @@ pub fn check_none_under_way(run_dir: &Path) -> Result<()> {
 }
 
 /// Drops batches that no run has created yet: their rows are asked one by one.
-pub fn drop_uncreated(run_dir: &Path) -> Result<()> {
+pub(crate) fn drop_uncreated(run_dir: &Path) -> Result<()> {
     let mut journal = Journal::load(run_dir)?;
     let mut dropped = 0;
     for index in 0..journal.parts.len() {
@@ -223,7 +223,7 @@ pub fn drop_uncreated(run_dir: &Path) -> Result<()> {
 impl Journal {
     /// # Errors
     /// [`Exit::Damaged`] where the file is none: which batches are under way cannot be guessed.
-    pub fn load(run_dir: &Path) -> Result<Journal> {
+    pub(crate) fn load(run_dir: &Path) -> Result<Journal> {
         let path = file(run_dir);
         let mut journal = Journal::default();
         if path.exists() {
@@ -248,18 +248,18 @@ impl Journal {
     }
 
     /// Durable once this returns.
-    pub fn save(&mut self) -> Result<()> {
+    pub(crate) fn save(&mut self) -> Result<()> {
         self.version = VERSION;
         crate::fs::write_atomic(&file(&self.run_dir), &serde_json::to_vec_pretty(self)?)
     }
 
     /// Gives a part its next state, durably.
-    pub fn set(&mut self, index: usize, state: State) -> Result<()> {
+    pub(crate) fn set(&mut self, index: usize, state: State) -> Result<()> {
         self.parts[index].state = state;
         self.save()
     }
 
-    pub fn requests(&self, nonce: &str) -> PathBuf {
+    pub(crate) fn requests(&self, nonce: &str) -> PathBuf {
         self.folder().join(format!("{nonce}.jsonl"))
     }
 
@@ -272,7 +272,7 @@ impl Journal {
     }
 
     /// Writes the files of a part to come: what is uploaded, and whose lines these are.
-    pub fn write_rows(
+    pub(crate) fn write_rows(
         &self,
         nonce: &str,
         plan: &Plan,
@@ -313,7 +313,7 @@ impl Journal {
     }
 
     /// The rows of a part, in the order of their lines.
-    pub fn members(&self, nonce: &str) -> Result<Vec<Member>> {
+    pub(crate) fn members(&self, nonce: &str) -> Result<Vec<Member>> {
         let path = self.rows(nonce);
         let members = crate::fs::read_to_string(&path).and_then(|text| {
             let lines = text.lines().map(serde_json::from_str);
@@ -331,7 +331,7 @@ impl Journal {
     }
 
     /// The request bodies of a part.
-    pub fn bodies(&self, nonce: &str) -> Result<Bodies> {
+    pub(crate) fn bodies(&self, nonce: &str) -> Result<Bodies> {
         let path = self.requests(nonce);
         let file = std::fs::File::open(&path)
             .with_context(|| format!("could not open {}", path.display()))?;
@@ -339,7 +339,7 @@ impl Journal {
     }
 
     /// Ends a part; what is left of it in `batches/` goes.
-    pub fn end(&mut self, index: usize, status: &str) -> Result<()> {
+    pub(crate) fn end(&mut self, index: usize, status: &str) -> Result<()> {
         let status = status.to_owned();
         self.set(index, State::Done { status })?;
         let part = &mut self.parts[index];
@@ -354,7 +354,7 @@ impl Journal {
     }
 
     /// Removes the files of parts that have ended, or were never noted.
-    pub fn tidy(&self) -> Result<()> {
+    pub(crate) fn tidy(&self) -> Result<()> {
         let Ok(folder) = self.folder().read_dir() else {
             return Ok(());
         };
@@ -376,13 +376,13 @@ impl Journal {
 }
 
 /// A file of requests, read where it is asked for.
-pub struct Bodies {
+pub(crate) struct Bodies {
     file: std::fs::File,
     path: PathBuf,
 }
 
 impl Bodies {
-    pub fn read(&mut self, member: &Member) -> Result<serde_json::Value> {
+    pub(crate) fn read(&mut self, member: &Member) -> Result<serde_json::Value> {
         use std::io::{Read, Seek, SeekFrom};
         let mut body = vec![0; member.bytes as usize];
         let read = self

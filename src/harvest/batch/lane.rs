@@ -7,16 +7,16 @@ use std::time::Duration;
 use anyhow::anyhow;
 use tokio::time::Instant;
 
-use crate::client::batch_object::BatchApi;
-use crate::client::http::Transport;
+use crate::client::attempt_error::{Claim, Failure, Trouble};
 use crate::client::outcome;
-use crate::client::outcome::{Claim, Failure, Trouble};
+use crate::client::transport::BatchApi;
+use crate::client::transport::Transport;
 use crate::config::{self, Config};
 use crate::exit::Exit;
-use crate::harvest::queue::Entry;
 use crate::harvest::stop;
 use crate::harvest::watch::Watch;
 use crate::plan::Plan;
+use crate::plan::queue::Entry;
 
 /// Calls after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_CALLS: u32 = 3;
@@ -28,7 +28,7 @@ const CLAIMS: u32 = 4;
 /// Batches in a row that fail as a whole.
 const FAILED_BATCHES: u32 = 3;
 
-pub struct Lane {
+pub(crate) struct Lane {
     pub index: usize,
     pub settings: config::Lane,
     pub transport: Arc<dyn Transport>,
@@ -61,7 +61,12 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub fn new(plan: &Plan, index: usize, transport: Arc<dyn Transport>, config: &Config) -> Lane {
+    pub(crate) fn new(
+        plan: &Plan,
+        index: usize,
+        transport: Arc<dyn Transport>,
+        config: &Config,
+    ) -> Lane {
         let now = Instant::now();
         let rows = plan.lanes[index].clone();
         Lane {
@@ -85,19 +90,19 @@ impl Lane {
         }
     }
 
-    pub fn is_stopped(&self) -> bool {
+    pub(crate) fn is_stopped(&self) -> bool {
         self.stopped.is_some()
     }
 
-    pub fn stop(&mut self, error: anyhow::Error) {
+    pub(crate) fn stop(&mut self, error: anyhow::Error) {
         self.stopped.get_or_insert(error);
     }
 
-    pub fn take_error(&mut self) -> Option<anyhow::Error> {
+    pub(crate) fn take_error(&mut self) -> Option<anyhow::Error> {
         self.stopped.take()
     }
 
-    pub fn success(&mut self) {
+    pub(crate) fn success(&mut self) {
         self.failures = 0;
         self.claims_of_calls = 0;
         self.last_success = Instant::now();
@@ -105,7 +110,11 @@ impl Lane {
     }
 
     /// A call failed. Returns for how long nothing is sent, and why.
-    pub fn troubled(&mut self, trouble: Trouble, retry: &config::Retry) -> (Duration, String) {
+    pub(crate) fn troubled(
+        &mut self,
+        trouble: Trouble,
+        retry: &config::Retry,
+    ) -> (Duration, String) {
         let now = Instant::now();
         self.failures += 1;
         let (least, message) = match trouble {
@@ -158,7 +167,7 @@ impl Lane {
     }
 
     /// As [`Lane::claimed`], for a batch in which every row says so.
-    pub fn all_claimed(&mut self, claim: Claim, retry: &config::Retry) {
+    pub(crate) fn all_claimed(&mut self, claim: Claim, retry: &config::Retry) {
         self.claims += 1;
         self.not_before = Instant::now() + outcome::backoff(self.claims, retry, 1.0);
         self.stop_if_confirmed(claim, self.has_answered, self.claims);
@@ -168,20 +177,28 @@ impl Lane {
         let Claim { reason, failure } = claim;
         let teacher = &self.settings.teacher;
         if !is_doubtful {
-            self.stop(stop::refused(reason, &failure.message, teacher));
+            self.stop(crate::client::refused::refused(
+                reason,
+                &failure.message,
+                teacher,
+            ));
         } else if times > CLAIMS {
-            self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+            self.stop(crate::client::refused::refused_by_now(
+                reason,
+                &failure.message,
+                teacher,
+            ));
         }
     }
 
     /// A batch has brought answers.
-    pub fn batch_succeeded(&mut self) {
+    pub(crate) fn batch_succeeded(&mut self) {
         self.failed_batches = 0;
         self.claims = 0;
     }
 
     /// A batch has failed as a whole.
-    pub fn batch_failed(&mut self, message: &str, retry: &config::Retry) {
+    pub(crate) fn batch_failed(&mut self, message: &str, retry: &config::Retry) {
         self.failed_batches += 1;
         if self.failed_batches >= FAILED_BATCHES {
             self.stop(anyhow!(
@@ -193,7 +210,7 @@ impl Lane {
     }
 
     /// Nothing else of ours is under way, and there is no room for a row of so many tokens.
-    pub fn no_room_for_one(&mut self, tokens: u64, retry: &config::Retry) {
+    pub(crate) fn no_room_for_one(&mut self, tokens: u64, retry: &config::Retry) {
         self.failed_batches += 1;
         if self.failed_batches >= 2 * FAILED_BATCHES {
             let message = format!(
@@ -208,7 +225,7 @@ impl Lane {
 }
 
 /// The way to an endpoint's batches.
-pub fn batches(transport: &Arc<dyn Transport>) -> Result<&dyn BatchApi, Trouble> {
+pub(crate) fn batches(transport: &Arc<dyn Transport>) -> Result<&dyn BatchApi, Trouble> {
     transport.batches().ok_or_else(|| {
         let message = "there is no way to its batches";
         Trouble::Refused(Failure::new("no batches", message))

@@ -10,26 +10,22 @@
 //! signal, which leaves the batches to go on at the endpoint, or by a kill. `api` is the way to the
 //! endpoint (`http`, or a test's own), and what it says; `outlook` is for a dry run.
 
-pub mod braces;
-pub mod closing;
-pub mod collect;
-pub mod download;
-pub mod failed;
-pub mod journal;
-pub mod lane;
-pub mod outlook;
-pub mod parts;
-pub mod recover;
-pub mod results;
-pub mod rows;
-pub mod show;
-pub mod submit;
-pub mod tally;
+pub(crate) mod braces;
+pub(crate) mod closing;
+pub(crate) mod collect;
+pub(crate) mod download;
+pub(crate) mod failed;
+pub(crate) mod journal;
+pub(crate) mod lane;
+pub(crate) mod outlook;
+pub(crate) mod parts;
+pub(crate) mod recover;
+pub(crate) mod results;
+pub(crate) mod rows;
+pub(crate) mod show;
+pub(crate) mod submit;
 
-pub use crate::client::batch_object::{BatchApi, Download};
-pub use journal::{check_none_under_way, drop_uncreated, is_under_way};
-pub use outlook::Outlook;
-pub use tally::Tally;
+pub(crate) use crate::report::batch_counts::Tally;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -39,16 +35,16 @@ use anyhow::Result;
 use tokio::time::{Instant, sleep_until};
 
 use super::books::Books;
-use super::queue::Entry;
 use super::unreadable::Unreadable;
 use crate::cache::writer::Cache;
-use crate::client::http::Transport;
-use crate::client::outcome::{Failure, Trouble};
+use crate::client::attempt_error::{Failure, Trouble};
+use crate::client::transport::Transport;
 use crate::clock::WallClock;
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::harvest::window::{Schedule, State as Time};
 use crate::plan::Plan;
+use crate::plan::queue::Entry;
 use crate::prompt::Prompt;
 use crate::report::failures::FailedRow;
 use crate::report::summary::Summary;
@@ -67,7 +63,7 @@ const LOOK_AT_CLOCK: Duration = Duration::from_secs(60);
 /// How long a batch may take to be cancelled; endpoints speak of ten minutes.
 const LONGEST_CANCEL: Duration = Duration::from_secs(1_200);
 
-pub struct Batches<'a> {
+pub(crate) struct Batches<'a> {
     config: &'a Config,
     plan: Plan,
     cache: &'a Cache,
@@ -86,13 +82,13 @@ pub struct Batches<'a> {
 }
 
 /// What is left when batches have had their time.
-pub enum Outcome {
+pub(crate) enum Outcome {
     Finished(Box<Summary>),
     /// The deadline came first: the rest is for real time.
     Rest(Box<Rest>),
 }
 
-pub struct Rest {
+pub(crate) struct Rest {
     pub prompts: Vec<Prompt>,
     /// Keys of rows that have failed, and of those in batches that would not be cancelled.
     pub not_to_ask: HashSet<String>,
@@ -131,7 +127,7 @@ impl From<anyhow::Error> for Halt {
 
 impl<'a> Batches<'a> {
     /// `config` has the prices of a batch.
-    pub fn new(
+    pub(crate) fn new(
         config: &'a Config,
         plan: Plan,
         cache: &'a Cache,
@@ -167,7 +163,7 @@ impl<'a> Batches<'a> {
     }
 
     /// Runs until every row has ended, until the deadline, or until something stops it.
-    pub async fn run(mut self, signals: &mut Signals) -> Result<Outcome> {
+    pub(crate) async fn run(mut self, signals: &mut Signals) -> Result<Outcome> {
         self.recover()?;
         let signal = async {
             match signals.next().await {
@@ -346,7 +342,7 @@ impl<'a> Batches<'a> {
             }
             _ => of_a_lane.or(summary.error_of_rows(&self.config.run_dir)),
         };
-        summary.write(&self.config.run_dir)?;
+        crate::report::write(&mut summary, &self.config.run_dir)?;
         Ok(Outcome::Finished(Box::new(summary)))
     }
 

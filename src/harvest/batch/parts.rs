@@ -12,7 +12,7 @@ const OUTPUT_BYTES: [(f64, f64); 3] = [(0.0, 88.0), (5.0, 442.0), (20.0, 1_505.0
 
 /// What a row takes of each limit.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Size {
+pub(crate) struct Size {
     /// Of its line in the file of requests.
     pub bytes: u64,
     pub output_bytes: f64,
@@ -24,7 +24,7 @@ pub struct Size {
 
 /// What there is room for.
 #[derive(Debug, Clone, Copy)]
-pub struct Room {
+pub(crate) struct Room {
     pub rows: usize,
     pub bytes: u64,
     pub output_bytes: f64,
@@ -34,7 +34,7 @@ pub struct Room {
 
 /// What keeps the next row out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Full {
+pub(crate) enum Full {
     /// The batch is as large as it may be.
     Part,
     Tokens,
@@ -45,7 +45,7 @@ pub enum Full {
 
 impl Room {
     /// In one batch; `tokens` and `usd` are what is left of what all of them share.
-    pub fn of(limits: &config::Batch, tokens: Option<u64>, usd: f64) -> Room {
+    pub(crate) fn of(limits: &config::Batch, tokens: Option<u64>, usd: f64) -> Room {
         Room {
             rows: limits.max_requests,
             bytes: (limits.max_megabytes * 1e6) as u64,
@@ -57,7 +57,7 @@ impl Room {
 
     /// How many of the rows fit, from the first one on, what they take together, and what keeps the
     /// next one out.
-    pub fn take(&self, rows: impl Iterator<Item = Size>) -> (usize, Size, Option<Full>) {
+    pub(crate) fn take(&self, rows: impl Iterator<Item = Size>) -> (usize, Size, Option<Full>) {
         let (mut count, mut sum) = (0, Size::default());
         for row in rows {
             let with = Size {
@@ -92,7 +92,7 @@ impl Room {
 }
 
 /// What a row takes that can cost so much.
-pub fn size(plan: &Plan, lane: usize, row: usize, usd: f64) -> Size {
+pub(crate) fn size(plan: &Plan, lane: usize, row: usize, usd: f64) -> Size {
     let asking = &plan.askings[lane];
     let logprobs = match asking.wants_logprobs() {
         true => asking.lane.sampling.top_logprobs,

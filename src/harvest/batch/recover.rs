@@ -7,7 +7,6 @@ use anyhow::Result;
 use super::Batches;
 use super::journal::State;
 use crate::budget::dollars::Dollars;
-use crate::client::http;
 use crate::terminal::{format_count, sanitise};
 
 impl Batches<'_> {
@@ -22,7 +21,7 @@ impl Batches<'_> {
             }
             let lane = self.lanes.iter().position(|lane| {
                 lane.settings.teacher.label() == part.teacher
-                    && http::identity(&lane.settings.teacher) == part.endpoint
+                    && crate::config::teacher::identity(&lane.settings.teacher) == part.endpoint
             });
             let of_part = self.journal.members(&part.nonce)?;
             let open = of_part

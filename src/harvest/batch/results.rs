@@ -5,21 +5,21 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use reqwest::header::HeaderMap;
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::braces::object_end;
+use crate::client::attempt_error::{Claim, Failure, Reason, Trouble};
 use crate::client::batch_object::Mistake;
-use crate::client::http::Reply;
 use crate::client::outcome;
-use crate::client::outcome::{Claim, Failure, Reason, Trouble};
+use crate::client::response::completion::{Completion, names_choices};
 use crate::client::response::error::{ApiError, is_error};
-use crate::client::response::{Completion, json, names_choices};
+use crate::client::response::json;
+use crate::client::transport::Reply;
 
 /// What a line brings.
-pub struct Outcome {
+pub(crate) struct Outcome {
     pub custom_id: String,
     pub result: Result<Box<Completion>, Trouble>,
 }
@@ -47,7 +47,7 @@ struct Response<'a> {
 
 /// Reads a line: one outcome, or several where the file does not keep them on lines of their own. None for
 /// what names no row.
-pub fn read(line: &Bytes) -> Vec<Option<Outcome>> {
+pub(crate) fn read(line: &Bytes) -> Vec<Option<Outcome>> {
     match read_json(line) {
         Some(outcome) => vec![Some(outcome)],
         None => values(line).iter().map(read_one).collect(),
@@ -241,7 +241,7 @@ fn read_json(line: &Bytes) -> Option<Outcome> {
     let result = if status > 0 {
         let body = line.slice_ref(body);
         // A batch line has no date header that the time would be compared with.
-        let reply = Reply::whole(status, HeaderMap::new(), body);
+        let reply = Reply::without_headers(status, body);
         outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH)
     } else {
         Err(unanswered(&error))
@@ -267,7 +267,7 @@ fn reply(response: &RawValue) -> (u16, &[u8]) {
 fn unanswered(error: &Value) -> Trouble {
     if !is_error(error) {
         // Nothing says that it was not done.
-        return outcome::lost("no answer in the batch", "");
+        return crate::client::attempt_error::lost("no answer in the batch", "");
     }
     let error = &ApiError::from_value(error);
     let class = match error.code.as_str() {
@@ -301,7 +301,7 @@ fn is_of_the_row(error: &ApiError) -> bool {
 
 /// Why a batch failed as a whole.
 #[derive(Debug, Default)]
-pub struct Verdict {
+pub(crate) struct Verdict {
     /// More tokens are enqueued than the account may have; the limit, where it is told.
     pub over_tokens: Option<Option<u64>>,
     /// No batch can succeed.
@@ -312,7 +312,7 @@ pub struct Verdict {
     pub message: String,
 }
 
-pub fn verdict(mistakes: &[Mistake]) -> Verdict {
+pub(crate) fn verdict(mistakes: &[Mistake]) -> Verdict {
     let mut verdict = Verdict {
         message: "it does not say why".into(),
         ..Verdict::default()

@@ -8,9 +8,9 @@ use memchr::memmem::find;
 use super::braces::{Braces, is_closed};
 use super::results::ID;
 use crate::client::batch_object::{LONGEST_LINE, Lines};
-use crate::client::http::Fault;
+use crate::client::transport::Fault;
 
-pub struct Rows {
+pub(crate) struct Rows {
     lines: Lines,
     /// An object whose end has not come.
     open: BytesMut,
@@ -19,7 +19,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    pub fn new(lines: Lines) -> Rows {
+    pub(crate) fn new(lines: Lines) -> Rows {
         Rows {
             lines,
             open: BytesMut::new(),
@@ -29,7 +29,7 @@ impl Rows {
     }
 
     /// The next line, or object of several lines. None after the last one.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
             if let Some(row) = self.ready.pop_front() {
                 return Ok(Some(row));
@@ -43,7 +43,7 @@ impl Rows {
     }
 
     /// Number of lines that were too long.
-    pub fn skipped(&self) -> u64 {
+    pub(crate) fn skipped(&self) -> u64 {
         self.lines.skipped
     }
 

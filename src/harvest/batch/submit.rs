@@ -13,14 +13,11 @@ use super::parts::{self, Full, Room, Size};
 use super::{Batches, Halt};
 use crate::budget::account::Bill;
 use crate::budget::dollars::Dollars;
+use crate::client::attempt_error::{Failure, Trouble};
 use crate::client::batch_object;
 use crate::client::batch_object::{Card, ENDPOINT};
-use crate::client::http;
-use crate::client::http::Transport;
-use crate::client::outcome;
-use crate::client::outcome::{Failure, Trouble};
-use crate::harvest::queue::Entry;
-use crate::harvest::stop;
+use crate::client::transport::Transport;
+use crate::plan::queue::Entry;
 
 /// A batch whose creation had no reply is looked for after so many seconds each; a list may lag.
 const LOOKS: [u64; 4] = [0, 5, 15, 40];
@@ -76,7 +73,7 @@ impl Batches<'_> {
         self.journal.parts.push(Part {
             nonce,
             teacher: settings.teacher.label().into(),
-            endpoint: http::identity(&settings.teacher).into(),
+            endpoint: crate::config::teacher::identity(&settings.teacher).into(),
             rows: count as u64,
             tokens: sum.tokens,
             reserved_usd: sum.usd,
@@ -127,7 +124,7 @@ impl Batches<'_> {
         if open.any(|lane| !self.parts_of(lane.index).is_empty()) {
             return;
         }
-        let error = stop::out_of_money(&self.books.account);
+        let error = crate::budget::account::out_of_money(&self.books.account);
         self.lanes[lane].stop(error);
     }
 
@@ -164,8 +161,9 @@ impl Batches<'_> {
         let (lane, transport) = self.lane_of(index)?;
         let reply = batches(&transport)?.upload(&path).await;
         let reply = batch_object::check(reply, self.clock.now().into())?;
-        let file = batch_object::parse_file(&reply.body)
-            .ok_or_else(|| outcome::lost("malformed", "the reply to an upload names no file"))?;
+        let file = batch_object::parse_file(&reply.body).ok_or_else(|| {
+            crate::client::attempt_error::lost("malformed", "the reply to an upload names no file")
+        })?;
         self.lanes[lane].success();
         Ok(self.journal.set(index, State::Uploaded { file })?)
     }
@@ -211,9 +209,11 @@ impl Batches<'_> {
         self.lanes[lane].has_batches = true;
         match Card::parse(&reply.body) {
             Some(card) => self.created(index, card),
-            None => {
-                Err(outcome::lost("malformed", "the reply to a creation names no batch").into())
-            }
+            None => Err(crate::client::attempt_error::lost(
+                "malformed",
+                "the reply to a creation names no batch",
+            )
+            .into()),
         }
     }
 
@@ -237,8 +237,9 @@ impl Batches<'_> {
         loop {
             let reply = batches(&transport)?.list(after.as_deref()).await;
             let reply = batch_object::check(reply, self.clock.now().into())?;
-            let (cards, has_more) = batch_object::parse_page(&reply.body)
-                .ok_or_else(|| outcome::lost("malformed", "the reply is no list of batches"))?;
+            let (cards, has_more) = batch_object::parse_page(&reply.body).ok_or_else(|| {
+                crate::client::attempt_error::lost("malformed", "the reply is no list of batches")
+            })?;
             self.lanes[lane].success();
             after = cards.last().map(|card| card.id.clone());
             let is_last = !has_more

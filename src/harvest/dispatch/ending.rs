@@ -3,16 +3,16 @@
 use anyhow::Result;
 
 use super::Dispatcher;
-use crate::client::outcome::Failure;
+use crate::client::attempt_error::Failure;
 use crate::harvest::books::Books;
-use crate::harvest::queue::Entry;
 use crate::harvest::upstream::Lane;
 use crate::harvest::{disk_full, stop};
+use crate::plan::queue::Entry;
 use crate::plan::unanswered::{Kind, Line};
 use crate::report::summary::Summary;
 
 /// What is left of a dispatcher.
-pub struct Ended {
+pub(crate) struct Ended {
     pub summary: Summary,
     pub lanes: Vec<Lane>,
     pub books: Books,
@@ -44,7 +44,7 @@ impl Dispatcher<'_> {
         let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
         let of_rows = summary.error_of_rows(&self.config.run_dir);
         summary.error = self.stop.take().or(of_a_lane).or(of_rows);
-        self.excuse(summary.write(&self.config.run_dir))?;
+        self.excuse(crate::report::write(&mut summary, &self.config.run_dir))?;
         Ok(Ended {
             summary,
             lanes: self.lanes,

@@ -1,8 +1,8 @@
 //! The one task that decides what is sent, and what becomes of the replies.
 
-pub mod ending;
-pub mod recording;
-pub mod settling;
+pub(crate) mod ending;
+pub(crate) mod recording;
+pub(crate) mod settling;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,7 +32,7 @@ use crate::report::summary::Summary;
 use crate::report::timeline::{Timeline, Used};
 use crate::signal::Signals;
 use crate::terminal::progress::Progress;
-pub use ending::Ended;
+pub(crate) use ending::Ended;
 
 /// Answers that are recorded by one write, at most.
 const LARGEST_GROUP: usize = 64;
@@ -40,7 +40,7 @@ const LARGEST_GROUP: usize = 64;
 /// While the window is closed the wall clock is looked at so often: it may be set.
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(60);
 
-pub struct Dispatcher<'a> {
+pub(crate) struct Dispatcher<'a> {
     config: &'a Config,
     plan: Arc<Plan>,
     cache: &'a Cache,
@@ -83,7 +83,7 @@ enum Next {
 }
 
 impl<'a> Dispatcher<'a> {
-    pub fn new(
+    pub(crate) fn new(
         config: &'a Config,
         plan: Arc<Plan>,
         cache: &'a Cache,
@@ -128,13 +128,13 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Hears of the limits that are shared when it is woken by `wake`.
-    pub fn woken_by(mut self, wake: Arc<Notify>) -> Self {
+    pub(crate) fn woken_by(mut self, wake: Arc<Notify>) -> Self {
         self.wake = wake;
         self
     }
 
     /// Goes on with what an earlier part of the run, begun then, has left.
-    pub fn after(mut self, summary: Summary, started: Instant) -> Self {
+    pub(crate) fn after(mut self, summary: Summary, started: Instant) -> Self {
         let used = std::mem::take(&mut self.summary.used);
         self.summary = Summary { used, ..summary };
         self.started = started;
@@ -144,12 +144,12 @@ impl<'a> Dispatcher<'a> {
 
     /// Runs until every row has ended, or until something stops it and what was in flight is
     /// recorded.
-    pub async fn run(self, signals: Signals) -> Result<Summary> {
+    pub(crate) async fn run(self, signals: Signals) -> Result<Summary> {
         Ok(self.run_to_end(signals).await?.summary)
     }
 
     /// As [`Dispatcher::run`], of whose parts another one is to be made.
-    pub async fn run_to_end(mut self, mut signals: Signals) -> Result<Ended> {
+    pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<Ended> {
         let lanes = self.lanes.iter();
         let most_in_flight = lanes.map(|lane| lane.settings.limits.concurrency as u64);
         self.books.account.expect_in_flight(most_in_flight.sum())?;
@@ -218,7 +218,7 @@ impl<'a> Dispatcher<'a> {
         }
         if is_short_of_money && self.in_flight.is_empty() && wake.is_none() {
             self.stop
-                .get_or_insert(stop::out_of_money(&self.books.account));
+                .get_or_insert(crate::budget::account::out_of_money(&self.books.account));
         }
         Ok(wake)
     }

@@ -7,15 +7,16 @@ use tokio::time::Instant;
 
 use super::Dispatcher;
 use crate::budget::account::Bill;
-use crate::client::outcome::{Claim, Failure, Trouble};
+use crate::client::attempt_error::{Claim, Failure, Trouble};
 use crate::harvest::attempt::Finished;
-use crate::harvest::queue::Entry;
 use crate::harvest::stop;
 use crate::harvest::upstream::Verdict;
-use crate::harvest::watch::{Seen, Word};
+use crate::harvest::watch::Word;
+use crate::plan::queue::Entry;
 use crate::plan::unanswered::{Kind, Line};
-use crate::rate_limit::server_limits::Departure;
+use crate::rate_limit::send_ticket::Departure;
 use crate::report::failures::FailedRow;
+use crate::report::seen::Seen;
 use crate::terminal::format_duration;
 
 /// A wait that is worth telling.

@@ -4,7 +4,7 @@
 //! answered before (`health`). The first request goes alone: a wrong key, model or address costs one.
 //! `refusals` holds what follows from a refusal.
 
-pub mod refusals;
+pub(crate) mod refusals;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,24 +12,25 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::time::Instant;
 
-use crate::cache::record::Usage;
-use crate::client::http::Transport;
+use crate::cache::usage::Usage;
+use crate::client::attempt_error::Failure;
 use crate::client::outcome;
-use crate::client::outcome::Failure;
+use crate::client::transport::Transport;
 use crate::config;
 use crate::config::Config;
 use crate::harvest::health::Health;
-use crate::harvest::queue::{Entry, Queue};
 use crate::harvest::stop;
-use crate::harvest::upstream::refusals::LONGEST_WAIT;
+use crate::plan::queue::{Entry, Queue};
+
 use crate::harvest::watch::Watch;
 use crate::plan::Plan;
 use crate::rate_limit::concurrency::Concurrency;
+use crate::rate_limit::cost::Cost;
 use crate::rate_limit::daily::Day;
 use crate::rate_limit::headers::Report;
 use crate::rate_limit::pacer::Limiter;
 use crate::rate_limit::redis::{News, Shared};
-use crate::rate_limit::server_limits::{Cost, Departure};
+use crate::rate_limit::send_ticket::Departure;
 use crate::terminal::format_duration;
 
 /// Failures after which an address at which nothing has ever answered is given up.
@@ -52,7 +53,7 @@ const DAY_TOLD_EVERY: Duration = Duration::from_secs(3_600);
 /// bound: its answer shows whether the endpoint keeps to `max_tokens`.
 const ALONE: Duration = Duration::from_secs(10);
 
-pub struct Lane {
+pub(crate) struct Lane {
     pub settings: config::Lane,
     pub transport: Arc<dyn Transport>,
     pub limiter: Limiter,
@@ -94,7 +95,7 @@ fn queue(plan: &Plan, index: usize, now: Instant) -> Queue {
 }
 
 /// What a failed attempt leads to.
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// The row is in the queue again; it, or the whole lane, waits this long.
     Again { pause: Duration },
     /// The row ends without an answer.
@@ -111,7 +112,7 @@ impl Verdict {
 }
 
 impl Lane {
-    pub fn new(
+    pub(crate) fn new(
         plan: &Plan,
         index: usize,
         transport: Arc<dyn Transport>,
@@ -146,7 +147,7 @@ impl Lane {
     ///
     /// # Errors
     /// Where a request could never leave.
-    pub fn go_on(&mut self, plan: &Plan, index: usize) -> Result<()> {
+    pub(crate) fn go_on(&mut self, plan: &Plan, index: usize) -> Result<()> {
         self.limiter.make_room_for(plan.largest(index))?;
         self.queue = queue(plan, index, Instant::now());
         (self.in_flight, self.probe, self.first) = (0, None, None);
@@ -154,13 +155,13 @@ impl Lane {
     }
 
     /// Nothing more is to be sent.
-    pub fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         self.queue.is_empty() || self.stopped.is_some()
     }
 
     /// Is there room for one more request? After a closed gate, in an outage and before the first answer,
     /// for one alone. If not, the instant at which there may be (None: not before a reply).
-    pub fn room(&self) -> Result<(), Option<Instant>> {
+    pub(crate) fn room(&self) -> Result<(), Option<Instant>> {
         if self.is_probing() {
             return if self.probe.is_none() {
                 Ok(())
@@ -186,7 +187,7 @@ impl Lane {
     }
 
     /// The row to send next, or when there may be one.
-    pub fn next_row(&self) -> Result<Entry, Option<Instant>> {
+    pub(crate) fn next_row(&self) -> Result<Entry, Option<Instant>> {
         let now = Instant::now();
         if self.is_probing() || !self.health.has_succeeded() || self.health.is_in_doubt() {
             // One that has not failed since shows whether it is the endpoint.
@@ -203,7 +204,7 @@ impl Lane {
     }
 
     /// Lets a request out, or says when to ask again.
-    pub fn admit(&mut self, cost: Cost) -> Result<Departure, Instant> {
+    pub(crate) fn admit(&mut self, cost: Cost) -> Result<Departure, Instant> {
         let room = if self.is_probing() || !self.health.is_proven() {
             1
         } else {
@@ -213,7 +214,7 @@ impl Lane {
     }
 
     /// Limit of requests a day and the wait for the next one, where the user is to be told of it now.
-    pub fn day_to_tell(&mut self) -> Option<(u64, Duration)> {
+    pub(crate) fn day_to_tell(&mut self) -> Option<(u64, Duration)> {
         let now = Instant::now();
         let (limit, until) = self.limiter.day.used_up(now)?;
         if self
@@ -227,12 +228,12 @@ impl Lane {
     }
 
     /// Returns true if there is something to send, and the requests of the day are not used up.
-    pub fn may_send(&self) -> bool {
+    pub(crate) fn may_send(&self) -> bool {
         !self.is_done() && self.limiter.day.used_up(Instant::now()).is_none()
     }
 
     /// What the user is to know of the limits that are shared.
-    pub fn hear(&mut self) -> Option<String> {
+    pub(crate) fn hear(&mut self) -> Option<String> {
         match self.limiter.hear()? {
             News::Silent(reason) => Some(format!(
                 "waiting: nothing leaves while the limits that are shared cannot be asked for \
@@ -252,7 +253,7 @@ impl Lane {
         }
     }
 
-    pub fn left(&mut self, departure: &Departure) {
+    pub(crate) fn left(&mut self, departure: &Departure) {
         self.in_flight += 1;
         if !self.health.is_proven() {
             self.first.get_or_insert(departure.at);
@@ -263,7 +264,7 @@ impl Lane {
     }
 
     /// A reply, or the lack of one, has come.
-    pub fn came_back(&mut self, departure: &Departure, reports: &[Report]) {
+    pub(crate) fn came_back(&mut self, departure: &Departure, reports: &[Report]) {
         self.in_flight -= 1;
         if self.probe == Some(departure.at) {
             self.probe = None;
@@ -276,7 +277,12 @@ impl Lane {
         }
     }
 
-    pub fn answered(&mut self, departure: &Departure, reports: &[Report], usage: Option<&Usage>) {
+    pub(crate) fn answered(
+        &mut self,
+        departure: &Departure,
+        reports: &[Report],
+        usage: Option<&Usage>,
+    ) {
         let now = Instant::now();
         self.health.success(departure.at, now);
         if self.settings.limits.adapt {
@@ -291,28 +297,33 @@ impl Lane {
     }
 
     /// Rows that the next run tries last, though they have not failed: see [`Health::suspects`].
-    pub fn suspects(&self) -> Vec<usize> {
+    pub(crate) fn suspects(&self) -> Vec<usize> {
         self.health.suspects().collect()
     }
 
     /// Has anything been answered in this run?
-    pub fn has_succeeded(&self) -> bool {
+    pub(crate) fn has_succeeded(&self) -> bool {
         self.health.has_succeeded()
     }
 
     /// The content of the row is refused: the endpoint is in order.
-    pub fn filtered(&mut self, departure: &Departure) {
+    pub(crate) fn filtered(&mut self, departure: &Departure) {
         self.health.success(departure.at, Instant::now());
         self.limiter.answered(&[], departure, None);
     }
 
     /// The row is to be asked again with a new key, at once.
-    pub fn key_renewed(&mut self, entry: Entry) {
+    pub(crate) fn key_renewed(&mut self, entry: Entry) {
         self.queue.delay(entry, Instant::now());
     }
 
     /// The attempt failed in a way that may pass.
-    pub fn transient(&mut self, mut entry: Entry, failure: Failure, wait: Duration) -> Verdict {
+    pub(crate) fn transient(
+        &mut self,
+        mut entry: Entry,
+        failure: Failure,
+        wait: Duration,
+    ) -> Verdict {
         let now = Instant::now();
         // A server cannot know that an error lasts for hours: a longer wait is ignored.
         let wait = if wait > LONGEST_WAIT {
@@ -378,16 +389,16 @@ impl Lane {
     }
 
     /// The row has ended without an answer.
-    pub fn gave_up(&mut self, row: usize) {
+    pub(crate) fn gave_up(&mut self, row: usize) {
         self.health.gave_up(row);
     }
 
     /// Sends nothing more to this endpoint; its rows stay pending.
-    pub fn stop(&mut self, error: anyhow::Error) {
+    pub(crate) fn stop(&mut self, error: anyhow::Error) {
         self.stopped.get_or_insert(error);
     }
 
-    pub fn take_error(&mut self) -> Option<anyhow::Error> {
+    pub(crate) fn take_error(&mut self) -> Option<anyhow::Error> {
         self.stopped.take()
     }
 
@@ -420,7 +431,10 @@ impl Lane {
     }
 
     /// Is the endpoint out of order, or has it asked for a pause?
-    pub fn is_waiting(&self) -> bool {
+    pub(crate) fn is_waiting(&self) -> bool {
         self.health.is_outage() || self.limiter.is_closed(Instant::now())
     }
 }
+
+/// A wait that is longer is not sat out: the run ends, and says until when.
+pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(3_600);

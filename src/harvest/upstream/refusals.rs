@@ -1,14 +1,16 @@
 //! Decisions after a refusal: wait, try another row, fail the row or stop.
 
+use crate::harvest::upstream::LONGEST_WAIT;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::client::outcome::{Claim, Failure, Reason};
-use crate::harvest::queue::Entry;
+use crate::client::attempt_error::{Claim, Failure, Reason};
 use crate::harvest::stop;
 use crate::harvest::upstream::{Lane, Verdict};
-use crate::rate_limit::server_limits::{Cost, Departure};
+use crate::plan::queue::Entry;
+use crate::rate_limit::cost::Cost;
+use crate::rate_limit::send_ticket::Departure;
 
 /// Rounds in which an endpoint that has answered says that no request can succeed, before it is believed.
 const CLAIMS: u32 = 4;
@@ -36,15 +38,12 @@ const REFUSED_ROWS: usize = 20;
 /// the default pauses they take longer than a limit a minute does.
 const THROTTLES_OF_A_ROW: u32 = 8;
 
-/// A wait that is longer is not sat out: the run ends, and says until when.
-pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
-
 /// Rounds in which the endpoint asks for such a wait, before it is believed.
 const FAR_WAITS: u32 = 2;
 
 impl Lane {
     /// The endpoint asks everybody to wait: the row costs no attempt, and the gate closes.
-    pub fn throttled(
+    pub(crate) fn throttled(
         &mut self,
         mut entry: Entry,
         cost: Cost,
@@ -111,7 +110,12 @@ impl Lane {
 
     /// The reply says that no request can succeed. Before the first answer that is believed at once;
     /// where others are answered it is the row, or it passes.
-    pub fn claimed(&mut self, mut entry: Entry, claim: Claim, departure: &Departure) -> Verdict {
+    pub(crate) fn claimed(
+        &mut self,
+        mut entry: Entry,
+        claim: Claim,
+        departure: &Departure,
+    ) -> Verdict {
         let now = Instant::now();
         let Claim { reason, failure } = claim;
         let teacher = &self.settings.teacher;
@@ -130,7 +134,11 @@ impl Lane {
                 self.queue.delay(entry, now);
                 // What is in flight may still be answered: nothing more is sent until then.
                 if self.in_flight == 0 {
-                    self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+                    self.stop(crate::client::refused::refused_by_now(
+                        reason,
+                        &failure.message,
+                        teacher,
+                    ));
                 }
                 return Verdict::AGAIN;
             }
@@ -142,7 +150,11 @@ impl Lane {
         let contradicted = self.health.contradicted();
         if round > CLAIMS + contradicted.min(MORE_CLAIMS) {
             self.queue.delay(entry, now);
-            self.stop(stop::refused_by_now(reason, &failure.message, teacher));
+            self.stop(crate::client::refused::refused_by_now(
+                reason,
+                &failure.message,
+                teacher,
+            ));
             return Verdict::AGAIN;
         }
         let is_contradicted = round == 1 || contradicted >= CLAIMS_OF_A_ROW;
@@ -200,18 +212,22 @@ impl Lane {
         }
         self.queue.delay(entry, now);
         let teacher = &self.settings.teacher;
-        self.stop(stop::refused(reason, &failure.message, teacher));
+        self.stop(crate::client::refused::refused(
+            reason,
+            &failure.message,
+            teacher,
+        ));
         Verdict::AGAIN
     }
 
     /// The row fails as it did in an earlier run, while others were answered: that shows nothing new.
-    pub fn failed_again(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
+    pub(crate) fn failed_again(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
         self.health.failed_as_before();
         entry.failed += 1;
         Verdict::Failed(entry, failure)
     }
 
-    pub fn refused(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
+    pub(crate) fn refused(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
         if failure.is_bodyless && self.health.has_succeeded() {
             return self.transient(entry, failure, Duration::ZERO);
         }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::mock::batch::Context;
+use crate::mock::batch::context::Context;
 use crate::mock::batch::life::{Life, Moment, Status};
 use crate::mock::batch::rows;
 use crate::mock::batch::rows::Row;
@@ -12,7 +12,7 @@ use crate::mock::script::Script;
 use crate::mock::script::batch::RequestCounts;
 
 #[derive(Debug)]
-pub struct Batch {
+pub(crate) struct Batch {
     pub id: String,
     pub input_file_id: String,
     pub endpoint: String,
@@ -28,7 +28,7 @@ pub struct Batch {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
+pub(crate) enum Fate {
     Answer,
     /// In one of three shapes.
     Error(usize),
@@ -37,7 +37,7 @@ pub enum Fate {
 
 /// What is left of a batch at its end.
 #[derive(Debug, Default)]
-pub struct Results {
+pub(crate) struct Results {
     pub output_file_id: Option<String>,
     pub error_file_id: Option<String>,
     pub completed: usize,
@@ -45,19 +45,23 @@ pub struct Results {
 }
 
 /// The status and the body that a row earns, when it is asked for its answer.
-pub type AnswerRow<'a> = dyn FnMut(&[u8]) -> (u16, Bytes) + 'a;
+pub(crate) type AnswerRow<'a> = dyn FnMut(&[u8]) -> (u16, Bytes) + 'a;
 
 impl Batch {
-    pub fn moment(&self, context: &Context) -> Moment {
+    pub(crate) fn moment(&self, context: &Context) -> Moment {
         self.life.at(&context.script.batch, context.now())
     }
 
-    pub fn tokens(&self) -> u64 {
+    pub(crate) fn tokens(&self) -> u64 {
         self.rows.iter().map(|row| row.tokens).sum()
     }
 
     /// The results, and the content of the output and of the error file.
-    pub fn work(&self, moment: &Moment, answer: &mut AnswerRow) -> (Results, Vec<u8>, Vec<u8>) {
+    pub(crate) fn work(
+        &self,
+        moment: &Moment,
+        answer: &mut AnswerRow,
+    ) -> (Results, Vec<u8>, Vec<u8>) {
         let mut results = Results::default();
         let (mut output, mut errors) = (Vec::new(), Vec::new());
         if moment.status == Status::Failed {
@@ -105,7 +109,7 @@ impl Batch {
         (results, output, errors)
     }
 
-    pub fn card(&self, context: &Context) -> Value {
+    pub(crate) fn card(&self, context: &Context) -> Value {
         let moment = self.moment(context);
         let status = match (&context.script.batch.status, moment.status) {
             (Some(other), Status::InProgress) => other,
@@ -162,7 +166,7 @@ impl Batch {
 }
 
 /// The order in which rows are worked on, and what becomes of each: neither is that of the file.
-pub fn fates(rows: usize, script: &Script, batch: u64) -> Vec<(usize, Fate)> {
+pub(crate) fn fates(rows: usize, script: &Script, batch: u64) -> Vec<(usize, Fate)> {
     let batch_script = &script.batch;
     let mut order: Vec<usize> = (0..rows).collect();
     let mut draw = fastrand::Rng::with_seed(script.seed ^ batch.wrapping_mul(0x9e37_79b9));

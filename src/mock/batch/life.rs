@@ -4,7 +4,7 @@ use crate::mock::script::batch::{Batch, Outcome};
 
 /// What decides about a batch's life.
 #[derive(Debug, Clone)]
-pub struct Life {
+pub(crate) struct Life {
     pub created: f64,
     /// When it expires, after its creation.
     pub window: f64,
@@ -17,7 +17,7 @@ pub struct Life {
 
 /// A batch at one moment. Stamps are those of what has happened by then.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Moment {
+pub(crate) struct Moment {
     pub status: Status,
     /// Rows that have been worked on.
     pub done: usize,
@@ -29,7 +29,7 @@ pub struct Moment {
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Status {
+pub(crate) enum Status {
     #[default]
     Validating,
     Failed,
@@ -42,7 +42,7 @@ pub enum Status {
 }
 
 impl Status {
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Status::Validating => "validating",
             Status::Failed => "failed",
@@ -56,7 +56,7 @@ impl Status {
     }
 
     /// Whether nothing more can become of it.
-    pub fn is_end(self) -> bool {
+    pub(crate) fn is_end(self) -> bool {
         matches!(
             self,
             Status::Failed | Status::Completed | Status::Expired | Status::Cancelled
@@ -65,12 +65,12 @@ impl Status {
 }
 
 impl Life {
-    pub fn expires(&self) -> f64 {
+    pub(crate) fn expires(&self) -> f64 {
         self.created + self.window
     }
 
     /// How the batch stands at `now`.
-    pub fn at(&self, script: &Batch, now: f64) -> Moment {
+    pub(crate) fn at(&self, script: &Batch, now: f64) -> Moment {
         let validated = self.created + script.validating_s;
         let (stopped, end) = self.stop(script, validated);
         let is_cancel = end == Status::Cancelled;

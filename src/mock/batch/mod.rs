@@ -3,11 +3,13 @@
 //! Nothing runs in the background: a batch is a function of time, looked up when somebody asks.
 //! What is billed is billed when a batch comes to its end.
 
-pub mod job;
-pub mod life;
-pub mod rows;
-pub mod upload;
+pub(crate) mod context;
+pub(crate) mod job;
+pub(crate) mod life;
+pub(crate) mod rows;
+pub(crate) mod upload;
 
+use crate::mock::batch::context::Context;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -17,35 +19,13 @@ use serde_json::{Value, json};
 use crate::mock::batch::job::{AnswerRow, Batch, fates};
 use crate::mock::batch::life::{Life, Status};
 use crate::mock::batch::rows::mistake;
+use crate::mock::request::{Request, wrong_method};
 use crate::mock::response::{Reaction, Reply};
-use crate::mock::script::Script;
 use crate::mock::script::batch::Outcome;
-use crate::mock::{Request, wrong_method};
-
-/// What the desk needs to know of the moment.
-pub struct Context<'a> {
-    pub script: &'a Script,
-    /// Since the start.
-    pub at: Duration,
-    /// Unix time of the start, in seconds.
-    pub started: i64,
-}
-
-impl Context<'_> {
-    /// Virtual seconds since the start.
-    fn now(&self) -> f64 {
-        self.at.as_secs_f64() * self.script.batch.clock
-    }
-
-    /// Unix time as it is at so many virtual seconds.
-    fn stamp(&self, at: f64) -> i64 {
-        self.started + at as i64
-    }
-}
 
 /// All files and batches.
 #[derive(Debug, Default)]
-pub struct Desk {
+pub(crate) struct Desk {
     files: BTreeMap<String, File>,
     batches: Vec<Batch>,
     /// For the names of files.
@@ -64,7 +44,7 @@ struct File {
 
 impl Desk {
     /// The reaction to a request, if it is for a file or a batch.
-    pub fn handle(&mut self, request: &Request, context: &Context) -> Option<Reaction> {
+    pub(crate) fn handle(&mut self, request: &Request, context: &Context) -> Option<Reaction> {
         let (path, query) = request.path.split_once('?').unwrap_or((request.path, ""));
         let parts: Vec<&str> = path.strip_prefix("/v1/")?.split('/').collect();
         let reply = match (request.method, parts.as_slice()) {
@@ -261,7 +241,7 @@ impl Desk {
     }
 
     /// Writes the files of the batches that have come to their end since the last time.
-    pub fn settle(&mut self, context: &Context, answer: &mut AnswerRow) {
+    pub(crate) fn settle(&mut self, context: &Context, answer: &mut AnswerRow) {
         for index in 0..self.batches.len() {
             let batch = &self.batches[index];
             let moment = batch.moment(context);

@@ -15,7 +15,7 @@ const MOST_MISTAKES: usize = 100;
 
 /// A line of the input.
 #[derive(Debug)]
-pub struct Row {
+pub(crate) struct Row {
     pub custom_id: String,
     pub body: Bytes,
     /// Its prompt and the longest answer that it allows.
@@ -32,7 +32,7 @@ struct Line<'a> {
 }
 
 /// Reads an input file. The mistakes are those of `errors.data`; with any, the batch fails.
-pub fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<Row>, Vec<Value>) {
+pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<Row>, Vec<Value>) {
     let mut mistakes = Vec::new();
     let mut rows = Vec::new();
     let mut ids = HashSet::new();
@@ -122,12 +122,17 @@ fn read_line(file: &Bytes, text: &[u8], endpoint: &str, script: &Script) -> Resu
 }
 
 /// An entry of `errors.data`.
-pub fn mistake(code: &str, line: Option<usize>, param: Option<&str>, message: &str) -> Value {
+pub(crate) fn mistake(
+    code: &str,
+    line: Option<usize>,
+    param: Option<&str>,
+    message: &str,
+) -> Value {
     json!({"code": code, "line": line, "message": message, "param": param})
 }
 
 /// A line of the output file, or of the error file in the first of its shapes: an HTTP error.
-pub fn responded(id: &str, custom_id: &str, status: u16, body: &[u8]) -> Vec<u8> {
+pub(crate) fn responded(id: &str, custom_id: &str, status: u16, body: &[u8]) -> Vec<u8> {
     let mut line = head(id, custom_id);
     let response =
         format!(",\"response\":{{\"status_code\":{status},\"request_id\":\"req_{id}\",\"body\":");
@@ -138,7 +143,7 @@ pub fn responded(id: &str, custom_id: &str, status: u16, body: &[u8]) -> Vec<u8>
 }
 
 /// A line of the error file in its second shape: no response.
-pub fn unanswered(id: &str, custom_id: &str, code: &str, message: &str) -> Vec<u8> {
+pub(crate) fn unanswered(id: &str, custom_id: &str, code: &str, message: &str) -> Vec<u8> {
     let mut line = head(id, custom_id);
     let error = json!({"code": code, "message": message});
     line.extend_from_slice(format!(",\"response\":null,\"error\":{error}}}\n").as_bytes());
@@ -146,7 +151,7 @@ pub fn unanswered(id: &str, custom_id: &str, code: &str, message: &str) -> Vec<u
 }
 
 /// A line of the error file in its third shape: a response that is none.
-pub fn hollow(id: &str, custom_id: &str) -> Vec<u8> {
+pub(crate) fn hollow(id: &str, custom_id: &str) -> Vec<u8> {
     let mut line = head(id, custom_id);
     line.extend_from_slice(
         b",\"response\":{\"status_code\":0,\"request_id\":\"\",\"body\":{}},\"error\":null}\n",

@@ -2,14 +2,14 @@
 
 /// What an upload holds.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Upload<'a> {
+pub(crate) struct Upload<'a> {
     pub purpose: String,
     pub filename: String,
     pub content: &'a [u8],
 }
 
 /// Reads an upload; the error says what is missing.
-pub fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>, &'static str> {
+pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>, &'static str> {
     let boundary = content_type
         .split(';')
         .filter_map(|part| part.trim().strip_prefix("boundary="))

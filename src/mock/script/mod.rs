@@ -9,11 +9,11 @@
 //! [batch]                   # the life of a batch, on a clock of its own
 //! ```
 
-pub mod answers;
-pub mod batch;
+pub(crate) mod answers;
+pub(crate) mod batch;
 pub mod fault;
 pub mod kind;
-pub mod limits;
+pub(crate) mod limits;
 
 use std::path::Path;
 

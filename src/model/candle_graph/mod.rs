@@ -5,7 +5,7 @@
 //! Only operations that have a backward pass are used (candle's fused `rms_norm`,
 //! `softmax_last_dim`, `rope` and `sdpa` have none, and cut the graph without a word).
 
-pub mod pass;
+pub(crate) mod pass;
 
 use std::ops::Range;
 

@@ -15,7 +15,7 @@ use crate::ops::head_loss::{Rows, Units, chunk_rows};
 ///
 /// # Errors
 /// Where the device fails, or `rows` cannot get ready.
-pub fn train_pass<R: Rows>(
+pub(crate) fn train_pass<R: Rows>(
     hidden: &Tensor,
     head: &Tensor,
     units: &Units,

@@ -4,7 +4,8 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Architecture, ModelConfig, refuse};
+use crate::model::config::fields::refuse;
+use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
 
 #[derive(Deserialize)]
@@ -46,7 +47,7 @@ fn yes() -> bool {
 /// # Errors
 /// Where fields are missing, or describe what cannot be computed.
 pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: File = serde_json::from_value(super::without_nulls(&json))?;
+    let file: File = serde_json::from_value(crate::model::config::fields::without_nulls(&json))?;
     let activation = file.activation_function.as_str();
     if !matches!(activation, "gelu_new" | "gelu_pytorch_tanh") {
         return refuse(format!(

@@ -1,28 +1,14 @@
 //! `config.json` of llama and of those that differ from it in details: mistral, qwen2, qwen3.
 
+use crate::model::config::shape::LlamaVariant;
 use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Architecture, ModelConfig, refuse};
+use crate::model::config::fields::refuse;
 use crate::model::config::rope::Rope;
+use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
-
-/// In what decoders of this family differ.
-#[derive(Debug, Clone)]
-pub struct LlamaVariant {
-    pub rope: Rope,
-    /// Do queries, keys and values have biases?
-    pub qkv_bias: bool,
-    /// Does the projection after attention?
-    pub output_bias: bool,
-    /// Do those of the feed-forward layer?
-    pub mlp_bias: bool,
-    /// Is each head of queries and keys normalised?
-    pub head_norms: bool,
-    /// How many keys a query sees, itself included, layer by layer; none: all before it.
-    pub windows: Vec<Option<usize>>,
-}
 
 #[derive(Deserialize)]
 struct File {
@@ -77,7 +63,7 @@ const DEFAULT_WINDOW: usize = 4096;
 /// # Errors
 /// Where fields are missing, or describe what cannot be computed.
 pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: File = serde_json::from_value(super::without_nulls(&json))?;
+    let file: File = serde_json::from_value(crate::model::config::fields::without_nulls(&json))?;
     if file.hidden_act != "silu" {
         return refuse(format!(
             "hidden_act is {:?}, and this version computes \"silu\" in a {} model",
@@ -85,7 +71,7 @@ pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
         ));
     }
     // Before there is something for every layer.
-    super::check_layers(file.num_hidden_layers)?;
+    crate::model::config::fields::check_layers(file.num_hidden_layers)?;
     let heads = heads(&file)?;
     let qwen2 = file.model_type == "qwen2";
     let variant = LlamaVariant {

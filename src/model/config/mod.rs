@@ -1,76 +1,31 @@
 //! The shape of a decoder, as `config.json` of a Hugging Face folder gives it.
 
-pub mod gpt2;
-pub mod llama;
-pub mod rope;
+pub(crate) mod fields;
+pub(crate) mod gpt2;
+pub(crate) mod llama;
+pub(crate) mod rope;
+pub mod shape;
 
+use crate::model::config::fields::check_layers;
+use crate::model::config::fields::refuse;
+use crate::model::config::shape::Architecture;
+use crate::model::config::shape::ModelConfig;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use crate::config::Student;
-use crate::exit::Exit;
+pub use crate::model::config::shape::LlamaVariant;
 use crate::ops::attention::Heads;
-pub use llama::LlamaVariant;
 pub use rope::{Llama3Scaling, Rope};
-
-/// A decoder's shape.
-#[derive(Debug, Clone)]
-pub struct ModelConfig {
-    pub architecture: Architecture,
-    pub vocab_size: usize,
-    pub hidden_size: usize,
-    pub intermediate_size: usize,
-    pub num_hidden_layers: usize,
-    pub heads: Heads,
-    /// What keeps the norms from dividing by zero.
-    pub norm_eps: f64,
-    pub max_position_embeddings: usize,
-    pub tie_word_embeddings: bool,
-    /// Standard deviation of fresh weights.
-    pub initializer_range: f64,
-    /// What LoRA adapters among the weights are multiplied by: alpha / rank.
-    pub adapter_scale: f64,
-    /// The file as read: written back with the student, so that nothing in it is lost.
-    json: Map<String, Value>,
-}
-
-/// How a decoder is built.
-#[derive(Debug, Clone)]
-pub enum Architecture {
-    Llama(LlamaVariant),
-    Gpt2,
-}
 
 /// Longer contexts are used up to here: the angles of every position are kept.
 const MAX_POSITIONS: usize = 1 << 17;
 
 const MAX_WIDTH: usize = 1 << 24;
-const MAX_LAYERS: usize = 1 << 12;
-
 fn default_range() -> f64 {
     0.02
-}
-
-fn refuse<T>(what: String) -> Result<T> {
-    Err(Exit::Usage(what).into())
-}
-
-/// Without fields that are null, which are as good as absent to transformers.
-fn without_nulls(json: &Map<String, Value>) -> Value {
-    let fields = json.iter().filter(|(_, value)| !value.is_null());
-    let fields = fields.map(|(name, value)| (name.clone(), value.clone()));
-    Value::Object(fields.collect())
-}
-
-fn check_layers(layers: usize) -> Result<()> {
-    if layers == 0 || layers > MAX_LAYERS {
-        return refuse(format!(
-            "its number of layers of {layers} is not that of a model"
-        ));
-    }
-    Ok(())
 }
 
 impl ModelConfig {

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::refuse;
+use crate::model::config::fields::refuse;
 
 /// How fast each pair of channels turns.
 #[derive(Debug, Clone)]

@@ -8,8 +8,8 @@
 //! activation is dropped when the last gradient that needs it is done, so the peak of a step is
 //! the larger of the two, not their sum.
 
-pub mod backward;
-pub mod forward;
+pub(crate) mod backward;
+pub(crate) mod forward;
 
 use std::ops::Range;
 use std::rc::Rc;

@@ -29,17 +29,17 @@ const SIDE: usize = 2 * LINES;
 /// 16 pairs of bf16.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
-pub struct Line([u32; LINES]);
+pub(crate) struct Line([u32; LINES]);
 
 /// 16 lines of packed pairs: of a lane each, or of a pair of terms each.
 type Block = [__m512i; LINES];
 
 /// Tiles of 32 x 32 values. Exists only where the CPU has a matrix unit that this process may use.
 #[derive(Clone, Copy)]
-pub struct Amx(());
+pub(crate) struct Amx(());
 
 impl Amx {
-    pub fn detect() -> Option<Self> {
+    pub(crate) fn detect() -> Option<Self> {
         static FOUND: OnceLock<bool> = OnceLock::new();
         FOUND.get_or_init(is_usable).then_some(Self(()))
     }

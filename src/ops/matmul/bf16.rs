@@ -5,7 +5,7 @@ use super::blocks::Part;
 use super::kernel::{bf16_bits, pack};
 
 #[cfg(target_arch = "x86_64")]
-pub use x86::Native;
+pub(crate) use x86::Native;
 
 /// Packs panels of L lanes in pairs of terms: `to[(l / L * pairs + t / 2) * L + l % L]` holds term t
 /// of lane l in its low half, term t + 1 in its high half.
@@ -58,16 +58,16 @@ mod x86 {
 
     /// Tiles of 14 x 32 values. Exists only where the CPU has the instructions.
     #[derive(Clone, Copy)]
-    pub struct Native(());
+    pub(crate) struct Native(());
 
     impl Native {
         /// Where its vectors multiply bf16 faster than f32. Those of Intel's do not (two thirds of the
         /// speed of f32 on Sapphire Rapids): there the matrix unit is for bf16.
-        pub fn where_fast() -> Option<Self> {
+        pub(crate) fn where_fast() -> Option<Self> {
             Self::detect().filter(|_| !is_intel())
         }
 
-        pub fn detect() -> Option<Self> {
+        pub(crate) fn detect() -> Option<Self> {
             let has = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")

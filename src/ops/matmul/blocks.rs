@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Mat, MatMut, Threads};
+use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
 /// About so many rows make a strip: its packed rows must stay in the second-level cache.
 const STRIP: usize = 96;
@@ -16,7 +16,7 @@ const COLUMNS: usize = 2048;
 const PANELS: usize = 8;
 
 /// `out = a b`, or `out += a b` where `add`, all checked.
-pub struct Product<'a> {
+pub(crate) struct Product<'a> {
     pub out: MatMut<'a>,
     pub a: Mat<'a>,
     pub b: Mat<'a>,
@@ -29,7 +29,7 @@ pub struct Product<'a> {
 /// A panel holds that many lanes (rows of the left factor, columns of the right one); for each
 /// [`Kernel::STEP`] terms of the sum there is one element a lane, side by side. Panels follow each
 /// other; lanes and terms past the end of a factor are zero.
-pub trait Kernel: Copy + Sync {
+pub(crate) trait Kernel: Copy + Sync {
     const ROWS: usize;
     const COLS: usize;
     /// Terms in an element.
@@ -51,7 +51,7 @@ pub trait Kernel: Copy + Sync {
 
 /// The part of a factor that becomes panels: lane l, term t is `values[l * lane + t * term]`.
 #[derive(Clone, Copy)]
-pub struct Part<'a> {
+pub(crate) struct Part<'a> {
     pub values: &'a [f32],
     /// Distance of two lanes, and of two terms.
     pub lane: usize,
@@ -61,7 +61,7 @@ pub struct Part<'a> {
 }
 
 /// Where a product goes: columns `first .. first + cols` of `rows` rows, `stride` values apart.
-pub struct Strip<'a> {
+pub(crate) struct Strip<'a> {
     pub values: &'a mut [f32],
     pub stride: usize,
     pub first: usize,
@@ -73,7 +73,7 @@ pub struct Strip<'a> {
 
 impl Strip<'_> {
     /// `count` lines from `first` on, as far as they go.
-    pub fn lines(&self, first: usize, count: usize) -> impl Iterator<Item = &[f32]> {
+    pub(crate) fn lines(&self, first: usize, count: usize) -> impl Iterator<Item = &[f32]> {
         self.values[first * self.stride..]
             .chunks(self.stride)
             .take(count)
@@ -81,7 +81,7 @@ impl Strip<'_> {
 }
 
 impl Product<'_> {
-    pub fn run<K: Kernel>(self, kernel: K) {
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
         let Self {
             out,
             a,

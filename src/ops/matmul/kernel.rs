@@ -11,7 +11,7 @@ use super::blocks::{Kernel, Part, Strip};
 /// Tiles of R rows and two vectors (C columns). Where `rounded`, factors are rounded to bf16 as
 /// they are packed.
 #[derive(Clone, Copy)]
-pub struct Wide<S, const R: usize, const C: usize> {
+pub(crate) struct Wide<S, const R: usize, const C: usize> {
     pub simd: S,
     pub rounded: bool,
 }
@@ -72,7 +72,7 @@ impl<const L: usize> WithSimd for Pack<'_, L> {
 
 /// Packs panels of L lanes: `to[(l / L * terms + t) * L + l % L]` is lane l, term t.
 #[inline(always)]
-pub fn pack<const L: usize>(part: Part, to: &mut [f32]) {
+pub(crate) fn pack<const L: usize>(part: Part, to: &mut [f32]) {
     let Part {
         values,
         lane,
@@ -181,7 +181,7 @@ fn round(value: f32) -> f32 {
 
 /// The nearest bf16 in the high half, zeros in the low one.
 #[inline(always)]
-pub fn bf16_bits(value: f32) -> u32 {
+pub(crate) fn bf16_bits(value: f32) -> u32 {
     let bits = value.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
     // NaN stays NaN: carried over, it could become a number.
@@ -273,7 +273,7 @@ fn tile<S: Simd, const R: usize>(simd: S, rows: &[f32], cols: &[S::f32s]) -> [[S
 
 /// Tiles of 4 x 4 whose factors are rounded to bf16, on any CPU.
 #[derive(Clone, Copy)]
-pub struct Plain;
+pub(crate) struct Plain;
 
 impl Kernel for Plain {
     const ROWS: usize = 4;

@@ -5,75 +5,19 @@
 //! multiplies f32 with the widest vectors of the CPU, [`bf16`] with its bf16 instructions, `amx` with
 //! its matrix unit. Which is found out at run time. How a product is cut does not depend on the number of threads.
 
+pub(crate) mod amx;
+pub(crate) mod bf16;
+pub(crate) mod blocks;
+pub(crate) mod kernel;
 #[cfg(target_arch = "x86_64")]
-pub mod amx;
-pub mod bf16;
-pub mod blocks;
-pub mod kernel;
+pub(crate) mod matrix;
 
+use crate::ops::matmul::matrix::Mat;
+use crate::ops::matmul::matrix::MatMut;
+use crate::ops::matmul::matrix::Threads;
+use crate::ops::matmul::matrix::span;
 use blocks::Product;
 use gemm::Parallelism;
-
-/// A strided view of an f32 matrix.
-#[derive(Clone, Copy)]
-pub struct Mat<'a> {
-    values: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
-}
-
-impl<'a> Mat<'a> {
-    /// A row-major matrix (rows x cols) whose rows lie `row_stride` values apart.
-    pub fn strided(values: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        Self {
-            values,
-            rows,
-            cols,
-            row_stride,
-            col_stride: 1,
-        }
-    }
-
-    /// A row-major matrix without gaps: as many rows of `cols` values as there are.
-    pub fn new(values: &'a [f32], cols: usize) -> Self {
-        Self::strided(values, values.len() / cols.max(1), cols, cols)
-    }
-
-    /// How many values it spans.
-    fn span(&self) -> usize {
-        span(self.rows, self.cols, self.row_stride, self.col_stride)
-    }
-
-    /// The transpose, without a copy.
-    pub fn t(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
-    }
-}
-
-/// The output of a product: row-major, rows `row_stride` values apart.
-pub struct MatMut<'a> {
-    values: &'a mut [f32],
-    row_stride: usize,
-}
-
-impl<'a> MatMut<'a> {
-    pub fn strided(values: &'a mut [f32], row_stride: usize) -> Self {
-        Self { values, row_stride }
-    }
-
-    /// A matrix of `cols` columns without gaps.
-    pub fn new(values: &'a mut [f32], cols: usize) -> Self {
-        Self::strided(values, cols)
-    }
-}
 
 /// What the factors of a product are rounded to; they are stored, and sums are taken, in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -102,24 +46,9 @@ impl Precision {
     }
 }
 
-/// Whether a product spreads over the threads of the pool.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Threads {
-    One,
-    All,
-}
-
 /// Products with fewer rows are left to the `gemm` crate: packing a weight to multiply it with
 /// them costs more than it saves.
 const FEW_ROWS: usize = 16;
-
-/// How many values a (rows x cols) matrix with these strides spans.
-fn span(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
-    if rows == 0 || cols == 0 {
-        return 0;
-    }
-    (rows - 1) * row_stride + (cols - 1) * col_stride + 1
-}
 
 /// `out = a b`, or `out += a b` where `add`.
 ///

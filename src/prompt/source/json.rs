@@ -7,9 +7,10 @@ use anyhow::Result;
 use serde::de::{Deserializer as _, SeqAccess, Visitor};
 use serde_json::Value;
 
-use super::{OnRow, text, usage};
+use super::text;
+use crate::prompt::source::rows::{OnRow, usage};
 
-pub fn read(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Result<()> {
+pub(crate) fn read(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Result<()> {
     if first_byte(file) != Some(b'[') {
         return text::read(path, file, true, on_row).map_err(|error| {
             error.context("a .json file holds an array of objects, or an object a line")

@@ -1,28 +1,25 @@
 //! Rows of a prompt file, whatever its format.
 
-pub mod json;
+pub(crate) mod json;
 #[cfg(feature = "parquet")]
-pub mod parquet;
-pub mod table;
-pub mod text;
+pub(crate) mod parquet;
+pub(crate) mod rows;
+pub(crate) mod table;
+pub(crate) mod text;
 
+use crate::prompt::source::rows::OnRow;
+use crate::prompt::source::rows::usage;
 use std::io::BufRead;
 use std::path::Path;
 
 use anyhow::Result;
-use serde_json::Value;
-
-use crate::exit::Exit;
-
-/// Callback for each row, with its line or row number, from 1.
-pub type OnRow<'a> = &'a mut dyn FnMut(usize, Value) -> Result<()>;
 
 /// Hands each row of `path` to `on_row`: a JSON object, of a line of text `{"text": line}`, of a table its
 /// fields as texts. The name says which format it is; one that ends in `.gz` is that of a packed file.
 ///
 /// # Errors
 /// [`Exit::Usage`], with the line, where the file is not what its name says.
-pub fn read(path: &Path, on_row: OnRow<'_>) -> Result<()> {
+pub(crate) fn read(path: &Path, on_row: OnRow<'_>) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let name = name.to_lowercase();
     let unpacked = name.strip_suffix(".gz").unwrap_or(&name);
@@ -89,8 +86,4 @@ fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
     }
     file.consume(skipped);
     Ok(file)
-}
-
-fn usage(message: String) -> anyhow::Error {
-    Exit::Usage(message).into()
 }

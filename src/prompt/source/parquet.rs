@@ -6,9 +6,9 @@ use std::path::Path;
 use anyhow::Result;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
-use super::{OnRow, usage};
+use crate::prompt::source::rows::{OnRow, usage};
 
-pub fn read(path: &Path, on_row: OnRow<'_>) -> Result<()> {
+pub(crate) fn read(path: &Path, on_row: OnRow<'_>) -> Result<()> {
     let problem = |error: &dyn std::fmt::Display| {
         usage(format!(
             "cannot read the prompts in {}: {error}",

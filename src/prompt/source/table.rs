@@ -7,10 +7,10 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use super::{OnRow, usage};
+use crate::prompt::source::rows::{OnRow, usage};
 
 /// Every field is a text. A row with more or fewer fields than the header is refused.
-pub fn read(path: &Path, file: impl Read, delimiter: u8, on_row: OnRow<'_>) -> Result<()> {
+pub(crate) fn read(path: &Path, file: impl Read, delimiter: u8, on_row: OnRow<'_>) -> Result<()> {
     let problem = |error: csv::Error| {
         let line = error.position().map_or(0, csv::Position::line);
         match error.kind() {

@@ -6,13 +6,18 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::{OnRow, usage};
+use crate::prompt::source::rows::{OnRow, usage};
 
 /// No prompt is longer.
 const LONGEST_LINE: u64 = 64 << 20;
 
 /// Blank lines and `\r\n` are tolerated.
-pub fn read(path: &Path, file: &mut dyn BufRead, is_json: bool, on_row: OnRow<'_>) -> Result<()> {
+pub(crate) fn read(
+    path: &Path,
+    file: &mut dyn BufRead,
+    is_json: bool,
+    on_row: OnRow<'_>,
+) -> Result<()> {
     let (mut line, mut number) = (Vec::new(), 0);
     loop {
         number += 1;
@@ -58,7 +63,7 @@ fn parse(line: &[u8], is_json: bool) -> Result<Option<Value>, String> {
 }
 
 /// A JSON object.
-pub fn object(text: &str) -> Result<Value, String> {
+pub(crate) fn object(text: &str) -> Result<Value, String> {
     match serde_json::from_str(text) {
         Ok(value @ Value::Object(_)) => Ok(value),
         Ok(_) => Err("not a JSON object".into()),

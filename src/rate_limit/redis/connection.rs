@@ -16,7 +16,7 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 const NO_ADDRESS: &str = "write it as \"redis://user:password@host:6379/0\" (`rediss` for TLS), what \
                           is special in the password as %40";
 
-pub struct Connection {
+pub(crate) struct Connection {
     client: Client,
     /// As it stands in the address, and as the server gets it.
     passwords: Vec<String>,
@@ -30,7 +30,7 @@ impl Connection {
     ///
     /// # Errors
     /// With what to do about it, where the server cannot be asked.
-    pub async fn open(url: &RedisUrl, keys: [String; KEYS]) -> Result<Connection> {
+    pub(crate) async fn open(url: &RedisUrl, keys: [String; KEYS]) -> Result<Connection> {
         let address = url.reveal();
         let client = Client::open(address)
             // The crate's words for it might repeat a part of the address.
@@ -73,7 +73,7 @@ impl Connection {
     ///
     /// # Errors
     /// Why it could not be run. Nobody knows then whether it was.
-    pub async fn ask(&mut self, arguments: &Arguments) -> Result<[u64; ANSWERS], String> {
+    pub(crate) async fn ask(&mut self, arguments: &Arguments) -> Result<[u64; ANSWERS], String> {
         let answer = self.run(arguments).await;
         answer.map_err(|error| {
             // A server that has become a replica, say: its address may lead to another one by now.

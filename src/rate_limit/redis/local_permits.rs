@@ -10,13 +10,13 @@ use tokio::time::Instant;
 
 /// A permit that is older is lost: what leaves long after it was admitted would leave together with
 /// what is admitted then.
-pub const HELD: Duration = Duration::from_millis(250);
+pub(crate) const HELD: Duration = Duration::from_millis(250);
 
 /// Permits asked for at once, at most.
 const LARGEST_BATCH: u64 = 64;
 
 #[derive(Debug)]
-pub struct Hand {
+pub(crate) struct Hand {
     /// Oldest first.
     grants: VecDeque<Grant>,
     /// Permits to ask for at once: more of them where they leave at once, fewer where something else
@@ -44,7 +44,7 @@ impl Default for Hand {
 }
 
 impl Hand {
-    pub fn add(&mut self, requests: u64, tokens: u64, at: Instant) {
+    pub(crate) fn add(&mut self, requests: u64, tokens: u64, at: Instant) {
         if requests + tokens > 0 {
             self.granted = Some(at);
             self.grants.push_back(Grant {
@@ -56,7 +56,7 @@ impl Hand {
     }
 
     /// Takes a permit for a request of so many tokens, if there is one.
-    pub fn take(&mut self, tokens: u64, now: Instant) -> bool {
+    pub(crate) fn take(&mut self, tokens: u64, now: Instant) -> bool {
         while let Some(oldest) = self.grants.front()
             && now.saturating_duration_since(oldest.at) > HELD
         {
@@ -80,13 +80,13 @@ impl Hand {
     }
 
     /// Requests and tokens that are there.
-    pub fn held(&self) -> (u64, u64) {
+    pub(crate) fn held(&self) -> (u64, u64) {
         let sum = |of: fn(&Grant) -> u64| self.grants.iter().map(of).sum();
         (sum(|grant| grant.requests), sum(|grant| grant.tokens))
     }
 
     /// How many to ask for, where there is room for so many.
-    pub fn wanted(&mut self, room: usize, now: Instant) -> u64 {
+    pub(crate) fn wanted(&mut self, room: usize, now: Instant) -> u64 {
         if let Some(granted) = self.granted.take() {
             self.batch = match now.saturating_duration_since(granted) < HELD / 4 {
                 true => (self.batch * 2).min(LARGEST_BATCH),

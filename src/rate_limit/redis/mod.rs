@@ -34,12 +34,12 @@
 //! burst more, and begins the day anew.
 
 #[cfg(feature = "redis")]
-pub mod connection;
+pub(crate) mod connection;
 #[cfg(not(feature = "redis"))]
 #[path = "no_connection.rs"]
-pub mod connection;
-pub mod local_permits;
-pub mod rules;
+pub(crate) mod connection;
+pub(crate) mod local_permits;
+pub(crate) mod rules;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,10 +51,10 @@ use tokio::sync::mpsc::{self, Receiver, Sender};
 use tokio::time::Instant;
 
 use crate::config;
+use crate::rate_limit::cost::Cost;
 use crate::rate_limit::redis::connection::Connection;
 use crate::rate_limit::redis::local_permits::Hand;
 use crate::rate_limit::redis::rules::{Arguments, Charged, Rules};
-use crate::rate_limit::server_limits::Cost;
 use crate::rate_limit::user_limits;
 
 /// The longest time until the server is asked again: it may have forgotten, or its clock may have been
@@ -69,7 +69,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// The ceilings as one lane sees them. One question at a time is on its way.
-pub struct Shared {
+pub(crate) struct Shared {
     rules: Rules,
     questions: Sender<Arguments>,
     answers: Receiver<Answer>,
@@ -92,7 +92,7 @@ struct Silence {
 }
 
 /// What the user is to know.
-pub enum News {
+pub(crate) enum News {
     /// The server cannot be asked, for this reason: nothing leaves.
     Silent(String),
     /// It can again, after so long.
@@ -107,7 +107,7 @@ impl Shared {
     ///
     /// # Errors
     /// Where a request could never leave, or the server cannot be asked.
-    pub async fn connect(
+    pub(crate) async fn connect(
         lane: &config::Lane,
         largest: Cost,
         patience: Duration,
@@ -136,7 +136,7 @@ impl Shared {
     /// Takes a permit for a request of so many tokens from the hand, or sees to it that one comes:
     /// then when to ask again, unless there is something to hear before. There is room for `room`
     /// such requests.
-    pub fn take(&mut self, tokens: u64, room: usize, now: Instant) -> Result<(), Instant> {
+    pub(crate) fn take(&mut self, tokens: u64, room: usize, now: Instant) -> Result<(), Instant> {
         if self.hand.take(tokens, now) {
             return Ok(());
         }
@@ -153,7 +153,7 @@ impl Shared {
     }
 
     /// Takes in the answer that has come, if one has.
-    pub fn hear(&mut self) -> Option<News> {
+    pub(crate) fn hear(&mut self) -> Option<News> {
         let (at, answer) = match self.answers.try_recv() {
             Ok(answer) => answer,
             Err(TryRecvError::Empty) => return None,
@@ -191,7 +191,7 @@ impl Shared {
     }
 
     /// The server cannot be asked.
-    pub fn is_silent(&self) -> bool {
+    pub(crate) fn is_silent(&self) -> bool {
         self.silence.is_some()
     }
 }

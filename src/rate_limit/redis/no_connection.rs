@@ -8,14 +8,14 @@ use crate::config::redis_url::{CANNOT_SHARE, RedisUrl};
 use crate::exit::Exit;
 use crate::rate_limit::redis::rules::{ANSWERS, Arguments, KEYS};
 
-pub struct Connection(Infallible);
+pub(crate) struct Connection(Infallible);
 
 impl Connection {
-    pub async fn open(_: &RedisUrl, _: [String; KEYS]) -> Result<Connection> {
+    pub(crate) async fn open(_: &RedisUrl, _: [String; KEYS]) -> Result<Connection> {
         Err(Exit::Usage(CANNOT_SHARE.into()).into())
     }
 
-    pub async fn ask(&mut self, _: &Arguments) -> Result<[u64; ANSWERS], String> {
+    pub(crate) async fn ask(&mut self, _: &Arguments) -> Result<[u64; ANSWERS], String> {
         match self.0 {}
     }
 }

@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use crate::client::http::identity;
+use crate::config::teacher::identity;
 use crate::config::{Limits, Teacher};
 use crate::rate_limit::user_limits::burst;
 
-pub const KEYS: usize = 3;
-pub const ANSWERS: usize = 3;
+pub(crate) const KEYS: usize = 3;
+pub(crate) const ANSWERS: usize = 3;
 
 /// What the script is told with each question.
-pub type Arguments = [u64; 11];
+pub(crate) type Arguments = [u64; 11];
 
 /// A minute in picoseconds: whole numbers of them are fine enough for any limit, and small enough to
 /// be exact in the doubles that Lua counts with.
@@ -21,14 +21,14 @@ const LARGEST_EXACT: u64 = 1 << 53;
 
 /// The names of the script's keys. What stands in braces is the same in all of them, so that a
 /// cluster keeps them in one place.
-pub fn keys(teacher: &Teacher) -> [String; KEYS] {
+pub(crate) fn keys(teacher: &Teacher) -> [String; KEYS] {
     let asked = format!("{}\n{}", identity(teacher), teacher.model);
     let hash = blake3::hash(asked.as_bytes()).to_hex();
     ["requests", "tokens", "day"].map(|name| format!("distill:limit:{{{}}}:{name}", &hash[..32]))
 }
 
 #[derive(Debug, Clone, Copy)]
-pub struct Rules {
+pub(crate) struct Rules {
     requests: Bucket,
     tokens: Bucket,
     /// 0 for no ceiling.
@@ -62,7 +62,7 @@ impl Bucket {
 
 impl Rules {
     /// `largest` is the estimate of tokens of the largest request to come.
-    pub fn new(limits: &Limits, largest: u64) -> Rules {
+    pub(crate) fn new(limits: &Limits, largest: u64) -> Rules {
         let per_day = limits.requests_per_day.unwrap_or(0);
         Rules {
             requests: Bucket::new(limits.requests_per_minute, 1),
@@ -72,7 +72,7 @@ impl Rules {
     }
 
     /// Asks for up to `wanted` requests of so many tokens each; `held` requests and tokens are there.
-    pub fn arguments(&self, wanted: u64, tokens: u64, held: (u64, u64)) -> Arguments {
+    pub(crate) fn arguments(&self, wanted: u64, tokens: u64, held: (u64, u64)) -> Arguments {
         let (requests, by_tokens) = (self.requests, self.tokens);
         [
             wanted,
@@ -92,7 +92,7 @@ impl Rules {
 
 /// What the script answers.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Charged {
+pub(crate) struct Charged {
     pub requests: u64,
     pub tokens: u64,
     /// Where nothing was charged: until there is room for one request.
@@ -100,7 +100,7 @@ pub struct Charged {
 }
 
 impl Charged {
-    pub fn new([requests, tokens, microseconds]: [u64; ANSWERS]) -> Charged {
+    pub(crate) fn new([requests, tokens, microseconds]: [u64; ANSWERS]) -> Charged {
         Charged {
             requests,
             tokens,

@@ -14,10 +14,10 @@ use crate::tokenizer::chat_template::{python_json, python_text};
 /// Error of a template that calls `strftime_now` without a date.
 pub const NEEDS_DATE: &str = "it calls `strftime_now`: set `student.template_date` to a date";
 /// Bytes that a rendering may handle, and how often it may handle each byte of the messages.
-pub const ALLOWANCE: usize = 16 << 20;
+pub(crate) const ALLOWANCE: usize = 16 << 20;
 const ALLOWANCE_PER_BYTE: usize = 200;
 /// Bytes in one value, and for each byte of the messages.
-pub const LARGEST_VALUE: usize = 64 << 10;
+pub(crate) const LARGEST_VALUE: usize = 64 << 10;
 const LARGEST_VALUE_PER_BYTE: usize = 4;
 /// What an element of a list counts for.
 const ELEMENT: usize = 32;
@@ -113,7 +113,7 @@ static BUILTIN: LazyLock<Environment<'static>> = LazyLock::new(Environment::new)
 
 /// The environment that `transformers` provides to chat templates, with `date` instead of the clock, for
 /// messages of `input` bytes in total.
-pub fn environment(input: usize, date: Option<DateTime>) -> Environment<'static> {
+pub(crate) fn environment(input: usize, date: Option<DateTime>) -> Environment<'static> {
     let mut env = METERED.clone();
     env.add_global(INPUT, input);
     env.add_function("strftime_now", move |format: String| match date {
@@ -337,7 +337,7 @@ fn deep(value: &Value) -> usize {
     total
 }
 
-pub fn refusal(what: &str) -> Error {
+pub(crate) fn refusal(what: &str) -> Error {
     Error::new(
         ErrorKind::InvalidOperation,
         format!("{what}, which is more than a chat template may do"),

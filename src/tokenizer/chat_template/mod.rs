@@ -5,11 +5,11 @@
 //! twice, once as it is and once with a marker in place of each content. The second shows where the
 //! template puts contents; the first decides what it makes of them.
 
-pub mod meter;
-pub mod python_date;
-pub mod python_json;
-pub mod python_text;
-pub mod sandbox;
+pub(crate) mod meter;
+pub(crate) mod python_date;
+pub(crate) mod python_json;
+pub(crate) mod python_text;
+pub(crate) mod sandbox;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -22,7 +22,7 @@ use minijinja::{Value, context};
 
 use crate::config::TemplateDate;
 use crate::exit::Exit;
-use crate::prompt::Message;
+use crate::prompt::message::Message;
 
 /// Prepends default values of variables to a template; values passed at rendering take precedence.
 ///

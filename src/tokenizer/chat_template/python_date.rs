@@ -8,7 +8,7 @@ use minijinja::{Error, ErrorKind};
 ///
 /// # Errors
 /// For a directive that Python does not document.
-pub fn format(format: &str, date: DateTime) -> Result<String, Error> {
+pub(crate) fn format(format: &str, date: DateTime) -> Result<String, Error> {
     let mut text = String::new();
     let mut rest = format;
     while let Some(at) = rest.find('%') {

@@ -9,7 +9,7 @@ use serde_json::ser::Formatter;
 
 /// The filter `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`
 /// of `transformers`.
-pub fn tojson(args: &[Value]) -> Result<Value, Error> {
+pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
     let (value, indent, options): (&Value, Option<usize>, Kwargs) = from_args(args)?;
     let indent = match indent {
         Some(indent) => Some(indent),

@@ -4,7 +4,7 @@ use minijinja::value::from_args;
 use minijinja::{Error, ErrorKind, Value};
 
 /// Calls a string method. Returns None for other values and methods.
-pub fn call(value: &Value, method: &str, args: &[Value]) -> Option<Result<Value, Error>> {
+pub(crate) fn call(value: &Value, method: &str, args: &[Value]) -> Option<Result<Value, Error>> {
     let text = value.as_str()?;
     let result = match method {
         "index" => index(text, args),

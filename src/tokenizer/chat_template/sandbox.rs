@@ -28,7 +28,7 @@ const BRANCHES: usize = 500;
 
 /// Renders `source`. `messages` is how many messages the context holds and `input` their bytes;
 /// both widen what the template may take. `strftime_now` returns `date`.
-pub fn render(
+pub(crate) fn render(
     source: &str,
     context: Value,
     messages: usize,

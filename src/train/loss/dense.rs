@@ -2,8 +2,8 @@
 //! missing: K is the whole vocabulary, and there is no tail.
 
 use super::divergence::{Divergence, Position};
-use super::{RowLoss, SoftTerm, Weights, pull_to_label, top1};
 use crate::ops::math;
+use crate::train::loss::row::{RowLoss, SoftTerm, Weights, pull_to_label, top1};
 
 /// A softmax at a temperature, without its weights.
 #[derive(Clone, Copy)]
@@ -38,7 +38,7 @@ impl Softmax {
 /// `tail`, `unbiased`, `damped` and both kinds of `renormalize` are the same then: the KL divergence. That, and
 /// with it `temperature`, is the classic of Hinton et al. (arXiv 1503.02531).
 #[inline(always)]
-pub fn row(logits: &mut [f32], teacher: &[f32], label: u32, weights: Weights) -> RowLoss {
+pub(crate) fn row(logits: &mut [f32], teacher: &[f32], label: u32, weights: Weights) -> RowLoss {
     let scale = weights.scale;
     let SoftTerm {
         divergence,

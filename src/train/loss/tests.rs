@@ -1,4 +1,5 @@
 use super::*;
+use crate::train::loss::row::End;
 
 // The case of the reference: V = 6, K = {0, 1, 2}.
 const TEACHER: [f64; 6] = [3.0, 2.0, 1.0, 0.5, 0.0, -1.0];

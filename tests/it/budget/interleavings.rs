@@ -7,7 +7,7 @@ use distill::budget::account::{Account, Bill};
 use distill::budget::dollars::Dollars;
 use distill::budget::ledger::Spent;
 use distill::budget::price::Bound;
-use distill::cache::record::Usage;
+use distill::cache::usage::Usage;
 
 use super::{Disk, Fault, Mortal, PRICE, after_a_kill, dollars};
 

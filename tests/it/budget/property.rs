@@ -7,7 +7,7 @@ use distill::budget::dollars::Dollars;
 use distill::budget::ledger::{Spent, Tokens};
 use distill::budget::price;
 use distill::budget::price::Bound;
-use distill::cache::record::Usage;
+use distill::cache::usage::Usage;
 use distill::config::Price;
 use proptest::prelude::*;
 

@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use distill::cache::record::{Logprobs, RawToken};
+use distill::cache::encoding::RawToken;
+use distill::cache::record::Logprobs;
 use distill::data::align::aligned::{Aligned, Chunk};
 use distill::data::align::{Mapper, Mismatch, groups};
 use distill::tokenizer::Tokenizer;

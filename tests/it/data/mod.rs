@@ -13,7 +13,7 @@ mod tokenizer;
 
 use std::path::PathBuf;
 
-use distill::prompt::Message;
+use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
 use serde_json::Value;
 

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use distill::cache::record::{RawToken, Record};
-use distill::cache::view::{LogprobsView, RecordView};
+use distill::cache::encoding::RawToken;
+use distill::cache::logprobs_view::LogprobsView;
+use distill::cache::record::Record;
+use distill::cache::view::RecordView;
 use distill::config::Config;
 use distill::data::batch::Batch;
 use distill::data::dataset::{self, Dataset};

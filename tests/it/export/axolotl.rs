@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use distill::cache::record::{Logprobs, RawToken, Record};
+use distill::cache::encoding::RawToken;
+use distill::cache::record::{Logprobs, Record};
 use distill::config::Data;
 use distill::data::groups::Selection;
-use distill::export::{Format, Report, Settings, write};
+use distill::export::rows::{Report, Settings};
+use distill::export::{Format, write};
 use distill::tokenizer::Tokenizer;
 use serde_json::json;
 
@@ -109,7 +111,7 @@ fn axolotl_gets_the_next_tokens_distribution_at_each_of_the_last_positions() {
     left_out(&report, 1, &[]);
 
     let row = &rows(&out)[0];
-    let messages: Vec<distill::prompt::Message> =
+    let messages: Vec<distill::prompt::message::Message> =
         serde_json::from_value(row["messages"].clone()).unwrap();
     assert_eq!(messages[1].content, "the€");
     let ids: Vec<Vec<u32>> = serde_json::from_value(row["target_token_ids"].clone()).unwrap();

@@ -11,7 +11,8 @@ use distill::cache::record::Record;
 use distill::config::Data;
 use distill::data::groups::Selection;
 use distill::exit::Exit;
-use distill::export::{Format, Report, Settings, write};
+use distill::export::rows::{Report, Settings};
+use distill::export::{Format, write};
 use serde_json::{Value, json};
 
 use crate::cache_samples::{encode, sample};

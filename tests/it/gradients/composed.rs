@@ -19,7 +19,7 @@ use distill::ops::matmul::Precision;
 use distill::ops::rope::RopeTable;
 use distill::train::ema::Ema;
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::{SoftTerm, Weights};
+use distill::train::loss::row::{SoftTerm, Weights};
 use distill::train::objective::{self, Models};
 use distill::train::optimizer::Optimizer;
 use distill::train::student::Student;

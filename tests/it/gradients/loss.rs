@@ -1,8 +1,9 @@
 //! Row T2: the gradient of a position's loss, with every divergence, against central differences of
 //! its formula in f64.
 
+use distill::train::loss;
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::{self, Row, SoftTerm, Weights};
+use distill::train::loss::row::{Row, SoftTerm, Weights};
 
 /// Every one there is, with its parameter where it has one.
 fn divergences(random: &mut fastrand::Rng) -> [Divergence; 11] {

@@ -10,13 +10,13 @@ use std::collections::BTreeMap;
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::ops::log_softmax;
 use distill::data::batch::Batch;
-use distill::model::config::ModelConfig;
+use distill::model::config::shape::ModelConfig;
 use distill::model::gradients::Gradients;
 use distill::model::tape::Memory;
 use distill::model::weights::Tensors;
 use distill::model::{Input, Model};
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::{SoftTerm, Weights};
+use distill::train::loss::row::{SoftTerm, Weights};
 use distill::train::objective;
 
 use crate::model::tiny;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use distill::data::batch::Batch;
-use distill::model::config::ModelConfig;
+use distill::model::config::shape::ModelConfig;
 use distill::model::tape::Memory;
 use distill::model::weights::{self, Tensors};
 use distill::model::{Frame, Input};

@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use distill::cache::record::Record;
 use distill::config::MaxTokensField;
-use distill::harvest::{self, HarvestOptions};
+use distill::harvest;
+use distill::harvest::options::HarvestOptions;
 use distill::report::summary::Summary;
 use serde_json::json;
 

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use distill::client::http::{Fault, Reply, Transport};
+use distill::client::transport::{Fault, Reply, Transport};
 use distill::clock::WallClock;
 use distill::config::{Durability, Teacher};
 use distill::exit::Exit;

@@ -4,14 +4,15 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use distill::client::http::{Fault, Reply, Transport};
+use distill::client::transport::{Fault, Reply, Transport};
 use distill::clock::WallClock;
 use distill::config::{Config, Durability};
 use distill::harvest::{self, World};
+use distill::mock::Mock;
 use distill::mock::ledger::Stats;
+use distill::mock::request::Request;
 use distill::mock::response::Reaction;
 use distill::mock::script::Script;
-use distill::mock::{Mock, Request};
 use distill::report::summary::Summary;
 use distill::signal::Signals;
 use futures_util::FutureExt;

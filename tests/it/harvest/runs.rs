@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use distill::cache::record::Status;
 use distill::exit::Exit;
-use distill::harvest::{self, HarvestOptions};
+use distill::harvest;
+use distill::harvest::options::HarvestOptions;
 use distill::report::summary::Summary;
 use distill::signal::Signals;
 use tokio::sync::mpsc::unbounded_channel;

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use distill::mock::Mock;
+use distill::mock::request::Request;
 use distill::mock::response::{Reaction, Reply};
-use distill::mock::{Mock, Request};
 use serde_json::{Value, json};
 use tokio::time::advance;
 

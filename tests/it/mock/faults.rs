@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use distill::mock::Request;
+use distill::mock::request::Request;
 use distill::mock::response::Reaction;
 use distill::mock::script::kind::Kind;
 use serde_json::{Value, json};

@@ -8,9 +8,10 @@ pub mod server;
 
 use std::path::Path;
 
+use distill::mock::Mock;
+use distill::mock::request::Request;
 use distill::mock::response::{Reaction, Reply};
 use distill::mock::script::Script;
-use distill::mock::{Mock, Request};
 use serde_json::{Value, json};
 
 pub fn script(text: &str) -> Script {

@@ -6,7 +6,8 @@ use candle_core::Tensor;
 use distill::config::{Config, Init};
 use distill::exit::Exit;
 use distill::model::weights::{self, Tensors};
-use distill::train::{self, Start};
+use distill::train;
+use distill::train::summary::Start;
 
 use super::{metrics, run_folder, weights};
 use crate::gradients::difference;

@@ -12,9 +12,10 @@ use std::path::Path;
 
 use distill::config::{Config, Init, Kd, SaveDtype};
 use distill::exit::Exit;
-use distill::prompt::Message;
+use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
-use distill::train::{self, Start};
+use distill::train;
+use distill::train::summary::Start;
 use serde_json::json;
 
 use crate::tiny;
@@ -127,7 +128,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
 #[test]
 fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
     let (_dir, mut config) = run_folder();
-    let code = |result: anyhow::Result<train::Summary>| {
+    let code = |result: anyhow::Result<distill::train::summary::Summary>| {
         let error = result.err().unwrap();
         (Exit::code_of(&error), format!("{error:#}"))
     };

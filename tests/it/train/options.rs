@@ -4,7 +4,8 @@ use candle_core::Tensor;
 use distill::config::{Best, ComputeDtype, Config, Device, Init, Schedule};
 use distill::exit::Exit;
 use distill::model::weights::{self, Tensors};
-use distill::train::{self, Start};
+use distill::train;
+use distill::train::summary::Start;
 
 use super::{metrics, run_folder, weights};
 use crate::tiny;

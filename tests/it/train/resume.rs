@@ -6,7 +6,8 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use distill::config::Config;
-use distill::train::{self, Start, checkpoint};
+use distill::train::summary::Start;
+use distill::train::{self, checkpoint};
 
 use super::{metrics, run_folder};
 use crate::nightly;

@@ -4,7 +4,8 @@ use distill::config::{ComputeDtype, Init, Kd};
 use distill::data::groups::Selection;
 use distill::exit::Exit;
 use distill::model::{Input, Model};
-use distill::train::{self, Start};
+use distill::train;
+use distill::train::summary::Start;
 
 use super::{metrics, run_folder};
 use crate::tiny;

@@ -6,7 +6,8 @@ use tokio::time::Instant;
 
 use super::super::{end, quietly};
 use super::*;
-use distill::harvest::{self, HarvestOptions};
+use distill::harvest;
+use distill::harvest::options::HarvestOptions;
 
 #[tokio::test(start_paused = true)]
 async fn errors_of_every_shape_are_asked_again_or_fail_and_add_up() {

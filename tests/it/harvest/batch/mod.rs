@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use distill::cache::record::Record;
-use distill::client::batch_object::{BatchApi, Download};
-use distill::client::http::{Fault, Reply, Transport};
+use distill::client::transport::{BatchApi, Download};
+use distill::client::transport::{Fault, Reply, Transport};
 use distill::config::{Config, Mode};
 use distill::mock::response::Reaction;
 use distill::report::summary::Summary;

@@ -8,7 +8,7 @@ mod silence;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use distill::client::http::{Fault, Reply, Transport};
+use distill::client::transport::{Fault, Reply, Transport};
 use distill::clock::WallClock;
 use distill::config::{Durability, Limits};
 use distill::exit::Exit;

@@ -5,7 +5,7 @@ use crate::data::align::alternatives::{EXCESS, is_usable};
 use crate::data::align::token_ids;
 
 /// Reason for which training cannot use these logprobs of `text`.
-pub fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
+pub(crate) fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
     // The text of tokens that are named by id is known to their tokenizer.
     if !logprobs.matches_text
         && !token_ids::are_ids(&logprobs.token)

@@ -1,7 +1,7 @@
 //! Names of control tokens, as servers report them among logprobs.
 
 /// Is this the name of a control token in the tokenizers that most models use?
-pub fn names_control(name: &str) -> bool {
+pub(crate) fn names_control(name: &str) -> bool {
     const OTHERS: [&str; 4] = ["<s>", "<bos>", "<pad>", "<unk>"];
     names_end(name)
         || OTHERS.contains(&name)
@@ -10,7 +10,7 @@ pub fn names_control(name: &str) -> bool {
 }
 
 /// Is this the name of a token that ends a turn there?
-pub fn names_end(name: &str) -> bool {
+pub(crate) fn names_end(name: &str) -> bool {
     const ENDS: [&str; 14] = [
         "</s>",
         "<eos>",

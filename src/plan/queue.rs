@@ -38,7 +38,7 @@ impl Entry {
     }
 }
 
-pub struct Queue {
+pub(crate) struct Queue {
     /// In order, none of them empty.
     fresh: Vec<Range<usize>>,
     /// Earliest first.
@@ -47,7 +47,7 @@ pub struct Queue {
 
 impl Queue {
     /// All of these rows, fresh.
-    pub fn new(rows: Range<usize>) -> Self {
+    pub(crate) fn new(rows: Range<usize>) -> Self {
         Self {
             fresh: Vec::from_iter(Some(rows).filter(|rows| !rows.is_empty())),
             delayed: BinaryHeap::new(),
@@ -55,22 +55,22 @@ impl Queue {
     }
 
     /// Rows that wait.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.fresh.iter().map(Range::len).sum::<usize>() + self.delayed.len()
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.fresh.is_empty() && self.delayed.is_empty()
     }
 
     /// Puts a row back until `not_before`.
-    pub fn delay(&mut self, entry: Entry, not_before: Instant) {
+    pub(crate) fn delay(&mut self, entry: Entry, not_before: Instant) {
         self.delayed.push(Reverse((not_before, entry)));
     }
 
     /// The row whose turn it is, or the instant at which there may be one (None: not before
     /// another is put back). Retries that are due go first: they have waited.
-    pub fn peek(&self, now: Instant) -> Result<Entry, Option<Instant>> {
+    pub(crate) fn peek(&self, now: Instant) -> Result<Entry, Option<Instant>> {
         let due = self.delayed.peek().map(|Reverse(delayed)| *delayed);
         match due {
             Some((not_before, entry)) if not_before <= now => Ok(entry),
@@ -84,7 +84,7 @@ impl Queue {
     /// As [`Queue::peek`], of the row that has least to do with what is wrong: those that always fail must
     /// not be all that is tried of an endpoint. `is_failing` says whether a row has failed of late. Rows that
     /// fail may be neighbours: if `is_far` is set, the fresh one that is farthest from those that were taken.
-    pub fn peek_least_suspect(
+    pub(crate) fn peek_least_suspect(
         &self,
         now: Instant,
         is_failing: impl Fn(usize) -> bool,
@@ -111,18 +111,18 @@ impl Queue {
     }
 
     /// Returns true if every row that waits is one of these.
-    pub fn all(&self, is_one: impl Fn(&Entry) -> bool) -> bool {
+    pub(crate) fn all(&self, is_one: impl Fn(&Entry) -> bool) -> bool {
         let mut delayed = self.delayed.iter();
         self.fresh.is_empty() && delayed.all(|Reverse((_, entry))| is_one(entry))
     }
 
     /// Takes a row out that was put back.
-    pub fn remove(&mut self, row: usize) {
+    pub(crate) fn remove(&mut self, row: usize) {
         self.delayed.retain(|Reverse((_, entry))| entry.row != row);
     }
 
     /// Takes what one of the two has shown.
-    pub fn take(&mut self, entry: Entry) {
+    pub(crate) fn take(&mut self, entry: Entry) {
         let at = self.fresh.iter().position(|rows| rows.contains(&entry.row));
         if let Some(at) = at.filter(|_| entry == Entry::fresh(entry.row)) {
             let rows = self.fresh[at].clone();

@@ -1,0 +1,136 @@
+//! TODO
+
+use crate::cache::append_log::Journal;
+use crate::cache::keys::Keys;
+use crate::cache::place::Change;
+use crate::cache::place::Place;
+use crate::cache::question::Past;
+use anyhow::Result;
+use std::sync::Condvar;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+use std::time::Instant;
+
+pub(crate) struct Shared {
+    pub(crate) state: Mutex<State>,
+    /// A group was begun or is complete, there is enough for a frame, a sync has ended, or the
+    /// cache is being closed.
+    pub(crate) changed: Condvar,
+    /// What is in the plain file stays there.
+    pub stays_plain: AtomicBool,
+}
+
+impl Shared {
+    /// The state, also after a panic elsewhere: it is consistent between any two statements that
+    /// can panic.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a change.
+    pub(crate) fn wait<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a change, but not for longer than `time`.
+    pub(crate) fn wait_for<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        time: Duration,
+    ) -> MutexGuard<'a, State> {
+        self.changed
+            .wait_timeout(state, time)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+    }
+
+    /// Waits until no sync is going on in the background.
+    pub(crate) fn wait_while_syncing<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+    ) -> MutexGuard<'a, State> {
+        while state.syncing.is_some() {
+            state = self.wait(state);
+        }
+        state
+    }
+}
+
+impl Shared {
+    /// After an append to `before` lines that were not synced: has a full group synced, in the
+    /// background where the storage can.
+    pub(crate) fn commit<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        before: usize,
+    ) -> Result<()> {
+        // A disk that takes longer than a group may wait holds up the appending.
+        if state
+            .syncing
+            .is_some_and(|began| began.elapsed() >= GROUP_AGE)
+        {
+            state = self.wait_while_syncing(state);
+        }
+        let unsynced = state.journal.unsynced();
+        if before == 0 || (before < GROUP_RECORDS && unsynced >= GROUP_RECORDS) {
+            self.changed.notify_all();
+        }
+        if unsynced >= GROUP_RECORDS && !state.journal.syncs_in_background() {
+            state.journal.sync()?;
+        }
+        state.journal.may_append()
+    }
+}
+
+pub(crate) struct State {
+    pub journal: Journal,
+    pub(crate) keys: Keys,
+    pub(crate) past: Past,
+    /// Of all its records.
+    pub(crate) cost_usd: f64,
+    /// Records that repeat a key.
+    pub(crate) repeated: u64,
+    /// The compressed file, where there is one, and its length.
+    pub frames: Option<(Place, u64)>,
+    /// When the sync began that is going on in the background.
+    pub(crate) syncing: Option<Instant>,
+    /// The length of the plain file from which on the sealer has something to do.
+    pub seal_from: u64,
+    pub closing: bool,
+    /// Some lines are in both files, or there is a part of a frame: when the cache is next opened it
+    /// is read whole, and tidied.
+    pub is_untidy: bool,
+}
+
+impl State {
+    /// Compares the files with what was written to them.
+    pub(crate) fn look(&mut self) {
+        self.journal.look();
+        let Some((place, length)) = &self.frames else {
+            return;
+        };
+        // A frame may be on its way into it.
+        let Err(change) = place.check(*length) else {
+            return;
+        };
+        if let Change::Longer { .. } = change {
+            return;
+        }
+        // Also after the plain file: both may have been removed, and each is rescued by itself.
+        let (displaced, _) = place.leave(&change, *length);
+        self.journal.displace(displaced);
+        self.frames = None;
+    }
+}
+
+/// ... or when its first record is this old. Nor may more than what was appended in such a time
+/// wait for a slow disk.
+pub(crate) const GROUP_AGE: Duration = Duration::from_secs(1);
+
+/// A group is synced when it has this many records ...
+pub(crate) const GROUP_RECORDS: usize = 64;

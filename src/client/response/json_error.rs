@@ -1,0 +1,32 @@
+//! TODO
+
+/// Why there is no JSON value in a body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Problem {
+    Empty,
+    /// The value does not end.
+    CutOff,
+    /// What stands where a value should begin or go on.
+    NotJson(String),
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Problem::Empty => formatter.write_str("the body is empty"),
+            Problem::CutOff => formatter.write_str("the JSON ends early (EOF)"),
+            Problem::NotJson(text) => write!(formatter, "not JSON: {text}"),
+        }
+    }
+}
+
+/// The first characters of a body, for a message.
+pub(crate) fn beginning(body: &[u8]) -> String {
+    const SHOWN: usize = 120;
+    let text = String::from_utf8_lossy(&body[..body.len().min(4 * SHOWN)]);
+    let mut short: String = text.trim().chars().take(SHOWN).collect();
+    if short.len() < body.trim_ascii().len() {
+        short.push_str(" ...");
+    }
+    short
+}

@@ -1,0 +1,83 @@
+//! TODO
+
+use serde::Serialize;
+use std::fmt;
+use std::ops::Range;
+
+/// A conversation of T tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Conversation {
+    /// (T)
+    pub ids: Vec<u32>,
+    /// The assistant's messages, in order.
+    pub answers: Vec<AnswerTokens>,
+    /// Set if the generation prompt differs from the rendered prefix of the last answer; `ids` begin with the
+    /// generation prompt.
+    pub difference: Option<Difference>,
+}
+
+/// An answer in a [`Conversation`]; ranges of tokens are in `ids`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AnswerTokens {
+    /// The message's index.
+    pub message: usize,
+    /// Byte range of the content that `tokens` end with.
+    pub text: Range<usize>,
+    /// Tokens from the end of the generation prompt to the end of the content: text of the template that the
+    /// model has to generate, and the content.
+    pub tokens: Range<usize>,
+    /// `tokens` and what follows up to the token that ends the turn, if one does.
+    pub supervised: Range<usize>,
+    /// Tokens of the content alone.
+    pub content: Range<usize>,
+    /// First token after the thinking, or of `tokens` without thinking.
+    pub after_thinking: usize,
+    /// True if the ids before `tokens` equal the generation prompt and the answer is rendered as after it, or if
+    /// the template rejects such a prompt.
+    pub follows_generation_prompt: bool,
+    /// Set if the template does not print the thinking of the message.
+    pub thinking: Option<ThinkingChange>,
+}
+
+impl AnswerTokens {
+    /// An answer without supervised tokens here.
+    pub(crate) fn separate(message: usize) -> AnswerTokens {
+        AnswerTokens {
+            message,
+            text: 0..0,
+            content: 0..0,
+            tokens: 0..0,
+            supervised: 0..0,
+            after_thinking: 0,
+            follows_generation_prompt: false,
+            thinking: None,
+        }
+    }
+}
+
+/// Ends of the generation prompt and of the prefix in the rendered conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    pub generation: String,
+    pub conversation: String,
+}
+
+/// How an answer's thinking differs from what the template prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThinkingChange {
+    /// The template drops it; it is written as in the message.
+    Restored,
+    /// Left out, since the generation prompt closes a block of thinking.
+    LeftOut,
+}
+
+impl fmt::Display for ThinkingChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ThinkingChange::Restored => "with their thinking, which the chat template drops",
+            ThinkingChange::LeftOut => {
+                "without their thinking, since the generation prompt closes a block of it"
+            }
+        })
+    }
+}
