@@ -54,7 +54,7 @@ const MAX_TEMPLATES: u32 = 1_000;
 const USUAL_FIELDS: usize = 8;
 
 /// What is asked of one teacher, whatever the prompt.
-pub struct Asking {
+pub struct RequestTemplate {
     pub lane: Lane,
     pub structured: Option<Structured>,
     /// Hash of what `distill probe` found out about the endpoint; empty without a probe.
@@ -110,10 +110,10 @@ fn check_extra(extra: &Map<String, Value>) -> Result<()> {
     inner.into_iter().try_for_each(check_extra)
 }
 
-impl Asking {
+impl RequestTemplate {
     /// Without a schema, of an endpoint that has not been probed.
-    pub fn plain(lane: Lane) -> Asking {
-        Asking {
+    pub fn plain(lane: Lane) -> RequestTemplate {
+        RequestTemplate {
             lane,
             structured: None,
             probe: String::new(),
@@ -225,7 +225,7 @@ mod tests {
             limits: Default::default(),
             price: Default::default(),
         };
-        Asking::plain(lane).body(messages, sample)
+        RequestTemplate::plain(lane).body(messages, sample)
     }
 
     fn teacher() -> Teacher {

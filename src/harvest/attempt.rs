@@ -16,7 +16,7 @@ use crate::cache::record::Timing;
 use crate::cache::writer::Sealed;
 use crate::client::attempt_error::Trouble;
 use crate::client::outcome;
-use crate::client::request::Asking;
+use crate::client::request::RequestTemplate;
 use crate::client::response::completion::Completion;
 use crate::client::response::usage;
 use crate::client::transport::{Permit, Transport};
@@ -127,7 +127,7 @@ impl Answered {
     /// # Errors
     /// Where a record cannot be encoded.
     pub(crate) fn new(
-        asking: &Asking,
+        asking: &RequestTemplate,
         row: &Row,
         prompt: &Prompt,
         body: Value,

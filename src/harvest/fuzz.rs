@@ -12,7 +12,7 @@ use crate::cache::line;
 use crate::cache::record::Timing;
 use crate::cache::usage::Usage;
 use crate::client::outcome;
-use crate::client::request::Asking;
+use crate::client::request::RequestTemplate;
 use crate::client::transport::Reply;
 use crate::config::{Config, Limits};
 use crate::plan::Row;
@@ -49,7 +49,7 @@ pub fn reply(bytes: &[u8]) {
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]});
     let timing = Timing::default();
     let mut record = record(
-        &Asking::plain(lane),
+        &RequestTemplate::plain(lane),
         &row,
         &prompt,
         body,

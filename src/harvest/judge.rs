@@ -20,7 +20,7 @@ use crate::cache::question::{Endpoint, Names, Question};
 use crate::cache::writer::Cache;
 use crate::client::http::Teacher;
 use crate::client::request;
-use crate::client::request::Asking;
+use crate::client::request::RequestTemplate;
 use crate::client::score_text::Scoring;
 use crate::client::transport::Transport;
 use crate::clock::WallClock;
@@ -226,10 +226,10 @@ impl Judge {
         Ok(lines)
     }
 
-    fn asking(&self) -> Asking {
-        Asking {
+    fn asking(&self) -> RequestTemplate {
+        RequestTemplate {
             scoring: Some(Arc::clone(&self.scoring)),
-            ..Asking::plain(self.lane.clone())
+            ..RequestTemplate::plain(self.lane.clone())
         }
     }
 

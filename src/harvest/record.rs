@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::budget::price;
-use crate::client::request::Asking;
+use crate::client::request::RequestTemplate;
 use crate::client::response::completion::Completion;
 use crate::plan::Row;
 
@@ -16,7 +16,7 @@ pub(crate) const UNREADABLE: &str = "unreadable";
 
 /// The record of `completion`, the answer to `body`.
 pub(crate) fn record(
-    asking: &Asking,
+    asking: &RequestTemplate,
     row: &Row,
     prompt: &Prompt,
     body: Value,
@@ -72,7 +72,7 @@ pub(crate) fn record(
 /// Why the answer must not be trained on; empty if it may be.
 ///
 /// An answer that is merely cut off or filtered has text, and `[data]` decides about it.
-fn quarantine(asking: &Asking, completion: &Completion) -> String {
+fn quarantine(asking: &RequestTemplate, completion: &Completion) -> String {
     let answer = &completion.answer;
     if completion.unreadable.is_some() {
         return UNREADABLE.into();
@@ -127,7 +127,7 @@ mod tests {
             sampling: Default::default(),
             limits: Default::default(),
         };
-        let asking = Asking::plain(lane);
+        let asking = RequestTemplate::plain(lane);
         let body = json!({"model": "m"});
         record(&asking, &row, &prompt, body, completion, Timing::default())
     }

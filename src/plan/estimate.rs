@@ -114,7 +114,7 @@ pub struct Outlook {
 mod tests {
     use super::*;
     use crate::cache::question::Past;
-    use crate::client::request::Asking;
+    use crate::client::request::RequestTemplate;
     use crate::config::Config;
     use crate::plan::Scope;
     use crate::plan::Standing;
@@ -128,7 +128,7 @@ mod tests {
         config.price.input = Some(1.0);
         config.price.output = Some(2.0);
         config.limits.requests_per_minute = Some(2);
-        let askings = config.lanes().into_iter().map(Asking::plain).collect();
+        let askings = config.lanes().into_iter().map(RequestTemplate::plain).collect();
         let prompts = (0..4).map(|number| {
             Prompt::plain(
                 number.to_string(),

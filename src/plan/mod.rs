@@ -21,7 +21,7 @@ use crate::cache::keys::Keys;
 use crate::cache::question;
 use crate::cache::question::template::QuestionTemplate;
 use crate::cache::question::{Endpoint, Names, Past, Question};
-use crate::client::request::Asking;
+use crate::client::request::RequestTemplate;
 use crate::config;
 use crate::config::{Assignment, Order};
 use crate::plan::shard::Shard;
@@ -61,7 +61,7 @@ pub enum Standing {
 pub struct Plan {
     pub prompts: Vec<Prompt>,
     /// What is asked of each teacher.
-    pub askings: Vec<Asking>,
+    pub askings: Vec<RequestTemplate>,
     /// Still to be asked, teacher by teacher, in the order in which they are sent.
     pub rows: Vec<Row>,
     /// The rows of each teacher.
@@ -142,7 +142,7 @@ impl Plan {
     /// Those of `standing`.
     pub fn new(
         prompts: Vec<Prompt>,
-        askings: Vec<Asking>,
+        askings: Vec<RequestTemplate>,
         settings: &config::Prompts,
         scope: Scope<'_>,
         past: &Past,
@@ -170,7 +170,7 @@ impl Plan {
             keys: Keys::default(),
             questions: Keys::default(),
         };
-        let endpoint = |asking: &Asking| {
+        let endpoint = |asking: &RequestTemplate| {
             let teacher = &asking.lane.teacher;
             Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
         };
@@ -368,7 +368,7 @@ mod tests {
     }
 
     fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
-        let askings = config.lanes().into_iter().map(Asking::plain).collect();
+        let askings = config.lanes().into_iter().map(RequestTemplate::plain).collect();
         let standing = |key: &str| {
             if is_cached(key) {
                 Ok(Standing::Answered)
@@ -429,7 +429,7 @@ mod tests {
                     Standing::Answered
                 })
             };
-            let askings = config.lanes().into_iter().map(Asking::plain).collect();
+            let askings = config.lanes().into_iter().map(RequestTemplate::plain).collect();
             let plan = Plan::new(
                 vec![prompt("a", "x")],
                 askings,

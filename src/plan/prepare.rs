@@ -14,7 +14,7 @@ use crate::cache::question;
 use crate::cache::stats::Stats;
 use crate::cache::storage::Wrap;
 use crate::cache::writer::Cache;
-use crate::client::request::Asking;
+use crate::client::request::RequestTemplate;
 use crate::client::structured_output::Structured;
 use crate::config::{self, Config};
 use crate::exit::Exit;
@@ -30,11 +30,11 @@ use crate::terminal::progress::Reading;
 use crate::terminal::{format_count, format_dollars};
 
 /// Request template of each teacher; `probes` are the hashes of their probe results.
-pub(crate) fn askings(config: &Config, probes: &[String]) -> Result<Vec<Asking>> {
+pub(crate) fn askings(config: &Config, probes: &[String]) -> Result<Vec<RequestTemplate>> {
     let lanes = config.lanes().into_iter().enumerate();
     let asking = |(index, lane): (usize, config::Lane)| {
         let schema = lane.sampling.schema.as_deref();
-        Ok(Asking {
+        Ok(RequestTemplate {
             structured: schema.map(Structured::load).transpose()?,
             probe: probes.get(index).cloned().unwrap_or_default(),
             scoring: None,

@@ -10,7 +10,7 @@ use crate::cache;
 use crate::cache::question;
 use crate::cache::reader::Lines;
 use crate::cache::view::RecordView;
-use crate::client::request::Asking;
+use crate::client::request::RequestTemplate;
 use crate::config::{Config, Groups};
 use crate::data::groups::{Asked, Candidate, Difference, Rows, Selection, Teacher};
 use crate::exit::Exit;
@@ -130,7 +130,7 @@ fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
 }
 
 /// Rows of the plan, each with the name of its answer in the cache: the first of several, in the order of the harvest.
-fn rows(config: &Config, prompts: Vec<Prompt>, askings: Vec<Asking>) -> Result<Rows> {
+fn rows(config: &Config, prompts: Vec<Prompt>, askings: Vec<RequestTemplate>) -> Result<Rows> {
     let known = crate::cache::open::peek(&config.training_cache())?;
     let rows = RefCell::new(Rows::default());
     let standing = |name: &str| {
