@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::config::{Config, Eval, Matching, TemplateDate};
+use crate::config::{AnswerMatching, Config, EvalConfig, TemplateDate};
 use crate::data::dataset;
 use crate::data::groups::Selection;
 use crate::exit::Exit;
@@ -134,7 +134,7 @@ fn against_truth(
     model: &Model,
     tokenizer: &Tokenizer,
     rows: &[(Prompt, String)],
-    settings: &Eval,
+    settings: &EvalConfig,
     quiet: bool,
 ) -> Result<Truth> {
     let prompts: Vec<Vec<u32>> = rows
@@ -175,7 +175,7 @@ fn against_truth(
     for (answer, (_, expected)) in answers.iter().zip(rows) {
         truth.correct += usize::from(matches(settings.matching, &answer.text, expected));
         truth.malformed +=
-            usize::from(settings.matching == Matching::Json && parse(&answer.text).is_none());
+            usize::from(settings.matching == AnswerMatching::Json && parse(&answer.text).is_none());
         truth.cut_off +=
             usize::from(answer.finish_reason == crate::model::batcher::FinishReason::Length);
     }
@@ -194,10 +194,10 @@ fn truth_of(id: &str, row: &Value, field: &str) -> Result<String> {
     }
 }
 
-fn matches(matching: Matching, answer: &str, truth: &str) -> bool {
+fn matches(matching: AnswerMatching, answer: &str, truth: &str) -> bool {
     match matching {
-        Matching::Exact => answer.trim() == truth.trim(),
-        Matching::Json => parse(answer).is_some_and(|value| Some(value) == parse(truth)),
+        AnswerMatching::Exact => answer.trim() == truth.trim(),
+        AnswerMatching::Json => parse(answer).is_some_and(|value| Some(value) == parse(truth)),
     }
 }
 
@@ -255,11 +255,16 @@ mod tests {
     #[test]
     fn json_matches_by_value_and_exact_by_text() {
         let (a, b) = (r#"{"x": 1, "y": [2]}"#, r#" {"y":[2],"x":1} "#);
-        assert!(matches(Matching::Json, a, b) && !matches(Matching::Exact, a, b));
-        assert!(!matches(Matching::Json, "not json", "not json"));
-        assert!(!matches(Matching::Json, r#"{"x": 1}"#, r#"{"x": "1"}"#));
+        assert!(matches(AnswerMatching::Json, a, b) && !matches(AnswerMatching::Exact, a, b));
+        assert!(!matches(AnswerMatching::Json, "not json", "not json"));
+        assert!(!matches(
+            AnswerMatching::Json,
+            r#"{"x": 1}"#,
+            r#"{"x": "1"}"#
+        ));
         assert!(
-            matches(Matching::Exact, "yes\n", "yes") && !matches(Matching::Exact, "Yes", "yes")
+            matches(AnswerMatching::Exact, "yes\n", "yes")
+                && !matches(AnswerMatching::Exact, "Yes", "yes")
         );
     }
 

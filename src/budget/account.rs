@@ -3,9 +3,9 @@
 use anyhow::Result;
 
 use crate::budget::dollars::Dollars;
-use crate::budget::ledger::{InFlight, Ledger, Spent, Store, Tokens};
+use crate::budget::ledger::{InFlight, Ledger, LedgerStore, Spent, UnpricedTokens};
 use crate::budget::price;
-use crate::budget::price::Bound;
+use crate::budget::price::TokenBound;
 use crate::cache::usage::Usage;
 use crate::config::Price;
 use crate::exit::Exit;
@@ -15,20 +15,20 @@ const STEP: f64 = 2.0;
 
 /// Upper bound of a request's cost: dollars, or tokens if no price is set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub struct Amount {
+pub struct Reservation {
     pub usd: Dollars,
     /// The same before [`Ledger::excess`] raised it.
     pub unraised: Dollars,
-    pub tokens: Tokens,
+    pub tokens: UnpricedTokens,
 }
 
 /// Outcome of a reservation.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Bill {
+pub enum Charge {
     /// The endpoint said how many tokens.
     Measured(Usage),
     /// An answer came, with these tokens at the most.
-    Answered(Bound),
+    Answered(TokenBound),
     /// It may have been billed in full: a time-out, a connection lost, a body that makes no sense.
     Possible,
     /// Refused, or never sent.
@@ -40,7 +40,7 @@ pub struct Account<S> {
     cap: Option<Dollars>,
     /// As it would be written now.
     ledger: Ledger,
-    reserved: Amount,
+    reserved: Reservation,
     /// Reserved for batches. Their own journal brings it over a kill, which they survive: it is no part of
     /// what a kill may lose.
     in_batches: Dollars,
@@ -55,7 +55,7 @@ pub struct Account<S> {
     store: S,
 }
 
-impl<S: Store> Account<S> {
+impl<S: LedgerStore> Account<S> {
     /// Takes over the account as it was left, and counts what a killed run left in flight as spent, which is
     /// returned. `price` is that of tokens which were spent while none was set; `floor` what is known to
     /// have been spent from elsewhere.
@@ -84,7 +84,7 @@ impl<S: Store> Account<S> {
         let mut account = Account {
             cap: cap.map(Dollars::at_most),
             ledger,
-            reserved: Amount::default(),
+            reserved: Reservation::default(),
             in_batches: Dollars::ZERO,
             pending: Spent::default(),
             now: Spent::default(),
@@ -97,17 +97,17 @@ impl<S: Store> Account<S> {
     }
 
     /// The most that a request can cost.
-    pub fn bound(&self, bound: &Bound, price: &Price) -> Amount {
+    pub fn bound(&self, bound: &TokenBound, price: &Price) -> Reservation {
         match bound.cost(price) {
-            Some(usd) => Amount {
+            Some(usd) => Reservation {
                 usd: Dollars::at_least(usd).times(self.ledger.excess.max(1.0)),
                 unraised: Dollars::at_least(usd),
-                tokens: Tokens::default(),
+                tokens: UnpricedTokens::default(),
             },
-            None => Amount {
+            None => Reservation {
                 usd: Dollars::ZERO,
                 unraised: Dollars::ZERO,
-                tokens: Tokens {
+                tokens: UnpricedTokens {
                     prompt: bound.input_tokens,
                     cached: 0,
                     completion: bound.output_tokens,
@@ -120,7 +120,7 @@ impl<S: Store> Account<S> {
     ///
     /// # Errors
     /// Where the ledger cannot be written: then nothing is reserved.
-    pub fn reserve(&mut self, amount: &Amount) -> Result<bool> {
+    pub fn reserve(&mut self, amount: &Reservation) -> Result<bool> {
         if self
             .cap
             .is_some_and(|cap| self.committed().plus(amount.usd) > cap)
@@ -153,13 +153,13 @@ impl<S: Store> Account<S> {
         Ok(true)
     }
 
-    fn add(&mut self, amount: &Amount) {
+    fn add(&mut self, amount: &Reservation) {
         self.reserved.usd = self.reserved.usd.plus(amount.usd);
         self.reserved.tokens.add(amount.tokens);
     }
 
     /// Takes a reservation back on which nothing was sent.
-    pub fn release(&mut self, amount: &Amount) {
+    pub fn release(&mut self, amount: &Reservation) {
         let tokens = &mut self.reserved.tokens;
         tokens.prompt = tokens.prompt.saturating_sub(amount.tokens.prompt);
         tokens.completion = tokens.completion.saturating_sub(amount.tokens.completion);
@@ -193,49 +193,49 @@ impl<S: Store> Account<S> {
         held: Dollars,
         unraised: Dollars,
         rows: u64,
-        bill: Bill,
+        bill: Charge,
         price: &Price,
     ) -> Result<()> {
         if rows == 0 {
             return Ok(());
         }
         self.in_batches = self.in_batches.minus(held);
-        if bill == Bill::Possible {
+        if bill == Charge::Possible {
             // One is counted below.
             self.ledger.attempts_lost += rows - 1;
         }
-        let amount = Amount {
+        let amount = Reservation {
             usd: held,
             unraised,
-            tokens: Tokens::default(),
+            tokens: UnpricedTokens::default(),
         };
         self.settle(&amount, bill, price);
         self.flush()
     }
 
     /// Turns a reservation into what was spent. [`Account::flush`] writes it.
-    pub fn settle(&mut self, reserved: &Amount, bill: Bill, price: &Price) {
+    pub fn settle(&mut self, reserved: &Reservation, bill: Charge, price: &Price) {
         self.release(reserved);
         let mut spent = Spent::default();
         match bill {
-            Bill::Measured(usage) => match price::cost(&usage, price) {
+            Charge::Measured(usage) => match price::cost(&usage, price) {
                 Some(usd) => spent.measured_usd = Dollars::at_least(usd),
                 None => spent.measured_tokens = usage.into(),
             },
-            Bill::Answered(bound) => {
+            Charge::Answered(bound) => {
                 let at_most = self.bound(&bound, price);
                 // What was reserved is a bound, too, unless the endpoint itself reports more.
                 spent.estimated_usd = at_most.usd.min(reserved.usd).max(at_most.unraised);
                 spent.estimated_tokens = at_most.tokens;
             }
-            Bill::Possible => {
+            Charge::Possible => {
                 spent.estimated_usd = reserved.usd;
                 spent.estimated_tokens = reserved.tokens;
             }
-            Bill::Nothing => {}
+            Charge::Nothing => {}
         }
         let known = match bill {
-            Bill::Answered(bound) => self.bound(&bound, price).unraised,
+            Charge::Answered(bound) => self.bound(&bound, price).unraised,
             _ => spent.measured_usd,
         };
         if !reserved.unraised.is_zero() && known > reserved.unraised {
@@ -246,7 +246,7 @@ impl<S: Store> Account<S> {
                 self.is_dirty = true;
             }
         }
-        if bill == Bill::Possible {
+        if bill == Charge::Possible {
             self.ledger.attempts_lost = self.ledger.attempts_lost.saturating_add(1);
             self.is_dirty = true;
         }
@@ -366,7 +366,7 @@ impl<S: Store> Account<S> {
 
 /// Turns tokens into dollars, once there is a price.
 fn give_a_price(spent: &mut Spent, price: &Price) {
-    let cost = |tokens: &mut Tokens| {
+    let cost = |tokens: &mut UnpricedTokens| {
         let usage = Usage {
             prompt_tokens: tokens.prompt,
             cached_tokens: tokens.cached,
@@ -375,7 +375,7 @@ fn give_a_price(spent: &mut Spent, price: &Price) {
         };
         match price::cost(&usage, price) {
             Some(usd) => {
-                *tokens = Tokens::default();
+                *tokens = UnpricedTokens::default();
                 Dollars::at_least(usd)
             }
             None => Dollars::ZERO,
@@ -386,7 +386,7 @@ fn give_a_price(spent: &mut Spent, price: &Price) {
 }
 
 /// The next request may cost more than the rest of the budget.
-pub fn out_of_money<S: Store>(account: &Account<S>) -> anyhow::Error {
+pub fn out_of_money<S: LedgerStore>(account: &Account<S>) -> anyhow::Error {
     let message = format!(
         "the budget is used up: {} of {} are spent, and the next request may cost more than the \
          rest; raise `budget.usd` and run the same command to go on",

@@ -24,28 +24,28 @@ const VERSION: u32 = 2;
 /// Tokens that have no price yet.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Tokens {
+pub struct UnpricedTokens {
     pub prompt: u64,
     /// Of these, from the provider's prompt cache.
     pub cached: u64,
     pub completion: u64,
 }
 
-impl Tokens {
-    pub fn add(&mut self, other: Tokens) {
+impl UnpricedTokens {
+    pub fn add(&mut self, other: UnpricedTokens) {
         self.prompt = self.prompt.saturating_add(other.prompt);
         self.cached = self.cached.saturating_add(other.cached);
         self.completion = self.completion.saturating_add(other.completion);
     }
 
     pub fn is_none(&self) -> bool {
-        *self == Tokens::default()
+        *self == UnpricedTokens::default()
     }
 }
 
-impl From<Usage> for Tokens {
-    fn from(usage: Usage) -> Tokens {
-        Tokens {
+impl From<Usage> for UnpricedTokens {
+    fn from(usage: Usage) -> UnpricedTokens {
+        UnpricedTokens {
             prompt: usage.prompt_tokens,
             cached: usage.cached_tokens,
             completion: usage.completion_tokens,
@@ -61,10 +61,10 @@ pub struct Spent {
     pub measured_usd: Dollars,
     /// Upper bounds: attempts that may have been billed, answers without usage, what kills have left.
     pub estimated_usd: Dollars,
-    #[serde(skip_serializing_if = "Tokens::is_none")]
-    pub measured_tokens: Tokens,
-    #[serde(skip_serializing_if = "Tokens::is_none")]
-    pub estimated_tokens: Tokens,
+    #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
+    pub measured_tokens: UnpricedTokens,
+    #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
+    pub estimated_tokens: UnpricedTokens,
 }
 
 impl Spent {
@@ -110,8 +110,8 @@ pub struct InFlight {
     /// The budget that it was within, together with all that was spent.
     pub budget_usd: Option<Dollars>,
     /// Of requests without a price.
-    #[serde(skip_serializing_if = "Tokens::is_none")]
-    pub tokens: Tokens,
+    #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
+    pub tokens: UnpricedTokens,
 }
 
 impl InFlight {
@@ -128,7 +128,7 @@ impl InFlight {
 }
 
 /// Storage of the account: files, or a crashing store in tests.
-pub trait Store {
+pub trait LedgerStore {
     /// Replaces the ledger, which has added up the log. Durable once this returns.
     fn save(&mut self, ledger: &Ledger) -> Result<()>;
 
@@ -163,7 +163,7 @@ impl Ledger {
 }
 
 /// The files of the run folder, held by one process at a time.
-pub struct Files {
+pub struct LedgerFiles {
     run_dir: PathBuf,
     log: Option<Log>,
     number: u64,
@@ -198,20 +198,20 @@ struct Version {
     version: u32,
 }
 
-impl Files {
+impl LedgerFiles {
     /// Opens the account of the run folder for this process. The flag says whether what was measured is
     /// known: an older ledger leaves that to the cache.
     ///
     /// # Errors
     /// Where another process has it, and [`Exit::Damaged`] where the file is no ledger: what it held
     /// cannot be guessed.
-    pub fn open(run_dir: &Path) -> Result<(Files, Ledger, bool)> {
+    pub fn open(run_dir: &Path) -> Result<(LedgerFiles, Ledger, bool)> {
         crate::fs::create_dir_all(run_dir)?;
         let holds =
             "spends from the budget of this run folder: wait for it, or set another `run_dir`";
         let lock = Lock::acquire(&run_dir.join("ledger.lock"), holds)?;
         let (ledger, is_complete) = look(run_dir)?;
-        let files = Files {
+        let files = LedgerFiles {
             run_dir: run_dir.to_owned(),
             log: None,
             number: ledger.log,
@@ -269,9 +269,9 @@ fn logged(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
 
 /// Storage of an account that is only looked at.
 #[derive(Debug)]
-pub struct Unwritten;
+pub struct ReadOnlyLedger;
 
-impl Store for Unwritten {
+impl LedgerStore for ReadOnlyLedger {
     fn save(&mut self, _ledger: &Ledger) -> Result<()> {
         Ok(())
     }
@@ -285,7 +285,7 @@ impl Store for Unwritten {
     }
 }
 
-impl Store for Files {
+impl LedgerStore for LedgerFiles {
     fn save(&mut self, ledger: &Ledger) -> Result<()> {
         let next = Ledger {
             version: VERSION,
@@ -349,7 +349,7 @@ mod tests {
     #[test]
     fn what_is_logged_is_added_up_once_whenever_the_process_dies() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Files::open(dir.path()).unwrap();
+        let open = || LedgerFiles::open(dir.path()).unwrap();
         let (mut files, ledger, is_complete) = open();
         assert_eq!((ledger.spent, is_complete), (Spent::default(), false));
         files.append(&measured(0.25)).unwrap();
@@ -383,7 +383,7 @@ mod tests {
         ];
         for harm in harms {
             let dir = tempfile::tempdir().unwrap();
-            let (files, ledger, _) = Files::open(dir.path()).unwrap();
+            let (files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
             let none = Spent::default();
             let opened = Account::open(files, ledger, None, &Price::default(), &none);
             let mut account = opened.unwrap().0;
@@ -394,7 +394,7 @@ mod tests {
             account.tick().unwrap();
             account.add_spent(&measured(0.25)).unwrap();
             drop(account);
-            let (_files, ledger, _) = Files::open(dir.path()).unwrap();
+            let (_files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
             assert_eq!(ledger.spent.measured_usd, usd(0.75));
         }
     }
@@ -402,27 +402,27 @@ mod tests {
     #[test]
     fn the_log_of_a_deleted_account_is_not_counted() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut files, ledger, _) = Files::open(dir.path()).unwrap();
+        let (mut files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
         files.save(&ledger).unwrap();
         files.append(&measured(5.0)).unwrap();
         drop(files);
         std::fs::remove_file(file(dir.path())).unwrap();
-        let (mut files, ledger, _) = Files::open(dir.path()).unwrap();
+        let (mut files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
         files.save(&ledger).unwrap();
         files.append(&measured(0.5)).unwrap();
         drop(files);
-        let (_files, ledger, _) = Files::open(dir.path()).unwrap();
+        let (_files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
         assert_eq!(ledger.spent.measured_usd, usd(0.5));
     }
 
     #[test]
     fn one_process_at_a_time_has_the_account() {
         let dir = tempfile::tempdir().unwrap();
-        let first = Files::open(dir.path()).unwrap();
-        let error = Files::open(dir.path()).err().unwrap();
+        let first = LedgerFiles::open(dir.path()).unwrap();
+        let error = LedgerFiles::open(dir.path()).err().unwrap();
         assert!(error.to_string().contains("another process"), "{error}");
         drop(first);
-        assert!(Files::open(dir.path()).is_ok());
+        assert!(LedgerFiles::open(dir.path()).is_ok());
     }
 
     #[test]
@@ -455,7 +455,7 @@ mod tests {
         write(
             r#"{"version":1,"in_flight":{"requests":3,"usd":0.5,"budget_usd":null},"estimated_usd":0.25,"attempts_lost":4,"day":{}}"#,
         );
-        let (files, ledger, is_complete) = Files::open(dir.path()).unwrap();
+        let (files, ledger, is_complete) = LedgerFiles::open(dir.path()).unwrap();
         assert_eq!(
             (
                 ledger.spent.estimated_usd,
@@ -478,7 +478,7 @@ mod tests {
             (r#"{"version":9}"#, "update distill"),
         ] {
             write(text);
-            let error = Files::open(dir.path()).err().unwrap();
+            let error = LedgerFiles::open(dir.path()).err().unwrap();
             assert_eq!(Exit::code_of(&error), 5, "{text}");
             assert!(error.to_string().contains(part), "{error}");
         }

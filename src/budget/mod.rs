@@ -28,6 +28,8 @@ pub mod dollars;
 pub mod ledger;
 pub mod price;
 
-pub use crate::budget::account::{Account, Amount, Bill};
+pub use crate::budget::account::{Account, Charge, Reservation};
 pub use crate::budget::dollars::Dollars;
-pub use crate::budget::ledger::{Files, InFlight, Ledger, Spent, Store, Tokens};
+pub use crate::budget::ledger::{
+    InFlight, Ledger, LedgerFiles, LedgerStore, Spent, UnpricedTokens,
+};

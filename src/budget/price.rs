@@ -13,16 +13,16 @@ pub fn estimate_prompt(body_bytes: usize) -> u64 {
 
 /// The most tokens that a request can use.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Bound {
+pub struct TokenBound {
     pub input_tokens: u64,
     pub output_tokens: u64,
 }
 
-impl Bound {
+impl TokenBound {
     /// Of a request: no tokenizer makes more tokens of a text than it has bytes, and an endpoint
     /// adds a few around each message. The body holds every message, and JSON only lengthens it.
-    pub fn of_request(body_bytes: usize, messages: usize, max_tokens: u32) -> Bound {
-        Bound {
+    pub fn of_request(body_bytes: usize, messages: usize, max_tokens: u32) -> TokenBound {
+        TokenBound {
             input_tokens: body_bytes as u64 + 8 * messages as u64,
             output_tokens: max_tokens.into(),
         }

@@ -52,7 +52,7 @@ pub struct Merged {
 /// If a source is no cache, or is damaged ([`Exit::Damaged`]; what came before the damage is merged).
 pub fn merge(
     into: &Path,
-    settings: &config::Cache,
+    settings: &config::CacheConfig,
     sources: &[PathBuf],
     on_progress: OnProgress<'_>,
 ) -> Result<Vec<Merged>> {
@@ -67,7 +67,7 @@ pub fn merge(
 /// As [`merge`].
 pub fn merge_all(
     into: &Path,
-    settings: &config::Cache,
+    settings: &config::CacheConfig,
     sources: &[PathBuf],
     all: &mut Vec<Merged>,
     on_progress: OnProgress<'_>,
@@ -76,7 +76,7 @@ pub fn merge_all(
         check(into, source)?;
     }
     // One sync at the end does: a merge can be run again.
-    let settings = config::Cache {
+    let settings = config::CacheConfig {
         durability: config::Durability::None,
         ..settings.clone()
     };

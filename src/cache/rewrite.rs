@@ -59,7 +59,11 @@ pub(crate) fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Re
 ///
 /// # Errors
 /// Where the cache is damaged, or the disk fails.
-pub(crate) fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) -> Result<u64> {
+pub(crate) fn rewrite(
+    dir: &Path,
+    settings: &config::CacheConfig,
+    decide: Decide<'_>,
+) -> Result<u64> {
     if !super::exists(dir) {
         return Ok(0);
     }

@@ -88,7 +88,7 @@ impl Sealed {
 impl Cache {
     /// Opens the cache in `dir`, which is created if need be. A torn tail is moved aside with a
     /// warning; damage is refused ([`crate::exit::Exit::Damaged`]), and so is a second process.
-    pub fn open(dir: &Path, settings: &config::Cache) -> Result<Cache> {
+    pub fn open(dir: &Path, settings: &config::CacheConfig) -> Result<Cache> {
         Self::open_with(dir, settings, storage::files(), &mut |_, _| Ok(()))
     }
 
@@ -96,7 +96,7 @@ impl Cache {
     /// `on_progress` how many bytes of how many have been read.
     pub fn open_with(
         dir: &Path,
-        settings: &config::Cache,
+        settings: &config::CacheConfig,
         wrap: Wrap,
         on_progress: OnProgress<'_>,
     ) -> Result<Cache> {

@@ -6,49 +6,49 @@ use std::time::Duration;
 
 /// An attempt that brought no answer.
 #[derive(Debug)]
-pub(crate) enum Trouble {
+pub(crate) enum AttemptError {
     /// The reply says that no request can succeed.
-    Claim(Claim),
+    Claim(RefusalClaim),
     /// This request cannot succeed; others can.
-    Refused(Failure),
+    Refused(RowFailure),
     /// A filter refuses what this request asks about; others can succeed.
-    Filtered(Failure),
+    Filtered(RowFailure),
     /// The endpoint asks everybody to wait, for `wait` if it says how long. Costs no attempt.
     Throttled {
         wait: Option<Duration>,
         message: String,
     },
     /// May pass. `wait` is the least time to leave before the next attempt.
-    Transient { failure: Failure, wait: Duration },
+    Transient { failure: RowFailure, wait: Duration },
     /// An answer that was paid for, and that cannot be read.
     Unreadable { problem: String, body: bytes::Bytes },
     /// The key had expired, and there is a new one.
     KeyRenewed,
 }
 
-impl Trouble {
+impl AttemptError {
     pub(crate) fn message(&self) -> &str {
         match self {
-            Trouble::Claim(Claim { failure, .. })
-            | Trouble::Refused(failure)
-            | Trouble::Filtered(failure)
-            | Trouble::Transient { failure, .. } => &failure.message,
-            Trouble::Throttled { message, .. } => message,
-            Trouble::Unreadable { problem, .. } => problem,
-            Trouble::KeyRenewed => "the key had expired",
+            AttemptError::Claim(RefusalClaim { failure, .. })
+            | AttemptError::Refused(failure)
+            | AttemptError::Filtered(failure)
+            | AttemptError::Transient { failure, .. } => &failure.message,
+            AttemptError::Throttled { message, .. } => message,
+            AttemptError::Unreadable { problem, .. } => problem,
+            AttemptError::KeyRenewed => "the key had expired",
         }
     }
 
     /// Takes keys out of its message, which may have been put together from pieces.
     pub(crate) fn clean(&mut self, secrets: &Secrets) {
         let message = match self {
-            Trouble::Claim(Claim { failure, .. })
-            | Trouble::Refused(failure)
-            | Trouble::Filtered(failure)
-            | Trouble::Transient { failure, .. } => &mut failure.message,
-            Trouble::Throttled { message, .. } => message,
-            Trouble::Unreadable { problem, .. } => problem,
-            Trouble::KeyRenewed => return,
+            AttemptError::Claim(RefusalClaim { failure, .. })
+            | AttemptError::Refused(failure)
+            | AttemptError::Filtered(failure)
+            | AttemptError::Transient { failure, .. } => &mut failure.message,
+            AttemptError::Throttled { message, .. } => message,
+            AttemptError::Unreadable { problem, .. } => problem,
+            AttemptError::KeyRenewed => return,
         };
         secrets.clean_text(message);
     }
@@ -56,14 +56,14 @@ impl Trouble {
 
 /// Why no request can succeed, as one reply has it.
 #[derive(Debug)]
-pub(crate) struct Claim {
-    pub reason: Reason,
+pub(crate) struct RefusalClaim {
+    pub reason: RefusalReason,
     /// Of the row, should it be the row after all.
-    pub failure: Failure,
+    pub failure: RowFailure,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reason {
+pub(crate) enum RefusalReason {
     Key,
     Forbidden,
     Credit,
@@ -74,7 +74,7 @@ pub(crate) enum Reason {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub struct RowFailure {
     /// Counted and shown under this name: `http 500`, `timeout`, `malformed`, ...
     pub class: String,
     pub message: String,
@@ -86,7 +86,7 @@ pub struct Failure {
     pub is_bodyless: bool,
 }
 
-impl Failure {
+impl RowFailure {
     /// The server's limit can never let the request in: which limit, and how large the request is.
     pub fn over_limit(which: &str, amount: f64, message: &str) -> Self {
         let message =
@@ -126,11 +126,11 @@ pub(crate) fn shorten(message: &str) -> String {
 const MESSAGE_LENGTH: usize = 300;
 
 /// A failure that may have cost an answer on its way.
-pub(crate) fn lost(class: &str, message: &str) -> Trouble {
-    Trouble::Transient {
-        failure: Failure {
+pub(crate) fn lost(class: &str, message: &str) -> AttemptError {
+    AttemptError::Transient {
+        failure: RowFailure {
             may_be_billed: true,
-            ..Failure::new(class, message)
+            ..RowFailure::new(class, message)
         },
         wait: Duration::ZERO,
     }

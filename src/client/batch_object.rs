@@ -7,11 +7,11 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use serde_json::Value;
 
-use crate::client::attempt_error::{Claim, Reason, Trouble};
+use crate::client::attempt_error::{AttemptError, RefusalClaim, RefusalReason};
 use crate::client::outcome;
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
-use crate::client::transport::{Fault, Reply};
+use crate::client::transport::{HttpReply, TransportError};
 
 /// What each row of a batch asks for.
 pub(crate) const ENDPOINT: &str = "/v1/chat/completions";
@@ -20,20 +20,23 @@ pub(crate) const ENDPOINT: &str = "/v1/chat/completions";
 pub(crate) const LONGEST_LINE: usize = 64 << 20;
 
 /// As [`outcome::check`]: what is "not found" here is a file or a batch, and not the endpoint.
-pub(crate) fn check(reply: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Trouble> {
+pub(crate) fn check(
+    reply: Result<HttpReply, TransportError>,
+    now: SystemTime,
+) -> Result<HttpReply, AttemptError> {
     outcome::check(reply, now).map_err(|trouble| match trouble {
-        Trouble::Claim(Claim {
-            reason: Reason::Address | Reason::Model,
+        AttemptError::Claim(RefusalClaim {
+            reason: RefusalReason::Address | RefusalReason::Model,
             failure,
         })
-        | Trouble::Filtered(failure) => Trouble::Refused(failure),
+        | AttemptError::Filtered(failure) => AttemptError::Refused(failure),
         other => other,
     })
 }
 
 /// A batch, as far as the endpoint tells.
 #[derive(Debug, Default, PartialEq)]
-pub(crate) struct Card {
+pub(crate) struct BatchObject {
     pub id: String,
     /// Known ones and others.
     pub status: String,
@@ -41,7 +44,7 @@ pub(crate) struct Card {
     /// Each may be missing.
     pub output_file: Option<String>,
     pub error_file: Option<String>,
-    pub mistakes: Vec<Mistake>,
+    pub mistakes: Vec<BatchFileError>,
     /// Number of rows in its files, and of those with an answer, if the endpoint reports it.
     pub rows: Option<u64>,
     pub answered: Option<u64>,
@@ -52,32 +55,32 @@ pub(crate) struct Card {
 
 /// Why a batch failed.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Mistake {
+pub(crate) struct BatchFileError {
     pub error: ApiError,
     /// Of the input file, from 1; None where it is the whole file.
     pub line: Option<u64>,
 }
 
-impl Mistake {
+impl BatchFileError {
     /// A line of an error file that is not about one row.
-    pub(crate) fn of_line(line: &[u8]) -> Option<Mistake> {
+    pub(crate) fn of_line(line: &[u8]) -> Option<BatchFileError> {
         let value = json::value(line).ok()?;
         let error = ApiError::from_value(if value["error"].is_null() {
             &value
         } else {
             &value["error"]
         });
-        (!error.message.is_empty()).then(|| Mistake {
+        (!error.message.is_empty()).then(|| BatchFileError {
             error,
             line: value["line"].as_u64(),
         })
     }
 }
 
-impl Card {
+impl BatchObject {
     /// None where there is no batch in the body.
-    pub(crate) fn parse(body: &[u8]) -> Option<Card> {
-        Card::from_value(&json::value(body).ok()?)
+    pub(crate) fn parse(body: &[u8]) -> Option<BatchObject> {
+        BatchObject::from_value(&json::value(body).ok()?)
     }
 
     /// Returns true if rows were answered, or may have been. An error file alone shows no answer: it may
@@ -87,7 +90,7 @@ impl Card {
         self.output_file.is_some() || self.answered.map_or(is_completed, |answered| answered > 0)
     }
 
-    fn from_value(value: &Value) -> Option<Card> {
+    fn from_value(value: &Value) -> Option<BatchObject> {
         let text = |name: &str| value[name].as_str().map(String::from);
         // Others than OpenAI have names of their own.
         let file = |names: [&str; 2]| {
@@ -97,11 +100,11 @@ impl Card {
         let at = |name: &&str| value[*name].as_f64().map(|seconds| seconds as i64);
         let ends = ["completed_at", "expired_at", "cancelled_at", "failed_at"];
         let mistakes = value["errors"]["data"].as_array();
-        let mistake = |value: &Value| Mistake {
+        let mistake = |value: &Value| BatchFileError {
             error: ApiError::from_value(value),
             line: value["line"].as_u64(),
         };
-        Some(Card {
+        Some(BatchObject {
             id: text("id").filter(|id| !id.is_empty())?,
             status: status(&text("status").unwrap_or_default()),
             nonce: value["metadata"]["nonce"]
@@ -146,10 +149,10 @@ fn status(told: &str) -> String {
 }
 
 /// The batches of a page, and whether there are more.
-pub(crate) fn parse_page(body: &[u8]) -> Option<(Vec<Card>, bool)> {
+pub(crate) fn parse_page(body: &[u8]) -> Option<(Vec<BatchObject>, bool)> {
     let page = json::value(body).ok()?;
     let cards = page["data"].as_array()?.iter();
-    let cards = cards.filter_map(Card::from_value).collect();
+    let cards = cards.filter_map(BatchObject::from_value).collect();
     Some((cards, page["has_more"].as_bool().unwrap_or(false)))
 }
 
@@ -161,8 +164,8 @@ pub(crate) fn parse_file(body: &[u8]) -> Option<String> {
 
 /// A file that comes in pieces, as lines. They end at the byte `\n` alone: JSON may hold U+2028 and
 /// its like.
-pub(crate) struct Lines {
-    pieces: BoxStream<'static, Result<Bytes, Fault>>,
+pub(crate) struct FileLines {
+    pieces: BoxStream<'static, Result<Bytes, TransportError>>,
     buffer: BytesMut,
     /// Bytes of the buffer that are known to hold no line's end.
     searched: usize,
@@ -173,9 +176,9 @@ pub(crate) struct Lines {
     pub skipped: u64,
 }
 
-impl Lines {
-    pub(crate) fn new(pieces: BoxStream<'static, Result<Bytes, Fault>>) -> Lines {
-        Lines {
+impl FileLines {
+    pub(crate) fn new(pieces: BoxStream<'static, Result<Bytes, TransportError>>) -> FileLines {
+        FileLines {
             pieces,
             buffer: BytesMut::new(),
             searched: 0,
@@ -186,7 +189,7 @@ impl Lines {
     }
 
     /// The next line, without its end; one that is too long is empty. None after the last one.
-    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, TransportError> {
         loop {
             let rest = &self.buffer[self.searched..];
             if let Some(length) = rest.iter().position(|byte| *byte == b'\n') {
@@ -229,12 +232,12 @@ mod tests {
     use futures_util::stream;
     use proptest::prelude::*;
 
-    fn lines(pieces: Vec<Result<Bytes, Fault>>) -> Vec<Result<Bytes, String>> {
+    fn lines(pieces: Vec<Result<Bytes, TransportError>>) -> Vec<Result<Bytes, String>> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()
             .unwrap();
         runtime.block_on(async {
-            let mut lines = Lines::new(stream::iter(pieces).boxed());
+            let mut lines = FileLines::new(stream::iter(pieces).boxed());
             let mut all = Vec::new();
             loop {
                 match lines.next().await {
@@ -287,7 +290,7 @@ mod tests {
             Ok(long.clone()),
             Ok(long),
             piece("c\nd\ne"),
-            Err(Fault::Timeout),
+            Err(TransportError::Timeout),
         ]);
         assert_eq!(
             found,
@@ -302,8 +305,8 @@ mod tests {
 
     #[test]
     fn a_card_needs_an_id_and_nothing_else() {
-        assert_eq!(Card::parse(b"{}"), None);
-        let card = Card::parse(br#"{"id": "b", "status": "new", "errors": null}"#).unwrap();
+        assert_eq!(BatchObject::parse(b"{}"), None);
+        let card = BatchObject::parse(br#"{"id": "b", "status": "new", "errors": null}"#).unwrap();
         assert_eq!((card.status.as_str(), card.mistakes.len()), ("new", 0));
         for (told, expected) in [
             ("SUCCEEDED", "completed"),
@@ -311,9 +314,12 @@ mod tests {
             ("odd", "odd"),
         ] {
             let card = format!("{{\"id\": \"b\", \"status\": \"{told}\"}}");
-            assert_eq!(Card::parse(card.as_bytes()).unwrap().status, expected);
+            assert_eq!(
+                BatchObject::parse(card.as_bytes()).unwrap().status,
+                expected
+            );
         }
-        let card = Card::parse(
+        let card = BatchObject::parse(
             br#"{"id": "b", "metadata": {"nonce": "n"}, "output_file_id": null, "expired_at": 9,
                 "errors": {"data": [{"code": "x", "line": 3, "message": "m"}]}}"#,
         );
@@ -324,7 +330,7 @@ mod tests {
 
     #[test]
     fn an_error_file_alone_is_no_answer() {
-        let card = |text: &str| Card::parse(text.as_bytes()).unwrap();
+        let card = |text: &str| BatchObject::parse(text.as_bytes()).unwrap();
         let failed = r#"{"id":"b","status":"failed","error_file_id":"f","request_counts":{"completed":0,"failed":0}}"#;
         assert!(!card(failed).has_answers());
         assert!(card(r#"{"id":"b","status":"failed","output_file_id":"f"}"#).has_answers());

@@ -14,19 +14,19 @@ use crate::exit::Exit;
 
 /// Validated address of an endpoint.
 #[derive(Debug)]
-pub(crate) struct Address {
+pub(crate) struct EndpointAddress {
     /// Without a slash at the end, its variables filled in.
     pub text: String,
     pub query: Vec<(String, String)>,
     url: Url,
 }
 
-impl Address {
+impl EndpointAddress {
     /// Checks `base_url`: https, or http where that is allowed; no credentials, path of completions or query.
     ///
     /// # Errors
     /// [`Exit::Usage`] with what to write instead.
-    pub(crate) fn of(settings: &config::Teacher) -> Result<Address> {
+    pub(crate) fn of(settings: &config::TeacherConfig) -> Result<EndpointAddress> {
         let shown = &settings.base_url;
         let text = expand("teacher.base_url", shown)?.text;
         let text = text.trim().trim_end_matches('/').to_owned();
@@ -71,7 +71,7 @@ impl Address {
             let place = format!("teacher.query.{name}");
             Ok((name.clone(), expand(&place, value)?.text))
         };
-        Ok(Address {
+        Ok(EndpointAddress {
             text,
             query: settings.query.iter().map(pair).collect::<Result<_>>()?,
             url,
@@ -79,7 +79,7 @@ impl Address {
     }
 }
 
-fn check_scheme(settings: &config::Teacher, url: &Url) -> Result<()> {
+fn check_scheme(settings: &config::TeacherConfig, url: &Url) -> Result<()> {
     let shown = &settings.base_url;
     let mut texts = settings.headers.values().chain(settings.query.values());
     let has_key = settings.key_source() != KeySource::None
@@ -122,7 +122,10 @@ fn is_loopback(url: &Url) -> bool {
 ///
 /// # Errors
 /// [`Exit::Usage`] where a certificate cannot be read.
-pub(crate) fn client(settings: &config::Teacher, address: &Address) -> Result<reqwest::Client> {
+pub(crate) fn client(
+    settings: &config::TeacherConfig,
+    address: &EndpointAddress,
+) -> Result<reqwest::Client> {
     // An error means that a provider is installed already, which is what we want.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut builder = reqwest::Client::builder()
@@ -189,13 +192,13 @@ pub(crate) fn seconds(name: &str, value: f64) -> Result<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::http::Teacher;
+    use crate::client::http::HttpTeacher;
 
-    fn settings(url: &str) -> config::Teacher {
-        config::Teacher {
+    fn settings(url: &str) -> config::TeacherConfig {
+        config::TeacherConfig {
             base_url: url.into(),
             api_key_env: String::new(),
-            ..config::Teacher::default()
+            ..config::TeacherConfig::default()
         }
     }
 
@@ -207,7 +210,7 @@ mod tests {
             "http://127.0.0.2/v1",
             "http://[::1]:80/v1/",
         ] {
-            assert!(Teacher::new(&settings(url)).is_ok(), "{url}");
+            assert!(HttpTeacher::new(&settings(url)).is_ok(), "{url}");
         }
         let cases = [
             ("http://api.example.com/v1", "use https"),
@@ -227,7 +230,7 @@ mod tests {
             ("https://example.com/v1?api-version=2", "teacher.query"),
         ];
         for (url, expected) in cases {
-            let error = Teacher::new(&settings(url)).err().unwrap();
+            let error = HttpTeacher::new(&settings(url)).err().unwrap();
             assert!(error.to_string().contains(expected), "{error}");
             assert_eq!(Exit::code_of(&error), 2);
         }
@@ -236,12 +239,14 @@ mod tests {
     #[test]
     fn another_machine_is_spoken_to_in_the_clear_only_where_that_is_asked_for() {
         let at = |allow_http: AllowHttp, command: Option<&str>| {
-            let settings = config::Teacher {
+            let settings = config::TeacherConfig {
                 allow_http,
                 api_key_command: command.map(str::to_owned),
                 ..settings("http://vllm:8000/v1")
             };
-            Teacher::new(&settings).err().map(|error| error.to_string())
+            HttpTeacher::new(&settings)
+                .err()
+                .map(|error| error.to_string())
         };
         let key = Some("echo a-key");
         assert!(
@@ -256,11 +261,11 @@ mod tests {
 
     #[test]
     fn a_missing_key_is_named_by_its_variable() {
-        let settings = config::Teacher {
+        let settings = config::TeacherConfig {
             api_key_env: "DISTILL_TEST_NO_SUCH_VARIABLE".into(),
             ..settings("https://example.com")
         };
-        let error = Teacher::new(&settings).err().unwrap();
+        let error = HttpTeacher::new(&settings).err().unwrap();
         assert!(
             error
                 .to_string()

@@ -51,7 +51,7 @@ const REFUSED_KEYS: u32 = 2;
 
 /// Snapshot of the headers that are sent with a request, and their secrets.
 #[derive(Debug, Clone)]
-pub(crate) struct Sent {
+pub(crate) struct RequestHeaders {
     pub headers: HeaderMap,
     pub secrets: Arc<Secrets>,
     /// Counts the keys.
@@ -60,9 +60,9 @@ pub(crate) struct Sent {
 
 /// The key and the headers of one endpoint.
 pub(crate) struct Credentials {
-    settings: config::Teacher,
+    settings: config::TeacherConfig,
     header: HeaderName,
-    current: Mutex<Arc<Sent>>,
+    current: Mutex<Arc<RequestHeaders>>,
     /// Keys in a row that were refused.
     refused: AtomicU32,
     /// A key has been taken.
@@ -76,7 +76,7 @@ impl Credentials {
     ///
     /// # Errors
     /// [`Exit::Usage`] where one is missing or cannot be sent.
-    pub(crate) fn load(settings: &config::Teacher) -> Result<Credentials> {
+    pub(crate) fn load(settings: &config::TeacherConfig) -> Result<Credentials> {
         let header = header_name("teacher.api_key_header", &settings.api_key_header)?;
         let mut headers = HeaderMap::new();
         let accepted = HeaderValue::from_static(response::encoding::ACCEPTED);
@@ -119,7 +119,7 @@ impl Credentials {
         for (name, value) in &settings.query {
             secrets.extend(expand(&format!("teacher.query.{name}"), value)?.secrets);
         }
-        let sent = Sent {
+        let sent = RequestHeaders {
             headers,
             secrets: Arc::new(Secrets::new(secrets)?),
             number: 0,
@@ -139,7 +139,7 @@ impl Credentials {
     }
 
     /// Current snapshot.
-    pub(crate) fn current(&self) -> Arc<Sent> {
+    pub(crate) fn current(&self) -> Arc<RequestHeaders> {
         Arc::clone(&self.current.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -150,7 +150,7 @@ impl Credentials {
     }
 
     /// The endpoint refuses what was `sent`. True where there is something else to send by now.
-    pub(crate) async fn renew(self: &Arc<Self>, sent: &Sent) -> bool {
+    pub(crate) async fn renew(self: &Arc<Self>, sent: &RequestHeaders) -> bool {
         if matches!(
             self.settings.key_source(),
             KeySource::None | KeySource::Variable(_)
@@ -221,7 +221,7 @@ impl Credentials {
         if current.headers.get(&self.header) == Some(&value) {
             return Ok(());
         }
-        let mut sent = Sent::clone(&current);
+        let mut sent = RequestHeaders::clone(&current);
         sent.headers.insert(self.header.clone(), value);
         sent.secrets = Arc::new(sent.secrets.and([key.to_owned()])?);
         sent.number += 1;
@@ -265,7 +265,7 @@ pub(crate) fn expand(place: &str, text: &str) -> Result<Expanded> {
     Ok(expanded)
 }
 
-fn read_key(settings: &config::Teacher) -> Result<Option<SecretString>> {
+fn read_key(settings: &config::TeacherConfig) -> Result<Option<SecretString>> {
     let key = match settings.key_source() {
         KeySource::None => return Ok(None),
         KeySource::Variable(name) => {
@@ -369,10 +369,10 @@ fn header_value(place: &str, value: &str) -> Result<HeaderValue> {
 mod tests {
     use super::*;
 
-    fn with_command(command: &str) -> config::Teacher {
-        config::Teacher {
+    fn with_command(command: &str) -> config::TeacherConfig {
+        config::TeacherConfig {
             api_key_command: Some(command.into()),
-            ..config::Teacher::default()
+            ..config::TeacherConfig::default()
         }
     }
 
@@ -381,9 +381,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("key");
         std::fs::write(&file, "\n first-key-0123456789 \n").unwrap();
-        let settings = config::Teacher {
+        let settings = config::TeacherConfig {
             api_key_file: Some(file.clone()),
-            ..config::Teacher::default()
+            ..config::TeacherConfig::default()
         };
         let credentials = Arc::new(Credentials::load(&settings).unwrap());
         let first = credentials.current();
@@ -457,7 +457,7 @@ mod tests {
 
     #[test]
     fn the_key_goes_where_the_endpoint_wants_it() {
-        let settings = config::Teacher {
+        let settings = config::TeacherConfig {
             api_key_header: "api-key".into(),
             headers: [("X-Title".to_string(), "distill".to_string())].into(),
             organization: "org-1".into(),

@@ -4,7 +4,9 @@ use std::time::{Duration, SystemTime};
 
 use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
 
-use crate::client::attempt_error::{Claim, Failure, Reason, Trouble, shorten};
+use crate::client::attempt_error::{
+    AttemptError, RefusalClaim, RefusalReason, RowFailure, shorten,
+};
 use crate::client::response::error::ApiError;
 use crate::client::retry_after;
 use crate::rate_limit::headers;
@@ -14,19 +16,21 @@ pub(crate) fn classify_error(
     headers: &HeaderMap,
     error: &ApiError,
     now: SystemTime,
-) -> Trouble {
+) -> AttemptError {
     let message = match error.message.as_str() {
         "" => format!("{status}, without a message"),
         message => shorten(&format!("{status}: {message}")),
     };
     let wait = retry_after::asked_for(headers, error, now);
-    let failure = Failure {
+    let failure = RowFailure {
         is_bodyless: error.is_empty,
-        ..Failure::new(format!("http {status}"), &message)
+        ..RowFailure::new(format!("http {status}"), &message)
     };
-    let claim = |reason: Reason, failure: Failure| Trouble::Claim(Claim { reason, failure });
+    let claim = |reason: RefusalReason, failure: RowFailure| {
+        AttemptError::Claim(RefusalClaim { reason, failure })
+    };
     if matches!(status, 400 | 403 | 422 | 451) && error.is_of_the_content() {
-        return Trouble::Filtered(Failure {
+        return AttemptError::Filtered(RowFailure {
             class: "content_filter".into(),
             ..failure
         });
@@ -36,38 +40,41 @@ pub(crate) fn classify_error(
         return claim(reason, failure);
     }
     match status {
-        401 => claim(Reason::Key, failure),
-        402 => claim(Reason::Credit, failure),
-        403 if is_throttle => Trouble::Throttled { wait, message },
-        403 => claim(Reason::Forbidden, failure),
-        400 | 404 | 410 if names_no_model(&error.message) => claim(Reason::Model, failure),
-        404 | 405 | 410 => claim(Reason::Address, failure),
+        401 => claim(RefusalReason::Key, failure),
+        402 => claim(RefusalReason::Credit, failure),
+        403 if is_throttle => AttemptError::Throttled { wait, message },
+        403 => claim(RefusalReason::Forbidden, failure),
+        400 | 404 | 410 if names_no_model(&error.message) => claim(RefusalReason::Model, failure),
+        404 | 405 | 410 => claim(RefusalReason::Address, failure),
         300..=399 => {
             let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
             let location = location.unwrap_or("an address that it does not name");
             let message = format!("{status} to {location}");
-            claim(Reason::Redirect, Failure::new(failure.class, &message))
+            claim(
+                RefusalReason::Redirect,
+                RowFailure::new(failure.class, &message),
+            )
         }
         // As some clouds refuse for the rate.
-        420 | 430 => Trouble::Throttled { wait, message },
+        420 | 430 => AttemptError::Throttled { wait, message },
         400 if says_to_wait(error) || headers.contains_key(RETRY_AFTER) => {
-            Trouble::Throttled { wait, message }
+            AttemptError::Throttled { wait, message }
         }
-        429 => Trouble::Throttled {
+        429 => AttemptError::Throttled {
             wait: wait.or_else(|| until_reset(headers, now)),
             message,
         },
-        503 | 529 if wait.is_some() => Trouble::Throttled { wait, message },
+        503 | 529 if wait.is_some() => AttemptError::Throttled { wait, message },
         // 424: what generates behind the endpoint failed. 498: no capacity at Groq.
-        408 | 409 | 424 | 425 | 498 | 500.. => Trouble::Transient {
-            failure: Failure {
+        408 | 409 | 424 | 425 | 498 | 500.. => AttemptError::Transient {
+            failure: RowFailure {
                 // A gateway gave up waiting; what is behind it may have gone on.
                 may_be_billed: matches!(status, 408 | 504 | 524),
                 ..failure
             },
             wait: wait.unwrap_or_default(),
         },
-        _ => Trouble::Refused(failure),
+        _ => AttemptError::Refused(failure),
     }
 }
 
@@ -83,7 +90,7 @@ fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
 /// Reason for which every request would fail, from the error's code or message. A rate limit
 /// (`is_throttle`) is none: Gemini has the same words for its limit a minute as others for an empty
 /// account.
-pub(crate) fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reason> {
+pub(crate) fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<RefusalReason> {
     const CREDIT: [&str; 8] = [
         "insufficient_quota",
         "billing_hard_limit_reached",
@@ -114,18 +121,18 @@ pub(crate) fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<Reas
     ];
     let has_mark = |mark: &str| error.marks.iter().any(|found| found == mark);
     if CREDIT.iter().any(|mark| has_mark(mark)) {
-        return Some(Reason::Credit);
+        return Some(RefusalReason::Credit);
     }
     if MODEL.iter().any(|mark| has_mark(mark)) {
-        return Some(Reason::Model);
+        return Some(RefusalReason::Model);
     }
     let message = error.message.to_lowercase();
     let has_key_words = KEY_WORDS.iter().any(|words| message.contains(words));
     if has_key_words || KEY.iter().any(|mark| has_mark(mark)) {
-        return Some(Reason::Key);
+        return Some(RefusalReason::Key);
     }
     let has_words = CREDIT_WORDS.iter().any(|words| message.contains(words));
-    (has_words && !is_throttle).then_some(Reason::Credit)
+    (has_words && !is_throttle).then_some(RefusalReason::Credit)
 }
 
 /// Returns true if the error's code or message describes a rate limit.

@@ -1,8 +1,8 @@
 //! The endpoint: one HTTP request a call, and everything that came back.
 
-use crate::client::transport::Fault;
-use crate::client::transport::Reply;
+use crate::client::transport::HttpReply;
 use crate::client::transport::Transport;
+use crate::client::transport::TransportError;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,40 +15,40 @@ use secrecy::SecretString;
 use serde_json::Value;
 
 use crate::client::connection;
-use crate::client::connection::Address;
+use crate::client::connection::EndpointAddress;
 use crate::client::credentials::Credentials;
-use crate::client::one_attempt::{OneAttempt, Sender};
+use crate::client::one_attempt::{HttpSender, OneAttempt};
 use crate::client::secrets::Secrets;
 use crate::client::transport::BatchApi;
 use crate::config;
 
 /// The teacher, ready to be asked.
-pub(crate) struct Teacher {
+pub(crate) struct HttpTeacher {
     /// For files and batches.
-    pub(crate) client: Client<Endpoint>,
+    pub(crate) client: Client<OpenAiSettings>,
     /// For completions, and for the one thing that async-openai does not do: reading a file
     /// while it comes.
-    pub(crate) http: Sender,
+    pub(crate) http: HttpSender,
     completions: Url,
     /// Between two pieces of such a file.
     pub(crate) timeout: Duration,
 }
 
-impl Teacher {
+impl HttpTeacher {
     /// Reads the key and prepares the connection pool; sends nothing.
-    pub(crate) fn new(settings: &config::Teacher) -> Result<Teacher> {
+    pub(crate) fn new(settings: &config::TeacherConfig) -> Result<HttpTeacher> {
         Self::at(settings, "chat/completions")
     }
 
     /// As [`Teacher::new`], to be asked at another path than that of chat completions.
-    pub(crate) fn at(settings: &config::Teacher, path: &str) -> Result<Teacher> {
+    pub(crate) fn at(settings: &config::TeacherConfig, path: &str) -> Result<HttpTeacher> {
         let credentials = Arc::new(Credentials::load(settings)?);
-        let address = Address::of(settings)?;
-        let http = Sender {
+        let address = EndpointAddress::of(settings)?;
+        let http = HttpSender {
             http: connection::client(settings, &address)?,
             credentials,
         };
-        let endpoint = Endpoint {
+        let endpoint = OpenAiSettings {
             base_url: address.text.as_str().into(),
             query: address.query.into(),
             no_key: SecretString::default(),
@@ -62,7 +62,7 @@ impl Teacher {
                 .query_pairs_mut()
                 .extend_pairs(endpoint.query.iter());
         }
-        Ok(Teacher {
+        Ok(HttpTeacher {
             completions,
             client: Client::build(http.http.clone(), endpoint).with_http_service(once),
             http,
@@ -72,8 +72,9 @@ impl Teacher {
 
     /// By reqwest alone: async-openai's way to the same request costs a tenth of the time that a
     /// small answer takes in all.
-    async fn ask_once(&self, body: &Value) -> Result<Reply, Fault> {
-        let body = serde_json::to_vec(body).map_err(|error| Fault::Broken(error.to_string()))?;
+    async fn ask_once(&self, body: &Value) -> Result<HttpReply, TransportError> {
+        let body =
+            serde_json::to_vec(body).map_err(|error| TransportError::Broken(error.to_string()))?;
         let mut request = Request::new(Method::POST, self.completions.clone());
         let json = HeaderValue::from_static("application/json");
         request.headers_mut().insert(CONTENT_TYPE, json);
@@ -82,8 +83,8 @@ impl Teacher {
     }
 }
 
-impl Transport for Teacher {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+impl Transport for HttpTeacher {
+    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         Box::pin(self.ask_once(body))
     }
 
@@ -99,14 +100,14 @@ impl Transport for Teacher {
 /// What async-openai asks for with each request. Its own configuration would fall back to
 /// environment variables that the user of this program has not named.
 #[derive(Clone)]
-pub(crate) struct Endpoint {
+pub(crate) struct OpenAiSettings {
     base_url: Arc<str>,
     query: Arc<[(String, String)]>,
     /// The key is in the headers.
     no_key: SecretString,
 }
 
-impl async_openai::config::Config for Endpoint {
+impl async_openai::config::Config for OpenAiSettings {
     fn headers(&self) -> HeaderMap {
         // They are set when the request leaves.
         HeaderMap::new()

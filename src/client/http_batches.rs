@@ -16,12 +16,12 @@ use reqwest::{Method, Request, Url};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
-use crate::client::http::Teacher;
+use crate::client::http::HttpTeacher;
 use crate::client::one_attempt;
 use crate::client::one_attempt::unpack;
 use crate::client::response::encoding::Decoder;
-use crate::client::transport::{BatchApi, Download};
-use crate::client::transport::{Fault, Reply};
+use crate::client::transport::{BatchApi, FileDownload};
+use crate::client::transport::{HttpReply, TransportError};
 
 /// Batches to a page, the most that is given.
 const PAGE: &str = "100";
@@ -31,8 +31,8 @@ const LONGEST_DOWNLOAD: Duration = Duration::from_secs(24 * 3_600);
 
 type Ignored = Result<IgnoredAny, OpenAIError>;
 
-impl BatchApi for Teacher {
-    fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<Reply, Fault>> {
+impl BatchApi for HttpTeacher {
+    fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         let request = CreateFileRequest {
             file: FileInput {
                 source: InputSource::Path { path: file.into() },
@@ -46,39 +46,42 @@ impl BatchApi for Teacher {
         })
     }
 
-    fn create<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn create<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         Box::pin(async move {
             let reply: Ignored = self.client.batches().create_byot(body).await;
             unpack(reply)
         })
     }
 
-    fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         Box::pin(async move {
             let reply: Ignored = self.client.batches().retrieve_byot(batch).await;
             unpack(reply)
         })
     }
 
-    fn list<'a>(&'a self, after: Option<&'a str>) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn list<'a>(
+        &'a self,
+        after: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         Box::pin(async move {
             let mut query = vec![("limit", PAGE)];
             query.extend(after.map(|after| ("after", after)));
             let batches = self.client.batches().query(&query);
-            let batches = batches.map_err(|error| Fault::Broken(error.to_string()))?;
+            let batches = batches.map_err(|error| TransportError::Broken(error.to_string()))?;
             let reply: Ignored = batches.list_byot().await;
             unpack(reply)
         })
     }
 
-    fn cancel<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn cancel<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         Box::pin(async move {
             let reply: Ignored = self.client.batches().cancel_byot(batch).await;
             unpack(reply)
         })
     }
 
-    fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Download, Fault>> {
+    fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<FileDownload, TransportError>> {
         Box::pin(self.download(file))
     }
 
@@ -87,11 +90,13 @@ impl BatchApi for Teacher {
     }
 }
 
-impl Teacher {
-    async fn download(&self, file: &str) -> Result<Download, Fault> {
+impl HttpTeacher {
+    async fn download(&self, file: &str) -> Result<FileDownload, TransportError> {
         let endpoint = self.client.config();
         let url = endpoint.url(&format!("/files/{file}/content"));
-        let mut url: Url = url.parse().map_err(|_| Fault::Broken("no URL".into()))?;
+        let mut url: Url = url
+            .parse()
+            .map_err(|_| TransportError::Broken("no URL".into()))?;
         if !endpoint.query().is_empty() {
             url.query_pairs_mut().extend_pairs(endpoint.query());
         }
@@ -99,20 +104,20 @@ impl Teacher {
         *request.timeout_mut() = Some(LONGEST_DOWNLOAD);
         let timeout = self.timeout;
         let response = tokio::time::timeout(timeout, self.http.begin(request)).await;
-        let (sent, response) = response.map_err(|_| Fault::Timeout)??;
+        let (sent, response) = response.map_err(|_| TransportError::Timeout)??;
         let status = response.status();
         if !status.is_success() {
             let mut reply = one_attempt::read(response).await;
             reply.body = self.without_key(reply.body);
             sent.secrets.clean_headers(&mut reply.headers);
             self.http.look_at_key(&sent, status.as_u16()).await?;
-            return Ok(Download::Refused(reply));
+            return Ok(FileDownload::Refused(reply));
         }
         let decoder = Decoder::new(response.headers());
         let pieces = stream::unfold(Some((response, decoder)), move |state| async move {
             let (mut response, mut decoder) = state?;
             let piece = match tokio::time::timeout(timeout, response.chunk()).await {
-                Err(_) => Err(Fault::Timeout),
+                Err(_) => Err(TransportError::Timeout),
                 Ok(Err(error)) => Err(one_attempt::fault(error)),
                 Ok(Ok(None)) => {
                     let last = decoder.finish().map_err(undecodable);
@@ -125,10 +130,10 @@ impl Teacher {
                 Err(fault) => Some((Err(fault), None)),
             }
         });
-        Ok(Download::Content(pieces.boxed()))
+        Ok(FileDownload::Content(pieces.boxed()))
     }
 }
 
-fn undecodable(error: std::io::Error) -> Fault {
-    Fault::Broken(format!("the file's content encoding is broken: {error}"))
+fn undecodable(error: std::io::Error) -> TransportError {
+    TransportError::Broken(format!("the file's content encoding is broken: {error}"))
 }

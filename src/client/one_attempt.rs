@@ -12,11 +12,11 @@ use reqwest::header::HeaderMap;
 use reqwest::{Request, Response};
 use tokio::sync::Semaphore;
 
-use crate::client::credentials::{Credentials, Sent};
+use crate::client::credentials::{Credentials, RequestHeaders};
 use crate::client::response::encoding;
 use crate::client::response::encoding::Decoder;
 use crate::client::response::json;
-use crate::client::transport::{End, Fault, Permit, Reply};
+use crate::client::transport::{BodyEnd, HttpReply, LargeBodyPermit, TransportError};
 use crate::ops::process;
 
 /// A longer body is no chat completion that anybody wants to keep.
@@ -34,7 +34,7 @@ pub(crate) const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
 /// request: path, headers, JSON.
 #[derive(Clone)]
 pub(crate) struct OneAttempt {
-    pub http: Sender,
+    pub http: HttpSender,
 }
 
 impl tower::Service<HttpRequestFactory> for OneAttempt {
@@ -64,11 +64,11 @@ impl tower::Service<HttpRequestFactory> for OneAttempt {
 }
 
 /// Takes the reply out of the error in which [`OneAttempt`] has sent it through async-openai.
-pub(crate) fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault> {
+pub(crate) fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<HttpReply, TransportError> {
     let error = match outcome {
-        Err(OpenAIError::Boxed(carried)) => match carried.downcast::<Reply>() {
+        Err(OpenAIError::Boxed(carried)) => match carried.downcast::<HttpReply>() {
             Ok(reply) => return Ok(*reply),
-            Err(carried) => match carried.downcast::<Fault>() {
+            Err(carried) => match carried.downcast::<TransportError>() {
                 Ok(fault) => return Err(*fault),
                 Err(other) => other.to_string(),
             },
@@ -77,26 +77,26 @@ pub(crate) fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<Reply, Fault>
         // `OneAttempt` never returns a response.
         Ok(_) => "the reply was lost on the way".into(),
     };
-    Err(Fault::Broken(error))
+    Err(TransportError::Broken(error))
 }
 
 /// Sends requests with the key and the headers of an endpoint.
 #[derive(Clone)]
-pub(crate) struct Sender {
+pub(crate) struct HttpSender {
     pub http: reqwest::Client,
     pub credentials: Arc<Credentials>,
 }
 
-impl Sender {
+impl HttpSender {
     /// Sends a request and reads the whole reply, decoded and without a key.
     ///
     /// # Errors
     /// Where no reply began, or the key had expired. A reply that broke off is returned with what came of it.
-    pub(crate) async fn send(&self, request: Request) -> Result<Reply, Fault> {
+    pub(crate) async fn send(&self, request: Request) -> Result<HttpReply, TransportError> {
         let (sent, response) = self.begin(request).await?;
         let mut reply = read(response).await;
         let body = sent.secrets.clean(reply.body.clone());
-        if let End::Unreadable { raw, .. } = &mut reply.end
+        if let BodyEnd::Unreadable { raw, .. } = &mut reply.end
             && body != reply.body
         {
             // What came holds the key, too.
@@ -109,7 +109,10 @@ impl Sender {
     }
 
     /// Sends a request, of whose response the body is still to come.
-    pub(crate) async fn begin(&self, mut request: Request) -> Result<(Arc<Sent>, Response), Fault> {
+    pub(crate) async fn begin(
+        &self,
+        mut request: Request,
+    ) -> Result<(Arc<RequestHeaders>, Response), TransportError> {
         let sent = self.credentials.current();
         for (name, value) in &sent.headers {
             request.headers_mut().insert(name, value.clone());
@@ -122,9 +125,13 @@ impl Sender {
     ///
     /// # Errors
     /// [`Fault::KeyRenewed`] where the key was refused and there is another one.
-    pub(crate) async fn look_at_key(&self, sent: &Sent, status: u16) -> Result<(), Fault> {
+    pub(crate) async fn look_at_key(
+        &self,
+        sent: &RequestHeaders,
+        status: u16,
+    ) -> Result<(), TransportError> {
         match status {
-            401 if self.credentials.renew(sent).await => return Err(Fault::KeyRenewed),
+            401 if self.credentials.renew(sent).await => return Err(TransportError::KeyRenewed),
             200..300 => self.credentials.accepted(),
             _ => {}
         }
@@ -133,13 +140,13 @@ impl Sender {
 }
 
 /// Reads a response to its end.
-pub(crate) async fn read(mut response: Response) -> Reply {
+pub(crate) async fn read(mut response: Response) -> HttpReply {
     let status = response.status().as_u16();
     let headers = std::mem::take(response.headers_mut());
-    let mut reading = Reading::new(&headers);
+    let mut reading = BodyReader::new(&headers);
     let end = reading.read_all(response).await;
     let (body, end) = reading.finish(end);
-    Reply {
+    HttpReply {
         status,
         headers,
         body,
@@ -154,30 +161,30 @@ static LARGE: Semaphore = Semaphore::const_new(2);
 
 const LARGE_BODY: usize = 4 << 20;
 
-struct Reading {
+struct BodyReader {
     decoder: Option<Decoder>,
-    body: Gathered,
+    body: BodyChunks,
     /// As it came, where it is encoded: what cannot be decoded is kept.
     raw: BytesMut,
-    permit: Option<Permit>,
+    permit: Option<LargeBodyPermit>,
 }
 
-impl Reading {
-    fn new(headers: &HeaderMap) -> Reading {
-        Reading {
+impl BodyReader {
+    fn new(headers: &HeaderMap) -> BodyReader {
+        BodyReader {
             decoder: Some(Decoder::new(headers)),
-            body: Gathered::default(),
+            body: BodyChunks::default(),
             raw: BytesMut::new(),
             permit: None,
         }
     }
 
-    async fn read_all(&mut self, mut response: Response) -> End {
+    async fn read_all(&mut self, mut response: Response) -> BodyEnd {
         loop {
             let piece = match response.chunk().await {
                 Ok(Some(piece)) => piece,
-                Ok(None) => return End::Whole,
-                Err(error) => return End::Cut(fault(error)),
+                Ok(None) => return BodyEnd::Whole,
+                Err(error) => return BodyEnd::Cut(fault(error)),
             };
             if let Err(problem) = self.add(piece) {
                 return problem;
@@ -186,7 +193,7 @@ impl Reading {
                 let limit = LARGEST_BODY >> 20;
                 let problem = format!("the body is larger than {limit} MiB");
                 let raw = Bytes::new();
-                return End::Unreadable { problem, raw };
+                return BodyEnd::Unreadable { problem, raw };
             }
             if self.body.len() > LARGE_BODY && self.permit.is_none() {
                 // Closed never: it is a static.
@@ -195,7 +202,7 @@ impl Reading {
         }
     }
 
-    fn add(&mut self, piece: Bytes) -> Result<(), End> {
+    fn add(&mut self, piece: Bytes) -> Result<(), BodyEnd> {
         let Some(decoder) = &mut self.decoder else {
             return Ok(());
         };
@@ -213,13 +220,13 @@ impl Reading {
     }
 
     /// The body, and how it ended.
-    fn finish(&mut self, end: End) -> (Bytes, End) {
+    fn finish(&mut self, end: BodyEnd) -> (Bytes, BodyEnd) {
         let rest = match self.decoder.take() {
             Some(decoder) => decoder.finish().map_err(undecodable),
             None => Ok(Vec::new()),
         };
         let end = match (end, rest) {
-            (End::Whole, Err(problem)) => problem,
+            (BodyEnd::Whole, Err(problem)) => problem,
             (end, rest) => {
                 self.body.add(rest.unwrap_or_default().into());
                 end
@@ -227,9 +234,9 @@ impl Reading {
         };
         let raw = self.raw.split().freeze();
         match end {
-            End::Unreadable { problem, .. } if !raw.is_empty() => {
+            BodyEnd::Unreadable { problem, .. } if !raw.is_empty() => {
                 let body = encoding::salvaged(&raw).map_or_else(|| raw.clone(), Bytes::from);
-                (as_utf8(body), End::Unreadable { problem, raw })
+                (as_utf8(body), BodyEnd::Unreadable { problem, raw })
             }
             end => (as_utf8(encoding::unpacked(self.body.take())), end),
         }
@@ -238,13 +245,13 @@ impl Reading {
 
 /// Pieces of a body, of which a single one is not copied.
 #[derive(Default)]
-struct Gathered {
+struct BodyChunks {
     first: Bytes,
     /// All of them, once there are several.
     all: BytesMut,
 }
 
-impl Gathered {
+impl BodyChunks {
     fn add(&mut self, piece: Bytes) {
         if self.len() == 0 {
             self.first = piece;
@@ -274,17 +281,17 @@ fn as_utf8(body: Bytes) -> Bytes {
     json::utf16(&body).map_or(body, Bytes::from)
 }
 
-fn undecodable(error: std::io::Error) -> End {
-    End::Unreadable {
+fn undecodable(error: std::io::Error) -> BodyEnd {
+    BodyEnd::Unreadable {
         problem: format!("its content encoding is broken: {error}"),
         raw: Bytes::new(),
     }
 }
 
-pub(crate) fn fault(error: reqwest::Error) -> Fault {
+pub(crate) fn fault(error: reqwest::Error) -> TransportError {
     let is_connect = error.is_connect();
     if error.is_timeout() && !is_connect {
-        return Fault::Timeout;
+        return TransportError::Timeout;
     }
     // The outermost texts ("error sending request") say nothing; the innermost names the cause.
     let error = error.without_url();
@@ -294,7 +301,7 @@ pub(crate) fn fault(error: reqwest::Error) -> Fault {
     }
     let io = cause.downcast_ref::<std::io::Error>();
     if io.is_some_and(process::is_out_of_descriptors) {
-        return Fault::NoDescriptor(cause.to_string());
+        return TransportError::NoDescriptor(cause.to_string());
     }
     let mut message = cause.to_string();
     if message.contains("UnknownIssuer") {
@@ -304,8 +311,8 @@ pub(crate) fn fault(error: reqwest::Error) -> Fault {
         );
     }
     if is_connect {
-        Fault::Unreachable(message)
+        TransportError::Unreachable(message)
     } else {
-        Fault::Broken(message)
+        TransportError::Broken(message)
     }
 }

@@ -3,8 +3,8 @@
 //! One reply is classified by its status, code and words alone. What follows from it for the row and for
 //! the run depends also on what has been answered before; that is decided in `lane`.
 
-use crate::client::attempt_error::Failure;
-use crate::client::attempt_error::Trouble;
+use crate::client::attempt_error::AttemptError;
+use crate::client::attempt_error::RowFailure;
 use crate::client::attempt_error::lost;
 use std::time::{Duration, SystemTime};
 
@@ -12,24 +12,24 @@ use crate::client::error_class::classify_error;
 use crate::client::response;
 use crate::client::response::completion::{Completion, NoAnswer};
 use crate::client::response::error::ApiError;
-use crate::client::transport::{End, Fault, Reply};
+use crate::client::transport::{BodyEnd, HttpReply, TransportError};
 use crate::config;
 
 /// Classifies one attempt. An answer has been paid for and is to be recorded, whatever its finish reason.
 /// `now` is only compared with dates in headers and messages.
 pub(crate) fn classify(
-    result: Result<Reply, Fault>,
+    result: Result<HttpReply, TransportError>,
     now: SystemTime,
-) -> Result<Box<Completion>, Trouble> {
+) -> Result<Box<Completion>, AttemptError> {
     classify_by(result, now, response::parse)
 }
 
 /// As [`classify`], of replies whose bodies `read` reads.
 pub(crate) fn classify_by(
-    result: Result<Reply, Fault>,
+    result: Result<HttpReply, TransportError>,
     now: SystemTime,
     read: impl FnOnce(&[u8]) -> Result<Completion, NoAnswer>,
-) -> Result<Box<Completion>, Trouble> {
+) -> Result<Box<Completion>, AttemptError> {
     let reply = result.map_err(classify_fault)?;
     if !(200..300).contains(&reply.status) {
         // Some filters refuse with the first half of an answer, which has been paid for.
@@ -42,17 +42,17 @@ pub(crate) fn classify_by(
         return Err(classify_refusal(&reply, now));
     }
     let cut = match reply.end {
-        End::Whole => None,
-        End::Cut(fault) => Some(fault),
-        End::Unreadable { problem, raw } if raw.is_empty() => {
-            return Err(Trouble::Unreadable {
+        BodyEnd::Whole => None,
+        BodyEnd::Cut(fault) => Some(fault),
+        BodyEnd::Unreadable { problem, raw } if raw.is_empty() => {
+            return Err(AttemptError::Unreadable {
                 problem,
                 body: reply.body,
             });
         }
         // What could be decoded may be a whole answer.
-        End::Unreadable { problem, raw } => {
-            let unreadable = |_| Trouble::Unreadable { problem, body: raw };
+        BodyEnd::Unreadable { problem, raw } => {
+            let unreadable = |_| AttemptError::Unreadable { problem, body: raw };
             return read(&reply.body).map(Box::new).map_err(unreadable);
         }
     };
@@ -62,7 +62,7 @@ pub(crate) fn classify_by(
         (Ok(completion), _) => Ok(Box::new(completion)),
         (Err(_), Some(fault)) => Err(classify_fault(fault)),
         (Err(NoAnswer::Malformed(problem)), None) => Err(lost("malformed", &problem)),
-        (Err(NoAnswer::Unreadable(problem)), None) => Err(Trouble::Unreadable {
+        (Err(NoAnswer::Unreadable(problem)), None) => Err(AttemptError::Unreadable {
             problem,
             body: reply.body,
         }),
@@ -71,9 +71,9 @@ pub(crate) fn classify_by(
             let usual = if error.is_of_the_content() { 400 } else { 500 };
             let status = error.status.unwrap_or(usual);
             let mut trouble = classify_error(status, &reply.headers, &error, now);
-            if let Trouble::Transient { failure, .. }
-            | Trouble::Refused(failure)
-            | Trouble::Filtered(failure) = &mut trouble
+            if let AttemptError::Transient { failure, .. }
+            | AttemptError::Refused(failure)
+            | AttemptError::Filtered(failure) = &mut trouble
             {
                 // Generation had begun.
                 failure.may_be_billed = true;
@@ -84,39 +84,42 @@ pub(crate) fn classify_by(
 }
 
 /// Lets replies with a good status pass, whatever they hold.
-pub(crate) fn check(result: Result<Reply, Fault>, now: SystemTime) -> Result<Reply, Trouble> {
+pub(crate) fn check(
+    result: Result<HttpReply, TransportError>,
+    now: SystemTime,
+) -> Result<HttpReply, AttemptError> {
     let reply = result.map_err(classify_fault)?;
     match reply.end {
         _ if !(200..300).contains(&reply.status) => Err(classify_refusal(&reply, now)),
-        End::Whole => Ok(reply),
-        End::Cut(fault) => Err(classify_fault(fault)),
-        End::Unreadable { problem, .. } => Err(lost("malformed", &problem)),
+        BodyEnd::Whole => Ok(reply),
+        BodyEnd::Cut(fault) => Err(classify_fault(fault)),
+        BodyEnd::Unreadable { problem, .. } => Err(lost("malformed", &problem)),
     }
 }
 
-fn classify_refusal(reply: &Reply, now: SystemTime) -> Trouble {
+fn classify_refusal(reply: &HttpReply, now: SystemTime) -> AttemptError {
     let error = ApiError::parse(&reply.body);
     classify_error(reply.status, &reply.headers, &error, now)
 }
 
 /// Classifies an attempt that brought no reply.
-pub(crate) fn classify_fault(fault: Fault) -> Trouble {
+pub(crate) fn classify_fault(fault: TransportError) -> AttemptError {
     match fault {
-        Fault::Unreachable(message) => Trouble::Transient {
-            failure: Failure {
+        TransportError::Unreachable(message) => AttemptError::Transient {
+            failure: RowFailure {
                 unreachable: true,
-                ..Failure::new("unreachable", &message)
+                ..RowFailure::new("unreachable", &message)
             },
             wait: Duration::ZERO,
         },
-        Fault::KeyRenewed => Trouble::KeyRenewed,
+        TransportError::KeyRenewed => AttemptError::KeyRenewed,
         // The connections that are open go on; fewer at once are enough.
-        Fault::NoDescriptor(message) => Trouble::Throttled {
+        TransportError::NoDescriptor(message) => AttemptError::Throttled {
             wait: None,
             message: format!("{message}; lower `limits.concurrency` or raise `ulimit -n`"),
         },
-        Fault::Timeout => lost("timeout", "no complete answer in time"),
-        Fault::Broken(message) => lost("connection lost", &message),
+        TransportError::Timeout => lost("timeout", "no complete answer in time"),
+        TransportError::Broken(message) => lost("connection lost", &message),
     }
 }
 
@@ -124,7 +127,7 @@ pub(crate) fn classify_fault(fault: Fault) -> Trouble {
 /// `base_s * 2^(attempt - 1)`, at most `max_s`. `random` is uniform in [0, 1).
 ///
 /// See "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-pub(crate) fn backoff(attempt: u32, retry: &config::Retry, random: f64) -> Duration {
+pub(crate) fn backoff(attempt: u32, retry: &config::RetryConfig, random: f64) -> Duration {
     let doublings = attempt.saturating_sub(1).min(32);
     let ceiling = retry.base_s * 2f64.powi(doublings as i32);
     Duration::try_from_secs_f64(ceiling.min(retry.max_s) * random).unwrap_or_default()

@@ -1,18 +1,22 @@
 //! TODO
 
-use crate::client::attempt_error::Reason;
+use crate::client::attempt_error::RefusalReason;
 use crate::config;
 use crate::config::KeySource;
 use crate::exit::Exit;
 use anyhow::anyhow;
 
 /// The endpoint refuses every request, whatever it asks.
-pub(crate) fn refused(reason: Reason, message: &str, teacher: &config::Teacher) -> anyhow::Error {
+pub(crate) fn refused(
+    reason: RefusalReason,
+    message: &str,
+    teacher: &config::TeacherConfig,
+) -> anyhow::Error {
     let refuses = |holder: String, advice: &str| {
         format!("the endpoint refuses the key {holder} ({message}): {advice}")
     };
     let advice = match reason {
-        Reason::Key => match teacher.key_source() {
+        RefusalReason::Key => match teacher.key_source() {
             KeySource::None => format!(
                 "the endpoint asks for a key ({message}): set `teacher.api_key_env` to the name of the \
                  variable that holds it"
@@ -29,24 +33,24 @@ pub(crate) fn refused(reason: Reason, message: &str, teacher: &config::Teacher) 
                 "run the command by hand, and see what it prints and for whom",
             ),
         },
-        Reason::Forbidden => format!(
+        RefusalReason::Forbidden => format!(
             "the endpoint forbids this ({message}): check what the account may use, and \
              `teacher.model`"
         ),
-        Reason::Credit => format!(
+        RefusalReason::Credit => format!(
             "the account has no credit left ({message}): nothing more is asked; run the same \
              command when it has"
         ),
-        Reason::Model => format!(
+        RefusalReason::Model => format!(
             "the endpoint does not know `teacher.model` = \"{}\" ({message})",
             teacher.model
         ),
-        Reason::Address => format!(
+        RefusalReason::Address => format!(
             "there is nothing to ask at {} ({message}): check `teacher.base_url`{}",
             completions_url(teacher),
             path_advice(teacher)
         ),
-        Reason::Redirect => format!(
+        RefusalReason::Redirect => format!(
             "the endpoint redirects ({message}), which is not followed: set `teacher.base_url` to \
              the final address"
         ),
@@ -55,7 +59,7 @@ pub(crate) fn refused(reason: Reason, message: &str, teacher: &config::Teacher) 
 }
 
 /// Where chat completions are asked for.
-pub(crate) fn completions_url(teacher: &config::Teacher) -> String {
+pub(crate) fn completions_url(teacher: &config::TeacherConfig) -> String {
     format!(
         "{}/chat/completions",
         crate::config::teacher::identity(teacher)
@@ -63,7 +67,7 @@ pub(crate) fn completions_url(teacher: &config::Teacher) -> String {
 }
 
 /// The most frequent mistake in an address.
-pub(crate) fn path_advice(teacher: &config::Teacher) -> &'static str {
+pub(crate) fn path_advice(teacher: &config::TeacherConfig) -> &'static str {
     let address = crate::config::teacher::identity(teacher);
     let path = address
         .split_once("://")
@@ -77,9 +81,9 @@ pub(crate) fn path_advice(teacher: &config::Teacher) -> &'static str {
 
 /// An endpoint that has answered says by now, again and again, that no request can succeed.
 pub(crate) fn refused_by_now(
-    reason: Reason,
+    reason: RefusalReason,
     message: &str,
-    teacher: &config::Teacher,
+    teacher: &config::TeacherConfig,
 ) -> anyhow::Error {
     let error = refused(reason, message, teacher);
     Exit::Resumable(format!(

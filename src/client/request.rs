@@ -8,9 +8,9 @@ use serde_json::{Map, Value, json};
 use crate::cache::question::template::QuestionTemplate;
 use crate::client::response;
 use crate::client::response::completion::{Completion, NoAnswer};
-use crate::client::score_text::Scoring;
-use crate::client::structured_output::Structured;
-use crate::config::{Config, Lane};
+use crate::client::score_text::ScoringMethod;
+use crate::client::structured_output::StructuredOutput;
+use crate::config::{Config, EndpointConfig};
 use crate::exit::Exit;
 use crate::prompt::Prompt;
 use crate::prompt::message::Message;
@@ -55,12 +55,12 @@ const USUAL_FIELDS: usize = 8;
 
 /// What is asked of one teacher, whatever the prompt.
 pub struct RequestTemplate {
-    pub lane: Lane,
-    pub structured: Option<Structured>,
+    pub lane: EndpointConfig,
+    pub structured: Option<StructuredOutput>,
     /// Hash of what `distill probe` found out about the endpoint; empty without a probe.
     pub probe: String,
     /// Nothing is to be written, but an answer that is there to be scored.
-    pub scoring: Option<Arc<Scoring>>,
+    pub scoring: Option<Arc<ScoringMethod>>,
 }
 
 /// A message as a request has it.
@@ -80,7 +80,7 @@ pub(crate) fn check(config: &Config) -> Result<()> {
     config.lanes().iter().try_for_each(check_lane)
 }
 
-fn check_lane(lane: &Lane) -> Result<()> {
+fn check_lane(lane: &EndpointConfig) -> Result<()> {
     check_extra(&lane.sampling.extra)?;
     if lane.teacher.model.is_empty() {
         let message = "set `teacher.model` to the name of the model to ask";
@@ -112,7 +112,7 @@ fn check_extra(extra: &Map<String, Value>) -> Result<()> {
 
 impl RequestTemplate {
     /// Without a schema, of an endpoint that has not been probed.
-    pub fn plain(lane: Lane) -> RequestTemplate {
+    pub fn plain(lane: EndpointConfig) -> RequestTemplate {
         RequestTemplate {
             lane,
             structured: None,
@@ -216,10 +216,15 @@ impl RequestTemplate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{MaxTokensField, Sampling, Teacher};
+    use crate::config::{MaxTokensField, SamplingConfig, TeacherConfig};
 
-    fn body(teacher: &Teacher, sampling: &Sampling, messages: &[Message], sample: u32) -> Value {
-        let lane = Lane {
+    fn body(
+        teacher: &TeacherConfig,
+        sampling: &SamplingConfig,
+        messages: &[Message],
+        sample: u32,
+    ) -> Value {
+        let lane = EndpointConfig {
             teacher: teacher.clone(),
             sampling: sampling.clone(),
             limits: Default::default(),
@@ -228,10 +233,10 @@ mod tests {
         RequestTemplate::plain(lane).body(messages, sample)
     }
 
-    fn teacher() -> Teacher {
-        Teacher {
+    fn teacher() -> TeacherConfig {
+        TeacherConfig {
             model: "m".into(),
-            ..Teacher::default()
+            ..TeacherConfig::default()
         }
     }
 
@@ -244,7 +249,7 @@ mod tests {
 
     #[test]
     fn the_body_has_a_fixed_order_and_extra_comes_last() {
-        let sampling = Sampling {
+        let sampling = SamplingConfig {
             top_p: Some(0.5),
             seed: Some(7),
             stop: vec!["\n".into()],
@@ -252,27 +257,27 @@ mod tests {
                 ("reasoning_effort".to_string(), json!("none")),
                 ("temperature".to_string(), json!(0)),
             ]),
-            ..Sampling::default()
+            ..SamplingConfig::default()
         };
         assert_eq!(
             body(&teacher(), &sampling, &messages("hi"), 2).to_string(),
             r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_completion_tokens":512,"temperature":0,"top_p":0.5,"logprobs":true,"top_logprobs":20,"seed":9,"stop":["\n"],"reasoning_effort":"none"}"#
         );
-        let sampling = Sampling {
+        let sampling = SamplingConfig {
             reasoning: true,
             reasoning_effort: Some("low".into()),
             stop: vec!["x".into()],
-            ..Sampling::default()
+            ..SamplingConfig::default()
         };
         assert_eq!(
             body(&teacher(), &sampling, &messages("hi"), 0).to_string(),
             r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_completion_tokens":512,"reasoning_effort":"low"}"#
         );
-        let sampling = Sampling {
+        let sampling = SamplingConfig {
             max_tokens_field: MaxTokensField::MaxTokens,
             temperature: None,
             top_logprobs: 0,
-            ..Sampling::default()
+            ..SamplingConfig::default()
         };
         assert_eq!(
             body(&teacher(), &sampling, &messages("hi"), 0).to_string(),

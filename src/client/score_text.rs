@@ -13,23 +13,23 @@ use serde_json::{Map, Value, json};
 use crate::cache::record::{Answer, Logprobs};
 use crate::client::response::completion::{Completion, NoAnswer};
 use crate::client::response::error::{ApiError, is_error};
-use crate::client::response::logprobs::{Alternative, Bytes, Columns, Logprob};
+use crate::client::response::logprobs::{Logprob, LogprobColumns, TokenByteList, WireToken};
 use crate::client::response::text::text;
 use crate::client::response::{json, usage};
-use crate::config::Lane;
+use crate::config::EndpointConfig;
 use crate::data::align::token_ids;
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 
 /// How texts are scored, and the teacher's tokenizer.
-pub enum Scoring {
+pub enum ScoringMethod {
     /// By vLLM's chat completions; without a tokenizer tokens are known by their texts.
     PromptLogprobs(Option<Tokenizer>),
     /// By text completions.
     Echo(Tokenizer),
 }
 
-impl Scoring {
+impl ScoringMethod {
     fn tokenizer(&self) -> Option<&Tokenizer> {
         match self {
             Self::PromptLogprobs(tokenizer) => tokenizer.as_ref(),
@@ -49,7 +49,7 @@ impl Scoring {
     }
 
     /// The request that has the last of the messages scored, which [`Scoring::check`] let pass.
-    pub fn body(&self, lane: &Lane, messages: &[Message]) -> Value {
+    pub fn body(&self, lane: &EndpointConfig, messages: &[Message]) -> Value {
         let sampling = &lane.sampling;
         let mut body = Map::new();
         body.insert("model".into(), json!(lane.teacher.model));
@@ -195,13 +195,13 @@ impl Scoring {
     }
 
     /// A token of vLLM's `prompt_logprobs`, by its id where the tokenizer is known.
-    fn token<'a>(&'a self, id: &str, token: &'a Value) -> Alternative<'a> {
+    fn token<'a>(&'a self, id: &str, token: &'a Value) -> WireToken<'a> {
         let told = token["decoded_token"].as_str().unwrap_or_default();
         self.alternative(id.parse().ok(), told.into(), &token["logprob"])
     }
 
     /// A token by its text or, exactly, as `token_id:N`.
-    fn named<'a>(&'a self, name: &str, logprob: &Value) -> Alternative<'a> {
+    fn named<'a>(&'a self, name: &str, logprob: &Value) -> WireToken<'a> {
         let id = token_ids::parse(name.as_bytes());
         self.alternative(id, name.to_owned().into(), logprob)
     }
@@ -211,7 +211,7 @@ impl Scoring {
         id: Option<u32>,
         told: Cow<'a, str>,
         logprob: &Value,
-    ) -> Alternative<'a> {
+    ) -> WireToken<'a> {
         let known = self.tokenizer().zip(id);
         let bytes = known.and_then(|(tokenizer, id)| tokenizer.token_bytes(id));
         let token = match known {
@@ -219,10 +219,10 @@ impl Scoring {
             Some((tokenizer, id)) if bytes.is_none() => tokenizer.token_name(id).into(),
             _ => told,
         };
-        Alternative {
+        WireToken {
             token,
             logprob: logprob.as_f64().map(Logprob::from).unwrap_or_default(),
-            bytes: bytes.map(Bytes::from),
+            bytes: bytes.map(TokenByteList::from),
             prob: None,
         }
     }
@@ -230,7 +230,7 @@ impl Scoring {
 
 /// Does a server mean this token by `name`? It may have lost the bytes of a part of a character, and the
 /// white space in front, as SentencePiece's decoder does.
-fn is_called(token: &Alternative, id: u32, name: &str) -> bool {
+fn is_called(token: &WireToken, id: u32, name: &str) -> bool {
     if let Some(told) = token_ids::parse(name.as_bytes()) {
         return told == id;
     }
@@ -239,7 +239,7 @@ fn is_called(token: &Alternative, id: u32, name: &str) -> bool {
 }
 
 /// The token that is there, and the likeliest ones.
-type Scored<'a> = (Alternative<'a>, Vec<Alternative<'a>>);
+type Scored<'a> = (WireToken<'a>, Vec<WireToken<'a>>);
 
 /// The logprobs of the answer that a conversation ends with, of whose tokens `backwards` are the last
 /// ones, from the end; None where one of them is not told. Where it begins only the server knows.
@@ -262,7 +262,7 @@ fn ending<'a>(
 fn columns(scored: Vec<Scored>, answer: &str) -> Option<Logprobs> {
     let spelled: usize = scored.iter().map(|(own, _)| own.spelled().len()).sum();
     let mut lead = spelled.checked_sub(answer.len())?;
-    let mut columns = Columns::default();
+    let mut columns = LogprobColumns::default();
     for (own, mut likeliest) in scored {
         let length = own.spelled().len();
         let front = own.spelled()[..lead.min(length)].to_vec();
@@ -282,13 +282,13 @@ fn columns(scored: Vec<Scored>, answer: &str) -> Option<Logprobs> {
 }
 
 /// What is left of a token behind `front`; nothing of one that does not begin so.
-fn behind<'a>(token: Alternative<'a>, front: &[u8]) -> Alternative<'a> {
+fn behind<'a>(token: WireToken<'a>, front: &[u8]) -> WireToken<'a> {
     if front.is_empty() {
         return token;
     }
     let rest = token.spelled().strip_prefix(front).unwrap_or_default();
-    Alternative {
-        bytes: Some(Bytes::from(rest)),
+    WireToken {
+        bytes: Some(TokenByteList::from(rest)),
         token: String::from_utf8_lossy(rest).into_owned().into(),
         logprob: token.logprob,
         prob: None,
@@ -307,17 +307,17 @@ fn untold(what: &str) -> NoAnswer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Sampling, Teacher};
+    use crate::config::{SamplingConfig, TeacherConfig};
 
-    fn lane() -> Lane {
-        Lane {
-            teacher: Teacher {
+    fn lane() -> EndpointConfig {
+        EndpointConfig {
+            teacher: TeacherConfig {
                 model: "m".into(),
-                ..Teacher::default()
+                ..TeacherConfig::default()
             },
-            sampling: Sampling {
+            sampling: SamplingConfig {
                 top_logprobs: 2,
-                ..Sampling::default()
+                ..SamplingConfig::default()
             },
             limits: Default::default(),
             price: Default::default(),
@@ -333,7 +333,7 @@ mod tests {
     }
 
     fn read(reply: Value, answer: &str) -> Result<Completion, NoAnswer> {
-        let scoring = Scoring::PromptLogprobs(None);
+        let scoring = ScoringMethod::PromptLogprobs(None);
         let messages = messages(answer);
         let body = scoring.body(&lane(), &messages);
         scoring.read(reply.to_string().as_bytes(), &body, &messages)
@@ -433,7 +433,7 @@ mod tests {
         assert!(error.message.contains("prompt_logprobs"), "{error:?}");
         let error = json!({"error": {"message": "prompt_logprobs is too large", "code": 400}});
         assert!(matches!(read(error, ""), Err(NoAnswer::Error(_))));
-        let scoring = Scoring::PromptLogprobs(None);
+        let scoring = ScoringMethod::PromptLogprobs(None);
         let cut_off = scoring.read(b"{\"choices\":[", &Value::Null, &[]);
         assert!(matches!(cut_off, Err(NoAnswer::Malformed(_))));
         let empty = read(json!({"choices": []}), "");
@@ -445,7 +445,7 @@ mod tests {
     fn an_echo_is_read_by_texts_and_by_ids_and_no_position_off() {
         let folder = std::path::Path::new("tests/it/golden/tokenizers/bytelevel");
         let tokenizer = Tokenizer::load(folder).unwrap();
-        let scoring = Scoring::Echo(tokenizer);
+        let scoring = ScoringMethod::Echo(tokenizer);
         let answer = "Grüße 👋";
         let messages = messages(answer);
         let body = scoring.body(&lane(), &messages);
@@ -489,7 +489,7 @@ mod tests {
 
     #[test]
     fn the_body_asks_for_one_token_and_the_logprobs_of_the_prompt() {
-        let scoring = Scoring::PromptLogprobs(None);
+        let scoring = ScoringMethod::PromptLogprobs(None);
         assert_eq!(
             scoring.body(&lane(), &messages("yes")).to_string(),
             r#"{"model":"m","messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"yes"}],"max_completion_tokens":1,"prompt_logprobs":2,"add_generation_prompt":false,"continue_final_message":true,"return_token_ids":true}"#

@@ -9,18 +9,18 @@ use serde_json::{Value, json};
 
 use crate::exit::Exit;
 
-pub struct Structured {
+pub struct StructuredOutput {
     name: String,
     schema: Value,
     validator: Validator,
 }
 
-impl Structured {
+impl StructuredOutput {
     /// Reads the schema; its name is that of its file.
     ///
     /// # Errors
     /// [`Exit::Usage`] where the file is no JSON schema.
-    pub fn load(path: &Path) -> Result<Structured> {
+    pub fn load(path: &Path) -> Result<StructuredOutput> {
         let text = crate::fs::read_to_string(path).context("cannot read `sampling.schema`")?;
         let schema: Value = serde_json::from_str(&text).map_err(|error| {
             Exit::Usage(format!(
@@ -42,7 +42,7 @@ impl Structured {
             })
             .take(64)
             .collect();
-        Ok(Structured {
+        Ok(StructuredOutput {
             name,
             schema,
             validator,
@@ -95,7 +95,7 @@ mod tests {
         let path = dir.path().join("my call.json");
         let schema = r#"{"type":"object","properties":{"n":{"type":"integer"}},"required":["n"],"additionalProperties":false}"#;
         std::fs::write(&path, schema).unwrap();
-        let structured = Structured::load(&path).unwrap();
+        let structured = StructuredOutput::load(&path).unwrap();
         let format = structured.response_format();
         assert_eq!(format["json_schema"]["name"], "my_call");
         assert_eq!(format["json_schema"]["schema"]["required"][0], "n");
@@ -123,10 +123,10 @@ mod tests {
             (r#"{"type": 3}"#, "no JSON schema"),
         ] {
             std::fs::write(&path, text).unwrap();
-            let error = Structured::load(&path).err().unwrap();
+            let error = StructuredOutput::load(&path).err().unwrap();
             assert!(format!("{error:#}").contains(part), "{error:#}");
             assert_eq!(Exit::code_of(&error), 2);
         }
-        assert!(Structured::load(&dir.path().join("none.json")).is_err());
+        assert!(StructuredOutput::load(&dir.path().join("none.json")).is_err());
     }
 }

@@ -70,7 +70,7 @@ fn format(format: ExportFormat) -> Format {
 fn source(
     place: &CachePlace,
     groups: Option<Groups>,
-) -> Result<(PathBuf, config::Data, Selection)> {
+) -> Result<(PathBuf, config::DataConfig, Selection)> {
     match (&place.dir, &place.config) {
         (Some(dir), _) => {
             let selection = match groups {
@@ -80,7 +80,7 @@ fn source(
                     "--groups asked needs the questions of a config: give -c FILE".into()
                 )),
             };
-            Ok((dir.clone(), config::Data::default(), selection))
+            Ok((dir.clone(), config::DataConfig::default(), selection))
         }
         (None, Some(file)) => {
             let file = ConfigFile {

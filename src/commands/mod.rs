@@ -21,11 +21,11 @@ use serde::Serialize;
 
 use crate::cli::ConfigFile;
 use crate::config::load;
-use crate::config::load::Loaded;
+use crate::config::load::LoadedConfig;
 use crate::terminal::escape_unsafe;
 
 /// Reads the config that the flags name.
-fn load_config(file: &ConfigFile) -> Result<Loaded> {
+fn load_config(file: &ConfigFile) -> Result<LoadedConfig> {
     load(&file.file, std::env::vars(), &file.set)
 }
 

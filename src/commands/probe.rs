@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::cli::{Global, ProbeArgs};
 use crate::probe::findings;
-use crate::probe::findings::Endpoint;
+use crate::probe::findings::ProbedEndpoint;
 use crate::terminal::{sanitise, table};
 
 /// Probes every endpoint of the config, prints what was found, and fails where the config asks for
@@ -34,7 +34,7 @@ pub fn run(args: &ProbeArgs, global: &Global) -> Result<()> {
     Ok(())
 }
 
-fn rows(endpoint: &Endpoint) -> Vec<[String; 2]> {
+fn rows(endpoint: &ProbedEndpoint) -> Vec<[String; 2]> {
     let offer = &endpoint.logprobs;
     let mut rows = vec![
         ["endpoint", &endpoint.base_url].map(String::from),

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Data {
+pub struct DataConfig {
     /// None: a cache. Else a JSONL file of `{"messages": [...]}` rows.
     pub source: Option<PathBuf>,
     /// The cache folder of another run. None: this run's.
@@ -102,17 +102,17 @@ pub enum Thinking {
     Drop,
 }
 
-impl Data {
+impl DataConfig {
     /// With no longer examples than a model of this context can read.
-    pub fn within(&self, context: usize) -> Data {
-        Data {
+    pub fn within(&self, context: usize) -> DataConfig {
+        DataConfig {
             max_length: self.max_length.min(context),
             ..self.clone()
         }
     }
 }
 
-impl Default for Data {
+impl Default for DataConfig {
     fn default() -> Self {
         Self {
             source: None,

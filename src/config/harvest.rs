@@ -9,7 +9,7 @@ use super::redis_url::RedisUrl;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Prompts {
+pub struct PromptsConfig {
     /// `.jsonl` (a JSON object a line) or any other extension for plain text (a prompt a line).
     pub source: PathBuf,
     /// A TOML file from `prompts/`. None: rows must carry `messages`, or be plain text.
@@ -20,10 +20,10 @@ pub struct Prompts {
     pub limit: Option<usize>,
     /// With several teachers: who is asked.
     pub teachers: Assignment,
-    pub order: Order,
+    pub order: PromptOrder,
 }
 
-impl Default for Prompts {
+impl Default for PromptsConfig {
     fn default() -> Self {
         Self {
             source: "prompts.jsonl".into(),
@@ -31,7 +31,7 @@ impl Default for Prompts {
             samples: 1,
             limit: None,
             teachers: Assignment::Share,
-            order: Order::Prefix,
+            order: PromptOrder::Prefix,
         }
     }
 }
@@ -47,7 +47,7 @@ pub enum Assignment {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Order {
+pub enum PromptOrder {
     /// Prompts that begin alike follow each other, so that the provider's prompt cache hits.
     Prefix,
     /// As in the source.
@@ -57,7 +57,7 @@ pub enum Order {
 /// What is sent with each prompt. Unset values are not sent, so the endpoint's defaults hold.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Sampling {
+pub struct SamplingConfig {
     pub max_tokens: u32,
     /// The name under which `max_tokens` is sent.
     pub max_tokens_field: MaxTokensField,
@@ -77,7 +77,7 @@ pub struct Sampling {
     pub extra: Map<String, Value>,
 }
 
-impl Default for Sampling {
+impl Default for SamplingConfig {
     fn default() -> Self {
         Self {
             max_tokens: 512,
@@ -122,7 +122,7 @@ impl MaxTokensField {
 /// Settings of `distill harvest` itself.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Harvest {
+pub struct HarvestConfig {
     /// Reaction to 20 consecutive answers without usable logprobs, if `sampling.top_logprobs` requests them.
     pub on_missing_logprobs: OnMissingLogprobs,
 }
@@ -139,7 +139,7 @@ pub enum OnMissingLogprobs {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Limits {
+pub struct LimitsConfig {
     pub requests_per_minute: Option<u32>,
     /// Prompt estimate + max_tokens, as providers count.
     pub tokens_per_minute: Option<u32>,
@@ -156,12 +156,12 @@ pub struct Limits {
     pub follow_headers: bool,
 }
 
-impl Limits {
+impl LimitsConfig {
     /// Those that this process keeps by itself.
-    pub fn own(&self) -> Limits {
+    pub fn own(&self) -> LimitsConfig {
         match self.shared {
             None => self.clone(),
-            Some(_) => Limits {
+            Some(_) => LimitsConfig {
                 requests_per_minute: None,
                 tokens_per_minute: None,
                 requests_per_day: None,
@@ -171,7 +171,7 @@ impl Limits {
     }
 }
 
-impl Default for Limits {
+impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
             requests_per_minute: None,
@@ -187,7 +187,7 @@ impl Default for Limits {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Retry {
+pub struct RetryConfig {
     /// Attempts for a request that fails in a way that may pass (5xx, time-out, reset).
     pub max_attempts: u32,
     /// First pause; each further one doubles, with full jitter.
@@ -198,7 +198,7 @@ pub struct Retry {
     pub max_outage_s: f64,
 }
 
-impl Default for Retry {
+impl Default for RetryConfig {
     fn default() -> Self {
         Self {
             max_attempts: 6,
@@ -235,7 +235,7 @@ impl Price {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Budget {
+pub struct BudgetConfig {
     /// The most that this run folder may ever cost, at the configured prices.
     pub usd: Option<f64>,
 }
@@ -243,8 +243,8 @@ pub struct Budget {
 /// When requests may leave, and in which way.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Night {
-    pub mode: Mode,
+pub struct ScheduleConfig {
+    pub mode: RequestMode,
     /// `"22:00-06:30"`: outside it nothing leaves.
     pub window: Option<String>,
     /// `"06:30"` (the next one), a date and time, or an RFC 3339 time stamp.
@@ -255,7 +255,7 @@ pub struct Night {
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Mode {
+pub enum RequestMode {
     /// A request for each row, answered at once.
     #[default]
     Realtime,
@@ -266,7 +266,7 @@ pub enum Mode {
 /// How rows go into batches; for `schedule.mode = "batch"`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Batch {
+pub struct BatchConfig {
     pub max_requests: usize,
     /// Of a file of requests.
     pub max_megabytes: f64,
@@ -281,7 +281,7 @@ pub struct Batch {
     pub discount: f64,
 }
 
-impl Default for Batch {
+impl Default for BatchConfig {
     fn default() -> Self {
         Self {
             max_requests: 50_000,
@@ -297,12 +297,12 @@ impl Default for Batch {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Cache {
+pub struct CacheConfig {
     pub durability: Durability,
     pub compression: Compression,
 }
 
-impl Default for Cache {
+impl Default for CacheConfig {
     fn default() -> Self {
         Self {
             durability: Durability::Batch,

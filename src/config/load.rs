@@ -17,7 +17,7 @@ const WHERE_KEYS_ARE: &str = "`distill config show` lists every key";
 
 /// A config, and the origin of every value that is not a default.
 #[derive(Debug)]
-pub struct Loaded {
+pub struct LoadedConfig {
     pub config: Config,
     /// `section.key` to where it was set.
     pub origins: BTreeMap<String, String>,
@@ -31,7 +31,7 @@ pub fn load(
     path: &Path,
     environment: impl Iterator<Item = (String, String)>,
     flags: &[String],
-) -> Result<Loaded> {
+) -> Result<LoadedConfig> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         usage(format!(
             "cannot read the config {}: {error}; copy config.example.toml to start one",
@@ -98,7 +98,7 @@ pub fn load(
     config.file = Some(path.to_owned());
     config.flags = flags.to_vec();
     validate(&config)?;
-    Ok(Loaded { config, origins })
+    Ok(LoadedConfig { config, origins })
 }
 
 /// Parses the text of a config file without looking at anything else.

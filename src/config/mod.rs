@@ -15,7 +15,7 @@ pub(crate) mod validate;
 
 pub use data::*;
 pub use harvest::*;
-pub use load::{Loaded, load, parse};
+pub use load::{LoadedConfig, load, parse};
 pub use redis_url::{CANNOT_SHARE, RedisUrl};
 pub use settings::*;
 pub use student::*;

@@ -21,26 +21,26 @@ pub struct Config {
     pub flags: Vec<String>,
     /// Folder of this run: the cache, checkpoints, metrics and the student land here.
     pub run_dir: PathBuf,
-    pub teacher: Teacher,
+    pub teacher: TeacherConfig,
     /// Several teachers; what an entry leaves out is that of `[teacher]`.
-    pub teachers: Vec<Teacher>,
-    pub prompts: Prompts,
-    pub sampling: Sampling,
-    pub harvest: Harvest,
-    pub limits: Limits,
-    pub retry: Retry,
+    pub teachers: Vec<TeacherConfig>,
+    pub prompts: PromptsConfig,
+    pub sampling: SamplingConfig,
+    pub harvest: HarvestConfig,
+    pub limits: LimitsConfig,
+    pub retry: RetryConfig,
     pub price: Price,
-    pub budget: Budget,
-    pub schedule: Night,
-    pub batch: Batch,
-    pub cache: Cache,
-    pub student: Student,
-    pub data: Data,
-    pub loss: Loss,
-    pub lora: Lora,
-    pub train: Train,
-    pub on_policy: OnPolicy,
-    pub eval: Eval,
+    pub budget: BudgetConfig,
+    pub schedule: ScheduleConfig,
+    pub batch: BatchConfig,
+    pub cache: CacheConfig,
+    pub student: StudentConfig,
+    pub data: DataConfig,
+    pub loss: LossConfig,
+    pub lora: LoraConfig,
+    pub train: TrainConfig,
+    pub on_policy: OnPolicyConfig,
+    pub eval: EvalConfig,
 }
 
 impl Config {
@@ -59,12 +59,12 @@ impl Config {
     }
 
     /// Every endpoint that is asked, with its own settings.
-    pub fn lanes(&self) -> Vec<Lane> {
+    pub fn lanes(&self) -> Vec<EndpointConfig> {
         let teachers = match self.teachers.is_empty() {
             true => std::slice::from_ref(&self.teacher),
             false => &self.teachers,
         };
-        let lane = |teacher: &Teacher| Lane {
+        let lane = |teacher: &TeacherConfig| EndpointConfig {
             teacher: teacher.clone(),
             sampling: teacher.sampling.as_ref().unwrap_or(&self.sampling).clone(),
             limits: teacher.limits.as_ref().unwrap_or(&self.limits).clone(),
@@ -91,7 +91,7 @@ impl Config {
             .iter()
             .map(|lane| lane.limits.concurrency)
             .sum();
-        let part = |limits: &mut Limits| {
+        let part = |limits: &mut LimitsConfig| {
             limits.concurrency = (limits.concurrency * most / wanted.max(1)).max(1);
         };
         let mut config = self.clone();
@@ -129,25 +129,25 @@ impl Default for Config {
             file: None,
             flags: Vec::new(),
             run_dir: "run".into(),
-            teacher: Teacher::default(),
+            teacher: TeacherConfig::default(),
             teachers: Vec::new(),
-            prompts: Prompts::default(),
-            sampling: Sampling::default(),
-            harvest: Harvest::default(),
-            limits: Limits::default(),
-            retry: Retry::default(),
+            prompts: PromptsConfig::default(),
+            sampling: SamplingConfig::default(),
+            harvest: HarvestConfig::default(),
+            limits: LimitsConfig::default(),
+            retry: RetryConfig::default(),
             price: Price::default(),
-            budget: Budget::default(),
-            schedule: Night::default(),
-            batch: Batch::default(),
-            cache: Cache::default(),
-            student: Student::default(),
-            data: Data::default(),
-            loss: Loss::default(),
-            lora: Lora::default(),
-            train: Train::default(),
-            on_policy: OnPolicy::default(),
-            eval: Eval::default(),
+            budget: BudgetConfig::default(),
+            schedule: ScheduleConfig::default(),
+            batch: BatchConfig::default(),
+            cache: CacheConfig::default(),
+            student: StudentConfig::default(),
+            data: DataConfig::default(),
+            loss: LossConfig::default(),
+            lora: LoraConfig::default(),
+            train: TrainConfig::default(),
+            on_policy: OnPolicyConfig::default(),
+            eval: EvalConfig::default(),
         }
     }
 }

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Student {
-    pub init: Init,
+pub struct StudentConfig {
+    pub init: StudentInit,
     /// A Hugging Face model folder. With `init = "random"` only its tokenizer and chat template
     /// are used, and the shape below.
     pub path: PathBuf,
@@ -28,10 +28,10 @@ pub struct Student {
     pub save_dtype: SaveDtype,
 }
 
-impl Default for Student {
+impl Default for StudentConfig {
     fn default() -> Self {
         Self {
-            init: Init::Pretrained,
+            init: StudentInit::Pretrained,
             path: "student".into(),
             template_args: BTreeMap::new(),
             template_date: None,
@@ -90,7 +90,7 @@ pub enum SaveDtype {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Init {
+pub enum StudentInit {
     /// Weights from `student.path`.
     Pretrained,
     /// Fresh weights of the given shape.
@@ -99,8 +99,8 @@ pub enum Init {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Loss {
-    pub kd: Kd,
+pub struct LossConfig {
+    pub kd: KdMode,
     /// The share of the soft-label term where a position has soft labels. None: see
     /// `train::soft_labels::default_weight`.
     pub kd_weight: Option<f64>,
@@ -118,10 +118,10 @@ pub struct Loss {
     pub label_smoothing: f64,
 }
 
-impl Default for Loss {
+impl Default for LossConfig {
     fn default() -> Self {
         Self {
-            kd: Kd::Auto,
+            kd: KdMode::Auto,
             kd_weight: None,
             tail_weight: 0.35,
             alm_weight: 0.5,
@@ -135,7 +135,7 @@ impl Default for Loss {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kd {
+pub enum KdMode {
     /// Cross-entropy on the answers alone.
     None,
     /// `Damped` for the answers whose sampling settings allow it, `Tail` for the others.
@@ -160,7 +160,7 @@ pub enum Kd {
     RenormalizeBoth,
 }
 
-impl Kd {
+impl KdMode {
     /// As the config file spells it.
     pub fn name(self) -> String {
         let value = serde_json::to_value(self).unwrap_or_default();
@@ -170,7 +170,7 @@ impl Kd {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Lora {
+pub struct LoraConfig {
     /// Rank of the adapters that are trained in place of the weights; 0: the weights themselves.
     pub rank: usize,
     /// What an adapter adds is multiplied by `alpha` / `rank`.
@@ -180,7 +180,7 @@ pub struct Lora {
     pub targets: Vec<String>,
 }
 
-impl Default for Lora {
+impl Default for LoraConfig {
     fn default() -> Self {
         Self {
             rank: 0,
@@ -192,7 +192,7 @@ impl Default for Lora {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Train {
+pub struct TrainConfig {
     pub seed: u64,
     /// Optimizer steps. None: as many as `epochs` makes.
     pub steps: Option<u64>,
@@ -207,7 +207,7 @@ pub struct Train {
     /// The rate at the end, as a share of `learning_rate`.
     pub min_learning_rate_ratio: f64,
     pub warmup_steps: u64,
-    pub schedule: Schedule,
+    pub schedule: LrSchedule,
     /// The share of the steps, at their end, over which "wsd" decays.
     pub decay_share: f64,
     pub weight_decay: f64,
@@ -231,7 +231,7 @@ pub struct Train {
     /// becomes the student; 0 for none.
     pub ema_decay: f64,
     /// The validation metric whose best checkpoint is kept and becomes the student.
-    pub best: Best,
+    pub best: BestMetric,
     /// Validations in a row without a better `best` after which training ends; 0: never.
     pub patience: u64,
     /// Let the student answer a part of the prompts itself, for the teacher to judge.
@@ -249,13 +249,13 @@ pub struct Train {
 /// How a student writes answers itself; for `train.on_policy`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct OnPolicy {
+pub struct OnPolicyConfig {
     /// The share of each step's prompts that it answers; the others are learnt as they are.
     pub share: f64,
     /// What its answers are judged by.
-    pub kd: Kd,
+    pub kd: KdMode,
     /// Who judges them.
-    pub judge: JudgedBy,
+    pub judge: ScoredBy,
     /// The folder of the teacher's tokenizer, for a judge behind an API. None: its tokens are known by
     /// their texts alone.
     pub tokenizer: Option<PathBuf>,
@@ -266,7 +266,7 @@ pub struct OnPolicy {
 /// Who judges what a student writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum JudgedBy {
+pub enum ScoredBy {
     /// The model in `teacher.local`, by its whole distributions.
     Local,
     /// The endpoint of `teacher`, by vLLM's chat completions with `prompt_logprobs`.
@@ -275,12 +275,12 @@ pub enum JudgedBy {
     Echo,
 }
 
-impl Default for OnPolicy {
+impl Default for OnPolicyConfig {
     fn default() -> Self {
         Self {
             share: 0.5,
-            kd: Kd::ReverseKl,
-            judge: JudgedBy::Local,
+            kd: KdMode::ReverseKl,
+            judge: ScoredBy::Local,
             tokenizer: None,
             max_tokens: 128,
             temperature: 1.0,
@@ -309,7 +309,7 @@ pub enum ComputeDtype {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Best {
+pub enum BestMetric {
     /// The last weights become the student.
     Last,
     /// The lowest cross-entropy.
@@ -320,7 +320,7 @@ pub enum Best {
     TokenAccuracy,
 }
 
-impl Default for Train {
+impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             seed: 0,
@@ -332,7 +332,7 @@ impl Default for Train {
             learning_rate: 3e-4,
             min_learning_rate_ratio: 0.1,
             warmup_steps: 50,
-            schedule: Schedule::Cosine,
+            schedule: LrSchedule::Cosine,
             decay_share: 0.2,
             weight_decay: 0.01,
             no_decay: Vec::new(),
@@ -345,7 +345,7 @@ impl Default for Train {
             checkpoint_every: 200,
             keep_checkpoints: 2,
             ema_decay: 0.0,
-            best: Best::Last,
+            best: BestMetric::Last,
             patience: 0,
             on_policy: false,
             device: Device::Auto,
@@ -358,7 +358,7 @@ impl Default for Train {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Schedule {
+pub enum LrSchedule {
     Constant,
     Linear,
     Cosine,
@@ -368,12 +368,12 @@ pub enum Schedule {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Eval {
+pub struct EvalConfig {
     /// Held-out rows with truth, as JSONL; rendered through `prompts.template`.
     pub source: Option<PathBuf>,
     /// The field of a row that holds the true answer.
     pub truth: String,
-    pub matching: Matching,
+    pub matching: AnswerMatching,
     /// The cache folder of teacher answers to held-out prompts: perplexity, agreement and KL are
     /// taken on it. None: the validation part of the training data.
     pub teacher_cache: Option<PathBuf>,
@@ -385,12 +385,12 @@ pub struct Eval {
     pub limit: Option<usize>,
 }
 
-impl Default for Eval {
+impl Default for EvalConfig {
     fn default() -> Self {
         Self {
             source: None,
             truth: "answer".into(),
-            matching: Matching::Exact,
+            matching: AnswerMatching::Exact,
             teacher_cache: None,
             model: None,
             max_tokens: 512,
@@ -402,7 +402,7 @@ impl Default for Eval {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Matching {
+pub enum AnswerMatching {
     /// The same text, white space at both ends aside.
     Exact,
     /// The same JSON value, whatever its key order and white space.

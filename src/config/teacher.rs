@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::harvest::{Limits, Price, Sampling};
+use super::harvest::{LimitsConfig, Price, SamplingConfig};
 use crate::config;
 use crate::config::error::usage;
 
@@ -17,7 +17,7 @@ const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
 /// The endpoint that is asked, or the model on this machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Teacher {
+pub struct TeacherConfig {
     /// How the summary and the config's own messages call it; empty for the model's name.
     pub name: String,
     /// Its part of the prompts, relative to the other teachers' shares.
@@ -57,23 +57,23 @@ pub struct Teacher {
     pub cotrain_rate: f64,
     /// What is this teacher's own; a key that is missing here has the value of the section.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub sampling: Option<Sampling>,
+    pub sampling: Option<SamplingConfig>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub limits: Option<Limits>,
+    pub limits: Option<LimitsConfig>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub price: Option<Price>,
 }
 
 /// One endpoint with everything that holds for it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Lane {
-    pub teacher: Teacher,
-    pub sampling: Sampling,
-    pub limits: Limits,
+pub struct EndpointConfig {
+    pub teacher: TeacherConfig,
+    pub sampling: SamplingConfig,
+    pub limits: LimitsConfig,
     pub price: Price,
 }
 
-impl Teacher {
+impl TeacherConfig {
     /// The name that people know it by.
     pub fn label(&self) -> &str {
         match self.name.as_str() {
@@ -83,7 +83,7 @@ impl Teacher {
     }
 }
 
-impl Default for Teacher {
+impl Default for TeacherConfig {
     fn default() -> Self {
         Self {
             name: String::new(),
@@ -157,7 +157,7 @@ pub enum KeySource<'a> {
     Command(&'a str),
 }
 
-impl Teacher {
+impl TeacherConfig {
     pub fn key_source(&self) -> KeySource<'_> {
         match (&self.api_key_command, &self.api_key_file) {
             (Some(command), _) => KeySource::Command(command),
@@ -234,7 +234,7 @@ fn looks_like_key(text: &str) -> bool {
 }
 
 /// The base URL as records name it: as the config has it, without a slash at the end.
-pub fn identity(settings: &config::Teacher) -> &str {
+pub fn identity(settings: &config::TeacherConfig) -> &str {
     settings.base_url.trim_end_matches('/')
 }
 
@@ -253,9 +253,9 @@ mod tests {
             "SKABCDEF0123456789ABCDEF",
             "Bearer sk-realkey0123456789abcdef",
         ] {
-            let teacher = Teacher {
+            let teacher = TeacherConfig {
                 api_key_env: value.into(),
-                ..Teacher::default()
+                ..TeacherConfig::default()
             };
             let error = teacher.check().unwrap_err().to_string();
             assert!(
@@ -269,9 +269,9 @@ mod tests {
             "KEY_2",
             "OPENROUTER_API_KEY_FOR_THE_2ND_ACCOUNT",
         ] {
-            let teacher = Teacher {
+            let teacher = TeacherConfig {
                 api_key_env: name.into(),
-                ..Teacher::default()
+                ..TeacherConfig::default()
             };
             assert!(teacher.check().is_ok(), "{name}");
         }
@@ -283,8 +283,8 @@ mod tests {
 
     #[test]
     fn a_key_belongs_into_a_variable_wherever_it_is_written() {
-        let with = |change: fn(&mut Teacher)| {
-            let mut teacher = Teacher::default();
+        let with = |change: fn(&mut TeacherConfig)| {
+            let mut teacher = TeacherConfig::default();
             change(&mut teacher);
             teacher.check()
         };
@@ -295,14 +295,14 @@ mod tests {
             teacher.headers = BTreeMap::from([("X-Api-Key".into(), "0123456789abcdef0123".into())]);
         });
         assert!(!error.unwrap_err().to_string().contains(secret));
-        let teacher = Teacher {
+        let teacher = TeacherConfig {
             headers: header("X-Api-Key", "${GATEWAY_KEY}"),
-            ..Teacher::default()
+            ..TeacherConfig::default()
         };
         assert!(teacher.check().is_ok());
-        let teacher = Teacher {
+        let teacher = TeacherConfig {
             headers: header("HTTP-Referer", "https://example.com/a-long-address"),
-            ..Teacher::default()
+            ..TeacherConfig::default()
         };
         assert!(teacher.check().is_ok());
         assert!(
@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn plain_http_is_a_choice_of_three() {
-        let parse = |text: &str| toml::from_str::<Teacher>(&format!("allow_http = {text}"));
+        let parse = |text: &str| toml::from_str::<TeacherConfig>(&format!("allow_http = {text}"));
         assert_eq!(parse("true").unwrap().allow_http, AllowHttp::WithoutKey);
         assert_eq!(parse("false").unwrap().allow_http, AllowHttp::No);
         assert_eq!(

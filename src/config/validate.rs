@@ -3,11 +3,11 @@
 use anyhow::Result;
 
 use super::data::Thinking;
-use super::harvest::Batch;
+use super::harvest::BatchConfig;
 use super::redis_url::CANNOT_SHARE;
 use super::settings::Config;
-use super::student::{Best, Init, JudgedBy, Kd, TemplateDate};
-use super::teacher::Lane;
+use super::student::{BestMetric, KdMode, ScoredBy, StudentInit, TemplateDate};
+use super::teacher::EndpointConfig;
 use crate::config::error::usage;
 
 fn check(holds: bool, message: &str) -> Result<()> {
@@ -93,7 +93,7 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
         "student.template_date = \"record\" leaves on_policy.tokenizer without a date: set one",
     )?;
     let written = &config.on_policy;
-    let is_local = written.judge == JudgedBy::Local;
+    let is_local = written.judge == ScoredBy::Local;
     check(
         !config.train.on_policy || is_local == teacher.local.is_some(),
         "train.on_policy needs a teacher that judges what the student writes: teacher.local with \
@@ -101,7 +101,7 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
          (vLLM) or \"echo\" for the endpoint in [teacher]",
     )?;
     check(
-        written.judge != JudgedBy::Echo || written.tokenizer.is_some(),
+        written.judge != ScoredBy::Echo || written.tokenizer.is_some(),
         "on_policy.judge = \"echo\" needs the teacher's chat template: set on_policy.tokenizer to the \
          folder of its tokenizer",
     )?;
@@ -125,7 +125,7 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
         "on_policy.temperature must be finite and not negative",
     )?;
     check(
-        written.kd != Kd::None && config.loss.kd != Kd::None || !config.train.on_policy,
+        written.kd != KdMode::None && config.loss.kd != KdMode::None || !config.train.on_policy,
         "train.on_policy judges by a divergence: neither on_policy.kd nor loss.kd may be \"none\"",
     )?;
     let train = &config.train;
@@ -154,7 +154,7 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
         "train.ema_decay must be at least 0 and below 1",
     )?;
     check(
-        train.patience == 0 || train.best != Best::Last,
+        train.patience == 0 || train.best != BestMetric::Last,
         "train.patience needs a metric to watch: set train.best to \"ce\", \"kl\" or \"token_accuracy\"",
     )?;
     check(
@@ -167,7 +167,7 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
     )?;
     let student = &config.student;
     check(
-        student.init == Init::Pretrained
+        student.init == StudentInit::Pretrained
             || (student.num_attention_heads > 0
                 && student
                     .hidden_size
@@ -218,7 +218,7 @@ fn harvest(config: &Config) -> Result<()> {
     Ok(())
 }
 
-fn batch(batch: &Batch) -> Result<()> {
+fn batch(batch: &BatchConfig) -> Result<()> {
     let is_above_0 = |value: f64| value.is_finite() && value > 0.0;
     check(
         batch.max_requests > 0
@@ -237,7 +237,7 @@ fn batch(batch: &Batch) -> Result<()> {
     )
 }
 
-fn lane(lane: &Lane) -> Result<()> {
+fn lane(lane: &EndpointConfig) -> Result<()> {
     lane.teacher.check()?;
     check(
         lane.sampling.top_logprobs <= 20,

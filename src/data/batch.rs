@@ -84,7 +84,7 @@ impl Batch {
 /// nothing but rounding: gradients are sums over all of it.
 pub fn micro_batches<'a>(
     examples: &[ExampleView<'a>],
-    settings: &config::Train,
+    settings: &config::TrainConfig,
 ) -> Vec<Vec<ExampleView<'a>>> {
     let room = settings.micro_batch_tokens;
     if room == 0 {

@@ -51,7 +51,7 @@ impl Row {
 /// The records that `distill train` would use, and the count of the others.
 pub struct Rows<'a, R> {
     pub(crate) records: R,
-    pub(crate) settings: &'a config::Data,
+    pub(crate) settings: &'a config::DataConfig,
     pub(crate) selection: &'a Selection,
     pub(crate) groups: Counts,
     pub(crate) report: Report,
@@ -124,7 +124,7 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
 /// How to write it.
 pub struct Settings<'a> {
     /// Which answers are worth training on.
-    pub data: &'a config::Data,
+    pub data: &'a config::DataConfig,
     pub selection: &'a Selection,
     /// The teacher's tokenizer, which [`Format::Axolotl`] needs for its token ids.
     pub tokenizer: Option<&'a Tokenizer>,

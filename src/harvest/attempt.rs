@@ -9,51 +9,51 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::record::record;
-use super::unreadable::Unreadable;
-use crate::budget::account::{Amount, Bill};
-use crate::budget::price::Bound;
+use super::unreadable::UnreadableBodies;
+use crate::budget::account::{Charge, Reservation};
+use crate::budget::price::TokenBound;
 use crate::cache::record::Timing;
 use crate::cache::writer::Sealed;
-use crate::client::attempt_error::Trouble;
+use crate::client::attempt_error::AttemptError;
 use crate::client::outcome;
 use crate::client::request::RequestTemplate;
 use crate::client::response::completion::Completion;
 use crate::client::response::usage;
-use crate::client::transport::{Permit, Transport};
+use crate::client::transport::{LargeBodyPermit, Transport};
 use crate::clock::WallClock;
-use crate::plan::queue::Entry;
-use crate::plan::{Plan, Row};
+use crate::plan::queue::QueuedRow;
+use crate::plan::{Plan, PlannedRow};
 use crate::prompt::Prompt;
 use crate::rate_limit::headers;
-use crate::rate_limit::headers::Report;
-use crate::rate_limit::send_ticket::Departure;
-use crate::report::seen::Seen;
+use crate::rate_limit::headers::LimitReport;
+use crate::rate_limit::send_ticket::SendTicket;
+use crate::report::seen::AnswerFacts;
 
 /// A request on its way, and all that must be known when it comes back.
 pub(crate) struct Attempt {
     pub lane: usize,
-    pub entry: Entry,
-    pub departure: Departure,
+    pub entry: QueuedRow,
+    pub departure: SendTicket,
     /// Reserved for it.
-    pub reserved: Amount,
+    pub reserved: Reservation,
 }
 
 /// What a request task brings back.
-pub(crate) struct Finished {
+pub(crate) struct FinishedAttempt {
     pub attempt: Attempt,
     /// What the reply's headers say about limits.
-    pub reports: Vec<Report>,
-    pub result: Result<Box<Answered>, Trouble>,
+    pub reports: Vec<LimitReport>,
+    pub result: Result<Box<EncodedAnswer>, AttemptError>,
     /// Given back once a large answer is recorded.
-    pub _permit: Option<Permit>,
+    pub _permit: Option<LargeBodyPermit>,
 }
 
 /// An answer, ready to be appended.
-pub(crate) struct Answered {
+pub(crate) struct EncodedAnswer {
     pub sealed: Sealed,
-    pub seen: Seen,
+    pub seen: AnswerFacts,
     /// The most tokens that it can have used, for an answer without usage.
-    pub bound: Bound,
+    pub bound: TokenBound,
 }
 
 /// Sends the request, waits for the reply, and makes a record of the answer.
@@ -64,9 +64,9 @@ pub(crate) async fn run(
     plan: Arc<Plan>,
     transport: Arc<dyn Transport>,
     clock: WallClock,
-    unreadable: Unreadable,
+    unreadable: UnreadableBodies,
     attempt: Attempt,
-) -> Result<Finished> {
+) -> Result<FinishedAttempt> {
     let row = &plan.rows[attempt.entry.row];
     let asking = &plan.askings[attempt.lane];
     let prompt = &plan.prompts[row.prompt as usize];
@@ -85,7 +85,7 @@ pub(crate) async fn run(
     let read = |reply: &[u8]| asking.read(reply, &body, &prompt.messages);
     let completion = match outcome::classify_by(reply, now, read) {
         Ok(completion) => Ok(*completion),
-        Err(Trouble::Unreadable { problem, body }) => {
+        Err(AttemptError::Unreadable { problem, body }) => {
             let file = unreadable.keep(&row.key, &body)?;
             tracing::warn!(
                 "an answer cannot be read ({problem}): it is kept in {}",
@@ -95,7 +95,7 @@ pub(crate) async fn run(
         }
         Err(mut trouble) => {
             trouble.clean(&transport.secrets());
-            if let (Trouble::Transient { failure, .. }, Some(raw)) = (&trouble, raw)
+            if let (AttemptError::Transient { failure, .. }, Some(raw)) = (&trouble, raw)
                 && failure.class == "malformed"
             {
                 unreadable.keep_unpaid(&row.key, &raw);
@@ -109,11 +109,12 @@ pub(crate) async fn run(
             completion.clean(&transport.secrets());
             let bound = plan.bound(attempt.lane, attempt.entry.row);
             let timing = timing(sent_at, latency, attempt.entry.failed + 1);
-            let answered = Answered::new(asking, row, prompt, body, bound, completion, timing)?;
+            let answered =
+                EncodedAnswer::new(asking, row, prompt, body, bound, completion, timing)?;
             Ok(Box::new(answered))
         }
     };
-    Ok(Finished {
+    Ok(FinishedAttempt {
         attempt,
         reports,
         result,
@@ -121,20 +122,20 @@ pub(crate) async fn run(
     })
 }
 
-impl Answered {
+impl EncodedAnswer {
     /// The answer to `body`, which may have used `bound` at the most.
     ///
     /// # Errors
     /// Where a record cannot be encoded.
     pub(crate) fn new(
         asking: &RequestTemplate,
-        row: &Row,
+        row: &PlannedRow,
         prompt: &Prompt,
         body: Value,
-        mut bound: Bound,
+        mut bound: TokenBound,
         mut completion: Completion,
         timing: Timing,
-    ) -> Result<Answered> {
+    ) -> Result<EncodedAnswer> {
         let max_tokens = bound.output_tokens;
         let answer = &completion.answer;
         let text_bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
@@ -149,18 +150,18 @@ impl Answered {
         }
         let fault = completion.logprobs_fault.clone();
         let record = record(asking, row, prompt, body, completion, timing);
-        Ok(Answered {
+        Ok(EncodedAnswer {
             sealed: Sealed::new(&record)?,
-            seen: Seen::new(record, fault, max_tokens),
+            seen: AnswerFacts::new(record, fault, max_tokens),
             bound,
         })
     }
 
     /// What it cost.
-    pub(crate) fn bill(&self) -> Bill {
+    pub(crate) fn bill(&self) -> Charge {
         match self.seen.usage {
-            Some(usage) => Bill::Measured(usage),
-            None => Bill::Answered(self.bound),
+            Some(usage) => Charge::Measured(usage),
+            None => Charge::Answered(self.bound),
         }
     }
 }

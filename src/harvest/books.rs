@@ -6,30 +6,30 @@ use anyhow::Result;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::budget::account::{Account, Amount};
+use crate::budget::account::{Account, Reservation};
 use crate::budget::dollars::Dollars;
 use crate::budget::ledger;
-use crate::budget::ledger::Unwritten;
-use crate::budget::ledger::{Files, InFlight, Ledger, Spent, Store, Tokens};
+use crate::budget::ledger::ReadOnlyLedger;
+use crate::budget::ledger::{InFlight, Ledger, LedgerFiles, LedgerStore, Spent, UnpricedTokens};
 use crate::cache;
 use crate::cache::usage::Usage;
 use crate::clock::WallClock;
 use crate::config::{self, Config, Price};
-use crate::harvest::upstream::Lane;
+use crate::harvest::upstream::Upstream;
 use crate::plan::prepare::check_budget;
 use crate::plan::unanswered::Unanswered;
-use crate::plan::{Plan, Standing};
-use crate::rate_limit::daily::Day;
+use crate::plan::{Plan, RowStatus};
+use crate::rate_limit::daily::DailyLimit;
 use crate::report::failures::FailedRow;
-use crate::report::summary::Summary;
+use crate::report::summary::HarvestSummary;
 
-pub(crate) struct Books {
-    pub account: Account<Files>,
+pub(crate) struct RunFiles {
+    pub account: Account<LedgerFiles>,
     pub unanswered: Unanswered,
     clock: WallClock,
 }
 
-impl Books {
+impl RunFiles {
     /// Opens the account of the run folder, and settles what a killed run left in flight, which is returned.
     /// `unanswered` may be that of another folder. `cached_usd` is what the records cost that it holds.
     ///
@@ -40,10 +40,10 @@ impl Books {
         cached_usd: f64,
         unanswered: Unanswered,
         clock: WallClock,
-    ) -> Result<(Books, InFlight)> {
-        let (files, ledger, is_complete) = Files::open(&config.run_dir)?;
+    ) -> Result<(RunFiles, InFlight)> {
+        let (files, ledger, is_complete) = LedgerFiles::open(&config.run_dir)?;
         let (account, lost) = account(config, files, ledger, is_complete, cached_usd)?;
-        let books = Books {
+        let books = RunFiles {
             account,
             unanswered,
             clock,
@@ -52,7 +52,7 @@ impl Books {
     }
 
     /// The requests that earlier runs sent to this endpoint within a day.
-    pub(crate) fn day(&mut self, lane: &config::Lane) -> Day {
+    pub(crate) fn day(&mut self, lane: &config::EndpointConfig) -> DailyLimit {
         day(&mut self.account, lane, self.clock.now())
     }
 
@@ -66,7 +66,7 @@ impl Books {
 
     /// Reserves the amount, if it fits, for a request that is to be sent now, and writes the day's requests
     /// ahead, where the limit asks for it. After an error nothing is reserved.
-    pub(crate) fn set_aside(&mut self, amount: &Amount, lane: &mut Lane) -> Result<bool> {
+    pub(crate) fn set_aside(&mut self, amount: &Reservation, lane: &mut Upstream) -> Result<bool> {
         if !self.account.reserve(amount)? {
             return Ok(false);
         }
@@ -80,7 +80,7 @@ impl Books {
         Ok(true)
     }
 
-    fn note_day(&mut self, lane: &mut Lane, last: bool) {
+    fn note_day(&mut self, lane: &mut Upstream, last: bool) {
         let now = self.clock.now();
         let slots = lane.limiter.day.written(Instant::now(), last);
         if slots.is_empty() {
@@ -93,7 +93,7 @@ impl Books {
     }
 
     /// Closes the account: what is still in flight, after a second signal, counts as possibly billed.
-    pub(crate) fn close(&mut self, lanes: &mut [Lane], still_in_flight: u64) -> Result<()> {
+    pub(crate) fn close(&mut self, lanes: &mut [Upstream], still_in_flight: u64) -> Result<()> {
         for lane in lanes {
             self.note_day(lane, true);
         }
@@ -101,7 +101,7 @@ impl Books {
     }
 
     /// Notes the dollars, if there are prices.
-    pub(crate) fn summarise(&self, is_priced: bool, summary: &mut Summary) {
+    pub(crate) fn summarise(&self, is_priced: bool, summary: &mut HarvestSummary) {
         if is_priced {
             let now = self.account.spent_now();
             summary.cost_usd = Some(now.measured_usd.usd());
@@ -114,7 +114,7 @@ impl Books {
     /// Number of failed rows that no run asks again by itself.
     pub(crate) fn given_up(&self, rows: &[FailedRow], max_attempts: u32) -> u64 {
         let standing = |row: &&FailedRow| self.unanswered.standing(&row.key, false, max_attempts);
-        let given_up = |row: &&FailedRow| standing(row) == Standing::GivenUp;
+        let given_up = |row: &&FailedRow| standing(row) == RowStatus::GivenUp;
         rows.iter().filter(given_up).count() as u64
     }
 }
@@ -123,14 +123,14 @@ impl Books {
 ///
 /// # Errors
 /// Where its files are damaged.
-pub(crate) fn look(config: &Config, cached_usd: f64) -> Result<Account<Unwritten>> {
+pub(crate) fn look(config: &Config, cached_usd: f64) -> Result<Account<ReadOnlyLedger>> {
     let (ledger, is_complete) = ledger::look(&config.run_dir)?;
-    let (account, _) = account(config, Unwritten, ledger, is_complete, cached_usd)?;
+    let (account, _) = account(config, ReadOnlyLedger, ledger, is_complete, cached_usd)?;
     Ok(account)
 }
 
 /// Opens the account over its files; `is_complete` is that of [`Files::open`].
-fn account<S: Store>(
+fn account<S: LedgerStore>(
     config: &Config,
     store: S,
     ledger: Ledger,
@@ -151,7 +151,11 @@ fn account<S: Store>(
 }
 
 /// The requests that earlier runs sent to this endpoint within a day.
-pub(crate) fn day<S: Store>(account: &mut Account<S>, lane: &config::Lane, now: Timestamp) -> Day {
+pub(crate) fn day<S: LedgerStore>(
+    account: &mut Account<S>,
+    lane: &config::EndpointConfig,
+    now: Timestamp,
+) -> DailyLimit {
     let slots = account.day().get(lane.teacher.label());
     let slots: Vec<_> = slots
         .into_iter()
@@ -159,12 +163,12 @@ pub(crate) fn day<S: Store>(account: &mut Account<S>, lane: &config::Lane, now: 
         .map(|&(time, count)| ((now - time).get_seconds(), count))
         .filter(|(age, _)| *age < 86_400)
         .collect();
-    Day::new(lane.limits.own().requests_per_day, &slots, Instant::now())
+    DailyLimit::new(lane.limits.own().requests_per_day, &slots, Instant::now())
 }
 
 /// Account of a run folder that a merge adds to. None where the folder has no account yet: it counts its
 /// cache when it first opens one.
-pub(crate) struct MergeAccount(Option<Account<Files>>);
+pub(crate) struct MergeAccount(Option<Account<LedgerFiles>>);
 
 impl MergeAccount {
     /// Opens the account before anything is merged, so that its cost is counted with it.
@@ -175,7 +179,7 @@ impl MergeAccount {
         if !ledger::file(run_dir).exists() {
             return Ok(MergeAccount(None));
         }
-        let (files, ledger, is_complete) = Files::open(run_dir)?;
+        let (files, ledger, is_complete) = LedgerFiles::open(run_dir)?;
         if !is_complete {
             return Ok(MergeAccount(None));
         }
@@ -202,8 +206,8 @@ impl MergeAccount {
 }
 
 /// The tokens of the records of a cache that have no cost.
-fn unpriced(dir: &Path) -> Result<Tokens> {
-    let mut tokens = Tokens::default();
+fn unpriced(dir: &Path) -> Result<UnpricedTokens> {
+    let mut tokens = UnpricedTokens::default();
     if !cache::exists(dir) {
         return Ok(tokens);
     }

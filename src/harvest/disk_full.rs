@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::harvest::attempt::Finished;
+use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::stop;
 
 /// For how long room is waited for.
@@ -38,8 +38,8 @@ pub(crate) fn excuse(result: anyhow::Result<()>) -> anyhow::Result<()> {
 
 /// What waits for room. It is bounded by what may be in flight, since nothing is sent meanwhile.
 #[derive(Default)]
-pub(crate) struct Room {
-    held: Vec<Finished>,
+pub(crate) struct HeldAnswers {
+    held: Vec<FinishedAttempt>,
     full: Option<Full>,
 }
 
@@ -49,7 +49,7 @@ struct Full {
     message: String,
 }
 
-impl Room {
+impl HeldAnswers {
     /// The disk is full; true if that is new.
     pub(crate) fn note(&mut self, error: &anyhow::Error) -> bool {
         let now = Instant::now();
@@ -64,7 +64,7 @@ impl Room {
     }
 
     /// Keeps what could not be recorded.
-    pub(crate) fn hold(&mut self, group: Vec<Finished>) {
+    pub(crate) fn hold(&mut self, group: Vec<FinishedAttempt>) {
         self.held.extend(group);
     }
 
@@ -82,7 +82,7 @@ impl Room {
     }
 
     /// What to try again with.
-    pub(crate) fn take(&mut self) -> Vec<Finished> {
+    pub(crate) fn take(&mut self) -> Vec<FinishedAttempt> {
         std::mem::take(&mut self.held)
     }
 
@@ -99,7 +99,7 @@ impl Room {
 
     /// Waits no longer. Returns the answers that are lost, and why the run ends; `safe` is the number
     /// of records in the cache.
-    pub(crate) fn give_up(&mut self, safe: usize) -> Option<(Vec<Finished>, anyhow::Error)> {
+    pub(crate) fn give_up(&mut self, safe: usize) -> Option<(Vec<FinishedAttempt>, anyhow::Error)> {
         let full = self.full.take()?;
         let held = self.take();
         let lost = held.iter().filter(|request| request.result.is_ok()).count();

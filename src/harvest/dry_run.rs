@@ -9,26 +9,26 @@ use tokio::time::Instant;
 use super::{books, judge};
 use crate::budget::account::Account;
 use crate::budget::dollars::Dollars;
-use crate::budget::ledger::Store;
+use crate::budget::ledger::LedgerStore;
 use crate::cache;
-use crate::client::http::Teacher;
+use crate::client::http::HttpTeacher;
 use crate::client::request;
-use crate::config::{Config, Init, Mode, Student};
+use crate::config::{Config, RequestMode, StudentConfig, StudentInit};
 use crate::exit::Exit;
 use crate::harvest::options::HarvestOptions;
-use crate::harvest::window::{Schedule, State};
+use crate::harvest::window::{RequestWindow, WindowState};
 use crate::plan::again;
 use crate::plan::estimate::Estimate;
 use crate::plan::prepare::{askings, census_of, check_fits, check_money, prompts, sample};
 use crate::plan::unanswered::Unanswered;
-use crate::plan::{Plan, Scope};
-use crate::report::summary::Summary;
+use crate::plan::{Plan, PlanScope};
+use crate::report::summary::HarvestSummary;
 use crate::signal::StopFlag;
 use crate::terminal::format_dollars;
 
-pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> {
+pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSummary> {
     check(config, options)?;
-    let is_batch = config.schedule.mode == Mode::Batch;
+    let is_batch = config.schedule.mode == RequestMode::Batch;
     let config = &if is_batch {
         config.at_batch_prices()
     } else {
@@ -46,7 +46,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> 
     let max_attempts = config.retry.max_attempts;
     let standing = |key: &str| Ok(unanswered.standing(key, known.contains(key), max_attempts));
     let plan = if options.again.is_empty() {
-        let scope = Scope {
+        let scope = PlanScope {
             shard: options.shard,
             only: None,
         };
@@ -66,11 +66,11 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> 
         estimate.cached = census_of(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
     }
     estimate.first_request = first_request(&plan);
-    let mut summary = Summary {
+    let mut summary = HarvestSummary {
         pending: plan.rows.len() as u64,
         estimate: Some(estimate),
         arguments: config.arguments(),
-        ..Summary::of_plan(&plan, &unanswered)
+        ..HarvestSummary::of_plan(&plan, &unanswered)
     };
     summary.warnings.extend(plan.told_of_repeats());
     let cached_usd = known.cost_usd + judge::cost_usd(config)?;
@@ -83,7 +83,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> 
 }
 
 /// Adds the budget left, and a warning if it may end the run early.
-fn tell_money<S: Store>(summary: &mut Summary, plan: &Plan, account: &Account<S>) {
+fn tell_money<S: LedgerStore>(summary: &mut HarvestSummary, plan: &Plan, account: &Account<S>) {
     let Some(cap) = account.cap() else { return };
     summary.budget_usd = Some(cap.usd());
     summary.run_folder_usd = Some(account.spent().total().usd());
@@ -108,7 +108,7 @@ fn tell_money<S: Store>(summary: &mut Summary, plan: &Plan, account: &Account<S>
 }
 
 /// The least that must be set aside for a row: nothing for one without a price.
-fn cheapest<S: Store>(plan: &Plan, account: &Account<S>) -> Option<Dollars> {
+fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars> {
     let lanes = plan.lanes.iter().zip(&plan.askings).enumerate();
     let rows = lanes.flat_map(|(lane, (rows, asking))| {
         let least = move |row| {
@@ -122,21 +122,21 @@ fn cheapest<S: Store>(plan: &Plan, account: &Account<S>) -> Option<Dollars> {
 }
 
 /// Adds a warning for each wait that a run started now would begin with.
-fn tell_waits<S: Store>(
-    summary: &mut Summary,
+fn tell_waits<S: LedgerStore>(
+    summary: &mut HarvestSummary,
     config: &Config,
     plan: &Plan,
     mut account: Account<S>,
 ) -> Result<()> {
     let now = jiff::Timestamp::now();
-    let schedule = Schedule::new(&config.schedule, now)?;
-    if let State::Closed(until) = schedule.state(now) {
+    let schedule = RequestWindow::new(&config.schedule, now)?;
+    if let WindowState::Closed(until) = schedule.state(now) {
         summary.warnings.push(format!(
             "outside the window: a run that begins now waits until {}",
             schedule.show(until)
         ));
     }
-    if config.schedule.mode == Mode::Batch {
+    if config.schedule.mode == RequestMode::Batch {
         return Ok(());
     }
     for (asking, rows) in plan.askings.iter().zip(&plan.lanes) {
@@ -158,16 +158,16 @@ fn tell_waits<S: Store>(
 fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
     request::check(config)?;
     for lane in config.lanes() {
-        Teacher::new(&lane.teacher)?;
+        HttpTeacher::new(&lane.teacher)?;
     }
     let now = jiff::Timestamp::now();
-    Schedule::new(&config.schedule, now)?.check_not_over(now)?;
+    RequestWindow::new(&config.schedule, now)?.check_not_over(now)?;
     if config.run_dir.exists() && !config.run_dir.is_dir() {
         let message = format!("`run_dir` = {} is a file", config.run_dir.display());
         return Err(Exit::Usage(message).into());
     }
     check_money(config, options.shard, now)?;
-    if config.schedule.mode == Mode::Realtime {
+    if config.schedule.mode == RequestMode::Realtime {
         crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
     }
     cache::place::check_all_is_back(&config.own_cache())
@@ -176,18 +176,18 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
 /// Refuses a student that cannot be trained, where one is named.
 fn check_student(config: &Config) -> Result<()> {
     let folder = config.file.as_deref().and_then(Path::parent);
-    let unset = Student {
+    let unset = StudentConfig {
         path: folder
             .unwrap_or(Path::new(""))
-            .join(Student::default().path),
-        ..Student::default()
+            .join(StudentConfig::default().path),
+        ..StudentConfig::default()
     };
     let student = &config.student;
     if *student == unset {
         return Ok(());
     }
     let mut files = vec!["tokenizer.json"];
-    if student.init == Init::Pretrained {
+    if student.init == StudentInit::Pretrained {
         files.push("config.json");
     }
     match files.iter().find(|file| !student.path.join(file).exists()) {

@@ -13,15 +13,15 @@ use crate::cache::record::Timing;
 use crate::cache::usage::Usage;
 use crate::client::outcome;
 use crate::client::request::RequestTemplate;
-use crate::client::transport::Reply;
-use crate::config::{Config, Limits};
-use crate::plan::Row;
+use crate::client::transport::HttpReply;
+use crate::config::{Config, LimitsConfig};
+use crate::plan::PlannedRow;
 use crate::prompt::Prompt;
 use crate::prompt::message::Message;
-use crate::rate_limit::cost::Cost;
-use crate::rate_limit::daily::Day;
+use crate::rate_limit::cost::RequestCost;
+use crate::rate_limit::daily::DailyLimit;
 use crate::rate_limit::headers;
-use crate::rate_limit::pacer::Limiter;
+use crate::rate_limit::pacer::Pacer;
 
 /// A body, behind a byte for the status: whatever it holds, an answer that is taken for one survives
 /// the cache.
@@ -31,14 +31,14 @@ pub fn reply(bytes: &[u8]) {
         return;
     };
     let status = STATUSES[usize::from(*status) % STATUSES.len()];
-    let reply = Reply::without_headers(status, body.to_vec().into());
+    let reply = HttpReply::without_headers(status, body.to_vec().into());
     let Ok(completion) = outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH) else {
         return;
     };
     let Some(lane) = Config::default().lanes().pop() else {
         return;
     };
-    let row = Row {
+    let row = PlannedRow {
         prompt: 0,
         sample: 0,
         key: "key".into(),
@@ -71,13 +71,13 @@ pub fn reply(bytes: &[u8]) {
 /// Header lines of a few replies, separated by blank ones: whatever they say, the next request is
 /// let out some day, and no limit is negative.
 pub fn limits(bytes: &[u8]) {
-    const ONE: Cost = Cost {
+    const ONE: RequestCost = RequestCost {
         input_tokens: 1,
         output_tokens: 1,
     };
     let start = Instant::now();
-    let day = Day::new(None, &[], start);
-    let Ok(mut limiter) = Limiter::new(&Limits::default(), ONE, day, None) else {
+    let day = DailyLimit::new(None, &[], start);
+    let Ok(mut limiter) = Pacer::new(&LimitsConfig::default(), ONE, day, None) else {
         return;
     };
     let text = String::from_utf8_lossy(bytes);

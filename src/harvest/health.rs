@@ -25,7 +25,7 @@ const LONGEST_EXCUSE: Duration = Duration::from_secs(86_400);
 
 /// What the endpoint has done of late.
 #[derive(Debug)]
-pub(crate) struct Health {
+pub(crate) struct EndpointHealth {
     /// When a request last succeeded; the start of the run, to begin with.
     last_success: Instant,
     /// Of the time since, what the endpoint asked to be given.
@@ -82,7 +82,7 @@ impl Rounds {
     }
 }
 
-impl Health {
+impl EndpointHealth {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
             last_success: now,
@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn one_bad_row_is_no_outage_and_many_are_until_one_succeeds() {
         let now = Instant::now();
-        let mut health = Health::new(now);
+        let mut health = EndpointHealth::new(now);
         for _ in 0..10 {
             health.failure(0, false, 2, Instant::now());
         }
@@ -338,7 +338,7 @@ mod tests {
 
     #[test]
     fn a_row_is_blamed_only_beside_others_that_succeed_or_when_all_have_failed() {
-        let mut health = Health::new(Instant::now());
+        let mut health = EndpointHealth::new(Instant::now());
         for _ in 0..6 {
             health.failure(0, false, 1, Instant::now());
         }
@@ -352,7 +352,7 @@ mod tests {
     #[test]
     fn an_answer_to_what_left_before_the_failures_shows_nothing_about_them() {
         let early = Instant::now();
-        let mut health = Health::new(early);
+        let mut health = EndpointHealth::new(early);
         for row in 0..5 {
             health.failure(row, false, 3, Instant::now());
         }
@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn all_that_is_in_flight_must_fail() {
-        let mut health = Health::new(Instant::now());
+        let mut health = EndpointHealth::new(Instant::now());
         for row in 0..31 {
             health.failure(row, false, 32 - row, Instant::now());
         }
@@ -376,7 +376,7 @@ mod tests {
 
     #[test]
     fn an_endpoint_that_refuses_everything_alike_is_asked_no_more() {
-        let mut health = Health::new(Instant::now());
+        let mut health = EndpointHealth::new(Instant::now());
         for _ in 1..SAME_REFUSALS {
             assert!(!health.refused("no logprobs"));
         }
@@ -392,7 +392,7 @@ mod tests {
     fn what_is_in_flight_at_once_is_one_round() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut health = Health::new(start);
+        let mut health = EndpointHealth::new(start);
         let rounds: Vec<u32> = (0..32).map(|_| health.throttled(start, at(1))).collect();
         assert_eq!(rounds, [1; 32]);
         assert_eq!(
@@ -411,13 +411,13 @@ mod tests {
 
     #[test]
     fn errors_in_the_same_words_are_an_end_only_where_nothing_ever_succeeded() {
-        let mut health = Health::new(Instant::now());
+        let mut health = EndpointHealth::new(Instant::now());
         assert!((1..SAME_ERRORS).all(|_| !health.failed_alike("500: no schema")));
         assert!(health.failed_alike("500: no schema"));
         assert!(!health.failed_alike("500: another"));
         health.success(Instant::now(), Instant::now());
         assert!((0..10).all(|_| !health.failed_alike("500: no schema")));
-        let forbade = |health: &mut Health, row| health.forbade(row, Instant::now());
+        let forbade = |health: &mut EndpointHealth, row| health.forbade(row, Instant::now());
         assert!((1..5).all(|row| !forbade(&mut health, row)) && !forbade(&mut health, 4));
         assert!(forbade(&mut health, 5));
         // An answer shows that it is the rows: more of them have to be forbidden from then on.

@@ -12,47 +12,47 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use tokio::runtime::Runtime;
 
-use super::books::Books;
+use super::books::RunFiles;
 use super::dispatch::Dispatcher;
 use crate::cache;
 use crate::cache::lookup::Lookup;
 use crate::cache::question::{Endpoint, Names, Question};
 use crate::cache::writer::Cache;
-use crate::client::http::Teacher;
+use crate::client::http::HttpTeacher;
 use crate::client::request;
 use crate::client::request::RequestTemplate;
-use crate::client::score_text::Scoring;
+use crate::client::score_text::ScoringMethod;
 use crate::client::transport::Transport;
 use crate::clock::WallClock;
-use crate::config::{self, Assignment, Compression, Config, JudgedBy, Order};
+use crate::config::{self, Assignment, Compression, Config, PromptOrder, ScoredBy};
 use crate::exit::Exit;
-use crate::harvest::dispatch::ending::Ended;
-use crate::harvest::upstream::Lane;
+use crate::harvest::dispatch::ending::DispatchEnd;
+use crate::harvest::upstream::Upstream;
 use crate::plan::unanswered::Unanswered;
-use crate::plan::{Plan, Scope, Standing};
+use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::probe::findings;
 use crate::probe::findings::Finding;
 use crate::prompt::Prompt;
-use crate::rate_limit::redis::Shared;
-use crate::report::summary::Summary;
+use crate::rate_limit::redis::SharedLimits;
+use crate::report::summary::HarvestSummary;
 use crate::signal::StopFlag;
 use crate::terminal::progress::Progress;
 use crate::tokenizer::Tokenizer;
 
 /// An endpoint, ready to judge.
-pub struct Judge {
+pub struct TextScorer {
     /// Its `run_dir` is the folder of the judgements.
     config: Config,
-    lane: config::Lane,
-    scoring: Arc<Scoring>,
+    lane: config::EndpointConfig,
+    scoring: Arc<ScoringMethod>,
     transport: Arc<dyn Transport>,
     runtime: Runtime,
     cache: Cache,
     judged: Lookup,
     /// Between two calls; the lane only once there has been one.
-    books: Option<Books>,
-    limits: Option<Lane>,
-    told: Told,
+    books: Option<RunFiles>,
+    limits: Option<Upstream>,
+    told: ScoringStats,
     quiet: bool,
     /// Held so that no harvest keeps the same books meanwhile.
     _harvest: Cache,
@@ -60,7 +60,7 @@ pub struct Judge {
 
 /// What judging has come to.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Told {
+pub struct ScoringStats {
     /// Texts that were to be judged.
     pub texts: u64,
     /// Of these, judged before, by a part of the run that was stopped.
@@ -76,16 +76,16 @@ pub struct Told {
     pub cost_usd: Option<f64>,
 }
 
-impl Judge {
+impl TextScorer {
     /// The judge that the config names; None where that is a model on this machine, or none is needed.
     /// Unless it is `quiet` it tells of long waits.
     ///
     /// # Errors
     /// Where a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of
     /// the judgements cannot be opened.
-    pub fn of(config: &Config, quiet: bool) -> Result<Option<Judge>> {
+    pub fn of(config: &Config, quiet: bool) -> Result<Option<TextScorer>> {
         let dialect = config.on_policy.judge;
-        if !config.train.on_policy || dialect == JudgedBy::Local {
+        if !config.train.on_policy || dialect == ScoredBy::Local {
             return Ok(None);
         }
         request::check(config)?;
@@ -96,7 +96,7 @@ impl Judge {
         };
         // Of no use, but no endpoint takes less.
         lane.sampling.max_tokens = 1;
-        if dialect == JudgedBy::PromptLogprobs {
+        if dialect == ScoredBy::PromptLogprobs {
             check_endpoint(&lane, &config.run_dir)?;
         }
         let tokenizer = config.on_policy.tokenizer.as_deref();
@@ -109,14 +109,14 @@ impl Judge {
             anyhow::Ok(tokenizer)
         });
         let (path, scoring) = match (dialect, tokenizer.transpose()?) {
-            (JudgedBy::Echo, Some(tokenizer)) => ("completions", Scoring::Echo(tokenizer)),
-            (JudgedBy::Echo, None) => bail!(Exit::Usage("set on_policy.tokenizer".into())),
-            (_, tokenizer) => ("chat/completions", Scoring::PromptLogprobs(tokenizer)),
+            (ScoredBy::Echo, Some(tokenizer)) => ("completions", ScoringMethod::Echo(tokenizer)),
+            (ScoredBy::Echo, None) => bail!(Exit::Usage("set on_policy.tokenizer".into())),
+            (_, tokenizer) => ("chat/completions", ScoringMethod::PromptLogprobs(tokenizer)),
         };
-        let transport = Arc::new(Teacher::at(&lane.teacher, path)?);
+        let transport = Arc::new(HttpTeacher::at(&lane.teacher, path)?);
         let within = Config {
             run_dir: config.judged_dir(),
-            cache: config::Cache {
+            cache: config::CacheConfig {
                 // Its lines are found by where they are; and what is trained on stays as it is.
                 compression: Compression::None,
                 ..config.cache.clone()
@@ -129,14 +129,14 @@ impl Judge {
         // The books are those of the run: one budget for all that it buys.
         let spent = harvest.cost_when_opened() + judged.cost_usd();
         let unanswered = Unanswered::load(&config.judged_dir())?;
-        let (books, lost) = Books::open(config, spent, unanswered, clock)?;
+        let (books, lost) = RunFiles::open(config, spent, unanswered, clock)?;
         lost.warn();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .context("cannot start the async runtime")?;
-        Ok(Some(Judge {
+        Ok(Some(TextScorer {
             config: within,
             lane,
             scoring: Arc::new(scoring),
@@ -146,14 +146,14 @@ impl Judge {
             judged,
             books: Some(books),
             limits: None,
-            told: Told::default(),
+            told: ScoringStats::default(),
             quiet,
             _harvest: harvest,
         }))
     }
 
     /// What it has come to so far.
-    pub fn told(&self) -> &Told {
+    pub fn told(&self) -> &ScoringStats {
         &self.told
     }
 
@@ -184,11 +184,11 @@ impl Judge {
         let mut is_asked = keys.iter().map(Option::is_some);
         let mut texts = texts;
         texts.retain(|_| is_asked.next().unwrap_or_default());
-        let settings = config::Prompts {
+        let settings = config::PromptsConfig {
             samples: 1,
-            order: Order::Source,
+            order: PromptOrder::Source,
             teachers: Assignment::All,
-            ..config::Prompts::default()
+            ..config::PromptsConfig::default()
         };
         let max_attempts = self.config.retry.max_attempts;
         let books = self.books.as_ref();
@@ -197,13 +197,13 @@ impl Judge {
                 let is_cached = self.cache.contains(key);
                 Ok(books.unanswered.standing(key, is_cached, max_attempts))
             }
-            None => Ok(Standing::Open),
+            None => Ok(RowStatus::Open),
         };
         let plan = Plan::new(
             texts,
             vec![asking],
             &settings,
-            Scope::default(),
+            PlanScope::default(),
             &past,
             standing,
         )?;
@@ -249,9 +249,10 @@ impl Judge {
                 }
                 None => {
                     let patience = Duration::try_from_secs_f64(config.retry.max_outage_s)?;
-                    let shared = Shared::connect(lane, plan.largest(0), patience, &wake).await?;
+                    let shared =
+                        SharedLimits::connect(lane, plan.largest(0), patience, &wake).await?;
                     let day = books.day(lane);
-                    Lane::new(&plan, 0, transport, day, shared, config)?
+                    Upstream::new(&plan, 0, transport, day, shared, config)?
                 }
             };
             let (clock, plan) = (WallClock::system(), Arc::new(plan));
@@ -259,7 +260,7 @@ impl Judge {
                 Dispatcher::new(config, plan, cache, vec![limits], books, clock, progress)?;
             dispatcher.woken_by(wake).run_to_end(stop.signals()).await
         })?;
-        let Ended {
+        let DispatchEnd {
             summary,
             mut lanes,
             books,
@@ -268,7 +269,7 @@ impl Judge {
         self.count(summary)
     }
 
-    fn count(&mut self, summary: Summary) -> Result<()> {
+    fn count(&mut self, summary: HarvestSummary) -> Result<()> {
         let told = &mut self.told;
         told.failed += summary.failed;
         told.unusable += summary.without_logprobs;
@@ -299,7 +300,7 @@ impl Judge {
 }
 
 /// Refuses an endpoint that `distill probe` found not to tell the logprobs of given texts.
-fn check_endpoint(lane: &config::Lane, run_dir: &Path) -> Result<()> {
+fn check_endpoint(lane: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
     let known = findings::load(run_dir)?;
     let Some(found) = known.as_ref().and_then(|known| known.of(lane)) else {
         return Ok(());

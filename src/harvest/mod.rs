@@ -49,28 +49,28 @@ use tokio::sync::Notify;
 
 use crate::cache::storage::Wrap;
 use crate::cache::writer::Cache;
-use crate::client::http::Teacher;
+use crate::client::http::HttpTeacher;
 use crate::client::transport::Transport;
 use crate::clock::WallClock;
-use crate::config::{Config, Mode};
+use crate::config::{Config, RequestMode};
 use crate::exit::Exit;
-use crate::harvest::upstream::Lane;
-use crate::harvest::window::Schedule;
+use crate::harvest::upstream::Upstream;
+use crate::harvest::window::RequestWindow;
 use crate::ops::process;
 use crate::plan::prepare::{
     askings, census_of, check_endpoints, check_money, open_cache, prompts, warn_of_empty_cache,
 };
 use crate::plan::shard::Shard;
 use crate::plan::unanswered::Unanswered;
-use crate::plan::{Plan, Scope, Standing};
-use crate::probe::findings::Endpoints;
+use crate::plan::{Plan, PlanScope, RowStatus};
+use crate::probe::findings::ProbedEndpoints;
 use crate::prompt::Prompt;
-use crate::rate_limit::redis::Shared;
-use crate::report::summary::Summary;
+use crate::rate_limit::redis::SharedLimits;
+use crate::report::summary::HarvestSummary;
 use crate::signal::{Signals, StopFlag};
 use crate::terminal::progress::Progress;
-use batch::{Batches, Outcome};
-use books::Books;
+use batch::{BatchOutcome, Batches};
+use books::RunFiles;
 use dispatch::Dispatcher;
 
 /// Records in which a run looks for answers from other endpoints; a dry run looks at all of them.
@@ -81,7 +81,7 @@ const UNUSED_LOOKED_AT: u64 = 20_000;
 /// An error means that nothing could be begun, or that an answer could not be recorded. A run that
 /// began ends with a summary, whose `error` says what, if anything, went wrong; see
 /// [`Summary::into_result`].
-pub async fn run(config: &Config, options: HarvestOptions) -> Result<Summary> {
+pub async fn run(config: &Config, options: HarvestOptions) -> Result<HarvestSummary> {
     if options.dry_run {
         dry_run::run(config, &options)
     } else {
@@ -94,16 +94,16 @@ pub async fn run_until(
     config: &Config,
     options: HarvestOptions,
     signals: Signals,
-) -> Result<Summary> {
+) -> Result<HarvestSummary> {
     crate::client::request::check(config)?;
     let config = &within_descriptors(config);
     let lanes = config.lanes();
     let teachers = lanes.iter().map(|lane| {
-        let teacher: Arc<dyn Transport> = Arc::new(Teacher::new(&lane.teacher)?);
+        let teacher: Arc<dyn Transport> = Arc::new(HttpTeacher::new(&lane.teacher)?);
         Ok(teacher)
     });
     let transports = teachers.collect::<Result<_>>()?;
-    let world = World {
+    let world = Environment {
         transports,
         clock: WallClock::system(),
         storage: crate::cache::storage::files(),
@@ -129,7 +129,7 @@ fn within_descriptors(config: &Config) -> Config {
 }
 
 /// The seams at which a simulated night takes the place of the network, the clock and the disk.
-pub struct World {
+pub struct Environment {
     /// The ways to the teachers, one for each.
     pub transports: Vec<Arc<dyn Transport>>,
     pub clock: WallClock,
@@ -138,12 +138,12 @@ pub struct World {
 
 /// As [`run_until`], in another world.
 pub async fn run_in(
-    world: World,
+    world: Environment,
     config: &Config,
     options: HarvestOptions,
     signals: Signals,
-) -> Result<Summary> {
-    let World {
+) -> Result<HarvestSummary> {
+    let Environment {
         transports,
         clock,
         storage,
@@ -156,7 +156,7 @@ pub async fn run_in(
         true => None,
         // What was asked again goes on in the batches.
         false
-            if config.schedule.mode == Mode::Batch
+            if config.schedule.mode == RequestMode::Batch
                 && crate::harvest::batch::journal::is_under_way(&config.run_dir)? =>
         {
             tracing::warn!(
@@ -166,11 +166,11 @@ pub async fn run_in(
         }
         false => {
             crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
-            Schedule::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
+            RequestWindow::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
             // The account of an earlier version takes over from the cache what was spent: before records leave it.
             let cached =
                 crate::cache::open::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
-            Books::open(config, cached, Unanswered::default(), clock.clone())?
+            RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
                 .1
                 .warn();
             let asked = crate::plan::again::select(
@@ -204,8 +204,8 @@ pub async fn run_in(
         clock,
     };
     let summary = match config.schedule.mode {
-        Mode::Realtime => run.realtime(prompts, signals).await,
-        Mode::Batch => run.batch(prompts, signals).await,
+        RequestMode::Realtime => run.realtime(prompts, signals).await,
+        RequestMode::Batch => run.batch(prompts, signals).await,
     }?;
     let is_all = !options.again.is_empty() || options.limit.is_none() && options.shard.is_none();
     if summary.pending == 0 && is_all {
@@ -225,14 +225,14 @@ struct Run<'a> {
     transports: Vec<Arc<dyn Transport>>,
     unanswered: Unanswered,
     /// Nothing else is to be asked.
-    again: Option<crate::plan::again::Wanted>,
+    again: Option<crate::plan::again::RowKeys>,
     /// For what takes long before anything is asked.
     stop: StopFlag,
     clock: WallClock,
 }
 
 impl Run<'_> {
-    async fn realtime(mut self, prompts: Vec<Prompt>, signals: Signals) -> Result<Summary> {
+    async fn realtime(mut self, prompts: Vec<Prompt>, signals: Signals) -> Result<HarvestSummary> {
         crate::harvest::batch::journal::check_none_under_way(&self.config.run_dir)?;
         crate::harvest::batch::journal::drop_uncreated(&self.config.run_dir)?;
         let plan = self.plan(self.config, prompts, |key| self.standing(key))?;
@@ -241,7 +241,7 @@ impl Run<'_> {
         dispatcher.run(signals).await
     }
 
-    async fn batch(mut self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<Summary> {
+    async fn batch(mut self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<HarvestSummary> {
         let config = self.config.at_batch_prices();
         let plan = self.plan(&config, prompts, |key| self.standing(key))?;
         let books = self.books()?;
@@ -256,8 +256,8 @@ impl Run<'_> {
             &config, plan, self.cache, transports, books, clock, self.quiet,
         )?;
         let rest = match batches.run(&mut signals).await? {
-            Outcome::Finished(summary) => return Ok(*summary),
-            Outcome::Rest(rest) => *rest,
+            BatchOutcome::Finished(summary) => return Ok(*summary),
+            BatchOutcome::Rest(rest) => *rest,
         };
         // The deadline was that of the batches.
         let mut config = self.config.clone();
@@ -265,7 +265,7 @@ impl Run<'_> {
         let max_attempts = config.retry.max_attempts;
         let plan = self.plan(&config, rest.prompts, |key| {
             if rest.not_to_ask.contains(key) {
-                return Ok(Standing::Answered);
+                return Ok(RowStatus::Answered);
             }
             let unanswered = &rest.books.unanswered;
             Ok(unanswered.standing(key, self.cache.contains(key), max_attempts))
@@ -288,14 +288,14 @@ impl Run<'_> {
         &self,
         config: &Config,
         prompts: Vec<Prompt>,
-        standing: impl Fn(&str) -> Result<Standing>,
+        standing: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
         let askings = askings(config, &self.probes)?;
         let mut past = self.cache.past();
         // Their rows have the keys of the version that submitted them.
         past.has_old |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
             || !self.unanswered.is_empty();
-        let scope = Scope {
+        let scope = PlanScope {
             shard: self.shard,
             only: self.again.as_ref(),
         };
@@ -313,7 +313,7 @@ impl Run<'_> {
         Ok(plan)
     }
 
-    fn standing(&self, key: &str) -> Result<Standing> {
+    fn standing(&self, key: &str) -> Result<RowStatus> {
         self.stop.check()?;
         let max_attempts = self.config.retry.max_attempts;
         let is_cached = self.cache.contains(key);
@@ -321,11 +321,11 @@ impl Run<'_> {
     }
 
     /// Opens the books, once.
-    fn books(&mut self) -> Result<Books> {
+    fn books(&mut self) -> Result<RunFiles> {
         let config = self.config;
         let cached = self.cache.cost_when_opened() + judge::cost_usd(config)?;
         let unanswered = std::mem::take(&mut self.unanswered);
-        let (books, lost) = Books::open(config, cached, unanswered, self.clock.clone())?;
+        let (books, lost) = RunFiles::open(config, cached, unanswered, self.clock.clone())?;
         lost.warn();
         Ok(books)
     }
@@ -334,7 +334,7 @@ impl Run<'_> {
         &'b self,
         config: &'b Config,
         plan: Plan,
-        mut books: Books,
+        mut books: RunFiles,
     ) -> Result<Dispatcher<'b>> {
         let (wake, mut lanes) = (Arc::default(), Vec::new());
         for (index, transport) in self.transports.iter().enumerate() {
@@ -342,7 +342,7 @@ impl Run<'_> {
             let day = books.day(&plan.askings[index].lane);
             let shared = self.shared(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
-            let lane = Lane::new(&plan, index, transport, day, shared, config)?;
+            let lane = Upstream::new(&plan, index, transport, day, shared, config)?;
             lanes.push(lane);
         }
         let progress = Progress::new("harvest", plan.total, self.quiet);
@@ -352,13 +352,18 @@ impl Run<'_> {
     }
 
     /// The limits that a teacher's lane shares with other processes, if there is anything to ask.
-    async fn shared(&self, plan: &Plan, lane: usize, wake: &Arc<Notify>) -> Result<Option<Shared>> {
+    async fn shared(
+        &self,
+        plan: &Plan,
+        lane: usize,
+        wake: &Arc<Notify>,
+    ) -> Result<Option<SharedLimits>> {
         if plan.lanes[lane].is_empty() {
             return Ok(None);
         }
         let patience = Duration::try_from_secs_f64(self.config.retry.max_outage_s)?;
         let settings = &plan.askings[lane].lane;
-        Shared::connect(settings, plan.largest(lane), patience, wake).await
+        SharedLimits::connect(settings, plan.largest(lane), patience, wake).await
     }
 }
 
@@ -367,15 +372,15 @@ impl Run<'_> {
 ///
 /// # Errors
 /// Where an endpoint does not answer.
-pub async fn probe(config: &Config) -> Result<Endpoints> {
+pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     crate::client::request::check(config)?;
     let clock = WallClock::system();
     check_money(config, None, clock.now())?;
     let lanes = config.lanes().into_iter();
-    let lanes = lanes.map(|lane| Ok((Arc::new(Teacher::new(&lane.teacher)?), lane)));
+    let lanes = lanes.map(|lane| Ok((Arc::new(HttpTeacher::new(&lane.teacher)?), lane)));
     let lanes = lanes.collect::<Result<Vec<_>>>()?;
     let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
-    let (mut books, lost) = Books::open(config, cached, Unanswered::default(), clock.clone())?;
+    let (mut books, lost) = RunFiles::open(config, cached, Unanswered::default(), clock.clone())?;
     lost.warn();
     let mut endpoints = Vec::new();
     for (teacher, lane) in lanes {
@@ -387,7 +392,7 @@ pub async fn probe(config: &Config) -> Result<Endpoints> {
         endpoints.push(found?);
     }
     books.close(&mut [], 0)?;
-    let endpoints = Endpoints {
+    let endpoints = ProbedEndpoints {
         version: crate::probe::findings::ENDPOINT_VERSION,
         endpoints,
     };

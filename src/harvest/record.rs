@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::budget::price;
 use crate::client::request::RequestTemplate;
 use crate::client::response::completion::Completion;
-use crate::plan::Row;
+use crate::plan::PlannedRow;
 
 use crate::cache::question;
 use crate::cache::record::{Record, SCHEMA, Status, Timing};
@@ -17,7 +17,7 @@ pub(crate) const UNREADABLE: &str = "unreadable";
 /// The record of `completion`, the answer to `body`.
 pub(crate) fn record(
     asking: &RequestTemplate,
-    row: &Row,
+    row: &PlannedRow,
     prompt: &Prompt,
     body: Value,
     completion: Completion,
@@ -104,11 +104,11 @@ mod tests {
     use super::*;
     use crate::cache::record::Answer;
     use crate::cache::usage::Usage;
-    use crate::config::{Lane, Price};
+    use crate::config::{EndpointConfig, Price};
     use serde_json::json;
 
-    fn row() -> (Row, Prompt) {
-        let row = Row {
+    fn row() -> (PlannedRow, Prompt) {
+        let row = PlannedRow {
             prompt: 0,
             sample: 1,
             key: "k".into(),
@@ -121,7 +121,7 @@ mod tests {
 
     fn record_of(completion: Completion, price: &Price) -> Record {
         let (row, prompt) = row();
-        let lane = Lane {
+        let lane = EndpointConfig {
             price: price.clone(),
             teacher: Default::default(),
             sampling: Default::default(),

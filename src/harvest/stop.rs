@@ -89,7 +89,7 @@ pub(crate) fn worthless(count: u32, reason: &str) -> anyhow::Error {
 }
 
 /// Nothing has ever answered there.
-pub(crate) fn nothing_answers(teacher: &config::Teacher, message: &str) -> anyhow::Error {
+pub(crate) fn nothing_answers(teacher: &config::TeacherConfig, message: &str) -> anyhow::Error {
     let base_url = &teacher.base_url;
     match base_url.strip_prefix("https://") {
         // In the words of rustls and of native-tls.

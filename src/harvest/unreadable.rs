@@ -12,7 +12,7 @@ const MOST_UNPAID: usize = 100;
 
 /// The folder, shared by all attempts.
 #[derive(Clone)]
-pub(crate) struct Unreadable {
+pub(crate) struct UnreadableBodies {
     dir: PathBuf,
     unpaid: Arc<AtomicUsize>,
 }
@@ -22,9 +22,9 @@ pub(crate) fn dir(run_dir: &Path) -> PathBuf {
     run_dir.join("unreadable")
 }
 
-impl Unreadable {
-    pub(crate) fn new(run_dir: &Path) -> Unreadable {
-        Unreadable {
+impl UnreadableBodies {
+    pub(crate) fn new(run_dir: &Path) -> UnreadableBodies {
+        UnreadableBodies {
             dir: dir(run_dir),
             unpaid: Arc::default(),
         }

@@ -3,7 +3,7 @@
 //! An endpoint can answer everything with status 200 and yet give nothing: no logprobs, no text, another
 //! model, the same text every time. The user hears of it at once; a run that has become worthless stops.
 
-use crate::report::seen::Seen;
+use crate::report::seen::AnswerFacts;
 use std::collections::{HashMap, HashSet};
 
 use super::stop;
@@ -30,7 +30,7 @@ const MODELS: usize = 5;
 
 /// Result of checking one answer.
 #[derive(Debug)]
-pub(crate) enum Word {
+pub(crate) enum MonitorAlert {
     Note(String),
     /// The run is not worth going on with.
     Stop(anyhow::Error),
@@ -38,8 +38,8 @@ pub(crate) enum Word {
 
 /// The answers of one teacher so far.
 #[derive(Debug)]
-pub(crate) struct Watch {
-    settings: config::Lane,
+pub(crate) struct AnswerMonitor {
+    settings: config::EndpointConfig,
     on_missing: OnMissingLogprobs,
     has_budget: bool,
     /// A note for tokens that are named by id, until it is shown.
@@ -56,20 +56,24 @@ pub(crate) struct Watch {
     is_past_told: bool,
 }
 
-impl Watch {
-    pub(crate) fn of(settings: &config::Lane, config: &Config) -> Watch {
+impl AnswerMonitor {
+    pub(crate) fn of(settings: &config::EndpointConfig, config: &Config) -> AnswerMonitor {
         let on_missing = config.harvest.on_missing_logprobs;
-        let mut watch = Watch::new(settings, on_missing, config.budget.usd.is_some());
+        let mut watch = AnswerMonitor::new(settings, on_missing, config.budget.usd.is_some());
         if config.data.teacher_tokenizer.is_some() {
             watch.token_ids = None;
         }
         watch
     }
 
-    fn new(settings: &config::Lane, on_missing: OnMissingLogprobs, has_budget: bool) -> Watch {
+    fn new(
+        settings: &config::EndpointConfig,
+        on_missing: OnMissingLogprobs,
+        has_budget: bool,
+    ) -> AnswerMonitor {
         // At temperature 0 all samples are the same, and nobody is surprised.
         let is_sampled = settings.sampling.temperature != Some(0.0);
-        Watch {
+        AnswerMonitor {
             settings: settings.clone(),
             on_missing,
             has_budget,
@@ -90,7 +94,7 @@ impl Watch {
     }
 
     /// Looks at one more answer. Returns what is to be said now.
-    pub(crate) fn see(&mut self, seen: &Seen) -> Vec<Word> {
+    pub(crate) fn see(&mut self, seen: &AnswerFacts) -> Vec<MonitorAlert> {
         let words = [
             self.past_max_tokens(seen),
             self.usage(seen),
@@ -106,7 +110,7 @@ impl Watch {
     }
 
     /// A server that does not know the field answers past it, and past what was reserved.
-    fn past_max_tokens(&mut self, seen: &Seen) -> Option<Word> {
+    fn past_max_tokens(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         let used = seen.usage?.completion_tokens;
         // Some servers finish a character.
         let allowed = seen.max_tokens + ROUNDING.max(seen.max_tokens / 50);
@@ -115,7 +119,7 @@ impl Watch {
         }
         self.is_past_told = true;
         let sampling = &self.settings.sampling;
-        Some(Word::Note(format!(
+        Some(MonitorAlert::Note(format!(
             "an answer has {used} tokens, where `{}` = {} was sent: the endpoint ignores that field; \
              try `sampling.max_tokens_field` = \"{}\"",
             sampling.max_tokens_field.name(),
@@ -124,24 +128,24 @@ impl Watch {
         )))
     }
 
-    fn usage(&mut self, seen: &Seen) -> Option<Word> {
+    fn usage(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         let count = in_a_row(&mut self.without_usage, seen.usage.is_none());
         (count == NOTED && self.has_budget).then(|| {
-            Word::Note(format!(
+            MonitorAlert::Note(format!(
                 "{NOTED} answers in a row came without usage that can be true: what they cost is \
                  counted by an upper bound"
             ))
         })
     }
 
-    fn model(&mut self, seen: &Seen) -> Option<Word> {
+    fn model(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         if seen.model.is_empty() || self.models.contains(&seen.model) {
             return None;
         }
         self.models.insert(seen.model.clone());
         let count = self.models.len();
         (2..=MODELS).contains(&count).then(|| {
-            Word::Note(format!(
+            MonitorAlert::Note(format!(
                 "answers now come from the model \"{}\", others came from another one: `distill cache \
                  stats` counts them by model",
                 seen.model
@@ -149,19 +153,19 @@ impl Watch {
         })
     }
 
-    fn use_of(&mut self, seen: &Seen) -> Option<Word> {
+    fn use_of(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         let is_useless = seen.status == Status::Quarantined;
         match in_a_row(&mut self.useless, is_useless) {
-            NOTED => Some(Word::Note(format!(
+            NOTED => Some(MonitorAlert::Note(format!(
                 "{NOTED} answers in a row are of no use ({}): at {WORTHLESS} the run stops",
                 seen.reason
             ))),
-            WORTHLESS => Some(Word::Stop(stop::worthless(WORTHLESS, &seen.reason))),
+            WORTHLESS => Some(MonitorAlert::Stop(stop::worthless(WORTHLESS, &seen.reason))),
             _ => None,
         }
     }
 
-    fn logprobs(&mut self, seen: &Seen) -> Option<Word> {
+    fn logprobs(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         let top_logprobs = self.settings.sampling.top_logprobs;
         if top_logprobs == 0 || self.settings.sampling.reasoning || seen.text.1 == 0 {
             return None;
@@ -172,22 +176,24 @@ impl Watch {
         }
         let why = why.unwrap_or_default();
         Some(match self.on_missing {
-            OnMissingLogprobs::Stop => Word::Stop(stop::without_logprobs(NOTED, why, top_logprobs)),
-            OnMissingLogprobs::Warn => Word::Note(format!(
+            OnMissingLogprobs::Stop => {
+                MonitorAlert::Stop(stop::without_logprobs(NOTED, why, top_logprobs))
+            }
+            OnMissingLogprobs::Warn => MonitorAlert::Note(format!(
                 "{NOTED} answers in a row came without usable logprobs ({why}): they train on \
                  cross-entropy alone"
             )),
         })
     }
 
-    fn token_ids(&mut self, seen: &Seen) -> Option<Word> {
+    fn token_ids(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         let note = self.token_ids.take_if(|_| seen.has_token_ids);
-        note.map(Word::Note)
+        note.map(MonitorAlert::Note)
     }
 
-    fn cut_off(&mut self, seen: &Seen) -> Option<Word> {
+    fn cut_off(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         (in_a_row(&mut self.cut_off, seen.is_cut_off) == NOTED).then(|| {
-            Word::Note(format!(
+            MonitorAlert::Note(format!(
                 "{NOTED} answers in a row were cut off at {} tokens: raise `sampling.max_tokens`, which \
                  asks again for those alone that were cut off",
                 seen.max_tokens
@@ -196,7 +202,7 @@ impl Watch {
     }
 
     /// One text for many prompts: a cache on the way, or a template that leaves the prompt out.
-    fn alike(&mut self, seen: &Seen) -> Option<Word> {
+    fn alike(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         let (last, count, prompt) = &mut self.alike;
         if *last != seen.text.0 || seen.text.1 < SHORT {
             (*last, *count) = (seen.text.0, 0);
@@ -207,14 +213,14 @@ impl Watch {
         *prompt = Some(seen.prompt);
         (*count == NOTED).then(|| {
             *count += 1;
-            Word::Note(format!(
+            MonitorAlert::Note(format!(
                 "{NOTED} different prompts in a row have the same answer: look at them with `distill \
                  cache show`"
             ))
         })
     }
 
-    fn samples(&mut self, seen: &Seen) -> Option<Word> {
+    fn samples(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         let samples = self.samples.as_mut()?;
         if seen.text.1 < SHORT {
             return None;
@@ -234,7 +240,7 @@ impl Watch {
             return None;
         }
         self.samples = None;
-        Some(Word::Note(format!(
+        Some(MonitorAlert::Note(format!(
             "all answers to one prompt are the same, for {COMPARED} prompts so far: the endpoint, or a \
              cache on the way, does not sample; with `prompts.samples` above 1 that is paid for nothing"
         )))
@@ -251,10 +257,10 @@ fn in_a_row(count: &mut u32, holds: bool) -> u32 {
 mod tests {
     use super::*;
     use crate::cache::usage::Usage;
-    use crate::config::Lane;
+    use crate::config::EndpointConfig;
 
-    fn lane() -> Lane {
-        Lane {
+    fn lane() -> EndpointConfig {
+        EndpointConfig {
             teacher: Default::default(),
             sampling: Default::default(),
             limits: Default::default(),
@@ -262,13 +268,13 @@ mod tests {
         }
     }
 
-    fn watch(on_missing: OnMissingLogprobs) -> Watch {
-        Watch::new(&lane(), on_missing, true)
+    fn watch(on_missing: OnMissingLogprobs) -> AnswerMonitor {
+        AnswerMonitor::new(&lane(), on_missing, true)
     }
 
     /// A good answer to this prompt.
-    fn good(prompt: u32) -> Seen {
-        Seen {
+    fn good(prompt: u32) -> AnswerFacts {
+        AnswerFacts {
             prompt: prompt.into(),
             status: Status::Ok,
             reason: String::new(),
@@ -287,15 +293,15 @@ mod tests {
     }
 
     /// The answers after which something is said, and what.
-    fn said(mut watch: Watch, seen: impl Fn(u32) -> Seen) -> Vec<(u32, String)> {
+    fn said(mut watch: AnswerMonitor, seen: impl Fn(u32) -> AnswerFacts) -> Vec<(u32, String)> {
         let mut said = Vec::new();
         for number in 1..=100 {
             for word in watch.see(&seen(number)) {
                 said.push((
                     number,
                     match word {
-                        Word::Note(text) => text,
-                        Word::Stop(error) => format!("stop: {error:#}"),
+                        MonitorAlert::Note(text) => text,
+                        MonitorAlert::Stop(error) => format!("stop: {error:#}"),
                     },
                 ));
             }
@@ -314,14 +320,14 @@ mod tests {
 
     #[test]
     fn token_ids_are_noted_once_and_only_without_their_tokenizer() {
-        let seen = Seen {
+        let seen = AnswerFacts {
             has_token_ids: true,
             ..good(0)
         };
         let notes = |teacher_tokenizer: Option<&str>| {
             let mut config = Config::default();
             config.data.teacher_tokenizer = teacher_tokenizer.map(Into::into);
-            let mut watch = Watch::of(&lane(), &config);
+            let mut watch = AnswerMonitor::of(&lane(), &config);
             assert!(watch.see(&good(0)).is_empty());
             watch.see(&seen).len() + watch.see(&seen).len()
         };
@@ -335,7 +341,7 @@ mod tests {
 
     #[test]
     fn logprobs_that_never_come_stop_a_run_or_are_told_once() {
-        let without = |number| Seen {
+        let without = |number| AnswerFacts {
             without_logprobs: Some("none were sent".into()),
             ..good(number)
         };
@@ -351,13 +357,13 @@ mod tests {
         check(said(watch(OnMissingLogprobs::Stop), now_and_then), &[]);
         let mut plain = lane();
         plain.sampling.top_logprobs = 0;
-        let plain = Watch::new(&plain, OnMissingLogprobs::Stop, true);
+        let plain = AnswerMonitor::new(&plain, OnMissingLogprobs::Stop, true);
         check(said(plain, without), &[]);
     }
 
     #[test]
     fn answers_of_no_use_are_told_and_stop_the_run() {
-        let empty = |number| Seen {
+        let empty = |number| AnswerFacts {
             status: Status::Quarantined,
             reason: "empty: stop".into(),
             text: (0, 0),
@@ -369,12 +375,12 @@ mod tests {
 
     #[test]
     fn what_is_odd_is_told_once() {
-        let with = |number, change: &dyn Fn(&mut Seen)| {
+        let with = |number, change: &dyn Fn(&mut AnswerFacts)| {
             let mut seen = good(number);
             change(&mut seen);
             seen
         };
-        let of = |change: &dyn Fn(&mut Seen)| {
+        let of = |change: &dyn Fn(&mut AnswerFacts)| {
             said(watch(OnMissingLogprobs::Stop), |number| {
                 with(number, change)
             })
@@ -404,7 +410,7 @@ mod tests {
             said(watch(OnMissingLogprobs::Stop), same),
             &[(37, "does not sample")],
         );
-        let one_differs = |number| Seen {
+        let one_differs = |number| AnswerFacts {
             text: (
                 if number == 3 {
                     9
@@ -418,7 +424,7 @@ mod tests {
         check(said(watch(OnMissingLogprobs::Stop), one_differs), &[]);
         let mut greedy = lane();
         greedy.sampling.temperature = Some(0.0);
-        let greedy = Watch::new(&greedy, OnMissingLogprobs::Stop, true);
+        let greedy = AnswerMonitor::new(&greedy, OnMissingLogprobs::Stop, true);
         check(said(greedy, same), &[]);
     }
 }

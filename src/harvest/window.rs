@@ -9,18 +9,18 @@ use jiff::civil::{DateTime, Time};
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
 
-use crate::config::Night;
+use crate::config::ScheduleConfig;
 use crate::exit::Exit;
 
 #[derive(Debug, Clone)]
-pub(crate) struct Schedule {
+pub(crate) struct RequestWindow {
     window: Option<(Time, Time)>,
     deadline: Option<Timestamp>,
     zone: TimeZone,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum State {
+pub(crate) enum WindowState {
     Open,
     /// Outside the window, which opens then.
     Closed(Timestamp),
@@ -33,12 +33,12 @@ pub(crate) fn over() -> anyhow::Error {
     Exit::Resumable("the deadline has come; to ask for the rest, run the same command (set a later `schedule.deadline` first if it has a date)".into()).into()
 }
 
-impl Schedule {
+impl RequestWindow {
     /// A deadline without a date is the next one after `now`.
     ///
     /// # Errors
     /// [`Exit::Usage`] where a time cannot be read.
-    pub(crate) fn new(night: &Night, now: Timestamp) -> Result<Schedule> {
+    pub(crate) fn new(night: &ScheduleConfig, now: Timestamp) -> Result<RequestWindow> {
         let zone = match &night.timezone {
             Some(name) => TimeZone::get(name).map_err(|_| {
                 usage(format!(
@@ -53,7 +53,7 @@ impl Schedule {
             .as_deref()
             .map(|text| parse_deadline(text, now, &zone))
             .transpose()?;
-        Ok(Schedule {
+        Ok(RequestWindow {
             window,
             deadline,
             zone,
@@ -66,17 +66,17 @@ impl Schedule {
     /// [`Exit::Resumable`].
     pub(crate) fn check_not_over(&self, now: Timestamp) -> Result<()> {
         match self.state(now) {
-            State::Over => Err(over()),
+            WindowState::Over => Err(over()),
             _ => Ok(()),
         }
     }
 
-    pub(crate) fn state(&self, now: Timestamp) -> State {
+    pub(crate) fn state(&self, now: Timestamp) -> WindowState {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
-            return State::Over;
+            return WindowState::Over;
         }
         let Some((opens, closes)) = self.window else {
-            return State::Open;
+            return WindowState::Open;
         };
         let local = now.to_zoned(self.zone.clone());
         let time = local.time();
@@ -85,7 +85,7 @@ impl Schedule {
             false => opens <= time || time < closes,
         };
         if is_open {
-            return State::Open;
+            return WindowState::Open;
         }
         let today = local.date().to_datetime(opens);
         let next = match time < opens {
@@ -101,7 +101,7 @@ impl Schedule {
             }
         });
         // Beyond the end of the calendar there is nothing to wait for.
-        State::Closed(opening.map_or(now, |opening| opening.timestamp()))
+        WindowState::Closed(opening.map_or(now, |opening| opening.timestamp()))
     }
 
     /// The time of day there, as people write it.
@@ -161,10 +161,10 @@ fn usage(message: String) -> anyhow::Error {
 mod tests {
     use super::*;
 
-    fn night(window: &str, deadline: &str) -> Night {
+    fn night(window: &str, deadline: &str) -> ScheduleConfig {
         let some = |text: &str| (!text.is_empty()).then(|| text.to_string());
-        Night {
-            mode: crate::config::Mode::Realtime,
+        ScheduleConfig {
+            mode: crate::config::RequestMode::Realtime,
             window: some(window),
             deadline: some(deadline),
             timezone: Some("Europe/Berlin".into()),
@@ -177,13 +177,13 @@ mod tests {
     }
 
     fn states(window: &str, times: &[&str]) -> Vec<String> {
-        let schedule = Schedule::new(&night(window, ""), at(times[0])).unwrap();
+        let schedule = RequestWindow::new(&night(window, ""), at(times[0])).unwrap();
         times
             .iter()
             .map(|time| match schedule.state(at(time)) {
-                State::Open => "open".into(),
-                State::Closed(until) => schedule.show(until),
-                State::Over => "over".into(),
+                WindowState::Open => "open".into(),
+                WindowState::Closed(until) => schedule.show(until),
+                WindowState::Over => "over".into(),
             })
             .collect()
     }
@@ -210,36 +210,37 @@ mod tests {
     #[test]
     fn the_clocks_may_change_inside_the_window() {
         // 02:00 to 03:00 does not exist on the day in March, and comes twice on that in October.
-        let schedule = Schedule::new(&night("02:30-04:00", ""), at("2026-03-29 00:00")).unwrap();
+        let schedule =
+            RequestWindow::new(&night("02:30-04:00", ""), at("2026-03-29 00:00")).unwrap();
         let before = at("2026-03-29 01:59");
-        let State::Closed(until) = schedule.state(before) else {
+        let WindowState::Closed(until) = schedule.state(before) else {
             panic!("it is open");
         };
         assert!(until > before && schedule.show(until) == "2026-03-29 03:30");
-        assert_eq!(schedule.state(at("2026-03-29 03:00")), State::Open);
+        assert_eq!(schedule.state(at("2026-03-29 03:00")), WindowState::Open);
 
-        let schedule = Schedule::new(&night("02:15-02:45", ""), before).unwrap();
+        let schedule = RequestWindow::new(&night("02:15-02:45", ""), before).unwrap();
         let first = at("2026-10-25 02:30");
-        assert_eq!(schedule.state(first), State::Open);
+        assert_eq!(schedule.state(first), WindowState::Open);
         let again = first.checked_add(1.hour()).unwrap();
-        assert_eq!(schedule.state(again), State::Open);
+        assert_eq!(schedule.state(again), WindowState::Open);
         let between = first.checked_add(30.minutes()).unwrap();
-        assert!(matches!(schedule.state(between), State::Closed(until) if until > between));
+        assert!(matches!(schedule.state(between), WindowState::Closed(until) if until > between));
     }
 
     #[test]
     fn a_deadline_is_the_next_one() {
         let deadline = |text: &str| {
-            let schedule = Schedule::new(&night("", text), at("2026-11-22 22:00")).unwrap();
+            let schedule = RequestWindow::new(&night("", text), at("2026-11-22 22:00")).unwrap();
             schedule.show(schedule.deadline.unwrap())
         };
         assert_eq!(deadline("06:30"), "2026-11-23 06:30");
         assert_eq!(deadline("22:30"), "2026-11-22 22:30");
         assert_eq!(deadline("2026-12-01 05:00"), "2026-12-01 05:00");
         assert_eq!(deadline("2026-11-23T00:00:00Z"), "2026-11-23 01:00");
-        let schedule = Schedule::new(&night("", "06:30"), at("2026-11-22 22:00")).unwrap();
-        assert_eq!(schedule.state(at("2026-11-23 06:29")), State::Open);
-        assert_eq!(schedule.state(at("2026-11-23 06:30")), State::Over);
+        let schedule = RequestWindow::new(&night("", "06:30"), at("2026-11-22 22:00")).unwrap();
+        assert_eq!(schedule.state(at("2026-11-23 06:29")), WindowState::Open);
+        assert_eq!(schedule.state(at("2026-11-23 06:30")), WindowState::Over);
     }
 
     #[test]
@@ -249,7 +250,7 @@ mod tests {
             ("22:00-22:00", "", "schedule.window"),
             ("", "tomorrow", "schedule.deadline"),
         ] {
-            let error = Schedule::new(&night(window, deadline), at("2026-11-22 22:00"));
+            let error = RequestWindow::new(&night(window, deadline), at("2026-11-22 22:00"));
             let error = error.unwrap_err();
             assert!(error.to_string().contains(part), "{error}");
             assert_eq!(Exit::code_of(&error), 2);

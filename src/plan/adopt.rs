@@ -14,9 +14,9 @@ use crate::cache::question::Past;
 use crate::cache::record::{SCHEMA, is_mock};
 use crate::cache::rewrite::{Fate, rewrite};
 use crate::config::Config;
-use crate::plan::Standing;
+use crate::plan::RowStatus;
 use crate::plan::prepare::askings;
-use crate::plan::{Plan, Scope};
+use crate::plan::{Plan, PlanScope};
 use crate::prompt;
 
 /// Result of [`adopt`].
@@ -67,8 +67,8 @@ fn is_asked(rows: &[AdoptableRow], base_url: &str) -> bool {
 /// Where the config, the prompts or the cache cannot be read, or another process has the cache.
 pub fn adopt(config: &Config) -> Result<Adopted> {
     let prompts = prompt::load(&config.prompts, || Ok(()))?;
-    let open = |_: &str| Ok(Standing::Open);
-    let (scope, past) = (Scope::default(), Past::default());
+    let open = |_: &str| Ok(RowStatus::Open);
+    let (scope, past) = (PlanScope::default(), Past::default());
     let plan = Plan::new(
         prompts,
         askings(config, &[])?,

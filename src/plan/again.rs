@@ -23,12 +23,12 @@ use crate::plan::prepare::askings;
 use crate::plan::prepare::check_fits;
 use crate::plan::shard::Shard;
 use crate::plan::unanswered::Unanswered;
-use crate::plan::{Plan, Scope, Standing};
+use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::prompt::Prompt;
 use crate::terminal::format_count;
 
 /// The keys of the rows that are to be asked.
-pub(crate) type Wanted = HashSet<String>;
+pub(crate) type RowKeys = HashSet<String>;
 
 /// Finds the rows that `words` name and that this run asks for. Changes nothing.
 ///
@@ -40,9 +40,9 @@ pub(crate) fn select(
     shard: Option<Shard>,
     prompts: &[Prompt],
     unanswered: &Unanswered,
-) -> Result<Asked> {
+) -> Result<RowsToRepeat> {
     let dir = config.own_cache();
-    if let Some(under_way) = UnderWay::load(&config.run_dir, words)? {
+    if let Some(under_way) = AgainFile::load(&config.run_dir, words)? {
         let known = crate::cache::open::peek(&dir)?;
         let is_kept = |key: &str| known.contains(key);
         let mut asked = asked(config, shard, prompts, &under_way.keys, is_kept)?;
@@ -52,7 +52,7 @@ pub(crate) fn select(
             return Ok(asked);
         }
     }
-    let mut found = Found::default();
+    let mut found = FoundAnswers::default();
     if cache::exists(&dir) {
         for record in crate::cache::reader::read(&dir)? {
             found.add(&record?, words, true);
@@ -87,9 +87,9 @@ pub(crate) fn select(
 pub(crate) fn take_out(
     config: &Config,
     words: &[String],
-    asked: Asked,
+    asked: RowsToRepeat,
     unanswered: &mut Unanswered,
-) -> Result<Wanted> {
+) -> Result<RowKeys> {
     let dir = config.own_cache();
     if asked.is_resumed {
         let (left, done) = (asked.plan.rows.len() as u64, asked.plan.cached);
@@ -120,7 +120,7 @@ pub(crate) fn take_out(
     })?;
     // After the old answers have left the cache: a resumed run takes those that it finds there for new.
     let wanted = asked.wanted();
-    UnderWay {
+    AgainFile {
         words: words.to_vec(),
         keys: wanted.clone(),
         has_forgotten: false,
@@ -150,10 +150,10 @@ pub(crate) fn take_out(
 fn forget(
     config: &Config,
     words: &[String],
-    asked: &Asked,
+    asked: &RowsToRepeat,
     unanswered: &mut Unanswered,
 ) -> Result<u64> {
-    let Some(mut under_way) = UnderWay::load(&config.run_dir, words)? else {
+    let Some(mut under_way) = AgainFile::load(&config.run_dir, words)? else {
         return Ok(0);
     };
     if under_way.has_forgotten {
@@ -170,7 +170,7 @@ fn forget(
 /// # Errors
 /// Where the file cannot be removed.
 pub(crate) fn finish(run_dir: &Path) -> Result<()> {
-    let path = UnderWay::file(run_dir);
+    let path = AgainFile::file(run_dir);
     if !path.exists() {
         return Ok(());
     }
@@ -180,27 +180,27 @@ pub(crate) fn finish(run_dir: &Path) -> Result<()> {
 /// `again.json` in the run folder: rows whose answers have left the cache and are being asked for again. After
 /// a stop, the same command asks for the rest, and not again for those that have their new answer.
 #[derive(Serialize, Deserialize)]
-struct UnderWay {
+struct AgainFile {
     words: Vec<String>,
-    keys: Wanted,
+    keys: RowKeys,
     /// The failures of these rows have been removed from the books.
     #[serde(default)]
     has_forgotten: bool,
 }
 
-impl UnderWay {
+impl AgainFile {
     fn file(run_dir: &Path) -> PathBuf {
         run_dir.join("again.json")
     }
 
     /// None where nothing was begun with these words.
-    fn load(run_dir: &Path, words: &[String]) -> Result<Option<UnderWay>> {
-        let path = UnderWay::file(run_dir);
+    fn load(run_dir: &Path, words: &[String]) -> Result<Option<AgainFile>> {
+        let path = AgainFile::file(run_dir);
         if !path.exists() {
             return Ok(None);
         }
         let text = crate::fs::read(&path)?;
-        let under_way: UnderWay = serde_json::from_slice(&text).map_err(|error| {
+        let under_way: AgainFile = serde_json::from_slice(&text).map_err(|error| {
             let message = format!(
                 "{} is damaged ({error}): delete it, and `--again` starts over",
                 path.display()
@@ -211,7 +211,7 @@ impl UnderWay {
     }
 
     fn save(&self, run_dir: &Path) -> Result<()> {
-        crate::fs::write_atomic(&UnderWay::file(run_dir), &serde_json::to_vec(self)?)
+        crate::fs::write_atomic(&AgainFile::file(run_dir), &serde_json::to_vec(self)?)
     }
 }
 
@@ -221,7 +221,7 @@ fn names_failed(words: &[String]) -> bool {
 
 /// Answers selected by `--again`.
 #[derive(Default)]
-struct Found {
+struct FoundAnswers {
     /// Question halves of the selected keys, or whole keys.
     names: HashSet<String>,
     /// Number of cached answers by reason or finish reason.
@@ -230,7 +230,7 @@ struct Found {
     kept: Keys,
 }
 
-impl Found {
+impl FoundAnswers {
     fn add(&mut self, record: &Record, words: &[String], is_in_cache: bool) {
         if is_in_cache {
             let name = match record.reason.as_str() {
@@ -292,7 +292,7 @@ fn is_named(record: &Record, words: &[String]) -> bool {
 }
 
 /// Rows of this run that `--again` selects.
-pub(crate) struct Asked {
+pub(crate) struct RowsToRepeat {
     /// Those that have another answer by now are cached.
     pub plan: Plan,
     /// All keys of theirs.
@@ -303,8 +303,8 @@ pub(crate) struct Asked {
     is_resumed: bool,
 }
 
-impl Asked {
-    fn wanted(&self) -> Wanted {
+impl RowsToRepeat {
+    fn wanted(&self) -> RowKeys {
         self.plan.rows.iter().map(|row| row.key.clone()).collect()
     }
 
@@ -332,17 +332,17 @@ fn asked(
     prompts: &[Prompt],
     names: &HashSet<String>,
     is_kept: impl Fn(&str) -> bool,
-) -> Result<Asked> {
+) -> Result<RowsToRepeat> {
     let past = crate::cache::open::peek(&config.own_cache())?.past;
-    let scope = Scope {
+    let scope = PlanScope {
         shard,
         only: Some(names),
     };
     let standing = |key: &str| {
         Ok(if is_kept(key) {
-            Standing::Answered
+            RowStatus::Answered
         } else {
-            Standing::Open
+            RowStatus::Open
         })
     };
     let askings = askings(config, &[])?;
@@ -362,7 +362,7 @@ fn asked(
             .entry(question::half(&row.key).to_owned())
             .or_default() += 1;
     }
-    Ok(Asked {
+    Ok(RowsToRepeat {
         plan,
         keys,
         of_question,

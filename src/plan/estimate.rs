@@ -25,7 +25,7 @@ pub struct Estimate {
     pub likely_cost_usd: Option<f64>,
     /// The time that the limits alone demand; none for batches, which have limits of their own.
     pub minutes: f64,
-    pub batches: Option<Outlook>,
+    pub batches: Option<BatchEstimate>,
     /// Bytes of cache to come, as in the records that it holds.
     pub disk_bytes: Option<u64>,
     /// Cached answers that this run does not use.
@@ -100,7 +100,7 @@ impl Estimate {
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Outlook {
+pub struct BatchEstimate {
     /// To be submitted.
     pub batches: u64,
     /// At the endpoint already, and so many of the rows with them.
@@ -116,8 +116,8 @@ mod tests {
     use crate::cache::question::Past;
     use crate::client::request::RequestTemplate;
     use crate::config::Config;
-    use crate::plan::Scope;
-    use crate::plan::Standing;
+    use crate::plan::PlanScope;
+    use crate::plan::RowStatus;
     use crate::prompt::Prompt;
     use crate::prompt::message::Message;
 
@@ -128,7 +128,11 @@ mod tests {
         config.price.input = Some(1.0);
         config.price.output = Some(2.0);
         config.limits.requests_per_minute = Some(2);
-        let askings = config.lanes().into_iter().map(RequestTemplate::plain).collect();
+        let askings = config
+            .lanes()
+            .into_iter()
+            .map(RequestTemplate::plain)
+            .collect();
         let prompts = (0..4).map(|number| {
             Prompt::plain(
                 number.to_string(),
@@ -139,9 +143,9 @@ mod tests {
             prompts.collect(),
             askings,
             &config.prompts,
-            Scope::default(),
+            PlanScope::default(),
             &Past::default(),
-            |_| Ok(Standing::Open),
+            |_| Ok(RowStatus::Open),
         );
         let plan = plan.unwrap();
         let estimate = Estimate::new(&plan, &Stats::default(), 0.0);

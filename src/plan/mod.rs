@@ -15,7 +15,7 @@ use anyhow::Result;
 use serde_json::Value;
 
 use crate::budget::price;
-use crate::budget::price::Bound;
+use crate::budget::price::TokenBound;
 use crate::cache::fingerprint::Fingerprint;
 use crate::cache::keys::Keys;
 use crate::cache::question;
@@ -23,10 +23,10 @@ use crate::cache::question::template::QuestionTemplate;
 use crate::cache::question::{Endpoint, Names, Past, Question};
 use crate::client::request::RequestTemplate;
 use crate::config;
-use crate::config::{Assignment, Order};
+use crate::config::{Assignment, PromptOrder};
 use crate::plan::shard::Shard;
 use crate::prompt::Prompt;
-use crate::rate_limit::cost::Cost;
+use crate::rate_limit::cost::RequestCost;
 
 /// Prompts that begin with the same so many bytes share a provider's prompt cache: OpenAI's begins
 /// at 1,024 tokens.
@@ -34,7 +34,7 @@ const SHARED_PREFIX: usize = 4_096;
 
 /// One answer to ask for.
 #[derive(Debug)]
-pub struct Row {
+pub struct PlannedRow {
     /// Index in [`Plan::prompts`].
     pub prompt: u32,
     pub sample: u32,
@@ -48,7 +48,7 @@ pub struct Row {
 
 /// How a request stands before a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum RowStatus {
     Open,
     /// Open; an earlier run ended because of it, or it failed while other rows were answered.
     Suspect,
@@ -63,7 +63,7 @@ pub struct Plan {
     /// What is asked of each teacher.
     pub askings: Vec<RequestTemplate>,
     /// Still to be asked, teacher by teacher, in the order in which they are sent.
-    pub rows: Vec<Row>,
+    pub rows: Vec<PlannedRow>,
     /// The rows of each teacher.
     pub lanes: Vec<Range<usize>>,
     /// Prompts times samples, for every teacher that is asked; of a shard, those in it.
@@ -75,7 +75,7 @@ pub struct Plan {
     /// The last rows of each teacher that are [`Standing::Suspect`].
     pub suspects: Vec<usize>,
     /// Rows whose attempts have been spent by earlier runs, with their teacher.
-    pub given_up: Vec<(usize, Row)>,
+    pub given_up: Vec<(usize, PlannedRow)>,
     /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
     pub repeated: u64,
     /// Keys of all its rows.
@@ -86,13 +86,13 @@ pub struct Plan {
 
 /// Selection of rows that a plan considers.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Scope<'a> {
+pub struct PlanScope<'a> {
     pub shard: Option<Shard>,
     /// Only rows of these question halves or keys.
     pub only: Option<&'a HashSet<String>>,
 }
 
-impl Scope<'_> {
+impl PlanScope<'_> {
     fn holds(&self, fingerprint: &Fingerprint, names: &Names) -> bool {
         let is_wanted = self.only.is_none_or(|only| {
             only.contains(question::half(&names.key))
@@ -103,30 +103,30 @@ impl Scope<'_> {
 }
 
 /// Inputs of the loop that adds rows to a plan.
-struct Adding<'a, S> {
+struct PlanBuilder<'a, S> {
     endpoints: Vec<Endpoint>,
     /// By sample, for the current teacher; empty if the full request is needed.
     templates: Vec<QuestionTemplate>,
-    scope: Scope<'a>,
+    scope: PlanScope<'a>,
     past: &'a Past,
     standing: S,
 }
 
-impl<S: Fn(&str) -> Result<Standing>> Adding<'_, S> {
+impl<S: Fn(&str) -> Result<RowStatus>> PlanBuilder<'_, S> {
     /// State of a row: answered if the answer is under any of its names, complete or truncated no earlier than
     /// at `max_tokens`.
-    fn standing(&self, names: &Names, max_tokens: u32) -> Result<Standing> {
+    fn standing(&self, names: &Names, max_tokens: u32) -> Result<RowStatus> {
         let cut = names
             .iter()
             .flat_map(|name| self.past.cut_keys(name, max_tokens));
         let all = names.iter().map(str::to_owned).chain(cut);
         // An answer under another name counts more than a failure.
-        let mut found = Standing::Open;
+        let mut found = RowStatus::Open;
         for name in all {
             match (self.standing)(&name)? {
-                Standing::Answered => return Ok(Standing::Answered),
-                Standing::Open => {}
-                other if found != Standing::GivenUp => found = other,
+                RowStatus::Answered => return Ok(RowStatus::Answered),
+                RowStatus::Open => {}
+                other if found != RowStatus::GivenUp => found = other,
                 _ => {}
             }
         }
@@ -143,14 +143,14 @@ impl Plan {
     pub fn new(
         prompts: Vec<Prompt>,
         askings: Vec<RequestTemplate>,
-        settings: &config::Prompts,
-        scope: Scope<'_>,
+        settings: &config::PromptsConfig,
+        scope: PlanScope<'_>,
         past: &Past,
-        standing: impl Fn(&str) -> Result<Standing>,
+        standing: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
         let order = match settings.order {
-            Order::Source => (0..prompts.len()).collect(),
-            Order::Prefix => by_prefix(&prompts),
+            PromptOrder::Source => (0..prompts.len()).collect(),
+            PromptOrder::Prefix => by_prefix(&prompts),
         };
         let shares: Vec<f64> = askings
             .iter()
@@ -174,7 +174,7 @@ impl Plan {
             let teacher = &asking.lane.teacher;
             Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
         };
-        let mut adding = Adding {
+        let mut adding = PlanBuilder {
             endpoints: plan.askings.iter().map(endpoint).collect(),
             templates: Vec::new(),
             scope,
@@ -213,8 +213,8 @@ impl Plan {
         lane: usize,
         prompt: usize,
         samples: u32,
-        adding: &mut Adding<'_, impl Fn(&str) -> Result<Standing>>,
-    ) -> Result<Vec<Row>> {
+        adding: &mut PlanBuilder<'_, impl Fn(&str) -> Result<RowStatus>>,
+    ) -> Result<Vec<PlannedRow>> {
         let mut suspects = Vec::new();
         for sample in 0..samples {
             let max_tokens = self.askings[lane].lane.sampling.max_tokens;
@@ -247,7 +247,7 @@ impl Plan {
                 continue;
             }
             let standing = adding.standing(&names, max_tokens)?;
-            let row = Row {
+            let row = PlannedRow {
                 prompt: prompt as u32,
                 sample,
                 key: names.key,
@@ -255,13 +255,13 @@ impl Plan {
                 bytes: question.bytes as u32,
             };
             match standing {
-                Standing::Answered => {
+                RowStatus::Answered => {
                     self.cached += 1;
                     self.answered[lane] += 1;
                 }
-                Standing::GivenUp => self.given_up.push((lane, row)),
-                Standing::Suspect => suspects.push(row),
-                Standing::Open => self.rows.push(row),
+                RowStatus::GivenUp => self.given_up.push((lane, row)),
+                RowStatus::Suspect => suspects.push(row),
+                RowStatus::Open => self.rows.push(row),
             }
         }
         Ok(suspects)
@@ -284,26 +284,26 @@ impl Plan {
     }
 
     /// What a limit will count for the row before it is answered.
-    pub fn cost(&self, lane: usize, row: usize) -> Cost {
-        Cost {
+    pub fn cost(&self, lane: usize, row: usize) -> RequestCost {
+        RequestCost {
             input_tokens: price::estimate_prompt(self.rows[row].bytes as usize),
             output_tokens: self.askings[lane].lane.sampling.max_tokens.into(),
         }
     }
 
     /// The most that the row can use.
-    pub fn bound(&self, lane: usize, row: usize) -> Bound {
+    pub fn bound(&self, lane: usize, row: usize) -> TokenBound {
         let row = &self.rows[row];
         let messages = self.prompts[row.prompt as usize].messages.len();
         let max_tokens = self.askings[lane].lane.sampling.max_tokens;
-        Bound::of_request(row.bytes as usize, messages, max_tokens)
+        TokenBound::of_request(row.bytes as usize, messages, max_tokens)
     }
 
     /// The most that a request to this teacher will use.
-    pub fn largest(&self, lane: usize) -> Cost {
+    pub fn largest(&self, lane: usize) -> RequestCost {
         let rows = self.lanes[lane].clone();
         let costs = rows.map(|row| self.cost(lane, row));
-        costs.max_by_key(Cost::tokens).unwrap_or_default()
+        costs.max_by_key(RequestCost::tokens).unwrap_or_default()
     }
 }
 
@@ -360,7 +360,7 @@ fn by_prefix(prompts: &[Prompt]) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Teacher};
+    use crate::config::{Config, TeacherConfig};
     use crate::prompt::message::Message;
 
     fn prompt(id: &str, content: &str) -> Prompt {
@@ -368,19 +368,23 @@ mod tests {
     }
 
     fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
-        let askings = config.lanes().into_iter().map(RequestTemplate::plain).collect();
+        let askings = config
+            .lanes()
+            .into_iter()
+            .map(RequestTemplate::plain)
+            .collect();
         let standing = |key: &str| {
             if is_cached(key) {
-                Ok(Standing::Answered)
+                Ok(RowStatus::Answered)
             } else {
-                Ok(Standing::Open)
+                Ok(RowStatus::Open)
             }
         };
         Plan::new(
             prompts,
             askings,
             &config.prompts,
-            Scope::default(),
+            PlanScope::default(),
             &Past::default(),
             standing,
         )
@@ -421,20 +425,24 @@ mod tests {
             .clone();
         let mut past = Past::default();
         past.note(2, config.sampling.max_tokens);
-        for failure in [Standing::GivenUp, Standing::Suspect] {
+        for failure in [RowStatus::GivenUp, RowStatus::Suspect] {
             let standing = |name: &str| {
                 Ok(if name == key {
                     failure
                 } else {
-                    Standing::Answered
+                    RowStatus::Answered
                 })
             };
-            let askings = config.lanes().into_iter().map(RequestTemplate::plain).collect();
+            let askings = config
+                .lanes()
+                .into_iter()
+                .map(RequestTemplate::plain)
+                .collect();
             let plan = Plan::new(
                 vec![prompt("a", "x")],
                 askings,
                 &config.prompts,
-                Scope::default(),
+                PlanScope::default(),
                 &past,
                 standing,
             )
@@ -445,11 +453,11 @@ mod tests {
 
     #[test]
     fn teachers_share_the_prompts_or_all_get_all() {
-        let teacher = |name: &str, share| Teacher {
+        let teacher = |name: &str, share| TeacherConfig {
             name: name.into(),
             model: name.into(),
             share,
-            ..Teacher::default()
+            ..TeacherConfig::default()
         };
         let mut config = Config {
             teachers: vec![teacher("a", 3.0), teacher("b", 1.0)],

@@ -7,7 +7,7 @@ use anyhow::Result;
 use tokio::time::Instant;
 
 use crate::budget::dollars::Dollars;
-use crate::budget::price::Bound;
+use crate::budget::price::TokenBound;
 use crate::cache;
 use crate::cache::census::{self, Census};
 use crate::cache::question;
@@ -15,15 +15,15 @@ use crate::cache::stats::Stats;
 use crate::cache::storage::Wrap;
 use crate::cache::writer::Cache;
 use crate::client::request::RequestTemplate;
-use crate::client::structured_output::Structured;
+use crate::client::structured_output::StructuredOutput;
 use crate::config::{self, Config};
 use crate::exit::Exit;
 use crate::plan::Plan;
 use crate::plan::shard::Shard;
 use crate::probe::findings;
 use crate::prompt::{self, Prompt};
-use crate::rate_limit::daily::Day;
-use crate::rate_limit::pacer::Limiter;
+use crate::rate_limit::daily::DailyLimit;
+use crate::rate_limit::pacer::Pacer;
 use crate::report::summary;
 use crate::signal::StopFlag;
 use crate::terminal::progress::Reading;
@@ -32,10 +32,10 @@ use crate::terminal::{format_count, format_dollars};
 /// Request template of each teacher; `probes` are the hashes of their probe results.
 pub(crate) fn askings(config: &Config, probes: &[String]) -> Result<Vec<RequestTemplate>> {
     let lanes = config.lanes().into_iter().enumerate();
-    let asking = |(index, lane): (usize, config::Lane)| {
+    let asking = |(index, lane): (usize, config::EndpointConfig)| {
         let schema = lane.sampling.schema.as_deref();
         Ok(RequestTemplate {
-            structured: schema.map(Structured::load).transpose()?,
+            structured: schema.map(StructuredOutput::load).transpose()?,
             probe: probes.get(index).cloned().unwrap_or_default(),
             scoring: None,
             lane,
@@ -64,9 +64,9 @@ pub(crate) fn check_fits(config: &Config, plan: &Plan, lane: usize) -> Result<()
         return Ok(());
     }
     let settings = &plan.askings[lane].lane;
-    let day = Day::new(settings.limits.own().requests_per_day, &[], Instant::now());
-    Limiter::new(&settings.limits.own(), plan.largest(lane), day, None)?;
-    let cost = |bound: &Bound| {
+    let day = DailyLimit::new(settings.limits.own().requests_per_day, &[], Instant::now());
+    Pacer::new(&settings.limits.own(), plan.largest(lane), day, None)?;
+    let cost = |bound: &TokenBound| {
         bound
             .cost(&settings.price)
             .map_or(Dollars::ZERO, Dollars::at_least)
@@ -82,7 +82,7 @@ pub(crate) fn check_budget(
     plan: &Plan,
     lane: usize,
     cap: Option<Dollars>,
-    cost: impl Fn(&Bound) -> Dollars,
+    cost: impl Fn(&TokenBound) -> Dollars,
 ) -> Result<()> {
     let rows = plan.lanes[lane].clone();
     let most = rows.map(|row| cost(&plan.bound(lane, row))).max();
@@ -151,7 +151,7 @@ pub(crate) fn check_endpoints(config: &Config) -> Result<Vec<String>> {
         }
         hashes.push(
             found
-                .map(findings::Endpoint::hash)
+                .map(findings::ProbedEndpoint::hash)
                 .transpose()?
                 .unwrap_or_default(),
         );
@@ -160,7 +160,7 @@ pub(crate) fn check_endpoints(config: &Config) -> Result<Vec<String>> {
 }
 
 pub(crate) fn prompts(
-    settings: &config::Prompts,
+    settings: &config::PromptsConfig,
     limit: Option<usize>,
     stop: &StopFlag,
 ) -> Result<Vec<Prompt>> {

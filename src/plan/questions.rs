@@ -15,7 +15,7 @@ use crate::config::{Config, Groups};
 use crate::data::groups::{Asked, Candidate, Difference, Rows, Selection, Teacher};
 use crate::exit::Exit;
 use crate::plan::prepare::askings;
-use crate::plan::{Plan, Scope, Standing};
+use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::prompt;
 use crate::prompt::Prompt;
 
@@ -135,15 +135,15 @@ fn rows(config: &Config, prompts: Vec<Prompt>, askings: Vec<RequestTemplate>) ->
     let rows = RefCell::new(Rows::default());
     let standing = |name: &str| {
         if !known.contains(name) {
-            return Ok(Standing::Open);
+            return Ok(RowStatus::Open);
         }
         let mut rows = rows.borrow_mut();
         rows.keys
             .insert(crate::cache::fingerprint::fingerprint(name));
         rows.answered.insert(question::fingerprint(name));
-        Ok(Standing::Answered)
+        Ok(RowStatus::Answered)
     };
-    let scope = Scope::default();
+    let scope = PlanScope::default();
     let plan = Plan::new(
         prompts,
         askings,

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 /// A row with its history.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Entry {
+pub struct QueuedRow {
     /// Index in [`crate::plan::Plan::rows`].
     pub row: usize,
     /// Attempts that failed for a reason of their own; throttling and an outage are none.
@@ -23,12 +23,12 @@ pub struct Entry {
     pub throttled_at: Option<Instant>,
 }
 
-impl Entry {
+impl QueuedRow {
     /// A row that has not been tried.
-    pub fn fresh(row: usize) -> Entry {
-        Entry {
+    pub fn fresh(row: usize) -> QueuedRow {
+        QueuedRow {
             row,
-            ..Entry::default()
+            ..QueuedRow::default()
         }
     }
 
@@ -38,14 +38,14 @@ impl Entry {
     }
 }
 
-pub(crate) struct Queue {
+pub(crate) struct RowQueue {
     /// In order, none of them empty.
     fresh: Vec<Range<usize>>,
     /// Earliest first.
-    delayed: BinaryHeap<Reverse<(Instant, Entry)>>,
+    delayed: BinaryHeap<Reverse<(Instant, QueuedRow)>>,
 }
 
-impl Queue {
+impl RowQueue {
     /// All of these rows, fresh.
     pub(crate) fn new(rows: Range<usize>) -> Self {
         Self {
@@ -64,18 +64,18 @@ impl Queue {
     }
 
     /// Puts a row back until `not_before`.
-    pub(crate) fn delay(&mut self, entry: Entry, not_before: Instant) {
+    pub(crate) fn delay(&mut self, entry: QueuedRow, not_before: Instant) {
         self.delayed.push(Reverse((not_before, entry)));
     }
 
     /// The row whose turn it is, or the instant at which there may be one (None: not before
     /// another is put back). Retries that are due go first: they have waited.
-    pub(crate) fn peek(&self, now: Instant) -> Result<Entry, Option<Instant>> {
+    pub(crate) fn peek(&self, now: Instant) -> Result<QueuedRow, Option<Instant>> {
         let due = self.delayed.peek().map(|Reverse(delayed)| *delayed);
         match due {
             Some((not_before, entry)) if not_before <= now => Ok(entry),
             _ => match self.fresh.first() {
-                Some(rows) => Ok(Entry::fresh(rows.start)),
+                Some(rows) => Ok(QueuedRow::fresh(rows.start)),
                 None => Err(due.map(|(not_before, _)| not_before)),
             },
         }
@@ -89,7 +89,7 @@ impl Queue {
         now: Instant,
         is_failing: impl Fn(usize) -> bool,
         is_far: bool,
-    ) -> Result<Entry, Option<Instant>> {
+    ) -> Result<QueuedRow, Option<Instant>> {
         let fresh = if is_far {
             let longest = self.fresh.iter().max_by_key(|rows| rows.len());
             longest.map(|rows| rows.start + rows.len() / 2)
@@ -97,11 +97,11 @@ impl Queue {
             self.fresh.first().map(|rows| rows.start)
         };
         if let Some(row) = fresh {
-            return Ok(Entry::fresh(row));
+            return Ok(QueuedRow::fresh(row));
         }
         let due = self.delayed.iter().map(|Reverse(delayed)| delayed);
         let due = due.filter(|(not_before, _)| *not_before <= now);
-        let suspicion = |(not_before, entry): &&(Instant, Entry)| {
+        let suspicion = |(not_before, entry): &&(Instant, QueuedRow)| {
             (is_failing(entry.row), entry.setbacks(), *not_before)
         };
         match due.min_by_key(suspicion) {
@@ -111,7 +111,7 @@ impl Queue {
     }
 
     /// Returns true if every row that waits is one of these.
-    pub(crate) fn all(&self, is_one: impl Fn(&Entry) -> bool) -> bool {
+    pub(crate) fn all(&self, is_one: impl Fn(&QueuedRow) -> bool) -> bool {
         let mut delayed = self.delayed.iter();
         self.fresh.is_empty() && delayed.all(|Reverse((_, entry))| is_one(entry))
     }
@@ -122,9 +122,9 @@ impl Queue {
     }
 
     /// Takes what one of the two has shown.
-    pub(crate) fn take(&mut self, entry: Entry) {
+    pub(crate) fn take(&mut self, entry: QueuedRow) {
         let at = self.fresh.iter().position(|rows| rows.contains(&entry.row));
-        if let Some(at) = at.filter(|_| entry == Entry::fresh(entry.row)) {
+        if let Some(at) = at.filter(|_| entry == QueuedRow::fresh(entry.row)) {
             let rows = self.fresh[at].clone();
             let around = [rows.start..entry.row, entry.row + 1..rows.end];
             let left = around.into_iter().filter(|rows| !rows.is_empty());
@@ -149,11 +149,11 @@ mod tests {
     fn due_retries_go_first_and_others_wait_their_time() {
         let now = Instant::now();
         let at = |seconds| now + Duration::from_secs(seconds);
-        let mut queue = Queue::new(0..2);
+        let mut queue = RowQueue::new(0..2);
         let first = queue.peek(now).unwrap();
         assert_eq!(first.row, 0);
         queue.take(first);
-        let retry = Entry { failed: 1, ..first };
+        let retry = QueuedRow { failed: 1, ..first };
         queue.delay(retry, at(5));
 
         let second = queue.peek(now).unwrap();
@@ -170,15 +170,15 @@ mod tests {
     #[test]
     fn an_endpoint_is_tried_with_rows_that_have_not_failed() {
         let now = Instant::now();
-        let mut queue = Queue::new(2..3);
-        let entry = |row, failed| Entry {
+        let mut queue = RowQueue::new(2..3);
+        let entry = |row, failed| QueuedRow {
             failed,
-            ..Entry::fresh(row)
+            ..QueuedRow::fresh(row)
         };
         queue.delay(entry(0, 5), now);
         queue.delay(entry(1, 1), now);
         let fresh = queue.peek_least_suspect(now, |_| false, false).unwrap();
-        assert_eq!(fresh, Entry::fresh(2));
+        assert_eq!(fresh, QueuedRow::fresh(2));
         queue.take(fresh);
         let other = queue.peek_least_suspect(now, |row| row == 1, true).unwrap();
         assert_eq!(other, entry(0, 5), "it failed longer ago");
@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn the_next_fresh_row_is_the_first_or_one_from_the_middle() {
         let now = Instant::now();
-        let mut queue = Queue::new(0..8);
+        let mut queue = RowQueue::new(0..8);
         let order = [
             (false, 0),
             (true, 4),
@@ -205,7 +205,7 @@ mod tests {
         for (taken, (is_far, expected)) in order.into_iter().enumerate() {
             assert_eq!(queue.len(), 8 - taken);
             let entry = queue.peek_least_suspect(now, |_| false, is_far).unwrap();
-            assert_eq!(entry, Entry::fresh(expected));
+            assert_eq!(entry, QueuedRow::fresh(expected));
             queue.take(entry);
         }
         assert!(queue.is_empty() && queue.all(|_| false));

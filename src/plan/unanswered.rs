@@ -9,13 +9,13 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::record::Timing;
-use crate::client::attempt_error::Failure;
-use crate::plan::queue::Entry;
-use crate::plan::{Plan, Standing};
+use crate::client::attempt_error::RowFailure;
+use crate::plan::queue::QueuedRow;
+use crate::plan::{Plan, RowStatus};
 
 /// What is known of a row without an answer.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Known {
+pub struct UnansweredRow {
     /// Attempts that may have been billed.
     pub paid: u32,
     /// The class and the message of the last of them.
@@ -58,9 +58,9 @@ pub enum Kind {
 impl Line {
     pub fn new(
         plan: &Plan,
-        entry: Entry,
+        entry: QueuedRow,
         kind: Kind,
-        failure: &Failure,
+        failure: &RowFailure,
         now: jiff::Timestamp,
     ) -> Line {
         let row = &plan.rows[entry.row];
@@ -79,7 +79,7 @@ impl Line {
 #[derive(Debug, Default)]
 pub struct Unanswered {
     path: PathBuf,
-    rows: HashMap<String, Known>,
+    rows: HashMap<String, UnansweredRow>,
 }
 
 pub(crate) fn file(run_dir: &Path) -> PathBuf {
@@ -142,15 +142,15 @@ impl Unanswered {
     }
 
     /// How the row with this key stands before a run.
-    pub fn standing(&self, key: &str, is_cached: bool, max_attempts: u32) -> Standing {
+    pub fn standing(&self, key: &str, is_cached: bool, max_attempts: u32) -> RowStatus {
         if is_cached {
-            return Standing::Answered;
+            return RowStatus::Answered;
         }
         match self.get(key) {
-            _ if self.is_filtered(key) => Standing::Answered,
-            Some(known) if known.paid >= max_attempts => Standing::GivenUp,
-            Some(known) if known.is_suspect => Standing::Suspect,
-            _ => Standing::Open,
+            _ if self.is_filtered(key) => RowStatus::Answered,
+            Some(known) if known.paid >= max_attempts => RowStatus::GivenUp,
+            Some(known) if known.is_suspect => RowStatus::Suspect,
+            _ => RowStatus::Open,
         }
     }
 
@@ -171,7 +171,7 @@ impl Unanswered {
     }
 
     /// What is known of the row with this key.
-    pub fn get(&self, key: &str) -> Option<&Known> {
+    pub fn get(&self, key: &str) -> Option<&UnansweredRow> {
         self.rows.get(key)
     }
 
@@ -186,8 +186,11 @@ impl Unanswered {
 
     /// Forgets the rows that `is_wanted` names, so that they are asked again, after those that have not failed.
     /// Returns their keys.
-    pub fn forget(&mut self, is_wanted: impl Fn(&str, &Known) -> bool) -> Result<Vec<String>> {
-        let wanted = |key: &String, known: &Known| is_wanted(key, known);
+    pub fn forget(
+        &mut self,
+        is_wanted: impl Fn(&str, &UnansweredRow) -> bool,
+    ) -> Result<Vec<String>> {
+        let wanted = |key: &String, known: &UnansweredRow| is_wanted(key, known);
         let rows = self.rows.iter().filter(|(key, known)| wanted(key, known));
         let forgotten: Vec<String> = rows.map(|(key, _)| key.clone()).collect();
         let (mut kept, mut left) = (Vec::new(), Unanswered::default());
@@ -247,7 +250,7 @@ mod tests {
         let mut third = Unanswered::load(dir.path()).unwrap();
         assert_eq!(known(&third, "a"), Some((2, false)));
         assert_eq!(known(&third, "b"), Some((0, true)));
-        let is_wanted = |key: &str, known: &Known| known.is_filtered || key == "c";
+        let is_wanted = |key: &str, known: &UnansweredRow| known.is_filtered || key == "c";
         assert_eq!(third.forget(is_wanted).unwrap().len(), 2);
         let fourth = Unanswered::load(dir.path()).unwrap();
         assert_eq!(fourth.rows, third.rows);
@@ -257,6 +260,6 @@ mod tests {
         );
         // That it has failed is remembered: others go before it.
         assert_eq!(known(&fourth, "c"), Some((0, false)));
-        assert_eq!(fourth.standing("c", false, 1), Standing::Suspect);
+        assert_eq!(fourth.standing("c", false, 1), RowStatus::Suspect);
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Lane, MaxTokensField};
+use crate::config::{EndpointConfig, MaxTokensField};
 use crate::exit::Exit;
 
 /// The version of the file, and of what `distill probe --json` prints.
@@ -15,15 +15,15 @@ pub const ENDPOINT_VERSION: u32 = 1;
 
 /// `endpoint.json` in the run folder: every endpoint of the config, as it was when it was probed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Endpoints {
+pub struct ProbedEndpoints {
     pub version: u32,
-    pub endpoints: Vec<Endpoint>,
+    pub endpoints: Vec<ProbedEndpoint>,
 }
 
 /// What an endpoint does, as measured.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Endpoint {
+pub struct ProbedEndpoint {
     pub base_url: String,
     pub model: String,
     /// RFC 3339, in UTC.
@@ -109,13 +109,13 @@ pub fn file(run_dir: &Path) -> PathBuf {
 ///
 /// # Errors
 /// [`Exit::Usage`] where the file cannot be read.
-pub fn load(run_dir: &Path) -> Result<Option<Endpoints>> {
+pub fn load(run_dir: &Path) -> Result<Option<ProbedEndpoints>> {
     let path = file(run_dir);
     if !path.exists() {
         return Ok(None);
     }
     let text = crate::fs::read_to_string(&path)?;
-    let endpoints: Endpoints = serde_json::from_str(&text).map_err(|error| {
+    let endpoints: ProbedEndpoints = serde_json::from_str(&text).map_err(|error| {
         Exit::Usage(format!(
             "{} is damaged ({error}): run `distill probe` again, or delete it",
             path.display()
@@ -124,9 +124,9 @@ pub fn load(run_dir: &Path) -> Result<Option<Endpoints>> {
     Ok(Some(endpoints).filter(|endpoints| endpoints.version == ENDPOINT_VERSION))
 }
 
-impl Endpoints {
+impl ProbedEndpoints {
     /// What is known of the endpoint that this lane asks.
-    pub fn of(&self, lane: &Lane) -> Option<&Endpoint> {
+    pub fn of(&self, lane: &EndpointConfig) -> Option<&ProbedEndpoint> {
         let base_url = crate::config::teacher::identity(&lane.teacher);
         self.endpoints
             .iter()
@@ -134,10 +134,10 @@ impl Endpoints {
     }
 }
 
-impl Endpoint {
+impl ProbedEndpoint {
     /// BLAKE3, in hex, of what was found: records carry it.
     pub fn hash(&self) -> Result<String> {
-        let found = Endpoint {
+        let found = ProbedEndpoint {
             probed_at: String::new(),
             requests: 0,
             ..self.clone()
@@ -151,7 +151,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`Exit::Usage`] where asking would be money for nothing.
-    pub fn check(&self, lane: &Lane) -> Result<Vec<String>> {
+    pub fn check(&self, lane: &EndpointConfig) -> Result<Vec<String>> {
         let sampling = &lane.sampling;
         let label = lane.teacher.label();
         let refuse = |message: String| -> Result<Vec<String>> {
@@ -219,7 +219,7 @@ impl Endpoint {
 }
 
 /// What can be said of soft labels without a probe.
-pub fn check_unprobed(lane: &Lane) -> Option<String> {
+pub fn check_unprobed(lane: &EndpointConfig) -> Option<String> {
     let sampling = &lane.sampling;
     let temperature = sampling.temperature.unwrap_or(1.0);
     let asks = sampling.top_logprobs > 0 && !sampling.reasoning;
@@ -231,7 +231,7 @@ pub fn check_unprobed(lane: &Lane) -> Option<String> {
     })
 }
 
-fn is_sent(parameter: &str, lane: &Lane) -> bool {
+fn is_sent(parameter: &str, lane: &EndpointConfig) -> bool {
     let sampling = &lane.sampling;
     let is_plain = !sampling.reasoning;
     sampling.extra.contains_key(parameter)
@@ -248,15 +248,15 @@ fn is_sent(parameter: &str, lane: &Lane) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Sampling, Teacher};
+    use crate::config::{SamplingConfig, TeacherConfig};
 
-    fn lane(change: impl FnOnce(&mut Sampling)) -> Lane {
-        let mut sampling = Sampling::default();
+    fn lane(change: impl FnOnce(&mut SamplingConfig)) -> EndpointConfig {
+        let mut sampling = SamplingConfig::default();
         change(&mut sampling);
-        Lane {
-            teacher: Teacher {
+        EndpointConfig {
+            teacher: TeacherConfig {
                 model: "m".into(),
-                ..Teacher::default()
+                ..TeacherConfig::default()
             },
             sampling,
             limits: Default::default(),
@@ -264,8 +264,8 @@ mod tests {
         }
     }
 
-    fn good() -> Endpoint {
-        Endpoint {
+    fn good() -> ProbedEndpoint {
+        ProbedEndpoint {
             logprobs: LogprobsOffer {
                 largest_k: 20,
                 kind: LogprobsKind::Tempered,
@@ -273,12 +273,12 @@ mod tests {
                 token_ids: false,
             },
             max_tokens_field: Some(MaxTokensField::MaxCompletionTokens),
-            ..Endpoint::default()
+            ..ProbedEndpoint::default()
         }
     }
 
     #[track_caller]
-    fn refused(endpoint: &Endpoint, lane: &Lane, part: &str) {
+    fn refused(endpoint: &ProbedEndpoint, lane: &EndpointConfig, part: &str) {
         let error = endpoint.check(lane).unwrap_err();
         assert!(error.to_string().contains(part), "{error}");
         assert_eq!(Exit::code_of(&error), 2);
@@ -292,7 +292,7 @@ mod tests {
             &lane(|sampling| sampling.temperature = Some(0.2)),
             "`sampling.temperature` = 1.0",
         );
-        let raw = Endpoint {
+        let raw = ProbedEndpoint {
             logprobs: LogprobsOffer {
                 kind: LogprobsKind::Raw,
                 ..good().logprobs
@@ -304,7 +304,7 @@ mod tests {
                 .unwrap(),
             [""; 0]
         );
-        let without = Endpoint {
+        let without = ProbedEndpoint {
             logprobs: LogprobsOffer::default(),
             ..good()
         };
@@ -343,12 +343,15 @@ mod tests {
 
     #[test]
     fn the_hash_is_that_of_what_was_found() {
-        let later = Endpoint {
+        let later = ProbedEndpoint {
             probed_at: "2026-11-22T00:00:00Z".into(),
             requests: 20,
             ..good()
         };
         assert_eq!(later.hash().unwrap(), good().hash().unwrap());
-        assert_ne!(later.hash().unwrap(), Endpoint::default().hash().unwrap());
+        assert_ne!(
+            later.hash().unwrap(),
+            ProbedEndpoint::default().hash().unwrap()
+        );
     }
 }

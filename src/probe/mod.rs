@@ -11,14 +11,14 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use crate::budget::account::Account;
-use crate::budget::ledger::Files;
+use crate::budget::ledger::LedgerFiles;
 use crate::client::response::completion::Completion;
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
-use crate::client::transport::{Reply, Transport};
-use crate::config::{Lane, MaxTokensField};
-use crate::probe::findings::{Endpoint, Finding, LogprobsKind, TokenBytes};
-use crate::probe::question::Asked;
+use crate::client::transport::{HttpReply, Transport};
+use crate::config::{EndpointConfig, MaxTokensField};
+use crate::probe::findings::{Finding, LogprobsKind, ProbedEndpoint, TokenBytes};
+use crate::probe::question::ProbeOutcome;
 use crate::rate_limit::headers;
 use crate::rate_limit::headers::Refill;
 
@@ -40,16 +40,16 @@ const WIDE: &str = "Repeat exactly, and write nothing else: 😀 naïve 漢字 �
 /// # Errors
 /// Where it does not answer a plain question, and where a question does not fit the budget.
 pub async fn run(
-    lane: Lane,
+    lane: EndpointConfig,
     transport: Arc<dyn Transport>,
-    account: &mut Account<Files>,
+    account: &mut Account<LedgerFiles>,
     now: Timestamp,
-) -> Result<Endpoint> {
-    let found = Endpoint {
+) -> Result<ProbedEndpoint> {
+    let found = ProbedEndpoint {
         base_url: crate::config::teacher::identity(&lane.teacher).into(),
         model: lane.teacher.model.clone(),
         probed_at: format!("{now:.0}"),
-        ..Endpoint::default()
+        ..ProbedEndpoint::default()
     };
     let mut probe = Probe {
         lane,
@@ -81,17 +81,17 @@ impl Probe<'_> {
         for field in [first, other] {
             self.found.max_tokens_field = Some(field);
             match self.ask("Say hello.", |_| {}).await? {
-                Asked::Answer(completion, reply) => {
+                ProbeOutcome::Answer(completion, reply) => {
                     self.learn_from(&completion, &reply);
                     return Ok(());
                 }
-                Asked::Refused(message, _) => words = message,
+                ProbeOutcome::Refused(message, _) => words = message,
             }
         }
         Err(anyhow!("the endpoint refuses a plain question: {words}"))
     }
 
-    fn learn_from(&mut self, completion: &Completion, reply: &Reply) {
+    fn learn_from(&mut self, completion: &Completion, reply: &HttpReply) {
         let found = &mut self.found;
         found.reported_model = completion.model.clone();
         found.reports_usage = completion.usage.is_some();
@@ -127,10 +127,10 @@ impl Probe<'_> {
         for k in [20, 8, 5, 1] {
             let asked = self.ask(OPEN, |body| with_logprobs(body, k, 1.0)).await?;
             match asked {
-                Asked::Refused(words, _) => {
+                ProbeOutcome::Refused(words, _) => {
                     self.found.refused.insert("logprobs".into(), words);
                 }
-                Asked::Answer(warm, reply) => {
+                ProbeOutcome::Answer(warm, reply) => {
                     self.found.refused.remove("logprobs");
                     self.learn_logprobs(&warm, &reply);
                     if self.found.logprobs.largest_k > 0 {
@@ -144,7 +144,7 @@ impl Probe<'_> {
         Ok(())
     }
 
-    fn learn_logprobs(&mut self, completion: &Completion, reply: &Reply) {
+    fn learn_logprobs(&mut self, completion: &Completion, reply: &HttpReply) {
         let Some(logprobs) = &completion.logprobs else {
             return;
         };
@@ -166,7 +166,8 @@ impl Probe<'_> {
     /// Asks the same at half the temperature: logprobs after the temperature are then twice as far
     /// apart.
     async fn temper(&mut self, k: u32, warm: &Completion) -> Result<()> {
-        let Asked::Answer(cool, _) = self.ask(OPEN, |body| with_logprobs(body, k, 0.5)).await?
+        let ProbeOutcome::Answer(cool, _) =
+            self.ask(OPEN, |body| with_logprobs(body, k, 0.5)).await?
         else {
             return Ok(());
         };
@@ -208,7 +209,7 @@ impl Probe<'_> {
             .ask(WIDE, |body| with_logprobs(body, k.min(2), 1.0))
             .await?;
         self.max_tokens = before;
-        let Asked::Answer(completion, reply) = asked else {
+        let ProbeOutcome::Answer(completion, reply) = asked else {
             return Ok(());
         };
         let Some(logprobs) = &completion.logprobs else {
@@ -242,15 +243,15 @@ impl Probe<'_> {
                 })
                 .await?;
             match asked {
-                Asked::Refused(words, _) => {
+                ProbeOutcome::Refused(words, _) => {
                     self.found.refused.insert(name.into(), words);
                 }
-                Asked::Answer(_, reply) if name == "n" => {
+                ProbeOutcome::Answer(_, reply) if name == "n" => {
                     let body = json::value(&reply.body).unwrap_or_default();
                     let choices = body["choices"].as_array().map_or(0, Vec::len);
                     self.found.several_choices = Some(choices == 2);
                 }
-                Asked::Answer(..) => {}
+                ProbeOutcome::Answer(..) => {}
             }
         }
         Ok(())
@@ -266,8 +267,8 @@ impl Probe<'_> {
                 })
                 .await?;
             match asked {
-                Asked::Answer(completion, _) => texts.push(completion.answer.text),
-                Asked::Refused(words, _) => {
+                ProbeOutcome::Answer(completion, _) => texts.push(completion.answer.text),
+                ProbeOutcome::Refused(words, _) => {
                     self.found.refused.insert("seed".into(), words);
                     self.found.seed = Finding::Refused;
                     return Ok(());
@@ -300,11 +301,11 @@ impl Probe<'_> {
             })
             .await?;
         self.found.structured = match asked {
-            Asked::Refused(words, _) => {
+            ProbeOutcome::Refused(words, _) => {
                 self.found.refused.insert("response_format".into(), words);
                 Finding::Refused
             }
-            Asked::Answer(completion, _) => {
+            ProbeOutcome::Answer(completion, _) => {
                 let answer = serde_json::from_str::<Value>(&completion.answer.text);
                 match answer.is_ok_and(|answer| answer["answer"].is_string()) {
                     true => Finding::Works,
@@ -329,8 +330,8 @@ impl Probe<'_> {
             })
             .await?;
         self.found.prompt_logprobs = match asked {
-            Asked::Refused(..) => Finding::Refused,
-            Asked::Answer(completion, _) => {
+            ProbeOutcome::Refused(..) => Finding::Refused,
+            ProbeOutcome::Answer(completion, _) => {
                 let told = completion.extra.get("prompt_logprobs");
                 match told
                     .and_then(Value::as_array)
@@ -352,9 +353,9 @@ impl Probe<'_> {
             })
             .await?;
         self.found.error_shape = match asked {
-            Asked::Answer(..) => "none: a wrong type is accepted".into(),
-            Asked::Refused(_, None) => "no reply".into(),
-            Asked::Refused(_, Some(reply)) => shape(&reply),
+            ProbeOutcome::Answer(..) => "none: a wrong type is accepted".into(),
+            ProbeOutcome::Refused(_, None) => "no reply".into(),
+            ProbeOutcome::Refused(_, Some(reply)) => shape(&reply),
         };
         Ok(())
     }
@@ -370,7 +371,7 @@ fn with_logprobs(body: &mut Map<String, Value>, k: u32, temperature: f64) {
 }
 
 /// The shape of an error in words.
-fn shape(reply: &Reply) -> String {
+fn shape(reply: &HttpReply) -> String {
     let Ok(body) = json::value(&reply.body) else {
         let what = match reply.body.trim_ascii_start().starts_with(b"<") {
             true => "HTML",

@@ -6,35 +6,35 @@ use anyhow::{Result, anyhow};
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep};
 
-use crate::budget::account::{Amount, Bill};
-use crate::budget::price::Bound;
-use crate::client::attempt_error::{Claim, Trouble};
+use crate::budget::account::{Charge, Reservation};
+use crate::budget::price::TokenBound;
+use crate::client::attempt_error::{AttemptError, RefusalClaim};
 use crate::client::outcome;
 use crate::client::response::completion::Completion;
 use crate::client::response::usage;
-use crate::client::transport::Reply;
+use crate::client::transport::HttpReply;
 use crate::config::MaxTokensField;
 
 use crate::budget::account::Account;
-use crate::budget::ledger::Files;
+use crate::budget::ledger::LedgerFiles;
 use crate::client::transport::Transport;
-use crate::config::Lane;
-use crate::probe::findings::Endpoint;
+use crate::config::EndpointConfig;
+use crate::probe::findings::ProbedEndpoint;
 use std::sync::Arc;
 
 /// Attempts at one request, throttling aside.
 const ATTEMPTS: u32 = 3;
 
 /// Outcome of a probe request.
-pub(crate) enum Asked {
-    Answer(Box<Completion>, Reply),
+pub(crate) enum ProbeOutcome {
+    Answer(Box<Completion>, HttpReply),
     /// An error, with the endpoint's words, and the reply if there was one.
-    Refused(String, Option<Reply>),
+    Refused(String, Option<HttpReply>),
 }
 
 impl Probe<'_> {
     /// Reserves what the question may cost.
-    fn reserve(&mut self, body: &Value) -> Result<Amount> {
+    fn reserve(&mut self, body: &Value) -> Result<Reservation> {
         let amount = self.account.bound(&bound(body), &self.lane.price);
         if self.account.reserve(&amount)? {
             Ok(amount)
@@ -45,23 +45,23 @@ impl Probe<'_> {
 
     fn settle(
         &mut self,
-        reserved: &Amount,
+        reserved: &Reservation,
         body: &Value,
-        classified: &Result<Box<Completion>, Trouble>,
+        classified: &Result<Box<Completion>, AttemptError>,
     ) -> Result<()> {
         let bill = match classified {
             Ok(completion) => {
                 let text = completion.answer.text.len() + completion.answer.reasoning.len();
                 usage::measured(completion.usage, text)
-                    .map_or(Bill::Answered(bound(body)), Bill::Measured)
+                    .map_or(Charge::Answered(bound(body)), Charge::Measured)
             }
-            Err(Trouble::Unreadable { .. }) => Bill::Possible,
+            Err(AttemptError::Unreadable { .. }) => Charge::Possible,
             Err(
-                Trouble::Refused(failure)
-                | Trouble::Filtered(failure)
-                | Trouble::Transient { failure, .. },
-            ) if failure.may_be_billed => Bill::Possible,
-            Err(_) => Bill::Nothing,
+                AttemptError::Refused(failure)
+                | AttemptError::Filtered(failure)
+                | AttemptError::Transient { failure, .. },
+            ) if failure.may_be_billed => Charge::Possible,
+            Err(_) => Charge::Nothing,
         };
         self.account.settle(reserved, bill, &self.lane.price);
         self.account.flush()
@@ -72,7 +72,7 @@ impl Probe<'_> {
         &mut self,
         prompt: &str,
         change: impl FnOnce(&mut Map<String, Value>),
-    ) -> Result<Asked> {
+    ) -> Result<ProbeOutcome> {
         let field = self
             .found
             .max_tokens_field
@@ -96,12 +96,12 @@ impl Probe<'_> {
             let trouble = match classified {
                 Ok(completion) => {
                     self.has_answered = true;
-                    return Ok(Asked::Answer(completion, reply?));
+                    return Ok(ProbeOutcome::Answer(completion, reply?));
                 }
                 Err(trouble) => trouble,
             };
             let (wait, message) = match trouble {
-                Trouble::Claim(claim) if !self.has_answered => {
+                AttemptError::Claim(claim) if !self.has_answered => {
                     let message = claim.failure.message;
                     return Err(crate::client::refused::refused(
                         claim.reason,
@@ -109,20 +109,20 @@ impl Probe<'_> {
                         &self.lane.teacher,
                     ));
                 }
-                Trouble::Claim(Claim { failure, .. })
-                | Trouble::Refused(failure)
-                | Trouble::Filtered(failure) => {
-                    return Ok(Asked::Refused(failure.message, reply.ok()));
+                AttemptError::Claim(RefusalClaim { failure, .. })
+                | AttemptError::Refused(failure)
+                | AttemptError::Filtered(failure) => {
+                    return Ok(ProbeOutcome::Refused(failure.message, reply.ok()));
                 }
-                Trouble::Throttled { wait, message } => {
+                AttemptError::Throttled { wait, message } => {
                     (wait.unwrap_or(Duration::from_secs(5)), message)
                 }
-                Trouble::Transient { failure, wait } => {
+                AttemptError::Transient { failure, wait } => {
                     attempts += 1;
                     (wait.max(Duration::from_millis(500)), failure.message)
                 }
-                Trouble::KeyRenewed => (Duration::ZERO, "the key had expired".into()),
-                Trouble::Unreadable { problem, .. } => {
+                AttemptError::KeyRenewed => (Duration::ZERO, "the key had expired".into()),
+                AttemptError::Unreadable { problem, .. } => {
                     attempts = ATTEMPTS;
                     (
                         Duration::ZERO,
@@ -131,7 +131,7 @@ impl Probe<'_> {
                 }
             };
             if attempts >= ATTEMPTS && self.has_answered {
-                return Ok(Asked::Refused(message, reply.ok()));
+                return Ok(ProbeOutcome::Refused(message, reply.ok()));
             }
             if attempts >= ATTEMPTS || Instant::now() + wait > patience {
                 return Err(anyhow!("the endpoint does not answer: {message}"));
@@ -142,7 +142,7 @@ impl Probe<'_> {
 }
 
 /// The most that a question can use.
-fn bound(body: &Value) -> Bound {
+fn bound(body: &Value) -> TokenBound {
     let number = |name: &str| body.get(name).and_then(Value::as_u64);
     let fields = [
         MaxTokensField::MaxTokens,
@@ -153,14 +153,14 @@ fn bound(body: &Value) -> Bound {
     let max_tokens = max_tokens.unwrap_or(0).saturating_mul(answers);
     let messages = body["messages"].as_array().map_or(0, Vec::len);
     let max_tokens = u32::try_from(max_tokens).unwrap_or(u32::MAX);
-    Bound::of_request(body.to_string().len(), messages, max_tokens)
+    TokenBound::of_request(body.to_string().len(), messages, max_tokens)
 }
 
 pub(crate) struct Probe<'a> {
-    pub(super) lane: Lane,
+    pub(super) lane: EndpointConfig,
     pub(super) transport: Arc<dyn Transport>,
-    pub(super) account: &'a mut Account<Files>,
-    pub(super) found: Endpoint,
+    pub(super) account: &'a mut Account<LedgerFiles>,
+    pub(super) found: ProbedEndpoint,
     pub(super) max_tokens: u32,
     /// A plain question has been answered: from then on an error is a finding.
     pub(super) has_answered: bool,

@@ -62,7 +62,10 @@ const NAMED: usize = 8;
 ///
 /// Errors are [`Exit::Usage`]: they name file, line and what to change; and those of `check`, which is asked
 /// at each row whether to go on.
-pub fn load(settings: &config::Prompts, check: impl Fn() -> Result<()>) -> Result<Vec<Prompt>> {
+pub fn load(
+    settings: &config::PromptsConfig,
+    check: impl Fn() -> Result<()>,
+) -> Result<Vec<Prompt>> {
     let template = settings.template.as_deref();
     let mut unsent = BTreeSet::new();
     let mut prompts = load_with(&settings.source, template, |_, row| {

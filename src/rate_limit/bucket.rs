@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::rate_limit::headers::{Refill, Report};
-use crate::rate_limit::send_ticket::Departure;
+use crate::rate_limit::headers::{LimitReport, Refill};
+use crate::rate_limit::send_ticket::SendTicket;
 
 /// A full bucket is used up over about this long rather than at once: servers that grant 60 a
 /// minute may well refuse the second one within a second.
@@ -27,7 +27,7 @@ const FARTHEST_END: Duration = Duration::from_secs(3_600);
 const USUAL_PERIOD: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
-pub(crate) struct Bucket {
+pub(crate) struct ServerBucket {
     /// As reported; while only `remaining` is, the most that has been seen of it.
     pub(crate) limit: Option<f64>,
     refill: Refill,
@@ -48,7 +48,7 @@ pub(crate) struct Bucket {
     paced_until: Instant,
 }
 
-impl Bucket {
+impl ServerBucket {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
             limit: None,
@@ -135,7 +135,7 @@ impl Bucket {
     ///
     /// A bucket that holds a second's worth of a limit a minute looks like a window that is about to
     /// end, until that end has come and gone and the next one is as near again.
-    fn refill_of(&mut self, report: &Report, now: Instant) -> Refill {
+    fn refill_of(&mut self, report: &LimitReport, now: Instant) -> Refill {
         let refill = report.refill();
         let (Refill::AtReset, Some(reset)) = (refill, report.reset) else {
             return refill;
@@ -157,7 +157,7 @@ impl Bucket {
 
     /// Nothing is left of a limit of unknown size: waits for its reset, if the server reports one, and else no
     /// longer than the refusal itself asks for.
-    fn close(&mut self, report: &Report, departure: &Departure, now: Instant) {
+    fn close(&mut self, report: &LimitReport, departure: &SendTicket, now: Instant) {
         let Some(reset) = report.reset else { return };
         self.as_of = Some(departure.at);
         self.refill = Refill::AtReset;
@@ -167,8 +167,8 @@ impl Bucket {
 
     pub(crate) fn sync(
         &mut self,
-        report: &Report,
-        departure: &Departure,
+        report: &LimitReport,
+        departure: &SendTicket,
         charged_then: f64,
         now: Instant,
     ) {

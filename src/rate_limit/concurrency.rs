@@ -24,7 +24,7 @@ const SAMPLES: f64 = 128.0;
 const LONGEST_REST: u32 = 64;
 
 #[derive(Debug)]
-pub(crate) struct Concurrency {
+pub(crate) struct ConcurrencyLimit {
     ceiling: f64,
     window: f64,
     /// A refusal of a request that left before this was answered by the cut then made.
@@ -49,7 +49,7 @@ struct Gradient {
     resting: u32,
 }
 
-impl Concurrency {
+impl ConcurrencyLimit {
     pub(crate) fn new(ceiling: usize) -> Self {
         let ceiling = ceiling.max(1) as f64;
         Self {
@@ -152,7 +152,7 @@ mod tests {
 
     /// Windows over time against a server whose latency is `latency(requests in flight)` seconds.
     fn windows(ceiling: usize, rounds: usize, latency: impl Fn(f64) -> f64) -> Vec<usize> {
-        let mut concurrency = Concurrency::new(ceiling);
+        let mut concurrency = ConcurrencyLimit::new(ceiling);
         let mut now = Instant::now();
         (0..rounds)
             .map(|_| {
@@ -187,7 +187,7 @@ mod tests {
     #[test]
     fn a_429_halves_once_for_all_in_flight_and_answers_bring_it_back() {
         let start = Instant::now();
-        let mut concurrency = Concurrency::new(32);
+        let mut concurrency = ConcurrencyLimit::new(32);
         let at = |seconds| start + Duration::from_secs(seconds);
         for _ in 0..20 {
             concurrency.throttled(start, at(1));

@@ -4,12 +4,12 @@ use crate::rate_limit::headers::Resource;
 
 /// How much of each resource a request uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Cost {
+pub struct RequestCost {
     pub input_tokens: u64,
     pub output_tokens: u64,
 }
 
-impl Cost {
+impl RequestCost {
     pub fn tokens(&self) -> u64 {
         self.input_tokens + self.output_tokens
     }

@@ -15,7 +15,7 @@ const SLOT: i64 = 300;
 const AHEAD: u64 = 200;
 
 #[derive(Debug)]
-pub(crate) struct Day {
+pub(crate) struct DailyLimit {
     limit: Option<u64>,
     start: Instant,
     /// Slots as (seconds from `start` to the slot's beginning, requests), oldest first.
@@ -27,16 +27,16 @@ pub(crate) struct Day {
     full_until: Option<Instant>,
 }
 
-impl Day {
+impl DailyLimit {
     /// `earlier` holds the slots of earlier runs as (age in seconds, requests).
-    pub(crate) fn new(limit: Option<u64>, earlier: &[(i64, u64)], now: Instant) -> Day {
+    pub(crate) fn new(limit: Option<u64>, earlier: &[(i64, u64)], now: Instant) -> DailyLimit {
         let mut slots: Vec<(i64, u64)> = earlier
             .iter()
             // A wall clock that was set back makes an age negative: count it as just now.
             .map(|&(age, count)| (-age.clamp(0, DAY), count))
             .collect();
         slots.sort();
-        Day {
+        DailyLimit {
             limit,
             start: now,
             total: slots.iter().map(|(_, count)| count).sum(),
@@ -123,7 +123,7 @@ mod tests {
     #[test]
     fn no_day_sees_more_than_the_limit() {
         let start = Instant::now();
-        let mut day = Day::new(Some(100), &[], start);
+        let mut day = DailyLimit::new(Some(100), &[], start);
         let (mut now, mut left) = (start, Vec::new());
         while now < at(start, 72.0) {
             match day.check(now) {
@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn a_restart_goes_on_counting_and_a_kill_counts_too_many_at_most() {
         let start = Instant::now();
-        let mut day = Day::new(Some(1_000), &[], start);
+        let mut day = DailyLimit::new(Some(1_000), &[], start);
         let mut written = Vec::new();
         for _ in 0..123 {
             if day.must_be_written() {
@@ -160,14 +160,14 @@ mod tests {
         assert!((123..=128).contains(&total(&written)), "{written:?}");
         assert_eq!(total(&day.written(start, true)), 123);
 
-        let mut resumed = Day::new(Some(125), &[(3_600, 100), (-50, 24)], start);
+        let mut resumed = DailyLimit::new(Some(125), &[(3_600, 100), (-50, 24)], start);
         resumed.check(start).unwrap();
         resumed.count(start);
         let until = resumed.check(start).unwrap_err();
         assert_eq!(until, start + Duration::from_secs(82_800 + 300));
         assert_eq!(resumed.used_up(start), Some((125, until)));
         assert_eq!(resumed.used_up(until), None);
-        let mut free = Day::new(None, &[], start);
+        let mut free = DailyLimit::new(None, &[], start);
         assert!(free.check(start).is_ok() && !free.must_be_written());
     }
 }

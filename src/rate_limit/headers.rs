@@ -40,7 +40,7 @@ impl Resource {
 
 /// What one reply says about one limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Report {
+pub(crate) struct LimitReport {
     pub resource: Resource,
     pub limit: Option<f64>,
     pub remaining: Option<f64>,
@@ -72,7 +72,7 @@ pub(crate) enum Refill {
     Unknown,
 }
 
-impl Report {
+impl LimitReport {
     /// Tells a bucket from a fixed window, and a minute from a day, by the reset time.
     ///
     /// The same names mean a minute at one endpoint and a day at another (Groq's requests). But a
@@ -112,8 +112,8 @@ impl Report {
 const LONGER_THAN_A_SECOND: Duration = Duration::from_secs(5);
 
 /// Every limit that these headers speak of, at most one report for each resource and period.
-pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<Report> {
-    let mut reports: Vec<Report> = Vec::new();
+pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<LimitReport> {
+    let mut reports: Vec<LimitReport> = Vec::new();
     for (name, value) in headers {
         let Some(field) = Field::parse(name.as_str()) else {
             continue;
@@ -144,15 +144,15 @@ pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<Report> {
 }
 
 fn report_of(
-    reports: &mut Vec<Report>,
+    reports: &mut Vec<LimitReport>,
     resource: Resource,
     period: Option<Duration>,
-) -> &mut Report {
+) -> &mut LimitReport {
     let found = reports
         .iter()
         .position(|report| report.resource == resource && report.period == period);
     let index = found.unwrap_or_else(|| {
-        reports.push(Report {
+        reports.push(LimitReport {
             resource,
             limit: None,
             remaining: None,
@@ -170,7 +170,7 @@ fn report_of(
 /// The IETF's fields in one line: `RateLimit: "default";r=50;t=30` with `RateLimit-Policy:
 /// "default";q=100;w=60`, and the older `RateLimit: limit=100, remaining=50, reset=30`
 /// (draft-ietf-httpapi-ratelimit-headers).
-fn structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<Report>) {
+fn structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<LimitReport>) {
     let line = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     let figures = line("ratelimit").into_iter().flat_map(parameters);
     let policy = line("ratelimit-policy").into_iter().flat_map(parameters);
@@ -299,7 +299,7 @@ mod tests {
 
     const NOW: Duration = Duration::from_secs(1_800_000_000);
 
-    fn reports(headers: &[(&'static str, &str)]) -> Vec<Report> {
+    fn reports(headers: &[(&'static str, &str)]) -> Vec<LimitReport> {
         let headers = headers
             .iter()
             .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))

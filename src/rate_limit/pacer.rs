@@ -13,45 +13,45 @@
 use anyhow::Result;
 use tokio::time::Instant;
 
-use crate::config::Limits;
-pub(crate) use crate::rate_limit::cost::Cost;
-use crate::rate_limit::daily::Day;
-use crate::rate_limit::headers::{Report, Resource};
-pub(crate) use crate::rate_limit::redis::{News, Shared};
-pub(crate) use crate::rate_limit::send_ticket::Departure;
-use crate::rate_limit::server_limits::Mirror;
-use crate::rate_limit::user_limits::Ceilings;
+use crate::config::LimitsConfig;
+pub(crate) use crate::rate_limit::cost::RequestCost;
+use crate::rate_limit::daily::DailyLimit;
+use crate::rate_limit::headers::{LimitReport, Resource};
+pub(crate) use crate::rate_limit::redis::{LimiterEvent, SharedLimits};
+pub(crate) use crate::rate_limit::send_ticket::SendTicket;
+use crate::rate_limit::server_limits::ServerLimits;
+use crate::rate_limit::user_limits::UserLimits;
 
-pub(crate) struct Limiter {
+pub(crate) struct Pacer {
     /// Those that are not shared.
-    ceilings: Ceilings,
-    shared: Option<Shared>,
-    mirror: Mirror,
-    pub day: Day,
+    ceilings: UserLimits,
+    shared: Option<SharedLimits>,
+    mirror: ServerLimits,
+    pub day: DailyLimit,
     /// Nothing leaves before.
     closed_until: Option<Instant>,
     /// The gate has just been closed by a refusal: one request goes first, to see.
     is_half_open: bool,
-    limits: Limits,
+    limits: LimitsConfig,
 }
 
-impl Limiter {
+impl Pacer {
     /// `largest` is the most that a request to come will use; `shared` keeps what other processes
     /// share.
     ///
     /// # Errors
     /// Where a request could never leave.
     pub(crate) fn new(
-        limits: &Limits,
-        largest: Cost,
-        day: Day,
-        shared: Option<Shared>,
-    ) -> Result<Limiter> {
+        limits: &LimitsConfig,
+        largest: RequestCost,
+        day: DailyLimit,
+        shared: Option<SharedLimits>,
+    ) -> Result<Pacer> {
         let limits = limits.own();
-        Ok(Limiter {
-            ceilings: Ceilings::new(&limits, largest.tokens())?,
+        Ok(Pacer {
+            ceilings: UserLimits::new(&limits, largest.tokens())?,
             shared,
-            mirror: Mirror::new(Instant::now()),
+            mirror: ServerLimits::new(Instant::now()),
             day,
             closed_until: None,
             is_half_open: false,
@@ -63,12 +63,12 @@ impl Limiter {
     ///
     /// # Errors
     /// Where it could never leave.
-    pub(crate) fn make_room_for(&mut self, largest: Cost) -> Result<()> {
+    pub(crate) fn make_room_for(&mut self, largest: RequestCost) -> Result<()> {
         self.ceilings.make_room_for(largest.tokens())
     }
 
     /// Lets a request out, or says when to ask again. There is room for `room` such requests.
-    pub(crate) fn admit(&mut self, cost: Cost, room: usize) -> Result<Departure, Instant> {
+    pub(crate) fn admit(&mut self, cost: RequestCost, room: usize) -> Result<SendTicket, Instant> {
         let now = Instant::now();
         if let Some(until) = self.closed_until
             && until > now
@@ -87,12 +87,12 @@ impl Limiter {
     }
 
     /// What is new about the limits that are shared.
-    pub(crate) fn hear(&mut self) -> Option<News> {
-        self.shared.as_mut().and_then(Shared::hear)
+    pub(crate) fn hear(&mut self) -> Option<LimiterEvent> {
+        self.shared.as_mut().and_then(SharedLimits::hear)
     }
 
     /// Learns from the headers of a reply, be it an answer or a refusal. True if there were any.
-    pub(crate) fn learn(&mut self, reports: &[Report], departure: &Departure) -> bool {
+    pub(crate) fn learn(&mut self, reports: &[LimitReport], departure: &SendTicket) -> bool {
         if self.limits.follow_headers {
             self.mirror.sync(reports, departure, Instant::now());
         }
@@ -102,9 +102,9 @@ impl Limiter {
     /// An answer came: the gate is open, and tokens that it did not use are given back.
     pub(crate) fn answered(
         &mut self,
-        reports: &[Report],
-        departure: &Departure,
-        used: Option<Cost>,
+        reports: &[LimitReport],
+        departure: &SendTicket,
+        used: Option<RequestCost>,
     ) {
         if self.closed_until.is_none_or(|until| departure.at >= until) {
             self.is_half_open = false;
@@ -132,11 +132,11 @@ impl Limiter {
     /// Nothing leaves for now: the gate is closed, or a limit that is shared cannot be asked for.
     pub(crate) fn is_closed(&self, now: Instant) -> bool {
         self.closed_until.is_some_and(|until| until > now)
-            || self.shared.as_ref().is_some_and(Shared::is_silent)
+            || self.shared.as_ref().is_some_and(SharedLimits::is_silent)
     }
 
     /// The server's limit that is too small for a request of this cost, however long it waits.
-    pub(crate) fn too_small(&self, cost: &Cost) -> Option<(Resource, f64)> {
+    pub(crate) fn too_small(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
         self.mirror.too_small(cost)
     }
 
@@ -164,17 +164,17 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    const ONE: Cost = Cost {
+    const ONE: RequestCost = RequestCost {
         input_tokens: 1,
         output_tokens: 1,
     };
 
     #[tokio::test(start_paused = true)]
     async fn nothing_leaves_while_the_gate_is_closed_and_then_one_goes_first() {
-        let mut limiter = Limiter::new(
-            &Limits::default(),
+        let mut limiter = Pacer::new(
+            &LimitsConfig::default(),
             ONE,
-            Day::new(None, &[], Instant::now()),
+            DailyLimit::new(None, &[], Instant::now()),
             None,
         )
         .unwrap();
@@ -199,12 +199,17 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_smaller_of_the_users_and_the_servers_limits_counts() {
-        let limits = Limits {
+        let limits = LimitsConfig {
             requests_per_minute: Some(600),
-            ..Limits::default()
+            ..LimitsConfig::default()
         };
-        let mut limiter =
-            Limiter::new(&limits, ONE, Day::new(None, &[], Instant::now()), None).unwrap();
+        let mut limiter = Pacer::new(
+            &limits,
+            ONE,
+            DailyLimit::new(None, &[], Instant::now()),
+            None,
+        )
+        .unwrap();
         let departure = limiter.admit(ONE, 1).unwrap();
         let headers = [
             ("x-ratelimit-limit-requests", "60"),

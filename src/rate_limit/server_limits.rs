@@ -4,27 +4,27 @@
 //! flowed back since is added, so the belief is right whether the server counted when the request
 //! came in or when the answer went out, as long as we send about as much as the limit lets in.
 
-use crate::rate_limit::cost::Cost;
-use crate::rate_limit::send_ticket::Departure;
+use crate::rate_limit::cost::RequestCost;
+use crate::rate_limit::send_ticket::SendTicket;
 use tokio::time::Instant;
 
-use crate::rate_limit::bucket::Bucket;
-use crate::rate_limit::headers::{Report, Resource};
+use crate::rate_limit::bucket::ServerBucket;
+use crate::rate_limit::headers::{LimitReport, Resource};
 
 #[derive(Debug)]
-pub(crate) struct Mirror {
-    buckets: [Bucket; Resource::ALL.len()],
+pub(crate) struct ServerLimits {
+    buckets: [ServerBucket; Resource::ALL.len()],
 }
 
-impl Mirror {
+impl ServerLimits {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
-            buckets: Resource::ALL.map(|_| Bucket::new(now)),
+            buckets: Resource::ALL.map(|_| ServerBucket::new(now)),
         }
     }
 
     /// Whether a request may leave as far as the server's limits go; if not, when to ask again.
-    pub(crate) fn check(&self, cost: &Cost, now: Instant) -> Result<(), Instant> {
+    pub(crate) fn check(&self, cost: &RequestCost, now: Instant) -> Result<(), Instant> {
         let waits = self.each(cost).filter_map(|(bucket, amount)| {
             let until = bucket.free_at(amount, now);
             (until > now).then_some(until)
@@ -33,14 +33,14 @@ impl Mirror {
     }
 
     /// Takes note that the request leaves.
-    pub(crate) fn charge(&mut self, cost: Cost, now: Instant) -> Departure {
+    pub(crate) fn charge(&mut self, cost: RequestCost, now: Instant) -> SendTicket {
         let mut charged = [0.0; Resource::ALL.len()];
         for (index, resource) in Resource::ALL.into_iter().enumerate() {
             let bucket = &mut self.buckets[index];
             bucket.charge(cost.of(resource), now);
             charged[index] = bucket.charged;
         }
-        Departure {
+        SendTicket {
             at: now,
             cost,
             charged,
@@ -48,7 +48,7 @@ impl Mirror {
     }
 
     /// Believes what the reply to `departure` says.
-    pub(crate) fn sync(&mut self, reports: &[Report], departure: &Departure, now: Instant) {
+    pub(crate) fn sync(&mut self, reports: &[LimitReport], departure: &SendTicket, now: Instant) {
         for report in reports {
             let index = report.resource as usize;
             self.buckets[index].sync(report, departure, departure.charged[index], now);
@@ -57,7 +57,12 @@ impl Mirror {
 
     /// Gives back what was charged for tokens that were not used, where the reply did not say
     /// what remains.
-    pub(crate) fn refund(&mut self, departure: &Departure, used: &Cost, reports: &[Report]) {
+    pub(crate) fn refund(
+        &mut self,
+        departure: &SendTicket,
+        used: &RequestCost,
+        reports: &[LimitReport],
+    ) {
         for (index, resource) in Resource::ALL.into_iter().enumerate() {
             let told = reports
                 .iter()
@@ -83,7 +88,7 @@ impl Mirror {
     }
 
     /// The limit that is too small for a request of this cost, however long it waits.
-    pub(crate) fn too_small(&self, cost: &Cost) -> Option<(Resource, f64)> {
+    pub(crate) fn too_small(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
         let known = Resource::ALL.into_iter().zip(&self.buckets);
         known
             .filter(|(resource, _)| *resource != Resource::Requests)
@@ -91,7 +96,7 @@ impl Mirror {
             .find(|(resource, limit)| cost.of(*resource) > *limit)
     }
 
-    fn each(&self, cost: &Cost) -> impl Iterator<Item = (&Bucket, f64)> {
+    fn each(&self, cost: &RequestCost) -> impl Iterator<Item = (&ServerBucket, f64)> {
         Resource::ALL
             .into_iter()
             .zip(&self.buckets)
@@ -107,7 +112,7 @@ mod tests {
     use reqwest::header::HeaderMap;
     use std::time::{Duration, SystemTime};
 
-    fn reports(limit: &str, remaining: &str, reset: &str) -> Vec<Report> {
+    fn reports(limit: &str, remaining: &str, reset: &str) -> Vec<LimitReport> {
         let mut headers = HeaderMap::new();
         for (name, value) in [("limit", limit), ("remaining", remaining), ("reset", reset)] {
             if !value.is_empty() {
@@ -119,7 +124,7 @@ mod tests {
         headers::parse(&headers, SystemTime::UNIX_EPOCH)
     }
 
-    const ONE: Cost = Cost {
+    const ONE: RequestCost = RequestCost {
         input_tokens: 0,
         output_tokens: 0,
     };
@@ -129,7 +134,7 @@ mod tests {
     }
 
     /// How many leave in the `seconds` from `start` when nothing but the mirror holds them.
-    fn departures(mirror: &mut Mirror, start: Instant, seconds: f64) -> u32 {
+    fn departures(mirror: &mut ServerLimits, start: Instant, seconds: f64) -> u32 {
         let (mut now, mut count) = (start, 0);
         while now < after(start, seconds) {
             match mirror.check(&ONE, now) {
@@ -146,7 +151,7 @@ mod tests {
     #[test]
     fn a_server_that_says_nothing_holds_nothing_back() {
         let now = Instant::now();
-        let mut mirror = Mirror::new(now);
+        let mut mirror = ServerLimits::new(now);
         for _ in 0..10_000 {
             mirror.check(&ONE, now).unwrap();
             mirror.charge(ONE, now);
@@ -157,7 +162,7 @@ mod tests {
     #[test]
     fn an_empty_bucket_is_used_at_its_rate_and_a_full_one_over_about_a_minute() {
         let now = Instant::now();
-        let mut mirror = Mirror::new(now);
+        let mut mirror = ServerLimits::new(now);
         let departure = mirror.charge(ONE, now);
         mirror.sync(&reports("600", "0", "60s"), &departure, now);
         let count = departures(&mut mirror, now, 60.0);
@@ -167,7 +172,7 @@ mod tests {
             Some((Resource::Requests, 600.0))
         );
 
-        let mut mirror = Mirror::new(now);
+        let mut mirror = ServerLimits::new(now);
         let departure = mirror.charge(ONE, now);
         mirror.sync(&reports("600", "599", "100ms"), &departure, now);
         let first = departures(&mut mirror, now, 1.0);
@@ -179,7 +184,7 @@ mod tests {
     #[test]
     fn what_has_left_since_is_taken_off_and_older_replies_are_not_believed() {
         let now = Instant::now();
-        let mut mirror = Mirror::new(now);
+        let mut mirror = ServerLimits::new(now);
         let first = mirror.charge(ONE, now);
         let second = mirror.charge(ONE, after(now, 0.1));
         for _ in 0..4 {
@@ -196,7 +201,7 @@ mod tests {
     fn nothing_left_of_a_limit_that_is_not_told_holds_back_until_its_reset_alone() {
         let now = Instant::now();
         for (limit, reset, seconds) in [("", "", 0.0), ("", "2s", 2.0), ("0", "2s", 2.0)] {
-            let mut mirror = Mirror::new(now);
+            let mut mirror = ServerLimits::new(now);
             let departure = mirror.charge(ONE, now);
             mirror.sync(&reports(limit, "0", reset), &departure, now);
             let until = mirror.check(&ONE, now).err().unwrap_or(now);
@@ -217,7 +222,7 @@ mod tests {
         headers.insert("ratelimit", "\"d\";r=0;t=2".parse().unwrap());
         headers.insert("ratelimit-policy", "\"d\";q=5;w=2".parse().unwrap());
         let reports = headers::parse(&headers, SystemTime::UNIX_EPOCH);
-        let mut mirror = Mirror::new(now);
+        let mut mirror = ServerLimits::new(now);
         let departure = mirror.charge(ONE, now);
         mirror.sync(&reports, &departure, now);
         let count = departures(&mut mirror, now, 62.0);
@@ -230,7 +235,7 @@ mod tests {
     #[test]
     fn limits_that_change_are_followed() {
         let now = Instant::now();
-        let mut mirror = Mirror::new(now);
+        let mut mirror = ServerLimits::new(now);
         let departure = mirror.charge(ONE, now);
         mirror.sync(&reports("600", "0", "60s"), &departure, now);
         let departure = mirror.charge(ONE, after(now, 1.0));
@@ -242,7 +247,7 @@ mod tests {
     #[test]
     fn a_window_that_is_used_up_is_waited_for() {
         let now = Instant::now();
-        let mut mirror = Mirror::new(now);
+        let mut mirror = ServerLimits::new(now);
         let departure = mirror.charge(ONE, now);
         mirror.sync(&reports("100", "0", "20"), &departure, now);
         assert_eq!(mirror.check(&ONE, now), Err(after(now, 20.0)));
@@ -253,7 +258,7 @@ mod tests {
     /// a second: what leaves in two minutes, and how much of it is refused.
     fn two_minutes(size: f64) -> (u32, u32) {
         let start = Instant::now();
-        let mut mirror = Mirror::new(start);
+        let mut mirror = ServerLimits::new(start);
         let (mut server, mut at) = (size, start);
         let mut replies = std::collections::VecDeque::new();
         let (mut now, mut sent, mut refused) = (start, 0, 0);
@@ -298,8 +303,8 @@ mod tests {
     #[test]
     fn unused_tokens_come_back_where_the_server_does_not_count_them_itself() {
         let now = Instant::now();
-        let mut mirror = Mirror::new(now);
-        let cost = Cost {
+        let mut mirror = ServerLimits::new(now);
+        let cost = RequestCost {
             input_tokens: 10,
             output_tokens: 90,
         };
@@ -312,7 +317,7 @@ mod tests {
             headers::parse(&headers, SystemTime::UNIX_EPOCH)
         };
         let departure = mirror.charge(cost, now);
-        let used = Cost {
+        let used = RequestCost {
             input_tokens: 10,
             output_tokens: 40,
         };
@@ -323,7 +328,7 @@ mod tests {
         let departure = mirror.charge(cost, now);
         mirror.refund(&departure, &used, &report(""));
         assert_eq!(mirror.buckets[tokens].level(now), 450.0);
-        let huge = Cost {
+        let huge = RequestCost {
             input_tokens: 2_000,
             output_tokens: 0,
         };

@@ -14,7 +14,7 @@ use governor::state::{InMemoryState, NotKeyed};
 use governor::{Quota, RateLimiter};
 use tokio::time::Instant;
 
-use crate::config::Limits;
+use crate::config::LimitsConfig;
 use crate::exit::Exit;
 
 /// The time since the limiter was made, on tokio's clock.
@@ -33,30 +33,30 @@ impl Clock for TokioClock {
 
 type Gcra = RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Duration>>;
 
-pub(crate) struct Ceilings {
+pub(crate) struct UserLimits {
     clock: TokioClock,
     requests: Option<Gcra>,
     tokens: Option<Gcra>,
     /// What has been granted to the head of the queue, which still waits for the rest; a grant
     /// cannot be returned, so it is kept for whoever is asked about next.
     granted_tokens: u32,
-    limits: Limits,
+    limits: LimitsConfig,
     /// Tokens that may leave at once at least.
     largest: u64,
 }
 
-impl Ceilings {
+impl UserLimits {
     /// `largest` is the estimate of tokens of the largest request to come.
     ///
     /// A burst is less than a second's worth, but at least one request. In any minute no more leaves than the
     /// limit and one burst. A request that could never leave is an error.
-    pub(crate) fn new(limits: &Limits, largest: u64) -> Result<Ceilings> {
+    pub(crate) fn new(limits: &LimitsConfig, largest: u64) -> Result<UserLimits> {
         check_largest(limits, largest)?;
         let clock = TokioClock {
             start: Instant::now(),
         };
         let gcra = |per_minute, least| gcra(per_minute, least, clock.clone());
-        Ok(Ceilings {
+        Ok(UserLimits {
             requests: limits
                 .requests_per_minute
                 .map(|limit| gcra(limit, 1))
@@ -125,7 +125,7 @@ impl Ceilings {
 }
 
 /// Refuses a limit that the largest request, of about so many tokens, never fits into.
-pub(crate) fn check_largest(limits: &Limits, largest: u64) -> Result<()> {
+pub(crate) fn check_largest(limits: &LimitsConfig, largest: u64) -> Result<()> {
     if let Some(limit) = limits.tokens_per_minute
         && largest > u64::from(limit)
     {
@@ -163,16 +163,19 @@ fn gcra(per_minute: u32, least: u32, clock: TokioClock) -> Result<Gcra> {
 mod tests {
     use super::*;
 
-    fn limits(requests: Option<u32>, tokens: Option<u32>) -> Limits {
-        Limits {
+    fn limits(requests: Option<u32>, tokens: Option<u32>) -> LimitsConfig {
+        LimitsConfig {
             requests_per_minute: requests,
             tokens_per_minute: tokens,
-            ..Limits::default()
+            ..LimitsConfig::default()
         }
     }
 
     /// Lets requests of these sizes out as fast as they may, and returns when each left, in seconds.
-    async fn departures(limiter: &mut Ceilings, sizes: impl IntoIterator<Item = u64>) -> Vec<f64> {
+    async fn departures(
+        limiter: &mut UserLimits,
+        sizes: impl IntoIterator<Item = u64>,
+    ) -> Vec<f64> {
         let start = Instant::now();
         let mut times = Vec::new();
         for tokens in sizes {
@@ -202,7 +205,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn no_minute_sees_more_requests_than_the_limit_and_a_burst() {
         for limit in [1, 7, 60, 500, 6_000] {
-            let mut limiter = Ceilings::new(&limits(Some(limit), None), 1).unwrap();
+            let mut limiter = UserLimits::new(&limits(Some(limit), None), 1).unwrap();
             let count = 3 * limit as usize;
             let times = departures(&mut limiter, vec![1; count]).await;
             let burst = u64::from((limit / 60).max(1));
@@ -219,7 +222,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn no_minute_sees_more_tokens_than_the_limit_and_a_burst() {
         let sizes: Vec<u64> = (0..600).map(|index| 50 + index * 37 % 400).collect();
-        let mut limiter = Ceilings::new(&limits(Some(600), Some(40_000)), 449).unwrap();
+        let mut limiter = UserLimits::new(&limits(Some(600), Some(40_000)), 449).unwrap();
         let times = departures(&mut limiter, sizes.iter().copied()).await;
         let busiest = busiest_minute(&times, &sizes);
         assert!(busiest <= 40_000 + 666, "{busiest}");
@@ -228,7 +231,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn room_for_a_larger_request_lets_no_more_out() {
-        let mut limiter = Ceilings::new(&limits(None, Some(6_000)), 100).unwrap();
+        let mut limiter = UserLimits::new(&limits(None, Some(6_000)), 100).unwrap();
         let start = Instant::now();
         let (mut times, mut sizes) = (Vec::new(), Vec::new());
         for round in 1..=20 {
@@ -248,7 +251,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn tokens_granted_to_a_waiting_request_are_not_lost() {
-        let mut limiter = Ceilings::new(&limits(Some(60), Some(6_000)), 6_000).unwrap();
+        let mut limiter = UserLimits::new(&limits(Some(60), Some(6_000)), 6_000).unwrap();
         assert_eq!(departures(&mut limiter, [100]).await, [0.0]);
         // Tokens are there, but the next request has to wait a second for its turn.
         for _ in 0..50 {
@@ -260,12 +263,12 @@ mod tests {
 
     #[test]
     fn a_request_that_can_never_leave_is_an_error() {
-        let error = Ceilings::new(&limits(None, Some(1_000)), 1_500)
+        let error = UserLimits::new(&limits(None, Some(1_000)), 1_500)
             .err()
             .unwrap();
         for part in ["1500", "`limits.tokens_per_minute` = 1000"] {
             assert!(error.to_string().contains(part), "{error}");
         }
-        assert!(Ceilings::new(&limits(Some(0), None), 1).is_err());
+        assert!(UserLimits::new(&limits(Some(0), None), 1).is_err());
     }
 }

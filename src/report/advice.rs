@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use crate::exit::Exit;
-use crate::report::summary::Summary;
+use crate::report::summary::HarvestSummary;
 use crate::terminal::{format_count, format_share};
 
 /// Exit code of [`Exit::SomeFailed`].
 const SOME_FAILED: u8 = 3;
 
 /// One sentence a step, the most pressing first.
-pub(crate) fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
+pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<String> {
     let mut steps = Vec::new();
     let config = &summary.arguments;
     let asked = summary.ok + summary.quarantined;
@@ -94,7 +94,7 @@ pub(crate) fn next_steps(summary: &Summary, failures: &Path) -> Vec<String> {
 }
 
 /// How the failed rows are asked again.
-fn again(summary: &Summary) -> String {
+fn again(summary: &HarvestSummary) -> String {
     let config = &summary.arguments;
     let asks = format!("`distill harvest {config} --again failed` asks");
     match summary.given_up {
@@ -113,31 +113,31 @@ fn again(summary: &Summary) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::timeline::Used;
+    use crate::report::timeline::LimitUse;
     use std::collections::BTreeMap;
 
-    fn steps(summary: Summary) -> String {
+    fn steps(summary: HarvestSummary) -> String {
         next_steps(&summary, Path::new("run/failures.jsonl")).join("\n")
     }
 
     #[test]
     fn a_good_run_leads_to_training_and_others_to_what_is_wrong() {
-        let good = Summary {
+        let good = HarvestSummary {
             ok: 100,
-            ..Summary::default()
+            ..HarvestSummary::default()
         };
         assert_eq!(steps(good), "train: `distill train` with the same config");
-        let odd = steps(Summary {
+        let odd = steps(HarvestSummary {
             ok: 100,
             arguments: "-c run.toml".into(),
             warnings: vec!["odd".into()],
-            ..Summary::default()
+            ..HarvestSummary::default()
         });
         assert_eq!(
             odd,
             "look at the warnings, and then train: `distill train -c run.toml`"
         );
-        let bad = steps(Summary {
+        let bad = steps(HarvestSummary {
             ok: 90,
             cut_off: 45,
             quarantines: BTreeMap::from([("refusal".into(), 9)]),
@@ -146,20 +146,20 @@ mod tests {
             pending: 8,
             seconds: 3_600.0,
             used: vec![
-                Used {
+                LimitUse {
                     teacher: "slow".into(),
                     requests: 10,
                     requests_allowed: Some(100.0),
-                    ..Used::default()
+                    ..LimitUse::default()
                 },
-                Used {
+                LimitUse {
                     teacher: "strict".into(),
                     requests: 100,
                     throttled: 30,
-                    ..Used::default()
+                    ..LimitUse::default()
                 },
             ],
-            ..Summary::default()
+            ..HarvestSummary::default()
         });
         for part in [
             "8 rows are pending",
@@ -177,11 +177,11 @@ mod tests {
     #[test]
     fn rows_bought_max_attempts_times_are_advised_again_failed() {
         let of = |failed, given_up| {
-            steps(Summary {
+            steps(HarvestSummary {
                 ok: 90,
                 failed,
                 given_up,
-                ..Summary::default()
+                ..HarvestSummary::default()
             })
         };
         assert!(!of(2, 0).contains("--again"));
@@ -192,11 +192,11 @@ mod tests {
     #[test]
     fn the_same_command_is_advised_only_where_nothing_must_change_first() {
         let after = |error: Exit| {
-            let summary = Summary {
+            let summary = HarvestSummary {
                 ok: 90,
                 pending: 10,
                 error: Some(error.into()),
-                ..Summary::default()
+                ..HarvestSummary::default()
             };
             steps(summary).contains("run the same command again")
         };

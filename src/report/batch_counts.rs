@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::terminal::{format_count, sanitise};
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Tally {
+pub struct BatchCounts {
     /// Batches by their status, as the endpoint told it last.
     pub parts: BTreeMap<String, u64>,
     /// Batches whose creation had no reply, found by their nonce.
@@ -22,7 +22,7 @@ pub struct Tally {
     pub besides: u64,
 }
 
-impl Tally {
+impl BatchCounts {
     /// For the summary's table.
     pub fn rows(&self) -> Vec<[String; 2]> {
         let count = |name: &str, number| [name.to_string(), format_count(number)];

@@ -7,10 +7,10 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::cache::record::Timing;
-use crate::client::attempt_error::Failure;
-use crate::plan::queue::Entry;
-use crate::plan::unanswered::{Kind, Known, Line};
-use crate::plan::{Plan, Row};
+use crate::client::attempt_error::RowFailure;
+use crate::plan::queue::QueuedRow;
+use crate::plan::unanswered::{Kind, Line, UnansweredRow};
+use crate::plan::{Plan, PlannedRow};
 
 /// A line of the file.
 #[derive(Debug, Serialize)]
@@ -26,7 +26,7 @@ pub struct FailedRow {
 }
 
 impl FailedRow {
-    pub fn new(plan: &Plan, lane: usize, entry: Entry, failure: Failure) -> FailedRow {
+    pub fn new(plan: &Plan, lane: usize, entry: QueuedRow, failure: RowFailure) -> FailedRow {
         let row = &plan.rows[entry.row];
         FailedRow {
             teacher: plan.askings[lane].lane.teacher.label().into(),
@@ -53,7 +53,7 @@ impl FailedRow {
     }
 
     /// A row that earlier runs have bought as often as it may be.
-    pub fn given_up(plan: &Plan, lane: usize, row: &Row, known: Known) -> FailedRow {
+    pub fn given_up(plan: &Plan, lane: usize, row: &PlannedRow, known: UnansweredRow) -> FailedRow {
         FailedRow {
             teacher: plan.askings[lane].lane.teacher.label().into(),
             prompt_id: plan.prompts[row.prompt as usize].id.clone(),

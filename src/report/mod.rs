@@ -14,12 +14,12 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::report::summary::{PastRun, Summary, file, past_runs};
+use crate::report::summary::{HarvestSummary, PastRun, file, past_runs};
 use crate::terminal::escape_unsafe;
 
 /// Completes the summary with what to do next, and leaves it in the run folder for the morning,
 /// beside the rows that failed.
-pub fn write(summary: &mut Summary, run_dir: &Path) -> Result<()> {
+pub fn write(summary: &mut HarvestSummary, run_dir: &Path) -> Result<()> {
     failures::write(run_dir, &summary.failed_rows)?;
     summary.advice = advice::next_steps(summary, &failures::file(run_dir));
     summary.runs = past_runs(run_dir);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::report::summary::Summary;
+use crate::report::summary::HarvestSummary;
 use crate::terminal::{format_count, format_dollars, format_duration};
 
 /// Rates are those of the last minute.
@@ -25,14 +25,14 @@ struct Sample {
 }
 
 impl Rates {
-    pub(crate) fn new(now: Instant, summary: &Summary) -> Self {
+    pub(crate) fn new(now: Instant, summary: &HarvestSummary) -> Self {
         Self {
             samples: VecDeque::from([sample(now, summary)]),
         }
     }
 
     /// Takes note of where the run stands; call it about once a second.
-    pub(crate) fn note(&mut self, now: Instant, summary: &Summary) {
+    pub(crate) fn note(&mut self, now: Instant, summary: &HarvestSummary) {
         while self.samples.len() > 1 && now - self.samples[1].at >= WINDOW {
             self.samples.pop_front();
         }
@@ -40,7 +40,7 @@ impl Rates {
     }
 
     /// The state of the run as one line.
-    pub(crate) fn line(&self, summary: &Summary) -> String {
+    pub(crate) fn line(&self, summary: &HarvestSummary) -> String {
         let mut parts = Vec::new();
         // First, since a narrow terminal cuts off the end.
         let done = self.per_minute(|sample| sample.done);
@@ -89,7 +89,7 @@ impl Rates {
     }
 }
 
-fn sample(at: Instant, summary: &Summary) -> Sample {
+fn sample(at: Instant, summary: &HarvestSummary) -> Sample {
     Sample {
         at,
         requests: summary.requests,
@@ -105,11 +105,11 @@ mod tests {
     #[test]
     fn the_line_is_about_the_last_minute() {
         let start = Instant::now();
-        let mut summary = Summary {
+        let mut summary = HarvestSummary {
             total: 1_000,
             cached: 100,
             cost_usd: Some(0.25),
-            ..Summary::default()
+            ..HarvestSummary::default()
         };
         let mut rates = Rates::new(start, &summary);
         // Ten requests a second for a minute, then one.

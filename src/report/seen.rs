@@ -10,7 +10,7 @@ use std::hash::BuildHasher;
 
 /// Properties of an answer that the monitor checks.
 #[derive(Debug, Clone)]
-pub struct Seen {
+pub struct AnswerFacts {
     /// A hash of the id of the prompt that it answers.
     pub prompt: u64,
     pub status: Status,
@@ -30,9 +30,9 @@ pub struct Seen {
     pub max_tokens: u64,
 }
 
-impl Seen {
+impl AnswerFacts {
     /// Of a record that may have used so many tokens. `fault` says why its logprobs were dropped.
-    pub fn new(record: Record, fault: Option<String>, max_tokens: u64) -> Seen {
+    pub fn new(record: Record, fault: Option<String>, max_tokens: u64) -> AnswerFacts {
         let hash = |text: &str| FixedState::default().hash_one(text);
         let text = &record.answer.text;
         let why = match &record.logprobs {
@@ -40,7 +40,7 @@ impl Seen {
             None => Some(fault.map_or("none came".into(), |_| "they cannot be read".into())),
         };
         let logprobs = record.logprobs.as_ref();
-        Seen {
+        AnswerFacts {
             has_token_ids: logprobs.is_some_and(|logprobs| token_ids::are_ids(&logprobs.token)),
             prompt: hash(&record.prompt_id),
             text: (hash(text), text.len()),

@@ -12,11 +12,11 @@ use crate::exit::Exit;
 use crate::plan::Plan;
 use crate::plan::estimate::Estimate;
 use crate::plan::unanswered::Unanswered;
-use crate::report::batch_counts::Tally;
+use crate::report::batch_counts::BatchCounts;
 use crate::report::failures;
 use crate::report::failures::FailedRow;
-use crate::report::seen::Seen;
-use crate::report::timeline::{Hour, Used};
+use crate::report::seen::AnswerFacts;
+use crate::report::timeline::{HourStats, LimitUse};
 
 /// The version of the object that `--json` prints and `summary.json` holds.
 pub const SUMMARY_VERSION: u32 = 1;
@@ -24,7 +24,7 @@ pub const SUMMARY_VERSION: u32 = 1;
 /// Every row ends as one of `cached`, `ok`, `quarantined`, `failed` and `pending`: they add up to
 /// `total`.
 #[derive(Debug, Default, Serialize)]
-pub struct Summary {
+pub struct HarvestSummary {
     pub version: Version,
     /// Prompts times samples, for every teacher that is asked.
     pub total: u64,
@@ -62,10 +62,10 @@ pub struct Summary {
     pub quarantines: BTreeMap<String, u64>,
     pub failures: BTreeMap<String, u64>,
     /// By teacher: what was used of what the limits allowed.
-    pub used: Vec<Used>,
-    pub hours: Vec<Hour>,
+    pub used: Vec<LimitUse>,
+    pub hours: Vec<HourStats>,
     /// Of a run in batch mode.
-    pub batches: Option<Tally>,
+    pub batches: Option<BatchCounts>,
     /// Warnings about the answers that were logged during the run.
     pub warnings: Vec<String>,
     /// What to do next.
@@ -127,7 +127,7 @@ pub struct PastRun {
 }
 
 impl PastRun {
-    pub(crate) fn of(summary: &Summary) -> PastRun {
+    pub(crate) fn of(summary: &HarvestSummary) -> PastRun {
         PastRun {
             at: Timing::stamp(jiff::Timestamp::now()),
             ok: summary.ok,
@@ -169,9 +169,9 @@ pub fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("summary.json")
 }
 
-impl Summary {
+impl HarvestSummary {
     /// The summary of a run in which all went well; otherwise its error.
-    pub fn into_result(mut self) -> Result<Summary> {
+    pub fn into_result(mut self) -> Result<HarvestSummary> {
         match self.error.take() {
             Some(error) => Err(error),
             None => Ok(self),
@@ -184,7 +184,7 @@ impl Summary {
     }
 
     /// Counts an answer.
-    pub fn add(&mut self, seen: &Seen, wants_logprobs: bool) {
+    pub fn add(&mut self, seen: &AnswerFacts, wants_logprobs: bool) {
         match seen.status {
             Status::Ok => self.ok += 1,
             Status::Quarantined => {
@@ -221,12 +221,12 @@ impl Summary {
     }
 
     /// What is known before anything is asked.
-    pub fn of_plan(plan: &Plan, unanswered: &Unanswered) -> Summary {
-        let mut summary = Summary {
+    pub fn of_plan(plan: &Plan, unanswered: &Unanswered) -> HarvestSummary {
+        let mut summary = HarvestSummary {
             total: plan.total,
             cached: plan.cached,
             repeated: plan.repeated,
-            ..Summary::default()
+            ..HarvestSummary::default()
         };
         for (lane, row) in &plan.given_up {
             let of_old = || unanswered.get(row.old_key.as_deref()?);

@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
+use crate::plan::estimate::BatchEstimate;
 use crate::plan::estimate::Estimate;
-use crate::plan::estimate::Outlook;
-use crate::report::batch_counts::Tally;
-use crate::report::summary::Summary;
+use crate::report::batch_counts::BatchCounts;
+use crate::report::summary::HarvestSummary;
 use crate::report::timeline;
 use crate::terminal::{
     format_bytes, format_count, format_dollars, format_duration, format_share, sanitise, table,
 };
 
-impl Summary {
+impl HarvestSummary {
     /// The summary as a table.
     pub fn to_table(&self) -> String {
         let count = |name: &str, number| [name.to_string(), format_count(number)];
@@ -85,7 +85,7 @@ impl Summary {
         if self.cut_off > 0 {
             rows.push(count("cut off by max_tokens", self.cut_off));
         }
-        rows.extend(self.batches.iter().flat_map(Tally::rows));
+        rows.extend(self.batches.iter().flat_map(BatchCounts::rows));
         rows.extend(self.use_rows());
         rows.push([
             "time".into(),
@@ -169,7 +169,7 @@ impl Summary {
     }
 }
 
-fn estimate_rows(summary: &Summary, estimate: &Estimate) -> Vec<[String; 2]> {
+fn estimate_rows(summary: &HarvestSummary, estimate: &Estimate) -> Vec<[String; 2]> {
     let likely =
         |text: Option<String>| text.map_or(String::new(), |text| format!(", likely {text}"));
     let cost = match estimate.cost_usd {
@@ -223,7 +223,7 @@ fn estimate_rows(summary: &Summary, estimate: &Estimate) -> Vec<[String; 2]> {
 }
 
 /// A provider takes a day for a batch at the most, and often an hour or two.
-fn batch_time(batches: &Outlook) -> String {
+fn batch_time(batches: &BatchEstimate) -> String {
     let to_submit = match batches.batches {
         0 => "no new batch".to_owned(),
         1 => "1 batch".to_owned(),
@@ -255,7 +255,7 @@ mod tests {
     #[test]
     fn a_dry_run_of_batches_shows_what_is_under_way() {
         let of = |batches, under_way, rounds| {
-            batch_time(&Outlook {
+            batch_time(&BatchEstimate {
                 batches,
                 under_way,
                 rows_under_way: 250 * under_way,
@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn the_table_shows_every_row_and_reason() {
-        let summary = Summary {
+        let summary = HarvestSummary {
             total: 1_010,
             cached: 1_000,
             ok: 6,
@@ -292,7 +292,7 @@ mod tests {
             seconds: 75.0,
             quarantines: BTreeMap::from([("refusal".into(), 1)]),
             failures: BTreeMap::from([("http 400".into(), 2)]),
-            ..Summary::default()
+            ..HarvestSummary::default()
         };
         let text = summary.to_table();
         for line in [
@@ -308,7 +308,7 @@ mod tests {
 
     #[test]
     fn a_dry_run_shows_ranges() {
-        let summary = Summary {
+        let summary = HarvestSummary {
             pending: 10,
             estimate: Some(Estimate {
                 prompt_tokens: 1_234,
@@ -320,7 +320,7 @@ mod tests {
                 disk_bytes: Some(12_000_000),
                 ..Estimate::default()
             }),
-            ..Summary::default()
+            ..HarvestSummary::default()
         };
         let text = summary.to_table();
         for part in [

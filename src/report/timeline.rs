@@ -5,7 +5,7 @@ use tokio::time::Instant;
 
 /// What the run did in one hour of its own, counted from its start.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Hour {
+pub struct HourStats {
     /// RFC 3339, in UTC.
     pub start: String,
     pub requests: u64,
@@ -22,7 +22,7 @@ pub struct Hour {
 /// What one endpoint was sent, beside what its limits and the user's allowed while there was
 /// something to send.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Used {
+pub struct LimitUse {
     pub teacher: String,
     pub requests: u64,
     /// None where no limit is known.
@@ -35,7 +35,7 @@ pub struct Used {
     pub open_s: f64,
 }
 
-impl Used {
+impl LimitUse {
     /// Adds a stretch of time in which the lane had something to send.
     pub fn pass(&mut self, seconds: f64, per_minute: (Option<f64>, Option<f64>)) {
         let add = |allowed: &mut Option<f64>, per_minute: Option<f64>, before: f64| {
@@ -72,7 +72,7 @@ impl Used {
 pub(crate) struct Timeline {
     started: Instant,
     last: Instant,
-    pub hours: Vec<Hour>,
+    pub hours: Vec<HourStats>,
     start: jiff::Timestamp,
 }
 
@@ -89,15 +89,15 @@ impl Timeline {
     }
 
     /// The hour that it is.
-    pub(crate) fn hour(&mut self, now: Instant) -> &mut Hour {
+    pub(crate) fn hour(&mut self, now: Instant) -> &mut HourStats {
         let index = (now - self.started).as_secs() / 3_600;
         while self.hours.len() as u64 <= index {
             let seconds = self.hours.len() as i64 * 3_600;
             let start = jiff::SignedDuration::from_secs(seconds);
             let start = self.start.checked_add(start).unwrap_or(self.start);
-            self.hours.push(Hour {
+            self.hours.push(HourStats {
                 start: format!("{start:.0}"),
-                ..Hour::default()
+                ..HourStats::default()
             });
         }
         &mut self.hours[index as usize]
@@ -113,8 +113,8 @@ impl Timeline {
 }
 
 /// The hour with the fewest answers for the time in which it was allowed to ask, among whole ones.
-pub(crate) fn slowest(hours: &[Hour]) -> Option<&Hour> {
-    let rate = |hour: &Hour| hour.answered as f64 / (hour.seconds - hour.closed_s);
+pub(crate) fn slowest(hours: &[HourStats]) -> Option<&HourStats> {
+    let rate = |hour: &HourStats| hour.answered as f64 / (hour.seconds - hour.closed_s);
     hours
         .iter()
         .filter(|hour| hour.seconds - hour.closed_s > 1_800.0)
@@ -149,10 +149,10 @@ mod tests {
 
     #[test]
     fn what_is_used_is_compared_with_what_was_allowed() {
-        let mut used = Used {
+        let mut used = LimitUse {
             requests: 90,
             tokens: 100,
-            ..Used::default()
+            ..LimitUse::default()
         };
         assert_eq!(used.share(), None);
         used.pass(29.0, (None, None));

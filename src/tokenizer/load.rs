@@ -39,7 +39,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Self::load`].
-    pub fn for_student(settings: &config::Student) -> Result<Self> {
+    pub fn for_student(settings: &config::StudentConfig) -> Result<Self> {
         let mut tokenizer = load(&settings.path, &settings.template_args)?;
         if let Some(date) = settings.template_date {
             tokenizer.set_date(date.into());

@@ -18,7 +18,7 @@ use super::ema::Ema;
 use super::objective::Models;
 use super::optimizer::Optimizer;
 use super::student::{self, Student};
-use crate::config::{self, Config, JudgedBy, Kd, Train};
+use crate::config::{self, Config, KdMode, ScoredBy, TrainConfig};
 use crate::data::batch::Cursor;
 use crate::exit::Exit;
 use crate::fs;
@@ -60,7 +60,7 @@ impl Parts {
                 .then(|| Ema::new(&student, train.ema_decay))
                 .transpose()?,
             teacher: match config.loss.kd {
-                Kd::None if !config.teacher.cotrain => None,
+                KdMode::None if !config.teacher.cotrain => None,
                 _ => Teacher::of(config, tokenizer)?,
             },
             student,
@@ -264,7 +264,7 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value, data: &Value) -> Resu
 /// # Errors
 /// Where the settings do not serialise, or a device fails.
 pub fn basis(config: &Config, data: &str, parts: &Parts, total: u64) -> Result<Value> {
-    let settings = Train {
+    let settings = TrainConfig {
         // These do not change the numbers.
         eval_every: 0,
         checkpoint_every: 0,
@@ -277,14 +277,14 @@ pub fn basis(config: &Config, data: &str, parts: &Parts, total: u64) -> Result<V
         ..config.train.clone()
     };
     let teacher = &config.teacher;
-    let is_asked = config.train.on_policy && config.on_policy.judge != JudgedBy::Local;
+    let is_asked = config.train.on_policy && config.on_policy.judge != ScoredBy::Local;
     let judge = is_asked.then_some((&teacher.base_url, &teacher.model));
     // What is in the files is in the hashes, wherever they are.
-    let student = config::Student {
+    let student = config::StudentConfig {
         path: PathBuf::new(),
         ..config.student.clone()
     };
-    let on_policy = config::OnPolicy {
+    let on_policy = config::OnPolicyConfig {
         tokenizer: None,
         ..config.on_policy.clone()
     };

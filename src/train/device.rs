@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use candle_core::Device;
 
-use crate::config::{self, ComputeDtype, Train};
+use crate::config::{self, ComputeDtype, TrainConfig};
 use crate::exit::Exit;
 use crate::ops::matmul::Precision;
 
@@ -12,7 +12,7 @@ use crate::ops::matmul::Precision;
 /// # Errors
 /// [`Exit::Usage`] where this program, or this machine, has no such device, or the device cannot do
 /// what the settings ask for.
-pub(crate) fn of(train: &Train) -> Result<Device> {
+pub(crate) fn of(train: &TrainConfig) -> Result<Device> {
     let kind = kind(train);
     if kind == config::Device::Cpu {
         return Ok(Device::Cpu);
@@ -63,7 +63,7 @@ fn open(kind: config::Device) -> candle_core::Result<Device> {
 }
 
 /// The settings with the device and the number type that "auto" stands for.
-pub(crate) fn resolved(train: &Train) -> Train {
+pub(crate) fn resolved(train: &TrainConfig) -> TrainConfig {
     let device = kind(train);
     let dtype = match (train.dtype, device) {
         (ComputeDtype::Auto, config::Device::Cuda) => ComputeDtype::Bf16,
@@ -73,7 +73,7 @@ pub(crate) fn resolved(train: &Train) -> Train {
         (ComputeDtype::Auto, _) => ComputeDtype::F32,
         (given, _) => given,
     };
-    Train {
+    TrainConfig {
         device,
         dtype,
         ..train.clone()
@@ -81,7 +81,7 @@ pub(crate) fn resolved(train: &Train) -> Train {
 }
 
 /// A GPU that this program was built for, where there is one.
-fn kind(train: &Train) -> config::Device {
+fn kind(train: &TrainConfig) -> config::Device {
     use config::Device::{Auto, Cpu, Cuda, Metal};
     if train.device != Auto {
         return train.device;
@@ -100,7 +100,7 @@ fn kind(train: &Train) -> config::Device {
 }
 
 /// The number type of [`resolved`] settings.
-pub(crate) fn precision(train: &Train) -> Precision {
+pub(crate) fn precision(train: &TrainConfig) -> Precision {
     match train.dtype {
         ComputeDtype::Bf16 => Precision::Bf16,
         ComputeDtype::F32 | ComputeDtype::Auto => Precision::F32,
@@ -108,7 +108,7 @@ pub(crate) fn precision(train: &Train) -> Precision {
 }
 
 /// What the opening line calls the device.
-pub(crate) fn name(train: &Train) -> &'static str {
+pub(crate) fn name(train: &TrainConfig) -> &'static str {
     match train.device {
         config::Device::Cuda => " on CUDA",
         config::Device::Metal => " on Metal",

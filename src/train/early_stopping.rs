@@ -21,17 +21,17 @@ pub struct Best {
 /// # Errors
 /// [`Exit::Usage`] if it cannot: every validation would count as no improvement.
 pub(crate) fn check(
-    metric: config::Best,
+    metric: config::BestMetric,
     held_out: usize,
     has_soft_labels: impl FnOnce() -> bool,
 ) -> Result<()> {
-    if metric != config::Best::Last && held_out == 0 {
+    if metric != config::BestMetric::Last && held_out == 0 {
         bail!(Exit::Usage(
             "train.best needs held-out examples, and there are none: raise data.validation_share"
                 .into()
         ));
     }
-    if metric == config::Best::Kl && !has_soft_labels() {
+    if metric == config::BestMetric::Kl && !has_soft_labels() {
         bail!(Exit::Usage(
             "train.best = \"kl\" needs held-out examples with soft labels, and there are none: set it to \"ce\" or \
              \"token_accuracy\""
@@ -44,12 +44,12 @@ pub(crate) fn check(
 impl Best {
     /// Takes in the validation after `step`; true if none was better. A metric that is missing or
     /// not finite is no improvement.
-    pub fn is_improved_by(&mut self, metric: config::Best, step: u64, means: &Means) -> bool {
+    pub fn is_improved_by(&mut self, metric: config::BestMetric, step: u64, means: &Means) -> bool {
         let (value, higher) = match metric {
-            config::Best::Last => return false,
-            config::Best::Ce => (means.ce, false),
-            config::Best::Kl => (means.kl, false),
-            config::Best::TokenAccuracy => (means.token_accuracy, true),
+            config::BestMetric::Last => return false,
+            config::BestMetric::Ce => (means.ce, false),
+            config::BestMetric::Kl => (means.kl, false),
+            config::BestMetric::TokenAccuracy => (means.token_accuracy, true),
         };
         let better = |value: f64| match self.found {
             None => true,
@@ -99,8 +99,16 @@ mod tests {
         let (mut lowest, mut highest) = (Best::default(), Best::default());
         let mut improved = Vec::new();
         for (step, value) in values.into_iter().enumerate() {
-            improved.push(lowest.is_improved_by(config::Best::Ce, step as u64, &means(value)));
-            highest.is_improved_by(config::Best::TokenAccuracy, step as u64, &means(value));
+            improved.push(lowest.is_improved_by(
+                config::BestMetric::Ce,
+                step as u64,
+                &means(value),
+            ));
+            highest.is_improved_by(
+                config::BestMetric::TokenAccuracy,
+                step as u64,
+                &means(value),
+            );
             assert_eq!(lowest.is_exhausted(3), step == 4);
             assert!(!lowest.is_exhausted(0));
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use crate::config::{Config, Train};
+use crate::config::{Config, TrainConfig};
 use crate::data::prepared::shard::ExampleView;
 use crate::exit::Exit;
 use crate::model::weights;
@@ -123,7 +123,7 @@ impl Teacher {
 ///
 /// # Errors
 /// Where it does not load, or its tokenizer is another ([`Exit::Usage`]).
-pub(crate) fn frozen(dir: &Path, tokenizer: &Tokenizer, train: &Train) -> Result<Model> {
+pub(crate) fn frozen(dir: &Path, tokenizer: &Tokenizer, train: &TrainConfig) -> Result<Model> {
     check_tokenizer(dir, tokenizer)?;
     let mut model = Model::load(dir)?;
     model.set_precision(device::precision(train));

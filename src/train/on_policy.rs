@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use super::loss::divergence::Divergence;
 use crate::cache::view::RecordView;
-use crate::config::{self, Config, Loss};
+use crate::config::{self, Config, LossConfig};
 use crate::data::align::Mapper;
 use crate::data::align::aligned::Aligned;
 use crate::data::batch::Batch;
@@ -46,7 +46,7 @@ pub trait Judge: Send {
 
 /// How the student writes.
 pub struct OnPolicy<'a> {
-    settings: &'a config::OnPolicy,
+    settings: &'a config::OnPolicyConfig,
     tokenizer: &'a Tokenizer,
     /// Answers in a batch.
     batch_size: usize,
@@ -96,7 +96,7 @@ impl<'a> OnPolicy<'a> {
             return Ok(None);
         }
         let asked = match (config.on_policy.judge, judge) {
-            (config::JudgedBy::Local, _) => None,
+            (config::ScoredBy::Local, _) => None,
             (_, judge) => Some(Asked {
                 judge: judge
                     .context("there is nobody to ask what the student's answers are worth")?,
@@ -119,8 +119,8 @@ impl<'a> OnPolicy<'a> {
     }
 
     /// The divergence that the written answers are judged by.
-    pub fn divergence(&self, settings: &Loss) -> Option<[Divergence; 2]> {
-        Divergence::of(&Loss {
+    pub fn divergence(&self, settings: &LossConfig) -> Option<[Divergence; 2]> {
+        Divergence::of(&LossConfig {
             kd: self.settings.kd,
             ..settings.clone()
         })

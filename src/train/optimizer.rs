@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use regex::Regex;
 
 use super::student::Student;
-use crate::config::Train;
+use crate::config::TrainConfig;
 use crate::model::Frame;
 use crate::model::gradients::Gradients;
 use crate::model::weights::{Entry, File};
@@ -112,7 +112,7 @@ impl Optimizer {
     /// Where a parameter is no contiguous f32 tensor, or has no gradient.
     pub fn update(
         &mut self,
-        train: &Train,
+        train: &TrainConfig,
         learning_rate: f64,
         norm: f64,
         gradients: &Gradients,

@@ -1,30 +1,30 @@
 //! The learning rate of each step.
 
-use crate::config::{Schedule, Train};
+use crate::config::{LrSchedule, TrainConfig};
 
 /// The learning rate of step `step` (from 1) of `total`: a linear warmup to
 /// `train.learning_rate`, then the schedule down to `min_learning_rate_ratio` of it at the end.
-pub(crate) fn learning_rate(train: &Train, step: u64, total: u64) -> f64 {
+pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
     let peak = train.learning_rate;
     let warmup = train.warmup_steps.min(total);
     if step <= warmup {
         return peak * step as f64 / warmup as f64;
     }
-    if train.schedule == Schedule::Wsd {
+    if train.schedule == LrSchedule::Wsd {
         return peak * decayed(train, step, total);
     }
     let progress = (step - warmup) as f64 / (total - warmup).max(1) as f64;
     let left = match train.schedule {
-        Schedule::Constant | Schedule::Wsd => 1.0,
-        Schedule::Linear => 1.0 - progress,
-        Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+        LrSchedule::Constant | LrSchedule::Wsd => 1.0,
+        LrSchedule::Linear => 1.0 - progress,
+        LrSchedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
     };
     let floor = train.min_learning_rate_ratio;
     peak * (floor + (1.0 - floor) * left)
 }
 
 /// A sentence for the user where the warmup leaves no step at the full rate.
-pub(crate) fn note(train: &Train, total: u64) -> Option<String> {
+pub(crate) fn note(train: &TrainConfig, total: u64) -> Option<String> {
     (train.warmup_steps >= total).then(|| {
         format!(
             "train.warmup_steps = {} is not less than the {total} steps of this run: the learning rate rises up to the \
@@ -36,7 +36,7 @@ pub(crate) fn note(train: &Train, total: u64) -> Option<String> {
 
 /// Warmup-stable-decay (Hu et al., arXiv 2404.06395): the full rate, and over the last
 /// `decay_share` of the steps in a straight line to the floor.
-fn decayed(train: &Train, step: u64, total: u64) -> f64 {
+fn decayed(train: &TrainConfig, step: u64, total: u64) -> f64 {
     let decay = (train.decay_share * total as f64).max(1.0);
     let left = ((total - step) as f64 / decay).min(1.0);
     let floor = train.min_learning_rate_ratio;
@@ -47,31 +47,31 @@ fn decayed(train: &Train, step: u64, total: u64) -> f64 {
 mod tests {
     use super::*;
 
-    fn train(schedule: Schedule) -> Train {
-        Train {
+    fn train(schedule: LrSchedule) -> TrainConfig {
+        TrainConfig {
             learning_rate: 1.0,
             min_learning_rate_ratio: 0.1,
             warmup_steps: 10,
             schedule,
-            ..Train::default()
+            ..TrainConfig::default()
         }
     }
 
     #[test]
     fn warms_up_and_ends_at_the_floor() {
-        for schedule in [Schedule::Linear, Schedule::Cosine] {
+        for schedule in [LrSchedule::Linear, LrSchedule::Cosine] {
             let rate = |step| learning_rate(&train(schedule), step, 110);
             assert!((rate(1) - 0.1).abs() < 1e-12);
             assert!((rate(10) - 1.0).abs() < 1e-12);
             assert!((rate(60) - 0.55).abs() < 1e-12, "half way is half way");
             assert!((rate(110) - 0.1).abs() < 1e-12);
         }
-        assert_eq!(learning_rate(&train(Schedule::Constant), 110, 110), 1.0);
+        assert_eq!(learning_rate(&train(LrSchedule::Constant), 110, 110), 1.0);
     }
 
     #[test]
     fn wsd_stays_until_its_decay_begins() {
-        let rate = |step| learning_rate(&train(Schedule::Wsd), step, 110);
+        let rate = |step| learning_rate(&train(LrSchedule::Wsd), step, 110);
         assert!((rate(5) - 0.5).abs() < 1e-12);
         assert_eq!((rate(10), rate(88)), (1.0, 1.0));
         assert!((rate(99) - 0.55).abs() < 1e-12, "half way down");
@@ -80,6 +80,6 @@ mod tests {
 
     #[test]
     fn a_run_shorter_than_its_warmup_stays_finite() {
-        assert!((learning_rate(&train(Schedule::Cosine), 5, 5) - 1.0).abs() < 1e-12);
+        assert!((learning_rate(&train(LrSchedule::Cosine), 5, 5) - 1.0).abs() < 1e-12);
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use super::loss::divergence::Divergence;
-use crate::config::{Config, Kd, Loss};
+use crate::config::{Config, KdMode, LossConfig};
 use crate::data::logprob_check::Agreement;
 use crate::data::report::{NO_LOGPROBS, Report, by_reason};
 use crate::exit::Exit;
@@ -31,7 +31,7 @@ pub struct Choice {
 /// # Errors
 /// [`Exit::Usage`] if they are wanted, and the vocabulary does not tell the bytes of its tokens.
 pub fn check_tokenizer(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
-    let wanted = config.loss.kd != Kd::None && config.data.source.is_none();
+    let wanted = config.loss.kd != KdMode::None && config.data.source.is_none();
     if !wanted || config.teacher.local.is_some() || tokenizer.tells_bytes() {
         return Ok(());
     }
@@ -54,7 +54,7 @@ pub fn default_weight(divergence: Divergence) -> f32 {
     }
 }
 
-fn term(settings: &Loss, divergence: Divergence, default_weight: f32) -> SoftTerm {
+fn term(settings: &LossConfig, divergence: Divergence, default_weight: f32) -> SoftTerm {
     let weight = settings.kd_weight.map(|weight| weight as f32);
     SoftTerm {
         divergence,
@@ -67,7 +67,12 @@ fn term(settings: &Loss, divergence: Divergence, default_weight: f32) -> SoftTer
 /// # Errors
 /// [`Exit::Usage`] where the logprobs are not those of the answers, or do not allow what the settings
 /// want; not with `force`.
-pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -> Result<Choice> {
+pub fn choose(
+    settings: &LossConfig,
+    report: &Report,
+    end: Option<u32>,
+    force: bool,
+) -> Result<Choice> {
     let of = |divergence| term(settings, divergence, default_weight(divergence));
     let terms = Divergence::of(settings).map(|both| both.map(of));
     let is_listed = !report.misses_ends();
@@ -127,7 +132,7 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
     let misses_tail = report.gate.misses_tail();
     let name = settings.kd.name();
     match settings.kd {
-        Kd::Auto if too_sharp => {
+        KdMode::Auto if too_sharp => {
             choice.terms = Some([of_any; 2]);
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since the answers were sampled more sharply than their \
@@ -135,25 +140,25 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
                 told(&report.gate.exact)
             ));
         }
-        Kd::Auto if misses_tail => {
+        KdMode::Auto if misses_tail => {
             choice.terms = Some([of_any; 2]);
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since tokens outside the top-k are missing: {}",
                 tail_of(&report.gate.in_top_k)
             ));
         }
-        Kd::Auto if exact == 0 => {
+        KdMode::Auto if exact == 0 => {
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since no answer was sampled as its logprobs tell (temperature 1, nothing \
                  cut off)"
             ));
         }
-        Kd::Auto if exact == all => {
+        KdMode::Auto if exact == all => {
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_exact}, since all answers were sampled at temperature 1, with nothing cut off"
             ));
         }
-        Kd::Auto => {
+        KdMode::Auto => {
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_exact} for the {} answers that were sampled as their logprobs tell; \
                  {of_any} for the other {}",
@@ -161,19 +166,19 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
                 format_count(all - exact)
             ));
         }
-        Kd::Unbiased | Kd::Damped if exact < all => refuse(format!(
+        KdMode::Unbiased | KdMode::Damped if exact < all => refuse(format!(
             "loss.kd = \"{name}\" needs answers that were sampled at temperature 1, with nothing cut \
              off: {} of {} were not (sampling.temperature and the like, when they were harvested). \
              \"auto\" uses \"tail\" for those",
             format_count(all - exact),
             format_count(all)
         ))?,
-        Kd::Unbiased | Kd::Damped if too_sharp => refuse(format!(
+        KdMode::Unbiased | KdMode::Damped if too_sharp => refuse(format!(
             "loss.kd = \"{name}\" needs answers that were sampled as their logprobs tell, and these \
              were sampled more sharply: {}. Set it to \"tail\"",
             told(&report.gate.exact)
         ))?,
-        Kd::Unbiased | Kd::Damped if misses_tail => refuse(format!(
+        KdMode::Unbiased | KdMode::Damped if misses_tail => refuse(format!(
             "loss.kd = \"{name}\" needs answers with tokens from outside the top-k, and these are missing: {}. \
              The server truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of \
              another one. Set loss.kd to \"tail\"",
@@ -196,7 +201,7 @@ fn is_full(divergence: Divergence) -> bool {
 }
 
 /// Chooses for a teacher on this machine, of whose distributions nothing is missing.
-pub fn dense(settings: &Loss) -> Choice {
+pub fn dense(settings: &LossConfig) -> Choice {
     let full = Divergence::of(settings).is_some_and(|[divergence, _]| is_full(divergence));
     let note = full.then(|| {
         format!(

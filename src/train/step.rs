@@ -8,7 +8,7 @@ use super::objective::{self, Models};
 use super::optimizer::Optimizer;
 use super::soft_labels::Choice;
 use super::student::Student;
-use crate::config::{Config, Train};
+use crate::config::{Config, TrainConfig};
 use crate::data::batch::{Batch, micro_batches};
 use crate::data::prepared::shard::ExampleView;
 use crate::model::Model;
@@ -18,7 +18,7 @@ use crate::train::loss::row::{SoftTerm, Weights};
 
 /// How steps are taken.
 pub(crate) struct Stepper {
-    settings: Train,
+    settings: TrainConfig,
     weights: Weights,
     /// Of what the student wrote itself.
     on_policy: Weights,

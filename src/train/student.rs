@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Var};
 use regex::Regex;
 
 use super::{device, folder};
-use crate::config::{Config, Init, SaveDtype};
+use crate::config::{Config, SaveDtype, StudentInit};
 use crate::exit::Exit;
 use crate::fs;
 use crate::model::config::shape::ModelConfig;
@@ -32,8 +32,8 @@ impl Student {
     pub fn initial(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
         let (settings, train) = (&config.student, &config.train);
         let (mut shape, weights) = match settings.init {
-            Init::Pretrained => decoder::load(&settings.path)?,
-            Init::Random => {
+            StudentInit::Pretrained => decoder::load(&settings.path)?,
+            StudentInit::Random => {
                 let (size, stop) = (tokenizer.vocab_size(), tokenizer.stop_ids());
                 let shape = ModelConfig::of_student(settings, size, stop)?;
                 let weights = random_weights(&shape, train.seed)?;

@@ -38,8 +38,8 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-fn settings(compression: Compression) -> config::Cache {
-    config::Cache {
+fn settings(compression: Compression) -> config::CacheConfig {
+    config::CacheConfig {
         durability: Durability::None,
         compression,
     }

@@ -51,7 +51,7 @@ fn make(dir: &Path, records: u64) -> anyhow::Result<()> {
         tokenizer: Tokenizer::load(&dir.join("student"))?,
         words,
     };
-    let settings = config::Cache {
+    let settings = config::CacheConfig {
         durability: Durability::None,
         compression: Compression::None,
     };

@@ -25,7 +25,7 @@ use serde_json::json;
 
 /// What to time.
 struct Case {
-    shape: config::Student,
+    shape: config::StudentConfig,
     vocabulary: usize,
     batch: usize,
     length: usize,
@@ -80,14 +80,14 @@ impl Case {
             Some(_) => Memory::Checkpoint,
             None => Memory::Record,
         };
-        let shape = |hidden, inner, layers, heads, key_value| config::Student {
+        let shape = |hidden, inner, layers, heads, key_value| config::StudentConfig {
             hidden_size: hidden,
             intermediate_size: inner,
             num_hidden_layers: layers,
             num_attention_heads: heads,
             num_key_value_heads: key_value,
             max_position_embeddings: length,
-            ..config::Student::default()
+            ..config::StudentConfig::default()
         };
         let name = options.remove("--shape").unwrap_or("135m".into());
         let (shape, own_vocabulary, own_batch) = match name.as_str() {
@@ -158,7 +158,7 @@ fn time(case: &Case) -> Result<()> {
     let mut optimizer = Optimizer::new(&student, &[])?;
     let mut gradients = student.model.gradients();
     let batch = case.random_batch();
-    let settings = config::Train::default();
+    let settings = config::TrainConfig::default();
     let weights = Weights {
         soft: [SoftTerm {
             divergence: Divergence::Tail,

@@ -107,9 +107,9 @@ fn prompts(bytes: &[u8]) {
     };
     let name = ["prompts.jsonl", "prompts.txt", "prompts.jsonl.gz"][usize::from(*kind) % 3];
     let dir = tempfile::tempdir().unwrap();
-    let settings = config::Prompts {
+    let settings = config::PromptsConfig {
         source: dir.path().join(name),
-        ..config::Prompts::default()
+        ..config::PromptsConfig::default()
     };
     std::fs::write(&settings.source, bytes).unwrap();
     if let Ok(prompts) = prompt::load(&settings, || Ok(())) {

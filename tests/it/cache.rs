@@ -17,7 +17,7 @@ use crate::cache_samples::{encode, sample, scan};
 use crate::nightly;
 
 fn open(dir: &Path) -> anyhow::Result<Cache> {
-    Cache::open(dir, &config::Cache::default())
+    Cache::open(dir, &config::CacheConfig::default())
 }
 
 fn read_all(dir: &Path) -> anyhow::Result<Vec<Record>> {

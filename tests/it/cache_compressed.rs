@@ -13,7 +13,7 @@ use distill::exit::Exit;
 
 use crate::cache_samples::{encode, sample};
 
-const ZSTD: config::Cache = config::Cache {
+const ZSTD: config::CacheConfig = config::CacheConfig {
     durability: Durability::Batch,
     compression: Compression::Zstd,
 };
@@ -98,7 +98,7 @@ fn older_records_are_compressed_and_all_are_there() {
     assert!(read_all(dir.path()).unwrap() == all);
 
     // Without compression again: what is compressed stays, what comes is plain.
-    let cache = Cache::open(dir.path(), &config::Cache::default()).unwrap();
+    let cache = Cache::open(dir.path(), &config::CacheConfig::default()).unwrap();
     assert_eq!(cache.len(), all.len());
     assert!(cache.contains(&all[7].key) && !cache.contains(&sample(500).key));
     cache.append(&all[7]).unwrap();
@@ -172,7 +172,7 @@ fn a_file_cut_at_every_byte_keeps_the_frames_before_the_cut() {
     ] {
         let dir = folder(&file[..cut], &encode(records(plain.clone())));
         let whole = ends.iter().rposition(|&end| end <= cut).unwrap();
-        let cache = Cache::open(dir.path(), &config::Cache::default()).unwrap();
+        let cache = Cache::open(dir.path(), &config::CacheConfig::default()).unwrap();
         let least = whole * 10 + plain.clone().count();
         assert!((least..=least + 10).contains(&cache.len()), "cut at {cut}");
         cache.append(&sample(99)).unwrap();
@@ -279,7 +279,7 @@ fn damage_in_the_middle_is_refused_and_named() {
 
 #[test]
 fn a_crash_between_the_two_steps_of_compressing_leaves_nothing_twice() {
-    for settings in [config::Cache::default(), ZSTD] {
+    for settings in [config::CacheConfig::default(), ZSTD] {
         let dir = folder(
             &[frame(0..10), frame(10..20)].concat(),
             &encode(records(10..25)),

@@ -31,8 +31,8 @@ fn records(count: u64) -> Vec<Record> {
         .collect()
 }
 
-fn settings(durability: Durability) -> config::Cache {
-    config::Cache {
+fn settings(durability: Durability) -> config::CacheConfig {
+    config::CacheConfig {
         durability,
         compression: Compression::Zstd,
     }
@@ -212,12 +212,12 @@ fn after_a_power_loss_all_that_was_synced_is_there() {
         write(compressed_file(crashed.path()), image(0), &mut random);
         write(plain_file(crashed.path()), image(plain), &mut random);
         rounds += 1;
-        if let Err(error) = Cache::open(crashed.path(), &config::Cache::default()) {
+        if let Err(error) = Cache::open(crashed.path(), &config::CacheConfig::default()) {
             // Old blocks can look like damage, which is told and repaired.
             assert_eq!(Exit::code_of(&error), 5, "step {crash}: {error}");
             refused += 1;
             repair(crashed.path()).unwrap();
-            drop(Cache::open(crashed.path(), &config::Cache::default()).unwrap());
+            drop(Cache::open(crashed.path(), &config::CacheConfig::default()).unwrap());
         }
         let found: Vec<Record> = distill::cache::reader::read(crashed.path())
             .unwrap()

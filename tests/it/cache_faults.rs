@@ -89,9 +89,9 @@ impl Storage for Faulty {
 
 /// An empty cache whose plain file is `storage`.
 fn open_on(dir: &Path, durability: Durability, storage: impl Storage + 'static) -> Cache {
-    let settings = config::Cache {
+    let settings = config::CacheConfig {
         durability,
-        ..config::Cache::default()
+        ..config::CacheConfig::default()
     };
     let storage = Mutex::new(Some(storage));
     let wrap: Wrap = Box::new(move |_| Box::new(storage.lock().unwrap().take().unwrap()));

@@ -76,7 +76,7 @@ fn assert_holds(dir: &Path, expected: &[Record]) {
     let findings = reader::examine(dir, &mut |_, _| Ok(())).unwrap();
     assert!(findings.damaged.is_empty() && findings.torn.is_empty());
     assert!(findings.repeated.is_empty());
-    let opened = Cache::open(dir, &config::Cache::default()).unwrap();
+    let opened = Cache::open(dir, &config::CacheConfig::default()).unwrap();
     assert_eq!(opened.len(), expected.len());
 }
 
@@ -218,16 +218,16 @@ fn a_whole_cache_is_left_alone_and_a_newer_one_too() {
         );
     }
     let held = folder(b"", &encode(records(0..2)));
-    let _cache = Cache::open(held.path(), &config::Cache::default()).unwrap();
+    let _cache = Cache::open(held.path(), &config::CacheConfig::default()).unwrap();
     let error = repair(held.path()).unwrap_err().to_string();
     assert!(error.contains("another process"), "{error}");
 }
 
 /// Merges without progress.
 fn merged(into: &Path, compression: Compression, sources: &[&Path]) -> anyhow::Result<Vec<Merged>> {
-    let settings = config::Cache {
+    let settings = config::CacheConfig {
         compression,
-        ..config::Cache::default()
+        ..config::CacheConfig::default()
     };
     let sources: Vec<_> = sources.iter().map(|path| path.to_path_buf()).collect();
     merge(into, &settings, &sources, &mut |_, _| Ok(()))
@@ -342,7 +342,7 @@ fn an_answer_under_the_key_of_another_question_is_no_record() {
         );
         let target = tempfile::tempdir().unwrap();
         let sources = [source.path().to_owned()];
-        let settings = config::Cache::default();
+        let settings = config::CacheConfig::default();
         let error = merge(target.path(), &settings, &sources, &mut |_, _| Ok(())).unwrap_err();
         assert_eq!(Exit::code_of(&error), 5, "{error:#}");
         let repaired = repair(source.path()).unwrap();

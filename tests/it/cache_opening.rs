@@ -32,7 +32,7 @@ fn an_index_opens_the_cache_and_is_never_trusted_over_it() {
     let index = dir.path().join("responses.index");
     let read = |dir: &Path| {
         let mut bytes = 0;
-        let settings = config::Cache::default();
+        let settings = config::CacheConfig::default();
         let cache = Cache::open_with(
             dir,
             &settings,
@@ -54,7 +54,7 @@ fn an_index_opens_the_cache_and_is_never_trusted_over_it() {
     close(read(dir.path()).unwrap(), (0, 60, cost));
 
     // Appended to, by us and by another.
-    let cache = Cache::open(dir.path(), &config::Cache::default()).unwrap();
+    let cache = Cache::open(dir.path(), &config::CacheConfig::default()).unwrap();
     cache.append(&sample(60)).unwrap();
     assert!(cache.contains(&sample(7).key) && cache.contains(&sample(60).key));
     drop(cache);
@@ -140,7 +140,7 @@ fn a_pipe_in_the_place_of_a_cache_is_refused_and_not_waited_for() {
         .arg(cache::plain_file(dir.path()))
         .status();
     assert!(status.unwrap().success());
-    let settings = distill::config::Cache::default();
+    let settings = distill::config::CacheConfig::default();
     let errors = [
         Cache::open(dir.path(), &settings).err(),
         distill::cache::open::peek(dir.path()).err(),

@@ -275,7 +275,7 @@ fn a_second_process_on_the_same_cache_is_told_who_holds_it() {
     let (dir, config) = folder("http://127.0.0.1:9/v1");
     let held = distill::cache::Cache::open(
         &dir.path().join("run/cache"),
-        &distill::config::Cache::default(),
+        &distill::config::CacheConfig::default(),
     );
     let held = held.unwrap();
     let pid = std::process::id().to_string();

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
-use distill::config::{Config, Init, Kd, Student};
+use distill::config::{Config, KdMode, StudentConfig, StudentInit};
 use distill::exit::Exit;
 use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
@@ -130,16 +130,16 @@ fn trained(dir: &Path) -> (Config, distill::train::summary::Summary) {
     fs::write(dir.join("rows.jsonl"), rows).unwrap();
     let mut config = Config {
         run_dir: dir.join("run"),
-        student: Student {
-            init: Init::Pretrained,
+        student: StudentConfig {
+            init: StudentInit::Pretrained,
             path: dir.into(),
-            ..Student::default()
+            ..StudentConfig::default()
         },
         ..Config::default()
     };
     config.data.source = Some(dir.join("rows.jsonl"));
     config.data.validation_share = 0.0;
-    config.loss.kd = Kd::None;
+    config.loss.kd = KdMode::None;
     config.train.steps = Some(1);
     config.train.learning_rate = 0.0;
     let summary = train::run(&config, Start::Fresh.into()).unwrap();

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Every source file under `src/`, as its path below it and its code without its tests.
-fn sources() -> Vec<(String, String)> {
+pub(crate) fn sources() -> Vec<(String, String)> {
     fn walk(dir: &Path, files: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();

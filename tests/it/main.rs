@@ -22,6 +22,7 @@ mod gradients;
 mod harvest;
 mod hostile_models;
 mod house;
+mod imports;
 mod kills;
 mod mock;
 mod model;

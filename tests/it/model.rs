@@ -3,14 +3,14 @@
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as oracle;
-use distill::config::Student;
+use distill::config::StudentConfig;
 use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
 use distill::model::{Input, Model, parameters};
 
 /// A small decoder with grouped heads: hidden 32, 2 layers, 4 query and 2 key/value heads.
 pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
-    let student = Student {
+    let student = StudentConfig {
         hidden_size: 32,
         intermediate_size: 48,
         num_hidden_layers: 2,
@@ -18,7 +18,7 @@ pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
         num_key_value_heads: 2,
         tie_word_embeddings: tied,
         max_position_embeddings: 256,
-        ..Student::default()
+        ..StudentConfig::default()
     };
     let config = ModelConfig::of_student(&student, 61, &[0]).unwrap();
     let mut tensors = parameters::random_weights(&config, 7).unwrap();

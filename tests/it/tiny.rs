@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::DType;
-use distill::config::Student;
+use distill::config::StudentConfig;
 use distill::model::config::shape::ModelConfig;
 use distill::model::{parameters, weights};
 use serde_json::{Map, Value, json};
@@ -34,7 +34,7 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message
 
 /// Writes a llama with random weights, for prompt and answer of `context` tokens, into `dir`.
 pub fn write_model(dir: &Path, seed: u64, context: usize) {
-    let student = Student {
+    let student = StudentConfig {
         hidden_size: 32,
         intermediate_size: 64,
         num_hidden_layers: 2,
@@ -42,7 +42,7 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
         num_key_value_heads: 2,
         tie_word_embeddings: false,
         max_position_embeddings: context,
-        ..Student::default()
+        ..StudentConfig::default()
     };
     let end_of_turn = VOCABULARY as u32 - 1;
     let config = ModelConfig::of_student(&student, PADDED_VOCABULARY, &[end_of_turn]).unwrap();

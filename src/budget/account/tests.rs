@@ -6,7 +6,7 @@ use crate::budget::account::*;
 #[derive(Debug, Clone)]
 struct Nowhere;
 
-impl Store for Nowhere {
+impl LedgerStore for Nowhere {
     fn save(&mut self, _: &Ledger) -> Result<()> {
         Ok(())
     }
@@ -42,7 +42,7 @@ fn usage(prompt_tokens: u64, completion_tokens: u64) -> Usage {
 
 #[test]
 fn a_reservation_is_settled_by_what_is_known() {
-    let bound = Bound {
+    let bound = TokenBound {
         input_tokens: 1_000,
         output_tokens: 900,
     };
@@ -54,32 +54,32 @@ fn a_reservation_is_settled_by_what_is_known() {
         !account.reserve(&amount).unwrap(),
         "a third one does not fit"
     );
-    account.settle(&amount, Bill::Nothing, &PRICE);
+    account.settle(&amount, Charge::Nothing, &PRICE);
     assert!(account.reserve(&amount).unwrap());
-    account.settle(&amount, Bill::Measured(usage(500, 100)), &PRICE);
+    account.settle(&amount, Charge::Measured(usage(500, 100)), &PRICE);
     assert_eq!(account.spent().measured_usd, Dollars::at_least(0.0015));
-    account.settle(&amount, Bill::Possible, &PRICE);
+    account.settle(&amount, Charge::Possible, &PRICE);
     assert_eq!(account.spent().estimated_usd, amount.usd);
     assert_eq!(account.room(), Dollars::at_most(0.0135));
-    let half = Bound {
+    let half = TokenBound {
         input_tokens: 500,
         output_tokens: 10,
     };
     assert!(account.reserve(&amount).unwrap());
-    account.settle(&amount, Bill::Answered(half), &PRICE);
+    account.settle(&amount, Charge::Answered(half), &PRICE);
     assert_eq!(account.spent().estimated_usd, Dollars::at_least(0.0106));
 }
 
 #[test]
 fn a_model_that_exceeds_its_bound_is_reserved_more_for_in_later_runs_too() {
-    let bound = Bound {
+    let bound = TokenBound {
         input_tokens: 0,
         output_tokens: 100,
     };
     let mut first = account(1.0, Ledger::default(), &PRICE);
     let amount = first.bound(&bound, &PRICE);
     assert!(first.reserve(&amount).unwrap());
-    first.settle(&amount, Bill::Measured(usage(0, 150)), &PRICE);
+    first.settle(&amount, Charge::Measured(usage(0, 150)), &PRICE);
     assert_eq!(first.bound(&bound, &PRICE).usd, amount.usd.times(1.5));
     let next = account(1.0, first.ledger.clone(), &PRICE);
     assert_eq!(next.bound(&bound, &PRICE).usd, amount.usd.times(1.5));
@@ -87,7 +87,7 @@ fn a_model_that_exceeds_its_bound_is_reserved_more_for_in_later_runs_too() {
 
 #[test]
 fn many_requests_that_exceed_their_bound_alike_raise_the_factor_once() {
-    let bound = Bound {
+    let bound = TokenBound {
         input_tokens: 0,
         output_tokens: 100,
     };
@@ -97,16 +97,16 @@ fn many_requests_that_exceed_their_bound_alike_raise_the_factor_once() {
         assert!(account.reserve(&amount).unwrap());
     }
     for _ in 0..32 {
-        account.settle(&amount, Bill::Measured(usage(0, 150)), &PRICE);
+        account.settle(&amount, Charge::Measured(usage(0, 150)), &PRICE);
     }
     assert_eq!(account.ledger.excess, 1.5);
     let raised = account.bound(&bound, &PRICE);
     assert!(account.reserve(&raised).unwrap());
-    account.settle(&raised, Bill::Measured(usage(0, 150)), &PRICE);
+    account.settle(&raised, Charge::Measured(usage(0, 150)), &PRICE);
     assert_eq!(account.ledger.excess, 1.5, "what was reserved covered it");
     let held = amount.usd.times(3.0);
     account.hold_for_batch(held);
-    let bill = Bill::Measured(usage(0, 200));
+    let bill = Charge::Measured(usage(0, 200));
     account
         .settle_of_batch(held, amount.usd, 1, bill, &PRICE)
         .unwrap();
@@ -115,7 +115,7 @@ fn many_requests_that_exceed_their_bound_alike_raise_the_factor_once() {
 
 #[test]
 fn what_was_spent_without_a_price_is_counted_at_the_first_one() {
-    let bound = Bound {
+    let bound = TokenBound {
         input_tokens: 1_000,
         output_tokens: 1_000,
     };
@@ -123,7 +123,7 @@ fn what_was_spent_without_a_price_is_counted_at_the_first_one() {
     let mut first = account(1.0, Ledger::default(), &free);
     let amount = first.bound(&bound, &free);
     assert!(first.reserve(&amount).unwrap() && first.reserve(&amount).unwrap());
-    first.settle(&amount, Bill::Measured(usage(1_000, 100)), &free);
+    first.settle(&amount, Charge::Measured(usage(1_000, 100)), &free);
     assert_eq!(first.spent().total(), Dollars::ZERO);
     // The other one is in flight when the process is killed.
     let next = account(1.0, first.ledger.clone(), &PRICE);

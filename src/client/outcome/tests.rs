@@ -3,30 +3,34 @@ use crate::client::outcome::*;
 
 const NOW: Duration = Duration::from_secs(1_800_000_000);
 
-fn reply(status: u16, headers: &[(&'static str, &str)], body: &str) -> Result<Reply, Fault> {
+fn reply(
+    status: u16,
+    headers: &[(&'static str, &str)],
+    body: &str,
+) -> Result<HttpReply, TransportError> {
     let headers = headers
         .iter()
         .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
         .collect();
-    Ok(Reply::whole(status, headers, body.to_string().into()))
+    Ok(HttpReply::whole(status, headers, body.to_string().into()))
 }
 
 /// The outcome in a word, and the wait in milliseconds where there is one.
-fn sort(result: Result<Reply, Fault>) -> String {
+fn sort(result: Result<HttpReply, TransportError>) -> String {
     let trouble = match classify(result, SystemTime::UNIX_EPOCH + NOW) {
         Ok(_) => return "answer".into(),
         Err(trouble) => trouble,
     };
     match trouble {
-        Trouble::Claim(claim) => format!("claim: {:?}", claim.reason),
-        Trouble::Refused(failure) => format!("refused: {}", failure.class),
-        Trouble::Filtered(failure) => format!("filtered: {}", failure.class),
-        Trouble::Unreadable { problem, .. } => format!("unreadable: {problem}"),
-        Trouble::KeyRenewed => "key renewed".into(),
-        Trouble::Throttled { wait, .. } => {
+        AttemptError::Claim(claim) => format!("claim: {:?}", claim.reason),
+        AttemptError::Refused(failure) => format!("refused: {}", failure.class),
+        AttemptError::Filtered(failure) => format!("filtered: {}", failure.class),
+        AttemptError::Unreadable { problem, .. } => format!("unreadable: {problem}"),
+        AttemptError::KeyRenewed => "key renewed".into(),
+        AttemptError::Throttled { wait, .. } => {
             format!("throttled: {:?}", wait.map(|w| w.as_millis()))
         }
-        Trouble::Transient { failure, wait } => {
+        AttemptError::Transient { failure, wait } => {
             format!("transient: {} {}", failure.class, wait.as_millis())
         }
     }
@@ -276,13 +280,13 @@ fn every_status_has_its_class() {
 
 #[test]
 fn faults_of_the_connection_may_pass() {
-    assert_eq!(sort(Err(Fault::Timeout)), "transient: timeout 0");
+    assert_eq!(sort(Err(TransportError::Timeout)), "transient: timeout 0");
     assert_eq!(
-        sort(Err(Fault::Unreachable("x".into()))),
+        sort(Err(TransportError::Unreachable("x".into()))),
         "transient: unreachable 0"
     );
     assert_eq!(
-        sort(Err(Fault::Broken("x".into()))),
+        sort(Err(TransportError::Broken("x".into()))),
         "transient: connection lost 0"
     );
 }
@@ -291,7 +295,7 @@ fn faults_of_the_connection_may_pass() {
 fn an_answer_that_had_come_whole_before_the_connection_broke_is_an_answer() {
     let cut = |body: &str| {
         let mut reply = reply(200, &[], body).unwrap();
-        reply.end = End::Cut(Fault::Broken("reset".into()));
+        reply.end = BodyEnd::Cut(TransportError::Broken("reset".into()));
         sort(Ok(reply))
     };
     let whole = r#"{"choices":[{"message":{"content":"x"}}]}"#;
@@ -307,7 +311,7 @@ fn an_answer_that_had_come_whole_before_the_connection_broke_is_an_answer() {
         assert_eq!(cut(piece), "transient: connection lost 0");
     }
     let mut reply = reply(200, &[], whole).unwrap();
-    reply.end = End::Unreadable {
+    reply.end = BodyEnd::Unreadable {
         problem: "too large".into(),
         raw: bytes::Bytes::new(),
     };
@@ -342,10 +346,10 @@ fn a_wait_that_is_asked_for_is_obeyed_by_the_class_of_the_reply() {
 
 #[test]
 fn pauses_double_up_to_the_longest() {
-    let retry = config::Retry {
+    let retry = config::RetryConfig {
         base_s: 0.5,
         max_s: 60.0,
-        ..config::Retry::default()
+        ..config::RetryConfig::default()
     };
     let ceilings = [1, 2, 3, 7, 8, 1000].map(|attempt| backoff(attempt, &retry, 1.0).as_secs_f64());
     assert_eq!(ceilings, [0.5, 1.0, 2.0, 32.0, 60.0, 60.0]);

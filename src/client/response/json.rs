@@ -10,7 +10,7 @@ use crate::client::response::json_error::Problem;
 use crate::client::response::json_error::beginning;
 use serde_json::Value;
 
-use crate::client::response::repair::Repair;
+use crate::client::response::repair::JsonRepair;
 
 /// The first JSON value in `body`: read as it is where it is strict JSON, else repaired.
 pub(crate) fn value(body: &[u8]) -> Result<Value, Problem> {
@@ -56,7 +56,7 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, Problem> {
 }
 
 fn run(text: &[u8]) -> Result<Vec<u8>, Problem> {
-    let mut repair = Repair {
+    let mut repair = JsonRepair {
         text,
         at: 0,
         out: Vec::with_capacity(text.len() + 16),

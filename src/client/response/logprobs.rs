@@ -19,7 +19,7 @@ const SENTINEL: f64 = -9999.0;
 
 /// The field as it should be.
 #[derive(Deserialize)]
-pub(crate) struct Wire<'a> {
+pub(crate) struct WireLogprobs<'a> {
     #[serde(borrow)]
     content: Option<Vec<Position<'a>>>,
     tokens: Option<Vec<String>>,
@@ -33,26 +33,26 @@ struct Position<'a> {
     token: Cow<'a, str>,
     #[serde(default)]
     logprob: Logprob,
-    bytes: Option<Bytes>,
+    bytes: Option<TokenByteList>,
     #[serde(borrow, alias = "top_probs")]
-    top_logprobs: Option<Vec<Alternative<'a>>>,
+    top_logprobs: Option<Vec<WireToken<'a>>>,
     /// In the place of a logprob, as llama.cpp sends it after sampling.
     prob: Option<f64>,
 }
 
 /// A token with its logprob.
 #[derive(Deserialize)]
-pub(crate) struct Alternative<'a> {
+pub(crate) struct WireToken<'a> {
     #[serde(borrow)]
     pub token: Cow<'a, str>,
     #[serde(default)]
     pub logprob: Logprob,
-    pub bytes: Option<Bytes>,
+    pub bytes: Option<TokenByteList>,
     #[serde(default)]
     pub prob: Option<f64>,
 }
 
-impl Alternative<'_> {
+impl WireToken<'_> {
     /// Its bytes, or where it has none those of its text: of control tokens, some servers send an empty list.
     pub(crate) fn spelled(&self) -> &[u8] {
         match &self.bytes {
@@ -119,63 +119,63 @@ impl<'de> Deserialize<'de> for Logprob {
 }
 
 /// A token's bytes: nearly always few, and so many tokens have them that they get no allocation.
-pub(crate) enum Bytes {
+pub(crate) enum TokenByteList {
     Few([u8; FEW], usize),
     Many(Vec<u8>),
 }
 
 const FEW: usize = 24;
 
-impl Default for Bytes {
+impl Default for TokenByteList {
     fn default() -> Self {
-        Bytes::Few([0; FEW], 0)
+        TokenByteList::Few([0; FEW], 0)
     }
 }
 
-impl Bytes {
+impl TokenByteList {
     pub(crate) fn push(&mut self, byte: u8) {
         match self {
-            Bytes::Few(bytes, length) if *length < FEW => {
+            TokenByteList::Few(bytes, length) if *length < FEW => {
                 bytes[*length] = byte;
                 *length += 1;
             }
-            Bytes::Few(bytes, _) => {
+            TokenByteList::Few(bytes, _) => {
                 let mut many = bytes.to_vec();
                 many.push(byte);
-                *self = Bytes::Many(many);
+                *self = TokenByteList::Many(many);
             }
-            Bytes::Many(bytes) => bytes.push(byte),
+            TokenByteList::Many(bytes) => bytes.push(byte),
         }
     }
 
     fn as_slice(&self) -> &[u8] {
         match self {
-            Bytes::Few(bytes, length) => &bytes[..*length],
-            Bytes::Many(bytes) => bytes,
+            TokenByteList::Few(bytes, length) => &bytes[..*length],
+            TokenByteList::Many(bytes) => bytes,
         }
     }
 }
 
-impl From<&[u8]> for Bytes {
+impl From<&[u8]> for TokenByteList {
     fn from(of_token: &[u8]) -> Self {
-        let mut bytes = Bytes::default();
+        let mut bytes = TokenByteList::default();
         of_token.iter().for_each(|byte| bytes.push(*byte));
         bytes
     }
 }
 
-impl<'de> Deserialize<'de> for Bytes {
+impl<'de> Deserialize<'de> for TokenByteList {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct List;
         impl<'de> Visitor<'de> for List {
-            type Value = Bytes;
+            type Value = TokenByteList;
 
             fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
                 formatter.write_str("a list of bytes")
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Bytes, A::Error> {
-                let mut bytes = Bytes::default();
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<TokenByteList, A::Error> {
+                let mut bytes = TokenByteList::default();
                 while let Some(byte) = list.next_element()? {
                     bytes.push(byte);
                 }
@@ -250,8 +250,8 @@ fn usual_token(token: &mut Value) {
 }
 
 /// As [`parse`], of what has been read already.
-pub(crate) fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String> {
-    let mut columns = Columns::default();
+pub(crate) fn columns(wire: WireLogprobs, text: &str) -> Result<Option<Logprobs>, String> {
+    let mut columns = LogprobColumns::default();
     if let Some(tokens) = wire.tokens {
         let logprobs = wire.token_logprobs.unwrap_or_default();
         if logprobs.len() != tokens.len() {
@@ -264,15 +264,13 @@ pub(crate) fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String
         let mut top = wire.top_logprobs.unwrap_or_default().into_iter();
         for (token, logprob) in tokens.into_iter().zip(logprobs) {
             let alternatives = top.next().flatten().unwrap_or_default();
-            let alternatives = alternatives
-                .into_iter()
-                .map(|(token, logprob)| Alternative {
-                    token: token.into(),
-                    logprob: logprob.as_f64().map(Logprob::from).unwrap_or_default(),
-                    bytes: None,
-                    prob: None,
-                });
-            let position = Alternative {
+            let alternatives = alternatives.into_iter().map(|(token, logprob)| WireToken {
+                token: token.into(),
+                logprob: logprob.as_f64().map(Logprob::from).unwrap_or_default(),
+                bytes: None,
+                prob: None,
+            });
+            let position = WireToken {
                 token: token.into(),
                 logprob,
                 bytes: None,
@@ -282,7 +280,7 @@ pub(crate) fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String
         }
     } else {
         for position in wire.content.unwrap_or_default() {
-            let emitted = Alternative {
+            let emitted = WireToken {
                 token: position.token,
                 logprob: position.logprob.or_of(position.prob),
                 bytes: position.bytes,
@@ -300,20 +298,20 @@ pub(crate) fn columns(wire: Wire, text: &str) -> Result<Option<Logprobs>, String
 
 /// The columns of a record in the making.
 #[derive(Default)]
-pub(crate) struct Columns {
+pub(crate) struct LogprobColumns {
     logprobs: Logprobs,
     /// The emitted tokens' bytes, joined.
     joined: Vec<u8>,
 }
 
-impl Columns {
+impl LogprobColumns {
     /// Adds a position: the token that was emitted, and all that were likely, which are taken.
-    pub(crate) fn push(&mut self, emitted: Alternative, alternatives: &mut Vec<Alternative>) {
+    pub(crate) fn push(&mut self, emitted: WireToken, alternatives: &mut Vec<WireToken>) {
         self.joined.extend_from_slice(emitted.spelled());
         let logprob = emitted.logprob.0;
         let token = self.text(emitted, -1);
         // Best first, the missing ones last; a stable sort leaves equal ones as they came.
-        let value = |other: &Alternative| other.logprob.0.unwrap_or(f32::NEG_INFINITY);
+        let value = |other: &WireToken| other.logprob.0.unwrap_or(f32::NEG_INFINITY);
         if !alternatives.is_sorted_by(|a, b| value(a) >= value(b)) {
             alternatives.sort_by(|a, b| value(b).total_cmp(&value(a)));
         }
@@ -330,7 +328,7 @@ impl Columns {
     }
 
     /// A token is its bytes. Bytes that are no text become `""`, and an entry in `raw`.
-    fn text(&mut self, token: Alternative, rank: i32) -> String {
+    fn text(&mut self, token: WireToken, rank: i32) -> String {
         let bytes = token.spelled();
         match std::str::from_utf8(bytes) {
             _ if bytes == token.token.as_bytes() => token.token.into_owned(),

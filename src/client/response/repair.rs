@@ -7,7 +7,7 @@ use crate::client::response::json_error::{Problem, beginning};
 const DEEPEST: usize = 96;
 
 /// The rewriting of one value. It keeps a stack of its own, so that depth costs no recursion.
-pub(crate) struct Repair<'a> {
+pub(crate) struct JsonRepair<'a> {
     pub(crate) text: &'a [u8],
     pub(crate) at: usize,
     pub(crate) out: Vec<u8>,
@@ -17,7 +17,7 @@ pub(crate) struct Repair<'a> {
     pub(crate) whole: usize,
 }
 
-impl Repair<'_> {
+impl JsonRepair<'_> {
     pub(crate) fn run(&mut self) -> Result<(), Problem> {
         loop {
             self.value()?;

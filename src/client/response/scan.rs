@@ -10,13 +10,13 @@ use memchr::memmem;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
 
-use crate::client::response::logprobs::{Alternative, Bytes, Columns, Logprob};
+use crate::client::response::logprobs::{Logprob, LogprobColumns, TokenByteList, WireToken};
 
 /// A body of which the logprobs have been read.
 pub(crate) struct Cut {
     /// The body with a [`Mark`] in the place of the logprobs' list.
     pub rest: Vec<u8>,
-    pub columns: Columns,
+    pub columns: LogprobColumns,
 }
 
 /// Stands where logprobs have been cut out.
@@ -54,7 +54,7 @@ pub(crate) fn cut(body: &[u8]) -> Option<Cut> {
     scanner.need(b':')?;
     scanner.space();
     let start = scanner.at;
-    let mut columns = Columns::default();
+    let mut columns = LogprobColumns::default();
     let mut top = Vec::new();
     scanner.list(|scanner| {
         let position = scanner.token(Some(&mut top))?;
@@ -152,7 +152,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// A token with its logprob; `top` takes the alternatives to it, where there can be any.
-    fn token(&mut self, mut top: Option<&mut Vec<Alternative<'a>>>) -> Option<Alternative<'a>> {
+    fn token(&mut self, mut top: Option<&mut Vec<WireToken<'a>>>) -> Option<WireToken<'a>> {
         let (mut token, mut logprob, mut bytes) = (None, Logprob::default(), None);
         self.need(b'{')?;
         loop {
@@ -174,7 +174,7 @@ impl<'a> Scanner<'a> {
             }
         }
         self.need(b'}')?;
-        Some(Alternative {
+        Some(WireToken {
             token: token?,
             logprob,
             bytes,
@@ -182,8 +182,8 @@ impl<'a> Scanner<'a> {
         })
     }
 
-    fn bytes(&mut self) -> Option<Bytes> {
-        let mut bytes = Bytes::default();
+    fn bytes(&mut self) -> Option<TokenByteList> {
+        let mut bytes = TokenByteList::default();
         self.list(|scanner| {
             scanner.space();
             let digits = &scanner.text.as_bytes()[scanner.at..];

@@ -57,7 +57,7 @@ pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
 /// Merges `sources` into the cache in `dir` and says what came of each.
 pub(crate) fn merge(
     dir: &Path,
-    settings: &config::Cache,
+    settings: &config::CacheConfig,
     price: &Price,
     sources: &[PathBuf],
     json: bool,

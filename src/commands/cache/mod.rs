@@ -70,7 +70,7 @@ fn config(place: &CachePlace) -> Result<Option<Config>> {
 }
 
 /// How to write the cache: as the config says, or else as it is.
-fn settings(place: &CachePlace) -> Result<config::Cache> {
+fn settings(place: &CachePlace) -> Result<config::CacheConfig> {
     let mut settings = config(place)?.map_or_else(Default::default, |config| config.cache);
     if let Some(dir) = &place.dir
         && cache::compressed_file(dir).exists()

@@ -183,7 +183,11 @@ pub fn prompts(config: &Config, selection: &Selection) -> Result<HashMap<String,
 ///
 /// # Errors
 /// If the cache is damaged, or no example is left ([`Exit::Usage`], with the reasons).
-pub fn held_out(dir: &Path, settings: &config::Data, tokenizer: &Tokenizer) -> Result<Dataset> {
+pub fn held_out(
+    dir: &Path,
+    settings: &config::DataConfig,
+    tokenizer: &Tokenizer,
+) -> Result<Dataset> {
     let source = Source::Cache(dir.to_owned());
     let nothing = &mut |_, _| Ok(());
     let selection = match &settings.groups {
@@ -198,10 +202,10 @@ pub fn held_out(dir: &Path, settings: &config::Data, tokenizer: &Tokenizer) -> R
 /// A hash of all that the prepared examples depend on.
 fn hash(
     source: &Source,
-    (settings, selection): (&config::Data, &Selection),
+    (settings, selection): (&config::DataConfig, &Selection),
     tokenizer: &Tokenizer,
 ) -> Result<String> {
-    let config::Data {
+    let config::DataConfig {
         // The source counts by its content, and the split is made later.
         source: _,
         cache: _,

@@ -34,7 +34,7 @@ use crate::tokenizer::chat_template::meter::NEEDS_DATE;
 /// is left ([`Exit::Usage`], with the reasons).
 pub(crate) fn run(
     source: &Source,
-    (settings, selection): (&config::Data, &Selection),
+    (settings, selection): (&config::DataConfig, &Selection),
     tokenizer: &Tokenizer,
     sink: Sink,
     hash: &str,
@@ -126,7 +126,7 @@ type Failure = (u64, Error);
 /// What all threads share.
 struct Work<'a> {
     source: &'a Source,
-    settings: &'a config::Data,
+    settings: &'a config::DataConfig,
     selection: &'a Selection,
     tokenizer: &'a Tokenizer,
     /// `data.teacher_tokenizer`.
@@ -229,7 +229,7 @@ pub(super) struct Preparing<'a> {
     tokenizer: &'a Tokenizer,
     samples: &'a Samples,
     mapper: Mapper<'a>,
-    settings: &'a config::Data,
+    settings: &'a config::DataConfig,
     in_file: bool,
     report: Report,
 }
@@ -261,7 +261,7 @@ impl<'a> Preparing<'a> {
     /// With the tokenizers of the student and of `data.teacher_tokenizer`.
     pub(super) fn new(
         source: &Source,
-        settings: &'a config::Data,
+        settings: &'a config::DataConfig,
         (tokenizer, teacher): (&'a Tokenizer, Option<&'a Tokenizer>),
         samples: &'a Samples,
     ) -> Self {

@@ -80,7 +80,7 @@ pub(crate) struct Skipped {
 }
 
 /// Removes thinking from the beginning of answers, if the settings say so.
-fn drop_thinking(messages: &mut [Message], settings: &config::Data) {
+fn drop_thinking(messages: &mut [Message], settings: &config::DataConfig) {
     if settings.thinking == Thinking::Drop {
         let answers = messages.iter_mut();
         for answer in answers.filter(|message| message.role == "assistant") {
@@ -92,7 +92,7 @@ fn drop_thinking(messages: &mut [Message], settings: &config::Data) {
 /// A record as a row, or the reason to leave it out.
 pub(crate) fn of_record<'a>(
     record: RecordView<'a>,
-    settings: &config::Data,
+    settings: &config::DataConfig,
     selection: &Selection,
 ) -> Result<Row<'a>, Box<Skipped>> {
     let params = record.params();
@@ -122,7 +122,7 @@ pub(crate) fn of_record<'a>(
 fn row<'a>(
     mut record: RecordView<'a>,
     params: &Value,
-    settings: &config::Data,
+    settings: &config::DataConfig,
 ) -> Result<Row<'a>, String> {
     is_wanted(record.status, &record.answer.finish_reason, settings)?;
     let sampling = Sampling::of(params);
@@ -158,7 +158,7 @@ fn row<'a>(
 }
 
 /// What was asked in a record whose answer is to be learnt, or the reason to leave it out.
-pub fn prompt_of(record: &Record, settings: &config::Data) -> Result<Vec<Message>, String> {
+pub fn prompt_of(record: &Record, settings: &config::DataConfig) -> Result<Vec<Message>, String> {
     is_wanted(record.status, &record.answer.finish_reason, settings)?;
     messages_of_request(&record.request).ok_or_else(|| NO_TEXT.into())
 }
@@ -166,7 +166,11 @@ pub fn prompt_of(record: &Record, settings: &config::Data) -> Result<Vec<Message
 const NO_TEXT: &str = "the request has messages that are not text";
 
 /// The reason to leave an answer out, if there is one.
-fn is_wanted(status: Status, finish_reason: &str, settings: &config::Data) -> Result<(), String> {
+fn is_wanted(
+    status: Status,
+    finish_reason: &str,
+    settings: &config::DataConfig,
+) -> Result<(), String> {
     if status != Status::Ok {
         return Err("quarantined".into());
     }
@@ -257,7 +261,11 @@ fn check(fields: &Map<String, Value>, is_message: bool) -> Result<()> {
 ///
 /// # Errors
 /// If it is no such row.
-pub(crate) fn of_line(line: &str, number: u64, settings: &config::Data) -> Result<Row<'static>> {
+pub(crate) fn of_line(
+    line: &str,
+    number: u64,
+    settings: &config::DataConfig,
+) -> Result<Row<'static>> {
     let line: Line = serde_json::from_str(line)
         .context(r#"expected {"messages": [{"role": "...", "content": "..."}, ...]}"#)?;
     check(&line.others, false)?;

@@ -121,7 +121,7 @@ pub fn show(
 /// Answers to the same prompts, merged.
 fn samples_of(
     source: &Source,
-    selected: (&config::Data, &Selection),
+    selected: (&config::DataConfig, &Selection),
     tokenizers: (&Tokenizer, Option<&Tokenizer>),
 ) -> Result<Samples> {
     let (mut samples, none) = (Samples::default(), Samples::default());

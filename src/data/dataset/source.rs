@@ -98,7 +98,7 @@ impl Source {
     /// If it cannot be read, or a row of a file is none.
     pub(crate) fn for_each_row(
         &self,
-        selected: (&config::Data, &Selection),
+        selected: (&config::DataConfig, &Selection),
         mut each: impl FnMut(Result<Row, Box<Skipped>>) -> bool,
     ) -> Result<()> {
         let (mut reader, mut portion) = (self.open()?, Portion::default());
@@ -255,7 +255,7 @@ impl Portion {
     pub(crate) fn rows(
         &self,
         source: &Source,
-        (settings, selection): (&config::Data, &Selection),
+        (settings, selection): (&config::DataConfig, &Selection),
         mut each: impl FnMut(u64, Result<Row, Box<Skipped>>) -> Result<()>,
     ) -> Result<(), (u64, anyhow::Error)> {
         let mut start = 0;
@@ -284,7 +284,11 @@ impl Portion {
     }
 }
 
-fn of_line(line: &[u8], number: u64, settings: &config::Data) -> Result<Option<Row<'static>>> {
+fn of_line(
+    line: &[u8],
+    number: u64,
+    settings: &config::DataConfig,
+) -> Result<Option<Row<'static>>> {
     let line = std::str::from_utf8(line).context("it is no UTF-8")?;
     match line.trim().is_empty() {
         true => Ok(None),

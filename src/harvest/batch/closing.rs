@@ -4,14 +4,14 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 
-use super::collect::{Fate, Taking};
-use super::journal::State;
-use super::{Batches, Halt};
-use crate::budget::account::Bill;
+use super::collect::{PartCollection, RowOutcome};
+use super::journal::PartState;
+use super::{BatchStepError, Batches};
+use crate::budget::account::Charge;
 use crate::budget::dollars::Dollars;
-use crate::client::attempt_error::{Claim, Failure, Reason};
+use crate::client::attempt_error::{RefusalClaim, RefusalReason, RowFailure};
 use crate::harvest::stop;
-use crate::plan::queue::Entry;
+use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
 use crate::report::failures::FailedRow;
 
@@ -25,14 +25,22 @@ struct Closing {
     lost_usd: f64,
     filtered: u64,
     refusals: HashMap<String, usize>,
-    claim: Option<Claim>,
+    claim: Option<RefusalClaim>,
 }
 
 impl Batches<'_> {
     /// Every row of the part ends, or waits again; and so the part ends.
-    pub(super) fn close(&mut self, index: usize, taking: Taking, status: &str) -> Result<(), Halt> {
+    pub(super) fn close(
+        &mut self,
+        index: usize,
+        taking: PartCollection,
+        status: &str,
+    ) -> Result<(), BatchStepError> {
         let (lane, _) = self.lane_of(index)?;
-        let was_cancelled = matches!(self.journal.parts[index].state, State::Cancelling { .. });
+        let was_cancelled = matches!(
+            self.journal.parts[index].state,
+            PartState::Cancelling { .. }
+        );
         if taking.unreadable_lines > 0 {
             let nonce = &self.journal.parts[index].nonce;
             let place = if taking.unreadable.is_empty() {
@@ -60,11 +68,16 @@ impl Batches<'_> {
             // A line that cannot be read may be this row's, which then was paid for.
             let may_be_unreadable = fate.is_none() && taking.unreadable_lines > 0;
             let may_be_billed = match &fate {
-                Some(Fate::Again(failure) | Fate::Refused(failure) | Fate::Filtered(failure)) => {
-                    failure.may_be_billed
-                }
                 Some(
-                    Fate::Answered | Fate::Blank(_) | Fate::Unreadable { .. } | Fate::Claimed(_),
+                    RowOutcome::Again(failure)
+                    | RowOutcome::Refused(failure)
+                    | RowOutcome::Filtered(failure),
+                ) => failure.may_be_billed,
+                Some(
+                    RowOutcome::Answered
+                    | RowOutcome::Blank(_)
+                    | RowOutcome::Unreadable { .. }
+                    | RowOutcome::Claimed(_),
                 ) => false,
                 // What a batch did not come to is not billed; what it lost may be.
                 None => status != "expired" && status != "cancelled" && !rest_was_not_asked,
@@ -77,24 +90,27 @@ impl Batches<'_> {
             let Some(row) = row.flatten() else {
                 continue;
             };
-            let mut entry = Entry {
+            let mut entry = QueuedRow {
                 failed: member.failed,
-                ..Entry::fresh(row as usize)
+                ..QueuedRow::fresh(row as usize)
             };
             let failure = match fate {
-                Some(Fate::Refused(failure)) => {
+                Some(RowOutcome::Refused(failure)) => {
                     *closing.refusals.entry(failure.message.clone()).or_default() += 1;
                     entry.failed += 1;
                     self.fail(lane, entry, failure);
                     continue;
                 }
-                Some(Fate::Filtered(failure)) => {
+                Some(RowOutcome::Filtered(failure)) => {
                     self.filtered(lane, entry, &failure)?;
                     closing.filtered += 1;
                     continue;
                 }
-                Some(Fate::Claimed(claim)) => {
-                    let is_of_the_row = matches!(claim.reason, Reason::Forbidden | Reason::Address);
+                Some(RowOutcome::Claimed(claim)) => {
+                    let is_of_the_row = matches!(
+                        claim.reason,
+                        RefusalReason::Forbidden | RefusalReason::Address
+                    );
                     if has_answers && is_of_the_row {
                         entry.failed += 1;
                         self.fail(lane, entry, claim.failure);
@@ -107,8 +123,10 @@ impl Batches<'_> {
                     }
                     claim.failure
                 }
-                Some(Fate::Again(failure)) => failure,
-                Some(Fate::Answered | Fate::Blank(_) | Fate::Unreadable { .. }) => {
+                Some(RowOutcome::Again(failure)) => failure,
+                Some(
+                    RowOutcome::Answered | RowOutcome::Blank(_) | RowOutcome::Unreadable { .. },
+                ) => {
                     self.lanes[lane].waiting.push_back(entry);
                     continue;
                 }
@@ -118,7 +136,8 @@ impl Batches<'_> {
                     continue;
                 }
                 None if may_be_unreadable => {
-                    let failure = Failure::new("unreadable", "a line of its batch cannot be read");
+                    let failure =
+                        RowFailure::new("unreadable", "a line of its batch cannot be read");
                     self.paid(entry, &failure)?;
                     entry.failed += 1;
                     self.fail(lane, entry, failure);
@@ -126,7 +145,7 @@ impl Batches<'_> {
                 }
                 None => {
                     self.tally.lost += u64::from(status == "completed");
-                    Failure::new("lost in a batch", "the row is in neither file of its batch")
+                    RowFailure::new("lost in a batch", "the row is in neither file of its batch")
                 }
             };
             let paid = if may_be_billed {
@@ -168,11 +187,11 @@ impl Batches<'_> {
         let lost = Dollars::at_least(closing.lost_usd);
         self.books
             .account
-            .settle_of_batch(lost, lost, closing.lost, Bill::Possible, &price)
+            .settle_of_batch(lost, lost, closing.lost, Charge::Possible, &price)
     }
 
     /// Notes an attempt that may have been billed. Returns how many there were of the row.
-    fn paid(&mut self, entry: Entry, failure: &Failure) -> Result<u32> {
+    fn paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
         let line = self.line(entry, Kind::PaidAttempt, failure);
         self.books.unanswered.add(&line)?;
         Ok(self
@@ -183,7 +202,7 @@ impl Batches<'_> {
     }
 
     /// The row ends as refused by a content filter.
-    fn filtered(&mut self, lane: usize, entry: Entry, failure: &Failure) -> Result<()> {
+    fn filtered(&mut self, lane: usize, entry: QueuedRow, failure: &RowFailure) -> Result<()> {
         let line = self.line(entry, Kind::Filtered, failure);
         self.books.unanswered.add(&line)?;
         let row = FailedRow::new(&self.plan, lane, entry, failure.clone());
@@ -192,7 +211,7 @@ impl Batches<'_> {
         Ok(())
     }
 
-    fn line(&self, entry: Entry, kind: Kind, failure: &Failure) -> Line {
+    fn line(&self, entry: QueuedRow, kind: Kind, failure: &RowFailure) -> Line {
         Line::new(&self.plan, entry, kind, failure, self.clock.now())
     }
 }

@@ -7,21 +7,21 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::journal::{Bodies, Member, State};
+use super::journal::{PartRow, PartState, RequestFile};
 use super::lane::batches;
-use super::results::{self, Outcome};
-use super::{Batches, Halt};
+use super::results::{self, RowResult};
+use super::{BatchStepError, Batches};
 use crate::budget::dollars::Dollars;
 use crate::cache::record::Timing;
-use crate::client::attempt_error::{Claim, Failure, Trouble};
+use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
 use crate::client::batch_object;
-use crate::client::batch_object::Card;
+use crate::client::batch_object::BatchObject;
 use crate::client::response::completion::Completion;
 use crate::client::response::error::ApiError;
-use crate::harvest::attempt::Answered;
+use crate::harvest::attempt::EncodedAnswer;
 use crate::harvest::stop;
-use crate::harvest::watch::Word;
-use crate::plan::Row;
+use crate::harvest::watch::MonitorAlert;
+use crate::plan::PlannedRow;
 use crate::prompt::Prompt;
 
 /// How often a batch or a file may be "not found" before it counts as gone.
@@ -31,13 +31,13 @@ const GONE: u32 = 20;
 const SHOW_EVERY: u64 = 500;
 
 /// The rows of a part while its files are read.
-pub(super) struct Taking {
-    pub(super) members: Vec<Member>,
+pub(super) struct PartCollection {
+    pub(super) members: Vec<PartRow>,
     /// Which member a key is.
     lines: HashMap<String, usize>,
     /// What became of each, beside those in the cache.
-    pub(super) fates: Vec<Option<Fate>>,
-    bodies: Bodies,
+    pub(super) fates: Vec<Option<RowOutcome>>,
+    bodies: RequestFile,
     timing: Timing,
     /// Rows that no file names were not asked.
     pub(super) rest_was_not_asked: bool,
@@ -47,17 +47,17 @@ pub(super) struct Taking {
     pub(super) unreadable_lines: u64,
 }
 
-impl Taking {
+impl PartCollection {
     /// Number of rows found in its files so far that can be read.
     pub(super) fn seen(&self) -> u64 {
         let fates = self.fates.iter().flatten();
-        let readable = fates.filter(|fate| !matches!(fate, Fate::Unreadable { .. }));
+        let readable = fates.filter(|fate| !matches!(fate, RowOutcome::Unreadable { .. }));
         readable.count() as u64
     }
 
     /// Returns true if a row or a line cannot be read.
     pub(super) fn has_unreadable(&self) -> bool {
-        let is_unreadable = |fate: &Fate| matches!(fate, Fate::Unreadable { .. });
+        let is_unreadable = |fate: &RowOutcome| matches!(fate, RowOutcome::Unreadable { .. });
         self.unreadable_lines > 0 || self.fates.iter().flatten().any(is_unreadable)
     }
 
@@ -73,7 +73,7 @@ impl Taking {
     }
 }
 
-pub(super) enum Fate {
+pub(super) enum RowOutcome {
     Answered,
     /// There is nothing in its answer, unless a later line has more.
     Blank(Box<Completion>),
@@ -82,16 +82,16 @@ pub(super) enum Fate {
         problem: String,
         body: Bytes,
     },
-    Again(Failure),
-    Refused(Failure),
-    Filtered(Failure),
+    Again(RowFailure),
+    Refused(RowFailure),
+    Filtered(RowFailure),
     /// The endpoint says that no request can succeed.
-    Claimed(Claim),
+    Claimed(RefusalClaim),
 }
 
 impl Batches<'_> {
     /// Asks how a batch is doing, and takes what it has brought if it has come to its end.
-    pub(super) async fn look_at(&mut self, index: usize) -> Result<(), Halt> {
+    pub(super) async fn look_at(&mut self, index: usize) -> Result<(), BatchStepError> {
         let (lane, transport) = self.lane_of(index)?;
         let api = batches(&transport)?;
         let Some(batch) = self.journal.parts[index].batch().map(String::from) else {
@@ -99,10 +99,13 @@ impl Batches<'_> {
         };
         let now = self.clock.now().into();
         let reply = match batch_object::check(api.retrieve(&batch).await, now) {
-            Err(Trouble::Refused(failure)) => return self.gone(index, &failure.message),
+            Err(AttemptError::Refused(failure)) => return self.gone(index, &failure.message),
             reply => reply?,
         };
-        let card = match (Card::parse(&reply.body), ApiError::parse(&reply.body)) {
+        let card = match (
+            BatchObject::parse(&reply.body),
+            ApiError::parse(&reply.body),
+        ) {
             (Some(card), _) => card,
             // An error in a good status.
             (None, error) if !error.message.is_empty() => return self.gone(index, &error.message),
@@ -131,8 +134,8 @@ impl Batches<'_> {
             _ => {}
         }
         let state = &self.journal.parts[index].state;
-        if self.over.is_some() || matches!(state, State::Cancelling { .. }) {
-            let cancelling = State::Cancelling {
+        if self.over.is_some() || matches!(state, PartState::Cancelling { .. }) {
+            let cancelling = PartState::Cancelling {
                 batch: batch.clone(),
             };
             if *state != cancelling {
@@ -140,7 +143,7 @@ impl Batches<'_> {
             }
             match batch_object::check(api.cancel(&batch).await, now) {
                 // It came to its end meanwhile.
-                Err(Trouble::Refused(_)) | Ok(_) => {}
+                Err(AttemptError::Refused(_)) | Ok(_) => {}
                 Err(trouble) => return Err(trouble.into()),
             }
         }
@@ -148,7 +151,7 @@ impl Batches<'_> {
     }
 
     /// What should be there is not; after a while that is believed.
-    pub(super) fn is_gone(&mut self, index: usize, message: &str) -> Result<(), Trouble> {
+    pub(super) fn is_gone(&mut self, index: usize, message: &str) -> Result<(), AttemptError> {
         let live = &mut self.journal.parts[index].live;
         live.gone += 1;
         match live.gone < GONE {
@@ -158,16 +161,16 @@ impl Batches<'_> {
     }
 
     /// The endpoint does not know a batch of ours.
-    fn gone(&mut self, index: usize, message: &str) -> Result<(), Halt> {
+    fn gone(&mut self, index: usize, message: &str) -> Result<(), BatchStepError> {
         self.is_gone(index, message)?;
         self.progress
             .note(&format!("the endpoint has lost a batch: {message}"));
-        let taking = self.open(index, &Card::default())?;
+        let taking = self.open(index, &BatchObject::default())?;
         self.close(index, taking, "gone")
     }
 
     /// Records what both files of a batch hold, and accounts for every row.
-    async fn take(&mut self, index: usize, card: &Card) -> Result<(), Halt> {
+    async fn take(&mut self, index: usize, card: &BatchObject) -> Result<(), BatchStepError> {
         let (lane, transport) = self.lane_of(index)?;
         let has_file = card.output_file.is_some() || card.error_file.is_some();
         let has_lost_answers = !has_file && card.has_answers();
@@ -239,11 +242,11 @@ impl Batches<'_> {
     }
 
     /// Records the answers that are empty, or whose lines cannot be read: they were paid for.
-    pub(super) fn record_rest(&mut self, index: usize, taking: &mut Taking) -> Result<()> {
+    pub(super) fn record_rest(&mut self, index: usize, taking: &mut PartCollection) -> Result<()> {
         for row in 0..taking.fates.len() {
             let completion = match taking.fates[row].take() {
-                Some(Fate::Blank(completion)) => *completion,
-                Some(Fate::Unreadable { problem, body }) => {
+                Some(RowOutcome::Blank(completion)) => *completion,
+                Some(RowOutcome::Unreadable { problem, body }) => {
                     self.unreadable.keep(&taking.members[row].key, &body)?;
                     Completion::unreadable(problem)
                 }
@@ -253,12 +256,12 @@ impl Batches<'_> {
                 }
             };
             self.answered(index, taking, row, completion)?;
-            taking.fates[row] = Some(Fate::Answered);
+            taking.fates[row] = Some(RowOutcome::Answered);
         }
         Ok(())
     }
 
-    pub(super) fn open(&self, index: usize, card: &Card) -> Result<Taking> {
+    pub(super) fn open(&self, index: usize, card: &BatchObject) -> Result<PartCollection> {
         let nonce = &self.journal.parts[index].nonce;
         let members = self.journal.members(nonce)?;
         let created = card
@@ -268,7 +271,7 @@ impl Batches<'_> {
             .ended_at
             .zip(card.created_at)
             .map_or(0, |(to, from)| to - from);
-        Ok(Taking {
+        Ok(PartCollection {
             lines: members
                 .iter()
                 .enumerate()
@@ -294,7 +297,7 @@ impl Batches<'_> {
     pub(super) fn take_line(
         &mut self,
         index: usize,
-        taking: &mut Taking,
+        taking: &mut PartCollection,
         line: Bytes,
     ) -> Result<bool> {
         let mut is_ours = false;
@@ -310,10 +313,10 @@ impl Batches<'_> {
     fn take_outcome(
         &mut self,
         index: usize,
-        taking: &mut Taking,
-        outcome: Outcome,
+        taking: &mut PartCollection,
+        outcome: RowResult,
     ) -> Result<bool> {
-        let Outcome {
+        let RowResult {
             custom_id,
             mut result,
         } = outcome;
@@ -325,7 +328,7 @@ impl Batches<'_> {
         // An answer counts, also after a line that has none.
         let is_open = |row: &usize| match &taking.fates[*row] {
             None => true,
-            Some(Fate::Answered) => false,
+            Some(RowOutcome::Answered) => false,
             Some(_) => result.is_ok(),
         };
         let Some(row) = row.filter(is_open) else {
@@ -335,20 +338,22 @@ impl Batches<'_> {
         let fate = match result {
             Ok(completion) if completion.says_something() => {
                 self.answered(index, taking, row, *completion)?;
-                Fate::Answered
+                RowOutcome::Answered
             }
-            Ok(completion) => Fate::Blank(completion),
-            Err(Trouble::Unreadable { problem, body }) => Fate::Unreadable { problem, body },
-            Err(Trouble::Refused(failure)) => Fate::Refused(failure),
-            Err(Trouble::Filtered(failure)) => Fate::Filtered(failure),
-            Err(Trouble::Transient { failure, .. }) => Fate::Again(failure),
-            Err(Trouble::Throttled { message, .. }) => {
-                Fate::Again(Failure::new("http 429", &message))
+            Ok(completion) => RowOutcome::Blank(completion),
+            Err(AttemptError::Unreadable { problem, body }) => {
+                RowOutcome::Unreadable { problem, body }
             }
-            Err(Trouble::KeyRenewed) => {
-                Fate::Again(Failure::new("http 401", "the key had expired"))
+            Err(AttemptError::Refused(failure)) => RowOutcome::Refused(failure),
+            Err(AttemptError::Filtered(failure)) => RowOutcome::Filtered(failure),
+            Err(AttemptError::Transient { failure, .. }) => RowOutcome::Again(failure),
+            Err(AttemptError::Throttled { message, .. }) => {
+                RowOutcome::Again(RowFailure::new("http 429", &message))
             }
-            Err(Trouble::Claim(claim)) => Fate::Claimed(claim),
+            Err(AttemptError::KeyRenewed) => {
+                RowOutcome::Again(RowFailure::new("http 401", "the key had expired"))
+            }
+            Err(AttemptError::Claim(claim)) => RowOutcome::Claimed(claim),
         };
         taking.fates[row] = Some(fate);
         Ok(true)
@@ -357,7 +362,7 @@ impl Batches<'_> {
     fn answered(
         &mut self,
         index: usize,
-        taking: &mut Taking,
+        taking: &mut PartCollection,
         line: usize,
         mut completion: Completion,
     ) -> Result<()> {
@@ -369,7 +374,7 @@ impl Batches<'_> {
         let asking = &self.plan.askings[lane];
         let member = &taking.members[line];
         let body: Value = taking.bodies.read(member)?;
-        let row = Row {
+        let row = PlannedRow {
             prompt: 0,
             sample: member.sample,
             key: member.key.clone(),
@@ -382,7 +387,7 @@ impl Batches<'_> {
             ..taking.timing.clone()
         };
         let bound = member.bound();
-        let answered = Answered::new(asking, &row, &prompt, body, bound, completion, timing)?;
+        let answered = EncodedAnswer::new(asking, &row, &prompt, body, bound, completion, timing)?;
         let (bill, price) = (answered.bill(), asking.lane.price.clone());
         let wants_logprobs = asking.wants_logprobs();
         let append = |cache: &crate::cache::Cache| {
@@ -408,8 +413,8 @@ impl Batches<'_> {
         lane.has_answered = true;
         for word in lane.watch.see(&answered.seen) {
             match word {
-                Word::Note(text) => self.summary.warn(text),
-                Word::Stop(error) => lane.stop(error),
+                MonitorAlert::Note(text) => self.summary.warn(text),
+                MonitorAlert::Stop(error) => lane.stop(error),
             }
         }
         Ok(())

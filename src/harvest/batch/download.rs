@@ -7,13 +7,13 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 
 use super::collect::now;
-use super::rows::Rows;
-use super::{Batches, Halt};
-use crate::client::attempt_error::Trouble;
+use super::rows::ResultRows;
+use super::{BatchStepError, Batches};
+use crate::client::attempt_error::AttemptError;
 use crate::client::batch_object;
-use crate::client::batch_object::Lines;
+use crate::client::batch_object::FileLines;
 use crate::client::outcome;
-use crate::client::transport::{BatchApi, Download};
+use crate::client::transport::{BatchApi, FileDownload};
 use crate::harvest::{stop, unreadable};
 
 /// How often a results file may fail to be read before the lane stops.
@@ -29,12 +29,12 @@ impl Batches<'_> {
         index: usize,
         batches: &dyn BatchApi,
         file: &str,
-    ) -> Result<Option<Rows>, Halt> {
+    ) -> Result<Option<ResultRows>, BatchStepError> {
         match batches.content(file).await {
             Err(fault) => Err(self.not_read(index, outcome::classify_fault(fault))),
-            Ok(Download::Content(pieces)) => Ok(Some(Rows::new(Lines::new(pieces)))),
-            Ok(Download::Refused(reply)) => match batch_object::check(Ok(reply), now()) {
-                Err(Trouble::Refused(failure)) => {
+            Ok(FileDownload::Content(pieces)) => Ok(Some(ResultRows::new(FileLines::new(pieces)))),
+            Ok(FileDownload::Refused(reply)) => match batch_object::check(Ok(reply), now()) {
+                Err(AttemptError::Refused(failure)) => {
                     self.is_gone(index, &failure.message)?;
                     Ok(None)
                 }
@@ -48,8 +48,8 @@ impl Batches<'_> {
     pub(super) async fn next_row(
         &mut self,
         index: usize,
-        rows: &mut Rows,
-    ) -> Result<Option<Bytes>, Halt> {
+        rows: &mut ResultRows,
+    ) -> Result<Option<Bytes>, BatchStepError> {
         match rows.next().await {
             Ok(line) => Ok(line),
             Err(fault) => Err(self.not_read(index, outcome::classify_fault(fault))),
@@ -58,7 +58,7 @@ impl Batches<'_> {
 
     /// A results file could not be read to its end. Other requests may succeed meanwhile, so the outage clock does
     /// not bound this.
-    fn not_read(&mut self, index: usize, trouble: Trouble) -> Halt {
+    fn not_read(&mut self, index: usize, trouble: AttemptError) -> BatchStepError {
         let live = &mut self.journal.parts[index].live;
         live.not_read += 1;
         let (count, lane) = (live.not_read, live.lane);
@@ -82,7 +82,7 @@ impl Batches<'_> {
         index: usize,
         batches: &dyn BatchApi,
         file: &str,
-    ) -> Result<(), Halt> {
+    ) -> Result<(), BatchStepError> {
         let (lane, _) = self.lane_of(index)?;
         let folder = unreadable::dir(&self.config.run_dir);
         crate::fs::create_dir_all(&folder)?;
@@ -91,7 +91,7 @@ impl Batches<'_> {
         let content = batches.content(file).await;
         let content =
             content.map_err(|fault| self.not_read(index, outcome::classify_fault(fault)))?;
-        if let Download::Content(mut pieces) = content {
+        if let FileDownload::Content(mut pieces) = content {
             let could_not = "could not keep a results file";
             let mut held = Vec::new();
             while let Some(piece) = pieces.next().await {

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use super::collect::Fate;
+use super::collect::RowOutcome;
 use super::lane::batches;
-use super::{Batches, Halt, results};
-use crate::client::attempt_error::{Claim, Failure};
-use crate::client::batch_object::{Card, Mistake};
-use crate::plan::queue::Entry;
+use super::{BatchStepError, Batches, results};
+use crate::client::attempt_error::{RefusalClaim, RowFailure};
+use crate::client::batch_object::{BatchFileError, BatchObject};
+use crate::plan::queue::QueuedRow;
 
 /// Returns true if an answer may be in the line, which names none of the rows.
 fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
@@ -18,7 +18,11 @@ fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
 impl Batches<'_> {
     /// Reads the error file of a failed batch: it names the rows for which the input file was refused, and on
     /// some servers it holds answers.
-    pub(super) async fn take_errors(&mut self, index: usize, mut card: Card) -> Result<(), Halt> {
+    pub(super) async fn take_errors(
+        &mut self,
+        index: usize,
+        mut card: BatchObject,
+    ) -> Result<(), BatchStepError> {
         let (_, transport) = self.lane_of(index)?;
         let batches = batches(&transport)?;
         let file = card.error_file.clone().unwrap_or_default();
@@ -41,7 +45,7 @@ impl Batches<'_> {
             if may_be_answer(&line, is_readable) {
                 taking.keep_unreadable(&line);
             } else {
-                card.mistakes.extend(Mistake::of_line(&line));
+                card.mistakes.extend(BatchFileError::of_line(&line));
             }
         }
         taking.unreadable_lines += rows.skipped();
@@ -57,8 +61,8 @@ impl Batches<'_> {
                 .line
                 .and_then(|line| usize::try_from(line).ok()?.checked_sub(1));
             if let Some(fate @ None) = line.and_then(|line| taking.fates.get_mut(line)) {
-                let failure = Failure::new(mistake.error.code.as_str(), &mistake.error.message);
-                *fate = Some(Fate::Refused(failure));
+                let failure = RowFailure::new(mistake.error.code.as_str(), &mistake.error.message);
+                *fate = Some(RowOutcome::Refused(failure));
             }
         }
         // Rows that the file does not name were not asked, unless a line of it cannot be read.
@@ -68,7 +72,11 @@ impl Batches<'_> {
     }
 
     /// Lines that are bad fail, all others wait again.
-    pub(super) fn failed(&mut self, index: usize, card: &Card) -> Result<(), Halt> {
+    pub(super) fn failed(
+        &mut self,
+        index: usize,
+        card: &BatchObject,
+    ) -> Result<(), BatchStepError> {
         let (lane, _) = self.lane_of(index)?;
         let verdict = results::verdict(&card.mistakes);
         let part = &self.journal.parts[index];
@@ -77,12 +85,12 @@ impl Batches<'_> {
             part.tokens,
             self.journal.members(&part.nonce)?,
         );
-        let bad: HashMap<usize, Failure> = verdict.lines.into_iter().collect();
+        let bad: HashMap<usize, RowFailure> = verdict.lines.into_iter().collect();
         for (line, (member, row)) in members.iter().zip(rows).enumerate() {
             let Some(row) = row else { continue };
-            let mut entry = Entry {
+            let mut entry = QueuedRow {
                 failed: member.failed,
-                ..Entry::fresh(row as usize)
+                ..QueuedRow::fresh(row as usize)
             };
             match bad.get(&line) {
                 Some(failure) => {
@@ -103,8 +111,8 @@ impl Batches<'_> {
             .sum();
         self.end_part(index, "failed")?;
         if let Some((reason, message)) = verdict.stop {
-            let failure = Failure::new("failed batch", &message);
-            self.lanes[lane].all_claimed(Claim { reason, failure }, &self.config.retry);
+            let failure = RowFailure::new("failed batch", &message);
+            self.lanes[lane].all_claimed(RefusalClaim { reason, failure }, &self.config.retry);
             return Ok(());
         }
         let retry = &self.config.retry;

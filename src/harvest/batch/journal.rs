@@ -16,13 +16,13 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::budget::price::Bound;
+use crate::budget::price::TokenBound;
 use crate::cache::question;
 use crate::cache::writer::Cache;
 use crate::client::batch_object::ENDPOINT;
 use crate::exit::Exit;
 use crate::plan::Plan;
-use crate::plan::queue::Entry;
+use crate::plan::queue::QueuedRow;
 
 const VERSION: u32 = 1;
 
@@ -34,17 +34,17 @@ const LINE: [&str; 3] = [
 ];
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Journal {
+pub(crate) struct BatchJournal {
     version: u32,
     /// In the order in which they were made; indices stay.
-    pub parts: Vec<Part>,
+    pub parts: Vec<BatchPart>,
     #[serde(skip)]
     run_dir: PathBuf,
 }
 
 /// Rows that are sent as one batch.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Part {
+pub(crate) struct BatchPart {
     /// Its name here, and in the metadata of the batch.
     pub nonce: String,
     pub teacher: String,
@@ -57,14 +57,14 @@ pub(crate) struct Part {
     /// Unix time.
     pub planned_at: i64,
     #[serde(flatten)]
-    pub state: State,
+    pub state: PartState,
     #[serde(skip)]
-    pub live: Live,
+    pub live: PartProgress,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
-pub(crate) enum State {
+pub(crate) enum PartState {
     Planned,
     Uploaded {
         file: String,
@@ -87,7 +87,7 @@ pub(crate) enum State {
 
 /// What this run knows of a part.
 #[derive(Debug, Default)]
-pub(crate) struct Live {
+pub(crate) struct PartProgress {
     /// None: no teacher of this config.
     pub lane: Option<usize>,
     /// The row of the plan for each line; None for one that this run does not ask.
@@ -109,7 +109,7 @@ pub(crate) struct Live {
 
 /// A line of `<nonce>.rows.jsonl`: what a record of the answer needs, whatever the next run asks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Member {
+pub(crate) struct PartRow {
     pub key: String,
     pub prompt_id: String,
     pub sample: u32,
@@ -123,7 +123,7 @@ pub(crate) struct Member {
     bytes: u32,
 }
 
-impl Member {
+impl PartRow {
     /// Returns true if the cache holds its answer, complete or truncated.
     pub(crate) fn is_answered(&self, cache: &Cache) -> bool {
         let cut = || {
@@ -135,31 +135,31 @@ impl Member {
         cache.contains(&self.key) || cache.contains(&cut())
     }
 
-    pub(crate) fn bound(&self) -> Bound {
-        Bound {
+    pub(crate) fn bound(&self) -> TokenBound {
+        TokenBound {
             input_tokens: self.input_tokens,
             output_tokens: self.output_tokens,
         }
     }
 }
 
-impl Part {
+impl BatchPart {
     pub(crate) fn is_done(&self) -> bool {
-        matches!(self.state, State::Done { .. })
+        matches!(self.state, PartState::Done { .. })
     }
 
     /// It counts against the endpoint's limit of enqueued tokens.
     pub(crate) fn is_enqueued(&self) -> bool {
         !matches!(
             self.state,
-            State::Planned | State::Uploaded { .. } | State::Done { .. }
+            PartState::Planned | PartState::Uploaded { .. } | PartState::Done { .. }
         )
     }
 
     /// The id of its batch, if that is known.
     pub(crate) fn batch(&self) -> Option<&str> {
         match &self.state {
-            State::Created { batch } | State::Cancelling { batch } => Some(batch),
+            PartState::Created { batch } | PartState::Cancelling { batch } => Some(batch),
             _ => None,
         }
     }
@@ -180,13 +180,13 @@ pub(crate) fn file(run_dir: &Path) -> PathBuf {
 /// # Errors
 /// Where the journal is damaged.
 pub(crate) fn is_under_way(run_dir: &Path) -> Result<bool> {
-    let journal = Journal::load(run_dir)?;
+    let journal = BatchJournal::load(run_dir)?;
     Ok(journal.parts.iter().any(|part| !part.is_done()))
 }
 
 /// Refuses to ask one by one for what batches under way will answer.
 pub(crate) fn check_none_under_way(run_dir: &Path) -> Result<()> {
-    let journal = Journal::load(run_dir)?;
+    let journal = BatchJournal::load(run_dir)?;
     let parts = journal.parts.iter();
     let under_way = parts.filter(|part| part.is_enqueued()).count();
     if under_way > 0 {
@@ -202,7 +202,7 @@ pub(crate) fn check_none_under_way(run_dir: &Path) -> Result<()> {
 
 /// Drops batches that no run has created yet: their rows are asked one by one.
 pub(crate) fn drop_uncreated(run_dir: &Path) -> Result<()> {
-    let mut journal = Journal::load(run_dir)?;
+    let mut journal = BatchJournal::load(run_dir)?;
     let mut dropped = 0;
     for index in 0..journal.parts.len() {
         let part = &journal.parts[index];
@@ -220,12 +220,12 @@ pub(crate) fn drop_uncreated(run_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-impl Journal {
+impl BatchJournal {
     /// # Errors
     /// [`Exit::Damaged`] where the file is none: which batches are under way cannot be guessed.
-    pub(crate) fn load(run_dir: &Path) -> Result<Journal> {
+    pub(crate) fn load(run_dir: &Path) -> Result<BatchJournal> {
         let path = file(run_dir);
-        let mut journal = Journal::default();
+        let mut journal = BatchJournal::default();
         if path.exists() {
             let text = crate::fs::read_to_string(&path)?;
             journal = serde_json::from_str(&text).map_err(|error| {
@@ -254,7 +254,7 @@ impl Journal {
     }
 
     /// Gives a part its next state, durably.
-    pub(crate) fn set(&mut self, index: usize, state: State) -> Result<()> {
+    pub(crate) fn set(&mut self, index: usize, state: PartState) -> Result<()> {
         self.parts[index].state = state;
         self.save()
     }
@@ -277,7 +277,7 @@ impl Journal {
         nonce: &str,
         plan: &Plan,
         lane: usize,
-        entries: &[(Entry, f64)],
+        entries: &[(QueuedRow, f64)],
     ) -> Result<()> {
         crate::fs::create_dir_all(&self.folder())?;
         let mut members = Vec::with_capacity(entries.len());
@@ -288,7 +288,7 @@ impl Journal {
                 let body = plan.body(lane, row.prompt as usize, row.sample).to_string();
                 let bound = plan.bound(lane, entry.row);
                 let line = [LINE[0], &row.key, LINE[1], ENDPOINT, LINE[2]].concat();
-                members.push(Member {
+                members.push(PartRow {
                     key: row.key.clone(),
                     prompt_id: plan.prompts[row.prompt as usize].id.clone(),
                     sample: row.sample,
@@ -313,7 +313,7 @@ impl Journal {
     }
 
     /// The rows of a part, in the order of their lines.
-    pub(crate) fn members(&self, nonce: &str) -> Result<Vec<Member>> {
+    pub(crate) fn members(&self, nonce: &str) -> Result<Vec<PartRow>> {
         let path = self.rows(nonce);
         let members = crate::fs::read_to_string(&path).and_then(|text| {
             let lines = text.lines().map(serde_json::from_str);
@@ -331,17 +331,17 @@ impl Journal {
     }
 
     /// The request bodies of a part.
-    pub(crate) fn bodies(&self, nonce: &str) -> Result<Bodies> {
+    pub(crate) fn bodies(&self, nonce: &str) -> Result<RequestFile> {
         let path = self.requests(nonce);
         let file = std::fs::File::open(&path)
             .with_context(|| format!("could not open {}", path.display()))?;
-        Ok(Bodies { file, path })
+        Ok(RequestFile { file, path })
     }
 
     /// Ends a part; what is left of it in `batches/` goes.
     pub(crate) fn end(&mut self, index: usize, status: &str) -> Result<()> {
         let status = status.to_owned();
-        self.set(index, State::Done { status })?;
+        self.set(index, PartState::Done { status })?;
         let part = &mut self.parts[index];
         part.live.rows = Vec::new();
         let nonce = part.nonce.clone();
@@ -376,13 +376,13 @@ impl Journal {
 }
 
 /// A file of requests, read where it is asked for.
-pub(crate) struct Bodies {
+pub(crate) struct RequestFile {
     file: std::fs::File,
     path: PathBuf,
 }
 
-impl Bodies {
-    pub(crate) fn read(&mut self, member: &Member) -> Result<serde_json::Value> {
+impl RequestFile {
+    pub(crate) fn read(&mut self, member: &PartRow) -> Result<serde_json::Value> {
         use std::io::{Read, Seek, SeekFrom};
         let mut body = vec![0; member.bytes as usize];
         let read = self

@@ -7,16 +7,16 @@ use std::time::Duration;
 use anyhow::anyhow;
 use tokio::time::Instant;
 
-use crate::client::attempt_error::{Claim, Failure, Trouble};
+use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
 use crate::client::outcome;
 use crate::client::transport::BatchApi;
 use crate::client::transport::Transport;
 use crate::config::{self, Config};
 use crate::exit::Exit;
 use crate::harvest::stop;
-use crate::harvest::watch::Watch;
+use crate::harvest::watch::AnswerMonitor;
 use crate::plan::Plan;
-use crate::plan::queue::Entry;
+use crate::plan::queue::QueuedRow;
 
 /// Calls after which an address at which nothing has ever answered is given up.
 const FIRST_CONTACT_CALLS: u32 = 3;
@@ -28,12 +28,12 @@ const CLAIMS: u32 = 4;
 /// Batches in a row that fail as a whole.
 const FAILED_BATCHES: u32 = 3;
 
-pub(crate) struct Lane {
+pub(crate) struct BatchUpstream {
     pub index: usize,
-    pub settings: config::Lane,
+    pub settings: config::EndpointConfig,
     pub transport: Arc<dyn Transport>,
     /// Rows that are in no batch.
-    pub waiting: VecDeque<Entry>,
+    pub waiting: VecDeque<QueuedRow>,
     /// Tokens in batches under way: as the user or a refusal says.
     pub token_limit: Option<u64>,
     /// An answer has come.
@@ -55,25 +55,25 @@ pub(crate) struct Lane {
     /// Calls since the last successful one that were refused in this way.
     claims_of_calls: u32,
     /// Monitors the usefulness of its answers.
-    pub watch: Watch,
+    pub watch: AnswerMonitor,
     /// Why nothing more is sent to it; the other lanes go on.
     stopped: Option<anyhow::Error>,
 }
 
-impl Lane {
+impl BatchUpstream {
     pub(crate) fn new(
         plan: &Plan,
         index: usize,
         transport: Arc<dyn Transport>,
         config: &Config,
-    ) -> Lane {
+    ) -> BatchUpstream {
         let now = Instant::now();
         let rows = plan.lanes[index].clone();
-        Lane {
+        BatchUpstream {
             index,
             settings: plan.askings[index].lane.clone(),
             transport,
-            waiting: rows.map(Entry::fresh).collect(),
+            waiting: rows.map(QueuedRow::fresh).collect(),
             token_limit: config.batch.enqueued_tokens,
             has_answered: false,
             not_before: now,
@@ -85,7 +85,7 @@ impl Lane {
             has_batches: false,
             claims: 0,
             claims_of_calls: 0,
-            watch: Watch::of(&plan.askings[index].lane, config),
+            watch: AnswerMonitor::of(&plan.askings[index].lane, config),
             stopped: None,
         }
     }
@@ -112,14 +112,14 @@ impl Lane {
     /// A call failed. Returns for how long nothing is sent, and why.
     pub(crate) fn troubled(
         &mut self,
-        trouble: Trouble,
-        retry: &config::Retry,
+        trouble: AttemptError,
+        retry: &config::RetryConfig,
     ) -> (Duration, String) {
         let now = Instant::now();
         self.failures += 1;
         let (least, message) = match trouble {
-            Trouble::Claim(claim) => return self.claimed(claim, retry),
-            Trouble::Refused(failure) | Trouble::Filtered(failure) => {
+            AttemptError::Claim(claim) => return self.claimed(claim, retry),
+            AttemptError::Refused(failure) | AttemptError::Filtered(failure) => {
                 self.stop(anyhow!(
                     "the endpoint takes no batches ({}): set `schedule.mode = \"realtime\"`, or \
                      change in `[batch]` what it names",
@@ -127,13 +127,13 @@ impl Lane {
                 ));
                 return (Duration::ZERO, failure.message);
             }
-            Trouble::Throttled { wait, message } => {
+            AttemptError::Throttled { wait, message } => {
                 self.is_there = true;
                 (wait, message)
             }
-            Trouble::KeyRenewed => return (Duration::ZERO, String::new()),
-            Trouble::Unreadable { problem, .. } => (None, problem),
-            Trouble::Transient { failure, wait } => {
+            AttemptError::KeyRenewed => return (Duration::ZERO, String::new()),
+            AttemptError::Unreadable { problem, .. } => (None, problem),
+            AttemptError::Transient { failure, wait } => {
                 self.is_there |= !failure.unreachable;
                 if !self.is_there && self.failures >= FIRST_CONTACT_CALLS {
                     self.stop(stop::nothing_answers(
@@ -157,7 +157,7 @@ impl Lane {
 
     /// A call says that no request can succeed. Before there is a batch that is believed at once; after that
     /// only where it is said again and again.
-    fn claimed(&mut self, claim: Claim, retry: &config::Retry) -> (Duration, String) {
+    fn claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) -> (Duration, String) {
         self.claims_of_calls += 1;
         let pause = outcome::backoff(self.failures, retry, 1.0);
         self.not_before = Instant::now() + pause;
@@ -167,14 +167,14 @@ impl Lane {
     }
 
     /// As [`Lane::claimed`], for a batch in which every row says so.
-    pub(crate) fn all_claimed(&mut self, claim: Claim, retry: &config::Retry) {
+    pub(crate) fn all_claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) {
         self.claims += 1;
         self.not_before = Instant::now() + outcome::backoff(self.claims, retry, 1.0);
         self.stop_if_confirmed(claim, self.has_answered, self.claims);
     }
 
-    fn stop_if_confirmed(&mut self, claim: Claim, is_doubtful: bool, times: u32) {
-        let Claim { reason, failure } = claim;
+    fn stop_if_confirmed(&mut self, claim: RefusalClaim, is_doubtful: bool, times: u32) {
+        let RefusalClaim { reason, failure } = claim;
         let teacher = &self.settings.teacher;
         if !is_doubtful {
             self.stop(crate::client::refused::refused(
@@ -198,7 +198,7 @@ impl Lane {
     }
 
     /// A batch has failed as a whole.
-    pub(crate) fn batch_failed(&mut self, message: &str, retry: &config::Retry) {
+    pub(crate) fn batch_failed(&mut self, message: &str, retry: &config::RetryConfig) {
         self.failed_batches += 1;
         if self.failed_batches >= FAILED_BATCHES {
             self.stop(anyhow!(
@@ -210,7 +210,7 @@ impl Lane {
     }
 
     /// Nothing else of ours is under way, and there is no room for a row of so many tokens.
-    pub(crate) fn no_room_for_one(&mut self, tokens: u64, retry: &config::Retry) {
+    pub(crate) fn no_room_for_one(&mut self, tokens: u64, retry: &config::RetryConfig) {
         self.failed_batches += 1;
         if self.failed_batches >= 2 * FAILED_BATCHES {
             let message = format!(
@@ -225,9 +225,9 @@ impl Lane {
 }
 
 /// The way to an endpoint's batches.
-pub(crate) fn batches(transport: &Arc<dyn Transport>) -> Result<&dyn BatchApi, Trouble> {
+pub(crate) fn batches(transport: &Arc<dyn Transport>) -> Result<&dyn BatchApi, AttemptError> {
     transport.batches().ok_or_else(|| {
         let message = "there is no way to its batches";
-        Trouble::Refused(Failure::new("no batches", message))
+        AttemptError::Refused(RowFailure::new("no batches", message))
     })
 }

@@ -25,7 +25,7 @@ pub(crate) mod rows;
 pub(crate) mod show;
 pub(crate) mod submit;
 
-pub(crate) use crate::report::batch_counts::Tally;
+pub(crate) use crate::report::batch_counts::BatchCounts;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -34,25 +34,25 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::time::{Instant, sleep_until};
 
-use super::books::Books;
-use super::unreadable::Unreadable;
+use super::books::RunFiles;
+use super::unreadable::UnreadableBodies;
 use crate::cache::writer::Cache;
-use crate::client::attempt_error::{Failure, Trouble};
+use crate::client::attempt_error::{AttemptError, RowFailure};
 use crate::client::transport::Transport;
 use crate::clock::WallClock;
 use crate::config::Config;
 use crate::exit::Exit;
-use crate::harvest::window::{Schedule, State as Time};
+use crate::harvest::window::{RequestWindow, WindowState as Time};
 use crate::plan::Plan;
-use crate::plan::queue::Entry;
+use crate::plan::queue::QueuedRow;
 use crate::prompt::Prompt;
 use crate::report::failures::FailedRow;
-use crate::report::summary::Summary;
+use crate::report::summary::HarvestSummary;
 use crate::signal::Signals;
 use crate::terminal::format_duration;
 use crate::terminal::progress::Progress;
-use journal::Journal;
-use lane::Lane;
+use journal::BatchJournal;
+use lane::BatchUpstream;
 
 /// A wait that is worth telling.
 const LONG_WAIT: Duration = Duration::from_secs(5);
@@ -67,14 +67,14 @@ pub(crate) struct Batches<'a> {
     config: &'a Config,
     plan: Plan,
     cache: &'a Cache,
-    lanes: Vec<Lane>,
-    journal: Journal,
-    books: Books,
-    unreadable: Unreadable,
-    schedule: Schedule,
+    lanes: Vec<BatchUpstream>,
+    journal: BatchJournal,
+    books: RunFiles,
+    unreadable: UnreadableBodies,
+    schedule: RequestWindow,
     clock: WallClock,
-    summary: Summary,
-    tally: Tally,
+    summary: HarvestSummary,
+    tally: BatchCounts,
     started: Instant,
     /// Since when the deadline has passed.
     over: Option<Instant>,
@@ -82,46 +82,46 @@ pub(crate) struct Batches<'a> {
 }
 
 /// What is left when batches have had their time.
-pub(crate) enum Outcome {
-    Finished(Box<Summary>),
+pub(crate) enum BatchOutcome {
+    Finished(Box<HarvestSummary>),
     /// The deadline came first: the rest is for real time.
-    Rest(Box<Rest>),
+    Rest(Box<RemainingRows>),
 }
 
-pub(crate) struct Rest {
+pub(crate) struct RemainingRows {
     pub prompts: Vec<Prompt>,
     /// Keys of rows that have failed, and of those in batches that would not be cancelled.
     pub not_to_ask: HashSet<String>,
     /// Batches that would not be cancelled.
     pub under_way: usize,
-    pub summary: Summary,
-    pub books: Books,
+    pub summary: HarvestSummary,
+    pub books: RunFiles,
     pub started: Instant,
 }
 
-enum Ended {
+enum BatchRunEnd {
     AllDone,
     Deadline,
     Signal(u8),
 }
 
 /// Why a step was not done.
-enum Halt {
+enum BatchStepError {
     /// The endpoint is in the way; the step comes again.
-    Trouble(Trouble),
+    Trouble(AttemptError),
     /// Nothing can go on.
     Fatal(anyhow::Error),
 }
 
-impl From<Trouble> for Halt {
-    fn from(trouble: Trouble) -> Halt {
-        Halt::Trouble(trouble)
+impl From<AttemptError> for BatchStepError {
+    fn from(trouble: AttemptError) -> BatchStepError {
+        BatchStepError::Trouble(trouble)
     }
 }
 
-impl From<anyhow::Error> for Halt {
-    fn from(error: anyhow::Error) -> Halt {
-        Halt::Fatal(error)
+impl From<anyhow::Error> for BatchStepError {
+    fn from(error: anyhow::Error) -> BatchStepError {
+        BatchStepError::Fatal(error)
     }
 }
 
@@ -132,28 +132,27 @@ impl<'a> Batches<'a> {
         plan: Plan,
         cache: &'a Cache,
         transports: &[Arc<dyn Transport>],
-        books: Books,
+        books: RunFiles,
         clock: WallClock,
         quiet: bool,
     ) -> Result<Self> {
-        let lanes = transports
-            .iter()
-            .enumerate()
-            .map(|(index, transport)| Lane::new(&plan, index, Arc::clone(transport), config));
+        let lanes = transports.iter().enumerate().map(|(index, transport)| {
+            BatchUpstream::new(&plan, index, Arc::clone(transport), config)
+        });
         Ok(Self {
             lanes: lanes.collect(),
-            journal: Journal::load(&config.run_dir)?,
-            schedule: Schedule::new(&config.schedule, clock.now())?,
-            summary: Summary {
+            journal: BatchJournal::load(&config.run_dir)?,
+            schedule: RequestWindow::new(&config.schedule, clock.now())?,
+            summary: HarvestSummary {
                 arguments: config.arguments(),
                 before_training: crate::plan::prepare::before_training(config),
-                ..Summary::of_plan(&plan, &books.unanswered)
+                ..HarvestSummary::of_plan(&plan, &books.unanswered)
             },
-            tally: Tally::default(),
+            tally: BatchCounts::default(),
             started: Instant::now(),
             over: None,
             progress: Progress::new("harvest", plan.total, quiet),
-            unreadable: Unreadable::new(&config.run_dir),
+            unreadable: UnreadableBodies::new(&config.run_dir),
             config,
             plan,
             cache,
@@ -163,7 +162,7 @@ impl<'a> Batches<'a> {
     }
 
     /// Runs until every row has ended, until the deadline, or until something stops it.
-    pub(crate) async fn run(mut self, signals: &mut Signals) -> Result<Outcome> {
+    pub(crate) async fn run(mut self, signals: &mut Signals) -> Result<BatchOutcome> {
         self.recover()?;
         let signal = async {
             match signals.next().await {
@@ -175,14 +174,14 @@ impl<'a> Batches<'a> {
             biased;
             number = signal => {
                 self.cache.stay_plain();
-                Ended::Signal(number)
+                BatchRunEnd::Signal(number)
             }
             ended = self.work() => ended?,
         };
         self.finish(ended)
     }
 
-    async fn work(&mut self) -> Result<Ended> {
+    async fn work(&mut self) -> Result<BatchRunEnd> {
         loop {
             self.summary.turns += 1;
             let time = self.schedule.state(self.clock.now());
@@ -194,8 +193,8 @@ impl<'a> Batches<'a> {
             for lane in 0..self.lanes.len() {
                 match self.advance(lane, time == Time::Open).await {
                     Ok(()) => {}
-                    Err(Halt::Fatal(error)) => return Err(error),
-                    Err(Halt::Trouble(trouble)) => self.troubled(lane, trouble),
+                    Err(BatchStepError::Fatal(error)) => return Err(error),
+                    Err(BatchStepError::Trouble(trouble)) => self.troubled(lane, trouble),
                 }
             }
             self.cache.check()?;
@@ -209,7 +208,7 @@ impl<'a> Batches<'a> {
     }
 
     /// Moves every part of a lane as far as it goes.
-    async fn advance(&mut self, lane: usize, may_send: bool) -> Result<(), Halt> {
+    async fn advance(&mut self, lane: usize, may_send: bool) -> Result<(), BatchStepError> {
         let now = Instant::now();
         if self.lanes[lane].is_stopped() || self.lanes[lane].not_before > now {
             return Ok(());
@@ -221,7 +220,7 @@ impl<'a> Batches<'a> {
             self.lanes[lane].next_poll = now + pause;
         }
         // One part's trouble keeps no other from going on.
-        let mut halt: Result<(), Halt> = Ok(());
+        let mut halt: Result<(), BatchStepError> = Ok(());
         for index in self.parts_of(lane) {
             let step = match self.journal.parts[index].batch().is_some() {
                 true if is_due => self.look_at(index).await,
@@ -230,8 +229,8 @@ impl<'a> Batches<'a> {
                 false => self.submit(index, may_send).await,
             };
             match step {
-                Err(Halt::Trouble(trouble)) if halt.is_ok() => halt = Err(trouble.into()),
-                Err(Halt::Fatal(error)) => return Err(error.into()),
+                Err(BatchStepError::Trouble(trouble)) if halt.is_ok() => halt = Err(trouble.into()),
+                Err(BatchStepError::Fatal(error)) => return Err(error.into()),
                 _ => {}
             }
         }
@@ -257,7 +256,7 @@ impl<'a> Batches<'a> {
         own.map(|(index, _)| index).collect()
     }
 
-    fn troubled(&mut self, lane: usize, trouble: Trouble) {
+    fn troubled(&mut self, lane: usize, trouble: AttemptError) {
         let (pause, message) = self.lanes[lane].troubled(trouble, &self.config.retry);
         if pause >= LONG_WAIT {
             let pause = format_duration(pause);
@@ -267,20 +266,20 @@ impl<'a> Batches<'a> {
     }
 
     /// Is there nothing left to wait for?
-    fn end(&self) -> Option<Ended> {
-        let open = |lane: &&Lane| !lane.is_stopped();
-        let is_under_way = |lane: &Lane| !self.parts_of(lane.index).is_empty();
+    fn end(&self) -> Option<BatchRunEnd> {
+        let open = |lane: &&BatchUpstream| !lane.is_stopped();
+        let is_under_way = |lane: &BatchUpstream| !self.parts_of(lane.index).is_empty();
         let under_way = self.lanes.iter().filter(open).any(is_under_way);
         if let Some(since) = self.over {
             let is_enough = since.elapsed() >= LONGEST_CANCEL;
-            return (!under_way || is_enough).then_some(Ended::Deadline);
+            return (!under_way || is_enough).then_some(BatchRunEnd::Deadline);
         }
         let waiting = self
             .lanes
             .iter()
             .filter(open)
             .any(|lane| !lane.waiting.is_empty());
-        (!under_way && !waiting).then_some(Ended::AllDone)
+        (!under_way && !waiting).then_some(BatchRunEnd::AllDone)
     }
 
     /// When there is something to do again, at the latest.
@@ -305,12 +304,12 @@ impl<'a> Batches<'a> {
     }
 
     /// The row ends without an answer.
-    fn fail(&mut self, lane: usize, entry: Entry, failure: Failure) {
+    fn fail(&mut self, lane: usize, entry: QueuedRow, failure: RowFailure) {
         let row = FailedRow::new(&self.plan, lane, entry, failure);
         self.summary.fail(row);
     }
 
-    fn finish(mut self, ended: Ended) -> Result<Outcome> {
+    fn finish(mut self, ended: BatchRunEnd) -> Result<BatchOutcome> {
         self.cache.sync()?;
         self.books.summarise(self.is_priced(), &mut self.summary);
         let under_way = self.parts_under_way();
@@ -319,7 +318,7 @@ impl<'a> Batches<'a> {
             *self.tally.parts.entry(status).or_default() += count;
         }
         self.summary.batches = Some(self.tally.clone());
-        if matches!(ended, Ended::Deadline) {
+        if matches!(ended, BatchRunEnd::Deadline) {
             return self.leave_rest();
         }
         self.books.close(&mut [], 0)?;
@@ -328,9 +327,9 @@ impl<'a> Batches<'a> {
         let max_attempts = self.config.retry.max_attempts;
         summary.given_up = self.books.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
-        let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
+        let of_a_lane = self.lanes.iter_mut().find_map(BatchUpstream::take_error);
         summary.error = match ended {
-            Ended::Signal(number) => {
+            BatchRunEnd::Signal(number) => {
                 let advice = format!(
                     "{count} batches go on at the endpoint; rerun the command to collect them"
                 );
@@ -343,10 +342,10 @@ impl<'a> Batches<'a> {
             _ => of_a_lane.or(summary.error_of_rows(&self.config.run_dir)),
         };
         crate::report::write(&mut summary, &self.config.run_dir)?;
-        Ok(Outcome::Finished(Box::new(summary)))
+        Ok(BatchOutcome::Finished(Box::new(summary)))
     }
 
-    fn leave_rest(self) -> Result<Outcome> {
+    fn leave_rest(self) -> Result<BatchOutcome> {
         let failed = self.summary.failed_rows.iter().map(|row| row.key.clone());
         let mut not_to_ask: HashSet<String> = failed.collect();
         let mut under_way = 0;
@@ -355,7 +354,7 @@ impl<'a> Batches<'a> {
             let members = self.journal.members(&part.nonce)?;
             not_to_ask.extend(members.into_iter().map(|member| member.key));
         }
-        Ok(Outcome::Rest(Box::new(Rest {
+        Ok(BatchOutcome::Rest(Box::new(RemainingRows {
             prompts: self.plan.prompts,
             not_to_ask,
             under_way,

@@ -5,29 +5,29 @@ use std::collections::HashSet;
 use anyhow::Result;
 
 use crate::config::Config;
-use crate::harvest::batch::journal::Journal;
-use crate::harvest::batch::parts::{self, Room};
-use crate::plan::estimate::Outlook;
-use crate::plan::{Plan, Row};
+use crate::harvest::batch::journal::BatchJournal;
+use crate::harvest::batch::parts::{self, PartLimits};
+use crate::plan::estimate::BatchEstimate;
+use crate::plan::{Plan, PlannedRow};
 
 /// Estimates the batches of a plan.
 ///
 /// # Errors
 /// Where the journal of an earlier run is damaged.
-pub(crate) fn outlook(config: &Config, plan: &Plan) -> Result<Outlook> {
-    let journal = Journal::load(&config.run_dir)?;
-    let mut outlook = Outlook::default();
+pub(crate) fn outlook(config: &Config, plan: &Plan) -> Result<BatchEstimate> {
+    let journal = BatchJournal::load(&config.run_dir)?;
+    let mut outlook = BatchEstimate::default();
     let mut asked = HashSet::new();
     for part in journal.parts.iter().filter(|part| !part.is_done()) {
         outlook.under_way += 1;
         let members = journal.members(&part.nonce)?;
         asked.extend(members.into_iter().map(|member| member.key));
     }
-    let room = Room::of(&config.batch, None, f64::INFINITY);
+    let room = PartLimits::of(&config.batch, None, f64::INFINITY);
     for (lane, rows) in plan.lanes.iter().enumerate() {
         let mut sizes = Vec::new();
         for row in rows.clone() {
-            let Row { key, old_key, .. } = &plan.rows[row];
+            let PlannedRow { key, old_key, .. } = &plan.rows[row];
             let of_old = || old_key.as_deref().is_some_and(|key| asked.contains(key));
             match asked.contains(key) || of_old() {
                 true => outlook.rows_under_way += 1,

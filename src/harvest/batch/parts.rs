@@ -12,7 +12,7 @@ const OUTPUT_BYTES: [(f64, f64); 3] = [(0.0, 88.0), (5.0, 442.0), (20.0, 1_505.0
 
 /// What a row takes of each limit.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Size {
+pub(crate) struct RowSize {
     /// Of its line in the file of requests.
     pub bytes: u64,
     pub output_bytes: f64,
@@ -24,7 +24,7 @@ pub(crate) struct Size {
 
 /// What there is room for.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Room {
+pub(crate) struct PartLimits {
     pub rows: usize,
     pub bytes: u64,
     pub output_bytes: f64,
@@ -34,7 +34,7 @@ pub(crate) struct Room {
 
 /// What keeps the next row out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Full {
+pub(crate) enum PartFull {
     /// The batch is as large as it may be.
     Part,
     Tokens,
@@ -43,10 +43,10 @@ pub(crate) enum Full {
     Never,
 }
 
-impl Room {
+impl PartLimits {
     /// In one batch; `tokens` and `usd` are what is left of what all of them share.
-    pub(crate) fn of(limits: &config::Batch, tokens: Option<u64>, usd: f64) -> Room {
-        Room {
+    pub(crate) fn of(limits: &config::BatchConfig, tokens: Option<u64>, usd: f64) -> PartLimits {
+        PartLimits {
             rows: limits.max_requests,
             bytes: (limits.max_megabytes * 1e6) as u64,
             output_bytes: limits.max_output_gigabytes * 1e9,
@@ -57,10 +57,13 @@ impl Room {
 
     /// How many of the rows fit, from the first one on, what they take together, and what keeps the
     /// next one out.
-    pub(crate) fn take(&self, rows: impl Iterator<Item = Size>) -> (usize, Size, Option<Full>) {
-        let (mut count, mut sum) = (0, Size::default());
+    pub(crate) fn take(
+        &self,
+        rows: impl Iterator<Item = RowSize>,
+    ) -> (usize, RowSize, Option<PartFull>) {
+        let (mut count, mut sum) = (0, RowSize::default());
         for row in rows {
-            let with = Size {
+            let with = RowSize {
                 bytes: sum.bytes + row.bytes,
                 output_bytes: sum.output_bytes + row.output_bytes,
                 tokens: sum.tokens + row.tokens,
@@ -68,17 +71,21 @@ impl Room {
             };
             let full = if row.bytes > self.bytes {
                 // What is before it leaves first.
-                Some(if count == 0 { Full::Never } else { Full::Part })
+                Some(if count == 0 {
+                    PartFull::Never
+                } else {
+                    PartFull::Part
+                })
             } else if count == self.rows
                 || with.bytes > self.bytes
                 // A guess keeps no row out for ever.
                 || (count > 0 && with.output_bytes > self.output_bytes)
             {
-                Some(Full::Part)
+                Some(PartFull::Part)
             } else if self.tokens.is_some_and(|tokens| with.tokens > tokens) {
-                Some(Full::Tokens)
+                Some(PartFull::Tokens)
             } else if with.usd > self.usd {
-                Some(Full::Money)
+                Some(PartFull::Money)
             } else {
                 None
             };
@@ -92,14 +99,14 @@ impl Room {
 }
 
 /// What a row takes that can cost so much.
-pub(crate) fn size(plan: &Plan, lane: usize, row: usize, usd: f64) -> Size {
+pub(crate) fn size(plan: &Plan, lane: usize, row: usize, usd: f64) -> RowSize {
     let asking = &plan.askings[lane];
     let logprobs = match asking.wants_logprobs() {
         true => asking.lane.sampling.top_logprobs,
         false => 0,
     };
     let planned = &plan.rows[row];
-    Size {
+    RowSize {
         bytes: line_bytes(planned.key.len(), planned.bytes as usize),
         output_bytes: output_bytes(asking.lane.sampling.max_tokens, logprobs),
         tokens: plan.cost(lane, row).tokens(),
@@ -144,16 +151,16 @@ mod tests {
             output_bytes in 100u64..2_000,
             tokens in proptest::option::of(50u64..400),
         ) {
-            let rows: Vec<Size> = rows
+            let rows: Vec<RowSize> = rows
                 .into_iter()
-                .map(|(bytes, output_bytes, tokens)| Size {
+                .map(|(bytes, output_bytes, tokens)| RowSize {
                     bytes,
                     output_bytes: output_bytes as f64,
                     tokens,
                     usd: tokens as f64,
                 })
                 .collect();
-            let room = Room {
+            let room = PartLimits {
                 rows: max_rows,
                 bytes,
                 output_bytes: output_bytes as f64,
@@ -172,7 +179,7 @@ mod tests {
                 next += count;
                 match full {
                     None => prop_assert_eq!(next, rows.len()),
-                    Some(Full::Never) => {
+                    Some(PartFull::Never) => {
                         prop_assert!(count == 0 && rows[next].bytes > bytes);
                         never += 1;
                         next += 1;

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use anyhow::Result;
 
 use super::Batches;
-use super::journal::State;
+use super::journal::PartState;
 use crate::budget::dollars::Dollars;
 use crate::terminal::{format_count, sanitise};
 
@@ -40,7 +40,7 @@ impl Batches<'_> {
             let part = &mut self.journal.parts[index];
             part.live.lane = lane;
             part.live.held = held;
-            part.live.in_doubt = matches!(part.state, State::Creating { .. });
+            part.live.in_doubt = matches!(part.state, PartState::Creating { .. });
             part.live.rows = vec![None; of_part.len()];
             for (line, member) in of_part.into_iter().enumerate() {
                 members.insert(member.key, (index, line));

@@ -10,18 +10,18 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::braces::object_end;
-use crate::client::attempt_error::{Claim, Failure, Reason, Trouble};
-use crate::client::batch_object::Mistake;
+use crate::client::attempt_error::{AttemptError, RefusalClaim, RefusalReason, RowFailure};
+use crate::client::batch_object::BatchFileError;
 use crate::client::outcome;
 use crate::client::response::completion::{Completion, names_choices};
 use crate::client::response::error::{ApiError, is_error};
 use crate::client::response::json;
-use crate::client::transport::Reply;
+use crate::client::transport::HttpReply;
 
 /// What a line brings.
-pub(crate) struct Outcome {
+pub(crate) struct RowResult {
     pub custom_id: String,
-    pub result: Result<Box<Completion>, Trouble>,
+    pub result: Result<Box<Completion>, AttemptError>,
 }
 
 #[derive(Deserialize)]
@@ -47,7 +47,7 @@ struct Response<'a> {
 
 /// Reads a line: one outcome, or several where the file does not keep them on lines of their own. None for
 /// what names no row.
-pub(crate) fn read(line: &Bytes) -> Vec<Option<Outcome>> {
+pub(crate) fn read(line: &Bytes) -> Vec<Option<RowResult>> {
     match read_json(line) {
         Some(outcome) => vec![Some(outcome)],
         None => values(line).iter().map(read_one).collect(),
@@ -193,17 +193,17 @@ fn brace_before(text: &[u8], field: usize) -> usize {
 }
 
 /// Reads a value, repaired where it is not strict JSON.
-fn read_one(line: &Bytes) -> Option<Outcome> {
+fn read_one(line: &Bytes) -> Option<RowResult> {
     if let Some(outcome) = read_json(line) {
         return Some(outcome);
     }
     let repaired = json::repaired(line).ok().map(Bytes::from);
     repaired.and_then(|line| read_json(&line)).or_else(|| {
-        let unreadable = Trouble::Unreadable {
+        let unreadable = AttemptError::Unreadable {
             problem: "a line of a batch that is not JSON".into(),
             body: line.clone(),
         };
-        Some(Outcome {
+        Some(RowResult {
             custom_id: custom_id(line)?,
             result: Err(unreadable),
         })
@@ -223,7 +223,7 @@ fn custom_id(line: &[u8]) -> Option<String> {
     }
 }
 
-fn read_json(line: &Bytes) -> Option<Outcome> {
+fn read_json(line: &Bytes) -> Option<RowResult> {
     let Line {
         custom_id,
         response,
@@ -241,12 +241,12 @@ fn read_json(line: &Bytes) -> Option<Outcome> {
     let result = if status > 0 {
         let body = line.slice_ref(body);
         // A batch line has no date header that the time would be compared with.
-        let reply = Reply::without_headers(status, body);
+        let reply = HttpReply::without_headers(status, body);
         outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH)
     } else {
         Err(unanswered(&error))
     };
-    Some(Outcome { custom_id, result })
+    Some(RowResult { custom_id, result })
 }
 
 /// Status of a response, 0 where it tells none, and its body: the response itself where that is left out.
@@ -264,7 +264,7 @@ fn reply(response: &RawValue) -> (u16, &[u8]) {
 }
 
 /// Classifies a row without a response by the code of its error.
-fn unanswered(error: &Value) -> Trouble {
+fn unanswered(error: &Value) -> AttemptError {
     if !is_error(error) {
         // Nothing says that it was not done.
         return crate::client::attempt_error::lost("no answer in the batch", "");
@@ -274,17 +274,17 @@ fn unanswered(error: &Value) -> Trouble {
         "" => "no answer in the batch",
         code => code,
     };
-    let failure = Failure::new(class, &error.message);
+    let failure = RowFailure::new(class, &error.message);
     if let Some(reason) = crate::client::error_class::claims_the_end(error, false) {
-        return Trouble::Claim(Claim { reason, failure });
+        return AttemptError::Claim(RefusalClaim { reason, failure });
     }
     if error.is_of_the_content() {
-        return Trouble::Filtered(failure);
+        return AttemptError::Filtered(failure);
     }
     if is_of_the_row(error) {
-        Trouble::Refused(failure)
+        AttemptError::Refused(failure)
     } else {
-        Trouble::Transient {
+        AttemptError::Transient {
             failure,
             wait: std::time::Duration::ZERO,
         }
@@ -301,24 +301,24 @@ fn is_of_the_row(error: &ApiError) -> bool {
 
 /// Why a batch failed as a whole.
 #[derive(Debug, Default)]
-pub(crate) struct Verdict {
+pub(crate) struct BatchFailure {
     /// More tokens are enqueued than the account may have; the limit, where it is told.
     pub over_tokens: Option<Option<u64>>,
     /// No batch can succeed.
-    pub stop: Option<(Reason, String)>,
+    pub stop: Option<(RefusalReason, String)>,
     /// Lines of the file that the endpoint does not take, from 0.
-    pub lines: Vec<(usize, Failure)>,
+    pub lines: Vec<(usize, RowFailure)>,
     /// What it says first.
     pub message: String,
 }
 
-pub(crate) fn verdict(mistakes: &[Mistake]) -> Verdict {
-    let mut verdict = Verdict {
+pub(crate) fn verdict(mistakes: &[BatchFileError]) -> BatchFailure {
+    let mut verdict = BatchFailure {
         message: "it does not say why".into(),
-        ..Verdict::default()
+        ..BatchFailure::default()
     };
-    for (index, Mistake { error, line }) in mistakes.iter().enumerate() {
-        let failure = Failure::new(error.code.as_str(), &error.message);
+    for (index, BatchFileError { error, line }) in mistakes.iter().enumerate() {
+        let failure = RowFailure::new(error.code.as_str(), &error.message);
         if index == 0 {
             verdict.message = failure.message.clone();
         }

@@ -7,20 +7,20 @@ use memchr::memmem::find;
 
 use super::braces::{Braces, is_closed};
 use super::results::ID;
-use crate::client::batch_object::{LONGEST_LINE, Lines};
-use crate::client::transport::Fault;
+use crate::client::batch_object::{FileLines, LONGEST_LINE};
+use crate::client::transport::TransportError;
 
-pub(crate) struct Rows {
-    lines: Lines,
+pub(crate) struct ResultRows {
+    lines: FileLines,
     /// An object whose end has not come.
     open: BytesMut,
     braces: Braces,
     ready: VecDeque<Bytes>,
 }
 
-impl Rows {
-    pub(crate) fn new(lines: Lines) -> Rows {
-        Rows {
+impl ResultRows {
+    pub(crate) fn new(lines: FileLines) -> ResultRows {
+        ResultRows {
             lines,
             open: BytesMut::new(),
             braces: Braces::default(),
@@ -29,7 +29,7 @@ impl Rows {
     }
 
     /// The next line, or object of several lines. None after the last one.
-    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, TransportError> {
         loop {
             if let Some(row) = self.ready.pop_front() {
                 return Ok(Some(row));
@@ -105,7 +105,7 @@ mod tests {
             .unwrap();
         runtime.block_on(async {
             let piece = Ok(Bytes::copy_from_slice(text.as_bytes()));
-            let mut rows = Rows::new(Lines::new(stream::iter([piece]).boxed()));
+            let mut rows = ResultRows::new(FileLines::new(stream::iter([piece]).boxed()));
             let mut all = Vec::new();
             while let Some(row) = rows.next().await.unwrap() {
                 all.push(String::from_utf8(row.to_vec()).unwrap());

@@ -7,17 +7,17 @@ use anyhow::{Context, Result};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::journal::{Live, Part, State};
+use super::journal::{BatchPart, PartProgress, PartState};
 use super::lane::batches;
-use super::parts::{self, Full, Room, Size};
-use super::{Batches, Halt};
-use crate::budget::account::Bill;
+use super::parts::{self, PartFull, PartLimits, RowSize};
+use super::{BatchStepError, Batches};
+use crate::budget::account::Charge;
 use crate::budget::dollars::Dollars;
-use crate::client::attempt_error::{Failure, Trouble};
+use crate::client::attempt_error::{AttemptError, RowFailure};
 use crate::client::batch_object;
-use crate::client::batch_object::{Card, ENDPOINT};
+use crate::client::batch_object::{BatchObject, ENDPOINT};
 use crate::client::transport::Transport;
-use crate::plan::queue::Entry;
+use crate::plan::queue::QueuedRow;
 
 /// A batch whose creation had no reply is looked for after so many seconds each; a list may lag.
 const LOOKS: [u64; 4] = [0, 5, 15, 40];
@@ -32,7 +32,7 @@ const CLOCKS_DIFFER_S: i64 = 86_400;
 impl Batches<'_> {
     /// Makes a part of the rows whose turn it is, as many as fit. None if none does for now.
     pub(super) fn plan_part(&mut self, lane: usize) -> Result<Option<usize>> {
-        let sizes: Vec<Size> = {
+        let sizes: Vec<RowSize> = {
             let waiting = self.lanes[lane].waiting.iter();
             let most = self.config.batch.max_requests;
             waiting
@@ -51,17 +51,17 @@ impl Batches<'_> {
             // Alone a row is always tried: only the endpoint knows how it counts.
             if enqueued == 0 { room.max(first) } else { room }
         });
-        let room = Room::of(&self.config.batch, tokens, self.books.account.room().usd());
+        let room = PartLimits::of(&self.config.batch, tokens, self.books.account.room().usd());
         let (count, sum, full) = room.take(sizes.iter().copied());
         if count == 0 {
             match full {
-                Some(Full::Never) => self.fail_too_large(lane, sizes[0].bytes),
-                Some(Full::Money) => self.stop_without_money(lane),
+                Some(PartFull::Never) => self.fail_too_large(lane, sizes[0].bytes),
+                Some(PartFull::Money) => self.stop_without_money(lane),
                 _ => {}
             }
             return Ok(None);
         }
-        let entries: Vec<(Entry, f64)> = self.lanes[lane]
+        let entries: Vec<(QueuedRow, f64)> = self.lanes[lane]
             .waiting
             .drain(..count)
             .zip(sizes.iter().map(|size| size.usd))
@@ -70,7 +70,7 @@ impl Batches<'_> {
         self.journal
             .write_rows(&nonce, &self.plan, lane, &entries)?;
         let settings = &self.lanes[lane].settings;
-        self.journal.parts.push(Part {
+        self.journal.parts.push(BatchPart {
             nonce,
             teacher: settings.teacher.label().into(),
             endpoint: crate::config::teacher::identity(&settings.teacher).into(),
@@ -78,15 +78,15 @@ impl Batches<'_> {
             tokens: sum.tokens,
             reserved_usd: sum.usd,
             planned_at: self.clock.now().as_second(),
-            state: State::Planned,
-            live: Live {
+            state: PartState::Planned,
+            live: PartProgress {
                 lane: Some(lane),
                 rows: entries
                     .iter()
                     .map(|(entry, _)| Some(entry.row as u32))
                     .collect(),
                 held: sum.usd,
-                ..Live::default()
+                ..PartProgress::default()
             },
         });
         self.books
@@ -96,7 +96,7 @@ impl Batches<'_> {
         Ok(Some(self.journal.parts.len() - 1))
     }
 
-    fn size(&self, lane: usize, row: usize) -> Size {
+    fn size(&self, lane: usize, row: usize) -> RowSize {
         let bound = self.plan.bound(lane, row);
         let price = &self.plan.askings[lane].lane.price;
         parts::size(
@@ -115,7 +115,7 @@ impl Batches<'_> {
             "a request of {bytes} bytes fits into no batch of `batch.max_megabytes` = {}",
             self.config.batch.max_megabytes
         );
-        self.fail(lane, entry, Failure::new("over the limit", &message));
+        self.fail(lane, entry, RowFailure::new("over the limit", &message));
     }
 
     /// Unless a batch under way turns out cheaper, nothing more can be asked.
@@ -129,7 +129,11 @@ impl Batches<'_> {
     }
 
     /// Brings a part to the endpoint, as far as it goes.
-    pub(super) async fn submit(&mut self, index: usize, may_send: bool) -> Result<(), Halt> {
+    pub(super) async fn submit(
+        &mut self,
+        index: usize,
+        may_send: bool,
+    ) -> Result<(), BatchStepError> {
         loop {
             let part = &self.journal.parts[index];
             if part
@@ -141,22 +145,30 @@ impl Batches<'_> {
             }
             let is_over = self.over.is_some();
             match part.state.clone() {
-                State::Creating { file } if part.live.in_doubt => self.adopt(index, file).await?,
-                State::Planned | State::Uploaded { .. } | State::Creating { .. } if is_over => {
+                PartState::Creating { file } if part.live.in_doubt => {
+                    self.adopt(index, file).await?
+                }
+                PartState::Planned | PartState::Uploaded { .. } | PartState::Creating { .. }
+                    if is_over =>
+                {
                     self.give_back(index)?;
                 }
                 _ if !may_send => return Ok(()),
-                State::Planned => self.upload(index).await?,
-                State::Uploaded { file } => self.journal.set(index, State::Creating { file })?,
-                State::Creating { file } => self.create(index, file).await?,
-                State::Created { .. } | State::Cancelling { .. } | State::Done { .. } => {
+                PartState::Planned => self.upload(index).await?,
+                PartState::Uploaded { file } => {
+                    self.journal.set(index, PartState::Creating { file })?
+                }
+                PartState::Creating { file } => self.create(index, file).await?,
+                PartState::Created { .. }
+                | PartState::Cancelling { .. }
+                | PartState::Done { .. } => {
                     return Ok(());
                 }
             }
         }
     }
 
-    async fn upload(&mut self, index: usize) -> Result<(), Halt> {
+    async fn upload(&mut self, index: usize) -> Result<(), BatchStepError> {
         let path = self.journal.requests(&self.journal.parts[index].nonce);
         let (lane, transport) = self.lane_of(index)?;
         let reply = batches(&transport)?.upload(&path).await;
@@ -165,10 +177,10 @@ impl Batches<'_> {
             crate::client::attempt_error::lost("malformed", "the reply to an upload names no file")
         })?;
         self.lanes[lane].success();
-        Ok(self.journal.set(index, State::Uploaded { file })?)
+        Ok(self.journal.set(index, PartState::Uploaded { file })?)
     }
 
-    async fn create(&mut self, index: usize, file: String) -> Result<(), Halt> {
+    async fn create(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
         let (lane, transport) = self.lane_of(index)?;
         let body = json!({
             "input_file_id": file,
@@ -182,32 +194,33 @@ impl Batches<'_> {
         let live = &mut self.journal.parts[index].live;
         let reply = match batch_object::check(reply, self.clock.now().into()) {
             Ok(reply) => reply,
-            Err(Trouble::Refused(failure)) if is_missing(&failure) && live.missing < MISSING[1] => {
+            Err(AttemptError::Refused(failure))
+                if is_missing(&failure) && live.missing < MISSING[1] =>
+            {
                 live.in_doubt = false;
                 live.missing += 1;
                 let pause = Duration::from_millis(500 << live.missing.min(6));
                 live.not_before = Some(Instant::now() + pause);
                 let state = if live.missing == MISSING[0] {
-                    State::Planned
+                    PartState::Planned
                 } else {
-                    State::Uploaded { file }
+                    PartState::Uploaded { file }
                 };
                 return Ok(self.journal.set(index, state)?);
             }
             Err(trouble) => {
                 live.looked = 0;
                 // A refusal is a refusal; what broke may have broken on its way back.
-                live.in_doubt =
-                    matches!(&trouble, Trouble::Transient { failure, .. } if !failure.unreachable);
+                live.in_doubt = matches!(&trouble, AttemptError::Transient { failure, .. } if !failure.unreachable);
                 if !live.in_doubt {
-                    self.journal.set(index, State::Uploaded { file })?;
+                    self.journal.set(index, PartState::Uploaded { file })?;
                 }
                 return Err(trouble.into());
             }
         };
         self.lanes[lane].success();
         self.lanes[lane].has_batches = true;
-        match Card::parse(&reply.body) {
+        match BatchObject::parse(&reply.body) {
             Some(card) => self.created(index, card),
             None => Err(crate::client::attempt_error::lost(
                 "malformed",
@@ -217,9 +230,9 @@ impl Batches<'_> {
         }
     }
 
-    fn created(&mut self, index: usize, card: Card) -> Result<(), Halt> {
+    fn created(&mut self, index: usize, card: BatchObject) -> Result<(), BatchStepError> {
         let batch = card.id;
-        self.journal.set(index, State::Created { batch })?;
+        self.journal.set(index, PartState::Created { batch })?;
         let part = &mut self.journal.parts[index];
         part.live.in_doubt = false;
         part.live.status = card.status;
@@ -229,7 +242,7 @@ impl Batches<'_> {
 
     /// Looks for the batch that a creation without a reply may have made. It is in doubt until it is
     /// found, or missing from every list of a minute.
-    async fn adopt(&mut self, index: usize, file: String) -> Result<(), Halt> {
+    async fn adopt(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
         let (lane, transport) = self.lane_of(index)?;
         let part = &self.journal.parts[index];
         let (nonce, oldest) = (part.nonce.clone(), part.planned_at - CLOCKS_DIFFER_S);
@@ -262,23 +275,23 @@ impl Batches<'_> {
             }
             None => {
                 live.in_doubt = false;
-                self.journal.set(index, State::Uploaded { file })?;
+                self.journal.set(index, PartState::Uploaded { file })?;
             }
         }
         Ok(())
     }
 
     /// Ends a part that was never sent.
-    fn give_back(&mut self, index: usize) -> Result<(), Halt> {
+    fn give_back(&mut self, index: usize) -> Result<(), BatchStepError> {
         let (lane, _) = self.lane_of(index)?;
         let rows = self.journal.parts[index].live.rows.iter().flatten();
-        let entries: Vec<Entry> = rows.map(|&row| Entry::fresh(row as usize)).collect();
+        let entries: Vec<QueuedRow> = rows.map(|&row| QueuedRow::fresh(row as usize)).collect();
         self.lanes[lane].waiting.extend(entries);
         self.end_part(index, "never sent")
     }
 
     /// Ends a part; what is still held for it was not spent.
-    pub(super) fn end_part(&mut self, index: usize, status: &str) -> Result<(), Halt> {
+    pub(super) fn end_part(&mut self, index: usize, status: &str) -> Result<(), BatchStepError> {
         let (lane, _) = self.lane_of(index)?;
         let price = self.lanes[lane].settings.price.clone();
         let part = &mut self.journal.parts[index];
@@ -286,7 +299,7 @@ impl Batches<'_> {
         let held = Dollars::at_least(held);
         self.books
             .account
-            .settle_of_batch(held, held, rows, Bill::Nothing, &price)?;
+            .settle_of_batch(held, held, rows, Charge::Nothing, &price)?;
         // The answers and the books first: only a part that has not ended is looked at again.
         self.cache.sync()?;
         self.books.account.tick()?;
@@ -306,7 +319,7 @@ impl Batches<'_> {
 }
 
 /// A file that has just been uploaded may not be there yet.
-fn is_missing(failure: &Failure) -> bool {
+fn is_missing(failure: &RowFailure) -> bool {
     let message = failure.message.to_lowercase();
     message.contains("file") && (message.contains("no such") || message.contains("not found"))
 }

@@ -3,23 +3,23 @@
 use anyhow::Result;
 
 use super::Dispatcher;
-use crate::client::attempt_error::Failure;
-use crate::harvest::books::Books;
-use crate::harvest::upstream::Lane;
+use crate::client::attempt_error::RowFailure;
+use crate::harvest::books::RunFiles;
+use crate::harvest::upstream::Upstream;
 use crate::harvest::{disk_full, stop};
-use crate::plan::queue::Entry;
+use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
-use crate::report::summary::Summary;
+use crate::report::summary::HarvestSummary;
 
 /// What is left of a dispatcher.
-pub(crate) struct Ended {
-    pub summary: Summary,
-    pub lanes: Vec<Lane>,
-    pub books: Books,
+pub(crate) struct DispatchEnd {
+    pub summary: HarvestSummary,
+    pub lanes: Vec<Upstream>,
+    pub books: RunFiles,
 }
 
 impl Dispatcher<'_> {
-    pub(super) fn finish(mut self) -> Result<Ended> {
+    pub(super) fn finish(mut self) -> Result<DispatchEnd> {
         let synced = self.cache.sync();
         synced.map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
         self.look_at_cache()?;
@@ -41,11 +41,11 @@ impl Dispatcher<'_> {
         summary
             .hours
             .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
-        let of_a_lane = self.lanes.iter_mut().find_map(Lane::take_error);
+        let of_a_lane = self.lanes.iter_mut().find_map(Upstream::take_error);
         let of_rows = summary.error_of_rows(&self.config.run_dir);
         summary.error = self.stop.take().or(of_a_lane).or(of_rows);
         self.excuse(crate::report::write(&mut summary, &self.config.run_dir))?;
-        Ok(Ended {
+        Ok(DispatchEnd {
             summary,
             lanes: self.lanes,
             books: self.books,
@@ -56,9 +56,15 @@ impl Dispatcher<'_> {
     fn note_suspects(&mut self) -> Result<()> {
         for lane in &self.lanes {
             for row in lane.suspects() {
-                let failure = Failure::new("", "");
+                let failure = RowFailure::new("", "");
                 let now = self.clock.now();
-                let line = Line::new(&self.plan, Entry::fresh(row), Kind::Suspect, &failure, now);
+                let line = Line::new(
+                    &self.plan,
+                    QueuedRow::fresh(row),
+                    Kind::Suspect,
+                    &failure,
+                    now,
+                );
                 let unanswered = &mut self.books.unanswered;
                 if unanswered
                     .get(&line.key)

@@ -17,22 +17,22 @@ use crate::cache::writer::Cache;
 use crate::clock::WallClock;
 use crate::config::Config;
 use crate::exit::Exit;
-use crate::harvest::attempt::{self, Attempt, Finished};
-use crate::harvest::books::Books;
+use crate::harvest::attempt::{self, Attempt, FinishedAttempt};
+use crate::harvest::books::RunFiles;
 use crate::harvest::disk_full;
-use crate::harvest::disk_full::Room;
+use crate::harvest::disk_full::HeldAnswers;
 use crate::harvest::stop;
-use crate::harvest::unreadable::Unreadable;
-use crate::harvest::upstream::Lane;
+use crate::harvest::unreadable::UnreadableBodies;
+use crate::harvest::upstream::Upstream;
 use crate::harvest::window;
-use crate::harvest::window::{Schedule, State};
+use crate::harvest::window::{RequestWindow, WindowState};
 use crate::plan::Plan;
 use crate::report::progress::Rates;
-use crate::report::summary::Summary;
-use crate::report::timeline::{Timeline, Used};
+use crate::report::summary::HarvestSummary;
+use crate::report::timeline::{LimitUse, Timeline};
 use crate::signal::Signals;
 use crate::terminal::progress::Progress;
-pub(crate) use ending::Ended;
+pub(crate) use ending::DispatchEnd;
 
 /// Answers that are recorded by one write, at most.
 const LARGEST_GROUP: usize = 64;
@@ -44,16 +44,16 @@ pub(crate) struct Dispatcher<'a> {
     config: &'a Config,
     plan: Arc<Plan>,
     cache: &'a Cache,
-    lanes: Vec<Lane>,
-    books: Books,
-    unreadable: Unreadable,
-    schedule: Schedule,
+    lanes: Vec<Upstream>,
+    books: RunFiles,
+    unreadable: UnreadableBodies,
+    schedule: RequestWindow,
     clock: WallClock,
-    in_flight: JoinSet<Result<Finished>>,
-    room: Room,
+    in_flight: JoinSet<Result<FinishedAttempt>>,
+    room: HeldAnswers,
     /// A limit that is shared has something to tell.
     wake: Arc<Notify>,
-    summary: Summary,
+    summary: HarvestSummary,
     timeline: Timeline,
     /// Why nothing is sent any more; what is in flight is still waited for.
     stop: Option<anyhow::Error>,
@@ -69,10 +69,10 @@ pub(crate) struct Dispatcher<'a> {
 }
 
 /// What a request task has come to.
-type Back = Result<Result<Finished>, JoinError>;
+type TaskResult = Result<Result<FinishedAttempt>, JoinError>;
 
 /// What came of trying to send one more request.
-enum Next {
+enum SendOutcome {
     Sent,
     /// A limit says: not before then.
     NotBefore(Instant),
@@ -87,31 +87,31 @@ impl<'a> Dispatcher<'a> {
         config: &'a Config,
         plan: Arc<Plan>,
         cache: &'a Cache,
-        lanes: Vec<Lane>,
-        books: Books,
+        lanes: Vec<Upstream>,
+        books: RunFiles,
         clock: WallClock,
         progress: Progress,
     ) -> Result<Self> {
         let now = Instant::now();
-        let used = lanes.iter().map(|lane| Used {
+        let used = lanes.iter().map(|lane| LimitUse {
             teacher: lane.settings.teacher.label().into(),
-            ..Used::default()
+            ..LimitUse::default()
         });
-        let summary = Summary {
+        let summary = HarvestSummary {
             used: used.collect(),
             arguments: config.arguments(),
             before_training: crate::plan::prepare::before_training(config),
-            ..Summary::of_plan(&plan, &books.unanswered)
+            ..HarvestSummary::of_plan(&plan, &books.unanswered)
         };
         Ok(Self {
             config,
             cache,
             lanes,
             books,
-            unreadable: Unreadable::new(&config.run_dir),
-            schedule: Schedule::new(&config.schedule, clock.now())?,
+            unreadable: UnreadableBodies::new(&config.run_dir),
+            schedule: RequestWindow::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
-            room: Room::default(),
+            room: HeldAnswers::default(),
             wake: Arc::default(),
             timeline: Timeline::new(now, clock.now()),
             stop: None,
@@ -134,9 +134,9 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Goes on with what an earlier part of the run, begun then, has left.
-    pub(crate) fn after(mut self, summary: Summary, started: Instant) -> Self {
+    pub(crate) fn after(mut self, summary: HarvestSummary, started: Instant) -> Self {
         let used = std::mem::take(&mut self.summary.used);
-        self.summary = Summary { used, ..summary };
+        self.summary = HarvestSummary { used, ..summary };
         self.started = started;
         self.rates = Rates::new(Instant::now(), &self.summary);
         self
@@ -144,12 +144,12 @@ impl<'a> Dispatcher<'a> {
 
     /// Runs until every row has ended, or until something stops it and what was in flight is
     /// recorded.
-    pub(crate) async fn run(self, signals: Signals) -> Result<Summary> {
+    pub(crate) async fn run(self, signals: Signals) -> Result<HarvestSummary> {
         Ok(self.run_to_end(signals).await?.summary)
     }
 
     /// As [`Dispatcher::run`], of whose parts another one is to be made.
-    pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<Ended> {
+    pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<DispatchEnd> {
         let lanes = self.lanes.iter();
         let most_in_flight = lanes.map(|lane| lane.settings.limits.concurrency as u64);
         self.books.account.expect_in_flight(most_in_flight.sum())?;
@@ -183,7 +183,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn is_done(&self) -> bool {
-        self.lanes.iter().all(Lane::is_done)
+        self.lanes.iter().all(Upstream::is_done)
     }
 
     /// Starts requests until the queues, the concurrency, the limits or the budget say no. Returns
@@ -203,13 +203,13 @@ impl<'a> Dispatcher<'a> {
         for index in 0..self.lanes.len() {
             loop {
                 match self.send_next(index)? {
-                    Next::Sent => {}
-                    Next::NotBefore(until) => {
+                    SendOutcome::Sent => {}
+                    SendOutcome::NotBefore(until) => {
                         wake = Some(wake.map_or(until, |wake| wake.min(until)));
                         break;
                     }
-                    Next::Full => break,
-                    Next::NoMoney => {
+                    SendOutcome::Full => break,
+                    SendOutcome::NoMoney => {
                         is_short_of_money = true;
                         break;
                     }
@@ -227,16 +227,17 @@ impl<'a> Dispatcher<'a> {
     fn look_at_clock(&mut self) -> Option<Instant> {
         let now = self.clock.now();
         let state = self.schedule.state(now);
-        let was_closed = std::mem::replace(&mut self.is_closed, matches!(state, State::Closed(_)));
+        let was_closed =
+            std::mem::replace(&mut self.is_closed, matches!(state, WindowState::Closed(_)));
         match state {
-            State::Open => None,
-            State::Over if self.is_done() => None,
-            State::Over => {
+            WindowState::Open => None,
+            WindowState::Over if self.is_done() => None,
+            WindowState::Over => {
                 self.stop.get_or_insert_with(window::over);
                 None
             }
-            State::Closed(_) if self.stop.is_some() || self.is_done() => None,
-            State::Closed(until) => {
+            WindowState::Closed(_) if self.stop.is_some() || self.is_done() => None,
+            WindowState::Closed(until) => {
                 if !was_closed {
                     self.progress.note(&format!(
                         "outside the window: waiting until {}",
@@ -250,23 +251,23 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
-    fn send_next(&mut self, index: usize) -> Result<Next> {
+    fn send_next(&mut self, index: usize) -> Result<SendOutcome> {
         let lane = &mut self.lanes[index];
         if lane.is_done() {
-            return Ok(Next::Full);
+            return Ok(SendOutcome::Full);
         }
         let entry = match lane.room().and_then(|()| lane.next_row()) {
             Ok(entry) => entry,
-            Err(wake) => return Ok(wake.map_or(Next::Full, Next::NotBefore)),
+            Err(wake) => return Ok(wake.map_or(SendOutcome::Full, SendOutcome::NotBefore)),
         };
         let bound = self.plan.bound(index, entry.row);
         let reserved = self.books.account.bound(&bound, &lane.settings.price);
         match self.books.set_aside(&reserved, lane) {
             Ok(true) => {}
-            Ok(false) => return Ok(Next::NoMoney),
+            Ok(false) => return Ok(SendOutcome::NoMoney),
             Err(error) if disk_full::is_full(&error) => {
                 self.note_full_disk(&error);
-                return Ok(Next::Full);
+                return Ok(SendOutcome::Full);
             }
             Err(error) => return Err(error),
         }
@@ -276,7 +277,7 @@ impl<'a> Dispatcher<'a> {
             Err(until) => {
                 self.books.account.release(&reserved);
                 self.note_day(index);
-                return Ok(Next::NotBefore(until));
+                return Ok(SendOutcome::NotBefore(until));
             }
         };
         lane.queue.take(entry);
@@ -298,7 +299,7 @@ impl<'a> Dispatcher<'a> {
                 reserved,
             },
         ));
-        Ok(Next::Sent)
+        Ok(SendOutcome::Sent)
     }
 
     fn note_day(&mut self, index: usize) {
@@ -316,7 +317,7 @@ impl<'a> Dispatcher<'a> {
 
     /// The request that has ended, and those that end as soon as they are let: under a full load
     /// each would otherwise be recorded by a write of its own.
-    async fn group(&mut self, first: Back) -> Vec<Back> {
+    async fn group(&mut self, first: TaskResult) -> Vec<TaskResult> {
         let mut group = vec![first];
         let mut is_growing = true;
         while std::mem::take(&mut is_growing) {
@@ -332,7 +333,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Records the answers that have come, by one write, and decides about the other replies.
-    fn take_back(&mut self, group: Vec<Back>) -> Result<()> {
+    fn take_back(&mut self, group: Vec<TaskResult>) -> Result<()> {
         self.look_at_cache()?;
         let (mut finished, mut fault) = (Vec::with_capacity(group.len()), None);
         for ended in group {
@@ -377,7 +378,7 @@ impl<'a> Dispatcher<'a> {
 
     /// Writes to the books. A full disk is met again by the next request, which must not be sent then;
     /// until then what was written before is on the safe side.
-    fn unless_full(&mut self, write: impl FnOnce(&mut Books) -> Result<()>) -> Result<()> {
+    fn unless_full(&mut self, write: impl FnOnce(&mut RunFiles) -> Result<()>) -> Result<()> {
         match write(&mut self.books) {
             Err(error) if disk_full::is_full(&error) => Ok(()),
             // The whole folder may have been moved. What was written ahead there covers what is in flight.
@@ -408,7 +409,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn hear(&mut self) {
-        for line in self.lanes.iter_mut().filter_map(Lane::hear) {
+        for line in self.lanes.iter_mut().filter_map(Upstream::hear) {
             self.progress.note(&line);
         }
     }
@@ -428,7 +429,7 @@ impl<'a> Dispatcher<'a> {
     fn pass_time(&mut self) {
         let now = Instant::now();
         let seconds = self.timeline.pass(now);
-        let is_waiting = self.lanes.iter().any(Lane::is_waiting);
+        let is_waiting = self.lanes.iter().any(Upstream::is_waiting);
         let hour = self.timeline.hour(now);
         if self.is_closed {
             hour.closed_s += seconds;

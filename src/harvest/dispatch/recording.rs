@@ -5,12 +5,12 @@ use tokio::time::Instant;
 
 use super::Dispatcher;
 use crate::exit::Exit;
-use crate::harvest::attempt::Finished;
+use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::{disk_full, stop};
 
 impl Dispatcher<'_> {
     /// Records the answers among these by one write, and decides about the other replies.
-    pub(super) fn record(&mut self, finished: Vec<Finished>) -> Result<()> {
+    pub(super) fn record(&mut self, finished: Vec<FinishedAttempt>) -> Result<()> {
         let answers = finished
             .iter()
             .filter_map(|request| request.result.as_ref().ok());

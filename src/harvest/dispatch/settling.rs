@@ -6,25 +6,25 @@ use anyhow::{Result, bail};
 use tokio::time::Instant;
 
 use super::Dispatcher;
-use crate::budget::account::Bill;
-use crate::client::attempt_error::{Claim, Failure, Trouble};
-use crate::harvest::attempt::Finished;
+use crate::budget::account::Charge;
+use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
+use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::stop;
-use crate::harvest::upstream::Verdict;
-use crate::harvest::watch::Word;
-use crate::plan::queue::Entry;
+use crate::harvest::upstream::RetryDecision;
+use crate::harvest::watch::MonitorAlert;
+use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
-use crate::rate_limit::send_ticket::Departure;
+use crate::rate_limit::send_ticket::SendTicket;
 use crate::report::failures::FailedRow;
-use crate::report::seen::Seen;
+use crate::report::seen::AnswerFacts;
 use crate::terminal::format_duration;
 
 /// A wait that is worth telling.
 const LONG_WAIT: Duration = Duration::from_secs(5);
 
 impl Dispatcher<'_> {
-    pub(super) fn settle(&mut self, finished: Finished) -> Result<()> {
-        let Finished {
+    pub(super) fn settle(&mut self, finished: FinishedAttempt) -> Result<()> {
+        let FinishedAttempt {
             attempt,
             reports,
             result,
@@ -45,15 +45,15 @@ impl Dispatcher<'_> {
             Err(trouble) => trouble,
         };
         let failure = match &trouble {
-            Trouble::Refused(failure)
-            | Trouble::Filtered(failure)
-            | Trouble::Transient { failure, .. } => Some(failure),
+            AttemptError::Refused(failure)
+            | AttemptError::Filtered(failure)
+            | AttemptError::Transient { failure, .. } => Some(failure),
             _ => None,
         };
         let billed = failure.filter(|failure| failure.may_be_billed);
         let bill = match billed {
-            Some(_) => Bill::Possible,
-            None => Bill::Nothing,
+            Some(_) => Charge::Possible,
+            None => Charge::Nothing,
         };
         self.summary.attempts_lost += u64::from(billed.is_some());
         self.books.account.settle(&attempt.reserved, bill, &price);
@@ -72,68 +72,68 @@ impl Dispatcher<'_> {
     fn judge(
         &mut self,
         index: usize,
-        entry: Entry,
-        departure: &Departure,
-        trouble: Trouble,
+        entry: QueuedRow,
+        departure: &SendTicket,
+        trouble: AttemptError,
         is_spent: bool,
     ) -> Result<()> {
         let lane = &mut self.lanes[index];
         let known = self.books.unanswered.get(&self.plan.rows[entry.row].key);
         let failed_as = known.map_or("", |known| known.failed_as.as_str());
         let (verdict, message) = match trouble {
-            Trouble::Refused(failure) | Trouble::Claim(Claim { failure, .. })
+            AttemptError::Refused(failure) | AttemptError::Claim(RefusalClaim { failure, .. })
                 if failure.class == failed_as =>
             {
                 let message = failure.message.clone();
                 (lane.failed_again(entry, failure), message)
             }
-            Trouble::Refused(failure) => {
+            AttemptError::Refused(failure) => {
                 let message = failure.message.clone();
                 (lane.refused(entry, failure), message)
             }
-            Trouble::Filtered(failure) => {
+            AttemptError::Filtered(failure) => {
                 lane.filtered(departure);
                 return self.filtered(index, entry, failure);
             }
-            Trouble::Throttled { wait, message } => {
+            AttemptError::Throttled { wait, message } => {
                 self.summary.used[index].throttled += 1;
                 let cost = self.plan.cost(index, entry.row);
                 let verdict = lane.throttled(entry, cost, departure, wait, message.clone());
                 (verdict, message)
             }
-            Trouble::Transient { failure, wait } => {
+            AttemptError::Transient { failure, wait } => {
                 let message = failure.message.clone();
                 match lane.transient(entry, failure.clone(), wait) {
                     // It has been bought as often as it may be.
-                    Verdict::Again { .. } if is_spent => {
+                    RetryDecision::Again { .. } if is_spent => {
                         lane.queue.remove(entry.row);
-                        (Verdict::Failed(entry, failure), message)
+                        (RetryDecision::Failed(entry, failure), message)
                     }
                     verdict => (verdict, message),
                 }
             }
-            Trouble::Claim(claim) => {
+            AttemptError::Claim(claim) => {
                 let message = claim.failure.message.clone();
                 (lane.claimed(entry, claim, departure), message)
             }
-            Trouble::KeyRenewed => {
+            AttemptError::KeyRenewed => {
                 lane.key_renewed(entry);
                 return Ok(());
             }
             // An attempt makes an answer of it.
-            Trouble::Unreadable { problem, .. } => bail!("a reply was left unread: {problem}"),
+            AttemptError::Unreadable { problem, .. } => bail!("a reply was left unread: {problem}"),
         };
         match verdict {
-            Verdict::Failed(entry, failure) => {
+            RetryDecision::Failed(entry, failure) => {
                 lane.gave_up(entry.row);
                 let row = FailedRow::new(&self.plan, index, entry, failure);
                 self.summary.fail(row);
             }
-            Verdict::Again { pause } if pause >= LONG_WAIT => self
+            RetryDecision::Again { pause } if pause >= LONG_WAIT => self
                 .progress
                 .note(&format!("waiting {}: {message}", format_duration(pause))),
-            Verdict::Again { .. } => {}
-            Verdict::Far(wait) => {
+            RetryDecision::Again { .. } => {}
+            RetryDecision::Far(wait) => {
                 let now = self.clock.now();
                 let until = now.checked_add(wait).unwrap_or(jiff::Timestamp::MAX);
                 lane.stop(stop::far(&self.schedule.show(until), wait, &message));
@@ -143,7 +143,7 @@ impl Dispatcher<'_> {
     }
 
     /// Notes an attempt that may have been billed. Returns how many there were of the row, in all runs.
-    fn note_paid(&mut self, entry: Entry, failure: &Failure) -> Result<u32> {
+    fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
         let line = Line::new(
             &self.plan,
             entry,
@@ -157,7 +157,7 @@ impl Dispatcher<'_> {
     }
 
     /// The row ends as refused by a content filter.
-    fn filtered(&mut self, index: usize, entry: Entry, failure: Failure) -> Result<()> {
+    fn filtered(&mut self, index: usize, entry: QueuedRow, failure: RowFailure) -> Result<()> {
         let line = Line::new(
             &self.plan,
             entry,
@@ -171,15 +171,15 @@ impl Dispatcher<'_> {
         Ok(())
     }
 
-    fn count(&mut self, index: usize, seen: &Seen) {
+    fn count(&mut self, index: usize, seen: &AnswerFacts) {
         let wants_logprobs = self.plan.askings[index].wants_logprobs();
         self.summary.add(seen, wants_logprobs);
         self.timeline.hour(Instant::now()).answered += 1;
         let lane = &mut self.lanes[index];
         for word in lane.watch.see(seen) {
             match word {
-                Word::Note(text) => self.summary.warn(text),
-                Word::Stop(error) => lane.stop(error),
+                MonitorAlert::Note(text) => self.summary.warn(text),
+                MonitorAlert::Stop(error) => lane.stop(error),
             }
         }
     }

@@ -13,24 +13,24 @@ use anyhow::Result;
 use tokio::time::Instant;
 
 use crate::cache::usage::Usage;
-use crate::client::attempt_error::Failure;
+use crate::client::attempt_error::RowFailure;
 use crate::client::outcome;
 use crate::client::transport::Transport;
 use crate::config;
 use crate::config::Config;
-use crate::harvest::health::Health;
+use crate::harvest::health::EndpointHealth;
 use crate::harvest::stop;
-use crate::plan::queue::{Entry, Queue};
+use crate::plan::queue::{QueuedRow, RowQueue};
 
-use crate::harvest::watch::Watch;
+use crate::harvest::watch::AnswerMonitor;
 use crate::plan::Plan;
-use crate::rate_limit::concurrency::Concurrency;
-use crate::rate_limit::cost::Cost;
-use crate::rate_limit::daily::Day;
-use crate::rate_limit::headers::Report;
-use crate::rate_limit::pacer::Limiter;
-use crate::rate_limit::redis::{News, Shared};
-use crate::rate_limit::send_ticket::Departure;
+use crate::rate_limit::concurrency::ConcurrencyLimit;
+use crate::rate_limit::cost::RequestCost;
+use crate::rate_limit::daily::DailyLimit;
+use crate::rate_limit::headers::LimitReport;
+use crate::rate_limit::pacer::Pacer;
+use crate::rate_limit::redis::{LimiterEvent, SharedLimits};
+use crate::rate_limit::send_ticket::SendTicket;
 use crate::terminal::format_duration;
 
 /// Failures after which an address at which nothing has ever answered is given up.
@@ -53,14 +53,14 @@ const DAY_TOLD_EVERY: Duration = Duration::from_secs(3_600);
 /// bound: its answer shows whether the endpoint keeps to `max_tokens`.
 const ALONE: Duration = Duration::from_secs(10);
 
-pub(crate) struct Lane {
-    pub settings: config::Lane,
+pub(crate) struct Upstream {
+    pub settings: config::EndpointConfig,
     pub transport: Arc<dyn Transport>,
-    pub limiter: Limiter,
-    pub queue: Queue,
-    health: Health,
-    concurrency: Concurrency,
-    retry: config::Retry,
+    pub limiter: Pacer,
+    pub queue: RowQueue,
+    health: EndpointHealth,
+    concurrency: ConcurrencyLimit,
+    retry: config::RetryConfig,
     in_flight: usize,
     /// When the request left that alone finds out whether the endpoint is back.
     probe: Option<Instant>,
@@ -72,7 +72,7 @@ pub(crate) struct Lane {
     has_suspects: bool,
     has_budget: bool,
     /// Monitors the usefulness of its answers.
-    pub watch: Watch,
+    pub watch: AnswerMonitor,
     /// Why nothing more is sent to it; the other lanes go on.
     stopped: Option<anyhow::Error>,
     /// When the user was last told that the requests of the day are used up.
@@ -80,14 +80,14 @@ pub(crate) struct Lane {
 }
 
 /// The rows of a lane, those last that an earlier run has failed at.
-fn queue(plan: &Plan, index: usize, now: Instant) -> Queue {
+fn queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
     let rows = plan.lanes[index].clone();
     let first_suspect = rows.end - plan.suspects[index];
-    let mut queue = Queue::new(rows.start..first_suspect);
+    let mut queue = RowQueue::new(rows.start..first_suspect);
     for row in first_suspect..rows.end {
-        let entry = Entry {
+        let entry = QueuedRow {
             claimed: 1,
-            ..Entry::fresh(row)
+            ..QueuedRow::fresh(row)
         };
         queue.delay(entry, now);
     }
@@ -95,39 +95,39 @@ fn queue(plan: &Plan, index: usize, now: Instant) -> Queue {
 }
 
 /// What a failed attempt leads to.
-pub(crate) enum Verdict {
+pub(crate) enum RetryDecision {
     /// The row is in the queue again; it, or the whole lane, waits this long.
     Again { pause: Duration },
     /// The row ends without an answer.
-    Failed(Entry, Failure),
+    Failed(QueuedRow, RowFailure),
     /// The endpoint is there again only after this long; the row is in the queue again.
     Far(Duration),
 }
 
-impl Verdict {
+impl RetryDecision {
     /// The row is in the queue again.
-    const AGAIN: Verdict = Verdict::Again {
+    const AGAIN: RetryDecision = RetryDecision::Again {
         pause: Duration::ZERO,
     };
 }
 
-impl Lane {
+impl Upstream {
     pub(crate) fn new(
         plan: &Plan,
         index: usize,
         transport: Arc<dyn Transport>,
-        day: Day,
-        shared: Option<Shared>,
+        day: DailyLimit,
+        shared: Option<SharedLimits>,
         config: &Config,
-    ) -> Result<Lane> {
+    ) -> Result<Upstream> {
         let settings = plan.askings[index].lane.clone();
         let now = Instant::now();
         let concurrency = settings.limits.concurrency;
-        Ok(Lane {
-            limiter: Limiter::new(&settings.limits, plan.largest(index), day, shared)?,
+        Ok(Upstream {
+            limiter: Pacer::new(&settings.limits, plan.largest(index), day, shared)?,
             queue: queue(plan, index, now),
-            health: Health::new(now),
-            concurrency: Concurrency::new(concurrency),
+            health: EndpointHealth::new(now),
+            concurrency: ConcurrencyLimit::new(concurrency),
             retry: config.retry.clone(),
             in_flight: 0,
             probe: None,
@@ -135,7 +135,7 @@ impl Lane {
             is_known: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
             has_budget: config.budget.usd.is_some(),
-            watch: Watch::of(&settings, config),
+            watch: AnswerMonitor::of(&settings, config),
             stopped: None,
             day_told: None,
             settings,
@@ -187,7 +187,7 @@ impl Lane {
     }
 
     /// The row to send next, or when there may be one.
-    pub(crate) fn next_row(&self) -> Result<Entry, Option<Instant>> {
+    pub(crate) fn next_row(&self) -> Result<QueuedRow, Option<Instant>> {
         let now = Instant::now();
         if self.is_probing() || !self.health.has_succeeded() || self.health.is_in_doubt() {
             // One that has not failed since shows whether it is the endpoint.
@@ -204,7 +204,7 @@ impl Lane {
     }
 
     /// Lets a request out, or says when to ask again.
-    pub(crate) fn admit(&mut self, cost: Cost) -> Result<Departure, Instant> {
+    pub(crate) fn admit(&mut self, cost: RequestCost) -> Result<SendTicket, Instant> {
         let room = if self.is_probing() || !self.health.is_proven() {
             1
         } else {
@@ -235,25 +235,25 @@ impl Lane {
     /// What the user is to know of the limits that are shared.
     pub(crate) fn hear(&mut self) -> Option<String> {
         match self.limiter.hear()? {
-            News::Silent(reason) => Some(format!(
+            LimiterEvent::Silent(reason) => Some(format!(
                 "waiting: nothing leaves while the limits that are shared cannot be asked for \
                  ({reason})"
             )),
-            News::Back(silence) => {
+            LimiterEvent::Back(silence) => {
                 self.health.excuse(silence);
                 let silence = format_duration(silence);
                 Some(format!(
                     "the limits that are shared can be asked for again, after {silence}"
                 ))
             }
-            News::Over(silence, reason) => {
+            LimiterEvent::Over(silence, reason) => {
                 self.stop(stop::no_shared_limits(silence, &reason));
                 None
             }
         }
     }
 
-    pub(crate) fn left(&mut self, departure: &Departure) {
+    pub(crate) fn left(&mut self, departure: &SendTicket) {
         self.in_flight += 1;
         if !self.health.is_proven() {
             self.first.get_or_insert(departure.at);
@@ -264,7 +264,7 @@ impl Lane {
     }
 
     /// A reply, or the lack of one, has come.
-    pub(crate) fn came_back(&mut self, departure: &Departure, reports: &[Report]) {
+    pub(crate) fn came_back(&mut self, departure: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
         if self.probe == Some(departure.at) {
             self.probe = None;
@@ -279,8 +279,8 @@ impl Lane {
 
     pub(crate) fn answered(
         &mut self,
-        departure: &Departure,
-        reports: &[Report],
+        departure: &SendTicket,
+        reports: &[LimitReport],
         usage: Option<&Usage>,
     ) {
         let now = Instant::now();
@@ -289,7 +289,7 @@ impl Lane {
             let is_full = self.in_flight + 1 >= self.concurrency.room();
             self.concurrency.answered(departure.at, now, is_full);
         }
-        let used = usage.map(|usage| Cost {
+        let used = usage.map(|usage| RequestCost {
             input_tokens: usage.prompt_tokens,
             output_tokens: usage.completion_tokens,
         });
@@ -307,23 +307,23 @@ impl Lane {
     }
 
     /// The content of the row is refused: the endpoint is in order.
-    pub(crate) fn filtered(&mut self, departure: &Departure) {
+    pub(crate) fn filtered(&mut self, departure: &SendTicket) {
         self.health.success(departure.at, Instant::now());
         self.limiter.answered(&[], departure, None);
     }
 
     /// The row is to be asked again with a new key, at once.
-    pub(crate) fn key_renewed(&mut self, entry: Entry) {
+    pub(crate) fn key_renewed(&mut self, entry: QueuedRow) {
         self.queue.delay(entry, Instant::now());
     }
 
     /// The attempt failed in a way that may pass.
     pub(crate) fn transient(
         &mut self,
-        mut entry: Entry,
-        failure: Failure,
+        mut entry: QueuedRow,
+        failure: RowFailure,
         wait: Duration,
-    ) -> Verdict {
+    ) -> RetryDecision {
         let now = Instant::now();
         // A server cannot know that an error lasts for hours: a longer wait is ignored.
         let wait = if wait > LONGEST_WAIT {
@@ -347,7 +347,7 @@ impl Lane {
             let was_open = self.limiter.close_until(now + pause);
             self.queue.delay(entry, now + wait);
             self.stop_where_nothing_helps(&failure);
-            return Verdict::Again {
+            return RetryDecision::Again {
                 pause: if was_open { pause } else { Duration::ZERO },
             };
         }
@@ -361,7 +361,7 @@ impl Lane {
             ));
         } else if entry.failed >= max_attempts {
             if is_the_rows || !self.health.may_be_the_endpoint(entry.failed, remaining) {
-                return Verdict::Failed(entry, failure);
+                return RetryDecision::Failed(entry, failure);
             }
             // Half of its attempts come back: once the endpoint is in order again, one more accident
             // must not end the row.
@@ -376,7 +376,7 @@ impl Lane {
         }
         self.stop_where_nothing_helps(&failure);
         let holds_up = self.in_flight == 0 && self.queue.peek(now).is_err();
-        Verdict::Again {
+        RetryDecision::Again {
             pause: if holds_up { wait } else { Duration::ZERO },
         }
     }
@@ -404,7 +404,7 @@ impl Lane {
 
     /// A pause for everybody, at least half of which is certain.
     fn firm_pause(&self, attempt: u32, stretch: f64) -> Duration {
-        let retry = config::Retry {
+        let retry = config::RetryConfig {
             max_s: self.retry.max_s * stretch,
             ..self.retry.clone()
         };
@@ -412,7 +412,7 @@ impl Lane {
     }
 
     /// Stops where the server fails at everything alike, and after a long silence.
-    fn stop_where_nothing_helps(&mut self, failure: &Failure) {
+    fn stop_where_nothing_helps(&mut self, failure: &RowFailure) {
         // A server that is starting up, or overloaded, has statuses of its own.
         let is_error = failure.class == "http 500" && !failure.is_bodyless && !self.is_known;
         if is_error && self.health.failed_alike(&failure.message) {

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::client::attempt_error::{Claim, Failure, Reason};
+use crate::client::attempt_error::{RefusalClaim, RefusalReason, RowFailure};
 use crate::harvest::stop;
-use crate::harvest::upstream::{Lane, Verdict};
-use crate::plan::queue::Entry;
-use crate::rate_limit::cost::Cost;
-use crate::rate_limit::send_ticket::Departure;
+use crate::harvest::upstream::{RetryDecision, Upstream};
+use crate::plan::queue::QueuedRow;
+use crate::rate_limit::cost::RequestCost;
+use crate::rate_limit::send_ticket::SendTicket;
 
 /// Rounds in which an endpoint that has answered says that no request can succeed, before it is believed.
 const CLAIMS: u32 = 4;
@@ -41,16 +41,16 @@ const THROTTLES_OF_A_ROW: u32 = 8;
 /// Rounds in which the endpoint asks for such a wait, before it is believed.
 const FAR_WAITS: u32 = 2;
 
-impl Lane {
+impl Upstream {
     /// The endpoint asks everybody to wait: the row costs no attempt, and the gate closes.
     pub(crate) fn throttled(
         &mut self,
-        mut entry: Entry,
-        cost: Cost,
-        departure: &Departure,
+        mut entry: QueuedRow,
+        cost: RequestCost,
+        departure: &SendTicket,
         wait: Option<Duration>,
         message: String,
-    ) -> Verdict {
+    ) -> RetryDecision {
         let now = Instant::now();
         let round = self.health.throttled(departure.at, now);
         // No wait makes room for a request that is larger than the limit itself.
@@ -59,8 +59,8 @@ impl Lane {
             let which = too_small.map_or("the endpoint's limit".into(), |(resource, limit)| {
                 format!("the endpoint's limit of {limit} {}", resource.name())
             });
-            let failure = Failure::over_limit(&which, cost.tokens() as f64, &message);
-            return Verdict::Failed(entry, failure);
+            let failure = RowFailure::over_limit(&which, cost.tokens() as f64, &message);
+            return RetryDecision::Failed(entry, failure);
         }
         if self.settings.limits.adapt {
             self.concurrency.throttled(departure.at, now);
@@ -71,7 +71,7 @@ impl Lane {
             && self.health.told_far(departure.at, now) >= FAR_WAITS
         {
             self.queue.delay(entry, now);
-            return Verdict::Far(far);
+            return RetryDecision::Far(far);
         }
         // Never shorter than our own back-off once it has refused again after the wait that it asked for.
         let pause = match wait.filter(|_| far.is_none()) {
@@ -88,12 +88,12 @@ impl Lane {
         let behind = self.firm_pause(entry.throttled, 1.0);
         entry.throttled += 1;
         let first = *entry.throttled_at.get_or_insert(now);
-        let is_such = |entry: &Entry| entry.throttled >= THROTTLES_OF_A_ROW;
+        let is_such = |entry: &QueuedRow| entry.throttled >= THROTTLES_OF_A_ROW;
         let others_succeed = self.health.last_success().is_some_and(|at| at > first);
         let is_alone = self.in_flight == 0 && self.queue.all(is_such);
         if others_succeed && is_alone && is_such(&entry) && round >= THROTTLES_OF_A_ROW {
             entry.failed += 1;
-            return Verdict::Failed(entry, Failure::new("throttled", &message));
+            return RetryDecision::Failed(entry, RowFailure::new("throttled", &message));
         }
         let behind = if entry.throttled > 1 {
             pause + behind
@@ -102,7 +102,7 @@ impl Lane {
         };
         self.queue.delay(entry, now + behind);
         self.stop_after_long_silence(&message);
-        Verdict::Again {
+        RetryDecision::Again {
             // Everything in flight may say the same; once is enough.
             pause: if was_open { pause } else { Duration::ZERO },
         }
@@ -112,24 +112,26 @@ impl Lane {
     /// where others are answered it is the row, or it passes.
     pub(crate) fn claimed(
         &mut self,
-        mut entry: Entry,
-        claim: Claim,
-        departure: &Departure,
-    ) -> Verdict {
+        mut entry: QueuedRow,
+        claim: RefusalClaim,
+        departure: &SendTicket,
+    ) -> RetryDecision {
         let now = Instant::now();
-        let Claim { reason, failure } = claim;
+        let RefusalClaim { reason, failure } = claim;
         let teacher = &self.settings.teacher;
         if self.stopped.is_some() {
             self.queue.delay(entry, now);
-            return Verdict::AGAIN;
+            return RetryDecision::AGAIN;
         }
         if !self.health.has_succeeded() {
-            return self.claimed_first(entry, Claim { reason, failure });
+            return self.claimed_first(entry, RefusalClaim { reason, failure });
         }
-        if failure.is_bodyless && matches!(reason, Reason::Address | Reason::Forbidden) {
+        if failure.is_bodyless
+            && matches!(reason, RefusalReason::Address | RefusalReason::Forbidden)
+        {
             return self.transient(entry, failure, Duration::ZERO);
         }
-        if matches!(reason, Reason::Address | Reason::Forbidden) {
+        if matches!(reason, RefusalReason::Address | RefusalReason::Forbidden) {
             if self.health.forbade(entry.row, now) {
                 self.queue.delay(entry, now);
                 // What is in flight may still be answered: nothing more is sent until then.
@@ -140,10 +142,10 @@ impl Lane {
                         teacher,
                     ));
                 }
-                return Verdict::AGAIN;
+                return RetryDecision::AGAIN;
             }
             entry.failed += 1;
-            return Verdict::Failed(entry, failure);
+            return RetryDecision::Failed(entry, failure);
         }
         entry.claimed += 1;
         let round = self.health.claimed(entry.row, departure.at, now);
@@ -155,28 +157,28 @@ impl Lane {
                 &failure.message,
                 teacher,
             ));
-            return Verdict::AGAIN;
+            return RetryDecision::AGAIN;
         }
         let is_contradicted = round == 1 || contradicted >= CLAIMS_OF_A_ROW;
         if entry.claimed > CLAIMS_OF_A_ROW && is_contradicted {
             entry.failed += 1;
-            return Verdict::Failed(entry, failure);
+            return RetryDecision::Failed(entry, failure);
         }
         let pause = self.firm_pause(round, 1.0);
         let was_open = self.limiter.close_until(now + pause);
         self.queue.delay(entry, now + pause);
-        Verdict::Again {
+        RetryDecision::Again {
             pause: if was_open { pause } else { Duration::ZERO },
         }
     }
 
     /// As [`Lane::claimed`], before the first answer. Where answers are in the cache, or an earlier run has
     /// ended like this, it may be the row: others are tried.
-    fn claimed_first(&mut self, mut entry: Entry, claim: Claim) -> Verdict {
+    fn claimed_first(&mut self, mut entry: QueuedRow, claim: RefusalClaim) -> RetryDecision {
         let now = Instant::now();
-        let Claim { reason, failure } = claim;
+        let RefusalClaim { reason, failure } = claim;
         let suspects = self.health.suspect(entry.row);
-        let is_key = reason == Reason::Key;
+        let is_key = reason == RefusalReason::Key;
         // A wrong key is far likelier than a row that brings such a reply: the next run tries others first.
         if self.is_known || self.has_suspects && !is_key {
             let remaining = 1 + self.queue.len() + self.in_flight;
@@ -184,16 +186,16 @@ impl Lane {
             // all rows alike; and a wrong key is believed at once, but of a row that has brought such a reply
             // before.
             let few = match reason {
-                Reason::Credit | Reason::Key => CLAIMS_OF_ROWS - 1,
+                RefusalReason::Credit | RefusalReason::Key => CLAIMS_OF_ROWS - 1,
                 _ => REFUSED_ROWS,
             };
             if self.is_known && remaining <= few && (!is_key || entry.claimed > 0) {
                 entry.failed += 1;
-                return Verdict::Failed(entry, failure);
+                return RetryDecision::Failed(entry, failure);
             }
             let enough = match reason {
-                Reason::Key => CLAIMS_FOR_A_KEY,
-                Reason::Credit => CLAIMS_OF_ROWS,
+                RefusalReason::Key => CLAIMS_FOR_A_KEY,
+                RefusalReason::Credit => CLAIMS_OF_ROWS,
                 _ if self.is_known && self.has_suspects => CLAIMS_OF_DOUBTFUL_ROWS,
                 _ => CLAIMS_OF_ROWS,
             };
@@ -207,7 +209,7 @@ impl Lane {
                     Duration::ZERO
                 };
                 self.queue.delay(entry, now + wait);
-                return Verdict::AGAIN;
+                return RetryDecision::AGAIN;
             }
         }
         self.queue.delay(entry, now);
@@ -217,17 +219,21 @@ impl Lane {
             &failure.message,
             teacher,
         ));
-        Verdict::AGAIN
+        RetryDecision::AGAIN
     }
 
     /// The row fails as it did in an earlier run, while others were answered: that shows nothing new.
-    pub(crate) fn failed_again(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
+    pub(crate) fn failed_again(
+        &mut self,
+        mut entry: QueuedRow,
+        failure: RowFailure,
+    ) -> RetryDecision {
         self.health.failed_as_before();
         entry.failed += 1;
-        Verdict::Failed(entry, failure)
+        RetryDecision::Failed(entry, failure)
     }
 
-    pub(crate) fn refused(&mut self, mut entry: Entry, failure: Failure) -> Verdict {
+    pub(crate) fn refused(&mut self, mut entry: QueuedRow, failure: RowFailure) -> RetryDecision {
         if failure.is_bodyless && self.health.has_succeeded() {
             return self.transient(entry, failure, Duration::ZERO);
         }
@@ -238,6 +244,6 @@ impl Lane {
         if self.health.refused(&failure.message) && self.in_flight == 0 && is_settled {
             self.stop(stop::refused_alike(&failure.message));
         }
-        Verdict::Failed(entry, failure)
+        RetryDecision::Failed(entry, failure)
     }
 }

@@ -15,7 +15,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
-use crate::config::Student;
+use crate::config::StudentConfig;
 pub use crate::model::config::shape::LlamaVariant;
 use crate::ops::attention::Heads;
 pub use rope::{Llama3Scaling, Rope};
@@ -49,7 +49,11 @@ impl ModelConfig {
     ///
     /// # Errors
     /// Where the sizes do not fit each other.
-    pub fn of_student(student: &Student, vocab_size: usize, stop_ids: &[u32]) -> Result<Self> {
+    pub fn of_student(
+        student: &StudentConfig,
+        vocab_size: usize,
+        stop_ids: &[u32],
+    ) -> Result<Self> {
         let json = json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

@@ -16,7 +16,7 @@ pub(crate) const HELD: Duration = Duration::from_millis(250);
 const LARGEST_BATCH: u64 = 64;
 
 #[derive(Debug)]
-pub(crate) struct Hand {
+pub(crate) struct LocalPermits {
     /// Oldest first.
     grants: VecDeque<Grant>,
     /// Permits to ask for at once: more of them where they leave at once, fewer where something else
@@ -33,7 +33,7 @@ struct Grant {
     tokens: u64,
 }
 
-impl Default for Hand {
+impl Default for LocalPermits {
     fn default() -> Self {
         Self {
             grants: VecDeque::new(),
@@ -43,7 +43,7 @@ impl Default for Hand {
     }
 }
 
-impl Hand {
+impl LocalPermits {
     pub(crate) fn add(&mut self, requests: u64, tokens: u64, at: Instant) {
         if requests + tokens > 0 {
             self.granted = Some(at);
@@ -108,7 +108,7 @@ mod tests {
     #[test]
     fn a_permit_covers_any_row_that_is_no_larger_and_is_lost_when_it_is_old() {
         let now = Instant::now();
-        let mut hand = Hand::default();
+        let mut hand = LocalPermits::default();
         assert!(!hand.take(0, now));
         hand.add(2, 200, now);
         hand.add(1, 50, after(now, 100));
@@ -127,7 +127,7 @@ mod tests {
     #[test]
     fn as_many_are_asked_for_as_leave_at_once() {
         let now = Instant::now();
-        let mut hand = Hand::default();
+        let mut hand = LocalPermits::default();
         assert_eq!(hand.wanted(1_000, now), 1);
         for expected in [2, 4, 8, 16, 32, 64, 64] {
             hand.add(1, 1, now);

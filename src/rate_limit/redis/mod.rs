@@ -51,10 +51,10 @@ use tokio::sync::mpsc::{self, Receiver, Sender};
 use tokio::time::Instant;
 
 use crate::config;
-use crate::rate_limit::cost::Cost;
+use crate::rate_limit::cost::RequestCost;
 use crate::rate_limit::redis::connection::Connection;
-use crate::rate_limit::redis::local_permits::Hand;
-use crate::rate_limit::redis::rules::{Arguments, Charged, Rules};
+use crate::rate_limit::redis::local_permits::LocalPermits;
+use crate::rate_limit::redis::rules::{Arguments, SharedCharge, SharedRules};
 use crate::rate_limit::user_limits;
 
 /// The longest time until the server is asked again: it may have forgotten, or its clock may have been
@@ -69,30 +69,30 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// The ceilings as one lane sees them. One question at a time is on its way.
-pub(crate) struct Shared {
-    rules: Rules,
+pub(crate) struct SharedLimits {
+    rules: SharedRules,
     questions: Sender<Arguments>,
     answers: Receiver<Answer>,
     is_asking: bool,
-    hand: Hand,
+    hand: LocalPermits,
     /// There is no room before, or the server is not asked before.
     not_before: Option<Instant>,
-    silence: Option<Silence>,
+    silence: Option<RedisOutage>,
     /// For so long a silence is borne.
     patience: Duration,
 }
 
 /// When it came, and what was charged, or why nobody knows.
-type Answer = (Instant, Result<Charged, String>);
+type Answer = (Instant, Result<SharedCharge, String>);
 
 /// The server cannot be asked.
-struct Silence {
+struct RedisOutage {
     since: Instant,
     pause: Duration,
 }
 
 /// What the user is to know.
-pub(crate) enum News {
+pub(crate) enum LimiterEvent {
     /// The server cannot be asked, for this reason: nothing leaves.
     Silent(String),
     /// It can again, after so long.
@@ -101,18 +101,18 @@ pub(crate) enum News {
     Over(Duration, String),
 }
 
-impl Shared {
+impl SharedLimits {
     /// Connects to the server that keeps the ceilings of `lane`, if they are shared. `largest` is the
     /// most that a request to come will use; `wake` is notified when there is something to hear.
     ///
     /// # Errors
     /// Where a request could never leave, or the server cannot be asked.
     pub(crate) async fn connect(
-        lane: &config::Lane,
-        largest: Cost,
+        lane: &config::EndpointConfig,
+        largest: RequestCost,
         patience: Duration,
         wake: &Arc<Notify>,
-    ) -> Result<Option<Shared>> {
+    ) -> Result<Option<SharedLimits>> {
         let Some(url) = &lane.limits.shared else {
             return Ok(None);
         };
@@ -121,12 +121,12 @@ impl Shared {
         let (questions, asked) = mpsc::channel(1);
         let (answer, answers) = mpsc::channel(1);
         tokio::spawn(answer_all(connection, asked, answer, Arc::clone(wake)));
-        Ok(Some(Shared {
-            rules: Rules::new(&lane.limits, largest.tokens()),
+        Ok(Some(SharedLimits {
+            rules: SharedRules::new(&lane.limits, largest.tokens()),
             questions,
             answers,
             is_asking: false,
-            hand: Hand::default(),
+            hand: LocalPermits::default(),
             not_before: None,
             silence: None,
             patience,
@@ -153,7 +153,7 @@ impl Shared {
     }
 
     /// Takes in the answer that has come, if one has.
-    pub(crate) fn hear(&mut self) -> Option<News> {
+    pub(crate) fn hear(&mut self) -> Option<LimiterEvent> {
         let (at, answer) = match self.answers.try_recv() {
             Ok(answer) => answer,
             Err(TryRecvError::Empty) => return None,
@@ -168,26 +168,26 @@ impl Shared {
                     .then(|| at + charged.wait.min(LONGEST_WAIT));
                 self.hand.add(charged.requests, charged.tokens, at);
                 let silence = self.silence.take()?;
-                Some(News::Back(at - silence.since))
+                Some(LimiterEvent::Back(at - silence.since))
             }
             Err(reason) => self.fail(at, reason),
         }
     }
 
-    fn fail(&mut self, now: Instant, reason: String) -> Option<News> {
+    fn fail(&mut self, now: Instant, reason: String) -> Option<LimiterEvent> {
         let is_new = self.silence.is_none();
-        let silence = self.silence.get_or_insert(Silence {
+        let silence = self.silence.get_or_insert(RedisOutage {
             since: now,
             pause: FIRST_PAUSE,
         });
         let lasted = now - silence.since;
         if lasted >= self.patience {
-            return Some(News::Over(lasted, reason));
+            return Some(LimiterEvent::Over(lasted, reason));
         }
         // The last attempt is made when the patience is at its end.
         self.not_before = Some(now + silence.pause.min(self.patience - lasted));
         silence.pause = (silence.pause * 2).min(LONGEST_PAUSE);
-        is_new.then_some(News::Silent(reason))
+        is_new.then_some(LimiterEvent::Silent(reason))
     }
 
     /// The server cannot be asked.
@@ -204,7 +204,7 @@ async fn answer_all(
     wake: Arc<Notify>,
 ) {
     while let Some(arguments) = asked.recv().await {
-        let charged = connection.ask(&arguments).await.map(Charged::new);
+        let charged = connection.ask(&arguments).await.map(SharedCharge::new);
         if answer.send((Instant::now(), charged)).await.is_err() {
             return;
         }

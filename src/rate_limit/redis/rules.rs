@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::config::teacher::identity;
-use crate::config::{Limits, Teacher};
+use crate::config::{LimitsConfig, TeacherConfig};
 use crate::rate_limit::user_limits::burst;
 
 pub(crate) const KEYS: usize = 3;
@@ -21,14 +21,14 @@ const LARGEST_EXACT: u64 = 1 << 53;
 
 /// The names of the script's keys. What stands in braces is the same in all of them, so that a
 /// cluster keeps them in one place.
-pub(crate) fn keys(teacher: &Teacher) -> [String; KEYS] {
+pub(crate) fn keys(teacher: &TeacherConfig) -> [String; KEYS] {
     let asked = format!("{}\n{}", identity(teacher), teacher.model);
     let hash = blake3::hash(asked.as_bytes()).to_hex();
     ["requests", "tokens", "day"].map(|name| format!("distill:limit:{{{}}}:{name}", &hash[..32]))
 }
 
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rules {
+pub(crate) struct SharedRules {
     requests: Bucket,
     tokens: Bucket,
     /// 0 for no ceiling.
@@ -60,11 +60,11 @@ impl Bucket {
     }
 }
 
-impl Rules {
+impl SharedRules {
     /// `largest` is the estimate of tokens of the largest request to come.
-    pub(crate) fn new(limits: &Limits, largest: u64) -> Rules {
+    pub(crate) fn new(limits: &LimitsConfig, largest: u64) -> SharedRules {
         let per_day = limits.requests_per_day.unwrap_or(0);
-        Rules {
+        SharedRules {
             requests: Bucket::new(limits.requests_per_minute, 1),
             tokens: Bucket::new(limits.tokens_per_minute, largest),
             requests_per_day: per_day.min(LARGEST_EXACT),
@@ -92,16 +92,16 @@ impl Rules {
 
 /// What the script answers.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Charged {
+pub(crate) struct SharedCharge {
     pub requests: u64,
     pub tokens: u64,
     /// Where nothing was charged: until there is room for one request.
     pub wait: Duration,
 }
 
-impl Charged {
-    pub(crate) fn new([requests, tokens, microseconds]: [u64; ANSWERS]) -> Charged {
-        Charged {
+impl SharedCharge {
+    pub(crate) fn new([requests, tokens, microseconds]: [u64; ANSWERS]) -> SharedCharge {
+        SharedCharge {
             requests,
             tokens,
             wait: Duration::from_micros(microseconds),
@@ -130,10 +130,10 @@ mod tests {
     #[test]
     fn endpoint_and_model_share_a_limit_and_a_place_in_a_cluster() {
         let keys_of = |base_url: &str, model: &str| {
-            keys(&Teacher {
+            keys(&TeacherConfig {
                 base_url: base_url.into(),
                 model: model.into(),
-                ..Teacher::default()
+                ..TeacherConfig::default()
             })
         };
         let keys = keys_of("https://a/v1", "m");

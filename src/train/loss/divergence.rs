@@ -28,7 +28,7 @@
 
 use std::fmt;
 
-use crate::config::{Kd, Loss};
+use crate::config::{KdMode, LossConfig};
 use crate::ops::math;
 
 /// Masses below this are rounding, not information: a tail of the teacher is left out of what it is
@@ -64,22 +64,22 @@ pub enum Divergence {
 impl Divergence {
     /// What the settings choose for answers of a teacher; the second for those that were drawn from
     /// the very distribution that the logprobs tell. None: cross-entropy alone.
-    pub fn of(settings: &Loss) -> Option<[Self; 2]> {
+    pub fn of(settings: &LossConfig) -> Option<[Self; 2]> {
         let damped = Self::Damped(settings.tail_weight as f32);
         let one = match settings.kd {
-            Kd::None => return None,
-            Kd::Auto => return Some([Self::Tail, damped]),
-            Kd::Tail => Self::Tail,
-            Kd::Unbiased => Self::Damped(1.0),
-            Kd::Damped => damped,
-            Kd::Temperature => Self::Temperature(settings.temperature as f32),
-            Kd::ReverseKl => Self::ReverseKl,
-            Kd::Jsd => Self::Jsd(settings.beta as f32),
-            Kd::SkewKl => Self::SkewKl(settings.alpha as f32),
-            Kd::SkewReverseKl => Self::SkewReverseKl(settings.alpha as f32),
-            Kd::Tvd => Self::Tvd,
-            Kd::Renormalize => Self::Renormalize,
-            Kd::RenormalizeBoth => Self::RenormalizeBoth,
+            KdMode::None => return None,
+            KdMode::Auto => return Some([Self::Tail, damped]),
+            KdMode::Tail => Self::Tail,
+            KdMode::Unbiased => Self::Damped(1.0),
+            KdMode::Damped => damped,
+            KdMode::Temperature => Self::Temperature(settings.temperature as f32),
+            KdMode::ReverseKl => Self::ReverseKl,
+            KdMode::Jsd => Self::Jsd(settings.beta as f32),
+            KdMode::SkewKl => Self::SkewKl(settings.alpha as f32),
+            KdMode::SkewReverseKl => Self::SkewReverseKl(settings.alpha as f32),
+            KdMode::Tvd => Self::Tvd,
+            KdMode::Renormalize => Self::Renormalize,
+            KdMode::RenormalizeBoth => Self::RenormalizeBoth,
         };
         Some([one, one])
     }

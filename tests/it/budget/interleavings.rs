@@ -3,10 +3,10 @@
 
 use std::collections::HashSet;
 
-use distill::budget::account::{Account, Bill};
+use distill::budget::account::{Account, Charge};
 use distill::budget::dollars::Dollars;
 use distill::budget::ledger::Spent;
-use distill::budget::price::Bound;
+use distill::budget::price::TokenBound;
 use distill::cache::usage::Usage;
 
 use super::{Disk, Fault, Mortal, PRICE, after_a_kill, dollars};
@@ -206,7 +206,12 @@ impl World {
                 }
                 // The usage that it will report must be what it billed: a bill in part is answered at once.
                 if !in_full {
-                    return self.settle(request, Bill::Measured(usage(1)), dies, Request::Answered);
+                    return self.settle(
+                        request,
+                        Charge::Measured(usage(1)),
+                        dies,
+                        Request::Answered,
+                    );
                 }
                 false
             }
@@ -220,9 +225,9 @@ impl World {
                     unreachable!()
                 };
                 let (bill, next) = match (is_billed, has_usage) {
-                    (true, true) => (Bill::Measured(usage(BOUNDS[request])), Request::Answered),
-                    (true, false) => (Bill::Answered(bound(request)), Request::Answered),
-                    (false, _) => (Bill::Nothing, Request::Waiting),
+                    (true, true) => (Charge::Measured(usage(BOUNDS[request])), Request::Answered),
+                    (true, false) => (Charge::Answered(bound(request)), Request::Answered),
+                    (false, _) => (Charge::Nothing, Request::Waiting),
                 };
                 self.settle(request, bill, dies, next)
             }
@@ -231,7 +236,7 @@ impl World {
                     unreachable!()
                 };
                 self.lost[request] += u8::from(!is_billed);
-                self.settle(request, Bill::Possible, dies, Request::Waiting)
+                self.settle(request, Charge::Possible, dies, Request::Waiting)
             }
             Step::Close(process) => {
                 let in_flight = self.leave(process);
@@ -248,7 +253,7 @@ impl World {
     }
 
     /// Settles a request, and writes it down, as the dispatcher does.
-    fn settle(&mut self, request: usize, bill: Bill, dies: Option<Fault>, next: Request) -> bool {
+    fn settle(&mut self, request: usize, bill: Charge, dies: Option<Fault>, next: Request) -> bool {
         let Request::InFlight { by, .. } = self.requests[request] else {
             unreachable!()
         };
@@ -352,8 +357,8 @@ impl World {
     }
 }
 
-fn bound(request: usize) -> Bound {
-    Bound {
+fn bound(request: usize) -> TokenBound {
+    TokenBound {
         input_tokens: 0,
         output_tokens: BOUNDS[request] * 1_000_000,
     }

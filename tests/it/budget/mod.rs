@@ -7,7 +7,7 @@ mod property;
 use anyhow::{Result, bail};
 use distill::budget::account::Account;
 use distill::budget::dollars::Dollars;
-use distill::budget::ledger::{Ledger, Spent, Store};
+use distill::budget::ledger::{Ledger, LedgerStore, Spent};
 use distill::config::Price;
 
 /// A dollar a million tokens of either kind: with whole millions, sums are easy to read.
@@ -81,7 +81,7 @@ impl Mortal {
     }
 }
 
-impl Store for Mortal {
+impl LedgerStore for Mortal {
     fn save(&mut self, ledger: &Ledger) -> Result<()> {
         let next = Disk {
             ledger: ledger.clone(),

@@ -2,11 +2,11 @@
 //! judge or probe one after the other, batches, kills, prices that are set, changed or taken away, a cap
 //! that comes late or moves, caches that are repaired, deleted and merged.
 
-use distill::budget::account::{Account, Amount, Bill};
+use distill::budget::account::{Account, Charge, Reservation};
 use distill::budget::dollars::Dollars;
-use distill::budget::ledger::{Spent, Tokens};
+use distill::budget::ledger::{Spent, UnpricedTokens};
 use distill::budget::price;
-use distill::budget::price::Bound;
+use distill::budget::price::TokenBound;
 use distill::cache::usage::Usage;
 use distill::config::Price;
 use proptest::prelude::*;
@@ -47,19 +47,19 @@ enum Reply {
 
 #[derive(Debug, Clone, Copy)]
 struct Sent {
-    bound: Bound,
-    amount: Amount,
+    bound: TokenBound,
+    amount: Reservation,
     price: usize,
 }
 
 /// A row of a batch that is under way, with what is held for it.
 #[derive(Debug, Clone, Copy)]
 struct Row {
-    bound: Bound,
+    bound: TokenBound,
     held: Dollars,
     price: usize,
     /// Known from the moment when the endpoint has answered it; the row is held for until it is recorded.
-    bill: Option<Bill>,
+    bill: Option<Charge>,
 }
 
 const PRICES: [Price; 4] = [
@@ -89,7 +89,7 @@ struct World {
     batch: Vec<Row>,
     /// Billed dollars, and billed tokens of requests that had no price when sent.
     billed: Dollars,
-    unpriced: Tokens,
+    unpriced: UnpricedTokens,
     /// Sum of the costs in the cache's records.
     cached: Dollars,
     fault: Option<Fault>,
@@ -105,7 +105,7 @@ impl World {
             in_flight: Vec::new(),
             batch: Vec::new(),
             billed: Dollars::ZERO,
-            unpriced: Tokens::default(),
+            unpriced: UnpricedTokens::default(),
             cached: Dollars::ZERO,
             fault: None,
         }
@@ -134,7 +134,7 @@ impl World {
     }
 
     /// The most that a request can cost which was sent at that price.
-    fn worth(&self, bound: &Bound, sent_at: usize) -> Dollars {
+    fn worth(&self, bound: &TokenBound, sent_at: usize) -> Dollars {
         let price = match PRICES[sent_at].output {
             Some(_) => &PRICES[sent_at],
             None => &PRICES[self.price],
@@ -143,7 +143,7 @@ impl World {
     }
 
     /// The endpoint bills a share of a bound.
-    fn bill(&mut self, bound: &Bound, sent_at: usize, share: f64) -> Usage {
+    fn bill(&mut self, bound: &TokenBound, sent_at: usize, share: f64) -> Usage {
         let part = |tokens: u64| (tokens as f64 * share) as u64;
         let usage = Usage {
             prompt_tokens: part(bound.input_tokens),
@@ -260,7 +260,7 @@ impl World {
     fn price_the_unpriced(&mut self) {
         if let Some(usd) = self.unpriced_at(&PRICES[self.price]) {
             self.billed = self.billed.plus(usd);
-            self.unpriced = Tokens::default();
+            self.unpriced = UnpricedTokens::default();
         }
     }
 
@@ -270,12 +270,12 @@ impl World {
     }
 
     fn send(&mut self, input_tokens: u64, output_tokens: u64) {
-        let bound = Bound {
+        let bound = TokenBound {
             input_tokens,
             output_tokens,
         };
         let price = self.price;
-        let (mut is_sent, mut amount) = (false, Amount::default());
+        let (mut is_sent, mut amount) = (false, Reservation::default());
         let lives = self.run(|account| {
             amount = account.bound(&bound, &PRICES[price]);
             is_sent = account.reserve(&amount)?;
@@ -308,24 +308,24 @@ impl World {
             account.settle(&amount, bill, &PRICES[price]);
             if at_once { account.flush() } else { Ok(()) }
         });
-        if lives && let Bill::Measured(usage) = bill {
+        if lives && let Charge::Measured(usage) = bill {
             let usd = price::cost(&usage, &PRICES[price]).unwrap_or(0.0);
             self.cached = self.cached.plus(Dollars::at_most(usd));
         }
     }
 
-    fn bill_of(&mut self, bound: &Bound, price: usize, reply: Reply) -> Bill {
+    fn bill_of(&mut self, bound: &TokenBound, price: usize, reply: Reply) -> Charge {
         match reply {
-            Reply::Measured(share) => Bill::Measured(self.bill(bound, price, share)),
+            Reply::Measured(share) => Charge::Measured(self.bill(bound, price, share)),
             Reply::Untold(share) => {
                 self.bill(bound, price, share);
-                Bill::Answered(*bound)
+                Charge::Answered(*bound)
             }
             Reply::Lost(share) => {
                 self.bill(bound, price, share);
-                Bill::Possible
+                Charge::Possible
             }
-            Reply::Refused => Bill::Nothing,
+            Reply::Refused => Charge::Nothing,
         }
     }
 
@@ -334,7 +334,7 @@ impl World {
         if PRICES[self.price].output.is_none() || self.lives_on() {
             return;
         }
-        let bound = Bound {
+        let bound = TokenBound {
             input_tokens: tokens,
             output_tokens: tokens,
         };

@@ -1,6 +1,6 @@
 //! The order of training.
 
-use distill::config::{Config, Train};
+use distill::config::{Config, TrainConfig};
 use distill::data::batch::{Batch, Batches, Cursor, micro_batches};
 use distill::data::prepared::shard::ExampleView;
 use serde_json::json;
@@ -68,10 +68,10 @@ fn micro_batches_hold_each_example_once_within_their_bound() {
     let total: usize = examples.iter().map(|e| e.tokens()).sum();
 
     for tokens in [0, 1, longest - 1, longest, 200, 500, total] {
-        let settings = Train {
+        let settings = TrainConfig {
             micro_batch_size: 7,
             micro_batch_tokens: tokens,
-            ..Train::default()
+            ..TrainConfig::default()
         };
         let cut = micro_batches(&examples, &settings);
         let mut keys = Vec::new();

@@ -50,7 +50,7 @@ pub fn record(prompt: &str, answer: &str) -> Record {
 
 /// Writes a cache of `records`.
 pub fn write_cache(dir: &Path, records: &[Record]) {
-    let cache = Cache::open(dir, &config::Cache::default()).unwrap();
+    let cache = Cache::open(dir, &config::CacheConfig::default()).unwrap();
     for record in records {
         let sealed = Sealed::new(record).unwrap();
         cache.append_group(&[sealed]).unwrap();
@@ -65,10 +65,10 @@ pub fn load(config: &config::Config, tokenizer: &Tokenizer) -> anyhow::Result<Da
 fn records_become_examples_in_the_order_of_their_keys() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer("bytelevel");
-    let settings = config::Data {
+    let settings = config::DataConfig {
         max_length: 120,
         keep_finish_reasons: vec!["stop".into(), "length".into()],
-        ..config::Data::default()
+        ..config::DataConfig::default()
     };
     let answer = "The capital of France is Paris.";
     let ids = tokenizer.encode_text(answer).unwrap();

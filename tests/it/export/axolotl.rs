@@ -4,7 +4,7 @@ use std::path::Path;
 
 use distill::cache::encoding::RawToken;
 use distill::cache::record::{Logprobs, Record};
-use distill::config::Data;
+use distill::config::DataConfig;
 use distill::data::groups::Selection;
 use distill::export::rows::{Report, Settings};
 use distill::export::{Format, write};
@@ -66,7 +66,7 @@ fn export_axolotl(
 ) -> anyhow::Result<Report> {
     let settings = Settings {
         selection: &Selection::All,
-        data: &Data::default(),
+        data: &DataConfig::default(),
         tokenizer: Some(tokenizer),
         force: false,
     };

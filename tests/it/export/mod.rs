@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use distill::cache::record::Record;
-use distill::config::Data;
+use distill::config::DataConfig;
 use distill::data::groups::Selection;
 use distill::exit::Exit;
 use distill::export::rows::{Report, Settings};
@@ -60,7 +60,7 @@ const NOT_TEXT: &str = "the request has messages that are not text";
 fn export(records: Vec<Record>, format: Format, out: &Path) -> anyhow::Result<Report> {
     let settings = Settings {
         selection: &Selection::All,
-        data: &Data::default(),
+        data: &DataConfig::default(),
         tokenizer: None,
         force: false,
     };
@@ -237,7 +237,7 @@ fn a_failure_leaves_what_was_there() {
             let records = [Ok(sample(1)), Err(anyhow::anyhow!("line 2 is damaged"))];
             let settings = Settings {
                 selection: &Selection::All,
-                data: &Data::default(),
+                data: &DataConfig::default(),
                 tokenizer: None,
                 force,
             };
@@ -259,7 +259,7 @@ fn what_is_there_is_replaced_by_force_alone() {
         usage_error(&error, &["--force"]);
         let settings = Settings {
             selection: &Selection::All,
-            data: &Data::default(),
+            data: &DataConfig::default(),
             tokenizer: None,
             force: true,
         };

@@ -3,7 +3,7 @@
 use std::fs;
 
 use distill::cache::record::{Logprobs, Record, Status};
-use distill::config::Data;
+use distill::config::DataConfig;
 use distill::data::groups::Selection;
 use distill::export::rows::Settings;
 use distill::export::{Format, write};
@@ -101,7 +101,7 @@ fn parquet_holds_one_row_group_at_a_time() {
     });
     let settings = Settings {
         selection: &Selection::All,
-        data: &Data::default(),
+        data: &DataConfig::default(),
         tokenizer: None,
         force: false,
     };

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor, Var};
-use distill::config::Train;
+use distill::config::TrainConfig;
 use distill::model::candle_graph::Composed;
 use distill::model::gradients::Gradients;
 use distill::model::graph::Graph;
@@ -161,9 +161,9 @@ fn train(frame: Frame) -> Trained {
     let (config, tensors) = tiny(false);
     let mut teacher = Model::new(config, &tensors).unwrap();
     teacher.set_frame(frame);
-    let settings = Train {
+    let settings = TrainConfig {
         max_grad_norm: 0.5,
-        ..Train::default()
+        ..TrainConfig::default()
     };
     let weights = Weights {
         soft: [SoftTerm {

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use distill::cache::storage::{Storage, Wrap};
 use distill::config::Durability;
-use distill::harvest::{self, World};
-use distill::report::summary::Summary;
+use distill::harvest::{self, Environment};
+use distill::report::summary::HarvestSummary;
 use distill::signal::Signals;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::Instant;
@@ -95,8 +95,8 @@ async fn harvest(
     night: &Night,
     disk: &Moody,
     signals: UnboundedReceiver<u8>,
-) -> anyhow::Result<Summary> {
-    let world = World {
+) -> anyhow::Result<HarvestSummary> {
+    let world = Environment {
         transports: vec![Arc::new(night.teacher())],
         clock: night.clock.clone(),
         storage: disk.wrap(),

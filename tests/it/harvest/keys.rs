@@ -9,7 +9,7 @@ use distill::cache::record::Record;
 use distill::config::MaxTokensField;
 use distill::harvest;
 use distill::harvest::options::HarvestOptions;
-use distill::report::summary::Summary;
+use distill::report::summary::HarvestSummary;
 use serde_json::json;
 
 use super::{Run, end, quietly};
@@ -53,7 +53,7 @@ async fn requests(run: &Run) -> (u64, u64) {
     (summary.cached, summary.requests)
 }
 
-async fn again(run: &Run, words: &[&str]) -> anyhow::Result<Summary> {
+async fn again(run: &Run, words: &[&str]) -> anyhow::Result<HarvestSummary> {
     let options = HarvestOptions {
         again: words.iter().map(|word| word.to_string()).collect(),
         ..quietly()
@@ -427,7 +427,7 @@ async fn only_what_this_run_asks_leaves_the_cache_and_a_stopped_one_goes_on() {
 async fn what_answers_a_question_already_is_not_adopted_by_another_teacher() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b", "c", "d", "e", "f"]);
-    let teacher = |name: &str| distill::config::Teacher {
+    let teacher = |name: &str| distill::config::TeacherConfig {
         name: name.into(),
         ..run.config.teacher.clone()
     };

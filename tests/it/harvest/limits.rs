@@ -3,12 +3,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use distill::client::transport::{Fault, Reply, Transport};
+use distill::client::transport::{HttpReply, Transport, TransportError};
 use distill::clock::WallClock;
-use distill::config::{Durability, Teacher};
+use distill::config::{Durability, TeacherConfig};
 use distill::exit::Exit;
-use distill::harvest::{self, World};
-use distill::report::summary::Summary;
+use distill::harvest::{self, Environment};
+use distill::report::summary::HarvestSummary;
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -41,7 +41,7 @@ struct Watching {
 }
 
 impl Transport for Watching {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let at = Instant::now();
             let number = {
@@ -55,7 +55,7 @@ impl Transport for Watching {
             };
             sleep(self.latency).await;
             let reply = |status, headers, body: Value| {
-                Ok(Reply::whole(status, headers, body.to_string().into()))
+                Ok(HttpReply::whole(status, headers, body.to_string().into()))
             };
             if number.is_multiple_of(self.refuse) {
                 let now = Instant::now();
@@ -74,10 +74,10 @@ impl Transport for Watching {
     }
 }
 
-async fn harvest(run: &Run, transports: Vec<Arc<dyn Transport>>) -> anyhow::Result<Summary> {
+async fn harvest(run: &Run, transports: Vec<Arc<dyn Transport>>) -> anyhow::Result<HarvestSummary> {
     let (_sender, receiver) = unbounded_channel();
     let signals = Signals::from_channel(receiver);
-    let world = World {
+    let world = Environment {
         transports,
         clock: WallClock::system(),
         storage: distill::cache::files(),
@@ -303,15 +303,15 @@ fn teachers_have_limits_of_their_own_and_one_that_stops_leaves_the_others() {
     let prompts: Vec<_> = (0..400).map(|number| number.to_string()).collect();
     let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
     let mut run = Run::at("http://localhost:1/v1", &prompts);
-    let teacher = |name: &str, rate| Teacher {
+    let teacher = |name: &str, rate| TeacherConfig {
         name: name.into(),
         model: name.into(),
         base_url: format!("http://localhost:1/{name}"),
-        limits: Some(distill::config::Limits {
+        limits: Some(distill::config::LimitsConfig {
             requests_per_minute: Some(rate),
-            ..distill::config::Limits::default()
+            ..distill::config::LimitsConfig::default()
         }),
-        ..Teacher::default()
+        ..TeacherConfig::default()
     };
     run.config.teachers = vec![teacher("slow", 60), teacher("fast", 6_000)];
     run.config.prompts.teachers = distill::config::Assignment::All;

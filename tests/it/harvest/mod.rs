@@ -26,7 +26,7 @@ use distill::config::{Config, OnMissingLogprobs};
 use distill::exit::Exit;
 use distill::harvest;
 use distill::harvest::options::HarvestOptions;
-use distill::report::summary::Summary;
+use distill::report::summary::HarvestSummary;
 use distill::signal::Signals;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -70,14 +70,14 @@ impl Run {
         std::fs::write(self.dir.path().join(name), content).unwrap();
     }
 
-    pub async fn harvest(&self) -> Summary {
+    pub async fn harvest(&self) -> HarvestSummary {
         let (_sender, receiver) = unbounded_channel();
         self.try_harvest(Signals::from_channel(receiver))
             .await
             .unwrap()
     }
 
-    pub async fn try_harvest(&self, signals: Signals) -> anyhow::Result<Summary> {
+    pub async fn try_harvest(&self, signals: Signals) -> anyhow::Result<HarvestSummary> {
         let run = harvest::run_until(&self.config, quietly(), signals);
         let summary = tokio::time::timeout(Duration::from_secs(20), run)
             .await
@@ -126,7 +126,7 @@ pub fn quietly() -> HarvestOptions {
 
 /// Every row has ended in one way.
 #[track_caller]
-pub fn assert_adds_up(summary: &Summary) {
+pub fn assert_adds_up(summary: &HarvestSummary) {
     let parts = [
         summary.cached,
         summary.ok,
@@ -138,7 +138,7 @@ pub fn assert_adds_up(summary: &Summary) {
 }
 
 /// The exit status and the message that the process would end with.
-pub fn end(summary: &Summary) -> (u8, String) {
+pub fn end(summary: &HarvestSummary) -> (u8, String) {
     match &summary.error {
         Some(error) => (Exit::code_of(error), format!("{error:#}")),
         None => (0, String::new()),
@@ -146,7 +146,7 @@ pub fn end(summary: &Summary) -> (u8, String) {
 }
 
 /// How many rows were answered and how many failed, and the exit status.
-pub fn outcome(summary: &Summary) -> (u64, u64, u8) {
+pub fn outcome(summary: &HarvestSummary) -> (u64, u64, u8) {
     (summary.ok, summary.failed, end(summary).0)
 }
 

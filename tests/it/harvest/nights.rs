@@ -4,16 +4,16 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use distill::client::transport::{Fault, Reply, Transport};
+use distill::client::transport::{HttpReply, Transport, TransportError};
 use distill::clock::WallClock;
 use distill::config::{Config, Durability};
-use distill::harvest::{self, World};
+use distill::harvest::{self, Environment};
 use distill::mock::Mock;
 use distill::mock::ledger::Stats;
 use distill::mock::request::Request;
 use distill::mock::response::Reaction;
 use distill::mock::script::Script;
-use distill::report::summary::Summary;
+use distill::report::summary::HarvestSummary;
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -31,13 +31,15 @@ pub struct Simulated {
 }
 
 impl Transport for Simulated {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let body = body.to_string();
             let answer = async {
                 match self.mock.respond(Request::chat(body.as_bytes())).await {
                     Reaction::Reply(reply) => Ok(whole(reply)),
-                    Reaction::Refused => Err(Fault::Unreachable("connection refused".into())),
+                    Reaction::Refused => {
+                        Err(TransportError::Unreachable("connection refused".into()))
+                    }
                     Reaction::StallInBody(_) => std::future::pending().await,
                     Reaction::Drip {
                         reply,
@@ -50,23 +52,23 @@ impl Transport for Simulated {
                     Reaction::Reset
                     | Reaction::ResetInBody(_)
                     | Reaction::ShortBody(_)
-                    | Reaction::UnfinishedChunks(_) => Err(Fault::Broken("reset".into())),
+                    | Reaction::UnfinishedChunks(_) => Err(TransportError::Broken("reset".into())),
                 }
             };
             let reply = tokio::time::timeout(self.timeout, answer).await;
-            reply.unwrap_or(Err(Fault::Timeout))
+            reply.unwrap_or(Err(TransportError::Timeout))
         }
         .boxed()
     }
 }
 
-pub fn whole(reply: distill::mock::response::Reply) -> Reply {
+pub fn whole(reply: distill::mock::response::Reply) -> HttpReply {
     let mut headers = HeaderMap::new();
     for (name, value) in &reply.headers {
         let name: reqwest::header::HeaderName = name.parse().unwrap();
         headers.insert(name, value.parse().unwrap());
     }
-    Reply::whole(reply.status, headers, reply.body)
+    HttpReply::whole(reply.status, headers, reply.body)
 }
 
 /// A night under way: the run folder, the teacher, and the wall clock, which goes with tokio's.
@@ -87,7 +89,7 @@ impl Night {
         let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
         let mut run = Run::at("http://localhost:1/v1", &prompts);
         run.config.teacher.model = "mock".into();
-        run.config.retry = distill::config::Retry::default();
+        run.config.retry = distill::config::RetryConfig::default();
         run.config.cache.durability = Durability::None;
         run.config.sampling.top_logprobs = 0;
         run.config.schedule.timezone = Some("UTC".into());
@@ -106,7 +108,7 @@ impl Night {
 
     /// Runs until the harvest ends, or until it is killed after `life`: as by `kill -9`, nothing of
     /// it runs on. None: it was killed.
-    pub async fn harvest_for(&self, life: Option<Duration>) -> Option<Summary> {
+    pub async fn harvest_for(&self, life: Option<Duration>) -> Option<HarvestSummary> {
         let (_sender, receiver) = unbounded_channel();
         self.harvest_over(self.teacher(), life, receiver)
             .await
@@ -119,8 +121,8 @@ impl Night {
         transport: impl Transport + 'static,
         life: Option<Duration>,
         signals: UnboundedReceiver<u8>,
-    ) -> anyhow::Result<Option<Summary>> {
-        let world = World {
+    ) -> anyhow::Result<Option<HarvestSummary>> {
+        let world = Environment {
             transports: vec![Arc::new(transport)],
             clock: self.clock.clone(),
             storage: distill::cache::files(),
@@ -145,7 +147,7 @@ impl Night {
         }
     }
 
-    pub async fn harvest(&self) -> Summary {
+    pub async fn harvest(&self) -> HarvestSummary {
         self.harvest_for(None).await.unwrap()
     }
 

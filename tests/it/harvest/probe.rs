@@ -5,7 +5,7 @@ use distill::exit::Exit;
 use distill::harvest;
 use distill::mock::script::Script;
 use distill::mock::server::MockServer;
-use distill::probe::findings::{Endpoint, Finding, LogprobsKind, TokenBytes};
+use distill::probe::findings::{Finding, LogprobsKind, ProbedEndpoint, TokenBytes};
 
 use super::{Run, quietly};
 
@@ -17,7 +17,7 @@ fn teacher(script: &str) -> (MockServer, Run) {
     (server, run)
 }
 
-async fn probe(run: &Run) -> Endpoint {
+async fn probe(run: &Run) -> ProbedEndpoint {
     let found = distill::harvest::probe(&run.config).await.unwrap();
     assert!(run.config.run_dir.join("endpoint.json").exists());
     found.endpoints[0].clone()

@@ -7,7 +7,7 @@ use distill::cache::record::Status;
 use distill::exit::Exit;
 use distill::harvest;
 use distill::harvest::options::HarvestOptions;
-use distill::report::summary::Summary;
+use distill::report::summary::HarvestSummary;
 use distill::signal::Signals;
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -247,7 +247,7 @@ async fn a_dry_run_sends_and_writes_nothing() {
         let mut config = run.config.clone();
         change(&mut config);
         let outcome = harvest::run(&config, options.clone()).await;
-        let error = outcome.and_then(Summary::into_result).err().unwrap();
+        let error = outcome.and_then(HarvestSummary::into_result).err().unwrap();
         assert_eq!(distill::exit::Exit::code_of(&error), 2, "{error:#}");
         assert!(format!("{error:#}").contains(part), "{part}: {error:#}");
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use candle_core::Tensor;
-use distill::config::{Config, Init};
+use distill::config::{Config, StudentInit};
 use distill::exit::Exit;
 use distill::model::weights::{self, Tensors};
 use distill::train;
@@ -41,7 +41,7 @@ fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
     config.train.steps = Some(40);
     train::run(&config, Start::Ask.into()).unwrap();
     let before = student(&config);
-    config.student.init = Init::Pretrained;
+    config.student.init = StudentInit::Pretrained;
     config.student.path = config.student_dir();
     config.run_dir = config.run_dir.with_file_name("adapted");
     // What it has learnt is no longer true.
@@ -95,7 +95,7 @@ fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
     // What was written is where the adapters begin.
     let base = config.run_dir.with_file_name("base");
     std::fs::rename(config.student_dir(), &base).unwrap();
-    config.student.init = Init::Pretrained;
+    config.student.init = StudentInit::Pretrained;
     config.student.path = base.clone();
     config.train.steps = Some(12);
     config.train.ema_decay = 0.9;

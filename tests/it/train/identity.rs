@@ -139,7 +139,7 @@ async fn harvested(dir: &Path, prompts: &Path, run: &Path) -> Config {
 
 /// Writes what an endpoint would have answered that leaves the ends of turns out of its logprobs, as most do.
 fn leave_out_ends(from: &Path, to: &Path) {
-    let cache = Cache::open(to, &config::Cache::default()).unwrap();
+    let cache = Cache::open(to, &config::CacheConfig::default()).unwrap();
     for record in distill::cache::reader::read(from).unwrap() {
         let mut record = record.unwrap();
         let ended = record.answer.finish_reason == "stop";

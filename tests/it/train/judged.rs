@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, bail};
-use distill::config::{ComputeDtype, Config, Init, JudgedBy, Kd, Teacher};
+use distill::config::{ComputeDtype, Config, KdMode, ScoredBy, StudentInit, TeacherConfig};
 use distill::exit::Exit;
 use distill::harvest;
 use distill::harvest::options::HarvestOptions;
@@ -23,20 +23,20 @@ use super::teacher::log_softmax;
 use super::{metrics, run_folder, weights};
 
 /// Serves the teacher of the run folder, and has it judge.
-fn judged(config: &mut Config, teacher: &Path, by: JudgedBy) -> Server {
+fn judged(config: &mut Config, teacher: &Path, by: ScoredBy) -> Server {
     let options = ServeOptions {
         port: 0,
         model_name: Some("teacher".into()),
         ..ServeOptions::default()
     };
     let server = serve::start(teacher, options).unwrap();
-    config.teacher = Teacher {
+    config.teacher = TeacherConfig {
         base_url: server.base_url(),
         model: "teacher".into(),
         api_key_env: String::new(),
-        ..Teacher::default()
+        ..TeacherConfig::default()
     };
-    config.loss.kd = Kd::Tail;
+    config.loss.kd = KdMode::Tail;
     config.train.on_policy = true;
     config.on_policy.max_tokens = 8;
     config.on_policy.share = 1.0;
@@ -47,7 +47,7 @@ fn judged(config: &mut Config, teacher: &Path, by: JudgedBy) -> Server {
 
 /// The judge of the config, that says how often it was called and fails at the `fails`-th call.
 struct Asked {
-    judge: distill::harvest::judge::Judge,
+    judge: distill::harvest::judge::TextScorer,
     calls: Arc<AtomicUsize>,
     fails: usize,
 }
@@ -66,8 +66,8 @@ fn run(
     config: &Config,
     start: Start,
     fails: usize,
-) -> (Result<Summary>, distill::harvest::judge::Told) {
-    let judge = distill::harvest::judge::Judge::of(config, true)
+) -> (Result<Summary>, distill::harvest::judge::ScoringStats) {
+    let judge = distill::harvest::judge::TextScorer::of(config, true)
         .unwrap()
         .unwrap();
     let calls = Arc::default();
@@ -96,7 +96,7 @@ fn judged_kd(config: &Config) -> Vec<f64> {
 fn a_student_learns_from_what_an_endpoint_says_of_its_own_answers() {
     let (_dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
     config.train.steps = Some(150);
     let (summary, told) = run(&config, Start::Ask, 0);
     let summary = summary.unwrap();
@@ -117,10 +117,10 @@ fn a_student_learns_from_what_an_endpoint_says_of_its_own_answers() {
 fn begin_with_a_writer(config: &mut Config) {
     let mut first = config.clone();
     first.run_dir = config.run_dir.with_file_name("writer");
-    first.loss.kd = Kd::None;
+    first.loss.kd = KdMode::None;
     first.train.steps = Some(60);
     train::run(&first, Start::Ask.into()).unwrap();
-    config.student.init = Init::Pretrained;
+    config.student.init = StudentInit::Pretrained;
     config.student.path = first.student_dir();
 }
 
@@ -135,9 +135,9 @@ fn the_dialects_agree_with_each_other_and_with_the_models() {
     begin_with_a_writer(&mut config);
     let mut judged_as = Vec::new();
     for (by, tokenizer) in [
-        (JudgedBy::PromptLogprobs, false),
-        (JudgedBy::PromptLogprobs, true),
-        (JudgedBy::Echo, true),
+        (ScoredBy::PromptLogprobs, false),
+        (ScoredBy::PromptLogprobs, true),
+        (ScoredBy::Echo, true),
     ] {
         let _server = judged(&mut config, &teacher, by);
         if !tokenizer {
@@ -150,7 +150,7 @@ fn the_dialects_agree_with_each_other_and_with_the_models() {
             "{by:?}: {told:?}"
         );
         judged_as.push(judged_kd(&config)[0]);
-        if by == JudgedBy::PromptLogprobs {
+        if by == ScoredBy::PromptLogprobs {
             let expected = expected_kd(&config, &teacher);
             let found = judged_as[judged_as.len() - 1];
             let fits = match tokenizer {
@@ -211,7 +211,7 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
 fn a_run_that_was_cut_off_buys_no_judgement_twice_and_ends_in_the_same_bytes() {
     let (dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
     config.on_policy.share = 0.5;
     config.train.checkpoint_every = 4;
     let (summary, whole) = run(&config, Start::Ask, 0);
@@ -247,7 +247,7 @@ fn a_run_that_was_cut_off_buys_no_judgement_twice_and_ends_in_the_same_bytes() {
 fn judging_spends_from_the_budget_of_the_run_and_stops_with_a_checkpoint() {
     let (_dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
     (config.price.input, config.price.output) = (Some(100.0), Some(100.0));
     config.budget.usd = Some(0.05);
     let (summary, told) = run(&config, Start::Ask, 0);
@@ -284,7 +284,7 @@ fn judging_spends_from_the_budget_of_the_run_and_stops_with_a_checkpoint() {
 fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
     let (_dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    let server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
     drop(server);
     let script =
         distill::mock::script::Script::parse(std::path::Path::new("script.toml"), "").unwrap();
@@ -305,16 +305,16 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
     // A probe knows it before anything is asked.
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
-    let error = distill::harvest::judge::Judge::of(&config, true)
+    let error = distill::harvest::judge::TextScorer::of(&config, true)
         .err()
         .unwrap();
     assert_eq!(Exit::code_of(&error), 2, "{error:#}");
     assert!(format!("{error:#}").contains("distill probe"), "{error:#}");
     config.teacher.model = "teacher".into();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
-    assert!(distill::harvest::judge::Judge::of(&config, true).is_ok());
+    assert!(distill::harvest::judge::TextScorer::of(&config, true).is_ok());
 }
 
 /// The student's tokens are not the teacher's.
@@ -322,7 +322,7 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
 fn a_judge_may_have_another_tokenizer() {
     let (dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
+    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
     let student = dir.path().join("student");
     std::fs::create_dir(&student).unwrap();
     for name in [
@@ -340,7 +340,7 @@ fn a_judge_may_have_another_tokenizer() {
     tokenizer["model"]["merges"] = serde_json::json!([]);
     std::fs::write(&path, tokenizer.to_string()).unwrap();
     config.student.path = student;
-    config.student.init = Init::Random;
+    config.student.init = StudentInit::Random;
     config.train.steps = Some(100);
     let (summary, told) = run(&config, Start::Ask, 0);
     summary.unwrap();

@@ -10,7 +10,7 @@ mod teacher;
 
 use std::path::Path;
 
-use distill::config::{Config, Init, Kd, SaveDtype};
+use distill::config::{Config, KdMode, SaveDtype, StudentInit};
 use distill::exit::Exit;
 use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
@@ -42,14 +42,14 @@ fn run_folder() -> (tempfile::TempDir, Config) {
     };
     config.data.source = Some(dir.path().join("rows.jsonl"));
     config.data.validation_share = 0.2;
-    config.student.init = Init::Random;
+    config.student.init = StudentInit::Random;
     config.student.path = model;
     config.student.hidden_size = 16;
     config.student.intermediate_size = 32;
     config.student.num_hidden_layers = 2;
     config.student.num_attention_heads = 2;
     config.student.num_key_value_heads = 1;
-    config.loss.kd = Kd::None;
+    config.loss.kd = KdMode::None;
     config.train.steps = Some(12);
     config.train.batch_size = 6;
     config.train.micro_batch_size = 6;
@@ -233,7 +233,7 @@ fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
         assert_eq!(permissions, metadata("model.safetensors").permissions());
     }
     // What was written loads as a pretrained student.
-    config.student.init = Init::Pretrained;
+    config.student.init = StudentInit::Pretrained;
     config.student.path = config.student_dir();
     config.run_dir = config.run_dir.join("second");
     train::run(&config, Start::Ask.into()).unwrap();
@@ -247,7 +247,7 @@ fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
 #[test]
 fn a_tokenizer_larger_than_the_embedding_is_refused() {
     let (_dir, mut config) = run_folder();
-    config.student.init = Init::Pretrained;
+    config.student.init = StudentInit::Pretrained;
     // One token more than there are rows.
     let path = config.student.path.join("tokenizer.json");
     let mut tokenizer: serde_json::Value =

@@ -1,7 +1,7 @@
 //! What the settings of a training do.
 
 use candle_core::Tensor;
-use distill::config::{Best, ComputeDtype, Config, Device, Init, Schedule};
+use distill::config::{BestMetric, ComputeDtype, Config, Device, LrSchedule, StudentInit};
 use distill::exit::Exit;
 use distill::model::weights::{self, Tensors};
 use distill::train;
@@ -44,12 +44,12 @@ fn frozen_parameters_stay_and_the_others_move() {
 fn the_best_weights_become_the_student_and_patience_ends_the_run() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(400);
-    config.train.schedule = Schedule::Constant;
+    config.train.schedule = LrSchedule::Constant;
     // Too fast to stay where it is good.
     config.train.learning_rate = 5e-2;
     config.train.eval_every = 2;
     config.train.keep_checkpoints = 1;
-    config.train.best = Best::Ce;
+    config.train.best = BestMetric::Ce;
     config.train.patience = 4;
     let summary = train::run(&config, Start::Ask.into()).unwrap();
     let validations: Vec<(u64, f64)> = metrics(&config)
@@ -178,7 +178,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
     ];
     for (what, break_weights) in cases {
         let (_dir, mut config) = run_folder();
-        config.student.init = Init::Pretrained;
+        config.student.init = StudentInit::Pretrained;
         config.train.micro_batch_size = 2;
         let mut tensors =
             weights::load_file(&config.student.path.join("model.safetensors")).unwrap();
@@ -228,9 +228,9 @@ fn settings_without_effect_are_refused() {
     config.train.freeze = vec!["nope".into()];
     assert!(refused(&config).contains("\"nope\", which matches no parameter"));
     config.train.freeze.clear();
-    config.train.best = Best::Kl;
+    config.train.best = BestMetric::Kl;
     assert!(refused(&config).contains("soft labels"));
-    config.train.best = Best::Ce;
+    config.train.best = BestMetric::Ce;
     config.data.validation_share = 0.0;
     assert!(refused(&config).contains("data.validation_share"));
 }

@@ -24,8 +24,8 @@ fn whole_run() -> (tempfile::TempDir, Config) {
     config.train.eval_every = 3;
     config.train.checkpoint_every = 1;
     config.train.keep_checkpoints = 100;
-    config.train.best = distill::config::Best::Ce;
-    config.loss.kd = distill::config::Kd::Tail;
+    config.train.best = distill::config::BestMetric::Ce;
+    config.loss.kd = distill::config::KdMode::Tail;
     config.teacher.local = Some(config.student.path.clone());
     config.teacher.cotrain = true;
     config.train.on_policy = true;

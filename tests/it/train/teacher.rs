@@ -1,6 +1,6 @@
 //! A teacher on this machine: dense soft labels, alone and trained along.
 
-use distill::config::{ComputeDtype, Init, Kd};
+use distill::config::{ComputeDtype, KdMode, StudentInit};
 use distill::data::groups::Selection;
 use distill::exit::Exit;
 use distill::model::{Input, Model};
@@ -17,12 +17,16 @@ fn a_student_comes_closer_to_the_whole_distribution() {
     config.train.steps = Some(80);
     config.train.eval_every = 80;
     let mut ends = Vec::new();
-    for (kd, weight) in [(Kd::None, 0.5), (Kd::Tail, 1.0), (Kd::Temperature, 1.0)] {
+    for (kd, weight) in [
+        (KdMode::None, 0.5),
+        (KdMode::Tail, 1.0),
+        (KdMode::Temperature, 1.0),
+    ] {
         config.loss.kd = kd;
         config.loss.kd_weight = Some(weight);
         let summary = train::run(&config, Start::Fresh.into()).unwrap();
         let validation = summary.validation;
-        if kd == Kd::None {
+        if kd == KdMode::None {
             assert!(validation.kl.is_none(), "{validation:?}");
             continue;
         }
@@ -40,7 +44,7 @@ fn a_student_comes_closer_to_the_whole_distribution() {
 fn the_divergence_that_is_told_is_that_of_the_models() {
     let (_dir, mut config) = run_folder();
     config.teacher.local = Some(config.student.path.clone());
-    config.loss.kd = Kd::Auto;
+    config.loss.kd = KdMode::Auto;
     config.data.validation_share = 0.9;
     config.train.dtype = ComputeDtype::F32;
     config.train.steps = Some(3);
@@ -78,7 +82,7 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
     );
 
     // A model differs in nothing from itself.
-    config.student.init = Init::Pretrained;
+    config.student.init = StudentInit::Pretrained;
     config.train.steps = Some(0);
     let summary = train::run(&config, Start::Fresh.into()).unwrap();
     let (kl, agreement) = (summary.validation.kl, summary.validation.teacher_agreement);
@@ -94,7 +98,7 @@ pub fn log_softmax(logits: &[f32]) -> Vec<f64> {
 fn a_teacher_that_is_trained_along_learns_the_answers_and_is_written() {
     let (_dir, mut config) = run_folder();
     config.teacher.local = Some(config.student.path.clone());
-    config.loss.kd = Kd::Tail;
+    config.loss.kd = KdMode::Tail;
     config.train.steps = Some(60);
     let alone = train::run(&config, Start::Ask.into()).unwrap();
     assert!(!config.run_dir.join("teacher").exists());
@@ -113,12 +117,12 @@ fn a_teacher_that_is_trained_along_learns_the_answers_and_is_written() {
     assert!(last > 0.5 * ce(0), "from {} to {last}", ce(0));
     // A teacher of noise is in the way; one that learns is not.
     assert!(along.validation.ce.unwrap() < 0.5 * alone.validation.ce.unwrap());
-    config.student.init = Init::Pretrained;
+    config.student.init = StudentInit::Pretrained;
     config.student.path = config.run_dir.join("teacher");
     config.run_dir = config.run_dir.join("second");
     config.teacher.local = None;
     config.teacher.cotrain = false;
-    config.loss.kd = Kd::None;
+    config.loss.kd = KdMode::None;
     config.train.steps = Some(0);
     let teacher = train::run(&config, Start::Ask.into()).unwrap();
     assert!(teacher.validation.token_accuracy.unwrap() > 0.95);
@@ -134,7 +138,7 @@ fn a_teacher_with_another_tokenizer_is_refused() {
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, text.replace("<|endoftext|>", "<|end|>")).unwrap();
     config.teacher.local = Some(teacher);
-    config.loss.kd = Kd::Tail;
+    config.loss.kd = KdMode::Tail;
     let error = train::run(&config, Start::Ask.into()).unwrap_err();
     let message = format!("{error:#}");
     assert_eq!(Exit::code_of(&error), 2, "{message}");
@@ -149,11 +153,11 @@ fn a_teacher_with_another_tokenizer_is_refused() {
 fn a_student_learns_from_what_it_writes_itself() {
     let (_dir, mut config) = run_folder();
     config.teacher.local = Some(config.student.path.clone());
-    config.loss.kd = Kd::Tail;
+    config.loss.kd = KdMode::Tail;
     config.train.steps = Some(150);
     config.train.on_policy = true;
     config.on_policy.max_tokens = 8;
-    for (share, kd, most) in [(1.0, Kd::ReverseKl, 0.85), (0.5, Kd::Jsd, 0.98)] {
+    for (share, kd, most) in [(1.0, KdMode::ReverseKl, 0.85), (0.5, KdMode::Jsd, 0.98)] {
         config.on_policy.share = share;
         config.on_policy.kd = kd;
         let summary = train::run(&config, Start::Fresh.into()).unwrap();

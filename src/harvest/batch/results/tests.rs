@@ -8,17 +8,17 @@ fn sort(line: &str) -> Option<(String, String)> {
     word(read.pop()??)
 }
 
-fn word(outcome: Outcome) -> Option<(String, String)> {
-    let Outcome { custom_id, result } = outcome;
+fn word(outcome: RowResult) -> Option<(String, String)> {
+    let RowResult { custom_id, result } = outcome;
     let word = match result {
         Ok(completion) => format!("answer {}", completion.answer.text),
-        Err(Trouble::Claim(claim)) => format!("claim {:?}", claim.reason),
-        Err(Trouble::Filtered(failure)) => format!("filtered {}", failure.class),
-        Err(Trouble::Unreadable { .. }) => "unreadable".into(),
-        Err(Trouble::KeyRenewed) => "key renewed".into(),
-        Err(Trouble::Refused(failure)) => format!("refused {}", failure.class),
-        Err(Trouble::Throttled { .. }) => "throttled".into(),
-        Err(Trouble::Transient { failure, .. }) => format!("again {}", failure.class),
+        Err(AttemptError::Claim(claim)) => format!("claim {:?}", claim.reason),
+        Err(AttemptError::Filtered(failure)) => format!("filtered {}", failure.class),
+        Err(AttemptError::Unreadable { .. }) => "unreadable".into(),
+        Err(AttemptError::KeyRenewed) => "key renewed".into(),
+        Err(AttemptError::Refused(failure)) => format!("refused {}", failure.class),
+        Err(AttemptError::Throttled { .. }) => "throttled".into(),
+        Err(AttemptError::Transient { failure, .. }) => format!("again {}", failure.class),
     };
     Some((custom_id, word))
 }
@@ -256,7 +256,7 @@ fn a_truncated_line_fails_only_its_own_row() {
 fn a_failed_batch_says_whose_fault_it_is() {
     let of = |mistakes: Value| {
         let card = json!({"id": "b", "errors": {"data": mistakes}}).to_string();
-        let card = crate::client::batch_object::Card::parse(card.as_bytes());
+        let card = crate::client::batch_object::BatchObject::parse(card.as_bytes());
         verdict(&card.unwrap().mistakes)
     };
     let told = "Enqueued token limit reached for m. Limit: 90,000 enqueued tokens. Try later.";
@@ -271,6 +271,6 @@ fn a_failed_batch_says_whose_fault_it_is() {
     assert_eq!((lines.lines.len(), lines.lines[0].0), (1, 1));
     assert_eq!(lines.message, "bad");
     let model = of(json!([{"code": "model_not_found", "line": 1, "message": "m"}]));
-    assert_eq!(model.stop.unwrap().0, Reason::Model);
+    assert_eq!(model.stop.unwrap().0, RefusalReason::Model);
     assert!(of(json!(null)).message.contains("not say"));
 }

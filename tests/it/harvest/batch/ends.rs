@@ -108,14 +108,17 @@ async fn a_file_that_does_not_hold_all_rows_yet_is_read_again() {
     assert_eq!(night.mock.stats().billed.answers, 20);
 }
 
-pub(super) async fn harvest_over(night: &Night, provider: Provider) -> Summary {
+pub(super) async fn harvest_over(night: &Night, provider: Provider) -> HarvestSummary {
     let (_sender, receiver) = unbounded_channel();
     let summary = night.harvest_over(provider, None, receiver).await;
     summary.unwrap().unwrap()
 }
 
 /// A night whose cards are changed on their way.
-pub(super) async fn harvest_with_cards(night: &Night, of_cards: fn(Value) -> Value) -> Summary {
+pub(super) async fn harvest_with_cards(
+    night: &Night,
+    of_cards: fn(Value) -> Value,
+) -> HarvestSummary {
     let provider = Provider {
         of_cards,
         ..Provider::of(night)
@@ -124,7 +127,7 @@ pub(super) async fn harvest_with_cards(night: &Night, of_cards: fn(Value) -> Val
 }
 
 /// A night whose results are changed on their way.
-async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Summary {
+async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> HarvestSummary {
     let provider = Provider {
         on_the_way,
         ..Provider::of(night)
@@ -313,11 +316,11 @@ async fn an_endpoint_without_batches_is_named_and_asked_in_real_time() {
         assert_eq!((code, summary.pending), (1, 5), "{path}");
         assert!(message.contains("takes no batches"), "{message}");
 
-        night.run.config.schedule.mode = Mode::Realtime;
+        night.run.config.schedule.mode = RequestMode::Realtime;
         let summary = harvest(&night).await;
         assert_eq!(summary.ok, 5, "{summary:?}");
         // Nothing is left of the batch that was planned.
-        night.run.config.schedule.mode = Mode::Batch;
+        night.run.config.schedule.mode = RequestMode::Batch;
         let summary = harvest(&night).await;
         assert!(summary.error.is_none(), "{summary:?}");
         assert_eq!(night.mock.stats().billed.answers, 5);

@@ -70,7 +70,7 @@ async fn answers_in_the_error_file_of_a_failed_batch_are_taken() {
 }
 
 /// A night whose batches fail, with error files that are changed on their way.
-async fn harvest_failing(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Summary {
+async fn harvest_failing(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> HarvestSummary {
     let provider = Provider {
         of_cards: failed_with_error_file,
         on_the_way,

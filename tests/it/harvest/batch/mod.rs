@@ -15,11 +15,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use distill::cache::record::Record;
-use distill::client::transport::{BatchApi, Download};
-use distill::client::transport::{Fault, Reply, Transport};
-use distill::config::{Config, Mode};
+use distill::client::transport::{BatchApi, FileDownload};
+use distill::client::transport::{HttpReply, Transport, TransportError};
+use distill::config::{Config, RequestMode};
 use distill::mock::response::Reaction;
-use distill::report::summary::Summary;
+use distill::report::summary::HarvestSummary;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
 use reqwest::header::HeaderMap;
@@ -48,7 +48,7 @@ struct Provider {
 }
 
 impl Transport for Provider {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         self.chat.ask(body)
     }
 
@@ -71,11 +71,11 @@ impl Provider {
     }
 
     /// A refusal, if this call is to have one.
-    fn forbid(&self) -> Option<Reply> {
+    fn forbid(&self) -> Option<HttpReply> {
         let take = |left: u32| left.checked_sub(1);
         let is_forbidden = self.forbidden.fetch_update(Relaxed, Relaxed, take).is_ok();
         let body = json!({"error": {"message": "not now"}}).to_string();
-        is_forbidden.then(|| Reply::whole(403, HeaderMap::new(), body.into()))
+        is_forbidden.then(|| HttpReply::whole(403, HeaderMap::new(), body.into()))
     }
 
     async fn travel(&self) {
@@ -90,17 +90,22 @@ impl Provider {
         reaction
     }
 
-    async fn call(&self, method: &str, path: &str, body: &[u8]) -> Result<Reply, Fault> {
+    async fn call(
+        &self,
+        method: &str,
+        path: &str,
+        body: &[u8],
+    ) -> Result<HttpReply, TransportError> {
         match self.react(method, path, body).await {
             Reaction::Reply(reply) => Ok(whole(reply)),
-            Reaction::Refused => Err(Fault::Unreachable("connection refused".into())),
-            _ => Err(Fault::Broken("reset".into())),
+            Reaction::Refused => Err(TransportError::Unreachable("connection refused".into())),
+            _ => Err(TransportError::Broken("reset".into())),
         }
     }
 }
 
 impl BatchApi for Provider {
-    fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let content = std::fs::read_to_string(file).unwrap();
             let form = format!(
@@ -113,7 +118,7 @@ impl BatchApi for Provider {
         .boxed()
     }
 
-    fn create<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn create<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let body = body.to_string();
             self.call("POST", "/v1/batches", body.as_bytes()).await
@@ -121,7 +126,7 @@ impl BatchApi for Provider {
         .boxed()
     }
 
-    fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             if let Some(refusal) = self.forbid() {
                 return Ok(refusal);
@@ -136,7 +141,10 @@ impl BatchApi for Provider {
         .boxed()
     }
 
-    fn list<'a>(&'a self, after: Option<&'a str>) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn list<'a>(
+        &'a self,
+        after: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         let after = after.map_or(String::new(), |after| format!("&after={after}"));
         async move {
             // Small pages, so that there are several.
@@ -146,7 +154,7 @@ impl BatchApi for Provider {
         .boxed()
     }
 
-    fn cancel<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn cancel<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let path = format!("/v1/batches/{batch}/cancel");
             self.call("POST", &path, b"").await
@@ -154,19 +162,19 @@ impl BatchApi for Provider {
         .boxed()
     }
 
-    fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<Download, Fault>> {
+    fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<FileDownload, TransportError>> {
         async move {
             if let Some(refusal) = self.forbid() {
-                return Ok(Download::Refused(refusal));
+                return Ok(FileDownload::Refused(refusal));
             }
             let path = format!("/v1/files/{file}/content");
             let (reply, breaks) = match self.react("GET", &path, b"").await {
                 Reaction::Reply(reply) => (reply, self.breaks_files),
                 Reaction::ResetInBody(reply) => (reply, true),
-                _ => return Err(Fault::Broken("reset".into())),
+                _ => return Err(TransportError::Broken("reset".into())),
             };
             if reply.status != 200 {
-                return Ok(Download::Refused(whole(reply)));
+                return Ok(FileDownload::Refused(whole(reply)));
             }
             let content = (self.on_the_way)(reply.body);
             let take = |left: u32| left.checked_sub(1);
@@ -177,14 +185,14 @@ impl BatchApi for Provider {
                 content.len()
             };
             let body = content.slice(..length);
-            let mut pieces: Vec<Result<Bytes, Fault>> = (0..length)
+            let mut pieces: Vec<Result<Bytes, TransportError>> = (0..length)
                 .step_by(777)
                 .map(|at| Ok(body.slice(at..length.min(at + 777))))
                 .collect();
             if breaks {
-                pieces.push(Err(Fault::Broken("reset".into())));
+                pieces.push(Err(TransportError::Broken("reset".into())));
             }
-            Ok(Download::Content(stream::iter(pieces).boxed()))
+            Ok(FileDownload::Content(stream::iter(pieces).boxed()))
         }
         .boxed()
     }
@@ -193,7 +201,7 @@ impl BatchApi for Provider {
 /// A night in batch mode.
 fn night(script: &str, prompts: usize, change: impl FnOnce(&mut Config)) -> Night {
     Night::new(script, prompts, |config| {
-        config.schedule.mode = Mode::Batch;
+        config.schedule.mode = RequestMode::Batch;
         change(config);
     })
 }
@@ -204,7 +212,7 @@ async fn harvest_with(
     latency: Duration,
     life: Option<Duration>,
     signals: UnboundedReceiver<u8>,
-) -> anyhow::Result<Option<Summary>> {
+) -> anyhow::Result<Option<HarvestSummary>> {
     let provider = Provider {
         latency,
         ..Provider::of(night)
@@ -212,14 +220,14 @@ async fn harvest_with(
     night.harvest_over(provider, life, signals).await
 }
 
-async fn harvest(night: &Night) -> Summary {
+async fn harvest(night: &Night) -> HarvestSummary {
     let (_sender, receiver) = unbounded_channel();
     let summary = harvest_with(night, Duration::from_millis(200), None, receiver).await;
     summary.unwrap().unwrap()
 }
 
 /// Batches by their status.
-fn parts(summary: &Summary) -> Vec<(&str, u64)> {
+fn parts(summary: &HarvestSummary) -> Vec<(&str, u64)> {
     let parts = &summary.batches.as_ref().unwrap().parts;
     parts
         .iter()
@@ -276,7 +284,7 @@ async fn a_batch_brings_the_records_that_real_time_brings_at_half_the_price() {
 
     // What is in the cache is not asked again, in whichever mode.
     let seen = batched.mock.stats().requests;
-    for mode in [Mode::Realtime, Mode::Batch] {
+    for mode in [RequestMode::Realtime, RequestMode::Batch] {
         let mut again = Night::new(script, 60, change);
         again.run.config.run_dir = batched.run.config.run_dir.clone();
         again.run.config.schedule.mode = mode;
@@ -334,14 +342,14 @@ async fn a_signal_leaves_batches_to_go_on_and_the_next_run_takes_them() {
     );
 
     // Asked one by one now, they would be bought twice.
-    night.run.config.schedule.mode = Mode::Realtime;
+    night.run.config.schedule.mode = RequestMode::Realtime;
     let (_sender, receiver) = unbounded_channel();
     let error = harvest_with(&night, Duration::ZERO, None, receiver).await;
     let error = error.unwrap_err();
     assert!(error.to_string().contains("bought twice"), "{error:#}");
     assert_eq!(distill::exit::Exit::code_of(&error), 2);
 
-    night.run.config.schedule.mode = Mode::Batch;
+    night.run.config.schedule.mode = RequestMode::Batch;
     let summary = harvest(&night).await;
     assert_eq!((summary.ok, summary.requests), (20, 0));
     assert_eq!(night.mock.stats().billed.answers, 20);

@@ -14,7 +14,7 @@ fn run(script: &str, change: impl FnOnce(&mut Config)) -> (distill::mock::server
     let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
     let mut run = Run::at(&server.base_url(), &prompts);
     run.config.teacher.model = "mock".into();
-    run.config.schedule.mode = Mode::Batch;
+    run.config.schedule.mode = RequestMode::Batch;
     run.config.batch.poll_s = 0.02;
     run.config.batch.max_requests = 15;
     change(&mut run.config);

@@ -8,12 +8,12 @@ mod silence;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use distill::client::transport::{Fault, Reply, Transport};
+use distill::client::transport::{HttpReply, Transport, TransportError};
 use distill::clock::WallClock;
-use distill::config::{Durability, Limits};
+use distill::config::{Durability, LimitsConfig};
 use distill::exit::Exit;
-use distill::harvest::{self, World};
-use distill::report::summary::Summary;
+use distill::harvest::{self, Environment};
+use distill::report::summary::HarvestSummary;
 use distill::signal::Signals;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, join_all};
@@ -52,45 +52,45 @@ impl Noting {
 }
 
 impl Transport for Noting {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<Reply, Fault>> {
+    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let max_tokens = body["max_completion_tokens"].as_u64().unwrap();
             let tokens = (body.to_string().len() as u64).div_ceil(4) + max_tokens;
             self.asked.lock().unwrap().push((Instant::now(), tokens));
             tokio::time::sleep(self.latency).await;
             let body = completion("x", 0).to_string();
-            Ok(Reply::whole(200, HeaderMap::new(), body.into()))
+            Ok(HttpReply::whole(200, HeaderMap::new(), body.into()))
         }
         .boxed()
     }
 }
 
 /// A run of so many prompts under these limits, which `redis` keeps.
-fn run(redis: &Redis, rows: usize, limits: Limits) -> Run {
+fn run(redis: &Redis, rows: usize, limits: LimitsConfig) -> Run {
     run_at(&redis.url(), rows, limits)
 }
 
-fn run_at(url: &str, rows: usize, limits: Limits) -> Run {
+fn run_at(url: &str, rows: usize, limits: LimitsConfig) -> Run {
     let prompts: Vec<_> = (0..rows).map(|row| format!("prompt {row:05}")).collect();
     let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
     let mut run = Run::at("http://localhost:1/v1", &prompts);
     run.config.cache.durability = Durability::None;
     run.config.sampling.top_logprobs = 0;
-    run.config.limits = Limits {
+    run.config.limits = LimitsConfig {
         shared: Some(url.into()),
         ..limits
     };
     run
 }
 
-fn per_minute(requests: u32) -> Limits {
-    Limits {
+fn per_minute(requests: u32) -> LimitsConfig {
+    LimitsConfig {
         requests_per_minute: Some(requests),
-        ..Limits::default()
+        ..LimitsConfig::default()
     }
 }
 
-async fn harvest(run: &Run, teacher: &Arc<Noting>) -> anyhow::Result<Summary> {
+async fn harvest(run: &Run, teacher: &Arc<Noting>) -> anyhow::Result<HarvestSummary> {
     let (_sender, receiver) = unbounded_channel();
     harvest_until(run, teacher, receiver).await
 }
@@ -99,9 +99,9 @@ async fn harvest_until(
     run: &Run,
     teacher: &Arc<Noting>,
     signals: UnboundedReceiver<u8>,
-) -> anyhow::Result<Summary> {
+) -> anyhow::Result<HarvestSummary> {
     let teacher: Arc<dyn Transport> = Arc::clone(teacher) as _;
-    let world = World {
+    let world = Environment {
         transports: vec![teacher],
         clock: WallClock::system(),
         storage: distill::cache::files(),
@@ -165,7 +165,7 @@ async fn several_harvests_keep_to_one_limit_and_use_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_shared_as_well() {
     let redis = Redis::start();
-    let limits = Limits {
+    let limits = LimitsConfig {
         tokens_per_minute: Some(240_000),
         ..per_minute(60_000)
     };
@@ -185,7 +185,7 @@ async fn tokens_are_shared_as_well() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_limit_but_the_shared_one_holds_a_harvest_back() {
     let redis = Redis::start();
-    let limits = Limits {
+    let limits = LimitsConfig {
         concurrency: 256,
         tokens_per_minute: Some(u32::MAX),
         ..per_minute(6_000_000)
@@ -203,9 +203,9 @@ async fn no_limit_but_the_shared_one_holds_a_harvest_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_never_fits_is_an_error_as_without_sharing() {
     let redis = Redis::start();
-    let limits = Limits {
+    let limits = LimitsConfig {
         tokens_per_minute: Some(10),
-        ..Limits::default()
+        ..LimitsConfig::default()
     };
     let mut run = run(&redis, 1, limits);
     let teacher = Noting::new(0);
@@ -220,9 +220,9 @@ async fn a_request_that_never_fits_is_an_error_as_without_sharing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_day_is_shared_and_then_nothing_leaves() {
     let redis = Redis::start();
-    let limits = Limits {
+    let limits = LimitsConfig {
         requests_per_day: Some(50),
-        ..Limits::default()
+        ..LimitsConfig::default()
     };
     let runs = [40, 40].map(|rows| run(&redis, rows, limits.clone()));
     let teacher = Noting::new(1);
