@@ -10,7 +10,7 @@
 //!   --data (chat template, tokenizer, align)--> prepared examples (mapped) --data::batch--> Batch
 //!   --model (a tape over ops)--> hidden states --train::loss, fused with the LM head--> gradients
 //!   --train::optimizer--> weights --train::checkpoint, train::student--> Hugging Face folder
-//!   --train::on_policy--> texts of the student's own --harvest::judge, cache--> logprobs --data--> Batch
+//!   --train::on_policy--> texts of the student's own --crate::harvest::scorer, cache--> logprobs --data--> Batch
 //!   --evaluate--> Report          --serve, model::generate--> answers
 //!                                        cache --export--> files for other trainers
 //! ```

@@ -80,7 +80,7 @@ impl<S: LedgerStore> Account<S> {
             },
             ..known
         };
-        give_a_price(&mut ledger.spent, price);
+        price_tokens(&mut ledger.spent, price);
         let mut account = Account {
             cap: cap.map(Dollars::at_most),
             ledger,
@@ -188,7 +188,7 @@ impl<S: LedgerStore> Account<S> {
     ///
     /// # Errors
     /// Where it cannot be written.
-    pub fn settle_of_batch(
+    pub fn settle_batch(
         &mut self,
         held: Dollars,
         unraised: Dollars,
@@ -349,7 +349,7 @@ impl<S: LedgerStore> Account<S> {
     }
 
     /// Dollars that are neither spent nor reserved.
-    pub fn room(&self) -> Dollars {
+    pub fn remaining(&self) -> Dollars {
         self.cap
             .map_or(Dollars::MAX, |cap| cap.minus(self.committed()))
     }
@@ -365,7 +365,7 @@ impl<S: LedgerStore> Account<S> {
 }
 
 /// Turns tokens into dollars, once there is a price.
-fn give_a_price(spent: &mut Spent, price: &Price) {
+fn price_tokens(spent: &mut Spent, price: &Price) {
     let cost = |tokens: &mut UnpricedTokens| {
         let usage = Usage {
             prompt_tokens: tokens.prompt,

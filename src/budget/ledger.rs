@@ -183,7 +183,7 @@ fn log_file(run_dir: &Path, number: u64) -> PathBuf {
 ///
 /// # Errors
 /// [`Exit::Damaged`] where the file is no ledger.
-pub fn look(run_dir: &Path) -> Result<(Ledger, bool)> {
+pub fn read_only(run_dir: &Path) -> Result<(Ledger, bool)> {
     let (mut ledger, is_complete) = load(run_dir)?;
     for spent in logged(run_dir, ledger.log)? {
         ledger.spent.add(&spent);
@@ -210,7 +210,7 @@ impl LedgerFiles {
         let holds =
             "spends from the budget of this run folder: wait for it, or set another `run_dir`";
         let lock = Lock::acquire(&run_dir.join("ledger.lock"), holds)?;
-        let (ledger, is_complete) = look(run_dir)?;
+        let (ledger, is_complete) = read_only(run_dir)?;
         let files = LedgerFiles {
             run_dir: run_dir.to_owned(),
             log: None,

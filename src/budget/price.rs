@@ -21,7 +21,7 @@ pub struct TokenBound {
 impl TokenBound {
     /// Of a request: no tokenizer makes more tokens of a text than it has bytes, and an endpoint
     /// adds a few around each message. The body holds every message, and JSON only lengthens it.
-    pub fn of_request(body_bytes: usize, messages: usize, max_tokens: u32) -> TokenBound {
+    pub fn for_request(body_bytes: usize, messages: usize, max_tokens: u32) -> TokenBound {
         TokenBound {
             input_tokens: body_bytes as u64 + 8 * messages as u64,
             output_tokens: max_tokens.into(),
@@ -55,7 +55,7 @@ pub fn cost(usage: &Usage, price: &Price) -> Option<f64> {
 const OLD_AFTER_DAYS: i32 = 90;
 
 /// Why these prices should be looked at again.
-pub fn doubt(price: &Price, teacher: &str, today: Date) -> Option<String> {
+pub fn price_warning(price: &Price, teacher: &str, today: Date) -> Option<String> {
     let Some(date) = price
         .as_of
         .as_ref()
@@ -87,7 +87,7 @@ mod tests {
                 as_of: as_of.map(String::from),
                 ..Price::default()
             };
-            doubt(&price, "m", today)
+            price_warning(&price, "m", today)
         };
         assert_eq!(of(Some("2026-11-22")), None);
         assert_eq!(of(Some("2026-08-24")), None);

@@ -96,7 +96,7 @@ impl RowFailure {
 
     /// Returns true if the request may be the reason, and not only that something is missing or overloaded
     /// on the way.
-    pub fn may_be_the_row(&self) -> bool {
+    pub fn may_be_row_specific(&self) -> bool {
         let is_of_the_way = ["http 502", "http 503", "http 529"].contains(&self.class.as_str());
         !self.unreachable && !is_of_the_way
     }
@@ -126,7 +126,7 @@ pub(crate) fn shorten(message: &str) -> String {
 const MESSAGE_LENGTH: usize = 300;
 
 /// A failure that may have cost an answer on its way.
-pub(crate) fn lost(class: &str, message: &str) -> AttemptError {
+pub(crate) fn connection_lost(class: &str, message: &str) -> AttemptError {
     AttemptError::Transient {
         failure: RowFailure {
             may_be_billed: true,

@@ -63,7 +63,7 @@ pub(crate) struct BatchFileError {
 
 impl BatchFileError {
     /// A line of an error file that is not about one row.
-    pub(crate) fn of_line(line: &[u8]) -> Option<BatchFileError> {
+    pub(crate) fn from_line(line: &[u8]) -> Option<BatchFileError> {
         let value = json::value(line).ok()?;
         let error = ApiError::from_value(if value["error"].is_null() {
             &value

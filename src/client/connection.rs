@@ -26,7 +26,7 @@ impl EndpointAddress {
     ///
     /// # Errors
     /// [`Exit::Usage`] with what to write instead.
-    pub(crate) fn of(settings: &config::TeacherConfig) -> Result<EndpointAddress> {
+    pub(crate) fn from_config(settings: &config::TeacherConfig) -> Result<EndpointAddress> {
         let shown = &settings.base_url;
         let text = expand("teacher.base_url", shown)?.text;
         let text = text.trim().trim_end_matches('/').to_owned();

@@ -144,7 +144,7 @@ impl Credentials {
     }
 
     /// The endpoint takes what was sent.
-    pub(crate) fn accepted(&self) {
+    pub(crate) fn mark_accepted(&self) {
         self.refused.store(0, Ordering::Relaxed);
         self.is_known.store(true, Ordering::Relaxed);
     }
@@ -402,7 +402,7 @@ mod tests {
         // New keys that are refused, one after the other, come to an end, until one is taken.
         std::fs::write(&file, "third-key-0123456789").unwrap();
         assert!(!credentials.renew(&second).await);
-        credentials.accepted();
+        credentials.mark_accepted();
         assert!(credentials.renew(&second).await);
     }
 

@@ -43,7 +43,7 @@ impl HttpTeacher {
     /// As [`Teacher::new`], to be asked at another path than that of chat completions.
     pub(crate) fn at(settings: &config::TeacherConfig, path: &str) -> Result<HttpTeacher> {
         let credentials = Arc::new(Credentials::load(settings)?);
-        let address = EndpointAddress::of(settings)?;
+        let address = EndpointAddress::from_config(settings)?;
         let http = HttpSender {
             http: connection::client(settings, &address)?,
             credentials,

@@ -110,7 +110,9 @@ impl HttpTeacher {
             let mut reply = one_attempt::read(response).await;
             reply.body = self.without_key(reply.body);
             sent.secrets.clean_headers(&mut reply.headers);
-            self.http.look_at_key(&sent, status.as_u16()).await?;
+            self.http
+                .renew_key_if_rejected(&sent, status.as_u16())
+                .await?;
             return Ok(FileDownload::Refused(reply));
         }
         let decoder = Decoder::new(response.headers());

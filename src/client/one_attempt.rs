@@ -104,7 +104,7 @@ impl HttpSender {
         }
         reply.body = body;
         sent.secrets.clean_headers(&mut reply.headers);
-        self.look_at_key(&sent, reply.status).await?;
+        self.renew_key_if_rejected(&sent, reply.status).await?;
         Ok(reply)
     }
 
@@ -125,14 +125,14 @@ impl HttpSender {
     ///
     /// # Errors
     /// [`Fault::KeyRenewed`] where the key was refused and there is another one.
-    pub(crate) async fn look_at_key(
+    pub(crate) async fn renew_key_if_rejected(
         &self,
         sent: &RequestHeaders,
         status: u16,
     ) -> Result<(), TransportError> {
         match status {
             401 if self.credentials.renew(sent).await => return Err(TransportError::KeyRenewed),
-            200..300 => self.credentials.accepted(),
+            200..300 => self.credentials.mark_accepted(),
             _ => {}
         }
         Ok(())

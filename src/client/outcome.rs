@@ -1,14 +1,14 @@
 //! Classifies a teacher's reply: an answer, or what kind of trouble. Pure.
 //!
 //! One reply is classified by its status, code and words alone. What follows from it for the row and for
-//! the run depends also on what has been answered before; that is decided in `lane`.
+//! the run depends also on what has been answered before; that is decided in `endpoint`.
 
 use crate::client::attempt_error::AttemptError;
 use crate::client::attempt_error::RowFailure;
-use crate::client::attempt_error::lost;
+use crate::client::attempt_error::connection_lost;
 use std::time::{Duration, SystemTime};
 
-use crate::client::error_class::classify_error;
+use crate::client::refusal_reason::classify_error;
 use crate::client::response;
 use crate::client::response::completion::{Completion, NoAnswer};
 use crate::client::response::error::ApiError;
@@ -61,14 +61,14 @@ pub(crate) fn classify_by(
         // All of the answer had come.
         (Ok(completion), _) => Ok(Box::new(completion)),
         (Err(_), Some(fault)) => Err(classify_fault(fault)),
-        (Err(NoAnswer::Malformed(problem)), None) => Err(lost("malformed", &problem)),
+        (Err(NoAnswer::Malformed(problem)), None) => Err(connection_lost("malformed", &problem)),
         (Err(NoAnswer::Unreadable(problem)), None) => Err(AttemptError::Unreadable {
             problem,
             body: reply.body,
         }),
         // The code is the status that the endpoint would have sent, had it not begun to answer.
         (Err(NoAnswer::Error(error)), None) => {
-            let usual = if error.is_of_the_content() { 400 } else { 500 };
+            let usual = if error.is_content_filter() { 400 } else { 500 };
             let status = error.status.unwrap_or(usual);
             let mut trouble = classify_error(status, &reply.headers, &error, now);
             if let AttemptError::Transient { failure, .. }
@@ -93,7 +93,7 @@ pub(crate) fn check(
         _ if !(200..300).contains(&reply.status) => Err(classify_refusal(&reply, now)),
         BodyEnd::Whole => Ok(reply),
         BodyEnd::Cut(fault) => Err(classify_fault(fault)),
-        BodyEnd::Unreadable { problem, .. } => Err(lost("malformed", &problem)),
+        BodyEnd::Unreadable { problem, .. } => Err(connection_lost("malformed", &problem)),
     }
 }
 
@@ -118,8 +118,8 @@ pub(crate) fn classify_fault(fault: TransportError) -> AttemptError {
             wait: None,
             message: format!("{message}; lower `limits.concurrency` or raise `ulimit -n`"),
         },
-        TransportError::Timeout => lost("timeout", "no complete answer in time"),
-        TransportError::Broken(message) => lost("connection lost", &message),
+        TransportError::Timeout => connection_lost("timeout", "no complete answer in time"),
+        TransportError::Broken(message) => connection_lost("connection lost", &message),
     }
 }
 

@@ -55,7 +55,7 @@ const USUAL_FIELDS: usize = 8;
 
 /// What is asked of one teacher, whatever the prompt.
 pub struct RequestTemplate {
-    pub lane: EndpointConfig,
+    pub endpoint: EndpointConfig,
     pub structured: Option<StructuredOutput>,
     /// Hash of what `distill probe` found out about the endpoint; empty without a probe.
     pub probe: String,
@@ -77,12 +77,12 @@ pub(crate) fn check(config: &Config) -> Result<()> {
         let message = "`prompts.samples` = 0 asks for nothing: set it to 1 or more";
         return Err(Exit::Usage(message.into()).into());
     }
-    config.lanes().iter().try_for_each(check_lane)
+    config.endpoints().iter().try_for_each(check_lane)
 }
 
-fn check_lane(lane: &EndpointConfig) -> Result<()> {
-    check_extra(&lane.sampling.extra)?;
-    if lane.teacher.model.is_empty() {
+fn check_lane(endpoint: &EndpointConfig) -> Result<()> {
+    check_extra(&endpoint.sampling.extra)?;
+    if endpoint.teacher.model.is_empty() {
         let message = "set `teacher.model` to the name of the model to ask";
         return Err(Exit::Usage(message.into()).into());
     }
@@ -112,9 +112,9 @@ fn check_extra(extra: &Map<String, Value>) -> Result<()> {
 
 impl RequestTemplate {
     /// Without a schema, of an endpoint that has not been probed.
-    pub fn plain(lane: EndpointConfig) -> RequestTemplate {
+    pub fn plain(endpoint: EndpointConfig) -> RequestTemplate {
         RequestTemplate {
-            lane,
+            endpoint,
             structured: None,
             probe: String::new(),
             scoring: None,
@@ -124,7 +124,7 @@ impl RequestTemplate {
     /// The body of a request, its fields in a fixed order.
     pub fn body(&self, messages: &[Message], sample: u32) -> Value {
         match &self.scoring {
-            Some(scoring) => scoring.body(&self.lane, messages),
+            Some(scoring) => scoring.body(&self.endpoint, messages),
             None => self.chat(messages, sample),
         }
     }
@@ -171,9 +171,9 @@ impl RequestTemplate {
     /// A chat completion's. With a seed, sample i is asked with seed + i: the same seed would bring the
     /// same answer.
     fn chat(&self, messages: &[Message], sample: u32) -> Value {
-        let sampling = &self.lane.sampling;
+        let sampling = &self.endpoint.sampling;
         let mut body = Map::with_capacity(USUAL_FIELDS + sampling.extra.len());
-        body.insert("model".into(), json!(self.lane.teacher.model));
+        body.insert("model".into(), json!(self.endpoint.teacher.model));
         body.insert("messages".into(), messages.iter().map(message).collect());
         let max_tokens = sampling.max_tokens_field.name();
         body.insert(max_tokens.into(), json!(sampling.max_tokens));
@@ -209,7 +209,7 @@ impl RequestTemplate {
 
     /// Are logprobs asked for?
     pub fn wants_logprobs(&self) -> bool {
-        self.lane.sampling.top_logprobs > 0 && !self.lane.sampling.reasoning
+        self.endpoint.sampling.top_logprobs > 0 && !self.endpoint.sampling.reasoning
     }
 }
 
@@ -224,13 +224,13 @@ mod tests {
         messages: &[Message],
         sample: u32,
     ) -> Value {
-        let lane = EndpointConfig {
+        let endpoint = EndpointConfig {
             teacher: teacher.clone(),
             sampling: sampling.clone(),
             limits: Default::default(),
             price: Default::default(),
         };
-        RequestTemplate::plain(lane).body(messages, sample)
+        RequestTemplate::plain(endpoint).body(messages, sample)
     }
 
     fn teacher() -> TeacherConfig {

@@ -63,7 +63,7 @@ const TIMES: [&str; 5] = [
 
 /// The wait that a refusal asks for: `retry-after-ms`, `Retry-After`, a field of its body, or the words of
 /// its message. None where it asks for none, or for one that makes no sense.
-pub(crate) fn asked_for(
+pub(crate) fn requested_wait(
     headers: &HeaderMap,
     error: &ApiError,
     now: SystemTime,
@@ -250,7 +250,7 @@ mod tests {
                 .iter()
                 .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
                 .collect();
-            asked_for(&headers, &ApiError::parse(body.as_bytes()), now())
+            requested_wait(&headers, &ApiError::parse(body.as_bytes()), now())
         };
         let words = r#"{"error":{"message":"try again in 4s"}}"#;
         let field = r#"{"error":{"message":"try again in 4s","details":[{"retryDelay":"2s"}]}}"#;

@@ -49,10 +49,10 @@ impl ScoringMethod {
     }
 
     /// The request that has the last of the messages scored, which [`Scoring::check`] let pass.
-    pub fn body(&self, lane: &EndpointConfig, messages: &[Message]) -> Value {
-        let sampling = &lane.sampling;
+    pub fn body(&self, endpoint: &EndpointConfig, messages: &[Message]) -> Value {
+        let sampling = &endpoint.sampling;
         let mut body = Map::new();
-        body.insert("model".into(), json!(lane.teacher.model));
+        body.insert("model".into(), json!(endpoint.teacher.model));
         let top = json!(sampling.top_logprobs);
         match self {
             Self::Echo(tokenizer) => {
@@ -124,7 +124,7 @@ impl ScoringMethod {
         answer: &str,
     ) -> Result<Option<Logprobs>, NoAnswer> {
         let Some(positions) = reply["prompt_logprobs"].as_array() else {
-            return Err(untold(
+            return Err(missing_logprob(
                 "no `prompt_logprobs`: it does not speak vLLM's dialect, or is set up without",
             ));
         };
@@ -174,13 +174,13 @@ impl ScoringMethod {
         let list = |name: &str| logprobs[name].as_array();
         let lists = (list("tokens"), list("token_logprobs"), list("top_logprobs"));
         let (Some(names), Some(own), Some(top)) = lists else {
-            return Err(untold(
+            return Err(missing_logprob(
                 "no logprobs of the prompt: it takes no `echo`, or not together with `logprobs`",
             ));
         };
         let count = sent.as_array().map_or(0, Vec::len);
         if names.len() < count || own.len() < count || top.len() < count {
-            return Err(untold("fewer tokens than the prompt has"));
+            return Err(missing_logprob("fewer tokens than the prompt has"));
         }
         let scored = (0..count).rev().map(|at| {
             let name = names[at].as_str()?;
@@ -273,8 +273,11 @@ fn columns(scored: Vec<Scored>, answer: &str) -> Option<Logprobs> {
         if !front.is_empty() && front.len() == length {
             continue;
         }
-        let own = behind(own, &front);
-        likeliest = likeliest.into_iter().map(|it| behind(it, &front)).collect();
+        let own = without_prefix(own, &front);
+        likeliest = likeliest
+            .into_iter()
+            .map(|it| without_prefix(it, &front))
+            .collect();
         columns.push(own, &mut likeliest);
     }
     let logprobs = columns.finish(answer);
@@ -282,7 +285,7 @@ fn columns(scored: Vec<Scored>, answer: &str) -> Option<Logprobs> {
 }
 
 /// What is left of a token behind `front`; nothing of one that does not begin so.
-fn behind<'a>(token: WireToken<'a>, front: &[u8]) -> WireToken<'a> {
+fn without_prefix<'a>(token: WireToken<'a>, front: &[u8]) -> WireToken<'a> {
     if front.is_empty() {
         return token;
     }
@@ -296,7 +299,7 @@ fn behind<'a>(token: WireToken<'a>, front: &[u8]) -> WireToken<'a> {
 }
 
 /// The endpoint answers, but not what it was asked: to ask again would not help.
-fn untold(what: &str) -> NoAnswer {
+fn missing_logprob(what: &str) -> NoAnswer {
     NoAnswer::error(ApiError {
         status: Some(400),
         message: format!("the endpoint tells {what}"),
@@ -309,7 +312,7 @@ mod tests {
     use super::*;
     use crate::config::{SamplingConfig, TeacherConfig};
 
-    fn lane() -> EndpointConfig {
+    fn endpoint() -> EndpointConfig {
         EndpointConfig {
             teacher: TeacherConfig {
                 model: "m".into(),
@@ -335,7 +338,7 @@ mod tests {
     fn read(reply: Value, answer: &str) -> Result<Completion, NoAnswer> {
         let scoring = ScoringMethod::PromptLogprobs(None);
         let messages = messages(answer);
-        let body = scoring.body(&lane(), &messages);
+        let body = scoring.body(&endpoint(), &messages);
         scoring.read(reply.to_string().as_bytes(), &body, &messages)
     }
 
@@ -448,7 +451,7 @@ mod tests {
         let scoring = ScoringMethod::Echo(tokenizer);
         let answer = "Grüße 👋";
         let messages = messages(answer);
-        let body = scoring.body(&lane(), &messages);
+        let body = scoring.body(&endpoint(), &messages);
         let ids: Vec<u32> = serde_json::from_value(body["prompt"].clone()).unwrap();
         assert_eq!(
             (&body["max_tokens"], &body["echo"]),
@@ -491,7 +494,7 @@ mod tests {
     fn the_body_asks_for_one_token_and_the_logprobs_of_the_prompt() {
         let scoring = ScoringMethod::PromptLogprobs(None);
         assert_eq!(
-            scoring.body(&lane(), &messages("yes")).to_string(),
+            scoring.body(&endpoint(), &messages("yes")).to_string(),
             r#"{"model":"m","messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"yes"}],"max_completion_tokens":1,"prompt_logprobs":2,"add_generation_prompt":false,"continue_final_message":true,"return_token_ids":true}"#
         );
     }

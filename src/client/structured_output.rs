@@ -59,7 +59,7 @@ impl StructuredOutput {
 
     /// Why the answer does not satisfy the schema, in words that are the same for the same fault;
     /// None where it does.
-    pub fn fault(&self, answer: &str) -> Option<String> {
+    pub fn violation(&self, answer: &str) -> Option<String> {
         let Ok(value) = serde_json::from_str::<Value>(answer) else {
             return Some("schema: no JSON".into());
         };
@@ -110,7 +110,11 @@ mod tests {
             ("sure! {\"n\": 3}", Some("schema: no JSON")),
         ];
         for (answer, expected) in cases {
-            assert_eq!(structured.fault(answer).as_deref(), expected, "{answer}");
+            assert_eq!(
+                structured.violation(answer).as_deref(),
+                expected,
+                "{answer}"
+            );
         }
     }
 

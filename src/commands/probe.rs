@@ -24,9 +24,9 @@ pub fn run(args: &ProbeArgs, global: &Global) -> Result<()> {
         let file = findings::file(&config.run_dir);
         super::print(&format!("kept in {}\n", file.display()))?;
     }
-    for lane in config.lanes() {
-        if let Some(found) = endpoints.of(&lane) {
-            for warning in found.check(&lane)? {
+    for endpoint in config.endpoints() {
+        if let Some(found) = endpoints.find(&endpoint) {
+            for warning in found.check(&endpoint)? {
                 tracing::warn!("{warning}");
             }
         }

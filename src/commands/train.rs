@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::cli::{Global, TrainArgs};
-use crate::harvest::judge::ScoringStats;
+use crate::harvest::scorer::ScoringStats;
 use crate::prompt::Prompt;
 use crate::signal::StopFlag;
 use crate::terminal::{format_count, format_dollars, sanitise, table};
@@ -26,10 +26,10 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         force: args.force,
         quiet: global.json,
     };
-    let mut judge = crate::harvest::judge::TextScorer::of(&config, options.quiet)?.map(Asked);
+    let mut judge = crate::harvest::scorer::TextScorer::new(&config, options.quiet)?.map(Asked);
     let asked = judge.as_mut().map(|judge| judge as &mut dyn Judge);
     let summary = train::run_judged(&config, options, asked)?;
-    let told = judge.as_ref().map(|judge| judge.0.told());
+    let told = judge.as_ref().map(|judge| judge.0.stats());
     if global.json {
         return super::print_json(&json!({ "version": 1, "summary": summary, "judged": told }));
     }
@@ -80,7 +80,7 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
 }
 
 /// The endpoint of the config as the judge of what the student writes.
-struct Asked(crate::harvest::judge::TextScorer);
+struct Asked(crate::harvest::scorer::TextScorer);
 
 impl Judge for Asked {
     fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {

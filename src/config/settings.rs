@@ -59,18 +59,18 @@ impl Config {
     }
 
     /// Every endpoint that is asked, with its own settings.
-    pub fn lanes(&self) -> Vec<EndpointConfig> {
+    pub fn endpoints(&self) -> Vec<EndpointConfig> {
         let teachers = match self.teachers.is_empty() {
             true => std::slice::from_ref(&self.teacher),
             false => &self.teachers,
         };
-        let lane = |teacher: &TeacherConfig| EndpointConfig {
+        let endpoint = |teacher: &TeacherConfig| EndpointConfig {
             teacher: teacher.clone(),
             sampling: teacher.sampling.as_ref().unwrap_or(&self.sampling).clone(),
             limits: teacher.limits.as_ref().unwrap_or(&self.limits).clone(),
             price: teacher.price.as_ref().unwrap_or(&self.price).clone(),
         };
-        teachers.iter().map(lane).collect()
+        teachers.iter().map(endpoint).collect()
     }
 
     /// The same settings with the prices that hold in a batch.
@@ -87,9 +87,9 @@ impl Config {
     /// The same settings with no more requests in flight at once than `most`, by each endpoint's part.
     pub fn with_at_most_in_flight(&self, most: usize) -> Config {
         let wanted: usize = self
-            .lanes()
+            .endpoints()
             .iter()
-            .map(|lane| lane.limits.concurrency)
+            .map(|endpoint| endpoint.limits.concurrency)
             .sum();
         let part = |limits: &mut LimitsConfig| {
             limits.concurrency = (limits.concurrency * most / wanted.max(1)).max(1);

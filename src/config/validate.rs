@@ -105,15 +105,17 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
         "on_policy.judge = \"echo\" needs the teacher's chat template: set on_policy.tokenizer to the \
          folder of its tokenizer",
     )?;
-    let lanes = config.lanes();
+    let endpoints = config.endpoints();
     check(
-        is_local || !config.train.on_policy || lanes.len() == 1,
+        is_local || !config.train.on_policy || endpoints.len() == 1,
         "what the student writes is judged by one teacher: name it in [teacher], without [[teachers]]",
     )?;
     check(
         is_local
             || !config.train.on_policy
-            || lanes.iter().all(|lane| lane.sampling.top_logprobs > 0),
+            || endpoints
+                .iter()
+                .all(|endpoint| endpoint.sampling.top_logprobs > 0),
         "on_policy.judge asks for sampling.top_logprobs logprobs a token: set that to 1 or more",
     )?;
     check(
@@ -194,8 +196,8 @@ fn harvest(config: &Config) -> Result<()> {
     )?;
     let retry = &config.retry;
     let mut waits = vec![retry.base_s, retry.max_s, retry.max_outage_s];
-    let lanes = config.lanes();
-    for teacher in lanes.iter().map(|lane| &lane.teacher) {
+    let endpoints = config.endpoints();
+    for teacher in endpoints.iter().map(|endpoint| &endpoint.teacher) {
         waits.extend([teacher.timeout_s, teacher.connect_timeout_s]);
     }
     check(
@@ -205,11 +207,11 @@ fn harvest(config: &Config) -> Result<()> {
         "times in seconds must be finite and not negative",
     )?;
     batch(&config.batch)?;
-    for (index, lane) in lanes.iter().enumerate() {
-        self::lane(lane)?;
-        let label = lane.teacher.label();
+    for (index, endpoint) in endpoints.iter().enumerate() {
+        self::check_endpoint(endpoint)?;
+        let label = endpoint.teacher.label();
         check(
-            lanes[..index]
+            endpoints[..index]
                 .iter()
                 .all(|other| other.teacher.label() != label),
             &format!("two teachers are called {label:?}: give each a `name` of its own"),
@@ -237,32 +239,32 @@ fn batch(batch: &BatchConfig) -> Result<()> {
     )
 }
 
-fn lane(lane: &EndpointConfig) -> Result<()> {
-    lane.teacher.check()?;
+fn check_endpoint(endpoint: &EndpointConfig) -> Result<()> {
+    endpoint.teacher.check()?;
     check(
-        lane.sampling.top_logprobs <= 20,
+        endpoint.sampling.top_logprobs <= 20,
         "sampling.top_logprobs goes up to 20, the most that endpoints offer",
     )?;
     check(
-        (lane.sampling.temperature).is_none_or(|value| (0.0..=100.0).contains(&value)),
+        (endpoint.sampling.temperature).is_none_or(|value| (0.0..=100.0).contains(&value)),
         "sampling.temperature must lie between 0 and 100; most endpoints take up to 2",
     )?;
     check(
-        (lane.sampling.top_p).is_none_or(|value| 0.0 < value && value <= 1.0),
+        (endpoint.sampling.top_p).is_none_or(|value| 0.0 < value && value <= 1.0),
         "sampling.top_p must be above 0, and at most 1",
     )?;
     check(
-        lane.sampling.max_tokens > 0,
+        endpoint.sampling.max_tokens > 0,
         "sampling.max_tokens must be at least 1",
     )?;
     check(
-        lane.limits.concurrency > 0,
+        endpoint.limits.concurrency > 0,
         "limits.concurrency must be at least 1",
     )?;
     let ceilings = [
-        lane.limits.requests_per_minute.map(u64::from),
-        lane.limits.tokens_per_minute.map(u64::from),
-        lane.limits.requests_per_day,
+        endpoint.limits.requests_per_minute.map(u64::from),
+        endpoint.limits.tokens_per_minute.map(u64::from),
+        endpoint.limits.requests_per_day,
     ];
     for limit in ceilings {
         check(
@@ -270,7 +272,7 @@ fn lane(lane: &EndpointConfig) -> Result<()> {
             "a limit per minute or day must be at least 1; leave it out for none",
         )?;
     }
-    if lane.limits.shared.is_some() {
+    if endpoint.limits.shared.is_some() {
         check(cfg!(feature = "redis"), CANNOT_SHARE)?;
         check(
             ceilings.iter().any(Option::is_some),
@@ -279,17 +281,22 @@ fn lane(lane: &EndpointConfig) -> Result<()> {
         )?;
     }
     check(
-        lane.teacher.share.is_finite() && lane.teacher.share > 0.0,
+        endpoint.teacher.share.is_finite() && endpoint.teacher.share > 0.0,
         "teacher.share must be above 0",
     )?;
     check(
-        lane.price
+        endpoint
+            .price
             .as_of
             .as_ref()
             .is_none_or(|date| date.parse::<jiff::civil::Date>().is_ok()),
         "price.as_of must be a date, as \"2026-11-22\"",
     )?;
-    for price in [lane.price.input, lane.price.cached_input, lane.price.output] {
+    for price in [
+        endpoint.price.input,
+        endpoint.price.cached_input,
+        endpoint.price.output,
+    ] {
         check(
             price.is_none_or(|price| price.is_finite() && price >= 0.0),
             "a price must not be negative",

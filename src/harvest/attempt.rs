@@ -9,7 +9,6 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::record::record;
-use super::unreadable::UnreadableBodies;
 use crate::budget::account::{Charge, Reservation};
 use crate::budget::price::TokenBound;
 use crate::cache::record::Timing;
@@ -21,17 +20,18 @@ use crate::client::response::completion::Completion;
 use crate::client::response::usage;
 use crate::client::transport::{LargeBodyPermit, Transport};
 use crate::clock::WallClock;
+use crate::harvest::unreadable_bodies::UnreadableBodies;
 use crate::plan::queue::QueuedRow;
 use crate::plan::{Plan, PlannedRow};
 use crate::prompt::Prompt;
 use crate::rate_limit::headers;
 use crate::rate_limit::headers::LimitReport;
 use crate::rate_limit::send_ticket::SendTicket;
-use crate::report::seen::AnswerFacts;
+use crate::report::answer_facts::AnswerFacts;
 
 /// A request on its way, and all that must be known when it comes back.
 pub(crate) struct Attempt {
-    pub lane: usize,
+    pub upstream: usize,
     pub entry: QueuedRow,
     pub departure: SendTicket,
     /// Reserved for it.
@@ -68,7 +68,7 @@ pub(crate) async fn run(
     attempt: Attempt,
 ) -> Result<FinishedAttempt> {
     let row = &plan.rows[attempt.entry.row];
-    let asking = &plan.askings[attempt.lane];
+    let asking = &plan.templates[attempt.upstream];
     let prompt = &plan.prompts[row.prompt as usize];
     let body = asking.body_of(prompt, row.sample);
     let sent_at = clock.now();
@@ -107,7 +107,7 @@ pub(crate) async fn run(
         Err(trouble) => Err(trouble),
         Ok(mut completion) => {
             completion.clean(&transport.secrets());
-            let bound = plan.bound(attempt.lane, attempt.entry.row);
+            let bound = plan.bound(attempt.upstream, attempt.entry.row);
             let timing = timing(sent_at, latency, attempt.entry.failed + 1);
             let answered =
                 EncodedAnswer::new(asking, row, prompt, body, bound, completion, timing)?;

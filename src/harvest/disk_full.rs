@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::harvest::attempt::FinishedAttempt;
-use crate::harvest::stop;
+use crate::harvest::run_error;
 
 /// For how long room is waited for.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -103,7 +103,7 @@ impl HeldAnswers {
         let full = self.full.take()?;
         let held = self.take();
         let lost = held.iter().filter(|request| request.result.is_ok()).count();
-        let error = stop::disk_full(full.since.elapsed(), &full.message, safe, lost);
+        let error = run_error::disk_full(full.since.elapsed(), &full.message, safe, lost);
         Some((held, error))
     }
 }

@@ -6,7 +6,6 @@ use std::path::Path;
 use anyhow::Result;
 use tokio::time::Instant;
 
-use super::{books, judge};
 use crate::budget::account::Account;
 use crate::budget::dollars::Dollars;
 use crate::budget::ledger::LedgerStore;
@@ -17,9 +16,12 @@ use crate::config::{Config, RequestMode, StudentConfig, StudentInit};
 use crate::exit::Exit;
 use crate::harvest::options::HarvestOptions;
 use crate::harvest::window::{RequestWindow, WindowState};
+use crate::harvest::{run_files, scorer};
 use crate::plan::again;
 use crate::plan::estimate::Estimate;
-use crate::plan::prepare::{askings, census_of, check_fits, check_money, prompts, sample};
+use crate::plan::prepare::{
+    check_fits, check_money, prompts, request_templates, sample_stats, unused_answers,
+};
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope};
 use crate::report::summary::HarvestSummary;
@@ -37,8 +39,8 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     let prompts = prompts(&config.prompts, options.limit, &StopFlag::default())?;
     let dir = config.own_cache();
     let known = crate::cache::open::peek(&dir)?;
-    let stats = sample(&dir)?;
-    let askings = askings(config, &[])?;
+    let stats = sample_stats(&dir)?;
+    let askings = request_templates(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
     let mut past = known.past.clone();
     past.has_old |=
@@ -54,8 +56,8 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     } else {
         again::select(config, &options.again, options.shard, &prompts, &unanswered)?.plan
     };
-    for lane in 0..plan.lanes.len() {
-        check_fits(config, &plan, lane)?;
+    for upstream in 0..plan.rows_by_endpoint.len() {
+        check_fits(config, &plan, upstream)?;
     }
     let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
     if is_batch {
@@ -63,27 +65,31 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
         estimate.batches = Some(crate::harvest::batch::outlook::outlook(config, &plan)?);
     }
     if options.again.is_empty() {
-        estimate.cached = census_of(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
+        estimate.cached = unused_answers(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
     }
     estimate.first_request = first_request(&plan);
     let mut summary = HarvestSummary {
         pending: plan.rows.len() as u64,
         estimate: Some(estimate),
         arguments: config.arguments(),
-        ..HarvestSummary::of_plan(&plan, &unanswered)
+        ..HarvestSummary::from_plan(&plan, &unanswered)
     };
-    summary.warnings.extend(plan.told_of_repeats());
-    let cached_usd = known.cost_usd + judge::cost_usd(config)?;
-    let account = books::look(config, cached_usd)?;
-    tell_money(&mut summary, &plan, &account);
-    tell_waits(&mut summary, config, &plan, account)?;
+    summary.warnings.extend(plan.repeats_warning());
+    let cached_usd = known.cost_usd + scorer::scoring_cost_usd(config)?;
+    let account = run_files::open_read_only(config, cached_usd)?;
+    add_budget_warnings(&mut summary, &plan, &account);
+    add_wait_warnings(&mut summary, config, &plan, account)?;
     // Better found out before its answers are paid for; below what was asked for.
     summary.error = check_student(config).err();
     Ok(summary)
 }
 
 /// Adds the budget left, and a warning if it may end the run early.
-fn tell_money<S: LedgerStore>(summary: &mut HarvestSummary, plan: &Plan, account: &Account<S>) {
+fn add_budget_warnings<S: LedgerStore>(
+    summary: &mut HarvestSummary,
+    plan: &Plan,
+    account: &Account<S>,
+) {
     let Some(cap) = account.cap() else { return };
     summary.budget_usd = Some(cap.usd());
     summary.run_folder_usd = Some(account.spent().total().usd());
@@ -91,7 +97,7 @@ fn tell_money<S: LedgerStore>(summary: &mut HarvestSummary, plan: &Plan, account
         .estimate
         .as_ref()
         .and_then(|estimate| estimate.cost_usd);
-    let room = account.room();
+    let room = account.remaining();
     let left = format_dollars(room.usd());
     if let Some(least) = cheapest(plan, account).filter(|least| *least > room) {
         summary.warnings.push(format!(
@@ -109,11 +115,15 @@ fn tell_money<S: LedgerStore>(summary: &mut HarvestSummary, plan: &Plan, account
 
 /// The least that must be set aside for a row: nothing for one without a price.
 fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars> {
-    let lanes = plan.lanes.iter().zip(&plan.askings).enumerate();
-    let rows = lanes.flat_map(|(lane, (rows, asking))| {
+    let upstreams = plan
+        .rows_by_endpoint
+        .iter()
+        .zip(&plan.templates)
+        .enumerate();
+    let rows = upstreams.flat_map(|(upstream, (rows, asking))| {
         let least = move |row| {
             account
-                .bound(&plan.bound(lane, row), &asking.lane.price)
+                .bound(&plan.bound(upstream, row), &asking.endpoint.price)
                 .usd
         };
         rows.clone().map(least)
@@ -122,7 +132,7 @@ fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars
 }
 
 /// Adds a warning for each wait that a run started now would begin with.
-fn tell_waits<S: LedgerStore>(
+fn add_wait_warnings<S: LedgerStore>(
     summary: &mut HarvestSummary,
     config: &Config,
     plan: &Plan,
@@ -139,14 +149,14 @@ fn tell_waits<S: LedgerStore>(
     if config.schedule.mode == RequestMode::Batch {
         return Ok(());
     }
-    for (asking, rows) in plan.askings.iter().zip(&plan.lanes) {
+    for (asking, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
         let begun = Instant::now();
-        let mut day = books::day(&mut account, &asking.lane, now);
+        let mut day = run_files::day(&mut account, &asking.endpoint, now);
         if let (false, Err(until)) = (rows.is_empty(), day.check(begun)) {
             let until = now.checked_add(until - begun).unwrap_or(now);
             summary.warnings.push(format!(
                 "`limits.requests_per_day` of {} is used up: a run that begins now waits until {}",
-                asking.lane.teacher.label(),
+                asking.endpoint.teacher.label(),
                 schedule.show(until)
             ));
         }
@@ -157,8 +167,8 @@ fn tell_waits<S: LedgerStore>(
 /// Refuses what the night would.
 fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
     request::check(config)?;
-    for lane in config.lanes() {
-        HttpTeacher::new(&lane.teacher)?;
+    for upstream in config.endpoints() {
+        HttpTeacher::new(&upstream.teacher)?;
     }
     let now = jiff::Timestamp::now();
     RequestWindow::new(&config.schedule, now)?.check_not_over(now)?;
@@ -203,7 +213,10 @@ fn check_student(config: &Config) -> Result<()> {
 
 /// The body of the request that would be sent first.
 fn first_request(plan: &Plan) -> Option<serde_json::Value> {
-    let lane = plan.lanes.iter().position(|rows| !rows.is_empty())?;
-    let row = &plan.rows[plan.lanes[lane].start];
-    Some(plan.body(lane, row.prompt as usize, row.sample))
+    let upstream = plan
+        .rows_by_endpoint
+        .iter()
+        .position(|rows| !rows.is_empty())?;
+    let row = &plan.rows[plan.rows_by_endpoint[upstream].start];
+    Some(plan.body(upstream, row.prompt as usize, row.sample))
 }

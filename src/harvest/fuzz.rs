@@ -35,7 +35,7 @@ pub fn reply(bytes: &[u8]) {
     let Ok(completion) = outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH) else {
         return;
     };
-    let Some(lane) = Config::default().lanes().pop() else {
+    let Some(upstream) = Config::default().endpoints().pop() else {
         return;
     };
     let row = PlannedRow {
@@ -49,7 +49,7 @@ pub fn reply(bytes: &[u8]) {
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]});
     let timing = Timing::default();
     let mut record = record(
-        &RequestTemplate::plain(lane),
+        &RequestTemplate::plain(upstream),
         &row,
         &prompt,
         body,
@@ -102,7 +102,7 @@ pub fn limits(bytes: &[u8]) {
             );
         }
         if let Ok(departure) = limiter.admit(ONE, 1) {
-            limiter.learn(&reports, &departure);
+            limiter.update_from_headers(&reports, &departure);
             limiter.answered(&reports, &departure, Some(ONE));
         }
         let (requests, tokens) = limiter.per_minute();

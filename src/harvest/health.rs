@@ -231,7 +231,7 @@ impl EndpointHealth {
     }
 
     /// As [`Health::throttled`], of waits that are hours long.
-    pub(crate) fn told_far(&mut self, departed: Instant, now: Instant) -> u32 {
+    pub(crate) fn long_wait_requested(&mut self, departed: Instant, now: Instant) -> u32 {
         self.far.add(departed, now)
     }
 
@@ -244,7 +244,7 @@ impl EndpointHealth {
     }
 
     /// The endpoint forbade a row. True if it has forbidden several in a row.
-    pub(crate) fn forbade(&mut self, row: usize, now: Instant) -> bool {
+    pub(crate) fn request_forbidden(&mut self, row: usize, now: Instant) -> bool {
         self.doubted_since.get_or_insert(now);
         self.forbidden.insert(row);
         self.is_forbidding()
@@ -255,13 +255,13 @@ impl EndpointHealth {
     pub(crate) fn refused(&mut self, message: &str) -> bool {
         self.answered = true;
         self.setbacks += 1;
-        again(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
+        retry_pause(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
     }
 
     /// The server failed with this message. True if it has failed at all that it was asked, in the same
     /// words.
     pub(crate) fn failed_alike(&mut self, message: &str) -> bool {
-        again(&mut self.error, message) >= SAME_ERRORS && !self.succeeded
+        retry_pause(&mut self.error, message) >= SAME_ERRORS && !self.succeeded
     }
 
     /// Nothing has ever answered at this address.
@@ -303,7 +303,7 @@ impl EndpointHealth {
 }
 
 /// Counts a message that comes again. Returns how often in a row it has come.
-fn again(last: &mut (String, u32), message: &str) -> u32 {
+fn retry_pause(last: &mut (String, u32), message: &str) -> u32 {
     if last.0 != message {
         *last = (message.into(), 0);
     }
@@ -417,7 +417,8 @@ mod tests {
         assert!(!health.failed_alike("500: another"));
         health.success(Instant::now(), Instant::now());
         assert!((0..10).all(|_| !health.failed_alike("500: no schema")));
-        let forbade = |health: &mut EndpointHealth, row| health.forbade(row, Instant::now());
+        let forbade =
+            |health: &mut EndpointHealth, row| health.request_forbidden(row, Instant::now());
         assert!((1..5).all(|row| !forbade(&mut health, row)) && !forbade(&mut health, 4));
         assert!(forbade(&mut health, 5));
         // An answer shows that it is the rows: more of them have to be forbidden from then on.

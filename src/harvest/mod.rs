@@ -1,7 +1,7 @@
 //! Prompts in, recorded answers out.
 //!
 //! ```text
-//! prompts --plan--> rows that the cache does not hold --lane: queue, limiter, budget--> attempt
+//! prompts --plan--> rows that the cache does not hold --upstream: queue, limiter, budget--> attempt
 //!   (body -> teacher -> retry: what does the reply mean? -> record)
 //!   --dispatch--> cache | back into the queue | failed --> summary
 //! ```
@@ -13,7 +13,7 @@
 //! wrote (`scoring`). It goes the way of the rows.
 //!
 //! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
-//! a `lane`: its queue, its `limiter` (whose ceilings may be shared with other processes), its
+//! a `upstream`: its queue, its `limiter` (whose ceilings may be shared with other processes), its
 //! `health`, its decisions after a refusal (`crate::harvest::upstream::refusals`), and a `watch` over what its answers are
 //! worth. `books` keeps the account (`budget`), whose cap holds over kills, and the rows without an answer;
 //! in `room` answers wait while the disk is full. A body is read by `reply`; what it means is for `retry` and `refusal` to say. A `teacher` sends, by way of
@@ -22,22 +22,22 @@
 //! `adopt` change what the cache is taken to answer, and `questions` selects its records for training. Everything else is pure (`request`, `record`, `plan`,
 //! `shard`, `estimate`, `queue`, `schedule`, `advice`, `stop`) or does one thing. It knows nothing of tensors.
 
+pub(crate) mod answer_monitor;
 pub(crate) mod attempt;
 pub(crate) mod batch;
-pub(crate) mod books;
 pub(crate) mod disk_full;
 pub(crate) mod dispatch;
 pub(crate) mod dry_run;
 #[doc(hidden)]
 pub mod fuzz;
 pub(crate) mod health;
-pub mod judge;
 pub mod options;
 pub(crate) mod record;
-pub(crate) mod stop;
-pub(crate) mod unreadable;
+pub(crate) mod run_error;
+pub(crate) mod run_files;
+pub mod scorer;
+pub(crate) mod unreadable_bodies;
 pub(crate) mod upstream;
-pub(crate) mod watch;
 pub(crate) mod window;
 
 use crate::harvest::options::HarvestOptions;
@@ -54,11 +54,13 @@ use crate::client::transport::Transport;
 use crate::clock::WallClock;
 use crate::config::{Config, RequestMode};
 use crate::exit::Exit;
+use crate::harvest::run_files::RunFiles;
 use crate::harvest::upstream::Upstream;
 use crate::harvest::window::RequestWindow;
 use crate::ops::process;
 use crate::plan::prepare::{
-    askings, census_of, check_endpoints, check_money, open_cache, prompts, warn_of_empty_cache,
+    check_endpoints, check_money, open_cache, prompts, request_templates, unused_answers,
+    warn_of_empty_cache,
 };
 use crate::plan::shard::Shard;
 use crate::plan::unanswered::Unanswered;
@@ -70,7 +72,6 @@ use crate::report::summary::HarvestSummary;
 use crate::signal::{Signals, StopFlag};
 use crate::terminal::progress::Progress;
 use batch::{BatchOutcome, Batches};
-use books::RunFiles;
 use dispatch::Dispatcher;
 
 /// Records in which a run looks for answers from other endpoints; a dry run looks at all of them.
@@ -97,9 +98,9 @@ pub async fn run_until(
 ) -> Result<HarvestSummary> {
     crate::client::request::check(config)?;
     let config = &within_descriptors(config);
-    let lanes = config.lanes();
-    let teachers = lanes.iter().map(|lane| {
-        let teacher: Arc<dyn Transport> = Arc::new(HttpTeacher::new(&lane.teacher)?);
+    let upstreams = config.endpoints();
+    let teachers = upstreams.iter().map(|upstream| {
+        let teacher: Arc<dyn Transport> = Arc::new(HttpTeacher::new(&upstream.teacher)?);
         Ok(teacher)
     });
     let transports = teachers.collect::<Result<_>>()?;
@@ -114,9 +115,9 @@ pub async fn run_until(
 /// The same settings, with no more requests in flight than this process may hold connections open.
 fn within_descriptors(config: &Config) -> Config {
     let wanted: usize = config
-        .lanes()
+        .endpoints()
         .iter()
-        .map(|lane| lane.limits.concurrency)
+        .map(|upstream| upstream.limits.concurrency)
         .sum();
     let Some(most) = process::connections().filter(|most| *most < wanted) else {
         return config.clone();
@@ -168,8 +169,8 @@ pub async fn run_in(
             crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
             RequestWindow::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
             // The account of an earlier version takes over from the cache what was spent: before records leave it.
-            let cached =
-                crate::cache::open::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
+            let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
+                + crate::harvest::scorer::scoring_cost_usd(config)?;
             RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
                 .1
                 .warn();
@@ -181,7 +182,7 @@ pub async fn run_in(
                 &unanswered,
             )?;
             let words = &options.again;
-            Some(crate::plan::again::take_out(
+            Some(crate::plan::again::remove_from_cache(
                 config,
                 words,
                 asked,
@@ -245,11 +246,11 @@ impl Run<'_> {
         let config = self.config.at_batch_prices();
         let plan = self.plan(&config, prompts, |key| self.standing(key))?;
         let books = self.books()?;
-        for lane in 0..plan.lanes.len() {
-            books.check_largest(&plan, lane)?;
+        for upstream in 0..plan.rows_by_endpoint.len() {
+            books.check_largest(&plan, upstream)?;
             // For the rest, which is asked one by one: what is wrong with it shall not be found out
             // at the end of the night.
-            self.shared(&plan, lane, &Arc::default()).await?;
+            self.shared(&plan, upstream, &Arc::default()).await?;
         }
         let (transports, clock) = (&self.transports, self.clock.clone());
         let batches = Batches::new(
@@ -290,7 +291,7 @@ impl Run<'_> {
         prompts: Vec<Prompt>,
         standing: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
-        let askings = askings(config, &self.probes)?;
+        let askings = request_templates(config, &self.probes)?;
         let mut past = self.cache.past();
         // Their rows have the keys of the version that submitted them.
         past.has_old |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
@@ -300,12 +301,12 @@ impl Run<'_> {
             only: self.again.as_ref(),
         };
         let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?;
-        if let Some(told) = plan.told_of_repeats() {
+        if let Some(told) = plan.repeats_warning() {
             tracing::warn!("{told}");
         }
         if self.again.is_none() {
             let (dir, known) = (config.own_cache(), self.cache.len());
-            let unused = census_of(&dir, &plan, known, UNUSED_LOOKED_AT, &self.stop)?;
+            let unused = unused_answers(&dir, &plan, known, UNUSED_LOOKED_AT, &self.stop)?;
             if let Some(advice) = unused.advice(&config.arguments()) {
                 tracing::warn!("{advice}");
             }
@@ -323,7 +324,8 @@ impl Run<'_> {
     /// Opens the books, once.
     fn books(&mut self) -> Result<RunFiles> {
         let config = self.config;
-        let cached = self.cache.cost_when_opened() + judge::cost_usd(config)?;
+        let cached =
+            self.cache.cost_when_opened() + crate::harvest::scorer::scoring_cost_usd(config)?;
         let unanswered = std::mem::take(&mut self.unanswered);
         let (books, lost) = RunFiles::open(config, cached, unanswered, self.clock.clone())?;
         lost.warn();
@@ -336,34 +338,35 @@ impl Run<'_> {
         plan: Plan,
         mut books: RunFiles,
     ) -> Result<Dispatcher<'b>> {
-        let (wake, mut lanes) = (Arc::default(), Vec::new());
+        let (wake, mut upstreams) = (Arc::default(), Vec::new());
         for (index, transport) in self.transports.iter().enumerate() {
             books.check_largest(&plan, index)?;
-            let day = books.day(&plan.askings[index].lane);
+            let day = books.day(&plan.templates[index].endpoint);
             let shared = self.shared(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
-            let lane = Upstream::new(&plan, index, transport, day, shared, config)?;
-            lanes.push(lane);
+            let upstream = Upstream::new(&plan, index, transport, day, shared, config)?;
+            upstreams.push(upstream);
         }
         let progress = Progress::new("harvest", plan.total, self.quiet);
         let (plan, clock) = (Arc::new(plan), self.clock.clone());
-        let dispatcher = Dispatcher::new(config, plan, self.cache, lanes, books, clock, progress)?;
-        Ok(dispatcher.woken_by(wake))
+        let dispatcher =
+            Dispatcher::new(config, plan, self.cache, upstreams, books, clock, progress)?;
+        Ok(dispatcher.with_waker(wake))
     }
 
-    /// The limits that a teacher's lane shares with other processes, if there is anything to ask.
+    /// The limits that a teacher's upstream shares with other processes, if there is anything to ask.
     async fn shared(
         &self,
         plan: &Plan,
-        lane: usize,
+        upstream: usize,
         wake: &Arc<Notify>,
     ) -> Result<Option<SharedLimits>> {
-        if plan.lanes[lane].is_empty() {
+        if plan.rows_by_endpoint[upstream].is_empty() {
             return Ok(None);
         }
         let patience = Duration::try_from_secs_f64(self.config.retry.max_outage_s)?;
-        let settings = &plan.askings[lane].lane;
-        SharedLimits::connect(settings, plan.largest(lane), patience, wake).await
+        let settings = &plan.templates[upstream].endpoint;
+        SharedLimits::connect(settings, plan.largest(upstream), patience, wake).await
     }
 }
 
@@ -376,15 +379,17 @@ pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     crate::client::request::check(config)?;
     let clock = WallClock::system();
     check_money(config, None, clock.now())?;
-    let lanes = config.lanes().into_iter();
-    let lanes = lanes.map(|lane| Ok((Arc::new(HttpTeacher::new(&lane.teacher)?), lane)));
-    let lanes = lanes.collect::<Result<Vec<_>>>()?;
-    let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd + judge::cost_usd(config)?;
+    let upstreams = config.endpoints().into_iter();
+    let upstreams =
+        upstreams.map(|upstream| Ok((Arc::new(HttpTeacher::new(&upstream.teacher)?), upstream)));
+    let upstreams = upstreams.collect::<Result<Vec<_>>>()?;
+    let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
+        + crate::harvest::scorer::scoring_cost_usd(config)?;
     let (mut books, lost) = RunFiles::open(config, cached, Unanswered::default(), clock.clone())?;
     lost.warn();
     let mut endpoints = Vec::new();
-    for (teacher, lane) in lanes {
-        let found = crate::probe::run(lane, teacher, &mut books.account, clock.now()).await;
+    for (teacher, upstream) in upstreams {
+        let found = crate::probe::run(upstream, teacher, &mut books.account, clock.now()).await;
         if found.is_err() {
             // What was asked was asked.
             books.close(&mut [], 0)?;

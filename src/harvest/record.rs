@@ -31,7 +31,7 @@ pub(crate) fn record(
     if let Some(problem) = completion.unreadable {
         extra.insert("unreadable".into(), problem.into());
     }
-    let price = &asking.lane.price;
+    let price = &asking.endpoint.price;
     // A scored text is not truncated by `max_tokens`.
     let cut_at = if asking.scoring.is_none() {
         question::cut_at(&body, &completion.answer.finish_reason)
@@ -52,8 +52,8 @@ pub(crate) fn record(
             false => Status::Quarantined,
         },
         reason,
-        endpoint: crate::config::teacher::identity(&asking.lane.teacher).into(),
-        teacher: asking.lane.teacher.name.clone(),
+        endpoint: crate::config::teacher::identity(&asking.endpoint.teacher).into(),
+        teacher: asking.endpoint.teacher.name.clone(),
         probe: asking.probe.clone(),
         request: body,
         answer: completion.answer,
@@ -85,7 +85,7 @@ fn quarantine(asking: &RequestTemplate, completion: &Completion) -> String {
     if !answer.text.trim().is_empty() || asking.scoring.is_some() && !answer.text.is_empty() {
         let structured = asking.structured.as_ref();
         return structured
-            .and_then(|structured| structured.fault(&answer.text))
+            .and_then(|structured| structured.violation(&answer.text))
             .unwrap_or_default();
     }
     if !answer.refusal.is_empty() {
@@ -121,13 +121,13 @@ mod tests {
 
     fn record_of(completion: Completion, price: &Price) -> Record {
         let (row, prompt) = row();
-        let lane = EndpointConfig {
+        let upstream = EndpointConfig {
             price: price.clone(),
             teacher: Default::default(),
             sampling: Default::default(),
             limits: Default::default(),
         };
-        let asking = RequestTemplate::plain(lane);
+        let asking = RequestTemplate::plain(upstream);
         let body = json!({"model": "m"});
         record(&asking, &row, &prompt, body, completion, Timing::default())
     }

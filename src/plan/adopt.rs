@@ -15,7 +15,7 @@ use crate::cache::record::{SCHEMA, is_mock};
 use crate::cache::rewrite::{Fate, rewrite};
 use crate::config::Config;
 use crate::plan::RowStatus;
-use crate::plan::prepare::askings;
+use crate::plan::prepare::request_templates;
 use crate::plan::{Plan, PlanScope};
 use crate::prompt;
 
@@ -71,16 +71,16 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     let (scope, past) = (PlanScope::default(), Past::default());
     let plan = Plan::new(
         prompts,
-        askings(config, &[])?,
+        request_templates(config, &[])?,
         &config.prompts,
         scope,
         &past,
         open,
     )?;
     let mut rows = HashMap::<&str, Vec<AdoptableRow>>::new();
-    for (lane, of_lane) in plan.lanes.iter().enumerate() {
-        let settings = &plan.askings[lane].lane;
-        for row in &plan.rows[of_lane.clone()] {
+    for (endpoint, of_endpoint) in plan.rows_by_endpoint.iter().enumerate() {
+        let settings = &plan.templates[endpoint].endpoint;
+        for row in &plan.rows[of_endpoint.clone()] {
             let of_question = rows.entry(question::half(&row.key)).or_default();
             of_question.push(AdoptableRow {
                 key: &row.key,

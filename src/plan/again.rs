@@ -19,8 +19,8 @@ use crate::cache::record::{Record, Status};
 use crate::cache::rewrite::{Fate, read_replaced, replaced_file, rewrite};
 use crate::config::Config;
 use crate::exit::Exit;
-use crate::plan::prepare::askings;
 use crate::plan::prepare::check_fits;
+use crate::plan::prepare::request_templates;
 use crate::plan::shard::Shard;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope, RowStatus};
@@ -73,8 +73,8 @@ pub(crate) fn select(
     if asked.plan.total == 0 {
         return Err(found.nothing(words));
     }
-    for lane in 0..asked.plan.lanes.len() {
-        check_fits(config, &asked.plan, lane)?;
+    for endpoint in 0..asked.plan.rows_by_endpoint.len() {
+        check_fits(config, &asked.plan, endpoint)?;
     }
     Ok(asked)
 }
@@ -84,7 +84,7 @@ pub(crate) fn select(
 ///
 /// # Errors
 /// Where the cache is damaged, or the disk fails.
-pub(crate) fn take_out(
+pub(crate) fn remove_from_cache(
     config: &Config,
     words: &[String],
     asked: RowsToRepeat,
@@ -345,7 +345,7 @@ fn asked(
             RowStatus::Open
         })
     };
-    let askings = askings(config, &[])?;
+    let askings = request_templates(config, &[])?;
     let plan = Plan::new(
         prompts.to_vec(),
         askings,

@@ -48,13 +48,13 @@ impl Estimate {
         if likely_length.is_some() {
             estimate.likely_completion_tokens = Some(0);
         }
-        for (lane, asking) in plan.askings.iter().enumerate() {
-            let requests = plan.lanes[lane].len() as u64;
-            let prompt_tokens: u64 = plan.lanes[lane]
+        for (endpoint, asking) in plan.templates.iter().enumerate() {
+            let requests = plan.rows_by_endpoint[endpoint].len() as u64;
+            let prompt_tokens: u64 = plan.rows_by_endpoint[endpoint]
                 .clone()
-                .map(|row| plan.cost(lane, row).input_tokens)
+                .map(|row| plan.cost(endpoint, row).input_tokens)
                 .sum();
-            let most = requests * u64::from(asking.lane.sampling.max_tokens);
+            let most = requests * u64::from(asking.endpoint.sampling.max_tokens);
             let likely = likely_length.map(|length| ((length * requests as f64) as u64).min(most));
             let dollars = |completion_tokens| {
                 let usage = Usage {
@@ -62,7 +62,7 @@ impl Estimate {
                     completion_tokens,
                     ..Usage::default()
                 };
-                price::cost(&usage, &asking.lane.price)
+                price::cost(&usage, &asking.endpoint.price)
             };
             estimate.requests += requests;
             estimate.prompt_tokens += prompt_tokens;
@@ -79,7 +79,7 @@ impl Estimate {
                 .likely_cost_usd
                 .zip(likely.and_then(dollars))
                 .map(|(sum, more)| sum + more);
-            let limits = &asking.lane.limits;
+            let limits = &asking.endpoint.limits;
             let minutes = |amount: u64, limit: Option<u32>| {
                 limit.map_or(0.0, |limit| amount as f64 / f64::from(limit))
             };
@@ -129,7 +129,7 @@ mod tests {
         config.price.output = Some(2.0);
         config.limits.requests_per_minute = Some(2);
         let askings = config
-            .lanes()
+            .endpoints()
             .into_iter()
             .map(RequestTemplate::plain)
             .collect();

@@ -61,11 +61,11 @@ pub enum RowStatus {
 pub struct Plan {
     pub prompts: Vec<Prompt>,
     /// What is asked of each teacher.
-    pub askings: Vec<RequestTemplate>,
+    pub templates: Vec<RequestTemplate>,
     /// Still to be asked, teacher by teacher, in the order in which they are sent.
     pub rows: Vec<PlannedRow>,
     /// The rows of each teacher.
-    pub lanes: Vec<Range<usize>>,
+    pub rows_by_endpoint: Vec<Range<usize>>,
     /// Prompts times samples, for every teacher that is asked; of a shard, those in it.
     pub total: u64,
     /// Of these, answered already.
@@ -154,13 +154,13 @@ impl Plan {
         };
         let shares: Vec<f64> = askings
             .iter()
-            .map(|asking| asking.lane.teacher.share)
+            .map(|asking| asking.endpoint.teacher.share)
             .collect();
         let mut plan = Plan {
             prompts,
-            askings,
+            templates: askings,
             rows: Vec::new(),
-            lanes: Vec::new(),
+            rows_by_endpoint: Vec::new(),
             total: 0,
             cached: 0,
             answered: vec![0; shares.len()],
@@ -171,11 +171,11 @@ impl Plan {
             questions: Keys::default(),
         };
         let endpoint = |asking: &RequestTemplate| {
-            let teacher = &asking.lane.teacher;
+            let teacher = &asking.endpoint.teacher;
             Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
         };
         let mut adding = PlanBuilder {
-            endpoints: plan.askings.iter().map(endpoint).collect(),
+            endpoints: plan.templates.iter().map(endpoint).collect(),
             templates: Vec::new(),
             scope,
             past,
@@ -186,23 +186,23 @@ impl Plan {
             plan.keys.reserve(rows);
             plan.questions.reserve(rows);
         }
-        for lane in 0..shares.len() {
-            adding.templates = plan.askings[lane].templates(settings.samples);
+        for endpoint in 0..shares.len() {
+            adding.templates = plan.templates[endpoint].templates(settings.samples);
             let start = plan.rows.len();
             let mut suspects = Vec::new();
             for &prompt in &order {
                 let is_asked = match settings.teachers {
                     Assignment::All => true,
-                    Assignment::Share => chosen(&plan.prompts[prompt].id, &shares) == lane,
+                    Assignment::Share => chosen(&plan.prompts[prompt].id, &shares) == endpoint,
                 };
                 if is_asked {
-                    let found = plan.add(lane, prompt, settings.samples, &mut adding)?;
+                    let found = plan.add(endpoint, prompt, settings.samples, &mut adding)?;
                     suspects.extend(found);
                 }
             }
             plan.suspects.push(suspects.len());
             plan.rows.append(&mut suspects);
-            plan.lanes.push(start..plan.rows.len());
+            plan.rows_by_endpoint.push(start..plan.rows.len());
         }
         Ok(plan)
     }
@@ -210,29 +210,29 @@ impl Plan {
     /// Adds the rows of a prompt, but for those that are returned as suspects.
     fn add(
         &mut self,
-        lane: usize,
+        endpoint: usize,
         prompt: usize,
         samples: u32,
         adding: &mut PlanBuilder<'_, impl Fn(&str) -> Result<RowStatus>>,
     ) -> Result<Vec<PlannedRow>> {
         let mut suspects = Vec::new();
         for sample in 0..samples {
-            let max_tokens = self.askings[lane].lane.sampling.max_tokens;
+            let max_tokens = self.templates[endpoint].endpoint.sampling.max_tokens;
             let with_old = adding.past.has_old || adding.scope.only.is_some();
             let asked = &self.prompts[prompt];
             let template = adding.templates.get(sample as usize);
             let template = template.filter(|_| asked.given.is_none() && !with_old);
-            let endpoint = &adding.endpoints[lane];
+            let identity = &adding.endpoints[endpoint];
             let (question, names) = match template {
                 Some(template) => {
                     let question = template.question(&asked.messages);
-                    (question, Names::new(&question, endpoint, None))
+                    (question, Names::new(&question, identity, None))
                 }
                 None => {
-                    let body = self.body(lane, prompt, sample);
+                    let body = self.body(endpoint, prompt, sample);
                     let question = Question::of(&body, sample);
                     let old = with_old.then_some((&body, sample));
-                    (question, Names::new(&question, endpoint, old))
+                    (question, Names::new(&question, identity, old))
                 }
             };
             let fingerprint = crate::cache::fingerprint::fingerprint(&names.key);
@@ -257,9 +257,9 @@ impl Plan {
             match standing {
                 RowStatus::Answered => {
                     self.cached += 1;
-                    self.answered[lane] += 1;
+                    self.answered[endpoint] += 1;
                 }
-                RowStatus::GivenUp => self.given_up.push((lane, row)),
+                RowStatus::GivenUp => self.given_up.push((endpoint, row)),
                 RowStatus::Suspect => suspects.push(row),
                 RowStatus::Open => self.rows.push(row),
             }
@@ -268,7 +268,7 @@ impl Plan {
     }
 
     /// Warning about rows with identical requests.
-    pub fn told_of_repeats(&self) -> Option<String> {
+    pub fn repeats_warning(&self) -> Option<String> {
         (self.repeated > 0).then(|| {
             format!(
                 "{} requests ask word for word what another one asks: each such answer is bought once; \
@@ -279,30 +279,30 @@ impl Plan {
     }
 
     /// The request body of a row; built anew each time, since a run can have a million of them.
-    pub fn body(&self, lane: usize, prompt: usize, sample: u32) -> Value {
-        self.askings[lane].body_of(&self.prompts[prompt], sample)
+    pub fn body(&self, endpoint: usize, prompt: usize, sample: u32) -> Value {
+        self.templates[endpoint].body_of(&self.prompts[prompt], sample)
     }
 
     /// What a limit will count for the row before it is answered.
-    pub fn cost(&self, lane: usize, row: usize) -> RequestCost {
+    pub fn cost(&self, endpoint: usize, row: usize) -> RequestCost {
         RequestCost {
             input_tokens: price::estimate_prompt(self.rows[row].bytes as usize),
-            output_tokens: self.askings[lane].lane.sampling.max_tokens.into(),
+            output_tokens: self.templates[endpoint].endpoint.sampling.max_tokens.into(),
         }
     }
 
     /// The most that the row can use.
-    pub fn bound(&self, lane: usize, row: usize) -> TokenBound {
+    pub fn bound(&self, endpoint: usize, row: usize) -> TokenBound {
         let row = &self.rows[row];
         let messages = self.prompts[row.prompt as usize].messages.len();
-        let max_tokens = self.askings[lane].lane.sampling.max_tokens;
-        TokenBound::of_request(row.bytes as usize, messages, max_tokens)
+        let max_tokens = self.templates[endpoint].endpoint.sampling.max_tokens;
+        TokenBound::for_request(row.bytes as usize, messages, max_tokens)
     }
 
     /// The most that a request to this teacher will use.
-    pub fn largest(&self, lane: usize) -> RequestCost {
-        let rows = self.lanes[lane].clone();
-        let costs = rows.map(|row| self.cost(lane, row));
+    pub fn largest(&self, endpoint: usize) -> RequestCost {
+        let rows = self.rows_by_endpoint[endpoint].clone();
+        let costs = rows.map(|row| self.cost(endpoint, row));
         costs.max_by_key(RequestCost::tokens).unwrap_or_default()
     }
 }
@@ -315,10 +315,10 @@ fn chosen(prompt_id: &str, shares: &[f64]) -> usize {
     bytes.copy_from_slice(&hash.as_bytes()[..8]);
     let total: f64 = shares.iter().sum();
     let mut point = u64::from_le_bytes(bytes) as f64 / u64::MAX as f64 * total;
-    for (lane, share) in shares.iter().enumerate() {
+    for (endpoint, share) in shares.iter().enumerate() {
         point -= share;
         if point < 0.0 {
-            return lane;
+            return endpoint;
         }
     }
     shares.len().saturating_sub(1)
@@ -369,7 +369,7 @@ mod tests {
 
     fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
         let askings = config
-            .lanes()
+            .endpoints()
             .into_iter()
             .map(RequestTemplate::plain)
             .collect();
@@ -406,7 +406,10 @@ mod tests {
             .collect();
         assert_eq!(rows, [(0, 0), (0, 1), (1, 0), (1, 1)]);
         assert_eq!((all.total, all.cached, all.repeated), (6, 2, 2));
-        assert_eq!((all.lanes.len(), all.lanes[0].clone()), (1, 0..4));
+        assert_eq!(
+            (all.rows_by_endpoint.len(), all.rows_by_endpoint[0].clone()),
+            (1, 0..4)
+        );
         let cost = all.cost(0, 0);
         assert_eq!((cost.output_tokens, all.largest(0)), (100, cost));
         let bound = all.bound(0, 0);
@@ -434,7 +437,7 @@ mod tests {
                 })
             };
             let askings = config
-                .lanes()
+                .endpoints()
                 .into_iter()
                 .map(RequestTemplate::plain)
                 .collect();
@@ -469,15 +472,21 @@ mod tests {
         let shared = plan(prompts.clone(), &config, |_| false);
         assert_eq!((shared.total, shared.rows.len()), (400, 400));
         assert!(
-            (270..330).contains(&shared.lanes[0].len()),
+            (270..330).contains(&shared.rows_by_endpoint[0].len()),
             "{:?}",
-            shared.lanes
+            shared.rows_by_endpoint
         );
-        assert_eq!(shared.lanes[0].end, shared.lanes[1].start);
+        assert_eq!(
+            shared.rows_by_endpoint[0].end,
+            shared.rows_by_endpoint[1].start
+        );
 
         config.prompts.teachers = Assignment::All;
         let all = plan(prompts, &config, |_| false);
-        assert_eq!((all.total, all.lanes), (800, vec![0..400, 400..800]));
+        assert_eq!(
+            (all.total, all.rows_by_endpoint),
+            (800, vec![0..400, 400..800])
+        );
     }
 
     #[test]

@@ -30,18 +30,21 @@ use crate::terminal::progress::Reading;
 use crate::terminal::{format_count, format_dollars};
 
 /// Request template of each teacher; `probes` are the hashes of their probe results.
-pub(crate) fn askings(config: &Config, probes: &[String]) -> Result<Vec<RequestTemplate>> {
-    let lanes = config.lanes().into_iter().enumerate();
-    let asking = |(index, lane): (usize, config::EndpointConfig)| {
-        let schema = lane.sampling.schema.as_deref();
+pub(crate) fn request_templates(
+    config: &Config,
+    probes: &[String],
+) -> Result<Vec<RequestTemplate>> {
+    let endpoints = config.endpoints().into_iter().enumerate();
+    let asking = |(index, endpoint): (usize, config::EndpointConfig)| {
+        let schema = endpoint.sampling.schema.as_deref();
         Ok(RequestTemplate {
             structured: schema.map(StructuredOutput::load).transpose()?,
             probe: probes.get(index).cloned().unwrap_or_default(),
             scoring: None,
-            lane,
+            endpoint,
         })
     };
-    lanes.map(asking).collect()
+    endpoints.map(asking).collect()
 }
 
 /// Advice after the run: changes to the config without which it cannot train on the answers.
@@ -58,20 +61,25 @@ pub(crate) fn before_training(config: &Config) -> &'static str {
 /// Refuses what no limit and no budget will ever let go.
 ///
 /// # Errors
-/// [`Exit::Usage`] where a row of the lane could never be sent.
-pub(crate) fn check_fits(config: &Config, plan: &Plan, lane: usize) -> Result<()> {
-    if plan.lanes[lane].is_empty() {
+/// [`Exit::Usage`] where a row of the endpoint could never be sent.
+pub(crate) fn check_fits(config: &Config, plan: &Plan, endpoint: usize) -> Result<()> {
+    if plan.rows_by_endpoint[endpoint].is_empty() {
         return Ok(());
     }
-    let settings = &plan.askings[lane].lane;
+    let settings = &plan.templates[endpoint].endpoint;
     let day = DailyLimit::new(settings.limits.own().requests_per_day, &[], Instant::now());
-    Pacer::new(&settings.limits.own(), plan.largest(lane), day, None)?;
+    Pacer::new(&settings.limits.own(), plan.largest(endpoint), day, None)?;
     let cost = |bound: &TokenBound| {
         bound
             .cost(&settings.price)
             .map_or(Dollars::ZERO, Dollars::at_least)
     };
-    check_budget(plan, lane, config.budget.usd.map(Dollars::at_most), cost)
+    check_budget(
+        plan,
+        endpoint,
+        config.budget.usd.map(Dollars::at_most),
+        cost,
+    )
 }
 
 /// Refuses a budget that the most expensive request does not fit into.
@@ -80,17 +88,17 @@ pub(crate) fn check_fits(config: &Config, plan: &Plan, lane: usize) -> Result<()
 /// [`Exit::Usage`].
 pub(crate) fn check_budget(
     plan: &Plan,
-    lane: usize,
+    endpoint: usize,
     cap: Option<Dollars>,
     cost: impl Fn(&TokenBound) -> Dollars,
 ) -> Result<()> {
-    let rows = plan.lanes[lane].clone();
-    let most = rows.map(|row| cost(&plan.bound(lane, row))).max();
+    let rows = plan.rows_by_endpoint[endpoint].clone();
+    let most = rows.map(|row| cost(&plan.bound(endpoint, row))).max();
     match (most, cap) {
         (Some(most), Some(cap)) if most > cap => Err(Exit::Usage(format!(
             "one request to {} may cost {most}, more than `budget.usd` = {}: lower `sampling.max_tokens` or \
              raise the budget",
-            plan.askings[lane].lane.teacher.label(),
+            plan.templates[endpoint].endpoint.teacher.label(),
             cap.usd()
         ))
         .into()),
@@ -100,7 +108,7 @@ pub(crate) fn check_budget(
 
 /// Counts the answers of a cache with `known` keys that the plan does not use. Reads the cache only if
 /// it holds more keys than the plan's answered rows, and then at most `limit` records.
-pub(crate) fn census_of(
+pub(crate) fn unused_answers(
     dir: &Path,
     plan: &Plan,
     known: usize,
@@ -112,10 +120,10 @@ pub(crate) fn census_of(
         return Ok(Census::default());
     }
     let mut open = HashMap::new();
-    for (asking, rows) in plan.askings.iter().zip(&plan.lanes) {
+    for (asking, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
         for row in &plan.rows[rows.clone()] {
             let half = question::fingerprint(&row.key);
-            open.insert(half, asking.lane.sampling.max_tokens);
+            open.insert(half, asking.endpoint.sampling.max_tokens);
         }
     }
     let ids: HashSet<&str> = plan
@@ -136,15 +144,15 @@ pub(crate) fn census_of(
     )
 }
 
-/// Compares the config with what `distill probe` found. Returns the hash of that, for each lane.
+/// Compares the config with what `distill probe` found. Returns the hash of that, for each endpoint.
 pub(crate) fn check_endpoints(config: &Config) -> Result<Vec<String>> {
     let known = findings::load(&config.run_dir)?;
     let mut hashes = Vec::new();
-    for lane in config.lanes() {
-        let found = known.as_ref().and_then(|known| known.of(&lane));
+    for endpoint in config.endpoints() {
+        let found = known.as_ref().and_then(|known| known.find(&endpoint));
         let warnings = match found {
-            Some(found) => found.check(&lane)?,
-            None => findings::check_unprobed(&lane).into_iter().collect(),
+            Some(found) => found.check(&endpoint)?,
+            None => findings::check_unprobed(&endpoint).into_iter().collect(),
         };
         for warning in warnings {
             tracing::warn!("{warning}");
@@ -214,16 +222,16 @@ pub(crate) fn check_money(
         );
     }
     let today = now.to_zoned(jiff::tz::TimeZone::UTC).date();
-    for lane in config.lanes() {
-        let label = lane.teacher.label();
-        if lane.price.input.is_none() || lane.price.output.is_none() {
+    for endpoint in config.endpoints() {
+        let label = endpoint.teacher.label();
+        if endpoint.price.input.is_none() || endpoint.price.output.is_none() {
             let message = format!(
                 "`budget.usd` is set, but {label} has no price: set `price.input` and \
                  `price.output`, in dollars per million tokens (0 if it is free)"
             );
             return Err(Exit::Usage(message).into());
         }
-        if let Some(warning) = crate::budget::price::doubt(&lane.price, label, today) {
+        if let Some(warning) = crate::budget::price::price_warning(&endpoint.price, label, today) {
             tracing::warn!("{warning}");
         }
     }
@@ -232,7 +240,7 @@ pub(crate) fn check_money(
 
 /// The first records of a cache in numbers, for a guess at those to come. Read without the lock, so that a
 /// dry run may look over the shoulder of a running harvest.
-pub(crate) fn sample(dir: &Path) -> Result<Stats> {
+pub(crate) fn sample_stats(dir: &Path) -> Result<Stats> {
     const ENOUGH: usize = 1_000;
     let mut stats = Stats::default();
     if cache::exists(dir) {

@@ -14,7 +14,7 @@ use crate::client::request::RequestTemplate;
 use crate::config::{Config, Groups};
 use crate::data::groups::{Asked, Candidate, Difference, Rows, Selection, Teacher};
 use crate::exit::Exit;
-use crate::plan::prepare::askings;
+use crate::plan::prepare::request_templates;
 use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::prompt;
 use crate::prompt::Prompt;
@@ -78,9 +78,9 @@ fn each_candidate(dir: &Path, mut each: impl FnMut(Candidate) -> bool) -> Result
 }
 
 fn asked(config: &Config) -> Result<Selection> {
-    let askings = askings(config, &[])?;
+    let askings = request_templates(config, &[])?;
     let teachers = askings.iter().map(|asking| {
-        let teacher = &asking.lane.teacher;
+        let teacher = &asking.endpoint.teacher;
         Teacher::new(&teacher.name, &teacher.base_url, &asking.body(&[], 0))
     });
     let teachers = teachers.collect();

@@ -126,7 +126,7 @@ pub fn load(run_dir: &Path) -> Result<Option<ProbedEndpoints>> {
 
 impl ProbedEndpoints {
     /// What is known of the endpoint that this lane asks.
-    pub fn of(&self, lane: &EndpointConfig) -> Option<&ProbedEndpoint> {
+    pub fn find(&self, lane: &EndpointConfig) -> Option<&ProbedEndpoint> {
         let base_url = crate::config::teacher::identity(&lane.teacher);
         self.endpoints
             .iter()

@@ -153,7 +153,7 @@ fn bound(body: &Value) -> TokenBound {
     let max_tokens = max_tokens.unwrap_or(0).saturating_mul(answers);
     let messages = body["messages"].as_array().map_or(0, Vec::len);
     let max_tokens = u32::try_from(max_tokens).unwrap_or(u32::MAX);
-    TokenBound::of_request(body.to_string().len(), messages, max_tokens)
+    TokenBound::for_request(body.to_string().len(), messages, max_tokens)
 }
 
 pub(crate) struct Probe<'a> {

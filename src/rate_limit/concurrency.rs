@@ -70,7 +70,7 @@ impl ConcurrencyLimit {
     }
 
     /// Requests that may be in flight.
-    pub(crate) fn room(&self) -> usize {
+    pub(crate) fn free_slots(&self) -> usize {
         self.window as usize
     }
 
@@ -156,7 +156,7 @@ mod tests {
         let mut now = Instant::now();
         (0..rounds)
             .map(|_| {
-                let room = concurrency.room();
+                let room = concurrency.free_slots();
                 let departed = now;
                 now += Duration::from_secs_f64(latency(room as f64));
                 for _ in 0..room {
@@ -192,17 +192,17 @@ mod tests {
         for _ in 0..20 {
             concurrency.throttled(start, at(1));
         }
-        assert_eq!(concurrency.room(), 16);
+        assert_eq!(concurrency.free_slots(), 16);
         concurrency.throttled(at(2), at(3));
-        assert_eq!(concurrency.room(), 8);
+        assert_eq!(concurrency.free_slots(), 8);
         for _ in 0..10 {
             concurrency.throttled(at(100), at(100));
             concurrency.throttled(at(101), at(101));
         }
-        assert_eq!(concurrency.room(), 1);
+        assert_eq!(concurrency.free_slots(), 1);
         for second in 200..1_200 {
             concurrency.answered(at(second), at(second + 1), true);
         }
-        assert_eq!(concurrency.room(), 32);
+        assert_eq!(concurrency.free_slots(), 32);
     }
 }

@@ -14,7 +14,7 @@ impl RequestCost {
         self.input_tokens + self.output_tokens
     }
 
-    pub fn of(&self, resource: Resource) -> f64 {
+    pub fn get(&self, resource: Resource) -> f64 {
         let amount = match resource {
             Resource::Requests => 1,
             Resource::Tokens => self.tokens(),

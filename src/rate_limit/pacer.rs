@@ -63,8 +63,8 @@ impl Pacer {
     ///
     /// # Errors
     /// Where it could never leave.
-    pub(crate) fn make_room_for(&mut self, largest: RequestCost) -> Result<()> {
-        self.ceilings.make_room_for(largest.tokens())
+    pub(crate) fn allow_request_of(&mut self, largest: RequestCost) -> Result<()> {
+        self.ceilings.allow_request_of(largest.tokens())
     }
 
     /// Lets a request out, or says when to ask again. There is room for `room` such requests.
@@ -87,12 +87,16 @@ impl Pacer {
     }
 
     /// What is new about the limits that are shared.
-    pub(crate) fn hear(&mut self) -> Option<LimiterEvent> {
-        self.shared.as_mut().and_then(SharedLimits::hear)
+    pub(crate) fn poll_event(&mut self) -> Option<LimiterEvent> {
+        self.shared.as_mut().and_then(SharedLimits::poll_event)
     }
 
     /// Learns from the headers of a reply, be it an answer or a refusal. True if there were any.
-    pub(crate) fn learn(&mut self, reports: &[LimitReport], departure: &SendTicket) -> bool {
+    pub(crate) fn update_from_headers(
+        &mut self,
+        reports: &[LimitReport],
+        departure: &SendTicket,
+    ) -> bool {
         if self.limits.follow_headers {
             self.mirror.sync(reports, departure, Instant::now());
         }
@@ -222,7 +226,7 @@ mod tests {
             .collect();
         let reports =
             crate::rate_limit::headers::parse(&headers, std::time::SystemTime::UNIX_EPOCH);
-        assert!(limiter.learn(&reports, &departure));
+        assert!(limiter.update_from_headers(&reports, &departure));
         assert_eq!(limiter.per_minute(), (Some(60.0), Some(9_000.0)));
         let wait = limiter.admit(ONE, 1).unwrap_err() - Instant::now();
         assert!((0.9..1.1).contains(&wait.as_secs_f64()), "{wait:?}");

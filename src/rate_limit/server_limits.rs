@@ -37,7 +37,7 @@ impl ServerLimits {
         let mut charged = [0.0; Resource::ALL.len()];
         for (index, resource) in Resource::ALL.into_iter().enumerate() {
             let bucket = &mut self.buckets[index];
-            bucket.charge(cost.of(resource), now);
+            bucket.charge(cost.get(resource), now);
             charged[index] = bucket.charged;
         }
         SendTicket {
@@ -67,7 +67,7 @@ impl ServerLimits {
             let told = reports
                 .iter()
                 .any(|report| report.resource == resource && report.remaining.is_some());
-            let unused = departure.cost.of(resource) - used.of(resource);
+            let unused = departure.cost.get(resource) - used.get(resource);
             let bucket = &mut self.buckets[index];
             if !told && unused > 0.0 && resource != Resource::Requests {
                 bucket.level += unused;
@@ -93,14 +93,14 @@ impl ServerLimits {
         known
             .filter(|(resource, _)| *resource != Resource::Requests)
             .filter_map(|(resource, bucket)| Some((resource, bucket.limit?)))
-            .find(|(resource, limit)| cost.of(*resource) > *limit)
+            .find(|(resource, limit)| cost.get(*resource) > *limit)
     }
 
     fn each(&self, cost: &RequestCost) -> impl Iterator<Item = (&ServerBucket, f64)> {
         Resource::ALL
             .into_iter()
             .zip(&self.buckets)
-            .map(|(resource, bucket)| (bucket, cost.of(resource)))
+            .map(|(resource, bucket)| (bucket, cost.get(resource)))
             .filter(|(bucket, _)| bucket.as_of.is_some())
     }
 }

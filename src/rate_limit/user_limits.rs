@@ -77,7 +77,7 @@ impl UserLimits {
     ///
     /// # Errors
     /// As [`Ceilings::new`].
-    pub(crate) fn make_room_for(&mut self, largest: u64) -> Result<()> {
+    pub(crate) fn allow_request_of(&mut self, largest: u64) -> Result<()> {
         let Some(limit) = self
             .limits
             .tokens_per_minute
@@ -236,7 +236,7 @@ mod tests {
         let (mut times, mut sizes) = (Vec::new(), Vec::new());
         for round in 1..=20 {
             let largest = 100 * round;
-            limiter.make_room_for(largest).unwrap();
+            limiter.allow_request_of(largest).unwrap();
             let before = start.elapsed().as_secs_f64();
             let more = [largest, 50, 100, 50];
             let left = departures(&mut limiter, more).await;
@@ -246,7 +246,7 @@ mod tests {
         let busiest = busiest_minute(&times, &sizes);
         assert!(busiest <= 6_000 + 2_000, "{busiest}");
         assert!(busiest >= 5_000, "{busiest}");
-        assert!(limiter.make_room_for(6_001).is_err());
+        assert!(limiter.allow_request_of(6_001).is_err());
     }
 
     #[tokio::test(start_paused = true)]

@@ -26,10 +26,10 @@ pub struct FailedRow {
 }
 
 impl FailedRow {
-    pub fn new(plan: &Plan, lane: usize, entry: QueuedRow, failure: RowFailure) -> FailedRow {
+    pub fn new(plan: &Plan, endpoint: usize, entry: QueuedRow, failure: RowFailure) -> FailedRow {
         let row = &plan.rows[entry.row];
         FailedRow {
-            teacher: plan.askings[lane].lane.teacher.label().into(),
+            teacher: plan.templates[endpoint].endpoint.teacher.label().into(),
             prompt_id: plan.prompts[row.prompt as usize].id.clone(),
             sample: row.sample,
             key: row.key.clone(),
@@ -53,9 +53,14 @@ impl FailedRow {
     }
 
     /// A row that earlier runs have bought as often as it may be.
-    pub fn given_up(plan: &Plan, lane: usize, row: &PlannedRow, known: UnansweredRow) -> FailedRow {
+    pub fn given_up(
+        plan: &Plan,
+        endpoint: usize,
+        row: &PlannedRow,
+        known: UnansweredRow,
+    ) -> FailedRow {
         FailedRow {
-            teacher: plan.askings[lane].lane.teacher.label().into(),
+            teacher: plan.templates[endpoint].endpoint.teacher.label().into(),
             prompt_id: plan.prompts[row.prompt as usize].id.clone(),
             sample: row.sample,
             key: row.key.clone(),

@@ -1,14 +1,14 @@
 //! What a run has done: counted (`summary`), shown (`table`, `progress`), and with advice for the next steps.
 
 pub(crate) mod advice;
+pub(crate) mod answer_facts;
 pub(crate) mod batch_counts;
 pub(crate) mod failures;
 pub(crate) mod progress;
-pub(crate) mod seen;
 pub mod summary;
 pub(crate) mod table;
 pub(crate) mod timeline;
-pub(crate) mod usable;
+pub(crate) mod usable_logprobs;
 
 use std::path::Path;
 

@@ -12,10 +12,10 @@ use crate::exit::Exit;
 use crate::plan::Plan;
 use crate::plan::estimate::Estimate;
 use crate::plan::unanswered::Unanswered;
+use crate::report::answer_facts::AnswerFacts;
 use crate::report::batch_counts::BatchCounts;
 use crate::report::failures;
 use crate::report::failures::FailedRow;
-use crate::report::seen::AnswerFacts;
 use crate::report::timeline::{HourStats, LimitUse};
 
 /// The version of the object that `--json` prints and `summary.json` holds.
@@ -221,18 +221,18 @@ impl HarvestSummary {
     }
 
     /// What is known before anything is asked.
-    pub fn of_plan(plan: &Plan, unanswered: &Unanswered) -> HarvestSummary {
+    pub fn from_plan(plan: &Plan, unanswered: &Unanswered) -> HarvestSummary {
         let mut summary = HarvestSummary {
             total: plan.total,
             cached: plan.cached,
             repeated: plan.repeated,
             ..HarvestSummary::default()
         };
-        for (lane, row) in &plan.given_up {
+        for (endpoint, row) in &plan.given_up {
             let of_old = || unanswered.get(row.old_key.as_deref()?);
             let known = unanswered.get(&row.key).or_else(of_old).cloned();
             let known = known.unwrap_or_default();
-            summary.fail(FailedRow::given_up(plan, *lane, row, known));
+            summary.fail(FailedRow::given_up(plan, *endpoint, row, known));
         }
         summary
     }

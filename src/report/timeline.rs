@@ -36,7 +36,7 @@ pub struct LimitUse {
 }
 
 impl LimitUse {
-    /// Adds a stretch of time in which the lane had something to send.
+    /// Adds a stretch of time in which the endpoint had something to send.
     pub fn pass(&mut self, seconds: f64, per_minute: (Option<f64>, Option<f64>)) {
         let add = |allowed: &mut Option<f64>, per_minute: Option<f64>, before: f64| {
             if let Some(per_minute) = per_minute {

@@ -256,7 +256,7 @@ fn a_teacher_fills_what_it_leaves_out_from_the_sections() {
         share = 2.0
         sampling = { temperature = 0.5 }
     "#;
-    let lanes = load_text(text, &[], &[]).unwrap().lanes();
+    let lanes = load_text(text, &[], &[]).unwrap().endpoints();
     let [first, second] = &lanes[..] else {
         panic!("{lanes:?}")
     };
@@ -291,7 +291,7 @@ fn a_teacher_fills_what_it_leaves_out_from_the_sections() {
         "{error}"
     );
     let one = load_text("[teacher]\nmodel = \"x\"", &[], &[]).unwrap();
-    assert_eq!(one.lanes().len(), 1);
+    assert_eq!(one.endpoints().len(), 1);
 }
 
 #[test]

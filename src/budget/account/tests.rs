@@ -60,7 +60,7 @@ fn a_reservation_is_settled_by_what_is_known() {
     assert_eq!(account.spent().measured_usd, Dollars::at_least(0.0015));
     account.settle(&amount, Charge::Possible, &PRICE);
     assert_eq!(account.spent().estimated_usd, amount.usd);
-    assert_eq!(account.room(), Dollars::at_most(0.0135));
+    assert_eq!(account.remaining(), Dollars::at_most(0.0135));
     let half = TokenBound {
         input_tokens: 500,
         output_tokens: 10,
@@ -108,7 +108,7 @@ fn many_requests_that_exceed_their_bound_alike_raise_the_factor_once() {
     account.hold_for_batch(held);
     let bill = Charge::Measured(usage(0, 200));
     account
-        .settle_of_batch(held, amount.usd, 1, bill, &PRICE)
+        .settle_batch(held, amount.usd, 1, bill, &PRICE)
         .unwrap();
     assert_eq!(account.ledger.excess, 2.0);
 }

@@ -54,7 +54,7 @@ fn completion<L>(
     let choice = best(body.choices.unwrap_or_default());
     let error = Some(&body.error).filter(|error| is_error(error));
     let error = error.map(ApiError::from_value);
-    let is_filtered = error.as_ref().is_some_and(ApiError::is_of_the_content);
+    let is_filtered = error.as_ref().is_some_and(ApiError::is_content_filter);
     // A text is an answer, whatever stands beside it.
     let is_answer = choice.as_ref().is_some_and(|choice| {
         is_filtered || says_something(choice) && reason(&choice.finish_reason) != "error"

@@ -24,7 +24,7 @@ pub struct ApiError {
 }
 
 impl ApiError {
-    pub(crate) fn of_text(text: &str) -> ApiError {
+    pub(crate) fn from_text(text: &str) -> ApiError {
         let text = text.trim();
         let message = if text.starts_with('<') {
             match title(text) {
@@ -147,7 +147,7 @@ impl ApiError {
     }
 
     /// Is it the prompt or the answer that a filter refuses, and no matter of the account or the request?
-    pub fn is_of_the_content(&self) -> bool {
+    pub fn is_content_filter(&self) -> bool {
         const MARKS: [&str; 11] = [
             "content_filter",
             "contentfilter",
@@ -399,7 +399,7 @@ mod tests {
 
     #[test]
     fn refusals_of_the_content_are_told_from_others() {
-        let is_of_the_content = |error: &str| ApiError::parse(error.as_bytes()).is_of_the_content();
+        let is_of_the_content = |error: &str| ApiError::parse(error.as_bytes()).is_content_filter();
         for error in [
             r#"{"error":{"message":"The response was filtered due to the prompt triggering the content management policy.","code":"content_filter"}}"#,
             r#"{"error":{"message":"m","innererror":{"code":"ResponsibleAIPolicyViolation"}}}"#,

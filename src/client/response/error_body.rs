@@ -24,8 +24,8 @@ impl ApiError {
         match value {
             Some(Value::Array(errors)) if !errors.is_empty() => ApiError::from_body(&errors[0]),
             Some(value @ Value::Object(_)) => ApiError::from_body(&value),
-            Some(Value::String(text)) => ApiError::of_text(&text),
-            _ => ApiError::of_text(&String::from_utf8_lossy(body)),
+            Some(Value::String(text)) => ApiError::from_text(&text),
+            _ => ApiError::from_text(&String::from_utf8_lossy(body)),
         }
     }
 }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::client::response::completion::names_choices;
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
-use crate::client::response::json_error::Problem;
+use crate::client::response::json_error::JsonProblem;
 use crate::client::response::text::speaks;
 use crate::client::response::{usage, wrapped};
 
@@ -24,7 +24,7 @@ const DONE: [&[u8]; 3] = [b"[DONE]", b"DONE", b"[done]"];
 ///
 /// # Errors
 /// Where the stream ends early, or holds no JSON.
-pub(crate) fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
+pub(crate) fn joined(body: &[u8]) -> Option<Result<Value, JsonProblem>> {
     let body = body.trim_ascii_start();
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     if body.starts_with(&[SEPARATOR]) {
@@ -47,7 +47,7 @@ pub(crate) fn joined(body: &[u8]) -> Option<Result<Value, Problem>> {
         return (values.len() > 1).then_some(Ok(Value::Array(values)));
     }
     if rest.starts_with(b"{") {
-        return Some(Err(Problem::NotJson(
+        return Some(Err(JsonProblem::NotJson(
             crate::client::response::json_error::beginning(rest),
         )));
     }
@@ -78,8 +78,8 @@ pub(crate) fn is_chunk(value: &Value) -> bool {
     choice.is_some_and(|choice| choice.get("delta").is_some() && choice.get("message").is_none())
 }
 
-pub(crate) fn join_values(values: Vec<Value>) -> Result<Value, Problem> {
-    let mut joined = Joined::default();
+pub(crate) fn join_values(values: Vec<Value>) -> Result<Value, JsonProblem> {
+    let mut joined = JoinedStream::default();
     for value in values {
         if let Value::Object(chunk) = value {
             joined.add(chunk);
@@ -140,8 +140,8 @@ fn named(data: Vec<u8>, is_error: bool) -> Vec<u8> {
         .into_bytes()
 }
 
-fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
-    let (mut joined, mut is_over, mut odd) = (Joined::default(), false, None);
+fn join(events: &[Vec<u8>]) -> Result<Value, JsonProblem> {
+    let (mut joined, mut is_over, mut odd) = (JoinedStream::default(), false, None);
     for data in events {
         // In one event with the last chunk, where no blank line is between them.
         let data = data.trim_ascii();
@@ -178,14 +178,14 @@ fn join(events: &[Vec<u8>]) -> Result<Value, Problem> {
         }
     }
     match odd {
-        Some(odd) if joined.body.is_empty() => Err(Problem::NotJson(odd)),
+        Some(odd) if joined.body.is_empty() => Err(JsonProblem::NotJson(odd)),
         _ => joined.finish(is_over),
     }
 }
 
 /// What the chunks so far amount to.
 #[derive(Default)]
-struct Joined {
+struct JoinedStream {
     body: Map<String, Value>,
     /// A choice has a reason to finish, or came whole.
     is_whole: bool,
@@ -194,18 +194,18 @@ struct Joined {
     /// There were pieces of a message.
     has_pieces: bool,
     /// Problem of a chunk that could not be read.
-    hole: Option<Problem>,
+    hole: Option<JsonProblem>,
 }
 
-impl Joined {
+impl JoinedStream {
     /// The body. `is_over` says that the stream has named its end.
-    fn finish(self, is_over: bool) -> Result<Value, Problem> {
+    fn finish(self, is_over: bool) -> Result<Value, JsonProblem> {
         let mut body = self.body;
         if body.is_empty() {
             return Err(if is_over {
-                Problem::NotJson("an event stream without data".into())
+                JsonProblem::NotJson("an event stream without data".into())
             } else {
-                Problem::CutOff
+                JsonProblem::CutOff
             });
         }
         // It may have been a piece, too.
@@ -227,7 +227,7 @@ impl Joined {
         if has_failed {
             Ok(Value::Object(body))
         } else {
-            Err(Problem::CutOff)
+            Err(JsonProblem::CutOff)
         }
     }
 

@@ -6,32 +6,32 @@
 //! text. A byte order mark, text in front of the first value and all that follows it are left out, and so
 //! is what follows the choices where a body ends early behind them.
 
-use crate::client::response::json_error::Problem;
+use crate::client::response::json_error::JsonProblem;
 use crate::client::response::json_error::beginning;
 use serde_json::Value;
 
 use crate::client::response::repair::JsonRepair;
 
 /// The first JSON value in `body`: read as it is where it is strict JSON, else repaired.
-pub(crate) fn value(body: &[u8]) -> Result<Value, Problem> {
+pub(crate) fn value(body: &[u8]) -> Result<Value, JsonProblem> {
     match serde_json::from_slice(body) {
         Ok(value) => Ok(value),
         Err(_) => {
             let text = repaired(body)?;
-            serde_json::from_slice(&text).map_err(|error| Problem::NotJson(error.to_string()))
+            serde_json::from_slice(&text).map_err(|error| JsonProblem::NotJson(error.to_string()))
         }
     }
 }
 
 /// The first JSON value in `body` as strict JSON.
-pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, Problem> {
+pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     let decoded = utf16(body);
     let body = decoded.as_deref().unwrap_or(body);
     let mut body = body.trim_ascii();
     while let Some(rest) = body.strip_prefix(b"\xef\xbb\xbf") {
         body = rest.trim_ascii_start();
     }
-    let first = *body.first().ok_or(Problem::Empty)?;
+    let first = *body.first().ok_or(JsonProblem::Empty)?;
     // Some servers put a guard or a line of log in front of the object.
     let starts_well = matches!(first, b'{' | b'[' | b'"');
     let start = match memchr::memchr(b'{', body) {
@@ -39,15 +39,15 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, Problem> {
         _ => 0,
     };
     let found = match first {
-        b'<' => Err(Problem::NotJson("an HTML page".into())),
+        b'<' => Err(JsonProblem::NotJson("an HTML page".into())),
         _ => run(&body[start..]),
     };
-    let Err(Problem::NotJson(problem)) = found else {
+    let Err(JsonProblem::NotJson(problem)) = found else {
         return found;
     };
     let below = completion_below(body).map(run);
     below.and_then(Result::ok).ok_or_else(|| {
-        Problem::NotJson(if starts_well || first == b'<' {
+        JsonProblem::NotJson(if starts_well || first == b'<' {
             problem
         } else {
             beginning(body)
@@ -55,7 +55,7 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, Problem> {
     })
 }
 
-fn run(text: &[u8]) -> Result<Vec<u8>, Problem> {
+fn run(text: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     let mut repair = JsonRepair {
         text,
         at: 0,
@@ -64,7 +64,7 @@ fn run(text: &[u8]) -> Result<Vec<u8>, Problem> {
         whole: 0,
     };
     match repair.run() {
-        Err(Problem::CutOff) if repair.close() => {}
+        Err(JsonProblem::CutOff) if repair.close() => {}
         other => other?,
     }
     Ok(repair.out)
@@ -191,22 +191,28 @@ mod tests {
 
     #[test]
     fn what_holds_no_value_says_why() {
-        let cases: [(&[u8], Problem); 12] = [
-            (b"", Problem::Empty),
-            (b" \n\n", Problem::Empty),
-            (b"{\"a\":", Problem::CutOff),
-            (b"{\"a\":\"x", Problem::CutOff),
-            (b"{\"a\":\"x\\", Problem::CutOff),
-            (b"{\"a\":12", Problem::CutOff),
-            (b"{\"a\":tru", Problem::CutOff),
-            (b"[[[[", Problem::CutOff),
+        let cases: [(&[u8], JsonProblem); 12] = [
+            (b"", JsonProblem::Empty),
+            (b" \n\n", JsonProblem::Empty),
+            (b"{\"a\":", JsonProblem::CutOff),
+            (b"{\"a\":\"x", JsonProblem::CutOff),
+            (b"{\"a\":\"x\\", JsonProblem::CutOff),
+            (b"{\"a\":12", JsonProblem::CutOff),
+            (b"{\"a\":tru", JsonProblem::CutOff),
+            (b"[[[[", JsonProblem::CutOff),
             (
                 b"<!DOCTYPE html><style>a {b: c}</style>",
-                Problem::NotJson("an HTML page".into()),
+                JsonProblem::NotJson("an HTML page".into()),
             ),
-            (b"upstream gone", Problem::NotJson("upstream gone".into())),
-            (b"{'a': 1}", Problem::NotJson("at byte 1: 'a': 1}".into())),
-            (b"{\"a\" 1}", Problem::NotJson("at byte 5: 1}".into())),
+            (
+                b"upstream gone",
+                JsonProblem::NotJson("upstream gone".into()),
+            ),
+            (
+                b"{'a': 1}",
+                JsonProblem::NotJson("at byte 1: 'a': 1}".into()),
+            ),
+            (b"{\"a\" 1}", JsonProblem::NotJson("at byte 5: 1}".into())),
         ];
         for (body, expected) in cases {
             assert_eq!(
@@ -217,7 +223,7 @@ mod tests {
             );
         }
         let deep = [&b"{\"a\":"[..], &[b'['; 300_000]].concat();
-        assert_eq!(repaired(&deep), Err(Problem::CutOff));
+        assert_eq!(repaired(&deep), Err(JsonProblem::CutOff));
     }
 
     fn any_value() -> impl Strategy<Value = Value> {
@@ -258,7 +264,7 @@ mod tests {
         fn no_body_is_too_strange(value in any_value(), junk in proptest::collection::vec(any::<u8>(), 0..12), at in any::<prop::sample::Index>()) {
             let whole = serde_json::to_vec(&json!({"a": value})).unwrap();
             let at = at.index(whole.len());
-            prop_assert!(at == 0 || repaired(&whole[..at]) == Err(Problem::CutOff));
+            prop_assert!(at == 0 || repaired(&whole[..at]) == Err(JsonProblem::CutOff));
             let mut broken = whole.clone();
             broken.splice(at..at, junk);
             if let Ok(text) = repaired(&broken) {

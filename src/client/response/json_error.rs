@@ -2,7 +2,7 @@
 
 /// Why there is no JSON value in a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Problem {
+pub(crate) enum JsonProblem {
     Empty,
     /// The value does not end.
     CutOff,
@@ -10,12 +10,12 @@ pub(crate) enum Problem {
     NotJson(String),
 }
 
-impl std::fmt::Display for Problem {
+impl std::fmt::Display for JsonProblem {
     fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
         match self {
-            Problem::Empty => formatter.write_str("the body is empty"),
-            Problem::CutOff => formatter.write_str("the JSON ends early (EOF)"),
-            Problem::NotJson(text) => write!(formatter, "not JSON: {text}"),
+            JsonProblem::Empty => formatter.write_str("the body is empty"),
+            JsonProblem::CutOff => formatter.write_str("the JSON ends early (EOF)"),
+            JsonProblem::NotJson(text) => write!(formatter, "not JSON: {text}"),
         }
     }
 }

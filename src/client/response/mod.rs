@@ -35,8 +35,8 @@ use serde_json::value::RawValue;
 
 use crate::cache::record::Logprobs;
 use crate::client::response::body::read;
-use crate::client::response::json_error::Problem;
-use crate::client::response::scan::{Cut, Mark};
+use crate::client::response::json_error::JsonProblem;
+use crate::client::response::scan::{BodyWithoutLogprobs, Mark};
 
 /// Reads the body of a reply with a good status.
 ///
@@ -60,7 +60,7 @@ pub(crate) fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
 
 /// Reads a body that is strict JSON of the usual shape.
 fn strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
-    if let Some(Cut { rest, columns }) = scan::cut(body) {
+    if let Some(BodyWithoutLogprobs { rest, columns }) = scan::cut(body) {
         let columns = Cell::new(Some(columns));
         let answer = read(&rest, |_: Mark, text| {
             Ok(columns.take().and_then(|columns| columns.finish(text)))
@@ -126,9 +126,9 @@ fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
         .unwrap_or_else(|| Err(NoAnswer::Malformed(no_completion(body))))
 }
 
-fn no_json(problem: Problem, body: &[u8]) -> NoAnswer {
+fn no_json(problem: JsonProblem, body: &[u8]) -> NoAnswer {
     match problem {
-        Problem::NotJson(_) if has_signs_of_an_answer(body) => {
+        JsonProblem::NotJson(_) if has_signs_of_an_answer(body) => {
             NoAnswer::Unreadable(problem.to_string())
         }
         _ => NoAnswer::Malformed(problem.to_string()),

@@ -1,6 +1,6 @@
 //! The rewriting of JSON that is nearly right, byte by byte, for `json`. Pure.
 
-use crate::client::response::json_error::{Problem, beginning};
+use crate::client::response::json_error::{JsonProblem, beginning};
 
 /// Values nested deeper are kept as text. serde_json stops at 128 levels, and a reply is read as part of
 /// other types.
@@ -18,7 +18,7 @@ pub(crate) struct JsonRepair<'a> {
 }
 
 impl JsonRepair<'_> {
-    pub(crate) fn run(&mut self) -> Result<(), Problem> {
+    pub(crate) fn run(&mut self) -> Result<(), JsonProblem> {
         loop {
             self.value()?;
             // Behind a value: the end of what is open, or one more.
@@ -62,7 +62,7 @@ impl JsonRepair<'_> {
     }
 
     /// Reads a value that holds no other, or opens one that does, up to its first value.
-    fn value(&mut self) -> Result<(), Problem> {
+    fn value(&mut self) -> Result<(), JsonProblem> {
         loop {
             match self.peek()? {
                 bracket @ (b'{' | b'[') => {
@@ -86,7 +86,7 @@ impl JsonRepair<'_> {
     }
 
     /// Passes the end of what `bracket` has opened, if it is next.
-    fn closes(&mut self, bracket: u8) -> Result<bool, Problem> {
+    fn closes(&mut self, bracket: u8) -> Result<bool, JsonProblem> {
         let end = if bracket == b'{' { b'}' } else { b']' };
         let is_next = self.peek()? == end;
         if is_next {
@@ -100,7 +100,7 @@ impl JsonRepair<'_> {
         Ok(is_next)
     }
 
-    fn key(&mut self) -> Result<(), Problem> {
+    fn key(&mut self) -> Result<(), JsonProblem> {
         if self.peek()? != b'"' {
             return Err(self.unexpected());
         }
@@ -114,7 +114,7 @@ impl JsonRepair<'_> {
     }
 
     /// The next byte that is not white space.
-    fn peek(&mut self) -> Result<u8, Problem> {
+    fn peek(&mut self) -> Result<u8, JsonProblem> {
         while let Some(byte) = self.text.get(self.at) {
             // Some proxies send NUL as keep-alive.
             if byte.is_ascii_whitespace() || *byte == 0 {
@@ -123,18 +123,18 @@ impl JsonRepair<'_> {
                 return Ok(*byte);
             }
         }
-        Err(Problem::CutOff)
+        Err(JsonProblem::CutOff)
     }
 
-    fn unexpected(&self) -> Problem {
-        Problem::NotJson(format!(
+    fn unexpected(&self) -> JsonProblem {
+        JsonProblem::NotJson(format!(
             "at byte {}: {}",
             self.at,
             beginning(&self.text[self.at..])
         ))
     }
 
-    fn string(&mut self) -> Result<(), Problem> {
+    fn string(&mut self) -> Result<(), JsonProblem> {
         self.out.push(b'"');
         self.at += 1;
         loop {
@@ -142,7 +142,7 @@ impl JsonRepair<'_> {
             let plain = rest
                 .iter()
                 .position(|byte| matches!(byte, b'"' | b'\\' | 0..0x20))
-                .ok_or(Problem::CutOff)?;
+                .ok_or(JsonProblem::CutOff)?;
             self.out
                 .extend_from_slice(String::from_utf8_lossy(&rest[..plain]).as_bytes());
             self.at += plain;
@@ -162,8 +162,8 @@ impl JsonRepair<'_> {
         }
     }
 
-    fn escape(&mut self) -> Result<(), Problem> {
-        let kind = *self.text.get(self.at + 1).ok_or(Problem::CutOff)?;
+    fn escape(&mut self) -> Result<(), JsonProblem> {
+        let kind = *self.text.get(self.at + 1).ok_or(JsonProblem::CutOff)?;
         match kind {
             b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => {
                 self.out.extend_from_slice(&[b'\\', kind]);
@@ -209,7 +209,7 @@ impl JsonRepair<'_> {
     }
 
     /// A number, or a word; null where JSON has no such value.
-    fn word(&mut self) -> Result<(), Problem> {
+    fn word(&mut self) -> Result<(), JsonProblem> {
         let rest = &self.text[self.at..];
         let is_part =
             |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.');
@@ -220,7 +220,7 @@ impl JsonRepair<'_> {
         }
         // A number or a word that goes on behind the end of the text.
         if self.at + length == self.text.len() && !self.open.is_empty() {
-            return Err(Problem::CutOff);
+            return Err(JsonProblem::CutOff);
         }
         let bare = word.trim_start_matches(['+', '-']).to_ascii_lowercase();
         let strict = match bare.as_str() {
@@ -234,12 +234,12 @@ impl JsonRepair<'_> {
     }
 
     /// A value that is nested too deep stays, as a text.
-    fn keep_as_text(&mut self) -> Result<(), Problem> {
+    fn keep_as_text(&mut self) -> Result<(), JsonProblem> {
         let start = self.at;
         let mut depth = 0usize;
         let mut in_string = false;
         loop {
-            let byte = *self.text.get(self.at).ok_or(Problem::CutOff)?;
+            let byte = *self.text.get(self.at).ok_or(JsonProblem::CutOff)?;
             self.at += 1;
             match byte {
                 b'\\' if in_string => self.at += 1,

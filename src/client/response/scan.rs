@@ -13,7 +13,7 @@ use serde::de::{Deserializer, Error};
 use crate::client::response::logprobs::{Logprob, LogprobColumns, TokenByteList, WireToken};
 
 /// A body of which the logprobs have been read.
-pub(crate) struct Cut {
+pub(crate) struct BodyWithoutLogprobs {
     /// The body with a [`Mark`] in the place of the logprobs' list.
     pub rest: Vec<u8>,
     pub columns: LogprobColumns,
@@ -39,7 +39,7 @@ impl<'de> Deserialize<'de> for Mark {
 }
 
 /// Takes the first list of logprobs out of a body. None: there is none, or it is not read here.
-pub(crate) fn cut(body: &[u8]) -> Option<Cut> {
+pub(crate) fn cut(body: &[u8]) -> Option<BodyWithoutLogprobs> {
     // No text holds this, since quotes have a backslash there.
     let field = memmem::find(body, b"\"logprobs\"")?;
     let mut scanner = Scanner {
@@ -64,7 +64,7 @@ pub(crate) fn cut(body: &[u8]) -> Option<Cut> {
     let mut rest = body[..start].to_vec();
     rest.extend(serde_json::to_vec(MARK).ok()?);
     rest.extend_from_slice(&body[scanner.at..]);
-    Some(Cut { rest, columns })
+    Some(BodyWithoutLogprobs { rest, columns })
 }
 
 /// A place in a JSON text. Every method is None where the text is not what it is to be.

@@ -10,7 +10,7 @@ use crate::cache::usage::Usage;
 use crate::cache::{conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
 use crate::config::{self, Price};
-use crate::harvest::books::MergeAccount;
+use crate::harvest::run_files::MergeAccount;
 use crate::plan::adopt::Adopted;
 use crate::terminal::progress::Reading;
 use crate::terminal::{format_count, sanitise};

@@ -31,7 +31,7 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
         CacheAction::Repair(place) => mend::repair(&folder(place)?, global.json),
         CacheAction::Merge { place, sources } => {
             let price = config(place)?.map_or_else(Default::default, |config| {
-                crate::harvest::books::dearest(&config)
+                crate::harvest::run_files::highest_prices(&config)
             });
             let dir = folder(place)?;
             mend::merge(&dir, &settings(place)?, &price, sources, global.json)

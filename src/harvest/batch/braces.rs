@@ -11,7 +11,7 @@ pub(crate) struct Braces {
 
 impl Braces {
     /// Returns true if the byte is a brace that counts.
-    pub(crate) fn see(&mut self, byte: u8) -> bool {
+    pub(crate) fn push(&mut self, byte: u8) -> bool {
         match byte {
             _ if self.is_escaped => self.is_escaped = false,
             b'\\' if self.in_text => self.is_escaped = true,
@@ -39,7 +39,7 @@ impl Braces {
 pub(crate) fn object_end(text: &[u8]) -> Option<usize> {
     let mut braces = Braces::default();
     text.iter()
-        .position(|byte| braces.see(*byte) && braces.depth == 0)
+        .position(|byte| braces.push(*byte) && braces.depth == 0)
         .map(|at| at + 1)
 }
 
@@ -47,7 +47,7 @@ pub(crate) fn object_end(text: &[u8]) -> Option<usize> {
 pub(crate) fn is_closed(text: &[u8]) -> bool {
     let mut braces = Braces::default();
     for byte in text {
-        braces.see(*byte);
+        braces.push(*byte);
     }
     braces.depth == 0 && !braces.in_text
 }

@@ -10,7 +10,7 @@ use super::{BatchStepError, Batches};
 use crate::budget::account::Charge;
 use crate::budget::dollars::Dollars;
 use crate::client::attempt_error::{RefusalClaim, RefusalReason, RowFailure};
-use crate::harvest::stop;
+use crate::harvest::run_error;
 use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
 use crate::report::failures::FailedRow;
@@ -36,7 +36,7 @@ impl Batches<'_> {
         taking: PartCollection,
         status: &str,
     ) -> Result<(), BatchStepError> {
-        let (lane, _) = self.lane_of(index)?;
+        let (upstream, _) = self.lane_of(index)?;
         let was_cancelled = matches!(
             self.journal.parts[index].state,
             PartState::Cancelling { .. }
@@ -98,11 +98,11 @@ impl Batches<'_> {
                 Some(RowOutcome::Refused(failure)) => {
                     *closing.refusals.entry(failure.message.clone()).or_default() += 1;
                     entry.failed += 1;
-                    self.fail(lane, entry, failure);
+                    self.fail(upstream, entry, failure);
                     continue;
                 }
                 Some(RowOutcome::Filtered(failure)) => {
-                    self.filtered(lane, entry, &failure)?;
+                    self.filtered(upstream, entry, &failure)?;
                     closing.filtered += 1;
                     continue;
                 }
@@ -113,11 +113,11 @@ impl Batches<'_> {
                     );
                     if has_answers && is_of_the_row {
                         entry.failed += 1;
-                        self.fail(lane, entry, claim.failure);
+                        self.fail(upstream, entry, claim.failure);
                         continue;
                     }
                     if !has_answers {
-                        self.lanes[lane].waiting.push_back(entry);
+                        self.upstreams[upstream].waiting.push_back(entry);
                         closing.claim.get_or_insert(claim);
                         continue;
                     }
@@ -127,12 +127,12 @@ impl Batches<'_> {
                 Some(
                     RowOutcome::Answered | RowOutcome::Blank(_) | RowOutcome::Unreadable { .. },
                 ) => {
-                    self.lanes[lane].waiting.push_back(entry);
+                    self.upstreams[upstream].waiting.push_back(entry);
                     continue;
                 }
                 None if rest_was_not_asked => {
                     self.tally.asked_again += 1;
-                    self.lanes[lane].waiting.push_back(entry);
+                    self.upstreams[upstream].waiting.push_back(entry);
                     continue;
                 }
                 None if may_be_unreadable => {
@@ -140,7 +140,7 @@ impl Batches<'_> {
                         RowFailure::new("unreadable", "a line of its batch cannot be read");
                     self.paid(entry, &failure)?;
                     entry.failed += 1;
-                    self.fail(lane, entry, failure);
+                    self.fail(upstream, entry, failure);
                     continue;
                 }
                 None => {
@@ -156,38 +156,38 @@ impl Batches<'_> {
             // What this side has cancelled, failed for no reason of its own.
             entry.failed += u32::from(!was_cancelled);
             if entry.failed.max(paid) >= self.config.retry.max_attempts {
-                self.fail(lane, entry, failure);
+                self.fail(upstream, entry, failure);
             } else {
                 self.tally.asked_again += 1;
-                self.lanes[lane].waiting.push_back(entry);
+                self.upstreams[upstream].waiting.push_back(entry);
             }
         }
         self.tally.ignored += taking.ignored;
-        self.settle_lost(index, lane, &closing)?;
+        self.settle_lost(index, upstream, &closing)?;
         if has_answers || closing.filtered > 0 {
-            self.lanes[lane].batch_succeeded();
+            self.upstreams[upstream].batch_succeeded();
         }
         if let [(message, count)] = closing.refusals.iter().collect::<Vec<_>>().as_slice()
             && **count >= SAME_REFUSALS
-            && !self.lanes[lane].has_answered
+            && !self.upstreams[upstream].has_answered
         {
-            self.lanes[lane].stop(stop::refused_alike(message));
+            self.upstreams[upstream].stop(run_error::refused_alike(message));
         }
         self.end_part(index, status)?;
         if let Some(claim) = closing.claim {
-            self.lanes[lane].all_claimed(claim, &self.config.retry);
+            self.upstreams[upstream].all_claimed(claim, &self.config.retry);
         }
         Ok(())
     }
 
-    fn settle_lost(&mut self, index: usize, lane: usize, closing: &Closing) -> Result<()> {
+    fn settle_lost(&mut self, index: usize, upstream: usize, closing: &Closing) -> Result<()> {
         self.summary.attempts_lost += closing.lost;
-        let price = self.lanes[lane].settings.price.clone();
+        let price = self.upstreams[upstream].settings.price.clone();
         self.journal.parts[index].live.held -= closing.lost_usd;
         let lost = Dollars::at_least(closing.lost_usd);
         self.books
             .account
-            .settle_of_batch(lost, lost, closing.lost, Charge::Possible, &price)
+            .settle_batch(lost, lost, closing.lost, Charge::Possible, &price)
     }
 
     /// Notes an attempt that may have been billed. Returns how many there were of the row.
@@ -202,12 +202,12 @@ impl Batches<'_> {
     }
 
     /// The row ends as refused by a content filter.
-    fn filtered(&mut self, lane: usize, entry: QueuedRow, failure: &RowFailure) -> Result<()> {
+    fn filtered(&mut self, upstream: usize, entry: QueuedRow, failure: &RowFailure) -> Result<()> {
         let line = self.line(entry, Kind::Filtered, failure);
         self.books.unanswered.add(&line)?;
-        let row = FailedRow::new(&self.plan, lane, entry, failure.clone());
+        let row = FailedRow::new(&self.plan, upstream, entry, failure.clone());
         self.summary.filtered(row);
-        self.lanes[lane].has_answered = true;
+        self.upstreams[upstream].has_answered = true;
         Ok(())
     }
 

@@ -8,8 +8,8 @@ use jiff::Timestamp;
 use serde_json::Value;
 
 use super::journal::{PartRow, PartState, RequestFile};
-use super::lane::batches;
 use super::results::{self, RowResult};
+use super::upstream::batches;
 use super::{BatchStepError, Batches};
 use crate::budget::dollars::Dollars;
 use crate::cache::record::Timing;
@@ -18,9 +18,9 @@ use crate::client::batch_object;
 use crate::client::batch_object::BatchObject;
 use crate::client::response::completion::Completion;
 use crate::client::response::error::ApiError;
+use crate::harvest::answer_monitor::MonitorAlert;
 use crate::harvest::attempt::EncodedAnswer;
-use crate::harvest::stop;
-use crate::harvest::watch::MonitorAlert;
+use crate::harvest::run_error;
 use crate::plan::PlannedRow;
 use crate::prompt::Prompt;
 
@@ -91,15 +91,17 @@ pub(super) enum RowOutcome {
 
 impl Batches<'_> {
     /// Asks how a batch is doing, and takes what it has brought if it has come to its end.
-    pub(super) async fn look_at(&mut self, index: usize) -> Result<(), BatchStepError> {
-        let (lane, transport) = self.lane_of(index)?;
+    pub(super) async fn poll(&mut self, index: usize) -> Result<(), BatchStepError> {
+        let (upstream, transport) = self.lane_of(index)?;
         let api = batches(&transport)?;
         let Some(batch) = self.journal.parts[index].batch().map(String::from) else {
             return Ok(());
         };
         let now = self.clock.now().into();
         let reply = match batch_object::check(api.retrieve(&batch).await, now) {
-            Err(AttemptError::Refused(failure)) => return self.gone(index, &failure.message),
+            Err(AttemptError::Refused(failure)) => {
+                return self.batch_missing(index, &failure.message);
+            }
             reply => reply?,
         };
         let card = match (
@@ -108,17 +110,19 @@ impl Batches<'_> {
         ) {
             (Some(card), _) => card,
             // An error in a good status.
-            (None, error) if !error.message.is_empty() => return self.gone(index, &error.message),
+            (None, error) if !error.message.is_empty() => {
+                return self.batch_missing(index, &error.message);
+            }
             (None, _) => {
-                return Err(crate::client::attempt_error::lost(
+                return Err(crate::client::attempt_error::connection_lost(
                     "malformed",
                     "the reply is no batch",
                 )
                 .into());
             }
         };
-        self.lanes[lane].success();
-        self.lanes[lane].has_batches = true;
+        self.upstreams[upstream].success();
+        self.upstreams[upstream].has_batches = true;
         self.journal.parts[index]
             .live
             .status
@@ -151,18 +155,20 @@ impl Batches<'_> {
     }
 
     /// What should be there is not; after a while that is believed.
-    pub(super) fn is_gone(&mut self, index: usize, message: &str) -> Result<(), AttemptError> {
+    pub(super) fn is_missing(&mut self, index: usize, message: &str) -> Result<(), AttemptError> {
         let live = &mut self.journal.parts[index].live;
         live.gone += 1;
         match live.gone < GONE {
-            true => Err(crate::client::attempt_error::lost("gone", message)),
+            true => Err(crate::client::attempt_error::connection_lost(
+                "gone", message,
+            )),
             false => Ok(()),
         }
     }
 
     /// The endpoint does not know a batch of ours.
-    fn gone(&mut self, index: usize, message: &str) -> Result<(), BatchStepError> {
-        self.is_gone(index, message)?;
+    fn batch_missing(&mut self, index: usize, message: &str) -> Result<(), BatchStepError> {
+        self.is_missing(index, message)?;
         self.progress
             .note(&format!("the endpoint has lost a batch: {message}"));
         let taking = self.open(index, &BatchObject::default())?;
@@ -171,17 +177,20 @@ impl Batches<'_> {
 
     /// Records what both files of a batch hold, and accounts for every row.
     async fn take(&mut self, index: usize, card: &BatchObject) -> Result<(), BatchStepError> {
-        let (lane, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.lane_of(index)?;
         let has_file = card.output_file.is_some() || card.error_file.is_some();
         let has_lost_answers = !has_file && card.has_answers();
         if has_lost_answers {
             // The files may be on their way.
-            self.is_gone(index, "a batch that has ended has no file")?;
+            self.is_missing(index, "a batch that has ended has no file")?;
             // If another batch brought answers, only the rows of this one are lost.
             let is_completed = card.status == "completed";
-            if is_completed && !self.lanes[lane].has_answered && self.plan.answered[lane] == 0 {
+            if is_completed
+                && !self.upstreams[upstream].has_answered
+                && self.plan.answered[upstream] == 0
+            {
                 let batch = self.journal.parts[index].batch().unwrap_or_default();
-                self.lanes[lane].stop(stop::no_results(batch));
+                self.upstreams[upstream].stop(run_error::no_results(batch));
                 return Ok(());
             }
         }
@@ -227,7 +236,7 @@ impl Batches<'_> {
         if let Some(told) = told.filter(|told| *told > taking.seen()) {
             // The file may not be whole yet.
             let message = format!("its files hold {} of {told} rows", taking.seen());
-            self.is_gone(index, &message)?;
+            self.is_missing(index, &message)?;
             self.progress
                 .note(&format!("a batch has ended, and {message}"));
         }
@@ -369,9 +378,9 @@ impl Batches<'_> {
         if taking.members[line].is_answered(self.cache) {
             return Ok(());
         }
-        let (lane, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.lane_of(index)?;
         completion.clean(&transport.secrets());
-        let asking = &self.plan.askings[lane];
+        let asking = &self.plan.templates[upstream];
         let member = &taking.members[line];
         let body: Value = taking.bodies.read(member)?;
         let row = PlannedRow {
@@ -388,18 +397,18 @@ impl Batches<'_> {
         };
         let bound = member.bound();
         let answered = EncodedAnswer::new(asking, &row, &prompt, body, bound, completion, timing)?;
-        let (bill, price) = (answered.bill(), asking.lane.price.clone());
+        let (bill, price) = (answered.bill(), asking.endpoint.price.clone());
         let wants_logprobs = asking.wants_logprobs();
         let append = |cache: &crate::cache::Cache| {
             cache
                 .append_sealed(&answered.sealed)
-                .map_err(|error| stop::not_recorded(error, cache.safe()))
+                .map_err(|error| run_error::not_recorded(error, cache.safe()))
         };
         // A kill in between counts it twice: once as spent, once as held for a row without a record.
         let held = Dollars::at_least(member.usd);
         let unraised = Dollars::at_least(bound.cost(&price).unwrap_or(member.usd));
         let account = &mut self.books.account;
-        account.settle_of_batch(held, unraised, 1, bill, &price)?;
+        account.settle_batch(held, unraised, 1, bill, &price)?;
         append(self.cache)?;
         let part = &mut self.journal.parts[index];
         part.live.held -= member.usd;
@@ -409,12 +418,12 @@ impl Batches<'_> {
         } else {
             self.tally.besides += 1
         }
-        let lane = &mut self.lanes[lane];
-        lane.has_answered = true;
-        for word in lane.watch.see(&answered.seen) {
+        let upstream = &mut self.upstreams[upstream];
+        upstream.has_answered = true;
+        for word in upstream.watch.check(&answered.seen) {
             match word {
                 MonitorAlert::Note(text) => self.summary.warn(text),
-                MonitorAlert::Stop(error) => lane.stop(error),
+                MonitorAlert::Stop(error) => upstream.stop(error),
             }
         }
         Ok(())

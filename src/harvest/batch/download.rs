@@ -14,9 +14,9 @@ use crate::client::batch_object;
 use crate::client::batch_object::FileLines;
 use crate::client::outcome;
 use crate::client::transport::{BatchApi, FileDownload};
-use crate::harvest::{stop, unreadable};
+use crate::harvest::{run_error, unreadable_bodies};
 
-/// How often a results file may fail to be read before the lane stops.
+/// How often a results file may fail to be read before the upstream stops.
 const NOT_READ: u32 = 20;
 
 /// In bytes, in any of its forms.
@@ -35,7 +35,7 @@ impl Batches<'_> {
             Ok(FileDownload::Content(pieces)) => Ok(Some(ResultRows::new(FileLines::new(pieces)))),
             Ok(FileDownload::Refused(reply)) => match batch_object::check(Ok(reply), now()) {
                 Err(AttemptError::Refused(failure)) => {
-                    self.is_gone(index, &failure.message)?;
+                    self.is_missing(index, &failure.message)?;
                     Ok(None)
                 }
                 Err(trouble) => Err(self.not_read(index, trouble)),
@@ -61,30 +61,30 @@ impl Batches<'_> {
     fn not_read(&mut self, index: usize, trouble: AttemptError) -> BatchStepError {
         let live = &mut self.journal.parts[index].live;
         live.not_read += 1;
-        let (count, lane) = (live.not_read, live.lane);
+        let (count, upstream) = (live.not_read, live.upstream);
         let message = trouble.message().to_owned();
         if count == 1 {
             self.progress.note(&format!(
                 "a results file cannot be read ({message}): it is requested again"
             ));
         } else if count >= NOT_READ
-            && let Some(lane) = lane
+            && let Some(upstream) = upstream
         {
-            self.lanes[lane].stop(stop::results_not_read(count, &message));
+            self.upstreams[upstream].stop(run_error::results_not_read(count, &message));
         }
         trouble.into()
     }
 
     /// No line of a results file is one of ours: what was paid for must not be bought again. The file is
-    /// kept, and the lane stops; the batch is looked at again by the next run.
+    /// kept, and the upstream stops; the batch is looked at again by the next run.
     pub(super) async fn keep_unreadable_file(
         &mut self,
         index: usize,
         batches: &dyn BatchApi,
         file: &str,
     ) -> Result<(), BatchStepError> {
-        let (lane, _) = self.lane_of(index)?;
-        let folder = unreadable::dir(&self.config.run_dir);
+        let (upstream, _) = self.lane_of(index)?;
+        let folder = unreadable_bodies::dir(&self.config.run_dir);
         crate::fs::create_dir_all(&folder)?;
         let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
         let mut kept = crate::fs::Whole::create(&path)?;
@@ -107,7 +107,7 @@ impl Batches<'_> {
             kept.write_all(&held).context(could_not)?;
         }
         kept.commit(true)?;
-        self.lanes[lane].stop(stop::unreadable_results(&path));
+        self.upstreams[upstream].stop(run_error::unreadable_results(&path));
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::collect::RowOutcome;
-use super::lane::batches;
+use super::upstream::batches;
 use super::{BatchStepError, Batches, results};
 use crate::client::attempt_error::{RefusalClaim, RowFailure};
 use crate::client::batch_object::{BatchFileError, BatchObject};
@@ -45,7 +45,7 @@ impl Batches<'_> {
             if may_be_answer(&line, is_readable) {
                 taking.keep_unreadable(&line);
             } else {
-                card.mistakes.extend(BatchFileError::of_line(&line));
+                card.mistakes.extend(BatchFileError::from_line(&line));
             }
         }
         taking.unreadable_lines += rows.skipped();
@@ -77,7 +77,7 @@ impl Batches<'_> {
         index: usize,
         card: &BatchObject,
     ) -> Result<(), BatchStepError> {
-        let (lane, _) = self.lane_of(index)?;
+        let (upstream, _) = self.lane_of(index)?;
         let verdict = results::verdict(&card.mistakes);
         let part = &self.journal.parts[index];
         let (rows, tokens, members) = (
@@ -95,16 +95,16 @@ impl Batches<'_> {
             match bad.get(&line) {
                 Some(failure) => {
                     entry.failed += 1;
-                    self.fail(lane, entry, failure.clone());
+                    self.fail(upstream, entry, failure.clone());
                 }
                 None => {
                     self.tally.asked_again += 1;
-                    self.lanes[lane].waiting.push_back(entry);
+                    self.upstreams[upstream].waiting.push_back(entry);
                 }
             }
         }
         let enqueued: u64 = self
-            .parts_of(lane)
+            .parts_of(upstream)
             .into_iter()
             .filter(|&index| self.journal.parts[index].is_enqueued())
             .map(|index| self.journal.parts[index].tokens)
@@ -112,25 +112,26 @@ impl Batches<'_> {
         self.end_part(index, "failed")?;
         if let Some((reason, message)) = verdict.stop {
             let failure = RowFailure::new("failed batch", &message);
-            self.lanes[lane].all_claimed(RefusalClaim { reason, failure }, &self.config.retry);
+            self.upstreams[upstream]
+                .all_claimed(RefusalClaim { reason, failure }, &self.config.retry);
             return Ok(());
         }
         let retry = &self.config.retry;
-        let of_lane = &mut self.lanes[lane];
+        let of_upstream = &mut self.upstreams[upstream];
         match verdict.over_tokens {
             Some(told) => {
                 let half = told.filter(|told| *told < enqueued).unwrap_or(enqueued / 2);
-                let limit = of_lane.token_limit.unwrap_or(u64::MAX).min(half);
-                of_lane.token_limit = Some(limit.max(1));
+                let limit = of_upstream.token_limit.unwrap_or(u64::MAX).min(half);
+                of_upstream.token_limit = Some(limit.max(1));
                 if members.len() == 1 && enqueued == tokens {
-                    of_lane.no_room_for_one(tokens, retry);
+                    of_upstream.no_room_for_one(tokens, retry);
                 }
             }
             None => {
                 let message = verdict.message;
                 self.progress
                     .note(&format!("a batch of {} failed: {message}", members.len()));
-                of_lane.batch_failed(&message, retry);
+                of_upstream.batch_failed(&message, retry);
             }
         }
         Ok(())

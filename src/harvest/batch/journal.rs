@@ -89,7 +89,7 @@ pub(crate) enum PartState {
 #[derive(Debug, Default)]
 pub(crate) struct PartProgress {
     /// None: no teacher of this config.
-    pub lane: Option<usize>,
+    pub upstream: Option<usize>,
     /// The row of the plan for each line; None for one that this run does not ask.
     pub rows: Vec<Option<u32>>,
     /// Still set aside for it.
@@ -276,7 +276,7 @@ impl BatchJournal {
         &self,
         nonce: &str,
         plan: &Plan,
-        lane: usize,
+        upstream: usize,
         entries: &[(QueuedRow, f64)],
     ) -> Result<()> {
         crate::fs::create_dir_all(&self.folder())?;
@@ -285,8 +285,10 @@ impl BatchJournal {
             let mut at = 0;
             for &(entry, usd) in entries {
                 let row = &plan.rows[entry.row];
-                let body = plan.body(lane, row.prompt as usize, row.sample).to_string();
-                let bound = plan.bound(lane, entry.row);
+                let body = plan
+                    .body(upstream, row.prompt as usize, row.sample)
+                    .to_string();
+                let bound = plan.bound(upstream, entry.row);
                 let line = [LINE[0], &row.key, LINE[1], ENDPOINT, LINE[2]].concat();
                 members.push(PartRow {
                     key: row.key.clone(),

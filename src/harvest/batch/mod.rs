@@ -16,7 +16,6 @@ pub(crate) mod collect;
 pub(crate) mod download;
 pub(crate) mod failed;
 pub(crate) mod journal;
-pub(crate) mod lane;
 pub(crate) mod outlook;
 pub(crate) mod parts;
 pub(crate) mod recover;
@@ -24,6 +23,7 @@ pub(crate) mod results;
 pub(crate) mod rows;
 pub(crate) mod show;
 pub(crate) mod submit;
+pub(crate) mod upstream;
 
 pub(crate) use crate::report::batch_counts::BatchCounts;
 
@@ -34,14 +34,14 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::time::{Instant, sleep_until};
 
-use super::books::RunFiles;
-use super::unreadable::UnreadableBodies;
 use crate::cache::writer::Cache;
 use crate::client::attempt_error::{AttemptError, RowFailure};
 use crate::client::transport::Transport;
 use crate::clock::WallClock;
 use crate::config::Config;
 use crate::exit::Exit;
+use crate::harvest::run_files::RunFiles;
+use crate::harvest::unreadable_bodies::UnreadableBodies;
 use crate::harvest::window::{RequestWindow, WindowState as Time};
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
@@ -52,7 +52,7 @@ use crate::signal::Signals;
 use crate::terminal::format_duration;
 use crate::terminal::progress::Progress;
 use journal::BatchJournal;
-use lane::BatchUpstream;
+use upstream::BatchUpstream;
 
 /// A wait that is worth telling.
 const LONG_WAIT: Duration = Duration::from_secs(5);
@@ -67,7 +67,7 @@ pub(crate) struct Batches<'a> {
     config: &'a Config,
     plan: Plan,
     cache: &'a Cache,
-    lanes: Vec<BatchUpstream>,
+    upstreams: Vec<BatchUpstream>,
     journal: BatchJournal,
     books: RunFiles,
     unreadable: UnreadableBodies,
@@ -136,17 +136,17 @@ impl<'a> Batches<'a> {
         clock: WallClock,
         quiet: bool,
     ) -> Result<Self> {
-        let lanes = transports.iter().enumerate().map(|(index, transport)| {
+        let upstreams = transports.iter().enumerate().map(|(index, transport)| {
             BatchUpstream::new(&plan, index, Arc::clone(transport), config)
         });
         Ok(Self {
-            lanes: lanes.collect(),
+            upstreams: upstreams.collect(),
             journal: BatchJournal::load(&config.run_dir)?,
             schedule: RequestWindow::new(&config.schedule, clock.now())?,
             summary: HarvestSummary {
                 arguments: config.arguments(),
                 before_training: crate::plan::prepare::before_training(config),
-                ..HarvestSummary::of_plan(&plan, &books.unanswered)
+                ..HarvestSummary::from_plan(&plan, &books.unanswered)
             },
             tally: BatchCounts::default(),
             started: Instant::now(),
@@ -190,11 +190,11 @@ impl<'a> Batches<'a> {
                 self.progress
                     .note("the deadline has come: batches under way are cancelled");
             }
-            for lane in 0..self.lanes.len() {
-                match self.advance(lane, time == Time::Open).await {
+            for upstream in 0..self.upstreams.len() {
+                match self.advance(upstream, time == Time::Open).await {
                     Ok(()) => {}
                     Err(BatchStepError::Fatal(error)) => return Err(error),
-                    Err(BatchStepError::Trouble(trouble)) => self.troubled(lane, trouble),
+                    Err(BatchStepError::Trouble(trouble)) => self.step_failed(upstream, trouble),
                 }
             }
             self.cache.check()?;
@@ -207,23 +207,23 @@ impl<'a> Batches<'a> {
         }
     }
 
-    /// Moves every part of a lane as far as it goes.
-    async fn advance(&mut self, lane: usize, may_send: bool) -> Result<(), BatchStepError> {
+    /// Moves every part of a upstream as far as it goes.
+    async fn advance(&mut self, upstream: usize, may_send: bool) -> Result<(), BatchStepError> {
         let now = Instant::now();
-        if self.lanes[lane].is_stopped() || self.lanes[lane].not_before > now {
+        if self.upstreams[upstream].is_stopped() || self.upstreams[upstream].not_before > now {
             return Ok(());
         }
-        let is_due = self.lanes[lane].next_poll <= now;
+        let is_due = self.upstreams[upstream].next_poll <= now;
         if is_due {
             let jitter = 0.75 + fastrand::f64() / 2.0;
             let pause = Duration::from_secs_f64(self.config.batch.poll_s * jitter);
-            self.lanes[lane].next_poll = now + pause;
+            self.upstreams[upstream].next_poll = now + pause;
         }
         // One part's trouble keeps no other from going on.
         let mut halt: Result<(), BatchStepError> = Ok(());
-        for index in self.parts_of(lane) {
+        for index in self.parts_of(upstream) {
             let step = match self.journal.parts[index].batch().is_some() {
-                true if is_due => self.look_at(index).await,
+                true if is_due => self.poll(index).await,
                 true => Ok(()),
                 // The window is for what leaves; what may be a batch already is found out at once.
                 false => self.submit(index, may_send).await,
@@ -235,8 +235,8 @@ impl<'a> Batches<'a> {
             }
         }
         halt?;
-        while may_send && self.over.is_none() && self.may_plan(lane) {
-            let Some(index) = self.plan_part(lane)? else {
+        while may_send && self.over.is_none() && self.may_plan(upstream) {
+            let Some(index) = self.plan_part(upstream)? else {
                 break;
             };
             self.submit(index, may_send).await?;
@@ -244,20 +244,22 @@ impl<'a> Batches<'a> {
         Ok(())
     }
 
-    fn may_plan(&self, lane: usize) -> bool {
-        let lane = &self.lanes[lane];
-        !lane.is_stopped() && lane.not_before <= Instant::now() && !lane.waiting.is_empty()
+    fn may_plan(&self, upstream: usize) -> bool {
+        let upstream = &self.upstreams[upstream];
+        !upstream.is_stopped()
+            && upstream.not_before <= Instant::now()
+            && !upstream.waiting.is_empty()
     }
 
     /// Its parts that have not ended.
-    fn parts_of(&self, lane: usize) -> Vec<usize> {
+    fn parts_of(&self, upstream: usize) -> Vec<usize> {
         let parts = self.journal.parts.iter().enumerate();
-        let own = parts.filter(|(_, part)| !part.is_done() && part.live.lane == Some(lane));
+        let own = parts.filter(|(_, part)| !part.is_done() && part.live.upstream == Some(upstream));
         own.map(|(index, _)| index).collect()
     }
 
-    fn troubled(&mut self, lane: usize, trouble: AttemptError) {
-        let (pause, message) = self.lanes[lane].troubled(trouble, &self.config.retry);
+    fn step_failed(&mut self, upstream: usize, trouble: AttemptError) {
+        let (pause, message) = self.upstreams[upstream].call_failed(trouble, &self.config.retry);
         if pause >= LONG_WAIT {
             let pause = format_duration(pause);
             self.progress
@@ -267,35 +269,38 @@ impl<'a> Batches<'a> {
 
     /// Is there nothing left to wait for?
     fn end(&self) -> Option<BatchRunEnd> {
-        let open = |lane: &&BatchUpstream| !lane.is_stopped();
-        let is_under_way = |lane: &BatchUpstream| !self.parts_of(lane.index).is_empty();
-        let under_way = self.lanes.iter().filter(open).any(is_under_way);
+        let open = |upstream: &&BatchUpstream| !upstream.is_stopped();
+        let is_under_way = |upstream: &BatchUpstream| !self.parts_of(upstream.index).is_empty();
+        let under_way = self.upstreams.iter().filter(open).any(is_under_way);
         if let Some(since) = self.over {
             let is_enough = since.elapsed() >= LONGEST_CANCEL;
             return (!under_way || is_enough).then_some(BatchRunEnd::Deadline);
         }
         let waiting = self
-            .lanes
+            .upstreams
             .iter()
             .filter(open)
-            .any(|lane| !lane.waiting.is_empty());
+            .any(|upstream| !upstream.waiting.is_empty());
         (!under_way && !waiting).then_some(BatchRunEnd::AllDone)
     }
 
     /// When there is something to do again, at the latest.
     fn wake(&self) -> Instant {
         let now = Instant::now();
-        let lanes = self.lanes.iter().filter(|lane| !lane.is_stopped());
-        let times = lanes.map(|lane| {
-            let parts = self.parts_of(lane.index).into_iter();
+        let upstreams = self
+            .upstreams
+            .iter()
+            .filter(|upstream| !upstream.is_stopped());
+        let times = upstreams.map(|upstream| {
+            let parts = self.parts_of(upstream.index).into_iter();
             let parts = parts.filter_map(|index| self.journal.parts[index].live.not_before);
             let next = parts
                 .filter(|at| *at > now)
-                .chain([lane.next_poll])
+                .chain([upstream.next_poll])
                 .min()
                 .unwrap_or(now);
-            match lane.not_before > now {
-                true => next.max(lane.not_before),
+            match upstream.not_before > now {
+                true => next.max(upstream.not_before),
                 false => next,
             }
         });
@@ -304,8 +309,8 @@ impl<'a> Batches<'a> {
     }
 
     /// The row ends without an answer.
-    fn fail(&mut self, lane: usize, entry: QueuedRow, failure: RowFailure) {
-        let row = FailedRow::new(&self.plan, lane, entry, failure);
+    fn fail(&mut self, upstream: usize, entry: QueuedRow, failure: RowFailure) {
+        let row = FailedRow::new(&self.plan, upstream, entry, failure);
         self.summary.fail(row);
     }
 
@@ -327,7 +332,10 @@ impl<'a> Batches<'a> {
         let max_attempts = self.config.retry.max_attempts;
         summary.given_up = self.books.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
-        let of_a_lane = self.lanes.iter_mut().find_map(BatchUpstream::take_error);
+        let of_a_lane = self
+            .upstreams
+            .iter_mut()
+            .find_map(BatchUpstream::take_error);
         summary.error = match ended {
             BatchRunEnd::Signal(number) => {
                 let advice = format!(

@@ -23,15 +23,15 @@ pub(crate) fn outlook(config: &Config, plan: &Plan) -> Result<BatchEstimate> {
         let members = journal.members(&part.nonce)?;
         asked.extend(members.into_iter().map(|member| member.key));
     }
-    let room = PartLimits::of(&config.batch, None, f64::INFINITY);
-    for (lane, rows) in plan.lanes.iter().enumerate() {
+    let room = PartLimits::new(&config.batch, None, f64::INFINITY);
+    for (upstream, rows) in plan.rows_by_endpoint.iter().enumerate() {
         let mut sizes = Vec::new();
         for row in rows.clone() {
             let PlannedRow { key, old_key, .. } = &plan.rows[row];
             let of_old = || old_key.as_deref().is_some_and(|key| asked.contains(key));
             match asked.contains(key) || of_old() {
                 true => outlook.rows_under_way += 1,
-                false => sizes.push(parts::size(plan, lane, row, 0.0)),
+                false => sizes.push(parts::size(plan, upstream, row, 0.0)),
             }
         }
         let tokens: u64 = sizes.iter().map(|size| size.tokens).sum();

@@ -45,7 +45,7 @@ pub(crate) enum PartFull {
 
 impl PartLimits {
     /// In one batch; `tokens` and `usd` are what is left of what all of them share.
-    pub(crate) fn of(limits: &config::BatchConfig, tokens: Option<u64>, usd: f64) -> PartLimits {
+    pub(crate) fn new(limits: &config::BatchConfig, tokens: Option<u64>, usd: f64) -> PartLimits {
         PartLimits {
             rows: limits.max_requests,
             bytes: (limits.max_megabytes * 1e6) as u64,
@@ -99,17 +99,17 @@ impl PartLimits {
 }
 
 /// What a row takes that can cost so much.
-pub(crate) fn size(plan: &Plan, lane: usize, row: usize, usd: f64) -> RowSize {
-    let asking = &plan.askings[lane];
+pub(crate) fn size(plan: &Plan, upstream: usize, row: usize, usd: f64) -> RowSize {
+    let asking = &plan.templates[upstream];
     let logprobs = match asking.wants_logprobs() {
-        true => asking.lane.sampling.top_logprobs,
+        true => asking.endpoint.sampling.top_logprobs,
         false => 0,
     };
     let planned = &plan.rows[row];
     RowSize {
         bytes: line_bytes(planned.key.len(), planned.bytes as usize),
-        output_bytes: output_bytes(asking.lane.sampling.max_tokens, logprobs),
-        tokens: plan.cost(lane, row).tokens(),
+        output_bytes: output_bytes(asking.endpoint.sampling.max_tokens, logprobs),
+        tokens: plan.cost(upstream, row).tokens(),
         usd,
     }
 }

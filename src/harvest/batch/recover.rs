@@ -19,16 +19,16 @@ impl Batches<'_> {
             if part.is_done() {
                 continue;
             }
-            let lane = self.lanes.iter().position(|lane| {
-                lane.settings.teacher.label() == part.teacher
-                    && crate::config::teacher::identity(&lane.settings.teacher) == part.endpoint
+            let upstream = self.upstreams.iter().position(|upstream| {
+                upstream.settings.teacher.label() == part.teacher
+                    && crate::config::teacher::identity(&upstream.settings.teacher) == part.endpoint
             });
             let of_part = self.journal.members(&part.nonce)?;
             let open = of_part
                 .iter()
                 .filter(|member| !member.is_answered(self.cache));
             let held = open.map(|member| member.usd).sum();
-            if lane.is_none() {
+            if upstream.is_none() {
                 self.progress.note(&format!(
                     "a batch of {} rows is under way at {}, which is no teacher of this config: it \
                      is left alone",
@@ -38,7 +38,7 @@ impl Batches<'_> {
             }
             self.books.account.hold_for_batch(Dollars::at_least(held));
             let part = &mut self.journal.parts[index];
-            part.live.lane = lane;
+            part.live.upstream = upstream;
             part.live.held = held;
             part.live.in_doubt = matches!(part.state, PartState::Creating { .. });
             part.live.rows = vec![None; of_part.len()];
@@ -57,8 +57,8 @@ impl Batches<'_> {
                 taken.insert(row);
             }
         }
-        for lane in &mut self.lanes {
-            lane.waiting.retain(|entry| !taken.contains(&entry.row));
+        for upstream in &mut self.upstreams {
+            upstream.waiting.retain(|entry| !taken.contains(&entry.row));
         }
         Ok(())
     }

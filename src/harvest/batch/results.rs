@@ -267,7 +267,7 @@ fn reply(response: &RawValue) -> (u16, &[u8]) {
 fn unanswered(error: &Value) -> AttemptError {
     if !is_error(error) {
         // Nothing says that it was not done.
-        return crate::client::attempt_error::lost("no answer in the batch", "");
+        return crate::client::attempt_error::connection_lost("no answer in the batch", "");
     }
     let error = &ApiError::from_value(error);
     let class = match error.code.as_str() {
@@ -275,10 +275,10 @@ fn unanswered(error: &Value) -> AttemptError {
         code => code,
     };
     let failure = RowFailure::new(class, &error.message);
-    if let Some(reason) = crate::client::error_class::claims_the_end(error, false) {
+    if let Some(reason) = crate::client::refusal_reason::refusal_reason(error, false) {
         return AttemptError::Claim(RefusalClaim { reason, failure });
     }
-    if error.is_of_the_content() {
+    if error.is_content_filter() {
         return AttemptError::Filtered(failure);
     }
     if is_of_the_row(error) {
@@ -323,8 +323,8 @@ pub(crate) fn verdict(mistakes: &[BatchFileError]) -> BatchFailure {
             verdict.message = failure.message.clone();
         }
         if error.code == "token_limit_exceeded" {
-            verdict.over_tokens = Some(told_limit(&error.message));
-        } else if let Some(reason) = crate::client::error_class::claims_the_end(error, false) {
+            verdict.over_tokens = Some(stated_limit(&error.message));
+        } else if let Some(reason) = crate::client::refusal_reason::refusal_reason(error, false) {
             verdict.stop.get_or_insert((reason, failure.message));
         } else if let Some(line) = line.and_then(|line| usize::try_from(line).ok()?.checked_sub(1))
         {
@@ -335,7 +335,7 @@ pub(crate) fn verdict(mistakes: &[BatchFileError]) -> BatchFailure {
 }
 
 /// The number of "Limit: 90,000 enqueued tokens".
-fn told_limit(message: &str) -> Option<u64> {
+fn stated_limit(message: &str) -> Option<u64> {
     let (_, rest) = message.split_once("Limit: ")?;
     let digits = rest.chars().take_while(|char| !char.is_whitespace());
     let digits: String = digits.filter(char::is_ascii_digit).collect();

@@ -68,7 +68,7 @@ impl ResultRows {
         let mut start = 0;
         for (at, byte) in line.iter().enumerate() {
             let before = self.braces.depth;
-            if !self.braces.see(*byte) {
+            if !self.braces.push(*byte) {
                 continue;
             }
             if before == 0 {

@@ -28,7 +28,10 @@ impl Batches<'_> {
     }
 
     pub(super) fn is_priced(&self) -> bool {
-        let prices = self.lanes.iter().map(|lane| &lane.settings.price);
+        let prices = self
+            .upstreams
+            .iter()
+            .map(|upstream| &upstream.settings.price);
         prices
             .into_iter()
             .any(|price| price.input.is_some() && price.output.is_some())

@@ -8,8 +8,8 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::journal::{BatchPart, PartProgress, PartState};
-use super::lane::batches;
 use super::parts::{self, PartFull, PartLimits, RowSize};
+use super::upstream::batches;
 use super::{BatchStepError, Batches};
 use crate::budget::account::Charge;
 use crate::budget::dollars::Dollars;
@@ -31,45 +31,49 @@ const CLOCKS_DIFFER_S: i64 = 86_400;
 
 impl Batches<'_> {
     /// Makes a part of the rows whose turn it is, as many as fit. None if none does for now.
-    pub(super) fn plan_part(&mut self, lane: usize) -> Result<Option<usize>> {
+    pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
         let sizes: Vec<RowSize> = {
-            let waiting = self.lanes[lane].waiting.iter();
+            let waiting = self.upstreams[upstream].waiting.iter();
             let most = self.config.batch.max_requests;
             waiting
                 .take(most + 1)
-                .map(|entry| self.size(lane, entry.row))
+                .map(|entry| self.size(upstream, entry.row))
                 .collect()
         };
         let enqueued: u64 = self
-            .parts_of(lane)
+            .parts_of(upstream)
             .into_iter()
             .map(|index| self.journal.parts[index].tokens)
             .sum();
         let first = sizes.first().map_or(0, |size| size.tokens);
-        let tokens = self.lanes[lane].token_limit.map(|limit| {
+        let tokens = self.upstreams[upstream].token_limit.map(|limit| {
             let room = limit.saturating_sub(enqueued);
             // Alone a row is always tried: only the endpoint knows how it counts.
             if enqueued == 0 { room.max(first) } else { room }
         });
-        let room = PartLimits::of(&self.config.batch, tokens, self.books.account.room().usd());
+        let room = PartLimits::new(
+            &self.config.batch,
+            tokens,
+            self.books.account.remaining().usd(),
+        );
         let (count, sum, full) = room.take(sizes.iter().copied());
         if count == 0 {
             match full {
-                Some(PartFull::Never) => self.fail_too_large(lane, sizes[0].bytes),
-                Some(PartFull::Money) => self.stop_without_money(lane),
+                Some(PartFull::Never) => self.fail_too_large(upstream, sizes[0].bytes),
+                Some(PartFull::Money) => self.stop_without_money(upstream),
                 _ => {}
             }
             return Ok(None);
         }
-        let entries: Vec<(QueuedRow, f64)> = self.lanes[lane]
+        let entries: Vec<(QueuedRow, f64)> = self.upstreams[upstream]
             .waiting
             .drain(..count)
             .zip(sizes.iter().map(|size| size.usd))
             .collect();
         let nonce = format!("{:032x}", fastrand::u128(..));
         self.journal
-            .write_rows(&nonce, &self.plan, lane, &entries)?;
-        let settings = &self.lanes[lane].settings;
+            .write_rows(&nonce, &self.plan, upstream, &entries)?;
+        let settings = &self.upstreams[upstream].settings;
         self.journal.parts.push(BatchPart {
             nonce,
             teacher: settings.teacher.label().into(),
@@ -80,7 +84,7 @@ impl Batches<'_> {
             planned_at: self.clock.now().as_second(),
             state: PartState::Planned,
             live: PartProgress {
-                lane: Some(lane),
+                upstream: Some(upstream),
                 rows: entries
                     .iter()
                     .map(|(entry, _)| Some(entry.row as u32))
@@ -96,36 +100,39 @@ impl Batches<'_> {
         Ok(Some(self.journal.parts.len() - 1))
     }
 
-    fn size(&self, lane: usize, row: usize) -> RowSize {
-        let bound = self.plan.bound(lane, row);
-        let price = &self.plan.askings[lane].lane.price;
+    fn size(&self, upstream: usize, row: usize) -> RowSize {
+        let bound = self.plan.bound(upstream, row);
+        let price = &self.plan.templates[upstream].endpoint.price;
         parts::size(
             &self.plan,
-            lane,
+            upstream,
             row,
             self.books.account.bound(&bound, price).usd.usd(),
         )
     }
 
-    fn fail_too_large(&mut self, lane: usize, bytes: u64) {
-        let Some(entry) = self.lanes[lane].waiting.pop_front() else {
+    fn fail_too_large(&mut self, upstream: usize, bytes: u64) {
+        let Some(entry) = self.upstreams[upstream].waiting.pop_front() else {
             return;
         };
         let message = format!(
             "a request of {bytes} bytes fits into no batch of `batch.max_megabytes` = {}",
             self.config.batch.max_megabytes
         );
-        self.fail(lane, entry, RowFailure::new("over the limit", &message));
+        self.fail(upstream, entry, RowFailure::new("over the limit", &message));
     }
 
     /// Unless a batch under way turns out cheaper, nothing more can be asked.
-    fn stop_without_money(&mut self, lane: usize) {
-        let mut open = self.lanes.iter().filter(|lane| !lane.is_stopped());
-        if open.any(|lane| !self.parts_of(lane.index).is_empty()) {
+    fn stop_without_money(&mut self, upstream: usize) {
+        let mut open = self
+            .upstreams
+            .iter()
+            .filter(|upstream| !upstream.is_stopped());
+        if open.any(|upstream| !self.parts_of(upstream.index).is_empty()) {
             return;
         }
         let error = crate::budget::account::out_of_money(&self.books.account);
-        self.lanes[lane].stop(error);
+        self.upstreams[upstream].stop(error);
     }
 
     /// Brings a part to the endpoint, as far as it goes.
@@ -170,18 +177,21 @@ impl Batches<'_> {
 
     async fn upload(&mut self, index: usize) -> Result<(), BatchStepError> {
         let path = self.journal.requests(&self.journal.parts[index].nonce);
-        let (lane, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.lane_of(index)?;
         let reply = batches(&transport)?.upload(&path).await;
         let reply = batch_object::check(reply, self.clock.now().into())?;
         let file = batch_object::parse_file(&reply.body).ok_or_else(|| {
-            crate::client::attempt_error::lost("malformed", "the reply to an upload names no file")
+            crate::client::attempt_error::connection_lost(
+                "malformed",
+                "the reply to an upload names no file",
+            )
         })?;
-        self.lanes[lane].success();
+        self.upstreams[upstream].success();
         Ok(self.journal.set(index, PartState::Uploaded { file })?)
     }
 
     async fn create(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
-        let (lane, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.lane_of(index)?;
         let body = json!({
             "input_file_id": file,
             "endpoint": ENDPOINT,
@@ -218,11 +228,11 @@ impl Batches<'_> {
                 return Err(trouble.into());
             }
         };
-        self.lanes[lane].success();
-        self.lanes[lane].has_batches = true;
+        self.upstreams[upstream].success();
+        self.upstreams[upstream].has_batches = true;
         match BatchObject::parse(&reply.body) {
             Some(card) => self.created(index, card),
-            None => Err(crate::client::attempt_error::lost(
+            None => Err(crate::client::attempt_error::connection_lost(
                 "malformed",
                 "the reply to a creation names no batch",
             )
@@ -243,7 +253,7 @@ impl Batches<'_> {
     /// Looks for the batch that a creation without a reply may have made. It is in doubt until it is
     /// found, or missing from every list of a minute.
     async fn adopt(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
-        let (lane, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.lane_of(index)?;
         let part = &self.journal.parts[index];
         let (nonce, oldest) = (part.nonce.clone(), part.planned_at - CLOCKS_DIFFER_S);
         let mut after: Option<String> = None;
@@ -251,9 +261,12 @@ impl Batches<'_> {
             let reply = batches(&transport)?.list(after.as_deref()).await;
             let reply = batch_object::check(reply, self.clock.now().into())?;
             let (cards, has_more) = batch_object::parse_page(&reply.body).ok_or_else(|| {
-                crate::client::attempt_error::lost("malformed", "the reply is no list of batches")
+                crate::client::attempt_error::connection_lost(
+                    "malformed",
+                    "the reply is no list of batches",
+                )
             })?;
-            self.lanes[lane].success();
+            self.upstreams[upstream].success();
             after = cards.last().map(|card| card.id.clone());
             let is_last = !has_more
                 || cards
@@ -283,23 +296,23 @@ impl Batches<'_> {
 
     /// Ends a part that was never sent.
     fn give_back(&mut self, index: usize) -> Result<(), BatchStepError> {
-        let (lane, _) = self.lane_of(index)?;
+        let (upstream, _) = self.lane_of(index)?;
         let rows = self.journal.parts[index].live.rows.iter().flatten();
         let entries: Vec<QueuedRow> = rows.map(|&row| QueuedRow::fresh(row as usize)).collect();
-        self.lanes[lane].waiting.extend(entries);
+        self.upstreams[upstream].waiting.extend(entries);
         self.end_part(index, "never sent")
     }
 
     /// Ends a part; what is still held for it was not spent.
     pub(super) fn end_part(&mut self, index: usize, status: &str) -> Result<(), BatchStepError> {
-        let (lane, _) = self.lane_of(index)?;
-        let price = self.lanes[lane].settings.price.clone();
+        let (upstream, _) = self.lane_of(index)?;
+        let price = self.upstreams[upstream].settings.price.clone();
         let part = &mut self.journal.parts[index];
         let (held, rows) = (std::mem::take(&mut part.live.held), part.rows);
         let held = Dollars::at_least(held);
         self.books
             .account
-            .settle_of_batch(held, held, rows, Charge::Nothing, &price)?;
+            .settle_batch(held, held, rows, Charge::Nothing, &price)?;
         // The answers and the books first: only a part that has not ended is looked at again.
         self.cache.sync()?;
         self.books.account.tick()?;
@@ -307,14 +320,15 @@ impl Batches<'_> {
         Ok(self.journal.end(index, status)?)
     }
 
-    /// The lane of a part.
+    /// The upstream of a part.
     ///
     /// # Errors
-    /// Where it has none: only parts of a lane are taken up.
+    /// Where it has none: only parts of a upstream are taken up.
     pub(super) fn lane_of(&self, index: usize) -> Result<(usize, Arc<dyn Transport>)> {
-        let lane = self.journal.parts[index].live.lane;
-        let lane = lane.context("a batch is taken up whose teacher is not in the config")?;
-        Ok((lane, Arc::clone(&self.lanes[lane].transport)))
+        let upstream = self.journal.parts[index].live.upstream;
+        let upstream =
+            upstream.context("a batch is taken up whose teacher is not in the config")?;
+        Ok((upstream, Arc::clone(&self.upstreams[upstream].transport)))
     }
 }
 

@@ -4,9 +4,9 @@ use anyhow::Result;
 
 use super::Dispatcher;
 use crate::client::attempt_error::RowFailure;
-use crate::harvest::books::RunFiles;
+use crate::harvest::run_files::RunFiles;
 use crate::harvest::upstream::Upstream;
-use crate::harvest::{disk_full, stop};
+use crate::harvest::{disk_full, run_error};
 use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
 use crate::report::summary::HarvestSummary;
@@ -14,20 +14,20 @@ use crate::report::summary::HarvestSummary;
 /// What is left of a dispatcher.
 pub(crate) struct DispatchEnd {
     pub summary: HarvestSummary,
-    pub lanes: Vec<Upstream>,
+    pub upstreams: Vec<Upstream>,
     pub books: RunFiles,
 }
 
 impl Dispatcher<'_> {
     pub(super) fn finish(mut self) -> Result<DispatchEnd> {
         let synced = self.cache.sync();
-        synced.map_err(|error| stop::not_recorded(error, self.cache.safe()))?;
-        self.look_at_cache()?;
+        synced.map_err(|error| run_error::not_recorded(error, self.cache.safe()))?;
+        self.check_cache()?;
         self.pass_time();
         let still_in_flight = (self.in_flight.len() + self.room.take().len()) as u64;
         let noted = self.note_suspects();
         self.excuse(noted)?;
-        let closed = self.books.close(&mut self.lanes, still_in_flight);
+        let closed = self.books.close(&mut self.upstreams, still_in_flight);
         self.excuse(closed)?;
         self.note_dollars();
         let mut summary = std::mem::take(&mut self.summary);
@@ -41,21 +41,21 @@ impl Dispatcher<'_> {
         summary
             .hours
             .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
-        let of_a_lane = self.lanes.iter_mut().find_map(Upstream::take_error);
+        let of_a_lane = self.upstreams.iter_mut().find_map(Upstream::take_error);
         let of_rows = summary.error_of_rows(&self.config.run_dir);
         summary.error = self.stop.take().or(of_a_lane).or(of_rows);
         self.excuse(crate::report::write(&mut summary, &self.config.run_dir))?;
         Ok(DispatchEnd {
             summary,
-            lanes: self.lanes,
+            upstreams: self.upstreams,
             books: self.books,
         })
     }
 
     /// Notes the rows that the next run tries last.
     fn note_suspects(&mut self) -> Result<()> {
-        for lane in &self.lanes {
-            for row in lane.suspects() {
+        for upstream in &self.upstreams {
+            for row in upstream.suspects() {
                 let failure = RowFailure::new("", "");
                 let now = self.clock.now();
                 let line = Line::new(
@@ -73,9 +73,9 @@ impl Dispatcher<'_> {
                     unanswered.add(&line)?;
                 }
             }
-            let label = lane.settings.teacher.label();
+            let label = upstream.settings.teacher.label();
             let failed = self.summary.failed_rows.iter();
-            for row in failed.filter(|row| lane.has_succeeded() && row.teacher == label) {
+            for row in failed.filter(|row| upstream.has_succeeded() && row.teacher == label) {
                 let known = self.books.unanswered.get(&row.key);
                 if known.is_none_or(|known| known.failed_as != row.class) {
                     self.books.unanswered.add(&row.line(self.clock.now()))?;

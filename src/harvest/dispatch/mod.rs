@@ -18,11 +18,11 @@ use crate::clock::WallClock;
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::harvest::attempt::{self, Attempt, FinishedAttempt};
-use crate::harvest::books::RunFiles;
 use crate::harvest::disk_full;
 use crate::harvest::disk_full::HeldAnswers;
-use crate::harvest::stop;
-use crate::harvest::unreadable::UnreadableBodies;
+use crate::harvest::run_error;
+use crate::harvest::run_files::RunFiles;
+use crate::harvest::unreadable_bodies::UnreadableBodies;
 use crate::harvest::upstream::Upstream;
 use crate::harvest::window;
 use crate::harvest::window::{RequestWindow, WindowState};
@@ -44,7 +44,7 @@ pub(crate) struct Dispatcher<'a> {
     config: &'a Config,
     plan: Arc<Plan>,
     cache: &'a Cache,
-    lanes: Vec<Upstream>,
+    upstreams: Vec<Upstream>,
     books: RunFiles,
     unreadable: UnreadableBodies,
     schedule: RequestWindow,
@@ -87,26 +87,26 @@ impl<'a> Dispatcher<'a> {
         config: &'a Config,
         plan: Arc<Plan>,
         cache: &'a Cache,
-        lanes: Vec<Upstream>,
+        upstreams: Vec<Upstream>,
         books: RunFiles,
         clock: WallClock,
         progress: Progress,
     ) -> Result<Self> {
         let now = Instant::now();
-        let used = lanes.iter().map(|lane| LimitUse {
-            teacher: lane.settings.teacher.label().into(),
+        let used = upstreams.iter().map(|upstream| LimitUse {
+            teacher: upstream.settings.teacher.label().into(),
             ..LimitUse::default()
         });
         let summary = HarvestSummary {
             used: used.collect(),
             arguments: config.arguments(),
             before_training: crate::plan::prepare::before_training(config),
-            ..HarvestSummary::of_plan(&plan, &books.unanswered)
+            ..HarvestSummary::from_plan(&plan, &books.unanswered)
         };
         Ok(Self {
             config,
             cache,
-            lanes,
+            upstreams,
             books,
             unreadable: UnreadableBodies::new(&config.run_dir),
             schedule: RequestWindow::new(&config.schedule, clock.now())?,
@@ -128,7 +128,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Hears of the limits that are shared when it is woken by `wake`.
-    pub(crate) fn woken_by(mut self, wake: Arc<Notify>) -> Self {
+    pub(crate) fn with_waker(mut self, wake: Arc<Notify>) -> Self {
         self.wake = wake;
         self
     }
@@ -150,8 +150,8 @@ impl<'a> Dispatcher<'a> {
 
     /// As [`Dispatcher::run`], of whose parts another one is to be made.
     pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<DispatchEnd> {
-        let lanes = self.lanes.iter();
-        let most_in_flight = lanes.map(|lane| lane.settings.limits.concurrency as u64);
+        let upstreams = self.upstreams.iter();
+        let most_in_flight = upstreams.map(|upstream| upstream.settings.limits.concurrency as u64);
         self.books.account.expect_in_flight(most_in_flight.sum())?;
         let mut seconds = interval(Duration::from_secs(1));
         seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -172,10 +172,10 @@ impl<'a> Dispatcher<'a> {
                 }
                 Some(finished) = self.in_flight.join_next() => {
                     let group = self.group(finished).await;
-                    self.take_back(group)?;
+                    self.handle_result(group)?;
                 }
                 () = sleep_until(wake.unwrap_or(self.started)), if wake.is_some() => {}
-                () = self.wake.notified() => self.hear(),
+                () = self.wake.notified() => self.poll_limiter_events(),
                 _ = seconds.tick() => self.tick()?,
             }
         }
@@ -183,7 +183,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn is_done(&self) -> bool {
-        self.lanes.iter().all(Upstream::is_done)
+        self.upstreams.iter().all(Upstream::is_done)
     }
 
     /// Starts requests until the queues, the concurrency, the limits or the budget say no. Returns
@@ -192,7 +192,7 @@ impl<'a> Dispatcher<'a> {
         if let Some(until) = self.wait_for_room()? {
             return Ok(Some(until));
         }
-        if let Some(until) = self.look_at_clock() {
+        if let Some(until) = self.check_clock() {
             return Ok(Some(until));
         }
         if self.stop.is_some() {
@@ -200,7 +200,7 @@ impl<'a> Dispatcher<'a> {
         }
         let mut wake: Option<Instant> = None;
         let mut is_short_of_money = false;
-        for index in 0..self.lanes.len() {
+        for index in 0..self.upstreams.len() {
             loop {
                 match self.send_next(index)? {
                     SendOutcome::Sent => {}
@@ -224,7 +224,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// When to look again, while the window is closed. A deadline that has passed stops the run.
-    fn look_at_clock(&mut self) -> Option<Instant> {
+    fn check_clock(&mut self) -> Option<Instant> {
         let now = self.clock.now();
         let state = self.schedule.state(now);
         let was_closed =
@@ -252,17 +252,17 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn send_next(&mut self, index: usize) -> Result<SendOutcome> {
-        let lane = &mut self.lanes[index];
-        if lane.is_done() {
+        let upstream = &mut self.upstreams[index];
+        if upstream.is_done() {
             return Ok(SendOutcome::Full);
         }
-        let entry = match lane.room().and_then(|()| lane.next_row()) {
+        let entry = match upstream.free_slots().and_then(|()| upstream.next_row()) {
             Ok(entry) => entry,
             Err(wake) => return Ok(wake.map_or(SendOutcome::Full, SendOutcome::NotBefore)),
         };
         let bound = self.plan.bound(index, entry.row);
-        let reserved = self.books.account.bound(&bound, &lane.settings.price);
-        match self.books.set_aside(&reserved, lane) {
+        let reserved = self.books.account.bound(&bound, &upstream.settings.price);
+        match self.books.reserve(&reserved, upstream) {
             Ok(true) => {}
             Ok(false) => return Ok(SendOutcome::NoMoney),
             Err(error) if disk_full::is_full(&error) => {
@@ -272,7 +272,7 @@ impl<'a> Dispatcher<'a> {
             Err(error) => return Err(error),
         }
         let cost = self.plan.cost(index, entry.row);
-        let departure = match lane.admit(cost) {
+        let departure = match upstream.admit(cost) {
             Ok(departure) => departure,
             Err(until) => {
                 self.books.account.release(&reserved);
@@ -280,8 +280,8 @@ impl<'a> Dispatcher<'a> {
                 return Ok(SendOutcome::NotBefore(until));
             }
         };
-        lane.queue.take(entry);
-        lane.left(&departure);
+        upstream.queue.take(entry);
+        upstream.request_sent(&departure);
         self.summary.requests += 1;
         let used = &mut self.summary.used[index];
         used.requests += 1;
@@ -289,11 +289,11 @@ impl<'a> Dispatcher<'a> {
         self.timeline.hour(departure.at).requests += 1;
         self.in_flight.spawn(attempt::run(
             Arc::clone(&self.plan),
-            Arc::clone(&lane.transport),
+            Arc::clone(&upstream.transport),
             self.clock.clone(),
             self.unreadable.clone(),
             Attempt {
-                lane: index,
+                upstream: index,
                 entry,
                 departure,
                 reserved,
@@ -303,7 +303,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn note_day(&mut self, index: usize) {
-        let Some((limit, wait)) = self.lanes[index].day_to_tell() else {
+        let Some((limit, wait)) = self.upstreams[index].daily_limit_notice() else {
             return;
         };
         let now = self.clock.now();
@@ -311,7 +311,7 @@ impl<'a> Dispatcher<'a> {
         self.progress.note(&format!(
             "waiting until {}: `limits.requests_per_day` = {limit} is used up for {}",
             self.schedule.show(until),
-            self.lanes[index].settings.teacher.label()
+            self.upstreams[index].settings.teacher.label()
         ));
     }
 
@@ -333,8 +333,8 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Records the answers that have come, by one write, and decides about the other replies.
-    fn take_back(&mut self, group: Vec<TaskResult>) -> Result<()> {
-        self.look_at_cache()?;
+    fn handle_result(&mut self, group: Vec<TaskResult>) -> Result<()> {
+        self.check_cache()?;
         let (mut finished, mut fault) = (Vec::with_capacity(group.len()), None);
         for ended in group {
             match ended.context("a request task failed").flatten() {
@@ -346,14 +346,14 @@ impl<'a> Dispatcher<'a> {
             true => self.room.hold(finished),
             false => self.record(finished)?,
         }
-        self.unless_full(|books| books.account.flush())?;
-        self.look_at_cache()?;
+        self.unless_disk_full(|books| books.account.flush())?;
+        self.check_cache()?;
         fault.map_or(Ok(()), Err)
     }
 
     /// Nothing more is asked where the cache is not what this run has made of it, and nothing at all can go
     /// on where it cannot be written.
-    pub(super) fn look_at_cache(&mut self) -> Result<()> {
+    pub(super) fn check_cache(&mut self) -> Result<()> {
         let Err(error) = self.cache.check() else {
             return Ok(());
         };
@@ -361,7 +361,7 @@ impl<'a> Dispatcher<'a> {
             self.stop_displaced(error);
             return Ok(());
         }
-        Err(stop::not_recorded(error, self.cache.safe()))
+        Err(run_error::not_recorded(error, self.cache.safe()))
     }
 
     fn stop_displaced(&mut self, error: anyhow::Error) {
@@ -373,12 +373,12 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn tick_account(&mut self) -> Result<()> {
-        self.unless_full(|books| books.account.tick())
+        self.unless_disk_full(|books| books.account.tick())
     }
 
     /// Writes to the books. A full disk is met again by the next request, which must not be sent then;
     /// until then what was written before is on the safe side.
-    fn unless_full(&mut self, write: impl FnOnce(&mut RunFiles) -> Result<()>) -> Result<()> {
+    fn unless_disk_full(&mut self, write: impl FnOnce(&mut RunFiles) -> Result<()>) -> Result<()> {
         match write(&mut self.books) {
             Err(error) if disk_full::is_full(&error) => Ok(()),
             // The whole folder may have been moved. What was written ahead there covers what is in flight.
@@ -408,16 +408,20 @@ impl<'a> Dispatcher<'a> {
         is_second
     }
 
-    fn hear(&mut self) {
-        for line in self.lanes.iter_mut().filter_map(Upstream::hear) {
+    fn poll_limiter_events(&mut self) {
+        for line in self
+            .upstreams
+            .iter_mut()
+            .filter_map(Upstream::poll_limiter_event)
+        {
             self.progress.note(&line);
         }
     }
 
     fn tick(&mut self) -> Result<()> {
-        self.hear();
+        self.poll_limiter_events();
         self.pass_time();
-        self.look_at_cache()?;
+        self.check_cache()?;
         self.tick_account()?;
         self.note_dollars();
         self.rates.note(Instant::now(), &self.summary);
@@ -429,7 +433,7 @@ impl<'a> Dispatcher<'a> {
     fn pass_time(&mut self) {
         let now = Instant::now();
         let seconds = self.timeline.pass(now);
-        let is_waiting = self.lanes.iter().any(Upstream::is_waiting);
+        let is_waiting = self.upstreams.iter().any(Upstream::is_waiting);
         let hour = self.timeline.hour(now);
         if self.is_closed {
             hour.closed_s += seconds;
@@ -441,16 +445,16 @@ impl<'a> Dispatcher<'a> {
         if self.stop.is_some() {
             return;
         }
-        for (lane, used) in self.lanes.iter().zip(&mut self.summary.used) {
-            if lane.may_send() {
-                used.pass(seconds, lane.limiter.per_minute());
+        for (upstream, used) in self.upstreams.iter().zip(&mut self.summary.used) {
+            if upstream.may_send() {
+                used.pass(seconds, upstream.limiter.per_minute());
             }
         }
     }
 
     fn note_dollars(&mut self) {
-        let is_priced = self.lanes.iter().any(|lane| {
-            lane.settings.price.input.is_some() && lane.settings.price.output.is_some()
+        let is_priced = self.upstreams.iter().any(|upstream| {
+            upstream.settings.price.input.is_some() && upstream.settings.price.output.is_some()
         });
         self.books.summarise(is_priced, &mut self.summary);
     }

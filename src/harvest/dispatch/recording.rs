@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use super::Dispatcher;
 use crate::exit::Exit;
 use crate::harvest::attempt::FinishedAttempt;
-use crate::harvest::{disk_full, stop};
+use crate::harvest::{disk_full, run_error};
 
 impl Dispatcher<'_> {
     /// Records the answers among these by one write, and decides about the other replies.
@@ -26,7 +26,7 @@ impl Dispatcher<'_> {
                 self.note_full_disk(&error);
                 Ok(())
             }
-            Err(error) => Err(stop::not_recorded(error, self.cache.safe())),
+            Err(error) => Err(run_error::not_recorded(error, self.cache.safe())),
         }
     }
 

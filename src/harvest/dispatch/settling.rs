@@ -8,15 +8,15 @@ use tokio::time::Instant;
 use super::Dispatcher;
 use crate::budget::account::Charge;
 use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
+use crate::harvest::answer_monitor::MonitorAlert;
 use crate::harvest::attempt::FinishedAttempt;
-use crate::harvest::stop;
+use crate::harvest::run_error;
 use crate::harvest::upstream::RetryDecision;
-use crate::harvest::watch::MonitorAlert;
 use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
 use crate::rate_limit::send_ticket::SendTicket;
+use crate::report::answer_facts::AnswerFacts;
 use crate::report::failures::FailedRow;
-use crate::report::seen::AnswerFacts;
 use crate::terminal::format_duration;
 
 /// A wait that is worth telling.
@@ -30,13 +30,13 @@ impl Dispatcher<'_> {
             result,
             _permit: _,
         } = finished;
-        let index = attempt.lane;
-        let lane = &mut self.lanes[index];
-        lane.came_back(&attempt.departure, &reports);
-        let price = lane.settings.price.clone();
+        let index = attempt.upstream;
+        let upstream = &mut self.upstreams[index];
+        upstream.reply_received(&attempt.departure, &reports);
+        let price = upstream.settings.price.clone();
         let trouble = match result {
             Ok(answered) => {
-                lane.answered(&attempt.departure, &reports, answered.seen.usage.as_ref());
+                upstream.answered(&attempt.departure, &reports, answered.seen.usage.as_ref());
                 let bill = answered.bill();
                 self.books.account.settle(&attempt.reserved, bill, &price);
                 self.count(index, &answered.seen);
@@ -77,7 +77,7 @@ impl Dispatcher<'_> {
         trouble: AttemptError,
         is_spent: bool,
     ) -> Result<()> {
-        let lane = &mut self.lanes[index];
+        let upstream = &mut self.upstreams[index];
         let known = self.books.unanswered.get(&self.plan.rows[entry.row].key);
         let failed_as = known.map_or("", |known| known.failed_as.as_str());
         let (verdict, message) = match trouble {
@@ -85,28 +85,28 @@ impl Dispatcher<'_> {
                 if failure.class == failed_as =>
             {
                 let message = failure.message.clone();
-                (lane.failed_again(entry, failure), message)
+                (upstream.failed_again(entry, failure), message)
             }
             AttemptError::Refused(failure) => {
                 let message = failure.message.clone();
-                (lane.refused(entry, failure), message)
+                (upstream.refused(entry, failure), message)
             }
             AttemptError::Filtered(failure) => {
-                lane.filtered(departure);
+                upstream.filtered(departure);
                 return self.filtered(index, entry, failure);
             }
             AttemptError::Throttled { wait, message } => {
                 self.summary.used[index].throttled += 1;
                 let cost = self.plan.cost(index, entry.row);
-                let verdict = lane.throttled(entry, cost, departure, wait, message.clone());
+                let verdict = upstream.throttled(entry, cost, departure, wait, message.clone());
                 (verdict, message)
             }
             AttemptError::Transient { failure, wait } => {
                 let message = failure.message.clone();
-                match lane.transient(entry, failure.clone(), wait) {
+                match upstream.transient(entry, failure.clone(), wait) {
                     // It has been bought as often as it may be.
                     RetryDecision::Again { .. } if is_spent => {
-                        lane.queue.remove(entry.row);
+                        upstream.queue.remove(entry.row);
                         (RetryDecision::Failed(entry, failure), message)
                     }
                     verdict => (verdict, message),
@@ -114,10 +114,10 @@ impl Dispatcher<'_> {
             }
             AttemptError::Claim(claim) => {
                 let message = claim.failure.message.clone();
-                (lane.claimed(entry, claim, departure), message)
+                (upstream.claimed(entry, claim, departure), message)
             }
             AttemptError::KeyRenewed => {
-                lane.key_renewed(entry);
+                upstream.key_renewed(entry);
                 return Ok(());
             }
             // An attempt makes an answer of it.
@@ -125,7 +125,7 @@ impl Dispatcher<'_> {
         };
         match verdict {
             RetryDecision::Failed(entry, failure) => {
-                lane.gave_up(entry.row);
+                upstream.row_given_up(entry.row);
                 let row = FailedRow::new(&self.plan, index, entry, failure);
                 self.summary.fail(row);
             }
@@ -136,7 +136,11 @@ impl Dispatcher<'_> {
             RetryDecision::Far(wait) => {
                 let now = self.clock.now();
                 let until = now.checked_add(wait).unwrap_or(jiff::Timestamp::MAX);
-                lane.stop(stop::far(&self.schedule.show(until), wait, &message));
+                upstream.stop(run_error::long_wait(
+                    &self.schedule.show(until),
+                    wait,
+                    &message,
+                ));
             }
         }
         Ok(())
@@ -151,7 +155,7 @@ impl Dispatcher<'_> {
             failure,
             self.clock.now(),
         );
-        self.unless_full(|books| books.unanswered.add(&line))?;
+        self.unless_disk_full(|books| books.unanswered.add(&line))?;
         let known = self.books.unanswered.get(&line.key);
         Ok(known.map_or(0, |known| known.paid).max(entry.paid))
     }
@@ -165,21 +169,21 @@ impl Dispatcher<'_> {
             &failure,
             self.clock.now(),
         );
-        self.unless_full(|books| books.unanswered.add(&line))?;
+        self.unless_disk_full(|books| books.unanswered.add(&line))?;
         let row = FailedRow::new(&self.plan, index, entry, failure);
         self.summary.filtered(row);
         Ok(())
     }
 
     fn count(&mut self, index: usize, seen: &AnswerFacts) {
-        let wants_logprobs = self.plan.askings[index].wants_logprobs();
+        let wants_logprobs = self.plan.templates[index].wants_logprobs();
         self.summary.add(seen, wants_logprobs);
         self.timeline.hour(Instant::now()).answered += 1;
-        let lane = &mut self.lanes[index];
-        for word in lane.watch.see(seen) {
+        let upstream = &mut self.upstreams[index];
+        for word in upstream.watch.check(seen) {
             match word {
                 MonitorAlert::Note(text) => self.summary.warn(text),
-                MonitorAlert::Stop(error) => lane.stop(error),
+                MonitorAlert::Stop(error) => upstream.stop(error),
             }
         }
     }

@@ -19,10 +19,10 @@ use crate::client::transport::Transport;
 use crate::config;
 use crate::config::Config;
 use crate::harvest::health::EndpointHealth;
-use crate::harvest::stop;
+use crate::harvest::run_error;
 use crate::plan::queue::{QueuedRow, RowQueue};
 
-use crate::harvest::watch::AnswerMonitor;
+use crate::harvest::answer_monitor::AnswerMonitor;
 use crate::plan::Plan;
 use crate::rate_limit::concurrency::ConcurrencyLimit;
 use crate::rate_limit::cost::RequestCost;
@@ -73,15 +73,15 @@ pub(crate) struct Upstream {
     has_budget: bool,
     /// Monitors the usefulness of its answers.
     pub watch: AnswerMonitor,
-    /// Why nothing more is sent to it; the other lanes go on.
+    /// Why nothing more is sent to it; the other upstreams go on.
     stopped: Option<anyhow::Error>,
     /// When the user was last told that the requests of the day are used up.
     day_told: Option<Instant>,
 }
 
-/// The rows of a lane, those last that an earlier run has failed at.
+/// The rows of a upstream, those last that an earlier run has failed at.
 fn queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
-    let rows = plan.lanes[index].clone();
+    let rows = plan.rows_by_endpoint[index].clone();
     let first_suspect = rows.end - plan.suspects[index];
     let mut queue = RowQueue::new(rows.start..first_suspect);
     for row in first_suspect..rows.end {
@@ -96,7 +96,7 @@ fn queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
 
 /// What a failed attempt leads to.
 pub(crate) enum RetryDecision {
-    /// The row is in the queue again; it, or the whole lane, waits this long.
+    /// The row is in the queue again; it, or the whole upstream, waits this long.
     Again { pause: Duration },
     /// The row ends without an answer.
     Failed(QueuedRow, RowFailure),
@@ -120,7 +120,7 @@ impl Upstream {
         shared: Option<SharedLimits>,
         config: &Config,
     ) -> Result<Upstream> {
-        let settings = plan.askings[index].lane.clone();
+        let settings = plan.templates[index].endpoint.clone();
         let now = Instant::now();
         let concurrency = settings.limits.concurrency;
         Ok(Upstream {
@@ -135,7 +135,7 @@ impl Upstream {
             is_known: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
             has_budget: config.budget.usd.is_some(),
-            watch: AnswerMonitor::of(&settings, config),
+            watch: AnswerMonitor::from_config(&settings, config),
             stopped: None,
             day_told: None,
             settings,
@@ -147,8 +147,8 @@ impl Upstream {
     ///
     /// # Errors
     /// Where a request could never leave.
-    pub(crate) fn go_on(&mut self, plan: &Plan, index: usize) -> Result<()> {
-        self.limiter.make_room_for(plan.largest(index))?;
+    pub(crate) fn resume_with(&mut self, plan: &Plan, index: usize) -> Result<()> {
+        self.limiter.allow_request_of(plan.largest(index))?;
         self.queue = queue(plan, index, Instant::now());
         (self.in_flight, self.probe, self.first) = (0, None, None);
         Ok(())
@@ -161,7 +161,7 @@ impl Upstream {
 
     /// Is there room for one more request? After a closed gate, in an outage and before the first answer,
     /// for one alone. If not, the instant at which there may be (None: not before a reply).
-    pub(crate) fn room(&self) -> Result<(), Option<Instant>> {
+    pub(crate) fn free_slots(&self) -> Result<(), Option<Instant>> {
         if self.is_probing() {
             return if self.probe.is_none() {
                 Ok(())
@@ -179,7 +179,7 @@ impl Upstream {
             }
         }
         let must_drain = self.health.is_forbidding() && self.in_flight > 0;
-        if !must_drain && self.in_flight < self.concurrency.room() {
+        if !must_drain && self.in_flight < self.concurrency.free_slots() {
             Ok(())
         } else {
             Err(None)
@@ -208,13 +208,13 @@ impl Upstream {
         let room = if self.is_probing() || !self.health.is_proven() {
             1
         } else {
-            self.concurrency.room().saturating_sub(self.in_flight)
+            self.concurrency.free_slots().saturating_sub(self.in_flight)
         };
         self.limiter.admit(cost, room.min(self.queue.len()))
     }
 
     /// Limit of requests a day and the wait for the next one, where the user is to be told of it now.
-    pub(crate) fn day_to_tell(&mut self) -> Option<(u64, Duration)> {
+    pub(crate) fn daily_limit_notice(&mut self) -> Option<(u64, Duration)> {
         let now = Instant::now();
         let (limit, until) = self.limiter.day.used_up(now)?;
         if self
@@ -233,8 +233,8 @@ impl Upstream {
     }
 
     /// What the user is to know of the limits that are shared.
-    pub(crate) fn hear(&mut self) -> Option<String> {
-        match self.limiter.hear()? {
+    pub(crate) fn poll_limiter_event(&mut self) -> Option<String> {
+        match self.limiter.poll_event()? {
             LimiterEvent::Silent(reason) => Some(format!(
                 "waiting: nothing leaves while the limits that are shared cannot be asked for \
                  ({reason})"
@@ -247,13 +247,13 @@ impl Upstream {
                 ))
             }
             LimiterEvent::Over(silence, reason) => {
-                self.stop(stop::no_shared_limits(silence, &reason));
+                self.stop(run_error::no_shared_limits(silence, &reason));
                 None
             }
         }
     }
 
-    pub(crate) fn left(&mut self, departure: &SendTicket) {
+    pub(crate) fn request_sent(&mut self, departure: &SendTicket) {
         self.in_flight += 1;
         if !self.health.is_proven() {
             self.first.get_or_insert(departure.at);
@@ -264,7 +264,7 @@ impl Upstream {
     }
 
     /// A reply, or the lack of one, has come.
-    pub(crate) fn came_back(&mut self, departure: &SendTicket, reports: &[LimitReport]) {
+    pub(crate) fn reply_received(&mut self, departure: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
         if self.probe == Some(departure.at) {
             self.probe = None;
@@ -272,7 +272,7 @@ impl Upstream {
         if self.first == Some(departure.at) {
             self.first = None;
         }
-        if self.limiter.learn(reports, departure) {
+        if self.limiter.update_from_headers(reports, departure) {
             self.concurrency.follow_limits();
         }
     }
@@ -286,7 +286,7 @@ impl Upstream {
         let now = Instant::now();
         self.health.success(departure.at, now);
         if self.settings.limits.adapt {
-            let is_full = self.in_flight + 1 >= self.concurrency.room();
+            let is_full = self.in_flight + 1 >= self.concurrency.free_slots();
             self.concurrency.answered(departure.at, now, is_full);
         }
         let used = usage.map(|usage| RequestCost {
@@ -340,7 +340,7 @@ impl Upstream {
         if self.health.is_outage() && !self.health.never_answered() && !is_the_rows {
             // No row is to blame: it costs no attempt, and one probe at a time goes out.
             let mut pause = self.firm_pause(self.health.probes(), OUTAGE_PAUSE);
-            if is_in_order && remaining <= LAST_ROWS && failure.may_be_the_row() {
+            if is_in_order && remaining <= LAST_ROWS && failure.may_be_row_specific() {
                 pause = pause.min(self.pause_of_last(remaining));
             }
             let pause = pause.max(wait);
@@ -355,7 +355,7 @@ impl Upstream {
         let max_attempts = self.retry.max_attempts;
         let contacts = self.health.failures() as u32;
         if self.health.never_answered() && contacts >= FIRST_CONTACT_ATTEMPTS.min(max_attempts) {
-            self.stop(stop::nothing_answers(
+            self.stop(run_error::nothing_answers(
                 &self.settings.teacher,
                 &failure.message,
             ));
@@ -389,7 +389,7 @@ impl Upstream {
     }
 
     /// The row has ended without an answer.
-    pub(crate) fn gave_up(&mut self, row: usize) {
+    pub(crate) fn row_given_up(&mut self, row: usize) {
         self.health.gave_up(row);
     }
 
@@ -416,7 +416,7 @@ impl Upstream {
         // A server that is starting up, or overloaded, has statuses of its own.
         let is_error = failure.class == "http 500" && !failure.is_bodyless && !self.is_known;
         if is_error && self.health.failed_alike(&failure.message) {
-            self.stop(stop::failed_alike(&failure.message));
+            self.stop(run_error::failed_alike(&failure.message));
         }
         self.stop_after_long_silence(&failure.message);
     }
@@ -426,7 +426,7 @@ impl Upstream {
     fn stop_after_long_silence(&mut self, message: &str) {
         let silence = self.health.silence(Instant::now());
         if silence.as_secs_f64() >= self.retry.max_outage_s {
-            self.stop(stop::outage(silence, message));
+            self.stop(run_error::outage(silence, message));
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::client::attempt_error::{RefusalClaim, RefusalReason, RowFailure};
-use crate::harvest::stop;
+use crate::harvest::run_error;
 use crate::harvest::upstream::{RetryDecision, Upstream};
 use crate::plan::queue::QueuedRow;
 use crate::rate_limit::cost::RequestCost;
@@ -68,7 +68,7 @@ impl Upstream {
         let own = self.firm_pause(round, 1.0);
         let far = wait.filter(|wait| *wait > LONGEST_WAIT);
         if let Some(far) = far
-            && self.health.told_far(departure.at, now) >= FAR_WAITS
+            && self.health.long_wait_requested(departure.at, now) >= FAR_WAITS
         {
             self.queue.delay(entry, now);
             return RetryDecision::Far(far);
@@ -132,7 +132,7 @@ impl Upstream {
             return self.transient(entry, failure, Duration::ZERO);
         }
         if matches!(reason, RefusalReason::Address | RefusalReason::Forbidden) {
-            if self.health.forbade(entry.row, now) {
+            if self.health.request_forbidden(entry.row, now) {
                 self.queue.delay(entry, now);
                 // What is in flight may still be answered: nothing more is sent until then.
                 if self.in_flight == 0 {
@@ -242,7 +242,7 @@ impl Upstream {
         // the rows that are always refused.
         let is_settled = !self.is_known || self.queue.len() > REFUSED_ROWS;
         if self.health.refused(&failure.message) && self.in_flight == 0 && is_settled {
-            self.stop(stop::refused_alike(&failure.message));
+            self.stop(run_error::refused_alike(&failure.message));
         }
         RetryDecision::Failed(entry, failure)
     }

@@ -68,7 +68,7 @@ const OVERDUE: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// The ceilings as one lane sees them. One question at a time is on its way.
+/// The ceilings as one endpoint sees them. One question at a time is on its way.
 pub(crate) struct SharedLimits {
     rules: SharedRules,
     questions: Sender<Arguments>,
@@ -102,27 +102,27 @@ pub(crate) enum LimiterEvent {
 }
 
 impl SharedLimits {
-    /// Connects to the server that keeps the ceilings of `lane`, if they are shared. `largest` is the
+    /// Connects to the server that keeps the ceilings of `endpoint`, if they are shared. `largest` is the
     /// most that a request to come will use; `wake` is notified when there is something to hear.
     ///
     /// # Errors
     /// Where a request could never leave, or the server cannot be asked.
     pub(crate) async fn connect(
-        lane: &config::EndpointConfig,
+        endpoint: &config::EndpointConfig,
         largest: RequestCost,
         patience: Duration,
         wake: &Arc<Notify>,
     ) -> Result<Option<SharedLimits>> {
-        let Some(url) = &lane.limits.shared else {
+        let Some(url) = &endpoint.limits.shared else {
             return Ok(None);
         };
-        user_limits::check_largest(&lane.limits, largest.tokens())?;
-        let connection = Connection::open(url, rules::keys(&lane.teacher)).await?;
+        user_limits::check_largest(&endpoint.limits, largest.tokens())?;
+        let connection = Connection::open(url, rules::keys(&endpoint.teacher)).await?;
         let (questions, asked) = mpsc::channel(1);
         let (answer, answers) = mpsc::channel(1);
         tokio::spawn(answer_all(connection, asked, answer, Arc::clone(wake)));
         Ok(Some(SharedLimits {
-            rules: SharedRules::new(&lane.limits, largest.tokens()),
+            rules: SharedRules::new(&endpoint.limits, largest.tokens()),
             questions,
             answers,
             is_asking: false,
@@ -153,7 +153,7 @@ impl SharedLimits {
     }
 
     /// Takes in the answer that has come, if one has.
-    pub(crate) fn hear(&mut self) -> Option<LimiterEvent> {
+    pub(crate) fn poll_event(&mut self) -> Option<LimiterEvent> {
         let (at, answer) = match self.answers.try_recv() {
             Ok(answer) => answer,
             Err(TryRecvError::Empty) => return None,

@@ -322,7 +322,7 @@ impl World {
             "{most} may be billed of {CAP}: {self:#?}"
         );
         for account in self.processes.iter().flatten() {
-            let covered = dollars(CAP).minus(account.room());
+            let covered = dollars(CAP).minus(account.remaining());
             assert!(
                 most <= covered,
                 "{most} may be billed, {covered} is spent and reserved: {self:#?}"
@@ -338,7 +338,7 @@ impl World {
 
     /// All that what comes next depends on: not how many attempts were lost so far, say.
     fn key(&self) -> Key {
-        let account = |account: &Account<Mortal>| (account.spent(), account.room());
+        let account = |account: &Account<Mortal>| (account.spent(), account.remaining());
         let processes = self
             .processes
             .each_ref()

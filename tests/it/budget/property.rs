@@ -344,7 +344,7 @@ impl World {
         };
         let held = account.bound(&bound, &PRICES[price]).usd;
         let all = (0..rows).fold(Dollars::ZERO, |sum, _| sum.plus(held));
-        if all > account.room() {
+        if all > account.remaining() {
             return;
         }
         account.hold_for_batch(all);
@@ -368,7 +368,7 @@ impl World {
             None => self.bill_of(&row.bound, row.price, reply),
         };
         let price = &PRICES[row.price];
-        if !self.run(|account| account.settle_of_batch(row.held, row.held, 1, bill, price)) {
+        if !self.run(|account| account.settle_batch(row.held, row.held, 1, bill, price)) {
             self.die();
             // It has no record: the next process holds for it, and finds the same answer.
             self.batch.push(Row {
@@ -415,7 +415,7 @@ impl World {
             .fold(Dollars::ZERO, Dollars::plus);
         if let Some(cap) = account.cap() {
             let free = cap.minus(account.spent().total().plus(reserved));
-            assert_eq!(account.room(), free);
+            assert_eq!(account.remaining(), free);
         }
     }
 

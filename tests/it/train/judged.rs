@@ -47,7 +47,7 @@ fn judged(config: &mut Config, teacher: &Path, by: ScoredBy) -> Server {
 
 /// The judge of the config, that says how often it was called and fails at the `fails`-th call.
 struct Asked {
-    judge: distill::harvest::judge::TextScorer,
+    judge: distill::harvest::scorer::TextScorer,
     calls: Arc<AtomicUsize>,
     fails: usize,
 }
@@ -66,8 +66,8 @@ fn run(
     config: &Config,
     start: Start,
     fails: usize,
-) -> (Result<Summary>, distill::harvest::judge::ScoringStats) {
-    let judge = distill::harvest::judge::TextScorer::of(config, true)
+) -> (Result<Summary>, distill::harvest::scorer::ScoringStats) {
+    let judge = distill::harvest::scorer::TextScorer::new(config, true)
         .unwrap()
         .unwrap();
     let calls = Arc::default();
@@ -77,7 +77,7 @@ fn run(
         fails,
     };
     let summary = train::run_judged(config, start.into(), Some(&mut asked));
-    (summary, asked.judge.told().clone())
+    (summary, asked.judge.stats().clone())
 }
 
 fn mean(part: &[f64]) -> f64 {
@@ -305,7 +305,7 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
     // A probe knows it before anything is asked.
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
-    let error = distill::harvest::judge::TextScorer::of(&config, true)
+    let error = distill::harvest::scorer::TextScorer::new(&config, true)
         .err()
         .unwrap();
     assert_eq!(Exit::code_of(&error), 2, "{error:#}");
@@ -314,7 +314,7 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
     let teacher = config.student.path.clone();
     let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
-    assert!(distill::harvest::judge::TextScorer::of(&config, true).is_ok());
+    assert!(distill::harvest::scorer::TextScorer::new(&config, true).is_ok());
 }
 
 /// The student's tokens are not the teacher's.

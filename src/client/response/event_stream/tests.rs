@@ -97,7 +97,7 @@ fn what_is_no_piece_of_an_answer_is_passed_over() {
     let broken = format!("{first}\n{{\"choices\": x\n{last}");
     assert!(joined(broken.as_bytes()).unwrap().is_err());
     let cut = format!("{first}\n{first}\n");
-    assert_eq!(joined(cut.as_bytes()), Some(Err(Problem::CutOff)));
+    assert_eq!(joined(cut.as_bytes()), Some(Err(JsonProblem::CutOff)));
 }
 
 #[test]
@@ -140,8 +140,8 @@ fn a_whole_answer_in_the_frame_of_a_stream_is_that_answer() {
 fn a_stream_that_breaks_off_is_cut_off_and_an_error_in_it_is_told() {
     let chunk = json!({"choices": [{"delta": {"content": "hel"}}]});
     let cut = format!("data: {chunk}\n\n");
-    assert_eq!(joined(cut.as_bytes()), Some(Err(Problem::CutOff)));
-    assert_eq!(joined(b": wait\n\n"), Some(Err(Problem::CutOff)));
+    assert_eq!(joined(cut.as_bytes()), Some(Err(JsonProblem::CutOff)));
+    assert_eq!(joined(b": wait\n\n"), Some(Err(JsonProblem::CutOff)));
     let body = stream(
         &[chunk.clone(), json!({"error": {"message": "overloaded"}})],
         "",

@@ -12,8 +12,6 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use tokio::runtime::Runtime;
 
-use super::books::RunFiles;
-use super::dispatch::Dispatcher;
 use crate::cache;
 use crate::cache::lookup::Lookup;
 use crate::cache::question::{Endpoint, Names, Question};
@@ -24,9 +22,12 @@ use crate::client::request::RequestTemplate;
 use crate::client::score_text::ScoringMethod;
 use crate::client::transport::Transport;
 use crate::clock::WallClock;
-use crate::config::{self, Assignment, Compression, Config, PromptOrder, ScoredBy};
+use crate::config;
+use crate::config::{Assignment, Compression, Config, PromptOrder, ScoredBy};
 use crate::exit::Exit;
+use crate::harvest::dispatch::Dispatcher;
 use crate::harvest::dispatch::ending::DispatchEnd;
+use crate::harvest::run_files::RunFiles;
 use crate::harvest::upstream::Upstream;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope, RowStatus};
@@ -43,13 +44,13 @@ use crate::tokenizer::Tokenizer;
 pub struct TextScorer {
     /// Its `run_dir` is the folder of the judgements.
     config: Config,
-    lane: config::EndpointConfig,
+    upstream: config::EndpointConfig,
     scoring: Arc<ScoringMethod>,
     transport: Arc<dyn Transport>,
     runtime: Runtime,
     cache: Cache,
     judged: Lookup,
-    /// Between two calls; the lane only once there has been one.
+    /// Between two calls; the upstream only once there has been one.
     books: Option<RunFiles>,
     limits: Option<Upstream>,
     told: ScoringStats,
@@ -83,7 +84,7 @@ impl TextScorer {
     /// # Errors
     /// Where a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of
     /// the judgements cannot be opened.
-    pub fn of(config: &Config, quiet: bool) -> Result<Option<TextScorer>> {
+    pub fn new(config: &Config, quiet: bool) -> Result<Option<TextScorer>> {
         let dialect = config.on_policy.judge;
         if !config.train.on_policy || dialect == ScoredBy::Local {
             return Ok(None);
@@ -91,13 +92,13 @@ impl TextScorer {
         request::check(config)?;
         let clock = WallClock::system();
         crate::plan::prepare::check_money(config, None, clock.now())?;
-        let Some(mut lane) = config.lanes().pop() else {
+        let Some(mut upstream) = config.endpoints().pop() else {
             return Ok(None);
         };
         // Of no use, but no endpoint takes less.
-        lane.sampling.max_tokens = 1;
+        upstream.sampling.max_tokens = 1;
         if dialect == ScoredBy::PromptLogprobs {
-            check_endpoint(&lane, &config.run_dir)?;
+            check_endpoint(&upstream, &config.run_dir)?;
         }
         let tokenizer = config.on_policy.tokenizer.as_deref();
         let tokenizer = tokenizer.map(|dir| {
@@ -113,7 +114,7 @@ impl TextScorer {
             (ScoredBy::Echo, None) => bail!(Exit::Usage("set on_policy.tokenizer".into())),
             (_, tokenizer) => ("chat/completions", ScoringMethod::PromptLogprobs(tokenizer)),
         };
-        let transport = Arc::new(HttpTeacher::at(&lane.teacher, path)?);
+        let transport = Arc::new(HttpTeacher::at(&upstream.teacher, path)?);
         let within = Config {
             run_dir: config.judged_dir(),
             cache: config::CacheConfig {
@@ -138,7 +139,7 @@ impl TextScorer {
             .context("cannot start the async runtime")?;
         Ok(Some(TextScorer {
             config: within,
-            lane,
+            upstream,
             scoring: Arc::new(scoring),
             transport,
             runtime,
@@ -153,7 +154,7 @@ impl TextScorer {
     }
 
     /// What it has come to so far.
-    pub fn told(&self) -> &ScoringStats {
+    pub fn stats(&self) -> &ScoringStats {
         &self.told
     }
 
@@ -164,8 +165,8 @@ impl TextScorer {
     /// Where a harvest would stop: no money left, an outage, a signal of `stop`; and where nothing that it
     /// was asked so far could be used.
     pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
-        let asking = self.asking();
-        let teacher = &self.lane.teacher;
+        let asking = self.request_template();
+        let teacher = &self.upstream.teacher;
         let endpoint = Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
         let past = self.cache.past();
         let names = |text: &Prompt| match self.scoring.check(&text.messages) {
@@ -226,10 +227,10 @@ impl TextScorer {
         Ok(lines)
     }
 
-    fn asking(&self) -> RequestTemplate {
+    fn request_template(&self) -> RequestTemplate {
         RequestTemplate {
             scoring: Some(Arc::clone(&self.scoring)),
-            ..RequestTemplate::plain(self.lane.clone())
+            ..RequestTemplate::plain(self.upstream.clone())
         }
     }
 
@@ -238,34 +239,34 @@ impl TextScorer {
         let mut books = books.context("internal error: the budget account is missing")?;
         books.check_largest(&plan, 0)?;
         let (limits, progress) = (self.limits.take(), Progress::notes(self.quiet));
-        let (config, cache, lane) = (&self.config, &self.cache, &self.lane);
+        let (config, cache, upstream) = (&self.config, &self.cache, &self.upstream);
         let transport = Arc::clone(&self.transport);
         let ended = self.runtime.block_on(async {
             let wake = Arc::default();
             let limits = match limits {
                 Some(mut limits) => {
-                    limits.go_on(&plan, 0)?;
+                    limits.resume_with(&plan, 0)?;
                     limits
                 }
                 None => {
                     let patience = Duration::try_from_secs_f64(config.retry.max_outage_s)?;
                     let shared =
-                        SharedLimits::connect(lane, plan.largest(0), patience, &wake).await?;
-                    let day = books.day(lane);
+                        SharedLimits::connect(upstream, plan.largest(0), patience, &wake).await?;
+                    let day = books.day(upstream);
                     Upstream::new(&plan, 0, transport, day, shared, config)?
                 }
             };
             let (clock, plan) = (WallClock::system(), Arc::new(plan));
             let dispatcher =
                 Dispatcher::new(config, plan, cache, vec![limits], books, clock, progress)?;
-            dispatcher.woken_by(wake).run_to_end(stop.signals()).await
+            dispatcher.with_waker(wake).run_to_end(stop.signals()).await
         })?;
         let DispatchEnd {
             summary,
-            mut lanes,
+            mut upstreams,
             books,
         } = ended;
-        (self.books, self.limits) = (Some(books), lanes.pop());
+        (self.books, self.limits) = (Some(books), upstreams.pop());
         self.count(summary)
     }
 
@@ -293,16 +294,16 @@ impl TextScorer {
         });
         Err(Exit::Usage(format!(
             "{} judges nothing: {why}",
-            self.lane.teacher.label()
+            self.upstream.teacher.label()
         ))
         .into())
     }
 }
 
 /// Refuses an endpoint that `distill probe` found not to tell the logprobs of given texts.
-fn check_endpoint(lane: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
+fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
     let known = findings::load(run_dir)?;
-    let Some(found) = known.as_ref().and_then(|known| known.of(lane)) else {
+    let Some(found) = known.as_ref().and_then(|known| known.find(upstream)) else {
         return Ok(());
     };
     match found.prompt_logprobs {
@@ -310,7 +311,7 @@ fn check_endpoint(lane: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
         Finding::Ignored | Finding::Refused => Err(Exit::Usage(format!(
             "{} does not tell the logprobs of given texts by `prompt_logprobs` (by `distill probe` of {}; run \
              it again if the endpoint has changed): try on_policy.judge = \"echo\", or teacher.local",
-            lane.teacher.label(),
+            upstream.teacher.label(),
             found.probed_at
         ))
         .into()),
@@ -321,7 +322,7 @@ fn check_endpoint(lane: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
 ///
 /// # Errors
 /// Where their cache cannot be read.
-pub fn cost_usd(config: &Config) -> Result<f64> {
+pub fn scoring_cost_usd(config: &Config) -> Result<f64> {
     let dir = config.judged_dir().join("cache");
     match cache::exists(&dir) {
         true => Ok(Lookup::open(&dir)?.cost_usd()),

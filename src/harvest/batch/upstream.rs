@@ -13,8 +13,8 @@ use crate::client::transport::BatchApi;
 use crate::client::transport::Transport;
 use crate::config::{self, Config};
 use crate::exit::Exit;
-use crate::harvest::stop;
-use crate::harvest::watch::AnswerMonitor;
+use crate::harvest::answer_monitor::AnswerMonitor;
+use crate::harvest::run_error;
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
 
@@ -56,7 +56,7 @@ pub(crate) struct BatchUpstream {
     claims_of_calls: u32,
     /// Monitors the usefulness of its answers.
     pub watch: AnswerMonitor,
-    /// Why nothing more is sent to it; the other lanes go on.
+    /// Why nothing more is sent to it; the other upstreams go on.
     stopped: Option<anyhow::Error>,
 }
 
@@ -68,10 +68,10 @@ impl BatchUpstream {
         config: &Config,
     ) -> BatchUpstream {
         let now = Instant::now();
-        let rows = plan.lanes[index].clone();
+        let rows = plan.rows_by_endpoint[index].clone();
         BatchUpstream {
             index,
-            settings: plan.askings[index].lane.clone(),
+            settings: plan.templates[index].endpoint.clone(),
             transport,
             waiting: rows.map(QueuedRow::fresh).collect(),
             token_limit: config.batch.enqueued_tokens,
@@ -85,7 +85,7 @@ impl BatchUpstream {
             has_batches: false,
             claims: 0,
             claims_of_calls: 0,
-            watch: AnswerMonitor::of(&plan.askings[index].lane, config),
+            watch: AnswerMonitor::from_config(&plan.templates[index].endpoint, config),
             stopped: None,
         }
     }
@@ -110,7 +110,7 @@ impl BatchUpstream {
     }
 
     /// A call failed. Returns for how long nothing is sent, and why.
-    pub(crate) fn troubled(
+    pub(crate) fn call_failed(
         &mut self,
         trouble: AttemptError,
         retry: &config::RetryConfig,
@@ -136,7 +136,7 @@ impl BatchUpstream {
             AttemptError::Transient { failure, wait } => {
                 self.is_there |= !failure.unreachable;
                 if !self.is_there && self.failures >= FIRST_CONTACT_CALLS {
-                    self.stop(stop::nothing_answers(
+                    self.stop(run_error::nothing_answers(
                         &self.settings.teacher,
                         &failure.message,
                     ));
@@ -146,7 +146,7 @@ impl BatchUpstream {
         };
         let silence = now - self.last_success;
         if silence.as_secs_f64() >= retry.max_outage_s {
-            self.stop(stop::outage(silence, &message));
+            self.stop(run_error::outage(silence, &message));
         }
         // At least half of the pause is certain.
         let random = 0.5 + fastrand::f64() / 2.0;

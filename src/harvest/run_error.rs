@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use crate::config::{self};
+use crate::config;
 use crate::exit::Exit;
 use crate::terminal::{format_count, format_duration};
 
@@ -19,7 +19,7 @@ pub(crate) fn failed_alike(message: &str) -> anyhow::Error {
 }
 
 /// The endpoint is there again only in hours.
-pub(crate) fn far(until: &str, wait: Duration, message: &str) -> anyhow::Error {
+pub(crate) fn long_wait(until: &str, wait: Duration, message: &str) -> anyhow::Error {
     let wait = format_duration(wait);
     Exit::Resumable(format!(
         "the endpoint asks to wait until {until}, which is {wait} ({message}): stopped; run the same \

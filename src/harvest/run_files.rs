@@ -14,7 +14,8 @@ use crate::budget::ledger::{InFlight, Ledger, LedgerFiles, LedgerStore, Spent, U
 use crate::cache;
 use crate::cache::usage::Usage;
 use crate::clock::WallClock;
-use crate::config::{self, Config, Price};
+use crate::config;
+use crate::config::{Config, Price};
 use crate::harvest::upstream::Upstream;
 use crate::plan::prepare::check_budget;
 use crate::plan::unanswered::Unanswered;
@@ -52,26 +53,30 @@ impl RunFiles {
     }
 
     /// The requests that earlier runs sent to this endpoint within a day.
-    pub(crate) fn day(&mut self, lane: &config::EndpointConfig) -> DailyLimit {
-        day(&mut self.account, lane, self.clock.now())
+    pub(crate) fn day(&mut self, upstream: &config::EndpointConfig) -> DailyLimit {
+        day(&mut self.account, upstream, self.clock.now())
     }
 
     /// Refuses a budget that the most expensive request does not fit into.
-    pub(crate) fn check_largest(&self, plan: &Plan, lane: usize) -> Result<()> {
-        let price = &plan.askings[lane].lane.price;
-        check_budget(plan, lane, self.account.cap(), |bound| {
+    pub(crate) fn check_largest(&self, plan: &Plan, upstream: usize) -> Result<()> {
+        let price = &plan.templates[upstream].endpoint.price;
+        check_budget(plan, upstream, self.account.cap(), |bound| {
             self.account.bound(bound, price).usd
         })
     }
 
     /// Reserves the amount, if it fits, for a request that is to be sent now, and writes the day's requests
     /// ahead, where the limit asks for it. After an error nothing is reserved.
-    pub(crate) fn set_aside(&mut self, amount: &Reservation, lane: &mut Upstream) -> Result<bool> {
+    pub(crate) fn reserve(
+        &mut self,
+        amount: &Reservation,
+        upstream: &mut Upstream,
+    ) -> Result<bool> {
         if !self.account.reserve(amount)? {
             return Ok(false);
         }
-        if lane.limiter.day.must_be_written() {
-            self.note_day(lane, false);
+        if upstream.limiter.day.must_be_written() {
+            self.note_day(upstream, false);
             if let Err(error) = self.account.save() {
                 self.account.release(amount);
                 return Err(error);
@@ -80,22 +85,22 @@ impl RunFiles {
         Ok(true)
     }
 
-    fn note_day(&mut self, lane: &mut Upstream, last: bool) {
+    fn note_day(&mut self, upstream: &mut Upstream, last: bool) {
         let now = self.clock.now();
-        let slots = lane.limiter.day.written(Instant::now(), last);
+        let slots = upstream.limiter.day.written(Instant::now(), last);
         if slots.is_empty() {
             return;
         }
         let at = |age: i64| Timestamp::from_second(now.as_second() - age).unwrap_or(now);
         let slots = slots.into_iter().map(|(age, count)| (at(age), count));
-        let label = lane.settings.teacher.label().to_owned();
+        let label = upstream.settings.teacher.label().to_owned();
         self.account.day().insert(label, slots.collect());
     }
 
     /// Closes the account: what is still in flight, after a second signal, counts as possibly billed.
-    pub(crate) fn close(&mut self, lanes: &mut [Upstream], still_in_flight: u64) -> Result<()> {
-        for lane in lanes {
-            self.note_day(lane, true);
+    pub(crate) fn close(&mut self, upstreams: &mut [Upstream], still_in_flight: u64) -> Result<()> {
+        for upstream in upstreams {
+            self.note_day(upstream, true);
         }
         self.account.close(still_in_flight)
     }
@@ -123,8 +128,8 @@ impl RunFiles {
 ///
 /// # Errors
 /// Where its files are damaged.
-pub(crate) fn look(config: &Config, cached_usd: f64) -> Result<Account<ReadOnlyLedger>> {
-    let (ledger, is_complete) = ledger::look(&config.run_dir)?;
+pub(crate) fn open_read_only(config: &Config, cached_usd: f64) -> Result<Account<ReadOnlyLedger>> {
+    let (ledger, is_complete) = ledger::read_only(&config.run_dir)?;
     let (account, _) = account(config, ReadOnlyLedger, ledger, is_complete, cached_usd)?;
     Ok(account)
 }
@@ -147,23 +152,33 @@ fn account<S: LedgerStore>(
             floor.measured_tokens.add(unpriced(&dir)?);
         }
     }
-    Account::open(store, ledger, config.budget.usd, &dearest(config), &floor)
+    Account::open(
+        store,
+        ledger,
+        config.budget.usd,
+        &highest_prices(config),
+        &floor,
+    )
 }
 
 /// The requests that earlier runs sent to this endpoint within a day.
 pub(crate) fn day<S: LedgerStore>(
     account: &mut Account<S>,
-    lane: &config::EndpointConfig,
+    upstream: &config::EndpointConfig,
     now: Timestamp,
 ) -> DailyLimit {
-    let slots = account.day().get(lane.teacher.label());
+    let slots = account.day().get(upstream.teacher.label());
     let slots: Vec<_> = slots
         .into_iter()
         .flatten()
         .map(|&(time, count)| ((now - time).get_seconds(), count))
         .filter(|(age, _)| *age < 86_400)
         .collect();
-    DailyLimit::new(lane.limits.own().requests_per_day, &slots, Instant::now())
+    DailyLimit::new(
+        upstream.limits.own().requests_per_day,
+        &slots,
+        Instant::now(),
+    )
 }
 
 /// Account of a run folder that a merge adds to. None where the folder has no account yet: it counts its
@@ -223,16 +238,16 @@ fn unpriced(dir: &Path) -> Result<UnpricedTokens> {
 }
 
 /// The highest price of each kind among the teachers that have one.
-pub(crate) fn dearest(config: &Config) -> Price {
+pub(crate) fn highest_prices(config: &Config) -> Price {
     let mut dearest = Price::default();
     let higher = |a: Option<f64>, b: Option<f64>| match (a, b) {
         (Some(a), Some(b)) => Some(a.max(b)),
         (a, b) => a.or(b),
     };
-    for lane in config.lanes() {
-        dearest.input = higher(dearest.input, lane.price.input);
-        dearest.cached_input = higher(dearest.cached_input, lane.price.cached_input);
-        dearest.output = higher(dearest.output, lane.price.output);
+    for upstream in config.endpoints() {
+        dearest.input = higher(dearest.input, upstream.price.input);
+        dearest.cached_input = higher(dearest.cached_input, upstream.price.cached_input);
+        dearest.output = higher(dearest.output, upstream.price.output);
     }
     dearest
 }

@@ -21,7 +21,7 @@ pub(crate) fn classify_error(
         "" => format!("{status}, without a message"),
         message => shorten(&format!("{status}: {message}")),
     };
-    let wait = retry_after::asked_for(headers, error, now);
+    let wait = retry_after::requested_wait(headers, error, now);
     let failure = RowFailure {
         is_bodyless: error.is_empty,
         ..RowFailure::new(format!("http {status}"), &message)
@@ -29,14 +29,14 @@ pub(crate) fn classify_error(
     let claim = |reason: RefusalReason, failure: RowFailure| {
         AttemptError::Claim(RefusalClaim { reason, failure })
     };
-    if matches!(status, 400 | 403 | 422 | 451) && error.is_of_the_content() {
+    if matches!(status, 400 | 403 | 422 | 451) && error.is_content_filter() {
         return AttemptError::Filtered(RowFailure {
             class: "content_filter".into(),
             ..failure
         });
     }
     let is_throttle = says_to_wait(error) || wait.is_some();
-    if let Some(reason) = claims_the_end(error, is_throttle) {
+    if let Some(reason) = refusal_reason(error, is_throttle) {
         return claim(reason, failure);
     }
     match status {
@@ -90,7 +90,7 @@ fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
 /// Reason for which every request would fail, from the error's code or message. A rate limit
 /// (`is_throttle`) is none: Gemini has the same words for its limit a minute as others for an empty
 /// account.
-pub(crate) fn claims_the_end(error: &ApiError, is_throttle: bool) -> Option<RefusalReason> {
+pub(crate) fn refusal_reason(error: &ApiError, is_throttle: bool) -> Option<RefusalReason> {
     const CREDIT: [&str; 8] = [
         "insufficient_quota",
         "billing_hard_limit_reached",

@@ -5,7 +5,7 @@ use crate::data::align::alternatives::{EXCESS, is_usable};
 use crate::data::align::token_ids;
 
 /// Reason for which training cannot use these logprobs of `text`.
-pub(crate) fn fault(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
+pub(crate) fn problem(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
     // The text of tokens that are named by id is known to their tokenizer.
     if !logprobs.matches_text
         && !token_ids::are_ids(&logprobs.token)
@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn what_training_cannot_use_is_seen_at_once() {
-        let of = |tokens: &[&str], top: &[f32]| fault(&logprobs(tokens, top), "a b");
+        let of = |tokens: &[&str], top: &[f32]| problem(&logprobs(tokens, top), "a b");
         assert_eq!(of(&["a", " b"], &[-0.5, -1.5]), None);
         assert_eq!(of(&["a", " b", "<|im_end|>"], &[-0.5]), None);
         // What training aligns: thinking before it, white space, a stop string, raw vocabulary entries.
@@ -83,7 +83,7 @@ mod tests {
         assert!(of(&["a", " b"], &[]).unwrap().contains("a number"));
         let mut one = logprobs(&["a", " b"], &[-0.1, -0.2]);
         one.top_logprob[1] = vec![Some(-0.7); 2];
-        assert_eq!(fault(&one, "a b"), None, "one position of two");
+        assert_eq!(problem(&one, "a b"), None, "one position of two");
         assert!(
             of(&["a", " b"], &[-0.1, -0.2])
                 .unwrap()
@@ -93,6 +93,6 @@ mod tests {
         // Some servers list the emitted token twice.
         let mut twice = logprobs(&["a", " b"], &[-0.1, -0.1]);
         twice.top = vec![vec!["x".into(); 2]; 2];
-        assert_eq!(fault(&twice, "a b"), None);
+        assert_eq!(problem(&twice, "a b"), None);
     }
 }

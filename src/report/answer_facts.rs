@@ -4,7 +4,7 @@ use crate::cache::record::Record;
 use crate::cache::record::Status;
 use crate::cache::usage::Usage;
 use crate::data::align::token_ids;
-use crate::report::usable;
+use crate::report::usable_logprobs;
 use foldhash::fast::FixedState;
 use std::hash::BuildHasher;
 
@@ -36,7 +36,7 @@ impl AnswerFacts {
         let hash = |text: &str| FixedState::default().hash_one(text);
         let text = &record.answer.text;
         let why = match &record.logprobs {
-            Some(logprobs) => usable::fault(logprobs, text).map(String::from),
+            Some(logprobs) => usable_logprobs::problem(logprobs, text).map(String::from),
             None => Some(fault.map_or("none came".into(), |_| "they cannot be read".into())),
         };
         let logprobs = record.logprobs.as_ref();

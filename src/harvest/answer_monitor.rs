@@ -3,12 +3,13 @@
 //! An endpoint can answer everything with status 200 and yet give nothing: no logprobs, no text, another
 //! model, the same text every time. The user hears of it at once; a run that has become worthless stops.
 
-use crate::report::seen::AnswerFacts;
+use crate::report::answer_facts::AnswerFacts;
 use std::collections::{HashMap, HashSet};
 
-use super::stop;
 use crate::cache::record::Status;
-use crate::config::{self, Config, OnMissingLogprobs};
+use crate::config;
+use crate::config::{Config, OnMissingLogprobs};
+use crate::harvest::run_error;
 
 /// Answers in a row that are no accident.
 const NOTED: u32 = 20;
@@ -57,7 +58,7 @@ pub(crate) struct AnswerMonitor {
 }
 
 impl AnswerMonitor {
-    pub(crate) fn of(settings: &config::EndpointConfig, config: &Config) -> AnswerMonitor {
+    pub(crate) fn from_config(settings: &config::EndpointConfig, config: &Config) -> AnswerMonitor {
         let on_missing = config.harvest.on_missing_logprobs;
         let mut watch = AnswerMonitor::new(settings, on_missing, config.budget.usd.is_some());
         if config.data.teacher_tokenizer.is_some() {
@@ -94,12 +95,12 @@ impl AnswerMonitor {
     }
 
     /// Looks at one more answer. Returns what is to be said now.
-    pub(crate) fn see(&mut self, seen: &AnswerFacts) -> Vec<MonitorAlert> {
+    pub(crate) fn check(&mut self, seen: &AnswerFacts) -> Vec<MonitorAlert> {
         let words = [
             self.past_max_tokens(seen),
             self.usage(seen),
             self.model(seen),
-            self.use_of(seen),
+            self.logprobs_use(seen),
             self.logprobs(seen),
             self.token_ids(seen),
             self.cut_off(seen),
@@ -153,14 +154,17 @@ impl AnswerMonitor {
         })
     }
 
-    fn use_of(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
+    fn logprobs_use(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
         let is_useless = seen.status == Status::Quarantined;
         match in_a_row(&mut self.useless, is_useless) {
             NOTED => Some(MonitorAlert::Note(format!(
                 "{NOTED} answers in a row are of no use ({}): at {WORTHLESS} the run stops",
                 seen.reason
             ))),
-            WORTHLESS => Some(MonitorAlert::Stop(stop::worthless(WORTHLESS, &seen.reason))),
+            WORTHLESS => Some(MonitorAlert::Stop(run_error::worthless(
+                WORTHLESS,
+                &seen.reason,
+            ))),
             _ => None,
         }
     }
@@ -177,7 +181,7 @@ impl AnswerMonitor {
         let why = why.unwrap_or_default();
         Some(match self.on_missing {
             OnMissingLogprobs::Stop => {
-                MonitorAlert::Stop(stop::without_logprobs(NOTED, why, top_logprobs))
+                MonitorAlert::Stop(run_error::without_logprobs(NOTED, why, top_logprobs))
             }
             OnMissingLogprobs::Warn => MonitorAlert::Note(format!(
                 "{NOTED} answers in a row came without usable logprobs ({why}): they train on \
@@ -259,7 +263,7 @@ mod tests {
     use crate::cache::usage::Usage;
     use crate::config::EndpointConfig;
 
-    fn lane() -> EndpointConfig {
+    fn upstream() -> EndpointConfig {
         EndpointConfig {
             teacher: Default::default(),
             sampling: Default::default(),
@@ -269,7 +273,7 @@ mod tests {
     }
 
     fn watch(on_missing: OnMissingLogprobs) -> AnswerMonitor {
-        AnswerMonitor::new(&lane(), on_missing, true)
+        AnswerMonitor::new(&upstream(), on_missing, true)
     }
 
     /// A good answer to this prompt.
@@ -296,7 +300,7 @@ mod tests {
     fn said(mut watch: AnswerMonitor, seen: impl Fn(u32) -> AnswerFacts) -> Vec<(u32, String)> {
         let mut said = Vec::new();
         for number in 1..=100 {
-            for word in watch.see(&seen(number)) {
+            for word in watch.check(&seen(number)) {
                 said.push((
                     number,
                     match word {
@@ -327,9 +331,9 @@ mod tests {
         let notes = |teacher_tokenizer: Option<&str>| {
             let mut config = Config::default();
             config.data.teacher_tokenizer = teacher_tokenizer.map(Into::into);
-            let mut watch = AnswerMonitor::of(&lane(), &config);
-            assert!(watch.see(&good(0)).is_empty());
-            watch.see(&seen).len() + watch.see(&seen).len()
+            let mut watch = AnswerMonitor::from_config(&upstream(), &config);
+            assert!(watch.check(&good(0)).is_empty());
+            watch.check(&seen).len() + watch.check(&seen).len()
         };
         assert_eq!((notes(None), notes(Some("teacher"))), (1, 0));
     }
@@ -355,7 +359,7 @@ mod tests {
             _ => without(number),
         };
         check(said(watch(OnMissingLogprobs::Stop), now_and_then), &[]);
-        let mut plain = lane();
+        let mut plain = upstream();
         plain.sampling.top_logprobs = 0;
         let plain = AnswerMonitor::new(&plain, OnMissingLogprobs::Stop, true);
         check(said(plain, without), &[]);
@@ -422,7 +426,7 @@ mod tests {
             ..good(number / 4)
         };
         check(said(watch(OnMissingLogprobs::Stop), one_differs), &[]);
-        let mut greedy = lane();
+        let mut greedy = upstream();
         greedy.sampling.temperature = Some(0.0);
         let greedy = AnswerMonitor::new(&greedy, OnMissingLogprobs::Stop, true);
         check(said(greedy, same), &[]);
