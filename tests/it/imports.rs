@@ -170,8 +170,10 @@ impl Imports {
     /// The file that defines a name, behind the modules that only export it.
     fn owner(&self, mut module: ModulePath, name: &str) -> String {
         let mut name = name.to_owned();
-        while let Some((next, next_name)) = self.exported.get(&(module.clone(), name.clone())) {
-            (module, name) = (next.clone(), next_name.clone());
+        // A few steps: an export may lead to itself.
+        for _ in 0..4 {
+            let exported = self.exported.get(&(module.clone(), name.clone()));
+            (module, name) = exported.cloned().unwrap_or((module, name));
         }
         while !self.files.contains_key(&module) && module.pop().is_some() {}
         self.files.get(&module).cloned().unwrap_or_default()
