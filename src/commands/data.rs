@@ -8,8 +8,8 @@ use serde_json::json;
 use super::{load_config, print, print_json};
 use crate::cli::{DataArgs, DataCommand, Global, ShowDataArgs};
 use crate::data::dataset;
-use crate::data::dataset::show::{Shown, Token};
-use crate::data::groups::Difference;
+use crate::data::dataset::show::{ShownExample, ShownToken};
+use crate::data::groups::ExclusionReason;
 use crate::data::report::by_reason;
 use crate::exit::Exit;
 use crate::terminal::sanitise;
@@ -46,7 +46,7 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
                  or the line of a file of conversations"
             ),
             None => {
-                let advice = if skipped.contains_key(&Difference::Mock.to_string()) {
+                let advice = if skipped.contains_key(&ExclusionReason::Mock.to_string()) {
                     "; set data.groups to \"mock\" to use those"
                 } else {
                     ""
@@ -58,7 +58,7 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
     if global.json {
         return print_json(&json!({ "version": VERSION, "examples": shown }));
     }
-    let style = Style::of_stdout();
+    let style = Style::for_stdout();
     let texts: Vec<String> = shown.iter().map(|shown| text(shown, style)).collect();
     print(&texts.join("\n"))
 }
@@ -70,7 +70,7 @@ struct Style {
 }
 
 impl Style {
-    fn of_stdout() -> Style {
+    fn for_stdout() -> Style {
         let is_off = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         Style {
             has_colour: !is_off && std::io::stdout().is_terminal(),
@@ -86,7 +86,7 @@ impl Style {
     }
 
     /// Supervised tokens are green, control tokens cyan, and others dim.
-    fn token(self, token: &Token) -> String {
+    fn token(self, token: &ShownToken) -> String {
         let code = match (token.is_supervised, token.is_special) {
             (true, true) => "1;36",
             (true, false) => "32",
@@ -110,7 +110,7 @@ fn visible(text: &str) -> String {
     sanitise(&shown).into_owned()
 }
 
-fn text(shown: &Shown, style: Style) -> String {
+fn text(shown: &ShownExample, style: Style) -> String {
     let mut text = format!(
         "{}  prompt {}\n",
         style.paint("1", &visible(&shown.key)),
@@ -154,7 +154,7 @@ fn text(shown: &Shown, style: Style) -> String {
     text.push_str(if is_supervised { " <<<\n\n" } else { "\n\n" });
     let supervised = shown.tokens.iter().enumerate();
     let supervised = supervised.filter(|(_, token)| token.is_supervised);
-    let width = |token: &Token| visible(&token.text).chars().count();
+    let width = |token: &ShownToken| visible(&token.text).chars().count();
     let most = supervised.clone().map(|(_, token)| width(token)).max();
     let most = most.unwrap_or_default();
     for (position, token) in supervised {
@@ -170,7 +170,7 @@ fn text(shown: &Shown, style: Style) -> String {
 }
 
 /// Soft labels of a token.
-fn labels(token: &Token) -> String {
+fn labels(token: &ShownToken) -> String {
     let shown = token.soft_labels.iter().take(LABELS);
     let shown = shown.take_while(|label| label.probability >= LEAST_SHOWN);
     let mut parts: Vec<String> = shown

@@ -95,7 +95,7 @@ fn model_of(request: &Value) -> String {
 
 /// The properties of a record that decide whether it is selected.
 #[derive(Debug, Clone)]
-pub struct Candidate {
+pub struct RecordIdentity {
     pub group: Group,
     key: Fingerprint,
     question: Fingerprint,
@@ -103,30 +103,30 @@ pub struct Candidate {
     is_truncated: bool,
 }
 
-impl Candidate {
+impl RecordIdentity {
     /// `params` are those of [`RecordView::params`].
-    pub fn of_view(record: &RecordView, params: &Value) -> Candidate {
+    pub fn from_view(record: &RecordView, params: &Value) -> RecordIdentity {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: record.request_model().to_owned(),
             sampling: question::sampling(params),
             is_mock: is_mock(&record.fingerprint),
         };
-        Candidate::new(group, &record.key, record.cut_at)
+        RecordIdentity::new(group, &record.key, record.cut_at)
     }
 
-    pub fn of_record(record: &Record) -> Candidate {
+    pub fn from_record(record: &Record) -> RecordIdentity {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: model_of(&record.request),
             sampling: question::sampling(&record.request),
             is_mock: is_mock(&record.fingerprint),
         };
-        Candidate::new(group, &record.key, record.cut_at)
+        RecordIdentity::new(group, &record.key, record.cut_at)
     }
 
-    fn new(group: Group, key: &str, cut_at: u32) -> Candidate {
-        Candidate {
+    fn new(group: Group, key: &str, cut_at: u32) -> RecordIdentity {
+        RecordIdentity {
             group,
             key: crate::cache::fingerprint::fingerprint(key),
             question: question::fingerprint(key),
@@ -137,17 +137,17 @@ impl Candidate {
 
 /// A teacher of the config, as its requests name it.
 #[derive(Debug, Clone)]
-pub struct Teacher {
+pub struct TeacherIdentity {
     /// By name and by address.
     endpoints: [String; 2],
     model: String,
     sampling: String,
 }
 
-impl Teacher {
+impl TeacherIdentity {
     /// `name` is empty if the teacher has none; `request` is one of its requests.
-    pub fn new(name: &str, base_url: &str, request: &Value) -> Teacher {
-        Teacher {
+    pub fn new(name: &str, base_url: &str, request: &Value) -> TeacherIdentity {
+        TeacherIdentity {
             endpoints: [name, ""].map(|name| question::endpoint(name, base_url)),
             model: model_of(request),
             sampling: question::sampling(request),
@@ -157,15 +157,15 @@ impl Teacher {
 
 /// Questions of a config and the teachers that it asks.
 #[derive(Debug, Clone)]
-pub struct Asked {
+pub struct ConfigSelection {
     /// None if the prompts cannot be read.
-    pub rows: Option<Rows>,
-    pub teachers: Vec<Teacher>,
+    pub rows: Option<PlannedRows>,
+    pub teachers: Vec<TeacherIdentity>,
 }
 
 /// Rows of a plan.
 #[derive(Debug, Clone, Default)]
-pub struct Rows {
+pub struct PlannedRows {
     /// Key of the answer to each row that has one.
     pub keys: Keys,
     /// Questions of these.
@@ -182,12 +182,12 @@ pub enum Selection {
     /// By id, model, endpoint or teacher; "mock" names all groups of a mock.
     Named(Vec<String>),
     /// Answers to the questions of the config.
-    Asked(Asked),
+    Config(ConfigSelection),
 }
 
 /// Reason to leave out a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Difference {
+pub enum ExclusionReason {
     Mock,
     NotNamed,
     Endpoint,
@@ -199,22 +199,22 @@ pub enum Difference {
     Question,
 }
 
-impl fmt::Display for Difference {
+impl fmt::Display for ExclusionReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Difference::Mock => "answers of a mock",
-            Difference::NotNamed => "not in data.groups",
-            Difference::Endpoint => "another endpoint",
-            Difference::Model => "another model",
-            Difference::Sampling => "other sampling parameters",
-            Difference::Duplicate => "another answer to the same question is used",
-            Difference::Truncated => {
+            ExclusionReason::Mock => "answers of a mock",
+            ExclusionReason::NotNamed => "not in data.groups",
+            ExclusionReason::Endpoint => "another endpoint",
+            ExclusionReason::Model => "another model",
+            ExclusionReason::Sampling => "other sampling parameters",
+            ExclusionReason::Duplicate => "another answer to the same question is used",
+            ExclusionReason::Truncated => {
                 "truncated at a smaller max_tokens; `distill harvest` requests them again"
             }
-            Difference::Adoptable => {
+            ExclusionReason::Adoptable => {
                 "from another endpoint to this config's questions; `distill cache adopt` takes them over"
             }
-            Difference::Question => "other prompts, template, samples, seed, schema or tools",
+            ExclusionReason::Question => "other prompts, template, samples, seed, schema or tools",
         })
     }
 }
@@ -222,15 +222,15 @@ impl fmt::Display for Difference {
 impl Selection {
     /// # Errors
     /// The reason to leave the record out.
-    pub fn check(&self, candidate: &Candidate) -> Result<(), Difference> {
+    pub fn check(&self, candidate: &RecordIdentity) -> Result<(), ExclusionReason> {
         let group = &candidate.group;
         let (is_selected, difference) = match self {
-            Selection::All => (!group.is_mock, Difference::Mock),
+            Selection::All => (!group.is_mock, ExclusionReason::Mock),
             Selection::Named(names) => {
                 let is_named = names.iter().any(|name| group.is_named(name));
-                (is_named, Difference::NotNamed)
+                (is_named, ExclusionReason::NotNamed)
             }
-            Selection::Asked(asked) => return asked.check(candidate),
+            Selection::Config(asked) => return asked.check(candidate),
         };
         if is_selected { Ok(()) } else { Err(difference) }
     }
@@ -246,7 +246,7 @@ impl Selection {
                     hash.update(name.as_bytes()).update(b"\n");
                 }
             }
-            Selection::Asked(asked) => {
+            Selection::Config(asked) => {
                 for teacher in &asked.teachers {
                     let fields = [&teacher.model, &teacher.sampling];
                     for field in teacher.endpoints.iter().chain(fields) {
@@ -264,11 +264,11 @@ impl Selection {
     }
 }
 
-impl Asked {
-    fn check(&self, candidate: &Candidate) -> Result<(), Difference> {
+impl ConfigSelection {
+    fn check(&self, candidate: &RecordIdentity) -> Result<(), ExclusionReason> {
         let group = &candidate.group;
         if group.is_mock {
-            return Err(Difference::Mock);
+            return Err(ExclusionReason::Mock);
         }
         if let Some(rows) = &self.rows
             && rows.keys.contains(&candidate.key)
@@ -279,69 +279,69 @@ impl Asked {
             && rows.questions.contains(&candidate.question)
         {
             return Err(if rows.answered.contains(&candidate.question) {
-                Difference::Duplicate
+                ExclusionReason::Duplicate
             } else if candidate.is_truncated {
-                Difference::Truncated
+                ExclusionReason::Truncated
             } else {
-                Difference::Adoptable
+                ExclusionReason::Adoptable
             });
         }
         // Which property is the first that no teacher shares?
-        let mut like: Vec<&Teacher> = self.teachers.iter().collect();
+        let mut like: Vec<&TeacherIdentity> = self.teachers.iter().collect();
         like.retain(|teacher| teacher.endpoints.contains(&group.endpoint));
         if like.is_empty() {
-            return Err(Difference::Endpoint);
+            return Err(ExclusionReason::Endpoint);
         }
         like.retain(|teacher| teacher.model == group.model);
         if like.is_empty() {
-            return Err(Difference::Model);
+            return Err(ExclusionReason::Model);
         }
         like.retain(|teacher| teacher.sampling == group.sampling);
         if like.is_empty() {
-            return Err(Difference::Sampling);
+            return Err(ExclusionReason::Sampling);
         }
         match &self.rows {
             None => Ok(()),
             Some(rows)
                 if candidate.is_truncated && rows.questions.contains(&candidate.question) =>
             {
-                Err(Difference::Truncated)
+                Err(ExclusionReason::Truncated)
             }
-            Some(_) => Err(Difference::Question),
+            Some(_) => Err(ExclusionReason::Question),
         }
     }
 }
 
 /// Number of records of each group, by id.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Counts(BTreeMap<String, Count>);
+pub struct GroupCounts(BTreeMap<String, GroupCount>);
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-struct Count {
+struct GroupCount {
     group: Group,
     used: u64,
     /// By reason.
     left_out: BTreeMap<String, u64>,
 }
 
-impl Counts {
-    fn of(&mut self, group: &Group) -> &mut Count {
-        self.0.entry(group.id()).or_insert_with(|| Count {
+impl GroupCounts {
+    fn entry(&mut self, group: &Group) -> &mut GroupCount {
+        self.0.entry(group.id()).or_insert_with(|| GroupCount {
             group: group.clone(),
-            ..Count::default()
+            ..GroupCount::default()
         })
     }
 
     pub fn used(&mut self, group: &Group) {
-        self.of(group).used += 1;
+        self.entry(group).used += 1;
     }
 
-    pub fn left_out(&mut self, group: &Group, difference: Difference) {
-        let left_out = &mut self.of(group).left_out;
+    pub fn left_out(&mut self, group: &Group, difference: ExclusionReason) {
+        let left_out = &mut self.entry(group).left_out;
         *left_out.entry(difference.to_string()).or_default() += 1;
     }
 
-    pub fn add(&mut self, other: Counts) {
+    pub fn add(&mut self, other: GroupCounts) {
         for (id, count) in other.0 {
             let mine = self.0.entry(id).or_default();
             mine.group = count.group;
@@ -363,7 +363,7 @@ impl Counts {
         let mut words = Vec::new();
         for (is_mock, word) in [(false, "\"all\""), (true, "\"mock\"")] {
             let is_left_out =
-                |count: &Count| count.group.is_mock == is_mock && !count.left_out.is_empty();
+                |count: &GroupCount| count.group.is_mock == is_mock && !count.left_out.is_empty();
             if self.0.values().any(is_left_out) {
                 words.push(word);
             }
@@ -375,8 +375,8 @@ impl Counts {
 
     /// One line for each group: its id and properties, the number of records used, and of those left out by reason.
     pub fn lines(&self) -> Vec<String> {
-        let line = |(id, count): (&String, &Count)| {
-            let Count {
+        let line = |(id, count): (&String, &GroupCount)| {
+            let GroupCount {
                 group,
                 used,
                 left_out,

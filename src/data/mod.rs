@@ -1,7 +1,6 @@
 //! From cache records to batches.
 pub mod align;
 pub mod batch;
-pub(crate) mod classes;
 pub mod dataset;
 pub mod groups;
 pub(crate) mod logprob_check;

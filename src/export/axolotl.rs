@@ -195,7 +195,7 @@ fn entry(
 ) -> Result<Entry, String> {
     let emitted = &*teacher.token[position];
     let mut alternatives = Vec::new();
-    align::alternatives(teacher, position, usize::MAX, None, &mut alternatives)
+    align::list_candidates(teacher, position, usize::MAX, None, &mut alternatives)
         .ok_or("the teacher's probabilities sum to more than 1")?;
     let mut entry = Entry::default();
     for (bytes, logprob) in alternatives {

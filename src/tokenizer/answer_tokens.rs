@@ -6,17 +6,17 @@ use std::ops::Range;
 
 /// A conversation of T tokens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Conversation {
+pub struct EncodedConversation {
     /// (T)
     pub ids: Vec<u32>,
     /// The assistant's messages, in order.
     pub answers: Vec<AnswerTokens>,
     /// Set if the generation prompt differs from the rendered prefix of the last answer; `ids` begin with the
     /// generation prompt.
-    pub difference: Option<Difference>,
+    pub difference: Option<PromptDifference>,
 }
 
-/// An answer in a [`Conversation`]; ranges of tokens are in `ids`.
+/// An answer in a [`EncodedConversation`]; ranges of tokens are in `ids`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AnswerTokens {
     /// The message's index.
@@ -57,7 +57,7 @@ impl AnswerTokens {
 
 /// Ends of the generation prompt and of the prefix in the rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Difference {
+pub struct PromptDifference {
     pub generation: String,
     pub conversation: String,
 }

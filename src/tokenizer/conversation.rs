@@ -6,19 +6,19 @@
 //! end of its content, as a model generates it.
 
 use crate::tokenizer::answer_tokens::AnswerTokens;
-use crate::tokenizer::answer_tokens::Conversation;
-use crate::tokenizer::answer_tokens::Difference;
+use crate::tokenizer::answer_tokens::EncodedConversation;
+use crate::tokenizer::answer_tokens::PromptDifference;
 use crate::tokenizer::answer_tokens::ThinkingChange;
 use std::ops::Range;
 
-use crate::tokenizer::chat_template::Date;
+use crate::tokenizer::chat_template::TemplateClock;
 use anyhow::{Result, bail};
 use jiff::civil::DateTime;
 
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
-use crate::tokenizer::chat_template::{ChatTemplate, Span, THINKING, thinking_spans};
-use crate::tokenizer::writer::Writer;
+use crate::tokenizer::chat_template::{ChatTemplate, RenderedSpan, THINKING, thinking_spans};
+use crate::tokenizer::writer::ConversationEncoder;
 
 impl Tokenizer {
     /// Tokens with which the chat template ends a turn: text that it writes behind an answer, if any, and the first
@@ -26,7 +26,9 @@ impl Tokenizer {
     pub(super) fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.
-        self.set_date(Date::Fixed(DateTime::constant(2000, 1, 1, 0, 0, 0, 0)));
+        self.set_date(TemplateClock::Fixed(DateTime::constant(
+            2000, 1, 1, 0, 0, 0, 0,
+        )));
         let messages = [Message::new("user", "a"), Message::new("assistant", "b")];
         let conversation = self.last_answer(&messages);
         self.template = Some(template);
@@ -53,7 +55,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode_prompt`], and where the last message is no answer.
     pub fn encode_continued(&self, messages: &[Message]) -> Result<(Vec<u32>, Range<usize>)> {
-        let Conversation {
+        let EncodedConversation {
             mut ids, answers, ..
         } = self.last_answer(messages)?;
         let last = answers.last();
@@ -82,7 +84,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
-    pub fn conversation(&self, messages: &[Message]) -> Result<Conversation> {
+    pub fn conversation(&self, messages: &[Message]) -> Result<EncodedConversation> {
         self.conversation_at(messages, true, None)
     }
 
@@ -90,7 +92,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
-    pub fn last_answer(&self, messages: &[Message]) -> Result<Conversation> {
+    pub fn last_answer(&self, messages: &[Message]) -> Result<EncodedConversation> {
         self.conversation_at(messages, false, None)
     }
 
@@ -103,7 +105,7 @@ impl Tokenizer {
         messages: &[Message],
         every_answer: bool,
         date: Option<DateTime>,
-    ) -> Result<Conversation> {
+    ) -> Result<EncodedConversation> {
         let template = self.template()?.at(date);
         encode(self, &template, messages, every_answer)
     }
@@ -116,7 +118,7 @@ pub(crate) fn encode_prompt(
     messages: &[Message],
 ) -> Result<Vec<u32>> {
     let spans = template.render(messages, true)?;
-    let mut writer = Writer::new(tokenizer);
+    let mut writer = ConversationEncoder::new(tokenizer);
     writer.prompt(&spans)?;
     Ok(writer.done.ids)
 }
@@ -128,7 +130,7 @@ pub(crate) fn encode(
     template: &ChatTemplate,
     messages: &[Message],
     every_answer: bool,
-) -> Result<Conversation> {
+) -> Result<EncodedConversation> {
     let spans = template.render(messages, false)?;
     let answers = rendered_answers(&spans, messages);
     let count = messages.iter().filter(|m| m.role == "assistant").count();
@@ -141,8 +143,8 @@ pub(crate) fn encode(
     if !answers.is_sorted_by_key(|answer| answer.message) {
         bail!("the chat template prints the answers in another order");
     }
-    let text: String = spans.iter().map(Span::text).collect();
-    let mut writer = Writer::new(tokenizer);
+    let text: String = spans.iter().map(RenderedSpan::text).collect();
+    let mut writer = ConversationEncoder::new(tokenizer);
     let mut at = 0;
     for (number, answer) in answers.iter().enumerate() {
         let is_last = number + 1 == count;
@@ -167,7 +169,7 @@ pub(crate) fn encode(
             let earlier = answers[..number].iter();
             let earlier = earlier.map(|answer| AnswerTokens::separate(answer.message));
             done.answers.splice(0..0, earlier);
-            done.difference = end.is_none().then(|| Difference {
+            done.difference = end.is_none().then(|| PromptDifference {
                 generation: difference(prompt, before, answer.earliest),
                 conversation: difference(before, prompt, answer.earliest),
             });
@@ -223,11 +225,11 @@ fn after_prompt(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     messages: &[Message],
-    all: &[Span],
+    all: &[RenderedSpan],
     answer: &RenderedAnswer,
-) -> Result<Conversation> {
+) -> Result<EncodedConversation> {
     let prompt = template.render(&messages[..answer.message], true)?;
-    let text: String = prompt.iter().map(Span::text).collect();
+    let text: String = prompt.iter().map(RenderedSpan::text).collect();
     let content = &messages[answer.message].content;
     let (spans, change) = match thinking_spans(answer.message, content) {
         None => (all[answer.spans.clone()].to_vec(), None),
@@ -236,12 +238,12 @@ fn after_prompt(
             (vec![said], (!is_blank).then_some(ThinkingChange::LeftOut))
         }
         Some([opening, inner, closing, said]) => {
-            let opening = Span::Template(not_opened(opening.text(), &text).to_owned());
+            let opening = RenderedSpan::Template(not_opened(opening.text(), &text).to_owned());
             let restored = answer.thinking_change(all, messages, &text);
             (vec![opening, inner, closing, said], restored)
         }
     };
-    let mut writer = Writer::new(tokenizer);
+    let mut writer = ConversationEncoder::new(tokenizer);
     writer.prompt(&prompt)?;
     writer.answer("", answer.message, &spans, messages)?;
     if let Some(answer) = writer.done.answers.last_mut() {
@@ -305,13 +307,13 @@ impl RenderedAnswer {
     /// How this answer's thinking is written after `prompt`. None if the template prints it.
     fn thinking_change(
         &self,
-        spans: &[Span],
+        spans: &[RenderedSpan],
         messages: &[Message],
         prompt: &str,
     ) -> Option<ThinkingChange> {
         let [_, inner, ..] = thinking_spans(self.message, &messages[self.message].content)?;
         let spans = spans[self.spans.clone()].iter();
-        let printed = spans.filter(|span| matches!(span, Span::Content { .. }));
+        let printed = spans.filter(|span| matches!(span, RenderedSpan::Content { .. }));
         if printed.count() > 1 || inner.text().trim().is_empty() {
             None
         } else if closes_thinking(prompt) {
@@ -323,12 +325,12 @@ impl RenderedAnswer {
 }
 
 /// Answers in a rendered conversation, in order.
-fn rendered_answers(spans: &[Span], messages: &[Message]) -> Vec<RenderedAnswer> {
+fn rendered_answers(spans: &[RenderedSpan], messages: &[Message]) -> Vec<RenderedAnswer> {
     let mut found: Vec<RenderedAnswer> = Vec::new();
     let (mut at, mut end_of_content, mut before) = (0, 0, None);
     for (index, span) in spans.iter().enumerate() {
         let end = at + span.text().len();
-        if let Span::Content { message, .. } = span {
+        if let RenderedSpan::Content { message, .. } = span {
             match found.last_mut() {
                 Some(last) if before == Some(*message) && last.message == *message => {
                     last.spans.end = index + 1;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 /// The small files of a model folder, each null where it is missing.
-pub(crate) struct Files {
+pub(crate) struct TokenizerFiles {
     tokenizer_config: Value,
     special_tokens_map: Value,
     generation_config: Value,
@@ -17,7 +17,7 @@ pub(crate) struct Files {
     pub chat_template: Option<String>,
 }
 
-impl Files {
+impl TokenizerFiles {
     /// # Errors
     /// If a file is there and cannot be read or is no JSON.
     pub(crate) fn read(dir: &Path) -> Result<Self> {

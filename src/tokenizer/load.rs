@@ -14,10 +14,10 @@ use crate::prompt::control_tokens::names_control;
 use crate::tokenizer::added;
 use crate::tokenizer::added::PlainAdded;
 use crate::tokenizer::chat_template::{TOKEN_VARIABLES, with_arguments};
-use crate::tokenizer::files::Files;
-use crate::tokenizer::pieces::Pieces;
+use crate::tokenizer::files::TokenizerFiles;
+use crate::tokenizer::pieces::PieceCache;
 use crate::tokenizer::source;
-use crate::tokenizer::source::Source;
+use crate::tokenizer::source::TokenizerJson;
 use crate::tokenizer::token_bytes::{TokenBytes, has_part};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 
@@ -66,8 +66,8 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         source => source.with_context(|| format!("reading {}", path.display()))?,
     };
     let is_none = || format!("{} is no tokenizer", path.display());
-    let mut tokenizer = Source::parse(&source).with_context(is_none)?;
-    let mut files = Files::read(dir)?;
+    let mut tokenizer = TokenizerJson::parse(&source).with_context(is_none)?;
+    let mut files = TokenizerFiles::read(dir)?;
     if let Some(source) = &mut files.chat_template {
         *source = with_arguments(source, arguments)?;
     }
@@ -76,7 +76,7 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
 
     added::complete(&mut tokenizer, &files);
     let control_ids = mark_control_tokens(&mut tokenizer, &files);
-    let Source { json, model } = tokenizer;
+    let TokenizerJson { json, model } = tokenizer;
     let build = |json: &Value, model| source::build(json, model).with_context(is_none);
     let continuing = without_prefix_space(&json);
     let continuing = continuing
@@ -158,7 +158,7 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         template,
         fingerprint,
         date: String::new(),
-        pieces: Pieces::new(&json),
+        pieces: PieceCache::new(&json),
         template_args: arguments.clone(),
     };
     // The eos token of a base model may differ from the end of turn in its template.
@@ -173,7 +173,7 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
 
 /// Declares every control token special and adds those that only the other files name. Returns the
 /// ids that it touched.
-fn mark_control_tokens(tokenizer: &mut Source, files: &Files) -> HashSet<u32> {
+fn mark_control_tokens(tokenizer: &mut TokenizerJson, files: &TokenizerFiles) -> HashSet<u32> {
     let named: HashSet<&str> = files.special_tokens().into_iter().collect();
     let stops: HashSet<u64> = files
         .eos_token_ids()

@@ -23,9 +23,11 @@ use tokenizers::AddedVocabulary;
 
 use crate::exit::Exit;
 use crate::prompt::message::Message;
-pub use crate::tokenizer::answer_tokens::{AnswerTokens, Conversation, Difference, ThinkingChange};
-use crate::tokenizer::chat_template::{ChatTemplate, Date};
-use crate::tokenizer::pieces::Pieces;
+pub use crate::tokenizer::answer_tokens::{
+    AnswerTokens, EncodedConversation, PromptDifference, ThinkingChange,
+};
+use crate::tokenizer::chat_template::{ChatTemplate, TemplateClock};
+use crate::tokenizer::pieces::PieceCache;
 use crate::tokenizer::token_bytes::TokenBytes;
 
 /// A tokenizer with its chat template.
@@ -64,12 +66,12 @@ pub struct Tokenizer {
     date: String,
     template_args: BTreeMap<String, Value>,
     /// None where texts must be encoded whole.
-    pieces: Option<Pieces>,
+    pieces: Option<PieceCache>,
 }
 
 /// Where a stretch of text stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum TextPosition {
     First,
     AfterControl,
     AfterText,
@@ -77,7 +79,7 @@ enum Place {
 
 impl Tokenizer {
     /// Sets the date that `strftime_now` returns in the chat template.
-    pub fn set_date(&mut self, date: Date) {
+    pub fn set_date(&mut self, date: TemplateClock) {
         self.date = date.name();
         if let Some(template) = &mut self.template {
             template.set_date(date);
@@ -86,7 +88,7 @@ impl Tokenizer {
 
     /// Makes `strftime_now` return the current local time.
     pub fn use_clock(&mut self) {
-        self.set_date(Date::Clock(|| jiff::Zoned::now().datetime()));
+        self.set_date(TemplateClock::Clock(|| jiff::Zoned::now().datetime()));
     }
 
     /// Default values of variables of the chat template.
@@ -104,7 +106,7 @@ impl Tokenizer {
     /// # Errors
     /// If the vocabulary holds a control token of a single character and the text contains it.
     pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_at(text, Place::First)
+        self.encode_at(text, TextPosition::First)
     }
 
     /// Renders a conversation as text.
@@ -131,12 +133,12 @@ impl Tokenizer {
     /// The bytes of a token. None for control tokens, for ids past the vocabulary, and for all
     /// tokens of a vocabulary that does not tell (WordPiece).
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
-        self.bytes.of_id(id)
+        self.bytes.get(id)
     }
 
     /// Bytes of a token, or the name of a control token, which a template may write inside an answer.
     pub fn spelling(&self, id: u32) -> Option<Cow<'_, [u8]>> {
-        match self.bytes.of_id(id) {
+        match self.bytes.get(id) {
             Some(bytes) => Some(Cow::Borrowed(bytes)),
             None if self.is_special(id) && self.tells_bytes() => {
                 Some(Cow::Owned(self.token_name(id).into_bytes()))
@@ -168,7 +170,7 @@ impl Tokenizer {
 
     /// The token with exactly these bytes.
     pub fn id_of_bytes(&self, bytes: &[u8]) -> Option<u32> {
-        self.bytes.id_of(bytes)
+        self.bytes.find_id(bytes)
     }
 
     /// The control token of this name.
@@ -181,7 +183,7 @@ impl Tokenizer {
     /// The token that the encoding of `bytes`, as text that goes on, starts with.
     pub fn first_id_of(&self, bytes: &[u8]) -> Option<u32> {
         let text = std::str::from_utf8(bytes).ok()?;
-        let ids = self.encode_at(text, Place::AfterText).ok()?;
+        let ids = self.encode_at(text, TextPosition::AfterText).ok()?;
         let first = *ids.first()?;
         // Only a token that `bytes` begins with is implied by them.
         let spelled = self.token_bytes(first)?;
@@ -255,7 +257,7 @@ impl Tokenizer {
         })
     }
 
-    fn encode_at(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+    fn encode_at(&self, text: &str, place: TextPosition) -> Result<Vec<u32>> {
         // The library itself finds added tokens in a text that it encodes unchanged.
         let is_cut = self.pieces.is_some() || self.continues(place);
         if !is_cut || !self.may_hold_added(text) {
@@ -277,20 +279,20 @@ impl Tokenizer {
     }
 
     /// Returns true if text at this place is encoded without the prefix space.
-    fn continues(&self, place: Place) -> bool {
+    fn continues(&self, place: TextPosition) -> bool {
         let has_space = match place {
-            Place::First => true,
-            Place::AfterControl => self.space_after_control,
-            Place::AfterText => false,
+            TextPosition::First => true,
+            TextPosition::AfterControl => self.space_after_control,
+            TextPosition::AfterText => false,
         };
         self.continuing.is_some() && !has_space
     }
 
     /// Place of the text that follows these ids.
-    fn place_after(&self, ids: &[u32]) -> Place {
+    fn place_after(&self, ids: &[u32]) -> TextPosition {
         match ids.last() {
-            Some(id) if self.spacing.contains(id) => Place::AfterControl,
-            _ => Place::AfterText,
+            Some(id) if self.spacing.contains(id) => TextPosition::AfterControl,
+            _ => TextPosition::AfterText,
         }
     }
 
@@ -301,7 +303,7 @@ impl Tokenizer {
     }
 
     /// Finds `plain_added` in a text: byte ranges and ids.
-    fn find_added(&self, text: &str, place: Place) -> Vec<(Range<usize>, u32)> {
+    fn find_added(&self, text: &str, place: TextPosition) -> Vec<(Range<usize>, u32)> {
         let vocabulary = self.text.get_added_vocabulary();
         let mut found = added::find(vocabulary, self.text.get_normalizer(), text);
         // Some match only after a space, and here the normalizer prepended it.
@@ -321,7 +323,7 @@ impl Tokenizer {
     }
 
     /// Encodes a text that contains none of `plain_added`.
-    fn encode_stretch(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+    fn encode_stretch(&self, text: &str, place: TextPosition) -> Result<Vec<u32>> {
         if text.is_empty() {
             return Ok(Vec::new());
         }
@@ -332,7 +334,7 @@ impl Tokenizer {
         }
     }
 
-    fn encode_whole(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+    fn encode_whole(&self, text: &str, place: TextPosition) -> Result<Vec<u32>> {
         let tokenizer = match &self.continuing {
             Some(continuing) if self.continues(place) => continuing,
             _ => &self.text,
@@ -352,7 +354,7 @@ impl Tokenizer {
     fn encode_around(
         &self,
         text: &str,
-        place: Place,
+        place: TextPosition,
         special: u32,
         ids: &[u32],
     ) -> Result<Vec<u32>> {
@@ -362,7 +364,7 @@ impl Tokenizer {
             Some(at) if first > 0 && first < name.len() => {
                 let (left, right) = text.split_at(at + first);
                 let mut ids = self.encode_at(left, place)?;
-                ids.extend(self.encode_at(right, Place::AfterText)?);
+                ids.extend(self.encode_at(right, TextPosition::AfterText)?);
                 Ok(ids)
             }
             // The unknown token stands for characters that the vocabulary lacks.

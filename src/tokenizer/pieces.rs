@@ -25,9 +25,9 @@ const SPLITS: [&str; 2] = [
 
 /// The ids of pieces met before.
 #[derive(Debug, Default)]
-pub(crate) struct Pieces(RwLock<HashMap<Box<str>, Box<[u32]>, FixedState>>);
+pub(crate) struct PieceCache(RwLock<HashMap<Box<str>, Box<[u32]>, FixedState>>);
 
-impl Pieces {
+impl PieceCache {
     /// None where `tokenizer`, a parsed `tokenizer.json`, may make one token of what stands on both
     /// sides of a cut.
     pub(crate) fn new(tokenizer: &Value) -> Option<Self> {

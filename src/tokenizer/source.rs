@@ -19,7 +19,7 @@ use tokenizers::{AddedToken, Model, ModelWrapper};
 const REMEMBERED: usize = 1 << 16;
 
 /// A parsed `tokenizer.json`.
-pub(crate) struct Source {
+pub(crate) struct TokenizerJson {
     /// All of the file, with the model's settings alone under `model`.
     pub json: Value,
     pub model: ModelWrapper,
@@ -45,13 +45,13 @@ type Fields<'a> = HashMap<Cow<'a, str>, &'a RawValue>;
 
 /// A token of `added_tokens`.
 #[derive(Deserialize)]
-struct Added {
+struct AddedTokenEntry {
     id: u32,
     #[serde(flatten)]
     token: AddedToken,
 }
 
-impl Source {
+impl TokenizerJson {
     /// Parses `text`, the content of a `tokenizer.json`.
     ///
     /// # Errors
@@ -84,14 +84,14 @@ impl Source {
     }
 }
 
-/// The tokenizer that `json`, as [`Source::json`], describes, with this model.
+/// The tokenizer that `json`, as [`TokenizerJson::json`], describes, with this model.
 ///
 /// # Errors
 /// If a part of it is unknown.
 pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tokenizer> {
     let mut json = json.clone();
     // Their ids depend on the model.
-    let added: Option<Vec<Added>> =
+    let added: Option<Vec<AddedTokenEntry>> =
         serde_json::from_value(json["added_tokens"].take()).context("in its added_tokens")?;
     let added = added.unwrap_or_default();
     json["added_tokens"] = json!([]);
@@ -100,7 +100,7 @@ pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tok
     tokenizer.with_model(model);
     let tokens = added.iter().map(|added| added.token.clone());
     tokenizer.add_tokens(tokens).map_err(|e| anyhow!(e))?;
-    for Added { id, token } in &added {
+    for AddedTokenEntry { id, token } in &added {
         if let Some(other) = tokenizer
             .token_to_id(&token.content)
             .filter(|found| found != id)

@@ -21,8 +21,8 @@ enum Alphabet {
 /// The bytes of all tokens, both ways. Control tokens have none.
 #[derive(Debug, Default)]
 pub(crate) struct TokenBytes {
-    of_id: Vec<Option<Box<[u8]>>>,
-    id_of: HashMap<Box<[u8]>, u32>,
+    by_id: Vec<Option<Box<[u8]>>>,
+    by_bytes: HashMap<Box<[u8]>, u32>,
 }
 
 impl TokenBytes {
@@ -67,27 +67,27 @@ impl TokenBytes {
         let mut all = Self::default();
         for (id, bytes, _) in tokens {
             let at = id as usize;
-            if at >= all.of_id.len() {
-                all.of_id.resize(at + 1, None);
+            if at >= all.by_id.len() {
+                all.by_id.resize(at + 1, None);
             }
             if !bytes.is_empty() {
-                all.id_of.entry(bytes.clone()).or_insert(id);
+                all.by_bytes.entry(bytes.clone()).or_insert(id);
             }
-            all.of_id[at] = Some(bytes);
+            all.by_id[at] = Some(bytes);
         }
         all
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.of_id.is_empty()
+        self.by_id.is_empty()
     }
 
-    pub(crate) fn of_id(&self, id: u32) -> Option<&[u8]> {
-        self.of_id.get(id as usize)?.as_deref()
+    pub(crate) fn get(&self, id: u32) -> Option<&[u8]> {
+        self.by_id.get(id as usize)?.as_deref()
     }
 
-    pub(crate) fn id_of(&self, bytes: &[u8]) -> Option<u32> {
-        self.id_of.get(bytes).copied()
+    pub(crate) fn find_id(&self, bytes: &[u8]) -> Option<u32> {
+        self.by_bytes.get(bytes).copied()
     }
 }
 

@@ -5,32 +5,32 @@ use std::ops::Range;
 use anyhow::Result;
 
 use crate::prompt::message::Message;
-use crate::tokenizer::answer_tokens::{AnswerTokens, Conversation};
-use crate::tokenizer::chat_template::{Span, answer_start};
-use crate::tokenizer::{Place, Tokenizer, added};
+use crate::tokenizer::answer_tokens::{AnswerTokens, EncodedConversation};
+use crate::tokenizer::chat_template::{RenderedSpan, answer_start};
+use crate::tokenizer::{TextPosition, Tokenizer, added};
 
 /// Bytes behind a cut that matter to it: more than a token has. Before it, all do: runs of one character are tokens
 /// by their length.
 const NEAR: usize = 64;
 
 /// A conversation being encoded.
-pub(crate) struct Writer<'a> {
+pub(crate) struct ConversationEncoder<'a> {
     tokenizer: &'a Tokenizer,
-    pub done: Conversation,
+    pub done: EncodedConversation,
     /// Text not yet encoded, and where it stands.
     run: String,
-    place: Place,
+    place: TextPosition,
     /// Has the last answer's end of turn still to come?
     open: bool,
 }
 
-impl<'a> Writer<'a> {
+impl<'a> ConversationEncoder<'a> {
     pub(crate) fn new(tokenizer: &'a Tokenizer) -> Self {
         Self {
             tokenizer,
-            done: Conversation::default(),
+            done: EncodedConversation::default(),
             run: String::new(),
-            place: Place::First,
+            place: TextPosition::First,
             open: false,
         }
     }
@@ -46,27 +46,27 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes spans and encodes the pending text.
-    pub(crate) fn prompt(&mut self, spans: &[Span]) -> Result<()> {
+    pub(crate) fn prompt(&mut self, spans: &[RenderedSpan]) -> Result<()> {
         self.spans(spans)?;
         self.flush()
     }
 
-    fn spans(&mut self, spans: &[Span]) -> Result<()> {
+    fn spans(&mut self, spans: &[RenderedSpan]) -> Result<()> {
         for span in spans {
             match span {
-                Span::Template(text) => self.template(text)?,
-                Span::Content { text, .. } => self.run.push_str(text),
+                RenderedSpan::Template(text) => self.template(text)?,
+                RenderedSpan::Content { text, .. } => self.run.push_str(text),
             }
         }
         Ok(())
     }
 
     /// Writes the spans before an answer without their end `lead`, which belongs to the answer.
-    pub(crate) fn before_answer(&mut self, spans: &[Span], lead: &str) -> Result<()> {
+    pub(crate) fn before_answer(&mut self, spans: &[RenderedSpan], lead: &str) -> Result<()> {
         match spans.split_last() {
-            Some((Span::Template(last), others)) => {
+            Some((RenderedSpan::Template(last), others)) => {
                 let kept = last.strip_suffix(lead).unwrap_or(last);
-                self.spans(&[others, &[Span::Template(kept.to_owned())]].concat())
+                self.spans(&[others, &[RenderedSpan::Template(kept.to_owned())]].concat())
             }
             _ => self.spans(spans),
         }
@@ -81,11 +81,11 @@ impl<'a> Writer<'a> {
             .map_or(following.len(), |found| found.0.start);
         let following = first_bytes(&following[..next_control]);
         Ok(self.may_cut(&self.run, self.place, first_bytes(answer))?
-            && self.may_cut(answer, Place::AfterText, following)?)
+            && self.may_cut(answer, TextPosition::AfterText, following)?)
     }
 
     /// Are the tokens of two texts those of both together?
-    fn may_cut(&self, left: &str, place: Place, right: &str) -> Result<bool> {
+    fn may_cut(&self, left: &str, place: TextPosition, right: &str) -> Result<bool> {
         if left.is_empty() || right.is_empty() {
             return Ok(true);
         }
@@ -105,7 +105,7 @@ impl<'a> Writer<'a> {
             self.run.push_str(&text[at..range.start]);
             self.flush()?;
             self.done.ids.push(id);
-            self.place = Place::AfterControl;
+            self.place = TextPosition::AfterControl;
             at = range.end;
             if self.open && Some(number) == end_of_turn {
                 self.open = false;
@@ -124,19 +124,19 @@ impl<'a> Writer<'a> {
         &mut self,
         lead: &str,
         message: usize,
-        spans: &[Span],
+        spans: &[RenderedSpan],
         messages: &[Message],
     ) -> Result<()> {
         self.open = false;
         let start = self.done.ids.len();
-        self.prompt(&[&[Span::Template(lead.to_owned())], spans].concat())?;
+        self.prompt(&[&[RenderedSpan::Template(lead.to_owned())], spans].concat())?;
         let tokens = start..self.done.ids.len();
         let content = &messages[message].content;
         let written: String = [lead]
             .into_iter()
-            .chain(spans.iter().map(Span::text))
+            .chain(spans.iter().map(RenderedSpan::text))
             .collect();
-        let last = spans.last().map_or("", Span::text);
+        let last = spans.last().map_or("", RenderedSpan::text);
         let text = kept(content, &written, last);
         let first_of = |bytes| first_of_last(self.tokenizer, &self.done.ids, &tokens, bytes);
         self.done.answers.push(AnswerTokens {

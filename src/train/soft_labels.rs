@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 use super::loss::divergence::Divergence;
 use crate::config::{Config, Kd, Loss};
 use crate::data::logprob_check::Agreement;
-use crate::data::report::{NO_LOGPROBS, Report, by_reason};
+use crate::data::report::{DataReport, NO_LOGPROBS, by_reason};
 use crate::exit::Exit;
 use crate::terminal::format_count;
 use crate::tokenizer::Tokenizer;
@@ -67,7 +67,12 @@ fn term(settings: &Loss, divergence: Divergence, default_weight: f32) -> SoftTer
 /// # Errors
 /// [`Exit::Usage`] where the logprobs are not those of the answers, or do not allow what the settings
 /// want; not with `force`.
-pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -> Result<Choice> {
+pub fn choose(
+    settings: &Loss,
+    report: &DataReport,
+    end: Option<u32>,
+    force: bool,
+) -> Result<Choice> {
     let of = |divergence| term(settings, divergence, default_weight(divergence));
     let terms = Divergence::of(settings).map(|both| both.map(of));
     let is_listed = !report.misses_ends();
@@ -114,7 +119,7 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
             format_count(report.ends)
         ));
     }
-    if let Some(broken) = report.gate.broken() {
+    if let Some(broken) = report.logprob_check.broken() {
         refuse(format!(
             "the teacher's logprobs do not belong to its answers: {}. They may be one position off, or \
              of another text. `loss.kd = \"none\"` trains on the answers alone; --force trains on them as \
@@ -122,9 +127,9 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
             told(&broken)
         ))?;
     }
-    let (exact, all) = (report.exact, report.with_soft_labels);
-    let too_sharp = report.gate.is_too_sharp();
-    let misses_tail = report.gate.misses_tail();
+    let (exact, all) = (report.exact_samples, report.with_soft_labels);
+    let too_sharp = report.logprob_check.is_too_sharp();
+    let misses_tail = report.logprob_check.misses_tail();
     let name = settings.kd.name();
     match settings.kd {
         Kd::Auto if too_sharp => {
@@ -132,14 +137,14 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since the answers were sampled more sharply than their \
                  logprobs tell: {}",
-                told(&report.gate.exact)
+                told(&report.logprob_check.exact)
             ));
         }
         Kd::Auto if misses_tail => {
             choice.terms = Some([of_any; 2]);
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since tokens outside the top-k are missing: {}",
-                tail_of(&report.gate.in_top_k)
+                tail_of(&report.logprob_check.in_top_k)
             ));
         }
         Kd::Auto if exact == 0 => {
@@ -171,13 +176,13 @@ pub fn choose(settings: &Loss, report: &Report, end: Option<u32>, force: bool) -
         Kd::Unbiased | Kd::Damped if too_sharp => refuse(format!(
             "loss.kd = \"{name}\" needs answers that were sampled as their logprobs tell, and these \
              were sampled more sharply: {}. Set it to \"tail\"",
-            told(&report.gate.exact)
+            told(&report.logprob_check.exact)
         ))?,
         Kd::Unbiased | Kd::Damped if misses_tail => refuse(format!(
             "loss.kd = \"{name}\" needs answers with tokens from outside the top-k, and these are missing: {}. \
              The server truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of \
              another one. Set loss.kd to \"tail\"",
-            tail_of(&report.gate.in_top_k)
+            tail_of(&report.logprob_check.in_top_k)
         ))?,
         _ => {}
     }
@@ -221,13 +226,13 @@ pub fn dense(settings: &Loss) -> Choice {
 
 impl Choice {
     /// The loss in words, for data that `report` counts.
-    pub fn loss(&self, report: &Report, is_dense: bool) -> String {
+    pub fn loss(&self, report: &DataReport, is_dense: bool) -> String {
         let has_none = !is_dense && report.soft_positions == 0;
         let Some([of_any, of_exact]) = self.terms.filter(|_| !has_none) else {
             return "cross-entropy on the answers".into();
         };
-        let others = report.with_soft_labels - report.exact;
-        let terms = match (report.exact, others) {
+        let others = report.with_soft_labels - report.exact_samples;
+        let terms = match (report.exact_samples, others) {
             _ if is_dense && is_full(of_any.divergence) => format!("KL, weight {}", of_any.weight),
             _ if of_any == of_exact => of_any.to_string(),
             (_, 0) => of_exact.to_string(),

@@ -11,8 +11,8 @@ fn group(endpoint: &str, model: &str, temperature: f64) -> Group {
     }
 }
 
-fn candidate(group: &Group, key: &str, cut_at: u32) -> Candidate {
-    Candidate::new(group.clone(), key, cut_at)
+fn candidate(group: &Group, key: &str, cut_at: u32) -> RecordIdentity {
+    RecordIdentity::new(group.clone(), key, cut_at)
 }
 
 /// A group, the same under the name of its teacher, and the same of a mock.
@@ -33,16 +33,16 @@ fn variants() -> [Group; 3] {
 fn answers_of_the_config_are_told_from_others() {
     let request =
         json!({"model": "m", "temperature": 1.0, "seed": 7, "max_tokens": 5, "messages": []});
-    let asked = |rows: Option<Rows>| {
-        Selection::Asked(Asked {
+    let asked = |rows: Option<PlannedRows>| {
+        Selection::Config(ConfigSelection {
             rows,
-            teachers: vec![Teacher::new("mine", "http://a/v1", &request)],
+            teachers: vec![TeacherIdentity::new("mine", "http://a/v1", &request)],
         })
     };
     let [ours, other] = ["1", "2"].map(|digit| digit.repeat(64));
     let [answered, open] = ["1", "5"].map(|digit| digit.repeat(64));
     let [answered, open] = [answered, open].map(|key| question::fingerprint(&key));
-    let known = asked(Some(Rows {
+    let known = asked(Some(PlannedRows {
         keys: Keys::from_iter([crate::cache::fingerprint::fingerprint(&ours)]),
         answered: Keys::from_iter([answered]),
         questions: Keys::from_iter([answered, open]),
@@ -57,16 +57,16 @@ fn answers_of_the_config_are_told_from_others() {
         (&plain, &ours, 0, Ok(())),
         // Taken over by `cache adopt`.
         (&elsewhere, &ours, 0, Ok(())),
-        (&mock, &ours, 0, Err(Difference::Mock)),
-        (&plain, &second, 0, Err(Difference::Duplicate)),
-        (&plain, &second, 16, Err(Difference::Duplicate)),
-        (&elsewhere, &cut, 0, Err(Difference::Adoptable)),
-        (&plain, &other, 0, Err(Difference::Question)),
-        (&named, &other, 0, Err(Difference::Question)),
-        (&named, &cut, 16, Err(Difference::Truncated)),
-        (&elsewhere, &other, 0, Err(Difference::Endpoint)),
-        (&model, &other, 0, Err(Difference::Model)),
-        (&cooler, &other, 0, Err(Difference::Sampling)),
+        (&mock, &ours, 0, Err(ExclusionReason::Mock)),
+        (&plain, &second, 0, Err(ExclusionReason::Duplicate)),
+        (&plain, &second, 16, Err(ExclusionReason::Duplicate)),
+        (&elsewhere, &cut, 0, Err(ExclusionReason::Adoptable)),
+        (&plain, &other, 0, Err(ExclusionReason::Question)),
+        (&named, &other, 0, Err(ExclusionReason::Question)),
+        (&named, &cut, 16, Err(ExclusionReason::Truncated)),
+        (&elsewhere, &other, 0, Err(ExclusionReason::Endpoint)),
+        (&model, &other, 0, Err(ExclusionReason::Model)),
+        (&cooler, &other, 0, Err(ExclusionReason::Sampling)),
     ];
     for (group, key, cut_at, expected) in cases {
         let found = known.check(&candidate(group, key, cut_at));
@@ -76,7 +76,7 @@ fn answers_of_the_config_are_told_from_others() {
     let unknown = asked(None);
     assert_eq!(unknown.check(&candidate(&named, &other, 0)), Ok(()));
     let found = unknown.check(&candidate(&model, &other, 0));
-    assert_eq!(found, Err(Difference::Model));
+    assert_eq!(found, Err(ExclusionReason::Model));
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn groups_are_named_by_id_model_endpoint_and_teacher() {
     assert!(is_in("mock", &mock) && is_in(&mock.id(), &mock) && !is_in(&plain.id(), &mock));
     assert!(!is_in("m", &mock) && !is_in("http://a/v1", &mock));
     let all = |group| Selection::All.check(&candidate(group, "", 0));
-    assert_eq!(all(&mock), Err(Difference::Mock));
+    assert_eq!(all(&mock), Err(ExclusionReason::Mock));
     assert_eq!(all(&named), Ok(()));
 }
 

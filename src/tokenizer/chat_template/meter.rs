@@ -104,7 +104,7 @@ const TESTS: &[&str] = &[
 ];
 
 /// What a rendering may still handle.
-struct Meter {
+struct CostMeter {
     left: usize,
     largest: usize,
 }
@@ -272,7 +272,7 @@ fn cost(name: &str, value: &Value, options: &[Value]) -> Result<usize, Error> {
 /// Takes `bytes` from what is left.
 fn charge(state: &mut State, bytes: usize) -> Result<(), Error> {
     let input = state.lookup(INPUT).and_then(|v| v.as_usize()).unwrap_or(0);
-    let meter = state.get_or_insert_extension_with(|| Meter {
+    let meter = state.get_or_insert_extension_with(|| CostMeter {
         left: ALLOWANCE + ALLOWANCE_PER_BYTE * input,
         largest: LARGEST_VALUE + LARGEST_VALUE_PER_BYTE * input,
     });
@@ -287,7 +287,7 @@ fn charge(state: &mut State, bytes: usize) -> Result<(), Error> {
 fn receive(state: &mut State, value: Value) -> Result<Value, Error> {
     let size = shallow(&value);
     charge(state, size)?;
-    match state.get_extension::<Meter>() {
+    match state.get_extension::<CostMeter>() {
         Some(meter) if size > meter.largest => Err(refusal("it makes too large a value")),
         _ => Ok(value),
     }

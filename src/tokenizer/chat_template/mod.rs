@@ -84,7 +84,7 @@ fn literal(value: &serde_json::Value) -> String {
 
 /// A piece of a rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Span {
+pub enum RenderedSpan {
     /// Text of the template itself, where control tokens are control tokens.
     Template(String),
     /// Content of message number `message`, possibly stripped. An answer with thinking may have two spans:
@@ -92,10 +92,10 @@ pub enum Span {
     Content { message: usize, text: String },
 }
 
-impl Span {
+impl RenderedSpan {
     pub fn text(&self) -> &str {
         match self {
-            Span::Template(text) | Span::Content { text, .. } => text,
+            RenderedSpan::Template(text) | RenderedSpan::Content { text, .. } => text,
         }
     }
 }
@@ -113,30 +113,30 @@ pub const TOKEN_VARIABLES: [&str; 7] = [
 
 /// Date that `strftime_now` returns.
 #[derive(Debug, Clone, Copy)]
-pub enum Date {
+pub enum TemplateClock {
     Fixed(DateTime),
-    /// See [`ChatTemplate::at`], as for [`Date::Record`].
+    /// See [`ChatTemplate::at`], as for [`TemplateClock::Record`].
     Clock(fn() -> DateTime),
     /// That of each record.
     Record,
 }
 
-impl From<TemplateDate> for Date {
+impl From<TemplateDate> for TemplateClock {
     fn from(date: TemplateDate) -> Self {
         match date {
-            TemplateDate::Fixed(date) => Date::Fixed(date.into()),
-            TemplateDate::Record => Date::Record,
+            TemplateDate::Fixed(date) => TemplateClock::Fixed(date.into()),
+            TemplateDate::Record => TemplateClock::Record,
         }
     }
 }
 
-impl Date {
+impl TemplateClock {
     /// Distinguishes dates that render other texts. The clock has none: its texts differ by themselves.
     pub fn name(self) -> String {
         match self {
-            Date::Fixed(date) => date.to_string(),
-            Date::Record => "record".into(),
-            Date::Clock(_) => String::new(),
+            TemplateClock::Fixed(date) => date.to_string(),
+            TemplateClock::Record => "record".into(),
+            TemplateClock::Clock(_) => String::new(),
         }
     }
 }
@@ -147,7 +147,7 @@ pub struct ChatTemplate {
     source: Arc<str>,
     /// Special tokens by variable name, such as `bos_token`.
     tokens: Vec<(&'static str, String)>,
-    date: Option<Date>,
+    date: Option<TemplateClock>,
 }
 
 impl ChatTemplate {
@@ -175,19 +175,19 @@ impl ChatTemplate {
     }
 
     /// Sets the date that `strftime_now` returns; a template that calls it fails without one.
-    pub fn set_date(&mut self, date: Date) {
+    pub fn set_date(&mut self, date: TemplateClock) {
         self.date = Some(date);
     }
 
     /// The template with the date of a conversation: that of its record, or of the clock, which is read once.
     pub fn at(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
         let date = match (self.date, date) {
-            (Some(Date::Record), Some(date)) => date,
-            (Some(Date::Clock(now)), _) => now(),
+            (Some(TemplateClock::Record), Some(date)) => date,
+            (Some(TemplateClock::Clock(now)), _) => now(),
             _ => return Cow::Borrowed(self),
         };
         Cow::Owned(ChatTemplate {
-            date: Some(Date::Fixed(date)),
+            date: Some(TemplateClock::Fixed(date)),
             ..self.clone()
         })
     }
@@ -215,7 +215,7 @@ impl ChatTemplate {
             messages.len(),
             input,
             match self.date {
-                Some(Date::Fixed(date)) => Some(date),
+                Some(TemplateClock::Fixed(date)) => Some(date),
                 _ => None,
             },
         )
@@ -227,7 +227,11 @@ impl ChatTemplate {
     /// # Errors
     /// As there; and if the template does something to a content that cannot be followed, such as
     /// writing it in capitals.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<Span>> {
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<Vec<RenderedSpan>> {
         let real = self.render_text(messages, add_generation_prompt)?;
         let marker = marker(messages);
         // A template may leave out an empty message, which a marker would hide: so the second try
@@ -295,7 +299,7 @@ fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
     };
     let tag = |text: &'a str| ContentPart { text, is_tag: true };
     match thinking(content).filter(|_| role == "assistant") {
-        Some(Thinking { inner, answer }) => vec![
+        Some(ThinkingBlock { inner, answer }) => vec![
             tag(&content[..inner.start]),
             text(&content[inner.clone()]),
             tag(&content[inner.end..answer]),
@@ -306,7 +310,7 @@ fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
 }
 
 /// Thinking at the beginning of a message.
-struct Thinking {
+struct ThinkingBlock {
     /// Byte range without line breaks at both ends.
     inner: Range<usize>,
     /// First byte of the answer.
@@ -315,7 +319,7 @@ struct Thinking {
 
 /// Finds thinking between its tags, or without the opening one, as a model writes it after a prompt that ends with that,
 /// or without the closing one, where it was cut off.
-fn thinking(content: &str) -> Option<Thinking> {
+fn thinking(content: &str) -> Option<ThinkingBlock> {
     let (open, close) = THINKING;
     let trimmed = content.trim_start();
     let opened = trimmed.strip_prefix(open);
@@ -337,7 +341,7 @@ fn thinking(content: &str) -> Option<Thinking> {
     let before = opened.map_or(0, |_| open.len()) + content.len() - trimmed.len();
     let start = before + inside.len() - inside.trim_start_matches(breaks).len();
     let inner = inside.trim_matches(breaks);
-    Some(Thinking {
+    Some(ThinkingBlock {
         inner: start..start + inner.len(),
         answer: content.len() - rest.trim_start().len(),
     })
@@ -349,14 +353,14 @@ pub fn answer_start(content: &str) -> usize {
 }
 
 /// An answer that begins with thinking, as a model writes it: two tags, and two contents. None for any other message.
-pub fn thinking_spans(message: usize, content: &str) -> Option<[Span; 4]> {
+pub fn thinking_spans(message: usize, content: &str) -> Option<[RenderedSpan; 4]> {
     let parts = parts_of("assistant", content);
     let spans = parts.into_iter().map(|part| {
         let text = part.text.to_owned();
         if part.is_tag {
-            Span::Template(text)
+            RenderedSpan::Template(text)
         } else {
-            Span::Content { message, text }
+            RenderedSpan::Content { message, text }
         }
     });
     spans.collect::<Vec<_>>().try_into().ok()
@@ -364,7 +368,12 @@ pub fn thinking_spans(message: usize, content: &str) -> Option<[Span; 4]> {
 
 /// Splits `real` at the markers in `marked`, which are indices into `parts` (message number and text). Returns
 /// None if the two renderings differ.
-fn follow(real: &str, marked: &str, marker: &str, parts: &[(usize, &str)]) -> Option<Vec<Span>> {
+fn follow(
+    real: &str,
+    marked: &str,
+    marker: &str,
+    parts: &[(usize, &str)],
+) -> Option<Vec<RenderedSpan>> {
     let mut pieces = marked.split(marker);
     let first = pieces.next().unwrap_or_default();
     let mut rest = real.strip_prefix(first)?;
@@ -379,7 +388,7 @@ fn follow(real: &str, marked: &str, marker: &str, parts: &[(usize, &str)]) -> Op
             let after = rest.strip_prefix(form)?.strip_prefix(template)?;
             (!last || after.is_empty()).then_some((form, after))
         })?;
-        spans.push(Span::Content {
+        spans.push(RenderedSpan::Content {
             message,
             text: text.into(),
         });
@@ -389,9 +398,9 @@ fn follow(real: &str, marked: &str, marker: &str, parts: &[(usize, &str)]) -> Op
     rest.is_empty().then_some(spans)
 }
 
-fn push_template(spans: &mut Vec<Span>, text: &str) {
+fn push_template(spans: &mut Vec<RenderedSpan>, text: &str) {
     if !text.is_empty() {
-        spans.push(Span::Template(text.into()));
+        spans.push(RenderedSpan::Template(text.into()));
     }
 }
 

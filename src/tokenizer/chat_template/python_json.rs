@@ -27,7 +27,7 @@ pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
             ": ".into(),
         ),
     };
-    let mut python = Python {
+    let mut python = PythonFormatter {
         item,
         key,
         indent,
@@ -58,7 +58,7 @@ fn invalid(message: &str) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.to_owned())
 }
 
-struct Python {
+struct PythonFormatter {
     /// Between items, and between a key and its value.
     item: String,
     key: String,
@@ -69,7 +69,7 @@ struct Python {
     ensure_ascii: bool,
 }
 
-impl Python {
+impl PythonFormatter {
     fn open<W: ?Sized + Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
         self.depth += 1;
         self.empty = true;
@@ -101,7 +101,7 @@ impl Python {
     }
 }
 
-impl Formatter for &mut Python {
+impl Formatter for &mut PythonFormatter {
     fn begin_array<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
         self.open(writer, b"[")
     }

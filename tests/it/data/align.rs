@@ -5,7 +5,7 @@ use std::time::Instant;
 use distill::cache::encoding::RawToken;
 use distill::cache::record::Logprobs;
 use distill::data::align::aligned::{Aligned, Chunk};
-use distill::data::align::{Mapper, Mismatch, groups};
+use distill::data::align::{Mapper, Mismatch, common_groups};
 use distill::tokenizer::Tokenizer;
 
 use super::{FOLDERS, ask, tokenizer};
@@ -215,7 +215,7 @@ fn groups_are_cut_at_common_boundaries() {
         (&[2, 4], &[2], vec![(0..1, 0..1)]),
     ];
     for (teacher, student, expected) in cases {
-        assert_eq!(groups(teacher, student), expected);
+        assert_eq!(common_groups(teacher, student), expected);
     }
 }
 
@@ -282,7 +282,9 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     assert!((first.logprobs[1].exp() - 0.3).abs() < 1e-6);
     let third = soft[at(" is")].as_ref().unwrap();
     assert_eq!(third.ids, tokenizer.encode_text(" was").unwrap()[..1]);
-    let drawn: Vec<Option<f32>> = (0..ids.len()).map(|at| aligned.drawn(at)).collect();
+    let drawn: Vec<Option<f32>> = (0..ids.len())
+        .map(|at| aligned.sampled_logprob(at))
+        .collect();
     assert_eq!(drawn[at(" is")], Some(fifth));
     assert_eq!(drawn[at("The")], None);
     // " ans" + "wer" are one token of the student's

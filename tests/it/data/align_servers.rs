@@ -19,7 +19,7 @@ fn top_k_is_decided_by_rank() {
             .align(&(&teacher).into(), b"T", 0..1, &ids, Some(asked))
             .unwrap();
         (
-            aligned.drawn(0),
+            aligned.sampled_logprob(0),
             soft_labels(&aligned)[0].clone().unwrap().ids.len(),
         )
     };

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use distill::tokenizer::chat_template::{ChatTemplate, Date, Span, with_arguments};
+use distill::tokenizer::chat_template::{
+    ChatTemplate, RenderedSpan, TemplateClock, with_arguments,
+};
 use serde_json::json;
 
 use super::{ask, golden, messages};
@@ -28,7 +30,9 @@ fn templates_render_as_in_transformers() {
                 let joined: String = spans
                     .iter()
                     .map(|span| match span {
-                        Span::Template(text) | Span::Content { text, .. } => text.as_str(),
+                        RenderedSpan::Template(text) | RenderedSpan::Content { text, .. } => {
+                            text.as_str()
+                        }
                     })
                     .collect();
                 assert_eq!(joined, text, "{name}");
@@ -49,11 +53,11 @@ fn template_text_and_content_are_told_apart() {
         "",
         "",
     );
-    let content = |message, text: &str| Span::Content {
+    let content = |message, text: &str| RenderedSpan::Content {
         message,
         text: text.into(),
     };
-    let text = |text: &str| Span::Template(text.into());
+    let text = |text: &str| RenderedSpan::Template(text.into());
     assert_eq!(
         template.render(&ask(" <end> ", "user"), false).unwrap(),
         [
@@ -130,7 +134,7 @@ fn strftime_now_returns_the_configured_date() {
     let mut template = ChatTemplate::new("{{ strftime_now('%d %b %Y') }}", "", "");
     let error = template.render_text(&[], true).unwrap_err().to_string();
     assert!(error.contains("student.template_date"), "{error}");
-    template.set_date(Date::Fixed(jiff::civil::date(2026, 1, 31).into()));
+    template.set_date(TemplateClock::Fixed(jiff::civil::date(2026, 1, 31).into()));
     assert_eq!(template.render_text(&[], true).unwrap(), "31 Jan 2026");
 }
 

@@ -6,10 +6,10 @@ use distill::cache::record::{Record, Timing};
 use distill::config::{Config, TemplateDate, Thinking};
 use distill::data::dataset;
 use distill::data::groups::Selection;
-use distill::data::report::Report;
+use distill::data::report::DataReport;
 use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
-use distill::tokenizer::chat_template::Date;
+use distill::tokenizer::chat_template::TemplateClock;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -177,7 +177,7 @@ fn examples(
     template: &str,
     rows: &[Vec<Message>],
     set: impl Fn(&mut Config),
-) -> (Report, BTreeMap<String, Vec<String>>) {
+) -> (DataReport, BTreeMap<String, Vec<String>>) {
     let (dir, tokenizer) = with_template(template);
     let source = dir.path().join("rows.jsonl");
     let lines = rows
@@ -574,15 +574,18 @@ fn the_date_of_a_record_is_that_of_its_answer() {
     config.student.template_date = Some(TemplateDate::Record);
     assert_eq!(begins(&config), ["28 Feb 2026", "01 Mar 2026"]);
     // Another setting is another dataset, also for `distill eval`, which sets the date later.
-    let fingerprint = |date: Date| {
+    let fingerprint = |date: TemplateClock| {
         let mut tokenizer = Tokenizer::load(dir.path()).unwrap();
         tokenizer.set_date(date);
         tokenizer.fingerprint()
     };
     let trained = Tokenizer::for_student(&config.student).unwrap();
-    assert_eq!(fingerprint(Date::Record), trained.fingerprint());
+    assert_eq!(fingerprint(TemplateClock::Record), trained.fingerprint());
     let other = TemplateDate::try_from("2026-01-31".to_owned()).unwrap();
-    assert_ne!(fingerprint(Date::Record), fingerprint(other.into()));
+    assert_ne!(
+        fingerprint(TemplateClock::Record),
+        fingerprint(other.into())
+    );
     config.student.template_date = Some("2026-01-31".to_owned().try_into().unwrap());
     assert_eq!(begins(&config), ["31 Jan 2026", "31 Jan 2026"]);
 }
