@@ -1,4 +1,4 @@
-//! Groups of answers in a cache, and the selection of those to train on. Pure.
+//! Groups of answers in a cache, and the selection of answers to train on. Pure.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,21 +13,21 @@ use crate::cache::record::{Record, is_mock};
 use crate::cache::view::RecordView;
 use crate::terminal::sanitise;
 
-/// Name of all groups of a mock.
+/// Name that selects all groups of a mock.
 const MOCK: &str = "mock";
-/// Hex digits of a group's id.
+/// Number of hex digits in a group's id.
 const ID_DIGITS: usize = 8;
 
 /// Properties that all answers of a group share.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
-    /// As in keys: by name or by address.
+    /// Endpoint as in cache keys: its name or its address.
     endpoint: String,
     /// Model of the request.
     model: String,
     /// Sampling parameters of the request as JSON.
     sampling: String,
-    /// The answers are scripted.
+    /// True if the answers are scripted.
     pub is_mock: bool,
 }
 
@@ -56,7 +56,8 @@ impl Group {
         if self.is_mock { ", a mock" } else { "" }
     }
 
-    /// A mock has the model name and perhaps the address of what it stands for, so these do not name its groups.
+    /// Returns true if `name` selects this group: its id, model, endpoint or teacher. A mock uses the model name, and
+    /// perhaps the address, of the endpoint that it replaces, so these do not select its groups.
     pub fn is_named(&self, name: &str) -> bool {
         if name == self.id() {
             return true;
@@ -84,7 +85,7 @@ impl fmt::Display for Group {
     }
 }
 
-/// Names come from whoever wrote the cache.
+/// Makes a name safe to print: the cache may come from anyone.
 fn on_one_line(text: &str) -> String {
     sanitise(text).replace(['\n', '\t'], " ")
 }
@@ -99,12 +100,12 @@ pub struct RecordIdentity {
     pub group: Group,
     key: Fingerprint,
     question: Fingerprint,
-    /// The answer was truncated at the `max_tokens` of its request.
+    /// True if the answer was truncated at the `max_tokens` of its request.
     is_truncated: bool,
 }
 
 impl RecordIdentity {
-    /// `params` are those of [`RecordView::params`].
+    /// Returns the identity of a borrowed record; `params` are its [`RecordView::params`].
     pub fn from_view(record: &RecordView, params: &Value) -> RecordIdentity {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
@@ -115,6 +116,7 @@ impl RecordIdentity {
         RecordIdentity::new(group, &record.key, record.cut_at)
     }
 
+    /// Returns the identity of an owned record.
     pub fn from_record(record: &Record) -> RecordIdentity {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
@@ -135,17 +137,17 @@ impl RecordIdentity {
     }
 }
 
-/// A teacher of the config, as its requests name it.
+/// Teacher of the config, as its requests identify it.
 #[derive(Debug, Clone)]
 pub struct TeacherIdentity {
-    /// By name and by address.
+    /// Endpoint by name and by address.
     endpoints: [String; 2],
     model: String,
     sampling: String,
 }
 
 impl TeacherIdentity {
-    /// `name` is empty if the teacher has none; `request` is one of its requests.
+    /// Creates an identity. `name` is empty for a teacher without a name; `request` is one of its requests.
     pub fn new(name: &str, base_url: &str, request: &Value) -> TeacherIdentity {
         TeacherIdentity {
             endpoints: [name, ""].map(|name| question::endpoint(name, base_url)),
@@ -155,7 +157,7 @@ impl TeacherIdentity {
     }
 }
 
-/// Questions of a config and the teachers that it asks.
+/// Questions and teachers of a config.
 #[derive(Debug, Clone)]
 pub struct ConfigSelection {
     /// None if the prompts cannot be read.
@@ -163,23 +165,23 @@ pub struct ConfigSelection {
     pub teachers: Vec<TeacherIdentity>,
 }
 
-/// Rows of a plan.
+/// Cache keys of the rows of a plan.
 #[derive(Debug, Clone, Default)]
 pub struct PlannedRows {
-    /// Key of the answer to each row that has one.
+    /// Key of the answer to each answered row.
     pub keys: Keys,
-    /// Questions of these.
+    /// Questions of the answered rows.
     pub answered: Keys,
-    /// See [`question::fingerprint`].
+    /// Questions of all rows; see [`question::fingerprint`].
     pub questions: Keys,
 }
 
-/// Which records of a cache are trained on.
+/// Selection of the records to train on.
 #[derive(Debug, Clone)]
 pub enum Selection {
-    /// All but those of a mock.
+    /// All records except those of a mock.
     All,
-    /// By id, model, endpoint or teacher; "mock" names all groups of a mock.
+    /// Groups by id, model, endpoint or teacher; "mock" selects all groups of a mock.
     Named(Vec<String>),
     /// Answers to the questions of the config.
     Config(ConfigSelection),
@@ -220,22 +222,22 @@ impl fmt::Display for ExclusionReason {
 }
 
 impl Selection {
+    /// Checks whether a record is selected.
+    ///
     /// # Errors
-    /// The reason to leave the record out.
-    pub fn check(&self, candidate: &RecordIdentity) -> Result<(), ExclusionReason> {
-        let group = &candidate.group;
-        let (is_selected, difference) = match self {
-            Selection::All => (!group.is_mock, ExclusionReason::Mock),
-            Selection::Named(names) => {
-                let is_named = names.iter().any(|name| group.is_named(name));
-                (is_named, ExclusionReason::NotNamed)
-            }
-            Selection::Config(asked) => return asked.check(candidate),
-        };
-        if is_selected { Ok(()) } else { Err(difference) }
+    /// The reason if it is not.
+    pub fn check(&self, record: &RecordIdentity) -> Result<(), ExclusionReason> {
+        let group = &record.group;
+        match self {
+            Selection::All if group.is_mock => Err(ExclusionReason::Mock),
+            Selection::All => Ok(()),
+            Selection::Named(names) if names.iter().any(|name| group.is_named(name)) => Ok(()),
+            Selection::Named(_) => Err(ExclusionReason::NotNamed),
+            Selection::Config(config) => config.check(record),
+        }
     }
 
-    /// Adds everything that decides to a hash.
+    /// Adds everything that the selection depends on to a hash.
     pub fn update(&self, hash: &mut blake3::Hasher) {
         match self {
             Selection::All => {
@@ -246,14 +248,14 @@ impl Selection {
                     hash.update(name.as_bytes()).update(b"\n");
                 }
             }
-            Selection::Config(asked) => {
-                for teacher in &asked.teachers {
+            Selection::Config(config) => {
+                for teacher in &config.teachers {
                     let fields = [&teacher.model, &teacher.sampling];
                     for field in teacher.endpoints.iter().chain(fields) {
                         hash.update(field.as_bytes()).update(b"\n");
                     }
                 }
-                let rows = asked.rows.iter();
+                let rows = config.rows.iter();
                 let mut keys: Vec<_> = rows.flat_map(|rows| &rows.keys).collect();
                 keys.sort_unstable();
                 for key in keys {
@@ -265,46 +267,44 @@ impl Selection {
 }
 
 impl ConfigSelection {
-    fn check(&self, candidate: &RecordIdentity) -> Result<(), ExclusionReason> {
-        let group = &candidate.group;
+    fn check(&self, record: &RecordIdentity) -> Result<(), ExclusionReason> {
+        let group = &record.group;
         if group.is_mock {
             return Err(ExclusionReason::Mock);
         }
         if let Some(rows) = &self.rows
-            && rows.keys.contains(&candidate.key)
+            && rows.keys.contains(&record.key)
         {
             return Ok(());
         }
         if let Some(rows) = &self.rows
-            && rows.questions.contains(&candidate.question)
+            && rows.questions.contains(&record.question)
         {
-            return Err(if rows.answered.contains(&candidate.question) {
+            return Err(if rows.answered.contains(&record.question) {
                 ExclusionReason::Duplicate
-            } else if candidate.is_truncated {
+            } else if record.is_truncated {
                 ExclusionReason::Truncated
             } else {
                 ExclusionReason::Adoptable
             });
         }
-        // Which property is the first that no teacher shares?
-        let mut like: Vec<&TeacherIdentity> = self.teachers.iter().collect();
-        like.retain(|teacher| teacher.endpoints.contains(&group.endpoint));
-        if like.is_empty() {
+        // Report the first property that no teacher shares.
+        let mut similar: Vec<&TeacherIdentity> = self.teachers.iter().collect();
+        similar.retain(|teacher| teacher.endpoints.contains(&group.endpoint));
+        if similar.is_empty() {
             return Err(ExclusionReason::Endpoint);
         }
-        like.retain(|teacher| teacher.model == group.model);
-        if like.is_empty() {
+        similar.retain(|teacher| teacher.model == group.model);
+        if similar.is_empty() {
             return Err(ExclusionReason::Model);
         }
-        like.retain(|teacher| teacher.sampling == group.sampling);
-        if like.is_empty() {
+        similar.retain(|teacher| teacher.sampling == group.sampling);
+        if similar.is_empty() {
             return Err(ExclusionReason::Sampling);
         }
         match &self.rows {
             None => Ok(()),
-            Some(rows)
-                if candidate.is_truncated && rows.questions.contains(&candidate.question) =>
-            {
+            Some(rows) if record.is_truncated && rows.questions.contains(&record.question) => {
                 Err(ExclusionReason::Truncated)
             }
             Some(_) => Err(ExclusionReason::Question),
@@ -320,7 +320,7 @@ pub struct GroupCounts(BTreeMap<String, GroupCount>);
 struct GroupCount {
     group: Group,
     used: u64,
-    /// By reason.
+    /// Records that are left out, by reason.
     left_out: BTreeMap<String, u64>,
 }
 
@@ -332,15 +332,18 @@ impl GroupCounts {
         })
     }
 
+    /// Counts a record that is used.
     pub fn used(&mut self, group: &Group) {
         self.entry(group).used += 1;
     }
 
-    pub fn left_out(&mut self, group: &Group, difference: ExclusionReason) {
+    /// Counts a record that is left out.
+    pub fn left_out(&mut self, group: &Group, reason: ExclusionReason) {
         let left_out = &mut self.entry(group).left_out;
-        *left_out.entry(difference.to_string()).or_default() += 1;
+        *left_out.entry(reason.to_string()).or_default() += 1;
     }
 
+    /// Adds the counts of further records.
     pub fn add(&mut self, other: GroupCounts) {
         for (id, count) in other.0 {
             let mine = self.0.entry(id).or_default();
@@ -352,13 +355,13 @@ impl GroupCounts {
         }
     }
 
-    /// Groups that are used, with the number of their records.
+    /// Groups with records that are used, and the number of these records.
     pub fn all_used(&self) -> impl Iterator<Item = (&Group, u64)> {
         let used = self.0.values().filter(|count| count.used > 0);
         used.map(|count| (&count.group, count.used))
     }
 
-    /// How to use the groups that are left out, if there are any.
+    /// Advice on how to use the groups that are left out, if there are any.
     pub fn advice(&self) -> Option<String> {
         let mut words = Vec::new();
         for (is_mock, word) in [(false, "\"all\""), (true, "\"mock\"")] {
@@ -373,7 +376,7 @@ impl GroupCounts {
             .then(|| format!("set data.groups to {words}, or to a list of groups, to use them"))
     }
 
-    /// One line for each group: its id and properties, the number of records used, and of those left out by reason.
+    /// One line for each group: its id and properties, the number of records used, and the number left out by reason.
     pub fn lines(&self) -> Vec<String> {
         let line = |(id, count): (&String, &GroupCount)| {
             let GroupCount {

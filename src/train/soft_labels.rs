@@ -32,7 +32,7 @@ pub struct Choice {
 /// [`Exit::Usage`] if they are wanted, and the vocabulary does not tell the bytes of its tokens.
 pub fn check_tokenizer(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
     let wanted = config.loss.kd != Kd::None && config.data.source.is_none();
-    if !wanted || config.teacher.local.is_some() || tokenizer.tells_bytes() {
+    if !wanted || config.teacher.local.is_some() || tokenizer.has_token_bytes() {
         return Ok(());
     }
     bail!(Exit::Usage(format!(

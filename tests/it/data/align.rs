@@ -1,4 +1,4 @@
-//! Soft labels across tokenizers.
+//! Soft labels across tokenizers, and the speed of the alignment.
 
 use std::time::Instant;
 
@@ -14,14 +14,14 @@ use super::{FOLDERS, ask, tokenizer};
 pub type Row<'a> = (&'a str, f32, &'a [Alternative<'a>]);
 pub type Alternative<'a> = (&'a str, Option<f32>);
 
-/// The soft labels of one position.
+/// Soft labels of one position.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SoftLabels {
     pub ids: Vec<u32>,
     pub logprobs: Vec<f32>,
 }
 
-/// Those of all positions; None where there are none.
+/// Soft labels of all positions; None for positions without any.
 pub fn soft_labels(aligned: &Aligned) -> Vec<Option<SoftLabels>> {
     let labels = |at| match aligned.soft(at) {
         ([], []) => None,
@@ -33,7 +33,7 @@ pub fn soft_labels(aligned: &Aligned) -> Vec<Option<SoftLabels>> {
     (0..aligned.len()).map(labels).collect()
 }
 
-/// The teacher's view of an answer.
+/// The teacher's logprobs of an answer.
 pub fn logprobs(rows: &[Row]) -> Logprobs {
     Logprobs {
         token: rows.iter().map(|row| row.0.into()).collect(),
@@ -67,7 +67,7 @@ pub fn align(
     )
 }
 
-/// Logprobs from a teacher with the tokenizer of the student: `k` alternatives, made up.
+/// Random logprobs of a teacher with the student's tokenizer, with `k` alternatives.
 pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs, Vec<SoftLabels>) {
     let ordinary: Vec<u32> = (0..tokenizer.vocab_size() as u32)
         .filter(|&id| {
@@ -123,7 +123,7 @@ pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs
 }
 
 #[test]
-fn with_one_tokenizer_the_map_is_the_identity() {
+fn same_tokenizer_maps_to_itself() {
     for name in FOLDERS {
         let tokenizer = tokenizer(name);
         let answer = "Grüße aus München, 日本 👋🏽\n\ndef add(a, b):";
@@ -153,7 +153,7 @@ fn with_one_tokenizer_the_map_is_the_identity() {
 }
 
 #[test]
-fn tokens_that_do_not_spell_the_answer_are_refused() {
+fn tokens_that_do_not_spell_the_answer_are_a_mismatch() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "The capital of France is Paris.";
     let ids = tokenizer.encode_text(answer).unwrap();
@@ -185,7 +185,7 @@ fn tokens_that_do_not_spell_the_answer_are_refused() {
 }
 
 #[test]
-fn what_is_told_as_the_replacement_character_counts_to_the_rest() {
+fn replacement_characters_count_to_the_tail() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("The").unwrap();
     let rows: Vec<Row> = vec![(
@@ -199,7 +199,7 @@ fn what_is_told_as_the_replacement_character_counts_to_the_rest() {
 }
 
 #[test]
-fn groups_are_cut_at_common_boundaries() {
+fn common_groups_are_cut_at_common_boundaries() {
     let cases: [(&[usize], &[usize], Vec<_>); 4] = [
         (
             &[1, 2, 3],
@@ -220,7 +220,7 @@ fn groups_are_cut_at_common_boundaries() {
 }
 
 #[test]
-fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
+fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
     let tokenizer = tokenizer("bytelevel");
     let id = |text: &str| {
         let ids = tokenizer.encode_text(text).unwrap();
@@ -319,7 +319,7 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
 }
 
 #[test]
-fn a_trimmed_answer_keeps_its_soft_labels() {
+fn trimmed_answers_keep_their_soft_labels() {
     let tokenizer = tokenizer("metaspace");
     let answer = "\n\nThe capital";
     let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
@@ -347,7 +347,7 @@ fn a_trimmed_answer_keeps_its_soft_labels() {
 }
 
 #[test]
-fn a_split_token_tells_its_parts_by_what_may_follow() {
+fn split_token_parts_get_renormalised_continuations() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("The answer is two").unwrap();
     let [.., is, two] = ids[..] else {
@@ -399,9 +399,9 @@ fn a_split_token_tells_its_parts_by_what_may_follow() {
     assert!(last.into_iter().all(|at| !aligned.is_soft(at)));
 }
 
-/// Prints the speed; see it with `cargo test --release align_speed -- --nocapture`.
+/// Prints the speed: run `cargo test --release alignment_speed -- --nocapture`.
 #[test]
-fn align_speed() {
+fn alignment_speed() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "The quick brown fox jumps over the lazy dog. ".repeat(20);
     let ids = tokenizer.encode_text(&answer).unwrap();

@@ -8,7 +8,7 @@ use super::tokenizer;
 
 /// The emitted token may be listed after the top-k, before them, or not at all.
 #[test]
-fn top_k_is_decided_by_rank() {
+fn top_k_membership_follows_the_rank() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("T").unwrap();
     let best = [("a", Some(-0.5)), ("b", Some(-2.5))];
@@ -96,9 +96,9 @@ fn raw_vocabulary_entries_are_decoded() {
     }
 }
 
-/// As of DeepSeek: its answers may have no space, and its control tokens contain `▁`.
+/// As in DeepSeek's logprobs: answers may have no space, and control tokens contain `▁`.
 #[test]
-fn control_tokens_with_a_metaspace_do_not_hide_a_byte_level_vocabulary() {
+fn byte_level_vocabulary_is_detected_beside_metaspace_control_tokens() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "ü\n";
     let ids = tokenizer.encode_text(answer).unwrap();
@@ -121,7 +121,7 @@ fn control_tokens_with_a_metaspace_do_not_hide_a_byte_level_vocabulary() {
 
 /// With thinking, white space or a stop string around it.
 #[test]
-fn answer_is_aligned_within_longer_logprobs() {
+fn answer_is_aligned_inside_longer_logprobs() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "The capital";
     let ids = tokenizer.encode_text(answer).unwrap();
@@ -148,7 +148,7 @@ fn answer_is_aligned_within_longer_logprobs() {
 
 /// vLLM's `return_tokens_as_token_ids`, with another tokenizer than the student's.
 #[test]
-fn tokens_named_by_id_are_spelled_by_the_tokenizer_of_the_teacher() {
+fn token_ids_are_decoded_with_the_teacher_tokenizer() {
     let (student, teacher) = (tokenizer("bytelevel"), tokenizer("sentencepiece"));
     let answer = "The capital of France is Paris.";
     let ids = student.encode_text(answer).unwrap();
@@ -190,7 +190,7 @@ fn tokens_named_by_id_are_spelled_by_the_tokenizer_of_the_teacher() {
 
 /// vLLM lists the token that ends the turn after those of the text, and as an alternative elsewhere.
 #[test]
-fn ends_of_turns_have_soft_labels_where_they_are_listed() {
+fn listed_ends_of_turns_have_soft_labels() {
     let tokenizer = tokenizer("bytelevel");
     let end = tokenizer.end_of_turn().unwrap();
     let mut ids = tokenizer.encode_text("T").unwrap();
@@ -223,7 +223,7 @@ fn ends_of_turns_have_soft_labels_where_they_are_listed() {
 
 /// Control tokens whose names contain `▁`, beside plain tokens without a space.
 #[test]
-fn names_of_control_tokens_are_no_raw_vocabulary() {
+fn control_token_names_are_not_taken_for_a_raw_vocabulary() {
     let tokenizer = tokenizer("bytelevel");
     let end = tokenizer.end_of_turn().unwrap();
     let name = "<｜end▁of▁sentence｜>";
@@ -235,9 +235,9 @@ fn names_of_control_tokens_are_no_raw_vocabulary() {
     assert_eq!(aligned.soft(1), (&[end][..], &[-0.2][..]));
 }
 
-/// The end was chosen after text that was cut off, which the student does not have.
+/// The teacher chose the end after text that was truncated, which the student does not have.
 #[test]
-fn an_end_after_a_token_that_was_cut_has_no_soft_labels() {
+fn end_of_turn_after_a_partial_token_has_no_soft_labels() {
     let tokenizer = tokenizer("bytelevel");
     let end = tokenizer.end_of_turn().unwrap();
     let mut ids = tokenizer.encode_text("Tb").unwrap();

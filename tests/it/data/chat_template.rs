@@ -10,7 +10,7 @@ use serde_json::json;
 use super::{ask, golden, messages};
 
 #[test]
-fn templates_render_as_in_transformers() {
+fn rendered_templates_match_transformers() {
     let golden = golden("templates.json");
     let cases = golden["cases"].as_array().unwrap();
     assert!(cases.len() > 80);
@@ -47,7 +47,7 @@ fn templates_render_as_in_transformers() {
 }
 
 #[test]
-fn template_text_and_content_are_told_apart() {
+fn template_text_and_content_are_separate_spans() {
     let template = ChatTemplate::new(
         "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}",
         "",
@@ -160,7 +160,7 @@ fn template_args_become_default_values() {
 
 /// X5
 #[test]
-fn hostile_templates_end_in_an_error() {
+fn hostile_templates_fail_within_limits() {
     let cases = [
         "{% for i in range(10**9) %}x{% endfor %}",
         "{% for i in range(1000) %}{% for j in range(1000) %}{% for k in range(1000) %}x{% endfor %}{% endfor %}{% endfor %}",
@@ -210,7 +210,7 @@ fn hostile_templates_end_in_an_error() {
     }
 }
 
-/// The largest resident size of this process so far, in bytes.
+/// Peak resident memory of this process in bytes.
 fn peak_memory() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -62,7 +62,7 @@ pub fn load(config: &config::Config, tokenizer: &Tokenizer) -> anyhow::Result<Da
 }
 
 #[test]
-fn records_become_examples_in_the_order_of_their_keys() {
+fn examples_of_records_are_in_the_order_of_their_keys() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer("bytelevel");
     let settings = config::Data {
@@ -141,7 +141,7 @@ fn records_become_examples_in_the_order_of_their_keys() {
 }
 
 #[test]
-fn conversations_are_split_by_prompt_whatever_the_seed() {
+fn validation_split_is_by_prompt_and_independent_of_the_seed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("train.jsonl");
     let mut lines = String::new();
@@ -196,7 +196,7 @@ fn conversations_are_split_by_prompt_whatever_the_seed() {
 }
 
 #[test]
-fn no_example_at_all_is_an_error_that_says_why() {
+fn empty_dataset_error_names_the_reasons() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer("bytelevel");
     let mut config = config::Config {
@@ -223,7 +223,7 @@ fn no_example_at_all_is_an_error_that_says_why() {
 }
 
 #[test]
-fn answers_to_one_prompt_are_merged_where_they_begin_alike() {
+fn answers_to_one_prompt_are_merged_into_soft_labels() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer("bytelevel");
     let answers = ["Paris is it.", "Paris is it.", "Paris is near.", "Berlin."];

@@ -22,7 +22,7 @@ const ANSWERS: [&str; 3] = [
     "A \"quoted\" line\nand a \\ \u{1}",
 ];
 
-/// `count` records with soft labels, in no order of keys.
+/// `count` records with soft labels, not sorted by key.
 fn records(tokenizer: &Tokenizer, count: usize) -> Vec<Record> {
     (0..count)
         .map(|n| {
@@ -79,7 +79,7 @@ fn batches(data: &Dataset) -> [Batch; 2] {
 }
 
 #[test]
-fn a_second_run_maps_what_the_first_one_prepared() {
+fn second_run_maps_the_prepared_examples() {
     let run = run(40);
     let first = run.load(true);
     let second = run.load(false);
@@ -106,7 +106,7 @@ fn a_second_run_maps_what_the_first_one_prepared() {
 }
 
 #[test]
-fn a_prepared_example_is_what_its_answer_says() {
+fn prepared_examples_match_their_answers() {
     let run = run(20);
     let data = run.load(true);
     let all = records(&run.tokenizer, 20);
@@ -128,10 +128,10 @@ fn a_prepared_example_is_what_its_answer_says() {
     }
 }
 
-/// Each change by itself: is it prepared anew, and is it other training? It is not where the examples
-/// come out the same.
+/// For each change alone: whether examples are prepared again, and whether the training differs. It does not if the
+/// examples are equal.
 #[test]
-fn what_examples_depend_on_prepares_them_anew_and_nothing_else_does() {
+fn examples_are_prepared_again_only_after_relevant_changes() {
     type Change = fn(&mut Run);
     let grow: Change = |run| {
         let more = records(&run.tokenizer, 21).split_off(20);
@@ -184,7 +184,7 @@ fn what_examples_depend_on_prepares_them_anew_and_nothing_else_does() {
 }
 
 #[test]
-fn answers_in_another_order_are_the_same_training() {
+fn order_of_answers_does_not_change_the_training() {
     let (run, other) = (run(20), run(0));
     let mut backwards = records(&run.tokenizer, 20);
     backwards.reverse();
@@ -228,10 +228,10 @@ fn damaged_examples_are_prepared_again() {
     }
 }
 
-/// Killed between two shards, or between the last one and the index, a run leaves a folder of
-/// another name; even under its own name it would not be taken for whole.
+/// A run that is killed between two shards, or before the index, leaves a folder of another name. Even under the final
+/// name, an incomplete folder is detected.
 #[test]
-fn half_a_folder_is_not_taken_for_whole() {
+fn incomplete_folder_is_prepared_again() {
     let run = run(20);
     let expected = batches(&run.load(true));
     let whole = run.folders().remove(0);
@@ -258,7 +258,7 @@ fn half_a_folder_is_not_taken_for_whole() {
 }
 
 #[test]
-fn the_two_newest_folders_are_kept() {
+fn two_newest_folders_are_kept() {
     let mut run = run(20);
     let mut lengths = Vec::new();
     for length in [100, 200, 300, 400] {
@@ -271,10 +271,10 @@ fn the_two_newest_folders_are_kept() {
     run.load(false);
 }
 
-/// The quick way to read a line tells the same as the parser for any JSON, which the same line gets
-/// with a space in it.
+/// The fast reader of lines gives the same result as the general JSON parser, which reads the same line with an additional
+/// space.
 #[test]
-fn a_line_reads_the_same_in_both_ways() {
+fn fast_line_reader_matches_the_json_parser() {
     let tokenizer = tokenizer("bytelevel");
     let mut all = records(&tokenizer, 9);
     let odd = all[0].logprobs.as_mut().unwrap();
