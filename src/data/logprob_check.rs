@@ -134,7 +134,7 @@ pub struct LogprobCheck {
     pub exact: Agreement,
     /// Answers sampled from a sharper distribution: the rate may be higher.
     pub sharper: Agreement,
-    /// How often an exactly sampled token is in the top-k, whose mass is the expected rate.
+    /// How often a token of an exact sample is in the top-k, and the mass of the top-k as the expected rate.
     #[serde(default)]
     pub in_top_k: Agreement,
 }
@@ -281,6 +281,6 @@ mod tests {
         };
         assert!(!sampled(1.0, 20_000) && !sampled(1.0, 200) && !sampled(1.0, 0));
         assert!(sampled(0.0, 20_000) && sampled(0.2, 20_000));
-        assert!(!sampled(0.0, 200), "too few positions to tell");
+        assert!(!sampled(0.0, 200), "too few positions");
     }
 }

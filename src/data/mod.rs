@@ -19,7 +19,7 @@
 //! - The examples depend only on the content of the source and on the settings, not on the number of threads.
 //! - A position without usable logprobs trains on cross-entropy.
 //! - `align`, `groups`, `logprob_check`, `sample_trie` and `sampling` are pure: no clock, file or random number.
-//! - [`prepared::VERSION`] is increased with every change of the examples or their files.
+//! - [`prepared::index::VERSION`] is increased with every change of the examples or their files.
 
 pub mod align;
 pub mod batch;

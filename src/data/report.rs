@@ -82,7 +82,7 @@ pub struct DataReport {
 }
 
 impl DataReport {
-    /// Adds the counts of further rows. `mean_mapped_mass` is computed elsewhere, from all examples in order.
+    /// Adds the counts of further rows. The caller computes `mean_mapped_mass` from all examples in order.
     pub fn add(&mut self, other: DataReport) {
         self.records += other.records;
         self.groups.add(other.groups);

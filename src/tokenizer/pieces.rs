@@ -16,8 +16,8 @@ const MAX_PIECES: usize = 1 << 17;
 /// Maximum number of bytes of a cached piece. Longer ones rarely repeat.
 const MAX_PIECE_BYTES: usize = 32;
 
-/// Patterns of Llama 3 and Qwen 2. Like GPT-2's, they never match a non-space and a following space together, nor a letter
-/// and a following punctuation mark, and they do not look back.
+/// Patterns of Llama 3 and Qwen 2. Like GPT-2's, they never match a non-space and a following space together, nor a
+/// letter and a following punctuation mark, and they do not look back.
 const SPLITS: [&str; 2] = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -110,7 +110,8 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let bytes = text.as_bytes();
     let mut start = 0;
     let is_cut = move |at: &usize| {
-        let (before, byte) = (bytes[at - 1], bytes[*at]);
+        let before = bytes[at - 1];
+        let byte = bytes[*at];
         match byte {
             b' ' => {
                 before.is_ascii_graphic() && bytes.get(at + 1).is_some_and(u8::is_ascii_alphabetic)

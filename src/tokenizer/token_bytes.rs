@@ -26,8 +26,8 @@ pub(crate) struct TokenBytes {
 }
 
 impl TokenBytes {
-    /// Builds the maps from a parsed `tokenizer.json`. `vocabulary` contains the model's tokens, and `added` the plain added
-    /// tokens outside it. The maps are empty if the spelling is unknown: a WordPiece vocabulary does not record the
+    /// Builds the maps from a parsed `tokenizer.json`. `vocabulary` contains the model's tokens, and `added` the plain
+    /// added tokens outside it. The maps are empty if the spelling is unknown: a WordPiece vocabulary does not record the
     /// spaces between words.
     pub(crate) fn new(
         tokenizer: &Value,

@@ -22,14 +22,14 @@ pub struct Candidates {
     pub sampled: SampledToken,
 }
 
-/// Position of the emitted token in the list.
+/// Place of the emitted token in the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SampledToken {
-    /// It is one of the top-k.
+    /// One of the top-k.
     InTopK,
-    /// It is outside the top-k, and listed last.
+    /// Outside the top-k, and listed last.
     ListedLast,
-    /// It is outside the top-k, and its logprob is unknown.
+    /// Outside the top-k, with an unknown logprob.
     NotListed,
 }
 

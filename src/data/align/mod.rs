@@ -9,7 +9,7 @@
 //! | one teacher token, several student tokens | a later position gets the candidates that start with the bytes before it |
 //! | several teacher tokens | none: the positions train on cross-entropy, or as a [`Chunk`] |
 //!
-//! With the same tokenizer on both sides, each group is one and one, and the map is the identity.
+//! With the same tokenizer on both sides, all groups have one token on each side, and every token maps to itself.
 //!
 //! | file | content |
 //! |---|---|

@@ -93,7 +93,8 @@ fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<Tea
     let is_near_the_end = |from: &usize| all.len() - from - text.len() <= MAX_TRAILING_BYTES;
     let found = memchr::memmem::find_iter(&all, text).filter(is_near_the_end);
     let from = found.max_by_key(|from| {
-        let (starts, ends) = (boundaries[*from], boundaries[from + text.len()]);
+        let starts = boundaries[*from];
+        let ends = boundaries[from + text.len()];
         (*from == 0 && ends, starts && ends, starts, *from)
     })?;
     let to = from + text.len();

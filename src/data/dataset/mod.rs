@@ -16,25 +16,24 @@ pub(crate) mod rows;
 pub(crate) mod show;
 pub(crate) mod source;
 
-use crate::data::dataset::source::OnProgress;
 use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
 use super::groups::Selection;
-use super::prepared::{self, Prepared, VERSION};
+use super::prepared::index::VERSION;
+use super::prepared::{self, Prepared};
 use crate::config::{self, Config, Groups};
 use crate::data::prepared::shard::ExampleView;
 use crate::data::prepared::writer::OutputSink;
-pub use crate::data::report::{DataReport, NO_LOGPROBS, by_reason};
+use crate::data::report::DataReport;
 use crate::exit::Exit;
 use crate::fs;
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
-pub use rows::prompt_of;
 pub use show::{ShownExample, ShownToken, show, text_of};
-use source::DataSource;
+use source::{DataSource, OnProgress};
 
 /// Examples of a run, split by prompt.
 #[derive(Debug)]

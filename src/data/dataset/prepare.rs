@@ -441,14 +441,14 @@ impl<'a> ExampleBuilder<'a> {
         let answer = supervised_from(last);
         let mut kept = last.text.clone();
         if self.settings.thinking != Thinking::Supervise {
-            // Without its thinking, an answer may be empty.
+            // An answer may be empty without its thinking.
             let start = answer_start(content);
             if content[start..].trim().is_empty() {
                 return Err(EMPTY.into());
             }
             kept.start = kept.start.max(start);
         }
-        // After a prompt that closes its thinking, an answer of thinking alone is empty.
+        // A thinking-only answer is empty after a prompt that closes a block of thinking.
         if content[kept.clone()].trim().is_empty() {
             return Err(EMPTY.into());
         }

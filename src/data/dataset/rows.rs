@@ -18,7 +18,7 @@ use crate::tokenizer::chat_template::answer_start;
 pub(crate) struct TrainingRow<'a> {
     /// Name of the row in errors.
     pub key: String,
-    /// Index of its answer, if the row is an earlier answer of a conversation.
+    /// Index of the answer, if the row is for an earlier answer of a conversation.
     pub message: Option<usize>,
     /// Rows with the same id land on the same side of the split.
     pub prompt_id: String,
@@ -36,7 +36,7 @@ pub(crate) struct TrainingRow<'a> {
     pub group: Option<Group>,
     /// Time of the request; None in a file.
     pub date: Option<DateTime>,
-    /// The record has reasoning in a field of its own, which `messages` do not contain.
+    /// True if the record has reasoning in a separate field, which `messages` do not contain.
     pub has_reasoning: bool,
     /// Logprobs of the last answer.
     pub logprobs: Option<LogprobsView<'a>>,
@@ -98,7 +98,8 @@ pub(crate) fn from_record<'a>(
     let params = record.params();
     let candidate = RecordIdentity::from_view(&record, &params);
     let checked = selection.check(&candidate);
-    let (key, prompt_id) = (record.key.clone(), record.prompt_id.clone());
+    let key = record.key.clone();
+    let prompt_id = record.prompt_id.clone();
     let group = candidate.group;
     let row = match checked {
         Ok(()) => row(record, &params, settings),
@@ -158,7 +159,7 @@ fn row<'a>(
 }
 
 /// Returns the prompt of a record whose answer is to be trained on. Returns the reason if the record is left out.
-pub fn prompt_of(record: &Record, settings: &config::Data) -> Result<Vec<Message>, String> {
+pub(crate) fn prompt_of(record: &Record, settings: &config::Data) -> Result<Vec<Message>, String> {
     check_answer(record.status, &record.answer.finish_reason, settings)?;
     messages_of_request(&record.request).ok_or_else(|| NO_TEXT.into())
 }

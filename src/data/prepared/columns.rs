@@ -11,7 +11,7 @@ use serde_json::{Map, json};
 use crate::data::align::aligned::Aligned;
 
 /// A tokenised conversation with its labels.
-pub struct Example<'a> {
+pub(crate) struct Example<'a> {
     /// Name of the example in errors: the cache key, or the line number in a file of conversations.
     pub key: &'a str,
     pub input_ids_T: &'a [u32],

@@ -11,6 +11,7 @@
 //! | `columns` | examples in memory, and how a shard is written |
 //! | `shard` | views of the examples in a shard |
 //! | `order` | `order.safetensors` |
+//! | `index` | `index.json`, and the version of the format |
 //! | `writer` | writing on several threads |
 //!
 //! Invariants:
@@ -20,6 +21,7 @@
 //!   therefore uses the same shards.
 
 pub(crate) mod columns;
+pub mod index;
 pub(crate) mod order;
 pub mod shard;
 pub(crate) mod writer;
@@ -31,54 +33,15 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 use crate::data::report::DataReport;
 use crate::fs;
 use crate::ops::map::Map;
-pub use columns::Example;
-pub use shard::ExampleView;
-use shard::{Shard, ShardBytes};
-pub use writer::{ExampleEntry, OutputSink, PreparedWriter, ShardWriter};
-
-/// Version of the files and of how records become examples. Increase it if either changes.
-pub const VERSION: u32 = 5;
-
-const INDEX: &str = "index.json";
-const ORDER: &str = "order.safetensors";
+use index::{FileChecksum, INDEX, ORDER, PreparedIndex, VERSION};
+use shard::{ExampleView, Shard, ShardBytes};
 
 /// Number of folders that are kept: the one in use, and the previous one, in case the user reverts a setting.
 const KEPT: usize = 2;
-
-/// Content of `index.json`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct PreparedIndex {
-    version: u32,
-    /// Name of the folder.
-    hash: String,
-    /// Hash of the examples themselves, in their order. The same answers in another order, or compressed, have
-    /// another `hash` and the same `content`.
-    content: String,
-    examples: usize,
-    shards: Vec<ShardFile>,
-    order: FileChecksum,
-    report: DataReport,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct ShardFile {
-    #[serde(flatten)]
-    file: FileChecksum,
-    examples: usize,
-}
-
-/// A file with its size and checksum.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct FileChecksum {
-    name: String,
-    bytes: u64,
-    crc32c: u32,
-}
 
 /// Prepared examples, mapped or in memory.
 #[derive(Debug)]
@@ -122,7 +85,7 @@ impl Prepared {
         })
     }
 
-    /// Opens files that a [`PreparedWriter`] made in memory.
+    /// Opens files that a [`writer::PreparedWriter`] made in memory.
     ///
     /// # Errors
     /// If the files are inconsistent.

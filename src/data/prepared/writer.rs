@@ -13,7 +13,8 @@ use std::thread::JoinHandle;
 use anyhow::{Context, Result};
 
 use super::columns::{Example, ExampleColumns};
-use super::{FileChecksum, INDEX, ORDER, PreparedIndex, ShardFile, VERSION, order};
+use super::index::{FileChecksum, INDEX, ORDER, PreparedIndex, ShardFile, VERSION};
+use super::order;
 use crate::data::report::DataReport;
 use crate::fs;
 
@@ -22,7 +23,7 @@ const SHARD_BYTES: usize = 32 << 20;
 
 /// Destination of the files.
 #[derive(Debug)]
-pub enum OutputSink {
+pub(crate) enum OutputSink {
     /// A folder that no reader opens before it is complete.
     Folder(PathBuf),
     Memory,
@@ -30,7 +31,7 @@ pub enum OutputSink {
 
 /// Writer that all threads share.
 #[derive(Debug)]
-pub struct PreparedWriter {
+pub(crate) struct PreparedWriter {
     sink: OutputSink,
     /// True if token ids fit into 16 bits.
     narrow: bool,
@@ -50,7 +51,7 @@ struct WrittenFiles {
 
 /// Place of a written example, and the values that need all examples at once.
 #[derive(Debug)]
-pub struct ExampleEntry {
+pub(crate) struct ExampleEntry {
     key: Box<str>,
     source: u64,
     shard: u32,
@@ -62,7 +63,7 @@ pub struct ExampleEntry {
 
 impl PreparedWriter {
     /// Creates a writer for token ids below `vocab_size`.
-    pub fn new(sink: OutputSink, vocab_size: usize) -> Self {
+    pub(crate) fn new(sink: OutputSink, vocab_size: usize) -> Self {
         Self {
             sink,
             narrow: vocab_size <= 1 << 16,
@@ -72,7 +73,7 @@ impl PreparedWriter {
     }
 
     /// Creates the writer of one thread.
-    pub fn shard_writer(&self) -> ShardWriter<'_> {
+    pub(crate) fn shard_writer(&self) -> ShardWriter<'_> {
         ShardWriter {
             writer: self,
             columns: ExampleColumns::default(),
@@ -133,7 +134,7 @@ impl PreparedWriter {
     ///
     /// # Errors
     /// If a file cannot be written.
-    pub fn finish(
+    pub(crate) fn finish(
         self,
         mut entries: Vec<ExampleEntry>,
         hash: &str,
@@ -184,7 +185,7 @@ impl PreparedWriter {
 
 /// Writer of one thread.
 #[derive(Debug)]
-pub struct ShardWriter<'w> {
+pub(crate) struct ShardWriter<'w> {
     writer: &'w PreparedWriter,
     columns: ExampleColumns,
     entries: Vec<ExampleEntry>,
@@ -198,7 +199,7 @@ impl ShardWriter<'_> {
     ///
     /// # Errors
     /// If a shard cannot be written.
-    pub fn push(
+    pub(crate) fn push(
         &mut self,
         (order, source): (&str, u64),
         prompt_hash: u32,
@@ -238,7 +239,7 @@ impl ShardWriter<'_> {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn finish(mut self) -> Result<Vec<ExampleEntry>> {
+    pub(crate) fn finish(mut self) -> Result<Vec<ExampleEntry>> {
         self.close()?;
         Ok(self.entries)
     }

@@ -233,8 +233,8 @@ impl ChatTemplate {
     /// Renders a conversation as spans. Their concatenated texts equal [`Self::render_text`].
     ///
     /// # Errors
-    /// As [`Self::render_text`], and if the template changes a content other than by stripping white space, for example to
-    /// capitals.
+    /// As [`Self::render_text`], and if the template changes a content other than by stripping white space, for example
+    /// to capitals.
     pub fn render(
         &self,
         messages: &[Message],
@@ -267,7 +267,7 @@ impl ChatTemplate {
                 return Ok(spans);
             }
         }
-        bail!("the chat template changes the text of a message in a way that cannot be followed")
+        bail!("the chat template changes the text of a message other than by stripping white space")
     }
 }
 

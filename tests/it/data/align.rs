@@ -130,7 +130,7 @@ fn same_tokenizer_maps_to_itself() {
         let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
         let range = conversation.answers[0].clone();
         let ids = &conversation.ids[range.tokens.clone()];
-        // SentencePiece's first token carries the template's space, so no teacher says the same.
+        // SentencePiece's first token contains the template's space, so no teacher token equals it.
         let skip = usize::from(name == "sentencepiece");
         let (mut teacher, expected) = same_tokenizer(&tokenizer, ids, 20);
         if skip == 1 {
@@ -173,11 +173,11 @@ fn tokens_that_do_not_spell_the_answer_are_a_mismatch() {
     );
     assert_eq!(align(&teacher, answer, &ids[1..]), Err(Mismatch::Student));
 
-    // Stop tokens at the end are no part of the answer.
+    // Stop tokens at the end are not part of the answer.
     let mut stopped = teacher.clone();
     stopped.token.extend(["<|eot_id|>".into(), "".into()]);
     assert_eq!(align(&stopped, answer, &ids), Ok(ids.len()));
-    // Nor is a stop string; so much is none.
+    // A stop string is not part of the answer either, but longer text is a mismatch.
     stopped.token.push("more".into());
     assert_eq!(align(&stopped, answer, &ids), Ok(ids.len()));
     stopped.token.push("more".repeat(100));
@@ -234,7 +234,7 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
     let fifth = 0.2f32.ln();
     let tenth = Some(0.1f32.ln());
     let teacher = logprobs(&[
-        // " capitalism" begins with the student's " capital"; both mean that token
+        // " capitalism" begins with the student's " capital"; both map to that token
         (
             "The",
             half,
@@ -245,10 +245,10 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
                 ("<|im_end|>", tenth),
             ],
         ),
-        // split otherwise than by the student
+        // the student splits it differently
         (" ans", -1.0, &[(" ans", Some(-1.0))]),
         ("wer", -1.0, &[("wer", Some(-1.0))]),
-        // y outside the top: stands apart, with its own logprob; sentinels and control tokens do not
+        // y is outside the top-k: it has its own logprob; sentinels and control tokens are dropped
         (
             " is",
             fifth,
@@ -259,7 +259,7 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
                 ("", tenth),
             ],
         ),
-        // all given twice, and more than all by a rounding error
+        // all listed twice, with a sum above 1 by a rounding error
         (
             " two",
             half,
@@ -282,11 +282,11 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
     assert!((first.logprobs[1].exp() - 0.3).abs() < 1e-6);
     let third = soft[at(" is")].as_ref().unwrap();
     assert_eq!(third.ids, tokenizer.encode_text(" was").unwrap()[..1]);
-    let drawn: Vec<Option<f32>> = (0..ids.len())
+    let sampled: Vec<Option<f32>> = (0..ids.len())
         .map(|at| aligned.sampled_logprob(at))
         .collect();
-    assert_eq!(drawn[at(" is")], Some(fifth));
-    assert_eq!(drawn[at("The")], None);
+    assert_eq!(sampled[at(" is")], Some(fifth));
+    assert_eq!(sampled[at("The")], None);
     // " ans" + "wer" are one token of the student's
     let chunk = Chunk {
         start: 1,
@@ -298,7 +298,7 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
     assert_eq!(fourth.ids, [id(" two")]);
     assert!(fourth.logprobs[0].abs() < 1e-6);
     assert_eq!(soft[at("\n")], None);
-    assert_eq!(drawn[at("\n")], Some(f32::NEG_INFINITY));
+    assert_eq!(sampled[at("\n")], Some(f32::NEG_INFINITY));
     assert!(!aligned.is_soft(at("\n")) && aligned.is_soft(at(" is")));
     assert!(soft[1..at(" is")].iter().all(Option::is_none));
 
@@ -310,7 +310,7 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
     );
     let mut twice = teacher.clone();
     twice.top_logprob[0][1] = Some(0.6f32.ln());
-    // A bad position costs itself.
+    // An unusable position does not affect the others.
     let but_one = align(&tokenizer, &twice, answer, &ids).unwrap();
     assert_eq!(but_one.positions_over_one, 1);
     let others = soft_labels(&but_one);
@@ -364,7 +364,7 @@ fn split_token_parts_get_renormalised_continuations() {
                 &[
                     (" is two", logprob(0.4)),
                     (" is three", logprob(0.2)),
-                    // ends where the first student token does
+                    // ends with the first student token
                     (" is", logprob(0.1)),
                     (" was", logprob(0.3 - missing)),
                 ],
@@ -379,7 +379,8 @@ fn split_token_parts_get_renormalised_continuations() {
             .unwrap()
     };
     let aligned = align(&split(0.2));
-    let (of_is, of_two) = (aligned.soft(ids.len() - 2), aligned.soft(ids.len() - 1));
+    let of_is = aligned.soft(ids.len() - 2);
+    let of_two = aligned.soft(ids.len() - 1);
     let close = |found: (&[u32], &[f32]), expected: &[(u32, f32)]| {
         let ids: Vec<u32> = expected.iter().map(|e| e.0).collect();
         assert_eq!(found.0, ids);
@@ -390,7 +391,7 @@ fn split_token_parts_get_renormalised_continuations() {
     close(of_is, &[(is, 0.7), (first_of(" was"), 0.1)]);
     close(of_two, &[(two, 4.0 / 7.0), (first_of(" three"), 2.0 / 7.0)]);
 
-    // Where more than half may be something else, nothing is said.
+    // No labels if more than half of the mass may be other tokens.
     let mut vague = split(0.2);
     vague.top_logprob[1] = vec![logprob(0.2), logprob(0.1), logprob(0.1), None];
     vague.logprob[1] = logprob(0.2);

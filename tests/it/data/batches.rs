@@ -1,4 +1,4 @@
-//! The order of training.
+//! Batches, their order, and micro-batches.
 
 use distill::config::{Config, Train};
 use distill::data::batch::{Batch, Batches, Cursor, micro_batches};
@@ -81,8 +81,9 @@ fn micro_batches_contain_each_example_once_within_the_limit() {
                 0 => assert!(micro.len() <= 7),
                 _ => assert!(batch.input_ids.len() <= tokens || micro.len() == 1),
             }
-            // Each example as it is alone, one behind the other.
-            let (mut start, mut targets) = (0, 0);
+            // Examples are unchanged, one after the other.
+            let mut start = 0;
+            let mut targets = 0;
             for (example, segment) in micro.iter().zip(&batch.segments) {
                 let alone = Batch::new([*example]);
                 assert_eq!(*segment, start..start + alone.input_ids.len());
@@ -102,7 +103,7 @@ fn micro_batches_contain_each_example_once_within_the_limit() {
         match tokens {
             0 => assert_eq!(cut.len(), 60usize.div_ceil(7)),
             1 => assert_eq!(cut.len(), 60),
-            // First fit leaves at most one of them half empty or less.
+            // First fit leaves at most one micro-batch that is at most half full.
             _ => assert!(tokens < longest || cut.len() <= 2 * total.div_ceil(tokens)),
         }
         keys.sort();

@@ -1,4 +1,4 @@
-//! The room `data`: tokenizer, chat templates, alignment, datasets and batches.
+//! Tokenizer, chat templates, alignment, datasets and batches.
 
 mod added_tokens;
 mod align;

@@ -1,4 +1,4 @@
-//! Prepared once, mapped afterwards, and never anything but what they were prepared from.
+//! Prepared examples are mapped by later runs, and prepared again after changes and damage.
 
 use std::path::{Path, PathBuf};
 
@@ -87,7 +87,7 @@ fn second_run_maps_the_prepared_examples() {
     assert_eq!(batches(&first), batches(&second));
     assert_eq!(first.report, second.report);
     assert_eq!(first.fingerprint(), second.fingerprint());
-    // In memory, from one shard for each thread to one for all: the same examples, in their order.
+    // In memory: the same examples in the same order, whatever the number of threads and shards.
     let cache = run.config.run_dir.join("cache");
     for threads in [1, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
@@ -185,11 +185,13 @@ fn examples_are_prepared_again_only_after_relevant_changes() {
 
 #[test]
 fn order_of_answers_does_not_change_the_training() {
-    let (run, other) = (run(20), run(0));
+    let other = run(0);
+    let run = run(20);
     let mut backwards = records(&run.tokenizer, 20);
     backwards.reverse();
     write_cache(&other.config.run_dir.join("cache"), &backwards);
-    let (a, b) = (run.load(true), other.load(true));
+    let a = run.load(true);
+    let b = other.load(true);
     assert_ne!(
         run.folders()[0].file_name(),
         other.folders()[0].file_name(),
@@ -235,7 +237,7 @@ fn incomplete_folder_is_prepared_again() {
     let run = run(20);
     let expected = batches(&run.load(true));
     let whole = run.folders().remove(0);
-    // Of other settings, so that nobody writes it anew.
+    // A folder of other settings, so that it is not written again.
     let half = whole.with_file_name(".0123456789abcdef.new");
     std::fs::rename(&whole, &half).unwrap();
     std::fs::remove_file(half.join("index.json")).unwrap();
@@ -248,7 +250,7 @@ fn incomplete_folder_is_prepared_again() {
     std::fs::remove_file(whole.join("index.json")).unwrap();
     assert_eq!(batches(&run.load(true)), expected);
 
-    // Stopped while it prepares, it leaves nothing.
+    // A run that stops during the preparation leaves nothing.
     std::fs::remove_dir_all(&whole).unwrap();
     let stopped = dataset::load(&run.config, &Selection::All, &run.tokenizer, &mut |_, _| {
         anyhow::bail!("stop")
@@ -271,8 +273,8 @@ fn two_newest_folders_are_kept() {
     run.load(false);
 }
 
-/// The fast reader of lines gives the same result as the general JSON parser, which reads the same line with an additional
-/// space.
+/// The fast reader of lines gives the same result as the general JSON parser, which reads the same line with an
+/// additional space.
 #[test]
 fn fast_line_reader_matches_the_json_parser() {
     let tokenizer = tokenizer("bytelevel");
@@ -288,7 +290,7 @@ fn fast_line_reader_matches_the_json_parser() {
         rank: 0,
         hex: "c3".into(),
     });
-    // What looks like the beginning of the logprobs, in a text.
+    // A text that contains the beginning of the logprobs field.
     all[1].answer.text = ",\"logprobs\":{\"token\":[".into();
     for record in &all {
         let line = distill::cache::line::encode(record).unwrap();

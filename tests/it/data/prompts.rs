@@ -24,12 +24,12 @@ const EMPTY_BLOCK: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% i
 const OPENED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";
 /// Like Mistral Nemo's: the system message is part of the last user message.
 const MOVED: &str = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% if loop.last or (loop.index == messages | length - 1) %}{{ messages[0].content }} {% endif %}{{ m.content }}<|im_end|>{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}";
-/// Like Qwen 3's: reformats the thinking of the last answer, and drops it elsewhere.
+/// Like Qwen 3's: reformats the thinking of the last answer, and drops that of other answers.
 const THINKING: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1] %}{% if loop.last %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 /// Drops the thinking of every answer.
 const DROPPED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1].lstrip('\\n') }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-/// Its generation prompt begins in another way than the conversation.
+/// The generation prompt begins differently from the conversation.
 const DATED: &str = "{% if add_generation_prompt %}Today. {% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1] %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
@@ -124,9 +124,9 @@ fn supervised_answers_follow_their_generation_prompt() {
                     "Bye."
                 })
             );
-            let said = &conversation.ids[answer.after_thinking..answer.tokens.end];
+            let answer_ids = &conversation.ids[answer.after_thinking..answer.tokens.end];
             if messages.len() > 2 {
-                assert_eq!(text(&tokenizer, said).trim(), "Bye.", "{template}");
+                assert_eq!(text(&tokenizer, answer_ids).trim(), "Bye.", "{template}");
             }
         }
     }
@@ -573,7 +573,7 @@ fn template_date_record_is_the_date_of_the_request() {
     };
     config.student.template_date = Some(TemplateDate::Record);
     assert_eq!(begins(&config), ["28 Feb 2026", "01 Mar 2026"]);
-    // Another setting is another dataset, also for `distill eval`, which sets the date later.
+    // Another date gives another dataset, also for `distill eval`, which sets the date later.
     let fingerprint = |date: TemplateClock| {
         let mut tokenizer = Tokenizer::load(dir.path()).unwrap();
         tokenizer.set_date(date);
@@ -618,9 +618,9 @@ fn thinking_without_one_of_its_tags_is_found() {
     let (_, found) = of(CHATML, "<think>\nHm", Thinking::Supervise);
     assert_eq!(found["1"], ["<think>\nHm<|im_end|>"]);
     // A text that mentions the tag.
-    let told = "The tag </think> ends it.";
-    let (_, found) = of(CHATML, told, Thinking::Drop);
-    assert_eq!(found["1"], [format!("{told}<|im_end|>")]);
+    let answer = "The tag </think> ends it.";
+    let (_, found) = of(CHATML, answer, Thinking::Drop);
+    assert_eq!(found["1"], [format!("{answer}<|im_end|>")]);
 }
 
 #[test]
@@ -676,7 +676,7 @@ fn rows_with_unsupported_fields_are_refused_by_name() {
     ] {
         let is_reasoning = value.is_string() || field == "reasoning_details";
         for is_of_row in [false, true] {
-            // Rows of some datasets say by such a field whether they have reasoning.
+            // In rows of some datasets, such a field is a flag for reasoning.
             if is_of_row && is_reasoning {
                 continue;
             }

@@ -51,7 +51,7 @@ fn data_show_prints_examples_token_by_token() {
     let shown: Value = serde_json::from_str(&printed).unwrap();
     assert_eq!(shown["version"], 1);
     let examples = shown["examples"].as_array().unwrap();
-    assert_eq!(examples.len(), 1, "the first that makes an example");
+    assert_eq!(examples.len(), 1, "the first row that makes an example");
     assert_eq!(examples[0]["prompt_id"], "good");
     let tokens = examples[0]["tokens"].as_array().unwrap();
     let supervised: Vec<&Value> = tokens

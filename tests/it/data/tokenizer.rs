@@ -1,4 +1,4 @@
-//! Ids and bytes, held against transformers.
+//! Ids and bytes of tokens, compared with transformers.
 
 use distill::exit::Exit;
 use distill::tokenizer::Tokenizer;
@@ -90,7 +90,7 @@ fn piece_cache_gives_the_ids_of_the_whole_text() {
     }
 }
 
-/// Fewer than `most` of these parts, joined.
+/// Concatenates fewer than `most` of these parts.
 pub fn random_text(random: &mut fastrand::Rng, parts: &[&str], most: usize) -> String {
     let length = random.usize(1..most);
     (0..length)
