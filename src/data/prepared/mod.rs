@@ -85,7 +85,7 @@ impl Prepared {
         })
     }
 
-    /// Opens files that a [`writer::PreparedWriter`] made in memory.
+    /// Opens files that a `PreparedWriter` made in memory.
     ///
     /// # Errors
     /// If the files are inconsistent.

@@ -165,7 +165,7 @@ impl Shard {
         self.input_ends_B.len()
     }
 
-    /// Returns example `index`, which must be less than [`Self::len`].
+    /// Returns example `index`, which must be less than the number of examples.
     pub fn example(&self, index: usize) -> ExampleView<'_> {
         ExampleView { shard: self, index }
     }
