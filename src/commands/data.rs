@@ -1,4 +1,4 @@
-//! `distill data show`: what an answer is trained as.
+//! `distill data show`: prints examples token by token.
 
 use std::io::IsTerminal;
 
@@ -8,18 +8,19 @@ use serde_json::json;
 use super::{load_config, print, print_json};
 use crate::cli::{DataArgs, DataCommand, Global, ShowDataArgs};
 use crate::data::dataset;
-use crate::data::dataset::show::{Shown, Token};
-use crate::data::groups::Difference;
+use crate::data::dataset::show::{ShownExample, ShownToken};
+use crate::data::groups::ExclusionReason;
 use crate::data::report::by_reason;
 use crate::exit::Exit;
 use crate::terminal::sanitise;
 use crate::tokenizer::Tokenizer;
 
-/// Version of what `--json` prints here.
+/// Version of the `--json` output.
 const VERSION: u32 = 1;
-/// Maximum number of soft labels in a line, and their least probability.
-const LABELS: usize = 5;
-const LEAST_SHOWN: f64 = 5e-5;
+/// Maximum number of soft labels in a line.
+const MAX_LABELS: usize = 5;
+/// Minimum probability of a soft label that is printed.
+const MIN_PROBABILITY: f64 = 5e-5;
 
 pub fn run(args: &DataArgs, global: &Global) -> Result<()> {
     match &args.command {
@@ -46,8 +47,8 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
                  or the line of a file of conversations"
             ),
             None => {
-                let advice = if skipped.contains_key(&Difference::Mock.to_string()) {
-                    "; set data.groups to \"mock\" to use those"
+                let advice = if skipped.contains_key(&ExclusionReason::Mock.to_string()) {
+                    "; set data.groups to \"mock\" to use them"
                 } else {
                     ""
                 };
@@ -58,21 +59,24 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
     if global.json {
         return print_json(&json!({ "version": VERSION, "examples": shown }));
     }
-    let style = Style::of_stdout();
-    let texts: Vec<String> = shown.iter().map(|shown| text(shown, style)).collect();
+    let style = ColourStyle::for_stdout();
+    let texts: Vec<String> = shown
+        .iter()
+        .map(|shown| format_example(shown, style))
+        .collect();
     print(&texts.join("\n"))
 }
 
-/// Escape sequences, or nothing where they would be read as text.
+/// Colours of the output; none if stdout is not a terminal or `NO_COLOR` is set.
 #[derive(Clone, Copy)]
-struct Style {
+struct ColourStyle {
     has_colour: bool,
 }
 
-impl Style {
-    fn of_stdout() -> Style {
+impl ColourStyle {
+    fn for_stdout() -> ColourStyle {
         let is_off = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        Style {
+        ColourStyle {
             has_colour: !is_off && std::io::stdout().is_terminal(),
         }
     }
@@ -86,7 +90,7 @@ impl Style {
     }
 
     /// Supervised tokens are green, control tokens cyan, and others dim.
-    fn token(self, token: &Token) -> String {
+    fn token(self, token: &ShownToken) -> String {
         let code = match (token.is_supervised, token.is_special) {
             (true, true) => "1;36",
             (true, false) => "32",
@@ -97,7 +101,7 @@ impl Style {
     }
 }
 
-/// Text with its line breaks and control characters spelled out.
+/// Text with line breaks and control characters as escape sequences.
 fn visible(text: &str) -> String {
     let mut shown = String::new();
     for char in text.chars() {
@@ -110,7 +114,7 @@ fn visible(text: &str) -> String {
     sanitise(&shown).into_owned()
 }
 
-fn text(shown: &Shown, style: Style) -> String {
+fn format_example(shown: &ShownExample, style: ColourStyle) -> String {
     let mut text = format!(
         "{}  prompt {}\n",
         style.paint("1", &visible(&shown.key)),
@@ -137,7 +141,7 @@ fn text(shown: &Shown, style: Style) -> String {
     if shown.tokens.is_empty() {
         return text;
     }
-    // The text, with a bar between tokens, and brackets around what is supervised.
+    // The text, with a bar between tokens, and brackets around supervised tokens.
     let mut is_supervised = false;
     for (position, token) in shown.tokens.iter().enumerate() {
         if token.is_supervised != is_supervised {
@@ -154,11 +158,11 @@ fn text(shown: &Shown, style: Style) -> String {
     text.push_str(if is_supervised { " <<<\n\n" } else { "\n\n" });
     let supervised = shown.tokens.iter().enumerate();
     let supervised = supervised.filter(|(_, token)| token.is_supervised);
-    let width = |token: &Token| visible(&token.text).chars().count();
-    let most = supervised.clone().map(|(_, token)| width(token)).max();
-    let most = most.unwrap_or_default();
+    let width = |token: &ShownToken| visible(&token.text).chars().count();
+    let widest = supervised.clone().map(|(_, token)| width(token)).max();
+    let widest = widest.unwrap_or_default();
     for (position, token) in supervised {
-        let padding = " ".repeat(most - width(token));
+        let padding = " ".repeat(widest - width(token));
         text.push_str(&format!(
             "{position:>5} {:>7} {}{padding}  {}\n",
             token.id,
@@ -169,10 +173,10 @@ fn text(shown: &Shown, style: Style) -> String {
     text
 }
 
-/// Soft labels of a token.
-fn labels(token: &Token) -> String {
-    let shown = token.soft_labels.iter().take(LABELS);
-    let shown = shown.take_while(|label| label.probability >= LEAST_SHOWN);
+/// Formats the soft labels of a token.
+fn labels(token: &ShownToken) -> String {
+    let shown = token.soft_labels.iter().take(MAX_LABELS);
+    let shown = shown.take_while(|label| label.probability >= MIN_PROBABILITY);
     let mut parts: Vec<String> = shown
         .map(|label| {
             let text = visible(&format!("{:?}", label.text));

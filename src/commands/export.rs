@@ -14,7 +14,7 @@ use crate::export::rows::{Report, Settings};
 use crate::export::{self, Format};
 use crate::terminal::{format_count, sanitise};
 use crate::tokenizer::Tokenizer;
-use crate::tokenizer::chat_template::Date;
+use crate::tokenizer::chat_template::TemplateClock;
 
 /// Version of what `--json` prints here.
 const VERSION: u32 = 1;
@@ -34,7 +34,7 @@ pub(crate) fn run(args: &ExportArgs, global: &Global) -> Result<()> {
     check_outside(&args.out, &folder)?;
     let mut tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
     if let Some(tokenizer) = &mut tokenizer {
-        tokenizer.set_date(Date::Record);
+        tokenizer.set_date(TemplateClock::Record);
     }
     let settings = Settings {
         data: &data,

@@ -1,4 +1,4 @@
-//! `distill tokenize`: the tokens of a text.
+//! `distill tokenize`: prints the tokens of a text.
 
 use std::io::Read;
 
@@ -12,7 +12,7 @@ use crate::prompt::message::Message;
 use crate::terminal::{sanitise, table};
 use crate::tokenizer::Tokenizer;
 
-/// Version of what `--json` prints here.
+/// Version of the `--json` output.
 const VERSION: u32 = 1;
 
 pub fn run(args: &TokenizeArgs, global: &Global) -> Result<()> {

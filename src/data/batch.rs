@@ -1,4 +1,4 @@
-//! Examples laid end to end for one forward pass, and the order in which they come.
+//! Batches: examples laid end to end for one forward pass, and the order in which examples are taken.
 
 use std::ops::Range;
 
@@ -8,34 +8,32 @@ use serde::{Deserialize, Serialize};
 use crate::config;
 use crate::data::prepared::shard::ExampleView;
 
-/// B examples of T tokens in all, one after the other without padding. Attention stays inside a
-/// segment and positions start at 0 in each, so an example's result does not depend on its
-/// neighbours. N is the number of supervised positions.
+/// B examples of T tokens in total, one after the other without padding, with N supervised positions. Attention stays
+/// inside a segment, and positions start at 0 in each segment: an example's result does not depend on its neighbours.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
-    /// (T)
+    /// Token ids (T).
     pub input_ids: Vec<u32>,
-    /// Where each example lies in `input_ids` (B).
+    /// Range of each example in `input_ids` (B).
     pub segments: Vec<Range<usize>>,
     /// Index in `input_ids` of each supervised position (N).
     pub positions: Vec<u32>,
-    /// The token that each must predict (N).
+    /// Token that each position must predict (N).
     pub labels: Vec<u32>,
-    /// Soft labels of position n are `soft_ids[soft_offsets[n]..soft_offsets[n + 1]]`; an empty
-    /// range means none (N + 1).
+    /// The soft labels of position n are `soft_ids[soft_offsets[n]..soft_offsets[n + 1]]`; an empty range means none
+    /// (N + 1).
     pub soft_offsets: Vec<usize>,
     pub soft_ids: Vec<u32>,
     pub soft_logprobs: Vec<f32>,
-    /// The logprob of a label that the teacher emitted from outside its top-k, -inf where it is not
-    /// known (N; or empty, where there are none).
-    pub drawn: Vec<Option<f32>>,
-    /// Was the label drawn from the very distribution that the logprobs tell? (N; or empty, where
-    /// none was.)
-    pub exact: Vec<bool>,
-    /// Does the teacher say how likely the end of this answer was? (N; or empty, where nobody knows.)
+    /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown (N, or empty if there are
+    /// none).
+    pub sampled_logprob: Vec<Option<f32>>,
+    /// True if the label was sampled from the distribution of the logprobs (N, or empty if none was).
+    pub is_exact_sample: Vec<bool>,
+    /// True if the teacher's logprobs include the end of this answer (N, or empty if unknown).
     pub lists_end: Vec<Option<bool>>,
-    /// Positions that spell what the teacher cuts into other tokens, in order, with the negative
-    /// log-likelihood of that text under the teacher.
+    /// Ranges of positions whose text the teacher splits differently, in order, with the negative log-likelihood of
+    /// the text under the teacher.
     pub chunks: Vec<(Range<usize>, f32)>,
     /// Keys of the examples, for error messages (B).
     pub keys: Vec<String>,
@@ -49,7 +47,8 @@ impl Batch {
             ..Batch::default()
         };
         for example in examples {
-            let (start, soft_start) = (batch.input_ids.len(), batch.soft_ids.len());
+            let start = batch.input_ids.len();
+            let soft_start = batch.soft_ids.len();
             let first = batch.labels.len();
             let chunks = example.chunks();
             let chunks = chunks.map(|(span, nll)| (first + span.start..first + span.end, nll));
@@ -64,8 +63,10 @@ impl Batch {
             }
             batch.soft_ids.extend(example.soft_ids());
             batch.soft_logprobs.extend(example.soft_logprobs());
-            batch.drawn.extend(example.drawn());
-            batch.exact.resize(batch.labels.len(), example.is_exact());
+            batch.sampled_logprob.extend(example.sampled_logprobs());
+            batch
+                .is_exact_sample
+                .resize(batch.labels.len(), example.is_exact_sample());
             let lists_end = example.lists_end();
             batch.lists_end.resize(batch.labels.len(), lists_end);
             let ends = example.soft_ends();
@@ -75,73 +76,73 @@ impl Batch {
     }
 }
 
-/// Cuts the examples of a step into micro-batches: as they come, `train.micro_batch_size` at a time,
-/// or, with `train.micro_batch_tokens`, packed so that none has more tokens than that, save one that
-/// is a longer example alone.
+/// Splits the examples of a step into micro-batches: `train.micro_batch_size` examples each, in order; or packed into
+/// at most `train.micro_batch_tokens` tokens each, except for a longer example, which is alone.
 ///
-/// Packing is first-fit decreasing: the longest examples come first, so that long ones share a
-/// micro-batch with their like and short ones fill the gaps. The order within a step changes
-/// nothing but rounding: gradients are sums over all of it.
+/// Packing is first-fit decreasing: long examples come first and short ones fill the gaps. The order within a step
+/// affects only the rounding, because gradients are sums over the step.
 pub fn micro_batches<'a>(
     examples: &[ExampleView<'a>],
     settings: &config::TrainConfig,
 ) -> Vec<Vec<ExampleView<'a>>> {
-    let room = settings.micro_batch_tokens;
-    if room == 0 {
-        let cut = examples.chunks(settings.micro_batch_size.max(1));
-        return cut.map(<[_]>::to_vec).collect();
+    let max_tokens = settings.micro_batch_tokens;
+    if max_tokens == 0 {
+        let chunks = examples.chunks(settings.micro_batch_size.max(1));
+        return chunks.map(<[_]>::to_vec).collect();
     }
     let mut sorted = examples.to_vec();
     sorted.sort_by_key(|example| std::cmp::Reverse(example.tokens()));
-    // With the tokens in each.
-    let mut cut: Vec<(usize, Vec<ExampleView>)> = Vec::new();
+    // Micro-batches with their number of tokens.
+    let mut packed: Vec<(usize, Vec<ExampleView>)> = Vec::new();
     for example in sorted {
         let tokens = example.tokens();
-        match cut.iter_mut().find(|(used, _)| used + tokens <= room) {
+        match packed
+            .iter_mut()
+            .find(|(used, _)| used + tokens <= max_tokens)
+        {
             Some((used, examples)) => {
                 *used += tokens;
                 examples.push(example);
             }
-            None => cut.push((tokens, vec![example])),
+            None => packed.push((tokens, vec![example])),
         }
     }
-    cut.into_iter().map(|(_, examples)| examples).collect()
+    packed.into_iter().map(|(_, examples)| examples).collect()
 }
 
-/// Where the order of the examples stands: the next one to take is number `index` of `epoch`. Part
-/// of a checkpoint.
+/// Position in the order of the examples: the next one is number `index` of `epoch`. Part of a checkpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
     pub epoch: u64,
     pub index: usize,
 }
 
-/// The order in which examples are trained on: every epoch in an order of its own, which the seed
-/// and the epoch's number decide.
+/// The order in which examples are trained on. Each epoch has its own order, which depends on the seed and the number of
+/// the epoch.
 ///
-/// A step takes `batch_size` examples, across the border of two epochs where it must: all steps are
-/// the same size, and each example is taken once per epoch.
+/// A step takes `batch_size` examples, if necessary from two epochs. All steps have the same size, and each example is
+/// taken once per epoch.
 #[derive(Debug, Clone)]
 pub struct Batches {
     batch_size: usize,
     seed: u64,
     cursor: Cursor,
-    /// The order of the epoch that the cursor is in.
+    /// Order of the current epoch.
     order: Vec<usize>,
 }
 
 impl Batches {
-    /// Over `examples` examples, from `cursor` on; a new run starts at the default.
+    /// Iterates over `examples` examples from `cursor`; a new run starts at the default cursor.
     ///
     /// # Errors
-    /// If a size is 0, or the cursor lies outside, which means that the data has changed since.
+    /// If a size is 0, or the cursor is outside the examples, which means that the data has changed.
     pub fn new(examples: usize, batch_size: usize, seed: u64, cursor: Cursor) -> Result<Self> {
         ensure!(examples > 0, "there are no examples to train on");
         ensure!(batch_size > 0, "`train.batch_size` must be at least 1");
         ensure!(
             cursor.index <= examples,
-            "the checkpoint stands at example {} of {examples}: the data has changed since; train \
-             with `--fresh`",
+            "the checkpoint is at example {} of {examples}: the data has changed since; train with \
+             `--fresh`",
             cursor.index
         );
         Ok(Self {
@@ -152,12 +153,12 @@ impl Batches {
         })
     }
 
-    /// Where the next step begins.
+    /// Position of the next step.
     pub fn cursor(&self) -> Cursor {
         self.cursor
     }
 
-    /// Which examples the next step takes.
+    /// Indices of the examples of the next step.
     pub fn next_step(&mut self) -> Vec<usize> {
         let mut indices = Vec::with_capacity(self.batch_size);
         while indices.len() < self.batch_size {
@@ -173,10 +174,10 @@ impl Batches {
     }
 }
 
-/// The order of an epoch.
+/// Order of the examples in an epoch.
 fn order(examples: usize, seed: u64, epoch: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..examples).collect();
-    // The seed is spread over all bits first: seed 0 epoch 1 and seed 1 epoch 0 must differ.
+    // Spreading the seed over all bits makes seed 0, epoch 1 differ from seed 1, epoch 0.
     let spread = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
     fastrand::Rng::with_seed(spread.wrapping_add(epoch)).shuffle(&mut order);
     order

@@ -1,4 +1,4 @@
-//! Groups of answers in a cache, and the selection of those to train on. Pure.
+//! Groups of answers in a cache, and the selection of answers to train on. Pure.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,21 +13,21 @@ use crate::cache::record::{Record, is_mock};
 use crate::cache::view::RecordView;
 use crate::terminal::sanitise;
 
-/// Name of all groups of a mock.
+/// Name that selects all groups of a mock.
 const MOCK: &str = "mock";
-/// Hex digits of a group's id.
+/// Number of hex digits in a group's id.
 const ID_DIGITS: usize = 8;
 
 /// Properties that all answers of a group share.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
-    /// As in keys: by name or by address.
+    /// Endpoint as in cache keys: its name or its address.
     endpoint: String,
     /// Model of the request.
     model: String,
     /// Sampling parameters of the request as JSON.
     sampling: String,
-    /// The answers are scripted.
+    /// True if the answers are scripted.
     pub is_mock: bool,
 }
 
@@ -56,7 +56,8 @@ impl Group {
         if self.is_mock { ", a mock" } else { "" }
     }
 
-    /// A mock has the model name and perhaps the address of what it stands for, so these do not name its groups.
+    /// Returns true if `name` selects this group: its id, model, endpoint or teacher. A mock uses the model name, and
+    /// perhaps the address, of the endpoint that it replaces, so these do not select its groups.
     pub fn is_named(&self, name: &str) -> bool {
         if name == self.id() {
             return true;
@@ -84,7 +85,7 @@ impl fmt::Display for Group {
     }
 }
 
-/// Names come from whoever wrote the cache.
+/// Makes a name safe to print: the cache may come from anyone.
 fn on_one_line(text: &str) -> String {
     sanitise(text).replace(['\n', '\t'], " ")
 }
@@ -95,38 +96,39 @@ fn model_of(request: &Value) -> String {
 
 /// The properties of a record that decide whether it is selected.
 #[derive(Debug, Clone)]
-pub struct Candidate {
+pub struct RecordIdentity {
     pub group: Group,
     key: Fingerprint,
     question: Fingerprint,
-    /// The answer was truncated at the `max_tokens` of its request.
+    /// True if the answer was truncated at the `max_tokens` of its request.
     is_truncated: bool,
 }
 
-impl Candidate {
-    /// `params` are those of [`RecordView::params`].
-    pub fn of_view(record: &RecordView, params: &Value) -> Candidate {
+impl RecordIdentity {
+    /// Returns the identity of a borrowed record; `params` are its [`RecordView::params`].
+    pub fn from_view(record: &RecordView, params: &Value) -> RecordIdentity {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: record.request_model().to_owned(),
             sampling: question::sampling(params),
             is_mock: is_mock(&record.fingerprint),
         };
-        Candidate::new(group, &record.key, record.cut_at)
+        RecordIdentity::new(group, &record.key, record.cut_at)
     }
 
-    pub fn of_record(record: &Record) -> Candidate {
+    /// Returns the identity of an owned record.
+    pub fn from_record(record: &Record) -> RecordIdentity {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: model_of(&record.request),
             sampling: question::sampling(&record.request),
             is_mock: is_mock(&record.fingerprint),
         };
-        Candidate::new(group, &record.key, record.cut_at)
+        RecordIdentity::new(group, &record.key, record.cut_at)
     }
 
-    fn new(group: Group, key: &str, cut_at: u32) -> Candidate {
-        Candidate {
+    fn new(group: Group, key: &str, cut_at: u32) -> RecordIdentity {
+        RecordIdentity {
             group,
             key: crate::cache::fingerprint::fingerprint(key),
             question: question::fingerprint(key),
@@ -135,19 +137,19 @@ impl Candidate {
     }
 }
 
-/// A teacher of the config, as its requests name it.
+/// Teacher of the config, as its requests identify it.
 #[derive(Debug, Clone)]
-pub struct Teacher {
-    /// By name and by address.
+pub struct TeacherIdentity {
+    /// Endpoint by name and by address.
     endpoints: [String; 2],
     model: String,
     sampling: String,
 }
 
-impl Teacher {
-    /// `name` is empty if the teacher has none; `request` is one of its requests.
-    pub fn new(name: &str, base_url: &str, request: &Value) -> Teacher {
-        Teacher {
+impl TeacherIdentity {
+    /// Creates an identity. `name` is empty for a teacher without a name; `request` is one of its requests.
+    pub fn new(name: &str, base_url: &str, request: &Value) -> TeacherIdentity {
+        TeacherIdentity {
             endpoints: [name, ""].map(|name| question::endpoint(name, base_url)),
             model: model_of(request),
             sampling: question::sampling(request),
@@ -155,39 +157,39 @@ impl Teacher {
     }
 }
 
-/// Questions of a config and the teachers that it asks.
+/// Questions and teachers of a config.
 #[derive(Debug, Clone)]
-pub struct Asked {
+pub struct ConfigSelection {
     /// None if the prompts cannot be read.
-    pub rows: Option<Rows>,
-    pub teachers: Vec<Teacher>,
+    pub rows: Option<PlannedRows>,
+    pub teachers: Vec<TeacherIdentity>,
 }
 
-/// Rows of a plan.
+/// Cache keys of the rows of a plan.
 #[derive(Debug, Clone, Default)]
-pub struct Rows {
-    /// Key of the answer to each row that has one.
+pub struct PlannedRows {
+    /// Key of the answer to each answered row.
     pub keys: Keys,
-    /// Questions of these.
+    /// Questions of the answered rows.
     pub answered: Keys,
-    /// See [`question::fingerprint`].
+    /// Questions of all rows; see [`question::fingerprint`].
     pub questions: Keys,
 }
 
-/// Which records of a cache are trained on.
+/// Selection of the records to train on.
 #[derive(Debug, Clone)]
 pub enum Selection {
-    /// All but those of a mock.
+    /// All records except those of a mock.
     All,
-    /// By id, model, endpoint or teacher; "mock" names all groups of a mock.
+    /// Groups by id, model, endpoint or teacher; "mock" selects all groups of a mock.
     Named(Vec<String>),
     /// Answers to the questions of the config.
-    Asked(Asked),
+    Config(ConfigSelection),
 }
 
 /// Reason to leave out a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Difference {
+pub enum ExclusionReason {
     Mock,
     NotNamed,
     Endpoint,
@@ -199,43 +201,43 @@ pub enum Difference {
     Question,
 }
 
-impl fmt::Display for Difference {
+impl fmt::Display for ExclusionReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Difference::Mock => "answers of a mock",
-            Difference::NotNamed => "not in data.groups",
-            Difference::Endpoint => "another endpoint",
-            Difference::Model => "another model",
-            Difference::Sampling => "other sampling parameters",
-            Difference::Duplicate => "another answer to the same question is used",
-            Difference::Truncated => {
+            ExclusionReason::Mock => "answers of a mock",
+            ExclusionReason::NotNamed => "not in data.groups",
+            ExclusionReason::Endpoint => "another endpoint",
+            ExclusionReason::Model => "another model",
+            ExclusionReason::Sampling => "other sampling parameters",
+            ExclusionReason::Duplicate => "another answer to the same question is used",
+            ExclusionReason::Truncated => {
                 "truncated at a smaller max_tokens; `distill harvest` requests them again"
             }
-            Difference::Adoptable => {
+            ExclusionReason::Adoptable => {
                 "from another endpoint to this config's questions; `distill cache adopt` takes them over"
             }
-            Difference::Question => "other prompts, template, samples, seed, schema or tools",
+            ExclusionReason::Question => "other prompts, template, samples, seed, schema or tools",
         })
     }
 }
 
 impl Selection {
+    /// Checks whether a record is selected.
+    ///
     /// # Errors
-    /// The reason to leave the record out.
-    pub fn check(&self, candidate: &Candidate) -> Result<(), Difference> {
-        let group = &candidate.group;
-        let (is_selected, difference) = match self {
-            Selection::All => (!group.is_mock, Difference::Mock),
-            Selection::Named(names) => {
-                let is_named = names.iter().any(|name| group.is_named(name));
-                (is_named, Difference::NotNamed)
-            }
-            Selection::Asked(asked) => return asked.check(candidate),
-        };
-        if is_selected { Ok(()) } else { Err(difference) }
+    /// The reason if it is not.
+    pub fn check(&self, record: &RecordIdentity) -> Result<(), ExclusionReason> {
+        let group = &record.group;
+        match self {
+            Selection::All if group.is_mock => Err(ExclusionReason::Mock),
+            Selection::All => Ok(()),
+            Selection::Named(names) if names.iter().any(|name| group.is_named(name)) => Ok(()),
+            Selection::Named(_) => Err(ExclusionReason::NotNamed),
+            Selection::Config(config) => config.check(record),
+        }
     }
 
-    /// Adds everything that decides to a hash.
+    /// Adds everything that the selection depends on to a hash.
     pub fn update(&self, hash: &mut blake3::Hasher) {
         match self {
             Selection::All => {
@@ -246,14 +248,14 @@ impl Selection {
                     hash.update(name.as_bytes()).update(b"\n");
                 }
             }
-            Selection::Asked(asked) => {
-                for teacher in &asked.teachers {
+            Selection::Config(config) => {
+                for teacher in &config.teachers {
                     let fields = [&teacher.model, &teacher.sampling];
                     for field in teacher.endpoints.iter().chain(fields) {
                         hash.update(field.as_bytes()).update(b"\n");
                     }
                 }
-                let rows = asked.rows.iter();
+                let rows = config.rows.iter();
                 let mut keys: Vec<_> = rows.flat_map(|rows| &rows.keys).collect();
                 keys.sort_unstable();
                 for key in keys {
@@ -264,84 +266,85 @@ impl Selection {
     }
 }
 
-impl Asked {
-    fn check(&self, candidate: &Candidate) -> Result<(), Difference> {
-        let group = &candidate.group;
+impl ConfigSelection {
+    fn check(&self, record: &RecordIdentity) -> Result<(), ExclusionReason> {
+        let group = &record.group;
         if group.is_mock {
-            return Err(Difference::Mock);
+            return Err(ExclusionReason::Mock);
         }
         if let Some(rows) = &self.rows
-            && rows.keys.contains(&candidate.key)
+            && rows.keys.contains(&record.key)
         {
             return Ok(());
         }
         if let Some(rows) = &self.rows
-            && rows.questions.contains(&candidate.question)
+            && rows.questions.contains(&record.question)
         {
-            return Err(if rows.answered.contains(&candidate.question) {
-                Difference::Duplicate
-            } else if candidate.is_truncated {
-                Difference::Truncated
+            return Err(if rows.answered.contains(&record.question) {
+                ExclusionReason::Duplicate
+            } else if record.is_truncated {
+                ExclusionReason::Truncated
             } else {
-                Difference::Adoptable
+                ExclusionReason::Adoptable
             });
         }
-        // Which property is the first that no teacher shares?
-        let mut like: Vec<&Teacher> = self.teachers.iter().collect();
-        like.retain(|teacher| teacher.endpoints.contains(&group.endpoint));
-        if like.is_empty() {
-            return Err(Difference::Endpoint);
+        // Report the first property that no teacher shares.
+        let mut similar: Vec<&TeacherIdentity> = self.teachers.iter().collect();
+        similar.retain(|teacher| teacher.endpoints.contains(&group.endpoint));
+        if similar.is_empty() {
+            return Err(ExclusionReason::Endpoint);
         }
-        like.retain(|teacher| teacher.model == group.model);
-        if like.is_empty() {
-            return Err(Difference::Model);
+        similar.retain(|teacher| teacher.model == group.model);
+        if similar.is_empty() {
+            return Err(ExclusionReason::Model);
         }
-        like.retain(|teacher| teacher.sampling == group.sampling);
-        if like.is_empty() {
-            return Err(Difference::Sampling);
+        similar.retain(|teacher| teacher.sampling == group.sampling);
+        if similar.is_empty() {
+            return Err(ExclusionReason::Sampling);
         }
         match &self.rows {
             None => Ok(()),
-            Some(rows)
-                if candidate.is_truncated && rows.questions.contains(&candidate.question) =>
-            {
-                Err(Difference::Truncated)
+            Some(rows) if record.is_truncated && rows.questions.contains(&record.question) => {
+                Err(ExclusionReason::Truncated)
             }
-            Some(_) => Err(Difference::Question),
+            Some(_) => Err(ExclusionReason::Question),
         }
     }
 }
 
 /// Number of records of each group, by id.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Counts(BTreeMap<String, Count>);
+pub struct GroupCounts(BTreeMap<String, GroupCount>);
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-struct Count {
+struct GroupCount {
     group: Group,
     used: u64,
-    /// By reason.
+    /// Records that are left out, by reason.
     left_out: BTreeMap<String, u64>,
 }
 
-impl Counts {
-    fn of(&mut self, group: &Group) -> &mut Count {
-        self.0.entry(group.id()).or_insert_with(|| Count {
+impl GroupCounts {
+    fn entry(&mut self, group: &Group) -> &mut GroupCount {
+        self.0.entry(group.id()).or_insert_with(|| GroupCount {
             group: group.clone(),
-            ..Count::default()
+            ..GroupCount::default()
         })
     }
 
+    /// Counts a record that is used.
     pub fn used(&mut self, group: &Group) {
-        self.of(group).used += 1;
+        self.entry(group).used += 1;
     }
 
-    pub fn left_out(&mut self, group: &Group, difference: Difference) {
-        let left_out = &mut self.of(group).left_out;
-        *left_out.entry(difference.to_string()).or_default() += 1;
+    /// Counts a record that is left out.
+    pub fn left_out(&mut self, group: &Group, reason: ExclusionReason) {
+        let left_out = &mut self.entry(group).left_out;
+        *left_out.entry(reason.to_string()).or_default() += 1;
     }
 
-    pub fn add(&mut self, other: Counts) {
+    /// Adds the counts of further records.
+    pub fn add(&mut self, other: GroupCounts) {
         for (id, count) in other.0 {
             let mine = self.0.entry(id).or_default();
             mine.group = count.group;
@@ -352,18 +355,18 @@ impl Counts {
         }
     }
 
-    /// Groups that are used, with the number of their records.
+    /// Groups with records that are used, and the number of these records.
     pub fn all_used(&self) -> impl Iterator<Item = (&Group, u64)> {
         let used = self.0.values().filter(|count| count.used > 0);
         used.map(|count| (&count.group, count.used))
     }
 
-    /// How to use the groups that are left out, if there are any.
+    /// Advice on how to use the groups that are left out, if there are any.
     pub fn advice(&self) -> Option<String> {
         let mut words = Vec::new();
         for (is_mock, word) in [(false, "\"all\""), (true, "\"mock\"")] {
             let is_left_out =
-                |count: &Count| count.group.is_mock == is_mock && !count.left_out.is_empty();
+                |count: &GroupCount| count.group.is_mock == is_mock && !count.left_out.is_empty();
             if self.0.values().any(is_left_out) {
                 words.push(word);
             }
@@ -373,10 +376,10 @@ impl Counts {
             .then(|| format!("set data.groups to {words}, or to a list of groups, to use them"))
     }
 
-    /// One line for each group: its id and properties, the number of records used, and of those left out by reason.
+    /// One line for each group: its id and properties, the number of records used, and the number left out by reason.
     pub fn lines(&self) -> Vec<String> {
-        let line = |(id, count): (&String, &Count)| {
-            let Count {
+        let line = |(id, count): (&String, &GroupCount)| {
+            let GroupCount {
                 group,
                 used,
                 left_out,

@@ -1,41 +1,40 @@
-//! Do the teacher's logprobs belong to the tokens that it emitted?
+//! Checks that the teacher's logprobs belong to the tokens that it emitted.
 //!
-//! Where y is drawn from p, the most likely token is emitted as often as its probability says: the
-//! number of hits is a sum of independent trials, with mean sum(p_1) and variance sum(p_1 (1 - p_1)).
-//! Logprobs that are one position off, or that belong to another text, hit far less often; sampling
-//! that was sharper than the logprobs tell (a lower temperature, a top_p that was not asked for) hits
-//! far more often. It takes no student to see either.
+//! If y is sampled from p, the most likely token is emitted as often as its probability predicts: the number of hits
+//! is a sum of independent trials, with mean sum(p_1) and variance sum(p_1 (1 - p_1)). Logprobs that are one
+//! position off, or that belong to another text, hit far less often. Sampling that was sharper than the logprobs (a
+//! lower temperature, a top_p that was not requested) hits far more often. The check needs no student.
 //!
-//! The trials are independent but where one seed was sent with every request: a server may draw the same
-//! numbers for all answers then, position by position. So the variance is also taken between positions,
-//! and the larger of the two counts.
+//! The trials are not independent if one seed was sent with every request: a server may then sample all answers with
+//! the same random numbers, position by position. So the variance is also estimated between positions, and the
+//! larger of the two estimates is used.
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::sampling::Sampling;
+use crate::data::sampling::SamplingKind;
 
-/// Sums are taken in these, as integers: they do not depend on the order then.
+/// Units of a sum per 1. Sums of integers do not depend on their order.
 const UNIT: f64 = (1u64 << 30) as f64;
 
-/// By how many standard deviations a rate must differ to be no accident.
+/// Minimum difference of a rate from the expected one, in standard deviations.
 const DEVIATIONS: f64 = 5.0;
 
-/// By how much a rate must differ to matter: logprobs are rounded, and a server's are not those of
-/// the very pass that sampled.
+/// Minimum difference of a rate that matters: logprobs are rounded, and servers may compute them in another pass than
+/// the one that sampled.
 const TOLERANCE: f64 = 0.02;
 
-/// Positions of an answer are told apart up to this many; later ones join earlier ones.
-const PLACES: usize = 32;
+/// Number of sums by position. Position n of an answer is counted in sum n modulo this number.
+const POSITION_SUMS: usize = 32;
 
-/// What one place in the answers adds up to.
+/// Sums over one position of all answers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Place {
+struct PositionSum {
     positions: u64,
     /// sum(hit - p_1), in units.
     excess: i64,
 }
 
-/// How often the most likely token was emitted, and how often that was to be expected.
+/// How often the most likely token was emitted, and how often its probability predicts that.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Agreement {
     pub positions: u64,
@@ -44,16 +43,17 @@ pub struct Agreement {
     expected: u64,
     /// sum(p_1 (1 - p_1)), in units.
     variance: u64,
-    places: [Place; PLACES],
+    #[serde(rename = "places")]
+    by_position: [PositionSum; POSITION_SUMS],
 }
 
 impl Agreement {
-    /// Adds position `at` of an answer, whose most likely token has the probability `p`.
+    /// Adds position `at` of an answer, whose most likely token has probability `p` and was emitted if `hit`.
     pub fn count(&mut self, at: usize, p: f64, hit: bool) {
         let p = p.clamp(0.0, 1.0);
-        let place = &mut self.places[at % PLACES];
-        place.positions += 1;
-        place.excess += ((f64::from(u8::from(hit)) - p) * UNIT) as i64;
+        let sum = &mut self.by_position[at % POSITION_SUMS];
+        sum.positions += 1;
+        sum.excess += ((f64::from(u8::from(hit)) - p) * UNIT) as i64;
         self.positions += 1;
         self.hits += u64::from(hit);
         self.expected += (p * UNIT) as u64;
@@ -65,9 +65,9 @@ impl Agreement {
         self.hits += other.hits;
         self.expected += other.expected;
         self.variance += other.variance;
-        for (place, other) in self.places.iter_mut().zip(other.places) {
-            place.positions += other.positions;
-            place.excess += other.excess;
+        for (sum, other) in self.by_position.iter_mut().zip(other.by_position) {
+            sum.positions += other.positions;
+            sum.excess += other.excess;
         }
     }
 
@@ -76,87 +76,88 @@ impl Agreement {
         self.hits as f64 / self.positions.max(1) as f64
     }
 
-    /// The mean of p_1, which the rate is expected to be.
+    /// Expected rate: the mean of p_1.
     pub fn expected(&self) -> f64 {
         self.expected as f64 / UNIT / self.positions.max(1) as f64
     }
 
-    /// The standard deviation of the rate.
+    /// Standard deviation of the rate.
     pub fn deviation(&self) -> f64 {
         let independent = self.variance as f64 / UNIT;
-        independent.max(self.between_places()).sqrt() / self.positions.max(1) as f64
+        independent.max(self.variance_between_positions()).sqrt() / self.positions.max(1) as f64
     }
 
-    /// The variance of the number of hits as the places show it: of their excess around the mean.
-    fn between_places(&self) -> f64 {
+    /// Variance of the number of hits, estimated from the excess of each position around the mean.
+    fn variance_between_positions(&self) -> f64 {
         let count = self
-            .places
+            .by_position
             .iter()
-            .filter(|place| place.positions > 0)
+            .filter(|sum| sum.positions > 0)
             .count();
         if count < 2 {
             return 0.0;
         }
         let mean = self.rate() - self.expected();
-        let squares = self.places.iter().map(|place| {
-            let around = place.excess as f64 / UNIT - mean * place.positions as f64;
+        let squares = self.by_position.iter().map(|sum| {
+            let around = sum.excess as f64 / UNIT - mean * sum.positions as f64;
             around * around
         });
         squares.sum::<f64>() * count as f64 / (count - 1) as f64
     }
 
-    pub fn verdict(&self) -> Verdict {
+    /// Compares the rate with the expected one.
+    pub fn verdict(&self) -> AgreementVerdict {
         let allowed = (DEVIATIONS * self.deviation()).max(TOLERANCE);
         match self.rate() - self.expected() {
-            _ if self.positions == 0 => Verdict::Fits,
-            difference if difference < -allowed => Verdict::Below,
-            difference if difference > allowed => Verdict::Above,
-            _ => Verdict::Fits,
+            _ if self.positions == 0 => AgreementVerdict::Fits,
+            difference if difference < -allowed => AgreementVerdict::Below,
+            difference if difference > allowed => AgreementVerdict::Above,
+            _ => AgreementVerdict::Fits,
         }
     }
 }
 
-/// What an [`Agreement`] says.
+/// Result of a comparison of an [`Agreement`] with its expected rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum AgreementVerdict {
     Fits,
-    /// The logprobs are not those of these tokens.
+    /// The logprobs belong to other tokens.
     Below,
     /// The sampling was sharper than the logprobs.
     Above,
 }
 
-/// The agreement of answers, by how they were sampled.
+/// Agreement of the answers, by how they were sampled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Gate {
-    /// Drawn from the distribution that the logprobs tell: the rate must be what is expected.
+pub struct LogprobCheck {
+    /// Answers sampled from the distribution of their logprobs: the rate must be the expected one.
     pub exact: Agreement,
-    /// From a sharper one: it may be more.
+    /// Answers sampled from a sharper distribution: the rate may be higher.
     pub sharper: Agreement,
-    /// How often an exactly sampled token is in the top-k, whose mass is the expected rate.
+    /// How often a token of an exact sample is in the top-k, and the mass of the top-k as the expected rate.
     #[serde(default)]
     pub in_top_k: Agreement,
 }
 
-impl Gate {
+impl LogprobCheck {
     /// Counts an answer.
-    pub fn count(&mut self, sampling: Sampling, agreement: Agreement) {
+    pub fn count(&mut self, sampling: SamplingKind, agreement: Agreement) {
         match sampling {
-            Sampling::Exact => self.exact.add(agreement),
-            Sampling::Sharper => self.sharper.add(agreement),
-            Sampling::Unknown => {}
+            SamplingKind::Exact => self.exact.add(agreement),
+            SamplingKind::Sharper => self.sharper.add(agreement),
+            SamplingKind::Unknown => {}
         }
     }
 
     /// Counts how often the emitted tokens of an answer were in the top-k.
-    pub fn count_top_k(&mut self, sampling: Sampling, in_top_k: Agreement) {
-        if sampling == Sampling::Exact {
+    pub fn count_top_k(&mut self, sampling: SamplingKind, in_top_k: Agreement) {
+        if sampling == SamplingKind::Exact {
             self.in_top_k.add(in_top_k);
         }
     }
 
-    /// Returns true if tokens outside the top-k are emitted less than half as often as the mass there says: the
-    /// server truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of another one.
+    /// Returns true if tokens outside the top-k are emitted less than half as often as their mass predicts: the server
+    /// truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of another one.
     pub fn misses_tail(&self) -> bool {
         let tail = 1.0 - self.in_top_k.expected();
         let emitted = 1.0 - self.in_top_k.rate();
@@ -171,15 +172,15 @@ impl Gate {
         self.in_top_k.add(other.in_top_k);
     }
 
-    /// The agreement that shows that logprobs and answers do not belong together, if one does.
+    /// Returns an agreement below its expected rate, if there is one: the logprobs do not belong to the answers.
     pub fn broken(&self) -> Option<Agreement> {
-        let below = |agreement: &Agreement| agreement.verdict() == Verdict::Below;
+        let below = |agreement: &Agreement| agreement.verdict() == AgreementVerdict::Below;
         [self.exact, self.sharper].into_iter().find(below)
     }
 
-    /// Was what calls itself plain sampling sharper than that?
+    /// Returns true if answers of plain sampling were sampled from a sharper distribution.
     pub fn is_too_sharp(&self) -> bool {
-        self.exact.verdict() == Verdict::Above
+        self.exact.verdict() == AgreementVerdict::Above
     }
 }
 
@@ -187,8 +188,8 @@ impl Gate {
 mod tests {
     use super::*;
 
-    /// Positions whose most likely token has a random probability: hits by chance of another
-    /// `sharpness`, from the distribution `shift` positions later.
+    /// Positions whose most likely token has a random probability. Tokens are sampled with another `sharpness`, and
+    /// logprobs are those of `shift` positions later.
     fn sampled(positions: usize, sharpness: f64, shift: usize) -> Agreement {
         let mut random = fastrand::Rng::with_seed(positions as u64);
         let tops: Vec<(f64, u32)> = (0..positions + shift)
@@ -196,9 +197,12 @@ mod tests {
             .collect();
         let emitted: Vec<u32> = tops
             .iter()
-            .map(|(p, top)| match random.f64() < p.powf(sharpness) {
-                true => *top,
-                false => 99,
+            .map(|(p, top)| {
+                if random.f64() < p.powf(sharpness) {
+                    *top
+                } else {
+                    99
+                }
             })
             .collect();
         let mut agreement = Agreement::default();
@@ -210,65 +214,73 @@ mod tests {
     }
 
     #[test]
-    fn plain_sampling_passes_and_shifts_and_sharper_sampling_do_not() {
+    fn agreement_detects_shifted_logprobs_and_sharper_sampling() {
         for positions in [30, 300, 3_000, 100_000] {
-            assert_eq!(sampled(positions, 1.0, 0).verdict(), Verdict::Fits);
-            assert_eq!(sampled(positions, 1.0, 1).verdict(), Verdict::Below);
+            assert_eq!(sampled(positions, 1.0, 0).verdict(), AgreementVerdict::Fits);
+            assert_eq!(
+                sampled(positions, 1.0, 1).verdict(),
+                AgreementVerdict::Below
+            );
         }
-        assert_eq!(sampled(3_000, 0.5, 0).verdict(), Verdict::Above);
-        assert_eq!(sampled(0, 1.0, 0).verdict(), Verdict::Fits);
+        assert_eq!(sampled(3_000, 0.5, 0).verdict(), AgreementVerdict::Above);
+        assert_eq!(sampled(0, 1.0, 0).verdict(), AgreementVerdict::Fits);
     }
 
-    /// A server that draws the same numbers for every answer, as one seed may make it do.
+    /// A server that uses the same random numbers for every answer, as with one seed.
     #[test]
-    fn answers_that_share_their_random_numbers_are_no_independent_trials() {
+    fn agreement_tolerates_answers_with_shared_random_numbers() {
         let mut shifted = 0;
         for seed in 0..40 {
             let mut random = fastrand::Rng::with_seed(seed);
-            let drawn: Vec<f64> = (0..30).map(|_| random.f64()).collect();
-            let (mut right, mut wrong) = (Agreement::default(), Agreement::default());
+            let random_numbers: Vec<f64> = (0..30).map(|_| random.f64()).collect();
+            let mut right = Agreement::default();
+            let mut wrong = Agreement::default();
             for _ in 0..500 {
                 let tops: Vec<(f64, u32)> = (0..31)
                     .map(|_| (0.3 + 0.4 * random.f64(), random.u32(..50)))
                     .collect();
-                for (at, drawn) in drawn.iter().enumerate() {
-                    let hit = *drawn < tops[at].0;
+                for (at, number) in random_numbers.iter().enumerate() {
+                    let hit = *number < tops[at].0;
                     right.count(at, tops[at].0, hit);
                     wrong.count(at, tops[at + 1].0, hit && tops[at].1 == tops[at + 1].1);
                 }
             }
-            assert_eq!(right.verdict(), Verdict::Fits, "seed {seed}: {right:?}");
-            shifted += u32::from(wrong.verdict() == Verdict::Below);
+            assert_eq!(
+                right.verdict(),
+                AgreementVerdict::Fits,
+                "seed {seed}: {right:?}"
+            );
+            shifted += u32::from(wrong.verdict() == AgreementVerdict::Below);
         }
         assert_eq!(shifted, 40);
     }
 
     #[test]
-    fn what_is_sharper_may_hit_more_often_but_not_less() {
-        let mut gate = Gate::default();
-        gate.count(Sampling::Sharper, sampled(3_000, 0.5, 0));
-        gate.count(Sampling::Exact, sampled(3_000, 1.0, 0));
-        gate.count(Sampling::Unknown, sampled(3_000, 1.0, 1));
-        assert!(gate.broken().is_none() && !gate.is_too_sharp());
-        gate.count(Sampling::Sharper, sampled(30_000, 1.0, 1));
-        assert!(gate.broken().is_some());
+    fn sharper_sampling_may_hit_more_often_but_not_less() {
+        let mut check = LogprobCheck::default();
+        check.count(SamplingKind::Sharper, sampled(3_000, 0.5, 0));
+        check.count(SamplingKind::Exact, sampled(3_000, 1.0, 0));
+        check.count(SamplingKind::Unknown, sampled(3_000, 1.0, 1));
+        assert!(check.broken().is_none() && !check.is_too_sharp());
+        check.count(SamplingKind::Sharper, sampled(30_000, 1.0, 1));
+        assert!(check.broken().is_some());
     }
 
     #[test]
-    fn missing_tail_is_detected_even_if_it_is_small() {
+    fn small_missing_tail_is_detected() {
         let sampled = |share: f64, positions: usize| {
             let mut random = fastrand::Rng::with_seed(3);
-            let mut gate = Gate::default();
+            let mut check = LogprobCheck::default();
             let mut in_top_k = Agreement::default();
             for at in 0..positions {
                 let mass = 0.98 + 0.02 * random.f64();
                 in_top_k.count(at, mass, random.f64() >= share * (1.0 - mass));
             }
-            gate.count_top_k(Sampling::Exact, in_top_k);
-            gate.misses_tail()
+            check.count_top_k(SamplingKind::Exact, in_top_k);
+            check.misses_tail()
         };
         assert!(!sampled(1.0, 20_000) && !sampled(1.0, 200) && !sampled(1.0, 0));
         assert!(sampled(0.0, 20_000) && sampled(0.2, 20_000));
-        assert!(!sampled(0.0, 200), "too few positions to tell");
+        assert!(!sampled(0.0, 200), "too few positions");
     }
 }

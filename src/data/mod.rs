@@ -1,7 +1,28 @@
-//! From cache records to batches.
+//! Training data: from cache records and conversations to batches of token ids with labels.
+//!
+//! | file | content |
+//! |---|---|
+//! | `groups` | groups of answers in a cache, and the selection of those to train on |
+//! | `sampling` | whether an answer was sampled from the distribution of its logprobs |
+//! | `dataset` | reads rows, makes examples, splits them by prompt |
+//! | `align` | soft labels from the teacher's tokens to the student's, by bytes |
+//! | `sample_trie` | soft labels from several answers to one prompt |
+//! | `logprob_check` | checks that logprobs belong to the emitted tokens |
+//! | `prepared` | examples on disk: safetensors shards |
+//! | `report` | counts for the user |
+//! | `batch` | examples laid end to end, and their order |
+//!
+//! Shapes, as suffixes of arrays: B examples, T tokens, N supervised positions, K top-k. Arrays of shape NK are ragged
+//! and flat: the labels of position after position, with an array of ends or offsets beside them.
+//!
+//! Invariants:
+//! - The examples depend only on the content of the source and on the settings, not on the number of threads.
+//! - A position without usable logprobs trains on cross-entropy.
+//! - `align`, `groups`, `logprob_check`, `sample_trie` and `sampling` are pure: no clock, file or random number.
+//! - [`prepared::index::VERSION`] is increased with every change of the examples or their files.
+
 pub mod align;
 pub mod batch;
-pub(crate) mod classes;
 pub mod dataset;
 pub mod groups;
 pub(crate) mod logprob_check;

@@ -1,87 +1,89 @@
-//! What became of the records.
+//! Counts of a preparation: records, examples, positions and the checks of their logprobs.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::classes::Classes;
-use crate::data::groups::Counts;
-use crate::data::logprob_check::Gate;
+use crate::data::groups::GroupCounts;
+use crate::data::logprob_check::LogprobCheck;
 
 /// Maximum number of distinct prompt endings that are shown.
 const MAX_DIFFERENCES: usize = 5;
 
-/// Reason in [`Report::ce_only`] for an answer without logprobs.
+/// Reason in [`DataReport::ce_only`] for an answer without logprobs.
 pub const NO_LOGPROBS: &str = "no logprobs";
 
 /// Counts of rows and positions, for the user and for `--json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Report {
-    /// Rows read.
+pub struct DataReport {
+    /// Number of rows read.
     pub records: u64,
+    /// Number of examples made.
     pub kept: u64,
-    /// Examples on either side of the split; both 0 where nothing was split.
+    /// Number of training examples; 0 before the split.
     pub train: u64,
+    /// Number of validation examples; 0 before the split.
     pub validation: u64,
-    /// Records by group, and those that are not selected.
+    /// Records by group, used and left out.
     #[serde(default)]
-    pub groups: Counts,
+    pub groups: GroupCounts,
     /// Selected rows that make no example, by reason.
     pub dropped: BTreeMap<String, u64>,
     /// Kept answers that train on cross-entropy alone, by reason.
     pub ce_only: BTreeMap<String, u64>,
-    /// Supervised answers, and those without an end-of-turn token.
+    /// Number of supervised answers.
     #[serde(default)]
     pub answers: u64,
+    /// Number of supervised answers without an end-of-turn token.
     #[serde(default)]
     pub without_end: u64,
     /// Supervised answers whose thinking the chat template does not print, by how they are trained.
     #[serde(default)]
     pub thinking: BTreeMap<String, u64>,
-    /// Answers made into separate examples, since their prefix in the conversation differs from the generation
-    /// prompt.
+    /// Number of answers made into separate examples, because their prefix in the conversation differs from the
+    /// generation prompt.
     #[serde(default)]
     pub split: u64,
-    /// Answers whose prefix in the rendered conversation differs from the generation prompt, which the examples
-    /// use; and the ends of both by frequency.
+    /// Number of answers whose prefix in the rendered conversation differs from the generation prompt. The examples
+    /// use the generation prompt.
     #[serde(default)]
     pub prefix_differs: u64,
+    /// The ends of both prompts, by frequency.
     #[serde(default)]
     pub differences: BTreeMap<String, u64>,
-    /// Positions whose probabilities sum to more than 1; they train on cross-entropy.
+    /// Number of positions whose probabilities sum to more than 1. These train on cross-entropy.
     #[serde(default)]
     pub positions_over_one: u64,
-    /// Tokens in the kept examples.
+    /// Number of tokens in the kept examples.
     pub tokens: u64,
-    /// Supervised positions, and those of them with soft labels.
+    /// Number of supervised positions.
     pub positions: u64,
+    /// Number of supervised positions with soft labels.
     pub soft_positions: u64,
-    /// Kept answers with soft labels, and those of them that were drawn from the very distribution
-    /// that their logprobs tell.
+    /// Number of kept answers with soft labels.
     #[serde(default)]
     pub with_soft_labels: u64,
-    #[serde(default)]
-    pub exact: u64,
-    /// Answers with soft labels that end the turn, and those of them whose soft labels tell of its end.
+    /// Number of kept answers with soft labels that were sampled from the distribution of their logprobs.
+    #[serde(default, rename = "exact")]
+    pub exact_samples: u64,
+    /// Number of answers with soft labels that end the turn.
     #[serde(default)]
     pub ends: u64,
+    /// Number of these answers whose soft labels contain the end of the turn.
     #[serde(default)]
     pub ends_listed: u64,
-    /// The share of the teacher's probability that lies on student tokens, where there are soft
-    /// labels; the rest is the tail.
+    /// Mean share of the teacher's probability that lies on student tokens, over positions with soft labels. The rest
+    /// is the tail.
     pub mean_mapped_mass: f64,
-    /// How often the teacher's most likely token is what it emitted, beside what its probability says.
-    #[serde(default)]
-    pub gate: Gate,
-    /// The same through the map to the student's tokens, by the kind of the token.
-    #[serde(default)]
-    pub classes: Classes,
+    /// How often the teacher emitted its most likely token, and how often its probabilities predict that.
+    #[serde(default, rename = "gate")]
+    pub logprob_check: LogprobCheck,
 }
 
-impl Report {
-    /// Adds the counts of further rows; the mean is another's to take.
-    pub fn add(&mut self, other: Report) {
+impl DataReport {
+    /// Adds the counts of further rows. The caller computes `mean_mapped_mass` from all examples in order.
+    pub fn add(&mut self, other: DataReport) {
         self.records += other.records;
         self.groups.add(other.groups);
         self.kept += other.kept;
@@ -93,11 +95,10 @@ impl Report {
         self.positions += other.positions;
         self.soft_positions += other.soft_positions;
         self.with_soft_labels += other.with_soft_labels;
-        self.exact += other.exact;
+        self.exact_samples += other.exact_samples;
         self.ends += other.ends;
         self.ends_listed += other.ends_listed;
-        self.gate.add(other.gate);
-        self.classes.add(other.classes);
+        self.logprob_check.add(other.logprob_check);
         for (mine, others) in [
             (&mut self.dropped, other.dropped),
             (&mut self.ce_only, other.ce_only),
@@ -112,12 +113,14 @@ impl Report {
         }
     }
 
-    /// Do endpoints leave the token that ends a turn out of their logprobs, as most do?
+    /// Returns true if more than half of the answers have no logprob of the end-of-turn token, which most endpoints
+    /// leave out.
     pub fn misses_ends(&self) -> bool {
         2 * self.ends_listed < self.ends
     }
 
-    /// Counts answers with these prompt endings, each of which could contain a date or an id.
+    /// Counts answers with these prompt endings. Endings past the limit share one entry: each could contain a date or
+    /// an id.
     pub fn count_difference(&mut self, endings: String, count: u64) {
         self.prefix_differs += count;
         let has_room = self.differences.len() < MAX_DIFFERENCES;
@@ -130,7 +133,7 @@ impl Report {
     }
 }
 
-/// `reason: count` pairs, the most frequent first.
+/// Formats counts as `12 reason, 3 other reason`, the most frequent first.
 pub fn by_reason(counts: &BTreeMap<String, u64>) -> String {
     let mut counts: Vec<_> = counts.iter().collect();
     counts.sort_by_key(|&(_, &count)| std::cmp::Reverse(count));
@@ -141,7 +144,7 @@ pub fn by_reason(counts: &BTreeMap<String, u64>) -> String {
     parts.join(", ")
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for DataReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
@@ -175,25 +178,21 @@ impl fmt::Display for Report {
         if self.soft_positions > 0 {
             write!(f, ", mapped mass {:.3}", self.mean_mapped_mass)?;
         }
-        if self.gate.exact.positions > 0 {
-            let gate = &self.gate.exact;
+        if self.logprob_check.exact.positions > 0 {
+            let top_token = &self.logprob_check.exact;
             write!(
                 f,
                 "\nteacher's most likely token emitted: {:.2} % of {}, {:.2} % expected",
-                100.0 * gate.rate(),
-                gate.positions,
-                100.0 * gate.expected(),
+                100.0 * top_token.rate(),
+                top_token.positions,
+                100.0 * top_token.expected(),
             )?;
-        }
-        let classes = self.classes.to_string();
-        if !classes.is_empty() {
-            write!(f, "\nthrough the map: {classes}")?;
         }
         if self.split > 0 {
             write!(
                 f,
-                "\n{} answers inside conversations became separate examples: rendered there, they are not what a model \
-                 writes behind its generation prompt",
+                "\n{} answers inside conversations became separate examples: there, the template renders them differently \
+                 from what a model writes after its generation prompt",
                 self.split
             )?;
         }

@@ -1,49 +1,48 @@
 //! Several answers to one prompt, merged where they begin alike.
 //!
-//! A teacher that tells no logprobs still shows its distribution in what it says: of n answers that share a
-//! beginning, the share of those that go on with a token is a Monte-Carlo estimate of its probability. In a
-//! trie of the answers these are the counts at each node; nodes that one answer alone comes through say
-//! nothing.
+//! A teacher without logprobs still shows its distribution in its answers. Of n answers that share a prefix, the share
+//! that continues with a token is a Monte-Carlo estimate of the token's probability. In a trie of the answers, these
+//! are the counts at each node. A node of a single answer gives no estimate.
 
 use std::collections::HashMap;
 
 use crate::data::align::aligned::Aligned;
 
-/// Answers as student tokens, by the tokens of their prompts.
+/// Answers as student tokens, by a hash of the tokens of their prompts.
 #[derive(Debug, Default)]
-pub(crate) struct Samples {
-    of_prompt: HashMap<blake3::Hash, Vec<Box<[u32]>>>,
+pub(crate) struct SampleTrie {
+    by_prompt: HashMap<blake3::Hash, Vec<Box<[u32]>>>,
 }
 
-impl Samples {
-    /// Takes an answer in, with the token that ends it if it was not cut off.
+impl SampleTrie {
+    /// Adds an answer, with the token that ends it unless it was truncated.
     pub(crate) fn add(&mut self, prompt: &[u32], answer: &[u32]) {
-        let answers = self.of_prompt.entry(hash(prompt)).or_default();
+        let answers = self.by_prompt.entry(hash(prompt)).or_default();
         answers.push(answer.into());
     }
 
-    /// Takes in those of another part of the data.
+    /// Adds the answers of another part of the data.
     pub(crate) fn merge(&mut self, other: Self) {
-        for (prompt, answers) in other.of_prompt {
-            self.of_prompt.entry(prompt).or_default().extend(answers);
+        for (prompt, answers) in other.by_prompt {
+            self.by_prompt.entry(prompt).or_default().extend(answers);
         }
     }
 
-    /// The soft labels of `answer`, where other answers to its prompt begin as it does: shares of the
-    /// tokens that follow. None where there are no others.
+    /// Returns soft labels for `answer`: at each position, the shares of the next tokens among the answers that begin
+    /// with the same tokens. None if the prompt has no other answer.
     pub(crate) fn soft_labels(&self, prompt: &[u32], answer: &[u32]) -> Option<Aligned> {
-        let answers = self.of_prompt.get(&hash(prompt))?;
-        let mut alike: Vec<&[u32]> = answers.iter().map(|answer| &**answer).collect();
-        if alike.len() < 2 {
+        let answers = self.by_prompt.get(&hash(prompt))?;
+        let mut sharing: Vec<&[u32]> = answers.iter().map(|answer| &**answer).collect();
+        if sharing.len() < 2 {
             return None;
         }
         let mut aligned = Aligned::default();
         for (at, token) in answer.iter().enumerate() {
-            if alike.len() < 2 {
+            if sharing.len() < 2 {
                 break;
             }
-            aligned.push(&shares(alike.iter().filter_map(|answer| answer.get(at))));
-            alike.retain(|answer| answer.get(at) == Some(token));
+            aligned.push(&shares(sharing.iter().filter_map(|answer| answer.get(at))));
+            sharing.retain(|answer| answer.get(at) == Some(token));
         }
         Some(aligned)
     }
@@ -57,14 +56,14 @@ fn hash(prompt: &[u32]) -> blake3::Hash {
     hash.finalize()
 }
 
-/// How often each token is among `tokens`, as logarithms of shares, the most frequent first.
+/// Share of each token among `tokens` as its natural logarithm, the most frequent first.
 fn shares<'a>(tokens: impl Iterator<Item = &'a u32>) -> Vec<(u32, f32)> {
     let mut tokens: Vec<u32> = tokens.copied().collect();
     tokens.sort_unstable();
-    let all = tokens.len() as f32;
-    let alike = tokens.chunk_by(|a, b| a == b);
-    let mut shares: Vec<(u32, f32)> = alike
-        .map(|alike| (alike[0], (alike.len() as f32 / all).ln()))
+    let total = tokens.len() as f32;
+    let equal = tokens.chunk_by(|a, b| a == b);
+    let mut shares: Vec<(u32, f32)> = equal
+        .map(|equal| (equal[0], (equal.len() as f32 / total).ln()))
         .collect();
     shares.sort_by(|a, b| b.1.total_cmp(&a.1));
     shares
@@ -75,11 +74,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_at_shared_beginnings_are_soft_labels() {
-        let mut samples = Samples::default();
+    fn soft_labels_are_token_shares_after_shared_prefixes() {
+        let mut samples = SampleTrie::default();
         let answers: [&[u32]; 4] = [&[1, 2, 9], &[1, 2, 3, 9], &[1, 4, 9], &[5, 9]];
         samples.add(&[7], answers[0]);
-        let mut others = Samples::default();
+        let mut others = SampleTrie::default();
         for answer in &answers[1..] {
             others.add(&[7], answer);
         }
@@ -100,7 +99,7 @@ mod tests {
         close(at(0), &[(1, 0.75), (5, 0.25)]);
         close(at(1), &[(2, 2.0 / 3.0), (4, 1.0 / 3.0)]);
         close(at(2), &[(3, 0.5), (9, 0.5)]);
-        assert!(!labels.is_soft(3), "one answer alone says nothing");
+        assert!(!labels.is_soft(3), "a single answer gives no soft labels");
         assert!(samples.soft_labels(&[8], answers[0]).is_none());
         assert!(samples.soft_labels(&[9], answers[0]).is_none());
     }

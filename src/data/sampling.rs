@@ -1,24 +1,23 @@
-//! What a request's sampling settings say of its answer.
+//! Classifies answers by the sampling parameters of their requests.
 
 use serde_json::Value;
 
-/// How an answer was drawn, seen from its logprobs.
+/// How the distribution that an answer was sampled from relates to its logprobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sampling {
-    /// From the very distribution that they tell: at temperature 1, with nothing cut off, penalised
-    /// or forced.
+pub enum SamplingKind {
+    /// The same distribution: at temperature 1, with nothing truncated, penalised or forced.
     Exact,
-    /// From a sharper one: at a lower temperature, or with unlikely tokens cut off.
+    /// A sharper distribution: at a lower temperature, or with unlikely tokens truncated.
     Sharper,
-    /// That cannot be told.
+    /// Unknown.
     Unknown,
 }
 
-impl Sampling {
-    /// Of an answer to a request with these parameters.
+impl SamplingKind {
+    /// Classifies an answer to a request with these parameters.
     ///
-    /// A temperature that was not sent is the server's to choose, and what it chooses is not known.
-    pub fn of(params: &Value) -> Self {
+    /// If the request has no temperature, the server chooses an unknown one.
+    pub fn from_params(params: &Value) -> Self {
         let neutral = |name: &str, values: &[f64]| match params.get(name) {
             None | Some(Value::Null) => true,
             Some(value) => value.as_f64().is_some_and(|value| values.contains(&value)),
@@ -35,23 +34,24 @@ impl Sampling {
         let penalised = !(neutral("frequency_penalty", &[0.0])
             && neutral("presence_penalty", &[0.0])
             && neutral("repetition_penalty", &[1.0]));
-        if temperature > 1.0 || penalised || !FORCES.iter().all(absent) {
+        if temperature > 1.0 || penalised || !CONSTRAINTS.iter().all(absent) {
             return Self::Unknown;
         }
-        let cut = !(neutral("top_p", &[1.0])
+        let truncated = !(neutral("top_p", &[1.0])
             && neutral("top_k", &[0.0, -1.0])
             && neutral("min_p", &[0.0])
             && neutral("top_a", &[0.0])
             && neutral("typical_p", &[1.0]));
-        match temperature == 1.0 && !cut {
-            true => Self::Exact,
-            false => Self::Sharper,
+        if temperature == 1.0 && !truncated {
+            Self::Exact
+        } else {
+            Self::Sharper
         }
     }
 }
 
-/// Parameters that take tokens away, or move their probabilities.
-const FORCES: [&str; 14] = [
+/// Parameters that exclude tokens or change their probabilities.
+const CONSTRAINTS: [&str; 14] = [
     "logit_bias",
     "response_format",
     "tools",
@@ -81,7 +81,11 @@ mod tests {
             json!({"temperature": 1.0, "top_p": 1, "top_k": -1, "logit_bias": {}, "n": 2}),
             json!({"temperature": 1.0, "frequency_penalty": 0, "min_p": null, "seed": 7}),
         ] {
-            assert_eq!(Sampling::of(&params), Sampling::Exact, "{params}");
+            assert_eq!(
+                SamplingKind::from_params(&params),
+                SamplingKind::Exact,
+                "{params}"
+            );
         }
         for params in [
             json!({"temperature": 0.7}),
@@ -89,7 +93,11 @@ mod tests {
             json!({"temperature": 1, "top_p": 0.95}),
             json!({"temperature": 1, "top_k": 50}),
         ] {
-            assert_eq!(Sampling::of(&params), Sampling::Sharper, "{params}");
+            assert_eq!(
+                SamplingKind::from_params(&params),
+                SamplingKind::Sharper,
+                "{params}"
+            );
         }
         for params in [
             json!({}),
@@ -100,7 +108,11 @@ mod tests {
             json!({"temperature": 0, "logit_bias": {"7": -100}}),
             json!({"temperature": 1, "response_format": {"type": "json_object"}}),
         ] {
-            assert_eq!(Sampling::of(&params), Sampling::Unknown, "{params}");
+            assert_eq!(
+                SamplingKind::from_params(&params),
+                SamplingKind::Unknown,
+                "{params}"
+            );
         }
     }
 }

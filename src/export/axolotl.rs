@@ -78,7 +78,7 @@ pub(super) fn write(
 /// to `dropped`.
 fn line(mut row: Row, tokenizer: &Tokenizer, dropped: &mut u64) -> Result<Line, String> {
     let logprobs = row.record.logprobs.take().ok_or("no logprobs")?;
-    if tokenizer.holds_control(&row.record.answer.text) {
+    if tokenizer.contains_control(&row.record.answer.text) {
         // axolotl makes that token of it, and all entries before would be one off.
         return Err("the answer holds the name of a control token".into());
     }
@@ -195,7 +195,7 @@ fn entry(
 ) -> Result<Entry, String> {
     let emitted = &*teacher.token[position];
     let mut alternatives = Vec::new();
-    align::alternatives(teacher, position, usize::MAX, None, &mut alternatives)
+    align::list_candidates(teacher, position, usize::MAX, None, &mut alternatives)
         .ok_or("the teacher's probabilities sum to more than 1")?;
     let mut entry = Entry::default();
     for (bytes, logprob) in alternatives {

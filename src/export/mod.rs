@@ -33,7 +33,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 use crate::cache::record::Record;
-use crate::data::groups::Counts;
+use crate::data::groups::GroupCounts;
 use crate::exit::Exit;
 
 /// What to write.
@@ -62,7 +62,7 @@ pub fn write(
         records,
         settings: settings.data,
         selection: settings.selection,
-        groups: Counts::default(),
+        groups: GroupCounts::default(),
         report: Report::default(),
     };
     match format {

@@ -3,8 +3,8 @@
 use crate::cache::record::Record;
 use crate::config;
 use crate::data::dataset::rows::prompt_of;
-use crate::data::groups::Candidate;
-use crate::data::groups::Counts;
+use crate::data::groups::GroupCounts;
+use crate::data::groups::RecordIdentity;
 use crate::data::groups::Selection;
 use crate::exit::Exit;
 use crate::fs::Whole;
@@ -53,14 +53,14 @@ pub struct Rows<'a, R> {
     pub(crate) records: R,
     pub(crate) settings: &'a config::DataConfig,
     pub(crate) selection: &'a Selection,
-    pub(crate) groups: Counts,
+    pub(crate) groups: GroupCounts,
     pub(crate) report: Report,
 }
 
 impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
     pub(crate) fn next(&mut self) -> Result<Option<Row>> {
         while let Some(record) = self.records.next().transpose()? {
-            let candidate = Candidate::of_record(&record);
+            let candidate = RecordIdentity::from_record(&record);
             let group = &candidate.group;
             if let Err(difference) = self.selection.check(&candidate) {
                 self.groups.left_out(group, difference);

@@ -12,7 +12,9 @@ use crate::cache::reader::Lines;
 use crate::cache::view::RecordView;
 use crate::client::request::RequestTemplate;
 use crate::config::{Config, Groups};
-use crate::data::groups::{Asked, Candidate, Difference, Rows, Selection, Teacher};
+use crate::data::groups::{
+    ConfigSelection, ExclusionReason, PlannedRows, RecordIdentity, Selection, TeacherIdentity,
+};
 use crate::exit::Exit;
 use crate::plan::prepare::request_templates;
 use crate::plan::{Plan, PlanScope, RowStatus};
@@ -63,14 +65,14 @@ pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
 }
 
 /// Calls `each` with the records of a cache until it returns false.
-fn each_candidate(dir: &Path, mut each: impl FnMut(Candidate) -> bool) -> Result<()> {
+fn each_candidate(dir: &Path, mut each: impl FnMut(RecordIdentity) -> bool) -> Result<()> {
     if !cache::exists(dir) {
         return Ok(());
     }
     let mut lines = Lines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         let record = RecordView::of_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
-        if !each(Candidate::of_view(&record, &record.params())) {
+        if !each(RecordIdentity::from_view(&record, &record.params())) {
             break;
         }
     }
@@ -81,7 +83,7 @@ fn asked(config: &Config) -> Result<Selection> {
     let askings = request_templates(config, &[])?;
     let teachers = askings.iter().map(|asking| {
         let teacher = &asking.endpoint.teacher;
-        Teacher::new(&teacher.name, &teacher.base_url, &asking.body(&[], 0))
+        TeacherIdentity::new(&teacher.name, &teacher.base_url, &asking.body(&[], 0))
     });
     let teachers = teachers.collect();
     let prompts = prompt::load(&config.prompts, || Ok(()));
@@ -89,7 +91,7 @@ fn asked(config: &Config) -> Result<Selection> {
         Ok(prompts) => (Some(rows(config, prompts, askings)?), None),
         Err(error) => (None, Some(error)),
     };
-    let selection = Selection::Asked(Asked { rows, teachers });
+    let selection = Selection::Config(ConfigSelection { rows, teachers });
     if let Some(dir) = &config.data.cache
         && let Some(only) = only_group_of(dir, &selection)?
     {
@@ -114,11 +116,11 @@ fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
         has_answers = matches!(
             selection.check(&candidate),
             Ok(())
-                | Err(Difference::Question
-                    | Difference::Duplicate
-                    | Difference::Truncated
-                    | Difference::Adoptable
-                    | Difference::Mock)
+                | Err(ExclusionReason::Question
+                    | ExclusionReason::Duplicate
+                    | ExclusionReason::Truncated
+                    | ExclusionReason::Adoptable
+                    | ExclusionReason::Mock)
         );
         groups.insert(candidate.group.id(), candidate.group);
         !has_answers && groups.len() < 2
@@ -130,9 +132,13 @@ fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
 }
 
 /// Rows of the plan, each with the name of its answer in the cache: the first of several, in the order of the harvest.
-fn rows(config: &Config, prompts: Vec<Prompt>, askings: Vec<RequestTemplate>) -> Result<Rows> {
+fn rows(
+    config: &Config,
+    prompts: Vec<Prompt>,
+    request_templates: Vec<RequestTemplate>,
+) -> Result<PlannedRows> {
     let known = crate::cache::open::peek(&config.training_cache())?;
-    let rows = RefCell::new(Rows::default());
+    let rows = RefCell::new(PlannedRows::default());
     let standing = |name: &str| {
         if !known.contains(name) {
             return Ok(RowStatus::Open);
@@ -146,13 +152,13 @@ fn rows(config: &Config, prompts: Vec<Prompt>, askings: Vec<RequestTemplate>) ->
     let scope = PlanScope::default();
     let plan = Plan::new(
         prompts,
-        askings,
+        request_templates,
         &config.prompts,
         scope,
         &known.past,
         standing,
     )?;
-    Ok(Rows {
+    Ok(PlannedRows {
         questions: plan.questions,
         ..rows.into_inner()
     })

@@ -1,7 +1,7 @@
 //! Checks during the harvest whether an answer's logprobs can become soft labels. Pure.
 
 use crate::cache::record::Logprobs;
-use crate::data::align::alternatives::{EXCESS, is_usable};
+use crate::data::align::candidates::{EXCESS, is_usable};
 use crate::data::align::token_ids;
 
 /// Reason for which training cannot use these logprobs of `text`.

@@ -11,12 +11,12 @@ use serde_json::{Value, json};
 use tokenizers::{AddedVocabulary, Model, NormalizerWrapper, OffsetReferential, OffsetType};
 
 use crate::tokenizer::chat_template::TOKEN_VARIABLES;
-use crate::tokenizer::files::Files;
-use crate::tokenizer::source::Source;
+use crate::tokenizer::files::TokenizerFiles;
+use crate::tokenizer::source::TokenizerJson;
 
-/// Adds tokens that only the other files of the folder list to `tokenizer`, as `transformers` does on
-/// loading.
-pub(crate) fn complete(tokenizer: &mut Source, files: &Files) {
+/// Adds the tokens that only the other files of the folder list to `tokenizer`, as `transformers` does when it loads a
+/// folder.
+pub(crate) fn add_missing(tokenizer: &mut TokenizerJson, files: &TokenizerFiles) {
     let mut new_ids = next_id(tokenizer)..;
     let mut new_id = || new_ids.next().unwrap_or(u64::MAX);
     let mut added = match tokenizer.json["added_tokens"].take() {
@@ -66,8 +66,8 @@ pub(crate) fn special(content: &str, id: u64) -> Value {
     })
 }
 
-/// Id of the next new token.
-fn next_id(tokenizer: &Source) -> u64 {
+/// Id for the next new token.
+fn next_id(tokenizer: &TokenizerJson) -> u64 {
     let size = tokenizer.model.get_vocab_size() as u64;
     let added = tokenizer.json["added_tokens"].as_array();
     let ids = added.into_iter().flatten();
@@ -79,19 +79,19 @@ fn next_id(tokenizer: &Source) -> u64 {
 #[derive(Debug)]
 pub(crate) struct PlainAdded {
     names: AhoCorasick,
-    by_normalising: ByNormalising,
+    normalised_match: NormalisedMatch,
 }
 
-/// Texts without the name of an added token from which normalisation may produce it.
+/// Texts from which normalisation may produce an added token whose name the text does not contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ByNormalising {
+enum NormalisedMatch {
     Never,
     NonAscii,
     Always,
 }
 
 impl PlainAdded {
-    /// Returns None if there are none.
+    /// Builds the search. Returns None if the vocabulary has no such tokens.
     ///
     /// # Errors
     /// If the names exceed the limits of the search.
@@ -105,32 +105,32 @@ impl PlainAdded {
             return Ok(None);
         }
         let mut normalized = plain.iter().filter(|token| token.normalized);
-        let by_normalising = if normalizer.is_null() {
-            ByNormalising::Never
+        let normalised_match = if normalizer.is_null() {
+            NormalisedMatch::Never
         } else if normalizer["type"] != "NFC" {
             normalized
                 .next()
-                .map_or(ByNormalising::Never, |_| ByNormalising::Always)
+                .map_or(NormalisedMatch::Never, |_| NormalisedMatch::Always)
         } else if normalized.any(|token| !token.content.is_ascii()) {
-            ByNormalising::NonAscii
+            NormalisedMatch::NonAscii
         } else {
-            ByNormalising::Never
+            NormalisedMatch::Never
         };
         let names = AhoCorasick::new(plain.iter().map(|token| &token.content))?;
         Ok(Some(PlainAdded {
             names,
-            by_normalising,
+            normalised_match,
         }))
     }
 
-    /// Returns false only if no such token is in `text`.
+    /// Returns false only if `text` contains no such token.
     pub(crate) fn may_be_in(&self, text: &str) -> bool {
-        let by_normalising = match self.by_normalising {
-            ByNormalising::Never => false,
-            ByNormalising::NonAscii => !text.is_ascii(),
-            ByNormalising::Always => true,
+        let may_be_normalised = match self.normalised_match {
+            NormalisedMatch::Never => false,
+            NormalisedMatch::NonAscii => !text.is_ascii(),
+            NormalisedMatch::Always => true,
         };
-        by_normalising || self.names.is_match(text)
+        may_be_normalised || self.names.is_match(text)
     }
 }
 

@@ -1,59 +1,60 @@
-//! A conversation in ids, and where its answers lie.
+//! Encodes conversations and finds the tokens of their answers.
 //!
-//! Text between two control tokens is encoded in one go, template text and contents together, so
-//! that the ids are those of the whole rendered conversation, which pre-training and every server
-//! use. The exception is an answer, which is encoded separately: from the end of the generation prompt to the
-//! end of its content, as a model generates it.
+//! Text between two control tokens is encoded as a whole, template text and contents together. The ids are then those of
+//! the whole rendered conversation, which pre-training and all servers use. The exception is an answer: it is encoded
+//! separately, from the end of the generation prompt to the end of its content, as a model generates it.
 
-use crate::tokenizer::answer_tokens::AnswerTokens;
-use crate::tokenizer::answer_tokens::Conversation;
-use crate::tokenizer::answer_tokens::Difference;
-use crate::tokenizer::answer_tokens::ThinkingChange;
 use std::ops::Range;
 
-use crate::tokenizer::chat_template::Date;
 use anyhow::{Result, bail};
 use jiff::civil::DateTime;
 
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
-use crate::tokenizer::chat_template::{ChatTemplate, Span, THINKING, thinking_spans};
-use crate::tokenizer::writer::Writer;
+use crate::tokenizer::answer_tokens::{
+    AnswerTokens, EncodedConversation, PromptDifference, ThinkingChange,
+};
+use crate::tokenizer::chat_template::{
+    ChatTemplate, RenderedSpan, THINKING, TemplateClock, thinking_spans,
+};
+use crate::tokenizer::writer::ConversationEncoder;
 
 impl Tokenizer {
-    /// Tokens with which the chat template ends a turn: text that it writes behind an answer, if any, and the first
-    /// token that ends answers, or else the first control token.
+    /// Tokens with which the chat template ends a turn: text that it writes after an answer, if any, and the first
+    /// control token that is a stop token, or else the first control token.
     pub(super) fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.
-        self.set_date(Date::Fixed(DateTime::constant(2000, 1, 1, 0, 0, 0, 0)));
+        self.set_date(TemplateClock::Fixed(DateTime::constant(
+            2000, 1, 1, 0, 0, 0, 0,
+        )));
         let messages = [Message::new("user", "a"), Message::new("assistant", "b")];
         let conversation = self.last_answer(&messages);
         self.template = Some(template);
         let conversation = conversation.ok()?;
-        let behind = &conversation.ids[conversation.answers.last()?.tokens.end..];
+        let after = &conversation.ids[conversation.answers.last()?.tokens.end..];
         let is_control = |id: &u32| self.is_special(*id);
         let is_end = |id: &u32| is_control(id) && self.stop_ids.contains(id);
-        let end = behind.iter().position(is_end);
-        let end = end.or_else(|| behind.iter().position(is_control))?;
-        Some(behind[..=end].into())
+        let end = after.iter().position(is_end);
+        let end = end.or_else(|| after.iter().position(is_control))?;
+        Some(after[..=end].into())
     }
 
-    /// Ids of a conversation that the model is to continue.
+    /// Ids of a conversation with its generation prompt.
     ///
     /// # Errors
-    /// If there is no chat template, or it does not take these messages.
+    /// If there is no chat template, or it rejects these messages.
     pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
         encode_prompt(self, &self.template()?.at(None), messages)
     }
 
-    /// Ids of a conversation that ends in the midst of its last message, an answer, which the model is to
-    /// continue; and which of them spell that answer.
+    /// Ids of a conversation that ends inside its last message, an answer that the model will continue; and the range of
+    /// the ids that spell this answer.
     ///
     /// # Errors
-    /// As [`Self::encode_prompt`], and where the last message is no answer.
+    /// As [`Self::encode_prompt`], and if the last message is not an answer.
     pub fn encode_continued(&self, messages: &[Message]) -> Result<(Vec<u32>, Range<usize>)> {
-        let Conversation {
+        let EncodedConversation {
             mut ids, answers, ..
         } = self.last_answer(messages)?;
         let last = answers.last();
@@ -64,8 +65,7 @@ impl Tokenizer {
         Ok((ids, answer.content.clone()))
     }
 
-    /// Ids of a conversation, and the ranges of those that a student must learn to predict: each
-    /// answer of the assistant with the token that ends it.
+    /// Ids of a conversation, and the supervised ranges: each answer of the assistant with the token that ends it.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
@@ -78,23 +78,23 @@ impl Tokenizer {
         Ok((conversation.ids, ranges.collect()))
     }
 
-    /// [`Self::encode_conversation`] with what alignment needs to know about each answer.
+    /// Encodes a conversation with the tokens of each answer.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
-    pub fn conversation(&self, messages: &[Message]) -> Result<Conversation> {
+    pub fn conversation(&self, messages: &[Message]) -> Result<EncodedConversation> {
         self.conversation_at(messages, true, None)
     }
 
-    /// Same, with the ranges of the last answer alone.
+    /// Encodes a conversation with the tokens of the last answer only.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
-    pub fn last_answer(&self, messages: &[Message]) -> Result<Conversation> {
+    pub fn last_answer(&self, messages: &[Message]) -> Result<EncodedConversation> {
         self.conversation_at(messages, false, None)
     }
 
-    /// [`Self::conversation`] or [`Self::last_answer`] of a record of this date.
+    /// Encodes a conversation as [`Self::conversation`] or [`Self::last_answer`] do, with the date of its record.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
@@ -103,7 +103,7 @@ impl Tokenizer {
         messages: &[Message],
         every_answer: bool,
         date: Option<DateTime>,
-    ) -> Result<Conversation> {
+    ) -> Result<EncodedConversation> {
         let template = self.template()?.at(date);
         encode(self, &template, messages, every_answer)
     }
@@ -116,19 +116,19 @@ pub(crate) fn encode_prompt(
     messages: &[Message],
 ) -> Result<Vec<u32>> {
     let spans = template.render(messages, true)?;
-    let mut writer = Writer::new(tokenizer);
-    writer.prompt(&spans)?;
-    Ok(writer.done.ids)
+    let mut encoder = ConversationEncoder::new(tokenizer);
+    encoder.prompt(&spans)?;
+    Ok(encoder.done.ids)
 }
 
-/// Encodes a conversation with its answers. Without `every_answer`, earlier answers are part of the prompt for the
-/// last one and have no ranges.
+/// Encodes a conversation with its answers. Without `every_answer`, earlier answers are part of the prompt of the last
+/// one and have no ranges.
 pub(crate) fn encode(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     messages: &[Message],
     every_answer: bool,
-) -> Result<Conversation> {
+) -> Result<EncodedConversation> {
     let spans = template.render(messages, false)?;
     let answers = rendered_answers(&spans, messages);
     let count = messages.iter().filter(|m| m.role == "assistant").count();
@@ -141,14 +141,14 @@ pub(crate) fn encode(
     if !answers.is_sorted_by_key(|answer| answer.message) {
         bail!("the chat template prints the answers in another order");
     }
-    let text: String = spans.iter().map(Span::text).collect();
-    let mut writer = Writer::new(tokenizer);
+    let text: String = spans.iter().map(RenderedSpan::text).collect();
+    let mut encoder = ConversationEncoder::new(tokenizer);
     let mut at = 0;
     for (number, answer) in answers.iter().enumerate() {
         let is_last = number + 1 == count;
         if !is_last && !every_answer {
             let skipped = AnswerTokens::separate(answer.message);
-            writer.done.answers.push(skipped);
+            encoder.done.answers.push(skipped);
             continue;
         }
         // Some templates reject conversations that end before an answer.
@@ -167,7 +167,7 @@ pub(crate) fn encode(
             let earlier = answers[..number].iter();
             let earlier = earlier.map(|answer| AnswerTokens::separate(answer.message));
             done.answers.splice(0..0, earlier);
-            done.difference = end.is_none().then(|| Difference {
+            done.difference = end.is_none().then(|| PromptDifference {
                 generation: difference(prompt, before, answer.earliest),
                 conversation: difference(before, prompt, answer.earliest),
             });
@@ -176,7 +176,7 @@ pub(crate) fn encode(
         let follows = match (end, &prompt) {
             _ if is_restored => false,
             (Some(end), Some(prompt)) if !is_last => {
-                // Some templates render an answer in another way inside a conversation.
+                // Some templates render an answer differently inside a conversation.
                 let alone = template.render_text(&messages[..=answer.message], false);
                 let alone = alone
                     .as_ref()
@@ -187,76 +187,76 @@ pub(crate) fn encode(
             (end, _) => end.is_some(),
         };
         let lead = &text[end.unwrap_or(answer.start)..answer.start];
-        writer.before_answer(&spans[at..answer.spans.start], lead)?;
-        let said = &text[answer.start - lead.len()..];
+        encoder.before_answer(&spans[at..answer.spans.start], lead)?;
+        let answer_and_rest = &text[answer.start - lead.len()..];
         let length = lead.len()
             + spans[answer.spans.clone()]
                 .iter()
                 .map(|s| s.text().len())
                 .sum::<usize>();
         let is_blank = messages[answer.message].content.trim().is_empty();
-        let is_trained_here =
-            is_last || follows && !is_blank && writer.may_cut_around(said.split_at(length))?;
+        let is_trained_here = is_last
+            || follows && !is_blank && encoder.may_cut_around(answer_and_rest.split_at(length))?;
         if !is_trained_here {
-            // Cut there, the prompts of later answers would not be their generation prompts.
-            writer.template(lead)?;
+            // A cut here would change the prompts of later answers, which must equal their generation prompts.
+            encoder.template(lead)?;
             let skipped = AnswerTokens::separate(answer.message);
-            writer.done.answers.push(skipped);
+            encoder.done.answers.push(skipped);
             at = answer.spans.start;
             continue;
         }
-        writer.flush()?;
-        writer.answer(lead, answer.message, &spans[answer.spans.clone()], messages)?;
-        if let Some(answer) = writer.done.answers.last_mut() {
+        encoder.flush()?;
+        encoder.answer(lead, answer.message, &spans[answer.spans.clone()], messages)?;
+        if let Some(answer) = encoder.done.answers.last_mut() {
             answer.follows_generation_prompt = follows;
             answer.thinking = change;
         }
         at = answer.spans.end;
     }
-    writer.prompt(&spans[at..])?;
-    Ok(writer.done)
+    encoder.prompt(&spans[at..])?;
+    Ok(encoder.done)
 }
 
-/// Encodes an answer after its generation prompt. Thinking is written as in the message: in what the template renders,
-/// the end of the generation prompt cannot be found.
+/// Encodes an answer after its generation prompt. Thinking is written as in the message, because the end of the
+/// generation prompt cannot be found in the rendered conversation.
 fn after_prompt(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     messages: &[Message],
-    all: &[Span],
+    all: &[RenderedSpan],
     answer: &RenderedAnswer,
-) -> Result<Conversation> {
+) -> Result<EncodedConversation> {
     let prompt = template.render(&messages[..answer.message], true)?;
-    let text: String = prompt.iter().map(Span::text).collect();
+    let text: String = prompt.iter().map(RenderedSpan::text).collect();
     let content = &messages[answer.message].content;
     let (spans, change) = match thinking_spans(answer.message, content) {
         None => (all[answer.spans.clone()].to_vec(), None),
-        Some([_, inner, _, said]) if closes_thinking(&text) => {
+        Some([_, inner, _, reply]) if closes_thinking(&text) => {
             let is_blank = inner.text().trim().is_empty();
-            (vec![said], (!is_blank).then_some(ThinkingChange::LeftOut))
+            (vec![reply], (!is_blank).then_some(ThinkingChange::LeftOut))
         }
-        Some([opening, inner, closing, said]) => {
-            let opening = Span::Template(not_opened(opening.text(), &text).to_owned());
+        Some([opening, inner, closing, reply]) => {
+            let opening = RenderedSpan::Template(not_opened(opening.text(), &text).to_owned());
             let restored = answer.thinking_change(all, messages, &text);
-            (vec![opening, inner, closing, said], restored)
+            (vec![opening, inner, closing, reply], restored)
         }
     };
-    let mut writer = Writer::new(tokenizer);
-    writer.prompt(&prompt)?;
-    writer.answer("", answer.message, &spans, messages)?;
-    if let Some(answer) = writer.done.answers.last_mut() {
+    let mut encoder = ConversationEncoder::new(tokenizer);
+    encoder.prompt(&prompt)?;
+    encoder.answer("", answer.message, &spans, messages)?;
+    if let Some(answer) = encoder.done.answers.last_mut() {
         answer.thinking = change;
     }
-    writer.prompt(&all[answer.spans.end..])?;
-    Ok(writer.done)
+    encoder.prompt(&all[answer.spans.end..])?;
+    Ok(encoder.done)
 }
 
-/// Does a block of thinking end where the generation prompt ends?
+/// Returns true if the generation prompt ends with the end of a block of thinking.
 fn closes_thinking(prompt: &str) -> bool {
     prompt.trim_end().ends_with(THINKING.1)
 }
 
-/// The opening tag of an answer without what the generation prompt ends with.
+/// Opening tag of an answer, without the part that the generation prompt has already written.
 fn not_opened<'a>(tag: &'a str, prompt: &str) -> &'a str {
     let opened = prompt.trim_end();
     if !opened.ends_with(THINKING.0) {
@@ -267,8 +267,8 @@ fn not_opened<'a>(tag: &'a str, prompt: &str) -> &'a str {
     space.strip_prefix(&prompt[opened.len()..]).unwrap_or("")
 }
 
-/// `text` without the messages that it shares with `other`, whose last one ends at `content_end`; or else from a
-/// little before the first difference. Shortened.
+/// Part of `text` that differs from `other`, shortened. It starts after the shared messages, which end at
+/// `content_end`, or else a little before the first difference.
 fn difference(text: &str, other: &str, content_end: usize) -> String {
     const BEFORE: usize = 20;
     const SHOWN: usize = 60;
@@ -284,13 +284,14 @@ fn difference(text: &str, other: &str, content_end: usize) -> String {
     shown.chars().take(SHOWN).collect()
 }
 
+/// An answer in a rendered conversation.
 struct RenderedAnswer {
     message: usize,
-    /// First byte of its content.
+    /// First byte of the content.
     start: usize,
     /// First byte of the template text before it.
     earliest: usize,
-    /// Spans of its content, and of template text between them.
+    /// Spans of the content, and of template text between them.
     spans: Range<usize>,
 }
 
@@ -305,13 +306,13 @@ impl RenderedAnswer {
     /// How this answer's thinking is written after `prompt`. None if the template prints it.
     fn thinking_change(
         &self,
-        spans: &[Span],
+        spans: &[RenderedSpan],
         messages: &[Message],
         prompt: &str,
     ) -> Option<ThinkingChange> {
         let [_, inner, ..] = thinking_spans(self.message, &messages[self.message].content)?;
         let spans = spans[self.spans.clone()].iter();
-        let printed = spans.filter(|span| matches!(span, Span::Content { .. }));
+        let printed = spans.filter(|span| matches!(span, RenderedSpan::Content { .. }));
         if printed.count() > 1 || inner.text().trim().is_empty() {
             None
         } else if closes_thinking(prompt) {
@@ -323,18 +324,20 @@ impl RenderedAnswer {
 }
 
 /// Answers in a rendered conversation, in order.
-fn rendered_answers(spans: &[Span], messages: &[Message]) -> Vec<RenderedAnswer> {
+fn rendered_answers(spans: &[RenderedSpan], messages: &[Message]) -> Vec<RenderedAnswer> {
     let mut found: Vec<RenderedAnswer> = Vec::new();
-    let (mut at, mut end_of_content, mut before) = (0, 0, None);
+    let mut at = 0;
+    let mut end_of_content = 0;
+    let mut before = None;
     for (index, span) in spans.iter().enumerate() {
         let end = at + span.text().len();
-        if let Span::Content { message, .. } = span {
+        if let RenderedSpan::Content { message, .. } = span {
             match found.last_mut() {
                 Some(last) if before == Some(*message) && last.message == *message => {
                     last.spans.end = index + 1;
                 }
                 _ if messages[*message].role == "assistant" => {
-                    // A summary may print an answer before its turn.
+                    // A template may print an answer in a summary before its turn.
                     found.retain(|answer| answer.message != *message);
                     found.push(RenderedAnswer {
                         message: *message,

@@ -1,25 +1,27 @@
-//! What a model folder says about its tokenizer besides `tokenizer.json`.
+//! Reads what a model folder states about its tokenizer besides `tokenizer.json`.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-/// The small files of a model folder, each null where it is missing.
-pub(crate) struct Files {
+/// Content of the small files of a model folder; null for missing files.
+pub(crate) struct TokenizerFiles {
     tokenizer_config: Value,
     special_tokens_map: Value,
     generation_config: Value,
     config: Value,
     /// `added_tokens.json` of older folders.
     added_tokens: Value,
-    /// The chat template, where there is one.
+    /// The chat template, if there is one.
     pub chat_template: Option<String>,
 }
 
-impl Files {
+impl TokenizerFiles {
+    /// Reads the files.
+    ///
     /// # Errors
-    /// If a file is there and cannot be read or is no JSON.
+    /// If a file exists but cannot be read or is not valid JSON.
     pub(crate) fn read(dir: &Path) -> Result<Self> {
         let mut files = Self {
             tokenizer_config: read_json(&dir.join("tokenizer_config.json"))?,
@@ -35,10 +37,10 @@ impl Files {
         Ok(files)
     }
 
-    /// A hash of `tokenizer.json`, whose text is `tokenizer`, and of what is used of these files.
+    /// Hash of `tokenizer.json`, whose text is `tokenizer`, and of the used parts of these files.
     ///
     /// # Errors
-    /// Never, since all of it is text.
+    /// Never, because everything can be serialised.
     pub(crate) fn fingerprint(&self, tokenizer: &str) -> Result<blake3::Hash> {
         let used = serde_json::to_vec(&(
             tokenizer,
@@ -51,14 +53,14 @@ impl Files {
         Ok(blake3::hash(&used))
     }
 
-    /// The text of `bos_token`, `eos_token`, ... or nothing.
+    /// Text of a special token such as `bos_token` or `eos_token`, if it is set.
     pub(crate) fn token(&self, role: &str) -> Option<&str> {
         [&self.tokenizer_config, &self.special_tokens_map]
             .into_iter()
             .find_map(|file| token_text(&file[role]))
     }
 
-    /// Every text that one of the files calls a special token.
+    /// Texts of all special tokens that one of the files names.
     pub(crate) fn special_tokens(&self) -> Vec<&str> {
         let mut tokens = Vec::new();
         for file in [&self.tokenizer_config, &self.special_tokens_map] {
@@ -114,7 +116,7 @@ impl Files {
         tokens.into_iter().map(|(_, token)| token).collect()
     }
 
-    /// The ids of the tokens that end an answer, if a model config names them.
+    /// Ids of the tokens that end an answer, if a model config names them.
     pub(crate) fn eos_token_ids(&self) -> Option<Vec<u32>> {
         [&self.generation_config, &self.config]
             .into_iter()
@@ -132,12 +134,12 @@ impl Files {
     }
 }
 
-/// A token is written as text or as an object with `content`.
+/// Returns the text of a token, which is a string or an object with `content`.
 fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str())
 }
 
-/// A template is written as text, or as a list of named ones of which `default` is for chats.
+/// Returns the template, which is a string or a list of named ones with `default` for chats.
 fn template_in(field: &Value) -> Option<String> {
     if let Some(list) = field.as_array() {
         let named = list.iter().find(|entry| entry["name"] == "default");
@@ -158,7 +160,7 @@ fn text(path: &Path) -> Result<Option<String>> {
 fn read_json(path: &Path) -> Result<Value> {
     match text(path)? {
         Some(text) => serde_json::from_str(&text)
-            .with_context(|| format!("{} is no valid JSON", path.display())),
+            .with_context(|| format!("{} is not valid JSON", path.display())),
         None => Ok(Value::Null),
     }
 }

@@ -1,28 +1,26 @@
-//! Reading `tokenizer.json`, with the changes that keep control tokens out of text.
+//! Loads a model folder's tokenizer, with the changes that keep control tokens out of text.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use crate::config;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tokenizers::Model;
 
+use crate::config;
 use crate::exit::Exit;
 use crate::ops::process;
 use crate::prompt::control_tokens::names_control;
-use crate::tokenizer::added;
-use crate::tokenizer::added::PlainAdded;
+use crate::tokenizer::added::{self, PlainAdded};
 use crate::tokenizer::chat_template::{TOKEN_VARIABLES, with_arguments};
-use crate::tokenizer::files::Files;
-use crate::tokenizer::pieces::Pieces;
-use crate::tokenizer::source;
-use crate::tokenizer::source::Source;
+use crate::tokenizer::files::TokenizerFiles;
+use crate::tokenizer::pieces::PieceCache;
+use crate::tokenizer::source::{self, TokenizerJson};
 use crate::tokenizer::token_bytes::{TokenBytes, has_part};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 
-/// A larger id is damage, and a table of that many tokens would take all memory.
-const LARGEST_VOCABULARY: usize = 1 << 24;
+/// Maximum size of a vocabulary. A larger id means a damaged file, and its table would exhaust the memory.
+const MAX_VOCABULARY: usize = 1 << 24;
 
 impl Tokenizer {
     /// Loads `tokenizer.json`, the chat template (`chat_template.jinja`, or the field of
@@ -48,10 +46,10 @@ impl Tokenizer {
     }
 }
 
-/// Loads a folder; `arguments` are default values of variables of the chat template.
+/// Loads a folder. `arguments` are default values of variables of the chat template.
 pub(crate) fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let tokenizer = read(dir, arguments);
-    // Merges are read as two texts each, over a million of them for a large vocabulary.
+    // Reading allocates two strings per merge, more than a million for a large vocabulary.
     process::give_back();
     tokenizer
 }
@@ -65,19 +63,19 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         ))),
         source => source.with_context(|| format!("reading {}", path.display()))?,
     };
-    let is_none = || format!("{} is no tokenizer", path.display());
-    let mut tokenizer = Source::parse(&source).with_context(is_none)?;
-    let mut files = Files::read(dir)?;
+    let invalid = || format!("{} is not a valid tokenizer", path.display());
+    let mut tokenizer = TokenizerJson::parse(&source).with_context(invalid)?;
+    let mut files = TokenizerFiles::read(dir)?;
     if let Some(source) = &mut files.chat_template {
         *source = with_arguments(source, arguments)?;
     }
     let fingerprint = files.fingerprint(&source)?;
     drop(source);
 
-    added::complete(&mut tokenizer, &files);
+    added::add_missing(&mut tokenizer, &files);
     let control_ids = mark_control_tokens(&mut tokenizer, &files);
-    let Source { json, model } = tokenizer;
-    let build = |json: &Value, model| source::build(json, model).with_context(is_none);
+    let TokenizerJson { json, model } = tokenizer;
+    let build = |json: &Value, model| source::build(json, model).with_context(invalid);
     let continuing = without_prefix_space(&json);
     let continuing = continuing
         .map(|json| build(&json, model.clone()))
@@ -99,7 +97,7 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         let eos = files.token("eos_token").and_then(|t| text.token_to_id(t));
         eos.into_iter().collect()
     });
-    // An ordinary token, such as a line break, may end answers, too, and be part of a text all the same.
+    // An ordinary token, such as a line break, may also end answers. It remains part of texts.
     let is_control = |id: &&u32| {
         text.id_to_token(**id)
             .is_some_and(|name| names_control(&name))
@@ -109,9 +107,9 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let vocabulary = text.get_model().get_vocab();
     let ids = vocabulary.values().chain(control.get_vocab().values());
     let vocab_size = ids.max().map_or(0, |&id| id as usize + 1);
-    if vocab_size > LARGEST_VOCABULARY {
+    if vocab_size > MAX_VOCABULARY {
         bail!(Exit::Usage(format!(
-            "a token in {} has the id {}, past any vocabulary",
+            "a token in {} has the id {}, which is too large for a vocabulary",
             path.display(),
             vocab_size - 1
         )));
@@ -122,28 +120,28 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         .and_then(|token| text.token_to_id(token))
         .or_else(|| json["model"]["unk_id"].as_u64()?.try_into().ok());
     let space_after_control = !has_metaspace_for_first(&json["pre_tokenizer"]);
-    // A normalizer prepends its space before tokens in normalised text are matched.
+    // A normalizer prepends its space before added tokens are matched in normalised text.
     let by_words = has_part(&json["pre_tokenizer"], "Metaspace");
     let adds_space = space_after_control && continuing.is_some();
-    let spacing: HashSet<u32> = plain_added
+    let before_space: HashSet<u32> = plain_added
         .iter()
         .filter(|(_, token)| adds_space && (by_words || !token.normalized))
         .map(|(id, _)| *id)
         .collect();
-    // For a token of the vocabulary, its spelling there gives the bytes: Gemma's runs of spaces.
+    // For a token of the vocabulary, such as Gemma's runs of spaces, its spelling there determines the bytes.
     plain_added
         .retain(|(id, token)| !special.contains(id) && vocabulary.get(&token.content) != Some(id));
     let bytes = TokenBytes::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
     let template = files.chat_template.as_deref().map(|source| {
         let tokens = TOKEN_VARIABLES.map(|name| (name, files.token(name)));
-        // Templates expect these two.
+        // Templates expect these two variables.
         let defaults = [("bos_token", Some("")), ("eos_token", Some(""))];
         ChatTemplate::with_tokens(source, defaults.into_iter().chain(tokens))
     });
     let mut tokenizer = Tokenizer {
         dir: dir.into(),
         plain_added: PlainAdded::new(text.get_added_vocabulary(), &json["normalizer"])?,
-        spacing,
+        before_space,
         space_after_control,
         prepends_by_normalizer: has_part(&json["normalizer"], "Prepend"),
         text,
@@ -158,10 +156,10 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         template,
         fingerprint,
         date: String::new(),
-        pieces: Pieces::new(&json),
+        pieces: PieceCache::new(&json),
         template_args: arguments.clone(),
     };
-    // The eos token of a base model may differ from the end of turn in its template.
+    // The eos token of a base model may differ from the end-of-turn token of its template.
     tokenizer.end_of_turn = tokenizer.find_end_of_turn().unwrap_or_default();
     if let Some(end) = tokenizer.end_of_turn()
         && !tokenizer.stop_ids.contains(&end)
@@ -171,9 +169,8 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// Declares every control token special and adds those that only the other files name. Returns the
-/// ids that it touched.
-fn mark_control_tokens(tokenizer: &mut Source, files: &Files) -> HashSet<u32> {
+/// Marks every control token as special and adds those that only the other files name. Returns their ids.
+fn mark_control_tokens(tokenizer: &mut TokenizerJson, files: &TokenizerFiles) -> HashSet<u32> {
     let named: HashSet<&str> = files.special_tokens().into_iter().collect();
     let stops: HashSet<u64> = files
         .eos_token_ids()
@@ -181,7 +178,7 @@ fn mark_control_tokens(tokenizer: &mut Source, files: &Files) -> HashSet<u32> {
         .into_iter()
         .map(u64::from)
         .collect();
-    let mut touched = HashSet::new();
+    let mut marked = HashSet::new();
     let mut listed = HashSet::new();
     let added = tokenizer.json["added_tokens"].as_array_mut();
     for token in added.into_iter().flatten() {
@@ -192,7 +189,7 @@ fn mark_control_tokens(tokenizer: &mut Source, files: &Files) -> HashSet<u32> {
             || (content.starts_with("<|") && content.ends_with("|>"))
         {
             token["special"] = true.into();
-            touched.extend(id.and_then(|id| u32::try_from(id).ok()));
+            marked.extend(id.and_then(|id| u32::try_from(id).ok()));
         }
         listed.insert(content);
     }
@@ -200,16 +197,16 @@ fn mark_control_tokens(tokenizer: &mut Source, files: &Files) -> HashSet<u32> {
         let (Some(id), false) = (tokenizer.id(content), listed.contains(content)) else {
             continue;
         };
-        touched.insert(id);
+        marked.insert(id);
         if let Some(added) = tokenizer.json["added_tokens"].as_array_mut() {
             added.push(added::special(content, id.into()));
         }
     }
-    touched
+    marked
 }
 
-/// The tokenizer without the space that it puts before a text, and without added tokens that are plain text.
-/// None if it puts none.
+/// Returns the tokenizer without the space that it puts before a text, and without plain added tokens. None if it puts
+/// no space there.
 fn without_prefix_space(tokenizer: &Value) -> Option<Value> {
     let mut changed = tokenizer.clone();
     let mut found = false;
@@ -251,8 +248,8 @@ fn remove_prefix_space(part: &mut Value, found: &mut bool) {
     }
 }
 
-/// `Metaspace` with the scheme `first` puts the space at the start of a text only, every other way
-/// of doing it after each control token as well.
+/// Returns true for `Metaspace` with the scheme `first`, which puts the space only at the start of a text. All other
+/// schemes and parts also put it after each control token.
 fn has_metaspace_for_first(pre_tokenizer: &Value) -> bool {
     has_part(pre_tokenizer, "Metaspace") && pre_tokenizer.to_string().contains(r#""first""#)
 }

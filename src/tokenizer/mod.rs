@@ -1,4 +1,20 @@
-//! The student's tokenizer: text, conversations and bytes to ids and back.
+//! The student's tokenizer: converts between texts, conversations, bytes and token ids.
+//!
+//! | file | content |
+//! |---|---|
+//! | `load`, `files`, `source` | read a Hugging Face model folder |
+//! | `added` | added tokens that are not control tokens |
+//! | `pieces` | cache of encoded pieces of text |
+//! | `token_bytes` | the exact bytes of each token |
+//! | `chat_template` | renders conversations, in a sandbox |
+//! | `conversation`, `writer` | encode conversations, and find the tokens of their answers |
+//! | `answer_tokens` | the result: ids and the ranges of the answers |
+//!
+//! Invariants:
+//! - Text never becomes a control token; only a chat template can write control tokens.
+//! - The ids of a conversation are those of the whole rendered text, except that an answer is encoded separately, as a
+//!   model generates it after its generation prompt.
+//! - The ids of a text do not depend on how it is cut into pieces.
 
 pub(crate) mod added;
 pub(crate) mod answer_tokens;
@@ -16,46 +32,49 @@ use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::tokenizer::added::PlainAdded;
 use anyhow::{Result, anyhow, bail};
 use serde_json::Value;
 use tokenizers::AddedVocabulary;
 
 use crate::exit::Exit;
 use crate::prompt::message::Message;
-pub use crate::tokenizer::answer_tokens::{AnswerTokens, Conversation, Difference, ThinkingChange};
-use crate::tokenizer::chat_template::{ChatTemplate, Date};
-use crate::tokenizer::pieces::Pieces;
+use crate::tokenizer::added::PlainAdded;
+pub use crate::tokenizer::answer_tokens::{
+    AnswerTokens, EncodedConversation, PromptDifference, ThinkingChange,
+};
+use crate::tokenizer::chat_template::{ChatTemplate, TemplateClock};
+use crate::tokenizer::pieces::PieceCache;
 use crate::tokenizer::token_bytes::TokenBytes;
 
 /// A tokenizer with its chat template.
 ///
-/// Control tokens are those that the model folder declares special or names as such, those that end
-/// an answer, and added tokens of the form `<|...|>`. Text never becomes one of them: only a chat
-/// template can write them.
+/// Control tokens are the tokens that the model folder declares or names as special, those with the name of a control
+/// token that end an answer, and added tokens of the form `<|...|>`. Text never becomes a control token: only a chat
+/// template can write one.
 #[derive(Debug)]
 pub struct Tokenizer {
     dir: PathBuf,
-    /// Encodes everything as text, control tokens too.
+    /// Encodes everything as text, including the names of control tokens.
     text: tokenizers::Tokenizer,
-    /// The same for text that goes on where other text ends, without the space that `text` puts
-    /// before, and without added tokens. None where it puts none.
+    /// Encodes text that continues other text: without the space that `text` puts before, and without added tokens. None
+    /// if `text` puts no space.
     continuing: Option<tokenizers::Tokenizer>,
-    /// Does text after a control token get that space?
+    /// True if text after a control token gets the prefix space.
     space_after_control: bool,
     /// Finds the control tokens in template text.
     control: AddedVocabulary,
-    /// Finds the other added tokens in any text. None if there are none.
+    /// Finds added tokens that are not control tokens, in any text. None if there are none.
     plain_added: Option<PlainAdded>,
-    /// Those of `plain_added` after which the tokenizer adds a prefix space.
-    spacing: HashSet<u32>,
-    /// True if a normalizer adds the prefix space, before normalised added tokens are matched.
+    /// The tokens of `plain_added` after which the tokenizer adds a prefix space.
+    before_space: HashSet<u32>,
+    /// True if a normalizer adds the prefix space before normalised added tokens are matched.
     prepends_by_normalizer: bool,
+    /// Ids of the control tokens.
     special: HashSet<u32>,
     unknown: Option<u32>,
     bytes: TokenBytes,
     stop_ids: Vec<u32>,
-    /// See [`Self::find_end_of_turn`]. Empty if the template ends no turn.
+    /// See [`Self::find_end_of_turn`]. Empty if the template does not end turns.
     end_of_turn: Box<[u32]>,
     vocab_size: usize,
     template: Option<ChatTemplate>,
@@ -63,21 +82,24 @@ pub struct Tokenizer {
     /// Name of the template's date.
     date: String,
     template_args: BTreeMap<String, Value>,
-    /// None where texts must be encoded whole.
-    pieces: Option<Pieces>,
+    /// Cache of pieces. None if texts must be encoded as a whole.
+    pieces: Option<PieceCache>,
 }
 
-/// Where a stretch of text stands.
+/// What precedes a text, which decides whether it gets the prefix space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum TextPosition {
+    /// Nothing.
     First,
+    /// A control token.
     AfterControl,
+    /// Other text.
     AfterText,
 }
 
 impl Tokenizer {
     /// Sets the date that `strftime_now` returns in the chat template.
-    pub fn set_date(&mut self, date: Date) {
+    pub fn set_date(&mut self, date: TemplateClock) {
         self.date = date.name();
         if let Some(template) = &mut self.template {
             template.set_date(date);
@@ -86,7 +108,7 @@ impl Tokenizer {
 
     /// Makes `strftime_now` return the current local time.
     pub fn use_clock(&mut self) {
-        self.set_date(Date::Clock(|| jiff::Zoned::now().datetime()));
+        self.set_date(TemplateClock::Clock(|| jiff::Zoned::now().datetime()));
     }
 
     /// Default values of variables of the chat template.
@@ -94,17 +116,17 @@ impl Tokenizer {
         &self.template_args
     }
 
-    /// The folder that it was loaded from.
+    /// Folder that the tokenizer was loaded from.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Ids of a text, without anything in front or behind. The names of control tokens are text.
+    /// Ids of a text, without tokens before or after it. The names of control tokens are encoded as text.
     ///
     /// # Errors
-    /// If the vocabulary holds a control token of a single character and the text contains it.
+    /// If the text contains a control token of a single character that the vocabulary contains.
     pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_at(text, Place::First)
+        self.encode_at(text, TextPosition::First)
     }
 
     /// Renders a conversation as text.
@@ -115,10 +137,10 @@ impl Tokenizer {
         self.template()?.at(None).render_text(messages, false)
     }
 
-    /// Text of ids, without control tokens and unknown ids. Bytes that are no UTF-8 become U+FFFD.
+    /// Text of ids, without control tokens and unknown ids. Invalid UTF-8 becomes U+FFFD.
     ///
     /// # Errors
-    /// If the tokenizer's own decoder fails.
+    /// If the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         let ids: Vec<u32> = ids
             .iter()
@@ -128,30 +150,29 @@ impl Tokenizer {
         self.text.decode(&ids, true).map_err(|e| anyhow!(e))
     }
 
-    /// The bytes of a token. None for control tokens, for ids past the vocabulary, and for all
-    /// tokens of a vocabulary that does not tell (WordPiece).
+    /// Bytes of a token. None for control tokens, ids outside the vocabulary, and all tokens of a vocabulary whose
+    /// spelling does not give bytes (WordPiece).
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
-        self.bytes.of_id(id)
+        self.bytes.get(id)
     }
 
-    /// Bytes of a token, or the name of a control token, which a template may write inside an answer.
+    /// Bytes of a token, or the name of a control token, because a template may write one inside an answer.
     pub fn spelling(&self, id: u32) -> Option<Cow<'_, [u8]>> {
-        match self.bytes.of_id(id) {
+        match self.bytes.get(id) {
             Some(bytes) => Some(Cow::Borrowed(bytes)),
-            None if self.is_special(id) && self.tells_bytes() => {
+            None if self.is_special(id) && self.has_token_bytes() => {
                 Some(Cow::Owned(self.token_name(id).into_bytes()))
             }
             None => None,
         }
     }
 
-    /// A token as the vocabulary spells it; empty for ids past it. Not its text: see
-    /// [`Self::token_bytes`].
+    /// Token as spelled in the vocabulary; empty for ids outside it. Its text may differ: see [`Self::token_bytes`].
     pub fn token_name(&self, id: u32) -> String {
         self.text.id_to_token(id).unwrap_or_default()
     }
 
-    /// The smallest id that is not the same token in `other`.
+    /// Smallest id whose token differs in `other`.
     pub fn first_difference(&self, other: &Self) -> Option<u32> {
         let largest = self.vocab_size.max(other.vocab_size) as u32;
         let differs = |id: &u32| {
@@ -161,43 +182,44 @@ impl Tokenizer {
         (0..largest).find(differs)
     }
 
-    /// Does the vocabulary tell the bytes of its tokens?
-    pub fn tells_bytes(&self) -> bool {
+    /// Returns true if the spelling of the vocabulary gives the bytes of its tokens.
+    pub fn has_token_bytes(&self) -> bool {
         !self.bytes.is_empty()
     }
 
-    /// The token with exactly these bytes.
+    /// Id of the token with exactly these bytes.
     pub fn id_of_bytes(&self, bytes: &[u8]) -> Option<u32> {
-        self.bytes.id_of(bytes)
+        self.bytes.find_id(bytes)
     }
 
-    /// The control token of this name.
+    /// Id of the control token of this name.
     pub fn id_of_control(&self, name: &str) -> Option<u32> {
         self.text
             .token_to_id(name)
             .filter(|&id| self.is_special(id))
     }
 
-    /// The token that the encoding of `bytes`, as text that goes on, starts with.
+    /// First token of the encoding of `bytes` as text that continues other text.
     pub fn first_id_of(&self, bytes: &[u8]) -> Option<u32> {
         let text = std::str::from_utf8(bytes).ok()?;
-        let ids = self.encode_at(text, Place::AfterText).ok()?;
+        let ids = self.encode_at(text, TextPosition::AfterText).ok()?;
         let first = *ids.first()?;
-        // Only a token that `bytes` begins with is implied by them.
+        // The bytes imply the token only if they begin with it.
         let spelled = self.token_bytes(first)?;
         (!spelled.is_empty() && bytes.starts_with(spelled)).then_some(first)
     }
 
+    /// Returns true for a control token.
     pub fn is_special(&self, id: u32) -> bool {
         self.special.contains(&id)
     }
 
-    /// Is this the name of a control token?
+    /// Returns true if the text is the name of a control token.
     pub fn names_special(&self, text: &str) -> bool {
         self.control.is_special_token(text)
     }
 
-    /// A hash of all that decides how conversations are encoded.
+    /// Hash of everything that decides how conversations are encoded.
     pub fn fingerprint(&self) -> blake3::Hash {
         let mut hash = blake3::Hasher::new();
         hash.update(self.fingerprint.as_bytes());
@@ -205,31 +227,31 @@ impl Tokenizer {
         hash.finalize()
     }
 
-    /// The largest id + 1.
+    /// Largest id + 1.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The tokens that end an answer.
+    /// Tokens that end an answer.
     pub fn stop_ids(&self) -> &[u32] {
         &self.stop_ids
     }
 
-    /// The one that ends an answer in the chat template.
+    /// Token that ends a turn in the chat template.
     pub fn end_of_turn(&self) -> Option<u32> {
         self.end_of_turn.last().copied()
     }
 
-    /// The token by which a model decides to end its answer: that of the end of turn, or of the text that the
-    /// template writes before it, as Llama 2's writes a space.
+    /// Token with which a model decides to end its answer: the end-of-turn token, or the first token of the text that the
+    /// template writes before it. Llama 2's template writes a space there.
     pub fn end_of_answer(&self) -> Option<u32> {
         self.end_of_turn.first().copied()
     }
 
-    /// Checks that a model with so many rows of embeddings has one for each token.
+    /// Checks that a model with `embedding_rows` rows of embeddings has one for each token.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if not.
+    /// [`Exit::Usage`] if there are fewer rows than tokens.
     pub fn check_fits(&self, embedding_rows: usize) -> Result<()> {
         if self.vocab_size <= embedding_rows {
             return Ok(());
@@ -244,53 +266,58 @@ impl Tokenizer {
         )))
     }
 
-    /// The chat template.
+    /// Returns the chat template.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] if the folder has none.
     fn template(&self) -> Result<&ChatTemplate> {
         self.template.as_ref().ok_or_else(|| {
             anyhow!(Exit::Usage(format!(
-                "{} has no chat template; put one into `chat_template.jinja` there, or into the \
-                 field `chat_template` of `tokenizer_config.json`",
+                "{} has no chat template; add a `chat_template.jinja` there, or the field `chat_template` of \
+                 `tokenizer_config.json`",
                 self.dir.display()
             )))
         })
     }
 
-    fn encode_at(&self, text: &str, place: Place) -> Result<Vec<u32>> {
-        // The library itself finds added tokens in a text that it encodes unchanged.
-        let is_cut = self.pieces.is_some() || self.continues(place);
+    /// Encodes a text at a position, with its added tokens.
+    fn encode_at(&self, text: &str, position: TextPosition) -> Result<Vec<u32>> {
+        // The library finds added tokens itself in a text that is encoded as a whole.
+        let is_cut = self.pieces.is_some() || self.continues(position);
         if !is_cut || !self.may_hold_added(text) {
-            return self.encode_stretch(text, place);
+            return self.encode_between_added(text, position);
         }
         let mut ids = Vec::with_capacity(text.len() / 3);
-        let (mut at, mut place) = (0, place);
-        for (range, id) in self.find_added(text, place) {
-            // A token that strips white space may reach into the next one.
+        let mut at = 0;
+        let mut position = position;
+        for (range, id) in self.find_added(text, position) {
+            // A token that strips white space may overlap the next one.
             if at < range.start {
-                ids.extend(self.encode_stretch(&text[at..range.start], place)?);
+                ids.extend(self.encode_between_added(&text[at..range.start], position)?);
             }
             ids.push(id);
             at = at.max(range.end);
-            place = self.place_after(&[id]);
+            position = self.position_after(&[id]);
         }
-        ids.extend(self.encode_stretch(&text[at..], place)?);
+        ids.extend(self.encode_between_added(&text[at..], position)?);
         Ok(ids)
     }
 
-    /// Returns true if text at this place is encoded without the prefix space.
-    fn continues(&self, place: Place) -> bool {
-        let has_space = match place {
-            Place::First => true,
-            Place::AfterControl => self.space_after_control,
-            Place::AfterText => false,
+    /// Returns true if text at this position is encoded without the prefix space.
+    fn continues(&self, position: TextPosition) -> bool {
+        let has_space = match position {
+            TextPosition::First => true,
+            TextPosition::AfterControl => self.space_after_control,
+            TextPosition::AfterText => false,
         };
         self.continuing.is_some() && !has_space
     }
 
-    /// Place of the text that follows these ids.
-    fn place_after(&self, ids: &[u32]) -> Place {
+    /// Position of the text after these ids.
+    fn position_after(&self, ids: &[u32]) -> TextPosition {
         match ids.last() {
-            Some(id) if self.spacing.contains(id) => Place::AfterControl,
-            _ => Place::AfterText,
+            Some(id) if self.before_space.contains(id) => TextPosition::AfterControl,
+            _ => TextPosition::AfterText,
         }
     }
 
@@ -301,17 +328,17 @@ impl Tokenizer {
     }
 
     /// Finds `plain_added` in a text: byte ranges and ids.
-    fn find_added(&self, text: &str, place: Place) -> Vec<(Range<usize>, u32)> {
+    fn find_added(&self, text: &str, position: TextPosition) -> Vec<(Range<usize>, u32)> {
         let vocabulary = self.text.get_added_vocabulary();
         let mut found = added::find(vocabulary, self.text.get_normalizer(), text);
-        // Some match only after a space, and here the normalizer prepended it.
+        // Some tokens match only after a space, which the normalizer prepended here.
         let is_by_prefix = |(range, id): &(Range<usize>, u32)| {
             let token = vocabulary.get_added_tokens_decoder().get(id);
             range.start == 0
                 && token
                     .is_some_and(|token| token.normalized && token.content == text[range.clone()])
         };
-        if self.continues(place)
+        if self.continues(position)
             && self.prepends_by_normalizer
             && found.first().is_some_and(is_by_prefix)
         {
@@ -321,38 +348,39 @@ impl Tokenizer {
     }
 
     /// Encodes a text that contains none of `plain_added`.
-    fn encode_stretch(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+    fn encode_between_added(&self, text: &str, position: TextPosition) -> Result<Vec<u32>> {
         if text.is_empty() {
             return Ok(Vec::new());
         }
         match &self.pieces {
-            // No tokenizer that knows pieces puts a space before a text: the place is no matter.
-            Some(pieces) => pieces.encode(text, |piece| self.encode_whole(piece, place)),
-            None => self.encode_whole(text, place),
+            // Tokenizers with pieces put no space before a text, so the position does not affect the ids.
+            Some(pieces) => pieces.encode(text, |piece| self.encode_whole(piece, position)),
+            None => self.encode_whole(text, position),
         }
     }
 
-    fn encode_whole(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+    /// Encodes a text that contains none of `plain_added`, without the cache.
+    fn encode_whole(&self, text: &str, position: TextPosition) -> Result<Vec<u32>> {
         let tokenizer = match &self.continuing {
-            Some(continuing) if self.continues(place) => continuing,
+            Some(continuing) if self.continues(position) => continuing,
             _ => &self.text,
         };
         let encoding = tokenizer
             .encode_fast(text, false)
-            .map_err(|e| anyhow!(e).context("the tokenizer fails"))?;
+            .map_err(|e| anyhow!(e).context("the tokenizer failed"))?;
         let ids = encoding.get_ids();
         let Some(special) = ids.iter().copied().find(|&id| self.is_special(id)) else {
             return Ok(ids.to_vec());
         };
-        self.encode_around(text, place, special, ids)
+        self.encode_around(text, position, special, ids)
     }
 
-    /// Encodes a text of which the model's own vocabulary made the control token `special`: cuts
-    /// the token's name in two, so that no piece can be it.
+    /// Encodes a text from which the model's own vocabulary made the control token `special`. Cuts the token's name in
+    /// two, so that neither part is the token.
     fn encode_around(
         &self,
         text: &str,
-        place: Place,
+        position: TextPosition,
         special: u32,
         ids: &[u32],
     ) -> Result<Vec<u32>> {
@@ -361,15 +389,15 @@ impl Tokenizer {
         match text.find(&name) {
             Some(at) if first > 0 && first < name.len() => {
                 let (left, right) = text.split_at(at + first);
-                let mut ids = self.encode_at(left, place)?;
-                ids.extend(self.encode_at(right, Place::AfterText)?);
+                let mut ids = self.encode_at(left, position)?;
+                ids.extend(self.encode_at(right, TextPosition::AfterText)?);
                 Ok(ids)
             }
             // The unknown token stands for characters that the vocabulary lacks.
             None if Some(special) == self.unknown => Ok(ids.to_vec()),
             _ => bail!(Exit::Usage(format!(
                 "plain text makes the token {name:?} (id {special}), which is a control token of the model in {}: special, \
-                 or listed in `eos_token_id` of its generation_config.json or config.json. Take it out there",
+                 or listed in `eos_token_id` of its generation_config.json or config.json. Remove it there",
                 self.dir.display()
             ))),
         }

@@ -1,8 +1,8 @@
-//! Texts in pieces that are encoded one by one, and remembered.
+//! Cache of encoded pieces of text.
 //!
-//! Where a pre-tokenizer is known to end a word before a space and a letter, and before a punctuation
-//! mark, a text may be cut there: the ids of the pieces are those of the whole. Nearly all pieces have been met before, and to look
-//! one up takes a tenth of the time that encoding it takes.
+//! Some pre-tokenizers are known to end a word before a space and a letter, and before a punctuation mark. There, a text
+//! can be cut into pieces whose ids are those of the whole text. Nearly all pieces occur repeatedly, and a look-up takes
+//! a tenth of the time of encoding.
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
@@ -11,29 +11,28 @@ use anyhow::Result;
 use foldhash::fast::FixedState;
 use serde_json::Value;
 
-/// Pieces that are remembered. The words of a language, with and without a comma, are not many more.
-const REMEMBERED: usize = 1 << 17;
-/// Longer ones hardly come again.
-const LONGEST: usize = 32;
+/// Maximum number of cached pieces: about the words of a language, with and without a comma.
+const MAX_PIECES: usize = 1 << 17;
+/// Maximum number of bytes of a cached piece. Longer ones rarely repeat.
+const MAX_PIECE_BYTES: usize = 32;
 
-/// The patterns of Llama 3 and of Qwen 2. As GPT-2's, neither takes what is no space together with a
-/// space behind it, or a letter together with a mark behind it; neither looks back.
+/// Patterns of Llama 3 and Qwen 2. Like GPT-2's, they never match a non-space and a following space together, nor a
+/// letter and a following punctuation mark, and they do not look back.
 const SPLITS: [&str; 2] = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ];
 
-/// The ids of pieces met before.
+/// Ids of encoded pieces.
 #[derive(Debug, Default)]
-pub(crate) struct Pieces(RwLock<HashMap<Box<str>, Box<[u32]>, FixedState>>);
+pub(crate) struct PieceCache(RwLock<HashMap<Box<str>, Box<[u32]>, FixedState>>);
 
-impl Pieces {
-    /// None where `tokenizer`, a parsed `tokenizer.json`, may make one token of what stands on both
-    /// sides of a cut.
+impl PieceCache {
+    /// Creates a cache. Returns None if `tokenizer`, a parsed `tokenizer.json`, may make a token that extends over a cut.
     pub(crate) fn new(tokenizer: &Value) -> Option<Self> {
         let normalizer = &tokenizer["normalizer"];
         let keeps_words = normalizer.is_null() || normalizer["type"] == "NFC";
-        // Such a token takes part of the text around it, before the words are told apart.
+        // Such a token takes part of the text around it before words are split.
         let added = tokenizer["added_tokens"].as_array();
         let is_clean = added.into_iter().flatten().all(|token| {
             let strips = ["lstrip", "rstrip"].iter().any(|side| token[side] == true);
@@ -45,10 +44,10 @@ impl Pieces {
         (keeps_words && is_clean && is_bpe && cuts == Some(true)).then(Self::default)
     }
 
-    /// The ids of `text`, whose pieces `encode` encodes.
+    /// Encodes `text`; `encode` encodes pieces that are not cached.
     ///
     /// # Errors
-    /// That of `encode`.
+    /// If `encode` fails.
     pub(crate) fn encode(
         &self,
         text: &str,
@@ -63,13 +62,13 @@ impl Pieces {
                 ids.extend_from_slice(known);
                 continue;
             }
-            let has_room = known.len() < REMEMBERED;
-            // It may come back here for parts of the piece, and write what it has met.
+            let has_room = known.len() < MAX_PIECES;
+            // `encode` may call this function for parts of the piece, which takes the lock for writing.
             drop(known);
             let encoded = encode(piece)?;
             known = read();
             ids.extend_from_slice(&encoded);
-            if has_room && piece.len() <= LONGEST {
+            if has_room && piece.len() <= MAX_PIECE_BYTES {
                 new.push((piece, encoded));
             }
         }
@@ -85,7 +84,7 @@ impl Pieces {
     }
 }
 
-/// Does this pre-tokenizer end a word at each cut? None if it is not known.
+/// Returns true if this pre-tokenizer ends a word at each cut. None if unknown.
 fn cuts(part: &Value) -> Option<bool> {
     match part["type"].as_str()? {
         "ByteLevel" => (part["add_prefix_space"] == false).then(|| part["use_regex"] != false),
@@ -106,13 +105,13 @@ fn cuts(part: &Value) -> Option<bool> {
     }
 }
 
-/// Cuts a text before each space that stands alone between what is no space and a letter, and between
-/// a letter and a punctuation mark.
+/// Cuts a text before each single space between a non-space and a letter, and between a letter and a punctuation mark.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let bytes = text.as_bytes();
     let mut start = 0;
     let is_cut = move |at: &usize| {
-        let (before, byte) = (bytes[at - 1], bytes[*at]);
+        let before = bytes[at - 1];
+        let byte = bytes[*at];
         match byte {
             b' ' => {
                 before.is_ascii_graphic() && bytes.get(at + 1).is_some_and(u8::is_ascii_alphabetic)

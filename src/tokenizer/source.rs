@@ -1,7 +1,7 @@
-//! `tokenizer.json` as it is read: its model, and all else as a value that may be changed.
+//! Parses `tokenizer.json`: its model, and the rest as a JSON value that can be changed.
 //!
-//! The vocabulary and the merges are nearly all of such a file, up to 30 MB of it. They are read once, straight
-//! into the model; as values they would take many times that.
+//! The vocabulary and the merges are nearly the whole file, up to 30 MB. They are read once, directly into the model;
+//! as JSON values they would take many times that memory.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -14,22 +14,23 @@ use serde_json::{Value, json};
 use tokenizers::models::bpe::BPE;
 use tokenizers::{AddedToken, Model, ModelWrapper};
 
-/// Words whose tokens are remembered, on each thread: as many as a language has, and six times as many
-/// as by default, after which every rare word would be put together anew.
-const REMEMBERED: usize = 1 << 16;
+/// Number of words in the model's cache, per thread: about the words of a language, and six times the default, with
+/// which every rare word would be encoded again.
+const WORD_CACHE: usize = 1 << 16;
 
 /// A parsed `tokenizer.json`.
-pub(crate) struct Source {
-    /// All of the file, with the model's settings alone under `model`.
+pub(crate) struct TokenizerJson {
+    /// The whole file, but with only [`SETTINGS`] of the model under `model`.
     pub json: Value,
+    /// The model with its vocabulary.
     pub model: ModelWrapper,
 }
 
-/// Settings of the model that are used besides the model itself.
+/// Fields of the model that the loader needs besides the model itself.
 const SETTINGS: [&str; 4] = ["type", "byte_fallback", "unk_token", "unk_id"];
 
-/// Fields of a BPE model. Its reader fails at others, which versions to come may write.
-const OF_BPE: [&str; 9] = [
+/// Known fields of a BPE model. Its reader fails on others, which future versions may write.
+const BPE_FIELDS: [&str; 9] = [
     "dropout",
     "unk_token",
     "continuing_subword_prefix",
@@ -45,36 +46,36 @@ type Fields<'a> = HashMap<Cow<'a, str>, &'a RawValue>;
 
 /// A token of `added_tokens`.
 #[derive(Deserialize)]
-struct Added {
+struct AddedTokenEntry {
     id: u32,
     #[serde(flatten)]
     token: AddedToken,
 }
 
-impl Source {
+impl TokenizerJson {
     /// Parses `text`, the content of a `tokenizer.json`.
     ///
     /// # Errors
-    /// If it is no JSON, or no tokenizer.
+    /// If it is not valid JSON or not a tokenizer.
     pub(crate) fn parse(text: &str) -> Result<Self> {
         let mut fields = fields(text)?;
         let model = fields.remove("model").context("it has no model")?;
         let mut json = values(&fields, |_| true)?;
         if !matches!(json["added_tokens"], Value::Null | Value::Array(_)) {
-            bail!("its added_tokens are no list");
+            bail!("its added_tokens are not a list");
         }
         let fields = self::fields(model.get()).context("in its model")?;
         json["model"] = values(&fields, |name| SETTINGS.contains(&name))?;
         let mut model = if json["model"]["type"] == "BPE" {
             let known = fields.iter().map(|(name, raw)| (&**name, *raw));
-            let known = known.filter(|(name, _)| OF_BPE.contains(name));
-            // Read directly, it never exists as a value.
+            let known = known.filter(|(name, _)| BPE_FIELDS.contains(name));
+            // Reading directly avoids a JSON value of the vocabulary.
             BPE::deserialize(MapDeserializer::new(known)).map(ModelWrapper::BPE)
         } else {
             serde_json::from_str(model.get())
         }
         .context("in its model")?;
-        model.resize_cache(REMEMBERED);
+        model.resize_cache(WORD_CACHE);
         Ok(Self { json, model })
     }
 
@@ -84,14 +85,14 @@ impl Source {
     }
 }
 
-/// The tokenizer that `json`, as [`Source::json`], describes, with this model.
+/// Builds the tokenizer that `json`, a [`TokenizerJson::json`], describes, with this model.
 ///
 /// # Errors
-/// If a part of it is unknown.
+/// If `json` contains an unknown part.
 pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tokenizer> {
     let mut json = json.clone();
-    // Their ids depend on the model.
-    let added: Option<Vec<Added>> =
+    // Added tokens are added after the model is set, because their ids depend on it.
+    let added: Option<Vec<AddedTokenEntry>> =
         serde_json::from_value(json["added_tokens"].take()).context("in its added_tokens")?;
     let added = added.unwrap_or_default();
     json["added_tokens"] = json!([]);
@@ -100,14 +101,14 @@ pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tok
     tokenizer.with_model(model);
     let tokens = added.iter().map(|added| added.token.clone());
     tokenizer.add_tokens(tokens).map_err(|e| anyhow!(e))?;
-    for Added { id, token } in &added {
+    for AddedTokenEntry { id, token } in &added {
         if let Some(other) = tokenizer
             .token_to_id(&token.content)
             .filter(|found| found != id)
         {
             tracing::warn!(
-                "tokenizer.json adds {:?} with id {id}, but by its vocabulary and the order of added tokens the id is \
-                 {other}, which is used",
+                "tokenizer.json adds {:?} with id {id}, but its vocabulary and the order of its added tokens give id {other}, \
+                 which is used",
                 token.content
             );
         }
@@ -118,18 +119,18 @@ pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tok
     Ok(tokenizer)
 }
 
-/// The fields of an object. Of several with one name, the last.
+/// Parses the fields of an object. If a name occurs several times, the last one counts.
 fn fields(text: &str) -> Result<Fields<'_>> {
     serde_json::from_str(text).map_err(|error| {
         if error.is_data() {
-            anyhow!("it is no object of JSON")
+            anyhow!("it is not a JSON object")
         } else {
-            anyhow!(error).context("it is no valid JSON")
+            anyhow!(error).context("it is not valid JSON")
         }
     })
 }
 
-/// Those with these names as an object.
+/// Parses the fields with the wanted names into an object.
 fn values(fields: &Fields, wanted: impl Fn(&str) -> bool) -> Result<Value> {
     let mut values = json!({});
     for (name, raw) in fields.iter().filter(|(name, _)| wanted(name)) {

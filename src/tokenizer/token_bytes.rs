@@ -1,7 +1,7 @@
-//! The exact bytes that each token stands for.
+//! The exact bytes of each token.
 //!
-//! Alignment works on bytes, and decoding token by token cannot give them: half an emoji decodes to
-//! a replacement character, and a SentencePiece decoder drops a leading space.
+//! Alignment works on bytes, and decoding token by token does not give them: half an emoji decodes to a replacement
+//! character, and a SentencePiece decoder drops a leading space.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -9,26 +9,26 @@ use std::sync::LazyLock;
 use serde_json::Value;
 use tokenizers::AddedToken;
 
-/// How a vocabulary writes bytes down.
+/// How a vocabulary spells bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Alphabet {
-    /// GPT-2: each byte is one character, printable ones stand for themselves.
+    /// GPT-2: each byte is one character; printable bytes are themselves.
     ByteLevel,
-    /// SentencePiece: `▁` is a space and `<0x0A>` a byte; all else is text.
+    /// SentencePiece: `▁` is a space, `<0x0A>` is a byte, and everything else is text.
     SentencePiece,
 }
 
-/// The bytes of all tokens, both ways. Control tokens have none.
+/// Maps between tokens and their bytes. Control tokens have no bytes.
 #[derive(Debug, Default)]
 pub(crate) struct TokenBytes {
-    of_id: Vec<Option<Box<[u8]>>>,
-    id_of: HashMap<Box<[u8]>, u32>,
+    by_id: Vec<Option<Box<[u8]>>>,
+    by_bytes: HashMap<Box<[u8]>, u32>,
 }
 
 impl TokenBytes {
-    /// Reads them from a parsed `tokenizer.json`. `vocabulary` holds the model's tokens and `added`
-    /// those added tokens that are plain text and not among them. Nothing where the way of writing is not known (a
-    /// WordPiece vocabulary does not tell where words were apart).
+    /// Builds the maps from a parsed `tokenizer.json`. `vocabulary` contains the model's tokens, and `added` the plain
+    /// added tokens outside it. The maps are empty if the spelling is unknown: a WordPiece vocabulary does not record the
+    /// spaces between words.
     pub(crate) fn new(
         tokenizer: &Value,
         vocabulary: &HashMap<String, u32>,
@@ -44,7 +44,7 @@ impl TokenBytes {
             let fallback = fallback_byte(token).filter(|_| byte_fallback);
             let bytes: Vec<u8> = match (alphabet, fallback) {
                 (_, Some(byte)) => vec![byte],
-                // A token with a character outside the alphabet is plain text, as for the decoder.
+                // The decoder, too, treats a token with a character outside the alphabet as plain text.
                 (Alphabet::ByteLevel, _) => {
                     byte_level(token).unwrap_or_else(|| token.clone().into_bytes())
                 }
@@ -56,42 +56,42 @@ impl TokenBytes {
         }
         for (id, token) in added {
             let text = match alphabet {
-                // Looked for in text whose spaces have been replaced.
+                // The library matches these in text whose spaces have been replaced.
                 Alphabet::SentencePiece if token.normalized => token.content.replace('▁', " "),
                 _ => token.content.clone(),
             };
             tokens.push((*id, text.into_bytes().into(), 2));
         }
-        // Where two tokens have the same bytes, the tokenizer makes the ordinary one.
+        // Of two tokens with the same bytes, the tokenizer produces the ordinary one.
         tokens.sort_by_key(|&(id, _, rank)| (rank, id));
         let mut all = Self::default();
         for (id, bytes, _) in tokens {
             let at = id as usize;
-            if at >= all.of_id.len() {
-                all.of_id.resize(at + 1, None);
+            if at >= all.by_id.len() {
+                all.by_id.resize(at + 1, None);
             }
             if !bytes.is_empty() {
-                all.id_of.entry(bytes.clone()).or_insert(id);
+                all.by_bytes.entry(bytes.clone()).or_insert(id);
             }
-            all.of_id[at] = Some(bytes);
+            all.by_id[at] = Some(bytes);
         }
         all
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.of_id.is_empty()
+        self.by_id.is_empty()
     }
 
-    pub(crate) fn of_id(&self, id: u32) -> Option<&[u8]> {
-        self.of_id.get(id as usize)?.as_deref()
+    pub(crate) fn get(&self, id: u32) -> Option<&[u8]> {
+        self.by_id.get(id as usize)?.as_deref()
     }
 
-    pub(crate) fn id_of(&self, bytes: &[u8]) -> Option<u32> {
-        self.id_of.get(bytes).copied()
+    pub(crate) fn find_id(&self, bytes: &[u8]) -> Option<u32> {
+        self.by_bytes.get(bytes).copied()
     }
 }
 
-/// Tells the two ways of writing apart by the parts that undo them.
+/// Detects the alphabet by the parts of the tokenizer that encode or decode it.
 fn alphabet(tokenizer: &Value) -> Option<Alphabet> {
     let uses = |kind: &str| {
         ["decoder", "pre_tokenizer", "normalizer"]
@@ -107,7 +107,7 @@ fn alphabet(tokenizer: &Value) -> Option<Alphabet> {
     }
 }
 
-/// Is `part`, or a step of it where it is a sequence, of this type?
+/// Returns true if `part`, or one of its steps if it is a sequence, has this type.
 pub(crate) fn has_part(part: &Value, kind: &str) -> bool {
     let steps = ["decoders", "pretokenizers", "normalizers"];
     part["type"] == kind
@@ -118,26 +118,26 @@ pub(crate) fn has_part(part: &Value, kind: &str) -> bool {
             .any(|step| has_part(step, kind))
 }
 
-/// The bytes of a token as a byte-level vocabulary spells it. None if a character is none of its alphabet.
+/// Bytes of a token in a byte-level vocabulary. None if a character is outside the alphabet.
 pub(crate) fn byte_level(token: &str) -> Option<Vec<u8>> {
     static CHARACTERS: LazyLock<HashMap<char, u8>> = LazyLock::new(byte_of_character);
     token.chars().map(|c| CHARACTERS.get(&c).copied()).collect()
 }
 
-/// The bytes of a token as SentencePiece spells it.
+/// Bytes of a token in a SentencePiece vocabulary.
 pub(crate) fn sentence_piece(token: &str) -> Option<Vec<u8>> {
     let byte = fallback_byte(token).map(|byte| vec![byte]);
     Some(byte.unwrap_or_else(|| token.replace('▁', " ").into_bytes()))
 }
 
-/// The byte of a token such as `<0x0A>`.
+/// Byte of a token such as `<0x0A>`.
 fn fallback_byte(token: &str) -> Option<u8> {
     let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
     u8::from_str_radix(hex, 16).ok().filter(|_| hex.len() == 2)
 }
 
-/// GPT-2's alphabet: bytes that print stand for themselves, the others for characters from U+0100
-/// on, in order (`bytes_to_unicode` of its `encoder.py`).
+/// GPT-2's alphabet: printable bytes are themselves, the others are characters from U+0100 on, in order
+/// (`bytes_to_unicode` in its `encoder.py`).
 fn byte_of_character() -> HashMap<char, u8> {
     let prints = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let mut next = 0x100;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::config::Config;
-use crate::data::groups::Counts;
+use crate::data::groups::GroupCounts;
 use crate::terminal::format_count;
 use crate::train::summary::Summary;
 
@@ -36,7 +36,7 @@ pub(crate) fn text(config: &Config, architecture: &str, summary: &Summary) -> St
 }
 
 /// Groups of a cache that the answers are from.
-fn answered_by(groups: &Counts) -> String {
+fn answered_by(groups: &GroupCounts) -> String {
     const SHOWN: usize = 8;
     let mut used: Vec<String> = groups
         .all_used()

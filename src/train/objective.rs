@@ -166,8 +166,8 @@ fn target(batch: &Batch, n: usize) -> Row<'_> {
         label: batch.labels[n],
         soft_ids: &batch.soft_ids[soft.clone()],
         soft_logprobs: &batch.soft_logprobs[soft],
-        drawn: batch.drawn.get(n).copied().flatten(),
-        exact: batch.exact.get(n).copied().unwrap_or_default(),
+        drawn: batch.sampled_logprob.get(n).copied().flatten(),
+        exact: batch.is_exact_sample.get(n).copied().unwrap_or_default(),
         lists_end: batch.lists_end.get(n).copied().flatten(),
         ..Row::default()
     }

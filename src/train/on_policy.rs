@@ -290,7 +290,7 @@ fn push(batch: &mut Batch, written: &Written, said: Option<&Aligned>) {
             let (ids, logprobs) = said.soft(at);
             batch.soft_ids.extend(ids);
             batch.soft_logprobs.extend(logprobs);
-            batch.drawn.push(said.drawn(at));
+            batch.sampled_logprob.push(said.sampled_logprob(at));
         }
         let position = first + written.prompt.len() + at - 1;
         batch.positions.push(position as u32);

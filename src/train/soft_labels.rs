@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 use super::loss::divergence::Divergence;
 use crate::config::{Config, KdMode, LossConfig};
 use crate::data::logprob_check::Agreement;
-use crate::data::report::{NO_LOGPROBS, Report, by_reason};
+use crate::data::report::{DataReport, NO_LOGPROBS, by_reason};
 use crate::exit::Exit;
 use crate::terminal::format_count;
 use crate::tokenizer::Tokenizer;
@@ -32,7 +32,7 @@ pub struct Choice {
 /// [`Exit::Usage`] if they are wanted, and the vocabulary does not tell the bytes of its tokens.
 pub fn check_tokenizer(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
     let wanted = config.loss.kd != KdMode::None && config.data.source.is_none();
-    if !wanted || config.teacher.local.is_some() || tokenizer.tells_bytes() {
+    if !wanted || config.teacher.local.is_some() || tokenizer.has_token_bytes() {
         return Ok(());
     }
     bail!(Exit::Usage(format!(
@@ -69,7 +69,7 @@ fn term(settings: &LossConfig, divergence: Divergence, default_weight: f32) -> S
 /// want; not with `force`.
 pub fn choose(
     settings: &LossConfig,
-    report: &Report,
+    report: &DataReport,
     end: Option<u32>,
     force: bool,
 ) -> Result<Choice> {
@@ -119,7 +119,7 @@ pub fn choose(
             format_count(report.ends)
         ));
     }
-    if let Some(broken) = report.gate.broken() {
+    if let Some(broken) = report.logprob_check.broken() {
         refuse(format!(
             "the teacher's logprobs do not belong to its answers: {}. They may be one position off, or \
              of another text. `loss.kd = \"none\"` trains on the answers alone; --force trains on them as \
@@ -127,9 +127,9 @@ pub fn choose(
             told(&broken)
         ))?;
     }
-    let (exact, all) = (report.exact, report.with_soft_labels);
-    let too_sharp = report.gate.is_too_sharp();
-    let misses_tail = report.gate.misses_tail();
+    let (exact, all) = (report.exact_samples, report.with_soft_labels);
+    let too_sharp = report.logprob_check.is_too_sharp();
+    let misses_tail = report.logprob_check.misses_tail();
     let name = settings.kd.name();
     match settings.kd {
         KdMode::Auto if too_sharp => {
@@ -137,14 +137,14 @@ pub fn choose(
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since the answers were sampled more sharply than their \
                  logprobs tell: {}",
-                told(&report.gate.exact)
+                told(&report.logprob_check.exact)
             ));
         }
         KdMode::Auto if misses_tail => {
             choice.terms = Some([of_any; 2]);
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {of_any}, since tokens outside the top-k are missing: {}",
-                tail_of(&report.gate.in_top_k)
+                tail_of(&report.logprob_check.in_top_k)
             ));
         }
         KdMode::Auto if exact == 0 => {
@@ -176,13 +176,13 @@ pub fn choose(
         KdMode::Unbiased | KdMode::Damped if too_sharp => refuse(format!(
             "loss.kd = \"{name}\" needs answers that were sampled as their logprobs tell, and these \
              were sampled more sharply: {}. Set it to \"tail\"",
-            told(&report.gate.exact)
+            told(&report.logprob_check.exact)
         ))?,
         KdMode::Unbiased | KdMode::Damped if misses_tail => refuse(format!(
             "loss.kd = \"{name}\" needs answers with tokens from outside the top-k, and these are missing: {}. \
              The server truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of \
              another one. Set loss.kd to \"tail\"",
-            tail_of(&report.gate.in_top_k)
+            tail_of(&report.logprob_check.in_top_k)
         ))?,
         _ => {}
     }
@@ -226,13 +226,13 @@ pub fn dense(settings: &LossConfig) -> Choice {
 
 impl Choice {
     /// The loss in words, for data that `report` counts.
-    pub fn loss(&self, report: &Report, is_dense: bool) -> String {
+    pub fn loss(&self, report: &DataReport, is_dense: bool) -> String {
         let has_none = !is_dense && report.soft_positions == 0;
         let Some([of_any, of_exact]) = self.terms.filter(|_| !has_none) else {
             return "cross-entropy on the answers".into();
         };
-        let others = report.with_soft_labels - report.exact;
-        let terms = match (report.exact, others) {
+        let others = report.with_soft_labels - report.exact_samples;
+        let terms = match (report.exact_samples, others) {
             _ if is_dense && is_full(of_any.divergence) => format!("KL, weight {}", of_any.weight),
             _ if of_any == of_exact => of_any.to_string(),
             (_, 0) => of_exact.to_string(),

@@ -28,7 +28,7 @@ pub struct Summary {
     pub changes: Vec<String>,
     /// With `train.on_policy`.
     pub own_answers: Option<Count>,
-    pub data: crate::data::report::Report,
+    pub data: crate::data::report::DataReport,
 }
 
 /// What to do with checkpoints that are already there.

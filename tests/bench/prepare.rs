@@ -1,9 +1,10 @@
-//! Makes a cache as a run leaves it, and times its preparation; see `tests/bench/prepare.sh`.
+//! Makes a cache like that of a run, and measures its preparation; see `tests/bench/prepare.sh`.
 //!
-//! `prepare make DIR RECORDS` makes a student's tokenizer and a cache of so many answers of 300
-//! tokens with top-20 logprobs. `prepare run DIR` prepares it into a run folder there, or maps what
-//! was prepared before, and prints what that took, as JSON. `prepare align DIR` prints how many
-//! teacher tokens a core aligns in a second.
+//! | command | effect |
+//! |---|---|
+//! | `prepare make DIR RECORDS` | makes a student's tokenizer and a cache of RECORDS answers of 300 tokens with top-20 logprobs |
+//! | `prepare run DIR` | prepares the cache into a run folder in DIR, or maps earlier examples; prints time and memory as JSON |
+//! | `prepare align DIR` | prints the number of teacher tokens that one core aligns per second |
 
 #[path = "records.rs"]
 mod records;
@@ -24,14 +25,14 @@ use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, TokenizerImpl};
 
-/// Of the student, about as many as SmolLM2 has.
+/// Size of the student's vocabulary, about that of SmolLM2.
 const VOCABULARY: usize = 49_152;
-/// Of each answer, about.
+/// Approximate number of tokens in an answer.
 const TOKENS: usize = 300;
 const K: usize = 20;
 
 fn main() -> anyhow::Result<()> {
-    // As the program itself does, first of all.
+    // The program does the same at its start.
     distill::ops::process::set_up();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -65,7 +66,7 @@ fn make(dir: &Path, records: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Words of an invented language, the frequent ones first.
+/// Words of an invented language, by descending frequency.
 fn words(random: &mut fastrand::Rng) -> Vec<String> {
     let onsets = [
         "b", "br", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "st", "t", "v", "",
@@ -82,13 +83,13 @@ fn words(random: &mut fastrand::Rng) -> Vec<String> {
         .collect()
 }
 
-/// A rank that is frequent when it is small, as words are (Zipf).
+/// Random rank with a Zipf distribution, as ranks of words in a text.
 fn zipf(random: &mut fastrand::Rng, ranks: usize) -> usize {
     let rank = (ranks as f64).powf(random.f64()) as usize;
     rank.min(ranks) - 1
 }
 
-/// Trains a byte-level BPE tokenizer on the words, and writes it with a chat template.
+/// Trains a byte-level BPE tokenizer on the words, and saves it with a chat template.
 fn make_tokenizer(dir: &Path, words: &[String]) -> anyhow::Result<()> {
     std::fs::create_dir_all(dir)?;
     let mut trainer = BpeTrainer::builder()
@@ -130,8 +131,7 @@ fn make_tokenizer(dir: &Path, words: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A teacher with the student's tokenizer, which is what soft labels are best for, and the most to
-/// do.
+/// A teacher with the student's tokenizer: every position gets soft labels, which is the most work.
 struct Teacher {
     tokenizer: Tokenizer,
     words: Vec<String>,
@@ -177,9 +177,10 @@ impl Teacher {
         for &id in ids {
             let mut left = 0.999f32;
             let own = zipf(random, K);
-            let (mut top, mut top_logprob) = (Vec::new(), Vec::new());
+            let mut top = Vec::new();
+            let mut top_logprob = Vec::new();
             for rank in 0..K {
-                // The first 300 are control tokens and single bytes.
+                // The first 300 tokens are control tokens and single bytes.
                 let other = 300 + zipf(random, VOCABULARY - 300) as u32;
                 let mass = left * (0.3 + 0.6 * random.f32());
                 left -= mass;
@@ -220,7 +221,7 @@ fn run(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Aligns the same answers again and again, on one thread.
+/// Aligns the same answers repeatedly on one thread.
 fn align(dir: &Path) -> anyhow::Result<()> {
     let mut random = fastrand::Rng::with_seed(2);
     let teacher = Teacher {
@@ -236,11 +237,15 @@ fn align(dir: &Path) -> anyhow::Result<()> {
         .collect::<anyhow::Result<_>>()?;
     let views: Vec<LogprobsView> = answers.iter().map(|a| (&a.2).into()).collect();
     let mut mapper = Mapper::new(&teacher.tokenizer, None);
-    let (mut tokens, mut soft, mut started) = (0, 0, Instant::now());
+    let mut tokens = 0;
+    let mut soft = 0;
+    let mut started = Instant::now();
     for round in 0..=20 {
         if round == 1 {
-            // The first one filled the caches.
-            (tokens, soft, started) = (0, 0, Instant::now());
+            // The first round has filled the caches.
+            tokens = 0;
+            soft = 0;
+            started = Instant::now();
         }
         for ((text, ids, _), view) in answers.iter().zip(&views) {
             let aligned = mapper.align(view, text.as_bytes(), 0..text.len(), ids, None)?;
@@ -258,8 +263,7 @@ fn align(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The time that all threads of this process have computed, where the system tells it: what `seconds`
-/// would tell on a machine without other work, times the threads.
+/// CPU time of all threads of this process in seconds, if the system reports it. It does not depend on other load.
 fn cpu_seconds() -> Option<f64> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
     let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
@@ -268,7 +272,7 @@ fn cpu_seconds() -> Option<f64> {
     Some(ticks as f64 / 100.0)
 }
 
-/// The most memory that this process has had, where the system tells it.
+/// Peak memory of this process in MiB, if the system reports it.
 fn peak_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

@@ -1,100 +1,133 @@
 //! The soft labels of an answer.
 
-use crate::data::classes::Classes;
+// Arrays carry their shape as a suffix: see the legend in `data`.
+#![allow(non_snake_case)]
+
 use crate::data::logprob_check::Agreement;
 
 /// The soft labels of an answer of N student tokens.
 ///
-/// Those of a position are the teacher's top-k, mapped to student tokens: natural logarithms, best
-/// first; missing ones (sentinels) have been dropped and several tokens that map to one id merged.
-/// The mass that is not listed is the tail.
+/// The labels of a position are the teacher's top-k, mapped to student tokens: natural logarithms, best
+/// first. Missing logprobs (sentinels) are dropped. Teacher tokens that map to one student token are merged.
+/// The mass outside the labels is the tail.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Aligned {
-    pub(super) ids: Vec<u32>,
-    pub(super) logprobs: Vec<f32>,
-    /// Where the labels of each position end (N).
-    pub(super) ends: Vec<usize>,
-    /// See [`Aligned::drawn`]; NaN is none (N).
-    pub(super) drawn: Vec<f32>,
+    pub(super) ids_NK: Vec<u32>,
+    pub(super) logprobs_NK: Vec<f32>,
+    /// End of each position's labels in `ids_NK`.
+    pub(super) ends_N: Vec<usize>,
+    /// See [`Aligned::sampled_logprob`]; NaN is none.
+    pub(super) sampled_logprob_N: Vec<f32>,
     pub(super) chunks: Vec<Chunk>,
     /// The teacher's mass on student tokens, summed over the positions that have soft labels.
     pub mapped_mass: f64,
     /// How often the teacher emitted one of its top-k, and the mass of the top-k as the expected rate.
     pub in_top_k: Agreement,
-    /// Positions whose probabilities sum to more than 1.
+    /// Number of positions whose probabilities sum to more than 1.
     pub positions_over_one: u64,
-    /// How often the teacher emitted its most likely token: of all its tokens, before the map.
+    /// How often the teacher emitted its most likely token: of all its tokens, before the mapping.
     pub agreement: Agreement,
-    /// How often the label is the most likely token after the map.
-    pub classes: Classes,
-    /// Where the tokens end the turn: did the teacher say how likely that was?
+    /// Set if the tokens end the turn: true if the teacher's logprobs include the end of the turn.
     pub lists_end: Option<bool>,
 }
 
-/// Text that several tokens of the teacher spell, cut in another way by the student.
+/// Text that several teacher tokens spell and that the student splits differently.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Chunk {
-    /// The first student token, and how many there are.
+    /// Index of the first student token.
     pub start: usize,
+    /// Number of student tokens.
     pub len: usize,
-    /// The negative log-likelihood of the text under the teacher.
+    /// Negative log-likelihood of the text under the teacher.
     pub nll: f32,
 }
 
 impl Aligned {
-    /// N
+    /// An empty result with capacity for `soft_labels` labels at `positions` positions.
+    pub(super) fn with_capacity(soft_labels: usize, positions: usize) -> Self {
+        Self {
+            ids_NK: Vec::with_capacity(soft_labels),
+            logprobs_NK: Vec::with_capacity(soft_labels),
+            ends_N: Vec::with_capacity(positions),
+            sampled_logprob_N: Vec::with_capacity(positions),
+            ..Self::default()
+        }
+    }
+
+    /// N, the number of positions.
     pub fn len(&self) -> usize {
-        self.ends.len()
+        self.ends_N.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.ends.is_empty()
+        self.ends_N.is_empty()
     }
 
-    /// Token ids and logprobs at position `at`. Empty where the teacher gave nothing usable, and
-    /// past the end; the position then trains on cross-entropy.
-    pub fn soft(&self, at: usize) -> (&[u32], &[f32]) {
-        let Some(&end) = self.ends.get(at) else {
+    /// Token ids and logprobs at `position`. Empty if the teacher has nothing usable there, and past the end;
+    /// the position then trains on cross-entropy.
+    pub fn soft(&self, position: usize) -> (&[u32], &[f32]) {
+        let Some(&end) = self.ends_N.get(position) else {
             return (&[], &[]);
         };
-        let start = at.checked_sub(1).map_or(0, |before| self.ends[before]);
-        (&self.ids[start..end], &self.logprobs[start..end])
+        let start = position
+            .checked_sub(1)
+            .map_or(0, |before| self.ends_N[before]);
+        (&self.ids_NK[start..end], &self.logprobs_NK[start..end])
     }
 
-    /// Where the teacher emitted a token from outside its top-k: its logprob, or -inf if that is not
-    /// known.
-    pub fn drawn(&self, at: usize) -> Option<f32> {
-        self.drawn
-            .get(at)
+    /// Logprob of the emitted token if it is outside the top-k; -inf if that logprob is unknown. None if the token
+    /// is one of the top-k.
+    pub fn sampled_logprob(&self, position: usize) -> Option<f32> {
+        self.sampled_logprob_N
+            .get(position)
             .copied()
             .filter(|logprob| !logprob.is_nan())
     }
 
-    /// In order.
+    /// The chunks, in order.
     pub fn chunks(&self) -> &[Chunk] {
         &self.chunks
     }
 
-    /// Does the position at `at` have soft labels?
-    pub fn is_soft(&self, at: usize) -> bool {
-        !self.soft(at).0.is_empty() || self.drawn(at).is_some_and(f32::is_finite)
+    /// Returns true if the position has soft labels.
+    pub fn is_soft(&self, position: usize) -> bool {
+        !self.soft(position).0.is_empty()
+            || self.sampled_logprob(position).is_some_and(f32::is_finite)
     }
-}
 
-impl Aligned {
-    /// Appends a position with these soft labels, of which nothing is missing: token ids and logprobs,
-    /// best first.
+    /// Appends a position with complete soft labels: token ids and logprobs, best first.
     pub fn push(&mut self, labels: &[(u32, f32)]) {
-        self.ids.extend(labels.iter().map(|label| label.0));
-        self.logprobs.extend(labels.iter().map(|label| label.1));
-        self.ends.push(self.ids.len());
-        self.drawn.push(f32::NAN);
+        self.ids_NK.extend(labels.iter().map(|label| label.0));
+        self.logprobs_NK.extend(labels.iter().map(|label| label.1));
+        self.ends_N.push(self.ids_NK.len());
+        self.sampled_logprob_N.push(f32::NAN);
         self.mapped_mass += 1.0;
     }
 
-    /// Goes on to position `at`; those before it that nothing was said of have no soft labels.
-    pub(super) fn fill(&mut self, at: usize) {
-        self.ends.resize(at, self.ids.len());
-        self.drawn.resize(at, f32::NAN);
+    /// Appends positions without soft labels until there are `positions` positions.
+    pub(super) fn fill(&mut self, positions: usize) {
+        self.ends_N.resize(positions, self.ids_NK.len());
+        self.sampled_logprob_N.resize(positions, f32::NAN);
+    }
+
+    /// Completes the position whose labels begin at `start`. Removes its labels if `is_vague`.
+    pub(super) fn finish_position(
+        &mut self,
+        start: usize,
+        sampled_logprob: f32,
+        mapped_mass: f64,
+        is_vague: bool,
+    ) {
+        if is_vague {
+            self.ids_NK.truncate(start);
+            self.logprobs_NK.truncate(start);
+        }
+        let position = self.ends_N.len();
+        self.ends_N.push(self.ids_NK.len());
+        self.sampled_logprob_N
+            .push(if is_vague { f32::NAN } else { sampled_logprob });
+        if self.is_soft(position) {
+            self.mapped_mass += mapped_mass;
+        }
     }
 }

@@ -1,14 +1,29 @@
-//! Soft labels from any teacher tokenizer to any student tokenizer, on the bytes of the answer.
+//! Maps soft labels from any teacher tokenizer to any student tokenizer, by the bytes of the answer.
 //!
-//! Both tokenisations are cut where both have a boundary, which gives groups of teacher and student
-//! tokens that spell the same bytes. A group of one and one says the same about the next bytes, so
-//! the teacher's alternatives become student tokens there. Where a teacher token is several student
-//! tokens, the alternatives that go on from what is already written say what comes next. In every
-//! other group the position trains on cross-entropy. With one tokenizer on both sides all groups are
-//! one and one, and the map is the identity.
+//! Both tokenisations are cut at their common boundaries. This gives groups of teacher tokens and student tokens
+//! that spell the same bytes:
+//!
+//! | group | soft labels |
+//! |---|---|
+//! | one teacher token, one student token | both predict the next bytes, so the teacher's candidates become student tokens |
+//! | one teacher token, several student tokens | a later position gets the candidates that start with the bytes before it |
+//! | several teacher tokens | none: the positions train on cross-entropy, or as a [`Chunk`] |
+//!
+//! With the same tokenizer on both sides, all groups have one token on each side, and every token maps to itself.
+//!
+//! | file | content |
+//! |---|---|
+//! | `aligned` | the result: soft labels of an answer |
+//! | `candidates` | the tokens that a teacher lists at a position |
+//! | `run`, `teacher` | the teacher tokens that spell the answer |
+//! | `token_ids` | tokens that are named by id |
+//! | `tokens` | the student's token for the bytes of a teacher's token |
+
+// Arrays carry their shape as a suffix: see the legend in `data`.
+#![allow(non_snake_case)]
 
 pub mod aligned;
-pub(crate) mod alternatives;
+pub(crate) mod candidates;
 pub(crate) mod run;
 pub(crate) mod teacher;
 pub(crate) mod token_ids;
@@ -21,21 +36,20 @@ use crate::cache::logprobs_view::LogprobsView;
 use crate::ops::math::logaddexp;
 use crate::tokenizer::Tokenizer;
 pub use aligned::{Aligned, Chunk};
-pub use alternatives::{Drawn, EXCESS, Known, alternatives, is_usable};
-use alternatives::{agreement, mass};
-use run::UnitKind;
+pub use candidates::{Candidates, EXCESS, SampledToken, is_usable, list_candidates};
+use candidates::{agreement, mass};
+use run::SpanKind;
 pub use teacher::spells;
-use teacher::teacher_units;
+use teacher::teacher_spans;
 pub use tokens::is_stop;
-use tokens::{Tokens, ends_turn};
+use tokens::{TokenLookup, ends_turn};
 
-/// Chunks of more student tokens than this are left to cross-entropy.
+/// Maximum number of student tokens in a chunk. Longer ones train on cross-entropy.
 const MAX_CHUNK: usize = 64;
-/// Where a teacher token is split, the student's parts of it get soft labels if at least this share of
-/// the mass is on tokens that are known.
+/// Minimum share of the mass on known tokens for soft labels inside a split teacher token.
 const MIN_SHARE: f64 = 0.5;
 
-/// Why an answer has no soft labels at all.
+/// Reason for an answer without any soft labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum Mismatch {
     #[error("the teacher's tokens do not spell the answer")]
@@ -46,49 +60,48 @@ pub enum Mismatch {
     TokenIds,
 }
 
-/// Maps the teacher's tokens to the student's. What was looked up once is remembered, so keep one
-/// for many answers.
+/// Maps the teacher's tokens to the student's. Caches look-ups, so reuse one mapper for many answers.
 pub struct Mapper<'a> {
     tokenizer: &'a Tokenizer,
-    /// The teacher's, for tokens that are named by id.
+    /// The teacher's tokenizer, for tokens that are named by id.
     teacher: Option<&'a Tokenizer>,
-    tokens: Tokens<'a>,
-    /// The most alternatives at a position.
-    most: usize,
-    /// The tokens of one position, kept for its memory.
+    tokens: TokenLookup<'a>,
+    /// Maximum number of candidates at a position.
+    max_candidates: usize,
+    /// Student tokens of one position; kept to reuse its allocation.
     found: Vec<Option<u32>>,
 }
 
 impl<'a> Mapper<'a> {
-    /// To this tokenizer, of at most `most` alternatives at a position.
-    pub fn new(tokenizer: &'a Tokenizer, most: Option<usize>) -> Self {
+    /// Maps to the tokens of `tokenizer`, with at most `max_candidates` candidates at a position.
+    pub fn new(tokenizer: &'a Tokenizer, max_candidates: Option<usize>) -> Self {
         Self {
             tokenizer,
             teacher: None,
-            tokens: Tokens::new(tokenizer),
-            most: most.unwrap_or(usize::MAX),
+            tokens: TokenLookup::new(tokenizer),
+            max_candidates: max_candidates.unwrap_or(usize::MAX),
             found: Vec::new(),
         }
     }
 
-    /// With the teacher's tokenizer, which knows tokens that are named by id.
+    /// Sets the teacher's tokenizer, which resolves tokens that are named by id.
     pub fn with_teacher(self, teacher: Option<&'a Tokenizer>) -> Self {
         Self { teacher, ..self }
     }
 
-    /// Soft labels for `student`, the N tokens that spell the part `kept` of the answer's bytes,
-    /// possibly after text of the template, and possibly with the token that ends the answer. `asked` is the
-    /// `top_logprobs` of the request.
+    /// Returns soft labels for `student`: N tokens that spell the part `kept` of the answer's bytes. Text of the
+    /// template may precede them, and the token that ends the answer may follow. `top_logprobs` is the number
+    /// of alternatives in the request.
     ///
     /// # Errors
-    /// If one side's bytes do not add up, or the logprobs are none.
+    /// If the tokens of one side do not spell the answer, or the logprobs are unusable.
     pub fn align(
         &mut self,
         teacher: &LogprobsView,
         answer: &[u8],
         kept: Range<usize>,
         student: &[u32],
-        asked: Option<usize>,
+        top_logprobs: Option<usize>,
     ) -> Result<Aligned, Mismatch> {
         let decoded;
         let teacher = if token_ids::are_ids(&teacher.token) {
@@ -97,43 +110,37 @@ impl<'a> Mapper<'a> {
         } else {
             teacher
         };
-        // Gate 1
+        // Check 1: the teacher's tokens spell the answer.
         let is_stop = |bytes: &[u8]| is_stop(self.tokenizer, bytes);
-        let (units, teacher) =
-            teacher_units(teacher, answer, &kept, is_stop).ok_or(Mismatch::Teacher)?;
+        let (spans, teacher) =
+            teacher_spans(teacher, answer, &kept, is_stop).ok_or(Mismatch::Teacher)?;
         let teacher = teacher.as_ref();
-        let (end, student_ends) = self.ends(student, answer, kept.clone())?;
+        let (end, student_ends) = self.split_end(student, answer, kept.clone())?;
         let text = &student[..student_ends.len()];
-        // What the template cut off, and the white space that it put in its place, has no partner.
-        let skipped = units.partition_point(|unit| unit.end <= kept.start);
-        let teacher_ends: Vec<usize> = units.iter().map(|unit| unit.end).collect();
+        // Text that the template removes, and white space that it writes instead, have no counterpart.
+        let skipped = spans.partition_point(|span| span.end <= kept.start);
+        let teacher_ends: Vec<usize> = spans.iter().map(|span| span.end).collect();
         let lead = student_ends.partition_point(|&end| end <= kept.start);
 
-        let most = teacher.top.total() + student.len();
-        let mut aligned = Aligned {
-            ids: Vec::with_capacity(most),
-            logprobs: Vec::with_capacity(most),
-            ends: Vec::with_capacity(student.len()),
-            drawn: Vec::with_capacity(student.len()),
-            agreement: agreement(teacher, &units),
-            ..Aligned::default()
-        };
+        let capacity = teacher.top.total() + student.len();
+        let mut aligned = Aligned::with_capacity(capacity, student.len());
+        aligned.agreement = agreement(teacher, &spans);
         let mut listed = Vec::new();
-        for (from, to) in groups(&teacher_ends[skipped..], &student_ends[lead..]) {
-            let said = &units[skipped + from.start..skipped + from.end];
+        for (from, to) in common_groups(&teacher_ends[skipped..], &student_ends[lead..]) {
+            let spelled_by = &spans[skipped + from.start..skipped + from.end];
             let at = lead + to.start;
             let labels = &student[at..at + to.len()];
-            if said.iter().any(|unit| unit.kind == UnitKind::Partial) {
+            if spelled_by.iter().any(|span| span.kind == SpanKind::Partial) {
                 continue;
             }
-            let (Some(first), Some(last)) = (said.first(), said.last()) else {
+            let (Some(first), Some(last)) = (spelled_by.first(), spelled_by.last()) else {
                 continue;
             };
             let position = first.tokens.start;
-            if said.len() > 1 || first.kind == UnitKind::Unknown {
-                let is_known = said.iter().all(|unit| unit.kind == UnitKind::Token);
-                let said = position..last.tokens.end;
-                let chunk = self.chunk(teacher, said, at, labels, is_known);
+            if spelled_by.len() > 1 || first.kind == SpanKind::Unknown {
+                let is_known = spelled_by.iter().all(|span| span.kind == SpanKind::Token);
+                let tokens = position..last.tokens.end;
+                let chunk = self.chunk(teacher, tokens, at, labels, is_known);
                 aligned.chunks.extend(chunk);
                 continue;
             }
@@ -142,30 +149,39 @@ impl<'a> Mapper<'a> {
                 continue;
             }
             aligned.fill(at);
-            let Some(known) = self.known(teacher, position, asked, &mut listed, &mut aligned)
-            else {
+            let candidates =
+                self.candidates_at(teacher, position, top_logprobs, &mut listed, &mut aligned);
+            let Some(candidates) = candidates else {
                 continue;
             };
-            let split = labels.len() > 1;
-            self.first(&listed, known, bytes, labels[0], split, &mut aligned);
+            let is_split = labels.len() > 1;
+            self.push_first(
+                &listed,
+                candidates,
+                bytes,
+                labels[0],
+                is_split,
+                &mut aligned,
+            );
             let mut written = self.tokenizer.token_bytes(labels[0]).map_or(0, <[u8]>::len);
             for &label in &labels[1..] {
-                let missing = 1.0 - known.mass;
-                self.later(&listed, missing, bytes, written, label, &mut aligned);
+                let unlisted = 1.0 - candidates.mass;
+                self.push_later(&listed, unlisted, bytes, written, label, &mut aligned);
                 written += self.tokenizer.token_bytes(label).map_or(0, <[u8]>::len);
             }
         }
         aligned.fill(text.len());
         if let Some(end) = end {
-            // Of a token that ends after the text, nothing follows that was chosen after the text.
-            let last = units.last().filter(|unit| unit.kind != UnitKind::Partial);
-            let position = last.map_or(usize::MAX, |unit| unit.tokens.end);
+            // A token that extends past the text was followed by choices that were made after more text.
+            let last = spans.last().filter(|span| span.kind != SpanKind::Partial);
+            let position = last.map_or(usize::MAX, |span| span.tokens.end);
             let bytes = teacher.token.get(position).map_or(&[][..], Cow::as_ref);
-            // Servers like vLLM report it after the tokens of the text.
+            // Servers such as vLLM report the end of the turn after the tokens of the text.
             if ends_turn(self.tokenizer, bytes)
-                && let Some(known) = self.known(teacher, position, asked, &mut listed, &mut aligned)
+                && let Some(candidates) =
+                    self.candidates_at(teacher, position, top_logprobs, &mut listed, &mut aligned)
             {
-                self.first(&listed, known, bytes, end, false, &mut aligned);
+                self.push_first(&listed, candidates, bytes, end, false, &mut aligned);
             }
             aligned.lists_end = Some(aligned.is_soft(text.len()));
             aligned.fill(student.len());
@@ -173,44 +189,46 @@ impl<'a> Mapper<'a> {
         Ok(aligned)
     }
 
-    /// Fills `listed` with the alternatives at a position, and counts it. Returns None if they are not usable, which
-    /// leaves other positions usable.
-    fn known<'t>(
+    /// Fills `listed` with the candidates at a position, and counts the position. Returns None if they are unusable,
+    /// which leaves other positions usable.
+    fn candidates_at<'t>(
         &self,
         teacher: &'t LogprobsView,
         position: usize,
-        asked: Option<usize>,
+        top_logprobs: Option<usize>,
         listed: &mut Vec<(&'t [u8], f32)>,
         to: &mut Aligned,
-    ) -> Option<Known> {
-        let known = alternatives(teacher, position, self.most, asked, listed);
-        let Some(known) = known else {
+    ) -> Option<Candidates> {
+        let candidates =
+            list_candidates(teacher, position, self.max_candidates, top_logprobs, listed);
+        let Some(candidates) = candidates else {
             to.positions_over_one += 1;
             return None;
         };
         if !teacher.top.get(position).is_empty() {
-            let is_in = known.drawn == Drawn::No;
-            to.in_top_k.count(position, known.top_mass, is_in);
+            let is_in_top_k = candidates.sampled == SampledToken::InTopK;
+            to.in_top_k
+                .count(position, candidates.top_mass, is_in_top_k);
         }
-        Some(known)
+        Some(candidates)
     }
 
-    /// The teacher's tokens `said` as a chunk of the student tokens `labels`, the first of which is at
-    /// `start`; None where the teacher does not say how likely one is.
+    /// Makes a chunk of the teacher's `tokens` and the student tokens `labels`, the first of which is at `start`. Returns
+    /// None if the logprob of a teacher token is missing.
     fn chunk(
         &self,
         teacher: &LogprobsView,
-        said: Range<usize>,
+        tokens: Range<usize>,
         start: usize,
         labels: &[u32],
         is_known: bool,
     ) -> Option<Chunk> {
-        let logprobs = teacher.logprob.get(said.clone())?;
+        let logprobs = teacher.logprob.get(tokens.clone())?;
         let nll = logprobs
             .iter()
             .map(|logprob| logprob.filter(is_usable).map(|logprob| -logprob))
             .sum::<Option<f32>>()?;
-        let spells = || self.spells(labels, &teacher.token[said].concat());
+        let spells = || self.spells(labels, &teacher.token[tokens].concat());
         let fits = labels.len() <= MAX_CHUNK && (!is_known || spells());
         fits.then_some(Chunk {
             start,
@@ -219,7 +237,7 @@ impl<'a> Mapper<'a> {
         })
     }
 
-    /// Do the student tokens spell exactly `bytes`?
+    /// Returns true if the student tokens spell exactly `bytes`.
     fn spells(&self, student: &[u32], bytes: &[u8]) -> bool {
         let mut rest = bytes;
         student.iter().all(|&id| {
@@ -234,107 +252,89 @@ impl<'a> Mapper<'a> {
         }) && rest.is_empty()
     }
 
-    /// What the teacher's alternatives say of the first student token of what it emitted, or of the
-    /// only one; `split` where there are more.
-    fn first(
+    /// Appends the labels of the first student token of an emitted teacher token; `is_split` if there are further
+    /// student tokens.
+    fn push_first(
         &mut self,
         listed: &[(&[u8], f32)],
-        known: Known,
+        candidates: Candidates,
         emitted: &[u8],
         label: u32,
-        split: bool,
+        is_split: bool,
         to: &mut Aligned,
     ) {
-        // The probability of a token from outside the top-k is known, but it is a sample of what
-        // is not.
-        let (top, drawn) = match (known.drawn, listed.split_last()) {
-            (Drawn::Last, Some((&(_, logprob), top))) => (top, logprob),
-            (Drawn::Unknown, _) => (listed, f32::NEG_INFINITY),
+        // An emitted token from outside the top-k is a sample of the tail, so it is not one of the soft labels.
+        let (top, sampled_logprob) = match (candidates.sampled, listed.split_last()) {
+            (SampledToken::ListedLast, Some((&(_, logprob), top))) => (top, logprob),
+            (SampledToken::NotListed, _) => (listed, f32::NEG_INFINITY),
             _ => (listed, f32::NAN),
         };
-        let start = to.ids.len();
-        let mapped = self.map(top, known.mass, emitted, label, to);
-        to.drawn.push(drawn);
-        self.end(start, label, mapped, split && mapped < MIN_SHARE, to);
+        let start = to.ids_NK.len();
+        let mapped = self.push_mapped(top, candidates.mass, emitted, label, to);
+        let is_vague = is_split && mapped < MIN_SHARE;
+        to.finish_position(start, sampled_logprob, mapped, is_vague);
     }
 
-    /// What they say of a later one, `label`, when the first `written` bytes have been written: those
-    /// that go on from there, given that one of those that come through here is meant. `missing` is the
-    /// mass of what is not listed, all of which may come through here, too.
-    fn later(
+    /// Appends the labels of `label`, a later student token of an emitted teacher token, after its first `written`
+    /// bytes. Its candidates extend these bytes; their probabilities are renormalised over all candidates that
+    /// start with these bytes. `unlisted` is the mass of the tokens that are not listed: all of them may start
+    /// with these bytes, too.
+    fn push_later(
         &mut self,
         listed: &[(&[u8], f32)],
-        missing: f64,
+        unlisted: f64,
         emitted: &[u8],
         written: usize,
         label: u32,
         to: &mut Aligned,
     ) {
-        let here: Vec<(&[u8], f32)> = listed
+        let sharing: Vec<(&[u8], f32)> = listed
             .iter()
             .filter_map(|&(bytes, logprob)| {
                 Some((bytes.strip_prefix(&emitted[..written])?, logprob))
             })
             .collect();
-        let all = mass(here.iter().map(|&(_, logprob)| logprob));
-        let (log_all, share) = (all.ln() as f32, all / (all + missing));
-        // One that ends here says nothing of what comes next.
-        let on: Vec<(&[u8], f32)> = here
+        let shared_mass = mass(sharing.iter().map(|&(_, logprob)| logprob));
+        let log_shared_mass = shared_mass.ln() as f32;
+        let listed_share = shared_mass / (shared_mass + unlisted);
+        // A candidate that ends here does not predict the next bytes.
+        let extending: Vec<(&[u8], f32)> = sharing
             .into_iter()
             .filter(|(rest, _)| !rest.is_empty())
-            .map(|(rest, logprob)| (rest, logprob - log_all))
+            .map(|(rest, logprob)| (rest, logprob - log_shared_mass))
             .collect();
-        let mass = mass(on.iter().map(|&(_, logprob)| logprob)).min(1.0);
-        let start = to.ids.len();
-        let mapped = self.map(&on, mass, &emitted[written..], label, to);
-        to.drawn.push(f32::NAN);
-        self.end(start, label, mapped, mapped * share < MIN_SHARE, to);
+        let mass = mass(extending.iter().map(|&(_, logprob)| logprob)).min(1.0);
+        let start = to.ids_NK.len();
+        let mapped = self.push_mapped(&extending, mass, &emitted[written..], label, to);
+        let is_vague = mapped * listed_share < MIN_SHARE;
+        to.finish_position(start, f32::NAN, mapped, is_vague);
     }
 
-    /// Ends a position whose soft labels begin at `start`; without them, where they are `vague`.
-    fn end(&self, start: usize, label: u32, mapped: f64, vague: bool, to: &mut Aligned) {
-        if vague {
-            to.ids.truncate(start);
-            to.logprobs.truncate(start);
-            if let Some(drawn) = to.drawn.last_mut() {
-                *drawn = f32::NAN;
-            }
-        }
-        let at = to.ends.len();
-        to.ends.push(to.ids.len());
-        if to.is_soft(at) {
-            to.mapped_mass += mapped;
-        }
-        if let Some(best) = to.soft(at).0.first() {
-            let bytes = self.tokenizer.token_bytes(label).unwrap_or_default();
-            to.classes.count(bytes, *best == label);
-        }
-    }
-
-    /// The token that ends the answer, if one does, and what [`Self::student_ends`] says of the others.
-    fn ends(
+    /// Returns the token that ends the answer, if there is one, and the ends of the other tokens as
+    /// [`Self::student_token_ends`] does.
+    fn split_end(
         &self,
         student: &[u32],
         answer: &[u8],
         kept: Range<usize>,
     ) -> Result<(Option<u32>, Vec<usize>), Mismatch> {
         let Some((&last, text)) = student.split_last() else {
-            return Ok((None, self.student_ends(student, answer, kept)?));
+            return Ok((None, self.student_token_ends(student, answer, kept)?));
         };
         if self.tokenizer.is_special(last) && self.tokenizer.stop_ids().contains(&last) {
-            return Ok((Some(last), self.student_ends(text, answer, kept)?));
+            return Ok((Some(last), self.student_token_ends(text, answer, kept)?));
         }
-        let all = self.student_ends(student, answer, kept.clone());
-        // Text of the template before the end of the turn.
-        if all.is_err() && Some(last) == self.tokenizer.end_of_answer() {
-            return Ok((Some(last), self.student_ends(text, answer, kept)?));
+        let ends = self.student_token_ends(student, answer, kept.clone());
+        // The last token may be text that the template writes before the end of the turn.
+        if ends.is_err() && Some(last) == self.tokenizer.end_of_answer() {
+            return Ok((Some(last), self.student_token_ends(text, answer, kept)?));
         }
-        Ok((None, all?))
+        Ok((None, ends?))
     }
 
-    /// Gate 2: checks that the student's bytes end with the answer's; template text may precede them. Returns
-    /// the end of each token in the answer (N).
-    fn student_ends(
+    /// Check 2: the student's bytes end with the answer's; template text may precede them. Returns the end of each
+    /// token in the answer (N).
+    fn student_token_ends(
         &self,
         student: &[u32],
         answer: &[u8],
@@ -359,68 +359,69 @@ impl<'a> Mapper<'a> {
         Ok(ends.collect())
     }
 
-    /// Appends the alternatives at a position as student tokens, best first. `emitted` is what the
-    /// teacher said there, which the student spells with `label`. Returns how much of `mass` is left,
-    /// without the alternatives that the student cannot spell.
-    fn map(
+    /// Appends the candidates at a position as student tokens, best first. `emitted` is the teacher's token there,
+    /// which the student spells with `label`. Returns `mass` without the candidates that the student cannot spell.
+    fn push_mapped(
         &mut self,
-        alternatives: &[(&[u8], f32)],
+        candidates: &[(&[u8], f32)],
         mass: f64,
         emitted: &[u8],
         label: u32,
         to: &mut Aligned,
     ) -> f64 {
-        let start = to.ids.len();
+        let start = to.ids_NK.len();
         let mut mapped = mass;
-        // All at once, for the processor to wait for several of them at a time: the table is larger
-        // than its nearest memory.
+        // All look-ups in one loop: the table exceeds the processor's cache, and its misses then overlap.
         let mut found = std::mem::take(&mut self.found);
         found.clear();
-        found.extend(
-            alternatives
-                .iter()
-                .map(|&(bytes, _)| match bytes == emitted {
-                    true => Some(label),
-                    false => self.tokens.id_of(bytes),
-                }),
-        );
-        for (&(_, logprob), id) in alternatives.iter().zip(&found) {
+        found.extend(candidates.iter().map(|&(bytes, _)| {
+            if bytes == emitted {
+                Some(label)
+            } else {
+                self.tokens.id_of(bytes)
+            }
+        }));
+        for (&(_, logprob), id) in candidates.iter().zip(&found) {
             let Some(id) = *id else {
                 mapped -= f64::from(logprob).exp();
                 continue;
             };
-            match to.ids[start..].iter().position(|&known| known == id) {
+            match to.ids_NK[start..].iter().position(|&other| other == id) {
                 Some(at) => {
-                    let merged = &mut to.logprobs[start + at];
+                    let merged = &mut to.logprobs_NK[start + at];
                     *merged = logaddexp(*merged, logprob);
                 }
                 None => {
-                    to.ids.push(id);
-                    to.logprobs.push(logprob);
+                    to.ids_NK.push(id);
+                    to.logprobs_NK.push(logprob);
                 }
             }
         }
         self.found = found;
-        let (ids, logprobs) = (&mut to.ids[start..], &mut to.logprobs[start..]);
+        let ids = &mut to.ids_NK[start..];
+        let logprobs = &mut to.logprobs_NK[start..];
         if !logprobs.is_sorted_by(|a, b| a >= b) {
             let mut sorted: Vec<(u32, f32)> = ids.iter().copied().zip(logprobs.to_vec()).collect();
             sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
             for (at, (id, logprob)) in sorted.into_iter().enumerate() {
-                (ids[at], logprobs[at]) = (id, logprob);
+                ids[at] = id;
+                logprobs[at] = logprob;
             }
         }
         mapped
     }
 }
 
-/// Cuts two tokenisations, given by where each token ends in the same text, at their common
-/// boundaries: minimal ranges of tokens on both sides that spell the same bytes.
+/// Cuts two tokenisations of the same text at their common boundaries. `a` and `b` are the ends of their tokens in
+/// the text. Returns minimal ranges of tokens on both sides that spell the same bytes.
 ///
-/// Where one side ends early (its text was trimmed) the rest of the other is left out.
-pub fn groups(a: &[usize], b: &[usize]) -> Vec<(Range<usize>, Range<usize>)> {
+/// If one side ends early (its text was trimmed), the rest of the other is left out.
+pub fn common_groups(a: &[usize], b: &[usize]) -> Vec<(Range<usize>, Range<usize>)> {
     let mut groups = Vec::with_capacity(a.len().min(b.len()));
-    let (mut start_a, mut start_b) = (0, 0);
-    let (mut at_a, mut at_b) = (0, 0);
+    let mut start_a = 0;
+    let mut start_b = 0;
+    let mut at_a = 0;
+    let mut at_b = 0;
     while at_a < a.len() && at_b < b.len() {
         match a[at_a].cmp(&b[at_b]) {
             std::cmp::Ordering::Less => at_a += 1,
@@ -429,7 +430,8 @@ pub fn groups(a: &[usize], b: &[usize]) -> Vec<(Range<usize>, Range<usize>)> {
                 at_a += 1;
                 at_b += 1;
                 groups.push((start_a..at_a, start_b..at_b));
-                (start_a, start_b) = (at_a, at_b);
+                start_a = at_a;
+                start_b = at_b;
             }
         }
     }

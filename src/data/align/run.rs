@@ -1,4 +1,4 @@
-//! The run of a teacher's tokens that spells an answer.
+//! Finds the run of a teacher's tokens that spells an answer.
 //!
 //! A server may report logprobs of more tokens than its text contains: thinking before it, stripped white space,
 //! a stop string after it. It may also report tokens without their bytes, or U+FFFD for a part of a character.
@@ -15,25 +15,25 @@ const MAX_UNKNOWN_BYTES: usize = 16;
 
 /// Teacher tokens that end at a known byte of the answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Unit {
+pub(crate) struct TeacherSpan {
     pub tokens: Range<usize>,
-    /// Byte of the answer at which they end.
+    /// End of the tokens, in bytes of the answer.
     pub end: usize,
-    pub kind: UnitKind,
+    pub kind: SpanKind,
 }
 
-impl Unit {
-    fn token(index: usize, end: usize) -> Unit {
-        Unit {
+impl TeacherSpan {
+    fn token(index: usize, end: usize) -> TeacherSpan {
+        TeacherSpan {
             tokens: index..index + 1,
             end,
-            kind: UnitKind::Token,
+            kind: SpanKind::Token,
         }
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum UnitKind {
+pub(crate) enum SpanKind {
     /// One token whose bytes are known.
     Token,
     /// Tokens whose boundaries are unknown.
@@ -42,43 +42,43 @@ pub(crate) enum UnitKind {
     Partial,
 }
 
-/// Finds the teacher tokens that spell the answer, or its part `kept` that the student's template keeps. Returns
-/// None if no run of them does. `is_stop` identifies tokens that may follow an answer.
+/// Finds the teacher tokens that spell the answer, or the part `kept` that the student's template keeps. Returns
+/// None if there is no such run. `is_stop` identifies tokens that may follow an answer.
 pub(crate) fn find(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
     kept: Range<usize>,
     is_stop: impl Fn(&[u8]) -> bool,
-) -> Option<Vec<Unit>> {
+) -> Option<Vec<TeacherSpan>> {
     whole(tokens, answer, &is_stop)
         .or_else(|| inside(tokens, &answer[kept.clone()], kept.start))
         .or_else(|| around_unknown(tokens, answer, &is_stop))
 }
 
-/// Matches tokens that spell the answer from the first one on, followed by stop tokens alone.
+/// Matches tokens that spell the answer from the first one on, followed only by stop tokens.
 fn whole(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
     is_stop: impl Fn(&[u8]) -> bool,
-) -> Option<Vec<Unit>> {
-    let mut units = Vec::with_capacity(tokens.len());
+) -> Option<Vec<TeacherSpan>> {
+    let mut spans = Vec::with_capacity(tokens.len());
     let mut at = 0;
     for (index, bytes) in tokens.iter().enumerate() {
         if at == answer.len() && is_stop(bytes) {
             continue;
         }
-        if units.len() != index || !answer[at..].starts_with(bytes) {
+        if spans.len() != index || !answer[at..].starts_with(bytes) {
             return None;
         }
         at += bytes.len();
-        units.push(Unit::token(index, at));
+        spans.push(TeacherSpan::token(index, at));
     }
-    (at == answer.len()).then_some(units)
+    (at == answer.len()).then_some(spans)
 }
 
-/// Finds a text, which starts at byte `start` of its answer, near the end of the text of all tokens: from the
-/// first token on, or else its last occurrence, preferably between token boundaries.
-fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<Unit>> {
+/// Finds a text near the end of the text of all tokens. An occurrence that starts at the first token is preferred,
+/// then one between token boundaries, then the last one. `start` is the text's first byte in its answer.
+fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<TeacherSpan>> {
     if text.is_empty() {
         return None;
     }
@@ -93,11 +93,12 @@ fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<Uni
     let is_near_the_end = |from: &usize| all.len() - from - text.len() <= MAX_TRAILING_BYTES;
     let found = memchr::memmem::find_iter(&all, text).filter(is_near_the_end);
     let from = found.max_by_key(|from| {
-        let (starts, ends) = (boundaries[*from], boundaries[from + text.len()]);
+        let starts = boundaries[*from];
+        let ends = boundaries[from + text.len()];
         (*from == 0 && ends, starts && ends, starts, *from)
     })?;
     let to = from + text.len();
-    let mut units = Vec::new();
+    let mut spans = Vec::new();
     let mut at = 0;
     for (index, bytes) in tokens.iter().enumerate() {
         let range = at..at + bytes.len();
@@ -109,32 +110,32 @@ fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<Uni
             break;
         }
         let is_inside = range.start >= from && range.end <= to;
-        units.push(Unit {
+        spans.push(TeacherSpan {
             tokens: index..index + 1,
             end: start + range.end.min(to) - from,
             kind: if is_inside {
-                UnitKind::Token
+                SpanKind::Token
             } else {
-                UnitKind::Partial
+                SpanKind::Partial
             },
         });
     }
-    let has_whole = units.iter().any(|unit| unit.kind == UnitKind::Token);
-    has_whole.then_some(units)
+    let has_whole = spans.iter().any(|span| span.kind == SpanKind::Token);
+    has_whole.then_some(spans)
 }
 
 fn is_unknown(bytes: &[u8]) -> bool {
     bytes.is_empty() || memchr::memmem::find(bytes, REPLACEMENT).is_some()
 }
 
-/// Matches the tokens with known bytes in order, and assigns the bytes between two of them to the unknown tokens
+/// Matches the tokens with known bytes in order. The bytes between two of them belong to the unknown tokens
 /// between them.
 fn around_unknown(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
     is_stop: impl Fn(&[u8]) -> bool,
-) -> Option<Vec<Unit>> {
-    let mut units = Vec::new();
+) -> Option<Vec<TeacherSpan>> {
+    let mut spans = Vec::new();
     let mut at = 0;
     let mut unknown: Option<usize> = None;
     // Tokens of unknown bytes may be followed by the end of the turn.
@@ -150,15 +151,15 @@ fn around_unknown(
             continue;
         }
         if let Some(first) = unknown.take() {
-            let most = (index - first) * MAX_UNKNOWN_BYTES + bytes.len();
-            let window = &answer[at..answer.len().min(at + most)];
+            let max_bytes = (index - first) * MAX_UNKNOWN_BYTES + bytes.len();
+            let window = &answer[at..answer.len().min(at + max_bytes)];
             let skipped = memchr::memmem::find(window, bytes)?;
             at += skipped;
             if skipped > 0 {
-                units.push(Unit {
+                spans.push(TeacherSpan {
                     tokens: first..index,
                     end: at,
-                    kind: UnitKind::Unknown,
+                    kind: SpanKind::Unknown,
                 });
             }
         }
@@ -166,43 +167,43 @@ fn around_unknown(
             return None;
         }
         at += bytes.len();
-        units.push(Unit::token(index, at));
+        spans.push(TeacherSpan::token(index, at));
     }
     let left = answer.len() - at;
     match unknown {
         Some(first) if left > 0 && left <= (tokens.len() - first) * MAX_UNKNOWN_BYTES => {
-            units.push(Unit {
+            spans.push(TeacherSpan {
                 tokens: first..tokens.len(),
                 end: answer.len(),
-                kind: UnitKind::Unknown,
+                kind: SpanKind::Unknown,
             });
         }
         _ if left > 0 => return None,
         _ => {}
     }
-    let has_known = units.iter().any(|unit| unit.kind == UnitKind::Token);
-    has_known.then_some(units)
+    let has_known = spans.iter().any(|span| span.kind == SpanKind::Token);
+    has_known.then_some(spans)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn cut(tokens: &[&str], answer: &str) -> Option<Vec<(Range<usize>, usize, UnitKind)>> {
+    fn cut(tokens: &[&str], answer: &str) -> Option<Vec<(Range<usize>, usize, SpanKind)>> {
         let tokens: Vec<_> = tokens.iter().map(|t| Cow::Borrowed(t.as_bytes())).collect();
         let is_stop = |bytes: &[u8]| bytes.is_empty() || bytes == b"</s>";
-        let units = find(&tokens, answer.as_bytes(), 0..answer.len(), is_stop)?;
+        let spans = find(&tokens, answer.as_bytes(), 0..answer.len(), is_stop)?;
         Some(
-            units
+            spans
                 .into_iter()
-                .map(|u| (u.tokens, u.end, u.kind))
+                .map(|span| (span.tokens, span.end, span.kind))
                 .collect(),
         )
     }
 
     #[test]
-    fn tokens_spell_the_answer_with_more_around_it() {
-        use UnitKind::{Partial, Token};
+    fn run_is_found_inside_longer_logprobs() {
+        use SpanKind::{Partial, Token};
         let both = |first: usize| {
             vec![
                 (first..first + 1, 1, Token),
@@ -225,13 +226,17 @@ mod tests {
         assert_eq!(cut(&["4", "\n\n", "Step", " ", "4", ":"], "4"), one(0));
         assert_eq!(cut(&["<think>", "4", "</think>", "4", "</s>"], "4"), one(3));
         assert_eq!(cut(&["a", " c"], "a b"), None);
-        assert_eq!(cut(&["xa bx"], "a b"), None, "not one token of it alone");
+        assert_eq!(
+            cut(&["xa bx"], "a b"),
+            None,
+            "no whole token spells part of it"
+        );
         assert_eq!(cut(&["a", "b"], ""), None);
     }
 
     #[test]
-    fn tokens_without_bytes_spell_what_is_between_their_neighbours() {
-        use UnitKind::{Token, Unknown};
+    fn unknown_tokens_get_the_bytes_between_their_neighbours() {
+        use SpanKind::{Token, Unknown};
         let expected = vec![(0..1, 2, Token), (1..3, 6, Unknown), (3..4, 8, Token)];
         assert_eq!(
             cut(&["hi", "\u{fffd}", "\u{fffd}", " b"], "hi👋 b"),

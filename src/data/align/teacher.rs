@@ -1,28 +1,28 @@
-//! The teacher's tokens of an answer.
+//! Finds the teacher's tokens of an answer, and decodes raw vocabulary entries.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
-use super::run::{self, Unit};
+use super::run::{self, TeacherSpan};
 use crate::cache::logprobs_view::LogprobsView;
 use crate::prompt::control_tokens::names_control;
 use crate::tokenizer::token_bytes;
 
-/// Returns true if the teacher's tokens spell the answer, with more around it or not.
+/// Returns true if the teacher's tokens spell the answer, possibly with more text around it.
 pub fn spells(teacher: &LogprobsView, answer: &[u8]) -> bool {
     let is_stop =
         |bytes: &[u8]| bytes.is_empty() || std::str::from_utf8(bytes).is_ok_and(names_control);
-    teacher_units(teacher, answer, &(0..answer.len()), is_stop).is_some()
+    teacher_spans(teacher, answer, &(0..answer.len()), is_stop).is_some()
 }
 
 /// Finds the run of teacher tokens that spells the answer. Raw vocabulary entries (`Ġfoo`, `▁foo`) are decoded, and
 /// the decoded logprobs are returned.
-pub(super) fn teacher_units<'t>(
+pub(super) fn teacher_spans<'t>(
     teacher: &'t LogprobsView<'t>,
     answer: &[u8],
     kept: &Range<usize>,
     is_stop: impl Fn(&[u8]) -> bool,
-) -> Option<(Vec<Unit>, Cow<'t, LogprobsView<'t>>)> {
+) -> Option<(Vec<TeacherSpan>, Cow<'t, LogprobsView<'t>>)> {
     let find = |tokens: &[Cow<'_, [u8]>]| run::find(tokens, answer, kept.clone(), &is_stop);
     let decoded = |decode: Decode| {
         let decoded = teacher.map_tokens(|bytes| {
@@ -31,28 +31,28 @@ pub(super) fn teacher_units<'t>(
         });
         Some((find(&decoded.token)?, Cow::Owned(decoded)))
     };
-    // Plain tokens may be spelled like raw ones, and only their alternatives differ: so raw ones first, if any
-    // token looks like it.
+    // Emitted tokens may be spelled alike in both forms, with only the candidates showing the difference. So the raw
+    // form is tried first if any token looks raw.
     let plain = || Some((find(&teacher.token)?, Cow::Borrowed(teacher)));
-    // Short answers may be raw without a mark.
+    // A short raw answer may contain no `Ġ`, `Ċ` or `▁`.
     raw_spelling(teacher)
         .and_then(decoded)
         .or_else(plain)
         .or_else(|| decoded(token_bytes::byte_level))
 }
 
-/// Bytes of a raw vocabulary entry.
+/// Decodes a raw vocabulary entry to its bytes.
 type Decode = fn(&str) -> Option<Vec<u8>>;
 
-/// Decoder of the tokens if they may be raw vocabulary entries: these contain `Ġ`, `Ċ` or `▁`, and no space. The names of
-/// control tokens do not count: some contain `▁`.
+/// Returns a decoder if the tokens may be raw vocabulary entries: these contain `Ġ`, `Ċ` or `▁`, and no space. The
+/// names of control tokens are ignored, because some contain `▁`.
 fn raw_spelling(teacher: &LogprobsView) -> Option<Decode> {
-    // Nearly every position has an alternative that begins with a space.
+    // Enough, because nearly every position has a candidate that begins with a space.
     const POSITIONS: usize = 16;
     let positions = 0..teacher.top.lists().min(POSITIONS);
-    let alternatives = positions.flat_map(|at| teacher.top.get(at));
+    let candidates = positions.flat_map(|at| teacher.top.get(at));
     let mut spelling: Option<Decode> = None;
-    for bytes in teacher.token.iter().chain(alternatives) {
+    for bytes in teacher.token.iter().chain(candidates) {
         // Raw vocabularies may contain added tokens that are runs of spaces.
         if bytes.contains(&b' ') && !bytes.trim_ascii().is_empty() {
             return None;

@@ -1,4 +1,4 @@
-//! The student's token for the bytes of a teacher's token.
+//! Looks up the student's token for the bytes of a teacher's token.
 
 use std::collections::HashMap;
 
@@ -10,15 +10,15 @@ use crate::tokenizer::Tokenizer;
 /// U+FFFD in UTF-8.
 const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
 
-/// Looks tokens up by their bytes, and remembers what it found.
-pub(super) struct Tokens<'a> {
+/// Cache of student tokens by the bytes of teacher tokens.
+pub(super) struct TokenLookup<'a> {
     tokenizer: &'a Tokenizer,
-    /// Nearly all tokens are short; a key without a pointer is found in one step.
+    /// Tokens of at most 15 bytes, which nearly all are. A key without a pointer saves a memory access.
     short: HashMap<u128, Option<u32>, FixedState>,
     long: HashMap<Box<[u8]>, Option<u32>, FixedState>,
 }
 
-impl<'a> Tokens<'a> {
+impl<'a> TokenLookup<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer) -> Self {
         Self {
             tokenizer,
@@ -27,10 +27,13 @@ impl<'a> Tokens<'a> {
         }
     }
 
-    /// The student token for a teacher token that is spelled `bytes`: that with the same bytes, or
-    /// else the first of their encoding, an event that they imply. A control token is that of the same name, and
-    /// one that ends a turn is that by which the student ends its answer. None for other control tokens, for what holds the
-    /// replacement character, and for what the student cannot spell.
+    /// Returns the student token for a teacher token that is spelled `bytes`:
+    ///
+    /// 1. the token with the same bytes, or else the first token of their encoding, which they imply;
+    /// 2. for the name of a control token, the control token of the same name;
+    /// 3. for a control token that ends a turn, the token with which the student ends its answer.
+    ///
+    /// None for other control tokens, for bytes that contain U+FFFD, and for bytes that the student cannot spell.
     pub(super) fn id_of(&mut self, bytes: &[u8]) -> Option<u32> {
         let tokenizer = self.tokenizer;
         match short_key(bytes) {
@@ -50,21 +53,20 @@ impl<'a> Tokens<'a> {
     }
 }
 
-/// Up to 15 bytes with their number. Put together in registers: a buffer that is filled byte by byte
-/// and read as one number makes the processor wait for the filling, which doubles the time of a
-/// look-up.
+/// Packs up to 15 bytes and their number into a key, in registers. Filling a buffer byte by byte and reading it as one
+/// number would stall on store forwarding, which doubles the time of a look-up.
 fn short_key(bytes: &[u8]) -> Option<u128> {
     let length = bytes.len();
     let low = |part: &[u8; 8]| u128::from(u64::from_le_bytes(*part));
     let key = match length {
         0 => 0,
-        // For 1, 2 and 3 bytes: some of these are the same byte, twice at the same place.
+        // With 1 or 2 bytes, some of the three indices are equal, which sets the same bits twice.
         1..=3 => [0, length / 2, length - 1]
             .into_iter()
             .fold(0, |key, at| key | u128::from(bytes[at]) << (8 * at)),
         4..=7 => {
             let word = |part: &[u8; 4]| u128::from(u32::from_le_bytes(*part));
-            // The second word overlaps the first one, where both have the same bits.
+            // The two words overlap in equal bits.
             word(bytes.first_chunk()?) | word(bytes.last_chunk()?) << (8 * (length - 4))
         }
         8..=15 => low(bytes.first_chunk()?) | low(bytes.last_chunk()?) << (8 * (length - 8)),
@@ -74,7 +76,7 @@ fn short_key(bytes: &[u8]) -> Option<u128> {
 }
 
 fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
-    // Some servers tell a part of a character so, and which part that is nobody knows.
+    // Some servers write U+FFFD for a part of a character, which does not say which part.
     if memchr::memmem::find(bytes, REPLACEMENT).is_some() {
         return None;
     }
@@ -93,7 +95,7 @@ fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
     }
 }
 
-/// Is this the name of a token that ends a turn, of the student's tokenizer or of another one?
+/// Returns true for the name of a token that ends a turn, in the student's tokenizer or another one.
 pub(super) fn ends_turn(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
     let Ok(name) = std::str::from_utf8(bytes) else {
         return false;
@@ -102,13 +104,13 @@ pub(super) fn ends_turn(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
     own.map_or_else(|| names_end(name), |id| tokenizer.stop_ids().contains(&id))
 }
 
-/// Is this a token that may end an answer without being part of its text: one without bytes, or
-/// the name of a control token?
+/// Returns true for a token that may follow an answer without being part of its text: a token without bytes, or the
+/// name of a control token.
 pub fn is_stop(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
     bytes.is_empty() || is_control(tokenizer, bytes)
 }
 
-/// Is this the name of a control token, the student's own or one that other models use?
+/// Returns true for the name of a control token, of the student or of other models.
 fn is_control(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(bytes) else {
         return false;

@@ -1,43 +1,53 @@
-//! From the teacher's answers, or a file of conversations, to examples.
+//! Examples from the teacher's answers in a cache, or from a file of conversations.
+//!
+//! | file | content |
+//! |---|---|
+//! | `source` | reads the lines of a cache or a file |
+//! | `rows` | a line as a conversation that ends in an answer, or the reason to leave it out |
+//! | `prepare` | rows into examples, on all cores |
+//! | `show` | examples token by token, for `distill data show` |
+//!
+//! Invariants:
+//! - The examples depend only on the inputs of their hash, never on timing or the number of threads.
+//! - All answers to a prompt are on the same side of the split, which a hash of the prompt id decides.
 
 pub(crate) mod prepare;
 pub(crate) mod rows;
 pub(crate) mod show;
 pub(crate) mod source;
 
-use crate::data::dataset::source::OnProgress;
 use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
 use super::groups::Selection;
-use super::prepared::{self, Prepared, VERSION};
+use super::prepared::index::VERSION;
+use super::prepared::{self, Prepared};
 use crate::config::{self, Config, Groups};
 use crate::data::prepared::shard::ExampleView;
-use crate::data::prepared::writer::Sink;
-pub use crate::data::report::{NO_LOGPROBS, Report, by_reason};
+use crate::data::prepared::writer::OutputSink;
+use crate::data::report::DataReport;
 use crate::exit::Exit;
 use crate::fs;
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
-pub use rows::prompt_of;
-pub use show::{Shown, Token, show, text_of};
-use source::Source;
+pub use show::{ShownExample, ShownToken, show, text_of};
+use source::{DataSource, OnProgress};
 
-/// The examples of a run, split by prompt.
+/// Examples of a run, split by prompt.
 #[derive(Debug)]
 pub struct Dataset {
     prepared: Prepared,
     train: Vec<usize>,
     validation: Vec<usize>,
     fingerprint: String,
-    pub report: Report,
-    /// Were they prepared now? Otherwise they had been before.
+    pub report: DataReport,
+    /// True if the examples were prepared now, false if they were mapped from an earlier run.
     pub is_new: bool,
 }
 
-/// Some of the examples of a data set.
+/// Subset of the examples of a data set.
 #[derive(Debug, Clone, Copy)]
 pub struct Examples<'a> {
     prepared: &'a Prepared,
@@ -53,9 +63,9 @@ impl<'a> Examples<'a> {
         self.chosen.is_empty()
     }
 
-    /// Number `at` of them, which is less than their number.
-    pub fn get(self, at: usize) -> ExampleView<'a> {
-        self.prepared.example(self.chosen[at])
+    /// Returns example `index`, which must be less than [`Self::len`].
+    pub fn get(self, index: usize) -> ExampleView<'a> {
+        self.prepared.example(self.chosen[index])
     }
 
     pub fn iter(self) -> impl ExactSizeIterator<Item = ExampleView<'a>> {
@@ -67,7 +77,7 @@ impl Dataset {
     fn new(prepared: Prepared, share: f64, is_new: bool) -> Self {
         let (validation, train): (Vec<_>, Vec<_>) =
             (0..prepared.len()).partition(|&at| is_validation(prepared.prompt_hash(at), share));
-        let report = Report {
+        let report = DataReport {
             train: train.len() as u64,
             validation: validation.len() as u64,
             ..prepared.report().clone()
@@ -97,34 +107,34 @@ impl Dataset {
         }
     }
 
-    /// Differs where the examples, their order or their split do.
+    /// Identifies the examples, their order and their split.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 }
 
-/// The examples of `data.source`, or of the cache of this run where that is not set: mapped from
-/// the run folder where they were prepared before, else prepared now.
+/// Loads the examples of `data.source`, or of the run's cache if it is not set. Maps examples that an earlier run has
+/// prepared, or else prepares them now.
 ///
-/// Soft labels are attached wherever the logprobs allow it; the loss decides whether to use them.
+/// Examples have soft labels wherever the logprobs allow it; the loss decides whether to use them.
 ///
 /// # Errors
-/// If the source cannot be read, a row of a file of conversations is none, the prepared examples
-/// cannot be written, or no example is left ([`Exit::Usage`], with the reasons).
+/// If the source cannot be read, a row of a file of conversations is invalid, the prepared examples cannot be
+/// written, or no example is left ([`Exit::Usage`], with the reasons).
 pub fn load(
     config: &Config,
     selection: &Selection,
     tokenizer: &Tokenizer,
     on_progress: OnProgress<'_>,
 ) -> Result<Dataset> {
-    let source = Source::of(config);
+    let source = DataSource::from_config(config);
     let selected = (&config.data, selection);
     let hash = hash(&source, selected, tokenizer)?;
     let root = config.run_dir.join("prepared");
     let dir = root.join(&hash);
     let found = Prepared::open(&dir).unwrap_or_else(|error| {
         tracing::warn!(
-            "the prepared examples in {} cannot be used, and are prepared again: {error:#}",
+            "preparing the examples again, because those in {} cannot be used: {error:#}",
             dir.display()
         );
         None
@@ -134,7 +144,7 @@ pub fn load(
         Some(prepared) => prepared,
         None => {
             fs::write_dir_with(&dir, |folder| {
-                let sink = Sink::Folder(folder.to_owned());
+                let sink = OutputSink::Folder(folder.to_owned());
                 prepare::run(&source, selected, tokenizer, sink, &hash, on_progress)
             })?;
             prepared::remove_older(&root, &dir)?;
@@ -152,13 +162,13 @@ pub fn load(
     Ok(dataset)
 }
 
-/// Prompt of each example by its key: the messages before the answer. Includes the answers inside
+/// Returns the prompt of each example by its key: the messages before the answer. Includes answers inside
 /// conversations, which may be separate examples.
 ///
 /// # Errors
-/// If the source cannot be read, or a row of a file of conversations is none.
+/// If the source cannot be read, or a row of a file of conversations is invalid.
 pub fn prompts(config: &Config, selection: &Selection) -> Result<HashMap<String, Vec<Message>>> {
-    let source = Source::of(config);
+    let source = DataSource::from_config(config);
     let mut prompts = HashMap::new();
     source.for_each_row((&config.data, selection), |row| {
         let Ok(mut row) = row else {
@@ -179,7 +189,7 @@ pub fn prompts(config: &Config, selection: &Selection) -> Result<HashMap<String,
     Ok(prompts)
 }
 
-/// The teacher's answers in the cache folder `dir`, all of them for validation, in memory.
+/// Prepares the teacher's answers in the cache folder `dir` in memory, all of them for validation.
 ///
 /// # Errors
 /// If the cache is damaged, or no example is left ([`Exit::Usage`], with the reasons).
@@ -188,25 +198,32 @@ pub fn held_out(
     settings: &config::DataConfig,
     tokenizer: &Tokenizer,
 ) -> Result<Dataset> {
-    let source = Source::Cache(dir.to_owned());
-    let nothing = &mut |_, _| Ok(());
+    let source = DataSource::Cache(dir.to_owned());
+    let no_progress = &mut |_, _| Ok(());
     let selection = match &settings.groups {
         Groups::Named(names) => Selection::Named(names.clone()),
         Groups::Asked | Groups::All => Selection::All,
     };
     let selected = (settings, &selection);
-    let files = prepare::run(&source, selected, tokenizer, Sink::Memory, "", nothing)?;
+    let files = prepare::run(
+        &source,
+        selected,
+        tokenizer,
+        OutputSink::Memory,
+        "",
+        no_progress,
+    )?;
     Ok(Dataset::new(Prepared::in_memory(files)?, 1.0, true))
 }
 
-/// A hash of all that the prepared examples depend on.
+/// Hash of everything that the prepared examples depend on.
 fn hash(
-    source: &Source,
+    source: &DataSource,
     (settings, selection): (&config::DataConfig, &Selection),
     tokenizer: &Tokenizer,
 ) -> Result<String> {
     let config::DataConfig {
-        // The source counts by its content, and the split is made later.
+        // The source is hashed by its content, and the split is made later.
         source: _,
         cache: _,
         groups: _,
@@ -237,12 +254,12 @@ fn hash(
     selection.update(&mut hash);
     source.hash(&mut hash)?;
     let hash = hash.finalize().to_hex();
-    // Long enough for two folders never to meet, short enough to be read.
+    // 128 bits make collisions practically impossible, and the name stays short.
     Ok(hash[..32].to_owned())
 }
 
-/// Is this prompt held out? By a hash of its id, so that the answer does not depend on the other
-/// prompts, and all answers to a prompt fall on one side.
+/// Returns true if the prompt is held out. The hash of its id decides: independent of the other prompts, and the same
+/// for all answers to a prompt.
 fn is_validation(prompt_hash: u32, share: f64) -> bool {
     f64::from(prompt_hash) < share * 2f64.powi(32)
 }

@@ -1,4 +1,4 @@
-//! Rows into examples, on all cores, a few at a time.
+//! Converts rows to examples on all cores.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,49 +7,48 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Error, Result, bail};
 
-use super::rows::{Row, Skipped};
-use super::source::{Portion, Reader, Source};
+use super::rows::{SkippedRow, TrainingRow};
+use super::source::{DataSource, LineChunk, SourceReader};
 use crate::config::{self, Thinking};
 use crate::data::align::Mapper;
 use crate::data::align::aligned::Aligned;
 use crate::data::dataset::source::{OnProgress, prompt_hash};
 use crate::data::groups::Selection;
 use crate::data::prepared::columns::Example;
-use crate::data::prepared::writer::{Entry, Part, Sink, Writer};
+use crate::data::prepared::writer::{ExampleEntry, OutputSink, PreparedWriter, ShardWriter};
 use crate::data::report;
-use crate::data::report::Report;
-use crate::data::sample_trie::Samples;
-use crate::data::sampling::Sampling;
+use crate::data::report::DataReport;
+use crate::data::sample_trie::SampleTrie;
+use crate::data::sampling::SamplingKind;
 use crate::exit::Exit;
 use crate::tokenizer::Tokenizer;
-use crate::tokenizer::answer_tokens::{AnswerTokens, Difference, ThinkingChange};
+use crate::tokenizer::answer_tokens::{AnswerTokens, PromptDifference, ThinkingChange};
 use crate::tokenizer::chat_template::answer_start;
 use crate::tokenizer::chat_template::meter::NEEDS_DATE;
 
-/// Prepares `source` into `sink`, whose index tells `hash`. Returns the files where the sink is
-/// memory.
+/// Prepares `source` into `sink`, whose index will contain `hash`. Returns the files if the sink is in memory.
 ///
 /// # Errors
-/// If the source cannot be read, a row of a file is none, the sink cannot be written, or no example
-/// is left ([`Exit::Usage`], with the reasons).
+/// If the source cannot be read, a row of a file is invalid, the sink cannot be written, or no example is
+/// left ([`Exit::Usage`], with the reasons).
 pub(crate) fn run(
-    source: &Source,
+    source: &DataSource,
     (settings, selection): (&config::DataConfig, &Selection),
     tokenizer: &Tokenizer,
-    sink: Sink,
+    sink: OutputSink,
     hash: &str,
     on_progress: OnProgress<'_>,
 ) -> Result<BTreeMap<String, Vec<u8>>> {
     let teacher = settings.teacher_tokenizer.as_deref();
     let teacher = teacher.map(Tokenizer::load).transpose()?;
-    let mut work = Work {
+    let mut job = PrepareJob {
         source,
         settings,
         selection,
         tokenizer,
         teacher: teacher.as_ref(),
-        samples: Samples::default(),
-        reading: Mutex::new(Reading {
+        samples: SampleTrie::default(),
+        reader: Mutex::new(SharedReader {
             reader: source.open()?,
             total: source.bytes(),
             on_progress,
@@ -57,20 +56,20 @@ pub(crate) fn run(
         failed: AtomicBool::new(false),
     };
     if settings.sample_trie {
-        let mut samples = Samples::default();
-        for part in all(rayon::broadcast(|_| work.collect()))? {
+        let mut samples = SampleTrie::default();
+        for part in join_threads(rayon::broadcast(|_| job.collect()))? {
             samples.merge(part);
         }
-        work.samples = samples;
-        let mut reading = work.reading.lock().unwrap_or_else(|e| e.into_inner());
-        reading.reader = source.open()?;
+        job.samples = samples;
+        let mut shared = job.reader.lock().unwrap_or_else(|e| e.into_inner());
+        shared.reader = source.open()?;
     }
-    let writer = Writer::new(sink, tokenizer.vocab_size());
-    let mut report = Report::default();
-    let mut entries: Vec<Entry> = Vec::new();
-    for done in all(rayon::broadcast(|_| work.run(writer.part())))? {
-        report.add(done.report);
-        entries.extend(done.entries);
+    let writer = PreparedWriter::new(sink, tokenizer.vocab_size());
+    let mut report = DataReport::default();
+    let mut entries: Vec<ExampleEntry> = Vec::new();
+    for result in join_threads(rayon::broadcast(|_| job.run(writer.shard_writer())))? {
+        report.add(result.report);
+        entries.extend(result.entries);
     }
     if let Some(reason) = report.dropped.keys().find(|it| it.contains(NEEDS_DATE)) {
         bail!(Exit::Usage(reason.clone()));
@@ -79,7 +78,7 @@ pub(crate) fn run(
         let mut reasons: Vec<String> = report.groups.lines();
         reasons.extend((!report.dropped.is_empty()).then(|| report::by_reason(&report.dropped)));
         if reasons.is_empty() {
-            reasons.push("it is empty".into());
+            reasons.push("the source is empty".into());
         }
         if let Some(advice) = report.groups.advice() {
             reasons.push(if settings.cache.is_some() {
@@ -100,14 +99,14 @@ pub(crate) fn run(
 
 const EMPTY: &str = "the answer is empty";
 
-/// What the threads made, or the first error by the number of its line: portions are handed out in order
-/// and finished.
-fn all<T>(parts: Vec<Result<T, Failure>>) -> Result<Vec<T>> {
-    let mut made = Vec::with_capacity(parts.len());
-    let mut first: Option<Failure> = None;
+/// Returns the results of all threads, or the error with the smallest line number. That is the first error of the
+/// source, because chunks are assigned in order and always completed.
+fn join_threads<T>(parts: Vec<Result<T, LineError>>) -> Result<Vec<T>> {
+    let mut results = Vec::with_capacity(parts.len());
+    let mut first: Option<LineError> = None;
     for part in parts {
         match part {
-            Ok(part) => made.push(part),
+            Ok(part) => results.push(part),
             Err(failure) if first.as_ref().is_none_or(|first| failure.0 < first.0) => {
                 first = Some(failure);
             }
@@ -116,107 +115,106 @@ fn all<T>(parts: Vec<Result<T, Failure>>) -> Result<Vec<T>> {
     }
     match first {
         Some((_, error)) => Err(error),
-        None => Ok(made),
+        None => Ok(results),
     }
 }
 
 /// An error with the number of its line.
-type Failure = (u64, Error);
+type LineError = (u64, Error);
 
-/// What all threads share.
-struct Work<'a> {
-    source: &'a Source,
+/// State that all threads share.
+struct PrepareJob<'a> {
+    source: &'a DataSource,
     settings: &'a config::DataConfig,
     selection: &'a Selection,
     tokenizer: &'a Tokenizer,
     /// `data.teacher_tokenizer`.
     teacher: Option<&'a Tokenizer>,
-    /// Empty where they are not asked for.
-    samples: Samples,
-    reading: Mutex<Reading<'a>>,
-    /// One has an error: the others need not go on.
+    /// Answers by prompt; empty unless `data.sample_trie` is set.
+    samples: SampleTrie,
+    reader: Mutex<SharedReader<'a>>,
+    /// Set after an error of any thread, which stops the others.
     failed: AtomicBool,
 }
 
-struct Reading<'a> {
-    reader: Reader,
+struct SharedReader<'a> {
+    reader: SourceReader,
     total: u64,
     on_progress: OnProgress<'a>,
 }
 
-/// What one thread has done.
-struct Done {
-    entries: Vec<Entry>,
-    report: Report,
+/// Result of one thread.
+struct ThreadResult {
+    entries: Vec<ExampleEntry>,
+    report: DataReport,
 }
 
-impl Work<'_> {
-    /// What each thread does.
-    fn run(&self, mut part: Part) -> Result<Done, Failure> {
-        let mut preparing = self.preparing();
+impl PrepareJob<'_> {
+    /// Prepares rows on one thread.
+    fn run(&self, mut writer: ShardWriter) -> Result<ThreadResult, LineError> {
+        let mut builder = self.builder();
         self.each_row(|number, row| {
-            preparing.report.records += 1;
-            for row in preparing.add(number, row, &mut part)? {
-                let kept = preparing.report.kept;
-                preparing.add(number, Ok(row), &mut part)?;
-                preparing.report.split += preparing.report.kept - kept;
+            builder.report.records += 1;
+            for row in builder.add(number, row, &mut writer)? {
+                let kept = builder.report.kept;
+                builder.add(number, Ok(row), &mut writer)?;
+                builder.report.split += builder.report.kept - kept;
             }
             Ok(())
         })?;
-        let entries = part.finish().map_err(|error| (u64::MAX, error))?;
-        Ok(Done {
+        let entries = writer.finish().map_err(|error| (u64::MAX, error))?;
+        Ok(ThreadResult {
             entries,
-            report: preparing.report,
+            report: builder.report,
         })
     }
 
-    /// What each thread does before, where answers to the same prompt are merged.
-    fn collect(&self) -> Result<Samples, Failure> {
-        let mut preparing = self.preparing();
-        let mut samples = Samples::default();
+    /// Collects the answers to the same prompts on one thread, before [`Self::run`].
+    fn collect(&self) -> Result<SampleTrie, LineError> {
+        let mut builder = self.builder();
+        let mut samples = SampleTrie::default();
         self.each_row(|_, row| {
-            // A row that is left out is counted when it is prepared.
-            preparing.collect(row, &mut samples);
+            // Rows that are left out are counted by `run`.
+            builder.collect(row, &mut samples);
             Ok(())
         })?;
         Ok(samples)
     }
 
-    fn preparing(&self) -> Preparing<'_> {
+    fn builder(&self) -> ExampleBuilder<'_> {
         let tokenizers = (self.tokenizer, self.teacher);
-        Preparing::new(self.source, self.settings, tokenizers, &self.samples)
+        ExampleBuilder::new(self.source, self.settings, tokenizers, &self.samples)
     }
 
-    /// Calls `work` with the rows that are handed to this thread, until there are none, or any thread
-    /// has an error.
+    /// Calls `each` with rows until none are left, or any thread has an error.
     fn each_row(
         &self,
-        mut work: impl FnMut(u64, Result<Row, Box<Skipped>>) -> Result<()>,
-    ) -> Result<(), Failure> {
-        let mut portion = Portion::default();
-        let mut through = || {
-            while !self.failed.load(Ordering::Relaxed) && self.next(&mut portion)? {
+        mut each: impl FnMut(u64, Result<TrainingRow, Box<SkippedRow>>) -> Result<()>,
+    ) -> Result<(), LineError> {
+        let mut chunk = LineChunk::default();
+        let mut read_all = || {
+            while !self.failed.load(Ordering::Relaxed) && self.next(&mut chunk)? {
                 let selected = (self.settings, self.selection);
-                portion.rows(self.source, selected, &mut work)?;
+                chunk.rows(self.source, selected, &mut each)?;
             }
             Ok(())
         };
-        let done = through();
-        if done.is_err() {
+        let result = read_all();
+        if result.is_err() {
             self.failed.store(true, Ordering::Relaxed);
         }
-        done
+        result
     }
 
-    fn next(&self, portion: &mut Portion) -> Result<bool, Failure> {
-        let mut reading = self.reading.lock().unwrap_or_else(|e| e.into_inner());
-        let Reading {
+    fn next(&self, chunk: &mut LineChunk) -> Result<bool, LineError> {
+        let mut shared = self.reader.lock().unwrap_or_else(|e| e.into_inner());
+        let SharedReader {
             reader,
             total,
             on_progress,
-        } = &mut *reading;
+        } = &mut *shared;
         let mut read = || -> Result<bool> {
-            let is_more = reader.next(portion)?;
+            let is_more = reader.next(chunk)?;
             on_progress(reader.bytes(), *total)?;
             Ok(is_more)
         };
@@ -224,79 +222,84 @@ impl Work<'_> {
     }
 }
 
-/// What one thread needs, and its counts.
-pub(super) struct Preparing<'a> {
+/// Converts rows to examples on one thread, and counts them.
+pub(super) struct ExampleBuilder<'a> {
     tokenizer: &'a Tokenizer,
-    samples: &'a Samples,
+    samples: &'a SampleTrie,
     mapper: Mapper<'a>,
     settings: &'a config::DataConfig,
     in_file: bool,
-    report: Report,
+    report: DataReport,
 }
 
-/// Key in [`Report::thinking`].
+/// Key in [`DataReport::thinking`].
 const SEPARATE_REASONING: &str =
     "without the reasoning that the endpoint returned in a field of its own";
 
-/// A row as an example.
-pub(super) struct Ready {
+/// A row as token ids and labels.
+pub(super) struct TokenizedRow {
     pub(super) input_ids: Vec<u32>,
     pub(super) labels: Vec<Range<usize>>,
-    /// The soft labels of the answer whose first token is `answer`.
+    /// Soft labels of the answer whose first token is `answer`.
     pub(super) soft: Aligned,
     pub(super) answer: usize,
-    /// Why it has no soft labels.
+    /// Reason if there are no soft labels.
     pub(super) ce_only: Option<String>,
-    /// Number of supervised answers, and of those without an end-of-turn token.
+    /// Number of supervised answers.
     answers: u64,
+    /// Number of supervised answers without an end-of-turn token.
     without_end: u64,
-    /// For each supervised answer whose thinking the template does not print.
+    /// Changes to the thinking of supervised answers that the template does not print.
     thinking: Vec<ThinkingChange>,
-    pub(super) difference: Option<Difference>,
+    pub(super) difference: Option<PromptDifference>,
     /// Indices of answers that need separate examples: their prefix here differs from the generation prompt.
     pub(super) separate: Vec<usize>,
 }
 
-impl<'a> Preparing<'a> {
-    /// With the tokenizers of the student and of `data.teacher_tokenizer`.
+impl<'a> ExampleBuilder<'a> {
+    /// Creates a builder with the tokenizers of the student and of `data.teacher_tokenizer`.
     pub(super) fn new(
-        source: &Source,
+        source: &DataSource,
         settings: &'a config::DataConfig,
         (tokenizer, teacher): (&'a Tokenizer, Option<&'a Tokenizer>),
-        samples: &'a Samples,
+        samples: &'a SampleTrie,
     ) -> Self {
-        Preparing {
+        ExampleBuilder {
             tokenizer,
             samples,
             mapper: Mapper::new(tokenizer, settings.top_logprobs).with_teacher(teacher),
             settings,
-            in_file: matches!(source, Source::File(_)),
-            report: Report::default(),
+            in_file: matches!(source, DataSource::File(_)),
+            report: DataReport::default(),
         }
     }
 
-    /// Adds the answer of the row to those of its prompt.
-    pub(super) fn collect(&mut self, row: Result<Row, Box<Skipped>>, samples: &mut Samples) {
-        if let Ok((_, ready)) = row.and_then(|row| self.ready(row)) {
-            let (prompt, answer) = ready.input_ids.split_at(ready.answer);
+    /// Adds the answer of the row to `samples`.
+    pub(super) fn collect(
+        &mut self,
+        row: Result<TrainingRow, Box<SkippedRow>>,
+        samples: &mut SampleTrie,
+    ) {
+        if let Ok((_, tokenized)) = row.and_then(|row| self.tokenize(row)) {
+            let (prompt, answer) = tokenized.input_ids.split_at(tokenized.answer);
             samples.add(prompt, answer);
         }
     }
 
-    /// Adds the row. Returns rows for those of its answers that need separate examples.
+    /// Writes the example of the row. Returns rows for its answers that need separate examples.
     fn add<'r>(
         &mut self,
         number: u64,
-        row: Result<Row<'r>, Box<Skipped>>,
-        part: &mut Part,
-    ) -> Result<Vec<Row<'r>>> {
-        let ready = row.and_then(|row| self.ready(row));
+        row: Result<TrainingRow<'r>, Box<SkippedRow>>,
+        writer: &mut ShardWriter,
+    ) -> Result<Vec<TrainingRow<'r>>> {
+        let tokenized = row.and_then(|row| self.tokenize(row));
         let report = &mut self.report;
-        let (row, ready) = match ready {
-            Ok(ready) => ready,
+        let (row, tokenized) = match tokenized {
+            Ok(tokenized) => tokenized,
             Err(skipped) => {
-                match (&skipped.group, skipped.difference) {
-                    (Some(group), Some(difference)) => report.groups.left_out(group, difference),
+                match (&skipped.group, skipped.exclusion) {
+                    (Some(group), Some(exclusion)) => report.groups.left_out(group, exclusion),
                     _ => increment(&mut report.dropped, skipped.reason),
                 }
                 return Ok(Vec::new());
@@ -304,78 +307,84 @@ impl<'a> Preparing<'a> {
         };
         row.group.iter().for_each(|group| report.groups.used(group));
         report.kept += 1;
-        report.tokens += ready.input_ids.len() as u64;
-        report.positions += ready.labels.iter().map(|l| l.len() as u64).sum::<u64>();
-        if let Some(reason) = ready.ce_only {
+        report.tokens += tokenized.input_ids.len() as u64;
+        report.positions += tokenized.labels.iter().map(|l| l.len() as u64).sum::<u64>();
+        if let Some(reason) = tokenized.ce_only {
             increment(&mut report.ce_only, reason);
         }
-        report.answers += ready.answers;
-        report.without_end += ready.without_end;
+        report.answers += tokenized.answers;
+        report.without_end += tokenized.without_end;
         if row.has_reasoning && self.settings.thinking != Thinking::Drop {
             increment(&mut report.thinking, SEPARATE_REASONING.into());
         }
-        for change in ready.thinking {
+        for change in tokenized.thinking {
             increment(&mut report.thinking, change.to_string());
         }
-        if let Some(difference) = ready.difference {
+        if let Some(difference) = tokenized.difference {
             let shown = format!(
                 "{:?} for generation, {:?} in a conversation",
                 difference.generation, difference.conversation
             );
             report.count_difference(shown, 1);
         }
-        report.positions_over_one += ready.soft.positions_over_one;
-        report.gate.count(row.sampling, ready.soft.agreement);
-        report.gate.count_top_k(row.sampling, ready.soft.in_top_k);
-        report.classes.add(ready.soft.classes);
-        let soft = (0..ready.soft.len()).filter(|&at| ready.soft.is_soft(at));
+        report.positions_over_one += tokenized.soft.positions_over_one;
+        report
+            .logprob_check
+            .count(row.sampling, tokenized.soft.agreement);
+        report
+            .logprob_check
+            .count_top_k(row.sampling, tokenized.soft.in_top_k);
+        let soft = (0..tokenized.soft.len()).filter(|&at| tokenized.soft.is_soft(at));
         let soft_positions = soft.count() as u64;
         report.soft_positions += soft_positions;
-        let exact = row.sampling == Sampling::Exact;
+        let exact = row.sampling == SamplingKind::Exact;
         report.with_soft_labels += u64::from(soft_positions > 0);
-        report.exact += u64::from(soft_positions > 0 && exact);
-        report.ends += u64::from(ready.soft.lists_end.is_some());
-        report.ends_listed += u64::from(ready.soft.lists_end == Some(true));
+        report.exact_samples += u64::from(soft_positions > 0 && exact);
+        report.ends += u64::from(tokenized.soft.lists_end.is_some());
+        report.ends_listed += u64::from(tokenized.soft.lists_end == Some(true));
         let example = Example {
             key: &row.key,
-            input_ids: &ready.input_ids,
-            labels: &ready.labels,
-            soft: &ready.soft,
-            answer: ready.answer,
-            exact,
+            input_ids_T: &tokenized.input_ids,
+            labels: &tokenized.labels,
+            soft: &tokenized.soft,
+            answer: tokenized.answer,
+            is_exact_sample: exact,
         };
         // Rows of a file are ordered by line and message, records of a cache by key.
         let order = if self.in_file { "" } else { &*row.key };
         let message = row.message.unwrap_or(0).min(u16::MAX.into()) as u64;
-        part.push(
+        writer.push(
             (order, (number << 16) + message),
             prompt_hash(&row.prompt_id),
-            ready.soft.mapped_mass,
+            tokenized.soft.mapped_mass,
             &example,
         )?;
-        let others = ready.separate.into_iter();
+        let others = tokenized.separate.into_iter();
         Ok(others.map(|message| row.up_to(message)).collect())
     }
 
-    /// A row with its example.
+    /// Tokenises a row.
     ///
     /// # Errors
-    /// If it makes none.
-    pub(super) fn ready<'r>(&mut self, row: Row<'r>) -> Result<(Row<'r>, Ready), Box<Skipped>> {
-        match self.prepare(&row) {
-            Ok(ready) => Ok((row, ready)),
-            Err(reason) => Err(Box::new(Skipped {
+    /// The reason if the row makes no example.
+    pub(super) fn tokenize<'r>(
+        &mut self,
+        row: TrainingRow<'r>,
+    ) -> Result<(TrainingRow<'r>, TokenizedRow), Box<SkippedRow>> {
+        match self.try_tokenize(&row) {
+            Ok(tokenized) => Ok((row, tokenized)),
+            Err(reason) => Err(Box::new(SkippedRow {
                 key: row.key,
                 prompt_id: row.prompt_id,
                 group: row.group,
-                difference: None,
+                exclusion: None,
                 reason,
             })),
         }
     }
 
-    /// A row as an example, or the reason to leave it out.
-    fn prepare(&mut self, row: &Row) -> Result<Ready, String> {
+    /// Tokenises a row, or returns the reason to leave it out.
+    fn try_tokenize(&mut self, row: &TrainingRow) -> Result<TokenizedRow, String> {
         let conversation =
             self.tokenizer
                 .conversation_at(&row.messages, row.every_answer, row.date);
@@ -385,17 +394,17 @@ impl<'a> Preparing<'a> {
             return Err("no answer".into());
         };
         let mut labels = Vec::new();
-        let from = |answer: &AnswerTokens| match self.settings.thinking {
+        let supervised_from = |answer: &AnswerTokens| match self.settings.thinking {
             Thinking::Context => answer.after_thinking,
             Thinking::Supervise | Thinking::Drop => answer.supervised.start,
         };
         let mut separate = Vec::new();
-        // A token at the very start is predicted by nothing.
+        // No token predicts the first one.
         let mut supervise = |range: Range<usize>| labels.push(range.start.max(1)..range.end);
         if row.every_answer {
             for answer in earlier {
                 if answer.follows_generation_prompt {
-                    supervise(from(answer)..answer.supervised.end);
+                    supervise(supervised_from(answer)..answer.supervised.end);
                 } else {
                     separate.push(answer.message);
                 }
@@ -406,7 +415,7 @@ impl<'a> Preparing<'a> {
         } else {
             last.tokens.end
         };
-        supervise(from(last)..end);
+        supervise(supervised_from(last)..end);
         labels.retain(|range| !range.is_empty());
         if labels.is_empty() {
             return Err(EMPTY.into());
@@ -429,22 +438,22 @@ impl<'a> Preparing<'a> {
             .count() as u64;
 
         let content = &row.messages[last.message].content;
-        let answer = from(last);
+        let answer = supervised_from(last);
         let mut kept = last.text.clone();
         if self.settings.thinking != Thinking::Supervise {
-            // Without its thinking, an answer may be empty.
+            // An answer may be empty without its thinking.
             let start = answer_start(content);
             if content[start..].trim().is_empty() {
                 return Err(EMPTY.into());
             }
             kept.start = kept.start.max(start);
         }
-        // After a prompt that closes its thinking, an answer of thinking alone is empty.
+        // A thinking-only answer is empty after a prompt that closes a block of thinking.
         if content[kept.clone()].trim().is_empty() {
             return Err(EMPTY.into());
         }
-        // The token that ends the answer is the teacher's choice, too; what the template writes behind it is not.
-        let of_teacher = end.min(last.tokens.end + 1);
+        // The teacher chose the token that ends the answer, but not the template text after it.
+        let end_of_teacher = end.min(last.tokens.end + 1);
         let aligned = match &row.logprobs {
             None => Err(report::NO_LOGPROBS.into()),
             Some(logprobs) => self
@@ -453,12 +462,12 @@ impl<'a> Preparing<'a> {
                     logprobs,
                     content.as_bytes(),
                     kept,
-                    &input_ids[answer..of_teacher],
-                    row.asked,
+                    &input_ids[answer..end_of_teacher],
+                    row.top_logprobs,
                 )
                 .map_err(|mismatch| mismatch.to_string()),
         };
-        // Nothing is learnt from what follows the last answer.
+        // The text after the last answer is not trained on.
         input_ids.truncate(end);
         let (soft, ce_only) = match aligned {
             Ok(aligned) => {
@@ -467,10 +476,10 @@ impl<'a> Preparing<'a> {
                 (aligned, has_none.then(|| "no usable logprobs".to_owned()))
             }
             Err(reason) => {
-                let (prompt, said) = input_ids.split_at(answer);
-                match self.samples.soft_labels(prompt, said) {
+                let (prompt, answer_ids) = input_ids.split_at(answer);
+                match self.samples.soft_labels(prompt, answer_ids) {
                     Some(mut shares) => {
-                        // They tell of ends as of any token.
+                        // Shares include the ends of answers, as any token.
                         shares.lists_end = Some(true);
                         (shares, None)
                     }
@@ -478,7 +487,7 @@ impl<'a> Preparing<'a> {
                 }
             }
         };
-        Ok(Ready {
+        Ok(TokenizedRow {
             input_ids,
             labels,
             soft,

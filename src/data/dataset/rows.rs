@@ -1,4 +1,4 @@
-//! The two sources of training data, a cache and a file of conversations, as rows of one kind.
+//! Lines of both sources, a cache and a file of conversations, as rows of one type.
 
 use anyhow::{Context, Result, bail};
 use jiff::civil::DateTime;
@@ -9,51 +9,51 @@ use crate::cache::logprobs_view::LogprobsView;
 use crate::cache::record::{Record, Status};
 use crate::cache::view::RecordView;
 use crate::config::{self, Thinking};
-use crate::data::groups::{Candidate, Difference, Group, Selection};
-use crate::data::sampling::Sampling;
+use crate::data::groups::{ExclusionReason, Group, RecordIdentity, Selection};
+use crate::data::sampling::SamplingKind;
 use crate::prompt::message::Message;
 use crate::tokenizer::chat_template::answer_start;
 
 /// A conversation that ends in an answer.
-pub(crate) struct Row<'a> {
-    /// Names the row in errors.
+pub(crate) struct TrainingRow<'a> {
+    /// Name of the row in errors.
     pub key: String,
-    /// Index of its answer, if the row is an earlier answer of a conversation.
+    /// Index of the answer, if the row is for an earlier answer of a conversation.
     pub message: Option<usize>,
     /// Rows with the same id land on the same side of the split.
     pub prompt_id: String,
     pub messages: Vec<Message>,
-    /// Is every answer to be learnt, or only the last? A prompt's few-shot examples were not said
-    /// by the teacher.
+    /// True if every answer is supervised, false if only the last. The teacher did not write the few-shot examples of a
+    /// prompt.
     pub every_answer: bool,
-    /// Did the teacher end its answer? If it was cut off, the student must not learn to end there.
+    /// True if the teacher ended its answer. The student must not learn to end where an answer was truncated.
     pub ended: bool,
-    /// How the last answer was drawn.
-    pub sampling: Sampling,
+    /// How the last answer was sampled.
+    pub sampling: SamplingKind,
     /// `top_logprobs` of the request.
-    pub asked: Option<usize>,
+    pub top_logprobs: Option<usize>,
     /// None in a file.
     pub group: Option<Group>,
-    /// When the answer was requested; None in a file.
+    /// Time of the request; None in a file.
     pub date: Option<DateTime>,
-    /// The record has reasoning in a field of its own, which `messages` do not contain.
+    /// True if the record has reasoning in a separate field, which `messages` do not contain.
     pub has_reasoning: bool,
-    /// Of the last answer.
+    /// Logprobs of the last answer.
     pub logprobs: Option<LogprobsView<'a>>,
 }
 
-impl<'a> Row<'a> {
-    /// A row that supervises the earlier answer `message` alone.
-    pub(crate) fn up_to(&self, message: usize) -> Row<'a> {
-        Row {
+impl<'a> TrainingRow<'a> {
+    /// Returns a row that supervises only the earlier answer `message`.
+    pub(crate) fn up_to(&self, message: usize) -> TrainingRow<'a> {
+        TrainingRow {
             key: self.key_of(message),
             message: Some(message),
             prompt_id: self.prompt_id.clone(),
             messages: self.messages[..=message].to_vec(),
             every_answer: false,
             ended: true,
-            sampling: Sampling::Unknown,
-            asked: None,
+            sampling: SamplingKind::Unknown,
+            top_logprobs: None,
             group: None,
             date: self.date,
             has_reasoning: false,
@@ -61,25 +61,25 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// Key of the row of an earlier answer.
+    /// Key of the row for an earlier answer.
     pub(crate) fn key_of(&self, message: usize) -> String {
         format!("{}:{message}", self.key)
     }
 }
 
-/// A row that makes no example.
+/// A row that was left out.
 #[derive(Debug)]
-pub(crate) struct Skipped {
+pub(crate) struct SkippedRow {
     pub key: String,
     pub prompt_id: String,
     /// None in a file.
     pub group: Option<Group>,
-    /// Set if it is not selected.
-    pub difference: Option<Difference>,
+    /// Set if the row is not selected.
+    pub exclusion: Option<ExclusionReason>,
     pub reason: String,
 }
 
-/// Removes thinking from the beginning of answers, if the settings say so.
+/// Removes thinking from the beginning of answers if `data.thinking` is `drop`.
 fn drop_thinking(messages: &mut [Message], settings: &config::DataConfig) {
     if settings.thinking == Thinking::Drop {
         let answers = messages.iter_mut();
@@ -89,31 +89,32 @@ fn drop_thinking(messages: &mut [Message], settings: &config::DataConfig) {
     }
 }
 
-/// A record as a row, or the reason to leave it out.
-pub(crate) fn of_record<'a>(
+/// Converts a record to a row. Returns the reason if it is left out.
+pub(crate) fn from_record<'a>(
     record: RecordView<'a>,
     settings: &config::DataConfig,
     selection: &Selection,
-) -> Result<Row<'a>, Box<Skipped>> {
+) -> Result<TrainingRow<'a>, Box<SkippedRow>> {
     let params = record.params();
-    let candidate = Candidate::of_view(&record, &params);
+    let candidate = RecordIdentity::from_view(&record, &params);
     let checked = selection.check(&candidate);
-    let (key, prompt_id) = (record.key.clone(), record.prompt_id.clone());
+    let key = record.key.clone();
+    let prompt_id = record.prompt_id.clone();
     let group = candidate.group;
     let row = match checked {
         Ok(()) => row(record, &params, settings),
-        Err(difference) => Err(difference.to_string()),
+        Err(exclusion) => Err(exclusion.to_string()),
     };
     match row {
-        Ok(row) => Ok(Row {
+        Ok(row) => Ok(TrainingRow {
             group: Some(group),
             ..row
         }),
-        Err(reason) => Err(Box::new(Skipped {
+        Err(reason) => Err(Box::new(SkippedRow {
             key,
             prompt_id,
             group: Some(group),
-            difference: checked.err(),
+            exclusion: checked.err(),
             reason,
         })),
     }
@@ -123,11 +124,11 @@ fn row<'a>(
     mut record: RecordView<'a>,
     params: &Value,
     settings: &config::DataConfig,
-) -> Result<Row<'a>, String> {
-    is_wanted(record.status, &record.answer.finish_reason, settings)?;
-    let sampling = Sampling::of(params);
+) -> Result<TrainingRow<'a>, String> {
+    check_answer(record.status, &record.answer.finish_reason, settings)?;
+    let sampling = SamplingKind::from_params(params);
     let date = record.sent_at();
-    let asked = params["top_logprobs"].as_u64();
+    let top_logprobs = params["top_logprobs"].as_u64();
     let messages = record.take_messages();
     let messages =
         messages.or_else(|request| messages_of_request(&request).ok_or(NO_TEXT.to_owned()));
@@ -141,7 +142,7 @@ fn row<'a>(
         content: record.answer.text,
     });
     drop_thinking(&mut messages, settings);
-    Ok(Row {
+    Ok(TrainingRow {
         key: record.key,
         message: None,
         prompt_id: record.prompt_id,
@@ -149,7 +150,7 @@ fn row<'a>(
         every_answer: false,
         ended,
         sampling,
-        asked: asked.and_then(|asked| usize::try_from(asked).ok()),
+        top_logprobs: top_logprobs.and_then(|count| usize::try_from(count).ok()),
         group: None,
         date,
         has_reasoning: !record.answer.reasoning.trim().is_empty(),
@@ -157,16 +158,19 @@ fn row<'a>(
     })
 }
 
-/// What was asked in a record whose answer is to be learnt, or the reason to leave it out.
-pub fn prompt_of(record: &Record, settings: &config::DataConfig) -> Result<Vec<Message>, String> {
-    is_wanted(record.status, &record.answer.finish_reason, settings)?;
+/// Returns the prompt of a record whose answer is to be trained on. Returns the reason if the record is left out.
+pub(crate) fn prompt_of(
+    record: &Record,
+    settings: &config::DataConfig,
+) -> Result<Vec<Message>, String> {
+    check_answer(record.status, &record.answer.finish_reason, settings)?;
     messages_of_request(&record.request).ok_or_else(|| NO_TEXT.into())
 }
 
 const NO_TEXT: &str = "the request has messages that are not text";
 
-/// The reason to leave an answer out, if there is one.
-fn is_wanted(
+/// Checks status and finish reason of an answer. Returns the reason if the answer is left out.
+fn check_answer(
     status: Status,
     finish_reason: &str,
     settings: &config::DataConfig,
@@ -175,11 +179,12 @@ fn is_wanted(
         return Err("quarantined".into());
     }
     let mut kept = settings.keep_finish_reasons.iter();
-    match kept.any(|reason| reason == finish_reason) {
-        true => Ok(()),
-        false => Err(format!(
+    if kept.any(|reason| reason == finish_reason) {
+        Ok(())
+    } else {
+        Err(format!(
             "finish_reason `{finish_reason}` is not in `data.keep_finish_reasons`"
-        )),
+        ))
     }
 }
 
@@ -204,28 +209,28 @@ fn messages_of_request(request: &Value) -> Option<Vec<Message>> {
         .collect()
 }
 
-/// A line of a file of conversations; other fields are for other programs.
+/// Line of a file of conversations. Unknown fields are ignored unless [`check_fields`] refuses them.
 #[derive(Deserialize)]
-struct Line {
+struct ConversationLine {
     id: Option<Value>,
-    messages: Vec<Turn>,
+    messages: Vec<MessageLine>,
     #[serde(flatten)]
-    others: Map<String, Value>,
+    other_fields: Map<String, Value>,
 }
 
-/// A message with its other fields.
+/// Message of a line, with its other fields.
 #[derive(Deserialize)]
-struct Turn {
+struct MessageLine {
     #[serde(flatten)]
     message: Message,
     #[serde(flatten)]
-    others: Map<String, Value>,
+    other_fields: Map<String, Value>,
 }
 
-/// Fields of rows and messages that would change how these are trained, as programs and servers name them.
-const TOOLS: [&str; 4] = ["tools", "functions", "tool_calls", "function_call"];
-/// Of messages alone: a row may say so that it has some.
-const REASONING: [&str; 5] = [
+/// Fields of rows and messages for tool calls, as other programs and servers name them.
+const TOOL_FIELDS: [&str; 4] = ["tools", "functions", "tool_calls", "function_call"];
+/// Fields of messages for reasoning. In a row, a field of this name may be a flag, so it is accepted there.
+const REASONING_FIELDS: [&str; 5] = [
     "reasoning_content",
     "reasoning",
     "reasoning_details",
@@ -233,14 +238,14 @@ const REASONING: [&str; 5] = [
     "thought",
 ];
 
-/// Refuses fields that are not supported, rather than training on something else.
-fn check(fields: &Map<String, Value>, is_message: bool) -> Result<()> {
+/// Refuses fields that are not supported and would change what is trained.
+fn check_fields(fields: &Map<String, Value>, is_message: bool) -> Result<()> {
     let is_set = |value: &Value| !(value.is_null() || *value == "" || *value == json!([]));
     for (name, _) in fields.iter().filter(|(_, value)| is_set(value)) {
-        if TOOLS.contains(&name.as_str()) {
+        if TOOL_FIELDS.contains(&name.as_str()) {
             bail!("`{name}` is not supported: render it into the text of a message");
         }
-        if is_message && REASONING.contains(&name.as_str()) {
+        if is_message && REASONING_FIELDS.contains(&name.as_str()) {
             bail!(
                 "`{name}` is not supported: put reasoning at the beginning of `content`, between <think> and </think>"
             );
@@ -251,32 +256,32 @@ fn check(fields: &Map<String, Value>, is_message: bool) -> Result<()> {
         .is_some_and(|weight| is_set(weight) && weight.as_f64() != Some(1.0))
     {
         bail!(
-            "`weight` other than 1 is not supported: leave the answer out, or cut the conversation"
+            "`weight` other than 1 is not supported: leave the answer out, or shorten the conversation"
         );
     }
     Ok(())
 }
 
-/// Line `number`, from 1, of a JSONL file of `{"messages": [{"role", "content"}, ...]}`.
+/// Parses line `number`, from 1, of a JSONL file of `{"messages": [{"role", "content"}, ...]}`.
 ///
 /// # Errors
-/// If it is no such row.
-pub(crate) fn of_line(
+/// If the line is not such a row.
+pub(crate) fn from_line(
     line: &str,
     number: u64,
     settings: &config::DataConfig,
-) -> Result<Row<'static>> {
-    let line: Line = serde_json::from_str(line)
+) -> Result<TrainingRow<'static>> {
+    let line: ConversationLine = serde_json::from_str(line)
         .context(r#"expected {"messages": [{"role": "...", "content": "..."}, ...]}"#)?;
-    check(&line.others, false)?;
-    for turn in &line.messages {
-        check(&turn.others, true)?;
+    check_fields(&line.other_fields, false)?;
+    for message in &line.messages {
+        check_fields(&message.other_fields, true)?;
     }
-    let messages = line.messages.into_iter().map(|turn| turn.message);
+    let messages = line.messages.into_iter().map(|line| line.message);
     let mut messages: Vec<Message> = messages.collect();
     let last = messages.iter().rposition(|m| m.role == "assistant");
     let last = last.context("the conversation has no message of the role `assistant`")?;
-    // Nothing is learnt from what follows, and some templates render the answer in another way before it.
+    // Later messages are not trained on, and some templates render an answer differently if messages follow.
     messages.truncate(last + 1);
     drop_thinking(&mut messages, settings);
     let prompt_id = match line.id {
@@ -287,15 +292,15 @@ pub(crate) fn of_line(
             blake3::hash(&prompt).to_hex().to_string()
         }
     };
-    Ok(Row {
+    Ok(TrainingRow {
         key: number.to_string(),
         message: None,
         prompt_id,
         messages,
         every_answer: true,
         ended: true,
-        sampling: Sampling::Unknown,
-        asked: None,
+        sampling: SamplingKind::Unknown,
+        top_logprobs: None,
         group: None,
         date: None,
         has_reasoning: false,

@@ -1,65 +1,67 @@
-//! Examples token by token, for people.
+//! Examples token by token, for `distill data show`.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use serde::Serialize;
 
-use super::prepare::{Preparing, Ready};
-use super::rows::{Row, Skipped};
-use super::source::Source;
+use super::prepare::{ExampleBuilder, TokenizedRow};
+use super::rows::{SkippedRow, TrainingRow};
+use super::source::DataSource;
 use crate::config::{self, Config};
 use crate::data::groups::{Group, Selection};
-use crate::data::sample_trie::Samples;
+use crate::data::sample_trie::SampleTrie;
 use crate::tokenizer::Tokenizer;
-use crate::tokenizer::answer_tokens::Difference;
+use crate::tokenizer::answer_tokens::PromptDifference;
 
-/// Hex digits from which the beginning of a key names a record.
-const LEAST_DIGITS: usize = 6;
+/// Minimum number of hex digits of a key's prefix that selects a record.
+const MIN_KEY_DIGITS: usize = 6;
 
-/// A row and the example it makes.
+/// A row with its example.
 #[derive(Debug, Serialize)]
-pub struct Shown {
+pub struct ShownExample {
     /// Key of the record, or line of the file; `:N` is the answer in message N.
     pub key: String,
     pub prompt_id: String,
     /// None in a file.
     pub group: Option<String>,
-    /// Why it makes no example.
+    /// Reason if the row makes no example.
     pub left_out: Option<String>,
-    /// Why it trains on cross-entropy alone.
+    /// Reason if the example trains on cross-entropy alone.
     pub ce_only: Option<String>,
-    /// Where its prompt differs from the rendered conversation.
-    pub difference: Option<Difference>,
-    pub tokens: Vec<Token>,
+    /// Set if the prompt differs from the rendered conversation.
+    pub difference: Option<PromptDifference>,
+    pub tokens: Vec<ShownToken>,
 }
 
+/// A token of an example.
 #[derive(Debug, Serialize)]
-pub struct Token {
+pub struct ShownToken {
     pub id: u32,
     pub text: String,
     pub is_special: bool,
     pub is_supervised: bool,
     /// Likeliest first; empty if the position trains on cross-entropy alone.
-    pub soft_labels: Vec<SoftLabel>,
+    pub soft_labels: Vec<ShownLabel>,
     /// Probability outside the soft labels.
     pub tail: Option<f64>,
-    /// Probability of the emitted token, if it was outside the teacher's top-k and is known.
+    /// Probability of the emitted token if it was outside the teacher's top-k. None if unknown.
     pub emitted: Option<f64>,
-    /// Likelihood under the teacher of the text that begins here, which its tokenizer splits in another way, and the
-    /// number of student tokens of that text.
+    /// Text that begins here and that the teacher's tokenizer splits differently: its likelihood under the teacher, and
+    /// its number of student tokens.
     pub chunk: Option<(f64, usize)>,
 }
 
+/// A soft label of a token.
 #[derive(Debug, Serialize)]
-pub struct SoftLabel {
+pub struct ShownLabel {
     pub id: u32,
     pub text: String,
     pub probability: f64,
 }
 
-/// Shows at most `limit` rows: those of this key, beginning of a key, line or prompt id; or else the first rows that
-/// make an example. Also returns the reasons for which others make none.
+/// Returns at most `limit` rows: those whose key, prefix of a key, line or prompt id is `id`, or else the first rows that
+/// make an example. Also returns the number of rows without an example, by reason.
 ///
 /// # Errors
 /// If the source or the teacher's tokenizer cannot be read.
@@ -69,25 +71,26 @@ pub fn show(
     tokenizer: &Tokenizer,
     id: Option<&str>,
     limit: usize,
-) -> Result<(Vec<Shown>, BTreeMap<String, u64>)> {
-    let source = Source::of(config);
+) -> Result<(Vec<ShownExample>, BTreeMap<String, u64>)> {
+    let source = DataSource::from_config(config);
     let teacher = config.data.teacher_tokenizer.as_deref();
     let teacher = teacher.map(Tokenizer::load).transpose()?;
     let tokenizers = (tokenizer, teacher.as_ref());
     let selected = (&config.data, selection);
     let samples = if config.data.sample_trie {
-        samples_of(&source, selected, tokenizers)?
+        sample_trie(&source, selected, tokenizers)?
     } else {
-        Samples::default()
+        SampleTrie::default()
     };
-    let mut preparing = Preparing::new(&source, &config.data, tokenizers, &samples);
+    let mut builder = ExampleBuilder::new(&source, &config.data, tokenizers, &samples);
     let is_named = |key: &str, prompt_id: &str| {
         id.is_none_or(|id| {
-            let is_beginning = id.len() >= LEAST_DIGITS && key.starts_with(id);
+            let is_beginning = id.len() >= MIN_KEY_DIGITS && key.starts_with(id);
             key == id || prompt_id == id || is_beginning
         })
     };
-    let (mut shown, mut skipped) = (Vec::new(), BTreeMap::new());
+    let mut shown = Vec::new();
+    let mut skipped = BTreeMap::new();
     source.for_each_row(selected, |row| {
         let mut rows = vec![row];
         while let Some(row) = rows.pop() {
@@ -96,20 +99,20 @@ pub fn show(
                 Err(skipped) => (&skipped.key, &skipped.prompt_id),
             };
             let base = name.split(':').next().unwrap_or(name);
-            let is_asked = is_named(name, prompt_id) || is_named(base, prompt_id);
-            // Its other answers may be asked for.
-            let is_of_asked = id.is_some_and(|id| id.split(':').next() == Some(base));
-            if !(is_asked || is_of_asked) || shown.len() >= limit {
+            let is_selected = is_named(name, prompt_id) || is_named(base, prompt_id);
+            // `id` may name another answer of the same row.
+            let is_of_selected = id.is_some_and(|id| id.split(':').next() == Some(base));
+            if !(is_selected || is_of_selected) || shown.len() >= limit {
                 continue;
             }
-            match row.and_then(|row| preparing.ready(row)) {
-                Ok((row, ready)) => {
-                    rows.extend(ready.separate.iter().map(|at| Ok(row.up_to(*at))));
-                    if is_asked {
-                        shown.push(shown_of(row, ready, tokenizer));
+            match row.and_then(|row| builder.tokenize(row)) {
+                Ok((row, tokenized)) => {
+                    rows.extend(tokenized.separate.iter().map(|at| Ok(row.up_to(*at))));
+                    if is_selected {
+                        shown.push(shown_example(row, tokenized, tokenizer));
                     }
                 }
-                Err(row) if id.is_some() && is_asked => shown.push(left_out(*row)),
+                Err(row) if id.is_some() && is_selected => shown.push(left_out(*row)),
                 Err(row) => *skipped.entry(row.reason).or_default() += 1,
             }
         }
@@ -118,16 +121,17 @@ pub fn show(
     Ok((shown, skipped))
 }
 
-/// Answers to the same prompts, merged.
-fn samples_of(
-    source: &Source,
+/// Collects the answers to the same prompts.
+fn sample_trie(
+    source: &DataSource,
     selected: (&config::DataConfig, &Selection),
     tokenizers: (&Tokenizer, Option<&Tokenizer>),
-) -> Result<Samples> {
-    let (mut samples, none) = (Samples::default(), Samples::default());
-    let mut preparing = Preparing::new(source, selected.0, tokenizers, &none);
+) -> Result<SampleTrie> {
+    let mut samples = SampleTrie::default();
+    let none = SampleTrie::default();
+    let mut builder = ExampleBuilder::new(source, selected.0, tokenizers, &none);
     source.for_each_row(selected, |row| {
-        preparing.collect(row, &mut samples);
+        builder.collect(row, &mut samples);
         true
     })?;
     Ok(samples)
@@ -137,8 +141,8 @@ fn group_text(group: &Group) -> String {
     format!("{} ({group})", group.id())
 }
 
-fn left_out(skipped: Skipped) -> Shown {
-    Shown {
+fn left_out(skipped: SkippedRow) -> ShownExample {
+    ShownExample {
         left_out: Some(skipped.reason),
         key: skipped.key,
         prompt_id: skipped.prompt_id,
@@ -149,11 +153,11 @@ fn left_out(skipped: Skipped) -> Shown {
     }
 }
 
-fn shown_of(row: Row, ready: Ready, tokenizer: &Tokenizer) -> Shown {
-    let mut tokens: Vec<Token> = ready
+fn shown_example(row: TrainingRow, tokenized: TokenizedRow, tokenizer: &Tokenizer) -> ShownExample {
+    let mut tokens: Vec<ShownToken> = tokenized
         .input_ids
         .iter()
-        .map(|&id| Token {
+        .map(|&id| ShownToken {
             id,
             text: text_of(tokenizer, id),
             is_special: tokenizer.is_special(id),
@@ -164,19 +168,19 @@ fn shown_of(row: Row, ready: Ready, tokenizer: &Tokenizer) -> Shown {
             chunk: None,
         })
         .collect();
-    for at in ready.labels.iter().cloned().flatten() {
+    for at in tokenized.labels.iter().cloned().flatten() {
         tokens[at].is_supervised = true;
     }
-    let soft = &ready.soft;
+    let soft = &tokenized.soft;
     for at in 0..soft.len() {
         let Some(token) = tokens
-            .get_mut(ready.answer + at)
+            .get_mut(tokenized.answer + at)
             .filter(|it| it.is_supervised)
         else {
             continue;
         };
         let (ids, logprobs) = soft.soft(at);
-        let labels = ids.iter().zip(logprobs).map(|(&id, &logprob)| SoftLabel {
+        let labels = ids.iter().zip(logprobs).map(|(&id, &logprob)| ShownLabel {
             id,
             text: text_of(tokenizer, id),
             probability: f64::from(logprob).exp(),
@@ -186,26 +190,28 @@ fn shown_of(row: Row, ready: Ready, tokenizer: &Tokenizer) -> Shown {
             let known = token.soft_labels.iter().map(|label| label.probability);
             token.tail = Some((1.0 - known.sum::<f64>()).max(0.0));
         }
-        let emitted = soft.drawn(at).filter(|logprob| logprob.is_finite());
+        let emitted = soft
+            .sampled_logprob(at)
+            .filter(|logprob| logprob.is_finite());
         token.emitted = emitted.map(|logprob| f64::from(logprob).exp());
     }
     for chunk in soft.chunks() {
-        if let Some(token) = tokens.get_mut(ready.answer + chunk.start) {
+        if let Some(token) = tokens.get_mut(tokenized.answer + chunk.start) {
             token.chunk = Some((f64::from(-chunk.nll).exp(), chunk.len));
         }
     }
-    Shown {
+    ShownExample {
         key: row.key,
         prompt_id: row.prompt_id,
         group: row.group.as_ref().map(group_text),
         left_out: None,
-        ce_only: ready.ce_only,
-        difference: ready.difference,
+        ce_only: tokenized.ce_only,
+        difference: tokenized.difference,
         tokens,
     }
 }
 
-/// Text of a token, or its name if it has none of its own.
+/// Text of a token, or the name of a token without text.
 pub fn text_of(tokenizer: &Tokenizer, id: u32) -> String {
     match tokenizer.spelling(id) {
         Some(bytes) => String::from_utf8_lossy(&bytes).into_owned(),

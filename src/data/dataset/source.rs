@@ -1,39 +1,39 @@
-//! Where rows come from: the teacher's answers in a cache, or a file of conversations.
+//! Sources of rows: the teacher's answers in a cache, or a file of conversations.
 
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::rows::{self, Row, Skipped};
+use super::rows::{self, SkippedRow, TrainingRow};
 use crate::cache::reader::{Lines, Place};
 use crate::cache::view::RecordView;
 use crate::data::groups::Selection;
 use crate::exit::Exit;
 use crate::{cache, config, fs};
 
-/// Lines are handed out in portions of so many bytes: enough that threads do not wait for each
-/// other, few enough that they end together.
-const PORTION: usize = 1 << 20;
-/// And of at most so many lines, where these are short.
-const PORTION_LINES: usize = 64;
+/// Size of a chunk of lines in bytes: large enough that threads do not wait for each other, small enough that they
+/// finish at about the same time.
+const CHUNK_BYTES: usize = 1 << 20;
+/// Maximum number of lines in a chunk.
+const CHUNK_LINES: usize = 64;
 
-/// Bytes of a file that are hashed at a time.
-const HASHED: usize = 4 << 20;
+/// Number of bytes that are hashed at a time.
+const HASH_BUFFER: usize = 4 << 20;
 
-/// A source by its path.
+/// Source of rows, by its path.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Source {
+pub(crate) enum DataSource {
     /// A cache folder.
     Cache(PathBuf),
-    /// A JSONL file of `{"messages": [{"role", "content"}, ...]}`, packed if its name ends in `.gz`.
-    /// Every answer in it is supervised.
+    /// A JSONL file of `{"messages": [{"role", "content"}, ...]}`, compressed if its name ends in `.gz`. Every answer
+    /// in it is supervised.
     File(PathBuf),
 }
 
-impl Source {
-    /// `data.source`, or the cache of this run where that is not set.
-    pub(crate) fn of(config: &config::Config) -> Self {
+impl DataSource {
+    /// Returns `data.source`, or the cache of the run if it is not set.
+    pub(crate) fn from_config(config: &config::Config) -> Self {
         match &config.data.source {
             None => Self::Cache(config.training_cache()),
             Some(path) => Self::File(path.clone()),
@@ -53,7 +53,7 @@ impl Source {
         }
     }
 
-    /// Its size in bytes; 0 where there is none.
+    /// Size in bytes; 0 if it does not exist.
     pub(crate) fn bytes(&self) -> u64 {
         let sizes = self.files().into_iter().filter_map(|path| {
             let metadata = path.metadata().ok()?;
@@ -62,8 +62,10 @@ impl Source {
         sizes.sum()
     }
 
+    /// Checks that the cache exists.
+    ///
     /// # Errors
-    /// [`Exit::Usage`] where there is no cache.
+    /// [`Exit::Usage`] if it does not.
     fn check(&self) -> Result<()> {
         match self {
             Self::Cache(dir) if !cache::exists(dir) => bail!(Exit::Usage(format!(
@@ -74,10 +76,10 @@ impl Source {
         }
     }
 
-    /// Adds kind and content to a hash.
+    /// Adds the kind and the content to a hash.
     ///
     /// # Errors
-    /// If it cannot be read.
+    /// If the source cannot be read.
     pub(crate) fn hash(&self, hash: &mut blake3::Hasher) -> Result<()> {
         self.check()?;
         hash.update(match self {
@@ -92,19 +94,20 @@ impl Source {
         Ok(())
     }
 
-    /// Calls `each` with every row, or the reason to leave it out, until it returns false.
+    /// Calls `each` with every row, or the reason to leave it out, until `each` returns false.
     ///
     /// # Errors
-    /// If it cannot be read, or a row of a file is none.
+    /// If the source cannot be read, or a row of a file is invalid.
     pub(crate) fn for_each_row(
         &self,
         selected: (&config::DataConfig, &Selection),
-        mut each: impl FnMut(Result<Row, Box<Skipped>>) -> bool,
+        mut each: impl FnMut(Result<TrainingRow, Box<SkippedRow>>) -> bool,
     ) -> Result<()> {
-        let (mut reader, mut portion) = (self.open()?, Portion::default());
+        let mut reader = self.open()?;
+        let mut chunk = LineChunk::default();
         let mut is_wanted = true;
-        while is_wanted && reader.next(&mut portion)? {
-            let read = portion.rows(self, selected, |_, row| {
+        while is_wanted && reader.next(&mut chunk)? {
+            let read = chunk.rows(self, selected, |_, row| {
                 is_wanted = is_wanted && each(row);
                 Ok(())
             });
@@ -113,25 +116,25 @@ impl Source {
         Ok(())
     }
 
-    /// Opens it for reading.
+    /// Opens the source for reading.
     ///
     /// # Errors
-    /// If it cannot be read.
-    pub(crate) fn open(&self) -> Result<Reader> {
+    /// If the source cannot be read.
+    pub(crate) fn open(&self) -> Result<SourceReader> {
         self.check()?;
-        let kind = match self {
-            Self::Cache(dir) => Kind::Cache(Box::new(Lines::open(dir)?)),
+        let lines = match self {
+            Self::Cache(dir) => LineReader::Cache(Box::new(Lines::open(dir)?)),
             Self::File(path) => {
                 let lines = fs::open_data(path)
                     .with_context(|| format!("reading `data.source` {}", path.display()))?;
-                Kind::File {
+                LineReader::File {
                     path: path.clone(),
                     lines,
                 }
             }
         };
-        Ok(Reader {
-            kind,
+        Ok(SourceReader {
+            lines,
             number: 0,
             bytes: 0,
             done: false,
@@ -139,17 +142,17 @@ impl Source {
     }
 }
 
-/// The length of a file whose content was hashed. One that is not there has none.
+/// Hashes the content of a file and returns its length in bytes. A missing file has length 0.
 fn hash_file(path: &Path, hash: &mut blake3::Hasher) -> std::io::Result<u64> {
     let mut file = match std::fs::File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
         file => file?,
     };
     let mut length = 0;
-    let mut buffer = Vec::with_capacity(HASHED);
+    let mut buffer = Vec::with_capacity(HASH_BUFFER);
     loop {
         buffer.clear();
-        let read = std::io::Read::take(&mut file, HASHED as u64);
+        let read = std::io::Read::take(&mut file, HASH_BUFFER as u64);
         if std::io::Read::read_to_end(&mut { read }, &mut buffer)? == 0 {
             return Ok(length);
         }
@@ -159,15 +162,15 @@ fn hash_file(path: &Path, hash: &mut blake3::Hasher) -> std::io::Result<u64> {
 }
 
 /// Reads the lines of a source.
-pub(crate) struct Reader {
-    kind: Kind,
-    /// Lines read.
+pub(crate) struct SourceReader {
+    lines: LineReader,
+    /// Number of lines read.
     number: u64,
     bytes: u64,
     done: bool,
 }
 
-enum Kind {
+enum LineReader {
     Cache(Box<Lines>),
     File {
         path: PathBuf,
@@ -175,39 +178,39 @@ enum Kind {
     },
 }
 
-/// Some lines, in their order.
+/// Consecutive lines of a source.
 #[derive(Default)]
-pub(crate) struct Portion {
+pub(crate) struct LineChunk {
     text: Vec<u8>,
-    lines: Vec<Line>,
+    lines: Vec<ChunkLine>,
 }
 
-struct Line {
+struct ChunkLine {
     number: u64,
-    /// Where it ends in the text.
+    /// End of the line in the text of the chunk.
     end: usize,
-    /// In a cache.
+    /// Place in the cache; None in a file.
     place: Option<Place>,
 }
 
-impl Reader {
-    /// The next lines. False at the end.
+impl SourceReader {
+    /// Reads the next lines into `chunk`. Returns false at the end.
     ///
     /// # Errors
-    /// Where the source cannot be read or is damaged.
-    pub(crate) fn next(&mut self, portion: &mut Portion) -> Result<bool> {
-        portion.text.clear();
-        portion.lines.clear();
-        while !self.done && portion.text.len() < PORTION && portion.lines.len() < PORTION_LINES {
-            self.line(portion)?;
+    /// If the source cannot be read or is damaged.
+    pub(crate) fn next(&mut self, chunk: &mut LineChunk) -> Result<bool> {
+        chunk.text.clear();
+        chunk.lines.clear();
+        while !self.done && chunk.text.len() < CHUNK_BYTES && chunk.lines.len() < CHUNK_LINES {
+            self.read_line(chunk)?;
         }
-        Ok(!portion.lines.is_empty())
+        Ok(!chunk.lines.is_empty())
     }
 
-    fn line(&mut self, portion: &mut Portion) -> Result<()> {
-        let text = &mut portion.text;
-        let place = match &mut self.kind {
-            Kind::Cache(lines) => {
+    fn read_line(&mut self, chunk: &mut LineChunk) -> Result<()> {
+        let text = &mut chunk.text;
+        let place = match &mut self.lines {
+            LineReader::Cache(lines) => {
                 if !lines.advance().map_err(|error| lines.refuse_scan(error))? {
                     lines.warn_of_torn();
                     self.done = true;
@@ -217,7 +220,7 @@ impl Reader {
                 self.bytes = lines.position();
                 Some(lines.place())
             }
-            Kind::File { path, lines } => {
+            LineReader::File { path, lines } => {
                 let length = lines.read_until(b'\n', text);
                 let length =
                     length.with_context(|| format!("reading `data.source` {}", path.display()))?;
@@ -227,46 +230,45 @@ impl Reader {
             }
         };
         self.number += 1;
-        portion.lines.push(Line {
+        chunk.lines.push(ChunkLine {
             number: self.number,
-            end: portion.text.len(),
+            end: chunk.text.len(),
             place,
         });
         Ok(())
     }
 
-    /// Lines read so far.
+    /// Number of lines read so far.
     pub(crate) fn number(&self) -> u64 {
         self.number
     }
 
-    /// Bytes read so far; of a packed file, of what is in it.
+    /// Number of bytes read so far; for a compressed file, of uncompressed bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 }
 
-impl Portion {
-    /// Calls `each` with the number and the row of each line, or the reason to leave it out; empty
-    /// lines are none.
+impl LineChunk {
+    /// Calls `each` with the number and the row of each line, or the reason to leave it out. Empty lines are skipped.
     ///
     /// # Errors
-    /// With the line's number: the first that is no row, or that `each` refuses.
+    /// The number and the error of the first line that is invalid, or for which `each` fails.
     pub(crate) fn rows(
         &self,
-        source: &Source,
+        source: &DataSource,
         (settings, selection): (&config::DataConfig, &Selection),
-        mut each: impl FnMut(u64, Result<Row, Box<Skipped>>) -> Result<()>,
+        mut each: impl FnMut(u64, Result<TrainingRow, Box<SkippedRow>>) -> Result<()>,
     ) -> Result<(), (u64, anyhow::Error)> {
         let mut start = 0;
         for line in &self.lines {
             let text = &self.text[start..line.end];
             start = line.end;
             let row = match (source, &line.place) {
-                (Source::Cache(dir), Some(place)) => RecordView::of_line(text)
-                    .map(|record| Some(rows::of_record(record, settings, selection)))
+                (DataSource::Cache(dir), Some(place)) => RecordView::of_line(text)
+                    .map(|record| Some(rows::from_record(record, settings, selection)))
                     .map_err(|fault| place.refuse(dir, fault)),
-                (source, _) => of_line(text, line.number, settings)
+                (source, _) => parse_line(text, line.number, settings)
                     .map(|row| row.map(Ok))
                     .map_err(|error| {
                         let place = format!("{}:{}", source.path().display(), line.number);
@@ -284,22 +286,22 @@ impl Portion {
     }
 }
 
-fn of_line(
+fn parse_line(
     line: &[u8],
     number: u64,
     settings: &config::DataConfig,
-) -> Result<Option<Row<'static>>> {
-    let line = std::str::from_utf8(line).context("it is no UTF-8")?;
-    match line.trim().is_empty() {
-        true => Ok(None),
-        false => rows::of_line(line, number, settings).map(Some),
+) -> Result<Option<TrainingRow<'static>>> {
+    let line = std::str::from_utf8(line).context("the line is not valid UTF-8")?;
+    if line.trim().is_empty() {
+        return Ok(None);
     }
+    rows::from_line(line, number, settings).map(Some)
 }
 
-/// Told how many bytes of how many have been read; may end the reading by an error.
+/// Called with the number of bytes read and the total; may stop the reading with an error.
 pub(crate) type OnProgress<'a> = &'a mut (dyn FnMut(u64, u64) -> Result<()> + Send);
 
-/// The part of a prompt id's hash that decides on which side of the split its answers fall.
+/// Hash of a prompt id that decides the side of the split for the answers to the prompt.
 pub(crate) fn prompt_hash(prompt_id: &str) -> u32 {
     let [a, b, c, d, ..] = *blake3::hash(prompt_id.as_bytes()).as_bytes();
     u32::from_be_bytes([a, b, c, d])

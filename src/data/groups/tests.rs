@@ -11,11 +11,11 @@ fn group(endpoint: &str, model: &str, temperature: f64) -> Group {
     }
 }
 
-fn candidate(group: &Group, key: &str, cut_at: u32) -> Candidate {
-    Candidate::new(group.clone(), key, cut_at)
+fn identity(group: &Group, key: &str, cut_at: u32) -> RecordIdentity {
+    RecordIdentity::new(group.clone(), key, cut_at)
 }
 
-/// A group, the same under the name of its teacher, and the same of a mock.
+/// A group, the same group under the name of its teacher, and the same group of a mock.
 fn variants() -> [Group; 3] {
     let plain = group("http://a/v1", "m", 1.0);
     let named = Group {
@@ -30,61 +30,61 @@ fn variants() -> [Group; 3] {
 }
 
 #[test]
-fn answers_of_the_config_are_told_from_others() {
+fn config_selection_names_the_first_difference() {
     let request =
         json!({"model": "m", "temperature": 1.0, "seed": 7, "max_tokens": 5, "messages": []});
-    let asked = |rows: Option<Rows>| {
-        Selection::Asked(Asked {
+    let config_selection = |rows: Option<PlannedRows>| {
+        Selection::Config(ConfigSelection {
             rows,
-            teachers: vec![Teacher::new("mine", "http://a/v1", &request)],
+            teachers: vec![TeacherIdentity::new("mine", "http://a/v1", &request)],
         })
     };
     let [ours, other] = ["1", "2"].map(|digit| digit.repeat(64));
     let [answered, open] = ["1", "5"].map(|digit| digit.repeat(64));
     let [answered, open] = [answered, open].map(|key| question::fingerprint(&key));
-    let known = asked(Some(Rows {
+    let known = config_selection(Some(PlannedRows {
         keys: Keys::from_iter([crate::cache::fingerprint::fingerprint(&ours)]),
         answered: Keys::from_iter([answered]),
         questions: Keys::from_iter([answered, open]),
     }));
-    // Of the same questions, under other keys.
+    // The same questions under other keys.
     let [second, cut] = ["1", "5"].map(|digit| format!("{}{}", "3".repeat(32), digit.repeat(32)));
     let [plain, named, mock] = variants();
-    let elsewhere = group("http://b/v1", "m", 1.0);
+    let other_endpoint = group("http://b/v1", "m", 1.0);
     let model = group("http://a/v1", "n", 1.0);
     let cooler = group("http://a/v1", "m", 0.5);
     let cases = [
         (&plain, &ours, 0, Ok(())),
-        // Taken over by `cache adopt`.
-        (&elsewhere, &ours, 0, Ok(())),
-        (&mock, &ours, 0, Err(Difference::Mock)),
-        (&plain, &second, 0, Err(Difference::Duplicate)),
-        (&plain, &second, 16, Err(Difference::Duplicate)),
-        (&elsewhere, &cut, 0, Err(Difference::Adoptable)),
-        (&plain, &other, 0, Err(Difference::Question)),
-        (&named, &other, 0, Err(Difference::Question)),
-        (&named, &cut, 16, Err(Difference::Truncated)),
-        (&elsewhere, &other, 0, Err(Difference::Endpoint)),
-        (&model, &other, 0, Err(Difference::Model)),
-        (&cooler, &other, 0, Err(Difference::Sampling)),
+        // Adopted by `cache adopt`.
+        (&other_endpoint, &ours, 0, Ok(())),
+        (&mock, &ours, 0, Err(ExclusionReason::Mock)),
+        (&plain, &second, 0, Err(ExclusionReason::Duplicate)),
+        (&plain, &second, 16, Err(ExclusionReason::Duplicate)),
+        (&other_endpoint, &cut, 0, Err(ExclusionReason::Adoptable)),
+        (&plain, &other, 0, Err(ExclusionReason::Question)),
+        (&named, &other, 0, Err(ExclusionReason::Question)),
+        (&named, &cut, 16, Err(ExclusionReason::Truncated)),
+        (&other_endpoint, &other, 0, Err(ExclusionReason::Endpoint)),
+        (&model, &other, 0, Err(ExclusionReason::Model)),
+        (&cooler, &other, 0, Err(ExclusionReason::Sampling)),
     ];
     for (group, key, cut_at, expected) in cases {
-        let found = known.check(&candidate(group, key, cut_at));
+        let found = known.check(&identity(group, key, cut_at));
         assert_eq!(found, expected, "{group} {key}");
     }
     // Without the prompts.
-    let unknown = asked(None);
-    assert_eq!(unknown.check(&candidate(&named, &other, 0)), Ok(()));
-    let found = unknown.check(&candidate(&model, &other, 0));
-    assert_eq!(found, Err(Difference::Model));
+    let unknown = config_selection(None);
+    assert_eq!(unknown.check(&identity(&named, &other, 0)), Ok(()));
+    let found = unknown.check(&identity(&model, &other, 0));
+    assert_eq!(found, Err(ExclusionReason::Model));
 }
 
 #[test]
-fn groups_are_named_by_id_model_endpoint_and_teacher() {
+fn groups_are_selected_by_id_model_endpoint_and_teacher() {
     let [plain, named, mock] = variants();
     let is_in = |name: &str, group| {
         let selection = Selection::Named(vec![name.into()]);
-        selection.check(&candidate(group, "", 0)).is_ok()
+        selection.check(&identity(group, "", 0)).is_ok()
     };
     assert!(is_in(&plain.id(), &plain) && is_in("m", &plain) && is_in("http://a/v1", &plain));
     assert!(is_in("mine", &named) && !is_in("mine", &plain) && !is_in("mock", &plain));
@@ -92,13 +92,13 @@ fn groups_are_named_by_id_model_endpoint_and_teacher() {
     assert!(is_in("http://127.0.0.1:80/v1", &local));
     assert!(is_in("mock", &mock) && is_in(&mock.id(), &mock) && !is_in(&plain.id(), &mock));
     assert!(!is_in("m", &mock) && !is_in("http://a/v1", &mock));
-    let all = |group| Selection::All.check(&candidate(group, "", 0));
-    assert_eq!(all(&mock), Err(Difference::Mock));
+    let all = |group| Selection::All.check(&identity(group, "", 0));
+    assert_eq!(all(&mock), Err(ExclusionReason::Mock));
     assert_eq!(all(&named), Ok(()));
 }
 
 #[test]
-fn names_in_a_cache_stay_on_their_line_without_control_characters() {
+fn group_names_are_printed_without_control_characters() {
     let hostile = group(
         "http://a/v1\u{1b}[2J",
         "m\u{1b}]0;x\u{7}\nsecond\tline",

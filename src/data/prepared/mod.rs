@@ -1,18 +1,27 @@
-//! Prepared examples: written once, as safetensors shards, and mapped into memory afterwards.
+//! Prepared examples: written once as safetensors shards, then mapped into memory.
 //!
 //! ```text
-//! <run_dir>/prepared/<hash>/shard-00000.safetensors …   examples, column by column (`columns`)
-//!                           order.safetensors           in which order they are taken (`order`)
+//! <run_dir>/prepared/<hash>/shard-00000.safetensors …   examples, column by column
+//!                           order.safetensors           the order in which they are taken
 //!                           index.json                  sizes, checksums, the report; written last
 //! ```
 //!
-//! The hash is one of everything that the examples depend on: the bytes of the source, the
-//! tokenizer, the settings. A folder appears whole, by its rename, or not at all.
+//! | file | content |
+//! |---|---|
+//! | `columns` | examples in memory, and how a shard is written |
+//! | `shard` | views of the examples in a shard |
+//! | `order` | `order.safetensors` |
+//! | `index` | `index.json`, and the version of the format |
+//! | `writer` | writing on several threads |
 //!
-//! The side of the split that an example falls on is not written down, only the hash of its prompt:
-//! another `data.validation_share` needs no other shards.
+//! Invariants:
+//! - The hash covers everything that the examples depend on: the bytes of the source, the tokenizer, the settings.
+//! - A folder appears complete, by a rename, or not at all.
+//! - Only the hash of an example's prompt is stored, not its side of the split. Another `data.validation_share`
+//!   therefore uses the same shards.
 
 pub(crate) mod columns;
+pub mod index;
 pub(crate) mod order;
 pub mod shard;
 pub(crate) mod writer;
@@ -24,90 +33,49 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
-use crate::data::report::Report;
+use crate::data::report::DataReport;
 use crate::fs;
 use crate::ops::map::Map;
-pub use columns::Example;
-pub use shard::ExampleView;
-use shard::{Bytes, Shard};
-pub use writer::{Entry, Part, Sink, Writer};
+use index::{FileChecksum, INDEX, ORDER, PreparedIndex, VERSION};
+use shard::{ExampleView, Shard, ShardBytes};
 
-/// Of the files, and of how records become examples: raise it where either changes.
-pub const VERSION: u32 = 5;
-
-const INDEX: &str = "index.json";
-const ORDER: &str = "order.safetensors";
-
-/// Folders that are kept: the one in use, and the one before it, to which a user who tries a
-/// setting may go back.
+/// Number of folders that are kept: the one in use, and the previous one, in case the user reverts a setting.
 const KEPT: usize = 2;
 
-/// `index.json`
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Index {
-    version: u32,
-    /// The name of the folder.
-    hash: String,
-    /// A hash of the examples themselves, in their order. The same answers in another order, or
-    /// compressed, have another `hash` and the same content.
-    content: String,
-    examples: usize,
-    shards: Vec<ShardFile>,
-    order: File,
-    report: Report,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct ShardFile {
-    #[serde(flatten)]
-    file: File,
-    examples: usize,
-}
-
-/// A file, and how to tell that it is as it was written.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct File {
-    name: String,
-    bytes: u64,
-    crc32c: u32,
-}
-
-/// Examples, in memory or mapped.
+/// Prepared examples, mapped or in memory.
 #[derive(Debug)]
 pub struct Prepared {
     shards: Vec<Shard>,
-    /// The number of the first example of each shard.
+    /// Index of the first example of each shard.
     starts: Vec<usize>,
-    /// The number of each example, in the order in which they are taken.
+    /// Index of each example in all shards, in the order in which examples are taken.
     places: Vec<u32>,
     prompt_hashes: Vec<u32>,
     content: String,
-    report: Report,
+    report: DataReport,
 }
 
 impl Prepared {
-    /// The whole folder `dir`; None where there is none.
+    /// Opens the folder `dir`. Returns None if it does not exist.
     ///
-    /// Checksums are taken here, of all files: examples that turn out damaged in the middle of a
-    /// training cannot be prepared again any more. It costs one reading of the files, which the
-    /// first epoch then finds in the system's memory.
+    /// Verifies the checksums of all files now: examples that turn out damaged in the middle of a training cannot be
+    /// prepared again. This reads every file once, which brings it into the page cache for the first epoch.
     ///
     /// # Errors
     /// If a file is missing or damaged.
     pub fn open(dir: &Path) -> Result<Option<Self>> {
-        match dir.exists() {
-            true => Self::read(&|name| std::fs::read(dir.join(name)), &|file| {
-                verify(&dir.join(&file.name), file)?;
-                map(&dir.join(&file.name), file)
-            })
-            .map(Some),
-            false => Ok(None),
+        if !dir.exists() {
+            return Ok(None);
         }
+        Self::read(&|name| std::fs::read(dir.join(name)), &|file| {
+            verify(&dir.join(&file.name), file)?;
+            map(&dir.join(&file.name), file)
+        })
+        .map(Some)
     }
 
-    /// The folder `dir`, which this process has just written.
+    /// Opens the folder `dir` without checksums. Only for a folder that this process has just written.
     ///
     /// # Errors
     /// If a file cannot be read.
@@ -117,10 +85,10 @@ impl Prepared {
         })
     }
 
-    /// What a [`Writer`] left in memory.
+    /// Opens files that a `PreparedWriter` made in memory.
     ///
     /// # Errors
-    /// If it is not what a writer leaves.
+    /// If the files are inconsistent.
     pub fn in_memory(files: BTreeMap<String, Vec<u8>>) -> Result<Self> {
         let files = Mutex::new(files);
         let take = |name: &str| {
@@ -128,20 +96,23 @@ impl Prepared {
             let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
             files.remove(name).ok_or_else(missing)
         };
-        Self::read(&take, &|file| Ok(Bytes::Memory(take(&file.name)?)))
+        Self::read(&take, &|file| Ok(ShardBytes::Memory(take(&file.name)?)))
     }
 
     fn read(
         small: &(dyn Fn(&str) -> std::io::Result<Vec<u8>> + Sync),
-        large: &(dyn Fn(&File) -> Result<Bytes> + Sync),
+        large: &(dyn Fn(&FileChecksum) -> Result<ShardBytes> + Sync),
     ) -> Result<Self> {
         let read = |name| small(name).with_context(|| format!("reading {name}"));
-        let index: Index = serde_json::from_slice(&read(INDEX)?).context(INDEX)?;
-        ensure!(index.version == VERSION, "another version wrote it");
+        let index: PreparedIndex = serde_json::from_slice(&read(INDEX)?).context(INDEX)?;
+        ensure!(
+            index.version == VERSION,
+            "another version of the program wrote the folder"
+        );
         let order = read(ORDER)?;
         ensure!(
             index.order.bytes == order.len() as u64 && index.order.crc32c == crc32c::crc32c(&order),
-            "{ORDER} is not what was written"
+            "the checksum of {ORDER} does not match"
         );
         let (places, prompt_hashes) = order::read(&order).context(ORDER)?;
         let shards: Vec<Shard> = index
@@ -151,7 +122,10 @@ impl Prepared {
                 let name = &shard.file.name;
                 let open = || -> Result<Shard> {
                     let open = Shard::new(large(&shard.file)?)?;
-                    ensure!(open.len() == shard.examples, "it has other examples");
+                    ensure!(
+                        open.len() == shard.examples,
+                        "it has another number of examples"
+                    );
                     Ok(open)
                 };
                 open().with_context(|| name.clone())
@@ -168,7 +142,7 @@ impl Prepared {
                 && places.len() == start
                 && prompt_hashes.len() == start
                 && places.iter().all(|&place| (place as usize) < start),
-            "its files do not fit each other"
+            "its files do not belong together"
         );
         Ok(Self {
             shards,
@@ -189,34 +163,35 @@ impl Prepared {
         self.places.is_empty()
     }
 
-    /// Example `at`, which is less than B: from a cache, in the order of the keys; from a file of
-    /// conversations, in that of the file.
-    pub fn example(&self, at: usize) -> ExampleView<'_> {
-        let number = self.places[at] as usize;
+    /// Returns example `index`, which must be less than B. Examples from a cache are in the order of their keys,
+    /// examples from a file of conversations in the order of the file.
+    pub fn example(&self, index: usize) -> ExampleView<'_> {
+        let number = self.places[index] as usize;
         let shard = self.starts.partition_point(|&start| start <= number) - 1;
         self.shards[shard].example(number - self.starts[shard])
     }
 
-    /// The hash of the prompt of example `at`.
-    pub fn prompt_hash(&self, at: usize) -> u32 {
-        self.prompt_hashes[at]
+    /// Hash of the prompt of example `index`.
+    pub fn prompt_hash(&self, index: usize) -> u32 {
+        self.prompt_hashes[index]
     }
 
-    /// A hash of all examples, in their order.
+    /// Hash of all examples, in their order.
     pub fn content(&self) -> &str {
         &self.content
     }
 
-    /// What became of the records.
-    pub fn report(&self) -> &Report {
+    /// Counts of the preparation.
+    pub fn report(&self) -> &DataReport {
         &self.report
     }
 }
 
-/// Checks a file by reading it; a map of it would count as this process's memory.
-fn verify(path: &Path, file: &File) -> Result<()> {
+/// Verifies a file by reading it. A mapping would count as memory of this process.
+fn verify(path: &Path, file: &FileChecksum) -> Result<()> {
     let mut reader = std::fs::File::open(path)?;
-    let (mut bytes, mut crc32c) = (0, 0);
+    let mut bytes = 0;
+    let mut crc32c = 0;
     let mut buffer = vec![0; 1 << 20];
     loop {
         match reader.read(&mut buffer)? {
@@ -228,40 +203,42 @@ fn verify(path: &Path, file: &File) -> Result<()> {
         }
     }
     if (bytes, crc32c) != (file.bytes, file.crc32c) {
-        bail!("it is not what was written");
+        bail!("its checksum does not match");
     }
     Ok(())
 }
 
-fn map(path: &Path, file: &File) -> Result<Bytes> {
+fn map(path: &Path, file: &FileChecksum) -> Result<ShardBytes> {
     let map = Map::of(&std::fs::File::open(path)?)?;
-    ensure!(map.len() as u64 == file.bytes, "it is not what was written");
-    Ok(Bytes::Mapped(map))
+    ensure!(map.len() as u64 == file.bytes, "its size does not match");
+    Ok(ShardBytes::Mapped(map))
 }
 
-/// Removes what earlier runs have left in `root`: folders that never became whole, and all whole
-/// ones but the newest, of which `used` is one.
+/// Removes folders of earlier runs from `root`: incomplete ones, and all complete ones except the newest, of which
+/// `used` is one.
 ///
 /// # Errors
-/// Where a folder cannot be read or removed.
+/// If a folder cannot be read or removed.
 pub fn remove_older(root: &Path, used: &Path) -> Result<()> {
     let read = || format!("could not read {}", root.display());
-    let mut whole = Vec::new();
+    let mut complete = Vec::new();
     for entry in std::fs::read_dir(root).with_context(read)? {
         let path = entry.with_context(read)?.path();
         if path == used || !path.is_dir() {
             continue;
         }
-        // What is being written has a name with a dot before it.
+        // The name of a folder that is being written starts with a dot.
         let name = path.file_name().unwrap_or_default();
         let index = path.join(INDEX).metadata();
         match index.and_then(|metadata| metadata.modified()) {
-            Ok(written) if !name.to_string_lossy().starts_with('.') => whole.push((written, path)),
+            Ok(written) if !name.to_string_lossy().starts_with('.') => {
+                complete.push((written, path))
+            }
             _ => fs::remove_dir_all(&path)?,
         }
     }
-    whole.sort();
-    for (_, path) in whole.iter().rev().skip(KEPT - 1) {
+    complete.sort();
+    for (_, path) in complete.iter().rev().skip(KEPT - 1) {
         fs::remove_dir_all(path)?;
     }
     Ok(())

@@ -1,4 +1,7 @@
-//! A safetensors file of examples, read in place.
+//! Reads examples from a safetensors file, in place.
+
+// Arrays carry their shape as a suffix: see the legend in `data`.
+#![allow(non_snake_case)]
 
 use std::ops::Range;
 
@@ -9,37 +12,39 @@ use safetensors::tensor::{Dtype, Metadata};
 use super::columns::name;
 use crate::ops::map::Map;
 
-/// The bytes of a file, wherever they are.
+/// Bytes of a shard, mapped or in memory.
 #[derive(Debug)]
-pub enum Bytes {
+pub enum ShardBytes {
     Mapped(Map),
     Memory(Vec<u8>),
 }
 
-impl Bytes {
+impl ShardBytes {
     fn all(&self) -> &[u8] {
         match self {
-            Bytes::Mapped(map) => map,
-            Bytes::Memory(bytes) => bytes,
+            ShardBytes::Mapped(map) => map,
+            ShardBytes::Memory(bytes) => bytes,
         }
     }
 }
 
-/// A column of unsigned numbers. They are put together from their bytes: those of a file in memory
-/// need not be aligned.
+/// A column of unsigned numbers, decoded from bytes: a file in memory may be unaligned.
 #[derive(Debug, Clone)]
-struct Column {
-    /// Where it lies in the file.
+struct ColumnView {
+    /// Byte range in the file.
     bytes: Range<usize>,
     width: usize,
 }
 
-impl Column {
-    fn of(metadata: &Metadata, data: usize, name: &str, dtypes: &[Dtype]) -> Result<Self> {
+impl ColumnView {
+    fn find(metadata: &Metadata, data: usize, name: &str, dtypes: &[Dtype]) -> Result<Self> {
         let info = metadata
             .info(name)
-            .with_context(|| format!("it has no {name}"))?;
-        ensure!(dtypes.contains(&info.dtype), "{name} is of another type");
+            .with_context(|| format!("the column {name} is missing"))?;
+        ensure!(
+            dtypes.contains(&info.dtype),
+            "the column {name} has another type"
+        );
         let (start, end) = info.data_offsets;
         Ok(Self {
             bytes: data + start..data + end,
@@ -68,7 +73,7 @@ impl Column {
         self.part(bytes, range).chunks_exact(self.width).map(value)
     }
 
-    /// The part that ends at the `at`-th of the ends in this column.
+    /// Returns range `at` of a column of ends.
     fn span(&self, bytes: &[u8], at: usize) -> Range<usize> {
         let start = at
             .checked_sub(1)
@@ -77,7 +82,7 @@ impl Column {
     }
 }
 
-/// A number of 1, 2 or 4 bytes, little end first.
+/// Decodes a little-endian number of 1, 2 or 4 bytes.
 fn value(bytes: &[u8]) -> u32 {
     match *bytes {
         [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
@@ -86,86 +91,88 @@ fn value(bytes: &[u8]) -> u32 {
     }
 }
 
-/// A file as `Columns::write` makes it.
+/// A file that `ExampleColumns::write` wrote.
 #[derive(Debug)]
 pub struct Shard {
-    bytes: Bytes,
-    input_ids: Column,
-    input_ends: Column,
-    positions: Column,
-    target_ends: Column,
-    soft_ids: Column,
-    soft_logprobs: Column,
-    soft_ends: Column,
-    drawn: Column,
-    chunk_starts: Column,
-    chunk_lens: Column,
-    chunk_nlls: Column,
-    chunk_ends: Column,
-    exact: Column,
-    lists_end: Column,
-    keys: Column,
-    key_ends: Column,
+    bytes: ShardBytes,
+    input_ids_T: ColumnView,
+    input_ends_B: ColumnView,
+    positions_N: ColumnView,
+    target_ends_B: ColumnView,
+    soft_ids_NK: ColumnView,
+    soft_logprobs_NK: ColumnView,
+    soft_ends_N: ColumnView,
+    sampled_logprobs_N: ColumnView,
+    chunk_starts_C: ColumnView,
+    chunk_lens_C: ColumnView,
+    chunk_nlls_C: ColumnView,
+    chunk_ends_B: ColumnView,
+    is_exact_sample_B: ColumnView,
+    lists_end_B: ColumnView,
+    keys: ColumnView,
+    key_ends_B: ColumnView,
 }
 
 impl Shard {
+    /// Reads the header. The data after it is not checked: a checksum covers it.
+    ///
     /// # Errors
-    /// If the header is none, or not that of such a file. What lies behind it is for a checksum.
-    pub fn new(bytes: Bytes) -> Result<Self> {
+    /// If the header is invalid or a column is missing.
+    pub fn new(bytes: ShardBytes) -> Result<Self> {
         let (length, metadata) = SafeTensors::read_metadata(bytes.all())?;
-        let column = |name, dtypes: &[Dtype]| Column::of(&metadata, 8 + length, name, dtypes);
+        let column = |name, dtypes: &[Dtype]| ColumnView::find(&metadata, 8 + length, name, dtypes);
         let words = |name| column(name, &[Dtype::U32]);
         let ids = |name| column(name, &[Dtype::U16, Dtype::U32]);
         let shard = Self {
-            input_ids: ids(name::INPUT_IDS)?,
-            input_ends: words(name::INPUT_ENDS)?,
-            positions: words(name::POSITIONS)?,
-            target_ends: words(name::TARGET_ENDS)?,
-            soft_ids: ids(name::SOFT_IDS)?,
-            soft_logprobs: column(name::SOFT_LOGPROBS, &[Dtype::F32])?,
-            soft_ends: words(name::SOFT_ENDS)?,
-            drawn: column(name::DRAWN, &[Dtype::F32])?,
-            chunk_starts: words(name::CHUNK_STARTS)?,
-            chunk_lens: words(name::CHUNK_LENS)?,
-            chunk_nlls: column(name::CHUNK_NLLS, &[Dtype::F32])?,
-            chunk_ends: words(name::CHUNK_ENDS)?,
-            exact: column(name::EXACT, &[Dtype::U8])?,
-            lists_end: column(name::LISTS_END, &[Dtype::U8])?,
+            input_ids_T: ids(name::INPUT_IDS)?,
+            input_ends_B: words(name::INPUT_ENDS)?,
+            positions_N: words(name::POSITIONS)?,
+            target_ends_B: words(name::TARGET_ENDS)?,
+            soft_ids_NK: ids(name::SOFT_IDS)?,
+            soft_logprobs_NK: column(name::SOFT_LOGPROBS, &[Dtype::F32])?,
+            soft_ends_N: words(name::SOFT_ENDS)?,
+            sampled_logprobs_N: column(name::SAMPLED_LOGPROBS, &[Dtype::F32])?,
+            chunk_starts_C: words(name::CHUNK_STARTS)?,
+            chunk_lens_C: words(name::CHUNK_LENS)?,
+            chunk_nlls_C: column(name::CHUNK_NLLS, &[Dtype::F32])?,
+            chunk_ends_B: words(name::CHUNK_ENDS)?,
+            is_exact_sample_B: column(name::IS_EXACT_SAMPLE, &[Dtype::U8])?,
+            lists_end_B: column(name::LISTS_END, &[Dtype::U8])?,
             keys: column(name::KEYS, &[Dtype::U8])?,
-            key_ends: words(name::KEY_ENDS)?,
+            key_ends_B: words(name::KEY_ENDS)?,
             bytes,
         };
         let examples = [
-            &shard.target_ends,
-            &shard.key_ends,
-            &shard.chunk_ends,
-            &shard.exact,
-            &shard.lists_end,
+            &shard.target_ends_B,
+            &shard.key_ends_B,
+            &shard.chunk_ends_B,
+            &shard.is_exact_sample_B,
+            &shard.lists_end_B,
         ];
-        let positions = [&shard.soft_ends, &shard.drawn];
+        let positions = [&shard.soft_ends_N, &shard.sampled_logprobs_N];
         if examples.iter().any(|column| column.len() != shard.len())
             || positions
                 .iter()
-                .any(|column| column.len() != shard.positions.len())
+                .any(|column| column.len() != shard.positions_N.len())
         {
-            bail!("its columns do not fit each other");
+            bail!("its columns have different lengths");
         }
         Ok(shard)
     }
 
-    /// Examples in it.
+    /// Number of examples.
     pub(crate) fn len(&self) -> usize {
-        self.input_ends.len()
+        self.input_ends_B.len()
     }
 
-    /// Example `index`, which is less than [`Self::len`].
+    /// Returns example `index`, which must be less than the number of examples.
     pub fn example(&self, index: usize) -> ExampleView<'_> {
         ExampleView { shard: self, index }
     }
 }
 
-/// A tokenised conversation of T tokens, of which N are supervised: the answers and their
-/// end-of-turn tokens. Borrowed from its shard.
+/// A tokenised conversation of T tokens, borrowed from its shard. N of them are supervised: the answers and their
+/// end-of-turn tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct ExampleView<'a> {
     shard: &'a Shard,
@@ -178,95 +185,105 @@ impl<'a> ExampleView<'a> {
     }
 
     fn targets(self) -> Range<usize> {
-        self.shard.target_ends.span(self.bytes(), self.index)
+        self.shard.target_ends_B.span(self.bytes(), self.index)
     }
 
     fn soft(self) -> Range<usize> {
-        let (bytes, targets, ends) = (self.bytes(), self.targets(), &self.shard.soft_ends);
+        let bytes = self.bytes();
+        let targets = self.targets();
+        let ends = &self.shard.soft_ends_N;
         if targets.is_empty() {
             return 0..0;
         }
         ends.span(bytes, targets.start).start..ends.span(bytes, targets.end - 1).end
     }
 
-    /// The cache key, or the row's number in a file of conversations: names the example in errors.
+    /// Name of the example in errors: the cache key, or the line number in a file of conversations.
     pub fn key(self) -> &'a str {
-        let (bytes, shard) = (self.bytes(), self.shard);
-        let range = shard.key_ends.span(bytes, self.index);
+        let bytes = self.bytes();
+        let shard = self.shard;
+        let range = shard.key_ends_B.span(bytes, self.index);
         std::str::from_utf8(shard.keys.part(bytes, range)).unwrap_or_default()
     }
 
-    /// T
+    /// T, the number of tokens.
     pub fn tokens(self) -> usize {
-        self.shard.input_ends.span(self.bytes(), self.index).len()
+        self.shard.input_ends_B.span(self.bytes(), self.index).len()
     }
 
-    /// N
+    /// N, the number of supervised positions.
     pub fn supervised(self) -> usize {
         self.targets().len()
     }
 
-    /// (T)
+    /// Token ids (T).
     pub fn input_ids(self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
-        let (bytes, shard) = (self.bytes(), self.shard);
-        let range = shard.input_ends.span(bytes, self.index);
-        shard.input_ids.values(bytes, range)
+        let bytes = self.bytes();
+        let shard = self.shard;
+        let range = shard.input_ends_B.span(bytes, self.index);
+        shard.input_ids_T.values(bytes, range)
     }
 
-    /// Index in `input_ids` of each token that predicts; the label is the token behind it (N).
+    /// Index in `input_ids` of each token that predicts; the label is the token after it (N).
     pub fn positions(self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
-        self.shard.positions.values(self.bytes(), self.targets())
+        self.shard.positions_N.values(self.bytes(), self.targets())
     }
 
-    /// Where the soft labels of each position end, in those of the example (N).
+    /// End of each position's soft labels, in those of the example (N).
     pub fn soft_ends(self) -> impl ExactSizeIterator<Item = usize> + use<'a> {
         let start = self.soft().start;
-        let ends = self.shard.soft_ends.values(self.bytes(), self.targets());
+        let ends = self.shard.soft_ends_N.values(self.bytes(), self.targets());
         ends.map(move |end| end as usize - start)
     }
 
-    /// The logprob of each label that the teacher emitted from outside its top-k, -inf where it is
-    /// not known (N).
-    pub fn drawn(self) -> impl ExactSizeIterator<Item = Option<f32>> + use<'a> {
-        let values = self.shard.drawn.values(self.bytes(), self.targets());
+    /// Logprob of each label that the teacher emitted from outside its top-k; -inf if unknown (N).
+    pub fn sampled_logprobs(self) -> impl ExactSizeIterator<Item = Option<f32>> + use<'a> {
+        let values = self
+            .shard
+            .sampled_logprobs_N
+            .values(self.bytes(), self.targets());
         values.map(|bits| Some(f32::from_bits(bits)).filter(|logprob| !logprob.is_nan()))
     }
 
-    /// The positions that spell what the teacher cuts into other tokens, counted among the supervised
-    /// ones, with the negative log-likelihood of that text under the teacher.
+    /// Chunks: ranges of supervised positions whose text the teacher splits differently, with the negative
+    /// log-likelihood of the text under the teacher.
     pub fn chunks(self) -> impl Iterator<Item = (Range<usize>, f32)> + use<'a> {
-        let (bytes, shard) = (self.bytes(), self.shard);
-        let range = shard.chunk_ends.span(bytes, self.index);
-        let starts = shard.chunk_starts.values(bytes, range.clone());
-        let lens = shard.chunk_lens.values(bytes, range.clone());
-        let nlls = shard.chunk_nlls.values(bytes, range).map(f32::from_bits);
+        let bytes = self.bytes();
+        let shard = self.shard;
+        let range = shard.chunk_ends_B.span(bytes, self.index);
+        let starts = shard.chunk_starts_C.values(bytes, range.clone());
+        let lens = shard.chunk_lens_C.values(bytes, range.clone());
+        let nlls = shard.chunk_nlls_C.values(bytes, range).map(f32::from_bits);
         starts.zip(lens).zip(nlls).map(|((start, len), nll)| {
             let start = start as usize;
             (start..start + len as usize, nll)
         })
     }
 
-    /// Was the answer drawn from the very distribution that its logprobs tell?
-    pub fn is_exact(self) -> bool {
-        self.shard.exact.get(self.bytes(), self.index) != 0
+    /// Returns true if the answer was sampled from the distribution of its logprobs.
+    pub fn is_exact_sample(self) -> bool {
+        self.shard.is_exact_sample_B.get(self.bytes(), self.index) != 0
     }
 
-    /// Where the answer ends its turn: did the teacher say how likely that was?
+    /// Set if the answer ends its turn: true if the teacher's logprobs include the end of the turn.
     pub fn lists_end(self) -> Option<bool> {
-        match self.shard.lists_end.get(self.bytes(), self.index) {
+        match self.shard.lists_end_B.get(self.bytes(), self.index) {
             0 => None,
             lists => Some(lists == 2),
         }
     }
 
-    /// The student tokens of the soft labels of all positions.
+    /// Student tokens of the soft labels, position after position (NK).
     pub fn soft_ids(self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
-        self.shard.soft_ids.values(self.bytes(), self.soft())
+        self.shard.soft_ids_NK.values(self.bytes(), self.soft())
     }
 
-    /// Their logprobs, as the teacher gave them to the last bit.
+    /// Logprobs of the soft labels (NK), bit by bit as the aligner wrote them.
     pub fn soft_logprobs(self) -> impl ExactSizeIterator<Item = f32> + use<'a> {
-        let values = self.shard.soft_logprobs.values(self.bytes(), self.soft());
+        let values = self
+            .shard
+            .soft_logprobs_NK
+            .values(self.bytes(), self.soft());
         values.map(f32::from_bits)
     }
 }

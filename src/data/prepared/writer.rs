@@ -1,7 +1,7 @@
-//! Writing prepared examples, on several threads at once.
+//! Writes prepared examples on several threads.
 //!
-//! Each thread fills a shard of its own, so that nothing is copied or waited for; which shard an
-//! example lands in is left to chance, and the order file says where it is.
+//! Each thread fills its own shard, without copies or locks. The shard of an example therefore depends on timing;
+//! the order file records the place of each example.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Write};
@@ -12,47 +12,46 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 
-use super::columns::{Columns, Example};
-use super::{File, INDEX, Index, ORDER, ShardFile, VERSION, order};
-use crate::data::report::Report;
+use super::columns::{Example, ExampleColumns};
+use super::index::{FileChecksum, INDEX, ORDER, PreparedIndex, ShardFile, VERSION};
+use super::order;
+use crate::data::report::DataReport;
 use crate::fs;
 
-/// The size of a shard. Each thread holds one in memory; files ten times as large would be read no
-/// faster.
+/// Size of a shard in bytes. Each thread holds one in memory; files ten times as large are not read faster.
 const SHARD_BYTES: usize = 32 << 20;
 
-/// Where the files go.
+/// Destination of the files.
 #[derive(Debug)]
-pub enum Sink {
-    /// A folder, in which nobody looks before it is whole.
+pub(crate) enum OutputSink {
+    /// A folder that no reader opens before it is complete.
     Folder(PathBuf),
     Memory,
 }
 
-/// What all threads share.
+/// Writer that all threads share.
 #[derive(Debug)]
-pub struct Writer {
-    sink: Sink,
-    /// Are token ids of 16 bits wide enough?
+pub(crate) struct PreparedWriter {
+    sink: OutputSink,
+    /// True if token ids fit into 16 bits.
     narrow: bool,
     next: AtomicU32,
-    written: Mutex<Written>,
+    written: Mutex<WrittenFiles>,
 }
 
 #[derive(Debug, Default)]
-struct Written {
-    /// By number, with how many examples they hold.
+struct WrittenFiles {
+    /// Shards by number.
     shards: BTreeMap<u32, ShardFile>,
-    /// The files themselves, where they go into no folder.
+    /// Content of the files by name, for [`OutputSink::Memory`].
     memory: BTreeMap<String, Vec<u8>>,
-    /// Those that are on their way to the disk, so that it does not all have to be waited for at the
-    /// end.
+    /// Threads that sync files to the disk, so that the end does not wait for all data at once.
     syncing: Vec<JoinHandle<io::Result<()>>>,
 }
 
-/// An example that has been written: where it is, and what must be known of all of them at once.
+/// Place of a written example, and the values that need all examples at once.
 #[derive(Debug)]
-pub struct Entry {
+pub(crate) struct ExampleEntry {
     key: Box<str>,
     source: u64,
     shard: u32,
@@ -62,9 +61,9 @@ pub struct Entry {
     mapped_mass: f64,
 }
 
-impl Writer {
-    /// For token ids below `vocab_size`.
-    pub fn new(sink: Sink, vocab_size: usize) -> Self {
+impl PreparedWriter {
+    /// Creates a writer for token ids below `vocab_size`.
+    pub(crate) fn new(sink: OutputSink, vocab_size: usize) -> Self {
         Self {
             sink,
             narrow: vocab_size <= 1 << 16,
@@ -73,11 +72,11 @@ impl Writer {
         }
     }
 
-    /// What one thread adds.
-    pub fn part(&self) -> Part<'_> {
-        Part {
+    /// Creates the writer of one thread.
+    pub(crate) fn shard_writer(&self) -> ShardWriter<'_> {
+        ShardWriter {
             writer: self,
-            columns: Columns::default(),
+            columns: ExampleColumns::default(),
             entries: Vec::new(),
             open: 0,
         }
@@ -87,24 +86,26 @@ impl Writer {
         &self,
         name: &str,
         fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-    ) -> Result<File> {
+    ) -> Result<FileChecksum> {
         let mut out = match &self.sink {
-            Sink::Folder(folder) => Checked::new(Out::File(fs::create(&folder.join(name))?)),
-            Sink::Memory => Checked::new(Out::Memory(Vec::new())),
+            OutputSink::Folder(folder) => {
+                ChecksummedOutput::new(Output::File(fs::create(&folder.join(name))?))
+            }
+            OutputSink::Memory => ChecksummedOutput::new(Output::Memory(Vec::new())),
         };
         fill(&mut out)
             .and_then(|()| out.flush())
             .with_context(|| format!("could not write the prepared examples ({name})"))?;
-        let file = File {
+        let file = FileChecksum {
             name: name.into(),
             bytes: out.bytes,
             crc32c: out.crc32c,
         };
         match out.to {
-            Out::Memory(bytes) => {
+            Output::Memory(bytes) => {
                 self.written().memory.insert(name.into(), bytes);
             }
-            Out::File(to) => {
+            Output::File(to) => {
                 let to = to.into_inner().map_err(|error| error.into_error())?;
                 let syncing = std::thread::spawn(move || to.sync_all());
                 self.written().syncing.push(syncing);
@@ -113,11 +114,11 @@ impl Writer {
         Ok(file)
     }
 
-    fn written(&self) -> MutexGuard<'_, Written> {
+    fn written(&self) -> MutexGuard<'_, WrittenFiles> {
         self.written.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn shard(&self, columns: &Columns) -> Result<u32> {
+    fn write_shard(&self, columns: &ExampleColumns) -> Result<u32> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let name = format!("shard-{number:05}.safetensors");
         let file = self.write(&name, |out| columns.write(self.narrow, out))?;
@@ -128,20 +129,20 @@ impl Writer {
         Ok(number)
     }
 
-    /// Ends the writing, with the entries of all parts: writes the order of the examples and, last
-    /// of all, the index. Returns the files, where they went into memory.
+    /// Writes the order of the examples and, last of all, the index. `entries` are those of all shard writers. Returns
+    /// the files of [`OutputSink::Memory`].
     ///
     /// # Errors
-    /// Where a file cannot be written.
-    pub fn finish(
+    /// If a file cannot be written.
+    pub(crate) fn finish(
         self,
-        mut entries: Vec<Entry>,
+        mut entries: Vec<ExampleEntry>,
         hash: &str,
-        mut report: Report,
+        mut report: DataReport,
     ) -> Result<BTreeMap<String, Vec<u8>>> {
-        // Answers arrive in another order each time; what is trained on must not depend on it.
+        // Answers arrive in a different order each time, which must not affect the training.
         entries.sort_unstable_by(|a, b| (&a.key, a.source).cmp(&(&b.key, b.source)));
-        // Nor must the rounding of a sum depend on which thread was first.
+        // A sum in fixed order does not depend on the timing of threads.
         let mapped: f64 = entries.iter().map(|entry| entry.mapped_mass).sum();
         report.mean_mapped_mass = mapped / report.soft_positions.max(1) as f64;
         let mut content = blake3::Hasher::new();
@@ -156,11 +157,11 @@ impl Writer {
             starts.push(start);
             start += shard.examples as u32;
         }
-        let place = |entry: &Entry| starts[entry.shard as usize] + entry.index;
+        let place = |entry: &ExampleEntry| starts[entry.shard as usize] + entry.index;
         let places: Vec<u32> = entries.iter().map(place).collect();
         let prompt_hashes: Vec<u32> = entries.iter().map(|entry| entry.prompt_hash).collect();
         let order = self.write(ORDER, |out| order::write(&places, &prompt_hashes, out))?;
-        let index = Index {
+        let index = PreparedIndex {
             version: VERSION,
             hash: hash.into(),
             content: content.finalize().to_hex().to_string(),
@@ -173,7 +174,7 @@ impl Writer {
         self.write(INDEX, |out| out.write_all(&index))?;
         let mut written = self.written();
         for syncing in written.syncing.drain(..) {
-            // One that panicked has synced nothing; the folder is synced once more.
+            // A thread that panicked has synced nothing. The folder is synced again later.
             if let Ok(synced) = syncing.join() {
                 synced.context("could not sync the prepared examples")?;
             }
@@ -182,23 +183,23 @@ impl Writer {
     }
 }
 
-/// What one thread adds.
+/// Writer of one thread.
 #[derive(Debug)]
-pub struct Part<'w> {
-    writer: &'w Writer,
-    columns: Columns,
-    entries: Vec<Entry>,
-    /// The first of the entries whose shard is still being filled.
+pub(crate) struct ShardWriter<'w> {
+    writer: &'w PreparedWriter,
+    columns: ExampleColumns,
+    entries: Vec<ExampleEntry>,
+    /// Index of the first entry whose shard is not written yet.
     open: usize,
 }
 
-impl Part<'_> {
-    /// Adds an example. All of them will be sorted by `order`, and those where it is the same by
-    /// `source`, the place in the source. `mapped_mass` is summed for the report.
+impl ShardWriter<'_> {
+    /// Adds an example. Examples are sorted by `order`, then by `source`, their place in the source. `mapped_mass` is
+    /// summed for the report.
     ///
     /// # Errors
-    /// Where a shard cannot be written.
-    pub fn push(
+    /// If a shard cannot be written.
+    pub(crate) fn push(
         &mut self,
         (order, source): (&str, u64),
         prompt_hash: u32,
@@ -207,7 +208,7 @@ impl Part<'_> {
     ) -> Result<()> {
         let index = self.columns.len() as u32;
         let content = self.columns.push(example);
-        self.entries.push(Entry {
+        self.entries.push(ExampleEntry {
             key: order.into(),
             source,
             shard: 0,
@@ -216,15 +217,15 @@ impl Part<'_> {
             content,
             mapped_mass,
         });
-        match self.columns.bytes() >= SHARD_BYTES {
-            true => self.close(),
-            false => Ok(()),
+        if self.columns.bytes() >= SHARD_BYTES {
+            self.close()?;
         }
+        Ok(())
     }
 
     fn close(&mut self) -> Result<()> {
         if self.columns.len() > 0 {
-            let shard = self.writer.shard(&self.columns)?;
+            let shard = self.writer.write_shard(&self.columns)?;
             for entry in &mut self.entries[self.open..] {
                 entry.shard = shard;
             }
@@ -234,30 +235,30 @@ impl Part<'_> {
         Ok(())
     }
 
-    /// Writes the last shard.
+    /// Writes the last shard. Returns the entries of all its examples.
     ///
     /// # Errors
-    /// Where it cannot be written.
-    pub fn finish(mut self) -> Result<Vec<Entry>> {
+    /// If it cannot be written.
+    pub(crate) fn finish(mut self) -> Result<Vec<ExampleEntry>> {
         self.close()?;
         Ok(self.entries)
     }
 }
 
-enum Out {
+enum Output {
     File(BufWriter<std::fs::File>),
     Memory(Vec<u8>),
 }
 
-/// Counts what is written, and takes its checksum.
-struct Checked {
-    to: Out,
+/// Counts and checksums the bytes that are written.
+struct ChecksummedOutput {
+    to: Output,
     bytes: u64,
     crc32c: u32,
 }
 
-impl Checked {
-    fn new(to: Out) -> Self {
+impl ChecksummedOutput {
+    fn new(to: Output) -> Self {
         Self {
             to,
             bytes: 0,
@@ -266,11 +267,11 @@ impl Checked {
     }
 }
 
-impl Write for Checked {
+impl Write for ChecksummedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut self.to {
-            Out::File(file) => file.write_all(bytes)?,
-            Out::Memory(memory) => memory.extend_from_slice(bytes),
+            Output::File(file) => file.write_all(bytes)?,
+            Output::Memory(memory) => memory.extend_from_slice(bytes),
         }
         self.bytes += bytes.len() as u64;
         self.crc32c = crc32c::crc32c_append(self.crc32c, bytes);
@@ -279,8 +280,8 @@ impl Write for Checked {
 
     fn flush(&mut self) -> io::Result<()> {
         match &mut self.to {
-            Out::File(file) => file.flush(),
-            Out::Memory(_) => Ok(()),
+            Output::File(file) => file.flush(),
+            Output::Memory(_) => Ok(()),
         }
     }
 }

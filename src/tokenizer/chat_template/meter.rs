@@ -1,4 +1,4 @@
-//! The environment in which a chat template runs, where all that handles data pays for it.
+//! The environment of a chat template, in which every operation is charged for its data.
 
 use std::sync::LazyLock;
 
@@ -13,21 +13,25 @@ use crate::tokenizer::chat_template::{python_json, python_text};
 
 /// Error of a template that calls `strftime_now` without a date.
 pub const NEEDS_DATE: &str = "it calls `strftime_now`: set `student.template_date` to a date";
-/// Bytes that a rendering may handle, and how often it may handle each byte of the messages.
+/// Maximum number of bytes that a rendering may process.
 pub(crate) const ALLOWANCE: usize = 16 << 20;
+/// Additional bytes for each byte of the messages.
 const ALLOWANCE_PER_BYTE: usize = 200;
-/// Bytes in one value, and for each byte of the messages.
-pub(crate) const LARGEST_VALUE: usize = 64 << 10;
-const LARGEST_VALUE_PER_BYTE: usize = 4;
-/// What an element of a list counts for.
+/// Maximum size of one value in bytes.
+pub(crate) const MAX_VALUE_BYTES: usize = 64 << 10;
+/// Additional size of one value for each byte of the messages.
+const MAX_VALUE_PER_BYTE: usize = 4;
+/// Charge for an element of a list, in bytes.
 const ELEMENT: usize = 32;
-const LARGEST_RANGE: usize = 1_000;
-const LONGEST_FORMAT: usize = 100;
-/// Nested macro calls and loops; low, since a frame of the engine is large and threads are small.
+/// Maximum number of elements of a `range`.
+const MAX_RANGE: usize = 1_000;
+/// Maximum length of a date format in bytes.
+const MAX_DATE_FORMAT: usize = 100;
+/// Maximum depth of nested macro calls and loops. Low, because the engine's frames are large and thread stacks small.
 const RECURSION: usize = 100;
 
-/// The functions that stand in for operators, and what they compute. A template cannot call them,
-/// since their names are no names of the language.
+/// Functions that replace operators, and their expressions. A template cannot call them, because their names are not
+/// valid in the language.
 const OPERATORS: &[(&str, &str)] = &[
     ("operator +", "a + b"),
     ("operator *", "a * b"),
@@ -41,9 +45,10 @@ const OPERATORS: &[(&str, &str)] = &[
     ("operator >=", "a >= b"),
     ("operator in", "a in b"),
 ];
-/// The name under which the size of the messages is known here; no name of the language.
+/// Variable for the size of the messages; the name is not valid in the language.
 const INPUT: &str = "size of the input";
 
+/// Filters of the engine that a template may use.
 const FILTERS: &[&str] = &[
     "capitalize",
     "chain",
@@ -82,8 +87,9 @@ const FILTERS: &[&str] = &[
     "upper",
     "zip",
 ];
-/// Their results can be of any size, whatever they are given.
+/// Filters that are refused, because their results can have any size.
 const REFUSED_FILTERS: &[&str] = &["batch", "format", "indent", "pprint", "slice", "sum"];
+/// Tests of the engine that compare values.
 const TESTS: &[&str] = &[
     "eq",
     "equalto",
@@ -103,22 +109,24 @@ const TESTS: &[&str] = &[
     "in",
 ];
 
-/// What a rendering may still handle.
-struct Meter {
+/// Limits of a rendering.
+struct CostMeter {
+    /// Bytes that may still be processed.
     left: usize,
-    largest: usize,
+    /// Maximum size of one value in bytes.
+    max_value: usize,
 }
 
 static BUILTIN: LazyLock<Environment<'static>> = LazyLock::new(Environment::new);
 
-/// The environment that `transformers` provides to chat templates, with `date` instead of the clock, for
-/// messages of `input` bytes in total.
+/// Returns the environment that `transformers` provides to chat templates, with `date` instead of the clock. `input` is
+/// the total size of the messages in bytes.
 pub(crate) fn environment(input: usize, date: Option<DateTime>) -> Environment<'static> {
     let mut env = METERED.clone();
     env.add_global(INPUT, input);
     env.add_function("strftime_now", move |format: String| match date {
         None => Err(Error::new(ErrorKind::InvalidOperation, NEEDS_DATE)),
-        Some(_) if format.len() > LONGEST_FORMAT => Err(refusal("its date format is too long")),
+        Some(_) if format.len() > MAX_DATE_FORMAT => Err(refusal("its date format is too long")),
         Some(date) => python_date::format(&format, date),
     });
     env
@@ -161,7 +169,7 @@ static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
             BUILTIN.empty_state().perform_test(name, &args)
         });
     }
-    // Python's semantics for strings, dictionaries, None and undefined values.
+    // Tests with Python's semantics for strings, dictionaries, None and undefined values.
     env.add_test("iterable", |value: &Value| {
         value.is_undefined() || (!value.is_none() && value.try_iter().is_ok())
     });
@@ -193,7 +201,7 @@ static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
             let args = values(args);
             charge(state, total(&args, shallow))?;
             let result = function.call(state, &args)?;
-            if name == "range" && result.len().is_none_or(|items| items > LARGEST_RANGE) {
+            if name == "range" && result.len().is_none_or(|items| items > MAX_RANGE) {
                 return Err(refusal("it asks for too long a range"));
             }
             Ok(result)
@@ -216,6 +224,7 @@ fn values(arguments: Arguments) -> Vec<Value> {
         .collect()
 }
 
+/// Applies an operator, and charges for its operands and its result.
 fn operate(
     state: &mut State,
     name: &str,
@@ -223,8 +232,9 @@ fn operate(
     operands: &[Value],
 ) -> Result<Value, Error> {
     let operand = |at: usize| operands.get(at).cloned().unwrap_or_default();
-    let (a, b) = (operand(0), operand(1));
-    let before = match name {
+    let a = operand(0);
+    let b = operand(1);
+    let cost = match name {
         "operator +" | "operator []" => total(operands, shallow),
         "operator *" => {
             let times = a.as_usize().or(b.as_usize()).unwrap_or(1);
@@ -232,13 +242,13 @@ fn operate(
         }
         _ => total(operands, deep),
     };
-    charge(state, before)?;
+    charge(state, cost)?;
     let operator = operator.map_err(|e| Error::new(e.kind(), "an operator does not compile"))?;
     let result = operator.eval(context! { a, b, c => operand(2), d => operand(3) })?;
     receive(state, result)
 }
 
-/// What a filter or a method reads, and what it makes where that can be far more.
+/// Cost of a filter or a method in bytes: the data that it reads, and its result if that can be much larger.
 fn cost(name: &str, value: &Value, options: &[Value]) -> Result<usize, Error> {
     let read = match name {
         "count" | "d" | "default" | "first" | "items" | "keys" | "last" | "length" | "list"
@@ -251,7 +261,7 @@ fn cost(name: &str, value: &Value, options: &[Value]) -> Result<usize, Error> {
             let found = value.as_str().unwrap_or_default().matches(text(0)).count();
             Ok(read.saturating_add(found.saturating_mul(text(1).len())))
         }
-        // the method belongs to the separator, the filter to the list
+        // The method is called on the separator, the filter on the list.
         "join" if value.as_str().is_some() => {
             let list = options.first().map_or(0, deep);
             Ok(list.saturating_add((list / ELEMENT).saturating_mul(read)))
@@ -269,12 +279,12 @@ fn cost(name: &str, value: &Value, options: &[Value]) -> Result<usize, Error> {
     }
 }
 
-/// Takes `bytes` from what is left.
+/// Charges `bytes` to the allowance of the rendering.
 fn charge(state: &mut State, bytes: usize) -> Result<(), Error> {
     let input = state.lookup(INPUT).and_then(|v| v.as_usize()).unwrap_or(0);
-    let meter = state.get_or_insert_extension_with(|| Meter {
+    let meter = state.get_or_insert_extension_with(|| CostMeter {
         left: ALLOWANCE + ALLOWANCE_PER_BYTE * input,
-        largest: LARGEST_VALUE + LARGEST_VALUE_PER_BYTE * input,
+        max_value: MAX_VALUE_BYTES + MAX_VALUE_PER_BYTE * input,
     });
     match meter.left.checked_sub(bytes) {
         Some(left) => meter.left = left,
@@ -283,12 +293,12 @@ fn charge(state: &mut State, bytes: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// Pays for a value that has just been made.
+/// Charges for a new value and checks its size.
 fn receive(state: &mut State, value: Value) -> Result<Value, Error> {
     let size = shallow(&value);
     charge(state, size)?;
-    match state.get_extension::<Meter>() {
-        Some(meter) if size > meter.largest => Err(refusal("it makes too large a value")),
+    match state.get_extension::<CostMeter>() {
+        Some(meter) if size > meter.max_value => Err(refusal("it makes too large a value")),
         _ => Ok(value),
     }
 }
@@ -297,7 +307,7 @@ fn total(values: &[Value], size: fn(&Value) -> usize) -> usize {
     values.iter().map(size).fold(0, usize::saturating_add)
 }
 
-/// The size of a value without that of a list's elements.
+/// Size of a value without the contents of a list's elements.
 fn shallow(value: &Value) -> usize {
     match value.kind() {
         ValueKind::String | ValueKind::Bytes => value.len().unwrap_or(0),
@@ -305,7 +315,7 @@ fn shallow(value: &Value) -> usize {
     }
 }
 
-/// The size of a value with all that it holds; no more than is needed to exceed any allowance.
+/// Size of a value with all its contents. Stops at a size that exceeds any allowance.
 fn deep(value: &Value) -> usize {
     fn add(value: &Value, total: &mut usize, depth: usize) {
         *total = total.saturating_add(match value.as_str() {
@@ -337,9 +347,10 @@ fn deep(value: &Value) -> usize {
     total
 }
 
-pub(crate) fn refusal(what: &str) -> Error {
+/// Error of a template that exceeds a limit.
+pub(crate) fn refusal(action: &str) -> Error {
     Error::new(
         ErrorKind::InvalidOperation,
-        format!("{what}, which is more than a chat template may do"),
+        format!("{action}, which is not allowed in a chat template"),
     )
 }

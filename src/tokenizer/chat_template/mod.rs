@@ -1,9 +1,15 @@
-//! A model's chat template, rendered with template text and message content kept apart.
+//! Renders a model's chat template, and keeps template text and message contents apart.
 //!
-//! Apart, since they are tokenised differently: `<|im_end|>` is a control token where the template
-//! wrote it, and ten characters of text where a message did. How: the conversation is rendered
-//! twice, once as it is and once with a marker in place of each content. The second shows where the
-//! template puts contents; the first decides what it makes of them.
+//! The two are tokenised differently: `<|im_end|>` is a control token where the template wrote it, and ten characters of
+//! text in a message. To separate them, the conversation is rendered twice: once as it is, and once with a marker in
+//! place of each content. The second rendering shows where the template puts the contents. The first shows how it
+//! changes them.
+//!
+//! | file | content |
+//! |---|---|
+//! | `sandbox` | runs a template with limits on work and memory |
+//! | `meter` | the environment of a template, which charges for all data |
+//! | `python_date`, `python_json`, `python_text` | functions of Python that templates use |
 
 pub(crate) mod meter;
 pub(crate) mod python_date;
@@ -23,11 +29,12 @@ use minijinja::{Value, context};
 use crate::config::TemplateDate;
 use crate::exit::Exit;
 use crate::prompt::message::Message;
+pub use meter::NEEDS_DATE;
 
 /// Prepends default values of variables to a template; values passed at rendering take precedence.
 ///
 /// # Errors
-/// [`Exit::Usage`] for a name that no variable can have.
+/// [`Exit::Usage`] for a name that is invalid, reserved, or not used by the template.
 pub fn with_arguments(
     source: &str,
     arguments: &BTreeMap<String, serde_json::Value>,
@@ -54,7 +61,7 @@ pub fn with_arguments(
             )));
         }
         let value = literal(value);
-        // The line end keeps the first line of the template a line of its own.
+        // The line break keeps the first line of the template separate.
         text.push_str(&format!(
             "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}\n"
         ));
@@ -62,7 +69,7 @@ pub fn with_arguments(
     Ok(text + source)
 }
 
-/// A JSON value as a Jinja literal.
+/// Formats a JSON value as a Jinja literal.
 fn literal(value: &serde_json::Value) -> String {
     use serde_json::Value;
     match value {
@@ -82,20 +89,20 @@ fn literal(value: &serde_json::Value) -> String {
     }
 }
 
-/// A piece of a rendered conversation.
+/// Part of a rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Span {
-    /// Text of the template itself, where control tokens are control tokens.
+pub enum RenderedSpan {
+    /// Text of the template, in which the names of control tokens are control tokens.
     Template(String),
     /// Content of message number `message`, possibly stripped. An answer with thinking may have two spans:
     /// the thinking and the rest.
     Content { message: usize, text: String },
 }
 
-impl Span {
+impl RenderedSpan {
     pub fn text(&self) -> &str {
         match self {
-            Span::Template(text) | Span::Content { text, .. } => text,
+            RenderedSpan::Template(text) | RenderedSpan::Content { text, .. } => text,
         }
     }
 }
@@ -111,47 +118,49 @@ pub const TOKEN_VARIABLES: [&str; 7] = [
     "mask_token",
 ];
 
-/// Date that `strftime_now` returns.
+/// Source of the date that `strftime_now` returns.
 #[derive(Debug, Clone, Copy)]
-pub enum Date {
+pub enum TemplateClock {
+    /// The same date for all conversations.
     Fixed(DateTime),
-    /// See [`ChatTemplate::at`], as for [`Date::Record`].
+    /// The current time, which [`ChatTemplate::at`] reads once per conversation.
     Clock(fn() -> DateTime),
-    /// That of each record.
+    /// The date of each record, which is passed to [`ChatTemplate::at`].
     Record,
 }
 
-impl From<TemplateDate> for Date {
+impl From<TemplateDate> for TemplateClock {
     fn from(date: TemplateDate) -> Self {
         match date {
-            TemplateDate::Fixed(date) => Date::Fixed(date.into()),
-            TemplateDate::Record => Date::Record,
+            TemplateDate::Fixed(date) => TemplateClock::Fixed(date.into()),
+            TemplateDate::Record => TemplateClock::Record,
         }
     }
 }
 
-impl Date {
-    /// Distinguishes dates that render other texts. The clock has none: its texts differ by themselves.
+impl TemplateClock {
+    /// Name for fingerprints, which differs if the rendered texts do. Empty for the clock, with which texts differ each
+    /// time.
     pub fn name(self) -> String {
         match self {
-            Date::Fixed(date) => date.to_string(),
-            Date::Record => "record".into(),
-            Date::Clock(_) => String::new(),
+            TemplateClock::Fixed(date) => date.to_string(),
+            TemplateClock::Record => "record".into(),
+            TemplateClock::Clock(_) => String::new(),
         }
     }
 }
 
-/// A template and the tokens that it may name.
+/// A chat template with the special tokens that it may use.
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     source: Arc<str>,
     /// Special tokens by variable name, such as `bos_token`.
     tokens: Vec<(&'static str, String)>,
-    date: Option<Date>,
+    date: Option<TemplateClock>,
 }
 
 impl ChatTemplate {
-    /// Takes the template as it stands in a model folder.
+    /// Creates a template from its source in a model folder.
     pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Self {
         let tokens = [
             ("bos_token", Some(bos_token)),
@@ -160,7 +169,7 @@ impl ChatTemplate {
         Self::with_tokens(source, tokens)
     }
 
-    /// Same with the text of each special token that the model has.
+    /// Creates a template with the text of each special token of the model.
     pub fn with_tokens<'a>(
         source: &str,
         tokens: impl IntoIterator<Item = (&'static str, Option<&'a str>)>,
@@ -175,28 +184,27 @@ impl ChatTemplate {
     }
 
     /// Sets the date that `strftime_now` returns; a template that calls it fails without one.
-    pub fn set_date(&mut self, date: Date) {
+    pub fn set_date(&mut self, date: TemplateClock) {
         self.date = Some(date);
     }
 
-    /// The template with the date of a conversation: that of its record, or of the clock, which is read once.
+    /// Returns the template with the date of a conversation: the date of its record, or the current time.
     pub fn at(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
         let date = match (self.date, date) {
-            (Some(Date::Record), Some(date)) => date,
-            (Some(Date::Clock(now)), _) => now(),
+            (Some(TemplateClock::Record), Some(date)) => date,
+            (Some(TemplateClock::Clock(now)), _) => now(),
             _ => return Cow::Borrowed(self),
         };
         Cow::Owned(ChatTemplate {
-            date: Some(Date::Fixed(date)),
+            date: Some(TemplateClock::Fixed(date)),
             ..self.clone()
         })
     }
 
-    /// The conversation as one text, without telling template and content apart.
+    /// Renders a conversation as one text.
     ///
     /// # Errors
-    /// If the template does not parse, refuses the conversation, or takes more than its share of
-    /// time or memory.
+    /// If the template is invalid, rejects the conversation, or exceeds its limits of work or memory.
     pub fn render_text(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let input = messages
             .iter()
@@ -215,23 +223,27 @@ impl ChatTemplate {
             messages.len(),
             input,
             match self.date {
-                Some(Date::Fixed(date)) => Some(date),
+                Some(TemplateClock::Fixed(date)) => Some(date),
                 _ => None,
             },
         )
-        .map_err(|e| anyhow!("the chat template fails: {e}"))
+        .map_err(|e| anyhow!("the chat template failed: {e}"))
     }
 
-    /// The conversation in pieces, whose texts joined are [`Self::render_text`].
+    /// Renders a conversation as spans. Their concatenated texts equal [`Self::render_text`].
     ///
     /// # Errors
-    /// As there; and if the template does something to a content that cannot be followed, such as
-    /// writing it in capitals.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<Span>> {
+    /// As [`Self::render_text`], and if the template changes a content other than by stripping white space, for example
+    /// to capitals.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<Vec<RenderedSpan>> {
         let real = self.render_text(messages, add_generation_prompt)?;
         let marker = marker(messages);
-        // A template may leave out an empty message, which a marker would hide: so the second try
-        // leaves empty contents empty.
+        // A template may omit an empty message, but not one with a marker. So the second attempt leaves empty contents
+        // empty.
         for mark_empty in [true, false] {
             let mut parts = Vec::new();
             let marked: Vec<Message> = messages
@@ -251,19 +263,19 @@ impl ChatTemplate {
                 })
                 .collect();
             let marked = self.render_text(&marked, add_generation_prompt)?;
-            if let Some(spans) = follow(&real, &marked, &marker, &parts) {
+            if let Some(spans) = split_at_markers(&real, &marked, &marker, &parts) {
                 return Ok(spans);
             }
         }
-        bail!("the chat template changes the text of a message in a way that cannot be followed")
+        bail!("the chat template changes the text of a message other than by stripping white space")
     }
 }
 
-/// Private-use characters: no template looks for them.
+/// Private-use characters, which no template searches for.
 const MARKER_START: char = '\u{F8F0}';
 const MARKER_END: char = '\u{F8F1}';
 
-/// Text that occurs in no message: it contains the hash of all of them.
+/// Text that no message contains, because it contains the hash of all messages.
 fn marker(messages: &[Message]) -> String {
     let mut hasher = blake3::Hasher::new();
     for message in messages {
@@ -275,19 +287,17 @@ fn marker(messages: &[Message]) -> String {
     format!("{MARKER_START}{}-", hasher.finalize().to_hex())
 }
 
-/// A part of a message: text, or a thinking tag with the white space around it.
+/// Part of a message: text, or a thinking tag with the white space around it.
 struct ContentPart<'a> {
     text: &'a str,
     is_tag: bool,
 }
 
-pub use crate::tokenizer::chat_template::meter::NEEDS_DATE;
-
 /// Tags around thinking.
 pub const THINKING: (&str, &str) = ("<think>", "</think>");
 
-/// Splits an answer that begins with thinking, since some templates parse, move or drop thinking. Any other
-/// message is one part.
+/// Splits an answer that begins with thinking, because some templates parse, move or drop thinking. Any other message is
+/// one part.
 fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
     let text = |text: &'a str| ContentPart {
         text,
@@ -295,7 +305,7 @@ fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
     };
     let tag = |text: &'a str| ContentPart { text, is_tag: true };
     match thinking(content).filter(|_| role == "assistant") {
-        Some(Thinking { inner, answer }) => vec![
+        Some(ThinkingBlock { inner, answer }) => vec![
             tag(&content[..inner.start]),
             text(&content[inner.clone()]),
             tag(&content[inner.end..answer]),
@@ -306,23 +316,23 @@ fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
 }
 
 /// Thinking at the beginning of a message.
-struct Thinking {
+struct ThinkingBlock {
     /// Byte range without line breaks at both ends.
     inner: Range<usize>,
     /// First byte of the answer.
     answer: usize,
 }
 
-/// Finds thinking between its tags, or without the opening one, as a model writes it after a prompt that ends with that,
-/// or without the closing one, where it was cut off.
-fn thinking(content: &str) -> Option<Thinking> {
+/// Finds thinking at the beginning of a message, between its tags. The opening tag may be missing, as after a prompt that
+/// ends with it. The closing tag may be missing, as in a truncated answer.
+fn thinking(content: &str) -> Option<ThinkingBlock> {
     let (open, close) = THINKING;
     let trimmed = content.trim_start();
     let opened = trimmed.strip_prefix(open);
     let inside = opened.unwrap_or(trimmed);
     let (inside, rest) = match inside.split_once(close) {
         Some((before, after)) if opened.is_none() => {
-            // Other text may mention the tag.
+            // Without the opening tag, the closing tag must be a line of its own: other text may mention it.
             let is_own_line = (before.is_empty() || before.ends_with('\n'))
                 && (after.is_empty() || after.starts_with(['\n', '\r']));
             if !is_own_line || before.contains(open) {
@@ -337,34 +347,40 @@ fn thinking(content: &str) -> Option<Thinking> {
     let before = opened.map_or(0, |_| open.len()) + content.len() - trimmed.len();
     let start = before + inside.len() - inside.trim_start_matches(breaks).len();
     let inner = inside.trim_matches(breaks);
-    Some(Thinking {
+    Some(ThinkingBlock {
         inner: start..start + inner.len(),
         answer: content.len() - rest.trim_start().len(),
     })
 }
 
-/// First byte of the answer in a message: after its thinking, if there is any.
+/// First byte of the answer in a message, after its thinking if there is any.
 pub fn answer_start(content: &str) -> usize {
     thinking(content).map_or(0, |thinking| thinking.answer)
 }
 
-/// An answer that begins with thinking, as a model writes it: two tags, and two contents. None for any other message.
-pub fn thinking_spans(message: usize, content: &str) -> Option<[Span; 4]> {
+/// Splits an answer that begins with thinking as a model writes it: tag, content, tag, content. None for any other
+/// message.
+pub fn thinking_spans(message: usize, content: &str) -> Option<[RenderedSpan; 4]> {
     let parts = parts_of("assistant", content);
     let spans = parts.into_iter().map(|part| {
         let text = part.text.to_owned();
         if part.is_tag {
-            Span::Template(text)
+            RenderedSpan::Template(text)
         } else {
-            Span::Content { message, text }
+            RenderedSpan::Content { message, text }
         }
     });
     spans.collect::<Vec<_>>().try_into().ok()
 }
 
-/// Splits `real` at the markers in `marked`, which are indices into `parts` (message number and text). Returns
-/// None if the two renderings differ.
-fn follow(real: &str, marked: &str, marker: &str, parts: &[(usize, &str)]) -> Option<Vec<Span>> {
+/// Splits `real` at the markers in `marked`, which are indices into `parts` (message index and text). Returns None if the
+/// two renderings differ otherwise.
+fn split_at_markers(
+    real: &str,
+    marked: &str,
+    marker: &str,
+    parts: &[(usize, &str)],
+) -> Option<Vec<RenderedSpan>> {
     let mut pieces = marked.split(marker);
     let first = pieces.next().unwrap_or_default();
     let mut rest = real.strip_prefix(first)?;
@@ -379,7 +395,7 @@ fn follow(real: &str, marked: &str, marker: &str, parts: &[(usize, &str)]) -> Op
             let after = rest.strip_prefix(form)?.strip_prefix(template)?;
             (!last || after.is_empty()).then_some((form, after))
         })?;
-        spans.push(Span::Content {
+        spans.push(RenderedSpan::Content {
             message,
             text: text.into(),
         });
@@ -389,13 +405,13 @@ fn follow(real: &str, marked: &str, marker: &str, parts: &[(usize, &str)]) -> Op
     rest.is_empty().then_some(spans)
 }
 
-fn push_template(spans: &mut Vec<Span>, text: &str) {
+fn push_template(spans: &mut Vec<RenderedSpan>, text: &str) {
     if !text.is_empty() {
-        spans.push(Span::Template(text.into()));
+        spans.push(RenderedSpan::Template(text.into()));
     }
 }
 
-/// What templates make of a content: the content, or the content without white space at its ends.
+/// Forms of a content that templates print: unchanged, or without white space at its ends.
 fn forms(content: &str) -> [&str; 7] {
     [
         content,
@@ -408,8 +424,8 @@ fn forms(content: &str) -> [&str; 7] {
     ]
 }
 
-/// Takes out the tags with which `transformers` marks the assistant's part. An `if` in their place
-/// keeps their effect on the white space around them.
+/// Replaces the tags with which `transformers` marks the assistant's part by an `if`, which has the same effect on the
+/// white space around it.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

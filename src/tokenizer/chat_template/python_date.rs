@@ -1,4 +1,4 @@
-//! `strftime` as Python has it in the C locale, with glibc's flag `-`.
+//! Python's `strftime` in the C locale, with glibc's flag `-`.
 
 use jiff::civil::DateTime;
 use jiff::fmt::strtime;
@@ -27,7 +27,7 @@ pub(crate) fn format(format: &str, date: DateTime) -> Result<String, Error> {
             'x' | 'D' => "%m/%d/%y",
             'X' => "%H:%M:%S",
             'f' => "%6f",
-            // A date without a zone has neither.
+            // Empty for a date without a time zone.
             'z' | 'Z' => "",
             _ => return Err(unknown(whole)),
         };
@@ -42,7 +42,7 @@ pub(crate) fn format(format: &str, date: DateTime) -> Result<String, Error> {
 }
 
 fn unknown(directive: &str) -> Error {
-    let message = format!("strftime_now does not know `{directive}`");
+    let message = format!("strftime_now does not support `{directive}`");
     Error::new(ErrorKind::InvalidOperation, message)
 }
 

@@ -1,4 +1,4 @@
-//! JSON as Python's `json.dumps` writes it, which is what chat templates were written against.
+//! JSON in the format of Python's `json.dumps`, which chat templates expect.
 
 use std::io::{self, Write};
 
@@ -7,7 +7,7 @@ use minijinja::{Error, ErrorKind, Value};
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
-/// The filter `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`
+/// Filter `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`
 /// of `transformers`.
 pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
     let (value, indent, options): (&Value, Option<usize>, Kwargs) = from_args(args)?;
@@ -16,7 +16,7 @@ pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
         None => options.get::<Option<usize>>("indent")?,
     };
     if indent.is_some_and(|width| width > 16) {
-        return Err(invalid("tojson indents by 16 spaces at most"));
+        return Err(invalid("tojson supports an indent of at most 16 spaces"));
     }
     let separators: Option<Vec<String>> = options.get("separators")?;
     let (item, key) = match separators.as_deref() {
@@ -27,7 +27,7 @@ pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
             ": ".into(),
         ),
     };
-    let mut python = Python {
+    let mut python = PythonFormatter {
         item,
         key,
         indent,
@@ -58,18 +58,20 @@ fn invalid(message: &str) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.to_owned())
 }
 
-struct Python {
-    /// Between items, and between a key and its value.
+/// Formats JSON like `json.dumps`.
+struct PythonFormatter {
+    /// Separator between items.
     item: String,
+    /// Separator between a key and its value.
     key: String,
     indent: Option<usize>,
     depth: usize,
-    /// Has nothing been written into the innermost container yet?
+    /// True if the innermost container has no items yet.
     empty: bool,
     ensure_ascii: bool,
 }
 
-impl Python {
+impl PythonFormatter {
     fn open<W: ?Sized + Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
         self.depth += 1;
         self.empty = true;
@@ -101,7 +103,7 @@ impl Python {
     }
 }
 
-impl Formatter for &mut Python {
+impl Formatter for &mut PythonFormatter {
     fn begin_array<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
         self.open(writer, b"[")
     }

@@ -1,4 +1,4 @@
-//! Methods of Python's strings that the engine lacks.
+//! Methods of Python's strings that the template engine lacks.
 
 use minijinja::value::from_args;
 use minijinja::{Error, ErrorKind, Value};
@@ -36,7 +36,8 @@ fn index(text: &str, args: &[Value]) -> Result<Value, Error> {
     Ok(text[..at].chars().count().into())
 }
 
-/// Text before the separator, the separator, and the text after it; `without` if there is no separator.
+/// Splits a text into the part before the separator, the separator, and the part after it. Returns `without` if there is
+/// no separator.
 fn partition(
     text: &str,
     args: &[Value],

@@ -1,11 +1,11 @@
-//! Runs a chat template that nobody vouches for: it may take so much work and so much memory.
+//! Runs an untrusted chat template with limits on work and memory.
 //!
-//! A template comes with a model, and a model comes from anywhere. The engine's own fuel counts
-//! instructions, but one instruction can double a string (thirty of them make a gigabyte), copy it
-//! or compare it. So whatever an operator, filter, test or method reads and makes, and all that is
-//! written, is paid for by its size from one allowance per rendering ([`meter`]).
+//! A template comes with a model, which may come from anyone. The engine's own fuel counts instructions, but one
+//! instruction can double a string (thirty of them make a gigabyte), copy it or compare it. So the data that operators,
+//! filters, tests and methods read and produce, and all output, is charged by its size to one allowance per rendering
+//! ([`meter`]).
 //!
-//! The engine has no hook for operators, so they are replaced by calls in the compiled template.
+//! The engine has no hook for operators, so they are replaced by function calls in the compiled template.
 
 use std::sync::Arc;
 
@@ -15,19 +15,21 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Error, Value};
 
 use crate::tokenizer::chat_template::meter;
-use crate::tokenizer::chat_template::meter::{ALLOWANCE, LARGEST_VALUE, refusal};
+use crate::tokenizer::chat_template::meter::{ALLOWANCE, MAX_VALUE_BYTES, refusal};
 
-/// Instructions that a template may run, and for each message on top.
+/// Maximum number of instructions of a rendering.
 const FUEL: usize = 100_000;
+/// Additional instructions for each message.
 const FUEL_PER_MESSAGE: usize = 2_000;
-/// Bytes of a template, tokens of the language in one tag, and branches: the compiler recurses over
-/// the last two.
-const LARGEST_TEMPLATE: usize = 256 << 10;
-const LARGEST_TAG: usize = 1_000;
-const BRANCHES: usize = 500;
+/// Maximum size of a template in bytes.
+const MAX_TEMPLATE_BYTES: usize = 256 << 10;
+/// Maximum number of tokens of the language in one tag, over which the compiler recurses.
+const MAX_TAG_TOKENS: usize = 1_000;
+/// Maximum number of `elif` branches, over which the compiler recurses.
+const MAX_BRANCHES: usize = 500;
 
-/// Renders `source`. `messages` is how many messages the context holds and `input` their bytes;
-/// both widen what the template may take. `strftime_now` returns `date`.
+/// Renders `source`. `messages` is the number of messages in the context and `input` their size in bytes; both raise the
+/// limits. `strftime_now` returns `date`.
 pub(crate) fn render(
     source: &str,
     context: Value,
@@ -56,7 +58,7 @@ pub(crate) fn render(
     }
 
     let mut env = meter::environment(input, date);
-    // The template's own text is written without passing the meter, so the fuel must bound it.
+    // The template's own text is not charged by the meter, so the fuel must limit it.
     let fuel = FUEL.min(ALLOWANCE / longest_text) + messages * FUEL_PER_MESSAGE;
     env.set_fuel(Some(fuel as u64));
     let mut rendered = String::new();
@@ -71,8 +73,8 @@ pub(crate) fn render(
     Ok(rendered)
 }
 
-/// Replaces an operator by the call that pays for it: as many operands, as many results. Returns
-/// the length of the text that the instruction writes.
+/// Replaces an operator by a charged function call with the same operands and result. Returns the length of the text
+/// that the instruction writes.
 fn replace(instruction: &mut Instruction) -> Result<usize, Error> {
     let (function, operands) = match instruction {
         Instruction::Add => ("operator +", 2),
@@ -95,19 +97,25 @@ fn replace(instruction: &mut Instruction) -> Result<usize, Error> {
     Ok(0)
 }
 
-/// Refuses what the compiler itself would not survive: it recurses, and it computes what consists
-/// of constants, for which the product of the constants in a tag that multiplies is a bound.
+/// Refuses templates that would exhaust the compiler's stack or memory. The compiler recurses, and it evaluates constant
+/// expressions. The product of the constants in a tag that multiplies bounds the size of their results.
 fn check_source(source: &str, syntax: &SyntaxConfig) -> Result<(), Error> {
-    if source.len() > LARGEST_TEMPLATE {
+    if source.len() > MAX_TEMPLATE_BYTES {
         return Err(refusal("it is too long"));
     }
-    let (mut tokens, mut multiplies, mut text, mut product) = (0, false, 0usize, 1usize);
+    let mut tokens = 0;
+    let mut multiplies = false;
+    let mut text = 0usize;
+    let mut product = 1usize;
     let mut branches = 0;
     for token in machinery::tokenize(source, false, syntax.clone()) {
         tokens += 1;
         match token?.0 {
             Token::VariableStart | Token::BlockStart => {
-                (tokens, multiplies, text, product) = (0, false, 0, 1);
+                tokens = 0;
+                multiplies = false;
+                text = 0;
+                product = 1;
             }
             Token::Str(part) => text += part.len(),
             Token::String(part) => text += part.len(),
@@ -118,15 +126,18 @@ fn check_source(source: &str, syntax: &SyntaxConfig) -> Result<(), Error> {
             Token::Int128(_) | Token::Float(_) => product = usize::MAX,
             Token::Ident("elif") => branches += 1,
             Token::Mul => multiplies = true,
-            Token::Pow => (multiplies, product) = (true, usize::MAX),
+            Token::Pow => {
+                multiplies = true;
+                product = usize::MAX;
+            }
             _ => {}
         }
-        if tokens > LARGEST_TAG || branches > BRANCHES {
+        if tokens > MAX_TAG_TOKENS || branches > MAX_BRANCHES {
             return Err(refusal(
                 "it has too many parts in one tag, or too many `elif`s",
             ));
         }
-        if multiplies && product.saturating_mul(text.max(1)) > LARGEST_VALUE {
+        if multiplies && product.saturating_mul(text.max(1)) > MAX_VALUE_BYTES {
             return Err(refusal("it multiplies large constants"));
         }
     }

@@ -1,4 +1,4 @@
-//! Added tokens that are not control tokens: `<think>`, `[NAME]`, tokens of a user.
+//! Added tokens that are not control tokens: `<think>`, `[NAME]`, custom tokens.
 
 use distill::tokenizer::Tokenizer;
 use serde_json::{Value, json};
@@ -46,7 +46,7 @@ fn whole(dir: &TempDir) -> tokenizers::Tokenizer {
 }
 
 #[test]
-fn added_tokens_are_found_before_words_are_split() {
+fn added_tokens_are_matched_before_words_are_split() {
     let (dir, ids) = with_added(
         golden("bytelevel/tokenizer.json"),
         &["<idea>", "</idea>", "[NAME]"].map(|name| added(0, name)),
@@ -66,7 +66,7 @@ fn added_tokens_are_found_before_words_are_split() {
 
 /// With random flags, in texts with and without added tokens.
 #[test]
-fn texts_with_added_tokens_are_encoded_as_the_library_does() {
+fn ids_of_texts_with_added_tokens_match_the_library() {
     let mut random = fastrand::Rng::with_seed(7);
     let names = [
         "<idea>",
@@ -193,7 +193,7 @@ fn answers_with_added_tokens_match_the_encoded_conversation() {
 }
 
 #[test]
-fn added_tokens_of_other_files_are_found() {
+fn added_tokens_of_other_files_are_loaded() {
     let tokenizer = golden("bytelevel/tokenizer.json");
     let next = next_id(&tokenizer);
     let listed = json!({"added_tokens_decoder": {
@@ -225,9 +225,9 @@ fn added_tokens_of_other_files_are_found() {
     }
 }
 
-/// Like Gemma 3, whose runs of spaces are added tokens too.
+/// As in Gemma 3, whose runs of spaces are also added tokens.
 #[test]
-fn bytes_of_added_tokens_in_the_vocabulary_follow_its_spelling() {
+fn added_tokens_in_the_vocabulary_have_the_bytes_of_its_spelling() {
     let mut json = golden("sentencepiece/tokenizer.json");
     let runs: Vec<String> = (2..6).map(|length| "▁".repeat(length)).collect();
     for run in &runs {
@@ -260,7 +260,7 @@ fn bytes_of_added_tokens_in_the_vocabulary_follow_its_spelling() {
     assert_eq!(tokenizer.token_name(id), "▁▁");
 }
 
-/// A token that strips white space reaches into the next one.
+/// A token that strips white space overlaps the next one.
 #[test]
 fn overlapping_added_tokens_are_all_found() {
     for name in FOLDERS {

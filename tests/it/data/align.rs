@@ -1,11 +1,11 @@
-//! Soft labels across tokenizers.
+//! Soft labels across tokenizers, and the speed of the alignment.
 
 use std::time::Instant;
 
 use distill::cache::encoding::RawToken;
 use distill::cache::record::Logprobs;
 use distill::data::align::aligned::{Aligned, Chunk};
-use distill::data::align::{Mapper, Mismatch, groups};
+use distill::data::align::{Mapper, Mismatch, common_groups};
 use distill::tokenizer::Tokenizer;
 
 use super::{FOLDERS, ask, tokenizer};
@@ -14,14 +14,14 @@ use super::{FOLDERS, ask, tokenizer};
 pub type Row<'a> = (&'a str, f32, &'a [Alternative<'a>]);
 pub type Alternative<'a> = (&'a str, Option<f32>);
 
-/// The soft labels of one position.
+/// Soft labels of one position.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SoftLabels {
     pub ids: Vec<u32>,
     pub logprobs: Vec<f32>,
 }
 
-/// Those of all positions; None where there are none.
+/// Soft labels of all positions; None for positions without any.
 pub fn soft_labels(aligned: &Aligned) -> Vec<Option<SoftLabels>> {
     let labels = |at| match aligned.soft(at) {
         ([], []) => None,
@@ -33,7 +33,7 @@ pub fn soft_labels(aligned: &Aligned) -> Vec<Option<SoftLabels>> {
     (0..aligned.len()).map(labels).collect()
 }
 
-/// The teacher's view of an answer.
+/// The teacher's logprobs of an answer.
 pub fn logprobs(rows: &[Row]) -> Logprobs {
     Logprobs {
         token: rows.iter().map(|row| row.0.into()).collect(),
@@ -67,7 +67,7 @@ pub fn align(
     )
 }
 
-/// Logprobs from a teacher with the tokenizer of the student: `k` alternatives, made up.
+/// Random logprobs of a teacher with the student's tokenizer, with `k` alternatives.
 pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs, Vec<SoftLabels>) {
     let ordinary: Vec<u32> = (0..tokenizer.vocab_size() as u32)
         .filter(|&id| {
@@ -123,14 +123,14 @@ pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs
 }
 
 #[test]
-fn with_one_tokenizer_the_map_is_the_identity() {
+fn same_tokenizer_maps_to_itself() {
     for name in FOLDERS {
         let tokenizer = tokenizer(name);
         let answer = "Grüße aus München, 日本 👋🏽\n\ndef add(a, b):";
         let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
         let range = conversation.answers[0].clone();
         let ids = &conversation.ids[range.tokens.clone()];
-        // SentencePiece's first token carries the template's space, so no teacher says the same.
+        // SentencePiece's first token contains the template's space, so no teacher token equals it.
         let skip = usize::from(name == "sentencepiece");
         let (mut teacher, expected) = same_tokenizer(&tokenizer, ids, 20);
         if skip == 1 {
@@ -153,7 +153,7 @@ fn with_one_tokenizer_the_map_is_the_identity() {
 }
 
 #[test]
-fn tokens_that_do_not_spell_the_answer_are_refused() {
+fn tokens_that_do_not_spell_the_answer_are_a_mismatch() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "The capital of France is Paris.";
     let ids = tokenizer.encode_text(answer).unwrap();
@@ -173,11 +173,11 @@ fn tokens_that_do_not_spell_the_answer_are_refused() {
     );
     assert_eq!(align(&teacher, answer, &ids[1..]), Err(Mismatch::Student));
 
-    // Stop tokens at the end are no part of the answer.
+    // Stop tokens at the end are not part of the answer.
     let mut stopped = teacher.clone();
     stopped.token.extend(["<|eot_id|>".into(), "".into()]);
     assert_eq!(align(&stopped, answer, &ids), Ok(ids.len()));
-    // Nor is a stop string; so much is none.
+    // A stop string is not part of the answer either, but longer text is a mismatch.
     stopped.token.push("more".into());
     assert_eq!(align(&stopped, answer, &ids), Ok(ids.len()));
     stopped.token.push("more".repeat(100));
@@ -185,7 +185,7 @@ fn tokens_that_do_not_spell_the_answer_are_refused() {
 }
 
 #[test]
-fn what_is_told_as_the_replacement_character_counts_to_the_rest() {
+fn replacement_characters_count_to_the_tail() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("The").unwrap();
     let rows: Vec<Row> = vec![(
@@ -199,7 +199,7 @@ fn what_is_told_as_the_replacement_character_counts_to_the_rest() {
 }
 
 #[test]
-fn groups_are_cut_at_common_boundaries() {
+fn common_groups_are_cut_at_common_boundaries() {
     let cases: [(&[usize], &[usize], Vec<_>); 4] = [
         (
             &[1, 2, 3],
@@ -215,12 +215,12 @@ fn groups_are_cut_at_common_boundaries() {
         (&[2, 4], &[2], vec![(0..1, 0..1)]),
     ];
     for (teacher, student, expected) in cases {
-        assert_eq!(groups(teacher, student), expected);
+        assert_eq!(common_groups(teacher, student), expected);
     }
 }
 
 #[test]
-fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
+fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
     let tokenizer = tokenizer("bytelevel");
     let id = |text: &str| {
         let ids = tokenizer.encode_text(text).unwrap();
@@ -234,7 +234,7 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     let fifth = 0.2f32.ln();
     let tenth = Some(0.1f32.ln());
     let teacher = logprobs(&[
-        // " capitalism" begins with the student's " capital"; both mean that token
+        // " capitalism" begins with the student's " capital"; both map to that token
         (
             "The",
             half,
@@ -245,10 +245,10 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
                 ("<|im_end|>", tenth),
             ],
         ),
-        // split otherwise than by the student
+        // the student splits it differently
         (" ans", -1.0, &[(" ans", Some(-1.0))]),
         ("wer", -1.0, &[("wer", Some(-1.0))]),
-        // y outside the top: stands apart, with its own logprob; sentinels and control tokens do not
+        // y is outside the top-k: it has its own logprob; sentinels and control tokens are dropped
         (
             " is",
             fifth,
@@ -259,7 +259,7 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
                 ("", tenth),
             ],
         ),
-        // all given twice, and more than all by a rounding error
+        // all listed twice, with a sum above 1 by a rounding error
         (
             " two",
             half,
@@ -282,9 +282,11 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     assert!((first.logprobs[1].exp() - 0.3).abs() < 1e-6);
     let third = soft[at(" is")].as_ref().unwrap();
     assert_eq!(third.ids, tokenizer.encode_text(" was").unwrap()[..1]);
-    let drawn: Vec<Option<f32>> = (0..ids.len()).map(|at| aligned.drawn(at)).collect();
-    assert_eq!(drawn[at(" is")], Some(fifth));
-    assert_eq!(drawn[at("The")], None);
+    let sampled: Vec<Option<f32>> = (0..ids.len())
+        .map(|at| aligned.sampled_logprob(at))
+        .collect();
+    assert_eq!(sampled[at(" is")], Some(fifth));
+    assert_eq!(sampled[at("The")], None);
     // " ans" + "wer" are one token of the student's
     let chunk = Chunk {
         start: 1,
@@ -296,7 +298,7 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     assert_eq!(fourth.ids, [id(" two")]);
     assert!(fourth.logprobs[0].abs() < 1e-6);
     assert_eq!(soft[at("\n")], None);
-    assert_eq!(drawn[at("\n")], Some(f32::NEG_INFINITY));
+    assert_eq!(sampled[at("\n")], Some(f32::NEG_INFINITY));
     assert!(!aligned.is_soft(at("\n")) && aligned.is_soft(at(" is")));
     assert!(soft[1..at(" is")].iter().all(Option::is_none));
 
@@ -308,7 +310,7 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
     );
     let mut twice = teacher.clone();
     twice.top_logprob[0][1] = Some(0.6f32.ln());
-    // A bad position costs itself.
+    // An unusable position does not affect the others.
     let but_one = align(&tokenizer, &twice, answer, &ids).unwrap();
     assert_eq!(but_one.positions_over_one, 1);
     let others = soft_labels(&but_one);
@@ -317,7 +319,7 @@ fn another_tokenizer_gets_soft_labels_where_tokens_agree() {
 }
 
 #[test]
-fn a_trimmed_answer_keeps_its_soft_labels() {
+fn trimmed_answers_keep_their_soft_labels() {
     let tokenizer = tokenizer("metaspace");
     let answer = "\n\nThe capital";
     let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
@@ -345,7 +347,7 @@ fn a_trimmed_answer_keeps_its_soft_labels() {
 }
 
 #[test]
-fn a_split_token_tells_its_parts_by_what_may_follow() {
+fn split_token_parts_get_renormalised_continuations() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("The answer is two").unwrap();
     let [.., is, two] = ids[..] else {
@@ -362,7 +364,7 @@ fn a_split_token_tells_its_parts_by_what_may_follow() {
                 &[
                     (" is two", logprob(0.4)),
                     (" is three", logprob(0.2)),
-                    // ends where the first student token does
+                    // ends with the first student token
                     (" is", logprob(0.1)),
                     (" was", logprob(0.3 - missing)),
                 ],
@@ -377,7 +379,8 @@ fn a_split_token_tells_its_parts_by_what_may_follow() {
             .unwrap()
     };
     let aligned = align(&split(0.2));
-    let (of_is, of_two) = (aligned.soft(ids.len() - 2), aligned.soft(ids.len() - 1));
+    let of_is = aligned.soft(ids.len() - 2);
+    let of_two = aligned.soft(ids.len() - 1);
     let close = |found: (&[u32], &[f32]), expected: &[(u32, f32)]| {
         let ids: Vec<u32> = expected.iter().map(|e| e.0).collect();
         assert_eq!(found.0, ids);
@@ -388,7 +391,7 @@ fn a_split_token_tells_its_parts_by_what_may_follow() {
     close(of_is, &[(is, 0.7), (first_of(" was"), 0.1)]);
     close(of_two, &[(two, 4.0 / 7.0), (first_of(" three"), 2.0 / 7.0)]);
 
-    // Where more than half may be something else, nothing is said.
+    // No labels if more than half of the mass may be other tokens.
     let mut vague = split(0.2);
     vague.top_logprob[1] = vec![logprob(0.2), logprob(0.1), logprob(0.1), None];
     vague.logprob[1] = logprob(0.2);
@@ -397,9 +400,9 @@ fn a_split_token_tells_its_parts_by_what_may_follow() {
     assert!(last.into_iter().all(|at| !aligned.is_soft(at)));
 }
 
-/// Prints the speed; see it with `cargo test --release align_speed -- --nocapture`.
+/// Prints the speed: run `cargo test --release alignment_speed -- --nocapture`.
 #[test]
-fn align_speed() {
+fn alignment_speed() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "The quick brown fox jumps over the lazy dog. ".repeat(20);
     let ids = tokenizer.encode_text(&answer).unwrap();

@@ -8,18 +8,18 @@ use super::tokenizer;
 
 /// The emitted token may be listed after the top-k, before them, or not at all.
 #[test]
-fn top_k_is_decided_by_rank() {
+fn top_k_membership_follows_the_rank() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("T").unwrap();
     let best = [("a", Some(-0.5)), ("b", Some(-2.5))];
     let emitted = ("T", Some(-4.0));
-    let of = |top: &[Alternative], asked: usize| {
+    let of = |top: &[Alternative], top_logprobs: usize| {
         let teacher = logprobs(&[("T", -4.0, top)]);
         let aligned = Mapper::new(&tokenizer, None)
-            .align(&(&teacher).into(), b"T", 0..1, &ids, Some(asked))
+            .align(&(&teacher).into(), b"T", 0..1, &ids, Some(top_logprobs))
             .unwrap();
         (
-            aligned.drawn(0),
+            aligned.sampled_logprob(0),
             soft_labels(&aligned)[0].clone().unwrap().ids.len(),
         )
     };
@@ -64,7 +64,7 @@ fn raw_alternatives_of_plain_tokens_are_decoded() {
         soft_labels(&aligned)[0].clone().unwrap().ids,
         [ids[0], space]
     );
-    // A space in another alternative shows that none of them is raw.
+    // A space in another alternative shows that the tokens are not raw.
     let mixed = [("T", Some(-1.0)), ("Ġa", Some(-2.0)), (" a", Some(-3.0))];
     let aligned = align(&tokenizer, &logprobs(&[("T", -1.0, &mixed)]), "T", &ids).unwrap();
     let first = soft_labels(&aligned)[0].clone().unwrap();
@@ -96,9 +96,9 @@ fn raw_vocabulary_entries_are_decoded() {
     }
 }
 
-/// As of DeepSeek: its answers may have no space, and its control tokens contain `▁`.
+/// As in DeepSeek's logprobs: answers may have no space, and control tokens contain `▁`.
 #[test]
-fn control_tokens_with_a_metaspace_do_not_hide_a_byte_level_vocabulary() {
+fn byte_level_vocabulary_is_detected_beside_metaspace_control_tokens() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "ü\n";
     let ids = tokenizer.encode_text(answer).unwrap();
@@ -110,7 +110,7 @@ fn control_tokens_with_a_metaspace_do_not_hide_a_byte_level_vocabulary() {
         let aligned = align(&tokenizer, &logprobs(&rows), answer, &ids);
         assert!(aligned.is_ok(), "{pieces:?}: {:?}", aligned.err());
     }
-    // Without a line break, no token has a mark of its own.
+    // Without a line break, no token contains a mark.
     let rows: Vec<Row> = ["Ã¼", "<｜end▁of▁sentence｜>"]
         .iter()
         .map(|piece| (*piece, -1.0, &[][..]))
@@ -121,16 +121,16 @@ fn control_tokens_with_a_metaspace_do_not_hide_a_byte_level_vocabulary() {
 
 /// With thinking, white space or a stop string around it.
 #[test]
-fn answer_is_aligned_within_longer_logprobs() {
+fn answer_is_aligned_inside_longer_logprobs() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "The capital";
     let ids = tokenizer.encode_text(answer).unwrap();
-    let said: Vec<String> = ids
+    let tokens: Vec<String> = ids
         .iter()
         .map(|id| String::from_utf8(tokenizer.token_bytes(*id).unwrap().into()).unwrap())
         .collect();
-    let said: Vec<&str> = said.iter().map(String::as_str).collect();
-    for (before, behind) in [
+    let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+    for (before, after) in [
         (
             vec!["<think>", "Hm", "</think>", "\n\n"],
             vec!["<|im_end|>"],
@@ -138,7 +138,7 @@ fn answer_is_aligned_within_longer_logprobs() {
         (vec!["\n"], vec![" ", "\n"]),
         (vec![], vec!["STOP"]),
     ] {
-        let all = [&before[..], &said, &behind].concat();
+        let all = [&before[..], &tokens, &after].concat();
         let rows: Vec<Row> = all.iter().map(|token| (*token, -1.0, &[][..])).collect();
         let teacher = logprobs(&rows);
         let aligned = align(&tokenizer, &teacher, answer, &ids).unwrap();
@@ -148,8 +148,9 @@ fn answer_is_aligned_within_longer_logprobs() {
 
 /// vLLM's `return_tokens_as_token_ids`, with another tokenizer than the student's.
 #[test]
-fn tokens_named_by_id_are_spelled_by_the_tokenizer_of_the_teacher() {
-    let (student, teacher) = (tokenizer("bytelevel"), tokenizer("sentencepiece"));
+fn token_ids_are_decoded_with_the_teacher_tokenizer() {
+    let student = tokenizer("bytelevel");
+    let teacher = tokenizer("sentencepiece");
     let answer = "The capital of France is Paris.";
     let ids = student.encode_text(answer).unwrap();
     let emitted = teacher.encode_text(answer).unwrap();
@@ -188,9 +189,9 @@ fn tokens_named_by_id_are_spelled_by_the_tokenizer_of_the_teacher() {
     assert_eq!(error, Mismatch::Teacher);
 }
 
-/// vLLM lists the token that ends the turn after those of the text, and as an alternative elsewhere.
+/// vLLM lists the token that ends the turn after those of the text, and as an alternative at other positions.
 #[test]
-fn ends_of_turns_have_soft_labels_where_they_are_listed() {
+fn listed_ends_of_turns_have_soft_labels() {
     let tokenizer = tokenizer("bytelevel");
     let end = tokenizer.end_of_turn().unwrap();
     let mut ids = tokenizer.encode_text("T").unwrap();
@@ -203,7 +204,7 @@ fn ends_of_turns_have_soft_labels_where_they_are_listed() {
         let teacher = logprobs(&rows[..1 + usize::from(listed)]);
         align(&tokenizer, &teacher, "T", &ids).unwrap()
     };
-    // Its own name, and those of other models.
+    // The student's own name of the token, and names in other models.
     for name in ["<|im_end|>", "<|eot_id|>", "</s>", "<end_of_turn>"] {
         let aligned = of(name, true);
         assert_eq!(aligned.len(), 2);
@@ -212,7 +213,7 @@ fn ends_of_turns_have_soft_labels_where_they_are_listed() {
         let aligned = of(name, false);
         assert_eq!((aligned.len(), aligned.is_soft(1)), (2, false));
     }
-    // A control token that ends no turn is none, and one without a name may be any.
+    // A control token that does not end turns is not an end; a token without a name may be any.
     for name in ["<|im_start|>", ""] {
         assert!(!of(name, true).is_soft(1), "{name:?}");
     }
@@ -223,7 +224,7 @@ fn ends_of_turns_have_soft_labels_where_they_are_listed() {
 
 /// Control tokens whose names contain `▁`, beside plain tokens without a space.
 #[test]
-fn names_of_control_tokens_are_no_raw_vocabulary() {
+fn control_token_names_are_not_taken_for_a_raw_vocabulary() {
     let tokenizer = tokenizer("bytelevel");
     let end = tokenizer.end_of_turn().unwrap();
     let name = "<｜end▁of▁sentence｜>";
@@ -235,9 +236,9 @@ fn names_of_control_tokens_are_no_raw_vocabulary() {
     assert_eq!(aligned.soft(1), (&[end][..], &[-0.2][..]));
 }
 
-/// The end was chosen after text that was cut off, which the student does not have.
+/// The teacher chose the end after text that was truncated, which the student does not have.
 #[test]
-fn an_end_after_a_token_that_was_cut_has_no_soft_labels() {
+fn end_of_turn_after_a_partial_token_has_no_soft_labels() {
     let tokenizer = tokenizer("bytelevel");
     let end = tokenizer.end_of_turn().unwrap();
     let mut ids = tokenizer.encode_text("Tb").unwrap();

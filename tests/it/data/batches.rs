@@ -1,4 +1,4 @@
-//! The order of training.
+//! Batches, their order, and micro-batches.
 
 use distill::config::{Config, TrainConfig};
 use distill::data::batch::{Batch, Batches, Cursor, micro_batches};
@@ -9,7 +9,7 @@ use super::dataset::load;
 use super::{ask, tokenizer};
 
 #[test]
-fn every_epoch_takes_each_example_once_in_another_order() {
+fn epochs_take_each_example_once_in_different_orders() {
     let mut batches = Batches::new(10, 4, 3, Cursor::default()).unwrap();
     let taken: Vec<usize> = (0..5).flat_map(|_| batches.next_step()).collect();
     let (first, second) = taken.split_at(10);
@@ -26,7 +26,7 @@ fn every_epoch_takes_each_example_once_in_another_order() {
 }
 
 #[test]
-fn resumed_batches_are_the_same() {
+fn resumed_batches_match_uninterrupted_ones() {
     let run = |batches: &mut Batches, steps: usize| -> Vec<Vec<usize>> {
         (0..steps).map(|_| batches.next_step()).collect()
     };
@@ -44,9 +44,9 @@ fn resumed_batches_are_the_same() {
     assert!(Batches::new(0, 3, 5, Cursor::default()).is_err());
 }
 
-/// However a step is cut: every example once, no micro-batch over its bound, and segments apart.
+/// Each split of a step has every example once, no micro-batch over the limit, and separate segments.
 #[test]
-fn micro_batches_hold_each_example_once_within_their_bound() {
+fn micro_batches_contain_each_example_once_within_the_limit() {
     let dir = tempfile::tempdir().unwrap();
     let rows: String = (0..60)
         .map(|i| {
@@ -81,8 +81,9 @@ fn micro_batches_hold_each_example_once_within_their_bound() {
                 0 => assert!(micro.len() <= 7),
                 _ => assert!(batch.input_ids.len() <= tokens || micro.len() == 1),
             }
-            // Each example as it is alone, one behind the other.
-            let (mut start, mut targets) = (0, 0);
+            // Examples are unchanged, one after the other.
+            let mut start = 0;
+            let mut targets = 0;
             for (example, segment) in micro.iter().zip(&batch.segments) {
                 let alone = Batch::new([*example]);
                 assert_eq!(*segment, start..start + alone.input_ids.len());
@@ -102,7 +103,7 @@ fn micro_batches_hold_each_example_once_within_their_bound() {
         match tokens {
             0 => assert_eq!(cut.len(), 60usize.div_ceil(7)),
             1 => assert_eq!(cut.len(), 60),
-            // First fit leaves at most one of them half empty or less.
+            // First fit leaves at most one micro-batch that is at most half full.
             _ => assert!(tokens < longest || cut.len() <= 2 * total.div_ceil(tokens)),
         }
         keys.sort();

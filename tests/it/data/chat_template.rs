@@ -2,13 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use distill::tokenizer::chat_template::{ChatTemplate, Date, Span, with_arguments};
+use distill::tokenizer::chat_template::{
+    ChatTemplate, RenderedSpan, TemplateClock, with_arguments,
+};
 use serde_json::json;
 
 use super::{ask, golden, messages};
 
 #[test]
-fn templates_render_as_in_transformers() {
+fn rendered_templates_match_transformers() {
     let golden = golden("templates.json");
     let cases = golden["cases"].as_array().unwrap();
     assert!(cases.len() > 80);
@@ -22,19 +24,25 @@ fn templates_render_as_in_transformers() {
             .render_text(&messages, prompt)
             .unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(text, case["text"].as_str().unwrap(), "{name}");
-        // In spans the text is the same, or the template does what cannot be followed.
+        // The spans have the same text, unless the template changes contents in an unsupported way.
         match template.render(&messages, prompt) {
             Ok(spans) => {
                 let joined: String = spans
                     .iter()
                     .map(|span| match span {
-                        Span::Template(text) | Span::Content { text, .. } => text.as_str(),
+                        RenderedSpan::Template(text) | RenderedSpan::Content { text, .. } => {
+                            text.as_str()
+                        }
                     })
                     .collect();
                 assert_eq!(joined, text, "{name}");
             }
             Err(e) => {
-                assert!(e.to_string().contains("cannot be followed"), "{name}: {e}");
+                assert!(
+                    e.to_string()
+                        .contains("other than by stripping white space"),
+                    "{name}: {e}"
+                );
                 let reasoning = text.contains("Because") || text.contains("So.");
                 assert!(["tojson", "methods"].contains(&name) || reasoning, "{name}");
             }
@@ -43,17 +51,17 @@ fn templates_render_as_in_transformers() {
 }
 
 #[test]
-fn template_text_and_content_are_told_apart() {
+fn template_text_and_content_are_separate_spans() {
     let template = ChatTemplate::new(
         "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}",
         "",
         "",
     );
-    let content = |message, text: &str| Span::Content {
+    let content = |message, text: &str| RenderedSpan::Content {
         message,
         text: text.into(),
     };
-    let text = |text: &str| Span::Template(text.into());
+    let text = |text: &str| RenderedSpan::Template(text.into());
     assert_eq!(
         template.render(&ask(" <end> ", "user"), false).unwrap(),
         [
@@ -66,7 +74,12 @@ fn template_text_and_content_are_told_apart() {
     );
     let shouting = ChatTemplate::new("{{ messages[0].content | upper }}", "", "");
     let error = shouting.render(&ask("quiet", ""), false).unwrap_err();
-    assert!(error.to_string().contains("cannot be followed"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("other than by stripping white space"),
+        "{error}"
+    );
     let refusing = ChatTemplate::new("{{ raise_exception('only user first') }}", "", "");
     let error = refusing.render(&ask("", ""), false).unwrap_err();
     assert!(error.to_string().contains("only user first"), "{error}");
@@ -130,7 +143,7 @@ fn strftime_now_returns_the_configured_date() {
     let mut template = ChatTemplate::new("{{ strftime_now('%d %b %Y') }}", "", "");
     let error = template.render_text(&[], true).unwrap_err().to_string();
     assert!(error.contains("student.template_date"), "{error}");
-    template.set_date(Date::Fixed(jiff::civil::date(2026, 1, 31).into()));
+    template.set_date(TemplateClock::Fixed(jiff::civil::date(2026, 1, 31).into()));
     assert_eq!(template.render_text(&[], true).unwrap(), "31 Jan 2026");
 }
 
@@ -156,7 +169,7 @@ fn template_args_become_default_values() {
 
 /// X5
 #[test]
-fn hostile_templates_end_in_an_error() {
+fn hostile_templates_fail_within_limits() {
     let cases = [
         "{% for i in range(10**9) %}x{% endfor %}",
         "{% for i in range(1000) %}{% for j in range(1000) %}{% for k in range(1000) %}x{% endfor %}{% endfor %}{% endfor %}",
@@ -206,7 +219,7 @@ fn hostile_templates_end_in_an_error() {
     }
 }
 
-/// The largest resident size of this process so far, in bytes.
+/// Peak resident memory of this process in bytes.
 fn peak_memory() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

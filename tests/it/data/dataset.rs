@@ -1,4 +1,4 @@
-//! From records and conversations to examples.
+//! Examples from records and conversations.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -62,7 +62,7 @@ pub fn load(config: &config::Config, tokenizer: &Tokenizer) -> anyhow::Result<Da
 }
 
 #[test]
-fn records_become_examples_in_the_order_of_their_keys() {
+fn examples_of_records_are_in_the_order_of_their_keys() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer("bytelevel");
     let settings = config::DataConfig {
@@ -94,16 +94,19 @@ fn records_become_examples_in_the_order_of_their_keys() {
     let long = record("long", &answer.repeat(10));
     write_cache(dir.path(), &[soft, shifted, bad, cut, filtered, long]);
     let data = dataset::held_out(dir.path(), &settings, &tokenizer).unwrap();
-    let (examples, report) = (data.validation(), &data.report);
+    let examples = data.validation();
+    let report = &data.report;
 
     let keys: Vec<&str> = examples.iter().map(|example| example.key()).collect();
     assert_eq!(keys, ["key of cut", "key of shifted", "key of soft"]);
     assert_eq!((report.records, report.kept), (6, 3));
     assert_eq!(report.dropped.values().sum::<u64>(), 3);
     let batch = |at| Batch::new([examples.get(at)]);
-    let (cut, shifted, soft) = (batch(0), batch(1), batch(2));
+    let cut = batch(0);
+    let shifted = batch(1);
+    let soft = batch(2);
     let end = tokenizer.stop_ids()[0];
-    // The few-shot answer in the prompt is not learnt.
+    // The few-shot answer in the prompt is not supervised.
     assert_eq!(soft.labels, [ids.as_slice(), &[end]].concat());
     assert_eq!(
         soft.input_ids[soft.positions[0] as usize + 1..],
@@ -112,13 +115,13 @@ fn records_become_examples_in_the_order_of_their_keys() {
     for (at, expected) in expected_soft.iter().enumerate() {
         let range = soft.soft_offsets[at]..soft.soft_offsets[at + 1];
         assert_eq!(soft.soft_ids[range.clone()], expected.ids);
-        // To the last bit.
+        // Logprobs are kept bit by bit.
         assert_eq!(soft.soft_logprobs[range], expected.logprobs);
     }
     assert_eq!(soft.soft_offsets.len(), ids.len() + 2);
     assert_eq!(soft.soft_offsets[ids.len() + 1], soft.soft_ids.len());
     assert!(shifted.soft_ids.is_empty());
-    assert_eq!(cut.labels, ids, "an answer that was cut off does not end");
+    assert_eq!(cut.labels, ids, "a truncated answer has no end of turn");
     assert_eq!(report.soft_positions, ids.len() as u64);
     assert_eq!(report.positions, 3 * ids.len() as u64 + 2);
     let expected = HashMap::from([
@@ -141,7 +144,7 @@ fn records_become_examples_in_the_order_of_their_keys() {
 }
 
 #[test]
-fn conversations_are_split_by_prompt_whatever_the_seed() {
+fn validation_split_is_by_prompt_and_independent_of_the_seed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("train.jsonl");
     let mut lines = String::new();
@@ -164,7 +167,8 @@ fn conversations_are_split_by_prompt_whatever_the_seed() {
         examples.iter().map(|e| e.key().parse().unwrap()).collect()
     };
     assert_eq!(numbers(again.train()), numbers(dataset.train()));
-    let (train, validation) = (numbers(dataset.train()), numbers(dataset.validation()));
+    let train = numbers(dataset.train());
+    let validation = numbers(dataset.validation());
     assert!(train.is_sorted(), "in the order of the file");
     assert_eq!(validation.len() + train.len(), 400);
     assert!(
@@ -196,7 +200,7 @@ fn conversations_are_split_by_prompt_whatever_the_seed() {
 }
 
 #[test]
-fn no_example_at_all_is_an_error_that_says_why() {
+fn empty_dataset_error_names_the_reasons() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer("bytelevel");
     let mut config = config::Config {
@@ -223,7 +227,7 @@ fn no_example_at_all_is_an_error_that_says_why() {
 }
 
 #[test]
-fn answers_to_one_prompt_are_merged_where_they_begin_alike() {
+fn answers_to_one_prompt_are_merged_into_soft_labels() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer("bytelevel");
     let answers = ["Paris is it.", "Paris is it.", "Paris is near.", "Berlin."];
@@ -237,11 +241,11 @@ fn answers_to_one_prompt_are_merged_where_they_begin_alike() {
         })
         .collect();
     records.push(record("alone", "Paris is it."));
-    // One that has logprobs keeps them.
+    // An answer with logprobs keeps them.
     let ids = tokenizer.encode_text("Berlin.").unwrap();
     let (logprobs, expected) = same_tokenizer(&tokenizer, &ids, 4);
     records.push(Record {
-        key: "told".into(),
+        key: "with logprobs".into(),
         logprobs: Some(logprobs),
         ..record("where", "Berlin.")
     });
@@ -267,15 +271,15 @@ fn answers_to_one_prompt_are_merged_where_they_begin_alike() {
         let (first, logprobs) = soft(0);
         match example.key() {
             "key of alone" => assert!(first.is_empty()),
-            "told" => assert_eq!(first, expected[0].ids),
+            "with logprobs" => assert_eq!(first, expected[0].ids),
             sample => {
-                // Three of five say Paris, and two Berlin.
+                // Three of five answers are Paris, two are Berlin.
                 let paris = tokenizer.encode_text("Paris").unwrap()[0];
                 let berlin = tokenizer.encode_text("Berlin.").unwrap()[0];
                 assert_eq!(first, [paris, berlin], "{sample}");
                 assert!((logprobs[0] - 0.6f32.ln()).abs() < 1e-6);
                 assert!((logprobs[1] - 0.4f32.ln()).abs() < 1e-6);
-                // Alike to the end, with the token that ends the answer.
+                // The answers are equal to the end, including the end-of-turn token.
                 let last = batch.labels.len() - 1;
                 let (ids, logprobs) = soft(last);
                 match sample {

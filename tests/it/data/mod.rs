@@ -1,4 +1,4 @@
-//! The room `data`: tokenizer, chat templates, alignment, datasets and batches.
+//! Tokenizer, chat templates, alignment, datasets and batches.
 
 mod added_tokens;
 mod align;
@@ -17,8 +17,8 @@ use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
 use serde_json::Value;
 
-/// Small tokenizers in the formats of real models; `tests/python/make_tokenizer_fixtures.py` made
-/// them and the numbers beside them.
+/// Small tokenizers in the formats of real models. `tests/python/make_tokenizer_fixtures.py` makes them and their golden
+/// values.
 const FOLDERS: [&str; 3] = ["bytelevel", "sentencepiece", "metaspace"];
 
 fn folder(name: &str) -> PathBuf {

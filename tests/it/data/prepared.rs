@@ -1,4 +1,4 @@
-//! Prepared once, mapped afterwards, and never anything but what they were prepared from.
+//! Prepared examples are mapped by later runs, and prepared again after changes and damage.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,7 @@ const ANSWERS: [&str; 3] = [
     "A \"quoted\" line\nand a \\ \u{1}",
 ];
 
-/// `count` records with soft labels, in no order of keys.
+/// `count` records with soft labels, not sorted by key.
 fn records(tokenizer: &Tokenizer, count: usize) -> Vec<Record> {
     (0..count)
         .map(|n| {
@@ -79,7 +79,7 @@ fn batches(data: &Dataset) -> [Batch; 2] {
 }
 
 #[test]
-fn a_second_run_maps_what_the_first_one_prepared() {
+fn second_run_maps_the_prepared_examples() {
     let run = run(40);
     let first = run.load(true);
     let second = run.load(false);
@@ -87,7 +87,7 @@ fn a_second_run_maps_what_the_first_one_prepared() {
     assert_eq!(batches(&first), batches(&second));
     assert_eq!(first.report, second.report);
     assert_eq!(first.fingerprint(), second.fingerprint());
-    // In memory, from one shard for each thread to one for all: the same examples, in their order.
+    // In memory: the same examples in the same order, whatever the number of threads and shards.
     let cache = run.config.run_dir.join("cache");
     for threads in [1, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
@@ -106,7 +106,7 @@ fn a_second_run_maps_what_the_first_one_prepared() {
 }
 
 #[test]
-fn a_prepared_example_is_what_its_answer_says() {
+fn prepared_examples_match_their_answers() {
     let run = run(20);
     let data = run.load(true);
     let all = records(&run.tokenizer, 20);
@@ -128,10 +128,10 @@ fn a_prepared_example_is_what_its_answer_says() {
     }
 }
 
-/// Each change by itself: is it prepared anew, and is it other training? It is not where the examples
-/// come out the same.
+/// For each change alone: whether examples are prepared again, and whether the training differs. It does not if the
+/// examples are equal.
 #[test]
-fn what_examples_depend_on_prepares_them_anew_and_nothing_else_does() {
+fn examples_are_prepared_again_only_after_relevant_changes() {
     type Change = fn(&mut Run);
     let grow: Change = |run| {
         let more = records(&run.tokenizer, 21).split_off(20);
@@ -184,12 +184,14 @@ fn what_examples_depend_on_prepares_them_anew_and_nothing_else_does() {
 }
 
 #[test]
-fn answers_in_another_order_are_the_same_training() {
-    let (run, other) = (run(20), run(0));
+fn order_of_answers_does_not_change_the_training() {
+    let other = run(0);
+    let run = run(20);
     let mut backwards = records(&run.tokenizer, 20);
     backwards.reverse();
     write_cache(&other.config.run_dir.join("cache"), &backwards);
-    let (a, b) = (run.load(true), other.load(true));
+    let a = run.load(true);
+    let b = other.load(true);
     assert_ne!(
         run.folders()[0].file_name(),
         other.folders()[0].file_name(),
@@ -228,14 +230,14 @@ fn damaged_examples_are_prepared_again() {
     }
 }
 
-/// Killed between two shards, or between the last one and the index, a run leaves a folder of
-/// another name; even under its own name it would not be taken for whole.
+/// A run that is killed between two shards, or before the index, leaves a folder of another name. Even under the final
+/// name, an incomplete folder is detected.
 #[test]
-fn half_a_folder_is_not_taken_for_whole() {
+fn incomplete_folder_is_prepared_again() {
     let run = run(20);
     let expected = batches(&run.load(true));
     let whole = run.folders().remove(0);
-    // Of other settings, so that nobody writes it anew.
+    // A folder of other settings, so that it is not written again.
     let half = whole.with_file_name(".0123456789abcdef.new");
     std::fs::rename(&whole, &half).unwrap();
     std::fs::remove_file(half.join("index.json")).unwrap();
@@ -248,7 +250,7 @@ fn half_a_folder_is_not_taken_for_whole() {
     std::fs::remove_file(whole.join("index.json")).unwrap();
     assert_eq!(batches(&run.load(true)), expected);
 
-    // Stopped while it prepares, it leaves nothing.
+    // A run that stops during the preparation leaves nothing.
     std::fs::remove_dir_all(&whole).unwrap();
     let stopped = dataset::load(&run.config, &Selection::All, &run.tokenizer, &mut |_, _| {
         anyhow::bail!("stop")
@@ -258,7 +260,7 @@ fn half_a_folder_is_not_taken_for_whole() {
 }
 
 #[test]
-fn the_two_newest_folders_are_kept() {
+fn two_newest_folders_are_kept() {
     let mut run = run(20);
     let mut lengths = Vec::new();
     for length in [100, 200, 300, 400] {
@@ -271,10 +273,10 @@ fn the_two_newest_folders_are_kept() {
     run.load(false);
 }
 
-/// The quick way to read a line tells the same as the parser for any JSON, which the same line gets
-/// with a space in it.
+/// The fast reader of lines gives the same result as the general JSON parser, which reads the same line with an
+/// additional space.
 #[test]
-fn a_line_reads_the_same_in_both_ways() {
+fn fast_line_reader_matches_the_json_parser() {
     let tokenizer = tokenizer("bytelevel");
     let mut all = records(&tokenizer, 9);
     let odd = all[0].logprobs.as_mut().unwrap();
@@ -288,7 +290,7 @@ fn a_line_reads_the_same_in_both_ways() {
         rank: 0,
         hex: "c3".into(),
     });
-    // What looks like the beginning of the logprobs, in a text.
+    // A text that contains the beginning of the logprobs field.
     all[1].answer.text = ",\"logprobs\":{\"token\":[".into();
     for record in &all {
         let line = distill::cache::line::encode(record).unwrap();

@@ -6,10 +6,10 @@ use distill::cache::record::{Record, Timing};
 use distill::config::{Config, TemplateDate, Thinking};
 use distill::data::dataset;
 use distill::data::groups::Selection;
-use distill::data::report::Report;
+use distill::data::report::DataReport;
 use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
-use distill::tokenizer::chat_template::Date;
+use distill::tokenizer::chat_template::TemplateClock;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -24,12 +24,12 @@ const EMPTY_BLOCK: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% i
 const OPENED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";
 /// Like Mistral Nemo's: the system message is part of the last user message.
 const MOVED: &str = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% if loop.last or (loop.index == messages | length - 1) %}{{ messages[0].content }} {% endif %}{{ m.content }}<|im_end|>{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}";
-/// Like Qwen 3's: reformats the thinking of the last answer, and drops it elsewhere.
+/// Like Qwen 3's: reformats the thinking of the last answer, and drops that of other answers.
 const THINKING: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1] %}{% if loop.last %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 /// Drops the thinking of every answer.
 const DROPPED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1].lstrip('\\n') }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-/// Its generation prompt begins in another way than the conversation.
+/// The generation prompt begins differently from the conversation.
 const DATED: &str = "{% if add_generation_prompt %}Today. {% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1] %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
@@ -124,9 +124,9 @@ fn supervised_answers_follow_their_generation_prompt() {
                     "Bye."
                 })
             );
-            let said = &conversation.ids[answer.after_thinking..answer.tokens.end];
+            let answer_ids = &conversation.ids[answer.after_thinking..answer.tokens.end];
             if messages.len() > 2 {
-                assert_eq!(text(&tokenizer, said).trim(), "Bye.", "{template}");
+                assert_eq!(text(&tokenizer, answer_ids).trim(), "Bye.", "{template}");
             }
         }
     }
@@ -177,7 +177,7 @@ fn examples(
     template: &str,
     rows: &[Vec<Message>],
     set: impl Fn(&mut Config),
-) -> (Report, BTreeMap<String, Vec<String>>) {
+) -> (DataReport, BTreeMap<String, Vec<String>>) {
     let (dir, tokenizer) = with_template(template);
     let source = dir.path().join("rows.jsonl");
     let lines = rows
@@ -252,9 +252,9 @@ fn answers_with_another_prefix_become_separate_examples() {
     );
 }
 
-/// The tokenizer makes one token of the end of the template text and the white space that an answer begins with.
+/// The tokenizer makes one token from the end of the template text and the leading white space of an answer.
 #[test]
-fn prompts_of_later_answers_are_cut_as_generation_prompts() {
+fn prompts_of_later_answers_equal_generation_prompts() {
     let mut messages = ask("Hello", "   Hi.");
     messages.extend(ask("And now?", "Bye."));
     let (_dir, tokenizer) = with_template(CHATML);
@@ -268,9 +268,9 @@ fn prompts_of_later_answers_are_cut_as_generation_prompts() {
     assert_eq!(found["1:1"], ["   Hi.<|im_end|>"]);
 }
 
-/// The same where text of the template follows the answer, without a control token between.
+/// Same with text of the template directly after the answer, without a control token between them.
 #[test]
-fn answers_that_melt_into_the_template_become_separate_examples() {
+fn answers_merging_with_template_text_become_separate_examples() {
     const FOLLOWED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}   <|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
     let (_dir, tokenizer) = with_template(FOLLOWED);
     for (answer, separate) in [("Hi.\n", 1), ("Hi.", 0)] {
@@ -285,9 +285,9 @@ fn answers_that_melt_into_the_template_become_separate_examples() {
     }
 }
 
-/// A run of one character is cut by its length.
+/// Runs of one character are split by their length.
 #[test]
-fn long_runs_before_the_template_are_seen_whole() {
+fn long_runs_before_template_text_are_compared_whole() {
     const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
     let dir = tempfile::tempdir().unwrap();
     tiny::write_tokenizer(dir.path(), 0..=255, &[("-", "-"), ("-", "Ċ")]);
@@ -316,7 +316,7 @@ fn long_runs_before_the_template_are_seen_whole() {
 
 /// Templates such as Llama 2's write text between an answer and the end of its turn.
 #[test]
-fn an_answer_ends_where_the_template_begins_to_end_the_turn() {
+fn answer_ends_at_the_first_template_text_of_the_end_of_turn() {
     const LATER: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
     let (_dir, tokenizer) = with_template(LATER);
     let newline = tokenizer.encode_text("\n").unwrap()[0];
@@ -347,9 +347,9 @@ fn an_answer_ends_where_the_template_begins_to_end_the_turn() {
     assert_eq!((aligned.len(), aligned.lists_end), (2, None));
 }
 
-/// What begins the next turn is no end, and would not stop a model.
+/// A token that begins the next turn would not stop a model.
 #[test]
-fn a_control_token_that_stops_nothing_ends_no_turn() {
+fn control_tokens_that_are_not_stop_tokens_do_not_end_turns() {
     const ENDLESS: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
     let mut messages = ask("Hello", "Hi.");
     messages.extend(ask("And now?", "Bye."));
@@ -359,7 +359,7 @@ fn a_control_token_that_stops_nothing_ends_no_turn() {
 }
 
 #[test]
-fn messages_after_the_last_answer_change_nothing() {
+fn messages_after_the_last_answer_are_ignored() {
     let answer = ask("Hello", "Hi.");
     let mut followed = answer.clone();
     followed.push(message("user", "And now?"));
@@ -369,7 +369,7 @@ fn messages_after_the_last_answer_change_nothing() {
 }
 
 #[test]
-fn an_answer_of_thinking_alone_is_dropped_after_a_prompt_that_closed_it() {
+fn thinking_only_answer_is_dropped_after_a_prompt_that_closes_thinking() {
     const CLOSED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}";
     let rows = [
         ask("Who?", "<think>\nHm.\n</think>\n\n"),
@@ -381,7 +381,7 @@ fn an_answer_of_thinking_alone_is_dropped_after_a_prompt_that_closed_it() {
 }
 
 #[test]
-fn thinking_is_supervised_kept_without_loss_or_dropped() {
+fn thinking_setting_supervises_masks_or_drops_thinking() {
     let rows = [ask("Who?", "<think>\nHm.\n</think>\n\nMe.")];
     let of = |thinking| {
         let (report, found) = examples(THINKING, &rows, |config| config.data.thinking = thinking);
@@ -408,9 +408,9 @@ fn answers_without_end_of_turn_token_are_counted() {
     );
 }
 
-/// The generation prompt has closed its thinking, so that of the answer has no place.
+/// The generation prompt closes a block of thinking, so the answer cannot contain another one.
 #[test]
-fn thinking_is_left_out_after_a_prompt_that_closed_it() {
+fn thinking_is_left_out_after_a_prompt_that_closes_thinking() {
     let template = THINKING.replace(
         "<|im_start|>assistant\n{% endif %}",
         "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
@@ -426,7 +426,7 @@ fn thinking_is_left_out_after_a_prompt_that_closed_it() {
 }
 
 #[test]
-fn thinking_that_the_template_drops_is_restored() {
+fn thinking_dropped_by_the_template_is_restored() {
     let mut several = ask("Hello", "<think>\nA.\n</think>\n\nHi.");
     several.extend(ask("And now?", "<think>B.</think>Bye."));
     let of = |template, thinking| {
@@ -465,7 +465,7 @@ fn thinking_that_the_template_drops_is_restored() {
 }
 
 #[test]
-fn answers_printed_twice_or_in_another_order_are_not_mixed_up() {
+fn answers_printed_twice_or_out_of_order_are_not_confused() {
     let first =
         "{% if messages[-1].role == 'assistant' %}Last: {{ messages[-1].content }}\n{% endif %}";
     let (_, found) = examples(
@@ -483,7 +483,7 @@ fn answers_printed_twice_or_in_another_order_are_not_mixed_up() {
 }
 
 #[test]
-fn difference_is_shown_behind_the_messages() {
+fn prompt_difference_is_shown_after_the_shared_messages() {
     let long = "a question ".repeat(20);
     for template in [OPENED, MOVED] {
         let (_dir, tokenizer) = with_template(template);
@@ -512,7 +512,7 @@ fn difference_is_shown_behind_the_messages() {
 }
 
 #[test]
-fn a_template_that_needs_a_date_stops_the_run() {
+fn template_without_its_date_is_a_usage_error() {
     let template = CHATML.replace(
         "{% for",
         "{% if messages | length > 2 %}{{ strftime_now('%Y') }}{% endif %}{% for",
@@ -537,9 +537,9 @@ fn a_template_that_needs_a_date_stops_the_run() {
     assert_eq!(distill::exit::Exit::code_of(&error), 2);
 }
 
-/// With logprobs, which are read by another parser, and without.
+/// With logprobs and without, which are read by different parsers.
 #[test]
-fn the_date_of_a_record_is_that_of_its_answer() {
+fn template_date_record_is_the_date_of_the_request() {
     let template = CHATML.replace("{% for", "{{ strftime_now('%d %b %Y') }}\n{% for");
     let (dir, _) = with_template(&template);
     let mut config = Config {
@@ -573,23 +573,27 @@ fn the_date_of_a_record_is_that_of_its_answer() {
     };
     config.student.template_date = Some(TemplateDate::Record);
     assert_eq!(begins(&config), ["28 Feb 2026", "01 Mar 2026"]);
-    // Another setting is another dataset, also for `distill eval`, which sets the date later.
-    let fingerprint = |date: Date| {
+    // Another date gives another dataset, also for `distill eval`, which sets the date later.
+    let fingerprint = |date: TemplateClock| {
         let mut tokenizer = Tokenizer::load(dir.path()).unwrap();
         tokenizer.set_date(date);
         tokenizer.fingerprint()
     };
     let trained = Tokenizer::for_student(&config.student).unwrap();
-    assert_eq!(fingerprint(Date::Record), trained.fingerprint());
+    assert_eq!(fingerprint(TemplateClock::Record), trained.fingerprint());
     let other = TemplateDate::try_from("2026-01-31".to_owned()).unwrap();
-    assert_ne!(fingerprint(Date::Record), fingerprint(other.into()));
+    assert_ne!(
+        fingerprint(TemplateClock::Record),
+        fingerprint(other.into())
+    );
     config.student.template_date = Some("2026-01-31".to_owned().try_into().unwrap());
     assert_eq!(begins(&config), ["31 Jan 2026", "31 Jan 2026"]);
 }
 
-/// A block of thinking may lack its opening tag, if the teacher's prompt ends with it, or its end, if it was cut off.
+/// A block of thinking may lack its opening tag, if the teacher's prompt ends with it, or its closing tag, if it was
+/// truncated.
 #[test]
-fn thinking_is_found_without_one_of_its_tags() {
+fn thinking_without_one_of_its_tags_is_found() {
     let of = |template: &str, answer: &str, thinking| {
         examples(template, &[ask("Who?", answer)], |config| {
             config.data.thinking = thinking
@@ -614,13 +618,13 @@ fn thinking_is_found_without_one_of_its_tags() {
     let (_, found) = of(CHATML, "<think>\nHm", Thinking::Supervise);
     assert_eq!(found["1"], ["<think>\nHm<|im_end|>"]);
     // A text that mentions the tag.
-    let told = "The tag </think> ends it.";
-    let (_, found) = of(CHATML, told, Thinking::Drop);
-    assert_eq!(found["1"], [format!("{told}<|im_end|>")]);
+    let answer = "The tag </think> ends it.";
+    let (_, found) = of(CHATML, answer, Thinking::Drop);
+    assert_eq!(found["1"], [format!("{answer}<|im_end|>")]);
 }
 
 #[test]
-fn an_answer_of_thinking_alone_is_empty_without_it() {
+fn thinking_only_answer_is_empty_if_thinking_is_not_trained() {
     let closing = THINKING.replace(
         "<|im_start|>assistant\n{% endif %}",
         "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
@@ -648,7 +652,7 @@ fn an_answer_of_thinking_alone_is_empty_without_it() {
 
 /// Fields that would change what is trained are used or refused, not ignored.
 #[test]
-fn rows_with_fields_that_are_not_supported_are_refused_by_name() {
+fn rows_with_unsupported_fields_are_refused_by_name() {
     let (dir, tokenizer) = with_template(CHATML);
     let source = dir.path().join("rows.jsonl");
     let mut config = Config {
@@ -672,7 +676,7 @@ fn rows_with_fields_that_are_not_supported_are_refused_by_name() {
     ] {
         let is_reasoning = value.is_string() || field == "reasoning_details";
         for is_of_row in [false, true] {
-            // Rows of some datasets say by such a field whether they have reasoning.
+            // In rows of some datasets, such a field is a flag for reasoning.
             if is_of_row && is_reasoning {
                 continue;
             }

@@ -21,7 +21,7 @@ fn distill(dir: &Path, arguments: &[&str]) -> (i32, String) {
 }
 
 #[test]
-fn an_example_is_shown_token_by_token() {
+fn data_show_prints_examples_token_by_token() {
     let dir = tempfile::tempdir().unwrap();
     let student = tokenizer("bytelevel");
     let answer = "It is Paris.";
@@ -51,7 +51,7 @@ fn an_example_is_shown_token_by_token() {
     let shown: Value = serde_json::from_str(&printed).unwrap();
     assert_eq!(shown["version"], 1);
     let examples = shown["examples"].as_array().unwrap();
-    assert_eq!(examples.len(), 1, "the first that makes an example");
+    assert_eq!(examples.len(), 1, "the first row that makes an example");
     assert_eq!(examples[0]["prompt_id"], "good");
     let tokens = examples[0]["tokens"].as_array().unwrap();
     let supervised: Vec<&Value> = tokens
@@ -113,7 +113,7 @@ fn an_example_is_shown_token_by_token() {
 }
 
 #[test]
-fn a_text_is_split_into_tokens() {
+fn tokenize_prints_the_tokens_of_a_text() {
     let dir = tempfile::tempdir().unwrap();
     let model = folder("bytelevel");
     let model = model.to_str().unwrap();
@@ -142,7 +142,7 @@ fn a_text_is_split_into_tokens() {
 
 /// Answers to one prompt, without logprobs.
 #[test]
-fn labels_of_merged_samples_are_shown() {
+fn data_show_prints_labels_of_merged_samples() {
     let dir = tempfile::tempdir().unwrap();
     let answers = ["It is Paris.", "It is Lyon."];
     let records = answers.map(|answer| Record {
@@ -163,7 +163,7 @@ fn labels_of_merged_samples_are_shown() {
 }
 
 #[test]
-fn texts_reach_the_terminal_without_control_characters() {
+fn data_show_prints_no_control_characters() {
     let dir = tempfile::tempdir().unwrap();
     write_cache(
         &dir.path().join("cache"),

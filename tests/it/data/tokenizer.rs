@@ -1,4 +1,4 @@
-//! Ids and bytes, held against transformers.
+//! Ids and bytes of tokens, compared with transformers.
 
 use distill::exit::Exit;
 use distill::tokenizer::Tokenizer;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{FOLDERS, ask, folder, golden, ids, message, messages, tokenizer};
 
 #[test]
-fn texts_are_encoded_as_transformers_does() {
+fn text_ids_match_transformers() {
     for name in FOLDERS {
         let tokenizer = tokenizer(name);
         for case in golden(&format!("{name}/golden.json"))["texts"]
@@ -24,9 +24,9 @@ fn texts_are_encoded_as_transformers_does() {
     }
 }
 
-/// Texts are encoded in pieces, which are remembered; the ids are those of the whole.
+/// Texts are encoded in cached pieces, with the ids of the whole text.
 #[test]
-fn pieces_of_a_text_are_encoded_as_the_whole() {
+fn piece_cache_gives_the_ids_of_the_whole_text() {
     let parts = [
         " ",
         " ",
@@ -90,7 +90,7 @@ fn pieces_of_a_text_are_encoded_as_the_whole() {
     }
 }
 
-/// Fewer than `most` of these parts, joined.
+/// Concatenates fewer than `most` of these parts.
 pub fn random_text(random: &mut fastrand::Rng, parts: &[&str], most: usize) -> String {
     let length = random.usize(1..most);
     (0..length)
@@ -109,21 +109,21 @@ pub fn split_as_llama_3(digits: &str) -> Value {
     ]})
 }
 
-/// An answer begins a new stretch of text, as it does when a model generates it; transformers
-/// encodes the rendered conversation in one go. The two differ only where an answer starts or ends
-/// with white space that merges with the template's: GPT-2's pre-tokenizer then makes one piece of
-/// both. Every other conversation must agree to the id.
+/// An answer is encoded separately, as a model generates it. transformers encodes the rendered conversation as a whole.
+/// The two differ only if an answer starts or ends with white space that merges with the template's: GPT-2's
+/// pre-tokenizer then makes one piece of both. All other conversations must have the same ids.
 #[test]
-fn conversations_are_encoded_as_transformers_does() {
+fn conversation_ids_match_transformers() {
     let mut compared = 0;
     for name in FOLDERS {
         let tokenizer = tokenizer(name);
         let golden = golden(&format!("{name}/golden.json"));
         for case in golden["conversations"].as_array().unwrap() {
             let messages = messages(&case["messages"]);
-            let ours = match case["add_generation_prompt"] == true {
-                true => tokenizer.encode_prompt(&messages).unwrap(),
-                false => tokenizer.encode_conversation(&messages).unwrap().0,
+            let ours = if case["add_generation_prompt"] == true {
+                tokenizer.encode_prompt(&messages).unwrap()
+            } else {
+                tokenizer.encode_conversation(&messages).unwrap().0
             };
             assert_eq!(ours, ids(&case["ids"]), "{name}: {}", case["text"]);
             compared += 1;
@@ -133,7 +133,7 @@ fn conversations_are_encoded_as_transformers_does() {
 }
 
 #[test]
-fn an_answer_and_its_end_of_turn_are_supervised_and_nothing_else() {
+fn only_answers_and_their_ends_of_turn_are_supervised() {
     // (folder, what the supervised ids decode to, the token that ends the turn)
     let cases = [
         ("bytelevel", ["Hello", "Four."], "<|im_end|>"),
@@ -152,7 +152,7 @@ fn an_answer_and_its_end_of_turn_are_supervised_and_nothing_else() {
             assert_eq!(tokenizer.decode(supervised).unwrap(), text, "{name}");
             assert_eq!(tokenizer.stop_ids(), [last], "{name}: {end}");
         }
-        // A prompt is exactly what stands before the answer.
+        // The ids of the prompt are those before the answer.
         let prompt = tokenizer.encode_prompt(&messages[..3]).unwrap();
         assert_eq!(prompt, ids[..ranges[1].start], "{name}");
         let prompt = tokenizer.encode_prompt(&messages[..1]).unwrap();
@@ -162,7 +162,7 @@ fn an_answer_and_its_end_of_turn_are_supervised_and_nothing_else() {
 
 /// X7
 #[test]
-fn the_names_of_control_tokens_in_a_message_are_text() {
+fn control_token_names_in_messages_are_text() {
     for name in FOLDERS {
         let tokenizer = tokenizer(name);
         let specials: Vec<u32> = (0..tokenizer.vocab_size() as u32)
@@ -203,10 +203,9 @@ fn the_names_of_control_tokens_in_a_message_are_text() {
     }
 }
 
-/// A vocabulary may hold the name of a control token as one of its pieces, as Unigram models do,
-/// and so make it of plain text.
+/// The vocabulary of a Unigram model may contain the name of a control token, and then makes it from plain text.
 #[test]
-fn a_vocabulary_that_spells_control_tokens_is_split() {
+fn control_tokens_in_the_vocabulary_are_not_made_from_text() {
     let dir = tempfile::tempdir().unwrap();
     let pieces = ["<unk>", "</s>", "<", "/", "s", ">", "a", "▁"];
     let vocab: Vec<Value> = pieces.iter().map(|piece| json!([piece, -1.0])).collect();
@@ -226,13 +225,13 @@ fn a_vocabulary_that_spells_control_tokens_is_split() {
         tokenizer.encode_text("a</s>a</s>").unwrap(),
         [6, 2, 3, 4, 5, 6, 2, 3, 4, 5]
     );
-    // Not so the unknown token, which stands for what the vocabulary lacks.
+    // The unknown token stays: it stands for characters outside the vocabulary.
     assert_eq!(tokenizer.encode_text("aé").unwrap(), [6, 0]);
 }
 
-/// The same where texts are encoded in pieces.
+/// Same with cached pieces.
 #[test]
-fn control_tokens_of_the_vocabulary_are_split_in_pieces_too() {
+fn control_tokens_in_the_vocabulary_do_not_deadlock_the_piece_cache() {
     let dir = tempfile::tempdir().unwrap();
     let mut json = golden("bytelevel/tokenizer.json");
     let id = json["model"]["vocab"]["ou"].as_u64().unwrap() as u32;
@@ -258,13 +257,15 @@ fn control_tokens_of_the_vocabulary_are_split_in_pieces_too() {
         sender.send((bytes.collect(), ids)).unwrap();
     });
     let limit = std::time::Duration::from_secs(20);
-    let (bytes, ids): (Vec<u8>, Vec<u32>) = receiver.recv_timeout(limit).expect("it hangs");
+    let (bytes, ids): (Vec<u8>, Vec<u32>) = receiver
+        .recv_timeout(limit)
+        .expect("the piece cache deadlocked");
     assert_eq!(String::from_utf8(bytes).unwrap(), text);
     assert!(!ids.contains(&id), "{ids:?}");
 }
 
 #[test]
-fn an_ordinary_token_may_end_answers_and_be_text() {
+fn ordinary_stop_tokens_remain_part_of_texts() {
     let dir = tempfile::tempdir().unwrap();
     for file in [
         "tokenizer.json",
@@ -289,7 +290,7 @@ fn an_ordinary_token_may_end_answers_and_be_text() {
 }
 
 #[test]
-fn token_bytes_add_up_to_the_text() {
+fn token_bytes_concatenate_to_the_text() {
     for name in FOLDERS {
         let tokenizer = tokenizer(name);
         for text in ["Hello you", "Grüße 日本 👋🏽\n\ttwo  spaces", "\u{1}\u{7f}x"] {
@@ -298,7 +299,7 @@ fn token_bytes_add_up_to_the_text() {
                 .iter()
                 .flat_map(|&id| tokenizer.token_bytes(id).unwrap().to_vec())
                 .collect();
-            // SentencePiece puts a space before a text.
+            // SentencePiece adds a prefix space.
             let expected = match name {
                 "bytelevel" => text.to_owned(),
                 _ => format!(" {text}"),
@@ -320,7 +321,7 @@ fn token_bytes_add_up_to_the_text() {
 }
 
 #[test]
-fn half_a_character_decodes_lossily() {
+fn partial_characters_decode_to_the_replacement_character() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("👋").unwrap();
     assert!(ids.len() > 1);
@@ -333,7 +334,7 @@ fn half_a_character_decodes_lossily() {
 }
 
 #[test]
-fn a_folder_without_a_chat_template_says_where_to_put_one() {
+fn missing_chat_template_error_names_both_files() {
     let dir = tempfile::tempdir().unwrap();
     let from = folder("bytelevel");
     std::fs::copy(
@@ -370,7 +371,7 @@ fn a_folder_without_a_chat_template_says_where_to_put_one() {
 }
 
 #[test]
-fn a_tokenizer_larger_than_the_embeddings_is_refused() {
+fn tokenizer_larger_than_the_embeddings_is_refused() {
     let tokenizer = tokenizer("bytelevel");
     let size = tokenizer.vocab_size();
     tokenizer.check_fits(size).unwrap();
@@ -387,9 +388,8 @@ fn a_tokenizer_larger_than_the_embeddings_is_refused() {
 type Change = fn(String) -> String;
 
 #[test]
-fn tokenizers_of_other_versions_load_and_damaged_ones_say_where() {
+fn other_tokenizer_versions_load_and_damaged_ones_name_the_part() {
     let source = std::fs::read_to_string(folder("bytelevel").join("tokenizer.json")).unwrap();
-    // Of the model, as of the whole.
     let compact = serde_json::from_str::<Value>(&source).unwrap().to_string();
     let loaded = |change: Change| {
         let dir = tempfile::tempdir().unwrap();
@@ -425,7 +425,7 @@ fn tokenizers_of_other_versions_load_and_damaged_ones_say_where() {
         assert_eq!(tokenizer.encode_text(text).unwrap(), expected, "{name}");
     }
     let refused: [(&str, Change); 7] = [
-        ("added_tokens are no list", |text| {
+        ("added_tokens are not a list", |text| {
             let start = text.find(r#""added_tokens":["#).unwrap();
             let end = start + text[start..].find(']').unwrap();
             format!(
@@ -434,8 +434,8 @@ fn tokenizers_of_other_versions_load_and_damaged_ones_say_where() {
                 &text[end + 1..]
             )
         }),
-        ("no valid JSON", |text| text[..text.len() / 2].to_owned()),
-        ("no object", |_| "[1]".into()),
+        ("not valid JSON", |text| text[..text.len() / 2].to_owned()),
+        ("not a JSON object", |_| "[1]".into()),
         ("in its model", |text| {
             let model = text.find(r#""model":"#).unwrap();
             format!("{}\"model\":null}}", &text[..model])

@@ -188,7 +188,7 @@ async fn answers_of_a_mock_are_used_only_by_name() {
     config.data.groups = Groups::Asked;
     assert_eq!(refused(config).0, 2);
     let selection = distill::plan::questions::selection(config).unwrap();
-    assert!(matches!(selection, Selection::Asked(_)));
+    assert!(matches!(selection, Selection::Config(_)));
 }
 
 /// The harvest takes them for answers, so training does.

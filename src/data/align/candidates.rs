@@ -1,0 +1,125 @@
+//! The tokens that a teacher lists at one position, with their logprobs.
+
+use std::borrow::Cow;
+
+use crate::cache::logprobs_view::LogprobsView;
+use crate::data::logprob_check::Agreement;
+
+use super::run::{SpanKind, TeacherSpan};
+
+/// Logprobs at or below this value are missing: endpoints send -100 or -9999 for tiny probabilities.
+const SENTINEL: f32 = -100.0;
+/// Maximum excess over 1 of a sum of probabilities, which are rounded.
+pub const EXCESS: f64 = 1e-3;
+
+/// Properties of a list that [`list_candidates`] made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Candidates {
+    /// Sum of the listed probabilities.
+    pub mass: f64,
+    /// Sum without an emitted token from outside the top-k.
+    pub top_mass: f64,
+    pub sampled: SampledToken,
+}
+
+/// Place of the emitted token in the list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SampledToken {
+    /// One of the top-k.
+    InTopK,
+    /// Outside the top-k, and listed last.
+    ListedLast,
+    /// Outside the top-k, with an unknown logprob.
+    NotListed,
+}
+
+/// Fills `listed` with the most likely tokens at a position that have usable logprobs: at most `most`, and at
+/// most `top_logprobs`, the number that was requested. The emitted token is appended if it is not among them.
+/// Probabilities that sum to slightly more than 1 are normalised.
+///
+/// Some servers append an emitted token from outside the top-k, so its rank by logprob decides whether it
+/// belongs to the top-k. Others replace the last of the top-k, which `LogprobCheck` detects over many answers.
+///
+/// Returns None if the probabilities sum to more than that.
+pub fn list_candidates<'t>(
+    teacher: &'t LogprobsView,
+    position: usize,
+    most: usize,
+    top_logprobs: Option<usize>,
+    listed: &mut Vec<(&'t [u8], f32)>,
+) -> Option<Candidates> {
+    let emitted = teacher.token.get(position).map_or(&[][..], Cow::as_ref);
+    let logprobs = teacher.top_logprob.get(position);
+    listed.clear();
+    for (bytes, &logprob) in teacher.top.get(position).iter().zip(logprobs) {
+        if let Some(logprob) = logprob.filter(is_usable) {
+            let is_listed = |other: &(&[u8], f32)| other.1 == logprob && *other.0 == **bytes;
+            // Some servers list the emitted token twice. Two tokens without bytes may be different tokens.
+            if bytes.is_empty() || !listed.iter().any(is_listed) {
+                listed.push((bytes, logprob));
+            }
+        }
+    }
+    let most = most.min(top_logprobs.unwrap_or(usize::MAX));
+    if listed.len() > most {
+        listed.sort_by(|a, b| b.1.total_cmp(&a.1));
+        listed.truncate(most);
+    }
+    let emitted_logprob = teacher.logprob.get(position).copied().flatten();
+    let top_mass = mass(listed.iter().map(|&(_, logprob)| logprob)).min(1.0);
+    let sampled = if listed.iter().any(|(bytes, _)| *bytes == emitted) {
+        SampledToken::InTopK
+    } else if let Some(logprob) = emitted_logprob.filter(is_usable) {
+        listed.push((emitted, logprob));
+        SampledToken::ListedLast
+    } else {
+        SampledToken::NotListed
+    };
+    let total = mass(listed.iter().map(|&(_, logprob)| logprob));
+    if total > 1.0 + EXCESS {
+        return None;
+    }
+    if total > 1.0 {
+        let excess = total.ln() as f32;
+        for (_, logprob) in listed {
+            *logprob -= excess;
+        }
+    }
+    Some(Candidates {
+        mass: total.min(1.0),
+        top_mass,
+        sampled,
+    })
+}
+
+/// Counts how often the emitted token is the most likely one.
+pub(super) fn agreement(teacher: &LogprobsView, spans: &[TeacherSpan]) -> Agreement {
+    let mut agreement = Agreement::default();
+    let tokens = spans.iter().filter(|span| span.kind != SpanKind::Unknown);
+    for position in tokens.map(|span| span.tokens.start) {
+        let top = teacher.top.get(position);
+        let logprobs = teacher.top_logprob.get(position);
+        let mut best: Option<(f32, &[u8])> = None;
+        for (bytes, logprob) in top.iter().zip(logprobs) {
+            let logprob = logprob.filter(is_usable);
+            if let Some(logprob) = logprob.filter(|l| best.is_none_or(|(most, _)| *l > most)) {
+                best = Some((logprob, bytes));
+            }
+        }
+        if let Some((logprob, bytes)) = best {
+            let hit = *bytes == *teacher.token[position];
+            agreement.count(position, f64::from(logprob).exp(), hit);
+        }
+    }
+    agreement
+}
+
+/// Returns true unless the logprob is infinite, NaN or a sentinel for a missing one.
+pub fn is_usable(logprob: &f32) -> bool {
+    logprob.is_finite() && *logprob > SENTINEL
+}
+
+/// Sum of the probabilities of these logprobs.
+pub(super) fn mass(logprobs: impl Iterator<Item = f32>) -> f64 {
+    logprobs.map(|logprob| f64::from(logprob).exp()).sum()
+}
