@@ -9,7 +9,7 @@ use crate::cli::{GenerateArgs, Global};
 use crate::exit::Exit;
 use crate::model::Model;
 use crate::model::batcher::{Batcher, FinishReason, GenerateOptions};
-use crate::model::sampling::Sampling;
+use crate::model::sampling::SamplingParams;
 use crate::prompt::message::Message;
 use crate::terminal;
 use crate::tokenizer::Tokenizer;
@@ -36,7 +36,7 @@ pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
         tokenizer,
         options: GenerateOptions {
             max_tokens: args.max_tokens,
-            sampling: Sampling {
+            sampling: SamplingParams {
                 temperature: args.temperature,
                 top_p: args.top_p,
                 seed: args.seed.unwrap_or_else(|| fastrand::u64(..)),

@@ -118,7 +118,7 @@ fn within_descriptors(config: &Config) -> Config {
         .iter()
         .map(|lane| lane.limits.concurrency)
         .sum();
-    let Some(most) = process::connections().filter(|most| *most < wanted) else {
+    let Some(most) = process::max_connections().filter(|most| *most < wanted) else {
         return config.clone();
     };
     tracing::warn!(

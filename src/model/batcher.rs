@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::Model;
-use super::sampling::{Choice, Sampler, Sampling};
+use super::sampling::{Sampler, SamplingParams, TokenLogprobs};
 use super::text_stream::TextStream;
 use crate::model::kv_cache::KvCache;
 use crate::tokenizer::Tokenizer;
@@ -24,7 +24,7 @@ const PROMPT_TOKENS_PER_STEP: usize = 512;
 pub struct GenerateOptions {
     /// At least 1. The answer ends at the model's context length in any case.
     pub max_tokens: usize,
-    pub sampling: Sampling,
+    pub sampling: SamplingParams,
     /// Strings that end the answer and are no part of it.
     pub stop: Vec<String>,
     /// Report logprobs, with so many of the likeliest tokens at each position.
@@ -35,7 +35,7 @@ impl Default for GenerateOptions {
     fn default() -> Self {
         Self {
             max_tokens: usize::MAX,
-            sampling: Sampling::default(),
+            sampling: SamplingParams::default(),
             stop: Vec::new(),
             top_logprobs: None,
         }
@@ -54,7 +54,7 @@ pub enum FinishReason {
 
 /// One more token of one answer.
 #[derive(Debug)]
-pub struct Update {
+pub struct TokenUpdate {
     /// As given by [`Batcher::submit`].
     pub id: u64,
     /// The sampled token: part of the text, or the end of the turn.
@@ -63,7 +63,7 @@ pub struct Update {
     pub text: String,
     /// The choices behind the text released so far that were not reported before, where asked for.
     /// The end of the turn is not among them: it is no part of the text.
-    pub choices: Vec<Choice>,
+    pub choices: Vec<TokenLogprobs>,
     /// Set in the last update of an answer.
     pub finish_reason: Option<FinishReason>,
 }
@@ -80,7 +80,7 @@ struct Sequence {
     top_logprobs: Option<usize>,
     text: TextStream,
     /// Choices not reported yet, with the offsets in the answer's bytes where they begin and end.
-    unreported: VecDeque<(usize, usize, Choice)>,
+    unreported: VecDeque<(usize, usize, TokenLogprobs)>,
 }
 
 /// Runs up to `size` answers at once.
@@ -107,7 +107,7 @@ impl<'a> Batcher<'a> {
     }
 
     /// May another answer start?
-    pub fn has_room(&self) -> bool {
+    pub fn has_free_slot(&self) -> bool {
         self.sequences.len() < self.size
     }
 
@@ -160,7 +160,7 @@ impl<'a> Batcher<'a> {
     ///
     /// The pass failed, or its logits are no numbers; the answers under way cannot go on, and the
     /// caller must [`clear`](Self::clear) them.
-    pub fn step(&mut self) -> Result<Vec<Update>> {
+    pub fn step(&mut self) -> Result<Vec<TokenUpdate>> {
         let mut budget = PROMPT_TOKENS_PER_STEP;
         let mut stepping: Vec<(&mut Sequence, Vec<u32>)> = Vec::new();
         for sequence in &mut self.sequences {
@@ -177,7 +177,7 @@ impl<'a> Batcher<'a> {
             .map(|(sequence, tokens)| (tokens.as_slice(), &mut sequence.cache))
             .unzip();
         let logits = self.model.step(&tokens, &mut caches)?;
-        let updates: Vec<Update> = stepping
+        let updates: Vec<TokenUpdate> = stepping
             .into_par_iter()
             .zip(logits.par_chunks_exact(self.model.config().vocab_size))
             .filter(|((sequence, _), _)| sequence.unread.is_empty())
@@ -204,7 +204,7 @@ impl Sequence {
     }
 
     /// Samples the next token from the logits (V) after the last one.
-    fn grow(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<Update> {
+    fn grow(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<TokenUpdate> {
         ensure!(
             logits.iter().all(|logit| logit.is_finite()),
             "the model's logits are no numbers; its weights are damaged, or its training diverged"
@@ -225,7 +225,7 @@ impl Sequence {
         };
         // The end of the turn, too, as vLLM reports it: it is one of the model's choices.
         if let Some(k) = self.top_logprobs {
-            let choice = Choice::of(logits, token, k);
+            let choice = TokenLogprobs::from_logits(logits, token, k);
             let end = self.text.received();
             self.unreported.push_back((begin, end, choice));
         }
@@ -233,7 +233,7 @@ impl Sequence {
             Some(_) => self.text.finish(),
             None => self.text.release(),
         };
-        Ok(Update {
+        Ok(TokenUpdate {
             id: self.id,
             token,
             text,
@@ -244,7 +244,7 @@ impl Sequence {
 
     /// The choices whose text is released. At the end of the answer all of them but those of the
     /// stop string; a token that a stop string cuts in two is kept, since it was chosen.
-    fn report(&mut self, end: bool) -> Vec<Choice> {
+    fn report(&mut self, end: bool) -> Vec<TokenLogprobs> {
         let released = self.text.released();
         let due = self
             .unreported

@@ -1,7 +1,7 @@
 //! A decoder: embedding, layers, final norm and LM head. What a layer does is its architecture's.
 
-use crate::model::parameters::HEAD;
-use crate::model::parameters::Names;
+use crate::model::parameters::LM_HEAD;
+use crate::model::parameters::WeightNames;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use candle_core::Tensor;
 
 use super::graph::Graph;
 use super::norm::Norm;
-use super::parameters::{Checked, List, Parameter, Role};
+use super::parameters::{CheckedWeights, Parameter, ParameterList, ParameterRole};
 use super::weights::{self, Tensors};
 use super::{gpt2, llama};
 use crate::exit::Exit;
@@ -21,14 +21,14 @@ pub struct Decoder {
     embedding: Tensor,
     /// (positions x D), where positions are learned.
     positions: Option<Tensor>,
-    layers: Vec<Layer>,
+    layers: Vec<DecoderLayer>,
     norm: Norm,
     head: Tensor,
 }
 
-enum Layer {
-    Llama(llama::Layer),
-    Gpt2(gpt2::Layer),
+enum DecoderLayer {
+    Llama(llama::LlamaLayer),
+    Gpt2(gpt2::Gpt2Layer),
 }
 
 /// File of an adapter beside the weights.
@@ -38,15 +38,15 @@ impl Decoder {
     /// A decoder over the given tensors; trainable where these are variables.
     ///
     /// # Errors
-    /// Names the first tensor that is missing or has another shape than `config` says.
+    /// WeightNames the first tensor that is missing or has another shape than `config` says.
     pub fn new(config: &ModelConfig, tensors: &Tensors) -> Result<Self> {
-        let weights = Checked::new(config, tensors)?;
+        let weights = CheckedWeights::new(config, tensors)?;
         let layer = |index| {
             Ok(match &config.architecture {
                 Architecture::Llama(variant) => {
-                    Layer::Llama(llama::Layer::new(index, variant, &weights)?)
+                    DecoderLayer::Llama(llama::LlamaLayer::new(index, variant, &weights)?)
                 }
-                Architecture::Gpt2 => Layer::Gpt2(gpt2::Layer::new(index, &weights)?),
+                Architecture::Gpt2 => DecoderLayer::Gpt2(gpt2::Gpt2Layer::new(index, &weights)?),
             })
         };
         let names = config.names();
@@ -58,7 +58,7 @@ impl Decoder {
                 .map(layer)
                 .collect::<Result<_>>()?,
             norm: weights.norm(names.norm.0, names.norm.1)?,
-            head: weights.get(if tied { names.embedding } else { HEAD })?,
+            head: weights.get(if tied { names.embedding } else { LM_HEAD })?,
         })
     }
 
@@ -83,43 +83,45 @@ impl Decoder {
             x = graph.add_positions(x, table)?;
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            graph.keep(&x);
+            graph.mark_checkpoint(&x);
             x = match layer {
-                Layer::Llama(layer) => layer.forward(graph, index, x)?,
-                Layer::Gpt2(layer) => layer.forward(graph, index, x)?,
+                DecoderLayer::Llama(layer) => layer.forward(graph, index, x)?,
+                DecoderLayer::Gpt2(layer) => layer.forward(graph, index, x)?,
             };
         }
-        let rows = graph.rows(x, positions)?;
+        let rows = graph.select_rows(x, positions)?;
         self.norm.forward(graph, &rows)
     }
 }
 
 impl ModelConfig {
-    fn names(&self) -> &'static Names {
+    fn names(&self) -> &'static WeightNames {
         match self.architecture {
             Architecture::Llama(_) => &llama::NAMES,
             Architecture::Gpt2 => &gpt2::NAMES,
         }
     }
 
-    /// Names and shapes of the weights in memory, in the order of the forward pass.
+    /// WeightNames and shapes of the weights in memory, in the order of the forward pass.
     pub fn parameters(&self) -> Vec<Parameter> {
         let (names, table) = (self.names(), [self.vocab_size, self.hidden_size]);
-        let mut list = List::default();
-        list.add(names.embedding, &table, Role::Table);
+        let mut list = ParameterList::default();
+        list.add(names.embedding, &table, ParameterRole::Table);
         if let Some(name) = names.positions {
             let shape = [self.max_position_embeddings, self.hidden_size];
-            list.add(name, &shape, Role::Table);
+            list.add(name, &shape, ParameterRole::Table);
         }
         for layer in 0..self.num_hidden_layers {
             match &self.architecture {
-                Architecture::Llama(variant) => llama::list(&mut list, layer, self, variant),
-                Architecture::Gpt2 => gpt2::list(&mut list, layer, self),
+                Architecture::Llama(variant) => {
+                    llama::add_layer_parameters(&mut list, layer, self, variant)
+                }
+                Architecture::Gpt2 => gpt2::add_layer_parameters(&mut list, layer, self),
             }
         }
         list.norm(names.norm.0, self.hidden_size, names.norm.1);
         if !self.tie_word_embeddings {
-            list.add(HEAD, &table, Role::Table);
+            list.add(LM_HEAD, &table, ParameterRole::Table);
         }
         list.into_inner()
     }
@@ -129,7 +131,7 @@ impl ModelConfig {
         self.parameters().iter().map(Parameter::count).sum()
     }
 
-    /// Names of the weights in files.
+    /// WeightNames of the weights in files.
     fn stored_names(&self) -> BTreeSet<String> {
         let names = self
             .parameters()
@@ -193,7 +195,7 @@ pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
                 "tensors in {} that a {} model does not use: {}",
                 dir.display(),
                 config.model_type(),
-                weights::patterns(&loaded.unused).join(", ")
+                weights::name_patterns(&loaded.unused).join(", ")
             );
         }
         config.import(loaded.tensors)

@@ -4,8 +4,8 @@ use anyhow::{Result, bail};
 
 use crate::model::Model;
 use crate::model::kv_cache::KvCache;
-use crate::model::tape::{Keys, Memory, Tape};
-use crate::ops::Values;
+use crate::model::tape::{Activations, KeyValueSource, Tape};
+use crate::ops::CpuValues;
 
 impl Model {
     /// An empty cache for a new sequence.
@@ -38,8 +38,8 @@ impl Model {
             segments.push(start..input_ids.len());
         }
         let last: Vec<u32> = segments.iter().map(|s| s.end as u32 - 1).collect();
-        let keys = Keys::Caches(caches);
-        let mut tape = Tape::new(self.setting(), &segments, keys, Memory::Forget);
+        let keys = KeyValueSource::Caches(caches);
+        let mut tape = Tape::new(self.tape_settings(), &segments, keys, Activations::Discard);
         let root = self.decoder.hidden(&mut tape, &input_ids, &last)?;
         let hidden = tape.value(&root)?;
         drop(tape);
@@ -47,7 +47,7 @@ impl Model {
             cache.len += segment.len();
         }
         let mut logits = vec![0.0; segments.len() * self.config.vocab_size];
-        let weight = Values::of(self.decoder.head())?;
+        let weight = CpuValues::new(self.decoder.head())?;
         self.head_layer()
             .forward(&hidden, &weight, None, &mut logits, false);
         Ok(logits)

@@ -3,8 +3,8 @@
 use anyhow::{Context, Result};
 
 use super::Model;
-pub use super::batcher::{Batcher, FinishReason, GenerateOptions, Update};
-pub use super::sampling::{Choice, Sampling};
+pub use super::batcher::{Batcher, FinishReason, GenerateOptions, TokenUpdate};
+pub use super::sampling::{SamplingParams, TokenLogprobs};
 use crate::tokenizer::Tokenizer;
 
 /// One answer.
@@ -17,11 +17,11 @@ pub struct Generated {
     pub text: String,
     pub finish_reason: FinishReason,
     /// The choices behind `text`, where [`GenerateOptions::top_logprobs`] asks for them.
-    pub choices: Vec<Choice>,
+    pub choices: Vec<TokenLogprobs>,
 }
 
 impl Generated {
-    fn append(&mut self, update: Update) {
+    fn append(&mut self, update: TokenUpdate) {
         self.ids.push(update.token);
         self.text.push_str(&update.text);
         self.choices.extend(update.choices);
@@ -56,7 +56,7 @@ pub fn batch(
     // The batcher counts its answers from 0: its ids index the prompts in the order of submission.
     let mut submitted = Vec::new();
     loop {
-        while batcher.has_room()
+        while batcher.has_free_slot()
             && let Some((index, prompt)) = waiting.next()
         {
             let options = GenerateOptions {

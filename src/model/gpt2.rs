@@ -9,15 +9,15 @@ use candle_core::Tensor;
 
 use super::graph::Graph;
 use super::norm::Norm;
-use super::parameters::{Checked, List};
+use super::parameters::{CheckedWeights, ParameterList};
 use super::projection::Projection;
 use super::weights::Tensors;
 use crate::model::config::shape::ModelConfig;
-use crate::model::parameters::Names;
+use crate::model::parameters::WeightNames;
 
 const PREFIX: &str = "transformer.";
 
-pub(super) const NAMES: Names = Names {
+pub(super) const NAMES: WeightNames = WeightNames {
     prefix: PREFIX,
     embedding: "transformer.wte.weight",
     positions: Some("transformer.wpe.weight"),
@@ -25,18 +25,18 @@ pub(super) const NAMES: Names = Names {
 };
 
 /// The module that holds queries, keys and values in the files, and its parts in memory.
-const FUSED: &str = ".attn.c_attn.";
-const PARTS: [&str; 3] = [".attn.q.", ".attn.k.", ".attn.v."];
+const FUSED_QKV: &str = ".attn.c_attn.";
+const QKV_PARTS: [&str; 3] = [".attn.q.", ".attn.k.", ".attn.v."];
 
 /// Modules whose weights are stored as (inputs x outputs).
-const TURNED: [&str; 3] = [
+const TRANSPOSED: [&str; 3] = [
     ".attn.c_proj.weight",
     ".mlp.c_fc.weight",
     ".mlp.c_proj.weight",
 ];
 
 /// A layer's weights.
-pub(crate) struct Layer {
+pub(crate) struct Gpt2Layer {
     ln_1: Norm,
     q: Projection,
     k: Projection,
@@ -48,7 +48,7 @@ pub(crate) struct Layer {
 }
 
 /// Adds the weights of a layer as they are in memory, in the order of the forward pass.
-pub(super) fn list(list: &mut List, layer: usize, config: &ModelConfig) {
+pub(super) fn add_layer_parameters(list: &mut ParameterList, layer: usize, config: &ModelConfig) {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let name = |module: &str| module_name(layer, module);
     list.norm(&name("ln_1"), hidden, true);
@@ -66,8 +66,8 @@ fn module_name(layer: usize, module: &str) -> String {
 
 /// Name in the files of a weight in memory.
 pub(super) fn stored_name(name: String) -> String {
-    let part = PARTS.iter().find(|part| name.contains(*part));
-    part.map_or(name.clone(), |part| name.replace(part, FUSED))
+    let part = QKV_PARTS.iter().find(|part| name.contains(*part));
+    part.map_or(name.clone(), |part| name.replace(part, FUSED_QKV))
 }
 
 /// Weights as files hold them, as they are in memory.
@@ -77,14 +77,14 @@ pub(super) fn stored_name(name: String) -> String {
 pub(crate) fn import(stored: Tensors) -> Result<Tensors> {
     let mut tensors = Tensors::new();
     for (name, tensor) in stored {
-        if let Some((layer, kind)) = name.split_once(FUSED) {
-            let all = turned(&tensor)?;
-            let parts = all.chunk(PARTS.len(), 0)?;
-            for (part, tensor) in PARTS.iter().zip(parts) {
+        if let Some((layer, kind)) = name.split_once(FUSED_QKV) {
+            let all = transposed(&tensor)?;
+            let parts = all.chunk(QKV_PARTS.len(), 0)?;
+            for (part, tensor) in QKV_PARTS.iter().zip(parts) {
                 tensors.insert(format!("{layer}{part}{kind}"), tensor.copy()?);
             }
-        } else if TURNED.iter().any(|end| name.ends_with(end)) {
-            tensors.insert(name, turned(&tensor)?);
+        } else if TRANSPOSED.iter().any(|end| name.ends_with(end)) {
+            tensors.insert(name, transposed(&tensor)?);
         } else {
             tensors.insert(name, tensor);
         }
@@ -99,15 +99,15 @@ pub(crate) fn import(stored: Tensors) -> Result<Tensors> {
 pub(crate) fn export(tensors: &Tensors) -> Result<Tensors> {
     let mut stored = Tensors::new();
     for (name, tensor) in tensors {
-        if let Some((layer, kind)) = name.split_once(PARTS[0]) {
+        if let Some((layer, kind)) = name.split_once(QKV_PARTS[0]) {
             let part = |part: &&str| tensors.get(&format!("{layer}{part}{kind}"));
-            let parts: Option<Vec<&Tensor>> = PARTS.iter().map(part).collect();
+            let parts: Option<Vec<&Tensor>> = QKV_PARTS.iter().map(part).collect();
             let parts = parts.with_context(|| format!("{layer} lacks keys or values"))?;
             let all = Tensor::cat(&parts, 0)?;
-            stored.insert(format!("{layer}{FUSED}{kind}"), turned(&all)?);
-        } else if TURNED.iter().any(|end| name.ends_with(end)) {
-            stored.insert(name.clone(), turned(tensor)?);
-        } else if !PARTS.iter().any(|part| name.contains(part)) {
+            stored.insert(format!("{layer}{FUSED_QKV}{kind}"), transposed(&all)?);
+        } else if TRANSPOSED.iter().any(|end| name.ends_with(end)) {
+            stored.insert(name.clone(), transposed(tensor)?);
+        } else if !QKV_PARTS.iter().any(|part| name.contains(part)) {
             stored.insert(name.clone(), tensor.clone());
         }
     }
@@ -115,17 +115,17 @@ pub(crate) fn export(tensors: &Tensors) -> Result<Tensors> {
 }
 
 /// The transpose of a weight; a bias as it is.
-fn turned(tensor: &Tensor) -> Result<Tensor> {
+fn transposed(tensor: &Tensor) -> Result<Tensor> {
     Ok(match tensor.rank() {
         2 => tensor.t()?.contiguous()?,
         _ => tensor.clone(),
     })
 }
 
-impl Layer {
+impl Gpt2Layer {
     /// # Errors
     /// Where `weights` lack one.
-    pub(super) fn new(layer: usize, weights: &Checked) -> Result<Self> {
+    pub(super) fn new(layer: usize, weights: &CheckedWeights) -> Result<Self> {
         let norm = |module: &str| weights.norm(&module_name(layer, module), true);
         let projection = |module: &str| weights.projection(&module_name(layer, module), true);
         Ok(Self {

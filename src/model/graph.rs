@@ -4,7 +4,7 @@
 //! | graph | runs on | for |
 //! |---|---|---|
 //! | [`Tape`](super::tape::Tape) | CPU, fused operations | training and generation |
-//! | [`Composed`](crate::model::candle_graph::Composed) | every device, candle's autograd | training elsewhere; the oracle of the tests |
+//! | [`CandleGraph`](crate::model::candle_graph::CandleGraph) | every device, candle's autograd | training elsewhere; the oracle of the tests |
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -17,7 +17,7 @@ pub(super) const NO_ROPE: &str = "this architecture has no rotary embedding";
 /// The operations that architectures call, over activations of (T x width).
 ///
 /// A graph knows where the rows stand: in which sequence, at which position. Weights are tensors;
-/// those that are variables get gradients. Values that an operation takes by value are done with:
+/// those that are variables get gradients. CpuValues that an operation takes by value are done with:
 /// pass a clone to keep one.
 ///
 /// # Errors
@@ -29,7 +29,7 @@ pub trait Graph {
     fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<Self::Value>;
 
     /// Rows `positions` (N) of `x`.
-    fn rows(&mut self, x: Self::Value, positions: &[u32]) -> Result<Self::Value>;
+    fn select_rows(&mut self, x: Self::Value, positions: &[u32]) -> Result<Self::Value>;
 
     /// `x / sqrt(mean(x^2) + epsilon) * weight`, over groups of as many channels as `weight` has.
     fn rms_norm(&mut self, x: &Self::Value, weight: &Tensor, epsilon: f64) -> Result<Self::Value>;
@@ -77,5 +77,5 @@ pub trait Graph {
 
     /// Marks a value that is worth its memory where activations are computed twice to save some:
     /// the input of a layer.
-    fn keep(&mut self, _x: &Self::Value) {}
+    fn mark_checkpoint(&mut self, _x: &Self::Value) {}
 }

@@ -8,13 +8,13 @@ use anyhow::Result;
 
 use super::graph::Graph;
 use super::norm::Norm;
-use super::parameters::{Checked, List};
+use super::parameters::{CheckedWeights, ParameterList};
 use super::projection::Projection;
 use crate::model::config::shape::LlamaVariant;
 use crate::model::config::shape::ModelConfig;
-use crate::model::parameters::Names;
+use crate::model::parameters::WeightNames;
 
-pub(super) const NAMES: Names = Names {
+pub(super) const NAMES: WeightNames = WeightNames {
     prefix: "model.",
     embedding: "model.embed_tokens.weight",
     positions: None,
@@ -22,13 +22,13 @@ pub(super) const NAMES: Names = Names {
 };
 
 /// A layer's weights.
-pub(crate) struct Layer {
+pub(crate) struct LlamaLayer {
     input_norm: Norm,
     q: Projection,
     k: Projection,
     v: Projection,
     /// Of every head of queries and of keys.
-    head_norms: Option<[Norm; 2]>,
+    qk_norm: Option<[Norm; 2]>,
     o: Projection,
     post_attention_norm: Norm,
     gate: Projection,
@@ -38,21 +38,26 @@ pub(crate) struct Layer {
 }
 
 /// Adds the weights of a layer, in the order of the forward pass.
-pub(super) fn list(list: &mut List, layer: usize, config: &ModelConfig, variant: &LlamaVariant) {
+pub(super) fn add_layer_parameters(
+    list: &mut ParameterList,
+    layer: usize,
+    config: &ModelConfig,
+    variant: &LlamaVariant,
+) {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let (wide, narrow) = (config.heads.query_width(), config.heads.key_value_width());
+    let (q_width, kv_width) = (config.heads.query_width(), config.heads.key_value_width());
     let name = |module: &str| module_name(layer, module);
     list.norm(&name("input_layernorm"), hidden, false);
     let bias = variant.qkv_bias;
-    list.projection(&name("self_attn.q_proj"), [wide, hidden], bias);
-    list.projection(&name("self_attn.k_proj"), [narrow, hidden], bias);
-    list.projection(&name("self_attn.v_proj"), [narrow, hidden], bias);
-    if variant.head_norms {
-        list.norm(&name("self_attn.q_norm"), config.heads.channels, false);
-        list.norm(&name("self_attn.k_norm"), config.heads.channels, false);
+    list.projection(&name("self_attn.q_proj"), [q_width, hidden], bias);
+    list.projection(&name("self_attn.k_proj"), [kv_width, hidden], bias);
+    list.projection(&name("self_attn.v_proj"), [kv_width, hidden], bias);
+    if variant.qk_norm {
+        list.norm(&name("self_attn.q_norm"), config.heads.head_dim, false);
+        list.norm(&name("self_attn.k_norm"), config.heads.head_dim, false);
     }
     let bias = variant.output_bias;
-    list.projection(&name("self_attn.o_proj"), [hidden, wide], bias);
+    list.projection(&name("self_attn.o_proj"), [hidden, q_width], bias);
     list.norm(&name("post_attention_layernorm"), hidden, false);
     let bias = variant.mlp_bias;
     list.projection(&name("mlp.gate_proj"), [inner, hidden], bias);
@@ -64,23 +69,27 @@ fn module_name(layer: usize, module: &str) -> String {
     format!("model.layers.{layer}.{module}")
 }
 
-impl Layer {
+impl LlamaLayer {
     /// # Errors
     /// Where `weights` lack one.
-    pub(super) fn new(layer: usize, variant: &LlamaVariant, weights: &Checked) -> Result<Self> {
+    pub(super) fn new(
+        layer: usize,
+        variant: &LlamaVariant,
+        weights: &CheckedWeights,
+    ) -> Result<Self> {
         let norm = |module: &str| weights.norm(&module_name(layer, module), false);
         let projection = |module: &str, bias: bool| {
             let name = module_name(layer, module);
             weights.projection(&name, bias)
         };
-        let head_norms =
+        let qk_norm =
             || -> Result<[Norm; 2]> { Ok([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]) };
         Ok(Self {
             input_norm: norm("input_layernorm")?,
             q: projection("self_attn.q_proj", variant.qkv_bias)?,
             k: projection("self_attn.k_proj", variant.qkv_bias)?,
             v: projection("self_attn.v_proj", variant.qkv_bias)?,
-            head_norms: variant.head_norms.then(head_norms).transpose()?,
+            qk_norm: variant.qk_norm.then(qk_norm).transpose()?,
             o: projection("self_attn.o_proj", variant.output_bias)?,
             post_attention_norm: norm("post_attention_layernorm")?,
             gate: projection("mlp.gate_proj", variant.mlp_bias)?,
@@ -105,7 +114,7 @@ impl Layer {
         let mut k = graph.linear(&normed, &self.k)?;
         let v = graph.linear(&normed, &self.v)?;
         drop(normed);
-        if let Some([q_norm, k_norm]) = &self.head_norms {
+        if let Some([q_norm, k_norm]) = &self.qk_norm {
             q = q_norm.forward(graph, &q)?;
             k = k_norm.forward(graph, &k)?;
         }

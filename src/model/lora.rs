@@ -5,10 +5,10 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use regex::Regex;
 
-use super::parameters::Role;
+use super::parameters::ParameterRole;
 use super::weights::Tensors;
 use crate::model::config::shape::ModelConfig;
-use crate::ops::Values;
+use crate::ops::CpuValues;
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 use crate::ops::matmul::{Precision, matmul};
 
@@ -21,7 +21,7 @@ const B: &str = ".lora_B.weight";
 ///
 /// # Errors
 /// Where a tensor cannot be allocated.
-pub fn adapters(
+pub fn new_adapters(
     config: &ModelConfig,
     rank: usize,
     targets: &[Regex],
@@ -30,7 +30,7 @@ pub fn adapters(
     let mut random = fastrand::Rng::with_seed(seed);
     let mut tensors = Tensors::new();
     for parameter in config.parameters() {
-        let adapts = parameter.role == Role::Projection
+        let adapts = parameter.role == ParameterRole::Projection
             && (targets.is_empty() || targets.iter().any(|t| t.is_match(&parameter.name)));
         let (Some(module), &[outputs, inputs]) =
             (parameter.name.strip_suffix(WEIGHT), &parameter.shape[..])
@@ -53,9 +53,11 @@ pub fn adapters(
 }
 
 /// The name of a linear layer.
-pub fn example(config: &ModelConfig) -> String {
+pub fn first_projection_name(config: &ModelConfig) -> String {
     let parameters = config.parameters();
-    let mut projections = parameters.iter().filter(|p| p.role == Role::Projection);
+    let mut projections = parameters
+        .iter()
+        .filter(|p| p.role == ParameterRole::Projection);
     projections.next().map_or(String::new(), |p| p.name.clone())
 }
 
@@ -63,7 +65,7 @@ pub fn example(config: &ModelConfig) -> String {
 ///
 /// # Errors
 /// Where shapes do not fit.
-pub fn merged(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
+pub fn merge(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
     let mut merged = Tensors::new();
     for (name, tensor) in tensors {
         if name.ends_with(A) || name.ends_with(B) {
@@ -71,7 +73,7 @@ pub fn merged(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
         }
         let part = |kind: &str| tensors.get(&format!("{}{kind}", name.strip_suffix(WEIGHT)?));
         let tensor = match (part(A), part(B)) {
-            (Some(a), Some(b)) => with_adapter(tensor, a, b, config.adapter_scale as f32)?,
+            (Some(a), Some(b)) => merge_adapter(tensor, a, b, config.adapter_scale as f32)?,
             _ => tensor.clone(),
         };
         merged.insert(name.clone(), tensor);
@@ -80,12 +82,15 @@ pub fn merged(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
 }
 
 /// W + s B A, with W (O x I), A (R x I) and B (O x R).
-fn with_adapter(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
+fn merge_adapter(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
     let (outputs, inputs) = weight.dims2()?;
     let rank = a.dim(0)?;
-    let mut sum = Values::of(weight)?.to_vec();
-    let b: Vec<f32> = Values::of(b)?.iter().map(|value| value * scale).collect();
-    let a = Values::of(a)?;
+    let mut sum = CpuValues::new(weight)?.to_vec();
+    let b: Vec<f32> = CpuValues::new(b)?
+        .iter()
+        .map(|value| value * scale)
+        .collect();
+    let a = CpuValues::new(a)?;
     matmul(
         MatMut::new(&mut sum, inputs),
         Mat::new(&b, rank),

@@ -32,10 +32,10 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
 pub use crate::model::config::shape::ModelConfig;
-pub use crate::model::forward::Hidden;
+pub use crate::model::forward::HiddenStates;
 pub use crate::model::kv_cache::KvCache;
 use decoder::Decoder;
-use tape::Setting;
+use tape::TapeSettings;
 use weights::Tensors;
 
 use crate::ops::arena::Arena;
@@ -50,21 +50,21 @@ pub struct Model {
     rope: Option<RopeTable>,
     arena: Arena,
     precision: Precision,
-    frame: Frame,
+    backend: Backend,
 }
 
 /// What runs the operations of a decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Frame {
+pub enum Backend {
     /// The [`tape`]: on the CPU.
-    Tape,
+    CpuTape,
     /// The [`composed`] operations: on every device.
-    Composed,
+    Candle,
 }
 
 /// Tokens laid end to end, and the positions among them that are asked about.
 #[derive(Debug, Clone, Copy)]
-pub struct Input<'a> {
+pub struct ModelInput<'a> {
     /// (T)
     pub input_ids: &'a [u32],
     /// Cover `input_ids` in order; attention stays inside of each.
@@ -91,13 +91,13 @@ impl Model {
         // First of all, as it finds out whether the shapes are those of the weights.
         let decoder = Decoder::new(&config, tensors)?;
         let rope = config.rope().map(|rope| {
-            let frequencies = rope.inverse_frequencies(config.heads.channels);
+            let frequencies = rope.inverse_frequencies(config.heads.head_dim);
             RopeTable::new(&frequencies, config.max_position_embeddings)
         });
         Ok(Self {
-            frame: match decoder.head().device() {
-                Device::Cpu => Frame::Tape,
-                _ => Frame::Composed,
+            backend: match decoder.head().device() {
+                Device::Cpu => Backend::CpuTape,
+                _ => Backend::Candle,
             },
             decoder,
             rope,
@@ -119,18 +119,18 @@ impl Model {
             rope: self.rope.clone(),
             arena: self.arena.clone(),
             precision: self.precision,
-            frame: self.frame,
+            backend: self.backend,
         })
     }
 
     /// Runs in `frame` from now on; a new model runs on the tape where it can.
-    pub fn set_frame(&mut self, frame: Frame) {
-        self.frame = frame;
+    pub fn set_backend(&mut self, backend: Backend) {
+        self.backend = backend;
     }
 
     /// What runs it.
-    pub fn frame(&self) -> Frame {
-        self.frame
+    pub fn backend(&self) -> Backend {
+        self.backend
     }
 
     /// Computes in `precision` from now on; a new model computes in f32.
@@ -148,8 +148,8 @@ impl Model {
     }
 
     /// What a tape needs to know.
-    fn setting(&self) -> Setting<'_> {
-        Setting {
+    fn tape_settings(&self) -> TapeSettings<'_> {
+        TapeSettings {
             arena: &self.arena,
             heads: self.config.heads,
             rope: self.rope.as_ref(),

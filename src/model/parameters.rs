@@ -1,4 +1,4 @@
-//! Names and shapes of a decoder's weights, fresh ones, and how a decoder takes hold of them.
+//! WeightNames and shapes of a decoder's weights, fresh ones, and how a decoder takes hold of them.
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
@@ -13,7 +13,7 @@ use crate::model::config::shape::ModelConfig;
 pub struct Parameter {
     pub name: String,
     pub shape: Vec<usize>,
-    pub role: Role,
+    pub role: ParameterRole,
 }
 
 impl Parameter {
@@ -25,7 +25,7 @@ impl Parameter {
 
 /// What a weight is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
+pub enum ParameterRole {
     /// Rows by token or position: embeddings, and the LM head.
     Table,
     /// The weight of a linear layer (outputs x inputs): what LoRA adapts.
@@ -37,10 +37,10 @@ pub enum Role {
 
 /// A list of parameters under construction.
 #[derive(Default)]
-pub(super) struct List(Vec<Parameter>);
+pub(super) struct ParameterList(Vec<Parameter>);
 
-impl List {
-    pub(super) fn add(&mut self, name: impl Into<String>, shape: &[usize], role: Role) {
+impl ParameterList {
+    pub(super) fn add(&mut self, name: impl Into<String>, shape: &[usize], role: ParameterRole) {
         self.0.push(Parameter {
             name: name.into(),
             shape: shape.to_vec(),
@@ -51,17 +51,17 @@ impl List {
     /// `module.weight` (outputs x inputs), and `module.bias` where there is one.
     pub(super) fn projection(&mut self, module: &str, [outputs, inputs]: [usize; 2], bias: bool) {
         let weight = format!("{module}.weight");
-        self.add(weight, &[outputs, inputs], Role::Projection);
+        self.add(weight, &[outputs, inputs], ParameterRole::Projection);
         if bias {
-            self.add(format!("{module}.bias"), &[outputs], Role::Bias);
+            self.add(format!("{module}.bias"), &[outputs], ParameterRole::Bias);
         }
     }
 
     /// `module.weight` (width), and `module.bias` where there is one.
     pub(super) fn norm(&mut self, module: &str, width: usize, bias: bool) {
-        self.add(format!("{module}.weight"), &[width], Role::Norm);
+        self.add(format!("{module}.weight"), &[width], ParameterRole::Norm);
         if bias {
-            self.add(format!("{module}.bias"), &[width], Role::Bias);
+            self.add(format!("{module}.bias"), &[width], ParameterRole::Bias);
         }
     }
 
@@ -80,9 +80,9 @@ pub fn random_weights(config: &ModelConfig, seed: u64) -> Result<Tensors> {
     for parameter in config.parameters() {
         let count = parameter.count();
         let values: Vec<f32> = match parameter.role {
-            Role::Norm => vec![1.0; count],
-            Role::Bias => vec![0.0; count],
-            Role::Table | Role::Projection => {
+            ParameterRole::Norm => vec![1.0; count],
+            ParameterRole::Bias => vec![0.0; count],
+            ParameterRole::Table | ParameterRole::Projection => {
                 let normal = |_| normal(&mut random) * config.initializer_range;
                 (0..count).map(normal).map(|v| v as f32).collect()
             }
@@ -100,15 +100,15 @@ fn normal(random: &mut fastrand::Rng) -> f64 {
 }
 
 /// Weights of which every name and shape has been checked against the config.
-pub(super) struct Checked<'a> {
+pub(super) struct CheckedWeights<'a> {
     tensors: &'a Tensors,
     adapter_scale: f64,
     norm_eps: f64,
 }
 
-impl<'a> Checked<'a> {
+impl<'a> CheckedWeights<'a> {
     /// # Errors
-    /// Names the first tensor that is missing or has another shape than `config` says.
+    /// WeightNames the first tensor that is missing or has another shape than `config` says.
     pub(super) fn new(config: &ModelConfig, tensors: &'a Tensors) -> Result<Self> {
         for Parameter { name, shape, .. } in config.parameters() {
             let Some(tensor) = tensors.get(&name) else {
@@ -143,7 +143,7 @@ impl<'a> Checked<'a> {
     /// The norm `module`.
     ///
     /// # Errors
-    /// As [`Checked::get`].
+    /// As [`CheckedWeights::get`].
     pub(super) fn norm(&self, module: &str, bias: bool) -> Result<Norm> {
         Ok(Norm {
             weight: self.get(&format!("{module}.weight"))?,
@@ -155,7 +155,7 @@ impl<'a> Checked<'a> {
     /// The linear layer `module`, with its adapter where it has one.
     ///
     /// # Errors
-    /// As [`Checked::get`], and where an adapter lacks its other half.
+    /// As [`CheckedWeights::get`], and where an adapter lacks its other half.
     pub(super) fn projection(&self, module: &str, bias: bool) -> Result<Projection> {
         let part = |name: &str| self.tensors.get(&format!("{module}.{name}")).cloned();
         let adapter = match (part("lora_A.weight"), part("lora_B.weight")) {
@@ -176,7 +176,7 @@ impl<'a> Checked<'a> {
 }
 
 /// What an architecture calls the weights that are of no layer.
-pub(super) struct Names {
+pub(super) struct WeightNames {
     /// Before all names but that of the head, in files of models that have one.
     pub prefix: &'static str,
     pub embedding: &'static str,
@@ -187,4 +187,4 @@ pub(super) struct Names {
 }
 
 /// The LM head, where it is not the embedding.
-pub(super) const HEAD: &str = "lm_head.weight";
+pub(super) const LM_HEAD: &str = "lm_head.weight";

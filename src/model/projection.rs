@@ -34,7 +34,7 @@ impl Projection {
     }
 
     /// Does any of its weights get a gradient?
-    pub fn trains(&self) -> bool {
+    pub fn requires_grad(&self) -> bool {
         let adapter = self
             .adapter
             .iter()

@@ -8,7 +8,7 @@ use crate::ops::math;
 
 /// How the next token is drawn.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sampling {
+pub struct SamplingParams {
     /// 0 takes the likeliest token; 1 draws from the model's own distribution.
     pub temperature: f64,
     /// Draw among the likeliest tokens that together hold this share of the probability, 0 to 1
@@ -19,7 +19,7 @@ pub struct Sampling {
 }
 
 /// Greedy.
-impl Default for Sampling {
+impl Default for SamplingParams {
     fn default() -> Self {
         Self {
             temperature: 0.0,
@@ -29,7 +29,7 @@ impl Default for Sampling {
     }
 }
 
-impl Sampling {
+impl SamplingParams {
     /// The same settings for this prompt (token ids): one seed for many prompts must not draw the same
     /// numbers for all of them, or their answers are no independent samples.
     pub fn for_prompt(&self, prompt: &[u32]) -> Self {
@@ -58,23 +58,23 @@ impl Sampling {
 /// The token chosen at one position, with its raw logprobs: those of the model's own distribution,
 /// before temperature and top_p (as vLLM's default).
 #[derive(Debug, Clone, PartialEq)]
-pub struct Choice {
+pub struct TokenLogprobs {
     pub id: u32,
     pub logprob: f32,
     /// The k likeliest tokens with their logprobs, best first.
     pub top: Vec<(u32, f32)>,
 }
 
-impl Choice {
+impl TokenLogprobs {
     /// The logprobs of `id` and of the `k` likeliest tokens of a row of finite logits.
-    pub fn of(logits: &[f32], id: u32, k: usize) -> Self {
+    pub fn from_logits(logits: &[f32], id: u32, k: usize) -> Self {
         let log_z = log_sum_exp(logits);
         // The sum is in f64 and at least exp(max), so no logprob rounds to above 0.
         let logprob = |logit: f32| (f64::from(logit) - log_z) as f32;
         Self {
             id,
             logprob: logprob(logits[id as usize]),
-            top: largest(logits, k)
+            top: top_k(logits, k)
                 .into_iter()
                 .map(|(id, logit)| (id, logprob(logit)))
                 .collect(),
@@ -85,12 +85,12 @@ impl Choice {
 /// Draws the tokens of one answer.
 #[derive(Debug)]
 pub struct Sampler {
-    sampling: Sampling,
+    sampling: SamplingParams,
     rng: fastrand::Rng,
 }
 
 impl Sampler {
-    pub fn new(sampling: &Sampling) -> Self {
+    pub fn new(sampling: &SamplingParams) -> Self {
         Self {
             sampling: sampling.clone(),
             rng: fastrand::Rng::with_seed(sampling.seed),
@@ -99,7 +99,7 @@ impl Sampler {
 
     /// The next token, given a row of finite logits.
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
-        let Sampling {
+        let SamplingParams {
             temperature, top_p, ..
         } = self.sampling;
         if temperature == 0.0 {
@@ -113,16 +113,16 @@ impl Sampler {
             .collect();
         let share = self.rng.f64();
         if top_p < 1.0 {
-            draw(nucleus(&weights, top_p).iter().copied(), share)
+            sample_weighted(nucleus(&weights, top_p).iter().copied(), share)
         } else {
-            draw((0..).zip(weights.iter().copied()), share)
+            sample_weighted((0..).zip(weights.iter().copied()), share)
         }
     }
 }
 
 /// The likeliest token; the lowest id where several tie.
 fn argmax(logits: &[f32]) -> u32 {
-    largest(logits, 1).first().map_or(0, |best| best.0)
+    top_k(logits, 1).first().map_or(0, |best| best.0)
 }
 
 fn log_sum_exp(logits: &[f32]) -> f64 {
@@ -137,7 +137,7 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
 /// The `k` largest logits with their ids, largest first, the lower id first where two tie.
 ///
 /// One pass: nearly all of a vocabulary falls below the k-th best so far, and costs a comparison.
-fn largest(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
+fn top_k(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(k + 1);
     let mut threshold = f32::NEG_INFINITY;
     for (id, &logit) in (0..).zip(logits) {
@@ -180,7 +180,7 @@ fn nucleus(weights: &[f32], top_p: f64) -> Vec<(u32, f32)> {
 }
 
 /// The token at `share` (0 to 1) of the cumulated weight.
-fn draw(weights: impl Iterator<Item = (u32, f32)> + Clone, share: f64) -> u32 {
+fn sample_weighted(weights: impl Iterator<Item = (u32, f32)> + Clone, share: f64) -> u32 {
     let total: f64 = weights.clone().map(|token| f64::from(token.1)).sum();
     let mut left = share * total;
     let mut last = 0;
@@ -204,7 +204,7 @@ mod tests {
     const LOGPROBS: [f32; 5] = [-2.9249, -0.9249, -1.9249, -0.9249, -4.9249];
 
     fn sampler(temperature: f64, top_p: f64) -> Sampler {
-        Sampler::new(&Sampling {
+        Sampler::new(&SamplingParams {
             temperature,
             top_p,
             seed: 7,
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn logprobs_are_the_log_softmax_best_first() {
-        let choice = Choice::of(&LOGITS, 2, 3);
+        let choice = TokenLogprobs::from_logits(&LOGITS, 2, 3);
         assert!((choice.logprob - LOGPROBS[2]).abs() < 1e-4);
         assert_eq!(
             choice.top.iter().map(|t| t.0).collect::<Vec<_>>(),
@@ -227,13 +227,13 @@ mod tests {
         for (id, logprob) in choice.top {
             assert!((logprob - LOGPROBS[id as usize]).abs() < 1e-4);
         }
-        assert!(Choice::of(&LOGITS, 0, 0).top.is_empty());
-        assert_eq!(Choice::of(&LOGITS, 0, 20).top.len(), 5);
+        assert!(TokenLogprobs::from_logits(&LOGITS, 0, 0).top.is_empty());
+        assert_eq!(TokenLogprobs::from_logits(&LOGITS, 0, 20).top.len(), 5);
     }
 
     #[test]
     fn a_certain_token_has_no_positive_logprob() {
-        let choice = Choice::of(&[0.0, 80.0, -3.0], 1, 1);
+        let choice = TokenLogprobs::from_logits(&[0.0, 80.0, -3.0], 1, 1);
         assert!(choice.logprob <= 0.0 && choice.logprob > -1e-6);
     }
 
@@ -276,13 +276,13 @@ mod tests {
 
     #[test]
     fn a_seed_repeats_and_answers_of_a_family_differ() {
-        let draws = |sampling: Sampling| -> Vec<u32> {
+        let draws = |sampling: SamplingParams| -> Vec<u32> {
             let mut sampler = Sampler::new(&sampling);
             (0..32).map(|_| sampler.sample(&LOGITS)).collect()
         };
-        let sampling = Sampling {
+        let sampling = SamplingParams {
             temperature: 1.0,
-            ..Sampling::default()
+            ..SamplingParams::default()
         };
         assert_eq!(draws(sampling.clone()), draws(sampling.for_answer(0)));
         assert_ne!(draws(sampling.clone()), draws(sampling.for_answer(1)));

@@ -11,23 +11,23 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::Deserialize;
 
 use crate::exit::Exit;
-use crate::ops::Values;
-use crate::ops::map::Map;
+use crate::ops::CpuValues;
+use crate::ops::mapped_file::MappedFile;
 
 /// Tensors by name, in the order of their names.
 pub type Tensors = BTreeMap<String, Tensor>;
 
 #[derive(Deserialize)]
-struct Index {
+struct WeightIndex {
     weight_map: BTreeMap<String, String>,
 }
 
 /// Tensors of a model folder.
 #[derive(Debug, Default)]
-pub struct Loaded {
+pub struct LoadedTensors {
     /// Those that are used, by the names that `load` was given for them.
     pub tensors: Tensors,
-    /// Names of the others in the files.
+    /// WeightNames of the others in the files.
     pub unused: BTreeSet<String>,
 }
 
@@ -38,10 +38,10 @@ pub struct Loaded {
 /// # Errors
 /// Where a file is missing or malformed, the index names a file outside of the folder, or two tensors have the same
 /// name.
-pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<Loaded> {
-    let mut loaded = Loaded::default();
-    for path in files(dir)? {
-        with_file(&path, |file| {
+pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<LoadedTensors> {
+    let mut loaded = LoadedTensors::default();
+    for path in weight_files(dir)? {
+        with_safetensors(&path, |file| {
             for stored in file.tensors.names() {
                 match name(stored) {
                     Some(name) if loaded.tensors.contains_key(&name) => {
@@ -64,8 +64,8 @@ pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<Loaded>
     Ok(loaded)
 }
 
-/// Names with `*` in place of the numbers in them, each once, with its count.
-pub fn patterns(names: &BTreeSet<String>) -> Vec<String> {
+/// WeightNames with `*` in place of the numbers in them, each once, with its count.
+pub fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for name in names {
         let parts = name.split('.').map(|part| match part.parse::<u64>() {
@@ -111,7 +111,7 @@ pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
 /// # Errors
 /// Where it is missing, malformed, or holds a data type that is no float.
 pub fn load_file(path: &Path) -> Result<Tensors> {
-    with_file(path, |file| {
+    with_safetensors(path, |file| {
         let names = file.tensors.names();
         let load = |name: &str| Ok((name.to_string(), file.tensor(name)?));
         names.into_iter().map(load).collect()
@@ -119,12 +119,12 @@ pub fn load_file(path: &Path) -> Result<Tensors> {
 }
 
 /// A safetensors file, of which tensors are read one by one.
-pub struct File<'a> {
+pub struct SafetensorsFile<'a> {
     path: &'a Path,
     tensors: SafeTensors<'a>,
 }
 
-impl File<'_> {
+impl SafetensorsFile<'_> {
     /// The tensor `name` as f32.
     ///
     /// # Errors
@@ -143,25 +143,28 @@ impl File<'_> {
 ///
 /// # Errors
 /// Where it is missing or malformed.
-pub fn with_file<R>(path: &Path, read: impl FnOnce(&File) -> Result<R>) -> Result<R> {
+pub fn with_safetensors<R>(
+    path: &Path,
+    read: impl FnOnce(&SafetensorsFile) -> Result<R>,
+) -> Result<R> {
     crate::fs::check_is_file(path)?;
     let map = std::fs::File::open(path)
-        .and_then(|file| Map::of(&file))
+        .and_then(|file| MappedFile::new(&file))
         .with_context(|| format!("cannot read {}", path.display()))?;
     let tensors = SafeTensors::deserialize(&map)
         .with_context(|| format!("{} is no valid safetensors file", path.display()))?;
-    read(&File { path, tensors })
+    read(&SafetensorsFile { path, tensors })
 }
 
 /// A tensor to be written.
-pub struct Entry<'a> {
+pub struct TensorEntry<'a> {
     shape: Vec<usize>,
     values: Box<dyn Deref<Target = [f32]> + 'a>,
     dtype: Dtype,
 }
 
-impl<'a> Entry<'a> {
-    /// Values of a shape as f32.
+impl<'a> TensorEntry<'a> {
+    /// CpuValues of a shape as f32.
     pub fn new(shape: &[usize], values: &'a [f32]) -> Self {
         Self {
             shape: shape.to_vec(),
@@ -174,7 +177,7 @@ impl<'a> Entry<'a> {
     ///
     /// # Errors
     /// Where the device fails.
-    pub fn copy_of(tensor: &Tensor) -> Result<Self> {
+    pub fn from_device(tensor: &Tensor) -> Result<Self> {
         let here = tensor.to_device(&Device::Cpu)?.flatten_all()?;
         Ok(Self {
             shape: tensor.dims().to_vec(),
@@ -187,7 +190,7 @@ impl<'a> Entry<'a> {
     ///
     /// # Errors
     /// Where it is none, or `dtype` is no float.
-    pub fn of(tensor: &'a Tensor, dtype: DType) -> Result<Self> {
+    pub fn from_tensor(tensor: &'a Tensor, dtype: DType) -> Result<Self> {
         let dtype = match dtype {
             DType::F32 => Dtype::F32,
             DType::F16 => Dtype::F16,
@@ -196,13 +199,13 @@ impl<'a> Entry<'a> {
         };
         Ok(Self {
             shape: tensor.dims().to_vec(),
-            values: Box::new(Values::of(tensor)?),
+            values: Box::new(CpuValues::new(tensor)?),
             dtype,
         })
     }
 }
 
-impl View for Entry<'_> {
+impl View for TensorEntry<'_> {
     fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -241,7 +244,7 @@ fn le_bytes(values: &[f32]) -> Cow<'_, [u8]> {
 ///
 /// # Errors
 /// Where it cannot be written.
-pub fn write(path: &Path, entries: BTreeMap<String, Entry>) -> Result<()> {
+pub fn write(path: &Path, entries: BTreeMap<String, TensorEntry>) -> Result<()> {
     let metadata = [("format".to_string(), "pt".to_string())];
     crate::fs::create_by(path, || {
         safetensors::serialize_to_file(entries, Some(metadata.into()), path)
@@ -257,7 +260,7 @@ pub fn hash(tensors: &Tensors) -> Result<String> {
     let mut hash = blake3::Hasher::new();
     for (name, tensor) in tensors {
         hash.update(name.as_bytes());
-        for values in Values::of(&tensor.to_device(&Device::Cpu)?)?.chunks(1 << 16) {
+        for values in CpuValues::new(&tensor.to_device(&Device::Cpu)?)?.chunks(1 << 16) {
             hash.update_rayon(&le_bytes(values));
         }
     }
@@ -279,13 +282,14 @@ pub fn to_device(tensors: &Tensors, device: &Device) -> Result<Tensors> {
 ///
 /// # Errors
 /// Where a tensor is not contiguous f32 on the CPU.
-pub fn entries(tensors: &Tensors, dtype: DType) -> Result<BTreeMap<String, Entry<'_>>> {
-    let entry = |(name, tensor): (&String, _)| Ok((name.clone(), Entry::of(tensor, dtype)?));
+pub fn entries(tensors: &Tensors, dtype: DType) -> Result<BTreeMap<String, TensorEntry<'_>>> {
+    let entry =
+        |(name, tensor): (&String, _)| Ok((name.clone(), TensorEntry::from_tensor(tensor, dtype)?));
     tensors.iter().map(entry).collect()
 }
 
 /// The safetensors files of a model folder.
-fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let single = dir.join("model.safetensors");
     if single.exists() {
         return Ok(vec![single]);
@@ -300,7 +304,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     }
     let text = std::fs::read_to_string(&index)
         .with_context(|| format!("cannot read {}", index.display()))?;
-    let index: Index = serde_json::from_str(&text)
+    let index: WeightIndex = serde_json::from_str(&text)
         .with_context(|| format!("{} is no weight index", index.display()))?;
     let names: BTreeSet<&String> = index.weight_map.values().collect();
     names

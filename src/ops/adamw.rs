@@ -94,7 +94,7 @@ impl InplaceOp1 for AdamW<'_> {
 ///
 /// # Errors
 /// Where the device fails.
-pub fn composed(
+pub fn adamw_candle(
     parameter: &Var,
     gradient: &Tensor,
     moments: &mut [Tensor; 2],

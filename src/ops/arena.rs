@@ -1,4 +1,4 @@
-//! Memory of a training step, used over and over.
+//! Activations of a training step, used over and over.
 //!
 //! A step makes and drops some thousand large buffers. From the general allocator each would be
 //! mapped, faulted in page by page and given back; here a buffer is a range of a block that stays.
@@ -16,9 +16,9 @@ use memmap2::{MmapMut, MmapOptions};
 use super::lock;
 
 /// Values of a block: 256 MiB of addresses, of which untouched pages cost nothing.
-const BLOCK: usize = 1 << 26;
+const BLOCK_LEN: usize = 1 << 26;
 /// Buffers begin at multiples of this many values: a cache line.
-const ALIGN: usize = 16;
+const ALIGNMENT: usize = 16;
 
 /// Where buffers come from and return to; clones share the memory.
 #[derive(Clone, Default)]
@@ -53,7 +53,7 @@ impl Arena {
     /// Where the system has no more memory.
     pub fn take(&self, len: usize) -> Result<Buffer> {
         #[cfg_attr(not(debug_assertions), expect(unused_mut))]
-        let mut buffer = self.find(len)?;
+        let mut buffer = self.allocate(len)?;
         #[cfg(debug_assertions)]
         buffer.fill(f32::NAN);
         Ok(buffer)
@@ -64,23 +64,23 @@ impl Arena {
     /// # Errors
     /// As [`Arena::take`].
     pub fn zeros(&self, len: usize) -> Result<Buffer> {
-        let mut buffer = self.find(len)?;
+        let mut buffer = self.allocate(len)?;
         buffer.fill(0.0);
         Ok(buffer)
     }
 
-    fn find(&self, len: usize) -> Result<Buffer> {
-        let size = len.max(1).next_multiple_of(ALIGN);
+    fn allocate(&self, len: usize) -> Result<Buffer> {
+        let size = len.max(1).next_multiple_of(ALIGNMENT);
         let mut blocks = lock(&self.0);
         let found = blocks
             .iter_mut()
             .enumerate()
-            .find_map(|(index, block)| Some((index, block.cut(size)?)));
+            .find_map(|(index, block)| Some((index, block.allocate(size)?)));
         let (index, start) = match found {
             Some(found) => found,
             None => {
-                let mut block = Block::new(size.max(BLOCK))?;
-                let start = block.cut(size).unwrap_or_default();
+                let mut block = Block::new(size.max(BLOCK_LEN))?;
+                let start = block.allocate(size).unwrap_or_default();
                 blocks.push(block);
                 (blocks.len() - 1, start)
             }
@@ -121,7 +121,7 @@ impl Block {
     }
 
     /// Takes the lowest free range of `size` values.
-    fn cut(&mut self, size: usize) -> Option<usize> {
+    fn allocate(&mut self, size: usize) -> Option<usize> {
         let (&start, &len) = self.free.iter().find(|(_, len)| **len >= size)?;
         self.free.remove(&start);
         if len > size {
@@ -131,7 +131,7 @@ impl Block {
     }
 
     /// Takes a range back, and joins it with its free neighbours.
-    fn join(&mut self, mut start: usize, mut size: usize) {
+    fn free_range(&mut self, mut start: usize, mut size: usize) {
         if let Some(next) = self.free.remove(&(start + size)) {
             size += next;
         }
@@ -147,8 +147,8 @@ impl Block {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let size = self.len.max(1).next_multiple_of(ALIGN);
-        lock(&self.arena.0)[self.block].join(self.start, size);
+        let size = self.len.max(1).next_multiple_of(ALIGNMENT);
+        lock(&self.arena.0)[self.block].free_range(self.start, size);
     }
 }
 
@@ -191,7 +191,11 @@ mod tests {
         live.clear();
         let blocks = lock(&arena.0);
         assert_eq!(blocks.len(), 1);
-        assert_eq!(blocks[0].free, BTreeMap::from([(0, BLOCK)]), "not joined");
+        assert_eq!(
+            blocks[0].free,
+            BTreeMap::from([(0, BLOCK_LEN)]),
+            "not joined"
+        );
     }
 
     #[test]
@@ -203,7 +207,7 @@ mod tests {
         let c = arena.take(60).expect("memory");
         assert_eq!(c.values, low);
         drop(b);
-        let large = arena.take(BLOCK + 1).expect("memory");
-        assert_eq!((large.block, large.len()), (1, BLOCK + 1));
+        let large = arena.take(BLOCK_LEN + 1).expect("memory");
+        assert_eq!((large.block, large.len()), (1, BLOCK_LEN + 1));
     }
 }

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::math::{self, dot, exp};
 use super::matmul::{Precision, matmul};
-use super::{Gradient, ROWS_PER_TASK, part, simd, split};
+use super::{Gradient, ROWS_PER_TASK, segment_rows, simd, split_segments};
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
 /// Query rows of one block.
@@ -25,23 +25,23 @@ pub struct Heads {
     /// Key/value heads (G).
     pub key_value: usize,
     /// Channels of a head (C).
-    pub channels: usize,
+    pub head_dim: usize,
 }
 
 impl Heads {
     /// Width of a row of queries: H x C.
     pub fn query_width(&self) -> usize {
-        self.query * self.channels
+        self.query * self.head_dim
     }
 
     /// Width of a row of keys or values: G x C.
     pub fn key_value_width(&self) -> usize {
-        self.key_value * self.channels
+        self.key_value * self.head_dim
     }
 
     /// What scores are multiplied by: 1 / sqrt(C).
     pub fn scale(&self) -> f32 {
-        1.0 / (self.channels as f32).sqrt()
+        1.0 / (self.head_dim as f32).sqrt()
     }
 
     /// Query heads that share a key/value head.
@@ -51,7 +51,7 @@ impl Heads {
 
     /// The columns of query head `head`, and those of the key/value head that it reads.
     fn columns(&self, head: usize) -> (usize, usize) {
-        (head * self.channels, head / self.group() * self.channels)
+        (head * self.head_dim, head / self.group() * self.head_dim)
     }
 }
 
@@ -68,7 +68,7 @@ pub struct Attention<'a> {
 
 /// A forward pass, as the backward pass reads it.
 #[derive(Clone, Copy)]
-pub struct Forward<'a> {
+pub struct AttentionForward<'a> {
     /// (T x H C)
     pub q: &'a [f32],
     /// (T x G C), as the values.
@@ -84,22 +84,22 @@ impl Attention<'_> {
     /// `q` (T x H C), `k` and `v` (T x G C) give `out` (T x H C) and the log-sum-exp of the scores of
     /// each row and head, `lse` (T x H).
     pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32], lse: &mut [f32]) {
-        let (wide, narrow) = (self.heads.query_width(), self.heads.key_value_width());
-        let outs = split(out, self.segments, wide);
-        let lses = split(lse, self.segments, self.heads.query);
+        let (q_width, kv_width) = (self.heads.query_width(), self.heads.key_value_width());
+        let outs = split_segments(out, self.segments, q_width);
+        let lses = split_segments(lse, self.segments, self.heads.query);
         self.segments
             .par_iter()
             .zip(outs)
             .zip(lses)
             .for_each(|((segment, out), lse)| {
-                let cached = Cached {
+                let cached = CachedAttention {
                     heads: self.heads,
                     window: self.window,
                     precision: self.precision,
-                    k: part(k, segment, narrow),
-                    v: part(v, segment, narrow),
+                    k: segment_rows(k, segment, kv_width),
+                    v: segment_rows(v, segment, kv_width),
                 };
-                cached.attend(part(q, segment, wide), out, Some(lse));
+                cached.attend(segment_rows(q, segment, q_width), out, Some(lse));
             });
     }
 
@@ -109,19 +109,19 @@ impl Attention<'_> {
     /// `scratch` has [`Attention::scratch`] values.
     pub fn backward(
         &self,
-        forward: Forward,
+        forward: AttentionForward,
         dout: &[f32],
         scratch: &mut [f32],
         [dq, dk, dv]: [Gradient; 3],
     ) {
-        let (wide, channels) = (self.heads.query_width(), self.heads.channels);
+        let (q_width, head_dim) = (self.heads.query_width(), self.heads.head_dim);
         // One task a head of a segment, with dQ, dK and dV of its own: no two write the same place.
         let tasks: Vec<(&Range<usize>, usize, &mut [f32])> =
-            split(scratch, self.segments, 3 * wide)
+            split_segments(scratch, self.segments, 3 * q_width)
                 .into_iter()
                 .zip(self.segments)
                 .flat_map(|(scratch, segment)| {
-                    let heads = scratch.chunks_mut(3 * channels * segment.len().max(1));
+                    let heads = scratch.chunks_mut(3 * head_dim * segment.len().max(1));
                     heads
                         .enumerate()
                         .map(move |(head, scratch)| (segment, head, scratch))
@@ -133,10 +133,10 @@ impl Attention<'_> {
             .for_each(|(segment, head, scratch)| {
                 self.backward_head(&forward, dout, segment, head, scratch);
             });
-        self.gather(scratch, 1, 0, wide, dq);
-        let narrow = self.heads.key_value_width();
-        self.gather(scratch, self.heads.group(), 1, narrow, dk);
-        self.gather(scratch, self.heads.group(), 2, narrow, dv);
+        self.gather(scratch, 1, 0, q_width, dq);
+        let kv_width = self.heads.key_value_width();
+        self.gather(scratch, self.heads.group(), 1, kv_width, dk);
+        self.gather(scratch, self.heads.group(), 2, kv_width, dv);
     }
 
     /// Values of scratch that a backward pass over T tokens needs: 3 T H C.
@@ -147,20 +147,20 @@ impl Attention<'_> {
 
     fn backward_head(
         &self,
-        forward: &Forward,
+        forward: &AttentionForward,
         dout: &[f32],
         segment: &Range<usize>,
         head: usize,
         scratch: &mut [f32],
     ) {
         let heads = self.heads;
-        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
-        let (channels, scale) = (heads.channels, heads.scale());
+        let (q_width, kv_width) = (heads.query_width(), heads.key_value_width());
+        let (head_dim, scale) = (heads.head_dim, heads.scale());
         let (column, kv_column) = heads.columns(head);
         let rows = segment.len();
         scratch.fill(0.0);
-        let (dq, rest) = scratch.split_at_mut(rows * channels);
-        let (dk, dv) = rest.split_at_mut(rows * channels);
+        let (dq, rest) = scratch.split_at_mut(rows * head_dim);
+        let (dk, dv) = rest.split_at_mut(rows * head_dim);
         let span = visible(BLOCK.min(rows), rows, rows, self.window).len();
         let mut p = vec![0.0; BLOCK.min(rows) * span];
         let mut ds = p.clone();
@@ -171,19 +171,19 @@ impl Attention<'_> {
             let block = BLOCK.min(rows - start);
             let keys = visible(block, start + block, rows, self.window);
             let (first, count) = (keys.start, keys.len());
-            let at = (segment.start + start) * wide + column;
-            let kv_at = (segment.start + first) * narrow + kv_column;
+            let at = (segment.start + start) * q_width + column;
+            let kv_at = (segment.start + first) * kv_width + kv_column;
             let (p, ds) = (&mut p[..block * count], &mut ds[..block * count]);
-            let q = Mat::strided(&forward.q[at..], block, channels, wide);
-            let k = Mat::strided(&forward.k[kv_at..], count, channels, narrow);
-            let v = Mat::strided(&forward.v[kv_at..], count, channels, narrow);
-            let dout_block = Mat::strided(&dout[at..], block, channels, wide);
+            let q = Mat::strided(&forward.q[at..], block, head_dim, q_width);
+            let k = Mat::strided(&forward.k[kv_at..], count, head_dim, kv_width);
+            let v = Mat::strided(&forward.v[kv_at..], count, head_dim, kv_width);
+            let dout_block = Mat::strided(&dout[at..], block, head_dim, q_width);
             product(MatMut::new(p, count), q, k.t(), false);
             product(MatMut::new(ds, count), dout_block, v.t(), false);
             let lines = p.chunks_exact_mut(count).zip(ds.chunks_exact_mut(count));
             for (row, (p, ds)) in lines.enumerate() {
                 let lse = forward.lse[(segment.start + start + row) * heads.query + head];
-                let here = at + row * wide..at + row * wide + channels;
+                let here = at + row * q_width..at + row * q_width + head_dim;
                 let seen = seen(start + row, first, self.window);
                 let seen_of = (&mut p[seen.clone()], &mut ds[seen.clone()]);
                 let outputs = (&dout[here.clone()], &forward.out[here]);
@@ -194,32 +194,32 @@ impl Attention<'_> {
                 }
             }
             let (p, ds) = (Mat::new(p, count), Mat::new(ds, count));
-            let keys = first * channels..(first + count) * channels;
+            let keys = first * head_dim..(first + count) * head_dim;
             product(
-                MatMut::new(&mut dv[keys.clone()], channels),
+                MatMut::new(&mut dv[keys.clone()], head_dim),
                 p.t(),
                 dout_block,
                 true,
             );
-            product(MatMut::new(&mut dk[keys], channels), ds.t(), q, true);
-            let dq = &mut dq[start * channels..(start + block) * channels];
-            product(MatMut::new(dq, channels), ds, k, false);
+            product(MatMut::new(&mut dk[keys], head_dim), ds.t(), q, true);
+            let dq = &mut dq[start * head_dim..(start + block) * head_dim];
+            product(MatMut::new(dq, head_dim), ds, k, false);
         }
     }
 
     /// Brings one of the three gradients of all heads from `scratch` into rows of `width`, summing
     /// the `group` query heads that share a head.
     fn gather(&self, scratch: &[f32], group: usize, which: usize, width: usize, to: Gradient) {
-        let channels = self.heads.channels;
-        let wide = 3 * self.heads.query_width();
-        for (rows, segment) in split(to.values, self.segments, width)
+        let head_dim = self.heads.head_dim;
+        let q_width = 3 * self.heads.query_width();
+        for (rows, segment) in split_segments(to.values, self.segments, width)
             .into_iter()
             .zip(self.segments)
         {
-            let from = part(scratch, segment, wide);
+            let from = segment_rows(scratch, segment, q_width);
             let head_of = |head: usize| {
-                let at = (3 * head + which) * segment.len() * channels;
-                &from[at..at + segment.len() * channels]
+                let at = (3 * head + which) * segment.len() * head_dim;
+                &from[at..at + segment.len() * head_dim]
             };
             rows.par_chunks_mut(width)
                 .enumerate()
@@ -228,9 +228,9 @@ impl Attention<'_> {
                     if !to.add {
                         values.fill(0.0);
                     }
-                    for (index, values) in values.chunks_mut(channels).enumerate() {
+                    for (index, values) in values.chunks_mut(head_dim).enumerate() {
                         for head in index * group..(index + 1) * group {
-                            let from = &head_of(head)[row * channels..(row + 1) * channels];
+                            let from = &head_of(head)[row * head_dim..(row + 1) * head_dim];
                             values
                                 .iter_mut()
                                 .zip(from)
@@ -244,7 +244,7 @@ impl Attention<'_> {
 
 /// Keys and values of one sequence of s tokens (s x G C), the rotary embedding done.
 #[derive(Clone, Copy)]
-pub struct Cached<'a> {
+pub struct CachedAttention<'a> {
     pub heads: Heads,
     pub window: Option<usize>,
     pub precision: Precision,
@@ -252,19 +252,19 @@ pub struct Cached<'a> {
     pub v: &'a [f32],
 }
 
-impl Cached<'_> {
+impl CachedAttention<'_> {
     /// The last rows' queries `q` (t x H C) over the keys that each sees; `lse`, where asked for,
     /// receives (t x H).
     pub fn attend(&self, q: &[f32], out: &mut [f32], lse: Option<&mut [f32]>) {
-        let wide = self.heads.query_width();
-        let rows = q.len() / wide;
+        let q_width = self.heads.query_width();
+        let rows = q.len() / q_width;
         let mut no_lse = Vec::new();
         let lse = lse.unwrap_or_else(|| {
             no_lse.resize(rows * self.heads.query, 0.0);
             &mut no_lse
         });
-        out.par_chunks_mut(BLOCK * wide)
-            .zip(q.par_chunks(BLOCK * wide))
+        out.par_chunks_mut(BLOCK * q_width)
+            .zip(q.par_chunks(BLOCK * q_width))
             .zip(lse.par_chunks_mut(BLOCK * self.heads.query))
             .enumerate()
             .for_each(|(index, ((out, q), lse))| {
@@ -275,18 +275,18 @@ impl Cached<'_> {
     /// Rows `start..` of the last `rows` rows.
     fn attend_block(&self, q: &[f32], start: usize, rows: usize, out: &mut [f32], lse: &mut [f32]) {
         let heads = self.heads;
-        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
-        let (block, all) = (q.len() / wide, self.k.len() / narrow);
+        let (q_width, kv_width) = (heads.query_width(), heads.key_value_width());
+        let (block, all) = (q.len() / q_width, self.k.len() / kv_width);
         let before = all - rows + start;
         let keys = visible(block, before + block, all, self.window);
         let (first, count) = (keys.start, keys.len());
         let mut scores = vec![0.0; block * count];
         for head in 0..heads.query {
             let (column, kv_column) = heads.columns(head);
-            let kv_at = first * narrow + kv_column;
-            let q = Mat::strided(&q[column..], block, heads.channels, wide);
-            let k = Mat::strided(&self.k[kv_at..], count, heads.channels, narrow);
-            let v = Mat::strided(&self.v[kv_at..], count, heads.channels, narrow);
+            let kv_at = first * kv_width + kv_column;
+            let q = Mat::strided(&q[column..], block, heads.head_dim, q_width);
+            let k = Mat::strided(&self.k[kv_at..], count, heads.head_dim, kv_width);
+            let v = Mat::strided(&self.v[kv_at..], count, heads.head_dim, kv_width);
             let product = |out: MatMut, a: Mat, b: Mat| {
                 matmul(out, a, b, false, Threads::One, self.precision);
             };
@@ -297,7 +297,7 @@ impl Cached<'_> {
                 scores[..seen.start].fill(0.0);
                 scores[seen.end..].fill(0.0);
             }
-            let out = MatMut::strided(&mut out[column..], wide);
+            let out = MatMut::strided(&mut out[column..], q_width);
             product(out, Mat::new(&scores, count), v);
         }
     }

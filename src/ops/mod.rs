@@ -16,14 +16,14 @@
 pub mod adamw;
 pub mod arena;
 pub mod attention;
-pub(crate) mod average;
+pub(crate) mod ema;
 pub(crate) mod embedding;
 pub(crate) mod gelu;
 pub(crate) mod head_loss;
 pub(crate) mod layer_norm;
 pub(crate) mod linear;
 pub(crate) mod lora;
-pub(crate) mod map;
+pub(crate) mod mapped_file;
 pub(crate) mod math;
 pub mod matmul;
 pub mod process;
@@ -41,7 +41,7 @@ use rayon::prelude::*;
 /// share the work out. Fixed, so that sums over rows do not depend on the number of threads.
 const ROWS_PER_TASK: usize = 64;
 
-/// Values that one task of an element-wise operation works on.
+/// CpuValues that one task of an element-wise operation works on.
 const VALUES_PER_TASK: usize = 1 << 14;
 
 /// Where a gradient goes: added to what is there, or in its place.
@@ -102,15 +102,15 @@ macro_rules! simd {
 use simd;
 
 /// The values of a contiguous f32 tensor on the CPU, for as long as they are read.
-pub struct Values<'a> {
+pub struct CpuValues<'a> {
     storage: Box<dyn Deref<Target = Storage> + 'a>,
     range: Range<usize>,
 }
 
-impl<'a> Values<'a> {
+impl<'a> CpuValues<'a> {
     /// # Errors
     /// Where the tensor is no contiguous f32 tensor on the CPU.
-    pub fn of(tensor: &'a Tensor) -> Result<Self> {
+    pub fn new(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         let (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) =
             (&*storage, layout.contiguous_offsets())
@@ -123,7 +123,7 @@ impl<'a> Values<'a> {
     }
 }
 
-impl Deref for Values<'_> {
+impl Deref for CpuValues<'_> {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
@@ -143,12 +143,12 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// The rows of one segment, of `width` values each.
-fn part<'a>(values: &'a [f32], segment: &Range<usize>, width: usize) -> &'a [f32] {
+fn segment_rows<'a>(values: &'a [f32], segment: &Range<usize>, width: usize) -> &'a [f32] {
     &values[segment.start * width..segment.end * width]
 }
 
 /// `values` cut into the rows of each segment.
-fn split<'a>(
+fn split_segments<'a>(
     mut values: &'a mut [f32],
     segments: &[Range<usize>],
     width: usize,

@@ -1,15 +1,15 @@
-//! Operating-system limits and settings of this process: memory, threads, descriptors, signals.
+//! Operating-system limits and settings of this process: activations, threads, descriptors, signals.
 
 /// Descriptors that are not for connections: files, looking names up, what a library opens.
-const RESERVE: usize = 96;
+const RESERVED_DESCRIPTORS: usize = 96;
 
 /// The most descriptors that are ever asked for; some systems have no limit, and tables that grow with it.
 #[cfg(unix)]
-const MOST: libc::rlim_t = 65_536;
+const MAX_DESCRIPTORS: libc::rlim_t = 65_536;
 
 /// Number of connections that the process may hold open, after raising the soft descriptor limit to
 /// what is allowed. None where there is no such limit.
-pub fn connections() -> Option<usize> {
+pub fn max_connections() -> Option<usize> {
     #[cfg(unix)]
     {
         let mut limit = libc::rlimit {
@@ -21,7 +21,7 @@ pub fn connections() -> Option<usize> {
             if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
                 return None;
             }
-            let wanted = limit.rlim_max.min(MOST).max(limit.rlim_cur);
+            let wanted = limit.rlim_max.min(MAX_DESCRIPTORS).max(limit.rlim_cur);
             if wanted > limit.rlim_cur {
                 let before = limit.rlim_cur;
                 limit.rlim_cur = wanted;
@@ -33,7 +33,11 @@ pub fn connections() -> Option<usize> {
         };
         let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
         // Of few, half.
-        Some(descriptors.saturating_sub(RESERVE).max(descriptors / 2))
+        Some(
+            descriptors
+                .saturating_sub(RESERVED_DESCRIPTORS)
+                .max(descriptors / 2),
+        )
     }
     #[cfg(not(unix))]
     None
@@ -53,7 +57,7 @@ pub fn is_out_of_descriptors(error: &std::io::Error) -> bool {
 }
 
 /// Bytes of memory that the process takes up. None where the system does not tell.
-pub fn resident() -> Option<u64> {
+pub fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status
         .lines()
@@ -64,7 +68,7 @@ pub fn resident() -> Option<u64> {
 
 /// Gives memory that the allocator holds and nothing uses back to the system, after work that has left much
 /// of it in small blocks.
-pub fn give_back() {
+pub fn trim_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: the call only concerns blocks that are free, and may be made at any time.
     unsafe {
@@ -74,7 +78,7 @@ pub fn give_back() {
 
 /// Was the process started with this signal ignored, as `nohup` does?
 #[cfg(unix)]
-pub fn is_ignored(signal: i32) -> bool {
+pub fn is_signal_ignored(signal: i32) -> bool {
     // SAFETY: a null pointer asks for the action and changes none; the other one is to a structure on this
     // stack that is all zeros, which is valid for it.
     unsafe {
@@ -94,7 +98,7 @@ pub fn is_ignored(signal: i32) -> bool {
 /// pool whose threads wait by spinning, on the cores that the operations of this room compute on;
 /// on two cores that halves the speed of training a small model. A value that the user has set
 /// stays.
-pub fn set_up() {
+pub fn configure() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: `mallopt` only sets two tunables of the allocator and may be called at any time.
     unsafe {

@@ -18,7 +18,7 @@ pub struct RopeTable {
 
 /// Which way to turn: the backward pass of a rotation is the opposite rotation.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
+pub enum Rotation {
     Forward,
     Backward,
 }
@@ -45,21 +45,25 @@ impl RopeTable {
 
     /// Turns rows of `width` channels (a multiple of C), in place; positions start at 0 in each of
     /// the `segments`.
-    pub fn turn_segments(
+    pub fn rotate_segments(
         &self,
         rows: &mut [f32],
         width: usize,
         segments: &[Range<usize>],
-        turn: Turn,
+        rotation: Rotation,
     ) {
-        super::split(rows, segments, width)
+        super::split_segments(rows, segments, width)
             .into_par_iter()
-            .for_each(|rows| self.turn_rows(rows, width, 0, turn));
+            .for_each(|rows| self.rotate_rows(rows, width, 0, rotation));
     }
 
     /// Turns rows of `width` channels that stand at positions `first`, `first + 1`, ...
-    pub fn turn_rows(&self, rows: &mut [f32], width: usize, first: usize, turn: Turn) {
-        let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
+    pub fn rotate_rows(&self, rows: &mut [f32], width: usize, first: usize, rotation: Rotation) {
+        let sign = if rotation == Rotation::Forward {
+            1.0
+        } else {
+            -1.0
+        };
         rows.par_chunks_mut(width)
             .enumerate()
             .with_min_len(super::ROWS_PER_TASK)

@@ -52,7 +52,7 @@ impl Tokenizer {
 pub(crate) fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let tokenizer = read(dir, arguments);
     // Merges are read as two texts each, over a million of them for a large vocabulary.
-    process::give_back();
+    process::trim_memory();
     tokenizer
 }
 

@@ -32,7 +32,7 @@ const K: usize = 20;
 
 fn main() -> anyhow::Result<()> {
     // As the program itself does, first of all.
-    distill::ops::process::set_up();
+    distill::ops::process::configure();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {

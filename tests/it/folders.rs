@@ -10,7 +10,7 @@ use distill::config::{Config, Init, Kd, Student};
 use distill::exit::Exit;
 use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Input, Model, decoder};
+use distill::model::{Model, ModelInput, decoder};
 use distill::train;
 use distill::train::summary::Start;
 use serde_json::{Value, json};
@@ -41,7 +41,7 @@ fn stored(dir: &Path) -> Tensors {
 /// Logits after a few tokens.
 fn logits(model: &Model) -> Vec<f32> {
     let ids: Vec<u32> = (0..20).map(|id| id * 7 % 200).collect();
-    let input = Input {
+    let input = ModelInput {
         input_ids: &ids,
         segments: std::slice::from_ref(&(0..20)),
         positions: &[19],

@@ -3,7 +3,7 @@
 use distill::model::Model;
 use distill::model::batcher::{FinishReason, GenerateOptions};
 use distill::model::generate::{Generated, batch};
-use distill::model::sampling::Sampling;
+use distill::model::sampling::SamplingParams;
 use distill::tokenizer::Tokenizer;
 
 use crate::tiny;
@@ -38,9 +38,9 @@ impl Fixture {
 fn options(temperature: f64, max_tokens: usize) -> GenerateOptions {
     GenerateOptions {
         max_tokens,
-        sampling: Sampling {
+        sampling: SamplingParams {
             temperature,
-            ..Sampling::default()
+            ..SamplingParams::default()
         },
         ..GenerateOptions::default()
     }

@@ -6,7 +6,7 @@ use candle_transformers::models::llama as oracle;
 use distill::config::Student;
 use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Input, Model, parameters};
+use distill::model::{Model, ModelInput, parameters};
 
 /// A small decoder with grouped heads: hidden 32, 2 layers, 4 query and 2 key/value heads.
 pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
@@ -20,7 +20,7 @@ pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
         max_position_embeddings: 256,
         ..Student::default()
     };
-    let config = ModelConfig::of_student(&student, 61, &[0]).unwrap();
+    let config = ModelConfig::from_student(&student, 61, &[0]).unwrap();
     let mut tensors = parameters::random_weights(&config, 7).unwrap();
     // Larger than fresh weights, so that attention is far from uniform.
     for (name, tensor) in &mut tensors {
@@ -47,7 +47,7 @@ fn logits_at(
     segments: &[std::ops::Range<usize>],
     positions: &[u32],
 ) -> Vec<Vec<f32>> {
-    let input = Input {
+    let input = ModelInput {
         input_ids,
         segments,
         positions,

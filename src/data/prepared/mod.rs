@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::report::Report;
 use crate::fs;
-use crate::ops::map::Map;
+use crate::ops::mapped_file::MappedFile;
 pub use columns::Example;
 pub use shard::ExampleView;
 use shard::{Bytes, Shard};
@@ -234,7 +234,7 @@ fn verify(path: &Path, file: &File) -> Result<()> {
 }
 
 fn map(path: &Path, file: &File) -> Result<Bytes> {
-    let map = Map::of(&std::fs::File::open(path)?)?;
+    let map = MappedFile::new(&std::fs::File::open(path)?)?;
     ensure!(map.len() as u64 == file.bytes, "it is not what was written");
     Ok(Bytes::Mapped(map))
 }

@@ -7,12 +7,12 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 
 use super::columns::name;
-use crate::ops::map::Map;
+use crate::ops::mapped_file::MappedFile;
 
 /// The bytes of a file, wherever they are.
 #[derive(Debug)]
 pub enum Bytes {
-    Mapped(Map),
+    Mapped(MappedFile),
     Memory(Vec<u8>),
 }
 

@@ -5,7 +5,7 @@
 //! Only operations that have a backward pass are used (candle's fused `rms_norm`,
 //! `softmax_last_dim`, `rope` and `sdpa` have none, and cut the graph without a word).
 
-pub(crate) mod pass;
+pub(crate) mod head;
 
 use std::ops::Range;
 
@@ -19,7 +19,7 @@ use crate::ops::attention::Heads;
 use crate::ops::rope::RopeTable;
 
 /// A graph over candle tensors. Segments cover the rows in order.
-pub struct Composed<'a> {
+pub struct CandleGraph<'a> {
     heads: Heads,
     segments: &'a [Range<usize>],
     dtype: DType,
@@ -29,7 +29,7 @@ pub struct Composed<'a> {
     angles: Option<[Tensor; 2]>,
 }
 
-impl<'a> Composed<'a> {
+impl<'a> CandleGraph<'a> {
     /// # Errors
     /// Where a tensor cannot be made on `device`.
     pub fn new(
@@ -43,7 +43,7 @@ impl<'a> Composed<'a> {
         let angles = |rope: &RopeTable| -> Result<[Tensor; 2]> {
             let (cos, sin): (Vec<&[f32]>, Vec<&[f32]>) = positions().map(|at| rope.at(at)).unzip();
             let table = |rows: Vec<&[f32]>| -> Result<Tensor> {
-                let shape = (rows.len(), 1, heads.channels / 2);
+                let shape = (rows.len(), 1, heads.head_dim / 2);
                 Ok(Tensor::from_vec(rows.concat(), shape, device)?.to_dtype(dtype)?)
             };
             Ok([table(cos)?, table(sin)?])
@@ -71,7 +71,7 @@ impl<'a> Composed<'a> {
     }
 }
 
-impl Graph for Composed<'_> {
+impl Graph for CandleGraph<'_> {
     type Value = Tensor;
 
     fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
@@ -79,7 +79,7 @@ impl Graph for Composed<'_> {
         Ok(rows.to_dtype(self.dtype)?)
     }
 
-    fn rows(&mut self, x: Tensor, positions: &[u32]) -> Result<Tensor> {
+    fn select_rows(&mut self, x: Tensor, positions: &[u32]) -> Result<Tensor> {
         Ok(x.index_select(&Tensor::new(positions, x.device())?, 0)?)
     }
 
@@ -142,8 +142,8 @@ impl Graph for Composed<'_> {
     fn rope(&mut self, x: Tensor) -> Result<Tensor> {
         let [cos, sin] = self.angles.as_ref().context(NO_ROPE)?;
         let (rows, width) = x.dims2()?;
-        let half = self.heads.channels / 2;
-        let heads = x.reshape((rows, width / self.heads.channels, 2 * half))?;
+        let half = self.heads.head_dim / 2;
+        let heads = x.reshape((rows, width / self.heads.head_dim, 2 * half))?;
         let (a, b) = (heads.narrow(2, 0, half)?, heads.narrow(2, half, half)?);
         let turned_a = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
         let turned_b = (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?;
@@ -159,7 +159,7 @@ impl Graph for Composed<'_> {
         let Heads {
             query,
             key_value,
-            channels,
+            head_dim,
         } = self.heads;
         let mut outputs = Vec::with_capacity(self.segments.len());
         for segment in self.segments {
@@ -167,20 +167,20 @@ impl Graph for Composed<'_> {
             // (heads x t x C)
             let heads = |x: &Tensor, count: usize| -> Result<Tensor> {
                 let x = x.narrow(0, segment.start, rows)?;
-                Ok(x.reshape((rows, count, channels))?
+                Ok(x.reshape((rows, count, head_dim))?
                     .transpose(0, 1)?
                     .contiguous()?)
             };
             let shared = |x: &Tensor| -> Result<Tensor> {
                 let x = heads(x, key_value)?.unsqueeze(1)?;
-                let x = x.broadcast_as((key_value, self.heads.group(), rows, channels))?;
-                Ok(x.contiguous()?.reshape((query, rows, channels))?)
+                let x = x.broadcast_as((key_value, self.heads.group(), rows, head_dim))?;
+                Ok(x.contiguous()?.reshape((query, rows, head_dim))?)
             };
             let (q, k, v) = (heads(&q, query)?, shared(&k)?, shared(&v)?);
             let scores = (q.matmul(&k.t()?)? * f64::from(self.heads.scale()))?;
             let scores = scores.broadcast_add(&Self::mask(rows, window, &scores)?)?;
             let out = softmax(&scores, D::Minus1)?.matmul(&v)?;
-            outputs.push(out.transpose(0, 1)?.reshape((rows, query * channels))?);
+            outputs.push(out.transpose(0, 1)?.reshape((rows, query * head_dim))?);
         }
         Tensor::cat(&outputs, 0).context("attention of no segments")
     }

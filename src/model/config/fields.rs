@@ -5,7 +5,7 @@ use anyhow::Result;
 use serde_json::Map;
 use serde_json::Value;
 
-pub(crate) fn refuse<T>(what: String) -> Result<T> {
+pub(crate) fn unsupported<T>(what: String) -> Result<T> {
     Err(Exit::Usage(what).into())
 }
 
@@ -16,9 +16,9 @@ pub(crate) fn without_nulls(json: &Map<String, Value>) -> Value {
     Value::Object(fields.collect())
 }
 
-pub(crate) fn check_layers(layers: usize) -> Result<()> {
+pub(crate) fn check_layer_count(layers: usize) -> Result<()> {
     if layers == 0 || layers > MAX_LAYERS {
-        return refuse(format!(
+        return unsupported(format!(
             "its number of layers of {layers} is not that of a model"
         ));
     }

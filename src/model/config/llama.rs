@@ -5,13 +5,13 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::model::config::fields::refuse;
+use crate::model::config::fields::unsupported;
 use crate::model::config::rope::Rope;
 use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
 
 #[derive(Deserialize)]
-struct File {
+struct LlamaJson {
     model_type: String,
     vocab_size: usize,
     hidden_size: usize,
@@ -62,16 +62,17 @@ const DEFAULT_WINDOW: usize = 4096;
 
 /// # Errors
 /// Where fields are missing, or describe what cannot be computed.
-pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: File = serde_json::from_value(crate::model::config::fields::without_nulls(&json))?;
+pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
+    let file: LlamaJson =
+        serde_json::from_value(crate::model::config::fields::without_nulls(&json))?;
     if file.hidden_act != "silu" {
-        return refuse(format!(
+        return unsupported(format!(
             "hidden_act is {:?}, and this version computes \"silu\" in a {} model",
             file.hidden_act, file.model_type
         ));
     }
     // Before there is something for every layer.
-    crate::model::config::fields::check_layers(file.num_hidden_layers)?;
+    crate::model::config::fields::check_layer_count(file.num_hidden_layers)?;
     let heads = heads(&file)?;
     let qwen2 = file.model_type == "qwen2";
     let variant = LlamaVariant {
@@ -79,7 +80,7 @@ pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
         qkv_bias: qwen2 || file.attention_bias,
         output_bias: file.attention_bias && !qwen2,
         mlp_bias: file.mlp_bias && file.model_type == "llama",
-        head_norms: file.model_type == "qwen3",
+        qk_norm: file.model_type == "qwen3",
         windows: windows(&file, &json)?,
     };
     Ok(ModelConfig {
@@ -98,30 +99,30 @@ pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
     })
 }
 
-fn heads(file: &File) -> Result<Heads> {
+fn heads(file: &LlamaJson) -> Result<Heads> {
     let query = file.num_attention_heads;
     let key_value = file.num_key_value_heads.unwrap_or(query);
     if query == 0 || key_value == 0 || !query.is_multiple_of(key_value) {
-        return refuse(format!(
+        return unsupported(format!(
             "num_attention_heads ({query}) must be a multiple of num_key_value_heads ({key_value})"
         ));
     }
-    let channels = file.head_dim.unwrap_or(file.hidden_size / query);
-    if channels == 0 || !channels.is_multiple_of(2) {
-        return refuse(format!(
-            "head_dim is {channels}, and the rotary embedding needs an even number: choose \
+    let head_dim = file.head_dim.unwrap_or(file.hidden_size / query);
+    if head_dim == 0 || !head_dim.is_multiple_of(2) {
+        return unsupported(format!(
+            "head_dim is {head_dim}, and the rotary embedding needs an even number: choose \
              hidden_size and num_attention_heads accordingly"
         ));
     }
     Ok(Heads {
         query,
         key_value,
-        channels,
+        head_dim,
     })
 }
 
 /// The window of each layer, by the rules of transformers.
-fn windows(file: &File, json: &Map<String, Value>) -> Result<Vec<Option<usize>>> {
+fn windows(file: &LlamaJson, json: &Map<String, Value>) -> Result<Vec<Option<usize>>> {
     let layers = file.num_hidden_layers;
     let window = match json.get("sliding_window") {
         None => Some(DEFAULT_WINDOW),
@@ -129,7 +130,7 @@ fn windows(file: &File, json: &Map<String, Value>) -> Result<Vec<Option<usize>>>
         Some(value) => Some(serde_json::from_value(value.clone())?),
     };
     if window == Some(0) {
-        return refuse("sliding_window is 0: a token would not even see itself".into());
+        return unsupported("sliding_window is 0: a token would not even see itself".into());
     }
     match file.model_type.as_str() {
         "mistral" => return Ok(vec![window; layers]),
@@ -141,7 +142,7 @@ fn windows(file: &File, json: &Map<String, Value>) -> Result<Vec<Option<usize>>>
         return Ok((0..layers).map(window).collect());
     };
     if types.len() != layers {
-        return refuse(format!(
+        return unsupported(format!(
             "layer_types names {} layers of {layers}",
             types.len()
         ));
@@ -149,7 +150,7 @@ fn windows(file: &File, json: &Map<String, Value>) -> Result<Vec<Option<usize>>>
     let of = |kind: &String| match kind.as_str() {
         "full_attention" => Ok(None),
         "sliding_attention" => Ok(window),
-        other => refuse(format!("attention of type {other:?} is not supported")),
+        other => unsupported(format!("attention of type {other:?} is not supported")),
     };
     types.iter().map(of).collect()
 }

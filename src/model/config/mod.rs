@@ -6,8 +6,8 @@ pub(crate) mod llama;
 pub(crate) mod rope;
 pub mod shape;
 
-use crate::model::config::fields::check_layers;
-use crate::model::config::fields::refuse;
+use crate::model::config::fields::check_layer_count;
+use crate::model::config::fields::unsupported;
 use crate::model::config::shape::Architecture;
 use crate::model::config::shape::ModelConfig;
 use std::path::Path;
@@ -49,7 +49,7 @@ impl ModelConfig {
     ///
     /// # Errors
     /// Where the sizes do not fit each other.
-    pub fn of_student(student: &Student, vocab_size: usize, stop_ids: &[u32]) -> Result<Self> {
+    pub fn from_student(student: &Student, vocab_size: usize, stop_ids: &[u32]) -> Result<Self> {
         let json = json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -77,13 +77,13 @@ impl ModelConfig {
     fn from_json(json: Map<String, Value>) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);
         let mut config = match model_type {
-            Some("llama" | "mistral" | "qwen2" | "qwen3") => llama::read(json),
-            Some("gpt2") => gpt2::read(json),
-            Some(other) => refuse(format!(
+            Some("llama" | "mistral" | "qwen2" | "qwen3") => llama::parse(json),
+            Some("gpt2") => gpt2::parse(json),
+            Some(other) => unsupported(format!(
                 "model_type is {other:?}, and this version trains \"llama\" (SmolLM2, Llama 3, \
                  TinyLlama), \"mistral\", \"qwen2\", \"qwen3\" and \"gpt2\""
             )),
-            None => refuse("it has no model_type".into()),
+            None => unsupported("it has no model_type".into()),
         }?;
         config.check_sizes()?;
         config.max_position_embeddings = config.max_position_embeddings.min(MAX_POSITIONS);
@@ -94,28 +94,28 @@ impl ModelConfig {
     /// weights are looked at.
     fn check_sizes(&self) -> Result<()> {
         let Heads {
-            query, channels, ..
+            query, head_dim, ..
         } = self.heads;
         let sizes = [
             ("vocabulary", self.vocab_size, MAX_WIDTH),
             ("hidden size", self.hidden_size, MAX_WIDTH),
             ("feed-forward size", self.intermediate_size, MAX_WIDTH),
-            ("attention", query.saturating_mul(channels), MAX_WIDTH),
+            ("attention", query.saturating_mul(head_dim), MAX_WIDTH),
             (
                 "number of positions",
                 self.max_position_embeddings,
                 usize::MAX,
             ),
         ];
-        check_layers(self.num_hidden_layers)?;
+        check_layer_count(self.num_hidden_layers)?;
         for (what, size, most) in sizes {
             if size == 0 || size > most {
-                return refuse(format!("its {what} of {size} is not that of a model"));
+                return unsupported(format!("its {what} of {size} is not that of a model"));
             }
         }
         let finite = self.norm_eps.is_finite() && self.initializer_range.is_finite();
         if !finite || self.norm_eps < 0.0 || self.initializer_range < 0.0 {
-            return refuse("its epsilon or initializer_range is no number of use".into());
+            return unsupported("its epsilon or initializer_range is no number of use".into());
         }
         Ok(())
     }

@@ -44,7 +44,7 @@ pub struct LlamaVariant {
     /// Do those of the feed-forward layer?
     pub mlp_bias: bool,
     /// Is each head of queries and keys normalised?
-    pub head_norms: bool,
+    pub qk_norm: bool,
     /// How many keys a query sees, itself included, layer by layer; none: all before it.
     pub windows: Vec<Option<usize>>,
 }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
-use super::{Memory, Op, Setting, Tape, Value, linear_of, lora_of};
+use super::{Activations, NodeHandle, Op, Tape, TapeSettings, linear_layer, lora_layer};
 use crate::model::gradients::Gradients;
 use crate::model::projection::Projection;
 use crate::ops::arena::Buffer;
-use crate::ops::attention::Forward;
-use crate::ops::rope::Turn;
-use crate::ops::{Gradient, Values, embedding, gelu, layer_norm, rms_norm, sum_rows, swiglu};
+use crate::ops::attention::AttentionForward;
+use crate::ops::rope::Rotation;
+use crate::ops::{CpuValues, Gradient, embedding, gelu, layer_norm, rms_norm, sum_rows, swiglu};
 
 impl Tape<'_, '_> {
     /// Sends `gradient`, that of `root` (as many values), back to all variables.
@@ -21,18 +21,18 @@ impl Tape<'_, '_> {
     /// Where there is no memory.
     pub fn backward(
         mut self,
-        root: Value,
+        root: NodeHandle,
         gradient: Buffer,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        if self.memory == Memory::Forget {
+        if self.activations == Activations::Discard {
             bail!("a backward pass needs a recorded forward pass");
         }
         self.nodes[*root.0].gradient = Some(gradient);
         for id in (0..self.nodes.len()).rev() {
             let gradient = self.nodes[id].gradient.take();
-            if let Some(gradient) = gradient.filter(|_| self.nodes[id].trains) {
-                self.backward_of(id, gradient, gradients)?;
+            if let Some(gradient) = gradient.filter(|_| self.nodes[id].requires_grad) {
+                self.backward_node(id, gradient, gradients)?;
             }
             let node = &mut self.nodes[id];
             (node.value, node.saved) = (None, None);
@@ -40,92 +40,98 @@ impl Tape<'_, '_> {
         Ok(())
     }
 
-    fn backward_of(&mut self, id: usize, dy: Buffer, gradients: &mut Gradients) -> Result<()> {
-        let arena = self.setting.arena;
+    fn backward_node(&mut self, id: usize, dy: Buffer, gradients: &mut Gradients) -> Result<()> {
+        let arena = self.settings.arena;
         let op = Rc::clone(&self.nodes[id].op);
         let width = self.nodes[id].width;
         match &*op {
             Op::Embed { table, ids } => {
-                if let Some(to) = gradients.of(table)? {
+                if let Some(to) = gradients.accumulator(table)? {
                     embedding::backward(&dy, ids, width, to);
                 }
             }
-            Op::Rows { x, positions } => {
+            Op::SelectRows { x, positions } => {
                 // Rows that were not taken have a gradient of zero; their number is that of x.
                 let rows = self.segments.last().map_or(0, |last| last.end);
-                self.add_gradient(*x, rows * width, |to| {
+                self.add_to_gradient(*x, rows * width, |to| {
                     embedding::backward(&dy, positions, width, to);
                 })?;
             }
             Op::RmsNorm { x, weight, .. } => {
-                let values = self.ensure(*x)?;
-                let scale = self.saved(id)?;
-                let weights = Values::of(weight)?;
-                let dweight = gradients.of(weight)?;
-                self.add_gradient(*x, values.len(), |to| {
+                let values = self.value_or_recompute(*x)?;
+                let scale = self.saved_values(id)?;
+                let weights = CpuValues::new(weight)?;
+                let dweight = gradients.accumulator(weight)?;
+                self.add_to_gradient(*x, values.len(), |to| {
                     rms_norm::backward(&values, &weights, &scale, &dy, to, dweight);
                 })?;
             }
             Op::LayerNorm {
                 x, weight, bias, ..
             } => {
-                let values = self.ensure(*x)?;
-                let statistics = self.saved(id)?;
-                let weights = Values::of(weight)?;
-                let dweight = gradients.of(weight)?;
-                self.add_gradient(*x, values.len(), |to| {
+                let values = self.value_or_recompute(*x)?;
+                let statistics = self.saved_values(id)?;
+                let weights = CpuValues::new(weight)?;
+                let dweight = gradients.accumulator(weight)?;
+                self.add_to_gradient(*x, values.len(), |to| {
                     layer_norm::backward(&values, &weights, &statistics, &dy, to, dweight);
                 })?;
-                if let Some(to) = gradients.of(bias)? {
+                if let Some(to) = gradients.accumulator(bias)? {
                     sum_rows(&dy, width, to);
                 }
             }
             Op::Linear { x, layer, residual } => {
                 self.backward_linear(id, *x, layer, &dy, gradients)?;
                 if let Some(residual) = residual {
-                    self.give_gradient(*residual, dy);
+                    self.accumulate_gradient(*residual, dy);
                 }
             }
             Op::Gelu { x } => {
-                let values = self.ensure(*x)?;
+                let values = self.value_or_recompute(*x)?;
                 // Nothing else needs the input any more: it becomes its own gradient.
                 self.nodes[*x].value = None;
-                let mut dx = self.own(values)?;
+                let mut dx = self.into_owned(values)?;
                 gelu::backward(&mut dx, &dy);
-                self.give_gradient(*x, dx);
+                self.accumulate_gradient(*x, dx);
             }
             Op::SwiGlu { gate, up } => {
-                let (values, others) = (self.ensure(*gate)?, self.ensure(*up)?);
+                let (values, others) = (
+                    self.value_or_recompute(*gate)?,
+                    self.value_or_recompute(*up)?,
+                );
                 // Nothing else needs the inputs any more: they become their own gradients.
                 (self.nodes[*gate].value, self.nodes[*up].value) = (None, None);
-                let [mut dgate, mut dup] = [self.own(values)?, self.own(others)?];
+                let [mut dgate, mut dup] = [self.into_owned(values)?, self.into_owned(others)?];
                 swiglu::backward(&mut dgate, &mut dup, &dy);
-                self.give_gradient(*gate, dgate);
-                self.give_gradient(*up, dup);
+                self.accumulate_gradient(*gate, dgate);
+                self.accumulate_gradient(*up, dup);
             }
             Op::Positions { x, table, .. } => {
-                if let Some(to) = gradients.of(table)? {
+                if let Some(to) = gradients.accumulator(table)? {
                     embedding::backward(&dy, &self.positions(), width, to);
                 }
-                self.give_gradient(*x, dy);
+                self.accumulate_gradient(*x, dy);
             }
             Op::Rope { x, .. } => {
                 let mut dy = dy;
-                self.turn(&mut dy, width, Turn::Backward)?;
-                self.give_gradient(*x, dy);
+                self.rotate(&mut dy, width, Rotation::Backward)?;
+                self.accumulate_gradient(*x, dy);
             }
             Op::Attention { qkv, window, .. } => {
                 let [q, k, v] = *qkv;
-                let out = self.ensure(id)?;
-                let lse = self.saved(id)?;
-                let [q_values, k_values, v_values] =
-                    [self.ensure(q)?, self.ensure(k)?, self.ensure(v)?];
+                let out = self.value_or_recompute(id)?;
+                let lse = self.saved_values(id)?;
+                let [q_values, k_values, v_values] = [
+                    self.value_or_recompute(q)?,
+                    self.value_or_recompute(k)?,
+                    self.value_or_recompute(v)?,
+                ];
                 let attention = self.attention_layer(*window);
                 let mut scratch = arena.take(attention.scratch())?;
                 let mut dq = arena.take(q_values.len())?;
                 let mut dk = arena.take(k_values.len())?;
                 let mut dv = arena.take(v_values.len())?;
-                let forward = Forward {
+                let forward = AttentionForward {
                     q: &q_values,
                     k: &k_values,
                     v: &v_values,
@@ -135,7 +141,7 @@ impl Tape<'_, '_> {
                 let to = [&mut dq, &mut dk, &mut dv].map(|values| Gradient { values, add: false });
                 attention.backward(forward, &dy, &mut scratch, to);
                 for (id, gradient) in [(q, dq), (k, dk), (v, dv)] {
-                    self.give_gradient(id, gradient);
+                    self.accumulate_gradient(id, gradient);
                 }
             }
         }
@@ -151,66 +157,66 @@ impl Tape<'_, '_> {
         dy: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let Setting {
+        let TapeSettings {
             arena, precision, ..
-        } = self.setting;
-        let linear = linear_of(&layer.weight, precision)?;
-        if let Some(to) = gradients.of(&layer.weight)? {
-            linear.backward_weight(dy, &self.ensure(x)?, to);
+        } = self.settings;
+        let linear = linear_layer(&layer.weight, precision)?;
+        if let Some(to) = gradients.accumulator(&layer.weight)? {
+            linear.backward_weight(dy, &self.value_or_recompute(x)?, to);
         }
         if let Some(bias) = &layer.bias
-            && let Some(to) = gradients.of(bias)?
+            && let Some(to) = gradients.accumulator(bias)?
         {
             sum_rows(dy, linear.outputs, to);
         }
         let rows = dy.len() / linear.outputs;
         let mut low = None;
         if let Some(adapter) = &layer.adapter {
-            let lora = lora_of(adapter, precision)?;
-            if let Some(to) = gradients.of(&adapter.b)? {
-                lora.backward_b(dy, &self.saved(id)?, to);
+            let lora = lora_layer(adapter, precision)?;
+            if let Some(to) = gradients.accumulator(&adapter.b)? {
+                lora.backward_b(dy, &self.saved_values(id)?, to);
             }
-            let a = Values::of(&adapter.a)?;
+            let a = CpuValues::new(&adapter.a)?;
             let mut dlow = arena.take(rows * lora.rank)?;
-            lora.backward_low(dy, &Values::of(&adapter.b)?, &mut dlow);
-            if let Some(to) = gradients.of(&adapter.a)? {
-                lora.backward_a(&dlow, &self.ensure(x)?, to);
+            lora.backward_low(dy, &CpuValues::new(&adapter.b)?, &mut dlow);
+            if let Some(to) = gradients.accumulator(&adapter.a)? {
+                lora.backward_a(&dlow, &self.value_or_recompute(x)?, to);
             }
             low = Some((lora, a, dlow));
         }
-        if self.nodes[x].trains {
-            let weight = Values::of(&layer.weight)?;
+        if self.nodes[x].requires_grad {
+            let weight = CpuValues::new(&layer.weight)?;
             let len = rows * linear.inputs;
-            self.add_gradient(x, len, |to| linear.backward_input(dy, &weight, to))?;
+            self.add_to_gradient(x, len, |to| linear.backward_input(dy, &weight, to))?;
             if let Some((lora, a, dlow)) = &low {
-                self.add_gradient(x, len, |to| lora.backward_input(dlow, a, to))?;
+                self.add_to_gradient(x, len, |to| lora.backward_input(dlow, a, to))?;
             }
         }
         Ok(())
     }
 
     /// The value of a node, computed again where it was dropped.
-    fn ensure(&mut self, id: usize) -> Result<Arc<Buffer>> {
+    fn value_or_recompute(&mut self, id: usize) -> Result<Arc<Buffer>> {
         if self.nodes[id].value.is_none() {
             let op = Rc::clone(&self.nodes[id].op);
             for input in op.inputs() {
-                self.ensure(input)?;
+                self.value_or_recompute(input)?;
             }
             self.compute(id)?;
         }
         self.get(id)
     }
 
-    fn saved(&self, id: usize) -> Result<Arc<Buffer>> {
+    fn saved_values(&self, id: usize) -> Result<Arc<Buffer>> {
         self.nodes[id].saved.clone().context("nothing was saved")
     }
 
-    /// Adds to the gradient of a node of `len` values, where it trains.
-    fn add_gradient(&mut self, id: usize, len: usize, add: impl FnOnce(Gradient)) -> Result<()> {
+    /// Adds to the gradient of a node of `len` values, where it requires_grad.
+    fn add_to_gradient(&mut self, id: usize, len: usize, add: impl FnOnce(Gradient)) -> Result<()> {
         let node = &mut self.nodes[id];
         let exists = node.gradient.is_some();
         if !exists {
-            node.gradient = Some(self.setting.arena.take(len)?);
+            node.gradient = Some(self.settings.arena.take(len)?);
         }
         if let Some(values) = &mut node.gradient {
             add(Gradient {
@@ -222,7 +228,7 @@ impl Tape<'_, '_> {
     }
 
     /// Adds a whole gradient, which becomes the node's where it has none.
-    fn give_gradient(&mut self, id: usize, given: Buffer) {
+    fn accumulate_gradient(&mut self, id: usize, given: Buffer) {
         match &mut self.nodes[id].gradient {
             Some(values) => values
                 .par_iter_mut()

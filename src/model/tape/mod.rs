@@ -3,7 +3,7 @@
 //!
 //! What a step holds is decided here. Outputs of norms and of activation functions are dropped when
 //! the forward pass is done with them and computed again when the backward pass asks: they are
-//! cheap, and as large as what they are made of. With `checkpoint` the same happens to everything
+//! is_cheap, and as large as what they are made of. With `checkpoint` the same happens to everything
 //! but the inputs of layers. A gradient is made when the first part of it arrives, and an
 //! activation is dropped when the last gradient that needs it is done, so the peak of a step is
 //! the larger of the two, not their sum.
@@ -30,7 +30,7 @@ use crate::ops::rope::RopeTable;
 
 /// What the tape needs to know of a model.
 #[derive(Clone, Copy)]
-pub struct Setting<'a> {
+pub struct TapeSettings<'a> {
     pub arena: &'a Arena,
     pub heads: Heads,
     pub rope: Option<&'a RopeTable>,
@@ -38,7 +38,7 @@ pub struct Setting<'a> {
 }
 
 /// Where keys and values come from.
-pub enum Keys<'a, 'c> {
+pub enum KeyValueSource<'a, 'c> {
     /// From the batch itself.
     Batch,
     /// From what was said before, to which the batch's are added; one cache a segment.
@@ -47,29 +47,29 @@ pub enum Keys<'a, 'c> {
 
 /// What becomes of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Memory {
+pub enum Activations {
     /// Dropped as soon as they are used: there will be no backward pass.
-    Forget,
+    Discard,
     /// Kept for the backward pass.
-    Record,
+    Keep,
     /// Kept only where layers begin; the rest is computed twice.
-    Checkpoint,
+    Recompute,
 }
 
 /// A graph that runs at once. Segments cover the rows in order.
 pub struct Tape<'a, 'c> {
-    setting: Setting<'a>,
+    settings: TapeSettings<'a>,
     segments: &'a [Range<usize>],
-    keys: Keys<'a, 'c>,
-    memory: Memory,
+    keys: KeyValueSource<'a, 'c>,
+    activations: Activations,
     nodes: Vec<Node>,
     /// Nodes whose values go when nobody holds their handle any more.
-    passing: Vec<Rc<usize>>,
+    droppable: Vec<Rc<usize>>,
 }
 
 /// The handle of a node.
 #[derive(Clone)]
-pub struct Value(Rc<usize>);
+pub struct NodeHandle(Rc<usize>);
 
 struct Node {
     op: Rc<Op>,
@@ -78,7 +78,7 @@ struct Node {
     /// What the backward pass needs besides: a row's scale, or the log-sum-exp of its scores.
     saved: Option<Arc<Buffer>>,
     gradient: Option<Buffer>,
-    trains: bool,
+    requires_grad: bool,
 }
 
 enum Op {
@@ -86,7 +86,7 @@ enum Op {
         table: Tensor,
         ids: Vec<u32>,
     },
-    Rows {
+    SelectRows {
         x: usize,
         positions: Vec<u32>,
     },
@@ -133,18 +133,18 @@ enum Op {
 
 impl<'a, 'c> Tape<'a, 'c> {
     pub fn new(
-        setting: Setting<'a>,
+        settings: TapeSettings<'a>,
         segments: &'a [Range<usize>],
-        keys: Keys<'a, 'c>,
-        memory: Memory,
+        keys: KeyValueSource<'a, 'c>,
+        activations: Activations,
     ) -> Self {
         Self {
-            setting,
+            settings,
             segments,
             keys,
-            memory,
+            activations,
             nodes: Vec::new(),
-            passing: Vec::new(),
+            droppable: Vec::new(),
         }
     }
 
@@ -152,7 +152,7 @@ impl<'a, 'c> Tape<'a, 'c> {
     ///
     /// # Errors
     /// Where they have been dropped.
-    pub fn value(&self, value: &Value) -> Result<Arc<Buffer>> {
+    pub fn value(&self, value: &NodeHandle) -> Result<Arc<Buffer>> {
         self.get(*value.0)
     }
 
@@ -163,22 +163,22 @@ impl<'a, 'c> Tape<'a, 'c> {
             .context("a value was used after it was dropped")
     }
 
-    fn width(&self, value: &Value) -> usize {
+    fn width(&self, value: &NodeHandle) -> usize {
         self.nodes[*value.0].width
     }
 
     /// Will nobody read `x` again, once this handle of it is gone?
-    fn is_last_handle(&self, x: &Value) -> bool {
-        let ours = self.passing.iter().any(|id| **id == *x.0) as usize + 1;
+    fn is_last_handle(&self, x: &NodeHandle) -> bool {
+        let ours = self.droppable.iter().any(|id| **id == *x.0) as usize + 1;
         Rc::strong_count(&x.0) == ours
     }
 
     /// The values of a node as a buffer to write to; a copy if somebody else reads them.
-    fn own(&self, values: Arc<Buffer>) -> Result<Buffer> {
+    fn into_owned(&self, values: Arc<Buffer>) -> Result<Buffer> {
         Ok(match Arc::try_unwrap(values) {
             Ok(own) => own,
             Err(shared) => {
-                let mut copy = self.setting.arena.take(shared.len())?;
+                let mut copy = self.settings.arena.take(shared.len())?;
                 copy.copy_from_slice(&shared);
                 copy
             }
@@ -188,8 +188,8 @@ impl<'a, 'c> Tape<'a, 'c> {
     /// The position of each row in its sequence.
     fn positions(&self) -> Vec<u32> {
         let starts: Vec<usize> = match &self.keys {
-            Keys::Batch => vec![0; self.segments.len()],
-            Keys::Caches(caches) => caches.iter().map(|cache| cache.len()).collect(),
+            KeyValueSource::Batch => vec![0; self.segments.len()],
+            KeyValueSource::Caches(caches) => caches.iter().map(|cache| cache.len()).collect(),
         };
         let of_segment = |(segment, start): (&Range<usize>, usize)| {
             (start..start + segment.len()).map(|at| at as u32)
@@ -202,9 +202,12 @@ impl<'a, 'c> Tape<'a, 'c> {
     }
 
     /// Runs an operation and keeps its result.
-    fn push(&mut self, op: Op, width: usize, cheap: bool) -> Result<Value> {
-        let trains =
-            op.has_variables() || op.inputs().iter().any(|input| self.nodes[*input].trains);
+    fn push(&mut self, op: Op, width: usize, is_cheap: bool) -> Result<NodeHandle> {
+        let requires_grad = op.has_trainable_weights()
+            || op
+                .inputs()
+                .iter()
+                .any(|input| self.nodes[*input].requires_grad);
         let id = self.nodes.len();
         self.nodes.push(Node {
             op: Rc::new(op),
@@ -212,15 +215,15 @@ impl<'a, 'c> Tape<'a, 'c> {
             value: None,
             saved: None,
             gradient: None,
-            trains,
+            requires_grad,
         });
         self.compute(id)?;
-        let value = Value(Rc::new(id));
-        if self.memory != Memory::Record || cheap {
-            self.passing.push(Rc::clone(&value.0));
+        let value = NodeHandle(Rc::new(id));
+        if self.activations != Activations::Keep || is_cheap {
+            self.droppable.push(Rc::clone(&value.0));
         }
         let nodes = &mut self.nodes;
-        self.passing.retain(|id| {
+        self.droppable.retain(|id| {
             let held = Rc::strong_count(id) > 1;
             if !held {
                 nodes[**id].value = None;
@@ -236,7 +239,7 @@ impl Op {
     fn inputs(&self) -> Vec<usize> {
         match *self {
             Op::Embed { .. } => vec![],
-            Op::Rows { x, .. }
+            Op::SelectRows { x, .. }
             | Op::RmsNorm { x, .. }
             | Op::LayerNorm { x, .. }
             | Op::Gelu { x }
@@ -249,13 +252,13 @@ impl Op {
     }
 
     /// Has it weights that get gradients?
-    fn has_variables(&self) -> bool {
+    fn has_trainable_weights(&self) -> bool {
         match self {
             Op::Embed { table, .. } | Op::Positions { table, .. } => table.is_variable(),
             Op::RmsNorm { weight, .. } => weight.is_variable(),
             Op::LayerNorm { weight, bias, .. } => weight.is_variable() || bias.is_variable(),
-            Op::Linear { layer, .. } => layer.trains(),
-            Op::Rows { .. }
+            Op::Linear { layer, .. } => layer.requires_grad(),
+            Op::SelectRows { .. }
             | Op::Gelu { .. }
             | Op::SwiGlu { .. }
             | Op::Rope { .. }
@@ -265,9 +268,9 @@ impl Op {
 }
 
 impl Graph for Tape<'_, '_> {
-    type Value = Value;
+    type Value = NodeHandle;
 
-    fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<Value> {
+    fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<NodeHandle> {
         let (vocabulary, width) = table.dims2()?;
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
             bail!("token {id} is past the vocabulary of {vocabulary}");
@@ -279,16 +282,16 @@ impl Graph for Tape<'_, '_> {
         self.push(op, width, false)
     }
 
-    fn rows(&mut self, x: Value, positions: &[u32]) -> Result<Value> {
+    fn select_rows(&mut self, x: NodeHandle, positions: &[u32]) -> Result<NodeHandle> {
         let width = self.width(&x);
-        let op = Op::Rows {
+        let op = Op::SelectRows {
             x: *x.0,
             positions: positions.to_vec(),
         };
         self.push(op, width, false)
     }
 
-    fn rms_norm(&mut self, x: &Value, weight: &Tensor, epsilon: f64) -> Result<Value> {
+    fn rms_norm(&mut self, x: &NodeHandle, weight: &Tensor, epsilon: f64) -> Result<NodeHandle> {
         let op = Op::RmsNorm {
             x: *x.0,
             weight: weight.clone(),
@@ -299,11 +302,11 @@ impl Graph for Tape<'_, '_> {
 
     fn layer_norm(
         &mut self,
-        x: &Value,
+        x: &NodeHandle,
         weight: &Tensor,
         bias: &Tensor,
         epsilon: f64,
-    ) -> Result<Value> {
+    ) -> Result<NodeHandle> {
         let op = Op::LayerNorm {
             x: *x.0,
             weight: weight.clone(),
@@ -313,7 +316,7 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(x), true)
     }
 
-    fn linear(&mut self, x: &Value, layer: &Projection) -> Result<Value> {
+    fn linear(&mut self, x: &NodeHandle, layer: &Projection) -> Result<NodeHandle> {
         let op = Op::Linear {
             x: *x.0,
             layer: layer.clone(),
@@ -322,7 +325,12 @@ impl Graph for Tape<'_, '_> {
         self.push(op, layer.weight.dim(0)?, false)
     }
 
-    fn add_linear(&mut self, residual: Value, x: &Value, layer: &Projection) -> Result<Value> {
+    fn add_linear(
+        &mut self,
+        residual: NodeHandle,
+        x: &NodeHandle,
+        layer: &Projection,
+    ) -> Result<NodeHandle> {
         let op = Op::Linear {
             x: *x.0,
             layer: layer.clone(),
@@ -331,11 +339,11 @@ impl Graph for Tape<'_, '_> {
         self.push(op, layer.weight.dim(0)?, false)
     }
 
-    fn gelu(&mut self, x: Value) -> Result<Value> {
+    fn gelu(&mut self, x: NodeHandle) -> Result<NodeHandle> {
         self.push(Op::Gelu { x: *x.0 }, self.width(&x), true)
     }
 
-    fn swiglu(&mut self, gate: Value, up: Value) -> Result<Value> {
+    fn swiglu(&mut self, gate: NodeHandle, up: NodeHandle) -> Result<NodeHandle> {
         let op = Op::SwiGlu {
             gate: *gate.0,
             up: *up.0,
@@ -343,7 +351,7 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(&gate), true)
     }
 
-    fn add_positions(&mut self, x: Value, table: &Tensor) -> Result<Value> {
+    fn add_positions(&mut self, x: NodeHandle, table: &Tensor) -> Result<NodeHandle> {
         let op = Op::Positions {
             x: *x.0,
             table: table.clone(),
@@ -352,7 +360,7 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(&x), false)
     }
 
-    fn rope(&mut self, x: Value) -> Result<Value> {
+    fn rope(&mut self, x: NodeHandle) -> Result<NodeHandle> {
         let op = Op::Rope {
             x: *x.0,
             in_place: self.is_last_handle(&x),
@@ -363,9 +371,9 @@ impl Graph for Tape<'_, '_> {
     fn attention(
         &mut self,
         layer: usize,
-        [q, k, v]: [Value; 3],
+        [q, k, v]: [NodeHandle; 3],
         window: Option<usize>,
-    ) -> Result<Value> {
+    ) -> Result<NodeHandle> {
         let op = Op::Attention {
             layer,
             qkv: [*q.0, *k.0, *v.0],
@@ -374,15 +382,15 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(&q), false)
     }
 
-    fn keep(&mut self, x: &Value) {
-        if self.memory == Memory::Checkpoint {
-            self.passing.retain(|id| **id != *x.0);
+    fn mark_checkpoint(&mut self, x: &NodeHandle) {
+        if self.activations == Activations::Recompute {
+            self.droppable.retain(|id| **id != *x.0);
         }
     }
 }
 
 /// The linear layer of a weight (O x I).
-fn linear_of(weight: &Tensor, precision: Precision) -> Result<Linear> {
+fn linear_layer(weight: &Tensor, precision: Precision) -> Result<Linear> {
     let (outputs, inputs) = weight.dims2()?;
     Ok(Linear {
         inputs,
@@ -392,7 +400,7 @@ fn linear_of(weight: &Tensor, precision: Precision) -> Result<Linear> {
 }
 
 /// An adapter as an operation.
-fn lora_of(adapter: &Adapter, precision: Precision) -> Result<Lora> {
+fn lora_layer(adapter: &Adapter, precision: Precision) -> Result<Lora> {
     let ((rank, inputs), outputs) = (adapter.a.dims2()?, adapter.b.dim(0)?);
     Ok(Lora {
         inputs,

@@ -17,22 +17,22 @@ use std::cell::Cell;
 use std::sync::OnceLock;
 use std::thread::LocalKey;
 
-use super::blocks::{Kernel, Part, Strip};
+use super::blocks::{FactorPart, Kernel, OutputStrip};
 
 /// Lines of a block, and 32-bit values in a line.
-const LINES: usize = 16;
+const TILE_ROWS: usize = 16;
 /// Terms in a line: pairs of bf16.
-const TERMS: usize = 2 * LINES;
+const TERMS: usize = 2 * TILE_ROWS;
 /// Rows and columns of a tile: two blocks each way, whose four products share what is loaded.
-const SIDE: usize = 2 * LINES;
+const KERNEL_SIDE: usize = 2 * TILE_ROWS;
 
 /// 16 pairs of bf16.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
-pub(crate) struct Line([u32; LINES]);
+pub(crate) struct TileRow([u32; TILE_ROWS]);
 
 /// 16 lines of packed pairs: of a lane each, or of a pair of terms each.
-type Block = [__m512i; LINES];
+type Tile = [__m512i; TILE_ROWS];
 
 /// Tiles of 32 x 32 values. Exists only where the CPU has a matrix unit that this process may use.
 #[derive(Clone, Copy)]
@@ -69,49 +69,49 @@ fn is_usable() -> bool {
 }
 
 thread_local! {
-    static BUFFERS: [Cell<Vec<Line>>; 2] = const { [Cell::new(Vec::new()), Cell::new(Vec::new())] };
+    static BUFFERS: [Cell<Vec<TileRow>>; 2] = const { [Cell::new(Vec::new()), Cell::new(Vec::new())] };
 }
 
 impl Kernel for Amx {
-    const ROWS: usize = SIDE;
-    const COLS: usize = SIDE;
+    const ROWS: usize = KERNEL_SIDE;
+    const COLS: usize = KERNEL_SIDE;
     const STEP: usize = TERMS;
     const DEPTH: usize = 1024;
-    type Element = Line;
+    type Element = TileRow;
 
     /// Blocks of 16 lanes, a line each.
-    fn pack_rows(self, part: Part, to: &mut [Line]) {
+    fn pack_rows(self, part: FactorPart, to: &mut [TileRow]) {
         // SAFETY: `detect` has found the features.
         unsafe { pack::<false>(part, to) }
     }
 
     /// Blocks of 16 lanes, a pair of terms in each line.
-    fn pack_cols(self, part: Part, to: &mut [Line]) {
+    fn pack_cols(self, part: FactorPart, to: &mut [TileRow]) {
         // SAFETY: `detect` has found the features.
         unsafe { pack::<true>(part, to) }
     }
 
-    fn multiply(self, rows: &[Line], cols: &[Line], depth: usize, strip: Strip) {
+    fn multiply(self, rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip) {
         // SAFETY: `detect` has found the features, and the system lets this process use them.
         unsafe { multiply(rows, cols, depth, strip) }
     }
 
-    fn buffers() -> &'static LocalKey<[Cell<Vec<Line>>; 2]> {
+    fn buffers() -> &'static LocalKey<[Cell<Vec<TileRow>>; 2]> {
         &BUFFERS
     }
 }
 
 /// Packs panels of 32 lanes: for every 32 terms, two blocks of 16 lanes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-fn pack<const PAIRS: bool>(part: Part, to: &mut [Line]) {
+fn pack<const PAIRS: bool>(part: FactorPart, to: &mut [TileRow]) {
     let depth = part.terms.div_ceil(TERMS);
-    let panels = to.len() / (depth * SIDE);
+    let panels = to.len() / (depth * KERNEL_SIDE);
     for k in 0..depth {
         for panel in 0..panels {
             for half in 0..2 {
-                let block = block::<PAIRS>(part, panel * SIDE + half * LINES, k * TERMS);
-                let first = ((panel * depth + k) * 2 + half) * LINES;
-                for (line, to) in block.into_iter().zip(&mut to[first..first + LINES]) {
+                let block = block::<PAIRS>(part, panel * KERNEL_SIDE + half * TILE_ROWS, k * TERMS);
+                let first = ((panel * depth + k) * 2 + half) * TILE_ROWS;
+                for (line, to) in block.into_iter().zip(&mut to[first..first + TILE_ROWS]) {
                     // SAFETY: a line has 512 bits.
                     unsafe { _mm512_storeu_si512(to.0.as_mut_ptr().cast(), line) };
                 }
@@ -124,14 +124,14 @@ fn pack<const PAIRS: bool>(part: Part, to: &mut [Line]) {
 /// where `PAIRS`, else a lane. What lies past the end is zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 #[inline]
-fn block<const PAIRS: bool>(part: Part, lane: usize, term: usize) -> Block {
-    let mut block = [_mm512_setzero_si512(); LINES];
+fn block<const PAIRS: bool>(part: FactorPart, lane: usize, term: usize) -> Tile {
+    let mut block = [_mm512_setzero_si512(); TILE_ROWS];
     if lane >= part.lanes {
         return block;
     }
-    let part = Part {
+    let part = FactorPart {
         values: &part.values[lane * part.lane + term * part.term..],
-        lanes: LINES.min(part.lanes - lane),
+        lanes: TILE_ROWS.min(part.lanes - lane),
         terms: TERMS.min(part.terms - term),
         ..part
     };
@@ -141,7 +141,7 @@ fn block<const PAIRS: bool>(part: Part, lane: usize, term: usize) -> Block {
             let of = |term: usize| {
                 let lanes = part.values.get(term * part.term..).unwrap_or_default();
                 let lanes = if term < part.terms { lanes } else { &[] };
-                half_line(load(&lanes[..part.lanes.min(lanes.len())]))
+                bf16_row(load(&lanes[..part.lanes.min(lanes.len())]))
             };
             *line = _mm512_or_si512(of(2 * pair), _mm512_slli_epi32::<16>(of(2 * pair + 1)));
         }
@@ -157,7 +157,7 @@ fn block<const PAIRS: bool>(part: Part, lane: usize, term: usize) -> Block {
                     &gathered[..part.terms]
                 }
             };
-            let (low, high) = values.split_at(part.terms.min(LINES));
+            let (low, high) = values.split_at(part.terms.min(TILE_ROWS));
             *line = bits(_mm512_cvtne2ps_pbh(load(high), load(low)));
         }
     }
@@ -178,13 +178,13 @@ fn load(values: &[f32]) -> __m512 {
 
 /// Lets the first `width` values of a vector through.
 fn mask(width: usize) -> u16 {
-    ((1u32 << width.min(LINES)) - 1) as u16
+    ((1u32 << width.min(TILE_ROWS)) - 1) as u16
 }
 
 /// Values rounded to bf16, each in the low half of 32 bits.
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
-fn half_line(values: __m512) -> __m512i {
+fn bf16_row(values: __m512) -> __m512i {
     let rounded: __m256bh = _mm512_cvtneps_pbh(values);
     // SAFETY: both are 256 bits without invalid patterns.
     _mm512_cvtepu16_epi32(unsafe { std::mem::transmute::<__m256bh, __m256i>(rounded) })
@@ -200,7 +200,7 @@ fn bits(values: __m512bh) -> __m512i {
 /// Swaps lines and their 32-bit values: by one, by two, by four and by eight at a time.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transposed(block: Block) -> Block {
+fn transposed(block: Tile) -> Tile {
     let mut a = block;
     let mut b = block;
     for i in 0..8 {
@@ -233,7 +233,7 @@ fn transposed(block: Block) -> Block {
 
 /// What the tiles look like: eight of 16 lines of 64 bytes.
 #[repr(C, align(64))]
-struct Shape {
+struct TileConfig {
     palette: u8,
     start: u8,
     reserved: [u8; 14],
@@ -241,7 +241,7 @@ struct Shape {
     lines: [u8; 16],
 }
 
-static SHAPE: Shape = Shape {
+static TILE_CONFIG: TileConfig = TileConfig {
     palette: 1,
     start: 0,
     reserved: [0; 14],
@@ -250,30 +250,39 @@ static SHAPE: Shape = Shape {
 };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-fn multiply(rows: &[Line], cols: &[Line], depth: usize, strip: Strip) {
+fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip) {
     // SAFETY: the shape is a valid one; tiles are this thread's own, and given back below.
     unsafe {
-        asm!("ldtilecfg [{}]", in(reg) &raw const SHAPE, options(nostack, readonly, preserves_flags));
+        asm!("ldtilecfg [{}]", in(reg) &raw const TILE_CONFIG, options(nostack, readonly, preserves_flags));
     }
-    let mut edge = [[0.0f32; SIDE]; SIDE];
-    for (j, cols) in cols.chunks_exact(depth * SIDE).enumerate() {
-        let width = SIDE.min(strip.cols - j * SIDE);
-        for (i, rows) in rows.chunks_exact(depth * SIDE).enumerate() {
-            let height = SIDE.min(strip.rows - i * SIDE);
-            let first = i * SIDE * strip.stride + strip.first + j * SIDE;
+    let mut edge = [[0.0f32; KERNEL_SIDE]; KERNEL_SIDE];
+    for (j, cols) in cols.chunks_exact(depth * KERNEL_SIDE).enumerate() {
+        let width = KERNEL_SIDE.min(strip.cols - j * KERNEL_SIDE);
+        for (i, rows) in rows.chunks_exact(depth * KERNEL_SIDE).enumerate() {
+            let height = KERNEL_SIDE.min(strip.rows - i * KERNEL_SIDE);
+            let first = i * KERNEL_SIDE * strip.stride + strip.first + j * KERNEL_SIDE;
             let out = &mut strip.values[first..];
-            if width == SIDE && height == SIDE {
-                assert!(out.len() >= (SIDE - 1) * strip.stride + SIDE);
+            if width == KERNEL_SIDE && height == KERNEL_SIDE {
+                assert!(out.len() >= (KERNEL_SIDE - 1) * strip.stride + KERNEL_SIDE);
                 // SAFETY: both panels have `depth` blocks, and 32 lines of the output 32 values each.
                 unsafe { tile(rows, cols, depth, out.as_mut_ptr(), strip.stride, strip.add) };
                 continue;
             }
             // SAFETY: as above, for the values of `edge`.
-            unsafe { tile(rows, cols, depth, edge.as_mut_ptr().cast(), SIDE, false) };
+            unsafe {
+                tile(
+                    rows,
+                    cols,
+                    depth,
+                    edge.as_mut_ptr().cast(),
+                    KERNEL_SIDE,
+                    false,
+                )
+            };
             for (line, sums) in out.chunks_mut(strip.stride).take(height).zip(&edge) {
                 let mut left = &mut line[..width];
-                for sums in sums.chunks_exact(LINES) {
-                    let (half, rest) = left.split_at_mut(LINES.min(left.len()));
+                for sums in sums.chunks_exact(TILE_ROWS) {
+                    let (half, rest) = left.split_at_mut(TILE_ROWS.min(left.len()));
                     let sum = load(sums);
                     let sum = match strip.add {
                         true => _mm512_add_ps(load(half), sum),
@@ -297,8 +306,8 @@ fn multiply(rows: &[Line], cols: &[Line], depth: usize, strip: Strip) {
 /// `stride` values apart, and the tiles have their shape.
 #[inline]
 unsafe fn tile(
-    rows: &[Line],
-    cols: &[Line],
+    rows: &[TileRow],
+    cols: &[TileRow],
     depth: usize,
     out: *mut f32,
     stride: usize,
@@ -306,7 +315,7 @@ unsafe fn tile(
 ) {
     // SAFETY: what is read and written is what the caller promises.
     unsafe {
-        let below = out.wrapping_add(LINES * stride);
+        let below = out.wrapping_add(TILE_ROWS * stride);
         asm!(
             "test {add}, {add}",
             "jz 3f",

@@ -1,16 +1,16 @@
 //! bf16 tiles by the AVX512-BF16 instructions, which multiply pairs and add them up in f32. They take
 //! factors below 1.2e-38 for zero, which the tiles of other CPUs do not.
 
-use super::blocks::Part;
+use super::blocks::FactorPart;
 use super::kernel::{bf16_bits, pack};
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::Native;
+pub(crate) use x86::Avx512Bf16;
 
 /// Packs panels of L lanes in pairs of terms: `to[(l / L * pairs + t / 2) * L + l % L]` holds term t
 /// of lane l in its low half, term t + 1 in its high half.
 #[inline(always)]
-fn pack_pairs<const L: usize>(part: Part, to: &mut [u32]) {
+fn pack_pairs<const L: usize>(part: FactorPart, to: &mut [u32]) {
     /// Terms that are brought into order at a time.
     const RUN: usize = 32;
     let mut ordered = [[0.0; L]; RUN];
@@ -19,7 +19,7 @@ fn pack_pairs<const L: usize>(part: Part, to: &mut [u32]) {
         for (run, to) in to.chunks_mut(RUN / 2 * L).enumerate() {
             let start = run * RUN;
             let lane = index * L;
-            let run = Part {
+            let run = FactorPart {
                 values: &part.values[lane * part.lane + start * part.term..],
                 lanes: L.min(part.lanes - lane),
                 terms: RUN.min(part.terms - start),
@@ -48,7 +48,7 @@ mod x86 {
     use std::cell::Cell;
     use std::thread::LocalKey;
 
-    use super::super::blocks::{Kernel, Part, Strip};
+    use super::super::blocks::{FactorPart, Kernel, OutputStrip};
     use super::pack_pairs;
 
     const ROWS: usize = 14;
@@ -58,12 +58,12 @@ mod x86 {
 
     /// Tiles of 14 x 32 values. Exists only where the CPU has the instructions.
     #[derive(Clone, Copy)]
-    pub(crate) struct Native(());
+    pub(crate) struct Avx512Bf16(());
 
-    impl Native {
+    impl Avx512Bf16 {
         /// Where its vectors multiply bf16 faster than f32. Those of Intel's do not (two thirds of the
         /// speed of f32 on Sapphire Rapids): there the matrix unit is for bf16.
-        pub(crate) fn where_fast() -> Option<Self> {
+        pub(crate) fn detect_if_fast() -> Option<Self> {
             Self::detect().filter(|_| !is_intel())
         }
 
@@ -88,24 +88,24 @@ mod x86 {
             const { [Cell::new(Vec::new()), Cell::new(Vec::new())] };
     }
 
-    impl Kernel for Native {
+    impl Kernel for Avx512Bf16 {
         const ROWS: usize = ROWS;
         const COLS: usize = COLS;
         const STEP: usize = 2;
         const DEPTH: usize = 640;
         type Element = u32;
 
-        fn pack_rows(self, part: Part, to: &mut [u32]) {
+        fn pack_rows(self, part: FactorPart, to: &mut [u32]) {
             // SAFETY: `detect` has found the features.
             unsafe { pack_vectorised::<ROWS>(part, to) }
         }
 
-        fn pack_cols(self, part: Part, to: &mut [u32]) {
+        fn pack_cols(self, part: FactorPart, to: &mut [u32]) {
             // SAFETY: `detect` has found the features.
             unsafe { pack_vectorised::<COLS>(part, to) }
         }
 
-        fn multiply(self, rows: &[u32], cols: &[u32], depth: usize, strip: Strip) {
+        fn multiply(self, rows: &[u32], cols: &[u32], depth: usize, strip: OutputStrip) {
             // SAFETY: `detect` has found the features.
             unsafe { multiply(rows, cols, depth, strip) }
         }
@@ -116,12 +116,12 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn pack_vectorised<const L: usize>(part: Part, to: &mut [u32]) {
+    fn pack_vectorised<const L: usize>(part: FactorPart, to: &mut [u32]) {
         pack_pairs::<L>(part, to);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn multiply(rows: &[u32], cols: &[u32], depth: usize, strip: Strip) {
+    fn multiply(rows: &[u32], cols: &[u32], depth: usize, strip: OutputStrip) {
         for (j, cols) in cols.chunks_exact(depth * COLS).enumerate() {
             let width = COLS.min(strip.cols - j * COLS);
             let masks = [mask(width), mask(width.saturating_sub(LANES))];
@@ -190,7 +190,7 @@ mod tests {
         let (lanes, terms) = (11, 37);
         let values: Vec<f32> = (0..lanes * terms).map(|i| i as f32).collect();
         for (lane, term) in [(terms, 1), (1, lanes)] {
-            let part = Part {
+            let part = FactorPart {
                 values: &values,
                 lane,
                 term,

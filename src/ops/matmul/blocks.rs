@@ -39,11 +39,17 @@ pub(crate) trait Kernel: Copy + Sync {
     const DEPTH: usize;
     type Element: Copy + Default + Send + Sync + 'static;
 
-    fn pack_rows(self, part: Part, to: &mut [Self::Element]);
-    fn pack_cols(self, part: Part, to: &mut [Self::Element]);
+    fn pack_rows(self, part: FactorPart, to: &mut [Self::Element]);
+    fn pack_cols(self, part: FactorPart, to: &mut [Self::Element]);
 
     /// Adds the product of packed `rows` and `cols`, of `depth` elements a lane, to `strip`.
-    fn multiply(self, rows: &[Self::Element], cols: &[Self::Element], depth: usize, strip: Strip);
+    fn multiply(
+        self,
+        rows: &[Self::Element],
+        cols: &[Self::Element],
+        depth: usize,
+        strip: OutputStrip,
+    );
 
     /// Buffers of this thread for packed rows and columns.
     fn buffers() -> &'static std::thread::LocalKey<[Cell<Vec<Self::Element>>; 2]>;
@@ -51,7 +57,7 @@ pub(crate) trait Kernel: Copy + Sync {
 
 /// The part of a factor that becomes panels: lane l, term t is `values[l * lane + t * term]`.
 #[derive(Clone, Copy)]
-pub(crate) struct Part<'a> {
+pub(crate) struct FactorPart<'a> {
     pub values: &'a [f32],
     /// Distance of two lanes, and of two terms.
     pub lane: usize,
@@ -61,7 +67,7 @@ pub(crate) struct Part<'a> {
 }
 
 /// Where a product goes: columns `first .. first + cols` of `rows` rows, `stride` values apart.
-pub(crate) struct Strip<'a> {
+pub(crate) struct OutputStrip<'a> {
     pub values: &'a mut [f32],
     pub stride: usize,
     pub first: usize,
@@ -71,7 +77,7 @@ pub(crate) struct Strip<'a> {
     pub add: bool,
 }
 
-impl Strip<'_> {
+impl OutputStrip<'_> {
     /// `count` lines from `first` on, as far as they go.
     pub(crate) fn lines(&self, first: usize, count: usize) -> impl Iterator<Item = &[f32]> {
         self.values[first * self.stride..]
@@ -95,8 +101,8 @@ impl Product<'_> {
             rows.filter(|_| !add).for_each(|row| row[..n].fill(0.0));
             return;
         }
-        let depth = even_part(k, K::DEPTH, K::STEP);
-        let columns = even_part(n, COLUMNS, K::COLS);
+        let depth = even_chunk(k, K::DEPTH, K::STEP);
+        let columns = even_chunk(n, COLUMNS, K::COLS);
         let buffers = K::buffers();
         // Taken out, not borrowed: while this thread waits, it may be given another product.
         let mut cols_buffer = buffers.with(|[_, cols]| cols.take());
@@ -128,7 +134,7 @@ impl Product<'_> {
                     grow(&mut buffer, size);
                     let part = a.t().part(strip.start, rows, start, terms);
                     kernel.pack_rows(part, &mut buffer[..size]);
-                    let strip = Strip {
+                    let strip = OutputStrip {
                         values,
                         stride: out.row_stride,
                         first,
@@ -152,8 +158,8 @@ impl Product<'_> {
 
 impl<'a> Mat<'a> {
     /// Columns `lane .. lane + lanes` and rows `start .. start + terms`.
-    fn part(&self, lane: usize, lanes: usize, start: usize, terms: usize) -> Part<'a> {
-        Part {
+    fn part(&self, lane: usize, lanes: usize, start: usize, terms: usize) -> FactorPart<'a> {
+        FactorPart {
             values: &self.values[lane * self.col_stride + start * self.row_stride..],
             lane: self.col_stride,
             term: self.row_stride,
@@ -164,7 +170,7 @@ impl<'a> Mat<'a> {
 }
 
 /// `size` in equal parts of at most `most`, rounded up to a multiple of `multiple`.
-fn even_part(size: usize, most: usize, multiple: usize) -> usize {
+fn even_chunk(size: usize, most: usize, multiple: usize) -> usize {
     let parts = size.div_ceil(most);
     size.div_ceil(parts).next_multiple_of(multiple)
 }

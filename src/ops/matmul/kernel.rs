@@ -6,12 +6,12 @@ use std::thread::LocalKey;
 
 use pulp::{Simd, WithSimd};
 
-use super::blocks::{Kernel, Part, Strip};
+use super::blocks::{FactorPart, Kernel, OutputStrip};
 
 /// Tiles of R rows and two vectors (C columns). Where `rounded`, factors are rounded to bf16 as
 /// they are packed.
 #[derive(Clone, Copy)]
-pub(crate) struct Wide<S, const R: usize, const C: usize> {
+pub(crate) struct VectorKernel<S, const R: usize, const C: usize> {
     pub simd: S,
     pub rounded: bool,
 }
@@ -20,24 +20,24 @@ thread_local! {
     static BUFFERS: [Cell<Vec<f32>>; 2] = const { [Cell::new(Vec::new()), Cell::new(Vec::new())] };
 }
 
-impl<S: Simd, const R: usize, const C: usize> Kernel for Wide<S, R, C> {
+impl<S: Simd, const R: usize, const C: usize> Kernel for VectorKernel<S, R, C> {
     const ROWS: usize = R;
     const COLS: usize = C;
     const STEP: usize = 1;
     const DEPTH: usize = 600;
     type Element = f32;
 
-    fn pack_rows(self, part: Part, to: &mut [f32]) {
+    fn pack_rows(self, part: FactorPart, to: &mut [f32]) {
         let rounded = self.rounded;
         self.simd.vectorize(Pack::<R> { part, to, rounded });
     }
 
-    fn pack_cols(self, part: Part, to: &mut [f32]) {
+    fn pack_cols(self, part: FactorPart, to: &mut [f32]) {
         let rounded = self.rounded;
         self.simd.vectorize(Pack::<C> { part, to, rounded });
     }
 
-    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: Strip) {
+    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: OutputStrip) {
         assert_eq!(C, 2 * S::F32_LANES);
         self.simd.vectorize(Multiply::<R, C> {
             rows,
@@ -53,7 +53,7 @@ impl<S: Simd, const R: usize, const C: usize> Kernel for Wide<S, R, C> {
 }
 
 struct Pack<'a, const L: usize> {
-    part: Part<'a>,
+    part: FactorPart<'a>,
     to: &'a mut [f32],
     rounded: bool,
 }
@@ -72,8 +72,8 @@ impl<const L: usize> WithSimd for Pack<'_, L> {
 
 /// Packs panels of L lanes: `to[(l / L * terms + t) * L + l % L]` is lane l, term t.
 #[inline(always)]
-pub(crate) fn pack<const L: usize>(part: Part, to: &mut [f32]) {
-    let Part {
+pub(crate) fn pack<const L: usize>(part: FactorPart, to: &mut [f32]) {
+    let FactorPart {
         values,
         lane,
         term,
@@ -197,7 +197,7 @@ struct Multiply<'a, const R: usize, const C: usize> {
     rows: &'a [f32],
     cols: &'a [f32],
     depth: usize,
-    strip: Strip<'a>,
+    strip: OutputStrip<'a>,
 }
 
 impl<const R: usize, const C: usize> WithSimd for Multiply<'_, R, C> {
@@ -273,25 +273,25 @@ fn tile<S: Simd, const R: usize>(simd: S, rows: &[f32], cols: &[S::f32s]) -> [[S
 
 /// Tiles of 4 x 4 whose factors are rounded to bf16, on any CPU.
 #[derive(Clone, Copy)]
-pub(crate) struct Plain;
+pub(crate) struct ScalarKernel;
 
-impl Kernel for Plain {
+impl Kernel for ScalarKernel {
     const ROWS: usize = 4;
     const COLS: usize = 4;
     const STEP: usize = 1;
     const DEPTH: usize = 256;
     type Element = f32;
 
-    fn pack_rows(self, part: Part, to: &mut [f32]) {
+    fn pack_rows(self, part: FactorPart, to: &mut [f32]) {
         pack::<4>(part, to);
         to.iter_mut().for_each(|value| *value = round(*value));
     }
 
-    fn pack_cols(self, part: Part, to: &mut [f32]) {
+    fn pack_cols(self, part: FactorPart, to: &mut [f32]) {
         self.pack_rows(part, to);
     }
 
-    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: Strip) {
+    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: OutputStrip) {
         for (j, cols) in cols.chunks_exact(depth * 4).enumerate() {
             let width = 4.min(strip.cols - j * 4);
             for (i, rows) in rows.chunks_exact(depth * 4).enumerate() {

@@ -39,7 +39,7 @@ impl Precision {
     /// The fastest of this CPU.
     pub fn fastest() -> Self {
         #[cfg(target_arch = "x86_64")]
-        if amx::Amx::detect().is_some() || bf16::Native::where_fast().is_some() {
+        if amx::Amx::detect().is_some() || bf16::Avx512Bf16::detect_if_fast().is_some() {
             return Self::Bf16;
         }
         Self::F32
@@ -75,29 +75,29 @@ pub fn matmul(out: MatMut, a: Mat, b: Mat, add: bool, threads: Threads, precisio
         if rounded && let Some(kernel) = amx::Amx::detect() {
             return product.run(kernel);
         }
-        if rounded && let Some(kernel) = bf16::Native::where_fast() {
+        if rounded && let Some(kernel) = bf16::Avx512Bf16::detect_if_fast() {
             return product.run(kernel);
         }
         if rounded || m >= FEW_ROWS {
             match pulp::Arch::new() {
                 pulp::Arch::V4(simd) => {
-                    return product.run(kernel::Wide::<_, 14, 32> { simd, rounded });
+                    return product.run(kernel::VectorKernel::<_, 14, 32> { simd, rounded });
                 }
                 pulp::Arch::V3(simd) => {
-                    return product.run(kernel::Wide::<_, 6, 16> { simd, rounded });
+                    return product.run(kernel::VectorKernel::<_, 6, 16> { simd, rounded });
                 }
                 _ => {}
             }
         }
     }
     if rounded {
-        return product.run(kernel::Plain);
+        return product.run(kernel::ScalarKernel);
     }
-    by_crate(product);
+    matmul_by_gemm(product);
 }
 
 /// A product in f32 by the `gemm` crate.
-fn by_crate(product: Product) {
+fn matmul_by_gemm(product: Product) {
     let Product {
         out,
         a,
@@ -146,7 +146,7 @@ mod tests {
     }
 
     /// `values` (rows x cols) with its columns laid end to end.
-    fn turned(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    fn column_major(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
         let at = |i: usize| values[i % rows * cols + i / rows];
         (0..rows * cols).map(at).collect()
     }
@@ -164,7 +164,7 @@ mod tests {
         ];
         for (m, k, n) in sizes {
             let (a, b) = (random(m * k, &mut rng), random(k * n, &mut rng));
-            let (a_t, b_t) = (turned(&a, m, k), turned(&b, k, n));
+            let (a_t, b_t) = (column_major(&a, m, k), column_major(&b, k, n));
             let mut expected = vec![0.0; m * n];
             for row in 0..m {
                 for i in 0..k {
@@ -242,32 +242,32 @@ mod tests {
                 });
                 out
             };
-            let plain = of(|product| product.run(kernel::Plain));
-            assert_eq!(plain, of(by_crate));
+            let plain = of(|product| product.run(kernel::ScalarKernel));
+            assert_eq!(plain, of(matmul_by_gemm));
             #[cfg(target_arch = "x86_64")]
             {
                 if amx::Amx::detect().is_some() {
                     let run = |product: Product| product.run(amx::Amx::detect().unwrap());
                     assert_eq!(plain, of(run));
                 }
-                if bf16::Native::detect().is_some() {
-                    let run = |product: Product| product.run(bf16::Native::detect().unwrap());
+                if bf16::Avx512Bf16::detect().is_some() {
+                    let run = |product: Product| product.run(bf16::Avx512Bf16::detect().unwrap());
                     assert_eq!(plain, of(run));
                 }
                 let wide = |product: Product| match pulp::Arch::new() {
                     pulp::Arch::V4(simd) => {
-                        product.run(kernel::Wide::<_, 14, 32> {
+                        product.run(kernel::VectorKernel::<_, 14, 32> {
                             simd,
                             rounded: true,
                         });
                     }
                     pulp::Arch::V3(simd) => {
-                        product.run(kernel::Wide::<_, 6, 16> {
+                        product.run(kernel::VectorKernel::<_, 6, 16> {
                             simd,
                             rounded: true,
                         });
                     }
-                    _ => product.run(kernel::Plain),
+                    _ => product.run(kernel::ScalarKernel),
                 };
                 assert_eq!(plain, of(wide));
             }

@@ -1,7 +1,7 @@
 //! Every hand-written backward pass against candle's autograd over the composed operations, and
 //! against differences of its forward pass.
 
-mod composed;
+mod candle;
 mod loss;
 mod torch;
 
@@ -12,9 +12,9 @@ use candle_nn::ops::log_softmax;
 use distill::data::batch::Batch;
 use distill::model::config::shape::ModelConfig;
 use distill::model::gradients::Gradients;
-use distill::model::tape::Memory;
+use distill::model::tape::Activations;
 use distill::model::weights::Tensors;
-use distill::model::{Input, Model};
+use distill::model::{Model, ModelInput};
 use distill::train::loss::divergence::Divergence;
 use distill::train::loss::row::{SoftTerm, Weights};
 use distill::train::objective;
@@ -66,7 +66,7 @@ impl Trainable {
         &self,
         batches: &[Batch],
         kd: f32,
-        memory: Memory,
+        activations: Activations,
     ) -> (f64, BTreeMap<String, Vec<f32>>) {
         let positions: usize = batches.iter().map(|batch| batch.positions.len()).sum();
         let weights = Weights {
@@ -81,7 +81,8 @@ impl Trainable {
         let mut gradients = self.model.gradients();
         let mut loss = 0.0;
         for batch in batches {
-            let part = objective::gradients(&self.model, batch, weights, memory, &mut gradients);
+            let part =
+                objective::gradients(&self.model, batch, weights, activations, &mut gradients);
             loss += part.unwrap().0;
         }
         (loss, self.named(&gradients))
@@ -91,7 +92,7 @@ impl Trainable {
         let get = |(name, var): (&String, &Var)| {
             let here = gradients.get(var.as_tensor()).map(<[f32]>::to_vec);
             let elsewhere = || {
-                let gradient = gradients.elsewhere(var.as_tensor())?;
+                let gradient = gradients.get_on_device(var.as_tensor())?;
                 Some(gradient.flatten_all().unwrap().to_vec1().unwrap())
             };
             let gradient = here.or_else(elsewhere);
@@ -103,12 +104,12 @@ impl Trainable {
 
     /// The same by candle: the loss from its formula, the gradients by its autograd.
     pub fn oracle(&self, batch: &Batch, kd: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
-        let input = Input {
+        let input = ModelInput {
             input_ids: &batch.input_ids,
             segments: &batch.segments,
             positions: &batch.positions,
         };
-        let hidden = self.model.composed_hidden(input).unwrap();
+        let hidden = self.model.candle_hidden(input).unwrap();
         let logits = hidden.matmul(&self.model.head().t().unwrap()).unwrap();
         let logq = log_softmax(&logits, D::Minus1).unwrap();
         let mut terms = Vec::new();
@@ -247,7 +248,8 @@ fn every_parameter_has_the_gradient_that_candle_finds() {
     for (tied, kd) in [(true, 0.5), (false, 1.0), (true, 0.0)] {
         let student = Trainable::tiny(tied);
         let batch = joined(&examples());
-        let (loss, gradients) = student.gradients(std::slice::from_ref(&batch), kd, Memory::Record);
+        let (loss, gradients) =
+            student.gradients(std::slice::from_ref(&batch), kd, Activations::Keep);
         let (expected_loss, expected) = student.oracle(&batch, kd);
         assert!((loss - expected_loss).abs() < 1e-4 * expected_loss);
         for (name, gradient) in &gradients {
@@ -261,8 +263,8 @@ fn every_parameter_has_the_gradient_that_candle_finds() {
 fn checkpointing_changes_no_bit_of_a_gradient() {
     let student = Trainable::tiny(true);
     let batches = [joined(&examples())];
-    let recorded = student.gradients(&batches, 0.5, Memory::Record);
-    let checkpointed = student.gradients(&batches, 0.5, Memory::Checkpoint);
+    let recorded = student.gradients(&batches, 0.5, Activations::Keep);
+    let checkpointed = student.gradients(&batches, 0.5, Activations::Recompute);
     assert_eq!(recorded, checkpointed);
 }
 
@@ -273,7 +275,7 @@ fn the_number_of_threads_changes_no_bit_of_a_gradient() {
     let with = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
         let pool = pool.build().unwrap();
-        pool.install(|| student.gradients(&batches, 0.5, Memory::Record))
+        pool.install(|| student.gradients(&batches, 0.5, Activations::Keep))
     };
     let one = with(1);
     assert_eq!(one, with(2));
@@ -285,14 +287,14 @@ fn gradients_do_not_depend_on_how_a_step_is_cut() {
     let student = Trainable::tiny(true);
     let examples = examples();
     let cut = |micro: usize| -> Vec<Batch> { examples.chunks(micro).map(joined).collect() };
-    let (loss, whole) = student.gradients(&cut(8), 0.5, Memory::Record);
+    let (loss, whole) = student.gradients(&cut(8), 0.5, Activations::Keep);
     for micro in [4, 2, 1] {
-        let (other_loss, other) = student.gradients(&cut(micro), 0.5, Memory::Record);
+        let (other_loss, other) = student.gradients(&cut(micro), 0.5, Activations::Keep);
         assert!((loss - other_loss).abs() < 1e-6 * loss);
         assert_same(&whole, &other, 1e-5);
     }
     let backwards = joined(examples.iter().rev());
-    let (_, other) = student.gradients(&[backwards], 0.5, Memory::Record);
+    let (_, other) = student.gradients(&[backwards], 0.5, Activations::Keep);
     assert_same(&whole, &other, 1e-5);
 }
 
@@ -303,7 +305,7 @@ fn every_parameter_has_the_gradient_that_differences_show() {
     let (config, tensors) = tiny(true);
     let student = Trainable::new(&config, &tensors);
     let batches = [joined(&examples())];
-    let (_, gradients) = student.gradients(&batches, 0.5, Memory::Record);
+    let (_, gradients) = student.gradients(&batches, 0.5, Activations::Keep);
     let mut random = fastrand::Rng::with_seed(3);
     for (name, gradient) in &gradients {
         let norm = norm(gradient);
@@ -328,7 +330,7 @@ fn every_parameter_has_the_gradient_that_differences_show() {
                 (&tensors[name] + (&direction * distance).unwrap()).unwrap(),
             );
             let moved = Trainable::new(&config, &moved);
-            moved.gradients(&batches, 0.5, Memory::Record).0
+            moved.gradients(&batches, 0.5, Activations::Keep).0
         };
         let step = (2e-3 / norm).min(1e-2);
         let measured = (loss_at(step) - loss_at(-step)) / (2.0 * step);

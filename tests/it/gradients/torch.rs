@@ -6,9 +6,9 @@ use std::path::Path;
 use candle_core::Tensor;
 use distill::data::batch::Batch;
 use distill::model::config::shape::ModelConfig;
-use distill::model::tape::Memory;
+use distill::model::tape::Activations;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Frame, Input};
+use distill::model::{Backend, ModelInput};
 use serde_json::Value;
 
 use super::{Trainable, assert_same, difference};
@@ -99,7 +99,7 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
         let golden = Golden::load(name);
         let batch = golden.batch();
         let all: Vec<u32> = (0..batch.input_ids.len() as u32).collect();
-        let input = Input {
+        let input = ModelInput {
             input_ids: &batch.input_ids,
             segments: &batch.segments,
             positions: &all,
@@ -119,7 +119,7 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
         let batches = [batch];
         let (loss, gradients) = golden
             .student
-            .gradients(&batches, golden.kd(), Memory::Record);
+            .gradients(&batches, golden.kd(), Activations::Keep);
         let expected = golden.json["loss"].as_f64().unwrap();
         assert!(
             (loss - expected).abs() < 1e-5 * expected,
@@ -145,11 +145,11 @@ fn the_composed_operations_agree_in_every_architecture() {
         let mut golden = Golden::load(name);
         let batch = golden.batch();
         let (loss, expected) = golden.student.oracle(&batch, golden.kd());
-        for memory in [Memory::Record, Memory::Checkpoint] {
+        for activations in [Activations::Keep, Activations::Recompute] {
             let (ours, gradients) =
                 golden
                     .student
-                    .gradients(std::slice::from_ref(&batch), golden.kd(), memory);
+                    .gradients(std::slice::from_ref(&batch), golden.kd(), activations);
             assert!(
                 (loss - ours).abs() < 1e-5 * loss,
                 "{name}: {loss} and {ours}"
@@ -157,11 +157,11 @@ fn the_composed_operations_agree_in_every_architecture() {
             assert_same(&gradients, &expected, 1e-4);
         }
         // The pass that other devices take, in two parts.
-        golden.student.model.set_frame(Frame::Composed);
+        golden.student.model.set_backend(Backend::Candle);
         let batches = [batch.clone(), batch];
         let (ours, gradients) = golden
             .student
-            .gradients(&batches, golden.kd(), Memory::Record);
+            .gradients(&batches, golden.kd(), Activations::Keep);
         assert!(
             (loss - ours).abs() < 1e-5 * loss,
             "{name}: {loss} and {ours}"

@@ -3,7 +3,7 @@
 use distill::config::{ComputeDtype, Init, Kd};
 use distill::data::groups::Selection;
 use distill::exit::Exit;
-use distill::model::{Input, Model};
+use distill::model::{Model, ModelInput};
 use distill::train;
 use distill::train::summary::Start;
 
@@ -54,7 +54,7 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
     let (mut sum, mut count) = (0.0, 0);
     for example in data.validation().iter() {
         let batch = distill::data::batch::Batch::new([example]);
-        let input = Input {
+        let input = ModelInput {
             input_ids: &batch.input_ids,
             segments: &batch.segments,
             positions: &batch.positions,
