@@ -5,10 +5,10 @@ use rayon::prelude::*;
 
 use super::{VALUES_PER_TASK, simd};
 
-/// `average = decay average + (1 - decay) value`, for contiguous f32 tensors on the CPU.
+/// Computes `average = decay average + (1 - decay) value` for contiguous f32 tensors on the CPU.
 ///
 /// # Errors
-/// Where the tensors are others, or of different sizes.
+/// Where a tensor is not contiguous f32 on the CPU, or the sizes differ.
 pub(crate) fn ema_update(average: &Tensor, value: &Tensor, decay: f32) -> Result<()> {
     average.inplace_op2(value, &EmaUpdate { decay })
 }
@@ -38,7 +38,8 @@ impl InplaceOp2 for EmaUpdate {
         else {
             candle_core::bail!("ema_update: both must be contiguous f32 tensors");
         };
-        let (averages, values) = (&mut averages[to.0..to.1], &values[from.0..from.1]);
+        let averages = &mut averages[to.0..to.1];
+        let values = &values[from.0..from.1];
         if averages.len() != values.len() {
             candle_core::bail!("ema_update: the sizes differ");
         }

@@ -1,24 +1,24 @@
-//! A file as memory.
+//! A memory-mapped file.
 
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
 
-/// A file whose bytes are read when they are looked at, and which the system may drop again when
-/// memory is short.
+/// A read-only memory-mapped file. The system reads its pages on first access and may drop them
+/// again when memory is short.
 #[derive(Debug)]
 pub struct MappedFile(memmap2::Mmap);
 
 impl MappedFile {
-    /// Maps a file that nobody writes any more: one that is replaced whole or removed, but never
-    /// changed in place or cut.
+    /// Maps a file that is never changed in place or truncated. Replacing it by a rename or removing
+    /// it is safe.
     ///
     /// # Errors
     /// If the system cannot map it.
     pub fn new(file: &File) -> io::Result<Self> {
         // SAFETY: the bytes behind the slice do not change, because our own files are written
-        // beside their name and renamed (`crate::fs`). Another program that cuts the file ends us
-        // by a signal, as it would with any program that maps files.
+        // under a temporary name and renamed (`crate::fs`). If another program truncates the file,
+        // this process is terminated by a signal, as with any program that maps files.
         let map = unsafe { memmap2::Mmap::map(file)? };
         Ok(Self(map))
     }

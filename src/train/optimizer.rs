@@ -125,7 +125,7 @@ impl Optimizer {
             1.0
         };
         for parameter in &mut self.parameters {
-            let step = adamw::Step {
+            let step = adamw::AdamWStep {
                 number: self.step,
                 learning_rate: learning_rate as f32,
                 beta1: train.beta1 as f32,
@@ -202,7 +202,7 @@ impl Parameter {
             .with_context(|| format!("parameter {} received no gradient", self.name))
     }
 
-    fn update(&mut self, gradients: &Gradients, step: adamw::Step) -> Result<()> {
+    fn update(&mut self, gradients: &Gradients, step: adamw::AdamWStep) -> Result<()> {
         let given = self.gradient(gradients)?;
         match (&mut self.moments, given) {
             (Moments::Here([first, second]), Given::Here(values)) => {

@@ -132,11 +132,11 @@ impl Tape<'_, '_> {
                 let mut dk = arena.take(k_values.len())?;
                 let mut dv = arena.take(v_values.len())?;
                 let forward = AttentionForward {
-                    q: &q_values,
-                    k: &k_values,
-                    v: &v_values,
-                    out: &out,
-                    lse: &lse,
+                    q_THC: &q_values,
+                    k_TGC: &k_values,
+                    v_TGC: &v_values,
+                    out_THC: &out,
+                    lse_TH: &lse,
                 };
                 let to = [&mut dq, &mut dk, &mut dv].map(|values| Gradient { values, add: false });
                 attention.backward(forward, &dy, &mut scratch, to);

@@ -186,8 +186,8 @@ fn attend_caches(
                 heads,
                 window,
                 precision,
-                k: keys,
-                v: values,
+                k_SGC: keys,
+                v_SGC: values,
             };
             cached.attend(
                 &q[segment.start * q_width..segment.end * q_width],

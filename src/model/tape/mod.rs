@@ -24,7 +24,7 @@ use crate::model::kv_cache::KvCache;
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::attention::Heads;
 use crate::ops::linear::Linear;
-use crate::ops::lora::Lora;
+use crate::ops::lora::LoraLayer;
 use crate::ops::matmul::Precision;
 use crate::ops::rope::RopeTable;
 
@@ -400,9 +400,9 @@ fn linear_layer(weight: &Tensor, precision: Precision) -> Result<Linear> {
 }
 
 /// An adapter as an operation.
-fn lora_layer(adapter: &Adapter, precision: Precision) -> Result<Lora> {
+fn lora_layer(adapter: &Adapter, precision: Precision) -> Result<LoraLayer> {
     let ((rank, inputs), outputs) = (adapter.a.dims2()?, adapter.b.dim(0)?);
-    Ok(Lora {
+    Ok(LoraLayer {
         inputs,
         rank,
         outputs,

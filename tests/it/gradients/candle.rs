@@ -12,7 +12,7 @@ use distill::model::projection::Projection;
 use distill::model::tape::{Activations, KeyValueSource, Tape, TapeSettings};
 use distill::model::weights::{self, Tensors};
 use distill::model::{Backend, Model};
-use distill::ops::adamw::{self, Step};
+use distill::ops::adamw::{self, AdamWStep};
 use distill::ops::arena::Arena;
 use distill::ops::attention::Heads;
 use distill::ops::matmul::Precision;
@@ -233,7 +233,7 @@ fn adamw_in_composed_operations_makes_the_same_updates() {
     let mut moments = [0, 1].map(|_| candle.zeros_like().unwrap());
     for number in 1..=5 {
         let gradient = values();
-        let step = Step {
+        let step = AdamWStep {
             number,
             learning_rate: 1e-2,
             beta1: 0.9,
