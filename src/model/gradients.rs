@@ -1,4 +1,4 @@
-//! Gradients of the variables, each made when its first part arrives.
+//! Gradients of the variables. Each is allocated when its first part arrives.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -13,12 +13,14 @@ use crate::ops::arena::{Arena, Buffer};
 /// Gradients of the variables, summed over micro-batches.
 pub struct Gradients {
     arena: Arena,
+    /// Gradients computed by the tape.
     on_cpu: HashMap<TensorId, Buffer>,
-    /// Those that candle computes, on the device of their variables.
+    /// Gradients computed by candle, on the device of their variables.
     on_device: HashMap<TensorId, Tensor>,
 }
 
 impl Gradients {
+    /// Creates an empty set, which takes its memory from `arena`.
     pub fn new(arena: Arena) -> Self {
         Self {
             arena,
@@ -27,20 +29,21 @@ impl Gradients {
         }
     }
 
-    /// The gradient of a variable, if the tape has given it one.
+    /// Returns the gradient of a variable that the tape computed.
     pub fn get(&self, variable: &Tensor) -> Option<&[f32]> {
         self.on_cpu.get(&variable.id()).map(|buffer| &**buffer)
     }
 
-    /// The gradient of a variable, if candle has given it one.
+    /// Returns the gradient of a variable that candle computed.
     pub fn get_on_device(&self, variable: &Tensor) -> Option<&Tensor> {
         self.on_device.get(&variable.id())
     }
 
-    /// Where to put a part of the gradient of `tensor`; None if it is no variable.
+    /// Returns the destination for a part of the gradient of `tensor`; None if `tensor` is not a
+    /// variable.
     ///
     /// # Errors
-    /// Where there is no memory.
+    /// Where memory runs out.
     pub fn accumulator(&mut self, tensor: &Tensor) -> Result<Option<Gradient<'_>>> {
         if !tensor.is_variable() {
             return Ok(None);
@@ -66,7 +69,7 @@ impl Gradients {
         Ok(())
     }
 
-    /// Adds all that candle's backward pass found.
+    /// Adds all gradients of a backward pass of candle.
     ///
     /// # Errors
     /// Where the device fails.

@@ -1,8 +1,11 @@
-//! The llama decoder (Touvron et al., arXiv 2302.13971): SmolLM2, Llama 3, TinyLlama; and those that
-//! differ from it in details: mistral (a sliding window; arXiv 2310.06825), qwen2 (biases; arXiv
-//! 2407.10671), qwen3 (a norm of every head; arXiv 2505.09388).
+//! The llama decoder (Touvron et al., arXiv 2302.13971): SmolLM2, Llama 3, TinyLlama. Also its
+//! variants: mistral (a sliding window; arXiv 2310.06825), qwen2 (biases; arXiv 2407.10671), qwen3 (a
+//! norm of every head; arXiv 2505.09388).
 //!
-//! Written once, over [`Graph`]: for training and generation, on every device.
+//! Written once, over [`Graph`], for training and generation on every device.
+
+// Tensor names carry their shape; see the legend in `model`.
+#![allow(non_snake_case)]
 
 use anyhow::Result;
 
@@ -10,8 +13,7 @@ use super::graph::Graph;
 use super::norm::Norm;
 use super::parameters::{CheckedWeights, ParameterList};
 use super::projection::Projection;
-use crate::model::config::shape::LlamaVariant;
-use crate::model::config::shape::ModelConfig;
+use crate::model::config::shape::{LlamaVariant, ModelConfig};
 use crate::model::parameters::WeightNames;
 
 pub(super) const NAMES: WeightNames = WeightNames {
@@ -21,13 +23,13 @@ pub(super) const NAMES: WeightNames = WeightNames {
     norm: ("model.norm", false),
 };
 
-/// A layer's weights.
+/// The weights of a layer.
 pub(crate) struct LlamaLayer {
     input_norm: Norm,
     q: Projection,
     k: Projection,
     v: Projection,
-    /// Of every head of queries and of keys.
+    /// Norms of every head of queries and of keys.
     qk_norm: Option<[Norm; 2]>,
     o: Projection,
     post_attention_norm: Norm,
@@ -44,8 +46,10 @@ pub(super) fn add_layer_parameters(
     config: &ModelConfig,
     variant: &LlamaVariant,
 ) {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let (q_width, kv_width) = (config.heads.query_width(), config.heads.key_value_width());
+    let hidden = config.hidden_size;
+    let inner = config.intermediate_size;
+    let q_width = config.heads.query_width();
+    let kv_width = config.heads.key_value_width();
     let name = |module: &str| module_name(layer, module);
     list.norm(&name("input_layernorm"), hidden, false);
     let bias = variant.qkv_bias;
@@ -70,8 +74,10 @@ fn module_name(layer: usize, module: &str) -> String {
 }
 
 impl LlamaLayer {
+    /// Takes the weights of layer `layer`.
+    ///
     /// # Errors
-    /// Where `weights` lack one.
+    /// Where a weight is missing.
     pub(super) fn new(
         layer: usize,
         variant: &LlamaVariant,
@@ -99,7 +105,7 @@ impl LlamaLayer {
         })
     }
 
-    /// What the layer with this index makes of `x` (T x D).
+    /// Runs the layer with this index.
     ///
     /// # Errors
     /// Where the graph fails.
@@ -107,26 +113,27 @@ impl LlamaLayer {
         &self,
         graph: &mut G,
         index: usize,
-        x: G::Value,
+        x_TD: G::Value,
     ) -> Result<G::Value> {
-        let normed = self.input_norm.forward(graph, &x)?;
-        let mut q = graph.linear(&normed, &self.q)?;
-        let mut k = graph.linear(&normed, &self.k)?;
-        let v = graph.linear(&normed, &self.v)?;
-        drop(normed);
+        let normed_TD = self.input_norm.forward(graph, &x_TD)?;
+        let mut q_THC = graph.linear(&normed_TD, &self.q)?;
+        let mut k_TGC = graph.linear(&normed_TD, &self.k)?;
+        let v_TGC = graph.linear(&normed_TD, &self.v)?;
+        drop(normed_TD);
         if let Some([q_norm, k_norm]) = &self.qk_norm {
-            q = q_norm.forward(graph, &q)?;
-            k = k_norm.forward(graph, &k)?;
+            q_THC = q_norm.forward(graph, &q_THC)?;
+            k_TGC = k_norm.forward(graph, &k_TGC)?;
         }
-        let (q, k) = (graph.rope(q)?, graph.rope(k)?);
-        let heads = graph.attention(index, [q, k, v], self.window)?;
-        let x = graph.add_linear(x, &heads, &self.o)?;
-        drop(heads);
-        let normed = self.post_attention_norm.forward(graph, &x)?;
-        let gate = graph.linear(&normed, &self.gate)?;
-        let up = graph.linear(&normed, &self.up)?;
-        drop(normed);
-        let inner = graph.swiglu(gate, up)?;
-        graph.add_linear(x, &inner, &self.down)
+        let q_THC = graph.rope(q_THC)?;
+        let k_TGC = graph.rope(k_TGC)?;
+        let heads_THC = graph.attention(index, [q_THC, k_TGC, v_TGC], self.window)?;
+        let x_TD = graph.add_linear(x_TD, &heads_THC, &self.o)?;
+        drop(heads_THC);
+        let normed_TD = self.post_attention_norm.forward(graph, &x_TD)?;
+        let gate_TF = graph.linear(&normed_TD, &self.gate)?;
+        let up_TF = graph.linear(&normed_TD, &self.up)?;
+        drop(normed_TD);
+        let inner_TF = graph.swiglu(gate_TF, up_TF)?;
+        graph.add_linear(x_TD, &inner_TF, &self.down)
     }
 }

@@ -1,5 +1,5 @@
-//! LoRA adapters among a decoder's weights (Hu et al., arXiv 2106.09685): named, begun and scaled as
-//! PEFT does it.
+//! LoRA adapters among the weights of a decoder (Hu et al., arXiv 2106.09685), with the names, initial
+//! values and scale of PEFT.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -16,8 +16,9 @@ const WEIGHT: &str = ".weight";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
-/// Fresh adapters of rank `rank` for the linear layers that a pattern finds, or for all where there
-/// is no pattern: A uniform within 1 / sqrt(inputs), B zero, so that the decoder begins as it was.
+/// Creates adapters of rank `rank` for the linear layers whose names match one of `targets`, or for all
+/// linear layers if there are no targets. A is uniform within 1 / sqrt(inputs) and B is zero, so the
+/// adapters do not change the decoder at first.
 ///
 /// # Errors
 /// Where a tensor cannot be allocated.
@@ -52,7 +53,7 @@ pub fn new_adapters(
     Ok(tensors)
 }
 
-/// The name of a linear layer.
+/// Returns the name of the first linear layer, as an example in messages.
 pub fn first_projection_name(config: &ModelConfig) -> String {
     let parameters = config.parameters();
     let mut projections = parameters
@@ -61,7 +62,7 @@ pub fn first_projection_name(config: &ModelConfig) -> String {
     projections.next().map_or(String::new(), |p| p.name.clone())
 }
 
-/// The weights with every adapter added to the weight that it adapts: W + s B A.
+/// Merges every adapter into its weight: W + s B A.
 ///
 /// # Errors
 /// Where shapes do not fit.
@@ -81,7 +82,7 @@ pub fn merge(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
     Ok(merged)
 }
 
-/// W + s B A, with W (O x I), A (R x I) and B (O x R).
+/// Computes W + s B A, with W (O x I), A (R x I) and B (O x R).
 fn merge_adapter(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
     let (outputs, inputs) = weight.dims2()?;
     let rank = a.dim(0)?;

@@ -172,7 +172,7 @@ fn cases() -> Vec<Case> {
         (
             "more layers than weights",
             set("num_hidden_layers", json!(3)),
-            "lack",
+            "is missing from the weights",
         ),
     ]
 }

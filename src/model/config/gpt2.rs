@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::model::config::fields::unsupported;
+use crate::model::config::fields::config_error;
 use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
 
@@ -51,21 +51,21 @@ pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
         serde_json::from_value(crate::model::config::fields::without_nulls(&json))?;
     let activation = file.activation_function.as_str();
     if !matches!(activation, "gelu_new" | "gelu_pytorch_tanh") {
-        return unsupported(format!(
+        return config_error(format!(
             "activation_function is {activation:?}, and this version computes \"gelu_new\" in a \
              gpt2 model"
         ));
     }
     if !file.scale_attn_weights || file.scale_attn_by_inverse_layer_idx || file.add_cross_attention
     {
-        return unsupported(
+        return config_error(
             "scale_attn_weights = false, scale_attn_by_inverse_layer_idx and \
              add_cross_attention are not supported"
                 .into(),
         );
     }
     if file.n_head == 0 || !file.n_embd.is_multiple_of(file.n_head) {
-        return unsupported(format!(
+        return config_error(format!(
             "n_embd ({}) must be a multiple of n_head ({})",
             file.n_embd, file.n_head
         ));

@@ -5,7 +5,7 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::model::config::fields::unsupported;
+use crate::model::config::fields::config_error;
 use crate::model::config::rope::Rope;
 use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
@@ -66,7 +66,7 @@ pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
     let file: LlamaJson =
         serde_json::from_value(crate::model::config::fields::without_nulls(&json))?;
     if file.hidden_act != "silu" {
-        return unsupported(format!(
+        return config_error(format!(
             "hidden_act is {:?}, and this version computes \"silu\" in a {} model",
             file.hidden_act, file.model_type
         ));
@@ -103,13 +103,13 @@ fn heads(file: &LlamaJson) -> Result<Heads> {
     let query = file.num_attention_heads;
     let key_value = file.num_key_value_heads.unwrap_or(query);
     if query == 0 || key_value == 0 || !query.is_multiple_of(key_value) {
-        return unsupported(format!(
+        return config_error(format!(
             "num_attention_heads ({query}) must be a multiple of num_key_value_heads ({key_value})"
         ));
     }
     let head_dim = file.head_dim.unwrap_or(file.hidden_size / query);
     if head_dim == 0 || !head_dim.is_multiple_of(2) {
-        return unsupported(format!(
+        return config_error(format!(
             "head_dim is {head_dim}, and the rotary embedding needs an even number: choose \
              hidden_size and num_attention_heads accordingly"
         ));
@@ -130,7 +130,7 @@ fn windows(file: &LlamaJson, json: &Map<String, Value>) -> Result<Vec<Option<usi
         Some(value) => Some(serde_json::from_value(value.clone())?),
     };
     if window == Some(0) {
-        return unsupported("sliding_window is 0: a token would not even see itself".into());
+        return config_error("sliding_window is 0: a token would not even see itself".into());
     }
     match file.model_type.as_str() {
         "mistral" => return Ok(vec![window; layers]),
@@ -142,7 +142,7 @@ fn windows(file: &LlamaJson, json: &Map<String, Value>) -> Result<Vec<Option<usi
         return Ok((0..layers).map(window).collect());
     };
     if types.len() != layers {
-        return unsupported(format!(
+        return config_error(format!(
             "layer_types names {} layers of {layers}",
             types.len()
         ));
@@ -150,7 +150,7 @@ fn windows(file: &LlamaJson, json: &Map<String, Value>) -> Result<Vec<Option<usi
     let of = |kind: &String| match kind.as_str() {
         "full_attention" => Ok(None),
         "sliding_attention" => Ok(window),
-        other => unsupported(format!("attention of type {other:?} is not supported")),
+        other => config_error(format!("attention of type {other:?} is not supported")),
     };
     types.iter().map(of).collect()
 }

@@ -7,7 +7,7 @@ pub(crate) mod rope;
 pub mod shape;
 
 use crate::model::config::fields::check_layer_count;
-use crate::model::config::fields::unsupported;
+use crate::model::config::fields::config_error;
 use crate::model::config::shape::Architecture;
 use crate::model::config::shape::ModelConfig;
 use std::path::Path;
@@ -79,11 +79,11 @@ impl ModelConfig {
         let mut config = match model_type {
             Some("llama" | "mistral" | "qwen2" | "qwen3") => llama::parse(json),
             Some("gpt2") => gpt2::parse(json),
-            Some(other) => unsupported(format!(
+            Some(other) => config_error(format!(
                 "model_type is {other:?}, and this version trains \"llama\" (SmolLM2, Llama 3, \
                  TinyLlama), \"mistral\", \"qwen2\", \"qwen3\" and \"gpt2\""
             )),
-            None => unsupported("it has no model_type".into()),
+            None => config_error("it has no model_type".into()),
         }?;
         config.check_sizes()?;
         config.max_position_embeddings = config.max_position_embeddings.min(MAX_POSITIONS);
@@ -110,12 +110,12 @@ impl ModelConfig {
         check_layer_count(self.num_hidden_layers)?;
         for (what, size, most) in sizes {
             if size == 0 || size > most {
-                return unsupported(format!("its {what} of {size} is not that of a model"));
+                return config_error(format!("its {what} of {size} is not that of a model"));
             }
         }
         let finite = self.norm_eps.is_finite() && self.initializer_range.is_finite();
         if !finite || self.norm_eps < 0.0 || self.initializer_range < 0.0 {
-            return unsupported("its epsilon or initializer_range is no number of use".into());
+            return config_error("its epsilon or initializer_range is no number of use".into());
         }
         Ok(())
     }

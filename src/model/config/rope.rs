@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::model::config::fields::unsupported;
+use crate::model::config::fields::config_error;
 
 /// How fast each pair of channels turns.
 #[derive(Debug, Clone)]
@@ -39,7 +39,7 @@ impl Rope {
         let scaling = map("rope_scaling").or(map("rope_parameters"));
         let parts = scaling.into_iter().flat_map(|map| map.values());
         if parts.clone().any(Value::is_object) {
-            return unsupported("rope settings by type of layer are not supported".into());
+            return config_error("rope settings by type of layer are not supported".into());
         }
         let field = |name: &str| scaling.and_then(|map| map.get(name));
         let given = [field("rope_theta"), json.get("rope_theta")];
@@ -48,7 +48,7 @@ impl Rope {
             None => 10_000.0,
             Some(value) => match value.as_f64() {
                 Some(theta) => theta,
-                None => return unsupported(format!("rope_theta is {value}, and not a number")),
+                None => return config_error(format!("rope_theta is {value}, and not a number")),
             },
         };
         if let Some(other) = given.next().filter(|other| other.as_f64() != Some(theta)) {
@@ -65,7 +65,7 @@ impl Rope {
                 Some(serde_json::from_value(map).context("rope scaling of type llama3")?)
             }
             Some(other) => {
-                return unsupported(format!("rope scaling of type {other:?} is not supported"));
+                return config_error(format!("rope scaling of type {other:?} is not supported"));
             }
         };
         Ok(Self { theta, llama3 })

@@ -1,4 +1,4 @@
-//! The backward pass: operations in reverse, each sending its gradient to what it was made of.
+//! The backward pass of each operation, in reverse order of recording.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use crate::ops::rope::Rotation;
 use crate::ops::{CpuValues, Gradient, embedding, gelu, layer_norm, rms_norm, sum_rows, swiglu};
 
 impl Tape<'_, '_> {
-    /// Sends `gradient`, that of `root` (as many values), back to all variables.
+    /// Computes the gradients of all variables from `gradient`, the gradient of `root`.
     ///
     /// # Errors
-    /// Where there is no memory.
+    /// Where memory runs out.
     pub fn backward(
         mut self,
         root: NodeHandle,
@@ -26,7 +26,7 @@ impl Tape<'_, '_> {
         gradients: &mut Gradients,
     ) -> Result<()> {
         if self.activations == Activations::Discard {
-            bail!("a backward pass needs a recorded forward pass");
+            bail!("a backward pass needs the activations of the forward pass");
         }
         self.nodes[*root.0].gradient = Some(gradient);
         for id in (0..self.nodes.len()).rev() {
@@ -35,7 +35,8 @@ impl Tape<'_, '_> {
                 self.backward_node(id, gradient, gradients)?;
             }
             let node = &mut self.nodes[id];
-            (node.value, node.saved) = (None, None);
+            node.value = None;
+            node.saved = None;
         }
         Ok(())
     }
@@ -51,7 +52,7 @@ impl Tape<'_, '_> {
                 }
             }
             Op::SelectRows { x, positions } => {
-                // Rows that were not taken have a gradient of zero; their number is that of x.
+                // Rows that were not selected have a zero gradient.
                 let rows = self.segments.last().map_or(0, |last| last.end);
                 self.add_to_gradient(*x, rows * width, |to| {
                     embedding::backward(&dy, positions, width, to);
@@ -88,20 +89,20 @@ impl Tape<'_, '_> {
             }
             Op::Gelu { x } => {
                 let values = self.value_or_recompute(*x)?;
-                // Nothing else needs the input any more: it becomes its own gradient.
+                // No other operation needs the input: its buffer is overwritten with the gradient.
                 self.nodes[*x].value = None;
                 let mut dx = self.into_owned(values)?;
                 gelu::backward(&mut dx, &dy);
                 self.accumulate_gradient(*x, dx);
             }
             Op::SwiGlu { gate, up } => {
-                let (values, others) = (
-                    self.value_or_recompute(*gate)?,
-                    self.value_or_recompute(*up)?,
-                );
-                // Nothing else needs the inputs any more: they become their own gradients.
-                (self.nodes[*gate].value, self.nodes[*up].value) = (None, None);
-                let [mut dgate, mut dup] = [self.into_owned(values)?, self.into_owned(others)?];
+                let gate_values = self.value_or_recompute(*gate)?;
+                let up_values = self.value_or_recompute(*up)?;
+                // No other operation needs the inputs: their buffers are overwritten with the gradients.
+                self.nodes[*gate].value = None;
+                self.nodes[*up].value = None;
+                let mut dgate = self.into_owned(gate_values)?;
+                let mut dup = self.into_owned(up_values)?;
                 swiglu::backward(&mut dgate, &mut dup, &dy);
                 self.accumulate_gradient(*gate, dgate);
                 self.accumulate_gradient(*up, dup);
@@ -148,7 +149,7 @@ impl Tape<'_, '_> {
         Ok(())
     }
 
-    /// Gradients of a linear layer's weights, of its adapter, and of its input `x`.
+    /// Computes the gradients of the weights of a linear layer, of its adapter, and of its input `x`.
     fn backward_linear(
         &mut self,
         id: usize,
@@ -195,7 +196,7 @@ impl Tape<'_, '_> {
         Ok(())
     }
 
-    /// The value of a node, computed again where it was dropped.
+    /// Returns the value of a node, recomputed if it was dropped.
     fn value_or_recompute(&mut self, id: usize) -> Result<Arc<Buffer>> {
         if self.nodes[id].value.is_none() {
             let op = Rc::clone(&self.nodes[id].op);
@@ -208,10 +209,13 @@ impl Tape<'_, '_> {
     }
 
     fn saved_values(&self, id: usize) -> Result<Arc<Buffer>> {
-        self.nodes[id].saved.clone().context("nothing was saved")
+        self.nodes[id]
+            .saved
+            .clone()
+            .context("internal error: the saved values of an operation are missing")
     }
 
-    /// Adds to the gradient of a node of `len` values, where it requires_grad.
+    /// Lets `add` add to the gradient of a node of `len` values. The first call overwrites it.
     fn add_to_gradient(&mut self, id: usize, len: usize, add: impl FnOnce(Gradient)) -> Result<()> {
         let node = &mut self.nodes[id];
         let exists = node.gradient.is_some();
@@ -227,15 +231,15 @@ impl Tape<'_, '_> {
         Ok(())
     }
 
-    /// Adds a whole gradient, which becomes the node's where it has none.
-    fn accumulate_gradient(&mut self, id: usize, given: Buffer) {
+    /// Adds a whole gradient to that of a node. The first gradient is moved, not copied.
+    fn accumulate_gradient(&mut self, id: usize, part: Buffer) {
         match &mut self.nodes[id].gradient {
             Some(values) => values
                 .par_iter_mut()
                 .with_min_len(1 << 14)
-                .zip(&*given)
+                .zip(&*part)
                 .for_each(|(sum, part)| *sum += part),
-            none => *none = Some(given),
+            none => *none = Some(part),
         }
     }
 }

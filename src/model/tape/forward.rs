@@ -15,7 +15,7 @@ use crate::ops::rope::Rotation;
 use crate::ops::{CpuValues, embedding, gelu, layer_norm, rms_norm, swiglu};
 
 impl<'a> Tape<'a, '_> {
-    /// Computes the value of a node from its inputs' values.
+    /// Computes the value of a node from the values of its inputs.
     pub(super) fn compute(&mut self, id: usize) -> Result<()> {
         let TapeSettings {
             arena, precision, ..
@@ -119,7 +119,8 @@ impl<'a> Tape<'a, '_> {
         Ok(())
     }
 
-    /// The values of a node to write to; a copy, unless nobody needs them `in_place`.
+    /// Returns the values of node `x` as a writable buffer: the values themselves with `in_place`, else a
+    /// copy.
     fn take_input(&mut self, x: usize, in_place: bool) -> Result<Buffer> {
         let values = self.get(x)?;
         if in_place {
@@ -128,6 +129,7 @@ impl<'a> Tape<'a, '_> {
         self.into_owned(values)
     }
 
+    /// Returns the attention operation over the segments.
     pub(super) fn attention_layer(&self, window: Option<usize>) -> Attention<'a> {
         Attention {
             heads: self.settings.heads,
@@ -137,6 +139,7 @@ impl<'a> Tape<'a, '_> {
         }
     }
 
+    /// Applies the rotary embedding to rows of `width` channels, in place.
     pub(super) fn rotate(&self, rows: &mut [f32], width: usize, rotation: Rotation) -> Result<()> {
         let rope = self.settings.rope.context(NO_ROPE)?;
         match &self.keys {
@@ -152,7 +155,8 @@ impl<'a> Tape<'a, '_> {
     }
 }
 
-/// Attention of each segment's rows over its cache, to which its keys and values are added.
+/// Appends the keys and values of each segment to its cache, and computes the attention of the segment's
+/// rows over that cache.
 fn attend_caches(
     attention: Attention,
     layer: usize,
@@ -166,7 +170,8 @@ fn attend_caches(
         window,
         precision,
     } = attention;
-    let (q_width, kv_width) = (heads.query_width(), heads.key_value_width());
+    let q_width = heads.query_width();
+    let kv_width = heads.key_value_width();
     let mut outs = Vec::with_capacity(segments.len());
     let mut rest = out;
     for segment in segments {

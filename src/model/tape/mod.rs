@@ -1,12 +1,18 @@
-//! The graph on the CPU: fused operations, recorded as they run, and their backward passes in
-//! reverse.
+//! The graph on the CPU: fused operations that run at once and are recorded, and their backward passes
+//! in reverse order.
 //!
-//! What a step holds is decided here. Outputs of norms and of activation functions are dropped when
-//! the forward pass is done with them and computed again when the backward pass asks: they are
-//! is_cheap, and as large as what they are made of. With `checkpoint` the same happens to everything
-//! but the inputs of layers. A gradient is made when the first part of it arrives, and an
-//! activation is dropped when the last gradient that needs it is done, so the peak of a step is
-//! the larger of the two, not their sum.
+//! | file | content |
+//! |---|---|
+//! | `mod.rs` | the recorded operations, and which values are kept |
+//! | `forward.rs` | the forward pass of each operation |
+//! | `backward.rs` | the backward pass of each operation |
+//!
+//! This file decides how much memory a step needs. Outputs of norms and activation functions are
+//! dropped after use in the forward pass and recomputed in the backward pass: they are cheap to
+//! compute, and as large as their inputs. With [`Activations::Recompute`], the same applies to all
+//! values except the inputs of layers. A gradient is allocated when its first part arrives, and an
+//! activation is dropped after its last use in the backward pass. The peak memory of a step is
+//! therefore the larger of the two, not their sum.
 
 pub(crate) mod backward;
 pub(crate) mod forward;
@@ -19,7 +25,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
 use super::graph::Graph;
-use super::projection::{Adapter, Projection};
+use super::projection::{LoraAdapter, Projection};
 use crate::model::kv_cache::KvCache;
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::attention::Heads;
@@ -28,7 +34,7 @@ use crate::ops::lora::LoraLayer;
 use crate::ops::matmul::Precision;
 use crate::ops::rope::RopeTable;
 
-/// What the tape needs to know of a model.
+/// The settings of a model that the tape uses.
 #[derive(Clone, Copy)]
 pub struct TapeSettings<'a> {
     pub arena: &'a Arena,
@@ -37,37 +43,38 @@ pub struct TapeSettings<'a> {
     pub precision: Precision,
 }
 
-/// Where keys and values come from.
+/// The keys and values that queries attend to.
 pub enum KeyValueSource<'a, 'c> {
-    /// From the batch itself.
+    /// Those of the batch.
     Batch,
-    /// From what was said before, to which the batch's are added; one cache a segment.
+    /// Those of earlier tokens, to which those of the batch are appended. One cache per segment.
     Caches(&'a mut [&'c mut KvCache]),
 }
 
-/// What becomes of activations.
+/// What happens to activations after the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activations {
-    /// Dropped as soon as they are used: there will be no backward pass.
+    /// Dropped after use: there is no backward pass.
     Discard,
     /// Kept for the backward pass.
     Keep,
-    /// Kept only where layers begin; the rest is computed twice.
+    /// Only the inputs of layers are kept; the backward pass recomputes the others (activation
+    /// checkpointing).
     Recompute,
 }
 
-/// A graph that runs at once. Segments cover the rows in order.
+/// A graph that runs operations at once and records them. Segments cover the rows in order.
 pub struct Tape<'a, 'c> {
     settings: TapeSettings<'a>,
     segments: &'a [Range<usize>],
     keys: KeyValueSource<'a, 'c>,
     activations: Activations,
     nodes: Vec<Node>,
-    /// Nodes whose values go when nobody holds their handle any more.
+    /// Nodes whose values are dropped when this is the last handle to them.
     droppable: Vec<Rc<usize>>,
 }
 
-/// The handle of a node.
+/// The handle of a node: its index.
 #[derive(Clone)]
 pub struct NodeHandle(Rc<usize>);
 
@@ -75,9 +82,10 @@ struct Node {
     op: Rc<Op>,
     width: usize,
     value: Option<Arc<Buffer>>,
-    /// What the backward pass needs besides: a row's scale, or the log-sum-exp of its scores.
+    /// Other results for the backward pass, such as the scale of each row of a norm.
     saved: Option<Arc<Buffer>>,
     gradient: Option<Buffer>,
+    /// A variable contributed to the value.
     requires_grad: bool,
 }
 
@@ -116,12 +124,12 @@ enum Op {
     Positions {
         x: usize,
         table: Tensor,
-        /// Does nobody else need x as it was?
+        /// Overwrite x, which no other operation needs.
         in_place: bool,
     },
     Rope {
         x: usize,
-        /// As above.
+        /// As in `Positions`.
         in_place: bool,
     },
     Attention {
@@ -132,6 +140,7 @@ enum Op {
 }
 
 impl<'a, 'c> Tape<'a, 'c> {
+    /// Creates an empty tape.
     pub fn new(
         settings: TapeSettings<'a>,
         segments: &'a [Range<usize>],
@@ -148,10 +157,10 @@ impl<'a, 'c> Tape<'a, 'c> {
         }
     }
 
-    /// The values of a node.
+    /// Returns the values of a node.
     ///
     /// # Errors
-    /// Where they have been dropped.
+    /// Where they were dropped.
     pub fn value(&self, value: &NodeHandle) -> Result<Arc<Buffer>> {
         self.get(*value.0)
     }
@@ -160,23 +169,23 @@ impl<'a, 'c> Tape<'a, 'c> {
         self.nodes[node]
             .value
             .clone()
-            .context("a value was used after it was dropped")
+            .context("internal error: a value of the tape was used after it was dropped")
     }
 
     fn width(&self, value: &NodeHandle) -> usize {
         self.nodes[*value.0].width
     }
 
-    /// Will nobody read `x` again, once this handle of it is gone?
+    /// Returns true if no later operation can read `x`: this is its last handle.
     fn is_last_handle(&self, x: &NodeHandle) -> bool {
-        let ours = self.droppable.iter().any(|id| **id == *x.0) as usize + 1;
-        Rc::strong_count(&x.0) == ours
+        let own_handles = self.droppable.iter().any(|id| **id == *x.0) as usize + 1;
+        Rc::strong_count(&x.0) == own_handles
     }
 
-    /// The values of a node as a buffer to write to; a copy if somebody else reads them.
+    /// Returns `values` as a writable buffer; copies them if they are shared.
     fn into_owned(&self, values: Arc<Buffer>) -> Result<Buffer> {
         Ok(match Arc::try_unwrap(values) {
-            Ok(own) => own,
+            Ok(owned) => owned,
             Err(shared) => {
                 let mut copy = self.settings.arena.take(shared.len())?;
                 copy.copy_from_slice(&shared);
@@ -185,23 +194,24 @@ impl<'a, 'c> Tape<'a, 'c> {
         })
     }
 
-    /// The position of each row in its sequence.
+    /// Returns the position of each row in its sequence.
     fn positions(&self) -> Vec<u32> {
         let starts: Vec<usize> = match &self.keys {
             KeyValueSource::Batch => vec![0; self.segments.len()],
             KeyValueSource::Caches(caches) => caches.iter().map(|cache| cache.len()).collect(),
         };
-        let of_segment = |(segment, start): (&Range<usize>, usize)| {
+        let positions_of = |(segment, start): (&Range<usize>, usize)| {
             (start..start + segment.len()).map(|at| at as u32)
         };
         self.segments
             .iter()
             .zip(starts)
-            .flat_map(of_segment)
+            .flat_map(positions_of)
             .collect()
     }
 
-    /// Runs an operation and keeps its result.
+    /// Runs an operation and records it. The value of an operation that `is_cheap` is recomputed in the
+    /// backward pass.
     fn push(&mut self, op: Op, width: usize, is_cheap: bool) -> Result<NodeHandle> {
         let requires_grad = op.has_trainable_weights()
             || op
@@ -235,7 +245,7 @@ impl<'a, 'c> Tape<'a, 'c> {
 }
 
 impl Op {
-    /// The nodes that it reads.
+    /// Returns the nodes that the operation reads.
     fn inputs(&self) -> Vec<usize> {
         match *self {
             Op::Embed { .. } => vec![],
@@ -251,7 +261,7 @@ impl Op {
         }
     }
 
-    /// Has it weights that get gradients?
+    /// Returns true if a weight of the operation is a variable.
     fn has_trainable_weights(&self) -> bool {
         match self {
             Op::Embed { table, .. } | Op::Positions { table, .. } => table.is_variable(),
@@ -273,7 +283,7 @@ impl Graph for Tape<'_, '_> {
     fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<NodeHandle> {
         let (vocabulary, width) = table.dims2()?;
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
-            bail!("token {id} is past the vocabulary of {vocabulary}");
+            bail!("token id {id} is outside the vocabulary of {vocabulary}");
         }
         let op = Op::Embed {
             table: table.clone(),
@@ -389,7 +399,7 @@ impl Graph for Tape<'_, '_> {
     }
 }
 
-/// The linear layer of a weight (O x I).
+/// Returns the linear layer of a weight (O x I).
 fn linear_layer(weight: &Tensor, precision: Precision) -> Result<Linear> {
     let (outputs, inputs) = weight.dims2()?;
     Ok(Linear {
@@ -399,9 +409,10 @@ fn linear_layer(weight: &Tensor, precision: Precision) -> Result<Linear> {
     })
 }
 
-/// An adapter as an operation.
-fn lora_layer(adapter: &Adapter, precision: Precision) -> Result<LoraLayer> {
-    let ((rank, inputs), outputs) = (adapter.a.dims2()?, adapter.b.dim(0)?);
+/// Returns the adapter as an operation.
+fn lora_layer(adapter: &LoraAdapter, precision: Precision) -> Result<LoraLayer> {
+    let (rank, inputs) = adapter.a.dims2()?;
+    let outputs = adapter.b.dim(0)?;
     Ok(LoraLayer {
         inputs,
         rank,
