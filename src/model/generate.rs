@@ -7,7 +7,7 @@ pub use super::batcher::{Batcher, FinishReason, GenerateOptions, TokenUpdate};
 pub use super::sampling::{SamplingParams, TokenLogprobs};
 use crate::tokenizer::Tokenizer;
 
-/// One answer.
+/// A generated answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generated {
     /// All sampled tokens, the end of the turn included. Their number is `completion_tokens` in the APIs of
@@ -16,15 +16,15 @@ pub struct Generated {
     /// The decoded text, without the end of the turn and without the stop string.
     pub text: String,
     pub finish_reason: FinishReason,
-    /// Logprobs of the tokens of `text`, if [`GenerateOptions::top_logprobs`] is set.
-    pub choices: Vec<TokenLogprobs>,
+    /// Logprobs of `ids`, without those of the stop string, if [`GenerateOptions::top_logprobs`] is set.
+    pub token_logprobs: Vec<TokenLogprobs>,
 }
 
 impl Generated {
     fn append(&mut self, update: TokenUpdate) {
         self.ids.push(update.token);
         self.text.push_str(&update.text);
-        self.choices.extend(update.choices);
+        self.token_logprobs.extend(update.token_logprobs);
         self.finish_reason = update.finish_reason.unwrap_or(FinishReason::Length);
     }
 }
@@ -48,7 +48,7 @@ pub fn batch(
         ids: Vec::new(),
         text: String::new(),
         finish_reason: FinishReason::Length,
-        choices: Vec::new(),
+        token_logprobs: Vec::new(),
     };
     let mut answers = vec![empty; prompts.len()];
     let context = model.config().max_position_embeddings;

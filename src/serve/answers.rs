@@ -69,7 +69,7 @@ pub(crate) async fn collect(
         let update = reply.update.map_err(ApiError::internal)?;
         let answer = &mut answers[reply.index];
         answer.text.push_str(&update.text);
-        answer.choices.extend(update.choices);
+        answer.choices.extend(update.token_logprobs);
         answer.finish_reason = update.finish_reason;
         tokens += 1;
     }

@@ -158,7 +158,7 @@ impl Streaming {
     fn events(&mut self, reply: Reply) -> Vec<Result<Event, axum::Error>> {
         let TokenUpdate {
             text,
-            choices,
+            token_logprobs: choices,
             finish_reason,
             ..
         } = match reply.update {

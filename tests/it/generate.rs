@@ -84,8 +84,8 @@ fn answers_are_in_order_and_account_for_every_token() {
         assert_eq!(ended, answer.finish_reason == FinishReason::Stop);
         assert!(ended || answer.ids.len() == 150);
         let content = &answer.ids[..answer.ids.len() - usize::from(ended)];
-        let choices = answer.choices.iter();
-        assert!(answer.ids.iter().eq(choices.map(|choice| &choice.id)));
+        let token_logprobs = answer.token_logprobs.iter();
+        assert!(answer.ids.iter().eq(token_logprobs.map(|token| &token.id)));
         let bytes: Vec<u8> = content
             .iter()
             .filter_map(|&id| fixture.tokenizer.token_bytes(id))

@@ -4,10 +4,11 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::model::config::fields::config_error;
+use crate::model::config::fields::{config_error, without_nulls};
 use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
 
+/// The fields of `config.json` that are used, with the defaults of transformers.
 #[derive(Deserialize)]
 struct Gpt2Json {
     vocab_size: usize,
@@ -44,16 +45,17 @@ fn default_true() -> bool {
     true
 }
 
+/// Parses `config.json`.
+///
 /// # Errors
-/// Where fields are missing, or describe what cannot be computed.
+/// Where fields are missing or have unsupported values.
 pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: Gpt2Json =
-        serde_json::from_value(crate::model::config::fields::without_nulls(&json))?;
+    let file: Gpt2Json = serde_json::from_value(without_nulls(&json))?;
     let activation = file.activation_function.as_str();
     if !matches!(activation, "gelu_new" | "gelu_pytorch_tanh") {
         return config_error(format!(
-            "activation_function is {activation:?}, and this version computes \"gelu_new\" in a \
-             gpt2 model"
+            "activation_function {activation:?} is not supported in a gpt2 model; expected \
+             \"gelu_new\""
         ));
     }
     if !file.scale_attn_weights || file.scale_attn_by_inverse_layer_idx || file.add_cross_attention
