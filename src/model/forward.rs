@@ -15,8 +15,7 @@ use crate::model::tape::{Activations, KeyValueSource, Tape};
 use crate::model::{Backend, Model, ModelInput};
 use crate::ops::CpuValues;
 use crate::ops::arena::Buffer;
-use crate::ops::head_loss;
-use crate::ops::head_loss::{LogitsVisitor, PositionGroups, chunk_rows};
+use crate::ops::head_loss::{HeadGradients, LogitsVisitor, PositionGroups, chunk_rows, head_loss};
 use crate::ops::matmul::Precision;
 
 impl Model {
@@ -64,13 +63,17 @@ impl Model {
             let mut logits_chunk = self.logits_chunk(input.positions.len())?;
             let dweight_VD = gradients.accumulator(self.decoder.head())?;
             let weight_VD = CpuValues::new(self.decoder.head())?;
-            head_loss::head_loss(
+            head_loss(
                 head,
-                (&hidden_ND, groups),
+                &hidden_ND,
+                groups,
                 &weight_VD,
                 &mut logits_chunk,
                 visitor,
-                (&mut dhidden_ND, dweight_VD),
+                HeadGradients {
+                    dhidden_ND: &mut dhidden_ND,
+                    dweight_VD,
+                },
             )?
         };
         drop(hidden_ND);

@@ -1,6 +1,9 @@
 //! LoRA adapters among the weights of a decoder (Hu et al., arXiv 2106.09685), with the names, initial
 //! values and scale of PEFT.
 
+// Tensor names carry their shape; see the legend in `model`.
+#![allow(non_snake_case)]
+
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use regex::Regex;
@@ -82,23 +85,21 @@ pub fn merge(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
     Ok(merged)
 }
 
-/// Computes W + s B A, with W (O x I), A (R x I) and B (O x R).
-fn merge_adapter(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
-    let (outputs, inputs) = weight.dims2()?;
-    let rank = a.dim(0)?;
-    let mut sum = CpuValues::new(weight)?.to_vec();
-    let b: Vec<f32> = CpuValues::new(b)?
-        .iter()
-        .map(|value| value * scale)
-        .collect();
-    let a = CpuValues::new(a)?;
+/// Computes W + s B A.
+fn merge_adapter(weight_OI: &Tensor, a_RI: &Tensor, b_OR: &Tensor, scale: f32) -> Result<Tensor> {
+    let (outputs, inputs) = weight_OI.dims2()?;
+    let rank = a_RI.dim(0)?;
+    let mut sum_OI = CpuValues::new(weight_OI)?.to_vec();
+    let scaled_b = CpuValues::new(b_OR)?;
+    let scaled_b: Vec<f32> = scaled_b.iter().map(|value| value * scale).collect();
+    let a_RI = CpuValues::new(a_RI)?;
     matmul(
-        MatMut::new(&mut sum, inputs),
-        Mat::new(&b, rank),
-        Mat::new(&a, inputs),
+        MatMut::new(&mut sum_OI, inputs),
+        Mat::new(&scaled_b, rank),
+        Mat::new(&a_RI, inputs),
         true,
         Threads::All,
         Precision::F32,
     );
-    Ok(Tensor::from_vec(sum, (outputs, inputs), &Device::Cpu)?)
+    Ok(Tensor::from_vec(sum_OI, (outputs, inputs), &Device::Cpu)?)
 }

@@ -175,7 +175,7 @@ impl Attention<'_> {
         scratch.fill(0.0);
         let (dq, rest) = scratch.split_at_mut(rows * head_dim);
         let (dk, dv) = rest.split_at_mut(rows * head_dim);
-        let span = visible(BLOCK.min(rows), rows, rows, self.window).len();
+        let span = keys_of_block(BLOCK.min(rows), rows, rows, self.window).len();
         let mut p = vec![0.0; BLOCK.min(rows) * span];
         let mut ds = p.clone();
         let product = |out: MatMut, a: Mat, b: Mat, add: bool| {
@@ -183,7 +183,7 @@ impl Attention<'_> {
         };
         for start in (0..rows).step_by(BLOCK) {
             let block = BLOCK.min(rows - start);
-            let keys = visible(block, start + block, rows, self.window);
+            let keys = keys_of_block(block, start + block, rows, self.window);
             let first = keys.start;
             let count = keys.len();
             let at = (segment.start + start) * q_width + column;
@@ -199,18 +199,18 @@ impl Attention<'_> {
             for (row, (p, ds)) in lines.enumerate() {
                 let lse = forward.lse_TH[(segment.start + start + row) * heads.query + head];
                 let here = at + row * q_width..at + row * q_width + head_dim;
-                let seen = seen(start + row, first, self.window);
+                let visible = keys_of_row(start + row, first, self.window);
                 softmax_backward(
-                    &mut p[seen.clone()],
-                    &mut ds[seen.clone()],
+                    &mut p[visible.clone()],
+                    &mut ds[visible.clone()],
                     &dout_THC[here.clone()],
                     &forward.out_THC[here],
                     scale,
                     lse,
                 );
                 for values in [p, ds] {
-                    values[..seen.start].fill(0.0);
-                    values[seen.end..].fill(0.0);
+                    values[..visible.start].fill(0.0);
+                    values[visible.end..].fill(0.0);
                 }
             }
             let (p, ds) = (Mat::new(p, count), Mat::new(ds, count));
@@ -227,16 +227,16 @@ impl Attention<'_> {
         }
     }
 
-    /// Copies one of the three gradients (`which`) of all heads from `scratch` to rows of `width`,
+    /// Copies gradient `which` (0: dQ, 1: dK, 2: dV) of all heads from `scratch` to rows of `width`,
     /// and sums over the `group` query heads that share a key/value head.
     fn gather(&self, scratch: &[f32], group: usize, which: usize, width: usize, to: Gradient) {
         let head_dim = self.heads.head_dim;
-        let q_width = 3 * self.heads.query_width();
+        let scratch_width = 3 * self.heads.query_width();
         for (rows, segment) in split_segments(to.values, self.segments, width)
             .into_iter()
             .zip(self.segments)
         {
-            let from = segment_rows(scratch, segment, q_width);
+            let from = segment_rows(scratch, segment, scratch_width);
             let head_of = |head: usize| {
                 let at = (3 * head + which) * segment.len() * head_dim;
                 &from[at..at + segment.len() * head_dim]
@@ -302,7 +302,7 @@ impl CachedAttention<'_> {
         let block = q.len() / q_width;
         let all = self.k_SGC.len() / kv_width;
         let before = all - rows + start;
-        let keys = visible(block, before + block, all, self.window);
+        let keys = keys_of_block(block, before + block, all, self.window);
         let first = keys.start;
         let count = keys.len();
         let mut scores = vec![0.0; block * count];
@@ -317,10 +317,11 @@ impl CachedAttention<'_> {
             };
             product(MatMut::new(&mut scores, count), q, k.t());
             for (row, scores) in scores.chunks_exact_mut(count).enumerate() {
-                let seen = seen(before + row, first, self.window);
-                lse[row * heads.query + head] = softmax(&mut scores[seen.clone()], heads.scale());
-                scores[..seen.start].fill(0.0);
-                scores[seen.end..].fill(0.0);
+                let visible = keys_of_row(before + row, first, self.window);
+                lse[row * heads.query + head] =
+                    softmax(&mut scores[visible.clone()], heads.scale());
+                scores[..visible.start].fill(0.0);
+                scores[visible.end..].fill(0.0);
             }
             let out = MatMut::strided(&mut out[column..], q_width);
             product(out, Mat::new(&scores, count), v);
@@ -329,13 +330,13 @@ impl CachedAttention<'_> {
 }
 
 /// Returns the keys, out of `all`, that are visible to the `block` rows before row `end`.
-fn visible(block: usize, end: usize, all: usize, window: Option<usize>) -> Range<usize> {
+fn keys_of_block(block: usize, end: usize, all: usize, window: Option<usize>) -> Range<usize> {
     let first = window.map_or(0, |window| (end + 1).saturating_sub(block + window));
     first..end.min(all)
 }
 
 /// Returns the keys visible to `row`, counted from key `first`.
-fn seen(row: usize, first: usize, window: Option<usize>) -> Range<usize> {
+fn keys_of_row(row: usize, first: usize, window: Option<usize>) -> Range<usize> {
     let from = window.map_or(0, |window| (row + 1).saturating_sub(window));
     from - first..row + 1 - first
 }

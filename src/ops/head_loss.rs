@@ -148,22 +148,33 @@ impl<R: LogitsVisitor> pulp::WithSimd for GroupVisit<'_, R> {
     }
 }
 
+/// The destinations of the gradients of [`head_loss`].
+pub(crate) struct HeadGradients<'a> {
+    pub dhidden_ND: &'a mut [f32],
+    /// None: the gradient of the weight is not computed.
+    pub dweight_VD: Option<Gradient<'a>>,
+}
+
 /// Computes the loss of `hidden_ND` under the LM head `weight_VD`, a linear layer from D to V, and
 /// both gradients. `visitor` turns each chunk of logits into their gradient.
 ///
-/// `logits_chunk` is scratch space for [`chunk_rows`] rows of logits, or N rows if that is less. The
-/// gradient of the weight is computed only where `dweight_VD` is given.
+/// `logits_chunk` is scratch space for [`chunk_rows`] rows of logits, or N rows if that is less.
 ///
 /// # Errors
 /// Where `visitor` fails to prepare.
 pub(crate) fn head_loss<R: LogitsVisitor>(
     head: Linear,
-    (hidden_ND, groups): (&[f32], &PositionGroups),
+    hidden_ND: &[f32],
+    groups: &PositionGroups,
     weight_VD: &[f32],
     logits_chunk: &mut [f32],
     visitor: &mut R,
-    (dhidden_ND, mut dweight_VD): (&mut [f32], Option<Gradient>),
+    gradients: HeadGradients,
 ) -> Result<Vec<R::Output>> {
+    let HeadGradients {
+        dhidden_ND,
+        mut dweight_VD,
+    } = gradients;
     let width = head.inputs;
     let vocabulary = head.outputs;
     if let Some(Gradient { values, add: false }) = &mut dweight_VD

@@ -97,8 +97,8 @@ macro_rules! simd {
         $crate::ops::simd!(|$($variable: $type),*| -> () $body)
     };
     (|$($variable:ident: $type:ty),*| -> $output:ty $body:block) => {{
-        struct Work<T>(T);
-        impl pulp::WithSimd for Work<($($type,)*)> {
+        struct SimdLoop<T>(T);
+        impl pulp::WithSimd for SimdLoop<($($type,)*)> {
             type Output = $output;
             #[inline(always)]
             fn with_simd<S: pulp::Simd>(self, _: S) -> $output {
@@ -106,7 +106,7 @@ macro_rules! simd {
                 $body
             }
         }
-        pulp::Arch::new().dispatch(Work(($($variable,)*)))
+        pulp::Arch::new().dispatch(SimdLoop(($($variable,)*)))
     }};
 }
 use simd;

@@ -2,6 +2,11 @@
 //! reference for the tests of the fused operations. Weights are stored in f32 and cast to the graph's
 //! number type where they are used; activations have that type.
 //!
+//! | file | content |
+//! |---|---|
+//! | `mod.rs` | the operations of [`Graph`] in candle |
+//! | `head.rs` | the LM head and the loss, chunked over positions |
+//!
 //! Invariant: only operations with a backward pass are used. candle's fused `rms_norm`,
 //! `softmax_last_dim`, `rope` and `sdpa` have none and silently drop the gradients behind them.
 

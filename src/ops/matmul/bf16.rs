@@ -203,8 +203,10 @@ mod tests {
             let mut to = vec![7; pairs * 12];
             pack_pairs::<4>(part, &mut to);
             for (at, pair) in to.iter().enumerate() {
-                let (panel, at) = (at / (pairs * 4), at % (pairs * 4));
-                let (l, t) = (panel * 4 + at % 4, at / 4 * 2);
+                let panel = at / (pairs * 4);
+                let at = at % (pairs * 4);
+                let l = panel * 4 + at % 4;
+                let t = at / 4 * 2;
                 let value = |t: usize| {
                     if l < lanes && t < terms {
                         half::bf16::from_f32(values[l * lane + t * term]).to_bits()

@@ -1,5 +1,5 @@
-//! What differs from one device to another: single operations, a training and its updates, in the
-//! tape's operations and in candle's.
+//! The fused operations of the CPU compared with candle's operations, which other devices use: single
+//! operations, a training run, and optimizer updates.
 
 use std::ops::Range;
 
@@ -27,12 +27,13 @@ use distill::train::student::Student;
 use super::{VOCABULARY, difference, examples, joined};
 use crate::model::tiny;
 
-/// A tiny_model model of its own, with what the decoders of the other tests do not use.
+/// A tiny model with features that the decoders of the other tests do not use.
 struct TinyGraphModel(Vec<Var>);
 
 impl TinyGraphModel {
     fn new(heads: Heads) -> Self {
-        let (q_width, kv_width) = (heads.query_width(), heads.key_value_width());
+        let q_width = heads.query_width();
+        let kv_width = heads.key_value_width();
         let shapes = [
             vec![VOCABULARY as usize, 24],
             vec![q_width, 24],
@@ -71,7 +72,7 @@ impl TinyGraphModel {
             ..Projection::new(weight)
         };
         let q = graph.linear(&x, &with_bias(q, q_bias)).unwrap();
-        // The norm of every head, as some architectures have it.
+        // The norm of every head, as in qwen3.
         let q = graph.rms_norm(&q, head_norm, 1e-5).unwrap();
         let k = graph.linear(&x, &Projection::new(k)).unwrap();
         let v = graph.linear(&x, &Projection::new(v)).unwrap();
@@ -83,7 +84,7 @@ impl TinyGraphModel {
 }
 
 #[test]
-fn windows_biases_and_norms_of_heads_agree_with_candle() {
+fn windows_biases_and_qk_norms_agree_with_candle() {
     let heads = Heads {
         query: 6,
         key_value: 2,
@@ -143,7 +144,7 @@ fn windows_biases_and_norms_of_heads_agree_with_candle() {
     }
 }
 
-/// What some steps leave, whichever operations compute them.
+/// The results of some training steps.
 struct Trained {
     losses: Vec<f64>,
     average: Tensors,
@@ -187,7 +188,7 @@ fn train(backend: Backend) -> Trained {
     };
     let losses = (1..=8).map(&mut step).collect();
 
-    // Through a file and back, as a checkpoint goes.
+    // The optimizer state must survive a file, as in a checkpoint.
     let dir = tempfile::tempdir().unwrap();
     let [path, again] = ["a", "b"].map(|name| dir.path().join(name));
     weights::write(&path, optimizer.state().unwrap()).unwrap();
@@ -203,7 +204,7 @@ fn train(backend: Backend) -> Trained {
 }
 
 #[test]
-fn a_training_in_composed_operations_goes_the_same_way() {
+fn training_on_candle_agrees_with_training_on_tape() {
     let (tape, candle) = (train(Backend::CpuTape), train(Backend::Candle));
     assert!(tape.losses[5] < 0.9 * tape.losses[0], "{:?}", tape.losses);
     for (tape, candle) in tape.losses.iter().zip(&candle.losses) {
@@ -223,7 +224,7 @@ fn a_training_in_composed_operations_goes_the_same_way() {
 }
 
 #[test]
-fn adamw_in_composed_operations_makes_the_same_updates() {
+fn adamw_on_candle_makes_the_same_updates() {
     let mut random = fastrand::Rng::with_seed(9);
     let mut values = || -> Vec<f32> { (0..500).map(|_| random.f32() - 0.5).collect() };
     let var = |values: &[f32]| Var::from_slice(values, 500, &Device::Cpu).unwrap();
