@@ -267,11 +267,11 @@ fn contradictory_folders_are_refused_by_name() {
         (Box::new(twice), "model.norm.weight twice"),
         (
             Box::new(rope(json!({"full_attention": {"rope_theta": 1e6}}))),
-            "by type of layer",
+            "per layer type",
         ),
         (
             Box::new(rope(json!({"rope_type": "default", "rope_theta": "1e6"}))),
-            "not a number",
+            "expected a number",
         ),
     ];
     for (change, word) in cases {
