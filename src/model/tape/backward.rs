@@ -91,7 +91,7 @@ impl Tape<'_, '_> {
                 let values = self.value_or_recompute(*x)?;
                 // No other operation needs the input: its buffer is overwritten with the gradient.
                 self.nodes[*x].value = None;
-                let mut dx = self.into_owned(values)?;
+                let mut dx = self.writable(values)?;
                 gelu::backward(&mut dx, &dy);
                 self.accumulate_gradient(*x, dx);
             }
@@ -101,8 +101,8 @@ impl Tape<'_, '_> {
                 // No other operation needs the inputs: their buffers are overwritten with the gradients.
                 self.nodes[*gate].value = None;
                 self.nodes[*up].value = None;
-                let mut dgate = self.into_owned(gate_values)?;
-                let mut dup = self.into_owned(up_values)?;
+                let mut dgate = self.writable(gate_values)?;
+                let mut dup = self.writable(up_values)?;
                 swiglu::backward(&mut dgate, &mut dup, &dy);
                 self.accumulate_gradient(*gate, dgate);
                 self.accumulate_gradient(*up, dup);

@@ -126,7 +126,7 @@ impl<'a> Tape<'a, '_> {
         if in_place {
             self.nodes[x].value = None;
         }
-        self.into_owned(values)
+        self.writable(values)
     }
 
     /// Returns the attention operation over the segments.

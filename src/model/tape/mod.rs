@@ -183,7 +183,7 @@ impl<'a, 'c> Tape<'a, 'c> {
     }
 
     /// Returns `values` as a writable buffer; copies them if they are shared.
-    fn into_owned(&self, values: Arc<Buffer>) -> Result<Buffer> {
+    fn writable(&self, values: Arc<Buffer>) -> Result<Buffer> {
         Ok(match Arc::try_unwrap(values) {
             Ok(owned) => owned,
             Err(shared) => {
