@@ -12,7 +12,7 @@ use distill::exit::Exit;
 use distill::{ops, terminal};
 
 fn main() -> ExitCode {
-    ops::process::set_up();
+    ops::process::configure();
     let cli = Cli::parse();
     distill::log::set_up();
     let global = &cli.global;

@@ -38,7 +38,7 @@ impl Signals {
         let last: Arc<Mutex<Option<Instant>>> = Arc::default();
         for kind in kinds {
             // A script's background jobs have Ctrl-C ignored as well, and are to be stopped by it all the same.
-            if kind == SignalKind::hangup() && process::is_ignored(kind.as_raw_value()) {
+            if kind == SignalKind::hangup() && process::is_signal_ignored(kind.as_raw_value()) {
                 continue;
             }
             let mut signals = signal(kind).context("cannot listen for signals")?;
@@ -165,7 +165,7 @@ mod tests {
         let pid = std::process::id().to_string();
         for (name, number) in [("-TERM", 15), ("-INT", 2), ("-HUP", 1)] {
             // As under `nohup`.
-            if number == 1 && process::is_ignored(number.into()) {
+            if number == 1 && process::is_signal_ignored(number.into()) {
                 continue;
             }
             assert!(number == 15 || signals.flag().check().is_err());

@@ -1,4 +1,4 @@
-//! `distill generate`: one prompt, or a small chat.
+//! `distill generate`: answers one prompt, or runs a chat in the terminal.
 
 use std::io::{IsTerminal, Read, Write};
 
@@ -9,14 +9,19 @@ use crate::cli::{GenerateArgs, Global};
 use crate::exit::Exit;
 use crate::model::Model;
 use crate::model::batcher::{Batcher, FinishReason, GenerateOptions};
-use crate::model::sampling::Sampling;
+use crate::model::sampling::SamplingParams;
 use crate::prompt::message::Message;
 use crate::terminal;
 use crate::tokenizer::Tokenizer;
 
+/// Runs `distill generate`.
+///
+/// # Errors
+/// If the arguments are invalid, the model cannot be loaded or the generation fails.
 pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
     if args.temperature < 0.0 || !(0.0..=1.0).contains(&args.top_p) || args.max_tokens == 0 {
-        let message = "set --temperature to 0 or more, --top-p from 0 to 1, --max-tokens above 0";
+        let message =
+            "--temperature must be 0 or more, --top-p from 0 to 1, and --max-tokens greater than 0";
         return Err(Exit::Usage(message.into()).into());
     }
     let prompt = match args.prompt.as_deref() {
@@ -24,26 +29,29 @@ pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
         Some(prompt) => Some(prompt.to_string()),
         None if std::io::stdin().is_terminal() && !global.json => None,
         None => {
-            return Err(Exit::Usage("give a prompt, or `-` to read it from stdin".into()).into());
+            return Err(Exit::Usage(
+                "no prompt given: pass a prompt, or `-` to read it from stdin".into(),
+            )
+            .into());
         }
     };
     let model = Model::load(&args.model)?;
     let mut tokenizer = Tokenizer::load(&args.model)?;
     tokenizer.use_clock();
     tokenizer.check_fits(model.config().vocab_size)?;
-    let chat = Chat {
+    let chat = ChatSession {
         model,
         tokenizer,
         options: GenerateOptions {
             max_tokens: args.max_tokens,
-            sampling: Sampling {
+            sampling: SamplingParams {
                 temperature: args.temperature,
                 top_p: args.top_p,
                 seed: args.seed.unwrap_or_else(|| fastrand::u64(..)),
             },
             ..GenerateOptions::default()
         },
-        visible: !global.json,
+        is_visible: !global.json,
     };
     let mut messages: Vec<Message> = Vec::new();
     messages.extend(args.system.as_deref().map(|text| message("system", text)));
@@ -65,7 +73,7 @@ fn read_stdin() -> Result<String> {
     std::io::stdin()
         .read_to_string(&mut text)
         .context("cannot read the prompt from stdin")?;
-    // `echo hello | distill generate -` asks "hello", not "hello\n".
+    // The prompt of `echo hello | distill generate -` is "hello", not "hello\n".
     Ok(text.trim_end_matches(['\r', '\n']).to_string())
 }
 
@@ -76,22 +84,23 @@ fn message(role: &str, content: &str) -> Message {
     }
 }
 
-struct Chat {
+/// A loaded model that answers messages.
+struct ChatSession {
     model: Model,
     tokenizer: Tokenizer,
     options: GenerateOptions,
-    /// Print the answer as it grows.
-    visible: bool,
+    /// Print the answer while it is generated.
+    is_visible: bool,
 }
 
-struct Answer {
+struct ChatAnswer {
     text: String,
     finish_reason: FinishReason,
     prompt_tokens: usize,
     completion_tokens: usize,
 }
 
-impl Answer {
+impl ChatAnswer {
     fn json(&self) -> serde_json::Value {
         json!({
             "version": 1,
@@ -106,10 +115,10 @@ impl Answer {
     }
 }
 
-impl Chat {
-    fn answer(&self, messages: &[Message]) -> Result<Answer> {
+impl ChatSession {
+    fn answer(&self, messages: &[Message]) -> Result<ChatAnswer> {
         let prompt = self.tokenizer.encode_prompt(messages)?;
-        let mut answer = Answer {
+        let mut answer = ChatAnswer {
             text: String::new(),
             finish_reason: FinishReason::Length,
             prompt_tokens: prompt.len(),
@@ -119,18 +128,18 @@ impl Chat {
         batcher.submit(prompt, &self.options)?;
         while !batcher.is_idle() {
             for update in batcher.step()? {
-                self.show(&update.text)?;
+                self.print(&update.text)?;
                 answer.text.push_str(&update.text);
                 answer.completion_tokens += 1;
                 answer.finish_reason = update.finish_reason.unwrap_or(answer.finish_reason);
             }
         }
-        self.show("\n")?;
+        self.print("\n")?;
         Ok(answer)
     }
 
-    fn show(&self, text: &str) -> Result<()> {
-        if !self.visible {
+    fn print(&self, text: &str) -> Result<()> {
+        if !self.is_visible {
             return Ok(());
         }
         let mut stdout = std::io::stdout().lock();
@@ -142,7 +151,7 @@ impl Chat {
         Ok(stdout.flush()?)
     }
 
-    /// A conversation on the terminal, until the input ends.
+    /// Runs a chat in the terminal until the input ends.
     fn interactive(&self, mut messages: Vec<Message>) -> Result<()> {
         eprintln!("type a message and press Enter; Ctrl-D ends the chat");
         loop {

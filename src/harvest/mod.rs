@@ -119,7 +119,7 @@ fn within_descriptors(config: &Config) -> Config {
         .iter()
         .map(|upstream| upstream.limits.concurrency)
         .sum();
-    let Some(most) = process::connections().filter(|most| *most < wanted) else {
+    let Some(most) = process::max_connections().filter(|most| *most < wanted) else {
         return config.clone();
     };
     tracing::warn!(

@@ -1,8 +1,8 @@
-//! Continuous batching: many answers grow together, one token each per forward pass.
+//! Continuous batching: all running answers grow by one token per forward pass.
 //!
-//! A finished answer leaves its slot at once, and the next prompt takes it in the following pass.
-//! One `Batcher` serves a list of prompts ([`super::generate::batch`]) and the server alike; it
-//! knows nothing of channels or HTTP.
+//! A finished answer frees its slot at once, and the next prompt can use it in the following pass.
+//! [`super::generate::batch`] and the server both use the [`Batcher`], which is independent of channels
+//! and HTTP.
 
 use std::collections::VecDeque;
 
@@ -11,23 +11,23 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::Model;
-use super::sampling::{Choice, Sampler, Sampling};
+use super::sampling::{Sampler, SamplingParams, TokenLogprobs};
 use super::text_stream::TextStream;
 use crate::model::kv_cache::KvCache;
 use crate::tokenizer::Tokenizer;
 
-/// Prompt tokens read in one pass, so that a long prompt does not stall the answers under way.
+/// Maximum number of prompt tokens per forward pass, so that a long prompt does not delay running answers.
 const PROMPT_TOKENS_PER_STEP: usize = 512;
 
-/// What to generate.
+/// Options of one answer.
 #[derive(Debug, Clone)]
 pub struct GenerateOptions {
-    /// At least 1. The answer ends at the model's context length in any case.
+    /// Maximum number of sampled tokens, at least 1. The model's context length also ends the answer.
     pub max_tokens: usize,
-    pub sampling: Sampling,
-    /// Strings that end the answer and are no part of it.
+    pub sampling: SamplingParams,
+    /// Stop strings, which end the answer and are not part of it.
     pub stop: Vec<String>,
-    /// Report logprobs, with so many of the likeliest tokens at each position.
+    /// Number of most likely tokens (K) to report with each token. None: no logprobs.
     pub top_logprobs: Option<usize>,
 }
 
@@ -35,14 +35,14 @@ impl Default for GenerateOptions {
     fn default() -> Self {
         Self {
             max_tokens: usize::MAX,
-            sampling: Sampling::default(),
+            sampling: SamplingParams::default(),
             stop: Vec::new(),
             top_logprobs: None,
         }
     }
 }
 
-/// Why an answer ended.
+/// The reason why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
@@ -52,49 +52,58 @@ pub enum FinishReason {
     Length,
 }
 
-/// One more token of one answer.
+/// One new token of one answer.
 #[derive(Debug)]
-pub struct Update {
-    /// As given by [`Batcher::submit`].
+pub struct TokenUpdate {
+    /// The id that [`Batcher::submit`] returned.
     pub id: u64,
     /// The sampled token: part of the text, or the end of the turn.
     pub token: u32,
-    /// Text that became certain; often empty while a character or a stop string is incomplete.
+    /// Text that can no longer change. Empty while a character or a possible stop string is incomplete.
     pub text: String,
-    /// The choices behind the text released so far that were not reported before, where asked for.
-    /// The end of the turn is not among them: it is no part of the text.
-    pub choices: Vec<Choice>,
-    /// Set in the last update of an answer.
+    /// Logprobs of the tokens of the released text that were not reported before, if requested. The end
+    /// of the turn is reported with the last update.
+    pub token_logprobs: Vec<TokenLogprobs>,
+    /// Set in the last update of an answer only.
     pub finish_reason: Option<FinishReason>,
 }
 
-/// One answer under way.
+/// A running answer.
 struct Sequence {
     id: u64,
     cache: KvCache,
-    /// Tokens that the cache does not hold yet: the rest of the prompt, or the last sampled token.
-    unread: Vec<u32>,
-    /// Tokens that may still be sampled.
+    /// Tokens that are not in the cache yet: the rest of the prompt, or the last sampled token.
+    pending: Vec<u32>,
+    /// Number of tokens that may still be sampled.
     remaining: usize,
     sampler: Sampler,
     top_logprobs: Option<usize>,
     text: TextStream,
-    /// Choices not reported yet, with the offsets in the answer's bytes where they begin and end.
-    unreported: VecDeque<(usize, usize, Choice)>,
+    /// Logprobs not reported yet.
+    unreported: VecDeque<UnreportedToken>,
 }
 
-/// Runs up to `size` answers at once.
+/// The logprobs of a token whose text is not released yet.
+struct UnreportedToken {
+    /// Begin and end of the token in the bytes of the answer.
+    begin: usize,
+    end: usize,
+    logprobs: TokenLogprobs,
+}
+
+/// Generates up to `size` answers at once.
 pub struct Batcher<'a> {
     model: &'a Model,
     tokenizer: &'a Tokenizer,
     size: usize,
-    /// Tokens that can be emitted: ids from here on are padding of the model's embedding.
+    /// Number of tokens that can be sampled. Higher ids are padding of the model's embedding.
     vocabulary: usize,
     sequences: Vec<Sequence>,
     next_id: u64,
 }
 
 impl<'a> Batcher<'a> {
+    /// Creates an idle batcher with `size` slots, at least 1.
     pub fn new(model: &'a Model, tokenizer: &'a Tokenizer, size: usize) -> Self {
         Self {
             model,
@@ -106,27 +115,26 @@ impl<'a> Batcher<'a> {
         }
     }
 
-    /// May another answer start?
-    pub fn has_room(&self) -> bool {
+    /// Returns true if another answer can start.
+    pub fn has_free_slot(&self) -> bool {
         self.sequences.len() < self.size
     }
 
-    /// Is no answer under way?
+    /// Returns true if no answer is running.
     pub fn is_idle(&self) -> bool {
         self.sequences.is_empty()
     }
 
-    /// Starts an answer to `prompt` in the next step, and returns the id of its updates.
+    /// Adds an answer to `prompt`, which starts in the next step. Returns the id of its updates.
     ///
     /// # Errors
-    ///
-    /// The prompt must hold at least one token, and fewer than the model's context.
+    /// If the prompt is empty or fills the model's context.
     pub fn submit(&mut self, prompt: Vec<u32>, options: &GenerateOptions) -> Result<u64> {
         let context = self.model.config().max_position_embeddings;
-        ensure!(!prompt.is_empty(), "the prompt has no tokens");
+        ensure!(!prompt.is_empty(), "the prompt is empty");
         ensure!(
             prompt.len() < context,
-            "the prompt has {} tokens, and the model's context is {context}",
+            "the prompt of {} tokens fills the model's context of {context} tokens",
             prompt.len()
         );
         let id = self.next_id;
@@ -135,7 +143,7 @@ impl<'a> Batcher<'a> {
             id,
             cache: self.model.new_cache(),
             remaining: options.max_tokens.clamp(1, context - prompt.len()),
-            unread: prompt,
+            pending: prompt,
             sampler: Sampler::new(&options.sampling),
             top_logprobs: options.top_logprobs,
             text: TextStream::new(&options.stop),
@@ -144,23 +152,22 @@ impl<'a> Batcher<'a> {
         Ok(id)
     }
 
-    /// Gives up an answer that nobody waits for.
+    /// Cancels a running answer.
     pub fn cancel(&mut self, id: u64) {
         self.sequences.retain(|sequence| sequence.id != id);
     }
 
-    /// Gives up every answer.
+    /// Cancels all running answers.
     pub fn clear(&mut self) {
         self.sequences.clear();
     }
 
-    /// One forward pass: every answer whose prompt is read grows by one token.
+    /// Runs one forward pass. Every answer whose prompt is complete grows by one token.
     ///
     /// # Errors
-    ///
-    /// The pass failed, or its logits are no numbers; the answers under way cannot go on, and the
-    /// caller must [`clear`](Self::clear) them.
-    pub fn step(&mut self) -> Result<Vec<Update>> {
+    /// If the pass fails or its logits are not finite. The running answers cannot continue: the caller
+    /// must [`clear`](Self::clear) them.
+    pub fn step(&mut self) -> Result<Vec<TokenUpdate>> {
         let mut budget = PROMPT_TOKENS_PER_STEP;
         let mut stepping: Vec<(&mut Sequence, Vec<u32>)> = Vec::new();
         for sequence in &mut self.sequences {
@@ -177,11 +184,13 @@ impl<'a> Batcher<'a> {
             .map(|(sequence, tokens)| (tokens.as_slice(), &mut sequence.cache))
             .unzip();
         let logits = self.model.step(&tokens, &mut caches)?;
-        let updates: Vec<Update> = stepping
+        let updates: Vec<TokenUpdate> = stepping
             .into_par_iter()
             .zip(logits.par_chunks_exact(self.model.config().vocab_size))
-            .filter(|((sequence, _), _)| sequence.unread.is_empty())
-            .map(|((sequence, _), row)| sequence.grow(&row[..self.vocabulary], self.tokenizer))
+            .filter(|((sequence, _), _)| sequence.pending.is_empty())
+            .map(|((sequence, _), row)| {
+                sequence.sample_next(&row[..self.vocabulary], self.tokenizer)
+            })
             .collect::<Result<_>>()?;
         for update in &updates {
             if update.finish_reason.is_some() {
@@ -193,21 +202,21 @@ impl<'a> Batcher<'a> {
 }
 
 impl Sequence {
-    /// Takes the tokens to read in this step, and what they use of the budget for prompts.
+    /// Takes the tokens for this step. Prompt tokens are subtracted from `budget`.
     fn next_tokens(&mut self, budget: &mut usize) -> Vec<u32> {
-        if self.unread.len() == 1 {
-            return std::mem::take(&mut self.unread);
+        if self.pending.len() == 1 {
+            return std::mem::take(&mut self.pending);
         }
-        let count = self.unread.len().min(*budget);
+        let count = self.pending.len().min(*budget);
         *budget -= count;
-        self.unread.drain(..count).collect()
+        self.pending.drain(..count).collect()
     }
 
-    /// Samples the next token from the logits (V) after the last one.
-    fn grow(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<Update> {
+    /// Samples the next token from the logits (V) after the last token.
+    fn sample_next(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<TokenUpdate> {
         ensure!(
             logits.iter().all(|logit| logit.is_finite()),
-            "the model's logits are no numbers; its weights are damaged, or its training diverged"
+            "the model's logits are not finite; its weights are damaged, or its training diverged"
         );
         let token = self.sampler.sample(logits);
         self.remaining -= 1;
@@ -215,48 +224,52 @@ impl Sequence {
         let finish_reason = if tokenizer.stop_ids().contains(&token) {
             Some(FinishReason::Stop)
         } else {
-            let stopped = self.text.push(tokenizer.token_bytes(token).unwrap_or(&[]));
-            self.unread.push(token);
-            match (stopped, self.remaining) {
-                (true, _) => Some(FinishReason::Stop),
-                (false, 0) => Some(FinishReason::Length),
-                (false, _) => None,
+            let is_stopped = self.text.push(tokenizer.token_bytes(token).unwrap_or(&[]));
+            self.pending.push(token);
+            if is_stopped {
+                Some(FinishReason::Stop)
+            } else if self.remaining == 0 {
+                Some(FinishReason::Length)
+            } else {
+                None
             }
         };
-        // The end of the turn, too, as vLLM reports it: it is one of the model's choices.
+        // Like vLLM, this includes the end of the turn.
         if let Some(k) = self.top_logprobs {
-            let choice = Choice::of(logits, token, k);
-            let end = self.text.received();
-            self.unreported.push_back((begin, end, choice));
+            self.unreported.push_back(UnreportedToken {
+                begin,
+                end: self.text.received(),
+                logprobs: TokenLogprobs::from_logits(logits, token, k),
+            });
         }
         let text = match finish_reason {
             Some(_) => self.text.finish(),
             None => self.text.release(),
         };
-        Ok(Update {
+        Ok(TokenUpdate {
             id: self.id,
             token,
             text,
-            choices: self.report(finish_reason.is_some()),
+            token_logprobs: self.take_reportable(finish_reason.is_some()),
             finish_reason,
         })
     }
 
-    /// The choices whose text is released. At the end of the answer all of them but those of the
-    /// stop string; a token that a stop string cuts in two is kept, since it was chosen.
-    fn report(&mut self, end: bool) -> Vec<Choice> {
+    /// Takes the logprobs of tokens whose text is released. At the end of the answer, takes all except those
+    /// of the stop string; a token that the stop string begins inside of is included.
+    fn take_reportable(&mut self, is_finished: bool) -> Vec<TokenLogprobs> {
         let released = self.text.released();
-        let due = self
+        let reportable = self
             .unreported
             .iter()
-            .take_while(|(begin, until, _)| match self.text.cut() {
-                Some(cut) => *begin < cut,
-                None => end || *until <= released,
+            .take_while(|token| match self.text.cut() {
+                Some(cut) => token.begin < cut,
+                None => is_finished || token.end <= released,
             });
-        let count = due.count();
+        let count = reportable.count();
         self.unreported
             .drain(..count)
-            .map(|(_, _, choice)| choice)
+            .map(|token| token.logprobs)
             .collect()
     }
 }

@@ -1,7 +1,8 @@
-//! A decoder: embedding, layers, final norm and LM head. What a layer does is its architecture's.
+//! A decoder: embedding, layers, final norm and LM head. The layers are those of its architecture.
 
-use crate::model::parameters::HEAD;
-use crate::model::parameters::Names;
+// Tensor names carry their shape; see the legend in `model`.
+#![allow(non_snake_case)]
+
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -10,43 +11,45 @@ use candle_core::Tensor;
 
 use super::graph::Graph;
 use super::norm::Norm;
-use super::parameters::{Checked, List, Parameter, Role};
+use super::parameters::{
+    CheckedWeights, LM_HEAD, Parameter, ParameterList, ParameterRole, WeightNames,
+};
 use super::weights::{self, Tensors};
 use super::{gpt2, llama};
 use crate::exit::Exit;
 use crate::model::config::shape::{Architecture, ModelConfig};
 
-/// A decoder's weights.
+/// The weights of a decoder.
 pub struct Decoder {
     embedding: Tensor,
-    /// (positions x D), where positions are learned.
+    /// Learned positions (positions x D), in architectures that have them.
     positions: Option<Tensor>,
-    layers: Vec<Layer>,
+    layers: Vec<DecoderLayer>,
     norm: Norm,
     head: Tensor,
 }
 
-enum Layer {
-    Llama(llama::Layer),
-    Gpt2(gpt2::Layer),
+enum DecoderLayer {
+    Llama(llama::LlamaLayer),
+    Gpt2(gpt2::Gpt2Layer),
 }
 
-/// File of an adapter beside the weights.
+/// The file that marks a folder as an adapter without base weights.
 const ADAPTER: &str = "adapter_config.json";
 
 impl Decoder {
-    /// A decoder over the given tensors; trainable where these are variables.
+    /// Builds a decoder from `tensors`. Tensors that are variables are trainable.
     ///
     /// # Errors
-    /// Names the first tensor that is missing or has another shape than `config` says.
+    /// Names the first tensor that is missing or whose shape does not match `config`.
     pub fn new(config: &ModelConfig, tensors: &Tensors) -> Result<Self> {
-        let weights = Checked::new(config, tensors)?;
+        let weights = CheckedWeights::new(config, tensors)?;
         let layer = |index| {
             Ok(match &config.architecture {
                 Architecture::Llama(variant) => {
-                    Layer::Llama(llama::Layer::new(index, variant, &weights)?)
+                    DecoderLayer::Llama(llama::LlamaLayer::new(index, variant, &weights)?)
                 }
-                Architecture::Gpt2 => Layer::Gpt2(gpt2::Layer::new(index, &weights)?),
+                Architecture::Gpt2 => DecoderLayer::Gpt2(gpt2::Gpt2Layer::new(index, &weights)?),
             })
         };
         let names = config.names();
@@ -58,78 +61,81 @@ impl Decoder {
                 .map(layer)
                 .collect::<Result<_>>()?,
             norm: weights.norm(names.norm.0, names.norm.1)?,
-            head: weights.get(if tied { names.embedding } else { HEAD })?,
+            head: weights.get(if tied { names.embedding } else { LM_HEAD })?,
         })
     }
 
-    /// The LM head's weight (V x D); logits are hidden states times its transpose.
+    /// Returns the weight of the LM head (V x D). Logits are hidden states times its transpose.
     pub fn head(&self) -> &Tensor {
         &self.head
     }
 
-    /// Hidden states (N x D), ready for the head, of the rows `positions` (N) of the tokens
+    /// Computes hidden states (N x D), ready for the LM head, of the rows `positions` (N) of the tokens
     /// `input_ids` (T).
     ///
     /// # Errors
-    /// Where an id is past the vocabulary, or the graph fails.
+    /// Where an id is outside the vocabulary, or the graph fails.
     pub fn hidden<G: Graph>(
         &self,
         graph: &mut G,
         input_ids: &[u32],
         positions: &[u32],
     ) -> Result<G::Value> {
-        let mut x = graph.embed(&self.embedding, input_ids)?;
+        let mut x_TD = graph.embed(&self.embedding, input_ids)?;
         if let Some(table) = &self.positions {
-            x = graph.add_positions(x, table)?;
+            x_TD = graph.add_positions(x_TD, table)?;
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            graph.keep(&x);
-            x = match layer {
-                Layer::Llama(layer) => layer.forward(graph, index, x)?,
-                Layer::Gpt2(layer) => layer.forward(graph, index, x)?,
+            graph.mark_checkpoint(&x_TD);
+            x_TD = match layer {
+                DecoderLayer::Llama(layer) => layer.forward(graph, index, x_TD)?,
+                DecoderLayer::Gpt2(layer) => layer.forward(graph, index, x_TD)?,
             };
         }
-        let rows = graph.rows(x, positions)?;
-        self.norm.forward(graph, &rows)
+        let x_ND = graph.select_rows(x_TD, positions)?;
+        self.norm.forward(graph, &x_ND)
     }
 }
 
 impl ModelConfig {
-    fn names(&self) -> &'static Names {
+    fn names(&self) -> &'static WeightNames {
         match self.architecture {
             Architecture::Llama(_) => &llama::NAMES,
             Architecture::Gpt2 => &gpt2::NAMES,
         }
     }
 
-    /// Names and shapes of the weights in memory, in the order of the forward pass.
+    /// Returns names and shapes of the weights in memory, in the order of the forward pass.
     pub fn parameters(&self) -> Vec<Parameter> {
-        let (names, table) = (self.names(), [self.vocab_size, self.hidden_size]);
-        let mut list = List::default();
-        list.add(names.embedding, &table, Role::Table);
+        let names = self.names();
+        let table = [self.vocab_size, self.hidden_size];
+        let mut list = ParameterList::default();
+        list.add(names.embedding, &table, ParameterRole::Table);
         if let Some(name) = names.positions {
             let shape = [self.max_position_embeddings, self.hidden_size];
-            list.add(name, &shape, Role::Table);
+            list.add(name, &shape, ParameterRole::Table);
         }
         for layer in 0..self.num_hidden_layers {
             match &self.architecture {
-                Architecture::Llama(variant) => llama::list(&mut list, layer, self, variant),
-                Architecture::Gpt2 => gpt2::list(&mut list, layer, self),
+                Architecture::Llama(variant) => {
+                    llama::add_layer_parameters(&mut list, layer, self, variant)
+                }
+                Architecture::Gpt2 => gpt2::add_layer_parameters(&mut list, layer, self),
             }
         }
         list.norm(names.norm.0, self.hidden_size, names.norm.1);
         if !self.tie_word_embeddings {
-            list.add(HEAD, &table, Role::Table);
+            list.add(LM_HEAD, &table, ParameterRole::Table);
         }
         list.into_inner()
     }
 
-    /// How many numbers the weights have, tied ones counted once.
+    /// Number of weights; tied weights count once.
     pub fn parameter_count(&self) -> usize {
         self.parameters().iter().map(Parameter::count).sum()
     }
 
-    /// Names of the weights in files.
+    /// Returns the names of the weights in the files.
     fn stored_names(&self) -> BTreeSet<String> {
         let names = self
             .parameters()
@@ -141,10 +147,10 @@ impl ModelConfig {
         }
     }
 
-    /// Weights as files hold them, as they are in memory.
+    /// Converts weights from the layout of the files to that in memory.
     ///
     /// # Errors
-    /// Where they do not have the shapes of the architecture.
+    /// Where shapes do not match the architecture.
     pub fn import(&self, stored: Tensors) -> Result<Tensors> {
         match self.architecture {
             Architecture::Llama(_) => Ok(stored),
@@ -152,7 +158,7 @@ impl ModelConfig {
         }
     }
 
-    /// Weights in memory as files hold them.
+    /// Converts weights from the layout in memory to that of the files.
     ///
     /// # Errors
     /// As [`ModelConfig::import`].
@@ -164,23 +170,23 @@ impl ModelConfig {
     }
 }
 
-/// Reads shape and weights of a Hugging Face folder. Tensors in the files that are not used are named in the log.
+/// Reads the shape and the weights of a Hugging Face folder. Logs the names of unused tensors.
 ///
 /// # Errors
-/// Where a file is missing or malformed, weights have more layers than `config.json` says, or there is an adapter,
-/// which would be left out.
+/// Where a file is missing or malformed, the weights have more layers than `config.json` says, or the
+/// folder holds an adapter.
 pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
     if dir.join(ADAPTER).exists() {
         bail!(Exit::Usage(format!(
-            "{} holds an adapter ({ADAPTER}), which this version does not load: merge it into the weights first, with \
-             peft's `merge_and_unload` and `save_pretrained`",
+            "{} holds an adapter ({ADAPTER}), which cannot be loaded: merge it into the weights with peft's \
+             `merge_and_unload` and `save_pretrained`",
             dir.display()
         )));
     }
     let config = ModelConfig::load(dir)?;
     let load = || {
         let stored = config.stored_names();
-        // Transformers finds weights with and without the prefix of a model that has a head.
+        // transformers accepts weight names with and without the prefix.
         let name = |name: &str| {
             let with_prefix = format!("{}{name}", config.names().prefix);
             let names = [name.to_owned(), with_prefix];
@@ -190,10 +196,10 @@ pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
         weights::check_layers(&loaded.unused, config.num_hidden_layers)?;
         if !loaded.unused.is_empty() {
             tracing::warn!(
-                "tensors in {} that a {} model does not use: {}",
+                "unused tensors in {} (a {} model does not have them): {}",
                 dir.display(),
                 config.model_type(),
-                weights::patterns(&loaded.unused).join(", ")
+                weights::name_patterns(&loaded.unused).join(", ")
             );
         }
         config.import(loaded.tensors)

@@ -1,14 +1,18 @@
-//! Incremental decoding: forward passes over new tokens, with the keys and values of earlier ones from a cache.
+//! Incremental decoding: forward passes over new tokens, with the keys and values of earlier tokens from a
+//! cache.
+
+// Tensor names carry their shape; see the legend in `model`.
+#![allow(non_snake_case)]
 
 use anyhow::{Result, bail};
 
 use crate::model::Model;
 use crate::model::kv_cache::KvCache;
-use crate::model::tape::{Keys, Memory, Tape};
-use crate::ops::Values;
+use crate::model::tape::{Activations, KeyValueSource, Tape};
+use crate::ops::CpuValues;
 
 impl Model {
-    /// An empty cache for a new sequence.
+    /// Creates an empty cache for a new sequence.
     pub fn new_cache(&self) -> KvCache {
         KvCache {
             layers: vec![Default::default(); self.config.num_hidden_layers],
@@ -16,11 +20,12 @@ impl Model {
         }
     }
 
-    /// Appends `tokens[i]` to the sequence of `caches[i]` and returns the logits after the last
-    /// token of each, row-major (B x V). Lengths may differ; prompts and single tokens may mix.
+    /// Appends `tokens[i]` to the sequence of `caches[i]` and returns the logits after the last token
+    /// of each sequence (B x V). Lengths may differ: prompts and single tokens can share a step.
     ///
     /// # Errors
-    /// Where an id is past the vocabulary, a sequence grows past the context, or one gets no token.
+    /// Where an id is outside the vocabulary, a sequence exceeds the context, or a sequence gets no
+    /// tokens.
     pub fn step(&self, tokens: &[&[u32]], caches: &mut [&mut KvCache]) -> Result<Vec<f32>> {
         let mut segments = Vec::with_capacity(tokens.len());
         let mut input_ids = Vec::new();
@@ -28,9 +33,9 @@ impl Model {
             let context = self.config.max_position_embeddings;
             if tokens.is_empty() || cache.len + tokens.len() > context {
                 bail!(
-                    "a sequence of {} tokens does not take {} more in a context of {context}",
-                    cache.len,
-                    tokens.len()
+                    "cannot append {} tokens to a sequence of {}: the context has {context} tokens",
+                    tokens.len(),
+                    cache.len
                 );
             }
             let start = input_ids.len();
@@ -38,18 +43,18 @@ impl Model {
             segments.push(start..input_ids.len());
         }
         let last: Vec<u32> = segments.iter().map(|s| s.end as u32 - 1).collect();
-        let keys = Keys::Caches(caches);
-        let mut tape = Tape::new(self.setting(), &segments, keys, Memory::Forget);
+        let keys = KeyValueSource::Caches(caches);
+        let mut tape = Tape::new(self.tape_settings(), &segments, keys, Activations::Discard);
         let root = self.decoder.hidden(&mut tape, &input_ids, &last)?;
-        let hidden = tape.value(&root)?;
+        let hidden_BD = tape.value(&root)?;
         drop(tape);
         for (segment, cache) in segments.iter().zip(caches.iter_mut()) {
             cache.len += segment.len();
         }
-        let mut logits = vec![0.0; segments.len() * self.config.vocab_size];
-        let weight = Values::of(self.decoder.head())?;
+        let mut logits_BV = vec![0.0; segments.len() * self.config.vocab_size];
+        let weight_VD = CpuValues::new(self.decoder.head())?;
         self.head_layer()
-            .forward(&hidden, &weight, None, &mut logits, false);
-        Ok(logits)
+            .forward(&hidden_BD, &weight_VD, None, &mut logits_BV, false);
+        Ok(logits_BV)
     }
 }

@@ -1,4 +1,7 @@
-//! Passes over whole sequences: for training, and for evaluation.
+//! Forward and backward passes over whole sequences, for training and evaluation.
+
+// Tensor names carry their shape; see the legend in `model`.
+#![allow(non_snake_case)]
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,131 +9,157 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 
-use crate::model::candle_graph::{Composed, pass};
+use crate::model::candle_graph::{CandleGraph, head};
 use crate::model::gradients::Gradients;
-use crate::model::tape::{Keys, Memory, Tape};
-use crate::model::{Frame, Input, Model};
-use crate::ops::Values;
+use crate::model::tape::{Activations, KeyValueSource, Tape};
+use crate::model::{Backend, Model, ModelInput};
+use crate::ops::CpuValues;
 use crate::ops::arena::Buffer;
-use crate::ops::head_loss;
-use crate::ops::head_loss::{Rows, Units, chunk_rows};
+use crate::ops::head_loss::{HeadGradients, LogitsVisitor, PositionGroups, chunk_rows, head_loss};
 use crate::ops::matmul::Precision;
 
 impl Model {
-    /// Gradients of the variables among the weights: none yet.
+    /// Creates an empty set of gradients, which takes its memory from the model's arena.
     pub fn gradients(&self) -> Gradients {
         Gradients::new(self.arena.clone())
     }
 
-    /// One training pass: hands `rows` the logits of each unit of positions, which it turns into their
-    /// gradient, adds the gradients of all variables to `gradients`, and returns what `rows` said, in
-    /// order. No more than a chunk of logits exists at a time.
+    /// Runs one forward and backward pass. `visitor` turns the logits of each group of positions into
+    /// their gradient; the gradients of all variables are added to `gradients`. Returns the results of
+    /// `visitor`, in order. At most one chunk of logits exists at a time.
     ///
-    /// `memory` is [`Memory::Record`] or [`Memory::Checkpoint`]; only the tape heeds it.
+    /// `activations` is [`Activations::Keep`] or [`Activations::Recompute`];
+    /// [`Backend::Candle`] ignores it.
     ///
     /// # Errors
-    /// Where an id is past the vocabulary, a segment longer than the model's context, or `rows` cannot
-    /// get ready.
-    pub fn train_pass<R: Rows>(
+    /// Where an id is outside the vocabulary, a segment is longer than the model's context, or
+    /// `visitor` fails to prepare.
+    pub fn forward_backward<R: LogitsVisitor>(
         &self,
-        input: Input,
-        units: &Units,
-        memory: Memory,
-        rows: &mut R,
+        input: ModelInput,
+        groups: &PositionGroups,
+        activations: Activations,
+        visitor: &mut R,
         gradients: &mut Gradients,
-    ) -> Result<Vec<R::Report>> {
-        if self.frame == Frame::Composed {
-            let hidden = self.composed_hidden(input)?;
-            return pass::train_pass(&hidden, self.head(), units, rows, gradients);
+    ) -> Result<Vec<R::Output>> {
+        if self.backend == Backend::Candle {
+            let hidden_ND = self.candle_hidden(input)?;
+            return head::forward_backward(&hidden_ND, self.head(), groups, visitor, gradients);
         }
-        self.check(&input)?;
-        let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, memory);
+        self.check_segments(&input)?;
+        let mut tape = Tape::new(
+            self.tape_settings(),
+            input.segments,
+            KeyValueSource::Batch,
+            activations,
+        );
         let root = self
             .decoder
             .hidden(&mut tape, input.input_ids, input.positions)?;
-        let hidden = tape.value(&root)?;
+        let hidden_ND = tape.value(&root)?;
         let head = self.head_layer();
-        let mut dhidden = self.arena.take(hidden.len())?;
-        let reports = {
-            let mut logits = self.chunk_of_logits(input.positions.len())?;
-            let dweight = gradients.of(self.decoder.head())?;
-            let weight = Values::of(self.decoder.head())?;
-            let to = (&mut *dhidden, dweight);
-            let hidden = (&hidden[..], units);
-            head_loss::head_loss(head, hidden, &weight, &mut logits, rows, to)?
+        let mut dhidden_ND = self.arena.take(hidden_ND.len())?;
+        let outputs = {
+            let mut logits_chunk = self.logits_chunk(input.positions.len())?;
+            let dweight_VD = gradients.accumulator(self.decoder.head())?;
+            let weight_VD = CpuValues::new(self.decoder.head())?;
+            head_loss(
+                head,
+                &hidden_ND,
+                groups,
+                &weight_VD,
+                &mut logits_chunk,
+                visitor,
+                HeadGradients {
+                    dhidden_ND: &mut dhidden_ND,
+                    dweight_VD,
+                },
+            )?
         };
-        drop(hidden);
-        tape.backward(root, dhidden, gradients)?;
-        Ok(reports)
+        drop(hidden_ND);
+        tape.backward(root, dhidden_ND, gradients)?;
+        Ok(outputs)
     }
 
-    /// A forward pass up to the head.
+    /// Runs a forward pass up to the LM head.
     ///
     /// # Errors
-    /// Where an id is past the vocabulary or a segment longer than the model's context.
-    pub fn hidden(&self, input: Input) -> Result<Hidden<'_>> {
-        let states = if self.frame == Frame::Composed {
-            States::Elsewhere(self.composed_hidden(input)?.detach())
+    /// Where an id is outside the vocabulary or a segment is longer than the model's context.
+    pub fn hidden(&self, input: ModelInput) -> Result<HiddenStates<'_>> {
+        let states = if self.backend == Backend::Candle {
+            HiddenData::Device(self.candle_hidden(input)?.detach())
         } else {
-            self.check(&input)?;
-            let mut tape = Tape::new(self.setting(), input.segments, Keys::Batch, Memory::Forget);
+            self.check_segments(&input)?;
+            let mut tape = Tape::new(
+                self.tape_settings(),
+                input.segments,
+                KeyValueSource::Batch,
+                Activations::Discard,
+            );
             let root = self
                 .decoder
                 .hidden(&mut tape, input.input_ids, input.positions)?;
-            States::Here(tape.value(&root)?)
+            HiddenData::Cpu(tape.value(&root)?)
         };
-        Ok(Hidden {
+        Ok(HiddenStates {
             model: self,
             states,
         })
     }
 
-    /// Hands `rows` the logits of each position, a chunk at a time, and returns what it says, in order.
+    /// Computes the logits of all positions, a chunk at a time, and calls `visitor` with those of each
+    /// position. Returns its results, in order.
     ///
     /// # Errors
-    /// As [`Model::train_pass`].
-    pub fn map_rows<R: Rows>(&self, input: Input, rows: &mut R) -> Result<Vec<R::Report>> {
+    /// As [`Model::forward_backward`].
+    pub fn visit_logits<R: LogitsVisitor>(
+        &self,
+        input: ModelInput,
+        visitor: &mut R,
+    ) -> Result<Vec<R::Output>> {
         let hidden = self.hidden(input)?;
-        let (count, vocabulary) = (input.positions.len(), self.config.vocab_size);
-        let mut logits = self.chunk_of_logits(count)?;
-        let mut reports = Vec::with_capacity(count);
+        let count = input.positions.len();
+        let vocabulary = self.config.vocab_size;
+        let mut logits_chunk = self.logits_chunk(count)?;
+        let mut outputs = Vec::with_capacity(count);
         let chunk = chunk_rows(vocabulary);
         for start in (0..count).step_by(chunk) {
             let range = start..count.min(start + chunk);
-            rows.begin(range.clone())?;
-            let logits = &mut logits[..range.len() * vocabulary];
-            hidden.logits(range.clone(), logits)?;
-            let units = Units::new(range.len(), &[]);
-            reports.extend(units.map(start, logits, vocabulary, rows));
+            visitor.prepare(range.clone())?;
+            let logits_nV = &mut logits_chunk[..range.len() * vocabulary];
+            hidden.logits(range.clone(), logits_nV)?;
+            let groups = PositionGroups::new(range.len(), &[]);
+            outputs.extend(groups.visit(start, logits_nV, vocabulary, visitor));
         }
-        Ok(reports)
+        Ok(outputs)
     }
 
-    /// [`Model::map_rows`] with the index and the logits (V) of each position.
+    /// Calls `visit` with the index and the logits (V) of each position: see [`Model::visit_logits`].
     ///
     /// # Errors
-    /// As [`Model::train_pass`].
+    /// As [`Model::forward_backward`].
     pub fn map_logits<R: Send>(
         &self,
-        input: Input,
-        row: impl Fn(usize, &mut [f32]) -> R + Sync,
+        input: ModelInput,
+        visit: impl Fn(usize, &mut [f32]) -> R + Sync,
     ) -> Result<Vec<R>> {
-        let mut rows = |at: Range<usize>, logits: &mut [f32]| vec![row(at.start, logits)];
-        self.map_rows(input, &mut rows)
+        let mut visitor =
+            |range: Range<usize>, logits_V: &mut [f32]| vec![visit(range.start, logits_V)];
+        self.visit_logits(input, &mut visitor)
     }
 
-    /// Hidden states (N x D), ready for the head, in candle's operations: differentiable by candle
-    /// where the weights are variables.
+    /// Returns hidden states (N x D), ready for the LM head, computed by candle. candle can
+    /// differentiate them where the weights are variables.
     ///
     /// # Errors
-    /// As [`Model::train_pass`].
-    pub fn composed_hidden(&self, input: Input) -> Result<Tensor> {
-        self.check(&input)?;
+    /// As [`Model::forward_backward`].
+    pub fn candle_hidden(&self, input: ModelInput) -> Result<Tensor> {
+        self.check_segments(&input)?;
         let dtype = match self.precision {
             Precision::F32 => DType::F32,
             Precision::Bf16 => DType::BF16,
         };
-        let mut graph = Composed::new(
+        let mut graph = CandleGraph::new(
             self.config.heads,
             self.rope.as_ref(),
             input.segments,
@@ -141,60 +170,62 @@ impl Model {
             .hidden(&mut graph, input.input_ids, input.positions)
     }
 
-    fn chunk_of_logits(&self, positions: usize) -> Result<Buffer> {
+    fn logits_chunk(&self, positions: usize) -> Result<Buffer> {
         let vocabulary = self.config.vocab_size;
         let rows = positions.min(chunk_rows(vocabulary));
         Ok(self.arena.take(rows * vocabulary)?)
     }
 
-    fn check(&self, input: &Input) -> Result<()> {
+    fn check_segments(&self, input: &ModelInput) -> Result<()> {
         let context = self.config.max_position_embeddings;
         let mut next = 0;
         for segment in input.segments {
             if segment.start != next || segment.len() > context {
-                bail!("segment {segment:?} has no place: the model's context is {context}");
+                bail!(
+                    "segment {segment:?} must begin at {next} and fit the model's context of {context} tokens"
+                );
             }
             next = segment.end;
         }
         if next != input.input_ids.len() {
-            bail!("segments cover {next} tokens of {}", input.input_ids.len());
+            bail!("segments cover {next} of {} tokens", input.input_ids.len());
         }
         Ok(())
     }
 }
 
-/// Hidden states (N x D) of a forward pass, ready for the head.
-pub struct Hidden<'a> {
+/// Hidden states (N x D) of a forward pass, ready for the LM head.
+pub struct HiddenStates<'a> {
     model: &'a Model,
-    states: States,
+    states: HiddenData,
 }
 
-enum States {
-    /// Of the tape.
-    Here(Arc<Buffer>),
-    /// Of candle's operations.
-    Elsewhere(Tensor),
+enum HiddenData {
+    /// Computed by the tape.
+    Cpu(Arc<Buffer>),
+    /// Computed by candle, on the model's device.
+    Device(Tensor),
 }
 
-impl Hidden<'_> {
-    /// Writes the logits (n x V) of the n positions in `range`.
+impl HiddenStates<'_> {
+    /// Writes the logits of the n positions in `range` to `logits_nV`.
     ///
     /// # Errors
     /// Where the device fails.
-    pub fn logits(&self, range: Range<usize>, to: &mut [f32]) -> candle_core::Result<()> {
+    pub fn logits(&self, range: Range<usize>, logits_nV: &mut [f32]) -> candle_core::Result<()> {
         let head = self.model.head_layer();
         match &self.states {
-            States::Here(hidden) => {
-                let hidden = &hidden[range.start * head.inputs..range.end * head.inputs];
-                let weight = Values::of(self.model.head())?;
-                head.forward(hidden, &weight, None, to, false);
+            HiddenData::Cpu(hidden_ND) => {
+                let hidden_nD = &hidden_ND[range.start * head.inputs..range.end * head.inputs];
+                let weight_VD = CpuValues::new(self.model.head())?;
+                head.forward(hidden_nD, &weight_VD, None, logits_nV, false);
             }
-            States::Elsewhere(hidden) => {
-                let hidden = hidden.narrow(0, range.start, range.len())?;
-                let weight = self.model.head().detach().to_dtype(hidden.dtype())?.t()?;
-                let logits = hidden.matmul(&weight)?.to_dtype(DType::F32)?;
+            HiddenData::Device(hidden_ND) => {
+                let hidden_nD = hidden_ND.narrow(0, range.start, range.len())?;
+                let weight_VD = self.model.head().detach().to_dtype(hidden_nD.dtype())?;
+                let logits = hidden_nD.matmul(&weight_VD.t()?)?.to_dtype(DType::F32)?;
                 let logits = logits.to_device(&Device::Cpu)?.flatten_all()?;
-                to.copy_from_slice(&Values::of(&logits)?);
+                logits_nV.copy_from_slice(&CpuValues::new(&logits)?);
             }
         }
         Ok(())

@@ -1,38 +1,42 @@
-//! Answers to a list of prompts.
+//! Generates answers to a list of prompts.
 
 use anyhow::{Context, Result};
 
 use super::Model;
-pub use super::batcher::{Batcher, FinishReason, GenerateOptions, Update};
-pub use super::sampling::{Choice, Sampling};
+pub use super::batcher::{Batcher, FinishReason, GenerateOptions, TokenUpdate};
+pub use super::sampling::{SamplingParams, TokenLogprobs};
 use crate::tokenizer::Tokenizer;
 
-/// One answer.
+/// A generated answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generated {
-    /// Every sampled token, the end of the turn included; their number is what OpenAI and vLLM
-    /// call `completion_tokens`.
+    /// All sampled tokens, the end of the turn included. Their number is `completion_tokens` in the APIs of
+    /// OpenAI and vLLM.
     pub ids: Vec<u32>,
-    /// The tokens' bytes as text, without the end of the turn and without the stop string.
+    /// The decoded text, without the end of the turn and without the stop string.
     pub text: String,
     pub finish_reason: FinishReason,
-    /// The choices behind `text`, where [`GenerateOptions::top_logprobs`] asks for them.
-    pub choices: Vec<Choice>,
+    /// Logprobs of `ids`, without those of the stop string, if [`GenerateOptions::top_logprobs`] is set.
+    pub token_logprobs: Vec<TokenLogprobs>,
 }
 
 impl Generated {
-    fn append(&mut self, update: Update) {
+    fn append(&mut self, update: TokenUpdate) {
         self.ids.push(update.token);
         self.text.push_str(&update.text);
-        self.choices.extend(update.choices);
+        self.token_logprobs.extend(update.token_logprobs);
         self.finish_reason = update.finish_reason.unwrap_or(FinishReason::Length);
     }
 }
 
-/// Answers `prompts` (token ids, ready to be continued), up to `batch_size` at once, in order.
+/// Generates an answer to each of `prompts` (token ids), up to `batch_size` at a time. Answers have the
+/// order of the prompts.
 ///
-/// Each answer has a seed of its own, derived from that of the options and its place in the list.
-/// A prompt that fills the model's context gets an empty answer with [`FinishReason::Length`].
+/// Each answer has its own seed, derived from the seed in `options` and its index in the list. A prompt
+/// that fills the model's context gets an empty answer with [`FinishReason::Length`].
+///
+/// # Errors
+/// Where a prompt is empty, or a forward pass fails.
 pub fn batch(
     model: &Model,
     tokenizer: &Tokenizer,
@@ -44,7 +48,7 @@ pub fn batch(
         ids: Vec::new(),
         text: String::new(),
         finish_reason: FinishReason::Length,
-        choices: Vec::new(),
+        token_logprobs: Vec::new(),
     };
     let mut answers = vec![empty; prompts.len()];
     let context = model.config().max_position_embeddings;
@@ -53,10 +57,10 @@ pub fn batch(
         .enumerate()
         .filter(|(_, prompt)| prompt.len() < context);
     let mut batcher = Batcher::new(model, tokenizer, batch_size);
-    // The batcher counts its answers from 0: its ids index the prompts in the order of submission.
+    // The ids of the batcher count from 0, in the order of submission.
     let mut submitted = Vec::new();
     loop {
-        while batcher.has_room()
+        while batcher.has_free_slot()
             && let Some((index, prompt)) = waiting.next()
         {
             let options = GenerateOptions {

@@ -1,42 +1,46 @@
-//! GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019). Written
-//! once, over [`Graph`].
+//! GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019), written once
+//! over [`Graph`].
 //!
-//! Its files hold linear weights as (inputs x outputs), and queries, keys and values in one weight;
-//! in memory they are as those of other decoders. Dropout, which its config names, is not applied.
+//! The files hold linear weights as (inputs x outputs), and queries, keys and values in one weight. In
+//! memory the weights have the layout of the other architectures. Dropout is not applied, whatever
+//! `config.json` says.
+
+// Tensor names carry their shape; see the legend in `model`.
+#![allow(non_snake_case)]
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::graph::Graph;
 use super::norm::Norm;
-use super::parameters::{Checked, List};
+use super::parameters::{CheckedWeights, ParameterList};
 use super::projection::Projection;
 use super::weights::Tensors;
 use crate::model::config::shape::ModelConfig;
-use crate::model::parameters::Names;
+use crate::model::parameters::WeightNames;
 
 const PREFIX: &str = "transformer.";
 
-pub(super) const NAMES: Names = Names {
+pub(super) const NAMES: WeightNames = WeightNames {
     prefix: PREFIX,
     embedding: "transformer.wte.weight",
     positions: Some("transformer.wpe.weight"),
     norm: ("transformer.ln_f", true),
 };
 
-/// The module that holds queries, keys and values in the files, and its parts in memory.
-const FUSED: &str = ".attn.c_attn.";
-const PARTS: [&str; 3] = [".attn.q.", ".attn.k.", ".attn.v."];
+/// The module of queries, keys and values in the files, and the three modules in memory.
+const FUSED_QKV: &str = ".attn.c_attn.";
+const QKV_PARTS: [&str; 3] = [".attn.q.", ".attn.k.", ".attn.v."];
 
-/// Modules whose weights are stored as (inputs x outputs).
-const TURNED: [&str; 3] = [
+/// Weights that are stored as (inputs x outputs).
+const TRANSPOSED: [&str; 3] = [
     ".attn.c_proj.weight",
     ".mlp.c_fc.weight",
     ".mlp.c_proj.weight",
 ];
 
-/// A layer's weights.
-pub(crate) struct Layer {
+/// The weights of a layer.
+pub(crate) struct Gpt2Layer {
     ln_1: Norm,
     q: Projection,
     k: Projection,
@@ -47,9 +51,10 @@ pub(crate) struct Layer {
     proj: Projection,
 }
 
-/// Adds the weights of a layer as they are in memory, in the order of the forward pass.
-pub(super) fn list(list: &mut List, layer: usize, config: &ModelConfig) {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+/// Adds the weights of a layer in memory, in the order of the forward pass.
+pub(super) fn add_layer_parameters(list: &mut ParameterList, layer: usize, config: &ModelConfig) {
+    let hidden = config.hidden_size;
+    let inner = config.intermediate_size;
     let name = |module: &str| module_name(layer, module);
     list.norm(&name("ln_1"), hidden, true);
     for part in ["attn.q", "attn.k", "attn.v", "attn.c_proj"] {
@@ -64,27 +69,27 @@ fn module_name(layer: usize, module: &str) -> String {
     format!("{PREFIX}h.{layer}.{module}")
 }
 
-/// Name in the files of a weight in memory.
+/// Returns the name in the files of a weight in memory.
 pub(super) fn stored_name(name: String) -> String {
-    let part = PARTS.iter().find(|part| name.contains(*part));
-    part.map_or(name.clone(), |part| name.replace(part, FUSED))
+    let part = QKV_PARTS.iter().find(|part| name.contains(*part));
+    part.map_or(name.clone(), |part| name.replace(part, FUSED_QKV))
 }
 
-/// Weights as files hold them, as they are in memory.
+/// Converts weights from the layout of the files to that in memory.
 ///
 /// # Errors
-/// Where a weight cannot be cut into three.
+/// Where a fused weight cannot be split into three.
 pub(crate) fn import(stored: Tensors) -> Result<Tensors> {
     let mut tensors = Tensors::new();
     for (name, tensor) in stored {
-        if let Some((layer, kind)) = name.split_once(FUSED) {
-            let all = turned(&tensor)?;
-            let parts = all.chunk(PARTS.len(), 0)?;
-            for (part, tensor) in PARTS.iter().zip(parts) {
+        if let Some((layer, kind)) = name.split_once(FUSED_QKV) {
+            let all = transposed(&tensor)?;
+            let parts = all.chunk(QKV_PARTS.len(), 0)?;
+            for (part, tensor) in QKV_PARTS.iter().zip(parts) {
                 tensors.insert(format!("{layer}{part}{kind}"), tensor.copy()?);
             }
-        } else if TURNED.iter().any(|end| name.ends_with(end)) {
-            tensors.insert(name, turned(&tensor)?);
+        } else if TRANSPOSED.iter().any(|end| name.ends_with(end)) {
+            tensors.insert(name, transposed(&tensor)?);
         } else {
             tensors.insert(name, tensor);
         }
@@ -92,40 +97,43 @@ pub(crate) fn import(stored: Tensors) -> Result<Tensors> {
     Ok(tensors)
 }
 
-/// Weights in memory as files hold them.
+/// Converts weights from the layout in memory to that of the files.
 ///
 /// # Errors
 /// Where a part of a fused weight is missing.
 pub(crate) fn export(tensors: &Tensors) -> Result<Tensors> {
     let mut stored = Tensors::new();
     for (name, tensor) in tensors {
-        if let Some((layer, kind)) = name.split_once(PARTS[0]) {
+        if let Some((layer, kind)) = name.split_once(QKV_PARTS[0]) {
             let part = |part: &&str| tensors.get(&format!("{layer}{part}{kind}"));
-            let parts: Option<Vec<&Tensor>> = PARTS.iter().map(part).collect();
-            let parts = parts.with_context(|| format!("{layer} lacks keys or values"))?;
+            let parts: Option<Vec<&Tensor>> = QKV_PARTS.iter().map(part).collect();
+            let parts =
+                parts.with_context(|| format!("the keys or values of {layer} are missing"))?;
             let all = Tensor::cat(&parts, 0)?;
-            stored.insert(format!("{layer}{FUSED}{kind}"), turned(&all)?);
-        } else if TURNED.iter().any(|end| name.ends_with(end)) {
-            stored.insert(name.clone(), turned(tensor)?);
-        } else if !PARTS.iter().any(|part| name.contains(part)) {
+            stored.insert(format!("{layer}{FUSED_QKV}{kind}"), transposed(&all)?);
+        } else if TRANSPOSED.iter().any(|end| name.ends_with(end)) {
+            stored.insert(name.clone(), transposed(tensor)?);
+        } else if !QKV_PARTS.iter().any(|part| name.contains(part)) {
             stored.insert(name.clone(), tensor.clone());
         }
     }
     Ok(stored)
 }
 
-/// The transpose of a weight; a bias as it is.
-fn turned(tensor: &Tensor) -> Result<Tensor> {
+/// Transposes a weight; returns a bias unchanged.
+fn transposed(tensor: &Tensor) -> Result<Tensor> {
     Ok(match tensor.rank() {
         2 => tensor.t()?.contiguous()?,
         _ => tensor.clone(),
     })
 }
 
-impl Layer {
+impl Gpt2Layer {
+    /// Takes the weights of layer `layer`.
+    ///
     /// # Errors
-    /// Where `weights` lack one.
-    pub(super) fn new(layer: usize, weights: &Checked) -> Result<Self> {
+    /// Where a weight is missing.
+    pub(super) fn new(layer: usize, weights: &CheckedWeights) -> Result<Self> {
         let norm = |module: &str| weights.norm(&module_name(layer, module), true);
         let projection = |module: &str| weights.projection(&module_name(layer, module), true);
         Ok(Self {
@@ -140,7 +148,7 @@ impl Layer {
         })
     }
 
-    /// What the layer with this index makes of `x` (T x D).
+    /// Runs the layer with this index.
     ///
     /// # Errors
     /// Where the graph fails.
@@ -148,20 +156,20 @@ impl Layer {
         &self,
         graph: &mut G,
         index: usize,
-        x: G::Value,
+        x_TD: G::Value,
     ) -> Result<G::Value> {
-        let normed = self.ln_1.forward(graph, &x)?;
-        let q = graph.linear(&normed, &self.q)?;
-        let k = graph.linear(&normed, &self.k)?;
-        let v = graph.linear(&normed, &self.v)?;
-        drop(normed);
-        let heads = graph.attention(index, [q, k, v], None)?;
-        let x = graph.add_linear(x, &heads, &self.o)?;
-        drop(heads);
-        let normed = self.ln_2.forward(graph, &x)?;
-        let inner = graph.linear(&normed, &self.fc)?;
-        drop(normed);
-        let inner = graph.gelu(inner)?;
-        graph.add_linear(x, &inner, &self.proj)
+        let normed_TD = self.ln_1.forward(graph, &x_TD)?;
+        let q_THC = graph.linear(&normed_TD, &self.q)?;
+        let k_THC = graph.linear(&normed_TD, &self.k)?;
+        let v_THC = graph.linear(&normed_TD, &self.v)?;
+        drop(normed_TD);
+        let heads_THC = graph.attention(index, [q_THC, k_THC, v_THC], None)?;
+        let x_TD = graph.add_linear(x_TD, &heads_THC, &self.o)?;
+        drop(heads_THC);
+        let normed_TD = self.ln_2.forward(graph, &x_TD)?;
+        let inner_TF = graph.linear(&normed_TD, &self.fc)?;
+        drop(normed_TD);
+        let inner_TF = graph.gelu(inner_TF)?;
+        graph.add_linear(x_TD, &inner_TF, &self.proj)
     }
 }

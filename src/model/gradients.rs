@@ -1,4 +1,4 @@
-//! Gradients of the variables, each made when its first part arrives.
+//! Gradients of the variables. Each is allocated when its first part arrives.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -13,40 +13,43 @@ use crate::ops::arena::{Arena, Buffer};
 /// Gradients of the variables, summed over micro-batches.
 pub struct Gradients {
     arena: Arena,
-    of: HashMap<TensorId, Buffer>,
-    /// Those that candle computes, on the device of their variables.
-    elsewhere: HashMap<TensorId, Tensor>,
+    /// Gradients computed by the tape.
+    on_cpu: HashMap<TensorId, Buffer>,
+    /// Gradients computed by candle, on the device of their variables.
+    on_device: HashMap<TensorId, Tensor>,
 }
 
 impl Gradients {
+    /// Creates an empty set, which takes its memory from `arena`.
     pub fn new(arena: Arena) -> Self {
         Self {
             arena,
-            of: HashMap::new(),
-            elsewhere: HashMap::new(),
+            on_cpu: HashMap::new(),
+            on_device: HashMap::new(),
         }
     }
 
-    /// The gradient of a variable, if the tape has given it one.
+    /// Returns the gradient of a variable that the tape computed.
     pub fn get(&self, variable: &Tensor) -> Option<&[f32]> {
-        self.of.get(&variable.id()).map(|buffer| &**buffer)
+        self.on_cpu.get(&variable.id()).map(|buffer| &**buffer)
     }
 
-    /// The gradient of a variable, if candle has given it one.
-    pub fn elsewhere(&self, variable: &Tensor) -> Option<&Tensor> {
-        self.elsewhere.get(&variable.id())
+    /// Returns the gradient of a variable that candle computed.
+    pub fn get_on_device(&self, variable: &Tensor) -> Option<&Tensor> {
+        self.on_device.get(&variable.id())
     }
 
-    /// Where to put a part of the gradient of `tensor`; None if it is no variable.
+    /// Returns the destination for a part of the gradient of `tensor`; None if `tensor` is not a
+    /// variable.
     ///
     /// # Errors
-    /// Where there is no memory.
-    pub fn of(&mut self, tensor: &Tensor) -> Result<Option<Gradient<'_>>> {
+    /// Where memory runs out.
+    pub fn accumulator(&mut self, tensor: &Tensor) -> Result<Option<Gradient<'_>>> {
         if !tensor.is_variable() {
             return Ok(None);
         }
-        let add = self.of.contains_key(&tensor.id());
-        let values = match self.of.entry(tensor.id()) {
+        let add = self.on_cpu.contains_key(&tensor.id());
+        let values = match self.on_cpu.entry(tensor.id()) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(self.arena.take(tensor.elem_count())?),
         };
@@ -58,15 +61,15 @@ impl Gradients {
     /// # Errors
     /// Where the device fails.
     pub fn add(&mut self, variable: TensorId, part: &Tensor) -> Result<()> {
-        let sum = match self.elsewhere.get(&variable) {
+        let sum = match self.on_device.get(&variable) {
             Some(sum) => (sum + part)?,
             None => part.clone(),
         };
-        self.elsewhere.insert(variable, sum.detach());
+        self.on_device.insert(variable, sum.detach());
         Ok(())
     }
 
-    /// Adds all that candle's backward pass found.
+    /// Adds all gradients of a backward pass of candle.
     ///
     /// # Errors
     /// Where the device fails.
@@ -81,7 +84,7 @@ impl Gradients {
 
     /// Drops all gradients.
     pub fn clear(&mut self) {
-        self.of.clear();
-        self.elsewhere.clear();
+        self.on_cpu.clear();
+        self.on_device.clear();
     }
 }

@@ -1,35 +1,36 @@
-//! What a decoder is made of: an architecture is written once, over [`Graph`], and runs wherever
-//! there is one.
+//! The operations of a decoder. An architecture is written once, over [`Graph`], and runs on every
+//! implementation of it.
 //!
-//! | graph | runs on | for |
+//! | graph | runs on | used for |
 //! |---|---|---|
 //! | [`Tape`](super::tape::Tape) | CPU, fused operations | training and generation |
-//! | [`Composed`](crate::model::candle_graph::Composed) | every device, candle's autograd | training elsewhere; the oracle of the tests |
+//! | [`CandleGraph`](crate::model::candle_graph::CandleGraph) | every device, candle's autograd | training on other devices; reference of the tests |
 
 use anyhow::Result;
 use candle_core::Tensor;
 
 use super::projection::Projection;
 
-/// What is wrong where an architecture turns without angles.
+/// Error for an architecture that uses the rotary embedding without having one.
 pub(super) const NO_ROPE: &str = "this architecture has no rotary embedding";
 
 /// The operations that architectures call, over activations of (T x width).
 ///
-/// A graph knows where the rows stand: in which sequence, at which position. Weights are tensors;
-/// those that are variables get gradients. Values that an operation takes by value are done with:
-/// pass a clone to keep one.
+/// A graph knows the sequence and the position of every row. Weights are tensors; those that are
+/// variables receive gradients. An operation that takes a value by value may overwrite it: pass a
+/// clone to use it again.
 ///
 /// # Errors
-/// All fail where shapes do not fit or there is no memory.
+/// All operations fail where shapes do not fit or memory runs out.
 pub trait Graph {
+    /// The handle of an activation.
     type Value: Clone;
 
-    /// Rows `ids` (T) of `table` (V x D).
+    /// Returns rows `ids` (T) of `table` (V x D).
     fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<Self::Value>;
 
-    /// Rows `positions` (N) of `x`.
-    fn rows(&mut self, x: Self::Value, positions: &[u32]) -> Result<Self::Value>;
+    /// Returns rows `positions` (N) of `x`.
+    fn select_rows(&mut self, x: Self::Value, positions: &[u32]) -> Result<Self::Value>;
 
     /// `x / sqrt(mean(x^2) + epsilon) * weight`, over groups of as many channels as `weight` has.
     fn rms_norm(&mut self, x: &Self::Value, weight: &Tensor, epsilon: f64) -> Result<Self::Value>;
@@ -43,10 +44,10 @@ pub trait Graph {
         epsilon: f64,
     ) -> Result<Self::Value>;
 
-    /// `x W^T + b`, and what the layer's adapter adds.
+    /// `x W^T + b`, plus the output of the layer's adapter.
     fn linear(&mut self, x: &Self::Value, layer: &Projection) -> Result<Self::Value>;
 
-    /// `residual` and what [`Graph::linear`] gives.
+    /// `residual` plus the result of [`Graph::linear`].
     fn add_linear(
         &mut self,
         residual: Self::Value,
@@ -54,20 +55,20 @@ pub trait Graph {
         layer: &Projection,
     ) -> Result<Self::Value>;
 
-    /// GELU, in the approximation by tanh.
+    /// GELU, in the tanh approximation.
     fn gelu(&mut self, x: Self::Value) -> Result<Self::Value>;
 
     /// `silu(gate) * up`.
     fn swiglu(&mut self, gate: Self::Value, up: Self::Value) -> Result<Self::Value>;
 
-    /// `x` plus the row of `table` (positions x D) for each row's position in its sequence.
+    /// Adds to each row of `x` the row of `table` (positions x D) for its position in the sequence.
     fn add_positions(&mut self, x: Self::Value, table: &Tensor) -> Result<Self::Value>;
 
-    /// The rotary embedding of every head in `x`.
+    /// Applies the rotary embedding to every head in `x`.
     fn rope(&mut self, x: Self::Value) -> Result<Self::Value>;
 
-    /// Causal attention of q (T x H C) over k and v (T x G C) in layer `layer`, where a query sees
-    /// no more than `window` keys.
+    /// Causal attention of q (T x H C) over k and v (T x G C) in layer `layer`. A query sees at most
+    /// `window` keys.
     fn attention(
         &mut self,
         layer: usize,
@@ -75,7 +76,6 @@ pub trait Graph {
         window: Option<usize>,
     ) -> Result<Self::Value>;
 
-    /// Marks a value that is worth its memory where activations are computed twice to save some:
-    /// the input of a layer.
-    fn keep(&mut self, _x: &Self::Value) {}
+    /// Marks the input of a layer: a value that is kept when activations are recomputed.
+    fn mark_checkpoint(&mut self, _x: &Self::Value) {}
 }

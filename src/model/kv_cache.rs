@@ -1,6 +1,6 @@
-//! Keys and values of earlier tokens.
+//! The key/value cache of incremental decoding.
 
-/// Keys (the rotary embedding done) and values of one sequence, layer by layer (len x G C each).
+/// Keys and values of one sequence, per layer (len x G C each). The keys carry the rotary embedding.
 #[derive(Default)]
 pub struct KvCache {
     pub(super) layers: Vec<(Vec<f32>, Vec<f32>)>,
@@ -8,16 +8,17 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Tokens held.
+    /// Number of tokens in the cache.
     pub fn len(&self) -> usize {
         self.len
     }
 
+    /// Returns true if the cache holds no tokens.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Keys and values of a layer.
+    /// Returns the keys and values of a layer.
     pub(super) fn layer(&mut self, layer: usize) -> (&mut Vec<f32>, &mut Vec<f32>) {
         let (keys, values) = &mut self.layers[layer];
         (keys, values)

@@ -1,34 +1,36 @@
-//! The llama decoder (Touvron et al., arXiv 2302.13971): SmolLM2, Llama 3, TinyLlama; and those that
-//! differ from it in details: mistral (a sliding window; arXiv 2310.06825), qwen2 (biases; arXiv
-//! 2407.10671), qwen3 (a norm of every head; arXiv 2505.09388).
+//! The llama decoder (Touvron et al., arXiv 2302.13971): SmolLM2, Llama 3, TinyLlama. Also its
+//! variants: mistral (a sliding window; arXiv 2310.06825), qwen2 (biases; arXiv 2407.10671), qwen3 (a
+//! norm of every head; arXiv 2505.09388).
 //!
-//! Written once, over [`Graph`]: for training and generation, on every device.
+//! Written once, over [`Graph`], for training and generation on every device.
+
+// Tensor names carry their shape; see the legend in `model`.
+#![allow(non_snake_case)]
 
 use anyhow::Result;
 
 use super::graph::Graph;
 use super::norm::Norm;
-use super::parameters::{Checked, List};
+use super::parameters::{CheckedWeights, ParameterList};
 use super::projection::Projection;
-use crate::model::config::shape::LlamaVariant;
-use crate::model::config::shape::ModelConfig;
-use crate::model::parameters::Names;
+use crate::model::config::shape::{LlamaVariant, ModelConfig};
+use crate::model::parameters::WeightNames;
 
-pub(super) const NAMES: Names = Names {
+pub(super) const NAMES: WeightNames = WeightNames {
     prefix: "model.",
     embedding: "model.embed_tokens.weight",
     positions: None,
     norm: ("model.norm", false),
 };
 
-/// A layer's weights.
-pub(crate) struct Layer {
+/// The weights of a layer.
+pub(crate) struct LlamaLayer {
     input_norm: Norm,
     q: Projection,
     k: Projection,
     v: Projection,
-    /// Of every head of queries and of keys.
-    head_norms: Option<[Norm; 2]>,
+    /// Norms of every head of queries and of keys.
+    qk_norm: Option<[Norm; 2]>,
     o: Projection,
     post_attention_norm: Norm,
     gate: Projection,
@@ -38,21 +40,28 @@ pub(crate) struct Layer {
 }
 
 /// Adds the weights of a layer, in the order of the forward pass.
-pub(super) fn list(list: &mut List, layer: usize, config: &ModelConfig, variant: &LlamaVariant) {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let (wide, narrow) = (config.heads.query_width(), config.heads.key_value_width());
+pub(super) fn add_layer_parameters(
+    list: &mut ParameterList,
+    layer: usize,
+    config: &ModelConfig,
+    variant: &LlamaVariant,
+) {
+    let hidden = config.hidden_size;
+    let inner = config.intermediate_size;
+    let q_width = config.heads.query_width();
+    let kv_width = config.heads.key_value_width();
     let name = |module: &str| module_name(layer, module);
     list.norm(&name("input_layernorm"), hidden, false);
     let bias = variant.qkv_bias;
-    list.projection(&name("self_attn.q_proj"), [wide, hidden], bias);
-    list.projection(&name("self_attn.k_proj"), [narrow, hidden], bias);
-    list.projection(&name("self_attn.v_proj"), [narrow, hidden], bias);
-    if variant.head_norms {
-        list.norm(&name("self_attn.q_norm"), config.heads.channels, false);
-        list.norm(&name("self_attn.k_norm"), config.heads.channels, false);
+    list.projection(&name("self_attn.q_proj"), [q_width, hidden], bias);
+    list.projection(&name("self_attn.k_proj"), [kv_width, hidden], bias);
+    list.projection(&name("self_attn.v_proj"), [kv_width, hidden], bias);
+    if variant.qk_norm {
+        list.norm(&name("self_attn.q_norm"), config.heads.head_dim, false);
+        list.norm(&name("self_attn.k_norm"), config.heads.head_dim, false);
     }
     let bias = variant.output_bias;
-    list.projection(&name("self_attn.o_proj"), [hidden, wide], bias);
+    list.projection(&name("self_attn.o_proj"), [hidden, q_width], bias);
     list.norm(&name("post_attention_layernorm"), hidden, false);
     let bias = variant.mlp_bias;
     list.projection(&name("mlp.gate_proj"), [inner, hidden], bias);
@@ -64,23 +73,29 @@ fn module_name(layer: usize, module: &str) -> String {
     format!("model.layers.{layer}.{module}")
 }
 
-impl Layer {
+impl LlamaLayer {
+    /// Takes the weights of layer `layer`.
+    ///
     /// # Errors
-    /// Where `weights` lack one.
-    pub(super) fn new(layer: usize, variant: &LlamaVariant, weights: &Checked) -> Result<Self> {
+    /// Where a weight is missing.
+    pub(super) fn new(
+        layer: usize,
+        variant: &LlamaVariant,
+        weights: &CheckedWeights,
+    ) -> Result<Self> {
         let norm = |module: &str| weights.norm(&module_name(layer, module), false);
         let projection = |module: &str, bias: bool| {
             let name = module_name(layer, module);
             weights.projection(&name, bias)
         };
-        let head_norms =
+        let qk_norm =
             || -> Result<[Norm; 2]> { Ok([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]) };
         Ok(Self {
             input_norm: norm("input_layernorm")?,
             q: projection("self_attn.q_proj", variant.qkv_bias)?,
             k: projection("self_attn.k_proj", variant.qkv_bias)?,
             v: projection("self_attn.v_proj", variant.qkv_bias)?,
-            head_norms: variant.head_norms.then(head_norms).transpose()?,
+            qk_norm: variant.qk_norm.then(qk_norm).transpose()?,
             o: projection("self_attn.o_proj", variant.output_bias)?,
             post_attention_norm: norm("post_attention_layernorm")?,
             gate: projection("mlp.gate_proj", variant.mlp_bias)?,
@@ -90,7 +105,7 @@ impl Layer {
         })
     }
 
-    /// What the layer with this index makes of `x` (T x D).
+    /// Runs the layer with this index.
     ///
     /// # Errors
     /// Where the graph fails.
@@ -98,26 +113,27 @@ impl Layer {
         &self,
         graph: &mut G,
         index: usize,
-        x: G::Value,
+        x_TD: G::Value,
     ) -> Result<G::Value> {
-        let normed = self.input_norm.forward(graph, &x)?;
-        let mut q = graph.linear(&normed, &self.q)?;
-        let mut k = graph.linear(&normed, &self.k)?;
-        let v = graph.linear(&normed, &self.v)?;
-        drop(normed);
-        if let Some([q_norm, k_norm]) = &self.head_norms {
-            q = q_norm.forward(graph, &q)?;
-            k = k_norm.forward(graph, &k)?;
+        let normed_TD = self.input_norm.forward(graph, &x_TD)?;
+        let mut q_THC = graph.linear(&normed_TD, &self.q)?;
+        let mut k_TGC = graph.linear(&normed_TD, &self.k)?;
+        let v_TGC = graph.linear(&normed_TD, &self.v)?;
+        drop(normed_TD);
+        if let Some([q_norm, k_norm]) = &self.qk_norm {
+            q_THC = q_norm.forward(graph, &q_THC)?;
+            k_TGC = k_norm.forward(graph, &k_TGC)?;
         }
-        let (q, k) = (graph.rope(q)?, graph.rope(k)?);
-        let heads = graph.attention(index, [q, k, v], self.window)?;
-        let x = graph.add_linear(x, &heads, &self.o)?;
-        drop(heads);
-        let normed = self.post_attention_norm.forward(graph, &x)?;
-        let gate = graph.linear(&normed, &self.gate)?;
-        let up = graph.linear(&normed, &self.up)?;
-        drop(normed);
-        let inner = graph.swiglu(gate, up)?;
-        graph.add_linear(x, &inner, &self.down)
+        let q_THC = graph.rope(q_THC)?;
+        let k_TGC = graph.rope(k_TGC)?;
+        let heads_THC = graph.attention(index, [q_THC, k_TGC, v_TGC], self.window)?;
+        let x_TD = graph.add_linear(x_TD, &heads_THC, &self.o)?;
+        drop(heads_THC);
+        let normed_TD = self.post_attention_norm.forward(graph, &x_TD)?;
+        let gate_TF = graph.linear(&normed_TD, &self.gate)?;
+        let up_TF = graph.linear(&normed_TD, &self.up)?;
+        drop(normed_TD);
+        let inner_TF = graph.swiglu(gate_TF, up_TF)?;
+        graph.add_linear(x_TD, &inner_TF, &self.down)
     }
 }

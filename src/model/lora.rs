@@ -1,14 +1,17 @@
-//! LoRA adapters among a decoder's weights (Hu et al., arXiv 2106.09685): named, begun and scaled as
-//! PEFT does it.
+//! LoRA adapters among the weights of a decoder (Hu et al., arXiv 2106.09685), with the names, initial
+//! values and scale of PEFT.
+
+// Tensor names carry their shape; see the legend in `model`.
+#![allow(non_snake_case)]
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use regex::Regex;
 
-use super::parameters::Role;
+use super::parameters::ParameterRole;
 use super::weights::Tensors;
 use crate::model::config::shape::ModelConfig;
-use crate::ops::Values;
+use crate::ops::CpuValues;
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 use crate::ops::matmul::{Precision, matmul};
 
@@ -16,12 +19,13 @@ const WEIGHT: &str = ".weight";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
-/// Fresh adapters of rank `rank` for the linear layers that a pattern finds, or for all where there
-/// is no pattern: A uniform within 1 / sqrt(inputs), B zero, so that the decoder begins as it was.
+/// Creates adapters of rank `rank` for the linear layers whose names match one of `targets`, or for all
+/// linear layers if there are no targets. A is uniform within 1 / sqrt(inputs) and B is zero, so the
+/// adapters do not change the decoder at first.
 ///
 /// # Errors
 /// Where a tensor cannot be allocated.
-pub fn adapters(
+pub fn new_adapters(
     config: &ModelConfig,
     rank: usize,
     targets: &[Regex],
@@ -30,7 +34,7 @@ pub fn adapters(
     let mut random = fastrand::Rng::with_seed(seed);
     let mut tensors = Tensors::new();
     for parameter in config.parameters() {
-        let adapts = parameter.role == Role::Projection
+        let adapts = parameter.role == ParameterRole::Projection
             && (targets.is_empty() || targets.iter().any(|t| t.is_match(&parameter.name)));
         let (Some(module), &[outputs, inputs]) =
             (parameter.name.strip_suffix(WEIGHT), &parameter.shape[..])
@@ -52,18 +56,20 @@ pub fn adapters(
     Ok(tensors)
 }
 
-/// The name of a linear layer.
-pub fn example(config: &ModelConfig) -> String {
+/// Returns the name of the first linear layer, as an example in messages.
+pub fn first_projection_name(config: &ModelConfig) -> String {
     let parameters = config.parameters();
-    let mut projections = parameters.iter().filter(|p| p.role == Role::Projection);
+    let mut projections = parameters
+        .iter()
+        .filter(|p| p.role == ParameterRole::Projection);
     projections.next().map_or(String::new(), |p| p.name.clone())
 }
 
-/// The weights with every adapter added to the weight that it adapts: W + s B A.
+/// Merges every adapter into its weight: W + s B A.
 ///
 /// # Errors
 /// Where shapes do not fit.
-pub fn merged(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
+pub fn merge(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
     let mut merged = Tensors::new();
     for (name, tensor) in tensors {
         if name.ends_with(A) || name.ends_with(B) {
@@ -71,7 +77,7 @@ pub fn merged(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
         }
         let part = |kind: &str| tensors.get(&format!("{}{kind}", name.strip_suffix(WEIGHT)?));
         let tensor = match (part(A), part(B)) {
-            (Some(a), Some(b)) => with_adapter(tensor, a, b, config.adapter_scale as f32)?,
+            (Some(a), Some(b)) => merge_adapter(tensor, a, b, config.adapter_scale as f32)?,
             _ => tensor.clone(),
         };
         merged.insert(name.clone(), tensor);
@@ -79,20 +85,21 @@ pub fn merged(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
     Ok(merged)
 }
 
-/// W + s B A, with W (O x I), A (R x I) and B (O x R).
-fn with_adapter(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
-    let (outputs, inputs) = weight.dims2()?;
-    let rank = a.dim(0)?;
-    let mut sum = Values::of(weight)?.to_vec();
-    let b: Vec<f32> = Values::of(b)?.iter().map(|value| value * scale).collect();
-    let a = Values::of(a)?;
+/// Computes W + s B A.
+fn merge_adapter(weight_OI: &Tensor, a_RI: &Tensor, b_OR: &Tensor, scale: f32) -> Result<Tensor> {
+    let (outputs, inputs) = weight_OI.dims2()?;
+    let rank = a_RI.dim(0)?;
+    let mut sum_OI = CpuValues::new(weight_OI)?.to_vec();
+    let scaled_b = CpuValues::new(b_OR)?;
+    let scaled_b: Vec<f32> = scaled_b.iter().map(|value| value * scale).collect();
+    let a_RI = CpuValues::new(a_RI)?;
     matmul(
-        MatMut::new(&mut sum, inputs),
-        Mat::new(&b, rank),
-        Mat::new(&a, inputs),
+        MatMut::new(&mut sum_OI, inputs),
+        Mat::new(&scaled_b, rank),
+        Mat::new(&a_RI, inputs),
         true,
         Threads::All,
         Precision::F32,
     );
-    Ok(Tensor::from_vec(sum, (outputs, inputs), &Device::Cpu)?)
+    Ok(Tensor::from_vec(sum_OI, (outputs, inputs), &Device::Cpu)?)
 }

@@ -1,7 +1,36 @@
 //! Decoders that train and generate.
 //!
-//! A [`Model`] is a Hugging Face folder in memory. An architecture ([`llama`], [`gpt2`]) is written
-//! once, over the operations of a [`graph`]; [`tape`] runs them on the CPU, [`composed`] everywhere.
+//! A [`Model`] is a Hugging Face folder in memory. An architecture is written once, over the operations
+//! of a [`graph`]. [`tape`] runs them on the CPU, [`candle_graph`] on every device.
+//!
+//! | file | content |
+//! |---|---|
+//! | `config/` | the shape of a decoder, read from `config.json` |
+//! | `weights`, `parameters`, `lora` | safetensors files; names, shapes and initial values; adapters |
+//! | `llama`, `gpt2`, `decoder` | the layers of each architecture; the decoder around them |
+//! | `graph`, `tape/`, `candle_graph/`, `gradients` | the operations, their two implementations, the gradients |
+//! | `forward`, `decoding`, `kv_cache` | passes over whole sequences; incremental decoding |
+//! | `batcher`, `sampling`, `text_stream`, `generate`, `score` | continuous batching, sampling, answers, scores |
+//!
+//! Invariants: both graphs compute the same function, which the tests in `tests/it/gradients` check.
+//! The files of a student have the names and layouts of transformers. No code here reads the network.
+//!
+//! # How to add an architecture
+//!
+//! 1. `config/<name>.rs`: `parse` reads `config.json`; add its `model_type` to `ModelConfig::from_json`.
+//! 2. `config/shape.rs`: add a variant to [`Architecture`](config::shape::Architecture), or a field to
+//!    [`LlamaVariant`](config::LlamaVariant) for a small difference from llama.
+//! 3. `<name>.rs`: the weight names (`NAMES`), `add_layer_parameters`, and the layer with `new` and
+//!    `forward` over [`Graph`](graph::Graph). Add them to each `match` in `decoder.rs`.
+//! 4. A new operation: a method of `Graph`, an `Op` in `tape/` (forward and backward), its
+//!    arithmetic in `ops/`, and the same in candle in `candle_graph/mod.rs`.
+//! 5. Layouts that differ from the files: `import` and `export`, as in `gpt2.rs`.
+//! 6. Tests: add a case to `tests/python/make_gradient_golden.py`, which writes the golden files in
+//!    `tests/it/golden/gradients/`, and its name to `CASES` in `tests/it/gradients/torch.rs`.
+//!
+//! Tensor names end in their shape: B batch, T tokens (all segments of a batch, end to end), D model
+//! width, H heads, G key/value heads, C head width, F feed-forward width, N supervised positions, V
+//! vocabulary, K top-k, L layers. A lower-case letter is a part of its dimension.
 
 pub mod batcher;
 pub mod candle_graph;
@@ -29,13 +58,13 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 pub use crate::model::config::shape::ModelConfig;
-pub use crate::model::forward::Hidden;
+pub use crate::model::forward::HiddenStates;
 pub use crate::model::kv_cache::KvCache;
 use decoder::Decoder;
-use tape::Setting;
+use tape::TapeSettings;
 use weights::Tensors;
 
 use crate::ops::arena::Arena;
@@ -50,26 +79,26 @@ pub struct Model {
     rope: Option<RopeTable>,
     arena: Arena,
     precision: Precision,
-    frame: Frame,
+    backend: Backend,
 }
 
-/// What runs the operations of a decoder.
+/// The implementation that runs the operations of a decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Frame {
-    /// The [`tape`]: on the CPU.
-    Tape,
-    /// The [`composed`] operations: on every device.
-    Composed,
+pub enum Backend {
+    /// The fused operations of [`tape`], on the CPU.
+    CpuTape,
+    /// The candle operations of [`candle_graph`], on every device.
+    Candle,
 }
 
-/// Tokens laid end to end, and the positions among them that are asked about.
+/// Tokens of one or more sequences, end to end, and the positions whose outputs are needed.
 #[derive(Debug, Clone, Copy)]
-pub struct Input<'a> {
-    /// (T)
+pub struct ModelInput<'a> {
+    /// Token ids (T).
     pub input_ids: &'a [u32],
-    /// Cover `input_ids` in order; attention stays inside of each.
+    /// Sequences, which cover `input_ids` in order. Attention does not cross their bounds.
     pub segments: &'a [Range<usize>],
-    /// (N)
+    /// Positions (N) among all tokens.
     pub positions: &'a [u32],
 }
 
@@ -77,27 +106,28 @@ impl Model {
     /// Loads a Hugging Face folder.
     ///
     /// # Errors
-    /// Where a file is missing or malformed, or tensors and `config.json` do not agree.
+    /// Where a file is missing or malformed, or the tensors do not match `config.json`.
     pub fn load(dir: &Path) -> Result<Self> {
         let (config, tensors) = decoder::load(dir)?;
         Self::new(config, &tensors).with_context(|| format!("cannot load {}", dir.display()))
     }
 
-    /// A decoder over the given tensors, on their device; trainable where these are variables.
+    /// Builds a decoder from `tensors`, on their device. Tensors that are variables are trainable.
     ///
     /// # Errors
-    /// Where tensors are missing or have other shapes than `config` says.
+    /// Where tensors are missing or their shapes do not match `config`.
     pub fn new(config: ModelConfig, tensors: &Tensors) -> Result<Self> {
-        // First of all, as it finds out whether the shapes are those of the weights.
+        // First, because it checks the shapes of the weights, from which sizes are computed below.
         let decoder = Decoder::new(&config, tensors)?;
         let rope = config.rope().map(|rope| {
-            let frequencies = rope.inverse_frequencies(config.heads.channels);
+            let frequencies = rope.inverse_frequencies(config.heads.head_dim);
             RopeTable::new(&frequencies, config.max_position_embeddings)
         });
         Ok(Self {
-            frame: match decoder.head().device() {
-                Device::Cpu => Frame::Tape,
-                _ => Frame::Composed,
+            backend: if decoder.head().device().is_cpu() {
+                Backend::CpuTape
+            } else {
+                Backend::Candle
             },
             decoder,
             rope,
@@ -107,7 +137,7 @@ impl Model {
         })
     }
 
-    /// The same decoder over other weights, which are brought to its device.
+    /// Builds the same decoder from other weights, which are copied to its device.
     ///
     /// # Errors
     /// As [`Model::new`].
@@ -119,37 +149,38 @@ impl Model {
             rope: self.rope.clone(),
             arena: self.arena.clone(),
             precision: self.precision,
-            frame: self.frame,
+            backend: self.backend,
         })
     }
 
-    /// Runs in `frame` from now on; a new model runs on the tape where it can.
-    pub fn set_frame(&mut self, frame: Frame) {
-        self.frame = frame;
+    /// Sets the backend. The default is [`Backend::CpuTape`] for weights on the CPU.
+    pub fn set_backend(&mut self, backend: Backend) {
+        self.backend = backend;
     }
 
-    /// What runs it.
-    pub fn frame(&self) -> Frame {
-        self.frame
+    /// Returns the backend.
+    pub fn backend(&self) -> Backend {
+        self.backend
     }
 
-    /// Computes in `precision` from now on; a new model computes in f32.
+    /// Sets the precision of matrix products. The default is f32.
     pub fn set_precision(&mut self, precision: Precision) {
         self.precision = precision;
     }
 
+    /// Returns the shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The LM head's weight (V x D).
+    /// Returns the weight of the LM head (V x D).
     pub fn head(&self) -> &Tensor {
         self.decoder.head()
     }
 
-    /// What a tape needs to know.
-    fn setting(&self) -> Setting<'_> {
-        Setting {
+    /// Returns the settings of a tape over this model.
+    fn tape_settings(&self) -> TapeSettings<'_> {
+        TapeSettings {
             arena: &self.arena,
             heads: self.config.heads,
             rope: self.rope.as_ref(),
@@ -157,7 +188,7 @@ impl Model {
         }
     }
 
-    /// The LM head as a linear layer, from D to V.
+    /// Returns the LM head as a linear layer, from D to V.
     fn head_layer(&self) -> Linear {
         Linear {
             inputs: self.config.hidden_size,

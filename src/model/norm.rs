@@ -5,7 +5,7 @@ use candle_core::Tensor;
 
 use super::graph::Graph;
 
-/// RMSNorm, or LayerNorm where there is a bias.
+/// The weights of a norm: LayerNorm with a bias, RMSNorm without.
 pub(crate) struct Norm {
     pub weight: Tensor,
     pub bias: Option<Tensor>,
@@ -13,7 +13,7 @@ pub(crate) struct Norm {
 }
 
 impl Norm {
-    /// Over groups of as many channels as there are weights.
+    /// Normalises groups of as many channels as there are weights.
     ///
     /// # Errors
     /// Where the graph fails.

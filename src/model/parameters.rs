@@ -1,10 +1,10 @@
-//! Names and shapes of a decoder's weights, fresh ones, and how a decoder takes hold of them.
+//! Names and shapes of the weights of a decoder, random initial weights, and checked access to weights.
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
 
 use super::norm::Norm;
-use super::projection::{Adapter, Projection};
+use super::projection::{LoraAdapter, Projection};
 use super::weights::Tensors;
 use crate::model::config::shape::ModelConfig;
 
@@ -13,34 +13,34 @@ use crate::model::config::shape::ModelConfig;
 pub struct Parameter {
     pub name: String,
     pub shape: Vec<usize>,
-    pub role: Role,
+    pub role: ParameterRole,
 }
 
 impl Parameter {
-    /// How many numbers it has.
+    /// Number of elements.
     pub fn count(&self) -> usize {
         self.shape.iter().product()
     }
 }
 
-/// What a weight is for.
+/// The role of a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Rows by token or position: embeddings, and the LM head.
+pub enum ParameterRole {
+    /// A table with one row per token or position: embeddings, and the LM head.
     Table,
-    /// The weight of a linear layer (outputs x inputs): what LoRA adapts.
+    /// The weight of a linear layer (outputs x inputs), which LoRA can adapt.
     Projection,
-    /// What a norm multiplies by.
+    /// The scale of a norm.
     Norm,
     Bias,
 }
 
 /// A list of parameters under construction.
 #[derive(Default)]
-pub(super) struct List(Vec<Parameter>);
+pub(super) struct ParameterList(Vec<Parameter>);
 
-impl List {
-    pub(super) fn add(&mut self, name: impl Into<String>, shape: &[usize], role: Role) {
+impl ParameterList {
+    pub(super) fn add(&mut self, name: impl Into<String>, shape: &[usize], role: ParameterRole) {
         self.0.push(Parameter {
             name: name.into(),
             shape: shape.to_vec(),
@@ -48,20 +48,20 @@ impl List {
         });
     }
 
-    /// `module.weight` (outputs x inputs), and `module.bias` where there is one.
+    /// Adds `module.weight` (outputs x inputs), and `module.bias` with `bias`.
     pub(super) fn projection(&mut self, module: &str, [outputs, inputs]: [usize; 2], bias: bool) {
         let weight = format!("{module}.weight");
-        self.add(weight, &[outputs, inputs], Role::Projection);
+        self.add(weight, &[outputs, inputs], ParameterRole::Projection);
         if bias {
-            self.add(format!("{module}.bias"), &[outputs], Role::Bias);
+            self.add(format!("{module}.bias"), &[outputs], ParameterRole::Bias);
         }
     }
 
-    /// `module.weight` (width), and `module.bias` where there is one.
+    /// Adds `module.weight` (width), and `module.bias` with `bias`.
     pub(super) fn norm(&mut self, module: &str, width: usize, bias: bool) {
-        self.add(format!("{module}.weight"), &[width], Role::Norm);
+        self.add(format!("{module}.weight"), &[width], ParameterRole::Norm);
         if bias {
-            self.add(format!("{module}.bias"), &[width], Role::Bias);
+            self.add(format!("{module}.bias"), &[width], ParameterRole::Bias);
         }
     }
 
@@ -70,7 +70,8 @@ impl List {
     }
 }
 
-/// Fresh weights: normal with deviation `initializer_range`, norms at one, biases at zero.
+/// Creates initial weights: normal with standard deviation `initializer_range`; norms are one, biases
+/// are zero.
 ///
 /// # Errors
 /// Where a tensor cannot be allocated.
@@ -80,9 +81,9 @@ pub fn random_weights(config: &ModelConfig, seed: u64) -> Result<Tensors> {
     for parameter in config.parameters() {
         let count = parameter.count();
         let values: Vec<f32> = match parameter.role {
-            Role::Norm => vec![1.0; count],
-            Role::Bias => vec![0.0; count],
-            Role::Table | Role::Projection => {
+            ParameterRole::Norm => vec![1.0; count],
+            ParameterRole::Bias => vec![0.0; count],
+            ParameterRole::Table | ParameterRole::Projection => {
                 let normal = |_| normal(&mut random) * config.initializer_range;
                 (0..count).map(normal).map(|v| v as f32).collect()
             }
@@ -93,30 +94,32 @@ pub fn random_weights(config: &ModelConfig, seed: u64) -> Result<Tensors> {
     Ok(tensors)
 }
 
-/// A standard normal number (Box and Muller).
+/// Draws a standard normal number (Box and Muller).
 fn normal(random: &mut fastrand::Rng) -> f64 {
     let radius = (-2.0 * (1.0 - random.f64()).ln()).sqrt();
     radius * (2.0 * std::f64::consts::PI * random.f64()).cos()
 }
 
-/// Weights of which every name and shape has been checked against the config.
-pub(super) struct Checked<'a> {
+/// Weights whose names and shapes match the config.
+pub(super) struct CheckedWeights<'a> {
     tensors: &'a Tensors,
     adapter_scale: f64,
     norm_eps: f64,
 }
 
-impl<'a> Checked<'a> {
+impl<'a> CheckedWeights<'a> {
+    /// Checks `tensors` against `config`.
+    ///
     /// # Errors
-    /// Names the first tensor that is missing or has another shape than `config` says.
+    /// Names the first tensor that is missing or whose shape does not match.
     pub(super) fn new(config: &ModelConfig, tensors: &'a Tensors) -> Result<Self> {
         for Parameter { name, shape, .. } in config.parameters() {
             let Some(tensor) = tensors.get(&name) else {
-                bail!("the weights lack {name}, which config.json asks for");
+                bail!("tensor {name} is missing from the weights: config.json requires it");
             };
             if tensor.dims() != shape {
                 bail!(
-                    "tensor {name} is {:?}, and config.json makes it {shape:?}",
+                    "tensor {name} has the shape {:?}; config.json requires {shape:?}",
                     tensor.dims()
                 );
             }
@@ -128,11 +131,13 @@ impl<'a> Checked<'a> {
         })
     }
 
+    /// Returns the weight `name`.
+    ///
     /// # Errors
-    /// Where the config has no such weight.
+    /// Where it is missing.
     pub(super) fn get(&self, name: &str) -> Result<Tensor> {
         let tensor = self.tensors.get(name).cloned();
-        tensor.with_context(|| format!("{name} is no weight of this architecture"))
+        tensor.with_context(|| format!("{name} is not a weight of this architecture"))
     }
 
     fn bias(&self, module: &str, exists: bool) -> Result<Option<Tensor>> {
@@ -140,10 +145,10 @@ impl<'a> Checked<'a> {
         bias.transpose()
     }
 
-    /// The norm `module`.
+    /// Returns the norm `module`.
     ///
     /// # Errors
-    /// As [`Checked::get`].
+    /// As [`CheckedWeights::get`].
     pub(super) fn norm(&self, module: &str, bias: bool) -> Result<Norm> {
         Ok(Norm {
             weight: self.get(&format!("{module}.weight"))?,
@@ -152,20 +157,20 @@ impl<'a> Checked<'a> {
         })
     }
 
-    /// The linear layer `module`, with its adapter where it has one.
+    /// Returns the linear layer `module`, with its adapter if it has one.
     ///
     /// # Errors
-    /// As [`Checked::get`], and where an adapter lacks its other half.
+    /// As [`CheckedWeights::get`], and where one of the two weights of an adapter is missing.
     pub(super) fn projection(&self, module: &str, bias: bool) -> Result<Projection> {
         let part = |name: &str| self.tensors.get(&format!("{module}.{name}")).cloned();
         let adapter = match (part("lora_A.weight"), part("lora_B.weight")) {
-            (Some(a), Some(b)) => Some(Adapter {
+            (Some(a), Some(b)) => Some(LoraAdapter {
                 a,
                 b,
                 scale: self.adapter_scale,
             }),
             (None, None) => None,
-            _ => bail!("the adapter of {module} lacks one of its two weights"),
+            _ => bail!("one of the two adapter weights of {module} is missing"),
         };
         Ok(Projection {
             weight: self.get(&format!("{module}.weight"))?,
@@ -175,16 +180,16 @@ impl<'a> Checked<'a> {
     }
 }
 
-/// What an architecture calls the weights that are of no layer.
-pub(super) struct Names {
-    /// Before all names but that of the head, in files of models that have one.
+/// Names of the weights outside the layers, by architecture.
+pub(super) struct WeightNames {
+    /// Prefix of all names except that of the LM head. Files without an LM head may omit it.
     pub prefix: &'static str,
     pub embedding: &'static str,
-    /// Where positions are learned.
+    /// The table of learned positions.
     pub positions: Option<&'static str>,
     /// The norm after the last layer, and whether it has a bias.
     pub norm: (&'static str, bool),
 }
 
-/// The LM head, where it is not the embedding.
-pub(super) const HEAD: &str = "lm_head.weight";
+/// The LM head, in models where it is not tied to the embedding.
+pub(super) const LM_HEAD: &str = "lm_head.weight";

@@ -2,19 +2,19 @@
 
 use candle_core::Tensor;
 
-/// `y = x W^T + b`, and `+ s (x A^T) B^T` with an adapter.
+/// The weights of a linear layer: `y = x W^T + b`, plus `s (x A^T) B^T` with an adapter.
 #[derive(Clone)]
 pub struct Projection {
     /// (O x I)
     pub weight: Tensor,
     /// (O)
     pub bias: Option<Tensor>,
-    pub adapter: Option<Adapter>,
+    pub adapter: Option<LoraAdapter>,
 }
 
-/// A low-rank adapter: LoRA.
+/// The weights of a low-rank adapter (LoRA).
 #[derive(Clone)]
-pub struct Adapter {
+pub struct LoraAdapter {
     /// (R x I)
     pub a: Tensor,
     /// (O x R)
@@ -33,8 +33,8 @@ impl Projection {
         }
     }
 
-    /// Does any of its weights get a gradient?
-    pub fn trains(&self) -> bool {
+    /// Returns true if any of the weights is trainable.
+    pub fn requires_grad(&self) -> bool {
         let adapter = self
             .adapter
             .iter()

@@ -1,25 +1,43 @@
-//! How likely a given text is, token by token.
+//! Scores given texts: the logprob of every token.
 
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
-use super::sampling::Choice;
-use super::{Input, Model};
+use super::sampling::TokenLogprobs;
+use super::{Model, ModelInput};
 
-/// A text to score: its token ids (T), and how many of the likeliest tokens to tell at each.
-pub(crate) type Text<'a> = (&'a [u32], usize);
+/// A text to score.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ScoreInput<'a> {
+    /// Token ids (T).
+    pub ids: &'a [u32],
+    /// Number of most likely tokens (K) to report at each position.
+    pub top_k: usize,
+}
 
-/// The logprobs of every token of each text but its first, which nothing comes before (T - 1 each),
-/// in one forward pass. Ids from `vocabulary` on are padding of the model's embedding.
+/// A token whose logprob is read from the logits of the position before it.
+struct ScoredToken {
+    id: u32,
+    top_k: usize,
+}
+
+/// Returns the logprobs of every token of each text except the first (T - 1 per text), which has no
+/// context. All texts share one forward pass. Ids from `vocabulary` on are padding of the model's
+/// embedding.
 ///
 /// # Errors
-/// Where a text does not fit the model, or its logits are no numbers.
-pub(crate) fn score(model: &Model, vocabulary: usize, texts: &[Text]) -> Result<Vec<Vec<Choice>>> {
-    let (mut input_ids, mut segments) = (Vec::new(), Vec::new());
-    // Of each position whose logits are looked at: it, the token that follows, and how many to tell.
-    let (mut positions, mut following) = (Vec::new(), Vec::new());
-    for &(ids, top) in texts.iter().filter(|text| !text.0.is_empty()) {
+/// Where a text does not fit the model, or its logits are not finite.
+pub(crate) fn score(
+    model: &Model,
+    vocabulary: usize,
+    texts: &[ScoreInput],
+) -> Result<Vec<Vec<TokenLogprobs>>> {
+    let mut input_ids = Vec::new();
+    let mut segments = Vec::new();
+    let mut positions = Vec::new();
+    let mut scored_tokens = Vec::new();
+    for &ScoreInput { ids, top_k } in texts.iter().filter(|text| !text.ids.is_empty()) {
         let start = input_ids.len();
         input_ids.extend(ids);
         segments.push(Range {
@@ -27,32 +45,37 @@ pub(crate) fn score(model: &Model, vocabulary: usize, texts: &[Text]) -> Result<
             end: input_ids.len(),
         });
         positions.extend(start as u32..input_ids.len() as u32 - 1);
-        following.extend(ids[1..].iter().map(|&id| (id, top)));
+        scored_tokens.extend(ids[1..].iter().map(|&id| ScoredToken { id, top_k }));
     }
-    let known = following.iter().all(|&(id, _)| (id as usize) < vocabulary);
-    ensure!(known, "the text has token ids past the vocabulary");
+    let in_vocabulary = scored_tokens
+        .iter()
+        .all(|token| (token.id as usize) < vocabulary);
+    ensure!(
+        in_vocabulary,
+        "the text has token ids outside the vocabulary of {vocabulary}"
+    );
     if positions.is_empty() {
         return Ok(vec![Vec::new(); texts.len()]);
     }
-    let input = Input {
+    let input = ModelInput {
         input_ids: &input_ids,
         segments: &segments,
         positions: &positions,
     };
-    let choices = model.map_logits(input, |at, logits| {
-        let (id, top) = following[at];
+    let logprobs = model.map_logits(input, |at, logits| {
+        let ScoredToken { id, top_k } = scored_tokens[at];
         let logits = &logits[..vocabulary];
         let finite = logits.iter().all(|logit| logit.is_finite());
-        finite.then(|| Choice::of(logits, id, top))
+        finite.then(|| TokenLogprobs::from_logits(logits, id, top_k))
     })?;
-    let choices: Option<Vec<Choice>> = choices.into_iter().collect();
-    let Some(choices) = choices else {
-        anyhow::bail!("the model's logits are no numbers; its weights are damaged");
+    let logprobs: Option<Vec<TokenLogprobs>> = logprobs.into_iter().collect();
+    let Some(logprobs) = logprobs else {
+        anyhow::bail!("the model's logits are not finite; its weights are damaged");
     };
-    let mut choices = choices.into_iter();
-    let of_text = |text: &Text| {
-        let count = text.0.len().saturating_sub(1);
-        choices.by_ref().take(count).collect()
+    let mut logprobs = logprobs.into_iter();
+    let logprobs_of = |text: &ScoreInput| {
+        let count = text.ids.len().saturating_sub(1);
+        logprobs.by_ref().take(count).collect()
     };
-    Ok(texts.iter().map(of_text).collect())
+    Ok(texts.iter().map(logprobs_of).collect())
 }

@@ -1,21 +1,21 @@
-//! The text of one answer, as its bytes arrive token by token.
+//! Decodes the text of one answer from the bytes of its tokens.
 
-/// Releases text once it can no longer change: a character whose last byte is still to come, and
-/// text that may turn out to begin a stop string, are held back.
+/// Releases text once it can no longer change. Incomplete characters, and text that may be the beginning
+/// of a stop string, are held back.
 ///
-/// Offsets are those of the tokens' bytes. What is released, joined, is the lossy decoding of the
-/// bytes before the stop string, however they were cut into tokens.
+/// Offsets count bytes of the answer. The released parts, joined, are the lossy UTF-8 decoding of the
+/// bytes before the stop string, however these were split into tokens.
 #[derive(Debug)]
 pub(crate) struct TextStream {
     bytes: Vec<u8>,
     released: usize,
     stop: Vec<String>,
-    /// Where the stop string begins, once one was seen.
+    /// Offset of the stop string, once one is found.
     cut: Option<usize>,
 }
 
 impl TextStream {
-    /// `stop`: the strings that end the answer; empty ones are ignored.
+    /// Creates a stream that ends at any of the strings `stop`. Empty strings are ignored.
     pub(crate) fn new(stop: &[String]) -> Self {
         Self {
             bytes: Vec::new(),
@@ -29,7 +29,7 @@ impl TextStream {
         }
     }
 
-    /// Appends a token's bytes. True once they complete a stop string.
+    /// Appends the bytes of a token. Returns true if they complete a stop string.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> bool {
         let old = self.bytes.len();
         self.bytes.extend_from_slice(bytes);
@@ -46,28 +46,28 @@ impl TextStream {
         self.cut.is_some()
     }
 
-    /// Bytes received.
+    /// Number of bytes received.
     pub(crate) fn received(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Bytes whose text was released.
+    /// Number of bytes whose text was released.
     pub(crate) fn released(&self) -> usize {
         self.released
     }
 
-    /// Where the stop string begins, once one was seen.
+    /// Returns the offset of the stop string, once one is found.
     pub(crate) fn cut(&self) -> Option<usize> {
         self.cut
     }
 
-    /// The text that became certain since the last call.
+    /// Releases the text that can no longer change.
     pub(crate) fn release(&mut self) -> String {
         let held = self.partial_character().max(self.partial_stop());
         self.release_until(self.bytes.len() - held)
     }
 
-    /// The rest of the text; for the end of the answer.
+    /// Releases the rest of the text, at the end of the answer.
     pub(crate) fn finish(&mut self) -> String {
         self.release_until(self.cut.unwrap_or(self.bytes.len()))
     }
@@ -78,11 +78,11 @@ impl TextStream {
         text
     }
 
-    /// Length of an unfinished character at the end.
+    /// Length of an incomplete character at the end, in bytes.
     fn partial_character(&self) -> usize {
         match self.bytes[self.released..].utf8_chunks().last() {
             Some(chunk) => match std::str::from_utf8(chunk.invalid()) {
-                // No error length: the bytes are the beginning of a character.
+                // Without an error length, the bytes are the beginning of a character.
                 Err(error) if error.error_len().is_none() => chunk.invalid().len(),
                 _ => 0,
             },
@@ -90,7 +90,7 @@ impl TextStream {
         }
     }
 
-    /// Length of the longest end of the text that begins a stop string.
+    /// Length of the longest suffix that is the beginning of a stop string, in bytes.
     fn partial_stop(&self) -> usize {
         let pending = &self.bytes[self.released..];
         let begins = |stop: &&String| {
@@ -116,7 +116,7 @@ fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
 mod tests {
     use super::*;
 
-    /// What each token releases, and what the end adds.
+    /// Returns the text released after each token, and at the end.
     fn released(stop: &[&str], tokens: &[&[u8]]) -> Vec<String> {
         let stop: Vec<String> = stop.iter().map(ToString::to_string).collect();
         let mut stream = TextStream::new(&stop);
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn no_half_character_is_released() {
+    fn incomplete_character_is_held_back() {
         let euro = "€".as_bytes();
         assert_eq!(
             released(&[], &[b"a", &euro[..1], &euro[1..2], &euro[2..], b"b"]),
@@ -141,14 +141,14 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_become_replacement_characters() {
+    fn invalid_utf8_becomes_replacement_characters() {
         assert_eq!(released(&[], &[b"a\xff", b"b"]), ["a\u{fffd}", "b", ""]);
         assert_eq!(released(&[], &[b"a\xe2", b"\x82"]), ["a", "", "\u{fffd}"]);
         assert_eq!(released(&[], &[b"a\xe2", b"b"]), ["a", "\u{fffd}b", ""]);
     }
 
     #[test]
-    fn a_stop_string_is_cut_wherever_the_tokens_split_it() {
+    fn stop_string_is_cut_across_tokens() {
         assert_eq!(released(&["END"], &[b"go END on"]), ["go "]);
         assert_eq!(
             released(&["END"], &[b"go E", b"N", b"D on"]),
@@ -166,19 +166,19 @@ mod tests {
     }
 
     #[test]
-    fn the_earliest_of_several_stop_strings_counts() {
+    fn earliest_stop_string_ends_text() {
         assert_eq!(released(&["c", "bcd", ""], &[b"ab", b"cd"]), ["a", ""]);
         assert_eq!(released(&["c", "abx"], &[b"ab", b"c"]), ["", "ab"]);
     }
 
     #[test]
-    fn a_stop_string_of_wide_characters_is_found_across_tokens() {
+    fn multibyte_stop_string_is_found_across_tokens() {
         let text = "é€".as_bytes();
         assert_eq!(released(&["€"], &[&text[..3], &text[3..]]), ["é", ""]);
     }
 
     #[test]
-    fn any_cut_into_tokens_gives_the_lossy_text() {
+    fn every_split_into_tokens_gives_lossy_text() {
         let mut rng = fastrand::Rng::with_seed(3);
         let alphabet = [b'a', b'E', b'N', 0xe2, 0x82, 0xac, 0xff, 0xc3];
         for _ in 0..2000 {

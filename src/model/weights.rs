@@ -1,4 +1,4 @@
-//! Named tensors in safetensors files.
+//! Reads and writes named tensors in safetensors files.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,43 +11,43 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::Deserialize;
 
 use crate::exit::Exit;
-use crate::ops::Values;
-use crate::ops::map::Map;
+use crate::ops::CpuValues;
+use crate::ops::mapped_file::MappedFile;
 
 /// Tensors by name, in the order of their names.
 pub type Tensors = BTreeMap<String, Tensor>;
 
 #[derive(Deserialize)]
-struct Index {
+struct WeightIndex {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Tensors of a model folder.
+/// The tensors of a model folder.
 #[derive(Debug, Default)]
-pub struct Loaded {
-    /// Those that are used, by the names that `load` was given for them.
+pub struct LoadedTensors {
+    /// Used tensors, by the names that the caller of `load` chose.
     pub tensors: Tensors,
-    /// Names of the others in the files.
+    /// Names of the unused tensors in the files.
     pub unused: BTreeSet<String>,
 }
 
-/// Reads tensors of a model folder as f32: of `model.safetensors`, or of the shards that
-/// `model.safetensors.index.json` names. `name` returns what a tensor of the files is called, or None if it is not
-/// used: it is not read then, and may be of any type.
+/// Reads the tensors of a model folder as f32, from `model.safetensors` or from the shards that
+/// `model.safetensors.index.json` lists. `name` maps a name in the files to the name to use, or to None
+/// for unused tensors. Unused tensors are not read and may have any type.
 ///
 /// # Errors
-/// Where a file is missing or malformed, the index names a file outside of the folder, or two tensors have the same
-/// name.
-pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<Loaded> {
-    let mut loaded = Loaded::default();
-    for path in files(dir)? {
-        with_file(&path, |file| {
+/// Where a file is missing or malformed, the index lists a file outside the folder, or two tensors have
+/// the same name.
+pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<LoadedTensors> {
+    let mut loaded = LoadedTensors::default();
+    for path in weight_files(dir)? {
+        with_safetensors(&path, |file| {
             for stored in file.tensors.names() {
                 match name(stored) {
                     Some(name) if loaded.tensors.contains_key(&name) => {
                         bail!(Exit::Usage(format!(
-                            "the weights have {name} twice, perhaps with a prefix and without, and programs differ in \
-                             which they use: remove one"
+                            "the weights contain {name} twice (perhaps with and without a prefix), and programs \
+                             differ in which one they use: remove one"
                         )))
                     }
                     Some(name) => {
@@ -64,8 +64,8 @@ pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<Loaded>
     Ok(loaded)
 }
 
-/// Names with `*` in place of the numbers in them, each once, with its count.
-pub fn patterns(names: &BTreeSet<String>) -> Vec<String> {
+/// Groups names that differ only in numbers: returns each pattern, with `*` for the numbers, and its count.
+pub fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for name in names {
         let parts = name.split('.').map(|part| match part.parse::<u64>() {
@@ -82,16 +82,18 @@ pub fn patterns(names: &BTreeSet<String>) -> Vec<String> {
     shown.collect()
 }
 
-/// Refuses weights with more layers than are to be built: the rest would be left out in silence.
+/// Checks that no tensor belongs to a layer from `layers` on: it would silently be left out.
 ///
 /// # Errors
 /// Where a tensor belongs to a layer from `layers` on.
 pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
     let layer = |name: &str| -> Option<usize> {
-        let own = ["model.", "transformer."];
-        let own = own.iter().find_map(|prefix| name.strip_prefix(prefix));
-        let own = own.unwrap_or(name);
-        let rest = own.strip_prefix("layers.").or(own.strip_prefix("h."))?;
+        let prefixes = ["model.", "transformer."];
+        let name = prefixes
+            .iter()
+            .find_map(|prefix| name.strip_prefix(prefix))
+            .unwrap_or(name);
+        let rest = name.strip_prefix("layers.").or(name.strip_prefix("h."))?;
         rest.split('.').next()?.parse().ok()
     };
     match names
@@ -100,8 +102,8 @@ pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
     {
         None => Ok(()),
         Some(name) => bail!(
-            "config.json says `num_hidden_layers` = {layers}, and the weights have {name}: set it to the \
-             number of layers that are there"
+            "config.json has `num_hidden_layers` = {layers}, but the weights contain {name}: set it to the \
+             number of layers in the weights"
         ),
     }
 }
@@ -109,26 +111,26 @@ pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
 /// Reads one safetensors file as f32.
 ///
 /// # Errors
-/// Where it is missing, malformed, or holds a data type that is no float.
+/// Where the file is missing or malformed, or a tensor is not of a float type.
 pub fn load_file(path: &Path) -> Result<Tensors> {
-    with_file(path, |file| {
+    with_safetensors(path, |file| {
         let names = file.tensors.names();
         let load = |name: &str| Ok((name.to_string(), file.tensor(name)?));
         names.into_iter().map(load).collect()
     })
 }
 
-/// A safetensors file, of which tensors are read one by one.
-pub struct File<'a> {
+/// A safetensors file whose tensors are read one by one.
+pub struct SafetensorsFile<'a> {
     path: &'a Path,
     tensors: SafeTensors<'a>,
 }
 
-impl File<'_> {
-    /// The tensor `name` as f32.
+impl SafetensorsFile<'_> {
+    /// Reads the tensor `name` as f32.
     ///
     /// # Errors
-    /// Where it is missing, or holds a data type that is no float.
+    /// Where it is missing or not of a float type.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let read = || -> Result<Tensor> {
             let view = self.tensors.tensor(name)?;
@@ -143,25 +145,28 @@ impl File<'_> {
 ///
 /// # Errors
 /// Where it is missing or malformed.
-pub fn with_file<R>(path: &Path, read: impl FnOnce(&File) -> Result<R>) -> Result<R> {
+pub fn with_safetensors<R>(
+    path: &Path,
+    read: impl FnOnce(&SafetensorsFile) -> Result<R>,
+) -> Result<R> {
     crate::fs::check_is_file(path)?;
     let map = std::fs::File::open(path)
-        .and_then(|file| Map::of(&file))
+        .and_then(|file| MappedFile::new(&file))
         .with_context(|| format!("cannot read {}", path.display()))?;
     let tensors = SafeTensors::deserialize(&map)
-        .with_context(|| format!("{} is no valid safetensors file", path.display()))?;
-    read(&File { path, tensors })
+        .with_context(|| format!("{} is not a valid safetensors file", path.display()))?;
+    read(&SafetensorsFile { path, tensors })
 }
 
-/// A tensor to be written.
-pub struct Entry<'a> {
+/// A tensor to write.
+pub struct TensorEntry<'a> {
     shape: Vec<usize>,
     values: Box<dyn Deref<Target = [f32]> + 'a>,
     dtype: Dtype,
 }
 
-impl<'a> Entry<'a> {
-    /// Values of a shape as f32.
+impl<'a> TensorEntry<'a> {
+    /// An f32 tensor with the given shape and values.
     pub fn new(shape: &[usize], values: &'a [f32]) -> Self {
         Self {
             shape: shape.to_vec(),
@@ -170,39 +175,39 @@ impl<'a> Entry<'a> {
         }
     }
 
-    /// A tensor of another device, brought here, as f32.
+    /// An f32 tensor, copied from its device to the CPU.
     ///
     /// # Errors
     /// Where the device fails.
-    pub fn copy_of(tensor: &Tensor) -> Result<Self> {
-        let here = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    pub fn from_device(tensor: &Tensor) -> Result<Self> {
+        let on_cpu = tensor.to_device(&Device::Cpu)?.flatten_all()?;
         Ok(Self {
             shape: tensor.dims().to_vec(),
-            values: Box::new(here.to_vec1::<f32>()?),
+            values: Box::new(on_cpu.to_vec1::<f32>()?),
             dtype: Dtype::F32,
         })
     }
 
-    /// A contiguous f32 tensor on the CPU as `dtype`.
+    /// A contiguous f32 tensor on the CPU, to be written as `dtype`.
     ///
     /// # Errors
-    /// Where it is none, or `dtype` is no float.
-    pub fn of(tensor: &'a Tensor, dtype: DType) -> Result<Self> {
+    /// Where `tensor` is of another kind, or `dtype` is not f32, f16 or bf16.
+    pub fn from_tensor(tensor: &'a Tensor, dtype: DType) -> Result<Self> {
         let dtype = match dtype {
             DType::F32 => Dtype::F32,
             DType::F16 => Dtype::F16,
             DType::BF16 => Dtype::BF16,
-            other => bail!("cannot write weights as {other:?}"),
+            other => bail!("cannot write weights as {other:?}: expected f32, f16 or bf16"),
         };
         Ok(Self {
             shape: tensor.dims().to_vec(),
-            values: Box::new(Values::of(tensor)?),
+            values: Box::new(CpuValues::new(tensor)?),
             dtype,
         })
     }
 }
 
-impl View for Entry<'_> {
+impl View for TensorEntry<'_> {
     fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -212,12 +217,12 @@ impl View for Entry<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        fn render<const N: usize>(values: &[f32], bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+        fn encode<const N: usize>(values: &[f32], bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
             values.iter().flat_map(|v| bytes(*v)).collect()
         }
         match self.dtype {
-            Dtype::F16 => render(&self.values, |v| half::f16::from_f32(v).to_le_bytes()).into(),
-            Dtype::BF16 => render(&self.values, |v| half::bf16::from_f32(v).to_le_bytes()).into(),
+            Dtype::F16 => encode(&self.values, |v| half::f16::from_f32(v).to_le_bytes()).into(),
+            Dtype::BF16 => encode(&self.values, |v| half::bf16::from_f32(v).to_le_bytes()).into(),
             _ => le_bytes(&self.values),
         }
     }
@@ -236,12 +241,12 @@ fn le_bytes(values: &[f32]) -> Cow<'_, [u8]> {
     }
 }
 
-/// Writes a safetensors file, one tensor in memory at a time, into a folder that
-/// [`crate::fs::write_dir_with`] fills.
+/// Writes a safetensors file, one tensor in memory at a time. Call it within
+/// [`crate::fs::write_dir_with`].
 ///
 /// # Errors
 /// Where it cannot be written.
-pub fn write(path: &Path, entries: BTreeMap<String, Entry>) -> Result<()> {
+pub fn write(path: &Path, entries: BTreeMap<String, TensorEntry>) -> Result<()> {
     let metadata = [("format".to_string(), "pt".to_string())];
     crate::fs::create_by(path, || {
         safetensors::serialize_to_file(entries, Some(metadata.into()), path)
@@ -249,25 +254,25 @@ pub fn write(path: &Path, entries: BTreeMap<String, Entry>) -> Result<()> {
     })
 }
 
-/// A hash of names and values.
+/// Hashes names and values.
 ///
 /// # Errors
-/// Where one is no contiguous f32 tensor, or the device fails.
+/// Where a tensor is not contiguous f32, or the device fails.
 pub fn hash(tensors: &Tensors) -> Result<String> {
     let mut hash = blake3::Hasher::new();
     for (name, tensor) in tensors {
         hash.update(name.as_bytes());
-        for values in Values::of(&tensor.to_device(&Device::Cpu)?)?.chunks(1 << 16) {
+        for values in CpuValues::new(&tensor.to_device(&Device::Cpu)?)?.chunks(1 << 16) {
             hash.update_rayon(&le_bytes(values));
         }
     }
     Ok(hash.finalize().to_hex().to_string())
 }
 
-/// The tensors on `device`.
+/// Copies the tensors to `device`.
 ///
 /// # Errors
-/// Where there is no room for them.
+/// Where the device runs out of memory.
 pub fn to_device(tensors: &Tensors, device: &Device) -> Result<Tensors> {
     let moved = |(name, tensor): (&String, &Tensor)| -> Result<_> {
         Ok((name.clone(), tensor.to_device(device)?))
@@ -275,17 +280,18 @@ pub fn to_device(tensors: &Tensors, device: &Device) -> Result<Tensors> {
     tensors.iter().map(moved).collect()
 }
 
-/// Tensors as entries of the given float type.
+/// Returns the tensors as entries to write as `dtype`.
 ///
 /// # Errors
 /// Where a tensor is not contiguous f32 on the CPU.
-pub fn entries(tensors: &Tensors, dtype: DType) -> Result<BTreeMap<String, Entry<'_>>> {
-    let entry = |(name, tensor): (&String, _)| Ok((name.clone(), Entry::of(tensor, dtype)?));
+pub fn entries(tensors: &Tensors, dtype: DType) -> Result<BTreeMap<String, TensorEntry<'_>>> {
+    let entry =
+        |(name, tensor): (&String, _)| Ok((name.clone(), TensorEntry::from_tensor(tensor, dtype)?));
     tensors.iter().map(entry).collect()
 }
 
-/// The safetensors files of a model folder.
-fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+/// Returns the safetensors files of a model folder.
+fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let single = dir.join("model.safetensors");
     if single.exists() {
         return Ok(vec![single]);
@@ -293,15 +299,15 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     let index = dir.join("model.safetensors.index.json");
     if !index.exists() {
         bail!(Exit::Usage(format!(
-            "{} holds no model.safetensors: convert other weight formats with transformers' \
-             save_pretrained first",
+            "{} contains no model.safetensors: convert other weight formats with transformers' \
+             `save_pretrained`",
             dir.display()
         )));
     }
     let text = std::fs::read_to_string(&index)
         .with_context(|| format!("cannot read {}", index.display()))?;
-    let index: Index = serde_json::from_str(&text)
-        .with_context(|| format!("{} is no weight index", index.display()))?;
+    let index: WeightIndex = serde_json::from_str(&text)
+        .with_context(|| format!("{} is not a valid weight index", index.display()))?;
     let names: BTreeSet<&String> = index.weight_map.values().collect();
     names
         .into_iter()
@@ -309,7 +315,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
             let path = Path::new(name);
             let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
             if !plain {
-                bail!("the weight index names {name:?}, which is not inside the model folder");
+                bail!("the weight index lists {name:?}, which is not inside the model folder");
             }
             Ok(dir.join(path))
         })
@@ -325,6 +331,6 @@ fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
         Dtype::F16 => read(bytes, |b| half::f16::from_le_bytes(b).to_f32()),
         Dtype::BF16 => read(bytes, |b| half::bf16::from_le_bytes(b).to_f32()),
         Dtype::F64 => read(bytes, |b| f64::from_le_bytes(b) as f32),
-        other => bail!("data type {other:?} is not supported: weights are f32, f16 or bf16"),
+        other => bail!("data type {other:?} is not supported; expected f32, f16, bf16 or f64"),
     })
 }

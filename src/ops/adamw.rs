@@ -6,12 +6,12 @@ use std::sync::Mutex;
 
 use super::{lock, simd};
 
-/// Values that one task works on.
-const TASK: usize = 1 << 16;
+/// Values per task.
+const VALUES_PER_TASK: usize = 1 << 16;
 
-/// The constants of one step.
+/// The constants of one optimizer step.
 #[derive(Debug, Clone, Copy)]
-pub struct Step {
+pub struct AdamWStep {
     /// Number of this step, from 1: corrects the bias of the moments.
     pub number: u64,
     pub learning_rate: f32,
@@ -19,27 +19,27 @@ pub struct Step {
     pub beta2: f32,
     pub epsilon: f32,
     pub weight_decay: f32,
-    /// Gradients are multiplied by this first (clipping).
+    /// Factor of the gradients, from clipping by their norm.
     pub gradient_scale: f32,
 }
 
-impl Step {
-    /// What a moment with decay `beta` is multiplied by to make up for its beginning at zero.
+impl AdamWStep {
+    /// Bias correction of a moment with decay `beta`, which starts at zero.
     fn correction(&self, beta: f32) -> f32 {
         (1.0 / (1.0 - f64::from(beta).powf(self.number as f64))) as f32
     }
 }
 
-/// Updates `parameter` and its two moments in place from its gradient.
+/// Updates `parameter` and both moments in place from the gradient.
 ///
 /// # Errors
-/// Where the parameter is not a contiguous f32 tensor on the CPU with as many values as the others.
+/// Where the parameter is not a contiguous f32 tensor on the CPU, or the sizes differ.
 pub fn adamw(
     parameter: &Tensor,
     gradient: &[f32],
     first_moment: &mut [f32],
     second_moment: &mut [f32],
-    step: Step,
+    step: AdamWStep,
 ) -> Result<()> {
     parameter.inplace_op1(&AdamW {
         gradient,
@@ -50,9 +50,9 @@ pub fn adamw(
 
 struct AdamW<'a> {
     gradient: &'a [f32],
-    /// Behind a lock because candle hands the operation out shared.
+    /// A mutex, because candle takes the operation by shared reference.
     moments: Mutex<(&'a mut [f32], &'a mut [f32])>,
-    step: Step,
+    step: AdamWStep,
 }
 
 impl InplaceOp1 for AdamW<'_> {
@@ -69,20 +69,20 @@ impl InplaceOp1 for AdamW<'_> {
         let mut moments = lock(&self.moments);
         let (first, second) = &mut *moments;
         if [self.gradient.len(), first.len(), second.len()] != [values.len(); 3] {
-            candle_core::bail!("adamw: a gradient or moment has another size than its parameter");
+            candle_core::bail!("adamw: the sizes of parameter, gradient and moments differ");
         }
         let step = self.step;
         values
-            .par_chunks_mut(TASK)
-            .zip(self.gradient.par_chunks(TASK))
-            .zip(first.par_chunks_mut(TASK))
-            .zip(second.par_chunks_mut(TASK))
+            .par_chunks_mut(VALUES_PER_TASK)
+            .zip(self.gradient.par_chunks(VALUES_PER_TASK))
+            .zip(first.par_chunks_mut(VALUES_PER_TASK))
+            .zip(second.par_chunks_mut(VALUES_PER_TASK))
             .for_each(|(((values, gradient), first), second)| {
                 simd!(|values: &mut [f32],
                        gradient: &[f32],
                        first: &mut [f32],
                        second: &mut [f32],
-                       step: Step| {
+                       step: AdamWStep| {
                     update(values, gradient, first, second, step);
                 });
             });
@@ -90,15 +90,15 @@ impl InplaceOp1 for AdamW<'_> {
     }
 }
 
-/// The same in candle's own operations, for a parameter on another device.
+/// [`adamw`] in candle's own operations, for a parameter on any device.
 ///
 /// # Errors
 /// Where the device fails.
-pub fn composed(
+pub fn adamw_candle(
     parameter: &Var,
     gradient: &Tensor,
     moments: &mut [Tensor; 2],
-    step: Step,
+    step: AdamWStep,
 ) -> Result<()> {
     let gradient = (gradient * f64::from(step.gradient_scale))?;
     let mean = |old: &Tensor, beta: f32, new: Tensor| -> Result<Tensor> {
@@ -116,7 +116,7 @@ pub fn composed(
     Ok(())
 }
 
-/// The sum of squares, in running sums of their own.
+/// Returns the sum of squares. Eight partial sums let the compiler use vector registers.
 pub fn sum_of_squares(values: &[f32]) -> f64 {
     simd!(|values: &[f32]| -> f64 {
         let mut sums = [0.0f64; 8];
@@ -134,8 +134,15 @@ pub fn sum_of_squares(values: &[f32]) -> f64 {
 /// m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
 /// p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t).
 #[inline(always)]
-fn update(values: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32], step: Step) {
-    let (first_scale, second_scale) = (step.correction(step.beta1), step.correction(step.beta2));
+fn update(
+    values: &mut [f32],
+    gradient: &[f32],
+    first: &mut [f32],
+    second: &mut [f32],
+    step: AdamWStep,
+) {
+    let first_scale = step.correction(step.beta1);
+    let second_scale = step.correction(step.beta2);
     let decay = 1.0 - step.learning_rate * step.weight_decay;
     for (((p, g), m), v) in values.iter_mut().zip(gradient).zip(first).zip(second) {
         let g = g * step.gradient_scale;

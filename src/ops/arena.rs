@@ -1,9 +1,9 @@
-//! Memory of a training step, used over and over.
+//! An arena allocator: memory that is reused by every training step.
 //!
-//! A step makes and drops some thousand large buffers. From the general allocator each would be
-//! mapped, faulted in page by page and given back; here a buffer is a range of a block that stays.
-//! The lowest place that fits is taken, so the memory in use stays dense, and gradients fill the
-//! holes that activations leave. Blocks ask for huge pages.
+//! A step allocates and drops some thousand large buffers. The general allocator would map each of
+//! them, fault it in page by page and unmap it. Here a buffer is a range of a block that stays
+//! mapped. Allocation is first-fit from the lowest address, so the memory in use stays dense, and
+//! gradients fill the holes that activations leave. Blocks request huge pages.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
@@ -15,22 +15,22 @@ use memmap2::{MmapMut, MmapOptions};
 
 use super::lock;
 
-/// Values of a block: 256 MiB of addresses, of which untouched pages cost nothing.
-const BLOCK: usize = 1 << 26;
-/// Buffers begin at multiples of this many values: a cache line.
-const ALIGN: usize = 16;
+/// Values of a block: 256 MiB of address space, of which untouched pages use no memory.
+const BLOCK_LEN: usize = 1 << 26;
+/// Alignment of buffers, in values: a cache line.
+const ALIGNMENT: usize = 16;
 
-/// Where buffers come from and return to; clones share the memory.
+/// An arena. Clones share the memory.
 #[derive(Clone, Default)]
-pub struct Arena(Arc<Mutex<Vec<Block>>>);
+pub struct Arena(Arc<Mutex<Vec<ArenaBlock>>>);
 
-struct Block {
+struct ArenaBlock {
     map: MmapMut,
-    /// Ranges that nobody holds: start -> length, in values, never two adjacent ones.
+    /// Free ranges: start -> length, in values. No two are adjacent.
     free: BTreeMap<usize, usize>,
 }
 
-/// A range of values that its holder alone reads and writes.
+/// A range of values owned by its holder. It returns to the arena when dropped.
 pub struct Buffer {
     arena: Arena,
     block: usize,
@@ -39,54 +39,54 @@ pub struct Buffer {
     values: NonNull<f32>,
 }
 
-// SAFETY: a buffer owns its range as a Box would: the arena hands out a range once, and gets it
-// back when the buffer is dropped.
+// SAFETY: a buffer owns its range as a Box would: the arena allocates a range once, and frees it
+// when the buffer is dropped.
 unsafe impl Send for Buffer {}
 // SAFETY: as above; shared access only reads.
 unsafe impl Sync for Buffer {}
 
 impl Arena {
-    /// A buffer of `len` values, which are whatever they were left at: write all of them. Debug
-    /// builds fill it with NaN, so that one that is not written shows.
+    /// Allocates `len` values with arbitrary content: the caller must write all of them. Debug
+    /// builds fill the buffer with NaN, so that a value that is read unwritten is noticed.
     ///
     /// # Errors
-    /// Where the system has no more memory.
+    /// Where the system is out of memory.
     pub fn take(&self, len: usize) -> Result<Buffer> {
         #[cfg_attr(not(debug_assertions), expect(unused_mut))]
-        let mut buffer = self.find(len)?;
+        let mut buffer = self.allocate(len)?;
         #[cfg(debug_assertions)]
         buffer.fill(f32::NAN);
         Ok(buffer)
     }
 
-    /// A buffer of `len` zeros.
+    /// Allocates `len` zeros.
     ///
     /// # Errors
     /// As [`Arena::take`].
     pub fn zeros(&self, len: usize) -> Result<Buffer> {
-        let mut buffer = self.find(len)?;
+        let mut buffer = self.allocate(len)?;
         buffer.fill(0.0);
         Ok(buffer)
     }
 
-    fn find(&self, len: usize) -> Result<Buffer> {
-        let size = len.max(1).next_multiple_of(ALIGN);
+    fn allocate(&self, len: usize) -> Result<Buffer> {
+        let size = len.max(1).next_multiple_of(ALIGNMENT);
         let mut blocks = lock(&self.0);
         let found = blocks
             .iter_mut()
             .enumerate()
-            .find_map(|(index, block)| Some((index, block.cut(size)?)));
+            .find_map(|(index, block)| Some((index, block.allocate(size)?)));
         let (index, start) = match found {
             Some(found) => found,
             None => {
-                let mut block = Block::new(size.max(BLOCK))?;
-                let start = block.cut(size).unwrap_or_default();
+                let mut block = ArenaBlock::new(size.max(BLOCK_LEN))?;
+                let start = block.allocate(size).unwrap_or_default();
                 blocks.push(block);
                 (blocks.len() - 1, start)
             }
         };
         let base = blocks[index].map.as_mut_ptr().cast::<f32>();
-        // SAFETY: `cut` returned a range inside the block, whose mapping is page-aligned, never
+        // SAFETY: `ArenaBlock::allocate` returned a range inside the block, whose mapping is page-aligned, never
         // moves, and lives as long as the arena, which the buffer holds.
         let values = unsafe { NonNull::new_unchecked(base.add(start)) };
         Ok(Buffer {
@@ -99,7 +99,7 @@ impl Arena {
     }
 }
 
-impl Block {
+impl ArenaBlock {
     fn new(len: usize) -> Result<Self> {
         let map = MmapOptions::new()
             .len(len * size_of::<f32>())
@@ -107,12 +107,12 @@ impl Block {
             .map_anon()
             .map_err(|error| {
                 candle_core::Error::Msg(format!(
-                    "no memory for {} MiB more: {error}",
+                    "cannot allocate another {} MiB: {error}",
                     (len * size_of::<f32>()) >> 20
                 ))
             })?;
         #[cfg(target_os = "linux")]
-        // Faster where the system offers it; it works without.
+        // Only a hint for speed: failure is harmless.
         let _ = map.advise(memmap2::Advice::HugePage);
         Ok(Self {
             map,
@@ -120,8 +120,8 @@ impl Block {
         })
     }
 
-    /// Takes the lowest free range of `size` values.
-    fn cut(&mut self, size: usize) -> Option<usize> {
+    /// Allocates the lowest free range of `size` values and returns its start.
+    fn allocate(&mut self, size: usize) -> Option<usize> {
         let (&start, &len) = self.free.iter().find(|(_, len)| **len >= size)?;
         self.free.remove(&start);
         if len > size {
@@ -130,8 +130,8 @@ impl Block {
         Some(start)
     }
 
-    /// Takes a range back, and joins it with its free neighbours.
-    fn join(&mut self, mut start: usize, mut size: usize) {
+    /// Frees a range and merges it with free neighbours.
+    fn free_range(&mut self, mut start: usize, mut size: usize) {
         if let Some(next) = self.free.remove(&(start + size)) {
             size += next;
         }
@@ -147,8 +147,8 @@ impl Block {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let size = self.len.max(1).next_multiple_of(ALIGN);
-        lock(&self.arena.0)[self.block].join(self.start, size);
+        let size = self.len.max(1).next_multiple_of(ALIGNMENT);
+        lock(&self.arena.0)[self.block].free_range(self.start, size);
     }
 }
 
@@ -156,7 +156,7 @@ impl Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        // SAFETY: the range is this buffer's alone, and its values were zeros from the start.
+        // SAFETY: only this buffer refers to the range, and mapped memory is zero-initialised.
         unsafe { std::slice::from_raw_parts(self.values.as_ptr(), self.len) }
     }
 }
@@ -173,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn live_buffers_never_overlap_and_dropped_ones_are_used_again() {
+    fn arena_buffers_do_not_overlap_and_are_reused() {
         let arena = Arena::default();
         let mut random = fastrand::Rng::with_seed(1);
         let mut live: Vec<(Buffer, f32)> = Vec::new();
@@ -191,11 +191,15 @@ mod tests {
         live.clear();
         let blocks = lock(&arena.0);
         assert_eq!(blocks.len(), 1);
-        assert_eq!(blocks[0].free, BTreeMap::from([(0, BLOCK)]), "not joined");
+        assert_eq!(
+            blocks[0].free,
+            BTreeMap::from([(0, BLOCK_LEN)]),
+            "free ranges were not merged"
+        );
     }
 
     #[test]
-    fn the_lowest_place_is_taken_and_large_requests_get_a_block_of_their_own() {
+    fn arena_takes_lowest_free_range_and_gives_large_requests_their_own_block() {
         let arena = Arena::default();
         let [a, b] = [100, 50].map(|len| arena.take(len).expect("memory"));
         let low = a.values;
@@ -203,7 +207,7 @@ mod tests {
         let c = arena.take(60).expect("memory");
         assert_eq!(c.values, low);
         drop(b);
-        let large = arena.take(BLOCK + 1).expect("memory");
-        assert_eq!((large.block, large.len()), (1, BLOCK + 1));
+        let large = arena.take(BLOCK_LEN + 1).expect("memory");
+        assert_eq!((large.block, large.len()), (1, BLOCK_LEN + 1));
     }
 }

@@ -1,9 +1,13 @@
-//! Causal grouped-query attention over segments laid end to end, the rotary embedding done.
+//! Causal grouped-query attention over segments laid end to end. Queries and keys already carry the
+//! rotary embedding.
 //!
-//! For each query row: o = softmax(scale q K^T) V over the keys of its segment that it sees: those
-//! at or before it, and with a sliding window of w only the last w of them. Queries are taken in
-//! blocks, so no (T x T) matrix is stored; the backward pass computes a block's probabilities again
-//! from the log-sum-exp of its scores (Dao et al., arXiv 2205.14135).
+//! For each query row: o = softmax(scale q K^T) V over the visible keys of its segment. A row sees
+//! itself and the rows before it; with a sliding window of w, only the last w of these. Queries are
+//! processed in blocks, so no (T x T) matrix is stored. The backward pass recomputes the
+//! probabilities of a block from the log-sum-exp of its scores (Dao et al., arXiv 2205.14135).
+
+// Tensor names carry their shape; see the legend in `ops`.
+#![allow(non_snake_case)]
 
 use std::ops::Range;
 
@@ -11,117 +15,124 @@ use rayon::prelude::*;
 
 use super::math::{self, dot, exp};
 use super::matmul::{Precision, matmul};
-use super::{Gradient, ROWS_PER_TASK, part, simd, split};
+use super::{Gradient, ROWS_PER_TASK, segment_rows, simd, split_segments};
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
-/// Query rows of one block.
+/// Query rows per block.
 const BLOCK: usize = 64;
 
-/// The shape of an attention layer.
+/// The head counts and the head width of an attention layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Heads {
-    /// Query heads (H), a multiple of `key_value`.
+    /// Number of query heads (H), a multiple of `key_value`.
     pub query: usize,
-    /// Key/value heads (G).
+    /// Number of key/value heads (G).
     pub key_value: usize,
-    /// Channels of a head (C).
-    pub channels: usize,
+    /// Width of a head (C).
+    pub head_dim: usize,
 }
 
 impl Heads {
     /// Width of a row of queries: H x C.
     pub fn query_width(&self) -> usize {
-        self.query * self.channels
+        self.query * self.head_dim
     }
 
     /// Width of a row of keys or values: G x C.
     pub fn key_value_width(&self) -> usize {
-        self.key_value * self.channels
+        self.key_value * self.head_dim
     }
 
-    /// What scores are multiplied by: 1 / sqrt(C).
+    /// Factor of the scores: 1 / sqrt(C).
     pub fn scale(&self) -> f32 {
-        1.0 / (self.channels as f32).sqrt()
+        1.0 / (self.head_dim as f32).sqrt()
     }
 
-    /// Query heads that share a key/value head.
+    /// Number of query heads that share a key/value head: H / G.
     pub fn group(&self) -> usize {
         self.query / self.key_value
     }
 
-    /// The columns of query head `head`, and those of the key/value head that it reads.
+    /// First column of query head `head`, and of the key/value head that it reads.
     fn columns(&self, head: usize) -> (usize, usize) {
-        (head * self.channels, head / self.group() * self.channels)
+        (head * self.head_dim, head / self.group() * self.head_dim)
     }
 }
 
-/// An attention layer and what it sees.
+/// An attention layer over the segments of a batch.
 #[derive(Debug, Clone, Copy)]
 pub struct Attention<'a> {
     pub heads: Heads,
-    /// Cover all rows in order.
+    /// The segments, which cover all rows in order.
     pub segments: &'a [Range<usize>],
-    /// Keys that a query sees at most, itself included; None for all.
+    /// Maximum number of keys that a query sees, itself included. None: all keys before it.
     pub window: Option<usize>,
     pub precision: Precision,
 }
 
-/// A forward pass, as the backward pass reads it.
+/// Inputs and results of a forward pass, as the backward pass needs them.
 #[derive(Clone, Copy)]
-pub struct Forward<'a> {
-    /// (T x H C)
-    pub q: &'a [f32],
-    /// (T x G C), as the values.
-    pub k: &'a [f32],
-    pub v: &'a [f32],
-    /// (T x H C)
-    pub out: &'a [f32],
-    /// (T x H)
-    pub lse: &'a [f32],
+pub struct AttentionForward<'a> {
+    pub q_THC: &'a [f32],
+    pub k_TGC: &'a [f32],
+    pub v_TGC: &'a [f32],
+    pub out_THC: &'a [f32],
+    /// Log-sum-exp of the scores of each row and head.
+    pub lse_TH: &'a [f32],
 }
 
 impl Attention<'_> {
-    /// `q` (T x H C), `k` and `v` (T x G C) give `out` (T x H C) and the log-sum-exp of the scores of
-    /// each row and head, `lse` (T x H).
-    pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32], lse: &mut [f32]) {
-        let (wide, narrow) = (self.heads.query_width(), self.heads.key_value_width());
-        let outs = split(out, self.segments, wide);
-        let lses = split(lse, self.segments, self.heads.query);
+    /// Computes the output and the log-sum-exp of the scores of each row and head.
+    pub fn forward(
+        &self,
+        q_THC: &[f32],
+        k_TGC: &[f32],
+        v_TGC: &[f32],
+        out_THC: &mut [f32],
+        lse_TH: &mut [f32],
+    ) {
+        let q_width = self.heads.query_width();
+        let kv_width = self.heads.key_value_width();
+        let outs = split_segments(out_THC, self.segments, q_width);
+        let lses = split_segments(lse_TH, self.segments, self.heads.query);
         self.segments
             .par_iter()
             .zip(outs)
             .zip(lses)
             .for_each(|((segment, out), lse)| {
-                let cached = Cached {
+                let cached = CachedAttention {
                     heads: self.heads,
                     window: self.window,
                     precision: self.precision,
-                    k: part(k, segment, narrow),
-                    v: part(v, segment, narrow),
+                    k_SGC: segment_rows(k_TGC, segment, kv_width),
+                    v_SGC: segment_rows(v_TGC, segment, kv_width),
                 };
-                cached.attend(part(q, segment, wide), out, Some(lse));
+                cached.attend(segment_rows(q_THC, segment, q_width), out, Some(lse));
             });
     }
 
-    /// With P the probabilities and dP = dO V^T:
+    /// Computes the gradients of q, k and v. With P the probabilities and dP = dO V^T:
     /// dV = P^T dO, dS = scale P (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q.
     ///
     /// `scratch` has [`Attention::scratch`] values.
     pub fn backward(
         &self,
-        forward: Forward,
-        dout: &[f32],
+        forward: AttentionForward,
+        dout_THC: &[f32],
         scratch: &mut [f32],
-        [dq, dk, dv]: [Gradient; 3],
+        [dq_THC, dk_TGC, dv_TGC]: [Gradient; 3],
     ) {
-        let (wide, channels) = (self.heads.query_width(), self.heads.channels);
-        // One task a head of a segment, with dQ, dK and dV of its own: no two write the same place.
+        let q_width = self.heads.query_width();
+        let kv_width = self.heads.key_value_width();
+        let head_dim = self.heads.head_dim;
+        // One task per segment and head, each with its own dQ, dK and dV, so that no two tasks write
+        // to the same place.
         let tasks: Vec<(&Range<usize>, usize, &mut [f32])> =
-            split(scratch, self.segments, 3 * wide)
+            split_segments(scratch, self.segments, 3 * q_width)
                 .into_iter()
                 .zip(self.segments)
                 .flat_map(|(scratch, segment)| {
-                    let heads = scratch.chunks_mut(3 * channels * segment.len().max(1));
+                    let heads = scratch.chunks_mut(3 * head_dim * segment.len().max(1));
                     heads
                         .enumerate()
                         .map(move |(head, scratch)| (segment, head, scratch))
@@ -131,37 +142,40 @@ impl Attention<'_> {
             .into_par_iter()
             .with_max_len(1)
             .for_each(|(segment, head, scratch)| {
-                self.backward_head(&forward, dout, segment, head, scratch);
+                self.backward_head(&forward, dout_THC, segment, head, scratch);
             });
-        self.gather(scratch, 1, 0, wide, dq);
-        let narrow = self.heads.key_value_width();
-        self.gather(scratch, self.heads.group(), 1, narrow, dk);
-        self.gather(scratch, self.heads.group(), 2, narrow, dv);
+        self.gather(scratch, 1, 0, q_width, dq_THC);
+        self.gather(scratch, self.heads.group(), 1, kv_width, dk_TGC);
+        self.gather(scratch, self.heads.group(), 2, kv_width, dv_TGC);
     }
 
-    /// Values of scratch that a backward pass over T tokens needs: 3 T H C.
+    /// Number of scratch values that a backward pass over T tokens needs: 3 T H C.
     pub fn scratch(&self) -> usize {
         let tokens = self.segments.last().map_or(0, |last| last.end);
         3 * tokens * self.heads.query_width()
     }
 
+    /// Computes dQ, dK and dV of one query head over one segment (t x C each, one after the other)
+    /// into `scratch`.
     fn backward_head(
         &self,
-        forward: &Forward,
-        dout: &[f32],
+        forward: &AttentionForward,
+        dout_THC: &[f32],
         segment: &Range<usize>,
         head: usize,
         scratch: &mut [f32],
     ) {
         let heads = self.heads;
-        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
-        let (channels, scale) = (heads.channels, heads.scale());
+        let q_width = heads.query_width();
+        let kv_width = heads.key_value_width();
+        let head_dim = heads.head_dim;
+        let scale = heads.scale();
         let (column, kv_column) = heads.columns(head);
         let rows = segment.len();
         scratch.fill(0.0);
-        let (dq, rest) = scratch.split_at_mut(rows * channels);
-        let (dk, dv) = rest.split_at_mut(rows * channels);
-        let span = visible(BLOCK.min(rows), rows, rows, self.window).len();
+        let (dq, rest) = scratch.split_at_mut(rows * head_dim);
+        let (dk, dv) = rest.split_at_mut(rows * head_dim);
+        let span = keys_of_block(BLOCK.min(rows), rows, rows, self.window).len();
         let mut p = vec![0.0; BLOCK.min(rows) * span];
         let mut ds = p.clone();
         let product = |out: MatMut, a: Mat, b: Mat, add: bool| {
@@ -169,57 +183,63 @@ impl Attention<'_> {
         };
         for start in (0..rows).step_by(BLOCK) {
             let block = BLOCK.min(rows - start);
-            let keys = visible(block, start + block, rows, self.window);
-            let (first, count) = (keys.start, keys.len());
-            let at = (segment.start + start) * wide + column;
-            let kv_at = (segment.start + first) * narrow + kv_column;
+            let keys = keys_of_block(block, start + block, rows, self.window);
+            let first = keys.start;
+            let count = keys.len();
+            let at = (segment.start + start) * q_width + column;
+            let kv_at = (segment.start + first) * kv_width + kv_column;
             let (p, ds) = (&mut p[..block * count], &mut ds[..block * count]);
-            let q = Mat::strided(&forward.q[at..], block, channels, wide);
-            let k = Mat::strided(&forward.k[kv_at..], count, channels, narrow);
-            let v = Mat::strided(&forward.v[kv_at..], count, channels, narrow);
-            let dout_block = Mat::strided(&dout[at..], block, channels, wide);
+            let q = Mat::strided(&forward.q_THC[at..], block, head_dim, q_width);
+            let k = Mat::strided(&forward.k_TGC[kv_at..], count, head_dim, kv_width);
+            let v = Mat::strided(&forward.v_TGC[kv_at..], count, head_dim, kv_width);
+            let dout_block = Mat::strided(&dout_THC[at..], block, head_dim, q_width);
             product(MatMut::new(p, count), q, k.t(), false);
             product(MatMut::new(ds, count), dout_block, v.t(), false);
             let lines = p.chunks_exact_mut(count).zip(ds.chunks_exact_mut(count));
             for (row, (p, ds)) in lines.enumerate() {
-                let lse = forward.lse[(segment.start + start + row) * heads.query + head];
-                let here = at + row * wide..at + row * wide + channels;
-                let seen = seen(start + row, first, self.window);
-                let seen_of = (&mut p[seen.clone()], &mut ds[seen.clone()]);
-                let outputs = (&dout[here.clone()], &forward.out[here]);
-                softmax_backward(seen_of, outputs, scale, lse);
+                let lse = forward.lse_TH[(segment.start + start + row) * heads.query + head];
+                let here = at + row * q_width..at + row * q_width + head_dim;
+                let visible = keys_of_row(start + row, first, self.window);
+                softmax_backward(
+                    &mut p[visible.clone()],
+                    &mut ds[visible.clone()],
+                    &dout_THC[here.clone()],
+                    &forward.out_THC[here],
+                    scale,
+                    lse,
+                );
                 for values in [p, ds] {
-                    values[..seen.start].fill(0.0);
-                    values[seen.end..].fill(0.0);
+                    values[..visible.start].fill(0.0);
+                    values[visible.end..].fill(0.0);
                 }
             }
             let (p, ds) = (Mat::new(p, count), Mat::new(ds, count));
-            let keys = first * channels..(first + count) * channels;
+            let keys = first * head_dim..(first + count) * head_dim;
             product(
-                MatMut::new(&mut dv[keys.clone()], channels),
+                MatMut::new(&mut dv[keys.clone()], head_dim),
                 p.t(),
                 dout_block,
                 true,
             );
-            product(MatMut::new(&mut dk[keys], channels), ds.t(), q, true);
-            let dq = &mut dq[start * channels..(start + block) * channels];
-            product(MatMut::new(dq, channels), ds, k, false);
+            product(MatMut::new(&mut dk[keys], head_dim), ds.t(), q, true);
+            let dq = &mut dq[start * head_dim..(start + block) * head_dim];
+            product(MatMut::new(dq, head_dim), ds, k, false);
         }
     }
 
-    /// Brings one of the three gradients of all heads from `scratch` into rows of `width`, summing
-    /// the `group` query heads that share a head.
+    /// Copies gradient `which` (0: dQ, 1: dK, 2: dV) of all heads from `scratch` to rows of `width`,
+    /// and sums over the `group` query heads that share a key/value head.
     fn gather(&self, scratch: &[f32], group: usize, which: usize, width: usize, to: Gradient) {
-        let channels = self.heads.channels;
-        let wide = 3 * self.heads.query_width();
-        for (rows, segment) in split(to.values, self.segments, width)
+        let head_dim = self.heads.head_dim;
+        let scratch_width = 3 * self.heads.query_width();
+        for (rows, segment) in split_segments(to.values, self.segments, width)
             .into_iter()
             .zip(self.segments)
         {
-            let from = part(scratch, segment, wide);
+            let from = segment_rows(scratch, segment, scratch_width);
             let head_of = |head: usize| {
-                let at = (3 * head + which) * segment.len() * channels;
-                &from[at..at + segment.len() * channels]
+                let at = (3 * head + which) * segment.len() * head_dim;
+                &from[at..at + segment.len() * head_dim]
             };
             rows.par_chunks_mut(width)
                 .enumerate()
@@ -228,9 +248,9 @@ impl Attention<'_> {
                     if !to.add {
                         values.fill(0.0);
                     }
-                    for (index, values) in values.chunks_mut(channels).enumerate() {
+                    for (index, values) in values.chunks_mut(head_dim).enumerate() {
                         for head in index * group..(index + 1) * group {
-                            let from = &head_of(head)[row * channels..(row + 1) * channels];
+                            let from = &head_of(head)[row * head_dim..(row + 1) * head_dim];
                             values
                                 .iter_mut()
                                 .zip(from)
@@ -242,84 +262,93 @@ impl Attention<'_> {
     }
 }
 
-/// Keys and values of one sequence of s tokens (s x G C), the rotary embedding done.
+/// Attention over the keys and values of one sequence of S tokens. The keys carry the rotary
+/// embedding.
 #[derive(Clone, Copy)]
-pub struct Cached<'a> {
+pub struct CachedAttention<'a> {
     pub heads: Heads,
     pub window: Option<usize>,
     pub precision: Precision,
-    pub k: &'a [f32],
-    pub v: &'a [f32],
+    pub k_SGC: &'a [f32],
+    pub v_SGC: &'a [f32],
 }
 
-impl Cached<'_> {
-    /// The last rows' queries `q` (t x H C) over the keys that each sees; `lse`, where asked for,
-    /// receives (t x H).
-    pub fn attend(&self, q: &[f32], out: &mut [f32], lse: Option<&mut [f32]>) {
-        let wide = self.heads.query_width();
-        let rows = q.len() / wide;
-        let mut no_lse = Vec::new();
-        let lse = lse.unwrap_or_else(|| {
-            no_lse.resize(rows * self.heads.query, 0.0);
-            &mut no_lse
+impl CachedAttention<'_> {
+    /// Computes the output for the queries of the last t rows of the sequence. Stores the log-sum-exp
+    /// of the scores in `lse_tH` where given.
+    pub fn attend(&self, q_tHC: &[f32], out_tHC: &mut [f32], lse_tH: Option<&mut [f32]>) {
+        let q_width = self.heads.query_width();
+        let rows = q_tHC.len() / q_width;
+        let mut unused_lse = Vec::new();
+        let lse_tH = lse_tH.unwrap_or_else(|| {
+            unused_lse.resize(rows * self.heads.query, 0.0);
+            &mut unused_lse
         });
-        out.par_chunks_mut(BLOCK * wide)
-            .zip(q.par_chunks(BLOCK * wide))
-            .zip(lse.par_chunks_mut(BLOCK * self.heads.query))
+        out_tHC
+            .par_chunks_mut(BLOCK * q_width)
+            .zip(q_tHC.par_chunks(BLOCK * q_width))
+            .zip(lse_tH.par_chunks_mut(BLOCK * self.heads.query))
             .enumerate()
             .for_each(|(index, ((out, q), lse))| {
                 self.attend_block(q, index * BLOCK, rows, out, lse)
             });
     }
 
-    /// Rows `start..` of the last `rows` rows.
+    /// Computes the output of one block of queries, which begins at `start` of the last `rows` rows.
     fn attend_block(&self, q: &[f32], start: usize, rows: usize, out: &mut [f32], lse: &mut [f32]) {
         let heads = self.heads;
-        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
-        let (block, all) = (q.len() / wide, self.k.len() / narrow);
+        let q_width = heads.query_width();
+        let kv_width = heads.key_value_width();
+        let block = q.len() / q_width;
+        let all = self.k_SGC.len() / kv_width;
         let before = all - rows + start;
-        let keys = visible(block, before + block, all, self.window);
-        let (first, count) = (keys.start, keys.len());
+        let keys = keys_of_block(block, before + block, all, self.window);
+        let first = keys.start;
+        let count = keys.len();
         let mut scores = vec![0.0; block * count];
         for head in 0..heads.query {
             let (column, kv_column) = heads.columns(head);
-            let kv_at = first * narrow + kv_column;
-            let q = Mat::strided(&q[column..], block, heads.channels, wide);
-            let k = Mat::strided(&self.k[kv_at..], count, heads.channels, narrow);
-            let v = Mat::strided(&self.v[kv_at..], count, heads.channels, narrow);
+            let kv_at = first * kv_width + kv_column;
+            let q = Mat::strided(&q[column..], block, heads.head_dim, q_width);
+            let k = Mat::strided(&self.k_SGC[kv_at..], count, heads.head_dim, kv_width);
+            let v = Mat::strided(&self.v_SGC[kv_at..], count, heads.head_dim, kv_width);
             let product = |out: MatMut, a: Mat, b: Mat| {
                 matmul(out, a, b, false, Threads::One, self.precision);
             };
             product(MatMut::new(&mut scores, count), q, k.t());
             for (row, scores) in scores.chunks_exact_mut(count).enumerate() {
-                let seen = seen(before + row, first, self.window);
-                lse[row * heads.query + head] = softmax(&mut scores[seen.clone()], heads.scale());
-                scores[..seen.start].fill(0.0);
-                scores[seen.end..].fill(0.0);
+                let visible = keys_of_row(before + row, first, self.window);
+                lse[row * heads.query + head] =
+                    softmax(&mut scores[visible.clone()], heads.scale());
+                scores[..visible.start].fill(0.0);
+                scores[visible.end..].fill(0.0);
             }
-            let out = MatMut::strided(&mut out[column..], wide);
+            let out = MatMut::strided(&mut out[column..], q_width);
             product(out, Mat::new(&scores, count), v);
         }
     }
 }
 
-/// The keys that a block of `block` rows before row `end` sees, of `all`.
-fn visible(block: usize, end: usize, all: usize, window: Option<usize>) -> Range<usize> {
+/// Returns the keys, out of `all`, that are visible to the `block` rows before row `end`.
+fn keys_of_block(block: usize, end: usize, all: usize, window: Option<usize>) -> Range<usize> {
     let first = window.map_or(0, |window| (end + 1).saturating_sub(block + window));
     first..end.min(all)
 }
 
-/// The keys that `row` sees, counted from key `first` on.
-fn seen(row: usize, first: usize, window: Option<usize>) -> Range<usize> {
+/// Returns the keys visible to `row`, counted from key `first`.
+fn keys_of_row(row: usize, first: usize, window: Option<usize>) -> Range<usize> {
     let from = window.map_or(0, |window| (row + 1).saturating_sub(window));
     from - first..row + 1 - first
 }
 
-/// Turns the products of a query with keys, `p`, into probabilities, and their gradients `ds` into those of
-/// the products. `dout` and `out` are the query's rows of dO and O.
+/// Recomputes the probabilities of one query from its unscaled scores `p`, and turns their gradients
+/// `ds` into the gradients of the unscaled scores, both in place. `dout` and `out` are the rows of dO
+/// and O of the query.
 fn softmax_backward(
-    (p, ds): (&mut [f32], &mut [f32]),
-    (dout, out): (&[f32], &[f32]),
+    p: &mut [f32],
+    ds: &mut [f32],
+    dout: &[f32],
+    out: &[f32],
     scale: f32,
     lse: f32,
 ) {
@@ -334,7 +363,7 @@ fn softmax_backward(
     );
 }
 
-/// Softmax of `scale * scores`, in place; returns the log-sum-exp.
+/// Computes the softmax of `scale * scores` in place and returns the log-sum-exp.
 fn softmax(scores: &mut [f32], scale: f32) -> f32 {
     simd!(|scores: &mut [f32], scale: f32| -> f32 {
         let max = math::max(scores) * scale;

@@ -1,13 +1,13 @@
-//! Rows of a table by their index: token embeddings, and the positions that meet the head.
+//! Table lookup by row index: token embeddings, learned positions, and the supervised rows.
 
 use rayon::prelude::*;
 
 use super::Gradient;
 
-/// Rows `ids` (T) of `table` (V x D) become `y` (T x D).
+/// Copies rows `ids` (T) of `table` (V x D) to `y` (T x D).
 ///
 /// # Panics
-/// Where an id is past the table.
+/// Where an id is outside the table.
 pub(crate) fn forward(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
     for (y, &id) in y.chunks_mut(width).zip(ids) {
         y.copy_from_slice(row(table, id, width));
@@ -17,7 +17,7 @@ pub(crate) fn forward(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
 /// Adds rows `ids` (T) of `table` to `y` (T x D).
 ///
 /// # Panics
-/// Where an id is past the table.
+/// Where an id is outside the table.
 pub(crate) fn add(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
     for (y, &id) in y.chunks_mut(width).zip(ids) {
         for (y, x) in y.iter_mut().zip(row(table, id, width)) {
@@ -26,7 +26,7 @@ pub(crate) fn add(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
     }
 }
 
-/// `dtable[id]` = sum of dy over the rows that took `id`.
+/// Computes the gradient of the table: `dtable[id]` is the sum of the rows of dy that read row `id`.
 pub(crate) fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: Gradient) {
     if !dtable.add {
         dtable

@@ -11,7 +11,7 @@ use super::{VALUES_PER_TASK, simd};
 const SLOPE: f32 = 1.595_769;
 const CUBIC: f32 = 0.044_715;
 
-/// `x` (T x F) gives `y` (T x F).
+/// Computes `y` (T x F) from `x` (T x F).
 pub(crate) fn forward(x: &[f32], y: &mut [f32]) {
     y.par_chunks_mut(VALUES_PER_TASK)
         .zip(x.par_chunks(VALUES_PER_TASK))
@@ -24,14 +24,15 @@ pub(crate) fn forward(x: &[f32], y: &mut [f32]) {
         });
 }
 
-/// Turns `x` into its gradient: dx = dy (s + x s (1 - s) 2u') with s = sigmoid(2u).
+/// Overwrites `x` with its gradient: dx = dy (s + x s (1 - s) 2u') with s = sigmoid(2u).
 pub(crate) fn backward(x: &mut [f32], dy: &[f32]) {
     x.par_chunks_mut(VALUES_PER_TASK)
         .zip(dy.par_chunks(VALUES_PER_TASK))
         .for_each(|(x, dy)| {
             simd!(|x: &mut [f32], dy: &[f32]| {
                 for (x, dy) in x.iter_mut().zip(dy) {
-                    let (z, square) = (*x, *x * *x);
+                    let z = *x;
+                    let square = z * z;
                     let s = sigmoid(SLOPE * z * (1.0 + CUBIC * square));
                     let slope = SLOPE * (1.0 + 3.0 * CUBIC * square);
                     *x = dy * s * (1.0 + z * (1.0 - s) * slope);

@@ -1,8 +1,11 @@
-//! The LM head and its loss in one operation, chunked over the supervised positions.
+//! The LM head and the loss in one operation, chunked over the supervised positions.
 //!
-//! The logits (N x V) are the largest tensor of a step and are never stored: a chunk of rows is
-//! computed, turned into its loss and gradient in place, multiplied back, and overwritten by the
-//! next. Both gradients are ready when the forward pass ends.
+//! The logits (N x V) are the largest tensor of a step and are never stored whole. One chunk of rows
+//! is computed, turned in place into its loss and gradient, multiplied back, and overwritten by the
+//! next chunk. Both gradients are ready when the forward pass ends.
+
+// Tensor names carry their shape; see the legend in `ops`.
+#![allow(non_snake_case)]
 
 use std::ops::Range;
 
@@ -12,56 +15,58 @@ use rayon::prelude::*;
 use super::Gradient;
 use super::linear::Linear;
 
-/// Rows of logits that exist at a time: enough that packing the head's weight is little work beside
-/// multiplying with it.
-const CHUNK: usize = 512;
-/// The same for large vocabularies, where 512 rows would be most of the memory.
-const SMALLEST_CHUNK: usize = 128;
-/// Number of logits up to which there are more than that: 128 MiB.
-const CHUNK_LOGITS: usize = 1 << 25;
+/// Most rows of logits computed at a time: enough that packing the head's weight costs little
+/// compared with multiplying by it.
+const MAX_CHUNK_ROWS: usize = 512;
+/// Fewest rows computed at a time. Large vocabularies use it, where 512 rows would take most of the
+/// memory.
+const MIN_CHUNK_ROWS: usize = 128;
+/// Number of logits that a chunk aims at: 128 MiB.
+const TARGET_CHUNK_LOGITS: usize = 1 << 25;
 
-/// Rows of logits that exist at a time.
+/// Number of rows of logits computed at a time.
 pub(crate) fn chunk_rows(vocabulary: usize) -> usize {
-    (CHUNK_LOGITS / vocabulary.max(1)).clamp(SMALLEST_CHUNK, CHUNK)
+    (TARGET_CHUNK_LOGITS / vocabulary.max(1)).clamp(MIN_CHUNK_ROWS, MAX_CHUNK_ROWS)
 }
 
-/// What is made of the logits of positions.
-pub trait Rows: Sync {
-    /// What there is to say of a position.
-    type Report: Send;
+/// Processes the logits of positions, for example into a loss and its gradient.
+pub trait LogitsVisitor: Sync {
+    /// The result for one position.
+    type Output: Send;
 
-    /// Told which positions are next, before the logits of any of them are handed out.
+    /// Prepares for `positions`, before any of their logits are visited.
     ///
     /// # Errors
-    /// Where it cannot get ready for them.
-    fn begin(&mut self, _positions: Range<usize>) -> Result<()> {
+    /// Where the preparation fails.
+    fn prepare(&mut self, _positions: Range<usize>) -> Result<()> {
         Ok(())
     }
 
-    /// Gets the indices of a unit's positions and their logits (n x V), which it may turn into their
-    /// gradient, and reports on each.
-    fn rows(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<Self::Report>;
+    /// Visits the logits (n x V) of one group of `positions`, and may overwrite them with their
+    /// gradient. Returns one result per position.
+    fn visit(&self, positions: Range<usize>, logits_nV: &mut [f32]) -> Vec<Self::Output>;
 }
 
-impl<R: Send, F: Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync> Rows for F {
-    type Report = R;
+impl<R: Send, F: Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync> LogitsVisitor for F {
+    type Output = R;
 
     #[inline(always)]
-    fn rows(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<R> {
-        self(positions, logits)
+    fn visit(&self, positions: Range<usize>, logits_nV: &mut [f32]) -> Vec<R> {
+        self(positions, logits_nV)
     }
 }
 
-/// How N positions are handed out: one by one, but for spans of them that must be seen together.
+/// A partition of N positions into groups that are visited together. Most groups hold one position;
+/// a span is one group.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Units {
-    /// Where each unit ends.
+pub struct PositionGroups {
+    /// End of each group, exclusive.
     ends: Vec<usize>,
 }
 
-impl Units {
-    /// Of `positions` (N) of which `spans` belong together: in order, apart from each other, each of
-    /// at most 128.
+impl PositionGroups {
+    /// Groups `positions` (N): each of `spans` is one group, every other position is its own.
+    /// `spans` are in order, disjoint, and at most 128 positions long.
     pub fn new(positions: usize, spans: &[Range<usize>]) -> Self {
         let mut ends = Vec::with_capacity(positions);
         let mut spans = spans.iter().peekable();
@@ -76,108 +81,132 @@ impl Units {
         Self { ends }
     }
 
-    /// Whole units of at most `rows` positions in all, and after these the next ones.
-    pub fn chunks(&self, rows: usize) -> impl Iterator<Item = Units> {
+    /// Cuts the groups into consecutive chunks of whole groups, each of at most `rows` positions.
+    pub fn chunks(&self, rows: usize) -> impl Iterator<Item = PositionGroups> {
         let mut left = &self.ends[..];
         let mut start = 0;
         std::iter::from_fn(move || {
             let count = left.partition_point(|&end| end <= start + rows);
             let (chunk, rest) = left.split_at(count);
             let ends = chunk.iter().map(|end| end - start).collect();
-            (left, start) = (rest, *chunk.last()?);
-            Some(Units { ends })
+            left = rest;
+            start = *chunk.last()?;
+            Some(PositionGroups { ends })
         })
     }
 
-    /// N
+    /// Number of positions (N).
     pub fn positions(&self) -> usize {
         self.ends.last().copied().unwrap_or(0)
     }
 
-    /// Calls `rows` with each unit, counted from `first` on, and with its part of `values`, which has
-    /// `width` for a position; collects what it returns, in order.
-    pub fn map<R: Rows>(
+    /// Calls `visitor` with the logits of each group and collects the results in order. Positions
+    /// are counted from `first`; each has `vocabulary` logits.
+    pub fn visit<R: LogitsVisitor>(
         &self,
         first: usize,
-        mut values: &mut [f32],
-        width: usize,
-        rows: &R,
-    ) -> Vec<R::Report> {
+        mut logits_NV: &mut [f32],
+        vocabulary: usize,
+        visitor: &R,
+    ) -> Vec<R::Output> {
         let mut start = 0;
-        let mut parts = Vec::with_capacity(self.ends.len());
+        let mut groups = Vec::with_capacity(self.ends.len());
         for &end in &self.ends {
-            let (part, rest) = std::mem::take(&mut values).split_at_mut((end - start) * width);
-            parts.push((first + start..first + end, part));
-            (values, start) = (rest, end);
+            let (logits_nV, rest) =
+                std::mem::take(&mut logits_NV).split_at_mut((end - start) * vocabulary);
+            groups.push((first + start..first + end, logits_nV));
+            logits_NV = rest;
+            start = end;
         }
-        let reports = parts
+        let outputs = groups
             .into_par_iter()
-            .flat_map_iter(|(range, part)| pulp::Arch::new().dispatch(Unit { rows, range, part }));
-        reports.collect()
+            .flat_map_iter(|(positions, logits_nV)| {
+                pulp::Arch::new().dispatch(GroupVisit {
+                    visitor,
+                    positions,
+                    logits_nV,
+                })
+            });
+        outputs.collect()
     }
 }
 
-/// A loop for vector instructions as [`super::simd`] makes it, which cannot be generic.
-struct Unit<'a, R> {
-    rows: &'a R,
-    range: Range<usize>,
-    part: &'a mut [f32],
+/// The visit of one group, compiled for vector instructions. [`super::simd`] cannot be used here
+/// because its loops cannot be generic.
+struct GroupVisit<'a, R> {
+    visitor: &'a R,
+    positions: Range<usize>,
+    logits_nV: &'a mut [f32],
 }
 
-impl<R: Rows> pulp::WithSimd for Unit<'_, R> {
-    type Output = Vec<R::Report>;
+impl<R: LogitsVisitor> pulp::WithSimd for GroupVisit<'_, R> {
+    type Output = Vec<R::Output>;
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) -> Self::Output {
-        self.rows.rows(self.range, self.part)
+        self.visitor.visit(self.positions, self.logits_nV)
     }
 }
 
-/// The loss of `hidden` (N x D) under the head `weight` (V x D), a linear layer from D to V, which is
-/// what `rows` makes of it. `logits` has room for [`chunk_rows`], or N if that is less. Gradients that
-/// nobody asks for are not computed.
+/// The destinations of the gradients of [`head_loss`].
+pub(crate) struct HeadGradients<'a> {
+    pub dhidden_ND: &'a mut [f32],
+    /// None: the gradient of the weight is not computed.
+    pub dweight_VD: Option<Gradient<'a>>,
+}
+
+/// Computes the loss of `hidden_ND` under the LM head `weight_VD`, a linear layer from D to V, and
+/// both gradients. `visitor` turns each chunk of logits into their gradient.
+///
+/// `logits_chunk` is scratch space for [`chunk_rows`] rows of logits, or N rows if that is less.
 ///
 /// # Errors
-/// Where `rows` cannot get ready.
-pub(crate) fn head_loss<R: Rows>(
+/// Where `visitor` fails to prepare.
+pub(crate) fn head_loss<R: LogitsVisitor>(
     head: Linear,
-    (hidden, units): (&[f32], &Units),
-    weight: &[f32],
-    logits: &mut [f32],
-    rows: &mut R,
-    (dhidden, mut dweight): (&mut [f32], Option<Gradient>),
-) -> Result<Vec<R::Report>> {
-    let (width, vocabulary) = (head.inputs, head.outputs);
-    if let Some(Gradient { values, add: false }) = &mut dweight
-        && hidden.is_empty()
+    hidden_ND: &[f32],
+    groups: &PositionGroups,
+    weight_VD: &[f32],
+    logits_chunk: &mut [f32],
+    visitor: &mut R,
+    gradients: HeadGradients,
+) -> Result<Vec<R::Output>> {
+    let HeadGradients {
+        dhidden_ND,
+        mut dweight_VD,
+    } = gradients;
+    let width = head.inputs;
+    let vocabulary = head.outputs;
+    if let Some(Gradient { values, add: false }) = &mut dweight_VD
+        && hidden_ND.is_empty()
     {
         values.fill(0.0);
     }
-    let mut reports = Vec::with_capacity(units.positions());
+    let mut outputs = Vec::with_capacity(groups.positions());
     let mut start = 0;
-    for chunk in units.chunks(chunk_rows(vocabulary)) {
+    for chunk in groups.chunks(chunk_rows(vocabulary)) {
         let end = start + chunk.positions();
-        rows.begin(start..end)?;
-        let hidden = &hidden[start * width..end * width];
-        let logits = &mut logits[..(end - start) * vocabulary];
-        head.forward(hidden, weight, None, logits, false);
-        reports.extend(chunk.map(start, logits, vocabulary, rows));
-        let dhidden = Gradient {
-            values: &mut dhidden[start * width..end * width],
+        visitor.prepare(start..end)?;
+        let hidden_nD = &hidden_ND[start * width..end * width];
+        let logits_nV = &mut logits_chunk[..(end - start) * vocabulary];
+        head.forward(hidden_nD, weight_VD, None, logits_nV, false);
+        outputs.extend(chunk.visit(start, logits_nV, vocabulary, visitor));
+        let dlogits_nV = logits_nV;
+        let dhidden_nD = Gradient {
+            values: &mut dhidden_ND[start * width..end * width],
             add: false,
         };
-        head.backward_input(logits, weight, dhidden);
-        if let Some(dweight) = &mut dweight {
-            let add = dweight.add || start > 0;
-            let dweight = Gradient {
-                values: dweight.values,
-                add,
+        head.backward_input(dlogits_nV, weight_VD, dhidden_nD);
+        if let Some(dweight_VD) = &mut dweight_VD {
+            let dweight_VD = Gradient {
+                add: dweight_VD.add || start > 0,
+                values: dweight_VD.values,
             };
-            head.backward_weight(logits, hidden, dweight);
+            head.backward_weight(dlogits_nV, hidden_nD, dweight_VD);
         }
         start = end;
     }
-    Ok(reports)
+    Ok(outputs)
 }
 
 #[cfg(test)]
@@ -185,23 +214,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn units_keep_spans_whole_and_chunks_keep_units_whole() {
-        let units = Units::new(7, &[1..3, 3..6]);
-        assert_eq!(units.ends, [1, 3, 6, 7]);
-        let long = Units::new(CHUNK + 300, &[0..2, CHUNK - 1..CHUNK + 2]);
-        let sizes: Vec<usize> = long.chunks(CHUNK).map(|chunk| chunk.positions()).collect();
-        assert_eq!(sizes, [CHUNK - 1, 301]);
-        let of_large = [32_000, 131_072, 262_144, 1 << 24].map(chunk_rows);
-        assert_eq!(of_large, [512, 256, 128, 128]);
-        assert_eq!(Units::new(0, &[]).chunks(CHUNK).count(), 0);
+    fn position_groups_keep_spans_whole_and_chunks_keep_groups_whole() {
+        let groups = PositionGroups::new(7, &[1..3, 3..6]);
+        assert_eq!(groups.ends, [1, 3, 6, 7]);
+        let long = PositionGroups::new(
+            MAX_CHUNK_ROWS + 300,
+            &[0..2, MAX_CHUNK_ROWS - 1..MAX_CHUNK_ROWS + 2],
+        );
+        let sizes: Vec<usize> = long
+            .chunks(MAX_CHUNK_ROWS)
+            .map(|chunk| chunk.positions())
+            .collect();
+        assert_eq!(sizes, [MAX_CHUNK_ROWS - 1, 301]);
+        let rows_of_large_vocabularies = [32_000, 131_072, 262_144, 1 << 24].map(chunk_rows);
+        assert_eq!(rows_of_large_vocabularies, [512, 256, 128, 128]);
+        assert_eq!(
+            PositionGroups::new(0, &[]).chunks(MAX_CHUNK_ROWS).count(),
+            0
+        );
 
         let mut values = vec![0.0; 14];
-        let rows = |range: Range<usize>, part: &mut [f32]| {
+        let visitor = |range: Range<usize>, part: &mut [f32]| {
             part.fill(range.len() as f32);
             range.collect::<Vec<_>>()
         };
-        let reports = units.map(10, &mut values, 2, &rows);
-        assert_eq!(reports, (10..17).collect::<Vec<_>>());
+        let outputs = groups.visit(10, &mut values, 2, &visitor);
+        assert_eq!(outputs, (10..17).collect::<Vec<_>>());
         let expected = [1.0, 2.0, 2.0, 3.0, 3.0, 3.0, 1.0];
         assert!(
             values

@@ -7,7 +7,7 @@ use super::{Gradient, ROWS_PER_TASK, simd, sum_partials};
 
 /// Normalises the rows of `x` (T x D), scales them by `weight` (D) and adds `bias` (D).
 ///
-/// `statistics` (T x 2) receives the mean and 1 / sqrt(var + eps) of each row, for the backward
+/// Stores the mean and 1 / sqrt(var + eps) of each row in `statistics` (T x 2), for the backward
 /// pass.
 pub(crate) fn forward(
     x: &[f32],
@@ -31,14 +31,14 @@ pub(crate) fn forward(
                    epsilon: f32| {
                 let width = weight.len();
                 let rows = y.chunks_mut(width).zip(x.chunks(width));
-                for ((y, x), of_row) in rows.zip(statistics.chunks_mut(2)) {
+                for ((y, x), statistics) in rows.zip(statistics.chunks_mut(2)) {
                     let mean = sum(x) / width as f32;
                     for (y, x) in y.iter_mut().zip(x) {
                         *y = x - mean;
                     }
-                    // From the differences: mean(x^2) - mean^2 would cancel.
+                    // Computed from the differences, because mean(x^2) - mean^2 would cancel.
                     let scale = 1.0 / (dot(y, y) / width as f32 + epsilon).sqrt();
-                    of_row.copy_from_slice(&[mean, scale]);
+                    statistics.copy_from_slice(&[mean, scale]);
                     for ((y, w), b) in y.iter_mut().zip(weight).zip(bias) {
                         *y = *y * scale * w + b;
                     }
@@ -47,7 +47,7 @@ pub(crate) fn forward(
         });
 }
 
-/// With r a row's scale, n = (x - mean) r and g = dy * w:
+/// Computes the gradients of x and w. With r the scale of a row, n = (x - mean) r and g = dy * w:
 /// dx = r (g - mean(g) - n mean(g n)), dw = sum over rows of dy n; the gradient of b is
 /// [`sum_rows`](super::sum_rows) of dy.
 pub(crate) fn backward(
@@ -83,9 +83,11 @@ pub(crate) fn backward(
                     .zip(x.chunks(width))
                     .zip(dy.chunks(width))
                     .zip(statistics.chunks(2));
-                let (mut g, mut n) = (vec![0.0; width], vec![0.0; width]);
-                for (((dx, x), dy), of_row) in rows {
-                    let (mean, scale) = (of_row[0], of_row[1]);
+                let mut g = vec![0.0; width];
+                let mut n = vec![0.0; width];
+                for (((dx, x), dy), statistics) in rows {
+                    let mean = statistics[0];
+                    let scale = statistics[1];
                     for i in 0..width {
                         n[i] = (x[i] - mean) * scale;
                         g[i] = dy[i] * weight[i];

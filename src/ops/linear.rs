@@ -1,5 +1,8 @@
-//! `y = x W^T + b`, without a transposed copy of the weight in either direction. The gradient of b is
-//! [`sum_rows`](super::sum_rows) of that of y.
+//! Linear layers: `y = x W^T + b`, without a transposed copy of the weight in either direction. The
+//! gradient of b is [`sum_rows`](super::sum_rows) of the gradient of y.
+
+// Tensor names carry their shape; see the legend in `ops`.
+#![allow(non_snake_case)]
 
 use rayon::prelude::*;
 
@@ -7,7 +10,7 @@ use super::matmul::{Precision, matmul};
 use super::{Gradient, ROWS_PER_TASK};
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
-/// A linear layer of `inputs` (I) and `outputs` (O) channels.
+/// A linear layer of `inputs` (I) and `outputs` (O) features.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Linear {
     pub inputs: usize,
@@ -16,52 +19,52 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    /// `x` (T x I), `weight` (O x I, as Hugging Face stores it) and `bias` (O) give `y` (T x O).
-    /// What is in `y` stays as a summand where `add` (a residual connection).
+    /// Computes `y_TO` from `x_TI`, `weight_OI` (as Hugging Face stores it) and `bias_O`. With `add`,
+    /// the result is added to `y_TO` (a residual connection).
     pub(crate) fn forward(
         self,
-        x: &[f32],
-        weight: &[f32],
-        bias: Option<&[f32]>,
-        y: &mut [f32],
+        x_TI: &[f32],
+        weight_OI: &[f32],
+        bias_O: Option<&[f32]>,
+        y_TO: &mut [f32],
         add: bool,
     ) {
         matmul(
-            MatMut::new(y, self.outputs),
-            Mat::new(x, self.inputs),
-            Mat::new(weight, self.inputs).t(),
+            MatMut::new(y_TO, self.outputs),
+            Mat::new(x_TI, self.inputs),
+            Mat::new(weight_OI, self.inputs).t(),
             add,
             Threads::All,
             self.precision,
         );
-        if let Some(bias) = bias {
-            y.par_chunks_mut(self.outputs)
+        if let Some(bias_O) = bias_O {
+            y_TO.par_chunks_mut(self.outputs)
                 .with_min_len(ROWS_PER_TASK)
-                .for_each(|y| {
-                    y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+                .for_each(|y_O| {
+                    y_O.iter_mut().zip(bias_O).for_each(|(y, b)| *y += b);
                 });
         }
     }
 
     /// dx = dy W.
-    pub(crate) fn backward_input(self, dy: &[f32], weight: &[f32], dx: Gradient) {
+    pub(crate) fn backward_input(self, dy_TO: &[f32], weight_OI: &[f32], dx_TI: Gradient) {
         matmul(
-            MatMut::new(dx.values, self.inputs),
-            Mat::new(dy, self.outputs),
-            Mat::new(weight, self.inputs),
-            dx.add,
+            MatMut::new(dx_TI.values, self.inputs),
+            Mat::new(dy_TO, self.outputs),
+            Mat::new(weight_OI, self.inputs),
+            dx_TI.add,
             Threads::All,
             self.precision,
         );
     }
 
     /// dW = dy^T x.
-    pub(crate) fn backward_weight(self, dy: &[f32], x: &[f32], dweight: Gradient) {
+    pub(crate) fn backward_weight(self, dy_TO: &[f32], x_TI: &[f32], dweight_OI: Gradient) {
         matmul(
-            MatMut::new(dweight.values, self.inputs),
-            Mat::new(dy, self.outputs).t(),
-            Mat::new(x, self.inputs),
-            dweight.add,
+            MatMut::new(dweight_OI.values, self.inputs),
+            Mat::new(dy_TO, self.outputs).t(),
+            Mat::new(x_TI, self.inputs),
+            dweight_OI.add,
             Threads::All,
             self.precision,
         );

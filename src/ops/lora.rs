@@ -1,5 +1,8 @@
-//! What a low-rank adapter adds to a linear layer: `y += s (x A^T) B^T` (Hu et al., arXiv
-//! 2106.09685). The weight itself stays as it is.
+//! The low-rank adapter of a linear layer: `y += s (x A^T) B^T` (Hu et al., arXiv 2106.09685). The
+//! weight of the layer stays frozen.
+
+// Tensor names carry their shape; see the legend in `ops`.
+#![allow(non_snake_case)]
 
 use super::Gradient;
 use super::linear::Linear;
@@ -7,7 +10,7 @@ use super::matmul::Precision;
 
 /// An adapter of rank R between I inputs and O outputs.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Lora {
+pub(crate) struct LoraLayer {
     pub inputs: usize,
     pub rank: usize,
     pub outputs: usize,
@@ -16,8 +19,8 @@ pub(crate) struct Lora {
     pub precision: Precision,
 }
 
-impl Lora {
-    /// I to R.
+impl LoraLayer {
+    /// The projection from I to R.
     fn down(self) -> Linear {
         Linear {
             inputs: self.inputs,
@@ -26,7 +29,7 @@ impl Lora {
         }
     }
 
-    /// R to O.
+    /// The projection from R to O.
     fn up(self) -> Linear {
         Linear {
             inputs: self.rank,
@@ -35,37 +38,43 @@ impl Lora {
         }
     }
 
-    /// Adds the adapter's part for `x` (T x I), with `a` (R x I) and `b` (O x R), to `y` (T x O).
-    ///
-    /// `low` (T x R) receives s x A^T, for the backward pass.
-    pub(crate) fn forward(self, x: &[f32], a: &[f32], b: &[f32], low: &mut [f32], y: &mut [f32]) {
-        self.down().forward(x, a, None, low, false);
-        low.iter_mut().for_each(|value| *value *= self.scale);
-        self.up().forward(low, b, None, y, true);
+    /// Adds the adapter's output for `x_TI` to `y_TO`. Stores s x A^T in `low_TR` for the backward
+    /// pass.
+    pub(crate) fn forward(
+        self,
+        x_TI: &[f32],
+        a_RI: &[f32],
+        b_OR: &[f32],
+        low_TR: &mut [f32],
+        y_TO: &mut [f32],
+    ) {
+        self.down().forward(x_TI, a_RI, None, low_TR, false);
+        low_TR.iter_mut().for_each(|value| *value *= self.scale);
+        self.up().forward(low_TR, b_OR, None, y_TO, true);
     }
 
-    /// The gradient of x A^T: s dy B, into `dlow` (T x R).
-    pub(crate) fn backward_low(self, dy: &[f32], b: &[f32], dlow: &mut [f32]) {
+    /// Computes the gradient of x A^T: s dy B.
+    pub(crate) fn backward_low(self, dy_TO: &[f32], b_OR: &[f32], dlow_TR: &mut [f32]) {
         let to = Gradient {
-            values: &mut *dlow,
+            values: &mut *dlow_TR,
             add: false,
         };
-        self.up().backward_input(dy, b, to);
-        dlow.iter_mut().for_each(|value| *value *= self.scale);
+        self.up().backward_input(dy_TO, b_OR, to);
+        dlow_TR.iter_mut().for_each(|value| *value *= self.scale);
     }
 
     /// dB = dy^T (s x A^T).
-    pub(crate) fn backward_b(self, dy: &[f32], low: &[f32], db: Gradient) {
-        self.up().backward_weight(dy, low, db);
+    pub(crate) fn backward_b(self, dy_TO: &[f32], low_TR: &[f32], db_OR: Gradient) {
+        self.up().backward_weight(dy_TO, low_TR, db_OR);
     }
 
     /// dA = dlow^T x.
-    pub(crate) fn backward_a(self, dlow: &[f32], x: &[f32], da: Gradient) {
-        self.down().backward_weight(dlow, x, da);
+    pub(crate) fn backward_a(self, dlow_TR: &[f32], x_TI: &[f32], da_RI: Gradient) {
+        self.down().backward_weight(dlow_TR, x_TI, da_RI);
     }
 
-    /// The adapter's part of dx: dlow A.
-    pub(crate) fn backward_input(self, dlow: &[f32], a: &[f32], dx: Gradient) {
-        self.down().backward_input(dlow, a, dx);
+    /// The adapter's share of dx: dlow A.
+    pub(crate) fn backward_input(self, dlow_TR: &[f32], a_RI: &[f32], dx_TI: Gradient) {
+        self.down().backward_input(dlow_TR, a_RI, dx_TI);
     }
 }

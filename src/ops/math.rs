@@ -1,9 +1,10 @@
 //! Scalar functions and reductions that the compiler can turn into vector instructions.
 
-/// Running sums of a reduction, so that the compiler can use vector registers.
+/// Number of partial sums of a reduction, which lets the compiler use vector registers.
 const LANES: usize = 8;
 
-/// e^x to about 1e-7 relative, in operations that the compiler can vectorise (libm's are calls).
+/// e^x with a relative error of about 1e-7, in operations that the compiler can vectorise. libm's `expf`
+/// would be a call per value.
 ///
 /// x = n ln 2 + f with |f| <= ln 2 / 2, e^x = 2^n e^f; e^f by a polynomial of degree 6
 /// (coefficients of Cephes' `expf`).
@@ -15,7 +16,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
     let rounded = x * LOG2_E + ROUND;
     let n = rounded - ROUND;
-    // ln 2 in two parts, the first exact in few bits, keeps the remainder exact.
+    // ln 2 in two parts, of which the first has few bits, keeps the remainder exact.
     let f = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
     let mut p = 1.987_569_1e-4;
     for c in [
@@ -27,7 +28,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     ] {
         p = p * f + c;
     }
-    // The integer n stands in the low bits of `rounded`.
+    // The low bits of `rounded` hold the integer n.
     let n = rounded.to_bits().wrapping_sub(ROUND.to_bits());
     (p * f * f + f + 1.0) * f32::from_bits(n.wrapping_add(127) << 23)
 }
@@ -44,10 +45,10 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// The largest of `values`; -inf if there are none.
+/// Returns the largest of `values`, or -inf if there are none.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
-    // A fold with `f32::max` takes one value after the other: the compiler may not change its order.
+    // The compiler may not reorder a fold with `f32::max`, and so cannot vectorise it.
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut largest = [f32::NEG_INFINITY; 4 * LANES];
     let chunks = values.chunks_exact(4 * LANES);
@@ -61,7 +62,7 @@ pub(crate) fn max(values: &[f32]) -> f32 {
     largest.into_iter().fold(tail, larger)
 }
 
-/// Replaces each z of `values` by e^(scale z - max) and returns their sum.
+/// Replaces each z of `values` by e^(scale z - max) and returns the sum of the new values.
 #[inline(always)]
 pub(crate) fn exp_sum(values: &mut [f32], scale: f32, max: f32) -> f32 {
     let mut sums = [0.0f32; LANES];
@@ -80,19 +81,19 @@ pub(crate) fn exp_sum(values: &mut [f32], scale: f32, max: f32) -> f32 {
     sums.iter().sum::<f32>() + tail
 }
 
-/// The sum of products of `a` and `b`.
+/// Returns the dot product of `a` and `b`.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum_of_pairs(a, b, |a, b| a * b)
 }
 
-/// The sum of `values`.
+/// Returns the sum of `values`.
 #[inline(always)]
 pub(crate) fn sum(values: &[f32]) -> f32 {
     sum_of(values, |value| value)
 }
 
-/// The sum of what `f` makes of `values`.
+/// Returns the sum of `f(value)` over `values`.
 #[inline(always)]
 pub(crate) fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut sums = [0.0f32; LANES];
@@ -106,12 +107,13 @@ pub(crate) fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sums.iter().sum::<f32>() + tail
 }
 
-/// The sum of what `f` makes of pairs of `a` and `b`, as many as both have.
+/// Returns the sum of `f(a[i], b[i])` over the common length of `a` and `b`.
 #[inline(always)]
 pub(crate) fn sum_of_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut sums = [0.0f32; LANES];
-    let both = a.len().min(b.len());
-    let (a_chunks, b_chunks) = (a[..both].chunks_exact(LANES), b[..both].chunks_exact(LANES));
+    let common = a.len().min(b.len());
+    let a_chunks = a[..common].chunks_exact(LANES);
+    let b_chunks = b[..common].chunks_exact(LANES);
     let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
     let tail: f32 = rest.map(|(&a, &b)| f(a, b)).sum();
     for (a, b) in a_chunks.zip(b_chunks) {
@@ -127,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reductions_see_every_value() {
+    fn reductions_include_every_value() {
         assert_eq!(max(&[]), f32::NEG_INFINITY);
         for length in [1, 7, 31, 32, 33, 100] {
             for at in 0..length {

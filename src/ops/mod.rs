@@ -1,29 +1,38 @@
 //! The arithmetic of training on the CPU: fused operations with hand-written backward passes.
 //!
-//! An operation is one small file of plain functions over slices: the forward pass, the backward
-//! pass, and the formula of both. It keeps what its gradient needs and no more. The tape that calls
-//! them in order is `model::tape`; the same operations in candle's terms, for other devices and as
-//! the oracle of the tests, are in `model::composed`.
+//! An operation is a small file of plain functions over slices: the forward pass, the backward pass,
+//! and the formula of both. `model::tape` calls them in order. `model::candle_graph` implements the
+//! same operations with candle, for other devices and as the reference of the tests.
 //!
-//! Sums run in an order that does not depend on the number of threads, so the results do not
-//! either.
+//! | file | content |
+//! |---|---|
+//! | `linear`, `lora`, `matmul` | linear layers, adapters, and the matrix products behind them |
+//! | `attention`, `rope` | causal grouped-query attention, rotary position embedding |
+//! | `rms_norm`, `layer_norm`, `gelu`, `swiglu`, `embedding` | the other layers of a decoder |
+//! | `head_loss` | the LM head and the loss, chunked over positions |
+//! | `adamw`, `ema` | updates of the weights |
+//! | `math` | scalar functions and reductions |
+//! | `arena`, `mapped_file`, `process` | memory, mapped files, limits and settings of the process |
 //!
-//! The only `unsafe` code of the crate lives in this room.
+//! Invariants: sums run in an order that does not depend on the number of threads. An operation
+//! saves no more than its backward pass needs. All `unsafe` code of the crate is in this room.
 //!
-//! Shape suffixes: T tokens (all segments of a batch, end to end), D model, H heads, G key/value
-//! heads, C channels of a head, F feed-forward, N supervised positions, V vocabulary.
+//! Tensor names end in their shape: B batch, T tokens (all segments of a batch, end to end), D model
+//! width, H heads, G key/value heads, C head width, F feed-forward width, N supervised positions, V
+//! vocabulary, K top-k, L layers; I and O are the inputs and outputs of a linear layer, R the rank of
+//! its adapter. A lower-case letter is a part of its dimension: `logits_nV` are n of N rows.
 
 pub mod adamw;
 pub mod arena;
 pub mod attention;
-pub(crate) mod average;
+pub(crate) mod ema;
 pub(crate) mod embedding;
 pub(crate) mod gelu;
 pub(crate) mod head_loss;
 pub(crate) mod layer_norm;
 pub(crate) mod linear;
 pub(crate) mod lora;
-pub(crate) mod map;
+pub(crate) mod mapped_file;
 pub(crate) mod math;
 pub mod matmul;
 pub mod process;
@@ -37,20 +46,21 @@ use std::sync::Mutex;
 use candle_core::{CpuStorage, Result, Storage, Tensor};
 use rayon::prelude::*;
 
-/// Rows that one task of a row-wise operation works on: enough to pay for the task, few enough to
-/// share the work out. Fixed, so that sums over rows do not depend on the number of threads.
+/// Rows per task of a row-wise operation: enough to pay for the task, few enough to balance the
+/// load. Fixed, so that sums over rows do not depend on the number of threads.
 const ROWS_PER_TASK: usize = 64;
 
-/// Values that one task of an element-wise operation works on.
+/// Values per task of an element-wise operation.
 const VALUES_PER_TASK: usize = 1 << 14;
 
-/// Where a gradient goes: added to what is there, or in its place.
+/// The destination of a gradient.
 pub struct Gradient<'a> {
     pub values: &'a mut [f32],
+    /// Add to the values instead of overwriting them.
     pub add: bool,
 }
 
-/// Adds up the parts of a gradient that tasks made, in order.
+/// Sums the partial gradients of all tasks, in order.
 fn sum_partials(partials: &[Vec<f32>], gradient: Gradient) {
     if !gradient.add {
         gradient.values.fill(0.0);
@@ -62,7 +72,7 @@ fn sum_partials(partials: &[Vec<f32>], gradient: Gradient) {
     }
 }
 
-/// The gradient of a bias: the sum over rows (of `width` values) of `dy`.
+/// Computes the gradient of a bias: the sum over the rows of `dy`, of `width` values each.
 pub fn sum_rows(dy: &[f32], width: usize, to: Gradient) {
     let partials: Vec<Vec<f32>> = dy
         .par_chunks(width * ROWS_PER_TASK)
@@ -77,18 +87,18 @@ pub fn sum_rows(dy: &[f32], width: usize, to: Gradient) {
     sum_partials(&partials, to);
 }
 
-/// Runs a loop compiled for the widest vector instructions that this CPU has. The variables that it uses
-/// are its parameters, with their types.
+/// Runs a loop compiled for the widest vector instructions of this CPU. The parameters are the
+/// variables that the loop uses, with their types.
 ///
-/// `pulp` would take a closure as well, but one that the compiler does not inline is compiled without these
-/// instructions, and only the time tells. What is here cannot be left out of line.
+/// `pulp` also takes closures, but a closure that the compiler does not inline is silently compiled
+/// without these instructions. `#[inline(always)]` on the body prevents that.
 macro_rules! simd {
     (|$($variable:ident: $type:ty),*| $body:block) => {
         $crate::ops::simd!(|$($variable: $type),*| -> () $body)
     };
     (|$($variable:ident: $type:ty),*| -> $output:ty $body:block) => {{
-        struct Work<T>(T);
-        impl pulp::WithSimd for Work<($($type,)*)> {
+        struct SimdLoop<T>(T);
+        impl pulp::WithSimd for SimdLoop<($($type,)*)> {
             type Output = $output;
             #[inline(always)]
             fn with_simd<S: pulp::Simd>(self, _: S) -> $output {
@@ -96,26 +106,28 @@ macro_rules! simd {
                 $body
             }
         }
-        pulp::Arch::new().dispatch(Work(($($variable,)*)))
+        pulp::Arch::new().dispatch(SimdLoop(($($variable,)*)))
     }};
 }
 use simd;
 
-/// The values of a contiguous f32 tensor on the CPU, for as long as they are read.
-pub struct Values<'a> {
+/// Read access to the values of a contiguous f32 tensor on the CPU.
+pub struct CpuValues<'a> {
     storage: Box<dyn Deref<Target = Storage> + 'a>,
     range: Range<usize>,
 }
 
-impl<'a> Values<'a> {
+impl<'a> CpuValues<'a> {
+    /// Borrows the values of `tensor`.
+    ///
     /// # Errors
-    /// Where the tensor is no contiguous f32 tensor on the CPU.
-    pub fn of(tensor: &'a Tensor) -> Result<Self> {
+    /// Where the tensor is not a contiguous f32 tensor on the CPU.
+    pub fn new(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         let (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) =
             (&*storage, layout.contiguous_offsets())
         else {
-            candle_core::bail!("fused operations take contiguous f32 tensors on the CPU");
+            candle_core::bail!("fused operations need contiguous f32 tensors on the CPU");
         };
         let range = start..end;
         let storage = Box::new(storage);
@@ -123,32 +135,32 @@ impl<'a> Values<'a> {
     }
 }
 
-impl Deref for Values<'_> {
+impl Deref for CpuValues<'_> {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
         match &**self.storage {
             Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
-            // `of` has looked.
+            // `new` accepts f32 storage only.
             _ => &[],
         }
     }
 }
 
-/// State kept between the passes survives a panic in another thread unharmed: it is written whole.
+/// Locks a mutex, also after a panic of another thread: the guarded state is valid at every point.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// The rows of one segment, of `width` values each.
-fn part<'a>(values: &'a [f32], segment: &Range<usize>, width: usize) -> &'a [f32] {
+/// Returns the rows of one segment, of `width` values each.
+fn segment_rows<'a>(values: &'a [f32], segment: &Range<usize>, width: usize) -> &'a [f32] {
     &values[segment.start * width..segment.end * width]
 }
 
-/// `values` cut into the rows of each segment.
-fn split<'a>(
+/// Splits `values` into the rows of each segment, of `width` values each.
+fn split_segments<'a>(
     mut values: &'a mut [f32],
     segments: &[Range<usize>],
     width: usize,

@@ -1,15 +1,15 @@
-//! Operating-system limits and settings of this process: memory, threads, descriptors, signals.
+//! Operating-system limits and settings of this process: activations, threads, descriptors, signals.
 
-/// Descriptors that are not for connections: files, looking names up, what a library opens.
-const RESERVE: usize = 96;
+/// Descriptors reserved for files, name resolution and libraries.
+const RESERVED_DESCRIPTORS: usize = 96;
 
-/// The most descriptors that are ever asked for; some systems have no limit, and tables that grow with it.
+/// Most descriptors requested. Some systems have no limit, and tables that grow with the soft limit.
 #[cfg(unix)]
-const MOST: libc::rlim_t = 65_536;
+const MAX_DESCRIPTORS: libc::rlim_t = 65_536;
 
-/// Number of connections that the process may hold open, after raising the soft descriptor limit to
-/// what is allowed. None where there is no such limit.
-pub fn connections() -> Option<usize> {
+/// Raises the soft descriptor limit as far as allowed and returns the number of connections that the
+/// process may hold open. None where the system has no such limit.
+pub fn max_connections() -> Option<usize> {
     #[cfg(unix)]
     {
         let mut limit = libc::rlimit {
@@ -21,7 +21,7 @@ pub fn connections() -> Option<usize> {
             if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
                 return None;
             }
-            let wanted = limit.rlim_max.min(MOST).max(limit.rlim_cur);
+            let wanted = limit.rlim_max.min(MAX_DESCRIPTORS).max(limit.rlim_cur);
             if wanted > limit.rlim_cur {
                 let before = limit.rlim_cur;
                 limit.rlim_cur = wanted;
@@ -32,14 +32,18 @@ pub fn connections() -> Option<usize> {
             limit.rlim_cur
         };
         let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
-        // Of few, half.
-        Some(descriptors.saturating_sub(RESERVE).max(descriptors / 2))
+        // With few descriptors, connections get half of them.
+        Some(
+            descriptors
+                .saturating_sub(RESERVED_DESCRIPTORS)
+                .max(descriptors / 2),
+        )
     }
     #[cfg(not(unix))]
     None
 }
 
-/// Returns true if the process or the machine has run out of file descriptors.
+/// Returns true if `error` means that the process or the machine has run out of file descriptors.
 pub fn is_out_of_descriptors(error: &std::io::Error) -> bool {
     #[cfg(unix)]
     {
@@ -52,8 +56,8 @@ pub fn is_out_of_descriptors(error: &std::io::Error) -> bool {
     }
 }
 
-/// Bytes of memory that the process takes up. None where the system does not tell.
-pub fn resident() -> Option<u64> {
+/// Returns the resident memory of the process in bytes. None where the system does not report it.
+pub fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status
         .lines()
@@ -62,9 +66,9 @@ pub fn resident() -> Option<u64> {
     Some(kilobytes * 1_024)
 }
 
-/// Gives memory that the allocator holds and nothing uses back to the system, after work that has left much
-/// of it in small blocks.
-pub fn give_back() {
+/// Returns free memory of the allocator to the system. Call it after work that leaves many small free
+/// blocks.
+pub fn trim_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: the call only concerns blocks that are free, and may be made at any time.
     unsafe {
@@ -72,11 +76,11 @@ pub fn give_back() {
     }
 }
 
-/// Was the process started with this signal ignored, as `nohup` does?
+/// Returns true if the process was started with this signal ignored, as `nohup` does.
 #[cfg(unix)]
-pub fn is_ignored(signal: i32) -> bool {
-    // SAFETY: a null pointer asks for the action and changes none; the other one is to a structure on this
-    // stack that is all zeros, which is valid for it.
+pub fn is_signal_ignored(signal: i32) -> bool {
+    // SAFETY: with a null pointer as new action, the call only reads the current one. The other pointer
+    // is to a structure on this stack, for which all zeros are valid.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         libc::sigaction(signal, std::ptr::null(), &raw mut action) == 0
@@ -84,17 +88,16 @@ pub fn is_ignored(signal: i32) -> bool {
     }
 }
 
-/// Makes the process fit for training. Call it first in `main`, before any thread is started.
+/// Configures the process for training. Call it first in `main`, before any thread is started.
 ///
-/// glibc keeps large blocks instead of giving each back to the system. The passes of a training take
-/// their memory from an arena, but what candle allocates (weights while they load, and everything
-/// where its own operations run) would be mapped anew each time, page by page.
+/// Makes glibc keep large free blocks. Training takes its memory from an arena, but candle allocates
+/// from glibc: weights while they load, and everything that its own operations compute. Without this
+/// setting, each of these blocks would be mapped anew, page by page.
 ///
-/// candle's own element-wise operations stay on the calling thread. They would start a second
-/// pool whose threads wait by spinning, on the cores that the operations of this room compute on;
-/// on two cores that halves the speed of training a small model. A value that the user has set
-/// stays.
-pub fn set_up() {
+/// Keeps candle's element-wise operations on the calling thread, unless the user has set
+/// `CANDLE_NUM_THREADS`. They would start a second thread pool that waits by spinning on the cores
+/// of the first; on two cores this halves the speed of training a small model.
+pub fn configure() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: `mallopt` only sets two tunables of the allocator and may be called at any time.
     unsafe {

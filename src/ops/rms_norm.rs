@@ -7,7 +7,7 @@ use super::{Gradient, ROWS_PER_TASK, simd, sum_partials};
 
 /// Normalises the rows of `x` (T x D) and scales them by `weight` (D).
 ///
-/// `scale` (T) receives 1 / sqrt(mean(x^2) + eps) of each row, for the backward pass.
+/// Stores 1 / sqrt(mean(x^2) + eps) of each row in `scale` (T), for the backward pass.
 pub(crate) fn forward(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], scale: &mut [f32]) {
     let width = weight.len();
     let task = width * ROWS_PER_TASK;
@@ -30,7 +30,7 @@ pub(crate) fn forward(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], sc
         });
 }
 
-/// With r a row's scale and g = dy * w:
+/// Computes the gradients of x and w. With r the scale of a row and g = dy * w:
 /// dx = r g - x r^3 (g . x) / D, dw = sum over rows of dy x r.
 pub(crate) fn backward(
     x: &[f32],

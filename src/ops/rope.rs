@@ -1,5 +1,5 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864), in the half-split layout of Hugging
-//! Face: channel i turns with channel i + C/2.
+//! Face: channel i is rotated with channel i + C/2.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::simd;
 
-/// cos and sin of every (position, frequency).
+/// cos and sin of the angle of every position and frequency.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
     /// (positions x C/2)
@@ -16,16 +16,16 @@ pub struct RopeTable {
     half: usize,
 }
 
-/// Which way to turn: the backward pass of a rotation is the opposite rotation.
+/// Direction of a rotation. The backward pass is the inverse rotation.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
+pub enum Rotation {
     Forward,
     Backward,
 }
 
 impl RopeTable {
-    /// `inverse_frequencies` (C/2) in radians per position; angles are taken in f32, as the models
-    /// were trained.
+    /// Computes the table from `inverse_frequencies` (C/2), in radians per position. Angles are
+    /// computed in f32, because the models were trained that way.
     pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
         let angles: Vec<f32> = (0..positions)
             .flat_map(|position| inverse_frequencies.iter().map(move |f| position as f32 * f))
@@ -37,29 +37,33 @@ impl RopeTable {
         }
     }
 
-    /// cos and sin of the angles at `position` (C/2 each).
+    /// Returns cos and sin of the angles at `position` (C/2 each).
     pub fn at(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.half..(position + 1) * self.half;
         (&self.cos[range.clone()], &self.sin[range])
     }
 
-    /// Turns rows of `width` channels (a multiple of C), in place; positions start at 0 in each of
+    /// Rotates rows of `width` channels (a multiple of C) in place. Positions start at 0 in each of
     /// the `segments`.
-    pub fn turn_segments(
+    pub fn rotate_segments(
         &self,
         rows: &mut [f32],
         width: usize,
         segments: &[Range<usize>],
-        turn: Turn,
+        rotation: Rotation,
     ) {
-        super::split(rows, segments, width)
+        super::split_segments(rows, segments, width)
             .into_par_iter()
-            .for_each(|rows| self.turn_rows(rows, width, 0, turn));
+            .for_each(|rows| self.rotate_rows(rows, width, 0, rotation));
     }
 
-    /// Turns rows of `width` channels that stand at positions `first`, `first + 1`, ...
-    pub fn turn_rows(&self, rows: &mut [f32], width: usize, first: usize, turn: Turn) {
-        let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
+    /// Rotates rows of `width` channels in place, at positions `first`, `first + 1`, ...
+    pub fn rotate_rows(&self, rows: &mut [f32], width: usize, first: usize, rotation: Rotation) {
+        let sign = if rotation == Rotation::Forward {
+            1.0
+        } else {
+            -1.0
+        };
         rows.par_chunks_mut(width)
             .enumerate()
             .with_min_len(super::ROWS_PER_TASK)
@@ -70,7 +74,9 @@ impl RopeTable {
                     for head in heads.chunks_exact_mut(2 * half) {
                         let (a, b) = head.split_at_mut(half);
                         for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                            let (x, y, sin) = (*a, *b, sin * sign);
+                            let x = *a;
+                            let y = *b;
+                            let sin = sin * sign;
                             *a = x * cos - y * sin;
                             *b = y * cos + x * sin;
                         }

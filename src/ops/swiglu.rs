@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::math::sigmoid;
 use super::{VALUES_PER_TASK, simd};
 
-/// `gate` and `up` (T x F) give `y` (T x F).
+/// Computes `y` (T x F) from `gate` and `up` (T x F).
 pub(crate) fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
     y.par_chunks_mut(VALUES_PER_TASK)
         .zip(gate.par_chunks(VALUES_PER_TASK))
@@ -19,7 +19,7 @@ pub(crate) fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
         });
 }
 
-/// Turns `gate` and `up` into their gradients:
+/// Overwrites `gate` and `up` with their gradients:
 /// dup = dy silu(gate), dgate = dy up s (1 + gate (1 - s)) with s = sigmoid(gate).
 pub(crate) fn backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
     gate.par_chunks_mut(VALUES_PER_TASK)
@@ -28,7 +28,8 @@ pub(crate) fn backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
         .for_each(|((gate, up), dy)| {
             simd!(|gate: &mut [f32], up: &mut [f32], dy: &[f32]| {
                 for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
-                    let (z, s) = (*gate, sigmoid(*gate));
+                    let z = *gate;
+                    let s = sigmoid(z);
                     *gate = dy * *up * s * (1.0 + z * (1.0 - s));
                     *up = dy * z * s;
                 }

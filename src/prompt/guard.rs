@@ -59,7 +59,7 @@ fn watch(row: &AtomicU64, template: &Path) {
     let mut last = (IDLE, 0);
     loop {
         std::thread::sleep(EVERY);
-        let (now, Some(bytes)) = (row.load(Ordering::Relaxed), process::resident()) else {
+        let (now, Some(bytes)) = (row.load(Ordering::Relaxed), process::resident_bytes()) else {
             return;
         };
         match now {

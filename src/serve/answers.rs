@@ -5,14 +5,14 @@ use tokio::sync::{mpsc, oneshot};
 use super::engine::{Answer, Job, Reply, Score};
 use super::error::ApiError;
 use crate::model::batcher::{FinishReason, GenerateOptions};
-use crate::model::sampling::Choice;
+use crate::model::sampling::TokenLogprobs;
 use crate::serve::state::App;
 
 /// One answer as far as it has come.
 #[derive(Debug, Default)]
 pub(crate) struct Written {
     pub text: String,
-    pub choices: Vec<Choice>,
+    pub choices: Vec<TokenLogprobs>,
     pub finish_reason: Option<FinishReason>,
 }
 
@@ -69,7 +69,7 @@ pub(crate) async fn collect(
         let update = reply.update.map_err(ApiError::internal)?;
         let answer = &mut answers[reply.index];
         answer.text.push_str(&update.text);
-        answer.choices.extend(update.choices);
+        answer.choices.extend(update.token_logprobs);
         answer.finish_reason = update.finish_reason;
         tokens += 1;
     }
@@ -87,7 +87,7 @@ pub(crate) async fn score(
     app: &App,
     texts: &[Vec<u32>],
     top: usize,
-) -> Result<Vec<Vec<Choice>>, ApiError> {
+) -> Result<Vec<Vec<TokenLogprobs>>, ApiError> {
     let mut replies = Vec::with_capacity(texts.len());
     for (slot, ids) in reserve(app, texts.len())?.zip(texts) {
         let (reply, choices) = oneshot::channel();

@@ -21,8 +21,8 @@ use super::wire::{
     AssistantMessage, Chunk, ChunkChoice, Completion, CompletionChoice, Delta, Head, Logprobs,
     PromptLogprobs, Usage,
 };
-use crate::model::batcher::{FinishReason, Update};
-use crate::model::sampling::Choice;
+use crate::model::batcher::{FinishReason, TokenUpdate};
+use crate::model::sampling::TokenLogprobs;
 use crate::serve::state::App;
 
 /// Answers a conversation, whole or as server-sent events.
@@ -82,7 +82,7 @@ impl Answering {
     async fn whole(
         &self,
         replies: mpsc::UnboundedReceiver<Reply>,
-        scored: Option<(Vec<Choice>, usize)>,
+        scored: Option<(Vec<TokenLogprobs>, usize)>,
         prompt_token_ids: Option<&[u32]>,
     ) -> Result<Response, ApiError> {
         let (answers, completion_tokens) = answers::collect(replies, self.n).await?;
@@ -126,7 +126,7 @@ impl Answering {
             .into_response()
     }
 
-    fn logprobs(&self, choices: &[Choice]) -> Option<Logprobs<'_>> {
+    fn logprobs(&self, choices: &[TokenLogprobs]) -> Option<Logprobs<'_>> {
         self.logprobs
             .then(|| Logprobs::new(choices, &self.app.tokenizer))
     }
@@ -156,9 +156,9 @@ impl Streaming {
     /// The events that a reply gives rise to; after the last answer's end, those that close the
     /// stream.
     fn events(&mut self, reply: Reply) -> Vec<Result<Event, axum::Error>> {
-        let Update {
+        let TokenUpdate {
             text,
-            choices,
+            token_logprobs: choices,
             finish_reason,
             ..
         } = match reply.update {

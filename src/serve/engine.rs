@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::model::Model;
-use crate::model::batcher::{Batcher, GenerateOptions, Update};
-use crate::model::sampling::Choice;
-use crate::model::score::{self, Text};
+use crate::model::batcher::{Batcher, GenerateOptions, TokenUpdate};
+use crate::model::sampling::TokenLogprobs;
+use crate::model::score::{self, ScoreInput};
 use crate::tokenizer::Tokenizer;
 
 /// Tokens that are scored in one forward pass; a text that is longer has one of its own.
@@ -26,7 +26,7 @@ pub(crate) struct Score {
     /// How many of the likeliest tokens to tell at each position.
     pub top: usize,
     /// Where the choices go (T - 1), or the message of an error.
-    pub reply: oneshot::Sender<Result<Vec<Choice>, String>>,
+    pub reply: oneshot::Sender<Result<Vec<TokenLogprobs>, String>>,
 }
 
 /// One answer to generate.
@@ -46,7 +46,7 @@ pub(crate) struct Reply {
     /// As in the [`Answer`].
     pub index: usize,
     /// The message of an error ends the answer.
-    pub update: Result<Update, String>,
+    pub update: Result<TokenUpdate, String>,
 }
 
 /// Answers jobs, `batch_size` at once, until every sender of `jobs` is gone and all is answered.
@@ -87,7 +87,7 @@ struct Engine<'a> {
 impl Engine<'_> {
     /// Fills the free slots; waits for a job while there is nothing to do. False at the end.
     fn admit(&mut self) -> bool {
-        while self.batcher.has_room() && self.tokens_to_score() < SCORED_TOKENS_PER_PASS {
+        while self.batcher.has_free_slot() && self.tokens_to_score() < SCORED_TOKENS_PER_PASS {
             let job = if self.batcher.is_idle() && self.texts.is_empty() {
                 match self.jobs.blocking_recv() {
                     Some(job) => job,
@@ -129,9 +129,12 @@ impl Engine<'_> {
         }
         let vocabulary = self.model.config().vocab_size;
         let vocabulary = vocabulary.min(self.tokenizer.vocab_size());
-        let inputs: Vec<Text> = texts
+        let inputs: Vec<ScoreInput> = texts
             .iter()
-            .map(|text| (text.ids.as_slice(), text.top))
+            .map(|text| ScoreInput {
+                ids: &text.ids,
+                top_k: text.top,
+            })
             .collect();
         let scored = score::score(self.model, vocabulary, &inputs);
         let scored = scored.map_err(|error| format!("{error:#}"));
@@ -176,7 +179,7 @@ impl Engine<'_> {
         }
     }
 
-    fn deliver(&mut self, update: Update) {
+    fn deliver(&mut self, update: TokenUpdate) {
         let (id, last) = (update.id, update.finish_reason.is_some());
         if let Some((index, reply)) = self.clients.get(&id) {
             send(reply, *index, Ok(update));
@@ -188,6 +191,6 @@ impl Engine<'_> {
 }
 
 /// A client that has gone is found out by [`Engine::drop_deserted`].
-fn send(reply: &mpsc::UnboundedSender<Reply>, index: usize, update: Result<Update, String>) {
+fn send(reply: &mpsc::UnboundedSender<Reply>, index: usize, update: Result<TokenUpdate, String>) {
     let _gone = reply.send(Reply { index, update });
 }

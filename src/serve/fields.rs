@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use crate::model::sampling::Sampling;
+use crate::model::sampling::SamplingParams;
 
 const MAX_CHOICES: usize = 16;
 const MAX_STOP_STRINGS: usize = 4;
@@ -69,9 +69,9 @@ impl Fields {
         Ok(self.within("n", 1, MAX_CHOICES)?.unwrap_or(1))
     }
 
-    pub(crate) fn sampling(&self) -> Result<Sampling, ApiError> {
+    pub(crate) fn sampling(&self) -> Result<SamplingParams, ApiError> {
         let seed: Option<i64> = self.get("seed")?;
-        Ok(Sampling {
+        Ok(SamplingParams {
             temperature: self.within("temperature", 0.0, 2.0)?.unwrap_or(1.0),
             top_p: self.within("top_p", 0.0, 1.0)?.unwrap_or(1.0),
             seed: seed.map_or_else(|| fastrand::u64(..), i64::cast_unsigned),

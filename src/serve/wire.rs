@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use serde::Serialize;
 
 use crate::model::batcher::FinishReason;
-use crate::model::sampling::Choice;
+use crate::model::sampling::TokenLogprobs;
 use crate::tokenizer::Tokenizer;
 
 /// What OpenAI sends for "very unlikely", since JSON has no infinity.
@@ -120,7 +120,7 @@ struct Token<'a> {
 }
 
 impl<'a> Logprobs<'a> {
-    pub(crate) fn new(choices: &[Choice], tokenizer: &'a Tokenizer) -> Self {
+    pub(crate) fn new(choices: &[TokenLogprobs], tokenizer: &'a Tokenizer) -> Self {
         let token = |id, logprob| Token::new(id, logprob, tokenizer);
         let content = choices
             .iter()
@@ -180,8 +180,8 @@ impl Serialize for PromptPosition<'_> {
 
 impl<'a> PromptLogprobs<'a> {
     /// Of `choices`, which are those of every token but the first, with the `top` likeliest at each.
-    pub(crate) fn new(choices: &[Choice], top: usize, tokenizer: &'a Tokenizer) -> Self {
-        let position = |choice: &Choice| {
+    pub(crate) fn new(choices: &[TokenLogprobs], top: usize, tokenizer: &'a Tokenizer) -> Self {
+        let position = |choice: &TokenLogprobs| {
             let likeliest = &choice.top[..top.min(choice.top.len())];
             let rank = |id: u32| {
                 likeliest
@@ -257,7 +257,7 @@ impl<'a> TextLogprobs<'a> {
     /// they are parts of a character.
     pub(crate) fn new(
         first: Option<u32>,
-        choices: impl Iterator<Item = &'a Choice>,
+        choices: impl Iterator<Item = &'a TokenLogprobs>,
         most: usize,
         tokenizer: &'a Tokenizer,
         as_ids: bool,

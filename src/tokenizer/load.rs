@@ -50,7 +50,7 @@ impl Tokenizer {
 pub(crate) fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let tokenizer = read(dir, arguments);
     // Reading allocates two strings per merge, more than a million for a large vocabulary.
-    process::give_back();
+    process::trim_memory();
     tokenizer
 }
 

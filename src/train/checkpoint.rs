@@ -236,19 +236,19 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value, data: &Value) -> Resu
     check_files(path, &state.files).map_err(|error| damaged(path, &error))?;
     let mut restore = || -> Result<()> {
         let vars = &parts.student.vars;
-        weights::with_file(&path.join(MODEL), |file| student::restore(vars, file))?;
+        weights::with_safetensors(&path.join(MODEL), |file| student::restore(vars, file))?;
         if let Some(ema) = &parts.ema {
-            weights::with_file(&path.join(EMA), |file| ema.restore(file))?;
+            weights::with_safetensors(&path.join(EMA), |file| ema.restore(file))?;
         }
         let optimizer = &mut parts.optimizer;
-        weights::with_file(&path.join(OPTIMIZER), |file| {
+        weights::with_safetensors(&path.join(OPTIMIZER), |file| {
             optimizer.restore(file, state.step)
         })?;
         if let Some((teacher, optimizer)) = parts.trained_teacher() {
-            weights::with_file(&path.join(TEACHER), |file| {
+            weights::with_safetensors(&path.join(TEACHER), |file| {
                 student::restore(&teacher.vars, file)
             })?;
-            weights::with_file(&path.join(TEACHER_OPTIMIZER), |file| {
+            weights::with_safetensors(&path.join(TEACHER_OPTIMIZER), |file| {
                 optimizer.restore(file, state.step)
             })?;
         }

@@ -8,8 +8,8 @@ use candle_core::{Device, Var};
 
 use super::student::{self, Student};
 use crate::model::weights::{self, Tensors};
-use crate::model::{Frame, Model};
-use crate::ops::average::average;
+use crate::model::{Backend, Model};
+use crate::ops::ema::ema_update;
 
 /// The average of the trained weights, as a model to evaluate.
 pub struct Ema {
@@ -45,9 +45,9 @@ impl Ema {
         let decay = self.decay.min((1.0 + step as f64) / (10.0 + step as f64));
         for (name, var) in &self.vars {
             let value = student.vars.get(name).context("the student has changed")?;
-            match student.model.frame() {
-                Frame::Tape => average(var.as_tensor(), value.as_tensor(), decay as f32)?,
-                Frame::Composed => {
+            match student.model.backend() {
+                Backend::CpuTape => ema_update(var.as_tensor(), value.as_tensor(), decay as f32)?,
+                Backend::Candle => {
                     let past = (var.as_tensor() * decay)?;
                     var.set(&(past + (value.as_tensor() * (1.0 - decay))?)?.detach())?;
                 }
@@ -68,7 +68,7 @@ impl Ema {
     ///
     /// # Errors
     /// Where one is missing or has another shape.
-    pub fn restore(&self, file: &crate::model::weights::File) -> Result<()> {
+    pub fn restore(&self, file: &crate::model::weights::SafetensorsFile) -> Result<()> {
         student::restore(&self.vars, file)
     }
 }

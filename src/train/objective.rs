@@ -8,11 +8,11 @@ use super::loss;
 use super::metrics::{Means, Sums};
 use crate::data::batch::Batch;
 use crate::data::dataset::Examples;
-use crate::model::forward::Hidden;
+use crate::model::forward::HiddenStates;
 use crate::model::gradients::Gradients;
-use crate::model::tape::Memory;
-use crate::model::{Input, Model};
-use crate::ops::head_loss::{Rows, Units, chunk_rows};
+use crate::model::tape::Activations;
+use crate::model::{Model, ModelInput};
+use crate::ops::head_loss::{LogitsVisitor, PositionGroups, chunk_rows};
 use crate::train::loss::row::{Row, RowLoss, Weights};
 
 /// Who learns, and from whom.
@@ -51,16 +51,19 @@ pub fn gradients<'a>(
     models: impl Into<Models<'a>>,
     batch: &Batch,
     weights: Weights,
-    memory: Memory,
+    activations: Activations,
     gradients: &mut Gradients,
 ) -> Result<(f64, Vec<RowLoss>)> {
     let models = models.into();
     let mut objective = Objective::new(models, batch, weights)?;
-    let units = Units::new(batch.labels.len(), &objective.spans);
-    let rows =
-        models
-            .student
-            .train_pass(input(batch), &units, memory, &mut objective, gradients)?;
+    let groups = PositionGroups::new(batch.labels.len(), &objective.spans);
+    let rows = models.student.forward_backward(
+        input(batch),
+        &groups,
+        activations,
+        &mut objective,
+        gradients,
+    )?;
     let loss: f64 = rows.iter().map(|row| f64::from(row.loss)).sum();
     Ok((loss * f64::from(weights.scale), rows))
 }
@@ -76,7 +79,7 @@ struct Objective<'a> {
 
 /// What a teacher on this machine says of the positions that are next.
 struct Dense<'a> {
-    hidden: Hidden<'a>,
+    hidden: HiddenStates<'a>,
     vocabulary: usize,
     /// The first of them.
     start: usize,
@@ -121,10 +124,10 @@ impl<'a> Objective<'a> {
     }
 }
 
-impl Rows for Objective<'_> {
-    type Report = RowLoss;
+impl LogitsVisitor for Objective<'_> {
+    type Output = RowLoss;
 
-    fn begin(&mut self, positions: Range<usize>) -> candle_core::Result<()> {
+    fn prepare(&mut self, positions: Range<usize>) -> candle_core::Result<()> {
         if let Some(teacher) = &mut self.teacher {
             teacher.start = positions.start;
             let logits = &mut teacher.logits[..positions.len() * teacher.vocabulary];
@@ -134,7 +137,7 @@ impl Rows for Objective<'_> {
     }
 
     #[inline(always)]
-    fn rows(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<RowLoss> {
+    fn visit(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<RowLoss> {
         let chunks = &self.batch.chunks;
         let found = chunks.binary_search_by_key(&positions.start, |chunk| chunk.0.start);
         match found {
@@ -151,8 +154,8 @@ impl Rows for Objective<'_> {
     }
 }
 
-fn input(batch: &Batch) -> Input<'_> {
-    Input {
+fn input(batch: &Batch) -> ModelInput<'_> {
+    ModelInput {
         input_ids: &batch.input_ids,
         segments: &batch.segments,
         positions: &batch.positions,
@@ -189,7 +192,7 @@ pub fn evaluate<'a>(
     for start in (0..examples.len()).step_by(batch_size) {
         let batch = Batch::new(examples.iter().skip(start).take(batch_size));
         let mut objective = Objective::new(models, &batch, weights)?;
-        sums.add(&models.student.map_rows(input(&batch), &mut objective)?);
+        sums.add(&models.student.visit_logits(input(&batch), &mut objective)?);
     }
     Ok(sums.means())
 }

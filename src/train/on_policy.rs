@@ -28,7 +28,7 @@ use crate::data::prepared::shard::ExampleView;
 use crate::model::Model;
 use crate::model::batcher::GenerateOptions;
 use crate::model::generate;
-use crate::model::sampling::Sampling;
+use crate::model::sampling::SamplingParams;
 use crate::prompt::Prompt;
 use crate::prompt::message::Message;
 use crate::signal::StopFlag;
@@ -151,7 +151,7 @@ impl<'a> OnPolicy<'a> {
         let prompts: Vec<Vec<u32>> = examples.iter().map(|example| prompt(*example)).collect();
         let options = GenerateOptions {
             max_tokens: self.settings.max_tokens as usize,
-            sampling: Sampling {
+            sampling: SamplingParams {
                 temperature: self.settings.temperature,
                 top_p: 1.0,
                 // Far apart from one step to the next, as answers are within a step.

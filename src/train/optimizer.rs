@@ -10,11 +10,11 @@ use regex::Regex;
 
 use super::student::Student;
 use crate::config::TrainConfig;
-use crate::model::Frame;
+use crate::model::Backend;
 use crate::model::gradients::Gradients;
-use crate::model::weights::{Entry, File};
+use crate::model::weights::{SafetensorsFile, TensorEntry};
 use crate::ops::arena::{Arena, Buffer};
-use crate::ops::{Values, adamw};
+use crate::ops::{CpuValues, adamw};
 
 const FIRST: &str = "first_moment";
 const SECOND: &str = "second_moment";
@@ -58,9 +58,9 @@ impl Optimizer {
         let arena = Arena::default();
         let parameter = |(name, var): (&String, &Var)| {
             let zeros = || arena.zeros(var.elem_count());
-            let moments = match student.model.frame() {
-                Frame::Tape => Moments::Here([zeros()?, zeros()?]),
-                Frame::Composed => Moments::Elsewhere([var.zeros_like()?, var.zeros_like()?]),
+            let moments = match student.model.backend() {
+                Backend::CpuTape => Moments::Here([zeros()?, zeros()?]),
+                Backend::Candle => Moments::Elsewhere([var.zeros_like()?, var.zeros_like()?]),
             };
             Ok(Parameter {
                 name: name.clone(),
@@ -125,7 +125,7 @@ impl Optimizer {
             1.0
         };
         for parameter in &mut self.parameters {
-            let step = adamw::Step {
+            let step = adamw::AdamWStep {
                 number: self.step,
                 learning_rate: learning_rate as f32,
                 beta1: train.beta1 as f32,
@@ -147,17 +147,19 @@ impl Optimizer {
     ///
     /// # Errors
     /// Where a device fails.
-    pub fn state(&self) -> Result<BTreeMap<String, Entry<'_>>> {
+    pub fn state(&self) -> Result<BTreeMap<String, TensorEntry<'_>>> {
         let mut entries = BTreeMap::new();
         for parameter in &self.parameters {
             let shape = parameter.var.dims();
             let of_parameter = match &parameter.moments {
-                Moments::Here([first, second]) => {
-                    [Entry::new(shape, first), Entry::new(shape, second)]
-                }
-                Moments::Elsewhere([first, second]) => {
-                    [Entry::copy_of(first)?, Entry::copy_of(second)?]
-                }
+                Moments::Here([first, second]) => [
+                    TensorEntry::new(shape, first),
+                    TensorEntry::new(shape, second),
+                ],
+                Moments::Elsewhere([first, second]) => [
+                    TensorEntry::from_device(first)?,
+                    TensorEntry::from_device(second)?,
+                ],
             };
             for (kind, entry) in [FIRST, SECOND].iter().zip(of_parameter) {
                 entries.insert(format!("{kind}.{}", parameter.name), entry);
@@ -170,7 +172,7 @@ impl Optimizer {
     ///
     /// # Errors
     /// Names a moment that is missing or has another shape.
-    pub fn restore(&mut self, file: &File, step: u64) -> Result<()> {
+    pub fn restore(&mut self, file: &SafetensorsFile, step: u64) -> Result<()> {
         for parameter in &mut self.parameters {
             for (index, kind) in [FIRST, SECOND].iter().enumerate() {
                 let name = format!("{kind}.{}", parameter.name);
@@ -180,7 +182,7 @@ impl Optimizer {
                 }
                 match &mut parameter.moments {
                     Moments::Here(moments) => {
-                        moments[index].copy_from_slice(&Values::of(&tensor)?);
+                        moments[index].copy_from_slice(&CpuValues::new(&tensor)?);
                     }
                     Moments::Elsewhere(moments) => {
                         moments[index] = tensor.to_device(parameter.var.device())?;
@@ -196,18 +198,18 @@ impl Optimizer {
 impl Parameter {
     fn gradient<'a>(&self, gradients: &'a Gradients) -> Result<Given<'a>> {
         let here = gradients.get(&self.var).map(Given::Here);
-        here.or_else(|| gradients.elsewhere(&self.var).map(Given::Elsewhere))
+        here.or_else(|| gradients.get_on_device(&self.var).map(Given::Elsewhere))
             .with_context(|| format!("parameter {} received no gradient", self.name))
     }
 
-    fn update(&mut self, gradients: &Gradients, step: adamw::Step) -> Result<()> {
+    fn update(&mut self, gradients: &Gradients, step: adamw::AdamWStep) -> Result<()> {
         let given = self.gradient(gradients)?;
         match (&mut self.moments, given) {
             (Moments::Here([first, second]), Given::Here(values)) => {
                 adamw::adamw(&self.var, values, first, second, step)?;
             }
             (Moments::Elsewhere(moments), Given::Elsewhere(tensor)) => {
-                adamw::composed(&self.var, tensor, moments, step)?;
+                adamw::adamw_candle(&self.var, tensor, moments, step)?;
             }
             _ => bail!("the gradient of {} is in another frame", self.name),
         }

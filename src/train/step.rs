@@ -13,7 +13,7 @@ use crate::data::batch::{Batch, micro_batches};
 use crate::data::prepared::shard::ExampleView;
 use crate::model::Model;
 use crate::model::gradients::Gradients;
-use crate::model::tape::Memory;
+use crate::model::tape::Activations;
 use crate::train::loss::row::{SoftTerm, Weights};
 
 /// How steps are taken.
@@ -22,7 +22,7 @@ pub(crate) struct Stepper {
     weights: Weights,
     /// Of what the student wrote itself.
     on_policy: Weights,
-    memory: Memory,
+    activations: Activations,
     /// Of the step under way; none between two.
     gradients: Gradients,
 }
@@ -101,9 +101,9 @@ impl Stepper {
                     }),
                 ..plain
             },
-            memory: match config.train.activation_checkpointing {
-                true => Memory::Checkpoint,
-                false => Memory::Record,
+            activations: match config.train.activation_checkpointing {
+                true => Activations::Recompute,
+                false => Activations::Keep,
             },
             gradients: model.gradients(),
         }
@@ -135,8 +135,9 @@ impl Stepper {
         let mut taken = Taken::default();
         let mut pass = |batch: &Batch, weights: Weights, sums: &mut Sums| {
             let weights = Weights { scale, ..weights };
-            let (memory, gradients) = (self.memory, &mut self.gradients);
-            let (loss, rows) = objective::gradients(models, batch, weights, memory, gradients)?;
+            let (activations, gradients) = (self.activations, &mut self.gradients);
+            let (loss, rows) =
+                objective::gradients(models, batch, weights, activations, gradients)?;
             if !loss.is_finite() {
                 bail!(not_finite("loss", step, &batch.keys));
             }

@@ -35,7 +35,7 @@ impl Student {
             StudentInit::Pretrained => decoder::load(&settings.path)?,
             StudentInit::Random => {
                 let (size, stop) = (tokenizer.vocab_size(), tokenizer.stop_ids());
-                let shape = ModelConfig::of_student(settings, size, stop)?;
+                let shape = ModelConfig::from_student(settings, size, stop)?;
                 let weights = random_weights(&shape, train.seed)?;
                 (shape, weights)
             }
@@ -46,13 +46,13 @@ impl Student {
             0 => Tensors::new(),
             rank => {
                 shape.adapter_scale = config.lora.alpha / rank as f64;
-                lora::adapters(&shape, rank, &patterns(&config.lora.targets)?, train.seed)?
+                lora::new_adapters(&shape, rank, &patterns(&config.lora.targets)?, train.seed)?
             }
         };
         if config.lora.rank > 0 && adapters.is_empty() {
             bail!(Exit::Usage(format!(
                 "lora.targets finds no linear layer in the student: its layers are named like {}",
-                lora::example(&shape)
+                lora::first_projection_name(&shape)
             )));
         }
         let weights = weights::to_device(&weights, &device)?;
@@ -168,7 +168,7 @@ impl Student {
         let folder::Files { files, changes } =
             folder::files(shape, name, (tokenizer_dir, tokenizer), card)?;
         let weights = weights::to_device(weights, &Device::Cpu)?;
-        let weights = shape.export(&lora::merged(shape, &weights)?)?;
+        let weights = shape.export(&lora::merge(shape, &weights)?)?;
         fs::write_dir_with(dir, |folder| {
             for (name, bytes) in &files {
                 fs::write_in(folder, name, bytes)?;
@@ -194,7 +194,7 @@ pub fn tensors(vars: &BTreeMap<String, Var>) -> Tensors {
 ///
 /// # Errors
 /// Where one is missing or has another shape.
-pub fn restore(vars: &BTreeMap<String, Var>, file: &weights::File) -> Result<()> {
+pub fn restore(vars: &BTreeMap<String, Var>, file: &weights::SafetensorsFile) -> Result<()> {
     for (name, var) in vars {
         var.set(&file.tensor(name)?.to_device(var.device())?)
             .with_context(|| format!("{name} has another shape in the checkpoint"))?;

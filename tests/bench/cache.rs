@@ -16,7 +16,7 @@ use serde_json::json;
 
 fn main() -> anyhow::Result<()> {
     // As the program itself does, first of all.
-    distill::ops::process::set_up();
+    distill::ops::process::configure();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {

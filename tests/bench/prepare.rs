@@ -33,7 +33,7 @@ const K: usize = 20;
 
 fn main() -> anyhow::Result<()> {
     // The program does the same at its start.
-    distill::ops::process::set_up();
+    distill::ops::process::configure();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {

@@ -13,7 +13,7 @@ use distill::data::batch::Batch;
 use distill::model::config::shape::ModelConfig;
 use distill::model::lora;
 use distill::model::parameters::random_weights;
-use distill::model::tape::Memory;
+use distill::model::tape::Activations;
 use distill::model::weights::Tensors;
 use distill::ops::matmul::Precision;
 use distill::train::loss::divergence::Divergence;
@@ -33,7 +33,7 @@ struct Case {
     k: usize,
     steps: usize,
     threads: usize,
-    memory: Memory,
+    activations: Activations,
     precision: Precision,
     /// Rank of the adapters; 0 for a full fine-tune.
     lora: usize,
@@ -41,7 +41,7 @@ struct Case {
 
 fn main() -> Result<()> {
     // As the program itself does, first of all.
-    distill::ops::process::set_up();
+    distill::ops::process::configure();
     let case = Case::of_arguments()?;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(case.threads)
@@ -76,9 +76,9 @@ impl Case {
             Some("bf16") => Precision::Bf16,
             _ => bail!("--dtype is f32 or bf16"),
         };
-        let memory = match options.remove("--checkpoint") {
-            Some(_) => Memory::Checkpoint,
-            None => Memory::Record,
+        let activations = match options.remove("--checkpoint") {
+            Some(_) => Activations::Recompute,
+            None => Activations::Keep,
         };
         let shape = |hidden, inner, layers, heads, key_value| config::StudentConfig {
             hidden_size: hidden,
@@ -111,7 +111,7 @@ impl Case {
             k,
             steps,
             threads,
-            memory,
+            activations,
             precision,
             lora,
         })
@@ -148,10 +148,10 @@ impl Case {
 }
 
 fn time(case: &Case) -> Result<()> {
-    let config = ModelConfig::of_student(&case.shape, case.vocabulary, &[])?;
+    let config = ModelConfig::from_student(&case.shape, case.vocabulary, &[])?;
     let adapters = match case.lora {
         0 => Tensors::new(),
-        rank => lora::adapters(&config, rank, &[], 0)?,
+        rank => lora::new_adapters(&config, rank, &[], 0)?,
     };
     let mut student = Student::new(config.clone(), random_weights(&config, 0)?, adapters, &[])?;
     student.model.set_precision(case.precision);
@@ -171,8 +171,13 @@ fn time(case: &Case) -> Result<()> {
     let mut losses = Vec::new();
     for step in 0..=case.steps {
         let began = Instant::now();
-        let (loss, _) =
-            objective::gradients(&student.model, &batch, weights, case.memory, &mut gradients)?;
+        let (loss, _) = objective::gradients(
+            &student.model,
+            &batch,
+            weights,
+            case.activations,
+            &mut gradients,
+        )?;
         let norm = optimizer.gradient_norm(&gradients)?;
         optimizer.update(&settings, 1e-4, norm, &gradients)?;
         gradients.clear();

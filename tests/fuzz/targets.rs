@@ -8,7 +8,7 @@ use distill::cache::line;
 use distill::cache::recovery::{Ending, Scan, ScanError};
 use distill::config::{self, Config};
 use distill::harvest::fuzz;
-use distill::model::{Input, Model};
+use distill::model::{Model, ModelInput};
 use distill::prompt;
 
 /// Runs the target that has this corpus.
@@ -153,7 +153,7 @@ fn model(bytes: &[u8]) {
     };
     let ids: Vec<u32> = (0..vocabulary.min(context).min(3) as u32).collect();
     let segment = 0..ids.len();
-    let input = Input {
+    let input = ModelInput {
         input_ids: &ids,
         segments: std::slice::from_ref(&segment),
         positions: &[0],

@@ -10,7 +10,7 @@ use distill::config::{Config, KdMode, StudentConfig, StudentInit};
 use distill::exit::Exit;
 use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Input, Model, decoder};
+use distill::model::{Model, ModelInput, decoder};
 use distill::train;
 use distill::train::summary::Start;
 use serde_json::{Value, json};
@@ -41,7 +41,7 @@ fn stored(dir: &Path) -> Tensors {
 /// Logits after a few tokens.
 fn logits(model: &Model) -> Vec<f32> {
     let ids: Vec<u32> = (0..20).map(|id| id * 7 % 200).collect();
-    let input = Input {
+    let input = ModelInput {
         input_ids: &ids,
         segments: std::slice::from_ref(&(0..20)),
         positions: &[19],
@@ -267,11 +267,11 @@ fn contradictory_folders_are_refused_by_name() {
         (Box::new(twice), "model.norm.weight twice"),
         (
             Box::new(rope(json!({"full_attention": {"rope_theta": 1e6}}))),
-            "by type of layer",
+            "per layer type",
         ),
         (
             Box::new(rope(json!({"rope_type": "default", "rope_theta": "1e6"}))),
-            "not a number",
+            "expected a number",
         ),
     ];
     for (change, word) in cases {

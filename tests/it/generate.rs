@@ -1,9 +1,9 @@
-//! Answers to a list of prompts.
+//! Generation of answers to a list of prompts.
 
 use distill::model::Model;
 use distill::model::batcher::{FinishReason, GenerateOptions};
 use distill::model::generate::{Generated, batch};
-use distill::model::sampling::Sampling;
+use distill::model::sampling::SamplingParams;
 use distill::tokenizer::Tokenizer;
 
 use crate::tiny;
@@ -38,15 +38,15 @@ impl Fixture {
 fn options(temperature: f64, max_tokens: usize) -> GenerateOptions {
     GenerateOptions {
         max_tokens,
-        sampling: Sampling {
+        sampling: SamplingParams {
             temperature,
-            ..Sampling::default()
+            ..SamplingParams::default()
         },
         ..GenerateOptions::default()
     }
 }
 
-/// Prompts of 1 to 1,401 tokens: the longest are read in several steps.
+/// Prompts of 1 to 1,401 tokens. The longest need several steps.
 fn prompts() -> Vec<Vec<u32>> {
     (0..8)
         .map(|index| {
@@ -58,19 +58,19 @@ fn prompts() -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn answers_do_not_depend_on_their_company() {
+fn generated_answers_do_not_depend_on_batch_size() {
     let fixture = Fixture::new();
     for temperature in [0.0, 1.0] {
         let options = options(temperature, 60);
-        let alone = fixture.batch(&prompts(), &options, 1);
+        let unbatched = fixture.batch(&prompts(), &options, 1);
         for size in [3, 8, 100] {
-            assert_eq!(fixture.batch(&prompts(), &options, size), alone);
+            assert_eq!(fixture.batch(&prompts(), &options, size), unbatched);
         }
     }
 }
 
 #[test]
-fn answers_are_in_order_and_account_for_every_token() {
+fn generated_answers_are_in_order_and_report_every_token() {
     let fixture = Fixture::new();
     let prompts: Vec<Vec<u32>> = (0..40).map(|index| vec![index]).collect();
     let options = GenerateOptions {
@@ -78,14 +78,14 @@ fn answers_are_in_order_and_account_for_every_token() {
         ..options(1.0, 150)
     };
     let answers = fixture.batch(&prompts, &options, 16);
-    let end = tiny::VOCABULARY as u32 - 1;
+    let end_of_turn = tiny::VOCABULARY as u32 - 1;
     for answer in &answers {
-        let ended = answer.ids.last() == Some(&end);
-        assert_eq!(ended, answer.finish_reason == FinishReason::Stop);
-        assert!(ended || answer.ids.len() == 150);
-        let content = &answer.ids[..answer.ids.len() - usize::from(ended)];
-        let choices = answer.choices.iter();
-        assert!(answer.ids.iter().eq(choices.map(|choice| &choice.id)));
+        let is_ended = answer.ids.last() == Some(&end_of_turn);
+        assert_eq!(is_ended, answer.finish_reason == FinishReason::Stop);
+        assert!(is_ended || answer.ids.len() == 150);
+        let content = &answer.ids[..answer.ids.len() - usize::from(is_ended)];
+        let token_logprobs = answer.token_logprobs.iter();
+        assert!(answer.ids.iter().eq(token_logprobs.map(|token| &token.id)));
         let bytes: Vec<u8> = content
             .iter()
             .filter_map(|&id| fixture.tokenizer.token_bytes(id))
@@ -94,7 +94,7 @@ fn answers_are_in_order_and_account_for_every_token() {
             .collect();
         assert_eq!(answer.text, String::from_utf8_lossy(&bytes));
         assert!(
-            answer.ids.iter().all(|&id| id <= end),
+            answer.ids.iter().all(|&id| id <= end_of_turn),
             "padding is never emitted"
         );
     }
@@ -108,7 +108,7 @@ fn answers_are_in_order_and_account_for_every_token() {
 }
 
 #[test]
-fn the_context_bounds_the_answer() {
+fn context_length_limits_generated_answer() {
     let fixture = Fixture::new();
     let prompts = [vec![1; CONTEXT - 5], vec![1; CONTEXT], vec![1; 3]];
     let answers = fixture.batch(&prompts, &options(0.0, 9), 2);

@@ -1,4 +1,4 @@
-//! Row X6: model folders that are damaged, or meant to do harm, are refused by name.
+//! Row X6: damaged or malicious model folders are rejected with an error that names the cause.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::tiny;
 
-/// What is done to a good folder, and a word of the complaint.
+/// The name of a case, the damage done to a valid folder, and a part of the expected error.
 type Case = (&'static str, Box<dyn Fn(&Path)>, &'static str);
 
 fn edit_config(dir: &Path, edit: impl Fn(&mut Value)) {
@@ -32,7 +32,7 @@ fn weights(edit: impl Fn(&mut Vec<u8>) + 'static) -> Box<dyn Fn(&Path)> {
     })
 }
 
-/// Edits the header of the weights, as JSON; what follows it stays.
+/// Edits the JSON header of the weights. The data after it does not change.
 fn header(edit: impl Fn(&mut Value) + 'static) -> Box<dyn Fn(&Path)> {
     weights(move |bytes| {
         let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
@@ -46,7 +46,7 @@ fn header(edit: impl Fn(&mut Value) + 'static) -> Box<dyn Fn(&Path)> {
     })
 }
 
-/// Puts the weights where an index says that they are.
+/// Replaces the weights by a shard and an index that lists `file`.
 fn index(file: &'static str) -> Box<dyn Fn(&Path)> {
     Box::new(move |dir| {
         fs::rename(dir.join("model.safetensors"), dir.join("part.safetensors")).unwrap();
@@ -58,8 +58,16 @@ fn index(file: &'static str) -> Box<dyn Fn(&Path)> {
 fn cases() -> Vec<Case> {
     let norm = "model.norm.weight";
     vec![
-        ("outside", index("../secret.safetensors"), "not inside"),
-        ("absolute", index("/etc/passwd"), "not inside"),
+        (
+            "index outside the folder",
+            index("../secret.safetensors"),
+            "not inside",
+        ),
+        (
+            "index with absolute path",
+            index("/etc/passwd"),
+            "not inside",
+        ),
         (
             "missing shard",
             index("other.safetensors"),
@@ -73,8 +81,12 @@ fn cases() -> Vec<Case> {
             }),
             "convert",
         ),
-        ("empty", weights(Vec::clear), "safetensors"),
-        ("cut", weights(|bytes| bytes.truncate(500)), "safetensors"),
+        ("empty weights", weights(Vec::clear), "safetensors"),
+        (
+            "truncated weights",
+            weights(|bytes| bytes.truncate(500)),
+            "safetensors",
+        ),
         (
             "short by a byte",
             weights(|bytes| {
@@ -83,37 +95,37 @@ fn cases() -> Vec<Case> {
             "safetensors",
         ),
         (
-            "endless header",
+            "header longer than the file",
             weights(|bytes| bytes[..8].fill(0xff)),
             "safetensors",
         ),
         (
-            "past the end",
+            "tensor past the end of the file",
             header(move |h| h[norm]["data_offsets"] = json!([0, 1u64 << 60])),
             "safetensors",
         ),
         (
-            "backwards",
+            "tensor with a negative length",
             header(move |h| h[norm]["data_offsets"] = json!([128, 0])),
             "safetensors",
         ),
         (
-            "overlapping",
+            "overlapping tensors",
             header(move |h| h[norm]["data_offsets"] = json!([0, 128])),
             "safetensors",
         ),
         (
-            "another shape",
+            "wrong shape",
             header(move |h| h[norm]["shape"] = json!([16, 2])),
             "model.norm.weight",
         ),
         (
-            "integers",
+            "integer weights",
             header(move |h| h[norm]["dtype"] = json!("I32")),
             "model.norm.weight",
         ),
         (
-            "a missing tensor",
+            "missing tensor",
             header(move |h| {
                 let tensor = h.as_object_mut().unwrap().remove(norm).unwrap();
                 h["model.other.weight"] = tensor;
@@ -121,19 +133,27 @@ fn cases() -> Vec<Case> {
             "model.norm.weight",
         ),
         (
-            "no config",
+            "missing config",
             Box::new(|dir| fs::remove_file(dir.join("config.json")).unwrap()),
             "config.json",
         ),
         (
-            "no JSON",
+            "invalid JSON",
             Box::new(|dir| fs::write(dir.join("config.json"), "{").unwrap()),
             "config.json",
         ),
-        ("another model", set("model_type", json!("bert")), "bert"),
-        ("no kind", set("model_type", Value::Null), "model_type"),
         (
-            "no heads",
+            "unknown model_type",
+            set("model_type", json!("bert")),
+            "bert",
+        ),
+        (
+            "missing model_type",
+            set("model_type", Value::Null),
+            "model_type",
+        ),
+        (
+            "zero heads",
             set("num_attention_heads", json!(0)),
             "num_attention_heads",
         ),
@@ -142,44 +162,48 @@ fn cases() -> Vec<Case> {
             set("num_key_value_heads", json!(3)),
             "multiple",
         ),
-        ("odd channels", set("head_dim", json!(7)), "head_dim"),
-        ("negative", set("hidden_size", json!(-1)), "config.json"),
+        ("odd head_dim", set("head_dim", json!(7)), "head_dim"),
         (
-            "layers without end",
+            "negative size",
+            set("hidden_size", json!(-1)),
+            "config.json",
+        ),
+        (
+            "too many layers",
             set("num_hidden_layers", json!(1u64 << 50)),
             "layers",
         ),
         (
-            "a vocabulary without end",
+            "too large vocabulary",
             set("vocab_size", json!(1u64 << 60)),
             "vocabulary",
         ),
         (
-            "no positions",
+            "zero positions",
             set("max_position_embeddings", json!(0)),
             "positions",
         ),
         (
-            "another activation",
+            "unknown activation",
             set("hidden_act", json!("relu")),
             "relu",
         ),
         (
-            "another rotary embedding",
+            "unknown rope scaling",
             set("rope_scaling", json!({"rope_type": "yarn"})),
             "yarn",
         ),
         (
             "more layers than weights",
             set("num_hidden_layers", json!(3)),
-            "lack",
+            "is missing from the weights",
         ),
     ]
 }
 
 #[test]
-fn damaged_and_hostile_folders_are_refused_by_name() {
-    for (name, harm, word) in cases() {
+fn damaged_and_malicious_model_folders_are_rejected() {
+    for (name, damage, expected) in cases() {
         let outer = tempfile::tempdir().unwrap();
         let dir = outer.path().join("model");
         fs::create_dir(&dir).unwrap();
@@ -190,16 +214,16 @@ fn damaged_and_hostile_folders_are_refused_by_name() {
         )
         .unwrap();
         assert!(Model::load(&dir).is_ok());
-        harm(&dir);
+        damage(&dir);
         let error = Model::load(&dir).err();
         let message = error.map(|error| format!("{error:#}"));
         let message = message.unwrap_or_else(|| panic!("{name} was loaded"));
-        assert!(message.contains(word), "{name}: {message}");
+        assert!(message.contains(expected), "{name}: {message}");
     }
 }
 
 #[test]
-fn a_context_longer_than_any_is_no_reason_to_fill_the_memory() {
+fn huge_context_is_capped_before_memory_is_allocated() {
     let dir = tempfile::tempdir().unwrap();
     tiny::write_model(dir.path(), 1, 64);
     edit_config(dir.path(), |config| {

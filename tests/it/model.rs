@@ -1,12 +1,12 @@
-//! The decoder against candle-transformers' own, and generation against training.
+//! The decoder compared with candle-transformers, and incremental decoding compared with whole passes.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::llama as oracle;
+use candle_transformers::models::llama as reference;
 use distill::config::StudentConfig;
 use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Input, Model, parameters};
+use distill::model::{Model, ModelInput, parameters};
 
 /// A small decoder with grouped heads: hidden 32, 2 layers, 4 query and 2 key/value heads.
 pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
@@ -20,9 +20,9 @@ pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
         max_position_embeddings: 256,
         ..StudentConfig::default()
     };
-    let config = ModelConfig::of_student(&student, 61, &[0]).unwrap();
+    let config = ModelConfig::from_student(&student, 61, &[0]).unwrap();
     let mut tensors = parameters::random_weights(&config, 7).unwrap();
-    // Larger than fresh weights, so that attention is far from uniform.
+    // Larger than initial weights, so that attention is far from uniform.
     for (name, tensor) in &mut tensors {
         if !name.contains("norm") {
             *tensor = (&*tensor * 8.0).unwrap();
@@ -31,6 +31,7 @@ pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
     (config, tensors)
 }
 
+/// Returns the logits at every position of one sequence.
 fn logits_of_all(model: &Model, ids: &[u32]) -> Vec<Vec<f32>> {
     let positions: Vec<u32> = (0..ids.len() as u32).collect();
     logits_at(
@@ -47,7 +48,7 @@ fn logits_at(
     segments: &[std::ops::Range<usize>],
     positions: &[u32],
 ) -> Vec<Vec<f32>> {
-    let input = Input {
+    let input = ModelInput {
         input_ids,
         segments,
         positions,
@@ -65,12 +66,12 @@ fn assert_close(a: &[f32], b: &[f32], tolerance: f32) {
 }
 
 #[test]
-fn logits_agree_with_candle_transformers() {
+fn llama_logits_agree_with_candle_transformers() {
     for tied in [true, false] {
         let (config, tensors) = tiny(tied);
         let model = Model::new(config.clone(), &tensors).unwrap();
         let ids: Vec<u32> = (0..100).map(|i| (i * 17 + 5) % 61).collect();
-        let config = oracle::Config {
+        let config = reference::Config {
             hidden_size: config.hidden_size,
             intermediate_size: config.intermediate_size,
             vocab_size: config.vocab_size,
@@ -88,8 +89,8 @@ fn logits_agree_with_candle_transformers() {
         };
         let builder =
             VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
-        let expected = oracle::Llama::load(builder, &config).unwrap();
-        let mut cache = oracle::Cache::new(false, DType::F32, &config, &Device::Cpu).unwrap();
+        let expected = reference::Llama::load(builder, &config).unwrap();
+        let mut cache = reference::Cache::new(false, DType::F32, &config, &Device::Cpu).unwrap();
         let input = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap();
         let input = input.unsqueeze(0).unwrap();
         let last = expected.forward(&input, 0, &mut cache).unwrap();
@@ -100,21 +101,24 @@ fn logits_agree_with_candle_transformers() {
 }
 
 #[test]
-fn cached_steps_give_the_logits_of_one_pass_in_any_mixture() {
+fn kv_cache_steps_give_the_logits_of_one_pass() {
     let (config, tensors) = tiny(true);
     let model = Model::new(config, &tensors).unwrap();
     let a: Vec<u32> = (0..90).map(|i| (i * 7 + 1) % 61).collect();
     let b: Vec<u32> = (0..40).map(|i| (i * 5 + 3) % 61).collect();
-    let (all_a, all_b) = (logits_of_all(&model, &a), logits_of_all(&model, &b));
-    let (mut cache_a, mut cache_b) = (model.new_cache(), model.new_cache());
+    let all_a = logits_of_all(&model, &a);
+    let all_b = logits_of_all(&model, &b);
+    let mut cache_a = model.new_cache();
+    let mut cache_b = model.new_cache();
     model.step(&[&a[..70]], &mut [&mut cache_a]).unwrap();
-    // `a` decodes a token a step while `b` arrives with its prompt and then decodes too.
+    // `a` decodes one token per step. `b` joins with its prompt and then decodes too.
     let mut caches = [&mut cache_a, &mut cache_b];
     let logits = model.step(&[&a[70..71], &b[..33]], &mut caches).unwrap();
     assert_close(&logits[..61], &all_a[70], 1e-4);
     assert_close(&logits[61..], &all_b[32], 1e-4);
     for i in 1..7 {
-        let (next_a, next_b) = (&a[70 + i..71 + i], &b[32 + i..33 + i]);
+        let next_a = &a[70 + i..71 + i];
+        let next_b = &b[32 + i..33 + i];
         let logits = model.step(&[next_a, next_b], &mut caches).unwrap();
         assert_close(&logits[..61], &all_a[70 + i], 1e-4);
         assert_close(&logits[61..], &all_b[32 + i], 1e-4);
@@ -123,19 +127,19 @@ fn cached_steps_give_the_logits_of_one_pass_in_any_mixture() {
 }
 
 #[test]
-fn a_segment_does_not_see_its_neighbours() {
+fn segments_do_not_attend_to_each_other() {
     let (config, tensors) = tiny(true);
     let model = Model::new(config, &tensors).unwrap();
     let a: Vec<u32> = (0..20).collect();
     let b: Vec<u32> = (20..61).collect();
     let joined: Vec<u32> = a.iter().chain(&b).copied().collect();
-    let alone = logits_at(&model, &b, std::slice::from_ref(&(0..41)), &[40]);
-    let beside = logits_at(&model, &joined, &[0..20, 20..61], &[60]);
-    assert_close(&alone[0], &beside[0], 1e-5);
+    let separate = logits_at(&model, &b, std::slice::from_ref(&(0..41)), &[40]);
+    let packed = logits_at(&model, &joined, &[0..20, 20..61], &[60]);
+    assert_close(&separate[0], &packed[0], 1e-5);
 }
 
 #[test]
-fn weights_that_do_not_fit_the_config_are_named() {
+fn weights_that_do_not_match_the_config_are_named() {
     let (config, mut tensors) = tiny(true);
     tensors.remove("model.layers.1.mlp.up_proj.weight");
     let error = Model::new(config.clone(), &tensors).err().unwrap();
@@ -144,7 +148,7 @@ fn weights_that_do_not_fit_the_config_are_named() {
             .to_string()
             .contains("model.layers.1.mlp.up_proj.weight")
     );
-    // More of them than are to be built.
+    // More layers than the config has.
     let names = tensors.keys().cloned().collect();
     let error = weights::check_layers(&names, 1);
     let error = error.err().unwrap().to_string();

@@ -45,7 +45,7 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
         ..StudentConfig::default()
     };
     let end_of_turn = VOCABULARY as u32 - 1;
-    let config = ModelConfig::of_student(&student, PADDED_VOCABULARY, &[end_of_turn]).unwrap();
+    let config = ModelConfig::from_student(&student, PADDED_VOCABULARY, &[end_of_turn]).unwrap();
     let mut weights = parameters::random_weights(&config, seed).unwrap();
     for (name, tensor) in &mut weights {
         // Fresh weights make a flat distribution; these make one that depends on the context.

@@ -36,7 +36,7 @@ use rayon::prelude::*;
 
 use crate::data::report::DataReport;
 use crate::fs;
-use crate::ops::map::Map;
+use crate::ops::mapped_file::MappedFile;
 use index::{FileChecksum, INDEX, ORDER, PreparedIndex, VERSION};
 use shard::{ExampleView, Shard, ShardBytes};
 
@@ -209,7 +209,7 @@ fn verify(path: &Path, file: &FileChecksum) -> Result<()> {
 }
 
 fn map(path: &Path, file: &FileChecksum) -> Result<ShardBytes> {
-    let map = Map::of(&std::fs::File::open(path)?)?;
+    let map = MappedFile::new(&std::fs::File::open(path)?)?;
     ensure!(map.len() as u64 == file.bytes, "its size does not match");
     Ok(ShardBytes::Mapped(map))
 }

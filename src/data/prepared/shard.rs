@@ -10,12 +10,12 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 
 use super::columns::name;
-use crate::ops::map::Map;
+use crate::ops::mapped_file::MappedFile;
 
 /// Bytes of a shard, mapped or in memory.
 #[derive(Debug)]
 pub enum ShardBytes {
-    Mapped(Map),
+    Mapped(MappedFile),
     Memory(Vec<u8>),
 }
 

@@ -1,11 +1,19 @@
-//! The graph in candle's own operations, with candle's autograd: runs on every device, and is what
-//! the fused operations are checked against. Weights stay in f32; activations, and what weights are
-//! cast to when they meet them, are of the graph's number type.
+//! The graph in candle's own operations, with candle's autograd. It runs on every device, and is the
+//! reference for the tests of the fused operations. Weights are stored in f32 and cast to the graph's
+//! number type where they are used; activations have that type.
 //!
-//! Only operations that have a backward pass are used (candle's fused `rms_norm`,
-//! `softmax_last_dim`, `rope` and `sdpa` have none, and cut the graph without a word).
+//! | file | content |
+//! |---|---|
+//! | `mod.rs` | the operations of [`Graph`] in candle |
+//! | `head.rs` | the LM head and the loss, chunked over positions |
+//!
+//! Invariant: only operations with a backward pass are used. candle's fused `rms_norm`,
+//! `softmax_last_dim`, `rope` and `sdpa` have none and silently drop the gradients behind them.
 
-pub(crate) mod pass;
+// Tensor names carry their shape; see the legend in `model`.
+#![allow(non_snake_case)]
+
+pub(crate) mod head;
 
 use std::ops::Range;
 
@@ -14,12 +22,12 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 
 use crate::model::graph::{Graph, NO_ROPE};
-use crate::model::projection::{Adapter, Projection};
+use crate::model::projection::{LoraAdapter, Projection};
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeTable;
 
 /// A graph over candle tensors. Segments cover the rows in order.
-pub struct Composed<'a> {
+pub struct CandleGraph<'a> {
     heads: Heads,
     segments: &'a [Range<usize>],
     dtype: DType,
@@ -29,9 +37,11 @@ pub struct Composed<'a> {
     angles: Option<[Tensor; 2]>,
 }
 
-impl<'a> Composed<'a> {
+impl<'a> CandleGraph<'a> {
+    /// Creates a graph for `segments` on `device`.
+    ///
     /// # Errors
-    /// Where a tensor cannot be made on `device`.
+    /// Where a tensor cannot be created on `device`.
     pub fn new(
         heads: Heads,
         rope: Option<&RopeTable>,
@@ -43,7 +53,7 @@ impl<'a> Composed<'a> {
         let angles = |rope: &RopeTable| -> Result<[Tensor; 2]> {
             let (cos, sin): (Vec<&[f32]>, Vec<&[f32]>) = positions().map(|at| rope.at(at)).unzip();
             let table = |rows: Vec<&[f32]>| -> Result<Tensor> {
-                let shape = (rows.len(), 1, heads.channels / 2);
+                let shape = (rows.len(), 1, heads.head_dim / 2);
                 Ok(Tensor::from_vec(rows.concat(), shape, device)?.to_dtype(dtype)?)
             };
             Ok([table(cos)?, table(sin)?])
@@ -57,13 +67,16 @@ impl<'a> Composed<'a> {
         })
     }
 
-    /// 0 where row i sees key j, minus infinity elsewhere (1 x t x t).
+    /// Returns the attention mask (1 x t x t): 0 where row i sees key j, minus infinity elsewhere.
     fn mask(rows: usize, window: Option<usize>, like: &Tensor) -> Result<Tensor> {
         let sees = |i: usize, j: usize| j <= i && window.is_none_or(|w| i - j < w);
         let values: Vec<f32> = (0..rows * rows)
-            .map(|at| match sees(at / rows, at % rows) {
-                true => 0.0,
-                false => f32::NEG_INFINITY,
+            .map(|at| {
+                if sees(at / rows, at % rows) {
+                    0.0
+                } else {
+                    f32::NEG_INFINITY
+                }
             })
             .collect();
         let mask = Tensor::from_vec(values, (1, rows, rows), like.device())?;
@@ -71,7 +84,7 @@ impl<'a> Composed<'a> {
     }
 }
 
-impl Graph for Composed<'_> {
+impl Graph for CandleGraph<'_> {
     type Value = Tensor;
 
     fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
@@ -79,7 +92,7 @@ impl Graph for Composed<'_> {
         Ok(rows.to_dtype(self.dtype)?)
     }
 
-    fn rows(&mut self, x: Tensor, positions: &[u32]) -> Result<Tensor> {
+    fn select_rows(&mut self, x: Tensor, positions: &[u32]) -> Result<Tensor> {
         Ok(x.index_select(&Tensor::new(positions, x.device())?, 0)?)
     }
 
@@ -115,7 +128,7 @@ impl Graph for Composed<'_> {
         if let Some(bias) = &layer.bias {
             y = y.broadcast_add(&bias.to_dtype(self.dtype)?)?;
         }
-        if let Some(Adapter { a, b, scale }) = &layer.adapter {
+        if let Some(LoraAdapter { a, b, scale }) = &layer.adapter {
             let low = (times(x, a)? * *scale)?;
             y = (y + times(&low, b)?)?;
         }
@@ -142,12 +155,12 @@ impl Graph for Composed<'_> {
     fn rope(&mut self, x: Tensor) -> Result<Tensor> {
         let [cos, sin] = self.angles.as_ref().context(NO_ROPE)?;
         let (rows, width) = x.dims2()?;
-        let half = self.heads.channels / 2;
-        let heads = x.reshape((rows, width / self.heads.channels, 2 * half))?;
+        let half = self.heads.head_dim / 2;
+        let heads = x.reshape((rows, width / self.heads.head_dim, 2 * half))?;
         let (a, b) = (heads.narrow(2, 0, half)?, heads.narrow(2, half, half)?);
-        let turned_a = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
-        let turned_b = (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?;
-        Ok(Tensor::cat(&[turned_a, turned_b], 2)?.reshape((rows, width))?)
+        let rotated_a = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
+        let rotated_b = (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?;
+        Ok(Tensor::cat(&[rotated_a, rotated_b], 2)?.reshape((rows, width))?)
     }
 
     fn attention(
@@ -159,29 +172,33 @@ impl Graph for Composed<'_> {
         let Heads {
             query,
             key_value,
-            channels,
+            head_dim,
         } = self.heads;
         let mut outputs = Vec::with_capacity(self.segments.len());
         for segment in self.segments {
             let rows = segment.len();
             // (heads x t x C)
-            let heads = |x: &Tensor, count: usize| -> Result<Tensor> {
+            let heads_first = |x: &Tensor, count: usize| -> Result<Tensor> {
                 let x = x.narrow(0, segment.start, rows)?;
-                Ok(x.reshape((rows, count, channels))?
+                Ok(x.reshape((rows, count, head_dim))?
                     .transpose(0, 1)?
                     .contiguous()?)
             };
-            let shared = |x: &Tensor| -> Result<Tensor> {
-                let x = heads(x, key_value)?.unsqueeze(1)?;
-                let x = x.broadcast_as((key_value, self.heads.group(), rows, channels))?;
-                Ok(x.contiguous()?.reshape((query, rows, channels))?)
+            // (H x t x C): every key/value head is repeated for the query heads that share it.
+            let repeated = |x: &Tensor| -> Result<Tensor> {
+                let x = heads_first(x, key_value)?.unsqueeze(1)?;
+                let x = x.broadcast_as((key_value, self.heads.group(), rows, head_dim))?;
+                Ok(x.contiguous()?.reshape((query, rows, head_dim))?)
             };
-            let (q, k, v) = (heads(&q, query)?, shared(&k)?, shared(&v)?);
-            let scores = (q.matmul(&k.t()?)? * f64::from(self.heads.scale()))?;
-            let scores = scores.broadcast_add(&Self::mask(rows, window, &scores)?)?;
-            let out = softmax(&scores, D::Minus1)?.matmul(&v)?;
-            outputs.push(out.transpose(0, 1)?.reshape((rows, query * channels))?);
+            let q_HtC = heads_first(&q, query)?;
+            let k_HtC = repeated(&k)?;
+            let v_HtC = repeated(&v)?;
+            let scores_Htt = (q_HtC.matmul(&k_HtC.t()?)? * f64::from(self.heads.scale()))?;
+            let mask_1tt = Self::mask(rows, window, &scores_Htt)?;
+            let scores_Htt = scores_Htt.broadcast_add(&mask_1tt)?;
+            let out_HtC = softmax(&scores_Htt, D::Minus1)?.matmul(&v_HtC)?;
+            outputs.push(out_HtC.transpose(0, 1)?.reshape((rows, query * head_dim))?);
         }
-        Tensor::cat(&outputs, 0).context("attention of no segments")
+        Tensor::cat(&outputs, 0).context("attention needs at least one segment")
     }
 }

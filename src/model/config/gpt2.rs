@@ -4,12 +4,13 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::model::config::fields::refuse;
+use crate::model::config::fields::{config_error, without_nulls};
 use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
 
+/// The fields of `config.json` that are used, with the defaults of transformers.
 #[derive(Deserialize)]
-struct File {
+struct Gpt2Json {
     vocab_size: usize,
     n_positions: usize,
     n_embd: usize,
@@ -22,13 +23,13 @@ struct File {
     initializer_range: f64,
     #[serde(default = "default_activation")]
     activation_function: String,
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     scale_attn_weights: bool,
     #[serde(default)]
     scale_attn_by_inverse_layer_idx: bool,
     #[serde(default)]
     add_cross_attention: bool,
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     tie_word_embeddings: bool,
 }
 
@@ -40,31 +41,33 @@ fn default_activation() -> String {
     "gelu_new".into()
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 
+/// Parses `config.json`.
+///
 /// # Errors
-/// Where fields are missing, or describe what cannot be computed.
-pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: File = serde_json::from_value(crate::model::config::fields::without_nulls(&json))?;
+/// Where fields are missing or have unsupported values.
+pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
+    let file: Gpt2Json = serde_json::from_value(without_nulls(&json))?;
     let activation = file.activation_function.as_str();
     if !matches!(activation, "gelu_new" | "gelu_pytorch_tanh") {
-        return refuse(format!(
-            "activation_function is {activation:?}, and this version computes \"gelu_new\" in a \
-             gpt2 model"
+        return config_error(format!(
+            "activation_function {activation:?} is not supported in a gpt2 model; expected \
+             \"gelu_new\""
         ));
     }
     if !file.scale_attn_weights || file.scale_attn_by_inverse_layer_idx || file.add_cross_attention
     {
-        return refuse(
+        return config_error(
             "scale_attn_weights = false, scale_attn_by_inverse_layer_idx and \
              add_cross_attention are not supported"
                 .into(),
         );
     }
     if file.n_head == 0 || !file.n_embd.is_multiple_of(file.n_head) {
-        return refuse(format!(
+        return config_error(format!(
             "n_embd ({}) must be a multiple of n_head ({})",
             file.n_embd, file.n_head
         ));
@@ -78,7 +81,7 @@ pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
         heads: Heads {
             query: file.n_head,
             key_value: file.n_head,
-            channels: file.n_embd / file.n_head,
+            head_dim: file.n_embd / file.n_head,
         },
         norm_eps: file.layer_norm_epsilon,
         max_position_embeddings: file.n_positions,

@@ -1,17 +1,17 @@
-//! `config.json` of llama and of those that differ from it in details: mistral, qwen2, qwen3.
+//! `config.json` of llama and its variants: mistral, qwen2, qwen3.
 
-use crate::model::config::shape::LlamaVariant;
 use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::model::config::fields::refuse;
+use crate::model::config::fields::{check_layer_count, config_error, without_nulls};
 use crate::model::config::rope::Rope;
-use crate::model::config::shape::{Architecture, ModelConfig};
+use crate::model::config::shape::{Architecture, LlamaVariant, ModelConfig};
 use crate::ops::attention::Heads;
 
+/// The fields of `config.json` that are used, with the defaults of transformers.
 #[derive(Deserialize)]
-struct File {
+struct LlamaJson {
     model_type: String,
     vocab_size: usize,
     hidden_size: usize,
@@ -57,21 +57,23 @@ fn default_window_layers() -> usize {
     28
 }
 
-/// The window of mistral and qwen where the file names none.
+/// Default sliding window of mistral and qwen, in tokens.
 const DEFAULT_WINDOW: usize = 4096;
 
+/// Parses `config.json`.
+///
 /// # Errors
-/// Where fields are missing, or describe what cannot be computed.
-pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: File = serde_json::from_value(crate::model::config::fields::without_nulls(&json))?;
+/// Where fields are missing or have unsupported values.
+pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
+    let file: LlamaJson = serde_json::from_value(without_nulls(&json))?;
     if file.hidden_act != "silu" {
-        return refuse(format!(
-            "hidden_act is {:?}, and this version computes \"silu\" in a {} model",
+        return config_error(format!(
+            "hidden_act {:?} is not supported in a {} model; expected \"silu\"",
             file.hidden_act, file.model_type
         ));
     }
-    // Before there is something for every layer.
-    crate::model::config::fields::check_layers(file.num_hidden_layers)?;
+    // Before `windows` allocates one entry per layer.
+    check_layer_count(file.num_hidden_layers)?;
     let heads = heads(&file)?;
     let qwen2 = file.model_type == "qwen2";
     let variant = LlamaVariant {
@@ -79,7 +81,7 @@ pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
         qkv_bias: qwen2 || file.attention_bias,
         output_bias: file.attention_bias && !qwen2,
         mlp_bias: file.mlp_bias && file.model_type == "llama",
-        head_norms: file.model_type == "qwen3",
+        qk_norm: file.model_type == "qwen3",
         windows: windows(&file, &json)?,
     };
     Ok(ModelConfig {
@@ -98,30 +100,31 @@ pub(super) fn read(json: Map<String, Value>) -> Result<ModelConfig> {
     })
 }
 
-fn heads(file: &File) -> Result<Heads> {
+/// Returns the checked head counts and the head width.
+fn heads(file: &LlamaJson) -> Result<Heads> {
     let query = file.num_attention_heads;
     let key_value = file.num_key_value_heads.unwrap_or(query);
     if query == 0 || key_value == 0 || !query.is_multiple_of(key_value) {
-        return refuse(format!(
+        return config_error(format!(
             "num_attention_heads ({query}) must be a multiple of num_key_value_heads ({key_value})"
         ));
     }
-    let channels = file.head_dim.unwrap_or(file.hidden_size / query);
-    if channels == 0 || !channels.is_multiple_of(2) {
-        return refuse(format!(
-            "head_dim is {channels}, and the rotary embedding needs an even number: choose \
-             hidden_size and num_attention_heads accordingly"
+    let head_dim = file.head_dim.unwrap_or(file.hidden_size / query);
+    if head_dim == 0 || !head_dim.is_multiple_of(2) {
+        return config_error(format!(
+            "head_dim is {head_dim}; the rotary embedding needs an even number above 0: change \
+             hidden_size or num_attention_heads"
         ));
     }
     Ok(Heads {
         query,
         key_value,
-        channels,
+        head_dim,
     })
 }
 
-/// The window of each layer, by the rules of transformers.
-fn windows(file: &File, json: &Map<String, Value>) -> Result<Vec<Option<usize>>> {
+/// Returns the sliding window of each layer, by the rules of transformers.
+fn windows(file: &LlamaJson, json: &Map<String, Value>) -> Result<Vec<Option<usize>>> {
     let layers = file.num_hidden_layers;
     let window = match json.get("sliding_window") {
         None => Some(DEFAULT_WINDOW),
@@ -129,7 +132,7 @@ fn windows(file: &File, json: &Map<String, Value>) -> Result<Vec<Option<usize>>>
         Some(value) => Some(serde_json::from_value(value.clone())?),
     };
     if window == Some(0) {
-        return refuse("sliding_window is 0: a token would not even see itself".into());
+        return config_error("sliding_window must be greater than 0".into());
     }
     match file.model_type.as_str() {
         "mistral" => return Ok(vec![window; layers]),
@@ -141,15 +144,17 @@ fn windows(file: &File, json: &Map<String, Value>) -> Result<Vec<Option<usize>>>
         return Ok((0..layers).map(window).collect());
     };
     if types.len() != layers {
-        return refuse(format!(
-            "layer_types names {} layers of {layers}",
+        return config_error(format!(
+            "layer_types has {} entries for {layers} layers",
             types.len()
         ));
     }
-    let of = |kind: &String| match kind.as_str() {
+    let window_of = |kind: &String| match kind.as_str() {
         "full_attention" => Ok(None),
         "sliding_attention" => Ok(window),
-        other => refuse(format!("attention of type {other:?} is not supported")),
+        other => config_error(format!(
+            "layer type {other:?} is not supported; expected \"full_attention\" or \"sliding_attention\""
+        )),
     };
-    types.iter().map(of).collect()
+    types.iter().map(window_of).collect()
 }

@@ -1,4 +1,15 @@
-//! The shape of a decoder, as `config.json` of a Hugging Face folder gives it.
+//! Reads the shape of a decoder from `config.json` of a Hugging Face folder, and writes it back.
+//!
+//! | file | content |
+//! |---|---|
+//! | `shape` | the shape itself, independent of its spelling |
+//! | `llama`, `gpt2` | the fields of `config.json`, by family of architectures |
+//! | `rope` | settings and frequencies of the rotary embedding |
+//! | `fields` | checks and errors that the readers share |
+//!
+//! Invariants: a setting that would change the result and is not supported is an error, never
+//! ignored. Sizes are checked before anything is allocated from them. Unknown fields are kept and
+//! written back.
 
 pub(crate) mod fields;
 pub(crate) mod gpt2;
@@ -6,24 +17,26 @@ pub(crate) mod llama;
 pub(crate) mod rope;
 pub mod shape;
 
-use crate::model::config::fields::check_layers;
-use crate::model::config::fields::refuse;
-use crate::model::config::shape::Architecture;
-use crate::model::config::shape::ModelConfig;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use crate::config::StudentConfig;
+use crate::model::config::fields::{check_layer_count, config_error};
 pub use crate::model::config::shape::LlamaVariant;
+use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
 pub use rope::{Llama3Scaling, Rope};
 
-/// Longer contexts are used up to here: the angles of every position are kept.
+/// Maximum context length in tokens. Longer contexts are cut to it, because the rotary angles of every
+/// position are precomputed.
 const MAX_POSITIONS: usize = 1 << 17;
 
+/// Maximum of the vocabulary, hidden, feed-forward and attention sizes.
 const MAX_WIDTH: usize = 1 << 24;
+
+/// Default of `initializer_range`.
 fn default_range() -> f64 {
     0.02
 }
@@ -37,7 +50,7 @@ impl ModelConfig {
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).with_context(|| {
             format!(
-                "cannot read {}: a model folder holds config.json, *.safetensors and tokenizer.json",
+                "cannot read {}: a model folder contains config.json, *.safetensors and tokenizer.json",
                 path.display()
             )
         })?;
@@ -45,11 +58,12 @@ impl ModelConfig {
         read().with_context(|| format!("{} does not describe a usable model", path.display()))
     }
 
-    /// The shape that `[student]` gives for `init = "random"`, for a tokenizer of `vocab_size` ids.
+    /// Builds the shape of a student with `init = "random"` from `[student]`, for a tokenizer of
+    /// `vocab_size` ids.
     ///
     /// # Errors
     /// Where the sizes do not fit each other.
-    pub fn of_student(
+    pub fn from_student(
         student: &StudentConfig,
         vocab_size: usize,
         stop_ids: &[u32],
@@ -75,81 +89,87 @@ impl ModelConfig {
             "eos_token_id": stop_ids.first(),
         });
         let read = || Self::from_json(serde_json::from_value(json)?);
-        read().context("[student] has sizes that do not fit")
+        read().context("the sizes in [student] do not fit each other")
     }
 
+    /// Parses `config.json` and checks the sizes.
     fn from_json(json: Map<String, Value>) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);
         let mut config = match model_type {
-            Some("llama" | "mistral" | "qwen2" | "qwen3") => llama::read(json),
-            Some("gpt2") => gpt2::read(json),
-            Some(other) => refuse(format!(
-                "model_type is {other:?}, and this version trains \"llama\" (SmolLM2, Llama 3, \
-                 TinyLlama), \"mistral\", \"qwen2\", \"qwen3\" and \"gpt2\""
+            Some("llama" | "mistral" | "qwen2" | "qwen3") => llama::parse(json),
+            Some("gpt2") => gpt2::parse(json),
+            Some(other) => config_error(format!(
+                "model_type {other:?} is not supported; expected \"llama\" (SmolLM2, Llama 3, \
+                 TinyLlama), \"mistral\", \"qwen2\", \"qwen3\" or \"gpt2\""
             )),
-            None => refuse("it has no model_type".into()),
+            None => config_error("model_type is missing".into()),
         }?;
         config.check_sizes()?;
         config.max_position_embeddings = config.max_position_embeddings.min(MAX_POSITIONS);
         Ok(config)
     }
 
-    /// Refuses sizes that no model has: what is made from them must not fill the memory before the
-    /// weights are looked at.
+    /// Checks that the sizes are plausible, before memory is allocated from them.
     fn check_sizes(&self) -> Result<()> {
         let Heads {
-            query, channels, ..
+            query, head_dim, ..
         } = self.heads;
         let sizes = [
             ("vocabulary", self.vocab_size, MAX_WIDTH),
             ("hidden size", self.hidden_size, MAX_WIDTH),
             ("feed-forward size", self.intermediate_size, MAX_WIDTH),
-            ("attention", query.saturating_mul(channels), MAX_WIDTH),
+            ("attention width", query.saturating_mul(head_dim), MAX_WIDTH),
             (
                 "number of positions",
                 self.max_position_embeddings,
                 usize::MAX,
             ),
         ];
-        check_layers(self.num_hidden_layers)?;
-        for (what, size, most) in sizes {
-            if size == 0 || size > most {
-                return refuse(format!("its {what} of {size} is not that of a model"));
+        check_layer_count(self.num_hidden_layers)?;
+        for (name, size, max) in sizes {
+            if size == 0 {
+                return config_error(format!("the {name} must be greater than 0"));
+            }
+            if size > max {
+                return config_error(format!("the {name} is {size}; the maximum is {max}"));
             }
         }
         let finite = self.norm_eps.is_finite() && self.initializer_range.is_finite();
         if !finite || self.norm_eps < 0.0 || self.initializer_range < 0.0 {
-            return refuse("its epsilon or initializer_range is no number of use".into());
+            return config_error(
+                "the epsilon of the norms and initializer_range must be finite and not negative"
+                    .into(),
+            );
         }
         Ok(())
     }
 
-    /// `config.json` as it goes into the student's folder, with the data type of its weights; and its other
-    /// differences from the file that was read.
+    /// Returns `config.json` for the student's folder, with `dtype` as the type of the weights, and a
+    /// description of its other differences from the file that was read.
     pub fn to_json(&self, dtype: &str) -> (Value, Vec<&'static str>) {
         let mut json = self.json.clone();
         let mut changes = Vec::new();
         json.remove("torch_dtype");
         json.insert("dtype".into(), dtype.into());
-        // The weights are plain numbers now.
+        // The student's weights are not quantized.
         if json.remove("quantization_config").is_some() {
             changes.push("without quantization_config");
         }
         if let Some(rope) = self.rope()
             && rope.write(&mut json)
         {
-            changes.push("rope settings as transformers 4 and 5 spell them");
+            changes.push("rope settings in the spellings of transformers 4 and 5");
         }
         (Value::Object(json), changes)
     }
 
-    /// What Hugging Face calls the architecture.
+    /// Returns the `model_type` of Hugging Face.
     pub fn model_type(&self) -> &str {
         let name = self.json.get("model_type").and_then(Value::as_str);
         name.unwrap_or_default()
     }
 
-    /// The rotary embedding, in architectures that have one.
+    /// Returns the rotary embedding, in architectures that have one.
     pub fn rope(&self) -> Option<&Rope> {
         match &self.architecture {
             Architecture::Llama(variant) => Some(&variant.rope),

@@ -1,21 +1,21 @@
-//! The rotary embedding's frequencies.
+//! Settings and frequencies of the rotary embedding.
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::model::config::fields::refuse;
+use crate::model::config::fields::config_error;
 
-/// How fast each pair of channels turns.
+/// Settings of the rotary embedding.
 #[derive(Debug, Clone)]
 pub struct Rope {
     pub theta: f64,
-    /// Llama 3's stretch of low frequencies; none for plain rotary embedding.
+    /// The scaling of Llama 3; None for plain rotary embedding.
     pub llama3: Option<Llama3Scaling>,
 }
 
-/// `rope_type = "llama3"`: wavelengths longer than the original context are slowed by `factor`,
-/// short ones kept, those between blended.
+/// Scaling of `rope_type = "llama3"`: frequencies with long wavelengths are divided by `factor`, those
+/// with short wavelengths are kept, and those between are interpolated.
 #[derive(Debug, Clone, Copy, Deserialize)]
 pub struct Llama3Scaling {
     pub factor: f64,
@@ -25,13 +25,13 @@ pub struct Llama3Scaling {
 }
 
 impl Rope {
-    /// As `config.json` gives it: in `rope_parameters`, theta inside, as transformers writes it
-    /// from version 5 on, or in `rope_theta` and `rope_scaling`.
+    /// Parses the settings of `config.json`. transformers 5 writes `rope_parameters`, which includes theta;
+    /// earlier versions write `rope_theta` and `rope_scaling`.
     ///
     /// # Errors
-    /// Where the kind of scaling is not supported.
+    /// Where the type of scaling is not supported.
     pub(super) fn from_json(json: &Map<String, Value>) -> Result<Self> {
-        // Version 5, too, reads `rope_scaling` first, if there is something in it.
+        // Version 5 also prefers `rope_scaling`, if it is not empty.
         let map = |name: &str| {
             let map = json.get(name).and_then(Value::as_object);
             map.filter(|map| !map.is_empty())
@@ -39,22 +39,25 @@ impl Rope {
         let scaling = map("rope_scaling").or(map("rope_parameters"));
         let parts = scaling.into_iter().flat_map(|map| map.values());
         if parts.clone().any(Value::is_object) {
-            return refuse("rope settings by type of layer are not supported".into());
+            return config_error("rope settings per layer type are not supported".into());
         }
         let field = |name: &str| scaling.and_then(|map| map.get(name));
-        let given = [field("rope_theta"), json.get("rope_theta")];
-        let mut given = given.into_iter().flatten().filter(|value| !value.is_null());
-        let theta = match given.next() {
+        let candidates = [field("rope_theta"), json.get("rope_theta")];
+        let mut thetas = candidates
+            .into_iter()
+            .flatten()
+            .filter(|value| !value.is_null());
+        let theta = match thetas.next() {
             None => 10_000.0,
             Some(value) => match value.as_f64() {
                 Some(theta) => theta,
-                None => return refuse(format!("rope_theta is {value}, and not a number")),
+                None => return config_error(format!("rope_theta is {value}; expected a number")),
             },
         };
-        if let Some(other) = given.next().filter(|other| other.as_f64() != Some(theta)) {
+        if let Some(other) = thetas.next().filter(|other| other.as_f64() != Some(theta)) {
             tracing::warn!(
-                "config.json has two values of rope_theta: {theta} is used, as by transformers 5, and version 4 reads \
-                 {other}"
+                "config.json has two values of rope_theta: using {theta}, like transformers 5; transformers 4 would \
+                 use {other}"
             );
         }
         let kind = field("rope_type").or(field("type")).and_then(Value::as_str);
@@ -62,17 +65,17 @@ impl Rope {
             None | Some("default") => None,
             Some("llama3") => {
                 let map = Value::Object(scaling.cloned().unwrap_or_default());
-                Some(serde_json::from_value(map).context("rope scaling of type llama3")?)
+                Some(serde_json::from_value(map).context("invalid rope scaling of type llama3")?)
             }
             Some(other) => {
-                return refuse(format!("rope scaling of type {other:?} is not supported"));
+                return config_error(format!("rope scaling of type {other:?} is not supported"));
             }
         };
         Ok(Self { theta, llama3 })
     }
 
-    /// Writes the settings in both spellings, since transformers 4 reads `rope_theta` and `rope_scaling`, and 5 writes
-    /// `rope_parameters`. Returns true if one was missing.
+    /// Writes the settings in both spellings: `rope_theta` and `rope_scaling` for transformers 4,
+    /// `rope_parameters` for transformers 5. Returns true if this changed `json`.
     pub(super) fn write(&self, json: &mut Map<String, Value>) -> bool {
         let before = json.clone();
         let read = |name: &str| {
@@ -98,7 +101,7 @@ impl Rope {
         *json != before
     }
 
-    /// Radians per position of each channel pair (C / 2).
+    /// Returns the angle per position of each channel pair (C / 2), in radians.
     pub fn inverse_frequencies(&self, channels: usize) -> Vec<f32> {
         (0..channels / 2)
             .map(|pair| {
@@ -110,6 +113,7 @@ impl Rope {
 }
 
 impl Llama3Scaling {
+    /// Scales one frequency, in radians per position.
     fn scale(&self, frequency: f64) -> f64 {
         let context = self.original_max_position_embeddings;
         let wavelength = 2.0 * std::f64::consts::PI / frequency;

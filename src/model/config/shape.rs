@@ -1,50 +1,55 @@
-//! TODO
+//! The shape of a decoder, independent of how `config.json` spells it.
+
+use serde_json::{Map, Value};
 
 use crate::model::config::rope::Rope;
 use crate::ops::attention::Heads;
-use serde_json::Map;
-use serde_json::Value;
 
-/// A decoder's shape.
+/// The shape of a decoder.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
     pub architecture: Architecture,
+    /// V
     pub vocab_size: usize,
+    /// D
     pub hidden_size: usize,
+    /// F
     pub intermediate_size: usize,
+    /// L
     pub num_hidden_layers: usize,
     pub heads: Heads,
-    /// What keeps the norms from dividing by zero.
+    /// Epsilon of the norms, which prevents a division by zero.
     pub norm_eps: f64,
+    /// Context length in tokens.
     pub max_position_embeddings: usize,
     pub tie_word_embeddings: bool,
-    /// Standard deviation of fresh weights.
+    /// Standard deviation of random initial weights.
     pub initializer_range: f64,
-    /// What LoRA adapters among the weights are multiplied by: alpha / rank.
+    /// Scale of LoRA adapters among the weights: alpha / rank.
     pub adapter_scale: f64,
-    /// The file as read: written back with the student, so that nothing in it is lost.
+    /// `config.json` as read. It is written to the student's folder, so that no field is lost.
     pub(crate) json: Map<String, Value>,
 }
 
-/// How a decoder is built.
+/// The architecture of a decoder.
 #[derive(Debug, Clone)]
 pub enum Architecture {
     Llama(LlamaVariant),
     Gpt2,
 }
 
-/// In what decoders of this family differ.
+/// The differences between decoders of the llama family.
 #[derive(Debug, Clone)]
 pub struct LlamaVariant {
     pub rope: Rope,
-    /// Do queries, keys and values have biases?
+    /// Queries, keys and values have biases.
     pub qkv_bias: bool,
-    /// Does the projection after attention?
+    /// The projection after attention has a bias.
     pub output_bias: bool,
-    /// Do those of the feed-forward layer?
+    /// The projections of the feed-forward network have biases.
     pub mlp_bias: bool,
-    /// Is each head of queries and keys normalised?
-    pub head_norms: bool,
-    /// How many keys a query sees, itself included, layer by layer; none: all before it.
+    /// Every head of queries and keys is normalised.
+    pub qk_norm: bool,
+    /// Number of keys that a query sees, itself included, per layer. None: all keys before it.
     pub windows: Vec<Option<usize>>,
 }

@@ -6,30 +6,30 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
-use super::{Keys, Memory, Op, Setting, Tape, linear_of, lora_of};
+use super::{Activations, KeyValueSource, Op, Tape, TapeSettings, linear_layer, lora_layer};
 use crate::model::graph::NO_ROPE;
 use crate::model::kv_cache::KvCache;
 use crate::ops::arena::Buffer;
-use crate::ops::attention::{Attention, Cached};
-use crate::ops::rope::Turn;
-use crate::ops::{Values, embedding, gelu, layer_norm, rms_norm, swiglu};
+use crate::ops::attention::{Attention, CachedAttention};
+use crate::ops::rope::Rotation;
+use crate::ops::{CpuValues, embedding, gelu, layer_norm, rms_norm, swiglu};
 
 impl<'a> Tape<'a, '_> {
-    /// Computes the value of a node from its inputs' values.
+    /// Computes the value of a node from the values of its inputs.
     pub(super) fn compute(&mut self, id: usize) -> Result<()> {
-        let Setting {
+        let TapeSettings {
             arena, precision, ..
-        } = self.setting;
+        } = self.settings;
         let op = Rc::clone(&self.nodes[id].op);
         let width = self.nodes[id].width;
         let mut saved = None;
         let value = match &*op {
             Op::Embed { table, ids } => {
                 let mut y = arena.take(ids.len() * width)?;
-                embedding::forward(&Values::of(table)?, ids, width, &mut y);
+                embedding::forward(&CpuValues::new(table)?, ids, width, &mut y);
                 y
             }
-            Op::Rows { x, positions } => {
+            Op::SelectRows { x, positions } => {
                 let mut y = arena.take(positions.len() * width)?;
                 embedding::forward(&self.get(*x)?, positions, width, &mut y);
                 y
@@ -38,7 +38,7 @@ impl<'a> Tape<'a, '_> {
                 let x = self.get(*x)?;
                 let mut y = arena.take(x.len())?;
                 let mut scale = arena.take(x.len() / weight.elem_count())?;
-                rms_norm::forward(&x, &Values::of(weight)?, *epsilon, &mut y, &mut scale);
+                rms_norm::forward(&x, &CpuValues::new(weight)?, *epsilon, &mut y, &mut scale);
                 saved = Some(scale);
                 y
             }
@@ -51,25 +51,25 @@ impl<'a> Tape<'a, '_> {
                 let x = self.get(*x)?;
                 let mut y = arena.take(x.len())?;
                 let mut statistics = arena.take(2 * x.len() / width)?;
-                let (weight, bias) = (Values::of(weight)?, Values::of(bias)?);
+                let (weight, bias) = (CpuValues::new(weight)?, CpuValues::new(bias)?);
                 layer_norm::forward(&x, &weight, &bias, *epsilon, &mut y, &mut statistics);
                 saved = Some(statistics);
                 y
             }
             Op::Linear { x, layer, residual } => {
                 let x = self.get(*x)?;
-                let linear = linear_of(&layer.weight, precision)?;
+                let linear = linear_layer(&layer.weight, precision)?;
                 let mut y = arena.take(x.len() / linear.inputs * linear.outputs)?;
                 if let Some(residual) = residual {
                     y.copy_from_slice(&self.get(*residual)?);
                 }
-                let weight = Values::of(&layer.weight)?;
-                let bias = layer.bias.as_ref().map(Values::of).transpose()?;
+                let weight = CpuValues::new(&layer.weight)?;
+                let bias = layer.bias.as_ref().map(CpuValues::new).transpose()?;
                 linear.forward(&x, &weight, bias.as_deref(), &mut y, residual.is_some());
                 if let Some(adapter) = &layer.adapter {
-                    let lora = lora_of(adapter, precision)?;
+                    let lora = lora_layer(adapter, precision)?;
                     let mut low = arena.take(x.len() / lora.inputs * lora.rank)?;
-                    let (a, b) = (Values::of(&adapter.a)?, Values::of(&adapter.b)?);
+                    let (a, b) = (CpuValues::new(&adapter.a)?, CpuValues::new(&adapter.b)?);
                     lora.forward(&x, &a, &b, &mut low, &mut y);
                     saved = Some(low);
                 }
@@ -88,23 +88,23 @@ impl<'a> Tape<'a, '_> {
                 y
             }
             Op::Positions { x, table, in_place } => {
-                let mut y = self.take_over(*x, *in_place)?;
-                embedding::add(&Values::of(table)?, &self.positions(), width, &mut y);
+                let mut y = self.take_input(*x, *in_place)?;
+                embedding::add(&CpuValues::new(table)?, &self.positions(), width, &mut y);
                 y
             }
             Op::Rope { x, in_place } => {
-                let mut y = self.take_over(*x, *in_place)?;
-                self.turn(&mut y, width, Turn::Forward)?;
+                let mut y = self.take_input(*x, *in_place)?;
+                self.rotate(&mut y, width, Rotation::Forward)?;
                 y
             }
             Op::Attention { layer, qkv, window } => {
                 let [q, k, v] = [self.get(qkv[0])?, self.get(qkv[1])?, self.get(qkv[2])?];
                 let mut out = arena.take(q.len())?;
                 let attention = self.attention_layer(*window);
-                if let Keys::Caches(caches) = &mut self.keys {
+                if let KeyValueSource::Caches(caches) = &mut self.keys {
                     attend_caches(attention, *layer, [&q, &k, &v], caches, &mut out);
                 } else {
-                    let mut lse = arena.take(q.len() / self.setting.heads.channels)?;
+                    let mut lse = arena.take(q.len() / self.settings.heads.head_dim)?;
                     attention.forward(&q, &k, &v, &mut out, &mut lse);
                     saved = Some(lse);
                 }
@@ -113,38 +113,41 @@ impl<'a> Tape<'a, '_> {
         };
         let node = &mut self.nodes[id];
         node.value = Some(Arc::new(value));
-        if self.memory != Memory::Forget {
+        if self.activations != Activations::Discard {
             node.saved = saved.map(Arc::new);
         }
         Ok(())
     }
 
-    /// The values of a node to write to; a copy, unless nobody needs them `in_place`.
-    fn take_over(&mut self, x: usize, in_place: bool) -> Result<Buffer> {
+    /// Returns the values of node `x` as a writable buffer: the values themselves with `in_place`, else a
+    /// copy.
+    fn take_input(&mut self, x: usize, in_place: bool) -> Result<Buffer> {
         let values = self.get(x)?;
         if in_place {
             self.nodes[x].value = None;
         }
-        self.own(values)
+        self.writable(values)
     }
 
+    /// Returns the attention operation over the segments.
     pub(super) fn attention_layer(&self, window: Option<usize>) -> Attention<'a> {
         Attention {
-            heads: self.setting.heads,
+            heads: self.settings.heads,
             segments: self.segments,
             window,
-            precision: self.setting.precision,
+            precision: self.settings.precision,
         }
     }
 
-    pub(super) fn turn(&self, rows: &mut [f32], width: usize, turn: Turn) -> Result<()> {
-        let rope = self.setting.rope.context(NO_ROPE)?;
+    /// Applies the rotary embedding to rows of `width` channels, in place.
+    pub(super) fn rotate(&self, rows: &mut [f32], width: usize, rotation: Rotation) -> Result<()> {
+        let rope = self.settings.rope.context(NO_ROPE)?;
         match &self.keys {
-            Keys::Batch => rope.turn_segments(rows, width, self.segments, turn),
-            Keys::Caches(caches) => {
+            KeyValueSource::Batch => rope.rotate_segments(rows, width, self.segments, rotation),
+            KeyValueSource::Caches(caches) => {
                 for (segment, cache) in self.segments.iter().zip(caches.iter()) {
                     let rows = &mut rows[segment.start * width..segment.end * width];
-                    rope.turn_rows(rows, width, cache.len(), turn);
+                    rope.rotate_rows(rows, width, cache.len(), rotation);
                 }
             }
         }
@@ -152,7 +155,8 @@ impl<'a> Tape<'a, '_> {
     }
 }
 
-/// Attention of each segment's rows over its cache, to which its keys and values are added.
+/// Appends the keys and values of each segment to its cache, and computes the attention of the segment's
+/// rows over that cache.
 fn attend_caches(
     attention: Attention,
     layer: usize,
@@ -166,11 +170,12 @@ fn attend_caches(
         window,
         precision,
     } = attention;
-    let (wide, narrow) = (heads.query_width(), heads.key_value_width());
+    let q_width = heads.query_width();
+    let kv_width = heads.key_value_width();
     let mut outs = Vec::with_capacity(segments.len());
     let mut rest = out;
     for segment in segments {
-        let (rows, after) = rest.split_at_mut(segment.len() * wide);
+        let (rows, after) = rest.split_at_mut(segment.len() * q_width);
         outs.push(rows);
         rest = after;
     }
@@ -180,15 +185,19 @@ fn attend_caches(
         .zip(outs)
         .for_each(|((segment, cache), out)| {
             let (keys, values) = cache.layer(layer);
-            keys.extend_from_slice(&k[segment.start * narrow..segment.end * narrow]);
-            values.extend_from_slice(&v[segment.start * narrow..segment.end * narrow]);
-            let cached = Cached {
+            keys.extend_from_slice(&k[segment.start * kv_width..segment.end * kv_width]);
+            values.extend_from_slice(&v[segment.start * kv_width..segment.end * kv_width]);
+            let cached = CachedAttention {
                 heads,
                 window,
                 precision,
-                k: keys,
-                v: values,
+                k_SGC: keys,
+                v_SGC: values,
             };
-            cached.attend(&q[segment.start * wide..segment.end * wide], out, None);
+            cached.attend(
+                &q[segment.start * q_width..segment.end * q_width],
+                out,
+                None,
+            );
         });
 }

@@ -1,12 +1,18 @@
-//! The graph on the CPU: fused operations, recorded as they run, and their backward passes in
-//! reverse.
+//! The graph on the CPU: fused operations that run at once and are recorded, and their backward passes
+//! in reverse order.
 //!
-//! What a step holds is decided here. Outputs of norms and of activation functions are dropped when
-//! the forward pass is done with them and computed again when the backward pass asks: they are
-//! cheap, and as large as what they are made of. With `checkpoint` the same happens to everything
-//! but the inputs of layers. A gradient is made when the first part of it arrives, and an
-//! activation is dropped when the last gradient that needs it is done, so the peak of a step is
-//! the larger of the two, not their sum.
+//! | file | content |
+//! |---|---|
+//! | `mod.rs` | the recorded operations, and which values are kept |
+//! | `forward.rs` | the forward pass of each operation |
+//! | `backward.rs` | the backward pass of each operation |
+//!
+//! This file decides how much memory a step needs. Outputs of norms and activation functions are
+//! dropped after use in the forward pass and recomputed in the backward pass: they are cheap to
+//! compute, and as large as their inputs. With [`Activations::Recompute`], the same applies to all
+//! values except the inputs of layers. A gradient is allocated when its first part arrives, and an
+//! activation is dropped after its last use in the backward pass. The peak memory of a step is
+//! therefore the larger of the two, not their sum.
 
 pub(crate) mod backward;
 pub(crate) mod forward;
@@ -19,66 +25,68 @@ use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
 use super::graph::Graph;
-use super::projection::{Adapter, Projection};
+use super::projection::{LoraAdapter, Projection};
 use crate::model::kv_cache::KvCache;
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::attention::Heads;
 use crate::ops::linear::Linear;
-use crate::ops::lora::Lora;
+use crate::ops::lora::LoraLayer;
 use crate::ops::matmul::Precision;
 use crate::ops::rope::RopeTable;
 
-/// What the tape needs to know of a model.
+/// The settings of a model that the tape uses.
 #[derive(Clone, Copy)]
-pub struct Setting<'a> {
+pub struct TapeSettings<'a> {
     pub arena: &'a Arena,
     pub heads: Heads,
     pub rope: Option<&'a RopeTable>,
     pub precision: Precision,
 }
 
-/// Where keys and values come from.
-pub enum Keys<'a, 'c> {
-    /// From the batch itself.
+/// The keys and values that queries attend to.
+pub enum KeyValueSource<'a, 'c> {
+    /// Those of the batch.
     Batch,
-    /// From what was said before, to which the batch's are added; one cache a segment.
+    /// Those of earlier tokens, to which those of the batch are appended. One cache per segment.
     Caches(&'a mut [&'c mut KvCache]),
 }
 
-/// What becomes of activations.
+/// What happens to activations after the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Memory {
-    /// Dropped as soon as they are used: there will be no backward pass.
-    Forget,
+pub enum Activations {
+    /// Dropped after use: there is no backward pass.
+    Discard,
     /// Kept for the backward pass.
-    Record,
-    /// Kept only where layers begin; the rest is computed twice.
-    Checkpoint,
+    Keep,
+    /// Only the inputs of layers are kept; the backward pass recomputes the others (activation
+    /// checkpointing).
+    Recompute,
 }
 
-/// A graph that runs at once. Segments cover the rows in order.
+/// A graph that runs operations at once and records them. Segments cover the rows in order.
 pub struct Tape<'a, 'c> {
-    setting: Setting<'a>,
+    settings: TapeSettings<'a>,
     segments: &'a [Range<usize>],
-    keys: Keys<'a, 'c>,
-    memory: Memory,
+    keys: KeyValueSource<'a, 'c>,
+    activations: Activations,
     nodes: Vec<Node>,
-    /// Nodes whose values go when nobody holds their handle any more.
-    passing: Vec<Rc<usize>>,
+    /// Nodes whose values are dropped when this is the last handle to them.
+    droppable: Vec<Rc<usize>>,
 }
 
-/// The handle of a node.
+/// The handle of a node: its index.
 #[derive(Clone)]
-pub struct Value(Rc<usize>);
+pub struct NodeHandle(Rc<usize>);
 
 struct Node {
     op: Rc<Op>,
     width: usize,
     value: Option<Arc<Buffer>>,
-    /// What the backward pass needs besides: a row's scale, or the log-sum-exp of its scores.
+    /// Other results for the backward pass, such as the scale of each row of a norm.
     saved: Option<Arc<Buffer>>,
     gradient: Option<Buffer>,
-    trains: bool,
+    /// A variable contributed to the value.
+    requires_grad: bool,
 }
 
 enum Op {
@@ -86,7 +94,7 @@ enum Op {
         table: Tensor,
         ids: Vec<u32>,
     },
-    Rows {
+    SelectRows {
         x: usize,
         positions: Vec<u32>,
     },
@@ -116,12 +124,12 @@ enum Op {
     Positions {
         x: usize,
         table: Tensor,
-        /// Does nobody else need x as it was?
+        /// Overwrite x, which no other operation needs.
         in_place: bool,
     },
     Rope {
         x: usize,
-        /// As above.
+        /// As in `Positions`.
         in_place: bool,
     },
     Attention {
@@ -132,27 +140,28 @@ enum Op {
 }
 
 impl<'a, 'c> Tape<'a, 'c> {
+    /// Creates an empty tape.
     pub fn new(
-        setting: Setting<'a>,
+        settings: TapeSettings<'a>,
         segments: &'a [Range<usize>],
-        keys: Keys<'a, 'c>,
-        memory: Memory,
+        keys: KeyValueSource<'a, 'c>,
+        activations: Activations,
     ) -> Self {
         Self {
-            setting,
+            settings,
             segments,
             keys,
-            memory,
+            activations,
             nodes: Vec::new(),
-            passing: Vec::new(),
+            droppable: Vec::new(),
         }
     }
 
-    /// The values of a node.
+    /// Returns the values of a node.
     ///
     /// # Errors
-    /// Where they have been dropped.
-    pub fn value(&self, value: &Value) -> Result<Arc<Buffer>> {
+    /// Where they were dropped.
+    pub fn value(&self, value: &NodeHandle) -> Result<Arc<Buffer>> {
         self.get(*value.0)
     }
 
@@ -160,51 +169,55 @@ impl<'a, 'c> Tape<'a, 'c> {
         self.nodes[node]
             .value
             .clone()
-            .context("a value was used after it was dropped")
+            .context("internal error: a value of the tape was used after it was dropped")
     }
 
-    fn width(&self, value: &Value) -> usize {
+    fn width(&self, value: &NodeHandle) -> usize {
         self.nodes[*value.0].width
     }
 
-    /// Will nobody read `x` again, once this handle of it is gone?
-    fn is_last_handle(&self, x: &Value) -> bool {
-        let ours = self.passing.iter().any(|id| **id == *x.0) as usize + 1;
-        Rc::strong_count(&x.0) == ours
+    /// Returns true if no later operation can read `x`: this is its last handle.
+    fn is_last_handle(&self, x: &NodeHandle) -> bool {
+        let own_handles = self.droppable.iter().any(|id| **id == *x.0) as usize + 1;
+        Rc::strong_count(&x.0) == own_handles
     }
 
-    /// The values of a node as a buffer to write to; a copy if somebody else reads them.
-    fn own(&self, values: Arc<Buffer>) -> Result<Buffer> {
+    /// Returns `values` as a writable buffer; copies them if they are shared.
+    fn writable(&self, values: Arc<Buffer>) -> Result<Buffer> {
         Ok(match Arc::try_unwrap(values) {
-            Ok(own) => own,
+            Ok(owned) => owned,
             Err(shared) => {
-                let mut copy = self.setting.arena.take(shared.len())?;
+                let mut copy = self.settings.arena.take(shared.len())?;
                 copy.copy_from_slice(&shared);
                 copy
             }
         })
     }
 
-    /// The position of each row in its sequence.
+    /// Returns the position of each row in its sequence.
     fn positions(&self) -> Vec<u32> {
         let starts: Vec<usize> = match &self.keys {
-            Keys::Batch => vec![0; self.segments.len()],
-            Keys::Caches(caches) => caches.iter().map(|cache| cache.len()).collect(),
+            KeyValueSource::Batch => vec![0; self.segments.len()],
+            KeyValueSource::Caches(caches) => caches.iter().map(|cache| cache.len()).collect(),
         };
-        let of_segment = |(segment, start): (&Range<usize>, usize)| {
+        let positions_of = |(segment, start): (&Range<usize>, usize)| {
             (start..start + segment.len()).map(|at| at as u32)
         };
         self.segments
             .iter()
             .zip(starts)
-            .flat_map(of_segment)
+            .flat_map(positions_of)
             .collect()
     }
 
-    /// Runs an operation and keeps its result.
-    fn push(&mut self, op: Op, width: usize, cheap: bool) -> Result<Value> {
-        let trains =
-            op.has_variables() || op.inputs().iter().any(|input| self.nodes[*input].trains);
+    /// Runs an operation and records it. The value of an operation that `is_cheap` is recomputed in the
+    /// backward pass.
+    fn push(&mut self, op: Op, width: usize, is_cheap: bool) -> Result<NodeHandle> {
+        let requires_grad = op.has_trainable_weights()
+            || op
+                .inputs()
+                .iter()
+                .any(|input| self.nodes[*input].requires_grad);
         let id = self.nodes.len();
         self.nodes.push(Node {
             op: Rc::new(op),
@@ -212,15 +225,15 @@ impl<'a, 'c> Tape<'a, 'c> {
             value: None,
             saved: None,
             gradient: None,
-            trains,
+            requires_grad,
         });
         self.compute(id)?;
-        let value = Value(Rc::new(id));
-        if self.memory != Memory::Record || cheap {
-            self.passing.push(Rc::clone(&value.0));
+        let value = NodeHandle(Rc::new(id));
+        if self.activations != Activations::Keep || is_cheap {
+            self.droppable.push(Rc::clone(&value.0));
         }
         let nodes = &mut self.nodes;
-        self.passing.retain(|id| {
+        self.droppable.retain(|id| {
             let held = Rc::strong_count(id) > 1;
             if !held {
                 nodes[**id].value = None;
@@ -232,11 +245,11 @@ impl<'a, 'c> Tape<'a, 'c> {
 }
 
 impl Op {
-    /// The nodes that it reads.
+    /// Returns the nodes that the operation reads.
     fn inputs(&self) -> Vec<usize> {
         match *self {
             Op::Embed { .. } => vec![],
-            Op::Rows { x, .. }
+            Op::SelectRows { x, .. }
             | Op::RmsNorm { x, .. }
             | Op::LayerNorm { x, .. }
             | Op::Gelu { x }
@@ -248,14 +261,14 @@ impl Op {
         }
     }
 
-    /// Has it weights that get gradients?
-    fn has_variables(&self) -> bool {
+    /// Returns true if a weight of the operation is a variable.
+    fn has_trainable_weights(&self) -> bool {
         match self {
             Op::Embed { table, .. } | Op::Positions { table, .. } => table.is_variable(),
             Op::RmsNorm { weight, .. } => weight.is_variable(),
             Op::LayerNorm { weight, bias, .. } => weight.is_variable() || bias.is_variable(),
-            Op::Linear { layer, .. } => layer.trains(),
-            Op::Rows { .. }
+            Op::Linear { layer, .. } => layer.requires_grad(),
+            Op::SelectRows { .. }
             | Op::Gelu { .. }
             | Op::SwiGlu { .. }
             | Op::Rope { .. }
@@ -265,12 +278,12 @@ impl Op {
 }
 
 impl Graph for Tape<'_, '_> {
-    type Value = Value;
+    type Value = NodeHandle;
 
-    fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<Value> {
+    fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<NodeHandle> {
         let (vocabulary, width) = table.dims2()?;
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
-            bail!("token {id} is past the vocabulary of {vocabulary}");
+            bail!("token id {id} is outside the vocabulary of {vocabulary}");
         }
         let op = Op::Embed {
             table: table.clone(),
@@ -279,16 +292,16 @@ impl Graph for Tape<'_, '_> {
         self.push(op, width, false)
     }
 
-    fn rows(&mut self, x: Value, positions: &[u32]) -> Result<Value> {
+    fn select_rows(&mut self, x: NodeHandle, positions: &[u32]) -> Result<NodeHandle> {
         let width = self.width(&x);
-        let op = Op::Rows {
+        let op = Op::SelectRows {
             x: *x.0,
             positions: positions.to_vec(),
         };
         self.push(op, width, false)
     }
 
-    fn rms_norm(&mut self, x: &Value, weight: &Tensor, epsilon: f64) -> Result<Value> {
+    fn rms_norm(&mut self, x: &NodeHandle, weight: &Tensor, epsilon: f64) -> Result<NodeHandle> {
         let op = Op::RmsNorm {
             x: *x.0,
             weight: weight.clone(),
@@ -299,11 +312,11 @@ impl Graph for Tape<'_, '_> {
 
     fn layer_norm(
         &mut self,
-        x: &Value,
+        x: &NodeHandle,
         weight: &Tensor,
         bias: &Tensor,
         epsilon: f64,
-    ) -> Result<Value> {
+    ) -> Result<NodeHandle> {
         let op = Op::LayerNorm {
             x: *x.0,
             weight: weight.clone(),
@@ -313,7 +326,7 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(x), true)
     }
 
-    fn linear(&mut self, x: &Value, layer: &Projection) -> Result<Value> {
+    fn linear(&mut self, x: &NodeHandle, layer: &Projection) -> Result<NodeHandle> {
         let op = Op::Linear {
             x: *x.0,
             layer: layer.clone(),
@@ -322,7 +335,12 @@ impl Graph for Tape<'_, '_> {
         self.push(op, layer.weight.dim(0)?, false)
     }
 
-    fn add_linear(&mut self, residual: Value, x: &Value, layer: &Projection) -> Result<Value> {
+    fn add_linear(
+        &mut self,
+        residual: NodeHandle,
+        x: &NodeHandle,
+        layer: &Projection,
+    ) -> Result<NodeHandle> {
         let op = Op::Linear {
             x: *x.0,
             layer: layer.clone(),
@@ -331,11 +349,11 @@ impl Graph for Tape<'_, '_> {
         self.push(op, layer.weight.dim(0)?, false)
     }
 
-    fn gelu(&mut self, x: Value) -> Result<Value> {
+    fn gelu(&mut self, x: NodeHandle) -> Result<NodeHandle> {
         self.push(Op::Gelu { x: *x.0 }, self.width(&x), true)
     }
 
-    fn swiglu(&mut self, gate: Value, up: Value) -> Result<Value> {
+    fn swiglu(&mut self, gate: NodeHandle, up: NodeHandle) -> Result<NodeHandle> {
         let op = Op::SwiGlu {
             gate: *gate.0,
             up: *up.0,
@@ -343,7 +361,7 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(&gate), true)
     }
 
-    fn add_positions(&mut self, x: Value, table: &Tensor) -> Result<Value> {
+    fn add_positions(&mut self, x: NodeHandle, table: &Tensor) -> Result<NodeHandle> {
         let op = Op::Positions {
             x: *x.0,
             table: table.clone(),
@@ -352,7 +370,7 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(&x), false)
     }
 
-    fn rope(&mut self, x: Value) -> Result<Value> {
+    fn rope(&mut self, x: NodeHandle) -> Result<NodeHandle> {
         let op = Op::Rope {
             x: *x.0,
             in_place: self.is_last_handle(&x),
@@ -363,9 +381,9 @@ impl Graph for Tape<'_, '_> {
     fn attention(
         &mut self,
         layer: usize,
-        [q, k, v]: [Value; 3],
+        [q, k, v]: [NodeHandle; 3],
         window: Option<usize>,
-    ) -> Result<Value> {
+    ) -> Result<NodeHandle> {
         let op = Op::Attention {
             layer,
             qkv: [*q.0, *k.0, *v.0],
@@ -374,15 +392,15 @@ impl Graph for Tape<'_, '_> {
         self.push(op, self.width(&q), false)
     }
 
-    fn keep(&mut self, x: &Value) {
-        if self.memory == Memory::Checkpoint {
-            self.passing.retain(|id| **id != *x.0);
+    fn mark_checkpoint(&mut self, x: &NodeHandle) {
+        if self.activations == Activations::Recompute {
+            self.droppable.retain(|id| **id != *x.0);
         }
     }
 }
 
-/// The linear layer of a weight (O x I).
-fn linear_of(weight: &Tensor, precision: Precision) -> Result<Linear> {
+/// Returns the linear layer of a weight (O x I).
+fn linear_layer(weight: &Tensor, precision: Precision) -> Result<Linear> {
     let (outputs, inputs) = weight.dims2()?;
     Ok(Linear {
         inputs,
@@ -391,10 +409,11 @@ fn linear_of(weight: &Tensor, precision: Precision) -> Result<Linear> {
     })
 }
 
-/// An adapter as an operation.
-fn lora_of(adapter: &Adapter, precision: Precision) -> Result<Lora> {
-    let ((rank, inputs), outputs) = (adapter.a.dims2()?, adapter.b.dim(0)?);
-    Ok(Lora {
+/// Returns the adapter as an operation.
+fn lora_layer(adapter: &LoraAdapter, precision: Precision) -> Result<LoraLayer> {
+    let (rank, inputs) = adapter.a.dims2()?;
+    let outputs = adapter.b.dim(0)?;
+    Ok(LoraLayer {
         inputs,
         rank,
         outputs,

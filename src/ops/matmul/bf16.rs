@@ -1,17 +1,17 @@
-//! bf16 tiles by the AVX512-BF16 instructions, which multiply pairs and add them up in f32. They take
-//! factors below 1.2e-38 for zero, which the tiles of other CPUs do not.
+//! The kernel for AVX512-BF16: instructions that multiply pairs of bf16 and add the products in f32. They
+//! treat factors below 1.2e-38 as zero, unlike the kernels of `kernel`.
 
-use super::blocks::Part;
+use super::blocks::FactorPart;
 use super::kernel::{bf16_bits, pack};
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::Native;
+pub(crate) use x86::Avx512Bf16;
 
-/// Packs panels of L lanes in pairs of terms: `to[(l / L * pairs + t / 2) * L + l % L]` holds term t
-/// of lane l in its low half, term t + 1 in its high half.
+/// Packs panels of L lanes in pairs of terms. For even t, `to[(l / L * pairs + t / 2) * L + l % L]` holds
+/// term t of lane l in its low half and term t + 1 in its high half.
 #[inline(always)]
-fn pack_pairs<const L: usize>(part: Part, to: &mut [u32]) {
-    /// Terms that are brought into order at a time.
+fn pack_pairs<const L: usize>(part: FactorPart, to: &mut [u32]) {
+    /// Terms packed at a time.
     const RUN: usize = 32;
     let mut ordered = [[0.0; L]; RUN];
     let panel = part.terms.div_ceil(2) * L;
@@ -19,8 +19,8 @@ fn pack_pairs<const L: usize>(part: Part, to: &mut [u32]) {
         for (run, to) in to.chunks_mut(RUN / 2 * L).enumerate() {
             let start = run * RUN;
             let lane = index * L;
-            let run = Part {
-                values: &part.values[lane * part.lane + start * part.term..],
+            let run = FactorPart {
+                values: &part.values[lane * part.lane_stride + start * part.term_stride..],
                 lanes: L.min(part.lanes - lane),
                 terms: RUN.min(part.terms - start),
                 ..part
@@ -48,25 +48,26 @@ mod x86 {
     use std::cell::Cell;
     use std::thread::LocalKey;
 
-    use super::super::blocks::{Kernel, Part, Strip};
+    use super::super::blocks::{FactorPart, Kernel, OutputStrip};
     use super::pack_pairs;
 
     const ROWS: usize = 14;
     const COLS: usize = 32;
-    /// Sums in a vector, and pairs.
+    /// Number of f32 sums in a vector, and of bf16 pairs.
     const LANES: usize = 16;
 
-    /// Tiles of 14 x 32 values. Exists only where the CPU has the instructions.
+    /// A kernel with tiles of 14 x 32 values. Exists only where the CPU has the instructions.
     #[derive(Clone, Copy)]
-    pub(crate) struct Native(());
+    pub(crate) struct Avx512Bf16(());
 
-    impl Native {
-        /// Where its vectors multiply bf16 faster than f32. Those of Intel's do not (two thirds of the
-        /// speed of f32 on Sapphire Rapids): there the matrix unit is for bf16.
-        pub(crate) fn where_fast() -> Option<Self> {
+    impl Avx512Bf16 {
+        /// Detects CPUs whose vectors multiply bf16 faster than f32. Intel's do not: on Sapphire Rapids,
+        /// vector bf16 has two thirds of the speed of f32.
+        pub(crate) fn detect_if_fast() -> Option<Self> {
             Self::detect().filter(|_| !is_intel())
         }
 
+        /// Detects the instructions.
         pub(crate) fn detect() -> Option<Self> {
             let has = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
@@ -88,25 +89,25 @@ mod x86 {
             const { [Cell::new(Vec::new()), Cell::new(Vec::new())] };
     }
 
-    impl Kernel for Native {
+    impl Kernel for Avx512Bf16 {
         const ROWS: usize = ROWS;
         const COLS: usize = COLS;
         const STEP: usize = 2;
         const DEPTH: usize = 640;
         type Element = u32;
 
-        fn pack_rows(self, part: Part, to: &mut [u32]) {
-            // SAFETY: `detect` has found the features.
+        fn pack_rows(self, part: FactorPart, to: &mut [u32]) {
+            // SAFETY: `detect` found the features.
             unsafe { pack_vectorised::<ROWS>(part, to) }
         }
 
-        fn pack_cols(self, part: Part, to: &mut [u32]) {
-            // SAFETY: `detect` has found the features.
+        fn pack_cols(self, part: FactorPart, to: &mut [u32]) {
+            // SAFETY: `detect` found the features.
             unsafe { pack_vectorised::<COLS>(part, to) }
         }
 
-        fn multiply(self, rows: &[u32], cols: &[u32], depth: usize, strip: Strip) {
-            // SAFETY: `detect` has found the features.
+        fn multiply(self, rows: &[u32], cols: &[u32], depth: usize, strip: OutputStrip) {
+            // SAFETY: `detect` found the features.
             unsafe { multiply(rows, cols, depth, strip) }
         }
 
@@ -116,12 +117,12 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn pack_vectorised<const L: usize>(part: Part, to: &mut [u32]) {
+    fn pack_vectorised<const L: usize>(part: FactorPart, to: &mut [u32]) {
         pack_pairs::<L>(part, to);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn multiply(rows: &[u32], cols: &[u32], depth: usize, strip: Strip) {
+    fn multiply(rows: &[u32], cols: &[u32], depth: usize, strip: OutputStrip) {
         for (j, cols) in cols.chunks_exact(depth * COLS).enumerate() {
             let width = COLS.min(strip.cols - j * COLS);
             let masks = [mask(width), mask(width.saturating_sub(LANES))];
@@ -133,11 +134,12 @@ mod x86 {
                     let line = &mut line[strip.first + j * COLS..][..width];
                     for ((half, sum), mask) in line.chunks_mut(LANES).zip(sums).zip(masks) {
                         let at = half.as_mut_ptr();
-                        // SAFETY: the mask lets through as many values as `half` has.
+                        // SAFETY: the mask selects as many values as `half` has.
                         unsafe {
-                            let before = match strip.add {
-                                true => _mm512_maskz_loadu_ps(mask, at),
-                                false => _mm512_setzero_ps(),
+                            let before = if strip.add {
+                                _mm512_maskz_loadu_ps(mask, at)
+                            } else {
+                                _mm512_setzero_ps()
                             };
                             _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(before, sum));
                         }
@@ -147,12 +149,12 @@ mod x86 {
         }
     }
 
-    /// Lets the first `width` values of a vector through.
+    /// Returns a mask of the first `width` values of a vector.
     fn mask(width: usize) -> u16 {
         ((1u32 << width.min(LANES)) - 1) as u16
     }
 
-    /// The sums of 14 rows and 32 columns.
+    /// Computes the sums of a tile: 14 rows and 32 columns.
     #[target_feature(enable = "avx512f,avx512bf16")]
     #[inline]
     fn tile(rows: &[u32], cols: &[u32]) -> [[__m512; 2]; ROWS] {
@@ -176,7 +178,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bf16")]
     #[inline]
     fn as_bf16(bits: __m512i) -> __m512bh {
-        // SAFETY: both are 512 bits without invalid patterns.
+        // SAFETY: both types have 512 bits and no invalid bit patterns.
         unsafe { std::mem::transmute(bits) }
     }
 }
@@ -186,14 +188,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pairs_hold_two_terms_of_a_lane() {
+    fn packed_pairs_hold_two_terms_of_a_lane() {
         let (lanes, terms) = (11, 37);
         let values: Vec<f32> = (0..lanes * terms).map(|i| i as f32).collect();
         for (lane, term) in [(terms, 1), (1, lanes)] {
-            let part = Part {
+            let part = FactorPart {
                 values: &values,
-                lane,
-                term,
+                lane_stride: lane,
+                term_stride: term,
                 lanes,
                 terms,
             };
@@ -201,11 +203,16 @@ mod tests {
             let mut to = vec![7; pairs * 12];
             pack_pairs::<4>(part, &mut to);
             for (at, pair) in to.iter().enumerate() {
-                let (panel, at) = (at / (pairs * 4), at % (pairs * 4));
-                let (l, t) = (panel * 4 + at % 4, at / 4 * 2);
-                let value = |t: usize| match l < lanes && t < terms {
-                    true => half::bf16::from_f32(values[l * lane + t * term]).to_bits(),
-                    false => 0,
+                let panel = at / (pairs * 4);
+                let at = at % (pairs * 4);
+                let l = panel * 4 + at % 4;
+                let t = at / 4 * 2;
+                let value = |t: usize| {
+                    if l < lanes && t < terms {
+                        half::bf16::from_f32(values[l * lane + t * term]).to_bits()
+                    } else {
+                        0
+                    }
                 };
                 assert_eq!(
                     [*pair as u16, (*pair >> 16) as u16],

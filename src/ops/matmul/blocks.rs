@@ -1,5 +1,5 @@
-//! A product cut into blocks: `out` in strips of rows, one task each; the sum over k in parts, of
-//! which the right factor's is packed once for all strips.
+//! The blocking of a product. `out` is cut into strips of rows, one task each. The sum over k is cut into
+//! parts; the part of the right factor is packed once for all strips.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -8,14 +8,14 @@ use rayon::prelude::*;
 
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
-/// About so many rows make a strip: its packed rows must stay in the second-level cache.
-const STRIP: usize = 96;
-/// At most so many columns of the right factor are packed at a time.
-const COLUMNS: usize = 2048;
-/// Panels of the right factor that one task packs.
-const PANELS: usize = 8;
+/// Approximate number of rows of a strip: its packed rows must stay in the second-level cache.
+const STRIP_ROWS: usize = 96;
+/// Maximum number of columns of the right factor packed at a time.
+const MAX_COLUMNS: usize = 2048;
+/// Number of panels of the right factor packed by one task.
+const PANELS_PER_TASK: usize = 8;
 
-/// `out = a b`, or `out += a b` where `add`, all checked.
+/// A checked product: `out = a b`, or `out += a b` with `add`.
 pub(crate) struct Product<'a> {
     pub out: MatMut<'a>,
     pub a: Mat<'a>,
@@ -26,54 +26,63 @@ pub(crate) struct Product<'a> {
 
 /// Computes tiles of [`Kernel::ROWS`] x [`Kernel::COLS`] values from packed panels.
 ///
-/// A panel holds that many lanes (rows of the left factor, columns of the right one); for each
-/// [`Kernel::STEP`] terms of the sum there is one element a lane, side by side. Panels follow each
-/// other; lanes and terms past the end of a factor are zero.
+/// A panel holds that many lanes: rows of the left factor, or columns of the right one. Every
+/// [`Kernel::STEP`] terms of the sum form one element per lane, and the elements of all lanes are
+/// adjacent. Panels follow each other. Lanes and terms past the end of a factor are zero.
 pub(crate) trait Kernel: Copy + Sync {
+    /// Rows of a tile.
     const ROWS: usize;
+    /// Columns of a tile.
     const COLS: usize;
-    /// Terms in an element.
+    /// Terms per element.
     const STEP: usize;
-    /// At most so many terms of a sum are taken at a time: a panel of columns must stay near while
-    /// it meets the rows of a strip.
+    /// Maximum number of terms per part of a sum: a panel of columns must stay in the cache while it is
+    /// multiplied with all rows of a strip.
     const DEPTH: usize;
     type Element: Copy + Default + Send + Sync + 'static;
 
-    fn pack_rows(self, part: Part, to: &mut [Self::Element]);
-    fn pack_cols(self, part: Part, to: &mut [Self::Element]);
+    /// Packs a part of the left factor.
+    fn pack_rows(self, part: FactorPart, to: &mut [Self::Element]);
+    /// Packs a part of the right factor.
+    fn pack_cols(self, part: FactorPart, to: &mut [Self::Element]);
 
-    /// Adds the product of packed `rows` and `cols`, of `depth` elements a lane, to `strip`.
-    fn multiply(self, rows: &[Self::Element], cols: &[Self::Element], depth: usize, strip: Strip);
+    /// Multiplies packed `rows` and `cols`, of `depth` elements per lane, into `strip`.
+    fn multiply(
+        self,
+        rows: &[Self::Element],
+        cols: &[Self::Element],
+        depth: usize,
+        strip: OutputStrip,
+    );
 
-    /// Buffers of this thread for packed rows and columns.
+    /// This thread's buffers for packed rows and packed columns.
     fn buffers() -> &'static std::thread::LocalKey<[Cell<Vec<Self::Element>>; 2]>;
 }
 
-/// The part of a factor that becomes panels: lane l, term t is `values[l * lane + t * term]`.
+/// A part of a factor to pack. Term t of lane l is `values[l * lane_stride + t * term_stride]`.
 #[derive(Clone, Copy)]
-pub(crate) struct Part<'a> {
+pub(crate) struct FactorPart<'a> {
     pub values: &'a [f32],
-    /// Distance of two lanes, and of two terms.
-    pub lane: usize,
-    pub term: usize,
+    pub lane_stride: usize,
+    pub term_stride: usize,
     pub lanes: usize,
     pub terms: usize,
 }
 
-/// Where a product goes: columns `first .. first + cols` of `rows` rows, `stride` values apart.
-pub(crate) struct Strip<'a> {
+/// The output of a kernel: columns `first .. first + cols` of `rows` rows, `stride` values apart.
+pub(crate) struct OutputStrip<'a> {
     pub values: &'a mut [f32],
     pub stride: usize,
     pub first: usize,
     pub rows: usize,
     pub cols: usize,
-    /// Is it added to what is there?
+    /// Add to the values instead of overwriting them.
     pub add: bool,
 }
 
-impl Strip<'_> {
-    /// `count` lines from `first` on, as far as they go.
-    pub(crate) fn lines(&self, first: usize, count: usize) -> impl Iterator<Item = &[f32]> {
+impl OutputStrip<'_> {
+    /// Returns `count` rows from `first`, or fewer at the end.
+    pub(crate) fn rows(&self, first: usize, count: usize) -> impl Iterator<Item = &[f32]> {
         self.values[first * self.stride..]
             .chunks(self.stride)
             .take(count)
@@ -81,6 +90,7 @@ impl Strip<'_> {
 }
 
 impl Product<'_> {
+    /// Computes the product with `kernel`.
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         let Self {
             out,
@@ -95,10 +105,10 @@ impl Product<'_> {
             rows.filter(|_| !add).for_each(|row| row[..n].fill(0.0));
             return;
         }
-        let depth = even_part(k, K::DEPTH, K::STEP);
-        let columns = even_part(n, COLUMNS, K::COLS);
+        let depth = even_chunk(k, K::DEPTH, K::STEP);
+        let columns = even_chunk(n, MAX_COLUMNS, K::COLS);
         let buffers = K::buffers();
-        // Taken out, not borrowed: while this thread waits, it may be given another product.
+        // Taken out, not borrowed: while this thread waits for tasks, it may run another product.
         let mut cols_buffer = buffers.with(|[_, cols]| cols.take());
         let elements = depth / K::STEP;
         grow(&mut cols_buffer, columns * elements);
@@ -109,14 +119,14 @@ impl Product<'_> {
                 let elements = terms.div_ceil(K::STEP);
                 let packed = &mut cols_buffer[..cols.next_multiple_of(K::COLS) * elements];
                 let pack = |(index, to): (usize, &mut [K::Element])| {
-                    let lane = index * PANELS * K::COLS;
+                    let lane = index * PANELS_PER_TASK * K::COLS;
                     let lanes = (to.len() / elements).min(cols - lane);
                     kernel.pack_cols(b.part(first + lane, lanes, start, terms), to);
                 };
                 match threads {
                     Threads::One => pack((0, packed)),
                     Threads::All => packed
-                        .par_chunks_mut(PANELS * K::COLS * elements)
+                        .par_chunks_mut(PANELS_PER_TASK * K::COLS * elements)
                         .enumerate()
                         .for_each(pack),
                 }
@@ -128,7 +138,7 @@ impl Product<'_> {
                     grow(&mut buffer, size);
                     let part = a.t().part(strip.start, rows, start, terms);
                     kernel.pack_rows(part, &mut buffer[..size]);
-                    let strip = Strip {
+                    let strip = OutputStrip {
                         values,
                         stride: out.row_stride,
                         first,
@@ -151,38 +161,39 @@ impl Product<'_> {
 }
 
 impl<'a> Mat<'a> {
-    /// Columns `lane .. lane + lanes` and rows `start .. start + terms`.
-    fn part(&self, lane: usize, lanes: usize, start: usize, terms: usize) -> Part<'a> {
-        Part {
+    /// Returns columns `lane .. lane + lanes` of rows `start .. start + terms`.
+    fn part(&self, lane: usize, lanes: usize, start: usize, terms: usize) -> FactorPart<'a> {
+        FactorPart {
             values: &self.values[lane * self.col_stride + start * self.row_stride..],
-            lane: self.col_stride,
-            term: self.row_stride,
+            lane_stride: self.col_stride,
+            term_stride: self.row_stride,
             lanes,
             terms,
         }
     }
 }
 
-/// `size` in equal parts of at most `most`, rounded up to a multiple of `multiple`.
-fn even_part(size: usize, most: usize, multiple: usize) -> usize {
-    let parts = size.div_ceil(most);
+/// Returns the size of equal chunks of `size`, at most `max` each before it is rounded up to a multiple
+/// of `multiple`.
+fn even_chunk(size: usize, max: usize, multiple: usize) -> usize {
+    let parts = size.div_ceil(max);
     size.div_ceil(parts).next_multiple_of(multiple)
 }
 
-/// The rows in strips as equal as panels allow, and a multiple of 4 of them, so that threads end
-/// together.
+/// Cuts the rows into strips of whole panels, as equal as possible. Their number is a multiple of 4,
+/// where there are enough panels, so that threads finish at the same time.
 fn strips<K: Kernel>(
     rows: usize,
     mut values: &mut [f32],
     stride: usize,
 ) -> Vec<(Range<usize>, &mut [f32])> {
     let panels = rows.div_ceil(K::ROWS);
-    let count = rows.div_ceil(STRIP).next_multiple_of(4).min(panels);
+    let count = rows.div_ceil(STRIP_ROWS).next_multiple_of(4).min(panels);
     let end = |strip: usize| (strip * panels / count * K::ROWS).min(rows);
     (0..count)
         .map(|strip| {
             let range = end(strip)..end(strip + 1);
-            // The last row may end before its stride does.
+            // The last row may be shorter than the stride.
             let len = (range.len() * stride).min(values.len());
             let (strip, rest) = std::mem::take(&mut values).split_at_mut(len);
             values = rest;

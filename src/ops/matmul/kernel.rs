@@ -1,17 +1,17 @@
-//! f32 tiles with vector instructions, by the `pulp` crate; and plain ones for CPUs that it has no
-//! wide vectors for.
+//! Kernels that multiply f32: with the vector instructions that the `pulp` crate supports, and a scalar
+//! one for other CPUs.
 
 use std::cell::Cell;
 use std::thread::LocalKey;
 
 use pulp::{Simd, WithSimd};
 
-use super::blocks::{Kernel, Part, Strip};
+use super::blocks::{FactorPart, Kernel, OutputStrip};
 
-/// Tiles of R rows and two vectors (C columns). Where `rounded`, factors are rounded to bf16 as
-/// they are packed.
+/// A kernel with tiles of R rows and two vectors (C columns). With `rounded`, packing rounds the
+/// factors to bf16.
 #[derive(Clone, Copy)]
-pub(crate) struct Wide<S, const R: usize, const C: usize> {
+pub(crate) struct VectorKernel<S, const R: usize, const C: usize> {
     pub simd: S,
     pub rounded: bool,
 }
@@ -20,24 +20,24 @@ thread_local! {
     static BUFFERS: [Cell<Vec<f32>>; 2] = const { [Cell::new(Vec::new()), Cell::new(Vec::new())] };
 }
 
-impl<S: Simd, const R: usize, const C: usize> Kernel for Wide<S, R, C> {
+impl<S: Simd, const R: usize, const C: usize> Kernel for VectorKernel<S, R, C> {
     const ROWS: usize = R;
     const COLS: usize = C;
     const STEP: usize = 1;
     const DEPTH: usize = 600;
     type Element = f32;
 
-    fn pack_rows(self, part: Part, to: &mut [f32]) {
+    fn pack_rows(self, part: FactorPart, to: &mut [f32]) {
         let rounded = self.rounded;
         self.simd.vectorize(Pack::<R> { part, to, rounded });
     }
 
-    fn pack_cols(self, part: Part, to: &mut [f32]) {
+    fn pack_cols(self, part: FactorPart, to: &mut [f32]) {
         let rounded = self.rounded;
         self.simd.vectorize(Pack::<C> { part, to, rounded });
     }
 
-    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: Strip) {
+    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: OutputStrip) {
         assert_eq!(C, 2 * S::F32_LANES);
         self.simd.vectorize(Multiply::<R, C> {
             rows,
@@ -53,7 +53,7 @@ impl<S: Simd, const R: usize, const C: usize> Kernel for Wide<S, R, C> {
 }
 
 struct Pack<'a, const L: usize> {
-    part: Part<'a>,
+    part: FactorPart<'a>,
     to: &'a mut [f32],
     rounded: bool,
 }
@@ -72,43 +72,47 @@ impl<const L: usize> WithSimd for Pack<'_, L> {
 
 /// Packs panels of L lanes: `to[(l / L * terms + t) * L + l % L]` is lane l, term t.
 #[inline(always)]
-pub(crate) fn pack<const L: usize>(part: Part, to: &mut [f32]) {
-    let Part {
+pub(crate) fn pack<const L: usize>(part: FactorPart, to: &mut [f32]) {
+    let FactorPart {
         values,
-        lane,
-        term,
+        lane_stride,
+        term_stride,
         lanes,
         terms,
     } = part;
     let panel = terms * L;
     let whole = lanes / L;
-    if lane == 1 {
-        // Term by term through all panels, as they lie in memory.
+    if lane_stride == 1 {
+        // Term by term through all panels, in memory order.
         for t in 0..terms {
-            let read = values[t * term..][..lanes].chunks_exact(L);
+            let read = values[t * term_stride..][..lanes].chunks_exact(L);
             for (panel, lanes) in to.chunks_exact_mut(panel).zip(read) {
                 panel[t * L..(t + 1) * L].copy_from_slice(lanes);
             }
         }
-    } else if term == 1 {
+    } else if term_stride == 1 {
         for (index, to) in to.chunks_exact_mut(panel).take(whole).enumerate() {
-            let lane_of = |l: usize| &values[(index * L + l) * lane..][..terms];
+            let lane_of = |l: usize| &values[(index * L + l) * lane_stride..][..terms];
             transpose::<L>(std::array::from_fn(lane_of), to);
         }
     }
-    let packed = if lane == 1 || term == 1 { whole } else { 0 };
+    let packed = if lane_stride == 1 || term_stride == 1 {
+        whole
+    } else {
+        0
+    };
     for (index, to) in to.chunks_exact_mut(panel).enumerate().skip(packed) {
         to.fill(0.0);
         let first = index * L;
         for (t, to) in to.chunks_exact_mut(L).enumerate() {
             for (l, to) in to.iter_mut().take(lanes - first).enumerate() {
-                *to = values[(first + l) * lane + t * term];
+                *to = values[(first + l) * lane_stride + t * term_stride];
             }
         }
     }
 }
 
-/// `to[t * L + l]` is term t of lane l.
+/// Transposes lanes to terms: `to[t * L + l]` is term t of lane l.
 #[inline(always)]
 fn transpose<const L: usize>(lanes: [&[f32]; L], to: &mut [f32]) {
     let terms = to.len() / L;
@@ -117,7 +121,7 @@ fn transpose<const L: usize>(lanes: [&[f32]; L], to: &mut [f32]) {
     if is_x86_feature_detected!("avx") {
         done = terms / RUN * RUN;
         for start in (0..done).step_by(RUN) {
-            // SAFETY: the feature is there.
+            // SAFETY: the feature was detected.
             unsafe { transpose_run(&lanes, start, &mut to[start * L..(start + RUN) * L]) };
         }
     }
@@ -128,10 +132,11 @@ fn transpose<const L: usize>(lanes: [&[f32]; L], to: &mut [f32]) {
     }
 }
 
-/// Terms that are transposed at a time: the values of a vector.
+/// Terms transposed at a time: the values of a vector.
 const RUN: usize = 8;
 
-/// Terms `start .. start + 8`, for 8 lanes at a time: three rounds of swaps between two vectors.
+/// Transposes terms `start .. start + 8`, 8 lanes at a time, by three rounds of swaps between two
+/// vectors.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx")]
 #[inline]
@@ -173,18 +178,18 @@ fn transpose_run<const L: usize>(lanes: &[&[f32]; L], start: usize, to: &mut [f3
     }
 }
 
-/// The nearest bf16; of two equally near ones the even.
+/// Rounds to the nearest bf16, ties to even.
 #[inline(always)]
 fn round(value: f32) -> f32 {
     f32::from_bits(bf16_bits(value))
 }
 
-/// The nearest bf16 in the high half, zeros in the low one.
+/// Returns the bits of the nearest bf16 in the high half, zeros in the low half.
 #[inline(always)]
 pub(crate) fn bf16_bits(value: f32) -> u32 {
     let bits = value.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    // NaN stays NaN: carried over, it could become a number.
+    // A NaN must stay NaN: the carry of the rounding could turn it into a number.
     let bits = if value.is_nan() {
         bits | 1 << 22
     } else {
@@ -197,7 +202,7 @@ struct Multiply<'a, const R: usize, const C: usize> {
     rows: &'a [f32],
     cols: &'a [f32],
     depth: usize,
-    strip: Strip<'a>,
+    strip: OutputStrip<'a>,
 }
 
 impl<const R: usize, const C: usize> WithSimd for Multiply<'_, R, C> {
@@ -215,8 +220,8 @@ impl<const R: usize, const C: usize> WithSimd for Multiply<'_, R, C> {
             let width = C.min(strip.cols - j * C);
             for (i, rows) in rows.chunks_exact(depth * R).enumerate() {
                 let height = R.min(strip.rows - i * R);
-                for line in strip.lines(i * R, height) {
-                    prefetch(&line[strip.first + j * C..][..width]);
+                for row in strip.rows(i * R, height) {
+                    prefetch(&row[strip.first + j * C..][..width]);
                 }
                 let tile = tile::<S, R>(simd, rows, S::as_simd_f32s(cols).0);
                 let lines = strip.values[i * R * strip.stride..].chunks_mut(strip.stride);
@@ -245,18 +250,18 @@ impl<const R: usize, const C: usize> WithSimd for Multiply<'_, R, C> {
     }
 }
 
-/// Brings the values of a tile's line near while its sums are taken.
+/// Prefetches a row of the output while the sums of its tile are computed.
 #[inline(always)]
-fn prefetch(line: &[f32]) {
+fn prefetch(row: &[f32]) {
     #[cfg(target_arch = "x86_64")]
-    for value in [line.first(), line.last()].into_iter().flatten() {
+    for value in [row.first(), row.last()].into_iter().flatten() {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: the address is that of a value.
+        // SAFETY: the address is that of a valid value.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) };
     }
 }
 
-/// The sums of R rows and two vectors of columns.
+/// Computes the sums of a tile: R rows and two vectors of columns.
 #[inline(always)]
 fn tile<S: Simd, const R: usize>(simd: S, rows: &[f32], cols: &[S::f32s]) -> [[S::f32s; 2]; R] {
     let mut sums = [[simd.splat_f32s(0.0); 2]; R];
@@ -271,27 +276,27 @@ fn tile<S: Simd, const R: usize>(simd: S, rows: &[f32], cols: &[S::f32s]) -> [[S
     sums
 }
 
-/// Tiles of 4 x 4 whose factors are rounded to bf16, on any CPU.
+/// A kernel with tiles of 4 x 4 and factors rounded to bf16, for any CPU.
 #[derive(Clone, Copy)]
-pub(crate) struct Plain;
+pub(crate) struct ScalarKernel;
 
-impl Kernel for Plain {
+impl Kernel for ScalarKernel {
     const ROWS: usize = 4;
     const COLS: usize = 4;
     const STEP: usize = 1;
     const DEPTH: usize = 256;
     type Element = f32;
 
-    fn pack_rows(self, part: Part, to: &mut [f32]) {
+    fn pack_rows(self, part: FactorPart, to: &mut [f32]) {
         pack::<4>(part, to);
         to.iter_mut().for_each(|value| *value = round(*value));
     }
 
-    fn pack_cols(self, part: Part, to: &mut [f32]) {
+    fn pack_cols(self, part: FactorPart, to: &mut [f32]) {
         self.pack_rows(part, to);
     }
 
-    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: Strip) {
+    fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: OutputStrip) {
         for (j, cols) in cols.chunks_exact(depth * 4).enumerate() {
             let width = 4.min(strip.cols - j * 4);
             for (i, rows) in rows.chunks_exact(depth * 4).enumerate() {

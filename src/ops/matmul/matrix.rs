@@ -1,4 +1,4 @@
-//! TODO
+//! Strided views of matrices, which products read and write.
 
 /// A strided view of an f32 matrix.
 #[derive(Clone, Copy)]
@@ -11,7 +11,7 @@ pub struct Mat<'a> {
 }
 
 impl<'a> Mat<'a> {
-    /// A row-major matrix (rows x cols) whose rows lie `row_stride` values apart.
+    /// A row-major matrix (rows x cols) whose rows begin `row_stride` values apart.
     pub fn strided(values: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
         Self {
             values,
@@ -22,12 +22,13 @@ impl<'a> Mat<'a> {
         }
     }
 
-    /// A row-major matrix without gaps: as many rows of `cols` values as there are.
+    /// A contiguous row-major matrix of `cols` columns. The number of rows follows from the length
+    /// of `values`.
     pub fn new(values: &'a [f32], cols: usize) -> Self {
         Self::strided(values, values.len() / cols.max(1), cols, cols)
     }
 
-    /// How many values it spans.
+    /// Number of values from the first element to the last, gaps included.
     pub(crate) fn span(&self) -> usize {
         span(self.rows, self.cols, self.row_stride, self.col_stride)
     }
@@ -51,24 +52,27 @@ pub struct MatMut<'a> {
 }
 
 impl<'a> MatMut<'a> {
+    /// A matrix whose rows begin `row_stride` values apart.
     pub fn strided(values: &'a mut [f32], row_stride: usize) -> Self {
         Self { values, row_stride }
     }
 
-    /// A matrix of `cols` columns without gaps.
+    /// A contiguous matrix of `cols` columns.
     pub fn new(values: &'a mut [f32], cols: usize) -> Self {
         Self::strided(values, cols)
     }
 }
 
-/// Whether a product spreads over the threads of the pool.
+/// Number of threads that a product uses.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Threads {
+    /// The calling thread only.
     One,
+    /// All threads of the rayon pool.
     All,
 }
 
-/// How many values a (rows x cols) matrix with these strides spans.
+/// Number of values that a (rows x cols) matrix with these strides spans, gaps included.
 pub(crate) fn span(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
     if rows == 0 || cols == 0 {
         return 0;

@@ -1,34 +1,41 @@
 //! Matrix products over slices.
 //!
-//! [`blocks`] cuts a product into blocks that fit the caches and copies ("packs") them into the
-//! order in which a kernel reads them (Goto and van de Geijn, ACM TOMS 34(3), 2008); [`kernel`]
-//! multiplies f32 with the widest vectors of the CPU, [`bf16`] with its bf16 instructions, `amx` with
-//! its matrix unit. Which is found out at run time. How a product is cut does not depend on the number of threads.
+//! A product is cut into blocks that fit the caches. Each block is copied ("packed") into the order in
+//! which a kernel reads it (Goto and van de Geijn, ACM TOMS 34(3), 2008). The kernel is chosen at run
+//! time.
+//!
+//! | file | content |
+//! |---|---|
+//! | `matrix` | strided views of the factors and the output |
+//! | `blocks` | the blocking, and the trait of a kernel |
+//! | `kernel` | f32 kernels for the widest vectors of the CPU, and a scalar one |
+//! | `bf16` | the kernel for AVX512-BF16 |
+//! | `amx` | the kernel for Intel's matrix unit |
+//!
+//! Invariant: the blocking does not depend on the number of threads.
 
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 pub(crate) mod bf16;
 pub(crate) mod blocks;
 pub(crate) mod kernel;
-#[cfg(target_arch = "x86_64")]
 pub(crate) mod matrix;
 
-use crate::ops::matmul::matrix::Mat;
-use crate::ops::matmul::matrix::MatMut;
-use crate::ops::matmul::matrix::Threads;
-use crate::ops::matmul::matrix::span;
+use crate::ops::matmul::matrix::{Mat, MatMut, Threads, span};
 use blocks::Product;
 use gemm::Parallelism;
 
-/// What the factors of a product are rounded to; they are stored, and sums are taken, in f32.
+/// Number type to which the factors of a product are rounded. Storage and sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
     #[default]
     F32,
-    /// 8 bits of mantissa: faster where the CPU has AMX (Intel) or AVX512-BF16 (AMD), as fast elsewhere.
+    /// 8 bits of mantissa. Faster on CPUs with AMX (Intel) or AVX512-BF16 (AMD), as fast as f32 on others.
     Bf16,
 }
 
 impl Precision {
+    /// Name in settings and reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -36,27 +43,27 @@ impl Precision {
         }
     }
 
-    /// The fastest of this CPU.
+    /// Returns the fastest precision of this CPU.
     pub fn fastest() -> Self {
         #[cfg(target_arch = "x86_64")]
-        if amx::Amx::detect().is_some() || bf16::Native::where_fast().is_some() {
+        if amx::Amx::detect().is_some() || bf16::Avx512Bf16::detect_if_fast().is_some() {
             return Self::Bf16;
         }
         Self::F32
     }
 }
 
-/// Products with fewer rows are left to the `gemm` crate: packing a weight to multiply it with
-/// them costs more than it saves.
-const FEW_ROWS: usize = 16;
+/// Minimum number of rows for the kernels of this room. Smaller products go to the `gemm` crate,
+/// because packing the weight would cost more than it saves.
+const MIN_ROWS: usize = 16;
 
-/// `out = a b`, or `out += a b` where `add`.
+/// Computes `out = a b`, or `out += a b` with `add`.
 ///
 /// # Panics
-/// Where the inner sizes differ or a view reaches past its slice.
+/// Where the inner sizes differ or a view extends past its slice.
 pub fn matmul(out: MatMut, a: Mat, b: Mat, add: bool, threads: Threads, precision: Precision) {
     let (m, k, n) = (a.rows, a.cols, b.cols);
-    assert_eq!(k, b.rows, "inner sizes of a matrix product differ");
+    assert_eq!(k, b.rows, "the inner sizes of a matrix product differ");
     assert!(a.span() <= a.values.len() && b.span() <= b.values.len());
     assert!(out.row_stride >= n && span(m, n, out.row_stride, 1) <= out.values.len());
     if m == 0 || n == 0 {
@@ -75,29 +82,29 @@ pub fn matmul(out: MatMut, a: Mat, b: Mat, add: bool, threads: Threads, precisio
         if rounded && let Some(kernel) = amx::Amx::detect() {
             return product.run(kernel);
         }
-        if rounded && let Some(kernel) = bf16::Native::where_fast() {
+        if rounded && let Some(kernel) = bf16::Avx512Bf16::detect_if_fast() {
             return product.run(kernel);
         }
-        if rounded || m >= FEW_ROWS {
+        if rounded || m >= MIN_ROWS {
             match pulp::Arch::new() {
                 pulp::Arch::V4(simd) => {
-                    return product.run(kernel::Wide::<_, 14, 32> { simd, rounded });
+                    return product.run(kernel::VectorKernel::<_, 14, 32> { simd, rounded });
                 }
                 pulp::Arch::V3(simd) => {
-                    return product.run(kernel::Wide::<_, 6, 16> { simd, rounded });
+                    return product.run(kernel::VectorKernel::<_, 6, 16> { simd, rounded });
                 }
                 _ => {}
             }
         }
     }
     if rounded {
-        return product.run(kernel::Plain);
+        return product.run(kernel::ScalarKernel);
     }
-    by_crate(product);
+    matmul_by_gemm(product);
 }
 
-/// A product in f32 by the `gemm` crate.
-fn by_crate(product: Product) {
+/// Computes a product in f32 with the `gemm` crate.
+fn matmul_by_gemm(product: Product) {
     let Product {
         out,
         a,
@@ -140,19 +147,19 @@ fn by_crate(product: Product) {
 mod tests {
     use super::*;
 
-    /// Values that are exact in bf16, and whose products and sums are exact in f32.
+    /// Random values that are exact in bf16, with products and sums that are exact in f32.
     fn random(count: usize, random: &mut fastrand::Rng) -> Vec<f32> {
         (0..count).map(|_| random.i32(-8..=8) as f32).collect()
     }
 
-    /// `values` (rows x cols) with its columns laid end to end.
-    fn turned(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    /// Copies row-major `values` (rows x cols) to column-major order.
+    fn column_major(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
         let at = |i: usize| values[i % rows * cols + i / rows];
         (0..rows * cols).map(at).collect()
     }
 
     #[test]
-    fn products_agree_with_the_definition_for_every_size_and_transposition() {
+    fn matmul_agrees_with_definition_for_all_sizes_and_transpositions() {
         let mut rng = fastrand::Rng::with_seed(1);
         let sizes = [
             (5, 7, 3),
@@ -164,7 +171,7 @@ mod tests {
         ];
         for (m, k, n) in sizes {
             let (a, b) = (random(m * k, &mut rng), random(k * n, &mut rng));
-            let (a_t, b_t) = (turned(&a, m, k), turned(&b, k, n));
+            let (a_t, b_t) = (column_major(&a, m, k), column_major(&b, k, n));
             let mut expected = vec![0.0; m * n];
             for row in 0..m {
                 for i in 0..k {
@@ -176,7 +183,7 @@ mod tests {
             let (a, b) = (Mat::strided(&a, m, k, k), Mat::strided(&b, k, n, n));
             let a_t = Mat::strided(&a_t, k, m, m).t();
             let b_t = Mat::strided(&b_t, n, k, k).t();
-            // Rows have a gap of two values, which must stay.
+            // Rows are followed by a gap of two values, which must not change.
             let stride = n + 2;
             for (a, b) in [(a, b), (a_t, b), (a, b_t), (a_t, b_t)] {
                 for precision in [Precision::F32, Precision::Bf16] {
@@ -187,13 +194,14 @@ mod tests {
                             matmul(to, a, b, add, threads, precision);
                         }
                         for (at, value) in out.iter().enumerate() {
-                            let (row, col) = (at / stride, at % stride);
-                            let right = if col < n {
+                            let row = at / stride;
+                            let col = at % stride;
+                            let expected_value = if col < n {
                                 2.0 * expected[row * n + col]
                             } else {
                                 1.0
                             };
-                            assert_eq!(*value, right, "{m} x {k} x {n}: {row}, {col}");
+                            assert_eq!(*value, expected_value, "{m} x {k} x {n}: {row}, {col}");
                         }
                     }
                 }
@@ -202,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn bf16_rounds_factors_to_the_nearest_and_keeps_nan() {
+    fn bf16_rounds_factors_to_nearest_and_keeps_nan() {
         let value = 1.0 + 1.0 / 512.0;
         let (a, b) = ([value; 32], [1.0, f32::NAN]);
         for (precision, expected) in [(Precision::F32, value), (Precision::Bf16, 1.0)] {
@@ -227,11 +235,11 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_tile_that_this_cpu_has_agrees() {
+    fn all_kernels_of_this_cpu_agree() {
         let mut rng = fastrand::Rng::with_seed(2);
         for (m, k, n) in [(19, 400, 23), (70, 1100, 97), (64, 64, 64)] {
             let (a, b) = (random(m * k, &mut rng), random(k * n, &mut rng));
-            let of = |run: fn(Product)| {
+            let product_by = |run: fn(Product)| {
                 let mut out = vec![0.5; m * n];
                 run(Product {
                     out: MatMut::new(&mut out, n),
@@ -242,41 +250,41 @@ mod tests {
                 });
                 out
             };
-            let plain = of(|product| product.run(kernel::Plain));
-            assert_eq!(plain, of(by_crate));
+            let plain = product_by(|product| product.run(kernel::ScalarKernel));
+            assert_eq!(plain, product_by(matmul_by_gemm));
             #[cfg(target_arch = "x86_64")]
             {
                 if amx::Amx::detect().is_some() {
                     let run = |product: Product| product.run(amx::Amx::detect().unwrap());
-                    assert_eq!(plain, of(run));
+                    assert_eq!(plain, product_by(run));
                 }
-                if bf16::Native::detect().is_some() {
-                    let run = |product: Product| product.run(bf16::Native::detect().unwrap());
-                    assert_eq!(plain, of(run));
+                if bf16::Avx512Bf16::detect().is_some() {
+                    let run = |product: Product| product.run(bf16::Avx512Bf16::detect().unwrap());
+                    assert_eq!(plain, product_by(run));
                 }
                 let wide = |product: Product| match pulp::Arch::new() {
                     pulp::Arch::V4(simd) => {
-                        product.run(kernel::Wide::<_, 14, 32> {
+                        product.run(kernel::VectorKernel::<_, 14, 32> {
                             simd,
                             rounded: true,
                         });
                     }
                     pulp::Arch::V3(simd) => {
-                        product.run(kernel::Wide::<_, 6, 16> {
+                        product.run(kernel::VectorKernel::<_, 6, 16> {
                             simd,
                             rounded: true,
                         });
                     }
-                    _ => product.run(kernel::Plain),
+                    _ => product.run(kernel::ScalarKernel),
                 };
-                assert_eq!(plain, of(wide));
+                assert_eq!(plain, product_by(wide));
             }
         }
     }
 
     #[test]
     #[should_panic]
-    fn a_view_past_its_slice_is_refused() {
+    fn matmul_panics_on_view_past_slice() {
         let short = [0.0; 5];
         let mut out = [0.0; 4];
         matmul(

@@ -1,11 +1,11 @@
-//! Row T2: the gradient of a position's loss, with every divergence, against central differences of
-//! its formula in f64.
+//! Row T2: the gradient of the loss of a position, with every divergence, compared with central
+//! differences of its formula in f64.
 
 use distill::train::loss;
 use distill::train::loss::divergence::Divergence;
 use distill::train::loss::row::{Row, SoftTerm, Weights};
 
-/// Every one there is, with its parameter where it has one.
+/// Returns every divergence, with random parameters.
 fn divergences(random: &mut fastrand::Rng) -> [Divergence; 11] {
     let mut parameter = |from: f32, to: f32| from + (to - from) * random.f32();
     [
@@ -27,7 +27,8 @@ fn term(divergence: Divergence, weight: f32) -> SoftTerm {
     SoftTerm { divergence, weight }
 }
 
-/// The table of `train::loss::divergence`, row by row. `logq` are log-probabilities (V).
+/// Computes a divergence by the formulas in the table of `train::loss::divergence`. `logq` are the
+/// log-probabilities of the student (V).
 fn formula(divergence: Divergence, logq: &[f64], row: Row) -> Option<f64> {
     let mut known: Vec<(usize, f64)> = match row.dense {
         Some(logits) => {
@@ -50,17 +51,19 @@ fn formula(divergence: Divergence, logq: &[f64], row: Row) -> Option<f64> {
     }
     let mut t: Vec<f64> = known.iter().map(|(_, l)| l.exp()).collect();
     let mut s: Vec<f64> = known.iter().map(|(id, _)| logq[*id].exp()).collect();
-    let (mass, student_mass): (f64, f64) = (t.iter().sum(), s.iter().sum());
+    let mass: f64 = t.iter().sum();
+    let student_mass: f64 = s.iter().sum();
     let softmax = |values: Vec<f64>| -> Vec<f64> {
         let sum: f64 = values.iter().map(|v| v.exp()).sum();
         values.iter().map(|v| v.exp() / sum).collect()
     };
     let logits = |tau: f64| known.iter().map(|(id, _)| logq[*id] / tau).collect();
     let renormalized: Vec<f64> = t.iter().map(|t| t / mass).collect();
-    let whole = known.len() == logq.len();
-    let (tail, student_tail) = match whole {
-        true => (0.0, 1e-7),
-        false => (1.0 - mass, 1.0 - student_mass),
+    let is_complete = known.len() == logq.len();
+    let (tail, student_tail) = if is_complete {
+        (0.0, 1e-7)
+    } else {
+        (1.0 - mass, 1.0 - student_mass)
     };
     let conditional = s.clone();
     t.push(tail);
@@ -68,11 +71,11 @@ fn formula(divergence: Divergence, logq: &[f64], row: Row) -> Option<f64> {
     Some(match divergence {
         Divergence::Tail => kl(&t, &s),
         Divergence::Damped(lambda) => {
-            let of_label = drawn.map_or(0.0, |logprob| {
+            let label_term = drawn.map_or(0.0, |logprob| {
                 let student = logq[row.label as usize] - student_tail.ln();
                 logprob - tail.ln() - student
             });
-            kl(&t, &s) + f64::from(lambda) * of_label
+            kl(&t, &s) + f64::from(lambda) * label_term
         }
         Divergence::Temperature(tau) => {
             let tau = f64::from(tau);
@@ -99,9 +102,8 @@ fn formula(divergence: Divergence, logq: &[f64], row: Row) -> Option<f64> {
 }
 
 fn kl(a: &[f64], b: &[f64]) -> f64 {
-    let term = |(a, b): (&f64, &f64)| match *a > 0.0 {
-        true => a * (a / b).ln(),
-        false => 0.0,
+    let term = |(a, b): (&f64, &f64)| {
+        if *a > 0.0 { a * (a / b).ln() } else { 0.0 }
     };
     a.iter().zip(b).map(term).sum()
 }
@@ -117,7 +119,7 @@ fn log_softmax(logits: &[f64]) -> Vec<f64> {
     logits.iter().map(|z| z - largest - sum.ln()).collect()
 }
 
-/// A position with a random student, teacher and top-k.
+/// A position with random student logits, teacher and top-k.
 struct Case {
     logits: Vec<f32>,
     ids: Vec<u32>,
@@ -163,11 +165,12 @@ impl Case {
 }
 
 #[test]
-fn gradients_are_those_of_the_formula() {
+fn loss_gradients_agree_with_the_formula() {
     let mut random = fastrand::Rng::with_seed(12);
     for number in 0..200 {
         let case = Case::random(&mut random);
-        let (kd, smoothing) = (random.f32(), [0.0, 0.1][number % 2]);
+        let kd = random.f32();
+        let smoothing = [0.0, 0.1][number % 2];
         for divergence in divergences(&mut random) {
             let exact = random.bool();
             let row = case.row(exact);
@@ -181,33 +184,35 @@ fn gradients_are_those_of_the_formula() {
             let mut gradient = case.logits.clone();
             let loss = loss::row(&mut gradient, row, weights).loss;
             let at = |logits: &[f64]| position(&log_softmax(logits), divergence, row, weights);
-            let what = format!("case {number}, {divergence:?}, {row:?}");
-            check(&case.logits, loss, &gradient, at, &what);
+            let case_name = format!("case {number}, {divergence:?}, {row:?}");
+            check(&case.logits, loss, &gradient, at, &case_name);
         }
     }
 }
 
-/// The same with a teacher whose logits are all known, of a vocabulary that may be smaller or larger:
-/// embeddings are padded.
+/// The same with all logits of the teacher. Its vocabulary may be smaller or larger than the student's,
+/// because embeddings are padded.
 #[test]
-fn gradients_towards_a_whole_distribution_are_those_of_the_formula() {
+fn loss_gradients_with_full_teacher_distribution_agree_with_the_formula() {
     let mut random = fastrand::Rng::with_seed(15);
     for number in 0..100 {
         let case = Case::random(&mut random);
         let vocabulary = case.logits.len();
-        let teachers = match number % 3 {
+        let teacher_vocabulary = match number % 3 {
             0 => vocabulary,
             1 => vocabulary + 5,
             _ => vocabulary - vocabulary / 4,
         };
-        let teacher: Vec<f32> = (0..teachers).map(|_| random.f32() * 6.0 - 9.0).collect();
+        let teacher: Vec<f32> = (0..teacher_vocabulary)
+            .map(|_| random.f32() * 6.0 - 9.0)
+            .collect();
         let row = Row {
             label: case.label,
             dense: Some(&teacher),
             ..Row::default()
         };
         let known = Row {
-            dense: Some(&teacher[..teachers.min(vocabulary)]),
+            dense: Some(&teacher[..teacher_vocabulary.min(vocabulary)]),
             ..row
         };
         for divergence in divergences(&mut random) {
@@ -216,8 +221,8 @@ fn gradients_towards_a_whole_distribution_are_those_of_the_formula() {
                 label_smoothing: [0.0, 0.1][number % 2],
                 ..Weights::default()
             };
-            // Nothing is missing of the teacher's side, so that all of these are one.
-            let whole = match divergence {
+            // The teacher has no tail, so these divergences are all the same.
+            let equivalent = match divergence {
                 Divergence::Damped(_) | Divergence::Renormalize | Divergence::RenormalizeBoth => {
                     Divergence::Tail
                 }
@@ -225,20 +230,24 @@ fn gradients_towards_a_whole_distribution_are_those_of_the_formula() {
             };
             let mut gradient = case.logits.clone();
             let found = loss::row(&mut gradient, row, weights);
-            let at = |logits: &[f64]| match whole {
-                // Where the student has more tokens, it is tempered over all of them.
+            let at = |logits: &[f64]| match equivalent {
+                // If the student has more tokens, the temperature applies to all of them.
                 Divergence::Temperature(tau) => tempered(logits, &teacher, row.label, tau, weights),
-                _ => position(&log_softmax(logits), whole, known, weights),
+                _ => position(&log_softmax(logits), equivalent, known, weights),
             };
-            let what = format!("case {number}, {divergence:?}, {vocabulary} and {teachers} tokens");
-            check(&case.logits, found.loss, &gradient, at, &what);
+            let case_name = format!(
+                "case {number}, {divergence:?}, {vocabulary} and {teacher_vocabulary} tokens"
+            );
+            check(&case.logits, found.loss, &gradient, at, &case_name);
         }
     }
 }
 
-/// The classic of distillation.
+/// Computes the classic distillation loss (Hinton et al., arXiv 1503.02531): the KL divergence at a
+/// temperature, times its square.
 fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: Weights) -> f64 {
-    let (tau, kd) = (f64::from(tau), f64::from(weights.soft[0].weight));
+    let tau = f64::from(tau);
+    let kd = f64::from(weights.soft[0].weight);
     let both = teacher.len().min(logits.len());
     let cool = |values: Vec<f64>| log_softmax(&values.iter().map(|v| v / tau).collect::<Vec<_>>());
     let p = cool(teacher[..both].iter().map(|l| f64::from(*l)).collect());
@@ -256,13 +265,11 @@ fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: Weig
     (1.0 - kd) * ce + kd * tau * tau * kl
 }
 
-/// The loss of a position by its formula, at the log-probabilities `logq` (V).
+/// Computes the loss of a position by its formula, at the log-probabilities `logq` (V).
 fn position(logq: &[f64], divergence: Divergence, row: Row, weights: Weights) -> f64 {
     let uniform = -logq.iter().sum::<f64>() / logq.len() as f64;
-    let (kd, smoothing) = (
-        f64::from(weights.soft[usize::from(row.exact)].weight),
-        f64::from(weights.label_smoothing),
-    );
+    let kd = f64::from(weights.soft[usize::from(row.exact)].weight);
+    let smoothing = f64::from(weights.label_smoothing);
     let ce = -(1.0 - smoothing) * logq[row.label as usize] + smoothing * uniform;
     match formula(divergence, logq, row) {
         Some(value) => (1.0 - kd) * ce + kd * value,
@@ -270,13 +277,13 @@ fn position(logq: &[f64], divergence: Divergence, row: Row, weights: Weights) ->
     }
 }
 
-/// Checks a loss and its gradient against `at` and its central differences.
-fn check(logits: &[f32], loss: f32, gradient: &[f32], at: impl Fn(&[f64]) -> f64, what: &str) {
+/// Checks that a loss equals `at`, and its gradient the central differences of `at`.
+fn check(logits: &[f32], loss: f32, gradient: &[f32], at: impl Fn(&[f64]) -> f64, case: &str) {
     let logits: Vec<f64> = logits.iter().map(|z| f64::from(*z)).collect();
     let expected = at(&logits);
     assert!(
         (f64::from(loss) - expected).abs() < 1e-5 * expected.abs().max(1.0),
-        "{what}: {loss} and {expected}"
+        "{case}: {loss} and {expected}"
     );
     for (index, gradient) in gradient.iter().enumerate() {
         let mut moved = logits.clone();
@@ -288,16 +295,17 @@ fn check(logits: &[f32], loss: f32, gradient: &[f32], at: impl Fn(&[f64]) -> f64
         let error = (f64::from(*gradient) - difference).abs();
         assert!(
             error < 1e-6,
-            "{what}, logit {index}: {gradient} and {difference}"
+            "{case}, logit {index}: {gradient} and {difference}"
         );
     }
 }
 
 #[test]
-fn gradients_of_chunks_are_those_of_the_formula() {
+fn chunk_loss_gradients_agree_with_the_formula() {
     let mut random = fastrand::Rng::with_seed(16);
     for number in 0..100 {
-        let (vocabulary, length) = (random.usize(2..30), random.usize(1..5));
+        let vocabulary = random.usize(2..30);
+        let length = random.usize(1..5);
         let logits: Vec<f32> = (0..vocabulary * length)
             .map(|_| random.f32() * 4.0 - 2.0)
             .collect();
@@ -320,21 +328,23 @@ fn gradients_of_chunks_are_those_of_the_formula() {
         let losses = loss::chunk(&mut gradient, &rows, nll, weights);
         let loss = losses.iter().map(|row| row.loss).sum();
         let at = |logits: &[f64]| {
-            let (mut of_text, mut all) = (0.0, 0.0);
+            let mut student_nll = 0.0;
+            let mut total = 0.0;
             for (logits, row) in logits.chunks(vocabulary).zip(&rows) {
                 let logq = log_softmax(logits);
-                of_text -= logq[row.label as usize];
-                all += position(&logq, Divergence::Tail, *row, weights);
+                student_nll -= logq[row.label as usize];
+                total += position(&logq, Divergence::Tail, *row, weights);
             }
-            let teachers = f64::from(nll).max(1e-6);
-            let difference = of_text - teachers + teachers * (teachers / of_text).ln();
-            all + f64::from(weights.alm) * difference
+            let teacher_nll = f64::from(nll).max(1e-6);
+            let difference =
+                student_nll - teacher_nll + teacher_nll * (teacher_nll / student_nll).ln();
+            total + f64::from(weights.alm) * difference
         };
         check(&logits, loss, &gradient, at, &format!("case {number}"));
         let alm = f64::from(losses[0].alm.unwrap());
         assert!(alm > -1e-6 && losses[1..].iter().all(|row| row.alm.is_none()));
     }
-    // The golden value: a = 2.3, b = 3.1.
+    // Golden value: a = 2.3, b = 3.1.
     let mut logits = [0.0, (1.0f32 - (-3.1f32).exp()).ln() + 3.1];
     let row = Row::default();
     let weights = Weights {
@@ -350,7 +360,7 @@ fn gradients_of_chunks_are_those_of_the_formula() {
 }
 
 #[test]
-fn what_is_a_divergence_is_zero_and_flat_at_a_match() {
+fn divergences_and_their_gradients_are_zero_at_a_match() {
     let mut random = fastrand::Rng::with_seed(13);
     for _ in 0..100 {
         let mut case = Case::random(&mut random);
@@ -373,8 +383,8 @@ fn what_is_a_divergence_is_zero_and_flat_at_a_match() {
             };
             let found = loss::row(&mut gradient, row, weights);
             let Some(kd) = found.kd else { continue };
-            // A sample says something, even at a match; on average it does not.
-            let sampled = matches!(divergence, Divergence::Damped(_)) && row.drawn.is_some();
+            // The term of a single sample is not zero at a match; its mean is.
+            let is_sampled = matches!(divergence, Divergence::Damped(_)) && row.drawn.is_some();
             let steepest = gradient.iter().fold(0.0f32, |most, g| most.max(g.abs()));
             if divergence == Divergence::Renormalize {
                 let known = case.logprobs.iter().chain(&case.drawn);
@@ -383,7 +393,7 @@ fn what_is_a_divergence_is_zero_and_flat_at_a_match() {
                     mass > 0.99 || kd > 0.0 && steepest > 1e-4,
                     "{kd}, {steepest}"
                 );
-            } else if !sampled {
+            } else if !is_sampled {
                 assert!(
                     kd.abs() < 3e-6 && (steepest < 1e-6 || divergence == Divergence::Tvd),
                     "{divergence:?}: {kd}, {steepest}, {row:?}"
@@ -398,11 +408,12 @@ fn what_is_a_divergence_is_zero_and_flat_at_a_match() {
     }
 }
 
-/// Over all y that the teacher may emit, weighted by its probabilities, `damped` is the divergence on the top-k and the
-/// tail, and lambda p_ times that of the distributions within the tail; so `unbiased` is the full one. The same
-/// holds for the gradients, and at a match they vanish for every lambda.
+/// The mean of `damped` over all y, weighted by the teacher's probabilities, is the divergence on the top-k
+/// and the tail, plus lambda times the tail mass times the divergence within the tail. With lambda = 1
+/// (`unbiased`) it is the full divergence. The same holds for the gradients. At a match they are zero for
+/// every lambda.
 #[test]
-fn damped_is_head_and_weighted_tail_on_average() {
+fn damped_divergence_is_head_plus_weighted_tail_on_average() {
     let mut random = fastrand::Rng::with_seed(14);
     for number in 0..100 {
         let case = Case::random(&mut random);
@@ -421,7 +432,8 @@ fn damped_is_head_and_weighted_tail_on_average() {
             soft: [term(Divergence::Damped(lambda), 1.0); 2],
             ..Weights::default()
         };
-        let (mut mean, mut slope) = (0.0, vec![0.0; vocabulary]);
+        let mut mean = 0.0;
+        let mut slope = vec![0.0; vocabulary];
         for y in 0..vocabulary as u32 {
             let row = Row {
                 label: y,
@@ -442,7 +454,7 @@ fn damped_is_head_and_weighted_tail_on_average() {
         let is_outside = |id: &usize| !ids.contains(&(*id as u32));
         let expected = |logits: &[f64]| {
             let student = log_softmax(logits);
-            let of = |log: &[f64]| -> (Vec<f64>, Vec<f64>) {
+            let split = |log: &[f64]| -> (Vec<f64>, Vec<f64>) {
                 let outside: Vec<f64> = (0..vocabulary)
                     .filter(is_outside)
                     .map(|id| log[id].exp())
@@ -454,14 +466,18 @@ fn damped_is_head_and_weighted_tail_on_average() {
                     outside.iter().map(|p| p / mass).collect(),
                 )
             };
-            let ((t, t_within), (s, s_within)) = (of(&teacher), of(&student));
+            let (t, t_within) = split(&teacher);
+            let (s, s_within) = split(&student);
             kl(&t, &s) + f64::from(lambda) * t[ids.len()] * kl(&t_within, &s_within)
         };
-        let what = format!(
+        let case_name = format!(
             "case {number}, lambda {lambda}, k {} of {vocabulary}",
             ids.len()
         );
-        assert!((mean - expected(&logits)).abs() < 5e-6, "{what}: {mean}");
+        assert!(
+            (mean - expected(&logits)).abs() < 5e-6,
+            "{case_name}: {mean}"
+        );
         for (index, slope) in slope.into_iter().enumerate() {
             let at = |step: f64| {
                 let mut moved = logits.clone();
@@ -471,9 +487,9 @@ fn damped_is_head_and_weighted_tail_on_average() {
             let difference = (at(1e-5) - at(-1e-5)) / 2e-5;
             assert!(
                 (slope - difference).abs() < 3e-6,
-                "{what}: {slope} and {difference}"
+                "{case_name}: {slope} and {difference}"
             );
-            assert!(!is_match || slope.abs() < 3e-6, "{what}: {slope}");
+            assert!(!is_match || slope.abs() < 3e-6, "{case_name}: {slope}");
         }
     }
 }

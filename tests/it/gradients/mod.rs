@@ -1,7 +1,13 @@
-//! Every hand-written backward pass against candle's autograd over the composed operations, and
-//! against differences of its forward pass.
+//! Every hand-written backward pass, compared with candle's autograd and with finite differences of the
+//! forward pass.
+//!
+//! | file | content |
+//! |---|---|
+//! | `torch.rs` | logits, loss and gradients of every architecture, compared with PyTorch |
+//! | `candle.rs` | operations, training and updates, compared with candle |
+//! | `loss.rs` | the gradient of the loss by divergence, compared with finite differences |
 
-mod composed;
+mod candle;
 mod loss;
 mod torch;
 
@@ -12,9 +18,9 @@ use candle_nn::ops::log_softmax;
 use distill::data::batch::Batch;
 use distill::model::config::shape::ModelConfig;
 use distill::model::gradients::Gradients;
-use distill::model::tape::Memory;
+use distill::model::tape::Activations;
 use distill::model::weights::Tensors;
-use distill::model::{Input, Model};
+use distill::model::{Model, ModelInput};
 use distill::train::loss::divergence::Divergence;
 use distill::train::loss::row::{SoftTerm, Weights};
 use distill::train::objective;
@@ -23,8 +29,8 @@ use crate::model::tiny;
 
 const VOCABULARY: u32 = 61;
 
-/// The weight of chunks.
-const ALM: f64 = 0.3;
+/// The weight of the ALM loss of chunks.
+const ALM_WEIGHT: f64 = 0.3;
 
 /// A trainable model with its variables by name.
 pub struct Trainable {
@@ -37,7 +43,7 @@ impl Trainable {
         Self::with_frozen(config, tensors, |_| false)
     }
 
-    /// With the weights that `frozen` names as constants.
+    /// Makes the weights selected by `frozen` constants.
     pub fn with_frozen(
         config: &ModelConfig,
         tensors: &Tensors,
@@ -61,12 +67,12 @@ impl Trainable {
         Self::new(&config, &tensors)
     }
 
-    /// The loss of `batches` and the gradient of each variable.
+    /// Returns the loss of `batches` and the gradient of each variable.
     pub fn gradients(
         &self,
         batches: &[Batch],
         kd: f32,
-        memory: Memory,
+        activations: Activations,
     ) -> (f64, BTreeMap<String, Vec<f32>>) {
         let positions: usize = batches.iter().map(|batch| batch.positions.len()).sum();
         let weights = Weights {
@@ -74,14 +80,15 @@ impl Trainable {
                 divergence: Divergence::Tail,
                 weight: kd,
             }; 2],
-            alm: ALM as f32,
+            alm: ALM_WEIGHT as f32,
             scale: 1.0 / positions as f32,
             ..Weights::default()
         };
         let mut gradients = self.model.gradients();
         let mut loss = 0.0;
         for batch in batches {
-            let part = objective::gradients(&self.model, batch, weights, memory, &mut gradients);
+            let part =
+                objective::gradients(&self.model, batch, weights, activations, &mut gradients);
             loss += part.unwrap().0;
         }
         (loss, self.named(&gradients))
@@ -89,26 +96,26 @@ impl Trainable {
 
     fn named(&self, gradients: &Gradients) -> BTreeMap<String, Vec<f32>> {
         let get = |(name, var): (&String, &Var)| {
-            let here = gradients.get(var.as_tensor()).map(<[f32]>::to_vec);
-            let elsewhere = || {
-                let gradient = gradients.elsewhere(var.as_tensor())?;
+            let on_cpu = gradients.get(var.as_tensor()).map(<[f32]>::to_vec);
+            let on_device = || {
+                let gradient = gradients.get_on_device(var.as_tensor())?;
                 Some(gradient.flatten_all().unwrap().to_vec1().unwrap())
             };
-            let gradient = here.or_else(elsewhere);
+            let gradient = on_cpu.or_else(on_device);
             let gradient = gradient.unwrap_or_else(|| panic!("{name} received no gradient"));
             (name.clone(), gradient)
         };
         self.vars.iter().map(get).collect()
     }
 
-    /// The same by candle: the loss from its formula, the gradients by its autograd.
-    pub fn oracle(&self, batch: &Batch, kd: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
-        let input = Input {
+    /// Returns the same by candle: the loss from its formula, the gradients from autograd.
+    pub fn reference(&self, batch: &Batch, kd: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
+        let input = ModelInput {
             input_ids: &batch.input_ids,
             segments: &batch.segments,
             positions: &batch.positions,
         };
-        let hidden = self.model.composed_hidden(input).unwrap();
+        let hidden = self.model.candle_hidden(input).unwrap();
         let logits = hidden.matmul(&self.model.head().t().unwrap()).unwrap();
         let logq = log_softmax(&logits, D::Minus1).unwrap();
         let mut terms = Vec::new();
@@ -121,10 +128,12 @@ impl Trainable {
                 terms.push(ce);
                 continue;
             }
-            let (mut mass, mut kept) = (0.0, Tensor::zeros((), DType::F32, &Device::Cpu).unwrap());
+            let mut mass = 0.0;
+            let mut kept = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
             let mut tail = kept.clone();
             for i in soft {
-                let (l, logq) = (batch.soft_logprobs[i] as f64, at(batch.soft_ids[i]));
+                let l = batch.soft_logprobs[i] as f64;
+                let logq = at(batch.soft_ids[i]);
                 mass += l.exp();
                 kept = (kept + logq.exp().unwrap()).unwrap();
                 tail = (tail + (logq.neg().unwrap() + l).unwrap() * l.exp()).unwrap();
@@ -137,20 +146,22 @@ impl Trainable {
         }
         let mut loss = Tensor::stack(&terms, 0).unwrap().sum_all().unwrap();
         for (span, nll) in &batch.chunks {
-            let of_label = |n: usize| {
+            let label_loss = |n: usize| {
                 let logq = logq.get(n).unwrap();
                 logq.get(batch.labels[n] as usize).unwrap().neg().unwrap()
             };
-            let all: Vec<Tensor> = span.clone().map(of_label).collect();
+            let all: Vec<Tensor> = span.clone().map(label_loss).collect();
             let b = Tensor::stack(&all, 0).unwrap().sum_all().unwrap();
             let a = f64::from(*nll);
             let log = b.log().unwrap().affine(-a, a * a.ln() - a).unwrap();
-            loss = (loss + ((b + log).unwrap() * ALM).unwrap()).unwrap();
+            loss = (loss + ((b + log).unwrap() * ALM_WEIGHT).unwrap()).unwrap();
         }
         let loss = (loss / batch.positions.len() as f64).unwrap();
         let store = loss.backward().unwrap();
         let get = |(name, var): (&String, &Var)| {
-            let gradient = store.get(var).unwrap_or_else(|| panic!("{name} has none"));
+            let gradient = store
+                .get(var)
+                .unwrap_or_else(|| panic!("candle computed no gradient of {name}"));
             let gradient = gradient.flatten_all().unwrap().to_vec1().unwrap();
             (name.clone(), gradient)
         };
@@ -159,11 +170,11 @@ impl Trainable {
     }
 }
 
-/// An example, as a batch of its own.
+/// An example: a batch of one sequence.
 type Example = Batch;
 
-/// Eight examples of ragged lengths; some positions are prompt, some have no soft labels, and pairs of
-/// these are chunks.
+/// Returns eight examples of different lengths. Some positions belong to the prompt. Others have no soft
+/// labels, and pairs of these are chunks.
 fn examples() -> Vec<Example> {
     let mut random = fastrand::Rng::with_seed(5);
     let example = |(row, &length): (usize, &usize)| {
@@ -196,7 +207,7 @@ fn examples() -> Vec<Example> {
     lengths.iter().enumerate().map(example).collect()
 }
 
-/// Examples end to end.
+/// Concatenates examples to one batch.
 fn joined<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Batch {
     let mut all = Batch {
         soft_offsets: vec![0],
@@ -227,10 +238,10 @@ fn norm(values: &[f32]) -> f64 {
     squares.sum::<f64>().sqrt()
 }
 
-/// By how much two gradients differ, relative to the larger.
+/// Returns the norm of the difference of two gradients, relative to the larger norm.
 pub fn difference(a: &[f32], b: &[f32]) -> f64 {
     let difference: Vec<f32> = a.iter().zip(b).map(|(a, b)| a - b).collect();
-    // Where both are nearly zero, so is their difference.
+    // The floor keeps two gradients near zero from a large relative difference.
     norm(&difference) / norm(a).max(norm(b)).max(1e-3)
 }
 
@@ -243,12 +254,13 @@ pub fn assert_same(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>
 }
 
 #[test]
-fn every_parameter_has_the_gradient_that_candle_finds() {
+fn tape_gradients_agree_with_candle_autograd() {
     for (tied, kd) in [(true, 0.5), (false, 1.0), (true, 0.0)] {
         let student = Trainable::tiny(tied);
         let batch = joined(&examples());
-        let (loss, gradients) = student.gradients(std::slice::from_ref(&batch), kd, Memory::Record);
-        let (expected_loss, expected) = student.oracle(&batch, kd);
+        let (loss, gradients) =
+            student.gradients(std::slice::from_ref(&batch), kd, Activations::Keep);
+        let (expected_loss, expected) = student.reference(&batch, kd);
         assert!((loss - expected_loss).abs() < 1e-4 * expected_loss);
         for (name, gradient) in &gradients {
             assert!(norm(gradient) > 1e-6, "{name} has a zero gradient");
@@ -258,22 +270,22 @@ fn every_parameter_has_the_gradient_that_candle_finds() {
 }
 
 #[test]
-fn checkpointing_changes_no_bit_of_a_gradient() {
+fn activation_recomputation_gives_identical_gradients() {
     let student = Trainable::tiny(true);
     let batches = [joined(&examples())];
-    let recorded = student.gradients(&batches, 0.5, Memory::Record);
-    let checkpointed = student.gradients(&batches, 0.5, Memory::Checkpoint);
-    assert_eq!(recorded, checkpointed);
+    let kept = student.gradients(&batches, 0.5, Activations::Keep);
+    let recomputed = student.gradients(&batches, 0.5, Activations::Recompute);
+    assert_eq!(kept, recomputed);
 }
 
 #[test]
-fn the_number_of_threads_changes_no_bit_of_a_gradient() {
+fn gradients_are_identical_for_any_number_of_threads() {
     let student = Trainable::tiny(true);
     let batches = [joined(&examples())];
     let with = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
         let pool = pool.build().unwrap();
-        pool.install(|| student.gradients(&batches, 0.5, Memory::Record))
+        pool.install(|| student.gradients(&batches, 0.5, Activations::Keep))
     };
     let one = with(1);
     assert_eq!(one, with(2));
@@ -281,33 +293,34 @@ fn the_number_of_threads_changes_no_bit_of_a_gradient() {
 }
 
 #[test]
-fn gradients_do_not_depend_on_how_a_step_is_cut() {
+fn gradients_do_not_depend_on_micro_batch_size_or_order() {
     let student = Trainable::tiny(true);
     let examples = examples();
-    let cut = |micro: usize| -> Vec<Batch> { examples.chunks(micro).map(joined).collect() };
-    let (loss, whole) = student.gradients(&cut(8), 0.5, Memory::Record);
+    let micro_batches =
+        |micro: usize| -> Vec<Batch> { examples.chunks(micro).map(joined).collect() };
+    let (loss, whole) = student.gradients(&micro_batches(8), 0.5, Activations::Keep);
     for micro in [4, 2, 1] {
-        let (other_loss, other) = student.gradients(&cut(micro), 0.5, Memory::Record);
+        let (other_loss, other) = student.gradients(&micro_batches(micro), 0.5, Activations::Keep);
         assert!((loss - other_loss).abs() < 1e-6 * loss);
         assert_same(&whole, &other, 1e-5);
     }
-    let backwards = joined(examples.iter().rev());
-    let (_, other) = student.gradients(&[backwards], 0.5, Memory::Record);
+    let reversed = joined(examples.iter().rev());
+    let (_, other) = student.gradients(&[reversed], 0.5, Activations::Keep);
     assert_same(&whole, &other, 1e-5);
 }
 
-/// Moves each parameter along a random direction: the change of the loss must be the gradient's
-/// component along it.
+/// Moves each parameter along a random direction. The change of the loss must equal the component of the
+/// gradient along it.
 #[test]
-fn every_parameter_has_the_gradient_that_differences_show() {
+fn tape_gradients_agree_with_finite_differences() {
     let (config, tensors) = tiny(true);
     let student = Trainable::new(&config, &tensors);
     let batches = [joined(&examples())];
-    let (_, gradients) = student.gradients(&batches, 0.5, Memory::Record);
+    let (_, gradients) = student.gradients(&batches, 0.5, Activations::Keep);
     let mut random = fastrand::Rng::with_seed(3);
     for (name, gradient) in &gradients {
         let norm = norm(gradient);
-        // Half along the gradient, so that the change is well above rounding.
+        // Partly along the gradient, so that the change is well above rounding.
         let direction: Vec<f32> = gradient
             .iter()
             .map(|g| {
@@ -328,7 +341,7 @@ fn every_parameter_has_the_gradient_that_differences_show() {
                 (&tensors[name] + (&direction * distance).unwrap()).unwrap(),
             );
             let moved = Trainable::new(&config, &moved);
-            moved.gradients(&batches, 0.5, Memory::Record).0
+            moved.gradients(&batches, 0.5, Activations::Keep).0
         };
         let step = (2e-3 / norm).min(1e-2);
         let measured = (loss_at(step) - loss_at(-step)) / (2.0 * step);

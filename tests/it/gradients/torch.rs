@@ -1,19 +1,19 @@
-//! Logits, loss and the gradient of every parameter against PyTorch's: row T3 of the promises.
-//! `tests/python/make_gradient_golden.py` made the files.
+//! Row T3: logits, loss and the gradient of every parameter, compared with PyTorch. The golden files were
+//! made by `tests/python/make_gradient_golden.py`.
 
 use std::path::Path;
 
 use candle_core::Tensor;
 use distill::data::batch::Batch;
 use distill::model::config::shape::ModelConfig;
-use distill::model::tape::Memory;
+use distill::model::tape::Activations;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Frame, Input};
+use distill::model::{Backend, ModelInput};
 use serde_json::Value;
 
 use super::{Trainable, assert_same, difference};
 
-/// A golden case: the model, its batch, and PyTorch's numbers.
+/// A golden case: the model, its batch, and the results of PyTorch.
 struct Golden {
     json: Value,
     tensors: Tensors,
@@ -36,10 +36,11 @@ impl Golden {
                 Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))
             };
             let stored: Tensors = tensors.iter().filter_map(strip).collect();
-            // A gradient changes its place as the weight does.
+            // Gradients are converted to the layout in memory like weights.
             config.import(stored).unwrap()
         };
-        let (weights, gradients) = (named("weight."), named("gradient."));
+        let weights = named("weight.");
+        let gradients = named("gradient.");
         let frozen = |name: &str| !gradients.contains_key(name);
         Self {
             student: Trainable::with_frozen(&config, &weights, frozen),
@@ -57,7 +58,7 @@ impl Golden {
         self.json["lambda"].as_f64().unwrap() as f32
     }
 
-    /// All sequences end to end. The last token of each is only a label.
+    /// Returns all sequences as one batch. The last token of each is only a label.
     fn batch(&self) -> Batch {
         let mut batch = Batch {
             soft_offsets: vec![0],
@@ -88,7 +89,7 @@ impl Golden {
     }
 }
 
-/// Each architecture, tied and untied.
+/// The golden cases: every architecture, tied and untied.
 const CASES: [&str; 8] = [
     "tied", "untied", "biases", "mistral", "qwen2", "qwen3", "gpt2", "lora",
 ];
@@ -99,7 +100,7 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
         let golden = Golden::load(name);
         let batch = golden.batch();
         let all: Vec<u32> = (0..batch.input_ids.len() as u32).collect();
-        let input = Input {
+        let input = ModelInput {
             input_ids: &batch.input_ids,
             segments: &batch.segments,
             positions: &all,
@@ -119,7 +120,7 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
         let batches = [batch];
         let (loss, gradients) = golden
             .student
-            .gradients(&batches, golden.kd(), Memory::Record);
+            .gradients(&batches, golden.kd(), Activations::Keep);
         let expected = golden.json["loss"].as_f64().unwrap();
         assert!(
             (loss - expected).abs() < 1e-5 * expected,
@@ -140,28 +141,28 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
 }
 
 #[test]
-fn the_composed_operations_agree_in_every_architecture() {
+fn candle_graph_agrees_with_tape_in_every_architecture() {
     for name in CASES {
         let mut golden = Golden::load(name);
         let batch = golden.batch();
-        let (loss, expected) = golden.student.oracle(&batch, golden.kd());
-        for memory in [Memory::Record, Memory::Checkpoint] {
+        let (loss, expected) = golden.student.reference(&batch, golden.kd());
+        for activations in [Activations::Keep, Activations::Recompute] {
             let (ours, gradients) =
                 golden
                     .student
-                    .gradients(std::slice::from_ref(&batch), golden.kd(), memory);
+                    .gradients(std::slice::from_ref(&batch), golden.kd(), activations);
             assert!(
                 (loss - ours).abs() < 1e-5 * loss,
                 "{name}: {loss} and {ours}"
             );
             assert_same(&gradients, &expected, 1e-4);
         }
-        // The pass that other devices take, in two parts.
-        golden.student.model.set_frame(Frame::Composed);
+        // The pass of other devices, in two micro-batches.
+        golden.student.model.set_backend(Backend::Candle);
         let batches = [batch.clone(), batch];
         let (ours, gradients) = golden
             .student
-            .gradients(&batches, golden.kd(), Memory::Record);
+            .gradients(&batches, golden.kd(), Activations::Keep);
         assert!(
             (loss - ours).abs() < 1e-5 * loss,
             "{name}: {loss} and {ours}"
@@ -171,22 +172,25 @@ fn the_composed_operations_agree_in_every_architecture() {
 }
 
 #[test]
-fn a_cache_gives_the_logits_of_one_pass_in_every_architecture() {
+fn kv_cache_gives_the_logits_of_one_pass_in_every_architecture() {
     for name in CASES {
         let golden = Golden::load(name);
         let model = &golden.student.model;
         let batch = golden.batch();
-        // The two longest sequences, the second of which arrives while the first decodes.
-        let (a, b) = (batch.segments[0].clone(), batch.segments[3].clone());
-        let (first, second) = (&batch.input_ids[a], &batch.input_ids[b]);
-        let (logits_of_first, logits_of_second) =
-            (golden.values("logits.0"), golden.values("logits.3"));
-        let (mut cache, mut other) = (model.new_cache(), model.new_cache());
+        // The two longest sequences. The second joins while the first decodes.
+        let a = batch.segments[0].clone();
+        let b = batch.segments[3].clone();
+        let first = &batch.input_ids[a];
+        let second = &batch.input_ids[b];
+        let logits_of_first = golden.values("logits.0");
+        let logits_of_second = golden.values("logits.3");
+        let mut cache = model.new_cache();
+        let mut other = model.new_cache();
         model.step(&[&first[..20]], &mut [&mut cache]).unwrap();
         let mut caches = [&mut cache, &mut other];
         let mut at = (20, 0);
         while at.0 < first.len() {
-            // A prompt of 30 tokens first, then one at a time.
+            // The second sequence starts with a prompt of 30 tokens, then decodes one token per step.
             let next = (at.0 + 1, if at.1 == 0 { 30 } else { at.1 + 1 });
             let tokens = [&first[at.0..next.0], &second[at.1..next.1]];
             let logits = model.step(&tokens, &mut caches).unwrap();

@@ -11,7 +11,7 @@ use distill::data::dataset::{self, Dataset};
 use distill::data::groups::Selection;
 use distill::harvest;
 use distill::model::config::shape::ModelConfig;
-use distill::model::tape::Memory;
+use distill::model::tape::Activations;
 use distill::model::weights::Tensors;
 use distill::model::{Model, decoder, parameters};
 use distill::ops::matmul::Precision;
@@ -177,8 +177,8 @@ impl Gradients<'_> {
         let gradient = |example| {
             let batch = Batch::new(std::iter::once(example));
             let mut gradients = self.student.model.gradients();
-            let memory = Memory::Record;
-            objective::gradients(models, &batch, weights, memory, &mut gradients).unwrap();
+            let activations = Activations::Keep;
+            objective::gradients(models, &batch, weights, activations, &mut gradients).unwrap();
             let vars = self.student.vars.values();
             let parts = vars.map(|var| gradients.get(var.as_tensor()).unwrap_or_default());
             parts.collect::<Vec<_>>().concat()

@@ -9,7 +9,7 @@ use distill::config::{ComputeDtype, Config, KdMode, ScoredBy, StudentInit, Teach
 use distill::exit::Exit;
 use distill::harvest;
 use distill::harvest::options::HarvestOptions;
-use distill::model::{Input, Model};
+use distill::model::{Model, ModelInput};
 use distill::prompt::Prompt;
 use distill::prompt::message::Message;
 use distill::serve::{self, ServeOptions, Server};
@@ -180,7 +180,7 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
         let (ids, answer) = tokenizer.encode_continued(&messages).unwrap();
         let positions: Vec<u32> = answer.clone().map(|at| at as u32 - 1).collect();
         let whole = 0..ids.len();
-        let input = Input {
+        let input = ModelInput {
             input_ids: &ids,
             segments: std::slice::from_ref(&whole),
             positions: &positions,

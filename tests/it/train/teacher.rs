@@ -3,7 +3,7 @@
 use distill::config::{ComputeDtype, KdMode, StudentInit};
 use distill::data::groups::Selection;
 use distill::exit::Exit;
-use distill::model::{Input, Model};
+use distill::model::{Model, ModelInput};
 use distill::train;
 use distill::train::summary::Start;
 
@@ -58,7 +58,7 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
     let (mut sum, mut count) = (0.0, 0);
     for example in data.validation().iter() {
         let batch = distill::data::batch::Batch::new([example]);
-        let input = Input {
+        let input = ModelInput {
             input_ids: &batch.input_ids,
             segments: &batch.segments,
             positions: &batch.positions,

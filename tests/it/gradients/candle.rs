@@ -1,18 +1,18 @@
-//! What differs from one device to another: single operations, a training and its updates, in the
-//! tape's operations and in candle's.
+//! The fused operations of the CPU compared with candle's operations, which other devices use: single
+//! operations, a training run, and optimizer updates.
 
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor, Var};
 use distill::config::TrainConfig;
-use distill::model::candle_graph::Composed;
+use distill::model::candle_graph::CandleGraph;
 use distill::model::gradients::Gradients;
 use distill::model::graph::Graph;
 use distill::model::projection::Projection;
-use distill::model::tape::{Keys, Memory, Setting, Tape};
+use distill::model::tape::{Activations, KeyValueSource, Tape, TapeSettings};
 use distill::model::weights::{self, Tensors};
-use distill::model::{Frame, Model};
-use distill::ops::adamw::{self, Step};
+use distill::model::{Backend, Model};
+use distill::ops::adamw::{self, AdamWStep};
 use distill::ops::arena::Arena;
 use distill::ops::attention::Heads;
 use distill::ops::matmul::Precision;
@@ -27,20 +27,21 @@ use distill::train::student::Student;
 use super::{VOCABULARY, difference, examples, joined};
 use crate::model::tiny;
 
-/// A little model of its own, with what the decoders of the other tests do not use.
-struct Little(Vec<Var>);
+/// A tiny model with features that the decoders of the other tests do not use.
+struct TinyGraphModel(Vec<Var>);
 
-impl Little {
+impl TinyGraphModel {
     fn new(heads: Heads) -> Self {
-        let (wide, narrow) = (heads.query_width(), heads.key_value_width());
+        let q_width = heads.query_width();
+        let kv_width = heads.key_value_width();
         let shapes = [
             vec![VOCABULARY as usize, 24],
-            vec![wide, 24],
-            vec![wide],
-            vec![narrow, 24],
-            vec![narrow, 24],
-            vec![heads.channels],
-            vec![24, wide],
+            vec![q_width, 24],
+            vec![q_width],
+            vec![kv_width, 24],
+            vec![kv_width, 24],
+            vec![heads.head_dim],
+            vec![24, q_width],
             vec![24],
         ];
         let mut random = fastrand::Rng::with_seed(2);
@@ -65,40 +66,40 @@ impl Little {
             unreachable!()
         };
         let x = graph.embed(table, ids).unwrap();
-        graph.keep(&x);
+        graph.mark_checkpoint(&x);
         let with_bias = |weight: &Var, bias: &Var| Projection {
             bias: Some(bias.as_tensor().clone()),
             ..Projection::new(weight)
         };
         let q = graph.linear(&x, &with_bias(q, q_bias)).unwrap();
-        // The norm of every head, as some architectures have it.
+        // The norm of every head, as in qwen3.
         let q = graph.rms_norm(&q, head_norm, 1e-5).unwrap();
         let k = graph.linear(&x, &Projection::new(k)).unwrap();
         let v = graph.linear(&x, &Projection::new(v)).unwrap();
         let (q, k) = (graph.rope(q).unwrap(), graph.rope(k).unwrap());
         let heads = graph.attention(0, [q, k, v], window).unwrap();
         let y = graph.add_linear(x, &heads, &with_bias(o, o_bias)).unwrap();
-        graph.rows(y, positions).unwrap()
+        graph.select_rows(y, positions).unwrap()
     }
 }
 
 #[test]
-fn windows_biases_and_norms_of_heads_agree_with_candle() {
+fn windows_biases_and_qk_norms_agree_with_candle() {
     let heads = Heads {
         query: 6,
         key_value: 2,
-        channels: 8,
+        head_dim: 8,
     };
-    let little = Little::new(heads);
+    let tiny_model = TinyGraphModel::new(heads);
     let rope = RopeTable::new(&[1.0, 0.3, 0.1, 0.01], 200);
     let segments: [Range<usize>; 4] = [0..150, 150..151, 151..214, 214..280];
     let ids: Vec<u32> = (0..280).map(|i| (i * 17 + 5) % VOCABULARY).collect();
     let positions: Vec<u32> = (3..280).step_by(2).collect();
     let arena = Arena::default();
     for window in [None, Some(2), Some(5), Some(70), Some(1000)] {
-        let mut composed =
-            Composed::new(heads, Some(&rope), &segments, DType::F32, &Device::Cpu).unwrap();
-        let expected = little.run(&mut composed, &ids, &positions, window);
+        let mut candle =
+            CandleGraph::new(heads, Some(&rope), &segments, DType::F32, &Device::Cpu).unwrap();
+        let expected = tiny_model.run(&mut candle, &ids, &positions, window);
         let store = expected
             .sin()
             .unwrap()
@@ -107,15 +108,15 @@ fn windows_biases_and_norms_of_heads_agree_with_candle() {
             .backward()
             .unwrap();
         let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
-        for memory in [Memory::Record, Memory::Checkpoint] {
-            let setting = Setting {
+        for activations in [Activations::Keep, Activations::Recompute] {
+            let settings = TapeSettings {
                 arena: &arena,
                 heads,
                 rope: Some(&rope),
                 precision: Precision::F32,
             };
-            let mut tape = Tape::new(setting, &segments, Keys::Batch, memory);
-            let root = little.run(&mut tape, &ids, &positions, window);
+            let mut tape = Tape::new(settings, &segments, KeyValueSource::Batch, activations);
+            let root = tiny_model.run(&mut tape, &ids, &positions, window);
             let values = tape.value(&root).unwrap();
             assert!(difference(&values, &expected) < 1e-5, "window {window:?}");
             let mut gradient = arena.take(values.len()).unwrap();
@@ -125,7 +126,7 @@ fn windows_biases_and_norms_of_heads_agree_with_candle() {
             drop(values);
             let mut gradients = Gradients::new(arena.clone());
             tape.backward(root, gradient, &mut gradients).unwrap();
-            for (index, var) in little.0.iter().enumerate() {
+            for (index, var) in tiny_model.0.iter().enumerate() {
                 let expected: Vec<f32> = store
                     .get(var)
                     .unwrap()
@@ -143,24 +144,24 @@ fn windows_biases_and_norms_of_heads_agree_with_candle() {
     }
 }
 
-/// What some steps leave, whichever operations compute them.
+/// The results of some training steps.
 struct Trained {
     losses: Vec<f64>,
     average: Tensors,
     moments: Tensors,
 }
 
-fn train(frame: Frame) -> Trained {
+fn train(backend: Backend) -> Trained {
     let (config, tensors) = tiny(true);
     let mut student = Student::new(config, tensors, Tensors::new(), &[]).unwrap();
-    student.model.set_frame(frame);
+    student.model.set_backend(backend);
     let mut optimizer = Optimizer::new(&student, &[]).unwrap();
     let ema = Ema::new(&student, 0.5).unwrap();
     let mut gradients = student.model.gradients();
     let batch = joined(&examples());
     let (config, tensors) = tiny(false);
     let mut teacher = Model::new(config, &tensors).unwrap();
-    teacher.set_frame(frame);
+    teacher.set_backend(backend);
     let settings = TrainConfig {
         max_grad_norm: 0.5,
         ..TrainConfig::default()
@@ -178,7 +179,7 @@ fn train(frame: Frame) -> Trained {
             student: &student.model,
             teacher: (number > 6).then_some(&teacher),
         };
-        let pass = objective::gradients(models, &batch, weights, Memory::Record, &mut gradients);
+        let pass = objective::gradients(models, &batch, weights, Activations::Keep, &mut gradients);
         let norm = optimizer.gradient_norm(&gradients).unwrap();
         optimizer.update(&settings, 1e-2, norm, &gradients).unwrap();
         ema.update(&student, number).unwrap();
@@ -187,12 +188,12 @@ fn train(frame: Frame) -> Trained {
     };
     let losses = (1..=8).map(&mut step).collect();
 
-    // Through a file and back, as a checkpoint goes.
+    // The optimizer state must survive a file, as in a checkpoint.
     let dir = tempfile::tempdir().unwrap();
     let [path, again] = ["a", "b"].map(|name| dir.path().join(name));
     weights::write(&path, optimizer.state().unwrap()).unwrap();
     let mut restored = Optimizer::new(&student, &[]).unwrap();
-    weights::with_file(&path, |file| restored.restore(file, 8)).unwrap();
+    weights::with_safetensors(&path, |file| restored.restore(file, 8)).unwrap();
     weights::write(&again, restored.state().unwrap()).unwrap();
     assert!(std::fs::read(&path).unwrap() == std::fs::read(again).unwrap());
     Trained {
@@ -203,23 +204,19 @@ fn train(frame: Frame) -> Trained {
 }
 
 #[test]
-fn a_training_in_composed_operations_goes_the_same_way() {
-    let (tape, composed) = (train(Frame::Tape), train(Frame::Composed));
+fn training_on_candle_agrees_with_training_on_tape() {
+    let (tape, candle) = (train(Backend::CpuTape), train(Backend::Candle));
     assert!(tape.losses[5] < 0.9 * tape.losses[0], "{:?}", tape.losses);
-    for (tape, composed) in tape.losses.iter().zip(&composed.losses) {
-        assert!(
-            (tape - composed).abs() < 1e-3 * tape,
-            "{tape} and {composed}"
-        );
+    for (tape, candle) in tape.losses.iter().zip(&candle.losses) {
+        assert!((tape - candle).abs() < 1e-3 * tape, "{tape} and {candle}");
     }
-    for (tape, composed) in [
-        (&tape.average, &composed.average),
-        (&tape.moments, &composed.moments),
+    for (tape, candle) in [
+        (&tape.average, &candle.average),
+        (&tape.moments, &candle.moments),
     ] {
-        assert!(tape.keys().eq(composed.keys()));
-        for ((name, tape), composed) in tape.iter().zip(composed.values()) {
-            let [a, b] =
-                [tape, composed].map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        assert!(tape.keys().eq(candle.keys()));
+        for ((name, tape), candle) in tape.iter().zip(candle.values()) {
+            let [a, b] = [tape, candle].map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
             let difference = difference(&a, &b);
             assert!(difference < 1e-2, "{name} differs by {difference:e}");
         }
@@ -227,17 +224,17 @@ fn a_training_in_composed_operations_goes_the_same_way() {
 }
 
 #[test]
-fn adamw_in_composed_operations_makes_the_same_updates() {
+fn adamw_on_candle_makes_the_same_updates() {
     let mut random = fastrand::Rng::with_seed(9);
     let mut values = || -> Vec<f32> { (0..500).map(|_| random.f32() - 0.5).collect() };
     let var = |values: &[f32]| Var::from_slice(values, 500, &Device::Cpu).unwrap();
     let start = values();
-    let (fused, composed) = (var(&start), var(&start));
+    let (fused, candle) = (var(&start), var(&start));
     let (mut first, mut second) = (vec![0.0; 500], vec![0.0; 500]);
-    let mut moments = [0, 1].map(|_| composed.zeros_like().unwrap());
+    let mut moments = [0, 1].map(|_| candle.zeros_like().unwrap());
     for number in 1..=5 {
         let gradient = values();
-        let step = Step {
+        let step = AdamWStep {
             number,
             learning_rate: 1e-2,
             beta1: 0.9,
@@ -248,9 +245,9 @@ fn adamw_in_composed_operations_makes_the_same_updates() {
         };
         adamw::adamw(&fused, &gradient, &mut first, &mut second, step).unwrap();
         let gradient = Tensor::new(gradient, &Device::Cpu).unwrap();
-        adamw::composed(&composed, &gradient, &mut moments, step).unwrap();
+        adamw::adamw_candle(&candle, &gradient, &mut moments, step).unwrap();
     }
-    let [fused, composed] = [fused, composed].map(|var| var.to_vec1::<f32>().unwrap());
-    assert!(difference(&fused, &composed) < 1e-6);
+    let [fused, candle] = [fused, candle].map(|var| var.to_vec1::<f32>().unwrap());
+    assert!(difference(&fused, &candle) < 1e-6);
     assert!(difference(&fused, &start) > 1e-2);
 }

@@ -5,21 +5,21 @@ use rayon::prelude::*;
 
 use super::{VALUES_PER_TASK, simd};
 
-/// `average = decay average + (1 - decay) value`, for contiguous f32 tensors on the CPU.
+/// Computes `average = decay average + (1 - decay) value` for contiguous f32 tensors on the CPU.
 ///
 /// # Errors
-/// Where the tensors are others, or of different sizes.
-pub(crate) fn average(average: &Tensor, value: &Tensor, decay: f32) -> Result<()> {
-    average.inplace_op2(value, &Average { decay })
+/// Where a tensor is not contiguous f32 on the CPU, or the sizes differ.
+pub(crate) fn ema_update(average: &Tensor, value: &Tensor, decay: f32) -> Result<()> {
+    average.inplace_op2(value, &EmaUpdate { decay })
 }
 
-struct Average {
+struct EmaUpdate {
     decay: f32,
 }
 
-impl InplaceOp2 for Average {
+impl InplaceOp2 for EmaUpdate {
     fn name(&self) -> &'static str {
-        "average"
+        "ema_update"
     }
 
     fn cpu_fwd(
@@ -36,11 +36,12 @@ impl InplaceOp2 for Average {
         let (CpuStorage::F32(averages), CpuStorage::F32(values), (Some(to), Some(from))) =
             (average, value, offsets)
         else {
-            candle_core::bail!("average: both must be contiguous f32 tensors");
+            candle_core::bail!("ema_update: both must be contiguous f32 tensors");
         };
-        let (averages, values) = (&mut averages[to.0..to.1], &values[from.0..from.1]);
+        let averages = &mut averages[to.0..to.1];
+        let values = &values[from.0..from.1];
         if averages.len() != values.len() {
-            candle_core::bail!("average: the sizes differ");
+            candle_core::bail!("ema_update: the sizes differ");
         }
         let decay = self.decay;
         averages
