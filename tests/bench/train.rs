@@ -17,10 +17,10 @@ use distill::model::tape::Memory;
 use distill::model::weights::Tensors;
 use distill::ops::matmul::Precision;
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::row::{SoftTerm, Weights};
+use distill::train::loss::position::{LossWeights, SoftTerm};
 use distill::train::objective;
 use distill::train::optimizer::Optimizer;
-use distill::train::student::Student;
+use distill::train::trainable::TrainableModel;
 use serde_json::json;
 
 /// What to time.
@@ -153,19 +153,20 @@ fn time(case: &Case) -> Result<()> {
         0 => Tensors::new(),
         rank => lora::adapters(&config, rank, &[], 0)?,
     };
-    let mut student = Student::new(config.clone(), random_weights(&config, 0)?, adapters, &[])?;
+    let mut student =
+        TrainableModel::new(config.clone(), random_weights(&config, 0)?, adapters, &[])?;
     student.model.set_precision(case.precision);
     let mut optimizer = Optimizer::new(&student, &[])?;
     let mut gradients = student.model.gradients();
     let batch = case.random_batch();
     let settings = config::Train::default();
-    let weights = Weights {
+    let weights = LossWeights {
         soft: [SoftTerm {
             divergence: Divergence::Tail,
             weight: 0.5,
         }; 2],
         scale: 1.0 / batch.positions.len() as f32,
-        ..Weights::default()
+        ..LossWeights::default()
     };
     let mut seconds = Vec::new();
     let mut losses = Vec::new();

@@ -1,5 +1,5 @@
 use super::*;
-use crate::train::loss::row::End;
+use crate::train::loss::position::EndToken;
 
 // The case of the reference: V = 6, K = {0, 1, 2}.
 const TEACHER: [f64; 6] = [3.0, 2.0, 1.0, 0.5, 0.0, -1.0];
@@ -10,24 +10,24 @@ fn teacher_logprobs() -> Vec<f32> {
     TEACHER.iter().map(|z| (z - lse) as f32).collect()
 }
 
-fn weights(weight: f32, label_smoothing: f32, divergence: Divergence) -> Weights {
-    Weights {
+fn weights(weight: f32, label_smoothing: f32, divergence: Divergence) -> LossWeights {
+    LossWeights {
         soft: [SoftTerm { divergence, weight }; 2],
         label_smoothing,
-        ..Weights::default()
+        ..LossWeights::default()
     }
 }
 
 fn kd(logits: &[f32], k: usize, divergence: Divergence) -> (f32, Vec<f32>) {
     let mut gradient = logits.to_vec();
     let ids: Vec<u32> = (0..k as u32).collect();
-    let target = Row {
+    let target = PositionTarget {
         label: 5,
-        soft_ids: &ids,
-        soft_logprobs: &teacher_logprobs()[..k],
-        ..Row::default()
+        soft_ids_K: &ids,
+        soft_logprobs_K: &teacher_logprobs()[..k],
+        ..PositionTarget::default()
     };
-    let loss = row(&mut gradient, target, weights(1.0, 0.0, divergence));
+    let loss = position(&mut gradient, target, weights(1.0, 0.0, divergence));
     (loss.kd.expect("soft labels were given"), gradient)
 }
 
@@ -94,15 +94,15 @@ fn damped_has_its_golden_values_and_gradients() {
     let teacher = teacher_logprobs();
     for (lambda, value, slopes) in golden {
         let mut gradient = STUDENT.to_vec();
-        let target = Row {
+        let target = PositionTarget {
             label: 5,
-            soft_ids: &[0, 1, 2],
-            soft_logprobs: &teacher[..3],
-            drawn: Some(teacher[5]),
-            ..Row::default()
+            soft_ids_K: &[0, 1, 2],
+            soft_logprobs_K: &teacher[..3],
+            sampled_logprob: Some(teacher[5]),
+            ..PositionTarget::default()
         };
         let weights = weights(1.0, 0.0, Divergence::Damped(lambda));
-        let loss = row(&mut gradient, target, weights).kd.unwrap();
+        let loss = position(&mut gradient, target, weights).kd.unwrap();
         assert!((loss - value).abs() < 1e-6, "{lambda}: {loss}");
         for (got, golden) in gradient.iter().zip(slopes) {
             assert!((got - golden).abs() < 2e-6, "{lambda}: {gradient:?}");
@@ -135,11 +135,11 @@ fn tail_is_zero_and_flat_at_a_match() {
 #[test]
 fn the_gradient_sums_to_zero_and_cross_entropy_is_exact() {
     let mut gradient = STUDENT.to_vec();
-    let target = Row {
+    let target = PositionTarget {
         label: 1,
-        ..Row::default()
+        ..PositionTarget::default()
     };
-    let loss = row(&mut gradient, target, weights(0.5, 0.0, Divergence::Tail));
+    let loss = position(&mut gradient, target, weights(0.5, 0.0, Divergence::Tail));
     let lse = STUDENT
         .iter()
         .map(|z| f64::from(*z).exp())
@@ -161,15 +161,15 @@ fn label_smoothing_is_cross_entropy_with_the_smoothed_distribution() {
         .ln();
     for soft in [0, 3] {
         let teacher = teacher_logprobs();
-        let target = Row {
+        let target = PositionTarget {
             label: 1,
-            soft_ids: &[0, 1, 2][..soft],
-            soft_logprobs: &teacher[..soft],
-            ..Row::default()
+            soft_ids_K: &[0, 1, 2][..soft],
+            soft_logprobs_K: &teacher[..soft],
+            ..PositionTarget::default()
         };
         let [mut plain, mut smooth] = [STUDENT.to_vec(), STUDENT.to_vec()];
-        let without = row(&mut plain, target, weights(0.4, 0.0, Divergence::Tail));
-        let with = row(&mut smooth, target, weights(0.4, 0.3, Divergence::Tail));
+        let without = position(&mut plain, target, weights(0.4, 0.0, Divergence::Tail));
+        let with = position(&mut smooth, target, weights(0.4, 0.3, Divergence::Tail));
         assert_eq!(without.ce, with.ce);
         let share = if soft > 0 { 0.6 } else { 1.0 };
         let uniform = lse - STUDENT.iter().map(|z| f64::from(*z)).sum::<f64>() / 6.0;
@@ -187,7 +187,7 @@ fn label_smoothing_is_cross_entropy_with_the_smoothed_distribution() {
 const WITH_END: [f32; 6] = [0.3, 0.2, 0.1, 0.1, 0.25, 0.05];
 const END: u32 = 4;
 /// It is not listed, unless an answer shows that it is.
-const UNLISTED: Option<End> = Some(End {
+const UNLISTED: Option<EndToken> = Some(EndToken {
     token: END,
     is_listed: false,
 });
@@ -204,26 +204,31 @@ const SMOOTH: [Divergence; 8] = [
 ];
 
 /// The loss of `label` after this teacher, which lists these tokens and nothing where the turn ends.
-fn without_ends(logits: &mut [f32], listed: &[u32], label: u32, weights: Weights) -> RowLoss {
+fn without_ends(
+    logits: &mut [f32],
+    listed: &[u32],
+    label: u32,
+    weights: LossWeights,
+) -> PositionLoss {
     let listed = if label == END { &[] } else { listed };
     let logprobs: Vec<f32> = listed
         .iter()
         .map(|&id| WITH_END[id as usize].ln())
         .collect();
     let is_outside = label != END && !listed.contains(&label);
-    let target = Row {
+    let target = PositionTarget {
         label,
-        soft_ids: listed,
-        soft_logprobs: &logprobs,
-        drawn: is_outside.then(|| WITH_END[label as usize].ln()),
-        ..Row::default()
+        soft_ids_K: listed,
+        soft_logprobs_K: &logprobs,
+        sampled_logprob: is_outside.then(|| WITH_END[label as usize].ln()),
+        ..PositionTarget::default()
     };
-    row(logits, target, weights)
+    position(logits, target, weights)
 }
 
 #[test]
 fn unlisted_ends_leave_a_student_where_it_matches() {
-    let mean = |listed: &[u32], weights: Weights| {
+    let mean = |listed: &[u32], weights: LossWeights| {
         let mut mean = [0.0; 6];
         for (label, p) in (0..).zip(WITH_END) {
             let mut logits = WITH_END.map(f32::ln);
@@ -244,7 +249,7 @@ fn unlisted_ends_leave_a_student_where_it_matches() {
                 &[0, 4, 1, 2, 3, 5],
             ] {
                 let biased = mean(listed, weights);
-                let weights = Weights {
+                let weights = LossWeights {
                     end: UNLISTED,
                     ..weights
                 };
@@ -270,7 +275,7 @@ fn unlisted_ends_have_the_gradient_of_their_loss() {
     ] {
         // With the end among them, its share does not depend on the student.
         for (label, listed) in [(0, [0, 1, 4]), (3, [0, 4, 2]), (5, [4, 1, 2])] {
-            let weights = Weights {
+            let weights = LossWeights {
                 end: UNLISTED,
                 ..weights(0.7, 0.1, divergence)
             };
@@ -297,22 +302,22 @@ fn unlisted_ends_have_the_gradient_of_their_loss() {
 fn an_answer_shows_whether_its_ends_are_listed() {
     let of = |lists_end, is_listed| {
         let mut logits = STUDENT;
-        let target = Row {
+        let target = PositionTarget {
             label: 1,
-            soft_ids: &[0, 1],
-            soft_logprobs: &[-1.0, -1.5],
+            soft_ids_K: &[0, 1],
+            soft_logprobs_K: &[-1.0, -1.5],
             lists_end,
-            ..Row::default()
+            ..PositionTarget::default()
         };
-        let end = Some(End {
+        let end = Some(EndToken {
             token: END,
             is_listed,
         });
-        let weights = Weights {
+        let weights = LossWeights {
             end,
             ..weights(1.0, 0.0, Divergence::Tail)
         };
-        (row(&mut logits, target, weights).loss, logits)
+        (position(&mut logits, target, weights).loss, logits)
     };
     let (listed, unlisted) = (of(None, true), of(None, false));
     assert_ne!(listed, unlisted);
@@ -329,18 +334,18 @@ fn nothing_but_an_unlisted_end_among_the_top_k_is_no_reason_to_break() {
     ];
     for divergence in SMOOTH.into_iter().chain(others) {
         let mut logits = STUDENT;
-        let target = Row {
+        let target = PositionTarget {
             label: 2,
-            soft_ids: &[END],
-            soft_logprobs: &[-0.7],
-            drawn: Some(f32::NEG_INFINITY),
-            ..Row::default()
+            soft_ids_K: &[END],
+            soft_logprobs_K: &[-0.7],
+            sampled_logprob: Some(f32::NEG_INFINITY),
+            ..PositionTarget::default()
         };
-        let weights = Weights {
+        let weights = LossWeights {
             end: UNLISTED,
             ..weights(0.9, 0.0, divergence)
         };
-        let loss = row(&mut logits, target, weights);
+        let loss = position(&mut logits, target, weights);
         assert!(loss.loss.is_finite(), "{divergence}: {loss:?}");
         let sum: f32 = logits.iter().sum();
         assert!(sum.abs() < 1e-6, "{divergence}: {logits:?}");

@@ -7,7 +7,7 @@ use distill::config::{Config, Init};
 use distill::exit::Exit;
 use distill::model::weights::{self, Tensors};
 use distill::train;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 
 use super::{metrics, run_folder, weights};
 use crate::gradients::difference;
@@ -39,7 +39,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
     let (dir, mut config) = run_folder();
     config.train.steps = Some(40);
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let before = student(&config);
     config.student.init = Init::Pretrained;
     config.student.path = config.student_dir();
@@ -53,7 +53,7 @@ fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
 
     config.train.steps = Some(12);
     with_adapters(&mut config);
-    let summary = train::run(&config, Start::Ask.into()).unwrap();
+    let summary = train::run(&config, StartMode::New.into()).unwrap();
     let lines = metrics(&config);
     let losses: Vec<f64> = lines.iter().filter_map(|l| l["loss"].as_f64()).collect();
     assert!(losses[11] < 0.9 * losses[0], "{losses:?}");
@@ -91,7 +91,7 @@ fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
 fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     // What was written is where the adapters begin.
     let base = config.run_dir.with_file_name("base");
     std::fs::rename(config.student_dir(), &base).unwrap();
@@ -100,7 +100,7 @@ fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
     config.train.steps = Some(12);
     config.train.ema_decay = 0.9;
     with_adapters(&mut config);
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let whole = weights(&config);
 
     for step in 6..=12 {
@@ -112,7 +112,7 @@ fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
     let mut other = weights_of_base.clone();
     *other.last_mut().unwrap() ^= 1;
     std::fs::write(&path, other).unwrap();
-    let error = train::run(&config, Start::Resume.into()).err().unwrap();
+    let error = train::run(&config, StartMode::Resume.into()).err().unwrap();
     assert!(
         format!("{error:#}").contains("the frozen weights"),
         "{error:#}"
@@ -120,7 +120,7 @@ fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
     assert_eq!(Exit::code_of(&error), 2);
 
     std::fs::write(&path, weights_of_base).unwrap();
-    train::run(&config, Start::Resume.into()).unwrap();
+    train::run(&config, StartMode::Resume.into()).unwrap();
     assert!(weights(&config) == whole);
 }
 
@@ -129,7 +129,7 @@ fn a_pattern_that_finds_no_layer_is_refused_with_a_name_to_go_by() {
     let (_dir, mut config) = run_folder();
     config.lora.rank = RANK;
     config.lora.targets = vec!["c_attn".into()];
-    let error = train::run(&config, Start::Ask.into()).err().unwrap();
+    let error = train::run(&config, StartMode::New.into()).err().unwrap();
     let message = format!("{error:#}");
     assert!(
         message.contains("model.layers.0.self_attn.q_proj"),

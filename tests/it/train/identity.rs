@@ -19,10 +19,10 @@ use distill::serve::{self, ServeOptions};
 use distill::signal::Signals;
 use distill::tokenizer::Tokenizer;
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::row::{End, SoftTerm, Weights};
-use distill::train::objective::{self, Models};
+use distill::train::loss::position::{EndToken, LossWeights, SoftTerm};
+use distill::train::objective::{self, ModelPair};
 use distill::train::soft_labels;
-use distill::train::student::Student;
+use distill::train::trainable::TrainableModel;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -155,21 +155,21 @@ fn leave_out_ends(from: &Path, to: &Path) {
 
 /// The gradients of the examples, one each, and what they are of.
 struct Gradients<'a> {
-    student: &'a Student,
+    student: &'a TrainableModel,
     teacher: Option<&'a Model>,
     data: &'a Dataset,
-    end: Option<End>,
+    end: Option<EndToken>,
 }
 
 impl Gradients<'_> {
     /// By example (N x parameters).
     fn of(&self, term: SoftTerm) -> Vec<Vec<f32>> {
-        let weights = Weights {
+        let weights = LossWeights {
             soft: [term; 2],
             end: self.end,
-            ..Weights::default()
+            ..LossWeights::default()
         };
-        let models = Models {
+        let models = ModelPair {
             student: &self.student.model,
             teacher: self.teacher,
         };
@@ -249,7 +249,7 @@ async fn a_student_that_is_its_own_teacher_does_not_move() {
         );
         let mut teacher = Model::load(dir.path()).unwrap();
         let (shape, weights) = decoder::load(dir.path()).unwrap();
-        let mut student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
+        let mut student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
         for (precision, largest) in [
             (Precision::F32, LARGEST),
             (Precision::Bf16, LARGEST_ROUNDED),
@@ -311,7 +311,7 @@ async fn a_trained_model_hardly_moves_under_its_own_soft_labels() {
     let tokenizer = Tokenizer::for_student(&config.student).unwrap();
     let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(())).unwrap();
     let (shape, weights) = decoder::load(&dir).unwrap();
-    let student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
     let chain = Gradients {
         student: &student,
         teacher: None,
@@ -340,7 +340,7 @@ async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
     let told = format!("{0} of {0} ends of answers are not in", report.ends);
     assert!(choice.notes.join("\n").contains(&told), "{choice:?}");
     let (shape, weights) = decoder::load(dir.path()).unwrap();
-    let student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
     let deviation_of = |divergence, end| {
         let chain = Gradients {
             student: &student,
@@ -351,7 +351,7 @@ async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
         deviation(&chain.of(soft(divergence, 1.0)))
     };
     // That it is listed is said of other answers: these show that it is not.
-    let end = tokenizer.end_of_turn().map(|token| End {
+    let end = tokenizer.end_of_turn().map(|token| EndToken {
         token,
         is_listed: true,
     });

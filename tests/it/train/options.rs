@@ -5,7 +5,7 @@ use distill::config::{Best, ComputeDtype, Config, Device, Init, Schedule};
 use distill::exit::Exit;
 use distill::model::weights::{self, Tensors};
 use distill::train;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 
 use super::{metrics, run_folder, weights};
 use crate::tiny;
@@ -22,11 +22,11 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 fn frozen_parameters_stay_and_the_others_move() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let before = tensors(&config);
     config.train.steps = Some(3);
     config.train.freeze = vec!["embed_tokens".into(), r"layers\.0\..*proj".into()];
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     for (name, after) in tensors(&config) {
         let frozen =
             name.contains("embed_tokens") || (name.contains("layers.0.") && name.contains("proj"));
@@ -34,7 +34,7 @@ fn frozen_parameters_stay_and_the_others_move() {
     }
     for (freeze, complaint) in [("", "leaves no parameter"), ("(", "no regular expression")] {
         config.train.freeze = vec![freeze.into()];
-        let error = train::run(&config, Start::Fresh.into()).err().unwrap();
+        let error = train::run(&config, StartMode::Fresh.into()).err().unwrap();
         assert!(format!("{error:#}").contains(complaint), "{error:#}");
         assert_eq!(Exit::code_of(&error), 2);
     }
@@ -51,7 +51,7 @@ fn the_best_weights_become_the_student_and_patience_ends_the_run() {
     config.train.keep_checkpoints = 1;
     config.train.best = Best::Ce;
     config.train.patience = 4;
-    let summary = train::run(&config, Start::Ask.into()).unwrap();
+    let summary = train::run(&config, StartMode::New.into()).unwrap();
     let validations: Vec<(u64, f64)> = metrics(&config)
         .iter()
         .filter(|line| line["split"] == "validation")
@@ -77,7 +77,7 @@ fn the_best_weights_become_the_student_and_patience_ends_the_run() {
         ),
     );
     // A run that has ended for good does not go on.
-    let again = train::run(&config, Start::Resume.into()).unwrap();
+    let again = train::run(&config, StartMode::Resume.into()).unwrap();
     assert_eq!((again.steps, again.best_step), (summary.steps, Some(best)));
 }
 
@@ -88,7 +88,7 @@ fn the_average_follows_its_formula_and_becomes_the_student() {
     config.train.checkpoint_every = 1;
     config.train.keep_checkpoints = 9;
     config.train.ema_decay = 0.4;
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let name = "model.layers.1.mlp.down_proj.weight";
     let of = |step: u64| {
         let folder = config.run_dir.join(format!("checkpoints/step-{step:06}"));
@@ -96,7 +96,7 @@ fn the_average_follows_its_formula_and_becomes_the_student() {
     };
     let (_start_dir, mut start) = run_folder();
     start.train.steps = Some(0);
-    train::run(&start, Start::Ask.into()).unwrap();
+    train::run(&start, StartMode::New.into()).unwrap();
     let mut average = values(&tensors(&start)[name]);
     for step in 1..=4 {
         let decay = 0.4f64.min((1.0 + step as f64) / (10.0 + step as f64)) as f32;
@@ -114,7 +114,7 @@ fn decay_leaves_norms_and_what_patterns_name_alone() {
     config.train.steps = Some(1);
     config.train.warmup_steps = 1;
     let run = |config: &Config| {
-        train::run(config, Start::Fresh.into()).unwrap();
+        train::run(config, StartMode::Fresh.into()).unwrap();
         tensors(config)
     };
     config.train.weight_decay = 0.0;
@@ -136,12 +136,12 @@ fn bf16_learns_what_f32_learns() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(60);
     config.train.dtype = ComputeDtype::F32;
-    let full = train::run(&config, Start::Ask.into()).unwrap();
+    let full = train::run(&config, StartMode::New.into()).unwrap();
     let full_weights = weights(&config);
     config.train.dtype = ComputeDtype::Bf16;
-    let error = train::run(&config, Start::Resume.into()).err().unwrap();
+    let error = train::run(&config, StartMode::Resume.into()).err().unwrap();
     assert!(format!("{error:#}").contains("have changed"), "{error:#}");
-    let half = train::run(&config, Start::Fresh.into()).unwrap();
+    let half = train::run(&config, StartMode::Fresh.into()).unwrap();
     assert!(weights(&config) != full_weights);
     for summary in [full, half] {
         assert!(summary.validation.token_accuracy.unwrap() > 0.95);
@@ -184,7 +184,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
             weights::load_file(&config.student.path.join("model.safetensors")).unwrap();
         break_weights(&mut tensors);
         tiny::write_weights(&config.student.path, &tensors);
-        let error = train::run(&config, Start::Ask.into()).err().unwrap();
+        let error = train::run(&config, StartMode::New.into()).err().unwrap();
         let message = format!("{error:#}");
         let expected = format!("the {what} of step 1 is not finite; nothing was updated");
         assert!(message.contains(&expected), "{message}");
@@ -194,7 +194,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
     config.train.learning_rate = 1e30;
     config.train.max_grad_norm = 0.0;
     config.train.checkpoint_every = 1;
-    let error = train::run(&config, Start::Ask.into()).err().unwrap();
+    let error = train::run(&config, StartMode::New.into()).err().unwrap();
     let message = format!("{error:#}");
     assert!(message.contains("step 2 is not finite"), "{message}");
     let kept = config.run_dir.join("checkpoints/step-000001");
@@ -210,7 +210,7 @@ fn a_device_that_the_program_was_not_built_for_is_refused() {
     ] {
         config.train.device = device;
         if !built {
-            let error = train::run(&config, Start::Ask.into()).err().unwrap();
+            let error = train::run(&config, StartMode::New.into()).err().unwrap();
             assert!(format!("{error:#}").contains("--features"), "{error:#}");
             assert_eq!(Exit::code_of(&error), 2);
         }
@@ -221,7 +221,7 @@ fn a_device_that_the_program_was_not_built_for_is_refused() {
 fn settings_without_effect_are_refused() {
     let (_dir, mut config) = run_folder();
     let refused = |config: &Config| {
-        let error = train::run(config, Start::Fresh.into()).unwrap_err();
+        let error = train::run(config, StartMode::Fresh.into()).unwrap_err();
         assert_eq!(Exit::code_of(&error), 2);
         format!("{error:#}")
     };

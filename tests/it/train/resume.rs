@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use distill::config::Config;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 use distill::train::{self, checkpoint};
 
 use super::{metrics, run_folder};
@@ -30,7 +30,7 @@ fn whole_run() -> (tempfile::TempDir, Config) {
     config.teacher.cotrain = true;
     config.train.on_policy = true;
     config.on_policy.max_tokens = 6;
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     (dir, config)
 }
 
@@ -95,7 +95,7 @@ fn a_run_resumed_after_any_step_ends_in_the_same_bytes() {
         // Neither changes a number.
         config.train.threads = 1 + kept as usize % 3;
         config.train.activation_checkpointing = kept % 2 == 0;
-        train::run(&config, Start::Resume.into()).unwrap();
+        train::run(&config, StartMode::Resume.into()).unwrap();
         assert_same_outcome(&config, &whole, &format!("after a stop at {kept}"));
     }
 }
@@ -109,14 +109,14 @@ fn a_checkpoint_does_not_care_where_its_files_are_and_says_what_has_changed() {
     std::os::unix::fs::symlink(&config.student.path, &elsewhere).unwrap();
     config.student.path = elsewhere.clone();
     config.teacher.local = Some(elsewhere);
-    train::run(&config, Start::Resume.into()).unwrap();
+    train::run(&config, StartMode::Resume.into()).unwrap();
     let weights = |config: &Config| std::fs::read(config.student_dir().join("model.safetensors"));
     assert!(weights(&config).unwrap() == weights(&whole).unwrap());
 
     let mut config = killed_after(&whole, 7);
     config.train.learning_rate *= 2.0;
     config.loss.kd_weight = Some(0.25);
-    let error = train::run(&config, Start::Resume.into()).err().unwrap();
+    let error = train::run(&config, StartMode::Resume.into()).err().unwrap();
     assert_eq!(distill::exit::Exit::code_of(&error), 2);
     let error = error.to_string();
     assert!(error.contains("train.learning_rate was"), "{error}");
@@ -152,7 +152,7 @@ fn a_checkpoint_that_was_being_written_is_as_if_it_never_began() {
                 let bytes = std::fs::read(next.join(file)).unwrap();
                 std::fs::write(half.join(file), &bytes[..bytes.len() * part / 2]).unwrap();
             }
-            train::run(&config, Start::Resume.into()).unwrap();
+            train::run(&config, StartMode::Resume.into()).unwrap();
             let when = format!("killed with {written} files and {part}/2 written");
             assert_same_outcome(&config, &whole, &when);
             assert!(!half.exists());
@@ -293,7 +293,7 @@ fn a_checkpoint_that_changed_on_the_disk_is_refused() {
         let mut bytes = std::fs::read(&path).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         std::fs::write(&path, &bytes).unwrap();
-        let error = train::run(&config, Start::Resume.into()).unwrap_err();
+        let error = train::run(&config, StartMode::Resume.into()).unwrap_err();
         let message = format!("{error:#}");
         assert!(
             message.contains(name) && message.contains("checksum"),
@@ -308,15 +308,15 @@ fn a_checkpoint_that_changed_on_the_disk_is_refused() {
     let step = format!("\"step\": {STEPS}");
     assert!(state.contains(&step));
     std::fs::write(&path, state.replace(&step, "\"step\": 7")).unwrap();
-    let error = train::run(&config, Start::Resume.into()).unwrap_err();
+    let error = train::run(&config, StartMode::Resume.into()).unwrap_err();
     assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
     std::fs::write(&path, state).unwrap();
-    train::run(&config, Start::Resume.into()).unwrap();
+    train::run(&config, StartMode::Resume.into()).unwrap();
 
     // Nor does it become the student if it was the best one.
-    checkpoint::weights_of(&checkpoints, 7).unwrap();
+    checkpoint::load_weights(&checkpoints, 7).unwrap();
     let other = checkpoints.join("step-000007/ema.safetensors");
     std::fs::copy(last.join("ema.safetensors"), other).unwrap();
-    let error = checkpoint::weights_of(&checkpoints, 7).unwrap_err();
+    let error = checkpoint::load_weights(&checkpoints, 7).unwrap_err();
     assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
 }

@@ -5,7 +5,7 @@ use distill::data::groups::Selection;
 use distill::exit::Exit;
 use distill::model::{Input, Model};
 use distill::train;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 
 use super::{metrics, run_folder};
 use crate::tiny;
@@ -20,7 +20,7 @@ fn a_student_comes_closer_to_the_whole_distribution() {
     for (kd, weight) in [(Kd::None, 0.5), (Kd::Tail, 1.0), (Kd::Temperature, 1.0)] {
         config.loss.kd = kd;
         config.loss.kd_weight = Some(weight);
-        let summary = train::run(&config, Start::Fresh.into()).unwrap();
+        let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
         let validation = summary.validation;
         if kd == Kd::None {
             assert!(validation.kl.is_none(), "{validation:?}");
@@ -44,7 +44,7 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
     config.data.validation_share = 0.9;
     config.train.dtype = ComputeDtype::F32;
     config.train.steps = Some(3);
-    let summary = train::run(&config, Start::Ask.into()).unwrap();
+    let summary = train::run(&config, StartMode::New.into()).unwrap();
     let [teacher, student] =
         [&config.student.path, &config.student_dir()].map(|dir| Model::load(dir).unwrap());
     let tokenizer = distill::tokenizer::Tokenizer::load(&config.student.path).unwrap();
@@ -80,7 +80,7 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
     // A model differs in nothing from itself.
     config.student.init = Init::Pretrained;
     config.train.steps = Some(0);
-    let summary = train::run(&config, Start::Fresh.into()).unwrap();
+    let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
     let (kl, agreement) = (summary.validation.kl, summary.validation.teacher_agreement);
     assert!(kl.unwrap().abs() < 1e-6 && agreement == Some(1.0), "{kl:?}");
 }
@@ -96,19 +96,19 @@ fn a_teacher_that_is_trained_along_learns_the_answers_and_is_written() {
     config.teacher.local = Some(config.student.path.clone());
     config.loss.kd = Kd::Tail;
     config.train.steps = Some(60);
-    let alone = train::run(&config, Start::Ask.into()).unwrap();
+    let alone = train::run(&config, StartMode::New.into()).unwrap();
     assert!(!config.run_dir.join("teacher").exists());
     config.teacher.cotrain = true;
-    let error = train::run(&config, Start::Resume.into()).unwrap_err();
+    let error = train::run(&config, StartMode::Resume.into()).unwrap_err();
     assert!(format!("{error:#}").contains("have changed"), "{error:#}");
-    let along = train::run(&config, Start::Fresh.into()).unwrap();
+    let along = train::run(&config, StartMode::Fresh.into()).unwrap();
     let lines = metrics(&config);
     let ce = |line: usize| lines[line]["teacher_ce"].as_f64().unwrap();
     assert!(ce(59) < 0.1 * ce(0), "from {} to {}", ce(0), ce(59));
     let mut slow = config.clone();
     slow.run_dir = config.run_dir.with_file_name("slow");
     slow.teacher.cotrain_rate = 1e-6;
-    train::run(&slow, Start::Ask.into()).unwrap();
+    train::run(&slow, StartMode::New.into()).unwrap();
     let last = metrics(&slow)[59]["teacher_ce"].as_f64().unwrap();
     assert!(last > 0.5 * ce(0), "from {} to {last}", ce(0));
     // A teacher of noise is in the way; one that learns is not.
@@ -120,7 +120,7 @@ fn a_teacher_that_is_trained_along_learns_the_answers_and_is_written() {
     config.teacher.cotrain = false;
     config.loss.kd = Kd::None;
     config.train.steps = Some(0);
-    let teacher = train::run(&config, Start::Ask.into()).unwrap();
+    let teacher = train::run(&config, StartMode::New.into()).unwrap();
     assert!(teacher.validation.token_accuracy.unwrap() > 0.95);
 }
 
@@ -135,7 +135,7 @@ fn a_teacher_with_another_tokenizer_is_refused() {
     std::fs::write(&path, text.replace("<|endoftext|>", "<|end|>")).unwrap();
     config.teacher.local = Some(teacher);
     config.loss.kd = Kd::Tail;
-    let error = train::run(&config, Start::Ask.into()).unwrap_err();
+    let error = train::run(&config, StartMode::New.into()).unwrap_err();
     let message = format!("{error:#}");
     assert_eq!(Exit::code_of(&error), 2, "{message}");
     assert!(
@@ -156,7 +156,7 @@ fn a_student_learns_from_what_it_writes_itself() {
     for (share, kd, most) in [(1.0, Kd::ReverseKl, 0.85), (0.5, Kd::Jsd, 0.98)] {
         config.on_policy.share = share;
         config.on_policy.kd = kd;
-        let summary = train::run(&config, Start::Fresh.into()).unwrap();
+        let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
         let lines = metrics(&config);
         let mean = |lines: &[serde_json::Value]| {
             let judged = lines

@@ -16,10 +16,10 @@ use distill::serve::{self, ServeOptions, Server};
 use distill::signal::StopFlag;
 use distill::tokenizer::Tokenizer;
 use distill::train;
-use distill::train::on_policy::Judge;
-use distill::train::summary::{Start, Summary};
+use distill::train::on_policy::TextScorer;
+use distill::train::summary::{StartMode, TrainSummary};
 
-use super::teacher::log_softmax;
+use super::local_teacher::log_softmax;
 use super::{metrics, run_folder, weights};
 
 /// Serves the teacher of the run folder, and has it judge.
@@ -46,14 +46,14 @@ fn judged(config: &mut Config, teacher: &Path, by: JudgedBy) -> Server {
 }
 
 /// The judge of the config, that says how often it was called and fails at the `fails`-th call.
-struct Asked {
+struct FailingScorer {
     judge: distill::harvest::judge::Judge,
     calls: Arc<AtomicUsize>,
     fails: usize,
 }
 
-impl Judge for Asked {
-    fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
+impl TextScorer for FailingScorer {
+    fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         if self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fails {
             bail!("the teacher is gone");
         }
@@ -64,20 +64,20 @@ impl Judge for Asked {
 /// Trains, with a judge that is gone at the `fails`-th call; 0 is never.
 fn run(
     config: &Config,
-    start: Start,
+    start: StartMode,
     fails: usize,
-) -> (Result<Summary>, distill::harvest::judge::Told) {
+) -> (Result<TrainSummary>, distill::harvest::judge::Told) {
     let judge = distill::harvest::judge::Judge::of(config, true)
         .unwrap()
         .unwrap();
     let calls = Arc::default();
-    let mut asked = Asked {
+    let mut scorer = FailingScorer {
         judge,
         calls,
         fails,
     };
-    let summary = train::run_judged(config, start.into(), Some(&mut asked));
-    (summary, asked.judge.told().clone())
+    let summary = train::run_with_scorer(config, start.into(), Some(&mut scorer));
+    (summary, scorer.judge.told().clone())
 }
 
 fn mean(part: &[f64]) -> f64 {
@@ -98,11 +98,11 @@ fn a_student_learns_from_what_an_endpoint_says_of_its_own_answers() {
     let teacher = config.student.path.clone();
     let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
     config.train.steps = Some(150);
-    let (summary, told) = run(&config, Start::Ask, 0);
+    let (summary, told) = run(&config, StartMode::New, 0);
     let summary = summary.unwrap();
     let own = summary.own_answers.unwrap();
-    assert!(own.judged > 300 && own.judged <= own.written, "{own:?}");
-    assert!(own.written == 6 * 150 && summary.last_loss.is_finite());
+    assert!(own.scored > 300 && own.scored <= own.generated, "{own:?}");
+    assert!(own.generated == 6 * 150 && summary.last_loss.is_finite());
     let kd = judged_kd(&config);
     let (first, last) = (mean(&kd[..5]), mean(&kd[kd.len() - 20..]));
     assert!(last < 0.85 * first, "from {first} to {last}");
@@ -119,7 +119,7 @@ fn begin_with_a_writer(config: &mut Config) {
     first.run_dir = config.run_dir.with_file_name("writer");
     first.loss.kd = Kd::None;
     first.train.steps = Some(60);
-    train::run(&first, Start::Ask.into()).unwrap();
+    train::run(&first, StartMode::New.into()).unwrap();
     config.student.init = Init::Pretrained;
     config.student.path = first.student_dir();
 }
@@ -143,7 +143,7 @@ fn the_dialects_agree_with_each_other_and_with_the_models() {
         if !tokenizer {
             config.on_policy.tokenizer = None;
         }
-        let (summary, told) = run(&config, Start::Fresh, 0);
+        let (summary, told) = run(&config, StartMode::Fresh, 0);
         summary.unwrap();
         assert!(
             told.texts >= 3 && told.failed + told.unusable == 0,
@@ -214,13 +214,13 @@ fn a_run_that_was_cut_off_buys_no_judgement_twice_and_ends_in_the_same_bytes() {
     let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
     config.on_policy.share = 0.5;
     config.train.checkpoint_every = 4;
-    let (summary, whole) = run(&config, Start::Ask, 0);
+    let (summary, whole) = run(&config, StartMode::New, 0);
     summary.unwrap();
     assert_eq!(whole.cached, 0);
     let expected = (weights(&config), metrics(&config));
 
     config.run_dir = dir.path().join("cut");
-    let (summary, first) = run(&config, Start::Ask, 8);
+    let (summary, first) = run(&config, StartMode::New, 8);
     let error = format!("{:#}", summary.unwrap_err());
     assert!(
         error.contains("gone") && error.contains("--resume"),
@@ -230,7 +230,7 @@ fn a_run_that_was_cut_off_buys_no_judgement_twice_and_ends_in_the_same_bytes() {
     let checkpoints = config.run_dir.join("checkpoints");
     std::fs::remove_dir_all(checkpoints.join("step-000007")).unwrap();
     assert!(checkpoints.join("step-000004").exists());
-    let (summary, second) = run(&config, Start::Resume, 0);
+    let (summary, second) = run(&config, StartMode::Resume, 0);
     summary.unwrap();
     assert_eq!((weights(&config), metrics(&config)), expected);
     assert!(second.cached > 0, "{second:?}");
@@ -238,7 +238,7 @@ fn a_run_that_was_cut_off_buys_no_judgement_twice_and_ends_in_the_same_bytes() {
 
     // Another teacher would be another run.
     config.teacher.model = "another".into();
-    let (summary, _) = run(&config, Start::Resume, 0);
+    let (summary, _) = run(&config, StartMode::Resume, 0);
     let error = format!("{:#}", summary.unwrap_err());
     assert!(error.contains("have changed"), "{error}");
 }
@@ -250,7 +250,7 @@ fn judging_spends_from_the_budget_of_the_run_and_stops_with_a_checkpoint() {
     let _server = judged(&mut config, &teacher, JudgedBy::PromptLogprobs);
     (config.price.input, config.price.output) = (Some(100.0), Some(100.0));
     config.budget.usd = Some(0.05);
-    let (summary, told) = run(&config, Start::Ask, 0);
+    let (summary, told) = run(&config, StartMode::New, 0);
     let error = summary.unwrap_err();
     assert_eq!(Exit::code_of(&error), 4, "{error:#}");
     assert!(format!("{error:#}").contains("--resume"), "{error:#}");
@@ -292,7 +292,7 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
         distill::mock::server::start(script, std::net::Ipv4Addr::LOCALHOST.into(), 0).unwrap();
     config.teacher.base_url = mock.base_url();
     config.teacher.model = "mock".into();
-    let (summary, told) = run(&config, Start::Ask, 0);
+    let (summary, told) = run(&config, StartMode::New, 0);
     let error = summary.unwrap_err();
     assert_eq!(Exit::code_of(&error), 2, "{error:#}");
     assert!(
@@ -342,7 +342,7 @@ fn a_judge_may_have_another_tokenizer() {
     config.student.path = student;
     config.student.init = Init::Random;
     config.train.steps = Some(100);
-    let (summary, told) = run(&config, Start::Ask, 0);
+    let (summary, told) = run(&config, StartMode::New, 0);
     summary.unwrap();
     let kd = judged_kd(&config);
     let (first, last) = (mean(&kd[..5]), mean(&kd[kd.len() - 10..]));
