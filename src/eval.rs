@@ -255,7 +255,8 @@ mod tests {
 
     #[test]
     fn eval_matches_json_by_value_and_exact_by_text() {
-        let (a, b) = (r#"{"x": 1, "y": [2]}"#, r#" {"y":[2],"x":1} "#);
+        let a = r#"{"x": 1, "y": [2]}"#;
+        let b = r#" {"y":[2],"x":1} "#;
         assert!(matches(Matching::Json, a, b) && !matches(Matching::Exact, a, b));
         assert!(!matches(Matching::Json, "not json", "not json"));
         assert!(!matches(Matching::Json, r#"{"x": 1}"#, r#"{"x": "1"}"#));

@@ -8,7 +8,7 @@
 //!
 //! A local teacher ([`crate::train::local_teacher`]) gives whole distributions. A teacher behind an API
 //! ([`TextScorer`]) gives its top-k, which is aligned with the student's tokens like the top-k of a harvested answer.
-//! Positions without soft labels are not trained; the end of the turn and control tokens are among them.
+//! Positions that it gives no soft labels for are not trained, nor are the end of the turn and other control tokens.
 
 use std::collections::HashMap;
 use std::ops::Range;

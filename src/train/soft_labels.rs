@@ -114,8 +114,8 @@ pub fn choose(
     }
     if report.ends_listed < report.ends {
         choice.notes.push(format!(
-            "{} of {} answers have no logprobs for their end token: it is trained by cross-entropy, and excluded from the \
-             soft labels of these answers",
+            "{} of {} end tokens of answers have no logprobs: they are trained by cross-entropy, and excluded from the \
+             soft labels of their answers",
             format_count(report.ends - report.ends_listed),
             format_count(report.ends)
         ));
@@ -128,7 +128,8 @@ pub fn choose(
             top1_evidence(&broken)
         ))?;
     }
-    let (exact, all) = (report.exact, report.with_soft_labels);
+    let exact = report.exact;
+    let all = report.with_soft_labels;
     let too_sharp = report.gate.is_too_sharp();
     let misses_tail = report.gate.misses_tail();
     let name = settings.kd.name();

@@ -30,11 +30,13 @@ impl TrainableModel {
     /// # Errors
     /// If the folder does not load, or its tokenizer has ids beyond the embedding.
     pub fn student(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
-        let (settings, train) = (&config.student, &config.train);
+        let settings = &config.student;
+        let train = &config.train;
         let (mut shape, weights) = match settings.init {
             Init::Pretrained => decoder::load(&settings.path)?,
             Init::Random => {
-                let (size, stop) = (tokenizer.vocab_size(), tokenizer.stop_ids());
+                let size = tokenizer.vocab_size();
+                let stop = tokenizer.stop_ids();
                 let shape = ModelConfig::of_student(settings, size, stop)?;
                 let weights = random_weights(&shape, train.seed)?;
                 (shape, weights)

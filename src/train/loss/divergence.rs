@@ -176,10 +176,12 @@ impl DistributionPair<'_> {
             .iter()
             .zip(student)
             .map(|(&log_t, (z, &s))| {
-                let (t, log_s) = (log_t.exp(), z - self.lse);
+                let t = log_t.exp();
+                let log_s = z - self.lse;
                 EventProbs { t, log_t, s, log_s }
             });
-        let (t, s) = (self.masses.1, self.student_tail());
+        let t = self.masses.1;
+        let s = self.student_tail();
         let tail = EventProbs {
             t,
             log_t: t.max(MIN_TAIL).ln(),

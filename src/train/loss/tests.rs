@@ -32,7 +32,7 @@ fn kd(logits: &[f32], k: usize, divergence: Divergence) -> (f32, Vec<f32>) {
 }
 
 #[test]
-fn divergences_have_their_golden_values_and_gradients() {
+fn divergences_match_golden_values_and_gradients() {
     let golden: [(_, f32, [f32; 6]); 4] = [
         (
             Divergence::Tail,
@@ -68,7 +68,7 @@ fn divergences_have_their_golden_values_and_gradients() {
 }
 
 #[test]
-fn damped_has_its_golden_values_and_gradients() {
+fn damped_matches_golden_values_and_gradients() {
     // The label, 5, is outside K.
     let golden: [(f32, f32, [f32; 6]); 3] = [
         (
@@ -111,7 +111,7 @@ fn damped_has_its_golden_values_and_gradients() {
 }
 
 #[test]
-fn tail_equals_the_full_divergence_at_k_of_v_and_grows_with_k() {
+fn tail_grows_with_k_to_the_full_divergence() {
     let losses: Vec<f32> = (1..=6)
         .map(|k| kd(&STUDENT, k, Divergence::Tail).0)
         .collect();
@@ -121,7 +121,7 @@ fn tail_equals_the_full_divergence_at_k_of_v_and_grows_with_k() {
 }
 
 #[test]
-fn tail_is_zero_and_flat_at_a_match() {
+fn tail_has_zero_value_and_gradient_at_a_match() {
     for k in 1..=6 {
         let (loss, gradient) = kd(&TEACHER.map(|z| z as f32), k, Divergence::Tail);
         assert!(loss.abs() < 1e-6, "k {k}: {loss}");
@@ -133,7 +133,7 @@ fn tail_is_zero_and_flat_at_a_match() {
 }
 
 #[test]
-fn the_gradient_sums_to_zero_and_cross_entropy_is_exact() {
+fn gradient_sums_to_zero_and_cross_entropy_is_exact() {
     let mut gradient = STUDENT.to_vec();
     let target = PositionTarget {
         label: 1,
@@ -183,15 +183,15 @@ fn label_smoothing_is_cross_entropy_with_the_smoothed_distribution() {
     }
 }
 
-/// p over six tokens; 4 ends the turn.
+/// p over six tokens; token 4 ends the turn.
 const WITH_END: [f32; 6] = [0.3, 0.2, 0.1, 0.1, 0.25, 0.05];
 const END: u32 = 4;
-/// It is not listed, unless an answer shows that it is.
+/// The end token is not listed by default.
 const UNLISTED: Option<EndToken> = Some(EndToken {
     token: END,
     is_listed: false,
 });
-/// Divergences that are flat where the distributions match.
+/// Divergences with a zero gradient at a match.
 const SMOOTH: [Divergence; 8] = [
     Divergence::Tail,
     Divergence::Damped(1.0),
@@ -203,8 +203,8 @@ const SMOOTH: [Divergence; 8] = [
     Divergence::SkewReverseKl(0.1),
 ];
 
-/// The loss of `label` after this teacher, which lists these tokens and nothing where the turn ends.
-fn without_ends(
+/// Loss of `label` with a teacher that lists the tokens `listed`, but nothing at the end of a turn.
+fn without_listed_end(
     logits: &mut [f32],
     listed: &[u32],
     label: u32,
@@ -227,12 +227,12 @@ fn without_ends(
 }
 
 #[test]
-fn unlisted_ends_leave_a_student_where_it_matches() {
+fn unlisted_ends_have_zero_expected_gradient_at_a_match() {
     let mean = |listed: &[u32], weights: LossWeights| {
         let mut mean = [0.0; 6];
         for (label, p) in (0..).zip(WITH_END) {
             let mut logits = WITH_END.map(f32::ln);
-            without_ends(&mut logits, listed, label, weights);
+            without_listed_end(&mut logits, listed, label, weights);
             mean.iter_mut()
                 .zip(logits)
                 .for_each(|(sum, g)| *sum += p * g);
@@ -265,7 +265,7 @@ fn unlisted_ends_leave_a_student_where_it_matches() {
 }
 
 #[test]
-fn unlisted_ends_have_the_gradient_of_their_loss() {
+fn unlisted_ends_have_the_gradient_of_the_loss() {
     for divergence in [
         Divergence::Tail,
         Divergence::Damped(0.35),
@@ -273,16 +273,17 @@ fn unlisted_ends_have_the_gradient_of_their_loss() {
         Divergence::Jsd(0.5),
         Divergence::Renormalize,
     ] {
-        // With the end among them, its share does not depend on the student.
+        // The end is listed, so its teacher probability does not depend on the student.
         for (label, listed) in [(0, [0, 1, 4]), (3, [0, 4, 2]), (5, [4, 1, 2])] {
             let weights = LossWeights {
                 end: UNLISTED,
                 ..weights(0.7, 0.1, divergence)
             };
-            let loss =
-                |logits: &[f32]| without_ends(&mut logits.to_vec(), &listed, label, weights).loss;
+            let loss = |logits: &[f32]| {
+                without_listed_end(&mut logits.to_vec(), &listed, label, weights).loss
+            };
             let mut gradient = STUDENT.to_vec();
-            without_ends(&mut gradient, &listed, label, weights);
+            without_listed_end(&mut gradient, &listed, label, weights);
             for j in 0..6 {
                 let step = 0.01;
                 let [mut more, mut less] = [STUDENT, STUDENT];
@@ -299,8 +300,8 @@ fn unlisted_ends_have_the_gradient_of_their_loss() {
 }
 
 #[test]
-fn an_answer_shows_whether_its_ends_are_listed() {
-    let of = |lists_end, is_listed| {
+fn lists_end_of_the_position_overrides_the_default() {
+    let loss = |lists_end, is_listed| {
         let mut logits = STUDENT;
         let target = PositionTarget {
             label: 1,
@@ -319,14 +320,15 @@ fn an_answer_shows_whether_its_ends_are_listed() {
         };
         (position(&mut logits, target, weights).loss, logits)
     };
-    let (listed, unlisted) = (of(None, true), of(None, false));
+    let listed = loss(None, true);
+    let unlisted = loss(None, false);
     assert_ne!(listed, unlisted);
-    assert_eq!(of(Some(true), false), listed);
-    assert_eq!(of(Some(false), true), unlisted);
+    assert_eq!(loss(Some(true), false), listed);
+    assert_eq!(loss(Some(false), true), unlisted);
 }
 
 #[test]
-fn nothing_but_an_unlisted_end_among_the_top_k_is_no_reason_to_break() {
+fn top_k_with_only_an_unlisted_end_gives_finite_losses() {
     let others = [
         Divergence::Tvd,
         Divergence::Renormalize,

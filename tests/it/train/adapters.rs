@@ -1,4 +1,4 @@
-//! LoRA: adapters are trained, the weights under them stay, and the student has both in one.
+//! LoRA: only the adapters are trained, and the saved student has them merged.
 
 use std::collections::BTreeSet;
 
@@ -23,7 +23,7 @@ fn with_adapters(config: &mut Config) {
     config.train.keep_checkpoints = 100;
 }
 
-fn adapted(name: &str) -> bool {
+fn has_adapter(name: &str) -> bool {
     name.contains("q_proj") || name.contains("layers.1.mlp.down")
 }
 
@@ -36,7 +36,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 #[test]
-fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
+fn lora_trains_only_adapters_and_saves_them_merged() {
     let (dir, mut config) = run_folder();
     config.train.steps = Some(40);
     train::run(&config, StartMode::New.into()).unwrap();
@@ -44,7 +44,7 @@ fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
     config.student.init = Init::Pretrained;
     config.student.path = config.student_dir();
     config.run_dir = config.run_dir.with_file_name("adapted");
-    // What it has learnt is no longer true.
+    // Swap the answers, so that the pretrained student is wrong.
     let rows = dir.path().join("rows.jsonl");
     let text = std::fs::read_to_string(&rows).unwrap();
     let [yes, no] = ["\"content\":\"in\"", "\"content\":\"he\""];
@@ -74,8 +74,8 @@ fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
     for (name, after) in &after {
         let before = &before[name];
         let module = name.strip_suffix(".weight").unwrap();
-        assert_eq!(modules.contains(module), adapted(name), "{name}");
-        if !adapted(name) {
+        assert_eq!(modules.contains(module), has_adapter(name), "{name}");
+        if !has_adapter(name) {
             assert_eq!(values(after), values(before), "{name}");
             continue;
         }
@@ -88,11 +88,11 @@ fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
 }
 
 #[test]
-fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
+fn lora_resumes_to_the_same_bytes_and_refuses_other_frozen_weights() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
     train::run(&config, StartMode::New.into()).unwrap();
-    // What was written is where the adapters begin.
+    // The saved student becomes the base of the adapters.
     let base = config.run_dir.with_file_name("base");
     std::fs::rename(config.student_dir(), &base).unwrap();
     config.student.init = Init::Pretrained;
@@ -125,7 +125,7 @@ fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
 }
 
 #[test]
-fn a_pattern_that_finds_no_layer_is_refused_with_a_name_to_go_by() {
+fn lora_targets_that_match_no_layer_are_refused_with_a_layer_name() {
     let (_dir, mut config) = run_folder();
     config.lora.rank = RANK;
     config.lora.targets = vec!["c_attn".into()];

@@ -1,6 +1,7 @@
-//! Training: it learns, it resumes to the same bytes, it does not depend on how a step is cut.
+//! Training: it learns, resumes to the same bytes, and does not depend on micro-batch size or threads.
 
 mod adapters;
+mod demo;
 mod identity;
 mod local_teacher;
 mod on_policy;
@@ -20,7 +21,7 @@ use serde_json::json;
 
 use crate::tiny;
 
-/// A run folder with a tiny model and conversations whose answer the prompt determines.
+/// A run folder with a tiny model, and conversations in which the prompt determines the answer.
 fn run_folder() -> (tempfile::TempDir, Config) {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
@@ -65,7 +66,7 @@ fn weights(config: &Config) -> Vec<u8> {
     std::fs::read(config.student_dir().join("model.safetensors")).unwrap()
 }
 
-/// The lines of `metrics.jsonl` without the one value that may differ.
+/// The lines of `metrics.jsonl` without `tokens_per_s`, the only value that may differ between runs.
 fn metrics(config: &Config) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(config.run_dir.join("metrics.jsonl")).unwrap();
     text.lines()
@@ -78,7 +79,7 @@ fn metrics(config: &Config) -> Vec<serde_json::Value> {
 }
 
 #[test]
-fn a_student_learns_what_its_prompts_determine() {
+fn training_learns_answers_that_prompts_determine() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(60);
     let summary = train::run(&config, StartMode::New.into()).unwrap();
@@ -91,10 +92,9 @@ fn a_student_learns_what_its_prompts_determine() {
     assert!(first["loss"].as_f64().unwrap() > 10.0 * summary.last_loss);
 }
 
-/// The loss is divided by the step's supervised tokens, so cutting a step into micro-batches of
-/// any size changes nothing but rounding.
+/// The loss is divided by the supervised tokens of the step, so the micro-batch size only changes rounding errors.
 #[test]
-fn how_a_step_is_cut_does_not_matter() {
+fn micro_batch_size_does_not_change_gradient_norms() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(3);
     let mut results = Vec::new();
@@ -116,7 +116,7 @@ fn how_a_step_is_cut_does_not_matter() {
 }
 
 #[test]
-fn the_number_of_threads_does_not_change_a_bit() {
+fn thread_count_does_not_change_the_weights() {
     let (_dir, mut config) = run_folder();
     train::run(&config, StartMode::New.into()).unwrap();
     let two = weights(&config);
@@ -126,7 +126,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
 }
 
 #[test]
-fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
+fn existing_checkpoint_needs_resume_or_fresh_and_the_same_settings() {
     let (_dir, mut config) = run_folder();
     let code = |result: anyhow::Result<distill::train::summary::TrainSummary>| {
         let error = result.err().unwrap();
@@ -160,7 +160,7 @@ fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
 fn saved_student_has_the_template_arguments_and_stop_ids() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    // The eos token of a base model differs from the template's end of turn.
+    // The eos token of a base model differs from the end of turn in the chat template.
     let generation = json!({"eos_token_id": 262, "temperature": 0.7});
     let path = config.student.path.join("generation_config.json");
     std::fs::write(path, generation.to_string()).unwrap();
@@ -212,7 +212,7 @@ fn template_arguments_are_saved_in_each_template_of_a_list() {
 }
 
 #[test]
-fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
+fn zero_steps_save_the_initial_student_and_f16_halves_its_size() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
     train::run(&config, StartMode::New.into()).unwrap();
@@ -228,11 +228,11 @@ fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
         "tokenizer.json",
         "README.md",
     ] {
-        // Who may read one file may read them all.
+        // All files have the same permissions.
         let permissions = metadata(file).permissions();
         assert_eq!(permissions, metadata("model.safetensors").permissions());
     }
-    // What was written loads as a pretrained student.
+    // The saved folder loads as a pretrained student.
     config.student.init = Init::Pretrained;
     config.student.path = config.student_dir();
     config.run_dir = config.run_dir.join("second");
@@ -245,10 +245,10 @@ fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
 }
 
 #[test]
-fn a_tokenizer_larger_than_the_embedding_is_refused() {
+fn tokenizer_larger_than_the_embedding_is_refused() {
     let (_dir, mut config) = run_folder();
     config.student.init = Init::Pretrained;
-    // One token more than there are rows.
+    // One token more than the embedding has rows.
     let path = config.student.path.join("tokenizer.json");
     let mut tokenizer: serde_json::Value =
         serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();

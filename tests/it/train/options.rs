@@ -1,4 +1,4 @@
-//! What the settings of a training do.
+//! Effects of the training settings.
 
 use candle_core::Tensor;
 use distill::config::{Best, ComputeDtype, Config, Device, Init, Schedule};
@@ -19,7 +19,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 #[test]
-fn frozen_parameters_stay_and_the_others_move() {
+fn freeze_keeps_matching_parameters_and_trains_the_others() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
     train::run(&config, StartMode::New.into()).unwrap();
@@ -32,7 +32,10 @@ fn frozen_parameters_stay_and_the_others_move() {
             name.contains("embed_tokens") || (name.contains("layers.0.") && name.contains("proj"));
         assert_eq!(values(&after) == values(&before[&name]), frozen, "{name}");
     }
-    for (freeze, complaint) in [("", "leaves no parameter"), ("(", "no regular expression")] {
+    for (freeze, complaint) in [
+        ("", "leaves no parameter"),
+        ("(", "not a valid regular expression"),
+    ] {
         config.train.freeze = vec![freeze.into()];
         let error = train::run(&config, StartMode::Fresh.into()).err().unwrap();
         assert!(format!("{error:#}").contains(complaint), "{error:#}");
@@ -41,11 +44,11 @@ fn frozen_parameters_stay_and_the_others_move() {
 }
 
 #[test]
-fn the_best_weights_become_the_student_and_patience_ends_the_run() {
+fn early_stopping_saves_the_best_weights_and_ends_after_patience() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(400);
     config.train.schedule = Schedule::Constant;
-    // Too fast to stay where it is good.
+    // Too high to stay at the optimum.
     config.train.learning_rate = 5e-2;
     config.train.eval_every = 2;
     config.train.keep_checkpoints = 1;
@@ -76,13 +79,13 @@ fn the_best_weights_become_the_student_and_patience_ends_the_run() {
             &weights::load_file(&kept.join("model.safetensors")).unwrap()["model.embed_tokens.weight"]
         ),
     );
-    // A run that has ended for good does not go on.
+    // Resuming a finished run takes no further step.
     let again = train::run(&config, StartMode::Resume.into()).unwrap();
     assert_eq!((again.steps, again.best_step), (summary.steps, Some(best)));
 }
 
 #[test]
-fn the_average_follows_its_formula_and_becomes_the_student() {
+fn ema_matches_its_formula_and_becomes_the_student() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(4);
     config.train.checkpoint_every = 1;
@@ -90,7 +93,7 @@ fn the_average_follows_its_formula_and_becomes_the_student() {
     config.train.ema_decay = 0.4;
     train::run(&config, StartMode::New.into()).unwrap();
     let name = "model.layers.1.mlp.down_proj.weight";
-    let of = |step: u64| {
+    let values_at = |step: u64| {
         let folder = config.run_dir.join(format!("checkpoints/step-{step:06}"));
         values(&weights::load_file(&folder.join("model.safetensors")).unwrap()[name])
     };
@@ -100,16 +103,16 @@ fn the_average_follows_its_formula_and_becomes_the_student() {
     let mut average = values(&tensors(&start)[name]);
     for step in 1..=4 {
         let decay = 0.4f64.min((1.0 + step as f64) / (10.0 + step as f64)) as f32;
-        for (average, value) in average.iter_mut().zip(of(step)) {
+        for (average, value) in average.iter_mut().zip(values_at(step)) {
             *average = decay * *average + (1.0 - decay) * value;
         }
     }
     assert_eq!(values(&tensors(&config)[name]), average);
-    assert_ne!(of(4), average);
+    assert_ne!(values_at(4), average);
 }
 
 #[test]
-fn decay_leaves_norms_and_what_patterns_name_alone() {
+fn weight_decay_skips_norms_and_no_decay_patterns() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(1);
     config.train.warmup_steps = 1;
@@ -132,7 +135,7 @@ fn decay_leaves_norms_and_what_patterns_name_alone() {
 }
 
 #[test]
-fn bf16_learns_what_f32_learns() {
+fn bf16_reaches_the_accuracy_of_f32() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(60);
     config.train.dtype = ComputeDtype::F32;
@@ -148,10 +151,9 @@ fn bf16_learns_what_f32_learns() {
     }
 }
 
-/// Loss or gradient, not a number or infinite: nothing is updated, and the step and the examples
-/// are named.
+/// A loss or gradient that is NaN or infinite: nothing is updated, and the error names the step and the examples.
 #[test]
-fn numbers_that_are_not_finite_stop_before_the_update() {
+fn non_finite_loss_or_gradient_stops_before_the_update() {
     let scale = |tensors: &mut Tensors, name: &str, factor: f64| {
         let scaled = (&tensors[name] * factor).unwrap();
         tensors.insert(name.into(), scaled);
@@ -167,7 +169,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
             Box::new(move |tensors| scale(tensors, "lm_head.weight", 1e38)),
         ),
         (
-            // Logits of the usual size, whose gradient the head's weights blow up.
+            // The logits have the usual size, but the gradient overflows in the head's weights.
             "gradient",
             Box::new(move |tensors| {
                 let head = tensors["lm_head.weight"].sign().unwrap();
@@ -176,7 +178,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
             }),
         ),
     ];
-    for (what, break_weights) in cases {
+    for (quantity, break_weights) in cases {
         let (_dir, mut config) = run_folder();
         config.student.init = Init::Pretrained;
         config.train.micro_batch_size = 2;
@@ -186,7 +188,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
         tiny::write_weights(&config.student.path, &tensors);
         let error = train::run(&config, StartMode::New.into()).err().unwrap();
         let message = format!("{error:#}");
-        let expected = format!("the {what} of step 1 is not finite; nothing was updated");
+        let expected = format!("the {quantity} of step 1 is not finite; nothing was updated");
         assert!(message.contains(&expected), "{message}");
         assert!(!config.run_dir.join("checkpoints").exists());
     }
@@ -202,7 +204,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
 }
 
 #[test]
-fn a_device_that_the_program_was_not_built_for_is_refused() {
+fn device_missing_from_the_build_is_refused() {
     let (_dir, mut config) = run_folder();
     for (device, built) in [
         (Device::Cuda, cfg!(feature = "cuda")),
@@ -226,7 +228,7 @@ fn settings_without_effect_are_refused() {
         format!("{error:#}")
     };
     config.train.freeze = vec!["nope".into()];
-    assert!(refused(&config).contains("\"nope\", which matches no parameter"));
+    assert!(refused(&config).contains("\"nope\" matches no parameter"));
     config.train.freeze.clear();
     config.train.best = Best::Kl;
     assert!(refused(&config).contains("soft labels"));
