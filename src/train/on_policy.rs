@@ -6,7 +6,7 @@
 //! 2306.13649), with reverse KL as in MiniLLM (Gu et al., arXiv 2306.08543). The texts are constants: no gradient
 //! flows through the sampling.
 //!
-//! A local teacher ([`crate::train::local_teacher`]) gives whole distributions. A teacher behind an API
+//! A local teacher (`train/local_teacher.rs`) gives whole distributions. A teacher behind an API
 //! ([`TextScorer`]) gives its top-k, which is aligned with the student's tokens like the top-k of a harvested answer.
 //! Positions that it gives no soft labels for are not trained, nor are the end of the turn and other control tokens.
 
@@ -222,7 +222,7 @@ impl RemoteTeacher<'_> {
             let prompt = self.prompts.get(answer.key);
             let mut messages = prompt
                 .with_context(|| {
-                    format!("internal error: the prompt of {} is missing", answer.key)
+                    format!("the data has changed: the prompt of {} is missing", answer.key)
                 })?
                 .clone();
             messages.push(Message {

@@ -35,7 +35,7 @@ impl Softmax {
     }
 }
 
-/// Computes the same as [`super::position`], with the teacher's logits (V, or the size of the teacher's vocabulary) in
+/// Computes the same as [`super::position()`], with the teacher's logits (V, or the size of the teacher's vocabulary) in
 /// place of its top-k.
 ///
 /// `tail`, `unbiased`, `damped` and both kinds of `renormalize` are identical here: the KL divergence. `temperature` is
