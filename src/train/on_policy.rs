@@ -222,7 +222,10 @@ impl RemoteTeacher<'_> {
             let prompt = self.prompts.get(answer.key);
             let mut messages = prompt
                 .with_context(|| {
-                    format!("the data has changed: the prompt of {} is missing", answer.key)
+                    format!(
+                        "the data has changed: the prompt of {} is missing",
+                        answer.key
+                    )
                 })?
                 .clone();
             messages.push(Message {

@@ -189,20 +189,23 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
             segments: std::slice::from_ref(&whole),
             positions: &positions,
         };
-        let of = |model: &Model| model.map_logits(input, |_, row| log_softmax(&row[..vocabulary]));
-        let teachers = of(&teacher).unwrap();
-        let students = of(&student).unwrap();
+        let logprobs =
+            |model: &Model| model.map_logits(input, |_, row| log_softmax(&row[..vocabulary]));
+        let teachers = logprobs(&teacher).unwrap();
+        let students = logprobs(&student).unwrap();
         for ((p, q), at) in teachers.iter().zip(&students).zip(answer) {
-            let mut known: Vec<usize> = (0..vocabulary).collect();
-            known.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
-            known.truncate(20);
-            if !known.contains(&(ids[at] as usize)) {
-                known.push(ids[at] as usize);
+            let mut candidates: Vec<usize> = (0..vocabulary).collect();
+            candidates.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+            candidates.truncate(20);
+            if !candidates.contains(&(ids[at] as usize)) {
+                candidates.push(ids[at] as usize);
             }
-            let rest = |of: &[f64]| 1.0 - known.iter().map(|&id| of[id].exp()).sum::<f64>();
+            let rest = |logprobs: &[f64]| {
+                1.0 - candidates.iter().map(|&id| logprobs[id].exp()).sum::<f64>()
+            };
             let tail = rest(q) * (rest(q) / rest(p)).ln();
             sum += tail
-                + known
+                + candidates
                     .iter()
                     .map(|&id| q[id].exp() * (q[id] - p[id]))
                     .sum::<f64>();
