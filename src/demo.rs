@@ -1,7 +1,9 @@
-//! The whole pipeline on this machine, with the code of the verbs and nothing else.
+//! `distill demo`: the whole pipeline on this machine, using only the code of the other commands.
 //!
-//! The teacher and the prompts ship inside the program. They are written into the run folder with
-//! one config per step, each step is run from its config, and the equivalent commands are printed.
+//! The teacher and the prompts ship inside the program. They are written into the run folder together with one config
+//! per step. Each step runs from its config, and the equivalent command is printed.
+
+mod folder;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -11,53 +13,57 @@ use serde::Serialize;
 
 use crate::config::load;
 use crate::eval;
-use crate::eval::Report;
-use crate::fs;
+use crate::eval::EvalReport;
 use crate::harvest;
 use crate::harvest::options::HarvestOptions;
 use crate::serve::{self, ServeOptions, Server};
 use crate::signal::StopFlag;
 use crate::terminal::{format_count, table};
-use crate::train::summary::Start;
+use crate::train::summary::StartMode;
 use crate::train::{self, checkpoint};
+use folder::DemoFolder;
 
+/// Options of the demo.
 #[derive(Debug, Clone)]
-pub(crate) struct Options {
+pub(crate) struct DemoOptions {
     /// The run folder.
     pub dir: PathBuf,
-    /// Prompts to harvest.
+    /// Number of prompts to harvest.
     pub prompts: usize,
-    /// Held-out prompts to evaluate on.
+    /// Number of held-out prompts to evaluate on.
     pub heldout: usize,
-    /// Optimizer steps of each student.
+    /// Number of optimizer steps of each student.
     pub steps: u64,
-    /// Port of the teacher; 0 takes a free one.
+    /// Port of the teacher; 0 for any free port.
     pub port: u16,
 }
 
-/// What the demo measured.
+/// Measurements of the demo.
 #[derive(Debug, Clone, Serialize)]
-pub(crate) struct Outcome {
+pub(crate) struct DemoSummary {
     pub version: u32,
     pub dir: PathBuf,
-    /// Teacher, students, untrained student, in the order of the table.
-    pub models: Vec<Evaluated>,
+    /// Rows of the table: teacher, students, untrained student.
+    pub models: Vec<ModelEvaluation>,
 }
 
+/// Evaluation of one model.
 #[derive(Debug, Clone, Serialize)]
-pub(crate) struct Evaluated {
+pub(crate) struct ModelEvaluation {
     pub name: String,
-    /// Size of the weights in the model folder.
+    /// Size of `model.safetensors` in bytes.
     pub bytes: u64,
-    pub report: Report,
+    pub report: EvalReport,
 }
 
-/// The shipped files, and where they go in the run folder.
+/// Contents of shipped files, by their path in the run folder.
 macro_rules! shipped {
     ($($to:literal: $from:literal),* $(,)?) => {
         [$(($to, include_bytes!(concat!("../", $from)).as_slice())),*]
     };
 }
+
+const SUMMARY: &str = "summary.json";
 
 const FILES: [(&str, &[u8]); 9] = shipped! {
     "teacher/config.json": "datasets/reminders/teacher/config.json",
@@ -71,7 +77,7 @@ const FILES: [(&str, &[u8]); 9] = shipped! {
     "reminders.toml": "prompts/reminders.toml",
 };
 
-/// The students: name of the config, name in the table, what differs in it.
+/// The students: name of the config, name in the table, `[loss]` section.
 const STUDENTS: [(&str, &str, &str); 3] = [
     ("kl", "student, KL", "[loss]\nkd = \"auto\"\n"),
     ("ce", "student, CE only", "[loss]\nkd = \"none\"\n"),
@@ -81,20 +87,22 @@ const STUDENTS: [(&str, &str, &str); 3] = [
 /// Serves the teacher, harvests, trains and evaluates.
 ///
 /// # Errors
-/// Where one of the verbs fails.
-pub(crate) fn run(options: &Options, quiet: bool) -> Result<Outcome> {
+/// If a step fails, or the run folder holds files that the demo did not write.
+pub(crate) fn run(options: &DemoOptions, quiet: bool) -> Result<DemoSummary> {
     let stop = StopFlag::watch()?;
     let dir = &options.dir;
+    let shipped = FILES.iter().map(|(name, _)| (*name).to_owned());
+    let written = configs(options, "").into_iter().map(|(name, _)| name);
+    let names: Vec<String> = shipped.chain(written).chain([SUMMARY.to_owned()]).collect();
+    let mut folder = DemoFolder::open(dir, names.iter().map(String::as_str))?;
     for (name, bytes) in FILES {
-        let path = dir.join(name);
-        if std::fs::read(&path).ok().as_deref() != Some(bytes) {
-            fs::create_dir_all(path.parent().unwrap_or(dir))?;
-            fs::write_atomic(&path, bytes)?;
-        }
+        folder.write(name, bytes)?;
     }
     let teacher = start_teacher(options)?;
-    write_configs(options, &teacher.base_url())?;
-    let say = |text: String| {
+    for (name, text) in configs(options, &teacher.base_url()) {
+        folder.write(&name, text.as_bytes())?;
+    }
+    let print = |text: String| {
         if !quiet {
             eprintln!("{text}");
         }
@@ -102,13 +110,13 @@ pub(crate) fn run(options: &Options, quiet: bool) -> Result<Outcome> {
     let config_path = |name: &str| dir.join(format!("{name}.toml"));
     let command = |verb: &str, name: &str| {
         stop.check()?;
-        say(format!(
+        print(format!(
             "\n$ distill {verb} -c {}",
             config_path(name).display()
         ));
         load(&config_path(name), std::iter::empty(), &[]).map(|loaded| loaded.config)
     };
-    say(format!(
+    print(format!(
         "$ distill serve --model {} --port {}",
         dir.join("teacher").display(),
         options.port
@@ -122,17 +130,21 @@ pub(crate) fn run(options: &Options, quiet: bool) -> Result<Outcome> {
                 ..HarvestOptions::default()
             },
         ))?;
-        // The demo itself takes the next step.
+        // The advice names the next command, which the demo runs itself.
         summary.advice.clear();
-        say(summary.to_table());
+        print(summary.to_table());
         summary.into_result()?;
     }
     teacher.shutdown()?;
     for (name, _, _) in STUDENTS {
         let config = command("train", name)?;
         let started = checkpoint::latest(&config.run_dir.join("checkpoints"))?.is_some();
-        let start = if started { Start::Resume } else { Start::Ask };
-        let options = train::Options {
+        let start = if started {
+            StartMode::Resume
+        } else {
+            StartMode::New
+        };
+        let options = train::TrainOptions {
             quiet,
             selection: crate::plan::questions::selection(&config)?,
             ..start.into()
@@ -148,27 +160,24 @@ pub(crate) fn run(options: &Options, quiet: bool) -> Result<Outcome> {
             &|| crate::plan::questions::selection(&config),
             quiet,
         )?;
-        models.push(Evaluated {
+        models.push(ModelEvaluation {
             name: title.into(),
             bytes: weight_bytes(&report.model)?,
             report,
         });
     }
-    let outcome = Outcome {
+    let summary = DemoSummary {
         version: 1,
         dir: dir.clone(),
         models,
     };
-    fs::write_atomic(
-        &dir.join("summary.json"),
-        &serde_json::to_vec_pretty(&outcome)?,
-    )?;
-    say(String::new());
-    Ok(outcome)
+    folder.write(SUMMARY, &serde_json::to_vec_pretty(&summary)?)?;
+    print(String::new());
+    Ok(summary)
 }
 
-/// Serves the shipped teacher, on a free port where the wanted one is taken.
-fn start_teacher(options: &Options) -> Result<Server> {
+/// Serves the shipped teacher, on any free port if the configured one is taken.
+fn start_teacher(options: &DemoOptions) -> Result<Server> {
     let start = |port| {
         let serve = ServeOptions {
             port,
@@ -180,16 +189,15 @@ fn start_teacher(options: &Options) -> Result<Server> {
     start(options.port).or_else(|_| start(0))
 }
 
-/// One config per step. The texts are what a user would write by hand.
-fn write_configs(options: &Options, base_url: &str) -> Result<()> {
-    let Options {
+/// Names and texts of the configs, one per step, as a user would write them.
+fn configs(options: &DemoOptions, base_url: &str) -> Vec<(String, String)> {
+    let DemoOptions {
         prompts,
         heldout,
         steps,
-        dir,
         ..
     } = options;
-    let ask = |run_dir: &str, source: &str, limit: usize| {
+    let harvest = |run_dir: &str, source: &str, limit: usize| {
         format!(
             "run_dir = \"{run_dir}\"\n\n\
              [teacher]\nname = \"demo\"\nbase_url = \"{base_url}\"\nmodel = \"teacher\"\napi_key_env = \"\"\n\n\
@@ -204,8 +212,8 @@ fn write_configs(options: &Options, base_url: &str) -> Result<()> {
          teacher_cache = \"heldout/cache\"\nmax_tokens = 96\nbatch_size = 64\n"
     );
     let mut files = vec![
-        ("harvest", ask("harvest", "prompts.jsonl", *prompts)),
-        ("heldout", ask("heldout", "test.jsonl", *heldout)),
+        ("harvest", harvest("harvest", "prompts.jsonl", *prompts)),
+        ("heldout", harvest("heldout", "test.jsonl", *heldout)),
         ("teacher", format!("{eval}model = \"teacher\"\n")),
     ];
     for (name, _, loss) in STUDENTS {
@@ -223,10 +231,10 @@ fn write_configs(options: &Options, base_url: &str) -> Result<()> {
         );
         files.push((name, text));
     }
-    for (name, text) in files {
-        fs::write_atomic(&dir.join(format!("{name}.toml")), text.as_bytes())?;
-    }
-    Ok(())
+    let files = files.into_iter();
+    files
+        .map(|(name, text)| (format!("{name}.toml"), text))
+        .collect()
 }
 
 fn weight_bytes(model: &Path) -> Result<u64> {
@@ -246,12 +254,12 @@ fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
         .block_on(future)
 }
 
-/// Rounding may leave a divergence of zero a little below it, and `-0.0000` is no number to show.
+/// Formats a divergence. Rounding errors may leave it slightly below zero; this never prints `-0.0000`.
 fn four_places(value: f64) -> String {
     format!("{:.4}", (value * 1e4).round() / 1e4 + 0.0)
 }
 
-impl fmt::Display for Outcome {
+impl fmt::Display for DemoSummary {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let header = [
             "",

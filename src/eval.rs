@@ -1,4 +1,7 @@
-//! A model against the truth, and against its teacher's answers to prompts that nobody trained on.
+//! Evaluation of a model on held-out prompts: accuracy against true answers, and metrics against the teacher's answers.
+//!
+//! The accuracy needs `eval.source`, rows with their true answers. The metrics need answers of the teacher that were not
+//! trained on: `eval.teacher_cache`, or the validation share of the training data.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -12,7 +15,7 @@ use crate::data::dataset;
 use crate::data::groups::Selection;
 use crate::exit::Exit;
 use crate::model::Model;
-use crate::model::batcher::GenerateOptions;
+use crate::model::batcher::{FinishReason, GenerateOptions};
 use crate::model::generate;
 use crate::prompt;
 use crate::prompt::Prompt;
@@ -20,48 +23,47 @@ use crate::signal::StopFlag;
 use crate::terminal::progress::Progress;
 use crate::tokenizer::Tokenizer;
 use crate::train::local_teacher;
-use crate::train::metrics::Means;
-use crate::train::objective;
-use crate::train::objective::Models;
+use crate::train::metrics::MetricMeans;
+use crate::train::objective::{self, ModelPair};
 
-/// What an evaluation found.
+/// Result of an evaluation.
 #[derive(Debug, Clone, Serialize)]
-pub(crate) struct Report {
+pub(crate) struct EvalReport {
     pub version: u32,
     pub model: PathBuf,
     pub parameters: usize,
-    /// Against `eval.source`; None without one.
-    pub truth: Option<Truth>,
-    /// Against the teacher's answers; None where there are none.
-    pub teacher: Option<Means>,
+    /// Accuracy on `eval.source`, if it is set.
+    pub truth: Option<AccuracyReport>,
+    /// Metrics on the teacher's answers, if there are any.
+    pub teacher: Option<MetricMeans>,
 }
 
-/// Greedy answers beside the true ones.
+/// Comparison of greedy answers with the true ones.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub(crate) struct Truth {
+pub(crate) struct AccuracyReport {
     pub rows: usize,
     pub correct: usize,
     /// `correct / rows`.
     pub accuracy: f64,
-    /// With `matching = "json"`: answers that are no JSON at all.
+    /// Number of answers that are not valid JSON, with `matching = "json"`.
     pub malformed: usize,
-    /// Answers that reached `eval.max_tokens`.
+    /// Number of answers that reached `eval.max_tokens`.
     pub cut_off: usize,
-    /// Generated tokens per second, `eval.batch_size` answers at a time.
+    /// Generated tokens per second, with batches of `eval.batch_size` answers.
     pub tokens_per_s: f64,
 }
 
 pub(crate) const VERSION: u32 = 1;
 
-/// Evaluates `eval.model`, or the student of this run.
+/// Evaluates `eval.model`, or the student of this run. `selection` selects the records of the training cache.
 ///
 /// # Errors
-/// Where the model or the rows do not load, or there is nothing to evaluate on.
+/// If the model or the rows do not load, or there are no rows and no answers to evaluate on.
 pub(crate) fn run(
     config: &Config,
     selection: &dyn Fn() -> Result<Selection>,
     quiet: bool,
-) -> Result<Report> {
+) -> Result<EvalReport> {
     let dir = config
         .eval
         .model
@@ -82,8 +84,8 @@ pub(crate) fn run(
     tokenizer.check_fits(model.config().vocab_size)?;
     let truth = match &config.eval.source {
         Some(source) => {
-            let rows = rows(config, source)?;
-            Some(against_truth(
+            let rows = load_rows(config, source)?;
+            Some(compare_with_truth(
                 &model,
                 &tokenizer,
                 &rows,
@@ -96,9 +98,9 @@ pub(crate) fn run(
     if let Some(date) = config.student.template_date {
         tokenizer.set_date(date.into());
     }
-    let teacher = match against_teacher(config, selection, &model, &tokenizer) {
+    let teacher = match compare_with_teacher(config, selection, &model, &tokenizer) {
         Err(error) if truth.is_some() && matches!(error.downcast_ref(), Some(Exit::Usage(_))) => {
-            tracing::warn!("the student is not compared with its teacher: {error:#}");
+            tracing::warn!("cannot compare the student with its teacher: {error:#}");
             None
         }
         teacher => teacher?,
@@ -110,7 +112,7 @@ pub(crate) fn run(
                 .into()
         ));
     }
-    Ok(Report {
+    Ok(EvalReport {
         version: VERSION,
         model: dir,
         parameters: model.config().parameter_count(),
@@ -119,24 +121,24 @@ pub(crate) fn run(
     })
 }
 
-/// Held-out prompts with their true answers.
-fn rows(config: &Config, source: &Path) -> Result<Vec<(Prompt, String)>> {
+/// Loads held-out prompts with their true answers.
+fn load_rows(config: &Config, source: &Path) -> Result<Vec<(Prompt, String)>> {
     let template = config.prompts.template.as_deref();
     let mut rows = prompt::load_with(source, template, |id, row| {
-        truth_of(id, &row, &config.eval.truth)
+        true_answer(id, &row, &config.eval.truth)
     })?;
     rows.truncate(config.eval.limit.unwrap_or(usize::MAX));
     Ok(rows)
 }
 
-/// Answers each row greedily and compares with its true answer.
-fn against_truth(
+/// Answers each row greedily and compares the answers with the true ones.
+fn compare_with_truth(
     model: &Model,
     tokenizer: &Tokenizer,
     rows: &[(Prompt, String)],
     settings: &EvalConfig,
     quiet: bool,
-) -> Result<Truth> {
+) -> Result<AccuracyReport> {
     let prompts: Vec<Vec<u32>> = rows
         .iter()
         .map(|(prompt, _)| tokenizer.encode_prompt(&prompt.messages))
@@ -149,7 +151,7 @@ fn against_truth(
     let mut progress = Progress::new("eval", rows.len() as u64, quiet);
     let began = Instant::now();
     let mut answers = Vec::with_capacity(rows.len());
-    // In portions, so that progress can be shown and a signal seen between them.
+    // In portions, to show progress and check for signals between them.
     for prompts in prompts.chunks(settings.batch_size * 8) {
         answers.extend(generate::batch(
             model,
@@ -164,7 +166,7 @@ fn against_truth(
     drop(progress);
     let seconds = began.elapsed().as_secs_f64();
     let tokens: usize = answers.iter().map(|answer| answer.ids.len()).sum();
-    let mut truth = Truth {
+    let mut report = AccuracyReport {
         rows: rows.len(),
         correct: 0,
         accuracy: 0.0,
@@ -173,23 +175,22 @@ fn against_truth(
         tokens_per_s: tokens as f64 / seconds,
     };
     for (answer, (_, expected)) in answers.iter().zip(rows) {
-        truth.correct += usize::from(matches(settings.matching, &answer.text, expected));
-        truth.malformed +=
+        report.correct += usize::from(matches(settings.matching, &answer.text, expected));
+        report.malformed +=
             usize::from(settings.matching == AnswerMatching::Json && parse(&answer.text).is_none());
-        truth.cut_off +=
-            usize::from(answer.finish_reason == crate::model::batcher::FinishReason::Length);
+        report.cut_off += usize::from(answer.finish_reason == FinishReason::Length);
     }
-    truth.accuracy = truth.correct as f64 / truth.rows.max(1) as f64;
-    Ok(truth)
+    report.accuracy = report.correct as f64 / report.rows.max(1) as f64;
+    Ok(report)
 }
 
-/// The true answer of a row: a string as it stands, anything else as JSON.
-fn truth_of(id: &str, row: &Value, field: &str) -> Result<String> {
+/// Returns the true answer of a row: a string unchanged, any other value as JSON.
+fn true_answer(id: &str, row: &Value, field: &str) -> Result<String> {
     match row.get(field) {
         Some(Value::String(text)) => Ok(text.clone()),
         Some(value) => Ok(value.to_string()),
         None => bail!(Exit::Usage(format!(
-            "row {id:?} has no field {field:?}: set eval.truth to the field with the true answer"
+            "row {id:?} has no field {field:?}: set eval.truth to the field that holds the true answer"
         ))),
     }
 }
@@ -201,40 +202,40 @@ fn matches(matching: AnswerMatching, answer: &str, truth: &str) -> bool {
     }
 }
 
-/// Key order does not matter to `Value`'s equality.
+/// Parses JSON; the equality of `Value` ignores the order of keys.
 fn parse(text: &str) -> Option<Value> {
     serde_json::from_str(text.trim()).ok()
 }
 
-/// Mean terms on held-out teacher answers.
-fn against_teacher(
+/// Computes mean metrics on held-out answers of the teacher.
+fn compare_with_teacher(
     config: &Config,
     selection: &dyn Fn() -> Result<Selection>,
     model: &Model,
     tokenizer: &Tokenizer,
-) -> Result<Option<Means>> {
+) -> Result<Option<MetricMeans>> {
     let teacher = config.teacher.local.as_ref();
-    let teacher = teacher.map(|dir| local_teacher::frozen(dir, tokenizer, &config.train));
+    let teacher = teacher.map(|dir| local_teacher::load_frozen(dir, tokenizer, &config.train));
     let teacher = teacher.transpose()?;
-    let models = Models {
+    let models = ModelPair {
         student: model,
         teacher: teacher.as_ref(),
     };
-    let fitting = Config {
+    let fitted_config = Config {
         data: config.data.within(models.context()),
         ..config.clone()
     };
     let data = match &config.eval.teacher_cache {
-        Some(dir) => dataset::held_out(dir, &fitting.data, tokenizer)
+        Some(dir) => dataset::held_out(dir, &fitted_config.data, tokenizer)
             .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?,
         None if config.data.source.is_some() || config.training_cache().exists() => {
-            dataset::load(&fitting, &selection()?, tokenizer, &mut |_, _| Ok(()))?
+            dataset::load(&fitted_config, &selection()?, tokenizer, &mut |_, _| Ok(()))?
         }
         None => return Ok(None),
     };
     if !data.report.dropped.is_empty() {
         let reasons = crate::data::report::by_reason(&data.report.dropped);
-        tracing::warn!("answers of the teacher that are not compared: {reasons}");
+        tracing::warn!("excluded answers of the teacher: {reasons}");
     }
     let groups = data.report.groups.lines();
     if groups.len() > 1 || data.report.groups.advice().is_some() {
@@ -253,8 +254,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn json_matches_by_value_and_exact_by_text() {
-        let (a, b) = (r#"{"x": 1, "y": [2]}"#, r#" {"y":[2],"x":1} "#);
+    fn eval_matches_json_by_value_and_exact_by_text() {
+        let a = r#"{"x": 1, "y": [2]}"#;
+        let b = r#" {"y":[2],"x":1} "#;
         assert!(matches(AnswerMatching::Json, a, b) && !matches(AnswerMatching::Exact, a, b));
         assert!(!matches(AnswerMatching::Json, "not json", "not json"));
         assert!(!matches(
@@ -269,11 +271,11 @@ mod tests {
     }
 
     #[test]
-    fn a_truth_may_be_text_or_a_value() {
-        let of = |row: Value| truth_of("7", &row, "answer");
-        assert_eq!(of(json!({"answer": "a b"})).unwrap(), "a b");
-        assert_eq!(of(json!({"answer": {"a": 1}})).unwrap(), r#"{"a":1}"#);
-        let error = of(json!({})).unwrap_err();
+    fn true_answer_may_be_text_or_a_json_value() {
+        let answer = |row: Value| true_answer("7", &row, "answer");
+        assert_eq!(answer(json!({"answer": "a b"})).unwrap(), "a b");
+        assert_eq!(answer(json!({"answer": {"a": 1}})).unwrap(), r#"{"a":1}"#);
+        let error = answer(json!({})).unwrap_err();
         assert!(error.to_string().contains("eval.truth"));
     }
 }

@@ -9,7 +9,7 @@
 //!   --harvest (limiter, teacher, retry)--> answer --cache::record--> cache (append-only JSONL)
 //!   --data (chat template, tokenizer, align)--> prepared examples (mapped) --data::batch--> Batch
 //!   --model (a tape over ops)--> hidden states --train::loss, fused with the LM head--> gradients
-//!   --train::optimizer--> weights --train::checkpoint, train::student--> Hugging Face folder
+//!   --train::optimizer--> weights --train::checkpoint, train::trainable--> Hugging Face folder
 //!   --train::on_policy--> texts of the student's own --crate::harvest::scorer, cache--> logprobs --data--> Batch
 //!   --evaluate--> Report          --serve, model::generate--> answers
 //!                                        cache --export--> files for other trainers

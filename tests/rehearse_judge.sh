@@ -96,7 +96,7 @@ kill -INT "$victim"
 code=0
 wait "$victim" || code=$?
 test "$code" = 130
-grep "go on with --resume" stopped.err
+grep "resume with --resume" stopped.err
 test "$(ls stopped/checkpoints)" = "step-$(printf %06d "$(wc -l < stopped/metrics.jsonl)")"
 
 echo "-- a budget that does not suffice"

@@ -3,20 +3,20 @@
 use anyhow::Result;
 
 use crate::cli::{DemoArgs, Global};
-use crate::demo::{self, Options};
+use crate::demo::{self, DemoOptions};
 
 /// Runs the demo and prints its table.
 pub fn run(args: &DemoArgs, global: &Global) -> Result<()> {
-    let options = Options {
+    let options = DemoOptions {
         dir: args.dir.clone(),
         prompts: args.prompts,
         heldout: args.heldout,
         steps: args.steps,
         port: args.port,
     };
-    let outcome = demo::run(&options, global.json)?;
+    let summary = demo::run(&options, global.json)?;
     if global.json {
-        return super::print_json(&outcome);
+        return super::print_json(&summary);
     }
-    super::print(&outcome.to_string())
+    super::print(&summary.to_string())
 }

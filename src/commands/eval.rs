@@ -6,7 +6,7 @@ use crate::cli::{EvalArgs, Global};
 use crate::eval;
 use crate::terminal::{format_count, sanitise, table};
 
-/// Evaluates a model and prints what was found.
+/// Evaluates a model and prints the metrics.
 pub fn run(args: &EvalArgs, global: &Global) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let report = eval::run(

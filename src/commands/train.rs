@@ -8,30 +8,33 @@ use crate::harvest::scorer::ScoringStats;
 use crate::prompt::Prompt;
 use crate::signal::StopFlag;
 use crate::terminal::{format_count, format_dollars, sanitise, table};
-use crate::train::on_policy::Judge;
-use crate::train::summary::Start;
-use crate::train::{self, Options};
+use crate::train::on_policy::TextScorer;
+use crate::train::summary::StartMode;
+use crate::train::{self, TrainOptions};
 
-/// Trains the student and prints where it is and how it did.
+/// Trains the student and prints its folder and metrics.
 pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let start = match (args.resume, args.fresh) {
-        (true, _) => Start::Resume,
-        (_, true) => Start::Fresh,
-        _ => Start::Ask,
+        (true, _) => StartMode::Resume,
+        (_, true) => StartMode::Fresh,
+        _ => StartMode::New,
     };
-    let options = Options {
+    let options = TrainOptions {
         start,
         selection: crate::plan::questions::selection(&config)?,
         force: args.force,
         quiet: global.json,
     };
-    let mut judge = crate::harvest::scorer::TextScorer::new(&config, options.quiet)?.map(Asked);
-    let asked = judge.as_mut().map(|judge| judge as &mut dyn Judge);
-    let summary = train::run_judged(&config, options, asked)?;
-    let told = judge.as_ref().map(|judge| judge.0.stats());
+    let judge = crate::harvest::scorer::TextScorer::new(&config, options.quiet)?;
+    let mut scorer = judge.map(EndpointScorer);
+    let text_scorer = scorer.as_mut().map(|scorer| scorer as &mut dyn TextScorer);
+    let summary = train::run_with_scorer(&config, options, text_scorer)?;
+    let scoring_stats = scorer.as_ref().map(|scorer| scorer.0.stats());
     if global.json {
-        return super::print_json(&json!({ "version": 1, "summary": summary, "judged": told }));
+        return super::print_json(
+            &json!({ "version": 1, "summary": summary, "judged": scoring_stats }),
+        );
     }
     let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
     let validation = &summary.validation;
@@ -63,13 +66,14 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
     ];
     let mut rows: Vec<[String; 2]> = rows.map(|(name, value)| [name.to_string(), value]).into();
     if let Some(own) = &summary.own_answers {
-        let (judged, written) = (format_count(own.judged), format_count(own.written));
+        let scored = format_count(own.scored);
+        let generated = format_count(own.generated);
         rows.push([
             "own answers judged".into(),
-            format!("{judged} of {written}"),
+            format!("{scored} of {generated}"),
         ]);
     }
-    rows.extend(told.into_iter().flat_map(bought));
+    rows.extend(scoring_stats.into_iter().flat_map(scoring_rows));
     super::print(&table(&rows))?;
     let changes = summary.changes.iter();
     let changes: String = changes.map(|change| format!("saved {change}\n")).collect();
@@ -79,30 +83,30 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
     ))
 }
 
-/// The endpoint of the config as the judge of what the student writes.
-struct Asked(crate::harvest::scorer::TextScorer);
+/// Scores the student's answers with the endpoint of the config.
+struct EndpointScorer(crate::harvest::scorer::TextScorer);
 
-impl Judge for Asked {
-    fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
+impl TextScorer for EndpointScorer {
+    fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         self.0.judge(texts, stop)
     }
 }
 
-/// What judging has come to, as rows of the table.
-fn bought(told: &ScoringStats) -> Vec<[String; 2]> {
+/// Table rows about the requests to the judge.
+fn scoring_rows(stats: &ScoringStats) -> Vec<[String; 2]> {
     let requests = format!(
-        "{} ({} texts judged before)",
-        format_count(told.requests),
-        format_count(told.cached)
+        "{} ({} texts judged earlier)",
+        format_count(stats.requests),
+        format_count(stats.cached)
     );
     let mut rows = vec![
         ["requests to the judge".into(), requests],
         [
             "their prompt tokens".into(),
-            format_count(told.prompt_tokens),
+            format_count(stats.prompt_tokens),
         ],
     ];
-    if let Some(usd) = told.cost_usd {
+    if let Some(usd) = stats.cost_usd {
         rows.push(["cost of judging".into(), format_dollars(usd)]);
     }
     rows

@@ -1,10 +1,13 @@
-//! Checkpoints: `checkpoints/step-000500/{model.safetensors, optimizer.safetensors, state.json}`, and
-//! `ema.safetensors` where there is a running average; `teacher.safetensors` and
-//! `teacher_optimizer.safetensors` where a teacher is trained along. Weights that are not trained are not in it;
-//! their hash is part of the fingerprint.
+//! Checkpoints: `checkpoints/step-000500/{model.safetensors, optimizer.safetensors, state.json}`, with
+//! `ema.safetensors` if there is a moving average, and with `teacher.safetensors` and
+//! `teacher_optimizer.safetensors` if a teacher is co-trained. Frozen weights are not saved; their hash is part of the
+//! fingerprint.
 //!
-//! A checkpoint appears whole, by the rename of its folder, or not at all. The newest one is found
-//! by looking, so no pointer can be stale.
+//! A checkpoint is written atomically, by renaming its folder. The newest one is found by listing the folder, so there
+//! is no pointer that could be stale.
+//!
+//! The fingerprint hashes the JSON of the settings. Order and names of the fields of `config::Train` and `config::Loss`
+//! are part of it: changing them makes old checkpoints unusable.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,9 +18,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::ema::Ema;
-use super::objective::Models;
+use super::objective::ModelPair;
 use super::optimizer::Optimizer;
-use super::student::{self, Student};
+use super::trainable::{self, TrainableModel};
 use crate::config::{self, Config, KdMode, ScoredBy, TrainConfig};
 use crate::data::batch::Cursor;
 use crate::exit::Exit;
@@ -25,9 +28,9 @@ use crate::fs;
 use crate::model::Model;
 use crate::model::weights::{self, Tensors};
 use crate::tokenizer::Tokenizer;
-use crate::train::early_stopping::Best;
-use crate::train::local_teacher::Teacher;
-use crate::train::summary::Start;
+use crate::train::early_stopping::EarlyStopping;
+use crate::train::local_teacher::LocalTeacher;
+use crate::train::summary::StartMode;
 
 const MODEL: &str = "model.safetensors";
 const EMA: &str = "ema.safetensors";
@@ -36,86 +39,91 @@ const STATE: &str = "state.json";
 const TEACHER: &str = "teacher.safetensors";
 const TEACHER_OPTIMIZER: &str = "teacher_optimizer.safetensors";
 
-/// What a run changes.
-pub struct Parts {
-    pub student: Student,
+/// Everything that training changes.
+pub struct TrainingState {
+    pub student: TrainableModel,
     pub optimizer: Optimizer,
     pub ema: Option<Ema>,
-    /// One on this machine.
-    pub teacher: Option<Teacher>,
+    /// The local teacher.
+    pub teacher: Option<LocalTeacher>,
 }
 
-impl Parts {
-    /// Those that the config describes, before the first step.
+impl TrainingState {
+    /// The state before the first step.
     ///
     /// # Errors
-    /// Where a model does not load, or a pattern is none.
+    /// If a model does not load, or a pattern is not valid.
     pub fn initial(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
         let train = &config.train;
-        let student = Student::initial(config, tokenizer)?;
-        let averaged = train.ema_decay > 0.0;
+        let student = TrainableModel::student(config, tokenizer)?;
+        let has_ema = train.ema_decay > 0.0;
         Ok(Self {
-            optimizer: Optimizer::new(&student, &student::patterns(&train.no_decay)?)?,
-            ema: averaged
+            optimizer: Optimizer::new(&student, &trainable::parse_patterns(&train.no_decay)?)?,
+            ema: has_ema
                 .then(|| Ema::new(&student, train.ema_decay))
                 .transpose()?,
             teacher: match config.loss.kd {
                 KdMode::None if !config.teacher.cotrain => None,
-                _ => Teacher::of(config, tokenizer)?,
+                _ => LocalTeacher::from_config(config, tokenizer)?,
             },
             student,
         })
     }
 
-    /// The student as it is evaluated: the running average, where there is one.
-    pub fn averaged(&self) -> &Model {
+    /// The model to evaluate: the moving average if there is one, else the student.
+    pub fn eval_model(&self) -> &Model {
         let average = self.ema.as_ref().map(|ema| &ema.model);
         average.unwrap_or(&self.student.model)
     }
 
-    /// Who learns, and from whom.
-    pub fn models(&self) -> Models<'_> {
-        Models {
+    /// The student and the local teacher.
+    pub fn models(&self) -> ModelPair<'_> {
+        ModelPair {
             student: &self.student.model,
             teacher: self.teacher_model(),
         }
     }
 
-    /// The model of a teacher on this machine.
+    /// Model of the local teacher.
     pub fn teacher_model(&self) -> Option<&Model> {
         let teacher = self.teacher.as_ref()?;
-        Some(&teacher.learner.model)
+        Some(&teacher.trainable.model)
     }
 
-    /// A teacher that is trained along.
-    fn trained_teacher(&mut self) -> Option<(&Student, &mut Optimizer)> {
+    /// Weights and optimizer of a co-trained teacher.
+    fn cotrained_teacher(&mut self) -> Option<(&TrainableModel, &mut Optimizer)> {
         let teacher = self.teacher.as_mut()?;
         let training = teacher.training.as_mut()?;
-        Some((&teacher.learner, &mut training.optimizer))
+        Some((&teacher.trainable, &mut training.optimizer))
     }
 }
 
-/// What a run needs besides weights and moments to go on as if it had not stopped.
+/// `state.json`: everything else that a run needs to resume exactly.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct State {
-    /// Version of this file.
+pub struct CheckpointState {
+    /// Format version.
     pub version: u32,
-    /// Updates done.
+    /// Number of steps so far.
     pub step: u64,
-    /// Where the next batch starts.
+    /// Start of the next batch.
     pub cursor: Cursor,
-    /// Tokens trained on so far.
+    /// Number of tokens so far.
     pub tokens: u64,
-    pub best: Best,
-    /// Hash of the settings and data that the numbers depend on.
+    #[serde(rename = "best")]
+    pub early_stopping: EarlyStopping,
+    /// Hash of `fingerprint_inputs`.
     pub fingerprint: String,
-    /// The hashed settings and data, to name what has changed; null in checkpoints of earlier versions.
-    #[serde(default)]
-    pub basis: Value,
-    /// See [`choice_of_data`].
-    #[serde(default, skip_serializing_if = "Value::is_null")]
-    pub choice_of_data: Value,
-    /// Hashes of the other files by name, set by [`save`]; empty in checkpoints of earlier versions.
+    /// See [`fingerprint_inputs`]; kept to report changes. Null in checkpoints of earlier versions.
+    #[serde(rename = "basis", default)]
+    pub fingerprint_inputs: Value,
+    /// See [`data_settings`].
+    #[serde(
+        rename = "choice_of_data",
+        default,
+        skip_serializing_if = "Value::is_null"
+    )]
+    pub data_settings: Value,
+    /// Hashes of the other files by name, set by [`save`]. Empty in checkpoints of earlier versions.
     #[serde(default)]
     pub files: BTreeMap<String, String>,
     /// Hash of all other fields, set by [`save`].
@@ -123,9 +131,9 @@ pub struct State {
     pub checksum: String,
 }
 
-impl State {
+impl CheckpointState {
     fn hash(&self) -> Result<String> {
-        let state = State {
+        let state = CheckpointState {
             checksum: String::new(),
             ..self.clone()
         };
@@ -136,32 +144,37 @@ impl State {
 
 pub const VERSION: u32 = 2;
 
-/// Writes a checkpoint, then removes the oldest beyond `keep`, but never the best.
+/// Writes a checkpoint, then removes all but the newest `keep` checkpoints and the best one.
 ///
 /// # Errors
-/// Where it cannot be written; earlier checkpoints are untouched then.
-pub fn save(dir: &Path, parts: &mut Parts, state: &State, keep: usize) -> Result<()> {
+/// If it cannot be written. Earlier checkpoints are not changed in this case.
+pub fn save(
+    dir: &Path,
+    training: &mut TrainingState,
+    state: &CheckpointState,
+    keep: usize,
+) -> Result<()> {
     fs::write_dir_with(&folder(dir, state.step), |folder| {
         let write = |name, tensors: &Tensors| {
             weights::write(&folder.join(name), weights::entries(tensors, DType::F32)?)
         };
-        write(MODEL, &parts.student.trained()?)?;
-        if let Some(ema) = &parts.ema {
+        write(MODEL, &training.student.trained()?)?;
+        if let Some(ema) = &training.ema {
             write(EMA, &ema.tensors()?)?;
         }
-        weights::write(&folder.join(OPTIMIZER), parts.optimizer.state()?)?;
-        if let Some((teacher, optimizer)) = parts.trained_teacher() {
+        weights::write(&folder.join(OPTIMIZER), training.optimizer.state()?)?;
+        if let Some((teacher, optimizer)) = training.cotrained_teacher() {
             write(TEACHER, &teacher.trained()?)?;
             weights::write(&folder.join(TEACHER_OPTIMIZER), optimizer.state()?)?;
         }
-        let mut state = State {
+        let mut state = CheckpointState {
             files: hashes(folder)?,
             ..state.clone()
         };
         state.checksum = state.hash()?;
         fs::write_in(folder, STATE, &serde_json::to_vec_pretty(&state)?)
     })?;
-    let best = state.best.found.map(|(step, _)| step);
+    let best = state.early_stopping.best.map(|(step, _)| step);
     let steps = list(dir)?;
     let old = steps.len().saturating_sub(keep.max(1));
     for (_, path) in steps[..old].iter().filter(|(step, _)| Some(*step) != best) {
@@ -174,12 +187,11 @@ fn folder(dir: &Path, step: u64) -> PathBuf {
     dir.join(format!("step-{step:06}"))
 }
 
-/// The trained weights that the checkpoint after `step` would make the student: the running average where
-/// there is one.
+/// Loads the trained weights of the checkpoint after `step`: the moving average if there is one.
 ///
 /// # Errors
-/// [`Exit::Damaged`] where the checkpoint is gone or damaged.
-pub fn weights_of(dir: &Path, step: u64) -> Result<Tensors> {
+/// [`Exit::Damaged`] if the checkpoint is missing or damaged.
+pub fn load_weights(dir: &Path, step: u64) -> Result<Tensors> {
     let folder = folder(dir, step);
     let load = || {
         check_files(&folder, &read_state(&folder)?.files)?;
@@ -194,32 +206,42 @@ pub fn weights_of(dir: &Path, step: u64) -> Result<Tensors> {
     load().map_err(|error| damaged(&folder, &error))
 }
 
-/// The newest checkpoint in `dir`, if there is one.
+/// Path of the newest checkpoint in `dir`; None if there is no checkpoint.
 ///
 /// # Errors
-/// Where the folder cannot be read.
+/// If the folder cannot be read.
 pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(list(dir)?.pop().map(|(_, path)| path))
 }
 
-/// Brings the parts to the state of the checkpoint at `path`.
+/// Restores `training` from the checkpoint at `path`.
 ///
 /// # Errors
-/// Where a file is damaged ([`Exit::Damaged`]), or it has another `basis` ([`Exit::Usage`]), which `data`, of
-/// [`choice_of_data`], may explain.
-pub fn load(path: &Path, parts: &mut Parts, basis: &Value, data: &Value) -> Result<State> {
+/// [`Exit::Damaged`] if a file is damaged. [`Exit::Usage`] if the checkpoint has other `inputs` (see
+/// [`fingerprint_inputs`]); the error then lists changes of `data_settings` as possible reasons.
+pub fn load(
+    path: &Path,
+    training: &mut TrainingState,
+    inputs: &Value,
+    data_settings: &Value,
+) -> Result<CheckpointState> {
     let state = read_state(path).map_err(|error| damaged(path, &error))?;
-    if state.basis.is_null() {
+    if state.fingerprint_inputs.is_null() {
         bail!(Exit::Usage(format!(
-            "an earlier version of distill wrote {}, and its settings cannot be compared: start over with --fresh",
+            "{} was written by an earlier version of distill and cannot be resumed: start over with --fresh",
             path.display()
         )));
     }
-    if state.fingerprint != fingerprint(basis) {
-        let mut changes = changes(&state.basis, basis);
-        if state.basis["data"] != basis["data"] && !state.choice_of_data.is_null() {
-            let reasons = self::changes(&state.choice_of_data, data).into_iter();
-            changes.extend(reasons.map(|reason| format!("perhaps since {reason}")));
+    if state.fingerprint != fingerprint(inputs) {
+        let saved = &state.fingerprint_inputs;
+        let mut changes = describe_changes(saved, inputs);
+        if saved["data"] != inputs["data"] && !state.data_settings.is_null() {
+            let reasons = describe_changes(&state.data_settings, data_settings);
+            changes.extend(
+                reasons
+                    .into_iter()
+                    .map(|reason| format!("possibly because {reason}")),
+            );
         }
         let changes = if changes.is_empty() {
             String::new()
@@ -227,7 +249,7 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value, data: &Value) -> Resu
             format!(" ({})", changes.join("; "))
         };
         bail!(Exit::Usage(format!(
-            "the settings or the data have changed since {}{}: undo that to go on with it, or start over with \
+            "the settings or the data have changed since {}{}: revert the change to resume, or start over with \
              --fresh",
             path.display(),
             changes
@@ -235,18 +257,18 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value, data: &Value) -> Resu
     }
     check_files(path, &state.files).map_err(|error| damaged(path, &error))?;
     let mut restore = || -> Result<()> {
-        let vars = &parts.student.vars;
-        weights::with_safetensors(&path.join(MODEL), |file| student::restore(vars, file))?;
-        if let Some(ema) = &parts.ema {
+        let vars = &training.student.vars;
+        weights::with_safetensors(&path.join(MODEL), |file| trainable::restore(vars, file))?;
+        if let Some(ema) = &training.ema {
             weights::with_safetensors(&path.join(EMA), |file| ema.restore(file))?;
         }
-        let optimizer = &mut parts.optimizer;
+        let optimizer = &mut training.optimizer;
         weights::with_safetensors(&path.join(OPTIMIZER), |file| {
             optimizer.restore(file, state.step)
         })?;
-        if let Some((teacher, optimizer)) = parts.trained_teacher() {
+        if let Some((teacher, optimizer)) = training.cotrained_teacher() {
             weights::with_safetensors(&path.join(TEACHER), |file| {
-                student::restore(&teacher.vars, file)
+                trainable::restore(&teacher.vars, file)
             })?;
             weights::with_safetensors(&path.join(TEACHER_OPTIMIZER), |file| {
                 optimizer.restore(file, state.step)
@@ -258,14 +280,21 @@ pub fn load(path: &Path, parts: &mut Parts, basis: &Value, data: &Value) -> Resu
     Ok(state)
 }
 
-/// Everything that the trained weights depend on, checkpoints and the names of files aside. `data` is the
-/// hash of the examples, `parts` are those before the first step; device and number type are settled.
+/// Settings and hashes that the trained weights depend on: the inputs of the [`fingerprint`].
+///
+/// `data` is the hash of the examples, `training` the state before the first step. Device and number type of `config`
+/// must be resolved. Names and order of the fields are hashed.
 ///
 /// # Errors
-/// Where the settings do not serialise, or a device fails.
-pub fn basis(config: &Config, data: &str, parts: &Parts, total: u64) -> Result<Value> {
+/// If the settings cannot be serialised, or a device fails.
+pub fn fingerprint_inputs(
+    config: &Config,
+    data: &str,
+    training: &TrainingState,
+    total: u64,
+) -> Result<Value> {
     let settings = TrainConfig {
-        // These do not change the numbers.
+        // These do not affect the weights.
         eval_every: 0,
         checkpoint_every: 0,
         keep_checkpoints: 0,
@@ -277,9 +306,9 @@ pub fn basis(config: &Config, data: &str, parts: &Parts, total: u64) -> Result<V
         ..config.train.clone()
     };
     let teacher = &config.teacher;
-    let is_asked = config.train.on_policy && config.on_policy.judge != ScoredBy::Local;
-    let judge = is_asked.then_some((&teacher.base_url, &teacher.model));
-    // What is in the files is in the hashes, wherever they are.
+    let has_remote_judge = config.train.on_policy && config.on_policy.judge != ScoredBy::Local;
+    let judge = has_remote_judge.then_some((&teacher.base_url, &teacher.model));
+    // Contents of files are hashed, their paths are not.
     let student = config::StudentConfig {
         path: PathBuf::new(),
         ..config.student.clone()
@@ -297,16 +326,15 @@ pub fn basis(config: &Config, data: &str, parts: &Parts, total: u64) -> Result<V
         "on_policy": on_policy,
         "judge": judge,
         "data": data,
-        "frozen weights": parts.student.hash_of_frozen()?,
-        "local teacher": parts.teacher.as_ref().map_or("", Teacher::hash),
+        "frozen weights": training.student.hash_of_frozen()?,
+        "local teacher": training.teacher.as_ref().map_or("", LocalTeacher::hash),
     }))
 }
 
-/// The settings that may choose other examples, by which a difference of their hash is explained; names of files
-/// aside.
-pub fn choice_of_data(config: &Config) -> Value {
+/// Settings that select the examples, without paths. They explain why the hash of the examples differs.
+pub fn data_settings(config: &Config) -> Value {
     let teacher = &config.teacher;
-    let mut choice = json!({
+    let mut settings = json!({
         "data": &config.data,
         "prompts": &config.prompts,
         "sampling": &config.sampling,
@@ -318,20 +346,20 @@ pub fn choice_of_data(config: &Config) -> Value {
         ("data", "teacher_tokenizer"),
         ("prompts", "source"),
     ] {
-        choice[section][file] = Value::Null;
+        settings[section][file] = Value::Null;
     }
-    choice
+    settings
 }
 
-/// The hash of a basis.
-pub fn fingerprint(basis: &Value) -> String {
-    blake3::hash(basis.to_string().as_bytes())
+/// Hash of [`fingerprint_inputs`].
+pub fn fingerprint(inputs: &Value) -> String {
+    blake3::hash(inputs.to_string().as_bytes())
         .to_hex()
         .to_string()
 }
 
-/// Description of the differences between two of them.
-fn changes(before: &Value, now: &Value) -> Vec<String> {
+/// Describes the differences between two values of [`fingerprint_inputs`] or [`data_settings`].
+fn describe_changes(before: &Value, now: &Value) -> Vec<String> {
     let mut changes = Vec::new();
     for (section, value) in now.as_object().into_iter().flatten() {
         let old = before.get(section).unwrap_or(&Value::Null);
@@ -347,22 +375,22 @@ fn changes(before: &Value, now: &Value) -> Vec<String> {
     changes
 }
 
-/// The checkpoint to start from.
+/// Path of the checkpoint to resume from; None for a new run.
 ///
 /// # Errors
-/// [`Exit::Usage`] where `start` does not fit what is there.
-pub fn find(dir: &Path, start: Start) -> Result<Option<PathBuf>> {
+/// [`Exit::Usage`] if `start` does not fit the existing checkpoints.
+pub fn find(dir: &Path, start: StartMode) -> Result<Option<PathBuf>> {
     let found = latest(dir)?;
     match (start, &found) {
-        (Start::Ask, Some(path)) => bail!(Exit::Usage(format!(
-            "{} is there: give --resume to go on from it, or --fresh to start over",
+        (StartMode::New, Some(path)) => bail!(Exit::Usage(format!(
+            "{} exists: pass --resume to resume from it, or --fresh to start over",
             path.display()
         ))),
-        (Start::Resume, None) => bail!(Exit::Usage(format!(
-            "there is no checkpoint in {} to resume from",
+        (StartMode::Resume, None) => bail!(Exit::Usage(format!(
+            "there is no checkpoint in {} to resume from: run the command without --resume",
             dir.display()
         ))),
-        (Start::Fresh, Some(_)) => {
+        (StartMode::Fresh, Some(_)) => {
             fs::remove_dir_all(dir)?;
             Ok(None)
         }
@@ -390,43 +418,43 @@ fn hash(path: &Path) -> Result<String> {
     read().with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Checks that the files are those that were written.
+/// Checks the files against their hashes.
 fn check_files(folder: &Path, hashes: &BTreeMap<String, String>) -> Result<()> {
     for (name, expected) in hashes {
         if hash(&folder.join(name))? != *expected {
-            bail!("{name} is not what was written: its checksum differs");
+            bail!("{name} is damaged: its checksum differs");
         }
     }
     Ok(())
 }
 
-fn read_state(path: &Path) -> Result<State> {
+fn read_state(path: &Path) -> Result<CheckpointState> {
     let text = fs::read_to_string(&path.join(STATE))?;
-    let state: State =
-        serde_json::from_str(&text).with_context(|| format!("{STATE} is not what was written"))?;
+    let state: CheckpointState =
+        serde_json::from_str(&text).with_context(|| format!("{STATE} is damaged"))?;
     if state.version != VERSION {
         bail!(
             "the version of {STATE} is {}, and this program reads {VERSION}",
             state.version
         );
     }
-    // Checkpoints of earlier versions have none.
+    // Checkpoints of earlier versions have no checksum.
     if !state.files.is_empty() && state.checksum != state.hash()? {
-        bail!("{STATE} is not what was written: its checksum differs");
+        bail!("{STATE} is damaged: its checksum differs");
     }
     Ok(state)
 }
 
 fn damaged(path: &Path, error: &anyhow::Error) -> anyhow::Error {
     Exit::Damaged(format!(
-        "the checkpoint {} cannot be used: {error:#}; move it away to go on from the one before, \
+        "the checkpoint {} cannot be used: {error:#}; move it away to resume from the previous one, \
          or start over with --fresh",
         path.display()
     ))
     .into()
 }
 
-/// Checkpoints by step, oldest first.
+/// Steps and paths of the checkpoints, oldest first.
 fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     if !dir.exists() {
         return Ok(Vec::new());

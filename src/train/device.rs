@@ -1,4 +1,4 @@
-//! Where a training runs, and in which number type.
+//! Device and number type of a training run.
 
 use anyhow::{Result, bail};
 use candle_core::Device;
@@ -7,26 +7,26 @@ use crate::config::{self, ComputeDtype, TrainConfig};
 use crate::exit::Exit;
 use crate::ops::matmul::Precision;
 
-/// The device that `train.device` names.
+/// Opens the device of `train.device`.
 ///
 /// # Errors
-/// [`Exit::Usage`] where this program, or this machine, has no such device, or the device cannot do
-/// what the settings ask for.
-pub(crate) fn of(train: &TrainConfig) -> Result<Device> {
-    let kind = kind(train);
+/// [`Exit::Usage`] if this build or machine lacks the device, or the device does not support the settings.
+pub(crate) fn open(train: &TrainConfig) -> Result<Device> {
+    let kind = device_kind(train);
     if kind == config::Device::Cpu {
         return Ok(Device::Cpu);
     }
     if train.activation_checkpointing {
         bail!(Exit::Usage(
-            "train.activation_checkpointing is for the CPU: set train.device = \"cpu\", or leave it \
-             out and lower train.micro_batch_size"
+            "train.activation_checkpointing needs the CPU: set train.device = \"cpu\", or remove it \
+             and lower train.micro_batch_size"
                 .into()
         ));
     }
     if train.on_policy {
         bail!(Exit::Usage(
-            "train.on_policy is for the CPU, which generates: set train.device = \"cpu\"".into()
+            "train.on_policy generates text, which needs the CPU: set train.device = \"cpu\""
+                .into()
         ));
     }
     let (built, name) = match kind {
@@ -35,36 +35,36 @@ pub(crate) fn of(train: &TrainConfig) -> Result<Device> {
     };
     if !built {
         bail!(Exit::Usage(format!(
-            "train.device is \"{name}\", and this program was built without it: build it with \
+            "train.device = \"{name}\", but this program was built without it: run \
              `cargo build --release --features {name}`"
         )));
     }
-    open(kind).map_err(|error| {
+    open_gpu(kind).map_err(|error| {
         Exit::Usage(format!(
-            "train.device = \"{name}\" does not answer: {}; is there a GPU with its driver? \
-             train.device = \"cpu\" trains without",
+            "cannot open train.device = \"{name}\": {}; check the GPU and its driver, or set \
+             train.device = \"cpu\"",
             first_line(&error)
         ))
         .into()
     })
 }
 
-/// Its other lines are a backtrace, where one is asked for.
+/// First line of an error; the others may be a backtrace.
 fn first_line(error: &candle_core::Error) -> String {
     let text = error.to_string();
     text.lines().next().unwrap_or_default().to_owned()
 }
 
-fn open(kind: config::Device) -> candle_core::Result<Device> {
+fn open_gpu(kind: config::Device) -> candle_core::Result<Device> {
     match kind {
         config::Device::Metal => Device::new_metal(0),
         _ => Device::new_cuda(0),
     }
 }
 
-/// The settings with the device and the number type that "auto" stands for.
+/// Returns the settings with "auto" replaced by a device and a number type.
 pub(crate) fn resolved(train: &TrainConfig) -> TrainConfig {
-    let device = kind(train);
+    let device = device_kind(train);
     let dtype = match (train.dtype, device) {
         (ComputeDtype::Auto, config::Device::Cuda) => ComputeDtype::Bf16,
         (ComputeDtype::Auto, config::Device::Cpu) if Precision::fastest() == Precision::Bf16 => {
@@ -80,8 +80,8 @@ pub(crate) fn resolved(train: &TrainConfig) -> TrainConfig {
     }
 }
 
-/// A GPU that this program was built for, where there is one.
-fn kind(train: &TrainConfig) -> config::Device {
+/// Resolves "auto" to a GPU that this build supports and that opens, else to the CPU.
+fn device_kind(train: &TrainConfig) -> config::Device {
     use config::Device::{Auto, Cpu, Cuda, Metal};
     if train.device != Auto {
         return train.device;
@@ -90,16 +90,18 @@ fn kind(train: &TrainConfig) -> config::Device {
         (cfg!(feature = "cuda"), Cuda),
         (cfg!(feature = "metal"), Metal),
     ] {
-        match built.then(|| open(kind)) {
+        match built.then(|| open_gpu(kind)) {
             Some(Ok(_)) => return kind,
-            Some(Err(error)) => tracing::warn!("no GPU, so the CPU: {}", first_line(&error)),
+            Some(Err(error)) => {
+                tracing::warn!("no usable GPU, training on the CPU: {}", first_line(&error))
+            }
             None => {}
         }
     }
     Cpu
 }
 
-/// The number type of [`resolved`] settings.
+/// Number type of [`resolved`] settings.
 pub(crate) fn precision(train: &TrainConfig) -> Precision {
     match train.dtype {
         ComputeDtype::Bf16 => Precision::Bf16,
@@ -107,8 +109,8 @@ pub(crate) fn precision(train: &TrainConfig) -> Precision {
     }
 }
 
-/// What the opening line calls the device.
-pub(crate) fn name(train: &TrainConfig) -> &'static str {
+/// Device name in the opening line.
+pub(crate) fn label(train: &TrainConfig) -> &'static str {
     match train.device {
         config::Device::Cuda => " on CUDA",
         config::Device::Metal => " on Metal",

@@ -1,25 +1,27 @@
-//! Which validation was the best, and whether it is worth going on.
+//! Early stopping: the best validation so far, and when to stop waiting for a better one.
 
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::config;
 use crate::exit::Exit;
-use crate::train::metrics::Means;
+use crate::train::metrics::MetricMeans;
 
-/// The validations so far; part of a checkpoint.
+/// Progress of the validation metric; part of a checkpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Best {
-    /// The step after which the metric was best, and its value there.
-    pub found: Option<(u64, f64)>,
-    /// Validations since.
-    pub since: u64,
+pub struct EarlyStopping {
+    /// Step and value of the best validation.
+    #[serde(rename = "found")]
+    pub best: Option<(u64, f64)>,
+    /// Number of validations since the best one.
+    #[serde(rename = "since")]
+    pub validations_since_best: u64,
 }
 
-/// Checks that the metric can be computed on `held_out` examples; `has_soft_labels` tells if these have soft labels.
+/// Checks that the metric can be computed on `held_out` examples.
 ///
 /// # Errors
-/// [`Exit::Usage`] if it cannot: every validation would count as no improvement.
+/// [`Exit::Usage`] if it cannot: no validation would ever count as an improvement.
 pub(crate) fn check(
     metric: config::BestMetric,
     held_out: usize,
@@ -41,39 +43,39 @@ pub(crate) fn check(
     Ok(())
 }
 
-impl Best {
-    /// Takes in the validation after `step`; true if none was better. A metric that is missing or
-    /// not finite is no improvement.
-    pub fn is_improved_by(&mut self, metric: config::BestMetric, step: u64, means: &Means) -> bool {
-        let (value, higher) = match metric {
+impl EarlyStopping {
+    /// Records the validation after `step`. Returns whether it is the best one so far; a metric that is missing or
+    /// not finite never is.
+    pub fn record(&mut self, metric: config::BestMetric, step: u64, means: &MetricMeans) -> bool {
+        let (value, higher_is_better) = match metric {
             config::BestMetric::Last => return false,
             config::BestMetric::Ce => (means.ce, false),
             config::BestMetric::Kl => (means.kl, false),
             config::BestMetric::TokenAccuracy => (means.token_accuracy, true),
         };
-        let better = |value: f64| match self.found {
+        let is_better = |value: f64| match self.best {
             None => true,
-            Some((_, best)) if higher => value > best,
+            Some((_, best)) if higher_is_better => value > best,
             Some((_, best)) => value < best,
         };
         match value.filter(|value| value.is_finite()) {
-            Some(value) if better(value) => {
+            Some(value) if is_better(value) => {
                 *self = Self {
-                    found: Some((step, value)),
-                    since: 0,
+                    best: Some((step, value)),
+                    validations_since_best: 0,
                 };
                 true
             }
             _ => {
-                self.since += 1;
+                self.validations_since_best += 1;
                 false
             }
         }
     }
 
-    /// Have there been `patience` validations without a better one?
+    /// Returns whether the last `patience` validations brought no improvement; never with a patience of 0.
     pub fn is_exhausted(&self, patience: u64) -> bool {
-        patience > 0 && self.since >= patience
+        patience > 0 && self.validations_since_best >= patience
     }
 }
 
@@ -82,11 +84,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_best_is_kept_and_patience_ends() {
-        let means = |value: Option<f64>| Means {
+    fn early_stopping_keeps_the_best_validation_and_counts_patience() {
+        let means = |value: Option<f64>| MetricMeans {
             ce: value,
             token_accuracy: value,
-            ..Means::default()
+            ..MetricMeans::default()
         };
         let values = [
             Some(2.0),
@@ -96,15 +98,12 @@ mod tests {
             Some(f64::NAN),
             Some(0.5),
         ];
-        let (mut lowest, mut highest) = (Best::default(), Best::default());
+        let mut lowest = EarlyStopping::default();
+        let mut highest = EarlyStopping::default();
         let mut improved = Vec::new();
         for (step, value) in values.into_iter().enumerate() {
-            improved.push(lowest.is_improved_by(
-                config::BestMetric::Ce,
-                step as u64,
-                &means(value),
-            ));
-            highest.is_improved_by(
+            improved.push(lowest.record(config::BestMetric::Ce, step as u64, &means(value)));
+            highest.record(
                 config::BestMetric::TokenAccuracy,
                 step as u64,
                 &means(value),
@@ -113,7 +112,18 @@ mod tests {
             assert!(!lowest.is_exhausted(0));
         }
         assert_eq!(improved, [true, true, false, false, false, true]);
-        assert_eq!(lowest.found, Some((5, 0.5)));
-        assert_eq!((highest.found, highest.since), (Some((0, 2.0)), 5));
+        assert_eq!(lowest.best, Some((5, 0.5)));
+        assert_eq!(highest.best, Some((0, 2.0)));
+        assert_eq!(highest.validations_since_best, 5);
+    }
+
+    #[test]
+    fn early_stopping_keeps_its_serialized_names() {
+        let state = EarlyStopping {
+            best: Some((3, 0.5)),
+            validations_since_best: 2,
+        };
+        let text = serde_json::to_string(&state).unwrap();
+        assert_eq!(text, r#"{"found":[3,0.5],"since":2}"#);
     }
 }

@@ -1,4 +1,4 @@
-//! A running average of the weights, which generalises better than the last of them (Polyak and
+//! Exponential moving average of the weights, which generalises better than the last weights (Polyak and
 //! Juditsky, SIAM J. Control Optim. 30(4), 1992).
 
 use std::collections::BTreeMap;
@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle_core::{Device, Var};
 
-use super::student::{self, Student};
+use super::trainable::{self, TrainableModel};
 use crate::model::weights::{self, Tensors};
 use crate::model::{Backend, Model};
 use crate::ops::ema::ema_update;
 
-/// The average of the trained weights, as a model to evaluate.
+/// The average of the trained weights, as a model that can be evaluated.
 pub struct Ema {
     decay: f64,
     vars: BTreeMap<String, Var>,
@@ -19,16 +19,16 @@ pub struct Ema {
 }
 
 impl Ema {
-    /// Begins at the student's weights.
+    /// An average that starts at the student's weights.
     ///
     /// # Errors
-    /// Where there is no memory.
-    pub fn new(student: &Student, decay: f64) -> Result<Self> {
+    /// If memory cannot be allocated.
+    pub fn new(student: &TrainableModel, decay: f64) -> Result<Self> {
         let mut vars = BTreeMap::new();
         for (name, var) in &student.vars {
             vars.insert(name.clone(), Var::from_tensor(&var.as_tensor().copy()?)?);
         }
-        let all = student.with(student::tensors(&vars));
+        let all = student.with(trainable::tensors(&vars));
         Ok(Self {
             decay,
             vars,
@@ -36,15 +36,18 @@ impl Ema {
         })
     }
 
-    /// Takes in the weights after `step` updates. Early steps weigh more, so that the weights at
-    /// the start are soon forgotten.
+    /// Averages in the weights after `step` updates. The decay is smaller in early steps, so that the initial weights
+    /// lose their influence soon.
     ///
     /// # Errors
-    /// Where the student has other weights.
-    pub fn update(&self, student: &Student, step: u64) -> Result<()> {
+    /// If the student has other weights than the average.
+    pub fn update(&self, student: &TrainableModel, step: u64) -> Result<()> {
         let decay = self.decay.min((1.0 + step as f64) / (10.0 + step as f64));
         for (name, var) in &self.vars {
-            let value = student.vars.get(name).context("the student has changed")?;
+            let value = student
+                .vars
+                .get(name)
+                .with_context(|| format!("internal error: the student has no weight {name}"))?;
             match student.model.backend() {
                 Backend::CpuTape => ema_update(var.as_tensor(), value.as_tensor(), decay as f32)?,
                 Backend::Candle => {
@@ -56,19 +59,19 @@ impl Ema {
         Ok(())
     }
 
-    /// The averages, on the CPU.
+    /// Copies of the averages on the CPU.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// If the device fails.
     pub fn tensors(&self) -> Result<Tensors> {
-        weights::to_device(&student::tensors(&self.vars), &Device::Cpu)
+        weights::to_device(&trainable::tensors(&self.vars), &Device::Cpu)
     }
 
-    /// Takes back what [`Ema::tensors`] gave.
+    /// Restores the averages from a checkpoint.
     ///
     /// # Errors
-    /// Where one is missing or has another shape.
-    pub fn restore(&self, file: &crate::model::weights::SafetensorsFile) -> Result<()> {
-        student::restore(&self.vars, file)
+    /// If a tensor is missing or has another shape.
+    pub fn restore(&self, file: &weights::SafetensorsFile) -> Result<()> {
+        trainable::restore(&self.vars, file)
     }
 }

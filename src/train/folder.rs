@@ -1,4 +1,4 @@
-//! The files beside the weights in a student's folder, such that transformers 4 and 5 read them as the same model.
+//! Files of a student's folder except the weights. transformers 4 and 5 read them as the same model.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::model::config::shape::ModelConfig;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::with_arguments;
 
-/// Names the tokens that end an answer.
+/// Holds the ids of the tokens that end an answer.
 const GENERATION_CONFIG: &str = "generation_config.json";
 
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
@@ -30,26 +30,28 @@ pub(crate) const TOKENIZER_FILES: [&str; 9] = [
     CHAT_TEMPLATE,
 ];
 
-/// Files by name, and how they differ from the files that were read.
-pub(crate) struct Files {
+/// Contents of files by name, and their differences from the source files.
+pub(crate) struct StudentFiles {
     pub files: Vec<(&'static str, Vec<u8>)>,
     pub changes: Vec<String>,
 }
 
-/// The files for a model whose weights are of type `dtype`, with those of the tokenizer from `dir`; `card` is the text
-/// of the README.
+/// Makes the files of a model whose weights have the type `dtype`. The tokenizer's files are read from `dir`; `card` is
+/// the text of the README.
 ///
 /// # Errors
-/// Where a file cannot be read.
+/// If a file cannot be read.
 pub(crate) fn files(
     shape: &ModelConfig,
     dtype: &str,
     (dir, tokenizer): (&Path, &Tokenizer),
     card: &str,
-) -> Result<Files> {
+) -> Result<StudentFiles> {
     let (config, changed) = shape.to_json(dtype);
     let changed = changed.into_iter();
-    let mut changes: Vec<String> = changed.map(|what| format!("config.json: {what}")).collect();
+    let mut changes: Vec<String> = changed
+        .map(|change| format!("config.json: {change}"))
+        .collect();
     let config = serde_json::to_vec_pretty(&config)?;
     let mut files = vec![("config.json", config), ("README.md", card.into())];
     for name in TOKENIZER_FILES {
@@ -62,7 +64,7 @@ pub(crate) fn files(
     }
     if set_stop_ids(&mut files, tokenizer.stop_ids())? {
         changes.push(format!(
-            "{GENERATION_CONFIG}: eos_token_id has every token that ends an answer"
+            "{GENERATION_CONFIG}: eos_token_id lists every token that ends an answer"
         ));
     }
     if dir == tokenizer.dir() && !tokenizer.template_args().is_empty() {
@@ -74,7 +76,7 @@ pub(crate) fn files(
             changes.extend(set_class(bytes)?);
         }
     }
-    Ok(Files { files, changes })
+    Ok(StudentFiles { files, changes })
 }
 
 fn object(name: &str, bytes: &[u8]) -> Result<Map<String, Value>> {
@@ -82,9 +84,9 @@ fn object(name: &str, bytes: &[u8]) -> Result<Map<String, Value>> {
         .map_err(|error| Exit::Usage(format!("{name} is not a valid JSON object: {error}")).into())
 }
 
-/// Gives a tokenizer's settings of transformers 5 the spelling that version 4 reads, too.
+/// Rewrites tokenizer settings of transformers 5 so that version 4 can read them.
 fn set_class(bytes: &mut Vec<u8>) -> Result<Option<String>> {
-    /// Of any `tokenizer.json`; the second is the name that both versions know.
+    /// Class of any `tokenizer.json`: the name in version 5, and the name that both versions know.
     const CLASSES: [&str; 2] = ["TokenizersBackend", "PreTrainedTokenizerFast"];
     const EXTRA: &str = "extra_special_tokens";
     let mut settings = object(TOKENIZER_CONFIG, bytes)?;
@@ -101,11 +103,11 @@ fn set_class(bytes: &mut Vec<u8>) -> Result<Option<String>> {
     }
     *bytes = serde_json::to_vec_pretty(&settings)?;
     Ok(Some(format!(
-        "{TOKENIZER_CONFIG}: as transformers 4 and 5 spell it"
+        "{TOKENIZER_CONFIG}: spelled so that transformers 4 and 5 read it"
     )))
 }
 
-/// Makes default values of variables part of the chat templates, wherever they are.
+/// Writes default values of variables into all chat templates.
 fn set_template_args(
     files: &mut [(&str, Vec<u8>)],
     arguments: &BTreeMap<String, Value>,
@@ -128,7 +130,7 @@ fn set_template_args(
             };
             for text in &mut texts {
                 let source = text.as_str().unwrap_or_default();
-                // A template for tools need not use all of them.
+                // A template for tools may use only some of the variables.
                 let used = arguments
                     .iter()
                     .filter(|(name, _)| source.contains(name.as_str()));
@@ -143,7 +145,7 @@ fn set_template_args(
     Ok(())
 }
 
-/// Adds all stop ids to `eos_token_id` in `generation_config.json`. Returns true if one was missing.
+/// Adds all stop ids to `eos_token_id` in `generation_config.json`. Returns whether one was missing.
 fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<bool> {
     let at = files
         .iter()

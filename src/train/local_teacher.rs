@@ -1,7 +1,7 @@
-//! A teacher on this machine: nothing of its distributions is hidden, as it is behind an API.
+//! Local teacher: a model folder (`teacher.local`) whose whole distributions are the soft labels.
 //!
-//! It is frozen, or trained together with the student: by cross-entropy on the same examples, which
-//! makes it a teacher of the very text that the student learns.
+//! It is frozen, or co-trained with the student by cross-entropy on the same examples, which adapts it to the text that
+//! the student learns.
 
 use std::path::Path;
 
@@ -15,125 +15,133 @@ use crate::model::weights::Tensors;
 use crate::model::{Model, decoder};
 use crate::tokenizer::Tokenizer;
 use crate::train::optimizer::Optimizer;
-use crate::train::soft_labels::Choice;
-use crate::train::step::{Lesson, Stepper, Taken};
-use crate::train::student;
-use crate::train::student::Student;
+use crate::train::soft_labels::SoftLabelChoice;
+use crate::train::step::{StepBatch, StepResult, Stepper};
+use crate::train::trainable;
+use crate::train::trainable::TrainableModel;
 use crate::train::{device, model_card};
 
-/// The model, and what trains it.
-pub struct Teacher {
-    pub learner: Student,
-    /// Where it is not frozen.
-    pub training: Option<Training>,
-    /// A hash of its weights as they were loaded.
+/// A local teacher, and its optimizer if it is co-trained.
+pub struct LocalTeacher {
+    pub trainable: TrainableModel,
+    /// None for a frozen teacher.
+    pub training: Option<Cotraining>,
+    /// Hash of the weights as loaded.
     hash: String,
 }
 
-/// What a teacher that is trained has besides its weights.
-pub struct Training {
+/// Optimizer of a co-trained teacher.
+pub struct Cotraining {
     pub optimizer: Optimizer,
-    /// Its learning rate, as a share of the student's.
+    /// Learning rate divided by the student's.
     rate: f64,
     stepper: Stepper,
 }
 
-impl Teacher {
-    /// The teacher that the config names, if it does.
+impl LocalTeacher {
+    /// Loads `teacher.local`; None if it is not set.
     ///
     /// # Errors
-    /// Where it does not load, or its tokenizer is not the student's ([`Exit::Usage`]).
-    pub fn of(config: &Config, tokenizer: &Tokenizer) -> Result<Option<Self>> {
+    /// If it does not load, or its tokenizer is not the student's ([`Exit::Usage`]).
+    pub fn from_config(config: &Config, tokenizer: &Tokenizer) -> Result<Option<Self>> {
         let Some(dir) = &config.teacher.local else {
             return Ok(None);
         };
-        let (train, cotrain) = (&config.train, config.teacher.cotrain);
+        let train = &config.train;
+        let cotrain = config.teacher.cotrain;
         check_tokenizer(dir, tokenizer)?;
         let (shape, tensors) = decoder::load(dir)?;
         let hash = weights::hash(&tensors)?;
-        let tensors = weights::to_device(&tensors, &device::of(train)?)?;
-        let everything = [String::new()];
-        let freeze = student::patterns(if cotrain { &[] } else { &everything })?;
-        let mut learner = Student::new(shape, tensors, Tensors::new(), &freeze)
+        let tensors = weights::to_device(&tensors, &device::open(train)?)?;
+        let match_all = [String::new()];
+        let freeze = trainable::parse_patterns(if cotrain { &[] } else { &match_all })?;
+        let mut trainable = TrainableModel::new(shape, tensors, Tensors::new(), &freeze)
             .with_context(|| format!("cannot load teacher.local {}", dir.display()))?;
-        learner.model.set_precision(device::precision(train));
+        trainable.model.set_precision(device::precision(train));
         let training = cotrain.then(|| -> Result<_> {
-            let no_decay = student::patterns(&train.no_decay)?;
-            Ok(Training {
-                optimizer: Optimizer::new(&learner, &no_decay)?,
+            let no_decay = trainable::parse_patterns(&train.no_decay)?;
+            Ok(Cotraining {
+                optimizer: Optimizer::new(&trainable, &no_decay)?,
                 rate: config.teacher.cotrain_rate,
-                stepper: Stepper::new(config, &Choice::default(), None, &learner.model),
+                stepper: Stepper::new(config, &SoftLabelChoice::default(), None, &trainable.model),
             })
         });
         Ok(Some(Self {
             training: training.transpose()?,
-            learner,
+            trainable,
             hash,
         }))
     }
 
-    /// A hash of its weights as they were loaded.
+    /// Hash of the weights as loaded.
     pub fn hash(&self) -> &str {
         &self.hash
     }
 
-    /// Takes step `step` on `examples` where it is trained, by cross-entropy; `learning_rate` is the
-    /// student's.
+    /// Runs step `step` by cross-entropy on `examples`, if the teacher is co-trained. `learning_rate` is the student's.
     ///
     /// # Errors
-    /// As [`Stepper::take`].
-    pub fn learn(
+    /// As [`Stepper::run`].
+    pub fn train_step(
         &mut self,
         step: u64,
         examples: &[ExampleView],
         learning_rate: f64,
-    ) -> Result<Option<Taken>> {
+    ) -> Result<Option<StepResult>> {
         let Some(training) = &mut self.training else {
             return Ok(None);
         };
-        let learner = (&self.learner, &mut training.optimizer);
-        let lesson = Lesson::of(examples);
+        let trainable = (&self.trainable, &mut training.optimizer);
+        let batch = StepBatch::from_examples(examples);
         let learning_rate = learning_rate * training.rate;
-        let taken = training
+        let result = training
             .stepper
-            .take(learner, None, step, &lesson, learning_rate);
-        taken.context("the teacher").map(Some)
+            .run(trainable, None, step, &batch, learning_rate);
+        result.context("cannot train the teacher").map(Some)
     }
 
-    /// Writes its folder into `run_dir`, where it was trained.
+    /// Writes the folder of a co-trained teacher into `run_dir`.
     ///
     /// # Errors
-    /// Where a file cannot be read or written.
+    /// If a file cannot be read or written.
     pub fn save(&self, config: &Config, tokenizer: &Tokenizer) -> Result<()> {
         let (Some(dir), Some(_)) = (&config.teacher.local, &self.training) else {
             return Ok(());
         };
-        self.learner.save(
+        self.trainable.save(
             &config.run_dir.join("teacher"),
-            &self.learner.with(self.learner.trained()?),
+            &self.trainable.with(self.trainable.trained()?),
             config.student.save_dtype,
             (dir, tokenizer),
-            &model_card::of_teacher(config, self.learner.model.config().model_type()),
+            &model_card::teacher_card(config, self.trainable.model.config().model_type()),
         )?;
         Ok(())
     }
 }
 
-/// The teacher of `dir`, to compare a model with that has this tokenizer.
+/// Loads the model in `dir` to compare a student with it that uses `tokenizer`.
 ///
 /// # Errors
-/// Where it does not load, or its tokenizer is another ([`Exit::Usage`]).
-pub(crate) fn frozen(dir: &Path, tokenizer: &Tokenizer, train: &TrainConfig) -> Result<Model> {
+/// If it does not load, or its tokenizer is another one ([`Exit::Usage`]).
+pub(crate) fn load_frozen(dir: &Path, tokenizer: &Tokenizer, train: &TrainConfig) -> Result<Model> {
     check_tokenizer(dir, tokenizer)?;
     let mut model = Model::load(dir)?;
     model.set_precision(device::precision(train));
     Ok(model)
 }
 
-/// Distributions over the vocabulary can only be compared where both mean the same tokens.
-fn check_tokenizer(dir: &Path, students: &Tokenizer) -> Result<()> {
-    let teachers = Tokenizer::load(dir)?;
-    let Some(id) = teachers.first_difference(students) else {
+/// Checks that both models have the same tokens: else their distributions cannot be compared.
+fn check_tokenizer(dir: &Path, student: &Tokenizer) -> Result<()> {
+    if !dir.join("config.json").is_file() {
+        bail!(Exit::Usage(format!(
+            "teacher.local: {} is not a model folder (it has no config.json): set teacher.local to the folder of a \
+             Hugging Face model, or remove it",
+            dir.display()
+        )));
+    }
+    let teacher = Tokenizer::load(dir)
+        .with_context(|| format!("cannot load teacher.local {}", dir.display()))?;
+    let Some(id) = teacher.first_difference(student) else {
         return Ok(());
     };
     let name = |tokenizer: &Tokenizer| match tokenizer.token_name(id) {
@@ -141,12 +149,12 @@ fn check_tokenizer(dir: &Path, students: &Tokenizer) -> Result<()> {
         name => format!("{name:?}"),
     };
     bail!(Exit::Usage(format!(
-        "teacher.local {} has another tokenizer than the student: token {id} is {} there, and {} here. \
-         To teach across tokenizers, harvest its answers from `distill serve --model {}`: they are \
-         matched by their bytes",
+        "the tokenizer of teacher.local {} differs from the student's: token {id} is {} for the teacher, and {} for \
+         the student. To distill across tokenizers, harvest answers from `distill serve --model {}`: their tokens are \
+         aligned by bytes",
         dir.display(),
-        name(&teachers),
-        name(students),
+        name(&teacher),
+        name(student),
         dir.display()
     )))
 }

@@ -1,4 +1,4 @@
-//! What a step and an evaluation report, and `metrics.jsonl`, which keeps it.
+//! Metrics of steps and evaluations, and the file `metrics.jsonl`.
 
 use std::path::Path;
 
@@ -7,38 +7,38 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::fs::Log;
-use crate::train::loss::row::RowLoss;
+use crate::train::loss::position::PositionLoss;
 
-/// Sums over supervised positions.
+/// Sums of metrics over supervised positions.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Sums {
+pub struct MetricSums {
     pub positions: u64,
     pub ce: f64,
     pub label_hits: u64,
-    /// Positions with soft labels.
+    /// Number of positions with soft labels.
     pub soft_positions: u64,
-    /// What soft labels add to the loss.
+    /// Loss term of the soft labels.
     pub kd: f64,
     pub kl: f64,
     pub teacher_hits: u64,
     pub chunks: u64,
     pub alm: f64,
-    calibration: [Bin; BINS],
+    calibration: [CalibrationBin; BINS],
 }
 
-/// Ranges of confidence, as is the custom (Guo et al., arXiv 1706.04599).
+/// Number of confidence bins (Guo et al., arXiv 1706.04599).
 const BINS: usize = 15;
 
-/// Positions whose most likely token has a probability in one of them.
+/// Positions whose most likely token has a probability in this bin.
 #[derive(Debug, Clone, Copy, Default)]
-struct Bin {
+struct CalibrationBin {
     confidence: f64,
     hits: u64,
 }
 
-impl Sums {
+impl MetricSums {
     /// Adds the positions of a micro-batch, in order.
-    pub fn add(&mut self, rows: &[RowLoss]) {
+    pub fn add(&mut self, rows: &[PositionLoss]) {
         for row in rows {
             self.positions += 1;
             self.ce += f64::from(row.ce);
@@ -59,18 +59,19 @@ impl Sums {
         }
     }
 
-    pub fn means(&self) -> Means {
-        let off = |bin: &Bin| (bin.confidence - bin.hits as f64).abs();
-        let off: f64 = self.calibration.iter().map(off).sum();
+    /// Means of the metrics.
+    pub fn means(&self) -> MetricMeans {
+        let error = |bin: &CalibrationBin| (bin.confidence - bin.hits as f64).abs();
+        let calibration_error: f64 = self.calibration.iter().map(error).sum();
         let mean = |sum: f64, count: u64| (count > 0).then(|| sum / count as f64);
-        Means {
+        MetricMeans {
             positions: self.positions,
             soft_positions: self.soft_positions,
             ce: mean(self.ce, self.positions),
             perplexity: mean(self.ce, self.positions).map(f64::exp),
             token_accuracy: mean(self.label_hits as f64, self.positions),
             kd: mean(self.kd, self.soft_positions),
-            calibration_error: mean(off, self.positions),
+            calibration_error: mean(calibration_error, self.positions),
             kl: mean(self.kl, self.soft_positions),
             alm: mean(self.alm, self.chunks),
             teacher_agreement: mean(self.teacher_hits as f64, self.soft_positions),
@@ -78,42 +79,40 @@ impl Sums {
     }
 }
 
-/// Means over supervised positions; None where there are none.
+/// Means of metrics over supervised positions; None for a mean over no positions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Means {
+pub struct MetricMeans {
     pub positions: u64,
     pub soft_positions: u64,
-    /// Cross-entropy of the answers' tokens, in nats.
+    /// Cross-entropy with the answers' tokens, in nats.
     pub ce: Option<f64>,
     /// e^ce.
     pub perplexity: Option<f64>,
-    /// Share of positions whose most likely token is the answer's.
+    /// Share of positions whose most likely token is the label.
     pub token_accuracy: Option<f64>,
-    /// What soft labels add to the loss: the divergence that was chosen.
+    /// Loss term of the soft labels: the selected divergence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kd: Option<f64>,
-    /// Expected calibration error: by how much the probability of the most likely token differs from how
-    /// often it is the answer's, in the mean over ranges of that probability.
+    /// Expected calibration error: mean absolute difference between confidence and accuracy over the confidence bins.
     pub calibration_error: Option<f64>,
-    /// KL divergence to the teacher, in nats: on its top-k and the tail, or in full where it is on this
-    /// machine.
+    /// KL divergence to the teacher, in nats: on its top-k and the tail, or over the whole vocabulary with a local
+    /// teacher.
     pub kl: Option<f64>,
-    /// Mean over the chunks that several tokens of the teacher spell: how far their likelihoods are
-    /// apart, in nats.
+    /// Mean difference between the likelihoods of a chunk, in nats.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alm: Option<f64>,
     /// Share of positions whose most likely token is the teacher's.
     pub teacher_agreement: Option<f64>,
 }
 
-/// `metrics.jsonl`: a line a step and a line a validation.
-pub(crate) struct Metrics(Log);
+/// `metrics.jsonl`: one line per step and per validation.
+pub(crate) struct MetricsLog(Log);
 
-impl Metrics {
-    /// Opens the file and drops what was written after step `step`, which will be done again.
+impl MetricsLog {
+    /// Opens the file and drops the lines after step `step`, because these steps will be repeated.
     ///
     /// # Errors
-    /// Where the file cannot be opened.
+    /// If the file cannot be opened.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self> {
         let kept = |line: &str| {
             let line: Value = serde_json::from_str(line).unwrap_or_default();
@@ -122,48 +121,48 @@ impl Metrics {
         Ok(Self(Log::open(path, kept)?))
     }
 
-    /// One optimizer step.
+    /// Writes the line of an optimizer step.
     ///
     /// # Errors
-    /// Where the file cannot be written.
-    pub(crate) fn step(&mut self, line: &StepLine) -> Result<()> {
+    /// If the file cannot be written.
+    pub(crate) fn step(&mut self, line: &StepMetrics) -> Result<()> {
         self.0.write(&serde_json::to_string(line)?)
     }
 
-    /// The validation part after `step`.
+    /// Writes the line of the validation after `step`.
     ///
     /// # Errors
-    /// Where the file cannot be written.
-    pub(crate) fn validation(&mut self, step: u64, means: &Means) -> Result<()> {
+    /// If the file cannot be written.
+    pub(crate) fn validation(&mut self, step: u64, means: &MetricMeans) -> Result<()> {
         let line = json!({ "step": step, "split": "validation", "means": means });
         self.0.write(&line.to_string())
     }
 }
 
-/// A training step as `metrics.jsonl` keeps it.
+/// Line of `metrics.jsonl` for a training step.
 #[derive(Debug, Clone, Serialize)]
-pub(crate) struct StepLine {
+pub(crate) struct StepMetrics {
     pub step: u64,
     pub split: &'static str,
     pub epoch: u64,
-    /// What was minimised.
+    /// Minimised loss.
     pub loss: f64,
     pub ce: Option<f64>,
     pub kl: Option<f64>,
-    /// What soft labels and chunks add, see [`Means`].
+    /// Terms of soft labels and chunks, see [`MetricMeans`].
     pub kd: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alm: Option<f64>,
-    /// The divergence on what the student wrote itself.
+    /// Divergence on answers that the student generated.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_policy_kd: Option<f64>,
-    /// Of a teacher that is trained along.
+    /// Cross-entropy of a co-trained teacher.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher_ce: Option<f64>,
     pub learning_rate: f64,
     pub grad_norm: f64,
-    /// Tokens trained on since the start of the run, over all its sessions.
+    /// Number of tokens since the start of the run, over all sessions.
     pub tokens: u64,
-    /// Speed of this step; the one value that differs between equal runs.
+    /// Speed of this step; the only value that differs between equal runs.
     pub tokens_per_s: f64,
 }

@@ -1,9 +1,24 @@
-//! Training: this file is the loop, and reads from top to bottom.
+//! Training. This file is the training loop and reads from top to bottom.
 //!
-//! A step takes `batch_size` examples in micro-batches. With N the supervised positions of the
-//! whole step and lambda = `loss.kd_weight` (see `soft_labels`) where a position has soft labels (0 elsewhere), it
-//! minimises L = (1/N) sum [(1 - lambda) CE + lambda KD]: dividing by the N of the step, not of the
-//! micro-batch, makes the gradient independent of how the step is cut.
+//! A step processes `batch_size` examples in micro-batches. With N the supervised positions of the whole step, and
+//! lambda = `loss.kd_weight` at positions with soft labels and 0 elsewhere, it minimises
+//! L = (1/N) sum \[(1 - lambda) CE + lambda KD\]. N is counted over the step, not over a micro-batch, so the gradient does
+//! not depend on `micro_batch_size`.
+//!
+//! | file | content |
+//! |---|---|
+//! | `step`, `objective`, [`loss`] | an optimizer step; forward pass and loss of a batch; loss of a position |
+//! | [`soft_labels`] | checks of the soft labels, and the choice of their loss terms |
+//! | `local_teacher`, [`on_policy`] | a teacher with whole distributions; answers that the student generates |
+//! | [`trainable`], [`optimizer`], [`ema`], `schedule`, `device` | weights, AdamW, moving average, learning rate, device |
+//! | [`checkpoint`], `early_stopping`, `metrics` | save and resume; the best validation; `metrics.jsonl` |
+//! | `folder`, `model_card`, [`summary`] | the student's folder; its README; start mode and result of a run |
+//!
+//! Invariants:
+//! - A resumed run ends with the same bytes as an uninterrupted one.
+//! - No sum depends on the number of threads.
+//! - Nothing is updated unless loss and gradient are finite, and every trainable parameter has a gradient.
+//! - A remote teacher is reached through [`on_policy::TextScorer`] alone; nothing here uses the network.
 
 pub mod checkpoint;
 pub(crate) mod device;
@@ -20,11 +35,9 @@ pub mod optimizer;
 pub(crate) mod schedule;
 pub mod soft_labels;
 pub(crate) mod step;
-pub mod student;
 pub mod summary;
+pub mod trainable;
 
-use crate::train::summary::Start;
-use crate::train::summary::Summary;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -41,31 +54,32 @@ use crate::signal::StopFlag;
 use crate::terminal::progress::{Progress, Reading};
 use crate::terminal::{format_count, format_duration, sanitise};
 use crate::tokenizer::Tokenizer;
-use crate::train::early_stopping::Best;
-use checkpoint::{Parts, State};
+use checkpoint::{CheckpointState, TrainingState};
+use early_stopping::EarlyStopping;
 use ema::Ema;
-use metrics::{Means, Metrics, StepLine};
-use objective::Models;
-use on_policy::{Judge, OnPolicy};
-use step::{Lesson, Stepper};
-use student::Student;
+use metrics::{MetricMeans, MetricsLog, StepMetrics};
+use objective::ModelPair;
+use on_policy::{OnPolicy, TextScorer};
+use step::{StepBatch, Stepper};
+use summary::{StartMode, TrainSummary};
+use trainable::TrainableModel;
 
-const GO_ON: &str = "the checkpoint is written: go on with --resume";
+const RESUME: &str = "the checkpoint is written: resume with --resume";
 
-/// How a run goes about it.
+/// Options of a training run.
 #[derive(Debug, Clone)]
-pub struct Options {
-    pub start: Start,
+pub struct TrainOptions {
+    pub start: StartMode,
     /// Records of the cache to train on.
     pub selection: Selection,
-    /// Train on soft labels that do not belong to their answers, too.
+    /// Train on soft labels even if they do not belong to their answers.
     pub force: bool,
     pub quiet: bool,
 }
 
-impl From<Start> for Options {
-    /// Without a word.
-    fn from(start: Start) -> Self {
+impl From<StartMode> for TrainOptions {
+    /// A quiet run on the whole cache.
+    fn from(start: StartMode) -> Self {
         Self {
             start,
             selection: Selection::All,
@@ -75,23 +89,23 @@ impl From<Start> for Options {
     }
 }
 
-/// Trains the student of `config` to the end, or to the next signal, and writes its folder.
+/// Trains the student of `config` until the last step or a signal, and writes its folder.
 ///
 /// # Errors
-/// Where data or student do not load, a number stops being finite, or a file cannot be written.
-pub fn run(config: &Config, options: Options) -> Result<Summary> {
-    run_judged(config, options, None)
+/// If data or student do not load, a number is not finite, or a file cannot be written.
+pub fn run(config: &Config, options: TrainOptions) -> Result<TrainSummary> {
+    run_with_scorer(config, options, None)
 }
 
-/// As [`run`], with the teacher behind an API that `on_policy.judge` asks for.
+/// As [`run`], with the teacher behind an API that `on_policy.judge` needs.
 ///
 /// # Errors
-/// As [`run`], and where the judge has one.
-pub fn run_judged(
+/// As [`run`], and if `scorer` fails.
+pub fn run_with_scorer(
     config: &Config,
-    options: Options,
-    judge: Option<&mut dyn Judge>,
-) -> Result<Summary> {
+    options: TrainOptions,
+    scorer: Option<&mut dyn TextScorer>,
+) -> Result<TrainSummary> {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(config.train.threads)
         .build()
@@ -100,11 +114,15 @@ pub fn run_judged(
         train: device::resolved(&config.train),
         ..config.clone()
     };
-    pool.install(|| train(&config, options, judge))
+    pool.install(|| train(&config, options, scorer))
 }
 
-fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Result<Summary> {
-    let Options {
+fn train(
+    config: &Config,
+    options: TrainOptions,
+    scorer: Option<&mut dyn TextScorer>,
+) -> Result<TrainSummary> {
+    let TrainOptions {
         start,
         selection,
         force,
@@ -114,47 +132,58 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     let stop = StopFlag::watch()?;
     let tokenizer = Tokenizer::for_student(&config.student)?;
     soft_labels::check_tokenizer(config, &tokenizer)?;
-    let mut parts = Parts::initial(config, &tokenizer)?;
-    // Files that cannot be written at the end are refused at the start.
-    let shape = parts.student.model.config();
+    let mut training = TrainingState::initial(config, &tokenizer)?;
+    // Detects files that could not be written at the end of the run.
+    let shape = training.student.model.config();
     folder::files(shape, "", (tokenizer.dir(), &tokenizer), "")?;
     let mut reading = Reading::new("prepare", quiet);
-    let fitting = Config {
-        data: config.data.within(parts.models().context()),
+    let fitted_config = Config {
+        data: config.data.within(training.models().context()),
         ..config.clone()
     };
-    let data = dataset::load(&fitting, &selection, &tokenizer, &mut |done, total| {
-        reading.update(done, total);
-        stop.check()
-    })?;
+    let data = dataset::load(
+        &fitted_config,
+        &selection,
+        &tokenizer,
+        &mut |done, total| {
+            reading.update(done, total);
+            stop.check()
+        },
+    )?;
     drop(reading);
-    let soft_labels = match parts.teacher {
-        Some(_) => soft_labels::dense(&config.loss),
+    let soft_labels = match training.teacher {
+        Some(_) => soft_labels::choose_for_local_teacher(&config.loss),
         None => soft_labels::choose(&config.loss, &data.report, tokenizer.end_of_answer(), force)?,
     };
-    let (train, validation) = (data.train(), data.validation());
+    let train = data.train();
+    let validation = data.validation();
     let has_labels = || {
         validation
             .iter()
             .any(|example| example.soft_ids().len() > 0)
     };
-    crate::train::early_stopping::check(settings.best, validation.len(), || {
-        parts.teacher.is_some() || has_labels()
+    early_stopping::check(settings.best, validation.len(), || {
+        training.teacher.is_some() || has_labels()
     })?;
     let total = total_steps(config, train.len());
-    let basis = checkpoint::basis(config, data.fingerprint(), &parts, total)?;
-    let choice_of_data = checkpoint::choice_of_data(config);
-    let parameters = Parameters::of(&parts.student);
+    let fingerprint_inputs =
+        checkpoint::fingerprint_inputs(config, data.fingerprint(), &training, total)?;
+    let data_settings = checkpoint::data_settings(config);
+    let parameters = ParameterCounts::new(&training.student);
     let checkpoints = config.run_dir.join("checkpoints");
-    let (mut tokens, mut cursor, mut best) = (0, Cursor::default(), Best::default());
+    let mut tokens = 0;
+    let mut cursor = Cursor::default();
+    let mut early_stopping = EarlyStopping::default();
     if let Some(path) = checkpoint::find(&checkpoints, start)? {
-        let state = checkpoint::load(&path, &mut parts, &basis, &choice_of_data)?;
-        (tokens, cursor, best) = (state.tokens, state.cursor, state.best);
+        let state = checkpoint::load(&path, &mut training, &fingerprint_inputs, &data_settings)?;
+        tokens = state.tokens;
+        cursor = state.cursor;
+        early_stopping = state.early_stopping;
     }
     let mut batches = Batches::new(train.len(), settings.batch_size, settings.seed, cursor)?;
-    let first_step = parts.optimizer.step();
+    let first_step = training.optimizer.step();
     fs::create_dir_all(&config.run_dir)?;
-    let mut metrics = Metrics::open(&config.run_dir.join("metrics.jsonl"), first_step)?;
+    let mut metrics = MetricsLog::open(&config.run_dir.join("metrics.jsonl"), first_step)?;
 
     let mut progress = Progress::new("train", total, quiet);
     progress.note(&opening_line(
@@ -168,138 +197,164 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     for note in soft_labels
         .notes
         .iter()
-        .chain(&schedule::note(settings, total))
+        .chain(&schedule::warmup_note(settings, total))
     {
         progress.note(note);
     }
-    let (began, began_tokens) = (Instant::now(), tokens);
-    // For as long as this function, not as its caller has it.
-    let judge = judge.map(|judge| judge as &mut dyn Judge);
-    let mut on_policy = OnPolicy::of(config, &selection, &tokenizer, judge)?;
-    let judged = on_policy
+    let session_start = Instant::now();
+    let first_tokens = tokens;
+    // Shortens the lifetime of the trait object to this function.
+    let scorer = scorer.map(|scorer| scorer as &mut dyn TextScorer);
+    let mut on_policy = OnPolicy::from_config(config, &selection, &tokenizer, scorer)?;
+    let on_policy_divergence = on_policy
         .as_ref()
-        .and_then(|it| it.divergence(&config.loss));
-    let mut stepper = Stepper::new(config, &soft_labels, judged, &parts.student.model);
-    let evaluate = |parts: &Parts, student: &Model| {
-        let models = Models {
+        .and_then(|on_policy| on_policy.divergence(&config.loss));
+    let mut stepper = Stepper::new(
+        config,
+        &soft_labels,
+        on_policy_divergence,
+        &training.student.model,
+    );
+    let evaluate = |training: &TrainingState, student: &Model| {
+        let models = ModelPair {
             student,
-            teacher: parts.teacher_model(),
+            teacher: training.teacher_model(),
         };
         objective::evaluate(models, validation, settings.micro_batch_size)
     };
-    let state = |step, cursor, tokens, best| State {
+    let checkpoint_state = |step, cursor, tokens, early_stopping| CheckpointState {
         version: checkpoint::VERSION,
         step,
         cursor,
         tokens,
-        best,
-        fingerprint: checkpoint::fingerprint(&basis),
-        basis: basis.clone(),
-        choice_of_data: choice_of_data.clone(),
+        early_stopping,
+        fingerprint: checkpoint::fingerprint(&fingerprint_inputs),
+        fingerprint_inputs: fingerprint_inputs.clone(),
+        data_settings: data_settings.clone(),
         files: BTreeMap::new(),
         checksum: String::new(),
     };
-    let (mut last_loss, mut last_validation) = (0.0, None);
-    while parts.optimizer.step() < total && !best.is_exhausted(settings.patience) {
-        let step_began = Instant::now();
-        let step = parts.optimizer.step() + 1;
+    let mut last_loss = 0.0;
+    let mut last_validation = None;
+    while training.optimizer.step() < total && !early_stopping.is_exhausted(settings.patience) {
+        let step_start = Instant::now();
+        let step = training.optimizer.step() + 1;
         let cursor = batches.cursor();
         let examples: Vec<ExampleView> =
             batches.next_step().iter().map(|&i| train.get(i)).collect();
         let rate = schedule::learning_rate(settings, step, total);
-        let mut lesson = Lesson::of(&examples);
+        let mut batch = StepBatch::from_examples(&examples);
         if let Some(on_policy) = &mut on_policy {
-            let (given, prompts) = on_policy.cut(&examples);
-            match on_policy.write(&parts.student.model, step, prompts, &stop) {
-                Ok(written) => lesson = Lesson { given, written },
+            let (unchanged, answered) = on_policy.split(&examples);
+            match on_policy.generate(&training.student.model, step, answered, &stop) {
+                Ok(on_policy) => {
+                    batch = StepBatch {
+                        examples: unchanged,
+                        on_policy,
+                    };
+                }
                 Err(error) if step - 1 == first_step => return Err(error),
-                // What has been learnt so far is not lost with the teacher.
+                // The teacher is gone: save the progress of this session.
                 Err(error) => {
-                    let state = state(step - 1, cursor, tokens, best);
-                    checkpoint::save(&checkpoints, &mut parts, &state, settings.keep_checkpoints)?;
-                    return Err(error.context(GO_ON));
+                    let state = checkpoint_state(step - 1, cursor, tokens, early_stopping);
+                    checkpoint::save(
+                        &checkpoints,
+                        &mut training,
+                        &state,
+                        settings.keep_checkpoints,
+                    )?;
+                    return Err(error.context(RESUME));
                 }
             }
         }
-        let learner = (&parts.student, &mut parts.optimizer);
-        let dense = parts.teacher.as_ref().map(|teacher| &teacher.learner.model);
-        let taken = stepper.take(learner, dense, step, &lesson, rate)?;
-        if let Some(ema) = &parts.ema {
-            ema.update(&parts.student, step)?;
+        let trainable = (&training.student, &mut training.optimizer);
+        let local_teacher = training.teacher.as_ref();
+        let teacher_model = local_teacher.map(|teacher| &teacher.trainable.model);
+        let result = stepper.run(trainable, teacher_model, step, &batch, rate)?;
+        if let Some(ema) = &training.ema {
+            ema.update(&training.student, step)?;
         }
-        let teacher = parts.teacher.as_mut();
-        let teachers = teacher.map_or(Ok(None), |teacher| teacher.learn(step, &examples, rate))?;
+        let teacher = training.teacher.as_mut();
+        let teacher_result = teacher.map_or(Ok(None), |teacher| {
+            teacher.train_step(step, &examples, rate)
+        })?;
 
-        tokens += taken.tokens;
-        let means = taken.sums.means();
-        metrics.step(&StepLine {
+        tokens += result.tokens;
+        let means = result.sums.means();
+        metrics.step(&StepMetrics {
             step,
             split: "train",
             epoch: cursor.epoch,
-            loss: taken.loss,
+            loss: result.loss,
             ce: means.ce,
             kl: means.kl,
             kd: means.kd,
             alm: means.alm,
-            on_policy_kd: taken.written.means().kd,
-            teacher_ce: teachers.and_then(|taken| taken.sums.means().ce),
+            on_policy_kd: result.on_policy_sums.means().kd,
+            teacher_ce: teacher_result.and_then(|result| result.sums.means().ce),
             learning_rate: rate,
-            grad_norm: taken.gradient_norm,
+            grad_norm: result.gradient_norm,
             tokens,
-            tokens_per_s: taken.tokens as f64 / step_began.elapsed().as_secs_f64(),
+            tokens_per_s: result.tokens as f64 / step_start.elapsed().as_secs_f64(),
         })?;
         progress.update(step, || {
-            let seconds = began.elapsed();
+            let seconds = session_start.elapsed();
             let left = seconds.div_f64((step - first_step) as f64) * (total - step) as u32;
-            let speed = (tokens - began_tokens) as f64 / seconds.as_secs_f64();
+            let speed = (tokens - first_tokens) as f64 / seconds.as_secs_f64();
             let kl = means.kl.map_or(String::new(), |kl| format!(", KL {kl:.4}"));
             format!(
                 "loss {:.4}, CE {:.4}{kl}, lr {rate:.1e}, {speed:.0} tokens/s, {} left",
-                taken.loss,
+                result.loss,
                 means.ce.unwrap_or_default(),
                 format_duration(left),
             )
         });
-        last_loss = taken.loss;
+        last_loss = result.loss;
 
         let every = |interval: u64| interval > 0 && step.is_multiple_of(interval);
         let mut improved = false;
         last_validation = None;
         if every(settings.eval_every) || step == total {
-            let means = evaluate(&parts, parts.averaged())?;
+            let means = evaluate(&training, training.eval_model())?;
             metrics.validation(step, &means)?;
             progress.note(&validation_line(step, last_loss, &means));
-            improved = best.is_improved_by(settings.best, step, &means);
+            improved = early_stopping.record(settings.best, step, &means);
             last_validation = Some(means);
         }
         let stopped = stop.check();
-        let ends = step == total || best.is_exhausted(settings.patience);
+        let ends = step == total || early_stopping.is_exhausted(settings.patience);
         if every(settings.checkpoint_every) || improved || ends || stopped.is_err() {
-            let state = state(step, batches.cursor(), tokens, best);
-            checkpoint::save(&checkpoints, &mut parts, &state, settings.keep_checkpoints)?;
+            let state = checkpoint_state(step, batches.cursor(), tokens, early_stopping);
+            checkpoint::save(
+                &checkpoints,
+                &mut training,
+                &state,
+                settings.keep_checkpoints,
+            )?;
         }
-        stopped.context(GO_ON)?;
+        stopped.context(RESUME)?;
     }
     drop(progress);
 
-    let seconds = began.elapsed().as_secs_f64();
-    let steps = parts.optimizer.step();
-    let (trained, validation, best_step) = match best.found {
+    let seconds = session_start.elapsed().as_secs_f64();
+    let steps = training.optimizer.step();
+    let (trained, validation, best_step) = match early_stopping.best {
         Some((step, _)) if step < steps => {
-            let trained = checkpoint::weights_of(&checkpoints, step)?;
-            let all = parts.student.with(trained.clone());
-            let model = parts.student.model.with_weights(&all)?;
-            let means = evaluate(&parts, &model)?;
+            let trained = checkpoint::load_weights(&checkpoints, step)?;
+            let all = training.student.with(trained.clone());
+            let model = training.student.model.with_weights(&all)?;
+            let means = evaluate(&training, &model)?;
             (trained, means, Some(step))
         }
         _ => {
-            let ema = parts.ema.as_ref();
-            let trained = ema.map_or_else(|| parts.student.trained(), Ema::tensors)?;
-            let means = last_validation.map_or_else(|| evaluate(&parts, parts.averaged()), Ok)?;
+            let ema = training.ema.as_ref();
+            let trained = ema.map_or_else(|| training.student.trained(), Ema::tensors)?;
+            let means =
+                last_validation.map_or_else(|| evaluate(&training, training.eval_model()), Ok)?;
             (trained, means, None)
         }
     };
-    let mut summary = Summary {
+    let mut summary = TrainSummary {
         student: config.run_dir.join("student"),
         parameters: parameters.all,
         trained_parameters: parameters.trained,
@@ -307,41 +362,41 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
         best_step,
         tokens,
         seconds,
-        tokens_per_s: (tokens - began_tokens) as f64 / seconds,
+        tokens_per_s: (tokens - first_tokens) as f64 / seconds,
         last_loss,
         validation,
-        loss: soft_labels.loss(&data.report, parts.teacher.is_some()),
+        loss: soft_labels.describe(&data.report, training.teacher.is_some()),
         changes: Vec::new(),
-        own_answers: on_policy.as_ref().map(OnPolicy::count),
+        own_answers: on_policy.as_ref().map(OnPolicy::counts),
         data: data.report.clone(),
     };
-    summary.changes = parts.student.save(
+    summary.changes = training.student.save(
         &summary.student,
-        &parts.student.with(trained),
+        &training.student.with(trained),
         config.student.save_dtype,
         (tokenizer.dir(), &tokenizer),
-        &crate::train::model_card::text(
+        &model_card::student_card(
             config,
-            parts.student.model.config().model_type(),
+            training.student.model.config().model_type(),
             &summary,
         ),
     )?;
-    if let Some(teacher) = &parts.teacher {
+    if let Some(teacher) = &training.teacher {
         teacher.save(config, &tokenizer)?;
     }
     Ok(summary)
 }
 
-/// How many numbers a student has.
+/// Number of parameters of a student.
 #[derive(Clone, Copy)]
-struct Parameters {
+struct ParameterCounts {
     all: usize,
-    /// Those that are trained, adapters among them.
+    /// Trained parameters, including adapters.
     trained: usize,
 }
 
-impl Parameters {
-    fn of(student: &Student) -> Self {
+impl ParameterCounts {
+    fn new(student: &TrainableModel) -> Self {
         Self {
             all: student.model.config().parameter_count(),
             trained: student.vars.values().map(|var| var.elem_count()).sum(),
@@ -349,9 +404,9 @@ impl Parameters {
     }
 }
 
-/// What is about to happen.
+/// Line that describes the run at its start.
 fn opening_line(
-    parameters: Parameters,
+    parameters: ParameterCounts,
     examples: usize,
     total: u64,
     config: &Config,
@@ -361,15 +416,16 @@ fn opening_line(
         0 => String::new(),
         step => format!(", from step {step}"),
     };
-    let trained = match parameters.trained == parameters.all {
-        true => String::new(),
-        false => format!(" ({} trained)", format_count(parameters.trained as u64)),
+    let trained = if parameters.trained == parameters.all {
+        String::new()
+    } else {
+        format!(" ({} trained)", format_count(parameters.trained as u64))
     };
     format!(
         "{} parameters{trained} in {}{}, {} examples, {total} steps of {} examples{from}",
         format_count(parameters.all as u64),
         device::precision(&config.train).name(),
-        device::name(&config.train),
+        device::label(&config.train),
         format_count(examples as u64),
         config.train.batch_size,
     )
@@ -383,7 +439,7 @@ fn total_steps(config: &Config, examples: usize) -> u64 {
     })
 }
 
-fn validation_line(step: u64, loss: f64, means: &Means) -> String {
+fn validation_line(step: u64, loss: f64, means: &MetricMeans) -> String {
     let show = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
     format!(
         "step {step}: loss {loss:.4}; validation: CE {}, KL {}, token accuracy {}",

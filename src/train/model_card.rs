@@ -1,16 +1,16 @@
-//! The README of the student's folder.
+//! Model cards: the README of a saved model.
 
 use std::path::Path;
 
 use crate::config::Config;
 use crate::data::groups::GroupCounts;
 use crate::terminal::format_count;
-use crate::train::summary::Summary;
+use crate::train::summary::TrainSummary;
 
 const HEAD: &str = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distillation\n---\n\n";
 
-/// A Hugging Face model card: what the model is and how it was made.
-pub(crate) fn text(config: &Config, architecture: &str, summary: &Summary) -> String {
+/// Hugging Face model card of the student.
+pub(crate) fn student_card(config: &Config, architecture: &str, summary: &TrainSummary) -> String {
     let line = |name: &str, value: Option<f64>| {
         value.map_or(String::new(), |v| format!("- validation {name}: {v:.4}\n"))
     };
@@ -20,7 +20,7 @@ pub(crate) fn text(config: &Config, architecture: &str, summary: &Summary) -> St
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned(),
-        None => answered_by(&summary.data.groups),
+        None => teachers(&summary.data.groups),
     };
     format!(
         "{HEAD}A {architecture} model of {} parameters, trained with `distill train`.\n\n\
@@ -35,8 +35,8 @@ pub(crate) fn text(config: &Config, architecture: &str, summary: &Summary) -> St
     )
 }
 
-/// Groups of a cache that the answers are from.
-fn answered_by(groups: &GroupCounts) -> String {
+/// Names of the models that gave the answers of a cache, with the number of answers.
+fn teachers(groups: &GroupCounts) -> String {
     const SHOWN: usize = 8;
     let mut used: Vec<String> = groups
         .all_used()
@@ -60,8 +60,8 @@ fn answered_by(groups: &GroupCounts) -> String {
     }
 }
 
-/// That of a teacher that was trained along.
-pub(crate) fn of_teacher(config: &Config, architecture: &str) -> String {
+/// Model card of a co-trained teacher.
+pub(crate) fn teacher_card(config: &Config, architecture: &str) -> String {
     let from = config.teacher.local.as_deref().and_then(Path::file_name);
     format!(
         "{HEAD}A {architecture} model, trained from {} by `distill train` as the teacher of the student \

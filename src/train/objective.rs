@@ -1,11 +1,11 @@
-//! A batch through the model and the loss: with gradients for training, without for evaluation.
+//! Forward pass and loss of a batch: with gradients for training, without for evaluation.
 
 use std::ops::Range;
 
 use anyhow::Result;
 
 use super::loss;
-use super::metrics::{Means, Sums};
+use super::metrics::{MetricMeans, MetricSums};
 use crate::data::batch::Batch;
 use crate::data::dataset::Examples;
 use crate::model::forward::HiddenStates;
@@ -13,19 +13,18 @@ use crate::model::gradients::Gradients;
 use crate::model::tape::Activations;
 use crate::model::{Model, ModelInput};
 use crate::ops::head_loss::{LogitsVisitor, PositionGroups, chunk_rows};
-use crate::train::loss::row::{Row, RowLoss, Weights};
+use crate::train::loss::position::{LossWeights, PositionLoss, PositionTarget};
 
-/// Who learns, and from whom.
+/// The student, and the local teacher if there is one.
 #[derive(Clone, Copy)]
-pub struct Models<'a> {
+pub struct ModelPair<'a> {
     pub student: &'a Model,
-    /// A teacher on this machine, whose distributions are the soft labels; without one they are those
-    /// of the batch.
+    /// Local teacher whose distributions replace the soft labels of the batch.
     pub teacher: Option<&'a Model>,
 }
 
-impl Models<'_> {
-    /// The longest example that all of them can read, in tokens.
+impl ModelPair<'_> {
+    /// Maximum length of an example that both models can read, in tokens.
     pub fn context(&self) -> usize {
         let models = [Some(self.student), self.teacher].into_iter().flatten();
         let contexts = models.map(|model| model.config().max_position_embeddings);
@@ -33,7 +32,7 @@ impl Models<'_> {
     }
 }
 
-impl<'a> From<&'a Model> for Models<'a> {
+impl<'a> From<&'a Model> for ModelPair<'a> {
     fn from(student: &'a Model) -> Self {
         Self {
             student,
@@ -42,18 +41,17 @@ impl<'a> From<&'a Model> for Models<'a> {
     }
 }
 
-/// Adds the gradients of a micro-batch to `gradients`; returns its loss and the unscaled terms of
-/// its positions.
+/// Adds the gradients of a micro-batch to `gradients`. Returns its loss and the unscaled terms of its positions.
 ///
 /// # Errors
-/// Where an example does not fit a model.
+/// If an example does not fit a model.
 pub fn gradients<'a>(
-    models: impl Into<Models<'a>>,
+    models: impl Into<ModelPair<'a>>,
     batch: &Batch,
-    weights: Weights,
+    weights: LossWeights,
     activations: Activations,
     gradients: &mut Gradients,
-) -> Result<(f64, Vec<RowLoss>)> {
+) -> Result<(f64, Vec<PositionLoss>)> {
     let models = models.into();
     let mut objective = Objective::new(models, batch, weights)?;
     let groups = PositionGroups::new(batch.labels.len(), &objective.spans);
@@ -68,30 +66,30 @@ pub fn gradients<'a>(
     Ok((loss * f64::from(weights.scale), rows))
 }
 
-/// What is made of the logits of a batch.
+/// The loss of a batch as a function of its logits.
 struct Objective<'a> {
     batch: &'a Batch,
-    weights: Weights,
-    /// Positions that are seen together: chunks, where these count.
+    weights: LossWeights,
+    /// Positions that must be processed together: the chunks, if they have a weight.
     spans: Vec<Range<usize>>,
-    teacher: Option<Dense<'a>>,
+    teacher: Option<TeacherLogits<'a>>,
 }
 
-/// What a teacher on this machine says of the positions that are next.
-struct Dense<'a> {
+/// Logits of a local teacher at the current positions.
+struct TeacherLogits<'a> {
     hidden: HiddenStates<'a>,
     vocabulary: usize,
-    /// The first of them.
+    /// First of the current positions.
     start: usize,
     logits: Vec<f32>,
 }
 
 impl<'a> Objective<'a> {
-    fn new(models: Models<'a>, batch: &'a Batch, weights: Weights) -> Result<Self> {
+    fn new(models: ModelPair<'a>, batch: &'a Batch, weights: LossWeights) -> Result<Self> {
         let rows = chunk_rows(models.student.config().vocab_size).min(batch.labels.len());
         let teacher = models.teacher.map(|teacher| -> Result<_> {
             let vocabulary = teacher.config().vocab_size;
-            Ok(Dense {
+            Ok(TeacherLogits {
                 hidden: teacher.hidden(input(batch))?,
                 vocabulary,
                 start: 0,
@@ -99,9 +97,10 @@ impl<'a> Objective<'a> {
             })
         });
         let teacher = teacher.transpose()?;
-        let spans = match weights.alm > 0.0 && teacher.is_none() {
-            true => batch.chunks.iter().map(|chunk| chunk.0.clone()).collect(),
-            false => Vec::new(),
+        let spans = if weights.alm > 0.0 && teacher.is_none() {
+            batch.chunks.iter().map(|chunk| chunk.0.clone()).collect()
+        } else {
+            Vec::new()
         };
         Ok(Self {
             batch,
@@ -111,21 +110,21 @@ impl<'a> Objective<'a> {
         })
     }
 
-    /// What supervised position `n` teaches.
-    fn target(&self, n: usize) -> Row<'_> {
-        let dense = self.teacher.as_ref().map(|teacher| {
+    /// Training target of supervised position `n`.
+    fn target(&self, n: usize) -> PositionTarget<'_> {
+        let teacher_logits = self.teacher.as_ref().map(|teacher| {
             let at = n - teacher.start;
             &teacher.logits[at * teacher.vocabulary..(at + 1) * teacher.vocabulary]
         });
-        Row {
-            dense,
+        PositionTarget {
+            teacher_logits_V: teacher_logits,
             ..target(self.batch, n)
         }
     }
 }
 
 impl LogitsVisitor for Objective<'_> {
-    type Output = RowLoss;
+    type Output = PositionLoss;
 
     fn prepare(&mut self, positions: Range<usize>) -> candle_core::Result<()> {
         if let Some(teacher) = &mut self.teacher {
@@ -137,15 +136,15 @@ impl LogitsVisitor for Objective<'_> {
     }
 
     #[inline(always)]
-    fn visit(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<RowLoss> {
+    fn visit(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<PositionLoss> {
         let chunks = &self.batch.chunks;
         let found = chunks.binary_search_by_key(&positions.start, |chunk| chunk.0.start);
         match found {
             Ok(at) if !self.spans.is_empty() => {
-                let rows: Vec<Row> = positions.map(|n| self.target(n)).collect();
+                let rows: Vec<PositionTarget> = positions.map(|n| self.target(n)).collect();
                 loss::chunk(logits, &rows, chunks[at].1, self.weights)
             }
-            _ => vec![loss::row(
+            _ => vec![loss::position(
                 logits,
                 self.target(positions.start),
                 self.weights,
@@ -162,33 +161,32 @@ fn input(batch: &Batch) -> ModelInput<'_> {
     }
 }
 
-/// What supervised position `n` of a batch teaches.
-fn target(batch: &Batch, n: usize) -> Row<'_> {
+/// Training target of supervised position `n` of a batch.
+fn target(batch: &Batch, n: usize) -> PositionTarget<'_> {
     let soft = batch.soft_offsets[n]..batch.soft_offsets[n + 1];
-    Row {
+    PositionTarget {
         label: batch.labels[n],
-        soft_ids: &batch.soft_ids[soft.clone()],
-        soft_logprobs: &batch.soft_logprobs[soft],
-        drawn: batch.sampled_logprob.get(n).copied().flatten(),
-        exact: batch.is_exact_sample.get(n).copied().unwrap_or_default(),
+        soft_ids_K: &batch.soft_ids[soft.clone()],
+        soft_logprobs_K: &batch.soft_logprobs[soft],
+        sampled_logprob: batch.sampled_logprob.get(n).copied().flatten(),
+        is_exact_sample: batch.is_exact_sample.get(n).copied().unwrap_or_default(),
         lists_end: batch.lists_end.get(n).copied().flatten(),
-        ..Row::default()
+        ..PositionTarget::default()
     }
 }
 
-/// Mean terms of a model on examples, without gradients; soft labels are those of `models.teacher`
-/// where there is one.
+/// Mean metrics of a model on examples, without gradients.
 ///
 /// # Errors
-/// Where an example does not fit a model.
+/// If an example does not fit a model.
 pub fn evaluate<'a>(
-    models: impl Into<Models<'a>>,
+    models: impl Into<ModelPair<'a>>,
     examples: Examples,
     batch_size: usize,
-) -> Result<Means> {
+) -> Result<MetricMeans> {
     let models = models.into();
-    let weights = Weights::default();
-    let mut sums = Sums::default();
+    let weights = LossWeights::default();
+    let mut sums = MetricSums::default();
     for start in (0..examples.len()).step_by(batch_size) {
         let batch = Batch::new(examples.iter().skip(start).take(batch_size));
         let mut objective = Objective::new(models, &batch, weights)?;

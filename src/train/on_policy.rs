@@ -1,14 +1,14 @@
-//! Answers that the student writes itself, for the teacher to judge.
+//! On-policy distillation: the student generates answers, and the teacher scores them.
 //!
-//! What a student learns from given answers holds for texts that begin as the teacher's do; its own soon
-//! begin otherwise. Here it writes answers to the prompts of the data with its weights of the moment, and
-//! learns on each of their positions what the teacher would have said there: generalised knowledge
-//! distillation (GKD, Agarwal et al., arXiv 2306.13649), with reverse KL as in MiniLLM (Gu et al., arXiv
-//! 2306.08543). The texts count as given: no gradient goes through the sampling.
+//! A student trained on the teacher's answers only sees prefixes that the teacher wrote, but at inference it continues
+//! its own. Here the student answers the prompts of the data with its current weights, and learns the teacher's
+//! distribution at each position of these answers: generalised knowledge distillation (GKD, Agarwal et al., arXiv
+//! 2306.13649), with reverse KL as in MiniLLM (Gu et al., arXiv 2306.08543). The texts are constants: no gradient
+//! flows through the sampling.
 //!
-//! A teacher on this machine says it by its whole distributions ([`crate::train::local_teacher`]); one behind an API
-//! ([`Judge`]) by its top-k, which is aligned with the student's tokens like that of any answer. Positions
-//! that it says nothing of are left out, and so is the end of the turn, and what is no text.
+//! A local teacher (`train/local_teacher.rs`) gives whole distributions. A teacher behind an API
+//! ([`TextScorer`]) gives its top-k, which is aligned with the student's tokens like the top-k of a harvested answer.
+//! Positions that it gives no soft labels for are not trained, nor are the end of the turn and other control tokens.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -34,72 +34,76 @@ use crate::prompt::message::Message;
 use crate::signal::StopFlag;
 use crate::tokenizer::Tokenizer;
 
-/// A teacher behind an API.
-pub trait Judge: Send {
-    /// What it would have said in place of each token of the last message of these conversations: lines
-    /// of a cache with logprobs, in order. None where it does not say.
+/// A teacher behind an API that scores given texts.
+pub trait TextScorer: Send {
+    /// Scores the last message of each conversation. Returns cache lines with its logprobs, in order; None for a text
+    /// that the teacher could not score.
     ///
     /// # Errors
-    /// Where it cannot be asked any more, or `stop` says so.
-    fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>>;
+    /// If the teacher is not available any more, or `stop` is set.
+    fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>>;
 }
 
-/// How the student writes.
+/// Generator of the student's own answers.
 pub struct OnPolicy<'a> {
     settings: &'a config::OnPolicyConfig,
     tokenizer: &'a Tokenizer,
-    /// Answers in a batch.
+    /// Number of answers in a batch.
     batch_size: usize,
     seed: u64,
-    /// Where the teacher is not on this machine.
-    asked: Option<Asked<'a>>,
-    count: Count,
+    /// The teacher behind an API; None with a local teacher.
+    remote: Option<RemoteTeacher<'a>>,
+    counts: OnPolicyCounts,
 }
 
-/// How many answers of its own a student has learnt from, in this session.
+/// Number of generated answers in this session.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
-pub struct Count {
-    pub written: u64,
-    /// Of these, how many the teacher said something of.
-    pub judged: u64,
+pub struct OnPolicyCounts {
+    /// Answers that the student generated.
+    #[serde(rename = "written")]
+    pub generated: u64,
+    /// Answers for which the teacher gave soft labels.
+    #[serde(rename = "judged")]
+    pub scored: u64,
 }
 
-/// A teacher that is asked.
-struct Asked<'a> {
-    judge: &'a mut dyn Judge,
+/// A teacher behind an API.
+struct RemoteTeacher<'a> {
+    scorer: &'a mut dyn TextScorer,
     mapper: Mapper<'a>,
-    /// By the keys of the examples.
+    /// Prompts by the keys of the examples.
     prompts: HashMap<String, Vec<Message>>,
 }
 
-/// An answer of the student's.
-struct Written<'a> {
-    /// Of the example whose prompt it answers.
+/// An answer that the student generated.
+struct GeneratedAnswer<'a> {
+    /// Key of the example with the same prompt.
     key: &'a str,
     prompt: &'a [u32],
-    /// With the end of the turn, where it came to that.
+    /// Token ids, including the end of the turn if it was reached.
     ids: &'a [u32],
 }
 
 impl<'a> OnPolicy<'a> {
-    /// None where it is not asked for. `judge` is the teacher behind an API, if it is there.
+    /// Returns None without `train.on_policy`. `scorer` is needed unless the teacher is local.
     ///
     /// # Errors
-    /// Where the prompts cannot be read.
-    pub fn of(
+    /// If the prompts cannot be read.
+    pub fn from_config(
         config: &'a Config,
         selection: &Selection,
         tokenizer: &'a Tokenizer,
-        judge: Option<&'a mut dyn Judge>,
+        scorer: Option<&'a mut dyn TextScorer>,
     ) -> Result<Option<Self>> {
         if !config.train.on_policy {
             return Ok(None);
         }
-        let asked = match (config.on_policy.judge, judge) {
+        let remote = match (config.on_policy.judge, scorer) {
             (config::ScoredBy::Local, _) => None,
-            (_, judge) => Some(Asked {
-                judge: judge
-                    .context("there is nobody to ask what the student's answers are worth")?,
+            (_, scorer) => Some(RemoteTeacher {
+                scorer: scorer.context(
+                    "internal error: train.on_policy without a teacher to score answers",
+                )?,
                 mapper: Mapper::new(tokenizer, config.data.top_logprobs),
                 prompts: dataset::prompts(config, selection)?,
             }),
@@ -109,39 +113,38 @@ impl<'a> OnPolicy<'a> {
             tokenizer,
             batch_size: config.train.micro_batch_size,
             seed: config.train.seed,
-            asked,
-            count: Count::default(),
+            remote,
+            counts: OnPolicyCounts::default(),
         }))
     }
 
-    pub fn count(&self) -> Count {
-        self.count
+    pub fn counts(&self) -> OnPolicyCounts {
+        self.counts
     }
 
-    /// The divergence that the written answers are judged by.
+    /// Divergences for generated answers.
     pub fn divergence(&self, settings: &LossConfig) -> Option<[Divergence; 2]> {
-        Divergence::of(&LossConfig {
+        Divergence::from_config(&LossConfig {
             kd: self.settings.kd,
             ..settings.clone()
         })
     }
 
-    /// The examples of a step, cut into those that are learnt as they are and those whose prompts the
-    /// student answers.
-    pub fn cut<'e, 'v>(
+    /// Splits the examples of a step into those that are used unchanged and those whose prompts the student answers.
+    pub fn split<'e, 'v>(
         &self,
         examples: &'e [ExampleView<'v>],
     ) -> (&'e [ExampleView<'v>], &'e [ExampleView<'v>]) {
-        let written = (self.settings.share * examples.len() as f64).round() as usize;
-        examples.split_at(examples.len() - written.min(examples.len()))
+        let generated = (self.settings.share * examples.len() as f64).round() as usize;
+        examples.split_at(examples.len() - generated.min(examples.len()))
     }
 
-    /// Answers the prompts of `examples` in step `step`, and has the answers judged where the teacher is
-    /// behind an API. The same step and weights give the same answers.
+    /// Generates answers to the prompts of `examples` in step `step`, and lets a teacher behind an API score them. Equal
+    /// steps and weights give equal answers.
     ///
     /// # Errors
-    /// Where a prompt does not fit the model, or as [`Judge::judge`].
-    pub fn write(
+    /// If a prompt does not fit the model, or as [`TextScorer::score`].
+    pub fn generate(
         &mut self,
         student: &Model,
         step: u64,
@@ -154,7 +157,7 @@ impl<'a> OnPolicy<'a> {
             sampling: SamplingParams {
                 temperature: self.settings.temperature,
                 top_p: 1.0,
-                // Far apart from one step to the next, as answers are within a step.
+                // The answers of a step have neighbouring seeds, so the seeds of steps must be far apart.
                 seed: self.seed ^ step.wrapping_mul(0xd134_2543_de82_ef95),
             },
             ..GenerateOptions::default()
@@ -162,31 +165,35 @@ impl<'a> OnPolicy<'a> {
         let answers =
             generate::batch(student, self.tokenizer, &prompts, &options, self.batch_size)?;
         let answers = answers.iter().zip(&prompts).zip(examples);
-        let written: Vec<Written> = answers
+        let generated: Vec<GeneratedAnswer> = answers
             .filter(|((answer, _), _)| !answer.ids.is_empty())
-            .map(|((answer, prompt), example)| Written {
+            .map(|((answer, prompt), example)| GeneratedAnswer {
                 key: example.key(),
                 prompt,
                 ids: &answer.ids,
             })
             .collect();
-        let said = match &mut self.asked {
-            Some(asked) => Some(asked.soft_labels(self.tokenizer, &written, stop)?),
+        let soft_labels = match &mut self.remote {
+            Some(remote) => Some(remote.soft_labels(self.tokenizer, &generated, stop)?),
             None => None,
         };
-        let is_judged = |at: &usize| said.as_ref().is_none_or(|said| said[*at].is_some());
-        self.count.written += written.len() as u64;
-        self.count.judged += (0..written.len()).filter(is_judged).count() as u64;
+        let is_scored = |at: &usize| {
+            soft_labels
+                .as_ref()
+                .is_none_or(|labels| labels[*at].is_some())
+        };
+        self.counts.generated += generated.len() as u64;
+        self.counts.scored += (0..generated.len()).filter(is_scored).count() as u64;
         let mut batches = Vec::new();
-        for start in (0..written.len()).step_by(self.batch_size) {
+        for start in (0..generated.len()).step_by(self.batch_size) {
             let mut batch = Batch {
                 soft_offsets: vec![0],
                 ..Batch::default()
             };
-            let end = written.len().min(start + self.batch_size);
-            for at in (start..end).filter(is_judged) {
-                let said = said.as_ref().and_then(|said| said[at].as_ref());
-                push(&mut batch, &written[at], said);
+            let end = generated.len().min(start + self.batch_size);
+            for at in (start..end).filter(is_scored) {
+                let labels = soft_labels.as_ref().and_then(|labels| labels[at].as_ref());
+                push(&mut batch, &generated[at], labels);
             }
             if !batch.labels.is_empty() {
                 batches.push(batch);
@@ -196,25 +203,29 @@ impl<'a> OnPolicy<'a> {
     }
 }
 
-impl Asked<'_> {
-    /// What the teacher says of each, None where it says nothing.
+impl RemoteTeacher<'_> {
+    /// Soft labels of each answer; None for an answer without any.
     fn soft_labels(
         &mut self,
         tokenizer: &Tokenizer,
-        written: &[Written],
+        generated: &[GeneratedAnswer],
         stop: &StopFlag,
     ) -> Result<Vec<Option<Aligned>>> {
-        let mut said: Vec<Option<Aligned>> = written.iter().map(|_| None).collect();
-        let (mut asked, mut texts) = (Vec::new(), Vec::new());
-        for (at, answer) in written.iter().enumerate() {
-            let (text, ids) = beginning(tokenizer, answer.ids);
+        let mut soft_labels: Vec<Option<Aligned>> = generated.iter().map(|_| None).collect();
+        let mut sent = Vec::new();
+        let mut texts = Vec::new();
+        for (at, answer) in generated.iter().enumerate() {
+            let (text, ids) = text_prefix(tokenizer, answer.ids);
             if text.is_empty() {
                 continue;
             }
             let prompt = self.prompts.get(answer.key);
             let mut messages = prompt
                 .with_context(|| {
-                    format!("the prompt of {} is not in the data any more", answer.key)
+                    format!(
+                        "the data has changed: the prompt of {} is missing",
+                        answer.key
+                    )
                 })?
                 .clone();
             messages.push(Message {
@@ -222,10 +233,10 @@ impl Asked<'_> {
                 content: text.clone(),
             });
             texts.push(Prompt::plain(answer.key.to_owned(), messages));
-            asked.push((at, text, ids));
+            sent.push((at, text, ids));
         }
-        let lines = self.judge.judge(texts, stop)?;
-        for ((at, text, ids), line) in asked.into_iter().zip(lines) {
+        let lines = self.scorer.score(texts, stop)?;
+        for ((at, text, ids), line) in sent.into_iter().zip(lines) {
             let Some(line) = line else { continue };
             let record = RecordView::of_line(&line)?;
             let Some(logprobs) = &record.logprobs else {
@@ -234,21 +245,23 @@ impl Asked<'_> {
             let aligned = self
                 .mapper
                 .align(logprobs, text.as_bytes(), 0..text.len(), ids, None);
-            said[at] = aligned
+            soft_labels[at] = aligned
                 .ok()
-                .filter(|said| (0..said.len()).any(|at| said.is_soft(at)));
+                .filter(|labels| (0..labels.len()).any(|at| labels.is_soft(at)));
         }
-        Ok(said)
+        Ok(soft_labels)
     }
 }
 
-/// The text that an answer begins with, and the tokens that spell it: up to the end of the turn, another
-/// control token, or a part of a character.
-fn beginning<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> (String, &'a [u32]) {
-    let (mut bytes, mut text, mut count) = (Vec::new(), String::new(), 0);
+/// Longest prefix of an answer that is text, and its tokens. It ends before the end of the turn, another control token,
+/// or an incomplete character.
+fn text_prefix<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> (String, &'a [u32]) {
+    let mut bytes = Vec::new();
+    let mut text = String::new();
+    let mut count = 0;
     for (at, &id) in ids.iter().enumerate() {
         match tokenizer.token_bytes(id) {
-            Some(of_token) if !of_token.is_empty() => bytes.extend(of_token),
+            Some(token) if !token.is_empty() => bytes.extend(token),
             _ => break,
         }
         if let Ok(whole) = std::str::from_utf8(&bytes) {
@@ -260,39 +273,39 @@ fn beginning<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> (String, &'a [u32]) {
     (text, &ids[..count])
 }
 
-/// What stands before the last answer of an example.
+/// Tokens before the last answer of an example.
 fn prompt(example: ExampleView) -> Vec<u32> {
     let mut start = 0;
-    let mut before = None;
+    let mut previous = None;
     for position in example.positions() {
-        if before.is_none_or(|before: u32| before + 1 != position) {
+        if previous.is_none_or(|previous: u32| previous + 1 != position) {
             start = position as usize;
         }
-        before = Some(position);
+        previous = Some(position);
     }
     example.input_ids().take(start + 1).collect()
 }
 
-/// Appends a prompt with its answer, every token of which is supervised; or, where the teacher has `said`
-/// something, each that it said something of.
-fn push(batch: &mut Batch, written: &Written, said: Option<&Aligned>) {
+/// Appends a prompt and its answer to the batch. Supervised are the tokens with soft labels, or all tokens of the
+/// answer if `soft_labels` is None (local teacher).
+fn push(batch: &mut Batch, answer: &GeneratedAnswer, soft_labels: Option<&Aligned>) {
     let first = batch.input_ids.len();
-    batch.input_ids.extend(written.prompt);
-    batch.input_ids.extend(written.ids);
+    batch.input_ids.extend(answer.prompt);
+    batch.input_ids.extend(answer.ids);
     let end = batch.input_ids.len();
     batch.segments.push(Range { start: first, end });
-    batch.keys.push(written.key.to_owned());
-    for (at, token) in written.ids.iter().enumerate() {
-        if let Some(said) = said {
-            if !said.is_soft(at) {
+    batch.keys.push(answer.key.to_owned());
+    for (at, token) in answer.ids.iter().enumerate() {
+        if let Some(labels) = soft_labels {
+            if !labels.is_soft(at) {
                 continue;
             }
-            let (ids, logprobs) = said.soft(at);
+            let (ids, logprobs) = labels.soft(at);
             batch.soft_ids.extend(ids);
             batch.soft_logprobs.extend(logprobs);
-            batch.sampled_logprob.push(said.sampled_logprob(at));
+            batch.sampled_logprob.push(labels.sampled_logprob(at));
         }
-        let position = first + written.prompt.len() + at - 1;
+        let position = first + answer.prompt.len() + at - 1;
         batch.positions.push(position as u32);
         batch.labels.push(*token);
         batch.soft_offsets.push(batch.soft_ids.len());

@@ -1,5 +1,4 @@
-//! AdamW over named parameters, with global-norm clipping. Its state can be saved, which that of
-//! candle's own optimizer cannot.
+//! AdamW over named parameters, with global-norm clipping. Unlike candle's optimizer, its state can be saved.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +7,7 @@ use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 use regex::Regex;
 
-use super::student::Student;
+use super::trainable::TrainableModel;
 use crate::config::TrainConfig;
 use crate::model::Backend;
 use crate::model::gradients::Gradients;
@@ -19,10 +18,10 @@ use crate::ops::{CpuValues, adamw};
 const FIRST: &str = "first_moment";
 const SECOND: &str = "second_moment";
 
-/// Parameters and their moments.
+/// AdamW: parameters and their moments.
 pub struct Optimizer {
     parameters: Vec<Parameter>,
-    /// Updates done.
+    /// Number of steps so far.
     step: u64,
 }
 
@@ -30,43 +29,43 @@ struct Parameter {
     name: String,
     var: Var,
     moments: Moments,
-    decays: bool,
+    has_weight_decay: bool,
 }
 
-/// The running means of the gradient and of its square.
+/// Running means of the gradient and of its square.
 enum Moments {
-    /// Where the tape runs.
-    Here([Buffer; 2]),
-    /// Where candle's operations do: on the device of their parameter.
-    Elsewhere([Tensor; 2]),
+    /// For the tape.
+    Cpu([Buffer; 2]),
+    /// For candle's operations, on the device of the parameter.
+    Device([Tensor; 2]),
 }
 
-/// What a parameter was given.
-enum Given<'a> {
-    Here(&'a [f32]),
-    Elsewhere(&'a Tensor),
+/// Gradient of a parameter.
+enum GradientRef<'a> {
+    Cpu(&'a [f32]),
+    Device(&'a Tensor),
 }
 
 impl Optimizer {
-    /// Zero moments for the student's variables. Weights of norms and biases are left out of the decay,
-    /// as is the custom, and those that a pattern of `no_decay` finds.
+    /// An optimizer with zero moments. Norm weights, biases and parameters that match `no_decay` have no weight decay.
     ///
     /// # Errors
-    /// Where there is no memory.
-    pub fn new(student: &Student, no_decay: &[Regex]) -> Result<Self> {
-        // Apart from the memory of the passes: what stays must not lie between what comes and goes.
+    /// If memory cannot be allocated.
+    pub fn new(student: &TrainableModel, no_decay: &[Regex]) -> Result<Self> {
+        // A separate arena: long-lived buffers must not fragment the memory of the passes.
         let arena = Arena::default();
         let parameter = |(name, var): (&String, &Var)| {
             let zeros = || arena.zeros(var.elem_count());
             let moments = match student.model.backend() {
-                Backend::CpuTape => Moments::Here([zeros()?, zeros()?]),
-                Backend::Candle => Moments::Elsewhere([var.zeros_like()?, var.zeros_like()?]),
+                Backend::CpuTape => Moments::Cpu([zeros()?, zeros()?]),
+                Backend::Candle => Moments::Device([var.zeros_like()?, var.zeros_like()?]),
             };
             Ok(Parameter {
                 name: name.clone(),
                 var: var.clone(),
                 moments,
-                decays: var.rank() > 1 && !no_decay.iter().any(|pattern| pattern.is_match(name)),
+                has_weight_decay: var.rank() > 1
+                    && !no_decay.iter().any(|pattern| pattern.is_match(name)),
             })
         };
         Ok(Self {
@@ -75,41 +74,42 @@ impl Optimizer {
         })
     }
 
-    /// Updates done so far.
+    /// Number of steps so far.
     pub fn step(&self) -> u64 {
         self.step
     }
 
-    /// The global norm of the gradients.
+    /// Global norm of the gradients.
     ///
     /// # Errors
-    /// Names a parameter that received none: the graph is cut somewhere.
+    /// If a parameter received no gradient, which means that the graph is broken.
     pub fn gradient_norm(&self, gradients: &Gradients) -> Result<f64> {
         let mut sum = 0.0;
         for parameter in &self.parameters {
             sum += match parameter.gradient(gradients)? {
-                Given::Here(values) => {
+                GradientRef::Cpu(values) => {
                     // In blocks of fixed size, so that the sum does not depend on the number of
                     // threads.
                     let blocks = values.par_chunks(1 << 16).map(adamw::sum_of_squares);
                     blocks.collect::<Vec<f64>>().iter().sum::<f64>()
                 }
-                Given::Elsewhere(tensor) => f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?),
+                GradientRef::Device(tensor) => {
+                    f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?)
+                }
             };
         }
         Ok(sum.sqrt())
     }
 
-    /// Counts a step in which there was nothing to learn.
+    /// Counts a step without supervised positions.
     pub fn skip(&mut self) {
         self.step += 1;
     }
 
-    /// Updates every parameter at `learning_rate` with gradients clipped from `norm` to
-    /// `train.max_grad_norm`.
+    /// Updates every parameter. The gradients, whose global norm is `norm`, are clipped to `train.max_grad_norm`.
     ///
     /// # Errors
-    /// Where a parameter is no contiguous f32 tensor, or has no gradient.
+    /// If a parameter is not a contiguous f32 tensor, or has no gradient.
     pub fn update(
         &mut self,
         train: &TrainConfig,
@@ -131,7 +131,7 @@ impl Optimizer {
                 beta1: train.beta1 as f32,
                 beta2: train.beta2 as f32,
                 epsilon: train.epsilon as f32,
-                weight_decay: if parameter.decays {
+                weight_decay: if parameter.has_weight_decay {
                     train.weight_decay as f32
                 } else {
                     0.0
@@ -143,48 +143,48 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The moments, as `first_moment.NAME` and `second_moment.NAME`.
+    /// The moments, named `first_moment.NAME` and `second_moment.NAME`.
     ///
     /// # Errors
-    /// Where a device fails.
+    /// If a device fails.
     pub fn state(&self) -> Result<BTreeMap<String, TensorEntry<'_>>> {
         let mut entries = BTreeMap::new();
         for parameter in &self.parameters {
             let shape = parameter.var.dims();
-            let of_parameter = match &parameter.moments {
-                Moments::Here([first, second]) => [
+            let moments = match &parameter.moments {
+                Moments::Cpu([first, second]) => [
                     TensorEntry::new(shape, first),
                     TensorEntry::new(shape, second),
                 ],
-                Moments::Elsewhere([first, second]) => [
+                Moments::Device([first, second]) => [
                     TensorEntry::from_device(first)?,
                     TensorEntry::from_device(second)?,
                 ],
             };
-            for (kind, entry) in [FIRST, SECOND].iter().zip(of_parameter) {
+            for (kind, entry) in [FIRST, SECOND].iter().zip(moments) {
                 entries.insert(format!("{kind}.{}", parameter.name), entry);
             }
         }
         Ok(entries)
     }
 
-    /// Takes back what [`Optimizer::state`] gave after `step` updates.
+    /// Restores the [`Optimizer::state`] after `step` steps.
     ///
     /// # Errors
-    /// Names a moment that is missing or has another shape.
+    /// If a moment is missing or has another shape.
     pub fn restore(&mut self, file: &SafetensorsFile, step: u64) -> Result<()> {
         for parameter in &mut self.parameters {
             for (index, kind) in [FIRST, SECOND].iter().enumerate() {
                 let name = format!("{kind}.{}", parameter.name);
                 let tensor = file.tensor(&name)?;
                 if tensor.dims() != parameter.var.dims() {
-                    bail!("the checkpoint has {name} in another shape");
+                    bail!("{name} has another shape in the checkpoint");
                 }
                 match &mut parameter.moments {
-                    Moments::Here(moments) => {
+                    Moments::Cpu(moments) => {
                         moments[index].copy_from_slice(&CpuValues::new(&tensor)?);
                     }
-                    Moments::Elsewhere(moments) => {
+                    Moments::Device(moments) => {
                         moments[index] = tensor.to_device(parameter.var.device())?;
                     }
                 }
@@ -196,22 +196,26 @@ impl Optimizer {
 }
 
 impl Parameter {
-    fn gradient<'a>(&self, gradients: &'a Gradients) -> Result<Given<'a>> {
-        let here = gradients.get(&self.var).map(Given::Here);
-        here.or_else(|| gradients.get_on_device(&self.var).map(Given::Elsewhere))
+    fn gradient<'a>(&self, gradients: &'a Gradients) -> Result<GradientRef<'a>> {
+        let on_cpu = gradients.get(&self.var).map(GradientRef::Cpu);
+        on_cpu
+            .or_else(|| gradients.get_on_device(&self.var).map(GradientRef::Device))
             .with_context(|| format!("parameter {} received no gradient", self.name))
     }
 
     fn update(&mut self, gradients: &Gradients, step: adamw::AdamWStep) -> Result<()> {
-        let given = self.gradient(gradients)?;
-        match (&mut self.moments, given) {
-            (Moments::Here([first, second]), Given::Here(values)) => {
+        let gradient = self.gradient(gradients)?;
+        match (&mut self.moments, gradient) {
+            (Moments::Cpu([first, second]), GradientRef::Cpu(values)) => {
                 adamw::adamw(&self.var, values, first, second, step)?;
             }
-            (Moments::Elsewhere(moments), Given::Elsewhere(tensor)) => {
+            (Moments::Device(moments), GradientRef::Device(tensor)) => {
                 adamw::adamw_candle(&self.var, tensor, moments, step)?;
             }
-            _ => bail!("the gradient of {} is in another frame", self.name),
+            _ => bail!(
+                "internal error: the gradient of {} is on another device",
+                self.name
+            ),
         }
         Ok(())
     }

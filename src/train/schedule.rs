@@ -1,9 +1,9 @@
-//! The learning rate of each step.
+//! Learning rate schedules.
 
 use crate::config::{LrSchedule, TrainConfig};
 
-/// The learning rate of step `step` (from 1) of `total`: a linear warmup to
-/// `train.learning_rate`, then the schedule down to `min_learning_rate_ratio` of it at the end.
+/// Learning rate of step `step` (from 1) of `total`: a linear warmup to `train.learning_rate`, then the schedule down
+/// to `min_learning_rate_ratio` times that rate.
 pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
     let peak = train.learning_rate;
     let warmup = train.warmup_steps.min(total);
@@ -11,7 +11,7 @@ pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
         return peak * step as f64 / warmup as f64;
     }
     if train.schedule == LrSchedule::Wsd {
-        return peak * decayed(train, step, total);
+        return peak * wsd_factor(train, step, total);
     }
     let progress = (step - warmup) as f64 / (total - warmup).max(1) as f64;
     let left = match train.schedule {
@@ -23,20 +23,20 @@ pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
     peak * (floor + (1.0 - floor) * left)
 }
 
-/// A sentence for the user where the warmup leaves no step at the full rate.
-pub(crate) fn note(train: &TrainConfig, total: u64) -> Option<String> {
+/// Note for the user if the warmup is at least as long as the run.
+pub(crate) fn warmup_note(train: &TrainConfig, total: u64) -> Option<String> {
     (train.warmup_steps >= total).then(|| {
         format!(
-            "train.warmup_steps = {} is not less than the {total} steps of this run: the learning rate rises up to the \
-             last of them",
+            "train.warmup_steps = {} is not less than the {total} steps of this run: the learning rate rises until the \
+             last step",
             train.warmup_steps
         )
     })
 }
 
-/// Warmup-stable-decay (Hu et al., arXiv 2404.06395): the full rate, and over the last
-/// `decay_share` of the steps in a straight line to the floor.
-fn decayed(train: &TrainConfig, step: u64, total: u64) -> f64 {
+/// Factor of the warmup-stable-decay schedule (Hu et al., arXiv 2404.06395): 1, then linear to the floor over the last
+/// `decay_share` of the steps.
+fn wsd_factor(train: &TrainConfig, step: u64, total: u64) -> f64 {
     let decay = (train.decay_share * total as f64).max(1.0);
     let left = ((total - step) as f64 / decay).min(1.0);
     let floor = train.min_learning_rate_ratio;
@@ -58,19 +58,19 @@ mod tests {
     }
 
     #[test]
-    fn warms_up_and_ends_at_the_floor() {
+    fn schedule_warms_up_and_ends_at_the_floor() {
         for schedule in [LrSchedule::Linear, LrSchedule::Cosine] {
             let rate = |step| learning_rate(&train(schedule), step, 110);
             assert!((rate(1) - 0.1).abs() < 1e-12);
             assert!((rate(10) - 1.0).abs() < 1e-12);
-            assert!((rate(60) - 0.55).abs() < 1e-12, "half way is half way");
+            assert!((rate(60) - 0.55).abs() < 1e-12, "half the way");
             assert!((rate(110) - 0.1).abs() < 1e-12);
         }
         assert_eq!(learning_rate(&train(LrSchedule::Constant), 110, 110), 1.0);
     }
 
     #[test]
-    fn wsd_stays_until_its_decay_begins() {
+    fn wsd_is_constant_until_the_decay() {
         let rate = |step| learning_rate(&train(LrSchedule::Wsd), step, 110);
         assert!((rate(5) - 0.5).abs() < 1e-12);
         assert_eq!((rate(10), rate(88)), (1.0, 1.0));
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_shorter_than_its_warmup_stays_finite() {
+    fn learning_rate_is_finite_when_the_warmup_fills_the_run() {
         assert!((learning_rate(&train(LrSchedule::Cosine), 5, 5) - 1.0).abs() < 1e-12);
     }
 }

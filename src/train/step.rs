@@ -3,86 +3,88 @@
 use anyhow::{Result, bail};
 
 use super::loss::divergence::Divergence;
-use super::metrics::Sums;
-use super::objective::{self, Models};
+use super::metrics::MetricSums;
+use super::objective::{self, ModelPair};
 use super::optimizer::Optimizer;
-use super::soft_labels::Choice;
-use super::student::Student;
+use super::soft_labels::SoftLabelChoice;
+use super::trainable::TrainableModel;
 use crate::config::{Config, TrainConfig};
 use crate::data::batch::{Batch, micro_batches};
 use crate::data::prepared::shard::ExampleView;
 use crate::model::Model;
 use crate::model::gradients::Gradients;
 use crate::model::tape::Activations;
-use crate::train::loss::row::{SoftTerm, Weights};
+use crate::train::loss::position::{LossWeights, SoftTerm};
 
-/// How steps are taken.
+/// Settings and buffers of optimizer steps.
 pub(crate) struct Stepper {
     settings: TrainConfig,
-    weights: Weights,
-    /// Of what the student wrote itself.
-    on_policy: Weights,
+    weights: LossWeights,
+    /// Loss weights of answers that the student generated.
+    on_policy_weights: LossWeights,
     activations: Activations,
-    /// Of the step under way; none between two.
+    /// Accumulated gradients of the current step; empty between two steps.
     gradients: Gradients,
 }
 
-/// What a step is taken on.
-pub(crate) struct Lesson<'a> {
-    /// Examples as they are.
-    pub given: &'a [ExampleView<'a>],
-    /// What the student wrote itself, for the teacher to judge.
-    pub written: Vec<Batch>,
+/// Training data of one step.
+pub(crate) struct StepBatch<'a> {
+    /// Examples of the data set.
+    pub examples: &'a [ExampleView<'a>],
+    /// Answers that the student generated, with the teacher's soft labels.
+    pub on_policy: Vec<Batch>,
 }
 
-impl<'a> Lesson<'a> {
-    /// These examples, as they are.
-    pub(crate) fn of(examples: &'a [ExampleView<'a>]) -> Self {
+impl<'a> StepBatch<'a> {
+    /// A step without generated answers.
+    pub(crate) fn from_examples(examples: &'a [ExampleView<'a>]) -> Self {
         Self {
-            given: examples,
-            written: Vec::new(),
+            examples,
+            on_policy: Vec::new(),
         }
     }
 
+    /// Number of supervised positions.
     fn positions(&self) -> usize {
-        let given: usize = self.given.iter().map(|e| e.supervised()).sum();
-        let written: usize = self.written.iter().map(|batch| batch.labels.len()).sum();
-        given + written
+        let examples: usize = self.examples.iter().map(|e| e.supervised()).sum();
+        let on_policy: usize = self.on_policy.iter().map(|batch| batch.labels.len()).sum();
+        examples + on_policy
     }
 
     fn keys(&self) -> Vec<String> {
-        let given = self.given.iter().map(|example| example.key().to_owned());
-        let written = self.written.iter().flat_map(|batch| batch.keys.clone());
-        given.chain(written).collect()
+        let examples = self.examples.iter().map(|example| example.key().to_owned());
+        let on_policy = self.on_policy.iter().flat_map(|batch| batch.keys.clone());
+        examples.chain(on_policy).collect()
     }
 }
 
-/// What a step did.
+/// Numbers of one step.
 #[derive(Debug, Default)]
-pub struct Taken {
-    /// What was minimised, before the update.
+pub struct StepResult {
+    /// Minimised loss before the update.
     pub loss: f64,
-    pub sums: Sums,
-    /// Of what the student wrote itself.
-    pub written: Sums,
-    /// Global norm of the gradient, before clipping.
+    /// Sums over the examples of the data set.
+    pub sums: MetricSums,
+    /// Sums over the answers that the student generated.
+    pub on_policy_sums: MetricSums,
+    /// Global norm of the gradient before clipping.
     pub gradient_norm: f64,
     pub tokens: u64,
 }
 
 impl Stepper {
-    /// For `model`, with `soft_labels` as chosen for the data, and with `on_policy` for what the student writes
-    /// itself.
+    /// A stepper for `model`. `soft_labels` applies to the data set, `on_policy` to generated answers.
     pub(crate) fn new(
         config: &Config,
-        soft_labels: &Choice,
+        soft_labels: &SoftLabelChoice,
         on_policy: Option<[Divergence; 2]>,
         model: &Model,
     ) -> Self {
-        let plain = Weights::default();
+        let plain = LossWeights::default();
+        let on_policy = on_policy.unwrap_or([Divergence::ReverseKl; 2]);
         Self {
             settings: config.train.clone(),
-            weights: Weights {
+            weights: LossWeights {
                 soft: soft_labels.terms.unwrap_or(plain.soft),
                 alm: soft_labels
                     .terms
@@ -92,83 +94,87 @@ impl Stepper {
                 // Each step sets its own.
                 scale: 1.0,
             },
-            on_policy: Weights {
-                soft: on_policy
-                    .unwrap_or([Divergence::ReverseKl; 2])
-                    .map(|divergence| SoftTerm {
-                        divergence,
-                        weight: 1.0,
-                    }),
+            on_policy_weights: LossWeights {
+                soft: on_policy.map(|divergence| SoftTerm {
+                    divergence,
+                    weight: 1.0,
+                }),
                 ..plain
             },
-            activations: match config.train.activation_checkpointing {
-                true => Activations::Recompute,
-                false => Activations::Keep,
+            activations: if config.train.activation_checkpointing {
+                Activations::Recompute
+            } else {
+                Activations::Keep
             },
             gradients: model.gradients(),
         }
     }
 
-    /// Takes step `step` on `lesson`, at `learning_rate`; soft labels are those of `teacher` where
-    /// there is one.
+    /// Runs step `step` on `batch`. The logits of `teacher`, if given, replace the soft labels of the batch.
     ///
     /// # Errors
-    /// Where a loss or a gradient is not finite, before anything is updated; names the examples.
-    pub(crate) fn take(
+    /// If a loss or gradient is not finite. The error names the examples, and nothing has been updated.
+    pub(crate) fn run(
         &mut self,
-        (student, optimizer): (&Student, &mut Optimizer),
+        (student, optimizer): (&TrainableModel, &mut Optimizer),
         teacher: Option<&Model>,
         step: u64,
-        lesson: &Lesson,
+        batch: &StepBatch,
         learning_rate: f64,
-    ) -> Result<Taken> {
-        if lesson.positions() == 0 {
-            // All was written by the student, and nobody says anything of it.
+    ) -> Result<StepResult> {
+        if batch.positions() == 0 {
+            // The student generated all answers, and the teacher scored none of them.
             optimizer.skip();
-            return Ok(Taken::default());
+            return Ok(StepResult::default());
         }
-        let scale = 1.0 / lesson.positions() as f32;
-        let models = Models {
+        let scale = 1.0 / batch.positions() as f32;
+        let models = ModelPair {
             student: &student.model,
             teacher,
         };
-        let mut taken = Taken::default();
-        let mut pass = |batch: &Batch, weights: Weights, sums: &mut Sums| {
-            let weights = Weights { scale, ..weights };
-            let (activations, gradients) = (self.activations, &mut self.gradients);
-            let (loss, rows) =
-                objective::gradients(models, batch, weights, activations, gradients)?;
+        let mut result = StepResult::default();
+        let mut pass = |micro_batch: &Batch, weights: LossWeights, sums: &mut MetricSums| {
+            let weights = LossWeights { scale, ..weights };
+            let (loss, rows) = objective::gradients(
+                models,
+                micro_batch,
+                weights,
+                self.activations,
+                &mut self.gradients,
+            )?;
             if !loss.is_finite() {
-                bail!(not_finite("loss", step, &batch.keys));
+                bail!(not_finite("loss", step, &micro_batch.keys));
             }
-            taken.loss += loss;
-            taken.tokens += batch.input_ids.len() as u64;
+            result.loss += loss;
+            result.tokens += micro_batch.input_ids.len() as u64;
             sums.add(&rows);
             Ok(())
         };
-        let (mut sums, mut written) = (Sums::default(), Sums::default());
-        for micro in micro_batches(lesson.given, &self.settings) {
-            pass(&Batch::new(micro), self.weights, &mut sums)?;
+        let mut sums = MetricSums::default();
+        let mut on_policy_sums = MetricSums::default();
+        for micro_batch in micro_batches(batch.examples, &self.settings) {
+            pass(&Batch::new(micro_batch), self.weights, &mut sums)?;
         }
-        for batch in &lesson.written {
-            pass(batch, self.on_policy, &mut written)?;
+        for micro_batch in &batch.on_policy {
+            pass(micro_batch, self.on_policy_weights, &mut on_policy_sums)?;
         }
-        (taken.sums, taken.written) = (sums, written);
+        result.sums = sums;
+        result.on_policy_sums = on_policy_sums;
         let norm = optimizer.gradient_norm(&self.gradients)?;
         if !norm.is_finite() {
-            bail!(not_finite("gradient", step, &lesson.keys()));
+            bail!(not_finite("gradient", step, &batch.keys()));
         }
-        taken.gradient_norm = norm;
+        result.gradient_norm = norm;
         optimizer.update(&self.settings, learning_rate, norm, &self.gradients)?;
         self.gradients.clear();
-        Ok(taken)
+        Ok(result)
     }
 }
 
-fn not_finite(what: &str, step: u64, keys: &[String]) -> String {
+fn not_finite(quantity: &str, step: u64, keys: &[String]) -> String {
     format!(
-        "the {what} of step {step} is not finite; nothing was updated. Lower train.learning_rate, \
-         or look at these examples: {}",
+        "the {quantity} of step {step} is not finite; nothing was updated. Lower train.learning_rate, \
+         or inspect these examples: {}",
         keys.join(", ")
     )
 }

@@ -1,43 +1,48 @@
-//! TODO
+//! Start and result of a training run.
 
-use crate::train::metrics::Means;
-use crate::train::on_policy::Count;
-use serde::Serialize;
 use std::path::PathBuf;
 
-/// What a finished run reports.
+use serde::Serialize;
+
+use crate::train::metrics::MetricMeans;
+use crate::train::on_policy::OnPolicyCounts;
+
+/// Result of a finished run.
 #[derive(Debug, Clone, Serialize)]
-pub struct Summary {
+pub struct TrainSummary {
+    /// Folder of the student.
     pub student: PathBuf,
+    /// Number of parameters.
     pub parameters: usize,
-    /// Those that were trained, adapters among them.
+    /// Number of trained parameters, including adapters.
     pub trained_parameters: usize,
-    /// Steps taken, over all sessions.
+    /// Number of steps over all sessions.
     pub steps: u64,
-    /// The step whose weights became the student, where these are not the last.
+    /// Step whose weights became the student, if it is not the last one.
     pub best_step: Option<u64>,
     pub tokens: u64,
+    /// Duration of this session.
     pub seconds: f64,
     pub tokens_per_s: f64,
-    /// Means over the last step.
+    /// Mean loss of the last step.
     pub last_loss: f64,
-    pub validation: Means,
-    /// The loss in words, with the weights that were used.
+    pub validation: MetricMeans,
+    /// Description of the loss with its weights.
     pub loss: String,
-    /// Differences between files of the student's folder and those that they come from.
+    /// Differences between the student's files and their sources.
     pub changes: Vec<String>,
-    /// With `train.on_policy`.
-    pub own_answers: Option<Count>,
+    /// Counts of generated answers, with `train.on_policy`.
+    pub own_answers: Option<OnPolicyCounts>,
     pub data: crate::data::report::DataReport,
 }
 
-/// What to do with checkpoints that are already there.
+/// How to treat existing checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Start {
-    /// Refuse to choose.
-    Ask,
-    /// Go on from the newest.
+pub enum StartMode {
+    /// Start a new run; fail if a checkpoint exists.
+    New,
+    /// Resume from the newest checkpoint; fail if there is none.
     Resume,
-    /// Remove them.
+    /// Remove all checkpoints and start over.
     Fresh,
 }

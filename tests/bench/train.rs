@@ -17,13 +17,13 @@ use distill::model::tape::Activations;
 use distill::model::weights::Tensors;
 use distill::ops::matmul::Precision;
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::row::{SoftTerm, Weights};
+use distill::train::loss::position::{LossWeights, SoftTerm};
 use distill::train::objective;
 use distill::train::optimizer::Optimizer;
-use distill::train::student::Student;
+use distill::train::trainable::TrainableModel;
 use serde_json::json;
 
-/// What to time.
+/// Settings of the timed steps.
 struct Case {
     shape: config::StudentConfig,
     vocabulary: usize,
@@ -40,9 +40,9 @@ struct Case {
 }
 
 fn main() -> Result<()> {
-    // As the program itself does, first of all.
+    // The program itself calls this first, too.
     distill::ops::process::configure();
-    let case = Case::of_arguments()?;
+    let case = Case::from_args()?;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(case.threads)
         .build()?;
@@ -50,7 +50,7 @@ fn main() -> Result<()> {
 }
 
 impl Case {
-    fn of_arguments() -> Result<Self> {
+    fn from_args() -> Result<Self> {
         let mut options: HashMap<String, String> = HashMap::new();
         let mut arguments = std::env::args().skip(1);
         while let Some(name) = arguments.next() {
@@ -66,9 +66,12 @@ impl Case {
             let given = options.remove(name);
             given.map_or(Ok(default), |text| text.parse().context("not a number"))
         };
-        let (batch, length) = (number("--batch", 0)?, number("--length", 256)?);
-        let (k, steps) = (number("--k", 20)?, number("--steps", 5)?);
-        let (threads, vocabulary) = (number("--threads", 2)?, number("--vocabulary", 0)?);
+        let batch = number("--batch", 0)?;
+        let length = number("--length", 256)?;
+        let k = number("--k", 20)?;
+        let steps = number("--steps", 5)?;
+        let threads = number("--threads", 2)?;
+        let vocabulary = number("--vocabulary", 0)?;
         let lora = number("--lora", 0)?;
         let prompt = options.remove("--prompt").unwrap_or("0".into()).parse()?;
         let precision = match options.remove("--dtype").as_deref() {
@@ -96,7 +99,7 @@ impl Case {
             _ => bail!("the shapes are 135m and tiny"),
         };
         if let Some(name) = options.keys().next() {
-            bail!("{name} is no option");
+            bail!("{name} is not an option");
         }
         Ok(Self {
             shape,
@@ -117,7 +120,7 @@ impl Case {
         })
     }
 
-    /// Random tokens; the last part of each sequence is supervised.
+    /// A batch of random tokens; the last part of each sequence is supervised.
     fn random_batch(&self) -> Batch {
         let mut random = fastrand::Rng::with_seed(0);
         let mut batch = Batch {
@@ -153,19 +156,20 @@ fn time(case: &Case) -> Result<()> {
         0 => Tensors::new(),
         rank => lora::new_adapters(&config, rank, &[], 0)?,
     };
-    let mut student = Student::new(config.clone(), random_weights(&config, 0)?, adapters, &[])?;
+    let mut student =
+        TrainableModel::new(config.clone(), random_weights(&config, 0)?, adapters, &[])?;
     student.model.set_precision(case.precision);
     let mut optimizer = Optimizer::new(&student, &[])?;
     let mut gradients = student.model.gradients();
     let batch = case.random_batch();
     let settings = config::TrainConfig::default();
-    let weights = Weights {
+    let weights = LossWeights {
         soft: [SoftTerm {
             divergence: Divergence::Tail,
             weight: 0.5,
         }; 2],
         scale: 1.0 / batch.positions.len() as f32,
-        ..Weights::default()
+        ..LossWeights::default()
     };
     let mut seconds = Vec::new();
     let mut losses = Vec::new();
@@ -200,7 +204,7 @@ fn time(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// The most memory that this process has held.
+/// Peak memory of this process.
 fn peak_mib() -> Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));

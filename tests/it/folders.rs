@@ -12,7 +12,7 @@ use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
 use distill::model::{Model, ModelInput, decoder};
 use distill::train;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 use serde_json::{Value, json};
 
 use crate::tiny;
@@ -124,7 +124,7 @@ fn an_adapter_beside_the_weights_is_refused() {
 }
 
 /// A run that takes a step with the model in `dir`.
-fn trained(dir: &Path) -> (Config, distill::train::summary::Summary) {
+fn trained(dir: &Path) -> (Config, distill::train::summary::TrainSummary) {
     let rows =
         r#"{"messages":[{"role":"user","content":"the"},{"role":"assistant","content":"in"}]}"#;
     fs::write(dir.join("rows.jsonl"), rows).unwrap();
@@ -142,7 +142,7 @@ fn trained(dir: &Path) -> (Config, distill::train::summary::Summary) {
     config.loss.kd = KdMode::None;
     config.train.steps = Some(1);
     config.train.learning_rate = 0.0;
-    let summary = train::run(&config, Start::Fresh.into()).unwrap();
+    let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
     (config, summary)
 }
 
@@ -239,7 +239,7 @@ fn examples_longer_than_the_context_of_the_model_are_left_out() {
     let (mut config, _) = trained(dir.path());
     fs::write(dir.path().join("rows.jsonl"), rows.join("\n")).unwrap();
     config.train.batch_size = 3;
-    let summary = train::run(&config, Start::Fresh.into()).unwrap();
+    let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
     assert_eq!((summary.data.records, summary.data.kept), (3, 2));
     let shown = summary.data.to_string();
     assert!(shown.contains("1 longer than 64 tokens"), "{shown}");
@@ -302,7 +302,7 @@ fn settings_that_cannot_be_written_are_refused_before_training() {
     let (config, _) = trained(dir.path());
     fs::write(dir.path().join("generation_config.json"), "null").unwrap();
     fs::remove_dir_all(&config.run_dir).unwrap();
-    let error = train::run(&config, Start::Fresh.into()).unwrap_err();
+    let error = train::run(&config, StartMode::Fresh.into()).unwrap_err();
     let message = format!("{error:#}");
     assert!(message.contains("generation_config.json"), "{message}");
     assert_eq!(Exit::code_of(&error), 2, "{message}");

@@ -1,61 +1,68 @@
-//! The loss of a position whose teacher is on this machine, so that nothing of its distribution is
-//! missing: K is the whole vocabulary, and there is no tail.
+//! Loss of a position with a local teacher, whose whole distribution is known: K is the whole vocabulary, and there is
+//! no tail.
 
-use super::divergence::{Divergence, Position};
+use super::divergence::{DistributionPair, Divergence};
 use crate::ops::math;
-use crate::train::loss::row::{RowLoss, SoftTerm, Weights, pull_to_label, top1};
+use crate::train::loss::position::{
+    LossWeights, PositionLoss, SoftTerm, argmax, mean_logit, subtract_label,
+};
 
-/// A softmax at a temperature, without its weights.
+/// Normaliser of a softmax at a temperature tau; the probabilities themselves are not stored.
 #[derive(Clone, Copy)]
 struct Softmax {
     max: f32,
     /// 1 / tau
     sharpness: f32,
-    /// Of e^((z - max) / tau).
+    /// Sum of e^((z - max) / tau).
     sum: f32,
 }
 
 impl Softmax {
     #[inline(always)]
-    fn of(logits: &[f32], max: f32, tau: f32) -> Self {
+    fn new(logits_V: &[f32], max: f32, tau: f32) -> Self {
         let sharpness = 1.0 / tau;
         Self {
             max,
             sharpness,
-            sum: math::sum_of(logits, |z| math::exp((z - max) * sharpness)),
+            sum: math::sum_of(logits_V, |z| math::exp((z - max) * sharpness)),
         }
     }
 
-    /// log of the weight of a logit, before it is divided by the sum.
+    /// Logarithm of e^((z - max) / tau), the unnormalised probability.
     #[inline(always)]
     fn log(self, logit: f32) -> f32 {
         (logit - self.max) * self.sharpness
     }
 }
 
-/// As [`super::row`], with the logits of a teacher (V, or as many as it has) in place of its top-k.
+/// Computes the same as [`super::position()`], with the teacher's logits (V, or the size of the teacher's vocabulary) in
+/// place of its top-k.
 ///
-/// `tail`, `unbiased`, `damped` and both kinds of `renormalize` are the same then: the KL divergence. That, and
-/// with it `temperature`, is the classic of Hinton et al. (arXiv 1503.02531).
+/// `tail`, `unbiased`, `damped` and both kinds of `renormalize` are identical here: the KL divergence. `temperature` is
+/// the loss of Hinton et al. (arXiv 1503.02531).
 #[inline(always)]
-pub(crate) fn row(logits: &mut [f32], teacher: &[f32], label: u32, weights: Weights) -> RowLoss {
+pub(crate) fn position(
+    logits_V: &mut [f32],
+    teacher_logits_V: &[f32],
+    label: u32,
+    weights: LossWeights,
+) -> PositionLoss {
     let scale = weights.scale;
     let SoftTerm {
         divergence,
         weight: kd,
     } = weights.soft[0];
-    let (label, smoothing) = (label as usize, weights.label_smoothing);
-    let teacher = &teacher[..teacher.len().min(logits.len())];
-    let ((best, max), (teachers, teacher_max)) = (top1(logits), top1(teacher));
-    let student = Softmax::of(logits, max, 1.0);
-    let truth = Softmax::of(teacher, teacher_max, 1.0);
-    let ce = student.sum.ln() - student.log(logits[label]);
-    let mean_logit = match smoothing > 0.0 {
-        true => math::sum(logits) / logits.len() as f32,
-        false => 0.0,
-    };
-    let smoothed = ce + smoothing * (logits[label] - mean_logit);
-    let kl = kl(logits, teacher, student, truth);
+    let label = label as usize;
+    let smoothing = weights.label_smoothing;
+    let teacher_logits_V = &teacher_logits_V[..teacher_logits_V.len().min(logits_V.len())];
+    let (top1, max) = argmax(logits_V);
+    let (teacher_top1, teacher_max) = argmax(teacher_logits_V);
+    let student = Softmax::new(logits_V, max, 1.0);
+    let teacher = Softmax::new(teacher_logits_V, teacher_max, 1.0);
+    let ce = student.sum.ln() - student.log(logits_V[label]);
+    let mean_logit = mean_logit(logits_V, smoothing);
+    let smoothed = ce + smoothing * (logits_V[label] - mean_logit);
+    let kl = kl(logits_V, teacher_logits_V, student, teacher);
     let tau = match divergence {
         Divergence::Temperature(tau) => Some(tau),
         Divergence::Tail
@@ -64,70 +71,73 @@ pub(crate) fn row(logits: &mut [f32], teacher: &[f32], label: u32, weights: Weig
         | Divergence::RenormalizeBoth => Some(1.0),
         _ => None,
     };
-    let of_ce = scale * (1.0 - kd) / student.sum;
+    let ce_factor = scale * (1.0 - kd) / student.sum;
     let value = match tau {
         Some(tau) => {
-            let cool = Softmax::of(logits, max, tau);
-            let cool_truth = Softmax::of(teacher, teacher_max, tau);
-            let value = match tau == 1.0 {
-                true => kl,
-                false => tau * tau * self::kl(logits, teacher, cool, cool_truth),
+            let soft_student = Softmax::new(logits_V, max, tau);
+            let soft_teacher = Softmax::new(teacher_logits_V, teacher_max, tau);
+            let value = if tau == 1.0 {
+                kl
+            } else {
+                tau * tau * self::kl(logits_V, teacher_logits_V, soft_student, soft_teacher)
             };
-            let (push, pull) = (
-                scale * kd * tau / cool.sum,
-                scale * kd * tau / cool_truth.sum,
-            );
-            for (at, z) in logits.iter_mut().enumerate() {
-                let own = of_ce * math::exp(student.log(*z)) + push * math::exp(cool.log(*z));
-                let teachers = teacher.get(at);
-                *z = own - teachers.map_or(0.0, |l| pull * math::exp(cool_truth.log(*l)));
+            let student_factor = scale * kd * tau / soft_student.sum;
+            let teacher_factor = scale * kd * tau / soft_teacher.sum;
+            for (at, z) in logits_V.iter_mut().enumerate() {
+                let own = ce_factor * math::exp(student.log(*z))
+                    + student_factor * math::exp(soft_student.log(*z));
+                let teacher_logit = teacher_logits_V.get(at);
+                *z = own
+                    - teacher_logit
+                        .map_or(0.0, |l| teacher_factor * math::exp(soft_teacher.log(*l)));
             }
             value
         }
         None => {
-            let (known, rest) = logits.split_at(teacher.len());
+            let (logits_K, tail_logits) = logits_V.split_at(teacher_logits_V.len());
             let lse = max + student.sum.ln();
-            let log_truth = teacher_max + truth.sum.ln();
-            let logprobs: Vec<f32> = teacher.iter().map(|l| l - log_truth).collect();
-            let shares: Vec<f32> = known.iter().map(|z| math::exp(z - lse)).collect();
-            let position = Position {
-                teacher: &logprobs,
-                logits: known,
-                shares: &shares,
+            let teacher_lse = teacher_max + teacher.sum.ln();
+            let teacher_logprobs_K: Vec<f32> =
+                teacher_logits_V.iter().map(|l| l - teacher_lse).collect();
+            let probs_K: Vec<f32> = logits_K.iter().map(|z| math::exp(z - lse)).collect();
+            let pair = DistributionPair {
+                teacher_logprobs_K: &teacher_logprobs_K,
+                logits_K,
+                probs_K: &probs_K,
                 lse,
-                tail: math::sum_of(rest, |z| math::exp(z - lse)),
+                tail: math::sum_of(tail_logits, |z| math::exp(z - lse)),
                 masses: (1.0, 0.0),
-                drawn: None,
+                tail_sample: None,
             };
-            let term = position.term(divergence);
-            let beyond = scale * kd * term.outside / student.sum;
-            for (at, z) in logits.iter_mut().enumerate() {
+            let term = pair.term(divergence);
+            let tail_factor = scale * kd * term.tail_slope / student.sum;
+            for (at, z) in logits_V.iter_mut().enumerate() {
                 let e = math::exp(student.log(*z));
-                let slope = term.inside.get(at);
-                *z = of_ce * e + slope.map_or(beyond * e, |slope| scale * kd * slope);
+                let slope = term.slopes_K.get(at);
+                *z = ce_factor * e + slope.map_or(tail_factor * e, |slope| scale * kd * slope);
             }
             term.value
         }
     };
-    pull_to_label(logits, label, smoothing, scale * (1.0 - kd));
-    RowLoss {
+    subtract_label(logits_V, label, smoothing, scale * (1.0 - kd));
+    PositionLoss {
         loss: (1.0 - kd) * smoothed + kd * value,
         ce,
         kd: Some(value),
         kl: Some(kl),
         alm: None,
-        top1_is_label: best == label,
-        top1_is_teachers: Some(best == teachers),
+        top1_is_label: top1 == label,
+        top1_is_teachers: Some(top1 == teacher_top1),
         confidence: 1.0 / student.sum,
     }
 }
 
 /// KL divergence from the teacher to the student.
 #[inline(always)]
-fn kl(logits: &[f32], teacher: &[f32], student: Softmax, truth: Softmax) -> f32 {
-    let difference = math::sum_of_pairs(teacher, logits, |l, z| {
-        let log = truth.log(l);
+fn kl(logits_V: &[f32], teacher_logits_V: &[f32], student: Softmax, teacher: Softmax) -> f32 {
+    let difference = math::sum_of_pairs(teacher_logits_V, logits_V, |l, z| {
+        let log = teacher.log(l);
         math::exp(log) * (log - student.log(z))
     });
-    difference / truth.sum + student.sum.ln() - truth.sum.ln()
+    difference / teacher.sum + student.sum.ln() - teacher.sum.ln()
 }

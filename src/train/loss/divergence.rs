@@ -1,7 +1,7 @@
-//! What the soft labels of one position add to its loss, and the gradient of that at its logits.
+//! The loss term of soft labels at one position, and its gradient with respect to the logits.
 //!
-//! The teacher reveals p_i = exp l_i on its top-k set K, and with it the tail p_ = 1 - P, P their
-//! sum. The student's q = softmax(z) collapses likewise: q_i on K, q_ = 1 - Q. With t and s these two
+//! The teacher reveals p_i = exp l_i on its top-k set K; P is their sum, and p_ = 1 - P the tail. The student's
+//! q = softmax(z) is collapsed in the same way: q_i on K, Q their sum, and q_ = 1 - Q. With t and s these two
 //! distributions over k + 1 events, the terms are
 //!
 //! | name | value | source |
@@ -17,35 +17,34 @@
 //! | `renormalize` | KL(p / P, q), q over the whole vocabulary | for comparison alone |
 //! | `renormalize_both` | KL(p / P, softmax_K(z)) | for comparison alone |
 //!
-//! The first eight are zero, with zero gradient, where the distributions match. `renormalize` is not
-//! (it teaches over-confidence: -log P is left), and `renormalize_both` does not see what the
-//! student gives to tokens outside K.
+//! The first eight are zero, with zero gradient, where the distributions match. `renormalize` is not: -log P is
+//! left, which teaches over-confidence. `renormalize_both` ignores the student's probability outside K.
 //!
-//! `unbiased` (lambda = 1) and `damped` (lambda = `loss.tail_weight`) need a y that was drawn from p itself:
-//! temperature 1, nothing cut off, no penalties. Then the expectation over y of `unbiased` is the divergence
-//! of the full distributions, and so is that of its gradient. At a match, the expected gradient vanishes for
-//! every lambda: it only trades how fast the shape of the tail is learnt against the noise of one token.
+//! `unbiased` (lambda = 1) and `damped` (lambda = `loss.tail_weight`) need a y that was sampled from p itself:
+//! temperature 1, no truncation, no penalties. Then the expectation of `unbiased` over y is the divergence of the full
+//! distributions, and its expected gradient is the gradient of that divergence. At a match, the expected gradient
+//! is zero for every lambda: lambda trades the speed of learning the tail against the noise of one sampled token.
 
 use std::fmt;
 
 use crate::config::{KdMode, LossConfig};
 use crate::ops::math;
 
-/// Masses below this are rounding, not information: a tail of the teacher is left out of what it is
-/// a weight of, and counts as this where it is divided by.
+/// Smallest tail of the teacher that is not rounding error. A smaller tail is 0 as a weight, and this value as a
+/// divisor.
 const MIN_TAIL: f32 = 1e-6;
 
-/// The student's tail never counts as smaller than this, which bounds the gradient.
+/// Lower bound of the student's tail; it bounds the gradient.
 const MIN_STUDENT_TAIL: f32 = 1e-7;
 
-/// A student's probability never counts as smaller than this in a logarithm.
+/// Lower bound of a student's probability in a logarithm.
 const MIN_PROBABILITY: f32 = 1e-30;
 
-/// How the two distributions of a position are compared.
+/// The divergence between the teacher's and the student's distribution of a position.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Divergence {
     Tail,
-    /// lambda, the weight of the conditional likelihood of a token outside K; 1 is `unbiased`
+    /// lambda, the weight of the conditional likelihood of a sampled token outside K; 1 is `unbiased`
     Damped(f32),
     /// tau
     Temperature(f32),
@@ -62,11 +61,12 @@ pub enum Divergence {
 }
 
 impl Divergence {
-    /// What the settings choose for answers of a teacher; the second for those that were drawn from
-    /// the very distribution that the logprobs tell. None: cross-entropy alone.
-    pub fn of(settings: &LossConfig) -> Option<[Self; 2]> {
+    /// The divergences of the settings, indexed by [`is_exact_sample`]; None for cross-entropy alone.
+    ///
+    /// [`is_exact_sample`]: crate::train::loss::position::PositionTarget::is_exact_sample
+    pub fn from_config(settings: &LossConfig) -> Option<[Self; 2]> {
         let damped = Self::Damped(settings.tail_weight as f32);
-        let one = match settings.kd {
+        let both = match settings.kd {
             KdMode::None => return None,
             KdMode::Auto => return Some([Self::Tail, damped]),
             KdMode::Tail => Self::Tail,
@@ -81,7 +81,7 @@ impl Divergence {
             KdMode::Renormalize => Self::Renormalize,
             KdMode::RenormalizeBoth => Self::RenormalizeBoth,
         };
-        Some([one, one])
+        Some([both; 2])
     }
 }
 
@@ -103,72 +103,86 @@ impl fmt::Display for Divergence {
     }
 }
 
-/// A position's two distributions.
+/// The teacher's and the student's distributions of a position over K and the tail.
 #[derive(Debug, Clone, Copy)]
-pub struct Position<'a> {
-    /// l: the teacher's logprobs on K (k).
-    pub teacher: &'a [f32],
-    /// z: the student's logits on K (k).
-    pub logits: &'a [f32],
-    /// q: the student's probabilities on K (k).
-    pub shares: &'a [f32],
-    /// log of the sum of e^z over the vocabulary.
+pub struct DistributionPair<'a> {
+    /// l: the teacher's logprobs on K.
+    pub teacher_logprobs_K: &'a [f32],
+    /// z: the student's logits on K.
+    pub logits_K: &'a [f32],
+    /// q: the student's probabilities on K.
+    pub probs_K: &'a [f32],
+    /// Logarithm of the sum of e^z over the vocabulary.
     pub lse: f32,
     /// q_, the sum of the student's probabilities outside K.
     pub tail: f32,
-    /// P and p_, of [`masses`].
+    /// P and p_, see [`masses`].
     pub masses: (f32, f32),
-    /// Where y lies outside K: the logits of y, and its logprob, if the teacher told it.
-    pub drawn: Option<(f32, Option<f32>)>,
+    /// The label, if the teacher sampled it from outside K.
+    pub tail_sample: Option<TailSample>,
 }
 
-/// A term and its gradient.
+/// A label y outside K.
+#[derive(Debug, Clone, Copy)]
+pub struct TailSample {
+    /// The student's logit of y.
+    pub logit: f32,
+    /// The teacher's logprob of y, if it is known.
+    pub teacher_logprob: Option<f32>,
+}
+
+/// A divergence and its gradient.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Term {
+pub struct DivergenceTerm {
     pub value: f32,
-    /// Its derivative by the logits on K (k).
-    pub inside: Vec<f32>,
-    /// Its derivative by a logit elsewhere is this, times q of that token.
-    pub outside: f32,
-    /// To be subtracted from the derivative by the logit of y.
+    /// Derivatives with respect to the logits on K.
+    pub slopes_K: Vec<f32>,
+    /// Derivative with respect to a logit outside K, divided by q of that token.
+    pub tail_slope: f32,
+    /// Subtrahend of the derivative with respect to the logit of y.
     pub at_label: f32,
 }
 
-/// A probability of both sides.
+/// The probabilities of one event (a token of K, or the tail): t by the teacher, s by the student.
 #[derive(Clone, Copy)]
-struct Bucket {
+struct EventProbs {
     t: f32,
     log_t: f32,
     s: f32,
     log_s: f32,
 }
 
-/// The value of a divergence at a bucket, and s times its derivative by s: in this form nothing is
-/// divided by an s that may be 0.
-type Part = (f32, f32);
+/// The summand of one event, and s times its derivative with respect to s. In this form nothing is divided by an s
+/// that may be 0.
+type ValueAndSlope = (f32, f32);
 
-/// The sum of the probabilities on K, given their logarithms, and the tail: what is left of 1, or 0
-/// where that is rounding.
-pub fn masses(teacher: &[f32]) -> (f32, f32) {
-    let mass: f64 = teacher.iter().map(|l| f64::from(*l).exp()).sum();
+/// P, the sum of the probabilities on K, and the tail 1 - P, which is 0 if it is mere rounding error.
+pub fn masses(teacher_logprobs_K: &[f32]) -> (f32, f32) {
+    let mass: f64 = teacher_logprobs_K.iter().map(|l| f64::from(*l).exp()).sum();
     let tail = (1.0 - mass) as f32;
     (mass as f32, if tail < MIN_TAIL { 0.0 } else { tail })
 }
 
-impl Position<'_> {
+impl DistributionPair<'_> {
     fn student_tail(&self) -> f32 {
         self.tail.max(MIN_STUDENT_TAIL)
     }
 
-    /// The buckets of K, and that of the tail.
-    fn buckets(&self) -> (impl Iterator<Item = Bucket>, Bucket) {
-        let student = self.logits.iter().zip(self.shares);
-        let inside = self.teacher.iter().zip(student).map(|(&log_t, (z, &s))| {
-            let (t, log_s) = (log_t.exp(), z - self.lse);
-            Bucket { t, log_t, s, log_s }
-        });
-        let (t, s) = (self.masses.1, self.student_tail());
-        let tail = Bucket {
+    /// The events of K, and the event of the tail.
+    fn events(&self) -> (impl Iterator<Item = EventProbs>, EventProbs) {
+        let student = self.logits_K.iter().zip(self.probs_K);
+        let inside = self
+            .teacher_logprobs_K
+            .iter()
+            .zip(student)
+            .map(|(&log_t, (z, &s))| {
+                let t = log_t.exp();
+                let log_s = z - self.lse;
+                EventProbs { t, log_t, s, log_s }
+            });
+        let t = self.masses.1;
+        let s = self.student_tail();
+        let tail = EventProbs {
             t,
             log_t: t.max(MIN_TAIL).ln(),
             s,
@@ -177,35 +191,35 @@ impl Position<'_> {
         (inside, tail)
     }
 
-    /// The term that `divergence` makes.
-    pub fn term(&self, divergence: Divergence) -> Term {
+    /// Value and gradient of `divergence`.
+    pub fn term(&self, divergence: Divergence) -> DivergenceTerm {
         match divergence {
             Divergence::Damped(lambda) => self.damped(lambda),
-            // Nothing is known but that all is tail.
-            _ if self.teacher.is_empty() => self.of_buckets(forward),
-            Divergence::Tail => self.of_buckets(forward),
+            // Without K the whole distribution is the tail.
+            _ if self.teacher_logprobs_K.is_empty() => self.sum_over_events(forward_kl),
+            Divergence::Tail => self.sum_over_events(forward_kl),
             Divergence::Temperature(tau) => self.tempered(tau),
-            Divergence::ReverseKl => self.of_buckets(|b| {
+            Divergence::ReverseKl => self.sum_over_events(|b| {
                 let ratio = b.log_s - b.log_t;
                 (b.s * ratio, b.s * (ratio + 1.0))
             }),
-            Divergence::Jsd(beta) => self.of_buckets(|b| {
+            Divergence::Jsd(beta) => self.sum_over_events(|b| {
                 let log_m = log(beta * b.t + (1.0 - beta) * b.s);
                 let of_student = (1.0 - beta) * b.s * (b.log_s - log_m);
                 let of_teacher = times(beta * b.t, b.log_t - log_m);
                 (of_teacher + of_student, of_student)
             }),
-            Divergence::SkewKl(alpha) => self.of_buckets(|b| {
+            Divergence::SkewKl(alpha) => self.sum_over_events(|b| {
                 let m = (alpha * b.t + (1.0 - alpha) * b.s).max(MIN_PROBABILITY);
                 let value = times(b.t, b.log_t - m.ln());
                 (value, -(1.0 - alpha) * b.t * (b.s / m))
             }),
-            Divergence::SkewReverseKl(alpha) => self.of_buckets(|b| {
+            Divergence::SkewReverseKl(alpha) => self.sum_over_events(|b| {
                 let m = ((1.0 - alpha) * b.t + alpha * b.s).max(MIN_PROBABILITY);
                 let ratio = b.log_s - m.ln();
                 (b.s * ratio, b.s * (ratio + 1.0 - alpha * b.s / m))
             }),
-            Divergence::Tvd => self.of_buckets(|b| {
+            Divergence::Tvd => self.sum_over_events(|b| {
                 let sign = match b.s.total_cmp(&b.t) {
                     std::cmp::Ordering::Less => -1.0,
                     std::cmp::Ordering::Equal => 0.0,
@@ -218,49 +232,49 @@ impl Position<'_> {
         }
     }
 
-    /// A sum over the buckets of what depends on t and s alone. With g its derivatives by s, that by
-    /// z_j is s_j g_j - s_j (sum_i s_i g_i), and in the tail q_j in place of s_j.
-    fn of_buckets(&self, part: impl Fn(Bucket) -> Part) -> Term {
-        let (inside, tail) = self.buckets();
-        let (mut value, tail_slope) = part(tail);
+    /// The sum over the events of a function of t and s. With g_j its derivative with respect to s_j, the derivative
+    /// with respect to z_j is s_j g_j - s_j (sum_i s_i g_i); in the tail, q_j replaces s_j.
+    fn sum_over_events(&self, summand: impl Fn(EventProbs) -> ValueAndSlope) -> DivergenceTerm {
+        let (inside, tail) = self.events();
+        let (mut value, tail_slope) = summand(tail);
         let mut mean = tail_slope;
-        let mut slopes: Vec<(f32, f32)> = Vec::with_capacity(self.teacher.len());
-        for bucket in inside {
-            let (more, slope) = part(bucket);
+        let mut slopes: Vec<(f32, f32)> = Vec::with_capacity(self.teacher_logprobs_K.len());
+        for event in inside {
+            let (more, slope) = summand(event);
             value += more;
             mean += slope;
-            slopes.push((slope, bucket.s));
+            slopes.push((slope, event.s));
         }
-        Term {
+        DivergenceTerm {
             value,
-            inside: slopes.iter().map(|(slope, s)| slope - s * mean).collect(),
-            outside: tail_slope / tail.s - mean,
+            slopes_K: slopes.iter().map(|(slope, s)| slope - s * mean).collect(),
+            tail_slope: tail_slope / tail.s - mean,
             at_label: 0.0,
         }
     }
 
-    fn damped(&self, lambda: f32) -> Term {
-        let mut term = self.of_buckets(forward);
-        if let Some((logit, logprob)) = self.drawn {
+    fn damped(&self, lambda: f32) -> DivergenceTerm {
+        let mut term = self.sum_over_events(forward_kl);
+        if let Some(sample) = self.tail_sample {
             let tail = self.student_tail();
-            term.value -= lambda * (logit - self.lse - tail.ln());
-            let known = logprob.filter(|_| self.masses.1 > 0.0);
-            if let Some(logprob) = known {
+            term.value -= lambda * (sample.logit - self.lse - tail.ln());
+            let teacher_logprob = sample.teacher_logprob.filter(|_| self.masses.1 > 0.0);
+            if let Some(logprob) = teacher_logprob {
                 term.value += lambda * (logprob - self.masses.1.ln());
             }
-            // d(log q_ - log q_y) / dz_j = q_j / q_ outside K, 0 inside, and -1 more at y.
-            term.outside += lambda / tail;
+            // d(log q_ - log q_y) / dz_j = q_j / q_ outside K, 0 inside, and another -1 at y.
+            term.tail_slope += lambda / tail;
             term.at_label = lambda;
         }
         term
     }
 
-    fn tempered(&self, tau: f32) -> Term {
-        let teacher = softmax(self.teacher, tau);
-        let student = softmax(self.logits, tau);
+    fn tempered(&self, tau: f32) -> DivergenceTerm {
+        let teacher = softmax(self.teacher_logprobs_K, tau);
+        let student = softmax(self.logits_K, tau);
         let (mass, tail) = self.masses;
         let student_tail = self.student_tail();
-        let student_mass = self.shares.iter().sum::<f32>().max(MIN_PROBABILITY);
+        let student_mass = self.probs_K.iter().sum::<f32>().max(MIN_PROBABILITY);
         let within: f32 = teacher
             .iter()
             .zip(&student)
@@ -269,56 +283,56 @@ impl Position<'_> {
         let between = mass * (mass / student_mass).ln() + times(tail, log(tail / student_tail));
         let both = mass + tail;
         let pull = mass / student_mass;
-        let inside = teacher.iter().zip(&student).zip(self.shares);
-        Term {
+        let inside = teacher.iter().zip(&student).zip(self.probs_K);
+        DivergenceTerm {
             value: tau * tau * mass * within + between,
-            inside: inside
+            slopes_K: inside
                 .map(|(((t, _), (s, _)), q)| tau * mass * (s - t) + q * (both - pull))
                 .collect(),
-            outside: both - tail / student_tail,
+            tail_slope: both - tail / student_tail,
             at_label: 0.0,
         }
     }
 
-    fn renormalized(&self) -> Term {
-        let teacher = softmax(self.teacher, 1.0);
-        let logits = teacher.iter().zip(self.logits);
-        Term {
+    fn renormalized(&self) -> DivergenceTerm {
+        let teacher = softmax(self.teacher_logprobs_K, 1.0);
+        let logits = teacher.iter().zip(self.logits_K);
+        DivergenceTerm {
             value: logits
                 .map(|((t, log_t), z)| times(*t, log_t - (z - self.lse)))
                 .sum(),
-            inside: teacher
+            slopes_K: teacher
                 .iter()
-                .zip(self.shares)
+                .zip(self.probs_K)
                 .map(|((t, _), q)| q - t)
                 .collect(),
-            outside: 1.0,
+            tail_slope: 1.0,
             at_label: 0.0,
         }
     }
 
-    fn renormalized_both(&self) -> Term {
-        let teacher = softmax(self.teacher, 1.0);
-        let student = softmax(self.logits, 1.0);
+    fn renormalized_both(&self) -> DivergenceTerm {
+        let teacher = softmax(self.teacher_logprobs_K, 1.0);
+        let student = softmax(self.logits_K, 1.0);
         let parts = teacher.iter().zip(&student);
-        Term {
+        DivergenceTerm {
             value: parts
                 .clone()
                 .map(|((t, log_t), (_, log_s))| times(*t, log_t - log_s))
                 .sum(),
-            inside: parts.map(|((t, _), (s, _))| s - t).collect(),
-            outside: 0.0,
+            slopes_K: parts.map(|((t, _), (s, _))| s - t).collect(),
+            tail_slope: 0.0,
             at_label: 0.0,
         }
     }
 }
 
 /// t log(t / s)
-fn forward(b: Bucket) -> Part {
+fn forward_kl(b: EventProbs) -> ValueAndSlope {
     (times(b.t, b.log_t - b.log_s), -b.t)
 }
 
-/// `weight * factor`, and 0 where the weight is, whatever the factor.
+/// `weight * factor`, and 0 for a weight of 0 even if the factor is infinite.
 fn times(weight: f32, factor: f32) -> f32 {
     if weight == 0.0 { 0.0 } else { weight * factor }
 }
@@ -327,7 +341,7 @@ fn log(probability: f32) -> f32 {
     probability.max(MIN_PROBABILITY).ln()
 }
 
-/// softmax(values / tau) with its logarithm.
+/// Pairs of softmax(values / tau) and its logarithm.
 fn softmax(values: &[f32], tau: f32) -> Vec<(f32, f32)> {
     let max = math::max(values);
     let sum: f32 = values.iter().map(|v| ((v - max) / tau).exp()).sum();

@@ -1,83 +1,103 @@
-//! What one supervised position contributes: its loss and the gradient at its logits.
+//! Loss of one supervised position, and its gradient with respect to the position's logits.
 //!
-//! With q = softmax(z) the student and y the emitted token, CE = -log q_y. What the soft labels add
-//! is a [`divergence`].
+//! With q = softmax(z) the student's distribution and y the emitted token, CE = -log q_y. The term KD of the soft
+//! labels is a [`divergence`]. All functions are pure, replace the logits with their gradient, and cost one pass over
+//! the vocabulary more than the matrix product that made the logits.
+//!
+//! | file | content |
+//! |---|---|
+//! | `mod.rs` | CE and KD at a position with a top-k teacher; chunks |
+//! | `position.rs` | weights, target and result of a position |
+//! | `divergence.rs` | the KD terms over K and the tail: values, derivatives, sources |
+//! | `dense.rs` | the same with a local teacher, whose K is the whole vocabulary |
+//!
+//! Shape suffixes in names: N supervised positions, V vocabulary, K the tokens of the teacher's top-k.
+//!
+//! # How to add a loss
+//!
+//! 1. Add a variant, with its parameters, to [`divergence::Divergence`], and its name to the `Display` there.
+//! 2. Add its value and derivative to `DistributionPair::term` in `divergence.rs`, and a row with its paper to the
+//!    table on top of that file. If it depends on t and s alone, it is a closure for `sum_over_events`.
+//! 3. Add a variant to the enum `config::Kd` with its `name`, and map it in [`divergence::Divergence::from_config`].
+//!    Parameters go to `config::Loss`, `config/validate.rs` and `config.example.toml`. The JSON of `config::Loss` is
+//!    hashed into checkpoints: keep the order of its fields, and do not serialise a new field at its default value.
+//! 4. Choose its default weight in `soft_labels::default_weight`; measure it with `tests/bench/softlabels.sh`.
+//! 5. Tests: golden values and gradients in `tests.rs` of this folder, and `SMOOTH` there if it is flat at a match;
+//!    its formula and finite differences in `tests/it/gradients/loss.rs`; its name in `tests/it/train/soft_labels.rs`.
+
+// A suffix such as `_V` is the shape of a tensor, which is upper case in the papers.
+#![allow(non_snake_case)]
 
 pub(crate) mod dense;
 pub mod divergence;
-pub mod row;
-
-use crate::train::loss::row::MIN_NLL;
-use crate::train::loss::row::MIN_REST;
-use crate::train::loss::row::Row;
-use crate::train::loss::row::RowLoss;
-use crate::train::loss::row::SoftTerm;
-use crate::train::loss::row::Weights;
-use crate::train::loss::row::best;
-use crate::train::loss::row::pull_to_label;
-use crate::train::loss::row::top1;
+pub mod position;
 
 use crate::ops::math;
-use divergence::{Divergence, Position, Term};
+use crate::train::loss::position::{
+    LossWeights, MIN_NLL, MIN_NON_END_MASS, PositionLoss, PositionTarget, SoftTerm, argmax,
+    mean_logit, most_likely, subtract_label,
+};
+use divergence::{DistributionPair, Divergence, DivergenceTerm, TailSample};
 
-/// Computes the loss of one position and turns its logits into their gradient.
+/// Computes the loss of one position and replaces its logits with their gradient.
 ///
-/// Where the teacher does not list [`Weights::end`], positions with soft labels are those at which no end came: with
-/// them alone, the student would learn the end from the tail, and from cross-entropy at the ends once
-/// more. So the two sides are compared without it, and KD gets -log(1 - q_end) beside the -log q_end of
-/// the ends, which is the likelihood of ending or not; both terms together have their fixed point where the
-/// student is the teacher. What the teacher gives to the end, if it is not among its top-k, is taken to be
-/// what the student does, but at most the tail.
+/// # Unlisted end tokens
+/// If the teacher does not list [`LossWeights::end`], exactly those positions have soft labels at which the answer did
+/// not end. KD on these positions alone would teach the end token from the tail, and cross-entropy at the ends would
+/// teach it a second time. Therefore both distributions are compared without the end token, and KD gains the term
+/// -log(1 - q_end). Together with -log q_end at the ends, this is the likelihood of ending or not ending. The sum has
+/// its fixed point where the student equals the teacher. The teacher's probability of an end token outside the top-k
+/// is unknown: the student's probability is used instead, limited by the teacher's tail.
 ///
-/// `logits` has V entries; every id must be below V.
+/// `logits_V` has V entries; every id must be below V.
 #[inline(always)]
-pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
-    if let Some(teacher) = row.dense {
-        return dense::row(logits, teacher, row.label, weights);
+pub fn position(
+    logits_V: &mut [f32],
+    target: PositionTarget,
+    weights: LossWeights,
+) -> PositionLoss {
+    if let Some(teacher_logits_V) = target.teacher_logits_V {
+        return dense::position(logits_V, teacher_logits_V, target.label, weights);
     }
     let scale = weights.scale;
     let SoftTerm {
         divergence,
         weight: kd,
-    } = weights.soft[usize::from(row.exact)];
-    let label = row.label as usize;
-    let label_logit = logits[label];
+    } = weights.soft[usize::from(target.is_exact_sample)];
+    let label = target.label as usize;
+    let label_logit = logits_V[label];
     let smoothing = weights.label_smoothing;
-    let mean_logit = match smoothing > 0.0 {
-        true => math::sum(logits) / logits.len() as f32,
-        false => 0.0,
-    };
-    let (top1, max) = top1(logits);
-    let (mut ids, mut logprobs) = row.known(divergence);
-    let has_soft = !ids.is_empty();
-    let teachers = best(&ids, &logprobs);
+    let mean_logit = mean_logit(logits_V, smoothing);
+    let (top1, max) = argmax(logits_V);
+    let (mut ids_K, mut logprobs_K) = target.candidates(divergence);
+    let has_soft_labels = !ids_K.is_empty();
+    let teacher_top1 = most_likely(&ids_K, &logprobs_K);
     let unlisted = weights
         .end
-        .filter(|end| !row.lists_end.unwrap_or(end.is_listed));
+        .filter(|end| !target.lists_end.unwrap_or(end.is_listed));
     let end = unlisted
         .map(|end| end.token)
-        .filter(|&end| has_soft && end != row.label);
-    let known_end = end.and_then(|end| {
-        let at = ids.iter().position(|&id| id == end)?;
-        ids.swap_remove(at);
-        Some(logprobs.swap_remove(at).exp())
+        .filter(|&end| has_soft_labels && end != target.label);
+    let teacher_end_in_K = end.and_then(|end| {
+        let at = ids_K.iter().position(|&id| id == end)?;
+        ids_K.swap_remove(at);
+        Some(logprobs_K.swap_remove(at).exp())
     });
-    // With K set aside the sum over the rest is the tail itself: no cancellation in 1 - Q.
-    let inside: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
-    let end_logit = end.map_or(f32::NEG_INFINITY, |end| logits[end as usize]);
-    for &id in ids.iter().chain(&end) {
-        logits[id as usize] = f32::NEG_INFINITY;
+    // With K masked, the sum over the vocabulary is the tail itself: no cancellation in 1 - Q.
+    let logits_K: Vec<f32> = ids_K.iter().map(|&id| logits_V[id as usize]).collect();
+    let end_logit = end.map_or(f32::NEG_INFINITY, |end| logits_V[end as usize]);
+    for &id in ids_K.iter().chain(&end) {
+        logits_V[id as usize] = f32::NEG_INFINITY;
     }
-    let outside_sum = math::exp_sum(logits, 1.0, max);
-    let inside_exp: Vec<f32> = inside.iter().map(|z| (z - max).exp()).collect();
-    // Without the end, and with it.
-    let rest = outside_sum + inside_exp.iter().sum::<f32>();
+    let tail_sum = math::exp_sum(logits_V, 1.0, max);
+    let exp_K: Vec<f32> = logits_K.iter().map(|z| (z - max).exp()).collect();
+    let sum_without_end = tail_sum + exp_K.iter().sum::<f32>();
     let end_exp = (end_logit - max).exp();
-    let sum = rest + end_exp;
+    let sum = sum_without_end + end_exp;
     let lse = max + sum.ln();
     let ce = lse - label_logit;
     let smoothed = ce + smoothing * (label_logit - mean_logit);
-    let mut loss = RowLoss {
+    let mut loss = PositionLoss {
         loss: smoothed,
         ce,
         kd: None,
@@ -87,85 +107,100 @@ pub fn row(logits: &mut [f32], row: Row, weights: Weights) -> RowLoss {
         top1_is_teachers: None,
         confidence: 1.0 / sum,
     };
-    if !has_soft {
-        let factor = scale * (1.0 + row.chunk) / sum;
-        logits.iter_mut().for_each(|e| *e *= factor);
-        pull_to_label(logits, label, smoothing, scale);
-        logits[label] -= scale * row.chunk;
+    if !has_soft_labels {
+        let factor = scale * (1.0 + target.chunk_weight) / sum;
+        logits_V.iter_mut().for_each(|e| *e *= factor);
+        subtract_label(logits_V, label, smoothing, scale);
+        logits_V[label] -= scale * target.chunk_weight;
         return loss;
     }
 
-    let end_share = end_exp / sum;
-    let mut drawn = row.drawn;
+    let end_prob = end_exp / sum;
+    let mut sampled_logprob = target.sampled_logprob;
     if end.is_some() {
-        let (_, tail) = divergence::masses(&logprobs);
-        let teachers_end = known_end.unwrap_or(end_share.min(tail));
-        let shift = (1.0 - teachers_end).max(MIN_REST).ln();
-        logprobs.iter_mut().for_each(|logprob| *logprob -= shift);
-        drawn = drawn.map(|logprob| logprob - shift);
+        let (_, tail) = divergence::masses(&logprobs_K);
+        let teacher_end = teacher_end_in_K.unwrap_or(end_prob.min(tail));
+        let shift = (1.0 - teacher_end).max(MIN_NON_END_MASS).ln();
+        logprobs_K.iter_mut().for_each(|logprob| *logprob -= shift);
+        sampled_logprob = sampled_logprob.map(|logprob| logprob - shift);
     }
-    let shares: Vec<f32> = inside_exp.iter().map(|e| e / rest).collect();
-    let position = Position {
-        teacher: &logprobs,
-        logits: &inside,
-        shares: &shares,
-        lse: max + rest.ln(),
-        tail: outside_sum / rest,
-        masses: divergence::masses(&logprobs),
-        drawn: drawn.map(|known| (label_logit, Some(known).filter(|known| known.is_finite()))),
+    let probs_K: Vec<f32> = exp_K.iter().map(|e| e / sum_without_end).collect();
+    let pair = DistributionPair {
+        teacher_logprobs_K: &logprobs_K,
+        logits_K: &logits_K,
+        probs_K: &probs_K,
+        lse: max + sum_without_end.ln(),
+        tail: tail_sum / sum_without_end,
+        masses: divergence::masses(&logprobs_K),
+        tail_sample: sampled_logprob.map(|logprob| TailSample {
+            logit: label_logit,
+            teacher_logprob: Some(logprob).filter(|logprob| logprob.is_finite()),
+        }),
     };
-    let term = position.term(divergence);
+    let term = pair.term(divergence);
     let kl = match divergence {
         Divergence::Tail => term.value,
-        _ => position.term(Divergence::Tail).value,
+        _ => pair.term(Divergence::Tail).value,
     };
-    // That no end came here: -log(1 - q_end).
-    let value = term.value + (sum / rest).ln();
+    // -log(1 - q_end): the answer did not end here.
+    let value = term.value + (sum / sum_without_end).ln();
     loss.kd = Some(value);
     loss.kl = Some(kl);
     loss.loss = (1.0 - kd) * smoothed + kd * value;
-    loss.top1_is_teachers = teachers.map(|id| id as usize == top1);
+    loss.top1_is_teachers = teacher_top1.map(|id| id as usize == top1);
 
-    let Term {
-        inside, outside, ..
+    let DivergenceTerm {
+        slopes_K,
+        tail_slope,
+        ..
     } = term;
-    let factor = scale * ((1.0 - kd) / sum + kd * (outside - end_share) / rest);
-    logits.iter_mut().for_each(|e| *e *= factor);
-    for (((&id, e), q), slope) in ids.iter().zip(&inside_exp).zip(&shares).zip(inside) {
-        logits[id as usize] = scale * ((1.0 - kd) * e / sum + kd * (slope - end_share * q));
+    let factor = scale * ((1.0 - kd) / sum + kd * (tail_slope - end_prob) / sum_without_end);
+    logits_V.iter_mut().for_each(|e| *e *= factor);
+    for (((&id, e), q), slope) in ids_K.iter().zip(&exp_K).zip(&probs_K).zip(slopes_K) {
+        logits_V[id as usize] = scale * ((1.0 - kd) * e / sum + kd * (slope - end_prob * q));
     }
     if let Some(end) = end {
-        logits[end as usize] = scale * end_share;
+        logits_V[end as usize] = scale * end_prob;
     }
-    pull_to_label(logits, label, smoothing, scale * (1.0 - kd));
-    logits[label] -= scale * kd * term.at_label;
+    subtract_label(logits_V, label, smoothing, scale * (1.0 - kd));
+    logits_V[label] -= scale * kd * term.at_label;
     loss
 }
 
-/// The losses of the positions of a chunk: text that is n tokens of the student's and m of the
-/// teacher's, whose negative log-likelihood under the teacher is `nll`. There is no distribution to
-/// compare with, but the likelihoods of the text: with a the teacher's and b the student's negative
-/// logarithm, f = b - a + a log(a / b) is added to the cross-entropies, which is 0 where they are
-/// equal (the limit of ALM, arXiv 2503.20083, for likelihoods that are small).
+/// Computes the losses of the positions of a chunk and replaces their logits with the gradients.
 ///
-/// `logits` has n x V entries, which become their gradient; `rows` have no soft labels.
+/// A chunk is a text of n student tokens and m teacher tokens, whose negative log-likelihood under the teacher is
+/// `nll`. The tokens differ, so only the two likelihoods of the text can be compared: with a the teacher's and b the
+/// student's negative log-likelihood, f = b - a + a log(a / b) is added to the cross-entropies. It is 0 if they are
+/// equal (the limit of ALM, arXiv 2503.20083, for small likelihoods).
+///
+/// `logits_NV` has n x V entries; `targets_N` have no soft labels.
 #[inline(always)]
-pub fn chunk(logits: &mut [f32], rows: &[Row], nll: f32, weights: Weights) -> Vec<RowLoss> {
-    let vocabulary = logits.len() / rows.len().max(1);
+pub fn chunk(
+    logits_NV: &mut [f32],
+    targets_N: &[PositionTarget],
+    nll: f32,
+    weights: LossWeights,
+) -> Vec<PositionLoss> {
+    let vocabulary = logits_NV.len() / targets_N.len().max(1);
     let mut b = 0.0;
-    for (logits, row) in logits.chunks_exact(vocabulary).zip(rows) {
-        let (_, max) = top1(logits);
-        let sum: f32 = math::sum_of(logits, |z| math::exp(z - max));
-        b += max + sum.ln() - logits[row.label as usize];
+    for (logits_V, target) in logits_NV.chunks_exact(vocabulary).zip(targets_N) {
+        let (_, max) = argmax(logits_V);
+        let sum: f32 = math::sum_of(logits_V, |z| math::exp(z - max));
+        b += max + sum.ln() - logits_V[target.label as usize];
     }
-    let (a, b) = (nll.max(MIN_NLL), b.max(MIN_NLL));
-    let slope = weights.alm * (1.0 - a / b);
+    let a = nll.max(MIN_NLL);
+    let b = b.max(MIN_NLL);
+    let chunk_weight = weights.alm * (1.0 - a / b);
     let value = b - a + a * (a / b).ln();
-    let logits = logits.chunks_exact_mut(vocabulary);
-    let mut losses = Vec::with_capacity(rows.len());
+    let mut losses = Vec::with_capacity(targets_N.len());
     // No closure: one that is not inlined is compiled without vector instructions.
-    for (logits, &of) in logits.zip(rows) {
-        losses.push(row(logits, Row { chunk: slope, ..of }, weights));
+    for (logits_V, &target) in logits_NV.chunks_exact_mut(vocabulary).zip(targets_N) {
+        let target = PositionTarget {
+            chunk_weight,
+            ..target
+        };
+        losses.push(position(logits_V, target, weights));
     }
     if let Some(first) = losses.first_mut() {
         first.loss += weights.alm * value;

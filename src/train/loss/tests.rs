@@ -1,5 +1,5 @@
 use super::*;
-use crate::train::loss::row::End;
+use crate::train::loss::position::EndToken;
 
 // The case of the reference: V = 6, K = {0, 1, 2}.
 const TEACHER: [f64; 6] = [3.0, 2.0, 1.0, 0.5, 0.0, -1.0];
@@ -10,29 +10,29 @@ fn teacher_logprobs() -> Vec<f32> {
     TEACHER.iter().map(|z| (z - lse) as f32).collect()
 }
 
-fn weights(weight: f32, label_smoothing: f32, divergence: Divergence) -> Weights {
-    Weights {
+fn weights(weight: f32, label_smoothing: f32, divergence: Divergence) -> LossWeights {
+    LossWeights {
         soft: [SoftTerm { divergence, weight }; 2],
         label_smoothing,
-        ..Weights::default()
+        ..LossWeights::default()
     }
 }
 
 fn kd(logits: &[f32], k: usize, divergence: Divergence) -> (f32, Vec<f32>) {
     let mut gradient = logits.to_vec();
     let ids: Vec<u32> = (0..k as u32).collect();
-    let target = Row {
+    let target = PositionTarget {
         label: 5,
-        soft_ids: &ids,
-        soft_logprobs: &teacher_logprobs()[..k],
-        ..Row::default()
+        soft_ids_K: &ids,
+        soft_logprobs_K: &teacher_logprobs()[..k],
+        ..PositionTarget::default()
     };
-    let loss = row(&mut gradient, target, weights(1.0, 0.0, divergence));
+    let loss = position(&mut gradient, target, weights(1.0, 0.0, divergence));
     (loss.kd.expect("soft labels were given"), gradient)
 }
 
 #[test]
-fn divergences_have_their_golden_values_and_gradients() {
+fn divergences_match_golden_values_and_gradients() {
     let golden: [(_, f32, [f32; 6]); 4] = [
         (
             Divergence::Tail,
@@ -68,7 +68,7 @@ fn divergences_have_their_golden_values_and_gradients() {
 }
 
 #[test]
-fn damped_has_its_golden_values_and_gradients() {
+fn damped_matches_golden_values_and_gradients() {
     // The label, 5, is outside K.
     let golden: [(f32, f32, [f32; 6]); 3] = [
         (
@@ -94,15 +94,15 @@ fn damped_has_its_golden_values_and_gradients() {
     let teacher = teacher_logprobs();
     for (lambda, value, slopes) in golden {
         let mut gradient = STUDENT.to_vec();
-        let target = Row {
+        let target = PositionTarget {
             label: 5,
-            soft_ids: &[0, 1, 2],
-            soft_logprobs: &teacher[..3],
-            drawn: Some(teacher[5]),
-            ..Row::default()
+            soft_ids_K: &[0, 1, 2],
+            soft_logprobs_K: &teacher[..3],
+            sampled_logprob: Some(teacher[5]),
+            ..PositionTarget::default()
         };
         let weights = weights(1.0, 0.0, Divergence::Damped(lambda));
-        let loss = row(&mut gradient, target, weights).kd.unwrap();
+        let loss = position(&mut gradient, target, weights).kd.unwrap();
         assert!((loss - value).abs() < 1e-6, "{lambda}: {loss}");
         for (got, golden) in gradient.iter().zip(slopes) {
             assert!((got - golden).abs() < 2e-6, "{lambda}: {gradient:?}");
@@ -111,7 +111,7 @@ fn damped_has_its_golden_values_and_gradients() {
 }
 
 #[test]
-fn tail_equals_the_full_divergence_at_k_of_v_and_grows_with_k() {
+fn tail_grows_with_k_to_the_full_divergence() {
     let losses: Vec<f32> = (1..=6)
         .map(|k| kd(&STUDENT, k, Divergence::Tail).0)
         .collect();
@@ -121,7 +121,7 @@ fn tail_equals_the_full_divergence_at_k_of_v_and_grows_with_k() {
 }
 
 #[test]
-fn tail_is_zero_and_flat_at_a_match() {
+fn tail_has_zero_value_and_gradient_at_a_match() {
     for k in 1..=6 {
         let (loss, gradient) = kd(&TEACHER.map(|z| z as f32), k, Divergence::Tail);
         assert!(loss.abs() < 1e-6, "k {k}: {loss}");
@@ -133,13 +133,13 @@ fn tail_is_zero_and_flat_at_a_match() {
 }
 
 #[test]
-fn the_gradient_sums_to_zero_and_cross_entropy_is_exact() {
+fn gradient_sums_to_zero_and_cross_entropy_is_exact() {
     let mut gradient = STUDENT.to_vec();
-    let target = Row {
+    let target = PositionTarget {
         label: 1,
-        ..Row::default()
+        ..PositionTarget::default()
     };
-    let loss = row(&mut gradient, target, weights(0.5, 0.0, Divergence::Tail));
+    let loss = position(&mut gradient, target, weights(0.5, 0.0, Divergence::Tail));
     let lse = STUDENT
         .iter()
         .map(|z| f64::from(*z).exp())
@@ -161,15 +161,15 @@ fn label_smoothing_is_cross_entropy_with_the_smoothed_distribution() {
         .ln();
     for soft in [0, 3] {
         let teacher = teacher_logprobs();
-        let target = Row {
+        let target = PositionTarget {
             label: 1,
-            soft_ids: &[0, 1, 2][..soft],
-            soft_logprobs: &teacher[..soft],
-            ..Row::default()
+            soft_ids_K: &[0, 1, 2][..soft],
+            soft_logprobs_K: &teacher[..soft],
+            ..PositionTarget::default()
         };
         let [mut plain, mut smooth] = [STUDENT.to_vec(), STUDENT.to_vec()];
-        let without = row(&mut plain, target, weights(0.4, 0.0, Divergence::Tail));
-        let with = row(&mut smooth, target, weights(0.4, 0.3, Divergence::Tail));
+        let without = position(&mut plain, target, weights(0.4, 0.0, Divergence::Tail));
+        let with = position(&mut smooth, target, weights(0.4, 0.3, Divergence::Tail));
         assert_eq!(without.ce, with.ce);
         let share = if soft > 0 { 0.6 } else { 1.0 };
         let uniform = lse - STUDENT.iter().map(|z| f64::from(*z)).sum::<f64>() / 6.0;
@@ -183,15 +183,15 @@ fn label_smoothing_is_cross_entropy_with_the_smoothed_distribution() {
     }
 }
 
-/// p over six tokens; 4 ends the turn.
+/// p over six tokens; token 4 ends the turn.
 const WITH_END: [f32; 6] = [0.3, 0.2, 0.1, 0.1, 0.25, 0.05];
 const END: u32 = 4;
-/// It is not listed, unless an answer shows that it is.
-const UNLISTED: Option<End> = Some(End {
+/// The end token is not listed by default.
+const UNLISTED: Option<EndToken> = Some(EndToken {
     token: END,
     is_listed: false,
 });
-/// Divergences that are flat where the distributions match.
+/// Divergences with a zero gradient at a match.
 const SMOOTH: [Divergence; 8] = [
     Divergence::Tail,
     Divergence::Damped(1.0),
@@ -203,31 +203,36 @@ const SMOOTH: [Divergence; 8] = [
     Divergence::SkewReverseKl(0.1),
 ];
 
-/// The loss of `label` after this teacher, which lists these tokens and nothing where the turn ends.
-fn without_ends(logits: &mut [f32], listed: &[u32], label: u32, weights: Weights) -> RowLoss {
+/// Loss of `label` with a teacher that lists the tokens `listed`, but nothing at the end of a turn.
+fn without_listed_end(
+    logits: &mut [f32],
+    listed: &[u32],
+    label: u32,
+    weights: LossWeights,
+) -> PositionLoss {
     let listed = if label == END { &[] } else { listed };
     let logprobs: Vec<f32> = listed
         .iter()
         .map(|&id| WITH_END[id as usize].ln())
         .collect();
     let is_outside = label != END && !listed.contains(&label);
-    let target = Row {
+    let target = PositionTarget {
         label,
-        soft_ids: listed,
-        soft_logprobs: &logprobs,
-        drawn: is_outside.then(|| WITH_END[label as usize].ln()),
-        ..Row::default()
+        soft_ids_K: listed,
+        soft_logprobs_K: &logprobs,
+        sampled_logprob: is_outside.then(|| WITH_END[label as usize].ln()),
+        ..PositionTarget::default()
     };
-    row(logits, target, weights)
+    position(logits, target, weights)
 }
 
 #[test]
-fn unlisted_ends_leave_a_student_where_it_matches() {
-    let mean = |listed: &[u32], weights: Weights| {
+fn unlisted_ends_have_zero_expected_gradient_at_a_match() {
+    let mean = |listed: &[u32], weights: LossWeights| {
         let mut mean = [0.0; 6];
         for (label, p) in (0..).zip(WITH_END) {
             let mut logits = WITH_END.map(f32::ln);
-            without_ends(&mut logits, listed, label, weights);
+            without_listed_end(&mut logits, listed, label, weights);
             mean.iter_mut()
                 .zip(logits)
                 .for_each(|(sum, g)| *sum += p * g);
@@ -244,7 +249,7 @@ fn unlisted_ends_leave_a_student_where_it_matches() {
                 &[0, 4, 1, 2, 3, 5],
             ] {
                 let biased = mean(listed, weights);
-                let weights = Weights {
+                let weights = LossWeights {
                     end: UNLISTED,
                     ..weights
                 };
@@ -260,7 +265,7 @@ fn unlisted_ends_leave_a_student_where_it_matches() {
 }
 
 #[test]
-fn unlisted_ends_have_the_gradient_of_their_loss() {
+fn unlisted_ends_have_the_gradient_of_the_loss() {
     for divergence in [
         Divergence::Tail,
         Divergence::Damped(0.35),
@@ -268,16 +273,17 @@ fn unlisted_ends_have_the_gradient_of_their_loss() {
         Divergence::Jsd(0.5),
         Divergence::Renormalize,
     ] {
-        // With the end among them, its share does not depend on the student.
+        // The end is listed, so its teacher probability does not depend on the student.
         for (label, listed) in [(0, [0, 1, 4]), (3, [0, 4, 2]), (5, [4, 1, 2])] {
-            let weights = Weights {
+            let weights = LossWeights {
                 end: UNLISTED,
                 ..weights(0.7, 0.1, divergence)
             };
-            let loss =
-                |logits: &[f32]| without_ends(&mut logits.to_vec(), &listed, label, weights).loss;
+            let loss = |logits: &[f32]| {
+                without_listed_end(&mut logits.to_vec(), &listed, label, weights).loss
+            };
             let mut gradient = STUDENT.to_vec();
-            without_ends(&mut gradient, &listed, label, weights);
+            without_listed_end(&mut gradient, &listed, label, weights);
             for j in 0..6 {
                 let step = 0.01;
                 let [mut more, mut less] = [STUDENT, STUDENT];
@@ -294,34 +300,35 @@ fn unlisted_ends_have_the_gradient_of_their_loss() {
 }
 
 #[test]
-fn an_answer_shows_whether_its_ends_are_listed() {
-    let of = |lists_end, is_listed| {
+fn lists_end_of_the_position_overrides_the_default() {
+    let loss = |lists_end, is_listed| {
         let mut logits = STUDENT;
-        let target = Row {
+        let target = PositionTarget {
             label: 1,
-            soft_ids: &[0, 1],
-            soft_logprobs: &[-1.0, -1.5],
+            soft_ids_K: &[0, 1],
+            soft_logprobs_K: &[-1.0, -1.5],
             lists_end,
-            ..Row::default()
+            ..PositionTarget::default()
         };
-        let end = Some(End {
+        let end = Some(EndToken {
             token: END,
             is_listed,
         });
-        let weights = Weights {
+        let weights = LossWeights {
             end,
             ..weights(1.0, 0.0, Divergence::Tail)
         };
-        (row(&mut logits, target, weights).loss, logits)
+        (position(&mut logits, target, weights).loss, logits)
     };
-    let (listed, unlisted) = (of(None, true), of(None, false));
+    let listed = loss(None, true);
+    let unlisted = loss(None, false);
     assert_ne!(listed, unlisted);
-    assert_eq!(of(Some(true), false), listed);
-    assert_eq!(of(Some(false), true), unlisted);
+    assert_eq!(loss(Some(true), false), listed);
+    assert_eq!(loss(Some(false), true), unlisted);
 }
 
 #[test]
-fn nothing_but_an_unlisted_end_among_the_top_k_is_no_reason_to_break() {
+fn top_k_with_only_an_unlisted_end_gives_finite_losses() {
     let others = [
         Divergence::Tvd,
         Divergence::Renormalize,
@@ -329,18 +336,18 @@ fn nothing_but_an_unlisted_end_among_the_top_k_is_no_reason_to_break() {
     ];
     for divergence in SMOOTH.into_iter().chain(others) {
         let mut logits = STUDENT;
-        let target = Row {
+        let target = PositionTarget {
             label: 2,
-            soft_ids: &[END],
-            soft_logprobs: &[-0.7],
-            drawn: Some(f32::NEG_INFINITY),
-            ..Row::default()
+            soft_ids_K: &[END],
+            soft_logprobs_K: &[-0.7],
+            sampled_logprob: Some(f32::NEG_INFINITY),
+            ..PositionTarget::default()
         };
-        let weights = Weights {
+        let weights = LossWeights {
             end: UNLISTED,
             ..weights(0.9, 0.0, divergence)
         };
-        let loss = row(&mut logits, target, weights);
+        let loss = position(&mut logits, target, weights);
         assert!(loss.loss.is_finite(), "{divergence}: {loss:?}");
         let sum: f32 = logits.iter().sum();
         assert!(sum.abs() < 1e-6, "{divergence}: {logits:?}");

@@ -19,10 +19,10 @@ use distill::ops::matmul::Precision;
 use distill::ops::rope::RopeTable;
 use distill::train::ema::Ema;
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::row::{SoftTerm, Weights};
-use distill::train::objective::{self, Models};
+use distill::train::loss::position::{LossWeights, SoftTerm};
+use distill::train::objective::{self, ModelPair};
 use distill::train::optimizer::Optimizer;
-use distill::train::student::Student;
+use distill::train::trainable::TrainableModel;
 
 use super::{VOCABULARY, difference, examples, joined};
 use crate::model::tiny;
@@ -153,7 +153,7 @@ struct Trained {
 
 fn train(backend: Backend) -> Trained {
     let (config, tensors) = tiny(true);
-    let mut student = Student::new(config, tensors, Tensors::new(), &[]).unwrap();
+    let mut student = TrainableModel::new(config, tensors, Tensors::new(), &[]).unwrap();
     student.model.set_backend(backend);
     let mut optimizer = Optimizer::new(&student, &[]).unwrap();
     let ema = Ema::new(&student, 0.5).unwrap();
@@ -166,16 +166,16 @@ fn train(backend: Backend) -> Trained {
         max_grad_norm: 0.5,
         ..TrainConfig::default()
     };
-    let weights = Weights {
+    let weights = LossWeights {
         soft: [SoftTerm {
             divergence: Divergence::Tail,
             weight: 0.5,
         }; 2],
         scale: 1.0 / batch.positions.len() as f32,
-        ..Weights::default()
+        ..LossWeights::default()
     };
     let mut step = |number: u64| {
-        let models = Models {
+        let models = ModelPair {
             student: &student.model,
             teacher: (number > 6).then_some(&teacher),
         };

@@ -1,9 +1,9 @@
-//! Row T2: the gradient of the loss of a position, with every divergence, compared with central
+//! PositionTarget T2: the gradient of the loss of a position, with every divergence, compared with central
 //! differences of its formula in f64.
 
 use distill::train::loss;
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::row::{Row, SoftTerm, Weights};
+use distill::train::loss::position::{LossWeights, PositionTarget, SoftTerm};
 
 /// Returns every divergence, with random parameters.
 fn divergences(random: &mut fastrand::Rng) -> [Divergence; 11] {
@@ -29,20 +29,20 @@ fn term(divergence: Divergence, weight: f32) -> SoftTerm {
 
 /// Computes a divergence by the formulas in the table of `train::loss::divergence`. `logq` are the
 /// log-probabilities of the student (V).
-fn formula(divergence: Divergence, logq: &[f64], row: Row) -> Option<f64> {
-    let mut known: Vec<(usize, f64)> = match row.dense {
+fn formula(divergence: Divergence, logq: &[f64], row: PositionTarget) -> Option<f64> {
+    let mut known: Vec<(usize, f64)> = match row.teacher_logits_V {
         Some(logits) => {
             let logits: Vec<f64> = logits.iter().map(|l| f64::from(*l)).collect();
             log_softmax(&logits).into_iter().enumerate().collect()
         }
         None => row
-            .soft_ids
+            .soft_ids_K
             .iter()
-            .zip(row.soft_logprobs)
+            .zip(row.soft_logprobs_K)
             .map(|(id, l)| (*id as usize, f64::from(*l)))
             .collect(),
     };
-    let drawn = row.drawn.map(f64::from);
+    let drawn = row.sampled_logprob.map(f64::from);
     if let (Some(drawn), false) = (drawn, matches!(divergence, Divergence::Damped(_))) {
         known.push((row.label as usize, drawn));
     }
@@ -125,7 +125,7 @@ struct Case {
     ids: Vec<u32>,
     logprobs: Vec<f32>,
     label: u32,
-    drawn: Option<f32>,
+    sampled_logprob: Option<f32>,
 }
 
 impl Case {
@@ -145,21 +145,21 @@ impl Case {
         ids.truncate(k);
         Self {
             logprobs: ids.iter().map(|id| teacher[*id as usize]).collect(),
-            drawn: (!ids.contains(&label)).then_some(teacher[label as usize]),
+            sampled_logprob: (!ids.contains(&label)).then_some(teacher[label as usize]),
             logits,
             ids,
             label,
         }
     }
 
-    fn row(&self, exact: bool) -> Row<'_> {
-        Row {
+    fn row(&self, is_exact_sample: bool) -> PositionTarget<'_> {
+        PositionTarget {
             label: self.label,
-            soft_ids: &self.ids,
-            soft_logprobs: &self.logprobs,
-            drawn: self.drawn,
-            exact,
-            ..Row::default()
+            soft_ids_K: &self.ids,
+            soft_logprobs_K: &self.logprobs,
+            sampled_logprob: self.sampled_logprob,
+            is_exact_sample,
+            ..PositionTarget::default()
         }
     }
 }
@@ -176,13 +176,13 @@ fn loss_gradients_agree_with_the_formula() {
             let row = case.row(exact);
             let mut soft = [term(Divergence::Renormalize, 0.5); 2];
             soft[usize::from(exact)] = term(divergence, kd);
-            let weights = Weights {
+            let weights = LossWeights {
                 soft,
                 label_smoothing: smoothing,
-                ..Weights::default()
+                ..LossWeights::default()
             };
             let mut gradient = case.logits.clone();
-            let loss = loss::row(&mut gradient, row, weights).loss;
+            let loss = loss::position(&mut gradient, row, weights).loss;
             let at = |logits: &[f64]| position(&log_softmax(logits), divergence, row, weights);
             let case_name = format!("case {number}, {divergence:?}, {row:?}");
             check(&case.logits, loss, &gradient, at, &case_name);
@@ -206,20 +206,20 @@ fn loss_gradients_with_full_teacher_distribution_agree_with_the_formula() {
         let teacher: Vec<f32> = (0..teacher_vocabulary)
             .map(|_| random.f32() * 6.0 - 9.0)
             .collect();
-        let row = Row {
+        let row = PositionTarget {
             label: case.label,
-            dense: Some(&teacher),
-            ..Row::default()
+            teacher_logits_V: Some(&teacher),
+            ..PositionTarget::default()
         };
-        let known = Row {
-            dense: Some(&teacher[..teacher_vocabulary.min(vocabulary)]),
+        let known = PositionTarget {
+            teacher_logits_V: Some(&teacher[..teacher_vocabulary.min(vocabulary)]),
             ..row
         };
         for divergence in divergences(&mut random) {
-            let weights = Weights {
+            let weights = LossWeights {
                 soft: [term(divergence, random.f32()); 2],
                 label_smoothing: [0.0, 0.1][number % 2],
-                ..Weights::default()
+                ..LossWeights::default()
             };
             // The teacher has no tail, so these divergences are all the same.
             let equivalent = match divergence {
@@ -229,7 +229,7 @@ fn loss_gradients_with_full_teacher_distribution_agree_with_the_formula() {
                 other => other,
             };
             let mut gradient = case.logits.clone();
-            let found = loss::row(&mut gradient, row, weights);
+            let found = loss::position(&mut gradient, row, weights);
             let at = |logits: &[f64]| match equivalent {
                 // If the student has more tokens, the temperature applies to all of them.
                 Divergence::Temperature(tau) => tempered(logits, &teacher, row.label, tau, weights),
@@ -245,7 +245,7 @@ fn loss_gradients_with_full_teacher_distribution_agree_with_the_formula() {
 
 /// Computes the classic distillation loss (Hinton et al., arXiv 1503.02531): the KL divergence at a
 /// temperature, times its square.
-fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: Weights) -> f64 {
+fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: LossWeights) -> f64 {
     let tau = f64::from(tau);
     let kd = f64::from(weights.soft[0].weight);
     let both = teacher.len().min(logits.len());
@@ -256,9 +256,9 @@ fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: Weig
     let ce = position(
         &log_softmax(logits),
         Divergence::Tail,
-        Row {
+        PositionTarget {
             label,
-            ..Row::default()
+            ..PositionTarget::default()
         },
         weights,
     );
@@ -266,9 +266,14 @@ fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: Weig
 }
 
 /// Computes the loss of a position by its formula, at the log-probabilities `logq` (V).
-fn position(logq: &[f64], divergence: Divergence, row: Row, weights: Weights) -> f64 {
+fn position(
+    logq: &[f64],
+    divergence: Divergence,
+    row: PositionTarget,
+    weights: LossWeights,
+) -> f64 {
     let uniform = -logq.iter().sum::<f64>() / logq.len() as f64;
-    let kd = f64::from(weights.soft[usize::from(row.exact)].weight);
+    let kd = f64::from(weights.soft[usize::from(row.is_exact_sample)].weight);
     let smoothing = f64::from(weights.label_smoothing);
     let ce = -(1.0 - smoothing) * logq[row.label as usize] + smoothing * uniform;
     match formula(divergence, logq, row) {
@@ -311,18 +316,18 @@ fn chunk_loss_gradients_agree_with_the_formula() {
             .collect();
         let labels: Vec<usize> = (0..length).map(|_| random.usize(..vocabulary)).collect();
         let nll = random.f32() * 6.0;
-        let rows: Vec<Row> = labels
+        let rows: Vec<PositionTarget> = labels
             .iter()
-            .map(|label| Row {
+            .map(|label| PositionTarget {
                 label: *label as u32,
-                ..Row::default()
+                ..PositionTarget::default()
             })
             .collect();
-        let weights = Weights {
+        let weights = LossWeights {
             soft: [term(Divergence::Tail, random.f32()); 2],
             alm: random.f32(),
             label_smoothing: [0.0, 0.1][number % 2],
-            ..Weights::default()
+            ..LossWeights::default()
         };
         let mut gradient = logits.clone();
         let losses = loss::chunk(&mut gradient, &rows, nll, weights);
@@ -346,10 +351,10 @@ fn chunk_loss_gradients_agree_with_the_formula() {
     }
     // Golden value: a = 2.3, b = 3.1.
     let mut logits = [0.0, (1.0f32 - (-3.1f32).exp()).ln() + 3.1];
-    let row = Row::default();
-    let weights = Weights {
+    let row = PositionTarget::default();
+    let weights = LossWeights {
         alm: 1.0,
-        ..Weights::default()
+        ..LossWeights::default()
     };
     let found = loss::chunk(&mut logits, &[row], 2.3, weights)[0];
     assert!((found.ce - 3.1).abs() < 1e-5, "{found:?}");
@@ -373,21 +378,22 @@ fn divergences_and_their_gradients_are_zero_at_a_match() {
         );
         let logprob = |id: &u32| logq[*id as usize] as f32;
         case.logprobs = case.ids.iter().map(logprob).collect();
-        case.drawn = case.drawn.map(|_| logprob(&case.label));
+        case.sampled_logprob = case.sampled_logprob.map(|_| logprob(&case.label));
         for divergence in divergences(&mut random) {
             let row = case.row(false);
             let mut gradient = case.logits.clone();
-            let weights = Weights {
+            let weights = LossWeights {
                 soft: [term(divergence, 1.0); 2],
-                ..Weights::default()
+                ..LossWeights::default()
             };
-            let found = loss::row(&mut gradient, row, weights);
+            let found = loss::position(&mut gradient, row, weights);
             let Some(kd) = found.kd else { continue };
             // The term of a single sample is not zero at a match; its mean is.
-            let is_sampled = matches!(divergence, Divergence::Damped(_)) && row.drawn.is_some();
+            let is_sampled =
+                matches!(divergence, Divergence::Damped(_)) && row.sampled_logprob.is_some();
             let steepest = gradient.iter().fold(0.0f32, |most, g| most.max(g.abs()));
             if divergence == Divergence::Renormalize {
-                let known = case.logprobs.iter().chain(&case.drawn);
+                let known = case.logprobs.iter().chain(&case.sampled_logprob);
                 let mass: f32 = known.map(|l| l.exp()).sum();
                 assert!(
                     mass > 0.99 || kd > 0.0 && steepest > 1e-4,
@@ -428,23 +434,23 @@ fn damped_divergence_is_head_plus_weighted_tail_on_average() {
         ids.sort_by(|a, b| logprobs[*b as usize].total_cmp(&logprobs[*a as usize]));
         ids.truncate(random.usize(1..=vocabulary));
         let inside: Vec<f32> = ids.iter().map(|id| logprobs[*id as usize]).collect();
-        let weights = Weights {
+        let weights = LossWeights {
             soft: [term(Divergence::Damped(lambda), 1.0); 2],
-            ..Weights::default()
+            ..LossWeights::default()
         };
         let mut mean = 0.0;
         let mut slope = vec![0.0; vocabulary];
         for y in 0..vocabulary as u32 {
-            let row = Row {
+            let row = PositionTarget {
                 label: y,
-                soft_ids: &ids,
-                soft_logprobs: &inside,
-                drawn: (!ids.contains(&y)).then_some(logprobs[y as usize]),
-                exact: true,
-                ..Row::default()
+                soft_ids_K: &ids,
+                soft_logprobs_K: &inside,
+                sampled_logprob: (!ids.contains(&y)).then_some(logprobs[y as usize]),
+                is_exact_sample: true,
+                ..PositionTarget::default()
             };
             let mut gradient = case.logits.clone();
-            let found = loss::row(&mut gradient, row, weights);
+            let found = loss::position(&mut gradient, row, weights);
             let p = teacher[y as usize].exp();
             mean += p * f64::from(found.kd.expect("there are soft labels"));
             for (slope, g) in slope.iter_mut().zip(gradient) {

@@ -22,7 +22,7 @@ use distill::model::tape::Activations;
 use distill::model::weights::Tensors;
 use distill::model::{Model, ModelInput};
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::row::{SoftTerm, Weights};
+use distill::train::loss::position::{LossWeights, SoftTerm};
 use distill::train::objective;
 
 use crate::model::tiny;
@@ -75,14 +75,14 @@ impl Trainable {
         activations: Activations,
     ) -> (f64, BTreeMap<String, Vec<f32>>) {
         let positions: usize = batches.iter().map(|batch| batch.positions.len()).sum();
-        let weights = Weights {
+        let weights = LossWeights {
             soft: [SoftTerm {
                 divergence: Divergence::Tail,
                 weight: kd,
             }; 2],
             alm: ALM_WEIGHT as f32,
             scale: 1.0 / positions as f32,
-            ..Weights::default()
+            ..LossWeights::default()
         };
         let mut gradients = self.model.gradients();
         let mut loss = 0.0;

@@ -1,4 +1,4 @@
-//! LoRA: adapters are trained, the weights under them stay, and the student has both in one.
+//! LoRA: only the adapters are trained, and the saved student has them merged.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use distill::config::{Config, StudentInit};
 use distill::exit::Exit;
 use distill::model::weights::{self, Tensors};
 use distill::train;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 
 use super::{metrics, run_folder, weights};
 use crate::gradients::difference;
@@ -23,7 +23,7 @@ fn with_adapters(config: &mut Config) {
     config.train.keep_checkpoints = 100;
 }
 
-fn adapted(name: &str) -> bool {
+fn has_adapter(name: &str) -> bool {
     name.contains("q_proj") || name.contains("layers.1.mlp.down")
 }
 
@@ -36,15 +36,15 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 #[test]
-fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
+fn lora_trains_only_adapters_and_saves_them_merged() {
     let (dir, mut config) = run_folder();
     config.train.steps = Some(40);
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let before = student(&config);
     config.student.init = StudentInit::Pretrained;
     config.student.path = config.student_dir();
     config.run_dir = config.run_dir.with_file_name("adapted");
-    // What it has learnt is no longer true.
+    // Swap the answers, so that the pretrained student is wrong.
     let rows = dir.path().join("rows.jsonl");
     let text = std::fs::read_to_string(&rows).unwrap();
     let [yes, no] = ["\"content\":\"in\"", "\"content\":\"he\""];
@@ -53,7 +53,7 @@ fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
 
     config.train.steps = Some(12);
     with_adapters(&mut config);
-    let summary = train::run(&config, Start::Ask.into()).unwrap();
+    let summary = train::run(&config, StartMode::New.into()).unwrap();
     let lines = metrics(&config);
     let losses: Vec<f64> = lines.iter().filter_map(|l| l["loss"].as_f64()).collect();
     assert!(losses[11] < 0.9 * losses[0], "{losses:?}");
@@ -74,8 +74,8 @@ fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
     for (name, after) in &after {
         let before = &before[name];
         let module = name.strip_suffix(".weight").unwrap();
-        assert_eq!(modules.contains(module), adapted(name), "{name}");
-        if !adapted(name) {
+        assert_eq!(modules.contains(module), has_adapter(name), "{name}");
+        if !has_adapter(name) {
             assert_eq!(values(after), values(before), "{name}");
             continue;
         }
@@ -88,11 +88,11 @@ fn a_student_learns_by_its_adapters_alone_and_is_written_with_them_merged() {
 }
 
 #[test]
-fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
+fn lora_resumes_to_the_same_bytes_and_refuses_other_frozen_weights() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    train::run(&config, Start::Ask.into()).unwrap();
-    // What was written is where the adapters begin.
+    train::run(&config, StartMode::New.into()).unwrap();
+    // The saved student becomes the base of the adapters.
     let base = config.run_dir.with_file_name("base");
     std::fs::rename(config.student_dir(), &base).unwrap();
     config.student.init = StudentInit::Pretrained;
@@ -100,7 +100,7 @@ fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
     config.train.steps = Some(12);
     config.train.ema_decay = 0.9;
     with_adapters(&mut config);
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let whole = weights(&config);
 
     for step in 6..=12 {
@@ -112,7 +112,7 @@ fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
     let mut other = weights_of_base.clone();
     *other.last_mut().unwrap() ^= 1;
     std::fs::write(&path, other).unwrap();
-    let error = train::run(&config, Start::Resume.into()).err().unwrap();
+    let error = train::run(&config, StartMode::Resume.into()).err().unwrap();
     assert!(
         format!("{error:#}").contains("the frozen weights"),
         "{error:#}"
@@ -120,16 +120,16 @@ fn adapters_resume_to_the_same_bytes_and_only_over_the_same_weights() {
     assert_eq!(Exit::code_of(&error), 2);
 
     std::fs::write(&path, weights_of_base).unwrap();
-    train::run(&config, Start::Resume.into()).unwrap();
+    train::run(&config, StartMode::Resume.into()).unwrap();
     assert!(weights(&config) == whole);
 }
 
 #[test]
-fn a_pattern_that_finds_no_layer_is_refused_with_a_name_to_go_by() {
+fn lora_targets_that_match_no_layer_are_refused_with_a_layer_name() {
     let (_dir, mut config) = run_folder();
     config.lora.rank = RANK;
     config.lora.targets = vec!["c_attn".into()];
-    let error = train::run(&config, Start::Ask.into()).err().unwrap();
+    let error = train::run(&config, StartMode::New.into()).err().unwrap();
     let message = format!("{error:#}");
     assert!(
         message.contains("model.layers.0.self_attn.q_proj"),

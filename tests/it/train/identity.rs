@@ -1,5 +1,5 @@
-//! A student that is distilled over HTTP from itself has nothing to learn: any bias of the chain (tokens, template,
-//! alignment, loss, numbers) would move it.
+//! A student that is distilled over HTTP from itself must have a zero gradient: any bias of the pipeline (tokens,
+//! template, alignment, loss, precision) would show in it.
 
 use std::path::Path;
 
@@ -19,10 +19,10 @@ use distill::serve::{self, ServeOptions};
 use distill::signal::Signals;
 use distill::tokenizer::Tokenizer;
 use distill::train::loss::divergence::Divergence;
-use distill::train::loss::row::{End, SoftTerm, Weights};
-use distill::train::objective::{self, Models};
+use distill::train::loss::position::{EndToken, LossWeights, SoftTerm};
+use distill::train::objective::{self, ModelPair};
 use distill::train::soft_labels;
-use distill::train::student::Student;
+use distill::train::trainable::TrainableModel;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -32,9 +32,9 @@ use crate::tiny;
 const CONTEXT: usize = 128;
 const PROMPTS: usize = 50;
 const SAMPLES: u32 = 2;
-/// Largest gradient of soft labels that are those of the student, as a share of the gradient of cross-entropy.
+/// Largest gradient of the student's own soft labels, relative to the gradient of cross-entropy.
 const LARGEST: f64 = 1e-5;
-/// The same for a step in bf16 on what a server computed in f32: what is rounded is the same in many contexts.
+/// The same for a step in bf16 on soft labels in f32: rounding errors are correlated across positions.
 const LARGEST_ROUNDED: f64 = 0.5;
 /// Largest mean of gradients whose expectation is zero, in standard errors.
 const LARGEST_DEVIATION: f64 = 3.0;
@@ -66,7 +66,7 @@ fn architectures(vocabulary: usize) -> [(&'static str, Value); 5] {
     ]
 }
 
-/// Writes a model whose answers are ASCII, a token a character, and end now and then.
+/// Writes a model whose answers are ASCII with one token per character, and sometimes end.
 fn write_model(dir: &Path, config: &Value) {
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let ascii = std::iter::once(b'\n').chain(32..127);
@@ -81,14 +81,14 @@ fn write_model(dir: &Path, config: &Value) {
         if is_head(name) {
             *tensor = with_likely_end(tensor);
         }
-        // Real models come in bf16, so that nothing of them is lost in a step that computes with it.
+        // Real models are published in bf16, so a step in bf16 does not round their weights.
         let rounded = tensor.to_dtype(DType::BF16).unwrap();
         *tensor = rounded.to_dtype(DType::F32).unwrap();
     }
     tiny::write_weights(dir, &config.export(&weights).unwrap());
 }
 
-/// A head (V x D) that often chooses the last token, and hardly ever the control tokens before it.
+/// Makes a head (V x D) that often selects the last token, and rarely the control tokens before it.
 fn with_likely_end(head: &Tensor) -> Tensor {
     let mut rows = head.to_vec2::<f32>().unwrap();
     for value in rows.iter_mut().flatten() {
@@ -104,7 +104,7 @@ fn with_likely_end(head: &Tensor) -> Tensor {
 }
 
 /// Harvests answers of the model in `dir` over HTTP.
-async fn harvested(dir: &Path, prompts: &Path, run: &Path) -> Config {
+async fn harvest_model(dir: &Path, prompts: &Path, run: &Path) -> Config {
     let options = ServeOptions {
         port: 0,
         model_name: Some("self".into()),
@@ -137,7 +137,7 @@ async fn harvested(dir: &Path, prompts: &Path, run: &Path) -> Config {
     config
 }
 
-/// Writes what an endpoint would have answered that leaves the ends of turns out of its logprobs, as most do.
+/// Copies a cache without the logprobs of end tokens, which most endpoints leave out.
 fn leave_out_ends(from: &Path, to: &Path) {
     let cache = Cache::open(to, &config::CacheConfig::default()).unwrap();
     for record in distill::cache::reader::read(from).unwrap() {
@@ -153,23 +153,23 @@ fn leave_out_ends(from: &Path, to: &Path) {
     }
 }
 
-/// The gradients of the examples, one each, and what they are of.
+/// Inputs of the gradients of all examples.
 struct Gradients<'a> {
-    student: &'a Student,
+    student: &'a TrainableModel,
     teacher: Option<&'a Model>,
     data: &'a Dataset,
-    end: Option<End>,
+    end: Option<EndToken>,
 }
 
 impl Gradients<'_> {
-    /// By example (N x parameters).
-    fn of(&self, term: SoftTerm) -> Vec<Vec<f32>> {
-        let weights = Weights {
+    /// Gradients by example (N x parameters).
+    fn compute(&self, term: SoftTerm) -> Vec<Vec<f32>> {
+        let weights = LossWeights {
             soft: [term; 2],
             end: self.end,
-            ..Weights::default()
+            ..LossWeights::default()
         };
-        let models = Models {
+        let models = ModelPair {
             student: &self.student.model,
             teacher: self.teacher,
         };
@@ -196,7 +196,7 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
-/// The norm of the sum.
+/// Norm of the sum of the gradients.
 fn norm(gradients: &[Vec<f32>]) -> f64 {
     let mut sum = vec![0.0; gradients[0].len()];
     for gradient in gradients {
@@ -205,10 +205,11 @@ fn norm(gradients: &[Vec<f32>]) -> f64 {
     dot(&sum, &sum).sqrt()
 }
 
-/// The squared norm of the expected gradient, in standard errors: the mean of the products of different examples,
-/// of which each has the expectation zero if the gradient has.
+/// Estimate of the squared norm of the expected gradient, in standard errors. It is the mean of the dot products of
+/// pairs of examples; if the expected gradient is zero, the expectation of each product is zero.
 fn deviation(gradients: &[Vec<f32>]) -> f64 {
-    let (mut sum, mut squares) = (0.0, 0.0);
+    let mut sum = 0.0;
+    let mut squares = 0.0;
     for (at, a) in gradients.iter().enumerate() {
         for b in &gradients[..at] {
             let product = dot(a, b);
@@ -219,21 +220,22 @@ fn deviation(gradients: &[Vec<f32>]) -> f64 {
     sum / squares.sqrt()
 }
 
-/// Makes a model in `dir` and harvests it into `run`.
-async fn of_architecture(config: &Value, dir: &Path, run: &Path) -> Config {
+/// Writes a model into `dir` and harvests its answers into `run`.
+async fn harvest_architecture(config: &Value, dir: &Path, run: &Path) -> Config {
     write_model(dir, config);
     let prompts = run.join("prompts.txt");
     let lines: String = (0..PROMPTS).map(|n| format!("Prompt {n}\n")).collect();
     std::fs::write(&prompts, lines).unwrap();
-    harvested(dir, &prompts, run).await
+    harvest_model(dir, &prompts, run).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_student_that_is_its_own_teacher_does_not_move() {
+async fn student_distilled_from_itself_has_zero_gradient() {
     let vocabulary = 96 + tiny::CONTROL.len();
     for (name, config) in architectures(vocabulary) {
-        let (dir, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let config = of_architecture(&config, dir.path(), run.path()).await;
+        let dir = tempfile::tempdir().unwrap();
+        let run = tempfile::tempdir().unwrap();
+        let config = harvest_architecture(&config, dir.path(), run.path()).await;
         let answers = config.own_cache().join("responses.jsonl");
         let answers = std::fs::read_to_string(answers).unwrap();
         let tokenizer = Tokenizer::for_student(&config.student).unwrap();
@@ -241,15 +243,15 @@ async fn a_student_that_is_its_own_teacher_does_not_move() {
         let report = &data.report;
         assert!(report.ce_only.is_empty(), "{name}: {report}");
         assert_eq!(report.positions, report.soft_positions, "{name}: {report}");
-        let is_ended = |line: &&str| line.contains("\"stop\"");
-        let ended = answers.lines().filter(is_ended).count();
+        let has_ended = |line: &&str| line.contains("\"stop\"");
+        let ended = answers.lines().filter(has_ended).count();
         assert!(
             ended > PROMPTS / 10,
             "{name}: {ended} answers end by themselves"
         );
         let mut teacher = Model::load(dir.path()).unwrap();
         let (shape, weights) = decoder::load(dir.path()).unwrap();
-        let mut student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
+        let mut student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
         for (precision, largest) in [
             (Precision::F32, LARGEST),
             (Precision::Bf16, LARGEST_ROUNDED),
@@ -262,7 +264,7 @@ async fn a_student_that_is_its_own_teacher_does_not_move() {
                 data: &data,
                 end: None,
             };
-            let by_answers = chain.of(soft(Divergence::Tail, 0.0));
+            let by_answers = chain.compute(soft(Divergence::Tail, 0.0));
             let scale = norm(&by_answers);
             let others = [
                 Divergence::Temperature(2.0),
@@ -273,7 +275,7 @@ async fn a_student_that_is_its_own_teacher_does_not_move() {
             ];
             let others = others.iter().filter(|_| precision == Precision::F32);
             for &divergence in [Divergence::Tail].iter().chain(others) {
-                let share = norm(&chain.of(soft(divergence, 1.0))) / scale;
+                let share = norm(&chain.compute(soft(divergence, 1.0))) / scale;
                 assert!(
                     share < largest,
                     "{name}, {precision:?}, {divergence}: {share:e}"
@@ -281,8 +283,11 @@ async fn a_student_that_is_its_own_teacher_does_not_move() {
             }
             let mut sampled = vec![("cross-entropy", by_answers)];
             if precision == Precision::F32 {
-                // At a match, a smaller lambda scales it.
-                sampled.push(("unbiased", chain.of(soft(Divergence::Damped(1.0), 1.0))));
+                // At a match, a smaller lambda only scales the gradient.
+                sampled.push((
+                    "unbiased",
+                    chain.compute(soft(Divergence::Damped(1.0), 1.0)),
+                ));
             }
             for (loss, gradients) in sampled {
                 let deviation = deviation(&gradients);
@@ -291,43 +296,44 @@ async fn a_student_that_is_its_own_teacher_does_not_move() {
                     "{name}, {precision:?}, {loss}: {deviation}"
                 );
             }
-            let dense = Gradients {
+            let with_local_teacher = Gradients {
                 teacher: Some(&teacher),
                 ..chain
             };
-            let share = norm(&dense.of(soft(Divergence::Tail, 1.0))) / scale;
+            let share = norm(&with_local_teacher.compute(soft(Divergence::Tail, 1.0))) / scale;
             assert!(share < LARGEST, "{name}, {precision:?}, dense: {share:e}");
         }
     }
 }
 
-/// A trained model with merges, whose answers a tokenizer may cut in another way than they were written.
+/// A trained model with merges: its tokenizer may split an answer differently from how it was generated.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trained_model_hardly_moves_under_its_own_soft_labels() {
+async fn trained_model_distilled_from_itself_has_a_tiny_gradient() {
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/reminders");
     let run = tempfile::tempdir().unwrap();
     let dir = shipped.join("teacher");
-    let config = harvested(&dir, &shipped.join("prompts.jsonl"), run.path()).await;
+    let config = harvest_model(&dir, &shipped.join("prompts.jsonl"), run.path()).await;
     let tokenizer = Tokenizer::for_student(&config.student).unwrap();
     let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(())).unwrap();
     let (shape, weights) = decoder::load(&dir).unwrap();
-    let student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
     let chain = Gradients {
         student: &student,
         teacher: None,
         data: &data,
         end: None,
     };
-    let scale = norm(&chain.of(soft(Divergence::Tail, 0.0)));
-    let share = norm(&chain.of(soft(Divergence::Tail, 1.0))) / scale;
+    let scale = norm(&chain.compute(soft(Divergence::Tail, 0.0)));
+    let share = norm(&chain.compute(soft(Divergence::Tail, 1.0))) / scale;
     assert!(share < 10.0 * LARGEST, "{share:e}: {}", data.report);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
+async fn student_distilled_from_itself_without_end_logprobs_has_no_bias() {
     let [(_, llama), ..] = architectures(96 + tiny::CONTROL.len());
-    let (dir, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let mut config = of_architecture(&llama, dir.path(), run.path()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let run = tempfile::tempdir().unwrap();
+    let mut config = harvest_architecture(&llama, dir.path(), run.path()).await;
     let without_ends = run.path().join("without-ends");
     leave_out_ends(&config.own_cache(), &without_ends);
     config.data.cache = Some(without_ends);
@@ -337,10 +343,13 @@ async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
     assert!(report.misses_ends() && report.ends > 0, "{report}");
     assert_eq!(report.positions - report.soft_positions, report.ends);
     let choice = soft_labels::choose(&config.loss, report, Some(0), false).unwrap();
-    let told = format!("{0} of {0} ends of answers are not in", report.ends);
-    assert!(choice.notes.join("\n").contains(&told), "{choice:?}");
+    let note = format!(
+        "{0} of {0} end tokens of answers have no logprobs",
+        report.ends
+    );
+    assert!(choice.notes.join("\n").contains(&note), "{choice:?}");
     let (shape, weights) = decoder::load(dir.path()).unwrap();
-    let student = Student::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
     let deviation_of = |divergence, end| {
         let chain = Gradients {
             student: &student,
@@ -348,10 +357,10 @@ async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
             data: &data,
             end,
         };
-        deviation(&chain.of(soft(divergence, 1.0)))
+        deviation(&chain.compute(soft(divergence, 1.0)))
     };
-    // That it is listed is said of other answers: these show that it is not.
-    let end = tokenizer.end_of_turn().map(|token| End {
+    // `is_listed` is only a default: these answers show that the end token is not listed.
+    let end = tokenizer.end_of_turn().map(|token| EndToken {
         token,
         is_listed: true,
     });
@@ -361,11 +370,9 @@ async fn an_endpoint_that_lists_no_ends_does_not_move_it_either() {
         Divergence::Damped(0.35),
         Divergence::ReverseKl,
     ] {
-        let (moved, left) = (
-            deviation_of(divergence, None),
-            deviation_of(divergence, end),
-        );
-        assert!(left < LARGEST_DEVIATION, "{divergence}: {left}");
-        assert!(moved > LARGEST_DEVIATION, "{divergence}: {moved}");
+        let biased = deviation_of(divergence, None);
+        let corrected = deviation_of(divergence, end);
+        assert!(corrected < LARGEST_DEVIATION, "{divergence}: {corrected}");
+        assert!(biased > LARGEST_DEVIATION, "{divergence}: {biased}");
     }
 }

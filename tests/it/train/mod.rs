@@ -1,12 +1,13 @@
-//! Training: it learns, it resumes to the same bytes, it does not depend on how a step is cut.
+//! Training: it learns, resumes to the same bytes, and does not depend on micro-batch size or threads.
 
 mod adapters;
+mod demo;
 mod identity;
-mod judged;
+mod local_teacher;
+mod on_policy;
 mod options;
 mod resume;
 mod soft_labels;
-mod teacher;
 
 use std::path::Path;
 
@@ -15,12 +16,12 @@ use distill::exit::Exit;
 use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
 use distill::train;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 use serde_json::json;
 
 use crate::tiny;
 
-/// A run folder with a tiny model and conversations whose answer the prompt determines.
+/// A run folder with a tiny model, and conversations in which the prompt determines the answer.
 fn run_folder() -> (tempfile::TempDir, Config) {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
@@ -65,7 +66,7 @@ fn weights(config: &Config) -> Vec<u8> {
     std::fs::read(config.student_dir().join("model.safetensors")).unwrap()
 }
 
-/// The lines of `metrics.jsonl` without the one value that may differ.
+/// The lines of `metrics.jsonl` without `tokens_per_s`, the only value that may differ between runs.
 fn metrics(config: &Config) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(config.run_dir.join("metrics.jsonl")).unwrap();
     text.lines()
@@ -78,10 +79,10 @@ fn metrics(config: &Config) -> Vec<serde_json::Value> {
 }
 
 #[test]
-fn a_student_learns_what_its_prompts_determine() {
+fn training_learns_answers_that_prompts_determine() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(60);
-    let summary = train::run(&config, Start::Ask.into()).unwrap();
+    let summary = train::run(&config, StartMode::New.into()).unwrap();
     let accuracy = summary.validation.token_accuracy.unwrap();
     assert!(
         accuracy > 0.95,
@@ -91,16 +92,15 @@ fn a_student_learns_what_its_prompts_determine() {
     assert!(first["loss"].as_f64().unwrap() > 10.0 * summary.last_loss);
 }
 
-/// The loss is divided by the step's supervised tokens, so cutting a step into micro-batches of
-/// any size changes nothing but rounding.
+/// The loss is divided by the supervised tokens of the step, so the micro-batch size only changes rounding errors.
 #[test]
-fn how_a_step_is_cut_does_not_matter() {
+fn micro_batch_size_does_not_change_gradient_norms() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(3);
     let mut results = Vec::new();
     for micro_batch_size in [6, 4, 2, 1] {
         config.train.micro_batch_size = micro_batch_size;
-        train::run(&config, Start::Fresh.into()).unwrap();
+        train::run(&config, StartMode::Fresh.into()).unwrap();
         let norms: Vec<f64> = metrics(&config)
             .iter()
             .filter_map(|line| line["grad_norm"].as_f64())
@@ -116,32 +116,32 @@ fn how_a_step_is_cut_does_not_matter() {
 }
 
 #[test]
-fn the_number_of_threads_does_not_change_a_bit() {
+fn thread_count_does_not_change_the_weights() {
     let (_dir, mut config) = run_folder();
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let two = weights(&config);
     config.train.threads = 1;
-    train::run(&config, Start::Fresh.into()).unwrap();
+    train::run(&config, StartMode::Fresh.into()).unwrap();
     assert!(weights(&config) == two);
 }
 
 #[test]
-fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
+fn existing_checkpoint_needs_resume_or_fresh_and_the_same_settings() {
     let (_dir, mut config) = run_folder();
-    let code = |result: anyhow::Result<distill::train::summary::Summary>| {
+    let code = |result: anyhow::Result<distill::train::summary::TrainSummary>| {
         let error = result.err().unwrap();
         (Exit::code_of(&error), format!("{error:#}"))
     };
-    let (status, message) = code(train::run(&config, Start::Resume.into()));
+    let (status, message) = code(train::run(&config, StartMode::Resume.into()));
     assert!(
         status == 2 && message.contains("no checkpoint"),
         "{message}"
     );
-    train::run(&config, Start::Ask.into()).unwrap();
-    let (status, message) = code(train::run(&config, Start::Ask.into()));
+    train::run(&config, StartMode::New.into()).unwrap();
+    let (status, message) = code(train::run(&config, StartMode::New.into()));
     assert!(status == 2 && message.contains("--resume") && message.contains("--fresh"));
     config.train.learning_rate = 1e-3;
-    let (status, message) = code(train::run(&config, Start::Resume.into()));
+    let (status, message) = code(train::run(&config, StartMode::Resume.into()));
     assert!(status == 2 && message.contains("have changed"), "{message}");
     config.train.learning_rate = 2e-2;
     let checkpoint = config
@@ -149,7 +149,7 @@ fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
         .join("checkpoints/step-000012/optimizer.safetensors");
     let bytes = std::fs::read(&checkpoint).unwrap();
     std::fs::write(&checkpoint, &bytes[..bytes.len() / 2]).unwrap();
-    let (status, message) = code(train::run(&config, Start::Resume.into()));
+    let (status, message) = code(train::run(&config, StartMode::Resume.into()));
     assert!(
         status == 5 && message.contains("optimizer.safetensors"),
         "{message}"
@@ -160,7 +160,7 @@ fn a_checkpoint_is_neither_ignored_nor_used_unasked() {
 fn saved_student_has_the_template_arguments_and_stop_ids() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    // The eos token of a base model differs from the template's end of turn.
+    // The eos token of a base model differs from the end of turn in the chat template.
     let generation = json!({"eos_token_id": 262, "temperature": 0.7});
     let path = config.student.path.join("generation_config.json");
     std::fs::write(path, generation.to_string()).unwrap();
@@ -171,7 +171,7 @@ fn saved_student_has_the_template_arguments_and_stop_ids() {
     let prompt = [Message::new("user", "the")];
     let trained = Tokenizer::for_student(&config.student).unwrap();
     let expected = trained.encode_prompt(&prompt).unwrap();
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let saved = Tokenizer::load(&config.student_dir()).unwrap();
     assert_eq!(saved.encode_prompt(&prompt).unwrap(), expected);
     assert!(saved.decode(&expected).unwrap().ends_with("kind: "));
@@ -202,7 +202,7 @@ fn template_arguments_are_saved_in_each_template_of_a_list() {
     settings["chat_template"] = templates;
     std::fs::write(path, settings.to_string()).unwrap();
     config.student.template_args = [("mood".to_owned(), json!("kind"))].into();
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let saved = Tokenizer::load(&config.student_dir()).unwrap();
     let prompt = saved.encode_prompt(&[Message::new("user", "the")]).unwrap();
     assert!(saved.decode(&prompt).unwrap().ends_with("kind: "));
@@ -212,13 +212,13 @@ fn template_arguments_are_saved_in_each_template_of_a_list() {
 }
 
 #[test]
-fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
+fn zero_steps_save_the_initial_student_and_f16_halves_its_size() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let single = weights(&config).len();
     config.student.save_dtype = SaveDtype::F16;
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let half = weights(&config).len();
     assert!(half < single * 6 / 10, "{half} of {single} bytes");
     let metadata = |file: &str| std::fs::metadata(config.student_dir().join(file)).unwrap();
@@ -228,15 +228,15 @@ fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
         "tokenizer.json",
         "README.md",
     ] {
-        // Who may read one file may read them all.
+        // All files have the same permissions.
         let permissions = metadata(file).permissions();
         assert_eq!(permissions, metadata("model.safetensors").permissions());
     }
-    // What was written loads as a pretrained student.
+    // The saved folder loads as a pretrained student.
     config.student.init = StudentInit::Pretrained;
     config.student.path = config.student_dir();
     config.run_dir = config.run_dir.join("second");
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     assert!(
         Path::new(&config.student_dir())
             .join("model.safetensors")
@@ -245,10 +245,10 @@ fn zero_steps_write_the_student_as_it_begins_and_dtypes_halve_its_size() {
 }
 
 #[test]
-fn a_tokenizer_larger_than_the_embedding_is_refused() {
+fn tokenizer_larger_than_the_embedding_is_refused() {
     let (_dir, mut config) = run_folder();
     config.student.init = StudentInit::Pretrained;
-    // One token more than there are rows.
+    // One token more than the embedding has rows.
     let path = config.student.path.join("tokenizer.json");
     let mut tokenizer: serde_json::Value =
         serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
@@ -262,7 +262,7 @@ fn a_tokenizer_larger_than_the_embedding_is_refused() {
             .push(token);
     }
     std::fs::write(&path, tokenizer.to_string()).unwrap();
-    let error = train::run(&config, Start::Ask.into()).err().unwrap();
+    let error = train::run(&config, StartMode::New.into()).err().unwrap();
     let message = format!("{error:#}");
     assert_eq!(Exit::code_of(&error), 2, "{message}");
     for number in [tiny::PADDED_VOCABULARY, tiny::PADDED_VOCABULARY + 1] {

@@ -1,11 +1,11 @@
-//! What the settings of a training do.
+//! Effects of the training settings.
 
 use candle_core::Tensor;
 use distill::config::{BestMetric, ComputeDtype, Config, Device, LrSchedule, StudentInit};
 use distill::exit::Exit;
 use distill::model::weights::{self, Tensors};
 use distill::train;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 
 use super::{metrics, run_folder, weights};
 use crate::tiny;
@@ -19,39 +19,42 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 #[test]
-fn frozen_parameters_stay_and_the_others_move() {
+fn freeze_keeps_matching_parameters_and_trains_the_others() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let before = tensors(&config);
     config.train.steps = Some(3);
     config.train.freeze = vec!["embed_tokens".into(), r"layers\.0\..*proj".into()];
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     for (name, after) in tensors(&config) {
         let frozen =
             name.contains("embed_tokens") || (name.contains("layers.0.") && name.contains("proj"));
         assert_eq!(values(&after) == values(&before[&name]), frozen, "{name}");
     }
-    for (freeze, complaint) in [("", "leaves no parameter"), ("(", "no regular expression")] {
+    for (freeze, complaint) in [
+        ("", "leaves no parameter"),
+        ("(", "not a valid regular expression"),
+    ] {
         config.train.freeze = vec![freeze.into()];
-        let error = train::run(&config, Start::Fresh.into()).err().unwrap();
+        let error = train::run(&config, StartMode::Fresh.into()).err().unwrap();
         assert!(format!("{error:#}").contains(complaint), "{error:#}");
         assert_eq!(Exit::code_of(&error), 2);
     }
 }
 
 #[test]
-fn the_best_weights_become_the_student_and_patience_ends_the_run() {
+fn early_stopping_saves_the_best_weights_and_ends_after_patience() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(400);
     config.train.schedule = LrSchedule::Constant;
-    // Too fast to stay where it is good.
+    // Too high to stay at the optimum.
     config.train.learning_rate = 5e-2;
     config.train.eval_every = 2;
     config.train.keep_checkpoints = 1;
     config.train.best = BestMetric::Ce;
     config.train.patience = 4;
-    let summary = train::run(&config, Start::Ask.into()).unwrap();
+    let summary = train::run(&config, StartMode::New.into()).unwrap();
     let validations: Vec<(u64, f64)> = metrics(&config)
         .iter()
         .filter(|line| line["split"] == "validation")
@@ -76,45 +79,45 @@ fn the_best_weights_become_the_student_and_patience_ends_the_run() {
             &weights::load_file(&kept.join("model.safetensors")).unwrap()["model.embed_tokens.weight"]
         ),
     );
-    // A run that has ended for good does not go on.
-    let again = train::run(&config, Start::Resume.into()).unwrap();
+    // Resuming a finished run takes no further step.
+    let again = train::run(&config, StartMode::Resume.into()).unwrap();
     assert_eq!((again.steps, again.best_step), (summary.steps, Some(best)));
 }
 
 #[test]
-fn the_average_follows_its_formula_and_becomes_the_student() {
+fn ema_matches_its_formula_and_becomes_the_student() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(4);
     config.train.checkpoint_every = 1;
     config.train.keep_checkpoints = 9;
     config.train.ema_decay = 0.4;
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     let name = "model.layers.1.mlp.down_proj.weight";
-    let of = |step: u64| {
+    let values_at = |step: u64| {
         let folder = config.run_dir.join(format!("checkpoints/step-{step:06}"));
         values(&weights::load_file(&folder.join("model.safetensors")).unwrap()[name])
     };
     let (_start_dir, mut start) = run_folder();
     start.train.steps = Some(0);
-    train::run(&start, Start::Ask.into()).unwrap();
+    train::run(&start, StartMode::New.into()).unwrap();
     let mut average = values(&tensors(&start)[name]);
     for step in 1..=4 {
         let decay = 0.4f64.min((1.0 + step as f64) / (10.0 + step as f64)) as f32;
-        for (average, value) in average.iter_mut().zip(of(step)) {
+        for (average, value) in average.iter_mut().zip(values_at(step)) {
             *average = decay * *average + (1.0 - decay) * value;
         }
     }
     assert_eq!(values(&tensors(&config)[name]), average);
-    assert_ne!(of(4), average);
+    assert_ne!(values_at(4), average);
 }
 
 #[test]
-fn decay_leaves_norms_and_what_patterns_name_alone() {
+fn weight_decay_skips_norms_and_no_decay_patterns() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(1);
     config.train.warmup_steps = 1;
     let run = |config: &Config| {
-        train::run(config, Start::Fresh.into()).unwrap();
+        train::run(config, StartMode::Fresh.into()).unwrap();
         tensors(config)
     };
     config.train.weight_decay = 0.0;
@@ -132,26 +135,25 @@ fn decay_leaves_norms_and_what_patterns_name_alone() {
 }
 
 #[test]
-fn bf16_learns_what_f32_learns() {
+fn bf16_reaches_the_accuracy_of_f32() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(60);
     config.train.dtype = ComputeDtype::F32;
-    let full = train::run(&config, Start::Ask.into()).unwrap();
+    let full = train::run(&config, StartMode::New.into()).unwrap();
     let full_weights = weights(&config);
     config.train.dtype = ComputeDtype::Bf16;
-    let error = train::run(&config, Start::Resume.into()).err().unwrap();
+    let error = train::run(&config, StartMode::Resume.into()).err().unwrap();
     assert!(format!("{error:#}").contains("have changed"), "{error:#}");
-    let half = train::run(&config, Start::Fresh.into()).unwrap();
+    let half = train::run(&config, StartMode::Fresh.into()).unwrap();
     assert!(weights(&config) != full_weights);
     for summary in [full, half] {
         assert!(summary.validation.token_accuracy.unwrap() > 0.95);
     }
 }
 
-/// Loss or gradient, not a number or infinite: nothing is updated, and the step and the examples
-/// are named.
+/// A loss or gradient that is NaN or infinite: nothing is updated, and the error names the step and the examples.
 #[test]
-fn numbers_that_are_not_finite_stop_before_the_update() {
+fn non_finite_loss_or_gradient_stops_before_the_update() {
     let scale = |tensors: &mut Tensors, name: &str, factor: f64| {
         let scaled = (&tensors[name] * factor).unwrap();
         tensors.insert(name.into(), scaled);
@@ -167,7 +169,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
             Box::new(move |tensors| scale(tensors, "lm_head.weight", 1e38)),
         ),
         (
-            // Logits of the usual size, whose gradient the head's weights blow up.
+            // The logits have the usual size, but the gradient overflows in the head's weights.
             "gradient",
             Box::new(move |tensors| {
                 let head = tensors["lm_head.weight"].sign().unwrap();
@@ -176,7 +178,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
             }),
         ),
     ];
-    for (what, break_weights) in cases {
+    for (quantity, break_weights) in cases {
         let (_dir, mut config) = run_folder();
         config.student.init = StudentInit::Pretrained;
         config.train.micro_batch_size = 2;
@@ -184,9 +186,9 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
             weights::load_file(&config.student.path.join("model.safetensors")).unwrap();
         break_weights(&mut tensors);
         tiny::write_weights(&config.student.path, &tensors);
-        let error = train::run(&config, Start::Ask.into()).err().unwrap();
+        let error = train::run(&config, StartMode::New.into()).err().unwrap();
         let message = format!("{error:#}");
-        let expected = format!("the {what} of step 1 is not finite; nothing was updated");
+        let expected = format!("the {quantity} of step 1 is not finite; nothing was updated");
         assert!(message.contains(&expected), "{message}");
         assert!(!config.run_dir.join("checkpoints").exists());
     }
@@ -194,7 +196,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
     config.train.learning_rate = 1e30;
     config.train.max_grad_norm = 0.0;
     config.train.checkpoint_every = 1;
-    let error = train::run(&config, Start::Ask.into()).err().unwrap();
+    let error = train::run(&config, StartMode::New.into()).err().unwrap();
     let message = format!("{error:#}");
     assert!(message.contains("step 2 is not finite"), "{message}");
     let kept = config.run_dir.join("checkpoints/step-000001");
@@ -202,7 +204,7 @@ fn numbers_that_are_not_finite_stop_before_the_update() {
 }
 
 #[test]
-fn a_device_that_the_program_was_not_built_for_is_refused() {
+fn device_missing_from_the_build_is_refused() {
     let (_dir, mut config) = run_folder();
     for (device, built) in [
         (Device::Cuda, cfg!(feature = "cuda")),
@@ -210,7 +212,7 @@ fn a_device_that_the_program_was_not_built_for_is_refused() {
     ] {
         config.train.device = device;
         if !built {
-            let error = train::run(&config, Start::Ask.into()).err().unwrap();
+            let error = train::run(&config, StartMode::New.into()).err().unwrap();
             assert!(format!("{error:#}").contains("--features"), "{error:#}");
             assert_eq!(Exit::code_of(&error), 2);
         }
@@ -221,12 +223,12 @@ fn a_device_that_the_program_was_not_built_for_is_refused() {
 fn settings_without_effect_are_refused() {
     let (_dir, mut config) = run_folder();
     let refused = |config: &Config| {
-        let error = train::run(config, Start::Fresh.into()).unwrap_err();
+        let error = train::run(config, StartMode::Fresh.into()).unwrap_err();
         assert_eq!(Exit::code_of(&error), 2);
         format!("{error:#}")
     };
     config.train.freeze = vec!["nope".into()];
-    assert!(refused(&config).contains("\"nope\", which matches no parameter"));
+    assert!(refused(&config).contains("\"nope\" matches no parameter"));
     config.train.freeze.clear();
     config.train.best = BestMetric::Kl;
     assert!(refused(&config).contains("soft labels"));

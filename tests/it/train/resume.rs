@@ -1,4 +1,4 @@
-//! Interrupted anywhere and resumed, a run ends in the same bytes: rows T7, T8 and T9 of the promises.
+//! A run that is interrupted anywhere and resumed ends with the same bytes: rows T7, T8 and T9 of the promises.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use distill::config::Config;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 use distill::train::{self, checkpoint};
 
 use super::{metrics, run_folder};
@@ -14,8 +14,8 @@ use crate::nightly;
 
 const STEPS: u64 = 20;
 
-/// A run that uses all that a checkpoint must hold: several epochs, accumulation, an average, a teacher
-/// that is trained along, answers of its own.
+/// An uninterrupted run that uses all features with state: several epochs, accumulation, a moving average, a co-trained
+/// teacher, on-policy answers.
 fn whole_run() -> (tempfile::TempDir, Config) {
     let (dir, mut config) = run_folder();
     config.train.steps = Some(STEPS);
@@ -30,11 +30,11 @@ fn whole_run() -> (tempfile::TempDir, Config) {
     config.teacher.cotrain = true;
     config.train.on_policy = true;
     config.on_policy.max_tokens = 6;
-    train::run(&config, Start::Ask.into()).unwrap();
+    train::run(&config, StartMode::New.into()).unwrap();
     (dir, config)
 }
 
-/// Everything that a run leaves, by name, but for the speed.
+/// Files of a finished run by name, and its metrics without the speed.
 fn outcome(config: &Config) -> (BTreeMap<String, Vec<u8>>, Vec<serde_json::Value>) {
     let last = config.run_dir.join(format!("checkpoints/step-{STEPS:06}"));
     let mut files = BTreeMap::new();
@@ -53,7 +53,8 @@ fn outcome(config: &Config) -> (BTreeMap<String, Vec<u8>>, Vec<serde_json::Value
 }
 
 fn assert_same_outcome(config: &Config, whole: &Config, when: &str) {
-    let ((files, lines), (whole_files, whole_lines)) = (outcome(config), outcome(whole));
+    let (files, lines) = outcome(config);
+    let (whole_files, whole_lines) = outcome(whole);
     assert!(files.keys().eq(whole_files.keys()), "{when}");
     for (name, bytes) in &files {
         assert!(*bytes == whole_files[name], "{name}: {when}");
@@ -61,14 +62,14 @@ fn assert_same_outcome(config: &Config, whole: &Config, when: &str) {
     assert_eq!(lines, whole_lines, "{when}");
 }
 
-/// The run folder as it is when `kept` is the last checkpoint, with the metrics of a run that went
-/// on for a while.
-fn killed_after(whole: &Config, kept: u64) -> Config {
+/// Copies a run folder with the checkpoints up to step `last`. Its metrics are those of the whole run, as if the kill
+/// came later.
+fn killed_after(whole: &Config, last: u64) -> Config {
     let mut config = whole.clone();
-    config.run_dir = whole.run_dir.with_file_name(format!("killed-{kept}"));
+    config.run_dir = whole.run_dir.with_file_name(format!("killed-{last}"));
     let _ = std::fs::remove_dir_all(&config.run_dir);
     let from = whole.run_dir.join("checkpoints");
-    for step in 1..=kept {
+    for step in 1..=last {
         copy_folder(
             &from.join(format!("step-{step:06}")),
             &config.run_dir.join(format!("checkpoints/step-{step:06}")),
@@ -88,35 +89,35 @@ fn copy_folder(from: &Path, to: &Path) {
 }
 
 #[test]
-fn a_run_resumed_after_any_step_ends_in_the_same_bytes() {
+fn resume_after_any_step_ends_with_the_same_bytes() {
     let (_dir, whole) = whole_run();
-    for kept in 1..STEPS {
-        let mut config = killed_after(&whole, kept);
-        // Neither changes a number.
-        config.train.threads = 1 + kept as usize % 3;
-        config.train.activation_checkpointing = kept % 2 == 0;
-        train::run(&config, Start::Resume.into()).unwrap();
-        assert_same_outcome(&config, &whole, &format!("after a stop at {kept}"));
+    for last in 1..STEPS {
+        let mut config = killed_after(&whole, last);
+        // Neither setting changes the weights.
+        config.train.threads = 1 + last as usize % 3;
+        config.train.activation_checkpointing = last % 2 == 0;
+        train::run(&config, StartMode::Resume.into()).unwrap();
+        assert_same_outcome(&config, &whole, &format!("after a stop at {last}"));
     }
 }
 
 #[test]
-fn a_checkpoint_does_not_care_where_its_files_are_and_says_what_has_changed() {
+fn resume_ignores_paths_and_reports_changed_settings() {
     let (dir, whole) = whole_run();
     let mut config = killed_after(&whole, 7);
-    // The same files by other names.
-    let elsewhere = dir.path().join("elsewhere");
-    std::os::unix::fs::symlink(&config.student.path, &elsewhere).unwrap();
-    config.student.path = elsewhere.clone();
-    config.teacher.local = Some(elsewhere);
-    train::run(&config, Start::Resume.into()).unwrap();
+    // The same files under another path.
+    let other_path = dir.path().join("other");
+    std::os::unix::fs::symlink(&config.student.path, &other_path).unwrap();
+    config.student.path = other_path.clone();
+    config.teacher.local = Some(other_path);
+    train::run(&config, StartMode::Resume.into()).unwrap();
     let weights = |config: &Config| std::fs::read(config.student_dir().join("model.safetensors"));
     assert!(weights(&config).unwrap() == weights(&whole).unwrap());
 
     let mut config = killed_after(&whole, 7);
     config.train.learning_rate *= 2.0;
     config.loss.kd_weight = Some(0.25);
-    let error = train::run(&config, Start::Resume.into()).err().unwrap();
+    let error = train::run(&config, StartMode::Resume.into()).err().unwrap();
     assert_eq!(distill::exit::Exit::code_of(&error), 2);
     let error = error.to_string();
     assert!(error.contains("train.learning_rate was"), "{error}");
@@ -128,7 +129,7 @@ fn a_checkpoint_does_not_care_where_its_files_are_and_says_what_has_changed() {
 }
 
 #[test]
-fn a_checkpoint_that_was_being_written_is_as_if_it_never_began() {
+fn resume_ignores_a_partly_written_checkpoint() {
     let (_dir, whole) = whole_run();
     let next = whole.run_dir.join("checkpoints/step-000008");
     let files = [
@@ -139,7 +140,7 @@ fn a_checkpoint_that_was_being_written_is_as_if_it_never_began() {
         "teacher_optimizer.safetensors",
         "state.json",
     ];
-    // Killed within the write of each file, between two, and before the folder had its name.
+    // Killed during the write of each file, between two files, and before the rename of the folder.
     for written in 0..=files.len() {
         for part in [0, 1, 2] {
             let config = killed_after(&whole, 7);
@@ -152,7 +153,7 @@ fn a_checkpoint_that_was_being_written_is_as_if_it_never_began() {
                 let bytes = std::fs::read(next.join(file)).unwrap();
                 std::fs::write(half.join(file), &bytes[..bytes.len() * part / 2]).unwrap();
             }
-            train::run(&config, Start::Resume.into()).unwrap();
+            train::run(&config, StartMode::Resume.into()).unwrap();
             let when = format!("killed with {written} files and {part}/2 written");
             assert_same_outcome(&config, &whole, &when);
             assert!(!half.exists());
@@ -160,7 +161,7 @@ fn a_checkpoint_that_was_being_written_is_as_if_it_never_began() {
     }
 }
 
-/// The config of a run for the real binary.
+/// Writes the config file of a run for the real binary.
 fn config_file(config: &Config) -> PathBuf {
     let path = config.run_dir.with_file_name("config.toml");
     let train = &config.train;
@@ -193,13 +194,13 @@ fn config_file(config: &Config) -> PathBuf {
     path
 }
 
-/// `distill train` on a config, with `shell` run before it.
-fn binary(config: &Path, how: &str, shell: &str) -> Command {
+/// Command for `distill train` on a config; `shell` runs before it.
+fn train_command(config: &Path, start_flag: &str, shell: &str) -> Command {
     let mut command = Command::new("bash");
     command
         .args([
             "-c",
-            &format!("{shell} exec \"$0\" train --json {how} -c \"$1\""),
+            &format!("{shell} exec \"$0\" train --json {start_flag} -c \"$1\""),
         ])
         .arg(env!("CARGO_BIN_EXE_distill"))
         .arg(config)
@@ -209,13 +210,13 @@ fn binary(config: &Path, how: &str, shell: &str) -> Command {
     command
 }
 
-fn succeed(output: Output) {
+fn assert_success(output: Output) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
 }
 
 #[test]
-fn kills_at_random_moments_change_nothing() {
+fn training_killed_at_random_moments_resumes_to_the_same_bytes() {
     let (_dir, whole) = whole_run();
     let mut config = whole.clone();
     config.run_dir = whole.run_dir.with_file_name("killed");
@@ -225,22 +226,30 @@ fn kills_at_random_moments_change_nothing() {
     let mut killed = 0;
     for round in 0.. {
         // A run that was killed before its first checkpoint starts over.
-        let begun = std::fs::read_dir(&checkpoints).is_ok_and(|entries| {
+        let has_checkpoint = std::fs::read_dir(&checkpoints).is_ok_and(|entries| {
             let names = entries.map(|entry| entry.unwrap().file_name());
             names
                 .into_iter()
                 .any(|name| !name.to_string_lossy().starts_with('.'))
         });
-        let mut command = binary(&file, if begun { "--resume" } else { "--fresh" }, "");
+        let mut command = train_command(
+            &file,
+            if has_checkpoint {
+                "--resume"
+            } else {
+                "--fresh"
+            },
+            "",
+        );
         if killed == if nightly() { 500 } else { 10 } {
-            succeed(command.output().unwrap());
+            assert_success(command.output().unwrap());
             assert_same_outcome(&config, &whole, "after kills");
             return;
         }
         let mut child = command.spawn().unwrap();
         std::thread::sleep(Duration::from_millis(random.u64(5..120)));
         child.kill().unwrap();
-        // One that was done before it was killed begins again.
+        // A run that finished before the kill starts again from nothing.
         if child.wait().unwrap().success() {
             assert_same_outcome(&config, &whole, &format!("round {round}"));
             std::fs::remove_dir_all(&config.run_dir).unwrap();
@@ -251,7 +260,7 @@ fn kills_at_random_moments_change_nothing() {
 }
 
 #[test]
-fn a_disk_that_fills_up_keeps_the_checkpoint_before() {
+fn full_disk_keeps_the_previous_checkpoint() {
     let (_dir, whole) = whole_run();
     let config = killed_after(&whole, 7);
     let file = config_file(&config);
@@ -259,11 +268,11 @@ fn a_disk_that_fills_up_keeps_the_checkpoint_before() {
         let path = whole.run_dir.join("checkpoints/step-000008").join(name);
         std::fs::metadata(path).unwrap().len()
     };
-    // Room for the weights, but not for the moments, which are twice as large.
+    // Enough space for the weights, but not for the moments, which are twice as large.
     let room = size("optimizer.safetensors") / 1024 - 1;
     assert!(room * 1024 > size("model.safetensors"));
     let full = format!("trap '' XFSZ; ulimit -f {room};");
-    let output = binary(&file, "--resume", &full).output().unwrap();
+    let output = train_command(&file, "--resume", &full).output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("optimizer.safetensors"), "{stderr}");
@@ -273,13 +282,13 @@ fn a_disk_that_fills_up_keeps_the_checkpoint_before() {
         .collect();
     assert!(left.contains(&"step-000007".to_string()), "{left:?}");
     assert!(!left.iter().any(|name| name.contains("000008")), "{left:?}");
-    succeed(binary(&file, "--resume", "").output().unwrap());
+    assert_success(train_command(&file, "--resume", "").output().unwrap());
     assert_same_outcome(&config, &whole, "after a full disk");
 }
 
-/// A bit that flips in the weights makes no other student: the checkpoint is refused, and the one before is used.
+/// A flipped bit in a checkpoint is detected by its checksum.
 #[test]
-fn a_checkpoint_that_changed_on_the_disk_is_refused() {
+fn checkpoint_that_changed_on_disk_is_refused() {
     let (_dir, config) = whole_run();
     let checkpoints = config.run_dir.join("checkpoints");
     let last = checkpoints.join(format!("step-{STEPS:06}"));
@@ -293,7 +302,7 @@ fn a_checkpoint_that_changed_on_the_disk_is_refused() {
         let mut bytes = std::fs::read(&path).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         std::fs::write(&path, &bytes).unwrap();
-        let error = train::run(&config, Start::Resume.into()).unwrap_err();
+        let error = train::run(&config, StartMode::Resume.into()).unwrap_err();
         let message = format!("{error:#}");
         assert!(
             message.contains(name) && message.contains("checksum"),
@@ -308,15 +317,15 @@ fn a_checkpoint_that_changed_on_the_disk_is_refused() {
     let step = format!("\"step\": {STEPS}");
     assert!(state.contains(&step));
     std::fs::write(&path, state.replace(&step, "\"step\": 7")).unwrap();
-    let error = train::run(&config, Start::Resume.into()).unwrap_err();
+    let error = train::run(&config, StartMode::Resume.into()).unwrap_err();
     assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
     std::fs::write(&path, state).unwrap();
-    train::run(&config, Start::Resume.into()).unwrap();
+    train::run(&config, StartMode::Resume.into()).unwrap();
 
-    // Nor does it become the student if it was the best one.
-    checkpoint::weights_of(&checkpoints, 7).unwrap();
+    // The best checkpoint is verified, too.
+    checkpoint::load_weights(&checkpoints, 7).unwrap();
     let other = checkpoints.join("step-000007/ema.safetensors");
     std::fs::copy(last.join("ema.safetensors"), other).unwrap();
-    let error = checkpoint::weights_of(&checkpoints, 7).unwrap_err();
+    let error = checkpoint::load_weights(&checkpoints, 7).unwrap_err();
     assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
 }

@@ -1,4 +1,4 @@
-//! Which soft labels are trusted, and what is made of them, by the program itself.
+//! Checks of the soft labels and the choice of their loss, with the real binary.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,24 +9,24 @@ use serde_json::{Value, json};
 use crate::data::dataset::{record, write_cache};
 use crate::tiny;
 
-/// Answers of 30 tokens of a teacher that mostly says one of two things. Each position has a
-/// distribution of its own; a position's token is drawn from that of `shift` positions before, and
-/// made `sharper` where the first of both is likely.
+/// Answers of 30 tokens by a teacher that mostly emits one of two tokens. Each position has its own distribution; its
+/// token is sampled from the distribution `shift` positions earlier, with the probability of the first token raised by
+/// `sharper`.
 fn answers(count: usize, shift: usize, sharper: f32, params: &Value) -> Vec<Record> {
     let mut random = fastrand::Rng::with_seed(21);
     let tokens = ["in", "he", "a", "b"];
     let answer = |number: usize, random: &mut fastrand::Rng| {
-        let drawn: Vec<(usize, f32)> = (0..30)
+        let distributions: Vec<(usize, f32)> = (0..30)
             .map(|_| (random.usize(..2), 0.5 + 0.4 * random.f32()))
             .collect();
         let mut text = String::new();
         let mut logprobs = Logprobs::default();
         for at in 0..30 {
-            let (first, p) = drawn[at];
-            let (said, likely) = drawn[(at + 30 - shift) % 30];
+            let (first, p) = distributions[at];
+            let (likely, probability) = distributions[(at + 30 - shift) % 30];
             let token = match random.f32() {
-                x if x < likely + sharper => tokens[said],
-                x if x < 0.95 => tokens[1 - said],
+                x if x < probability + sharper => tokens[likely],
+                x if x < 0.95 => tokens[1 - likely],
                 _ => tokens[2 + random.usize(..2)],
             };
             text.push_str(token);
@@ -57,7 +57,7 @@ fn answers(count: usize, shift: usize, sharper: f32, params: &Value) -> Vec<Reco
         .collect()
 }
 
-/// Runs `distill train` on the records: its exit status, and what it printed.
+/// Runs `distill train` on the records. Returns its exit status and output.
 fn train(records: &[Record], kd: &str, arguments: &[&str]) -> (i32, String) {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
@@ -86,7 +86,7 @@ fn train_in(dir: &Path, kd: &str, arguments: &[&str]) -> (i32, String) {
 }
 
 #[test]
-fn logprobs_that_are_one_position_off_are_refused_unless_forced() {
+fn logprobs_shifted_by_one_position_are_refused_unless_forced() {
     let plain = json!({"temperature": 1.0});
     let (status, printed) = train(&answers(40, 0, 0.0, &plain), "tail", &[]);
     assert!(status == 0 && printed.contains("expected"), "{printed}");
@@ -101,14 +101,14 @@ fn logprobs_that_are_one_position_off_are_refused_unless_forced() {
     assert_eq!(status, 0, "{printed}");
     let (status, printed) = train(&shifted, "tail", &["--force"]);
     assert!(
-        status == 0 && printed.contains("as --force says"),
+        status == 0 && printed.contains("because of --force"),
         "{printed}"
     );
 }
 
-/// Logprobs of another text: each answer is the next record's.
+/// Logprobs of another text: each record gets the answer of the next one.
 #[test]
-fn logprobs_that_cannot_be_used_are_refused_with_the_reason_unless_forced() {
+fn unusable_logprobs_are_refused_with_the_reason_unless_forced() {
     let mut records = answers(20, 0, 0.0, &json!({"temperature": 1.0}));
     let texts: Vec<String> = records
         .iter()
@@ -130,24 +130,27 @@ fn logprobs_that_cannot_be_used_are_refused_with_the_reason_unless_forced() {
 }
 
 #[test]
-fn auto_says_what_it_chose() {
+fn auto_reports_the_chosen_divergence() {
     let records = |temperature: f64| answers(40, 0, 0.0, &json!({"temperature": temperature}));
     let (status, printed) = train(&records(1.0), "auto", &[]);
     assert_eq!(status, 0, "{printed}");
     assert!(
-        printed.contains("damped 0.35, weight 1, since all answers were sampled"),
+        printed.contains("damped 0.35, weight 1, because all answers were sampled"),
         "{printed}"
     );
     let (_, printed) = train(&records(0.7), "auto", &[]);
     assert!(
-        printed.contains("tail, weight 0.8, since no answer was sampled"),
+        printed.contains("tail, weight 0.8, because no answer is an exact sample"),
         "{printed}"
     );
-    // Sharper than it says.
+    // Sampled more sharply than the logprobs show.
     let sharper = answers(40, 0, 0.3, &json!({"temperature": 1.0}));
     let (status, printed) = train(&sharper, "auto", &[]);
     assert_eq!(status, 0, "{printed}");
-    assert!(printed.contains("sampled more sharply"), "{printed}");
+    assert!(
+        printed.contains("sampled at a lower temperature"),
+        "{printed}"
+    );
     let (status, printed) = train(&sharper, "unbiased", &[]);
     assert_eq!(status, 2, "{printed}");
     let (status, printed) = train(&records(0.7), "unbiased", &[]);
@@ -169,7 +172,7 @@ fn auto_says_what_it_chose() {
 }
 
 #[test]
-fn a_vocabulary_that_does_not_tell_its_bytes_is_refused() {
+fn vocabulary_without_token_bytes_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
     std::fs::create_dir(&model).unwrap();

@@ -1,22 +1,22 @@
-//! A teacher on this machine: dense soft labels, alone and trained along.
+//! Local teachers, frozen and co-trained.
 
 use distill::config::{ComputeDtype, KdMode, StudentInit};
 use distill::data::groups::Selection;
 use distill::exit::Exit;
 use distill::model::{Model, ModelInput};
 use distill::train;
-use distill::train::summary::Start;
+use distill::train::summary::StartMode;
 
 use super::{metrics, run_folder};
 use crate::tiny;
 
 #[test]
-fn a_student_comes_closer_to_the_whole_distribution() {
+fn local_teacher_training_halves_the_kl_divergence() {
     let (_dir, mut config) = run_folder();
     config.teacher.local = Some(config.student.path.clone());
     config.train.steps = Some(80);
     config.train.eval_every = 80;
-    let mut ends = Vec::new();
+    let mut last_kls = Vec::new();
     for (kd, weight) in [
         (KdMode::None, 0.5),
         (KdMode::Tail, 1.0),
@@ -24,7 +24,7 @@ fn a_student_comes_closer_to_the_whole_distribution() {
     ] {
         config.loss.kd = kd;
         config.loss.kd_weight = Some(weight);
-        let summary = train::run(&config, Start::Fresh.into()).unwrap();
+        let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
         let validation = summary.validation;
         if kd == KdMode::None {
             assert!(validation.kl.is_none(), "{validation:?}");
@@ -34,28 +34,29 @@ fn a_student_comes_closer_to_the_whole_distribution() {
         let first = metrics(&config)[0]["kl"].as_f64().unwrap();
         let last = validation.kl.unwrap();
         assert!(last < 0.5 * first, "{kd:?}: from {first} to {last}");
-        ends.push(last);
+        last_kls.push(last);
     }
-    assert!(ends[0] != ends[1]);
+    assert!(last_kls[0] != last_kls[1]);
 }
 
-/// What the run says is what the two folders' own distributions say.
+/// The KL divergence of the summary equals the one computed from both model folders.
 #[test]
-fn the_divergence_that_is_told_is_that_of_the_models() {
+fn reported_kl_equals_the_kl_of_both_models() {
     let (_dir, mut config) = run_folder();
     config.teacher.local = Some(config.student.path.clone());
     config.loss.kd = KdMode::Auto;
     config.data.validation_share = 0.9;
     config.train.dtype = ComputeDtype::F32;
     config.train.steps = Some(3);
-    let summary = train::run(&config, Start::Ask.into()).unwrap();
+    let summary = train::run(&config, StartMode::New.into()).unwrap();
     let [teacher, student] =
         [&config.student.path, &config.student_dir()].map(|dir| Model::load(dir).unwrap());
     let tokenizer = distill::tokenizer::Tokenizer::load(&config.student.path).unwrap();
     let data =
         distill::data::dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(()))
             .unwrap();
-    let (mut sum, mut count) = (0.0, 0);
+    let mut sum = 0.0;
+    let mut count = 0;
     for example in data.validation().iter() {
         let batch = distill::data::batch::Batch::new([example]);
         let input = ModelInput {
@@ -63,10 +64,11 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
             segments: &batch.segments,
             positions: &batch.positions,
         };
-        let of = |model: &Model| model.map_logits(input, |_, row| row.to_vec()).unwrap();
-        for (student, teacher) in of(&student).iter().zip(&of(&teacher)) {
-            // The student has no rows beyond the tokenizer's.
-            let (p, q) = (log_softmax(&teacher[..student.len()]), log_softmax(student));
+        let logits = |model: &Model| model.map_logits(input, |_, row| row.to_vec()).unwrap();
+        for (student, teacher) in logits(&student).iter().zip(&logits(&teacher)) {
+            // The student's vocabulary is not padded.
+            let p = log_softmax(&teacher[..student.len()]);
+            let q = log_softmax(student);
             sum += p
                 .iter()
                 .zip(&q)
@@ -75,18 +77,20 @@ fn the_divergence_that_is_told_is_that_of_the_models() {
             count += 1;
         }
     }
-    let (told, expected) = (summary.validation.kl.unwrap(), sum / f64::from(count));
+    let reported = summary.validation.kl.unwrap();
+    let expected = sum / f64::from(count);
     assert!(
-        (told - expected).abs() < 1e-4 * expected,
-        "{told} and {expected}"
+        (reported - expected).abs() < 1e-4 * expected,
+        "{reported} and {expected}"
     );
 
-    // A model differs in nothing from itself.
+    // A student equal to its teacher has a divergence of 0.
     config.student.init = StudentInit::Pretrained;
     config.train.steps = Some(0);
-    let summary = train::run(&config, Start::Fresh.into()).unwrap();
-    let (kl, agreement) = (summary.validation.kl, summary.validation.teacher_agreement);
-    assert!(kl.unwrap().abs() < 1e-6 && agreement == Some(1.0), "{kl:?}");
+    let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
+    let kl = summary.validation.kl.unwrap();
+    assert!(kl.abs() < 1e-6, "{kl}");
+    assert_eq!(summary.validation.teacher_agreement, Some(1.0));
 }
 
 pub fn log_softmax(logits: &[f32]) -> Vec<f64> {
@@ -95,28 +99,29 @@ pub fn log_softmax(logits: &[f32]) -> Vec<f64> {
 }
 
 #[test]
-fn a_teacher_that_is_trained_along_learns_the_answers_and_is_written() {
+fn cotrained_teacher_learns_the_answers_and_is_saved() {
     let (_dir, mut config) = run_folder();
     config.teacher.local = Some(config.student.path.clone());
     config.loss.kd = KdMode::Tail;
     config.train.steps = Some(60);
-    let alone = train::run(&config, Start::Ask.into()).unwrap();
+    let with_frozen_teacher = train::run(&config, StartMode::New.into()).unwrap();
     assert!(!config.run_dir.join("teacher").exists());
     config.teacher.cotrain = true;
-    let error = train::run(&config, Start::Resume.into()).unwrap_err();
+    let error = train::run(&config, StartMode::Resume.into()).unwrap_err();
     assert!(format!("{error:#}").contains("have changed"), "{error:#}");
-    let along = train::run(&config, Start::Fresh.into()).unwrap();
+    let with_cotrained_teacher = train::run(&config, StartMode::Fresh.into()).unwrap();
     let lines = metrics(&config);
     let ce = |line: usize| lines[line]["teacher_ce"].as_f64().unwrap();
     assert!(ce(59) < 0.1 * ce(0), "from {} to {}", ce(0), ce(59));
     let mut slow = config.clone();
     slow.run_dir = config.run_dir.with_file_name("slow");
     slow.teacher.cotrain_rate = 1e-6;
-    train::run(&slow, Start::Ask.into()).unwrap();
+    train::run(&slow, StartMode::New.into()).unwrap();
     let last = metrics(&slow)[59]["teacher_ce"].as_f64().unwrap();
     assert!(last > 0.5 * ce(0), "from {} to {last}", ce(0));
-    // A teacher of noise is in the way; one that learns is not.
-    assert!(along.validation.ce.unwrap() < 0.5 * alone.validation.ce.unwrap());
+    // The frozen teacher has random weights, so its soft labels are noise.
+    let frozen_ce = with_frozen_teacher.validation.ce.unwrap();
+    assert!(with_cotrained_teacher.validation.ce.unwrap() < 0.5 * frozen_ce);
     config.student.init = StudentInit::Pretrained;
     config.student.path = config.run_dir.join("teacher");
     config.run_dir = config.run_dir.join("second");
@@ -124,12 +129,12 @@ fn a_teacher_that_is_trained_along_learns_the_answers_and_is_written() {
     config.teacher.cotrain = false;
     config.loss.kd = KdMode::None;
     config.train.steps = Some(0);
-    let teacher = train::run(&config, Start::Ask.into()).unwrap();
+    let teacher = train::run(&config, StartMode::New.into()).unwrap();
     assert!(teacher.validation.token_accuracy.unwrap() > 0.95);
 }
 
 #[test]
-fn a_teacher_with_another_tokenizer_is_refused() {
+fn local_teacher_with_another_tokenizer_is_refused() {
     let (dir, mut config) = run_folder();
     let teacher = dir.path().join("teacher");
     std::fs::create_dir(&teacher).unwrap();
@@ -139,7 +144,7 @@ fn a_teacher_with_another_tokenizer_is_refused() {
     std::fs::write(&path, text.replace("<|endoftext|>", "<|end|>")).unwrap();
     config.teacher.local = Some(teacher);
     config.loss.kd = KdMode::Tail;
-    let error = train::run(&config, Start::Ask.into()).unwrap_err();
+    let error = train::run(&config, StartMode::New.into()).unwrap_err();
     let message = format!("{error:#}");
     assert_eq!(Exit::code_of(&error), 2, "{message}");
     assert!(
@@ -148,9 +153,22 @@ fn a_teacher_with_another_tokenizer_is_refused() {
     );
 }
 
-/// It is taught on texts that nobody gave it, by a teacher that only judges.
+/// An empty `teacher.local` is the folder of the config file, which is not a model.
 #[test]
-fn a_student_learns_from_what_it_writes_itself() {
+fn local_teacher_that_is_not_a_model_folder_is_refused_with_setting_and_folder() {
+    let (dir, mut config) = run_folder();
+    config.teacher.local = Some(dir.path().join(""));
+    config.loss.kd = KdMode::Tail;
+    let error = train::run(&config, StartMode::New.into()).unwrap_err();
+    let message = format!("{error:#}");
+    assert_eq!(Exit::code_of(&error), 2, "{message}");
+    for expected in ["set teacher.local to", dir.path().to_str().unwrap()] {
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[test]
+fn on_policy_training_with_a_local_teacher_lowers_the_divergence() {
     let (_dir, mut config) = run_folder();
     config.teacher.local = Some(config.student.path.clone());
     config.loss.kd = KdMode::Tail;
@@ -160,7 +178,7 @@ fn a_student_learns_from_what_it_writes_itself() {
     for (share, kd, most) in [(1.0, KdMode::ReverseKl, 0.85), (0.5, KdMode::Jsd, 0.98)] {
         config.on_policy.share = share;
         config.on_policy.kd = kd;
-        let summary = train::run(&config, Start::Fresh.into()).unwrap();
+        let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
         let lines = metrics(&config);
         let mean = |lines: &[serde_json::Value]| {
             let judged = lines
@@ -168,7 +186,8 @@ fn a_student_learns_from_what_it_writes_itself() {
                 .map(|line| line["on_policy_kd"].as_f64().unwrap());
             judged.sum::<f64>() / lines.len() as f64
         };
-        let (first, last) = (mean(&lines[..5]), mean(&lines[130..150]));
+        let first = mean(&lines[..5]);
+        let last = mean(&lines[130..150]);
         assert!(last < most * first, "{kd:?}: from {first} to {last}");
         assert_eq!(lines[0]["ce"].is_null(), share == 1.0, "{}", lines[0]);
         assert!(summary.last_loss.is_finite());

@@ -1,4 +1,4 @@
-//! The model under training, and the folder that it becomes.
+//! A model under training, and its Hugging Face folder.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,56 +17,63 @@ use crate::model::weights::{self, Tensors};
 use crate::model::{Model, decoder, lora};
 use crate::tokenizer::Tokenizer;
 
-/// A model whose weights, or whose adapters, are variables, but for those that are frozen.
-pub struct Student {
+/// A model whose weights, or whose adapters, are variables, except the frozen ones.
+pub struct TrainableModel {
     pub model: Model,
     pub vars: BTreeMap<String, Var>,
     frozen: Tensors,
 }
 
-impl Student {
-    /// The student that the config describes, before its first step.
+impl TrainableModel {
+    /// Loads or initialises the student of the config.
     ///
     /// # Errors
-    /// Where the folder does not load, or its tokenizer has ids past its embedding.
-    pub fn initial(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
-        let (settings, train) = (&config.student, &config.train);
+    /// If the folder does not load, or its tokenizer has ids beyond the embedding.
+    pub fn student(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
+        let settings = &config.student;
+        let train = &config.train;
         let (mut shape, weights) = match settings.init {
             StudentInit::Pretrained => decoder::load(&settings.path)?,
             StudentInit::Random => {
-                let (size, stop) = (tokenizer.vocab_size(), tokenizer.stop_ids());
+                let size = tokenizer.vocab_size();
+                let stop = tokenizer.stop_ids();
                 let shape = ModelConfig::from_student(settings, size, stop)?;
                 let weights = random_weights(&shape, train.seed)?;
                 (shape, weights)
             }
         };
         tokenizer.check_fits(shape.vocab_size)?;
-        let device = device::of(train)?;
+        let device = device::open(train)?;
         let adapters = match config.lora.rank {
             0 => Tensors::new(),
             rank => {
                 shape.adapter_scale = config.lora.alpha / rank as f64;
-                lora::new_adapters(&shape, rank, &patterns(&config.lora.targets)?, train.seed)?
+                lora::new_adapters(
+                    &shape,
+                    rank,
+                    &parse_patterns(&config.lora.targets)?,
+                    train.seed,
+                )?
             }
         };
         if config.lora.rank > 0 && adapters.is_empty() {
             bail!(Exit::Usage(format!(
-                "lora.targets finds no linear layer in the student: its layers are named like {}",
+                "lora.targets matches no linear layer of the student; its layers are named like {}",
                 lora::first_projection_name(&shape)
             )));
         }
         let weights = weights::to_device(&weights, &device)?;
         let adapters = weights::to_device(&adapters, &device)?;
-        let mut student = Self::new(shape, weights, adapters, &patterns(&train.freeze)?)
+        let mut student = Self::new(shape, weights, adapters, &parse_patterns(&train.freeze)?)
             .with_context(|| format!("cannot load the student {}", settings.path.display()))?;
-        let is_known = |pattern: &Regex| {
+        let matches_parameter = |pattern: &Regex| {
             let names = student.vars.keys().chain(student.frozen.keys());
             names.into_iter().any(|name| pattern.is_match(name))
         };
-        for pattern in patterns(&train.freeze)? {
-            if !is_known(&pattern) {
+        for pattern in parse_patterns(&train.freeze)? {
+            if !matches_parameter(&pattern) {
                 bail!(Exit::Usage(format!(
-                    "train.freeze names {:?}, which matches no parameter",
+                    "train.freeze: {:?} matches no parameter",
                     pattern.as_str()
                 )));
             }
@@ -80,11 +87,11 @@ impl Student {
         Ok(student)
     }
 
-    /// A student over the given weights. All of them are trained, or the adapters alone where there
-    /// are any; those that a pattern finds are not.
+    /// A model over the given weights. All weights are trained, or only the adapters if there are any. Parameters that
+    /// match a pattern of `freeze` are not trained.
     ///
     /// # Errors
-    /// Where weights are missing or have other shapes than `config` says.
+    /// If weights are missing or their shapes differ from `config`.
     pub fn new(
         config: ModelConfig,
         mut weights: Tensors,
@@ -98,7 +105,7 @@ impl Student {
             .parameters()
             .into_iter()
             .map(|parameter| parameter.name);
-        // A missing one is named by the model below.
+        // `Model::new` reports missing weights.
         let weights = names.filter_map(|name| weights.remove_entry(&name));
         for (is_adapter, (name, tensor)) in weights
             .map(|weight| (false, weight))
@@ -120,37 +127,37 @@ impl Student {
         })
     }
 
-    /// The weights that are trained, as they are now, on the CPU.
+    /// Current values of the trained weights, on the CPU.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// If the device fails.
     pub fn trained(&self) -> Result<Tensors> {
         weights::to_device(&tensors(&self.vars), &Device::Cpu)
     }
 
-    /// All weights, with `trained` as those that are trained.
+    /// All weights: the frozen ones and `trained`.
     pub fn with(&self, trained: Tensors) -> Tensors {
         let mut all = self.frozen.clone();
         all.extend(trained);
         all
     }
 
-    /// A hash of the weights that are not trained.
+    /// Hash of the frozen weights.
     ///
     /// # Errors
-    /// Where one is no contiguous f32 tensor, or the device fails.
+    /// If a weight is not a contiguous f32 tensor, or the device fails.
     pub fn hash_of_frozen(&self) -> Result<String> {
         weights::hash(&self.frozen)
     }
 
-    /// Writes a student as a Hugging Face folder with the given weights, adapters merged into them;
-    /// an older one is replaced whole.
+    /// Writes a Hugging Face folder with the given weights, into which adapters are merged. An older folder is replaced
+    /// atomically.
     ///
-    /// Files of the tokenizer come from `tokenizer_dir`; `card` is the text of the README. Returns how these files
-    /// differ from those that were read.
+    /// The tokenizer's files are copied from `tokenizer_dir`; `card` is the text of the README. Returns the
+    /// differences between the copies and their sources.
     ///
     /// # Errors
-    /// Where a file cannot be read or written.
+    /// If a file cannot be read or written.
     pub fn save(
         &self,
         dir: &Path,
@@ -165,7 +172,7 @@ impl Student {
             SaveDtype::Bf16 => (DType::BF16, "bfloat16"),
         };
         let shape = self.model.config();
-        let folder::Files { files, changes } =
+        let folder::StudentFiles { files, changes } =
             folder::files(shape, name, (tokenizer_dir, tokenizer), card)?;
         let weights = weights::to_device(weights, &Device::Cpu)?;
         let weights = shape.export(&lora::merge(shape, &weights)?)?;
@@ -184,7 +191,7 @@ impl Student {
     }
 }
 
-/// Variables as tensors.
+/// Tensors of variables.
 pub fn tensors(vars: &BTreeMap<String, Var>) -> Tensors {
     let tensor = |(name, var): (&String, &Var)| (name.clone(), var.as_tensor().clone());
     vars.iter().map(tensor).collect()
@@ -193,7 +200,7 @@ pub fn tensors(vars: &BTreeMap<String, Var>) -> Tensors {
 /// Sets variables from a checkpoint.
 ///
 /// # Errors
-/// Where one is missing or has another shape.
+/// If a tensor is missing or has another shape.
 pub fn restore(vars: &BTreeMap<String, Var>, file: &weights::SafetensorsFile) -> Result<()> {
     for (name, var) in vars {
         var.set(&file.tensor(name)?.to_device(var.device())?)
@@ -202,14 +209,17 @@ pub fn restore(vars: &BTreeMap<String, Var>, file: &weights::SafetensorsFile) ->
     Ok(())
 }
 
-/// Regular expressions of the config.
+/// Compiles regular expressions of the config.
 ///
 /// # Errors
-/// Where one is none.
-pub fn patterns(texts: &[String]) -> Result<Vec<Regex>> {
+/// [`Exit::Usage`] if one is not valid.
+pub fn parse_patterns(texts: &[String]) -> Result<Vec<Regex>> {
     let pattern = |text: &String| {
         Regex::new(text).map_err(|error| {
-            Exit::Usage(format!("{text:?} is no regular expression: {error}")).into()
+            Exit::Usage(format!(
+                "{text:?} is not a valid regular expression: {error}"
+            ))
+            .into()
         })
     };
     texts.iter().map(pattern).collect()

@@ -1,4 +1,4 @@
-//! What the student writes itself, judged by a teacher behind an API.
+//! On-policy training with a judge behind an API.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,14 +16,14 @@ use distill::serve::{self, ServeOptions, Server};
 use distill::signal::StopFlag;
 use distill::tokenizer::Tokenizer;
 use distill::train;
-use distill::train::on_policy::Judge;
-use distill::train::summary::{Start, Summary};
+use distill::train::on_policy::TextScorer;
+use distill::train::summary::{StartMode, TrainSummary};
 
-use super::teacher::log_softmax;
+use super::local_teacher::log_softmax;
 use super::{metrics, run_folder, weights};
 
-/// Serves the teacher of the run folder, and has it judge.
-fn judged(config: &mut Config, teacher: &Path, by: ScoredBy) -> Server {
+/// Serves the model in `teacher`, and configures it as the judge.
+fn serve_judge(config: &mut Config, teacher: &Path, by: ScoredBy) -> Server {
     let options = ServeOptions {
         port: 0,
         model_name: Some("teacher".into()),
@@ -45,15 +45,16 @@ fn judged(config: &mut Config, teacher: &Path, by: ScoredBy) -> Server {
     server
 }
 
-/// The judge of the config, that says how often it was called and fails at the `fails`-th call.
-struct Asked {
+/// The judge of the config; it counts its calls and fails at one of them.
+struct FailingScorer {
     judge: distill::harvest::scorer::TextScorer,
     calls: Arc<AtomicUsize>,
+    /// Number of the call that fails; 0 for none.
     fails: usize,
 }
 
-impl Judge for Asked {
-    fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
+impl TextScorer for FailingScorer {
+    fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         if self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fails {
             bail!("the teacher is gone");
         }
@@ -61,23 +62,23 @@ impl Judge for Asked {
     }
 }
 
-/// Trains, with a judge that is gone at the `fails`-th call; 0 is never.
+/// Trains with a judge that fails at its `fails`-th call; 0 for never.
 fn run(
     config: &Config,
-    start: Start,
+    start: StartMode,
     fails: usize,
-) -> (Result<Summary>, distill::harvest::scorer::ScoringStats) {
+) -> (Result<TrainSummary>, distill::harvest::scorer::ScoringStats) {
     let judge = distill::harvest::scorer::TextScorer::new(config, true)
         .unwrap()
         .unwrap();
     let calls = Arc::default();
-    let mut asked = Asked {
+    let mut scorer = FailingScorer {
         judge,
         calls,
         fails,
     };
-    let summary = train::run_judged(config, start.into(), Some(&mut asked));
-    (summary, asked.judge.stats().clone())
+    let summary = train::run_with_scorer(config, start.into(), Some(&mut scorer));
+    (summary, scorer.judge.stats().clone())
 }
 
 fn mean(part: &[f64]) -> f64 {
@@ -93,70 +94,72 @@ fn judged_kd(config: &Config) -> Vec<f64> {
 }
 
 #[test]
-fn a_student_learns_from_what_an_endpoint_says_of_its_own_answers() {
+fn on_policy_training_with_a_remote_judge_lowers_the_divergence() {
     let (_dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
+    let _server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
     config.train.steps = Some(150);
-    let (summary, told) = run(&config, Start::Ask, 0);
+    let (summary, stats) = run(&config, StartMode::New, 0);
     let summary = summary.unwrap();
     let own = summary.own_answers.unwrap();
-    assert!(own.judged > 300 && own.judged <= own.written, "{own:?}");
-    assert!(own.written == 6 * 150 && summary.last_loss.is_finite());
+    assert!(own.scored > 300 && own.scored <= own.generated, "{own:?}");
+    assert!(own.generated == 6 * 150 && summary.last_loss.is_finite());
     let kd = judged_kd(&config);
-    let (first, last) = (mean(&kd[..5]), mean(&kd[kd.len() - 20..]));
+    let first = mean(&kd[..5]);
+    let last = mean(&kd[kd.len() - 20..]);
     assert!(last < 0.85 * first, "from {first} to {last}");
     assert!(
-        told.texts > 300 && told.failed + told.unusable == 0,
-        "{told:?}"
+        stats.texts > 300 && stats.failed + stats.unusable == 0,
+        "{stats:?}"
     );
-    assert_eq!(told.requests + told.cached, told.texts, "{told:?}");
+    assert_eq!(stats.requests + stats.cached, stats.texts, "{stats:?}");
 }
 
-/// A student that has learnt to write text, to begin with.
-fn begin_with_a_writer(config: &mut Config) {
+/// Configures a pretrained student that can write text.
+fn start_with_trained_student(config: &mut Config) {
     let mut first = config.clone();
-    first.run_dir = config.run_dir.with_file_name("writer");
+    first.run_dir = config.run_dir.with_file_name("pretrained");
     first.loss.kd = KdMode::None;
     first.train.steps = Some(60);
-    train::run(&first, Start::Ask.into()).unwrap();
+    train::run(&first, StartMode::New.into()).unwrap();
     config.student.init = StudentInit::Pretrained;
     config.student.path = first.student_dir();
 }
 
-/// The same text is worth the same by every way to ask: what the two models' distributions say.
+/// Every dialect gives the same divergence for the same text, and it equals the one of the two models.
 #[test]
-fn the_dialects_agree_with_each_other_and_with_the_models() {
+fn judge_dialects_agree_with_each_other_and_with_the_models() {
     let (_dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
     config.train.steps = Some(1);
     config.train.dtype = ComputeDtype::F32;
     config.train.batch_size = 12;
-    begin_with_a_writer(&mut config);
+    start_with_trained_student(&mut config);
     let mut judged_as = Vec::new();
     for (by, tokenizer) in [
         (ScoredBy::PromptLogprobs, false),
         (ScoredBy::PromptLogprobs, true),
         (ScoredBy::Echo, true),
     ] {
-        let _server = judged(&mut config, &teacher, by);
+        let _server = serve_judge(&mut config, &teacher, by);
         if !tokenizer {
             config.on_policy.tokenizer = None;
         }
-        let (summary, told) = run(&config, Start::Fresh, 0);
+        let (summary, stats) = run(&config, StartMode::Fresh, 0);
         summary.unwrap();
         assert!(
-            told.texts >= 3 && told.failed + told.unusable == 0,
-            "{by:?}: {told:?}"
+            stats.texts >= 3 && stats.failed + stats.unusable == 0,
+            "{by:?}: {stats:?}"
         );
         judged_as.push(judged_kd(&config)[0]);
         if by == ScoredBy::PromptLogprobs {
             let expected = expected_kd(&config, &teacher);
             let found = judged_as[judged_as.len() - 1];
-            let fits = match tokenizer {
-                true => (found - expected).abs() < 1e-5 * expected,
-                // By its text alone a part of a character is not known: it falls to the rest.
-                false => found < expected && found > 0.9 * expected,
+            let fits = if tokenizer {
+                (found - expected).abs() < 1e-5 * expected
+            } else {
+                // The text of a token does not identify a part of a character: it is counted in the tail.
+                found < expected && found > 0.9 * expected
             };
             assert!(fits, "{judged_as:?} and {expected}");
         }
@@ -165,13 +168,14 @@ fn the_dialects_agree_with_each_other_and_with_the_models() {
     assert!((judged_as[1] - judged_as[2]).abs() < 1e-5, "{judged_as:?}");
 }
 
-/// Mean reverse KL over the tokens of the texts in the cache of judgements, on the teacher's 20 likeliest
-/// tokens, the one that is there, and the rest.
+/// Mean reverse KL over the tokens of the judged texts, on the teacher's 20 most likely tokens, the actual token, and
+/// the rest.
 fn expected_kd(config: &Config, teacher: &Path) -> f64 {
     let tokenizer = Tokenizer::load(teacher).unwrap();
     let [teacher, student] = [teacher, &config.student.path].map(|dir| Model::load(dir).unwrap());
     let vocabulary = tokenizer.vocab_size();
-    let (mut sum, mut count) = (0.0, 0);
+    let mut sum = 0.0;
+    let mut count = 0;
     for record in distill::cache::read(&config.judged_dir().join("cache")).unwrap() {
         let record = record.unwrap();
         let messages: Vec<Message> =
@@ -185,19 +189,23 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
             segments: std::slice::from_ref(&whole),
             positions: &positions,
         };
-        let of = |model: &Model| model.map_logits(input, |_, row| log_softmax(&row[..vocabulary]));
-        let (teachers, students) = (of(&teacher).unwrap(), of(&student).unwrap());
+        let logprobs =
+            |model: &Model| model.map_logits(input, |_, row| log_softmax(&row[..vocabulary]));
+        let teachers = logprobs(&teacher).unwrap();
+        let students = logprobs(&student).unwrap();
         for ((p, q), at) in teachers.iter().zip(&students).zip(answer) {
-            let mut known: Vec<usize> = (0..vocabulary).collect();
-            known.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
-            known.truncate(20);
-            if !known.contains(&(ids[at] as usize)) {
-                known.push(ids[at] as usize);
+            let mut candidates: Vec<usize> = (0..vocabulary).collect();
+            candidates.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+            candidates.truncate(20);
+            if !candidates.contains(&(ids[at] as usize)) {
+                candidates.push(ids[at] as usize);
             }
-            let rest = |of: &[f64]| 1.0 - known.iter().map(|&id| of[id].exp()).sum::<f64>();
+            let rest = |logprobs: &[f64]| {
+                1.0 - candidates.iter().map(|&id| logprobs[id].exp()).sum::<f64>()
+            };
             let tail = rest(q) * (rest(q) / rest(p)).ln();
             sum += tail
-                + known
+                + candidates
                     .iter()
                     .map(|&id| q[id].exp() * (q[id] - p[id]))
                     .sum::<f64>();
@@ -208,56 +216,57 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
 }
 
 #[test]
-fn a_run_that_was_cut_off_buys_no_judgement_twice_and_ends_in_the_same_bytes() {
+fn interrupted_on_policy_run_repeats_no_request_and_ends_with_the_same_bytes() {
     let (dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
+    let _server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
     config.on_policy.share = 0.5;
     config.train.checkpoint_every = 4;
-    let (summary, whole) = run(&config, Start::Ask, 0);
+    let (summary, whole) = run(&config, StartMode::New, 0);
     summary.unwrap();
     assert_eq!(whole.cached, 0);
     let expected = (weights(&config), metrics(&config));
 
     config.run_dir = dir.path().join("cut");
-    let (summary, first) = run(&config, Start::Ask, 8);
+    let (summary, first) = run(&config, StartMode::New, 8);
     let error = format!("{:#}", summary.unwrap_err());
     assert!(
         error.contains("gone") && error.contains("--resume"),
         "{error}"
     );
-    // As if it had been killed at step 8, after the checkpoint of step 4.
+    // Simulates a kill at step 8, after the checkpoint of step 4.
     let checkpoints = config.run_dir.join("checkpoints");
     std::fs::remove_dir_all(checkpoints.join("step-000007")).unwrap();
     assert!(checkpoints.join("step-000004").exists());
-    let (summary, second) = run(&config, Start::Resume, 0);
+    let (summary, second) = run(&config, StartMode::Resume, 0);
     summary.unwrap();
     assert_eq!((weights(&config), metrics(&config)), expected);
     assert!(second.cached > 0, "{second:?}");
     assert_eq!(first.requests + second.requests, whole.requests);
 
-    // Another teacher would be another run.
+    // A run with another teacher cannot be resumed.
     config.teacher.model = "another".into();
-    let (summary, _) = run(&config, Start::Resume, 0);
+    let (summary, _) = run(&config, StartMode::Resume, 0);
     let error = format!("{:#}", summary.unwrap_err());
     assert!(error.contains("have changed"), "{error}");
 }
 
 #[test]
-fn judging_spends_from_the_budget_of_the_run_and_stops_with_a_checkpoint() {
+fn judging_spends_the_run_budget_and_stops_with_a_checkpoint() {
     let (_dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
-    (config.price.input, config.price.output) = (Some(100.0), Some(100.0));
+    let _server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
+    config.price.input = Some(100.0);
+    config.price.output = Some(100.0);
     config.budget.usd = Some(0.05);
-    let (summary, told) = run(&config, Start::Ask, 0);
+    let (summary, stats) = run(&config, StartMode::New, 0);
     let error = summary.unwrap_err();
     assert_eq!(Exit::code_of(&error), 4, "{error:#}");
     assert!(format!("{error:#}").contains("--resume"), "{error:#}");
-    let spent = told.cost_usd.unwrap();
-    assert!(spent > 0.02 && spent <= 0.05, "{told:?}");
+    let spent = stats.cost_usd.unwrap();
+    assert!(spent > 0.02 && spent <= 0.05, "{stats:?}");
 
-    // What is left is what a harvest may spend.
+    // A harvest may spend the rest of the budget.
     let prompts = config.run_dir.join("prompts.jsonl");
     let rows: String = (0..200)
         .map(|i| format!("{{\"messages\":[{{\"role\":\"user\",\"content\":\"number {i}\"}}]}}\n"))
@@ -281,10 +290,10 @@ fn judging_spends_from_the_budget_of_the_run_and_stops_with_a_checkpoint() {
 }
 
 #[test]
-fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
+fn endpoint_without_prompt_logprobs_is_refused_at_the_first_batch() {
     let (_dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
+    let server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
     drop(server);
     let script =
         distill::mock::script::Script::parse(std::path::Path::new("script.toml"), "").unwrap();
@@ -292,17 +301,17 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
         distill::mock::server::start(script, std::net::Ipv4Addr::LOCALHOST.into(), 0).unwrap();
     config.teacher.base_url = mock.base_url();
     config.teacher.model = "mock".into();
-    let (summary, told) = run(&config, Start::Ask, 0);
+    let (summary, stats) = run(&config, StartMode::New, 0);
     let error = summary.unwrap_err();
     assert_eq!(Exit::code_of(&error), 2, "{error:#}");
     assert!(
         format!("{error:#}").contains("prompt_logprobs"),
         "{error:#}"
     );
-    assert!(told.requests <= 2 * told.texts, "{told:?}");
+    assert!(stats.requests <= 2 * stats.texts, "{stats:?}");
     assert!(!config.run_dir.join("checkpoints").exists());
 
-    // A probe knows it before anything is asked.
+    // After a probe it is refused before any request.
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
     let error = distill::harvest::scorer::TextScorer::new(&config, true)
@@ -312,17 +321,16 @@ fn an_endpoint_that_cannot_judge_is_found_out_at_once() {
     assert!(format!("{error:#}").contains("distill probe"), "{error:#}");
     config.teacher.model = "teacher".into();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
+    let _server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
     assert!(distill::harvest::scorer::TextScorer::new(&config, true).is_ok());
 }
 
-/// The student's tokens are not the teacher's.
 #[test]
-fn a_judge_may_have_another_tokenizer() {
+fn judge_with_another_tokenizer_lowers_the_divergence() {
     let (dir, mut config) = run_folder();
     let teacher = config.student.path.clone();
-    let _server = judged(&mut config, &teacher, ScoredBy::PromptLogprobs);
+    let _server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
     let student = dir.path().join("student");
     std::fs::create_dir(&student).unwrap();
     for name in [
@@ -333,7 +341,7 @@ fn a_judge_may_have_another_tokenizer() {
     ] {
         std::fs::copy(config.student.path.join(name), student.join(name)).unwrap();
     }
-    // Without the merges every token is a byte.
+    // Without merges every token is a byte.
     let path = student.join("tokenizer.json");
     let mut tokenizer: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
@@ -342,13 +350,14 @@ fn a_judge_may_have_another_tokenizer() {
     config.student.path = student;
     config.student.init = StudentInit::Random;
     config.train.steps = Some(100);
-    let (summary, told) = run(&config, Start::Ask, 0);
+    let (summary, stats) = run(&config, StartMode::New, 0);
     summary.unwrap();
     let kd = judged_kd(&config);
-    let (first, last) = (mean(&kd[..5]), mean(&kd[kd.len() - 10..]));
+    let first = mean(&kd[..5]);
+    let last = mean(&kd[kd.len() - 10..]);
     assert!(
         kd.len() > 90 && last < 0.9 * first,
         "from {first} to {last}"
     );
-    assert!(told.texts > 200 && told.unusable == 0, "{told:?}");
+    assert!(stats.texts > 200 && stats.unusable == 0, "{stats:?}");
 }

@@ -1,0 +1,189 @@
+//! The folder of a demo: it never overwrites a file that the demo did not write.
+//!
+//! `demo.json` holds the hash of every content that the demo writes, and is updated before the file itself. A demo that
+//! was killed at any moment therefore recognises its own files and resumes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::exit::Exit;
+use crate::fs;
+
+const MANIFEST: &str = "demo.json";
+const VERSION: u32 = 1;
+
+/// A folder that belongs to the demo.
+pub(super) struct DemoFolder {
+    dir: PathBuf,
+    manifest: Manifest,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    version: u32,
+    /// Hashes of all contents that the demo has written, by file.
+    files: BTreeMap<String, BTreeSet<String>>,
+}
+
+impl DemoFolder {
+    /// Opens `dir`, into which the demo will write the files `names`.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] if the folder holds files of somebody else, or a file of `names` was changed.
+    pub(super) fn open<'a>(dir: &Path, names: impl Iterator<Item = &'a str>) -> Result<Self> {
+        let path = dir.join(MANIFEST);
+        if !path.exists() {
+            check_is_empty(dir)?;
+            let files = BTreeMap::new();
+            let version = VERSION;
+            return Ok(Self {
+                dir: dir.to_owned(),
+                manifest: Manifest { version, files },
+            });
+        }
+        let text = fs::read_to_string(&path)?;
+        let manifest: Manifest = serde_json::from_str(&text).map_err(|error| {
+            Exit::Usage(format!(
+                "{} is not a manifest of the demo: {error}; choose another folder with --dir",
+                path.display()
+            ))
+        })?;
+        let folder = Self {
+            dir: dir.to_owned(),
+            manifest,
+        };
+        for name in names {
+            folder.check_is_own(name)?;
+        }
+        Ok(folder)
+    }
+
+    /// Writes a file, unless it has this content already.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub(super) fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.dir.join(name);
+        let hashes = self.manifest.files.entry(name.to_owned()).or_default();
+        let is_new = hashes.insert(hash(bytes));
+        fs::create_dir_all(path.parent().unwrap_or(&self.dir))?;
+        if is_new {
+            let manifest = serde_json::to_vec_pretty(&self.manifest)?;
+            fs::write_atomic(&self.dir.join(MANIFEST), &manifest)?;
+        }
+        if std::fs::read(&path).ok().as_deref() != Some(bytes) {
+            fs::write_atomic(&path, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn check_is_own(&self, name: &str) -> Result<()> {
+        let path = self.dir.join(name);
+        if !path.exists() {
+            return Ok(());
+        }
+        let bytes = fs::read(&path)?;
+        let hashes = self.manifest.files.get(name);
+        if !hashes.is_some_and(|hashes| hashes.contains(&hash(&bytes))) {
+            bail!(Exit::Usage(format!(
+                "{} is not as the demo wrote it, and the demo would overwrite it: move it away, or choose another \
+                 folder with --dir",
+                path.display()
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn hash(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex().to_string()
+}
+
+/// Checks that a folder does not exist or is empty. Hidden files are ignored: they may be the desktop's.
+fn check_is_empty(dir: &Path) -> Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    let cannot_read = || format!("cannot read {}", dir.display());
+    for entry in std::fs::read_dir(dir).with_context(cannot_read)? {
+        let name = entry.with_context(cannot_read)?.file_name();
+        let name = name.to_string_lossy();
+        if !name.starts_with('.') {
+            bail!(Exit::Usage(format!(
+                "{} holds {name}, which the demo did not write: choose an empty folder with --dir",
+                dir.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMES: [&str; 2] = ["prompts.jsonl", "kl.toml"];
+
+    fn open(dir: &Path) -> Result<DemoFolder> {
+        DemoFolder::open(dir, NAMES.into_iter())
+    }
+
+    #[track_caller]
+    fn assert_refused(dir: &Path, name: &str) {
+        let error = open(dir).err().unwrap();
+        let message = error.to_string();
+        assert_eq!(Exit::code_of(&error), 2, "{message}");
+        assert!(
+            message.contains(name) && message.contains("--dir"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn demo_refuses_a_folder_with_files_of_the_user() {
+        for name in ["prompts.jsonl", "kl.toml", "notes.txt"] {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join(name), "mine").unwrap();
+            assert_refused(dir.path(), name);
+        }
+    }
+
+    #[test]
+    fn demo_resumes_its_own_folder_with_other_settings() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(".hidden"), "").unwrap();
+        for port in ["8017", "8018", "8017"] {
+            let mut folder = open(dir.path()).unwrap();
+            folder.write("teacher/config.json", b"{}").unwrap();
+            folder.write("kl.toml", port.as_bytes()).unwrap();
+            let text = std::fs::read_to_string(dir.path().join("kl.toml")).unwrap();
+            assert_eq!(text, port);
+        }
+    }
+
+    /// Killed after each write of a file: of the manifest, and of the file itself.
+    #[test]
+    fn demo_resumes_after_a_kill_between_manifest_and_file() {
+        let dir = tempfile::tempdir().unwrap();
+        open(dir.path()).unwrap().write("kl.toml", b"old").unwrap();
+        open(dir.path()).unwrap().write("kl.toml", b"new").unwrap();
+        std::fs::write(dir.path().join("kl.toml"), "old").unwrap();
+        open(dir.path()).unwrap();
+        std::fs::remove_file(dir.path().join("kl.toml")).unwrap();
+        open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn demo_refuses_to_overwrite_a_file_that_the_user_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        open(dir.path()).unwrap().write("kl.toml", b"old").unwrap();
+        std::fs::write(dir.path().join("kl.toml"), "mine").unwrap();
+        assert_refused(dir.path(), "kl.toml");
+        std::fs::write(dir.path().join("kl.toml"), "old").unwrap();
+        std::fs::write(dir.path().join("prompts.jsonl"), "mine").unwrap();
+        assert_refused(dir.path(), "prompts.jsonl");
+    }
+}
