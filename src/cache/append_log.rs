@@ -6,19 +6,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::place::{Displaced, Place};
+use crate::cache::open_file::{DisplacedFile, OpenFile};
 use crate::cache::storage;
 use crate::cache::storage::{Storage, SyncJob};
 
 /// The file of one writer, and what of it is durable.
-pub(crate) struct Journal {
+pub(crate) struct AppendLog {
     storage: Box<dyn Storage>,
     syncs_in_background: bool,
     path: PathBuf,
     /// The file and its name, to be compared.
-    place: Option<Place>,
+    open_file: Option<OpenFile>,
     /// The file, or another one of the cache, is not what this process made of it.
-    displaced: Option<Displaced>,
+    displaced: Option<DisplacedFile>,
     /// Bytes of whole lines.
     length: u64,
     /// Lines appended since the last sync, and when the first of them was.
@@ -39,7 +39,7 @@ enum Health {
     Lost,
 }
 
-impl Journal {
+impl AppendLog {
     /// `storage` holds `length` bytes of whole lines; `path` is for messages.
     ///
     /// # Errors
@@ -47,7 +47,7 @@ impl Journal {
     pub(crate) fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Result<Self> {
         Ok(Self {
             syncs_in_background: storage.sync_job().is_some(),
-            place: place_of(&*storage, path)?,
+            open_file: place_of(&*storage, path)?,
             displaced: None,
             storage,
             path: path.to_owned(),
@@ -63,11 +63,11 @@ impl Journal {
     /// fails, every later append is refused. If another program moved or changed the file, the lines go to the
     /// rescue file.
     pub(crate) fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
-        self.may_append()?;
-        self.look();
-        self.may_append()?;
+        self.check_writable()?;
+        self.check_file();
+        self.check_writable()?;
         if let Err(error) = storage::write_all(&mut *self.storage, text) {
-            return Err(self.undo(error));
+            return Err(self.roll_back(error));
         }
         self.length += text.len() as u64;
         self.unsynced += lines;
@@ -76,7 +76,7 @@ impl Journal {
     }
 
     /// Takes back what was written before `error`.
-    fn undo(&mut self, error: io::Error) -> anyhow::Error {
+    fn roll_back(&mut self, error: io::Error) -> anyhow::Error {
         if self.storage.truncate(self.length).is_err() {
             self.health = Health::Torn;
         }
@@ -85,9 +85,9 @@ impl Journal {
 
     /// Makes every line appended so far durable. An error is final.
     pub(crate) fn sync(&mut self) -> Result<()> {
-        self.look();
+        self.check_file();
         if self.health == Health::Lost {
-            return self.may_append();
+            return self.check_writable();
         }
         if self.unsynced == 0 {
             return Ok(());
@@ -98,7 +98,7 @@ impl Journal {
     }
 
     /// A sync of every line appended so far as a job for another thread, with their number.
-    /// Hand its result to [`Journal::end_sync`].
+    /// Hand its result to [`AppendLog::end_sync`].
     pub(crate) fn begin_sync(&mut self) -> Option<(usize, SyncJob)> {
         if self.health == Health::Lost || self.unsynced == 0 {
             return None;
@@ -119,7 +119,7 @@ impl Journal {
         };
         let lines = lines + self.unsynced;
         self.doubtful += lines - self.unsynced;
-        self.give_up();
+        self.mark_lost();
         Err(error).with_context(|| {
             format!(
                 "could not sync {}: its last {lines} records may not be on the disk",
@@ -134,7 +134,7 @@ impl Journal {
     /// # Errors
     /// Where the process has no descriptor left.
     pub(crate) fn replace(&mut self, storage: Box<dyn Storage>, length: u64) -> Result<()> {
-        self.place = place_of(&*storage, &self.path)?;
+        self.open_file = place_of(&*storage, &self.path)?;
         self.storage = storage;
         self.length = length;
         self.take_unsynced();
@@ -145,20 +145,20 @@ impl Journal {
     }
 
     /// Compares the file with what was written to it. Where it was moved or changed by somebody else, what
-    /// follows is appended to where it is safe, and [`Journal::check`] says so from now on.
-    pub(crate) fn look(&mut self) {
+    /// follows is appended to where it is safe, and [`AppendLog::check`] says so from now on.
+    pub(crate) fn check_file(&mut self) {
         // After a failed write the length is not what was written.
         if self.displaced.is_some() || self.health != Health::Good {
             return;
         }
-        let Some(place) = &self.place else {
+        let Some(open_file) = &self.open_file else {
             return;
         };
-        let Err(change) = place.check(self.length) else {
+        let Err(change) = open_file.check(self.length) else {
             return;
         };
-        let (displaced, rescue) = place.leave(&change, self.length);
-        self.displace(displaced);
+        let (displaced, rescue) = open_file.handle_change(&change, self.length);
+        self.set_displaced(displaced);
         match rescue {
             Ok(None) => {}
             Ok(Some(rescue)) => {
@@ -167,16 +167,16 @@ impl Journal {
                 self.storage = Box::new(rescue.file);
                 self.take_unsynced();
             }
-            Err(()) => self.give_up(),
+            Err(()) => self.mark_lost(),
         }
     }
 
     /// A file of the cache is not what this process made of it: nothing more is to be asked.
-    pub(crate) fn displace(&mut self, displaced: Displaced) {
+    pub(crate) fn set_displaced(&mut self, displaced: DisplacedFile) {
         self.displaced.get_or_insert(displaced);
     }
 
-    pub(crate) fn displaced(&self) -> Option<&Displaced> {
+    pub(crate) fn displaced(&self) -> Option<&DisplacedFile> {
         self.displaced.as_ref()
     }
 
@@ -188,31 +188,31 @@ impl Journal {
     ///
     /// # Errors
     /// Where it cannot be opened.
-    pub(crate) fn reader(&self) -> Result<Place> {
-        match &self.place {
-            Some(place) => place.again(),
+    pub(crate) fn reader(&self) -> Result<OpenFile> {
+        match &self.open_file {
+            Some(open_file) => open_file.try_clone(),
             None => {
                 let file = std::fs::File::open(&self.path);
                 let file =
                     file.with_context(|| format!("could not read {}", self.path.display()))?;
-                Place::of(&file, &self.path)
+                OpenFile::new(&file, &self.path)
             }
         }
     }
 
     /// Nothing may be appended any more: something that it depends on could not be synced.
-    pub(crate) fn give_up(&mut self) {
+    pub(crate) fn mark_lost(&mut self) {
         self.doubtful += self.take_unsynced();
         self.health = Health::Lost;
     }
 
     /// Lines that may not be on the disk since a sync of them failed.
-    pub(crate) fn doubtful(&self) -> usize {
+    pub(crate) fn possibly_lost(&self) -> usize {
         self.doubtful
     }
 
     /// Has a sync failed?
-    pub(crate) fn is_lost(&self) -> bool {
+    pub(crate) fn has_sync_failed(&self) -> bool {
         self.health == Health::Lost
     }
 
@@ -228,7 +228,7 @@ impl Journal {
 
     /// An error where nothing more is to be asked for.
     pub(crate) fn check(&self) -> Result<()> {
-        self.may_append()?;
+        self.check_writable()?;
         match &self.displaced {
             Some(displaced) => Err(displaced.clone().into()),
             None => Ok(()),
@@ -236,7 +236,7 @@ impl Journal {
     }
 
     /// An error where nothing can be appended any more.
-    pub(crate) fn may_append(&self) -> Result<()> {
+    pub(crate) fn check_writable(&self) -> Result<()> {
         let path = self.path.display();
         if let (Health::Lost, Some(displaced)) = (self.health, &self.displaced) {
             return Err(displaced.clone().into());
@@ -260,11 +260,14 @@ impl Journal {
     }
 
     /// For how long the oldest of them has been waiting.
-    pub(crate) fn waiting(&self) -> Option<Duration> {
+    pub(crate) fn oldest_unsynced_age(&self) -> Option<Duration> {
         self.oldest.map(|oldest| oldest.elapsed())
     }
 }
 
-fn place_of(storage: &dyn Storage, path: &Path) -> Result<Option<Place>> {
-    storage.file().map(|file| Place::of(file, path)).transpose()
+fn place_of(storage: &dyn Storage, path: &Path) -> Result<Option<OpenFile>> {
+    storage
+        .file()
+        .map(|file| OpenFile::new(file, path))
+        .transpose()
 }

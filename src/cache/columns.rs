@@ -6,40 +6,40 @@
 use std::borrow::Cow;
 
 use super::stored;
-use crate::cache::logprobs_view::{Lists, LogprobsView};
+use crate::cache::logprobs_view::{FlatLists, LogprobsView};
 
 /// Alternatives to make room for: the most that endpoints offer.
 const USUAL_TOP: usize = 20;
 
 /// The logprobs in `text`, which starts behind the brace that opens them, and the text from the one that closes
 /// them.
-pub(crate) fn read(text: &str) -> Option<(LogprobsView<'_>, &str)> {
-    let mut scan = Scan { text, at: 0 };
+pub(crate) fn parse(text: &str) -> Option<(LogprobsView<'_>, &str)> {
+    let mut scan = ColumnScanner { text, at: 0 };
     let mut view = LogprobsView::default();
     scan.literal("\"token\":")?;
-    scan.list(Scan::string, |token| view.token.push(token))?;
+    scan.list(ColumnScanner::string, |token| view.token.push(token))?;
     let tokens = view.token.len();
     view.logprob.reserve(tokens);
     view.top.reserve(USUAL_TOP * tokens, tokens);
     view.top_logprob.reserve(USUAL_TOP * tokens, tokens);
     scan.literal(",\"logprob\":")?;
-    scan.list(Scan::logprob, |logprob| view.logprob.push(logprob))?;
+    scan.list(ColumnScanner::logprob, |logprob| view.logprob.push(logprob))?;
     scan.literal(",\"top\":")?;
-    scan.lists(&mut view.top, Scan::string)?;
+    scan.lists(&mut view.top, ColumnScanner::string)?;
     scan.literal(",\"top_logprob\":")?;
-    scan.lists(&mut view.top_logprob, Scan::logprob)?;
+    scan.lists(&mut view.top_logprob, ColumnScanner::logprob)?;
     scan.literal(",\"raw\":")?;
     let raw = scan.string()?;
     view.put_raw(&stored::raw::tokens(std::str::from_utf8(&raw).ok()?).ok()?);
     Some((view, &text[scan.at..]))
 }
 
-struct Scan<'a> {
+struct ColumnScanner<'a> {
     text: &'a str,
     at: usize,
 }
 
-impl<'a> Scan<'a> {
+impl<'a> ColumnScanner<'a> {
     fn rest(&self) -> &'a [u8] {
         &self.text.as_bytes()[self.at..]
     }
@@ -74,7 +74,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    fn lists<T>(&mut self, to: &mut Lists<T>, item: fn(&mut Self) -> Option<T>) -> Option<()> {
+    fn lists<T>(&mut self, to: &mut FlatLists<T>, item: fn(&mut Self) -> Option<T>) -> Option<()> {
         let list = |scan: &mut Self| {
             scan.list(item, |value| to.push(value))?;
             to.end();

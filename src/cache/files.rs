@@ -7,7 +7,7 @@ use anyhow::Result;
 use std::path::Path;
 
 /// Told how many bytes have been read, and of how many; an error ends the reading.
-pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
+pub type OnReadProgress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 
 /// Bytes of the cache in `dir`.
 pub fn size(dir: &Path) -> u64 {

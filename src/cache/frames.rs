@@ -8,8 +8,8 @@
 
 use std::io::{self, Read, Write};
 
-use super::line::{self, Fault};
-use super::recovery::{BadLine, Ending, ScanError};
+use super::line::{self, LineError};
+use super::recovery::{BadLine, FileEnding, ScanError};
 
 /// Text that goes into one frame, at most one line more. Frames of half of it are 2 % larger, those
 /// of twice as much 1 % smaller.
@@ -100,7 +100,7 @@ pub fn salvage(broken: &[u8]) -> Vec<u8> {
     text.split_inclusive(|&byte| byte == b'\n')
         .enumerate()
         .filter(|(_, raw)| raw.ends_with(b"\n"))
-        .map(|(number, raw)| &raw[line::bare(raw, number == 0)])
+        .map(|(number, raw)| &raw[line::content_range(raw, number == 0)])
         .filter(|line| line::verify(line).is_ok())
         .flat_map(|line| [line, b"\n"].concat())
         .collect()
@@ -108,7 +108,7 @@ pub fn salvage(broken: &[u8]) -> Vec<u8> {
 
 /// Walks a compressed file frame by frame.
 #[derive(Debug)]
-pub struct Frames<R> {
+pub struct FrameReader<R> {
     reader: R,
     /// What has been read and not yet walked.
     buffer: Vec<u8>,
@@ -118,7 +118,7 @@ pub struct Frames<R> {
 
 /// What comes next in a compressed file.
 #[derive(Debug)]
-pub enum Piece {
+pub enum FramePiece {
     /// The lines in a frame.
     Text(Vec<u8>),
     Bad {
@@ -129,7 +129,7 @@ pub enum Piece {
     },
 }
 
-impl<R: Read> Frames<R> {
+impl<R: Read> FrameReader<R> {
     pub fn new(reader: R) -> Self {
         Self {
             reader,
@@ -147,7 +147,7 @@ impl<R: Read> Frames<R> {
     }
 
     /// The text of the next frame, with the offset of the frame, or what is wrong there.
-    pub fn advance(&mut self) -> io::Result<Option<(u64, Piece)>> {
+    pub fn advance(&mut self) -> io::Result<Option<(u64, FramePiece)>> {
         self.fill()?;
         let offset = self.offset;
         match self.frame_at(0)? {
@@ -155,7 +155,7 @@ impl<R: Read> Frames<R> {
             Some(length) => match decompress(&self.buffer[..length]) {
                 Ok(text) => {
                     self.take(length);
-                    Ok(Some((offset, Piece::Text(text))))
+                    Ok(Some((offset, FramePiece::Text(text))))
                 }
                 Err(error) => self.bad(Some(length), &error.to_string()).map(Some),
             },
@@ -192,7 +192,7 @@ impl<R: Read> Frames<R> {
     }
 
     /// Passes over what is no good frame, which may be one of `length` with a wrong content.
-    fn bad(&mut self, length: Option<usize>, why: &str) -> io::Result<(u64, Piece)> {
+    fn bad(&mut self, length: Option<usize>, why: &str) -> io::Result<(u64, FramePiece)> {
         let offset = self.offset;
         let mut has_unwritten = false;
         let mut from = 1;
@@ -223,7 +223,7 @@ impl<R: Read> Frames<R> {
             from = at + 1;
         };
         let is_whole = length.is_some();
-        let bad = Piece::Bad {
+        let bad = FramePiece::Bad {
             end: self.offset,
             is_torn: is_last && (!is_whole || has_unwritten),
             why: why.to_owned(),
@@ -256,10 +256,10 @@ fn holds_unwritten(bytes: &[u8]) -> bool {
     memchr::memmem::find(bytes, &UNWRITTEN).is_some()
 }
 
-/// Walks the lines of a compressed file, as [`super::recovery::Scan`] does those of a plain one.
+/// Walks the lines of a compressed file, as [`super::recovery::LineScan`] does those of a plain one.
 #[derive(Debug)]
 pub struct FrameScan<R> {
-    frames: Frames<R>,
+    frames: FrameReader<R>,
     /// The text of the current frame, and where that starts in the file.
     text: Vec<u8>,
     frame: u64,
@@ -273,7 +273,7 @@ pub struct FrameScan<R> {
 impl<R: Read> FrameScan<R> {
     pub fn new(reader: R) -> Self {
         Self {
-            frames: Frames::new(reader),
+            frames: FrameReader::new(reader),
             text: Vec::new(),
             frame: 0,
             line: 0..0,
@@ -292,7 +292,7 @@ impl<R: Read> FrameScan<R> {
                 let length = memchr::memchr(b'\n', rest).unwrap_or(rest.len());
                 // The lines may have been compressed with what editors add.
                 let raw = &rest[..length];
-                let bare = line::bare(raw, self.number == 0);
+                let bare = line::content_range(raw, self.number == 0);
                 self.line = self.next + bare.start..self.next + bare.end;
                 self.next += length + 1;
                 self.number += 1;
@@ -310,14 +310,14 @@ impl<R: Read> FrameScan<R> {
             };
             self.frame = offset;
             match piece {
-                Piece::Text(text) => {
+                FramePiece::Text(text) => {
                     self.text = text;
                     self.next = 0;
                 }
-                Piece::Bad { is_torn, why, .. } => {
+                FramePiece::Bad { is_torn, why, .. } => {
                     let bad = BadLine {
                         line: self.number + 1,
-                        ..self.bad(Fault::Frame(why))
+                        ..self.bad(LineError::Frame(why))
                     };
                     if !is_torn {
                         return Err(bad.into());
@@ -334,7 +334,7 @@ impl<R: Read> FrameScan<R> {
     }
 
     /// The current line, with what is wrong with it.
-    pub fn bad(&self, fault: Fault) -> BadLine {
+    pub fn bad(&self, fault: LineError) -> BadLine {
         BadLine {
             line: self.number,
             offset: self.frame,
@@ -349,10 +349,10 @@ impl<R: Read> FrameScan<R> {
     }
 
     /// How the file ends; meaningful once [`FrameScan::advance`] has returned `false`.
-    pub fn ending(&self) -> Ending {
+    pub fn ending(&self) -> FileEnding {
         match &self.torn {
-            Some(bad) => Ending::Torn(bad.clone()),
-            None => Ending::Clean,
+            Some(bad) => FileEnding::Torn(bad.clone()),
+            None => FileEnding::Clean,
         }
     }
 }

@@ -6,17 +6,17 @@ use std::collections::HashSet;
 
 use foldhash::fast::FixedState;
 
-use super::line::{self, Fault};
+use super::line::{self, LineError};
 
 /// Keys, which are hashes already: the default hasher guards against keys that somebody chose.
-pub(crate) type Keys = HashSet<Fingerprint, FixedState>;
+pub(crate) type KeySet = HashSet<Fingerprint, FixedState>;
 
 /// What tells a record from any other: its key, and the checksum of its line. Two records of one key
 /// were both paid for.
-pub(crate) type Identity = (Fingerprint, u32);
+pub(crate) type RecordIdentity = (Fingerprint, u32);
 
 /// The identity of the record in a line that is whole.
-pub(crate) fn identity(line: &[u8]) -> Result<Identity, Fault> {
+pub(crate) fn identity(line: &[u8]) -> Result<RecordIdentity, LineError> {
     let crc = line::verify(line)?;
     Ok((fingerprint(&line::head(line)?.key), crc))
 }

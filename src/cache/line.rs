@@ -21,11 +21,11 @@ use super::question;
 use super::record::{Record, SCHEMA};
 
 /// Bytes of `"crc":"1a2b3c4d"}`.
-const SEAL: usize = 17;
+const CHECKSUM_BYTES: usize = 17;
 
 /// Why a line is no record that this version can use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub enum LineError {
     #[error("it has no checksum at its end")]
     Unsealed,
     #[error("its checksum does not match its content")]
@@ -42,7 +42,7 @@ pub enum Fault {
 
 /// What opening a cache needs of a line.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
-pub struct Head<'a> {
+pub struct LineHead<'a> {
     pub v: u32,
     #[serde(borrow)]
     pub key: Cow<'a, str>,
@@ -71,7 +71,7 @@ fn hex(crc: u32) -> [u8; 8] {
 
 /// Where the line is in `raw`, which has a line end, and perhaps what editors add: a carriage return
 /// before the newline, and a byte order mark where it is the first line of a file.
-pub fn bare(raw: &[u8], is_first: bool) -> Range<usize> {
+pub fn content_range(raw: &[u8], is_first: bool) -> Range<usize> {
     let line = raw.strip_suffix(b"\n").unwrap_or(raw);
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     let mark = is_first && line.starts_with(b"\xef\xbb\xbf");
@@ -79,37 +79,37 @@ pub fn bare(raw: &[u8], is_first: bool) -> Range<usize> {
 }
 
 /// The checksum of `line` (without its line end), which holds.
-pub fn verify(line: &[u8]) -> Result<u32, Fault> {
+pub fn verify(line: &[u8]) -> Result<u32, LineError> {
     let (sealed, found) = line
-        .split_at_checked(line.len().wrapping_sub(SEAL))
-        .ok_or(Fault::Unsealed)?;
+        .split_at_checked(line.len().wrapping_sub(CHECKSUM_BYTES))
+        .ok_or(LineError::Unsealed)?;
     if !sealed.ends_with(b",") || !found.starts_with(b"\"crc\":\"") || !found.ends_with(b"\"}") {
-        return Err(Fault::Unsealed);
+        return Err(LineError::Unsealed);
     }
     // As text, so that there is exactly one valid spelling of a checksum.
     let crc = crc32c::crc32c(sealed);
     match found[7..15] == hex(crc) {
         true => Ok(crc),
-        false => Err(Fault::Checksum),
+        false => Err(LineError::Checksum),
     }
 }
 
 /// Version and key of a line that [`verify`] has accepted, without reading the rest of it where
 /// the line starts as this version writes it.
-pub fn head(line: &[u8]) -> Result<Head<'_>, Fault> {
+pub fn head(line: &[u8]) -> Result<LineHead<'_>, LineError> {
     let head = match leading_head(line) {
         Some(head) => head,
-        None => serde_json::from_slice(line).map_err(|e| Fault::NoRecord(e.to_string()))?,
+        None => serde_json::from_slice(line).map_err(|e| LineError::NoRecord(e.to_string()))?,
     };
     match head.v {
         1..=SCHEMA => Ok(head),
-        0 => Err(Fault::NoRecord("schema 0 does not exist".to_owned())),
-        newer => Err(Fault::Newer(newer)),
+        0 => Err(LineError::NoRecord("schema 0 does not exist".to_owned())),
+        newer => Err(LineError::Newer(newer)),
     }
 }
 
 /// The head of `{"v":1,"key":"<no escapes>",…` and of `{"v":2,"key":"<no escapes>","cut_at":<number>,…`.
-fn leading_head(line: &[u8]) -> Option<Head<'_>> {
+fn leading_head(line: &[u8]) -> Option<LineHead<'_>> {
     let (v, rest) = match line.strip_prefix(b"{\"v\":1,\"key\":\"") {
         Some(rest) => (1, rest),
         None => (2, line.strip_prefix(b"{\"v\":2,\"key\":\"")?),
@@ -124,7 +124,7 @@ fn leading_head(line: &[u8]) -> Option<Head<'_>> {
         let digits = &rest[..rest.iter().position(|&byte| byte == b',')?];
         cut_at = std::str::from_utf8(digits).ok()?.parse().ok()?;
     }
-    Some(Head {
+    Some(LineHead {
         v,
         key: Cow::Borrowed(std::str::from_utf8(key).ok()?),
         cut_at,
@@ -132,34 +132,34 @@ fn leading_head(line: &[u8]) -> Option<Head<'_>> {
 }
 
 /// Upper bound of a plausible cost in dollars; a higher one is not from a record of this program.
-const DEAREST: f64 = 1e6;
+const MAX_COST_USD: f64 = 1e6;
 
 /// Dollars in a line that [`verify`] and [`head`] have accepted; 0 where none are told.
 ///
 /// # Errors
 /// Where it has a cost that no answer can have: a negative one would make room in a budget.
-pub fn cost_usd(line: &[u8]) -> Result<f64, Fault> {
-    let usd = told_cost(line)?;
-    if (0.0..=DEAREST).contains(&usd) {
+pub fn cost_usd(line: &[u8]) -> Result<f64, LineError> {
+    let usd = parse_cost(line)?;
+    if (0.0..=MAX_COST_USD).contains(&usd) {
         Ok(usd)
     } else {
-        Err(Fault::NoRecord(format!(
+        Err(LineError::NoRecord(format!(
             "it has an impossible cost of ${usd}"
         )))
     }
 }
 
-fn told_cost(line: &[u8]) -> Result<f64, Fault> {
+fn parse_cost(line: &[u8]) -> Result<f64, LineError> {
     #[derive(Deserialize)]
-    struct Cost {
+    struct CostField {
         #[serde(default)]
         cost_usd: f64,
     }
     if let Some(cost) = trailing_cost(line) {
         return Ok(cost);
     }
-    let cost: Cost =
-        serde_json::from_slice(line).map_err(|error| Fault::NoRecord(error.to_string()))?;
+    let cost: CostField =
+        serde_json::from_slice(line).map_err(|error| LineError::NoRecord(error.to_string()))?;
     Ok(cost.cost_usd)
 }
 
@@ -170,7 +170,7 @@ fn trailing_cost(line: &[u8]) -> Option<f64> {
     // No string holds either name: a quotation mark inside a string has a backslash before it.
     let next = memchr::memmem::rfind(line, NEXT)?;
     let start = memchr::memmem::rfind(&line[..next], NAME)? + NAME.len();
-    let after_extra = line.get(next + NEXT.len()..line.len().checked_sub(SEAL + 2)?)?;
+    let after_extra = line.get(next + NEXT.len()..line.len().checked_sub(CHECKSUM_BYTES + 2)?)?;
     // Were there another field between or behind them, this would not be how we end a line.
     let ends_early = |at: usize| at == 0 || after_extra[at - 1] != b'\\';
     if line[start..next].contains(&b',') || memchr::memchr_iter(b'"', after_extra).any(ends_early) {
@@ -181,18 +181,18 @@ fn trailing_cost(line: &[u8]) -> Option<f64> {
 
 /// The record in a line that [`verify`] and [`head`] have accepted. Fields that this version does
 /// not know are left out.
-pub fn decode(line: &[u8]) -> Result<Record, Fault> {
-    serde_json::from_slice(line).map_err(|e| Fault::NoRecord(e.to_string()))
+pub fn decode(line: &[u8]) -> Result<Record, LineError> {
+    serde_json::from_slice(line).map_err(|e| LineError::NoRecord(e.to_string()))
 }
 
 /// As [`decode`], of a record whose cost must be possible, and whose key that of its request: it would answer
 /// another question.
-pub fn decode_own(line: &[u8]) -> Result<Record, Fault> {
+pub fn decode_own(line: &[u8]) -> Result<Record, LineError> {
     cost_usd(line)?;
     let record = decode(line)?;
     if question::is_key_of(&record) {
         Ok(record)
     } else {
-        Err(Fault::AnotherKey)
+        Err(LineError::AnotherKey)
     }
 }

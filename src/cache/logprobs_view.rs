@@ -15,15 +15,15 @@ use std::ops::Range;
 
 /// [`Logprobs`] of T tokens without a list per position, and every token by its bytes.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(from = "Stored<'a>", bound(deserialize = "'de: 'a"))]
+#[serde(from = "StoredLogprobs<'a>", bound(deserialize = "'de: 'a"))]
 pub struct LogprobsView<'a> {
     /// The emitted tokens (T); empty where the bytes are not known.
     pub token: Vec<Cow<'a, [u8]>>,
     /// Their logprobs (T).
     pub logprob: Vec<Option<f32>>,
     /// The alternatives of all positions, and their logprobs.
-    pub top: Lists<Cow<'a, [u8]>>,
-    pub top_logprob: Lists<Option<f32>>,
+    pub top: FlatLists<Cow<'a, [u8]>>,
+    pub top_logprob: FlatLists<Option<f32>>,
 }
 
 impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
@@ -32,8 +32,8 @@ impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
         let mut view = Self {
             token: logprobs.token.iter().map(bytes).collect(),
             logprob: logprobs.logprob.clone(),
-            top: Lists::from_lists(&logprobs.top, bytes),
-            top_logprob: Lists::from_lists(&logprobs.top_logprob, |&logprob| logprob),
+            top: FlatLists::from_lists(&logprobs.top, bytes),
+            top_logprob: FlatLists::from_lists(&logprobs.top_logprob, |&logprob| logprob),
         };
         view.put_raw(&logprobs.raw);
         view
@@ -47,7 +47,7 @@ impl<'a> LogprobsView<'a> {
         LogprobsView {
             token: self.token.iter().map(map).collect(),
             logprob: self.logprob.clone(),
-            top: Lists {
+            top: FlatLists {
                 values: self.top.values.iter().map(map).collect(),
                 ends: self.top.ends.clone(),
             },
@@ -75,14 +75,15 @@ impl<'a> LogprobsView<'a> {
     }
 }
 
-impl<'a> From<Stored<'a>> for LogprobsView<'a> {
-    fn from(stored: Stored<'a>) -> Self {
+impl<'a> From<StoredLogprobs<'a>> for LogprobsView<'a> {
+    fn from(stored: StoredLogprobs<'a>) -> Self {
         // These keep the allocation.
-        let bytes = |tokens: Vec<Bytes<'a>>| tokens.into_iter().map(|token| token.0).collect();
+        let bytes =
+            |tokens: Vec<StringBytes<'a>>| tokens.into_iter().map(|token| token.0).collect();
         let mut view = Self {
             token: bytes(stored.token),
             logprob: stored.logprob,
-            top: Lists {
+            top: FlatLists {
                 values: bytes(stored.top.values),
                 ends: stored.top.ends,
             },
@@ -95,13 +96,13 @@ impl<'a> From<Stored<'a>> for LogprobsView<'a> {
 
 /// Lists, end to end.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Lists<T> {
+pub struct FlatLists<T> {
     values: Vec<T>,
     /// Where each list ends.
     ends: Vec<usize>,
 }
 
-impl<T> Default for Lists<T> {
+impl<T> Default for FlatLists<T> {
     fn default() -> Self {
         Self {
             values: Vec::new(),
@@ -110,7 +111,7 @@ impl<T> Default for Lists<T> {
     }
 }
 
-impl<T> Lists<T> {
+impl<T> FlatLists<T> {
     fn range(&self, at: usize) -> Range<usize> {
         match (at.checked_sub(1), self.ends.get(at)) {
             (_, None) => 0..0,
@@ -163,51 +164,54 @@ impl<T> Lists<T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Lists<T> {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for FlatLists<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Outer<T>(PhantomData<T>);
+        struct ListsVisitor<T>(PhantomData<T>);
 
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Outer<T> {
-            type Value = Lists<T>;
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for ListsVisitor<T> {
+            type Value = FlatLists<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
                 f.write_str("a list of lists")
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut lists: A) -> Result<Lists<T>, A::Error> {
-                let mut all = Lists::default();
-                while lists.next_element_seed(Inner(&mut all.values))?.is_some() {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut lists: A) -> Result<FlatLists<T>, A::Error> {
+                let mut all = FlatLists::default();
+                while lists
+                    .next_element_seed(ListVisitor(&mut all.values))?
+                    .is_some()
+                {
                     all.ends.push(all.values.len());
                 }
                 Ok(all)
             }
         }
 
-        deserializer.deserialize_seq(Outer(PhantomData))
+        deserializer.deserialize_seq(ListsVisitor(PhantomData))
     }
 }
 
 /// The fields of [`Logprobs`] as they stand in a line.
 #[derive(Deserialize)]
-struct Stored<'a> {
+struct StoredLogprobs<'a> {
     #[serde(borrow)]
-    token: Vec<Bytes<'a>>,
+    token: Vec<StringBytes<'a>>,
     logprob: Vec<Option<f32>>,
     #[serde(borrow)]
-    top: Lists<Bytes<'a>>,
-    top_logprob: Lists<Option<f32>>,
+    top: FlatLists<StringBytes<'a>>,
+    top_logprob: FlatLists<Option<f32>>,
     #[serde(with = "stored::raw")]
     raw: Vec<RawToken>,
 }
 
 /// The bytes of a JSON string; borrowed unless it has escapes.
-struct Bytes<'a>(Cow<'a, [u8]>);
+struct StringBytes<'a>(Cow<'a, [u8]>);
 
-impl<'de: 'a, 'a> Deserialize<'de> for Bytes<'a> {
+impl<'de: 'a, 'a> Deserialize<'de> for StringBytes<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Text;
+        struct StringVisitor;
 
-        impl<'de> Visitor<'de> for Text {
+        impl<'de> Visitor<'de> for StringVisitor {
             type Value = Cow<'de, [u8]>;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -223,14 +227,14 @@ impl<'de: 'a, 'a> Deserialize<'de> for Bytes<'a> {
             }
         }
 
-        deserializer.deserialize_str(Text).map(Bytes)
+        deserializer.deserialize_str(StringVisitor).map(StringBytes)
     }
 }
 
 /// Appends a list to those before it.
-struct Inner<'v, T>(&'v mut Vec<T>);
+struct ListVisitor<'v, T>(&'v mut Vec<T>);
 
-impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Inner<'_, T> {
+impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for ListVisitor<'_, T> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -238,7 +242,7 @@ impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Inner<'_, T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Inner<'_, T> {
+impl<'de, T: Deserialize<'de>> Visitor<'de> for ListVisitor<'_, T> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {

@@ -9,22 +9,22 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use super::keys;
-use super::line::{self, Fault};
-use super::reader::Lines;
-use super::recovery::Scan;
+use super::line::{self, LineError};
+use super::reader::CacheLines;
+use super::recovery::LineScan;
 use super::{exists, plain_file, refusal};
 use crate::cache::fingerprint::Fingerprint;
 
 /// Where the lines of a cache are. Its plain file must only ever grow: it is one that is not compressed.
 pub(crate) struct Lookup {
     plain: PathBuf,
-    places: HashMap<Fingerprint, Place>,
+    places: HashMap<Fingerprint, LinePosition>,
     cost_usd: f64,
     /// Bytes of the plain file that have been read.
     end: u64,
 }
 
-enum Place {
+enum LinePosition {
     /// Bytes of the plain file.
     At(Range<u64>),
     /// A line that is compressed.
@@ -46,7 +46,7 @@ impl Lookup {
         if !exists(dir) {
             return Ok(lookup);
         }
-        let mut lines = Lines::open(dir)?;
+        let mut lines = CacheLines::open(dir)?;
         while lines.advance().map_err(|error| lines.refuse_scan(error))? {
             let start = lines.place().offset();
             lookup
@@ -65,24 +65,24 @@ impl Lookup {
         let mut file = File::open(&self.plain).with_context(could_not_read)?;
         file.seek(SeekFrom::Start(self.end))
             .with_context(could_not_read)?;
-        let mut scan = Scan::behind(BufReader::new(file), self.end, 0);
+        let mut scan = LineScan::starting_at(BufReader::new(file), self.end, 0);
         while scan.advance().map_err(|e| refusal(&self.plain, e))? {
-            let start = scan.bad(Fault::Unsealed).offset;
+            let start = scan.bad(LineError::Unsealed).offset;
             self.add(scan.line(), Some(start))?;
         }
         Ok(())
     }
 
     /// A line of the plain file that begins at `start`, or one that is compressed.
-    fn add(&mut self, line: &[u8], start: Option<u64>) -> Result<(), Fault> {
+    fn add(&mut self, line: &[u8], start: Option<u64>) -> Result<(), LineError> {
         let (fingerprint, _) = keys::identity(line)?;
         self.cost_usd += line::cost_usd(line)?;
         let place = match start {
             Some(start) => {
                 self.end = start + line.len() as u64 + 1;
-                Place::At(start..start + line.len() as u64)
+                LinePosition::At(start..start + line.len() as u64)
             }
-            None => Place::Held(line.to_vec()),
+            None => LinePosition::Held(line.to_vec()),
         };
         // The first record of a key is the one that counts.
         self.places.entry(fingerprint).or_insert(place);
@@ -104,8 +104,8 @@ impl Lookup {
             .get(&crate::cache::fingerprint::fingerprint(key))
         {
             None => return Ok(None),
-            Some(Place::Held(line)) => return Ok(Some(line.clone())),
-            Some(Place::At(range)) => range,
+            Some(LinePosition::Held(line)) => return Ok(Some(line.clone())),
+            Some(LinePosition::At(range)) => range,
         };
         let read = || -> std::io::Result<Vec<u8>> {
             let mut file = File::open(&self.plain)?;

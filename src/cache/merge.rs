@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::keys::{self, Identity};
+use super::keys::{self, RecordIdentity};
 use super::line;
-use super::reader::Lines;
-use super::recovery::Scan;
+use super::reader::CacheLines;
+use super::recovery::LineScan;
 use super::storage;
-use super::writer::{Cache, Sealed};
+use super::writer::{Cache, EncodedRecord};
 use super::{conflicts_file, exists, refusal};
-use crate::cache::files::{OnProgress, size};
+use crate::cache::files::{OnReadProgress, size};
 use crate::cache::usage::Usage;
 use crate::config;
 use crate::exit::Exit;
@@ -27,7 +27,7 @@ const NAMED: usize = 5;
 
 /// What came of one source of a merge.
 #[derive(Debug, Default, PartialEq)]
-pub struct Merged {
+pub struct MergeReport {
     pub records: u64,
     /// Those whose key the cache did not have.
     pub added: u64,
@@ -54,8 +54,8 @@ pub fn merge(
     into: &Path,
     settings: &config::Cache,
     sources: &[PathBuf],
-    on_progress: OnProgress<'_>,
-) -> Result<Vec<Merged>> {
+    on_progress: OnReadProgress<'_>,
+) -> Result<Vec<MergeReport>> {
     let mut all = Vec::new();
     merge_all(into, settings, sources, &mut all, on_progress)?;
     Ok(all)
@@ -69,11 +69,11 @@ pub fn merge_all(
     into: &Path,
     settings: &config::Cache,
     sources: &[PathBuf],
-    all: &mut Vec<Merged>,
-    on_progress: OnProgress<'_>,
+    all: &mut Vec<MergeReport>,
+    on_progress: OnReadProgress<'_>,
 ) -> Result<()> {
     for source in sources {
-        check(into, source)?;
+        check_source(into, source)?;
     }
     // One sync at the end does: a merge can be run again.
     let settings = config::Cache {
@@ -81,18 +81,18 @@ pub fn merge_all(
         ..settings.clone()
     };
     let cache = Cache::open(into, &settings)?;
-    let mut merging = Merging {
+    let mut merging = MergeJob {
         known: identities(into)?,
         conflicts: storage::open_or_create(&conflicts_file(into))?,
         told: HashSet::new(),
         cache,
     };
-    merging.learn_conflicts(into)?;
+    merging.load_known_conflicts(into)?;
     let total: u64 = sources.iter().map(|source| size(source)).sum();
     let mut before = 0;
     for source in sources {
-        let mut merged = Merged::default();
-        let taken = merging.take(source, &mut merged, &mut |bytes| {
+        let mut merged = MergeReport::default();
+        let taken = merging.merge_source(source, &mut merged, &mut |bytes| {
             on_progress(before + bytes, total)
         });
         all.push(merged);
@@ -104,7 +104,7 @@ pub fn merge_all(
     crate::fs::remove_if_empty(&conflicts_file(into))
 }
 
-fn check(into: &Path, source: &Path) -> Result<()> {
+fn check_source(into: &Path, source: &Path) -> Result<()> {
     if !exists(source) {
         let message = format!(
             "there is no cache in {}: give the folder that holds responses.jsonl",
@@ -124,8 +124,8 @@ fn check(into: &Path, source: &Path) -> Result<()> {
 }
 
 /// The records that the cache in `dir` holds.
-fn identities(dir: &Path) -> Result<HashSet<Identity>> {
-    let mut lines = Lines::open(dir)?;
+fn identities(dir: &Path) -> Result<HashSet<RecordIdentity>> {
+    let mut lines = CacheLines::open(dir)?;
     let mut known = HashSet::new();
     while lines
         .advance()
@@ -137,24 +137,24 @@ fn identities(dir: &Path) -> Result<HashSet<Identity>> {
 }
 
 /// Cost of a record in dollars, and its usage if it has no cost. It is refused where its key is not its own.
-fn spent(line: &[u8]) -> Result<(f64, Option<Usage>), line::Fault> {
+fn cost_and_usage(line: &[u8]) -> Result<(f64, Option<Usage>), line::LineError> {
     let cost_usd = line::cost_usd(line)?;
     let record = line::decode_own(line)?;
     Ok((cost_usd, record.usage.filter(|_| cost_usd == 0.0)))
 }
 
-struct Merging {
+struct MergeJob {
     cache: Cache,
-    known: HashSet<Identity>,
+    known: HashSet<RecordIdentity>,
     conflicts: File,
     /// The records in the file of conflicts.
-    told: HashSet<Identity>,
+    told: HashSet<RecordIdentity>,
 }
 
-impl Merging {
-    fn learn_conflicts(&mut self, dir: &Path) -> Result<()> {
+impl MergeJob {
+    fn load_known_conflicts(&mut self, dir: &Path) -> Result<()> {
         let path = conflicts_file(dir);
-        let mut scan = Scan::new(BufReader::new(File::open(&path)?));
+        let mut scan = LineScan::new(BufReader::new(File::open(&path)?));
         // A torn tail or damage in it only costs that a conflict may be in it twice.
         while let Ok(true) = scan.advance() {
             self.told.insert(keys::identity(scan.line())?);
@@ -162,13 +162,13 @@ impl Merging {
         Ok(())
     }
 
-    fn take(
+    fn merge_source(
         &mut self,
         source: &Path,
-        merged: &mut Merged,
+        merged: &mut MergeReport,
         on_progress: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
-        let mut lines = Lines::open(source)?;
+        let mut lines = CacheLines::open(source)?;
         let mut group = Vec::with_capacity(GROUP);
         loop {
             let is_more = match lines.advance() {
@@ -195,14 +195,15 @@ impl Merging {
             } else if self.cache.contains_fingerprint(&identity.0)
                 || group
                     .iter()
-                    .any(|sealed: &Sealed| sealed.is_of(&identity.0))
+                    .any(|sealed: &EncodedRecord| sealed.has_fingerprint(&identity.0))
             {
                 self.keep_conflict(line, identity, merged)?;
             } else {
                 merged.added += 1;
                 self.known.insert(identity);
-                group.push(Sealed::from_line(line).map_err(|fault| lines.refuse(fault))?);
-                let (cost_usd, unpriced) = spent(line).map_err(|fault| lines.refuse(fault))?;
+                group.push(EncodedRecord::from_line(line).map_err(|fault| lines.refuse(fault))?);
+                let (cost_usd, unpriced) =
+                    cost_and_usage(line).map_err(|fault| lines.refuse(fault))?;
                 merged.cost_usd += cost_usd;
                 if let Some(usage) = unpriced {
                     merged.unpriced.add(&usage);
@@ -222,8 +223,8 @@ impl Merging {
     fn keep_conflict(
         &mut self,
         line: &[u8],
-        identity: Identity,
-        merged: &mut Merged,
+        identity: RecordIdentity,
+        merged: &mut MergeReport,
     ) -> Result<()> {
         merged.conflicts += 1;
         if merged.keys.len() < NAMED {
@@ -231,7 +232,7 @@ impl Merging {
         }
         if self.told.insert(identity) {
             // It was paid for, too.
-            let (cost_usd, unpriced) = spent(line)?;
+            let (cost_usd, unpriced) = cost_and_usage(line)?;
             merged.cost_usd += cost_usd;
             merged.unpriced.add(&unpriced.unwrap_or_default());
             (self.conflicts.write_all(&[line, b"\n"].concat()))

@@ -9,17 +9,16 @@
 //! ```
 //!
 //! A cache is opened for writing by `opening`: by its `index`, or else whole, on all cores (`sweep`).
-//! Where a line or a frame is not as it should be, `recovery::Scan` and `frames::FrameScan` tell a
+//! Where a line or a frame is not as it should be, `recovery::LineScan` and `frames::FrameScan` tell a
 //! torn tail from damage.
 //!
 //! `reader` walks both files, also while they are written, and `lookup` finds single lines; `repair`
 //! and `merge` move what does not fit aside, `rewrite` what is to be asked again. `question` names records;
-//! `census` counts those that answer something else; `place` knows whether a file is still where it was. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
+//! `unused_answers` counts those that answer something else; `place` knows whether a file is still where it was. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
 //! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
 //! lock's pid apart). An acknowledged record is never changed or lost.
 
 pub(crate) mod append_log;
-pub(crate) mod census;
 pub(crate) mod columns;
 pub(crate) mod compressor;
 pub mod encoding;
@@ -33,7 +32,7 @@ pub mod logprobs_view;
 pub(crate) mod lookup;
 pub mod merge;
 pub mod open;
-pub(crate) mod place;
+pub(crate) mod open_file;
 pub mod question;
 pub mod reader;
 pub mod record;
@@ -44,6 +43,7 @@ pub(crate) mod shared;
 pub(crate) mod stats;
 pub mod storage;
 pub(crate) mod stored;
+pub(crate) mod unused_answers;
 pub mod usage;
 pub(crate) mod verify_parallel;
 pub mod view;
@@ -51,11 +51,11 @@ pub mod writer;
 
 use std::path::{Path, PathBuf};
 
-pub use crate::cache::files::{OnProgress, size};
+pub use crate::cache::files::{OnReadProgress, size};
 pub use crate::cache::open::{Peek, peek};
 pub use reader::read;
-pub use storage::{Storage, Wrap, files};
-pub use writer::{Cache, Sealed};
+pub use storage::{Storage, WrapFile, plain_storage};
+pub use writer::{Cache, EncodedRecord};
 
 use crate::exit::Exit;
 use recovery::{BadLine, ScanError};
@@ -98,10 +98,10 @@ fn check_files(dir: &Path) -> anyhow::Result<()> {
 }
 
 /// Takes the cache in `dir` for this process.
-fn lock(dir: &Path) -> anyhow::Result<crate::fs::Lock> {
+fn lock(dir: &Path) -> anyhow::Result<crate::fs::FileLock> {
     check_files(dir)?;
     let holds = "writes this cache: wait for it, or set another `run_dir`";
-    crate::fs::Lock::acquire(&dir.join("responses.lock"), holds)
+    crate::fs::FileLock::acquire(&dir.join("responses.lock"), holds)
 }
 
 /// Is there a cache in `dir`?
@@ -122,7 +122,7 @@ fn refusal(path: &Path, error: ScanError) -> anyhow::Error {
 /// The refusal to go on with a damaged file.
 fn damaged(path: &Path, bad: &BadLine) -> anyhow::Error {
     let remedy = match bad.fault {
-        line::Fault::Newer(_) => "",
+        line::LineError::Newer(_) => "",
         _ => {
             "; restore it from a backup, or run `distill cache repair`, which moves the damage \
              aside to have its prompts asked again"

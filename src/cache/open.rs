@@ -1,6 +1,6 @@
 //! What a cache holds when it is opened, and the repair of what a crash has left.
 
-use crate::cache::files::OnProgress;
+use crate::cache::files::OnReadProgress;
 use crate::cache::files::length;
 use crate::cache::files::size;
 use std::collections::HashSet;
@@ -13,23 +13,23 @@ use anyhow::{Context, Result};
 use crate::cache::frames;
 use crate::cache::frames::FrameScan;
 use crate::cache::index;
-use crate::cache::index::Index;
+use crate::cache::index::KeyIndex;
 use crate::cache::keys;
-use crate::cache::keys::{Identity, Keys};
-use crate::cache::question::Past;
-use crate::cache::reader::Lines;
-use crate::cache::recovery::{Ending, Scan};
+use crate::cache::keys::{KeySet, RecordIdentity};
+use crate::cache::question::KeyVariants;
+use crate::cache::reader::CacheLines;
+use crate::cache::recovery::{FileEnding, LineScan};
 use crate::cache::storage;
-use crate::cache::storage::Wrap;
+use crate::cache::storage::WrapFile;
 use crate::cache::verify_parallel;
-use crate::cache::verify_parallel::Block;
+use crate::cache::verify_parallel::VerifiedBlock;
 use crate::cache::{compressed_file, damaged, line, plain_file, refusal, torn_file};
 
 /// What an opened cache holds.
 #[derive(Debug, Default)]
-pub struct Contents {
-    pub keys: Keys,
-    pub past: Past,
+pub struct CacheContents {
+    pub keys: KeySet,
+    pub past: KeyVariants,
     /// Records that repeat a key.
     pub repeated: u64,
     pub cost_usd: f64,
@@ -40,20 +40,20 @@ pub struct Contents {
 
 /// Reads the cache in `dir`: by its index, if that is of these very files, or else whole. Torn tails
 /// are moved aside with a warning, and damage is refused ([`crate::exit::Exit::Damaged`]).
-pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Contents> {
+pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Result<CacheContents> {
     let index = index::load(dir);
-    storage::forget_replacement(&plain_file(dir));
-    storage::forget_replacement(&compressed_file(dir));
+    storage::remove_leftover(&plain_file(dir));
+    storage::remove_leftover(&compressed_file(dir));
     let mut file = storage::open_or_create(&plain_file(dir))?;
     let lengths = (length(&plain_file(dir))?, length(&compressed_file(dir))?);
-    if let Some(Index {
+    if let Some(KeyIndex {
         keys,
         past,
         repeated,
         cost_usd,
     }) = index
     {
-        return Ok(Contents {
+        return Ok(CacheContents {
             keys,
             past,
             repeated,
@@ -63,7 +63,7 @@ pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Cont
         });
     }
     let total = lengths.0 + lengths.1;
-    let mut compressed = Part::default();
+    let mut compressed = FileContents::default();
     if lengths.1 > 0 {
         compressed = read_compressed(&compressed_file(dir), &mut |bytes| {
             on_progress(bytes, total)
@@ -74,12 +74,12 @@ pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Cont
     })?;
     repair_plain(&mut file, dir, &mut plain)
         .with_context(|| format!("could not repair {}", plain_file(dir).display()))?;
-    if let Ending::Torn(_) = compressed.ending {
+    if let FileEnding::Torn(_) = compressed.ending {
         repair_compressed(&mut file, dir, &compressed, &mut plain)
             .with_context(|| format!("could not repair {}", compressed_file(dir).display()))?;
     }
     drop(file);
-    forget_what_is_compressed(dir, &compressed, &mut plain, wrap)?;
+    remove_compressed_from_plain(dir, &compressed, &mut plain, wrap)?;
     crate::fs::sync_folder(dir).with_context(|| format!("could not sync {}", dir.display()))?;
     Ok(join(compressed, plain))
 }
@@ -87,8 +87,8 @@ pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Cont
 /// Contents of a cache, read without its lock.
 #[derive(Debug, Default)]
 pub struct Peek {
-    keys: Keys,
-    pub past: Past,
+    keys: KeySet,
+    pub past: KeyVariants,
     pub cost_usd: f64,
     bytes: u64,
 }
@@ -131,7 +131,7 @@ pub fn peek(dir: &Path) -> Result<Peek> {
         (peek.keys, peek.past, peek.cost_usd) = (index.keys, index.past, index.cost_usd);
         return Ok(peek);
     }
-    let mut lines = Lines::open(dir)?;
+    let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         let line = lines.line();
         let known = keys::identity(line).and_then(|(key, _)| Ok((key, line::cost_usd(line)?)));
@@ -150,32 +150,32 @@ type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 
 /// What one of the two files holds.
 #[derive(Debug)]
-struct Part {
-    records: Vec<Identity>,
-    past: Past,
+struct FileContents {
+    records: Vec<RecordIdentity>,
+    past: KeyVariants,
     cost_usd: f64,
     /// In whole lines or frames.
     bytes: u64,
     /// Those and what follows them.
     length: u64,
-    ending: Ending,
+    ending: FileEnding,
 }
 
-impl Default for Part {
+impl Default for FileContents {
     fn default() -> Self {
         Self {
             records: Vec::new(),
-            past: Past::default(),
+            past: KeyVariants::default(),
             cost_usd: 0.0,
             bytes: 0,
             length: 0,
-            ending: Ending::Clean,
+            ending: FileEnding::Clean,
         }
     }
 }
 
-impl Part {
-    fn add(&mut self, block: Block, on_progress: OnBytes<'_>) -> Result<()> {
+impl FileContents {
+    fn add(&mut self, block: VerifiedBlock, on_progress: OnBytes<'_>) -> Result<()> {
         self.records.extend(block.records);
         self.past.add(&block.past);
         self.cost_usd += block.cost_usd;
@@ -184,17 +184,17 @@ impl Part {
     }
 
     /// The file was read to its end, and how it ends.
-    fn read_to(mut self, length: u64, ending: Ending) -> Part {
+    fn with_end(mut self, length: u64, ending: FileEnding) -> FileContents {
         self.length = length;
         self.bytes = match &ending {
-            Ending::Torn(bad) => bad.offset,
-            Ending::Clean | Ending::Unterminated => length,
+            FileEnding::Torn(bad) => bad.offset,
+            FileEnding::Clean | FileEnding::Unterminated => length,
         };
         self.ending = ending;
         self
     }
 
-    fn add_line(&mut self, line: &[u8]) -> Result<(), line::Fault> {
+    fn add_line(&mut self, line: &[u8]) -> Result<(), line::LineError> {
         self.records.push(keys::identity(line)?);
         let head = line::head(line)?;
         self.past.note(head.v, head.cut_at);
@@ -203,29 +203,29 @@ impl Part {
     }
 }
 
-fn read_plain(file: &mut File, path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
-    let mut part = Part::default();
+fn read_plain(file: &mut File, path: &Path, on_progress: OnBytes<'_>) -> Result<FileContents> {
+    let mut part = FileContents::default();
     let could_not_read = || format!("could not read {}", path.display());
-    verify_parallel::plain(&mut *file, path, |block| part.add(block, on_progress))?;
+    verify_parallel::verify_plain(&mut *file, path, |block| part.add(block, on_progress))?;
     // From the first odd line on, or to see that there is none.
     file.seek(SeekFrom::Start(part.bytes))
         .with_context(could_not_read)?;
     let reader = BufReader::with_capacity(1 << 20, file);
-    let mut scan = Scan::behind(reader, part.bytes, part.records.len() as u64);
+    let mut scan = LineScan::starting_at(reader, part.bytes, part.records.len() as u64);
     while scan.advance().map_err(|error| refusal(path, error))? {
         part.add_line(scan.line())
             .map_err(|fault| damaged(path, &scan.bad(fault)))?;
         on_progress(scan.position())?;
     }
-    Ok(part.read_to(scan.position(), scan.ending()))
+    Ok(part.with_end(scan.position(), scan.ending()))
 }
 
-fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
-    let mut part = Part::default();
+fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<FileContents> {
+    let mut part = FileContents::default();
     let could_not_read = || format!("could not read {}", path.display());
     let file = || File::open(path).with_context(could_not_read);
     part.length = length(path)?;
-    verify_parallel::compressed(file()?, path, |block| part.add(block, on_progress))?;
+    verify_parallel::verify_compressed(file()?, path, |block| part.add(block, on_progress))?;
     if part.bytes == part.length {
         return Ok(part);
     }
@@ -236,10 +236,10 @@ fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
         part.add_line(scan.line())
             .map_err(|fault| damaged(path, &scan.bad(fault)))?;
     }
-    Ok(part.read_to(scan.position(), scan.ending()))
+    Ok(part.with_end(scan.position(), scan.ending()))
 }
 
-fn warn_of_tear(path: &Path, part: &Part, aside: &Path) {
+fn warn_torn(path: &Path, part: &FileContents, aside: &Path) {
     tracing::warn!(
         "{}: a torn record at its end ({} bytes from byte {}) is moved to {}; it will be asked again",
         path.display(),
@@ -249,16 +249,16 @@ fn warn_of_tear(path: &Path, part: &Part, aside: &Path) {
     );
 }
 
-fn repair_plain(file: &mut File, dir: &Path, plain: &mut Part) -> std::io::Result<()> {
+fn repair_plain(file: &mut File, dir: &Path, plain: &mut FileContents) -> std::io::Result<()> {
     match plain.ending {
-        Ending::Clean => {}
-        Ending::Unterminated => {
+        FileEnding::Clean => {}
+        FileEnding::Unterminated => {
             storage::append(file, b"\n")?;
             plain.bytes += 1;
         }
-        Ending::Torn(_) => {
+        FileEnding::Torn(_) => {
             let aside = torn_file(dir);
-            warn_of_tear(&plain_file(dir), plain, &aside);
+            warn_torn(&plain_file(dir), plain, &aside);
             storage::cut(file, plain.bytes, &aside)?;
         }
     }
@@ -270,15 +270,15 @@ fn repair_plain(file: &mut File, dir: &Path, plain: &mut Part) -> std::io::Resul
 fn repair_compressed(
     file: &mut File,
     dir: &Path,
-    compressed: &Part,
-    plain: &mut Part,
+    compressed: &FileContents,
+    plain: &mut FileContents,
 ) -> Result<()> {
     let path = compressed_file(dir);
     let mut torn = Vec::new();
     let mut frames = storage::open_or_create(&path)?;
     frames.seek(SeekFrom::Start(compressed.bytes))?;
     (&mut frames).take(1 << 30).read_to_end(&mut torn)?;
-    let known: Keys = plain.records.iter().map(|(key, _)| *key).collect();
+    let known: KeySet = plain.records.iter().map(|(key, _)| *key).collect();
     let mut rescued = Vec::new();
     for line in frames::salvage(&torn).split_inclusive(|&byte| byte == b'\n') {
         let bare = line.trim_ascii_end();
@@ -302,16 +302,16 @@ fn repair_compressed(
 }
 
 /// A crash between the two steps of compressing leaves lines in both files: they leave the plain one.
-fn forget_what_is_compressed(
+fn remove_compressed_from_plain(
     dir: &Path,
-    compressed: &Part,
-    plain: &mut Part,
-    wrap: &Wrap,
+    compressed: &FileContents,
+    plain: &mut FileContents,
+    wrap: &WrapFile,
 ) -> Result<()> {
     if compressed.records.is_empty() || plain.records.is_empty() {
         return Ok(());
     }
-    let mut twice: HashSet<Identity> = plain.records.iter().copied().collect();
+    let mut twice: HashSet<RecordIdentity> = plain.records.iter().copied().collect();
     let in_frames: HashSet<_> = (compressed.records.iter().copied())
         .filter(|record| twice.contains(record))
         .collect();
@@ -321,9 +321,9 @@ fn forget_what_is_compressed(
     }
     let path = plain_file(dir);
     let could_not = || format!("could not repair {}", path.display());
-    let mut rest = Part::default();
+    let mut rest = FileContents::default();
     let file = File::open(&path).with_context(could_not)?;
-    let mut scan = Scan::new(BufReader::with_capacity(1 << 20, file));
+    let mut scan = LineScan::new(BufReader::with_capacity(1 << 20, file));
     let (_, length) = storage::replace(&path, wrap, |new| {
         while scan.advance().map_err(|error| refusal(&path, error))? {
             let line = scan.line();
@@ -341,14 +341,14 @@ fn forget_what_is_compressed(
     Ok(())
 }
 
-fn join(compressed: Part, plain: Part) -> Contents {
+fn join(compressed: FileContents, plain: FileContents) -> CacheContents {
     let records = compressed.records.len() + plain.records.len();
-    let mut keys = Keys::with_capacity_and_hasher(records, Default::default());
+    let mut keys = KeySet::with_capacity_and_hasher(records, Default::default());
     keys.extend(compressed.records.into_iter().map(|(key, _)| key));
     keys.extend(plain.records.into_iter().map(|(key, _)| key));
     let mut past = compressed.past;
     past.add(&plain.past);
-    Contents {
+    CacheContents {
         past,
         repeated: (records - keys.len()) as u64,
         keys,

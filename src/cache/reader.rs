@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::frames::FrameScan;
-use super::keys::{self, Identity};
-use super::line::{self, Fault};
+use super::keys::{self, RecordIdentity};
+use super::line::{self, LineError};
 use super::record::Record;
-use super::recovery::{BadLine, Ending, Scan, ScanError};
+use super::recovery::{BadLine, FileEnding, LineScan, ScanError};
 use super::{compressed_file, damaged, plain_file, refusal};
 
 /// The records of the cache in `dir`, in the order they were paid for.
@@ -20,13 +20,13 @@ use super::{compressed_file, damaged, plain_file, refusal};
 /// number and offset ([`crate::exit::Exit::Damaged`]), after which the caller should stop.
 pub fn read(dir: &Path) -> Result<impl Iterator<Item = Result<Record>> + use<>> {
     Ok(Records {
-        lines: Lines::open(dir)?,
+        lines: CacheLines::open(dir)?,
         done: false,
     })
 }
 
 struct Records {
-    lines: Lines,
+    lines: CacheLines,
     done: bool,
 }
 
@@ -54,27 +54,27 @@ impl Iterator for Records {
 
 /// Walks the whole lines of a cache: those of the compressed file, then those of the plain one that
 /// have not been compressed meanwhile.
-pub struct Lines {
+pub struct CacheLines {
     dir: PathBuf,
     compressed: Option<FrameScan<File>>,
-    plain: Option<Scan<BufReader<Take<File>>>>,
+    plain: Option<LineScan<BufReader<Take<File>>>>,
     /// Records of the plain file; those that were met in the compressed one.
-    in_plain: HashSet<Identity>,
-    sealed: HashSet<Identity>,
+    in_plain: HashSet<RecordIdentity>,
+    sealed: HashSet<RecordIdentity>,
     is_in_plain: bool,
 }
 
-impl Lines {
+impl CacheLines {
     /// Opens the cache in `dir`.
     ///
     /// # Errors
     /// If there is none.
-    pub fn open(dir: &Path) -> Result<Lines> {
+    pub fn open(dir: &Path) -> Result<CacheLines> {
         super::check_files(dir)?;
         // In this order: a line that leaves the plain file from now on is found in the other one.
         let plain = open(&plain_file(dir))?;
         let compressed = open(&compressed_file(dir))?;
-        let mut lines = Lines {
+        let mut lines = CacheLines {
             dir: dir.to_owned(),
             compressed: compressed.map(FrameScan::new),
             plain: None,
@@ -94,7 +94,7 @@ impl Lines {
         // A line that is appended later may be compressed before we come to it.
         let mut length = u64::MAX;
         if lines.compressed.is_some() {
-            let mut scan = Scan::new(BufReader::with_capacity(1 << 20, &plain));
+            let mut scan = LineScan::new(BufReader::with_capacity(1 << 20, &plain));
             // What is wrong with it is told when it is read.
             while let Ok(true) = scan.advance() {
                 lines.in_plain.extend(keys::identity(scan.line()));
@@ -105,7 +105,7 @@ impl Lines {
                 .with_context(|| format!("could not read {}", plain_file(dir).display()))?;
         }
         let plain = BufReader::with_capacity(1 << 20, plain.take(length));
-        lines.plain = Some(Scan::new(plain));
+        lines.plain = Some(LineScan::new(plain));
         Ok(lines)
     }
 
@@ -161,22 +161,22 @@ impl Lines {
     }
 
     /// The refusal to go on, for what is wrong with the current line.
-    pub fn refuse(&self, fault: Fault) -> anyhow::Error {
+    pub fn refuse(&self, fault: LineError) -> anyhow::Error {
         damaged(&self.path(), &self.bad(fault))
     }
 
-    /// The refusal to go on, for why [`Lines::advance`] failed.
+    /// The refusal to go on, for why [`CacheLines::advance`] failed.
     pub fn refuse_scan(&self, error: ScanError) -> anyhow::Error {
         refusal(&self.path(), error)
     }
 
     /// Where the current line is.
-    pub fn place(&self) -> Place {
-        Place(self.bad(Fault::Unsealed))
+    pub fn place(&self) -> LineLocation {
+        LineLocation(self.bad(LineError::Unsealed))
     }
 
     /// The current line, with what is wrong with it.
-    fn bad(&self, fault: Fault) -> BadLine {
+    fn bad(&self, fault: LineError) -> BadLine {
         match (&self.compressed, &self.plain) {
             (Some(scan), _) if !self.is_in_plain => scan.bad(fault),
             (_, Some(scan)) => scan.bad(fault),
@@ -192,26 +192,29 @@ impl Lines {
     /// Bytes of both files that have been read.
     pub fn position(&self) -> u64 {
         let compressed = self.compressed.as_ref().map_or(0, FrameScan::position);
-        compressed + self.plain.as_ref().map_or(0, Scan::position)
+        compressed + self.plain.as_ref().map_or(0, LineScan::position)
     }
 
-    /// The torn tails, once [`Lines::advance`] has returned `false`.
+    /// The torn tails, once [`CacheLines::advance`] has returned `false`.
     pub fn torn(&self) -> Vec<(PathBuf, BadLine)> {
         let compressed = self.compressed.as_ref().map(FrameScan::ending);
         let endings = [
             (compressed_file(&self.dir), compressed),
-            (plain_file(&self.dir), self.plain.as_ref().map(Scan::ending)),
+            (
+                plain_file(&self.dir),
+                self.plain.as_ref().map(LineScan::ending),
+            ),
         ];
         let torn = endings
             .into_iter()
             .filter_map(|(path, ending)| match ending {
-                Some(Ending::Torn(bad)) => Some((path, bad)),
+                Some(FileEnding::Torn(bad)) => Some((path, bad)),
                 _ => None,
             });
         torn.collect()
     }
 
-    /// Says so where the cache has a torn tail, once [`Lines::advance`] has returned `false`.
+    /// Says so where the cache has a torn tail, once [`CacheLines::advance`] has returned `false`.
     pub fn warn_of_torn(&self) {
         for (path, bad) in self.torn() {
             tracing::warn!(
@@ -226,16 +229,16 @@ impl Lines {
 
 /// Where a line is in a cache.
 #[derive(Debug, Clone)]
-pub struct Place(BadLine);
+pub struct LineLocation(BadLine);
 
-impl Place {
+impl LineLocation {
     /// Where it begins in the plain file; None where it is compressed.
     pub fn offset(&self) -> Option<u64> {
         (!self.0.is_compressed).then_some(self.0.offset)
     }
 
     /// The refusal to go on, for what is wrong with the line there in the cache in `dir`.
-    pub fn refuse(&self, dir: &Path, fault: Fault) -> anyhow::Error {
+    pub fn refuse(&self, dir: &Path, fault: LineError) -> anyhow::Error {
         let path = match self.0.is_compressed {
             true => compressed_file(dir),
             false => plain_file(dir),
@@ -258,9 +261,9 @@ fn open(path: &Path) -> Result<Option<File>> {
     }
 }
 
-/// What [`examine`] found in a cache.
+/// What [`verify_cache`] found in a cache.
 #[derive(Debug, Default)]
-pub struct Findings {
+pub struct VerifyReport {
     /// Whole records, and the bytes of the files.
     pub records: u64,
     pub bytes: u64,
@@ -272,10 +275,13 @@ pub struct Findings {
 }
 
 /// Reads the cache in `dir` whole, decodes every record, and lists all that is wrong with it.
-pub fn examine(dir: &Path, on_progress: crate::cache::files::OnProgress<'_>) -> Result<Findings> {
-    let mut lines = Lines::open(dir)?;
+pub fn verify_cache(
+    dir: &Path,
+    on_progress: crate::cache::files::OnReadProgress<'_>,
+) -> Result<VerifyReport> {
+    let mut lines = CacheLines::open(dir)?;
     let total = crate::cache::files::size(dir);
-    let mut findings = Findings::default();
+    let mut findings = VerifyReport::default();
     let mut keys = std::collections::BTreeMap::<String, u64>::new();
     loop {
         match lines.advance() {

@@ -7,7 +7,7 @@
 
 use std::io::{self, BufRead};
 
-use super::line::{self, Fault};
+use super::line::{self, LineError};
 
 /// A line that is no record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -18,7 +18,7 @@ pub struct BadLine {
     /// Where the line starts in the file; in a compressed one, where its frame does.
     pub offset: u64,
     pub is_compressed: bool,
-    pub fault: Fault,
+    pub fault: LineError,
 }
 
 /// Why a scan stopped short.
@@ -32,7 +32,7 @@ pub enum ScanError {
 
 /// How a file ends, once it is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ending {
+pub enum FileEnding {
     /// With a whole line, or the file is empty.
     Clean,
     /// With a whole record that lacks its newline.
@@ -43,7 +43,7 @@ pub enum Ending {
 
 /// Walks a cache file record by record, in memory for one line.
 #[derive(Debug)]
-pub struct Scan<R> {
+pub struct LineScan<R> {
     reader: R,
     /// The current line, without its line end.
     line: Vec<u8>,
@@ -60,13 +60,13 @@ pub struct Scan<R> {
     held: Option<Result<(), BadLine>>,
 }
 
-impl<R: BufRead> Scan<R> {
+impl<R: BufRead> LineScan<R> {
     pub fn new(reader: R) -> Self {
-        Self::behind(reader, 0, 0)
+        Self::starting_at(reader, 0, 0)
     }
 
     /// Of the rest of a file, whose first so many bytes are so many whole lines.
-    pub fn behind(reader: R, bytes: u64, lines: u64) -> Self {
+    pub fn starting_at(reader: R, bytes: u64, lines: u64) -> Self {
         Self {
             reader,
             line: Vec::new(),
@@ -119,7 +119,7 @@ impl<R: BufRead> Scan<R> {
     }
 
     /// The current line, with what is wrong with it.
-    pub fn bad(&self, fault: Fault) -> BadLine {
+    pub fn bad(&self, fault: LineError) -> BadLine {
         BadLine {
             line: self.number,
             offset: self.start,
@@ -133,12 +133,12 @@ impl<R: BufRead> Scan<R> {
         self.next
     }
 
-    /// How the file ends; meaningful once [`Scan::advance`] has returned `false`.
-    pub fn ending(&self) -> Ending {
+    /// How the file ends; meaningful once [`LineScan::advance`] has returned `false`.
+    pub fn ending(&self) -> FileEnding {
         match &self.torn {
-            Some(bad) => Ending::Torn(bad.clone()),
-            None if self.terminated => Ending::Clean,
-            None => Ending::Unterminated,
+            Some(bad) => FileEnding::Torn(bad.clone()),
+            None if self.terminated => FileEnding::Clean,
+            None => FileEnding::Unterminated,
         }
     }
 
@@ -151,7 +151,7 @@ impl<R: BufRead> Scan<R> {
     }
 
     fn may_be_torn(&self, bad: &BadLine) -> bool {
-        matches!(bad.fault, Fault::Unsealed | Fault::Checksum)
+        matches!(bad.fault, LineError::Unsealed | LineError::Checksum)
             && (!self.terminated || self.line.contains(&0))
     }
 
@@ -166,7 +166,7 @@ impl<R: BufRead> Scan<R> {
         self.start = self.next;
         self.next += length as u64;
         self.terminated = self.line.last() == Some(&b'\n');
-        let bare = line::bare(&self.line, self.start == 0);
+        let bare = line::content_range(&self.line, self.start == 0);
         self.line.truncate(bare.end);
         self.line.drain(..bare.start);
         Ok(true)

@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::frames::{self, Effort, Frames, Piece};
-use super::keys::{self, Identity, Keys};
-use super::line::{self, Fault};
-use super::storage::{self, Appender, Wrap};
+use super::frames::{self, Effort, FramePiece, FrameReader};
+use super::keys::{self, KeySet, RecordIdentity};
+use super::line::{self, LineError};
+use super::storage::{self, Appender, WrapFile};
 use super::{compressed_file, conflicts_file, exists, plain_file, quarantine_file};
 
 /// What [`repair`] did.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Repaired {
+pub struct RepairReport {
     /// Records that are in the cache now.
     pub records: u64,
     /// Damaged lines and broken frames, now in the quarantine file, and their bytes.
@@ -27,7 +27,7 @@ pub struct Repaired {
     pub conflicts: u64,
 }
 
-impl Repaired {
+impl RepairReport {
     /// Was there anything to repair?
     pub fn changed(&self) -> bool {
         self.quarantined > 0 || self.conflicts > 0
@@ -42,17 +42,17 @@ impl Repaired {
 ///
 /// # Errors
 /// If a line is of a newer version, since that is no damage; and where the disk fails.
-pub fn repair(dir: &Path) -> Result<Repaired> {
+pub fn repair(dir: &Path) -> Result<RepairReport> {
     if !exists(dir) {
         bail!("there is no cache in {}", dir.display());
     }
     let _lock = super::lock(dir)?;
     // First without writing anything: most caches are whole.
-    let found = Pass::run(dir, None)?;
+    let found = RepairPass::run(dir, None)?;
     if !found.changed() {
         return Ok(found);
     }
-    let repaired = Pass::run(dir, Some(&storage::files()))?;
+    let repaired = RepairPass::run(dir, Some(&storage::plain_storage()))?;
     for file in [quarantine_file(dir), conflicts_file(dir)] {
         crate::fs::remove_if_empty(&file)?;
     }
@@ -63,35 +63,35 @@ pub fn repair(dir: &Path) -> Result<Repaired> {
 type Keep<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
 
 /// One walk through both files.
-struct Pass {
+struct RepairPass {
     dir: PathBuf,
-    done: Repaired,
-    keys: Keys,
+    done: RepairReport,
+    keys: KeySet,
     /// What was met in the compressed file: it may be in the plain one again.
-    compressed: HashSet<Identity>,
-    aside: Option<Aside>,
+    compressed: HashSet<RecordIdentity>,
+    aside: Option<AsideFiles>,
 }
 
 /// The files that what is not kept goes to.
-struct Aside {
+struct AsideFiles {
     quarantine: File,
     conflicts: File,
 }
 
-impl Pass {
+impl RepairPass {
     /// With a `wrap`, everything is written; without one, only counted.
-    fn run(dir: &Path, wrap: Option<&Wrap>) -> Result<Repaired> {
+    fn run(dir: &Path, wrap: Option<&WrapFile>) -> Result<RepairReport> {
         let aside = match wrap {
             None => None,
-            Some(_) => Some(Aside {
+            Some(_) => Some(AsideFiles {
                 quarantine: storage::open_or_create(&quarantine_file(dir))?,
                 conflicts: storage::open_or_create(&conflicts_file(dir))?,
             }),
         };
-        let mut pass = Pass {
+        let mut pass = RepairPass {
             dir: dir.to_owned(),
-            done: Repaired::default(),
-            keys: Keys::default(),
+            done: RepairReport::default(),
+            keys: KeySet::default(),
             compressed: HashSet::new(),
             aside,
         };
@@ -103,7 +103,7 @@ impl Pass {
     fn rewrite(
         &mut self,
         path: &Path,
-        wrap: Option<&Wrap>,
+        wrap: Option<&WrapFile>,
         walk: fn(&mut Self, &Path, Keep<'_>) -> Result<()>,
     ) -> Result<()> {
         if !path.exists() {
@@ -140,7 +140,7 @@ impl Pass {
             if reader.read_until(b'\n', &mut raw)? == 0 {
                 return Ok(());
             }
-            if let Some(line) = self.sift(&raw, std::mem::take(&mut is_first), true)? {
+            if let Some(line) = self.kept_record(&raw, std::mem::take(&mut is_first), true)? {
                 keep(line)?;
                 keep(b"\n")?;
             }
@@ -148,7 +148,7 @@ impl Pass {
     }
 
     fn compressed(&mut self, path: &Path, keep: Keep<'_>) -> Result<()> {
-        let mut frames = Frames::new(File::open(path)?);
+        let mut frames = FrameReader::new(File::open(path)?);
         let mut source = File::open(path)?;
         let mut bytes_of = |from: u64, to: u64| -> Result<Vec<u8>> {
             let mut bytes = Vec::new();
@@ -158,8 +158,8 @@ impl Pass {
         };
         while let Some((offset, piece)) = frames.advance()? {
             let (text, raw) = match piece {
-                Piece::Text(text) => (text, None),
-                Piece::Bad { end, .. } => {
+                FramePiece::Text(text) => (text, None),
+                FramePiece::Bad { end, .. } => {
                     let raw = bytes_of(offset, end)?;
                     self.quarantine(&raw)?;
                     let text = frames::salvage(&raw);
@@ -171,7 +171,7 @@ impl Pass {
             let lines = text.split_inclusive(|&byte| byte == b'\n');
             for (number, line) in lines.enumerate() {
                 let is_first = offset == 0 && number == 0;
-                if let Some(line) = self.sift(line, is_first, false)? {
+                if let Some(line) = self.kept_record(line, is_first, false)? {
                     kept.extend_from_slice(line);
                     kept.push(b'\n');
                 }
@@ -188,17 +188,17 @@ impl Pass {
 
     /// The record in a line as it stands in a file, if it stays. Anything else is moved aside, but for
     /// what editors add.
-    fn sift<'a>(
+    fn kept_record<'a>(
         &mut self,
         raw: &'a [u8],
         is_first: bool,
         is_plain: bool,
     ) -> Result<Option<&'a [u8]>> {
-        let bare = &raw[line::bare(raw, is_first)];
+        let bare = &raw[line::content_range(raw, is_first)];
         if bare.is_empty() {
             return Ok(None);
         }
-        if !whole(bare)? {
+        if !is_record(bare)? {
             self.quarantine(raw)?;
             return Ok(None);
         }
@@ -240,13 +240,13 @@ impl Pass {
 ///
 /// # Errors
 /// If a newer version wrote it.
-fn whole(bare: &[u8]) -> Result<bool> {
+fn is_record(bare: &[u8]) -> Result<bool> {
     let verdict = line::verify(bare)
         .and_then(|_| line::head(bare))
         .and_then(|_| line::decode_own(bare));
     match verdict {
         Ok(_) => Ok(true),
-        Err(newer @ Fault::Newer(_)) => Err(newer.into()),
+        Err(newer @ LineError::Newer(_)) => Err(newer.into()),
         Err(_) => Ok(false),
     }
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use super::frames::{self, Effort, FRAME_TEXT};
 use super::keys;
 use super::line;
-use super::reader::Lines;
+use super::reader::CacheLines;
 use super::record::Record;
 use super::storage::{self, Appender};
 use super::writer::Cache;
@@ -18,16 +18,16 @@ use super::{compressed_file, plain_file};
 use crate::config;
 
 /// Decision about one record.
-pub(crate) enum Fate {
-    Stay,
+pub(crate) enum RewriteDecision {
+    Keep,
     /// Another line takes its place, with its newline.
-    Become(Vec<u8>),
+    Replace(Vec<u8>),
     /// It moves to the file of replaced answers.
-    Leave,
+    Remove,
 }
 
 /// Decides about a line, without its newline. It may be called twice for a line, with the same result.
-pub(crate) type Decide<'a> = &'a dyn Fn(&[u8]) -> Result<Fate>;
+pub(crate) type DecideRewrite<'a> = &'a dyn Fn(&[u8]) -> Result<RewriteDecision>;
 
 /// The file that has what was asked for again.
 pub(crate) fn replaced_file(dir: &Path) -> PathBuf {
@@ -59,7 +59,11 @@ pub(crate) fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Re
 ///
 /// # Errors
 /// Where the cache is damaged, or the disk fails.
-pub(crate) fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) -> Result<u64> {
+pub(crate) fn rewrite(
+    dir: &Path,
+    settings: &config::Cache,
+    decide: DecideRewrite<'_>,
+) -> Result<u64> {
     if !super::exists(dir) {
         return Ok(0);
     }
@@ -69,7 +73,7 @@ pub(crate) fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) 
     // Decided once for all records; the few that do not stay are looked at again as they are written.
     let mut marked = HashSet::new();
     walk(dir, |_, line| {
-        if !matches!(decide(line)?, Fate::Stay) {
+        if !matches!(decide(line)?, RewriteDecision::Keep) {
             marked.insert(keys::identity(line)?);
         }
         Ok(())
@@ -77,11 +81,11 @@ pub(crate) fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) 
     if marked.is_empty() {
         return Ok(0);
     }
-    let decide = |line: &[u8]| -> Result<Fate> {
+    let decide = |line: &[u8]| -> Result<RewriteDecision> {
         if marked.contains(&keys::identity(line)?) {
             decide(line)
         } else {
-            Ok(Fate::Stay)
+            Ok(RewriteDecision::Keep)
         }
     };
     keep_replaced(dir, &decide)?;
@@ -119,16 +123,16 @@ pub(crate) fn rewrite(dir: &Path, settings: &config::Cache, decide: Decide<'_>) 
 }
 
 fn replace(path: &Path, fill: impl FnOnce(&mut Appender<'_>) -> Result<()>) -> Result<()> {
-    storage::replace(path, &storage::files(), fill)
+    storage::replace(path, &storage::plain_storage(), fill)
         .map(drop)
         .with_context(|| format!("could not rewrite {}", path.display()))
 }
 
-fn push(text: &mut Vec<u8>, line: &[u8], fate: Fate) {
+fn push(text: &mut Vec<u8>, line: &[u8], fate: RewriteDecision) {
     match fate {
-        Fate::Leave => {}
-        Fate::Become(line) => text.extend_from_slice(&line),
-        Fate::Stay => {
+        RewriteDecision::Remove => {}
+        RewriteDecision::Replace(line) => text.extend_from_slice(&line),
+        RewriteDecision::Keep => {
             text.extend_from_slice(line);
             text.push(b'\n');
         }
@@ -136,12 +140,12 @@ fn push(text: &mut Vec<u8>, line: &[u8], fate: Fate) {
 }
 
 /// Appends what is to leave to its file, durably.
-fn keep_replaced(dir: &Path, decide: Decide<'_>) -> Result<()> {
+fn keep_replaced(dir: &Path, decide: DecideRewrite<'_>) -> Result<()> {
     let path = replaced_file(dir);
     let could_not = || format!("could not write {}", path.display());
     let mut file = storage::open_or_create(&path)?;
     walk(dir, |_, line| {
-        if let Fate::Leave = decide(line)? {
+        if let RewriteDecision::Remove = decide(line)? {
             file.write_all(&[line, b"\n"].concat())
                 .with_context(could_not)?;
         }
@@ -154,7 +158,7 @@ fn keep_replaced(dir: &Path, decide: Decide<'_>) -> Result<()> {
 
 /// Hands each whole line to `take`; the flag says whether it is in the plain file.
 fn walk(dir: &Path, mut take: impl FnMut(bool, &[u8]) -> Result<()>) -> Result<()> {
-    let mut lines = Lines::open(dir)?;
+    let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         take(lines.is_in_plain(), lines.line())?;
     }

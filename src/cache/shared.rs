@@ -1,10 +1,10 @@
 //! TODO
 
-use crate::cache::append_log::Journal;
-use crate::cache::keys::Keys;
-use crate::cache::place::Change;
-use crate::cache::place::Place;
-use crate::cache::question::Past;
+use crate::cache::append_log::AppendLog;
+use crate::cache::keys::KeySet;
+use crate::cache::open_file::FileChange;
+use crate::cache::open_file::OpenFile;
+use crate::cache::question::KeyVariants;
 use anyhow::Result;
 use std::sync::Condvar;
 use std::sync::Mutex;
@@ -14,24 +14,27 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use std::time::Instant;
 
-pub(crate) struct Shared {
-    pub(crate) state: Mutex<State>,
+pub(crate) struct SharedCache {
+    pub(crate) state: Mutex<CacheState>,
     /// A group was begun or is complete, there is enough for a frame, a sync has ended, or the
     /// cache is being closed.
     pub(crate) changed: Condvar,
     /// What is in the plain file stays there.
-    pub stays_plain: AtomicBool,
+    pub keep_plain: AtomicBool,
 }
 
-impl Shared {
+impl SharedCache {
     /// The state, also after a panic elsewhere: it is consistent between any two statements that
     /// can panic.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, CacheState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for a change.
-    pub(crate) fn wait<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    pub(crate) fn wait<'a>(
+        &'a self,
+        state: MutexGuard<'a, CacheState>,
+    ) -> MutexGuard<'a, CacheState> {
         self.changed
             .wait(state)
             .unwrap_or_else(PoisonError::into_inner)
@@ -40,9 +43,9 @@ impl Shared {
     /// Waits for a change, but not for longer than `time`.
     pub(crate) fn wait_for<'a>(
         &'a self,
-        state: MutexGuard<'a, State>,
+        state: MutexGuard<'a, CacheState>,
         time: Duration,
-    ) -> MutexGuard<'a, State> {
+    ) -> MutexGuard<'a, CacheState> {
         self.changed
             .wait_timeout(state, time)
             .unwrap_or_else(PoisonError::into_inner)
@@ -52,8 +55,8 @@ impl Shared {
     /// Waits until no sync is going on in the background.
     pub(crate) fn wait_while_syncing<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
-    ) -> MutexGuard<'a, State> {
+        mut state: MutexGuard<'a, CacheState>,
+    ) -> MutexGuard<'a, CacheState> {
         while state.syncing.is_some() {
             state = self.wait(state);
         }
@@ -61,12 +64,12 @@ impl Shared {
     }
 }
 
-impl Shared {
+impl SharedCache {
     /// After an append to `before` lines that were not synced: has a full group synced, in the
     /// background where the storage can.
     pub(crate) fn commit<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
+        mut state: MutexGuard<'a, CacheState>,
         before: usize,
     ) -> Result<()> {
         // A disk that takes longer than a group may wait holds up the appending.
@@ -76,54 +79,54 @@ impl Shared {
         {
             state = self.wait_while_syncing(state);
         }
-        let unsynced = state.journal.unsynced();
+        let unsynced = state.append_log.unsynced();
         if before == 0 || (before < GROUP_RECORDS && unsynced >= GROUP_RECORDS) {
             self.changed.notify_all();
         }
-        if unsynced >= GROUP_RECORDS && !state.journal.syncs_in_background() {
-            state.journal.sync()?;
+        if unsynced >= GROUP_RECORDS && !state.append_log.syncs_in_background() {
+            state.append_log.sync()?;
         }
-        state.journal.may_append()
+        state.append_log.check_writable()
     }
 }
 
-pub(crate) struct State {
-    pub journal: Journal,
-    pub(crate) keys: Keys,
-    pub(crate) past: Past,
+pub(crate) struct CacheState {
+    pub append_log: AppendLog,
+    pub(crate) keys: KeySet,
+    pub(crate) past: KeyVariants,
     /// Of all its records.
     pub(crate) cost_usd: f64,
     /// Records that repeat a key.
     pub(crate) repeated: u64,
     /// The compressed file, where there is one, and its length.
-    pub frames: Option<(Place, u64)>,
+    pub frames: Option<(OpenFile, u64)>,
     /// When the sync began that is going on in the background.
     pub(crate) syncing: Option<Instant>,
     /// The length of the plain file from which on the sealer has something to do.
-    pub seal_from: u64,
+    pub compress_from: u64,
     pub closing: bool,
     /// Some lines are in both files, or there is a part of a frame: when the cache is next opened it
     /// is read whole, and tidied.
-    pub is_untidy: bool,
+    pub needs_full_read: bool,
 }
 
-impl State {
+impl CacheState {
     /// Compares the files with what was written to them.
-    pub(crate) fn look(&mut self) {
-        self.journal.look();
-        let Some((place, length)) = &self.frames else {
+    pub(crate) fn check_files(&mut self) {
+        self.append_log.check_file();
+        let Some((open_file, length)) = &self.frames else {
             return;
         };
         // A frame may be on its way into it.
-        let Err(change) = place.check(*length) else {
+        let Err(change) = open_file.check(*length) else {
             return;
         };
-        if let Change::Longer { .. } = change {
+        if let FileChange::Longer { .. } = change {
             return;
         }
         // Also after the plain file: both may have been removed, and each is rescued by itself.
-        let (displaced, _) = place.leave(&change, *length);
-        self.journal.displace(displaced);
+        let (displaced, _) = open_file.handle_change(&change, *length);
+        self.append_log.set_displaced(displaced);
         self.frames = None;
     }
 }

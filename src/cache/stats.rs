@@ -12,7 +12,7 @@ use crate::cache::usage::Usage;
 
 /// Sums over the records of a cache.
 #[derive(Debug, Default, Serialize)]
-pub struct Stats {
+pub struct CacheStats {
     pub records: u64,
     pub ok: u64,
     /// Quarantined records by reason.
@@ -27,16 +27,16 @@ pub struct Stats {
     /// Records without a price; `cost_usd` is short by these.
     pub without_cost: u64,
     pub logprobs: LogprobStats,
-    pub replaced: Replaced,
-    #[serde(serialize_with = "as_text")]
+    pub replaced: ReplacedStats,
+    #[serde(serialize_with = "serialize_time")]
     pub first_sent_at: Option<Timestamp>,
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "serialize_time")]
     pub last_sent_at: Option<Timestamp>,
 }
 
 /// Answers that left the cache because they were asked for again.
 #[derive(Debug, Default, Serialize)]
-pub struct Replaced {
+pub struct ReplacedStats {
     pub records: u64,
     pub cost_usd: f64,
     /// Key and time of each: after a crash an answer may be there twice.
@@ -44,7 +44,7 @@ pub struct Replaced {
     seen: HashSet<(String, String)>,
 }
 
-impl Replaced {
+impl ReplacedStats {
     pub fn add(&mut self, record: &Record) {
         let name = (record.key.clone(), record.timing.sent_at.clone());
         if self.seen.insert(name) {
@@ -81,7 +81,7 @@ impl LogprobStats {
     }
 }
 
-impl Stats {
+impl CacheStats {
     /// Counts one more record.
     pub fn add(&mut self, record: &Record) -> Result<()> {
         self.records += 1;
@@ -116,7 +116,10 @@ impl Stats {
     }
 }
 
-fn as_text<S: Serializer>(time: &Option<Timestamp>, serializer: S) -> Result<S::Ok, S::Error> {
+fn serialize_time<S: Serializer>(
+    time: &Option<Timestamp>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
     time.map(|time| time.to_string()).serialize(serializer)
 }
 
@@ -169,8 +172,8 @@ fn as_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
 
 /// Length of `value` as compact JSON, without building it.
 fn json_bytes(value: &impl Serialize) -> Result<u64> {
-    struct Counter(u64);
-    impl io::Write for Counter {
+    struct ByteCounter(u64);
+    impl io::Write for ByteCounter {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0 += bytes.len() as u64;
             Ok(bytes.len())
@@ -179,7 +182,7 @@ fn json_bytes(value: &impl Serialize) -> Result<u64> {
             Ok(())
         }
     }
-    let mut counter = Counter(0);
+    let mut counter = ByteCounter(0);
     serde_json::to_writer(&mut counter, value).context("could not measure logprobs")?;
     Ok(counter.0)
 }

@@ -29,10 +29,10 @@ pub trait Storage: Send {
 pub type SyncJob = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
 /// Puts a [`Storage`] in the place of each file that a cache appends to.
-pub type Wrap = Box<dyn Fn(File) -> Box<dyn Storage> + Send + Sync>;
+pub type WrapFile = Box<dyn Fn(File) -> Box<dyn Storage> + Send + Sync>;
 
 /// The files themselves.
-pub fn files() -> Wrap {
+pub fn plain_storage() -> WrapFile {
     Box::new(|file| Box::new(file))
 }
 
@@ -90,7 +90,7 @@ pub fn cut(file: &mut File, offset: u64, aside: &Path) -> io::Result<()> {
 /// appending more, with its length.
 pub fn replace(
     path: &Path,
-    wrap: &Wrap,
+    wrap: &WrapFile,
     fill: impl FnOnce(&mut Appender<'_>) -> Result<()>,
 ) -> Result<(Box<dyn Storage>, u64)> {
     let beside = replacement(path);
@@ -111,14 +111,14 @@ fn replacement(path: &Path) -> PathBuf {
 }
 
 /// Removes what a killed [`replace`] has left beside `path`.
-pub fn forget_replacement(path: &Path) {
+pub fn remove_leftover(path: &Path) {
     // It is of no use, and in nobody's way.
     drop(std::fs::remove_file(replacement(path)));
 }
 
 fn write_new(
     path: &Path,
-    wrap: &Wrap,
+    wrap: &WrapFile,
     fill: impl FnOnce(&mut Appender<'_>) -> Result<()>,
 ) -> Result<(Box<dyn Storage>, u64)> {
     // Read as well: what is in it is compressed later on.

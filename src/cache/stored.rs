@@ -16,7 +16,7 @@ pub(crate) mod request {
     use crate::prompt::message::Message;
 
     #[derive(Deserialize)]
-    struct Stored {
+    struct StoredRequest {
         model: String,
         messages: Vec<Message>,
         params: String,
@@ -24,7 +24,7 @@ pub(crate) mod request {
 
     /// A message by reference, its fields in the order of [`Message`].
     #[derive(Serialize)]
-    struct Plain<'a> {
+    struct PlainMessage<'a> {
         role: &'a str,
         content: &'a str,
     }
@@ -41,7 +41,7 @@ pub(crate) mod request {
             .unwrap_or_default();
         let params = match request {
             Value::Object(fields) => {
-                let rest = Rest {
+                let rest = OtherFields {
                     fields,
                     without_model: !model.is_empty(),
                     without_messages: !messages.is_empty(),
@@ -58,13 +58,13 @@ pub(crate) mod request {
     }
 
     /// The fields that have no place of their own.
-    struct Rest<'a> {
+    struct OtherFields<'a> {
         fields: &'a serde_json::Map<String, Value>,
         without_model: bool,
         without_messages: bool,
     }
 
-    impl Serialize for Rest<'_> {
+    impl Serialize for OtherFields<'_> {
         fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
             serializer.collect_map(self.fields.iter().filter(|(name, _)| {
                 !(self.without_model && *name == "model"
@@ -74,12 +74,12 @@ pub(crate) mod request {
     }
 
     /// The messages, if they are nothing but roles and texts.
-    fn plain_messages(messages: &Value) -> Option<Vec<Plain<'_>>> {
+    fn plain_messages(messages: &Value) -> Option<Vec<PlainMessage<'_>>> {
         messages
             .as_array()?
             .iter()
             .map(|message| match message.as_object() {
-                Some(fields) if fields.len() == 2 => Some(Plain {
+                Some(fields) if fields.len() == 2 => Some(PlainMessage {
                     role: fields.get("role")?.as_str()?,
                     content: fields.get("content")?.as_str()?,
                 }),
@@ -91,7 +91,7 @@ pub(crate) mod request {
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Value, D::Error> {
-        let stored = Stored::deserialize(deserializer)?;
+        let stored = StoredRequest::deserialize(deserializer)?;
         let params = serde_json::from_str(&stored.params).map_err(D::Error::custom)?;
         let Value::Object(params) = params else {
             return Ok(params);

@@ -1,7 +1,7 @@
 //! Opening a large cache: every checksum, on all cores.
 //!
 //! A sweep knows only good and odd. Where it meets anything that is not a whole line as this
-//! version writes them it stops, and a [`Scan`](crate::cache::recovery::Scan) of the rest has the word.
+//! version writes them it stops, and a [`LineScan`](crate::cache::recovery::Scan) of the rest has the word.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -10,28 +10,28 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 
 use crate::cache::frames;
-use crate::cache::frames::Frames;
+use crate::cache::frames::FrameReader;
 use crate::cache::keys;
-use crate::cache::keys::Identity;
+use crate::cache::keys::RecordIdentity;
 use crate::cache::line;
-use crate::cache::question::Past;
+use crate::cache::question::KeyVariants;
 
 /// Bytes of plain text that a core takes at a time.
 const BLOCK: usize = 2 << 20;
 
 /// What a block of whole lines holds.
 #[derive(Debug, Default)]
-pub(crate) struct Block {
-    pub records: Vec<Identity>,
-    pub past: Past,
+pub(crate) struct VerifiedBlock {
+    pub records: Vec<RecordIdentity>,
+    pub past: KeyVariants,
     pub cost_usd: f64,
     /// Bytes of the file.
     pub bytes: u64,
 }
 
 /// The records in `text`; none if a line of it is not whole and as this version writes it.
-fn check(text: &[u8]) -> Option<Block> {
-    let mut block = Block::default();
+fn check(text: &[u8]) -> Option<VerifiedBlock> {
+    let mut block = VerifiedBlock::default();
     let mut rest = text;
     while !rest.is_empty() {
         let end = memchr::memchr(b'\n', rest)?;
@@ -49,18 +49,18 @@ fn check(text: &[u8]) -> Option<Block> {
 ///
 /// # Errors
 /// If the file at `path` cannot be read, or one of `on_block`.
-pub(crate) fn plain(
+pub(crate) fn verify_plain(
     file: impl Read + Send,
     path: &Path,
-    on_block: impl FnMut(Block) -> Result<()>,
+    on_block: impl FnMut(VerifiedBlock) -> Result<()>,
 ) -> Result<()> {
-    let mut blocks = Blocks {
+    let mut blocks = LineBlocks {
         file,
         rest: Vec::new(),
     };
     let check = |text: Vec<u8>| {
         let block = check(&text)?;
-        Some(Block {
+        Some(VerifiedBlock {
             bytes: text.len() as u64,
             ..block
         })
@@ -73,15 +73,15 @@ pub(crate) fn plain(
 ///
 /// # Errors
 /// If the file at `path` cannot be read, or one of `on_block`.
-pub(crate) fn compressed(
+pub(crate) fn verify_compressed(
     file: impl Read + Send,
     path: &Path,
-    on_block: impl FnMut(Block) -> Result<()>,
+    on_block: impl FnMut(VerifiedBlock) -> Result<()>,
 ) -> Result<()> {
-    let mut frames = Frames::new(file);
+    let mut frames = FrameReader::new(file);
     let check = |frame: Vec<u8>| {
         let block = check(&frames::decompress(&frame).ok()?)?;
-        Some(Block {
+        Some(VerifiedBlock {
             bytes: frame.len() as u64,
             ..block
         })
@@ -95,13 +95,13 @@ fn could_not_read(path: &Path) -> String {
 }
 
 /// Cuts a plain file into blocks of whole lines.
-struct Blocks<R> {
+struct LineBlocks<R> {
     file: R,
     /// The beginning of a line whose end has not been read.
     rest: Vec<u8>,
 }
 
-impl<R: Read> Blocks<R> {
+impl<R: Read> LineBlocks<R> {
     /// The next block; what follows the last newline is none.
     fn advance(&mut self) -> io::Result<Option<Vec<u8>>> {
         let mut block = std::mem::take(&mut self.rest);
@@ -126,8 +126,8 @@ impl<R: Read> Blocks<R> {
 /// hands the results to `on_block` in their order, up to the first that is none.
 fn in_order<J: Send>(
     mut next: impl FnMut() -> Result<Option<J>> + Send,
-    check: impl Fn(J) -> Option<Block> + Sync,
-    mut on_block: impl FnMut(Block) -> Result<()>,
+    check: impl Fn(J) -> Option<VerifiedBlock> + Sync,
+    mut on_block: impl FnMut(VerifiedBlock) -> Result<()>,
 ) -> Result<()> {
     let at_once = rayon::current_num_threads() * 2;
     let mut read = || {

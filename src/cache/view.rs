@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::columns;
-use super::line::Fault;
+use super::line::LineError;
 use super::record::{self, Status};
 use crate::prompt::message::Message;
 
@@ -24,31 +24,31 @@ pub struct RecordView<'a> {
     pub endpoint: String,
     #[serde(default)]
     pub teacher: String,
-    request: Request,
-    pub answer: Answer,
+    request: RequestView,
+    pub answer: AnswerView,
     pub fingerprint: String,
     #[serde(borrow, default)]
     pub logprobs: Option<LogprobsView<'a>>,
     #[serde(borrow, default)]
-    timing: Timing<'a>,
+    timing: TimingView<'a>,
 }
 
 #[derive(Debug, Default, Deserialize)]
-struct Timing<'a> {
+struct TimingView<'a> {
     #[serde(borrow)]
     sent_at: Cow<'a, str>,
 }
 
 /// As `stored::request` writes it.
 #[derive(Debug, Deserialize)]
-struct Request {
+struct RequestView {
     model: String,
     messages: Vec<Message>,
     params: String,
 }
 
 #[derive(Debug, Deserialize)]
-pub struct Answer {
+pub struct AnswerView {
     pub text: String,
     pub finish_reason: String,
     #[serde(default)]
@@ -57,11 +57,11 @@ pub struct Answer {
 
 impl<'a> RecordView<'a> {
     /// The record in a line that [`super::line::verify`] and [`super::line::head`] have accepted.
-    pub fn of_line(line: &'a [u8]) -> Result<Self, Fault> {
-        let no_record = |why: String| Fault::NoRecord(why);
+    pub fn from_line(line: &'a [u8]) -> Result<Self, LineError> {
+        let no_record = |why: String| LineError::NoRecord(why);
         // Once for the line, instead of once for each of its strings.
         let line = std::str::from_utf8(line).map_err(|e| no_record(e.to_string()))?;
-        match Self::of_usual_line(line) {
+        match Self::from_canonical_line(line) {
             Some(record) => Ok(record),
             None => serde_json::from_str(line).map_err(|e| no_record(e.to_string())),
         }
@@ -69,14 +69,14 @@ impl<'a> RecordView<'a> {
 
     /// The record in a line with logprobs, as this version writes it: the logprobs are nearly all of
     /// it, and reading them by a parser for any JSON takes twice the time.
-    fn of_usual_line(line: &'a str) -> Option<Self> {
+    fn from_canonical_line(line: &'a str) -> Option<Self> {
         const LOGPROBS: &str = ",\"logprobs\":{";
         // Not in a string, where a quotation mark has a backslash before it.
         let at = memchr::memmem::find(line.as_bytes(), LOGPROBS.as_bytes())?;
         // Were this inside of something, what stands before it would not be whole.
         let head = format!("{}}}", &line[..at]);
         let head: RecordView = serde_json::from_str(&head).ok()?;
-        let (logprobs, rest) = columns::read(&line[at + LOGPROBS.len()..])?;
+        let (logprobs, rest) = columns::parse(&line[at + LOGPROBS.len()..])?;
         let rest = rest.strip_prefix(",\"matches_text\":")?;
         let rest = ["true", "false"]
             .iter()
@@ -85,7 +85,7 @@ impl<'a> RecordView<'a> {
         let (sent_at, _) = sent_at.split_once('"')?;
         Some(RecordView {
             logprobs: Some(logprobs),
-            timing: Timing {
+            timing: TimingView {
                 sent_at: sent_at.into(),
             },
             key: head.key,
@@ -159,7 +159,7 @@ mod tests {
                 matches_text,
             });
             let line = serde_json::to_string(&record).unwrap();
-            let fast = RecordView::of_usual_line(&line).unwrap();
+            let fast = RecordView::from_canonical_line(&line).unwrap();
             let other: RecordView = serde_json::from_str(&line).unwrap();
             assert_eq!(fast.sent_at(), other.sent_at());
             assert!(fast.sent_at().is_some());

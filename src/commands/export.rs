@@ -10,7 +10,7 @@ use crate::cli::{CachePlace, ConfigFile, ExportArgs, ExportFormat, Global};
 use crate::config::{self, Groups};
 use crate::data::groups::Selection;
 use crate::exit::Exit;
-use crate::export::rows::{Report, Settings};
+use crate::export::rows::{ExportReport, ExportSettings};
 use crate::export::{self, Format};
 use crate::terminal::{format_count, sanitise};
 use crate::tokenizer::Tokenizer;
@@ -36,7 +36,7 @@ pub(crate) fn run(args: &ExportArgs, global: &Global) -> Result<()> {
     if let Some(tokenizer) = &mut tokenizer {
         tokenizer.set_date(Date::Record);
     }
-    let settings = Settings {
+    let settings = ExportSettings {
         data: &data,
         selection: &selection,
         tokenizer: tokenizer.as_ref(),
@@ -115,7 +115,7 @@ fn check_outside(out: &Path, cache: &Path) -> Result<()> {
     Ok(())
 }
 
-fn text(report: &Report, out: &Path) -> String {
+fn text(report: &ExportReport, out: &Path) -> String {
     let mut text = format!("{} rows in {}\n", format_count(report.rows), out.display());
     for (reason, count) in &report.left_out {
         let reason = reason.replace('\n', " ");
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn hostile_reasons_are_inert() {
-        let mut report = Report::default();
+        let mut report = ExportReport::default();
         let reason = "finish_reason `\u{1b}[2J\u{202e}` is not kept";
         report.left_out.insert(reason.into(), 1);
         let text = text(&report, Path::new("\u{9b}31m"));

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cache::fingerprint::Fingerprint;
-use crate::cache::keys::Keys;
+use crate::cache::keys::KeySet;
 use crate::cache::question;
 use crate::cache::record::{Record, is_mock};
 use crate::cache::view::RecordView;
@@ -129,7 +129,7 @@ impl Candidate {
         Candidate {
             group,
             key: crate::cache::fingerprint::fingerprint(key),
-            question: question::fingerprint(key),
+            question: question::question_fingerprint(key),
             is_truncated: cut_at > 0,
         }
     }
@@ -167,11 +167,11 @@ pub struct Asked {
 #[derive(Debug, Clone, Default)]
 pub struct Rows {
     /// Key of the answer to each row that has one.
-    pub keys: Keys,
+    pub keys: KeySet,
     /// Questions of these.
-    pub answered: Keys,
+    pub answered: KeySet,
     /// See [`question::fingerprint`].
-    pub questions: Keys,
+    pub questions: KeySet,
 }
 
 /// Which records of a cache are trained on.

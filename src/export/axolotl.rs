@@ -34,7 +34,7 @@ use crate::cache::record::{Logprobs, Record, Timing};
 use crate::data::align;
 use crate::data::align::tokens::is_stop;
 use crate::exit::Exit;
-use crate::export::rows::{Report, Row, Rows, Settings, write_lines};
+use crate::export::rows::{ExportReport, ExportRow, ExportRows, ExportSettings, write_lines};
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 
@@ -46,7 +46,7 @@ const OTHER_TOKENS: &str = "the tokenizer cuts the answer into other tokens than
 
 /// A conversation that ends in the answer; entries of its last N tokens, k at each.
 #[derive(Debug, Serialize)]
-struct Line {
+struct AxolotlRow {
     messages: Vec<Message>,
     /// (N x k)
     target_token_ids: Vec<Vec<u32>>,
@@ -55,10 +55,10 @@ struct Line {
 }
 
 pub(super) fn write(
-    rows: Rows<impl Iterator<Item = Result<Record>>>,
+    rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,
-    settings: &Settings,
-) -> Result<Report> {
+    settings: &ExportSettings,
+) -> Result<ExportReport> {
     let Some(tokenizer) = settings.tokenizer else {
         bail!(Exit::Usage(
             "axolotl wants token ids: give --tokenizer DIR, the folder with the `tokenizer.json` \
@@ -76,7 +76,11 @@ pub(super) fn write(
 
 /// A row as a line, or the reason to leave it out. Alternatives that no token stands for are added
 /// to `dropped`.
-fn line(mut row: Row, tokenizer: &Tokenizer, dropped: &mut u64) -> Result<Line, String> {
+fn line(
+    mut row: ExportRow,
+    tokenizer: &Tokenizer,
+    dropped: &mut u64,
+) -> Result<AxolotlRow, String> {
     let logprobs = row.record.logprobs.take().ok_or("no logprobs")?;
     if tokenizer.holds_control(&row.record.answer.text) {
         // axolotl makes that token of it, and all entries before would be one off.
@@ -91,7 +95,7 @@ fn line(mut row: Row, tokenizer: &Tokenizer, dropped: &mut u64) -> Result<Line, 
         .into_iter()
         .map(|entry| (entry.ids, entry.logprobs))
         .unzip();
-    Ok(Line {
+    Ok(AxolotlRow {
         messages,
         target_token_ids,
         logprobs,
@@ -100,12 +104,12 @@ fn line(mut row: Row, tokenizer: &Tokenizer, dropped: &mut u64) -> Result<Line, 
 
 /// What is known of one token.
 #[derive(Debug, Clone, Default)]
-struct Entry {
+struct TokenEntry {
     ids: Vec<u32>,
     logprobs: Vec<f32>,
 }
 
-impl Entry {
+impl TokenEntry {
     fn certain(id: u32) -> Self {
         Self {
             ids: vec![id],
@@ -131,7 +135,7 @@ fn entries(
     logprobs: &Logprobs,
     tokenizer: &Tokenizer,
     dropped: &mut u64,
-) -> Result<Vec<Entry>, String> {
+) -> Result<Vec<TokenEntry>, String> {
     let conversation = tokenizer
         .conversation_at(messages, false, date)
         .map_err(|error| format!("{error:#}"))?;
@@ -151,12 +155,12 @@ fn entries(
         };
         entries.push(match known {
             true => entry(&teacher, position, id, tokenizer, dropped)?,
-            false => Entry::certain(id),
+            false => TokenEntry::certain(id),
         });
     }
     // Nothing follows the last token, and axolotl counts it where it ends the turn.
     let last = behind.last().ok_or("no answer")?;
-    entries.push(Entry::certain(*last));
+    entries.push(TokenEntry::certain(*last));
 
     let k = entries.iter().map(|entry| entry.ids.len()).max();
     for entry in &mut entries {
@@ -192,12 +196,12 @@ fn entry(
     said: u32,
     tokenizer: &Tokenizer,
     dropped: &mut u64,
-) -> Result<Entry, String> {
+) -> Result<TokenEntry, String> {
     let emitted = &*teacher.token[position];
     let mut alternatives = Vec::new();
     align::alternatives(teacher, position, usize::MAX, None, &mut alternatives)
         .ok_or("the teacher's probabilities sum to more than 1")?;
-    let mut entry = Entry::default();
+    let mut entry = TokenEntry::default();
     for (bytes, logprob) in alternatives {
         let id = match bytes == emitted {
             true => Some(said),

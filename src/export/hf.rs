@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::cache::record::Record;
-use crate::export::rows::{Report, Row, Rows};
-use crate::fs::{Whole, write_dir_with};
+use crate::export::rows::{ExportReport, ExportRow, ExportRows};
+use crate::fs::{AtomicFile, write_dir_with};
 use crate::prompt::message::Message;
 use crate::terminal::{format_count, sanitise};
 
@@ -18,7 +18,7 @@ const CARD: &str = "README.md";
 
 /// A conversation that ends in the answer, and where it comes from.
 #[derive(Debug, Serialize)]
-struct Line {
+struct HfRow {
     messages: Vec<Message>,
     prompt_id: String,
     sample: u32,
@@ -26,8 +26,8 @@ struct Line {
     finish_reason: String,
 }
 
-impl Line {
-    fn new(mut row: Row) -> Self {
+impl HfRow {
+    fn new(mut row: ExportRow) -> Self {
         let record = &mut row.record;
         Self {
             prompt_id: std::mem::take(&mut record.prompt_id),
@@ -50,19 +50,19 @@ pub(super) fn is_ours(out: &Path) -> Result<bool> {
 }
 
 pub(super) fn write(
-    mut rows: Rows<impl Iterator<Item = Result<Record>>>,
+    mut rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,
-) -> Result<Report> {
+) -> Result<ExportReport> {
     write_dir_with(out, |folder| {
-        let mut data = Whole::create(&folder.join(DATA))?;
+        let mut data = AtomicFile::create(&folder.join(DATA))?;
         let mut models = BTreeMap::<String, u64>::new();
         rows.write_to(&mut data, |row| {
             *models.entry(row.record.model.clone()).or_default() += 1;
-            Ok(Line::new(row))
+            Ok(HfRow::new(row))
         })?;
         let report = rows.finish()?;
         data.commit(false)?;
-        let mut card = Whole::create(&folder.join(CARD))?;
+        let mut card = AtomicFile::create(&folder.join(CARD))?;
         card.write_all(text_of_card(&report, &models).as_bytes())
             .context("could not write the dataset card")?;
         card.commit(false)?;
@@ -71,7 +71,7 @@ pub(super) fn write(
 }
 
 /// The dataset card. Names come from endpoints, so they are code and stay on their line.
-fn text_of_card(report: &Report, models: &BTreeMap<String, u64>) -> String {
+fn text_of_card(report: &ExportReport, models: &BTreeMap<String, u64>) -> String {
     let code = |text: &str| match text {
         "" => "(not reported)".to_owned(),
         text => format!(

@@ -24,9 +24,9 @@ pub(crate) mod parquet;
 pub mod rows;
 pub(crate) mod trl;
 
-use crate::export::rows::Report;
-use crate::export::rows::Rows;
-use crate::export::rows::Settings;
+use crate::export::rows::ExportReport;
+use crate::export::rows::ExportRows;
+use crate::export::rows::ExportSettings;
 use crate::export::rows::write_lines;
 use std::path::Path;
 
@@ -55,15 +55,15 @@ pub fn write(
     records: impl Iterator<Item = Result<Record>>,
     format: Format,
     out: &Path,
-    settings: &Settings,
-) -> Result<Report> {
-    check_free(out, format, settings.force)?;
-    let rows = Rows {
+    settings: &ExportSettings,
+) -> Result<ExportReport> {
+    check_replaceable(out, format, settings.force)?;
+    let rows = ExportRows {
         records,
         settings: settings.data,
         selection: settings.selection,
         groups: Counts::default(),
-        report: Report::default(),
+        report: ExportReport::default(),
     };
     match format {
         Format::Hf => hf::write(rows, out),
@@ -80,7 +80,7 @@ pub fn write(
 }
 
 /// Refuses to overwrite, without `force`, anything; with it, whatever an export did not write.
-fn check_free(out: &Path, format: Format, force: bool) -> Result<()> {
+fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
     let place = out.display();
     let Ok(found) = out.symlink_metadata() else {
         return Ok(());

@@ -5,17 +5,17 @@
 
 use serde::Serialize;
 
-use crate::export::rows::Row;
+use crate::export::rows::ExportRow;
 use crate::prompt::message::Message;
 
 /// A conversation that ends in the answer.
 #[derive(Debug, Serialize)]
-pub(crate) struct Line {
+pub(crate) struct OpenAiRow {
     pub messages: Vec<Message>,
 }
 
 /// A row as a line, or the reason to leave it out.
-pub(crate) fn line(row: Row) -> Result<Line, String> {
+pub(crate) fn line(row: ExportRow) -> Result<OpenAiRow, String> {
     let messages = row.conversation();
     let known = ["system", "user", "assistant"];
     if let Some(other) = messages.iter().find(|m| !known.contains(&m.role.as_str())) {
@@ -27,5 +27,5 @@ pub(crate) fn line(row: Row) -> Result<Line, String> {
     {
         return Err("the answer is empty".into());
     }
-    Ok(Line { messages })
+    Ok(OpenAiRow { messages })
 }

@@ -18,8 +18,8 @@ use parquet::schema::parser::parse_message_type;
 
 use crate::cache::encoding::RawToken;
 use crate::cache::record::{Logprobs, Record};
-use crate::export::rows::{Report, Row, Rows};
-use crate::fs::Whole;
+use crate::export::rows::{ExportReport, ExportRow, ExportRows};
+use crate::fs::AtomicFile;
 
 /// Lists as the format's LIST annotation wants them, in three levels, so that every reader sees
 /// lists. `messages` is what was asked; `raw` is as in the cache, `position:rank:hex`.
@@ -76,18 +76,18 @@ const GROUP_VALUES: usize = 1 << 19;
 const GROUP_BYTES: usize = 32 << 20;
 
 pub(super) fn write(
-    mut rows: Rows<impl Iterator<Item = Result<Record>>>,
+    mut rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,
     force: bool,
-) -> Result<Report> {
+) -> Result<ExportReport> {
     let schema = parse_message_type(SCHEMA).context("the Parquet schema")?;
     let properties = WriterProperties::builder()
         .set_compression(Compression::SNAPPY)
         .build();
-    let file = Whole::create(out)?;
+    let file = AtomicFile::create(out)?;
     let mut writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::new(properties))
         .context("could not begin the Parquet file")?;
-    let mut group = Group::default();
+    let mut group = RowGroup::default();
     while let Some(row) = rows.next()? {
         group.add(&row);
         rows.report.rows += 1;
@@ -106,34 +106,34 @@ pub(super) fn write(
 
 /// The rows of a row group, by column in the order of [`SCHEMA`].
 #[derive(Default)]
-struct Group {
+struct RowGroup {
     rows: usize,
     /// Of text.
     bytes: usize,
-    prompt_id: Column<ByteArrayType>,
-    sample: Column<Int32Type>,
-    role: Column<ByteArrayType>,
-    content: Column<ByteArrayType>,
-    answer: Column<ByteArrayType>,
-    reasoning: Column<ByteArrayType>,
-    finish_reason: Column<ByteArrayType>,
-    model: Column<ByteArrayType>,
-    endpoint: Column<ByteArrayType>,
-    prompt_tokens: Column<Int64Type>,
-    completion_tokens: Column<Int64Type>,
-    cost_usd: Column<DoubleType>,
-    sent_at: Column<ByteArrayType>,
-    token: Column<ByteArrayType>,
-    logprob: Column<FloatType>,
-    top: Column<ByteArrayType>,
-    top_logprob: Column<FloatType>,
-    raw: Column<ByteArrayType>,
-    matches_text: Column<BoolType>,
+    prompt_id: LeafColumn<ByteArrayType>,
+    sample: LeafColumn<Int32Type>,
+    role: LeafColumn<ByteArrayType>,
+    content: LeafColumn<ByteArrayType>,
+    answer: LeafColumn<ByteArrayType>,
+    reasoning: LeafColumn<ByteArrayType>,
+    finish_reason: LeafColumn<ByteArrayType>,
+    model: LeafColumn<ByteArrayType>,
+    endpoint: LeafColumn<ByteArrayType>,
+    prompt_tokens: LeafColumn<Int64Type>,
+    completion_tokens: LeafColumn<Int64Type>,
+    cost_usd: LeafColumn<DoubleType>,
+    sent_at: LeafColumn<ByteArrayType>,
+    token: LeafColumn<ByteArrayType>,
+    logprob: LeafColumn<FloatType>,
+    top: LeafColumn<ByteArrayType>,
+    top_logprob: LeafColumn<FloatType>,
+    raw: LeafColumn<ByteArrayType>,
+    matches_text: LeafColumn<BoolType>,
 }
 
-impl Group {
-    fn add(&mut self, row: &Row) {
-        let Row { record, prompt } = row;
+impl RowGroup {
+    fn add(&mut self, row: &ExportRow) {
+        let ExportRow { record, prompt } = row;
         self.rows += 1;
         self.bytes += prompt.iter().map(|m| m.content.len()).sum::<usize>()
             + record.answer.text.len()
@@ -207,7 +207,7 @@ impl Group {
     }
 
     /// Writes what is there and empties it.
-    fn write(&mut self, writer: &mut SerializedFileWriter<Whole>) -> Result<()> {
+    fn write(&mut self, writer: &mut SerializedFileWriter<AtomicFile>) -> Result<()> {
         if self.rows == 0 {
             return Ok(());
         }
@@ -241,13 +241,13 @@ impl Group {
 }
 
 /// The values of a leaf of the schema, with the levels of each place where one stands or is missing.
-struct Column<T: DataType> {
+struct LeafColumn<T: DataType> {
     values: Vec<T::T>,
     definition: Vec<i16>,
     repetition: Vec<i16>,
 }
 
-impl<T: DataType> Default for Column<T> {
+impl<T: DataType> Default for LeafColumn<T> {
     fn default() -> Self {
         Self {
             values: Vec::new(),
@@ -257,7 +257,7 @@ impl<T: DataType> Default for Column<T> {
     }
 }
 
-impl<T: DataType> Column<T> {
+impl<T: DataType> LeafColumn<T> {
     fn levels(&self) -> usize {
         self.definition.len()
     }
@@ -321,7 +321,10 @@ impl<T: DataType> Column<T> {
         }
     }
 
-    fn write(self, group: &mut SerializedRowGroupWriter<'_, Whole>) -> parquet::errors::Result<()> {
+    fn write(
+        self,
+        group: &mut SerializedRowGroupWriter<'_, AtomicFile>,
+    ) -> parquet::errors::Result<()> {
         let Some(mut column) = group.next_column()? else {
             return Err(parquet::errors::ParquetError::General(
                 "more columns than the schema has".into(),

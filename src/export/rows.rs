@@ -7,7 +7,7 @@ use crate::data::groups::Candidate;
 use crate::data::groups::Counts;
 use crate::data::groups::Selection;
 use crate::exit::Exit;
-use crate::fs::Whole;
+use crate::fs::AtomicFile;
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 use anyhow::Context;
@@ -20,7 +20,7 @@ use std::path::Path;
 
 /// What became of the records.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Report {
+pub struct ExportReport {
     pub rows: u64,
     /// Records that are in no row, by the reason.
     pub left_out: BTreeMap<String, u64>,
@@ -30,13 +30,13 @@ pub struct Report {
 }
 
 /// A record to be trained on.
-pub struct Row {
+pub struct ExportRow {
     pub record: Record,
     /// What was asked.
     pub prompt: Vec<Message>,
 }
 
-impl Row {
+impl ExportRow {
     /// What was asked, and the answer.
     pub fn conversation(self) -> Vec<Message> {
         let mut messages = self.prompt;
@@ -49,16 +49,16 @@ impl Row {
 }
 
 /// The records that `distill train` would use, and the count of the others.
-pub struct Rows<'a, R> {
+pub struct ExportRows<'a, R> {
     pub(crate) records: R,
     pub(crate) settings: &'a config::Data,
     pub(crate) selection: &'a Selection,
     pub(crate) groups: Counts,
-    pub(crate) report: Report,
+    pub(crate) report: ExportReport,
 }
 
-impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
-    pub(crate) fn next(&mut self) -> Result<Option<Row>> {
+impl<R: Iterator<Item = Result<Record>>> ExportRows<'_, R> {
+    pub(crate) fn next(&mut self) -> Result<Option<ExportRow>> {
         while let Some(record) = self.records.next().transpose()? {
             let candidate = Candidate::of_record(&record);
             let group = &candidate.group;
@@ -68,7 +68,7 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
                 continue;
             }
             match prompt_of(&record, self.settings) {
-                Ok(prompt) => return Ok(Some(Row { record, prompt })),
+                Ok(prompt) => return Ok(Some(ExportRow { record, prompt })),
                 Err(reason) => self.leave_out(reason),
             }
         }
@@ -82,8 +82,8 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
     /// Writes a line of JSON for each row for which `line` makes one.
     pub(crate) fn write_to<L: Serialize>(
         &mut self,
-        file: &mut Whole,
-        mut line: impl FnMut(Row) -> Result<L, String>,
+        file: &mut AtomicFile,
+        mut line: impl FnMut(ExportRow) -> Result<L, String>,
     ) -> Result<()> {
         while let Some(row) = self.next()? {
             match line(row) {
@@ -99,7 +99,7 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
     }
 
     /// The counts, once all rows are written.
-    pub(crate) fn finish(self) -> Result<Report> {
+    pub(crate) fn finish(self) -> Result<ExportReport> {
         if self.report.rows > 0 {
             return Ok(self.report);
         }
@@ -122,7 +122,7 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
 }
 
 /// How to write it.
-pub struct Settings<'a> {
+pub struct ExportSettings<'a> {
     /// Which answers are worth training on.
     pub data: &'a config::Data,
     pub selection: &'a Selection,
@@ -134,12 +134,12 @@ pub struct Settings<'a> {
 
 /// Writes one JSONL file.
 pub(crate) fn write_lines<L: Serialize>(
-    mut rows: Rows<impl Iterator<Item = Result<Record>>>,
+    mut rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,
     force: bool,
-    line: impl FnMut(Row) -> Result<L, String>,
-) -> Result<Report> {
-    let mut file = Whole::create(out)?;
+    line: impl FnMut(ExportRow) -> Result<L, String>,
+) -> Result<ExportReport> {
+    let mut file = AtomicFile::create(out)?;
     rows.write_to(&mut file, line)?;
     let report = rows.finish()?;
     file.commit(force)?;

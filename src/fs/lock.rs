@@ -7,9 +7,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 /// A lock that is held until it is dropped.
-pub struct Lock(File);
+pub struct FileLock(File);
 
-impl Drop for Lock {
+impl Drop for FileLock {
     /// Unlocks by word: closing the file would not, while a child process that was started at this
     /// moment still has it open.
     fn drop(&mut self) {
@@ -17,13 +17,13 @@ impl Drop for Lock {
     }
 }
 
-impl Lock {
+impl FileLock {
     /// Locks the file at `path` and leaves this process's id in it for whoever comes second. The file
     /// itself stays: removing it could take the lock of another.
     ///
     /// # Errors
     /// Where another process has it: it "(pid 123) `holds`", as the message says.
-    pub fn acquire(path: &Path, holds: &str) -> Result<Lock> {
+    pub fn acquire(path: &Path, holds: &str) -> Result<FileLock> {
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -42,7 +42,7 @@ impl Lock {
         let _ = file
             .set_len(0)
             .and_then(|()| writeln!(file, "{}", std::process::id()));
-        Ok(Lock(file))
+        Ok(FileLock(file))
     }
 }
 

@@ -6,7 +6,7 @@
 
 pub(crate) mod lock;
 
-pub use lock::Lock;
+pub use lock::FileLock;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -26,7 +26,7 @@ pub fn write_with(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<()> {
-    let folder = folder_of(path);
+    let folder = parent_of(path);
     replace(path, folder, fill).with_context(|| format!("could not write {}", path.display()))
 }
 
@@ -57,15 +57,15 @@ fn temporary_in(folder: &Path) -> std::io::Result<NamedTempFile> {
 
 /// A file that is written bit by bit and has its name only once it is whole ([`Self::commit`]).
 /// Dropped before that, it leaves nothing.
-pub struct Whole {
+pub struct AtomicFile {
     file: BufWriter<NamedTempFile>,
     path: PathBuf,
 }
 
-impl Whole {
+impl AtomicFile {
     /// Begins a file that will be `path`, in a folder that exists.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = temporary_in(folder_of(path))
+        let file = temporary_in(parent_of(path))
             .with_context(|| format!("could not write {}", path.display()))?;
         Ok(Self {
             file: BufWriter::with_capacity(1 << 20, file),
@@ -84,13 +84,13 @@ impl Whole {
                 true => file.persist(&path)?,
                 false => file.persist_noclobber(&path)?,
             };
-            sync_folder(folder_of(&path))
+            sync_folder(parent_of(&path))
         };
         commit().with_context(|| format!("could not write {}", path.display()))
     }
 }
 
-impl Write for Whole {
+impl Write for AtomicFile {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.file.write(bytes)
     }
@@ -109,12 +109,12 @@ fn create_synced(path: &Path) -> std::io::Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
     }
-    create_synced(folder_of(path))?;
+    create_synced(parent_of(path))?;
     match fs::create_dir(path) {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => {}
         other => other?,
     }
-    sync_folder(folder_of(path))
+    sync_folder(parent_of(path))
 }
 
 /// Gives the finished folder `temporary` its final name: syncs everything in it, renames it, and
@@ -123,7 +123,7 @@ fn create_synced(path: &Path) -> std::io::Result<()> {
 pub fn commit_dir(temporary: &Path, destination: &Path) -> Result<()> {
     sync_tree(temporary)
         .and_then(|()| fs::rename(temporary, destination))
-        .and_then(|()| sync_folder(folder_of(destination)))
+        .and_then(|()| sync_folder(parent_of(destination)))
         .with_context(|| {
             format!(
                 "could not commit {} as {}",
@@ -156,7 +156,7 @@ pub fn sync_folder(folder: &Path) -> std::io::Result<()> {
 }
 
 /// The folder that holds `path`; `.` for a bare name.
-fn folder_of(path: &Path) -> &Path {
+fn parent_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -222,8 +222,8 @@ pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
     if !path.extension().is_some_and(is_packed) {
         return Ok(Box::new(BufReader::with_capacity(1 << 20, file)));
     }
-    let packed = BufReader::with_capacity(1 << 16, Counted { file, bytes: 0 });
-    let unpacked = Unpacked {
+    let packed = BufReader::with_capacity(1 << 16, CountingReader { file, bytes: 0 });
+    let unpacked = LimitedDecoder {
         inner: flate2::bufread::MultiGzDecoder::new(packed),
         bytes: 0,
     };
@@ -231,17 +231,17 @@ pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
 }
 
 /// Text unpacks to at most so many times its size; what unpacks to more is made to fill the memory.
-const MOST_AIR: u64 = 200;
+const MAX_EXPANSION: u64 = 200;
 /// Whatever its size, a file may unpack to so many bytes.
-const LEAST_AIR: u64 = 16 << 20;
+const ALWAYS_ALLOWED_BYTES: u64 = 16 << 20;
 
 /// A file, and how much was read of it.
-struct Counted {
+struct CountingReader {
     file: File,
     bytes: u64,
 }
 
-impl Read for Counted {
+impl Read for CountingReader {
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
         let read = self.file.read(into)?;
         self.bytes += read as u64;
@@ -250,18 +250,18 @@ impl Read for Counted {
 }
 
 /// Decompressed stream, limited in proportion to the compressed bytes read.
-struct Unpacked {
-    inner: flate2::bufread::MultiGzDecoder<BufReader<Counted>>,
+struct LimitedDecoder {
+    inner: flate2::bufread::MultiGzDecoder<BufReader<CountingReader>>,
     bytes: u64,
 }
 
-impl Read for Unpacked {
+impl Read for LimitedDecoder {
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
         let read = self.inner.read(into)?;
         self.bytes += read as u64;
         let packed = self.inner.get_ref().get_ref().bytes;
-        if self.bytes > LEAST_AIR + packed * MOST_AIR {
-            let message = format!("it unpacks to more than {MOST_AIR} times its size");
+        if self.bytes > ALWAYS_ALLOWED_BYTES + packed * MAX_EXPANSION {
+            let message = format!("it unpacks to more than {MAX_EXPANSION} times its size");
             return Err(std::io::Error::other(message));
         }
         Ok(read)
@@ -278,7 +278,7 @@ pub fn write_in(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
 /// one is durable beside it. `fill` gets the folder that will have the name, and nothing is left of
 /// it where `fill` fails.
 pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-    let parent = folder_of(destination);
+    let parent = parent_of(destination);
     create_dir_all(parent)?;
     let beside = |suffix: &str| {
         let mut name = std::ffi::OsString::from(".");
@@ -318,7 +318,7 @@ pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<
 
 /// Takes over into the new folder `to` what somebody has put into the old one, `from`: all that `is_ours` does
 /// not know by name.
-pub fn keep_others(from: &Path, to: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
+pub fn copy_foreign_entries(from: &Path, to: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
     if !from.is_dir() {
         return Ok(());
     }
@@ -360,7 +360,7 @@ pub fn create(path: &Path) -> Result<BufWriter<File>> {
 /// Lets a library put a file at `path`, in a folder that [`write_dir_with`] gets filled, and gives it
 /// the permissions of any new file: one that goes by way of a temporary file leaves what only its
 /// owner can read.
-pub fn create_by(path: &Path, library: impl FnOnce() -> Result<()>) -> Result<()> {
+pub fn create_with(path: &Path, library: impl FnOnce() -> Result<()>) -> Result<()> {
     let usual = create(path)?.get_ref().metadata()?.permissions();
     library()?;
     fs::set_permissions(path, usual)
@@ -373,12 +373,12 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// An append-only text file that may lose its last lines with the power, such as metrics.
-pub struct Log {
+pub struct LogFile {
     file: File,
     path: PathBuf,
 }
 
-impl Log {
+impl LogFile {
     /// Opens `path` for appending, after dropping every line for which `keep` is false.
     pub fn open(path: &Path, keep: impl Fn(&str) -> bool) -> Result<Self> {
         if path.exists() {
@@ -426,13 +426,13 @@ impl Log {
 pub fn has_name(file: &File, path: &Path) -> bool {
     match (file.metadata(), path.metadata()) {
         (Ok(own), Ok(named)) => identity(&own) == identity(&named),
-        (_, Err(error)) => !is_gone(&error),
+        (_, Err(error)) => !is_not_found(&error),
         (Err(_), Ok(_)) => true,
     }
 }
 
 /// There is nothing of that name.
-pub fn is_gone(error: &std::io::Error) -> bool {
+pub fn is_not_found(error: &std::io::Error) -> bool {
     matches!(
         error.kind(),
         std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory

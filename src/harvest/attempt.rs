@@ -13,7 +13,7 @@ use super::unreadable::Unreadable;
 use crate::budget::account::{Amount, Bill};
 use crate::budget::price::Bound;
 use crate::cache::record::Timing;
-use crate::cache::writer::Sealed;
+use crate::cache::writer::EncodedRecord;
 use crate::client::attempt_error::Trouble;
 use crate::client::outcome;
 use crate::client::request::Asking;
@@ -50,7 +50,7 @@ pub(crate) struct Finished {
 
 /// An answer, ready to be appended.
 pub(crate) struct Answered {
-    pub sealed: Sealed,
+    pub sealed: EncodedRecord,
     pub seen: Seen,
     /// The most tokens that it can have used, for an answer without usage.
     pub bound: Bound,
@@ -150,7 +150,7 @@ impl Answered {
         let fault = completion.logprobs_fault.clone();
         let record = record(asking, row, prompt, body, completion, timing);
         Ok(Answered {
-            sealed: Sealed::new(&record)?,
+            sealed: EncodedRecord::new(&record)?,
             seen: Seen::new(record, fault, max_tokens),
             bound,
         })

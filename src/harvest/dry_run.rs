@@ -170,7 +170,7 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
     if config.schedule.mode == Mode::Realtime {
         crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
     }
-    cache::place::check_all_is_back(&config.own_cache())
+    cache::open_file::check_nothing_displaced(&config.own_cache())
 }
 
 /// Refuses a student that cannot be trained, where one is named.

@@ -16,7 +16,7 @@ use super::books::Books;
 use super::dispatch::Dispatcher;
 use crate::cache;
 use crate::cache::lookup::Lookup;
-use crate::cache::question::{Endpoint, Names, Question};
+use crate::cache::question::{CacheKeys, KeyEndpoint, Question};
 use crate::cache::writer::Cache;
 use crate::client::http::Teacher;
 use crate::client::request;
@@ -166,21 +166,21 @@ impl Judge {
     pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         let asking = self.asking();
         let teacher = &self.lane.teacher;
-        let endpoint = Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
+        let endpoint = KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
         let past = self.cache.past();
         let names = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
                 let body = asking.body(&text.messages, 0);
-                let question = Question::of(&body, 0);
+                let question = Question::new(&body, 0);
                 let old = past.has_old.then_some((&body, 0));
-                Some(Names::new(&question, &endpoint, old))
+                Some(CacheKeys::new(&question, &endpoint, old))
             }
             Err(error) => {
                 tracing::warn!("{} cannot be judged: {error:#}", text.id);
                 None
             }
         };
-        let keys: Vec<Option<Names>> = texts.iter().map(names).collect();
+        let keys: Vec<Option<CacheKeys>> = texts.iter().map(names).collect();
         let mut is_asked = keys.iter().map(Option::is_some);
         let mut texts = texts;
         texts.retain(|_| is_asked.next().unwrap_or_default());
@@ -216,7 +216,7 @@ impl Judge {
         let mut lines = Vec::with_capacity(keys.len());
         for names in &keys {
             let mut line = None;
-            for key in names.iter().flat_map(Names::iter) {
+            for key in names.iter().flat_map(CacheKeys::iter) {
                 if line.is_none() {
                     line = self.judged.line(key)?;
                 }

@@ -47,7 +47,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::sync::Notify;
 
-use crate::cache::storage::Wrap;
+use crate::cache::storage::WrapFile;
 use crate::cache::writer::Cache;
 use crate::client::http::Teacher;
 use crate::client::transport::Transport;
@@ -106,7 +106,7 @@ pub async fn run_until(
     let world = World {
         transports,
         clock: WallClock::system(),
-        storage: crate::cache::storage::files(),
+        storage: crate::cache::storage::plain_storage(),
     };
     run_in(world, config, options, signals).await
 }
@@ -133,7 +133,7 @@ pub struct World {
     /// The ways to the teachers, one for each.
     pub transports: Vec<Arc<dyn Transport>>,
     pub clock: WallClock,
-    pub storage: Wrap,
+    pub storage: WrapFile,
 }
 
 /// As [`run_until`], in another world.

@@ -17,10 +17,10 @@ use serde_json::Value;
 use crate::budget::price;
 use crate::budget::price::Bound;
 use crate::cache::fingerprint::Fingerprint;
-use crate::cache::keys::Keys;
+use crate::cache::keys::KeySet;
 use crate::cache::question;
 use crate::cache::question::template::QuestionTemplate;
-use crate::cache::question::{Endpoint, Names, Past, Question};
+use crate::cache::question::{CacheKeys, KeyEndpoint, KeyVariants, Question};
 use crate::client::request::Asking;
 use crate::config;
 use crate::config::{Assignment, Order};
@@ -79,9 +79,9 @@ pub struct Plan {
     /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
     pub repeated: u64,
     /// Keys of all its rows.
-    pub keys: Keys,
+    pub keys: KeySet,
     /// Question halves of all its rows; see [`question::half`].
-    pub questions: Keys,
+    pub questions: KeySet,
 }
 
 /// Selection of rows that a plan considers.
@@ -93,9 +93,9 @@ pub struct Scope<'a> {
 }
 
 impl Scope<'_> {
-    fn holds(&self, fingerprint: &Fingerprint, names: &Names) -> bool {
+    fn holds(&self, fingerprint: &Fingerprint, names: &CacheKeys) -> bool {
         let is_wanted = self.only.is_none_or(|only| {
-            only.contains(question::half(&names.key))
+            only.contains(question::question_half(&names.key))
                 || names.iter().any(|name| only.contains(name))
         });
         is_wanted && self.shard.is_none_or(|shard| shard.holds(fingerprint))
@@ -104,21 +104,21 @@ impl Scope<'_> {
 
 /// Inputs of the loop that adds rows to a plan.
 struct Adding<'a, S> {
-    endpoints: Vec<Endpoint>,
+    endpoints: Vec<KeyEndpoint>,
     /// By sample, for the current teacher; empty if the full request is needed.
     templates: Vec<QuestionTemplate>,
     scope: Scope<'a>,
-    past: &'a Past,
+    past: &'a KeyVariants,
     standing: S,
 }
 
 impl<S: Fn(&str) -> Result<Standing>> Adding<'_, S> {
     /// State of a row: answered if the answer is under any of its names, complete or truncated no earlier than
     /// at `max_tokens`.
-    fn standing(&self, names: &Names, max_tokens: u32) -> Result<Standing> {
+    fn standing(&self, names: &CacheKeys, max_tokens: u32) -> Result<Standing> {
         let cut = names
             .iter()
-            .flat_map(|name| self.past.cut_keys(name, max_tokens));
+            .flat_map(|name| self.past.truncated_keys(name, max_tokens));
         let all = names.iter().map(str::to_owned).chain(cut);
         // An answer under another name counts more than a failure.
         let mut found = Standing::Open;
@@ -145,7 +145,7 @@ impl Plan {
         askings: Vec<Asking>,
         settings: &config::Prompts,
         scope: Scope<'_>,
-        past: &Past,
+        past: &KeyVariants,
         standing: impl Fn(&str) -> Result<Standing>,
     ) -> Result<Plan> {
         let order = match settings.order {
@@ -167,12 +167,12 @@ impl Plan {
             suspects: Vec::new(),
             given_up: Vec::new(),
             repeated: 0,
-            keys: Keys::default(),
-            questions: Keys::default(),
+            keys: KeySet::default(),
+            questions: KeySet::default(),
         };
         let endpoint = |asking: &Asking| {
             let teacher = &asking.lane.teacher;
-            Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
+            KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
         };
         let mut adding = Adding {
             endpoints: plan.askings.iter().map(endpoint).collect(),
@@ -226,13 +226,13 @@ impl Plan {
             let (question, names) = match template {
                 Some(template) => {
                     let question = template.question(&asked.messages);
-                    (question, Names::new(&question, endpoint, None))
+                    (question, CacheKeys::new(&question, endpoint, None))
                 }
                 None => {
                     let body = self.body(lane, prompt, sample);
-                    let question = Question::of(&body, sample);
+                    let question = Question::new(&body, sample);
                     let old = with_old.then_some((&body, sample));
-                    (question, Names::new(&question, endpoint, old))
+                    (question, CacheKeys::new(&question, endpoint, old))
                 }
             };
             let fingerprint = crate::cache::fingerprint::fingerprint(&names.key);
@@ -240,7 +240,7 @@ impl Plan {
                 continue;
             }
             self.total += 1;
-            self.questions.insert(question.fingerprint());
+            self.questions.insert(question.question_fingerprint());
             if !self.keys.insert(fingerprint) {
                 self.cached += 1;
                 self.repeated += 1;
@@ -381,7 +381,7 @@ mod tests {
             askings,
             &config.prompts,
             Scope::default(),
-            &Past::default(),
+            &KeyVariants::default(),
             standing,
         )
         .unwrap()
@@ -419,7 +419,7 @@ mod tests {
         let key = plan(vec![prompt("a", "x")], &config, |_| false).rows[0]
             .key
             .clone();
-        let mut past = Past::default();
+        let mut past = KeyVariants::default();
         past.note(2, config.sampling.max_tokens);
         for failure in [Standing::GivenUp, Standing::Suspect] {
             let standing = |name: &str| {

@@ -9,10 +9,10 @@ use tokio::time::Instant;
 use crate::budget::dollars::Dollars;
 use crate::budget::price::Bound;
 use crate::cache;
-use crate::cache::census::{self, Census};
 use crate::cache::question;
-use crate::cache::stats::Stats;
-use crate::cache::storage::Wrap;
+use crate::cache::stats::CacheStats;
+use crate::cache::storage::WrapFile;
+use crate::cache::unused_answers::{self, UnusedAnswers};
 use crate::cache::writer::Cache;
 use crate::client::request::Asking;
 use crate::client::structured_output::Structured;
@@ -26,7 +26,7 @@ use crate::rate_limit::daily::Day;
 use crate::rate_limit::pacer::Limiter;
 use crate::report::summary;
 use crate::signal::StopFlag;
-use crate::terminal::progress::Reading;
+use crate::terminal::progress::ReadProgress;
 use crate::terminal::{format_count, format_dollars};
 
 /// Request template of each teacher; `probes` are the hashes of their probe results.
@@ -106,15 +106,15 @@ pub(crate) fn census_of(
     known: usize,
     limit: u64,
     stop: &StopFlag,
-) -> Result<Census> {
+) -> Result<UnusedAnswers> {
     let of_ours: u64 = plan.answered.iter().sum();
     if plan.rows.is_empty() || known as u64 <= of_ours {
-        return Ok(Census::default());
+        return Ok(UnusedAnswers::default());
     }
     let mut open = HashMap::new();
     for (asking, rows) in plan.askings.iter().zip(&plan.lanes) {
         for row in &plan.rows[rows.clone()] {
-            let half = question::fingerprint(&row.key);
+            let half = question::question_fingerprint(&row.key);
             open.insert(half, asking.lane.sampling.max_tokens);
         }
     }
@@ -125,7 +125,7 @@ pub(crate) fn census_of(
         .collect();
     let is_prompt = |id: &str| ids.contains(id);
     let check = || stop.check();
-    census::census(
+    unused_answers::count_unused(
         dir,
         &plan.keys,
         &plan.questions,
@@ -172,13 +172,13 @@ pub(crate) fn prompts(
 pub(crate) fn open_cache(
     config: &Config,
     quiet: bool,
-    storage: Wrap,
+    storage: WrapFile,
     stop: &StopFlag,
 ) -> Result<Cache> {
-    let mut reading = Reading::new("opening the cache", quiet);
+    let mut reading = ReadProgress::new("opening the cache", quiet);
     let (dir, settings) = (config.own_cache(), &config.cache);
-    cache::place::check_all_is_back(&dir)?;
-    cache::place::forget_move(&dir)?;
+    cache::open_file::check_nothing_displaced(&dir)?;
+    cache::open_file::remove_move_note(&dir)?;
     Cache::open_with(&dir, settings, storage, &mut |done, total| {
         reading.update(done, total);
         stop.check()
@@ -232,9 +232,9 @@ pub(crate) fn check_money(
 
 /// The first records of a cache in numbers, for a guess at those to come. Read without the lock, so that a
 /// dry run may look over the shoulder of a running harvest.
-pub(crate) fn sample(dir: &Path) -> Result<Stats> {
+pub(crate) fn sample(dir: &Path) -> Result<CacheStats> {
     const ENOUGH: usize = 1_000;
-    let mut stats = Stats::default();
+    let mut stats = CacheStats::default();
     if cache::exists(dir) {
         for record in crate::cache::reader::read(dir)?.take(ENOUGH) {
             stats.add(&record?)?;

@@ -26,22 +26,22 @@ const IDLE: u64 = 0;
 const OVER: u64 = u64::MAX;
 
 /// Watches the memory of the process while rows are rendered, until it is dropped.
-pub(crate) struct Guard {
+pub(crate) struct MemoryGuard {
     /// Number of the row that is being rendered, counted from 1.
     row: Arc<AtomicU64>,
 }
 
-impl Guard {
+impl MemoryGuard {
     /// `template` is named where it takes too much.
-    pub(crate) fn new(template: &Path) -> Guard {
+    pub(crate) fn new(template: &Path) -> MemoryGuard {
         let row = Arc::new(AtomicU64::new(IDLE));
         let (watched, template) = (Arc::clone(&row), template.to_owned());
         std::thread::spawn(move || watch(&watched, &template));
-        Guard { row }
+        MemoryGuard { row }
     }
 
     /// Renders the row with this number.
-    pub(crate) fn during<T>(&self, row: usize, render: impl FnOnce() -> T) -> T {
+    pub(crate) fn watch_row<T>(&self, row: usize, render: impl FnOnce() -> T) -> T {
         self.row.store(row as u64 + 1, Ordering::Relaxed);
         let rendered = render();
         self.row.store(IDLE, Ordering::Relaxed);
@@ -49,7 +49,7 @@ impl Guard {
     }
 }
 
-impl Drop for Guard {
+impl Drop for MemoryGuard {
     fn drop(&mut self) {
         self.row.store(OVER, Ordering::Relaxed);
     }
@@ -67,13 +67,13 @@ fn watch(row: &AtomicU64, template: &Path) {
             IDLE => last = (IDLE, bytes),
             // Several rows in between are none that grows without end.
             row if row != last.0 => last = (row, bytes),
-            row if bytes > last.1 + MOST => end(row, template),
+            row if bytes > last.1 + MOST => exit_over_limit(row, template),
             _ => {}
         }
     }
 }
 
-fn end(row: u64, template: &Path) -> ! {
+fn exit_over_limit(row: u64, template: &Path) -> ! {
     let message = format!(
         "error: row {}: the template {} makes texts of more than {} MiB of it",
         row - 1,

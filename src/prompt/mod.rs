@@ -12,7 +12,7 @@ pub(crate) mod row;
 pub(crate) mod source;
 pub(crate) mod template;
 
-pub use row::Given;
+pub use row::RawRequest;
 pub use template::Template;
 
 use crate::prompt::message::Message;
@@ -32,7 +32,7 @@ pub struct Prompt {
     pub id: String,
     pub messages: Vec<Message>,
     /// Raw messages and request fields of a JSON row that are more than roles and texts.
-    pub given: Option<Box<Given>>,
+    pub given: Option<Box<RawRequest>>,
 }
 
 impl Prompt {
@@ -115,7 +115,7 @@ pub fn load_with<T>(
                 usage("the last message is empty: fill it, or remove the row".into()).into(),
             );
         }
-        let given = Given {
+        let given = RawRequest {
             messages: given,
             fields,
         };

@@ -9,14 +9,14 @@ const REQUEST_FIELDS: [&str; 3] = ["tools", "tool_choice", "parallel_tool_calls"
 
 /// Parts of a row that are sent unchanged.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Given {
+pub struct RawRequest {
     /// The messages, where some are more than a role and a text.
     pub messages: Option<Value>,
     /// Further fields of the request.
     pub fields: Map<String, Value>,
 }
 
-impl Given {
+impl RawRequest {
     pub fn is_plain(&self) -> bool {
         self.messages.is_none() && self.fields.is_empty()
     }

@@ -8,7 +8,7 @@ use minijinja::{Environment, ErrorKind, UndefinedBehavior};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::guard::Guard;
+use super::guard::MemoryGuard;
 use crate::exit::Exit;
 use crate::prompt::message::Message;
 
@@ -18,17 +18,17 @@ const FUEL: u64 = 2_000_000;
 /// The file as written; `prompts/plain.toml` documents it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct TemplateFile {
     system: Option<String>,
     user: String,
     #[serde(default)]
-    examples: Vec<Example>,
+    examples: Vec<FewShotExample>,
 }
 
 /// A few-shot example, sent word for word: braces in it are no template.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Example {
+struct FewShotExample {
     user: String,
     assistant: String,
 }
@@ -38,8 +38,8 @@ pub struct Template {
     /// Holds the templates `user` and, where the file has one, `system`.
     environment: Environment<'static>,
     has_system: bool,
-    examples: Vec<Example>,
-    guard: Guard,
+    examples: Vec<FewShotExample>,
+    guard: MemoryGuard,
 }
 
 impl Template {
@@ -47,7 +47,7 @@ impl Template {
         let place = path.display();
         let text = std::fs::read_to_string(path)
             .map_err(|error| Exit::Usage(format!("cannot read the template {place}: {error}")))?;
-        let file: File = toml::from_str(&text)
+        let file: TemplateFile = toml::from_str(&text)
             .map_err(|error| Exit::Usage(format!("the template {place} is invalid: {error}")))?;
 
         let mut environment = Environment::new();
@@ -69,7 +69,7 @@ impl Template {
             environment,
             has_system,
             examples: file.examples,
-            guard: Guard::new(path),
+            guard: MemoryGuard::new(path),
         })
     }
 
@@ -99,7 +99,7 @@ impl Template {
         let template = self.environment.get_template(name)?;
         let rendered = self
             .guard
-            .during(row_number, || template.render(Serde(row)));
+            .watch_row(row_number, || template.render(Serde(row)));
         rendered.map_err(|error| {
             let variables = template.undeclared_variables(true);
             let missing = missing_variables(&variables, row);

@@ -2,7 +2,7 @@
 
 pub(crate) mod progress;
 
-pub use progress::{Progress, Reading};
+pub use progress::{Progress, ReadProgress};
 
 use std::borrow::Cow;
 use std::fmt::Write;

@@ -15,10 +15,10 @@ const LINE_EVERY: Duration = Duration::from_secs(30);
 pub struct Progress {
     verb: &'static str,
     total: u64,
-    output: Output,
+    output: ProgressOutput,
 }
 
-enum Output {
+enum ProgressOutput {
     Bar(ProgressBar),
     Lines { last: Instant },
     Notes,
@@ -29,7 +29,7 @@ impl Progress {
     /// `total` counts what [`Progress::update`] counts: requests, optimizer steps.
     pub fn new(verb: &'static str, total: u64, quiet: bool) -> Self {
         let output = if quiet {
-            Output::Quiet
+            ProgressOutput::Quiet
         } else if stderr().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
             // A template that does not parse would be a mistake in this line; the default style
@@ -40,9 +40,9 @@ impl Progress {
                 bar.set_style(style);
             }
             bar.set_prefix(verb);
-            Output::Bar(bar)
+            ProgressOutput::Bar(bar)
         } else {
-            Output::Lines {
+            ProgressOutput::Lines {
                 last: Instant::now(),
             }
         };
@@ -55,7 +55,11 @@ impl Progress {
 
     /// For a verb within another one, which shows its own progress: notes alone.
     pub fn notes(quiet: bool) -> Self {
-        let output = if quiet { Output::Quiet } else { Output::Notes };
+        let output = if quiet {
+            ProgressOutput::Quiet
+        } else {
+            ProgressOutput::Notes
+        };
         Self {
             verb: "",
             total: 0,
@@ -67,38 +71,38 @@ impl Progress {
     /// must be sanitised.
     pub fn update(&mut self, done: u64, details: impl FnOnce() -> String) {
         match &mut self.output {
-            Output::Bar(bar) => {
+            ProgressOutput::Bar(bar) => {
                 bar.set_position(done);
                 bar.set_message(details());
             }
-            Output::Lines { last } if last.elapsed() >= LINE_EVERY => {
+            ProgressOutput::Lines { last } if last.elapsed() >= LINE_EVERY => {
                 *last = Instant::now();
                 let (done, total) = (format_count(done), format_count(self.total));
                 write_line(&format!("{}: {done} of {total}, {}", self.verb, details()));
             }
-            Output::Lines { .. } | Output::Notes | Output::Quiet => {}
+            ProgressOutput::Lines { .. } | ProgressOutput::Notes | ProgressOutput::Quiet => {}
         }
     }
 
     /// Says something beside the bar, at once.
     pub fn note(&self, line: &str) {
         match &self.output {
-            Output::Bar(bar) => bar.suspend(|| write_line(line)),
-            Output::Lines { .. } | Output::Notes => write_line(line),
-            Output::Quiet => {}
+            ProgressOutput::Bar(bar) => bar.suspend(|| write_line(line)),
+            ProgressOutput::Lines { .. } | ProgressOutput::Notes => write_line(line),
+            ProgressOutput::Quiet => {}
         }
     }
 }
 
 /// The progress of reading something large, which is shown only once it takes a while.
-pub struct Reading {
+pub struct ReadProgress {
     verb: &'static str,
     quiet: bool,
     started: Instant,
     shown: Option<Progress>,
 }
 
-impl Reading {
+impl ReadProgress {
     const SHORT: Duration = Duration::from_millis(300);
     const MB: u64 = 1_000_000;
 
@@ -126,7 +130,7 @@ impl Reading {
 impl Drop for Progress {
     /// Takes the bar off the screen, so that the result that follows stands alone.
     fn drop(&mut self) {
-        if let Output::Bar(bar) = &self.output {
+        if let ProgressOutput::Bar(bar) = &self.output {
             bar.finish_and_clear();
         }
     }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::fs::Log;
+use crate::fs::LogFile;
 use crate::train::loss::row::RowLoss;
 
 /// Sums over supervised positions.
@@ -107,7 +107,7 @@ pub struct Means {
 }
 
 /// `metrics.jsonl`: a line a step and a line a validation.
-pub(crate) struct Metrics(Log);
+pub(crate) struct Metrics(LogFile);
 
 impl Metrics {
     /// Opens the file and drops what was written after step `step`, which will be done again.
@@ -119,7 +119,7 @@ impl Metrics {
             let line: Value = serde_json::from_str(line).unwrap_or_default();
             line["step"].as_u64().is_some_and(|s| s <= step)
         };
-        Ok(Self(Log::open(path, kept)?))
+        Ok(Self(LogFile::open(path, kept)?))
     }
 
     /// One optimizer step.

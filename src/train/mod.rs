@@ -38,7 +38,7 @@ use crate::data::prepared::shard::ExampleView;
 use crate::fs;
 use crate::model::Model;
 use crate::signal::StopFlag;
-use crate::terminal::progress::{Progress, Reading};
+use crate::terminal::progress::{Progress, ReadProgress};
 use crate::terminal::{format_count, format_duration, sanitise};
 use crate::tokenizer::Tokenizer;
 use crate::train::early_stopping::Best;
@@ -118,7 +118,7 @@ fn train(config: &Config, options: Options, judge: Option<&mut dyn Judge>) -> Re
     // Files that cannot be written at the end are refused at the start.
     let shape = parts.student.model.config();
     folder::files(shape, "", (tokenizer.dir(), &tokenizer), "")?;
-    let mut reading = Reading::new("prepare", quiet);
+    let mut reading = ReadProgress::new("prepare", quiet);
     let fitting = Config {
         data: config.data.within(parts.models().context()),
         ..config.clone()

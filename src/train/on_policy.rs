@@ -227,7 +227,7 @@ impl Asked<'_> {
         let lines = self.judge.judge(texts, stop)?;
         for ((at, text, ids), line) in asked.into_iter().zip(lines) {
             let Some(line) = line else { continue };
-            let record = RecordView::of_line(&line)?;
+            let record = RecordView::from_line(&line)?;
             let Some(logprobs) = &record.logprobs else {
                 continue;
             };

@@ -175,7 +175,7 @@ impl Student {
             }
             let entries = weights::entries(&weights, dtype)?;
             weights::write(&folder.join("model.safetensors"), entries)?;
-            fs::keep_others(dir, folder, |name| {
+            fs::copy_foreign_entries(dir, folder, |name| {
                 folder::TOKENIZER_FILES.contains(&name)
                     || name.starts_with("model") && name.contains(".safetensors")
             })

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use distill::cache::record::{Answer, Record, SCHEMA};
-use distill::cache::recovery::Ending;
+use distill::cache::recovery::FileEnding;
 use distill::cache::usage::Usage;
 use distill::cache::writer::Cache;
 use distill::cache::{self, line, reader};
@@ -47,13 +47,13 @@ fn a_file_cut_at_every_byte_keeps_the_records_before_the_cut() {
         assert_eq!(lines.len(), whole, "cut at {cut}");
         let after_newline = cut == 0 || file[cut - 1] == b'\n';
         let expected = if after_newline {
-            Ending::Clean
+            FileEnding::Clean
         } else if ends.contains(&cut) {
-            Ending::Unterminated
+            FileEnding::Unterminated
         } else {
             let start = ends[..whole].last().map_or(0, |end| end + 1);
             match ending {
-                Ok(Ending::Torn(ref bad)) => assert_eq!(bad.offset, start as u64),
+                Ok(FileEnding::Torn(ref bad)) => assert_eq!(bad.offset, start as u64),
                 ref other => panic!("cut at {cut}: {other:?}"),
             }
             continue;
@@ -124,7 +124,7 @@ fn no_flipped_bit_is_accepted_and_damage_is_told_from_a_tail() {
             }
             let torn = last && (at + 1 == original.len() || flipped[start + at] == 0);
             let bad = match ending {
-                Ok(Ending::Torn(bad)) if torn => bad,
+                Ok(FileEnding::Torn(bad)) if torn => bad,
                 Err(bad) if !torn => bad,
                 other => panic!("line {index}, byte {at}: {other:?}"),
             };
@@ -398,7 +398,7 @@ fn a_key_is_stored_once() {
 fn verify_lists_all_that_is_wrong() {
     let good = encode([sample(0), sample(1), sample(0)]);
     let dir = folder(&good);
-    let findings = reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
+    let findings = reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
     assert_eq!(findings.records, 3);
     assert_eq!(findings.repeated, [(sample(0).key, 2)]);
     let error = commands::cache::verify(dir.path(), false).unwrap_err();
@@ -412,7 +412,7 @@ fn verify_lists_all_that_is_wrong() {
     // Damage, NULs, two good lines, damage, and a torn tail: everything is named.
     let file = [b"oops\n\0\0\n", &good[..], b"oops\n\0\n", &good[..20]].concat();
     let dir = folder(&file);
-    let findings = reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
+    let findings = reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
     assert_eq!(findings.records, 3);
     let at = good.len() as u64 + 8;
     let places: Vec<_> = findings

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use distill::cache::frames::{Effort, FrameScan, compress};
 use distill::cache::record::{Answer, Record};
-use distill::cache::recovery::{BadLine, Ending, ScanError};
+use distill::cache::recovery::{BadLine, FileEnding, ScanError};
 use distill::cache::writer::Cache;
 use distill::cache::{self, compressed_file, plain_file};
 use distill::config::{self, Compression, Durability};
@@ -44,7 +44,7 @@ fn folder(frames: &[u8], plain: &[u8]) -> tempfile::TempDir {
 }
 
 /// The lines of all whole records in a compressed file, and its ending or the damage.
-fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<Ending, BadLine>) {
+fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<FileEnding, BadLine>) {
     let mut scan = FrameScan::new(file);
     let mut lines = Vec::new();
     loop {
@@ -120,7 +120,7 @@ fn a_plain_cache_can_be_compressed_later() {
     let cache = open(dir.path()).unwrap();
     assert_eq!(fs::metadata(plain_file(dir.path())).unwrap().len(), 0);
     cache.append(&sample(500)).unwrap();
-    cache.stay_plain();
+    cache.stop_compressing();
     drop(cache);
     assert_eq!(
         fs::read(plain_file(dir.path())).unwrap(),
@@ -159,8 +159,8 @@ fn a_file_cut_at_every_byte_keeps_the_frames_before_the_cut() {
         let whole = ends.iter().rposition(|&end| end <= cut).unwrap();
         assert!(found == expected[..whole * 10], "cut at {cut}");
         match ending {
-            Ok(Ending::Clean) => assert_eq!(cut, ends[whole]),
-            Ok(Ending::Torn(bad)) => assert_eq!(bad.offset, ends[whole] as u64),
+            Ok(FileEnding::Clean) => assert_eq!(cut, ends[whole]),
+            Ok(FileEnding::Torn(bad)) => assert_eq!(bad.offset, ends[whole] as u64),
             other => panic!("cut at {cut}: {other:?}"),
         }
     }
@@ -235,7 +235,7 @@ fn no_flipped_bit_is_accepted() {
                     );
                 }
                 // The length of the last frame reaches behind the end of the file, or leaves a rest.
-                Ok(Ending::Torn(bad)) => {
+                Ok(FileEnding::Torn(bad)) => {
                     torn += 1;
                     let last = file.len() - frames[3].len();
                     assert_eq!(start, last, "byte {at}, bit {bit}");
@@ -243,7 +243,7 @@ fn no_flipped_bit_is_accepted() {
                 }
                 // A bit that zstd has no use for, in a frame whose lines all hold.
                 Ok(ending) => {
-                    assert_eq!(ending, Ending::Clean);
+                    assert_eq!(ending, FileEnding::Clean);
                     assert!(found == expected, "byte {at}, bit {bit}");
                 }
             }
@@ -273,7 +273,7 @@ fn damage_in_the_middle_is_refused_and_named() {
         assert!(message.contains("responses.jsonl.zst"), "{message}");
         assert_eq!(Exit::code_of(&error), 5);
     }
-    let findings = cache::reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
+    let findings = cache::reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
     assert_eq!((findings.records, findings.damaged.len()), (12, 1));
 }
 
@@ -289,7 +289,7 @@ fn a_crash_between_the_two_steps_of_compressing_leaves_nothing_twice() {
         assert_eq!(cache.len(), 25);
         drop(cache);
         assert_eq!(read_all(dir.path()).unwrap(), records(0..25));
-        let findings = cache::reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
+        let findings = cache::reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
         assert!(findings.repeated.is_empty());
     }
     // Two answers to one key are no such thing: both were paid for.

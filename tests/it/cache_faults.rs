@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use distill::cache::record::Record;
-use distill::cache::recovery::Ending;
-use distill::cache::storage::{Storage, Wrap};
+use distill::cache::recovery::FileEnding;
+use distill::cache::storage::{Storage, WrapFile};
 use distill::cache::writer::Cache;
 use distill::config::{self, Durability};
 
@@ -94,7 +94,7 @@ fn open_on(dir: &Path, durability: Durability, storage: impl Storage + 'static) 
         ..config::Cache::default()
     };
     let storage = Mutex::new(Some(storage));
-    let wrap: Wrap = Box::new(move |_| Box::new(storage.lock().unwrap().take().unwrap()));
+    let wrap: WrapFile = Box::new(move |_| Box::new(storage.lock().unwrap().take().unwrap()));
     Cache::open_with(dir, &settings, wrap, &mut |_, _| Ok(())).unwrap()
 }
 
@@ -135,10 +135,10 @@ fn check(dir: &Path, records: &[(Record, Vec<u8>)], at: u64, fault: Fault, lasts
         present.len()
     );
     if lasts == 1 {
-        assert_eq!(ending, Ok(Ending::Clean), "{context}");
+        assert_eq!(ending, Ok(FileEnding::Clean), "{context}");
     }
     assert!(
-        matches!(ending, Ok(Ending::Clean | Ending::Torn(_))),
+        matches!(ending, Ok(FileEnding::Clean | FileEnding::Torn(_))),
         "{context}: {ending:?}"
     );
     if synced.is_ok() {

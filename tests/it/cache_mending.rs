@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use distill::cache::frames::{Effort, compress};
-use distill::cache::merge::{Merged, merge};
+use distill::cache::merge::{MergeReport, merge};
 use distill::cache::record::{Answer, Record, SCHEMA};
-use distill::cache::repair::{Repaired, repair};
+use distill::cache::repair::{RepairReport, repair};
 use distill::cache::writer::Cache;
 use distill::cache::{compressed_file, conflicts_file, plain_file, quarantine_file, reader};
 use distill::config::{self, Compression};
@@ -73,7 +73,7 @@ fn other(n: u64) -> Record {
 /// Nothing is wrong with the cache, and it holds these records.
 fn assert_holds(dir: &Path, expected: &[Record]) {
     assert!(read_all(dir) == expected, "other records");
-    let findings = reader::examine(dir, &mut |_, _| Ok(())).unwrap();
+    let findings = reader::verify_cache(dir, &mut |_, _| Ok(())).unwrap();
     assert!(findings.damaged.is_empty() && findings.torn.is_empty());
     assert!(findings.repeated.is_empty());
     let opened = Cache::open(dir, &config::Cache::default()).unwrap();
@@ -103,7 +103,7 @@ fn damaged_lines_move_aside_and_whole_ones_stay() {
     let dir = folder(b"", &file);
     let done = repair(dir.path()).unwrap();
     let damage = [b"not a record\n", &flipped[..], &[0; 4096], b"\n", torn].concat();
-    let expected = Repaired {
+    let expected = RepairReport {
         records: 4,
         quarantined: 4,
         quarantined_bytes: damage.len() as u64,
@@ -224,7 +224,11 @@ fn a_whole_cache_is_left_alone_and_a_newer_one_too() {
 }
 
 /// Merges without progress.
-fn merged(into: &Path, compression: Compression, sources: &[&Path]) -> anyhow::Result<Vec<Merged>> {
+fn merged(
+    into: &Path,
+    compression: Compression,
+    sources: &[&Path],
+) -> anyhow::Result<Vec<MergeReport>> {
     let settings = config::Cache {
         compression,
         ..config::Cache::default()
@@ -332,7 +336,7 @@ fn an_answer_under_the_key_of_another_question_is_no_record() {
         (compress(&text, Effort::Fast).unwrap(), vec![]),
     ] {
         let source = folder(&frames, &plain);
-        let findings = reader::examine(source.path(), &mut |_, _| Ok(())).unwrap();
+        let findings = reader::verify_cache(source.path(), &mut |_, _| Ok(())).unwrap();
         assert_eq!((findings.records, findings.damaged.len()), (2, 1));
         assert!(
             findings.damaged[0]

@@ -36,7 +36,7 @@ fn an_index_opens_the_cache_and_is_never_trusted_over_it() {
         let cache = Cache::open_with(
             dir,
             &settings,
-            distill::cache::storage::files(),
+            distill::cache::storage::plain_storage(),
             &mut |done, _| {
                 bytes = done;
                 Ok(())

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 
-use distill::fs::{Whole, commit_dir, create_dir_all, write_atomic, write_dir_with};
+use distill::fs::{AtomicFile, commit_dir, create_dir_all, write_atomic, write_dir_with};
 
 fn names(folder: &std::path::Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(folder)
@@ -84,7 +84,7 @@ fn a_file_written_bit_by_bit_has_its_name_once_it_is_whole() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("rows.jsonl");
     let begin = |text: &str| {
-        let mut file = Whole::create(&path).unwrap();
+        let mut file = AtomicFile::create(&path).unwrap();
         file.write_all(text.as_bytes()).unwrap();
         file
     };
@@ -144,7 +144,7 @@ fn a_bad_byte_in_a_log_costs_no_line() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     std::fs::write(&path, b"one\ntw\xffo\nthree\ntorn").unwrap();
-    let mut log = distill::fs::Log::open(&path, |line| line != "three").unwrap();
+    let mut log = distill::fs::LogFile::open(&path, |line| line != "three").unwrap();
     log.write("four").unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), b"one\ntw\xffo\ntorn\nfour\n");
 }
@@ -163,7 +163,7 @@ fn what_others_put_into_a_folder_is_kept_when_it_is_written_anew() {
     }
     write_dir_with(&folder, |new| {
         distill::fs::write_in(new, "new.bin", b"ours")?;
-        distill::fs::keep_others(&folder, new, |name| name.ends_with(".bin"))
+        distill::fs::copy_foreign_entries(&folder, new, |name| name.ends_with(".bin"))
     })
     .unwrap();
     assert!(!folder.join("old.bin").exists() && folder.join("new.bin").exists());

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::cache::encoding::RawToken;
 use crate::cache::record::Logprobs;
-use crate::prompt::control_tokens::names_end;
+use crate::prompt::control_tokens::is_end_of_turn_name;
 
 /// At or below this a logprob means "very unlikely" and not a number.
 const SENTINEL: f64 = -9999.0;
@@ -356,7 +356,7 @@ impl Columns {
         // The text does not include the end of the turn.
         let without_end = || self.joined.strip_suffix(last.as_bytes());
         self.logprobs.matches_text =
-            self.joined == text || names_end(last) && without_end() == Some(text);
+            self.joined == text || is_end_of_turn_name(last) && without_end() == Some(text);
         Some(self.logprobs)
     }
 }

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::json;
 
-use crate::cache::merge::{self, Merged};
+use crate::cache::merge::{self, MergeReport};
 use crate::cache::usage::Usage;
 use crate::cache::{conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
 use crate::config::{self, Price};
 use crate::harvest::books::MergeAccount;
 use crate::plan::adopt::Adopted;
-use crate::terminal::progress::Reading;
+use crate::terminal::progress::ReadProgress;
 use crate::terminal::{format_count, sanitise};
 
 /// Repairs the cache in `dir` and says what was done.
@@ -64,7 +64,7 @@ pub(crate) fn merge(
 ) -> Result<()> {
     let run_dir = dir.parent().unwrap_or(Path::new("."));
     let account = MergeAccount::open(run_dir, price)?;
-    let mut reading = Reading::new("merging", json);
+    let mut reading = ReadProgress::new("merging", json);
     let mut all = Vec::new();
     let merged = merge::merge_all(dir, settings, sources, &mut all, &mut |done, total| {
         reading.update(done, total);
@@ -112,7 +112,7 @@ pub(crate) fn merge(
     print(&sanitise(&text))
 }
 
-fn line(source: &Path, merged: &Merged) -> String {
+fn line(source: &Path, merged: &MergeReport) -> String {
     format!(
         "{}: {} records, {} added, {} there already, {} conflicts\n",
         source.display(),

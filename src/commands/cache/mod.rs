@@ -12,15 +12,15 @@ use serde_json::{Value, json};
 
 use super::{export, load_config, print, print_json};
 use crate::cache;
-use crate::cache::reader::{self, Findings};
+use crate::cache::reader::{self, VerifyReport};
 use crate::cache::record::{Record, Status};
 use crate::cache::recovery::BadLine;
 use crate::cache::rewrite;
-use crate::cache::stats::Stats;
+use crate::cache::stats::CacheStats;
 use crate::cli::{CacheAction, CacheArgs, CachePlace, ConfigFile, Global};
 use crate::config::{self, Compression, Config};
 use crate::exit::Exit;
-use crate::terminal::progress::Reading;
+use crate::terminal::progress::ReadProgress;
 use crate::terminal::{format_count, sanitise};
 
 /// Runs the action that the command line names.
@@ -82,7 +82,7 @@ fn settings(place: &CachePlace) -> Result<config::Cache> {
 
 /// Prints what the cache in `dir` holds, in numbers.
 pub fn stats(dir: &Path, json: bool) -> Result<()> {
-    let mut stats = Stats::default();
+    let mut stats = CacheStats::default();
     for record in crate::cache::reader::read(dir)? {
         stats.add(&record?)?;
     }
@@ -100,7 +100,7 @@ pub fn stats(dir: &Path, json: bool) -> Result<()> {
     print(&stats_text(&stats, dir, bytes))
 }
 
-fn stats_text(stats: &Stats, dir: &Path, bytes: u64) -> String {
+fn stats_text(stats: &CacheStats, dir: &Path, bytes: u64) -> String {
     let quarantined: u64 = stats.quarantined.values().sum();
     let usage = &stats.usage;
     let mut rows = vec![
@@ -191,8 +191,8 @@ fn or_dash(value: Option<impl Display>) -> String {
 /// Reads the cache in `dir` whole and says what is wrong with it: an error if lines are damaged
 /// ([`Exit::Damaged`]) or keys repeated. A torn tail is no error, since the next harvest repairs it.
 pub fn verify(dir: &Path, json: bool) -> Result<()> {
-    let mut reading = Reading::new("verifying", json);
-    let findings = reader::examine(dir, &mut |done, total| {
+    let mut reading = ReadProgress::new("verifying", json);
+    let findings = reader::verify_cache(dir, &mut |done, total| {
         reading.update(done, total);
         Ok(())
     })?;
@@ -221,7 +221,7 @@ pub fn verify(dir: &Path, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn findings_json(dir: &Path, findings: &Findings) -> Value {
+fn findings_json(dir: &Path, findings: &VerifyReport) -> Value {
     let bad = |(file, bad): &(PathBuf, BadLine)| json!({ "file": file, "line": bad.line, "offset": bad.offset, "fault": bad.fault.to_string() });
     json!({
         "version": VERSION,
@@ -236,7 +236,7 @@ fn findings_json(dir: &Path, findings: &Findings) -> Value {
     })
 }
 
-fn findings_text(findings: &Findings) -> String {
+fn findings_text(findings: &VerifyReport) -> String {
     let mut text = format!(
         "whole records: {}, bytes: {}\n",
         findings.records, findings.bytes
@@ -370,7 +370,7 @@ mod tests {
         record.prompt_id = hostile.to_owned();
         record.request["messages"][0]["content"] = json!(hostile);
         assert!(!active(&record_text(&record)));
-        let mut stats = Stats::default();
+        let mut stats = CacheStats::default();
         stats.add(&record).unwrap();
         assert!(!active(&stats_text(&stats, Path::new("x"), 1)));
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::rows::{self, Row, Skipped};
-use crate::cache::reader::{Lines, Place};
+use crate::cache::reader::{CacheLines, LineLocation};
 use crate::cache::view::RecordView;
 use crate::data::groups::Selection;
 use crate::exit::Exit;
@@ -120,7 +120,7 @@ impl Source {
     pub(crate) fn open(&self) -> Result<Reader> {
         self.check()?;
         let kind = match self {
-            Self::Cache(dir) => Kind::Cache(Box::new(Lines::open(dir)?)),
+            Self::Cache(dir) => Kind::Cache(Box::new(CacheLines::open(dir)?)),
             Self::File(path) => {
                 let lines = fs::open_data(path)
                     .with_context(|| format!("reading `data.source` {}", path.display()))?;
@@ -168,7 +168,7 @@ pub(crate) struct Reader {
 }
 
 enum Kind {
-    Cache(Box<Lines>),
+    Cache(Box<CacheLines>),
     File {
         path: PathBuf,
         lines: Box<dyn BufRead + Send>,
@@ -187,7 +187,7 @@ struct Line {
     /// Where it ends in the text.
     end: usize,
     /// In a cache.
-    place: Option<Place>,
+    place: Option<LineLocation>,
 }
 
 impl Reader {
@@ -263,7 +263,7 @@ impl Portion {
             let text = &self.text[start..line.end];
             start = line.end;
             let row = match (source, &line.place) {
-                (Source::Cache(dir), Some(place)) => RecordView::of_line(text)
+                (Source::Cache(dir), Some(place)) => RecordView::from_line(text)
                     .map(|record| Some(rows::of_record(record, settings, selection)))
                     .map_err(|fault| place.refuse(dir, fault)),
                 (source, _) => of_line(text, line.number, settings)

@@ -174,7 +174,7 @@ impl<'a> Batches<'a> {
         let ended = tokio::select! {
             biased;
             number = signal => {
-                self.cache.stay_plain();
+                self.cache.stop_compressing();
                 Ended::Signal(number)
             }
             ended = self.work() => ended?,

@@ -18,7 +18,7 @@ pub(crate) fn read(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Re
     }
     let mut failure = None;
     let mut json = serde_json::Deserializer::from_reader(file);
-    let rows = Rows {
+    let rows = RowVisitor {
         on_row,
         failure: &mut failure,
     };
@@ -51,12 +51,12 @@ fn first_byte(file: &mut dyn BufRead) -> Option<u8> {
 }
 
 /// The elements, one by one.
-struct Rows<'a, 'b> {
+struct RowVisitor<'a, 'b> {
     on_row: OnRow<'a>,
     failure: &'b mut Option<anyhow::Error>,
 }
 
-impl<'de> Visitor<'de> for Rows<'_, '_> {
+impl<'de> Visitor<'de> for RowVisitor<'_, '_> {
     type Value = ();
 
     fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

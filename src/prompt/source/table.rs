@@ -30,7 +30,7 @@ pub(crate) fn read(path: &Path, file: impl Read, delimiter: u8, on_row: OnRow<'_
     };
     let mut table = csv::ReaderBuilder::new()
         .delimiter(delimiter)
-        .from_reader(Quotes { file, quotes: 0 });
+        .from_reader(QuoteCounter { file, quotes: 0 });
     let header = table.headers().map_err(problem)?.clone();
     let mut names = HashSet::new();
     for name in &header {
@@ -67,12 +67,12 @@ pub(crate) fn read(path: &Path, file: impl Read, delimiter: u8, on_row: OnRow<'_
 }
 
 /// A file, and the number of quotes in it.
-struct Quotes<R> {
+struct QuoteCounter<R> {
     file: R,
     quotes: u64,
 }
 
-impl<R: Read> Read for Quotes<R> {
+impl<R: Read> Read for QuoteCounter<R> {
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
         let read = self.file.read(into)?;
         self.quotes += memchr::memchr_iter(b'"', &into[..read]).count() as u64;

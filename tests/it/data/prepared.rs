@@ -299,8 +299,8 @@ fn a_line_reads_the_same_in_both_ways() {
         } else {
             spaced
         };
-        let quick = RecordView::of_line(line.as_bytes()).unwrap();
-        let other = RecordView::of_line(spaced.as_bytes()).unwrap();
+        let quick = RecordView::from_line(line.as_bytes()).unwrap();
+        let other = RecordView::from_line(spaced.as_bytes()).unwrap();
         assert_eq!(quick.logprobs, other.logprobs);
         let expected = record.logprobs.as_ref().map(LogprobsView::from);
         assert_eq!(quick.logprobs, expected);
@@ -309,5 +309,5 @@ fn a_line_reads_the_same_in_both_ways() {
             (&record.key, &record.answer.text)
         );
     }
-    assert!(RecordView::of_line(b"{}").is_err());
+    assert!(RecordView::from_line(b"{}").is_err());
 }

@@ -6,7 +6,7 @@ use distill::cache::encoding::RawToken;
 use distill::cache::record::{Logprobs, Record};
 use distill::config::Data;
 use distill::data::groups::Selection;
-use distill::export::rows::{Report, Settings};
+use distill::export::rows::{ExportReport, ExportSettings};
 use distill::export::{Format, write};
 use distill::tokenizer::Tokenizer;
 use serde_json::json;
@@ -63,8 +63,8 @@ fn export_axolotl(
     records: Vec<Record>,
     tokenizer: &Tokenizer,
     out: &Path,
-) -> anyhow::Result<Report> {
-    let settings = Settings {
+) -> anyhow::Result<ExportReport> {
+    let settings = ExportSettings {
         selection: &Selection::All,
         data: &Data::default(),
         tokenizer: Some(tokenizer),

@@ -11,7 +11,7 @@ use distill::cache::record::Record;
 use distill::config::Data;
 use distill::data::groups::Selection;
 use distill::exit::Exit;
-use distill::export::rows::{Report, Settings};
+use distill::export::rows::{ExportReport, ExportSettings};
 use distill::export::{Format, write};
 use serde_json::{Value, json};
 
@@ -57,8 +57,8 @@ const QUARANTINED: &str = "quarantined";
 const LENGTH: &str = "finish_reason `length` is not in `data.keep_finish_reasons`";
 const NOT_TEXT: &str = "the request has messages that are not text";
 
-fn export(records: Vec<Record>, format: Format, out: &Path) -> anyhow::Result<Report> {
-    let settings = Settings {
+fn export(records: Vec<Record>, format: Format, out: &Path) -> anyhow::Result<ExportReport> {
+    let settings = ExportSettings {
         selection: &Selection::All,
         data: &Data::default(),
         tokenizer: None,
@@ -85,7 +85,7 @@ fn names(folder: &Path) -> Vec<PathBuf> {
 }
 
 #[track_caller]
-fn left_out(report: &Report, rows: u64, reasons: &[(&str, u64)]) {
+fn left_out(report: &ExportReport, rows: u64, reasons: &[(&str, u64)]) {
     let reasons = reasons
         .iter()
         .map(|(reason, count)| ((*reason).to_owned(), *count));
@@ -235,7 +235,7 @@ fn a_failure_leaves_what_was_there() {
             };
             let before = force.then(|| content(&data));
             let records = [Ok(sample(1)), Err(anyhow::anyhow!("line 2 is damaged"))];
-            let settings = Settings {
+            let settings = ExportSettings {
                 selection: &Selection::All,
                 data: &Data::default(),
                 tokenizer: None,
@@ -257,7 +257,7 @@ fn what_is_there_is_replaced_by_force_alone() {
         export(vec![sample(0)], format, &out).unwrap();
         let error = export(vec![sample(1)], format, &out).unwrap_err();
         usage_error(&error, &["--force"]);
-        let settings = Settings {
+        let settings = ExportSettings {
             selection: &Selection::All,
             data: &Data::default(),
             tokenizer: None,

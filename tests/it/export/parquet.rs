@@ -5,7 +5,7 @@ use std::fs;
 use distill::cache::record::{Logprobs, Record, Status};
 use distill::config::Data;
 use distill::data::groups::Selection;
-use distill::export::rows::Settings;
+use distill::export::rows::ExportSettings;
 use distill::export::{Format, write};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, RowAccessor};
@@ -15,7 +15,7 @@ use super::{QUARANTINED, export, left_out};
 use crate::cache_samples::sample;
 
 /// A row as JSON.
-fn json_of_row(row: &parquet::record::Row) -> Value {
+fn json_of_row(row: &parquet::record::ExportRow) -> Value {
     fn json_of(field: &Field) -> Value {
         match field {
             Field::Null => Value::Null,
@@ -99,7 +99,7 @@ fn parquet_holds_one_row_group_at_a_time() {
         record.answer.text = "x".repeat(20 << 20);
         Ok(record)
     });
-    let settings = Settings {
+    let settings = ExportSettings {
         selection: &Selection::All,
         data: &Data::default(),
         tokenizer: None,

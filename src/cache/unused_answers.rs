@@ -6,17 +6,17 @@ use std::path::Path;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::keys::Keys;
+use super::keys::KeySet;
 use super::line;
 use super::question::{self, Question};
-use super::reader::Lines;
+use super::reader::CacheLines;
 use super::record::{Record, is_mock};
 use crate::cache::fingerprint::Fingerprint;
 use crate::terminal::format_count;
 
 /// Answers that are not those to what is asked.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Census {
+pub struct UnusedAnswers {
     /// To questions that are still open, from another endpoint or under a name of an earlier version, by
     /// where they come from. `distill cache adopt` takes them over.
     pub elsewhere: BTreeMap<String, u64>,
@@ -25,7 +25,7 @@ pub struct Census {
     pub other_prompts: u64,
 }
 
-impl Census {
+impl UnusedAnswers {
     /// Advises `cache adopt` where it would answer open questions.
     /// `arguments` are the flags that name the config.
     pub fn advice(&self, arguments: &str) -> Option<String> {
@@ -44,7 +44,7 @@ impl Census {
 
 /// The fields of a record that identify its question and its endpoint.
 #[derive(Deserialize)]
-struct Origin {
+struct RecordOrigin {
     v: u32,
     key: String,
     #[serde(default)]
@@ -56,23 +56,23 @@ struct Origin {
     fingerprint: String,
 }
 
-impl Origin {
-    fn of(line: &[u8]) -> Result<Origin, line::Fault> {
-        serde_json::from_slice(line).map_err(|error| line::Fault::NoRecord(error.to_string()))
+impl RecordOrigin {
+    fn from_line(line: &[u8]) -> Result<RecordOrigin, line::LineError> {
+        serde_json::from_slice(line).map_err(|error| line::LineError::NoRecord(error.to_string()))
     }
 
     /// Fingerprint of the question in `line`, as this version sees it.
-    fn half(&self, line: &[u8]) -> Result<Fingerprint, line::Fault> {
+    fn question_fingerprint(&self, line: &[u8]) -> Result<Fingerprint, line::LineError> {
         Ok(if self.v < 2 {
             let record = line::decode(line)?;
-            Question::of(&record.request, record.sample).fingerprint()
+            Question::new(&record.request, record.sample).question_fingerprint()
         } else {
-            question::fingerprint(&self.key)
+            question::question_fingerprint(&self.key)
         })
     }
 
     /// Name or address of the endpoint.
-    fn place(self) -> String {
+    fn source(self) -> String {
         if self.teacher.is_empty() {
             self.endpoint
         } else {
@@ -82,11 +82,11 @@ impl Origin {
 }
 
 /// Second half of the key that this version gives to the record's question.
-pub(crate) fn half_of(record: &Record) -> String {
+pub(crate) fn question_half_of(record: &Record) -> String {
     if record.v < 2 {
-        Question::of(&record.request, record.sample).half()
+        Question::new(&record.request, record.sample).question_half()
     } else {
-        question::half(&record.key).to_owned()
+        question::question_half(&record.key).to_owned()
     }
 }
 
@@ -96,42 +96,42 @@ pub(crate) fn half_of(record: &Record) -> String {
 ///
 /// # Errors
 /// Where the cache is damaged, and those of `check`, which is called for each record.
-pub(crate) fn census(
+pub(crate) fn count_unused(
     dir: &Path,
-    used: &Keys,
-    asked: &Keys,
+    used: &KeySet,
+    asked: &KeySet,
     open: &HashMap<Fingerprint, u32>,
     is_prompt: impl Fn(&str) -> bool,
     limit: u64,
     check: impl Fn() -> Result<()>,
-) -> Result<Census> {
-    let mut census = Census::default();
+) -> Result<UnusedAnswers> {
+    let mut unused_answers = UnusedAnswers::default();
     if !super::exists(dir) {
-        return Ok(census);
+        return Ok(unused_answers);
     }
-    let mut lines = Lines::open(dir)?;
+    let mut lines = CacheLines::open(dir)?;
     let mut records = 0;
     while records < limit && lines.advance().map_err(|error| lines.refuse_scan(error))? {
         records += 1;
         check()?;
-        let origin = Origin::of(lines.line()).map_err(|fault| lines.refuse(fault))?;
+        let origin = RecordOrigin::from_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
         if used.contains(&crate::cache::fingerprint::fingerprint(&origin.key)) {
             continue;
         }
         let half = origin
-            .half(lines.line())
+            .question_fingerprint(lines.line())
             .map_err(|fault| lines.refuse(fault))?;
         // A truncated answer is one where no more tokens are asked for.
         let is_enough = |max_tokens: &u32| origin.cut_at == 0 || origin.cut_at >= *max_tokens;
         if open.get(&half).is_some_and(is_enough) && !is_mock(&origin.fingerprint) {
-            *census.elsewhere.entry(origin.place()).or_default() += 1;
+            *unused_answers.elsewhere.entry(origin.source()).or_default() += 1;
             continue;
         }
         match (asked.contains(&half), is_prompt(&origin.prompt_id)) {
             (true, _) => {}
-            (false, true) => census.other_settings += 1,
-            (false, false) => census.other_prompts += 1,
+            (false, true) => unused_answers.other_settings += 1,
+            (false, false) => unused_answers.other_prompts += 1,
         }
     }
-    Ok(census)
+    Ok(unused_answers)
 }

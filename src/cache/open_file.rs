@@ -16,17 +16,17 @@ use crate::terminal::format_count;
 /// A file of the cache is not what this process made of it.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct Displaced(pub String);
+pub(crate) struct DisplacedFile(pub String);
 
 /// An open file, and the name under which it was opened.
-pub(crate) struct Place {
+pub(crate) struct OpenFile {
     file: File,
     path: PathBuf,
 }
 
 /// Change of a file since this process last wrote it.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Change {
+pub(crate) enum FileChange {
     /// It has another name now.
     Moved(PathBuf),
     /// It has no name any more; the flag says whether another file has its old one.
@@ -37,47 +37,47 @@ pub(crate) enum Change {
     Longer { by: u64 },
 }
 
-impl Place {
+impl OpenFile {
     /// # Errors
     /// Where the process has no descriptor left.
-    pub(crate) fn of(file: &File, path: &Path) -> Result<Place> {
+    pub(crate) fn new(file: &File, path: &Path) -> Result<OpenFile> {
         let file = file.try_clone();
-        Ok(Place {
+        Ok(OpenFile {
             file: file.with_context(|| format!("could not hold {} open", path.display()))?,
             path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
         })
     }
 
     /// Compares the file with what this process left, which has `length` bytes.
-    pub(crate) fn check(&self, length: u64) -> Result<(), Change> {
+    pub(crate) fn check(&self, length: u64) -> Result<(), FileChange> {
         let Ok(own) = self.file.metadata() else {
             return Ok(());
         };
         if !crate::fs::has_name(&self.file, &self.path) {
             let is_replaced = self.path.exists();
-            let moved = self.name_now();
+            let moved = self.current_path();
             let moved = moved.filter(|now| now.exists() && crate::fs::has_name(&self.file, now));
-            return Err(moved.map_or(Change::Removed { is_replaced }, Change::Moved));
+            return Err(moved.map_or(FileChange::Removed { is_replaced }, FileChange::Moved));
         }
         match own.len() {
-            now if now < length => Err(Change::Cut { bytes: now }),
-            now if now > length => Err(Change::Longer { by: now - length }),
+            now if now < length => Err(FileChange::Cut { bytes: now }),
+            now if now > length => Err(FileChange::Longer { by: now - length }),
             _ => Ok(()),
         }
     }
 
     /// Decides what becomes of a file that has changed in this way, and of its `length` bytes: the message,
     /// and the file in which to go on; none where it is the same one.
-    pub(crate) fn leave(
+    pub(crate) fn handle_change(
         &self,
-        change: &Change,
+        change: &FileChange,
         length: u64,
-    ) -> (Displaced, Result<Option<Rescue>, ()>) {
+    ) -> (DisplacedFile, Result<Option<RescueFile>, ()>) {
         let cache = self.path.parent().unwrap_or(Path::new("."));
         let dir = rescue_dir(cache);
         let displaced = describe(&self.path, change, length, &dir);
         let kept = match change {
-            Change::Moved(now) => {
+            FileChange::Moved(now) => {
                 let note = format!("{}\n{}\n", self.path.display(), now.display());
                 // The folder may have been moved with it: then nothing is asked by its old name.
                 if let Err(error) = crate::fs::write_atomic(&note_file(cache), note.as_bytes()) {
@@ -85,15 +85,15 @@ impl Place {
                 }
                 return (displaced, Ok(None));
             }
-            Change::Removed { .. } => length,
+            FileChange::Removed { .. } => length,
             // What is left stays where it is.
-            Change::Cut { .. } | Change::Longer { .. } => 0,
+            FileChange::Cut { .. } | FileChange::Longer { .. } => 0,
         };
         match rescue(self, kept, &dir) {
             Ok(rescue) => (displaced, Ok(Some(rescue))),
             Err(error) => {
                 let text = format!("{displaced}; but that failed: {error:#}");
-                (Displaced(text), Err(()))
+                (DisplacedFile(text), Err(()))
             }
         }
     }
@@ -102,12 +102,12 @@ impl Place {
     ///
     /// # Errors
     /// Where the process has no descriptor left.
-    pub(crate) fn again(&self) -> Result<Place> {
-        Place::of(&self.file, &self.path)
+    pub(crate) fn try_clone(&self) -> Result<OpenFile> {
+        OpenFile::new(&self.file, &self.path)
     }
 
     /// Current path of the open file, from the operating system.
-    fn name_now(&self) -> Option<PathBuf> {
+    fn current_path(&self) -> Option<PathBuf> {
         #[cfg(unix)]
         {
             use std::os::fd::AsRawFd;
@@ -119,7 +119,7 @@ impl Place {
 
     /// Bytes of the file, wherever it is, while others append to it.
     pub(crate) fn read(&self, bytes: Range<u64>) -> impl Read {
-        let part = Part {
+        let part = FileRange {
             file: &self.file,
             bytes,
         };
@@ -128,12 +128,12 @@ impl Place {
 }
 
 /// A part of a file, read without moving the place at which it is written.
-struct Part<'a> {
+struct FileRange<'a> {
     file: &'a File,
     bytes: Range<u64>,
 }
 
-impl Read for Part<'_> {
+impl Read for FileRange<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let left = self.bytes.end.saturating_sub(self.bytes.start);
         let most = usize::try_from(left).map_or(into.len(), |left| left.min(into.len()));
@@ -174,7 +174,7 @@ fn note_file(dir: &Path) -> PathBuf {
 ///
 /// # Errors
 /// [`Exit::Usage`] with what to do.
-pub(crate) fn check_all_is_back(dir: &Path) -> Result<()> {
+pub(crate) fn check_nothing_displaced(dir: &Path) -> Result<()> {
     let rescued = rescue_dir(dir);
     if super::exists(&rescued) {
         let message = format!(
@@ -208,7 +208,7 @@ pub(crate) fn check_all_is_back(dir: &Path) -> Result<()> {
 ///
 /// # Errors
 /// Where it cannot be removed.
-pub(crate) fn forget_move(dir: &Path) -> Result<()> {
+pub(crate) fn remove_move_note(dir: &Path) -> Result<()> {
     let note = note_file(dir);
     if !note.exists() {
         return Ok(());
@@ -217,32 +217,32 @@ pub(crate) fn forget_move(dir: &Path) -> Result<()> {
 }
 
 /// A file in the rescue folder, and what it begins with.
-pub(crate) struct Rescue {
+pub(crate) struct RescueFile {
     pub file: File,
     pub path: PathBuf,
     pub length: u64,
 }
 
-/// Begins a file of the name of `place` in the folder `dir`, with the first `length` bytes of
+/// Begins a file of the name of `open_file` in the folder `dir`, with the first `length` bytes of
 /// what this process has open.
 ///
 /// # Errors
 /// Where it cannot be written.
-fn rescue(place: &Place, length: u64, dir: &Path) -> Result<Rescue> {
+fn rescue(open_file: &OpenFile, length: u64, dir: &Path) -> Result<RescueFile> {
     crate::fs::create_dir_all(dir)?;
-    let path = dir.join(place.path.file_name().unwrap_or_default());
+    let path = dir.join(open_file.path.file_name().unwrap_or_default());
     let could_not = || format!("could not write {}", path.display());
     let mut file = super::storage::open_or_create(&path)?;
     let before = file.metadata().with_context(could_not)?.len();
     let mut copy = || -> io::Result<u64> {
-        let copied = io::copy(&mut place.read(0..length), &mut file)?;
+        let copied = io::copy(&mut open_file.read(0..length), &mut file)?;
         file.flush()?;
         file.sync_all()?;
         Ok(copied)
     };
     let copied = copy().with_context(could_not)?;
     crate::fs::sync_folder(dir).with_context(could_not)?;
-    Ok(Rescue {
+    Ok(RescueFile {
         file,
         path,
         length: before + copied,
@@ -251,7 +251,7 @@ fn rescue(place: &Place, length: u64, dir: &Path) -> Result<Rescue> {
 
 /// Message about a change of the file at `path`: where its answers are, and how to continue. `rescued` is the
 /// folder that received its records, or receives those still in flight.
-fn describe(path: &Path, change: &Change, length: u64, rescued: &Path) -> Displaced {
+fn describe(path: &Path, change: &FileChange, length: u64, rescued: &Path) -> DisplacedFile {
     let file = path.display();
     let dir = path.parent().unwrap_or(Path::new("."));
     let take_back = format!(
@@ -260,25 +260,25 @@ fn describe(path: &Path, change: &Change, length: u64, rescued: &Path) -> Displa
         rescued = rescued.display()
     );
     let text = match change {
-        Change::Moved(now) => format!(
+        FileChange::Moved(now) => format!(
             "{file} was moved to {}: every answer that it holds is safe there, also those that were on \
              their way; move it back and run the same command",
             now.display()
         ),
-        Change::Removed { is_replaced } => format!(
+        FileChange::Removed { is_replaced } => format!(
             "{file} was {} while this run wrote it: every answer that it held is safe in {}, also those \
              that were on their way; {take_back}",
             if *is_replaced { "replaced" } else { "removed" },
             rescued.display()
         ),
-        Change::Cut { bytes } => format!(
+        FileChange::Cut { bytes } => format!(
             "{file} was cut to {} of {} bytes while this run wrote it: what was cut off is lost, unless \
              you have a copy; the answers that were on their way are safe in {}; {take_back}",
             format_count(*bytes),
             format_count(length),
             rescued.display()
         ),
-        Change::Longer { by } => format!(
+        FileChange::Longer { by } => format!(
             "another program has appended {} bytes to {file} while this run wrote it: `distill cache \
              verify` tells what it holds now, and `distill cache repair` moves aside what is no record; the \
              answers that were on their way are safe in {}; {take_back}",
@@ -286,5 +286,5 @@ fn describe(path: &Path, change: &Change, length: u64, rescued: &Path) -> Displa
             rescued.display()
         ),
     };
-    Displaced(format!("{text}; nothing more is asked"))
+    DisplacedFile(format!("{text}; nothing more is asked"))
 }
