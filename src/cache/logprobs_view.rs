@@ -1,6 +1,6 @@
 //! TODO
 
-use crate::cache::encoding::RawToken;
+use crate::cache::raw_token::RawToken;
 use crate::cache::record::Logprobs;
 use crate::cache::stored;
 use serde::Deserialize;

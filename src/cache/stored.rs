@@ -179,7 +179,7 @@ pub(crate) mod raw {
     use serde::de::Error as _;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    use crate::cache::encoding::RawToken;
+    use crate::cache::raw_token::RawToken;
 
     pub(crate) fn serialize<S: Serializer>(
         raw: &[RawToken],

@@ -16,7 +16,7 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
 
-use crate::cache::encoding::RawToken;
+use crate::cache::raw_token::RawToken;
 use crate::cache::record::{Logprobs, Record};
 use crate::export::rows::{ExportReport, ExportRow, ExportRows};
 use crate::fs::AtomicFile;

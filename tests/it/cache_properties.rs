@@ -1,6 +1,6 @@
 //! Any record survives the cache, and no garbage behind the records harms them.
 
-use distill::cache::encoding::RawToken;
+use distill::cache::raw_token::RawToken;
 use distill::cache::line;
 use distill::cache::record::{Answer, Logprobs, Record, Timing};
 use distill::cache::recovery::FileEnding;

@@ -1,6 +1,6 @@
 //! Records, and cache files made of them, for the tests of the cache.
 
-use distill::cache::encoding::RawToken;
+use distill::cache::raw_token::RawToken;
 use distill::cache::line;
 use distill::cache::question::Question;
 use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing};

@@ -84,7 +84,9 @@ fn settings(place: &CachePlace) -> Result<config::Cache> {
 pub fn stats(dir: &Path, json: bool) -> Result<()> {
     let mut stats = CacheStats::default();
     for record in crate::cache::reader::read(dir)? {
-        stats.add(&record?)?;
+        let record = record?;
+        stats.add(&record);
+        stats.measure_logprobs(&record)?;
     }
     for record in rewrite::read_replaced(dir)? {
         stats.replaced.add(&record?);
@@ -371,7 +373,7 @@ mod tests {
         record.request["messages"][0]["content"] = json!(hostile);
         assert!(!active(&record_text(&record)));
         let mut stats = CacheStats::default();
-        stats.add(&record).unwrap();
+        stats.add(&record);
         assert!(!active(&stats_text(&stats, Path::new("x"), 1)));
 
         let value = json!({ "records": [record] });

@@ -3,12 +3,12 @@
 use std::borrow::Cow;
 
 use crate::cache::logprobs_view::LogprobsView;
+use crate::cache::record::HIGHEST_SENTINEL_LOGPROB;
 use crate::data::logprob_check::Agreement;
 
 use super::run::{Unit, UnitKind};
 
-/// Logprobs at or below are no logprobs: endpoints send -100, -9999 for "too small to tell".
-const SENTINEL: f32 = -100.0;
+
 /// By how much probabilities may sum to more than 1: they are rounded.
 pub const EXCESS: f64 = 1e-3;
 
@@ -114,7 +114,7 @@ pub(super) fn agreement(teacher: &LogprobsView, units: &[Unit]) -> Agreement {
 }
 
 pub fn is_usable(logprob: &f32) -> bool {
-    logprob.is_finite() && *logprob > SENTINEL
+    logprob.is_finite() && *logprob > HIGHEST_SENTINEL_LOGPROB
 }
 
 /// The sum of probabilities given by their logarithms.

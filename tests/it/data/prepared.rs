@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use distill::cache::encoding::RawToken;
+use distill::cache::raw_token::RawToken;
 use distill::cache::logprobs_view::LogprobsView;
 use distill::cache::record::Record;
 use distill::cache::view::RecordView;

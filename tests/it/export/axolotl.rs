@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use distill::cache::encoding::RawToken;
+use distill::cache::raw_token::RawToken;
 use distill::cache::record::{Logprobs, Record};
 use distill::config::Data;
 use distill::data::groups::Selection;
