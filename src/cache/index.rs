@@ -1,13 +1,13 @@
-//! `responses.index`: the keys of a cache, beside it, so that a million records open at once.
+//! `responses.index`: the keys of a cache in a file beside it, so that a million records open fast.
 //!
 //! ```text
 //! {"version":2,"files":{"responses.jsonl":{"bytes":…,…},…},"records":…,"crc":"…"}⏎
 //! <16 bytes a key>
 //! ```
 //!
-//! The index only repeats what the cache says, and is never trusted over it: it holds as long as
-//! the files have the very size, times and inodes that they had when it was written, at the close of
-//! the cache. In any other case the cache is read whole, and a new index is written at its close.
+//! The index only repeats the content of the cache. It is valid as long as the cache files have the size, times
+//! and inodes that they had when the cache was closed and the index was written. Otherwise the cache is read
+//! whole, and a new index is written when it is closed.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -24,10 +24,10 @@ use crate::cache::fingerprint::Fingerprint;
 
 const VERSION: u32 = 2;
 
-/// The longest header that is believed to be one.
-const LONGEST_HEADER: u64 = 1 << 16;
+/// Maximum length of the header in bytes.
+const MAX_HEADER_BYTES: u64 = 1 << 16;
 
-/// What an index says of its cache.
+/// Summary of a cache, as its index stores it.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct KeyIndex {
     pub keys: KeySet,
@@ -49,12 +49,12 @@ struct IndexHeader {
     crc: u32,
 }
 
-/// What changes when a file does.
+/// Metadata of a file that change when its content does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct FileStamp {
     bytes: u64,
     modified_ns: u64,
-    /// Of the inode: not even a program that sets a file's times can set this one.
+    /// Change time of the inode, which no program can set.
     changed_s: i64,
     changed_ns: i64,
     inode: u64,
@@ -86,7 +86,7 @@ fn change_time_and_inode(_: &std::fs::Metadata) -> (i64, i64, u64) {
     (0, 0, 0)
 }
 
-/// The index of the cache folder `dir`.
+/// Path of the index of the cache folder `dir`.
 pub(crate) fn index_file(dir: &Path) -> PathBuf {
     dir.join("responses.index")
 }
@@ -101,12 +101,13 @@ fn stamps(dir: &Path) -> BTreeMap<String, FileStamp> {
         .collect()
 }
 
-/// The index of the cache in `dir`, if it is of these very files.
+/// Loads the index of the cache in `dir`; `None` if there is none, or if the cache files have changed since it
+/// was written.
 pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
     let mut reader = BufReader::with_capacity(1 << 20, File::open(index_file(dir)).ok()?);
     let mut header = Vec::new();
     (&mut reader)
-        .take(LONGEST_HEADER)
+        .take(MAX_HEADER_BYTES)
         .read_until(b'\n', &mut header)
         .ok()?;
     let header: IndexHeader = serde_json::from_slice(&header).ok()?;
@@ -114,7 +115,8 @@ pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
         return None;
     }
     let mut keys = KeySet::with_capacity_and_hasher(header.keys.min(1 << 24), Default::default());
-    let (mut key, mut crc) = (Fingerprint::default(), 0);
+    let mut key = Fingerprint::default();
+    let mut crc = 0;
     for _ in 0..header.keys {
         reader.read_exact(&mut key).ok()?;
         crc = crc32c::crc32c_append(crc, &key);
@@ -129,7 +131,7 @@ pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
     })
 }
 
-/// Writes the index of the cache in `dir`, whose files nobody else may be writing.
+/// Writes the index of the cache in `dir`. The caller must hold the lock of the cache.
 pub(crate) fn save(
     dir: &Path,
     keys: &KeySet,

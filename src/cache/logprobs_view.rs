@@ -1,28 +1,28 @@
-//! TODO
+//! [`LogprobsView`]: logprobs borrowed from a line, in few allocations.
 
-use crate::cache::raw_token::RawToken;
-use crate::cache::record::Logprobs;
-use crate::cache::stored;
-use serde::Deserialize;
-use serde::Deserializer;
-use serde::de::DeserializeSeed;
-use serde::de::SeqAccess;
-use serde::de::Visitor;
 use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// [`Logprobs`] of T tokens without a list per position, and every token by its bytes.
+use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
+
+use crate::cache::raw_token::RawToken;
+use crate::cache::record::Logprobs;
+use crate::cache::stored;
+
+/// [`Logprobs`] of T tokens, with all alternatives in one list and every token as bytes.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(from = "StoredLogprobs<'a>", bound(deserialize = "'de: 'a"))]
 pub struct LogprobsView<'a> {
-    /// The emitted tokens (T); empty where the bytes are not known.
+    /// Emitted tokens (T); a token whose bytes are not known is empty.
     pub token: Vec<Cow<'a, [u8]>>,
-    /// Their logprobs (T).
+    /// Logprobs of the emitted tokens (T).
     pub logprob: Vec<Option<f32>>,
-    /// The alternatives of all positions, and their logprobs.
+    /// Alternatives at each position (T x up to k).
     pub top: FlatLists<Cow<'a, [u8]>>,
+    /// Logprobs of the alternatives (the shape of `top`).
     pub top_logprob: FlatLists<Option<f32>>,
 }
 
@@ -41,9 +41,10 @@ impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
 }
 
 impl<'a> LogprobsView<'a> {
-    /// Maps the bytes of all tokens; those for which `of` returns None are kept.
-    pub fn map_tokens(&self, of: impl Fn(&[u8]) -> Option<Vec<u8>>) -> LogprobsView<'a> {
-        let map = |bytes: &Cow<'a, [u8]>| of(bytes).map_or_else(|| bytes.clone(), Cow::Owned);
+    /// Replaces the bytes of every token for which `new_bytes` returns some.
+    pub fn map_tokens(&self, new_bytes: impl Fn(&[u8]) -> Option<Vec<u8>>) -> LogprobsView<'a> {
+        let map =
+            |bytes: &Cow<'a, [u8]>| new_bytes(bytes).map_or_else(|| bytes.clone(), Cow::Owned);
         LogprobsView {
             token: self.token.iter().map(map).collect(),
             logprob: self.logprob.clone(),
@@ -55,21 +56,21 @@ impl<'a> LogprobsView<'a> {
         }
     }
 
-    /// Puts the tokens that are no UTF-8 where an empty text holds their place.
+    /// Fills in the tokens that are not UTF-8, in place of the empty texts.
     pub fn put_raw(&mut self, raw: &[RawToken]) {
         for token in raw {
             let position = token.position as usize;
-            let place = match usize::try_from(token.rank) {
+            let slot = match usize::try_from(token.rank) {
                 Err(_) => self.token.get_mut(position),
                 Ok(rank) => {
                     let range = self.top.range(position);
                     self.top.values[range].get_mut(rank)
                 }
             };
-            if let (Some(place), Some(bytes)) = (place, token.bytes())
-                && place.is_empty()
+            if let (Some(slot), Some(bytes)) = (slot, token.bytes())
+                && slot.is_empty()
             {
-                *place = Cow::Owned(bytes);
+                *slot = Cow::Owned(bytes);
             }
         }
     }
@@ -77,7 +78,7 @@ impl<'a> LogprobsView<'a> {
 
 impl<'a> From<StoredLogprobs<'a>> for LogprobsView<'a> {
     fn from(stored: StoredLogprobs<'a>) -> Self {
-        // These keep the allocation.
+        // Both `collect` calls reuse the allocation.
         let bytes =
             |tokens: Vec<StringBytes<'a>>| tokens.into_iter().map(|token| token.0).collect();
         let mut view = Self {
@@ -94,11 +95,11 @@ impl<'a> From<StoredLogprobs<'a>> for LogprobsView<'a> {
     }
 }
 
-/// Lists, end to end.
+/// List of lists, stored in one allocation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FlatLists<T> {
     values: Vec<T>,
-    /// Where each list ends.
+    /// Index in `values` after the last value of each list.
     ends: Vec<usize>,
 }
 
@@ -120,7 +121,7 @@ impl<T> FlatLists<T> {
         }
     }
 
-    /// The list at `at`; an empty one behind the last.
+    /// Returns the list at `at`; an empty one if there is none.
     pub fn get(&self, at: usize) -> &[T] {
         &self.values[self.range(at)]
     }
@@ -130,23 +131,23 @@ impl<T> FlatLists<T> {
         self.ends.len()
     }
 
-    /// Values in all lists.
+    /// Number of values in all lists.
     pub fn total(&self) -> usize {
         self.values.len()
     }
 
-    /// Makes room for so many values in so many lists.
+    /// Reserves memory for more values and lists.
     pub fn reserve(&mut self, values: usize, lists: usize) {
         self.values.reserve(values);
         self.ends.reserve(lists);
     }
 
-    /// Appends a value to the list that [`Self::end`] ends.
+    /// Appends a value to the current list.
     pub fn push(&mut self, value: T) {
         self.values.push(value);
     }
 
-    /// Ends a list.
+    /// Ends the current list.
     pub fn end(&mut self) {
         self.ends.push(self.values.len());
     }
@@ -191,7 +192,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for FlatLists<T> {
     }
 }
 
-/// The fields of [`Logprobs`] as they stand in a line.
+/// Fields of [`Logprobs`] as stored in a line.
 #[derive(Deserialize)]
 struct StoredLogprobs<'a> {
     #[serde(borrow)]
@@ -204,7 +205,7 @@ struct StoredLogprobs<'a> {
     raw: Vec<RawToken>,
 }
 
-/// The bytes of a JSON string; borrowed unless it has escapes.
+/// Bytes of a JSON string; borrowed unless it has escapes.
 struct StringBytes<'a>(Cow<'a, [u8]>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for StringBytes<'a> {
@@ -231,7 +232,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for StringBytes<'a> {
     }
 }
 
-/// Appends a list to those before it.
+/// Deserialises one list by appending its values.
 struct ListVisitor<'v, T>(&'v mut Vec<T>);
 
 impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for ListVisitor<'_, T> {

@@ -1,4 +1,4 @@
-//! Merging caches by key: those of several machines into one, say.
+//! Merges caches by key, for example those of several machines.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -19,37 +19,36 @@ use crate::cache::usage::Usage;
 use crate::config;
 use crate::exit::Exit;
 
-/// Records are appended so many at a time.
+/// Number of records appended at a time.
 const GROUP: usize = 256;
 
-/// So many keys of conflicts are told by name.
-const NAMED: usize = 5;
+/// Maximum number of conflicting keys listed in the report.
+const MAX_LISTED_KEYS: usize = 5;
 
-/// What came of one source of a merge.
+/// Result of merging one source.
 #[derive(Debug, Default, PartialEq)]
 pub struct MergeReport {
     pub records: u64,
-    /// Those whose key the cache did not have.
+    /// Records whose key was not in the cache.
     pub added: u64,
-    /// Those that it had already, byte for byte.
+    /// Records that were in the cache already, byte for byte.
     pub same: u64,
-    /// Those whose key it had with another record: another answer, which was paid for as well. They
-    /// are in the file of conflicts now.
+    /// Records whose key was in the cache with another answer. They are in the conflicts file now.
     pub conflicts: u64,
-    /// The first keys of those.
+    /// The first keys of the conflicts.
     pub keys: Vec<String>,
-    /// Cost of the added records in dollars, and the tokens of those without a price.
+    /// Cost of the added and conflicting records in US dollars.
     pub cost_usd: f64,
+    /// Tokens of the added and conflicting records without a price.
     pub unpriced: Usage,
 }
 
-/// Appends to the cache in `into`, which is created if need be, every record of `sources` whose key
-/// it does not have. Of two records of one key the first stays; the other one is appended to
-/// `responses.conflicts.jsonl` beside it. The sources stay as they are. A merge that was interrupted
-/// can simply be run again.
+/// Appends every record of `sources` whose key is new to the cache in `into`, which is created if it does not
+/// exist. Of two records of one key the first stays; the other is appended to `responses.conflicts.jsonl`. The
+/// sources do not change. An interrupted merge can be rerun.
 ///
 /// # Errors
-/// If a source is no cache, or is damaged ([`Exit::Damaged`]; what came before the damage is merged).
+/// If a source is not a cache, or is damaged ([`Exit::Damaged`]; the records before the damage are merged).
 pub fn merge(
     into: &Path,
     settings: &config::Cache,
@@ -61,7 +60,7 @@ pub fn merge(
     Ok(all)
 }
 
-/// As [`merge`]; `all` has what was merged also after an error.
+/// As [`merge`]; `all` contains the reports of the merged sources also after an error.
 ///
 /// # Errors
 /// As [`merge`].
@@ -75,32 +74,32 @@ pub fn merge_all(
     for source in sources {
         check_source(into, source)?;
     }
-    // One sync at the end does: a merge can be run again.
+    // One sync at the end is enough, because a merge can be rerun.
     let settings = config::Cache {
         durability: config::Durability::None,
         ..settings.clone()
     };
     let cache = Cache::open(into, &settings)?;
-    let mut merging = MergeJob {
+    let mut job = MergeJob {
         known: identities(into)?,
         conflicts: storage::open_or_create(&conflicts_file(into))?,
-        told: HashSet::new(),
+        kept_conflicts: HashSet::new(),
         cache,
     };
-    merging.load_known_conflicts(into)?;
+    job.load_known_conflicts(into)?;
     let total: u64 = sources.iter().map(|source| size(source)).sum();
     let mut before = 0;
     for source in sources {
         let mut merged = MergeReport::default();
-        let taken = merging.merge_source(source, &mut merged, &mut |bytes| {
+        let taken = job.merge_source(source, &mut merged, &mut |bytes| {
             on_progress(before + bytes, total)
         });
         all.push(merged);
         taken?;
         before += size(source);
     }
-    merging.cache.sync()?;
-    merging.conflicts.sync_all()?;
+    job.cache.sync()?;
+    job.conflicts.sync_all()?;
     crate::fs::remove_if_empty(&conflicts_file(into))
 }
 
@@ -123,7 +122,7 @@ fn check_source(into: &Path, source: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The records that the cache in `dir` holds.
+/// Reads the identities of all records of the cache in `dir`.
 fn identities(dir: &Path) -> Result<HashSet<RecordIdentity>> {
     let mut lines = CacheLines::open(dir)?;
     let mut known = HashSet::new();
@@ -136,7 +135,8 @@ fn identities(dir: &Path) -> Result<HashSet<RecordIdentity>> {
     Ok(known)
 }
 
-/// Cost of a record in dollars, and its usage if it has no cost. It is refused where its key is not its own.
+/// Returns the cost of a record in US dollars, and its usage if it has no cost. Fails if the record's key does
+/// not belong to its request.
 fn cost_and_usage(line: &[u8]) -> Result<(f64, Option<Usage>), line::LineError> {
     let cost_usd = line::cost_usd(line)?;
     let record = line::decode_own(line)?;
@@ -147,17 +147,17 @@ struct MergeJob {
     cache: Cache,
     known: HashSet<RecordIdentity>,
     conflicts: File,
-    /// The records in the file of conflicts.
-    told: HashSet<RecordIdentity>,
+    /// Records in the conflicts file.
+    kept_conflicts: HashSet<RecordIdentity>,
 }
 
 impl MergeJob {
     fn load_known_conflicts(&mut self, dir: &Path) -> Result<()> {
         let path = conflicts_file(dir);
         let mut scan = LineScan::new(BufReader::new(File::open(&path)?));
-        // A torn tail or damage in it only costs that a conflict may be in it twice.
+        // After a torn tail or damage, a conflict may be appended a second time, which does no harm.
         while let Ok(true) = scan.advance() {
-            self.told.insert(keys::identity(scan.line())?);
+            self.kept_conflicts.insert(keys::identity(scan.line())?);
         }
         Ok(())
     }
@@ -195,7 +195,7 @@ impl MergeJob {
             } else if self.cache.contains_fingerprint(&identity.0)
                 || group
                     .iter()
-                    .any(|sealed: &EncodedRecord| sealed.has_fingerprint(&identity.0))
+                    .any(|record: &EncodedRecord| record.has_fingerprint(&identity.0))
             {
                 self.keep_conflict(line, identity, merged)?;
             } else {
@@ -212,7 +212,7 @@ impl MergeJob {
         }
         for (path, bad) in lines.torn() {
             tracing::warn!(
-                "{}: the last record, at byte {}, is not whole and is left out",
+                "{}: the last record, at byte {}, is incomplete and was skipped",
                 path.display(),
                 bad.offset
             );
@@ -227,11 +227,11 @@ impl MergeJob {
         merged: &mut MergeReport,
     ) -> Result<()> {
         merged.conflicts += 1;
-        if merged.keys.len() < NAMED {
+        if merged.keys.len() < MAX_LISTED_KEYS {
             merged.keys.push(line::head(line)?.key.into_owned());
         }
-        if self.told.insert(identity) {
-            // It was paid for, too.
+        if self.kept_conflicts.insert(identity) {
+            // A conflicting answer was paid for as well.
             let (cost_usd, unpriced) = cost_and_usage(line)?;
             merged.cost_usd += cost_usd;
             merged.unpriced.add(&unpriced.unwrap_or_default());

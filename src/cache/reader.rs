@@ -172,7 +172,7 @@ impl CacheLines {
 
     /// Where the current line is.
     pub fn place(&self) -> LineLocation {
-        LineLocation(self.bad(LineError::Unsealed))
+        LineLocation(self.bad(LineError::MissingChecksum))
     }
 
     /// The current line, with what is wrong with it.

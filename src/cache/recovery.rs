@@ -151,7 +151,7 @@ impl<R: BufRead> LineScan<R> {
     }
 
     fn may_be_torn(&self, bad: &BadLine) -> bool {
-        matches!(bad.fault, LineError::Unsealed | LineError::Checksum)
+        matches!(bad.fault, LineError::MissingChecksum | LineError::Checksum)
             && (!self.terminated || self.line.contains(&0))
     }
 

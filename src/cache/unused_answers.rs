@@ -1,4 +1,4 @@
-//! Counts the cached answers that a run does not use: from other endpoints, settings or prompts.
+//! Counts the cached answers that a run does not use: those of other endpoints, settings or prompts.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -14,29 +14,30 @@ use super::record::{Record, is_mock};
 use crate::cache::fingerprint::Fingerprint;
 use crate::terminal::format_count;
 
-/// Answers that are not those to what is asked.
+/// Number of cached answers that a run does not use, by reason.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct UnusedAnswers {
-    /// To questions that are still open, from another endpoint or under a name of an earlier version, by
-    /// where they come from. `distill cache adopt` takes them over.
-    pub elsewhere: BTreeMap<String, u64>,
-    /// To the same prompts, asked with other settings.
+    /// Answers to questions that are still open, by endpoint. Another endpoint gave them, or their keys are of
+    /// an earlier version; `distill cache adopt` adopts them.
+    #[serde(rename = "elsewhere")]
+    pub adoptable: BTreeMap<String, u64>,
+    /// Answers to the same prompts with other settings.
     pub other_settings: u64,
     pub other_prompts: u64,
 }
 
 impl UnusedAnswers {
-    /// Advises `cache adopt` where it would answer open questions.
-    /// `arguments` are the flags that name the config.
+    /// Recommends `cache adopt` if it would answer open questions. `arguments` are the flags that name the
+    /// config.
     pub fn advice(&self, arguments: &str) -> Option<String> {
-        let answers: u64 = self.elsewhere.values().sum();
-        let places: Vec<&str> = self.elsewhere.keys().map(String::as_str).collect();
+        let answers: u64 = self.adoptable.values().sum();
+        let sources: Vec<&str> = self.adoptable.keys().map(String::as_str).collect();
         (answers > 0).then(|| {
             format!(
-                "the cache holds at least {} answers to questions that are still open here, from {}: \
-                 `distill cache adopt {arguments}` keeps them, and they are not bought again",
+                "the cache holds at least {} answers from {} to questions that are still open: \
+                 run `distill cache adopt {arguments}` to reuse them instead of requesting them again",
                 format_count(answers),
-                places.join(", ")
+                sources.join(", ")
             )
         })
     }
@@ -58,10 +59,11 @@ struct RecordOrigin {
 
 impl RecordOrigin {
     fn from_line(line: &[u8]) -> Result<RecordOrigin, line::LineError> {
-        serde_json::from_slice(line).map_err(|error| line::LineError::NoRecord(error.to_string()))
+        serde_json::from_slice(line)
+            .map_err(|error| line::LineError::InvalidRecord(error.to_string()))
     }
 
-    /// Fingerprint of the question in `line`, as this version sees it.
+    /// Fingerprint of the question in `line`, as this version computes it.
     fn question_fingerprint(&self, line: &[u8]) -> Result<Fingerprint, line::LineError> {
         Ok(if self.v < 2 {
             let record = line::decode(line)?;
@@ -71,7 +73,7 @@ impl RecordOrigin {
         })
     }
 
-    /// Name or address of the endpoint.
+    /// Name of the endpoint, or its address if it has none.
     fn source(self) -> String {
         if self.teacher.is_empty() {
             self.endpoint
@@ -81,7 +83,7 @@ impl RecordOrigin {
     }
 }
 
-/// Second half of the key that this version gives to the record's question.
+/// Second half of the record's key, as this version computes it.
 pub(crate) fn question_half_of(record: &Record) -> String {
     if record.v < 2 {
         Question::new(&record.request, record.sample).question_half()
@@ -90,12 +92,14 @@ pub(crate) fn question_half_of(record: &Record) -> String {
     }
 }
 
-/// Counts the records of the cache in `dir` that have none of the keys that are `used`, and do not answer one
-/// of the `asked` questions, or one that is still `open`, with the `max_tokens` of its request; `is_prompt`
-/// knows the ids of the prompts. Reads at most `limit` records.
+/// Counts the records of the cache in `dir` that a run does not use. Reads at most `limit` records.
+///
+/// `used` are the keys that the run uses, and `asked` the questions that it asks. `open` holds the questions
+/// without an answer, with the `max_tokens` of their requests. `is_prompt` returns true for the id of a prompt
+/// of the run. `check` is called for each record.
 ///
 /// # Errors
-/// Where the cache is damaged, and those of `check`, which is called for each record.
+/// If the cache is damaged or `check` fails.
 pub(crate) fn count_unused(
     dir: &Path,
     used: &KeySet,
@@ -121,10 +125,10 @@ pub(crate) fn count_unused(
         let half = origin
             .question_fingerprint(lines.line())
             .map_err(|fault| lines.refuse(fault))?;
-        // A truncated answer is one where no more tokens are asked for.
+        // A truncated answer counts only if the request asks for no more tokens.
         let is_enough = |max_tokens: &u32| origin.cut_at == 0 || origin.cut_at >= *max_tokens;
         if open.get(&half).is_some_and(is_enough) && !is_mock(&origin.fingerprint) {
-            *unused_answers.elsewhere.entry(origin.source()).or_default() += 1;
+            *unused_answers.adoptable.entry(origin.source()).or_default() += 1;
             continue;
         }
         match (asked.contains(&half), is_prompt(&origin.prompt_id)) {

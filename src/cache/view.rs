@@ -58,7 +58,7 @@ pub struct AnswerView {
 impl<'a> RecordView<'a> {
     /// The record in a line that [`super::line::verify`] and [`super::line::head`] have accepted.
     pub fn from_line(line: &'a [u8]) -> Result<Self, LineError> {
-        let no_record = |why: String| LineError::NoRecord(why);
+        let no_record = |why: String| LineError::InvalidRecord(why);
         // Once for the line, instead of once for each of its strings.
         let line = std::str::from_utf8(line).map_err(|e| no_record(e.to_string()))?;
         match Self::from_canonical_line(line) {

@@ -4,11 +4,10 @@ use std::borrow::Cow;
 
 use serde::Serialize;
 
-use crate::model::batcher::FinishReason;
 use crate::cache::record::MISSING_LOGPROB;
+use crate::model::batcher::FinishReason;
 use crate::model::sampling::Choice;
 use crate::tokenizer::Tokenizer;
-
 
 /// What every object of one answer repeats.
 #[derive(Debug, Clone, Serialize)]

@@ -1,7 +1,7 @@
 //! Any record survives the cache, and no garbage behind the records harms them.
 
-use distill::cache::raw_token::RawToken;
 use distill::cache::line;
+use distill::cache::raw_token::RawToken;
 use distill::cache::record::{Answer, Logprobs, Record, Timing};
 use distill::cache::recovery::FileEnding;
 use distill::cache::usage::Usage;

@@ -1,8 +1,8 @@
 //! Records, and cache files made of them, for the tests of the cache.
 
-use distill::cache::raw_token::RawToken;
 use distill::cache::line;
 use distill::cache::question::Question;
+use distill::cache::raw_token::RawToken;
 use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing};
 use distill::cache::recovery::{BadLine, FileEnding, LineScan, ScanError};
 use distill::cache::usage::Usage;

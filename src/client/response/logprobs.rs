@@ -15,7 +15,6 @@ use crate::cache::raw_token::RawToken;
 use crate::cache::record::{Logprobs, MISSING_LOGPROB};
 use crate::prompt::control_tokens::is_end_of_turn_name;
 
-
 /// The field as it should be.
 #[derive(Deserialize)]
 pub(crate) struct Wire<'a> {
@@ -359,7 +358,6 @@ impl Columns {
         Some(self.logprobs)
     }
 }
-
 
 #[cfg(test)]
 mod tests {

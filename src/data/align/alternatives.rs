@@ -8,7 +8,6 @@ use crate::data::logprob_check::Agreement;
 
 use super::run::{Unit, UnitKind};
 
-
 /// By how much probabilities may sum to more than 1: they are rounded.
 pub const EXCESS: f64 = 1e-3;
 

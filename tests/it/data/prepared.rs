@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use distill::cache::raw_token::RawToken;
 use distill::cache::logprobs_view::LogprobsView;
+use distill::cache::raw_token::RawToken;
 use distill::cache::record::Record;
 use distill::cache::view::RecordView;
 use distill::config::Config;
