@@ -1,22 +1,28 @@
-//! The append-only cache of paid answers: JSON lines, one record each, and older ones compressed if
-//! the config says so.
+//! The append-only cache of paid answers: JSON lines, one record each. Older lines are compressed if
+//! `cache.compression` is set.
 //!
 //! ```text
-//! Record --line::encode--> a sealed line --writer (group commit), journal--> responses.jsonl
-//!   --seal, frames (in the background, `cache.compression`)--> responses.jsonl.zst
-//! both --reader::Lines--> whole lines --line::decode--> Record
-//!                                     --view, columns--> RecordView, borrowed, for training
+//! Record --line::encode--> EncodedRecord --writer (group commit), append_log--> responses.jsonl
+//!   --compressor, frames (in the background)--> responses.jsonl.zst
+//! both --reader::CacheLines--> whole lines --line::decode--> Record
+//!                                          --view, columns--> RecordView, borrowed, for training
 //! ```
 //!
-//! A cache is opened for writing by `opening`: by its `index`, or else whole, on all cores (`sweep`).
-//! Where a line or a frame is not as it should be, `recovery::LineScan` and `frames::FrameScan` tell a
-//! torn tail from damage.
+//! | file | content |
+//! |---|---|
+//! | `record`, `stored`, `raw_token`, `usage`, `hex` | the record and how its fields are stored |
+//! | `line`, `frames`, `recovery` | the line and frame formats; telling a torn tail from damage |
+//! | `question`, `fingerprint`, `keys` | keys of records |
+//! | `writer`, `shared`, `append_log`, `compressor`, `storage` | the one writer and its background threads |
+//! | `open`, `index`, `verify_parallel` | opening a cache: by its index, or else whole, on all cores |
+//! | `open_file` | detecting that another program moved or changed a file |
+//! | `reader`, `lookup`, `view`, `logprobs_view`, `columns` | sequential and random reading, also during writes |
+//! | `repair`, `merge`, `rewrite` | moving damaged, conflicting and replaced records to other files |
+//! | `stats`, `unused_answers`, `files` | counts and sizes |
 //!
-//! `reader` walks both files, also while they are written, and `lookup` finds single lines; `repair`
-//! and `merge` move what does not fit aside, `rewrite` what is to be asked again. `question` names records;
-//! `unused_answers` counts those that answer something else; `place` knows whether a file is still where it was. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
-//! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
-//! lock's pid apart). An acknowledged record is never changed or lost.
+//! Invariants: an acknowledged record is never changed or lost. One process at a time writes a cache. Files are
+//! created and replaced by `storage` alone, except for the lock. `record`, `stored`, `line`, `view`, `columns`,
+//! `keys`, `recovery`, `frames`, `verify_parallel` and `stats` open no files.
 
 pub(crate) mod append_log;
 pub(crate) mod columns;
@@ -61,33 +67,33 @@ pub use writer::{Cache, EncodedRecord};
 use crate::exit::Exit;
 use recovery::{BadLine, ScanError};
 
-/// The file of records in the cache folder `dir` (which is `<run_dir>/cache`); with compression, of
-/// the newest ones.
+/// File of uncompressed records in the cache folder `dir` (`<run_dir>/cache`); with compression, only the newest
+/// records.
 pub fn plain_file(dir: &Path) -> PathBuf {
     dir.join("responses.jsonl")
 }
 
-/// The file of the compressed records.
+/// File of compressed records.
 pub fn compressed_file(dir: &Path) -> PathBuf {
     dir.join("responses.jsonl.zst")
 }
 
-/// Where torn tails are moved.
+/// File to which torn tails are moved.
 fn torn_file(dir: &Path) -> PathBuf {
     dir.join("responses.torn")
 }
 
-/// Where `repair` moves what is damaged, as it is.
+/// File to which `repair` moves damaged bytes unchanged.
 pub fn quarantine_file(dir: &Path) -> PathBuf {
     dir.join("responses.quarantine")
 }
 
-/// Where further records of a key go: whole lines, as in a cache.
+/// File of further records of a key: whole lines, as in the cache.
 pub fn conflicts_file(dir: &Path) -> PathBuf {
     dir.join("responses.conflicts.jsonl")
 }
 
-/// Refuses pipes and devices in place of the cache files: opening a pipe waits for ever.
+/// Refuses pipes and devices in place of the cache files: opening a pipe would block.
 fn check_files(dir: &Path) -> anyhow::Result<()> {
     for path in [plain_file(dir), compressed_file(dir)] {
         if path.exists() && !path.is_file() {
@@ -98,19 +104,19 @@ fn check_files(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes the cache in `dir` for this process.
+/// Locks the cache in `dir` for this process.
 fn lock(dir: &Path) -> anyhow::Result<crate::fs::FileLock> {
     check_files(dir)?;
-    let holds = "writes this cache: wait for it, or set another `run_dir`";
+    let holds = "is writing this cache: wait for it, or set another `run_dir`";
     crate::fs::FileLock::acquire(&dir.join("responses.lock"), holds)
 }
 
-/// Is there a cache in `dir`?
+/// Returns true if there is a cache in `dir`.
 pub fn exists(dir: &Path) -> bool {
     plain_file(dir).exists() || compressed_file(dir).exists()
 }
 
-/// What a scan of `path` that stopped short means for the program.
+/// Converts the error of a scan of `path` into an error for the user.
 fn refusal(path: &Path, error: ScanError) -> anyhow::Error {
     match error {
         ScanError::Read(error) => {
@@ -120,13 +126,13 @@ fn refusal(path: &Path, error: ScanError) -> anyhow::Error {
     }
 }
 
-/// The refusal to go on with a damaged file.
+/// Returns the error for a damaged file.
 fn damaged(path: &Path, bad: &BadLine) -> anyhow::Error {
     let remedy = match bad.fault {
         line::LineError::Newer(_) => "",
         _ => {
-            "; restore it from a backup, or run `distill cache repair`, which moves the damage \
-             aside to have its prompts asked again"
+            "; restore it from a backup, or run `distill cache repair`, which moves the damaged records to \
+             another file, so that their prompts are asked again"
         }
     };
     Exit::Damaged(format!("{}: {bad}{remedy}", path.display())).into()

@@ -1,8 +1,5 @@
-//! What a cache holds when it is opened, and the repair of what a crash has left.
+//! Opens a cache: reads its keys, and repairs the files after a crash.
 
-use crate::cache::files::OnReadProgress;
-use crate::cache::files::length;
-use crate::cache::files::size;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -10,22 +7,18 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::cache::frames;
-use crate::cache::frames::FrameScan;
-use crate::cache::index;
-use crate::cache::index::KeyIndex;
-use crate::cache::keys;
-use crate::cache::keys::{KeySet, RecordIdentity};
+use crate::cache::files::{OnReadProgress, length, size};
+use crate::cache::frames::{self, FrameScan};
+use crate::cache::index::{self, KeyIndex};
+use crate::cache::keys::{self, KeySet, RecordIdentity};
 use crate::cache::question::KeyVariants;
 use crate::cache::reader::CacheLines;
 use crate::cache::recovery::{FileEnding, LineScan};
-use crate::cache::storage;
-use crate::cache::storage::WrapFile;
-use crate::cache::verify_parallel;
-use crate::cache::verify_parallel::VerifiedBlock;
+use crate::cache::storage::{self, WrapFile};
+use crate::cache::verify_parallel::{self, VerifiedBlock};
 use crate::cache::{compressed_file, damaged, line, plain_file, refusal, torn_file};
 
-/// What an opened cache holds.
+/// Contents of an opened cache.
 #[derive(Debug, Default)]
 pub struct CacheContents {
     pub keys: KeySet,
@@ -33,13 +26,14 @@ pub struct CacheContents {
     /// Records that repeat a key.
     pub repeated: u64,
     pub cost_usd: f64,
-    /// Bytes of the plain file and of the compressed one, in whole lines and frames.
+    /// Bytes of the whole lines in the plain file.
     pub plain: u64,
+    /// Bytes of the whole frames in the compressed file.
     pub compressed: u64,
 }
 
-/// Reads the cache in `dir`: by its index, if that is of these very files, or else whole. Torn tails
-/// are moved aside with a warning, and damage is refused ([`crate::exit::Exit::Damaged`]).
+/// Reads the cache in `dir`: its index if that is valid, or else all records. Torn tails are moved to another
+/// file with a warning. Damage is an error ([`crate::exit::Exit::Damaged`]).
 pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Result<CacheContents> {
     let index = index::load(dir);
     storage::remove_leftover(&plain_file(dir));
@@ -81,10 +75,10 @@ pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Res
     drop(file);
     remove_compressed_from_plain(dir, &compressed, &mut plain, wrap)?;
     crate::fs::sync_folder(dir).with_context(|| format!("could not sync {}", dir.display()))?;
-    Ok(join(compressed, plain))
+    Ok(combine(compressed, plain))
 }
 
-/// Contents of a cache, read without its lock.
+/// Contents of a cache, read without the lock.
 #[derive(Debug, Default)]
 pub struct Peek {
     keys: KeySet,
@@ -113,11 +107,11 @@ impl Peek {
     }
 }
 
-/// Looks into the cache in `dir`, which need not be there, also while another process writes it: by its
-/// index, if that is of these very files, or else whole.
+/// Reads the keys of the cache in `dir`, also while another process writes it: from its index if that is valid,
+/// or else from all records. A cache that does not exist is empty.
 ///
 /// # Errors
-/// Where it cannot be read or is damaged.
+/// If the cache cannot be read or is damaged.
 pub fn peek(dir: &Path) -> Result<Peek> {
     let mut peek = Peek {
         bytes: size(dir),
@@ -145,18 +139,18 @@ pub fn peek(dir: &Path) -> Result<Peek> {
     Ok(peek)
 }
 
-/// Told how many bytes of a file have been read.
+/// Callback with the number of bytes read from a file.
 type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 
-/// What one of the two files holds.
+/// Contents of one of the two files.
 #[derive(Debug)]
 struct FileContents {
     records: Vec<RecordIdentity>,
     past: KeyVariants,
     cost_usd: f64,
-    /// In whole lines or frames.
+    /// Bytes of whole lines or frames.
     bytes: u64,
-    /// Those and what follows them.
+    /// Length of the file.
     length: u64,
     ending: FileEnding,
 }
@@ -183,7 +177,7 @@ impl FileContents {
         on_progress(self.bytes)
     }
 
-    /// The file was read to its end, and how it ends.
+    /// Sets the length of the file, once it was read to its end, and how it ends.
     fn with_end(mut self, length: u64, ending: FileEnding) -> FileContents {
         self.length = length;
         self.bytes = match &ending {
@@ -207,7 +201,7 @@ fn read_plain(file: &mut File, path: &Path, on_progress: OnBytes<'_>) -> Result<
     let mut part = FileContents::default();
     let could_not_read = || format!("could not read {}", path.display());
     verify_parallel::verify_plain(&mut *file, path, |block| part.add(block, on_progress))?;
-    // From the first odd line on, or to see that there is none.
+    // Continues at the first line that the parallel pass did not accept.
     file.seek(SeekFrom::Start(part.bytes))
         .with_context(could_not_read)?;
     let reader = BufReader::with_capacity(1 << 20, file);
@@ -241,7 +235,7 @@ fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<FileContents
 
 fn warn_torn(path: &Path, part: &FileContents, aside: &Path) {
     tracing::warn!(
-        "{}: a torn record at its end ({} bytes from byte {}) is moved to {}; it will be asked again",
+        "{}: an incomplete record at its end ({} bytes from byte {}) is moved to {}; its prompt will be asked again",
         path.display(),
         part.length - part.bytes,
         part.bytes,
@@ -265,8 +259,8 @@ fn repair_plain(file: &mut File, dir: &Path, plain: &mut FileContents) -> std::i
     Ok(())
 }
 
-/// Cuts a frame that is not whole. A crash leaves its lines in the plain file, too, and any other
-/// line that can still be read goes there.
+/// Cuts off a torn frame. After a crash its lines are in the plain file as well; any other line that can still be
+/// read is appended there.
 fn repair_compressed(
     file: &mut File,
     dir: &Path,
@@ -290,8 +284,7 @@ fn repair_compressed(
     storage::append(file, &rescued)?;
     plain.bytes += rescued.len() as u64;
     tracing::warn!(
-        "{}: a torn frame at its end ({} bytes from byte {}) is moved to {}; what it held that can \
-         still be read is kept",
+        "{}: an incomplete frame at its end ({} bytes from byte {}) is moved to {}; its readable records are kept",
         path.display(),
         compressed.length - compressed.bytes,
         compressed.bytes,
@@ -301,7 +294,8 @@ fn repair_compressed(
     Ok(())
 }
 
-/// A crash between the two steps of compressing leaves lines in both files: they leave the plain one.
+/// Removes from the plain file the lines that are in the compressed file as well, as a crash between the two
+/// steps of compressing leaves them.
 fn remove_compressed_from_plain(
     dir: &Path,
     compressed: &FileContents,
@@ -311,12 +305,12 @@ fn remove_compressed_from_plain(
     if compressed.records.is_empty() || plain.records.is_empty() {
         return Ok(());
     }
-    let mut twice: HashSet<RecordIdentity> = plain.records.iter().copied().collect();
+    let mut in_both: HashSet<RecordIdentity> = plain.records.iter().copied().collect();
     let in_frames: HashSet<_> = (compressed.records.iter().copied())
-        .filter(|record| twice.contains(record))
+        .filter(|record| in_both.contains(record))
         .collect();
-    twice.retain(|record| in_frames.contains(record));
-    if twice.is_empty() {
+    in_both.retain(|record| in_frames.contains(record));
+    if in_both.is_empty() {
         return Ok(());
     }
     let path = plain_file(dir);
@@ -327,7 +321,7 @@ fn remove_compressed_from_plain(
     let (_, length) = storage::replace(&path, wrap, |new| {
         while scan.advance().map_err(|error| refusal(&path, error))? {
             let line = scan.line();
-            if !twice.contains(&keys::identity(line)?) {
+            if !in_both.contains(&keys::identity(line)?) {
                 rest.add_line(line)?;
                 new.append(line)?;
                 new.append(b"\n")?;
@@ -341,7 +335,7 @@ fn remove_compressed_from_plain(
     Ok(())
 }
 
-fn join(compressed: FileContents, plain: FileContents) -> CacheContents {
+fn combine(compressed: FileContents, plain: FileContents) -> CacheContents {
     let records = compressed.records.len() + plain.records.len();
     let mut keys = KeySet::with_capacity_and_hasher(records, Default::default());
     keys.extend(compressed.records.into_iter().map(|(key, _)| key));

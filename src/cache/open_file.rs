@@ -1,7 +1,7 @@
-//! Detects that an open file was moved, removed, replaced, truncated or appended to by another program.
+//! [`OpenFile`]: detects that another program moved, removed, replaced, truncated or appended to an open file.
 //!
-//! Device, inode and length are compared. A file that has lost its name is still open here: its lines are
-//! put into a folder of their own, and nothing that was paid for is lost.
+//! Device, inode and length are compared. A removed file is still open, so its lines are copied to a rescue
+//! folder, and no paid answer is lost.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
@@ -13,33 +13,35 @@ use anyhow::{Context, Result};
 use crate::exit::Exit;
 use crate::terminal::format_count;
 
-/// A file of the cache is not what this process made of it.
+/// Error: another program moved or changed a file of the cache.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct DisplacedFile(pub String);
 
-/// An open file, and the name under which it was opened.
+/// Open file with the path at which it was opened.
 pub(crate) struct OpenFile {
     file: File,
     path: PathBuf,
 }
 
-/// Change of a file since this process last wrote it.
+/// Change that another program made to a file.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum FileChange {
-    /// It has another name now.
+    /// The file is at this path now.
     Moved(PathBuf),
-    /// It has no name any more; the flag says whether another file has its old one.
+    /// The file was deleted; `is_replaced` if another file has its path.
     Removed { is_replaced: bool },
-    /// It is shorter than this process left it.
+    /// The file was truncated to `bytes`.
     Cut { bytes: u64 },
-    /// Somebody else appends to it.
+    /// Another program has appended `by` bytes.
     Longer { by: u64 },
 }
 
 impl OpenFile {
+    /// Duplicates the handle of `file`, which was opened at `path`.
+    ///
     /// # Errors
-    /// Where the process has no descriptor left.
+    /// If the process has no file descriptor left.
     pub(crate) fn new(file: &File, path: &Path) -> Result<OpenFile> {
         let file = file.try_clone();
         Ok(OpenFile {
@@ -48,7 +50,7 @@ impl OpenFile {
         })
     }
 
-    /// Compares the file with what this process left, which has `length` bytes.
+    /// Detects a change of the file, to which this process has written `length` bytes.
     pub(crate) fn check(&self, length: u64) -> Result<(), FileChange> {
         let Ok(own) = self.file.metadata() else {
             return Ok(());
@@ -66,8 +68,8 @@ impl OpenFile {
         }
     }
 
-    /// Decides what becomes of a file that has changed in this way, and of its `length` bytes: the message,
-    /// and the file in which to go on; none where it is the same one.
+    /// Saves the `length` bytes of a file that has changed. Returns the error to report, and the file to continue
+    /// in: `None` for the same file, or an error if the bytes could not be saved.
     pub(crate) fn handle_change(
         &self,
         change: &FileChange,
@@ -79,14 +81,14 @@ impl OpenFile {
         let kept = match change {
             FileChange::Moved(now) => {
                 let note = format!("{}\n{}\n", self.path.display(), now.display());
-                // The folder may have been moved with it: then nothing is asked by its old name.
+                // Fails if the folder was moved as well. Then no later run finds a cache there.
                 if let Err(error) = crate::fs::write_atomic(&note_file(cache), note.as_bytes()) {
                     tracing::debug!("{error:#}");
                 }
                 return (displaced, Ok(None));
             }
             FileChange::Removed { .. } => length,
-            // What is left stays where it is.
+            // The remaining bytes stay in the file.
             FileChange::Cut { .. } | FileChange::Longer { .. } => 0,
         };
         match rescue(self, kept, &dir) {
@@ -98,15 +100,15 @@ impl OpenFile {
         }
     }
 
-    /// The same once more.
+    /// Duplicates the handle.
     ///
     /// # Errors
-    /// Where the process has no descriptor left.
+    /// If the process has no file descriptor left.
     pub(crate) fn try_clone(&self) -> Result<OpenFile> {
         OpenFile::new(&self.file, &self.path)
     }
 
-    /// Current path of the open file, from the operating system.
+    /// Asks the operating system for the current path of the file.
     fn current_path(&self) -> Option<PathBuf> {
         #[cfg(unix)]
         {
@@ -117,7 +119,7 @@ impl OpenFile {
         None
     }
 
-    /// Bytes of the file, wherever it is, while others append to it.
+    /// Reads a range of the file, also after it was moved and while it grows.
     pub(crate) fn read(&self, bytes: Range<u64>) -> impl Read {
         let part = FileRange {
             file: &self.file,
@@ -127,7 +129,7 @@ impl OpenFile {
     }
 }
 
-/// A part of a file, read without moving the place at which it is written.
+/// Reader of a range of a file. The file's write position does not change.
 struct FileRange<'a> {
     file: &'a File,
     bytes: Range<u64>,
@@ -155,7 +157,7 @@ fn read_at(mut file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
     file.read(into)
 }
 
-/// The folder beside the cache folder `dir` that has what was rescued from under its name.
+/// Folder beside the cache folder `dir` for rescued records.
 pub(crate) fn rescue_dir(dir: &Path) -> PathBuf {
     let mut name = dir.file_name().unwrap_or_default().to_owned();
     name.push(".rescued");
@@ -169,18 +171,18 @@ fn note_file(dir: &Path) -> PathBuf {
     dir.with_file_name(name)
 }
 
-/// Refuses to begin a cache anew in `dir` while what was moved or rescued from under an earlier run is
-/// still elsewhere: it would be bought again.
+/// Refuses to start a new cache in `dir` while records of an earlier run are in another place: the run would pay
+/// for them again.
 ///
 /// # Errors
-/// [`Exit::Usage`] with what to do.
+/// [`Exit::Usage`], with instructions, if there are rescued records or a moved file.
 pub(crate) fn check_nothing_displaced(dir: &Path) -> Result<()> {
     let rescued = rescue_dir(dir);
     if super::exists(&rescued) {
         let message = format!(
-            "{rescued} holds answers that were rescued when files of the cache were moved or changed under a \
-             run: take them over with `distill cache merge --dir {} {rescued}` (after `distill cache repair`, if that \
-             says that the cache is damaged), and then remove {rescued}",
+            "{rescued} holds answers that were rescued when another program moved or changed cache files during \
+             a run: merge them with `distill cache merge --dir {} {rescued}` (run `distill cache repair` first if \
+             the cache is damaged), then remove {rescued}",
             dir.display(),
             rescued = rescued.display()
         );
@@ -195,8 +197,8 @@ pub(crate) fn check_nothing_displaced(dir: &Path) -> Result<()> {
         && !Path::new(from).exists()
     {
         let message = format!(
-            "{from} was moved to {to} under the last run, and every answer in it would be bought again: \
-             move it back; or, to begin anew, remove {}",
+            "{from} was moved to {to} during the last run, and its answers would be paid for again: \
+             move it back; to start a new cache instead, remove {}",
             note.display()
         );
         return Err(Exit::Usage(message).into());
@@ -204,10 +206,10 @@ pub(crate) fn check_nothing_displaced(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes the note of a move that [`check_all_is_back`] has found undone.
+/// Removes the note about a moved file, once [`check_nothing_displaced`] has passed.
 ///
 /// # Errors
-/// Where it cannot be removed.
+/// If the note cannot be removed.
 pub(crate) fn remove_move_note(dir: &Path) -> Result<()> {
     let note = note_file(dir);
     if !note.exists() {
@@ -216,18 +218,17 @@ pub(crate) fn remove_move_note(dir: &Path) -> Result<()> {
     crate::fs::remove_file(&note)
 }
 
-/// A file in the rescue folder, and what it begins with.
+/// File in the rescue folder.
 pub(crate) struct RescueFile {
     pub file: File,
     pub path: PathBuf,
     pub length: u64,
 }
 
-/// Begins a file of the name of `open_file` in the folder `dir`, with the first `length` bytes of
-/// what this process has open.
+/// Copies the first `length` bytes of `open_file` to a file of the same name in the folder `dir`.
 ///
 /// # Errors
-/// Where it cannot be written.
+/// If the copy cannot be written.
 fn rescue(open_file: &OpenFile, length: u64, dir: &Path) -> Result<RescueFile> {
     crate::fs::create_dir_all(dir)?;
     let path = dir.join(open_file.path.file_name().unwrap_or_default());
@@ -249,42 +250,41 @@ fn rescue(open_file: &OpenFile, length: u64, dir: &Path) -> Result<RescueFile> {
     })
 }
 
-/// Message about a change of the file at `path`: where its answers are, and how to continue. `rescued` is the
-/// folder that received its records, or receives those still in flight.
+/// Builds the message about a change of the file at `path`: where its answers are, and how to continue.
+/// `rescued` is the folder for its records, or for the answers still in flight.
 fn describe(path: &Path, change: &FileChange, length: u64, rescued: &Path) -> DisplacedFile {
     let file = path.display();
     let dir = path.parent().unwrap_or(Path::new("."));
-    let take_back = format!(
-        "`distill cache merge --dir {} {rescued}` takes them over; then remove {rescued}",
+    let merge = format!(
+        "merge them with `distill cache merge --dir {} {rescued}`, then remove {rescued}",
         dir.display(),
         rescued = rescued.display()
     );
     let text = match change {
         FileChange::Moved(now) => format!(
-            "{file} was moved to {}: every answer that it holds is safe there, also those that were on \
-             their way; move it back and run the same command",
+            "{file} was moved to {}: all answers are safe there, also those that were in flight; move it back \
+             and rerun the command",
             now.display()
         ),
         FileChange::Removed { is_replaced } => format!(
-            "{file} was {} while this run wrote it: every answer that it held is safe in {}, also those \
-             that were on their way; {take_back}",
+            "{file} was {} during this run: its answers are safe in {}, also those that were in flight; {merge}",
             if *is_replaced { "replaced" } else { "removed" },
             rescued.display()
         ),
         FileChange::Cut { bytes } => format!(
-            "{file} was cut to {} of {} bytes while this run wrote it: what was cut off is lost, unless \
-             you have a copy; the answers that were on their way are safe in {}; {take_back}",
+            "{file} was truncated to {} of {} bytes during this run: the other bytes are lost unless you have a \
+             copy; the answers that were in flight are safe in {}; {merge}",
             format_count(*bytes),
             format_count(length),
             rescued.display()
         ),
         FileChange::Longer { by } => format!(
-            "another program has appended {} bytes to {file} while this run wrote it: `distill cache \
-             verify` tells what it holds now, and `distill cache repair` moves aside what is no record; the \
-             answers that were on their way are safe in {}; {take_back}",
+            "another program appended {} bytes to {file} during this run: check it with `distill cache verify`; \
+             `distill cache repair` moves damaged lines to another file; the answers that were in flight are \
+             safe in {}; {merge}",
             format_count(*by),
             rescued.display()
         ),
     };
-    DisplacedFile(format!("{text}; nothing more is asked"))
+    DisplacedFile(format!("{text}; no further request is sent"))
 }

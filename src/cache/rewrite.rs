@@ -1,4 +1,5 @@
-//! Records that leave the cache to be asked for again, or get another key. Nothing is thrown away.
+//! Removes records whose prompts shall be asked again, or changes their keys. Deletes nothing: removed records are
+//! kept in `responses.replaced.jsonl`.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -12,7 +13,7 @@ use super::keys;
 use super::line;
 use super::reader::CacheLines;
 use super::record::Record;
-use super::storage::{self, Appender};
+use super::storage::{self, BufferedAppender};
 use super::writer::Cache;
 use super::{compressed_file, plain_file};
 use crate::config;
@@ -20,24 +21,24 @@ use crate::config;
 /// Decision about one record.
 pub(crate) enum RewriteDecision {
     Keep,
-    /// Another line takes its place, with its newline.
+    /// The record is replaced by this line, with its newline.
     Replace(Vec<u8>),
-    /// It moves to the file of replaced answers.
+    /// The record moves to the file of replaced answers.
     Remove,
 }
 
-/// Decides about a line, without its newline. It may be called twice for a line, with the same result.
+/// Decides about a line (without its newline). May be called twice for a line, and must return the same result.
 pub(crate) type DecideRewrite<'a> = &'a dyn Fn(&[u8]) -> Result<RewriteDecision>;
 
-/// The file that has what was asked for again.
+/// File of the answers whose prompts were asked again.
 pub(crate) fn replaced_file(dir: &Path) -> PathBuf {
     dir.join("responses.replaced.jsonl")
 }
 
-/// The answers in `dir` that were asked for again; damaged lines are left out.
+/// Reads the replaced answers of the cache in `dir`; damaged lines are skipped.
 ///
 /// # Errors
-/// Where the file cannot be read.
+/// If the file cannot be read.
 pub(crate) fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Record>>> {
     let path = replaced_file(dir);
     let could_not = format!("could not read {}", path.display());
@@ -53,12 +54,13 @@ pub(crate) fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Re
         }))
 }
 
-/// Rewrites the cache in `dir`, which nobody else may be writing. What leaves it is on the disk elsewhere
-/// before it is gone, so that after a crash in between it may be there twice. Returns how many records
-/// did not stay.
+/// Rewrites the cache in `dir`. Returns the number of records that were replaced or removed.
+///
+/// Removed records are durable in their file before they leave the cache. After a crash between the two steps a
+/// record may be in both.
 ///
 /// # Errors
-/// Where the cache is damaged, or the disk fails.
+/// If another process is writing the cache, the cache is damaged, or the disk fails.
 pub(crate) fn rewrite(
     dir: &Path,
     settings: &config::Cache,
@@ -67,10 +69,10 @@ pub(crate) fn rewrite(
     if !super::exists(dir) {
         return Ok(0);
     }
-    // What a crash has left is mended first.
+    // Opening the cache repairs it after a crash.
     drop(Cache::open(dir, settings)?);
     let _lock = super::lock(dir)?;
-    // Decided once for all records; the few that do not stay are looked at again as they are written.
+    // `decide` runs once for all records, and again only for the few that change.
     let mut marked = HashSet::new();
     walk(dir, |_, line| {
         if !matches!(decide(line)?, RewriteDecision::Keep) {
@@ -122,14 +124,14 @@ pub(crate) fn rewrite(
     Ok(marked.len() as u64)
 }
 
-fn replace(path: &Path, fill: impl FnOnce(&mut Appender<'_>) -> Result<()>) -> Result<()> {
+fn replace(path: &Path, fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<()>) -> Result<()> {
     storage::replace(path, &storage::plain_storage(), fill)
         .map(drop)
         .with_context(|| format!("could not rewrite {}", path.display()))
 }
 
-fn push(text: &mut Vec<u8>, line: &[u8], fate: RewriteDecision) {
-    match fate {
+fn push(text: &mut Vec<u8>, line: &[u8], decision: RewriteDecision) {
+    match decision {
         RewriteDecision::Remove => {}
         RewriteDecision::Replace(line) => text.extend_from_slice(&line),
         RewriteDecision::Keep => {
@@ -139,7 +141,7 @@ fn push(text: &mut Vec<u8>, line: &[u8], fate: RewriteDecision) {
     }
 }
 
-/// Appends what is to leave to its file, durably.
+/// Appends the records to be removed to their file, durably.
 fn keep_replaced(dir: &Path, decide: DecideRewrite<'_>) -> Result<()> {
     let path = replaced_file(dir);
     let could_not = || format!("could not write {}", path.display());
@@ -156,11 +158,11 @@ fn keep_replaced(dir: &Path, decide: DecideRewrite<'_>) -> Result<()> {
     crate::fs::remove_if_empty(&path)
 }
 
-/// Hands each whole line to `take`; the flag says whether it is in the plain file.
-fn walk(dir: &Path, mut take: impl FnMut(bool, &[u8]) -> Result<()>) -> Result<()> {
+/// Calls `on_line` for each whole line; the flag is true for lines of the plain file.
+fn walk(dir: &Path, mut on_line: impl FnMut(bool, &[u8]) -> Result<()>) -> Result<()> {
     let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
-        take(lines.is_in_plain(), lines.line())?;
+        on_line(lines.is_in_plain(), lines.line())?;
     }
     Ok(())
 }
