@@ -132,7 +132,7 @@ pub fn peek(dir: &Path) -> Result<Peek> {
         let (key, cost_usd) = known.map_err(|fault| lines.refuse(fault))?;
         peek.keys.insert(key);
         let head = line::head(line).map_err(|fault| lines.refuse(fault))?;
-        peek.past.note(head.v, head.cut_at);
+        peek.past.insert(head.v, head.cut_at);
         peek.cost_usd += cost_usd;
     }
     lines.warn_of_torn();
@@ -191,7 +191,7 @@ impl FileContents {
     fn add_line(&mut self, line: &[u8]) -> Result<(), line::LineError> {
         self.records.push(keys::identity(line)?);
         let head = line::head(line)?;
-        self.past.note(head.v, head.cut_at);
+        self.past.insert(head.v, head.cut_at);
         self.cost_usd += line::cost_usd(line)?;
         Ok(())
     }

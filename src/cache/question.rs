@@ -1,12 +1,12 @@
-//! The name of a record: what is asked of whom, and nothing else.
+//! Keys of records: hashes of the request and the endpoint.
 //!
 //! ```text
-//! question = BLAKE3({"question":<the request without what changes no answer>,"sample":i,"v":2})
+//! question = BLAKE3({"question":<the request without fields that do not change the answer>,"sample":i,"v":2})
 //! key      = BLAKE3(question, endpoint)[..16] + question[..16]      in hex
 //! ```
 //!
-//! So two records of one question share the second half of their keys, whoever answered. An answer that was
-//! cut off at `max_tokens` has a key of its own: with a larger `max_tokens` the question is open again.
+//! Records of one question share the second half of their keys, whichever endpoint answered. An answer that was
+//! truncated at `max_tokens` has another key: with a larger `max_tokens` the question is open again.
 
 pub(crate) mod template;
 
@@ -19,10 +19,10 @@ use super::record::Record;
 use crate::cache::fingerprint::Fingerprint;
 pub use template::QuestionTemplate;
 
-/// Part of every question: raise it when the same text would come to mean something else.
+/// Version in every question: increase it if the same text gets another meaning.
 const VERSION: u32 = 2;
 
-/// Fields of a request that change no answer: how it is sent, who sends it, and how much of it is taken.
+/// Fields of a request that do not change the answer: transport, sender and length limits.
 const IGNORED_FIELDS: [&str; 10] = [
     "max_tokens",
     "max_completion_tokens",
@@ -36,7 +36,7 @@ const IGNORED_FIELDS: [&str; 10] = [
     "prompt_cache_key",
 ];
 
-/// Fields that are no sampling parameters, beside [`IGNORED_FIELDS`].
+/// Fields that are not sampling parameters, in addition to [`IGNORED_FIELDS`].
 const NON_SAMPLING_FIELDS: [&str; 10] = [
     "model",
     "messages",
@@ -53,21 +53,22 @@ const NON_SAMPLING_FIELDS: [&str; 10] = [
 /// First bytes of the text that is hashed.
 const HASH_PREFIX: &[u8] = b"{\"question\":";
 
-/// Room for the text of most requests.
+/// Capacity in bytes for the text of most requests.
 const USUAL_BYTES: usize = 1024;
 
-/// Hex digits of half a key.
+/// Number of hex digits in half a key.
 const HALF_KEY_DIGITS: usize = 32;
 
 /// Hash of a request without its endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Question {
     hash: blake3::Hash,
-    /// Bytes of the request as JSON.
+    /// Length of the request as JSON in bytes.
     pub bytes: usize,
 }
 
 impl Question {
+    /// Hashes a request without the fields in [`IGNORED_FIELDS`].
     pub fn new(request: &Value, sample: u32) -> Question {
         let mut text = Vec::with_capacity(USUAL_BYTES);
         text.extend_from_slice(HASH_PREFIX);
@@ -77,7 +78,7 @@ impl Question {
         Question::from_text(&mut text, end, sample)
     }
 
-    /// Hashes the first `end` bytes of the text; the rest only counts towards `bytes`.
+    /// Hashes the first `end` bytes of `text`; the rest only counts towards `bytes`.
     fn from_text(text: &mut Vec<u8>, end: usize, sample: u32) -> Question {
         let bytes = text.len() - HASH_PREFIX.len();
         text.truncate(end);
@@ -89,25 +90,25 @@ impl Question {
         }
     }
 
-    /// Its key, where this endpoint is asked.
+    /// Key of the answer of this endpoint.
     pub fn key(&self, endpoint: &str) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.hash.as_bytes());
         hasher.update(endpoint.as_bytes());
-        let asked = hasher.finalize().to_hex();
+        let hash = hasher.finalize().to_hex();
         format!(
             "{}{}",
-            &asked[..HALF_KEY_DIGITS],
+            &hash[..HALF_KEY_DIGITS],
             &self.hash.to_hex()[..HALF_KEY_DIGITS]
         )
     }
 
-    /// Second half of every key of this question, in hex.
+    /// Second half, in hex, of every key of this question.
     pub fn question_half(&self) -> String {
         self.hash.to_hex()[..HALF_KEY_DIGITS].to_owned()
     }
 
-    /// Fingerprint of that half.
+    /// Fingerprint of the second half of every key of this question.
     pub fn question_fingerprint(&self) -> Fingerprint {
         let mut bytes = Fingerprint::default();
         bytes.copy_from_slice(&self.hash.as_bytes()[..HALF_KEY_DIGITS / 2]);
@@ -115,17 +116,17 @@ impl Question {
     }
 }
 
-/// An endpoint as the keys of its answers name it.
+/// Endpoint as part of a key.
 #[derive(Debug, Clone)]
 pub struct KeyEndpoint {
     base_url: String,
     key_part: String,
-    /// What was a part of the key before it was given a name.
+    /// Part of the key before the endpoint was given a name.
     by_address: Option<String>,
 }
 
 impl KeyEndpoint {
-    /// `name` is empty where the user has given it none.
+    /// `name` is empty if the user has set none.
     pub fn new(name: &str, base_url: &str) -> KeyEndpoint {
         KeyEndpoint {
             base_url: base_url.to_owned(),
@@ -138,16 +139,16 @@ impl KeyEndpoint {
 /// Keys under which the answer to one request may be cached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CacheKeys {
-    /// The key of a new record.
+    /// Key of a new record.
     pub key: String,
-    /// By the address, if the endpoint has a name: it may have been given later.
+    /// Key by the endpoint's address, if the endpoint has a name: the name may have been set later.
     pub by_address: Option<String>,
-    /// Of schema 1.
-    pub old: Option<String>,
+    /// Key of schema 1.
+    pub schema_1: Option<String>,
 }
 
 impl CacheKeys {
-    /// `old` is the request and its sample; if given, the key of schema 1 is included.
+    /// `old` is the request and its sample; if it is given, the key of schema 1 is included.
     pub fn new(
         question: &Question,
         endpoint: &KeyEndpoint,
@@ -157,13 +158,14 @@ impl CacheKeys {
         CacheKeys {
             key: question.key(&endpoint.key_part),
             by_address: by_address.map(|address| question.key(address)),
-            old: old.map(|(request, sample)| schema_1_key(&endpoint.base_url, request, sample)),
+            schema_1: old
+                .map(|(request, sample)| schema_1_key(&endpoint.base_url, request, sample)),
         }
     }
 
-    /// The new key first.
+    /// Iterates over the keys; the key of a new record comes first.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
-        let others = [self.by_address.as_deref(), self.old.as_deref()];
+        let others = [self.by_address.as_deref(), self.schema_1.as_deref()];
         [Some(self.key.as_str())]
             .into_iter()
             .chain(others)
@@ -171,7 +173,7 @@ impl CacheKeys {
     }
 }
 
-/// Returns true if the key of the record is one of its request, whoever was asked.
+/// Returns true if the record's key belongs to its request, for any endpoint.
 pub fn is_key_of(record: &Record) -> bool {
     let (request, sample) = (&record.request, record.sample);
     if record.v < 2 {
@@ -186,7 +188,7 @@ pub fn question_half(key: &str) -> &str {
     key.get(HALF_KEY_DIGITS..).unwrap_or(key)
 }
 
-/// Fingerprint of the second half of a key; that of [`Question::fingerprint`] if the key is of a question.
+/// Fingerprint of the second half of a key; equals [`Question::question_fingerprint`] of its question.
 pub fn question_fingerprint(key: &str) -> Fingerprint {
     let half = question_half(key);
     crate::cache::fingerprint::from_hex(half.as_bytes())
@@ -202,7 +204,7 @@ pub fn max_tokens(request: &Value) -> Option<u32> {
     u32::try_from(value).ok()
 }
 
-/// `max_tokens` if an answer to this request was truncated there, else 0.
+/// Returns `max_tokens` if an answer to this request was truncated there, else 0.
 pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
     match finish_reason {
         "length" | "max_tokens" => max_tokens(request).unwrap_or(0),
@@ -210,7 +212,7 @@ pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
     }
 }
 
-/// The key of an answer that was cut off at so many tokens.
+/// Key of an answer that was truncated at `max_tokens`.
 pub fn truncated_key(key: &str, max_tokens: u32) -> String {
     let hash = blake3::hash(format!("{key} cut off at {max_tokens}").as_bytes());
     format!(
@@ -229,7 +231,7 @@ pub fn sampling(request: &Value) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// The key under which versions up to schema 1 kept the answer.
+/// Key of an answer in schema 1.
 pub fn schema_1_key(base_url: &str, request: &Value, sample: u32) -> String {
     let mut text = b"{\"body\":".to_vec();
     write_fields(request, &mut text, any_field);
@@ -239,8 +241,7 @@ pub fn schema_1_key(base_url: &str, request: &Value, sample: u32) -> String {
     blake3::hash(&text).to_hex().to_string()
 }
 
-/// An endpoint as keys name it: by the name that the user has given it, or else by its address, in the one
-/// spelling of all that mean the same.
+/// Endpoint as it is hashed into keys: its name if the user has set one, or else its normalised address.
 pub fn endpoint(name: &str, base_url: &str) -> String {
     if !name.is_empty() {
         return format!("name:{name}");
@@ -274,34 +275,37 @@ pub fn endpoint(name: &str, base_url: &str) -> String {
 /// Alternative keys that may occur in a cache: keys of schema 1, and keys of truncated answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyVariants {
-    /// Records of schema 1, under keys of that time.
-    pub has_old: bool,
+    /// True if the cache holds records of schema 1.
+    #[serde(rename = "has_old")]
+    pub has_schema_1: bool,
     /// Values of `max_tokens` at which answers were truncated.
-    pub cuts: BTreeSet<u32>,
+    #[serde(rename = "cuts")]
+    pub truncated_at: BTreeSet<u32>,
 }
 
 impl KeyVariants {
-    pub fn note(&mut self, schema: u32, cut_at: u32) {
-        self.has_old |= schema < 2;
+    /// Adds a record by its schema and `cut_at`.
+    pub fn insert(&mut self, schema: u32, cut_at: u32) {
+        self.has_schema_1 |= schema < 2;
         if cut_at > 0 {
-            self.cuts.insert(cut_at);
+            self.truncated_at.insert(cut_at);
         }
     }
 
     pub fn add(&mut self, other: &KeyVariants) {
-        self.has_old |= other.has_old;
-        self.cuts.extend(&other.cuts);
+        self.has_schema_1 |= other.has_schema_1;
+        self.truncated_at.extend(&other.truncated_at);
     }
 
-    /// The keys under which an answer to the question of this key may be that was cut off no earlier than
-    /// at `max_tokens`.
+    /// Keys of truncated answers to the question of `key` that have at least `max_tokens` tokens.
     pub fn truncated_keys(&self, key: &str, max_tokens: u32) -> impl Iterator<Item = String> {
-        let cuts = self.cuts.range(max_tokens..);
+        let cuts = self.truncated_at.range(max_tokens..);
         cuts.map(move |cut| truncated_key(key, *cut))
     }
 }
 
-/// Writes the value with the keys of every object sorted, and of the outermost one those that are wanted.
+/// Writes `value` as JSON with sorted object keys. Of the outermost object only the fields that `is_wanted`
+/// accepts are written.
 fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> bool) {
     match value {
         Value::Object(fields) => {
@@ -347,7 +351,7 @@ fn any_field(_: &str) -> bool {
 }
 
 fn write_scalar(value: impl Serialize, text: &mut Vec<u8>) {
-    // A scalar always has a JSON text, and a vector room for it.
+    // Serialising a scalar to a vector cannot fail.
     serde_json::to_writer(text, &value).ok();
 }
 
@@ -357,7 +361,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn how_an_answer_is_sent_and_how_much_of_it_is_taken_is_no_part_of_the_question() {
+    fn question_ignores_transport_and_length_fields() {
         let body = json!({"model": "m", "messages": [], "max_tokens": 5, "temperature": 1.0});
         let same = [
             json!({"temperature": 1.0, "messages": [], "model": "m"}),
@@ -376,33 +380,36 @@ mod tests {
             assert_ne!(question_half(&key(&body, 0)), question_half(&key(other, 0)));
         }
         assert_ne!(question_half(&key(&body, 0)), question_half(&key(&body, 1)));
-        // Of whom it is asked is in the first half alone.
-        let elsewhere = Question::new(&body, 0).key("f");
-        assert_ne!(key(&body, 0), elsewhere);
-        assert_eq!(question_half(&key(&body, 0)), question_half(&elsewhere));
+        // The endpoint changes only the first half.
+        let other_endpoint = Question::new(&body, 0).key("f");
+        assert_ne!(key(&body, 0), other_endpoint);
         assert_eq!(
-            question_half(&elsewhere),
+            question_half(&key(&body, 0)),
+            question_half(&other_endpoint)
+        );
+        assert_eq!(
+            question_half(&other_endpoint),
             Question::new(&body, 0).question_half()
         );
     }
 
     #[test]
-    fn an_answer_that_was_cut_off_is_found_up_to_where_it_was_cut() {
+    fn truncated_answer_is_found_up_to_its_max_tokens() {
         let key = Question::new(&json!({}), 0).key("e");
         let mut past = KeyVariants::default();
-        past.note(2, 512);
-        past.note(2, 0);
+        past.insert(2, 512);
+        past.insert(2, 0);
         let cut = truncated_key(&key, 512);
         assert_eq!(question_half(&cut), question_half(&key));
         for (max_tokens, is_found) in [(1, true), (512, true), (513, false)] {
             let mut keys = past.truncated_keys(&key, max_tokens);
             assert_eq!(keys.any(|name| name == cut), is_found, "{max_tokens}");
         }
-        assert!(!past.has_old);
+        assert!(!past.has_schema_1);
     }
 
     #[test]
-    fn one_endpoint_has_one_name_however_its_address_is_spelled() {
+    fn endpoint_addresses_are_normalised() {
         for (spelling, expected) in [
             (
                 "HTTPS://API.Example.com:443/v1/",
@@ -424,7 +431,7 @@ mod tests {
     fn keys_never_change() {
         let body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}],
             "max_completion_tokens": 512, "temperature": 1.0, "logprobs": true, "top_logprobs": 20});
-        // Golden keys: should one change, every cache would be bought again.
+        // Golden keys: if one changes, every run pays for its whole cache again.
         assert_eq!(
             schema_1_key("http://a/v1", &body, 0),
             "93c719aebe2658e2afeb28e1bc0e94468267cc514d5a71ff383956a79309f425"

@@ -1,9 +1,5 @@
-//! The one writer of a cache: what is paid for, and the group commit.
+//! [`Cache`]: the one writer of a cache, with its sync and compressor threads.
 
-use crate::cache::shared::CacheState;
-use crate::cache::shared::GROUP_AGE;
-use crate::cache::shared::GROUP_RECORDS;
-use crate::cache::shared::SharedCache;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -12,88 +8,94 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::keys::{self};
+use super::append_log::AppendLog;
+use super::compressor::{self, Compressor};
+use super::files::OnReadProgress;
+use super::fingerprint::Fingerprint;
 use super::open_file::OpenFile;
 use super::question::KeyVariants;
 use super::record::Record;
+use super::shared::{CacheState, GROUP_AGE, GROUP_RECORDS, SharedCache};
 use super::storage::{self, WrapFile};
-use super::{compressed_file, index, line, plain_file};
-use crate::cache::append_log::AppendLog;
-use crate::cache::compressor;
-use crate::cache::compressor::Compressor;
-use crate::cache::files::OnReadProgress;
-use crate::cache::fingerprint::Fingerprint;
-use crate::cache::open;
+use super::{compressed_file, index, keys, line, open, plain_file};
 use crate::config::{self, Compression, Durability};
 
-/// A smaller cache is read faster than its index is worth.
-const WORTH_AN_INDEX: u64 = 4 << 20;
+/// Minimum size in bytes of a cache for which an index is written: a smaller cache opens fast without one.
+const MIN_INDEXED_BYTES: u64 = 4 << 20;
 
-/// A cache that is open for appending. One exists per folder, over all processes.
+/// A cache that is open for appending. At most one exists per folder, over all processes.
 ///
-/// An appended record has been handed to the operating system, so that it survives this process;
-/// it survives the machine once its group is synced. All methods may be called from any thread;
-/// those that append or sync wait for the disk.
+/// An appended record survives the end of this process, because the operating system has it. It survives a power
+/// loss once its group is synced. All methods may be called from any thread; those that append or sync wait for
+/// the disk.
 pub struct Cache {
     shared: Arc<SharedCache>,
     durability: Durability,
     dir: PathBuf,
-    /// Dollars of the records that it held when it was opened.
+    /// Cost in US dollars of the records that the cache held when it was opened.
     cost_usd: f64,
-    /// Syncs the groups that stay small for too long.
+    /// Syncs groups by age.
     timer: Option<JoinHandle<()>>,
-    /// Compresses what has been appended.
+    /// Compresses appended lines.
     compressor: Option<JoinHandle<()>>,
-    /// Held for as long as this value lives.
+    /// Held as long as this value lives.
     _lock: crate::fs::FileLock,
 }
 
-/// A record as its line in the file, ready to be appended.
+/// A record encoded as a line, ready to be appended.
 pub struct EncodedRecord {
     line: Vec<u8>,
     fingerprint: Fingerprint,
-    /// Its schema, and where it was cut off.
-    head: (u32, u32),
+    /// Schema version of the record.
+    schema: u32,
+    /// See [`Record::cut_at`].
+    cut_at: u32,
     cost_usd: f64,
 }
 
 impl EncodedRecord {
+    /// Encodes `record`.
     pub fn new(record: &Record) -> Result<EncodedRecord> {
         Ok(EncodedRecord {
             line: line::encode(record)?,
             fingerprint: crate::cache::fingerprint::fingerprint(&record.key),
-            head: (record.v, record.cut_at),
+            schema: record.v,
+            cut_at: record.cut_at,
             cost_usd: record.cost_usd.unwrap_or(0.0),
         })
     }
 
-    /// A whole line of another cache, without its line end, with whatever fields it has.
+    /// Takes a whole line of another cache (without its line end), with all its fields.
     pub fn from_line(line: &[u8]) -> Result<EncodedRecord, line::LineError> {
         let (fingerprint, _) = keys::identity(line)?;
         let head = line::head(line)?;
         Ok(EncodedRecord {
             line: [line, b"\n"].concat(),
             fingerprint,
-            head: (head.v, head.cut_at),
+            schema: head.v,
+            cut_at: head.cut_at,
             cost_usd: line::cost_usd(line)?,
         })
     }
 
-    /// Is it the record of this key?
+    /// Returns true if the record's key has this fingerprint.
     pub fn has_fingerprint(&self, fingerprint: &Fingerprint) -> bool {
         self.fingerprint == *fingerprint
     }
 }
 
 impl Cache {
-    /// Opens the cache in `dir`, which is created if need be. A torn tail is moved aside with a
-    /// warning; damage is refused ([`crate::exit::Exit::Damaged`]), and so is a second process.
+    /// Opens the cache in `dir`, which is created if it does not exist. A torn tail is moved to another file with a
+    /// warning.
+    ///
+    /// # Errors
+    /// If the cache is damaged ([`crate::exit::Exit::Damaged`]), or another process has it open.
     pub fn open(dir: &Path, settings: &config::Cache) -> Result<Cache> {
         Self::open_with(dir, settings, storage::plain_storage(), &mut |_, _| Ok(()))
     }
 
-    /// As [`Cache::open`], with appends going through what `wrap` makes of each file, and telling
-    /// `on_progress` how many bytes of how many have been read.
+    /// As [`Cache::open`]; `wrap` makes the storage of each file, and `on_progress` is called while the cache is
+    /// read.
     pub fn open_with(
         dir: &Path,
         settings: &config::Cache,
@@ -106,8 +108,8 @@ impl Cache {
         let path = plain_file(dir);
         if contents.repeated > 0 {
             tracing::warn!(
-                "{}: {} records repeat a key; `distill cache verify` lists them, `distill cache \
-                 repair` moves them aside",
+                "{}: {} records repeat a key: list them with `distill cache verify`, move them to another file \
+                 with `distill cache repair`",
                 dir.display(),
                 contents.repeated
             );
@@ -165,7 +167,7 @@ impl Cache {
         })
     }
 
-    /// Has this key been answered, be the answer good or quarantined?
+    /// Returns true if the cache has a record of this key, good or quarantined.
     pub fn contains(&self, key: &str) -> bool {
         self.contains_fingerprint(&crate::cache::fingerprint::fingerprint(key))
     }
@@ -175,12 +177,12 @@ impl Cache {
         self.shared.lock().keys.contains(fingerprint)
     }
 
-    /// Alternative keys that occur in this cache.
+    /// Alternative keys that occur in the cache.
     pub fn past(&self) -> KeyVariants {
         self.shared.lock().past.clone()
     }
 
-    /// Number of keys that have been answered.
+    /// Number of keys with a record.
     pub fn len(&self) -> usize {
         self.shared.lock().keys.len()
     }
@@ -189,8 +191,7 @@ impl Cache {
         self.len() == 0
     }
 
-    /// Number of keys whose records are whole in the file, without those that a failed sync may
-    /// have lost.
+    /// Number of keys with a record, without the records that a failed sync may have lost.
     pub fn safe_len(&self) -> usize {
         let state = self.shared.lock();
         state
@@ -199,62 +200,63 @@ impl Cache {
             .saturating_sub(state.append_log.possibly_lost())
     }
 
-    /// Compares the files with what this process wrote.
+    /// Detects that another program has moved or changed a file.
     ///
     /// # Errors
-    /// If no further request may be sent; [`DisplacedFile`](super::open_file::Displaced) if another program moved or
-    /// changed a file.
+    /// If no further request may be sent; [`DisplacedFile`](super::open_file::DisplacedFile) if another program
+    /// moved or changed a file.
     pub fn check(&self) -> Result<()> {
         let mut state = self.shared.lock();
         state.check_files();
         state.append_log.check()
     }
 
-    /// What the records cost, in US dollars, that it held when it was opened.
+    /// Cost in US dollars of the records that the cache held when it was opened.
     pub fn cost_when_opened(&self) -> f64 {
         self.cost_usd
     }
 
-    /// Has what is not compressed yet stay as it is: closing takes no longer than a sync.
+    /// Stops compressing, so that closing takes no longer than a sync. The remaining lines stay uncompressed.
     pub fn stop_compressing(&self) {
         self.shared.keep_plain.store(true, Ordering::Relaxed);
     }
 
-    /// Appends `record`. A key that is held already is not stored twice: the first answer stays,
-    /// with a warning.
+    /// Appends `record`. If the cache has a record of its key already, the first record stays, and a warning is
+    /// logged.
     ///
-    /// After an error nothing of the record is in the file. A failed write may be tried again
-    /// (when there is room on the disk, say); a failed sync is final.
+    /// After an error no part of the record is in the file. A failed write may be retried, for example once the
+    /// disk has space again. After a failed sync nothing more can be appended.
     pub fn append(&self, record: &Record) -> Result<()> {
         self.append_encoded(&EncodedRecord::new(record)?)
     }
 
-    /// As [`Cache::append`], of a record that was encoded elsewhere.
-    pub fn append_encoded(&self, sealed: &EncodedRecord) -> Result<()> {
-        self.append_group([sealed])
+    /// As [`Cache::append`], for a record that is already encoded.
+    pub fn append_encoded(&self, record: &EncodedRecord) -> Result<()> {
+        self.append_group([record])
     }
 
-    /// As [`Cache::append_encoded`], of several records by one write: after an error none of them is
-    /// in the file.
+    /// As [`Cache::append_encoded`], for several records in one write: after an error none of them is in the file.
     pub fn append_group<'a>(
         &self,
         group: impl IntoIterator<Item = &'a EncodedRecord>,
     ) -> Result<()> {
         let mut state = self.shared.lock();
-        let (mut lines, mut fingerprints, mut cost_usd) = (Vec::new(), Vec::new(), 0.0);
+        let mut lines = Vec::new();
+        let mut fingerprints = Vec::new();
+        let mut cost_usd = 0.0;
         let mut past = KeyVariants::default();
-        for sealed in group {
-            if state.keys.contains(&sealed.fingerprint)
-                || fingerprints.contains(&sealed.fingerprint)
+        for record in group {
+            if state.keys.contains(&record.fingerprint)
+                || fingerprints.contains(&record.fingerprint)
             {
-                let key = line::head(sealed.line.trim_ascii_end())?.key;
+                let key = line::head(record.line.trim_ascii_end())?.key;
                 tracing::warn!("{key} was answered twice: the first answer is kept");
                 continue;
             }
-            lines.extend_from_slice(&sealed.line);
-            fingerprints.push(sealed.fingerprint);
-            past.note(sealed.head.0, sealed.head.1);
-            cost_usd += sealed.cost_usd;
+            lines.extend_from_slice(&record.line);
+            fingerprints.push(record.fingerprint);
+            past.insert(record.schema, record.cut_at);
+            cost_usd += record.cost_usd;
         }
         if fingerprints.is_empty() {
             return Ok(());
@@ -274,7 +276,7 @@ impl Cache {
         }
     }
 
-    /// Returns once every appended record is on the disk.
+    /// Waits until every appended record is on the disk.
     pub fn sync(&self) -> Result<()> {
         let state = self.shared.lock();
         self.shared.wait_while_syncing(state).append_log.sync()
@@ -285,7 +287,7 @@ impl Drop for Cache {
     fn drop(&mut self) {
         self.shared.lock().closing = true;
         self.shared.changed.notify_all();
-        // They end by themselves; had one panicked, its work is done below, or was not needed.
+        // The threads end by themselves. If one has panicked, the sync below does its work.
         for thread in [self.timer.take(), self.compressor.take()] {
             let _ = thread.map(JoinHandle::join);
         }
@@ -295,10 +297,10 @@ impl Drop for Cache {
         {
             tracing::error!("{error:#}");
         }
-        // Where it cannot be written, the next run reads the cache whole.
+        // If no index is written, the next run reads the whole cache.
         if state.append_log.check().is_ok()
             && !state.needs_full_read
-            && crate::cache::files::size(&self.dir) >= WORTH_AN_INDEX
+            && crate::cache::files::size(&self.dir) >= MIN_INDEXED_BYTES
             && let Err(error) = index::save(
                 &self.dir,
                 &state.keys,
@@ -319,8 +321,8 @@ fn start_timer(shared: Arc<SharedCache>) -> Result<JoinHandle<()>> {
         .context("could not start the thread that syncs the cache")
 }
 
-/// Syncs every group that is full or reaches [`GROUP_AGE`], until the cache is closed. A failure
-/// shows in the next call of the cache, too.
+/// Syncs every group that is full or reaches [`GROUP_AGE`], until the cache is closed. The next call of a method
+/// of the cache returns the error of a failed sync as well.
 fn sync_groups(shared: &SharedCache) {
     let mut state = shared.lock();
     while !state.closing {

@@ -41,7 +41,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<Summary> 
     let askings = askings(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
     let mut past = known.past.clone();
-    past.has_old |=
+    past.has_schema_1 |=
         crate::harvest::batch::journal::is_under_way(&config.run_dir)? || !unanswered.is_empty();
     let max_attempts = config.retry.max_attempts;
     let standing = |key: &str| Ok(unanswered.standing(key, known.contains(key), max_attempts));

@@ -172,7 +172,7 @@ impl Judge {
             Ok(()) => {
                 let body = asking.body(&text.messages, 0);
                 let question = Question::new(&body, 0);
-                let old = past.has_old.then_some((&body, 0));
+                let old = past.has_schema_1.then_some((&body, 0));
                 Some(CacheKeys::new(&question, &endpoint, old))
             }
             Err(error) => {

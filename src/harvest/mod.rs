@@ -293,7 +293,7 @@ impl Run<'_> {
         let askings = askings(config, &self.probes)?;
         let mut past = self.cache.past();
         // Their rows have the keys of the version that submitted them.
-        past.has_old |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
+        past.has_schema_1 |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
             || !self.unanswered.is_empty();
         let scope = Scope {
             shard: self.shard,

@@ -218,7 +218,7 @@ impl Plan {
         let mut suspects = Vec::new();
         for sample in 0..samples {
             let max_tokens = self.askings[lane].lane.sampling.max_tokens;
-            let with_old = adding.past.has_old || adding.scope.only.is_some();
+            let with_old = adding.past.has_schema_1 || adding.scope.only.is_some();
             let asked = &self.prompts[prompt];
             let template = adding.templates.get(sample as usize);
             let template = template.filter(|_| asked.given.is_none() && !with_old);
@@ -251,7 +251,7 @@ impl Plan {
                 prompt: prompt as u32,
                 sample,
                 key: names.key,
-                old_key: names.old.map(String::into_boxed_str),
+                old_key: names.schema_1.map(String::into_boxed_str),
                 bytes: question.bytes as u32,
             };
             match standing {
@@ -420,7 +420,7 @@ mod tests {
             .key
             .clone();
         let mut past = KeyVariants::default();
-        past.note(2, config.sampling.max_tokens);
+        past.insert(2, config.sampling.max_tokens);
         for failure in [Standing::GivenUp, Standing::Suspect] {
             let standing = |name: &str| {
                 Ok(if name == key {

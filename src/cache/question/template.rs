@@ -1,4 +1,4 @@
-//! Hashes of requests that differ only in their messages.
+//! [`QuestionTemplate`]: hashes requests that differ only in their messages.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -10,7 +10,7 @@ use crate::prompt::message::Message;
 
 const MESSAGES: &str = "messages";
 
-/// Serialised request without its messages, shared by all prompts.
+/// A serialised request without its messages, shared by all prompts.
 #[derive(Debug)]
 pub struct QuestionTemplate {
     before: Vec<u8>,
@@ -84,7 +84,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_template_names_the_questions_that_its_requests_name() {
+    fn template_hashes_equal_request_hashes() {
         let messages = [
             Message::new("system", "quote \" and \\ and \u{1}"),
             Message::new("user", "ä\u{2028}\n"),
