@@ -1,4 +1,4 @@
-//! A Hugging Face dataset: a folder with `train.jsonl` and a card that says how to read it.
+//! A Hugging Face dataset: a folder with `train.jsonl` and a dataset card.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -16,7 +16,7 @@ use crate::terminal::{format_count, sanitise};
 const DATA: &str = "train.jsonl";
 const CARD: &str = "README.md";
 
-/// A conversation that ends in the answer, and where it comes from.
+/// A conversation that ends with the answer, and its origin.
 #[derive(Debug, Serialize)]
 struct HfRow {
     messages: Vec<Message>,
@@ -39,7 +39,7 @@ impl HfRow {
     }
 }
 
-/// Holds the folder `out` nothing but what [`write`] puts there?
+/// Returns true if the folder `out` contains only files that [`write`] creates.
 pub(super) fn is_ours(out: &Path) -> Result<bool> {
     let entries = std::fs::read_dir(out)
         .and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>())
@@ -49,6 +49,7 @@ pub(super) fn is_ours(out: &Path) -> Result<bool> {
         .all(|entry| [DATA, CARD].iter().any(|name| entry.file_name() == *name)))
 }
 
+/// Writes the dataset to the folder `out`.
 pub(super) fn write(
     mut rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,
@@ -70,7 +71,7 @@ pub(super) fn write(
     })
 }
 
-/// The dataset card. Names come from endpoints, so they are code and stay on their line.
+/// Returns the dataset card. Model names come from endpoints, so they are sanitised and set as code.
 fn text_of_card(report: &ExportReport, models: &BTreeMap<String, u64>) -> String {
     let code = |text: &str| match text {
         "" => "(not reported)".to_owned(),
@@ -84,8 +85,8 @@ fn text_of_card(report: &ExportReport, models: &BTreeMap<String, u64>) -> String
          task_categories:\n- text-generation\ntags:\n- distillation\n---\n\n\
          # Answers of a teacher model\n\n\
          {} conversations, harvested with `distill` through the teacher's chat API and exported\n\
-         from its cache: `messages` is what was asked and, last, the answer; `prompt_id` and\n\
-         `sample` tell the answers to one prompt apart.\n\n\
+         from its cache: `messages` are the prompt and, last, the answer; `prompt_id` and\n\
+         `sample` identify the answer.\n\n\
          | teacher, as the endpoint reports it | conversations |\n|---|---|\n",
         format_count(report.rows)
     );
@@ -99,5 +100,5 @@ fn text_of_card(report: &ExportReport, models: &BTreeMap<String, u64>) -> String
             text += &format!("- {}: {}\n", format_count(*count), code(reason));
         }
     }
-    text + "\nThe terms of the teacher's provider apply to what is made of its answers.\n"
+    text + "\nThe terms of the teacher's provider apply to models trained on these answers.\n"
 }

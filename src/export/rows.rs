@@ -1,43 +1,41 @@
-//! TODO
+//! [`ExportRows`]: the records to export, and the counts of the others.
 
-use crate::cache::record::Record;
-use crate::config;
-use crate::data::dataset::rows::prompt_of;
-use crate::data::groups::Candidate;
-use crate::data::groups::Counts;
-use crate::data::groups::Selection;
-use crate::exit::Exit;
-use crate::fs::AtomicFile;
-use crate::prompt::message::Message;
-use crate::tokenizer::Tokenizer;
-use anyhow::Context;
-use anyhow::Result;
-use anyhow::bail;
-use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
-/// What became of the records.
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+
+use crate::cache::record::Record;
+use crate::config;
+use crate::data::dataset::rows::prompt_of;
+use crate::data::groups::{Candidate, Counts, Selection};
+use crate::exit::Exit;
+use crate::fs::AtomicFile;
+use crate::prompt::message::Message;
+use crate::tokenizer::Tokenizer;
+
+/// Counts of an export.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct ExportReport {
     pub rows: u64,
-    /// Records that are in no row, by the reason.
+    /// Number of records left out, by reason.
     pub left_out: BTreeMap<String, u64>,
-    /// Top-k alternatives that are in no row though their record is: the tokenizer has no token
-    /// for them. None where the format holds no token ids.
+    /// Number of top-k alternatives dropped because the tokenizer has no token for them. `None` for formats without
+    /// token ids.
     pub dropped_alternatives: Option<u64>,
 }
 
-/// A record to be trained on.
+/// A record to export.
 pub struct ExportRow {
     pub record: Record,
-    /// What was asked.
+    /// Messages of the request.
     pub prompt: Vec<Message>,
 }
 
 impl ExportRow {
-    /// What was asked, and the answer.
+    /// Returns the messages of the request and the answer.
     pub fn conversation(self) -> Vec<Message> {
         let mut messages = self.prompt;
         messages.push(Message {
@@ -48,7 +46,7 @@ impl ExportRow {
     }
 }
 
-/// The records that `distill train` would use, and the count of the others.
+/// Iterates over the records that `distill train` would use, and counts the others.
 pub struct ExportRows<'a, R> {
     pub(crate) records: R,
     pub(crate) settings: &'a config::Data,
@@ -79,7 +77,7 @@ impl<R: Iterator<Item = Result<Record>>> ExportRows<'_, R> {
         *self.report.left_out.entry(reason).or_default() += 1;
     }
 
-    /// Writes a line of JSON for each row for which `line` makes one.
+    /// Writes one line of JSON per row. `line` makes it, or returns the reason to leave the row out.
     pub(crate) fn write_to<L: Serialize>(
         &mut self,
         file: &mut AtomicFile,
@@ -98,7 +96,10 @@ impl<R: Iterator<Item = Result<Record>>> ExportRows<'_, R> {
         Ok(())
     }
 
-    /// The counts, once all rows are written.
+    /// Returns the counts, once all rows are written.
+    ///
+    /// # Errors
+    /// If no row was written.
     pub(crate) fn finish(self) -> Result<ExportReport> {
         if self.report.rows > 0 {
             return Ok(self.report);
@@ -111,24 +112,22 @@ impl<R: Iterator<Item = Result<Record>>> ExportRows<'_, R> {
             Some(advice) => format!("; {advice} (or --groups)"),
             None => String::new(),
         };
-        bail!(Exit::Usage(match reasons.is_empty() {
-            true => "the cache is empty: run `distill harvest` first".into(),
-            false => format!(
-                "no record is left to export ({}){advice}",
-                reasons.join("; ")
-            ),
+        bail!(Exit::Usage(if reasons.is_empty() {
+            "the cache is empty: run `distill harvest` first".into()
+        } else {
+            format!("no record to export ({}){advice}", reasons.join("; "))
         }))
     }
 }
 
-/// How to write it.
+/// Settings of an export.
 pub struct ExportSettings<'a> {
-    /// Which answers are worth training on.
+    /// Data settings of the config, which select the answers.
     pub data: &'a config::Data,
     pub selection: &'a Selection,
-    /// The teacher's tokenizer, which [`Format::Axolotl`] needs for its token ids.
+    /// Teacher's tokenizer, which [`Format::Axolotl`](super::Format::Axolotl) needs for token ids.
     pub tokenizer: Option<&'a Tokenizer>,
-    /// Replace what is there.
+    /// Replace an existing export.
     pub force: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Progress on stderr: a bar on a terminal, a line now and then elsewhere.
+//! Progress on stderr: a bar on a terminal, or else one line every [`LINE_EVERY`].
 
 use std::io::{IsTerminal, Write, stderr};
 use std::time::Duration;
@@ -8,10 +8,10 @@ use tokio::time::Instant;
 
 use super::format_count;
 
-/// How often progress is written where stderr is no terminal.
+/// Interval between progress lines if stderr is not a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(30);
 
-/// The progress of one long verb. It uses no colour, so `NO_COLOR` needs no case of its own.
+/// Progress of one long operation. It uses no colour, so `NO_COLOR` needs no special case.
 pub struct Progress {
     verb: &'static str,
     total: u64,
@@ -26,14 +26,14 @@ enum ProgressOutput {
 }
 
 impl Progress {
-    /// `total` counts what [`Progress::update`] counts: requests, optimizer steps.
+    /// Starts the progress display. `total` has the unit of [`Progress::update`], such as requests or optimizer
+    /// steps.
     pub fn new(verb: &'static str, total: u64, quiet: bool) -> Self {
         let output = if quiet {
             ProgressOutput::Quiet
         } else if stderr().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-            // A template that does not parse would be a mistake in this line; the default style
-            // shows the same numbers.
+            // If the template were invalid, the default style would show the same numbers.
             if let Ok(style) =
                 ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {wide_msg}")
             {
@@ -53,7 +53,7 @@ impl Progress {
         }
     }
 
-    /// For a verb within another one, which shows its own progress: notes alone.
+    /// Shows notes only, for an operation inside another one that shows its own progress.
     pub fn notes(quiet: bool) -> Self {
         let output = if quiet {
             ProgressOutput::Quiet
@@ -67,8 +67,8 @@ impl Progress {
         }
     }
 
-    /// Shows that `done` of the total are done. `details` is called only when it will be shown, and
-    /// must be sanitised.
+    /// Shows that `done` of the total are done. `details` is only called if its text is shown; the text must be
+    /// sanitised.
     pub fn update(&mut self, done: u64, details: impl FnOnce() -> String) {
         match &mut self.output {
             ProgressOutput::Bar(bar) => {
@@ -84,7 +84,7 @@ impl Progress {
         }
     }
 
-    /// Says something beside the bar, at once.
+    /// Prints a line above the bar immediately.
     pub fn note(&self, line: &str) {
         match &self.output {
             ProgressOutput::Bar(bar) => bar.suspend(|| write_line(line)),
@@ -94,7 +94,7 @@ impl Progress {
     }
 }
 
-/// The progress of reading something large, which is shown only once it takes a while.
+/// Progress of reading large files, shown only after [`ReadProgress::SHORT`].
 pub struct ReadProgress {
     verb: &'static str,
     quiet: bool,
@@ -115,7 +115,7 @@ impl ReadProgress {
         }
     }
 
-    /// Shows that so many bytes of the total have been read.
+    /// Shows that `done` of `total` bytes have been read.
     pub fn update(&mut self, done: u64, total: u64) {
         if self.shown.is_none() && self.started.elapsed() < Self::SHORT {
             return;
@@ -128,7 +128,7 @@ impl ReadProgress {
 }
 
 impl Drop for Progress {
-    /// Takes the bar off the screen, so that the result that follows stands alone.
+    /// Clears the bar, so that only the result stays on the screen.
     fn drop(&mut self) {
         if let ProgressOutput::Bar(bar) = &self.output {
             bar.finish_and_clear();
@@ -136,7 +136,7 @@ impl Drop for Progress {
     }
 }
 
-/// A reader of stderr that has gone away must not end the run, as `eprintln!` would.
+/// Writes a line to stderr; ignores errors. `eprintln!` would panic if stderr is a closed pipe.
 fn write_line(line: &str) {
     let _ = writeln!(stderr().lock(), "{line}");
 }
