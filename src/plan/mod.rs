@@ -221,7 +221,7 @@ impl Plan {
             let with_old = adding.past.has_schema_1 || adding.scope.only.is_some();
             let asked = &self.prompts[prompt];
             let template = adding.templates.get(sample as usize);
-            let template = template.filter(|_| asked.given.is_none() && !with_old);
+            let template = template.filter(|_| asked.raw.is_none() && !with_old);
             let endpoint = &adding.endpoints[lane];
             let (question, names) = match template {
                 Some(template) => {

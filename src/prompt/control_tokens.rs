@@ -1,6 +1,6 @@
-//! Names of control tokens, as servers report them among logprobs.
+//! Names of control tokens, as servers report them in logprobs.
 
-/// Is this the name of a control token in the tokenizers that most models use?
+/// Returns true if `name` is a control token of a widely used tokenizer.
 pub(crate) fn is_control_name(name: &str) -> bool {
     const OTHERS: [&str; 4] = ["<s>", "<bos>", "<pad>", "<unk>"];
     is_end_of_turn_name(name)
@@ -9,7 +9,7 @@ pub(crate) fn is_control_name(name: &str) -> bool {
         || (name.starts_with("<｜") && name.ends_with("｜>"))
 }
 
-/// Is this the name of a token that ends a turn there?
+/// Returns true if `name` is an end-of-turn token of a widely used tokenizer.
 pub(crate) fn is_end_of_turn_name(name: &str) -> bool {
     const ENDS: [&str; 14] = [
         "</s>",

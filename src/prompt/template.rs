@@ -1,4 +1,4 @@
-//! Template files: how a row becomes a conversation.
+//! [`Template`]: renders a row into a conversation.
 
 use std::path::Path;
 
@@ -12,10 +12,10 @@ use super::guard::MemoryGuard;
 use crate::exit::Exit;
 use crate::prompt::message::Message;
 
-/// Instructions that a row may take.
+/// Maximum number of template instructions per row.
 const FUEL: u64 = 2_000_000;
 
-/// The file as written; `prompts/plain.toml` documents it.
+/// Content of a template file; `prompts/plain.toml` documents it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TemplateFile {
@@ -25,7 +25,7 @@ struct TemplateFile {
     examples: Vec<FewShotExample>,
 }
 
-/// A few-shot example, sent word for word: braces in it are no template.
+/// A few-shot example, which is sent unchanged: braces in it are not rendered.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FewShotExample {
@@ -35,7 +35,7 @@ struct FewShotExample {
 
 /// A parsed template file.
 pub struct Template {
-    /// Holds the templates `user` and, where the file has one, `system`.
+    /// Holds the template `user` and, if the file has one, `system`.
     environment: Environment<'static>,
     has_system: bool,
     examples: Vec<FewShotExample>,
@@ -43,6 +43,7 @@ pub struct Template {
 }
 
 impl Template {
+    /// Loads and parses the template file at `path`.
     pub fn load(path: &Path) -> Result<Template> {
         let place = path.display();
         let text = std::fs::read_to_string(path)
@@ -51,9 +52,9 @@ impl Template {
             .map_err(|error| Exit::Usage(format!("the template {place} is invalid: {error}")))?;
 
         let mut environment = Environment::new();
-        // A field that is missing in one row must not become an empty prompt that is paid for.
+        // A field that is missing in a row must not become an empty prompt that is paid for.
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        // A loop that never ends shall not keep the night waiting.
+        // An endless loop must fail instead of blocking the run.
         environment.set_fuel(Some(FUEL));
         let has_system = file.system.is_some();
         for (name, source) in [("system", file.system), ("user", Some(file.user))] {
@@ -73,9 +74,10 @@ impl Template {
         })
     }
 
-    /// The conversation of one row: system, the examples, user.
+    /// Renders the conversation of one row: the system message, the examples, the user message.
     ///
-    /// An undefined variable is an [`Exit::Usage`] that names the row and the variable.
+    /// # Errors
+    /// [`Exit::Usage`] with the row and the variable if a variable is undefined.
     pub fn render(&self, row_number: usize, row: &Value) -> Result<Vec<Message>> {
         let mut messages = Vec::with_capacity(2 + 2 * self.examples.len());
         if self.has_system {
@@ -106,7 +108,7 @@ impl Template {
             let problem = if error.kind() == ErrorKind::UndefinedError && !missing.is_empty() {
                 let fields = row.as_object().map(|fields| list(fields.keys()));
                 format!(
-                    "`{name}` of the template asks for {}, but the row has only {}",
+                    "`{name}` of the template uses {}, but the row has only {}",
                     list(missing),
                     fields.unwrap_or_default()
                 )
@@ -118,7 +120,7 @@ impl Template {
     }
 }
 
-/// Those of `variables` (`a` or `a.b`) that the row does not have, in order.
+/// Returns the `variables` (`a` or `a.b`) that the row does not have, sorted.
 fn missing_variables<'a>(
     variables: &'a std::collections::HashSet<String>,
     row: &Value,
