@@ -144,7 +144,7 @@ fn is_synced(steps: &[Step], file: usize) -> bool {
 }
 
 #[test]
-fn after_a_power_loss_all_that_was_synced_is_there() {
+fn power_loss_keeps_all_synced_records() {
     let log = Log::default();
     let dir = tempfile::tempdir().unwrap();
     let all = records(130);
@@ -347,7 +347,7 @@ fn check(dir: &Path, all: &[Record], mishap: Mishap) -> u64 {
 }
 
 #[test]
-fn every_operation_on_a_compressed_cache_may_fail() {
+fn compressed_cache_survives_a_failure_of_any_operation() {
     let all = records(45);
     let quiet = Mishap {
         at: u64::MAX,

@@ -81,7 +81,7 @@ fn assert_holds(dir: &Path, expected: &[Record]) {
 }
 
 #[test]
-fn damaged_lines_move_aside_and_whole_ones_stay() {
+fn repair_moves_damaged_lines_and_keeps_whole_ones() {
     let lines: Vec<_> = (0..6).map(|n| encode([sample(n)])).collect();
     let mut flipped = lines[2].clone();
     flipped[200] ^= 2;
@@ -124,7 +124,7 @@ fn damaged_lines_move_aside_and_whole_ones_stay() {
 }
 
 #[test]
-fn what_a_broken_frame_still_holds_is_rescued() {
+fn repair_rescues_readable_lines_of_a_damaged_frame() {
     let middle: Vec<_> = (10..30)
         .map(|n| Record {
             answer: Answer {
@@ -166,7 +166,7 @@ fn what_a_broken_frame_still_holds_is_rescued() {
 }
 
 #[test]
-fn what_editors_add_is_no_damage_in_either_file() {
+fn repair_accepts_bytes_added_by_editors() {
     let with_returns = |range| {
         let text = String::from_utf8(encode(records(range))).unwrap();
         format!("\u{feff}{}", text.replace('\n', "\r\n\r\n")).into_bytes()
@@ -189,7 +189,7 @@ fn what_editors_add_is_no_damage_in_either_file() {
 }
 
 #[test]
-fn a_whole_cache_is_left_alone_and_a_newer_one_too() {
+fn repair_does_not_change_whole_or_newer_caches() {
     let newer = Record {
         v: SCHEMA + 1,
         ..sample(5)
@@ -238,7 +238,7 @@ fn merged(
 }
 
 #[test]
-fn caches_are_joined_by_key_and_both_sides_of_a_conflict_are_kept() {
+fn merge_joins_by_key_and_keeps_both_sides_of_a_conflict() {
     // A field of a later version, which must come through.
     let line = String::from_utf8(encode([sample(7)])).unwrap();
     let body = line[..line.rfind("\"crc\"").unwrap()].replacen(
@@ -296,7 +296,7 @@ fn caches_are_joined_by_key_and_both_sides_of_a_conflict_are_kept() {
 }
 
 #[test]
-fn a_merge_refuses_what_it_cannot_read_whole() {
+fn merge_refuses_damaged_or_missing_sources() {
     let good = folder(b"", &encode(records(0..5)));
     let bad = folder(
         b"",
@@ -325,7 +325,7 @@ fn a_merge_refuses_what_it_cannot_read_whole() {
 }
 
 #[test]
-fn an_answer_under_the_key_of_another_question_is_no_record() {
+fn record_with_the_key_of_another_question_is_refused() {
     let foreign = Record {
         key: sample(2).key,
         ..sample(1)

@@ -15,7 +15,7 @@ fn names(folder: &std::path::Path) -> Vec<String> {
 }
 
 #[test]
-fn a_file_is_replaced_whole_and_leaves_nothing_beside_it() {
+fn write_atomic_replaces_the_file_and_leaves_no_temporary_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("report.html");
     for content in ["first, and longer", "second"] {
@@ -30,7 +30,7 @@ fn a_file_is_replaced_whole_and_leaves_nothing_beside_it() {
 }
 
 #[test]
-fn a_failed_write_names_its_file_and_cleans_up() {
+fn failed_write_names_its_file_and_cleans_up() {
     let dir = tempfile::tempdir().unwrap();
     // A folder is in the way of the rename.
     let path = dir.path().join("taken");
@@ -44,7 +44,7 @@ fn a_failed_write_names_its_file_and_cleans_up() {
 
 #[cfg(unix)]
 #[test]
-fn a_written_file_has_the_permissions_of_any_new_file() {
+fn written_file_has_default_permissions() {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
     let mode = |name: &str| {
@@ -57,7 +57,7 @@ fn a_written_file_has_the_permissions_of_any_new_file() {
 }
 
 #[test]
-fn a_folder_is_committed_under_its_final_name() {
+fn commit_dir_renames_the_folder() {
     let dir = tempfile::tempdir().unwrap();
     let [temporary, last] = [".tmp-step", "step-000500"].map(|name| dir.path().join(name));
     create_dir_all(&temporary.join("nested/deeper")).unwrap();
@@ -80,7 +80,7 @@ fn a_folder_is_committed_under_its_final_name() {
 }
 
 #[test]
-fn a_file_written_bit_by_bit_has_its_name_once_it_is_whole() {
+fn atomic_file_gets_its_name_at_commit() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("rows.jsonl");
     let begin = |text: &str| {
@@ -103,7 +103,7 @@ fn a_file_written_bit_by_bit_has_its_name_once_it_is_whole() {
 }
 
 #[test]
-fn a_folder_that_fails_half_way_leaves_the_old_one_alone() {
+fn failed_write_dir_leaves_the_old_folder() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("dataset");
     let fill = |text: &'static str| {
@@ -123,7 +123,7 @@ fn a_folder_that_fails_half_way_leaves_the_old_one_alone() {
 }
 
 #[test]
-fn a_pipe_in_a_model_folder_is_refused_and_not_waited_for() {
+fn pipe_in_a_model_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors"] {
         let status = std::process::Command::new("mkfifo")
@@ -132,15 +132,21 @@ fn a_pipe_in_a_model_folder_is_refused_and_not_waited_for() {
         assert!(status.unwrap().success());
     }
     let error = distill::fs::read_to_string(&dir.path().join("config.json")).unwrap_err();
-    assert!(error.to_string().contains("it is no file"), "{error}");
+    assert!(error.to_string().contains("not a regular file"), "{error}");
     let error = distill::model::weights::load_file(&dir.path().join("model.safetensors"));
-    assert!(error.err().unwrap().to_string().contains("it is no file"));
+    assert!(
+        error
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("not a regular file")
+    );
     let error = distill::fs::read("/dev/zero".as_ref()).unwrap_err();
-    assert!(error.to_string().contains("it is no file"), "{error}");
+    assert!(error.to_string().contains("not a regular file"), "{error}");
 }
 
 #[test]
-fn a_bad_byte_in_a_log_costs_no_line() {
+fn log_file_keeps_lines_with_invalid_utf8() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     std::fs::write(&path, b"one\ntw\xffo\nthree\ntorn").unwrap();
@@ -150,7 +156,7 @@ fn a_bad_byte_in_a_log_costs_no_line() {
 }
 
 #[test]
-fn what_others_put_into_a_folder_is_kept_when_it_is_written_anew() {
+fn files_of_others_survive_rewriting_a_folder() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("student");
     std::fs::create_dir_all(folder.join("notes")).unwrap();

@@ -39,7 +39,7 @@ fn json_of_row(row: &parquet::record::ExportRow) -> Value {
 }
 
 #[test]
-fn parquet_keeps_everything() {
+fn parquet_keeps_all_training_data() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.parquet");
     // The crab of `sample(0)` has tokens of partial characters, missing logprobs, lists of one.
@@ -117,7 +117,7 @@ fn parquet_holds_one_row_group_at_a_time() {
 }
 
 #[test]
-fn a_parquet_file_is_a_source_of_prompts() {
+fn parquet_file_is_a_prompt_source() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("prompts.parquet");
     let records = vec![sample(0), sample(1)];
