@@ -68,7 +68,7 @@ pub struct Question {
 }
 
 impl Question {
-    /// Hashes a request without the fields in [`IGNORED_FIELDS`].
+    /// Hashes a request without the fields in `IGNORED_FIELDS`.
     pub fn new(request: &Value, sample: u32) -> Question {
         let mut text = Vec::with_capacity(USUAL_BYTES);
         text.extend_from_slice(HASH_PREFIX);

@@ -22,7 +22,7 @@
 //!    the other in `commands::export::format`.
 //! 2. Add a file `export/<format>.rs` with the serialised row type, and a function from [`rows::ExportRow`] to it,
 //!    or to the reason to leave the row out. Copy `trl.rs` for plain text, `axolotl.rs` for token ids.
-//! 3. Call it in [`write`]: through `rows::write_lines` for JSONL, or on `AtomicFile` yourself. If OUT is a folder,
+//! 3. Call it in [`write()`]: through `rows::write_lines` for JSONL, or on `AtomicFile` yourself. If OUT is a folder,
 //!    extend `check_replaceable`.
 //! 4. Declare the module above, and add a row to the table of formats here and in `README.md`.
 //! 5. Add a case to `tests/it/export/mod.rs` (or a file beside it), and load the file with the tool that reads it in

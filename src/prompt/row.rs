@@ -12,7 +12,7 @@ const REQUEST_FIELDS: [&str; 3] = ["tools", "tool_choice", "parallel_tool_calls"
 pub struct RawRequest {
     /// Messages, if one of them is more than a role and a text.
     pub messages: Option<Value>,
-    /// Fields of the request in [`REQUEST_FIELDS`].
+    /// Fields of the request in `REQUEST_FIELDS`.
     pub fields: Map<String, Value>,
 }
 

@@ -1,4 +1,4 @@
-//! Progress on stderr: a bar on a terminal, or else one line every [`LINE_EVERY`].
+//! Progress on stderr: a bar on a terminal, or else one line every 30 s.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::time::Duration;
@@ -94,7 +94,7 @@ impl Progress {
     }
 }
 
-/// Progress of reading large files, shown only after [`ReadProgress::SHORT`].
+/// Progress of reading large files, shown only if it takes longer than 300 ms.
 pub struct ReadProgress {
     verb: &'static str,
     quiet: bool,
