@@ -203,7 +203,7 @@ impl Cache {
     /// Detects that another program has moved or changed a file.
     ///
     /// # Errors
-    /// If no further request may be sent; [`DisplacedFile`](super::open_file::DisplacedFile) if another program
+    /// If no further request may be sent; `DisplacedFile` if another program
     /// moved or changed a file.
     pub fn check(&self) -> Result<()> {
         let mut state = self.shared.lock();

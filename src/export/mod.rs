@@ -7,10 +7,10 @@
 //!
 //! | format | OUT | read by |
 //! |---|---|---|
-//! | [`hf`] | a folder: `train.jsonl` and a dataset card | `datasets.load_dataset` |
-//! | [`openai_ft`] | JSONL of conversations | OpenAI's fine-tuning API and compatible APIs |
-//! | [`trl`] | JSONL of prompts and completions | TRL's `SFTTrainer` |
-//! | [`axolotl`] | JSONL of conversations with top-k logprobs | axolotl's KD plugin |
+//! | `hf` | a folder: `train.jsonl` and a dataset card | `datasets.load_dataset` |
+//! | `openai_ft` | JSONL of conversations | OpenAI's fine-tuning API and compatible APIs |
+//! | `trl` | JSONL of prompts and completions | TRL's `SFTTrainer` |
+//! | `axolotl` | JSONL of conversations with top-k logprobs | axolotl's KD plugin |
 //! | `parquet` | one Parquet file with all training data of each record | pyarrow, pandas, DuckDB |
 //!
 //! Invariants: records are streamed, so memory holds one record, or for Parquet one row group. A row that a format

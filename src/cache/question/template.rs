@@ -49,7 +49,7 @@ impl QuestionTemplate {
         }
     }
 
-    /// Returns the same as [`Question::of`] for the request with these messages.
+    /// Returns the same as [`Question::new`] for the request with these messages.
     pub fn question(&self, messages: &[Message]) -> Question {
         let mut text = Vec::with_capacity(USUAL_BYTES);
         text.extend_from_slice(&self.before);
