@@ -1,11 +1,11 @@
-//! The wall clock, which stamps records, reads HTTP dates and opens the night window. All waiting
-//! uses tokio's monotonic clock.
+//! [`WallClock`]: the time for timestamps of records, HTTP dates and the night window. All waiting uses tokio's
+//! monotonic clock.
 
 use std::sync::Arc;
 
 use jiff::Timestamp;
 
-/// The machine's clock, or one that a test sets.
+/// The system clock, or a clock that a test controls.
 #[derive(Clone)]
 pub struct WallClock(Arc<dyn Fn() -> Timestamp + Send + Sync>);
 

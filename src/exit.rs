@@ -1,9 +1,9 @@
-//! The exit status of the program, decided in one place.
+//! [`Exit`]: the exit status of the program.
 //!
-//! A function that fails in a way that a script must tell apart returns one of these inside its
-//! `anyhow::Error`; every other error is a plain failure.
+//! A function that fails in a way that scripts must distinguish returns an [`Exit`] inside its `anyhow::Error`.
+//! Every other error has the exit status 1.
 
-/// Why a run ended with an exit status other than 0 or 1.
+/// Reason for an exit status other than 0 or 1.
 #[derive(Debug, thiserror::Error)]
 pub enum Exit {
     /// 2: the command line, the config or the input files must be changed first.
@@ -15,16 +15,16 @@ pub enum Exit {
     /// 4: stopped by the budget, a window, a limit or an outage; rerun the command to resume.
     #[error("{0}")]
     Resumable(String),
-    /// 5: a cache or a checkpoint is damaged, and going on could lose data.
+    /// 5: a cache or a checkpoint is damaged, and continuing could lose data.
     #[error("{0}")]
     Damaged(String),
-    /// 129, 130 or 143: a clean drain after a hang-up, Ctrl-C or SIGTERM (128 + the signal's number).
+    /// 129, 130 or 143 (128 + the signal's number): stopped cleanly after SIGHUP, Ctrl-C or SIGTERM.
     #[error("stopped by a signal")]
     Signal(u8),
 }
 
 impl Exit {
-    /// The process exit status.
+    /// Exit status of the process.
     pub fn code(&self) -> u8 {
         match self {
             Exit::Usage(_) => 2,
@@ -35,7 +35,7 @@ impl Exit {
         }
     }
 
-    /// The number of the signal that is in the chain of `error`.
+    /// Number of the signal that `error` contains.
     pub fn signal_of(error: &anyhow::Error) -> Option<u8> {
         match error.downcast_ref::<Exit>()? {
             Exit::Signal(number) => Some(*number),
@@ -43,7 +43,7 @@ impl Exit {
         }
     }
 
-    /// The exit status for any error: that of the `Exit` in its chain, or 1.
+    /// Exit status for any error: that of the `Exit` in its chain, or 1.
     pub fn code_of(error: &anyhow::Error) -> u8 {
         error
             .chain()

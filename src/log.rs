@@ -1,16 +1,16 @@
-//! Logging to stderr.
+//! Sets up logging to stderr.
 
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt;
 
-/// What is logged; the one `DISTILL_` variable that is no setting.
+/// Environment variable with the log filter. It is the only `DISTILL_` variable that is not a setting.
 pub const VARIABLE: &str = "DISTILL_LOG";
 
-/// Shows warnings, or what [`VARIABLE`] asks for (as in `DISTILL_LOG=debug`).
+/// Logs warnings, or whatever the filter in [`VARIABLE`] selects (for example `DISTILL_LOG=debug`).
 ///
-/// The HTTP crates are capped: async-openai logs whole request and response bodies.
+/// The level of the HTTP crates is capped: async-openai logs whole request and response bodies.
 pub fn set_up() {
     let filter = std::env::var(VARIABLE).unwrap_or_else(|_| "warn".into());
     let capped = format!(

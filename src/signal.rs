@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGTERM and the hang-up of a terminal: as a stream for async code, as a flag for the rest.
+//! Ctrl-C, SIGTERM and SIGHUP: [`Signals`] is a stream for async code, [`StopFlag`] a flag for other code.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -11,22 +11,25 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::exit::Exit;
 use crate::ops::process;
 
-/// How often async code looks at the flag.
-const LOOK_AT_FLAG: Duration = Duration::from_millis(50);
+/// Interval at which async code polls the flag.
+const FLAG_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// A signal that follows another one this closely is the same wish: `timeout` and some terminals send one
-/// to the process and one to its group.
-const SAME_WISH: Duration = Duration::from_secs(1);
+/// Time within which a second signal counts as a duplicate: `timeout` and some terminals send one signal to the
+/// process and one to its group.
+const DUPLICATE_WINDOW: Duration = Duration::from_secs(1);
 
-/// Signals that ask the run to end: the first one to drain, the second one to stop at once.
+/// Signals that stop the run: after the first one it drains, after the second one it stops immediately.
 pub struct Signals {
     numbers: UnboundedReceiver<u8>,
     flag: StopFlag,
 }
 
 impl Signals {
-    /// Those of this process, but for the hang-up where it was started to ignore it, as by `nohup`. From here on
-    /// they no longer end it by themselves.
+    /// Installs handlers for the signals of this process, which then no longer end it. SIGHUP stays ignored if the
+    /// process was started that way, as by `nohup`.
+    ///
+    /// # Errors
+    /// If the handlers cannot be installed.
     pub fn listen() -> Result<Signals> {
         let kinds = [
             SignalKind::interrupt(),
@@ -37,7 +40,7 @@ impl Signals {
         let flag = StopFlag::default();
         let last: Arc<Mutex<Option<Instant>>> = Arc::default();
         for kind in kinds {
-            // A script's background jobs have Ctrl-C ignored as well, and are to be stopped by it all the same.
+            // Background jobs of a script are started with Ctrl-C ignored, but shall stop at Ctrl-C.
             if kind == SignalKind::hangup() && process::is_signal_ignored(kind.as_raw_value()) {
                 continue;
             }
@@ -47,8 +50,8 @@ impl Signals {
                 while signals.recv().await.is_some() {
                     let now = Instant::now();
                     let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-                    let is_same = last.is_some_and(|last| now - last < SAME_WISH);
-                    if is_same {
+                    let is_duplicate = last.is_some_and(|last| now - last < DUPLICATE_WINDOW);
+                    if is_duplicate {
                         continue;
                     }
                     *last = Some(now);
@@ -62,7 +65,7 @@ impl Signals {
         Ok(Signals { numbers, flag })
     }
 
-    /// Those that are sent through a channel.
+    /// Takes the signals from a channel.
     pub fn from_channel(numbers: UnboundedReceiver<u8>) -> Signals {
         Signals {
             numbers,
@@ -70,12 +73,12 @@ impl Signals {
         }
     }
 
-    /// Set once one of them has come, for code that does not wait.
+    /// Flag that is set after the first signal, for code that does not wait.
     pub fn flag(&self) -> &StopFlag {
         &self.flag
     }
 
-    /// The number of the next signal; None if there will be none.
+    /// Waits for the next signal and returns its number; `None` if the channel is closed.
     pub async fn next(&mut self) -> Option<u8> {
         self.numbers.recv().await
     }
@@ -85,16 +88,15 @@ fn number(kind: SignalKind) -> u8 {
     u8::try_from(kind.as_raw_value()).unwrap_or_default()
 }
 
-/// Has the user asked the program to stop?
+/// Flag that is set once a signal has asked the program to stop.
 #[derive(Clone, Default)]
 pub struct StopFlag(Arc<AtomicU8>);
 
 impl StopFlag {
-    /// Watches for signals from here on. The first one sets the flag; the second ends the process
-    /// at once.
+    /// Installs the signal handlers. The first signal sets the flag; the second one ends the process immediately.
     ///
     /// # Errors
-    /// Where the handlers cannot be installed.
+    /// If the handlers cannot be installed.
     pub fn watch() -> Result<Self> {
         static FLAG: OnceLock<StopFlag> = OnceLock::new();
         if let Some(flag) = FLAG.get() {
@@ -122,7 +124,7 @@ impl StopFlag {
         Ok(FLAG.get_or_init(|| flag).clone())
     }
 
-    /// As a stream, for async code: the signal that has come or will.
+    /// Returns a stream with the first signal, for async code.
     pub fn signals(&self) -> Signals {
         let (sender, numbers) = unbounded_channel();
         let flag = self.clone();
@@ -131,10 +133,10 @@ impl StopFlag {
                 let number = flag.0.load(Ordering::Relaxed);
                 if number != 0 {
                     let _ = sender.send(number);
-                    // Kept open, as the receiver would otherwise hear of the end again and again.
+                    // The channel stays open: on a closed one, `next` would return `None` at once every time.
                     return sender.closed().await;
                 }
-                tokio::time::sleep(LOOK_AT_FLAG).await;
+                tokio::time::sleep(FLAG_POLL_INTERVAL).await;
             }
         });
         Signals {
@@ -143,10 +145,10 @@ impl StopFlag {
         }
     }
 
-    /// An error with the signal's exit status once a signal has come.
+    /// Fails with the signal's exit status once a signal was received.
     ///
     /// # Errors
-    /// Where a signal has come.
+    /// [`Exit::Signal`] if a signal was received.
     pub fn check(&self) -> Result<()> {
         match self.0.load(Ordering::Relaxed) {
             0 => Ok(()),
@@ -160,7 +162,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_signal_arrives_by_its_number_and_does_not_kill() {
+    async fn signals_are_received_and_do_not_end_the_process() {
         let mut signals = Signals::listen().unwrap();
         let pid = std::process::id().to_string();
         for (name, number) in [("-TERM", 15), ("-INT", 2), ("-HUP", 1)] {
@@ -169,8 +171,8 @@ mod tests {
                 continue;
             }
             assert!(number == 15 || signals.flag().check().is_err());
-            // Another one at once would be the same wish.
-            tokio::time::sleep(SAME_WISH).await;
+            // A signal within the window would count as a duplicate.
+            tokio::time::sleep(DUPLICATE_WINDOW).await;
             let status = std::process::Command::new("kill")
                 .args([name, &pid])
                 .status();

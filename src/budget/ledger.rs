@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::budget::dollars::Dollars;
 use crate::cache::usage::Usage;
 use crate::exit::Exit;
-use crate::fs::Log;
-use crate::fs::lock::Lock;
+use crate::fs::LogFile;
+use crate::fs::lock::FileLock;
 
 const VERSION: u32 = 2;
 
@@ -165,9 +165,9 @@ impl Ledger {
 /// The files of the run folder, held by one process at a time.
 pub struct LedgerFiles {
     run_dir: PathBuf,
-    log: Option<Log>,
+    log: Option<LogFile>,
     number: u64,
-    _lock: Lock,
+    _lock: FileLock,
 }
 
 pub fn file(run_dir: &Path) -> PathBuf {
@@ -209,7 +209,7 @@ impl LedgerFiles {
         crate::fs::create_dir_all(run_dir)?;
         let holds =
             "spends from the budget of this run folder: wait for it, or set another `run_dir`";
-        let lock = Lock::acquire(&run_dir.join("ledger.lock"), holds)?;
+        let lock = FileLock::acquire(&run_dir.join("ledger.lock"), holds)?;
         let (ledger, is_complete) = read_only(run_dir)?;
         let files = LedgerFiles {
             run_dir: run_dir.to_owned(),
@@ -311,7 +311,7 @@ impl LedgerStore for LedgerFiles {
         let line = serde_json::to_string(spent)?;
         if self.log.is_none() {
             let path = log_file(&self.run_dir, self.number);
-            self.log = Some(Log::open(&path, |_| true)?);
+            self.log = Some(LogFile::open(&path, |_| true)?);
         }
         let log = self
             .log
@@ -321,11 +321,11 @@ impl LedgerStore for LedgerFiles {
     }
 
     fn is_in_place(&self) -> bool {
-        self.log.as_ref().is_none_or(Log::is_in_place) && file(&self.run_dir).exists()
+        self.log.as_ref().is_none_or(LogFile::is_in_place) && file(&self.run_dir).exists()
     }
 
     fn sync(&mut self) -> Result<()> {
-        self.log.as_ref().map_or(Ok(()), Log::sync)
+        self.log.as_ref().map_or(Ok(()), LogFile::sync)
     }
 }
 

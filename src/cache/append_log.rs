@@ -1,4 +1,5 @@
-//! The append-only file: whole lines or none, and an fsync that failed is never believed again.
+//! [`AppendLog`]: an append-only file. Lines are appended whole or not at all, and nothing is appended after a
+//! failed fsync.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,88 +7,89 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::place::{Displaced, Place};
+use crate::cache::open_file::{DisplacedFile, OpenFile};
 use crate::cache::storage;
 use crate::cache::storage::{Storage, SyncJob};
 
-/// The file of one writer, and what of it is durable.
-pub(crate) struct Journal {
+/// File that one writer appends to, with the durable part of it.
+pub(crate) struct AppendLog {
     storage: Box<dyn Storage>,
     syncs_in_background: bool,
     path: PathBuf,
-    /// The file and its name, to be compared.
-    place: Option<Place>,
-    /// The file, or another one of the cache, is not what this process made of it.
-    displaced: Option<Displaced>,
+    /// Open file and its path, to detect that another program moved or changed it.
+    open_file: Option<OpenFile>,
+    /// Set once another program has moved or changed a file of the cache.
+    displaced: Option<DisplacedFile>,
     /// Bytes of whole lines.
     length: u64,
-    /// Lines appended since the last sync, and when the first of them was.
+    /// Lines appended since the last sync.
     unsynced: usize,
     /// Lines that a failed sync may have lost.
-    doubtful: usize,
-    oldest: Option<Instant>,
-    health: Health,
+    possibly_lost: usize,
+    /// Time at which the first unsynced line was appended.
+    oldest_unsynced: Option<Instant>,
+    health: LogHealth,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Health {
+enum LogHealth {
     Good,
-    /// The file ends with part of a line, so that nothing may follow it.
+    /// The file ends with part of a line: appending would corrupt the next line.
     Torn,
-    /// A sync failed. The kernel may have dropped what it could not write, and another sync would
-    /// report success all the same.
-    Lost,
+    /// A sync failed. The kernel may have dropped the pages it could not write, and a second sync would report
+    /// success.
+    SyncFailed,
 }
 
-impl Journal {
-    /// `storage` holds `length` bytes of whole lines; `path` is for messages.
+impl AppendLog {
+    /// Starts from `storage`, which holds `length` bytes of whole lines; `path` is for messages.
     ///
     /// # Errors
-    /// Where the process has no descriptor left.
+    /// If the process has no file descriptor left.
     pub(crate) fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Result<Self> {
         Ok(Self {
             syncs_in_background: storage.sync_job().is_some(),
-            place: place_of(&*storage, path)?,
+            open_file: place_of(&*storage, path)?,
             displaced: None,
             storage,
             path: path.to_owned(),
             length,
             unsynced: 0,
-            doubtful: 0,
-            oldest: None,
-            health: Health::Good,
+            possibly_lost: 0,
+            oldest_unsynced: None,
+            health: LogHealth::Good,
         })
     }
 
-    /// Appends so many `lines`. After an error the file ends where it did before; where even that
-    /// fails, every later append is refused. If another program moved or changed the file, the lines go to the
-    /// rescue file.
+    /// Appends `text`, which holds `lines` lines. After an error the file is truncated to its previous length;
+    /// if truncating fails, every later append is refused. If another program moved or changed the file, the
+    /// lines go to the rescue file.
     pub(crate) fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
-        self.may_append()?;
-        self.look();
-        self.may_append()?;
+        self.check_writable()?;
+        self.check_file();
+        self.check_writable()?;
         if let Err(error) = storage::write_all(&mut *self.storage, text) {
-            return Err(self.undo(error));
+            return Err(self.roll_back(error));
         }
         self.length += text.len() as u64;
         self.unsynced += lines;
-        self.oldest.get_or_insert_with(Instant::now);
+        self.oldest_unsynced.get_or_insert_with(Instant::now);
         Ok(())
     }
 
-    /// Takes back what was written before `error`.
-    fn undo(&mut self, error: io::Error) -> anyhow::Error {
+    /// Removes what was written before `error`.
+    fn roll_back(&mut self, error: io::Error) -> anyhow::Error {
         if self.storage.truncate(self.length).is_err() {
-            self.health = Health::Torn;
+            self.health = LogHealth::Torn;
         }
         anyhow::Error::new(error).context(format!("could not append to {}", self.path.display()))
     }
 
-    /// Makes every line appended so far durable. An error is final.
+    /// Makes every line appended so far durable. After an error nothing more can be appended.
     pub(crate) fn sync(&mut self) -> Result<()> {
-        self.look();
-        if self.health == Health::Lost {
-            return self.may_append();
+        self.check_file();
+        if self.health == LogHealth::SyncFailed {
+            return self.check_writable();
         }
         if self.unsynced == 0 {
             return Ok(());
@@ -97,10 +99,10 @@ impl Journal {
         self.end_sync(unsynced, result)
     }
 
-    /// A sync of every line appended so far as a job for another thread, with their number.
-    /// Hand its result to [`Journal::end_sync`].
+    /// Returns a job that syncs every line appended so far on another thread, and the number of these lines.
+    /// Pass its result to [`AppendLog::end_sync`].
     pub(crate) fn begin_sync(&mut self) -> Option<(usize, SyncJob)> {
-        if self.health == Health::Lost || self.unsynced == 0 {
+        if self.health == LogHealth::SyncFailed || self.unsynced == 0 {
             return None;
         }
         let job = self.storage.sync_job()?;
@@ -108,18 +110,18 @@ impl Journal {
     }
 
     fn take_unsynced(&mut self) -> usize {
-        self.oldest = None;
+        self.oldest_unsynced = None;
         std::mem::take(&mut self.unsynced)
     }
 
-    /// Takes note of how a sync of so many lines ended. An error is final.
+    /// Records the result of a sync of `lines` lines. After an error nothing more can be appended.
     pub(crate) fn end_sync(&mut self, lines: usize, result: io::Result<()>) -> Result<()> {
         let Err(error) = result else {
             return Ok(());
         };
         let lines = lines + self.unsynced;
-        self.doubtful += lines - self.unsynced;
-        self.give_up();
+        self.possibly_lost += lines - self.unsynced;
+        self.mark_lost();
         Err(error).with_context(|| {
             format!(
                 "could not sync {}: its last {lines} records may not be on the disk",
@@ -128,37 +130,36 @@ impl Journal {
         })
     }
 
-    /// Goes on in another file, of so many bytes, that holds on the disk whatever this one did from
-    /// some line on.
+    /// Switches to another file of `length` bytes, which durably holds the last lines of this one.
     ///
     /// # Errors
-    /// Where the process has no descriptor left.
+    /// If the process has no file descriptor left.
     pub(crate) fn replace(&mut self, storage: Box<dyn Storage>, length: u64) -> Result<()> {
-        self.place = place_of(&*storage, &self.path)?;
+        self.open_file = place_of(&*storage, &self.path)?;
         self.storage = storage;
         self.length = length;
         self.take_unsynced();
-        if self.health == Health::Torn {
-            self.health = Health::Good;
+        if self.health == LogHealth::Torn {
+            self.health = LogHealth::Good;
         }
         Ok(())
     }
 
-    /// Compares the file with what was written to it. Where it was moved or changed by somebody else, what
-    /// follows is appended to where it is safe, and [`Journal::check`] says so from now on.
-    pub(crate) fn look(&mut self) {
-        // After a failed write the length is not what was written.
-        if self.displaced.is_some() || self.health != Health::Good {
+    /// Detects that another program has moved or changed the file. Later lines then go to a safe file, and
+    /// [`AppendLog::check`] fails from then on.
+    pub(crate) fn check_file(&mut self) {
+        // After a failed write the length of the file may differ from `self.length`.
+        if self.displaced.is_some() || self.health != LogHealth::Good {
             return;
         }
-        let Some(place) = &self.place else {
+        let Some(open_file) = &self.open_file else {
             return;
         };
-        let Err(change) = place.check(self.length) else {
+        let Err(change) = open_file.check(self.length) else {
             return;
         };
-        let (displaced, rescue) = place.leave(&change, self.length);
-        self.displace(displaced);
+        let (displaced, rescue) = open_file.handle_change(&change, self.length);
+        self.set_displaced(displaced);
         match rescue {
             Ok(None) => {}
             Ok(Some(rescue)) => {
@@ -167,16 +168,16 @@ impl Journal {
                 self.storage = Box::new(rescue.file);
                 self.take_unsynced();
             }
-            Err(()) => self.give_up(),
+            Err(()) => self.mark_lost(),
         }
     }
 
-    /// A file of the cache is not what this process made of it: nothing more is to be asked.
-    pub(crate) fn displace(&mut self, displaced: Displaced) {
+    /// Records that another program has moved or changed a file of the cache: no further request may be sent.
+    pub(crate) fn set_displaced(&mut self, displaced: DisplacedFile) {
         self.displaced.get_or_insert(displaced);
     }
 
-    pub(crate) fn displaced(&self) -> Option<&Displaced> {
+    pub(crate) fn displaced(&self) -> Option<&DisplacedFile> {
         self.displaced.as_ref()
     }
 
@@ -184,87 +185,90 @@ impl Journal {
         self.displaced.is_some()
     }
 
-    /// Bytes of the file that lines are appended to meanwhile.
+    /// Opens the file for reading while lines are appended to it.
     ///
     /// # Errors
-    /// Where it cannot be opened.
-    pub(crate) fn reader(&self) -> Result<Place> {
-        match &self.place {
-            Some(place) => place.again(),
+    /// If the file cannot be opened.
+    pub(crate) fn reader(&self) -> Result<OpenFile> {
+        match &self.open_file {
+            Some(open_file) => open_file.try_clone(),
             None => {
                 let file = std::fs::File::open(&self.path);
                 let file =
                     file.with_context(|| format!("could not read {}", self.path.display()))?;
-                Place::of(&file, &self.path)
+                OpenFile::new(&file, &self.path)
             }
         }
     }
 
-    /// Nothing may be appended any more: something that it depends on could not be synced.
-    pub(crate) fn give_up(&mut self) {
-        self.doubtful += self.take_unsynced();
-        self.health = Health::Lost;
+    /// Refuses all later appends: a sync failed.
+    pub(crate) fn mark_lost(&mut self) {
+        self.possibly_lost += self.take_unsynced();
+        self.health = LogHealth::SyncFailed;
     }
 
-    /// Lines that may not be on the disk since a sync of them failed.
-    pub(crate) fn doubtful(&self) -> usize {
-        self.doubtful
+    /// Number of lines that may be lost because a sync of them failed.
+    pub(crate) fn possibly_lost(&self) -> usize {
+        self.possibly_lost
     }
 
-    /// Has a sync failed?
-    pub(crate) fn is_lost(&self) -> bool {
-        self.health == Health::Lost
+    /// Returns true if a sync has failed.
+    pub(crate) fn has_sync_failed(&self) -> bool {
+        self.health == LogHealth::SyncFailed
     }
 
-    /// Bytes of whole lines.
+    /// Length in bytes of the whole lines.
     pub(crate) fn length(&self) -> u64 {
         self.length
     }
 
-    /// Can another thread sync while lines are appended?
+    /// Returns true if another thread can sync while lines are appended.
     pub(crate) fn syncs_in_background(&self) -> bool {
         self.syncs_in_background
     }
 
-    /// An error where nothing more is to be asked for.
+    /// Fails if no further request may be sent.
     pub(crate) fn check(&self) -> Result<()> {
-        self.may_append()?;
+        self.check_writable()?;
         match &self.displaced {
             Some(displaced) => Err(displaced.clone().into()),
             None => Ok(()),
         }
     }
 
-    /// An error where nothing can be appended any more.
-    pub(crate) fn may_append(&self) -> Result<()> {
+    /// Fails if nothing can be appended any more.
+    pub(crate) fn check_writable(&self) -> Result<()> {
         let path = self.path.display();
-        if let (Health::Lost, Some(displaced)) = (self.health, &self.displaced) {
+        if let (LogHealth::SyncFailed, Some(displaced)) = (self.health, &self.displaced) {
             return Err(displaced.clone().into());
         }
         match self.health {
-            Health::Good => Ok(()),
-            Health::Torn => bail!(
-                "{path} ends with part of a record after a failed write: free the disk and run the \
-                 same command again, which repairs it"
+            LogHealth::Good => Ok(()),
+            LogHealth::Torn => bail!(
+                "{path} ends with part of a record after a failed write: free disk space and rerun the \
+                 command, which repairs the file"
             ),
-            Health::Lost => bail!(
-                "{path} could not be synced before, so that nothing more is written to it: check \
-                 the disk and run the same command again"
+            LogHealth::SyncFailed => bail!(
+                "an earlier sync of {path} failed, so nothing more is written to it: check the disk and \
+                 rerun the command"
             ),
         }
     }
 
-    /// Lines that a power loss may take.
+    /// Number of lines that a power loss could lose.
     pub(crate) fn unsynced(&self) -> usize {
         self.unsynced
     }
 
-    /// For how long the oldest of them has been waiting.
-    pub(crate) fn waiting(&self) -> Option<Duration> {
-        self.oldest.map(|oldest| oldest.elapsed())
+    /// Age of the oldest unsynced line.
+    pub(crate) fn oldest_unsynced_age(&self) -> Option<Duration> {
+        self.oldest_unsynced.map(|oldest| oldest.elapsed())
     }
 }
 
-fn place_of(storage: &dyn Storage, path: &Path) -> Result<Option<Place>> {
-    storage.file().map(|file| Place::of(file, path)).transpose()
+fn place_of(storage: &dyn Storage, path: &Path) -> Result<Option<OpenFile>> {
+    storage
+        .file()
+        .map(|file| OpenFile::new(file, path))
+        .transpose()
 }

@@ -1,60 +1,60 @@
-//! Reading the columns of logprobs as `serde_json` writes them, without any freedom.
+//! Fast parser for logprobs in exactly the form that this version writes.
 //!
-//! A parser for any JSON takes half of the time that preparing a cache takes. Here every byte is
-//! where this version puts it, or the answer is None and the caller uses that parser.
+//! A general JSON parser would take half of the time of preparing a cache. This one returns `None` for any other
+//! form, and the caller falls back to the general parser.
 
 use std::borrow::Cow;
 
 use super::stored;
-use crate::cache::logprobs_view::{Lists, LogprobsView};
+use crate::cache::logprobs_view::{FlatLists, LogprobsView};
 
-/// Alternatives to make room for: the most that endpoints offer.
+/// Number of alternatives to reserve memory for: the most that endpoints offer.
 const USUAL_TOP: usize = 20;
 
-/// The logprobs in `text`, which starts behind the brace that opens them, and the text from the one that closes
-/// them.
-pub(crate) fn read(text: &str) -> Option<(LogprobsView<'_>, &str)> {
-    let mut scan = Scan { text, at: 0 };
+/// Parses `text`, which starts after the opening brace of the logprobs. Returns the logprobs, and the rest of
+/// the text from the field after `raw`.
+pub(crate) fn parse(text: &str) -> Option<(LogprobsView<'_>, &str)> {
+    let mut scan = ColumnScanner { text, at: 0 };
     let mut view = LogprobsView::default();
     scan.literal("\"token\":")?;
-    scan.list(Scan::string, |token| view.token.push(token))?;
+    scan.list(ColumnScanner::string, |token| view.token.push(token))?;
     let tokens = view.token.len();
     view.logprob.reserve(tokens);
     view.top.reserve(USUAL_TOP * tokens, tokens);
     view.top_logprob.reserve(USUAL_TOP * tokens, tokens);
     scan.literal(",\"logprob\":")?;
-    scan.list(Scan::logprob, |logprob| view.logprob.push(logprob))?;
+    scan.list(ColumnScanner::logprob, |logprob| view.logprob.push(logprob))?;
     scan.literal(",\"top\":")?;
-    scan.lists(&mut view.top, Scan::string)?;
+    scan.lists(&mut view.top, ColumnScanner::string)?;
     scan.literal(",\"top_logprob\":")?;
-    scan.lists(&mut view.top_logprob, Scan::logprob)?;
+    scan.lists(&mut view.top_logprob, ColumnScanner::logprob)?;
     scan.literal(",\"raw\":")?;
     let raw = scan.string()?;
     view.put_raw(&stored::raw::tokens(std::str::from_utf8(&raw).ok()?).ok()?);
     Some((view, &text[scan.at..]))
 }
 
-struct Scan<'a> {
+struct ColumnScanner<'a> {
     text: &'a str,
     at: usize,
 }
 
-impl<'a> Scan<'a> {
+impl<'a> ColumnScanner<'a> {
     fn rest(&self) -> &'a [u8] {
         &self.text.as_bytes()[self.at..]
     }
 
-    fn literal(&mut self, what: &str) -> Option<()> {
-        let is_there = self.rest().starts_with(what.as_bytes());
-        self.at += what.len();
-        is_there.then_some(())
+    fn literal(&mut self, expected: &str) -> Option<()> {
+        let is_next = self.rest().starts_with(expected.as_bytes());
+        self.at += expected.len();
+        is_next.then_some(())
     }
 
-    /// Steps over `byte` if it comes next.
+    /// Skips `byte` if it comes next.
     fn skip(&mut self, byte: u8) -> bool {
-        let is_there = self.rest().first() == Some(&byte);
-        self.at += usize::from(is_there);
-        is_there
+        let is_next = self.rest().first() == Some(&byte);
+        self.at += usize::from(is_next);
+        is_next
     }
 
     fn list<T>(
@@ -74,7 +74,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    fn lists<T>(&mut self, to: &mut Lists<T>, item: fn(&mut Self) -> Option<T>) -> Option<()> {
+    fn lists<T>(&mut self, to: &mut FlatLists<T>, item: fn(&mut Self) -> Option<T>) -> Option<()> {
         let list = |scan: &mut Self| {
             scan.list(item, |value| to.push(value))?;
             to.end();
@@ -83,7 +83,7 @@ impl<'a> Scan<'a> {
         self.list(list, drop)
     }
 
-    /// The bytes of a string.
+    /// Parses a string and returns its bytes.
     fn string(&mut self) -> Option<Cow<'a, [u8]>> {
         self.literal("\"")?;
         let rest = self.rest();
@@ -102,7 +102,7 @@ impl<'a> Scan<'a> {
         Some(Cow::Owned(text.into_bytes()))
     }
 
-    /// A number, or null.
+    /// Parses a number or null.
     fn logprob(&mut self) -> Option<Option<f32>> {
         if self.rest().first() == Some(&b'n') {
             self.literal("null")?;
@@ -114,12 +114,11 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// The number that `text` starts with, to the nearest f32, and its length.
+/// Parses the number at the start of `text`. Returns the nearest f32 and the length of the number in bytes.
 ///
-/// Up to 2^53 times a power of ten that a f64 holds exactly is rounded once, by the division. To round
-/// that again, to f32, gives another result than to round once only where the first result lies in the
-/// middle between two f32 (Clinger, "How to Read Floating Point Numbers Accurately", 1990, has the
-/// first half of this).
+/// A significand below 2^53 divided by a power of ten that a f64 holds exactly is rounded once, by the division
+/// (Clinger, "How to Read Floating Point Numbers Accurately", 1990). Rounding the quotient again, to f32, differs
+/// from rounding once only if the quotient lies exactly in the middle between two f32.
 fn number(text: &[u8]) -> Option<(f32, usize)> {
     let is_negative = text.first() == Some(&b'-');
     let mut at = usize::from(is_negative);
@@ -155,7 +154,7 @@ fn number(text: &[u8]) -> Option<(f32, usize)> {
     Some((value, length))
 }
 
-/// Powers of ten, which a f64 holds exactly up to the 22nd.
+/// Powers of ten. A f64 holds them exactly up to the 22nd.
 const POWERS: [f64; 16] = [
     1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15,
 ];
@@ -165,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_those_of_the_standard_library() {
+    fn numbers_parse_as_in_the_standard_library() {
         let mut random = fastrand::Rng::with_seed(1);
         let mut texts: Vec<String> = [
             "0.0",
@@ -185,7 +184,7 @@ mod tests {
                 texts.push(serde_json::to_string(&value).unwrap());
             }
             texts.push((-20.0 * random.f32().powi(3)).to_string());
-            // Just at the middle between two f32, and beside it.
+            // The middle between two f32, and its neighbours.
             let middle = f64::from_bits(f64::from(random.f32()).to_bits() | 0x1000_0000);
             texts.extend([-1, 0, 1].map(|ulp| {
                 format!(

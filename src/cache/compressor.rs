@@ -1,13 +1,13 @@
-//! Compressing in the background: lines leave the plain file for frames of the compressed one.
+//! [`Compressor`]: moves lines from the plain file into frames of the compressed file, in the background.
 //!
 //! ```text
-//! responses.jsonl       lines as they come, synced as `cache.durability` says
+//! responses.jsonl       new lines, synced according to `cache.durability`
 //! responses.jsonl.zst   frames of 8 MiB of older lines each
 //! ```
 //!
-//! A frame is appended and synced first; then the plain file is replaced, by renaming, by one that
-//! begins behind those lines. At every moment each record is in one of the two files whole, and a
-//! crash between the two steps leaves some in both, which every reader knows.
+//! A frame is appended and synced first. Then a file without its lines replaces the plain file by renaming. At
+//! every moment each record is whole in at least one of the two files. A crash between the two steps leaves some
+//! records in both files; readers skip the second copy.
 
 use std::fs::File;
 use std::io::Read;
@@ -19,69 +19,79 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::cache::append_log::Journal;
-use crate::cache::files::OnProgress;
+use crate::cache::append_log::AppendLog;
+use crate::cache::files::OnReadProgress;
 use crate::cache::frames;
 use crate::cache::frames::{Effort, FRAME_TEXT};
-use crate::cache::place::Place;
-use crate::cache::shared::{Shared, State};
+use crate::cache::open_file::OpenFile;
+use crate::cache::shared::{CacheState, SharedCache};
 use crate::cache::storage;
-use crate::cache::storage::Wrap;
+use crate::cache::storage::WrapFile;
 use crate::cache::{compressed_file, plain_file};
 
-/// With more text than this waiting, frames are made fast rather than small.
-const HURRY: u64 = FRAME_TEXT as u64 * 3 / 2;
+/// Bytes of uncompressed lines above which frames are compressed fast rather than small.
+const FAST_ABOVE: u64 = FRAME_TEXT as u64 * 3 / 2;
 
-/// The pause after a failure, such as a full disk.
-const RETRY: Duration = Duration::from_secs(10);
+/// Pause after a failure, such as a full disk.
+const RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// Moves lines from the plain file of a cache to its compressed one.
-pub(crate) struct Sealer {
+pub(crate) struct Compressor {
     plain: PathBuf,
-    frames: Journal,
-    wrap: Arc<Wrap>,
-    /// Bytes of the plain file whose lines are in frames.
-    sealed: u64,
+    frames: AppendLog,
+    wrap: Arc<WrapFile>,
+    /// Offset in the plain file: the lines before it are in frames.
+    compressed_to: u64,
 }
 
-impl Sealer {
-    /// `length` is that of the compressed file, of whole frames.
-    pub(crate) fn open(dir: &Path, length: u64, wrap: Arc<Wrap>) -> Result<Sealer> {
+impl Compressor {
+    /// Opens the compressed file, whose whole frames have `length` bytes.
+    pub(crate) fn open(dir: &Path, length: u64, wrap: Arc<WrapFile>) -> Result<Compressor> {
         let path = compressed_file(dir);
         let file = storage::open_or_create(&path)?;
         crate::fs::sync_folder(dir).with_context(|| format!("could not sync {}", dir.display()))?;
-        Ok(Sealer {
+        Ok(Compressor {
             plain: plain_file(dir),
-            frames: Journal::new(wrap(file), &path, length)?,
+            frames: AppendLog::new(wrap(file), &path, length)?,
             wrap,
-            sealed: 0,
+            compressed_to: 0,
         })
     }
 
-    /// Seals all of a plain file of `length` bytes, if it is large: that of a cache that was plain
-    /// before. Returns what is left of it.
-    pub(crate) fn seal_large(&mut self, length: u64, on_progress: OnProgress<'_>) -> Result<u64> {
-        if length <= HURRY {
+    /// Compresses all lines of the plain file of `length` bytes if it is large, as after compression was turned
+    /// on. Returns the new length of the plain file.
+    pub(crate) fn compress_large(
+        &mut self,
+        length: u64,
+        on_progress: OnReadProgress<'_>,
+    ) -> Result<u64> {
+        if length <= FAST_ABOVE {
             return Ok(length);
         }
         let plain = File::open(&self.plain);
         let plain = plain.with_context(|| format!("could not read {}", self.plain.display()))?;
-        let plain = Place::of(&plain, &self.plain)?;
-        while self.sealed < length {
-            self.seal(&plain, length, || true)?;
-            on_progress(self.sealed, length)?;
+        let plain = OpenFile::new(&plain, &self.plain)?;
+        while self.compressed_to < length {
+            self.compress_frame(&plain, length, || true)?;
+            on_progress(self.compressed_to, length)?;
         }
-        let (_, length) = self.rest(&plain, length)?;
-        self.sealed = 0;
+        let (_, length) = self.write_remainder(&plain, length)?;
+        self.compressed_to = 0;
         Ok(length)
     }
 
-    /// Makes one frame of the next lines, durably, unless there is no more time for it. The plain
-    /// file has `length` bytes of whole lines.
-    fn seal(&mut self, plain: &Place, length: u64, has_time: impl Fn() -> bool) -> Result<()> {
-        let effort = match length - self.sealed > HURRY {
-            true => Effort::Fast,
-            false => Effort::Strong,
+    /// Compresses the next lines into one durable frame, unless `has_time` turns false. The plain file has
+    /// `length` bytes of whole lines.
+    fn compress_frame(
+        &mut self,
+        plain: &OpenFile,
+        length: u64,
+        has_time: impl Fn() -> bool,
+    ) -> Result<()> {
+        let effort = if length - self.compressed_to > FAST_ABOVE {
+            Effort::Fast
+        } else {
+            Effort::Strong
         };
         let text = self.next_text(plain, length)?;
         let frame = frames::compress_while(&text, effort, has_time);
@@ -90,14 +100,14 @@ impl Sealer {
         };
         self.frames.append(&frame, 1)?;
         self.frames.sync()?;
-        self.sealed += text.len() as u64;
+        self.compressed_to += text.len() as u64;
         Ok(())
     }
 
-    /// Whole lines of the plain file that are in no frame yet, enough for one.
-    fn next_text(&self, plain: &Place, length: u64) -> Result<Vec<u8>> {
+    /// Reads the whole lines of the next frame from the plain file.
+    fn next_text(&self, plain: &OpenFile, length: u64) -> Result<Vec<u8>> {
         let could_not_read = || format!("could not read {}", self.plain.display());
-        let mut file = plain.read(self.sealed..length);
+        let mut file = plain.read(self.compressed_to..length);
         let mut text = Vec::new();
         loop {
             let before = text.len();
@@ -108,7 +118,7 @@ impl Sealer {
             if text.len() == before {
                 return Ok(text);
             }
-            // A line longer than a frame has one to itself.
+            // A line longer than a frame gets its own frame.
             if let Some(newline) = memchr::memrchr(b'\n', &text[before..]) {
                 text.truncate(before + newline + 1);
                 return Ok(text);
@@ -116,10 +126,14 @@ impl Sealer {
         }
     }
 
-    /// Replaces the plain file by one of its lines that are in no frame.
-    fn rest(&mut self, plain: &Place, length: u64) -> Result<(Box<dyn storage::Storage>, u64)> {
+    /// Replaces the plain file by one with the lines that are not in a frame. Returns that file and its length.
+    fn write_remainder(
+        &mut self,
+        plain: &OpenFile,
+        length: u64,
+    ) -> Result<(Box<dyn storage::Storage>, u64)> {
         let path = self.plain.clone();
-        let mut file = plain.read(self.sealed..length);
+        let mut file = plain.read(self.compressed_to..length);
         storage::replace(&path, &self.wrap, |new| {
             let mut block = vec![0; 1 << 20];
             loop {
@@ -132,87 +146,92 @@ impl Sealer {
         .with_context(|| format!("could not shorten {}", path.display()))
     }
 
-    /// Lets the cache know how long the compressed file is, and what has become of it.
-    pub(crate) fn tell(&self, state: &mut State) {
+    /// Copies the length of the compressed file, and whether another program changed it, into `state`.
+    pub(crate) fn report_to(&self, state: &mut CacheState) {
         if let Some((_, length)) = &mut state.frames {
             *length = self.frames.length();
         }
         if let Some(displaced) = self.frames.displaced() {
-            state.journal.displace(displaced.clone());
+            state.append_log.set_displaced(displaced.clone());
         }
     }
 
-    /// Has the journal of the plain file go on in one without the sealed lines.
-    fn shorten(&mut self, journal: &mut Journal) -> Result<()> {
-        journal.look();
-        // What has its name now is not ours to replace.
-        journal.check()?;
-        let (storage, length) = self.rest(&journal.reader()?, journal.length())?;
-        journal.replace(storage, length)?;
-        self.sealed = 0;
+    /// Switches `append_log` to a plain file without the compressed lines.
+    fn drop_compressed(&mut self, append_log: &mut AppendLog) -> Result<()> {
+        append_log.check_file();
+        // Another program's file may have the name now, and must not be replaced.
+        append_log.check()?;
+        let (storage, length) = self.write_remainder(&append_log.reader()?, append_log.length())?;
+        append_log.replace(storage, length)?;
+        self.compressed_to = 0;
         Ok(())
     }
 }
 
-/// Starts the thread that seals what is appended, until the cache is closed.
-pub(crate) fn start(shared: Arc<Shared>, sealer: Sealer) -> Result<JoinHandle<()>> {
+/// Starts the thread that compresses appended lines until the cache is closed.
+pub(crate) fn start(shared: Arc<SharedCache>, compressor: Compressor) -> Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("cache-seal".to_owned())
-        .spawn(move || run(&shared, sealer))
+        .spawn(move || run(&shared, compressor))
         .context("could not start the thread that compresses the cache")
 }
 
-fn run(shared: &Shared, mut sealer: Sealer) {
+fn run(shared: &SharedCache, mut compressor: Compressor) {
     let mut state = shared.lock();
     let mut has_failed = false;
     loop {
-        let length = state.journal.length();
-        state.seal_from = sealer.sealed + FRAME_TEXT as u64;
-        let is_due = length >= state.seal_from || (state.closing && length > sealer.sealed);
+        let length = state.append_log.length();
+        state.compress_from = compressor.compressed_to + FRAME_TEXT as u64;
+        let is_due =
+            length >= state.compress_from || (state.closing && length > compressor.compressed_to);
         let is_over = state.closing && (!is_due || has_failed);
-        let is_over = is_over || state.journal.is_lost() || state.journal.is_displaced();
-        if is_over || shared.stays_plain.load(Ordering::Relaxed) {
+        let is_over =
+            is_over || state.append_log.has_sync_failed() || state.append_log.is_displaced();
+        if is_over || shared.keep_plain.load(Ordering::Relaxed) {
             return;
         }
         if !is_due {
             state = shared.wait(state);
             continue;
         }
-        let plain = state.journal.reader();
+        let plain = state.append_log.reader();
         drop(state);
-        let sealed = sealer.sealed;
-        let has_time = || !shared.stays_plain.load(Ordering::Relaxed);
-        let mut result = plain.and_then(|plain| sealer.seal(&plain, length, has_time));
+        let before = compressor.compressed_to;
+        let has_time = || !shared.keep_plain.load(Ordering::Relaxed);
+        let mut result =
+            plain.and_then(|plain| compressor.compress_frame(&plain, length, has_time));
         state = shared.lock();
-        sealer.tell(&mut state);
-        state.is_untidy |= sealer.sealed > sealed;
-        // Only while little is left to be written anew.
-        if result.is_ok() && state.journal.length() - sealer.sealed <= sealer.sealed {
+        compressor.report_to(&mut state);
+        state.needs_full_read |= compressor.compressed_to > before;
+        // Only if at most half of the plain file must be rewritten.
+        if result.is_ok()
+            && state.append_log.length() - compressor.compressed_to <= compressor.compressed_to
+        {
             state = shared.wait_while_syncing(state);
-            result = sealer.shorten(&mut state.journal);
-            state.is_untidy &= result.is_err() || has_failed;
+            result = compressor.drop_compressed(&mut state.append_log);
+            state.needs_full_read &= result.is_err() || has_failed;
         }
         let Err(error) = result else {
             has_failed = false;
             continue;
         };
-        if state.journal.is_displaced() {
+        if state.append_log.is_displaced() {
             return;
         }
-        // There may be a part of a frame, too.
-        state.is_untidy = true;
-        if sealer.frames.is_lost() {
+        // The compressed file may end with part of a frame.
+        state.needs_full_read = true;
+        if compressor.frames.has_sync_failed() {
             tracing::error!("{error:#}");
-            state.journal.give_up();
+            state.append_log.mark_lost();
             return;
         }
-        // Nothing is lost: the lines stay in the plain file.
+        // No data is lost: the lines stay in the plain file.
         if !has_failed {
             tracing::warn!("{error:#}: records stay uncompressed for now");
         }
         has_failed = true;
         if !state.closing {
-            state = shared.wait_for(state, RETRY);
+            state = shared.wait_for(state, RETRY_DELAY);
         }
     }
 }

@@ -1,20 +1,21 @@
-//! TODO
+//! Sizes of the cache files, and the progress of reading them.
 
-use crate::cache::compressed_file;
-use crate::cache::plain_file;
-use anyhow::Context;
-use anyhow::Result;
 use std::path::Path;
 
-/// Told how many bytes have been read, and of how many; an error ends the reading.
-pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
+use anyhow::{Context, Result};
 
-/// Bytes of the cache in `dir`.
+use crate::cache::{compressed_file, plain_file};
+
+/// Callback with the bytes read and the total bytes; an error stops the reading.
+pub type OnReadProgress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
+
+/// Size of the cache in `dir` in bytes.
 pub fn size(dir: &Path) -> u64 {
     let files = [plain_file(dir), compressed_file(dir)];
     files.iter().filter_map(|path| length(path).ok()).sum()
 }
 
+/// Length of the file at `path` in bytes; 0 if there is none.
 pub fn length(path: &Path) -> Result<u64> {
     match path.metadata() {
         Ok(metadata) => Ok(metadata.len()),

@@ -1,11 +1,13 @@
-//! TODO
+//! Cache keys in 16 bytes each.
 
-/// The first 16 bytes of a key, which is a hash in hex: a million keys take some 40 MB less than
-/// their text, and no two will ever meet.
+use crate::cache::hex;
+
+/// First 16 bytes of a key, which is a hash in hex. A million fingerprints take about 40 MB less memory than
+/// the keys as text, and 128 bits make a collision negligible.
 pub(crate) type Fingerprint = [u8; 16];
 
-/// The fingerprint of `key`. A key that is no BLAKE3 hash in lower-case hex, as another writer may
-/// have made it, is hashed first.
+/// Returns the fingerprint of `key`. A key that is not a BLAKE3 hash in lower-case hex (another program may
+/// have written it) is hashed first.
 pub(crate) fn fingerprint(key: &str) -> Fingerprint {
     let hash = Some(key).filter(|key| key.len() == blake3::OUT_LEN * 2);
     hash.and_then(|hash| from_hex(hash.as_bytes()))
@@ -19,24 +21,19 @@ pub(crate) fn fingerprint(key: &str) -> Fingerprint {
         })
 }
 
-/// The first bytes of a hash in lower-case hex. None if it is none, or too short.
+/// Returns the first bytes of a hash in lower-case hex; `None` if `key` is anything else, or too short.
 pub(crate) fn from_hex(key: &[u8]) -> Option<Fingerprint> {
+    // Upper-case digits are refused, so that two keys that differ in case have different fingerprints.
+    if key.iter().any(u8::is_ascii_uppercase) {
+        return None;
+    }
     let mut bytes = Fingerprint::default();
-    // Every digit is looked at: two keys that differ in case or in what is no digit differ.
-    for (index, pair) in key.chunks(2).enumerate() {
-        let [high, low] = *pair else { return None };
-        let byte = digit(high)? << 4 | digit(low)?;
-        if let Some(place) = bytes.get_mut(index) {
-            *place = byte;
+    // Every digit is checked, also beyond the first 16 bytes: only a valid hash stands for itself.
+    for (index, byte) in hex::decode(key).enumerate() {
+        let byte = byte?;
+        if let Some(slot) = bytes.get_mut(index) {
+            *slot = byte;
         }
     }
     (key.len() >= bytes.len() * 2).then_some(bytes)
-}
-
-fn digit(byte: u8) -> Option<u8> {
-    match byte {
-        b'0'..=b'9' => Some(byte - b'0'),
-        b'a'..=b'f' => Some(byte - b'a' + 10),
-        _ => None,
-    }
 }

@@ -1,55 +1,55 @@
-//! The compressed form of a cache: zstd frames end to end, each of which holds whole lines.
+//! The compressed form of a cache: a sequence of zstd frames, each of which holds whole lines.
 //!
-//! `zstdcat` reads such a file as it is. Pure: bytes in, lines and verdicts out.
+//! `zstdcat` reads such a file. The functions here are pure: they take bytes and return lines and verdicts.
 //!
-//! A frame has a checksum of its own beside those of its lines, and its length can be told from its
-//! beginning. What is no frame is *torn* at the end of the file, where a crash may have left it;
-//! anywhere else it is *damage*, and so is a frame that is all there and does not decompress.
+//! A frame has its own checksum in addition to those of its lines, and its header determines its length. An
+//! incomplete frame at the end of the file is *torn*: a crash may have left it. Anything else that is not a
+//! frame is *damage*, and so is a complete frame that does not decompress.
 
 use std::io::{self, Read, Write};
 
-use super::line::{self, Fault};
-use super::recovery::{BadLine, Ending, ScanError};
+use super::line::{self, LineError};
+use super::recovery::{BadLine, FileEnding, ScanError};
 
-/// Text that goes into one frame, at most one line more. Frames of half of it are 2 % larger, those
-/// of twice as much 1 % smaller.
+/// Bytes of text in one frame; a frame holds at most one line more. Half of this makes files 2 % larger, twice
+/// as much makes them 1 % smaller.
 pub const FRAME_TEXT: usize = 8 << 20;
 
-/// Text to compress before looking whether to go on.
-const PIECE: usize = 256 << 10;
+/// Bytes of text to compress between two checks for cancellation.
+const CANCEL_CHECK_BYTES: usize = 256 << 10;
 
-/// A frame larger than this, or of larger text, is not read: it would have to fit into memory.
-const LARGEST: usize = 256 << 20;
+/// Maximum size in bytes of a frame, and of its text: both must fit into memory.
+const MAX_FRAME_BYTES: usize = 256 << 20;
 
-/// What a frame begins with (RFC 8878, section 3.1.1).
+/// First bytes of a frame (RFC 8878, section 3.1.1).
 const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
-/// Bytes to read at a time.
-const READ: usize = 1 << 20;
+/// Number of bytes to read at a time.
+const READ_BYTES: usize = 1 << 20;
 
-/// So many NUL bytes in a row are blocks that a power loss kept from being written.
-const UNWRITTEN: [u8; 64] = [0; 64];
+/// A run of NUL bytes this long is a disk block that was not written before a power loss.
+const UNWRITTEN_BLOCK: [u8; 64] = [0; 64];
 
-/// How hard to compress.
+/// Trade-off between speed and size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effort {
-    /// Some 300 MB/s.
+    /// About 300 MB/s.
     Fast,
-    /// A fifth smaller, at 1.5 MB/s. The digits of logprobs hardly ever repeat: short matches, which
-    /// the lower levels take where they can, cost more than the digits themselves do.
+    /// A fifth smaller, at 1.5 MB/s. The digits of logprobs rarely repeat: the short matches that lower levels
+    /// choose cost more than the digits.
     Strong,
 }
 
-/// The frame that holds `lines`.
+/// Compresses `lines` into a frame.
 pub fn compress(lines: &[u8], effort: Effort) -> io::Result<Vec<u8>> {
     compress_while(lines, effort, || true).map(Option::unwrap_or_default)
 }
 
-/// As [`compress`], for as long as `goes_on`; then none.
+/// As [`compress`]; `None` as soon as `may_continue` returns false.
 pub fn compress_while(
     lines: &[u8],
     effort: Effort,
-    goes_on: impl Fn() -> bool,
+    may_continue: impl Fn() -> bool,
 ) -> io::Result<Option<Vec<u8>>> {
     let level = match effort {
         Effort::Fast => 3,
@@ -59,8 +59,8 @@ pub fn compress_while(
     encoder.include_checksum(true)?;
     encoder.include_contentsize(true)?;
     encoder.set_pledged_src_size(Some(lines.len() as u64))?;
-    for piece in lines.chunks(PIECE) {
-        if !goes_on() {
+    for piece in lines.chunks(CANCEL_CHECK_BYTES) {
+        if !may_continue() {
             return Ok(None);
         }
         encoder.write_all(piece)?;
@@ -68,16 +68,16 @@ pub fn compress_while(
     encoder.finish().map(Some)
 }
 
-/// The lines in a whole frame.
+/// Decompresses a whole frame into its lines.
 pub fn decompress(frame: &[u8]) -> io::Result<Vec<u8>> {
-    let too_large = || io::Error::other(format!("it is larger than {} MiB", LARGEST >> 20));
+    let too_large = || io::Error::other(format!("it is larger than {} MiB", MAX_FRAME_BYTES >> 20));
     match zstd::zstd_safe::get_frame_content_size(frame) {
-        Ok(Some(size)) if size > LARGEST as u64 => Err(too_large()),
+        Ok(Some(size)) if size > MAX_FRAME_BYTES as u64 => Err(too_large()),
         Ok(Some(size)) => zstd::bulk::decompress(frame, size as usize),
-        // A frame of another writer, which did not know the size beforehand.
+        // Another program's frame may not declare its size.
         Ok(None) => {
             let mut text = Vec::new();
-            let limit = LARGEST as u64 + 1;
+            let limit = MAX_FRAME_BYTES as u64 + 1;
             zstd::Decoder::new(frame)?
                 .take(limit)
                 .read_to_end(&mut text)?;
@@ -90,46 +90,46 @@ pub fn decompress(frame: &[u8]) -> io::Result<Vec<u8>> {
     }
 }
 
-/// The whole lines that can still be read from a broken frame.
+/// Returns the whole lines that can still be read from a broken frame.
 pub fn salvage(broken: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
     if let Ok(decoder) = zstd::Decoder::new(broken) {
-        // It fails at the break; what came before stays.
-        let _ = decoder.take(LARGEST as u64).read_to_end(&mut text);
+        // Decoding fails at the break; the text before it is in `text`.
+        let _ = decoder.take(MAX_FRAME_BYTES as u64).read_to_end(&mut text);
     }
     text.split_inclusive(|&byte| byte == b'\n')
         .enumerate()
         .filter(|(_, raw)| raw.ends_with(b"\n"))
-        .map(|(number, raw)| &raw[line::bare(raw, number == 0)])
+        .map(|(number, raw)| &raw[line::content_range(raw, number == 0)])
         .filter(|line| line::verify(line).is_ok())
         .flat_map(|line| [line, b"\n"].concat())
         .collect()
 }
 
-/// Walks a compressed file frame by frame.
+/// Reads a compressed file frame by frame.
 #[derive(Debug)]
-pub struct Frames<R> {
+pub struct FrameReader<R> {
     reader: R,
-    /// What has been read and not yet walked.
+    /// Bytes read from the file but not yet consumed.
     buffer: Vec<u8>,
-    /// Where it starts in the file.
+    /// Offset of `buffer` in the file.
     offset: u64,
 }
 
-/// What comes next in a compressed file.
+/// Next part of a compressed file.
 #[derive(Debug)]
-pub enum Piece {
+pub enum FramePiece {
     /// The lines in a frame.
     Text(Vec<u8>),
     Bad {
-        /// Where the next good frame starts, or the file ends.
+        /// Offset of the next good frame, or of the end of the file.
         end: u64,
         is_torn: bool,
         why: String,
     },
 }
 
-impl<R: Read> Frames<R> {
+impl<R: Read> FrameReader<R> {
     pub fn new(reader: R) -> Self {
         Self {
             reader,
@@ -138,16 +138,16 @@ impl<R: Read> Frames<R> {
         }
     }
 
-    /// The bytes of the next frame; none where there is no whole one, be it at the end of the file or
-    /// before. Whether it decompresses is for the caller to see.
+    /// Returns the bytes of the next frame, not decompressed; `None` if no whole frame follows, at the end of the
+    /// file or before.
     pub fn advance_raw(&mut self) -> io::Result<Option<Vec<u8>>> {
         self.fill()?;
         let length = self.frame_at(0)?;
         Ok(length.map(|length| self.take(length)))
     }
 
-    /// The text of the next frame, with the offset of the frame, or what is wrong there.
-    pub fn advance(&mut self) -> io::Result<Option<(u64, Piece)>> {
+    /// Returns the offset and the text of the next frame, or a description of the damage there.
+    pub fn advance(&mut self) -> io::Result<Option<(u64, FramePiece)>> {
         self.fill()?;
         let offset = self.offset;
         match self.frame_at(0)? {
@@ -155,22 +155,20 @@ impl<R: Read> Frames<R> {
             Some(length) => match decompress(&self.buffer[..length]) {
                 Ok(text) => {
                     self.take(length);
-                    Ok(Some((offset, Piece::Text(text))))
+                    Ok(Some((offset, FramePiece::Text(text))))
                 }
                 Err(error) => self.bad(Some(length), &error.to_string()).map(Some),
             },
-            None => self
-                .bad(None, "it is no frame, or not a whole one")
-                .map(Some),
+            None => self.bad(None, "not a whole frame").map(Some),
         }
     }
 
-    /// Bytes walked so far.
+    /// Number of bytes consumed so far.
     pub fn position(&self) -> u64 {
         self.offset
     }
 
-    /// The length of the frame that starts at `at` in the buffer, which is read as far as it goes.
+    /// Length of the frame that starts at `at` in the buffer; reads as much of the file as the frame needs.
     fn frame_at(&mut self, at: usize) -> io::Result<Option<usize>> {
         loop {
             let rest = &self.buffer[at..];
@@ -178,21 +176,22 @@ impl<R: Read> Frames<R> {
                 Ok(length) => return Ok(Some(length)),
                 Err(_) => {
                     let begun = rest.len().min(MAGIC.len());
-                    if rest[..begun] != MAGIC[..begun] || rest.len() >= LARGEST {
+                    if rest[..begun] != MAGIC[..begun] || rest.len() >= MAX_FRAME_BYTES {
                         return Ok(None);
                     }
                 }
             }
-            // Twice as much each time, since the search starts over.
-            let more = rest.len().max(READ);
+            // Doubles each time, because the search starts over.
+            let more = rest.len().max(READ_BYTES);
             if !self.read_more(more)? {
                 return Ok(None);
             }
         }
     }
 
-    /// Passes over what is no good frame, which may be one of `length` with a wrong content.
-    fn bad(&mut self, length: Option<usize>, why: &str) -> io::Result<(u64, Piece)> {
+    /// Skips bytes that are not a good frame: a complete frame of `length` bytes with wrong content, or anything
+    /// else if `length` is `None`.
+    fn bad(&mut self, length: Option<usize>, why: &str) -> io::Result<(u64, FramePiece)> {
         let offset = self.offset;
         let mut has_unwritten = false;
         let mut from = 1;
@@ -202,12 +201,12 @@ impl<R: Read> Frames<R> {
                 .get(from..)
                 .and_then(|rest| memchr::memmem::find(rest, &MAGIC));
             let Some(found) = found else {
-                // A beginning of a frame, or of NULs, may continue in what is read next.
-                let keep = UNWRITTEN.len().min(self.buffer.len());
+                // The start of a frame, or of a run of NULs, may continue in the next bytes of the file.
+                let keep = UNWRITTEN_BLOCK.len().min(self.buffer.len());
                 has_unwritten |= holds_unwritten(&self.buffer);
                 self.take(self.buffer.len() - keep);
                 from = keep.saturating_sub(MAGIC.len() - 1).max(1);
-                if !self.read_more(READ)? {
+                if !self.read_more(READ_BYTES)? {
                     self.take(keep);
                     break true;
                 }
@@ -223,7 +222,7 @@ impl<R: Read> Frames<R> {
             from = at + 1;
         };
         let is_whole = length.is_some();
-        let bad = Piece::Bad {
+        let bad = FramePiece::Bad {
             end: self.offset,
             is_torn: is_last && (!is_whole || has_unwritten),
             why: why.to_owned(),
@@ -237,15 +236,15 @@ impl<R: Read> Frames<R> {
         std::mem::replace(&mut self.buffer, rest)
     }
 
-    /// Sees to it that there is something, unless the file has ended.
+    /// Reads into an empty buffer.
     fn fill(&mut self) -> io::Result<()> {
         if self.buffer.is_empty() {
-            self.read_more(READ)?;
+            self.read_more(READ_BYTES)?;
         }
         Ok(())
     }
 
-    /// Reads so many bytes more, or what is left; false if that is nothing.
+    /// Reads up to `bytes` more bytes; returns false at the end of the file.
     fn read_more(&mut self, bytes: usize) -> io::Result<bool> {
         let mut part = (&mut self.reader).take(bytes as u64);
         Ok(part.read_to_end(&mut self.buffer)? > 0)
@@ -253,19 +252,22 @@ impl<R: Read> Frames<R> {
 }
 
 fn holds_unwritten(bytes: &[u8]) -> bool {
-    memchr::memmem::find(bytes, &UNWRITTEN).is_some()
+    memchr::memmem::find(bytes, &UNWRITTEN_BLOCK).is_some()
 }
 
-/// Walks the lines of a compressed file, as [`super::recovery::Scan`] does those of a plain one.
+/// Reads a compressed file record by record, as [`super::recovery::LineScan`] reads a plain one.
 #[derive(Debug)]
 pub struct FrameScan<R> {
-    frames: Frames<R>,
-    /// The text of the current frame, and where that starts in the file.
+    frames: FrameReader<R>,
+    /// Text of the current frame.
     text: Vec<u8>,
+    /// Offset of the current frame in the file.
     frame: u64,
-    /// The current line in it, and where the next one starts.
+    /// Range of the current line in `text`.
     line: std::ops::Range<usize>,
+    /// Offset of the next line in `text`.
     next: usize,
+    /// Number of the current line, counted from 1.
     number: u64,
     torn: Option<BadLine>,
 }
@@ -273,7 +275,7 @@ pub struct FrameScan<R> {
 impl<R: Read> FrameScan<R> {
     pub fn new(reader: R) -> Self {
         Self {
-            frames: Frames::new(reader),
+            frames: FrameReader::new(reader),
             text: Vec::new(),
             frame: 0,
             line: 0..0,
@@ -283,16 +285,16 @@ impl<R: Read> FrameScan<R> {
         }
     }
 
-    /// Goes to the next whole record; `false` at the end of the file. After a [`ScanError::Bad`]
-    /// the scan can go on behind the damage.
+    /// Advances to the next whole record; returns `false` at the end of the file. After a [`ScanError::Bad`] the
+    /// scan can continue after the damage.
     pub fn advance(&mut self) -> Result<bool, ScanError> {
         loop {
             while self.next < self.text.len() {
                 let rest = &self.text[self.next..];
                 let length = memchr::memchr(b'\n', rest).unwrap_or(rest.len());
-                // The lines may have been compressed with what editors add.
+                // An editor may have added carriage returns or a byte order mark before the lines were compressed.
                 let raw = &rest[..length];
-                let bare = line::bare(raw, self.number == 0);
+                let bare = line::content_range(raw, self.number == 0);
                 self.line = self.next + bare.start..self.next + bare.end;
                 self.next += length + 1;
                 self.number += 1;
@@ -310,14 +312,14 @@ impl<R: Read> FrameScan<R> {
             };
             self.frame = offset;
             match piece {
-                Piece::Text(text) => {
+                FramePiece::Text(text) => {
                     self.text = text;
                     self.next = 0;
                 }
-                Piece::Bad { is_torn, why, .. } => {
+                FramePiece::Bad { is_torn, why, .. } => {
                     let bad = BadLine {
                         line: self.number + 1,
-                        ..self.bad(Fault::Frame(why))
+                        ..self.bad(LineError::Frame(why))
                     };
                     if !is_torn {
                         return Err(bad.into());
@@ -328,13 +330,13 @@ impl<R: Read> FrameScan<R> {
         }
     }
 
-    /// The current record's line, without its line end.
+    /// Line of the current record, without its line end.
     pub fn line(&self) -> &[u8] {
         &self.text[self.line.clone()]
     }
 
-    /// The current line, with what is wrong with it.
-    pub fn bad(&self, fault: Fault) -> BadLine {
+    /// Describes `fault` at the current line.
+    pub fn bad(&self, fault: LineError) -> BadLine {
         BadLine {
             line: self.number,
             offset: self.frame,
@@ -343,16 +345,16 @@ impl<R: Read> FrameScan<R> {
         }
     }
 
-    /// Bytes of the file that have been walked.
+    /// Number of bytes of the file that have been read.
     pub fn position(&self) -> u64 {
         self.frames.position()
     }
 
-    /// How the file ends; meaningful once [`FrameScan::advance`] has returned `false`.
-    pub fn ending(&self) -> Ending {
+    /// Returns how the file ends; valid once [`FrameScan::advance`] has returned `false`.
+    pub fn ending(&self) -> FileEnding {
         match &self.torn {
-            Some(bad) => Ending::Torn(bad.clone()),
-            None => Ending::Clean,
+            Some(bad) => FileEnding::Torn(bad.clone()),
+            None => FileEnding::Clean,
         }
     }
 }

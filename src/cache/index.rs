@@ -1,13 +1,13 @@
-//! `responses.index`: the keys of a cache, beside it, so that a million records open at once.
+//! `responses.index`: the keys of a cache in a file beside it, so that a million records open fast.
 //!
 //! ```text
 //! {"version":2,"files":{"responses.jsonl":{"bytes":…,…},…},"records":…,"crc":"…"}⏎
 //! <16 bytes a key>
 //! ```
 //!
-//! The index only repeats what the cache says, and is never trusted over it: it holds as long as
-//! the files have the very size, times and inodes that they had when it was written, at the close of
-//! the cache. In any other case the cache is read whole, and a new index is written at its close.
+//! The index only repeats the content of the cache. It is valid as long as the cache files have the size, times
+//! and inodes that they had when the cache was closed and the index was written. Otherwise the cache is read
+//! whole, and a new index is written when it is closed.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,54 +18,54 @@ use std::time::UNIX_EPOCH;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::keys::Keys;
-use super::question::Past;
+use super::keys::KeySet;
+use super::question::KeyVariants;
 use crate::cache::fingerprint::Fingerprint;
 
 const VERSION: u32 = 2;
 
-/// The longest header that is believed to be one.
-const LONGEST_HEADER: u64 = 1 << 16;
+/// Maximum length of the header in bytes.
+const MAX_HEADER_BYTES: u64 = 1 << 16;
 
-/// What an index says of its cache.
+/// Summary of a cache, as its index stores it.
 #[derive(Debug, Default, PartialEq)]
-pub(crate) struct Index {
-    pub keys: Keys,
-    pub past: Past,
+pub(crate) struct KeyIndex {
+    pub keys: KeySet,
+    pub past: KeyVariants,
     /// Records that repeat a key.
     pub repeated: u64,
     pub cost_usd: f64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Header {
+struct IndexHeader {
     version: u32,
-    files: BTreeMap<String, Stamp>,
+    files: BTreeMap<String, FileStamp>,
     keys: usize,
-    past: Past,
+    past: KeyVariants,
     repeated: u64,
     cost_usd: f64,
     /// CRC-32C of what follows the header.
     crc: u32,
 }
 
-/// What changes when a file does.
+/// Metadata of a file that change when its content does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Stamp {
+struct FileStamp {
     bytes: u64,
     modified_ns: u64,
-    /// Of the inode: not even a program that sets a file's times can set this one.
+    /// Change time of the inode, which no program can set.
     changed_s: i64,
     changed_ns: i64,
     inode: u64,
 }
 
-impl Stamp {
-    fn of(path: &Path) -> Option<Stamp> {
+impl FileStamp {
+    fn from_path(path: &Path) -> Option<FileStamp> {
         let metadata = path.metadata().ok()?;
         let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-        let (changed_s, changed_ns, inode) = changed(&metadata);
-        Some(Stamp {
+        let (changed_s, changed_ns, inode) = change_time_and_inode(&metadata);
+        Some(FileStamp {
             bytes: metadata.len(),
             modified_ns: u64::try_from(modified.as_nanos()).ok()?,
             changed_s,
@@ -76,52 +76,54 @@ impl Stamp {
 }
 
 #[cfg(unix)]
-fn changed(metadata: &std::fs::Metadata) -> (i64, i64, u64) {
+fn change_time_and_inode(metadata: &std::fs::Metadata) -> (i64, i64, u64) {
     use std::os::unix::fs::MetadataExt;
     (metadata.ctime(), metadata.ctime_nsec(), metadata.ino())
 }
 
 #[cfg(not(unix))]
-fn changed(_: &std::fs::Metadata) -> (i64, i64, u64) {
+fn change_time_and_inode(_: &std::fs::Metadata) -> (i64, i64, u64) {
     (0, 0, 0)
 }
 
-/// The index of the cache folder `dir`.
-pub(crate) fn file(dir: &Path) -> PathBuf {
+/// Path of the index of the cache folder `dir`.
+pub(crate) fn index_file(dir: &Path) -> PathBuf {
     dir.join("responses.index")
 }
 
-fn stamps(dir: &Path) -> BTreeMap<String, Stamp> {
+fn stamps(dir: &Path) -> BTreeMap<String, FileStamp> {
     [super::plain_file(dir), super::compressed_file(dir)]
         .iter()
         .filter_map(|path| {
             let name = path.file_name()?.to_string_lossy().into_owned();
-            Some((name, Stamp::of(path)?))
+            Some((name, FileStamp::from_path(path)?))
         })
         .collect()
 }
 
-/// The index of the cache in `dir`, if it is of these very files.
-pub(crate) fn load(dir: &Path) -> Option<Index> {
-    let mut reader = BufReader::with_capacity(1 << 20, File::open(file(dir)).ok()?);
+/// Loads the index of the cache in `dir`; `None` if there is none, or if the cache files have changed since it
+/// was written.
+pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
+    let mut reader = BufReader::with_capacity(1 << 20, File::open(index_file(dir)).ok()?);
     let mut header = Vec::new();
     (&mut reader)
-        .take(LONGEST_HEADER)
+        .take(MAX_HEADER_BYTES)
         .read_until(b'\n', &mut header)
         .ok()?;
-    let header: Header = serde_json::from_slice(&header).ok()?;
+    let header: IndexHeader = serde_json::from_slice(&header).ok()?;
     if header.version != VERSION || header.files != stamps(dir) {
         return None;
     }
-    let mut keys = Keys::with_capacity_and_hasher(header.keys.min(1 << 24), Default::default());
-    let (mut key, mut crc) = (Fingerprint::default(), 0);
+    let mut keys = KeySet::with_capacity_and_hasher(header.keys.min(1 << 24), Default::default());
+    let mut key = Fingerprint::default();
+    let mut crc = 0;
     for _ in 0..header.keys {
         reader.read_exact(&mut key).ok()?;
         crc = crc32c::crc32c_append(crc, &key);
         keys.insert(key);
     }
     let is_whole = crc == header.crc && keys.len() == header.keys;
-    is_whole.then_some(Index {
+    is_whole.then_some(KeyIndex {
         keys,
         past: header.past,
         repeated: header.repeated,
@@ -129,18 +131,18 @@ pub(crate) fn load(dir: &Path) -> Option<Index> {
     })
 }
 
-/// Writes the index of the cache in `dir`, whose files nobody else may be writing.
+/// Writes the index of the cache in `dir`. The caller must hold the lock of the cache.
 pub(crate) fn save(
     dir: &Path,
-    keys: &Keys,
-    past: &Past,
+    keys: &KeySet,
+    past: &KeyVariants,
     repeated: u64,
     cost_usd: f64,
 ) -> Result<()> {
     let crc = keys
         .iter()
         .fold(0, |crc, key| crc32c::crc32c_append(crc, key));
-    let header = Header {
+    let header = IndexHeader {
         version: VERSION,
         files: stamps(dir),
         keys: keys.len(),
@@ -150,7 +152,7 @@ pub(crate) fn save(
         crc,
     };
     let header = serde_json::to_string(&header)?;
-    crate::fs::write_with(&file(dir), |file| {
+    crate::fs::write_with(&index_file(dir), |file| {
         writeln!(file, "{header}")?;
         keys.iter().try_for_each(|key| file.write_all(key))
     })

@@ -1,22 +1,21 @@
-//! Which keys have been answered, in 16 bytes each.
+//! Sets of cache keys, and the identity of a record.
 
-use crate::cache::fingerprint::Fingerprint;
-use crate::cache::fingerprint::fingerprint;
 use std::collections::HashSet;
 
 use foldhash::fast::FixedState;
 
-use super::line::{self, Fault};
+use super::fingerprint::{Fingerprint, fingerprint};
+use super::line::{self, LineError};
 
-/// Keys, which are hashes already: the default hasher guards against keys that somebody chose.
-pub(crate) type Keys = HashSet<Fingerprint, FixedState>;
+/// Set of key fingerprints. They are hashes already, so a fast hasher is enough.
+pub(crate) type KeySet = HashSet<Fingerprint, FixedState>;
 
-/// What tells a record from any other: its key, and the checksum of its line. Two records of one key
-/// were both paid for.
-pub(crate) type Identity = (Fingerprint, u32);
+/// Fingerprint of a record's key, and the checksum of its line: two different answers to one request have the
+/// same key.
+pub(crate) type RecordIdentity = (Fingerprint, u32);
 
-/// The identity of the record in a line that is whole.
-pub(crate) fn identity(line: &[u8]) -> Result<Identity, Fault> {
+/// Returns the identity of the record in a whole line.
+pub(crate) fn identity(line: &[u8]) -> Result<RecordIdentity, LineError> {
     let crc = line::verify(line)?;
     Ok((fingerprint(&line::head(line)?.key), crc))
 }
@@ -26,7 +25,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hash_stands_for_itself_and_other_keys_are_hashed() {
+    fn fingerprint_of_a_hash_is_its_prefix_and_other_keys_are_hashed() {
         let hash = blake3::hash(b"a prompt");
         let hex = hash.to_hex().to_string();
         assert_eq!(fingerprint(&hex), hash.as_bytes()[..16]);

@@ -1,15 +1,15 @@
-//! One line of the cache: a record as JSON, sealed by a checksum.
+//! Line format of the cache: a record as JSON, with a checksum.
 //!
-//! A line is the record's JSON object with one more field at its very end:
+//! A line is the record's JSON object with one more field at its end:
 //!
 //! ```text
 //! {"v":2,"key":"…","cut_at":0, … ,"extra":"{}","crc":"1a2b3c4d"}⏎
-//! └───────────── sealed ────────────┘
+//! └────── covered by the crc ───────┘
 //! ```
 //!
 //! `crc` is the CRC-32C (Castagnoli), as 8 lower-case hex digits, of every byte before it: from the
-//! opening brace up to and including the comma in front of `"crc"`. Being a field, it does not keep
-//! `jq`, pandas or `datasets` from reading the file as it is.
+//! opening brace to the comma in front of `"crc"`. It is a field, so `jq`, pandas and `datasets` can read the
+//! file.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -21,28 +21,28 @@ use super::question;
 use super::record::{Record, SCHEMA};
 
 /// Bytes of `"crc":"1a2b3c4d"}`.
-const SEAL: usize = 17;
+const CHECKSUM_BYTES: usize = 17;
 
-/// Why a line is no record that this version can use.
+/// Reason why a line is not a usable record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub enum LineError {
     #[error("it has no checksum at its end")]
-    Unsealed,
+    MissingChecksum,
     #[error("its checksum does not match its content")]
     Checksum,
     #[error("a newer distill wrote it (schema {0}, this one reads up to {SCHEMA}): update distill")]
     Newer(u32),
-    #[error("its checksum is right, but it is no record: {0}")]
-    NoRecord(String),
+    #[error("its checksum is right, but it is not a valid record: {0}")]
+    InvalidRecord(String),
     #[error("the frame cannot be decompressed ({0})")]
     Frame(String),
-    #[error("its key is that of another question")]
-    AnotherKey,
+    #[error("its key belongs to another question")]
+    WrongKey,
 }
 
-/// What opening a cache needs of a line.
+/// Fields of a line that opening a cache needs.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
-pub struct Head<'a> {
+pub struct LineHead<'a> {
     pub v: u32,
     #[serde(borrow)]
     pub key: Cow<'a, str>,
@@ -51,7 +51,7 @@ pub struct Head<'a> {
     pub cut_at: u32,
 }
 
-/// The line that stores `record`, with its newline.
+/// Encodes `record` as a line, with its newline.
 pub fn encode(record: &Record) -> Result<Vec<u8>> {
     let mut line = serde_json::to_vec(record).context("could not encode a record")?;
     line.pop();
@@ -63,53 +63,59 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
     Ok(line)
 }
 
-/// 8 lower-case digits.
+/// Formats a checksum as 8 lower-case digits.
 fn hex(crc: u32) -> [u8; 8] {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     std::array::from_fn(|place| DIGITS[(crc >> (28 - 4 * place)) as usize & 15])
 }
 
-/// Where the line is in `raw`, which has a line end, and perhaps what editors add: a carriage return
-/// before the newline, and a byte order mark where it is the first line of a file.
-pub fn bare(raw: &[u8], is_first: bool) -> Range<usize> {
+/// Range of a line's content in `raw`: without the newline, and without the bytes that editors add, which are a
+/// carriage return before the newline and a byte order mark at the start of a file.
+pub fn content_range(raw: &[u8], is_first: bool) -> Range<usize> {
     let line = raw.strip_suffix(b"\n").unwrap_or(raw);
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     let mark = is_first && line.starts_with(b"\xef\xbb\xbf");
     if mark { 3..line.len() } else { 0..line.len() }
 }
 
-/// The checksum of `line` (without its line end), which holds.
-pub fn verify(line: &[u8]) -> Result<u32, Fault> {
-    let (sealed, found) = line
-        .split_at_checked(line.len().wrapping_sub(SEAL))
-        .ok_or(Fault::Unsealed)?;
-    if !sealed.ends_with(b",") || !found.starts_with(b"\"crc\":\"") || !found.ends_with(b"\"}") {
-        return Err(Fault::Unsealed);
+/// Checks the checksum of `line` (without its line end) and returns it.
+pub fn verify(line: &[u8]) -> Result<u32, LineError> {
+    let (covered, found) = line
+        .split_at_checked(line.len().wrapping_sub(CHECKSUM_BYTES))
+        .ok_or(LineError::MissingChecksum)?;
+    if !covered.ends_with(b",") || !found.starts_with(b"\"crc\":\"") || !found.ends_with(b"\"}") {
+        return Err(LineError::MissingChecksum);
     }
-    // As text, so that there is exactly one valid spelling of a checksum.
-    let crc = crc32c::crc32c(sealed);
-    match found[7..15] == hex(crc) {
-        true => Ok(crc),
-        false => Err(Fault::Checksum),
+    // Compared as text, so that each checksum has exactly one valid spelling.
+    let crc = crc32c::crc32c(covered);
+    if found[7..15] == hex(crc) {
+        Ok(crc)
+    } else {
+        Err(LineError::Checksum)
     }
 }
 
-/// Version and key of a line that [`verify`] has accepted, without reading the rest of it where
-/// the line starts as this version writes it.
-pub fn head(line: &[u8]) -> Result<Head<'_>, Fault> {
+/// Parses the schema version and key of a line that [`verify`] has accepted. If the line starts as this version
+/// writes it, the rest is not parsed.
+pub fn head(line: &[u8]) -> Result<LineHead<'_>, LineError> {
     let head = match leading_head(line) {
         Some(head) => head,
-        None => serde_json::from_slice(line).map_err(|e| Fault::NoRecord(e.to_string()))?,
+        None => {
+            serde_json::from_slice(line).map_err(|e| LineError::InvalidRecord(e.to_string()))?
+        }
     };
     match head.v {
         1..=SCHEMA => Ok(head),
-        0 => Err(Fault::NoRecord("schema 0 does not exist".to_owned())),
-        newer => Err(Fault::Newer(newer)),
+        0 => Err(LineError::InvalidRecord(
+            "schema 0 does not exist".to_owned(),
+        )),
+        newer => Err(LineError::Newer(newer)),
     }
 }
 
-/// The head of `{"v":1,"key":"<no escapes>",…` and of `{"v":2,"key":"<no escapes>","cut_at":<number>,…`.
-fn leading_head(line: &[u8]) -> Option<Head<'_>> {
+/// Parses the start of `{"v":1,"key":"<no escapes>",…` and of
+/// `{"v":2,"key":"<no escapes>","cut_at":<number>,…`; `None` for any other form.
+fn leading_head(line: &[u8]) -> Option<LineHead<'_>> {
     let (v, rest) = match line.strip_prefix(b"{\"v\":1,\"key\":\"") {
         Some(rest) => (1, rest),
         None => (2, line.strip_prefix(b"{\"v\":2,\"key\":\"")?),
@@ -124,54 +130,55 @@ fn leading_head(line: &[u8]) -> Option<Head<'_>> {
         let digits = &rest[..rest.iter().position(|&byte| byte == b',')?];
         cut_at = std::str::from_utf8(digits).ok()?.parse().ok()?;
     }
-    Some(Head {
+    Some(LineHead {
         v,
         key: Cow::Borrowed(std::str::from_utf8(key).ok()?),
         cut_at,
     })
 }
 
-/// Upper bound of a plausible cost in dollars; a higher one is not from a record of this program.
-const DEAREST: f64 = 1e6;
+/// Maximum plausible cost of a record in US dollars.
+const MAX_COST_USD: f64 = 1e6;
 
-/// Dollars in a line that [`verify`] and [`head`] have accepted; 0 where none are told.
+/// Returns the cost in US dollars of a line that [`verify`] and [`head`] have accepted; 0 if it has none.
 ///
 /// # Errors
-/// Where it has a cost that no answer can have: a negative one would make room in a budget.
-pub fn cost_usd(line: &[u8]) -> Result<f64, Fault> {
-    let usd = told_cost(line)?;
-    if (0.0..=DEAREST).contains(&usd) {
+/// If the cost is not plausible: a negative one would raise the remaining budget.
+pub fn cost_usd(line: &[u8]) -> Result<f64, LineError> {
+    let usd = parse_cost(line)?;
+    if (0.0..=MAX_COST_USD).contains(&usd) {
         Ok(usd)
     } else {
-        Err(Fault::NoRecord(format!(
+        Err(LineError::InvalidRecord(format!(
             "it has an impossible cost of ${usd}"
         )))
     }
 }
 
-fn told_cost(line: &[u8]) -> Result<f64, Fault> {
+fn parse_cost(line: &[u8]) -> Result<f64, LineError> {
     #[derive(Deserialize)]
-    struct Cost {
+    struct CostField {
         #[serde(default)]
         cost_usd: f64,
     }
     if let Some(cost) = trailing_cost(line) {
         return Ok(cost);
     }
-    let cost: Cost =
-        serde_json::from_slice(line).map_err(|error| Fault::NoRecord(error.to_string()))?;
+    let cost: CostField = serde_json::from_slice(line)
+        .map_err(|error| LineError::InvalidRecord(error.to_string()))?;
     Ok(cost.cost_usd)
 }
 
-/// The cost in `…,"cost_usd":<number>,"extra":"<string>","crc":"…"}`, as this version ends a line.
+/// Parses the cost from the end of a line as this version writes it:
+/// `…,"cost_usd":<number>,"extra":"<string>","crc":"…"}`.
 fn trailing_cost(line: &[u8]) -> Option<f64> {
     const NAME: &[u8] = b",\"cost_usd\":";
     const NEXT: &[u8] = b",\"extra\":\"";
-    // No string holds either name: a quotation mark inside a string has a backslash before it.
+    // A string cannot contain either name: a quotation mark inside a string is escaped.
     let next = memchr::memmem::rfind(line, NEXT)?;
     let start = memchr::memmem::rfind(&line[..next], NAME)? + NAME.len();
-    let after_extra = line.get(next + NEXT.len()..line.len().checked_sub(SEAL + 2)?)?;
-    // Were there another field between or behind them, this would not be how we end a line.
+    let after_extra = line.get(next + NEXT.len()..line.len().checked_sub(CHECKSUM_BYTES + 2)?)?;
+    // Another field between or after them means that the line has another form.
     let ends_early = |at: usize| at == 0 || after_extra[at - 1] != b'\\';
     if line[start..next].contains(&b',') || memchr::memchr_iter(b'"', after_extra).any(ends_early) {
         return None;
@@ -179,20 +186,18 @@ fn trailing_cost(line: &[u8]) -> Option<f64> {
     std::str::from_utf8(&line[start..next]).ok()?.parse().ok()
 }
 
-/// The record in a line that [`verify`] and [`head`] have accepted. Fields that this version does
-/// not know are left out.
-pub fn decode(line: &[u8]) -> Result<Record, Fault> {
-    serde_json::from_slice(line).map_err(|e| Fault::NoRecord(e.to_string()))
+/// Decodes the record in a line that [`verify`] and [`head`] have accepted. Unknown fields are ignored.
+pub fn decode(line: &[u8]) -> Result<Record, LineError> {
+    serde_json::from_slice(line).map_err(|e| LineError::InvalidRecord(e.to_string()))
 }
 
-/// As [`decode`], of a record whose cost must be possible, and whose key that of its request: it would answer
-/// another question.
-pub fn decode_own(line: &[u8]) -> Result<Record, Fault> {
+/// As [`decode`]; also checks that the cost is plausible and that the key belongs to the request.
+pub fn decode_own(line: &[u8]) -> Result<Record, LineError> {
     cost_usd(line)?;
     let record = decode(line)?;
     if question::is_key_of(&record) {
         Ok(record)
     } else {
-        Err(Fault::AnotherKey)
+        Err(LineError::WrongKey)
     }
 }

@@ -1,29 +1,29 @@
-//! TODO
+//! [`LogprobsView`]: logprobs borrowed from a line, in few allocations.
 
-use crate::cache::encoding::RawToken;
-use crate::cache::record::Logprobs;
-use crate::cache::stored;
-use serde::Deserialize;
-use serde::Deserializer;
-use serde::de::DeserializeSeed;
-use serde::de::SeqAccess;
-use serde::de::Visitor;
 use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// [`Logprobs`] of T tokens without a list per position, and every token by its bytes.
+use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
+
+use crate::cache::raw_token::RawToken;
+use crate::cache::record::Logprobs;
+use crate::cache::stored;
+
+/// [`Logprobs`] of T tokens, with all alternatives in one list and every token as bytes.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(from = "Stored<'a>", bound(deserialize = "'de: 'a"))]
+#[serde(from = "StoredLogprobs<'a>", bound(deserialize = "'de: 'a"))]
 pub struct LogprobsView<'a> {
-    /// The emitted tokens (T); empty where the bytes are not known.
+    /// Emitted tokens (T); a token whose bytes are not known is empty.
     pub token: Vec<Cow<'a, [u8]>>,
-    /// Their logprobs (T).
+    /// Logprobs of the emitted tokens (T).
     pub logprob: Vec<Option<f32>>,
-    /// The alternatives of all positions, and their logprobs.
-    pub top: Lists<Cow<'a, [u8]>>,
-    pub top_logprob: Lists<Option<f32>>,
+    /// Alternatives at each position (T x up to k).
+    pub top: FlatLists<Cow<'a, [u8]>>,
+    /// Logprobs of the alternatives (the shape of `top`).
+    pub top_logprob: FlatLists<Option<f32>>,
 }
 
 impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
@@ -32,8 +32,8 @@ impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
         let mut view = Self {
             token: logprobs.token.iter().map(bytes).collect(),
             logprob: logprobs.logprob.clone(),
-            top: Lists::from_lists(&logprobs.top, bytes),
-            top_logprob: Lists::from_lists(&logprobs.top_logprob, |&logprob| logprob),
+            top: FlatLists::from_lists(&logprobs.top, bytes),
+            top_logprob: FlatLists::from_lists(&logprobs.top_logprob, |&logprob| logprob),
         };
         view.put_raw(&logprobs.raw);
         view
@@ -41,13 +41,14 @@ impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
 }
 
 impl<'a> LogprobsView<'a> {
-    /// Maps the bytes of all tokens; those for which `of` returns None are kept.
-    pub fn map_tokens(&self, of: impl Fn(&[u8]) -> Option<Vec<u8>>) -> LogprobsView<'a> {
-        let map = |bytes: &Cow<'a, [u8]>| of(bytes).map_or_else(|| bytes.clone(), Cow::Owned);
+    /// Replaces the bytes of every token for which `new_bytes` returns some.
+    pub fn map_tokens(&self, new_bytes: impl Fn(&[u8]) -> Option<Vec<u8>>) -> LogprobsView<'a> {
+        let map =
+            |bytes: &Cow<'a, [u8]>| new_bytes(bytes).map_or_else(|| bytes.clone(), Cow::Owned);
         LogprobsView {
             token: self.token.iter().map(map).collect(),
             logprob: self.logprob.clone(),
-            top: Lists {
+            top: FlatLists {
                 values: self.top.values.iter().map(map).collect(),
                 ends: self.top.ends.clone(),
             },
@@ -55,34 +56,35 @@ impl<'a> LogprobsView<'a> {
         }
     }
 
-    /// Puts the tokens that are no UTF-8 where an empty text holds their place.
+    /// Fills in the tokens that are not UTF-8, in place of the empty texts.
     pub fn put_raw(&mut self, raw: &[RawToken]) {
         for token in raw {
             let position = token.position as usize;
-            let place = match usize::try_from(token.rank) {
+            let slot = match usize::try_from(token.rank) {
                 Err(_) => self.token.get_mut(position),
                 Ok(rank) => {
                     let range = self.top.range(position);
                     self.top.values[range].get_mut(rank)
                 }
             };
-            if let (Some(place), Some(bytes)) = (place, token.bytes())
-                && place.is_empty()
+            if let (Some(slot), Some(bytes)) = (slot, token.bytes())
+                && slot.is_empty()
             {
-                *place = Cow::Owned(bytes);
+                *slot = Cow::Owned(bytes);
             }
         }
     }
 }
 
-impl<'a> From<Stored<'a>> for LogprobsView<'a> {
-    fn from(stored: Stored<'a>) -> Self {
-        // These keep the allocation.
-        let bytes = |tokens: Vec<Bytes<'a>>| tokens.into_iter().map(|token| token.0).collect();
+impl<'a> From<StoredLogprobs<'a>> for LogprobsView<'a> {
+    fn from(stored: StoredLogprobs<'a>) -> Self {
+        // Both `collect` calls reuse the allocation.
+        let bytes =
+            |tokens: Vec<StringBytes<'a>>| tokens.into_iter().map(|token| token.0).collect();
         let mut view = Self {
             token: bytes(stored.token),
             logprob: stored.logprob,
-            top: Lists {
+            top: FlatLists {
                 values: bytes(stored.top.values),
                 ends: stored.top.ends,
             },
@@ -93,15 +95,15 @@ impl<'a> From<Stored<'a>> for LogprobsView<'a> {
     }
 }
 
-/// Lists, end to end.
+/// List of lists, stored in one allocation.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Lists<T> {
+pub struct FlatLists<T> {
     values: Vec<T>,
-    /// Where each list ends.
+    /// Index in `values` after the last value of each list.
     ends: Vec<usize>,
 }
 
-impl<T> Default for Lists<T> {
+impl<T> Default for FlatLists<T> {
     fn default() -> Self {
         Self {
             values: Vec::new(),
@@ -110,7 +112,7 @@ impl<T> Default for Lists<T> {
     }
 }
 
-impl<T> Lists<T> {
+impl<T> FlatLists<T> {
     fn range(&self, at: usize) -> Range<usize> {
         match (at.checked_sub(1), self.ends.get(at)) {
             (_, None) => 0..0,
@@ -119,7 +121,7 @@ impl<T> Lists<T> {
         }
     }
 
-    /// The list at `at`; an empty one behind the last.
+    /// Returns the list at `at`; an empty one if there is none.
     pub fn get(&self, at: usize) -> &[T] {
         &self.values[self.range(at)]
     }
@@ -129,23 +131,23 @@ impl<T> Lists<T> {
         self.ends.len()
     }
 
-    /// Values in all lists.
+    /// Number of values in all lists.
     pub fn total(&self) -> usize {
         self.values.len()
     }
 
-    /// Makes room for so many values in so many lists.
+    /// Reserves memory for more values and lists.
     pub fn reserve(&mut self, values: usize, lists: usize) {
         self.values.reserve(values);
         self.ends.reserve(lists);
     }
 
-    /// Appends a value to the list that [`Self::end`] ends.
+    /// Appends a value to the current list.
     pub fn push(&mut self, value: T) {
         self.values.push(value);
     }
 
-    /// Ends a list.
+    /// Ends the current list.
     pub fn end(&mut self) {
         self.ends.push(self.values.len());
     }
@@ -163,51 +165,54 @@ impl<T> Lists<T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Lists<T> {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for FlatLists<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Outer<T>(PhantomData<T>);
+        struct ListsVisitor<T>(PhantomData<T>);
 
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Outer<T> {
-            type Value = Lists<T>;
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for ListsVisitor<T> {
+            type Value = FlatLists<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
                 f.write_str("a list of lists")
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut lists: A) -> Result<Lists<T>, A::Error> {
-                let mut all = Lists::default();
-                while lists.next_element_seed(Inner(&mut all.values))?.is_some() {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut lists: A) -> Result<FlatLists<T>, A::Error> {
+                let mut all = FlatLists::default();
+                while lists
+                    .next_element_seed(ListVisitor(&mut all.values))?
+                    .is_some()
+                {
                     all.ends.push(all.values.len());
                 }
                 Ok(all)
             }
         }
 
-        deserializer.deserialize_seq(Outer(PhantomData))
+        deserializer.deserialize_seq(ListsVisitor(PhantomData))
     }
 }
 
-/// The fields of [`Logprobs`] as they stand in a line.
+/// Fields of [`Logprobs`] as stored in a line.
 #[derive(Deserialize)]
-struct Stored<'a> {
+struct StoredLogprobs<'a> {
     #[serde(borrow)]
-    token: Vec<Bytes<'a>>,
+    token: Vec<StringBytes<'a>>,
     logprob: Vec<Option<f32>>,
     #[serde(borrow)]
-    top: Lists<Bytes<'a>>,
-    top_logprob: Lists<Option<f32>>,
+    top: FlatLists<StringBytes<'a>>,
+    top_logprob: FlatLists<Option<f32>>,
     #[serde(with = "stored::raw")]
     raw: Vec<RawToken>,
 }
 
-/// The bytes of a JSON string; borrowed unless it has escapes.
-struct Bytes<'a>(Cow<'a, [u8]>);
+/// Bytes of a JSON string; borrowed unless it has escapes.
+struct StringBytes<'a>(Cow<'a, [u8]>);
 
-impl<'de: 'a, 'a> Deserialize<'de> for Bytes<'a> {
+impl<'de: 'a, 'a> Deserialize<'de> for StringBytes<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Text;
+        struct StringVisitor;
 
-        impl<'de> Visitor<'de> for Text {
+        impl<'de> Visitor<'de> for StringVisitor {
             type Value = Cow<'de, [u8]>;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -223,14 +228,14 @@ impl<'de: 'a, 'a> Deserialize<'de> for Bytes<'a> {
             }
         }
 
-        deserializer.deserialize_str(Text).map(Bytes)
+        deserializer.deserialize_str(StringVisitor).map(StringBytes)
     }
 }
 
-/// Appends a list to those before it.
-struct Inner<'v, T>(&'v mut Vec<T>);
+/// Deserialises one list by appending its values.
+struct ListVisitor<'v, T>(&'v mut Vec<T>);
 
-impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Inner<'_, T> {
+impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for ListVisitor<'_, T> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -238,7 +243,7 @@ impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Inner<'_, T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Inner<'_, T> {
+impl<'de, T: Deserialize<'de>> Visitor<'de> for ListVisitor<'_, T> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {

@@ -1,4 +1,4 @@
-//! Lines of a cache by their keys, for a cache that this process appends to and reads here and there.
+//! [`Lookup`]: random access to the lines of a cache by key, also while this process appends to it.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -9,44 +9,45 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use super::keys;
-use super::line::{self, Fault};
-use super::reader::Lines;
-use super::recovery::Scan;
+use super::line::{self, LineError};
+use super::reader::CacheLines;
+use super::recovery::LineScan;
 use super::{exists, plain_file, refusal};
 use crate::cache::fingerprint::Fingerprint;
 
-/// Where the lines of a cache are. Its plain file must only ever grow: it is one that is not compressed.
+/// Positions of the lines of a cache by key. The plain file must only grow, so the cache must not be compressed
+/// meanwhile.
 pub(crate) struct Lookup {
     plain: PathBuf,
-    places: HashMap<Fingerprint, Place>,
+    positions: HashMap<Fingerprint, LinePosition>,
     cost_usd: f64,
-    /// Bytes of the plain file that have been read.
+    /// Number of bytes of the plain file that have been read.
     end: u64,
 }
 
-enum Place {
-    /// Bytes of the plain file.
-    At(Range<u64>),
-    /// A line that is compressed.
-    Held(Vec<u8>),
+enum LinePosition {
+    /// Byte range of the plain file.
+    Plain(Range<u64>),
+    /// Content of a line of the compressed file.
+    Compressed(Vec<u8>),
 }
 
 impl Lookup {
-    /// Of the cache in `dir`, which need not be there.
+    /// Reads the positions of all lines of the cache in `dir`, which may not exist yet.
     ///
     /// # Errors
-    /// Where it cannot be read or is damaged.
+    /// If the cache cannot be read or is damaged.
     pub(crate) fn open(dir: &Path) -> Result<Lookup> {
         let mut lookup = Lookup {
             plain: plain_file(dir),
-            places: HashMap::new(),
+            positions: HashMap::new(),
             cost_usd: 0.0,
             end: 0,
         };
         if !exists(dir) {
             return Ok(lookup);
         }
-        let mut lines = Lines::open(dir)?;
+        let mut lines = CacheLines::open(dir)?;
         while lines.advance().map_err(|error| lines.refuse_scan(error))? {
             let start = lines.place().offset();
             lookup
@@ -56,56 +57,56 @@ impl Lookup {
         Ok(lookup)
     }
 
-    /// Learns of what has been appended since.
+    /// Adds the lines that have been appended since the last call.
     ///
     /// # Errors
-    /// Where it cannot be read or is damaged.
+    /// If the cache cannot be read or is damaged.
     pub(crate) fn refresh(&mut self) -> Result<()> {
         let could_not_read = || format!("could not read {}", self.plain.display());
         let mut file = File::open(&self.plain).with_context(could_not_read)?;
         file.seek(SeekFrom::Start(self.end))
             .with_context(could_not_read)?;
-        let mut scan = Scan::behind(BufReader::new(file), self.end, 0);
+        let mut scan = LineScan::starting_at(BufReader::new(file), self.end, 0);
         while scan.advance().map_err(|e| refusal(&self.plain, e))? {
-            let start = scan.bad(Fault::Unsealed).offset;
+            let start = scan.bad(LineError::MissingChecksum).offset;
             self.add(scan.line(), Some(start))?;
         }
         Ok(())
     }
 
-    /// A line of the plain file that begins at `start`, or one that is compressed.
-    fn add(&mut self, line: &[u8], start: Option<u64>) -> Result<(), Fault> {
+    /// Adds a line that starts at `start` in the plain file, or a compressed line if `start` is `None`.
+    fn add(&mut self, line: &[u8], start: Option<u64>) -> Result<(), LineError> {
         let (fingerprint, _) = keys::identity(line)?;
         self.cost_usd += line::cost_usd(line)?;
-        let place = match start {
+        let position = match start {
             Some(start) => {
                 self.end = start + line.len() as u64 + 1;
-                Place::At(start..start + line.len() as u64)
+                LinePosition::Plain(start..start + line.len() as u64)
             }
-            None => Place::Held(line.to_vec()),
+            None => LinePosition::Compressed(line.to_vec()),
         };
-        // The first record of a key is the one that counts.
-        self.places.entry(fingerprint).or_insert(place);
+        // Only the first record of a key counts.
+        self.positions.entry(fingerprint).or_insert(position);
         Ok(())
     }
 
-    /// What the records cost, in US dollars.
+    /// Cost of all records in US dollars.
     pub(crate) fn cost_usd(&self) -> f64 {
         self.cost_usd
     }
 
-    /// The line of this key, without its line end, if there is one.
+    /// Returns the line of this key, without its line end; `None` if the cache has none.
     ///
     /// # Errors
-    /// Where it cannot be read.
+    /// If the line cannot be read.
     pub(crate) fn line(&self, key: &str) -> Result<Option<Vec<u8>>> {
         let range = match self
-            .places
+            .positions
             .get(&crate::cache::fingerprint::fingerprint(key))
         {
             None => return Ok(None),
-            Some(Place::Held(line)) => return Ok(Some(line.clone())),
-            Some(Place::At(range)) => range,
+            Some(LinePosition::Compressed(line)) => return Ok(Some(line.clone())),
+            Some(LinePosition::Plain(range)) => range,
         };
         let read = || -> std::io::Result<Vec<u8>> {
             let mut file = File::open(&self.plain)?;
@@ -118,7 +119,7 @@ impl Lookup {
         let (found, _) = keys::identity(&line)?;
         ensure!(
             found == crate::cache::fingerprint::fingerprint(key),
-            "{} was changed meanwhile",
+            "{} was changed by another program",
             self.plain.display()
         );
         Ok(Some(line))

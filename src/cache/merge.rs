@@ -1,4 +1,4 @@
-//! Merging caches by key: those of several machines into one, say.
+//! Merges caches by key, for example those of several machines.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -7,61 +7,60 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::keys::{self, Identity};
+use super::keys::{self, RecordIdentity};
 use super::line;
-use super::reader::Lines;
-use super::recovery::Scan;
+use super::reader::CacheLines;
+use super::recovery::LineScan;
 use super::storage;
-use super::writer::{Cache, Sealed};
+use super::writer::{Cache, EncodedRecord};
 use super::{conflicts_file, exists, refusal};
-use crate::cache::files::{OnProgress, size};
+use crate::cache::files::{OnReadProgress, size};
 use crate::cache::usage::Usage;
 use crate::config;
 use crate::exit::Exit;
 
-/// Records are appended so many at a time.
+/// Number of records appended at a time.
 const GROUP: usize = 256;
 
-/// So many keys of conflicts are told by name.
-const NAMED: usize = 5;
+/// Maximum number of conflicting keys listed in the report.
+const MAX_LISTED_KEYS: usize = 5;
 
-/// What came of one source of a merge.
+/// Result of merging one source.
 #[derive(Debug, Default, PartialEq)]
-pub struct Merged {
+pub struct MergeReport {
     pub records: u64,
-    /// Those whose key the cache did not have.
+    /// Records whose key was not in the cache.
     pub added: u64,
-    /// Those that it had already, byte for byte.
+    /// Records that were in the cache already, byte for byte.
     pub same: u64,
-    /// Those whose key it had with another record: another answer, which was paid for as well. They
-    /// are in the file of conflicts now.
+    /// Records whose key was in the cache with another answer. They are in the conflicts file now.
     pub conflicts: u64,
-    /// The first keys of those.
+    /// The first keys of the conflicts.
     pub keys: Vec<String>,
-    /// Cost of the added records in dollars, and the tokens of those without a price.
+    /// Cost of the added and conflicting records in US dollars.
     pub cost_usd: f64,
+    /// Tokens of the added and conflicting records without a price.
     pub unpriced: Usage,
 }
 
-/// Appends to the cache in `into`, which is created if need be, every record of `sources` whose key
-/// it does not have. Of two records of one key the first stays; the other one is appended to
-/// `responses.conflicts.jsonl` beside it. The sources stay as they are. A merge that was interrupted
-/// can simply be run again.
+/// Appends every record of `sources` whose key is new to the cache in `into`, which is created if it does not
+/// exist. Of two records of one key the first stays; the other is appended to `responses.conflicts.jsonl`. The
+/// sources do not change. An interrupted merge can be rerun.
 ///
 /// # Errors
-/// If a source is no cache, or is damaged ([`Exit::Damaged`]; what came before the damage is merged).
+/// If a source is not a cache, or is damaged ([`Exit::Damaged`]; the records before the damage are merged).
 pub fn merge(
     into: &Path,
     settings: &config::CacheConfig,
     sources: &[PathBuf],
-    on_progress: OnProgress<'_>,
-) -> Result<Vec<Merged>> {
+    on_progress: OnReadProgress<'_>,
+) -> Result<Vec<MergeReport>> {
     let mut all = Vec::new();
     merge_all(into, settings, sources, &mut all, on_progress)?;
     Ok(all)
 }
 
-/// As [`merge`]; `all` has what was merged also after an error.
+/// As [`merge`]; `all` contains the reports of the merged sources also after an error.
 ///
 /// # Errors
 /// As [`merge`].
@@ -69,42 +68,42 @@ pub fn merge_all(
     into: &Path,
     settings: &config::CacheConfig,
     sources: &[PathBuf],
-    all: &mut Vec<Merged>,
-    on_progress: OnProgress<'_>,
+    all: &mut Vec<MergeReport>,
+    on_progress: OnReadProgress<'_>,
 ) -> Result<()> {
     for source in sources {
-        check(into, source)?;
+        check_source(into, source)?;
     }
-    // One sync at the end does: a merge can be run again.
+    // One sync at the end is enough, because a merge can be rerun.
     let settings = config::CacheConfig {
         durability: config::Durability::None,
         ..settings.clone()
     };
     let cache = Cache::open(into, &settings)?;
-    let mut merging = Merging {
+    let mut job = MergeJob {
         known: identities(into)?,
         conflicts: storage::open_or_create(&conflicts_file(into))?,
-        told: HashSet::new(),
+        kept_conflicts: HashSet::new(),
         cache,
     };
-    merging.learn_conflicts(into)?;
+    job.load_known_conflicts(into)?;
     let total: u64 = sources.iter().map(|source| size(source)).sum();
     let mut before = 0;
     for source in sources {
-        let mut merged = Merged::default();
-        let taken = merging.take(source, &mut merged, &mut |bytes| {
+        let mut merged = MergeReport::default();
+        let taken = job.merge_source(source, &mut merged, &mut |bytes| {
             on_progress(before + bytes, total)
         });
         all.push(merged);
         taken?;
         before += size(source);
     }
-    merging.cache.sync()?;
-    merging.conflicts.sync_all()?;
+    job.cache.sync()?;
+    job.conflicts.sync_all()?;
     crate::fs::remove_if_empty(&conflicts_file(into))
 }
 
-fn check(into: &Path, source: &Path) -> Result<()> {
+fn check_source(into: &Path, source: &Path) -> Result<()> {
     if !exists(source) {
         let message = format!(
             "there is no cache in {}: give the folder that holds responses.jsonl",
@@ -123,9 +122,9 @@ fn check(into: &Path, source: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The records that the cache in `dir` holds.
-fn identities(dir: &Path) -> Result<HashSet<Identity>> {
-    let mut lines = Lines::open(dir)?;
+/// Reads the identities of all records of the cache in `dir`.
+fn identities(dir: &Path) -> Result<HashSet<RecordIdentity>> {
+    let mut lines = CacheLines::open(dir)?;
     let mut known = HashSet::new();
     while lines
         .advance()
@@ -136,39 +135,40 @@ fn identities(dir: &Path) -> Result<HashSet<Identity>> {
     Ok(known)
 }
 
-/// Cost of a record in dollars, and its usage if it has no cost. It is refused where its key is not its own.
-fn spent(line: &[u8]) -> Result<(f64, Option<Usage>), line::Fault> {
+/// Returns the cost of a record in US dollars, and its usage if it has no cost. Fails if the record's key does
+/// not belong to its request.
+fn cost_and_usage(line: &[u8]) -> Result<(f64, Option<Usage>), line::LineError> {
     let cost_usd = line::cost_usd(line)?;
     let record = line::decode_own(line)?;
     Ok((cost_usd, record.usage.filter(|_| cost_usd == 0.0)))
 }
 
-struct Merging {
+struct MergeJob {
     cache: Cache,
-    known: HashSet<Identity>,
+    known: HashSet<RecordIdentity>,
     conflicts: File,
-    /// The records in the file of conflicts.
-    told: HashSet<Identity>,
+    /// Records in the conflicts file.
+    kept_conflicts: HashSet<RecordIdentity>,
 }
 
-impl Merging {
-    fn learn_conflicts(&mut self, dir: &Path) -> Result<()> {
+impl MergeJob {
+    fn load_known_conflicts(&mut self, dir: &Path) -> Result<()> {
         let path = conflicts_file(dir);
-        let mut scan = Scan::new(BufReader::new(File::open(&path)?));
-        // A torn tail or damage in it only costs that a conflict may be in it twice.
+        let mut scan = LineScan::new(BufReader::new(File::open(&path)?));
+        // After a torn tail or damage, a conflict may be appended a second time, which does no harm.
         while let Ok(true) = scan.advance() {
-            self.told.insert(keys::identity(scan.line())?);
+            self.kept_conflicts.insert(keys::identity(scan.line())?);
         }
         Ok(())
     }
 
-    fn take(
+    fn merge_source(
         &mut self,
         source: &Path,
-        merged: &mut Merged,
+        merged: &mut MergeReport,
         on_progress: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
-        let mut lines = Lines::open(source)?;
+        let mut lines = CacheLines::open(source)?;
         let mut group = Vec::with_capacity(GROUP);
         loop {
             let is_more = match lines.advance() {
@@ -195,14 +195,15 @@ impl Merging {
             } else if self.cache.contains_fingerprint(&identity.0)
                 || group
                     .iter()
-                    .any(|sealed: &Sealed| sealed.is_of(&identity.0))
+                    .any(|record: &EncodedRecord| record.has_fingerprint(&identity.0))
             {
                 self.keep_conflict(line, identity, merged)?;
             } else {
                 merged.added += 1;
                 self.known.insert(identity);
-                group.push(Sealed::from_line(line).map_err(|fault| lines.refuse(fault))?);
-                let (cost_usd, unpriced) = spent(line).map_err(|fault| lines.refuse(fault))?;
+                group.push(EncodedRecord::from_line(line).map_err(|fault| lines.refuse(fault))?);
+                let (cost_usd, unpriced) =
+                    cost_and_usage(line).map_err(|fault| lines.refuse(fault))?;
                 merged.cost_usd += cost_usd;
                 if let Some(usage) = unpriced {
                     merged.unpriced.add(&usage);
@@ -211,7 +212,7 @@ impl Merging {
         }
         for (path, bad) in lines.torn() {
             tracing::warn!(
-                "{}: the last record, at byte {}, is not whole and is left out",
+                "{}: the last record, at byte {}, is incomplete and was skipped",
                 path.display(),
                 bad.offset
             );
@@ -222,16 +223,16 @@ impl Merging {
     fn keep_conflict(
         &mut self,
         line: &[u8],
-        identity: Identity,
-        merged: &mut Merged,
+        identity: RecordIdentity,
+        merged: &mut MergeReport,
     ) -> Result<()> {
         merged.conflicts += 1;
-        if merged.keys.len() < NAMED {
+        if merged.keys.len() < MAX_LISTED_KEYS {
             merged.keys.push(line::head(line)?.key.into_owned());
         }
-        if self.told.insert(identity) {
-            // It was paid for, too.
-            let (cost_usd, unpriced) = spent(line)?;
+        if self.kept_conflicts.insert(identity) {
+            // A conflicting answer was paid for as well.
+            let (cost_usd, unpriced) = cost_and_usage(line)?;
             merged.cost_usd += cost_usd;
             merged.unpriced.add(&unpriced.unwrap_or_default());
             (self.conflicts.write_all(&[line, b"\n"].concat()))

@@ -1,31 +1,36 @@
-//! The append-only cache of paid answers: JSON lines, one record each, and older ones compressed if
-//! the config says so.
+//! The append-only cache of paid answers: JSON lines, one record each. Older lines are compressed if
+//! `cache.compression` is set.
 //!
 //! ```text
-//! Record --line::encode--> a sealed line --writer (group commit), journal--> responses.jsonl
-//!   --seal, frames (in the background, `cache.compression`)--> responses.jsonl.zst
-//! both --reader::Lines--> whole lines --line::decode--> Record
-//!                                     --view, columns--> RecordView, borrowed, for training
+//! Record --line::encode--> EncodedRecord --writer (group commit), append_log--> responses.jsonl
+//!   --compressor, frames (in the background)--> responses.jsonl.zst
+//! both --reader::CacheLines--> whole lines --line::decode--> Record
+//!                                          --view, columns--> RecordView, borrowed, for training
 //! ```
 //!
-//! A cache is opened for writing by `opening`: by its `index`, or else whole, on all cores (`sweep`).
-//! Where a line or a frame is not as it should be, `recovery::Scan` and `frames::FrameScan` tell a
-//! torn tail from damage.
+//! | file | content |
+//! |---|---|
+//! | `record`, `stored`, `raw_token`, `usage`, `hex` | the record and how its fields are stored |
+//! | `line`, `frames`, `recovery` | the line and frame formats; telling a torn tail from damage |
+//! | `question`, `fingerprint`, `keys` | keys of records |
+//! | `writer`, `shared`, `append_log`, `compressor`, `storage` | the one writer and its background threads |
+//! | `open`, `index`, `verify_parallel` | opening a cache: by its index, or else whole, on all cores |
+//! | `open_file` | detecting that another program moved or changed a file |
+//! | `reader`, `lookup`, `view`, `logprobs_view`, `columns` | sequential and random reading, also during writes |
+//! | `repair`, `merge`, `rewrite` | moving damaged, conflicting and replaced records to other files |
+//! | `stats`, `unused_answers`, `files` | counts and sizes |
 //!
-//! `reader` walks both files, also while they are written, and `lookup` finds single lines; `repair`
-//! and `merge` move what does not fit aside, `rewrite` what is to be asked again. `question` names records;
-//! `census` counts those that answer something else; `place` knows whether a file is still where it was. `record`, `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `sweep` and
-//! `stats` are pure: bytes in, verdicts out. Files are created and replaced by `storage` alone (the
-//! lock's pid apart). An acknowledged record is never changed or lost.
+//! Invariants: an acknowledged record is never changed or lost. One process at a time writes a cache. Files are
+//! created and replaced by `storage` alone, except for the lock. `record`, `stored`, `line`, `view`, `columns`,
+//! `keys`, `recovery`, `frames`, `verify_parallel` and `stats` open no files.
 
 pub(crate) mod append_log;
-pub(crate) mod census;
 pub(crate) mod columns;
 pub(crate) mod compressor;
-pub mod encoding;
 pub mod files;
 pub(crate) mod fingerprint;
 pub mod frames;
+pub(crate) mod hex;
 pub(crate) mod index;
 pub(crate) mod keys;
 pub mod line;
@@ -33,8 +38,9 @@ pub mod logprobs_view;
 pub(crate) mod lookup;
 pub mod merge;
 pub mod open;
-pub(crate) mod place;
+pub(crate) mod open_file;
 pub mod question;
+pub mod raw_token;
 pub mod reader;
 pub mod record;
 pub mod recovery;
@@ -44,6 +50,7 @@ pub(crate) mod shared;
 pub(crate) mod stats;
 pub mod storage;
 pub(crate) mod stored;
+pub(crate) mod unused_answers;
 pub mod usage;
 pub(crate) mod verify_parallel;
 pub mod view;
@@ -51,42 +58,42 @@ pub mod writer;
 
 use std::path::{Path, PathBuf};
 
-pub use crate::cache::files::{OnProgress, size};
+pub use crate::cache::files::{OnReadProgress, size};
 pub use crate::cache::open::{Peek, peek};
 pub use reader::read;
-pub use storage::{Storage, Wrap, files};
-pub use writer::{Cache, Sealed};
+pub use storage::{Storage, WrapFile, plain_storage};
+pub use writer::{Cache, EncodedRecord};
 
 use crate::exit::Exit;
 use recovery::{BadLine, ScanError};
 
-/// The file of records in the cache folder `dir` (which is `<run_dir>/cache`); with compression, of
-/// the newest ones.
+/// File of uncompressed records in the cache folder `dir` (`<run_dir>/cache`); with compression, only the newest
+/// records.
 pub fn plain_file(dir: &Path) -> PathBuf {
     dir.join("responses.jsonl")
 }
 
-/// The file of the compressed records.
+/// File of compressed records.
 pub fn compressed_file(dir: &Path) -> PathBuf {
     dir.join("responses.jsonl.zst")
 }
 
-/// Where torn tails are moved.
+/// File to which torn tails are moved.
 fn torn_file(dir: &Path) -> PathBuf {
     dir.join("responses.torn")
 }
 
-/// Where `repair` moves what is damaged, as it is.
+/// File to which `repair` moves damaged bytes unchanged.
 pub fn quarantine_file(dir: &Path) -> PathBuf {
     dir.join("responses.quarantine")
 }
 
-/// Where further records of a key go: whole lines, as in a cache.
+/// File of further records of a key: whole lines, as in the cache.
 pub fn conflicts_file(dir: &Path) -> PathBuf {
     dir.join("responses.conflicts.jsonl")
 }
 
-/// Refuses pipes and devices in place of the cache files: opening a pipe waits for ever.
+/// Refuses pipes and devices in place of the cache files: opening a pipe would block.
 fn check_files(dir: &Path) -> anyhow::Result<()> {
     for path in [plain_file(dir), compressed_file(dir)] {
         if path.exists() && !path.is_file() {
@@ -97,19 +104,19 @@ fn check_files(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes the cache in `dir` for this process.
-fn lock(dir: &Path) -> anyhow::Result<crate::fs::Lock> {
+/// Locks the cache in `dir` for this process.
+fn lock(dir: &Path) -> anyhow::Result<crate::fs::FileLock> {
     check_files(dir)?;
-    let holds = "writes this cache: wait for it, or set another `run_dir`";
-    crate::fs::Lock::acquire(&dir.join("responses.lock"), holds)
+    let holds = "is writing this cache: wait for it, or set another `run_dir`";
+    crate::fs::FileLock::acquire(&dir.join("responses.lock"), holds)
 }
 
-/// Is there a cache in `dir`?
+/// Returns true if there is a cache in `dir`.
 pub fn exists(dir: &Path) -> bool {
     plain_file(dir).exists() || compressed_file(dir).exists()
 }
 
-/// What a scan of `path` that stopped short means for the program.
+/// Converts the error of a scan of `path` into an error for the user.
 fn refusal(path: &Path, error: ScanError) -> anyhow::Error {
     match error {
         ScanError::Read(error) => {
@@ -119,13 +126,13 @@ fn refusal(path: &Path, error: ScanError) -> anyhow::Error {
     }
 }
 
-/// The refusal to go on with a damaged file.
+/// Returns the error for a damaged file.
 fn damaged(path: &Path, bad: &BadLine) -> anyhow::Error {
     let remedy = match bad.fault {
-        line::Fault::Newer(_) => "",
+        line::LineError::Newer(_) => "",
         _ => {
-            "; restore it from a backup, or run `distill cache repair`, which moves the damage \
-             aside to have its prompts asked again"
+            "; restore it from a backup, or run `distill cache repair`, which moves the damaged records to \
+             another file, so that their prompts are asked again"
         }
     };
     Exit::Damaged(format!("{}: {bad}{remedy}", path.display())).into()

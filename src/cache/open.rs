@@ -1,8 +1,5 @@
-//! What a cache holds when it is opened, and the repair of what a crash has left.
+//! Opens a cache: reads its keys, and repairs the files after a crash.
 
-use crate::cache::files::OnProgress;
-use crate::cache::files::length;
-use crate::cache::files::size;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -10,50 +7,47 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::cache::frames;
-use crate::cache::frames::FrameScan;
-use crate::cache::index;
-use crate::cache::index::Index;
-use crate::cache::keys;
-use crate::cache::keys::{Identity, Keys};
-use crate::cache::question::Past;
-use crate::cache::reader::Lines;
-use crate::cache::recovery::{Ending, Scan};
-use crate::cache::storage;
-use crate::cache::storage::Wrap;
-use crate::cache::verify_parallel;
-use crate::cache::verify_parallel::Block;
+use crate::cache::files::{OnReadProgress, length, size};
+use crate::cache::frames::{self, FrameScan};
+use crate::cache::index::{self, KeyIndex};
+use crate::cache::keys::{self, KeySet, RecordIdentity};
+use crate::cache::question::KeyVariants;
+use crate::cache::reader::CacheLines;
+use crate::cache::recovery::{FileEnding, LineScan};
+use crate::cache::storage::{self, WrapFile};
+use crate::cache::verify_parallel::{self, VerifiedBlock};
 use crate::cache::{compressed_file, damaged, line, plain_file, refusal, torn_file};
 
-/// What an opened cache holds.
+/// Contents of an opened cache.
 #[derive(Debug, Default)]
-pub struct Contents {
-    pub keys: Keys,
-    pub past: Past,
+pub struct CacheContents {
+    pub keys: KeySet,
+    pub past: KeyVariants,
     /// Records that repeat a key.
     pub repeated: u64,
     pub cost_usd: f64,
-    /// Bytes of the plain file and of the compressed one, in whole lines and frames.
+    /// Bytes of the whole lines in the plain file.
     pub plain: u64,
+    /// Bytes of the whole frames in the compressed file.
     pub compressed: u64,
 }
 
-/// Reads the cache in `dir`: by its index, if that is of these very files, or else whole. Torn tails
-/// are moved aside with a warning, and damage is refused ([`crate::exit::Exit::Damaged`]).
-pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Contents> {
+/// Reads the cache in `dir`: its index if that is valid, or else all records. Torn tails are moved to another
+/// file with a warning. Damage is an error ([`crate::exit::Exit::Damaged`]).
+pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Result<CacheContents> {
     let index = index::load(dir);
-    storage::forget_replacement(&plain_file(dir));
-    storage::forget_replacement(&compressed_file(dir));
+    storage::remove_leftover(&plain_file(dir));
+    storage::remove_leftover(&compressed_file(dir));
     let mut file = storage::open_or_create(&plain_file(dir))?;
     let lengths = (length(&plain_file(dir))?, length(&compressed_file(dir))?);
-    if let Some(Index {
+    if let Some(KeyIndex {
         keys,
         past,
         repeated,
         cost_usd,
     }) = index
     {
-        return Ok(Contents {
+        return Ok(CacheContents {
             keys,
             past,
             repeated,
@@ -63,7 +57,7 @@ pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Cont
         });
     }
     let total = lengths.0 + lengths.1;
-    let mut compressed = Part::default();
+    let mut compressed = FileContents::default();
     if lengths.1 > 0 {
         compressed = read_compressed(&compressed_file(dir), &mut |bytes| {
             on_progress(bytes, total)
@@ -74,21 +68,21 @@ pub fn open(dir: &Path, wrap: &Wrap, on_progress: OnProgress<'_>) -> Result<Cont
     })?;
     repair_plain(&mut file, dir, &mut plain)
         .with_context(|| format!("could not repair {}", plain_file(dir).display()))?;
-    if let Ending::Torn(_) = compressed.ending {
+    if let FileEnding::Torn(_) = compressed.ending {
         repair_compressed(&mut file, dir, &compressed, &mut plain)
             .with_context(|| format!("could not repair {}", compressed_file(dir).display()))?;
     }
     drop(file);
-    forget_what_is_compressed(dir, &compressed, &mut plain, wrap)?;
+    remove_compressed_from_plain(dir, &compressed, &mut plain, wrap)?;
     crate::fs::sync_folder(dir).with_context(|| format!("could not sync {}", dir.display()))?;
-    Ok(join(compressed, plain))
+    Ok(combine(compressed, plain))
 }
 
-/// Contents of a cache, read without its lock.
+/// Contents of a cache, read without the lock.
 #[derive(Debug, Default)]
 pub struct Peek {
-    keys: Keys,
-    pub past: Past,
+    keys: KeySet,
+    pub past: KeyVariants,
     pub cost_usd: f64,
     bytes: u64,
 }
@@ -113,11 +107,11 @@ impl Peek {
     }
 }
 
-/// Looks into the cache in `dir`, which need not be there, also while another process writes it: by its
-/// index, if that is of these very files, or else whole.
+/// Reads the keys of the cache in `dir`, also while another process writes it: from its index if that is valid,
+/// or else from all records. A cache that does not exist is empty.
 ///
 /// # Errors
-/// Where it cannot be read or is damaged.
+/// If the cache cannot be read or is damaged.
 pub fn peek(dir: &Path) -> Result<Peek> {
     let mut peek = Peek {
         bytes: size(dir),
@@ -131,51 +125,51 @@ pub fn peek(dir: &Path) -> Result<Peek> {
         (peek.keys, peek.past, peek.cost_usd) = (index.keys, index.past, index.cost_usd);
         return Ok(peek);
     }
-    let mut lines = Lines::open(dir)?;
+    let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         let line = lines.line();
         let known = keys::identity(line).and_then(|(key, _)| Ok((key, line::cost_usd(line)?)));
         let (key, cost_usd) = known.map_err(|fault| lines.refuse(fault))?;
         peek.keys.insert(key);
         let head = line::head(line).map_err(|fault| lines.refuse(fault))?;
-        peek.past.note(head.v, head.cut_at);
+        peek.past.insert(head.v, head.cut_at);
         peek.cost_usd += cost_usd;
     }
     lines.warn_of_torn();
     Ok(peek)
 }
 
-/// Told how many bytes of a file have been read.
+/// Callback with the number of bytes read from a file.
 type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 
-/// What one of the two files holds.
+/// Contents of one of the two files.
 #[derive(Debug)]
-struct Part {
-    records: Vec<Identity>,
-    past: Past,
+struct FileContents {
+    records: Vec<RecordIdentity>,
+    past: KeyVariants,
     cost_usd: f64,
-    /// In whole lines or frames.
+    /// Bytes of whole lines or frames.
     bytes: u64,
-    /// Those and what follows them.
+    /// Length of the file.
     length: u64,
-    ending: Ending,
+    ending: FileEnding,
 }
 
-impl Default for Part {
+impl Default for FileContents {
     fn default() -> Self {
         Self {
             records: Vec::new(),
-            past: Past::default(),
+            past: KeyVariants::default(),
             cost_usd: 0.0,
             bytes: 0,
             length: 0,
-            ending: Ending::Clean,
+            ending: FileEnding::Clean,
         }
     }
 }
 
-impl Part {
-    fn add(&mut self, block: Block, on_progress: OnBytes<'_>) -> Result<()> {
+impl FileContents {
+    fn add(&mut self, block: VerifiedBlock, on_progress: OnBytes<'_>) -> Result<()> {
         self.records.extend(block.records);
         self.past.add(&block.past);
         self.cost_usd += block.cost_usd;
@@ -183,49 +177,49 @@ impl Part {
         on_progress(self.bytes)
     }
 
-    /// The file was read to its end, and how it ends.
-    fn read_to(mut self, length: u64, ending: Ending) -> Part {
+    /// Sets the length of the file, once it was read to its end, and how it ends.
+    fn with_end(mut self, length: u64, ending: FileEnding) -> FileContents {
         self.length = length;
         self.bytes = match &ending {
-            Ending::Torn(bad) => bad.offset,
-            Ending::Clean | Ending::Unterminated => length,
+            FileEnding::Torn(bad) => bad.offset,
+            FileEnding::Clean | FileEnding::Unterminated => length,
         };
         self.ending = ending;
         self
     }
 
-    fn add_line(&mut self, line: &[u8]) -> Result<(), line::Fault> {
+    fn add_line(&mut self, line: &[u8]) -> Result<(), line::LineError> {
         self.records.push(keys::identity(line)?);
         let head = line::head(line)?;
-        self.past.note(head.v, head.cut_at);
+        self.past.insert(head.v, head.cut_at);
         self.cost_usd += line::cost_usd(line)?;
         Ok(())
     }
 }
 
-fn read_plain(file: &mut File, path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
-    let mut part = Part::default();
+fn read_plain(file: &mut File, path: &Path, on_progress: OnBytes<'_>) -> Result<FileContents> {
+    let mut part = FileContents::default();
     let could_not_read = || format!("could not read {}", path.display());
-    verify_parallel::plain(&mut *file, path, |block| part.add(block, on_progress))?;
-    // From the first odd line on, or to see that there is none.
+    verify_parallel::verify_plain(&mut *file, path, |block| part.add(block, on_progress))?;
+    // Continues at the first line that the parallel pass did not accept.
     file.seek(SeekFrom::Start(part.bytes))
         .with_context(could_not_read)?;
     let reader = BufReader::with_capacity(1 << 20, file);
-    let mut scan = Scan::behind(reader, part.bytes, part.records.len() as u64);
+    let mut scan = LineScan::starting_at(reader, part.bytes, part.records.len() as u64);
     while scan.advance().map_err(|error| refusal(path, error))? {
         part.add_line(scan.line())
             .map_err(|fault| damaged(path, &scan.bad(fault)))?;
         on_progress(scan.position())?;
     }
-    Ok(part.read_to(scan.position(), scan.ending()))
+    Ok(part.with_end(scan.position(), scan.ending()))
 }
 
-fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
-    let mut part = Part::default();
+fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<FileContents> {
+    let mut part = FileContents::default();
     let could_not_read = || format!("could not read {}", path.display());
     let file = || File::open(path).with_context(could_not_read);
     part.length = length(path)?;
-    verify_parallel::compressed(file()?, path, |block| part.add(block, on_progress))?;
+    verify_parallel::verify_compressed(file()?, path, |block| part.add(block, on_progress))?;
     if part.bytes == part.length {
         return Ok(part);
     }
@@ -236,12 +230,12 @@ fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<Part> {
         part.add_line(scan.line())
             .map_err(|fault| damaged(path, &scan.bad(fault)))?;
     }
-    Ok(part.read_to(scan.position(), scan.ending()))
+    Ok(part.with_end(scan.position(), scan.ending()))
 }
 
-fn warn_of_tear(path: &Path, part: &Part, aside: &Path) {
+fn warn_torn(path: &Path, part: &FileContents, aside: &Path) {
     tracing::warn!(
-        "{}: a torn record at its end ({} bytes from byte {}) is moved to {}; it will be asked again",
+        "{}: an incomplete record at its end ({} bytes from byte {}) is moved to {}; its prompt will be asked again",
         path.display(),
         part.length - part.bytes,
         part.bytes,
@@ -249,36 +243,36 @@ fn warn_of_tear(path: &Path, part: &Part, aside: &Path) {
     );
 }
 
-fn repair_plain(file: &mut File, dir: &Path, plain: &mut Part) -> std::io::Result<()> {
+fn repair_plain(file: &mut File, dir: &Path, plain: &mut FileContents) -> std::io::Result<()> {
     match plain.ending {
-        Ending::Clean => {}
-        Ending::Unterminated => {
+        FileEnding::Clean => {}
+        FileEnding::Unterminated => {
             storage::append(file, b"\n")?;
             plain.bytes += 1;
         }
-        Ending::Torn(_) => {
+        FileEnding::Torn(_) => {
             let aside = torn_file(dir);
-            warn_of_tear(&plain_file(dir), plain, &aside);
+            warn_torn(&plain_file(dir), plain, &aside);
             storage::cut(file, plain.bytes, &aside)?;
         }
     }
     Ok(())
 }
 
-/// Cuts a frame that is not whole. A crash leaves its lines in the plain file, too, and any other
-/// line that can still be read goes there.
+/// Cuts off a torn frame. After a crash its lines are in the plain file as well; any other line that can still be
+/// read is appended there.
 fn repair_compressed(
     file: &mut File,
     dir: &Path,
-    compressed: &Part,
-    plain: &mut Part,
+    compressed: &FileContents,
+    plain: &mut FileContents,
 ) -> Result<()> {
     let path = compressed_file(dir);
     let mut torn = Vec::new();
     let mut frames = storage::open_or_create(&path)?;
     frames.seek(SeekFrom::Start(compressed.bytes))?;
     (&mut frames).take(1 << 30).read_to_end(&mut torn)?;
-    let known: Keys = plain.records.iter().map(|(key, _)| *key).collect();
+    let known: KeySet = plain.records.iter().map(|(key, _)| *key).collect();
     let mut rescued = Vec::new();
     for line in frames::salvage(&torn).split_inclusive(|&byte| byte == b'\n') {
         let bare = line.trim_ascii_end();
@@ -290,8 +284,7 @@ fn repair_compressed(
     storage::append(file, &rescued)?;
     plain.bytes += rescued.len() as u64;
     tracing::warn!(
-        "{}: a torn frame at its end ({} bytes from byte {}) is moved to {}; what it held that can \
-         still be read is kept",
+        "{}: an incomplete frame at its end ({} bytes from byte {}) is moved to {}; its readable records are kept",
         path.display(),
         compressed.length - compressed.bytes,
         compressed.bytes,
@@ -301,33 +294,34 @@ fn repair_compressed(
     Ok(())
 }
 
-/// A crash between the two steps of compressing leaves lines in both files: they leave the plain one.
-fn forget_what_is_compressed(
+/// Removes from the plain file the lines that are in the compressed file as well, as a crash between the two
+/// steps of compressing leaves them.
+fn remove_compressed_from_plain(
     dir: &Path,
-    compressed: &Part,
-    plain: &mut Part,
-    wrap: &Wrap,
+    compressed: &FileContents,
+    plain: &mut FileContents,
+    wrap: &WrapFile,
 ) -> Result<()> {
     if compressed.records.is_empty() || plain.records.is_empty() {
         return Ok(());
     }
-    let mut twice: HashSet<Identity> = plain.records.iter().copied().collect();
+    let mut in_both: HashSet<RecordIdentity> = plain.records.iter().copied().collect();
     let in_frames: HashSet<_> = (compressed.records.iter().copied())
-        .filter(|record| twice.contains(record))
+        .filter(|record| in_both.contains(record))
         .collect();
-    twice.retain(|record| in_frames.contains(record));
-    if twice.is_empty() {
+    in_both.retain(|record| in_frames.contains(record));
+    if in_both.is_empty() {
         return Ok(());
     }
     let path = plain_file(dir);
     let could_not = || format!("could not repair {}", path.display());
-    let mut rest = Part::default();
+    let mut rest = FileContents::default();
     let file = File::open(&path).with_context(could_not)?;
-    let mut scan = Scan::new(BufReader::with_capacity(1 << 20, file));
+    let mut scan = LineScan::new(BufReader::with_capacity(1 << 20, file));
     let (_, length) = storage::replace(&path, wrap, |new| {
         while scan.advance().map_err(|error| refusal(&path, error))? {
             let line = scan.line();
-            if !twice.contains(&keys::identity(line)?) {
+            if !in_both.contains(&keys::identity(line)?) {
                 rest.add_line(line)?;
                 new.append(line)?;
                 new.append(b"\n")?;
@@ -341,14 +335,14 @@ fn forget_what_is_compressed(
     Ok(())
 }
 
-fn join(compressed: Part, plain: Part) -> Contents {
+fn combine(compressed: FileContents, plain: FileContents) -> CacheContents {
     let records = compressed.records.len() + plain.records.len();
-    let mut keys = Keys::with_capacity_and_hasher(records, Default::default());
+    let mut keys = KeySet::with_capacity_and_hasher(records, Default::default());
     keys.extend(compressed.records.into_iter().map(|(key, _)| key));
     keys.extend(plain.records.into_iter().map(|(key, _)| key));
     let mut past = compressed.past;
     past.add(&plain.past);
-    Contents {
+    CacheContents {
         past,
         repeated: (records - keys.len()) as u64,
         keys,

@@ -1,12 +1,12 @@
-//! The name of a record: what is asked of whom, and nothing else.
+//! Keys of records: hashes of the request and the endpoint.
 //!
 //! ```text
-//! question = BLAKE3({"question":<the request without what changes no answer>,"sample":i,"v":2})
+//! question = BLAKE3({"question":<the request without fields that do not change the answer>,"sample":i,"v":2})
 //! key      = BLAKE3(question, endpoint)[..16] + question[..16]      in hex
 //! ```
 //!
-//! So two records of one question share the second half of their keys, whoever answered. An answer that was
-//! cut off at `max_tokens` has a key of its own: with a larger `max_tokens` the question is open again.
+//! Records of one question share the second half of their keys, whichever endpoint answered. An answer that was
+//! truncated at `max_tokens` has another key: with a larger `max_tokens` the question is open again.
 
 pub(crate) mod template;
 
@@ -19,11 +19,11 @@ use super::record::Record;
 use crate::cache::fingerprint::Fingerprint;
 pub use template::QuestionTemplate;
 
-/// Part of every question: raise it when the same text would come to mean something else.
+/// Version in every question: increase it if the same text gets another meaning.
 const VERSION: u32 = 2;
 
-/// Fields of a request that change no answer: how it is sent, who sends it, and how much of it is taken.
-const NO_PART: [&str; 10] = [
+/// Fields of a request that do not change the answer: transport, sender and length limits.
+const IGNORED_FIELDS: [&str; 10] = [
     "max_tokens",
     "max_completion_tokens",
     "stream",
@@ -36,8 +36,8 @@ const NO_PART: [&str; 10] = [
     "prompt_cache_key",
 ];
 
-/// Fields that are no sampling parameters, beside [`NO_PART`].
-const NOT_SAMPLING: [&str; 10] = [
+/// Fields that are not sampling parameters, in addition to [`IGNORED_FIELDS`].
+const NON_SAMPLING_FIELDS: [&str; 10] = [
     "model",
     "messages",
     "seed",
@@ -51,35 +51,36 @@ const NOT_SAMPLING: [&str; 10] = [
 ];
 
 /// First bytes of the text that is hashed.
-const BEGINNING: &[u8] = b"{\"question\":";
+const HASH_PREFIX: &[u8] = b"{\"question\":";
 
-/// Room for the text of most requests.
+/// Capacity in bytes for the text of most requests.
 const USUAL_BYTES: usize = 1024;
 
-/// Hex digits of half a key.
-const HALF: usize = 32;
+/// Number of hex digits in half a key.
+const HALF_KEY_DIGITS: usize = 32;
 
 /// Hash of a request without its endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Question {
     hash: blake3::Hash,
-    /// Bytes of the request as JSON.
+    /// Length of the request as JSON in bytes.
     pub bytes: usize,
 }
 
 impl Question {
-    pub fn of(request: &Value, sample: u32) -> Question {
+    /// Hashes a request without the fields in `IGNORED_FIELDS`.
+    pub fn new(request: &Value, sample: u32) -> Question {
         let mut text = Vec::with_capacity(USUAL_BYTES);
-        text.extend_from_slice(BEGINNING);
-        write_fields(request, &mut text, |name| !NO_PART.contains(&name));
+        text.extend_from_slice(HASH_PREFIX);
+        write_fields(request, &mut text, |name| !IGNORED_FIELDS.contains(&name));
         let end = text.len();
-        write_no_part(request, &mut text);
-        Question::of_text(&mut text, end, sample)
+        write_ignored(request, &mut text);
+        Question::from_text(&mut text, end, sample)
     }
 
-    /// Hashes the first `end` bytes of the text; the rest only counts towards `bytes`.
-    fn of_text(text: &mut Vec<u8>, end: usize, sample: u32) -> Question {
-        let bytes = text.len() - BEGINNING.len();
+    /// Hashes the first `end` bytes of `text`; the rest only counts towards `bytes`.
+    fn from_text(text: &mut Vec<u8>, end: usize, sample: u32) -> Question {
+        let bytes = text.len() - HASH_PREFIX.len();
         text.truncate(end);
         let rest = format!(",\"sample\":{sample},\"v\":{VERSION}}}");
         text.extend_from_slice(rest.as_bytes());
@@ -89,43 +90,47 @@ impl Question {
         }
     }
 
-    /// Its key, where this endpoint is asked.
+    /// Key of the answer of this endpoint.
     pub fn key(&self, endpoint: &str) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.hash.as_bytes());
         hasher.update(endpoint.as_bytes());
-        let asked = hasher.finalize().to_hex();
-        format!("{}{}", &asked[..HALF], &self.hash.to_hex()[..HALF])
+        let hash = hasher.finalize().to_hex();
+        format!(
+            "{}{}",
+            &hash[..HALF_KEY_DIGITS],
+            &self.hash.to_hex()[..HALF_KEY_DIGITS]
+        )
     }
 
-    /// Second half of every key of this question, in hex.
-    pub fn half(&self) -> String {
-        self.hash.to_hex()[..HALF].to_owned()
+    /// Second half, in hex, of every key of this question.
+    pub fn question_half(&self) -> String {
+        self.hash.to_hex()[..HALF_KEY_DIGITS].to_owned()
     }
 
-    /// Fingerprint of that half.
-    pub fn fingerprint(&self) -> Fingerprint {
+    /// Fingerprint of the second half of every key of this question.
+    pub fn question_fingerprint(&self) -> Fingerprint {
         let mut bytes = Fingerprint::default();
-        bytes.copy_from_slice(&self.hash.as_bytes()[..HALF / 2]);
+        bytes.copy_from_slice(&self.hash.as_bytes()[..HALF_KEY_DIGITS / 2]);
         bytes
     }
 }
 
-/// An endpoint as the keys of its answers name it.
+/// Endpoint as part of a key.
 #[derive(Debug, Clone)]
-pub struct Endpoint {
+pub struct KeyEndpoint {
     base_url: String,
-    part_of_key: String,
-    /// What was a part of the key before it was given a name.
+    key_part: String,
+    /// Part of the key before the endpoint was given a name.
     by_address: Option<String>,
 }
 
-impl Endpoint {
-    /// `name` is empty where the user has given it none.
-    pub fn new(name: &str, base_url: &str) -> Endpoint {
-        Endpoint {
+impl KeyEndpoint {
+    /// `name` is empty if the user has set none.
+    pub fn new(name: &str, base_url: &str) -> KeyEndpoint {
+        KeyEndpoint {
             base_url: base_url.to_owned(),
-            part_of_key: endpoint(name, base_url),
+            key_part: endpoint(name, base_url),
             by_address: (!name.is_empty()).then(|| endpoint("", base_url)),
         }
     }
@@ -133,29 +138,34 @@ impl Endpoint {
 
 /// Keys under which the answer to one request may be cached.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Names {
-    /// The key of a new record.
+pub struct CacheKeys {
+    /// Key of a new record.
     pub key: String,
-    /// By the address, if the endpoint has a name: it may have been given later.
+    /// Key by the endpoint's address, if the endpoint has a name: the name may have been set later.
     pub by_address: Option<String>,
-    /// Of schema 1.
-    pub old: Option<String>,
+    /// Key of schema 1.
+    pub schema_1: Option<String>,
 }
 
-impl Names {
-    /// `old` is the request and its sample; if given, the key of schema 1 is included.
-    pub fn new(question: &Question, endpoint: &Endpoint, old: Option<(&Value, u32)>) -> Names {
+impl CacheKeys {
+    /// `old` is the request and its sample; if it is given, the key of schema 1 is included.
+    pub fn new(
+        question: &Question,
+        endpoint: &KeyEndpoint,
+        old: Option<(&Value, u32)>,
+    ) -> CacheKeys {
         let by_address = endpoint.by_address.as_deref();
-        Names {
-            key: question.key(&endpoint.part_of_key),
+        CacheKeys {
+            key: question.key(&endpoint.key_part),
             by_address: by_address.map(|address| question.key(address)),
-            old: old.map(|(request, sample)| old_key(&endpoint.base_url, request, sample)),
+            schema_1: old
+                .map(|(request, sample)| schema_1_key(&endpoint.base_url, request, sample)),
         }
     }
 
-    /// The new key first.
+    /// Iterates over the keys; the key of a new record comes first.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
-        let others = [self.by_address.as_deref(), self.old.as_deref()];
+        let others = [self.by_address.as_deref(), self.schema_1.as_deref()];
         [Some(self.key.as_str())]
             .into_iter()
             .chain(others)
@@ -163,24 +173,24 @@ impl Names {
     }
 }
 
-/// Returns true if the key of the record is one of its request, whoever was asked.
+/// Returns true if the record's key belongs to its request, for any endpoint.
 pub fn is_key_of(record: &Record) -> bool {
     let (request, sample) = (&record.request, record.sample);
     if record.v < 2 {
-        record.key == old_key(&record.endpoint, request, sample)
+        record.key == schema_1_key(&record.endpoint, request, sample)
     } else {
-        half(&record.key) == Question::of(request, sample).half()
+        question_half(&record.key) == Question::new(request, sample).question_half()
     }
 }
 
 /// Second half of a key, which identifies the question.
-pub fn half(key: &str) -> &str {
-    key.get(HALF..).unwrap_or(key)
+pub fn question_half(key: &str) -> &str {
+    key.get(HALF_KEY_DIGITS..).unwrap_or(key)
 }
 
-/// Fingerprint of the second half of a key; that of [`Question::fingerprint`] if the key is of a question.
-pub fn fingerprint(key: &str) -> Fingerprint {
-    let half = half(key);
+/// Fingerprint of the second half of a key; equals [`Question::question_fingerprint`] of its question.
+pub fn question_fingerprint(key: &str) -> Fingerprint {
+    let half = question_half(key);
     crate::cache::fingerprint::from_hex(half.as_bytes())
         .unwrap_or_else(|| crate::cache::fingerprint::fingerprint(half))
 }
@@ -194,7 +204,7 @@ pub fn max_tokens(request: &Value) -> Option<u32> {
     u32::try_from(value).ok()
 }
 
-/// `max_tokens` if an answer to this request was truncated there, else 0.
+/// Returns `max_tokens` if an answer to this request was truncated there, else 0.
 pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
     match finish_reason {
         "length" | "max_tokens" => max_tokens(request).unwrap_or(0),
@@ -202,33 +212,36 @@ pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
     }
 }
 
-/// The key of an answer that was cut off at so many tokens.
-pub fn cut_key(key: &str, max_tokens: u32) -> String {
+/// Key of an answer that was truncated at `max_tokens`.
+pub fn truncated_key(key: &str, max_tokens: u32) -> String {
     let hash = blake3::hash(format!("{key} cut off at {max_tokens}").as_bytes());
-    format!("{}{}", &hash.to_hex()[..HALF], half(key))
+    format!(
+        "{}{}",
+        &hash.to_hex()[..HALF_KEY_DIGITS],
+        question_half(key)
+    )
 }
 
 /// Sampling parameters of a request as JSON, the same for all its prompts and samples.
 pub fn sampling(request: &Value) -> String {
     let mut text = Vec::new();
     write_fields(request, &mut text, |name| {
-        !NO_PART.contains(&name) && !NOT_SAMPLING.contains(&name)
+        !IGNORED_FIELDS.contains(&name) && !NON_SAMPLING_FIELDS.contains(&name)
     });
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// The key under which versions up to schema 1 kept the answer.
-pub fn old_key(base_url: &str, request: &Value, sample: u32) -> String {
+/// Key of an answer in schema 1.
+pub fn schema_1_key(base_url: &str, request: &Value, sample: u32) -> String {
     let mut text = b"{\"body\":".to_vec();
-    write_fields(request, &mut text, every);
+    write_fields(request, &mut text, any_field);
     let endpoint = Value::from(base_url);
     let rest = format!(",\"endpoint\":{endpoint},\"sample\":{sample},\"v\":1}}");
     text.extend_from_slice(rest.as_bytes());
     blake3::hash(&text).to_hex().to_string()
 }
 
-/// An endpoint as keys name it: by the name that the user has given it, or else by its address, in the one
-/// spelling of all that mean the same.
+/// Endpoint as it is hashed into keys: its name if the user has set one, or else its normalised address.
 pub fn endpoint(name: &str, base_url: &str) -> String {
     if !name.is_empty() {
         return format!("name:{name}");
@@ -261,35 +274,38 @@ pub fn endpoint(name: &str, base_url: &str) -> String {
 
 /// Alternative keys that may occur in a cache: keys of schema 1, and keys of truncated answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Past {
-    /// Records of schema 1, under keys of that time.
-    pub has_old: bool,
+pub struct KeyVariants {
+    /// True if the cache holds records of schema 1.
+    #[serde(rename = "has_old")]
+    pub has_schema_1: bool,
     /// Values of `max_tokens` at which answers were truncated.
-    pub cuts: BTreeSet<u32>,
+    #[serde(rename = "cuts")]
+    pub truncated_at: BTreeSet<u32>,
 }
 
-impl Past {
-    pub fn note(&mut self, schema: u32, cut_at: u32) {
-        self.has_old |= schema < 2;
+impl KeyVariants {
+    /// Adds a record by its schema and `cut_at`.
+    pub fn insert(&mut self, schema: u32, cut_at: u32) {
+        self.has_schema_1 |= schema < 2;
         if cut_at > 0 {
-            self.cuts.insert(cut_at);
+            self.truncated_at.insert(cut_at);
         }
     }
 
-    pub fn add(&mut self, other: &Past) {
-        self.has_old |= other.has_old;
-        self.cuts.extend(&other.cuts);
+    pub fn add(&mut self, other: &KeyVariants) {
+        self.has_schema_1 |= other.has_schema_1;
+        self.truncated_at.extend(&other.truncated_at);
     }
 
-    /// The keys under which an answer to the question of this key may be that was cut off no earlier than
-    /// at `max_tokens`.
-    pub fn cut_keys(&self, key: &str, max_tokens: u32) -> impl Iterator<Item = String> {
-        let cuts = self.cuts.range(max_tokens..);
-        cuts.map(move |cut| cut_key(key, *cut))
+    /// Keys of truncated answers to the question of `key` that have at least `max_tokens` tokens.
+    pub fn truncated_keys(&self, key: &str, max_tokens: u32) -> impl Iterator<Item = String> {
+        let cuts = self.truncated_at.range(max_tokens..);
+        cuts.map(move |cut| truncated_key(key, *cut))
     }
 }
 
-/// Writes the value with the keys of every object sorted, and of the outermost one those that are wanted.
+/// Writes `value` as JSON with sorted object keys. Of the outermost object only the fields that `is_wanted`
+/// accepts are written.
 fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> bool) {
     match value {
         Value::Object(fields) => {
@@ -302,7 +318,7 @@ fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> b
                 }
                 write_scalar(name.as_str(), text);
                 text.push(b':');
-                write_fields(value, text, every);
+                write_fields(value, text, any_field);
             }
             text.push(b'}');
         }
@@ -312,7 +328,7 @@ fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> b
                 if index > 0 {
                     text.push(b',');
                 }
-                write_fields(item, text, every);
+                write_fields(item, text, any_field);
             }
             text.push(b']');
         }
@@ -320,22 +336,22 @@ fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> b
     }
 }
 
-/// Writes the fields in [`NO_PART`], in the order of the request.
-fn write_no_part(request: &Value, text: &mut Vec<u8>) {
+/// Writes the fields in [`IGNORED_FIELDS`], in the order of the request.
+fn write_ignored(request: &Value, text: &mut Vec<u8>) {
     let fields = request.as_object().into_iter().flatten();
-    for (name, value) in fields.filter(|(name, _)| NO_PART.contains(&name.as_str())) {
+    for (name, value) in fields.filter(|(name, _)| IGNORED_FIELDS.contains(&name.as_str())) {
         write_scalar(name, text);
         text.extend_from_slice(b":,");
-        write_fields(value, text, every);
+        write_fields(value, text, any_field);
     }
 }
 
-fn every(_: &str) -> bool {
+fn any_field(_: &str) -> bool {
     true
 }
 
 fn write_scalar(value: impl Serialize, text: &mut Vec<u8>) {
-    // A scalar always has a JSON text, and a vector room for it.
+    // Serialising a scalar to a vector cannot fail.
     serde_json::to_writer(text, &value).ok();
 }
 
@@ -345,13 +361,13 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn how_an_answer_is_sent_and_how_much_of_it_is_taken_is_no_part_of_the_question() {
+    fn question_ignores_transport_and_length_fields() {
         let body = json!({"model": "m", "messages": [], "max_tokens": 5, "temperature": 1.0});
         let same = [
             json!({"temperature": 1.0, "messages": [], "model": "m"}),
             json!({"model": "m", "messages": [], "max_completion_tokens": 9, "temperature": 1.0, "stream": false, "user": "u"}),
         ];
-        let key = |body: &Value, sample| Question::of(body, sample).key("e");
+        let key = |body: &Value, sample| Question::new(body, sample).key("e");
         for other in &same {
             assert_eq!(key(&body, 0), key(other, 0));
         }
@@ -361,33 +377,39 @@ mod tests {
             json!({"model": "m", "messages": [], "temperature": 0.5}),
         ];
         for other in &other {
-            assert_ne!(half(&key(&body, 0)), half(&key(other, 0)));
+            assert_ne!(question_half(&key(&body, 0)), question_half(&key(other, 0)));
         }
-        assert_ne!(half(&key(&body, 0)), half(&key(&body, 1)));
-        // Of whom it is asked is in the first half alone.
-        let elsewhere = Question::of(&body, 0).key("f");
-        assert_ne!(key(&body, 0), elsewhere);
-        assert_eq!(half(&key(&body, 0)), half(&elsewhere));
-        assert_eq!(half(&elsewhere), Question::of(&body, 0).half());
+        assert_ne!(question_half(&key(&body, 0)), question_half(&key(&body, 1)));
+        // The endpoint changes only the first half.
+        let other_endpoint = Question::new(&body, 0).key("f");
+        assert_ne!(key(&body, 0), other_endpoint);
+        assert_eq!(
+            question_half(&key(&body, 0)),
+            question_half(&other_endpoint)
+        );
+        assert_eq!(
+            question_half(&other_endpoint),
+            Question::new(&body, 0).question_half()
+        );
     }
 
     #[test]
-    fn an_answer_that_was_cut_off_is_found_up_to_where_it_was_cut() {
-        let key = Question::of(&json!({}), 0).key("e");
-        let mut past = Past::default();
-        past.note(2, 512);
-        past.note(2, 0);
-        let cut = cut_key(&key, 512);
-        assert_eq!(half(&cut), half(&key));
+    fn truncated_answer_is_found_up_to_its_max_tokens() {
+        let key = Question::new(&json!({}), 0).key("e");
+        let mut past = KeyVariants::default();
+        past.insert(2, 512);
+        past.insert(2, 0);
+        let cut = truncated_key(&key, 512);
+        assert_eq!(question_half(&cut), question_half(&key));
         for (max_tokens, is_found) in [(1, true), (512, true), (513, false)] {
-            let mut keys = past.cut_keys(&key, max_tokens);
+            let mut keys = past.truncated_keys(&key, max_tokens);
             assert_eq!(keys.any(|name| name == cut), is_found, "{max_tokens}");
         }
-        assert!(!past.has_old);
+        assert!(!past.has_schema_1);
     }
 
     #[test]
-    fn one_endpoint_has_one_name_however_its_address_is_spelled() {
+    fn endpoint_addresses_are_normalised() {
         for (spelling, expected) in [
             (
                 "HTTPS://API.Example.com:443/v1/",
@@ -409,20 +431,20 @@ mod tests {
     fn keys_never_change() {
         let body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}],
             "max_completion_tokens": 512, "temperature": 1.0, "logprobs": true, "top_logprobs": 20});
-        // Golden keys: should one change, every cache would be bought again.
+        // Golden keys: if one changes, every run pays for its whole cache again.
         assert_eq!(
-            old_key("http://a/v1", &body, 0),
+            schema_1_key("http://a/v1", &body, 0),
             "93c719aebe2658e2afeb28e1bc0e94468267cc514d5a71ff383956a79309f425"
         );
-        let key = Question::of(&body, 0).key(&endpoint("", "http://a/v1"));
+        let key = Question::new(&body, 0).key(&endpoint("", "http://a/v1"));
         assert_eq!(
             key,
             "baf29abff0d7df240deeb62c1d4e1694bb9800ba08e76b338c188e77f6bf5eab"
         );
         assert_eq!(
-            cut_key(&key, 512),
+            truncated_key(&key, 512),
             "bdf4a81453f9888b294b5792f8e7d813bb9800ba08e76b338c188e77f6bf5eab"
         );
-        assert_eq!(Question::of(&body, 0).bytes, body.to_string().len());
+        assert_eq!(Question::new(&body, 0).bytes, body.to_string().len());
     }
 }

@@ -1,4 +1,4 @@
-//! Reading a cache, also while another process writes it.
+//! Reads a cache sequentially, also while another process writes it.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -8,25 +8,25 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::frames::FrameScan;
-use super::keys::{self, Identity};
-use super::line::{self, Fault};
+use super::keys::{self, RecordIdentity};
+use super::line::{self, LineError};
 use super::record::Record;
-use super::recovery::{BadLine, Ending, Scan, ScanError};
+use super::recovery::{BadLine, FileEnding, LineScan, ScanError};
 use super::{compressed_file, damaged, plain_file, refusal};
 
-/// The records of the cache in `dir`, in the order they were paid for.
+/// Reads the records of the cache in `dir` in the order in which they were appended.
 ///
-/// A torn tail is left out: a writer may be at work on it. A damaged line yields an error with its
-/// number and offset ([`crate::exit::Exit::Damaged`]), after which the caller should stop.
+/// A torn tail is skipped, because another process may be writing it. A damaged line yields an error with its
+/// number and offset ([`crate::exit::Exit::Damaged`]), and ends the iteration.
 pub fn read(dir: &Path) -> Result<impl Iterator<Item = Result<Record>> + use<>> {
     Ok(Records {
-        lines: Lines::open(dir)?,
+        lines: CacheLines::open(dir)?,
         done: false,
     })
 }
 
 struct Records {
-    lines: Lines,
+    lines: CacheLines,
     done: bool,
 }
 
@@ -52,34 +52,35 @@ impl Iterator for Records {
     }
 }
 
-/// Walks the whole lines of a cache: those of the compressed file, then those of the plain one that
-/// have not been compressed meanwhile.
-pub struct Lines {
+/// Reads the whole lines of a cache: first those of the compressed file, then those of the plain file that are
+/// not in the compressed one.
+pub struct CacheLines {
     dir: PathBuf,
     compressed: Option<FrameScan<File>>,
-    plain: Option<Scan<BufReader<Take<File>>>>,
-    /// Records of the plain file; those that were met in the compressed one.
-    in_plain: HashSet<Identity>,
-    sealed: HashSet<Identity>,
+    plain: Option<LineScan<BufReader<Take<File>>>>,
+    /// Records of the plain file.
+    in_plain: HashSet<RecordIdentity>,
+    /// Records that are in both files.
+    in_both: HashSet<RecordIdentity>,
     is_in_plain: bool,
 }
 
-impl Lines {
+impl CacheLines {
     /// Opens the cache in `dir`.
     ///
     /// # Errors
-    /// If there is none.
-    pub fn open(dir: &Path) -> Result<Lines> {
+    /// If there is no cache, or it cannot be read.
+    pub fn open(dir: &Path) -> Result<CacheLines> {
         super::check_files(dir)?;
-        // In this order: a line that leaves the plain file from now on is found in the other one.
+        // The plain file is opened first: a line that is compressed from now on is found in the other file.
         let plain = open(&plain_file(dir))?;
         let compressed = open(&compressed_file(dir))?;
-        let mut lines = Lines {
+        let mut lines = CacheLines {
             dir: dir.to_owned(),
             compressed: compressed.map(FrameScan::new),
             plain: None,
             in_plain: HashSet::new(),
-            sealed: HashSet::new(),
+            in_both: HashSet::new(),
             is_in_plain: false,
         };
         let Some(mut plain) = plain else {
@@ -91,11 +92,12 @@ impl Lines {
             }
             return Ok(lines);
         };
-        // A line that is appended later may be compressed before we come to it.
+        // A line that is appended later may be compressed before it is read here, so reading stops at the current
+        // length.
         let mut length = u64::MAX;
         if lines.compressed.is_some() {
-            let mut scan = Scan::new(BufReader::with_capacity(1 << 20, &plain));
-            // What is wrong with it is told when it is read.
+            let mut scan = LineScan::new(BufReader::with_capacity(1 << 20, &plain));
+            // Damage is reported later, when the line is read.
             while let Ok(true) = scan.advance() {
                 lines.in_plain.extend(keys::identity(scan.line()));
             }
@@ -105,7 +107,7 @@ impl Lines {
                 .with_context(|| format!("could not read {}", plain_file(dir).display()))?;
         }
         let plain = BufReader::with_capacity(1 << 20, plain.take(length));
-        lines.plain = Some(Scan::new(plain));
+        lines.plain = Some(LineScan::new(plain));
         Ok(lines)
     }
 
@@ -114,8 +116,8 @@ impl Lines {
         self.is_in_plain
     }
 
-    /// Goes to the next whole record; `false` at the end. After a [`ScanError::Bad`] the walk can go
-    /// on behind the damage.
+    /// Advances to the next whole record; returns `false` at the end. After a [`ScanError::Bad`] reading can
+    /// continue after the damage.
     pub fn advance(&mut self) -> Result<bool, ScanError> {
         if let (Some(scan), false) = (&mut self.compressed, self.is_in_plain)
             && scan.advance()?
@@ -124,7 +126,7 @@ impl Lines {
                 && let Ok(identity) = keys::identity(scan.line())
                 && self.in_plain.contains(&identity)
             {
-                self.sealed.insert(identity);
+                self.in_both.insert(identity);
             }
             return Ok(true);
         }
@@ -133,17 +135,17 @@ impl Lines {
             return Ok(false);
         };
         while scan.advance()? {
-            let is_sealed = !self.sealed.is_empty()
+            let is_repeated = !self.in_both.is_empty()
                 && keys::identity(scan.line())
-                    .is_ok_and(|identity| self.sealed.contains(&identity));
-            if !is_sealed {
+                    .is_ok_and(|identity| self.in_both.contains(&identity));
+            if !is_repeated {
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
-    /// The current record's line, without its line end.
+    /// Line of the current record, without its line end.
     pub fn line(&self) -> &[u8] {
         match (&self.compressed, &self.plain) {
             (Some(scan), _) if !self.is_in_plain => scan.line(),
@@ -152,31 +154,32 @@ impl Lines {
         }
     }
 
-    /// The file that holds it.
+    /// Path of the file that contains the current line.
     pub fn path(&self) -> PathBuf {
-        match self.compressed.is_some() && !self.is_in_plain {
-            true => compressed_file(&self.dir),
-            false => plain_file(&self.dir),
+        if self.compressed.is_some() && !self.is_in_plain {
+            compressed_file(&self.dir)
+        } else {
+            plain_file(&self.dir)
         }
     }
 
-    /// The refusal to go on, for what is wrong with the current line.
-    pub fn refuse(&self, fault: Fault) -> anyhow::Error {
+    /// Returns the error for a fault of the current line.
+    pub fn refuse(&self, fault: LineError) -> anyhow::Error {
         damaged(&self.path(), &self.bad(fault))
     }
 
-    /// The refusal to go on, for why [`Lines::advance`] failed.
+    /// Returns the error for a failure of [`CacheLines::advance`].
     pub fn refuse_scan(&self, error: ScanError) -> anyhow::Error {
         refusal(&self.path(), error)
     }
 
-    /// Where the current line is.
-    pub fn place(&self) -> Place {
-        Place(self.bad(Fault::Unsealed))
+    /// Location of the current line.
+    pub fn place(&self) -> LineLocation {
+        LineLocation(self.bad(LineError::MissingChecksum))
     }
 
-    /// The current line, with what is wrong with it.
-    fn bad(&self, fault: Fault) -> BadLine {
+    /// Describes `fault` at the current line.
+    fn bad(&self, fault: LineError) -> BadLine {
         match (&self.compressed, &self.plain) {
             (Some(scan), _) if !self.is_in_plain => scan.bad(fault),
             (_, Some(scan)) => scan.bad(fault),
@@ -189,34 +192,37 @@ impl Lines {
         }
     }
 
-    /// Bytes of both files that have been read.
+    /// Number of bytes of both files that have been read.
     pub fn position(&self) -> u64 {
         let compressed = self.compressed.as_ref().map_or(0, FrameScan::position);
-        compressed + self.plain.as_ref().map_or(0, Scan::position)
+        compressed + self.plain.as_ref().map_or(0, LineScan::position)
     }
 
-    /// The torn tails, once [`Lines::advance`] has returned `false`.
+    /// Torn tails; valid once [`CacheLines::advance`] has returned `false`.
     pub fn torn(&self) -> Vec<(PathBuf, BadLine)> {
         let compressed = self.compressed.as_ref().map(FrameScan::ending);
         let endings = [
             (compressed_file(&self.dir), compressed),
-            (plain_file(&self.dir), self.plain.as_ref().map(Scan::ending)),
+            (
+                plain_file(&self.dir),
+                self.plain.as_ref().map(LineScan::ending),
+            ),
         ];
         let torn = endings
             .into_iter()
             .filter_map(|(path, ending)| match ending {
-                Some(Ending::Torn(bad)) => Some((path, bad)),
+                Some(FileEnding::Torn(bad)) => Some((path, bad)),
                 _ => None,
             });
         torn.collect()
     }
 
-    /// Says so where the cache has a torn tail, once [`Lines::advance`] has returned `false`.
+    /// Warns about torn tails, once [`CacheLines::advance`] has returned `false`.
     pub fn warn_of_torn(&self) {
         for (path, bad) in self.torn() {
             tracing::warn!(
-                "{}: the last record, at byte {}, is not whole (a writer is at work, or was \
-                 stopped) and is left out",
+                "{}: the last record, at byte {}, is incomplete and was skipped: another process is writing it \
+                 or was stopped",
                 path.display(),
                 bad.offset
             );
@@ -224,21 +230,22 @@ impl Lines {
     }
 }
 
-/// Where a line is in a cache.
+/// Location of a line in a cache.
 #[derive(Debug, Clone)]
-pub struct Place(BadLine);
+pub struct LineLocation(BadLine);
 
-impl Place {
-    /// Where it begins in the plain file; None where it is compressed.
+impl LineLocation {
+    /// Offset of the line in the plain file; `None` if it is compressed.
     pub fn offset(&self) -> Option<u64> {
         (!self.0.is_compressed).then_some(self.0.offset)
     }
 
-    /// The refusal to go on, for what is wrong with the line there in the cache in `dir`.
-    pub fn refuse(&self, dir: &Path, fault: Fault) -> anyhow::Error {
-        let path = match self.0.is_compressed {
-            true => compressed_file(dir),
-            false => plain_file(dir),
+    /// Returns the error for a fault of this line in the cache in `dir`.
+    pub fn refuse(&self, dir: &Path, fault: LineError) -> anyhow::Error {
+        let path = if self.0.is_compressed {
+            compressed_file(dir)
+        } else {
+            plain_file(dir)
         };
         let bad = BadLine {
             fault,
@@ -258,24 +265,29 @@ fn open(path: &Path) -> Result<Option<File>> {
     }
 }
 
-/// What [`examine`] found in a cache.
+/// Result of [`verify_cache`].
 #[derive(Debug, Default)]
-pub struct Findings {
-    /// Whole records, and the bytes of the files.
+pub struct VerifyReport {
+    /// Number of whole records.
     pub records: u64,
+    /// Size of the files in bytes.
     pub bytes: u64,
-    /// Keys that more than one record has, with how many have them.
+    /// Keys of more than one record, with the number of their records.
     pub repeated: Vec<(String, u64)>,
-    /// With the file that each is in.
+    /// Damaged lines and frames, each with its file.
     pub damaged: Vec<(PathBuf, BadLine)>,
+    /// Torn tails, each with its file.
     pub torn: Vec<(PathBuf, BadLine)>,
 }
 
-/// Reads the cache in `dir` whole, decodes every record, and lists all that is wrong with it.
-pub fn examine(dir: &Path, on_progress: crate::cache::files::OnProgress<'_>) -> Result<Findings> {
-    let mut lines = Lines::open(dir)?;
+/// Decodes every record of the cache in `dir`, and lists all damage.
+pub fn verify_cache(
+    dir: &Path,
+    on_progress: crate::cache::files::OnReadProgress<'_>,
+) -> Result<VerifyReport> {
+    let mut lines = CacheLines::open(dir)?;
     let total = crate::cache::files::size(dir);
-    let mut findings = Findings::default();
+    let mut findings = VerifyReport::default();
     let mut keys = std::collections::BTreeMap::<String, u64>::new();
     loop {
         match lines.advance() {

@@ -1,6 +1,6 @@
-//! One answered request, as one line of the cache.
+//! [`Record`]: one answered request, stored as one line of the cache.
 
-use crate::cache::encoding::RawToken;
+use crate::cache::raw_token::RawToken;
 use crate::cache::usage::Usage;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
@@ -9,61 +9,70 @@ use serde_json::{Map, Value};
 
 use super::stored;
 
-/// The schema that this version writes. Readers accept it and every earlier one.
+/// Schema version that this version writes. Readers accept it and every earlier one.
 pub const SCHEMA: u32 = 2;
 
-/// A line of the cache, without its checksum (see [`super::line`] for the line format).
+/// Logprob that OpenAI's API sends for "too unlikely to report", since JSON has no infinity. A response's
+/// logprob at or below it is stored as missing.
+pub const MISSING_LOGPROB: f32 = -9999.0;
+
+/// Highest of the sentinels that endpoints send for "too unlikely to report": some send -100. Training ignores
+/// a stored logprob at or below it.
+pub const HIGHEST_SENTINEL_LOGPROB: f32 = -100.0;
+
+/// One line of the cache, without its checksum (see [`super::line`] for the line format).
 ///
-/// Every field is always present and is stored with one type (see `stored`), so that
-/// `pandas`, `datasets` and other readers that infer a schema from the first rows can read the file
-/// as it is. The one exception is `logprobs`, which is null where there are none.
+/// Every field is always present and has one stored type (see `stored`), so that `pandas`, `datasets` and
+/// other readers that infer a schema from the first rows can read the file. The one exception is `logprobs`,
+/// which is null where there are none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// Schema version of this line.
     pub v: u32,
-    /// Names what was asked, in hex: the answer to "have we paid for this?". See [`super::question`].
+    /// Identifies the request, in hex; two records of one key are two answers to one request. See
+    /// [`super::question`].
     pub key: String,
-    /// `max_tokens`, where the answer was cut off there: with more of them it is asked for again. 0
-    /// otherwise, and in records of schema 1.
+    /// `max_tokens` of the request if the answer was truncated there: a run with a larger `max_tokens` asks
+    /// again. 0 otherwise, and in records of schema 1.
     #[serde(default)]
     pub cut_at: u32,
-    /// The prompt's id, as in the prompt source.
+    /// Id of the prompt, as in the prompt source.
     pub prompt_id: String,
-    /// Which of `prompts.samples` answers this is, from 0.
+    /// Index of the answer among `prompts.samples`, counted from 0.
     pub sample: u32,
     pub status: Status,
-    /// Why a quarantined answer must not be trained on; empty otherwise.
+    /// Reason why a quarantined answer must not be trained on; empty otherwise.
     pub reason: String,
     /// Base URL of the endpoint that answered.
     pub endpoint: String,
-    /// `teacher.name`, where one was set.
+    /// `teacher.name`; empty if none was set.
     #[serde(default)]
     pub teacher: String,
-    /// Hash of what `distill probe` knew of the endpoint then; empty if it was not probed.
+    /// Hash of the `distill probe` findings about the endpoint at that time; empty if it was not probed.
     #[serde(default)]
     pub probe: String,
     /// The request body as sent.
     #[serde(with = "stored::request")]
     pub request: Value,
     pub answer: Answer,
-    /// None where the endpoint reports none, which is stored as zeros.
+    /// `None` (stored as zeros) if the endpoint reported none.
     #[serde(with = "stored::usage")]
     pub usage: Option<Usage>,
-    /// Model name as reported by the endpoint; empty if it reports none.
+    /// Model name as reported by the endpoint; empty if none.
     pub model: String,
     /// `system_fingerprint` as reported; empty if none.
     pub fingerprint: String,
     pub logprobs: Option<Logprobs>,
     pub timing: Timing,
-    /// Cost at the prices in the config; none where no price is configured, which is stored as 0.
+    /// US dollars at the prices in the config; `None` (stored as 0) if no price is configured.
     #[serde(with = "stored::cost")]
     pub cost_usd: Option<f64>,
-    /// Response fields that this version does not know, kept as they came.
+    /// Response fields that this version does not know, unchanged.
     #[serde(with = "stored::extra")]
     pub extra: Map<String, Value>,
 }
 
-/// Returns true if the answer is of `distill serve --mock`, by its `system_fingerprint`.
+/// Returns true if `distill serve --mock` gave the answer, judged by its `system_fingerprint`.
 pub fn is_mock(fingerprint: &str) -> bool {
     fingerprint == "fp_mock"
 }
@@ -75,7 +84,7 @@ pub enum Status {
     Quarantined,
 }
 
-/// What the teacher said. Text fields are empty where the endpoint sent none.
+/// The teacher's answer. A text that the endpoint did not send is empty.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
     pub text: String,
@@ -87,22 +96,22 @@ pub struct Answer {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
-    /// When the request was sent: RFC 3339 in UTC with milliseconds, as by [`Timing::stamp`].
+    /// Time at which the request was sent: RFC 3339 in UTC with milliseconds, as by [`Timing::stamp`].
     pub sent_at: String,
     pub latency_ms: u64,
-    /// 1 where the first attempt succeeded.
+    /// Number of attempts, with the one that succeeded.
     pub attempts: u32,
 }
 
 impl Timing {
-    /// `sent_at` in UTC; None if it is no timestamp.
+    /// Parses `sent_at` as UTC; `None` if it is not a timestamp.
     pub fn date(sent_at: &str) -> Option<DateTime> {
         let sent_at: jiff::Timestamp = sent_at.parse().ok()?;
         Some(sent_at.to_zoned(TimeZone::UTC).datetime())
     }
 
-    /// `time` as `sent_at` holds it: always with milliseconds. Where some stamps have a fraction
-    /// and others none, readers that guess types guess differently from one block to the next.
+    /// Formats `time` for `sent_at`, always with milliseconds: if only some timestamps had a fraction, readers
+    /// that infer types would infer different ones from block to block.
     pub fn stamp(time: jiff::Timestamp) -> String {
         format!("{time:.3}")
     }
@@ -110,23 +119,24 @@ impl Timing {
 
 /// Top-k logprobs of an answer of T tokens, in columns (T tokens; up to k alternatives each).
 ///
-/// Columns rather than a list per position: each has one type, so schema-inferring readers load
-/// it, and it is smaller. A token is stored by its bytes: as text where these are UTF-8, otherwise
-/// as `""` here and in hex in `raw`. A logprob is `None` where the endpoint sent a sentinel
-/// (-9999, null, not finite), and is kept to f32 precision, in which endpoints compute.
+/// Columns are smaller than a list of objects per position, and each has one type, as readers that infer a
+/// schema need. A token is stored by its bytes: as text if they are UTF-8, otherwise as `""` here and in hex
+/// in `raw`. A logprob is `None` if the endpoint sent null, a number that is not finite, or one at or below
+/// [`MISSING_LOGPROB`]. Logprobs have f32 precision, in which endpoints compute.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Logprobs {
-    /// The emitted tokens (T).
+    /// Emitted tokens (T).
     pub token: Vec<String>,
-    /// Their logprobs (T).
+    /// Logprobs of the emitted tokens (T).
     pub logprob: Vec<Option<f32>>,
-    /// The alternatives, best first (T x up to k).
+    /// Alternatives at each position, most likely first (T x up to k).
     pub top: Vec<Vec<String>>,
-    /// Their logprobs (the shape of `top`).
+    /// Logprobs of the alternatives (the shape of `top`).
     pub top_logprob: Vec<Vec<Option<f32>>>,
-    /// Tokens whose bytes are no valid UTF-8.
+    /// Tokens whose bytes are not valid UTF-8.
     #[serde(with = "stored::raw")]
     pub raw: Vec<RawToken>,
-    /// Do the emitted tokens' bytes, joined, equal the answer's text? A last token that ends the turn aside.
+    /// True if the joined bytes of the emitted tokens equal the answer's text. A last token that ends the turn
+    /// does not count.
     pub matches_text: bool,
 }

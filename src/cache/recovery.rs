@@ -1,27 +1,27 @@
-//! Which lines of a cache file are whole, and how the file ends. Pure: bytes in, verdicts out.
+//! Finds the whole lines of a cache file, and how the file ends. Pure: takes bytes and returns verdicts.
 //!
-//! A crash can leave two things at the end of an append-only file: a line that stops short of its
-//! newline, or blocks that were never written and read as NUL bytes. Such a *torn tail*, with no
-//! whole record after it, was never acknowledged and may be cut. Every other line that does not
-//! verify is *damage* (bit rot, an edit by hand), wherever it stands, and is never passed over.
+//! A crash can leave two things at the end of an append-only file: a line without its newline, or blocks that
+//! were never written and read as NUL bytes. Such a *torn tail*, with no whole record after it, was never
+//! acknowledged and may be cut off. Every other line that does not verify is *damage*, such as bit rot or an
+//! edit by hand, and is always reported.
 
 use std::io::{self, BufRead};
 
-use super::line::{self, Fault};
+use super::line::{self, LineError};
 
-/// A line that is no record.
+/// A line that is not a valid record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}, {} byte {offset}, is damaged: {fault}", if *is_compressed { "in the frame at" } else { "at" })]
 pub struct BadLine {
-    /// Counted from 1; in a compressed file, of its text.
+    /// Number of the line, counted from 1; in a compressed file, within its text.
     pub line: u64,
-    /// Where the line starts in the file; in a compressed one, where its frame does.
+    /// Offset of the line in the file; in a compressed file, offset of its frame.
     pub offset: u64,
     pub is_compressed: bool,
-    pub fault: Fault,
+    pub fault: LineError,
 }
 
-/// Why a scan stopped short.
+/// Reason why a scan stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ScanError {
     #[error(transparent)]
@@ -30,20 +30,20 @@ pub enum ScanError {
     Bad(#[from] BadLine),
 }
 
-/// How a file ends, once it is read.
+/// End of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ending {
-    /// With a whole line, or the file is empty.
+pub enum FileEnding {
+    /// The file ends with a whole line, or is empty.
     Clean,
-    /// With a whole record that lacks its newline.
+    /// The file ends with a whole record without its newline.
     Unterminated,
-    /// With a torn tail, which starts here.
+    /// The file ends with a torn tail that starts here.
     Torn(BadLine),
 }
 
-/// Walks a cache file record by record, in memory for one line.
+/// Reads a cache file record by record; holds one line in memory.
 #[derive(Debug)]
-pub struct Scan<R> {
+pub struct LineScan<R> {
     reader: R,
     /// The current line, without its line end.
     line: Vec<u8>,
@@ -51,22 +51,23 @@ pub struct Scan<R> {
     terminated: bool,
     /// Number of the current line.
     number: u64,
-    /// Where the current line starts, and where the next one does.
+    /// Offset of the current line.
     start: u64,
+    /// Offset of the next line.
     next: u64,
-    /// The first of the bad lines that may turn out to be a torn tail.
+    /// First of the bad lines that may be a torn tail.
     torn: Option<BadLine>,
-    /// What the current line turned out to be, where older damage had to be reported first.
-    held: Option<Result<(), BadLine>>,
+    /// Verdict on the current line, if earlier damage had to be reported first.
+    pending: Option<Result<(), BadLine>>,
 }
 
-impl<R: BufRead> Scan<R> {
+impl<R: BufRead> LineScan<R> {
     pub fn new(reader: R) -> Self {
-        Self::behind(reader, 0, 0)
+        Self::starting_at(reader, 0, 0)
     }
 
-    /// Of the rest of a file, whose first so many bytes are so many whole lines.
-    pub fn behind(reader: R, bytes: u64, lines: u64) -> Self {
+    /// Starts a scan after the first `bytes` bytes of a file, which are `lines` whole lines.
+    pub fn starting_at(reader: R, bytes: u64, lines: u64) -> Self {
         Self {
             reader,
             line: Vec::new(),
@@ -76,15 +77,14 @@ impl<R: BufRead> Scan<R> {
             start: bytes,
             next: bytes,
             torn: None,
-            held: None,
+            pending: None,
         }
     }
 
-    /// Goes to the next whole record; `false` at the end of the file.
-    ///
-    /// After a [`ScanError::Bad`] the scan can go on behind the damage, to list the rest of it.
+    /// Advances to the next whole record; returns `false` at the end of the file. After a [`ScanError::Bad`] the
+    /// scan can continue after the damage.
     pub fn advance(&mut self) -> Result<bool, ScanError> {
-        if let Some(verdict) = self.held.take() {
+        if let Some(verdict) = self.pending.take() {
             return Ok(verdict.map(|()| true)?);
         }
         while self.read_line()? {
@@ -98,9 +98,9 @@ impl<R: BufRead> Scan<R> {
                 self.torn.get_or_insert_with(|| bad.clone());
                 continue;
             }
-            // Something follows the tear, so that it is no tail.
+            // Another line follows the torn one, so it is damage and not a torn tail.
             if let Some(bad) = self.torn.take() {
-                self.held = Some(verdict);
+                self.pending = Some(verdict);
                 return Err(bad.into());
             }
             return Ok(verdict.map(|()| true)?);
@@ -108,18 +108,18 @@ impl<R: BufRead> Scan<R> {
         Ok(false)
     }
 
-    /// The current record's line, without its line end.
+    /// Line of the current record, without its line end.
     pub fn line(&self) -> &[u8] {
         &self.line
     }
 
-    /// The current record's key.
+    /// Key of the current record.
     pub fn key(&self) -> &str {
         &self.key
     }
 
-    /// The current line, with what is wrong with it.
-    pub fn bad(&self, fault: Fault) -> BadLine {
+    /// Describes `fault` at the current line.
+    pub fn bad(&self, fault: LineError) -> BadLine {
         BadLine {
             line: self.number,
             offset: self.start,
@@ -128,17 +128,17 @@ impl<R: BufRead> Scan<R> {
         }
     }
 
-    /// Bytes read so far; after the last record, the length of the file.
+    /// Number of bytes read so far; after the last record, the length of the file.
     pub fn position(&self) -> u64 {
         self.next
     }
 
-    /// How the file ends; meaningful once [`Scan::advance`] has returned `false`.
-    pub fn ending(&self) -> Ending {
+    /// Returns how the file ends; valid once [`LineScan::advance`] has returned `false`.
+    pub fn ending(&self) -> FileEnding {
         match &self.torn {
-            Some(bad) => Ending::Torn(bad.clone()),
-            None if self.terminated => Ending::Clean,
-            None => Ending::Unterminated,
+            Some(bad) => FileEnding::Torn(bad.clone()),
+            None if self.terminated => FileEnding::Clean,
+            None => FileEnding::Unterminated,
         }
     }
 
@@ -151,11 +151,11 @@ impl<R: BufRead> Scan<R> {
     }
 
     fn may_be_torn(&self, bad: &BadLine) -> bool {
-        matches!(bad.fault, Fault::Unsealed | Fault::Checksum)
+        matches!(bad.fault, LineError::MissingChecksum | LineError::Checksum)
             && (!self.terminated || self.line.contains(&0))
     }
 
-    /// Reads one line and drops what editors add to it.
+    /// Reads one line, without the bytes that editors add.
     fn read_line(&mut self) -> io::Result<bool> {
         self.line.clear();
         let length = self.reader.read_until(b'\n', &mut self.line)?;
@@ -166,7 +166,7 @@ impl<R: BufRead> Scan<R> {
         self.start = self.next;
         self.next += length as u64;
         self.terminated = self.line.last() == Some(&b'\n');
-        let bare = line::bare(&self.line, self.start == 0);
+        let bare = line::content_range(&self.line, self.start == 0);
         self.line.truncate(bare.end);
         self.line.drain(..bare.start);
         Ok(true)

@@ -1,4 +1,4 @@
-//! Repair: what is whole stays, everything else moves aside, and nothing is thrown away.
+//! Repairs a cache: moves everything that is not a whole record to other files, and deletes nothing.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -7,91 +7,91 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::frames::{self, Effort, Frames, Piece};
-use super::keys::{self, Identity, Keys};
-use super::line::{self, Fault};
-use super::storage::{self, Appender, Wrap};
+use super::frames::{self, Effort, FramePiece, FrameReader};
+use super::keys::{self, KeySet, RecordIdentity};
+use super::line::{self, LineError};
+use super::storage::{self, BufferedAppender, WrapFile};
 use super::{compressed_file, conflicts_file, exists, plain_file, quarantine_file};
 
-/// What [`repair`] did.
+/// Result of [`repair`].
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Repaired {
+pub struct RepairReport {
     /// Records that are in the cache now.
     pub records: u64,
-    /// Damaged lines and broken frames, now in the quarantine file, and their bytes.
+    /// Damaged lines and frames, which are in the quarantine file now.
     pub quarantined: u64,
     pub quarantined_bytes: u64,
-    /// Records that could still be read from broken frames.
+    /// Records that were recovered from damaged frames.
     pub rescued: u64,
-    /// Whole records whose key an earlier one has, now in the file of conflicts.
+    /// Whole records with the key of an earlier record, which are in the conflicts file now.
     pub conflicts: u64,
 }
 
-impl Repaired {
-    /// Was there anything to repair?
+impl RepairReport {
+    /// Returns true if the cache was not whole.
     pub fn changed(&self) -> bool {
         self.quarantined > 0 || self.conflicts > 0
     }
 }
 
-/// Moves every damaged line and frame of the cache in `dir` to `responses.quarantine`, and every
-/// further record of a key to `responses.conflicts.jsonl`. Nobody else may be writing the cache.
+/// Moves every damaged line and frame of the cache in `dir` to `responses.quarantine`, and every further record of
+/// a key to `responses.conflicts.jsonl`.
 ///
-/// Both are on the disk before the cache itself is replaced, so that after a crash in between they
-/// may hold something twice.
+/// Both files are durable before the cache is replaced. After a crash between the two steps they may hold a record
+/// twice.
 ///
 /// # Errors
-/// If a line is of a newer version, since that is no damage; and where the disk fails.
-pub fn repair(dir: &Path) -> Result<Repaired> {
+/// If another process is writing the cache, a newer version wrote a line, or the disk fails.
+pub fn repair(dir: &Path) -> Result<RepairReport> {
     if !exists(dir) {
         bail!("there is no cache in {}", dir.display());
     }
     let _lock = super::lock(dir)?;
-    // First without writing anything: most caches are whole.
-    let found = Pass::run(dir, None)?;
+    // Most caches are whole, so the first pass only counts.
+    let found = RepairPass::run(dir, None)?;
     if !found.changed() {
         return Ok(found);
     }
-    let repaired = Pass::run(dir, Some(&storage::files()))?;
+    let repaired = RepairPass::run(dir, Some(&storage::plain_storage()))?;
     for file in [quarantine_file(dir), conflicts_file(dir)] {
         crate::fs::remove_if_empty(&file)?;
     }
     Ok(repaired)
 }
 
-/// Where what is kept goes.
-type Keep<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
+/// Callback with the bytes that stay in the file.
+type OnKept<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
 
-/// One walk through both files.
-struct Pass {
+/// One pass over both files.
+struct RepairPass {
     dir: PathBuf,
-    done: Repaired,
-    keys: Keys,
-    /// What was met in the compressed file: it may be in the plain one again.
-    compressed: HashSet<Identity>,
-    aside: Option<Aside>,
+    done: RepairReport,
+    keys: KeySet,
+    /// Records of the compressed file: after a crash they may be in the plain file as well.
+    compressed: HashSet<RecordIdentity>,
+    aside: Option<AsideFiles>,
 }
 
-/// The files that what is not kept goes to.
-struct Aside {
+/// Files for the records that do not stay.
+struct AsideFiles {
     quarantine: File,
     conflicts: File,
 }
 
-impl Pass {
-    /// With a `wrap`, everything is written; without one, only counted.
-    fn run(dir: &Path, wrap: Option<&Wrap>) -> Result<Repaired> {
+impl RepairPass {
+    /// Repairs the files if `wrap` is given; counts only if it is `None`.
+    fn run(dir: &Path, wrap: Option<&WrapFile>) -> Result<RepairReport> {
         let aside = match wrap {
             None => None,
-            Some(_) => Some(Aside {
+            Some(_) => Some(AsideFiles {
                 quarantine: storage::open_or_create(&quarantine_file(dir))?,
                 conflicts: storage::open_or_create(&conflicts_file(dir))?,
             }),
         };
-        let mut pass = Pass {
+        let mut pass = RepairPass {
             dir: dir.to_owned(),
-            done: Repaired::default(),
-            keys: Keys::default(),
+            done: RepairReport::default(),
+            keys: KeySet::default(),
             compressed: HashSet::new(),
             aside,
         };
@@ -103,8 +103,8 @@ impl Pass {
     fn rewrite(
         &mut self,
         path: &Path,
-        wrap: Option<&Wrap>,
-        walk: fn(&mut Self, &Path, Keep<'_>) -> Result<()>,
+        wrap: Option<&WrapFile>,
+        walk: fn(&mut Self, &Path, OnKept<'_>) -> Result<()>,
     ) -> Result<()> {
         if !path.exists() {
             return Ok(());
@@ -112,7 +112,7 @@ impl Pass {
         let could_not = || format!("could not repair {}", path.display());
         match wrap {
             None => walk(self, path, &mut |_| Ok(())).with_context(could_not),
-            Some(wrap) => storage::replace(path, wrap, |new: &mut Appender<'_>| {
+            Some(wrap) => storage::replace(path, wrap, |new: &mut BufferedAppender<'_>| {
                 walk(self, path, &mut |bytes| Ok(new.append(bytes)?))?;
                 self.sync_aside()
             })
@@ -121,7 +121,7 @@ impl Pass {
         }
     }
 
-    /// What is moved aside must be there before it is gone.
+    /// Makes the moved records durable, before they leave the cache.
     fn sync_aside(&mut self) -> Result<()> {
         if let Some(aside) = &self.aside {
             aside.quarantine.sync_all()?;
@@ -131,7 +131,7 @@ impl Pass {
         Ok(())
     }
 
-    fn plain(&mut self, path: &Path, keep: Keep<'_>) -> Result<()> {
+    fn plain(&mut self, path: &Path, keep: OnKept<'_>) -> Result<()> {
         let mut reader = BufReader::with_capacity(1 << 20, File::open(path)?);
         let mut raw = Vec::new();
         let mut is_first = true;
@@ -140,15 +140,15 @@ impl Pass {
             if reader.read_until(b'\n', &mut raw)? == 0 {
                 return Ok(());
             }
-            if let Some(line) = self.sift(&raw, std::mem::take(&mut is_first), true)? {
+            if let Some(line) = self.kept_record(&raw, std::mem::take(&mut is_first), true)? {
                 keep(line)?;
                 keep(b"\n")?;
             }
         }
     }
 
-    fn compressed(&mut self, path: &Path, keep: Keep<'_>) -> Result<()> {
-        let mut frames = Frames::new(File::open(path)?);
+    fn compressed(&mut self, path: &Path, keep: OnKept<'_>) -> Result<()> {
+        let mut frames = FrameReader::new(File::open(path)?);
         let mut source = File::open(path)?;
         let mut bytes_of = |from: u64, to: u64| -> Result<Vec<u8>> {
             let mut bytes = Vec::new();
@@ -158,8 +158,8 @@ impl Pass {
         };
         while let Some((offset, piece)) = frames.advance()? {
             let (text, raw) = match piece {
-                Piece::Text(text) => (text, None),
-                Piece::Bad { end, .. } => {
+                FramePiece::Text(text) => (text, None),
+                FramePiece::Bad { end, .. } => {
                     let raw = bytes_of(offset, end)?;
                     self.quarantine(&raw)?;
                     let text = frames::salvage(&raw);
@@ -171,12 +171,12 @@ impl Pass {
             let lines = text.split_inclusive(|&byte| byte == b'\n');
             for (number, line) in lines.enumerate() {
                 let is_first = offset == 0 && number == 0;
-                if let Some(line) = self.sift(line, is_first, false)? {
+                if let Some(line) = self.kept_record(line, is_first, false)? {
                     kept.extend_from_slice(line);
                     kept.push(b'\n');
                 }
             }
-            // A frame that all of is kept stays as it is.
+            // A frame whose lines all stay is copied unchanged.
             match raw {
                 None if kept == text => keep(&bytes_of(offset, frames.position())?)?,
                 _ if kept.is_empty() => {}
@@ -186,30 +186,30 @@ impl Pass {
         Ok(())
     }
 
-    /// The record in a line as it stands in a file, if it stays. Anything else is moved aside, but for
-    /// what editors add.
-    fn sift<'a>(
+    /// Returns the record in a raw line of a file if it stays. Anything else is moved to another file, except for
+    /// the bytes that editors add.
+    fn kept_record<'a>(
         &mut self,
         raw: &'a [u8],
         is_first: bool,
         is_plain: bool,
     ) -> Result<Option<&'a [u8]>> {
-        let bare = &raw[line::bare(raw, is_first)];
+        let bare = &raw[line::content_range(raw, is_first)];
         if bare.is_empty() {
             return Ok(None);
         }
-        if !whole(bare)? {
+        if !is_record(bare)? {
             self.quarantine(raw)?;
             return Ok(None);
         }
         Ok(self.is_kept(bare, is_plain)?.then_some(bare))
     }
 
-    /// Does this whole record stay?
+    /// Returns true if this whole record stays.
     fn is_kept(&mut self, line: &[u8], is_plain: bool) -> Result<bool> {
         let identity = keys::identity(line)?;
         if is_plain && self.compressed.contains(&identity) {
-            // A crash in the middle of compressing: it is there already.
+            // A crash during compression left the record in both files.
             return Ok(false);
         }
         if !is_plain {
@@ -236,17 +236,17 @@ impl Pass {
     }
 }
 
-/// Is the line a record?
+/// Returns true if the line is a valid record.
 ///
 /// # Errors
 /// If a newer version wrote it.
-fn whole(bare: &[u8]) -> Result<bool> {
+fn is_record(bare: &[u8]) -> Result<bool> {
     let verdict = line::verify(bare)
         .and_then(|_| line::head(bare))
         .and_then(|_| line::decode_own(bare));
     match verdict {
         Ok(_) => Ok(true),
-        Err(newer @ Fault::Newer(_)) => Err(newer.into()),
+        Err(newer @ LineError::Newer(_)) => Err(newer.into()),
         Err(_) => Ok(false),
     }
 }

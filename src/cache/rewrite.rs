@@ -1,4 +1,5 @@
-//! Records that leave the cache to be asked for again, or get another key. Nothing is thrown away.
+//! Removes records whose prompts shall be asked again, or changes their keys. Deletes nothing: removed records are
+//! kept in `responses.replaced.jsonl`.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -10,34 +11,34 @@ use anyhow::{Context, Result, anyhow};
 use super::frames::{self, Effort, FRAME_TEXT};
 use super::keys;
 use super::line;
-use super::reader::Lines;
+use super::reader::CacheLines;
 use super::record::Record;
-use super::storage::{self, Appender};
+use super::storage::{self, BufferedAppender};
 use super::writer::Cache;
 use super::{compressed_file, plain_file};
 use crate::config;
 
 /// Decision about one record.
-pub(crate) enum Fate {
-    Stay,
-    /// Another line takes its place, with its newline.
-    Become(Vec<u8>),
-    /// It moves to the file of replaced answers.
-    Leave,
+pub(crate) enum RewriteDecision {
+    Keep,
+    /// The record is replaced by this line, with its newline.
+    Replace(Vec<u8>),
+    /// The record moves to the file of replaced answers.
+    Remove,
 }
 
-/// Decides about a line, without its newline. It may be called twice for a line, with the same result.
-pub(crate) type Decide<'a> = &'a dyn Fn(&[u8]) -> Result<Fate>;
+/// Decides about a line (without its newline). May be called twice for a line, and must return the same result.
+pub(crate) type DecideRewrite<'a> = &'a dyn Fn(&[u8]) -> Result<RewriteDecision>;
 
-/// The file that has what was asked for again.
+/// File of the answers whose prompts were asked again.
 pub(crate) fn replaced_file(dir: &Path) -> PathBuf {
     dir.join("responses.replaced.jsonl")
 }
 
-/// The answers in `dir` that were asked for again; damaged lines are left out.
+/// Reads the replaced answers of the cache in `dir`; damaged lines are skipped.
 ///
 /// # Errors
-/// Where the file cannot be read.
+/// If the file cannot be read.
 pub(crate) fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Record>>> {
     let path = replaced_file(dir);
     let could_not = format!("could not read {}", path.display());
@@ -53,27 +54,28 @@ pub(crate) fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Re
         }))
 }
 
-/// Rewrites the cache in `dir`, which nobody else may be writing. What leaves it is on the disk elsewhere
-/// before it is gone, so that after a crash in between it may be there twice. Returns how many records
-/// did not stay.
+/// Rewrites the cache in `dir`. Returns the number of records that were replaced or removed.
+///
+/// Removed records are durable in their file before they leave the cache. After a crash between the two steps a
+/// record may be in both.
 ///
 /// # Errors
-/// Where the cache is damaged, or the disk fails.
+/// If another process is writing the cache, the cache is damaged, or the disk fails.
 pub(crate) fn rewrite(
     dir: &Path,
     settings: &config::CacheConfig,
-    decide: Decide<'_>,
+    decide: DecideRewrite<'_>,
 ) -> Result<u64> {
     if !super::exists(dir) {
         return Ok(0);
     }
-    // What a crash has left is mended first.
+    // Opening the cache repairs it after a crash.
     drop(Cache::open(dir, settings)?);
     let _lock = super::lock(dir)?;
-    // Decided once for all records; the few that do not stay are looked at again as they are written.
+    // `decide` runs once for all records, and again only for the few that change.
     let mut marked = HashSet::new();
     walk(dir, |_, line| {
-        if !matches!(decide(line)?, Fate::Stay) {
+        if !matches!(decide(line)?, RewriteDecision::Keep) {
             marked.insert(keys::identity(line)?);
         }
         Ok(())
@@ -81,11 +83,11 @@ pub(crate) fn rewrite(
     if marked.is_empty() {
         return Ok(0);
     }
-    let decide = |line: &[u8]| -> Result<Fate> {
+    let decide = |line: &[u8]| -> Result<RewriteDecision> {
         if marked.contains(&keys::identity(line)?) {
             decide(line)
         } else {
-            Ok(Fate::Stay)
+            Ok(RewriteDecision::Keep)
         }
     };
     keep_replaced(dir, &decide)?;
@@ -122,30 +124,30 @@ pub(crate) fn rewrite(
     Ok(marked.len() as u64)
 }
 
-fn replace(path: &Path, fill: impl FnOnce(&mut Appender<'_>) -> Result<()>) -> Result<()> {
-    storage::replace(path, &storage::files(), fill)
+fn replace(path: &Path, fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<()>) -> Result<()> {
+    storage::replace(path, &storage::plain_storage(), fill)
         .map(drop)
         .with_context(|| format!("could not rewrite {}", path.display()))
 }
 
-fn push(text: &mut Vec<u8>, line: &[u8], fate: Fate) {
-    match fate {
-        Fate::Leave => {}
-        Fate::Become(line) => text.extend_from_slice(&line),
-        Fate::Stay => {
+fn push(text: &mut Vec<u8>, line: &[u8], decision: RewriteDecision) {
+    match decision {
+        RewriteDecision::Remove => {}
+        RewriteDecision::Replace(line) => text.extend_from_slice(&line),
+        RewriteDecision::Keep => {
             text.extend_from_slice(line);
             text.push(b'\n');
         }
     }
 }
 
-/// Appends what is to leave to its file, durably.
-fn keep_replaced(dir: &Path, decide: Decide<'_>) -> Result<()> {
+/// Appends the records to be removed to their file, durably.
+fn keep_replaced(dir: &Path, decide: DecideRewrite<'_>) -> Result<()> {
     let path = replaced_file(dir);
     let could_not = || format!("could not write {}", path.display());
     let mut file = storage::open_or_create(&path)?;
     walk(dir, |_, line| {
-        if let Fate::Leave = decide(line)? {
+        if let RewriteDecision::Remove = decide(line)? {
             file.write_all(&[line, b"\n"].concat())
                 .with_context(could_not)?;
         }
@@ -156,11 +158,11 @@ fn keep_replaced(dir: &Path, decide: Decide<'_>) -> Result<()> {
     crate::fs::remove_if_empty(&path)
 }
 
-/// Hands each whole line to `take`; the flag says whether it is in the plain file.
-fn walk(dir: &Path, mut take: impl FnMut(bool, &[u8]) -> Result<()>) -> Result<()> {
-    let mut lines = Lines::open(dir)?;
+/// Calls `on_line` for each whole line; the flag is true for lines of the plain file.
+fn walk(dir: &Path, mut on_line: impl FnMut(bool, &[u8]) -> Result<()>) -> Result<()> {
+    let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
-        take(lines.is_in_plain(), lines.line())?;
+        on_line(lines.is_in_plain(), lines.line())?;
     }
     Ok(())
 }

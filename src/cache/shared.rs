@@ -1,37 +1,45 @@
-//! TODO
+//! State that the writer of a cache shares with its background threads, and the group commit.
 
-use crate::cache::append_log::Journal;
-use crate::cache::keys::Keys;
-use crate::cache::place::Change;
-use crate::cache::place::Place;
-use crate::cache::question::Past;
-use anyhow::Result;
-use std::sync::Condvar;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
-use std::time::Instant;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-pub(crate) struct Shared {
-    pub(crate) state: Mutex<State>,
-    /// A group was begun or is complete, there is enough for a frame, a sync has ended, or the
-    /// cache is being closed.
+use anyhow::Result;
+
+use crate::cache::append_log::AppendLog;
+use crate::cache::keys::KeySet;
+use crate::cache::open_file::{FileChange, OpenFile};
+use crate::cache::question::KeyVariants;
+
+/// Number of records after which a group is synced.
+pub(crate) const GROUP_RECORDS: usize = 64;
+
+/// Age of its first record at which a group is synced. On a slow disk, appends wait once a sync takes longer than
+/// this.
+pub(crate) const GROUP_AGE: Duration = Duration::from_secs(1);
+
+/// State of an open cache, for the writer, the sync thread and the compressor thread.
+pub(crate) struct SharedCache {
+    pub(crate) state: Mutex<CacheState>,
+    /// Notified when a group begins or is full, a frame can be compressed, a sync has ended, or the cache is being
+    /// closed.
     pub(crate) changed: Condvar,
-    /// What is in the plain file stays there.
-    pub stays_plain: AtomicBool,
+    /// Set to stop compressing: the lines of the plain file stay there.
+    pub keep_plain: AtomicBool,
 }
 
-impl Shared {
-    /// The state, also after a panic elsewhere: it is consistent between any two statements that
-    /// can panic.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+impl SharedCache {
+    /// Locks the state, also after another thread panicked: the state is consistent between any two statements
+    /// that can panic.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, CacheState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for a change.
-    pub(crate) fn wait<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    pub(crate) fn wait<'a>(
+        &'a self,
+        state: MutexGuard<'a, CacheState>,
+    ) -> MutexGuard<'a, CacheState> {
         self.changed
             .wait(state)
             .unwrap_or_else(PoisonError::into_inner)
@@ -40,20 +48,20 @@ impl Shared {
     /// Waits for a change, but not for longer than `time`.
     pub(crate) fn wait_for<'a>(
         &'a self,
-        state: MutexGuard<'a, State>,
+        state: MutexGuard<'a, CacheState>,
         time: Duration,
-    ) -> MutexGuard<'a, State> {
+    ) -> MutexGuard<'a, CacheState> {
         self.changed
             .wait_timeout(state, time)
             .unwrap_or_else(PoisonError::into_inner)
             .0
     }
 
-    /// Waits until no sync is going on in the background.
+    /// Waits until no background sync is running.
     pub(crate) fn wait_while_syncing<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
-    ) -> MutexGuard<'a, State> {
+        mut state: MutexGuard<'a, CacheState>,
+    ) -> MutexGuard<'a, CacheState> {
         while state.syncing.is_some() {
             state = self.wait(state);
         }
@@ -61,76 +69,70 @@ impl Shared {
     }
 }
 
-impl Shared {
-    /// After an append to `before` lines that were not synced: has a full group synced, in the
-    /// background where the storage can.
+impl SharedCache {
+    /// Starts a sync if the group is full, in the background if the storage can. `before` is the number of unsynced
+    /// lines before the last append.
     pub(crate) fn commit<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
+        mut state: MutexGuard<'a, CacheState>,
         before: usize,
     ) -> Result<()> {
-        // A disk that takes longer than a group may wait holds up the appending.
+        // If the disk is slower than groups are appended, the append waits.
         if state
             .syncing
             .is_some_and(|began| began.elapsed() >= GROUP_AGE)
         {
             state = self.wait_while_syncing(state);
         }
-        let unsynced = state.journal.unsynced();
+        let unsynced = state.append_log.unsynced();
         if before == 0 || (before < GROUP_RECORDS && unsynced >= GROUP_RECORDS) {
             self.changed.notify_all();
         }
-        if unsynced >= GROUP_RECORDS && !state.journal.syncs_in_background() {
-            state.journal.sync()?;
+        if unsynced >= GROUP_RECORDS && !state.append_log.syncs_in_background() {
+            state.append_log.sync()?;
         }
-        state.journal.may_append()
+        state.append_log.check_writable()
     }
 }
 
-pub(crate) struct State {
-    pub journal: Journal,
-    pub(crate) keys: Keys,
-    pub(crate) past: Past,
-    /// Of all its records.
+/// Files and keys of an open cache.
+pub(crate) struct CacheState {
+    pub append_log: AppendLog,
+    pub(crate) keys: KeySet,
+    pub(crate) past: KeyVariants,
+    /// Cost of all records in US dollars.
     pub(crate) cost_usd: f64,
     /// Records that repeat a key.
     pub(crate) repeated: u64,
-    /// The compressed file, where there is one, and its length.
-    pub frames: Option<(Place, u64)>,
-    /// When the sync began that is going on in the background.
+    /// Compressed file and its length, if there is one.
+    pub frames: Option<(OpenFile, u64)>,
+    /// Start of the running background sync.
     pub(crate) syncing: Option<Instant>,
-    /// The length of the plain file from which on the sealer has something to do.
-    pub seal_from: u64,
+    /// Length of the plain file at which the compressor has enough lines for a frame.
+    pub compress_from: u64,
     pub closing: bool,
-    /// Some lines are in both files, or there is a part of a frame: when the cache is next opened it
-    /// is read whole, and tidied.
-    pub is_untidy: bool,
+    /// Set if lines are in both files or a frame is incomplete: no index is written, so that the next opening
+    /// reads and repairs the whole cache.
+    pub needs_full_read: bool,
 }
 
-impl State {
-    /// Compares the files with what was written to them.
-    pub(crate) fn look(&mut self) {
-        self.journal.look();
-        let Some((place, length)) = &self.frames else {
+impl CacheState {
+    /// Detects that another program has moved or changed a file.
+    pub(crate) fn check_files(&mut self) {
+        self.append_log.check_file();
+        let Some((open_file, length)) = &self.frames else {
             return;
         };
-        // A frame may be on its way into it.
-        let Err(change) = place.check(*length) else {
+        // The compressor may be appending a frame, so a longer file is no change.
+        let Err(change) = open_file.check(*length) else {
             return;
         };
-        if let Change::Longer { .. } = change {
+        if let FileChange::Longer { .. } = change {
             return;
         }
-        // Also after the plain file: both may have been removed, and each is rescued by itself.
-        let (displaced, _) = place.leave(&change, *length);
-        self.journal.displace(displaced);
+        // Checked also if the plain file has changed: both may have been removed, and each is rescued separately.
+        let (displaced, _) = open_file.handle_change(&change, *length);
+        self.append_log.set_displaced(displaced);
         self.frames = None;
     }
 }
-
-/// ... or when its first record is this old. Nor may more than what was appended in such a time
-/// wait for a slow disk.
-pub(crate) const GROUP_AGE: Duration = Duration::from_secs(1);
-
-/// A group is synced when it has this many records ...
-pub(crate) const GROUP_RECORDS: usize = 64;

@@ -1,4 +1,4 @@
-//! What a cache holds, in numbers.
+//! Counts and sums over the records of a cache, as `distill cache stats` shows them.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -7,44 +7,44 @@ use anyhow::{Context, Result};
 use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
-use super::record::{Logprobs, Record, Status};
+use super::record::{Logprobs, MISSING_LOGPROB, Record, Status};
 use crate::cache::usage::Usage;
 
 /// Sums over the records of a cache.
 #[derive(Debug, Default, Serialize)]
-pub struct Stats {
+pub struct CacheStats {
     pub records: u64,
     pub ok: u64,
     /// Quarantined records by reason.
     pub quarantined: BTreeMap<String, u64>,
     pub finish_reasons: BTreeMap<String, u64>,
-    /// By the name that the endpoint reported.
+    /// Records by the model name that the endpoint reported.
     pub models: BTreeMap<String, u64>,
     pub usage: Usage,
-    /// Records whose endpoint reported no usage; `usage` is short by these.
+    /// Records whose endpoint reported no usage; `usage` does not include them.
     pub without_usage: u64,
     pub cost_usd: f64,
-    /// Records without a price; `cost_usd` is short by these.
+    /// Records without a price; `cost_usd` does not include them.
     pub without_cost: u64,
     pub logprobs: LogprobStats,
-    pub replaced: Replaced,
-    #[serde(serialize_with = "as_text")]
+    pub replaced: ReplacedStats,
+    #[serde(serialize_with = "serialize_time")]
     pub first_sent_at: Option<Timestamp>,
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "serialize_time")]
     pub last_sent_at: Option<Timestamp>,
 }
 
-/// Answers that left the cache because they were asked for again.
+/// Answers that left the cache because they were requested again.
 #[derive(Debug, Default, Serialize)]
-pub struct Replaced {
+pub struct ReplacedStats {
     pub records: u64,
     pub cost_usd: f64,
-    /// Key and time of each: after a crash an answer may be there twice.
+    /// Key and time of each answer: after a crash the file may hold an answer twice.
     #[serde(skip)]
     seen: HashSet<(String, String)>,
 }
 
-impl Replaced {
+impl ReplacedStats {
     pub fn add(&mut self, record: &Record) {
         let name = (record.key.clone(), record.timing.sent_at.clone());
         if self.seen.insert(name) {
@@ -54,22 +54,23 @@ impl Replaced {
     }
 }
 
-/// How much room logprobs take.
+/// Sizes of the logprobs.
 #[derive(Debug, Default, Serialize)]
 pub struct LogprobStats {
     pub records: u64,
-    /// Records whose tokens do not add up to the answer's text: these train on hard labels.
+    /// Records whose tokens, joined, differ from the answer's text: training uses hard labels for them.
     pub not_matching_text: u64,
     /// Emitted tokens that have logprobs.
     pub tokens: u64,
-    /// Bytes in the cache.
+    /// Bytes of the logprobs in the cache. 0 unless [`CacheStats::measure_logprobs`] was called, as
+    /// `openai_bytes`.
     pub bytes: u64,
-    /// Bytes of the same in the API's own JSON.
+    /// Bytes of the same logprobs in the API's own JSON.
     pub openai_bytes: u64,
 }
 
 impl LogprobStats {
-    /// Bytes per emitted token: here, and in the API's own JSON.
+    /// Bytes per emitted token in the cache, and in the API's own JSON.
     pub fn bytes_per_token(&self) -> Option<(f64, f64)> {
         let tokens = self.tokens as f64;
         (self.tokens > 0).then(|| {
@@ -81,9 +82,9 @@ impl LogprobStats {
     }
 }
 
-impl Stats {
-    /// Counts one more record.
-    pub fn add(&mut self, record: &Record) -> Result<()> {
+impl CacheStats {
+    /// Counts one record.
+    pub fn add(&mut self, record: &Record) {
         self.records += 1;
         match record.status {
             Status::Ok => self.ok += 1,
@@ -103,8 +104,6 @@ impl Stats {
             self.logprobs.records += 1;
             self.logprobs.not_matching_text += u64::from(!logprobs.matches_text);
             self.logprobs.tokens += logprobs.token.len() as u64;
-            self.logprobs.bytes += json_bytes(logprobs)?;
-            self.logprobs.openai_bytes += json_bytes(&as_openai(logprobs))?;
         }
         if let Ok(sent_at) = record.timing.sent_at.parse::<Timestamp>() {
             let first = self.first_sent_at.get_or_insert(sent_at);
@@ -112,11 +111,22 @@ impl Stats {
             let last = self.last_sent_at.get_or_insert(sent_at);
             *last = sent_at.max(*last);
         }
+    }
+
+    /// Adds the sizes of the record's logprobs, which are encoded for this: slow on large caches.
+    pub fn measure_logprobs(&mut self, record: &Record) -> Result<()> {
+        if let Some(logprobs) = &record.logprobs {
+            self.logprobs.bytes += json_bytes(logprobs)?;
+            self.logprobs.openai_bytes += json_bytes(&to_openai(logprobs))?;
+        }
         Ok(())
     }
 }
 
-fn as_text<S: Serializer>(time: &Option<Timestamp>, serializer: S) -> Result<S::Ok, S::Error> {
+fn serialize_time<S: Serializer>(
+    time: &Option<Timestamp>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
     time.map(|time| time.to_string()).serialize(serializer)
 }
 
@@ -134,7 +144,7 @@ struct OpenAiToken<'a> {
     top_logprobs: Option<Vec<OpenAiToken<'a>>>,
 }
 
-fn as_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
+fn to_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
     let raw: BTreeMap<(u32, i32), Vec<u8>> = logprobs
         .raw
         .iter()
@@ -142,7 +152,7 @@ fn as_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
         .collect();
     let token = |position: usize, rank: i32, token, logprob: Option<f32>| OpenAiToken {
         token,
-        logprob: logprob.unwrap_or(-9999.0),
+        logprob: logprob.unwrap_or(MISSING_LOGPROB),
         bytes: match raw.get(&(position as u32, rank)) {
             Some(bytes) => bytes.clone(),
             None => token.as_bytes().to_vec(),
@@ -167,10 +177,10 @@ fn as_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
         .collect()
 }
 
-/// Length of `value` as compact JSON, without building it.
+/// Length of `value` as compact JSON in bytes.
 fn json_bytes(value: &impl Serialize) -> Result<u64> {
-    struct Counter(u64);
-    impl io::Write for Counter {
+    struct ByteCounter(u64);
+    impl io::Write for ByteCounter {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0 += bytes.len() as u64;
             Ok(bytes.len())
@@ -179,7 +189,7 @@ fn json_bytes(value: &impl Serialize) -> Result<u64> {
             Ok(())
         }
     }
-    let mut counter = Counter(0);
+    let mut counter = ByteCounter(0);
     serde_json::to_writer(&mut counter, value).context("could not measure logprobs")?;
     Ok(counter.0)
 }

@@ -1,4 +1,4 @@
-//! The files of a cache on the disk.
+//! Creates, appends to and replaces the files of a cache.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
@@ -6,33 +6,32 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// What the cache asks of the disk. Files do it; a test can put a failing disk in their place.
+/// Operations on a file that a cache appends to. Tests replace the file by a failing disk.
 pub trait Storage: Send {
-    /// Appends some of `bytes` and says how many, as `write(2)` does.
+    /// Appends some of `bytes` and returns their number, as `write(2)` does.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
     /// Makes everything appended so far durable.
     fn sync(&mut self) -> io::Result<()>;
-    /// The same as a job for another thread, during which appending goes on. None where there is no
-    /// such thing.
+    /// Returns a job that syncs on another thread while lines are appended; `None` if not supported.
     fn sync_job(&self) -> Option<SyncJob> {
         None
     }
-    /// Cuts the file to `length` bytes.
+    /// Truncates the file to `length` bytes.
     fn truncate(&mut self, length: u64) -> io::Result<()>;
-    /// The file that has the bytes, so that it can be compared with what has its name. None where there is
-    /// no such thing.
+    /// Returns the file, to detect changes by another program; `None` if there is no file.
     fn file(&self) -> Option<&File> {
         None
     }
 }
 
+/// Sync that can run on another thread.
 pub type SyncJob = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
-/// Puts a [`Storage`] in the place of each file that a cache appends to.
-pub type Wrap = Box<dyn Fn(File) -> Box<dyn Storage> + Send + Sync>;
+/// Makes the [`Storage`] for a file that a cache appends to.
+pub type WrapFile = Box<dyn Fn(File) -> Box<dyn Storage> + Send + Sync>;
 
-/// The files themselves.
-pub fn files() -> Wrap {
+/// Uses the files themselves as storage.
+pub fn plain_storage() -> WrapFile {
     Box::new(|file| Box::new(file))
 }
 
@@ -59,7 +58,7 @@ impl Storage for File {
     }
 }
 
-/// Opens the file at `path` for appending and reading, and creates it where there is none.
+/// Opens the file at `path` for appending and reading; creates it if it does not exist.
 pub fn open_or_create(path: &Path) -> Result<File> {
     OpenOptions::new()
         .read(true)
@@ -75,23 +74,23 @@ pub fn append(file: &mut File, lines: &[u8]) -> io::Result<()> {
     file.sync_data()
 }
 
-/// Moves what follows byte `offset` to the end of the file at `aside`.
+/// Moves the bytes after `offset` to the end of the file at `aside`.
 pub fn cut(file: &mut File, offset: u64, aside: &Path) -> io::Result<()> {
     file.seek(SeekFrom::Start(offset))?;
     let mut aside = OpenOptions::new().append(true).create(true).open(aside)?;
     io::copy(file, &mut aside)?;
     aside.sync_all()?;
-    // Only now, so that these bytes are always in one of the two files.
+    // Truncated last, so that the bytes are always in at least one of the two files.
     file.set_len(offset)?;
     file.sync_all()
 }
 
-/// Replaces the file at `path` by what `fill` appends, at once and durably, and returns it for
-/// appending more, with its length.
+/// Atomically and durably replaces the file at `path` by the bytes that `fill` appends. Returns the new file, open
+/// for appending, and its length.
 pub fn replace(
     path: &Path,
-    wrap: &Wrap,
-    fill: impl FnOnce(&mut Appender<'_>) -> Result<()>,
+    wrap: &WrapFile,
+    fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<()>,
 ) -> Result<(Box<dyn Storage>, u64)> {
     let beside = replacement(path);
     let replaced = write_new(&beside, wrap, fill).and_then(|new| {
@@ -100,7 +99,7 @@ pub fn replace(
     });
     match &replaced {
         Ok(_) => crate::fs::sync_folder(path.parent().unwrap_or(Path::new(".")))?,
-        // The disk may be full: what is of no use makes room.
+        // The disk may be full, and the partial file is useless.
         Err(_) => drop(std::fs::remove_file(&beside)),
     }
     replaced
@@ -110,27 +109,27 @@ fn replacement(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 
-/// Removes what a killed [`replace`] has left beside `path`.
-pub fn forget_replacement(path: &Path) {
-    // It is of no use, and in nobody's way.
+/// Removes the file that a killed [`replace`] left beside `path`.
+pub fn remove_leftover(path: &Path) {
+    // A failure does no harm: the next `replace` truncates the file.
     drop(std::fs::remove_file(replacement(path)));
 }
 
 fn write_new(
     path: &Path,
-    wrap: &Wrap,
-    fill: impl FnOnce(&mut Appender<'_>) -> Result<()>,
+    wrap: &WrapFile,
+    fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<()>,
 ) -> Result<(Box<dyn Storage>, u64)> {
-    // Read as well: what is in it is compressed later on.
+    // Readable as well, because its lines are compressed later.
     let file = OpenOptions::new()
         .read(true)
         .append(true)
         .create(true)
         .open(path)?;
-    // What a killed attempt may have left.
+    // A killed attempt may have left bytes.
     file.set_len(0)?;
     let mut storage = wrap(file);
-    let mut appender = Appender {
+    let mut appender = BufferedAppender {
         storage: &mut *storage,
         buffer: Vec::new(),
         length: 0,
@@ -141,14 +140,14 @@ fn write_new(
     Ok((storage, length))
 }
 
-/// Appends in large pieces.
-pub struct Appender<'a> {
+/// Buffered appends to a storage.
+pub struct BufferedAppender<'a> {
     storage: &'a mut dyn Storage,
     buffer: Vec<u8>,
     length: u64,
 }
 
-impl Appender<'_> {
+impl BufferedAppender<'_> {
     const PIECE: usize = 1 << 20;
 
     pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -166,7 +165,7 @@ impl Appender<'_> {
     }
 }
 
-/// Writes all of `bytes`; after an error, some of them may have been.
+/// Writes all of `bytes`; after an error, some of them may be written.
 pub fn write_all(storage: &mut dyn Storage, bytes: &[u8]) -> io::Result<()> {
     let mut written = 0;
     while written < bytes.len() {

@@ -1,12 +1,11 @@
-//! How fields whose shape varies from record to record are stored with one type.
+//! Serialises fields whose shape varies from record to record with one stored type.
 //!
-//! Readers that infer a schema (pyarrow, and `datasets` upon it) take it from the first megabytes
-//! and fail on what comes later in another shape: a null that becomes an object, an empty list that
-//! gets items, an object with other fields. A run whose config changed half-way does all of these.
+//! Readers that infer a schema (pyarrow, and `datasets` on top of it) take it from the first megabytes. They fail
+//! if the shape changes later: a null that becomes an object, an empty list that gets items, an object with other
+//! fields. A run whose config changed half-way causes all of these.
 
-/// The request body: `model` and `messages` as they are, for whoever wants the conversation, and
-/// all other parameters as JSON in the string `params`. Messages of any other shape than role and
-/// text stay in `params` too.
+/// The request body: `model` and `messages` unchanged, and all other parameters as JSON in the string `params`.
+/// Messages that are more than a role and a text stay in `params`.
 pub(crate) mod request {
     use serde::de::Error as _;
     use serde::ser::{Error as _, SerializeStruct};
@@ -16,7 +15,7 @@ pub(crate) mod request {
     use crate::prompt::message::Message;
 
     #[derive(Deserialize)]
-    struct Stored {
+    struct StoredRequest {
         model: String,
         messages: Vec<Message>,
         params: String,
@@ -24,12 +23,12 @@ pub(crate) mod request {
 
     /// A message by reference, its fields in the order of [`Message`].
     #[derive(Serialize)]
-    struct Plain<'a> {
+    struct PlainMessage<'a> {
         role: &'a str,
         content: &'a str,
     }
 
-    /// Borrows all it writes: a record is encoded for each answer.
+    /// Serialises without copying: this runs for each answer.
     pub(crate) fn serialize<S: Serializer>(
         request: &Value,
         serializer: S,
@@ -41,7 +40,7 @@ pub(crate) mod request {
             .unwrap_or_default();
         let params = match request {
             Value::Object(fields) => {
-                let rest = Rest {
+                let rest = OtherFields {
                     fields,
                     without_model: !model.is_empty(),
                     without_messages: !messages.is_empty(),
@@ -57,14 +56,14 @@ pub(crate) mod request {
         stored.end()
     }
 
-    /// The fields that have no place of their own.
-    struct Rest<'a> {
+    /// The fields other than `model` and `messages`.
+    struct OtherFields<'a> {
         fields: &'a serde_json::Map<String, Value>,
         without_model: bool,
         without_messages: bool,
     }
 
-    impl Serialize for Rest<'_> {
+    impl Serialize for OtherFields<'_> {
         fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
             serializer.collect_map(self.fields.iter().filter(|(name, _)| {
                 !(self.without_model && *name == "model"
@@ -73,13 +72,13 @@ pub(crate) mod request {
         }
     }
 
-    /// The messages, if they are nothing but roles and texts.
-    fn plain_messages(messages: &Value) -> Option<Vec<Plain<'_>>> {
+    /// Returns the messages if each of them is only a role and a text.
+    fn plain_messages(messages: &Value) -> Option<Vec<PlainMessage<'_>>> {
         messages
             .as_array()?
             .iter()
             .map(|message| match message.as_object() {
-                Some(fields) if fields.len() == 2 => Some(Plain {
+                Some(fields) if fields.len() == 2 => Some(PlainMessage {
                     role: fields.get("role")?.as_str()?,
                     content: fields.get("content")?.as_str()?,
                 }),
@@ -91,7 +90,7 @@ pub(crate) mod request {
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Value, D::Error> {
-        let stored = Stored::deserialize(deserializer)?;
+        let stored = StoredRequest::deserialize(deserializer)?;
         let params = serde_json::from_str(&stored.params).map_err(D::Error::custom)?;
         let Value::Object(params) = params else {
             return Ok(params);
@@ -132,7 +131,7 @@ pub(crate) mod extra {
     }
 }
 
-/// No usage is all zeros: no answer is paid for with zero tokens.
+/// Token usage. `None` is stored as zeros, because no answer has zero tokens.
 pub(crate) mod usage {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -153,7 +152,7 @@ pub(crate) mod usage {
     }
 }
 
-/// No price is a cost of 0.
+/// Cost in US dollars. `None` is stored as 0.
 pub(crate) mod cost {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -174,12 +173,12 @@ pub(crate) mod cost {
     }
 }
 
-/// Tokens that are no UTF-8: `position:rank:hex`, separated by spaces.
+/// Tokens that are not UTF-8, as `position:rank:hex` separated by spaces.
 pub(crate) mod raw {
     use serde::de::Error as _;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    use crate::cache::encoding::RawToken;
+    use crate::cache::raw_token::RawToken;
 
     pub(crate) fn serialize<S: Serializer>(
         raw: &[RawToken],
@@ -200,7 +199,7 @@ pub(crate) mod raw {
             .map_err(|token| D::Error::custom(format_args!("`{token}` is not position:rank:hex")))
     }
 
-    /// The tokens in a text, or the first that is none.
+    /// Parses the tokens in `text`; the error is the first invalid one.
     pub(crate) fn tokens(text: &str) -> Result<Vec<RawToken>, &str> {
         text.split_whitespace()
             .map(|token| parse(token).ok_or(token))

@@ -1,20 +1,20 @@
-//! TODO
+//! [`Usage`]: token counts of answers.
 
-use serde::Deserialize;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Token counts as billed by the endpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
-    /// Part of `prompt_tokens` that was served from the provider's prompt cache.
+    /// Prompt tokens that the provider's prompt cache served; included in `prompt_tokens`.
     pub cached_tokens: u64,
-    /// Part of `completion_tokens` that was hidden reasoning.
+    /// Tokens of hidden reasoning; included in `completion_tokens`.
     pub reasoning_tokens: u64,
 }
 
 impl Usage {
+    /// Adds the counts of `other`, saturating.
     pub fn add(&mut self, other: &Usage) {
         let sums = [
             (&mut self.prompt_tokens, other.prompt_tokens),

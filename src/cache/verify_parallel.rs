@@ -1,7 +1,7 @@
-//! Opening a large cache: every checksum, on all cores.
+//! Verifies every checksum of a large cache on all cores, to open it.
 //!
-//! A sweep knows only good and odd. Where it meets anything that is not a whole line as this
-//! version writes them it stops, and a [`Scan`](crate::cache::recovery::Scan) of the rest has the word.
+//! Verification stops at the first block with a line that is not whole and in the form that this version writes.
+//! A sequential [`LineScan`](crate::cache::recovery::LineScan) continues there.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -9,29 +9,27 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
-use crate::cache::frames;
-use crate::cache::frames::Frames;
-use crate::cache::keys;
-use crate::cache::keys::Identity;
+use crate::cache::frames::{self, FrameReader};
+use crate::cache::keys::{self, RecordIdentity};
 use crate::cache::line;
-use crate::cache::question::Past;
+use crate::cache::question::KeyVariants;
 
-/// Bytes of plain text that a core takes at a time.
+/// Bytes of plain text that one core verifies at a time.
 const BLOCK: usize = 2 << 20;
 
-/// What a block of whole lines holds.
+/// Contents of a block of whole lines.
 #[derive(Debug, Default)]
-pub(crate) struct Block {
-    pub records: Vec<Identity>,
-    pub past: Past,
+pub(crate) struct VerifiedBlock {
+    pub records: Vec<RecordIdentity>,
+    pub past: KeyVariants,
     pub cost_usd: f64,
-    /// Bytes of the file.
+    /// Size of the block in the file in bytes.
     pub bytes: u64,
 }
 
-/// The records in `text`; none if a line of it is not whole and as this version writes it.
-fn check(text: &[u8]) -> Option<Block> {
-    let mut block = Block::default();
+/// Verifies the lines in `text`; `None` if a line is not whole and in the form that this version writes.
+fn check(text: &[u8]) -> Option<VerifiedBlock> {
+    let mut block = VerifiedBlock::default();
     let mut rest = text;
     while !rest.is_empty() {
         let end = memchr::memchr(b'\n', rest)?;
@@ -39,28 +37,28 @@ fn check(text: &[u8]) -> Option<Block> {
         rest = &rest[end + 1..];
         block.records.push(keys::identity(line).ok()?);
         let head = line::head(line).ok()?;
-        block.past.note(head.v, head.cut_at);
+        block.past.insert(head.v, head.cut_at);
         block.cost_usd += line::cost_usd(line).ok()?;
     }
     Some(block)
 }
 
-/// Sweeps a plain file: hands the good blocks to `on_block` in their order, up to the first odd one.
+/// Verifies a plain file: calls `on_block` for the good blocks in order, up to the first other one.
 ///
 /// # Errors
 /// If the file at `path` cannot be read, or one of `on_block`.
-pub(crate) fn plain(
+pub(crate) fn verify_plain(
     file: impl Read + Send,
     path: &Path,
-    on_block: impl FnMut(Block) -> Result<()>,
+    on_block: impl FnMut(VerifiedBlock) -> Result<()>,
 ) -> Result<()> {
-    let mut blocks = Blocks {
+    let mut blocks = LineBlocks {
         file,
         rest: Vec::new(),
     };
     let check = |text: Vec<u8>| {
         let block = check(&text)?;
-        Some(Block {
+        Some(VerifiedBlock {
             bytes: text.len() as u64,
             ..block
         })
@@ -69,19 +67,19 @@ pub(crate) fn plain(
     in_order(next, check, on_block)
 }
 
-/// As [`plain`], of a compressed file.
+/// As [`verify_plain`], for a compressed file.
 ///
 /// # Errors
 /// If the file at `path` cannot be read, or one of `on_block`.
-pub(crate) fn compressed(
+pub(crate) fn verify_compressed(
     file: impl Read + Send,
     path: &Path,
-    on_block: impl FnMut(Block) -> Result<()>,
+    on_block: impl FnMut(VerifiedBlock) -> Result<()>,
 ) -> Result<()> {
-    let mut frames = Frames::new(file);
+    let mut frames = FrameReader::new(file);
     let check = |frame: Vec<u8>| {
         let block = check(&frames::decompress(&frame).ok()?)?;
-        Some(Block {
+        Some(VerifiedBlock {
             bytes: frame.len() as u64,
             ..block
         })
@@ -94,15 +92,15 @@ fn could_not_read(path: &Path) -> String {
     format!("could not read {}", path.display())
 }
 
-/// Cuts a plain file into blocks of whole lines.
-struct Blocks<R> {
+/// Splits a plain file into blocks of whole lines.
+struct LineBlocks<R> {
     file: R,
-    /// The beginning of a line whose end has not been read.
+    /// First part of a line whose end has not been read.
     rest: Vec<u8>,
 }
 
-impl<R: Read> Blocks<R> {
-    /// The next block; what follows the last newline is none.
+impl<R: Read> LineBlocks<R> {
+    /// Reads the next block; `None` at the end. Bytes after the last newline are not a block.
     fn advance(&mut self) -> io::Result<Option<Vec<u8>>> {
         let mut block = std::mem::take(&mut self.rest);
         loop {
@@ -122,17 +120,17 @@ impl<R: Read> Blocks<R> {
     }
 }
 
-/// Has every job that `next` tells of checked, on all cores while the next ones are being read, and
-/// hands the results to `on_block` in their order, up to the first that is none.
+/// Checks the jobs from `next` on all cores while the next jobs are read. Calls `on_block` with the results in
+/// order, up to the first `None`.
 fn in_order<J: Send>(
     mut next: impl FnMut() -> Result<Option<J>> + Send,
-    check: impl Fn(J) -> Option<Block> + Sync,
-    mut on_block: impl FnMut(Block) -> Result<()>,
+    check: impl Fn(J) -> Option<VerifiedBlock> + Sync,
+    mut on_block: impl FnMut(VerifiedBlock) -> Result<()>,
 ) -> Result<()> {
-    let at_once = rayon::current_num_threads() * 2;
+    let jobs_at_once = rayon::current_num_threads() * 2;
     let mut read = || {
-        let mut jobs = Vec::with_capacity(at_once);
-        while jobs.len() < at_once {
+        let mut jobs = Vec::with_capacity(jobs_at_once);
+        while jobs.len() < jobs_at_once {
             match next()? {
                 Some(job) => jobs.push(job),
                 None => break,

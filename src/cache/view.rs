@@ -1,7 +1,7 @@
-//! What training reads of a line, borrowed from it: a cache has more tokens than memory has room for,
-//! and most of the time of reading one with owned fields goes into allocating them.
+//! [`RecordView`]: the part of a record that training needs, borrowed from its line.
+//!
+//! Reading a cache with owned fields would spend most of its time on allocations.
 
-use crate::cache::logprobs_view::LogprobsView;
 use std::borrow::Cow;
 
 use jiff::civil::DateTime;
@@ -9,11 +9,12 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::columns;
-use super::line::Fault;
+use super::line::LineError;
+use super::logprobs_view::LogprobsView;
 use super::record::{self, Status};
 use crate::prompt::message::Message;
 
-/// The part of a [`super::record::Record`] that training needs.
+/// Part of a [`super::record::Record`] that training needs.
 #[derive(Debug, Deserialize)]
 pub struct RecordView<'a> {
     pub key: String,
@@ -24,31 +25,32 @@ pub struct RecordView<'a> {
     pub endpoint: String,
     #[serde(default)]
     pub teacher: String,
-    request: Request,
-    pub answer: Answer,
+    request: RequestView,
+    pub answer: AnswerView,
     pub fingerprint: String,
     #[serde(borrow, default)]
     pub logprobs: Option<LogprobsView<'a>>,
     #[serde(borrow, default)]
-    timing: Timing<'a>,
+    timing: TimingView<'a>,
 }
 
 #[derive(Debug, Default, Deserialize)]
-struct Timing<'a> {
+struct TimingView<'a> {
     #[serde(borrow)]
     sent_at: Cow<'a, str>,
 }
 
-/// As `stored::request` writes it.
+/// Request as `stored::request` writes it.
 #[derive(Debug, Deserialize)]
-struct Request {
+struct RequestView {
     model: String,
     messages: Vec<Message>,
     params: String,
 }
 
+/// Part of a [`super::record::Answer`] that training needs.
 #[derive(Debug, Deserialize)]
-pub struct Answer {
+pub struct AnswerView {
     pub text: String,
     pub finish_reason: String,
     #[serde(default)]
@@ -56,27 +58,27 @@ pub struct Answer {
 }
 
 impl<'a> RecordView<'a> {
-    /// The record in a line that [`super::line::verify`] and [`super::line::head`] have accepted.
-    pub fn of_line(line: &'a [u8]) -> Result<Self, Fault> {
-        let no_record = |why: String| Fault::NoRecord(why);
-        // Once for the line, instead of once for each of its strings.
+    /// Decodes the record in a line that [`super::line::verify`] and [`super::line::head`] have accepted.
+    pub fn from_line(line: &'a [u8]) -> Result<Self, LineError> {
+        let no_record = |why: String| LineError::InvalidRecord(why);
+        // UTF-8 is checked once for the line, instead of once for each string.
         let line = std::str::from_utf8(line).map_err(|e| no_record(e.to_string()))?;
-        match Self::of_usual_line(line) {
+        match Self::from_canonical_line(line) {
             Some(record) => Ok(record),
             None => serde_json::from_str(line).map_err(|e| no_record(e.to_string())),
         }
     }
 
-    /// The record in a line with logprobs, as this version writes it: the logprobs are nearly all of
-    /// it, and reading them by a parser for any JSON takes twice the time.
-    fn of_usual_line(line: &'a str) -> Option<Self> {
+    /// Decodes a line with logprobs in the form that this version writes; `None` for any other form. Logprobs
+    /// are most of a line, and a general JSON parser takes twice the time.
+    fn from_canonical_line(line: &'a str) -> Option<Self> {
         const LOGPROBS: &str = ",\"logprobs\":{";
-        // Not in a string, where a quotation mark has a backslash before it.
+        // This text cannot occur in a string, where quotation marks are escaped.
         let at = memchr::memmem::find(line.as_bytes(), LOGPROBS.as_bytes())?;
-        // Were this inside of something, what stands before it would not be whole.
+        // If this were a nested field, the text before it would not be a valid object.
         let head = format!("{}}}", &line[..at]);
         let head: RecordView = serde_json::from_str(&head).ok()?;
-        let (logprobs, rest) = columns::read(&line[at + LOGPROBS.len()..])?;
+        let (logprobs, rest) = columns::parse(&line[at + LOGPROBS.len()..])?;
         let rest = rest.strip_prefix(",\"matches_text\":")?;
         let rest = ["true", "false"]
             .iter()
@@ -85,7 +87,7 @@ impl<'a> RecordView<'a> {
         let (sent_at, _) = sent_at.split_once('"')?;
         Some(RecordView {
             logprobs: Some(logprobs),
-            timing: Timing {
+            timing: TimingView {
                 sent_at: sent_at.into(),
             },
             key: head.key,
@@ -100,40 +102,40 @@ impl<'a> RecordView<'a> {
         })
     }
 
-    /// Model that was asked.
+    /// Model in the request.
     pub fn request_model(&self) -> &str {
         &self.request.model
     }
 
-    /// When the request was sent, in UTC.
+    /// Time at which the request was sent, in UTC.
     pub fn sent_at(&self) -> Option<DateTime> {
         record::Timing::date(&self.timing.sent_at)
     }
 
-    /// The parameters of the request, other than model and messages.
+    /// Parameters of the request other than model and messages.
     pub fn params(&self) -> Value {
         serde_json::from_str(&self.request.params).unwrap_or_default()
     }
 
-    /// The messages that were sent; or, where they are more than roles and texts, the request's
-    /// parameters, which hold them.
+    /// Takes the messages of the request. If they are more than roles and texts, the error is the request's
+    /// parameters, which contain them.
     pub fn take_messages(&mut self) -> Result<Vec<Message>, Value> {
-        match self.request.messages.is_empty() {
-            false => Ok(std::mem::take(&mut self.request.messages)),
-            true => Err(serde_json::from_str(&self.request.params).unwrap_or_default()),
+        if self.request.messages.is_empty() {
+            Err(serde_json::from_str(&self.request.params).unwrap_or_default())
+        } else {
+            Ok(std::mem::take(&mut self.request.messages))
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::cache::record::Logprobs;
     use serde_json::json;
 
     use super::*;
-    use crate::cache::record::{Record, Timing};
+    use crate::cache::record::{Logprobs, Record, Timing};
 
-    /// The other parser takes twice the time.
+    /// The general parser takes twice the time.
     #[test]
     fn records_with_logprobs_are_read_by_the_fast_parser() {
         let record = json!({
@@ -159,7 +161,7 @@ mod tests {
                 matches_text,
             });
             let line = serde_json::to_string(&record).unwrap();
-            let fast = RecordView::of_usual_line(&line).unwrap();
+            let fast = RecordView::from_canonical_line(&line).unwrap();
             let other: RecordView = serde_json::from_str(&line).unwrap();
             assert_eq!(fast.sent_at(), other.sent_at());
             assert!(fast.sent_at().is_some());

@@ -132,11 +132,11 @@ impl RequestTemplate {
     /// The body that asks for an answer to a prompt, as it was given.
     pub fn body_of(&self, prompt: &Prompt, sample: u32) -> Value {
         let mut body = self.body(&prompt.messages, sample);
-        if let (Some(given), Some(fields)) = (&prompt.given, body.as_object_mut()) {
-            if let Some(messages) = &given.messages {
+        if let (Some(raw), Some(fields)) = (&prompt.raw, body.as_object_mut()) {
+            if let Some(messages) = &raw.messages {
                 fields.insert("messages".into(), messages.clone());
             }
-            for (field, value) in &given.fields {
+            for (field, value) in &raw.fields {
                 fields.insert(field.clone(), value.clone());
             }
         }

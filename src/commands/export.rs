@@ -1,4 +1,4 @@
-//! `distill cache export`: what was paid for, for another trainer.
+//! `distill cache export`: writes the cache in the format of another trainer.
 
 use std::path::{Path, PathBuf};
 
@@ -10,21 +10,22 @@ use crate::cli::{CachePlace, ConfigFile, ExportArgs, ExportFormat, Global};
 use crate::config::{self, Groups};
 use crate::data::groups::Selection;
 use crate::exit::Exit;
-use crate::export::rows::{Report, Settings};
+use crate::export::rows::{ExportReport, ExportSettings};
 use crate::export::{self, Format};
 use crate::terminal::{format_count, sanitise};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::TemplateClock;
 
-/// Version of what `--json` prints here.
+/// Version of the JSON output of `distill cache export`.
 const VERSION: u32 = 1;
 
-/// Writes the export that the command line names.
+/// Writes the export that the command line asks for.
 pub(crate) fn run(args: &ExportArgs, global: &Global) -> Result<()> {
     let format = format(args.to);
     if args.tokenizer.is_some() && format != Format::Axolotl {
         bail!(Exit::Usage(
-            "--tokenizer is for `--to axolotl`; the other formats hold text, leave it out".into()
+            "--tokenizer is only for `--to axolotl`: the other formats contain text, so omit it"
+                .into()
         ));
     }
     let groups = (!args.groups.is_empty()).then(|| Groups::parse(args.groups.clone()));
@@ -36,7 +37,7 @@ pub(crate) fn run(args: &ExportArgs, global: &Global) -> Result<()> {
     if let Some(tokenizer) = &mut tokenizer {
         tokenizer.set_date(TemplateClock::Record);
     }
-    let settings = Settings {
+    let settings = ExportSettings {
         data: &data,
         selection: &selection,
         tokenizer: tokenizer.as_ref(),
@@ -66,7 +67,7 @@ fn format(format: ExportFormat) -> Format {
     }
 }
 
-/// The cache folder, and which of its answers are worth training on.
+/// Returns the cache folder, the data settings, and the groups of answers to export.
 fn source(
     place: &CachePlace,
     groups: Option<Groups>,
@@ -77,7 +78,7 @@ fn source(
                 None | Some(Groups::All) => Selection::All,
                 Some(Groups::Named(names)) => crate::plan::questions::named(dir, names)?,
                 Some(Groups::Asked) => bail!(Exit::Usage(
-                    "--groups asked needs the questions of a config: give -c FILE".into()
+                    "`--groups asked` needs the questions of a config: give -c FILE".into()
                 )),
             };
             Ok((dir.clone(), config::DataConfig::default(), selection))
@@ -98,24 +99,24 @@ fn source(
     }
 }
 
-/// Nothing that was paid for may be replaced by an export of it.
+/// Refuses an export into the cache folder, where it could replace paid answers.
 fn check_outside(out: &Path, cache: &Path) -> Result<()> {
     let absolute = std::path::absolute(out)?;
     let parent = absolute.parent().unwrap_or(&absolute);
-    // Neither may be there; then the one does not lie in the other, or an error comes later.
+    // If one of them does not exist, the export is not inside the cache, or fails later.
     let (Ok(parent), Ok(cache)) = (parent.canonicalize(), cache.canonicalize()) else {
         return Ok(());
     };
     if parent.starts_with(&cache) {
         bail!(Exit::Usage(format!(
-            "{} is in the cache folder; give a place outside it",
+            "{} is in the cache folder: choose a path outside it",
             out.display()
         )));
     }
     Ok(())
 }
 
-fn text(report: &Report, out: &Path) -> String {
+fn text(report: &ExportReport, out: &Path) -> String {
     let mut text = format!("{} rows in {}\n", format_count(report.rows), out.display());
     for (reason, count) in &report.left_out {
         let reason = reason.replace('\n', " ");
@@ -123,7 +124,7 @@ fn text(report: &Report, out: &Path) -> String {
     }
     if let Some(dropped @ 1..) = report.dropped_alternatives {
         text += &format!(
-            "dropped {} top-k alternatives for which the tokenizer has no token\n",
+            "dropped {} top-k alternatives that have no token in the tokenizer\n",
             format_count(dropped)
         );
     }
@@ -135,8 +136,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hostile_reasons_are_inert() {
-        let mut report = Report::default();
+    fn control_characters_in_reasons_are_escaped() {
+        let mut report = ExportReport::default();
         let reason = "finish_reason `\u{1b}[2J\u{202e}` is not kept";
         report.left_out.insert(reason.into(), 1);
         let text = text(&report, Path::new("\u{9b}31m"));

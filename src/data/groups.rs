@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cache::fingerprint::Fingerprint;
-use crate::cache::keys::Keys;
+use crate::cache::keys::KeySet;
 use crate::cache::question;
 use crate::cache::record::{Record, is_mock};
 use crate::cache::view::RecordView;
@@ -131,7 +131,7 @@ impl RecordIdentity {
         RecordIdentity {
             group,
             key: crate::cache::fingerprint::fingerprint(key),
-            question: question::fingerprint(key),
+            question: question::question_fingerprint(key),
             is_truncated: cut_at > 0,
         }
     }
@@ -169,11 +169,11 @@ pub struct ConfigSelection {
 #[derive(Debug, Clone, Default)]
 pub struct PlannedRows {
     /// Key of the answer to each answered row.
-    pub keys: Keys,
+    pub keys: KeySet,
     /// Questions of the answered rows.
-    pub answered: Keys,
+    pub answered: KeySet,
     /// Questions of all rows; see [`question::fingerprint`].
-    pub questions: Keys,
+    pub questions: KeySet,
 }
 
 /// Selection of the records to train on.

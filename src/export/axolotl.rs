@@ -1,4 +1,4 @@
-//! Rows for the KD plugin of axolotl, whose student must share the teacher's tokenizer.
+//! Rows for axolotl's KD plugin. The student must share the teacher's tokenizer.
 //!
 //! ```yaml
 //! plugins: [axolotl.integrations.kd.KDPlugin]
@@ -7,21 +7,21 @@
 //! - {path: out.jsonl, type: axolotl.integrations.kd.chat_template}
 //! ```
 //!
-//! That type reads `messages`, `logprobs` (by position, floats) and `target_token_ids` (the same
-//! shape). Facts of axolotl 0.19 that decide what stands in them:
+//! That type reads `messages`, `logprobs` (floats by position) and `target_token_ids` (the same shape). Their
+//! content follows from the behaviour of axolotl 0.19:
 //!
-//! - The lists belong to the last tokens of the conversation as axolotl's chat template prints it
-//!   (`ChatTemplateStrategyWithKDv2.transform_logprobs` pads in front), so the tokens of the
-//!   template behind the answer need entries too.
-//! - The loss compares what the model predicts at a position with the entry of that position
-//!   (`LigerFusedLinearKLTopKLogprobFunction` shifts the labels only), so an entry is of the token
-//!   that comes next, and the last one of no token.
-//! - Which positions count is read off the labels, one too late: the entry of the first token of
-//!   the answer is not used, and that of the end-of-turn token is, though it is of what follows.
-//! - It normalises the entries of a position over its k; k must be the same in a row.
+//! - The lists belong to the last tokens of the conversation as rendered by axolotl's chat template
+//!   (`ChatTemplateStrategyWithKDv2.transform_logprobs` pads in front). So the tokens of the template after the
+//!   answer need entries as well.
+//! - The loss compares the model's prediction at a position with the entry of that position
+//!   (`LigerFusedLinearKLTopKLogprobFunction` shifts only the labels). So an entry is for the next token, and the
+//!   last entry is for no token.
+//! - The labels select the positions of the loss one position too late: the entry for the first token of the answer
+//!   is not used, and the entry at the end-of-turn token is used, although it is for the token after it.
+//! - Entries of a position are normalised over its k; k must be the same in a row.
 //!
-//! Where nothing is known of the next token (the teacher's API does not show the end of the turn,
-//! say) its entry is that token with certainty.
+//! If the teacher's distribution of the next token is not known (for example because the API does not report the end
+//! of the turn), the entry gives that token probability 1.
 
 use std::path::Path;
 
@@ -34,19 +34,19 @@ use crate::cache::record::{Logprobs, Record, Timing};
 use crate::data::align;
 use crate::data::align::tokens::is_stop;
 use crate::exit::Exit;
-use crate::export::rows::{Report, Row, Rows, Settings, write_lines};
+use crate::export::rows::{ExportReport, ExportRow, ExportRows, ExportSettings, write_lines};
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 
-/// The logprob of what fills up a position with fewer than k entries: small enough to weigh
-/// nothing, large enough for its exponential to be no zero in f32, whose logarithm is infinite.
+/// Logprob of the fillers in a position with fewer than k entries: small enough to have no weight, and large enough
+/// that its exponential is not zero in f32, which would make its logarithm infinite.
 const FILLER: f32 = -50.0;
 
-const OTHER_TOKENS: &str = "the tokenizer cuts the answer into other tokens than the teacher did";
+const OTHER_TOKENS: &str = "the tokenizer splits the answer into other tokens than the teacher did";
 
-/// A conversation that ends in the answer; entries of its last N tokens, k at each.
+/// A conversation that ends with the answer, with k entries for each of its last N tokens.
 #[derive(Debug, Serialize)]
-struct Line {
+struct AxolotlRow {
     messages: Vec<Message>,
     /// (N x k)
     target_token_ids: Vec<Vec<u32>>,
@@ -54,15 +54,16 @@ struct Line {
     logprobs: Vec<Vec<f32>>,
 }
 
+/// Writes the export to `out`.
 pub(super) fn write(
-    rows: Rows<impl Iterator<Item = Result<Record>>>,
+    rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,
-    settings: &Settings,
-) -> Result<Report> {
+    settings: &ExportSettings,
+) -> Result<ExportReport> {
     let Some(tokenizer) = settings.tokenizer else {
         bail!(Exit::Usage(
-            "axolotl wants token ids: give --tokenizer DIR, the folder with the `tokenizer.json` \
-             and the chat template of the teacher (the student must share both)"
+            "axolotl needs token ids: give --tokenizer DIR, the folder with the teacher's `tokenizer.json` and chat \
+             template (the student must share both)"
                 .into()
         ));
     };
@@ -74,13 +75,17 @@ pub(super) fn write(
     Ok(report)
 }
 
-/// A row as a line, or the reason to leave it out. Alternatives that no token stands for are added
+/// Converts a row to a line, or returns the reason to leave it out. Adds the number of alternatives without a token
 /// to `dropped`.
-fn line(mut row: Row, tokenizer: &Tokenizer, dropped: &mut u64) -> Result<Line, String> {
+fn line(
+    mut row: ExportRow,
+    tokenizer: &Tokenizer,
+    dropped: &mut u64,
+) -> Result<AxolotlRow, String> {
     let logprobs = row.record.logprobs.take().ok_or("no logprobs")?;
     if tokenizer.contains_control(&row.record.answer.text) {
-        // axolotl makes that token of it, and all entries before would be one off.
-        return Err("the answer holds the name of a control token".into());
+        // axolotl tokenizes the name as that token, which would shift all earlier entries.
+        return Err("the answer contains the name of a control token".into());
     }
     let date = Timing::date(&row.record.timing.sent_at);
     let messages = row.conversation();
@@ -91,21 +96,21 @@ fn line(mut row: Row, tokenizer: &Tokenizer, dropped: &mut u64) -> Result<Line, 
         .into_iter()
         .map(|entry| (entry.ids, entry.logprobs))
         .unzip();
-    Ok(Line {
+    Ok(AxolotlRow {
         messages,
         target_token_ids,
         logprobs,
     })
 }
 
-/// What is known of one token.
+/// Top-k distribution of one token.
 #[derive(Debug, Clone, Default)]
-struct Entry {
+struct TokenEntry {
     ids: Vec<u32>,
     logprobs: Vec<f32>,
 }
 
-impl Entry {
+impl TokenEntry {
     fn certain(id: u32) -> Self {
         Self {
             ids: vec![id],
@@ -113,8 +118,8 @@ impl Entry {
         }
     }
 
-    /// Fills up to `k` with tokens that are not in it: one that was, twice, would count twice where
-    /// axolotl normalises the student's probabilities.
+    /// Fills the entry up to `k` with other tokens: a repeated token would count twice when axolotl normalises the
+    /// student's probabilities.
     fn fill(&mut self, k: usize) {
         let missing = k.saturating_sub(self.ids.len());
         let unused = (0..).filter(|id| !self.ids.contains(id));
@@ -124,14 +129,14 @@ impl Entry {
     }
 }
 
-/// The entries of the last tokens of a conversation that ends in an answer, from the one before the
-/// answer on: each of the token that comes next.
+/// Returns the entries of the last tokens of a conversation that ends with an answer, from the token before the
+/// answer: each entry is for the next token.
 fn entries(
     (messages, date): (&[Message], Option<DateTime>),
     logprobs: &Logprobs,
     tokenizer: &Tokenizer,
     dropped: &mut u64,
-) -> Result<Vec<Entry>, String> {
+) -> Result<Vec<TokenEntry>, String> {
     let conversation = tokenizer
         .conversation_at(messages, false, date)
         .map_err(|error| format!("{error:#}"))?;
@@ -140,23 +145,24 @@ fn entries(
     let ids = &conversation.ids[answer.content.clone()];
     same_tokens(ids, &teacher, tokenizer)?;
 
-    let behind = &conversation.ids[answer.content.start..];
-    let mut entries = Vec::with_capacity(behind.len() + 1);
-    for (position, &id) in behind.iter().enumerate() {
+    let from_answer = &conversation.ids[answer.content.start..];
+    let mut entries = Vec::with_capacity(from_answer.len() + 1);
+    for (position, &id) in from_answer.iter().enumerate() {
         let known = position < ids.len() || {
-            // The end of the turn, where the API shows it.
+            // The end of the turn, if the API reports it.
             position == ids.len()
                 && position < teacher.token.len()
                 && id_of(&teacher.token[position], tokenizer) == Some(id)
         };
-        entries.push(match known {
-            true => entry(&teacher, position, id, tokenizer, dropped)?,
-            false => Entry::certain(id),
+        entries.push(if known {
+            entry(&teacher, position, id, tokenizer, dropped)?
+        } else {
+            TokenEntry::certain(id)
         });
     }
-    // Nothing follows the last token, and axolotl counts it where it ends the turn.
-    let last = behind.last().ok_or("no answer")?;
-    entries.push(Entry::certain(*last));
+    // No token follows the last one, but axolotl uses its entry if it ends the turn.
+    let last = from_answer.last().ok_or("no answer")?;
+    entries.push(TokenEntry::certain(*last));
 
     let k = entries.iter().map(|entry| entry.ids.len()).max();
     for entry in &mut entries {
@@ -165,45 +171,47 @@ fn entries(
     Ok(entries)
 }
 
-/// Are the N tokens `ids` what the teacher said, up to the end of its turn?
+/// Checks that the N tokens `ids` are the teacher's tokens, up to the end of its turn.
 fn same_tokens(ids: &[u32], teacher: &LogprobsView, tokenizer: &Tokenizer) -> Result<(), String> {
     if teacher.token.len() < ids.len() {
         return Err(OTHER_TOKENS.into());
     }
     for (position, &id) in ids.iter().enumerate() {
         let spelled = tokenizer.token_bytes(id).unwrap_or_default();
-        let said = &*teacher.token[position];
-        // The first token may hold a space of the template, which some servers do not report.
-        let same = spelled == said || (position == 0 && spelled.trim_ascii_start() == said);
-        if said.is_empty() || !same {
+        let emitted = &*teacher.token[position];
+        // The first token may include a space of the template, which some servers do not report.
+        let same = spelled == emitted || (position == 0 && spelled.trim_ascii_start() == emitted);
+        if emitted.is_empty() || !same {
             return Err(OTHER_TOKENS.into());
         }
     }
-    match (ids.len()..teacher.token.len()).all(|at| is_stop(tokenizer, &teacher.token[at])) {
-        true => Ok(()),
-        false => Err(OTHER_TOKENS.into()),
+    if (ids.len()..teacher.token.len()).all(|at| is_stop(tokenizer, &teacher.token[at])) {
+        Ok(())
+    } else {
+        Err(OTHER_TOKENS.into())
     }
 }
 
-/// The teacher's alternatives at a position where it said the token `said`.
+/// Returns the teacher's alternatives at a position where it emitted the token `emitted_id`.
 fn entry(
     teacher: &LogprobsView,
     position: usize,
-    said: u32,
+    emitted_id: u32,
     tokenizer: &Tokenizer,
     dropped: &mut u64,
-) -> Result<Entry, String> {
+) -> Result<TokenEntry, String> {
     let emitted = &*teacher.token[position];
     let mut alternatives = Vec::new();
     align::list_candidates(teacher, position, usize::MAX, None, &mut alternatives)
         .ok_or("the teacher's probabilities sum to more than 1")?;
-    let mut entry = Entry::default();
+    let mut entry = TokenEntry::default();
     for (bytes, logprob) in alternatives {
-        let id = match bytes == emitted {
-            true => Some(said),
-            false => id_of(bytes, tokenizer),
+        let id = if bytes == emitted {
+            Some(emitted_id)
+        } else {
+            id_of(bytes, tokenizer)
         };
-        // A token that two alternatives claim belongs to the likelier one.
+        // If two alternatives have the same token, the likelier one counts.
         match id.filter(|id| !entry.ids.contains(id)) {
             Some(id) => {
                 entry.ids.push(id);
@@ -212,13 +220,14 @@ fn entry(
             None => *dropped += 1,
         }
     }
-    match entry.ids.is_empty() {
-        true => Err("a position has no logprob of a token that the tokenizer knows".into()),
-        false => Ok(entry),
+    if entry.ids.is_empty() {
+        Err("a position has no alternative that is a token of the tokenizer".into())
+    } else {
+        Ok(entry)
     }
 }
 
-/// The token that is spelled `bytes`, or the control token of that name.
+/// Returns the token with these bytes, or the control token of this name.
 fn id_of(bytes: &[u8], tokenizer: &Tokenizer) -> Option<u32> {
     tokenizer.id_of_bytes(bytes).or_else(|| {
         let name = std::str::from_utf8(bytes).ok()?;

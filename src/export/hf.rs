@@ -1,4 +1,4 @@
-//! A Hugging Face dataset: a folder with `train.jsonl` and a card that says how to read it.
+//! A Hugging Face dataset: a folder with `train.jsonl` and a dataset card.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -8,17 +8,17 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::cache::record::Record;
-use crate::export::rows::{Report, Row, Rows};
-use crate::fs::{Whole, write_dir_with};
+use crate::export::rows::{ExportReport, ExportRow, ExportRows};
+use crate::fs::{AtomicFile, write_dir_with};
 use crate::prompt::message::Message;
 use crate::terminal::{format_count, sanitise};
 
 const DATA: &str = "train.jsonl";
 const CARD: &str = "README.md";
 
-/// A conversation that ends in the answer, and where it comes from.
+/// A conversation that ends with the answer, and its origin.
 #[derive(Debug, Serialize)]
-struct Line {
+struct HfRow {
     messages: Vec<Message>,
     prompt_id: String,
     sample: u32,
@@ -26,8 +26,8 @@ struct Line {
     finish_reason: String,
 }
 
-impl Line {
-    fn new(mut row: Row) -> Self {
+impl HfRow {
+    fn new(mut row: ExportRow) -> Self {
         let record = &mut row.record;
         Self {
             prompt_id: std::mem::take(&mut record.prompt_id),
@@ -39,7 +39,7 @@ impl Line {
     }
 }
 
-/// Holds the folder `out` nothing but what [`write`] puts there?
+/// Returns true if the folder `out` contains only files that [`write`] creates.
 pub(super) fn is_ours(out: &Path) -> Result<bool> {
     let entries = std::fs::read_dir(out)
         .and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>())
@@ -49,20 +49,21 @@ pub(super) fn is_ours(out: &Path) -> Result<bool> {
         .all(|entry| [DATA, CARD].iter().any(|name| entry.file_name() == *name)))
 }
 
+/// Writes the dataset to the folder `out`.
 pub(super) fn write(
-    mut rows: Rows<impl Iterator<Item = Result<Record>>>,
+    mut rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,
-) -> Result<Report> {
+) -> Result<ExportReport> {
     write_dir_with(out, |folder| {
-        let mut data = Whole::create(&folder.join(DATA))?;
+        let mut data = AtomicFile::create(&folder.join(DATA))?;
         let mut models = BTreeMap::<String, u64>::new();
         rows.write_to(&mut data, |row| {
             *models.entry(row.record.model.clone()).or_default() += 1;
-            Ok(Line::new(row))
+            Ok(HfRow::new(row))
         })?;
         let report = rows.finish()?;
         data.commit(false)?;
-        let mut card = Whole::create(&folder.join(CARD))?;
+        let mut card = AtomicFile::create(&folder.join(CARD))?;
         card.write_all(text_of_card(&report, &models).as_bytes())
             .context("could not write the dataset card")?;
         card.commit(false)?;
@@ -70,8 +71,8 @@ pub(super) fn write(
     })
 }
 
-/// The dataset card. Names come from endpoints, so they are code and stay on their line.
-fn text_of_card(report: &Report, models: &BTreeMap<String, u64>) -> String {
+/// Returns the dataset card. Model names come from endpoints, so they are sanitised and set as code.
+fn text_of_card(report: &ExportReport, models: &BTreeMap<String, u64>) -> String {
     let code = |text: &str| match text {
         "" => "(not reported)".to_owned(),
         text => format!(
@@ -84,8 +85,8 @@ fn text_of_card(report: &Report, models: &BTreeMap<String, u64>) -> String {
          task_categories:\n- text-generation\ntags:\n- distillation\n---\n\n\
          # Answers of a teacher model\n\n\
          {} conversations, harvested with `distill` through the teacher's chat API and exported\n\
-         from its cache: `messages` is what was asked and, last, the answer; `prompt_id` and\n\
-         `sample` tell the answers to one prompt apart.\n\n\
+         from its cache: `messages` are the prompt and, last, the answer; `prompt_id` and\n\
+         `sample` identify the answer.\n\n\
          | teacher, as the endpoint reports it | conversations |\n|---|---|\n",
         format_count(report.rows)
     );
@@ -99,5 +100,5 @@ fn text_of_card(report: &Report, models: &BTreeMap<String, u64>) -> String {
             text += &format!("- {}: {}\n", format_count(*count), code(reason));
         }
     }
-    text + "\nThe terms of the teacher's provider apply to what is made of its answers.\n"
+    text + "\nThe terms of the teacher's provider apply to models trained on these answers.\n"
 }

@@ -1,20 +1,32 @@
-//! The cache in the formats of the tools that people train with at scale.
+//! Exports the cache in the formats of other trainers.
 //!
 //! ```text
-//! Record --Rows (what `distill train` would use)--> Row --one file per format--> lines, columns
-//!   --fs--> OUT, whole or not at all
+//! Record --rows::ExportRows (selects as `distill train` does)--> ExportRow
+//!   --one file per format--> lines or columns --fs::AtomicFile--> OUT, whole or not at all
 //! ```
 //!
 //! | format | OUT | read by |
 //! |---|---|---|
-//! | [`hf`] | a folder: `train.jsonl` and a dataset card | `datasets.load_dataset` |
-//! | [`openai_ft`] | JSONL of conversations | the fine-tuning API of OpenAI and who speaks its dialect |
-//! | [`trl`] | JSONL of prompts and completions | TRL's `SFTTrainer` |
-//! | [`axolotl`] | JSONL of conversations with top-k logprobs | axolotl's KD plugin |
-//! | `parquet` | one Parquet file with everything that a record holds for training | pyarrow, pandas, DuckDB |
+//! | `hf` | a folder: `train.jsonl` and a dataset card | `datasets.load_dataset` |
+//! | `openai_ft` | JSONL of conversations | OpenAI's fine-tuning API and compatible APIs |
+//! | `trl` | JSONL of prompts and completions | TRL's `SFTTrainer` |
+//! | `axolotl` | JSONL of conversations with top-k logprobs | axolotl's KD plugin |
+//! | `parquet` | one Parquet file with all training data of each record | pyarrow, pandas, DuckDB |
 //!
-//! Records stream through: what is held is one of them, or for Parquet one row group. A row that a
-//! format cannot hold is left out and counted with the reason.
+//! Invariants: records are streamed, so memory holds one record, or for Parquet one row group. A row that a format
+//! cannot represent is left out and counted with the reason. OUT never replaces a file that is not an export.
+//!
+//! # How to add an export format
+//!
+//! 1. Add a variant to [`Format`], and to `ExportFormat` in `cli.rs` (its name is the value of `--to`); map one to
+//!    the other in `commands::export::format`.
+//! 2. Add a file `export/<format>.rs` with the serialised row type, and a function from [`rows::ExportRow`] to it,
+//!    or to the reason to leave the row out. Copy `trl.rs` for plain text, `axolotl.rs` for token ids.
+//! 3. Call it in [`write()`]: through `rows::write_lines` for JSONL, or on `AtomicFile` yourself. If OUT is a folder,
+//!    extend `check_replaceable`.
+//! 4. Declare the module above, and add a row to the table of formats here and in `README.md`.
+//! 5. Add a case to `tests/it/export/mod.rs` (or a file beside it), and load the file with the tool that reads it in
+//!    `tests/python/exports.py`.
 
 pub(crate) mod axolotl;
 pub(crate) mod hf;
@@ -24,10 +36,6 @@ pub(crate) mod parquet;
 pub mod rows;
 pub(crate) mod trl;
 
-use crate::export::rows::Report;
-use crate::export::rows::Rows;
-use crate::export::rows::Settings;
-use crate::export::rows::write_lines;
 use std::path::Path;
 
 use anyhow::{Result, bail};
@@ -35,8 +43,9 @@ use anyhow::{Result, bail};
 use crate::cache::record::Record;
 use crate::data::groups::GroupCounts;
 use crate::exit::Exit;
+use crate::export::rows::{ExportReport, ExportRows, ExportSettings, write_lines};
 
-/// What to write.
+/// Format of an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     Hf,
@@ -46,24 +55,24 @@ pub enum Format {
     Parquet,
 }
 
-/// Writes the records that are worth training on to `out`, which appears whole or not at all.
+/// Writes the records that training would use to `out`, atomically.
 ///
 /// # Errors
-/// The first error among the records; [`Exit::Usage`] if `out` is taken, if the format needs
-/// something that is missing, and if no row is left (with the reasons).
+/// The first error of `records`; [`Exit::Usage`] if `out` exists, if the format needs a setting that is missing, or
+/// if no row is left (with the reasons).
 pub fn write(
     records: impl Iterator<Item = Result<Record>>,
     format: Format,
     out: &Path,
-    settings: &Settings,
-) -> Result<Report> {
-    check_free(out, format, settings.force)?;
-    let rows = Rows {
+    settings: &ExportSettings,
+) -> Result<ExportReport> {
+    check_replaceable(out, format, settings.force)?;
+    let rows = ExportRows {
         records,
         settings: settings.data,
         selection: settings.selection,
         groups: GroupCounts::default(),
-        report: Report::default(),
+        report: ExportReport::default(),
     };
     match format {
         Format::Hf => hf::write(rows, out),
@@ -74,20 +83,20 @@ pub fn write(
         Format::Parquet => parquet::write(rows, out, settings.force),
         #[cfg(not(feature = "parquet"))]
         Format::Parquet => bail!(Exit::Usage(
-            "this build writes no Parquet: install with `--features parquet`".into()
+            "this build cannot write Parquet: install with `--features parquet`".into()
         )),
     }
 }
 
-/// Refuses to overwrite, without `force`, anything; with it, whatever an export did not write.
-fn check_free(out: &Path, format: Format, force: bool) -> Result<()> {
-    let place = out.display();
+/// Refuses to overwrite anything without `force`, and anything that is not an export of this format with it.
+fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
+    let path = out.display();
     let Ok(found) = out.symlink_metadata() else {
         return Ok(());
     };
     if !force {
         bail!(Exit::Usage(format!(
-            "{place} is there already; give another place, or --force to replace it"
+            "{path} exists already: choose another path, or replace it with --force"
         )));
     }
     let replaceable = match format {
@@ -96,8 +105,7 @@ fn check_free(out: &Path, format: Format, force: bool) -> Result<()> {
     };
     if !replaceable {
         bail!(Exit::Usage(format!(
-            "{place} is nothing that this format writes, so --force does not replace it; give \
-             another place"
+            "{path} is not an export of this format, so --force does not replace it: choose another path"
         )));
     }
     Ok(())

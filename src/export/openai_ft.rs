@@ -1,21 +1,21 @@
-//! `{"messages": [...]}` a line, as OpenAI's fine-tuning API takes it.
+//! One `{"messages": [...]}` per line, for OpenAI's fine-tuning API.
 //!
-//! Its `/v1/files` refuses a whole file for one message that it does not like, so such rows are
-//! left out here: roles other than system, user and assistant, and empty answers.
+//! Its `/v1/files` rejects a whole file for one invalid message. So rows with roles other than system, user and
+//! assistant, or with an empty answer, are left out.
 
 use serde::Serialize;
 
-use crate::export::rows::Row;
+use crate::export::rows::ExportRow;
 use crate::prompt::message::Message;
 
-/// A conversation that ends in the answer.
+/// A conversation that ends with the answer.
 #[derive(Debug, Serialize)]
-pub(crate) struct Line {
+pub(crate) struct OpenAiRow {
     pub messages: Vec<Message>,
 }
 
-/// A row as a line, or the reason to leave it out.
-pub(crate) fn line(row: Row) -> Result<Line, String> {
+/// Converts a row to a line, or returns the reason to leave it out.
+pub(crate) fn line(row: ExportRow) -> Result<OpenAiRow, String> {
     let messages = row.conversation();
     let known = ["system", "user", "assistant"];
     if let Some(other) = messages.iter().find(|m| !known.contains(&m.role.as_str())) {
@@ -27,5 +27,5 @@ pub(crate) fn line(row: Row) -> Result<Line, String> {
     {
         return Err("the answer is empty".into());
     }
-    Ok(Line { messages })
+    Ok(OpenAiRow { messages })
 }

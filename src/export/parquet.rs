@@ -1,8 +1,8 @@
-//! One Parquet file with all that a record holds for training.
+//! One Parquet file with all training data of each record.
 //!
-//! Nested columns are written by Dremel's levels (Melnik et al. 2010, section 4): beside each value
-//! stands at which depth a list goes on (its repetition level) and how deep its path exists (its
-//! definition level); where a list is empty or a value missing, the levels stand alone.
+//! Nested columns are written with Dremel's levels (Melnik et al. 2010, section 4). The repetition level of a value
+//! is the depth of the list that it continues; its definition level is the depth to which its path exists. An empty
+//! list or a missing value has levels but no value.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,13 +16,13 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
 
-use crate::cache::encoding::RawToken;
+use crate::cache::raw_token::RawToken;
 use crate::cache::record::{Logprobs, Record};
-use crate::export::rows::{Report, Row, Rows};
-use crate::fs::Whole;
+use crate::export::rows::{ExportReport, ExportRow, ExportRows};
+use crate::fs::AtomicFile;
 
-/// Lists as the format's LIST annotation wants them, in three levels, so that every reader sees
-/// lists. `messages` is what was asked; `raw` is as in the cache, `position:rank:hex`.
+/// Lists have the three levels of the format's LIST annotation, so that every reader recognises them. `messages` is
+/// the request; `raw` is `position:rank:hex`, as in the cache.
 const SCHEMA: &str = "message distill {
     required binary prompt_id (STRING);
     required int32 sample (INTEGER(32,false));
@@ -71,23 +71,24 @@ const SCHEMA: &str = "message distill {
     }
 }";
 
-/// A row group is written once it holds so many values or bytes of text: about 100 MB of memory.
+/// Number of values, or bytes of text, at which a row group is written: about 100 MB of memory.
 const GROUP_VALUES: usize = 1 << 19;
 const GROUP_BYTES: usize = 32 << 20;
 
+/// Writes the export to `out`.
 pub(super) fn write(
-    mut rows: Rows<impl Iterator<Item = Result<Record>>>,
+    mut rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,
     force: bool,
-) -> Result<Report> {
+) -> Result<ExportReport> {
     let schema = parse_message_type(SCHEMA).context("the Parquet schema")?;
     let properties = WriterProperties::builder()
         .set_compression(Compression::SNAPPY)
         .build();
-    let file = Whole::create(out)?;
+    let file = AtomicFile::create(out)?;
     let mut writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::new(properties))
         .context("could not begin the Parquet file")?;
-    let mut group = Group::default();
+    let mut group = RowGroup::default();
     while let Some(row) = rows.next()? {
         group.add(&row);
         rows.report.rows += 1;
@@ -104,42 +105,42 @@ pub(super) fn write(
     Ok(report)
 }
 
-/// The rows of a row group, by column in the order of [`SCHEMA`].
+/// Rows of a row group, by column in the order of [`SCHEMA`].
 #[derive(Default)]
-struct Group {
+struct RowGroup {
     rows: usize,
-    /// Of text.
+    /// Bytes of text.
     bytes: usize,
-    prompt_id: Column<ByteArrayType>,
-    sample: Column<Int32Type>,
-    role: Column<ByteArrayType>,
-    content: Column<ByteArrayType>,
-    answer: Column<ByteArrayType>,
-    reasoning: Column<ByteArrayType>,
-    finish_reason: Column<ByteArrayType>,
-    model: Column<ByteArrayType>,
-    endpoint: Column<ByteArrayType>,
-    prompt_tokens: Column<Int64Type>,
-    completion_tokens: Column<Int64Type>,
-    cost_usd: Column<DoubleType>,
-    sent_at: Column<ByteArrayType>,
-    token: Column<ByteArrayType>,
-    logprob: Column<FloatType>,
-    top: Column<ByteArrayType>,
-    top_logprob: Column<FloatType>,
-    raw: Column<ByteArrayType>,
-    matches_text: Column<BoolType>,
+    prompt_id: LeafColumn<ByteArrayType>,
+    sample: LeafColumn<Int32Type>,
+    role: LeafColumn<ByteArrayType>,
+    content: LeafColumn<ByteArrayType>,
+    answer: LeafColumn<ByteArrayType>,
+    reasoning: LeafColumn<ByteArrayType>,
+    finish_reason: LeafColumn<ByteArrayType>,
+    model: LeafColumn<ByteArrayType>,
+    endpoint: LeafColumn<ByteArrayType>,
+    prompt_tokens: LeafColumn<Int64Type>,
+    completion_tokens: LeafColumn<Int64Type>,
+    cost_usd: LeafColumn<DoubleType>,
+    sent_at: LeafColumn<ByteArrayType>,
+    token: LeafColumn<ByteArrayType>,
+    logprob: LeafColumn<FloatType>,
+    top: LeafColumn<ByteArrayType>,
+    top_logprob: LeafColumn<FloatType>,
+    raw: LeafColumn<ByteArrayType>,
+    matches_text: LeafColumn<BoolType>,
 }
 
-impl Group {
-    fn add(&mut self, row: &Row) {
-        let Row { record, prompt } = row;
+impl RowGroup {
+    fn add(&mut self, row: &ExportRow) {
+        let ExportRow { record, prompt } = row;
         self.rows += 1;
         self.bytes += prompt.iter().map(|m| m.content.len()).sum::<usize>()
             + record.answer.text.len()
             + record.answer.reasoning.len();
         self.prompt_id.one(text(&record.prompt_id));
-        // The bits of an unsigned number, as the annotation says.
+        // The annotation declares the bits as unsigned.
         self.sample.one(record.sample.cast_signed());
         self.role
             .list(0, prompt.iter().map(|m| Some(text(&m.role))));
@@ -206,8 +207,8 @@ impl Group {
         values >= GROUP_VALUES || self.bytes >= GROUP_BYTES
     }
 
-    /// Writes what is there and empties it.
-    fn write(&mut self, writer: &mut SerializedFileWriter<Whole>) -> Result<()> {
+    /// Writes the rows, if there are any, and clears the group.
+    fn write(&mut self, writer: &mut SerializedFileWriter<AtomicFile>) -> Result<()> {
         if self.rows == 0 {
             return Ok(());
         }
@@ -240,14 +241,14 @@ impl Group {
     }
 }
 
-/// The values of a leaf of the schema, with the levels of each place where one stands or is missing.
-struct Column<T: DataType> {
+/// Values of a leaf of the schema, with the levels of each value or missing value.
+struct LeafColumn<T: DataType> {
     values: Vec<T::T>,
     definition: Vec<i16>,
     repetition: Vec<i16>,
 }
 
-impl<T: DataType> Default for Column<T> {
+impl<T: DataType> Default for LeafColumn<T> {
     fn default() -> Self {
         Self {
             values: Vec::new(),
@@ -257,7 +258,7 @@ impl<T: DataType> Default for Column<T> {
     }
 }
 
-impl<T: DataType> Column<T> {
+impl<T: DataType> LeafColumn<T> {
     fn levels(&self) -> usize {
         self.definition.len()
     }
@@ -268,23 +269,23 @@ impl<T: DataType> Column<T> {
         self.values.extend(value);
     }
 
-    /// The value of a required leaf.
+    /// Appends the value of a required leaf.
     fn one(&mut self, value: T::T) {
         self.push(0, 0, Some(value));
     }
 
-    /// The value of a leaf one of whose steps is optional.
+    /// Appends the value of a leaf with one optional level.
     fn optional(&mut self, value: Option<T::T>) {
         self.push(0, i16::from(value.is_some()), value);
     }
 
-    /// A list at the definition level `outer`. A missing item stands in a list whose items are
-    /// optional, where a value lies one level deeper.
+    /// Appends a list at the definition level `outer`. If its items are optional, a present item is one level deeper
+    /// than a missing one.
     fn list(&mut self, outer: i16, items: impl Iterator<Item = Option<T::T>>) {
         self.items(outer, 0, 1, items);
     }
 
-    /// A list of lists at the definition level `outer`.
+    /// Appends a list of lists at the definition level `outer`.
     fn lists<I: Iterator<Item = Option<T::T>>>(
         &mut self,
         outer: i16,
@@ -300,7 +301,7 @@ impl<T: DataType> Column<T> {
         }
     }
 
-    /// Items of a list that begins at the level `first` and goes on at the level `next`.
+    /// Appends the items of a list: the first at the repetition level `first`, the others at `next`.
     fn items(
         &mut self,
         outer: i16,
@@ -308,7 +309,7 @@ impl<T: DataType> Column<T> {
         next: i16,
         items: impl Iterator<Item = Option<T::T>>,
     ) {
-        // In the schema the items of lists of numbers may be missing, those of lists of text not.
+        // In the schema the items of number lists are optional, those of text lists required.
         let may_miss = T::get_physical_type() == Type::FLOAT;
         let mut repetition = first;
         for item in items {
@@ -321,7 +322,10 @@ impl<T: DataType> Column<T> {
         }
     }
 
-    fn write(self, group: &mut SerializedRowGroupWriter<'_, Whole>) -> parquet::errors::Result<()> {
+    fn write(
+        self,
+        group: &mut SerializedRowGroupWriter<'_, AtomicFile>,
+    ) -> parquet::errors::Result<()> {
         let Some(mut column) = group.next_column()? else {
             return Err(parquet::errors::ParquetError::General(
                 "more columns than the schema has".into(),

@@ -1,43 +1,41 @@
-//! TODO
+//! [`ExportRows`]: the records to export, and the counts of the others.
 
-use crate::cache::record::Record;
-use crate::config;
-use crate::data::dataset::rows::prompt_of;
-use crate::data::groups::GroupCounts;
-use crate::data::groups::RecordIdentity;
-use crate::data::groups::Selection;
-use crate::exit::Exit;
-use crate::fs::Whole;
-use crate::prompt::message::Message;
-use crate::tokenizer::Tokenizer;
-use anyhow::Context;
-use anyhow::Result;
-use anyhow::bail;
-use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
-/// What became of the records.
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+
+use crate::cache::record::Record;
+use crate::config;
+use crate::data::dataset::rows::prompt_of;
+use crate::data::groups::{GroupCounts, RecordIdentity, Selection};
+use crate::exit::Exit;
+use crate::fs::AtomicFile;
+use crate::prompt::message::Message;
+use crate::tokenizer::Tokenizer;
+
+/// Counts of an export.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Report {
+pub struct ExportReport {
     pub rows: u64,
-    /// Records that are in no row, by the reason.
+    /// Number of records left out, by reason.
     pub left_out: BTreeMap<String, u64>,
-    /// Top-k alternatives that are in no row though their record is: the tokenizer has no token
-    /// for them. None where the format holds no token ids.
+    /// Number of top-k alternatives dropped because the tokenizer has no token for them. `None` for formats without
+    /// token ids.
     pub dropped_alternatives: Option<u64>,
 }
 
-/// A record to be trained on.
-pub struct Row {
+/// A record to export.
+pub struct ExportRow {
     pub record: Record,
-    /// What was asked.
+    /// Messages of the request.
     pub prompt: Vec<Message>,
 }
 
-impl Row {
-    /// What was asked, and the answer.
+impl ExportRow {
+    /// Returns the messages of the request and the answer.
     pub fn conversation(self) -> Vec<Message> {
         let mut messages = self.prompt;
         messages.push(Message {
@@ -48,17 +46,17 @@ impl Row {
     }
 }
 
-/// The records that `distill train` would use, and the count of the others.
-pub struct Rows<'a, R> {
+/// Iterates over the records that `distill train` would use, and counts the others.
+pub struct ExportRows<'a, R> {
     pub(crate) records: R,
     pub(crate) settings: &'a config::DataConfig,
     pub(crate) selection: &'a Selection,
     pub(crate) groups: GroupCounts,
-    pub(crate) report: Report,
+    pub(crate) report: ExportReport,
 }
 
-impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
-    pub(crate) fn next(&mut self) -> Result<Option<Row>> {
+impl<R: Iterator<Item = Result<Record>>> ExportRows<'_, R> {
+    pub(crate) fn next(&mut self) -> Result<Option<ExportRow>> {
         while let Some(record) = self.records.next().transpose()? {
             let candidate = RecordIdentity::from_record(&record);
             let group = &candidate.group;
@@ -68,7 +66,7 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
                 continue;
             }
             match prompt_of(&record, self.settings) {
-                Ok(prompt) => return Ok(Some(Row { record, prompt })),
+                Ok(prompt) => return Ok(Some(ExportRow { record, prompt })),
                 Err(reason) => self.leave_out(reason),
             }
         }
@@ -79,11 +77,11 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
         *self.report.left_out.entry(reason).or_default() += 1;
     }
 
-    /// Writes a line of JSON for each row for which `line` makes one.
+    /// Writes one line of JSON per row. `line` makes it, or returns the reason to leave the row out.
     pub(crate) fn write_to<L: Serialize>(
         &mut self,
-        file: &mut Whole,
-        mut line: impl FnMut(Row) -> Result<L, String>,
+        file: &mut AtomicFile,
+        mut line: impl FnMut(ExportRow) -> Result<L, String>,
     ) -> Result<()> {
         while let Some(row) = self.next()? {
             match line(row) {
@@ -98,8 +96,11 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
         Ok(())
     }
 
-    /// The counts, once all rows are written.
-    pub(crate) fn finish(self) -> Result<Report> {
+    /// Returns the counts, once all rows are written.
+    ///
+    /// # Errors
+    /// If no row was written.
+    pub(crate) fn finish(self) -> Result<ExportReport> {
         if self.report.rows > 0 {
             return Ok(self.report);
         }
@@ -111,35 +112,33 @@ impl<R: Iterator<Item = Result<Record>>> Rows<'_, R> {
             Some(advice) => format!("; {advice} (or --groups)"),
             None => String::new(),
         };
-        bail!(Exit::Usage(match reasons.is_empty() {
-            true => "the cache is empty: run `distill harvest` first".into(),
-            false => format!(
-                "no record is left to export ({}){advice}",
-                reasons.join("; ")
-            ),
+        bail!(Exit::Usage(if reasons.is_empty() {
+            "the cache is empty: run `distill harvest` first".into()
+        } else {
+            format!("no record to export ({}){advice}", reasons.join("; "))
         }))
     }
 }
 
-/// How to write it.
-pub struct Settings<'a> {
-    /// Which answers are worth training on.
+/// Settings of an export.
+pub struct ExportSettings<'a> {
+    /// Data settings of the config, which select the answers.
     pub data: &'a config::DataConfig,
     pub selection: &'a Selection,
-    /// The teacher's tokenizer, which [`Format::Axolotl`] needs for its token ids.
+    /// Teacher's tokenizer, which [`Format::Axolotl`](super::Format::Axolotl) needs for token ids.
     pub tokenizer: Option<&'a Tokenizer>,
-    /// Replace what is there.
+    /// Replace an existing export.
     pub force: bool,
 }
 
 /// Writes one JSONL file.
 pub(crate) fn write_lines<L: Serialize>(
-    mut rows: Rows<impl Iterator<Item = Result<Record>>>,
+    mut rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,
     force: bool,
-    line: impl FnMut(Row) -> Result<L, String>,
-) -> Result<Report> {
-    let mut file = Whole::create(out)?;
+    line: impl FnMut(ExportRow) -> Result<L, String>,
+) -> Result<ExportReport> {
+    let mut file = AtomicFile::create(out)?;
     rows.write_to(&mut file, line)?;
     let report = rows.finish()?;
     file.commit(force)?;

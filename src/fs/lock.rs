@@ -1,4 +1,4 @@
-//! One process at a time: a lock that the operating system takes back when its holder dies.
+//! [`FileLock`]: an exclusive lock between processes. The operating system releases it when its process ends.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
@@ -6,24 +6,23 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-/// A lock that is held until it is dropped.
-pub struct Lock(File);
+/// Lock that is held until it is dropped.
+pub struct FileLock(File);
 
-impl Drop for Lock {
-    /// Unlocks by word: closing the file would not, while a child process that was started at this
-    /// moment still has it open.
+impl Drop for FileLock {
+    /// Unlocks explicitly: closing the file does not release the lock while a child process has it open.
     fn drop(&mut self) {
         let _ = self.0.unlock();
     }
 }
 
-impl Lock {
-    /// Locks the file at `path` and leaves this process's id in it for whoever comes second. The file
-    /// itself stays: removing it could take the lock of another.
+impl FileLock {
+    /// Locks the file at `path` and writes this process's id into it, for the error message of a second process.
+    /// The file is never removed: that could release the lock of another process.
     ///
     /// # Errors
-    /// Where another process has it: it "(pid 123) `holds`", as the message says.
-    pub fn acquire(path: &Path, holds: &str) -> Result<Lock> {
+    /// If another process has the lock: "another process (pid 123) `holds`".
+    pub fn acquire(path: &Path, holds: &str) -> Result<FileLock> {
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -38,15 +37,15 @@ impl Lock {
                 return Err(error).with_context(|| format!("could not lock {}", path.display()));
             }
         }
-        // A pid that cannot be written costs a detail of a message, and not the lock.
+        // The pid is only used in a message.
         let _ = file
             .set_len(0)
             .and_then(|()| writeln!(file, "{}", std::process::id()));
-        Ok(Lock(file))
+        Ok(FileLock(file))
     }
 }
 
-/// ` (pid 123)`, or nothing where the holder has not said.
+/// Returns ` (pid 123)`, or nothing if the file contains no pid.
 fn holder(file: &mut File) -> String {
     let mut text = String::new();
     let pid = file

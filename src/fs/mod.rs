@@ -1,12 +1,17 @@
-//! The one place that writes files whole.
+//! Reads and writes files and folders.
 //!
-//! Nothing here leaves a half-written file under its final name: content is written beside it,
-//! synced, renamed over it, and then the folder is synced, since a rename is not durable before
-//! that. The cache alone writes in another way (it appends, see `cache::storage`).
+//! | file | content |
+//! |---|---|
+//! | `mod.rs` | atomic files and folders, append-only text files, reading, gzip |
+//! | `lock.rs` | a lock between processes |
+//!
+//! Invariants: no file with its final name is ever half-written. Content is written to a temporary file in the
+//! same folder, synced, and renamed; then the folder is synced, because a rename is not durable before that. Only
+//! the cache writes in another way: it appends (see `cache::storage`).
 
 pub(crate) mod lock;
 
-pub use lock::Lock;
+pub use lock::FileLock;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -15,18 +20,18 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use tempfile::NamedTempFile;
 
-/// Writes `bytes` to `path`: after this returns the file is whole and survives a power loss, and
-/// at every moment before it, the old file (or none) is there.
+/// Atomically and durably writes `bytes` to `path`: at every moment either the old file (or none) or the whole new
+/// file is there.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_with(path, |file| file.write_all(bytes))
 }
 
-/// As [`write_atomic`], of what `fill` writes: for files that need not be in memory at once.
+/// As [`write_atomic`], with the bytes that `fill` writes: the content need not fit into memory.
 pub fn write_with(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<()> {
-    let folder = folder_of(path);
+    let folder = parent_of(path);
     replace(path, folder, fill).with_context(|| format!("could not write {}", path.display()))
 }
 
@@ -43,29 +48,29 @@ fn replace(
     sync_folder(folder)
 }
 
-/// Beside the target: a rename is atomic only within one file system.
+/// Creates a temporary file in the folder of the target: a rename is atomic only within one file system.
 fn temporary_in(folder: &Path) -> std::io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // The default of a temporary file is 0600; the umask still applies to this.
+        // The default of a temporary file is 0600. The umask still applies.
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
     builder.prefix(".tmp-").tempfile_in(folder)
 }
 
-/// A file that is written bit by bit and has its name only once it is whole ([`Self::commit`]).
-/// Dropped before that, it leaves nothing.
-pub struct Whole {
+/// A file that is written in pieces and gets its name only once it is whole, by [`Self::commit`]. If it is dropped
+/// before, no file remains.
+pub struct AtomicFile {
     file: BufWriter<NamedTempFile>,
     path: PathBuf,
 }
 
-impl Whole {
-    /// Begins a file that will be `path`, in a folder that exists.
+impl AtomicFile {
+    /// Creates a file that will be renamed to `path`; its folder must exist.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = temporary_in(folder_of(path))
+        let file = temporary_in(parent_of(path))
             .with_context(|| format!("could not write {}", path.display()))?;
         Ok(Self {
             file: BufWriter::with_capacity(1 << 20, file),
@@ -73,24 +78,25 @@ impl Whole {
         })
     }
 
-    /// Gives the file its name, durably. Where another file has it, that one is replaced, or this
-    /// is an error.
+    /// Renames the file to its path, durably. An existing file is replaced if `replace` is true, and is an error
+    /// otherwise.
     pub fn commit(self, replace: bool) -> Result<()> {
         let Self { file, path } = self;
         let commit = || {
             let file = file.into_inner().map_err(|error| error.into_error())?;
             file.as_file().sync_all()?;
-            match replace {
-                true => file.persist(&path)?,
-                false => file.persist_noclobber(&path)?,
-            };
-            sync_folder(folder_of(&path))
+            if replace {
+                file.persist(&path)?;
+            } else {
+                file.persist_noclobber(&path)?;
+            }
+            sync_folder(parent_of(&path))
         };
         commit().with_context(|| format!("could not write {}", path.display()))
     }
 }
 
-impl Write for Whole {
+impl Write for AtomicFile {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.file.write(bytes)
     }
@@ -109,21 +115,20 @@ fn create_synced(path: &Path) -> std::io::Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
     }
-    create_synced(folder_of(path))?;
+    create_synced(parent_of(path))?;
     match fs::create_dir(path) {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => {}
         other => other?,
     }
-    sync_folder(folder_of(path))
+    sync_folder(parent_of(path))
 }
 
-/// Gives the finished folder `temporary` its final name: syncs everything in it, renames it, and
-/// syncs the parent. `destination` must not exist, or be an empty folder; both must lie in one
-/// file system.
+/// Renames the finished folder `temporary` to `destination`, durably. `destination` must not exist, or be an empty
+/// folder. Both must be in the same file system.
 pub fn commit_dir(temporary: &Path, destination: &Path) -> Result<()> {
     sync_tree(temporary)
         .and_then(|()| fs::rename(temporary, destination))
-        .and_then(|()| sync_folder(folder_of(destination)))
+        .and_then(|()| sync_folder(parent_of(destination)))
         .with_context(|| {
             format!(
                 "could not commit {} as {}",
@@ -146,17 +151,17 @@ fn sync_tree(folder: &Path) -> std::io::Result<()> {
     sync_folder(folder)
 }
 
-/// Makes the names in `folder` durable: those of files just created, renamed or removed in it.
+/// Makes the creation, renaming and removal of files in `folder` durable.
 pub fn sync_folder(folder: &Path) -> std::io::Result<()> {
-    // Elsewhere a folder cannot be opened as a file, and the file system orders this by itself.
+    // On other systems a folder cannot be opened as a file, and the file system orders these operations.
     if cfg!(unix) {
         File::open(folder)?.sync_all()?;
     }
     Ok(())
 }
 
-/// The folder that holds `path`; `.` for a bare name.
-fn folder_of(path: &Path) -> &Path {
+/// Parent folder of `path`; `.` for a bare name.
+fn parent_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -169,20 +174,20 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("could not read {}", path.display()))
 }
 
-/// Refuses what has a name and is no file: a pipe or a device would be read for ever.
+/// Refuses pipes and devices: reading them may never end.
 ///
 /// # Errors
-/// Where it is neither a file nor a folder; those say for themselves what they are.
+/// If `path` is neither a file nor a folder. Reading a folder fails with its own message.
 pub fn check_is_file(path: &Path) -> Result<()> {
     let is_odd = |metadata: fs::Metadata| !metadata.is_file() && !metadata.is_dir();
     if path.metadata().is_ok_and(is_odd) {
-        bail!("could not read {}: it is no file", path.display());
+        bail!("could not read {}: not a regular file", path.display());
     }
     Ok(())
 }
 
-/// Appends lines to a file that is read leniently; it is created where there is none. They survive a kill
-/// of this process, and are kept apart from a line that an earlier kill has left torn.
+/// Appends lines to a file, which is created if it does not exist. The lines survive a kill of this process. If an
+/// earlier kill left an incomplete line at the end, a newline is inserted first, so readers must skip bad lines.
 pub fn append(path: &Path, lines: &[u8]) -> Result<()> {
     let append = || -> std::io::Result<()> {
         let mut file = File::options()
@@ -208,40 +213,41 @@ pub fn read_to_string(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("could not read {}", path.display()))
 }
 
-/// Reads a data file whole; one whose name ends in `.gz` is unpacked.
+/// Reads a whole data file; a file whose name ends in `.gz` is decompressed.
 pub fn read_data(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open_data(path)?.read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// Opens a data file to be read bit by bit, unpacked as by [`read_data`].
+/// Opens a data file for reading, decompressed as by [`read_data`].
 pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
     let file = File::open(path)?;
     let is_packed = |extension: &std::ffi::OsStr| extension.eq_ignore_ascii_case("gz");
     if !path.extension().is_some_and(is_packed) {
         return Ok(Box::new(BufReader::with_capacity(1 << 20, file)));
     }
-    let packed = BufReader::with_capacity(1 << 16, Counted { file, bytes: 0 });
-    let unpacked = Unpacked {
+    let packed = BufReader::with_capacity(1 << 16, CountingReader { file, bytes: 0 });
+    let unpacked = LimitedDecoder {
         inner: flate2::bufread::MultiGzDecoder::new(packed),
         bytes: 0,
     };
     Ok(Box::new(BufReader::with_capacity(1 << 20, unpacked)))
 }
 
-/// Text unpacks to at most so many times its size; what unpacks to more is made to fill the memory.
-const MOST_AIR: u64 = 200;
-/// Whatever its size, a file may unpack to so many bytes.
-const LEAST_AIR: u64 = 16 << 20;
+/// Maximum ratio of decompressed to compressed bytes: text stays far below it, and a higher ratio is an attempt to
+/// exhaust the memory.
+const MAX_EXPANSION: u64 = 200;
+/// Number of decompressed bytes allowed for a file of any size.
+const ALWAYS_ALLOWED_BYTES: u64 = 16 << 20;
 
-/// A file, and how much was read of it.
-struct Counted {
+/// File that counts the bytes read from it.
+struct CountingReader {
     file: File,
     bytes: u64,
 }
 
-impl Read for Counted {
+impl Read for CountingReader {
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
         let read = self.file.read(into)?;
         self.bytes += read as u64;
@@ -250,35 +256,34 @@ impl Read for Counted {
 }
 
 /// Decompressed stream, limited in proportion to the compressed bytes read.
-struct Unpacked {
-    inner: flate2::bufread::MultiGzDecoder<BufReader<Counted>>,
+struct LimitedDecoder {
+    inner: flate2::bufread::MultiGzDecoder<BufReader<CountingReader>>,
     bytes: u64,
 }
 
-impl Read for Unpacked {
+impl Read for LimitedDecoder {
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
         let read = self.inner.read(into)?;
         self.bytes += read as u64;
         let packed = self.inner.get_ref().get_ref().bytes;
-        if self.bytes > LEAST_AIR + packed * MOST_AIR {
-            let message = format!("it unpacks to more than {MOST_AIR} times its size");
+        if self.bytes > ALWAYS_ALLOWED_BYTES + packed * MAX_EXPANSION {
+            let message = format!("it decompresses to more than {MAX_EXPANSION} times its size");
             return Err(std::io::Error::other(message));
         }
         Ok(read)
     }
 }
 
-/// Writes a file into a folder that [`write_dir_with`] gets filled.
+/// Writes a file into a folder that [`write_dir_with`] creates.
 pub fn write_in(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let path = folder.join(name);
     fs::write(&path, bytes).with_context(|| format!("could not write {}", path.display()))
 }
 
-/// Writes a folder whole, in whose place another one may stand: the old one goes only when the new
-/// one is durable beside it. `fill` gets the folder that will have the name, and nothing is left of
-/// it where `fill` fails.
+/// Atomically and durably writes a folder, which may replace an existing one. `fill` writes into a temporary folder,
+/// which is removed if `fill` fails. The old folder is removed once the new one is durable.
 pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-    let parent = folder_of(destination);
+    let parent = parent_of(destination);
     create_dir_all(parent)?;
     let beside = |suffix: &str| {
         let mut name = std::ffi::OsString::from(".");
@@ -287,7 +292,7 @@ pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<
         parent.join(name)
     };
     let (temporary, old) = (beside(".new"), beside(".old"));
-    // What a run that was killed here left behind; the old folder if it fell between the renames.
+    // A kill between the two renames left only the old folder.
     if old.exists() && !destination.exists() {
         rename(&old, destination)?;
     }
@@ -300,7 +305,7 @@ pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<
     let filled = match fill(&temporary) {
         Ok(filled) => filled,
         Err(error) => {
-            // The first error is the one to tell.
+            // The error of `fill` is the one to report.
             let _ = fs::remove_dir_all(&temporary);
             return Err(error);
         }
@@ -316,21 +321,21 @@ pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<
     Ok(filled)
 }
 
-/// Takes over into the new folder `to` what somebody has put into the old one, `from`: all that `is_ours` does
-/// not know by name.
-pub fn keep_others(from: &Path, to: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
+/// Copies the entries of the folder `from` that other programs have put there into the folder `to`. `is_ours` returns
+/// true for the names of our own entries.
+pub fn copy_foreign_entries(from: &Path, to: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
     if !from.is_dir() {
         return Ok(());
     }
-    let could_not = || format!("could not keep what others put into {}", from.display());
+    let could_not = || format!("could not copy the other files in {}", from.display());
     for entry in fs::read_dir(from).with_context(could_not)? {
         let entry = entry.with_context(could_not)?;
         let name = entry.file_name();
-        let place = to.join(&name);
-        if is_ours(&name.to_string_lossy()) || place.exists() {
+        let target = to.join(&name);
+        if is_ours(&name.to_string_lossy()) || target.exists() {
             continue;
         }
-        copy_tree(&entry.path(), &place).with_context(could_not)?;
+        copy_tree(&entry.path(), &target).with_context(could_not)?;
     }
     Ok(())
 }
@@ -350,17 +355,17 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Begins a file in a folder that [`write_dir_with`] gets filled, which syncs it with the folder.
+/// Creates a file in a folder that [`write_dir_with`] creates, and which syncs it.
 pub fn create(path: &Path) -> Result<BufWriter<File>> {
     let file = File::create_new(path);
     let file = file.with_context(|| format!("could not create {}", path.display()))?;
     Ok(BufWriter::with_capacity(1 << 20, file))
 }
 
-/// Lets a library put a file at `path`, in a folder that [`write_dir_with`] gets filled, and gives it
-/// the permissions of any new file: one that goes by way of a temporary file leaves what only its
-/// owner can read.
-pub fn create_by(path: &Path, library: impl FnOnce() -> Result<()>) -> Result<()> {
+/// Runs `library`, which must write the file at `path`, in a folder that [`write_dir_with`] creates. Then gives the
+/// file the permissions of any new file: a library that renames a temporary file leaves it readable only by its
+/// owner.
+pub fn create_with(path: &Path, library: impl FnOnce() -> Result<()>) -> Result<()> {
     let usual = create(path)?.get_ref().metadata()?.permissions();
     library()?;
     fs::set_permissions(path, usual)
@@ -372,19 +377,19 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("could not rename {} to {}", from.display(), to.display()))
 }
 
-/// An append-only text file that may lose its last lines with the power, such as metrics.
-pub struct Log {
+/// An append-only text file, such as metrics, that may lose its last lines at a power loss.
+pub struct LogFile {
     file: File,
     path: PathBuf,
 }
 
-impl Log {
+impl LogFile {
     /// Opens `path` for appending, after dropping every line for which `keep` is false.
     pub fn open(path: &Path, keep: impl Fn(&str) -> bool) -> Result<Self> {
         if path.exists() {
             let text = read(path)?;
             let lines = text.split_inclusive(|byte| *byte == b'\n');
-            // One bad byte is no reason to lose a line, and a torn end shall touch no other one.
+            // Lines with invalid UTF-8 stay, and an incomplete last line gets its newline.
             let mut kept = Vec::with_capacity(text.len());
             for line in lines {
                 let line = line.strip_suffix(b"\n").unwrap_or(line);
@@ -409,7 +414,7 @@ impl Log {
             .with_context(|| format!("could not append to {}", self.path.display()))
     }
 
-    /// Makes what was appended durable.
+    /// Makes the appended lines durable.
     pub fn sync(&self) -> Result<()> {
         self.file
             .sync_data()
@@ -422,17 +427,17 @@ impl Log {
     }
 }
 
-/// Returns true if `path` names the open file, and also if the metadata cannot be read.
+/// Returns true if `path` is the path of the open file, and also if the metadata cannot be read.
 pub fn has_name(file: &File, path: &Path) -> bool {
     match (file.metadata(), path.metadata()) {
         (Ok(own), Ok(named)) => identity(&own) == identity(&named),
-        (_, Err(error)) => !is_gone(&error),
+        (_, Err(error)) => !is_not_found(&error),
         (Err(_), Ok(_)) => true,
     }
 }
 
-/// There is nothing of that name.
-pub fn is_gone(error: &std::io::Error) -> bool {
+/// Returns true if the error means that the path does not exist.
+pub fn is_not_found(error: &std::io::Error) -> bool {
     matches!(
         error.kind(),
         std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
@@ -456,7 +461,7 @@ pub fn remove_file(path: &Path) -> Result<()> {
     fs::remove_file(path).with_context(|| format!("could not remove {}", path.display()))
 }
 
-/// Removes a file that holds nothing.
+/// Removes the file if it is empty.
 pub fn remove_if_empty(path: &Path) -> Result<()> {
     match fs::metadata(path) {
         Ok(metadata) if metadata.len() == 0 => remove_file(path),
@@ -464,7 +469,7 @@ pub fn remove_if_empty(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes a folder and all that it holds.
+/// Removes a folder and its contents.
 pub fn remove_dir_all(path: &Path) -> Result<()> {
     fs::remove_dir_all(path).with_context(|| format!("could not remove {}", path.display()))
 }

@@ -12,7 +12,7 @@ use super::record::record;
 use crate::budget::account::{Charge, Reservation};
 use crate::budget::price::TokenBound;
 use crate::cache::record::Timing;
-use crate::cache::writer::Sealed;
+use crate::cache::writer::EncodedRecord;
 use crate::client::attempt_error::AttemptError;
 use crate::client::outcome;
 use crate::client::request::RequestTemplate;
@@ -50,7 +50,7 @@ pub(crate) struct FinishedAttempt {
 
 /// An answer, ready to be appended.
 pub(crate) struct EncodedAnswer {
-    pub sealed: Sealed,
+    pub sealed: EncodedRecord,
     pub seen: AnswerFacts,
     /// The most tokens that it can have used, for an answer without usage.
     pub bound: TokenBound,
@@ -151,7 +151,7 @@ impl EncodedAnswer {
         let fault = completion.logprobs_fault.clone();
         let record = record(asking, row, prompt, body, completion, timing);
         Ok(EncodedAnswer {
-            sealed: Sealed::new(&record)?,
+            sealed: EncodedRecord::new(&record)?,
             seen: AnswerFacts::new(record, fault, max_tokens),
             bound,
         })

@@ -43,7 +43,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     let askings = request_templates(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
     let mut past = known.past.clone();
-    past.has_old |=
+    past.has_schema_1 |=
         crate::harvest::batch::journal::is_under_way(&config.run_dir)? || !unanswered.is_empty();
     let max_attempts = config.retry.max_attempts;
     let standing = |key: &str| Ok(unanswered.standing(key, known.contains(key), max_attempts));
@@ -180,7 +180,7 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
     if config.schedule.mode == RequestMode::Realtime {
         crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
     }
-    cache::place::check_all_is_back(&config.own_cache())
+    cache::open_file::check_nothing_displaced(&config.own_cache())
 }
 
 /// Refuses a student that cannot be trained, where one is named.

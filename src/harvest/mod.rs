@@ -47,7 +47,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::sync::Notify;
 
-use crate::cache::storage::Wrap;
+use crate::cache::storage::WrapFile;
 use crate::cache::writer::Cache;
 use crate::client::http::HttpTeacher;
 use crate::client::transport::Transport;
@@ -107,7 +107,7 @@ pub async fn run_until(
     let world = Environment {
         transports,
         clock: WallClock::system(),
-        storage: crate::cache::storage::files(),
+        storage: crate::cache::storage::plain_storage(),
     };
     run_in(world, config, options, signals).await
 }
@@ -134,7 +134,7 @@ pub struct Environment {
     /// The ways to the teachers, one for each.
     pub transports: Vec<Arc<dyn Transport>>,
     pub clock: WallClock,
-    pub storage: Wrap,
+    pub storage: WrapFile,
 }
 
 /// As [`run_until`], in another world.
@@ -294,7 +294,7 @@ impl Run<'_> {
         let askings = request_templates(config, &self.probes)?;
         let mut past = self.cache.past();
         // Their rows have the keys of the version that submitted them.
-        past.has_old |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
+        past.has_schema_1 |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
             || !self.unanswered.is_empty();
         let scope = PlanScope {
             shard: self.shard,

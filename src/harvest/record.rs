@@ -42,7 +42,7 @@ pub(crate) fn record(
         v: SCHEMA,
         key: match cut_at {
             0 => row.key.clone(),
-            _ => question::cut_key(&row.key, cut_at),
+            _ => question::truncated_key(&row.key, cut_at),
         },
         cut_at,
         prompt_id: prompt.id.clone(),

@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 
 use crate::cache;
 use crate::cache::lookup::Lookup;
-use crate::cache::question::{Endpoint, Names, Question};
+use crate::cache::question::{CacheKeys, KeyEndpoint, Question};
 use crate::cache::writer::Cache;
 use crate::client::http::HttpTeacher;
 use crate::client::request;
@@ -167,21 +167,21 @@ impl TextScorer {
     pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         let asking = self.request_template();
         let teacher = &self.upstream.teacher;
-        let endpoint = Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
+        let endpoint = KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
         let past = self.cache.past();
         let names = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
                 let body = asking.body(&text.messages, 0);
-                let question = Question::of(&body, 0);
-                let old = past.has_old.then_some((&body, 0));
-                Some(Names::new(&question, &endpoint, old))
+                let question = Question::new(&body, 0);
+                let old = past.has_schema_1.then_some((&body, 0));
+                Some(CacheKeys::new(&question, &endpoint, old))
             }
             Err(error) => {
                 tracing::warn!("{} cannot be judged: {error:#}", text.id);
                 None
             }
         };
-        let keys: Vec<Option<Names>> = texts.iter().map(names).collect();
+        let keys: Vec<Option<CacheKeys>> = texts.iter().map(names).collect();
         let mut is_asked = keys.iter().map(Option::is_some);
         let mut texts = texts;
         texts.retain(|_| is_asked.next().unwrap_or_default());
@@ -217,7 +217,7 @@ impl TextScorer {
         let mut lines = Vec::with_capacity(keys.len());
         for names in &keys {
             let mut line = None;
-            for key in names.iter().flat_map(Names::iter) {
+            for key in names.iter().flat_map(CacheKeys::iter) {
                 if line.is_none() {
                     line = self.judged.line(key)?;
                 }

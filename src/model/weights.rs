@@ -248,7 +248,7 @@ fn le_bytes(values: &[f32]) -> Cow<'_, [u8]> {
 /// Where it cannot be written.
 pub fn write(path: &Path, entries: BTreeMap<String, TensorEntry>) -> Result<()> {
     let metadata = [("format".to_string(), "pt".to_string())];
-    crate::fs::create_by(path, || {
+    crate::fs::create_with(path, || {
         safetensors::serialize_to_file(entries, Some(metadata.into()), path)
             .with_context(|| format!("could not write {}", path.display()))
     })

@@ -7,12 +7,12 @@ use std::collections::{HashMap, HashSet};
 use anyhow::Result;
 
 use crate::cache;
-use crate::cache::census::half_of;
 use crate::cache::line;
 use crate::cache::question;
-use crate::cache::question::Past;
+use crate::cache::question::KeyVariants;
 use crate::cache::record::{SCHEMA, is_mock};
-use crate::cache::rewrite::{Fate, rewrite};
+use crate::cache::rewrite::{RewriteDecision, rewrite};
+use crate::cache::unused_answers::question_half_of;
 use crate::config::Config;
 use crate::plan::RowStatus;
 use crate::plan::prepare::request_templates;
@@ -45,7 +45,7 @@ impl AdoptableRow<'_> {
     fn key_of_answer(&self, cut_at: u32) -> String {
         match cut_at {
             0 => self.key.to_owned(),
-            cut_at => question::cut_key(self.key, cut_at),
+            cut_at => question::truncated_key(self.key, cut_at),
         }
     }
 
@@ -68,7 +68,7 @@ fn is_asked(rows: &[AdoptableRow], base_url: &str) -> bool {
 pub fn adopt(config: &Config) -> Result<Adopted> {
     let prompts = prompt::load(&config.prompts, || Ok(()))?;
     let open = |_: &str| Ok(RowStatus::Open);
-    let (scope, past) = (PlanScope::default(), Past::default());
+    let (scope, past) = (PlanScope::default(), KeyVariants::default());
     let plan = Plan::new(
         prompts,
         request_templates(config, &[])?,
@@ -81,7 +81,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     for (endpoint, of_endpoint) in plan.rows_by_endpoint.iter().enumerate() {
         let settings = &plan.templates[endpoint].endpoint;
         for row in &plan.rows[of_endpoint.clone()] {
-            let of_question = rows.entry(question::half(&row.key)).or_default();
+            let of_question = rows.entry(question::question_half(&row.key)).or_default();
             of_question.push(AdoptableRow {
                 key: &row.key,
                 teacher: &settings.teacher.name,
@@ -104,7 +104,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     for record in records.into_iter().flatten() {
         let record = record?;
         let cut_at = question::cut_at(&record.request, &record.answer.finish_reason);
-        let half = half_of(&record);
+        let half = question_half_of(&record);
         let Some(of_question) = rows.get(half.as_str()) else {
             continue;
         };
@@ -133,7 +133,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             } else {
                 0
             };
-            let mut cut_keys = known.past.cut_keys(row.key, least);
+            let mut cut_keys = known.past.truncated_keys(row.key, least);
             let is_there = known.contains(row.key) || cut_keys.any(|key| known.contains(&key));
             !is_there && !taken.contains(row.key)
         });
@@ -147,14 +147,14 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     }
     let records = rewrite(&dir, &config.cache, &|line| {
         let Some((key, name)) = targets.get(&*line::head(line)?.key) else {
-            return Ok(Fate::Stay);
+            return Ok(RewriteDecision::Keep);
         };
         let mut record = line::decode(line)?;
         record.cut_at = question::cut_at(&record.request, &record.answer.finish_reason);
         record.v = SCHEMA;
         record.key.clone_from(key);
         record.teacher = (*name).to_owned();
-        Ok(Fate::Become(line::encode(&record)?))
+        Ok(RewriteDecision::Replace(line::encode(&record)?))
     })?;
     Ok(Adopted {
         records,

@@ -11,12 +11,12 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::cache;
-use crate::cache::census::half_of;
-use crate::cache::keys::Keys;
+use crate::cache::keys::KeySet;
 use crate::cache::line;
 use crate::cache::question;
 use crate::cache::record::{Record, Status};
-use crate::cache::rewrite::{Fate, read_replaced, replaced_file, rewrite};
+use crate::cache::rewrite::{RewriteDecision, read_replaced, replaced_file, rewrite};
+use crate::cache::unused_answers::question_half_of;
 use crate::config::Config;
 use crate::exit::Exit;
 use crate::plan::prepare::check_fits;
@@ -113,9 +113,9 @@ pub(crate) fn remove_from_cache(
     let moved = rewrite(&dir, &config.cache, &|line| {
         let record = line::decode(line)?;
         Ok(if is_named(&record, words) && asked.answers(&record) {
-            Fate::Leave
+            RewriteDecision::Remove
         } else {
-            Fate::Stay
+            RewriteDecision::Keep
         })
     })?;
     // After the old answers have left the cache: a resumed run takes those that it finds there for new.
@@ -227,7 +227,7 @@ struct FoundAnswers {
     /// Number of cached answers by reason or finish reason.
     known: BTreeMap<String, u64>,
     /// Keys of cached answers that are complete and not selected.
-    kept: Keys,
+    kept: KeySet,
 }
 
 impl FoundAnswers {
@@ -240,7 +240,7 @@ impl FoundAnswers {
             *self.known.entry(name.to_owned()).or_default() += 1;
         }
         if is_named(record, words) {
-            self.names.insert(half_of(record));
+            self.names.insert(question_half_of(record));
         } else if is_in_cache && record.cut_at == 0 {
             self.kept
                 .insert(crate::cache::fingerprint::fingerprint(&record.key));
@@ -313,14 +313,17 @@ impl RowsToRepeat {
         if self.keys.contains(&record.key) {
             return true;
         }
-        let half = half_of(record);
+        let half = question_half_of(record);
         match self.of_question.get(&half) {
             None => false,
             // Of another address, name or place of the cut.
             Some(1) => true,
             Some(_) => {
-                let mut keys = self.keys.iter().filter(|key| question::half(key) == half);
-                keys.any(|key| question::cut_key(key, record.cut_at) == record.key)
+                let mut keys = self
+                    .keys
+                    .iter()
+                    .filter(|key| question::question_half(key) == half);
+                keys.any(|key| question::truncated_key(key, record.cut_at) == record.key)
             }
         }
     }
@@ -359,7 +362,7 @@ fn asked(
         keys.insert(row.key.clone());
         keys.extend(row.old_key.as_deref().map(str::to_owned));
         *of_question
-            .entry(question::half(&row.key).to_owned())
+            .entry(question::question_half(&row.key).to_owned())
             .or_default() += 1;
     }
     Ok(RowsToRepeat {

@@ -3,8 +3,8 @@
 use serde::Serialize;
 
 use crate::budget::price;
-use crate::cache::census::Census;
-use crate::cache::stats::Stats;
+use crate::cache::stats::CacheStats;
+use crate::cache::unused_answers::UnusedAnswers;
 use crate::cache::usage::Usage;
 
 use crate::plan::Plan;
@@ -29,14 +29,14 @@ pub struct Estimate {
     /// Bytes of cache to come, as in the records that it holds.
     pub disk_bytes: Option<u64>,
     /// Cached answers that this run does not use.
-    pub cached: Census,
+    pub cached: UnusedAnswers,
     /// The body of the request that would be sent first.
     pub first_request: Option<serde_json::Value>,
 }
 
 impl Estimate {
     /// `stats` are those of some records of the cache, each of which takes about so many bytes.
-    pub fn new(plan: &Plan, stats: &Stats, bytes_per_record: f64) -> Estimate {
+    pub fn new(plan: &Plan, stats: &CacheStats, bytes_per_record: f64) -> Estimate {
         let mut estimate = Estimate {
             cost_usd: Some((0.0, 0.0)),
             likely_cost_usd: Some(0.0),
@@ -113,7 +113,7 @@ pub struct BatchEstimate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::question::Past;
+    use crate::cache::question::KeyVariants;
     use crate::client::request::RequestTemplate;
     use crate::config::Config;
     use crate::plan::PlanScope;
@@ -144,11 +144,11 @@ mod tests {
             askings,
             &config.prompts,
             PlanScope::default(),
-            &Past::default(),
+            &KeyVariants::default(),
             |_| Ok(RowStatus::Open),
         );
         let plan = plan.unwrap();
-        let estimate = Estimate::new(&plan, &Stats::default(), 0.0);
+        let estimate = Estimate::new(&plan, &CacheStats::default(), 0.0);
         assert_eq!((estimate.requests, estimate.completion_tokens), (4, 400));
         assert_eq!((estimate.minutes, estimate.disk_bytes), (2.0, None));
         let input = estimate.prompt_tokens as f64 / 1e6;
@@ -156,9 +156,9 @@ mod tests {
         assert!((least - input).abs() < 1e-12 && (most - input - 800e-6).abs() < 1e-12);
         assert_eq!(estimate.likely_cost_usd, None);
 
-        let mut stats = Stats {
+        let mut stats = CacheStats {
             records: 30,
-            ..Stats::default()
+            ..CacheStats::default()
         };
         stats.usage.completion_tokens = 300;
         let estimate = Estimate::new(&plan, &stats, 100.0);

@@ -17,10 +17,10 @@ use serde_json::Value;
 use crate::budget::price;
 use crate::budget::price::TokenBound;
 use crate::cache::fingerprint::Fingerprint;
-use crate::cache::keys::Keys;
+use crate::cache::keys::KeySet;
 use crate::cache::question;
 use crate::cache::question::template::QuestionTemplate;
-use crate::cache::question::{Endpoint, Names, Past, Question};
+use crate::cache::question::{CacheKeys, KeyEndpoint, KeyVariants, Question};
 use crate::client::request::RequestTemplate;
 use crate::config;
 use crate::config::{Assignment, PromptOrder};
@@ -79,9 +79,9 @@ pub struct Plan {
     /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
     pub repeated: u64,
     /// Keys of all its rows.
-    pub keys: Keys,
+    pub keys: KeySet,
     /// Question halves of all its rows; see [`question::half`].
-    pub questions: Keys,
+    pub questions: KeySet,
 }
 
 /// Selection of rows that a plan considers.
@@ -93,9 +93,9 @@ pub struct PlanScope<'a> {
 }
 
 impl PlanScope<'_> {
-    fn holds(&self, fingerprint: &Fingerprint, names: &Names) -> bool {
+    fn holds(&self, fingerprint: &Fingerprint, names: &CacheKeys) -> bool {
         let is_wanted = self.only.is_none_or(|only| {
-            only.contains(question::half(&names.key))
+            only.contains(question::question_half(&names.key))
                 || names.iter().any(|name| only.contains(name))
         });
         is_wanted && self.shard.is_none_or(|shard| shard.holds(fingerprint))
@@ -104,21 +104,21 @@ impl PlanScope<'_> {
 
 /// Inputs of the loop that adds rows to a plan.
 struct PlanBuilder<'a, S> {
-    endpoints: Vec<Endpoint>,
+    endpoints: Vec<KeyEndpoint>,
     /// By sample, for the current teacher; empty if the full request is needed.
     templates: Vec<QuestionTemplate>,
     scope: PlanScope<'a>,
-    past: &'a Past,
+    past: &'a KeyVariants,
     standing: S,
 }
 
 impl<S: Fn(&str) -> Result<RowStatus>> PlanBuilder<'_, S> {
     /// State of a row: answered if the answer is under any of its names, complete or truncated no earlier than
     /// at `max_tokens`.
-    fn standing(&self, names: &Names, max_tokens: u32) -> Result<RowStatus> {
+    fn standing(&self, names: &CacheKeys, max_tokens: u32) -> Result<RowStatus> {
         let cut = names
             .iter()
-            .flat_map(|name| self.past.cut_keys(name, max_tokens));
+            .flat_map(|name| self.past.truncated_keys(name, max_tokens));
         let all = names.iter().map(str::to_owned).chain(cut);
         // An answer under another name counts more than a failure.
         let mut found = RowStatus::Open;
@@ -145,7 +145,7 @@ impl Plan {
         askings: Vec<RequestTemplate>,
         settings: &config::PromptsConfig,
         scope: PlanScope<'_>,
-        past: &Past,
+        past: &KeyVariants,
         standing: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
         let order = match settings.order {
@@ -167,12 +167,12 @@ impl Plan {
             suspects: Vec::new(),
             given_up: Vec::new(),
             repeated: 0,
-            keys: Keys::default(),
-            questions: Keys::default(),
+            keys: KeySet::default(),
+            questions: KeySet::default(),
         };
         let endpoint = |asking: &RequestTemplate| {
             let teacher = &asking.endpoint.teacher;
-            Endpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
+            KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
         };
         let mut adding = PlanBuilder {
             endpoints: plan.templates.iter().map(endpoint).collect(),
@@ -218,21 +218,21 @@ impl Plan {
         let mut suspects = Vec::new();
         for sample in 0..samples {
             let max_tokens = self.templates[endpoint].endpoint.sampling.max_tokens;
-            let with_old = adding.past.has_old || adding.scope.only.is_some();
+            let with_old = adding.past.has_schema_1 || adding.scope.only.is_some();
             let asked = &self.prompts[prompt];
             let template = adding.templates.get(sample as usize);
-            let template = template.filter(|_| asked.given.is_none() && !with_old);
+            let template = template.filter(|_| asked.raw.is_none() && !with_old);
             let identity = &adding.endpoints[endpoint];
             let (question, names) = match template {
                 Some(template) => {
                     let question = template.question(&asked.messages);
-                    (question, Names::new(&question, identity, None))
+                    (question, CacheKeys::new(&question, identity, None))
                 }
                 None => {
                     let body = self.body(endpoint, prompt, sample);
-                    let question = Question::of(&body, sample);
+                    let question = Question::new(&body, sample);
                     let old = with_old.then_some((&body, sample));
-                    (question, Names::new(&question, identity, old))
+                    (question, CacheKeys::new(&question, identity, old))
                 }
             };
             let fingerprint = crate::cache::fingerprint::fingerprint(&names.key);
@@ -240,7 +240,7 @@ impl Plan {
                 continue;
             }
             self.total += 1;
-            self.questions.insert(question.fingerprint());
+            self.questions.insert(question.question_fingerprint());
             if !self.keys.insert(fingerprint) {
                 self.cached += 1;
                 self.repeated += 1;
@@ -251,7 +251,7 @@ impl Plan {
                 prompt: prompt as u32,
                 sample,
                 key: names.key,
-                old_key: names.old.map(String::into_boxed_str),
+                old_key: names.schema_1.map(String::into_boxed_str),
                 bytes: question.bytes as u32,
             };
             match standing {
@@ -385,7 +385,7 @@ mod tests {
             askings,
             &config.prompts,
             PlanScope::default(),
-            &Past::default(),
+            &KeyVariants::default(),
             standing,
         )
         .unwrap()
@@ -426,8 +426,8 @@ mod tests {
         let key = plan(vec![prompt("a", "x")], &config, |_| false).rows[0]
             .key
             .clone();
-        let mut past = Past::default();
-        past.note(2, config.sampling.max_tokens);
+        let mut past = KeyVariants::default();
+        past.insert(2, config.sampling.max_tokens);
         for failure in [RowStatus::GivenUp, RowStatus::Suspect] {
             let standing = |name: &str| {
                 Ok(if name == key {

@@ -9,10 +9,10 @@ use tokio::time::Instant;
 use crate::budget::dollars::Dollars;
 use crate::budget::price::TokenBound;
 use crate::cache;
-use crate::cache::census::{self, Census};
 use crate::cache::question;
-use crate::cache::stats::Stats;
-use crate::cache::storage::Wrap;
+use crate::cache::stats::CacheStats;
+use crate::cache::storage::WrapFile;
+use crate::cache::unused_answers::{self, UnusedAnswers};
 use crate::cache::writer::Cache;
 use crate::client::request::RequestTemplate;
 use crate::client::structured_output::StructuredOutput;
@@ -26,7 +26,7 @@ use crate::rate_limit::daily::DailyLimit;
 use crate::rate_limit::pacer::Pacer;
 use crate::report::summary;
 use crate::signal::StopFlag;
-use crate::terminal::progress::Reading;
+use crate::terminal::progress::ReadProgress;
 use crate::terminal::{format_count, format_dollars};
 
 /// Request template of each teacher; `probes` are the hashes of their probe results.
@@ -114,15 +114,15 @@ pub(crate) fn unused_answers(
     known: usize,
     limit: u64,
     stop: &StopFlag,
-) -> Result<Census> {
+) -> Result<UnusedAnswers> {
     let of_ours: u64 = plan.answered.iter().sum();
     if plan.rows.is_empty() || known as u64 <= of_ours {
-        return Ok(Census::default());
+        return Ok(UnusedAnswers::default());
     }
     let mut open = HashMap::new();
     for (asking, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
         for row in &plan.rows[rows.clone()] {
-            let half = question::fingerprint(&row.key);
+            let half = question::question_fingerprint(&row.key);
             open.insert(half, asking.endpoint.sampling.max_tokens);
         }
     }
@@ -133,7 +133,7 @@ pub(crate) fn unused_answers(
         .collect();
     let is_prompt = |id: &str| ids.contains(id);
     let check = || stop.check();
-    census::census(
+    unused_answers::count_unused(
         dir,
         &plan.keys,
         &plan.questions,
@@ -180,13 +180,13 @@ pub(crate) fn prompts(
 pub(crate) fn open_cache(
     config: &Config,
     quiet: bool,
-    storage: Wrap,
+    storage: WrapFile,
     stop: &StopFlag,
 ) -> Result<Cache> {
-    let mut reading = Reading::new("opening the cache", quiet);
+    let mut reading = ReadProgress::new("opening the cache", quiet);
     let (dir, settings) = (config.own_cache(), &config.cache);
-    cache::place::check_all_is_back(&dir)?;
-    cache::place::forget_move(&dir)?;
+    cache::open_file::check_nothing_displaced(&dir)?;
+    cache::open_file::remove_move_note(&dir)?;
     Cache::open_with(&dir, settings, storage, &mut |done, total| {
         reading.update(done, total);
         stop.check()
@@ -240,12 +240,12 @@ pub(crate) fn check_money(
 
 /// The first records of a cache in numbers, for a guess at those to come. Read without the lock, so that a
 /// dry run may look over the shoulder of a running harvest.
-pub(crate) fn sample_stats(dir: &Path) -> Result<Stats> {
+pub(crate) fn sample_stats(dir: &Path) -> Result<CacheStats> {
     const ENOUGH: usize = 1_000;
-    let mut stats = Stats::default();
+    let mut stats = CacheStats::default();
     if cache::exists(dir) {
         for record in crate::cache::reader::read(dir)?.take(ENOUGH) {
-            stats.add(&record?)?;
+            stats.add(&record?);
         }
     }
     Ok(stats)

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use crate::cache;
 use crate::cache::question;
-use crate::cache::reader::Lines;
+use crate::cache::reader::CacheLines;
 use crate::cache::view::RecordView;
 use crate::client::request::RequestTemplate;
 use crate::config::{Config, Groups};
@@ -69,9 +69,9 @@ fn each_candidate(dir: &Path, mut each: impl FnMut(RecordIdentity) -> bool) -> R
     if !cache::exists(dir) {
         return Ok(());
     }
-    let mut lines = Lines::open(dir)?;
+    let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
-        let record = RecordView::of_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
+        let record = RecordView::from_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
         if !each(RecordIdentity::from_view(&record, &record.params())) {
             break;
         }
@@ -146,7 +146,7 @@ fn rows(
         let mut rows = rows.borrow_mut();
         rows.keys
             .insert(crate::cache::fingerprint::fingerprint(name));
-        rows.answered.insert(question::fingerprint(name));
+        rows.answered.insert(question::question_fingerprint(name));
         Ok(RowStatus::Answered)
     };
     let scope = PlanScope::default();

@@ -1,16 +1,16 @@
-//! Names of control tokens, as servers report them among logprobs.
+//! Names of control tokens, as servers report them in logprobs.
 
-/// Is this the name of a control token in the tokenizers that most models use?
-pub(crate) fn names_control(name: &str) -> bool {
+/// Returns true if `name` is a control token of a widely used tokenizer.
+pub(crate) fn is_control_name(name: &str) -> bool {
     const OTHERS: [&str; 4] = ["<s>", "<bos>", "<pad>", "<unk>"];
-    names_end(name)
+    is_end_of_turn_name(name)
         || OTHERS.contains(&name)
         || (name.starts_with("<|") && name.ends_with("|>") && name.len() > 4)
         || (name.starts_with("<｜") && name.ends_with("｜>"))
 }
 
-/// Is this the name of a token that ends a turn there?
-pub(crate) fn names_end(name: &str) -> bool {
+/// Returns true if `name` is an end-of-turn token of a widely used tokenizer.
+pub(crate) fn is_end_of_turn_name(name: &str) -> bool {
     const ENDS: [&str; 14] = [
         "</s>",
         "<eos>",

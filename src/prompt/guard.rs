@@ -1,8 +1,8 @@
-//! Bounds the memory that a template may take for one row.
+//! [`MemoryGuard`]: limits the memory that a template may use for one row.
 //!
-//! Fuel bounds the steps of a template, and a text that is joined to itself doubles at each step. The engine
-//! has no bound for that, and nothing can stop it in the middle of an expression; so the process ends. That
-//! is early: prompts are rendered before anything is opened or asked.
+//! The fuel limits the number of steps, but a text that is joined to itself doubles at each step. The template
+//! engine has no memory limit and cannot be interrupted within an expression, so the guard ends the process. No
+//! data is lost: prompts are rendered before the cache is opened and before any request.
 
 use std::io::Write;
 use std::path::Path;
@@ -13,35 +13,36 @@ use std::time::Duration;
 use crate::exit::Exit;
 use crate::ops::process;
 
-/// Growth of the process in bytes while one row is rendered.
-const MOST: u64 = 512 << 20;
+/// Maximum growth of the process in bytes while one row is rendered.
+const MAX_GROWTH: u64 = 512 << 20;
 
-/// Time between two looks: a text that doubles grows by far less.
-const EVERY: Duration = Duration::from_millis(5);
+/// Interval between two checks, in which a doubling text grows far less than the limit.
+const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// No row is being rendered.
+/// Value of the counter while no row is rendered.
 const IDLE: u64 = 0;
 
-/// The last value of the counter.
-const OVER: u64 = u64::MAX;
+/// Value of the counter that ends the watching thread.
+const STOP: u64 = u64::MAX;
 
 /// Watches the memory of the process while rows are rendered, until it is dropped.
-pub(crate) struct Guard {
+pub(crate) struct MemoryGuard {
     /// Number of the row that is being rendered, counted from 1.
     row: Arc<AtomicU64>,
 }
 
-impl Guard {
-    /// `template` is named where it takes too much.
-    pub(crate) fn new(template: &Path) -> Guard {
+impl MemoryGuard {
+    /// Starts the watching thread; `template` is for the error message.
+    pub(crate) fn new(template: &Path) -> MemoryGuard {
         let row = Arc::new(AtomicU64::new(IDLE));
-        let (watched, template) = (Arc::clone(&row), template.to_owned());
+        let watched = Arc::clone(&row);
+        let template = template.to_owned();
         std::thread::spawn(move || watch(&watched, &template));
-        Guard { row }
+        MemoryGuard { row }
     }
 
-    /// Renders the row with this number.
-    pub(crate) fn during<T>(&self, row: usize, render: impl FnOnce() -> T) -> T {
+    /// Renders the row with this number under the memory limit.
+    pub(crate) fn watch_row<T>(&self, row: usize, render: impl FnOnce() -> T) -> T {
         self.row.store(row as u64 + 1, Ordering::Relaxed);
         let rendered = render();
         self.row.store(IDLE, Ordering::Relaxed);
@@ -49,38 +50,38 @@ impl Guard {
     }
 }
 
-impl Drop for Guard {
+impl Drop for MemoryGuard {
     fn drop(&mut self) {
-        self.row.store(OVER, Ordering::Relaxed);
+        self.row.store(STOP, Ordering::Relaxed);
     }
 }
 
 fn watch(row: &AtomicU64, template: &Path) {
     let mut last = (IDLE, 0);
     loop {
-        std::thread::sleep(EVERY);
+        std::thread::sleep(CHECK_INTERVAL);
         let (now, Some(bytes)) = (row.load(Ordering::Relaxed), process::resident_bytes()) else {
             return;
         };
         match now {
-            OVER => return,
+            STOP => return,
             IDLE => last = (IDLE, bytes),
-            // Several rows in between are none that grows without end.
+            // A new row: it starts from the current memory.
             row if row != last.0 => last = (row, bytes),
-            row if bytes > last.1 + MOST => end(row, template),
+            row if bytes > last.1 + MAX_GROWTH => exit_over_limit(row, template),
             _ => {}
         }
     }
 }
 
-fn end(row: u64, template: &Path) -> ! {
+fn exit_over_limit(row: u64, template: &Path) -> ! {
     let message = format!(
-        "error: row {}: the template {} makes texts of more than {} MiB of it",
+        "error: row {}: the template {} renders it to more than {} MiB of text",
         row - 1,
         template.display(),
-        MOST >> 20
+        MAX_GROWTH >> 20
     );
-    // Where nobody can read it, the exit status still says so.
+    // If stderr is closed, the exit status still reports the error.
     let _ = writeln!(std::io::stderr(), "{message}");
     std::process::exit(Exit::Usage(message).code().into());
 }

@@ -1,7 +1,6 @@
-//! TODO
+//! [`Message`]: one turn of a conversation.
 
-use serde::Deserialize;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,9 +1,19 @@
-//! Prompt sources and templates -> [`Prompt`].
+//! Reads prompt sources and templates into [`Prompt`]s.
 //!
-//! A source is a file of JSON objects, a table with a header, or plain text, a prompt a line (see
-//! `source`). With a template each row is rendered through it; without one a row carries its
-//! `messages`, sent as they stand, and a line of text is one user message. `guard` bounds the memory that a
-//! template may take.
+//! With a template, each row of the source is rendered through it. Without one, the `messages` of a row are sent
+//! unchanged, and a line of plain text is one user message.
+//!
+//! | file | content |
+//! |---|---|
+//! | `source/` | rows of JSON, CSV, TSV, Parquet and plain text files |
+//! | `row` | messages, request fields and id of a row |
+//! | `template` | rendering a row into a conversation |
+//! | `guard` | memory limit of a template |
+//! | `message` | one turn of a conversation |
+//! | `control_tokens` | names of control tokens |
+//!
+//! Invariants: every error names the file and the line. All prompts are read and rendered before the first request.
+//! Every prompt has a unique id.
 
 pub(crate) mod control_tokens;
 pub(crate) mod guard;
@@ -12,7 +22,7 @@ pub(crate) mod row;
 pub(crate) mod source;
 pub(crate) mod template;
 
-pub use row::Given;
+pub use row::RawRequest;
 pub use template::Template;
 
 use crate::prompt::message::Message;
@@ -25,43 +35,43 @@ use serde_json::Value;
 use crate::config;
 use crate::exit::Exit;
 
-/// A conversation to be answered.
+/// A conversation that the teacher is asked to continue.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
-    /// The row's `id`, or the hash of what it asks where it has none.
+    /// `id` of the row, or the hash of the prompt if the row has none.
     pub id: String,
     pub messages: Vec<Message>,
-    /// Raw messages and request fields of a JSON row that are more than roles and texts.
-    pub given: Option<Box<Given>>,
+    /// Parts of a JSON row that are sent unchanged, if the row is more than roles and texts.
+    pub raw: Option<Box<RawRequest>>,
 }
 
 impl Prompt {
-    /// Messages of text alone.
+    /// A prompt of messages that are only roles and texts.
     pub fn plain(id: impl Into<String>, messages: Vec<Message>) -> Prompt {
         Prompt {
             id: id.into(),
             messages,
-            given: None,
+            raw: None,
         }
     }
 
-    /// 128 bits of BLAKE3 in hex over what is asked: short enough to read, long enough never to collide.
+    /// Returns 128 bits of the prompt's BLAKE3 hash, in hex.
     fn hash(&self) -> Result<String> {
-        let bytes = match &self.given {
+        let bytes = match &self.raw {
             None => serde_json::to_vec(&self.messages)?,
-            Some(given) => serde_json::to_vec(&(&self.messages, &given.messages, &given.fields))?,
+            Some(raw) => serde_json::to_vec(&(&self.messages, &raw.messages, &raw.fields))?,
         };
         Ok(blake3::hash(&bytes).to_hex()[..32].to_string())
     }
 }
 
-/// Unsent fields that are named.
-const NAMED: usize = 8;
+/// Maximum number of unsent fields listed in the warning.
+const MAX_LISTED_FIELDS: usize = 8;
 
-/// The prompts of a run, in the order of their source.
+/// Loads the prompts of a run, in the order of the source. `check` is called for each row.
 ///
-/// Errors are [`Exit::Usage`]: they name file, line and what to change; and those of `check`, which is asked
-/// at each row whether to go on.
+/// # Errors
+/// [`Exit::Usage`] with file, line and what to change; and the errors of `check`.
 pub fn load(
     settings: &config::PromptsConfig,
     check: impl Fn() -> Result<()>,
@@ -70,7 +80,7 @@ pub fn load(
     let mut unsent = BTreeSet::new();
     let mut prompts = load_with(&settings.source, template, |_, row| {
         for name in row::unsent(&row) {
-            if unsent.len() < NAMED && !unsent.contains(name) {
+            if unsent.len() < MAX_LISTED_FIELDS && !unsent.contains(name) {
                 unsent.insert(name.to_owned());
             }
         }
@@ -79,7 +89,7 @@ pub fn load(
     if template.is_none() && !unsent.is_empty() {
         let names: Vec<_> = unsent.iter().map(|name| format!("`{name}`")).collect();
         tracing::warn!(
-            "{}: these fields of its rows are not sent, and a `prompts.template` could use them: {}",
+            "{}: these fields of its rows are not sent: {}; set `prompts.template` to use them",
             settings.source.display(),
             names.join(", ")
         );
@@ -88,7 +98,7 @@ pub fn load(
     Ok(prompts.into_iter().map(|(prompt, ())| prompt).collect())
 }
 
-/// Every row of `source` as a prompt, with what `take` keeps of it: it gets the id and the fields.
+/// Loads every row of `source` as a prompt, with the result of `take` for its id and fields.
 pub fn load_with<T>(
     source: &Path,
     template: Option<&Path>,
@@ -98,14 +108,14 @@ pub fn load_with<T>(
     let mut prompts = Vec::new();
     let mut lines = Vec::new();
     source::read(source, &mut |line, row| {
-        let place = format_args!("{}:{line}", source.display());
-        let usage = |problem| Exit::Usage(format!("{place}: {problem}"));
+        let location = format_args!("{}:{line}", source.display());
+        let usage = |problem| Exit::Usage(format!("{location}: {problem}"));
         let fields = row::fields(&row);
-        let (messages, given) = match &template {
+        let (messages, raw_messages) = match &template {
             Some(template) => {
                 let messages = template.render(line, &row);
                 (
-                    messages.with_context(|| format!("cannot render {place}"))?,
+                    messages.with_context(|| format!("cannot render {location}"))?,
                     None,
                 )
             }
@@ -118,14 +128,14 @@ pub fn load_with<T>(
                 usage("the last message is empty: fill it, or remove the row".into()).into(),
             );
         }
-        let given = Given {
-            messages: given,
+        let raw = RawRequest {
+            messages: raw_messages,
             fields,
         };
         let mut prompt = Prompt {
             id: row::id(&row).map_err(usage)?.unwrap_or_default(),
             messages,
-            given: (!given.is_plain()).then(|| Box::new(given)),
+            raw: (!raw.is_empty()).then(|| Box::new(raw)),
         };
         if prompt.id.is_empty() {
             prompt.id = prompt.hash()?;
@@ -145,12 +155,11 @@ pub fn load_with<T>(
         };
         let problem = if prompt.id == prompt.hash()? {
             format!(
-                "repeats the prompt of line {first}: remove one, or set `prompts.samples` to ask \
-                 for several answers"
+                "repeats the prompt of line {first}: remove one, or set `prompts.samples` to request several answers"
             )
         } else {
             let id = &prompt.id;
-            format!("has the id `{id}` of line {first}: give each row an id of its own")
+            format!("has the id `{id}` of line {first}: give each row a unique id")
         };
         return Err(Exit::Usage(format!("{}:{line} {problem}", source.display())).into());
     }
@@ -172,7 +181,7 @@ mod tests {
         load_with(&source, template, |_, row| Ok(row))
     }
 
-    /// The whole message of the error, and that it is one of usage.
+    /// Returns the message of the error, which must be a usage error.
     fn problem<T: std::fmt::Debug>(result: Result<T>) -> String {
         let error = result.unwrap_err();
         assert_eq!(Exit::code_of(&error), 2, "{error:#}");
@@ -194,7 +203,7 @@ mod tests {
     "#;
 
     #[test]
-    fn text_is_a_prompt_a_line() {
+    fn each_line_of_text_is_a_prompt() {
         let prompts = load("p.txt", "\u{feff}one\r\n\r\n  two \nthree", "").unwrap();
         assert_eq!(contents(&prompts), ["one", "  two ", "three"]);
         assert_eq!(prompts[0].0.id.len(), 32);
@@ -202,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_carry_messages_or_fill_a_template() {
+    fn rows_have_messages_or_fill_a_template() {
         let messages = r#"{"id": 7, "messages": [{"role": "user", "content": "hi"}]}"#;
         let prompts = load("p.jsonl", &format!("\u{feff}{messages}\r\n\n"), "").unwrap();
         assert_eq!(prompts[0].0.id, "7");
@@ -266,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_and_arrays_are_rows_too() {
+    fn csv_tsv_and_json_arrays_are_read() {
         let csv = "id,question\r\n7,\"say \"\"hi\"\",\ntwice\"\n8,2+2\n";
         let prompts = load("p.csv", csv, r#"user = "{{ question }}""#).unwrap();
         assert_eq!(contents(&prompts), ["say \"hi\",\ntwice", "2+2"]);
@@ -280,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_source_of_prompts_is_refused_by_name() {
+    fn unsupported_and_malformed_sources_are_refused() {
         let cases = [
             ("p.xlsx", "x", "suffix `.xlsx`"),
             ("p.png", "x", "suffix `.png`"),
@@ -295,7 +304,7 @@ mod tests {
                 "id,text\n1,\"hello\n2,x\n",
                 "p.csv:2: a quote in this row is not closed",
             ),
-            ("p.csv", "a,a\n1,2\n", "\"a\" is empty or there twice"),
+            ("p.csv", "a,a\n1,2\n", "\"a\" is empty or repeated"),
             (
                 "p.json",
                 "[{\"text\":\"a\"}, 3]",
@@ -334,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packed_file_that_holds_nothing_but_air_is_refused() {
+    fn gzip_bomb_is_refused() {
         use std::io::Write;
         let dir = tempfile::tempdir().unwrap();
         let source = dir.path().join("p.txt.gz");
@@ -346,28 +355,28 @@ mod tests {
         }
         packed.finish().unwrap();
         let message = problem(load_with(&source, None, |_, row| Ok(row)));
-        assert!(message.contains("unpacks to more than"), "{message}");
+        assert!(message.contains("decompresses to more than"), "{message}");
     }
 
     #[test]
-    fn messages_are_sent_as_they_stand() {
+    fn messages_and_tools_are_sent_unchanged() {
         let row = r#"{"tools":[{"type":"function"}],"n":3,"messages":[{"role":"user","name":"ann","content":[{"type":"text","text":"we"},{"type":"text","text":"ather?"}]},{"role":"assistant","content":null,"tool_calls":[{"id":"c1"}]},{"role":"tool","tool_call_id":"c1","content":"sunny"}]}"#;
         let prompts = load("p.jsonl", row, "").unwrap();
         assert_eq!(contents(&prompts), ["weather?", "", "sunny"]);
-        let given = prompts[0].0.given.as_ref().unwrap();
+        let raw = prompts[0].0.raw.as_ref().unwrap();
         let row: Value = serde_json::from_str(row).unwrap();
-        assert_eq!(given.messages.as_ref(), Some(&row["messages"]));
+        assert_eq!(raw.messages.as_ref(), Some(&row["messages"]));
         assert_eq!(
-            Value::from(given.fields.clone()),
+            Value::from(raw.fields.clone()),
             serde_json::json!({"tools": row["tools"]})
         );
-        // Rows that differ in nothing but that are two.
+        // Rows that differ only in their tools are different prompts.
         let plain = |extra: &str| {
             format!("{{{extra}\"messages\":[{{\"role\":\"user\",\"content\":\"x\"}}]}}")
         };
         let rows = format!("{}\n{}", plain(""), plain("\"tools\":[1],"));
         let prompts = load("p.jsonl", &rows, "").unwrap();
-        assert!(prompts[0].0.given.is_none() && prompts[1].0.given.is_some());
+        assert!(prompts[0].0.raw.is_none() && prompts[1].0.raw.is_some());
 
         let message = |content: &str| {
             format!("{{\"messages\":[{{\"role\":\"user\",\"content\":{content}}}]}}")
@@ -390,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_that_never_ends_is_stopped() {
+    fn endless_template_runs_out_of_fuel() {
         let template = r#"user = "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}""#;
         let message = problem(load("p.txt", "x", template));
         assert!(message.contains("fuel"), "{message}");
@@ -405,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn the_template_that_ships_renders_a_line_of_text() {
+    fn shipped_template_renders_a_line_of_text() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("prompts/plain.toml");
         let row = serde_json::json!({ "text": "say hi" });
         let messages = Template::load(&path).unwrap().render(1, &row).unwrap();
@@ -418,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn optional_fields_are_asked_for_with_is_defined() {
+    fn template_tests_optional_fields_with_is_defined() {
         let template = r#"user = "{% if hint is defined %}{{ hint }}: {% endif %}{{ text }}""#;
         assert_eq!(contents(&load("p.txt", "x", template).unwrap()), ["x"]);
     }

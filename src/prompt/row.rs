@@ -1,28 +1,28 @@
-//! Reads the messages and request fields of a row.
+//! Reads the messages, request fields and id of a row.
 
 use serde_json::{Map, Value};
 
 use crate::prompt::message::Message;
 
-/// Fields of a row that are fields of its request.
+/// Fields of a row that are sent as fields of its request.
 const REQUEST_FIELDS: [&str; 3] = ["tools", "tool_choice", "parallel_tool_calls"];
 
 /// Parts of a row that are sent unchanged.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Given {
-    /// The messages, where some are more than a role and a text.
+pub struct RawRequest {
+    /// Messages, if one of them is more than a role and a text.
     pub messages: Option<Value>,
-    /// Further fields of the request.
+    /// Fields of the request in `REQUEST_FIELDS`.
     pub fields: Map<String, Value>,
 }
 
-impl Given {
-    pub fn is_plain(&self) -> bool {
+impl RawRequest {
+    pub fn is_empty(&self) -> bool {
         self.messages.is_none() && self.fields.is_empty()
     }
 }
 
-/// The fields of the request that a row brings.
+/// Returns the fields of a row that are sent as fields of its request.
 pub(crate) fn fields(row: &Value) -> Map<String, Value> {
     let wanted = REQUEST_FIELDS.iter().filter_map(|name| {
         let value = row.get(*name).filter(|value| !value.is_null())?;
@@ -31,7 +31,7 @@ pub(crate) fn fields(row: &Value) -> Map<String, Value> {
     wanted.collect()
 }
 
-/// Names of fields that are not sent where no template uses them.
+/// Returns the names of the fields that are not sent without a template.
 pub(crate) fn unsent(row: &Value) -> impl Iterator<Item = &str> {
     let has_messages = row.get("messages").is_some();
     let names = row.as_object().into_iter().flat_map(Map::keys);
@@ -42,14 +42,14 @@ pub(crate) fn unsent(row: &Value) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The conversation of a row that no template renders: as text, and as it stands where it is more.
+/// Returns the conversation of a row without a template: as text, and unchanged if it is more than text.
 ///
 /// # Errors
 /// A description of the problem.
 pub(crate) fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), String> {
-    let Some(given) = row.get("messages") else {
+    let Some(raw) = row.get("messages") else {
         return match row.get("text") {
-            // Only a line of text has this shape; an object with a `text` alone is as good as one.
+            // A line of plain text, or a JSON object with only a `text`.
             Some(Value::String(text)) if text.trim().is_empty() => {
                 Err("`text` is empty: fill it, or remove the row".into())
             }
@@ -61,10 +61,10 @@ pub(crate) fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), Str
                 let fields = row.as_object().into_iter().flat_map(Map::keys);
                 let fields: Vec<_> = fields.take(10).map(|name| format!("`{name}`")).collect();
                 Err(format!(
-                    "there is no `messages` in this row, but {}: set `prompts.template` to a file that \
-                     makes them from its fields",
+                    "there is no `messages` in this row, but {}: set `prompts.template` to a file that makes \
+                     messages from these fields",
                     if fields.is_empty() {
-                        "nothing at all".to_owned()
+                        "no field at all".to_owned()
                     } else {
                         fields.join(", ")
                     }
@@ -72,14 +72,14 @@ pub(crate) fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), Str
             }
         };
     };
-    let list = given.as_array().ok_or("`messages` is not a list")?;
+    let list = raw.as_array().ok_or("`messages` is not a list")?;
     if list.is_empty() {
         return Err("`messages` is empty".into());
     }
     let mut is_plain = true;
     let mut messages = Vec::with_capacity(list.len());
     for (index, message) in list.iter().enumerate() {
-        let problem = |what: String| format!("`messages[{index}]` {what}");
+        let problem = |problem: String| format!("`messages[{index}]` {problem}");
         let fields = message
             .as_object()
             .ok_or_else(|| problem("is not an object of `role` and `content`".into()))?;
@@ -89,10 +89,10 @@ pub(crate) fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), Str
         is_plain &= fields.len() == 2 && fields.get("content").is_some_and(Value::is_string);
         messages.push(Message::new(role, content));
     }
-    Ok((messages, (!is_plain).then(|| given.clone())))
+    Ok((messages, (!is_plain).then(|| raw.clone())))
 }
 
-/// The text of a message.
+/// Returns the text of a message.
 fn content(fields: &Map<String, Value>) -> Result<String, String> {
     match fields.get("content") {
         Some(Value::String(text)) => Ok(text.clone()),
@@ -110,19 +110,18 @@ fn part(part: &Value) -> Result<String, String> {
         ("text" | "input_text" | "output_text", Some(text)) => Ok(text.to_owned()),
         ("text", None) if part.is_string() => Ok(part.as_str().unwrap_or_default().to_owned()),
         _ => Err(format!(
-            "holds a part of the type {kind:?}: distill teaches text, so leave rows with images or audio \
-             out"
+            "holds a part of the type {kind:?}: distill supports only text, so remove rows with images or audio"
         )),
     }
 }
 
-/// The row's own id, if it has one.
+/// Returns the row's own id, if it has one.
 pub(crate) fn id(row: &Value) -> Result<Option<String>, String> {
-    const LONGEST: usize = 1_000;
+    const MAX_BYTES: usize = 1_000;
     match row.get("id") {
         None | Some(Value::Null) => Ok(None),
-        Some(Value::String(id)) if id.len() > LONGEST => {
-            Err(format!("`id` is longer than {LONGEST} bytes"))
+        Some(Value::String(id)) if id.len() > MAX_BYTES => {
+            Err(format!("`id` is longer than {MAX_BYTES} bytes"))
         }
         Some(Value::String(id)) if !id.is_empty() => Ok(Some(id.clone())),
         Some(Value::Number(id)) => Ok(Some(id.to_string())),

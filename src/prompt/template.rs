@@ -1,4 +1,4 @@
-//! Template files: how a row becomes a conversation.
+//! [`Template`]: renders a row into a conversation.
 
 use std::path::Path;
 
@@ -8,52 +8,53 @@ use minijinja::{Environment, ErrorKind, UndefinedBehavior};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::guard::Guard;
+use super::guard::MemoryGuard;
 use crate::exit::Exit;
 use crate::prompt::message::Message;
 
-/// Instructions that a row may take.
+/// Maximum number of template instructions per row.
 const FUEL: u64 = 2_000_000;
 
-/// The file as written; `prompts/plain.toml` documents it.
+/// Content of a template file; `prompts/plain.toml` documents it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct TemplateFile {
     system: Option<String>,
     user: String,
     #[serde(default)]
-    examples: Vec<Example>,
+    examples: Vec<FewShotExample>,
 }
 
-/// A few-shot example, sent word for word: braces in it are no template.
+/// A few-shot example, which is sent unchanged: braces in it are not rendered.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Example {
+struct FewShotExample {
     user: String,
     assistant: String,
 }
 
 /// A parsed template file.
 pub struct Template {
-    /// Holds the templates `user` and, where the file has one, `system`.
+    /// Holds the template `user` and, if the file has one, `system`.
     environment: Environment<'static>,
     has_system: bool,
-    examples: Vec<Example>,
-    guard: Guard,
+    examples: Vec<FewShotExample>,
+    guard: MemoryGuard,
 }
 
 impl Template {
+    /// Loads and parses the template file at `path`.
     pub fn load(path: &Path) -> Result<Template> {
         let place = path.display();
         let text = std::fs::read_to_string(path)
             .map_err(|error| Exit::Usage(format!("cannot read the template {place}: {error}")))?;
-        let file: File = toml::from_str(&text)
+        let file: TemplateFile = toml::from_str(&text)
             .map_err(|error| Exit::Usage(format!("the template {place} is invalid: {error}")))?;
 
         let mut environment = Environment::new();
-        // A field that is missing in one row must not become an empty prompt that is paid for.
+        // A field that is missing in a row must not become an empty prompt that is paid for.
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        // A loop that never ends shall not keep the night waiting.
+        // An endless loop must fail instead of blocking the run.
         environment.set_fuel(Some(FUEL));
         let has_system = file.system.is_some();
         for (name, source) in [("system", file.system), ("user", Some(file.user))] {
@@ -69,13 +70,14 @@ impl Template {
             environment,
             has_system,
             examples: file.examples,
-            guard: Guard::new(path),
+            guard: MemoryGuard::new(path),
         })
     }
 
-    /// The conversation of one row: system, the examples, user.
+    /// Renders the conversation of one row: the system message, the examples, the user message.
     ///
-    /// An undefined variable is an [`Exit::Usage`] that names the row and the variable.
+    /// # Errors
+    /// [`Exit::Usage`] with the row and the variable if a variable is undefined.
     pub fn render(&self, row_number: usize, row: &Value) -> Result<Vec<Message>> {
         let mut messages = Vec::with_capacity(2 + 2 * self.examples.len());
         if self.has_system {
@@ -99,14 +101,14 @@ impl Template {
         let template = self.environment.get_template(name)?;
         let rendered = self
             .guard
-            .during(row_number, || template.render(Serde(row)));
+            .watch_row(row_number, || template.render(Serde(row)));
         rendered.map_err(|error| {
             let variables = template.undeclared_variables(true);
             let missing = missing_variables(&variables, row);
             let problem = if error.kind() == ErrorKind::UndefinedError && !missing.is_empty() {
                 let fields = row.as_object().map(|fields| list(fields.keys()));
                 format!(
-                    "`{name}` of the template asks for {}, but the row has only {}",
+                    "`{name}` of the template uses {}, but the row has only {}",
                     list(missing),
                     fields.unwrap_or_default()
                 )
@@ -118,7 +120,7 @@ impl Template {
     }
 }
 
-/// Those of `variables` (`a` or `a.b`) that the row does not have, in order.
+/// Returns the `variables` (`a` or `a.b`) that the row does not have, sorted.
 fn missing_variables<'a>(
     variables: &'a std::collections::HashSet<String>,
     row: &Value,

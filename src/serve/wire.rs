@@ -4,12 +4,10 @@ use std::borrow::Cow;
 
 use serde::Serialize;
 
+use crate::cache::record::MISSING_LOGPROB;
 use crate::model::batcher::FinishReason;
 use crate::model::sampling::TokenLogprobs;
 use crate::tokenizer::Tokenizer;
-
-/// What OpenAI sends for "very unlikely", since JSON has no infinity.
-const LOWEST_LOGPROB: f32 = -9999.0;
 
 /// What every object of one answer repeats.
 #[derive(Debug, Clone, Serialize)]
@@ -148,7 +146,7 @@ impl<'a> Token<'a> {
         };
         Self {
             token,
-            logprob: logprob.max(LOWEST_LOGPROB),
+            logprob: logprob.max(MISSING_LOGPROB),
             bytes,
         }
     }
@@ -283,12 +281,12 @@ impl<'a> TextLogprobs<'a> {
             for &(id, logprob) in choice.top.iter().take(most) {
                 let name = name(id);
                 if top.iter().all(|known| known.0 != name) {
-                    top.push((name, logprob.max(LOWEST_LOGPROB)));
+                    top.push((name, logprob.max(MISSING_LOGPROB)));
                 }
             }
             push(
                 choice.id,
-                Some(choice.logprob.max(LOWEST_LOGPROB)),
+                Some(choice.logprob.max(MISSING_LOGPROB)),
                 Some(Top(top)),
             );
         }

@@ -1,17 +1,25 @@
-//! What reaches a terminal: model text made inert, numbers made readable, tables, progress.
+//! Text for terminals: sanitising, number formats, tables and progress.
+//!
+//! | file | content |
+//! |---|---|
+//! | `mod.rs` | `sanitise` and `escape_unsafe`; formats of durations, counts, dollars and bytes; tables |
+//! | `progress.rs` | progress bars and lines on stderr |
+//!
+//! Invariant: text from a model, an endpoint or a data file reaches a terminal only through [`sanitise`] (or, as
+//! JSON, through [`escape_unsafe`]).
 
 pub(crate) mod progress;
 
-pub use progress::{Progress, Reading};
+pub use progress::{Progress, ReadProgress};
 
 use std::borrow::Cow;
 use std::fmt::Write;
 use std::time::Duration;
 
-/// Text from a model, a provider or a data file, made safe to print.
+/// Makes text from a model, an endpoint or a data file safe to print.
 ///
-/// Control characters (escape sequences among them, and C1), and the characters that reorder what
-/// is displayed, become visible escapes; line feeds and tabs stay.
+/// Control characters (including escape sequences and C1) and characters that change the display order become
+/// visible escapes. Line feeds and tabs stay.
 pub fn sanitise(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_unsafe) {
         return Cow::Borrowed(text);
@@ -27,7 +35,7 @@ pub fn sanitise(text: &str) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
-/// The same JSON, in whose strings nothing can act on a terminal that shows the file.
+/// Escapes unsafe characters in JSON, so that printing it to a terminal is safe. The value stays the same.
 pub fn escape_unsafe(json: &str) -> Cow<'_, str> {
     if !json.chars().any(is_unsafe) {
         return Cow::Borrowed(json);
@@ -59,7 +67,7 @@ fn is_unsafe(char: char) -> bool {
     }
 }
 
-/// The two largest units: `2 h 5 min`, `3 min 20 s`, `4.2 s`, `120 ms`.
+/// Formats a duration in its two largest units: `2 h 5 min`, `3 min 20 s`, `4.2 s`, `120 ms`.
 pub fn format_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
@@ -71,7 +79,7 @@ pub fn format_duration(duration: Duration) -> String {
     }
 }
 
-/// With thousands separated: `12,345`.
+/// Formats a number with thousands separators: `12,345`.
 pub fn format_count(count: u64) -> String {
     let digits = count.to_string();
     let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
@@ -84,7 +92,7 @@ pub fn format_count(count: u64) -> String {
     grouped
 }
 
-/// US dollars, to the cent or, under a dollar, to a hundredth of one.
+/// Formats US dollars: with 2 decimals, or 4 if below 1 dollar.
 pub fn format_dollars(dollars: f64) -> String {
     if dollars >= 1.0 || dollars == 0.0 {
         format!("${dollars:.2}")
@@ -93,7 +101,7 @@ pub fn format_dollars(dollars: f64) -> String {
     }
 }
 
-/// In decimal units: `12.0 MB`.
+/// Formats a size in decimal units: `12.0 MB`.
 pub fn format_bytes(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "kB", "MB", "GB"] {
@@ -108,12 +116,12 @@ pub fn format_bytes(bytes: u64) -> String {
     format!("{value:.1} TB")
 }
 
-/// `part` of `whole` in per cent.
+/// Formats `part` of `whole` in per cent.
 pub fn format_share(part: u64, whole: u64) -> String {
     format!("{:.1} %", 100.0 * part as f64 / whole.max(1) as f64)
 }
 
-/// Rows of equal length as columns: the first one left-aligned, the others right-aligned.
+/// Formats rows as a table: the first column left-aligned, the others right-aligned.
 pub fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     let mut widths = [0; COLUMNS];
     for row in rows {
@@ -142,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hostile_text_is_inert_and_the_rest_is_untouched() {
+    fn sanitise_escapes_control_characters_only() {
         let cases = [
             (
                 "plain text,\n\ttab, ä 日本 🦀",
@@ -160,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_read_well() {
+    fn durations_counts_and_dollars_are_formatted() {
         let cases = [
             (0.12, "120 ms"),
             (4.24, "4.2 s"),
@@ -185,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_line_up() {
+    fn table_columns_are_aligned() {
         let rows = [["ok", "1,200"], ["failed", "3"]].map(|row| row.map(String::from));
         assert_eq!(table(&rows), "ok      1,200\nfailed      3\n");
     }

@@ -1,4 +1,4 @@
-//! Progress on stderr: a bar on a terminal, a line now and then elsewhere.
+//! Progress on stderr: a bar on a terminal, or else one line every 30 s.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::time::Duration;
@@ -8,17 +8,17 @@ use tokio::time::Instant;
 
 use super::format_count;
 
-/// How often progress is written where stderr is no terminal.
+/// Interval between progress lines if stderr is not a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(30);
 
-/// The progress of one long verb. It uses no colour, so `NO_COLOR` needs no case of its own.
+/// Progress of one long operation. It uses no colour, so `NO_COLOR` needs no special case.
 pub struct Progress {
     verb: &'static str,
     total: u64,
-    output: Output,
+    output: ProgressOutput,
 }
 
-enum Output {
+enum ProgressOutput {
     Bar(ProgressBar),
     Lines { last: Instant },
     Notes,
@@ -26,23 +26,23 @@ enum Output {
 }
 
 impl Progress {
-    /// `total` counts what [`Progress::update`] counts: requests, optimizer steps.
+    /// Starts the progress display. `total` has the unit of [`Progress::update`], such as requests or optimizer
+    /// steps.
     pub fn new(verb: &'static str, total: u64, quiet: bool) -> Self {
         let output = if quiet {
-            Output::Quiet
+            ProgressOutput::Quiet
         } else if stderr().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-            // A template that does not parse would be a mistake in this line; the default style
-            // shows the same numbers.
+            // If the template were invalid, the default style would show the same numbers.
             if let Ok(style) =
                 ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {wide_msg}")
             {
                 bar.set_style(style);
             }
             bar.set_prefix(verb);
-            Output::Bar(bar)
+            ProgressOutput::Bar(bar)
         } else {
-            Output::Lines {
+            ProgressOutput::Lines {
                 last: Instant::now(),
             }
         };
@@ -53,9 +53,13 @@ impl Progress {
         }
     }
 
-    /// For a verb within another one, which shows its own progress: notes alone.
+    /// Shows notes only, for an operation inside another one that shows its own progress.
     pub fn notes(quiet: bool) -> Self {
-        let output = if quiet { Output::Quiet } else { Output::Notes };
+        let output = if quiet {
+            ProgressOutput::Quiet
+        } else {
+            ProgressOutput::Notes
+        };
         Self {
             verb: "",
             total: 0,
@@ -63,42 +67,42 @@ impl Progress {
         }
     }
 
-    /// Shows that `done` of the total are done. `details` is called only when it will be shown, and
-    /// must be sanitised.
+    /// Shows that `done` of the total are done. `details` is only called if its text is shown; the text must be
+    /// sanitised.
     pub fn update(&mut self, done: u64, details: impl FnOnce() -> String) {
         match &mut self.output {
-            Output::Bar(bar) => {
+            ProgressOutput::Bar(bar) => {
                 bar.set_position(done);
                 bar.set_message(details());
             }
-            Output::Lines { last } if last.elapsed() >= LINE_EVERY => {
+            ProgressOutput::Lines { last } if last.elapsed() >= LINE_EVERY => {
                 *last = Instant::now();
                 let (done, total) = (format_count(done), format_count(self.total));
                 write_line(&format!("{}: {done} of {total}, {}", self.verb, details()));
             }
-            Output::Lines { .. } | Output::Notes | Output::Quiet => {}
+            ProgressOutput::Lines { .. } | ProgressOutput::Notes | ProgressOutput::Quiet => {}
         }
     }
 
-    /// Says something beside the bar, at once.
+    /// Prints a line above the bar immediately.
     pub fn note(&self, line: &str) {
         match &self.output {
-            Output::Bar(bar) => bar.suspend(|| write_line(line)),
-            Output::Lines { .. } | Output::Notes => write_line(line),
-            Output::Quiet => {}
+            ProgressOutput::Bar(bar) => bar.suspend(|| write_line(line)),
+            ProgressOutput::Lines { .. } | ProgressOutput::Notes => write_line(line),
+            ProgressOutput::Quiet => {}
         }
     }
 }
 
-/// The progress of reading something large, which is shown only once it takes a while.
-pub struct Reading {
+/// Progress of reading large files, shown only if it takes longer than 300 ms.
+pub struct ReadProgress {
     verb: &'static str,
     quiet: bool,
     started: Instant,
     shown: Option<Progress>,
 }
 
-impl Reading {
+impl ReadProgress {
     const SHORT: Duration = Duration::from_millis(300);
     const MB: u64 = 1_000_000;
 
@@ -111,7 +115,7 @@ impl Reading {
         }
     }
 
-    /// Shows that so many bytes of the total have been read.
+    /// Shows that `done` of `total` bytes have been read.
     pub fn update(&mut self, done: u64, total: u64) {
         if self.shown.is_none() && self.started.elapsed() < Self::SHORT {
             return;
@@ -124,15 +128,15 @@ impl Reading {
 }
 
 impl Drop for Progress {
-    /// Takes the bar off the screen, so that the result that follows stands alone.
+    /// Clears the bar, so that only the result stays on the screen.
     fn drop(&mut self) {
-        if let Output::Bar(bar) = &self.output {
+        if let ProgressOutput::Bar(bar) = &self.output {
             bar.finish_and_clear();
         }
     }
 }
 
-/// A reader of stderr that has gone away must not end the run, as `eprintln!` would.
+/// Writes a line to stderr; ignores errors. `eprintln!` would panic if stderr is a closed pipe.
 fn write_line(line: &str) {
     let _ = writeln!(stderr().lock(), "{line}");
 }

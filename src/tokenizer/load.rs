@@ -10,7 +10,7 @@ use tokenizers::Model;
 use crate::config;
 use crate::exit::Exit;
 use crate::ops::process;
-use crate::prompt::control_tokens::names_control;
+use crate::prompt::control_tokens::is_control_name;
 use crate::tokenizer::added::{self, PlainAdded};
 use crate::tokenizer::chat_template::{TOKEN_VARIABLES, with_arguments};
 use crate::tokenizer::files::TokenizerFiles;
@@ -100,7 +100,7 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     // An ordinary token, such as a line break, may also end answers. It remains part of texts.
     let is_control = |id: &&u32| {
         text.id_to_token(**id)
-            .is_some_and(|name| names_control(&name))
+            .is_some_and(|name| is_control_name(&name))
     };
     special.extend(stop_ids.iter().filter(is_control));
 

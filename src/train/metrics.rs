@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::fs::Log;
+use crate::fs::LogFile;
 use crate::train::loss::position::PositionLoss;
 
 /// Sums of metrics over supervised positions.
@@ -106,7 +106,7 @@ pub struct MetricMeans {
 }
 
 /// `metrics.jsonl`: one line per step and per validation.
-pub(crate) struct MetricsLog(Log);
+pub(crate) struct MetricsLog(LogFile);
 
 impl MetricsLog {
     /// Opens the file and drops the lines after step `step`, because these steps will be repeated.
@@ -118,7 +118,7 @@ impl MetricsLog {
             let line: Value = serde_json::from_str(line).unwrap_or_default();
             line["step"].as_u64().is_some_and(|s| s <= step)
         };
-        Ok(Self(Log::open(path, kept)?))
+        Ok(Self(LogFile::open(path, kept)?))
     }
 
     /// Writes the line of an optimizer step.

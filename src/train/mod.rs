@@ -51,7 +51,7 @@ use crate::data::prepared::shard::ExampleView;
 use crate::fs;
 use crate::model::Model;
 use crate::signal::StopFlag;
-use crate::terminal::progress::{Progress, Reading};
+use crate::terminal::progress::{Progress, ReadProgress};
 use crate::terminal::{format_count, format_duration, sanitise};
 use crate::tokenizer::Tokenizer;
 use checkpoint::{CheckpointState, TrainingState};
@@ -136,7 +136,7 @@ fn train(
     // Detects files that could not be written at the end of the run.
     let shape = training.student.model.config();
     folder::files(shape, "", (tokenizer.dir(), &tokenizer), "")?;
-    let mut reading = Reading::new("prepare", quiet);
+    let mut reading = ReadProgress::new("prepare", quiet);
     let fitted_config = Config {
         data: config.data.within(training.models().context()),
         ..config.clone()

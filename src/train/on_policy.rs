@@ -238,7 +238,7 @@ impl RemoteTeacher<'_> {
         let lines = self.scorer.score(texts, stop)?;
         for ((at, text, ids), line) in sent.into_iter().zip(lines) {
             let Some(line) = line else { continue };
-            let record = RecordView::of_line(&line)?;
+            let record = RecordView::from_line(&line)?;
             let Some(logprobs) = &record.logprobs else {
                 continue;
             };

@@ -182,7 +182,7 @@ impl TrainableModel {
             }
             let entries = weights::entries(&weights, dtype)?;
             weights::write(&folder.join("model.safetensors"), entries)?;
-            fs::keep_others(dir, folder, |name| {
+            fs::copy_foreign_entries(dir, folder, |name| {
                 folder::TOKENIZER_FILES.contains(&name)
                     || name.starts_with("model") && name.contains(".safetensors")
             })

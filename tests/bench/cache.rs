@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use distill::cache::record::{Logprobs, Record};
-use distill::cache::writer::{Cache, Sealed};
+use distill::cache::writer::{Cache, EncodedRecord};
 use distill::config::{self, Compression, Durability};
 use serde_json::json;
 
@@ -50,8 +50,8 @@ fn make(dir: &Path, records: u64, tokens: usize, compression: Compression) -> an
     let mut random = fastrand::Rng::with_seed(1);
     let words: Vec<String> = (0..4096).map(|_| word(&mut random)).collect();
     for first in (0..records).step_by(256) {
-        let group: Vec<Sealed> = (first..records.min(first + 256))
-            .map(|n| Sealed::new(&record(n, tokens, &words, &mut random)))
+        let group: Vec<EncodedRecord> = (first..records.min(first + 256))
+            .map(|n| EncodedRecord::new(&record(n, tokens, &words, &mut random)))
             .collect::<anyhow::Result<_>>()?;
         cache.append_group(&group)?;
     }
@@ -99,7 +99,7 @@ fn open(dir: &Path) -> anyhow::Result<()> {
     let cache = Cache::open_with(
         dir,
         &settings,
-        distill::cache::storage::files(),
+        distill::cache::storage::plain_storage(),
         &mut |done, _| {
             read = done;
             Ok(())

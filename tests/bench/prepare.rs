@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use distill::cache::logprobs_view::LogprobsView;
 use distill::cache::record::{Logprobs, Record};
-use distill::cache::writer::{Cache, Sealed};
+use distill::cache::writer::{Cache, EncodedRecord};
 use distill::config::{self, Compression, Config, Durability};
 use distill::data::align::Mapper;
 use distill::data::dataset;
@@ -58,8 +58,8 @@ fn make(dir: &Path, records: u64) -> anyhow::Result<()> {
     };
     let cache = Cache::open(&dir.join("cache"), &settings)?;
     for first in (0..records).step_by(64) {
-        let group: Vec<Sealed> = (first..records.min(first + 64))
-            .map(|n| Sealed::new(&teacher.record(n, &mut random)?))
+        let group: Vec<EncodedRecord> = (first..records.min(first + 64))
+            .map(|n| EncodedRecord::new(&teacher.record(n, &mut random)?))
             .collect::<anyhow::Result<_>>()?;
         cache.append_group(&group)?;
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use distill::cache::frames::{FrameScan, salvage};
 use distill::cache::line;
-use distill::cache::recovery::{Ending, Scan, ScanError};
+use distill::cache::recovery::{FileEnding, LineScan, ScanError};
 use distill::config::{self, Config};
 use distill::harvest::fuzz;
 use distill::model::{Model, ModelInput};
@@ -27,7 +27,7 @@ pub fn run(target: &str, bytes: &[u8]) {
 
 /// A cache file, plain or compressed.
 fn cache(bytes: &[u8]) {
-    let mut scan = Scan::new(bytes);
+    let mut scan = LineScan::new(bytes);
     let mut lines = 0;
     loop {
         match scan.advance() {
@@ -44,9 +44,9 @@ fn cache(bytes: &[u8]) {
         }
     }
     assert_eq!(scan.position(), bytes.len() as u64);
-    if let Ending::Torn(bad) = scan.ending() {
+    if let FileEnding::Torn(bad) = scan.ending() {
         // What is before the tear is the same without it.
-        let mut whole = Scan::new(&bytes[..bad.offset as usize]);
+        let mut whole = LineScan::new(&bytes[..bad.offset as usize]);
         let mut found = 0;
         while let Ok(is_more) = whole.advance().or_else(|error| match error {
             ScanError::Bad(_) => Ok(true),

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use distill::cache::record::{Answer, Record, SCHEMA};
-use distill::cache::recovery::Ending;
+use distill::cache::recovery::FileEnding;
 use distill::cache::usage::Usage;
 use distill::cache::writer::Cache;
 use distill::cache::{self, line, reader};
@@ -32,7 +32,7 @@ fn folder(file: &[u8]) -> tempfile::TempDir {
 }
 
 #[test]
-fn a_file_cut_at_every_byte_keeps_the_records_before_the_cut() {
+fn truncated_file_keeps_the_records_before_the_cut() {
     let records: Vec<_> = (0..50).map(sample).collect();
     let file = encode(records.clone());
     let ends: Vec<_> = file
@@ -47,13 +47,13 @@ fn a_file_cut_at_every_byte_keeps_the_records_before_the_cut() {
         assert_eq!(lines.len(), whole, "cut at {cut}");
         let after_newline = cut == 0 || file[cut - 1] == b'\n';
         let expected = if after_newline {
-            Ending::Clean
+            FileEnding::Clean
         } else if ends.contains(&cut) {
-            Ending::Unterminated
+            FileEnding::Unterminated
         } else {
             let start = ends[..whole].last().map_or(0, |end| end + 1);
             match ending {
-                Ok(Ending::Torn(ref bad)) => assert_eq!(bad.offset, start as u64),
+                Ok(FileEnding::Torn(ref bad)) => assert_eq!(bad.offset, start as u64),
                 ref other => panic!("cut at {cut}: {other:?}"),
             }
             continue;
@@ -69,7 +69,7 @@ fn a_file_cut_at_every_byte_keeps_the_records_before_the_cut() {
 }
 
 #[test]
-fn a_torn_tail_is_moved_aside_and_appending_goes_on() {
+fn torn_tail_is_moved_to_another_file_and_appending_works() {
     let file = encode((0..3).map(sample));
     let second = encode((0..1).map(sample)).len();
     let third = encode((0..2).map(sample)).len();
@@ -100,7 +100,7 @@ fn a_torn_tail_is_moved_aside_and_appending_goes_on() {
 }
 
 #[test]
-fn no_flipped_bit_is_accepted_and_damage_is_told_from_a_tail() {
+fn flipped_bits_are_damage_and_not_a_torn_tail() {
     let file = encode((0..20).map(sample));
     let lines: Vec<&[u8]> = file.split_inclusive(|&byte| byte == b'\n').collect();
     let mut start = 0;
@@ -124,7 +124,7 @@ fn no_flipped_bit_is_accepted_and_damage_is_told_from_a_tail() {
             }
             let torn = last && (at + 1 == original.len() || flipped[start + at] == 0);
             let bad = match ending {
-                Ok(Ending::Torn(bad)) if torn => bad,
+                Ok(FileEnding::Torn(bad)) if torn => bad,
                 Err(bad) if !torn => bad,
                 other => panic!("line {index}, byte {at}: {other:?}"),
             };
@@ -135,7 +135,7 @@ fn no_flipped_bit_is_accepted_and_damage_is_told_from_a_tail() {
 }
 
 #[test]
-fn odd_files_are_read_or_refused() {
+fn unusual_files_are_read_or_refused() {
     let [one, two, three] = [0, 1, 2].map(|n| encode([sample(n)]));
     let bare = |line: &[u8]| line.strip_suffix(b"\n").unwrap().to_vec();
     let crlf = |line: &[u8]| [&bare(line)[..], b"\r\n"].concat();
@@ -245,7 +245,7 @@ fn odd_files_are_read_or_refused() {
 }
 
 #[test]
-fn a_newer_schema_is_refused_with_advice() {
+fn newer_schema_is_refused_with_advice() {
     let newer = encode([Record {
         v: SCHEMA + 1,
         ..sample(1)
@@ -264,7 +264,7 @@ fn a_newer_schema_is_refused_with_advice() {
 /// The file was written by the first release. It is never written again: a new schema gets a file
 /// of its own beside it.
 #[test]
-fn a_v1_file_stays_readable() {
+fn v1_file_stays_readable() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/cache-v1.jsonl");
     let dir = folder(&fs::read(path).unwrap());
     let expected = golden().into_iter().zip([0u64, 1, 3, 4]);
@@ -327,7 +327,7 @@ fn golden() -> Vec<Record> {
 }
 
 #[test]
-fn a_request_comes_back_as_it_was_sent() {
+fn request_round_trips_through_a_record() {
     for request in [
         json!({"model": "m", "messages": [{"role": "user", "content": "a", "name": "bob"}]}),
         json!({"model": "m", "messages": [{"role": "user", "content": null}]}),
@@ -346,7 +346,7 @@ fn a_request_comes_back_as_it_was_sent() {
 }
 
 #[test]
-fn a_second_opener_is_told_who_is_first() {
+fn second_writer_is_refused_with_the_pid_of_the_first() {
     let dir = tempfile::tempdir().unwrap();
     let first = open(dir.path()).unwrap();
     let error = open(dir.path()).map(|_| ()).unwrap_err().to_string();
@@ -363,7 +363,7 @@ fn a_second_opener_is_told_who_is_first() {
 }
 
 #[test]
-fn a_reader_sees_what_a_live_writer_has_appended() {
+fn reader_sees_records_of_a_live_writer() {
     let dir = tempfile::tempdir().unwrap();
     let cache = open(&dir.path().join("run/cache")).unwrap();
     assert!(cache.is_empty());
@@ -379,7 +379,7 @@ fn a_reader_sees_what_a_live_writer_has_appended() {
 }
 
 #[test]
-fn a_key_is_stored_once() {
+fn repeated_key_is_stored_once() {
     let dir = tempfile::tempdir().unwrap();
     let cache = open(dir.path()).unwrap();
     cache.append(&sample(1)).unwrap();
@@ -395,10 +395,10 @@ fn a_key_is_stored_once() {
 }
 
 #[test]
-fn verify_lists_all_that_is_wrong() {
+fn verify_lists_all_damage() {
     let good = encode([sample(0), sample(1), sample(0)]);
     let dir = folder(&good);
-    let findings = reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
+    let findings = reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
     assert_eq!(findings.records, 3);
     assert_eq!(findings.repeated, [(sample(0).key, 2)]);
     let error = commands::cache::verify(dir.path(), false).unwrap_err();
@@ -412,7 +412,7 @@ fn verify_lists_all_that_is_wrong() {
     // Damage, NULs, two good lines, damage, and a torn tail: everything is named.
     let file = [b"oops\n\0\0\n", &good[..], b"oops\n\0\n", &good[..20]].concat();
     let dir = folder(&file);
-    let findings = reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
+    let findings = reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
     assert_eq!(findings.records, 3);
     let at = good.len() as u64 + 8;
     let places: Vec<_> = findings

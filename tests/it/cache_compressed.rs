@@ -5,7 +5,7 @@ use std::path::Path;
 
 use distill::cache::frames::{Effort, FrameScan, compress};
 use distill::cache::record::{Answer, Record};
-use distill::cache::recovery::{BadLine, Ending, ScanError};
+use distill::cache::recovery::{BadLine, FileEnding, ScanError};
 use distill::cache::writer::Cache;
 use distill::cache::{self, compressed_file, plain_file};
 use distill::config::{self, Compression, Durability};
@@ -44,7 +44,7 @@ fn folder(frames: &[u8], plain: &[u8]) -> tempfile::TempDir {
 }
 
 /// The lines of all whole records in a compressed file, and its ending or the damage.
-fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<Ending, BadLine>) {
+fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<FileEnding, BadLine>) {
     let mut scan = FrameScan::new(file);
     let mut lines = Vec::new();
     loop {
@@ -79,7 +79,7 @@ fn large(n: u64, bytes: usize) -> Record {
 }
 
 #[test]
-fn older_records_are_compressed_and_all_are_there() {
+fn older_records_are_compressed_and_stay_readable() {
     let dir = tempfile::tempdir().unwrap();
     let all: Vec<_> = (0..100).map(|n| large(n, 100_000)).collect();
     let cache = open(dir.path()).unwrap();
@@ -113,14 +113,14 @@ fn older_records_are_compressed_and_all_are_there() {
 }
 
 #[test]
-fn a_plain_cache_can_be_compressed_later() {
+fn plain_cache_can_be_compressed_later() {
     let dir = tempfile::tempdir().unwrap();
     let all: Vec<_> = (0..140).map(|n| large(n, 100_000)).collect();
     fs::write(plain_file(dir.path()), encode(all.clone())).unwrap();
     let cache = open(dir.path()).unwrap();
     assert_eq!(fs::metadata(plain_file(dir.path())).unwrap().len(), 0);
     cache.append(&sample(500)).unwrap();
-    cache.stay_plain();
+    cache.stop_compressing();
     drop(cache);
     assert_eq!(
         fs::read(plain_file(dir.path())).unwrap(),
@@ -132,7 +132,7 @@ fn a_plain_cache_can_be_compressed_later() {
 }
 
 #[test]
-fn what_editors_add_is_compressed_with_the_lines() {
+fn bytes_added_by_editors_are_compressed_with_the_lines() {
     let dir = tempfile::tempdir().unwrap();
     let all: Vec<_> = (0..140).map(|n| large(n, 100_000)).collect();
     let text = String::from_utf8(encode(all.clone())).unwrap();
@@ -146,7 +146,7 @@ fn what_editors_add_is_compressed_with_the_lines() {
 }
 
 #[test]
-fn a_file_cut_at_every_byte_keeps_the_frames_before_the_cut() {
+fn truncated_compressed_file_keeps_the_frames_before_the_cut() {
     let frames: Vec<_> = (0..5).map(|n| frame(n * 10..n * 10 + 10)).collect();
     let file = frames.concat();
     let mut ends = vec![0];
@@ -159,8 +159,8 @@ fn a_file_cut_at_every_byte_keeps_the_frames_before_the_cut() {
         let whole = ends.iter().rposition(|&end| end <= cut).unwrap();
         assert!(found == expected[..whole * 10], "cut at {cut}");
         match ending {
-            Ok(Ending::Clean) => assert_eq!(cut, ends[whole]),
-            Ok(Ending::Torn(bad)) => assert_eq!(bad.offset, ends[whole] as u64),
+            Ok(FileEnding::Clean) => assert_eq!(cut, ends[whole]),
+            Ok(FileEnding::Torn(bad)) => assert_eq!(bad.offset, ends[whole] as u64),
             other => panic!("cut at {cut}: {other:?}"),
         }
     }
@@ -188,7 +188,7 @@ fn a_file_cut_at_every_byte_keeps_the_frames_before_the_cut() {
 }
 
 #[test]
-fn what_is_left_of_a_torn_frame_is_kept() {
+fn readable_lines_of_a_torn_frame_are_kept() {
     // Several blocks of 128 KiB, of which the last is cut.
     let all: Vec<_> = (0..40).map(|n| large(n, 20_000)).collect();
     let frame = compress(&encode(all.clone()), Effort::Fast).unwrap();
@@ -199,7 +199,7 @@ fn what_is_left_of_a_torn_frame_is_kept() {
 }
 
 #[test]
-fn no_flipped_bit_is_accepted() {
+fn flipped_bits_in_frames_are_never_accepted() {
     let frames: Vec<_> = (0..4).map(|n| frame(n * 5..n * 5 + 5)).collect();
     let file = frames.concat();
     let expected = lines(0..20);
@@ -235,7 +235,7 @@ fn no_flipped_bit_is_accepted() {
                     );
                 }
                 // The length of the last frame reaches behind the end of the file, or leaves a rest.
-                Ok(Ending::Torn(bad)) => {
+                Ok(FileEnding::Torn(bad)) => {
                     torn += 1;
                     let last = file.len() - frames[3].len();
                     assert_eq!(start, last, "byte {at}, bit {bit}");
@@ -243,7 +243,7 @@ fn no_flipped_bit_is_accepted() {
                 }
                 // A bit that zstd has no use for, in a frame whose lines all hold.
                 Ok(ending) => {
-                    assert_eq!(ending, Ending::Clean);
+                    assert_eq!(ending, FileEnding::Clean);
                     assert!(found == expected, "byte {at}, bit {bit}");
                 }
             }
@@ -257,7 +257,7 @@ fn no_flipped_bit_is_accepted() {
 }
 
 #[test]
-fn damage_in_the_middle_is_refused_and_named() {
+fn damaged_frame_in_the_middle_is_refused_by_offset() {
     let [one, two, three] = [frame(0..5), frame(5..10), frame(10..15)];
     let mut bad = two.clone();
     let middle = bad.len() / 2;
@@ -273,12 +273,12 @@ fn damage_in_the_middle_is_refused_and_named() {
         assert!(message.contains("responses.jsonl.zst"), "{message}");
         assert_eq!(Exit::code_of(&error), 5);
     }
-    let findings = cache::reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
+    let findings = cache::reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
     assert_eq!((findings.records, findings.damaged.len()), (12, 1));
 }
 
 #[test]
-fn a_crash_between_the_two_steps_of_compressing_leaves_nothing_twice() {
+fn crash_during_compression_leaves_no_repeated_records() {
     for settings in [config::CacheConfig::default(), ZSTD] {
         let dir = folder(
             &[frame(0..10), frame(10..20)].concat(),
@@ -289,7 +289,7 @@ fn a_crash_between_the_two_steps_of_compressing_leaves_nothing_twice() {
         assert_eq!(cache.len(), 25);
         drop(cache);
         assert_eq!(read_all(dir.path()).unwrap(), records(0..25));
-        let findings = cache::reader::examine(dir.path(), &mut |_, _| Ok(())).unwrap();
+        let findings = cache::reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
         assert!(findings.repeated.is_empty());
     }
     // Two answers to one key are no such thing: both were paid for.
@@ -304,7 +304,7 @@ fn a_crash_between_the_two_steps_of_compressing_leaves_nothing_twice() {
 }
 
 #[test]
-fn other_writers_frames_are_read() {
+fn frames_of_other_writers_are_read() {
     // Without content size, checksum or a newline at the end, and an empty one.
     let mut text = encode(records(0..10));
     text.pop();

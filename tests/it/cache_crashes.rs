@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use distill::cache::record::{Answer, Record};
 use distill::cache::repair::repair;
-use distill::cache::storage::{Storage, Wrap};
+use distill::cache::storage::{Storage, WrapFile};
 use distill::cache::writer::Cache;
 use distill::cache::{self, compressed_file, plain_file};
 use distill::config::{self, Compression, Durability};
@@ -83,7 +83,7 @@ impl Storage for Logged {
 }
 
 impl Log {
-    fn wrap(&self) -> Wrap {
+    fn wrap(&self) -> WrapFile {
         let log = self.clone();
         Box::new(move |file| {
             let number = log.files.fetch_add(1, Ordering::Relaxed) as usize;
@@ -144,7 +144,7 @@ fn is_synced(steps: &[Step], file: usize) -> bool {
 }
 
 #[test]
-fn after_a_power_loss_all_that_was_synced_is_there() {
+fn power_loss_keeps_all_synced_records() {
     let log = Log::default();
     let dir = tempfile::tempdir().unwrap();
     let all = records(130);
@@ -300,7 +300,7 @@ fn check(dir: &Path, all: &[Record], mishap: Mishap) -> u64 {
         mishap,
         operations: Arc::default(),
     };
-    let wrap: Wrap = {
+    let wrap: WrapFile = {
         let failing = failing.clone();
         Box::new(move |file| Box::new(FailingFile(file, failing.clone())))
     };
@@ -340,14 +340,14 @@ fn check(dir: &Path, all: &[Record], mishap: Mishap) -> u64 {
     }
     assert_eq!(cache.len(), all.len(), "{mishap:?}, {refused} refused");
     drop(cache);
-    let findings = cache::reader::examine(dir, &mut |_, _| Ok(())).unwrap();
+    let findings = cache::reader::verify_cache(dir, &mut |_, _| Ok(())).unwrap();
     assert_eq!(findings.records, all.len() as u64, "{mishap:?}");
     assert!(findings.repeated.is_empty() && findings.torn.is_empty());
     failing.operations.load(Ordering::Relaxed)
 }
 
 #[test]
-fn every_operation_on_a_compressed_cache_may_fail() {
+fn compressed_cache_survives_a_failure_of_any_operation() {
     let all = records(45);
     let quiet = Mishap {
         at: u64::MAX,

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use distill::cache::record::Record;
-use distill::cache::recovery::Ending;
-use distill::cache::storage::{Storage, Wrap};
+use distill::cache::recovery::FileEnding;
+use distill::cache::storage::{Storage, WrapFile};
 use distill::cache::writer::Cache;
 use distill::config::{self, Durability};
 
@@ -94,7 +94,7 @@ fn open_on(dir: &Path, durability: Durability, storage: impl Storage + 'static) 
         ..config::CacheConfig::default()
     };
     let storage = Mutex::new(Some(storage));
-    let wrap: Wrap = Box::new(move |_| Box::new(storage.lock().unwrap().take().unwrap()));
+    let wrap: WrapFile = Box::new(move |_| Box::new(storage.lock().unwrap().take().unwrap()));
     Cache::open_with(dir, &settings, wrap, &mut |_, _| Ok(())).unwrap()
 }
 
@@ -135,10 +135,10 @@ fn check(dir: &Path, records: &[(Record, Vec<u8>)], at: u64, fault: Fault, lasts
         present.len()
     );
     if lasts == 1 {
-        assert_eq!(ending, Ok(Ending::Clean), "{context}");
+        assert_eq!(ending, Ok(FileEnding::Clean), "{context}");
     }
     assert!(
-        matches!(ending, Ok(Ending::Clean | Ending::Torn(_))),
+        matches!(ending, Ok(FileEnding::Clean | FileEnding::Torn(_))),
         "{context}: {ending:?}"
     );
     if synced.is_ok() {
@@ -149,7 +149,7 @@ fn check(dir: &Path, records: &[(Record, Vec<u8>)], at: u64, fault: Fault, lasts
 }
 
 #[test]
-fn every_operation_may_fail() {
+fn plain_cache_survives_a_failure_of_any_operation() {
     let records: Vec<_> = (0..RECORDS)
         .map(|n| (sample(n), encode([sample(n)])))
         .collect();
@@ -179,7 +179,7 @@ fn every_operation_may_fail() {
 
 /// The write of one record, cut at every length, at the beginning of a cache and later in it.
 #[test]
-fn a_write_may_be_cut_at_every_length() {
+fn short_writes_of_any_length_are_handled() {
     let count = if nightly() { 40 } else { 3 };
     let records: Vec<_> = (0..count)
         .map(|n| (sample(n), encode([sample(n)])))
@@ -214,7 +214,7 @@ impl Storage for Telling {
 }
 
 #[test]
-fn groups_are_synced_by_number_and_by_age() {
+fn groups_are_synced_by_count_and_by_age() {
     for (durability, appended, syncs) in [
         (Durability::Batch, 63, 0),
         (Durability::Batch, 64, 1),

@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use distill::cache::frames::{Effort, compress};
-use distill::cache::merge::{Merged, merge};
+use distill::cache::merge::{MergeReport, merge};
 use distill::cache::record::{Answer, Record, SCHEMA};
-use distill::cache::repair::{Repaired, repair};
+use distill::cache::repair::{RepairReport, repair};
 use distill::cache::writer::Cache;
 use distill::cache::{compressed_file, conflicts_file, plain_file, quarantine_file, reader};
 use distill::config::{self, Compression};
@@ -73,7 +73,7 @@ fn other(n: u64) -> Record {
 /// Nothing is wrong with the cache, and it holds these records.
 fn assert_holds(dir: &Path, expected: &[Record]) {
     assert!(read_all(dir) == expected, "other records");
-    let findings = reader::examine(dir, &mut |_, _| Ok(())).unwrap();
+    let findings = reader::verify_cache(dir, &mut |_, _| Ok(())).unwrap();
     assert!(findings.damaged.is_empty() && findings.torn.is_empty());
     assert!(findings.repeated.is_empty());
     let opened = Cache::open(dir, &config::CacheConfig::default()).unwrap();
@@ -81,7 +81,7 @@ fn assert_holds(dir: &Path, expected: &[Record]) {
 }
 
 #[test]
-fn damaged_lines_move_aside_and_whole_ones_stay() {
+fn repair_moves_damaged_lines_and_keeps_whole_ones() {
     let lines: Vec<_> = (0..6).map(|n| encode([sample(n)])).collect();
     let mut flipped = lines[2].clone();
     flipped[200] ^= 2;
@@ -103,7 +103,7 @@ fn damaged_lines_move_aside_and_whole_ones_stay() {
     let dir = folder(b"", &file);
     let done = repair(dir.path()).unwrap();
     let damage = [b"not a record\n", &flipped[..], &[0; 4096], b"\n", torn].concat();
-    let expected = Repaired {
+    let expected = RepairReport {
         records: 4,
         quarantined: 4,
         quarantined_bytes: damage.len() as u64,
@@ -124,7 +124,7 @@ fn damaged_lines_move_aside_and_whole_ones_stay() {
 }
 
 #[test]
-fn what_a_broken_frame_still_holds_is_rescued() {
+fn repair_rescues_readable_lines_of_a_damaged_frame() {
     let middle: Vec<_> = (10..30)
         .map(|n| Record {
             answer: Answer {
@@ -166,7 +166,7 @@ fn what_a_broken_frame_still_holds_is_rescued() {
 }
 
 #[test]
-fn what_editors_add_is_no_damage_in_either_file() {
+fn repair_accepts_bytes_added_by_editors() {
     let with_returns = |range| {
         let text = String::from_utf8(encode(records(range))).unwrap();
         format!("\u{feff}{}", text.replace('\n', "\r\n\r\n")).into_bytes()
@@ -189,7 +189,7 @@ fn what_editors_add_is_no_damage_in_either_file() {
 }
 
 #[test]
-fn a_whole_cache_is_left_alone_and_a_newer_one_too() {
+fn repair_does_not_change_whole_or_newer_caches() {
     let newer = Record {
         v: SCHEMA + 1,
         ..sample(5)
@@ -224,7 +224,11 @@ fn a_whole_cache_is_left_alone_and_a_newer_one_too() {
 }
 
 /// Merges without progress.
-fn merged(into: &Path, compression: Compression, sources: &[&Path]) -> anyhow::Result<Vec<Merged>> {
+fn merged(
+    into: &Path,
+    compression: Compression,
+    sources: &[&Path],
+) -> anyhow::Result<Vec<MergeReport>> {
     let settings = config::CacheConfig {
         compression,
         ..config::CacheConfig::default()
@@ -234,7 +238,7 @@ fn merged(into: &Path, compression: Compression, sources: &[&Path]) -> anyhow::R
 }
 
 #[test]
-fn caches_are_joined_by_key_and_both_sides_of_a_conflict_are_kept() {
+fn merge_joins_by_key_and_keeps_both_sides_of_a_conflict() {
     // A field of a later version, which must come through.
     let line = String::from_utf8(encode([sample(7)])).unwrap();
     let body = line[..line.rfind("\"crc\"").unwrap()].replacen(
@@ -292,7 +296,7 @@ fn caches_are_joined_by_key_and_both_sides_of_a_conflict_are_kept() {
 }
 
 #[test]
-fn a_merge_refuses_what_it_cannot_read_whole() {
+fn merge_refuses_damaged_or_missing_sources() {
     let good = folder(b"", &encode(records(0..5)));
     let bad = folder(
         b"",
@@ -321,7 +325,7 @@ fn a_merge_refuses_what_it_cannot_read_whole() {
 }
 
 #[test]
-fn an_answer_under_the_key_of_another_question_is_no_record() {
+fn record_with_the_key_of_another_question_is_refused() {
     let foreign = Record {
         key: sample(2).key,
         ..sample(1)
@@ -332,7 +336,7 @@ fn an_answer_under_the_key_of_another_question_is_no_record() {
         (compress(&text, Effort::Fast).unwrap(), vec![]),
     ] {
         let source = folder(&frames, &plain);
-        let findings = reader::examine(source.path(), &mut |_, _| Ok(())).unwrap();
+        let findings = reader::verify_cache(source.path(), &mut |_, _| Ok(())).unwrap();
         assert_eq!((findings.records, findings.damaged.len()), (2, 1));
         assert!(
             findings.damaged[0]

@@ -27,7 +27,7 @@ fn large_cache() -> (tempfile::TempDir, Vec<u8>) {
 }
 
 #[test]
-fn an_index_opens_the_cache_and_is_never_trusted_over_it() {
+fn index_opens_the_cache_and_is_ignored_if_files_changed() {
     let (dir, mut file) = large_cache();
     let index = dir.path().join("responses.index");
     let read = |dir: &Path| {
@@ -36,7 +36,7 @@ fn an_index_opens_the_cache_and_is_never_trusted_over_it() {
         let cache = Cache::open_with(
             dir,
             &settings,
-            distill::cache::storage::files(),
+            distill::cache::storage::plain_storage(),
             &mut |done, _| {
                 bytes = done;
                 Ok(())
@@ -103,7 +103,7 @@ fn an_index_opens_the_cache_and_is_never_trusted_over_it() {
 }
 
 #[test]
-fn costs_are_read_from_lines_of_any_order() {
+fn costs_are_read_whatever_the_field_order() {
     let cost = |text: &str| line::cost_usd(text.as_bytes());
     let crc = "\"crc\":\"00000000\"}";
     for (text, expected) in [
@@ -134,7 +134,7 @@ fn costs_are_read_from_lines_of_any_order() {
 
 #[cfg(unix)]
 #[test]
-fn a_pipe_in_the_place_of_a_cache_is_refused_and_not_waited_for() {
+fn pipe_in_place_of_a_cache_file_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let status = std::process::Command::new("mkfifo")
         .arg(cache::plain_file(dir.path()))

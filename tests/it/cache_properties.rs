@@ -1,9 +1,9 @@
 //! Any record survives the cache, and no garbage behind the records harms them.
 
-use distill::cache::encoding::RawToken;
 use distill::cache::line;
+use distill::cache::raw_token::RawToken;
 use distill::cache::record::{Answer, Logprobs, Record, Timing};
-use distill::cache::recovery::Ending;
+use distill::cache::recovery::FileEnding;
 use distill::cache::usage::Usage;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -100,7 +100,7 @@ proptest! {
         };
         let file = encode([record.clone(), sample(2)]);
         let (lines, ending) = scan(&file);
-        prop_assert_eq!(ending, Ok(Ending::Clean));
+        prop_assert_eq!(ending, Ok(FileEnding::Clean));
         prop_assert_eq!(lines.len(), 2);
         line::verify(&lines[0]).unwrap();
         prop_assert_eq!(line::head(&lines[0]).unwrap().key, record.key.clone());

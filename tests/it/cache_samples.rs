@@ -1,10 +1,10 @@
 //! Records, and cache files made of them, for the tests of the cache.
 
-use distill::cache::encoding::RawToken;
 use distill::cache::line;
 use distill::cache::question::Question;
+use distill::cache::raw_token::RawToken;
 use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing};
-use distill::cache::recovery::{BadLine, Ending, Scan, ScanError};
+use distill::cache::recovery::{BadLine, FileEnding, LineScan, ScanError};
 use distill::cache::usage::Usage;
 use serde_json::{Map, json};
 
@@ -20,7 +20,7 @@ pub fn sample(n: u64) -> Record {
     });
     Record {
         v: SCHEMA,
-        key: Question::of(&request, 0).key(endpoint),
+        key: Question::new(&request, 0).key(endpoint),
         cut_at: 0,
         teacher: String::new(),
         prompt_id: format!("row-{n}"),
@@ -92,8 +92,8 @@ pub fn encode(records: impl IntoIterator<Item = Record>) -> Vec<u8> {
 }
 
 /// The lines of all whole records in `file`, and its ending or the damage.
-pub fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<Ending, BadLine>) {
-    let mut scan = Scan::new(file);
+pub fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<FileEnding, BadLine>) {
+    let mut scan = LineScan::new(file);
     let mut lines = Vec::new();
     loop {
         match scan.advance() {

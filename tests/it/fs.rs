@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 
-use distill::fs::{Whole, commit_dir, create_dir_all, write_atomic, write_dir_with};
+use distill::fs::{AtomicFile, commit_dir, create_dir_all, write_atomic, write_dir_with};
 
 fn names(folder: &std::path::Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(folder)
@@ -15,7 +15,7 @@ fn names(folder: &std::path::Path) -> Vec<String> {
 }
 
 #[test]
-fn a_file_is_replaced_whole_and_leaves_nothing_beside_it() {
+fn write_atomic_replaces_the_file_and_leaves_no_temporary_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("report.html");
     for content in ["first, and longer", "second"] {
@@ -30,7 +30,7 @@ fn a_file_is_replaced_whole_and_leaves_nothing_beside_it() {
 }
 
 #[test]
-fn a_failed_write_names_its_file_and_cleans_up() {
+fn failed_write_names_its_file_and_cleans_up() {
     let dir = tempfile::tempdir().unwrap();
     // A folder is in the way of the rename.
     let path = dir.path().join("taken");
@@ -44,7 +44,7 @@ fn a_failed_write_names_its_file_and_cleans_up() {
 
 #[cfg(unix)]
 #[test]
-fn a_written_file_has_the_permissions_of_any_new_file() {
+fn written_file_has_default_permissions() {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
     let mode = |name: &str| {
@@ -57,7 +57,7 @@ fn a_written_file_has_the_permissions_of_any_new_file() {
 }
 
 #[test]
-fn a_folder_is_committed_under_its_final_name() {
+fn commit_dir_renames_the_folder() {
     let dir = tempfile::tempdir().unwrap();
     let [temporary, last] = [".tmp-step", "step-000500"].map(|name| dir.path().join(name));
     create_dir_all(&temporary.join("nested/deeper")).unwrap();
@@ -80,11 +80,11 @@ fn a_folder_is_committed_under_its_final_name() {
 }
 
 #[test]
-fn a_file_written_bit_by_bit_has_its_name_once_it_is_whole() {
+fn atomic_file_gets_its_name_at_commit() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("rows.jsonl");
     let begin = |text: &str| {
-        let mut file = Whole::create(&path).unwrap();
+        let mut file = AtomicFile::create(&path).unwrap();
         file.write_all(text.as_bytes()).unwrap();
         file
     };
@@ -103,7 +103,7 @@ fn a_file_written_bit_by_bit_has_its_name_once_it_is_whole() {
 }
 
 #[test]
-fn a_folder_that_fails_half_way_leaves_the_old_one_alone() {
+fn failed_write_dir_leaves_the_old_folder() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("dataset");
     let fill = |text: &'static str| {
@@ -123,7 +123,7 @@ fn a_folder_that_fails_half_way_leaves_the_old_one_alone() {
 }
 
 #[test]
-fn a_pipe_in_a_model_folder_is_refused_and_not_waited_for() {
+fn pipe_in_a_model_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors"] {
         let status = std::process::Command::new("mkfifo")
@@ -132,25 +132,31 @@ fn a_pipe_in_a_model_folder_is_refused_and_not_waited_for() {
         assert!(status.unwrap().success());
     }
     let error = distill::fs::read_to_string(&dir.path().join("config.json")).unwrap_err();
-    assert!(error.to_string().contains("it is no file"), "{error}");
+    assert!(error.to_string().contains("not a regular file"), "{error}");
     let error = distill::model::weights::load_file(&dir.path().join("model.safetensors"));
-    assert!(error.err().unwrap().to_string().contains("it is no file"));
+    assert!(
+        error
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("not a regular file")
+    );
     let error = distill::fs::read("/dev/zero".as_ref()).unwrap_err();
-    assert!(error.to_string().contains("it is no file"), "{error}");
+    assert!(error.to_string().contains("not a regular file"), "{error}");
 }
 
 #[test]
-fn a_bad_byte_in_a_log_costs_no_line() {
+fn log_file_keeps_lines_with_invalid_utf8() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     std::fs::write(&path, b"one\ntw\xffo\nthree\ntorn").unwrap();
-    let mut log = distill::fs::Log::open(&path, |line| line != "three").unwrap();
+    let mut log = distill::fs::LogFile::open(&path, |line| line != "three").unwrap();
     log.write("four").unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), b"one\ntw\xffo\ntorn\nfour\n");
 }
 
 #[test]
-fn what_others_put_into_a_folder_is_kept_when_it_is_written_anew() {
+fn files_of_others_survive_rewriting_a_folder() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("student");
     std::fs::create_dir_all(folder.join("notes")).unwrap();
@@ -163,7 +169,7 @@ fn what_others_put_into_a_folder_is_kept_when_it_is_written_anew() {
     }
     write_dir_with(&folder, |new| {
         distill::fs::write_in(new, "new.bin", b"ours")?;
-        distill::fs::keep_others(&folder, new, |name| name.ends_with(".bin"))
+        distill::fs::copy_foreign_entries(&folder, new, |name| name.ends_with(".bin"))
     })
     .unwrap();
     assert!(!folder.join("old.bin").exists() && folder.join("new.bin").exists());

@@ -57,7 +57,7 @@ fn kill_until_done(
 }
 
 #[test]
-fn killed_at_any_moment_it_goes_on_with_nothing_lost() {
+fn kills_at_random_moments_lose_no_record() {
     let wanted = if nightly() { 1000 } else { 50 };
     let mut random = fastrand::Rng::with_seed(4);
     let mut kills = 0;
@@ -84,7 +84,7 @@ fn killed_at_any_moment_it_goes_on_with_nothing_lost() {
 }
 
 #[test]
-fn two_processes_never_write_one_cache() {
+fn second_process_cannot_write_the_same_cache() {
     for round in 0..if nightly() { 100 } else { 10 } {
         let script = "[answers]\ntokens = [5, 40]\nlatency_s = [0.0, 0.02]\n";
         let stage = Stage::new(60, script, "");
@@ -107,7 +107,7 @@ fn two_processes_never_write_one_cache() {
 }
 
 #[test]
-fn signals_drain_what_is_in_flight() {
+fn signals_drain_requests_in_flight() {
     let mut random = fastrand::Rng::with_seed(8);
     let mut drained = 0;
     for round in 0..if nightly() { 200 } else { 20 } {
@@ -136,7 +136,7 @@ fn signals_drain_what_is_in_flight() {
 }
 
 #[test]
-fn a_second_signal_stops_at_once() {
+fn second_signal_stops_immediately() {
     let script = "[answers]\ntokens = [5, 40]\nlatency_s = 30.0\n";
     let stage = Stage::new(40, script, "");
     let child = stage.start();

@@ -138,7 +138,7 @@ fn a_cache_that_is_moved_removed_or_replaced_stops_the_run_and_loses_nothing() {
 #[test]
 fn a_cache_that_is_cut_or_appended_to_stops_the_run_and_says_what_is_lost() {
     harmed(
-        "was cut to",
+        "was truncated to",
         |stage| {
             let file = fs::OpenOptions::new().write(true).open(plain(stage));
             file.unwrap().set_len(0).unwrap();
@@ -148,7 +148,7 @@ fn a_cache_that_is_cut_or_appended_to_stops_the_run_and_says_what_is_lost() {
         |again| (1..PROMPTS as u64 / 2).contains(&again),
     );
     harmed(
-        "another program has appended",
+        "another program appended",
         |stage| {
             let file = fs::OpenOptions::new().append(true).open(plain(stage));
             std::io::Write::write_all(&mut file.unwrap(), b"a line of somebody else").unwrap();

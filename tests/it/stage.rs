@@ -95,7 +95,7 @@ impl Stage {
         if !cache::exists(&self.cache()) {
             return HashSet::new();
         }
-        let findings = reader::examine(&self.cache(), &mut |_, _| Ok(())).unwrap();
+        let findings = reader::verify_cache(&self.cache(), &mut |_, _| Ok(())).unwrap();
         assert!(findings.damaged.is_empty(), "{:?}", findings.damaged);
         assert!(findings.repeated.is_empty(), "{:?}", findings.repeated);
         let records = distill::cache::reader::read(&self.cache()).unwrap();

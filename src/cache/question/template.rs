@@ -1,35 +1,37 @@
-//! Hashes of requests that differ only in their messages.
+//! [`QuestionTemplate`]: hashes requests that differ only in their messages.
 
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{BEGINNING, NO_PART, Question, USUAL_BYTES, write_fields, write_no_part, write_scalar};
+use super::{
+    HASH_PREFIX, IGNORED_FIELDS, Question, USUAL_BYTES, write_fields, write_ignored, write_scalar,
+};
 use crate::prompt::message::Message;
 
 const MESSAGES: &str = "messages";
 
-/// Serialised request without its messages, shared by all prompts.
+/// A serialised request without its messages, shared by all prompts.
 #[derive(Debug)]
 pub struct QuestionTemplate {
     before: Vec<u8>,
     after: Vec<u8>,
-    no_part: Vec<u8>,
+    ignored: Vec<u8>,
     sample: u32,
 }
 
 impl QuestionTemplate {
     /// The messages of `request` are ignored.
     pub fn new(request: &Value, sample: u32) -> QuestionTemplate {
-        let mut before = BEGINNING.to_vec();
+        let mut before = HASH_PREFIX.to_vec();
         let mut after = Vec::new();
-        let is_part = |name: &str| !NO_PART.contains(&name) && name != MESSAGES;
+        let is_part = |name: &str| !IGNORED_FIELDS.contains(&name) && name != MESSAGES;
         write_fields(request, &mut before, |name| {
             is_part(name) && name < MESSAGES
         });
         write_fields(request, &mut after, |name| is_part(name) && name > MESSAGES);
         // Joins the two halves: without the braces between them, and with commas if there are fields.
         before.pop();
-        if before.len() > BEGINNING.len() + 1 {
+        if before.len() > HASH_PREFIX.len() + 1 {
             before.push(b',');
         }
         before.extend_from_slice(b"\"messages\":");
@@ -37,17 +39,17 @@ impl QuestionTemplate {
         if after == b",}" {
             after.remove(0);
         }
-        let mut no_part = Vec::new();
-        write_no_part(request, &mut no_part);
+        let mut ignored = Vec::new();
+        write_ignored(request, &mut ignored);
         QuestionTemplate {
             before,
             after,
-            no_part,
+            ignored,
             sample,
         }
     }
 
-    /// Returns the same as [`Question::of`] for the request with these messages.
+    /// Returns the same as [`Question::new`] for the request with these messages.
     pub fn question(&self, messages: &[Message]) -> Question {
         let mut text = Vec::with_capacity(USUAL_BYTES);
         text.extend_from_slice(&self.before);
@@ -55,8 +57,8 @@ impl QuestionTemplate {
         write_scalar(&sorted, &mut text);
         text.extend_from_slice(&self.after);
         let end = text.len();
-        text.extend_from_slice(&self.no_part);
-        Question::of_text(&mut text, end, self.sample)
+        text.extend_from_slice(&self.ignored);
+        Question::from_text(&mut text, end, self.sample)
     }
 }
 
@@ -82,7 +84,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_template_names_the_questions_that_its_requests_name() {
+    fn template_hashes_equal_request_hashes() {
         let messages = [
             Message::new("system", "quote \" and \\ and \u{1}"),
             Message::new("user", "ä\u{2028}\n"),
@@ -99,8 +101,11 @@ mod tests {
             let mut other = request.clone();
             other["messages"] = json!([]);
             let template = QuestionTemplate::new(&other, 4);
-            assert_eq!(template.question(&messages), Question::of(&request, 4));
-            assert_ne!(template.question(&messages[..1]), Question::of(&request, 4));
+            assert_eq!(template.question(&messages), Question::new(&request, 4));
+            assert_ne!(
+                template.question(&messages[..1]),
+                Question::new(&request, 4)
+            );
         }
     }
 }

@@ -10,12 +10,10 @@ use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use crate::cache::encoding::RawToken;
-use crate::cache::record::Logprobs;
-use crate::prompt::control_tokens::names_end;
-
-/// At or below this a logprob means "very unlikely" and not a number.
-const SENTINEL: f64 = -9999.0;
+use crate::cache::hex;
+use crate::cache::raw_token::RawToken;
+use crate::cache::record::{Logprobs, MISSING_LOGPROB};
+use crate::prompt::control_tokens::is_end_of_turn_name;
 
 /// The field as it should be.
 #[derive(Deserialize)]
@@ -78,7 +76,7 @@ impl Logprob {
 
 impl From<f64> for Logprob {
     fn from(value: f64) -> Self {
-        Logprob((value.is_finite() && value > SENTINEL).then_some(value as f32))
+        Logprob((value.is_finite() && value > f64::from(MISSING_LOGPROB)).then_some(value as f32))
     }
 }
 
@@ -337,7 +335,7 @@ impl LogprobColumns {
                 self.logprobs.raw.push(RawToken {
                     position: self.logprobs.token.len() as u32,
                     rank,
-                    hex: hex(bytes),
+                    hex: hex::encode(bytes),
                 });
                 String::new()
             }
@@ -354,13 +352,9 @@ impl LogprobColumns {
         // The text does not include the end of the turn.
         let without_end = || self.joined.strip_suffix(last.as_bytes());
         self.logprobs.matches_text =
-            self.joined == text || names_end(last) && without_end() == Some(text);
+            self.joined == text || is_end_of_turn_name(last) && without_end() == Some(text);
         Some(self.logprobs)
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -1,8 +1,17 @@
-//! `distill cache`: what was paid for, is it whole, and what to do if it is not.
+//! `distill cache`: shows, verifies, repairs and merges the cache.
+//!
+//! | file | content |
+//! |---|---|
+//! | `mod.rs` | `cache stats`, `cache verify`, `cache show` |
+//! | `maintenance.rs` | `cache repair`, `cache merge` and the result of `cache adopt` |
+//! | `../export.rs` | `cache export` |
+//!
+//! With `--json` each action prints one object with a `version`. Text from records is sanitised before it is
+//! printed.
 
-pub(crate) mod mend;
+pub(crate) mod maintenance;
 
-use crate::commands::cache::mend::VERSION;
+use crate::commands::cache::maintenance::VERSION;
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -12,15 +21,15 @@ use serde_json::{Value, json};
 
 use super::{export, load_config, print, print_json};
 use crate::cache;
-use crate::cache::reader::{self, Findings};
+use crate::cache::reader::{self, VerifyReport};
 use crate::cache::record::{Record, Status};
 use crate::cache::recovery::BadLine;
 use crate::cache::rewrite;
-use crate::cache::stats::Stats;
+use crate::cache::stats::CacheStats;
 use crate::cli::{CacheAction, CacheArgs, CachePlace, ConfigFile, Global};
 use crate::config::{self, Compression, Config};
 use crate::exit::Exit;
-use crate::terminal::progress::Reading;
+use crate::terminal::progress::ReadProgress;
 use crate::terminal::{format_count, sanitise};
 
 /// Runs the action that the command line names.
@@ -28,18 +37,18 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
     match &args.action {
         CacheAction::Stats(place) => stats(&folder(place)?, global.json),
         CacheAction::Verify(place) => verify(&folder(place)?, global.json),
-        CacheAction::Repair(place) => mend::repair(&folder(place)?, global.json),
+        CacheAction::Repair(place) => maintenance::repair(&folder(place)?, global.json),
         CacheAction::Merge { place, sources } => {
             let price = config(place)?.map_or_else(Default::default, |config| {
                 crate::harvest::run_files::highest_prices(&config)
             });
             let dir = folder(place)?;
-            mend::merge(&dir, &settings(place)?, &price, sources, global.json)
+            maintenance::merge(&dir, &settings(place)?, &price, sources, global.json)
         }
         CacheAction::Adopt(file) => {
             let config = load_config(file)?.config;
             let done = crate::plan::adopt::adopt(&config)?;
-            mend::adopted(&config.own_cache(), &done, global.json)
+            maintenance::adopted(&config.own_cache(), &done, global.json)
         }
         CacheAction::Show {
             place,
@@ -69,7 +78,8 @@ fn config(place: &CachePlace) -> Result<Option<Config>> {
     place.config.as_ref().map(load).transpose()
 }
 
-/// How to write the cache: as the config says, or else as it is.
+/// Settings for writing the cache: those of the config if there is one. Otherwise a compressed cache stays
+/// compressed.
 fn settings(place: &CachePlace) -> Result<config::CacheConfig> {
     let mut settings = config(place)?.map_or_else(Default::default, |config| config.cache);
     if let Some(dir) = &place.dir
@@ -80,11 +90,13 @@ fn settings(place: &CachePlace) -> Result<config::CacheConfig> {
     Ok(settings)
 }
 
-/// Prints what the cache in `dir` holds, in numbers.
+/// Prints statistics of the cache in `dir`.
 pub fn stats(dir: &Path, json: bool) -> Result<()> {
-    let mut stats = Stats::default();
+    let mut stats = CacheStats::default();
     for record in crate::cache::reader::read(dir)? {
-        stats.add(&record?)?;
+        let record = record?;
+        stats.add(&record);
+        stats.measure_logprobs(&record)?;
     }
     for record in rewrite::read_replaced(dir)? {
         stats.replaced.add(&record?);
@@ -100,7 +112,7 @@ pub fn stats(dir: &Path, json: bool) -> Result<()> {
     print(&stats_text(&stats, dir, bytes))
 }
 
-fn stats_text(stats: &Stats, dir: &Path, bytes: u64) -> String {
+fn stats_text(stats: &CacheStats, dir: &Path, bytes: u64) -> String {
     let quarantined: u64 = stats.quarantined.values().sum();
     let usage = &stats.usage;
     let mut rows = vec![
@@ -156,9 +168,9 @@ fn stats_text(stats: &Stats, dir: &Path, bytes: u64) -> String {
             ),
         ));
         rows.push((
-            "in all",
+            "in total",
             format!(
-                "{:.0} bytes per token, everything else included",
+                "{:.0} bytes per token, with all other fields",
                 bytes as f64 / stats.logprobs.tokens as f64
             ),
         ));
@@ -188,11 +200,14 @@ fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
-/// Reads the cache in `dir` whole and says what is wrong with it: an error if lines are damaged
-/// ([`Exit::Damaged`]) or keys repeated. A torn tail is no error, since the next harvest repairs it.
+/// Reads the whole cache in `dir` and prints all damage. A torn tail is not an error, because the next harvest
+/// repairs it.
+///
+/// # Errors
+/// If lines are damaged ([`Exit::Damaged`]) or keys are repeated.
 pub fn verify(dir: &Path, json: bool) -> Result<()> {
-    let mut reading = Reading::new("verifying", json);
-    let findings = reader::examine(dir, &mut |done, total| {
+    let mut reading = ReadProgress::new("verifying", json);
+    let findings = reader::verify_cache(dir, &mut |done, total| {
         reading.update(done, total);
         Ok(())
     })?;
@@ -205,23 +220,23 @@ pub fn verify(dir: &Path, json: bool) -> Result<()> {
     let dir = dir.display();
     if !findings.damaged.is_empty() {
         return Err(Exit::Damaged(format!(
-            "{dir}: damaged lines: {}; restore the cache from a backup, or run `distill cache \
-             repair`, which moves the damage aside to have its prompts asked again",
+            "{dir}: damaged lines: {}; restore the cache from a backup, or run `distill cache repair`, which moves \
+             the damaged records to another file, so that their prompts are asked again",
             findings.damaged.len()
         ))
         .into());
     }
     if !findings.repeated.is_empty() {
         return Err(anyhow!(
-            "{dir}: keys with more than one record: {}; `distill cache repair` keeps the first of \
-             each and moves the others aside",
+            "{dir}: keys with more than one record: {}; run `distill cache repair`, which keeps the first record \
+             of each and moves the others to another file",
             findings.repeated.len()
         ));
     }
     Ok(())
 }
 
-fn findings_json(dir: &Path, findings: &Findings) -> Value {
+fn findings_json(dir: &Path, findings: &VerifyReport) -> Value {
     let bad = |(file, bad): &(PathBuf, BadLine)| json!({ "file": file, "line": bad.line, "offset": bad.offset, "fault": bad.fault.to_string() });
     json!({
         "version": VERSION,
@@ -236,7 +251,7 @@ fn findings_json(dir: &Path, findings: &Findings) -> Value {
     })
 }
 
-fn findings_text(findings: &Findings) -> String {
+fn findings_text(findings: &VerifyReport) -> String {
     let mut text = format!(
         "whole records: {}, bytes: {}\n",
         findings.records, findings.bytes
@@ -249,8 +264,8 @@ fn findings_text(findings: &Findings) -> String {
     }
     for (file, torn) in &findings.torn {
         text += &format!(
-            "{}: a torn record at the end, from byte {} on: the next `distill harvest` moves it \
-             aside and asks again\n",
+            "{}: an incomplete record at the end, from byte {}: the next `distill harvest` moves it to another \
+             file and asks its prompt again\n",
             file.display(),
             torn.offset
         );
@@ -258,23 +273,25 @@ fn findings_text(findings: &Findings) -> String {
     sanitise(&text).into_owned()
 }
 
-/// Prints records of the cache in `dir`: those whose key starts with `which` or whose prompt id is
-/// `which`, or all of them; at most `limit`.
-pub fn show(dir: &Path, which: Option<&str>, limit: usize, json: bool) -> Result<()> {
+/// Prints at most `limit` records of the cache in `dir`: those whose prompt id is `selector` or whose key starts
+/// with it, or all if it is `None`.
+pub fn show(dir: &Path, selector: Option<&str>, limit: usize, json: bool) -> Result<()> {
     let mut shown = Vec::new();
     for record in crate::cache::reader::read(dir)? {
         if shown.len() == limit {
             break;
         }
         let record = record?;
-        if which.is_none_or(|which| record.prompt_id == which || record.key.starts_with(which)) {
+        if selector
+            .is_none_or(|selector| record.prompt_id == selector || record.key.starts_with(selector))
+        {
             shown.push(record);
         }
     }
-    if let (Some(which), true) = (which, shown.is_empty()) {
+    if let (Some(selector), true) = (selector, shown.is_empty()) {
         return Err(anyhow!(
-            "no record has a prompt id of `{}` or a key that starts with it",
-            sanitise(which)
+            "no record has the prompt id `{}` or a key that starts with it",
+            sanitise(selector)
         ));
     }
     if json {
@@ -336,7 +353,7 @@ fn record_text(record: &Record) -> String {
     sanitise(&text).into_owned()
 }
 
-/// Strings without their quotes, everything else as JSON.
+/// Formats strings without quotes, everything else as JSON.
 fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -370,8 +387,8 @@ mod tests {
         record.prompt_id = hostile.to_owned();
         record.request["messages"][0]["content"] = json!(hostile);
         assert!(!active(&record_text(&record)));
-        let mut stats = Stats::default();
-        stats.add(&record).unwrap();
+        let mut stats = CacheStats::default();
+        stats.add(&record);
         assert!(!active(&stats_text(&stats, Path::new("x"), 1)));
 
         let value = json!({ "records": [record] });

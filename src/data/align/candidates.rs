@@ -3,12 +3,11 @@
 use std::borrow::Cow;
 
 use crate::cache::logprobs_view::LogprobsView;
+use crate::cache::record::HIGHEST_SENTINEL_LOGPROB;
 use crate::data::logprob_check::Agreement;
 
 use super::run::{SpanKind, TeacherSpan};
 
-/// Logprobs at or below this value are missing: endpoints send -100 or -9999 for tiny probabilities.
-const SENTINEL: f32 = -100.0;
 /// Maximum excess over 1 of a sum of probabilities, which are rounded.
 pub const EXCESS: f64 = 1e-3;
 
@@ -116,7 +115,7 @@ pub(super) fn agreement(teacher: &LogprobsView, spans: &[TeacherSpan]) -> Agreem
 
 /// Returns true unless the logprob is infinite, NaN or a sentinel for a missing one.
 pub fn is_usable(logprob: &f32) -> bool {
-    logprob.is_finite() && *logprob > SENTINEL
+    logprob.is_finite() && *logprob > HIGHEST_SENTINEL_LOGPROB
 }
 
 /// Sum of the probabilities of these logprobs.

@@ -5,13 +5,13 @@ use std::ops::Range;
 
 use super::run::{self, TeacherSpan};
 use crate::cache::logprobs_view::LogprobsView;
-use crate::prompt::control_tokens::names_control;
+use crate::prompt::control_tokens::is_control_name;
 use crate::tokenizer::token_bytes;
 
 /// Returns true if the teacher's tokens spell the answer, possibly with more text around it.
 pub fn spells(teacher: &LogprobsView, answer: &[u8]) -> bool {
     let is_stop =
-        |bytes: &[u8]| bytes.is_empty() || std::str::from_utf8(bytes).is_ok_and(names_control);
+        |bytes: &[u8]| bytes.is_empty() || std::str::from_utf8(bytes).is_ok_and(is_control_name);
     teacher_spans(teacher, answer, &(0..answer.len()), is_stop).is_some()
 }
 
@@ -27,7 +27,7 @@ pub(super) fn teacher_spans<'t>(
     let decoded = |decode: Decode| {
         let decoded = teacher.map_tokens(|bytes| {
             let text = std::str::from_utf8(bytes).ok()?;
-            (!names_control(text)).then(|| decode(text))?
+            (!is_control_name(text)).then(|| decode(text))?
         });
         Some((find(&decoded.token)?, Cow::Owned(decoded)))
     };
@@ -57,7 +57,7 @@ fn raw_spelling(teacher: &LogprobsView) -> Option<Decode> {
         if bytes.contains(&b' ') && !bytes.trim_ascii().is_empty() {
             return None;
         }
-        if spelling.is_some() || std::str::from_utf8(bytes).is_ok_and(names_control) {
+        if spelling.is_some() || std::str::from_utf8(bytes).is_ok_and(is_control_name) {
             continue;
         }
         let has = |mark: &str| memchr::memmem::find(bytes, mark.as_bytes()).is_some();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use foldhash::fast::FixedState;
 
-use crate::prompt::control_tokens::{names_control, names_end};
+use crate::prompt::control_tokens::{is_control_name, is_end_of_turn_name};
 use crate::tokenizer::Tokenizer;
 
 /// U+FFFD in UTF-8.
@@ -88,7 +88,7 @@ fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
     }
     let name = std::str::from_utf8(bytes).ok()?;
     let own = tokenizer.id_of_control(name);
-    if own == tokenizer.end_of_turn() || own.is_none() && names_end(name) {
+    if own == tokenizer.end_of_turn() || own.is_none() && is_end_of_turn_name(name) {
         tokenizer.end_of_answer()
     } else {
         own
@@ -101,7 +101,10 @@ pub(super) fn ends_turn(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
         return false;
     };
     let own = tokenizer.id_of_control(name);
-    own.map_or_else(|| names_end(name), |id| tokenizer.stop_ids().contains(&id))
+    own.map_or_else(
+        || is_end_of_turn_name(name),
+        |id| tokenizer.stop_ids().contains(&id),
+    )
 }
 
 /// Returns true for a token that may follow an answer without being part of its text: a token without bytes, or the
@@ -115,5 +118,5 @@ fn is_control(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(bytes) else {
         return false;
     };
-    tokenizer.names_special(text) || names_control(text)
+    tokenizer.names_special(text) || is_control_name(text)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::rows::{self, SkippedRow, TrainingRow};
-use crate::cache::reader::{Lines, Place};
+use crate::cache::reader::{CacheLines, LineLocation};
 use crate::cache::view::RecordView;
 use crate::data::groups::Selection;
 use crate::exit::Exit;
@@ -123,7 +123,7 @@ impl DataSource {
     pub(crate) fn open(&self) -> Result<SourceReader> {
         self.check()?;
         let lines = match self {
-            Self::Cache(dir) => LineReader::Cache(Box::new(Lines::open(dir)?)),
+            Self::Cache(dir) => LineReader::Cache(Box::new(CacheLines::open(dir)?)),
             Self::File(path) => {
                 let lines = fs::open_data(path)
                     .with_context(|| format!("reading `data.source` {}", path.display()))?;
@@ -171,7 +171,7 @@ pub(crate) struct SourceReader {
 }
 
 enum LineReader {
-    Cache(Box<Lines>),
+    Cache(Box<CacheLines>),
     File {
         path: PathBuf,
         lines: Box<dyn BufRead + Send>,
@@ -190,7 +190,7 @@ struct ChunkLine {
     /// End of the line in the text of the chunk.
     end: usize,
     /// Place in the cache; None in a file.
-    place: Option<Place>,
+    place: Option<LineLocation>,
 }
 
 impl SourceReader {
@@ -265,7 +265,7 @@ impl LineChunk {
             let text = &self.text[start..line.end];
             start = line.end;
             let row = match (source, &line.place) {
-                (DataSource::Cache(dir), Some(place)) => RecordView::of_line(text)
+                (DataSource::Cache(dir), Some(place)) => RecordView::from_line(text)
                     .map(|record| Some(rows::from_record(record, settings, selection)))
                     .map_err(|fault| place.refuse(dir, fault)),
                 (source, _) => parse_line(text, line.number, settings)

@@ -41,11 +41,11 @@ fn config_selection_names_the_first_difference() {
     };
     let [ours, other] = ["1", "2"].map(|digit| digit.repeat(64));
     let [answered, open] = ["1", "5"].map(|digit| digit.repeat(64));
-    let [answered, open] = [answered, open].map(|key| question::fingerprint(&key));
+    let [answered, open] = [answered, open].map(|key| question::question_fingerprint(&key));
     let known = config_selection(Some(PlannedRows {
-        keys: Keys::from_iter([crate::cache::fingerprint::fingerprint(&ours)]),
-        answered: Keys::from_iter([answered]),
-        questions: Keys::from_iter([answered, open]),
+        keys: KeySet::from_iter([crate::cache::fingerprint::fingerprint(&ours)]),
+        answered: KeySet::from_iter([answered]),
+        questions: KeySet::from_iter([answered, open]),
     }));
     // The same questions under other keys.
     let [second, cut] = ["1", "5"].map(|digit| format!("{}{}", "3".repeat(32), digit.repeat(32)));

@@ -401,8 +401,8 @@ impl Batches<'_> {
         let wants_logprobs = asking.wants_logprobs();
         let append = |cache: &crate::cache::Cache| {
             cache
-                .append_sealed(&answered.sealed)
-                .map_err(|error| run_error::not_recorded(error, cache.safe()))
+                .append_encoded(&answered.sealed)
+                .map_err(|error| run_error::not_recorded(error, cache.safe_len()))
         };
         // A kill in between counts it twice: once as spent, once as held for a row without a record.
         let held = Dollars::at_least(member.usd);

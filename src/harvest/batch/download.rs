@@ -87,7 +87,7 @@ impl Batches<'_> {
         let folder = unreadable_bodies::dir(&self.config.run_dir);
         crate::fs::create_dir_all(&folder)?;
         let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
-        let mut kept = crate::fs::Whole::create(&path)?;
+        let mut kept = crate::fs::AtomicFile::create(&path)?;
         let content = batches.content(file).await;
         let content =
             content.map_err(|fault| self.not_read(index, outcome::classify_fault(fault)))?;

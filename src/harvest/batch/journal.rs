@@ -127,7 +127,7 @@ impl PartRow {
     /// Returns true if the cache holds its answer, complete or truncated.
     pub(crate) fn is_answered(&self, cache: &Cache) -> bool {
         let cut = || {
-            question::cut_key(
+            question::truncated_key(
                 &self.key,
                 u32::try_from(self.output_tokens).unwrap_or(u32::MAX),
             )

@@ -173,7 +173,7 @@ impl<'a> Batches<'a> {
         let ended = tokio::select! {
             biased;
             number = signal => {
-                self.cache.stay_plain();
+                self.cache.stop_compressing();
                 BatchRunEnd::Signal(number)
             }
             ended = self.work() => ended?,

@@ -21,7 +21,7 @@ pub(crate) struct DispatchEnd {
 impl Dispatcher<'_> {
     pub(super) fn finish(mut self) -> Result<DispatchEnd> {
         let synced = self.cache.sync();
-        synced.map_err(|error| run_error::not_recorded(error, self.cache.safe()))?;
+        synced.map_err(|error| run_error::not_recorded(error, self.cache.safe_len()))?;
         self.check_cache()?;
         self.pass_time();
         let still_in_flight = (self.in_flight.len() + self.room.take().len()) as u64;

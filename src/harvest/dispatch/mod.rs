@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
-use crate::cache::place::Displaced;
+use crate::cache::open_file::DisplacedFile;
 use crate::cache::writer::Cache;
 use crate::clock::WallClock;
 use crate::config::Config;
@@ -165,7 +165,7 @@ impl<'a> Dispatcher<'a> {
             tokio::select! {
                 Some(number) = signals.next() => {
                     // Whoever stops it does not want to wait for compression.
-                    self.cache.stay_plain();
+                    self.cache.stop_compressing();
                     if self.signalled(number) {
                         break;
                     }
@@ -357,11 +357,11 @@ impl<'a> Dispatcher<'a> {
         let Err(error) = self.cache.check() else {
             return Ok(());
         };
-        if error.is::<Displaced>() {
+        if error.is::<DisplacedFile>() {
             self.stop_displaced(error);
             return Ok(());
         }
-        Err(run_error::not_recorded(error, self.cache.safe()))
+        Err(run_error::not_recorded(error, self.cache.safe_len()))
     }
 
     fn stop_displaced(&mut self, error: anyhow::Error) {

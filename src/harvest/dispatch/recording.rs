@@ -26,7 +26,7 @@ impl Dispatcher<'_> {
                 self.note_full_disk(&error);
                 Ok(())
             }
-            Err(error) => Err(run_error::not_recorded(error, self.cache.safe())),
+            Err(error) => Err(run_error::not_recorded(error, self.cache.safe_len())),
         }
     }
 
@@ -61,7 +61,7 @@ impl Dispatcher<'_> {
             _ => {}
         }
         if (is_last || self.room.has_waited_long())
-            && let Some((lost, error)) = self.room.give_up(self.cache.safe())
+            && let Some((lost, error)) = self.room.give_up(self.cache.safe_len())
         {
             self.summary.attempts_lost += lost.len() as u64;
             // A signal stays what ends the run, and what it has cost is said instead of "nothing is lost".

@@ -1,4 +1,4 @@
-//! A file of JSON: an array of objects, or an object a line.
+//! Reads a JSON file: an array of objects, or one object per line.
 
 use std::io::BufRead;
 use std::path::Path;
@@ -13,12 +13,12 @@ use crate::prompt::source::rows::{OnRow, usage};
 pub(crate) fn read(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Result<()> {
     if first_byte(file) != Some(b'[') {
         return text::read(path, file, true, on_row).map_err(|error| {
-            error.context("a .json file holds an array of objects, or an object a line")
+            error.context("a .json file must contain an array of objects, or one object per line")
         });
     }
     let mut failure = None;
     let mut json = serde_json::Deserializer::from_reader(file);
-    let rows = Rows {
+    let rows = RowVisitor {
         on_row,
         failure: &mut failure,
     };
@@ -26,14 +26,14 @@ pub(crate) fn read(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Re
     match (failure, read) {
         (Some(failure), _) => Err(failure),
         (None, Err(error)) => Err(usage(format!(
-            "{}: no array of JSON objects: {error}",
+            "{}: not an array of JSON objects: {error}",
             path.display()
         ))),
         (None, Ok(())) => Ok(()),
     }
 }
 
-/// The first byte that is no white space, which stays there.
+/// Returns the first byte that is not white space, without consuming it.
 fn first_byte(file: &mut dyn BufRead) -> Option<u8> {
     loop {
         let buffer = file.fill_buf().ok()?;
@@ -44,19 +44,19 @@ fn first_byte(file: &mut dyn BufRead) -> Option<u8> {
         match buffer.get(blank) {
             Some(byte) => return Some(*byte),
             None if buffer.is_empty() => return None,
-            // An array begins behind it; lines of objects may be blank.
+            // White space is ignored before an array, and between lines of objects.
             None => file.consume(blank),
         }
     }
 }
 
-/// The elements, one by one.
-struct Rows<'a, 'b> {
+/// Calls `on_row` for each element of the array.
+struct RowVisitor<'a, 'b> {
     on_row: OnRow<'a>,
     failure: &'b mut Option<anyhow::Error>,
 }
 
-impl<'de> Visitor<'de> for Rows<'_, '_> {
+impl<'de> Visitor<'de> for RowVisitor<'_, '_> {
     type Value = ();
 
     fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -1,4 +1,12 @@
-//! Rows of a prompt file, whatever its format.
+//! Reads the rows of a prompt file of any supported format.
+//!
+//! | file | content |
+//! |---|---|
+//! | `text` | one row per line: plain text or a JSON object |
+//! | `json` | an array of JSON objects |
+//! | `table` | CSV and TSV |
+//! | `parquet` | Parquet, with the feature `parquet` |
+//! | `rows` | the callback for a row |
 
 pub(crate) mod json;
 #[cfg(feature = "parquet")]
@@ -7,18 +15,18 @@ pub(crate) mod rows;
 pub(crate) mod table;
 pub(crate) mod text;
 
-use crate::prompt::source::rows::OnRow;
-use crate::prompt::source::rows::usage;
 use std::io::BufRead;
 use std::path::Path;
 
 use anyhow::Result;
 
-/// Hands each row of `path` to `on_row`: a JSON object, of a line of text `{"text": line}`, of a table its
-/// fields as texts. The name says which format it is; one that ends in `.gz` is that of a packed file.
+use crate::prompt::source::rows::{OnRow, usage};
+
+/// Calls `on_row` for each row of `path`, as a JSON object: a line of text is `{"text": line}`, and the fields of a
+/// table are texts. The suffix of the name determines the format; a name that ends in `.gz` is of a compressed file.
 ///
 /// # Errors
-/// [`Exit::Usage`], with the line, where the file is not what its name says.
+/// [`Exit::Usage`](crate::exit::Exit::Usage), with the line, if the content does not match the format.
 pub(crate) fn read(path: &Path, on_row: OnRow<'_>) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let name = name.to_lowercase();
@@ -34,8 +42,8 @@ pub(crate) fn read(path: &Path, on_row: OnRow<'_>) -> Result<()> {
             text::read(path, &mut open(path)?, false, on_row)
         }
         _ => Err(usage(format!(
-            "{}: nothing is known of the suffix `.{suffix}`: prompts come as .jsonl, .json, .csv, .tsv, \
-             .parquet (built with the feature), or as plain text in .txt, a prompt a line",
+            "{}: unknown suffix `.{suffix}`: use .jsonl, .json, .csv, .tsv, .parquet (with the feature `parquet`), \
+             or .txt with one prompt per line",
             path.display()
         ))),
     }
@@ -49,13 +57,13 @@ fn read_parquet(path: &Path, on_row: OnRow<'_>) -> Result<()> {
 #[cfg(not(feature = "parquet"))]
 fn read_parquet(path: &Path, _: OnRow<'_>) -> Result<()> {
     Err(usage(format!(
-        "{}: this distill reads no Parquet: build it with `cargo build --release --features parquet`, or \
-         save the rows as .jsonl",
+        "{}: this build cannot read Parquet: build it with `cargo build --release --features parquet`, or save \
+         the rows as .jsonl",
         path.display()
     )))
 }
 
-/// Opens a file of text, and refuses what is none.
+/// Opens a text file, without its byte order mark. Refuses pipes, devices and UTF-16.
 fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
     let could_not = |error: std::io::Error| {
         usage(format!(
@@ -63,11 +71,11 @@ fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
             path.display()
         ))
     };
-    // A name without a file behind it would never end.
+    // Reading a pipe or a device may never end.
     let metadata = path.metadata().map_err(could_not)?;
     if !metadata.is_file() && !metadata.is_dir() {
         return Err(usage(format!(
-            "cannot read the prompts in {}: it is no file",
+            "cannot read the prompts in {}: not a regular file",
             path.display()
         )));
     }

@@ -1,4 +1,4 @@
-//! A row a line: plain text, or a JSON object.
+//! Reads a file with one row per line: plain text, or a JSON object.
 
 use std::io::{BufRead, Read};
 use std::path::Path;
@@ -8,30 +8,31 @@ use serde_json::{Value, json};
 
 use crate::prompt::source::rows::{OnRow, usage};
 
-/// No prompt is longer.
-const LONGEST_LINE: u64 = 64 << 20;
+/// Maximum length of a line in bytes.
+const MAX_LINE_BYTES: u64 = 64 << 20;
 
-/// Blank lines and `\r\n` are tolerated.
+/// Reads the rows. Ignores blank lines; lines may end with `\r\n`.
 pub(crate) fn read(
     path: &Path,
     file: &mut dyn BufRead,
     is_json: bool,
     on_row: OnRow<'_>,
 ) -> Result<()> {
-    let (mut line, mut number) = (Vec::new(), 0);
+    let mut line = Vec::new();
+    let mut number = 0;
     loop {
         number += 1;
         let at = |problem: &str| usage(format!("{}:{number}: {problem}", path.display()));
         line.clear();
         let read = file
-            .take(LONGEST_LINE + 1)
+            .take(MAX_LINE_BYTES + 1)
             .read_until(b'\n', &mut line)
             .map_err(|error| at(&error.to_string()))?;
         if read == 0 {
             return Ok(());
         }
-        if line.len() as u64 > LONGEST_LINE {
-            let limit = LONGEST_LINE >> 20;
+        if line.len() as u64 > MAX_LINE_BYTES {
+            let limit = MAX_LINE_BYTES >> 20;
             return Err(at(&format!("the line is longer than {limit} MiB")));
         }
         let text = line.strip_suffix(b"\n").unwrap_or(&line);
@@ -43,7 +44,7 @@ pub(crate) fn read(
     }
 }
 
-/// None for a blank line.
+/// Parses a line; `None` for a blank line.
 fn parse(line: &[u8], is_json: bool) -> Result<Option<Value>, String> {
     let line = std::str::from_utf8(line)
         .map_err(|_| "not valid UTF-8: save the file as UTF-8".to_string())?;
@@ -54,15 +55,15 @@ fn parse(line: &[u8], is_json: bool) -> Result<Option<Value>, String> {
         return object(line).map(Some);
     }
     if line.contains('\0') {
-        return Err("there is a NUL byte in it, so it is no text: save the file as UTF-8".into());
+        return Err("there is a NUL byte in the line: save the file as UTF-8 text".into());
     }
     if line.contains('\r') {
-        return Err("lines end with \\r alone: save the file with \\n at the end of lines".into());
+        return Err("lines end with \\r alone: save the file with \\n line endings".into());
     }
     Ok(Some(json!({ "text": line })))
 }
 
-/// A JSON object.
+/// Parses a JSON object.
 pub(crate) fn object(text: &str) -> Result<Value, String> {
     match serde_json::from_str(text) {
         Ok(value @ Value::Object(_)) => Ok(value),

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use distill::cache::encoding::RawToken;
+use distill::cache::raw_token::RawToken;
 use distill::cache::record::Logprobs;
 use distill::data::align::aligned::{Aligned, Chunk};
 use distill::data::align::{Mapper, Mismatch, common_groups};

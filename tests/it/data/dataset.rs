@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use distill::cache::record::{Answer, Record, Status, Timing};
-use distill::cache::writer::{Cache, Sealed};
+use distill::cache::writer::{Cache, EncodedRecord};
 use distill::config;
 use distill::data::batch::Batch;
 use distill::data::dataset::{self, Dataset, Examples};
@@ -52,7 +52,7 @@ pub fn record(prompt: &str, answer: &str) -> Record {
 pub fn write_cache(dir: &Path, records: &[Record]) {
     let cache = Cache::open(dir, &config::CacheConfig::default()).unwrap();
     for record in records {
-        let sealed = Sealed::new(record).unwrap();
+        let sealed = EncodedRecord::new(record).unwrap();
         cache.append_group(&[sealed]).unwrap();
     }
 }

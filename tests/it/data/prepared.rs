@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use distill::cache::encoding::RawToken;
 use distill::cache::logprobs_view::LogprobsView;
+use distill::cache::raw_token::RawToken;
 use distill::cache::record::Record;
 use distill::cache::view::RecordView;
 use distill::config::Config;
@@ -301,8 +301,8 @@ fn fast_line_reader_matches_the_json_parser() {
         } else {
             spaced
         };
-        let quick = RecordView::of_line(line.as_bytes()).unwrap();
-        let other = RecordView::of_line(spaced.as_bytes()).unwrap();
+        let quick = RecordView::from_line(line.as_bytes()).unwrap();
+        let other = RecordView::from_line(spaced.as_bytes()).unwrap();
         assert_eq!(quick.logprobs, other.logprobs);
         let expected = record.logprobs.as_ref().map(LogprobsView::from);
         assert_eq!(quick.logprobs, expected);
@@ -311,5 +311,5 @@ fn fast_line_reader_matches_the_json_parser() {
             (&record.key, &record.answer.text)
         );
     }
-    assert!(RecordView::of_line(b"{}").is_err());
+    assert!(RecordView::from_line(b"{}").is_err());
 }

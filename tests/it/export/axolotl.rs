@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use distill::cache::encoding::RawToken;
+use distill::cache::raw_token::RawToken;
 use distill::cache::record::{Logprobs, Record};
 use distill::config::DataConfig;
 use distill::data::groups::Selection;
-use distill::export::rows::{Report, Settings};
+use distill::export::rows::{ExportReport, ExportSettings};
 use distill::export::{Format, write};
 use distill::tokenizer::Tokenizer;
 use serde_json::json;
@@ -63,8 +63,8 @@ fn export_axolotl(
     records: Vec<Record>,
     tokenizer: &Tokenizer,
     out: &Path,
-) -> anyhow::Result<Report> {
-    let settings = Settings {
+) -> anyhow::Result<ExportReport> {
+    let settings = ExportSettings {
         selection: &Selection::All,
         data: &DataConfig::default(),
         tokenizer: Some(tokenizer),
@@ -74,7 +74,7 @@ fn export_axolotl(
 }
 
 #[test]
-fn axolotl_gets_the_next_tokens_distribution_at_each_of_the_last_positions() {
+fn axolotl_entries_hold_the_distribution_of_the_next_token() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tiny_tokenizer(dir.path());
     let id = |bytes: &[u8]| tokenizer.id_of_bytes(bytes).unwrap();
@@ -155,7 +155,7 @@ fn axolotl_gets_the_next_tokens_distribution_at_each_of_the_last_positions() {
 }
 
 #[test]
-fn axolotl_gets_what_the_api_says_of_the_end_of_the_turn() {
+fn axolotl_uses_reported_end_of_turn_logprobs() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tiny_tokenizer(dir.path());
     let end: &[u8] = b"<|im_end|>";
@@ -173,11 +173,11 @@ fn axolotl_gets_what_the_api_says_of_the_end_of_the_turn() {
 }
 
 #[test]
-fn axolotl_is_not_given_what_would_teach_it_wrong() {
+fn axolotl_leaves_out_rows_it_would_misread() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tiny_tokenizer(dir.path());
-    const OTHER: &str = "the tokenizer cuts the answer into other tokens than the teacher did";
-    const UNKNOWN: &str = "a position has no logprob of a token that the tokenizer knows";
+    const OTHER: &str = "the tokenizer splits the answer into other tokens than the teacher did";
+    const UNKNOWN: &str = "a position has no alternative that is a token of the tokenizer";
     let cases: [(&str, Record); 7] = [
         ("no logprobs", answered("a", "in", &[])),
         // Two tokens where the tokenizer has one.
@@ -206,7 +206,7 @@ fn axolotl_is_not_given_what_would_teach_it_wrong() {
             ),
         ),
         (
-            "the answer holds the name of a control token",
+            "the answer contains the name of a control token",
             answered("g", "in<|im_end|>", &[(b"in", -0.5, &[])]),
         ),
     ];

@@ -11,7 +11,7 @@ use distill::cache::record::Record;
 use distill::config::DataConfig;
 use distill::data::groups::Selection;
 use distill::exit::Exit;
-use distill::export::rows::{Report, Settings};
+use distill::export::rows::{ExportReport, ExportSettings};
 use distill::export::{Format, write};
 use serde_json::{Value, json};
 
@@ -57,8 +57,8 @@ const QUARANTINED: &str = "quarantined";
 const LENGTH: &str = "finish_reason `length` is not in `data.keep_finish_reasons`";
 const NOT_TEXT: &str = "the request has messages that are not text";
 
-fn export(records: Vec<Record>, format: Format, out: &Path) -> anyhow::Result<Report> {
-    let settings = Settings {
+fn export(records: Vec<Record>, format: Format, out: &Path) -> anyhow::Result<ExportReport> {
+    let settings = ExportSettings {
         selection: &Selection::All,
         data: &DataConfig::default(),
         tokenizer: None,
@@ -85,7 +85,7 @@ fn names(folder: &Path) -> Vec<PathBuf> {
 }
 
 #[track_caller]
-fn left_out(report: &Report, rows: u64, reasons: &[(&str, u64)]) {
+fn left_out(report: &ExportReport, rows: u64, reasons: &[(&str, u64)]) {
     let reasons = reasons
         .iter()
         .map(|(reason, count)| ((*reason).to_owned(), *count));
@@ -93,7 +93,7 @@ fn left_out(report: &Report, rows: u64, reasons: &[(&str, u64)]) {
 }
 
 #[test]
-fn hugging_face_gets_conversations_and_where_they_come_from() {
+fn hf_rows_are_conversations_with_their_origin() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("dataset");
     let report = export(varied(), Format::Hf, &out).unwrap();
@@ -129,7 +129,7 @@ fn hugging_face_gets_conversations_and_where_they_come_from() {
 }
 
 #[test]
-fn a_hostile_model_name_stays_in_its_cell_of_the_card() {
+fn hf_card_escapes_hostile_model_names() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("dataset");
     let mut record = sample(1);
@@ -143,7 +143,7 @@ fn a_hostile_model_name_stays_in_its_cell_of_the_card() {
 }
 
 #[test]
-fn openai_gets_conversations_of_its_three_roles() {
+fn openai_rows_have_only_its_three_roles() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.jsonl");
     let mut records = varied();
@@ -171,7 +171,7 @@ fn openai_gets_conversations_of_its_three_roles() {
 }
 
 #[test]
-fn trl_gets_prompt_and_completion_apart() {
+fn trl_rows_separate_prompt_and_completion() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.jsonl");
     let report = export(varied(), Format::Trl, &out).unwrap();
@@ -194,7 +194,7 @@ fn usage_error(error: &anyhow::Error, parts: &[&str]) {
 }
 
 #[test]
-fn what_is_missing_is_said() {
+fn missing_settings_and_empty_caches_are_usage_errors() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let error = export(vec![sample(0)], Format::Axolotl, &out).unwrap_err();
@@ -206,7 +206,7 @@ fn what_is_missing_is_said() {
     let error = export(Vec::new(), Format::Trl, &out).unwrap_err();
     usage_error(&error, &["distill harvest"]);
     let error = export(vec![sample(3), sample(10)], Format::Hf, &out).unwrap_err();
-    usage_error(&error, &["no record is left", "2: quarantined"]);
+    usage_error(&error, &["no record to export", "2: quarantined"]);
     assert!(names(dir.path()).is_empty());
 }
 
@@ -220,7 +220,7 @@ const FORMATS: &[Format] = &[
 ];
 
 #[test]
-fn a_failure_leaves_what_was_there() {
+fn failed_export_leaves_the_old_file() {
     for &format in FORMATS {
         for force in [false, true] {
             let dir = tempfile::tempdir().unwrap();
@@ -235,7 +235,7 @@ fn a_failure_leaves_what_was_there() {
             };
             let before = force.then(|| content(&data));
             let records = [Ok(sample(1)), Err(anyhow::anyhow!("line 2 is damaged"))];
-            let settings = Settings {
+            let settings = ExportSettings {
                 selection: &Selection::All,
                 data: &DataConfig::default(),
                 tokenizer: None,
@@ -250,14 +250,14 @@ fn a_failure_leaves_what_was_there() {
 }
 
 #[test]
-fn what_is_there_is_replaced_by_force_alone() {
+fn existing_export_is_replaced_only_with_force() {
     for &format in FORMATS {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
         export(vec![sample(0)], format, &out).unwrap();
         let error = export(vec![sample(1)], format, &out).unwrap_err();
         usage_error(&error, &["--force"]);
-        let settings = Settings {
+        let settings = ExportSettings {
             selection: &Selection::All,
             data: &DataConfig::default(),
             tokenizer: None,
@@ -273,7 +273,7 @@ fn what_is_there_is_replaced_by_force_alone() {
         fs::create_dir(&folder).unwrap();
         fs::write(folder.join("thesis.tex"), "years of work").unwrap();
         let error = write([Ok(sample(1))].into_iter(), format, &folder, &settings).unwrap_err();
-        usage_error(&error, &["another place"]);
+        usage_error(&error, &["another path"]);
         assert_eq!(names(&folder).len(), 1);
     }
 }
@@ -296,7 +296,7 @@ fn run(dir: &Path, args: &[&str]) -> std::process::Output {
 }
 
 #[test]
-fn the_command_line_counts_what_is_left_out() {
+fn export_command_counts_rows_left_out() {
     let mut records = varied();
     records.push(finished(2, "\u{1b}[2Jnone"));
     let dir = cache_of(records);
@@ -331,7 +331,7 @@ fn the_command_line_counts_what_is_left_out() {
 }
 
 #[test]
-fn the_command_line_refuses_before_it_writes() {
+fn export_command_refuses_bad_arguments_before_writing() {
     let dir = cache_of(varied());
     let cases: &[(&[&str], i32, &str)] = &[
         (
@@ -365,7 +365,7 @@ fn the_command_line_refuses_before_it_writes() {
                 "t",
             ],
             2,
-            "leave it out",
+            "omit it",
         ),
         (
             &[
@@ -416,7 +416,7 @@ fn the_command_line_refuses_before_it_writes() {
 }
 
 #[test]
-fn a_damaged_cache_exits_with_5_and_leaves_nothing() {
+fn export_of_a_damaged_cache_exits_with_5_and_writes_nothing() {
     let dir = cache_of(vec![sample(0), sample(1), sample(2)]);
     let path = dir.path().join("cache/responses.jsonl");
     let mut bytes = fs::read(&path).unwrap();

@@ -5,7 +5,7 @@ use std::fs;
 use distill::cache::record::{Logprobs, Record, Status};
 use distill::config::DataConfig;
 use distill::data::groups::Selection;
-use distill::export::rows::Settings;
+use distill::export::rows::ExportSettings;
 use distill::export::{Format, write};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, RowAccessor};
@@ -15,7 +15,7 @@ use super::{QUARANTINED, export, left_out};
 use crate::cache_samples::sample;
 
 /// A row as JSON.
-fn json_of_row(row: &parquet::record::Row) -> Value {
+fn json_of_row(row: &parquet::record::ExportRow) -> Value {
     fn json_of(field: &Field) -> Value {
         match field {
             Field::Null => Value::Null,
@@ -39,7 +39,7 @@ fn json_of_row(row: &parquet::record::Row) -> Value {
 }
 
 #[test]
-fn parquet_keeps_everything() {
+fn parquet_keeps_all_training_data() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.parquet");
     // The crab of `sample(0)` has tokens of partial characters, missing logprobs, lists of one.
@@ -99,7 +99,7 @@ fn parquet_holds_one_row_group_at_a_time() {
         record.answer.text = "x".repeat(20 << 20);
         Ok(record)
     });
-    let settings = Settings {
+    let settings = ExportSettings {
         selection: &Selection::All,
         data: &DataConfig::default(),
         tokenizer: None,
@@ -117,7 +117,7 @@ fn parquet_holds_one_row_group_at_a_time() {
 }
 
 #[test]
-fn a_parquet_file_is_a_source_of_prompts() {
+fn parquet_file_is_a_prompt_source() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("prompts.parquet");
     let records = vec![sample(0), sample(1)];

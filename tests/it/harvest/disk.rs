@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use distill::cache::storage::{Storage, Wrap};
+use distill::cache::storage::{Storage, WrapFile};
 use distill::config::Durability;
 use distill::harvest::{self, Environment};
 use distill::report::summary::HarvestSummary;
@@ -39,7 +39,7 @@ impl Moody {
         Err(self.kind.into())
     }
 
-    fn wrap(&self) -> Wrap {
+    fn wrap(&self) -> WrapFile {
         let moody = self.clone();
         Box::new(move |file| Box::new(MoodyFile(file, moody.clone())))
     }

@@ -121,7 +121,7 @@ async fn answers_from_another_address_are_told_of_and_adopted() {
     let summary = harvest::run(&run.config, dry.clone()).await.unwrap();
     let estimate = summary.estimate.as_ref().unwrap();
     // Also those that were cut off: no more tokens are asked for.
-    assert_eq!(estimate.cached.elsewhere.values().sum::<u64>(), 4);
+    assert_eq!(estimate.cached.adoptable.values().sum::<u64>(), 4);
     let table = summary.to_table();
     assert!(
         table.contains("cache adopt") && table.contains(&server.base_url),
@@ -441,5 +441,5 @@ async fn what_answers_a_question_already_is_not_adopted_by_another_teacher() {
     };
     let summary = harvest::run(&run.config, dry).await.unwrap();
     assert_eq!((summary.cached, summary.pending), (6, 6));
-    assert!(summary.estimate.unwrap().cached.elsewhere.is_empty());
+    assert!(summary.estimate.unwrap().cached.adoptable.is_empty());
 }

@@ -80,7 +80,7 @@ async fn harvest(run: &Run, transports: Vec<Arc<dyn Transport>>) -> anyhow::Resu
     let world = Environment {
         transports,
         clock: WallClock::system(),
-        storage: distill::cache::files(),
+        storage: distill::cache::plain_storage(),
     };
     harvest::run_in(world, &run.config, quietly(), signals).await
 }

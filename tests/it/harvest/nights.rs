@@ -125,7 +125,7 @@ impl Night {
         let world = Environment {
             transports: vec![Arc::new(transport)],
             clock: self.clock.clone(),
-            storage: distill::cache::files(),
+            storage: distill::cache::plain_storage(),
         };
         let signals = Signals::from_channel(signals);
         let run = harvest::run_in(world, &self.run.config, quietly(), signals);

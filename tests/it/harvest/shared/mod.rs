@@ -104,7 +104,7 @@ async fn harvest_until(
     let world = Environment {
         transports: vec![teacher],
         clock: WallClock::system(),
-        storage: distill::cache::files(),
+        storage: distill::cache::plain_storage(),
     };
     let signals = Signals::from_channel(signals);
     let harvest = harvest::run_in(world, &run.config, quietly(), signals);

@@ -1,21 +1,21 @@
-//! `distill cache repair` and `distill cache merge`.
+//! `distill cache repair`, `distill cache merge`, and the result of `distill cache adopt`.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde_json::json;
 
-use crate::cache::merge::{self, Merged};
+use crate::cache::merge::{self, MergeReport};
 use crate::cache::usage::Usage;
 use crate::cache::{conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
 use crate::config::{self, Price};
 use crate::harvest::run_files::MergeAccount;
 use crate::plan::adopt::Adopted;
-use crate::terminal::progress::Reading;
+use crate::terminal::progress::ReadProgress;
 use crate::terminal::{format_count, sanitise};
 
-/// Repairs the cache in `dir` and says what was done.
+/// Repairs the cache in `dir` and prints the result.
 pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
     let done = repair::repair(dir)?;
     if json {
@@ -31,8 +31,8 @@ pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
     }
     if done.quarantined > 0 {
         text += &format!(
-            "damaged lines and frames: {} ({} bytes), moved to {}; the next `distill harvest` asks \
-             their prompts again\n",
+            "damaged lines and frames: {} ({} bytes), moved to {}; the next `distill harvest` asks their prompts \
+             again\n",
             format_count(done.quarantined),
             format_count(done.quarantined_bytes),
             quarantine_file(dir).display()
@@ -40,13 +40,13 @@ pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
     }
     if done.rescued > 0 {
         text += &format!(
-            "records that could still be read from damaged frames: {}\n",
+            "records recovered from damaged frames: {}\n",
             format_count(done.rescued)
         );
     }
     if done.conflicts > 0 {
         text += &format!(
-            "further records of a key: {}, moved to {}\n",
+            "records that repeat a key: {}, moved to {}\n",
             format_count(done.conflicts),
             conflicts_file(dir).display()
         );
@@ -54,7 +54,7 @@ pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
     print(&sanitise(&text))
 }
 
-/// Merges `sources` into the cache in `dir` and says what came of each.
+/// Merges `sources` into the cache in `dir` and prints the result for each.
 pub(crate) fn merge(
     dir: &Path,
     settings: &config::CacheConfig,
@@ -64,7 +64,7 @@ pub(crate) fn merge(
 ) -> Result<()> {
     let run_dir = dir.parent().unwrap_or(Path::new("."));
     let account = MergeAccount::open(run_dir, price)?;
-    let mut reading = Reading::new("merging", json);
+    let mut reading = ReadProgress::new("merging", json);
     let mut all = Vec::new();
     let merged = merge::merge_all(dir, settings, sources, &mut all, &mut |done, total| {
         reading.update(done, total);
@@ -94,8 +94,8 @@ pub(crate) fn merge(
     let conflicts: u64 = all.iter().map(|merged| merged.conflicts).sum();
     if conflicts > 0 {
         text += &format!(
-            "conflicts: {}; these requests were answered twice: the answer that the cache had \
-             stays, the other is kept in {}\n",
+            "conflicts: {}; these requests have two different answers: the one in the cache stays, the other was \
+             appended to {}\n",
             format_count(conflicts),
             conflicts_file(dir).display()
         );
@@ -112,9 +112,9 @@ pub(crate) fn merge(
     print(&sanitise(&text))
 }
 
-fn line(source: &Path, merged: &Merged) -> String {
+fn line(source: &Path, merged: &MergeReport) -> String {
     format!(
-        "{}: {} records, {} added, {} there already, {} conflicts\n",
+        "{}: {} records, {} added, {} already in the cache, {} conflicts\n",
         source.display(),
         format_count(merged.records),
         format_count(merged.added),
@@ -134,12 +134,12 @@ pub(crate) fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
     let mocks = match done.mocks {
         0 => String::new(),
         count => format!(
-            "; {} answers of a mock were not taken over",
+            "; {} answers of a mock teacher were not adopted",
             format_count(count)
         ),
     };
     print(&format!(
-        "adopted: {} answers in {}; {} of the {} questions of this config have an answer now{mocks}\n",
+        "adopted: {} answers in {}; {} of {} questions of this config are answered now{mocks}\n",
         format_count(done.records),
         dir.display(),
         format_count(done.answered),
@@ -147,5 +147,5 @@ pub(crate) fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
     ))
 }
 
-/// Version of what `--json` prints here.
+/// Version of the JSON output of `distill cache`.
 pub(crate) const VERSION: u32 = 1;
