@@ -10,8 +10,8 @@ use tokio::runtime::Builder;
 use super::{print, print_json};
 use crate::cli::{Global, ServeArgs};
 use crate::exit::Exit;
-use crate::mock::ledger::Stats;
 use crate::mock::script::Script;
+use crate::mock::stats::MockStats;
 use crate::serve::{self, ServeOptions, Server};
 use crate::signal::Signals;
 use crate::terminal::{format_count, table};
@@ -98,7 +98,7 @@ async fn until_stopped(server: Server) -> Result<u8> {
 }
 
 /// The stats as a table, those of status, kind and repetition only where there are any.
-fn rows(stats: &Stats) -> Vec<[String; 2]> {
+fn rows(stats: &MockStats) -> Vec<[String; 2]> {
     let row = |name: &str, count: u64| [name.to_string(), format_count(count)];
     let billed = &stats.billed;
     let mut rows = vec![

@@ -1,16 +1,16 @@
 //! Good answers, written straight into the bytes of a body. Pure: chance and time are arguments.
 
-use crate::mock::chat::Chat;
-use crate::mock::logprobs::{Pieces, write_number, write_string};
+use crate::mock::chat::ParsedChat;
+use crate::mock::logprobs::{LogprobTemplates, write_number, write_string};
 use crate::mock::script::Script;
-use crate::mock::script::answers::{Text, Token};
+use crate::mock::script::answers::{AnswerText, TokenUnit};
 
-/// The bytes of a token of [`Token::Bytes`].
-const BYTES: usize = 3;
+/// The bytes of a token of [`TokenUnit::Bytes`].
+const BYTES_PER_TOKEN: usize = 3;
 
 /// What an answer is billed as.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
+pub struct MockUsage {
     pub prompt_tokens: u64,
     pub cached_tokens: u64,
     pub completion_tokens: u64,
@@ -18,66 +18,69 @@ pub struct Usage {
 }
 
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct MockAnswer {
     pub body: Vec<u8>,
-    pub usage: Usage,
+    pub usage: MockUsage,
 }
 
 /// What an answer needs besides the request.
-pub(crate) struct Circumstances<'a> {
+pub(crate) struct AnswerInputs<'a> {
     pub script: &'a Script,
     /// Of the script's `top_logprobs`, at temperature 1.
-    pub pieces: &'a Pieces,
+    pub templates: &'a LogprobTemplates,
     /// Names the answer.
     pub id: u128,
     /// Unix time in seconds.
     pub created: i64,
 }
 
-/// The answer to `chat`; the same `draw` makes the same one.
-pub(crate) fn write(chat: &Chat, with: &Circumstances, draw: &mut fastrand::Rng) -> Answer {
-    let answers = &with.script.answers;
+/// The answer to `chat`; the same `rng` makes the same one.
+pub(crate) fn write(
+    chat: &ParsedChat,
+    inputs: &AnswerInputs,
+    rng: &mut fastrand::Rng,
+) -> MockAnswer {
+    let answers = &inputs.script.answers;
     let text = match &answers.text {
-        Text::Echo => chat.prompt.as_ref().into(),
-        Text::Upper => chat.prompt.to_uppercase().into(),
-        Text::Fixed(text) => std::borrow::Cow::Borrowed(text.as_str()),
+        AnswerText::Echo => chat.prompt.as_ref().into(),
+        AnswerText::Upper => chat.prompt.to_uppercase().into(),
+        AnswerText::Fixed(text) => std::borrow::Cow::Borrowed(text.as_str()),
     };
-    let wanted = answers
-        .tokens
-        .map(|span| span.at(draw.f64()).round() as u64);
-    let room = chat
+    let wanted = answers.tokens.map(|span| span.at(rng.f64()).round() as u64);
+    let max_tokens = chat
         .max_tokens
         .map(|most| most.saturating_sub(answers.reasoning_tokens));
-    let content = Content::compose(&text, answers.token, wanted, room.unwrap_or(u64::MAX));
+    let content =
+        AnswerContent::from_text(&text, answers.token, wanted, max_tokens.unwrap_or(u64::MAX));
     let reasoning_tokens = match chat.max_tokens {
         Some(most) => answers.reasoning_tokens.min(most),
         None => answers.reasoning_tokens,
     };
-    let usage = Usage {
+    let usage = MockUsage {
         prompt_tokens: chat.prompt_tokens,
         cached_tokens: answers.cached_tokens.min(chat.prompt_tokens),
         completion_tokens: (content.ends.len() as u64 + reasoning_tokens) * chat.n,
         reasoning_tokens: reasoning_tokens * chat.n,
     };
     let mut out = Vec::with_capacity(512 + 2 * content.bytes.len());
-    write_head(&mut out, chat, with);
+    write_head(&mut out, chat, inputs);
     for index in 0..chat.n {
         if index > 0 {
             out.push(b',');
         }
-        write_choice(&mut out, index, &content, chat, with, draw);
+        write_choice(&mut out, index, &content, chat, inputs, rng);
     }
     out.extend_from_slice(b"],\"usage\":");
     write_usage(&mut out, &usage);
     out.push(b'}');
-    Answer { body: out, usage }
+    MockAnswer { body: out, usage }
 }
 
-fn write_head(out: &mut Vec<u8>, chat: &Chat, with: &Circumstances) {
+fn write_head(out: &mut Vec<u8>, chat: &ParsedChat, inputs: &AnswerInputs) {
     out.extend_from_slice(b"{\"id\":\"chatcmpl-");
-    out.extend_from_slice(&hex(with.id));
+    out.extend_from_slice(&hex(inputs.id));
     out.extend_from_slice(b"\",\"object\":\"chat.completion\",\"created\":");
-    write_number(out, with.created.unsigned_abs());
+    write_number(out, inputs.created.unsigned_abs());
     out.extend_from_slice(b",\"model\":");
     write_string(out, &chat.model);
     out.extend_from_slice(b",\"system_fingerprint\":\"fp_mock\",\"choices\":[");
@@ -86,12 +89,12 @@ fn write_head(out: &mut Vec<u8>, chat: &Chat, with: &Circumstances) {
 fn write_choice(
     out: &mut Vec<u8>,
     index: u64,
-    content: &Content,
-    chat: &Chat,
-    with: &Circumstances,
-    draw: &mut fastrand::Rng,
+    content: &AnswerContent,
+    chat: &ParsedChat,
+    inputs: &AnswerInputs,
+    rng: &mut fastrand::Rng,
 ) {
-    let answers = &with.script.answers;
+    let answers = &inputs.script.answers;
     out.extend_from_slice(b"{\"index\":");
     write_number(out, index);
     out.extend_from_slice(b",\"message\":{\"role\":\"assistant\",\"content\":");
@@ -101,22 +104,22 @@ fn write_choice(
         None => out.extend_from_slice(b"null"),
         Some(top) => {
             let tempered = (answers.tempered && chat.temperature != 1.0)
-                .then(|| Pieces::new(answers.top_logprobs, chat.temperature));
-            let pieces = tempered.as_ref().unwrap_or(with.pieces);
+                .then(|| LogprobTemplates::new(answers.top_logprobs, chat.temperature));
+            let templates = tempered.as_ref().unwrap_or(inputs.templates);
             out.extend_from_slice(b"{\"content\":[");
             let mut start = 0;
             for &end in &content.ends {
                 if start > 0 {
                     out.push(b',');
                 }
-                pieces.write(out, &content.bytes[start..end], top, draw);
+                templates.write(out, &content.bytes[start..end], top, rng);
                 start = end;
             }
             out.extend_from_slice(b"],\"refusal\":null}");
         }
     }
     out.extend_from_slice(b",\"finish_reason\":");
-    let finish_reason = match content.cut {
+    let finish_reason = match content.truncated {
         true => "length",
         false => &answers.finish_reason,
     };
@@ -124,7 +127,7 @@ fn write_choice(
     out.push(b'}');
 }
 
-fn write_usage(out: &mut Vec<u8>, usage: &Usage) {
+fn write_usage(out: &mut Vec<u8>, usage: &MockUsage) {
     let fields: [(&[u8], u64); 5] = [
         (b"{\"prompt_tokens\":", usage.prompt_tokens),
         (b",\"completion_tokens\":", usage.completion_tokens),
@@ -159,23 +162,28 @@ fn hex(number: u128) -> [u8; 32] {
 
 /// A text in tokens.
 #[derive(Debug, PartialEq)]
-struct Content {
+struct AnswerContent {
     bytes: Vec<u8>,
     /// Where each token ends.
     ends: Vec<usize>,
     /// Whether the longest answer's length cut it off.
-    cut: bool,
+    truncated: bool,
 }
 
-impl Content {
-    /// `text`, repeated or ended after `wanted` tokens, and in any case after `room` of them.
-    fn compose(text: &str, token: Token, wanted: Option<u64>, room: u64) -> Content {
-        let mut content = Content {
+impl AnswerContent {
+    /// `text`, repeated or ended after `wanted` tokens, and in any case after `max_tokens` of them.
+    fn from_text(
+        text: &str,
+        token: TokenUnit,
+        wanted: Option<u64>,
+        max_tokens: u64,
+    ) -> AnswerContent {
+        let mut content = AnswerContent {
             bytes: Vec::with_capacity(text.len()),
             ends: Vec::new(),
-            cut: wanted.is_some_and(|wanted| wanted > room),
+            truncated: wanted.is_some_and(|wanted| wanted > max_tokens),
         };
-        let most = wanted.map_or(room, |wanted| wanted.min(room));
+        let most = wanted.map_or(max_tokens, |wanted| wanted.min(max_tokens));
         let mut rest = text.as_bytes();
         while (content.ends.len() as u64) < most {
             if rest.is_empty() {
@@ -184,7 +192,7 @@ impl Content {
                 }
                 rest = text.as_bytes();
                 // So that the last word and the first one stay two.
-                if token == Token::Word && !rest[0].is_ascii_whitespace() {
+                if token == TokenUnit::Word && !rest[0].is_ascii_whitespace() {
                     content.bytes.push(b' ');
                 }
             }
@@ -193,26 +201,26 @@ impl Content {
             content.ends.push(content.bytes.len());
             rest = others;
         }
-        content.cut |= wanted.is_none() && !rest.is_empty();
+        content.truncated |= wanted.is_none() && !rest.is_empty();
         content
     }
 }
 
 /// The length in bytes of the first token of `text`, which is not empty.
-fn token_len(text: &[u8], token: Token) -> usize {
+fn token_len(text: &[u8], token: TokenUnit) -> usize {
     match token {
-        Token::Word => {
+        TokenUnit::Word => {
             let is_space = |byte: &u8| byte.is_ascii_whitespace();
             let start = text.iter().position(|byte| !is_space(byte));
             let start = start.unwrap_or(text.len());
             let word = text[start..].iter().position(is_space);
             word.map_or(text.len(), |length| start + length)
         }
-        Token::Char => {
+        TokenUnit::Char => {
             let next = text[1..].iter().position(|byte| byte & 0xc0 != 0x80);
             next.map_or(text.len(), |next| next + 1)
         }
-        Token::Bytes => BYTES.min(text.len()),
+        TokenUnit::Bytes => BYTES_PER_TOKEN.min(text.len()),
     }
 }
 
@@ -221,8 +229,15 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(text: &str, token: Token, wanted: Option<u64>, room: u64, tokens: &[&str], cut: bool) {
-        let content = Content::compose(text, token, wanted, room);
+    fn check(
+        text: &str,
+        token: TokenUnit,
+        wanted: Option<u64>,
+        max_tokens: u64,
+        tokens: &[&str],
+        truncated: bool,
+    ) {
+        let content = AnswerContent::from_text(text, token, wanted, max_tokens);
         let mut start = 0;
         let found: Vec<_> = content
             .ends
@@ -232,7 +247,7 @@ mod tests {
             })
             .collect();
         assert_eq!(found, tokens);
-        assert_eq!(content.cut, cut);
+        assert_eq!(content.truncated, truncated);
         assert_eq!(start, content.bytes.len());
     }
 
@@ -241,26 +256,40 @@ mod tests {
         let many = u64::MAX;
         check(
             "a b  c ",
-            Token::Word,
+            TokenUnit::Word,
             None,
             many,
             &["a", " b", "  c", " "],
             false,
         );
-        check("a b", Token::Word, Some(3), many, &["a", " b", " a"], false);
-        check("a b", Token::Word, Some(3), 2, &["a", " b"], true);
-        check("a b", Token::Word, None, 1, &["a"], true);
-        check("a b", Token::Word, None, 2, &["a", " b"], false);
-        check("aä日", Token::Char, None, many, &["a", "ä", "日"], false);
+        check(
+            "a b",
+            TokenUnit::Word,
+            Some(3),
+            many,
+            &["a", " b", " a"],
+            false,
+        );
+        check("a b", TokenUnit::Word, Some(3), 2, &["a", " b"], true);
+        check("a b", TokenUnit::Word, None, 1, &["a"], true);
+        check("a b", TokenUnit::Word, None, 2, &["a", " b"], false);
+        check(
+            "aä日",
+            TokenUnit::Char,
+            None,
+            many,
+            &["a", "ä", "日"],
+            false,
+        );
         check(
             "ää",
-            Token::Bytes,
+            TokenUnit::Bytes,
             None,
             many,
             &["ä\u{fffd}", "\u{fffd}"],
             false,
         );
-        check("", Token::Word, Some(3), many, &[], false);
-        check("a", Token::Word, None, 0, &[], true);
+        check("", TokenUnit::Word, Some(3), many, &[], false);
+        check("a", TokenUnit::Word, None, 0, &[], true);
     }
 }

@@ -2,20 +2,20 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::mock::corrupt::{blank_lines, twist};
+use crate::mock::corrupt::{blank_lines, corrupt_body};
 use crate::mock::headers::{with_retry_after, words};
-use crate::mock::response::{Reaction, Reply};
+use crate::mock::response::{HttpReply, MockResponse};
 use crate::mock::script::Script;
-use crate::mock::script::fault::Fault;
-use crate::mock::script::kind::Kind;
+use crate::mock::script::fault::ScriptedFault;
+use crate::mock::script::fault_kind::FaultKind;
 use crate::mock::script::limits::RetryAfter;
 
 /// Another host than any that a test serves.
-const ELSEWHERE: &str = "https://elsewhere.invalid/v1/chat/completions";
+const OTHER_HOST: &str = "https://elsewhere.invalid/v1/chat/completions";
 
 /// A request, as far as a fault's conditions look at it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Seen<'a> {
+pub(crate) struct RequestFacts<'a> {
     /// Without a query.
     pub path: &'a str,
     /// Whether it is for an answer.
@@ -30,46 +30,46 @@ pub(crate) struct Seen<'a> {
 
 /// The first fault of the script whose conditions hold. Each one draws, so that the draws of one
 /// do not depend on the conditions of another.
-pub(crate) fn choose<'a>(
+pub(crate) fn select<'a>(
     script: &'a Script,
-    seen: Seen,
-    draw: &mut fastrand::Rng,
-) -> Option<&'a Fault> {
+    facts: RequestFacts,
+    rng: &mut fastrand::Rng,
+) -> Option<&'a ScriptedFault> {
     let mut chosen = None;
     for fault in &script.faults {
-        let random = draw.f64();
-        if chosen.is_none() && fault.applies(seen, random) {
+        let random = rng.f64();
+        if chosen.is_none() && fault.matches(facts, random) {
             chosen = Some(fault);
         }
     }
     chosen
 }
 
-impl Fault {
-    fn applies(&self, seen: Seen, random: f64) -> bool {
-        let at = seen.at.as_secs_f64();
-        let is_there = match &self.path {
-            None => seen.is_chat,
-            Some(part) => seen.path.contains(part.as_str()),
+impl ScriptedFault {
+    fn matches(&self, facts: RequestFacts, random: f64) -> bool {
+        let at = facts.at.as_secs_f64();
+        let path_matches = match &self.path {
+            None => facts.is_chat,
+            Some(part) => facts.path.contains(part.as_str()),
         };
-        is_there
-            && self.first.is_none_or(|first| seen.attempt < first)
+        path_matches
+            && self.first.is_none_or(|first| facts.attempt < first)
             && self.share.is_none_or(|share| random < share)
             && self.from_s.is_none_or(|from| at >= from)
             && self.to_s.is_none_or(|to| at < to)
             && self
                 .matching
                 .as_ref()
-                .is_none_or(|part| seen.prompt.contains(part.as_str()))
+                .is_none_or(|part| facts.prompt.contains(part.as_str()))
     }
 
     /// Whether the request is billed.
     pub fn is_billed(&self) -> bool {
-        self.billed.unwrap_or(self.kind.is_of_an_answer())
+        self.billed.unwrap_or(self.kind.corrupts_answer())
     }
 
     /// Puts the script's own body and headers in place of the kind's.
-    fn dress(&self, mut reply: Reply) -> Reply {
+    fn apply_overrides(&self, mut reply: HttpReply) -> HttpReply {
         if let Some(body) = &self.body {
             reply.body = body.clone().into();
         }
@@ -85,63 +85,63 @@ impl Fault {
 /// What a fault that leaves no answer makes of a request. None: nothing ever comes.
 ///
 /// `now` is only for a `Retry-After` that is a date.
-pub(crate) fn error(fault: &Fault, now: SystemTime) -> Option<Reaction> {
+pub(crate) fn error(fault: &ScriptedFault, now: SystemTime) -> Option<MockResponse> {
     let reply = match fault.kind {
-        Kind::Stall => return None,
-        Kind::Reset => return Some(Reaction::Reset),
-        Kind::Refused => return Some(Reaction::Refused),
-        Kind::Html(status) => Reply {
+        FaultKind::Stall => return None,
+        FaultKind::Reset => return Some(MockResponse::Reset),
+        FaultKind::Refused => return Some(MockResponse::Refused),
+        FaultKind::Html(status) => HttpReply {
             content_type: "text/html",
-            ..Reply::json(status, page(status))
+            ..HttpReply::json(status, page(status))
         },
-        Kind::InsufficientQuota => Reply::error(
+        FaultKind::InsufficientQuota => HttpReply::error(
             429,
             "You exceeded your current quota, please check your plan and billing details.",
             "insufficient_quota",
         ),
-        Kind::Redirect => Reply::json(307, "").with("location", ELSEWHERE),
+        FaultKind::Redirect => HttpReply::json(307, "").with("location", OTHER_HOST),
         // With the status as its code, as routers send it.
-        Kind::ErrorIn200 => {
-            let reply = Reply::error(502, "The upstream provider failed.", 502);
-            Reply {
+        FaultKind::ErrorIn200 => {
+            let reply = HttpReply::error(502, "The upstream provider failed.", 502);
+            HttpReply {
                 status: 200,
                 ..reply
             }
         }
-        Kind::Http(status) => of_status(status, &message(fault, status)),
-        _ => Reply::error(500, "This fault has no answer to spoil.", "server_error"),
+        FaultKind::Http(status) => of_status(status, &message(fault, status)),
+        _ => HttpReply::error(500, "This fault has no answer to spoil.", "server_error"),
     };
     let form = fault.retry_after.unwrap_or(RetryAfter::None);
     let reply = with_retry_after(reply, form, wait(fault), now);
-    Some(Reaction::Reply(fault.dress(reply)))
+    Some(MockResponse::Complete(fault.apply_overrides(reply)))
 }
 
 /// What any other fault makes of a good answer.
-pub(crate) fn spoil(fault: &Fault, mut answer: Reply) -> Reaction {
+pub(crate) fn corrupt(fault: &ScriptedFault, mut answer: HttpReply) -> MockResponse {
     let interval = seconds(fault.interval_s.unwrap_or(1.0));
     let body = std::mem::take(&mut answer.body);
-    answer.body = twist(fault.kind, body.into(), fault.size);
-    let reply = fault.dress(answer);
+    answer.body = corrupt_body(fault.kind, body.into(), fault.size);
+    let reply = fault.apply_overrides(answer);
     match fault.kind {
-        Kind::ResetInBody => Reaction::ResetInBody(reply),
-        Kind::ShortBody => Reaction::ShortBody(reply),
-        Kind::UnfinishedChunks => Reaction::UnfinishedChunks(reply),
-        Kind::StallInBody => Reaction::StallInBody(reply),
-        Kind::Drip => Reaction::Drip {
+        FaultKind::ResetInBody => MockResponse::ResetInBody(reply),
+        FaultKind::ShortBody => MockResponse::ShortBody(reply),
+        FaultKind::UnfinishedChunks => MockResponse::UnfinishedChunks(reply),
+        FaultKind::StallInBody => MockResponse::StallInBody(reply),
+        FaultKind::Drip => MockResponse::Drip {
             slow: reply.body.len(),
             reply,
             interval,
         },
-        Kind::BlankLines if fault.interval_s.is_some() => Reaction::Drip {
+        FaultKind::BlankLines if fault.interval_s.is_some() => MockResponse::Drip {
             slow: blank_lines(fault.size),
             reply,
             interval,
         },
-        _ => Reaction::Reply(reply),
+        _ => MockResponse::Complete(reply),
     }
 }
 
-fn of_status(status: u16, message: &str) -> Reply {
+fn of_status(status: u16, message: &str) -> HttpReply {
     let code = match status {
         400 => "invalid_request",
         401 => "invalid_api_key",
@@ -156,10 +156,10 @@ fn of_status(status: u16, message: &str) -> Reply {
         503 | 529 => "overloaded",
         _ => "server_error",
     };
-    Reply::error(status, message, code)
+    HttpReply::error(status, message, code)
 }
 
-fn message(fault: &Fault, status: u16) -> String {
+fn message(fault: &ScriptedFault, status: u16) -> String {
     let form = fault.retry_after.unwrap_or(RetryAfter::None);
     format!(
         "The mock was told to answer {status}.{}",
@@ -167,7 +167,7 @@ fn message(fault: &Fault, status: u16) -> String {
     )
 }
 
-fn wait(fault: &Fault) -> Duration {
+fn wait(fault: &ScriptedFault) -> Duration {
     seconds(fault.retry_after_s.unwrap_or(1.0))
 }
 

@@ -5,28 +5,28 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::mock::limits::Readings;
-use crate::mock::quota::Reading;
-use crate::mock::response::{Header, Reply};
-use crate::mock::script::limits::{Dialect, RetryAfter};
+use crate::mock::limits::LimitStatus;
+use crate::mock::quota::QuotaStatus;
+use crate::mock::response::{HttpReply, ReplyHeader};
+use crate::mock::script::limits::{HeaderDialect, RetryAfter};
 
 const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// Adds the headers that a reply of this dialect carries.
 pub(crate) fn push_limits(
-    headers: &mut Vec<Header>,
-    dialect: Dialect,
-    limits: &Readings,
+    headers: &mut Vec<ReplyHeader>,
+    dialect: HeaderDialect,
+    limits: &LimitStatus,
     now: SystemTime,
 ) {
     let mut push = |name: String, value: String| headers.push((name.into(), value.into()));
     let per_minute = [("requests", limits.requests), ("tokens", limits.tokens)];
     match dialect {
-        Dialect::None => {}
-        Dialect::Openai | Dialect::Groq => {
+        HeaderDialect::None => {}
+        HeaderDialect::Openai | HeaderDialect::Groq => {
             // Of Groq's requests it is those of a day.
             let requests = match dialect {
-                Dialect::Groq => limits.day.or(limits.requests),
+                HeaderDialect::Groq => limits.day.or(limits.requests),
                 _ => limits.requests,
             };
             for (what, reading) in present(&[("requests", requests), ("tokens", limits.tokens)]) {
@@ -41,7 +41,7 @@ pub(crate) fn push_limits(
                 );
             }
         }
-        Dialect::Azure => {
+        HeaderDialect::Azure => {
             for (what, reading) in present(&per_minute) {
                 push(
                     format!("x-ratelimit-remaining-{what}"),
@@ -49,7 +49,7 @@ pub(crate) fn push_limits(
                 );
             }
         }
-        Dialect::Anthropic => {
+        HeaderDialect::Anthropic => {
             let output = limits.output_tokens;
             // Where answers have no limit of their own, there is one of all tokens.
             let input = output.and(limits.tokens);
@@ -67,7 +67,7 @@ pub(crate) fn push_limits(
             }
         }
         // Per second.
-        Dialect::Together => {
+        HeaderDialect::Together => {
             for (what, reading) in present(&[
                 ("ratelimit", limits.requests),
                 ("tokenlimit", limits.tokens),
@@ -83,7 +83,7 @@ pub(crate) fn push_limits(
                 );
             }
         }
-        Dialect::Fireworks => {
+        HeaderDialect::Fireworks => {
             let kinds = [
                 ("requests", limits.requests),
                 ("tokens-prompt", limits.tokens),
@@ -104,9 +104,9 @@ pub(crate) fn push_limits(
 }
 
 fn present<'a>(
-    readings: &'a [(&'static str, Option<Reading>)],
-) -> impl Iterator<Item = (&'static str, Reading)> + 'a {
-    readings
+    limit_status: &'a [(&'static str, Option<QuotaStatus>)],
+) -> impl Iterator<Item = (&'static str, QuotaStatus)> + 'a {
+    limit_status
         .iter()
         .filter_map(|(what, reading)| Some((*what, (*reading)?)))
 }
@@ -126,11 +126,11 @@ pub(crate) fn words(form: RetryAfter, wait: Duration) -> String {
 
 /// `reply` with the header that says to come back after `wait`.
 pub(crate) fn with_retry_after(
-    reply: Reply,
+    reply: HttpReply,
     form: RetryAfter,
     wait: Duration,
     now: SystemTime,
-) -> Reply {
+) -> HttpReply {
     let date = |time| httpdate::fmt_http_date(time);
     let value = match form {
         RetryAfter::None | RetryAfter::Words => return reply,

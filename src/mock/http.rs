@@ -14,16 +14,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::mock::Mock;
-use crate::mock::parse::{Chunks, Head, Problem, parse_head};
-use crate::mock::request::Request;
-use crate::mock::response::{Reaction, Reply};
+use crate::mock::parse::{ChunkedBody, RequestError, RequestHead, parse_head};
+use crate::mock::request::MockRequest;
+use crate::mock::response::{HttpReply, MockResponse};
 
 /// Of a request. A batch's file may have 200 MB.
-const MAX_BODY: usize = 512 << 20;
+const MAX_BODY_BYTES: usize = 512 << 20;
 /// A body up to this size is sent in one write with its head.
-const SMALL: usize = 64 << 10;
+const SINGLE_WRITE_BYTES: usize = 64 << 10;
 /// A pause without which a reset may overtake what was sent before it.
-const BEFORE_RESET: Duration = Duration::from_millis(20);
+const RESET_DELAY: Duration = Duration::from_millis(20);
 
 /// Serves `mock` to whoever connects. It only ends by being dropped; the connections end with the
 /// runtime.
@@ -33,8 +33,8 @@ pub async fn serve(mock: Arc<Mock>, listener: TcpListener) {
             Ok((stream, _)) => {
                 let mock = Arc::clone(&mock);
                 tokio::spawn(async move {
-                    mock.state().ledger.connected();
-                    if let Err(error) = converse(stream, &mock).await {
+                    mock.state().stats.record_connection();
+                    if let Err(error) = serve_connection(stream, &mock).await {
                         tracing::debug!("a connection broke: {error}");
                     }
                 });
@@ -49,9 +49,9 @@ pub async fn serve(mock: Arc<Mock>, listener: TcpListener) {
 }
 
 /// Answers one request after another until either side closes.
-async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
+async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let mut connection = Connection {
+    let mut connection = MockConnection {
         stream,
         input: Vec::with_capacity(8 << 10),
         output: Vec::with_capacity(8 << 10),
@@ -59,12 +59,12 @@ async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
     loop {
         let head = match connection.read_head().await? {
             Some(Ok(head)) => head,
-            Some(Err(problem)) => return connection.refuse(problem).await,
+            Some(Err(error)) => return connection.send_error(error).await,
             None => return Ok(()),
         };
         let chunks = match connection.read_body(&head).await? {
             Some(Ok(body)) => body,
-            Some(Err(problem)) => return connection.refuse(problem).await,
+            Some(Err(error)) => return connection.send_error(error).await,
             None => return Ok(()),
         };
         let text = |range: &std::ops::Range<usize>| {
@@ -73,7 +73,7 @@ async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
         let end = chunks
             .as_ref()
             .map_or(head.end + head.length, |chunks| chunks.at);
-        let request = Request {
+        let request = MockRequest {
             method: text(&head.method),
             path: text(&head.path),
             authorization: head.authorization.as_ref().map(text),
@@ -84,33 +84,33 @@ async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
             },
         };
         let mut early = Vec::new();
-        let reaction = tokio::select! {
+        let response = tokio::select! {
             biased;
-            reaction = mock.respond(request) => reaction,
-            gone = until_gone(&mut connection.stream, &mut early) => return gone,
+            response = mock.respond(request) => response,
+            gone = wait_for_close(&mut connection.stream, &mut early) => return gone,
         };
         connection.input.drain(..end);
         connection.input.extend_from_slice(&early);
-        let reaction = match reaction {
-            Reaction::Reply(reply) if mock.script.answers.gzip && head.takes_gzip => {
-                Reaction::Reply(compressed(reply)?)
+        let response = match response {
+            MockResponse::Complete(reply) if mock.script.answers.gzip && head.takes_gzip => {
+                MockResponse::Complete(gzip_reply(reply)?)
             }
             other => other,
         };
-        let goes_on = connection.react(reaction, head.close).await?;
-        if !goes_on {
+        let keep_alive = connection.send_response(response, head.close).await?;
+        if !keep_alive {
             return Ok(());
         }
     }
 }
 
 /// As gateways do it: fast.
-fn compressed(reply: Reply) -> io::Result<Reply> {
+fn gzip_reply(reply: HttpReply) -> io::Result<HttpReply> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(&reply.body)?;
     let mut headers = reply.headers;
     headers.push(("content-encoding".into(), "gzip".into()));
-    Ok(Reply {
+    Ok(HttpReply {
         headers,
         body: encoder.finish()?.into(),
         ..reply
@@ -118,8 +118,8 @@ fn compressed(reply: Reply) -> io::Result<Reply> {
 }
 
 /// Ends when the client hangs up. What it sends before that, the next request, is kept.
-async fn until_gone(stream: &mut TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
-    while early.len() < SMALL {
+async fn wait_for_close(stream: &mut TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
+    while early.len() < SINGLE_WRITE_BYTES {
         if stream.read_buf(early).await? == 0 {
             return Ok(());
         }
@@ -128,7 +128,7 @@ async fn until_gone(stream: &mut TcpStream, early: &mut Vec<u8>) -> io::Result<(
     std::future::pending().await
 }
 
-struct Connection {
+struct MockConnection {
     stream: TcpStream,
     /// What came, from the beginning of a request on.
     input: Vec<u8>,
@@ -136,14 +136,14 @@ struct Connection {
     output: Vec<u8>,
 }
 
-impl Connection {
+impl MockConnection {
     /// None once the client has closed.
-    async fn read_head(&mut self) -> io::Result<Option<Result<Head, Problem>>> {
+    async fn read_head(&mut self) -> io::Result<Option<Result<RequestHead, RequestError>>> {
         loop {
             match parse_head(&self.input) {
                 Ok(Some(head)) => return Ok(Some(Ok(head))),
                 Ok(None) => {}
-                Err(problem) => return Ok(Some(Err(problem))),
+                Err(error) => return Ok(Some(Err(error))),
             }
             if self.stream.read_buf(&mut self.input).await? == 0 {
                 return Ok(None);
@@ -155,29 +155,29 @@ impl Connection {
     /// is returned. None if the client closes before.
     async fn read_body(
         &mut self,
-        head: &Head,
-    ) -> io::Result<Option<Result<Option<Chunks>, Problem>>> {
-        if head.length > MAX_BODY {
-            return Ok(Some(Err(Problem::TooLarge)));
+        head: &RequestHead,
+    ) -> io::Result<Option<Result<Option<ChunkedBody>, RequestError>>> {
+        if head.length > MAX_BODY_BYTES {
+            return Ok(Some(Err(RequestError::TooLarge)));
         }
         if head.expects_continue && self.input.len() == head.end {
             self.stream
                 .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
                 .await?;
         }
-        let mut chunks = head.chunked.then(|| Chunks::new(head.end));
+        let mut chunks = head.chunked.then(|| ChunkedBody::new(head.end));
         let end = head.end + head.length;
         self.input.reserve(end.saturating_sub(self.input.len()));
         loop {
             let whole = match &mut chunks {
                 None => Ok(self.input.len() >= end),
-                Some(_) if self.input.len() > MAX_BODY => Err(Problem::TooLarge),
+                Some(_) if self.input.len() > MAX_BODY_BYTES => Err(RequestError::TooLarge),
                 Some(chunks) => chunks.advance(&self.input),
             };
             match whole {
                 Ok(true) => return Ok(Some(Ok(chunks))),
                 Ok(false) => {}
-                Err(problem) => return Ok(Some(Err(problem))),
+                Err(error) => return Ok(Some(Err(error))),
             }
             if self.stream.read_buf(&mut self.input).await? == 0 {
                 return Ok(None);
@@ -185,18 +185,19 @@ impl Connection {
         }
     }
 
-    async fn refuse(&mut self, problem: Problem) -> io::Result<()> {
-        let reply = Reply::error(problem.status(), problem.message(), "bad_request");
-        self.react(Reaction::Reply(reply), true).await?;
+    async fn send_error(&mut self, error: RequestError) -> io::Result<()> {
+        let reply = HttpReply::error(error.status(), error.message(), "bad_request");
+        self.send_response(MockResponse::Complete(reply), true)
+            .await?;
         Ok(())
     }
 
     /// True if the connection can go on.
-    async fn react(&mut self, reaction: Reaction, close: bool) -> io::Result<bool> {
-        match reaction {
-            Reaction::Reply(reply) => {
+    async fn send_response(&mut self, response: MockResponse, close: bool) -> io::Result<bool> {
+        match response {
+            MockResponse::Complete(reply) => {
                 self.write_head(&reply, Some(reply.body.len()), close);
-                if reply.body.len() <= SMALL {
+                if reply.body.len() <= SINGLE_WRITE_BYTES {
                     self.output.extend_from_slice(&reply.body);
                     self.flush().await?;
                 } else {
@@ -205,17 +206,17 @@ impl Connection {
                 }
                 return Ok(!close);
             }
-            Reaction::Refused | Reaction::Reset => self.stream.set_zero_linger()?,
-            Reaction::ResetInBody(reply) => {
+            MockResponse::Refused | MockResponse::Reset => self.stream.set_zero_linger()?,
+            MockResponse::ResetInBody(reply) => {
                 self.send_half(&reply).await?;
-                tokio::time::sleep(BEFORE_RESET).await;
+                tokio::time::sleep(RESET_DELAY).await;
                 self.stream.set_zero_linger()?;
             }
-            Reaction::ShortBody(reply) => {
+            MockResponse::ShortBody(reply) => {
                 self.send_half(&reply).await?;
                 self.stream.shutdown().await?;
             }
-            Reaction::UnfinishedChunks(reply) => {
+            MockResponse::UnfinishedChunks(reply) => {
                 self.write_head(&reply, None, close);
                 let size = format!("{:x}\r\n", reply.body.len());
                 self.output.extend_from_slice(size.as_bytes());
@@ -224,11 +225,11 @@ impl Connection {
                 self.flush().await?;
                 self.stream.shutdown().await?;
             }
-            Reaction::StallInBody(reply) => {
+            MockResponse::StallInBody(reply) => {
                 self.send_half(&reply).await?;
-                until_gone(&mut self.stream, &mut Vec::new()).await?;
+                wait_for_close(&mut self.stream, &mut Vec::new()).await?;
             }
-            Reaction::Drip {
+            MockResponse::Drip {
                 reply,
                 slow,
                 interval,
@@ -247,7 +248,7 @@ impl Connection {
         Ok(false)
     }
 
-    async fn send_half(&mut self, reply: &Reply) -> io::Result<()> {
+    async fn send_half(&mut self, reply: &HttpReply) -> io::Result<()> {
         self.write_head(reply, Some(reply.body.len()), false);
         self.output
             .extend_from_slice(&reply.body[..reply.body.len() / 2]);
@@ -255,7 +256,7 @@ impl Connection {
     }
 
     /// Puts the head of a reply into `output`; a body without a length will be chunked.
-    fn write_head(&mut self, reply: &Reply, length: Option<usize>, close: bool) {
+    fn write_head(&mut self, reply: &HttpReply, length: Option<usize>, close: bool) {
         let out = &mut self.output;
         match reply.status {
             200 => out.extend_from_slice(b"HTTP/1.1 200 OK\r\ncontent-type: "),

@@ -5,16 +5,16 @@
 //! an answer is put together from the pieces.
 
 /// Different probabilities of a chosen token.
-const LEVELS: usize = 16;
+const PROBABILITY_LEVELS: usize = 16;
 
 /// Every piece of JSON that logprobs are made of.
 #[derive(Debug)]
-pub(crate) struct Pieces {
-    levels: Vec<Level>,
+pub(crate) struct LogprobTemplates {
+    templates: Vec<LogprobTemplate>,
 }
 
 #[derive(Debug)]
-struct Level {
+struct LogprobTemplate {
     /// The chosen token's.
     logprob: String,
     /// `,{"token":...}` for each rank after the first.
@@ -23,15 +23,15 @@ struct Level {
     ends: Vec<usize>,
 }
 
-impl Pieces {
+impl LogprobTemplates {
     /// For up to `most` alternatives at this temperature; 1 leaves the probabilities as they are.
-    pub(crate) fn new(most: usize, temperature: f64) -> Pieces {
-        let levels = (0..LEVELS).map(|level| {
-            let p = 0.5 + 0.49 * level as f64 / (LEVELS - 1) as f64;
-            Level::new(p, most, temperature)
+    pub(crate) fn new(most: usize, temperature: f64) -> LogprobTemplates {
+        let templates = (0..PROBABILITY_LEVELS).map(|template| {
+            let p = 0.5 + 0.49 * template as f64 / (PROBABILITY_LEVELS - 1) as f64;
+            LogprobTemplate::new(p, most, temperature)
         });
-        Pieces {
-            levels: levels.collect(),
+        LogprobTemplates {
+            templates: templates.collect(),
         }
     }
 
@@ -41,28 +41,28 @@ impl Pieces {
         out: &mut Vec<u8>,
         token: &[u8],
         top: usize,
-        draw: &mut fastrand::Rng,
+        rng: &mut fastrand::Rng,
     ) {
-        let level = &self.levels[draw.usize(..LEVELS)];
+        let template = &self.templates[rng.usize(..PROBABILITY_LEVELS)];
         out.push(b'{');
         let start = out.len();
-        write_token(out, token, &level.logprob);
+        write_token(out, token, &template.logprob);
         let end = out.len();
         out.extend_from_slice(b",\"top_logprobs\":[");
         if top > 0 {
             out.push(b'{');
             out.extend_from_within(start..end);
             out.push(b'}');
-            let rest = (top - 1).min(level.ends.len());
-            let rest = rest.checked_sub(1).map_or(0, |last| level.ends[last]);
-            out.extend_from_slice(&level.alternatives[..rest]);
+            let rest = (top - 1).min(template.ends.len());
+            let rest = rest.checked_sub(1).map_or(0, |last| template.ends[last]);
+            out.extend_from_slice(&template.alternatives[..rest]);
         }
         out.extend_from_slice(b"]}");
     }
 }
 
-impl Level {
-    fn new(p: f64, most: usize, temperature: f64) -> Level {
+impl LogprobTemplate {
+    fn new(p: f64, most: usize, temperature: f64) -> LogprobTemplate {
         // Near nothing, the likeliest token takes all of it.
         let power = 1.0 / temperature.max(0.01);
         // q^power over the sum of all of them; the alternatives are a geometric series.
@@ -70,23 +70,23 @@ impl Level {
         let chosen = p.powf(power);
         let rest = (1.0 - p).powf(power);
         let log_sum = (chosen + rest * half / (1.0 - half)).ln();
-        let mut level = Level {
+        let mut template = LogprobTemplate {
             logprob: format!("{:.6}", (power * p.ln() - log_sum).min(0.0)),
             alternatives: Vec::new(),
             ends: Vec::new(),
         };
         for rank in 1..most {
             let logprob = power * ((1.0 - p).ln() - rank as f64 * 2f64.ln()) - log_sum;
-            level.alternatives.extend_from_slice(b",{");
+            template.alternatives.extend_from_slice(b",{");
             write_token(
-                &mut level.alternatives,
+                &mut template.alternatives,
                 format!(" alt{rank:02}").as_bytes(),
                 &format!("{logprob:.6}"),
             );
-            level.alternatives.push(b'}');
-            level.ends.push(level.alternatives.len());
+            template.alternatives.push(b'}');
+            template.ends.push(template.alternatives.len());
         }
-        level
+        template
     }
 }
 
@@ -135,8 +135,8 @@ mod tests {
 
     fn probabilities(temperature: f64, top: usize) -> Vec<f64> {
         let mut out = Vec::new();
-        let pieces = Pieces::new(20, temperature);
-        pieces.write(&mut out, b"x\"", top, &mut fastrand::Rng::with_seed(7));
+        let templates = LogprobTemplates::new(20, temperature);
+        templates.write(&mut out, b"x\"", top, &mut fastrand::Rng::with_seed(7));
         let position: Value = serde_json::from_slice(&out).unwrap();
         let top = position["top_logprobs"].as_array().unwrap();
         top.iter()

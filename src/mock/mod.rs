@@ -32,7 +32,6 @@ pub(crate) mod faults;
 pub(crate) mod handle;
 pub(crate) mod headers;
 pub mod http;
-pub mod ledger;
 pub(crate) mod limits;
 pub(crate) mod logprobs;
 pub(crate) mod other_routes;
@@ -42,42 +41,43 @@ pub mod request;
 pub mod response;
 pub mod script;
 pub mod server;
+pub mod stats;
 
-use crate::mock::request::Request;
-use crate::mock::request::wrong_method;
+use crate::mock::request::MockRequest;
+use crate::mock::request::method_not_allowed;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use tokio::time::Instant;
 
-pub use crate::mock::ledger::{Billed, Stats};
-pub use crate::mock::response::{Header, Reaction, Reply};
+pub use crate::mock::response::{HttpReply, MockResponse, ReplyHeader};
 pub use crate::mock::script::Script;
 pub use crate::mock::server::{MockServer, start};
+pub use crate::mock::stats::{BillingTotals, MockStats};
 
-use crate::mock::answer::{Answer, Circumstances};
-use crate::mock::batch::Desk;
-use crate::mock::chat::Chat;
-use crate::mock::ledger::{BodyHash, Ledger};
-use crate::mock::limits::Limiter;
-use crate::mock::logprobs::Pieces;
+use crate::mock::answer::{AnswerInputs, MockAnswer};
+use crate::mock::batch::BatchStore;
+use crate::mock::chat::ParsedChat;
+use crate::mock::limits::MockLimiter;
+use crate::mock::logprobs::LogprobTemplates;
+use crate::mock::stats::{BodyHash, StatsCollector};
 
 /// A scripted teacher. One serves any number of clients at once.
 #[derive(Debug)]
 pub struct Mock {
     script: Script,
-    pieces: Pieces,
+    templates: LogprobTemplates,
     started: Instant,
     /// The wall clock of the start; it goes on at the pace of tokio's clock.
     wall: SystemTime,
-    state: Mutex<State>,
+    state: Mutex<MockState>,
 }
 
 #[derive(Debug)]
-pub(crate) struct State {
-    limiter: Limiter,
-    ledger: Ledger,
-    desk: Desk,
+pub(crate) struct MockState {
+    limiter: MockLimiter,
+    stats: StatsCollector,
+    batches: BatchStore,
 }
 
 impl Mock {
@@ -90,11 +90,11 @@ impl Mock {
     pub fn at(script: Script, wall: SystemTime) -> Mock {
         let started = Instant::now();
         Mock {
-            pieces: Pieces::new(script.answers.top_logprobs, 1.0),
-            state: Mutex::new(State {
-                limiter: Limiter::new(&script.limits, started),
-                ledger: Ledger::default(),
-                desk: Desk::default(),
+            templates: LogprobTemplates::new(script.answers.top_logprobs, 1.0),
+            state: Mutex::new(MockState {
+                limiter: MockLimiter::new(&script.limits, started),
+                stats: StatsCollector::default(),
+                batches: BatchStore::default(),
             }),
             started,
             wall,
@@ -106,63 +106,63 @@ impl Mock {
         &self.script
     }
 
-    pub fn stats(&self) -> Stats {
+    pub fn stats(&self) -> MockStats {
         let mut state = self.state();
         let context = self.context();
-        self.settle(&mut state, &context);
+        self.settle_batches(&mut state, &context);
         let in_flight = state.limiter.in_flight();
-        state.ledger.stats(context.at, in_flight)
+        state.stats.snapshot(context.at, in_flight)
     }
 
     /// How often an answer to this very body was billed.
     pub fn times_billed(&self, body: &[u8]) -> u32 {
         let mut state = self.state();
-        self.settle(&mut state, &self.context());
-        state.ledger.times_billed(ledger::hash(body))
+        self.settle_batches(&mut state, &self.context());
+        state.stats.times_billed(stats::body_hash(body))
     }
 
     /// What becomes of a request. It takes as long as the script says: for ever, if the script says
     /// so. To drop the future is to hang up.
-    pub async fn respond(&self, request: Request<'_>) -> Reaction {
+    pub async fn respond(&self, request: MockRequest<'_>) -> MockResponse {
         let path = request.path.split('?').next().unwrap_or_default();
         if (request.method, path) == ("GET", "/mock/stats") {
             let stats = serde_json::to_vec(&self.stats()).unwrap_or_default();
-            return Reaction::Reply(Reply::json(200, stats));
+            return MockResponse::Complete(HttpReply::json(200, stats));
         }
-        self.state().ledger.requested();
-        let reaction = match self.check_key(request.authorization) {
-            Err(reply) => Reaction::Reply(reply),
+        self.state().stats.record_request();
+        let response = match self.check_key(request.authorization) {
+            Err(reply) => MockResponse::Complete(reply),
             Ok(()) if path.ends_with("/chat/completions") => match request.method {
                 "POST" => self.chat(path, request.body).await,
-                method => wrong_method(path, method),
+                method => method_not_allowed(path, method),
             },
-            Ok(()) => self.elsewhere(&request, path).await,
+            Ok(()) => self.respond_other_route(&request, path).await,
         };
-        if let Some(reply) = reaction.reply() {
-            self.state().ledger.replied(reply.status);
+        if let Some(reply) = response.reply() {
+            self.state().stats.record_status(reply.status);
         }
-        reaction
+        response
     }
 
     /// The same body has the same answer, however often it is asked.
-    fn write_answer(&self, chat: &Chat, hash: BodyHash) -> Answer {
-        let with = Circumstances {
+    fn write_answer(&self, chat: &ParsedChat, hash: BodyHash) -> MockAnswer {
+        let inputs = AnswerInputs {
             script: &self.script,
-            pieces: &self.pieces,
+            templates: &self.templates,
             id: hash,
             created: unix(self.wall_now()),
         };
-        answer::write(chat, &with, &mut self.draw(hash, u32::MAX))
+        answer::write(chat, &inputs, &mut self.rng(hash, u32::MAX))
     }
 
     /// Chance for one attempt; the same whenever it comes. Answers draw from an attempt of their
     /// own, so that their lengths have nothing to do with faults.
-    fn draw(&self, hash: BodyHash, attempt: u32) -> fastrand::Rng {
+    fn rng(&self, hash: BodyHash, attempt: u32) -> fastrand::Rng {
         let attempt = u64::from(attempt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         fastrand::Rng::with_seed(self.script.seed ^ hash as u64 ^ attempt)
     }
 
-    fn check_key(&self, authorization: Option<&str>) -> Result<(), Reply> {
+    fn check_key(&self, authorization: Option<&str>) -> Result<(), HttpReply> {
         let Some(key) = &self.script.key else {
             return Ok(());
         };
@@ -171,14 +171,14 @@ impl Mock {
             return Ok(());
         }
         let message = "Incorrect API key provided.";
-        Err(Reply::error(401, message, "invalid_api_key"))
+        Err(HttpReply::error(401, message, "invalid_api_key"))
     }
 
     fn wall_now(&self) -> SystemTime {
         self.wall + self.started.elapsed()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, MockState> {
         // Counters are as good after a panic as before it.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

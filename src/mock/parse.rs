@@ -6,7 +6,7 @@ const MAX_HEAD: usize = 64 << 10;
 
 /// Where the parts of a request's head are in the bytes that it was read from.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Head {
+pub(crate) struct RequestHead {
     pub method: Range<usize>,
     pub path: Range<usize>,
     pub authorization: Option<Range<usize>>,
@@ -26,38 +26,38 @@ pub(crate) struct Head {
 
 /// Why a request cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Problem {
+pub(crate) enum RequestError {
     Malformed,
     HeadTooLarge,
     TooLarge,
 }
 
-impl Problem {
+impl RequestError {
     pub(crate) fn status(self) -> u16 {
         match self {
-            Problem::Malformed => 400,
-            Problem::HeadTooLarge => 431,
-            Problem::TooLarge => 413,
+            RequestError::Malformed => 400,
+            RequestError::HeadTooLarge => 431,
+            RequestError::TooLarge => 413,
         }
     }
 
     pub(crate) fn message(self) -> &'static str {
         match self {
-            Problem::Malformed => "this is no HTTP/1.1 request",
-            Problem::HeadTooLarge => "the head of the request is too large",
-            Problem::TooLarge => "the body of the request is too large",
+            RequestError::Malformed => "this is no HTTP/1.1 request",
+            RequestError::HeadTooLarge => "the head of the request is too large",
+            RequestError::TooLarge => "the body of the request is too large",
         }
     }
 }
 
 /// The head that `input` begins with; none while it is incomplete.
-pub(crate) fn parse_head(input: &[u8]) -> Result<Option<Head>, Problem> {
-    let mut head = Head::default();
+pub(crate) fn parse_head(input: &[u8]) -> Result<Option<RequestHead>, RequestError> {
+    let mut head = RequestHead::default();
     let mut start = 0;
     loop {
         let Some(length) = input[start..].iter().position(|byte| *byte == b'\n') else {
             return match input.len() > MAX_HEAD {
-                true => Err(Problem::HeadTooLarge),
+                true => Err(RequestError::HeadTooLarge),
                 false => Ok(None),
             };
         };
@@ -79,29 +79,37 @@ pub(crate) fn parse_head(input: &[u8]) -> Result<Option<Head>, Problem> {
 }
 
 /// `POST /v1/chat/completions HTTP/1.1`
-fn parse_request_line(input: &[u8], line: Range<usize>, head: &mut Head) -> Result<(), Problem> {
+fn parse_request_line(
+    input: &[u8],
+    line: Range<usize>,
+    head: &mut RequestHead,
+) -> Result<(), RequestError> {
     let bytes = &input[line.clone()];
     let mut spaces = bytes
         .iter()
         .enumerate()
         .filter_map(|(index, byte)| (*byte == b' ').then_some(index));
     let (Some(first), Some(second)) = (spaces.next(), spaces.next()) else {
-        return Err(Problem::Malformed);
+        return Err(RequestError::Malformed);
     };
     head.method = line.start..line.start + first;
     head.path = line.start + first + 1..line.start + second;
     head.close = match &bytes[second + 1..] {
         b"HTTP/1.1" => false,
         b"HTTP/1.0" => true,
-        _ => return Err(Problem::Malformed),
+        _ => return Err(RequestError::Malformed),
     };
     Ok(())
 }
 
-fn parse_field(input: &[u8], line: Range<usize>, head: &mut Head) -> Result<(), Problem> {
+fn parse_field(
+    input: &[u8],
+    line: Range<usize>,
+    head: &mut RequestHead,
+) -> Result<(), RequestError> {
     let bytes = &input[line.clone()];
     let colon = bytes.iter().position(|byte| *byte == b':');
-    let colon = colon.ok_or(Problem::Malformed)?;
+    let colon = colon.ok_or(RequestError::Malformed)?;
     let (name, value) = (&bytes[..colon], bytes[colon + 1..].trim_ascii());
     let place = || {
         let before = bytes[colon + 1..].len() - bytes[colon + 1..].trim_ascii_start().len();
@@ -123,7 +131,7 @@ fn parse_field(input: &[u8], line: Range<usize>, head: &mut Head) -> Result<(), 
         14 if is("content-length") => {
             let length = std::str::from_utf8(value).ok();
             let length = length.and_then(|length| length.parse().ok());
-            head.length = length.ok_or(Problem::Malformed)?;
+            head.length = length.ok_or(RequestError::Malformed)?;
         }
         15 if is("accept-encoding") => head.takes_gzip = says("gzip"),
         17 if is("transfer-encoding") => head.chunked = says("chunked"),
@@ -134,7 +142,7 @@ fn parse_field(input: &[u8], line: Range<usize>, head: &mut Head) -> Result<(), 
 
 /// A chunked body, as far as it has come.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Chunks {
+pub(crate) struct ChunkedBody {
     pub body: Vec<u8>,
     /// Where the next chunk begins; at last, where the request ends.
     pub at: usize,
@@ -142,10 +150,10 @@ pub(crate) struct Chunks {
     is_last: bool,
 }
 
-impl Chunks {
+impl ChunkedBody {
     /// One that begins at `at`.
-    pub(crate) fn new(at: usize) -> Chunks {
-        Chunks {
+    pub(crate) fn new(at: usize) -> ChunkedBody {
+        ChunkedBody {
             body: Vec::new(),
             at,
             is_last: false,
@@ -154,7 +162,7 @@ impl Chunks {
 
     /// Takes in what has come since the last call, which `input` still begins with. True once the
     /// body is whole.
-    pub(crate) fn advance(&mut self, input: &[u8]) -> Result<bool, Problem> {
+    pub(crate) fn advance(&mut self, input: &[u8]) -> Result<bool, RequestError> {
         while !self.is_last {
             let Some(line) = line_at(input, self.at) else {
                 return Ok(false);
@@ -163,14 +171,14 @@ impl Chunks {
             let size = line.split(|byte| *byte == b';').next().unwrap_or_default();
             let size = std::str::from_utf8(size.trim_ascii()).ok();
             let size = size.and_then(|size| usize::from_str_radix(size, 16).ok());
-            let size = size.ok_or(Problem::Malformed)?;
+            let size = size.ok_or(RequestError::Malformed)?;
             let start = self.at + line.len() + 2;
             if size == 0 {
                 self.at = start;
                 self.is_last = true;
                 break;
             }
-            let end = start.checked_add(size).ok_or(Problem::Malformed)?;
+            let end = start.checked_add(size).ok_or(RequestError::Malformed)?;
             if input.len() < end.saturating_add(2) {
                 return Ok(false);
             }
@@ -224,11 +232,11 @@ mod tests {
             b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
             b"GET / HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
         ] {
-            assert_eq!(parse_head(input), Err(Problem::Malformed));
+            assert_eq!(parse_head(input), Err(RequestError::Malformed));
         }
         assert_eq!(
             parse_head(&[b'x'; MAX_HEAD + 1]),
-            Err(Problem::HeadTooLarge)
+            Err(RequestError::HeadTooLarge)
         );
     }
 
@@ -236,15 +244,18 @@ mod tests {
     fn chunks_are_joined_once_the_last_one_is_there() {
         let input = b"..3;a=b\r\nabc\r\n0A\r\n0123456789\r\n0\r\nx: y\r\n\r\nmore";
         let end = input.len() - 4;
-        let mut chunks = Chunks::new(2);
+        let mut chunks = ChunkedBody::new(2);
         for cut in 2..end {
             assert_eq!(chunks.advance(&input[..cut]), Ok(false), "at {cut}");
         }
-        for mut chunks in [chunks, Chunks::new(2)] {
+        for mut chunks in [chunks, ChunkedBody::new(2)] {
             assert_eq!(chunks.advance(input), Ok(true));
             assert_eq!(chunks.body, b"abc0123456789");
             assert_eq!(chunks.at, end);
         }
-        assert_eq!(Chunks::new(0).advance(b"zz\r\n"), Err(Problem::Malformed));
+        assert_eq!(
+            ChunkedBody::new(0).advance(b"zz\r\n"),
+            Err(RequestError::Malformed)
+        );
     }
 }

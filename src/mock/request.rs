@@ -1,10 +1,10 @@
 //! TODO
 
-use crate::mock::response::{Reaction, Reply};
+use crate::mock::response::{HttpReply, MockResponse};
 
 /// A request as it arrived.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Request<'a> {
+pub struct MockRequest<'a> {
     pub method: &'a str,
     /// With its query, if it has one.
     pub path: &'a str,
@@ -13,22 +13,22 @@ pub struct Request<'a> {
     pub body: &'a [u8],
 }
 
-impl<'a> Request<'a> {
+impl<'a> MockRequest<'a> {
     /// A request for an answer.
-    pub fn chat(body: &'a [u8]) -> Request<'a> {
-        Request {
+    pub fn chat(body: &'a [u8]) -> MockRequest<'a> {
+        MockRequest {
             method: "POST",
-            path: CHAT,
+            path: CHAT_PATH,
             content_type: Some("application/json"),
             body,
-            ..Request::default()
+            ..MockRequest::default()
         }
     }
 }
 
-pub(crate) fn wrong_method(path: &str, method: &str) -> Reaction {
+pub(crate) fn method_not_allowed(path: &str, method: &str) -> MockResponse {
     let message = format!("{path} does not take {method}");
-    Reaction::Reply(Reply::error(405, &message, "method_not_allowed"))
+    MockResponse::Complete(HttpReply::error(405, &message, "method_not_allowed"))
 }
 
-pub(crate) const CHAT: &str = "/v1/chat/completions";
+pub(crate) const CHAT_PATH: &str = "/v1/chat/completions";

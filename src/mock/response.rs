@@ -10,45 +10,45 @@ use serde_json::{Value, json};
 /// What becomes of a request. A request that is never answered has no reaction: the future of
 /// [`crate::mock::Mock::respond`] does not end.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Reaction {
-    Reply(Reply),
+pub enum MockResponse {
+    Complete(HttpReply),
     /// Nobody listens. Over TCP, where the connection has been accepted by then, a reset.
     Refused,
     /// A reset before a byte is sent.
     Reset,
     /// The head, half of the body, then a reset.
-    ResetInBody(Reply),
+    ResetInBody(HttpReply),
     /// The head announces the whole body; half of it is sent, and the connection closed in good
     /// order.
-    ShortBody(Reply),
+    ShortBody(HttpReply),
     /// A chunked body whose last chunk does not come before the connection closes.
-    UnfinishedChunks(Reply),
+    UnfinishedChunks(HttpReply),
     /// The head, half of the body, then nothing, with the connection open.
-    StallInBody(Reply),
+    StallInBody(HttpReply),
     /// The first `slow` bytes of the body one by one, `interval` before each, the rest at once.
     Drip {
-        reply: Reply,
+        reply: HttpReply,
         slow: usize,
         interval: Duration,
     },
 }
 
 /// A header's name in lower case, and its value.
-pub type Header = (Cow<'static, str>, Cow<'static, str>);
+pub type ReplyHeader = (Cow<'static, str>, Cow<'static, str>);
 
 /// A proper HTTP response.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reply {
+pub struct HttpReply {
     pub status: u16,
     /// Besides `content-type` and those that frame the body.
-    pub headers: Vec<Header>,
+    pub headers: Vec<ReplyHeader>,
     pub content_type: &'static str,
     pub body: Bytes,
 }
 
-impl Reply {
-    pub fn json(status: u16, body: impl Into<Bytes>) -> Reply {
-        Reply {
+impl HttpReply {
+    pub fn json(status: u16, body: impl Into<Bytes>) -> HttpReply {
+        HttpReply {
             status,
             headers: Vec::new(),
             content_type: "application/json",
@@ -57,16 +57,16 @@ impl Reply {
     }
 
     /// An error in OpenAI's shape.
-    pub fn error(status: u16, message: &str, code: impl Into<Value>) -> Reply {
-        Reply::json(
+    pub fn error(status: u16, message: &str, code: impl Into<Value>) -> HttpReply {
+        HttpReply::json(
             status,
             error_body(status, message, Value::Null, code.into()),
         )
     }
 
     /// A 400 that names the field at fault.
-    pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> Reply {
-        Reply::json(400, error_body(400, message, param.into(), code.into()))
+    pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> HttpReply {
+        HttpReply::json(400, error_body(400, message, param.into(), code.into()))
     }
 
     /// The first header of this name.
@@ -79,35 +79,35 @@ impl Reply {
         mut self,
         name: impl Into<Cow<'static, str>>,
         value: impl Into<Cow<'static, str>>,
-    ) -> Reply {
+    ) -> HttpReply {
         self.headers.push((name.into(), value.into()));
         self
     }
 }
 
-impl Reaction {
+impl MockResponse {
     /// The response that is sent, wholly or in part.
-    pub fn reply(&self) -> Option<&Reply> {
+    pub fn reply(&self) -> Option<&HttpReply> {
         match self {
-            Reaction::Refused | Reaction::Reset => None,
-            Reaction::Reply(reply)
-            | Reaction::ResetInBody(reply)
-            | Reaction::ShortBody(reply)
-            | Reaction::UnfinishedChunks(reply)
-            | Reaction::StallInBody(reply)
-            | Reaction::Drip { reply, .. } => Some(reply),
+            MockResponse::Refused | MockResponse::Reset => None,
+            MockResponse::Complete(reply)
+            | MockResponse::ResetInBody(reply)
+            | MockResponse::ShortBody(reply)
+            | MockResponse::UnfinishedChunks(reply)
+            | MockResponse::StallInBody(reply)
+            | MockResponse::Drip { reply, .. } => Some(reply),
         }
     }
 
-    pub(crate) fn reply_mut(&mut self) -> Option<&mut Reply> {
+    pub(crate) fn reply_mut(&mut self) -> Option<&mut HttpReply> {
         match self {
-            Reaction::Refused | Reaction::Reset => None,
-            Reaction::Reply(reply)
-            | Reaction::ResetInBody(reply)
-            | Reaction::ShortBody(reply)
-            | Reaction::UnfinishedChunks(reply)
-            | Reaction::StallInBody(reply)
-            | Reaction::Drip { reply, .. } => Some(reply),
+            MockResponse::Refused | MockResponse::Reset => None,
+            MockResponse::Complete(reply)
+            | MockResponse::ResetInBody(reply)
+            | MockResponse::ShortBody(reply)
+            | MockResponse::UnfinishedChunks(reply)
+            | MockResponse::StallInBody(reply)
+            | MockResponse::Drip { reply, .. } => Some(reply),
         }
     }
 }

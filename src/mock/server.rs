@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use tokio::runtime::Builder;
 use tokio_util::sync::CancellationToken;
 
-use crate::mock::ledger::Stats;
 use crate::mock::script::Script;
+use crate::mock::stats::MockStats;
 use crate::mock::{Mock, http};
 
 /// A running mock. It can be held from synchronous and from async code alike; dropping it stops it
@@ -77,7 +77,7 @@ impl MockServer {
     }
 
     /// Hangs up on everybody, and returns what there is to tell.
-    pub fn stop(mut self) -> Stats {
+    pub fn stop(mut self) -> MockStats {
         self.end();
         self.mock.stats()
     }

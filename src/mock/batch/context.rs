@@ -4,7 +4,7 @@ use crate::mock::script::Script;
 use std::time::Duration;
 
 /// What the desk needs to know of the moment.
-pub(crate) struct Context<'a> {
+pub(crate) struct BatchContext<'a> {
     pub script: &'a Script,
     /// Since the start.
     pub at: Duration,
@@ -12,7 +12,7 @@ pub(crate) struct Context<'a> {
     pub started: i64,
 }
 
-impl Context<'_> {
+impl BatchContext<'_> {
     /// Virtual seconds since the start.
     pub(crate) fn now(&self) -> f64 {
         self.at.as_secs_f64() * self.script.batch.clock

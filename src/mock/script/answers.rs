@@ -2,12 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::{Span, ensure, is_time};
+use crate::mock::script::{NumberRange, is_time, require};
 
 /// What a good answer says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Text {
+pub enum AnswerText {
     /// The last message.
     Echo,
     /// The last message in capitals.
@@ -18,7 +18,7 @@ pub enum Text {
 /// What a token is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Token {
+pub enum TokenUnit {
     /// A word with the white space before it.
     Word,
     Char,
@@ -37,13 +37,13 @@ pub enum MaxTokensField {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Answers {
-    pub text: Text,
-    pub token: Token,
+pub struct AnswerScript {
+    pub text: AnswerText,
+    pub token: TokenUnit,
     /// The answers' length: the text is repeated or cut. None: as long as the text is.
-    pub tokens: Option<Span>,
+    pub tokens: Option<NumberRange>,
     /// From the request to its answer.
-    pub latency_s: Span,
+    pub latency_s: NumberRange,
     /// Added to the latency for every token of the answer.
     pub token_s: f64,
     /// Whether logprobs come to who asks for them.
@@ -68,13 +68,13 @@ pub struct Answers {
     pub bill_abandoned: bool,
 }
 
-impl Default for Answers {
+impl Default for AnswerScript {
     fn default() -> Self {
         Self {
-            text: Text::Echo,
-            token: Token::Word,
+            text: AnswerText::Echo,
+            token: TokenUnit::Word,
             tokens: None,
-            latency_s: Span::Exactly(0.0),
+            latency_s: NumberRange::Exactly(0.0),
             token_s: 0.0,
             logprobs: true,
             top_logprobs: 20,
@@ -91,20 +91,20 @@ impl Default for Answers {
     }
 }
 
-impl Answers {
+impl AnswerScript {
     pub(crate) fn check(&self) -> Result<(), String> {
         let spans = [
             ("answers.latency_s", Some(self.latency_s)),
             ("answers.tokens", self.tokens),
         ];
         for (key, span) in spans {
-            ensure(
-                span.is_none_or(Span::is_fit),
+            require(
+                span.is_none_or(NumberRange::is_valid),
                 key,
                 "must be a number that is not negative, or [low, high]",
             )?;
         }
-        ensure(
+        require(
             is_time(self.token_s),
             "answers.token_s",
             "must be finite and not negative",

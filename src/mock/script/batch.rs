@@ -2,12 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::{ensure, is_time};
+use crate::mock::script::{is_time, require};
 
 /// How a batch ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum BatchOutcome {
     Completed,
     /// After validation, with an error that names a line.
     Failed,
@@ -20,7 +20,7 @@ pub enum Outcome {
 /// What `request_counts` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum RequestCounts {
+pub enum RequestCountsMode {
     Right,
     /// Every row completed, whatever the files say.
     AllCompleted,
@@ -30,7 +30,7 @@ pub enum RequestCounts {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Batch {
+pub struct BatchScript {
     /// Virtual seconds that pass in a second. The times below are virtual.
     pub clock: f64,
     pub validating_s: f64,
@@ -38,12 +38,12 @@ pub struct Batch {
     pub in_progress_s: f64,
     pub finalizing_s: f64,
     pub cancelling_s: f64,
-    pub outcome: Outcome,
+    pub outcome: BatchOutcome,
     /// Rows that end in the error file, in three shapes in turn.
     pub error_rows: usize,
     /// Rows that end in neither file.
     pub lost_rows: usize,
-    pub request_counts: RequestCounts,
+    pub request_counts: RequestCountsMode,
     /// Shown in place of `in_progress`.
     pub status: Option<String>,
     /// An uploaded file is "not found" for so long; in real seconds.
@@ -56,7 +56,7 @@ pub struct Batch {
     pub max_bytes: usize,
 }
 
-impl Default for Batch {
+impl Default for BatchScript {
     fn default() -> Self {
         Self {
             clock: 1.0,
@@ -64,10 +64,10 @@ impl Default for Batch {
             in_progress_s: 3600.0,
             finalizing_s: 60.0,
             cancelling_s: 60.0,
-            outcome: Outcome::Completed,
+            outcome: BatchOutcome::Completed,
             error_rows: 0,
             lost_rows: 0,
-            request_counts: RequestCounts::Right,
+            request_counts: RequestCountsMode::Right,
             status: None,
             missing_s: 0.0,
             lost_creates: 0,
@@ -78,7 +78,7 @@ impl Default for Batch {
     }
 }
 
-impl Batch {
+impl BatchScript {
     pub(crate) fn check(&self) -> Result<(), String> {
         let times = [
             ("batch.clock", self.clock),
@@ -89,7 +89,7 @@ impl Batch {
             ("batch.missing_s", self.missing_s),
         ];
         for (key, seconds) in times {
-            ensure(is_time(seconds), key, "must be finite and not negative")?;
+            require(is_time(seconds), key, "must be finite and not negative")?;
         }
         Ok(())
     }

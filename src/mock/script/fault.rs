@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::kind::Kind;
+use crate::mock::script::fault_kind::FaultKind;
 use crate::mock::script::limits::RetryAfter;
-use crate::mock::script::{ensure, is_time};
+use crate::mock::script::{is_time, require};
 
 /// Something that goes wrong. Of its conditions all must hold; without any, it always does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Fault {
-    pub kind: Kind,
+pub struct ScriptedFault {
+    pub kind: FaultKind,
     /// The first so many requests with the same body that the limits let in.
     pub first: Option<u32>,
     /// Of all requests, drawn for each.
@@ -44,9 +44,9 @@ pub struct Fault {
     pub billed: Option<bool>,
 }
 
-impl Fault {
+impl ScriptedFault {
     /// One of this kind that always happens.
-    pub fn new(kind: Kind) -> Self {
+    pub fn new(kind: FaultKind) -> Self {
         Self {
             kind,
             first: None,
@@ -67,7 +67,7 @@ impl Fault {
     }
 
     pub(crate) fn check(&self) -> Result<(), String> {
-        ensure(
+        require(
             self.share.is_none_or(|share| (0.0..=1.0).contains(&share)),
             "share",
             "must lie between 0 and 1",
@@ -81,11 +81,11 @@ impl Fault {
         ];
         for (key, seconds) in times {
             let fits = seconds.is_none_or(is_time);
-            ensure(fits, key, "must be finite and not negative")?;
+            require(fits, key, "must be finite and not negative")?;
         }
         // A byte of this could end the header, and begin another.
         let is_plain = |text: &String| text.bytes().all(|byte| byte >= b' ');
-        ensure(
+        require(
             self.headers
                 .iter()
                 .all(|(name, value)| is_plain(name) && is_plain(value)),

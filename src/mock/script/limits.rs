@@ -2,12 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::{ensure, is_time};
+use crate::mock::script::{is_time, require};
 
 /// How limits per minute are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Window {
+pub enum LimitWindow {
     /// A bucket that refills continuously.
     Bucket,
     /// Anew each minute, from the start on.
@@ -19,7 +19,7 @@ pub enum Window {
 /// What a request is charged against the limits of tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Counts {
+pub enum TokenCounting {
     /// Its prompt and the longest answer that it allows.
     Estimate,
     /// The same until its answer is there, and what it used from then on.
@@ -29,7 +29,7 @@ pub enum Counts {
 /// Whose headers tell of the limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Dialect {
+pub enum HeaderDialect {
     None,
     Openai,
     Azure,
@@ -62,7 +62,7 @@ pub enum RetryAfter {
 /// From `at_s` on, limits are `factor` times what the file says.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Change {
+pub struct LimitChange {
     /// Since the start.
     pub at_s: f64,
     pub factor: f64,
@@ -70,8 +70,8 @@ pub struct Change {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Limits {
-    pub window: Window,
+pub struct LimitScript {
+    pub window: LimitWindow,
     pub requests_per_minute: Option<u64>,
     /// Of prompts and answers; of prompts alone where answers have a limit of their own.
     pub tokens_per_minute: Option<u64>,
@@ -83,32 +83,32 @@ pub struct Limits {
     pub concurrency: Option<u64>,
     /// With more requests at once than this, latency grows in proportion.
     pub load_capacity: Option<u64>,
-    pub counts: Counts,
+    pub counts: TokenCounting,
     /// Whether a refused request counts as one.
     pub count_refused: bool,
     /// The bucket's size, as seconds' worth of its limit.
     pub burst_s: f64,
-    pub headers: Dialect,
+    pub headers: HeaderDialect,
     pub retry_after: RetryAfter,
     /// The status of a refusal.
     pub status: u16,
-    pub changes: Vec<Change>,
+    pub changes: Vec<LimitChange>,
 }
 
-impl Default for Limits {
+impl Default for LimitScript {
     fn default() -> Self {
         Self {
-            window: Window::Bucket,
+            window: LimitWindow::Bucket,
             requests_per_minute: None,
             tokens_per_minute: None,
             output_tokens_per_minute: None,
             requests_per_day: None,
             concurrency: None,
             load_capacity: None,
-            counts: Counts::Estimate,
+            counts: TokenCounting::Estimate,
             count_refused: false,
             burst_s: 60.0,
-            headers: Dialect::Openai,
+            headers: HeaderDialect::Openai,
             retry_after: RetryAfter::Seconds,
             status: 429,
             changes: Vec::new(),
@@ -116,7 +116,7 @@ impl Default for Limits {
     }
 }
 
-impl Limits {
+impl LimitScript {
     pub(crate) fn check(&self) -> Result<(), String> {
         let limits = [
             ("limits.requests_per_minute", self.requests_per_minute),
@@ -130,23 +130,23 @@ impl Limits {
             ("limits.load_capacity", self.load_capacity),
         ];
         for (key, limit) in limits {
-            ensure(
+            require(
                 limit != Some(0),
                 key,
                 "must be at least 1; leave it out for none",
             )?;
         }
-        ensure(
+        require(
             self.burst_s.is_finite() && self.burst_s > 0.0,
             "limits.burst_s",
             "must be above 0",
         )?;
-        ensure(
+        require(
             (400..600).contains(&self.status),
             "limits.status",
             "must be from 400 to 599",
         )?;
-        ensure(
+        require(
             self.changes.iter().all(|change| {
                 is_time(change.at_s) && is_time(change.factor) && change.factor > 0.0
             }) && self.changes.is_sorted_by(|a, b| a.at_s < b.at_s),

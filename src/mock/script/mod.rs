@@ -12,7 +12,7 @@
 pub(crate) mod answers;
 pub(crate) mod batch;
 pub mod fault;
-pub mod kind;
+pub mod fault_kind;
 pub(crate) mod limits;
 
 use std::path::Path;
@@ -20,11 +20,13 @@ use std::path::Path;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-pub use crate::mock::script::answers::{Answers, MaxTokensField, Text, Token};
-pub use crate::mock::script::batch::{Batch, Outcome, RequestCounts};
-pub use crate::mock::script::fault::Fault;
-pub use crate::mock::script::kind::Kind;
-pub use crate::mock::script::limits::{Change, Counts, Dialect, Limits, RetryAfter, Window};
+pub use crate::mock::script::answers::{AnswerScript, AnswerText, MaxTokensField, TokenUnit};
+pub use crate::mock::script::batch::{BatchOutcome, BatchScript, RequestCountsMode};
+pub use crate::mock::script::fault::ScriptedFault;
+pub use crate::mock::script::fault_kind::FaultKind;
+pub use crate::mock::script::limits::{
+    HeaderDialect, LimitChange, LimitScript, LimitWindow, RetryAfter, TokenCounting,
+};
 
 use crate::config::error::{describe, usage};
 
@@ -44,10 +46,10 @@ pub struct Script {
     pub key: Option<String>,
     /// Threads of the server.
     pub threads: usize,
-    pub answers: Answers,
-    pub limits: Limits,
-    pub faults: Vec<Fault>,
-    pub batch: Batch,
+    pub answers: AnswerScript,
+    pub limits: LimitScript,
+    pub faults: Vec<ScriptedFault>,
+    pub batch: BatchScript,
 }
 
 impl Default for Script {
@@ -57,10 +59,10 @@ impl Default for Script {
             model: "mock".into(),
             key: None,
             threads: 1,
-            answers: Answers::default(),
-            limits: Limits::default(),
+            answers: AnswerScript::default(),
+            limits: LimitScript::default(),
             faults: Vec::new(),
-            batch: Batch::default(),
+            batch: BatchScript::default(),
         }
     }
 }
@@ -68,24 +70,24 @@ impl Default for Script {
 /// A number, or a range from which each request draws one.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a number, or [low, high]")]
-pub enum Span {
+pub enum NumberRange {
     Exactly(f64),
     Between([f64; 2]),
 }
 
-impl Span {
+impl NumberRange {
     /// `random` is uniform in [0, 1).
     pub fn at(self, random: f64) -> f64 {
         match self {
-            Span::Exactly(value) => value,
-            Span::Between([low, high]) => low + (high - low) * random,
+            NumberRange::Exactly(value) => value,
+            NumberRange::Between([low, high]) => low + (high - low) * random,
         }
     }
 
-    fn is_fit(self) -> bool {
+    fn is_valid(self) -> bool {
         let [low, high] = match self {
-            Span::Exactly(value) => [value; 2],
-            Span::Between(ends) => ends,
+            NumberRange::Exactly(value) => [value; 2],
+            NumberRange::Between(ends) => ends,
         };
         is_time(low) && is_time(high) && low <= high
     }
@@ -95,7 +97,7 @@ impl Script {
     /// Reads the script at `path`.
     ///
     /// # Errors
-    /// [`crate::exit::Exit::Usage`], with file, line, column and the nearest key, where something
+    /// [`crate::exit::Exit::MockUsage`], with file, line, column and the nearest key, where something
     /// does not fit.
     pub fn load(path: &Path) -> Result<Script> {
         let text = std::fs::read_to_string(path).map_err(|error| {
@@ -130,7 +132,7 @@ impl Script {
 
     /// What types cannot say.
     fn check(&self) -> Result<(), String> {
-        ensure(self.threads > 0, "threads", "must be at least 1")?;
+        require(self.threads > 0, "threads", "must be at least 1")?;
         self.answers.check()?;
         self.limits.check()?;
         self.batch.check()?;
@@ -148,7 +150,7 @@ fn is_time(seconds: f64) -> bool {
     (0.0..=1e9).contains(&seconds)
 }
 
-fn ensure(holds: bool, key: &str, rule: &str) -> Result<(), String> {
+fn require(holds: bool, key: &str, rule: &str) -> Result<(), String> {
     if holds {
         Ok(())
     } else {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use distill::mock::Mock;
-use distill::mock::request::Request;
-use distill::mock::response::{Reaction, Reply};
+use distill::mock::request::MockRequest;
+use distill::mock::response::{HttpReply, MockResponse};
 use serde_json::{Value, json};
 use tokio::time::advance;
 
@@ -14,27 +14,27 @@ use super::{body, json_of, mock, text};
 const ENDPOINT: &str = "/v1/chat/completions";
 
 /// A request for files or batches, as a client sends it; a form has the boundary `b`.
-pub fn request_of_batches<'a>(method: &'a str, path: &'a str, body: &'a [u8]) -> Request<'a> {
+pub fn request_of_batches<'a>(method: &'a str, path: &'a str, body: &'a [u8]) -> MockRequest<'a> {
     let content_type = match path {
         "/v1/files" => "multipart/form-data; boundary=b",
         _ => "application/json",
     };
-    Request {
+    MockRequest {
         method,
         path,
         content_type: Some(content_type),
         body,
-        ..Request::default()
+        ..MockRequest::default()
     }
 }
 
-async fn send(mock: &Mock, method: &str, path: &str, body: &[u8]) -> Reaction {
+async fn send(mock: &Mock, method: &str, path: &str, body: &[u8]) -> MockResponse {
     mock.respond(request_of_batches(method, path, body)).await
 }
 
-async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> Reply {
+async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> HttpReply {
     match send(mock, method, path, body).await {
-        Reaction::Reply(reply) => reply,
+        MockResponse::Complete(reply) => reply,
         other => panic!("{other:?}"),
     }
 }
@@ -368,7 +368,7 @@ async fn a_lost_reply_leaves_an_orphan_that_the_list_shows() {
     let mock = mock("[batch]\nlost_creates = 1\nstatus = \"queued\"");
     let file = upload(&mock, &rows(1)).await;
     let lost = send(&mock, "POST", "/v1/batches", &creation(&file)).await;
-    assert_eq!(lost, Reaction::Reset);
+    assert_eq!(lost, MockResponse::Reset);
     let list = get(&mock, "/v1/batches?limit=2").await;
     assert_eq!(list["data"].as_array().unwrap().len(), 1);
     assert_eq!(list["data"][0]["metadata"]["nonce"], "n1");
@@ -480,7 +480,7 @@ async fn faults_hit_the_paths_that_they_name() {
         "/v1/files/{}/content",
         batch["output_file_id"].as_str().unwrap()
     );
-    let Reaction::ResetInBody(reply) = send(&mock, "GET", &content, b"").await else {
+    let MockResponse::ResetInBody(reply) = send(&mock, "GET", &content, b"").await else {
         panic!("the file came whole");
     };
     assert_eq!(call(&mock, "GET", &content, b"").await.body, reply.body);

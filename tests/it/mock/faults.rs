@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use distill::mock::request::Request;
-use distill::mock::response::Reaction;
-use distill::mock::script::kind::Kind;
+use distill::mock::request::MockRequest;
+use distill::mock::response::MockResponse;
+use distill::mock::script::fault_kind::FaultKind;
 use serde_json::{Value, json};
 use tokio::time::{Instant, advance, timeout};
 
@@ -109,7 +109,7 @@ async fn connections_end_as_the_script_says() {
 
 #[tokio::test]
 async fn bodies_are_spoilt_and_nothing_else() {
-    for kind in Kind::all().filter(|kind| kind.is_of_an_answer()) {
+    for kind in FaultKind::all().filter(|kind| kind.corrupts_answer()) {
         if [
             "reset in body",
             "short body",
@@ -133,7 +133,7 @@ async fn bodies_are_spoilt_and_nothing_else() {
         );
         // That each one does what it says is held where they are made.
         assert_ne!(body, serde_json::to_vec(&good).unwrap(), "{kind}");
-        if kind == Kind::HugeBody {
+        if kind == FaultKind::HugeBody {
             assert_eq!(body.len(), 64 << 20);
         }
     }
@@ -177,7 +177,7 @@ async fn a_stall_lasts_until_the_client_leaves() {
     let mock = mock("[[faults]]\nkind = \"stall\"\n[limits]\nconcurrency = 1");
     let body = body("hi", json!({}));
     let hour = Duration::from_secs(3600);
-    timeout(hour, mock.respond(Request::chat(&body)))
+    timeout(hour, mock.respond(MockRequest::chat(&body)))
         .await
         .unwrap_err();
     // It held the only place, and holds it no longer.
@@ -202,8 +202,8 @@ async fn answers_that_are_lost_are_billed_and_errors_are_not() {
     ] {
         let mock = mock(&format!("[[faults]]\n{fault}"));
         let body = body("hi", json!({}));
-        let reaction = mock.respond(Request::chat(&body)).await;
-        assert_eq!(mock.times_billed(&body), billed, "{fault}: {reaction:?}");
+        let response = mock.respond(MockRequest::chat(&body)).await;
+        assert_eq!(mock.times_billed(&body), billed, "{fault}: {response:?}");
         assert_eq!(mock.stats().answered, 0);
     }
 }
@@ -213,15 +213,15 @@ async fn in_process_a_fault_is_a_value() {
     let body = body("hi there", json!({}));
     let react = async |kind: &str| {
         let mock = mock(&format!("[[faults]]\nkind = \"{kind}\""));
-        mock.respond(Request::chat(&body)).await
+        mock.respond(MockRequest::chat(&body)).await
     };
-    assert_eq!(react("reset").await, Reaction::Reset);
-    assert_eq!(react("refused").await, Reaction::Refused);
-    let Reaction::ShortBody(reply) = react("short body").await else {
+    assert_eq!(react("reset").await, MockResponse::Reset);
+    assert_eq!(react("refused").await, MockResponse::Refused);
+    let MockResponse::ShortBody(reply) = react("short body").await else {
         panic!("another reaction");
     };
     assert_eq!(text(&json_of(&reply)), "hi there");
-    let Reaction::Drip {
+    let MockResponse::Drip {
         reply,
         slow,
         interval,

@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use distill::mock::Mock;
-use distill::mock::response::Reply;
+use distill::mock::response::HttpReply;
 use serde_json::json;
 use tokio::time::{Instant, advance};
 
@@ -157,7 +157,7 @@ async fn what_can_never_fit_is_said_to() {
 }
 
 /// One request let in, one refused 600 ms before its time.
-async fn refused(retry_after: &str) -> (Reply, String) {
+async fn refused(retry_after: &str) -> (HttpReply, String) {
     let limits =
         format!("[limits]\nrequests_per_minute = 60\nburst_s = 1\nretry_after = \"{retry_after}\"");
     // Not a whole second, which a date would have to round up from.

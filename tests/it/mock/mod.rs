@@ -9,8 +9,8 @@ pub mod server;
 use std::path::Path;
 
 use distill::mock::Mock;
-use distill::mock::request::Request;
-use distill::mock::response::{Reaction, Reply};
+use distill::mock::request::MockRequest;
+use distill::mock::response::{HttpReply, MockResponse};
 use distill::mock::script::Script;
 use serde_json::{Value, json};
 
@@ -34,19 +34,19 @@ pub fn body(content: &str, extra: Value) -> Vec<u8> {
     body.to_string().into_bytes()
 }
 
-pub fn json_of(reply: &Reply) -> Value {
+pub fn json_of(reply: &HttpReply) -> Value {
     serde_json::from_slice(&reply.body).unwrap()
 }
 
 /// The whole reply to a request for an answer.
-pub async fn ask_with(mock: &Mock, content: &str, extra: Value) -> Reply {
-    match mock.respond(Request::chat(&body(content, extra))).await {
-        Reaction::Reply(reply) => reply,
+pub async fn ask_with(mock: &Mock, content: &str, extra: Value) -> HttpReply {
+    match mock.respond(MockRequest::chat(&body(content, extra))).await {
+        MockResponse::Complete(reply) => reply,
         other => panic!("{other:?}"),
     }
 }
 
-pub async fn ask(mock: &Mock, content: &str) -> Reply {
+pub async fn ask(mock: &Mock, content: &str) -> HttpReply {
     ask_with(mock, content, json!({})).await
 }
 
@@ -132,12 +132,14 @@ async fn what_the_script_does_not_take_is_refused_with_its_name() {
          max_tokens_field = \"max_completion_tokens\"\ntop_logprobs = 5",
     );
     let keyed = async |body: &[u8]| {
-        let request = Request {
+        let request = MockRequest {
             authorization: Some("Bearer k"),
-            ..Request::chat(body)
+            ..MockRequest::chat(body)
         };
         match mock.respond(request).await {
-            Reaction::Reply(reply) => (reply.status, json_of(&reply)["error"]["param"].clone()),
+            MockResponse::Complete(reply) => {
+                (reply.status, json_of(&reply)["error"]["param"].clone())
+            }
             other => panic!("{other:?}"),
         }
     };

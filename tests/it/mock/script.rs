@@ -5,8 +5,8 @@ use std::path::Path;
 
 use distill::exit::Exit;
 use distill::mock::script::Script;
-use distill::mock::script::fault::Fault;
-use distill::mock::script::kind::Kind;
+use distill::mock::script::fault::ScriptedFault;
+use distill::mock::script::fault_kind::FaultKind;
 use serde_json::Value;
 
 const EXAMPLE: &str = include_str!("../../mock/example.toml");
@@ -60,8 +60,8 @@ fn the_example_is_equal_to_the_defaults_and_has_every_key() {
             .any(|line| line.starts_with(&format!("{key} = ")));
         assert!(set || key == "faults", "the example lacks {key}");
     }
-    assert_ne!(full.faults, [Fault::new(Kind::Http(503))]);
-    for kind in Kind::all() {
+    assert_ne!(full.faults, [ScriptedFault::new(FaultKind::Http(503))]);
+    for kind in FaultKind::all() {
         assert!(
             EXAMPLE.contains(&format!("\"{kind}\"")),
             "the example lacks {kind}"

@@ -18,7 +18,7 @@ use distill::cache::record::Record;
 use distill::client::transport::{BatchApi, Download};
 use distill::client::transport::{Fault, Reply, Transport};
 use distill::config::{Config, Mode};
-use distill::mock::response::Reaction;
+use distill::mock::response::MockResponse;
 use distill::report::summary::Summary;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
@@ -82,7 +82,7 @@ impl Provider {
         sleep(self.latency.mul_f64(fastrand::f64())).await;
     }
 
-    async fn react(&self, method: &str, path: &str, body: &[u8]) -> Reaction {
+    async fn react(&self, method: &str, path: &str, body: &[u8]) -> MockResponse {
         self.travel().await;
         let request = request_of_batches(method, path, body);
         let reaction = self.chat.mock.respond(request).await;
@@ -92,8 +92,8 @@ impl Provider {
 
     async fn call(&self, method: &str, path: &str, body: &[u8]) -> Result<Reply, Fault> {
         match self.react(method, path, body).await {
-            Reaction::Reply(reply) => Ok(whole(reply)),
-            Reaction::Refused => Err(Fault::Unreachable("connection refused".into())),
+            MockResponse::Complete(reply) => Ok(whole(reply)),
+            MockResponse::Refused => Err(Fault::Unreachable("connection refused".into())),
             _ => Err(Fault::Broken("reset".into())),
         }
     }
@@ -161,8 +161,8 @@ impl BatchApi for Provider {
             }
             let path = format!("/v1/files/{file}/content");
             let (reply, breaks) = match self.react("GET", &path, b"").await {
-                Reaction::Reply(reply) => (reply, self.breaks_files),
-                Reaction::ResetInBody(reply) => (reply, true),
+                MockResponse::Complete(reply) => (reply, self.breaks_files),
+                MockResponse::ResetInBody(reply) => (reply, true),
                 _ => return Err(Fault::Broken("reset".into())),
             };
             if reply.status != 200 {

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::mock::answer::Usage;
+use crate::mock::answer::MockUsage;
 
 /// Everything since the start. `GET /mock/stats` returns it as JSON.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Stats {
+pub struct MockStats {
     pub seconds: f64,
     /// Over TCP.
     pub connections: u64,
@@ -33,7 +33,7 @@ pub struct Stats {
     pub most_tokens_asked_in_a_minute: u64,
     /// In the fullest 60 seconds, without those of batches.
     pub most_tokens_billed_in_a_minute: u64,
-    pub billed: Billed,
+    pub billed: BillingTotals,
     /// Different bodies that asked for an answer.
     pub bodies: u64,
     /// How many bodies were billed so many times.
@@ -42,7 +42,7 @@ pub struct Stats {
 
 /// What the answers add up to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Billed {
+pub struct BillingTotals {
     /// Those of batches among them.
     pub answers: u64,
     pub batch_answers: u64,
@@ -57,97 +57,97 @@ pub struct Billed {
 /// A body's hash.
 pub type BodyHash = u128;
 
-pub fn hash(body: &[u8]) -> BodyHash {
+pub fn body_hash(body: &[u8]) -> BodyHash {
     let mut short = [0; 16];
     short.copy_from_slice(&blake3::hash(body).as_bytes()[..16]);
     u128::from_le_bytes(short)
 }
 
 #[derive(Debug, Default)]
-pub struct Ledger {
-    stats: Stats,
-    bodies: HashMap<BodyHash, Body>,
+pub struct StatsCollector {
+    stats: MockStats,
+    bodies: HashMap<BodyHash, BodyCounts>,
     /// How often each request for anything but an answer came.
     others: HashMap<BodyHash, u32>,
-    requests: Minute,
-    asked: Minute,
-    billed: Minute,
+    requests: BusiestMinute,
+    asked: BusiestMinute,
+    billed: BusiestMinute,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Body {
+struct BodyCounts {
     attempts: u32,
     billed: u32,
 }
 
-impl Ledger {
-    pub fn connected(&mut self) {
+impl StatsCollector {
+    pub fn record_connection(&mut self) {
         self.stats.connections += 1;
     }
 
-    pub fn requested(&mut self) {
+    pub fn record_request(&mut self) {
         self.stats.requests += 1;
     }
 
     /// A request for an answer came in, `at` after the start.
-    pub fn asked(&mut self, at: Duration, tokens: u64) {
+    pub fn record_chat_request(&mut self, at: Duration, tokens: u64) {
         self.requests.add(at, 1);
         self.asked.add(at, tokens);
     }
 
     /// A request was let in, as one of so many at once. Returns how often its body came before.
-    pub fn admitted(&mut self, hash: BodyHash, in_flight: u64) -> u32 {
+    pub fn record_admission(&mut self, hash: BodyHash, in_flight: u64) -> u32 {
         self.stats.max_in_flight = self.stats.max_in_flight.max(in_flight);
-        self.asked_in_batch(hash)
+        self.next_attempt(hash)
     }
 
-    /// As [`Ledger::admitted`], for a row of a batch, which no limit counts.
-    pub fn asked_in_batch(&mut self, hash: BodyHash) -> u32 {
+    /// As [`StatsCollector::admitted`], for a row of a batch, which no limit counts.
+    pub fn next_attempt(&mut self, hash: BodyHash) -> u32 {
         let body = self.bodies.entry(hash).or_default();
         body.attempts += 1;
         body.attempts - 1
     }
 
     /// How often this request for anything but an answer came before.
-    pub fn asked_elsewhere(&mut self, hash: BodyHash) -> u32 {
+    pub fn next_other_attempt(&mut self, hash: BodyHash) -> u32 {
         let attempts = self.others.entry(hash).or_default();
         *attempts += 1;
         *attempts - 1
     }
 
-    pub fn replied(&mut self, status: u16) {
+    pub fn record_status(&mut self, status: u16) {
         *self.stats.by_status.entry(status).or_default() += 1;
     }
 
-    pub fn answered(&mut self) {
+    pub fn record_answer(&mut self) {
         self.stats.answered += 1;
     }
 
-    pub fn throttled(&mut self) {
+    pub fn record_throttled(&mut self) {
         self.stats.throttled += 1;
     }
 
-    pub fn abandoned(&mut self) {
+    pub fn record_abandoned(&mut self) {
         self.stats.abandoned += 1;
     }
 
-    pub fn failed(&mut self, kind: String) {
+    pub fn record_fault(&mut self, kind: String) {
         *self.stats.faults.entry(kind).or_default() += 1;
     }
 
-    pub fn billed(&mut self, at: Duration, hash: BodyHash, usage: &Usage) {
+    pub fn record_billed(&mut self, at: Duration, hash: BodyHash, usage: &MockUsage) {
         self.bill(hash, usage);
         self.billed
             .add(at, usage.prompt_tokens + usage.completion_tokens);
     }
 
-    /// As [`Ledger::billed`], for a row of a batch.
-    pub fn billed_in_batch(&mut self, hash: BodyHash, usage: &Usage) {
+    /// As [`StatsCollector::billed`], for a row of a batch.
+    pub fn record_billed_in_batch(&mut self, hash: BodyHash, usage: &MockUsage) {
         self.bill(hash, usage);
         self.stats.billed.batch_answers += 1;
     }
 
-    fn bill(&mut self, hash: BodyHash, usage: &Usage) {
+    fn bill(&mut self, hash: BodyHash, usage: &MockUsage) {
         let billed = &mut self.stats.billed;
         billed.answers += 1;
         billed.prompt_tokens += usage.prompt_tokens;
@@ -161,12 +161,12 @@ impl Ledger {
         self.bodies.get(&hash).map_or(0, |body| body.billed)
     }
 
-    pub fn stats(&self, at: Duration, in_flight: u64) -> Stats {
+    pub fn snapshot(&self, at: Duration, in_flight: u64) -> MockStats {
         let mut by_times = BTreeMap::new();
         for body in self.bodies.values() {
             *by_times.entry(body.billed).or_default() += 1;
         }
-        Stats {
+        MockStats {
             seconds: at.as_secs_f64(),
             in_flight,
             most_requests_in_a_minute: self.requests.most,
@@ -182,13 +182,13 @@ impl Ledger {
 /// The most in any 60 seconds, to the millisecond: what comes within one is kept as one entry, so
 /// that a minute of heavy load stays small.
 #[derive(Debug, Default)]
-struct Minute {
+struct BusiestMinute {
     entries: VecDeque<(u64, u64)>,
     sum: u64,
     most: u64,
 }
 
-impl Minute {
+impl BusiestMinute {
     fn add(&mut self, at: Duration, amount: u64) {
         let ms = at.as_millis() as u64;
         while let Some(&(old, gone)) = self.entries.front()
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn the_fullest_minute_is_open_at_its_end() {
-        let mut minute = Minute::default();
+        let mut minute = BusiestMinute::default();
         for (at, most) in [(0, 1), (30_000, 2), (59_999, 3), (60_000, 3), (61_000, 4)] {
             minute.add(Duration::from_millis(at), 1);
             assert_eq!(minute.most, most, "at {at} ms");

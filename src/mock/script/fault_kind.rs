@@ -9,7 +9,7 @@ use crate::config::error::nearest;
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub enum Kind {
+pub enum FaultKind {
     /// `http 500`: an error with this status, in OpenAI's shape.
     Http(u16),
     /// `html 502`: a page, as proxies send.
@@ -68,76 +68,78 @@ pub enum Kind {
     OtherModel,
     NoUsage,
     /// A `refusal` in place of the content.
-    Refusal,
+    LimitRefusal,
     ContentFilter,
     /// Cut off by the longest answer that was allowed.
     Length,
 }
 
-const NAMES: [(&str, Kind); 33] = [
-    ("insufficient_quota", Kind::InsufficientQuota),
-    ("redirect", Kind::Redirect),
-    ("refused", Kind::Refused),
-    ("reset", Kind::Reset),
-    ("stall", Kind::Stall),
-    ("error in 200", Kind::ErrorIn200),
-    ("reset in body", Kind::ResetInBody),
-    ("short body", Kind::ShortBody),
-    ("unfinished chunks", Kind::UnfinishedChunks),
-    ("stall in body", Kind::StallInBody),
-    ("drip", Kind::Drip),
-    ("blank lines", Kind::BlankLines),
-    ("empty", Kind::Empty),
-    ("truncated", Kind::Truncated),
-    ("bad utf-8", Kind::BadUtf8),
-    ("no choices", Kind::NoChoices),
-    ("null content", Kind::NullContent),
-    ("unknown finish_reason", Kind::UnknownFinishReason),
-    ("float created", Kind::FloatCreated),
-    ("logprobs null", Kind::LogprobsNull),
-    ("logprobs fewer", Kind::LogprobsFewer),
-    ("logprobs nan", Kind::LogprobsNan),
-    ("logprobs inf", Kind::LogprobsInf),
-    ("logprobs sentinel", Kind::LogprobsSentinel),
-    ("logprobs duplicates", Kind::LogprobsDuplicates),
-    ("logprobs without chosen", Kind::LogprobsWithoutChosen),
-    ("huge body", Kind::HugeBody),
-    ("deep json", Kind::DeepJson),
-    ("other model", Kind::OtherModel),
-    ("no usage", Kind::NoUsage),
-    ("refusal", Kind::Refusal),
-    ("content_filter", Kind::ContentFilter),
-    ("length", Kind::Length),
+const NAMES: [(&str, FaultKind); 33] = [
+    ("insufficient_quota", FaultKind::InsufficientQuota),
+    ("redirect", FaultKind::Redirect),
+    ("refused", FaultKind::Refused),
+    ("reset", FaultKind::Reset),
+    ("stall", FaultKind::Stall),
+    ("error in 200", FaultKind::ErrorIn200),
+    ("reset in body", FaultKind::ResetInBody),
+    ("short body", FaultKind::ShortBody),
+    ("unfinished chunks", FaultKind::UnfinishedChunks),
+    ("stall in body", FaultKind::StallInBody),
+    ("drip", FaultKind::Drip),
+    ("blank lines", FaultKind::BlankLines),
+    ("empty", FaultKind::Empty),
+    ("truncated", FaultKind::Truncated),
+    ("bad utf-8", FaultKind::BadUtf8),
+    ("no choices", FaultKind::NoChoices),
+    ("null content", FaultKind::NullContent),
+    ("unknown finish_reason", FaultKind::UnknownFinishReason),
+    ("float created", FaultKind::FloatCreated),
+    ("logprobs null", FaultKind::LogprobsNull),
+    ("logprobs fewer", FaultKind::LogprobsFewer),
+    ("logprobs nan", FaultKind::LogprobsNan),
+    ("logprobs inf", FaultKind::LogprobsInf),
+    ("logprobs sentinel", FaultKind::LogprobsSentinel),
+    ("logprobs duplicates", FaultKind::LogprobsDuplicates),
+    ("logprobs without chosen", FaultKind::LogprobsWithoutChosen),
+    ("huge body", FaultKind::HugeBody),
+    ("deep json", FaultKind::DeepJson),
+    ("other model", FaultKind::OtherModel),
+    ("no usage", FaultKind::NoUsage),
+    ("refusal", FaultKind::LimitRefusal),
+    ("content_filter", FaultKind::ContentFilter),
+    ("length", FaultKind::Length),
 ];
 
-impl Kind {
+impl FaultKind {
     /// Every kind; of those with a status, one each.
-    pub fn all() -> impl Iterator<Item = Kind> {
+    pub fn all() -> impl Iterator<Item = FaultKind> {
         let named = NAMES.into_iter().map(|(_, kind)| kind);
-        [Kind::Http(500), Kind::Html(502)].into_iter().chain(named)
+        [FaultKind::Http(500), FaultKind::Html(502)]
+            .into_iter()
+            .chain(named)
     }
 
     /// Whether the request had an answer, which then went wrong. Such a request is billed.
-    pub fn is_of_an_answer(self) -> bool {
+    pub fn corrupts_answer(self) -> bool {
         !matches!(
             self,
-            Kind::Http(_)
-                | Kind::Html(_)
-                | Kind::InsufficientQuota
-                | Kind::Redirect
-                | Kind::Refused
-                | Kind::Reset
-                | Kind::Stall
-                | Kind::ErrorIn200
+            FaultKind::Http(_)
+                | FaultKind::Html(_)
+                | FaultKind::InsufficientQuota
+                | FaultKind::Redirect
+                | FaultKind::Refused
+                | FaultKind::Reset
+                | FaultKind::Stall
+                | FaultKind::ErrorIn200
         )
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for FaultKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Kind::Http(status) => write!(f, "http {status}"),
-            Kind::Html(status) => write!(f, "html {status}"),
+            FaultKind::Http(status) => write!(f, "http {status}"),
+            FaultKind::Html(status) => write!(f, "html {status}"),
             kind => f.write_str(
                 NAMES
                     .iter()
@@ -148,16 +150,16 @@ impl fmt::Display for Kind {
     }
 }
 
-impl From<Kind> for String {
-    fn from(kind: Kind) -> String {
+impl From<FaultKind> for String {
+    fn from(kind: FaultKind) -> String {
         kind.to_string()
     }
 }
 
-impl TryFrom<String> for Kind {
+impl TryFrom<String> for FaultKind {
     type Error = String;
 
-    fn try_from(name: String) -> Result<Kind, String> {
+    fn try_from(name: String) -> Result<FaultKind, String> {
         let status = |text: &str| {
             text.parse()
                 .ok()
@@ -165,10 +167,10 @@ impl TryFrom<String> for Kind {
                 .ok_or_else(|| format!("{name:?} needs a status from 200 to 599"))
         };
         if let Some(rest) = name.strip_prefix("http ") {
-            return status(rest).map(Kind::Http);
+            return status(rest).map(FaultKind::Http);
         }
         if let Some(rest) = name.strip_prefix("html ") {
-            return status(rest).map(Kind::Html);
+            return status(rest).map(FaultKind::Html);
         }
         let known = NAMES.iter().find(|(other, _)| *other == name);
         known.map(|(_, kind)| *kind).ok_or_else(|| {
@@ -191,13 +193,13 @@ mod tests {
 
     #[test]
     fn every_kind_has_a_name_and_is_found_by_it() {
-        for kind in Kind::all() {
+        for kind in FaultKind::all() {
             let name = kind.to_string();
             assert!(!name.is_empty(), "{kind:?} has no name");
-            assert_eq!(Kind::try_from(name), Ok(kind));
+            assert_eq!(FaultKind::try_from(name), Ok(kind));
         }
-        let error = Kind::try_from("reset in boddy".to_string()).unwrap_err();
+        let error = FaultKind::try_from("reset in boddy".to_string()).unwrap_err();
         assert!(error.contains("did you mean \"reset in body\"?"), "{error}");
-        assert!(Kind::try_from("http 600".to_string()).is_err());
+        assert!(FaultKind::try_from("http 600".to_string()).is_err());
     }
 }
