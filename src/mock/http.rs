@@ -67,17 +67,14 @@ async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
             Some(Err(error)) => return connection.send_error(error).await,
             None => return Ok(()),
         };
-        let text = |range: &std::ops::Range<usize>| {
-            std::str::from_utf8(&connection.input[range.clone()]).unwrap_or_default()
-        };
         let end = chunks
             .as_ref()
             .map_or(head.end + head.length, |chunks| chunks.at);
         let request = MockRequest {
-            method: text(&head.method),
-            path: text(&head.path),
-            authorization: head.authorization.as_ref().map(text),
-            content_type: head.content_type.as_ref().map(text),
+            method: &head.method,
+            path: &head.path,
+            authorization: head.authorization.as_deref(),
+            content_type: head.content_type.as_deref(),
             body: match &chunks {
                 Some(chunks) => &chunks.body,
                 None => &connection.input[head.end..end],
@@ -92,7 +89,7 @@ async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
         connection.input.drain(..end);
         connection.input.extend_from_slice(&early);
         let response = match response {
-            MockResponse::Complete(reply) if mock.script.answers.gzip && head.takes_gzip => {
+            MockResponse::Complete(reply) if mock.script.answers.gzip && head.accepts_gzip => {
                 MockResponse::Complete(gzip_reply(reply)?)
             }
             other => other,
@@ -158,20 +155,20 @@ impl MockConnection {
         head: &RequestHead,
     ) -> io::Result<Option<Result<Option<ChunkedBody>, RequestError>>> {
         if head.length > MAX_BODY_BYTES {
-            return Ok(Some(Err(RequestError::TooLarge)));
+            return Ok(Some(Err(RequestError::BodyTooLarge)));
         }
         if head.expects_continue && self.input.len() == head.end {
             self.stream
                 .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
                 .await?;
         }
-        let mut chunks = head.chunked.then(|| ChunkedBody::new(head.end));
+        let mut chunks = head.is_chunked.then(|| ChunkedBody::new(head.end));
         let end = head.end + head.length;
         self.input.reserve(end.saturating_sub(self.input.len()));
         loop {
             let whole = match &mut chunks {
                 None => Ok(self.input.len() >= end),
-                Some(_) if self.input.len() > MAX_BODY_BYTES => Err(RequestError::TooLarge),
+                Some(_) if self.input.len() > MAX_BODY_BYTES => Err(RequestError::BodyTooLarge),
                 Some(chunks) => chunks.advance(&self.input),
             };
             match whole {

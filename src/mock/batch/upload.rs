@@ -1,6 +1,8 @@
 //! `multipart/form-data`, as far as an upload needs it. Pure.
 
-/// What an upload holds.
+use memchr::memmem::find;
+
+/// An uploaded file and its purpose.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Upload<'a> {
     pub purpose: String,
@@ -53,19 +55,6 @@ fn attribute<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     let mark = format!(" {name}=\"");
     let (_, rest) = head.split_once(&mark)?;
     rest.split('"').next()
-}
-
-/// Where `part` is in `bytes`. Its first byte is searched alone, as files of 200 MB come this way.
-fn find(bytes: &[u8], part: &[u8]) -> Option<usize> {
-    let first = *part.first()?;
-    let mut start = 0;
-    loop {
-        let at = start + bytes.get(start..)?.iter().position(|byte| *byte == first)?;
-        if bytes[at..].starts_with(part) {
-            return Some(at);
-        }
-        start = at + 1;
-    }
 }
 
 #[cfg(test)]
