@@ -1,7 +1,7 @@
-//! The fields of a request body that every route reads alike.
+//! Reads the fields of a request body; shared by all routes.
 //!
-//! Fields that are not known here are ignored, as clients send many; a field of the wrong type or
-//! out of range is refused with its name.
+//! Unknown fields are ignored, since clients send many. A field with a wrong type or a value out of
+//! range is rejected with an error that names it.
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -14,21 +14,22 @@ const MAX_CHOICES: usize = 16;
 const MAX_STOP_STRINGS: usize = 4;
 pub(crate) const MAX_TOP_LOGPROBS: usize = 20;
 
-/// A JSON object that names the field in its errors.
-pub(crate) struct Fields(Map<String, Value>);
+/// The fields of a JSON object. Errors name the field.
+pub(crate) struct RequestFields(Map<String, Value>);
 
-impl Fields {
-    /// Of a request body.
+impl RequestFields {
+    /// Parses a request body.
     ///
     /// # Errors
-    /// 400 where it is no JSON object.
+    /// 400 if it is not a JSON object.
     pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let body = serde_json::from_slice(body);
-        body.map(Self)
-            .map_err(|error| ApiError::bad_request(format!("the body is no JSON object: {error}")))
+        body.map(Self).map_err(|error| {
+            ApiError::bad_request(format!("the body is not a valid JSON object: {error}"))
+        })
     }
 
-    /// A field's value; none where it is absent or null.
+    /// Returns the value of a field, or `None` if it is absent or null.
     pub(crate) fn get<T: DeserializeOwned>(
         &self,
         name: &'static str,
@@ -41,11 +42,13 @@ impl Fields {
             .map_err(|error| ApiError::bad_field(name, format!("`{name}`: {error}")))
     }
 
+    /// Returns the value of a required field.
     pub(crate) fn require<T: DeserializeOwned>(&self, name: &'static str) -> Result<T, ApiError> {
         self.get(name)?
             .ok_or_else(|| ApiError::bad_field(name, format!("`{name}` is missing")))
     }
 
+    /// Returns the value of a field and checks that it is from `low` to `high`.
     pub(crate) fn within<T>(
         &self,
         name: &'static str,
@@ -64,7 +67,7 @@ impl Fields {
         }
     }
 
-    /// Answers to each prompt.
+    /// Number of answers to each prompt.
     pub(crate) fn n(&self) -> Result<usize, ApiError> {
         Ok(self.within("n", 1, MAX_CHOICES)?.unwrap_or(1))
     }
@@ -80,18 +83,18 @@ impl Fields {
 
     pub(crate) fn stop(&self) -> Result<Vec<String>, ApiError> {
         let stop = match self.get("stop")? {
-            Some(Stop::One(stop)) => vec![stop],
-            Some(Stop::Several(stop)) => stop,
+            Some(StopField::One(stop)) => vec![stop],
+            Some(StopField::Several(stop)) => stop,
             None => Vec::new(),
         };
         if stop.len() > MAX_STOP_STRINGS {
-            let message = format!("`stop` holds at most {MAX_STOP_STRINGS} strings");
+            let message = format!("`stop` must contain at most {MAX_STOP_STRINGS} strings");
             return Err(ApiError::bad_field("stop", message));
         }
         Ok(stop)
     }
 
-    /// vLLM's: how many of the likeliest tokens to tell at each position of the prompt.
+    /// vLLM's `prompt_logprobs`: number of most likely tokens to return at each prompt position.
     pub(crate) fn prompt_logprobs(&self) -> Result<Option<usize>, ApiError> {
         self.within("prompt_logprobs", 0, MAX_TOP_LOGPROBS)
     }
@@ -99,7 +102,7 @@ impl Fields {
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a string or a list of strings")]
-enum Stop {
+enum StopField {
     One(String),
     Several(Vec<String>),
 }
