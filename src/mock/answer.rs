@@ -1,14 +1,14 @@
-//! Good answers, written straight into the bytes of a body. Pure: chance and time are arguments.
+//! Writes valid answers as JSON bytes. Pure: random numbers and time are arguments.
 
 use crate::mock::chat::ParsedChat;
 use crate::mock::logprobs::{LogprobTemplates, write_number, write_string};
 use crate::mock::script::Script;
 use crate::mock::script::answers::{AnswerText, TokenUnit};
 
-/// The bytes of a token of [`TokenUnit::Bytes`].
+/// Length of a token with [`TokenUnit::Bytes`].
 const BYTES_PER_TOKEN: usize = 3;
 
-/// What an answer is billed as.
+/// The tokens that are billed for an answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MockUsage {
     pub prompt_tokens: u64,
@@ -17,24 +17,25 @@ pub struct MockUsage {
     pub reasoning_tokens: u64,
 }
 
+/// An answer: the body of its reply and its usage.
 #[derive(Debug)]
 pub(crate) struct MockAnswer {
     pub body: Vec<u8>,
     pub usage: MockUsage,
 }
 
-/// What an answer needs besides the request.
+/// The inputs of an answer besides the request.
 pub(crate) struct AnswerInputs<'a> {
     pub script: &'a Script,
-    /// Of the script's `top_logprobs`, at temperature 1.
+    /// Templates for the script's `top_logprobs` at temperature 1.
     pub templates: &'a LogprobTemplates,
-    /// Names the answer.
+    /// Id of the answer.
     pub id: u128,
     /// Unix time in seconds.
     pub created: i64,
 }
 
-/// The answer to `chat`; the same `rng` makes the same one.
+/// Writes the answer to `chat`. The same `rng` state gives the same answer.
 pub(crate) fn write(
     chat: &ParsedChat,
     inputs: &AnswerInputs,
@@ -46,7 +47,9 @@ pub(crate) fn write(
         AnswerText::Upper => chat.prompt.to_uppercase().into(),
         AnswerText::Fixed(text) => std::borrow::Cow::Borrowed(text.as_str()),
     };
-    let wanted = answers.tokens.map(|span| span.at(rng.f64()).round() as u64);
+    let wanted = answers
+        .tokens
+        .map(|range| range.at(rng.f64()).round() as u64);
     let max_tokens = chat
         .max_tokens
         .map(|most| most.saturating_sub(answers.reasoning_tokens));
@@ -119,9 +122,10 @@ fn write_choice(
         }
     }
     out.extend_from_slice(b",\"finish_reason\":");
-    let finish_reason = match content.truncated {
-        true => "length",
-        false => &answers.finish_reason,
+    let finish_reason = if content.truncated {
+        "length"
+    } else {
+        &answers.finish_reason
     };
     write_string(out, finish_reason);
     out.push(b'}');
@@ -160,18 +164,18 @@ fn hex(number: u128) -> [u8; 32] {
     digits
 }
 
-/// A text in tokens.
+/// The content of an answer, split into tokens.
 #[derive(Debug, PartialEq)]
 struct AnswerContent {
     bytes: Vec<u8>,
-    /// Where each token ends.
+    /// End offset of each token.
     ends: Vec<usize>,
-    /// Whether the longest answer's length cut it off.
+    /// Whether the maximum length cut the content off.
     truncated: bool,
 }
 
 impl AnswerContent {
-    /// `text`, repeated or ended after `wanted` tokens, and in any case after `max_tokens` of them.
+    /// Splits `text` into tokens, repeats or cuts it to `wanted` tokens, and cuts it to `max_tokens`.
     fn from_text(
         text: &str,
         token: TokenUnit,
@@ -191,7 +195,7 @@ impl AnswerContent {
                     return content;
                 }
                 rest = text.as_bytes();
-                // So that the last word and the first one stay two.
+                // Separates the last word from the first word of the repetition.
                 if token == TokenUnit::Word && !rest[0].is_ascii_whitespace() {
                     content.bytes.push(b' ');
                 }
@@ -206,7 +210,7 @@ impl AnswerContent {
     }
 }
 
-/// The length in bytes of the first token of `text`, which is not empty.
+/// Returns the length in bytes of the first token of `text`, which must not be empty.
 fn token_len(text: &[u8], token: TokenUnit) -> usize {
     match token {
         TokenUnit::Word => {
@@ -252,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_repeated_or_cut_to_its_tokens() {
+    fn text_is_repeated_or_cut_to_the_token_count() {
         let many = u64::MAX;
         check(
             "a b  c ",

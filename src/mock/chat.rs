@@ -1,4 +1,4 @@
-//! A request for an answer, as far as a mock needs to understand it. Pure.
+//! Parses and validates chat completion requests. Pure.
 
 use std::borrow::Cow;
 
@@ -11,25 +11,25 @@ use crate::mock::response::HttpReply;
 use crate::mock::script::Script;
 use crate::mock::script::answers::MaxTokensField;
 
-/// What the longest answer is taken for in the limits, where a request does not say.
+/// Output tokens that the limits assume for a request without `max_tokens`.
 const DEFAULT_OUTPUT_TOKENS: u64 = 16;
 
-/// A request for an answer that a mock can give.
+/// A valid chat completion request.
 #[derive(Debug)]
 pub(crate) struct ParsedChat<'a> {
     pub model: Cow<'a, str>,
-    /// The last message.
+    /// Text of the last message.
     pub prompt: Cow<'a, str>,
     pub prompt_tokens: u64,
     pub max_tokens: Option<u64>,
-    /// Answers wanted.
+    /// Number of answers.
     pub n: u64,
     pub temperature: f64,
-    /// Alternatives for each token, if logprobs are wanted.
+    /// Number of alternatives for each token, if logprobs are requested.
     pub top_logprobs: Option<usize>,
 }
 
-/// Fields that are not here are allowed, and ignored.
+/// The request fields that the mock reads; others are ignored.
 #[derive(Deserialize)]
 struct ChatBody<'a> {
     #[serde(borrow)]
@@ -45,7 +45,7 @@ struct ChatBody<'a> {
     stream: Option<bool>,
 }
 
-/// Left as it came: only the last one is read.
+/// A message whose content stays raw: only the last message is decoded.
 #[derive(Deserialize)]
 struct ChatMessage<'a> {
     #[serde(borrow)]
@@ -62,34 +62,33 @@ struct MessagePart<'a> {
 }
 
 impl<'a> ParsedChat<'a> {
-    /// Reads a request's body.
+    /// Parses a request body.
     ///
     /// # Errors
-    /// The reply that it earns: 400, or 404 for another model.
+    /// The reply that rejects it: 400, or 404 for an unknown model.
     pub(crate) fn parse(body: &'a [u8], script: &Script) -> Result<ParsedChat<'a>, HttpReply> {
-        let read: ChatBody<'a> = serde_json::from_slice(body).map_err(|error| {
+        let fields: ChatBody<'a> = serde_json::from_slice(body).map_err(|error| {
             let message = format!("We could not parse the JSON body of your request: {error}");
             HttpReply::error(400, &message, Value::Null)
         })?;
-        check_model(&read.model, script)?;
-        check_parameters(body, &read, script)?;
-        let (model, max_tokens) = (read.model, read.max_completion_tokens.or(read.max_tokens));
-        let prompt = last_text(&read.messages)?;
+        check_model(&fields.model, script)?;
+        check_parameters(body, &fields, script)?;
+        let prompt = last_text(&fields.messages)?;
         let chat = ParsedChat {
-            model,
             prompt,
-            prompt_tokens: read.messages.iter().map(ChatMessage::tokens).sum(),
-            max_tokens,
-            n: read.n.unwrap_or(1),
-            temperature: read.temperature.unwrap_or(1.0),
-            top_logprobs: (read.logprobs == Some(true))
-                .then_some(read.top_logprobs.unwrap_or_default()),
+            prompt_tokens: fields.messages.iter().map(ChatMessage::tokens).sum(),
+            max_tokens: fields.max_completion_tokens.or(fields.max_tokens),
+            n: fields.n.unwrap_or(1),
+            temperature: fields.temperature.unwrap_or(1.0),
+            top_logprobs: (fields.logprobs == Some(true))
+                .then_some(fields.top_logprobs.unwrap_or_default()),
+            model: fields.model,
         };
         chat.check_context(script)?;
         Ok(chat)
     }
 
-    /// What the limits count before the answer is there.
+    /// Returns the tokens that the limits charge before the answer exists.
     pub(crate) fn cost(&self) -> TokenCost {
         let output_tokens = self.max_tokens.unwrap_or(DEFAULT_OUTPUT_TOKENS);
         TokenCost {
@@ -99,12 +98,12 @@ impl<'a> ParsedChat<'a> {
     }
 
     fn check_context(&self, script: &Script) -> Result<(), HttpReply> {
-        let asked = self.prompt_tokens + self.max_tokens.unwrap_or_default();
+        let requested = self.prompt_tokens + self.max_tokens.unwrap_or_default();
         match script.answers.context_tokens {
-            Some(context) if asked > context => {
+            Some(context) if requested > context => {
                 let message = format!(
                     "This model's maximum context length is {context} tokens. However, you \
-                     requested {asked} tokens. Please reduce the length of the messages."
+                     requested {requested} tokens. Please reduce the length of the messages."
                 );
                 Err(HttpReply::bad_field(
                     "messages",
@@ -118,7 +117,7 @@ impl<'a> ParsedChat<'a> {
 }
 
 impl ChatMessage<'_> {
-    /// About four bytes a token, and four tokens to frame them.
+    /// Estimates the tokens of a message: one for four bytes, and four for its frame.
     fn tokens(&self) -> u64 {
         let bytes = self.content.map_or(0, |content| content.get().len());
         4 + (bytes as u64).div_ceil(4)
@@ -186,7 +185,7 @@ fn unsupported(name: &str, instead: &str) -> HttpReply {
     HttpReply::bad_field(name, &message, "unsupported_parameter")
 }
 
-/// The text of the last message: a string, or parts.
+/// Returns the text of the last message. Its content is a string or a list of parts.
 fn last_text<'a>(messages: &[ChatMessage<'a>]) -> Result<Cow<'a, str>, HttpReply> {
     let Some(last) = messages.last() else {
         let message = "Invalid 'messages': empty array.";

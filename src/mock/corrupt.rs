@@ -1,4 +1,4 @@
-//! What goes wrong with a good answer's body. Pure.
+//! Corrupts the body of a valid answer. Pure.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -7,10 +7,10 @@ use crate::mock::script::fault_kind::FaultKind;
 
 const HUGE_BODY_BYTES: usize = 64 << 20;
 const DEEP_JSON_DEPTH: usize = 100_000;
-/// Stands for what JSON has no word for, until the bytes are there. No logprob is as low.
+/// Placeholder for numbers that JSON cannot express; replaced in the bytes. No real logprob is this low.
 const LOGPROB_PLACEHOLDER: &str = "-4242.4242";
 
-/// The body that a fault of this kind makes of a good one; `size` is the script's.
+/// Corrupts a body as a fault of this kind does. `size` is the script's.
 pub(crate) fn corrupt_body(kind: FaultKind, body: Vec<u8>, size: Option<usize>) -> Bytes {
     let corrupted = match kind {
         FaultKind::Empty => Vec::new(),
@@ -22,7 +22,7 @@ pub(crate) fn corrupt_body(kind: FaultKind, body: Vec<u8>, size: Option<usize>) 
             [b"[".repeat(depth), b"]".repeat(depth)].concat()
         }
         FaultKind::BlankLines => [b"\n".repeat(blank_lines(size)), body].concat(),
-        // What goes wrong with these is how they are sent.
+        // These faults change only how the body is sent.
         FaultKind::ResetInBody
         | FaultKind::ShortBody
         | FaultKind::UnfinishedChunks
@@ -35,12 +35,12 @@ pub(crate) fn corrupt_body(kind: FaultKind, body: Vec<u8>, size: Option<usize>) 
     corrupted.into()
 }
 
-/// How many come before the answer.
+/// Number of blank lines before the answer.
 pub(crate) fn blank_lines(size: Option<usize>) -> usize {
     size.unwrap_or(3)
 }
 
-/// A sequence that UTF-8 does not have, as the content's first bytes.
+/// Inserts invalid UTF-8 at the start of the content.
 fn bad_utf8(mut body: Vec<u8>) -> Vec<u8> {
     let content = b"\"content\":\"";
     let at = body
@@ -51,7 +51,7 @@ fn bad_utf8(mut body: Vec<u8>) -> Vec<u8> {
     body
 }
 
-/// An answer of `size` bytes.
+/// Makes an answer of `size` bytes.
 fn huge(size: usize) -> Vec<u8> {
     let head = br#"{"choices":[{"index":0,"message":{"role":"assistant","content":""#;
     let tail = br#""},"finish_reason":"stop"}]}"#;
@@ -132,12 +132,12 @@ fn edit_logprobs(kind: FaultKind, positions: &mut Vec<Value>) {
                 FaultKind::LogprobsWithoutChosen if !top.is_empty() => drop(top.remove(0)),
                 _ => {}
             }
-            // The unlikeliest one, where these come from.
+            // Only the least likely alternative has an invalid logprob.
             if let (Some(last), Some(logprob)) = (top.last_mut(), &logprob) {
                 last["logprob"] = logprob.clone();
             }
         }
-        // The token itself too where it has no alternatives.
+        // Without alternatives, the token itself has it.
         if let Some(logprob) = &logprob
             && position["top_logprobs"]
                 .as_array()
@@ -168,9 +168,9 @@ mod tests {
             .into_bytes()
     }
 
-    /// Each kind against a part of its body, and a part that is gone.
+    /// For each kind, a part that the corrupted body contains and a part that it lacks.
     #[test]
-    fn every_kind_leaves_its_mark() {
+    fn each_kind_changes_the_body() {
         let cases = [
             (FaultKind::NoChoices, "\"choices\":[]", "stop"),
             (FaultKind::NullContent, "\"content\":null", "a b"),
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn bodies_that_are_no_json_are_what_they_say() {
+    fn bodies_that_are_not_json_match_their_kind() {
         assert!(corrupt_body(FaultKind::Empty, answer(), None).is_empty());
         assert!(
             serde_json::from_slice::<Value>(&corrupt_body(FaultKind::Truncated, answer(), None))

@@ -1,4 +1,4 @@
-//! A request for an answer, from its arrival to its reply.
+//! Handles a chat completion request: admission, latency, fault, billing.
 
 use std::time::Duration;
 
@@ -43,7 +43,11 @@ impl Mock {
         }
     }
 
-    /// Lets a request in, and says how often its body came before and when it came, or why not.
+    /// Checks the limits. Returns the request's guard, the number of earlier attempts with the same
+    /// body, and the time since the start.
+    ///
+    /// # Errors
+    /// The reply that rejects the request.
     fn admit(
         &self,
         hash: BodyHash,
@@ -51,7 +55,7 @@ impl Mock {
     ) -> Result<(RequestGuard<'_>, u32, Duration), HttpReply> {
         let mut locked = self.state();
         let state = &mut *locked;
-        // Under the lock, so that the limiter's time never goes back.
+        // Read the clock under the lock, so that the limiter's time is monotonic.
         let now = Instant::now();
         let at = now.duration_since(self.started);
         state
@@ -83,17 +87,17 @@ impl Mock {
         let limits = &self.script.limits;
         let form = match refusal.wait {
             Some(_) => limits.retry_after,
-            // Nobody knows how long.
+            // Unknown wait.
             None => RetryAfter::None,
         };
         let wait = refusal.wait.unwrap_or_default();
-        let what = refusal.limit.name();
+        let limit = refusal.limit.name();
         let message = match (refusal.too_large, refusal.limit) {
-            (true, _) => format!("Request too large for {what}: it will never fit."),
-            (false, LimitKind::Concurrency) => format!("Too many {what}."),
+            (true, _) => format!("Request too large for {limit}: it exceeds the limit itself."),
+            (false, LimitKind::Concurrency) => format!("Too many {limit}."),
             (false, _) => format!(
-                "Rate limit reached for {what}.{}",
-                headers::words(form, wait)
+                "Rate limit reached for {limit}.{}",
+                headers::wait_sentence(form, wait)
             ),
         };
         let reply = HttpReply::error(limits.status, &message, "rate_limit_exceeded");
@@ -114,16 +118,16 @@ impl Mock {
         chat: &ParsedChat<'_>,
     ) -> MockResponse {
         self.state().stats.record_fault(fault.kind.to_string());
-        pause(faults::seconds(fault.after_s.unwrap_or(0.0))).await;
+        pause(faults::duration(fault.after_s.unwrap_or(0.0))).await;
         let usage = MockUsage {
             prompt_tokens: chat.prompt_tokens,
             ..MockUsage::default()
         };
         let billed = fault.is_billed().then_some(usage);
-        let response = match faults::error(fault, self.wall_now()) {
+        let response = match faults::error_response(fault, self.wall_now()) {
             Some(response) => response,
             None => {
-                // Its client will leave in the end, and that changes nothing.
+                // Never ends: bill now, before the client gives up.
                 guard.bill(billed);
                 std::future::pending().await
             }
@@ -150,7 +154,7 @@ impl Mock {
         };
         let billed = fault.is_none_or(ScriptedFault::is_billed);
         guard.billed_if_dropped = (answers.bill_abandoned && billed).then_some(usage);
-        pause(faults::seconds(latency)).await;
+        pause(faults::duration(latency)).await;
         let reply = HttpReply::json(200, body);
         let response = match fault {
             None => MockResponse::Complete(reply),
@@ -176,7 +180,7 @@ impl Mock {
         response
     }
 
-    /// How many times slower answers are with so many requests at once.
+    /// Factor by which `in_flight` concurrent requests increase the latency.
     fn load_factor(&self, in_flight: u64) -> f64 {
         let capacity = self.script.limits.load_capacity;
         capacity.map_or(1.0, |capacity| {
@@ -185,13 +189,13 @@ impl Mock {
     }
 }
 
-/// A request that was let in. It leaves when it lands, or when it is dropped because its client
-/// hung up.
+/// An admitted request. It is released by [`RequestGuard::finish`], or on drop, when its client
+/// disconnects.
 struct RequestGuard<'a> {
     mock: &'a Mock,
     hash: BodyHash,
     ticket: Option<AdmissionTicket>,
-    /// To be billed if the client hangs up.
+    /// Usage to bill if the client disconnects.
     billed_if_dropped: Option<MockUsage>,
     load_factor: f64,
 }
@@ -232,7 +236,7 @@ impl Drop for RequestGuard<'_> {
     }
 }
 
-/// Zero is no turn of the timer wheel.
+/// Sleeps. A zero time does not yield to the timer.
 pub(crate) async fn pause(time: Duration) {
     if !time.is_zero() {
         tokio::time::sleep(time).await;

@@ -1,7 +1,6 @@
-//! The limits as the endpoints' headers tell of them. Pure: times are arguments.
+//! Rate-limit headers of the providers. Pure: times are arguments.
 //!
-//! The names and their meaning are those of the providers' documents: OpenAI's "Rate limits" guide,
-//! Groq's, Together's, Fireworks' and Anthropic's pages of the same name.
+//! Sources: the "Rate limits" pages of OpenAI, Groq, Together, Fireworks and Anthropic.
 
 use std::time::{Duration, SystemTime};
 
@@ -12,7 +11,7 @@ use crate::mock::script::limits::{HeaderDialect, RetryAfter};
 
 const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-/// Adds the headers that a reply of this dialect carries.
+/// Adds the rate-limit headers of a provider.
 pub(crate) fn push_limits(
     headers: &mut Vec<ReplyHeader>,
     dialect: HeaderDialect,
@@ -24,7 +23,7 @@ pub(crate) fn push_limits(
     match dialect {
         HeaderDialect::None => {}
         HeaderDialect::Openai | HeaderDialect::Groq => {
-            // Of Groq's requests it is those of a day.
+            // Groq reports the daily limit of requests.
             let requests = match dialect {
                 HeaderDialect::Groq => limits.day.or(limits.requests),
                 _ => limits.requests,
@@ -51,7 +50,7 @@ pub(crate) fn push_limits(
         }
         HeaderDialect::Anthropic => {
             let output = limits.output_tokens;
-            // Where answers have no limit of their own, there is one of all tokens.
+            // Without a limit of output tokens, `tokens` limits all tokens.
             let input = output.and(limits.tokens);
             let both = limits.tokens.filter(|_| output.is_none());
             for (what, reading) in present(&[
@@ -66,7 +65,7 @@ pub(crate) fn push_limits(
                 push(name("reset"), rfc_3339(now + reading.reset));
             }
         }
-        // Per second.
+        // Together's limits are per second.
         HeaderDialect::Together => {
             for (what, reading) in present(&[
                 ("ratelimit", limits.requests),
@@ -111,8 +110,9 @@ fn present<'a>(
         .filter_map(|(what, reading)| Some((*what, (*reading)?)))
 }
 
-/// What a refusal's message says about the wait, if the form is one of words.
-pub(crate) fn words(form: RetryAfter, wait: Duration) -> String {
+/// Returns the sentence of a rejection's message that tells the wait; empty unless the form is
+/// [`RetryAfter::Words`].
+pub(crate) fn wait_sentence(form: RetryAfter, wait: Duration) -> String {
     match form {
         RetryAfter::Words if wait < Duration::from_secs(1) => {
             format!(" Please try again in {}ms.", ceil_ms(wait))
@@ -124,7 +124,7 @@ pub(crate) fn words(form: RetryAfter, wait: Duration) -> String {
     }
 }
 
-/// `reply` with the header that says to come back after `wait`.
+/// Adds the header that tells the client to wait.
 pub(crate) fn with_retry_after(
     reply: HttpReply,
     form: RetryAfter,
@@ -134,16 +134,16 @@ pub(crate) fn with_retry_after(
     let date = |time| httpdate::fmt_http_date(time);
     let value = match form {
         RetryAfter::None | RetryAfter::Words => return reply,
-        RetryAfter::Ms => return reply.with("retry-after-ms", ceil_ms(wait).to_string()),
+        RetryAfter::Ms => return reply.with_header("retry-after-ms", ceil_ms(wait).to_string()),
         RetryAfter::Seconds => ceil_ms(wait).div_ceil(1000).to_string(),
         RetryAfter::Float => format!("{}", ceil_ms(wait) as f64 / 1000.0),
-        // Whole seconds, rounded up: a client that obeys must not come too early.
+        // Rounded up to whole seconds: a client that obeys must not retry too early.
         RetryAfter::Date => date(now + wait + Duration::from_millis(999)),
         RetryAfter::PastDate => date(now - Duration::from_secs(3600)),
         RetryAfter::FarDate => date(now + TEN_YEARS),
         RetryAfter::Garbage => "in a while; ask -1 more times".into(),
     };
-    reply.with("retry-after", value)
+    reply.with_header("retry-after", value)
 }
 
 fn ceil_ms(wait: Duration) -> u64 {
@@ -151,7 +151,7 @@ fn ceil_ms(wait: Duration) -> u64 {
 }
 
 fn whole(amount: f64) -> String {
-    // Against 2999.9999999 of a bucket that refilled for a while.
+    // A refilled bucket may hold 2999.9999999.
     format!("{}", (amount + 1e-6).floor())
 }
 
@@ -162,9 +162,9 @@ fn rfc_3339(time: SystemTime) -> String {
     )
 }
 
-/// As Go prints a duration that was cut to milliseconds: `17ms`, `8.64s`, `6m0s`, `1h2m3s`.
+/// Formats a duration as Go does, truncated to milliseconds: `17ms`, `8.64s`, `6m0s`, `1h2m3s`.
 fn go_duration(duration: Duration) -> String {
-    // Microseconds first, against 5m59.999s for six minutes.
+    // Round to microseconds first, so that six minutes are not 5m59.999s.
     let ms = (duration + Duration::from_nanos(500)).as_micros() / 1000;
     if ms < 1000 {
         return if ms == 0 {
@@ -173,7 +173,8 @@ fn go_duration(duration: Duration) -> String {
             format!("{ms}ms")
         };
     }
-    let (hours, minutes) = (ms / 3_600_000, ms / 60_000 % 60);
+    let hours = ms / 3_600_000;
+    let minutes = ms / 60_000 % 60;
     let seconds = (ms % 60_000) as f64 / 1000.0;
     match (hours, minutes) {
         (0, 0) => format!("{seconds}s"),
@@ -187,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_read_as_go_prints_them() {
+    fn durations_are_formatted_as_in_go() {
         for (micros, expected) in [
             (0, "0s"),
             (17_142, "17ms"),

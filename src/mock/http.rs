@@ -1,8 +1,6 @@
-//! A mock on raw TCP: HTTP/1.1 with connections that are kept, and everything below HTTP that can
-//! go wrong.
+//! The mock over raw TCP: HTTP/1.1 with keep-alive, and all failures below HTTP.
 //!
-//! It is also the server of load tests, so a small request costs a read, a write, and no more
-//! memory than its answer.
+//! Load tests use this server too, so a small request costs one read and one write.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -18,15 +16,14 @@ use crate::mock::parse::{ChunkedBody, RequestError, RequestHead, parse_head};
 use crate::mock::request::MockRequest;
 use crate::mock::response::{HttpReply, MockResponse};
 
-/// Of a request. A batch's file may have 200 MB.
+/// Maximum length of a request body in bytes. A batch file may have 200 MB.
 const MAX_BODY_BYTES: usize = 512 << 20;
-/// A body up to this size is sent in one write with its head.
+/// A body of at most this many bytes is sent in one write with its head.
 const SINGLE_WRITE_BYTES: usize = 64 << 10;
-/// A pause without which a reset may overtake what was sent before it.
+/// Delay before a reset, so that the reset does not overtake the bytes sent before it.
 const RESET_DELAY: Duration = Duration::from_millis(20);
 
-/// Serves `mock` to whoever connects. It only ends by being dropped; the connections end with the
-/// runtime.
+/// Accepts connections until the future is dropped. Connections end with the runtime.
 pub async fn serve(mock: Arc<Mock>, listener: TcpListener) {
     loop {
         match listener.accept().await {
@@ -35,11 +32,11 @@ pub async fn serve(mock: Arc<Mock>, listener: TcpListener) {
                 tokio::spawn(async move {
                     mock.state().stats.record_connection();
                     if let Err(error) = serve_connection(stream, &mock).await {
-                        tracing::debug!("a connection broke: {error}");
+                        tracing::debug!("connection failed: {error}");
                     }
                 });
             }
-            // Too many open files, most likely: some will close.
+            // Usually too many open files; wait until some are closed.
             Err(error) => {
                 tracing::warn!("cannot accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -48,7 +45,7 @@ pub async fn serve(mock: Arc<Mock>, listener: TcpListener) {
     }
 }
 
-/// Answers one request after another until either side closes.
+/// Answers requests one by one until either side closes the connection.
 async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut connection = MockConnection {
@@ -84,7 +81,7 @@ async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
         let response = tokio::select! {
             biased;
             response = mock.respond(request) => response,
-            gone = wait_for_close(&mut connection.stream, &mut early) => return gone,
+            closed = wait_for_close(&mut connection.stream, &mut early) => return closed,
         };
         connection.input.drain(..end);
         connection.input.extend_from_slice(&early);
@@ -101,7 +98,7 @@ async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
     }
 }
 
-/// As gateways do it: fast.
+/// Compresses the body at the fast level, as gateways do.
 fn gzip_reply(reply: HttpReply) -> io::Result<HttpReply> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(&reply.body)?;
@@ -114,27 +111,27 @@ fn gzip_reply(reply: HttpReply) -> io::Result<HttpReply> {
     })
 }
 
-/// Ends when the client hangs up. What it sends before that, the next request, is kept.
+/// Returns when the client closes the connection. Bytes of the next request go to `early`.
 async fn wait_for_close(stream: &mut TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
     while early.len() < SINGLE_WRITE_BYTES {
         if stream.read_buf(early).await? == 0 {
             return Ok(());
         }
     }
-    // Who sends so much ahead is here.
+    // A client that sends this much ahead is still connected.
     std::future::pending().await
 }
 
 struct MockConnection {
     stream: TcpStream,
-    /// What came, from the beginning of a request on.
+    /// Received bytes, from the start of the current request.
     input: Vec<u8>,
-    /// A head to be sent, with its body if that is small.
+    /// Bytes to send: a head, and its body if that is small.
     output: Vec<u8>,
 }
 
 impl MockConnection {
-    /// None once the client has closed.
+    /// Reads until the head is complete. Returns `None` if the client closes the connection.
     async fn read_head(&mut self) -> io::Result<Option<Result<RequestHead, RequestError>>> {
         loop {
             match parse_head(&self.input) {
@@ -148,8 +145,8 @@ impl MockConnection {
         }
     }
 
-    /// Reads on until the body is there: a plain one into `input`, where it stays; a chunked one
-    /// is returned. None if the client closes before.
+    /// Reads until the body is complete. A plain body stays in `input`; a chunked body is returned
+    /// decoded. Returns `None` if the client closes the connection first.
     async fn read_body(
         &mut self,
         head: &RequestHead,
@@ -166,12 +163,12 @@ impl MockConnection {
         let end = head.end + head.length;
         self.input.reserve(end.saturating_sub(self.input.len()));
         loop {
-            let whole = match &mut chunks {
+            let is_complete = match &mut chunks {
                 None => Ok(self.input.len() >= end),
                 Some(_) if self.input.len() > MAX_BODY_BYTES => Err(RequestError::BodyTooLarge),
                 Some(chunks) => chunks.advance(&self.input),
             };
-            match whole {
+            match is_complete {
                 Ok(true) => return Ok(Some(Ok(chunks))),
                 Ok(false) => {}
                 Err(error) => return Ok(Some(Err(error))),
@@ -189,7 +186,7 @@ impl MockConnection {
         Ok(())
     }
 
-    /// True if the connection can go on.
+    /// Sends a response. Returns whether the connection stays usable.
     async fn send_response(&mut self, response: MockResponse, close: bool) -> io::Result<bool> {
         match response {
             MockResponse::Complete(reply) => {
@@ -252,7 +249,7 @@ impl MockConnection {
         self.flush().await
     }
 
-    /// Puts the head of a reply into `output`; a body without a length will be chunked.
+    /// Appends the head of a reply to `output`; without a `length`, the body is chunked.
     fn write_head(&mut self, reply: &HttpReply, length: Option<usize>, close: bool) {
         let out = &mut self.output;
         match reply.status {

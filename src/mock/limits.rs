@@ -1,5 +1,4 @@
-//! What is allowed: the gauges of a script, and the verdict on a request. Pure: the time is an
-//! argument.
+//! Enforces the limits of a script: admits or rejects requests. Pure: the time is an argument.
 
 use std::time::Duration;
 
@@ -8,15 +7,15 @@ use tokio::time::Instant;
 use crate::mock::quota::{Quota, QuotaStatus};
 use crate::mock::script::limits::{LimitChange, LimitScript, TokenCounting};
 
-/// What a request asks for.
+/// The tokens that a request is charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TokenCost {
     pub prompt_tokens: u64,
-    /// The longest answers that it allows.
+    /// Maximum length of its answers.
     pub output_tokens: u64,
 }
 
-/// Which limit a request ran into.
+/// The limit that a request exceeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LimitKind {
     Requests,
@@ -27,7 +26,7 @@ pub(crate) enum LimitKind {
 }
 
 impl LimitKind {
-    /// As messages have it.
+    /// Name in error messages.
     pub(crate) fn name(self) -> &'static str {
         match self {
             LimitKind::Requests => "requests per min (RPM)",
@@ -39,24 +38,24 @@ impl LimitKind {
     }
 }
 
-/// A request that was let in. It is given back with [`MockLimiter::release`].
+/// An admitted request, to be passed to [`MockLimiter::release`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AdmissionTicket {
     at: Instant,
     cost: TokenCost,
 }
 
-/// A request that was not.
+/// The reason why a request is rejected.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct LimitRefusal {
     pub limit: LimitKind,
-    /// Until the same request would be let in, were it alone. None: it never would, or nobody knows.
+    /// Time until the same request would be admitted if no other came; `None` if never or unknown.
     pub wait: Option<Duration>,
-    /// Whether it asks for more than there ever is.
+    /// Whether the request exceeds the limit itself.
     pub too_large: bool,
 }
 
-/// Every limit as headers tell of it.
+/// The values of all limits for the rate-limit headers.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct LimitStatus {
     pub requests: Option<QuotaStatus>,
@@ -75,7 +74,7 @@ pub(crate) struct MockLimiter {
     in_flight: u64,
     counts: TokenCounting,
     count_refused: bool,
-    /// Those to come, the next one last.
+    /// Pending changes, the next one last.
     changes: Vec<(Instant, f64)>,
 }
 
@@ -103,12 +102,12 @@ impl MockLimiter {
         }
     }
 
-    /// Requests that were let in and have not left.
+    /// Number of admitted requests that are not released.
     pub(crate) fn in_flight(&self) -> u64 {
         self.in_flight
     }
 
-    /// Lets a request in, or says why not.
+    /// Admits and charges a request, or rejects it.
     pub(crate) fn admit(
         &mut self,
         now: Instant,
@@ -135,7 +134,7 @@ impl MockLimiter {
         }
     }
 
-    /// The limit that makes a request wait longest.
+    /// Checks a request against all limits. The error names the limit with the longest wait.
     fn check(&mut self, now: Instant, cost: TokenCost) -> Result<(), LimitRefusal> {
         if self.concurrency.is_some_and(|most| self.in_flight >= most) {
             return Err(LimitRefusal {
@@ -169,7 +168,7 @@ impl MockLimiter {
         }
     }
 
-    /// Every gauge, with what a request costs there.
+    /// All quotas, each with the amount that a request is charged.
     fn charges(&mut self, cost: TokenCost) -> impl Iterator<Item = (LimitKind, &mut Quota, f64)> {
         let tokens = match self.output_tokens {
             Some(_) => cost.prompt_tokens,
@@ -189,7 +188,7 @@ impl MockLimiter {
         .filter_map(|(limit, quota, amount)| Some((limit, quota.as_mut()?, amount as f64)))
     }
 
-    /// A request has ended, and used so many tokens if it was answered.
+    /// Releases a request that ended; `used` is what its answer used.
     pub(crate) fn release(
         &mut self,
         now: Instant,
@@ -218,7 +217,7 @@ impl MockLimiter {
         }
     }
 
-    /// Makes the changes that are due.
+    /// Applies the changes that are due.
     fn apply_changes(&mut self, now: Instant) {
         while let Some(&(at, factor)) = self.changes.last()
             && at <= now

@@ -1,13 +1,13 @@
-//! Logprobs that are those of a distribution: no set of alternatives adds up to more than one.
+//! Logprobs of a valid distribution: the probabilities of the alternatives sum to at most one.
 //!
-//! The chosen token has a probability p of one of a few levels, and the alternatives share the rest
-//! so that each has half of the one before: (1 - p) / 2, (1 - p) / 4, ... All of it is written once;
-//! an answer is put together from the pieces.
+//! The probability p of the chosen token is one of a few levels. The alternatives share the rest; each
+//! has half the probability of the one before: (1 - p) / 2, (1 - p) / 4, ... The JSON of each level is
+//! written once, and answers are assembled from these templates.
 
-/// Different probabilities of a chosen token.
+/// Number of different probabilities of a chosen token.
 const PROBABILITY_LEVELS: usize = 16;
 
-/// Every piece of JSON that logprobs are made of.
+/// The logprobs of all probability levels as JSON.
 #[derive(Debug)]
 pub(crate) struct LogprobTemplates {
     templates: Vec<LogprobTemplate>,
@@ -15,27 +15,28 @@ pub(crate) struct LogprobTemplates {
 
 #[derive(Debug)]
 struct LogprobTemplate {
-    /// The chosen token's.
+    /// Logprob of the chosen token.
     logprob: String,
     /// `,{"token":...}` for each rank after the first.
     alternatives: Vec<u8>,
-    /// Where each of them ends.
+    /// End offset of each alternative.
     ends: Vec<usize>,
 }
 
 impl LogprobTemplates {
-    /// For up to `most` alternatives at this temperature; 1 leaves the probabilities as they are.
-    pub(crate) fn new(most: usize, temperature: f64) -> LogprobTemplates {
+    /// Makes templates for up to `max_alternatives` at a temperature; temperature 1 does not change
+    /// the probabilities.
+    pub(crate) fn new(max_alternatives: usize, temperature: f64) -> LogprobTemplates {
         let templates = (0..PROBABILITY_LEVELS).map(|template| {
             let p = 0.5 + 0.49 * template as f64 / (PROBABILITY_LEVELS - 1) as f64;
-            LogprobTemplate::new(p, most, temperature)
+            LogprobTemplate::new(p, max_alternatives, temperature)
         });
         LogprobTemplates {
             templates: templates.collect(),
         }
     }
 
-    /// Appends the position of `token` with `top` alternatives, the token itself first among them.
+    /// Appends the logprobs of `token` with `top` alternatives, of which the token itself is the first.
     pub(crate) fn write(
         &self,
         out: &mut Vec<u8>,
@@ -62,10 +63,10 @@ impl LogprobTemplates {
 }
 
 impl LogprobTemplate {
-    fn new(p: f64, most: usize, temperature: f64) -> LogprobTemplate {
-        // Near nothing, the likeliest token takes all of it.
+    fn new(p: f64, max_alternatives: usize, temperature: f64) -> LogprobTemplate {
+        // At a temperature near 0, the most likely token has all the probability.
         let power = 1.0 / temperature.max(0.01);
-        // q^power over the sum of all of them; the alternatives are a geometric series.
+        // q^power / sum of all q^power, where the alternatives are a geometric series.
         let half = 0.5f64.powf(power);
         let chosen = p.powf(power);
         let rest = (1.0 - p).powf(power);
@@ -75,7 +76,7 @@ impl LogprobTemplate {
             alternatives: Vec::new(),
             ends: Vec::new(),
         };
-        for rank in 1..most {
+        for rank in 1..max_alternatives {
             let logprob = power * ((1.0 - p).ln() - rank as f64 * 2f64.ln()) - log_sum;
             template.alternatives.extend_from_slice(b",{");
             write_token(
@@ -108,11 +109,11 @@ fn write_token(out: &mut Vec<u8>, token: &[u8], logprob: &str) {
 
 /// Appends a JSON string.
 pub(crate) fn write_string(out: &mut Vec<u8>, text: &str) {
-    // Writing to memory cannot fail.
+    // Writing to a `Vec` does not fail.
     let _ = serde_json::to_writer(out, text);
 }
 
-/// Appends a number in decimal digits.
+/// Appends a decimal number.
 pub(crate) fn write_number(out: &mut Vec<u8>, mut number: u64) {
     let mut digits = [0; 20];
     let mut start = digits.len();
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn the_alternatives_leave_out_only_their_tail() {
+    fn alternatives_sum_to_one_minus_the_tail() {
         for (top, tail) in [(1, 0.5), (5, 0.04), (20, 2e-6)] {
             let found = probabilities(1.0, top);
             assert_eq!(found.len(), top);
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_temperature_sharpens_or_flattens_what_is_still_a_distribution() {
+    fn temperature_scales_the_distribution() {
         for temperature in [0.3, 0.7, 1.5] {
             let (plain, tempered) = (probabilities(1.0, 20), probabilities(temperature, 20));
             let sum: f64 = tempered.iter().sum();

@@ -1,4 +1,4 @@
-//! Requests for anything but an answer: files, batches, the list of models.
+//! Handles the routes other than chat completions: files, batches and models.
 
 use std::time::Duration;
 
@@ -18,10 +18,10 @@ use crate::mock::response::{HttpReply, MockResponse};
 use crate::mock::script::fault::ScriptedFault;
 use crate::mock::stats;
 use crate::mock::stats::StatsCollector;
-use crate::mock::{Mock, MockState, unix};
+use crate::mock::{Mock, MockState, unix_seconds};
 
 impl Mock {
-    /// A request for anything but an answer. Only a fault that names its path hits it.
+    /// Handles a request to another route. Only faults with a `path` apply to it.
     pub(crate) async fn respond_other_route(
         &self,
         request: &MockRequest<'_>,
@@ -46,14 +46,14 @@ impl Mock {
             return self.route(request, path);
         };
         self.state().stats.record_fault(fault.kind.to_string());
-        pause(faults::seconds(fault.after_s.unwrap_or(0.0))).await;
+        pause(faults::duration(fault.after_s.unwrap_or(0.0))).await;
         if fault.kind.corrupts_answer() {
             return match self.route(request, path) {
                 MockResponse::Complete(reply) => faults::corrupt(fault, reply),
                 other => other,
             };
         }
-        match faults::error(fault, self.wall_now()) {
+        match faults::error_response(fault, self.wall_now()) {
             Some(response) => response,
             None => std::future::pending().await,
         }
@@ -71,17 +71,17 @@ impl Mock {
 
     fn models(&self, method: &str, path: &str) -> MockResponse {
         let model = self.script.model_name();
-        let card = || json!({"id": model, "object": "model", "owned_by": "distill"});
-        let found = match path.strip_prefix("/v1/models") {
-            Some("") => json!({"object": "list", "data": [card()]}),
-            Some(name) if name.strip_prefix('/') == Some(model) => card(),
+        let model_json = || json!({"id": model, "object": "model", "owned_by": "distill"});
+        let body = match path.strip_prefix("/v1/models") {
+            Some("") => json!({"object": "list", "data": [model_json()]}),
+            Some(name) if name.strip_prefix('/') == Some(model) => model_json(),
             _ => {
-                let message = format!("there is no {method} {path}");
+                let message = format!("unknown route: {method} {path}");
                 return MockResponse::Complete(HttpReply::error(404, &message, "not_found"));
             }
         };
         match method {
-            "GET" => MockResponse::Complete(HttpReply::json(200, found.to_string())),
+            "GET" => MockResponse::Complete(HttpReply::json(200, body.to_string())),
             _ => method_not_allowed(path, method),
         }
     }
@@ -90,11 +90,11 @@ impl Mock {
         BatchContext {
             script: &self.script,
             at: self.started.elapsed(),
-            started: unix(self.wall),
+            started: unix_seconds(self.wall),
         }
     }
 
-    /// Bills and writes down what batches have come to.
+    /// Writes and bills the results of the batches that have ended.
     pub(super) fn settle_batches(&self, state: &mut MockState, context: &BatchContext) {
         let MockState { stats, batches, .. } = state;
         batches.write_results(context, &mut |body| {
@@ -102,7 +102,7 @@ impl Mock {
         });
     }
 
-    /// The status and the body of a row of a batch.
+    /// Returns the status and the body of the response to a batch row.
     fn answer_row(&self, stats: &mut StatsCollector, body: &[u8], at: Duration) -> (u16, Bytes) {
         let chat = match ParsedChat::parse(body, &self.script) {
             Ok(chat) => chat,
@@ -123,7 +123,7 @@ impl Mock {
         let response = match fault {
             None => Some(MockResponse::Complete(reply)),
             Some(fault) if fault.kind.corrupts_answer() => Some(faults::corrupt(fault, reply)),
-            Some(fault) => faults::error(fault, self.wall_now()),
+            Some(fault) => faults::error_response(fault, self.wall_now()),
         };
         if let Some(fault) = fault {
             stats.record_fault(fault.kind.to_string());
@@ -131,7 +131,7 @@ impl Mock {
         if fault.is_none_or(ScriptedFault::is_billed) {
             stats.record_billed_in_batch(hash, &usage);
         }
-        // A line of a file can only hold what is JSON, whatever happened on the way to it.
+        // A result file can contain only JSON: a reply that is not JSON becomes a 500.
         let reply = response.as_ref().and_then(MockResponse::reply);
         let is_json =
             |reply: &&HttpReply| serde_json::from_slice::<IgnoredAny>(&reply.body).is_ok();

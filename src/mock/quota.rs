@@ -1,4 +1,4 @@
-//! One limit: so much of something in so long a time. Pure: the time is an argument.
+//! One rate limit: an amount per minute or per day. Pure: the time is an argument.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -7,16 +7,16 @@ use tokio::time::Instant;
 
 use crate::mock::script::limits::LimitWindow;
 
-/// Rounding errors of a bucket that was refilled many times.
+/// Tolerance for rounding errors of a bucket that was refilled many times.
 const TOLERANCE: f64 = 1e-6;
 
-/// A wait without an end, which can still be added to a date.
+/// Stands for an endless wait; small enough to be added to a date.
 const FOREVER: Duration = Duration::from_secs(1_000_000_000);
 
-/// What is left of a limit. `now` must never go back.
+/// The state of one rate limit. `now` must be monotonic.
 #[derive(Debug)]
 pub(crate) struct Quota {
-    /// What the script says, in a time of `per`.
+    /// The script's limit per `per`.
     nominal: f64,
     factor: f64,
     per: Duration,
@@ -27,7 +27,7 @@ pub(crate) struct Quota {
 enum QuotaWindow {
     Bucket {
         level: f64,
-        /// Of `per`: the bucket's size is as much of the limit.
+        /// The bucket's capacity as a fraction of the limit.
         burst: f64,
         at: Instant,
     },
@@ -41,23 +41,23 @@ enum QuotaWindow {
     },
 }
 
-/// A gauge as headers tell of it.
+/// The values that rate-limit headers report.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct QuotaStatus {
     pub limit: f64,
     pub remaining: f64,
-    /// Until nothing is used.
+    /// Time until the quota is unused again.
     pub reset: Duration,
 }
 
 impl Quota {
-    /// `limit` a minute; a bucket holds `burst_s` seconds' worth of it.
+    /// Makes a quota of `limit` per minute. A bucket's capacity is the limit of `burst_s` seconds.
     pub(crate) fn per_minute(limit: u64, window: LimitWindow, burst_s: f64, now: Instant) -> Quota {
         let nominal = limit as f64;
         let burst = burst_s / 60.0;
         let window_state = match window {
             LimitWindow::Bucket => QuotaWindow::Bucket {
-                // A bucket that cannot hold one request would let none through.
+                // A bucket with a capacity below one request would reject all.
                 level: (nominal * burst).max(1.0),
                 burst,
                 at: now,
@@ -79,7 +79,7 @@ impl Quota {
         }
     }
 
-    /// `limit` a day, counted anew every 24 hours.
+    /// Makes a quota of `limit` per day, reset every 24 hours.
     pub(crate) fn per_day(limit: u64, now: Instant) -> Quota {
         Quota {
             nominal: limit as f64,
@@ -92,7 +92,7 @@ impl Quota {
         }
     }
 
-    /// From now on the limit is `factor` times what it was made with.
+    /// Sets the limit to `factor` times the script's limit.
     pub(crate) fn set_factor(&mut self, now: Instant, factor: f64) {
         self.advance(now);
         self.factor = factor;
@@ -102,12 +102,12 @@ impl Quota {
         }
     }
 
-    /// In a time of `per`.
+    /// The current limit per `per`.
     fn limit(&self) -> f64 {
         self.nominal * self.factor
     }
 
-    /// The most that can be taken at one moment.
+    /// Maximum amount that can be charged at one moment.
     pub(crate) fn capacity(&self) -> f64 {
         match self.window_state {
             QuotaWindow::Bucket { burst, .. } => (self.limit() * burst).max(1.0),
@@ -115,7 +115,7 @@ impl Quota {
         }
     }
 
-    /// Until a bucket has refilled by `amount`; an age where it does not refill at all.
+    /// Time in which a bucket refills by `amount`; [`FOREVER`] if it does not refill.
     fn refill_time(&self, amount: f64) -> Duration {
         let seconds = self.per.as_secs_f64() * amount / self.limit();
         Duration::try_from_secs_f64(seconds).map_or(FOREVER, |time| time.min(FOREVER))
@@ -131,7 +131,9 @@ impl Quota {
     }
 
     fn advance(&mut self, now: Instant) {
-        let (capacity, limit, per) = (self.capacity(), self.limit(), self.per);
+        let capacity = self.capacity();
+        let limit = self.limit();
+        let per = self.per;
         match &mut self.window_state {
             QuotaWindow::Bucket { level, at, .. } => {
                 let passed = now.duration_since(*at).div_duration_f64(per);
@@ -155,7 +157,7 @@ impl Quota {
         }
     }
 
-    /// How long until `cost` can be taken; None if it never can.
+    /// Time until `cost` is available, or `None` if it exceeds the capacity.
     pub(crate) fn time_until(&mut self, now: Instant, cost: f64) -> Option<Duration> {
         self.advance(now);
         if cost > self.capacity() + TOLERANCE {
@@ -180,8 +182,8 @@ impl Quota {
         })
     }
 
-    /// Takes `cost`, which may be more than there is: what is owed is paid off first. A bucket owes
-    /// no more than its size.
+    /// Charges `cost`. It may exceed what remains: the quota becomes negative, a bucket at most by
+    /// its capacity.
     pub(crate) fn charge(&mut self, now: Instant, cost: f64) {
         self.advance(now);
         let capacity = self.capacity();
@@ -198,19 +200,19 @@ impl Quota {
         }
     }
 
-    /// Corrects what was taken at `taken_at` by `amount`: gives it back, or takes it if negative.
-    pub(crate) fn refund(&mut self, now: Instant, taken_at: Instant, amount: f64) {
+    /// Returns `amount` of a charge made at `charged_at`; a negative amount is charged.
+    pub(crate) fn refund(&mut self, now: Instant, charged_at: Instant, amount: f64) {
         self.advance(now);
         let capacity = self.capacity();
         match &mut self.window_state {
             QuotaWindow::Bucket { level, .. } => *level = (*level + amount).min(capacity),
             QuotaWindow::Fixed { used, since } => {
-                if taken_at >= *since {
+                if charged_at >= *since {
                     *used -= amount;
                 }
             }
             QuotaWindow::Sliding { used, entries } => {
-                if let Ok(index) = entries.binary_search_by_key(&taken_at, |(at, _)| *at) {
+                if let Ok(index) = entries.binary_search_by_key(&charged_at, |(at, _)| *at) {
                     entries[index].1 -= amount;
                     *used -= amount;
                 }

@@ -1,12 +1,15 @@
-//! TODO
+//! Requests to the mock.
 
 use crate::mock::response::{HttpReply, MockResponse};
 
-/// A request as it arrived.
+/// Route of chat completions.
+pub(crate) const CHAT_PATH: &str = "/v1/chat/completions";
+
+/// An HTTP request, reduced to what the mock uses.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MockRequest<'a> {
     pub method: &'a str,
-    /// With its query, if it has one.
+    /// Path and query.
     pub path: &'a str,
     pub authorization: Option<&'a str>,
     pub content_type: Option<&'a str>,
@@ -14,7 +17,7 @@ pub struct MockRequest<'a> {
 }
 
 impl<'a> MockRequest<'a> {
-    /// A request for an answer.
+    /// Makes a chat completion request.
     pub fn chat(body: &'a [u8]) -> MockRequest<'a> {
         MockRequest {
             method: "POST",
@@ -26,9 +29,8 @@ impl<'a> MockRequest<'a> {
     }
 }
 
+/// Makes a 405.
 pub(crate) fn method_not_allowed(path: &str, method: &str) -> MockResponse {
-    let message = format!("{path} does not take {method}");
+    let message = format!("{path} does not support {method}");
     MockResponse::Complete(HttpReply::error(405, &message, "method_not_allowed"))
 }
-
-pub(crate) const CHAT_PATH: &str = "/v1/chat/completions";

@@ -1,4 +1,4 @@
-//! One batch: its rows, what becomes of them, and what is told about it.
+//! One batch: its rows, their planned results and its JSON.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -12,6 +12,7 @@ use crate::mock::script::Script;
 use crate::mock::script::batch::RequestCountsMode;
 
 #[derive(Debug)]
+/// A batch.
 pub(crate) struct BatchJob {
     pub id: String,
     pub input_file_id: String,
@@ -19,23 +20,25 @@ pub(crate) struct BatchJob {
     pub window: String,
     pub metadata: Value,
     pub lifecycle: BatchLifecycle,
-    /// What validation will find.
+    /// Validation errors, reported when validation ends.
     pub errors: Vec<Value>,
     pub rows: Vec<BatchRow>,
-    /// What becomes of them, in the order in which they are worked on.
+    /// Row index and planned result, in processing order.
     pub order: Vec<(usize, PlannedResult)>,
     pub results: Option<BatchResults>,
 }
 
+/// The result that the script plans for a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PlannedResult {
     Answer,
-    /// In one of three shapes.
+    /// One of three kinds of line in the error file.
     Error(usize),
+    /// In neither file.
     Lost,
 }
 
-/// What is left of a batch at its end.
+/// The results of a batch that has ended.
 #[derive(Debug, Default)]
 pub(crate) struct BatchResults {
     pub output_file_id: Option<String>,
@@ -44,7 +47,7 @@ pub(crate) struct BatchResults {
     pub failed: usize,
 }
 
-/// The status and the body that a row earns, when it is asked for its answer.
+/// Answers the body of a row: returns a status and a response body.
 pub(crate) type AnswerRowFn<'a> = dyn FnMut(&[u8]) -> (u16, Bytes) + 'a;
 
 impl BatchJob {
@@ -56,14 +59,15 @@ impl BatchJob {
         self.rows.iter().map(|row| row.tokens).sum()
     }
 
-    /// The results, and the content of the output and of the error file.
+    /// Runs the rows. Returns the results and the contents of the output and the error file.
     pub(crate) fn run_rows(
         &self,
         snapshot: &BatchSnapshot,
         answer: &mut AnswerRowFn,
     ) -> (BatchResults, Vec<u8>, Vec<u8>) {
         let mut results = BatchResults::default();
-        let (mut output, mut errors) = (Vec::new(), Vec::new());
+        let mut output = Vec::new();
+        let mut errors = Vec::new();
         if snapshot.status == BatchStatus::Failed {
             return (results, output, errors);
         }
@@ -168,19 +172,19 @@ impl BatchJob {
     }
 }
 
-/// The order in which rows are worked on, and what becomes of each: neither is that of the file.
+/// Shuffles the rows and plans the result of each.
 pub(crate) fn plan_rows(rows: usize, script: &Script, batch: u64) -> Vec<(usize, PlannedResult)> {
     let batch_script = &script.batch;
     let mut order: Vec<usize> = (0..rows).collect();
     let mut rng = fastrand::Rng::with_seed(script.seed ^ batch.wrapping_mul(0x9e37_79b9));
     rng.shuffle(&mut order);
-    let mut plan_rows: Vec<PlannedResult> = (0..rows)
+    let mut results: Vec<PlannedResult> = (0..rows)
         .map(|place| match place {
             _ if place < batch_script.error_rows => PlannedResult::Error(place % 3),
             _ if place - batch_script.error_rows < batch_script.lost_rows => PlannedResult::Lost,
             _ => PlannedResult::Answer,
         })
         .collect();
-    rng.shuffle(&mut plan_rows);
-    order.into_iter().zip(plan_rows).collect()
+    rng.shuffle(&mut results);
+    order.into_iter().zip(results).collect()
 }

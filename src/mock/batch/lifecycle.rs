@@ -1,30 +1,30 @@
-//! The life of a batch as a function of time. Pure. Times are virtual seconds since the start.
+//! The status of a batch as a function of time. Pure. Times are virtual seconds since the start.
 
 use crate::mock::script::batch::{BatchOutcome, BatchScript};
 
-/// What decides about a batch's life.
+/// The events and sizes that determine the status of a batch.
 #[derive(Debug, Clone)]
 pub(crate) struct BatchLifecycle {
     pub created: f64,
-    /// When it expires, after its creation.
+    /// Completion window: seconds from creation to expiry.
     pub window: f64,
     pub rows: usize,
-    /// Whether validation finds something.
+    /// Whether validation fails.
     pub is_invalid: bool,
-    /// When its client asked for its end.
+    /// Time of the client's cancel request.
     pub cancelled: Option<f64>,
 }
 
-/// A batch at one moment. Stamps are those of what has happened by then.
+/// The state of a batch at a time. Later events have no timestamp yet.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct BatchSnapshot {
     pub status: BatchStatus,
-    /// Rows that have been worked on.
+    /// Number of processed rows.
     pub done: usize,
     pub in_progress_at: Option<f64>,
     pub finalizing_at: Option<f64>,
     pub cancelling_at: Option<f64>,
-    /// When it came to the end that `status` tells, if it did.
+    /// Time of the final status, if it is reached.
     pub ended_at: Option<f64>,
 }
 
@@ -55,7 +55,7 @@ impl BatchStatus {
         }
     }
 
-    /// Whether nothing more can become of it.
+    /// Whether the status can no longer change.
     pub(crate) fn is_final(self) -> bool {
         matches!(
             self,
@@ -72,28 +72,30 @@ impl BatchLifecycle {
         self.created + self.window
     }
 
-    /// How the batch stands at `now`.
+    /// Returns the state of the batch at `now`.
     pub(crate) fn at(&self, script: &BatchScript, now: f64) -> BatchSnapshot {
         let validated = self.created + script.validating_s;
         let (stopped, end) = self.stop(script, validated);
         let is_cancel = end == BatchStatus::Cancelled;
-        let tidying = match is_cancel {
-            true => script.cancelling_s,
-            false => script.finalizing_s,
+        let closing_time = if is_cancel {
+            script.cancelling_s
+        } else {
+            script.finalizing_s
         };
-        // A batch that is cancelled early is never validated.
-        let works = validated <= now.min(stopped) && !self.is_invalid;
+        // A batch that is cancelled during validation never starts.
+        let is_running = validated <= now.min(stopped) && !self.is_invalid;
         let mut snapshot = BatchSnapshot {
-            status: match works {
-                true => BatchStatus::InProgress,
-                false => BatchStatus::Validating,
+            status: if is_running {
+                BatchStatus::InProgress
+            } else {
+                BatchStatus::Validating
             },
-            done: if works {
+            done: if is_running {
                 self.done(script, now.min(stopped))
             } else {
                 0
             },
-            in_progress_at: works.then_some(validated),
+            in_progress_at: is_running.then_some(validated),
             ..BatchSnapshot::default()
         };
         if now < stopped {
@@ -104,11 +106,12 @@ impl BatchLifecycle {
             snapshot.ended_at = Some(stopped);
             return snapshot;
         }
-        match is_cancel {
-            true => snapshot.cancelling_at = Some(stopped),
-            false => snapshot.finalizing_at = Some(stopped),
+        if is_cancel {
+            snapshot.cancelling_at = Some(stopped);
+        } else {
+            snapshot.finalizing_at = Some(stopped);
         }
-        let ended = stopped + tidying;
+        let ended = stopped + closing_time;
         snapshot.status = match (now < ended, is_cancel) {
             (true, true) => BatchStatus::Cancelling,
             (true, false) => BatchStatus::Finalizing,
@@ -118,7 +121,7 @@ impl BatchLifecycle {
         snapshot
     }
 
-    /// When work stops, and what that leads to.
+    /// Returns when processing stops, and the final status.
     fn stop(&self, script: &BatchScript, validated: f64) -> (f64, BatchStatus) {
         let scripted = match script.outcome {
             _ if self.is_invalid => (validated, BatchStatus::Failed),
@@ -143,18 +146,19 @@ impl BatchLifecycle {
             )
     }
 
-    /// Rows that are done after work until `until`. One that shall expire gets stuck halfway.
+    /// Number of rows processed by `until`. A batch scripted to expire stops halfway.
     fn done(&self, script: &BatchScript, until: f64) -> usize {
         let worked = until - self.created - script.validating_s;
-        let share = match script.in_progress_s > 0.0 {
-            true => (worked / script.in_progress_s).clamp(0.0, 1.0),
-            false => 1.0,
+        let share = if script.in_progress_s > 0.0 {
+            (worked / script.in_progress_s).clamp(0.0, 1.0)
+        } else {
+            1.0
         };
         let share = match script.outcome {
             BatchOutcome::Expired => share.min(0.5),
             _ => share,
         };
-        // Against 2.9999999 of a sum of times.
+        // A sum of times may yield 2.9999999 for 3.
         (share * self.rows as f64 + 1e-6).floor() as usize
     }
 }
@@ -173,7 +177,7 @@ mod tests {
         }
     }
 
-    /// The status and the rows done at each of these seconds after the creation.
+    /// Checks the status and the number of processed rows at seconds after the creation.
     #[track_caller]
     fn check(
         lifecycle: &BatchLifecycle,
@@ -192,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_batch_goes_its_way() {
+    fn valid_batch_completes() {
         check(
             &lifecycle(),
             &BatchScript::default(),
@@ -209,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_one_fails_once_it_is_validated() {
+    fn invalid_batch_fails_after_validation() {
         let expected = [
             (59.0, BatchStatus::Validating, 0),
             (60.0, BatchStatus::Failed, 0),
@@ -227,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn the_window_closes_on_what_is_done() {
+    fn expired_batch_keeps_processed_rows() {
         let stuck = BatchScript {
             outcome: BatchOutcome::Expired,
             ..BatchScript::default()
@@ -254,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_one_keeps_what_is_done() {
+    fn cancelled_batch_keeps_processed_rows() {
         let cancelled = |at: f64| BatchLifecycle {
             cancelled: Some(1000.0 + at),
             ..lifecycle()

@@ -1,7 +1,16 @@
-//! Files and batches in OpenAI's dialect, on a clock of their own.
+//! OpenAI's file and batch API, on a virtual clock.
 //!
-//! Nothing runs in the background: a batch is a function of time, looked up when somebody asks.
-//! What is billed is billed when a batch comes to its end.
+//! Nothing runs in the background: the state of a batch is a function of time, computed on request.
+//! A batch is billed when it ends.
+//!
+//! | file | content |
+//! |---|---|
+//! | `mod` | [`BatchStore`]: the routes, all files and batches |
+//! | `upload` | multipart parsing |
+//! | `rows` | validation of the input file; the lines of the result files |
+//! | `job` | one batch: its rows, planned results and JSON |
+//! | `lifecycle` | the status of a batch at a time |
+//! | `context` | script and time of a request |
 
 pub(crate) mod context;
 pub(crate) mod job;
@@ -28,7 +37,7 @@ use crate::mock::script::batch::BatchOutcome;
 pub(crate) struct BatchStore {
     files: BTreeMap<String, StoredFile>,
     batches: Vec<BatchJob>,
-    /// For the names of files.
+    /// Number of file ids given so far.
     files_named: usize,
 }
 
@@ -37,13 +46,14 @@ struct StoredFile {
     name: String,
     purpose: String,
     content: Bytes,
-    /// Since the start, and in virtual seconds.
+    /// Time since the start from which the file is found.
     visible_at: Duration,
+    /// Virtual seconds since the start.
     created: f64,
 }
 
 impl BatchStore {
-    /// The reaction to a request, if it is for a file or a batch.
+    /// Handles a request to a file or batch route; returns `None` for other routes.
     pub(crate) fn handle(
         &mut self,
         request: &MockRequest,
@@ -81,7 +91,7 @@ impl BatchStore {
             Ok(upload) => upload,
             Err(problem) => return HttpReply::error(400, problem, Value::Null),
         };
-        let missing = crate::mock::faults::seconds(context.script.batch.missing_s);
+        let missing = crate::mock::faults::duration(context.script.batch.missing_s);
         let file = StoredFile {
             name: upload.filename,
             purpose: upload.purpose,
@@ -128,8 +138,8 @@ impl BatchStore {
     }
 
     fn delete(&mut self, id: &str, context: &BatchContext) -> HttpReply {
-        let gone = json!({"id": id, "object": "file", "deleted": true});
-        let reply = self.with_file(id, context, |_| HttpReply::json(200, gone.to_string()));
+        let deleted = json!({"id": id, "object": "file", "deleted": true});
+        let reply = self.with_file(id, context, |_| HttpReply::json(200, deleted.to_string()));
         if reply.status == 200 {
             self.files.remove(id);
         }
@@ -159,7 +169,8 @@ impl BatchStore {
                 HttpReply::bad_field(param, &message, "missing_required_parameter")
             })
         };
-        let (input_file_id, endpoint) = (required("input_file_id")?, required("endpoint")?);
+        let input_file_id = required("input_file_id")?;
+        let endpoint = required("endpoint")?;
         let window = required("completion_window")?;
         let seconds = parse_window(&window).ok_or_else(|| {
             let message = format!("Invalid value: '{window}'. Supported values are: '24h'.");
@@ -170,7 +181,7 @@ impl BatchStore {
         let file = file.ok_or_else(|| not_found("File", &input_file_id, 400, "input_file_id"))?;
         let (rows, mut errors) = rows::read(&file.content, &endpoint, script);
         if script.batch.outcome == BatchOutcome::Failed && errors.is_empty() {
-            let message = "The mock was told to fail this batch.";
+            let message = "The script fails this batch.";
             errors.push(error_entry(
                 "invalid_request",
                 Some(1),
@@ -179,14 +190,14 @@ impl BatchStore {
             ));
         }
         if let Some(limit) = script.batch.enqueued_tokens {
-            let waiting: u64 = self
+            let enqueued: u64 = self
                 .batches
                 .iter()
                 .filter(|batch| !batch.snapshot(context).status.is_final())
                 .map(BatchJob::tokens)
                 .sum();
             let own: u64 = rows.iter().map(|row| row.tokens).sum();
-            if waiting + own > limit {
+            if enqueued + own > limit {
                 let message = format!(
                     "Enqueued token limit reached for {} in organization org-mock. Limit: {limit} \
                      enqueued tokens. Please try again once some in_progress batches have been \
@@ -220,7 +231,7 @@ impl BatchStore {
         Ok(HttpReply::json(200, to_json.to_string()))
     }
 
-    /// The newest first, as many as `limit` says, from the one after `after` on.
+    /// Lists batches, newest first: up to `limit`, starting after the batch `after`.
     fn list_batches(&self, query: &str, context: &BatchContext) -> HttpReply {
         let parameter = |name: &str| {
             let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
@@ -263,7 +274,7 @@ impl BatchStore {
         }
     }
 
-    /// Writes the files of the batches that have come to their end since the last time.
+    /// Writes the result files of the batches that ended since the last call.
     pub(crate) fn write_results(&mut self, context: &BatchContext, answer: &mut AnswerRowFn) {
         for index in 0..self.batches.len() {
             let batch = &self.batches[index];
@@ -316,7 +327,7 @@ impl StoredFile {
     }
 }
 
-/// Seconds of `24h` or `7d`.
+/// Parses a completion window such as `24h` or `7d`, in seconds.
 fn parse_window(window: &str) -> Option<f64> {
     let unit = match window.chars().last()? {
         'h' => 3600.0,

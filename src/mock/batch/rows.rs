@@ -1,4 +1,4 @@
-//! The lines of a batch's files: read, found bad, answered. Pure.
+//! The lines of batch files: validates input lines and writes result lines. Pure.
 
 use std::collections::HashSet;
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::mock::chat::ParsedChat;
 use crate::mock::script::Script;
 
-/// No more mistakes are told than this.
+/// Maximum number of validation errors that are reported.
 const MAX_ERRORS: usize = 100;
 
 /// A line of the input.
@@ -18,7 +18,7 @@ const MAX_ERRORS: usize = 100;
 pub(crate) struct BatchRow {
     pub custom_id: String,
     pub body: Bytes,
-    /// Its prompt and the longest answer that it allows.
+    /// Prompt tokens and `max_tokens`.
     pub tokens: u64,
 }
 
@@ -31,7 +31,8 @@ struct InputLine<'a> {
     body: Option<&'a RawValue>,
 }
 
-/// Reads an input file. The mistakes are those of `errors.data`; with any, the batch fails.
+/// Reads an input file. Returns the rows and the entries of `errors.data`; if there is an error, the
+/// batch fails.
 pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<BatchRow>, Vec<Value>) {
     let mut errors = Vec::new();
     let mut rows = Vec::new();
@@ -40,7 +41,7 @@ pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<BatchR
         let message = format!("The file has more than {} bytes.", script.batch.max_bytes);
         errors.push(error_entry("file_too_large", None, None, &message));
     }
-    // A line ends at this byte alone: JSON may hold U+2028 and its like.
+    // Only this byte ends a line: JSON strings may contain U+2028.
     for (index, text) in file.split(|byte| *byte == b'\n').enumerate() {
         if text.trim_ascii().is_empty() {
             continue;
@@ -112,7 +113,7 @@ fn read_line(
             let cost = chat.cost();
             cost.prompt_tokens.saturating_add(cost.output_tokens)
         }
-        // Of another model the batch fails; any other mistake is its row's alone.
+        // An unknown model fails the batch; other errors concern only their row.
         Err(reply) if reply.status == 404 => {
             let message = "The provided model does not exist.".to_string();
             return Err(("model_not_found", Some("body.model"), message));
@@ -126,7 +127,7 @@ fn read_line(
     })
 }
 
-/// An entry of `errors.data`.
+/// Makes an entry of `errors.data`.
 pub(crate) fn error_entry(
     code: &str,
     line: Option<usize>,
@@ -136,7 +137,7 @@ pub(crate) fn error_entry(
     json!({"code": code, "line": line, "message": message, "param": param})
 }
 
-/// A line of the output file, or of the error file in the first of its shapes: an HTTP error.
+/// Makes a line with a response: of the output file, or of the error file if the status is an error.
 pub(crate) fn response_line(id: &str, custom_id: &str, status: u16, body: &[u8]) -> Vec<u8> {
     let mut line = line_start(id, custom_id);
     let response =
@@ -147,7 +148,7 @@ pub(crate) fn response_line(id: &str, custom_id: &str, status: u16, body: &[u8])
     line
 }
 
-/// A line of the error file in its second shape: no response.
+/// Makes a line of the error file without a response.
 pub(crate) fn error_line(id: &str, custom_id: &str, code: &str, message: &str) -> Vec<u8> {
     let mut line = line_start(id, custom_id);
     let error = json!({"code": code, "message": message});
@@ -155,7 +156,7 @@ pub(crate) fn error_line(id: &str, custom_id: &str, code: &str, message: &str) -
     line
 }
 
-/// A line of the error file in its third shape: a response that is none.
+/// Makes a line of the error file with an empty response of status 0.
 pub(crate) fn empty_response_line(id: &str, custom_id: &str) -> Vec<u8> {
     let mut line = line_start(id, custom_id);
     line.extend_from_slice(
