@@ -1,10 +1,10 @@
-//! `[answers]`: what a good answer is, and which requests are refused.
+//! `[answers]`: valid answers, and which requests are rejected.
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::{NumberRange, is_time, require};
+use crate::mock::script::{NumberRange, is_valid_time, require};
 
-/// What a good answer says.
+/// The text of an answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AnswerText {
@@ -15,7 +15,7 @@ pub enum AnswerText {
     Fixed(String),
 }
 
-/// What a token is.
+/// The unit that counts as a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenUnit {
@@ -26,7 +26,7 @@ pub enum TokenUnit {
     Bytes,
 }
 
-/// The field in which an endpoint takes the longest answer's length.
+/// The request field that sets the maximum length of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MaxTokensField {
@@ -40,31 +40,31 @@ pub enum MaxTokensField {
 pub struct AnswerScript {
     pub text: AnswerText,
     pub token: TokenUnit,
-    /// The answers' length: the text is repeated or cut. None: as long as the text is.
+    /// Number of tokens of an answer: the text is repeated or cut to it. By default the text's length.
     pub tokens: Option<NumberRange>,
-    /// From the request to its answer.
+    /// Latency of an answer.
     pub latency_s: NumberRange,
     /// Added to the latency for every token of the answer.
     pub token_s: f64,
-    /// Whether logprobs come to who asks for them.
+    /// Whether requested logprobs are sent.
     pub logprobs: bool,
-    /// A request for more is refused.
+    /// Maximum `top_logprobs` of a request.
     pub top_logprobs: usize,
-    /// Whether logprobs are those after the temperature.
+    /// Whether the temperature changes the logprobs.
     pub tempered: bool,
-    /// Hidden tokens that are billed, and count against the longest answer.
+    /// Number of hidden tokens, which are billed and count against `max_tokens`.
     pub reasoning_tokens: u64,
-    /// Of the prompt.
+    /// Number of cached prompt tokens in the usage.
     pub cached_tokens: u64,
     pub finish_reason: String,
-    /// Top-level fields of a request that earn a 400.
+    /// Top-level request fields that are rejected with a 400.
     pub refuse_parameters: Vec<String>,
     pub max_tokens_field: MaxTokensField,
-    /// Prompt and answer may have so many tokens together.
+    /// Maximum number of tokens of prompt and answer together.
     pub context_tokens: Option<u64>,
-    /// Whether replies are compressed for clients that accept gzip.
+    /// Whether replies are compressed if the client accepts gzip.
     pub gzip: bool,
-    /// Whether an answer is billed whose client left before it came.
+    /// Whether an answer is billed if its client disconnects before the reply.
     pub bill_abandoned: bool,
 }
 
@@ -101,13 +101,13 @@ impl AnswerScript {
             require(
                 span.is_none_or(NumberRange::is_valid),
                 key,
-                "must be a number that is not negative, or [low, high]",
+                "must be a number of at least 0, or [low, high]",
             )?;
         }
         require(
-            is_time(self.token_s),
+            is_valid_time(self.token_s),
             "answers.token_s",
-            "must be finite and not negative",
+            "must be finite and at least 0",
         )
     }
 }

@@ -6,50 +6,50 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::error::nearest;
 
-/// What goes wrong.
+/// The kind of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum FaultKind {
     /// `http 500`: an error with this status, in OpenAI's shape.
     Http(u16),
-    /// `html 502`: a page, as proxies send.
+    /// `html 502`: an HTML page, as proxies send.
     Html(u16),
-    /// A 429 that waiting does not cure.
+    /// A 429 that persists however long the client waits.
     InsufficientQuota,
-    /// To another host, unless `headers.location` says where.
+    /// A redirect to another host, unless `headers.location` is set.
     Redirect,
-    /// Nobody listens. Over TCP it is a reset, since the connection has been accepted by then.
+    /// Connection refused. Over TCP a reset, since the connection is already accepted.
     Refused,
-    /// Before a byte of the answer.
+    /// A reset before the first byte of the reply.
     Reset,
-    /// Nothing comes, and the connection stays open.
+    /// No reply; the connection stays open.
     Stall,
-    /// An error, with status 200.
+    /// An error body with status 200.
     ErrorIn200,
     /// Half of the answer, then a reset.
     ResetInBody,
-    /// Half of the body that was announced, then an end in good order.
+    /// Half of the announced body, then a regular close.
     ShortBody,
-    /// A chunked body without its end.
+    /// A chunked body without its last chunk.
     UnfinishedChunks,
-    /// Half of the answer, and then nothing.
+    /// Half of the answer; the connection stays open.
     StallInBody,
-    /// The answer, a byte every `interval_s`.
+    /// The answer byte by byte, one every `interval_s`.
     Drip,
     /// Blank lines before the answer, one every `interval_s`.
     BlankLines,
-    /// No body.
+    /// An empty body.
     Empty,
-    /// Half of a body that says to be whole.
+    /// Half of the body, with a matching content length.
     Truncated,
     BadUtf8,
     NoChoices,
     NullContent,
     UnknownFinishReason,
     FloatCreated,
-    /// `logprobs` is null, though they were asked for.
+    /// `logprobs` is null although requested.
     LogprobsNull,
-    /// Fewer positions than tokens, and fewer alternatives than asked for.
+    /// Fewer positions than tokens, and fewer alternatives than requested.
     LogprobsFewer,
     /// Bare `NaN`, as Python writes it.
     LogprobsNan,
@@ -57,20 +57,20 @@ pub enum FaultKind {
     LogprobsInf,
     /// -9999.0, OpenAI's "very unlikely".
     LogprobsSentinel,
-    /// The first alternative comes twice.
+    /// The first alternative is repeated.
     LogprobsDuplicates,
     /// The chosen token is not among the alternatives.
     LogprobsWithoutChosen,
-    /// Of `size` bytes, 64 MiB if it is not given.
+    /// A body of `size` bytes, by default 64 MiB.
     HugeBody,
-    /// Arrays in arrays, `size` or 100,000 deep.
+    /// Nested arrays of depth `size`, by default 100,000.
     DeepJson,
     OtherModel,
     NoUsage,
-    /// A `refusal` in place of the content.
+    /// A `refusal` instead of the content.
     LimitRefusal,
     ContentFilter,
-    /// Cut off by the longest answer that was allowed.
+    /// An answer cut off at `max_tokens`.
     Length,
 }
 
@@ -111,7 +111,7 @@ const NAMES: [(&str, FaultKind); 33] = [
 ];
 
 impl FaultKind {
-    /// Every kind; of those with a status, one each.
+    /// All kinds; of those with a status, one example each.
     pub fn all() -> impl Iterator<Item = FaultKind> {
         let named = NAMES.into_iter().map(|(_, kind)| kind);
         [FaultKind::Http(500), FaultKind::Html(502)]
@@ -119,7 +119,7 @@ impl FaultKind {
             .chain(named)
     }
 
-    /// Whether the request had an answer, which then went wrong. Such a request is billed.
+    /// Whether the fault corrupts an answer. Such a request is billed by default.
     pub fn corrupts_answer(self) -> bool {
         !matches!(
             self,
@@ -164,7 +164,7 @@ impl TryFrom<String> for FaultKind {
             text.parse()
                 .ok()
                 .filter(|status| (200..600).contains(status))
-                .ok_or_else(|| format!("{name:?} needs a status from 200 to 599"))
+                .ok_or_else(|| format!("{name:?} must have a status from 200 to 599"))
         };
         if let Some(rest) = name.strip_prefix("http ") {
             return status(rest).map(FaultKind::Http);
@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_kind_has_a_name_and_is_found_by_it() {
+    fn each_kind_round_trips_through_its_name() {
         for kind in FaultKind::all() {
             let name = kind.to_string();
             assert!(!name.is_empty(), "{kind:?} has no name");

@@ -1,12 +1,12 @@
-//! The script of a mock: a TOML file, of which `tests/mock/example.toml` documents every key.
+//! The script of a mock: a TOML file. `tests/mock/example.toml` documents every key.
 //!
 //! ```toml
 //! seed = 1                  # the same seed, bodies and attempts: the same latencies and faults
 //! model = "mock"
-//! [answers]                 # what a good answer is, and which requests are refused
-//! [limits]                  # what is allowed per minute, per day, at once, and how it is told
-//! [[faults]]                # what goes wrong, and when; the first that applies
-//! [batch]                   # the life of a batch, on a clock of its own
+//! [answers]                 # valid answers, and which requests are rejected
+//! [limits]                  # limits per minute, per day and of concurrency, and their headers
+//! [[faults]]                # faults and their conditions; the first that matches applies
+//! [batch]                   # the batch API, on a virtual clock
 //! ```
 
 pub(crate) mod answers;
@@ -30,21 +30,21 @@ pub use crate::mock::script::limits::{
 
 use crate::config::error::{describe, usage};
 
-/// For who has lost the way.
+/// Hint of error messages.
 const WHERE_KEYS_ARE: &str = "tests/mock/example.toml documents every key";
 
-/// How a mock behaves.
+/// The behaviour of a mock.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Script {
-    /// Everything that is drawn depends on this, on the body that asks, and on how often it came
-    /// before: not on the order in which requests arrive.
+    /// Seed of all random numbers. They also depend on the request body and its number of attempts,
+    /// but not on the order in which requests arrive.
     pub seed: u64,
-    /// The name that requests must ask for; `*` answers to every name.
+    /// Model name that requests must use; `*` accepts every name.
     pub model: String,
-    /// The bearer key that requests must carry.
+    /// Bearer key that requests must send.
     pub key: Option<String>,
-    /// Threads of the server.
+    /// Number of server threads.
     pub threads: usize,
     pub answers: AnswerScript,
     pub limits: LimitScript,
@@ -67,7 +67,7 @@ impl Default for Script {
     }
 }
 
-/// A number, or a range from which each request draws one.
+/// A number, or a range from which each request draws a number.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a number, or [low, high]")]
 pub enum NumberRange {
@@ -76,7 +76,7 @@ pub enum NumberRange {
 }
 
 impl NumberRange {
-    /// `random` is uniform in [0, 1).
+    /// Maps `random`, uniform in [0, 1), to the range.
     pub fn at(self, random: f64) -> f64 {
         match self {
             NumberRange::Exactly(value) => value,
@@ -89,7 +89,7 @@ impl NumberRange {
             NumberRange::Exactly(value) => [value; 2],
             NumberRange::Between(ends) => ends,
         };
-        is_time(low) && is_time(high) && low <= high
+        is_valid_time(low) && is_valid_time(high) && low <= high
     }
 }
 
@@ -109,20 +109,20 @@ impl Script {
         Script::parse(path, &text)
     }
 
-    /// Reads the text of a script; `path` is only told in errors.
+    /// Parses the text of a script; `path` is used only in error messages.
     ///
     /// # Errors
-    /// As of [`Script::load`].
+    /// As [`Script::load`].
     pub fn parse(path: &Path, text: &str) -> Result<Script> {
         let script: Script =
             toml::from_str(text).map_err(|error| describe(path, text, &error, WHERE_KEYS_ARE))?;
         script
             .check()
-            .map_err(|mistake| usage(format!("{}: {mistake}", path.display())))?;
+            .map_err(|message| usage(format!("{}: {message}", path.display())))?;
         Ok(script)
     }
 
-    /// The name that the list of models has.
+    /// Returns the name in the list of models.
     pub fn model_name(&self) -> &str {
         match self.model.as_str() {
             "*" => "mock",
@@ -130,7 +130,7 @@ impl Script {
         }
     }
 
-    /// What types cannot say.
+    /// Checks what the types cannot express.
     fn check(&self) -> Result<(), String> {
         require(self.threads > 0, "threads", "must be at least 1")?;
         self.answers.check()?;
@@ -139,17 +139,18 @@ impl Script {
         for (index, fault) in self.faults.iter().enumerate() {
             fault
                 .check()
-                .map_err(|mistake| format!("faults[{index}].{mistake}"))?;
+                .map_err(|message| format!("faults[{index}].{message}"))?;
         }
         Ok(())
     }
 }
 
-/// Not so long that a clock could not hold it.
-fn is_time(seconds: f64) -> bool {
+/// Whether a number of seconds is not negative and small enough for a clock.
+fn is_valid_time(seconds: f64) -> bool {
     (0.0..=1e9).contains(&seconds)
 }
 
+/// Returns an error that names `key`, unless `holds`.
 fn require(holds: bool, key: &str, rule: &str) -> Result<(), String> {
     if holds {
         Ok(())

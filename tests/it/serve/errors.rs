@@ -1,11 +1,11 @@
-//! What is refused, and how.
+//! Error responses.
 
 use serde_json::{Value, json};
 
 use super::{CONTEXT, request, start};
 
 #[tokio::test]
-async fn errors_have_openai_s_shape() {
+async fn validation_errors_have_openai_format() {
     let fixture = start(4, 64);
     let long = "a".repeat(CONTEXT);
     for (status, code, param, body) in [
@@ -52,7 +52,7 @@ async fn errors_have_openai_s_shape() {
 }
 
 #[tokio::test]
-async fn errors_of_http_have_openai_s_shape_too() {
+async fn http_errors_have_openai_format() {
     let fixture = start(4, 64);
     let (client, chat) = (&fixture.client, fixture.url("/chat/completions"));
     for (status, request) in [

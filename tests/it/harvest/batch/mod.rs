@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::sleep;
 
-use crate::mock::batch::request_of_batches;
+use crate::mock::batch::batch_request;
 
 use super::nights::{Night, Simulated, on_paused_clocks, whole};
 
@@ -84,7 +84,7 @@ impl Provider {
 
     async fn react(&self, method: &str, path: &str, body: &[u8]) -> MockResponse {
         self.travel().await;
-        let request = request_of_batches(method, path, body);
+        let request = batch_request(method, path, body);
         let reaction = self.chat.mock.respond(request).await;
         self.travel().await;
         reaction
