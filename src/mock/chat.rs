@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::mock::limits::TokenCost;
 use crate::mock::response::HttpReply;
 use crate::mock::script::Script;
-use crate::mock::script::answers::MaxTokensField;
+use crate::mock::script::answers::AcceptedMaxTokens;
 
 /// Output tokens that the limits assume for a request without `max_tokens`.
 const DEFAULT_OUTPUT_TOKENS: u64 = 16;
@@ -142,10 +142,10 @@ fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), 
         }
     }
     match answers.max_tokens_field {
-        MaxTokensField::MaxTokens if body.max_completion_tokens.is_some() => {
+        AcceptedMaxTokens::MaxTokens if body.max_completion_tokens.is_some() => {
             return Err(unsupported("max_completion_tokens", "max_tokens"));
         }
-        MaxTokensField::MaxCompletionTokens if body.max_tokens.is_some() => {
+        AcceptedMaxTokens::MaxCompletionTokens if body.max_tokens.is_some() => {
             return Err(unsupported("max_tokens", "max_completion_tokens"));
         }
         _ => {}

@@ -18,7 +18,7 @@ use crate::mock::stats;
 use crate::mock::stats::BodyHash;
 
 impl Mock {
-    pub(crate) async fn chat(&self, path: &str, body: &[u8]) -> MockResponse {
+    pub(crate) async fn respond_chat(&self, path: &str, body: &[u8]) -> MockResponse {
         let chat = match ParsedChat::parse(body, &self.script) {
             Ok(chat) => chat,
             Err(reply) => return MockResponse::Complete(reply),
@@ -38,8 +38,10 @@ impl Mock {
         };
         let fault = faults::select(&self.script, facts, &mut rng);
         match fault {
-            Some(fault) if !fault.kind.corrupts_answer() => self.fail(guard, fault, &chat).await,
-            _ => self.answer(guard, fault, &chat, rng.f64()).await,
+            Some(fault) if !fault.kind.corrupts_answer() => {
+                self.respond_fault(guard, fault, &chat).await
+            }
+            _ => self.respond_answer(guard, fault, &chat, rng.f64()).await,
         }
     }
 
@@ -78,16 +80,16 @@ impl Mock {
                 state.stats.record_throttled();
                 let limit_status = state.limiter.status(now);
                 drop(locked);
-                Err(self.refuse(&refusal, &limit_status))
+                Err(self.reject(&refusal, &limit_status))
             }
         }
     }
 
-    fn refuse(&self, refusal: &LimitRefusal, limit_status: &LimitStatus) -> HttpReply {
+    fn reject(&self, refusal: &LimitRefusal, limit_status: &LimitStatus) -> HttpReply {
         let limits = &self.script.limits;
         let form = match refusal.wait {
             Some(_) => limits.retry_after,
-            // Unknown wait.
+            // The wait is unknown.
             None => RetryAfter::None,
         };
         let wait = refusal.wait.unwrap_or_default();
@@ -111,7 +113,7 @@ impl Mock {
         reply
     }
 
-    async fn fail(
+    async fn respond_fault(
         &self,
         guard: RequestGuard<'_>,
         fault: &ScriptedFault,
@@ -137,7 +139,7 @@ impl Mock {
         self.with_limits(response, &limit_status)
     }
 
-    async fn answer(
+    async fn respond_answer(
         &self,
         mut guard: RequestGuard<'_>,
         fault: Option<&ScriptedFault>,

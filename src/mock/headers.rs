@@ -28,23 +28,26 @@ pub(crate) fn push_limits(
                 HeaderDialect::Groq => limits.day.or(limits.requests),
                 _ => limits.requests,
             };
-            for (what, reading) in present(&[("requests", requests), ("tokens", limits.tokens)]) {
-                push(format!("x-ratelimit-limit-{what}"), whole(reading.limit));
+            for (resource, quota) in present(&[("requests", requests), ("tokens", limits.tokens)]) {
                 push(
-                    format!("x-ratelimit-remaining-{what}"),
-                    whole(reading.remaining),
+                    format!("x-ratelimit-limit-{resource}"),
+                    format_floor(quota.limit),
                 );
                 push(
-                    format!("x-ratelimit-reset-{what}"),
-                    go_duration(reading.reset),
+                    format!("x-ratelimit-remaining-{resource}"),
+                    format_floor(quota.remaining),
+                );
+                push(
+                    format!("x-ratelimit-reset-{resource}"),
+                    go_duration(quota.reset),
                 );
             }
         }
         HeaderDialect::Azure => {
-            for (what, reading) in present(&per_minute) {
+            for (resource, quota) in present(&per_minute) {
                 push(
-                    format!("x-ratelimit-remaining-{what}"),
-                    whole(reading.remaining),
+                    format!("x-ratelimit-remaining-{resource}"),
+                    format_floor(quota.remaining),
                 );
             }
         }
@@ -53,32 +56,35 @@ pub(crate) fn push_limits(
             // Without a limit of output tokens, `tokens` limits all tokens.
             let input = output.and(limits.tokens);
             let both = limits.tokens.filter(|_| output.is_none());
-            for (what, reading) in present(&[
+            for (resource, quota) in present(&[
                 ("requests", limits.requests),
                 ("tokens", both),
                 ("input-tokens", input),
                 ("output-tokens", output),
             ]) {
-                let name = |part| format!("anthropic-ratelimit-{what}-{part}");
-                push(name("limit"), whole(reading.limit));
-                push(name("remaining"), whole(reading.remaining));
-                push(name("reset"), rfc_3339(now + reading.reset));
+                let name = |part| format!("anthropic-ratelimit-{resource}-{part}");
+                push(name("limit"), format_floor(quota.limit));
+                push(name("remaining"), format_floor(quota.remaining));
+                push(name("reset"), rfc_3339(now + quota.reset));
             }
         }
         // Together's limits are per second.
         HeaderDialect::Together => {
-            for (what, reading) in present(&[
+            for (resource, quota) in present(&[
                 ("ratelimit", limits.requests),
                 ("tokenlimit", limits.tokens),
             ]) {
-                push(format!("x-{what}-limit"), whole(reading.limit / 60.0));
                 push(
-                    format!("x-{what}-remaining"),
-                    whole(reading.remaining.min(reading.limit / 60.0)),
+                    format!("x-{resource}-limit"),
+                    format_floor(quota.limit / 60.0),
                 );
                 push(
-                    format!("x-{what}-reset"),
-                    format!("{}", reading.reset.as_secs_f64().ceil()),
+                    format!("x-{resource}-remaining"),
+                    format_floor(quota.remaining.min(quota.limit / 60.0)),
+                );
+                push(
+                    format!("x-{resource}-reset"),
+                    format!("{}", quota.reset.as_secs_f64().ceil()),
                 );
             }
         }
@@ -88,14 +94,17 @@ pub(crate) fn push_limits(
                 ("tokens-prompt", limits.tokens),
                 ("tokens-generated", limits.output_tokens),
             ];
-            for (what, reading) in present(&kinds) {
-                push(format!("x-ratelimit-limit-{what}"), whole(reading.limit));
+            for (resource, quota) in present(&kinds) {
                 push(
-                    format!("x-ratelimit-remaining-{what}"),
-                    whole(reading.remaining),
+                    format!("x-ratelimit-limit-{resource}"),
+                    format_floor(quota.limit),
+                );
+                push(
+                    format!("x-ratelimit-remaining-{resource}"),
+                    format_floor(quota.remaining),
                 );
             }
-            let over = present(&kinds).any(|(_, reading)| reading.remaining < 1.0);
+            let over = present(&kinds).any(|(_, quota)| quota.remaining < 1.0);
             let word = if over { "yes" } else { "no" };
             push("x-ratelimit-over-limit".into(), word.into());
         }
@@ -103,11 +112,11 @@ pub(crate) fn push_limits(
 }
 
 fn present<'a>(
-    limit_status: &'a [(&'static str, Option<QuotaStatus>)],
+    quotas: &'a [(&'static str, Option<QuotaStatus>)],
 ) -> impl Iterator<Item = (&'static str, QuotaStatus)> + 'a {
-    limit_status
+    quotas
         .iter()
-        .filter_map(|(what, reading)| Some((*what, (*reading)?)))
+        .filter_map(|(resource, quota)| Some((*resource, (*quota)?)))
 }
 
 /// Returns the sentence of a rejection's message that tells the wait; empty unless the form is
@@ -150,7 +159,7 @@ fn ceil_ms(wait: Duration) -> u64 {
     u64::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }
 
-fn whole(amount: f64) -> String {
+fn format_floor(amount: f64) -> String {
     // A refilled bucket may hold 2999.9999999.
     format!("{}", (amount + 1e-6).floor())
 }

@@ -159,7 +159,8 @@ mod tests {
     #[test]
     fn temperature_scales_the_distribution() {
         for temperature in [0.3, 0.7, 1.5] {
-            let (plain, tempered) = (probabilities(1.0, 20), probabilities(temperature, 20));
+            let plain = probabilities(1.0, 20);
+            let tempered = probabilities(temperature, 20);
             let sum: f64 = tempered.iter().sum();
             assert!((0.99..1.00001).contains(&sum), "{temperature}: {sum}");
             // p_i^(1/T) up to a factor, which the ratio of two of them does not have.

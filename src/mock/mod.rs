@@ -144,7 +144,7 @@ impl Mock {
         let response = match self.check_key(request.authorization) {
             Err(reply) => MockResponse::Complete(reply),
             Ok(()) if path.ends_with("/chat/completions") => match request.method {
-                "POST" => self.chat(path, request.body).await,
+                "POST" => self.respond_chat(path, request.body).await,
                 method => method_not_allowed(path, method),
             },
             Ok(()) => self.respond_other_route(&request, path).await,

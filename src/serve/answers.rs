@@ -3,7 +3,7 @@
 use tokio::sync::{mpsc, oneshot};
 
 use super::engine::{AnswerUpdate, EngineJob, GenerateJob, ScoreJob};
-use super::error::ApiError;
+use super::error::ErrorResponse;
 use crate::model::batcher::{FinishReason, GenerateOptions};
 use crate::model::sampling::Choice;
 use crate::serve::state::AppState;
@@ -26,7 +26,7 @@ pub(crate) fn submit(
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
     n: usize,
-) -> Result<mpsc::UnboundedReceiver<AnswerUpdate>, ApiError> {
+) -> Result<mpsc::UnboundedReceiver<AnswerUpdate>, ErrorResponse> {
     let slots = reserve(app, prompts.len() * n)?;
     // A disconnect drops the receiver, which frees the slots.
     let (reply, replies) = mpsc::unbounded_channel();
@@ -46,11 +46,14 @@ pub(crate) fn submit(
     Ok(replies)
 }
 
-fn reserve(app: &AppState, jobs: usize) -> Result<mpsc::PermitIterator<'_, EngineJob>, ApiError> {
+fn reserve(
+    app: &AppState,
+    jobs: usize,
+) -> Result<mpsc::PermitIterator<'_, EngineJob>, ErrorResponse> {
     app.jobs
         .try_reserve_many(jobs)
         .map_err(|error| match error {
-            mpsc::error::TrySendError::Full(()) => ApiError::overloaded(),
+            mpsc::error::TrySendError::Full(()) => ErrorResponse::overloaded(),
             mpsc::error::TrySendError::Closed(()) => engine_stopped(),
         })
 }
@@ -62,12 +65,12 @@ fn reserve(app: &AppState, jobs: usize) -> Result<mpsc::PermitIterator<'_, Engin
 pub(crate) async fn collect(
     mut replies: mpsc::UnboundedReceiver<AnswerUpdate>,
     count: usize,
-) -> Result<(Vec<CollectedAnswer>, usize), ApiError> {
+) -> Result<(Vec<CollectedAnswer>, usize), ErrorResponse> {
     let mut answers: Vec<CollectedAnswer> =
         (0..count).map(|_| CollectedAnswer::default()).collect();
     let mut tokens = 0;
     while let Some(reply) = replies.recv().await {
-        let update = reply.update.map_err(ApiError::internal)?;
+        let update = reply.update.map_err(ErrorResponse::internal)?;
         let answer = &mut answers[reply.index];
         answer.text.push_str(&update.text);
         answer.choices.extend(update.choices);
@@ -89,7 +92,7 @@ pub(crate) async fn score(
     app: &AppState,
     texts: &[Vec<u32>],
     top: usize,
-) -> Result<Vec<Vec<Choice>>, ApiError> {
+) -> Result<Vec<Vec<Choice>>, ErrorResponse> {
     let mut replies = Vec::with_capacity(texts.len());
     for (slot, ids) in reserve(app, texts.len())?.zip(texts) {
         let (reply, choices) = oneshot::channel();
@@ -103,11 +106,11 @@ pub(crate) async fn score(
     let mut scored = Vec::with_capacity(texts.len());
     for choices in replies {
         let choices = choices.await.map_err(|_| engine_stopped())?;
-        scored.push(choices.map_err(ApiError::internal)?);
+        scored.push(choices.map_err(ErrorResponse::internal)?);
     }
     Ok(scored)
 }
 
-fn engine_stopped() -> ApiError {
-    ApiError::internal("the model has stopped")
+fn engine_stopped() -> ErrorResponse {
+    ErrorResponse::internal("the model has stopped")
 }

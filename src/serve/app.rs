@@ -9,7 +9,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
-use super::error::ApiError;
+use super::error::ErrorResponse;
 use super::{chat, completions};
 
 /// A larger request body is rejected with 413.
@@ -35,17 +35,17 @@ async fn list_models(State(app): State<Arc<AppState>>) -> Json<Value> {
 async fn show_model(
     State(app): State<Arc<AppState>>,
     Path(model): Path<String>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>, ErrorResponse> {
     app.check_model(&model)?;
     Ok(Json(app.model_json()))
 }
 
-async fn unknown_route(method: Method, uri: Uri) -> ApiError {
+async fn unknown_route(method: Method, uri: Uri) -> ErrorResponse {
     let message = format!("unknown route: {method} {}", uri.path());
-    ApiError::http(StatusCode::NOT_FOUND, message)
+    ErrorResponse::http(StatusCode::NOT_FOUND, message)
 }
 
-async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+async fn wrong_method(method: Method, uri: Uri) -> ErrorResponse {
     let message = format!("{} does not support {method}", uri.path());
-    ApiError::http(StatusCode::METHOD_NOT_ALLOWED, message)
+    ErrorResponse::http(StatusCode::METHOD_NOT_ALLOWED, message)
 }

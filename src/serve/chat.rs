@@ -15,7 +15,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::answers;
 use super::engine::AnswerUpdate;
-use super::error::ApiError;
+use super::error::ErrorResponse;
 use super::request::ChatRequest;
 use super::wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs,
@@ -29,8 +29,8 @@ use crate::serve::state::AppState;
 pub(crate) async fn completions(
     State(app): State<Arc<AppState>>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<Response, ApiError> {
-    let body = body.map_err(|error| ApiError::http(error.status(), error.body_text()))?;
+) -> Result<Response, ErrorResponse> {
+    let body = body.map_err(|error| ErrorResponse::http(error.status(), error.body_text()))?;
     let request = ChatRequest::parse(&body)?;
     app.check_model(&request.model)?;
     let prompt = if request.continue_final {
@@ -39,7 +39,8 @@ pub(crate) async fn completions(
     } else {
         app.tokenizer.encode_prompt(&request.messages)
     };
-    let prompt = prompt.map_err(|error| ApiError::bad_field("messages", format!("{error:#}")))?;
+    let prompt =
+        prompt.map_err(|error| ErrorResponse::bad_field("messages", format!("{error:#}")))?;
     app.check_length("messages", prompt.len(), true)?;
     let chat = PendingChat {
         head: app.head(if request.stream {
@@ -83,7 +84,7 @@ impl PendingChat {
         replies: mpsc::UnboundedReceiver<AnswerUpdate>,
         scored: Option<(Vec<Choice>, usize)>,
         prompt_token_ids: Option<&[u32]>,
-    ) -> Result<Response, ApiError> {
+    ) -> Result<Response, ErrorResponse> {
         let (answers, completion_tokens) = answers::collect(replies, self.n).await?;
         let choices = answers
             .into_iter()
@@ -165,7 +166,7 @@ impl ChatStream {
             ..
         } = match reply.update {
             Ok(update) => update,
-            Err(message) => return vec![event(&ApiError::internal(message).body())],
+            Err(message) => return vec![event(&ErrorResponse::internal(message).body())],
         };
         self.completion_tokens += 1;
         let mut events = Vec::new();

@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
 use super::answers;
-use super::error::ApiError;
+use super::error::ErrorResponse;
 use super::fields::{MAX_TOP_LOGPROBS, RequestFields};
 use super::wire::{PromptLogprobs, TextChoice, TextCompletion, TextLogprobs, TokenUsage};
 use crate::model::batcher::{FinishReason, GenerateOptions};
@@ -55,11 +55,11 @@ enum PromptInputs {
 }
 
 impl CompletionRequest {
-    fn parse(body: &[u8]) -> Result<Self, ApiError> {
+    fn parse(body: &[u8]) -> Result<Self, ErrorResponse> {
         let fields = RequestFields::parse(body)?;
         if fields.get("stream")?.unwrap_or(false) {
             let message = "streaming is not supported here; use `/v1/chat/completions`";
-            return Err(ApiError::bad_field("stream", message));
+            return Err(ErrorResponse::bad_field("stream", message));
         }
         let prompts = match fields.require("prompt")? {
             PromptInputs::One(prompt) => vec![prompt],
@@ -67,7 +67,7 @@ impl CompletionRequest {
         };
         if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
             let message = format!("`prompt` must contain 1 to {MAX_PROMPTS} texts");
-            return Err(ApiError::bad_field("prompt", message));
+            return Err(ErrorResponse::bad_field("prompt", message));
         }
         let echo = fields.get("echo")?.unwrap_or(false);
         let least = if echo { 0 } else { 1 };
@@ -92,8 +92,8 @@ impl CompletionRequest {
     ///
     /// # Errors
     /// 400 if an id is not in the vocabulary, or a prompt is empty or does not fit the context.
-    fn encode(&self, app: &AppState) -> Result<Vec<Vec<u32>>, ApiError> {
-        let bad = |message: String| ApiError::bad_field("prompt", message);
+    fn encode(&self, app: &AppState) -> Result<Vec<Vec<u32>>, ErrorResponse> {
+        let bad = |message: String| ErrorResponse::bad_field("prompt", message);
         let encode = |prompt: &PromptInput| {
             let ids = match prompt {
                 PromptInput::Ids(ids) => ids.clone(),
@@ -126,17 +126,16 @@ impl CompletionRequest {
 pub(crate) async fn completions(
     State(app): State<Arc<AppState>>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<Response, ApiError> {
-    let body = body.map_err(|error| ApiError::http(error.status(), error.body_text()))?;
+) -> Result<Response, ErrorResponse> {
+    let body = body.map_err(|error| ErrorResponse::http(error.status(), error.body_text()))?;
     let request = CompletionRequest::parse(&body)?;
     app.check_model(&request.model)?;
     let prompts = request.encode(&app)?;
-    let (answers, completion_tokens) = match request.options.max_tokens {
-        0 => (Vec::new(), 0),
-        _ => {
-            let replies = answers::submit(&app, &prompts, &request.options, request.n)?;
-            answers::collect(replies, prompts.len() * request.n).await?
-        }
+    let (answers, completion_tokens) = if request.options.max_tokens == 0 {
+        (Vec::new(), 0)
+    } else {
+        let replies = answers::submit(&app, &prompts, &request.options, request.n)?;
+        answers::collect(replies, prompts.len() * request.n).await?
     };
     let scored = match request.prompt_top_logprobs() {
         Some(top) => answers::score(&app, &prompts, top).await?,

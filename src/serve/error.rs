@@ -6,9 +6,9 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-/// An error response: a status and a body.
+/// A response with an error: its status and body.
 #[derive(Debug)]
-pub(crate) struct ApiError {
+pub(crate) struct ErrorResponse {
     status: StatusCode,
     body: ErrorBody,
 }
@@ -22,7 +22,7 @@ struct ErrorBody {
     code: Option<&'static str>,
 }
 
-impl ApiError {
+impl ErrorResponse {
     fn new(status: StatusCode, message: String) -> Self {
         let r#type = if status.is_server_error() {
             "server_error"
@@ -100,7 +100,7 @@ impl ApiError {
     }
 }
 
-impl IntoResponse for ApiError {
+impl IntoResponse for ErrorResponse {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
         if self.status == StatusCode::SERVICE_UNAVAILABLE {

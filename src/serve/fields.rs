@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::error::ApiError;
+use super::error::ErrorResponse;
 use crate::model::sampling::Sampling;
 
 const MAX_CHOICES: usize = 16;
@@ -22,10 +22,10 @@ impl RequestFields {
     ///
     /// # Errors
     /// 400 if it is not a JSON object.
-    pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, ErrorResponse> {
         let body = serde_json::from_slice(body);
         body.map(Self).map_err(|error| {
-            ApiError::bad_request(format!("the body is not a valid JSON object: {error}"))
+            ErrorResponse::bad_request(format!("the body is not a valid JSON object: {error}"))
         })
     }
 
@@ -33,19 +33,22 @@ impl RequestFields {
     pub(crate) fn get<T: DeserializeOwned>(
         &self,
         name: &'static str,
-    ) -> Result<Option<T>, ApiError> {
+    ) -> Result<Option<T>, ErrorResponse> {
         self.0
             .get(name)
             .map(Option::<T>::deserialize)
             .transpose()
             .map(Option::flatten)
-            .map_err(|error| ApiError::bad_field(name, format!("`{name}`: {error}")))
+            .map_err(|error| ErrorResponse::bad_field(name, format!("`{name}`: {error}")))
     }
 
     /// Returns the value of a required field.
-    pub(crate) fn require<T: DeserializeOwned>(&self, name: &'static str) -> Result<T, ApiError> {
+    pub(crate) fn require<T: DeserializeOwned>(
+        &self,
+        name: &'static str,
+    ) -> Result<T, ErrorResponse> {
         self.get(name)?
-            .ok_or_else(|| ApiError::bad_field(name, format!("`{name}` is missing")))
+            .ok_or_else(|| ErrorResponse::bad_field(name, format!("`{name}` is missing")))
     }
 
     /// Returns the value of a field and checks that it is from `low` to `high`.
@@ -54,25 +57,25 @@ impl RequestFields {
         name: &'static str,
         low: T,
         high: T,
-    ) -> Result<Option<T>, ApiError>
+    ) -> Result<Option<T>, ErrorResponse>
     where
         T: DeserializeOwned + PartialOrd + std::fmt::Display,
     {
         match self.get(name)? {
             Some(value) if value < low || value > high => {
                 let message = format!("`{name}` is {value}; it must be from {low} to {high}");
-                Err(ApiError::bad_field(name, message))
+                Err(ErrorResponse::bad_field(name, message))
             }
             value => Ok(value),
         }
     }
 
     /// Number of answers to each prompt.
-    pub(crate) fn n(&self) -> Result<usize, ApiError> {
+    pub(crate) fn n(&self) -> Result<usize, ErrorResponse> {
         Ok(self.within("n", 1, MAX_CHOICES)?.unwrap_or(1))
     }
 
-    pub(crate) fn sampling(&self) -> Result<Sampling, ApiError> {
+    pub(crate) fn sampling(&self) -> Result<Sampling, ErrorResponse> {
         let seed: Option<i64> = self.get("seed")?;
         Ok(Sampling {
             temperature: self.within("temperature", 0.0, 2.0)?.unwrap_or(1.0),
@@ -81,7 +84,7 @@ impl RequestFields {
         })
     }
 
-    pub(crate) fn stop(&self) -> Result<Vec<String>, ApiError> {
+    pub(crate) fn stop(&self) -> Result<Vec<String>, ErrorResponse> {
         let stop = match self.get("stop")? {
             Some(StopField::One(stop)) => vec![stop],
             Some(StopField::Several(stop)) => stop,
@@ -89,13 +92,13 @@ impl RequestFields {
         };
         if stop.len() > MAX_STOP_STRINGS {
             let message = format!("`stop` must contain at most {MAX_STOP_STRINGS} strings");
-            return Err(ApiError::bad_field("stop", message));
+            return Err(ErrorResponse::bad_field("stop", message));
         }
         Ok(stop)
     }
 
     /// vLLM's `prompt_logprobs`: number of most likely tokens to return at each prompt position.
-    pub(crate) fn prompt_logprobs(&self) -> Result<Option<usize>, ApiError> {
+    pub(crate) fn prompt_logprobs(&self) -> Result<Option<usize>, ErrorResponse> {
         self.within("prompt_logprobs", 0, MAX_TOP_LOGPROBS)
     }
 }

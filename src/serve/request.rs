@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::error::ApiError;
+use super::error::ErrorResponse;
 use super::fields::{MAX_TOP_LOGPROBS, RequestFields};
 use crate::model::batcher::GenerateOptions;
 use crate::prompt::message::Message;
@@ -32,13 +32,13 @@ impl ChatRequest {
     ///
     /// # Errors
     /// 400 that names the invalid field.
-    pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, ErrorResponse> {
         let fields = RequestFields::parse(body)?;
         let stream = fields.get("stream")?.unwrap_or(false);
         let stream_options: Option<StreamOptions> = fields.get("stream_options")?;
         if stream_options.is_some() && !stream {
             let message = "`stream_options` requires `stream: true`";
-            return Err(ApiError::bad_field("stream_options", message));
+            return Err(ErrorResponse::bad_field("stream_options", message));
         }
         Ok(Self {
             model: fields.require("model")?,
@@ -84,10 +84,10 @@ struct TextPart {
     text: String,
 }
 
-fn messages(fields: &RequestFields) -> Result<Vec<Message>, ApiError> {
+fn messages(fields: &RequestFields) -> Result<Vec<Message>, ErrorResponse> {
     let messages: Vec<WireMessage> = fields.require("messages")?;
     if messages.is_empty() {
-        return Err(ApiError::bad_field("messages", "`messages` is empty"));
+        return Err(ErrorResponse::bad_field("messages", "`messages` is empty"));
     }
     Ok(messages
         .into_iter()
@@ -114,18 +114,18 @@ impl WireMessage {
     }
 }
 
-fn max_tokens(fields: &RequestFields) -> Result<usize, ApiError> {
+fn max_tokens(fields: &RequestFields) -> Result<usize, ErrorResponse> {
     let old = fields.within("max_tokens", 1, usize::MAX)?;
     let new = fields.within("max_completion_tokens", 1, usize::MAX)?;
     Ok(new.or(old).unwrap_or(usize::MAX))
 }
 
 /// As in vLLM, `add_generation_prompt` starts a new answer and is true by default.
-fn continue_final(fields: &RequestFields) -> Result<bool, ApiError> {
+fn continue_final(fields: &RequestFields) -> Result<bool, ErrorResponse> {
     let continue_final = fields.get("continue_final_message")?.unwrap_or(false);
     let add_generation_prompt = fields.get("add_generation_prompt")?.unwrap_or(true);
     if continue_final == add_generation_prompt {
-        return Err(ApiError::bad_field(
+        return Err(ErrorResponse::bad_field(
             "continue_final_message",
             "set exactly one of `continue_final_message` and `add_generation_prompt` (the default) to \
              true",
@@ -134,16 +134,16 @@ fn continue_final(fields: &RequestFields) -> Result<bool, ApiError> {
     Ok(continue_final)
 }
 
-fn prompt_logprobs(fields: &RequestFields, stream: bool) -> Result<Option<usize>, ApiError> {
+fn prompt_logprobs(fields: &RequestFields, stream: bool) -> Result<Option<usize>, ErrorResponse> {
     let wanted = fields.prompt_logprobs()?;
     if wanted.is_some() && stream {
         let message = "`prompt_logprobs` is not supported with `stream: true`";
-        return Err(ApiError::bad_field("prompt_logprobs", message));
+        return Err(ErrorResponse::bad_field("prompt_logprobs", message));
     }
     Ok(wanted)
 }
 
-fn top_logprobs(fields: &RequestFields) -> Result<Option<usize>, ApiError> {
+fn top_logprobs(fields: &RequestFields) -> Result<Option<usize>, ErrorResponse> {
     let wanted = fields.get("logprobs")?.unwrap_or(false);
     let top = fields.within("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
     if wanted {
@@ -151,7 +151,7 @@ fn top_logprobs(fields: &RequestFields) -> Result<Option<usize>, ApiError> {
     }
     if top.is_some() {
         let message = "`top_logprobs` requires `logprobs: true`";
-        return Err(ApiError::bad_field("top_logprobs", message));
+        return Err(ErrorResponse::bad_field("top_logprobs", message));
     }
     Ok(None)
 }
@@ -162,7 +162,7 @@ mod tests {
 
     use super::*;
 
-    fn parse(extra: Value) -> Result<ChatRequest, ApiError> {
+    fn parse(extra: Value) -> Result<ChatRequest, ErrorResponse> {
         let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
         let extra = extra.as_object().cloned().unwrap_or_default();
         body.as_object_mut().unwrap().extend(extra);

@@ -1,7 +1,7 @@
 //! State shared by the request handlers.
 
 use crate::serve::engine::EngineJob;
-use crate::serve::error::ApiError;
+use crate::serve::error::ErrorResponse;
 use crate::serve::wire::ResponseHead;
 use crate::tokenizer::Tokenizer;
 use serde_json::Value;
@@ -29,11 +29,11 @@ impl AppState {
     ///
     /// # Errors
     /// 404 if it is not the served model.
-    pub(crate) fn check_model(&self, asked: &str) -> Result<(), ApiError> {
+    pub(crate) fn check_model(&self, asked: &str) -> Result<(), ErrorResponse> {
         if asked == self.model {
             Ok(())
         } else {
-            Err(ApiError::model_not_found(asked, &self.model))
+            Err(ErrorResponse::model_not_found(asked, &self.model))
         }
     }
 
@@ -47,9 +47,9 @@ impl AppState {
         field: &'static str,
         tokens: usize,
         is_answered: bool,
-    ) -> Result<(), ApiError> {
+    ) -> Result<(), ErrorResponse> {
         if tokens + usize::from(is_answered) > self.context {
-            return Err(ApiError::context_length_exceeded(
+            return Err(ErrorResponse::context_length_exceeded(
                 field,
                 tokens,
                 self.context,

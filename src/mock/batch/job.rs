@@ -11,8 +11,8 @@ use crate::mock::response::HttpReply;
 use crate::mock::script::Script;
 use crate::mock::script::batch::RequestCountsMode;
 
-#[derive(Debug)]
 /// A batch.
+#[derive(Debug)]
 pub(crate) struct BatchJob {
     pub id: String,
     pub input_file_id: String,
@@ -71,11 +71,11 @@ impl BatchJob {
         if snapshot.status == BatchStatus::Failed {
             return (results, output, errors);
         }
-        for (place, &(index, planned)) in self.order.iter().enumerate() {
+        for (position, &(index, planned)) in self.order.iter().enumerate() {
             let row = &self.rows[index];
             let id = format!("batch_req_{}_{index}", &self.id[6..]);
-            let line = match (planned, snapshot.status) {
-                _ if place < snapshot.done => match planned {
+            let line = if position < snapshot.done {
+                match planned {
                     PlannedResult::Lost => continue,
                     PlannedResult::Answer => {
                         let (status, body) = answer(&row.body);
@@ -97,16 +97,14 @@ impl BatchJob {
                         rows::error_line(&id, &row.custom_id, "server_error", message)
                     }
                     PlannedResult::Error(_) => rows::empty_response_line(&id, &row.custom_id),
-                },
-                (_, BatchStatus::Expired) => {
-                    let message = "This request could not be executed before the completion \
+                }
+            } else if snapshot.status == BatchStatus::Expired {
+                let message = "This request could not be executed before the completion \
                                    window expired.";
-                    rows::error_line(&id, &row.custom_id, "batch_expired", message)
-                }
-                _ => {
-                    let message = "This batch was cancelled before this request executed.";
-                    rows::error_line(&id, &row.custom_id, "batch_cancelled", message)
-                }
+                rows::error_line(&id, &row.custom_id, "batch_expired", message)
+            } else {
+                let message = "This batch was cancelled before this request executed.";
+                rows::error_line(&id, &row.custom_id, "batch_cancelled", message)
             };
             results.failed += 1;
             errors.extend_from_slice(&line);

@@ -41,6 +41,7 @@ pub(crate) struct BatchStore {
     files_named: usize,
 }
 
+/// An uploaded file or a result file.
 #[derive(Debug)]
 struct StoredFile {
     name: String,

@@ -166,6 +166,5 @@ pub(crate) fn empty_response_line(id: &str, custom_id: &str) -> Vec<u8> {
 }
 
 fn line_start(id: &str, custom_id: &str) -> Vec<u8> {
-    let (id, custom_id) = (json!(id), json!(custom_id));
-    format!("{{\"id\":{id},\"custom_id\":{custom_id}").into_bytes()
+    format!("{{\"id\":{},\"custom_id\":{}", json!(id), json!(custom_id)).into_bytes()
 }

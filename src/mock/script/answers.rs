@@ -29,7 +29,7 @@ pub enum TokenUnit {
 /// The request field that sets the maximum length of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum MaxTokensField {
+pub enum AcceptedMaxTokens {
     Either,
     MaxTokens,
     MaxCompletionTokens,
@@ -59,7 +59,7 @@ pub struct AnswerScript {
     pub finish_reason: String,
     /// Top-level request fields that are rejected with a 400.
     pub refuse_parameters: Vec<String>,
-    pub max_tokens_field: MaxTokensField,
+    pub max_tokens_field: AcceptedMaxTokens,
     /// Maximum number of tokens of prompt and answer together.
     pub context_tokens: Option<u64>,
     /// Whether replies are compressed if the client accepts gzip.
@@ -83,7 +83,7 @@ impl Default for AnswerScript {
             cached_tokens: 0,
             finish_reason: "stop".into(),
             refuse_parameters: Vec::new(),
-            max_tokens_field: MaxTokensField::Either,
+            max_tokens_field: AcceptedMaxTokens::Either,
             context_tokens: None,
             gzip: false,
             bill_abandoned: true,

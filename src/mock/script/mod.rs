@@ -20,7 +20,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-pub use crate::mock::script::answers::{AnswerScript, AnswerText, MaxTokensField, TokenUnit};
+pub use crate::mock::script::answers::{AcceptedMaxTokens, AnswerScript, AnswerText, TokenUnit};
 pub use crate::mock::script::batch::{BatchOutcome, BatchScript, RequestCountsMode};
 pub use crate::mock::script::fault::ScriptedFault;
 pub use crate::mock::script::fault_kind::FaultKind;

@@ -13,7 +13,8 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// Sends `count` requests at each of these seconds; returns the numbers of admitted requests.
 async fn admitted_counts(limits: &str, at: &[(u64, usize)]) -> Vec<usize> {
-    let (mock, start) = (mock(limits), Instant::now());
+    let mock = mock(limits);
+    let start = Instant::now();
     let mut admitted = Vec::new();
     for &(second, count) in at {
         advance(start + SECOND * second as u32 - Instant::now()).await;

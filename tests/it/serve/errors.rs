@@ -54,7 +54,8 @@ async fn validation_errors_have_openai_format() {
 #[tokio::test]
 async fn http_errors_have_openai_format() {
     let fixture = start(4, 64);
-    let (client, chat) = (&fixture.client, fixture.url("/chat/completions"));
+    let client = &fixture.client;
+    let chat = fixture.url("/chat/completions");
     for (status, request) in [
         (400, client.post(&chat).body("{\"model\": ")),
         (413, client.post(&chat).body(vec![b' '; (16 << 20) + 1])),

@@ -228,7 +228,8 @@ async fn logprobs_match_the_text() {
         .as_array()
         .unwrap();
     let mut bytes = Vec::new();
-    let (mut listed, mut partial) = (0, 0);
+    let mut listed = 0;
+    let mut partial = 0;
     for position in content {
         let top = position["top_logprobs"].as_array().unwrap();
         let logprobs: Vec<f64> = top.iter().map(|t| t["logprob"].as_f64().unwrap()).collect();

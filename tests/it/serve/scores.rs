@@ -48,7 +48,8 @@ async fn scores_of_generated_text_match_generation() {
     let read = fixture.ask_at("/completions", &body).await;
     assert_eq!(read["usage"]["completion_tokens"], 0);
     assert_eq!(read["choices"][0]["finish_reason"], "length");
-    let (written_logprobs, read_logprobs) = (&choice["logprobs"], &read["choices"][0]["logprobs"]);
+    let written_logprobs = &choice["logprobs"];
+    let read_logprobs = &read["choices"][0]["logprobs"];
     let logprobs = floats(&read_logprobs["token_logprobs"]);
     assert_eq!(logprobs[0], None);
     assert!(
