@@ -21,8 +21,10 @@
 //!
 //! ```no_run
 //! # async fn simulate() -> anyhow::Result<()> {
-//! use distill::mock::{Mock, MockResponse, Script};
+//! use distill::mock::Mock;
 //! use distill::mock::request::MockRequest;
+//! use distill::mock::response::MockResponse;
+//! use distill::mock::script::Script;
 //!
 //! let mock = Mock::new(Script::load("night.toml".as_ref())?);
 //! let body = br#"{"model": "mock", "messages": [{"role": "user", "content": "hi"}]}"#;
@@ -53,24 +55,20 @@ pub mod script;
 pub mod server;
 pub mod stats;
 
-use crate::mock::request::MockRequest;
-use crate::mock::request::method_not_allowed;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use tokio::time::Instant;
-
-pub use crate::mock::response::{HttpReply, MockResponse, ReplyHeader};
-pub use crate::mock::script::Script;
-pub use crate::mock::server::{MockServer, start};
-pub use crate::mock::stats::{BillingTotals, MockStats};
 
 use crate::mock::answer::{AnswerInputs, MockAnswer};
 use crate::mock::batch::BatchStore;
 use crate::mock::chat::ParsedChat;
 use crate::mock::limits::MockLimiter;
 use crate::mock::logprobs::LogprobTemplates;
-use crate::mock::stats::{BodyHash, StatsCollector};
+use crate::mock::request::{MockRequest, method_not_allowed};
+use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::script::Script;
+use crate::mock::stats::{BodyHash, MockStats, StatsCollector};
 
 /// A scripted teacher for any number of concurrent clients.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::{NumberRange, is_valid_time, require};
+use crate::mock::script::values::{NumberRange, is_valid_time, require};
 
 /// The text of an answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::{is_valid_time, require};
+use crate::mock::script::values::{is_valid_time, require};
 
 /// The final status of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

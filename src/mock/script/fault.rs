@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::mock::script::fault_kind::FaultKind;
 use crate::mock::script::limits::RetryAfter;
-use crate::mock::script::{is_valid_time, require};
+use crate::mock::script::values::{is_valid_time, require};
 
 /// A fault. It applies if all its conditions hold; without conditions it always applies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

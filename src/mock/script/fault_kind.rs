@@ -180,7 +180,7 @@ impl TryFrom<String> for FaultKind {
                 nearest(
                     &name,
                     names.chain(["http 500", "html 502"]),
-                    crate::mock::script::WHERE_KEYS_ARE
+                    crate::mock::script::values::KEYS_HINT
                 )
             )
         })

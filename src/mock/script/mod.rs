@@ -14,24 +14,20 @@ pub(crate) mod batch;
 pub mod fault;
 pub mod fault_kind;
 pub(crate) mod limits;
+pub(crate) mod values;
 
 use std::path::Path;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-pub use crate::mock::script::answers::{AcceptedMaxTokens, AnswerScript, AnswerText, TokenUnit};
-pub use crate::mock::script::batch::{BatchOutcome, BatchScript, RequestCountsMode};
-pub use crate::mock::script::fault::ScriptedFault;
-pub use crate::mock::script::fault_kind::FaultKind;
-pub use crate::mock::script::limits::{
-    HeaderDialect, LimitChange, LimitScript, LimitWindow, RetryAfter, TokenCounting,
-};
+use crate::mock::script::answers::AnswerScript;
+use crate::mock::script::batch::BatchScript;
+use crate::mock::script::fault::ScriptedFault;
+use crate::mock::script::limits::LimitScript;
+use crate::mock::script::values::{KEYS_HINT, require};
 
 use crate::config::error::{describe, usage};
-
-/// Hint of error messages.
-const WHERE_KEYS_ARE: &str = "tests/mock/example.toml documents every key";
 
 /// The behaviour of a mock.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -67,32 +63,6 @@ impl Default for Script {
     }
 }
 
-/// A number, or a range from which each request draws a number.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected a number, or [low, high]")]
-pub enum NumberRange {
-    Exactly(f64),
-    Between([f64; 2]),
-}
-
-impl NumberRange {
-    /// Maps `random`, uniform in [0, 1), to the range.
-    pub fn at(self, random: f64) -> f64 {
-        match self {
-            NumberRange::Exactly(value) => value,
-            NumberRange::Between([low, high]) => low + (high - low) * random,
-        }
-    }
-
-    fn is_valid(self) -> bool {
-        let [low, high] = match self {
-            NumberRange::Exactly(value) => [value; 2],
-            NumberRange::Between(ends) => ends,
-        };
-        is_valid_time(low) && is_valid_time(high) && low <= high
-    }
-}
-
 impl Script {
     /// Reads the script at `path`.
     ///
@@ -115,7 +85,7 @@ impl Script {
     /// As [`Script::load`].
     pub fn parse(path: &Path, text: &str) -> Result<Script> {
         let script: Script =
-            toml::from_str(text).map_err(|error| describe(path, text, &error, WHERE_KEYS_ARE))?;
+            toml::from_str(text).map_err(|error| describe(path, text, &error, KEYS_HINT))?;
         script
             .check()
             .map_err(|message| usage(format!("{}: {message}", path.display())))?;
@@ -142,19 +112,5 @@ impl Script {
                 .map_err(|message| format!("faults[{index}].{message}"))?;
         }
         Ok(())
-    }
-}
-
-/// Whether a number of seconds is not negative and small enough for a clock.
-fn is_valid_time(seconds: f64) -> bool {
-    (0.0..=1e9).contains(&seconds)
-}
-
-/// Returns an error that names `key`, unless `holds`.
-fn require(holds: bool, key: &str, rule: &str) -> Result<(), String> {
-    if holds {
-        Ok(())
-    } else {
-        Err(format!("{key} {rule}"))
     }
 }
