@@ -21,13 +21,12 @@ use std::path::Path;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use crate::config::error::{describe, usage};
 use crate::mock::script::answers::AnswerScript;
 use crate::mock::script::batch::BatchScript;
 use crate::mock::script::fault::ScriptedFault;
 use crate::mock::script::limits::LimitScript;
 use crate::mock::script::values::{KEYS_HINT, require};
-
-use crate::config::error::{describe, usage};
 
 /// The behaviour of a mock.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -67,8 +66,7 @@ impl Script {
     /// Reads the script at `path`.
     ///
     /// # Errors
-    /// [`crate::exit::Exit::MockUsage`], with file, line, column and the nearest key, where something
-    /// does not fit.
+    /// [`crate::exit::Exit::Usage`] with file, line, column and the nearest key.
     pub fn load(path: &Path) -> Result<Script> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             usage(format!(
