@@ -10,8 +10,8 @@ use tokio::runtime::Builder;
 use super::{print, print_json};
 use crate::cli::{Global, ServeArgs};
 use crate::exit::Exit;
-use crate::mock::ledger::Stats;
 use crate::mock::script::Script;
+use crate::mock::stats::MockStats;
 use crate::serve::{self, ServeOptions, Server};
 use crate::signal::Signals;
 use crate::terminal::{format_count, table};
@@ -37,25 +37,25 @@ fn run_model(model: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
     )?;
     if !args.host.is_loopback() {
         tracing::warn!(
-            "whoever reaches {} may use the model: there is no key",
+            "the server has no authentication: anyone who can reach {} can use the model",
             args.host
         );
     }
     announce(&server.base_url(), server.model_name(), global)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let number = runtime.block_on(until_stopped(server))?;
-    // A second signal must not wait for the shutdown that it cuts short.
+    // After a second signal, do not wait for the shutdown task.
     runtime.shutdown_background();
     Err(Exit::Signal(number).into())
 }
 
-/// Serves until Ctrl-C or SIGTERM, then prints what there is to tell.
+/// Serves the mock until Ctrl-C or SIGTERM, then prints its stats.
 fn run_mock(script: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
     let script = Script::load(script)?;
     let model = script.model_name().to_string();
     let server = crate::mock::server::start(script, args.host, args.port)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    // Before the announcement: a script that read it may send its signal at once.
+    // Listen before the announcement: a script may send its signal as soon as it has read it.
     let mut signals = runtime.block_on(async { Signals::listen() })?;
     announce(&server.base_url(), &model, global)?;
     let number = runtime
@@ -65,12 +65,12 @@ fn run_mock(script: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
     if global.json {
         print_json(&json!({"version": 1, "stats": stats}))?;
     } else {
-        print(&table(&rows(&stats)))?;
+        print(&table(&stats_rows(&stats)))?;
     }
     Err(Exit::Signal(number).into())
 }
 
-/// Tells where the server is, and waits for nobody.
+/// Prints the server's URL.
 fn announce(base_url: &str, model: &str, global: &Global) -> Result<()> {
     tracing::info!("serving `{model}`; press Ctrl-C to stop");
     let mut stdout = std::io::stdout().lock();
@@ -80,16 +80,16 @@ fn announce(base_url: &str, model: &str, global: &Global) -> Result<()> {
     } else {
         writeln!(stdout, "listening on {base_url}")?;
     }
-    // A script waits for this line.
+    // Scripts wait for this line.
     Ok(stdout.flush()?)
 }
 
-/// Waits for Ctrl-C or SIGTERM, then for the answers under way or for a second signal. Returns the
-/// number of the first.
+/// Waits for Ctrl-C or SIGTERM, then until the running answers finish or a second signal arrives.
+/// Returns the number of the first signal.
 async fn until_stopped(server: Server) -> Result<u8> {
     let mut signals = Signals::listen()?;
     let number = signals.next().await.context("cannot wait for signals")?;
-    tracing::info!("stopping once the answers under way are done; once more stops at once");
+    tracing::info!("finishing the running answers; press Ctrl-C again to stop immediately");
     tokio::select! {
         stopped = tokio::task::spawn_blocking(|| server.shutdown()) => stopped??,
         _ = signals.next() => {}
@@ -97,8 +97,8 @@ async fn until_stopped(server: Server) -> Result<u8> {
     Ok(number)
 }
 
-/// The stats as a table, those of status, kind and repetition only where there are any.
-fn rows(stats: &Stats) -> Vec<[String; 2]> {
+/// Converts the stats to table rows.
+fn stats_rows(stats: &MockStats) -> Vec<[String; 2]> {
     let row = |name: &str, count: u64| [name.to_string(), format_count(count)];
     let billed = &stats.billed;
     let mut rows = vec![
@@ -113,23 +113,23 @@ fn rows(stats: &Stats) -> Vec<[String; 2]> {
     let faults = stats.faults.iter();
     rows.extend(faults.map(|(kind, count)| row(&format!("  fault: {kind}"), *count)));
     rows.extend([
-        row("most at once", stats.max_in_flight),
-        row("most requests in a minute", stats.most_requests_in_a_minute),
+        row("max in flight", stats.max_in_flight),
+        row("max requests in a minute", stats.most_requests_in_a_minute),
         row(
-            "most tokens asked in a minute",
+            "max tokens requested in a minute",
             stats.most_tokens_asked_in_a_minute,
         ),
         row(
-            "most tokens billed in a minute",
+            "max tokens billed in a minute",
             stats.most_tokens_billed_in_a_minute,
         ),
         row("billed answers", billed.answers),
-        row("  of them in batches", billed.batch_answers),
+        row("  in batches", billed.batch_answers),
         row("  prompt tokens", billed.prompt_tokens),
-        row("  of them cached", billed.cached_tokens),
+        row("  cached tokens", billed.cached_tokens),
         row("  completion tokens", billed.completion_tokens),
-        row("  of them reasoning", billed.reasoning_tokens),
-        row("different requests", stats.bodies),
+        row("  reasoning tokens", billed.reasoning_tokens),
+        row("distinct request bodies", stats.bodies),
     ]);
     let by_times = stats.bodies_by_times_billed.iter();
     rows.extend(by_times.map(|(times, count)| row(&format!("  billed {times} times"), *count)));

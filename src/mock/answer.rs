@@ -1,83 +1,89 @@
-//! Good answers, written straight into the bytes of a body. Pure: chance and time are arguments.
+//! Writes valid answers as JSON bytes. Pure: random numbers and time are arguments.
 
-use crate::mock::chat::Chat;
-use crate::mock::logprobs::{Pieces, write_number, write_string};
+use crate::mock::chat::ParsedChat;
+use crate::mock::logprobs::{LogprobTemplates, write_number, write_string};
 use crate::mock::script::Script;
-use crate::mock::script::answers::{Text, Token};
+use crate::mock::script::answers::{AnswerText, TokenUnit};
 
-/// The bytes of a token of [`Token::Bytes`].
-const BYTES: usize = 3;
+/// Length of a token with [`TokenUnit::Bytes`].
+const BYTES_PER_TOKEN: usize = 3;
 
-/// What an answer is billed as.
+/// The tokens that are billed for an answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
+pub struct MockUsage {
     pub prompt_tokens: u64,
     pub cached_tokens: u64,
     pub completion_tokens: u64,
     pub reasoning_tokens: u64,
 }
 
+/// An answer: the body of its reply and its usage.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct MockAnswer {
     pub body: Vec<u8>,
-    pub usage: Usage,
+    pub usage: MockUsage,
 }
 
-/// What an answer needs besides the request.
-pub(crate) struct Circumstances<'a> {
+/// The inputs of an answer besides the request.
+pub(crate) struct AnswerInputs<'a> {
     pub script: &'a Script,
-    /// Of the script's `top_logprobs`, at temperature 1.
-    pub pieces: &'a Pieces,
-    /// Names the answer.
+    /// Templates for the script's `top_logprobs` at temperature 1.
+    pub templates: &'a LogprobTemplates,
+    /// Id of the answer.
     pub id: u128,
     /// Unix time in seconds.
     pub created: i64,
 }
 
-/// The answer to `chat`; the same `draw` makes the same one.
-pub(crate) fn write(chat: &Chat, with: &Circumstances, draw: &mut fastrand::Rng) -> Answer {
-    let answers = &with.script.answers;
+/// Writes the answer to `chat`. The same `rng` state gives the same answer.
+pub(crate) fn write(
+    chat: &ParsedChat,
+    inputs: &AnswerInputs,
+    rng: &mut fastrand::Rng,
+) -> MockAnswer {
+    let answers = &inputs.script.answers;
     let text = match &answers.text {
-        Text::Echo => chat.prompt.as_ref().into(),
-        Text::Upper => chat.prompt.to_uppercase().into(),
-        Text::Fixed(text) => std::borrow::Cow::Borrowed(text.as_str()),
+        AnswerText::Echo => chat.prompt.as_ref().into(),
+        AnswerText::Upper => chat.prompt.to_uppercase().into(),
+        AnswerText::Fixed(text) => std::borrow::Cow::Borrowed(text.as_str()),
     };
     let wanted = answers
         .tokens
-        .map(|span| span.at(draw.f64()).round() as u64);
-    let room = chat
+        .map(|range| range.at(rng.f64()).round() as u64);
+    let max_tokens = chat
         .max_tokens
         .map(|most| most.saturating_sub(answers.reasoning_tokens));
-    let content = Content::compose(&text, answers.token, wanted, room.unwrap_or(u64::MAX));
+    let content =
+        AnswerContent::from_text(&text, answers.token, wanted, max_tokens.unwrap_or(u64::MAX));
     let reasoning_tokens = match chat.max_tokens {
         Some(most) => answers.reasoning_tokens.min(most),
         None => answers.reasoning_tokens,
     };
-    let usage = Usage {
+    let usage = MockUsage {
         prompt_tokens: chat.prompt_tokens,
         cached_tokens: answers.cached_tokens.min(chat.prompt_tokens),
         completion_tokens: (content.ends.len() as u64 + reasoning_tokens) * chat.n,
         reasoning_tokens: reasoning_tokens * chat.n,
     };
     let mut out = Vec::with_capacity(512 + 2 * content.bytes.len());
-    write_head(&mut out, chat, with);
+    write_head(&mut out, chat, inputs);
     for index in 0..chat.n {
         if index > 0 {
             out.push(b',');
         }
-        write_choice(&mut out, index, &content, chat, with, draw);
+        write_choice(&mut out, index, &content, chat, inputs, rng);
     }
     out.extend_from_slice(b"],\"usage\":");
     write_usage(&mut out, &usage);
     out.push(b'}');
-    Answer { body: out, usage }
+    MockAnswer { body: out, usage }
 }
 
-fn write_head(out: &mut Vec<u8>, chat: &Chat, with: &Circumstances) {
+fn write_head(out: &mut Vec<u8>, chat: &ParsedChat, inputs: &AnswerInputs) {
     out.extend_from_slice(b"{\"id\":\"chatcmpl-");
-    out.extend_from_slice(&hex(with.id));
+    out.extend_from_slice(&hex(inputs.id));
     out.extend_from_slice(b"\",\"object\":\"chat.completion\",\"created\":");
-    write_number(out, with.created.unsigned_abs());
+    write_number(out, inputs.created.unsigned_abs());
     out.extend_from_slice(b",\"model\":");
     write_string(out, &chat.model);
     out.extend_from_slice(b",\"system_fingerprint\":\"fp_mock\",\"choices\":[");
@@ -86,12 +92,12 @@ fn write_head(out: &mut Vec<u8>, chat: &Chat, with: &Circumstances) {
 fn write_choice(
     out: &mut Vec<u8>,
     index: u64,
-    content: &Content,
-    chat: &Chat,
-    with: &Circumstances,
-    draw: &mut fastrand::Rng,
+    content: &AnswerContent,
+    chat: &ParsedChat,
+    inputs: &AnswerInputs,
+    rng: &mut fastrand::Rng,
 ) {
-    let answers = &with.script.answers;
+    let answers = &inputs.script.answers;
     out.extend_from_slice(b"{\"index\":");
     write_number(out, index);
     out.extend_from_slice(b",\"message\":{\"role\":\"assistant\",\"content\":");
@@ -101,30 +107,31 @@ fn write_choice(
         None => out.extend_from_slice(b"null"),
         Some(top) => {
             let tempered = (answers.tempered && chat.temperature != 1.0)
-                .then(|| Pieces::new(answers.top_logprobs, chat.temperature));
-            let pieces = tempered.as_ref().unwrap_or(with.pieces);
+                .then(|| LogprobTemplates::new(answers.top_logprobs, chat.temperature));
+            let templates = tempered.as_ref().unwrap_or(inputs.templates);
             out.extend_from_slice(b"{\"content\":[");
             let mut start = 0;
             for &end in &content.ends {
                 if start > 0 {
                     out.push(b',');
                 }
-                pieces.write(out, &content.bytes[start..end], top, draw);
+                templates.write(out, &content.bytes[start..end], top, rng);
                 start = end;
             }
             out.extend_from_slice(b"],\"refusal\":null}");
         }
     }
     out.extend_from_slice(b",\"finish_reason\":");
-    let finish_reason = match content.cut {
-        true => "length",
-        false => &answers.finish_reason,
+    let finish_reason = if content.truncated {
+        "length"
+    } else {
+        &answers.finish_reason
     };
     write_string(out, finish_reason);
     out.push(b'}');
 }
 
-fn write_usage(out: &mut Vec<u8>, usage: &Usage) {
+fn write_usage(out: &mut Vec<u8>, usage: &MockUsage) {
     let fields: [(&[u8], u64); 5] = [
         (b"{\"prompt_tokens\":", usage.prompt_tokens),
         (b",\"completion_tokens\":", usage.completion_tokens),
@@ -157,25 +164,30 @@ fn hex(number: u128) -> [u8; 32] {
     digits
 }
 
-/// A text in tokens.
+/// The content of an answer, split into tokens.
 #[derive(Debug, PartialEq)]
-struct Content {
+struct AnswerContent {
     bytes: Vec<u8>,
-    /// Where each token ends.
+    /// End offset of each token.
     ends: Vec<usize>,
-    /// Whether the longest answer's length cut it off.
-    cut: bool,
+    /// Whether the maximum length cut the content off.
+    truncated: bool,
 }
 
-impl Content {
-    /// `text`, repeated or ended after `wanted` tokens, and in any case after `room` of them.
-    fn compose(text: &str, token: Token, wanted: Option<u64>, room: u64) -> Content {
-        let mut content = Content {
+impl AnswerContent {
+    /// Splits `text` into tokens, repeats or cuts it to `wanted` tokens, and cuts it to `max_tokens`.
+    fn from_text(
+        text: &str,
+        token: TokenUnit,
+        wanted: Option<u64>,
+        max_tokens: u64,
+    ) -> AnswerContent {
+        let mut content = AnswerContent {
             bytes: Vec::with_capacity(text.len()),
             ends: Vec::new(),
-            cut: wanted.is_some_and(|wanted| wanted > room),
+            truncated: wanted.is_some_and(|wanted| wanted > max_tokens),
         };
-        let most = wanted.map_or(room, |wanted| wanted.min(room));
+        let most = wanted.map_or(max_tokens, |wanted| wanted.min(max_tokens));
         let mut rest = text.as_bytes();
         while (content.ends.len() as u64) < most {
             if rest.is_empty() {
@@ -183,8 +195,8 @@ impl Content {
                     return content;
                 }
                 rest = text.as_bytes();
-                // So that the last word and the first one stay two.
-                if token == Token::Word && !rest[0].is_ascii_whitespace() {
+                // Separates the last word from the first word of the repetition.
+                if token == TokenUnit::Word && !rest[0].is_ascii_whitespace() {
                     content.bytes.push(b' ');
                 }
             }
@@ -193,26 +205,26 @@ impl Content {
             content.ends.push(content.bytes.len());
             rest = others;
         }
-        content.cut |= wanted.is_none() && !rest.is_empty();
+        content.truncated |= wanted.is_none() && !rest.is_empty();
         content
     }
 }
 
-/// The length in bytes of the first token of `text`, which is not empty.
-fn token_len(text: &[u8], token: Token) -> usize {
+/// Returns the length in bytes of the first token of `text`, which must not be empty.
+fn token_len(text: &[u8], token: TokenUnit) -> usize {
     match token {
-        Token::Word => {
+        TokenUnit::Word => {
             let is_space = |byte: &u8| byte.is_ascii_whitespace();
             let start = text.iter().position(|byte| !is_space(byte));
             let start = start.unwrap_or(text.len());
             let word = text[start..].iter().position(is_space);
             word.map_or(text.len(), |length| start + length)
         }
-        Token::Char => {
+        TokenUnit::Char => {
             let next = text[1..].iter().position(|byte| byte & 0xc0 != 0x80);
             next.map_or(text.len(), |next| next + 1)
         }
-        Token::Bytes => BYTES.min(text.len()),
+        TokenUnit::Bytes => BYTES_PER_TOKEN.min(text.len()),
     }
 }
 
@@ -221,8 +233,15 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(text: &str, token: Token, wanted: Option<u64>, room: u64, tokens: &[&str], cut: bool) {
-        let content = Content::compose(text, token, wanted, room);
+    fn check(
+        text: &str,
+        token: TokenUnit,
+        wanted: Option<u64>,
+        max_tokens: u64,
+        tokens: &[&str],
+        truncated: bool,
+    ) {
+        let content = AnswerContent::from_text(text, token, wanted, max_tokens);
         let mut start = 0;
         let found: Vec<_> = content
             .ends
@@ -232,35 +251,49 @@ mod tests {
             })
             .collect();
         assert_eq!(found, tokens);
-        assert_eq!(content.cut, cut);
+        assert_eq!(content.truncated, truncated);
         assert_eq!(start, content.bytes.len());
     }
 
     #[test]
-    fn a_text_is_repeated_or_cut_to_its_tokens() {
+    fn text_is_repeated_or_cut_to_the_token_count() {
         let many = u64::MAX;
         check(
             "a b  c ",
-            Token::Word,
+            TokenUnit::Word,
             None,
             many,
             &["a", " b", "  c", " "],
             false,
         );
-        check("a b", Token::Word, Some(3), many, &["a", " b", " a"], false);
-        check("a b", Token::Word, Some(3), 2, &["a", " b"], true);
-        check("a b", Token::Word, None, 1, &["a"], true);
-        check("a b", Token::Word, None, 2, &["a", " b"], false);
-        check("aä日", Token::Char, None, many, &["a", "ä", "日"], false);
+        check(
+            "a b",
+            TokenUnit::Word,
+            Some(3),
+            many,
+            &["a", " b", " a"],
+            false,
+        );
+        check("a b", TokenUnit::Word, Some(3), 2, &["a", " b"], true);
+        check("a b", TokenUnit::Word, None, 1, &["a"], true);
+        check("a b", TokenUnit::Word, None, 2, &["a", " b"], false);
+        check(
+            "aä日",
+            TokenUnit::Char,
+            None,
+            many,
+            &["a", "ä", "日"],
+            false,
+        );
         check(
             "ää",
-            Token::Bytes,
+            TokenUnit::Bytes,
             None,
             many,
             &["ä\u{fffd}", "\u{fffd}"],
             false,
         );
-        check("", Token::Word, Some(3), many, &[], false);
-        check("a", Token::Word, None, 0, &[], true);
+        check("", TokenUnit::Word, Some(3), many, &[], false);
+        check("a", TokenUnit::Word, None, 0, &[], true);
     }
 }

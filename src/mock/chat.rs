@@ -1,4 +1,4 @@
-//! A request for an answer, as far as a mock needs to understand it. Pure.
+//! Parses and validates chat completion requests. Pure.
 
 use std::borrow::Cow;
 
@@ -6,36 +6,36 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use crate::mock::limits::Cost;
-use crate::mock::response::Reply;
+use crate::mock::limits::TokenCost;
+use crate::mock::response::HttpReply;
 use crate::mock::script::Script;
-use crate::mock::script::answers::MaxTokensField;
+use crate::mock::script::answers::AcceptedMaxTokens;
 
-/// What the longest answer is taken for in the limits, where a request does not say.
-const UNSAID_MAX_TOKENS: u64 = 16;
+/// Output tokens that the limits assume for a request without `max_tokens`.
+const DEFAULT_OUTPUT_TOKENS: u64 = 16;
 
-/// A request for an answer that a mock can give.
+/// A valid chat completion request.
 #[derive(Debug)]
-pub(crate) struct Chat<'a> {
+pub(crate) struct ParsedChat<'a> {
     pub model: Cow<'a, str>,
-    /// The last message.
+    /// Text of the last message.
     pub prompt: Cow<'a, str>,
     pub prompt_tokens: u64,
     pub max_tokens: Option<u64>,
-    /// Answers wanted.
+    /// Number of answers.
     pub n: u64,
     pub temperature: f64,
-    /// Alternatives for each token, if logprobs are wanted.
+    /// Number of alternatives for each token, if logprobs are requested.
     pub top_logprobs: Option<usize>,
 }
 
-/// Fields that are not here are allowed, and ignored.
+/// The request fields that the mock reads; others are ignored.
 #[derive(Deserialize)]
-struct Body<'a> {
+struct ChatBody<'a> {
     #[serde(borrow)]
     model: Cow<'a, str>,
     #[serde(borrow)]
-    messages: Vec<Message<'a>>,
+    messages: Vec<ChatMessage<'a>>,
     max_tokens: Option<u64>,
     max_completion_tokens: Option<u64>,
     n: Option<u64>,
@@ -45,68 +45,67 @@ struct Body<'a> {
     stream: Option<bool>,
 }
 
-/// Left as it came: only the last one is read.
+/// A message whose content stays raw: only the last message is decoded.
 #[derive(Deserialize)]
-struct Message<'a> {
+struct ChatMessage<'a> {
     #[serde(borrow)]
     content: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
-struct Plain<'a>(#[serde(borrow)] Cow<'a, str>);
+struct PlainText<'a>(#[serde(borrow)] Cow<'a, str>);
 
 #[derive(Deserialize)]
-struct Part<'a> {
+struct MessagePart<'a> {
     #[serde(borrow, default)]
     text: Cow<'a, str>,
 }
 
-impl<'a> Chat<'a> {
-    /// Reads a request's body.
+impl<'a> ParsedChat<'a> {
+    /// Parses a request body.
     ///
     /// # Errors
-    /// The reply that it earns: 400, or 404 for another model.
-    pub(crate) fn parse(body: &'a [u8], script: &Script) -> Result<Chat<'a>, Reply> {
-        let read: Body<'a> = serde_json::from_slice(body).map_err(|error| {
+    /// The reply that rejects it: 400, or 404 for an unknown model.
+    pub(crate) fn parse(body: &'a [u8], script: &Script) -> Result<ParsedChat<'a>, HttpReply> {
+        let fields: ChatBody<'a> = serde_json::from_slice(body).map_err(|error| {
             let message = format!("We could not parse the JSON body of your request: {error}");
-            Reply::error(400, &message, Value::Null)
+            HttpReply::error(400, &message, Value::Null)
         })?;
-        check_model(&read.model, script)?;
-        check_parameters(body, &read, script)?;
-        let (model, max_tokens) = (read.model, read.max_completion_tokens.or(read.max_tokens));
-        let prompt = last_text(&read.messages)?;
-        let chat = Chat {
-            model,
+        check_model(&fields.model, script)?;
+        check_parameters(body, &fields, script)?;
+        let prompt = last_text(&fields.messages)?;
+        let chat = ParsedChat {
             prompt,
-            prompt_tokens: read.messages.iter().map(Message::tokens).sum(),
-            max_tokens,
-            n: read.n.unwrap_or(1),
-            temperature: read.temperature.unwrap_or(1.0),
-            top_logprobs: (read.logprobs == Some(true))
-                .then_some(read.top_logprobs.unwrap_or_default()),
+            prompt_tokens: fields.messages.iter().map(ChatMessage::tokens).sum(),
+            max_tokens: fields.max_completion_tokens.or(fields.max_tokens),
+            n: fields.n.unwrap_or(1),
+            temperature: fields.temperature.unwrap_or(1.0),
+            top_logprobs: (fields.logprobs == Some(true))
+                .then_some(fields.top_logprobs.unwrap_or_default()),
+            model: fields.model,
         };
         chat.check_context(script)?;
         Ok(chat)
     }
 
-    /// What the limits count before the answer is there.
-    pub(crate) fn cost(&self) -> Cost {
-        let output_tokens = self.max_tokens.unwrap_or(UNSAID_MAX_TOKENS);
-        Cost {
+    /// Returns the tokens that the limits charge before the answer exists.
+    pub(crate) fn cost(&self) -> TokenCost {
+        let output_tokens = self.max_tokens.unwrap_or(DEFAULT_OUTPUT_TOKENS);
+        TokenCost {
             prompt_tokens: self.prompt_tokens,
             output_tokens: output_tokens.saturating_mul(self.n),
         }
     }
 
-    fn check_context(&self, script: &Script) -> Result<(), Reply> {
-        let asked = self.prompt_tokens + self.max_tokens.unwrap_or_default();
+    fn check_context(&self, script: &Script) -> Result<(), HttpReply> {
+        let requested = self.prompt_tokens + self.max_tokens.unwrap_or_default();
         match script.answers.context_tokens {
-            Some(context) if asked > context => {
+            Some(context) if requested > context => {
                 let message = format!(
                     "This model's maximum context length is {context} tokens. However, you \
-                     requested {asked} tokens. Please reduce the length of the messages."
+                     requested {requested} tokens. Please reduce the length of the messages."
                 );
-                Err(Reply::bad_field(
+                Err(HttpReply::bad_field(
                     "messages",
                     &message,
                     "context_length_exceeded",
@@ -117,23 +116,23 @@ impl<'a> Chat<'a> {
     }
 }
 
-impl Message<'_> {
-    /// About four bytes a token, and four tokens to frame them.
+impl ChatMessage<'_> {
+    /// Estimates the tokens of a message: one for four bytes, and four for its frame.
     fn tokens(&self) -> u64 {
         let bytes = self.content.map_or(0, |content| content.get().len());
         4 + (bytes as u64).div_ceil(4)
     }
 }
 
-fn check_model(asked: &str, script: &Script) -> Result<(), Reply> {
+fn check_model(asked: &str, script: &Script) -> Result<(), HttpReply> {
     if script.model == "*" || script.model == asked {
         return Ok(());
     }
     let message = format!("The model `{asked}` does not exist or you do not have access to it.");
-    Err(Reply::error(404, &message, "model_not_found"))
+    Err(HttpReply::error(404, &message, "model_not_found"))
 }
 
-fn check_parameters(raw: &[u8], body: &Body, script: &Script) -> Result<(), Reply> {
+fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), HttpReply> {
     let answers = &script.answers;
     if !answers.refuse_parameters.is_empty() {
         let fields: Map<String, Value> = serde_json::from_slice(raw).unwrap_or_default();
@@ -143,10 +142,10 @@ fn check_parameters(raw: &[u8], body: &Body, script: &Script) -> Result<(), Repl
         }
     }
     match answers.max_tokens_field {
-        MaxTokensField::MaxTokens if body.max_completion_tokens.is_some() => {
+        AcceptedMaxTokens::MaxTokens if body.max_completion_tokens.is_some() => {
             return Err(unsupported("max_completion_tokens", "max_tokens"));
         }
-        MaxTokensField::MaxCompletionTokens if body.max_tokens.is_some() => {
+        AcceptedMaxTokens::MaxCompletionTokens if body.max_tokens.is_some() => {
             return Err(unsupported("max_tokens", "max_completion_tokens"));
         }
         _ => {}
@@ -156,7 +155,7 @@ fn check_parameters(raw: &[u8], body: &Body, script: &Script) -> Result<(), Repl
     }
     let most = answers.top_logprobs;
     match body.top_logprobs {
-        Some(_) if body.logprobs != Some(true) => Err(Reply::bad_field(
+        Some(_) if body.logprobs != Some(true) => Err(HttpReply::bad_field(
             "top_logprobs",
             "The 'logprobs' parameter must be true if 'top_logprobs' is set.",
             Value::Null,
@@ -164,41 +163,45 @@ fn check_parameters(raw: &[u8], body: &Body, script: &Script) -> Result<(), Repl
         Some(asked) if asked > most => {
             let message =
                 format!("Invalid value for 'top_logprobs': must be less than or equal to {most}.");
-            Err(Reply::bad_field("top_logprobs", &message, "invalid_value"))
+            Err(HttpReply::bad_field(
+                "top_logprobs",
+                &message,
+                "invalid_value",
+            ))
         }
         _ if body.n.is_some_and(|n| !(1..=128).contains(&n)) => {
             let message = "Invalid value for 'n': must be from 1 to 128.";
-            Err(Reply::bad_field("n", message, "invalid_value"))
+            Err(HttpReply::bad_field("n", message, "invalid_value"))
         }
         _ => Ok(()),
     }
 }
 
-fn unsupported(name: &str, instead: &str) -> Reply {
+fn unsupported(name: &str, instead: &str) -> HttpReply {
     let mut message = format!("Unsupported parameter: '{name}' is not supported with this model.");
     if !instead.is_empty() {
         message += &format!(" Use '{instead}' instead.");
     }
-    Reply::bad_field(name, &message, "unsupported_parameter")
+    HttpReply::bad_field(name, &message, "unsupported_parameter")
 }
 
-/// The text of the last message: a string, or parts.
-fn last_text<'a>(messages: &[Message<'a>]) -> Result<Cow<'a, str>, Reply> {
+/// Returns the text of the last message. Its content is a string or a list of parts.
+fn last_text<'a>(messages: &[ChatMessage<'a>]) -> Result<Cow<'a, str>, HttpReply> {
     let Some(last) = messages.last() else {
         let message = "Invalid 'messages': empty array.";
-        return Err(Reply::bad_field("messages", message, "empty_array"));
+        return Err(HttpReply::bad_field("messages", message, "empty_array"));
     };
     let Some(content) = last.content else {
         return Ok(Cow::Borrowed(""));
     };
-    if let Ok(Plain(text)) = serde_json::from_str(content.get()) {
+    if let Ok(PlainText(text)) = serde_json::from_str(content.get()) {
         return Ok(text);
     }
-    match serde_json::from_str::<Vec<Part>>(content.get()) {
+    match serde_json::from_str::<Vec<MessagePart>>(content.get()) {
         Ok(parts) => Ok(Cow::Owned(
             parts.into_iter().map(|part| part.text).collect(),
         )),
-        Err(_) => Err(Reply::bad_field(
+        Err(_) => Err(HttpReply::bad_field(
             "messages",
             "Invalid type for 'messages[-1].content': expected a string or an array of parts.",
             "invalid_type",

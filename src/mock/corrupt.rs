@@ -1,46 +1,46 @@
-//! What goes wrong with a good answer's body. Pure.
+//! Corrupts the body of a valid answer. Pure.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::mock::script::kind::Kind;
+use crate::mock::script::fault_kind::FaultKind;
 
-const HUGE: usize = 64 << 20;
-const DEEP: usize = 100_000;
-/// Stands for what JSON has no word for, until the bytes are there. No logprob is as low.
-const PLACEHOLDER: &str = "-4242.4242";
+const HUGE_BODY_BYTES: usize = 64 << 20;
+const DEEP_JSON_DEPTH: usize = 100_000;
+/// Placeholder for numbers that JSON cannot express; replaced in the bytes. No real logprob is this low.
+const LOGPROB_PLACEHOLDER: &str = "-4242.4242";
 
-/// The body that a fault of this kind makes of a good one; `size` is the script's.
-pub(crate) fn twist(kind: Kind, body: Vec<u8>, size: Option<usize>) -> Bytes {
-    let twisted = match kind {
-        Kind::Empty => Vec::new(),
-        Kind::Truncated => body[..body.len() / 2].to_vec(),
-        Kind::BadUtf8 => bad_utf8(body),
-        Kind::HugeBody => huge(size.unwrap_or(HUGE)),
-        Kind::DeepJson => {
-            let depth = size.unwrap_or(DEEP);
+/// Corrupts a body as a fault of this kind does. `size` is the script's.
+pub(crate) fn corrupt_body(kind: FaultKind, body: Vec<u8>, size: Option<usize>) -> Bytes {
+    let corrupted = match kind {
+        FaultKind::Empty => Vec::new(),
+        FaultKind::Truncated => body[..body.len() / 2].to_vec(),
+        FaultKind::BadUtf8 => bad_utf8(body),
+        FaultKind::HugeBody => huge(size.unwrap_or(HUGE_BODY_BYTES)),
+        FaultKind::DeepJson => {
+            let depth = size.unwrap_or(DEEP_JSON_DEPTH);
             [b"[".repeat(depth), b"]".repeat(depth)].concat()
         }
-        Kind::BlankLines => [b"\n".repeat(blank_lines(size)), body].concat(),
-        // What goes wrong with these is how they are sent.
-        Kind::ResetInBody
-        | Kind::ShortBody
-        | Kind::UnfinishedChunks
-        | Kind::StallInBody
-        | Kind::Drip => body,
-        Kind::LogprobsNan => replace(edit(kind, &body), PLACEHOLDER, "NaN"),
-        Kind::LogprobsInf => replace(edit(kind, &body), PLACEHOLDER, "-Infinity"),
+        FaultKind::BlankLines => [b"\n".repeat(blank_lines(size)), body].concat(),
+        // These faults change only how the body is sent.
+        FaultKind::ResetInBody
+        | FaultKind::ShortBody
+        | FaultKind::UnfinishedChunks
+        | FaultKind::StallInBody
+        | FaultKind::Drip => body,
+        FaultKind::LogprobsNan => replace(edit(kind, &body), LOGPROB_PLACEHOLDER, "NaN"),
+        FaultKind::LogprobsInf => replace(edit(kind, &body), LOGPROB_PLACEHOLDER, "-Infinity"),
         _ => edit(kind, &body).into_bytes(),
     };
-    twisted.into()
+    corrupted.into()
 }
 
-/// How many come before the answer.
+/// Number of blank lines before the answer.
 pub(crate) fn blank_lines(size: Option<usize>) -> usize {
     size.unwrap_or(3)
 }
 
-/// A sequence that UTF-8 does not have, as the content's first bytes.
+/// Inserts invalid UTF-8 at the start of the content.
 fn bad_utf8(mut body: Vec<u8>) -> Vec<u8> {
     let content = b"\"content\":\"";
     let at = body
@@ -51,7 +51,7 @@ fn bad_utf8(mut body: Vec<u8>) -> Vec<u8> {
     body
 }
 
-/// An answer of `size` bytes.
+/// Makes an answer of `size` bytes.
 fn huge(size: usize) -> Vec<u8> {
     let head = br#"{"choices":[{"index":0,"message":{"role":"assistant","content":""#;
     let tail = br#""},"finish_reason":"stop"}]}"#;
@@ -65,20 +65,20 @@ fn replace(text: String, from: &str, to: &str) -> Vec<u8> {
     text.replace(from, to).into_bytes()
 }
 
-fn edit(kind: Kind, body: &[u8]) -> String {
+fn edit(kind: FaultKind, body: &[u8]) -> String {
     let mut body: Value = serde_json::from_slice(body).unwrap_or_default();
     match kind {
-        Kind::FloatCreated => {
+        FaultKind::FloatCreated => {
             let created = body["created"].as_f64().unwrap_or_default();
             body["created"] = json!(created + 0.25);
         }
-        Kind::OtherModel => body["model"] = "another-model-2026-11-01".into(),
-        Kind::NoUsage => {
+        FaultKind::OtherModel => body["model"] = "another-model-2026-11-01".into(),
+        FaultKind::NoUsage => {
             if let Some(fields) = body.as_object_mut() {
                 fields.remove("usage");
             }
         }
-        Kind::NoChoices => body["choices"] = json!([]),
+        FaultKind::NoChoices => body["choices"] = json!([]),
         _ => {
             let choices = body["choices"].as_array_mut();
             for choice in choices.into_iter().flatten() {
@@ -89,22 +89,22 @@ fn edit(kind: Kind, body: &[u8]) -> String {
     body.to_string()
 }
 
-fn edit_choice(kind: Kind, choice: &mut Value) {
+fn edit_choice(kind: FaultKind, choice: &mut Value) {
     match kind {
-        Kind::NullContent => choice["message"]["content"] = Value::Null,
-        Kind::UnknownFinishReason => choice["finish_reason"] = "model_length".into(),
-        Kind::Length => choice["finish_reason"] = "length".into(),
-        Kind::ContentFilter => {
+        FaultKind::NullContent => choice["message"]["content"] = Value::Null,
+        FaultKind::UnknownFinishReason => choice["finish_reason"] = "model_length".into(),
+        FaultKind::Length => choice["finish_reason"] = "length".into(),
+        FaultKind::ContentFilter => {
             choice["finish_reason"] = "content_filter".into();
             choice["message"]["content"] = "".into();
             choice["logprobs"] = Value::Null;
         }
-        Kind::Refusal => {
+        FaultKind::LimitRefusal => {
             choice["message"]["content"] = Value::Null;
             choice["message"]["refusal"] = "I'm sorry, I can't help with that.".into();
             choice["logprobs"] = Value::Null;
         }
-        Kind::LogprobsNull => choice["logprobs"] = Value::Null,
+        FaultKind::LogprobsNull => choice["logprobs"] = Value::Null,
         _ => {
             if let Some(positions) = choice["logprobs"]["content"].as_array_mut() {
                 edit_logprobs(kind, positions);
@@ -113,29 +113,31 @@ fn edit_choice(kind: Kind, choice: &mut Value) {
     }
 }
 
-fn edit_logprobs(kind: Kind, positions: &mut Vec<Value>) {
-    if kind == Kind::LogprobsFewer {
+fn edit_logprobs(kind: FaultKind, positions: &mut Vec<Value>) {
+    if kind == FaultKind::LogprobsFewer {
         positions.truncate(positions.len() / 2);
     }
     let logprob = match kind {
-        Kind::LogprobsSentinel => Some(json!(-9999.0)),
-        Kind::LogprobsNan | Kind::LogprobsInf => serde_json::from_str(PLACEHOLDER).ok(),
+        FaultKind::LogprobsSentinel => Some(json!(-9999.0)),
+        FaultKind::LogprobsNan | FaultKind::LogprobsInf => {
+            serde_json::from_str(LOGPROB_PLACEHOLDER).ok()
+        }
         _ => None,
     };
     for position in positions {
         if let Some(top) = position["top_logprobs"].as_array_mut() {
             match kind {
-                Kind::LogprobsFewer => top.truncate(top.len() / 2),
-                Kind::LogprobsDuplicates => top.extend(top.first().cloned()),
-                Kind::LogprobsWithoutChosen if !top.is_empty() => drop(top.remove(0)),
+                FaultKind::LogprobsFewer => top.truncate(top.len() / 2),
+                FaultKind::LogprobsDuplicates => top.extend(top.first().cloned()),
+                FaultKind::LogprobsWithoutChosen if !top.is_empty() => drop(top.remove(0)),
                 _ => {}
             }
-            // The unlikeliest one, where these come from.
+            // Only the least likely alternative has an invalid logprob.
             if let (Some(last), Some(logprob)) = (top.last_mut(), &logprob) {
                 last["logprob"] = logprob.clone();
             }
         }
-        // The token itself too where it has no alternatives.
+        // Without alternatives, the token itself has it.
         if let Some(logprob) = &logprob
             && position["top_logprobs"]
                 .as_array()
@@ -166,53 +168,65 @@ mod tests {
             .into_bytes()
     }
 
-    /// Each kind against a part of its body, and a part that is gone.
+    /// For each kind, a part that the corrupted body contains and a part that it lacks.
     #[test]
-    fn every_kind_leaves_its_mark() {
+    fn each_kind_changes_the_body() {
         let cases = [
-            (Kind::NoChoices, "\"choices\":[]", "stop"),
-            (Kind::NullContent, "\"content\":null", "a b"),
-            (Kind::UnknownFinishReason, "model_length", "stop"),
-            (Kind::Length, "\"length\"", "stop"),
-            (Kind::ContentFilter, "content_filter", "a b"),
-            (Kind::Refusal, "I can't", "a b"),
-            (Kind::FloatCreated, "5.25", "\"created\":5,"),
-            (Kind::OtherModel, "another-model", "\"m\""),
-            (Kind::NoUsage, "stop", "usage"),
-            (Kind::LogprobsNull, "\"logprobs\":null", "top_logprobs"),
-            (Kind::LogprobsFewer, "\"token\":\"a\"", "\" b\""),
-            (Kind::LogprobsNan, ":NaN}", "-2.0"),
-            (Kind::LogprobsInf, ":-Infinity}", "-2.0"),
-            (Kind::LogprobsSentinel, ":-9999.0}", "-2.0"),
+            (FaultKind::NoChoices, "\"choices\":[]", "stop"),
+            (FaultKind::NullContent, "\"content\":null", "a b"),
+            (FaultKind::UnknownFinishReason, "model_length", "stop"),
+            (FaultKind::Length, "\"length\"", "stop"),
+            (FaultKind::ContentFilter, "content_filter", "a b"),
+            (FaultKind::LimitRefusal, "I can't", "a b"),
+            (FaultKind::FloatCreated, "5.25", "\"created\":5,"),
+            (FaultKind::OtherModel, "another-model", "\"m\""),
+            (FaultKind::NoUsage, "stop", "usage"),
+            (FaultKind::LogprobsNull, "\"logprobs\":null", "top_logprobs"),
+            (FaultKind::LogprobsFewer, "\"token\":\"a\"", "\" b\""),
+            (FaultKind::LogprobsNan, ":NaN}", "-2.0"),
+            (FaultKind::LogprobsInf, ":-Infinity}", "-2.0"),
+            (FaultKind::LogprobsSentinel, ":-9999.0}", "-2.0"),
             (
-                Kind::LogprobsDuplicates,
+                FaultKind::LogprobsDuplicates,
                 r#"-2.0},{"token":"a","logprob":-0.5}]"#,
                 "-2.0}]",
             ),
             (
-                Kind::LogprobsWithoutChosen,
+                FaultKind::LogprobsWithoutChosen,
                 r#""top_logprobs":[{"token":"z""#,
                 r#""top_logprobs":[{"token":"a""#,
             ),
-            (Kind::BlankLines, "\n\n\n{", "\n\n\n\n"),
+            (FaultKind::BlankLines, "\n\n\n{", "\n\n\n\n"),
         ];
-        for (kind, there, gone) in cases {
-            let body = twist(kind, answer(), None);
+        for (kind, present, absent) in cases {
+            let body = corrupt_body(kind, answer(), None);
             let body = std::str::from_utf8(&body).unwrap();
-            assert!(body.contains(there), "{kind}: {body} lacks {there}");
-            assert!(!body.contains(gone), "{kind}: {body} still has {gone}");
+            assert!(body.contains(present), "{kind}: {body} lacks {present}");
+            assert!(!body.contains(absent), "{kind}: {body} still has {absent}");
         }
     }
 
     #[test]
-    fn bodies_that_are_no_json_are_what_they_say() {
-        assert!(twist(Kind::Empty, answer(), None).is_empty());
-        assert!(serde_json::from_slice::<Value>(&twist(Kind::Truncated, answer(), None)).is_err());
-        assert!(std::str::from_utf8(&twist(Kind::BadUtf8, answer(), None)).is_err());
-        assert_eq!(&twist(Kind::DeepJson, answer(), Some(3))[..], b"[[[]]]");
-        assert_eq!(twist(Kind::DeepJson, answer(), None).len(), 200_000);
-        assert_eq!(twist(Kind::HugeBody, answer(), None).len(), 64 << 20);
-        let body = twist(Kind::HugeBody, answer(), Some(1000));
+    fn bodies_that_are_not_json_match_their_kind() {
+        assert!(corrupt_body(FaultKind::Empty, answer(), None).is_empty());
+        assert!(
+            serde_json::from_slice::<Value>(&corrupt_body(FaultKind::Truncated, answer(), None))
+                .is_err()
+        );
+        assert!(std::str::from_utf8(&corrupt_body(FaultKind::BadUtf8, answer(), None)).is_err());
+        assert_eq!(
+            &corrupt_body(FaultKind::DeepJson, answer(), Some(3))[..],
+            b"[[[]]]"
+        );
+        assert_eq!(
+            corrupt_body(FaultKind::DeepJson, answer(), None).len(),
+            200_000
+        );
+        assert_eq!(
+            corrupt_body(FaultKind::HugeBody, answer(), None).len(),
+            64 << 20
+        );
+        let body = corrupt_body(FaultKind::HugeBody, answer(), Some(1000));
         assert_eq!(body.len(), 1000);
         serde_json::from_slice::<Value>(&body).unwrap();
     }

@@ -1,147 +1,152 @@
-//! Which fault hits a request, and what it makes of it. Pure: time and chance are arguments.
+//! Selects the fault of a request and builds the faulty response. Pure: time and random numbers are
+//! arguments.
 
 use std::time::{Duration, SystemTime};
 
-use crate::mock::corrupt::{blank_lines, twist};
-use crate::mock::headers::{with_retry_after, words};
-use crate::mock::response::{Reaction, Reply};
+use crate::mock::corrupt::{blank_lines, corrupt_body};
+use crate::mock::headers::{wait_sentence, with_retry_after};
+use crate::mock::response::{HttpReply, MockResponse};
 use crate::mock::script::Script;
-use crate::mock::script::fault::Fault;
-use crate::mock::script::kind::Kind;
+use crate::mock::script::fault::ScriptedFault;
+use crate::mock::script::fault_kind::FaultKind;
 use crate::mock::script::limits::RetryAfter;
 
-/// Another host than any that a test serves.
-const ELSEWHERE: &str = "https://elsewhere.invalid/v1/chat/completions";
+/// A redirect target that no test serves.
+const OTHER_HOST: &str = "https://elsewhere.invalid/v1/chat/completions";
 
-/// A request, as far as a fault's conditions look at it.
+/// The properties of a request that the conditions of a fault check.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Seen<'a> {
-    /// Without a query.
+pub(crate) struct RequestFacts<'a> {
+    /// Path without the query.
     pub path: &'a str,
-    /// Whether it is for an answer.
+    /// Whether it is a chat completion request.
     pub is_chat: bool,
-    /// The last message.
+    /// Text of the last message.
     pub prompt: &'a str,
-    /// How often the same body came before.
+    /// Number of earlier attempts with the same body.
     pub attempt: u32,
-    /// Since the start.
+    /// Time since the start.
     pub at: Duration,
 }
 
-/// The first fault of the script whose conditions hold. Each one draws, so that the draws of one
-/// do not depend on the conditions of another.
-pub(crate) fn choose<'a>(
+/// Returns the first fault of the script whose conditions hold. Every fault draws a random number, so
+/// that the draws do not depend on the conditions of other faults.
+pub(crate) fn select<'a>(
     script: &'a Script,
-    seen: Seen,
-    draw: &mut fastrand::Rng,
-) -> Option<&'a Fault> {
+    facts: RequestFacts,
+    rng: &mut fastrand::Rng,
+) -> Option<&'a ScriptedFault> {
     let mut chosen = None;
     for fault in &script.faults {
-        let random = draw.f64();
-        if chosen.is_none() && fault.applies(seen, random) {
+        let random = rng.f64();
+        if chosen.is_none() && fault.matches(facts, random) {
             chosen = Some(fault);
         }
     }
     chosen
 }
 
-impl Fault {
-    fn applies(&self, seen: Seen, random: f64) -> bool {
-        let at = seen.at.as_secs_f64();
-        let is_there = match &self.path {
-            None => seen.is_chat,
-            Some(part) => seen.path.contains(part.as_str()),
+impl ScriptedFault {
+    fn matches(&self, facts: RequestFacts, random: f64) -> bool {
+        let at = facts.at.as_secs_f64();
+        let path_matches = match &self.path {
+            None => facts.is_chat,
+            Some(part) => facts.path.contains(part.as_str()),
         };
-        is_there
-            && self.first.is_none_or(|first| seen.attempt < first)
+        path_matches
+            && self.first.is_none_or(|first| facts.attempt < first)
             && self.share.is_none_or(|share| random < share)
             && self.from_s.is_none_or(|from| at >= from)
             && self.to_s.is_none_or(|to| at < to)
             && self
                 .matching
                 .as_ref()
-                .is_none_or(|part| seen.prompt.contains(part.as_str()))
+                .is_none_or(|part| facts.prompt.contains(part.as_str()))
     }
 
     /// Whether the request is billed.
     pub fn is_billed(&self) -> bool {
-        self.billed.unwrap_or(self.kind.is_of_an_answer())
+        self.billed.unwrap_or(self.kind.corrupts_answer())
     }
 
-    /// Puts the script's own body and headers in place of the kind's.
-    fn dress(&self, mut reply: Reply) -> Reply {
+    /// Replaces the body and headers of the reply by those that the script sets.
+    fn apply_overrides(&self, mut reply: HttpReply) -> HttpReply {
         if let Some(body) = &self.body {
             reply.body = body.clone().into();
         }
         for (name, value) in &self.headers {
             let name = name.to_ascii_lowercase();
             reply.headers.retain(|(other, _)| *other != name);
-            reply = reply.with(name, value.clone());
+            reply = reply.with_header(name, value.clone());
         }
         reply
     }
 }
 
-/// What a fault that leaves no answer makes of a request. None: nothing ever comes.
+/// Returns the response of a fault without an answer, or `None` if there is never a response.
 ///
-/// `now` is only for a `Retry-After` that is a date.
-pub(crate) fn error(fault: &Fault, now: SystemTime) -> Option<Reaction> {
+/// `now` is used only by a `Retry-After` that is a date.
+pub(crate) fn error_response(fault: &ScriptedFault, now: SystemTime) -> Option<MockResponse> {
     let reply = match fault.kind {
-        Kind::Stall => return None,
-        Kind::Reset => return Some(Reaction::Reset),
-        Kind::Refused => return Some(Reaction::Refused),
-        Kind::Html(status) => Reply {
+        FaultKind::Stall => return None,
+        FaultKind::Reset => return Some(MockResponse::Reset),
+        FaultKind::Refused => return Some(MockResponse::Refused),
+        FaultKind::Html(status) => HttpReply {
             content_type: "text/html",
-            ..Reply::json(status, page(status))
+            ..HttpReply::json(status, html_page(status))
         },
-        Kind::InsufficientQuota => Reply::error(
+        FaultKind::InsufficientQuota => HttpReply::error(
             429,
             "You exceeded your current quota, please check your plan and billing details.",
             "insufficient_quota",
         ),
-        Kind::Redirect => Reply::json(307, "").with("location", ELSEWHERE),
-        // With the status as its code, as routers send it.
-        Kind::ErrorIn200 => {
-            let reply = Reply::error(502, "The upstream provider failed.", 502);
-            Reply {
+        FaultKind::Redirect => HttpReply::json(307, "").with_header("location", OTHER_HOST),
+        // Routers send the upstream's status as the error code.
+        FaultKind::ErrorIn200 => {
+            let reply = HttpReply::error(502, "The upstream provider failed.", 502);
+            HttpReply {
                 status: 200,
                 ..reply
             }
         }
-        Kind::Http(status) => of_status(status, &message(fault, status)),
-        _ => Reply::error(500, "This fault has no answer to spoil.", "server_error"),
+        FaultKind::Http(status) => status_error(status, &message(fault, status)),
+        _ => HttpReply::error(
+            500,
+            "This fault needs an answer to corrupt.",
+            "server_error",
+        ),
     };
     let form = fault.retry_after.unwrap_or(RetryAfter::None);
     let reply = with_retry_after(reply, form, wait(fault), now);
-    Some(Reaction::Reply(fault.dress(reply)))
+    Some(MockResponse::Complete(fault.apply_overrides(reply)))
 }
 
-/// What any other fault makes of a good answer.
-pub(crate) fn spoil(fault: &Fault, mut answer: Reply) -> Reaction {
-    let interval = seconds(fault.interval_s.unwrap_or(1.0));
+/// Returns the response of a fault that corrupts a valid answer.
+pub(crate) fn corrupt(fault: &ScriptedFault, mut answer: HttpReply) -> MockResponse {
+    let interval = duration(fault.interval_s.unwrap_or(1.0));
     let body = std::mem::take(&mut answer.body);
-    answer.body = twist(fault.kind, body.into(), fault.size);
-    let reply = fault.dress(answer);
+    answer.body = corrupt_body(fault.kind, body.into(), fault.size);
+    let reply = fault.apply_overrides(answer);
     match fault.kind {
-        Kind::ResetInBody => Reaction::ResetInBody(reply),
-        Kind::ShortBody => Reaction::ShortBody(reply),
-        Kind::UnfinishedChunks => Reaction::UnfinishedChunks(reply),
-        Kind::StallInBody => Reaction::StallInBody(reply),
-        Kind::Drip => Reaction::Drip {
+        FaultKind::ResetInBody => MockResponse::ResetInBody(reply),
+        FaultKind::ShortBody => MockResponse::ShortBody(reply),
+        FaultKind::UnfinishedChunks => MockResponse::UnfinishedChunks(reply),
+        FaultKind::StallInBody => MockResponse::StallInBody(reply),
+        FaultKind::Drip => MockResponse::Drip {
             slow: reply.body.len(),
             reply,
             interval,
         },
-        Kind::BlankLines if fault.interval_s.is_some() => Reaction::Drip {
+        FaultKind::BlankLines if fault.interval_s.is_some() => MockResponse::Drip {
             slow: blank_lines(fault.size),
             reply,
             interval,
         },
-        _ => Reaction::Reply(reply),
+        _ => MockResponse::Complete(reply),
     }
 }
 
-fn of_status(status: u16, message: &str) -> Reply {
+fn status_error(status: u16, message: &str) -> HttpReply {
     let code = match status {
         400 => "invalid_request",
         401 => "invalid_api_key",
@@ -156,29 +161,29 @@ fn of_status(status: u16, message: &str) -> Reply {
         503 | 529 => "overloaded",
         _ => "server_error",
     };
-    Reply::error(status, message, code)
+    HttpReply::error(status, message, code)
 }
 
-fn message(fault: &Fault, status: u16) -> String {
+fn message(fault: &ScriptedFault, status: u16) -> String {
     let form = fault.retry_after.unwrap_or(RetryAfter::None);
     format!(
-        "The mock was told to answer {status}.{}",
-        words(form, wait(fault))
+        "The script answers with status {status}.{}",
+        wait_sentence(form, wait(fault))
     )
 }
 
-fn wait(fault: &Fault) -> Duration {
-    seconds(fault.retry_after_s.unwrap_or(1.0))
+fn wait(fault: &ScriptedFault) -> Duration {
+    duration(fault.retry_after_s.unwrap_or(1.0))
 }
 
-fn page(status: u16) -> String {
+fn html_page(status: u16) -> String {
     format!(
         "<html>\r\n<head><title>{status}</title></head>\r\n<body>\r\n<center><h1>{status}</h1>\
          </center>\r\n<hr><center>cloudfront</center>\r\n</body>\r\n</html>\r\n"
     )
 }
 
-/// A time of the script. What does not fit is none: [`Script::load`] has refused it by then.
-pub(crate) fn seconds(seconds: f64) -> Duration {
+/// Converts seconds of the script. Invalid values become zero; [`Script::load`] has rejected them.
+pub(crate) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }

@@ -1,174 +1,189 @@
-//! A request for an answer, from its arrival to its reply.
+//! Handles a chat completion request: admission, latency, fault, billing.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::mock::Mock;
-use crate::mock::answer::{Answer, Usage};
-use crate::mock::chat::Chat;
+use crate::mock::answer::{MockAnswer, MockUsage};
+use crate::mock::chat::ParsedChat;
 use crate::mock::faults;
-use crate::mock::faults::Seen;
+use crate::mock::faults::RequestFacts;
 use crate::mock::headers;
-use crate::mock::ledger;
-use crate::mock::ledger::BodyHash;
-use crate::mock::limits::{Cost, Limit, Readings, Refusal, Ticket};
-use crate::mock::response::{Reaction, Reply};
-use crate::mock::script::fault::Fault;
+use crate::mock::limits::{AdmissionTicket, LimitKind, LimitRefusal, LimitStatus, TokenCost};
+use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::script::fault::ScriptedFault;
 use crate::mock::script::limits::RetryAfter;
+use crate::mock::stats;
+use crate::mock::stats::BodyHash;
 
 impl Mock {
-    pub(crate) async fn chat(&self, path: &str, body: &[u8]) -> Reaction {
-        let chat = match Chat::parse(body, &self.script) {
+    pub(crate) async fn respond_chat(&self, path: &str, body: &[u8]) -> MockResponse {
+        let chat = match ParsedChat::parse(body, &self.script) {
             Ok(chat) => chat,
-            Err(reply) => return Reaction::Reply(reply),
+            Err(reply) => return MockResponse::Complete(reply),
         };
-        let hash = ledger::hash(body);
-        let (flight, attempt, at) = match self.admit(hash, chat.cost()) {
+        let hash = stats::body_hash(body);
+        let (guard, attempt, at) = match self.admit(hash, chat.cost()) {
             Ok(admitted) => admitted,
-            Err(reply) => return Reaction::Reply(reply),
+            Err(reply) => return MockResponse::Complete(reply),
         };
-        let mut draw = self.draw(hash, attempt);
-        let seen = Seen {
+        let mut rng = self.rng(hash, attempt);
+        let facts = RequestFacts {
             path,
             is_chat: true,
             prompt: &chat.prompt,
             attempt,
             at,
         };
-        let fault = faults::choose(&self.script, seen, &mut draw);
+        let fault = faults::select(&self.script, facts, &mut rng);
         match fault {
-            Some(fault) if !fault.kind.is_of_an_answer() => self.fail(flight, fault, &chat).await,
-            _ => self.answer(flight, fault, &chat, draw.f64()).await,
+            Some(fault) if !fault.kind.corrupts_answer() => {
+                self.respond_fault(guard, fault, &chat).await
+            }
+            _ => self.respond_answer(guard, fault, &chat, rng.f64()).await,
         }
     }
 
-    /// Lets a request in, and says how often its body came before and when it came, or why not.
-    fn admit(&self, hash: BodyHash, cost: Cost) -> Result<(Flight<'_>, u32, Duration), Reply> {
-        let mut guard = self.state();
-        let state = &mut *guard;
-        // Under the lock, so that the limiter's time never goes back.
+    /// Checks the limits. Returns the request's guard, the number of earlier attempts with the same
+    /// body, and the time since the start.
+    ///
+    /// # Errors
+    /// The reply that rejects the request.
+    fn admit(
+        &self,
+        hash: BodyHash,
+        cost: TokenCost,
+    ) -> Result<(RequestGuard<'_>, u32, Duration), HttpReply> {
+        let mut locked = self.state();
+        let state = &mut *locked;
+        // Read the clock under the lock, so that the limiter's time is monotonic.
         let now = Instant::now();
         let at = now.duration_since(self.started);
         state
-            .ledger
-            .asked(at, cost.prompt_tokens + cost.output_tokens);
+            .stats
+            .record_chat_request(at, cost.prompt_tokens + cost.output_tokens);
         match state.limiter.admit(now, cost) {
             Ok(ticket) => {
                 let in_flight = state.limiter.in_flight();
-                let attempt = state.ledger.admitted(hash, in_flight);
-                let flight = Flight {
+                let attempt = state.stats.record_admission(hash, in_flight);
+                let guard = RequestGuard {
                     mock: self,
                     hash,
                     ticket: Some(ticket),
-                    owed: None,
-                    load: self.load(in_flight),
+                    billed_if_dropped: None,
+                    load_factor: self.load_factor(in_flight),
                 };
-                Ok((flight, attempt, at))
+                Ok((guard, attempt, at))
             }
             Err(refusal) => {
-                state.ledger.throttled();
-                let readings = state.limiter.read(now);
-                drop(guard);
-                Err(self.refuse(&refusal, &readings))
+                state.stats.record_throttled();
+                let limit_status = state.limiter.status(now);
+                drop(locked);
+                Err(self.reject(&refusal, &limit_status))
             }
         }
     }
 
-    fn refuse(&self, refusal: &Refusal, readings: &Readings) -> Reply {
+    fn reject(&self, refusal: &LimitRefusal, limit_status: &LimitStatus) -> HttpReply {
         let limits = &self.script.limits;
         let form = match refusal.wait {
             Some(_) => limits.retry_after,
-            // Nobody knows how long.
+            // The wait is unknown.
             None => RetryAfter::None,
         };
         let wait = refusal.wait.unwrap_or_default();
-        let what = refusal.limit.name();
+        let limit = refusal.limit.name();
         let message = match (refusal.too_large, refusal.limit) {
-            (true, _) => format!("Request too large for {what}: it will never fit."),
-            (false, Limit::Concurrency) => format!("Too many {what}."),
+            (true, _) => format!("Request too large for {limit}: it exceeds the limit itself."),
+            (false, LimitKind::Concurrency) => format!("Too many {limit}."),
             (false, _) => format!(
-                "Rate limit reached for {what}.{}",
-                headers::words(form, wait)
+                "Rate limit reached for {limit}.{}",
+                headers::wait_sentence(form, wait)
             ),
         };
-        let reply = Reply::error(limits.status, &message, "rate_limit_exceeded");
+        let reply = HttpReply::error(limits.status, &message, "rate_limit_exceeded");
         let mut reply = headers::with_retry_after(reply, form, wait, self.wall_now());
         headers::push_limits(
             &mut reply.headers,
             limits.headers,
-            readings,
+            limit_status,
             self.wall_now(),
         );
         reply
     }
 
-    async fn fail(&self, flight: Flight<'_>, fault: &Fault, chat: &Chat<'_>) -> Reaction {
-        self.state().ledger.failed(fault.kind.to_string());
-        pause(faults::seconds(fault.after_s.unwrap_or(0.0))).await;
-        let usage = Usage {
+    async fn respond_fault(
+        &self,
+        guard: RequestGuard<'_>,
+        fault: &ScriptedFault,
+        chat: &ParsedChat<'_>,
+    ) -> MockResponse {
+        self.state().stats.record_fault(fault.kind.to_string());
+        pause(faults::duration(fault.after_s.unwrap_or(0.0))).await;
+        let usage = MockUsage {
             prompt_tokens: chat.prompt_tokens,
-            ..Usage::default()
+            ..MockUsage::default()
         };
         let billed = fault.is_billed().then_some(usage);
-        let reaction = match faults::error(fault, self.wall_now()) {
-            Some(reaction) => reaction,
+        let response = match faults::error_response(fault, self.wall_now()) {
+            Some(response) => response,
             None => {
-                // Its client will leave in the end, and that changes nothing.
-                flight.bill(billed);
+                // Never ends: bill now, before the client gives up.
+                guard.bill(billed);
                 std::future::pending().await
             }
         };
-        flight.bill(billed);
-        let readings = flight.land(None);
-        self.with_limits(reaction, &readings)
+        guard.bill(billed);
+        let limit_status = guard.finish(None);
+        self.with_limits(response, &limit_status)
     }
 
-    async fn answer(
+    async fn respond_answer(
         &self,
-        mut flight: Flight<'_>,
-        fault: Option<&Fault>,
-        chat: &Chat<'_>,
+        mut guard: RequestGuard<'_>,
+        fault: Option<&ScriptedFault>,
+        chat: &ParsedChat<'_>,
         random: f64,
-    ) -> Reaction {
+    ) -> MockResponse {
         let answers = &self.script.answers;
-        let Answer { body, usage } = self.write_answer(chat, flight.hash);
+        let MockAnswer { body, usage } = self.write_answer(chat, guard.hash);
         let natural =
             answers.latency_s.at(random) + answers.token_s * usage.completion_tokens as f64;
         let latency = match fault.and_then(|fault| fault.after_s) {
             Some(after) => after,
-            None => natural * flight.load,
+            None => natural * guard.load_factor,
         };
-        let billed = fault.is_none_or(Fault::is_billed);
-        flight.owed = (answers.bill_abandoned && billed).then_some(usage);
-        pause(faults::seconds(latency)).await;
-        let reply = Reply::json(200, body);
-        let reaction = match fault {
-            None => Reaction::Reply(reply),
-            Some(fault) => faults::spoil(fault, reply),
+        let billed = fault.is_none_or(ScriptedFault::is_billed);
+        guard.billed_if_dropped = (answers.bill_abandoned && billed).then_some(usage);
+        pause(faults::duration(latency)).await;
+        let reply = HttpReply::json(200, body);
+        let response = match fault {
+            None => MockResponse::Complete(reply),
+            Some(fault) => faults::corrupt(fault, reply),
         };
         {
             let mut state = self.state();
             match fault {
-                None => state.ledger.answered(),
-                Some(fault) => state.ledger.failed(fault.kind.to_string()),
+                None => state.stats.record_answer(),
+                Some(fault) => state.stats.record_fault(fault.kind.to_string()),
             }
         }
-        flight.bill(billed.then_some(usage));
-        let readings = flight.land(Some(usage));
-        self.with_limits(reaction, &readings)
+        guard.bill(billed.then_some(usage));
+        let limit_status = guard.finish(Some(usage));
+        self.with_limits(response, &limit_status)
     }
 
-    fn with_limits(&self, mut reaction: Reaction, readings: &Readings) -> Reaction {
-        if let Some(reply) = reaction.reply_mut() {
+    fn with_limits(&self, mut response: MockResponse, limit_status: &LimitStatus) -> MockResponse {
+        if let Some(reply) = response.reply_mut() {
             let dialect = self.script.limits.headers;
-            headers::push_limits(&mut reply.headers, dialect, readings, self.wall_now());
+            headers::push_limits(&mut reply.headers, dialect, limit_status, self.wall_now());
         }
-        reaction
+        response
     }
 
-    /// How many times slower answers are with so many requests at once.
-    fn load(&self, in_flight: u64) -> f64 {
+    /// Factor by which `in_flight` concurrent requests increase the latency.
+    fn load_factor(&self, in_flight: u64) -> f64 {
         let capacity = self.script.limits.load_capacity;
         capacity.map_or(1.0, |capacity| {
             (in_flight as f64 / capacity as f64).max(1.0)
@@ -176,54 +191,54 @@ impl Mock {
     }
 }
 
-/// A request that was let in. It leaves when it lands, or when it is dropped because its client
-/// hung up.
-struct Flight<'a> {
+/// An admitted request. It is released by [`RequestGuard::finish`], or on drop, when its client
+/// disconnects.
+struct RequestGuard<'a> {
     mock: &'a Mock,
     hash: BodyHash,
-    ticket: Option<Ticket>,
-    /// To be billed if the client hangs up.
-    owed: Option<Usage>,
-    load: f64,
+    ticket: Option<AdmissionTicket>,
+    /// Usage to bill if the client disconnects.
+    billed_if_dropped: Option<MockUsage>,
+    load_factor: f64,
 }
 
-impl Flight<'_> {
-    fn bill(&self, usage: Option<Usage>) {
+impl RequestGuard<'_> {
+    fn bill(&self, usage: Option<MockUsage>) {
         if let Some(usage) = usage {
             let at = self.mock.started.elapsed();
-            self.mock.state().ledger.billed(at, self.hash, &usage);
+            self.mock.state().stats.record_billed(at, self.hash, &usage);
         }
     }
 
-    fn land(mut self, used: Option<Usage>) -> Readings {
-        self.leave(used)
+    fn finish(mut self, used: Option<MockUsage>) -> LimitStatus {
+        self.release(used)
     }
 
-    fn leave(&mut self, used: Option<Usage>) -> Readings {
+    fn release(&mut self, used: Option<MockUsage>) -> LimitStatus {
         let mut state = self.mock.state();
         let now = Instant::now();
         if let Some(ticket) = self.ticket.take() {
-            let used = used.map(|usage| Cost {
+            let used = used.map(|usage| TokenCost {
                 prompt_tokens: usage.prompt_tokens,
                 output_tokens: usage.completion_tokens,
             });
-            state.limiter.leave(now, ticket, used);
+            state.limiter.release(now, ticket, used);
         }
-        state.limiter.read(now)
+        state.limiter.status(now)
     }
 }
 
-impl Drop for Flight<'_> {
+impl Drop for RequestGuard<'_> {
     fn drop(&mut self) {
         if self.ticket.is_some() {
-            self.mock.state().ledger.abandoned();
-            self.bill(self.owed);
-            self.leave(self.owed);
+            self.mock.state().stats.record_abandoned();
+            self.bill(self.billed_if_dropped);
+            self.release(self.billed_if_dropped);
         }
     }
 }
 
-/// Zero is no turn of the timer wheel.
+/// Sleeps. A zero time does not yield to the timer.
 pub(crate) async fn pause(time: Duration) {
     if !time.is_zero() {
         tokio::time::sleep(time).await;

@@ -1,102 +1,110 @@
-//! The limits as the endpoints' headers tell of them. Pure: times are arguments.
+//! Rate-limit headers of the providers. Pure: times are arguments.
 //!
-//! The names and their meaning are those of the providers' documents: OpenAI's "Rate limits" guide,
-//! Groq's, Together's, Fireworks' and Anthropic's pages of the same name.
+//! Sources: the "Rate limits" pages of OpenAI, Groq, Together, Fireworks and Anthropic.
 
 use std::time::{Duration, SystemTime};
 
-use crate::mock::limits::Readings;
-use crate::mock::quota::Reading;
-use crate::mock::response::{Header, Reply};
-use crate::mock::script::limits::{Dialect, RetryAfter};
+use crate::mock::limits::LimitStatus;
+use crate::mock::quota::QuotaStatus;
+use crate::mock::response::{HttpReply, ReplyHeader};
+use crate::mock::script::limits::{HeaderDialect, RetryAfter};
 
 const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-/// Adds the headers that a reply of this dialect carries.
+/// Adds the rate-limit headers of a provider.
 pub(crate) fn push_limits(
-    headers: &mut Vec<Header>,
-    dialect: Dialect,
-    limits: &Readings,
+    headers: &mut Vec<ReplyHeader>,
+    dialect: HeaderDialect,
+    limits: &LimitStatus,
     now: SystemTime,
 ) {
     let mut push = |name: String, value: String| headers.push((name.into(), value.into()));
     let per_minute = [("requests", limits.requests), ("tokens", limits.tokens)];
     match dialect {
-        Dialect::None => {}
-        Dialect::Openai | Dialect::Groq => {
-            // Of Groq's requests it is those of a day.
+        HeaderDialect::None => {}
+        HeaderDialect::Openai | HeaderDialect::Groq => {
+            // Groq reports the daily limit of requests.
             let requests = match dialect {
-                Dialect::Groq => limits.day.or(limits.requests),
+                HeaderDialect::Groq => limits.day.or(limits.requests),
                 _ => limits.requests,
             };
-            for (what, reading) in present(&[("requests", requests), ("tokens", limits.tokens)]) {
-                push(format!("x-ratelimit-limit-{what}"), whole(reading.limit));
+            for (resource, quota) in present(&[("requests", requests), ("tokens", limits.tokens)]) {
                 push(
-                    format!("x-ratelimit-remaining-{what}"),
-                    whole(reading.remaining),
+                    format!("x-ratelimit-limit-{resource}"),
+                    format_floor(quota.limit),
                 );
                 push(
-                    format!("x-ratelimit-reset-{what}"),
-                    go_duration(reading.reset),
+                    format!("x-ratelimit-remaining-{resource}"),
+                    format_floor(quota.remaining),
                 );
-            }
-        }
-        Dialect::Azure => {
-            for (what, reading) in present(&per_minute) {
                 push(
-                    format!("x-ratelimit-remaining-{what}"),
-                    whole(reading.remaining),
+                    format!("x-ratelimit-reset-{resource}"),
+                    go_duration(quota.reset),
                 );
             }
         }
-        Dialect::Anthropic => {
+        HeaderDialect::Azure => {
+            for (resource, quota) in present(&per_minute) {
+                push(
+                    format!("x-ratelimit-remaining-{resource}"),
+                    format_floor(quota.remaining),
+                );
+            }
+        }
+        HeaderDialect::Anthropic => {
             let output = limits.output_tokens;
-            // Where answers have no limit of their own, there is one of all tokens.
+            // Without a limit of output tokens, `tokens` limits all tokens.
             let input = output.and(limits.tokens);
             let both = limits.tokens.filter(|_| output.is_none());
-            for (what, reading) in present(&[
+            for (resource, quota) in present(&[
                 ("requests", limits.requests),
                 ("tokens", both),
                 ("input-tokens", input),
                 ("output-tokens", output),
             ]) {
-                let name = |part| format!("anthropic-ratelimit-{what}-{part}");
-                push(name("limit"), whole(reading.limit));
-                push(name("remaining"), whole(reading.remaining));
-                push(name("reset"), rfc_3339(now + reading.reset));
+                let name = |part| format!("anthropic-ratelimit-{resource}-{part}");
+                push(name("limit"), format_floor(quota.limit));
+                push(name("remaining"), format_floor(quota.remaining));
+                push(name("reset"), rfc_3339(now + quota.reset));
             }
         }
-        // Per second.
-        Dialect::Together => {
-            for (what, reading) in present(&[
+        // Together's limits are per second.
+        HeaderDialect::Together => {
+            for (resource, quota) in present(&[
                 ("ratelimit", limits.requests),
                 ("tokenlimit", limits.tokens),
             ]) {
-                push(format!("x-{what}-limit"), whole(reading.limit / 60.0));
                 push(
-                    format!("x-{what}-remaining"),
-                    whole(reading.remaining.min(reading.limit / 60.0)),
+                    format!("x-{resource}-limit"),
+                    format_floor(quota.limit / 60.0),
                 );
                 push(
-                    format!("x-{what}-reset"),
-                    format!("{}", reading.reset.as_secs_f64().ceil()),
+                    format!("x-{resource}-remaining"),
+                    format_floor(quota.remaining.min(quota.limit / 60.0)),
+                );
+                push(
+                    format!("x-{resource}-reset"),
+                    format!("{}", quota.reset.as_secs_f64().ceil()),
                 );
             }
         }
-        Dialect::Fireworks => {
+        HeaderDialect::Fireworks => {
             let kinds = [
                 ("requests", limits.requests),
                 ("tokens-prompt", limits.tokens),
                 ("tokens-generated", limits.output_tokens),
             ];
-            for (what, reading) in present(&kinds) {
-                push(format!("x-ratelimit-limit-{what}"), whole(reading.limit));
+            for (resource, quota) in present(&kinds) {
                 push(
-                    format!("x-ratelimit-remaining-{what}"),
-                    whole(reading.remaining),
+                    format!("x-ratelimit-limit-{resource}"),
+                    format_floor(quota.limit),
+                );
+                push(
+                    format!("x-ratelimit-remaining-{resource}"),
+                    format_floor(quota.remaining),
                 );
             }
-            let over = present(&kinds).any(|(_, reading)| reading.remaining < 1.0);
+            let over = present(&kinds).any(|(_, quota)| quota.remaining < 1.0);
             let word = if over { "yes" } else { "no" };
             push("x-ratelimit-over-limit".into(), word.into());
         }
@@ -104,15 +112,16 @@ pub(crate) fn push_limits(
 }
 
 fn present<'a>(
-    readings: &'a [(&'static str, Option<Reading>)],
-) -> impl Iterator<Item = (&'static str, Reading)> + 'a {
-    readings
+    quotas: &'a [(&'static str, Option<QuotaStatus>)],
+) -> impl Iterator<Item = (&'static str, QuotaStatus)> + 'a {
+    quotas
         .iter()
-        .filter_map(|(what, reading)| Some((*what, (*reading)?)))
+        .filter_map(|(resource, quota)| Some((*resource, (*quota)?)))
 }
 
-/// What a refusal's message says about the wait, if the form is one of words.
-pub(crate) fn words(form: RetryAfter, wait: Duration) -> String {
+/// Returns the sentence of a rejection's message that tells the wait; empty unless the form is
+/// [`RetryAfter::Words`].
+pub(crate) fn wait_sentence(form: RetryAfter, wait: Duration) -> String {
     match form {
         RetryAfter::Words if wait < Duration::from_secs(1) => {
             format!(" Please try again in {}ms.", ceil_ms(wait))
@@ -124,34 +133,34 @@ pub(crate) fn words(form: RetryAfter, wait: Duration) -> String {
     }
 }
 
-/// `reply` with the header that says to come back after `wait`.
+/// Adds the header that tells the client to wait.
 pub(crate) fn with_retry_after(
-    reply: Reply,
+    reply: HttpReply,
     form: RetryAfter,
     wait: Duration,
     now: SystemTime,
-) -> Reply {
+) -> HttpReply {
     let date = |time| httpdate::fmt_http_date(time);
     let value = match form {
         RetryAfter::None | RetryAfter::Words => return reply,
-        RetryAfter::Ms => return reply.with("retry-after-ms", ceil_ms(wait).to_string()),
+        RetryAfter::Ms => return reply.with_header("retry-after-ms", ceil_ms(wait).to_string()),
         RetryAfter::Seconds => ceil_ms(wait).div_ceil(1000).to_string(),
         RetryAfter::Float => format!("{}", ceil_ms(wait) as f64 / 1000.0),
-        // Whole seconds, rounded up: a client that obeys must not come too early.
+        // Rounded up to whole seconds: a client that obeys must not retry too early.
         RetryAfter::Date => date(now + wait + Duration::from_millis(999)),
         RetryAfter::PastDate => date(now - Duration::from_secs(3600)),
         RetryAfter::FarDate => date(now + TEN_YEARS),
         RetryAfter::Garbage => "in a while; ask -1 more times".into(),
     };
-    reply.with("retry-after", value)
+    reply.with_header("retry-after", value)
 }
 
 fn ceil_ms(wait: Duration) -> u64 {
     u64::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }
 
-fn whole(amount: f64) -> String {
-    // Against 2999.9999999 of a bucket that refilled for a while.
+fn format_floor(amount: f64) -> String {
+    // A refilled bucket may hold 2999.9999999.
     format!("{}", (amount + 1e-6).floor())
 }
 
@@ -162,9 +171,9 @@ fn rfc_3339(time: SystemTime) -> String {
     )
 }
 
-/// As Go prints a duration that was cut to milliseconds: `17ms`, `8.64s`, `6m0s`, `1h2m3s`.
+/// Formats a duration as Go does, truncated to milliseconds: `17ms`, `8.64s`, `6m0s`, `1h2m3s`.
 fn go_duration(duration: Duration) -> String {
-    // Microseconds first, against 5m59.999s for six minutes.
+    // Round to microseconds first, so that six minutes are not 5m59.999s.
     let ms = (duration + Duration::from_nanos(500)).as_micros() / 1000;
     if ms < 1000 {
         return if ms == 0 {
@@ -173,7 +182,8 @@ fn go_duration(duration: Duration) -> String {
             format!("{ms}ms")
         };
     }
-    let (hours, minutes) = (ms / 3_600_000, ms / 60_000 % 60);
+    let hours = ms / 3_600_000;
+    let minutes = ms / 60_000 % 60;
     let seconds = (ms % 60_000) as f64 / 1000.0;
     match (hours, minutes) {
         (0, 0) => format!("{seconds}s"),
@@ -187,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_read_as_go_prints_them() {
+    fn durations_are_formatted_as_in_go() {
         for (micros, expected) in [
             (0, "0s"),
             (17_142, "17ms"),

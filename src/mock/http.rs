@@ -1,8 +1,6 @@
-//! A mock on raw TCP: HTTP/1.1 with connections that are kept, and everything below HTTP that can
-//! go wrong.
+//! The mock over raw TCP: HTTP/1.1 with keep-alive, and all failures below HTTP.
 //!
-//! It is also the server of load tests, so a small request costs a read, a write, and no more
-//! memory than its answer.
+//! Load tests use this server too, so a small request costs one read and one write.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -14,32 +12,31 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::mock::Mock;
-use crate::mock::parse::{Chunks, Head, Problem, parse_head};
-use crate::mock::request::Request;
-use crate::mock::response::{Reaction, Reply};
+use crate::mock::parse::{ChunkedBody, RequestError, RequestHead, parse_head};
+use crate::mock::request::MockRequest;
+use crate::mock::response::{HttpReply, MockResponse};
 
-/// Of a request. A batch's file may have 200 MB.
-const MAX_BODY: usize = 512 << 20;
-/// A body up to this size is sent in one write with its head.
-const SMALL: usize = 64 << 10;
-/// A pause without which a reset may overtake what was sent before it.
-const BEFORE_RESET: Duration = Duration::from_millis(20);
+/// Maximum length of a request body in bytes. A batch file may have 200 MB.
+const MAX_BODY_BYTES: usize = 512 << 20;
+/// A body of at most this many bytes is sent in one write with its head.
+const SINGLE_WRITE_BYTES: usize = 64 << 10;
+/// Delay before a reset, so that the reset does not overtake the bytes sent before it.
+const RESET_DELAY: Duration = Duration::from_millis(20);
 
-/// Serves `mock` to whoever connects. It only ends by being dropped; the connections end with the
-/// runtime.
+/// Accepts connections until the future is dropped. Connections end with the runtime.
 pub async fn serve(mock: Arc<Mock>, listener: TcpListener) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let mock = Arc::clone(&mock);
                 tokio::spawn(async move {
-                    mock.state().ledger.connected();
-                    if let Err(error) = converse(stream, &mock).await {
-                        tracing::debug!("a connection broke: {error}");
+                    mock.state().stats.record_connection();
+                    if let Err(error) = serve_connection(stream, &mock).await {
+                        tracing::debug!("connection failed: {error}");
                     }
                 });
             }
-            // Too many open files, most likely: some will close.
+            // Usually too many open files; wait until some are closed.
             Err(error) => {
                 tracing::warn!("cannot accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -48,10 +45,10 @@ pub async fn serve(mock: Arc<Mock>, listener: TcpListener) {
     }
 }
 
-/// Answers one request after another until either side closes.
-async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
+/// Answers requests one by one until either side closes the connection.
+async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let mut connection = Connection {
+    let mut connection = MockConnection {
         stream,
         input: Vec::with_capacity(8 << 10),
         output: Vec::with_capacity(8 << 10),
@@ -59,91 +56,88 @@ async fn converse(stream: TcpStream, mock: &Mock) -> io::Result<()> {
     loop {
         let head = match connection.read_head().await? {
             Some(Ok(head)) => head,
-            Some(Err(problem)) => return connection.refuse(problem).await,
+            Some(Err(error)) => return connection.send_error(error).await,
             None => return Ok(()),
         };
         let chunks = match connection.read_body(&head).await? {
             Some(Ok(body)) => body,
-            Some(Err(problem)) => return connection.refuse(problem).await,
+            Some(Err(error)) => return connection.send_error(error).await,
             None => return Ok(()),
-        };
-        let text = |range: &std::ops::Range<usize>| {
-            std::str::from_utf8(&connection.input[range.clone()]).unwrap_or_default()
         };
         let end = chunks
             .as_ref()
             .map_or(head.end + head.length, |chunks| chunks.at);
-        let request = Request {
-            method: text(&head.method),
-            path: text(&head.path),
-            authorization: head.authorization.as_ref().map(text),
-            content_type: head.content_type.as_ref().map(text),
+        let request = MockRequest {
+            method: &head.method,
+            path: &head.path,
+            authorization: head.authorization.as_deref(),
+            content_type: head.content_type.as_deref(),
             body: match &chunks {
                 Some(chunks) => &chunks.body,
                 None => &connection.input[head.end..end],
             },
         };
         let mut early = Vec::new();
-        let reaction = tokio::select! {
+        let response = tokio::select! {
             biased;
-            reaction = mock.respond(request) => reaction,
-            gone = until_gone(&mut connection.stream, &mut early) => return gone,
+            response = mock.respond(request) => response,
+            closed = wait_for_close(&mut connection.stream, &mut early) => return closed,
         };
         connection.input.drain(..end);
         connection.input.extend_from_slice(&early);
-        let reaction = match reaction {
-            Reaction::Reply(reply) if mock.script.answers.gzip && head.takes_gzip => {
-                Reaction::Reply(compressed(reply)?)
+        let response = match response {
+            MockResponse::Complete(reply) if mock.script.answers.gzip && head.accepts_gzip => {
+                MockResponse::Complete(gzip_reply(reply)?)
             }
             other => other,
         };
-        let goes_on = connection.react(reaction, head.close).await?;
-        if !goes_on {
+        let keep_alive = connection.send_response(response, head.close).await?;
+        if !keep_alive {
             return Ok(());
         }
     }
 }
 
-/// As gateways do it: fast.
-fn compressed(reply: Reply) -> io::Result<Reply> {
+/// Compresses the body at the fast level, as gateways do.
+fn gzip_reply(reply: HttpReply) -> io::Result<HttpReply> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(&reply.body)?;
     let mut headers = reply.headers;
     headers.push(("content-encoding".into(), "gzip".into()));
-    Ok(Reply {
+    Ok(HttpReply {
         headers,
         body: encoder.finish()?.into(),
         ..reply
     })
 }
 
-/// Ends when the client hangs up. What it sends before that, the next request, is kept.
-async fn until_gone(stream: &mut TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
-    while early.len() < SMALL {
+/// Returns when the client closes the connection. Bytes of the next request go to `early`.
+async fn wait_for_close(stream: &mut TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
+    while early.len() < SINGLE_WRITE_BYTES {
         if stream.read_buf(early).await? == 0 {
             return Ok(());
         }
     }
-    // Who sends so much ahead is here.
+    // A client that sends this much ahead is still connected.
     std::future::pending().await
 }
 
-struct Connection {
+struct MockConnection {
     stream: TcpStream,
-    /// What came, from the beginning of a request on.
+    /// Received bytes, from the start of the current request.
     input: Vec<u8>,
-    /// A head to be sent, with its body if that is small.
+    /// Bytes to send: a head, and its body if that is small.
     output: Vec<u8>,
 }
 
-impl Connection {
-    /// None once the client has closed.
-    async fn read_head(&mut self) -> io::Result<Option<Result<Head, Problem>>> {
+impl MockConnection {
+    /// Reads until the head is complete. Returns `None` if the client closes the connection.
+    async fn read_head(&mut self) -> io::Result<Option<Result<RequestHead, RequestError>>> {
         loop {
             match parse_head(&self.input) {
                 Ok(Some(head)) => return Ok(Some(Ok(head))),
                 Ok(None) => {}
-                Err(problem) => return Ok(Some(Err(problem))),
+                Err(error) => return Ok(Some(Err(error))),
             }
             if self.stream.read_buf(&mut self.input).await? == 0 {
                 return Ok(None);
@@ -151,33 +145,33 @@ impl Connection {
         }
     }
 
-    /// Reads on until the body is there: a plain one into `input`, where it stays; a chunked one
-    /// is returned. None if the client closes before.
+    /// Reads until the body is complete. A plain body stays in `input`; a chunked body is returned
+    /// decoded. Returns `None` if the client closes the connection first.
     async fn read_body(
         &mut self,
-        head: &Head,
-    ) -> io::Result<Option<Result<Option<Chunks>, Problem>>> {
-        if head.length > MAX_BODY {
-            return Ok(Some(Err(Problem::TooLarge)));
+        head: &RequestHead,
+    ) -> io::Result<Option<Result<Option<ChunkedBody>, RequestError>>> {
+        if head.length > MAX_BODY_BYTES {
+            return Ok(Some(Err(RequestError::BodyTooLarge)));
         }
         if head.expects_continue && self.input.len() == head.end {
             self.stream
                 .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
                 .await?;
         }
-        let mut chunks = head.chunked.then(|| Chunks::new(head.end));
+        let mut chunks = head.is_chunked.then(|| ChunkedBody::new(head.end));
         let end = head.end + head.length;
         self.input.reserve(end.saturating_sub(self.input.len()));
         loop {
-            let whole = match &mut chunks {
+            let is_complete = match &mut chunks {
                 None => Ok(self.input.len() >= end),
-                Some(_) if self.input.len() > MAX_BODY => Err(Problem::TooLarge),
+                Some(_) if self.input.len() > MAX_BODY_BYTES => Err(RequestError::BodyTooLarge),
                 Some(chunks) => chunks.advance(&self.input),
             };
-            match whole {
+            match is_complete {
                 Ok(true) => return Ok(Some(Ok(chunks))),
                 Ok(false) => {}
-                Err(problem) => return Ok(Some(Err(problem))),
+                Err(error) => return Ok(Some(Err(error))),
             }
             if self.stream.read_buf(&mut self.input).await? == 0 {
                 return Ok(None);
@@ -185,18 +179,19 @@ impl Connection {
         }
     }
 
-    async fn refuse(&mut self, problem: Problem) -> io::Result<()> {
-        let reply = Reply::error(problem.status(), problem.message(), "bad_request");
-        self.react(Reaction::Reply(reply), true).await?;
+    async fn send_error(&mut self, error: RequestError) -> io::Result<()> {
+        let reply = HttpReply::error(error.status(), error.message(), "bad_request");
+        self.send_response(MockResponse::Complete(reply), true)
+            .await?;
         Ok(())
     }
 
-    /// True if the connection can go on.
-    async fn react(&mut self, reaction: Reaction, close: bool) -> io::Result<bool> {
-        match reaction {
-            Reaction::Reply(reply) => {
+    /// Sends a response. Returns whether the connection stays usable.
+    async fn send_response(&mut self, response: MockResponse, close: bool) -> io::Result<bool> {
+        match response {
+            MockResponse::Complete(reply) => {
                 self.write_head(&reply, Some(reply.body.len()), close);
-                if reply.body.len() <= SMALL {
+                if reply.body.len() <= SINGLE_WRITE_BYTES {
                     self.output.extend_from_slice(&reply.body);
                     self.flush().await?;
                 } else {
@@ -205,17 +200,17 @@ impl Connection {
                 }
                 return Ok(!close);
             }
-            Reaction::Refused | Reaction::Reset => self.stream.set_zero_linger()?,
-            Reaction::ResetInBody(reply) => {
+            MockResponse::Refused | MockResponse::Reset => self.stream.set_zero_linger()?,
+            MockResponse::ResetInBody(reply) => {
                 self.send_half(&reply).await?;
-                tokio::time::sleep(BEFORE_RESET).await;
+                tokio::time::sleep(RESET_DELAY).await;
                 self.stream.set_zero_linger()?;
             }
-            Reaction::ShortBody(reply) => {
+            MockResponse::ShortBody(reply) => {
                 self.send_half(&reply).await?;
                 self.stream.shutdown().await?;
             }
-            Reaction::UnfinishedChunks(reply) => {
+            MockResponse::UnfinishedChunks(reply) => {
                 self.write_head(&reply, None, close);
                 let size = format!("{:x}\r\n", reply.body.len());
                 self.output.extend_from_slice(size.as_bytes());
@@ -224,11 +219,11 @@ impl Connection {
                 self.flush().await?;
                 self.stream.shutdown().await?;
             }
-            Reaction::StallInBody(reply) => {
+            MockResponse::StallInBody(reply) => {
                 self.send_half(&reply).await?;
-                until_gone(&mut self.stream, &mut Vec::new()).await?;
+                wait_for_close(&mut self.stream, &mut Vec::new()).await?;
             }
-            Reaction::Drip {
+            MockResponse::Drip {
                 reply,
                 slow,
                 interval,
@@ -247,15 +242,15 @@ impl Connection {
         Ok(false)
     }
 
-    async fn send_half(&mut self, reply: &Reply) -> io::Result<()> {
+    async fn send_half(&mut self, reply: &HttpReply) -> io::Result<()> {
         self.write_head(reply, Some(reply.body.len()), false);
         self.output
             .extend_from_slice(&reply.body[..reply.body.len() / 2]);
         self.flush().await
     }
 
-    /// Puts the head of a reply into `output`; a body without a length will be chunked.
-    fn write_head(&mut self, reply: &Reply, length: Option<usize>, close: bool) {
+    /// Appends the head of a reply to `output`; without a `length`, the body is chunked.
+    fn write_head(&mut self, reply: &HttpReply, length: Option<usize>, close: bool) {
         let out = &mut self.output;
         match reply.status {
             200 => out.extend_from_slice(b"HTTP/1.1 200 OK\r\ncontent-type: "),

@@ -1,24 +1,23 @@
-//! What is allowed: the gauges of a script, and the verdict on a request. Pure: the time is an
-//! argument.
+//! Enforces the limits of a script: admits or rejects requests. Pure: the time is an argument.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::mock::quota::{Gauge, Reading};
-use crate::mock::script::limits::{Change, Counts, Limits};
+use crate::mock::quota::{Quota, QuotaStatus};
+use crate::mock::script::limits::{LimitChange, LimitScript, TokenCounting};
 
-/// What a request asks for.
+/// The tokens that a request is charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Cost {
+pub(crate) struct TokenCost {
     pub prompt_tokens: u64,
-    /// The longest answers that it allows.
+    /// Maximum length of its answers.
     pub output_tokens: u64,
 }
 
-/// Which limit a request ran into.
+/// The limit that a request exceeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Limit {
+pub(crate) enum LimitKind {
     Requests,
     Tokens,
     OutputTokens,
@@ -26,75 +25,75 @@ pub(crate) enum Limit {
     Concurrency,
 }
 
-impl Limit {
-    /// As messages have it.
+impl LimitKind {
+    /// Name in error messages.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Limit::Requests => "requests per min (RPM)",
-            Limit::Tokens => "tokens per min (TPM)",
-            Limit::OutputTokens => "output tokens per min (OTPM)",
-            Limit::Day => "requests per day (RPD)",
-            Limit::Concurrency => "concurrent requests",
+            LimitKind::Requests => "requests per min (RPM)",
+            LimitKind::Tokens => "tokens per min (TPM)",
+            LimitKind::OutputTokens => "output tokens per min (OTPM)",
+            LimitKind::Day => "requests per day (RPD)",
+            LimitKind::Concurrency => "concurrent requests",
         }
     }
 }
 
-/// A request that was let in. It is given back with [`Limiter::leave`].
+/// An admitted request, to be passed to [`MockLimiter::release`].
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Ticket {
+pub(crate) struct AdmissionTicket {
     at: Instant,
-    cost: Cost,
+    cost: TokenCost,
 }
 
-/// A request that was not.
+/// The reason why a request is rejected.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Refusal {
-    pub limit: Limit,
-    /// Until the same request would be let in, were it alone. None: it never would, or nobody knows.
+pub(crate) struct LimitRefusal {
+    pub limit: LimitKind,
+    /// Time until the same request would be admitted if no other came; `None` if never or unknown.
     pub wait: Option<Duration>,
-    /// Whether it asks for more than there ever is.
+    /// Whether the request exceeds the limit itself.
     pub too_large: bool,
 }
 
-/// Every limit as headers tell of it.
+/// The values of all limits for the rate-limit headers.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct Readings {
-    pub requests: Option<Reading>,
-    pub tokens: Option<Reading>,
-    pub output_tokens: Option<Reading>,
-    pub day: Option<Reading>,
+pub(crate) struct LimitStatus {
+    pub requests: Option<QuotaStatus>,
+    pub tokens: Option<QuotaStatus>,
+    pub output_tokens: Option<QuotaStatus>,
+    pub day: Option<QuotaStatus>,
 }
 
 #[derive(Debug)]
-pub(crate) struct Limiter {
-    requests: Option<Gauge>,
-    tokens: Option<Gauge>,
-    output_tokens: Option<Gauge>,
-    day: Option<Gauge>,
+pub(crate) struct MockLimiter {
+    requests: Option<Quota>,
+    tokens: Option<Quota>,
+    output_tokens: Option<Quota>,
+    day: Option<Quota>,
     concurrency: Option<u64>,
     in_flight: u64,
-    counts: Counts,
+    counts: TokenCounting,
     count_refused: bool,
-    /// Those to come, the next one last.
+    /// Pending changes, the next one last.
     changes: Vec<(Instant, f64)>,
 }
 
-impl Limiter {
-    pub(crate) fn new(limits: &Limits, now: Instant) -> Limiter {
-        let gauge = |limit: Option<u64>| {
-            limit.map(|limit| Gauge::per_minute(limit, limits.window, limits.burst_s, now))
+impl MockLimiter {
+    pub(crate) fn new(limits: &LimitScript, now: Instant) -> MockLimiter {
+        let quota = |limit: Option<u64>| {
+            limit.map(|limit| Quota::per_minute(limit, limits.window, limits.burst_s, now))
         };
-        let due = |change: &Change| {
+        let due = |change: &LimitChange| {
             let after = Duration::try_from_secs_f64(change.at_s).unwrap_or_default();
             (now + after, change.factor)
         };
-        Limiter {
-            requests: gauge(limits.requests_per_minute),
-            tokens: gauge(limits.tokens_per_minute),
-            output_tokens: gauge(limits.output_tokens_per_minute),
+        MockLimiter {
+            requests: quota(limits.requests_per_minute),
+            tokens: quota(limits.tokens_per_minute),
+            output_tokens: quota(limits.output_tokens_per_minute),
             day: limits
                 .requests_per_day
-                .map(|limit| Gauge::per_day(limit, now)),
+                .map(|limit| Quota::per_day(limit, now)),
             concurrency: limits.concurrency,
             in_flight: 0,
             counts: limits.counts,
@@ -103,27 +102,31 @@ impl Limiter {
         }
     }
 
-    /// Requests that were let in and have not left.
+    /// Number of admitted requests that are not released.
     pub(crate) fn in_flight(&self) -> u64 {
         self.in_flight
     }
 
-    /// Lets a request in, or says why not.
-    pub(crate) fn admit(&mut self, now: Instant, cost: Cost) -> Result<Ticket, Refusal> {
-        self.change(now);
+    /// Admits and charges a request, or rejects it.
+    pub(crate) fn admit(
+        &mut self,
+        now: Instant,
+        cost: TokenCost,
+    ) -> Result<AdmissionTicket, LimitRefusal> {
+        self.apply_changes(now);
         let verdict = self.check(now, cost);
         match verdict {
             Ok(()) => {
                 self.in_flight += 1;
-                for (_, gauge, amount) in self.charges(cost) {
-                    gauge.take(now, amount);
+                for (_, quota, amount) in self.charges(cost) {
+                    quota.charge(now, amount);
                 }
-                Ok(Ticket { at: now, cost })
+                Ok(AdmissionTicket { at: now, cost })
             }
             Err(refusal) => {
                 if self.count_refused {
-                    for gauge in self.requests.iter_mut().chain(&mut self.day) {
-                        gauge.take(now, 1.0);
+                    for quota in self.requests.iter_mut().chain(&mut self.day) {
+                        quota.charge(now, 1.0);
                     }
                 }
                 Err(refusal)
@@ -131,20 +134,20 @@ impl Limiter {
         }
     }
 
-    /// The limit that makes a request wait longest.
-    fn check(&mut self, now: Instant, cost: Cost) -> Result<(), Refusal> {
+    /// Checks a request against all limits. The error names the limit with the longest wait.
+    fn check(&mut self, now: Instant, cost: TokenCost) -> Result<(), LimitRefusal> {
         if self.concurrency.is_some_and(|most| self.in_flight >= most) {
-            return Err(Refusal {
-                limit: Limit::Concurrency,
+            return Err(LimitRefusal {
+                limit: LimitKind::Concurrency,
                 wait: None,
                 too_large: false,
             });
         }
-        let mut longest: Option<(Limit, Duration)> = None;
-        for (limit, gauge, amount) in self.charges(cost) {
-            match gauge.wait(now, amount) {
+        let mut longest: Option<(LimitKind, Duration)> = None;
+        for (limit, quota, amount) in self.charges(cost) {
+            match quota.time_until(now, amount) {
                 None => {
-                    return Err(Refusal {
+                    return Err(LimitRefusal {
                         limit,
                         wait: None,
                         too_large: true,
@@ -157,7 +160,7 @@ impl Limiter {
         }
         match longest {
             None => Ok(()),
-            Some((limit, wait)) => Err(Refusal {
+            Some((limit, wait)) => Err(LimitRefusal {
                 limit,
                 wait: Some(wait),
                 too_large: false,
@@ -165,43 +168,48 @@ impl Limiter {
         }
     }
 
-    /// Every gauge, with what a request costs there.
-    fn charges(&mut self, cost: Cost) -> impl Iterator<Item = (Limit, &mut Gauge, f64)> {
+    /// All quotas, each with the amount that a request is charged.
+    fn charges(&mut self, cost: TokenCost) -> impl Iterator<Item = (LimitKind, &mut Quota, f64)> {
         let tokens = match self.output_tokens {
             Some(_) => cost.prompt_tokens,
             None => cost.prompt_tokens + cost.output_tokens,
         };
         [
-            (Limit::Requests, &mut self.requests, 1),
-            (Limit::Tokens, &mut self.tokens, tokens),
+            (LimitKind::Requests, &mut self.requests, 1),
+            (LimitKind::Tokens, &mut self.tokens, tokens),
             (
-                Limit::OutputTokens,
+                LimitKind::OutputTokens,
                 &mut self.output_tokens,
                 cost.output_tokens,
             ),
-            (Limit::Day, &mut self.day, 1),
+            (LimitKind::Day, &mut self.day, 1),
         ]
         .into_iter()
-        .filter_map(|(limit, gauge, amount)| Some((limit, gauge.as_mut()?, amount as f64)))
+        .filter_map(|(limit, quota, amount)| Some((limit, quota.as_mut()?, amount as f64)))
     }
 
-    /// A request has ended, and used so many tokens if it was answered.
-    pub(crate) fn leave(&mut self, now: Instant, ticket: Ticket, used: Option<Cost>) {
-        self.change(now);
+    /// Releases a request that ended; `used` is what its answer used.
+    pub(crate) fn release(
+        &mut self,
+        now: Instant,
+        ticket: AdmissionTicket,
+        used: Option<TokenCost>,
+    ) {
+        self.apply_changes(now);
         self.in_flight -= 1;
-        let (Counts::Actual, Some(used)) = (self.counts, used) else {
+        let (TokenCounting::Actual, Some(used)) = (self.counts, used) else {
             return;
         };
         let paid: Vec<f64> = self.charges(ticket.cost).map(|charge| charge.2).collect();
-        for ((_, gauge, amount), paid) in self.charges(used).zip(paid) {
-            gauge.give_back(now, ticket.at, paid - amount);
+        for ((_, quota, amount), paid) in self.charges(used).zip(paid) {
+            quota.refund(now, ticket.at, paid - amount);
         }
     }
 
-    pub(crate) fn read(&mut self, now: Instant) -> Readings {
-        self.change(now);
-        let read = |gauge: &mut Option<Gauge>| gauge.as_mut().map(|gauge| gauge.read(now));
-        Readings {
+    pub(crate) fn status(&mut self, now: Instant) -> LimitStatus {
+        self.apply_changes(now);
+        let read = |quota: &mut Option<Quota>| quota.as_mut().map(|quota| quota.status(now));
+        LimitStatus {
             requests: read(&mut self.requests),
             tokens: read(&mut self.tokens),
             output_tokens: read(&mut self.output_tokens),
@@ -209,20 +217,20 @@ impl Limiter {
         }
     }
 
-    /// Makes the changes that are due.
-    fn change(&mut self, now: Instant) {
+    /// Applies the changes that are due.
+    fn apply_changes(&mut self, now: Instant) {
         while let Some(&(at, factor)) = self.changes.last()
             && at <= now
         {
             self.changes.pop();
-            let gauges = [
+            let quotas = [
                 &mut self.requests,
                 &mut self.tokens,
                 &mut self.output_tokens,
                 &mut self.day,
             ];
-            for gauge in gauges.into_iter().flatten() {
-                gauge.scale(at, factor);
+            for quota in quotas.into_iter().flatten() {
+                quota.set_factor(at, factor);
             }
         }
     }

@@ -1,92 +1,93 @@
-//! Logprobs that are those of a distribution: no set of alternatives adds up to more than one.
+//! Logprobs of a valid distribution: the probabilities of the alternatives sum to at most one.
 //!
-//! The chosen token has a probability p of one of a few levels, and the alternatives share the rest
-//! so that each has half of the one before: (1 - p) / 2, (1 - p) / 4, ... All of it is written once;
-//! an answer is put together from the pieces.
+//! The probability p of the chosen token is one of a few levels. The alternatives share the rest; each
+//! has half the probability of the one before: (1 - p) / 2, (1 - p) / 4, ... The JSON of each level is
+//! written once, and answers are assembled from these templates.
 
-/// Different probabilities of a chosen token.
-const LEVELS: usize = 16;
+/// Number of different probabilities of a chosen token.
+const PROBABILITY_LEVELS: usize = 16;
 
-/// Every piece of JSON that logprobs are made of.
+/// The logprobs of all probability levels as JSON.
 #[derive(Debug)]
-pub(crate) struct Pieces {
-    levels: Vec<Level>,
+pub(crate) struct LogprobTemplates {
+    templates: Vec<LogprobTemplate>,
 }
 
 #[derive(Debug)]
-struct Level {
-    /// The chosen token's.
+struct LogprobTemplate {
+    /// Logprob of the chosen token.
     logprob: String,
     /// `,{"token":...}` for each rank after the first.
     alternatives: Vec<u8>,
-    /// Where each of them ends.
+    /// End offset of each alternative.
     ends: Vec<usize>,
 }
 
-impl Pieces {
-    /// For up to `most` alternatives at this temperature; 1 leaves the probabilities as they are.
-    pub(crate) fn new(most: usize, temperature: f64) -> Pieces {
-        let levels = (0..LEVELS).map(|level| {
-            let p = 0.5 + 0.49 * level as f64 / (LEVELS - 1) as f64;
-            Level::new(p, most, temperature)
+impl LogprobTemplates {
+    /// Makes templates for up to `max_alternatives` at a temperature; temperature 1 does not change
+    /// the probabilities.
+    pub(crate) fn new(max_alternatives: usize, temperature: f64) -> LogprobTemplates {
+        let templates = (0..PROBABILITY_LEVELS).map(|template| {
+            let p = 0.5 + 0.49 * template as f64 / (PROBABILITY_LEVELS - 1) as f64;
+            LogprobTemplate::new(p, max_alternatives, temperature)
         });
-        Pieces {
-            levels: levels.collect(),
+        LogprobTemplates {
+            templates: templates.collect(),
         }
     }
 
-    /// Appends the position of `token` with `top` alternatives, the token itself first among them.
+    /// Appends the logprobs of `token` with `top` alternatives, of which the token itself is the first.
     pub(crate) fn write(
         &self,
         out: &mut Vec<u8>,
         token: &[u8],
         top: usize,
-        draw: &mut fastrand::Rng,
+        rng: &mut fastrand::Rng,
     ) {
-        let level = &self.levels[draw.usize(..LEVELS)];
+        let template = &self.templates[rng.usize(..PROBABILITY_LEVELS)];
         out.push(b'{');
         let start = out.len();
-        write_token(out, token, &level.logprob);
+        write_token(out, token, &template.logprob);
         let end = out.len();
         out.extend_from_slice(b",\"top_logprobs\":[");
         if top > 0 {
             out.push(b'{');
             out.extend_from_within(start..end);
             out.push(b'}');
-            let rest = (top - 1).min(level.ends.len());
-            let rest = rest.checked_sub(1).map_or(0, |last| level.ends[last]);
-            out.extend_from_slice(&level.alternatives[..rest]);
+            let rest = (top - 1).min(template.ends.len());
+            let rest = rest.checked_sub(1).map_or(0, |last| template.ends[last]);
+            out.extend_from_slice(&template.alternatives[..rest]);
         }
         out.extend_from_slice(b"]}");
     }
 }
 
-impl Level {
-    fn new(p: f64, most: usize, temperature: f64) -> Level {
-        // Near nothing, the likeliest token takes all of it.
+impl LogprobTemplate {
+    fn new(p: f64, max_alternatives: usize, temperature: f64) -> LogprobTemplate {
+        // At a temperature near 0, the most likely token has all the probability.
         let power = 1.0 / temperature.max(0.01);
-        // q^power over the sum of all of them; the alternatives are a geometric series.
+        // q^power / sum of all q^power, where the alternatives are a geometric series.
         let half = 0.5f64.powf(power);
         let chosen = p.powf(power);
         let rest = (1.0 - p).powf(power);
         let log_sum = (chosen + rest * half / (1.0 - half)).ln();
-        let mut level = Level {
+        let mut template = LogprobTemplate {
             logprob: format!("{:.6}", (power * p.ln() - log_sum).min(0.0)),
             alternatives: Vec::new(),
             ends: Vec::new(),
         };
-        for rank in 1..most {
+        for rank in 1..max_alternatives {
             let logprob = power * ((1.0 - p).ln() - rank as f64 * 2f64.ln()) - log_sum;
-            level.alternatives.extend_from_slice(b",{");
+            template.alternatives.extend_from_slice(b",{");
             write_token(
-                &mut level.alternatives,
+                &mut template.alternatives,
                 format!(" alt{rank:02}").as_bytes(),
                 &format!("{logprob:.6}"),
             );
-            level.alternatives.push(b'}');
-            level.ends.push(level.alternatives.len());
+            template.alternatives.push(b'}');
+            template.ends.push(template.alternatives.len());
         }
-        level
+        template
     }
 }
 
@@ -108,11 +109,11 @@ fn write_token(out: &mut Vec<u8>, token: &[u8], logprob: &str) {
 
 /// Appends a JSON string.
 pub(crate) fn write_string(out: &mut Vec<u8>, text: &str) {
-    // Writing to memory cannot fail.
+    // Writing to a `Vec` does not fail.
     let _ = serde_json::to_writer(out, text);
 }
 
-/// Appends a number in decimal digits.
+/// Appends a decimal number.
 pub(crate) fn write_number(out: &mut Vec<u8>, mut number: u64) {
     let mut digits = [0; 20];
     let mut start = digits.len();
@@ -135,8 +136,8 @@ mod tests {
 
     fn probabilities(temperature: f64, top: usize) -> Vec<f64> {
         let mut out = Vec::new();
-        let pieces = Pieces::new(20, temperature);
-        pieces.write(&mut out, b"x\"", top, &mut fastrand::Rng::with_seed(7));
+        let templates = LogprobTemplates::new(20, temperature);
+        templates.write(&mut out, b"x\"", top, &mut fastrand::Rng::with_seed(7));
         let position: Value = serde_json::from_slice(&out).unwrap();
         let top = position["top_logprobs"].as_array().unwrap();
         top.iter()
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn the_alternatives_leave_out_only_their_tail() {
+    fn alternatives_sum_to_one_minus_the_tail() {
         for (top, tail) in [(1, 0.5), (5, 0.04), (20, 2e-6)] {
             let found = probabilities(1.0, top);
             assert_eq!(found.len(), top);
@@ -156,9 +157,10 @@ mod tests {
     }
 
     #[test]
-    fn a_temperature_sharpens_or_flattens_what_is_still_a_distribution() {
+    fn temperature_scales_the_distribution() {
         for temperature in [0.3, 0.7, 1.5] {
-            let (plain, tempered) = (probabilities(1.0, 20), probabilities(temperature, 20));
+            let plain = probabilities(1.0, 20);
+            let tempered = probabilities(temperature, 20);
             let sum: f64 = tempered.iter().sum();
             assert!((0.99..1.00001).contains(&sum), "{temperature}: {sum}");
             // p_i^(1/T) up to a factor, which the ratio of two of them does not have.

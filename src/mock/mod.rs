@@ -1,22 +1,34 @@
-//! A teacher that is a script: it answers at once or late, holds its clients to limits, fails on
-//! purpose, and counts what it would have billed.
+//! A scripted teacher: it answers with a given latency, enforces rate limits, fails on purpose and
+//! counts what it would bill. It rehearses a harvest before it costs money, and tests that a harvest
+//! neither loses nor buys an answer twice.
 //!
-//! It exists to rehearse a night before the night costs money, and to test that nothing is lost or
-//! bought twice when everything goes wrong. Three layers:
+//! | file | content |
+//! |---|---|
+//! | `mod`, `stats` | [`Mock`], the teacher itself; its counts |
+//! | `request`, `response` | requests and responses as values |
+//! | `handle`, `other_routes` | the handlers of chat completions and of all other routes |
+//! | `chat`, `answer`, `logprobs` | parsed requests; generated answers |
+//! | `faults`, `corrupt` | selection of faults; faulty bodies |
+//! | `limits`, `quota`, `headers` | rate limits and their headers |
+//! | `batch/`, `script/` | the batch API; the TOML script |
+//! | `http`, `parse`, `server` | TCP, HTTP/1.1 requests, a server thread for `distill serve --mock` |
 //!
-//! - [`Mock`] is the teacher itself. It knows neither sockets nor wall clocks: it waits on tokio's
-//!   clock, so a test that has paused it lives through a night in a second.
-//! - [`http`] puts a [`Mock`] on a raw TCP socket, since the faults that matter (a reset in the
-//!   middle of a body, a length that lies) are those that a proper server refuses to make.
-//! - [`start`] runs that on threads of its own, for `distill serve --mock`.
+//! # Invariants
+//!
+//! 1. [`Mock`] uses tokio's clock and no socket: with a paused clock, a night takes a second.
+//! 2. Latencies, faults and answers depend only on the seed, the body and the number of attempts.
+//! 3. `http` writes to a raw socket: no HTTP library would send a wrong length or reset a body.
 //!
 //! ```no_run
 //! # async fn simulate() -> anyhow::Result<()> {
-//! use distill::serve::mock::{Mock, Reaction, Request, Script};
+//! use distill::mock::Mock;
+//! use distill::mock::request::MockRequest;
+//! use distill::mock::response::MockResponse;
+//! use distill::mock::script::Script;
 //!
 //! let mock = Mock::new(Script::load("night.toml".as_ref())?);
 //! let body = br#"{"model": "mock", "messages": [{"role": "user", "content": "hi"}]}"#;
-//! if let Reaction::Reply(reply) = mock.respond(Request::chat(body)).await {
+//! if let MockResponse::Complete(reply) = mock.respond(MockRequest::chat(body)).await {
 //!     assert_eq!(reply.status, 200);
 //! }
 //! assert_eq!(mock.stats().billed.answers, 1);
@@ -32,7 +44,6 @@ pub(crate) mod faults;
 pub(crate) mod handle;
 pub(crate) mod headers;
 pub mod http;
-pub mod ledger;
 pub(crate) mod limits;
 pub(crate) mod logprobs;
 pub(crate) mod other_routes;
@@ -42,59 +53,57 @@ pub mod request;
 pub mod response;
 pub mod script;
 pub mod server;
+pub mod stats;
 
-use crate::mock::request::Request;
-use crate::mock::request::wrong_method;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use tokio::time::Instant;
 
-pub use crate::mock::ledger::{Billed, Stats};
-pub use crate::mock::response::{Header, Reaction, Reply};
-pub use crate::mock::script::Script;
-pub use crate::mock::server::{MockServer, start};
+use crate::mock::answer::{AnswerInputs, MockAnswer};
+use crate::mock::batch::BatchStore;
+use crate::mock::chat::ParsedChat;
+use crate::mock::limits::MockLimiter;
+use crate::mock::logprobs::LogprobTemplates;
+use crate::mock::request::{MockRequest, method_not_allowed};
+use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::script::Script;
+use crate::mock::stats::{BodyHash, MockStats, StatsCollector};
 
-use crate::mock::answer::{Answer, Circumstances};
-use crate::mock::batch::Desk;
-use crate::mock::chat::Chat;
-use crate::mock::ledger::{BodyHash, Ledger};
-use crate::mock::limits::Limiter;
-use crate::mock::logprobs::Pieces;
-
-/// A scripted teacher. One serves any number of clients at once.
+/// A scripted teacher for any number of concurrent clients.
 #[derive(Debug)]
 pub struct Mock {
     script: Script,
-    pieces: Pieces,
+    templates: LogprobTemplates,
     started: Instant,
-    /// The wall clock of the start; it goes on at the pace of tokio's clock.
+    /// Wall-clock time of the start. It advances with tokio's clock.
     wall: SystemTime,
-    state: Mutex<State>,
+    state: Mutex<MockState>,
 }
 
 #[derive(Debug)]
-pub(crate) struct State {
-    limiter: Limiter,
-    ledger: Ledger,
-    desk: Desk,
+pub(crate) struct MockState {
+    limiter: MockLimiter,
+    stats: StatsCollector,
+    batches: BatchStore,
 }
 
 impl Mock {
-    /// One whose times begin now. It must be called where tokio's clock is that it shall wait on.
+    /// Makes a mock that starts now. Call it inside the tokio runtime whose clock it shall use.
     pub fn new(script: Script) -> Mock {
         Mock::at(script, SystemTime::now())
     }
 
-    /// As [`Mock::new`], for whom it is `wall` now: what `created` and dates in headers go by.
+    /// As [`Mock::new`], with `wall` as the current wall-clock time, which `created` and dates in
+    /// headers use.
     pub fn at(script: Script, wall: SystemTime) -> Mock {
         let started = Instant::now();
         Mock {
-            pieces: Pieces::new(script.answers.top_logprobs, 1.0),
-            state: Mutex::new(State {
-                limiter: Limiter::new(&script.limits, started),
-                ledger: Ledger::default(),
-                desk: Desk::default(),
+            templates: LogprobTemplates::new(script.answers.top_logprobs, 1.0),
+            state: Mutex::new(MockState {
+                limiter: MockLimiter::new(&script.limits, started),
+                stats: StatsCollector::default(),
+                batches: BatchStore::default(),
             }),
             started,
             wall,
@@ -106,63 +115,64 @@ impl Mock {
         &self.script
     }
 
-    pub fn stats(&self) -> Stats {
+    pub fn stats(&self) -> MockStats {
         let mut state = self.state();
         let context = self.context();
-        self.settle(&mut state, &context);
+        self.settle_batches(&mut state, &context);
         let in_flight = state.limiter.in_flight();
-        state.ledger.stats(context.at, in_flight)
+        state.stats.snapshot(context.at, in_flight)
     }
 
-    /// How often an answer to this very body was billed.
+    /// Number of times that an answer to this body was billed.
     pub fn times_billed(&self, body: &[u8]) -> u32 {
         let mut state = self.state();
-        self.settle(&mut state, &self.context());
-        state.ledger.times_billed(ledger::hash(body))
+        self.settle_batches(&mut state, &self.context());
+        state.stats.times_billed(stats::body_hash(body))
     }
 
-    /// What becomes of a request. It takes as long as the script says: for ever, if the script says
-    /// so. To drop the future is to hang up.
-    pub async fn respond(&self, request: Request<'_>) -> Reaction {
+    /// Handles a request with the script's latency. The future of a stalled request stays pending.
+    /// Dropping the future means that the client disconnects.
+    pub async fn respond(&self, request: MockRequest<'_>) -> MockResponse {
         let path = request.path.split('?').next().unwrap_or_default();
         if (request.method, path) == ("GET", "/mock/stats") {
             let stats = serde_json::to_vec(&self.stats()).unwrap_or_default();
-            return Reaction::Reply(Reply::json(200, stats));
+            return MockResponse::Complete(HttpReply::json(200, stats));
         }
-        self.state().ledger.requested();
-        let reaction = match self.check_key(request.authorization) {
-            Err(reply) => Reaction::Reply(reply),
+        self.state().stats.record_request();
+        let response = match self.check_key(request.authorization) {
+            Err(reply) => MockResponse::Complete(reply),
             Ok(()) if path.ends_with("/chat/completions") => match request.method {
-                "POST" => self.chat(path, request.body).await,
-                method => wrong_method(path, method),
+                "POST" => self.respond_chat(path, request.body).await,
+                method => method_not_allowed(path, method),
             },
-            Ok(()) => self.elsewhere(&request, path).await,
+            Ok(()) => self.respond_other_route(&request, path).await,
         };
-        if let Some(reply) = reaction.reply() {
-            self.state().ledger.replied(reply.status);
+        if let Some(reply) = response.reply() {
+            self.state().stats.record_status(reply.status);
         }
-        reaction
+        response
     }
 
-    /// The same body has the same answer, however often it is asked.
-    fn write_answer(&self, chat: &Chat, hash: BodyHash) -> Answer {
-        let with = Circumstances {
+    /// Writes the answer. The same body always gets the same answer.
+    fn write_answer(&self, chat: &ParsedChat, hash: BodyHash) -> MockAnswer {
+        let inputs = AnswerInputs {
             script: &self.script,
-            pieces: &self.pieces,
+            templates: &self.templates,
             id: hash,
-            created: unix(self.wall_now()),
+            created: unix_seconds(self.wall_now()),
         };
-        answer::write(chat, &with, &mut self.draw(hash, u32::MAX))
+        answer::write(chat, &inputs, &mut self.rng(hash, u32::MAX))
     }
 
-    /// Chance for one attempt; the same whenever it comes. Answers draw from an attempt of their
-    /// own, so that their lengths have nothing to do with faults.
-    fn draw(&self, hash: BodyHash, attempt: u32) -> fastrand::Rng {
+    /// Returns the random numbers of an attempt, which depend only on seed, body and attempt. Answers
+    /// use an attempt number of their own, so that their lengths are independent of faults.
+    fn rng(&self, hash: BodyHash, attempt: u32) -> fastrand::Rng {
         let attempt = u64::from(attempt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         fastrand::Rng::with_seed(self.script.seed ^ hash as u64 ^ attempt)
     }
 
-    fn check_key(&self, authorization: Option<&str>) -> Result<(), Reply> {
+    /// Checks the bearer key.
+    fn check_key(&self, authorization: Option<&str>) -> Result<(), HttpReply> {
         let Some(key) = &self.script.key else {
             return Ok(());
         };
@@ -171,21 +181,21 @@ impl Mock {
             return Ok(());
         }
         let message = "Incorrect API key provided.";
-        Err(Reply::error(401, message, "invalid_api_key"))
+        Err(HttpReply::error(401, message, "invalid_api_key"))
     }
 
     fn wall_now(&self) -> SystemTime {
         self.wall + self.started.elapsed()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Counters are as good after a panic as before it.
+    fn state(&self) -> MutexGuard<'_, MockState> {
+        // A panic does not invalidate counters.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// In seconds.
-fn unix(time: SystemTime) -> i64 {
+/// Converts a time to Unix time in seconds.
+fn unix_seconds(time: SystemTime) -> i64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs().cast_signed())
 }

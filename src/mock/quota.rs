@@ -1,33 +1,33 @@
-//! One limit: so much of something in so long a time. Pure: the time is an argument.
+//! One rate limit: an amount per minute or per day. Pure: the time is an argument.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::mock::script::limits::Window;
+use crate::mock::script::limits::LimitWindow;
 
-/// Rounding errors of a bucket that was refilled many times.
-const SLACK: f64 = 1e-6;
+/// Tolerance for rounding errors of a bucket that was refilled many times.
+const TOLERANCE: f64 = 1e-6;
 
-/// A wait without an end, which can still be added to a date.
-const AGES: Duration = Duration::from_secs(1_000_000_000);
+/// Stands for an endless wait; small enough to be added to a date.
+const FOREVER: Duration = Duration::from_secs(1_000_000_000);
 
-/// What is left of a limit. `now` must never go back.
+/// The state of one rate limit. `now` must be monotonic.
 #[derive(Debug)]
-pub(crate) struct Gauge {
-    /// What the script says, in a time of `per`.
+pub(crate) struct Quota {
+    /// The script's limit per `per`.
     nominal: f64,
     factor: f64,
     per: Duration,
-    count: Count,
+    window_state: QuotaWindow,
 }
 
 #[derive(Debug)]
-enum Count {
+enum QuotaWindow {
     Bucket {
         level: f64,
-        /// Of `per`: the bucket's size is as much of the limit.
+        /// The bucket's capacity as a fraction of the limit.
         burst: f64,
         at: Instant,
     },
@@ -41,108 +41,112 @@ enum Count {
     },
 }
 
-/// A gauge as headers tell of it.
+/// The values that rate-limit headers report.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Reading {
+pub(crate) struct QuotaStatus {
     pub limit: f64,
     pub remaining: f64,
-    /// Until nothing is used.
+    /// Time until the quota is unused again.
     pub reset: Duration,
 }
 
-impl Gauge {
-    /// `limit` a minute; a bucket holds `burst_s` seconds' worth of it.
-    pub(crate) fn per_minute(limit: u64, window: Window, burst_s: f64, now: Instant) -> Gauge {
+impl Quota {
+    /// Makes a quota of `limit` per minute. A bucket's capacity is the limit of `burst_s` seconds.
+    pub(crate) fn per_minute(limit: u64, window: LimitWindow, burst_s: f64, now: Instant) -> Quota {
         let nominal = limit as f64;
         let burst = burst_s / 60.0;
-        let count = match window {
-            Window::Bucket => Count::Bucket {
-                // A bucket that cannot hold one request would let none through.
+        let window_state = match window {
+            LimitWindow::Bucket => QuotaWindow::Bucket {
+                // A bucket with a capacity below one request would reject all.
                 level: (nominal * burst).max(1.0),
                 burst,
                 at: now,
             },
-            Window::FixedMinute => Count::Fixed {
+            LimitWindow::FixedMinute => QuotaWindow::Fixed {
                 used: 0.0,
                 since: now,
             },
-            Window::SlidingMinute => Count::Sliding {
+            LimitWindow::SlidingMinute => QuotaWindow::Sliding {
                 used: 0.0,
                 entries: VecDeque::new(),
             },
         };
-        Gauge {
+        Quota {
             nominal,
             factor: 1.0,
             per: Duration::from_secs(60),
-            count,
+            window_state,
         }
     }
 
-    /// `limit` a day, counted anew every 24 hours.
-    pub(crate) fn per_day(limit: u64, now: Instant) -> Gauge {
-        Gauge {
+    /// Makes a quota of `limit` per day, reset every 24 hours.
+    pub(crate) fn per_day(limit: u64, now: Instant) -> Quota {
+        Quota {
             nominal: limit as f64,
             factor: 1.0,
             per: Duration::from_secs(86_400),
-            count: Count::Fixed {
+            window_state: QuotaWindow::Fixed {
                 used: 0.0,
                 since: now,
             },
         }
     }
 
-    /// From now on the limit is `factor` times what it was made with.
-    pub(crate) fn scale(&mut self, now: Instant, factor: f64) {
+    /// Sets the limit to `factor` times the script's limit.
+    pub(crate) fn set_factor(&mut self, now: Instant, factor: f64) {
         self.advance(now);
         self.factor = factor;
-        let size = self.size();
-        if let Count::Bucket { level, .. } = &mut self.count {
-            *level = level.min(size);
+        let capacity = self.capacity();
+        if let QuotaWindow::Bucket { level, .. } = &mut self.window_state {
+            *level = level.min(capacity);
         }
     }
 
-    /// In a time of `per`.
+    /// The current limit per `per`.
     fn limit(&self) -> f64 {
         self.nominal * self.factor
     }
 
-    /// The most that can be taken at one moment.
-    pub(crate) fn size(&self) -> f64 {
-        match self.count {
-            Count::Bucket { burst, .. } => (self.limit() * burst).max(1.0),
-            Count::Fixed { .. } | Count::Sliding { .. } => self.limit(),
+    /// Maximum amount that can be charged at one moment.
+    pub(crate) fn capacity(&self) -> f64 {
+        match self.window_state {
+            QuotaWindow::Bucket { burst, .. } => (self.limit() * burst).max(1.0),
+            QuotaWindow::Fixed { .. } | QuotaWindow::Sliding { .. } => self.limit(),
         }
     }
 
-    /// Until a bucket has refilled by `amount`; an age where it does not refill at all.
-    fn time_for(&self, amount: f64) -> Duration {
+    /// Time in which a bucket refills by `amount`; [`FOREVER`] if it does not refill.
+    fn refill_time(&self, amount: f64) -> Duration {
         let seconds = self.per.as_secs_f64() * amount / self.limit();
-        Duration::try_from_secs_f64(seconds).map_or(AGES, |time| time.min(AGES))
+        Duration::try_from_secs_f64(seconds).map_or(FOREVER, |time| time.min(FOREVER))
     }
 
     fn remaining(&self) -> f64 {
-        match self.count {
-            Count::Bucket { level, .. } => level,
-            Count::Fixed { used, .. } | Count::Sliding { used, .. } => self.limit() - used,
+        match self.window_state {
+            QuotaWindow::Bucket { level, .. } => level,
+            QuotaWindow::Fixed { used, .. } | QuotaWindow::Sliding { used, .. } => {
+                self.limit() - used
+            }
         }
     }
 
     fn advance(&mut self, now: Instant) {
-        let (size, limit, per) = (self.size(), self.limit(), self.per);
-        match &mut self.count {
-            Count::Bucket { level, at, .. } => {
+        let capacity = self.capacity();
+        let limit = self.limit();
+        let per = self.per;
+        match &mut self.window_state {
+            QuotaWindow::Bucket { level, at, .. } => {
                 let passed = now.duration_since(*at).div_duration_f64(per);
-                *level = (*level + limit * passed).min(size);
+                *level = (*level + limit * passed).min(capacity);
                 *at = now.max(*at);
             }
-            Count::Fixed { used, since } => {
+            QuotaWindow::Fixed { used, since } => {
                 while now.duration_since(*since) >= per {
                     *since += per;
                     *used = 0.0;
                 }
             }
-            Count::Sliding { used, entries } => {
+            QuotaWindow::Sliding { used, entries } => {
                 while let Some(&(at, amount)) = entries.front()
                     && now.duration_since(at) >= per
                 {
@@ -153,24 +157,24 @@ impl Gauge {
         }
     }
 
-    /// How long until `cost` can be taken; None if it never can.
-    pub(crate) fn wait(&mut self, now: Instant, cost: f64) -> Option<Duration> {
+    /// Time until `cost` is available, or `None` if it exceeds the capacity.
+    pub(crate) fn time_until(&mut self, now: Instant, cost: f64) -> Option<Duration> {
         self.advance(now);
-        if cost > self.size() + SLACK {
+        if cost > self.capacity() + TOLERANCE {
             return None;
         }
         let missing = cost - self.remaining();
-        if missing <= SLACK {
+        if missing <= TOLERANCE {
             return Some(Duration::ZERO);
         }
-        Some(match &self.count {
-            Count::Bucket { .. } => self.time_for(missing),
-            Count::Fixed { since, .. } => (*since + self.per).duration_since(now),
-            Count::Sliding { entries, .. } => {
+        Some(match &self.window_state {
+            QuotaWindow::Bucket { .. } => self.refill_time(missing),
+            QuotaWindow::Fixed { since, .. } => (*since + self.per).duration_since(now),
+            QuotaWindow::Sliding { entries, .. } => {
                 let mut freed = 0.0;
                 let enough = entries.iter().find(|(_, amount)| {
                     freed += amount;
-                    freed + SLACK >= missing
+                    freed + TOLERANCE >= missing
                 });
                 let at = enough.map_or(now, |(at, _)| *at);
                 (at + self.per).duration_since(now)
@@ -178,15 +182,15 @@ impl Gauge {
         })
     }
 
-    /// Takes `cost`, which may be more than there is: what is owed is paid off first. A bucket owes
-    /// no more than its size.
-    pub(crate) fn take(&mut self, now: Instant, cost: f64) {
+    /// Charges `cost`. It may exceed what remains: the quota becomes negative, a bucket at most by
+    /// its capacity.
+    pub(crate) fn charge(&mut self, now: Instant, cost: f64) {
         self.advance(now);
-        let size = self.size();
-        match &mut self.count {
-            Count::Bucket { level, .. } => *level = (*level - cost).max(-size),
-            Count::Fixed { used, .. } => *used += cost,
-            Count::Sliding { used, entries } => {
+        let capacity = self.capacity();
+        match &mut self.window_state {
+            QuotaWindow::Bucket { level, .. } => *level = (*level - cost).max(-capacity),
+            QuotaWindow::Fixed { used, .. } => *used += cost,
+            QuotaWindow::Sliding { used, entries } => {
                 *used += cost;
                 match entries.back_mut() {
                     Some((at, amount)) if *at == now => *amount += cost,
@@ -196,19 +200,19 @@ impl Gauge {
         }
     }
 
-    /// Corrects what was taken at `taken_at` by `amount`: gives it back, or takes it if negative.
-    pub(crate) fn give_back(&mut self, now: Instant, taken_at: Instant, amount: f64) {
+    /// Returns `amount` of a charge made at `charged_at`; a negative amount is charged.
+    pub(crate) fn refund(&mut self, now: Instant, charged_at: Instant, amount: f64) {
         self.advance(now);
-        let size = self.size();
-        match &mut self.count {
-            Count::Bucket { level, .. } => *level = (*level + amount).min(size),
-            Count::Fixed { used, since } => {
-                if taken_at >= *since {
+        let capacity = self.capacity();
+        match &mut self.window_state {
+            QuotaWindow::Bucket { level, .. } => *level = (*level + amount).min(capacity),
+            QuotaWindow::Fixed { used, since } => {
+                if charged_at >= *since {
                     *used -= amount;
                 }
             }
-            Count::Sliding { used, entries } => {
-                if let Ok(index) = entries.binary_search_by_key(&taken_at, |(at, _)| *at) {
+            QuotaWindow::Sliding { used, entries } => {
+                if let Ok(index) = entries.binary_search_by_key(&charged_at, |(at, _)| *at) {
                     entries[index].1 -= amount;
                     *used -= amount;
                 }
@@ -216,18 +220,22 @@ impl Gauge {
         }
     }
 
-    pub(crate) fn read(&mut self, now: Instant) -> Reading {
+    pub(crate) fn status(&mut self, now: Instant) -> QuotaStatus {
         self.advance(now);
         let remaining = self.remaining().max(0.0);
-        let reset = match &self.count {
-            Count::Bucket { level, .. } => self.time_for((self.size() - level).max(0.0)),
-            Count::Fixed { used, .. } if *used <= 0.0 => Duration::ZERO,
-            Count::Fixed { since, .. } => (*since + self.per).duration_since(now),
-            Count::Sliding { entries, .. } => entries.back().map_or(Duration::ZERO, |(at, _)| {
-                (*at + self.per).duration_since(now)
-            }),
+        let reset = match &self.window_state {
+            QuotaWindow::Bucket { level, .. } => {
+                self.refill_time((self.capacity() - level).max(0.0))
+            }
+            QuotaWindow::Fixed { used, .. } if *used <= 0.0 => Duration::ZERO,
+            QuotaWindow::Fixed { since, .. } => (*since + self.per).duration_since(now),
+            QuotaWindow::Sliding { entries, .. } => {
+                entries.back().map_or(Duration::ZERO, |(at, _)| {
+                    (*at + self.per).duration_since(now)
+                })
+            }
         };
-        Reading {
+        QuotaStatus {
             limit: self.limit(),
             remaining,
             reset,

@@ -1,34 +1,36 @@
-//! TODO
+//! Requests to the mock.
 
-use crate::mock::response::{Reaction, Reply};
+use crate::mock::response::{HttpReply, MockResponse};
 
-/// A request as it arrived.
+/// Route of chat completions.
+pub(crate) const CHAT_PATH: &str = "/v1/chat/completions";
+
+/// An HTTP request, reduced to what the mock uses.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Request<'a> {
+pub struct MockRequest<'a> {
     pub method: &'a str,
-    /// With its query, if it has one.
+    /// Path and query.
     pub path: &'a str,
     pub authorization: Option<&'a str>,
     pub content_type: Option<&'a str>,
     pub body: &'a [u8],
 }
 
-impl<'a> Request<'a> {
-    /// A request for an answer.
-    pub fn chat(body: &'a [u8]) -> Request<'a> {
-        Request {
+impl<'a> MockRequest<'a> {
+    /// Makes a chat completion request.
+    pub fn chat(body: &'a [u8]) -> MockRequest<'a> {
+        MockRequest {
             method: "POST",
-            path: CHAT,
+            path: CHAT_PATH,
             content_type: Some("application/json"),
             body,
-            ..Request::default()
+            ..MockRequest::default()
         }
     }
 }
 
-pub(crate) fn wrong_method(path: &str, method: &str) -> Reaction {
-    let message = format!("{path} does not take {method}");
-    Reaction::Reply(Reply::error(405, &message, "method_not_allowed"))
+/// Makes a 405.
+pub(crate) fn method_not_allowed(path: &str, method: &str) -> MockResponse {
+    let message = format!("{path} does not support {method}");
+    MockResponse::Complete(HttpReply::error(405, &message, "method_not_allowed"))
 }
-
-pub(crate) const CHAT: &str = "/v1/chat/completions";

@@ -1,5 +1,5 @@
-//! What a mock does with a request, as values: [`crate::mock::http`] puts them on the wire, and a
-//! simulation can take them as they are.
+//! The mock's responses as values. [`crate::mock::http`] sends them over TCP; a simulation uses them
+//! directly.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -7,48 +7,48 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-/// What becomes of a request. A request that is never answered has no reaction: the future of
-/// [`crate::mock::Mock::respond`] does not end.
+/// The response to a request: a reply, or a failure of the connection. A request that is never
+/// answered has no response: the future of [`crate::mock::Mock::respond`] stays pending.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Reaction {
-    Reply(Reply),
-    /// Nobody listens. Over TCP, where the connection has been accepted by then, a reset.
+pub enum MockResponse {
+    /// The whole reply.
+    Complete(HttpReply),
+    /// Connection refused. Over TCP a reset, since the connection is already accepted.
     Refused,
-    /// A reset before a byte is sent.
+    /// A reset before the first byte.
     Reset,
     /// The head, half of the body, then a reset.
-    ResetInBody(Reply),
-    /// The head announces the whole body; half of it is sent, and the connection closed in good
-    /// order.
-    ShortBody(Reply),
-    /// A chunked body whose last chunk does not come before the connection closes.
-    UnfinishedChunks(Reply),
-    /// The head, half of the body, then nothing, with the connection open.
-    StallInBody(Reply),
-    /// The first `slow` bytes of the body one by one, `interval` before each, the rest at once.
+    ResetInBody(HttpReply),
+    /// The head, half of the body, then a regular close. The content length is that of the whole body.
+    ShortBody(HttpReply),
+    /// A chunked body without its last chunk, then a regular close.
+    UnfinishedChunks(HttpReply),
+    /// The head and half of the body; the connection stays open.
+    StallInBody(HttpReply),
+    /// The first `slow` bytes of the body one by one, each after `interval`, then the rest.
     Drip {
-        reply: Reply,
+        reply: HttpReply,
         slow: usize,
         interval: Duration,
     },
 }
 
-/// A header's name in lower case, and its value.
-pub type Header = (Cow<'static, str>, Cow<'static, str>);
+/// A header: its name in lower case and its value.
+pub type ReplyHeader = (Cow<'static, str>, Cow<'static, str>);
 
-/// A proper HTTP response.
+/// A valid HTTP response.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reply {
+pub struct HttpReply {
     pub status: u16,
-    /// Besides `content-type` and those that frame the body.
-    pub headers: Vec<Header>,
+    /// All headers except `content-type` and those that frame the body.
+    pub headers: Vec<ReplyHeader>,
     pub content_type: &'static str,
     pub body: Bytes,
 }
 
-impl Reply {
-    pub fn json(status: u16, body: impl Into<Bytes>) -> Reply {
-        Reply {
+impl HttpReply {
+    pub fn json(status: u16, body: impl Into<Bytes>) -> HttpReply {
+        HttpReply {
             status,
             headers: Vec::new(),
             content_type: "application/json",
@@ -56,58 +56,59 @@ impl Reply {
         }
     }
 
-    /// An error in OpenAI's shape.
-    pub fn error(status: u16, message: &str, code: impl Into<Value>) -> Reply {
-        Reply::json(
+    /// Makes an error in OpenAI's format.
+    pub fn error(status: u16, message: &str, code: impl Into<Value>) -> HttpReply {
+        HttpReply::json(
             status,
             error_body(status, message, Value::Null, code.into()),
         )
     }
 
-    /// A 400 that names the field at fault.
-    pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> Reply {
-        Reply::json(400, error_body(400, message, param.into(), code.into()))
+    /// Makes a 400 that names the invalid field.
+    pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> HttpReply {
+        HttpReply::json(400, error_body(400, message, param.into(), code.into()))
     }
 
-    /// The first header of this name.
+    /// Returns the value of the first header with this name.
     pub fn header(&self, name: &str) -> Option<&str> {
         let found = self.headers.iter().find(|(other, _)| other == name);
         found.map(|(_, value)| value.as_ref())
     }
 
-    pub(crate) fn with(
+    /// Adds a header.
+    pub(crate) fn with_header(
         mut self,
         name: impl Into<Cow<'static, str>>,
         value: impl Into<Cow<'static, str>>,
-    ) -> Reply {
+    ) -> HttpReply {
         self.headers.push((name.into(), value.into()));
         self
     }
 }
 
-impl Reaction {
-    /// The response that is sent, wholly or in part.
-    pub fn reply(&self) -> Option<&Reply> {
+impl MockResponse {
+    /// Returns the reply that is sent, completely or in part.
+    pub fn reply(&self) -> Option<&HttpReply> {
         match self {
-            Reaction::Refused | Reaction::Reset => None,
-            Reaction::Reply(reply)
-            | Reaction::ResetInBody(reply)
-            | Reaction::ShortBody(reply)
-            | Reaction::UnfinishedChunks(reply)
-            | Reaction::StallInBody(reply)
-            | Reaction::Drip { reply, .. } => Some(reply),
+            MockResponse::Refused | MockResponse::Reset => None,
+            MockResponse::Complete(reply)
+            | MockResponse::ResetInBody(reply)
+            | MockResponse::ShortBody(reply)
+            | MockResponse::UnfinishedChunks(reply)
+            | MockResponse::StallInBody(reply)
+            | MockResponse::Drip { reply, .. } => Some(reply),
         }
     }
 
-    pub(crate) fn reply_mut(&mut self) -> Option<&mut Reply> {
+    pub(crate) fn reply_mut(&mut self) -> Option<&mut HttpReply> {
         match self {
-            Reaction::Refused | Reaction::Reset => None,
-            Reaction::Reply(reply)
-            | Reaction::ResetInBody(reply)
-            | Reaction::ShortBody(reply)
-            | Reaction::UnfinishedChunks(reply)
-            | Reaction::StallInBody(reply)
-            | Reaction::Drip { reply, .. } => Some(reply),
+            MockResponse::Refused | MockResponse::Reset => None,
+            MockResponse::Complete(reply)
+            | MockResponse::ResetInBody(reply)
+            | MockResponse::ShortBody(reply)
+            | MockResponse::UnfinishedChunks(reply)
+            | MockResponse::StallInBody(reply)
+            | MockResponse::Drip { reply, .. } => Some(reply),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A mock on a thread of its own.
+//! A mock server on its own thread.
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -8,12 +8,12 @@ use anyhow::{Context, Result};
 use tokio::runtime::Builder;
 use tokio_util::sync::CancellationToken;
 
-use crate::mock::ledger::Stats;
 use crate::mock::script::Script;
+use crate::mock::stats::MockStats;
 use crate::mock::{Mock, http};
 
-/// A running mock. It can be held from synchronous and from async code alike; dropping it stops it
-/// at once.
+/// A running mock server. Both synchronous and async code can hold it. Dropping it stops it
+/// immediately.
 #[derive(Debug)]
 pub struct MockServer {
     address: SocketAddr,
@@ -22,10 +22,11 @@ pub struct MockServer {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Serves `script` on this address; port 0 takes a free one. Returns once it accepts connections.
+/// Serves `script` on `host` and `port` (0 selects a free port). Returns once the server accepts
+/// connections.
 ///
 /// # Errors
-/// Where it cannot listen.
+/// If it cannot listen on the address.
 pub fn start(script: Script, host: IpAddr, port: u16) -> Result<MockServer> {
     let address = SocketAddr::new(host, port);
     let listener = TcpListener::bind(address)
@@ -43,7 +44,8 @@ pub fn start(script: Script, host: IpAddr, port: u16) -> Result<MockServer> {
     let runtime = runtime.enable_all().build()?;
     let mock = Arc::new(Mock::new(script));
     let stop = CancellationToken::new();
-    let (serving, stopped) = (Arc::clone(&mock), stop.clone());
+    let serving = Arc::clone(&mock);
+    let stopped = stop.clone();
     let listener = {
         let _inside = runtime.enter();
         tokio::net::TcpListener::from_std(listener)?
@@ -67,7 +69,7 @@ pub fn start(script: Script, host: IpAddr, port: u16) -> Result<MockServer> {
 }
 
 impl MockServer {
-    /// For clients: `http://127.0.0.1:PORT/v1`.
+    /// Base URL for clients: `http://127.0.0.1:PORT/v1`.
     pub fn base_url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
@@ -76,13 +78,13 @@ impl MockServer {
         &self.mock
     }
 
-    /// Hangs up on everybody, and returns what there is to tell.
-    pub fn stop(mut self) -> Stats {
-        self.end();
+    /// Closes all connections and returns the stats.
+    pub fn stop(mut self) -> MockStats {
+        self.shut_down();
         self.mock.stats()
     }
 
-    fn end(&mut self) {
+    fn shut_down(&mut self) {
         self.stop.cancel();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -94,6 +96,6 @@ impl MockServer {
 
 impl Drop for MockServer {
     fn drop(&mut self) {
-        self.end();
+        self.shut_down();
     }
 }

@@ -1,39 +1,39 @@
-//! What both ways of asking share: answers are queued, collected, and texts are scored.
+//! Queues answers, collects them and scores texts: shared by the chat and the text route.
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::engine::{Answer, Job, Reply, Score};
-use super::error::ApiError;
+use super::engine::{AnswerUpdate, EngineJob, GenerateJob, ScoreJob};
+use super::error::ErrorResponse;
 use crate::model::batcher::{FinishReason, GenerateOptions};
 use crate::model::sampling::TokenLogprobs;
-use crate::serve::state::App;
+use crate::serve::state::AppState;
 
-/// One answer as far as it has come.
+/// An answer assembled from its updates.
 #[derive(Debug, Default)]
-pub(crate) struct Written {
+pub(crate) struct CollectedAnswer {
     pub text: String,
     pub choices: Vec<TokenLogprobs>,
     pub finish_reason: Option<FinishReason>,
 }
 
-/// Queues `n` answers to each prompt, all of them or none. Those of prompt i have the indices from
-/// i * n on.
+/// Queues `n` answers for each prompt, all of them or none. The answers to prompt i have the indices
+/// i * n to i * n + n - 1.
 ///
 /// # Errors
-/// 503 where the queue has no room.
+/// 503 if the queue is full.
 pub(crate) fn submit(
-    app: &App,
+    app: &AppState,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
     n: usize,
-) -> Result<mpsc::UnboundedReceiver<Reply>, ApiError> {
+) -> Result<mpsc::UnboundedReceiver<AnswerUpdate>, ErrorResponse> {
     let slots = reserve(app, prompts.len() * n)?;
-    // The client's disconnection drops the receiver, and so frees the slots.
+    // A disconnect drops the receiver, which frees the slots.
     let (reply, replies) = mpsc::unbounded_channel();
     for (index, slot) in slots.enumerate() {
         let prompt = &prompts[index / n];
         let sampling = options.sampling.for_prompt(prompt);
-        slot.send(Job::Answer(Answer {
+        slot.send(EngineJob::Generate(GenerateJob {
             prompt: prompt.clone(),
             options: GenerateOptions {
                 sampling: sampling.for_answer(index % n),
@@ -46,27 +46,31 @@ pub(crate) fn submit(
     Ok(replies)
 }
 
-fn reserve(app: &App, jobs: usize) -> Result<mpsc::PermitIterator<'_, Job>, ApiError> {
+fn reserve(
+    app: &AppState,
+    jobs: usize,
+) -> Result<mpsc::PermitIterator<'_, EngineJob>, ErrorResponse> {
     app.jobs
         .try_reserve_many(jobs)
         .map_err(|error| match error {
-            mpsc::error::TrySendError::Full(()) => ApiError::overloaded(),
-            mpsc::error::TrySendError::Closed(()) => stopped(),
+            mpsc::error::TrySendError::Full(()) => ErrorResponse::overloaded(),
+            mpsc::error::TrySendError::Closed(()) => engine_stopped(),
         })
 }
 
-/// Waits for `count` answers, and counts their tokens.
+/// Waits for `count` answers. Returns them and the number of their tokens.
 ///
 /// # Errors
-/// 500 where the model fails.
+/// 500 if the model fails.
 pub(crate) async fn collect(
-    mut replies: mpsc::UnboundedReceiver<Reply>,
+    mut replies: mpsc::UnboundedReceiver<AnswerUpdate>,
     count: usize,
-) -> Result<(Vec<Written>, usize), ApiError> {
-    let mut answers: Vec<Written> = (0..count).map(|_| Written::default()).collect();
+) -> Result<(Vec<CollectedAnswer>, usize), ErrorResponse> {
+    let mut answers: Vec<CollectedAnswer> =
+        (0..count).map(|_| CollectedAnswer::default()).collect();
     let mut tokens = 0;
     while let Some(reply) = replies.recv().await {
-        let update = reply.update.map_err(ApiError::internal)?;
+        let update = reply.update.map_err(ErrorResponse::internal)?;
         let answer = &mut answers[reply.index];
         answer.text.push_str(&update.text);
         answer.choices.extend(update.token_logprobs);
@@ -74,24 +78,25 @@ pub(crate) async fn collect(
         tokens += 1;
     }
     if answers.iter().any(|answer| answer.finish_reason.is_none()) {
-        return Err(stopped());
+        return Err(engine_stopped());
     }
     Ok((answers, tokens))
 }
 
-/// The logprobs of each text's tokens but its first, with the `top` likeliest at each.
+/// Returns the logprobs of all tokens of each text except the first, with the `top` most likely
+/// tokens at each position.
 ///
 /// # Errors
-/// 503 where the queue has no room; 500 where the model fails.
+/// 503 if the queue is full; 500 if the model fails.
 pub(crate) async fn score(
-    app: &App,
+    app: &AppState,
     texts: &[Vec<u32>],
     top: usize,
-) -> Result<Vec<Vec<TokenLogprobs>>, ApiError> {
+) -> Result<Vec<Vec<TokenLogprobs>>, ErrorResponse> {
     let mut replies = Vec::with_capacity(texts.len());
     for (slot, ids) in reserve(app, texts.len())?.zip(texts) {
         let (reply, choices) = oneshot::channel();
-        slot.send(Job::Score(Score {
+        slot.send(EngineJob::Score(ScoreJob {
             ids: ids.clone(),
             top,
             reply,
@@ -100,12 +105,12 @@ pub(crate) async fn score(
     }
     let mut scored = Vec::with_capacity(texts.len());
     for choices in replies {
-        let choices = choices.await.map_err(|_| stopped())?;
-        scored.push(choices.map_err(ApiError::internal)?);
+        let choices = choices.await.map_err(|_| engine_stopped())?;
+        scored.push(choices.map_err(ErrorResponse::internal)?);
     }
     Ok(scored)
 }
 
-fn stopped() -> ApiError {
-    ApiError::internal("the model has stopped")
+fn engine_stopped() -> ErrorResponse {
+    ErrorResponse::internal("the model has stopped")
 }

@@ -1,6 +1,6 @@
-//! The routes, and what their handlers share.
+//! The routes of the server.
 
-use crate::serve::state::App;
+use crate::serve::state::AppState;
 use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Path, State};
@@ -9,13 +9,13 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
-use super::error::ApiError;
+use super::error::ErrorResponse;
 use super::{chat, completions};
 
-/// Larger bodies are refused with 413.
+/// A larger request body is rejected with 413.
 const MAX_BODY_BYTES: usize = 16 << 20;
 
-pub(crate) fn router(app: App) -> Router {
+pub(crate) fn router(app: AppState) -> Router {
     Router::new()
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*model}", get(show_model))
@@ -27,25 +27,25 @@ pub(crate) fn router(app: App) -> Router {
         .with_state(Arc::new(app))
 }
 
-async fn list_models(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(json!({"object": "list", "data": [app.card()]}))
+async fn list_models(State(app): State<Arc<AppState>>) -> Json<Value> {
+    Json(json!({"object": "list", "data": [app.model_json()]}))
 }
 
-/// The name may hold slashes, as names on the hub do.
+/// The name may contain slashes, as names on the Hugging Face Hub do.
 async fn show_model(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<AppState>>,
     Path(model): Path<String>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>, ErrorResponse> {
     app.check_model(&model)?;
-    Ok(Json(app.card()))
+    Ok(Json(app.model_json()))
 }
 
-async fn unknown_route(method: Method, uri: Uri) -> ApiError {
-    let message = format!("there is no {method} {}", uri.path());
-    ApiError::http(StatusCode::NOT_FOUND, message)
+async fn unknown_route(method: Method, uri: Uri) -> ErrorResponse {
+    let message = format!("unknown route: {method} {}", uri.path());
+    ErrorResponse::http(StatusCode::NOT_FOUND, message)
 }
 
-async fn wrong_method(method: Method, uri: Uri) -> ApiError {
-    let message = format!("{} does not take {method}", uri.path());
-    ApiError::http(StatusCode::METHOD_NOT_ALLOWED, message)
+async fn wrong_method(method: Method, uri: Uri) -> ErrorResponse {
+    let message = format!("{} does not support {method}", uri.path());
+    ErrorResponse::http(StatusCode::METHOD_NOT_ALLOWED, message)
 }

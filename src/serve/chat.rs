@@ -14,35 +14,35 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::answers;
-use super::engine::Reply;
-use super::error::ApiError;
+use super::engine::AnswerUpdate;
+use super::error::ErrorResponse;
 use super::request::ChatRequest;
 use super::wire::{
-    AssistantMessage, Chunk, ChunkChoice, Completion, CompletionChoice, Delta, Head, Logprobs,
-    PromptLogprobs, Usage,
+    AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs,
+    MessageDelta, PromptLogprobs, ResponseHead, TokenUsage,
 };
 use crate::model::batcher::{FinishReason, TokenUpdate};
 use crate::model::sampling::TokenLogprobs;
-use crate::serve::state::App;
+use crate::serve::state::AppState;
 
-/// Answers a conversation, whole or as server-sent events.
+/// Answers a conversation with one JSON object, or with a stream of server-sent events.
 pub(crate) async fn completions(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<AppState>>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<Response, ApiError> {
-    let body = body.map_err(|error| ApiError::http(error.status(), error.body_text()))?;
+) -> Result<Response, ErrorResponse> {
+    let body = body.map_err(|error| ErrorResponse::http(error.status(), error.body_text()))?;
     let request = ChatRequest::parse(&body)?;
     app.check_model(&request.model)?;
-    let prompt = match request.continues {
-        true => app
-            .tokenizer
-            .encode_continued(&request.messages)
-            .map(|(ids, _)| ids),
-        false => app.tokenizer.encode_prompt(&request.messages),
+    let prompt = if request.continue_final {
+        let continued = app.tokenizer.encode_continued(&request.messages);
+        continued.map(|(ids, _)| ids)
+    } else {
+        app.tokenizer.encode_prompt(&request.messages)
     };
-    let prompt = prompt.map_err(|error| ApiError::bad_field("messages", format!("{error:#}")))?;
+    let prompt =
+        prompt.map_err(|error| ErrorResponse::bad_field("messages", format!("{error:#}")))?;
     app.check_length("messages", prompt.len(), true)?;
-    let answering = Answering {
+    let chat = PendingChat {
         head: app.head(if request.stream {
             "chat.completion.chunk"
         } else {
@@ -56,7 +56,7 @@ pub(crate) async fn completions(
     let prompts = [prompt];
     let replies = answers::submit(&app, &prompts, &request.options, request.n)?;
     if request.stream {
-        return Ok(answering.stream(replies, request.include_usage));
+        return Ok(chat.stream(replies, request.include_usage));
     }
     let scored = match request.prompt_logprobs {
         Some(top) => Some((answers::score(&app, &prompts, top).await?.concat(), top)),
@@ -64,32 +64,32 @@ pub(crate) async fn completions(
     };
     let [prompt] = &prompts;
     let ids = request.prompt_ids.then_some(prompt.as_slice());
-    answering.whole(replies, scored, ids).await
+    chat.whole(replies, scored, ids).await
 }
 
-/// A request whose answers are under way.
-struct Answering {
-    app: Arc<App>,
-    head: Head,
+/// A request whose answers are being generated.
+struct PendingChat {
+    app: Arc<AppState>,
+    head: ResponseHead,
     prompt_tokens: usize,
     n: usize,
     logprobs: bool,
 }
 
-impl Answering {
-    /// `scored` are the choices behind the prompt, where they are asked for, and how many of the likeliest
-    /// tokens to tell of each.
+impl PendingChat {
+    /// Responds with one object once all answers are complete. `scored` holds the choices of the
+    /// prompt's tokens, if requested, and the number of most likely tokens to return for each.
     async fn whole(
         &self,
-        replies: mpsc::UnboundedReceiver<Reply>,
+        replies: mpsc::UnboundedReceiver<AnswerUpdate>,
         scored: Option<(Vec<TokenLogprobs>, usize)>,
         prompt_token_ids: Option<&[u32]>,
-    ) -> Result<Response, ApiError> {
+    ) -> Result<Response, ErrorResponse> {
         let (answers, completion_tokens) = answers::collect(replies, self.n).await?;
         let choices = answers
             .into_iter()
             .enumerate()
-            .map(|(index, answer)| CompletionChoice {
+            .map(|(index, answer)| ChatChoice {
                 index,
                 logprobs: self.logprobs(&answer.choices),
                 message: AssistantMessage {
@@ -100,10 +100,10 @@ impl Answering {
                 finish_reason: answer.finish_reason,
             })
             .collect();
-        let completion = Completion {
+        let completion = ChatCompletion {
             head: &self.head,
             choices,
-            usage: Usage::new(self.prompt_tokens, completion_tokens),
+            usage: TokenUsage::new(self.prompt_tokens, completion_tokens),
             prompt_logprobs: scored
                 .map(|(scored, top)| PromptLogprobs::new(&scored, top, &self.app.tokenizer)),
             prompt_token_ids,
@@ -111,51 +111,54 @@ impl Answering {
         Ok(Json(completion).into_response())
     }
 
-    fn stream(self, replies: mpsc::UnboundedReceiver<Reply>, include_usage: bool) -> Response {
-        let mut streaming = Streaming {
+    fn stream(
+        self,
+        replies: mpsc::UnboundedReceiver<AnswerUpdate>,
+        include_usage: bool,
+    ) -> Response {
+        let mut streaming = ChatStream {
             unfinished: self.n,
             completion_tokens: 0,
             include_usage,
-            answering: self,
+            chat: self,
         };
-        let opening = streaming.opening();
-        let news = UnboundedReceiverStream::new(replies)
+        let role_events = streaming.role_events();
+        let updates = UnboundedReceiverStream::new(replies)
             .flat_map(move |reply| stream::iter(streaming.events(reply)));
-        Sse::new(stream::iter(opening).chain(news))
+        Sse::new(stream::iter(role_events).chain(updates))
             .keep_alive(KeepAlive::default())
             .into_response()
     }
 
-    fn logprobs(&self, choices: &[TokenLogprobs]) -> Option<Logprobs<'_>> {
+    fn logprobs(&self, choices: &[TokenLogprobs]) -> Option<ChatLogprobs<'_>> {
         self.logprobs
-            .then(|| Logprobs::new(choices, &self.app.tokenizer))
+            .then(|| ChatLogprobs::new(choices, &self.app.tokenizer))
     }
 }
 
-/// The state of one stream of events.
-struct Streaming {
-    answering: Answering,
+/// The state of one event stream.
+struct ChatStream {
+    chat: PendingChat,
     unfinished: usize,
     completion_tokens: usize,
     include_usage: bool,
 }
 
-impl Streaming {
-    /// The first event of each answer names the role.
-    fn opening(&self) -> Vec<Result<Event, axum::Error>> {
+impl ChatStream {
+    /// Returns the first event of each answer, which names the role.
+    fn role_events(&self) -> Vec<Result<Event, axum::Error>> {
         let open = |index| {
-            let delta = Delta {
+            let delta = MessageDelta {
                 role: Some("assistant"),
                 content: Some(String::new()),
             };
             self.chunk(index, delta, None, None)
         };
-        (0..self.answering.n).map(open).collect()
+        (0..self.chat.n).map(open).collect()
     }
 
-    /// The events that a reply gives rise to; after the last answer's end, those that close the
-    /// stream.
-    fn events(&mut self, reply: Reply) -> Vec<Result<Event, axum::Error>> {
+    /// Converts an update to events. The last update of the last answer adds the closing events.
+    fn events(&mut self, reply: AnswerUpdate) -> Vec<Result<Event, axum::Error>> {
         let TokenUpdate {
             text,
             token_logprobs: choices,
@@ -163,33 +166,33 @@ impl Streaming {
             ..
         } = match reply.update {
             Ok(update) => update,
-            Err(message) => return vec![event(&ApiError::internal(message).body())],
+            Err(message) => return vec![event(&ErrorResponse::internal(message).body())],
         };
         self.completion_tokens += 1;
         let mut events = Vec::new();
         if !text.is_empty() || !choices.is_empty() {
-            let delta = Delta {
+            let delta = MessageDelta {
                 role: None,
                 content: Some(text),
             };
-            let logprobs = self.answering.logprobs(&choices);
+            let logprobs = self.chat.logprobs(&choices);
             events.push(self.chunk(reply.index, delta, logprobs, None));
         }
         if finish_reason.is_some() {
-            events.push(self.chunk(reply.index, Delta::default(), None, finish_reason));
+            events.push(self.chunk(reply.index, MessageDelta::default(), None, finish_reason));
             self.unfinished -= 1;
             if self.unfinished == 0 {
-                self.close(&mut events);
+                self.push_closing_events(&mut events);
             }
         }
         events
     }
 
-    fn close(&self, events: &mut Vec<Result<Event, axum::Error>>) {
+    fn push_closing_events(&self, events: &mut Vec<Result<Event, axum::Error>>) {
         if self.include_usage {
-            let usage = Usage::new(self.answering.prompt_tokens, self.completion_tokens);
-            events.push(event(&Chunk {
-                head: &self.answering.head,
+            let usage = TokenUsage::new(self.chat.prompt_tokens, self.completion_tokens);
+            events.push(event(&ChatChunk {
+                head: &self.chat.head,
                 choices: Vec::new(),
                 usage: Some(Some(usage)),
             }));
@@ -200,13 +203,13 @@ impl Streaming {
     fn chunk(
         &self,
         index: usize,
-        delta: Delta,
-        logprobs: Option<Logprobs<'_>>,
+        delta: MessageDelta,
+        logprobs: Option<ChatLogprobs<'_>>,
         finish_reason: Option<FinishReason>,
     ) -> Result<Event, axum::Error> {
-        event(&Chunk {
-            head: &self.answering.head,
-            choices: vec![ChunkChoice {
+        event(&ChatChunk {
+            head: &self.chat.head,
+            choices: vec![ChatChunkChoice {
                 index,
                 delta,
                 logprobs,

@@ -1,4 +1,4 @@
-//! `POST /v1/completions`: a plain text goes on, or is given back with the logprobs of its own tokens.
+//! `POST /v1/completions`: continues a plain text, or echoes it with the logprobs of its own tokens.
 
 use std::sync::Arc;
 
@@ -10,36 +10,36 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
 use super::answers;
-use super::error::ApiError;
-use super::fields::{Fields, MAX_TOP_LOGPROBS};
-use super::wire::{PromptLogprobs, TextChoice, TextCompletion, TextLogprobs, Usage};
+use super::error::ErrorResponse;
+use super::fields::{MAX_TOP_LOGPROBS, RequestFields};
+use super::wire::{PromptLogprobs, TextChoice, TextCompletion, TextLogprobs, TokenUsage};
 use crate::model::batcher::{FinishReason, GenerateOptions};
-use crate::serve::state::App;
+use crate::serve::state::AppState;
 use crate::tokenizer::Tokenizer;
 
 const MAX_PROMPTS: usize = 64;
 /// OpenAI's default.
 const MAX_TOKENS: usize = 16;
 
-/// What a client asks for.
+/// A validated request.
 #[derive(Debug)]
 struct CompletionRequest {
     model: String,
-    prompts: Vec<Prompt>,
-    /// Its `max_tokens` are 0 where nothing is to be written, which `echo` alone allows.
+    prompts: Vec<PromptInput>,
+    /// `max_tokens` may be 0 only with `echo`: nothing is generated then.
     options: GenerateOptions,
     n: usize,
-    /// Give the prompt back in front of the answer.
+    /// Whether the answer begins with the prompt.
     echo: bool,
-    /// See [`Fields::prompt_logprobs`].
+    /// See [`RequestFields::prompt_logprobs`].
     prompt_logprobs: Option<usize>,
-    /// vLLM's: tokens are told as `token_id:N`.
+    /// vLLM's `return_tokens_as_token_ids`: tokens are named `token_id:N`.
     tokens_as_ids: bool,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Prompt {
+enum PromptInput {
     Text(String),
     Ids(Vec<u32>),
 }
@@ -49,25 +49,25 @@ enum Prompt {
     untagged,
     expecting = "expected a string, a list of token ids, or a list of either"
 )]
-enum Prompts {
-    One(Prompt),
-    Several(Vec<Prompt>),
+enum PromptInputs {
+    One(PromptInput),
+    Several(Vec<PromptInput>),
 }
 
 impl CompletionRequest {
-    fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let fields = Fields::parse(body)?;
+    fn parse(body: &[u8]) -> Result<Self, ErrorResponse> {
+        let fields = RequestFields::parse(body)?;
         if fields.get("stream")?.unwrap_or(false) {
-            let message = "text completions are not streamed here; `/v1/chat/completions` are";
-            return Err(ApiError::bad_field("stream", message));
+            let message = "streaming is not supported here; use `/v1/chat/completions`";
+            return Err(ErrorResponse::bad_field("stream", message));
         }
         let prompts = match fields.require("prompt")? {
-            Prompts::One(prompt) => vec![prompt],
-            Prompts::Several(prompts) => prompts,
+            PromptInputs::One(prompt) => vec![prompt],
+            PromptInputs::Several(prompts) => prompts,
         };
         if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
-            let message = format!("`prompt` holds 1 to {MAX_PROMPTS} texts");
-            return Err(ApiError::bad_field("prompt", message));
+            let message = format!("`prompt` must contain 1 to {MAX_PROMPTS} texts");
+            return Err(ErrorResponse::bad_field("prompt", message));
         }
         let echo = fields.get("echo")?.unwrap_or(false);
         let least = if echo { 0 } else { 1 };
@@ -88,22 +88,25 @@ impl CompletionRequest {
         })
     }
 
-    /// The prompts in ids, which the model must have and which must fit it.
-    fn encode(&self, app: &App) -> Result<Vec<Vec<u32>>, ApiError> {
-        let bad = |message: String| ApiError::bad_field("prompt", message);
-        let encode = |prompt: &Prompt| {
+    /// Encodes the prompts as token ids.
+    ///
+    /// # Errors
+    /// 400 if an id is not in the vocabulary, or a prompt is empty or does not fit the context.
+    fn encode(&self, app: &AppState) -> Result<Vec<Vec<u32>>, ErrorResponse> {
+        let bad = |message: String| ErrorResponse::bad_field("prompt", message);
+        let encode = |prompt: &PromptInput| {
             let ids = match prompt {
-                Prompt::Ids(ids) => ids.clone(),
-                Prompt::Text(text) => app
+                PromptInput::Ids(ids) => ids.clone(),
+                PromptInput::Text(text) => app
                     .tokenizer
                     .encode_text(text)
                     .map_err(|error| bad(format!("{error:#}")))?,
             };
             if ids.is_empty() {
-                return Err(bad("`prompt` has no tokens".into()));
+                return Err(bad("`prompt` is empty".into()));
             }
             if let Some(id) = ids.iter().find(|&&id| id as usize >= app.tokens) {
-                return Err(bad(format!("there is no token {id}")));
+                return Err(bad(format!("token id {id} is not in the vocabulary")));
             }
             app.check_length("prompt", ids.len(), self.options.max_tokens > 0)?;
             Ok(ids)
@@ -111,46 +114,47 @@ impl CompletionRequest {
         self.prompts.iter().map(encode).collect()
     }
 
-    /// How many of the likeliest tokens of the prompts to find out, if their logprobs are asked for.
-    fn top_of_prompts(&self) -> Option<usize> {
+    /// Number of most likely tokens to compute at each prompt position, or `None` if the request does
+    /// not need the logprobs of the prompts.
+    fn prompt_top_logprobs(&self) -> Option<usize> {
         let echoed = self.options.top_logprobs.filter(|_| self.echo);
         echoed.max(self.prompt_logprobs)
     }
 }
 
-/// Goes on with each prompt, after it has been told again where that is asked for.
+/// Continues each prompt.
 pub(crate) async fn completions(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<AppState>>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<Response, ApiError> {
-    let body = body.map_err(|error| ApiError::http(error.status(), error.body_text()))?;
+) -> Result<Response, ErrorResponse> {
+    let body = body.map_err(|error| ErrorResponse::http(error.status(), error.body_text()))?;
     let request = CompletionRequest::parse(&body)?;
     app.check_model(&request.model)?;
     let prompts = request.encode(&app)?;
-    let (answers, completion_tokens) = match request.options.max_tokens {
-        0 => (Vec::new(), 0),
-        _ => {
-            let replies = answers::submit(&app, &prompts, &request.options, request.n)?;
-            answers::collect(replies, prompts.len() * request.n).await?
-        }
+    let (answers, completion_tokens) = if request.options.max_tokens == 0 {
+        (Vec::new(), 0)
+    } else {
+        let replies = answers::submit(&app, &prompts, &request.options, request.n)?;
+        answers::collect(replies, prompts.len() * request.n).await?
     };
-    let scored = match request.top_of_prompts() {
+    let scored = match request.prompt_top_logprobs() {
         Some(top) => answers::score(&app, &prompts, top).await?,
         None => vec![Vec::new(); prompts.len()],
     };
     let mut choices = Vec::with_capacity(prompts.len() * request.n);
     for index in 0..prompts.len() * request.n {
-        let (prompt, scored) = (&prompts[index / request.n], &scored[index / request.n]);
-        let said = answers.get(index);
+        let prompt = &prompts[index / request.n];
+        let scored = &scored[index / request.n];
+        let answer = answers.get(index);
         let mut text = String::new();
         if request.echo {
-            text = told(prompt, &app.tokenizer);
+            text = prompt_text(prompt, &app.tokenizer);
         }
-        text.push_str(said.map_or("", |answer| &answer.text));
+        text.push_str(answer.map_or("", |answer| &answer.text));
         let logprobs = request.options.top_logprobs.map(|top| {
             let first = request.echo.then(|| prompt[0]);
             let echoed = scored.iter().filter(|_| request.echo);
-            let written = said.map_or(&[][..], |answer| &answer.choices);
+            let written = answer.map_or(&[][..], |answer| &answer.choices);
             let choices = echoed.chain(written);
             TextLogprobs::new(first, choices, top, &app.tokenizer, request.tokens_as_ids)
         });
@@ -158,7 +162,7 @@ pub(crate) async fn completions(
             index,
             text,
             logprobs,
-            finish_reason: said
+            finish_reason: answer
                 .and_then(|answer| answer.finish_reason)
                 .unwrap_or(FinishReason::Length),
             prompt_logprobs: request
@@ -170,17 +174,17 @@ pub(crate) async fn completions(
     let completion = TextCompletion {
         head: &app.head("text_completion"),
         choices,
-        usage: Usage::new(prompt_tokens, completion_tokens),
+        usage: TokenUsage::new(prompt_tokens, completion_tokens),
     };
     Ok(Json(completion).into_response())
 }
 
-/// A prompt as its tokens tell it.
-fn told(prompt: &[u32], tokenizer: &Tokenizer) -> String {
+/// Returns the text of a prompt, decoded from its tokens.
+fn prompt_text(prompt: &[u32], tokenizer: &Tokenizer) -> String {
     let mut bytes = Vec::new();
     for &id in prompt {
         match tokenizer.token_bytes(id) {
-            Some(of_token) => bytes.extend(of_token),
+            Some(bytes_of_token) => bytes.extend(bytes_of_token),
             None => bytes.extend(tokenizer.token_name(id).as_bytes()),
         }
     }

@@ -1,4 +1,4 @@
-//! The thread that owns the model: requests come in by a channel, and share its forward passes.
+//! The thread that owns the model. Jobs arrive through a channel and share its forward passes.
 
 use std::collections::HashMap;
 
@@ -10,53 +10,54 @@ use crate::model::sampling::TokenLogprobs;
 use crate::model::score::{self, ScoreInput};
 use crate::tokenizer::Tokenizer;
 
-/// Tokens that are scored in one forward pass; a text that is longer has one of its own.
+/// Maximum number of tokens scored in one forward pass. A longer text gets a pass of its own.
 const SCORED_TOKENS_PER_PASS: usize = 4096;
 
-/// What the model is to do.
-pub(crate) enum Job {
-    Answer(Answer),
-    Score(Score),
+/// Work for the model.
+pub(crate) enum EngineJob {
+    Generate(GenerateJob),
+    Score(ScoreJob),
 }
 
-/// A text whose tokens' logprobs are asked for.
-pub(crate) struct Score {
+/// A text to score: the logprobs of its own tokens are computed.
+pub(crate) struct ScoreJob {
     /// Token ids (T).
     pub ids: Vec<u32>,
-    /// How many of the likeliest tokens to tell at each position.
+    /// Number of most likely tokens to return at each position.
     pub top: usize,
-    /// Where the choices go (T - 1), or the message of an error.
+    /// Receives the choices (T - 1), or an error message.
     pub reply: oneshot::Sender<Result<Vec<TokenLogprobs>, String>>,
 }
 
-/// One answer to generate.
-pub(crate) struct Answer {
+/// An answer to generate.
+pub(crate) struct GenerateJob {
     /// Token ids, ready to be continued.
     pub prompt: Vec<u32>,
     pub options: GenerateOptions,
-    /// Which of the request's answers this is.
+    /// Index of the answer within its request.
     pub index: usize,
-    /// Where the updates go. A closed channel means that the client has gone: the job is dropped,
-    /// or its answer is given up and its slot freed before the next forward pass.
-    pub reply: mpsc::UnboundedSender<Reply>,
+    /// Receives the updates. A closed channel means that the client has disconnected: a queued job
+    /// is dropped; a running one is cancelled before the next forward pass, which frees its slot.
+    pub reply: mpsc::UnboundedSender<AnswerUpdate>,
 }
 
-/// News of one answer.
-pub(crate) struct Reply {
-    /// As in the [`Answer`].
+/// New text of one answer, or the error that ends it.
+pub(crate) struct AnswerUpdate {
+    /// Same as in the [`GenerateJob`].
     pub index: usize,
-    /// The message of an error ends the answer.
+    /// An error message is the last update of its answer.
     pub update: Result<TokenUpdate, String>,
 }
 
-/// Answers jobs, `batch_size` at once, until every sender of `jobs` is gone and all is answered.
+/// Runs jobs, up to `batch_size` at the same time, until every sender of `jobs` is dropped and all
+/// jobs are finished.
 ///
-/// Jobs wait in the channel itself until a slot is free, so its capacity bounds the queue.
+/// Jobs wait in the channel until a slot is free, so the capacity of the channel bounds the queue.
 pub(crate) fn run(
     model: &Model,
     tokenizer: &Tokenizer,
     batch_size: usize,
-    jobs: mpsc::Receiver<Job>,
+    jobs: mpsc::Receiver<EngineJob>,
 ) {
     let mut engine = Engine {
         batcher: Batcher::new(model, tokenizer, batch_size),
@@ -67,7 +68,7 @@ pub(crate) fn run(
         tokenizer,
     };
     while engine.admit() {
-        engine.drop_deserted();
+        engine.cancel_disconnected();
         engine.score();
         engine.step();
     }
@@ -77,15 +78,16 @@ struct Engine<'a> {
     model: &'a Model,
     tokenizer: &'a Tokenizer,
     batcher: Batcher<'a>,
-    /// To be scored in the next pass.
-    texts: Vec<Score>,
-    /// Index and channel of each answer under way, by the batcher's id.
-    clients: HashMap<u64, (usize, mpsc::UnboundedSender<Reply>)>,
-    jobs: mpsc::Receiver<Job>,
+    /// Texts for the next scoring pass.
+    texts: Vec<ScoreJob>,
+    /// Index and channel of each running answer, by the id that the batcher gave it.
+    clients: HashMap<u64, (usize, mpsc::UnboundedSender<AnswerUpdate>)>,
+    jobs: mpsc::Receiver<EngineJob>,
 }
 
 impl Engine<'_> {
-    /// Fills the free slots; waits for a job while there is nothing to do. False at the end.
+    /// Fills the free slots, and blocks while there is no work. Returns false once every sender is
+    /// dropped and no work is left.
     fn admit(&mut self) -> bool {
         while self.batcher.has_free_slot() && self.tokens_to_score() < SCORED_TOKENS_PER_PASS {
             let job = if self.batcher.is_idle() && self.texts.is_empty() {
@@ -100,9 +102,9 @@ impl Engine<'_> {
                 }
             };
             match job {
-                Job::Answer(answer) if !answer.reply.is_closed() => self.start(answer),
-                Job::Score(text) if !text.reply.is_closed() => self.texts.push(text),
-                Job::Answer(_) | Job::Score(_) => {}
+                EngineJob::Generate(answer) if !answer.reply.is_closed() => self.start(answer),
+                EngineJob::Score(text) if !text.reply.is_closed() => self.texts.push(text),
+                EngineJob::Generate(_) | EngineJob::Score(_) => {}
             }
         }
         true
@@ -112,7 +114,7 @@ impl Engine<'_> {
         self.texts.iter().map(|text| text.ids.len()).sum()
     }
 
-    fn start(&mut self, answer: Answer) {
+    fn start(&mut self, answer: GenerateJob) {
         match self.batcher.submit(answer.prompt, &answer.options) {
             Ok(id) => {
                 self.clients.insert(id, (answer.index, answer.reply));
@@ -121,7 +123,7 @@ impl Engine<'_> {
         }
     }
 
-    /// One forward pass over all texts that are to be scored.
+    /// Scores all waiting texts in one forward pass.
     fn score(&mut self) {
         let texts = std::mem::take(&mut self.texts);
         if texts.is_empty() {
@@ -144,20 +146,21 @@ impl Engine<'_> {
         for (at, text) in texts.into_iter().enumerate() {
             let choices = scored
                 .as_ref()
-                .map(|of_all| of_all[at].clone())
+                .map(|choices| choices[at].clone())
                 .map_err(String::clone);
-            let _gone = text.reply.send(choices);
+            // The client may have disconnected.
+            let _ = text.reply.send(choices);
         }
     }
 
-    fn drop_deserted(&mut self) {
+    fn cancel_disconnected(&mut self) {
         self.clients.retain(|&id, (_, reply)| {
-            let deserted = reply.is_closed();
-            if deserted {
-                tracing::debug!(id, "the client has gone; its answer is given up");
+            let disconnected = reply.is_closed();
+            if disconnected {
+                tracing::debug!(id, "client disconnected; its answer is cancelled");
                 self.batcher.cancel(id);
             }
-            !deserted
+            !disconnected
         });
     }
 
@@ -180,17 +183,22 @@ impl Engine<'_> {
     }
 
     fn deliver(&mut self, update: TokenUpdate) {
-        let (id, last) = (update.id, update.finish_reason.is_some());
+        let id = update.id;
+        let is_last = update.finish_reason.is_some();
         if let Some((index, reply)) = self.clients.get(&id) {
             send(reply, *index, Ok(update));
         }
-        if last {
+        if is_last {
             self.clients.remove(&id);
         }
     }
 }
 
-/// A client that has gone is found out by [`Engine::drop_deserted`].
-fn send(reply: &mpsc::UnboundedSender<Reply>, index: usize, update: Result<TokenUpdate, String>) {
-    let _gone = reply.send(Reply { index, update });
+/// Ignores a closed channel: [`Engine::cancel_disconnected`] handles disconnected clients.
+fn send(
+    reply: &mpsc::UnboundedSender<AnswerUpdate>,
+    index: usize,
+    update: Result<TokenUpdate, String>,
+) {
+    let _ = reply.send(AnswerUpdate { index, update });
 }

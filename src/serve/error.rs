@@ -1,4 +1,4 @@
-//! Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+//! Errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -6,9 +6,9 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-/// Why a request is refused.
+/// A response with an error: its status and body.
 #[derive(Debug)]
-pub(crate) struct ApiError {
+pub(crate) struct ErrorResponse {
     status: StatusCode,
     body: ErrorBody,
 }
@@ -17,12 +17,12 @@ pub(crate) struct ApiError {
 struct ErrorBody {
     message: String,
     r#type: &'static str,
-    /// The field of the request that is at fault.
+    /// Name of the invalid request field.
     param: Option<&'static str>,
     code: Option<&'static str>,
 }
 
-impl ApiError {
+impl ErrorResponse {
     fn new(status: StatusCode, message: String) -> Self {
         let r#type = if status.is_server_error() {
             "server_error"
@@ -40,45 +40,45 @@ impl ApiError {
         }
     }
 
-    /// 400: the request as a whole is no good.
+    /// 400: the request is invalid as a whole.
     pub(crate) fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, message.into())
     }
 
-    /// 400: one field is no good.
+    /// 400: one field is invalid.
     pub(crate) fn bad_field(param: &'static str, message: impl Into<String>) -> Self {
         let mut error = Self::bad_request(message);
         error.body.param = Some(param);
         error
     }
 
-    /// 400: the prompt in `field` leaves no room for an answer.
+    /// 400: the prompt in `field` does not fit the context.
     pub(crate) fn context_length_exceeded(
         field: &'static str,
         tokens: usize,
         context: usize,
     ) -> Self {
-        let has = if field == "messages" { "have" } else { "has" };
         let mut error = Self::bad_field(
             field,
             format!(
-                "this model's context is {context} tokens, and the {field} {has} {tokens}: shorten it"
+                "`{field}` is too long: {tokens} tokens, but the model's context is {context} \
+                 tokens; shorten it"
             ),
         );
         error.body.code = Some("context_length_exceeded");
         error
     }
 
-    /// 404: another model is served.
+    /// 404: the requested model is not the served one.
     pub(crate) fn model_not_found(asked: &str, served: &str) -> Self {
-        let message = format!("the model `{asked}` does not exist; this server has `{served}`");
+        let message = format!("the model `{asked}` does not exist; this server serves `{served}`");
         let mut error = Self::new(StatusCode::NOT_FOUND, message);
         error.body.param = Some("model");
         error.body.code = Some("model_not_found");
         error
     }
 
-    /// Anything that HTTP itself has a status for: 404, 405, 413.
+    /// An error of HTTP itself: 404, 405 or 413.
     pub(crate) fn http(status: StatusCode, message: String) -> Self {
         Self::new(status, message)
     }
@@ -88,19 +88,19 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message.into())
     }
 
-    /// 503: as many requests wait as may wait.
+    /// 503: the queue is full.
     pub(crate) fn overloaded() -> Self {
         let message = "the queue is full; try again later".to_string();
         Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
-    /// The body; also sent as an event, where the stream has begun and the status is gone.
+    /// The JSON body. Once a stream has begun, it is sent as an event, since the status is sent already.
     pub(crate) fn body(&self) -> Value {
         json!({ "error": self.body })
     }
 }
 
-impl IntoResponse for ApiError {
+impl IntoResponse for ErrorResponse {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
         if self.status == StatusCode::SERVICE_UNAVAILABLE {

@@ -1,10 +1,25 @@
 //! An OpenAI-compatible server over a local model.
 //!
-//! Two threads: one runs HTTP (axum), the other owns the model (`engine`) and shares its forward
-//! passes among all requests. There is no authentication and no TLS: listen on loopback, or put a
-//! proxy in front.
+//! Two threads: one runs HTTP (axum), the other owns the model and shares its forward passes among
+//! all requests. There is no authentication and no TLS: listen on loopback, or use a proxy.
 //!
-//! [`mock`] is another server for the same clients: a scripted teacher that fails on purpose.
+//! | file | content |
+//! |---|---|
+//! | `mod` | [`start`], [`Server`], shutdown |
+//! | `app`, `state` | routes; the state that the handlers share |
+//! | `chat`, `completions` | the handlers of the two completion routes |
+//! | `request`, `fields` | parsing and validation of request bodies |
+//! | `answers` | queues jobs and collects their results |
+//! | `engine` | the thread that owns the model |
+//! | `wire`, `error` | response bodies; error bodies |
+//!
+//! # Invariants
+//!
+//! 1. All answers of a request are queued, or none is (503).
+//! 2. The queue is bounded, and a disconnected client frees its slots.
+//! 3. An invalid field is rejected with its name; unknown fields are ignored.
+//!
+//! [`crate::mock`] is another server for the same clients: a scripted teacher that fails on purpose.
 
 pub(crate) mod answers;
 pub(crate) mod app;
@@ -32,22 +47,22 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::model::Model;
-use crate::serve::state::App;
+use crate::serve::state::AppState;
 use crate::tokenizer::Tokenizer;
 
-/// How long answers under way may take after a shutdown began.
-const GRACE: Duration = Duration::from_secs(30);
+/// Time that running answers have to finish after a shutdown began.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
     pub host: IpAddr,
-    /// 0 takes a free port; see [`Server::base_url`].
+    /// TCP port; 0 selects a free one (see [`Server::base_url`]).
     pub port: u16,
-    /// The name that requests must ask for. None: the model folder's name.
+    /// Model name that requests must use; by default the name of the model folder.
     pub model_name: Option<String>,
-    /// Answers generated at once.
+    /// Maximum number of answers generated at the same time.
     pub batch_size: usize,
-    /// Answers that may wait for a slot; further requests get 503.
+    /// Maximum number of queued answers; a request beyond it gets 503.
     pub queue: usize,
 }
 
@@ -63,35 +78,34 @@ impl Default for ServeOptions {
     }
 }
 
-/// A running server. It has threads of its own, so it can be held from synchronous and from async
-/// code alike. Dropping it stops it at once; answers under way are cut off.
+/// A running server. It runs on its own threads, so both synchronous and async code can hold it.
+/// Dropping it stops it immediately and cuts off running answers.
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
     model_name: String,
-    stop: Stop,
+    stop: ShutdownTokens,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// How the HTTP thread learns of the end.
+/// Signals that stop the HTTP thread.
 #[derive(Debug, Clone)]
-struct Stop {
-    /// Accept no more connections, and finish the answers under way.
+struct ShutdownTokens {
+    /// Stops accepting connections; running answers finish.
     drain: CancellationToken,
-    /// Finish nothing. Implies `drain`, which is its child.
-    at_once: CancellationToken,
+    /// Cuts off running answers too. It cancels `drain`, its child token.
+    immediate: CancellationToken,
 }
 
-/// Loads the model in `model_dir` (a Hugging Face folder) and serves it.
-///
-/// Returns once the server accepts connections.
+/// Loads the model in `model_dir` (a Hugging Face folder), serves it, and returns once the server
+/// accepts connections.
 pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     let model_name = match options.model_name {
         Some(name) => name,
         None => folder_name(model_dir)?,
     };
     let address = SocketAddr::new(options.host, options.port);
-    // Before the model is loaded, since that takes long and a port in use is a common mistake.
+    // Bind before loading the model: loading is slow, and a port in use is a common error.
     let listener = TcpListener::bind(address)
         .with_context(|| format!("cannot listen on {address}; choose another port"))?;
     listener.set_nonblocking(true)?;
@@ -102,7 +116,7 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     let tokenizer = Arc::new(tokenizer);
     tokenizer.check_fits(model.config().vocab_size)?;
     let (jobs, queue) = mpsc::channel(options.queue.max(1));
-    let router = app::router(App {
+    let router = app::router(AppState {
         model: model_name.clone(),
         fingerprint: fingerprint(model_dir)?,
         started: jiff::Timestamp::now().as_second(),
@@ -111,10 +125,10 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
         tokenizer: Arc::clone(&tokenizer),
         jobs,
     });
-    let at_once = CancellationToken::new();
-    let stop = Stop {
-        drain: at_once.child_token(),
-        at_once,
+    let immediate = CancellationToken::new();
+    let stop = ShutdownTokens {
+        drain: immediate.child_token(),
+        immediate,
     };
     let serving = serve_http(listener, router, stop.clone());
     let runtime = Builder::new_current_thread().enable_all().build()?;
@@ -139,18 +153,18 @@ fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHan
 }
 
 impl Server {
-    /// For clients: `http://127.0.0.1:PORT/v1`.
+    /// Base URL for clients: `http://127.0.0.1:PORT/v1`.
     pub fn base_url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
 
-    /// The name that requests must ask for.
+    /// Model name that requests must use.
     pub fn model_name(&self) -> &str {
         &self.model_name
     }
 
-    /// Accepts no more connections, lets the answers under way finish (for up to 30 seconds), and
-    /// returns when all is over. It blocks: in async code, call it from a blocking task.
+    /// Stops accepting connections, waits up to 30 seconds for running answers, and returns once all
+    /// threads have ended. It blocks: in async code, call it from a blocking task.
     pub fn shutdown(mut self) -> Result<()> {
         self.stop.drain.cancel();
         self.join()
@@ -169,37 +183,41 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.stop.at_once.cancel();
+        self.stop.immediate.cancel();
         if let Err(error) = self.join() {
             tracing::error!("{error:#}");
         }
     }
 }
 
-/// Serves until it is told to stop. The router goes with it, and with the router the last sender
-/// of jobs, which ends the engine.
-async fn serve_http(listener: TcpListener, router: axum::Router, stop: Stop) -> io::Result<()> {
+/// Serves until a token of `stop` is cancelled. Dropping the router then drops the last sender of
+/// jobs, which ends the engine.
+async fn serve_http(
+    listener: TcpListener,
+    router: axum::Router,
+    stop: ShutdownTokens,
+) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?.tap_io(|stream| {
-        // Without this, small events of a stream wait for the client's acknowledgement.
+        // With Nagle's algorithm, small stream events would wait for the client's acknowledgement.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!("cannot set TCP_NODELAY: {error}");
         }
     });
     let drained = stop.drain.clone().cancelled_owned();
     let serving = axum::serve(listener, router).with_graceful_shutdown(drained);
-    let overdue = async {
+    let timed_out = async {
         stop.drain.cancelled().await;
-        tokio::time::sleep(GRACE).await;
-        tracing::warn!("answers still under way after {GRACE:?} are given up");
+        tokio::time::sleep(SHUTDOWN_TIMEOUT).await;
+        tracing::warn!("answers still running after {SHUTDOWN_TIMEOUT:?} are cancelled");
     };
     tokio::select! {
         served = serving => served,
-        () = overdue => Ok(()),
-        () = stop.at_once.cancelled() => Ok(()),
+        () = timed_out => Ok(()),
+        () = stop.immediate.cancelled() => Ok(()),
     }
 }
 
-/// The last part of the model folder's path.
+/// Returns the last component of the model folder's path.
 fn folder_name(model_dir: &Path) -> Result<String> {
     let path = model_dir
         .canonicalize()
@@ -208,10 +226,13 @@ fn folder_name(model_dir: &Path) -> Result<String> {
     Ok(name.to_string_lossy().into_owned())
 }
 
-/// A hash of the config and the weights: a client that records it can tell that the model changed.
+/// Hash of the config and the weights, with which clients detect that the model changed.
 fn fingerprint(model_dir: &Path) -> Result<String> {
     let is_model = |path: &Path| {
-        path.ends_with("config.json") || path.extension().is_some_and(|end| end == "safetensors")
+        path.ends_with("config.json")
+            || path
+                .extension()
+                .is_some_and(|extension| extension == "safetensors")
     };
     let mut paths = Vec::new();
     for entry in model_dir.read_dir()? {

@@ -1,29 +1,29 @@
-//! The body of a chat completion request -> one validated value.
+//! Parses and validates the body of a chat completion request.
 
 use serde::Deserialize;
 
-use super::error::ApiError;
-use super::fields::{Fields, MAX_TOP_LOGPROBS};
+use super::error::ErrorResponse;
+use super::fields::{MAX_TOP_LOGPROBS, RequestFields};
 use crate::model::batcher::GenerateOptions;
 use crate::prompt::message::Message;
 
-/// What a client asks for.
+/// A validated chat completion request.
 #[derive(Debug)]
 pub(crate) struct ChatRequest {
     pub model: String,
     pub messages: Vec<Message>,
-    /// `max_tokens` is unbounded where the client sets none.
+    /// `max_tokens` is `usize::MAX` if the client sets none.
     pub options: GenerateOptions,
-    /// Answers wanted.
+    /// Number of answers.
     pub n: usize,
-    /// vLLM's `continue_final_message`: the last message is an answer that has begun.
-    pub continues: bool,
-    /// See [`Fields::prompt_logprobs`].
+    /// vLLM's `continue_final_message`: the answer continues the last message.
+    pub continue_final: bool,
+    /// See [`RequestFields::prompt_logprobs`].
     pub prompt_logprobs: Option<usize>,
-    /// vLLM's `return_token_ids`: tell the prompt's.
+    /// vLLM's `return_token_ids`: return the token ids of the prompt.
     pub prompt_ids: bool,
     pub stream: bool,
-    /// End the stream with a chunk that carries the usage.
+    /// Whether the stream ends with a chunk that contains the usage.
     pub include_usage: bool,
 }
 
@@ -31,15 +31,14 @@ impl ChatRequest {
     /// Reads a request body.
     ///
     /// # Errors
-    ///
-    /// 400 with the field at fault.
-    pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let fields = Fields::parse(body)?;
+    /// 400 that names the invalid field.
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, ErrorResponse> {
+        let fields = RequestFields::parse(body)?;
         let stream = fields.get("stream")?.unwrap_or(false);
         let stream_options: Option<StreamOptions> = fields.get("stream_options")?;
         if stream_options.is_some() && !stream {
-            let message = "`stream_options` needs `stream: true`";
-            return Err(ApiError::bad_field("stream_options", message));
+            let message = "`stream_options` requires `stream: true`";
+            return Err(ErrorResponse::bad_field("stream_options", message));
         }
         Ok(Self {
             model: fields.require("model")?,
@@ -51,7 +50,7 @@ impl ChatRequest {
                 top_logprobs: top_logprobs(&fields)?,
             },
             n: fields.n()?,
-            continues: continues(&fields)?,
+            continue_final: continue_final(&fields)?,
             prompt_logprobs: prompt_logprobs(&fields, stream)?,
             prompt_ids: fields.get("return_token_ids")?.unwrap_or(false),
             stream,
@@ -69,26 +68,26 @@ struct StreamOptions {
 #[derive(Deserialize)]
 struct WireMessage {
     role: String,
-    content: Option<Content>,
+    content: Option<MessageContent>,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a string or a list of text parts")]
-enum Content {
+enum MessageContent {
     Text(String),
     Parts(Vec<TextPart>),
 }
 
-/// A part of another type (an image, audio) has no `text` and is refused: the model cannot see it.
+/// A text part. Parts of other types (images, audio) have no `text` and are rejected.
 #[derive(Deserialize)]
 struct TextPart {
     text: String,
 }
 
-fn messages(fields: &Fields) -> Result<Vec<Message>, ApiError> {
+fn messages(fields: &RequestFields) -> Result<Vec<Message>, ErrorResponse> {
     let messages: Vec<WireMessage> = fields.require("messages")?;
     if messages.is_empty() {
-        return Err(ApiError::bad_field("messages", "`messages` is empty"));
+        return Err(ErrorResponse::bad_field("messages", "`messages` is empty"));
     }
     Ok(messages
         .into_iter()
@@ -99,60 +98,62 @@ fn messages(fields: &Fields) -> Result<Vec<Message>, ApiError> {
 impl WireMessage {
     fn into_message(self) -> Message {
         Message {
-            // OpenAI's newer name for the same thing; chat templates know the old one.
+            // `developer` is OpenAI's newer name for `system`; chat templates use the old name.
             role: match self.role.as_str() {
                 "developer" => "system".into(),
                 _ => self.role,
             },
             content: match self.content {
-                Some(Content::Text(text)) => text,
-                Some(Content::Parts(parts)) => parts.into_iter().map(|part| part.text).collect(),
+                Some(MessageContent::Text(text)) => text,
+                Some(MessageContent::Parts(parts)) => {
+                    parts.into_iter().map(|part| part.text).collect()
+                }
                 None => String::new(),
             },
         }
     }
 }
 
-fn max_tokens(fields: &Fields) -> Result<usize, ApiError> {
+fn max_tokens(fields: &RequestFields) -> Result<usize, ErrorResponse> {
     let old = fields.within("max_tokens", 1, usize::MAX)?;
     let new = fields.within("max_completion_tokens", 1, usize::MAX)?;
     Ok(new.or(old).unwrap_or(usize::MAX))
 }
 
-/// As in vLLM, `add_generation_prompt` begins a new answer, and is on where nothing is said.
-fn continues(fields: &Fields) -> Result<bool, ApiError> {
-    let continues = fields.get("continue_final_message")?.unwrap_or(false);
-    let begins = fields.get("add_generation_prompt")?.unwrap_or(true);
-    match continues != begins {
-        true => Ok(continues),
-        false => Err(ApiError::bad_field(
+/// As in vLLM, `add_generation_prompt` starts a new answer and is true by default.
+fn continue_final(fields: &RequestFields) -> Result<bool, ErrorResponse> {
+    let continue_final = fields.get("continue_final_message")?.unwrap_or(false);
+    let add_generation_prompt = fields.get("add_generation_prompt")?.unwrap_or(true);
+    if continue_final == add_generation_prompt {
+        return Err(ErrorResponse::bad_field(
             "continue_final_message",
-            "either `add_generation_prompt` (the default) or `continue_final_message`: set one to true \
-             and the other to false",
-        )),
+            "set exactly one of `continue_final_message` and `add_generation_prompt` (the default) to \
+             true",
+        ));
     }
+    Ok(continue_final)
 }
 
-fn prompt_logprobs(fields: &Fields, stream: bool) -> Result<Option<usize>, ApiError> {
+fn prompt_logprobs(fields: &RequestFields, stream: bool) -> Result<Option<usize>, ErrorResponse> {
     let wanted = fields.prompt_logprobs()?;
     if wanted.is_some() && stream {
-        let message = "`prompt_logprobs` cannot be streamed";
-        return Err(ApiError::bad_field("prompt_logprobs", message));
+        let message = "`prompt_logprobs` is not supported with `stream: true`";
+        return Err(ErrorResponse::bad_field("prompt_logprobs", message));
     }
     Ok(wanted)
 }
 
-fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
+fn top_logprobs(fields: &RequestFields) -> Result<Option<usize>, ErrorResponse> {
     let wanted = fields.get("logprobs")?.unwrap_or(false);
     let top = fields.within("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
-    match (wanted, top) {
-        (true, top) => Ok(Some(top.unwrap_or(0))),
-        (false, None) => Ok(None),
-        (false, Some(_)) => {
-            let message = "`top_logprobs` needs `logprobs: true`";
-            Err(ApiError::bad_field("top_logprobs", message))
-        }
+    if wanted {
+        return Ok(Some(top.unwrap_or(0)));
     }
+    if top.is_some() {
+        let message = "`top_logprobs` requires `logprobs: true`";
+        return Err(ErrorResponse::bad_field("top_logprobs", message));
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -161,7 +162,7 @@ mod tests {
 
     use super::*;
 
-    fn parse(extra: Value) -> Result<ChatRequest, ApiError> {
+    fn parse(extra: Value) -> Result<ChatRequest, ErrorResponse> {
         let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
         let extra = extra.as_object().cloned().unwrap_or_default();
         body.as_object_mut().unwrap().extend(extra);
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn absent_and_null_fields_take_openai_s_defaults() {
+    fn absent_and_null_fields_use_openai_defaults() {
         for extra in [
             json!({}),
             json!({"n": null, "temperature": null, "stop": null}),
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn content_is_a_string_or_text_parts() {
+    fn content_accepts_string_or_text_parts() {
         let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
         let request = parse(json!({"messages": [
             {"role": "developer", "content": parts},
@@ -200,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_fields_are_ignored_and_known_ones_read() {
+    fn unknown_fields_are_ignored() {
         let request = parse(json!({
             "user": "u", "tools": [], "max_tokens": 9, "max_completion_tokens": 5, "seed": -1,
             "stop": "x", "logprobs": true, "top_logprobs": 20, "n": 16,
@@ -214,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_field_is_named() {
+    fn invalid_field_is_named_in_the_error() {
         let image = json!([{"type": "image_url", "image_url": {"url": "x"}}]);
         for (field, extra) in [
             ("model", json!({"model": null})),

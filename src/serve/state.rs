@@ -1,68 +1,72 @@
-//! TODO
+//! State shared by the request handlers.
 
-use crate::serve::engine::Job;
-use crate::serve::error::ApiError;
-use crate::serve::wire::Head;
+use crate::serve::engine::EngineJob;
+use crate::serve::error::ErrorResponse;
+use crate::serve::wire::ResponseHead;
 use crate::tokenizer::Tokenizer;
 use serde_json::Value;
 use serde_json::json;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
-/// What the handlers share.
-pub(crate) struct App {
-    /// The name that requests must ask for.
+/// The served model as the handlers see it, and the queue of its engine.
+pub(crate) struct AppState {
+    /// Model name that requests must use.
     pub model: String,
     pub fingerprint: String,
     /// Unix time in seconds.
     pub started: i64,
     /// The model's context length in tokens.
     pub context: usize,
-    /// Ids from here on are no tokens, or have no embedding.
+    /// Number of valid token ids: those below it have both a token and an embedding.
     pub tokens: usize,
     pub tokenizer: Arc<Tokenizer>,
-    pub jobs: mpsc::Sender<Job>,
+    pub jobs: mpsc::Sender<EngineJob>,
 }
 
-impl App {
-    /// # Errors
+impl AppState {
+    /// Checks the model name of a request.
     ///
-    /// 404 where another model is asked for.
-    pub(crate) fn check_model(&self, asked: &str) -> Result<(), ApiError> {
+    /// # Errors
+    /// 404 if it is not the served model.
+    pub(crate) fn check_model(&self, asked: &str) -> Result<(), ErrorResponse> {
         if asked == self.model {
             Ok(())
         } else {
-            Err(ApiError::model_not_found(asked, &self.model))
+            Err(ErrorResponse::model_not_found(asked, &self.model))
         }
     }
 
-    /// # Errors
+    /// Checks that a prompt of `tokens` tokens fits the context. If an answer follows, at least one
+    /// more token must fit.
     ///
-    /// 400 where a prompt of so many tokens, in `field`, does not fit the model; with an answer to come
-    /// it must leave room for one more.
+    /// # Errors
+    /// 400 that names `field`.
     pub(crate) fn check_length(
         &self,
         field: &'static str,
         tokens: usize,
         is_answered: bool,
-    ) -> Result<(), ApiError> {
-        match tokens + usize::from(is_answered) > self.context {
-            true => Err(ApiError::context_length_exceeded(
+    ) -> Result<(), ErrorResponse> {
+        if tokens + usize::from(is_answered) > self.context {
+            return Err(ErrorResponse::context_length_exceeded(
                 field,
                 tokens,
                 self.context,
-            )),
-            false => Ok(()),
+            ));
         }
+        Ok(())
     }
 
-    /// The fields that every object of a new answer repeats.
-    pub(crate) fn head(&self, object: &'static str) -> Head {
-        Head {
-            id: match object.starts_with("chat") {
-                true => format!("chatcmpl-{:032x}", fastrand::u128(..)),
-                false => format!("cmpl-{:032x}", fastrand::u128(..)),
-            },
+    /// Makes the fields that all objects of one response share, with a new id.
+    pub(crate) fn head(&self, object: &'static str) -> ResponseHead {
+        let prefix = if object.starts_with("chat") {
+            "chatcmpl"
+        } else {
+            "cmpl"
+        };
+        ResponseHead {
+            id: format!("{prefix}-{:032x}", fastrand::u128(..)),
             object,
             created: jiff::Timestamp::now().as_second(),
             model: self.model.clone(),
@@ -70,7 +74,7 @@ impl App {
         }
     }
 
-    pub(crate) fn card(&self) -> Value {
+    pub(crate) fn model_json(&self) -> Value {
         json!({
             "id": self.model,
             "object": "model",

@@ -1,4 +1,4 @@
-//! The answers as JSON, in OpenAI's shapes.
+//! Response bodies, serialised in OpenAI's formats.
 
 use std::borrow::Cow;
 
@@ -9,25 +9,28 @@ use crate::model::batcher::FinishReason;
 use crate::model::sampling::TokenLogprobs;
 use crate::tokenizer::Tokenizer;
 
-/// What every object of one answer repeats.
+/// Lower bound of logprobs. OpenAI sends it for "very unlikely", since JSON has no infinity.
+const LOWEST_LOGPROB: f32 = -9999.0;
+
+/// The fields that all objects of one response share.
 #[derive(Debug, Clone, Serialize)]
-pub(crate) struct Head {
+pub(crate) struct ResponseHead {
     pub id: String,
     pub object: &'static str,
     /// Unix time in seconds.
     pub created: i64,
     pub model: String,
-    /// Names the weights: another fingerprint, another model.
+    /// Hash of the model's config and weights.
     pub system_fingerprint: String,
 }
 
 #[derive(Debug, Serialize)]
-pub(crate) struct Completion<'a> {
+pub(crate) struct ChatCompletion<'a> {
     #[serde(flatten)]
-    pub head: &'a Head,
-    pub choices: Vec<CompletionChoice<'a>>,
-    pub usage: Usage,
-    /// vLLM's, where it is asked for.
+    pub head: &'a ResponseHead,
+    pub choices: Vec<ChatChoice<'a>>,
+    pub usage: TokenUsage,
+    /// vLLM's extension; sent only if requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_logprobs: Option<PromptLogprobs<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -35,10 +38,10 @@ pub(crate) struct Completion<'a> {
 }
 
 #[derive(Debug, Serialize)]
-pub(crate) struct CompletionChoice<'a> {
+pub(crate) struct ChatChoice<'a> {
     pub index: usize,
     pub message: AssistantMessage,
-    pub logprobs: Option<Logprobs<'a>>,
+    pub logprobs: Option<ChatLogprobs<'a>>,
     pub finish_reason: Option<FinishReason>,
 }
 
@@ -51,40 +54,40 @@ pub(crate) struct AssistantMessage {
 
 /// One event of a stream.
 #[derive(Debug, Serialize)]
-pub(crate) struct Chunk<'a> {
+pub(crate) struct ChatChunk<'a> {
     #[serde(flatten)]
-    pub head: &'a Head,
-    pub choices: Vec<ChunkChoice<'a>>,
-    /// Where the client asks for usage: null in every chunk but the last.
+    pub head: &'a ResponseHead,
+    pub choices: Vec<ChatChunkChoice<'a>>,
+    /// Sent only if requested: null in every chunk except the last.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Option<Usage>>,
+    pub usage: Option<Option<TokenUsage>>,
 }
 
 #[derive(Debug, Serialize)]
-pub(crate) struct ChunkChoice<'a> {
+pub(crate) struct ChatChunkChoice<'a> {
     pub index: usize,
-    pub delta: Delta,
-    pub logprobs: Option<Logprobs<'a>>,
+    pub delta: MessageDelta,
+    pub logprobs: Option<ChatLogprobs<'a>>,
     pub finish_reason: Option<FinishReason>,
 }
 
 #[derive(Debug, Default, Serialize)]
-pub(crate) struct Delta {
+pub(crate) struct MessageDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
 }
 
-/// Tokens, as OpenAI counts them: the end of the turn is one of the completion's.
+/// Token counts as OpenAI defines them: the end-of-turn token counts as a completion token.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
-pub(crate) struct Usage {
+pub(crate) struct TokenUsage {
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
     pub total_tokens: usize,
 }
 
-impl Usage {
+impl TokenUsage {
     pub(crate) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
         Self {
             prompt_tokens,
@@ -95,34 +98,34 @@ impl Usage {
 }
 
 #[derive(Debug, Serialize)]
-pub(crate) struct Logprobs<'a> {
-    content: Vec<Position<'a>>,
-    refusal: Option<Vec<Position<'a>>>,
+pub(crate) struct ChatLogprobs<'a> {
+    content: Vec<TokenPosition<'a>>,
+    refusal: Option<Vec<TokenPosition<'a>>>,
 }
 
 #[derive(Debug, Serialize)]
-struct Position<'a> {
+struct TokenPosition<'a> {
     #[serde(flatten)]
-    chosen: Token<'a>,
-    top_logprobs: Vec<Token<'a>>,
+    chosen: TokenLogprob<'a>,
+    top_logprobs: Vec<TokenLogprob<'a>>,
 }
 
-/// A token by its text and, exactly, by its bytes: a token that is part of a character has the
-/// replacement character in its text.
+/// A token with its text and its bytes. The text of a token that is part of a character contains the
+/// replacement character; the bytes are exact.
 #[derive(Debug, Serialize)]
-struct Token<'a> {
+struct TokenLogprob<'a> {
     token: Cow<'a, str>,
     logprob: f32,
-    /// Empty for control tokens: the end of the turn, for one, adds no bytes to the text.
+    /// Empty for control tokens such as the end of the turn, which add no bytes to the text.
     bytes: &'a [u8],
 }
 
-impl<'a> Logprobs<'a> {
+impl<'a> ChatLogprobs<'a> {
     pub(crate) fn new(choices: &[TokenLogprobs], tokenizer: &'a Tokenizer) -> Self {
-        let token = |id, logprob| Token::new(id, logprob, tokenizer);
+        let token = |id, logprob| TokenLogprob::new(id, logprob, tokenizer);
         let content = choices
             .iter()
-            .map(|choice| Position {
+            .map(|choice| TokenPosition {
                 chosen: token(choice.id, choice.logprob),
                 top_logprobs: choice
                     .top
@@ -138,7 +141,7 @@ impl<'a> Logprobs<'a> {
     }
 }
 
-impl<'a> Token<'a> {
+impl<'a> TokenLogprob<'a> {
     fn new(id: u32, logprob: f32, tokenizer: &'a Tokenizer) -> Self {
         let (token, bytes) = match tokenizer.token_bytes(id) {
             Some(bytes) => (String::from_utf8_lossy(bytes), bytes),
@@ -152,20 +155,21 @@ impl<'a> Token<'a> {
     }
 }
 
-/// The logprobs of a prompt as vLLM tells them: of each position an object by token id, the token that
-/// is there first, then the likeliest ones; null at the first, which nothing comes before.
+/// The logprobs of a prompt in vLLM's format: an object for each position, with token ids as keys.
+/// The prompt's own token comes first, then the most likely ones. The first position is null, since no
+/// token precedes it.
 #[derive(Debug, Serialize)]
 #[serde(transparent)]
 pub(crate) struct PromptLogprobs<'a>(Vec<Option<PromptPosition<'a>>>);
 
-/// Keeps its order.
+/// A map that is serialised in the order of its entries.
 #[derive(Debug)]
 struct PromptPosition<'a>(Vec<(u32, PromptToken<'a>)>);
 
 #[derive(Debug, Serialize)]
 struct PromptToken<'a> {
     logprob: f32,
-    /// Among the likeliest, from 1; null where it is none of those told.
+    /// Rank among the most likely tokens, from 1; null if the token is not among those returned.
     rank: Option<usize>,
     decoded_token: Cow<'a, str>,
 }
@@ -177,7 +181,8 @@ impl Serialize for PromptPosition<'_> {
 }
 
 impl<'a> PromptLogprobs<'a> {
-    /// Of `choices`, which are those of every token but the first, with the `top` likeliest at each.
+    /// Converts `choices` (those of every token except the first), with the `top` most likely tokens
+    /// at each position.
     pub(crate) fn new(choices: &[TokenLogprobs], top: usize, tokenizer: &'a Tokenizer) -> Self {
         let position = |choice: &TokenLogprobs| {
             let likeliest = &choice.top[..top.min(choice.top.len())];
@@ -190,7 +195,7 @@ impl<'a> PromptLogprobs<'a> {
             let others = likeliest.iter().filter(|top| top.0 != choice.id);
             let tokens = std::iter::once((choice.id, choice.logprob)).chain(others.copied());
             let tokens = tokens.map(|(id, logprob)| {
-                let Token { token, logprob, .. } = Token::new(id, logprob, tokenizer);
+                let TokenLogprob { token, logprob, .. } = TokenLogprob::new(id, logprob, tokenizer);
                 let token = PromptToken {
                     logprob,
                     rank: rank(id),
@@ -208,13 +213,13 @@ impl<'a> PromptLogprobs<'a> {
     }
 }
 
-/// An answer to a plain text, in the older shape.
+/// The response of `/v1/completions`, in OpenAI's older format.
 #[derive(Debug, Serialize)]
 pub(crate) struct TextCompletion<'a> {
     #[serde(flatten)]
-    pub head: &'a Head,
+    pub head: &'a ResponseHead,
     pub choices: Vec<TextChoice<'a>>,
-    pub usage: Usage,
+    pub usage: TokenUsage,
 }
 
 #[derive(Debug, Serialize)]
@@ -223,62 +228,66 @@ pub(crate) struct TextChoice<'a> {
     pub text: String,
     pub logprobs: Option<TextLogprobs<'a>>,
     pub finish_reason: FinishReason,
-    /// vLLM's, where it is asked for.
+    /// vLLM's extension; sent only if requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_logprobs: Option<PromptLogprobs<'a>>,
 }
 
-/// Logprobs in columns, by the tokens' texts.
+/// Logprobs in columns; tokens are named by their texts.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct TextLogprobs<'a> {
-    /// Where each token begins, in characters.
+    /// Offset of each token in the text, in characters.
     text_offset: Vec<usize>,
-    /// null at the very first token of an echoed prompt, as is its `top_logprobs`.
+    /// Null at the first token of an echoed prompt; so is its entry in `top_logprobs`.
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<Cow<'a, str>>,
-    top_logprobs: Vec<Option<Top<'a>>>,
+    top_logprobs: Vec<Option<TopLogprobs<'a>>>,
 }
 
-/// Best first. Of tokens with the same text the best alone, since they are keys of an object.
+/// The most likely tokens, best first. Texts are keys of an object, so of several tokens with the
+/// same text only the best is kept.
 #[derive(Debug)]
-struct Top<'a>(Vec<(Cow<'a, str>, f32)>);
+struct TopLogprobs<'a>(Vec<(Cow<'a, str>, f32)>);
 
-impl Serialize for Top<'_> {
+impl Serialize for TopLogprobs<'_> {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.0.iter().map(|(token, logprob)| (token, logprob)))
     }
 }
 
 impl<'a> TextLogprobs<'a> {
-    /// Of an echoed text's `first` token, which nothing comes before, and of all that were chosen after,
-    /// with the `most` likeliest at each. With `as_ids` tokens are named `token_id:N`, which is exact where
-    /// they are parts of a character.
+    /// Converts the `first` token of an echoed text, if there is one, and all `choices` after it, with
+    /// the `top_count` most likely tokens at each position. With `as_ids`, tokens are named
+    /// `token_id:N`, which is exact even for parts of a character.
     pub(crate) fn new(
         first: Option<u32>,
         choices: impl Iterator<Item = &'a TokenLogprobs>,
-        most: usize,
+        top_count: usize,
         tokenizer: &'a Tokenizer,
         as_ids: bool,
     ) -> Self {
-        let name = |id: u32| match as_ids {
-            true => Cow::Owned(format!("token_id:{id}")),
-            false => Token::new(id, 0.0, tokenizer).token,
+        let name = |id: u32| {
+            if as_ids {
+                Cow::Owned(format!("token_id:{id}"))
+            } else {
+                TokenLogprob::new(id, 0.0, tokenizer).token
+            }
         };
         let mut columns = Self::default();
         let mut offset = 0;
-        let mut push = |id: u32, logprob: Option<f32>, top: Option<Top<'a>>| {
+        let mut push = |id: u32, logprob: Option<f32>, top: Option<TopLogprobs<'a>>| {
             columns.text_offset.push(offset);
             columns.token_logprobs.push(logprob);
             columns.tokens.push(name(id));
             columns.top_logprobs.push(top);
-            offset += Token::new(id, 0.0, tokenizer).token.chars().count();
+            offset += TokenLogprob::new(id, 0.0, tokenizer).token.chars().count();
         };
         if let Some(id) = first {
             push(id, None, None);
         }
         for choice in choices {
             let mut top: Vec<(Cow<str>, f32)> = Vec::with_capacity(choice.top.len());
-            for &(id, logprob) in choice.top.iter().take(most) {
+            for &(id, logprob) in choice.top.iter().take(top_count) {
                 let name = name(id);
                 if top.iter().all(|known| known.0 != name) {
                     top.push((name, logprob.max(MISSING_LOGPROB)));
@@ -287,7 +296,7 @@ impl<'a> TextLogprobs<'a> {
             push(
                 choice.id,
                 Some(choice.logprob.max(MISSING_LOGPROB)),
-                Some(Top(top)),
+                Some(TopLogprobs(top)),
             );
         }
         columns

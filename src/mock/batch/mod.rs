@@ -1,207 +1,239 @@
-//! Files and batches in OpenAI's dialect, on a clock of their own.
+//! OpenAI's file and batch API, on a virtual clock.
 //!
-//! Nothing runs in the background: a batch is a function of time, looked up when somebody asks.
-//! What is billed is billed when a batch comes to its end.
+//! Nothing runs in the background: the state of a batch is a function of time, computed on request.
+//! A batch is billed when it ends.
+//!
+//! | file | content |
+//! |---|---|
+//! | `mod` | [`BatchStore`]: the routes, all files and batches |
+//! | `upload` | multipart parsing |
+//! | `rows` | validation of the input file; the lines of the result files |
+//! | `job` | one batch: its rows, planned results and JSON |
+//! | `lifecycle` | the status of a batch at a time |
+//! | `context` | script and time of a request |
 
 pub(crate) mod context;
 pub(crate) mod job;
-pub(crate) mod life;
+pub(crate) mod lifecycle;
 pub(crate) mod rows;
 pub(crate) mod upload;
 
-use crate::mock::batch::context::Context;
+use crate::mock::batch::context::BatchContext;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::mock::batch::job::{AnswerRow, Batch, fates};
-use crate::mock::batch::life::{Life, Status};
-use crate::mock::batch::rows::mistake;
-use crate::mock::request::{Request, wrong_method};
-use crate::mock::response::{Reaction, Reply};
-use crate::mock::script::batch::Outcome;
+use crate::mock::batch::job::{AnswerRowFn, BatchJob, plan_rows};
+use crate::mock::batch::lifecycle::{BatchLifecycle, BatchStatus};
+use crate::mock::batch::rows::error_entry;
+use crate::mock::request::{MockRequest, method_not_allowed};
+use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::script::batch::BatchOutcome;
 
 /// All files and batches.
 #[derive(Debug, Default)]
-pub(crate) struct Desk {
-    files: BTreeMap<String, File>,
-    batches: Vec<Batch>,
-    /// For the names of files.
-    named: usize,
+pub(crate) struct BatchStore {
+    files: BTreeMap<String, StoredFile>,
+    batches: Vec<BatchJob>,
+    /// Number of file ids given so far.
+    files_named: usize,
 }
 
+/// An uploaded file or a result file.
 #[derive(Debug)]
-struct File {
+struct StoredFile {
     name: String,
     purpose: String,
     content: Bytes,
-    /// Since the start, and in virtual seconds.
-    visible: Duration,
+    /// Time since the start from which the file is found.
+    visible_at: Duration,
+    /// Virtual seconds since the start.
     created: f64,
 }
 
-impl Desk {
-    /// The reaction to a request, if it is for a file or a batch.
-    pub(crate) fn handle(&mut self, request: &Request, context: &Context) -> Option<Reaction> {
+impl BatchStore {
+    /// Handles a request to a file or batch route; returns `None` for other routes.
+    pub(crate) fn handle(
+        &mut self,
+        request: &MockRequest,
+        context: &BatchContext,
+    ) -> Option<MockResponse> {
         let (path, query) = request.path.split_once('?').unwrap_or((request.path, ""));
         let parts: Vec<&str> = path.strip_prefix("/v1/")?.split('/').collect();
         let reply = match (request.method, parts.as_slice()) {
             ("POST", ["files"]) => self.upload(request, context),
             ("GET", ["files"]) => self.list_files(context),
             ("GET", ["files", id]) => self.with_file(id, context, |file| {
-                Reply::json(200, file.card(id, context).to_string())
+                HttpReply::json(200, file.to_json(id, context).to_string())
             }),
-            ("GET", ["files", id, "content"]) => self.with_file(id, context, |file| Reply {
+            ("GET", ["files", id, "content"]) => self.with_file(id, context, |file| HttpReply {
                 content_type: "application/octet-stream",
-                ..Reply::json(200, file.content.clone())
+                ..HttpReply::json(200, file.content.clone())
             }),
             ("DELETE", ["files", id]) => self.delete(id, context),
             ("POST", ["batches"]) => return Some(self.create(request.body, context)),
             ("GET", ["batches"]) => self.list_batches(query, context),
             ("GET", ["batches", id]) => match self.batch(id) {
-                Some(batch) => Reply::json(200, batch.card(context).to_string()),
-                None => no_such("Batch", id, 404, "id"),
+                Some(batch) => HttpReply::json(200, batch.to_json(context).to_string()),
+                None => not_found("Batch", id, 404, "id"),
             },
             ("POST", ["batches", id, "cancel"]) => self.cancel(id, context),
-            (method, ["files" | "batches", ..]) => return Some(wrong_method(path, method)),
+            (method, ["files" | "batches", ..]) => return Some(method_not_allowed(path, method)),
             _ => return None,
         };
-        Some(Reaction::Reply(reply))
+        Some(MockResponse::Complete(reply))
     }
 
-    fn upload(&mut self, request: &Request, context: &Context) -> Reply {
+    fn upload(&mut self, request: &MockRequest, context: &BatchContext) -> HttpReply {
         let content_type = request.content_type.unwrap_or_default();
         let upload = match upload::parse(content_type, request.body) {
             Ok(upload) => upload,
-            Err(problem) => return Reply::error(400, problem, Value::Null),
+            Err(problem) => return HttpReply::error(400, problem, Value::Null),
         };
-        let missing = crate::mock::faults::seconds(context.script.batch.missing_s);
-        let file = File {
+        let missing = crate::mock::faults::duration(context.script.batch.missing_s);
+        let file = StoredFile {
             name: upload.filename,
             purpose: upload.purpose,
             content: Bytes::copy_from_slice(upload.content),
-            visible: context.at + missing,
+            visible_at: context.at + missing,
             created: context.now(),
         };
-        let id = self.name_file();
-        let card = file.card(&id, context);
+        let id = self.next_file_id();
+        let to_json = file.to_json(&id, context);
         self.files.insert(id, file);
-        Reply::json(200, card.to_string())
+        HttpReply::json(200, to_json.to_string())
     }
 
-    fn name_file(&mut self) -> String {
-        self.named += 1;
-        format!("file-{:024}", self.named)
+    fn next_file_id(&mut self) -> String {
+        self.files_named += 1;
+        format!("file-{:024}", self.files_named)
     }
 
-    fn with_file(&self, id: &str, context: &Context, then: impl FnOnce(&File) -> Reply) -> Reply {
-        match self.files.get(id).filter(|file| file.visible <= context.at) {
+    fn with_file(
+        &self,
+        id: &str,
+        context: &BatchContext,
+        then: impl FnOnce(&StoredFile) -> HttpReply,
+    ) -> HttpReply {
+        match self
+            .files
+            .get(id)
+            .filter(|file| file.visible_at <= context.at)
+        {
             Some(file) => then(file),
-            None => no_such("File", id, 404, "id"),
+            None => not_found("File", id, 404, "id"),
         }
     }
 
-    fn list_files(&self, context: &Context) -> Reply {
-        let visible = self
+    fn list_files(&self, context: &BatchContext) -> HttpReply {
+        let visible_at = self
             .files
             .iter()
-            .filter(|(_, file)| file.visible <= context.at);
-        let cards: Vec<Value> = visible.map(|(id, file)| file.card(id, context)).collect();
-        Reply::json(200, page(cards, false).to_string())
+            .filter(|(_, file)| file.visible_at <= context.at);
+        let entries: Vec<Value> = visible_at
+            .map(|(id, file)| file.to_json(id, context))
+            .collect();
+        HttpReply::json(200, list_page(entries, false).to_string())
     }
 
-    fn delete(&mut self, id: &str, context: &Context) -> Reply {
-        let gone = json!({"id": id, "object": "file", "deleted": true});
-        let reply = self.with_file(id, context, |_| Reply::json(200, gone.to_string()));
+    fn delete(&mut self, id: &str, context: &BatchContext) -> HttpReply {
+        let deleted = json!({"id": id, "object": "file", "deleted": true});
+        let reply = self.with_file(id, context, |_| HttpReply::json(200, deleted.to_string()));
         if reply.status == 200 {
             self.files.remove(id);
         }
         reply
     }
 
-    fn batch(&self, id: &str) -> Option<&Batch> {
+    fn batch(&self, id: &str) -> Option<&BatchJob> {
         self.batches.iter().find(|batch| batch.id == id)
     }
 
-    fn create(&mut self, body: &[u8], context: &Context) -> Reaction {
+    fn create(&mut self, body: &[u8], context: &BatchContext) -> MockResponse {
         match self.try_create(body, context) {
             Ok(_) if self.batches.len() <= context.script.batch.lost_creates as usize => {
-                Reaction::Reset
+                MockResponse::Reset
             }
-            Ok(reply) | Err(reply) => Reaction::Reply(reply),
+            Ok(reply) | Err(reply) => MockResponse::Complete(reply),
         }
     }
 
-    fn try_create(&mut self, body: &[u8], context: &Context) -> Result<Reply, Reply> {
+    fn try_create(&mut self, body: &[u8], context: &BatchContext) -> Result<HttpReply, HttpReply> {
         let script = context.script;
         let body: Value = serde_json::from_slice(body)
-            .map_err(|_| Reply::error(400, "The body is not valid JSON.", Value::Null))?;
+            .map_err(|_| HttpReply::error(400, "The body is not valid JSON.", Value::Null))?;
         let required = |param: &str| {
             body[param].as_str().map(String::from).ok_or_else(|| {
                 let message = format!("Missing required parameter: '{param}'.");
-                Reply::bad_field(param, &message, "missing_required_parameter")
+                HttpReply::bad_field(param, &message, "missing_required_parameter")
             })
         };
-        let (input_file_id, endpoint) = (required("input_file_id")?, required("endpoint")?);
+        let input_file_id = required("input_file_id")?;
+        let endpoint = required("endpoint")?;
         let window = required("completion_window")?;
         let seconds = parse_window(&window).ok_or_else(|| {
             let message = format!("Invalid value: '{window}'. Supported values are: '24h'.");
-            Reply::bad_field("completion_window", &message, "invalid_value")
+            HttpReply::bad_field("completion_window", &message, "invalid_value")
         })?;
         let file = self.files.get(&input_file_id);
-        let file = file.filter(|file| file.visible <= context.at);
-        let file = file.ok_or_else(|| no_such("File", &input_file_id, 400, "input_file_id"))?;
-        let (rows, mut mistakes) = rows::read(&file.content, &endpoint, script);
-        if script.batch.outcome == Outcome::Failed && mistakes.is_empty() {
-            let message = "The mock was told to fail this batch.";
-            mistakes.push(mistake("invalid_request", Some(1), Some("body"), message));
+        let file = file.filter(|file| file.visible_at <= context.at);
+        let file = file.ok_or_else(|| not_found("File", &input_file_id, 400, "input_file_id"))?;
+        let (rows, mut errors) = rows::read(&file.content, &endpoint, script);
+        if script.batch.outcome == BatchOutcome::Failed && errors.is_empty() {
+            let message = "The script fails this batch.";
+            errors.push(error_entry(
+                "invalid_request",
+                Some(1),
+                Some("body"),
+                message,
+            ));
         }
         if let Some(limit) = script.batch.enqueued_tokens {
-            let waiting: u64 = self
+            let enqueued: u64 = self
                 .batches
                 .iter()
-                .filter(|batch| !batch.moment(context).status.is_end())
-                .map(Batch::tokens)
+                .filter(|batch| !batch.snapshot(context).status.is_final())
+                .map(BatchJob::tokens)
                 .sum();
             let own: u64 = rows.iter().map(|row| row.tokens).sum();
-            if waiting + own > limit {
+            if enqueued + own > limit {
                 let message = format!(
                     "Enqueued token limit reached for {} in organization org-mock. Limit: {limit} \
                      enqueued tokens. Please try again once some in_progress batches have been \
                      completed.",
                     script.model_name()
                 );
-                mistakes.push(mistake("token_limit_exceeded", None, None, &message));
+                errors.push(error_entry("token_limit_exceeded", None, None, &message));
             }
         }
         let number = self.batches.len() as u64;
-        let batch = Batch {
+        let batch = BatchJob {
             id: format!("batch_{number:024}"),
             input_file_id,
             endpoint,
             window,
             metadata: body["metadata"].clone(),
-            life: Life {
+            lifecycle: BatchLifecycle {
                 created: context.now(),
                 window: seconds,
                 rows: rows.len(),
-                is_bad: !mistakes.is_empty(),
+                is_invalid: !errors.is_empty(),
                 cancelled: None,
             },
-            mistakes,
-            order: fates(rows.len(), script, number),
+            errors,
+            order: plan_rows(rows.len(), script, number),
             rows,
             results: None,
         };
-        let card = batch.card(context);
+        let to_json = batch.to_json(context);
         self.batches.push(batch);
-        Ok(Reply::json(200, card.to_string()))
+        Ok(HttpReply::json(200, to_json.to_string()))
     }
 
-    /// The newest first, as many as `limit` says, from the one after `after` on.
-    fn list_batches(&self, query: &str, context: &Context) -> Reply {
+    /// Lists batches, newest first: up to `limit`, starting after the batch `after`.
+    fn list_batches(&self, query: &str, context: &BatchContext) -> HttpReply {
         let parameter = |name: &str| {
             let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
             pairs
@@ -215,63 +247,66 @@ impl Desk {
         if let Some(after) = parameter("after") {
             batches.by_ref().find(|batch| batch.id == after);
         }
-        let cards: Vec<Value> = batches
+        let entries: Vec<Value> = batches
             .by_ref()
             .take(limit)
-            .map(|batch| batch.card(context))
+            .map(|batch| batch.to_json(context))
             .collect();
-        Reply::json(200, page(cards, batches.next().is_some()).to_string())
+        HttpReply::json(
+            200,
+            list_page(entries, batches.next().is_some()).to_string(),
+        )
     }
 
-    fn cancel(&mut self, id: &str, context: &Context) -> Reply {
+    fn cancel(&mut self, id: &str, context: &BatchContext) -> HttpReply {
         let Some(batch) = self.batches.iter_mut().find(|batch| batch.id == id) else {
-            return no_such("Batch", id, 404, "id");
+            return not_found("Batch", id, 404, "id");
         };
-        match batch.moment(context).status {
-            Status::Validating | Status::InProgress => {
-                batch.life.cancelled = Some(context.now());
-                Reply::json(200, batch.card(context).to_string())
+        match batch.snapshot(context).status {
+            BatchStatus::Validating | BatchStatus::InProgress => {
+                batch.lifecycle.cancelled = Some(context.now());
+                HttpReply::json(200, batch.to_json(context).to_string())
             }
-            Status::Cancelling => Reply::json(200, batch.card(context).to_string()),
+            BatchStatus::Cancelling => HttpReply::json(200, batch.to_json(context).to_string()),
             status => {
-                let message = format!("Cannot cancel a batch with status '{}'.", status.name());
-                Reply::error(409, &message, Value::Null)
+                let message = format!("Cannot cancel a batch with status '{}'.", status.as_str());
+                HttpReply::error(409, &message, Value::Null)
             }
         }
     }
 
-    /// Writes the files of the batches that have come to their end since the last time.
-    pub(crate) fn settle(&mut self, context: &Context, answer: &mut AnswerRow) {
+    /// Writes the result files of the batches that ended since the last call.
+    pub(crate) fn write_results(&mut self, context: &BatchContext, answer: &mut AnswerRowFn) {
         for index in 0..self.batches.len() {
             let batch = &self.batches[index];
-            let moment = batch.moment(context);
-            if batch.results.is_some() || !moment.status.is_end() {
+            let snapshot = batch.snapshot(context);
+            if batch.results.is_some() || !snapshot.status.is_final() {
                 continue;
             }
-            let (mut results, output, errors) = batch.work(&moment, answer);
-            let created = moment.ended_at.unwrap_or_default();
-            results.output_file_id = self.keep("output", output, created, context);
-            results.error_file_id = self.keep("error", errors, created, context);
+            let (mut results, output, errors) = batch.run_rows(&snapshot, answer);
+            let created = snapshot.ended_at.unwrap_or_default();
+            results.output_file_id = self.store_result("output", output, created, context);
+            results.error_file_id = self.store_result("error", errors, created, context);
             self.batches[index].results = Some(results);
         }
     }
 
-    fn keep(
+    fn store_result(
         &mut self,
         what: &str,
         content: Vec<u8>,
         created: f64,
-        context: &Context,
+        context: &BatchContext,
     ) -> Option<String> {
         if content.is_empty() {
             return None;
         }
-        let id = self.name_file();
-        let file = File {
+        let id = self.next_file_id();
+        let file = StoredFile {
             name: format!("{id}_{what}.jsonl"),
             purpose: "batch_output".into(),
             content: content.into(),
-            visible: context.at,
+            visible_at: context.at,
             created,
         };
         self.files.insert(id.clone(), file);
@@ -279,8 +314,8 @@ impl Desk {
     }
 }
 
-impl File {
-    fn card(&self, id: &str, context: &Context) -> Value {
+impl StoredFile {
+    fn to_json(&self, id: &str, context: &BatchContext) -> Value {
         json!({
             "id": id,
             "object": "file",
@@ -293,7 +328,7 @@ impl File {
     }
 }
 
-/// Seconds of `24h` or `7d`.
+/// Parses a completion window such as `24h` or `7d`, in seconds.
 fn parse_window(window: &str) -> Option<f64> {
     let unit = match window.chars().last()? {
         'h' => 3600.0,
@@ -304,19 +339,19 @@ fn parse_window(window: &str) -> Option<f64> {
     Some(f64::from(count) * unit)
 }
 
-fn page(cards: Vec<Value>, has_more: bool) -> Value {
-    let id = |card: Option<&Value>| card.map_or(Value::Null, |card| card["id"].clone());
+fn list_page(entries: Vec<Value>, has_more: bool) -> Value {
+    let id = |to_json: Option<&Value>| to_json.map_or(Value::Null, |to_json| to_json["id"].clone());
     json!({
         "object": "list",
-        "first_id": id(cards.first()),
-        "last_id": id(cards.last()),
-        "data": cards,
+        "first_id": id(entries.first()),
+        "last_id": id(entries.last()),
+        "data": entries,
         "has_more": has_more,
     })
 }
 
-fn no_such(what: &str, id: &str, status: u16, param: &str) -> Reply {
+fn not_found(what: &str, id: &str, status: u16, param: &str) -> HttpReply {
     let message = format!("No such {what} object: {id}");
-    let reply = Reply::bad_field(param, &message, Value::Null);
-    Reply { status, ..reply }
+    let reply = HttpReply::bad_field(param, &message, Value::Null);
+    HttpReply { status, ..reply }
 }

@@ -1,4 +1,4 @@
-//! The lines of a batch's files: read, found bad, answered. Pure.
+//! The lines of batch files: validates input lines and writes result lines. Pure.
 
 use std::collections::HashSet;
 
@@ -7,23 +7,23 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use crate::mock::chat::Chat;
+use crate::mock::chat::ParsedChat;
 use crate::mock::script::Script;
 
-/// No more mistakes are told than this.
-const MOST_MISTAKES: usize = 100;
+/// Maximum number of validation errors that are reported.
+const MAX_ERRORS: usize = 100;
 
 /// A line of the input.
 #[derive(Debug)]
-pub(crate) struct Row {
+pub(crate) struct BatchRow {
     pub custom_id: String,
     pub body: Bytes,
-    /// Its prompt and the longest answer that it allows.
+    /// Prompt tokens and `max_tokens`.
     pub tokens: u64,
 }
 
 #[derive(Deserialize)]
-struct Line<'a> {
+struct InputLine<'a> {
     custom_id: Option<String>,
     method: Option<String>,
     url: Option<String>,
@@ -31,16 +31,17 @@ struct Line<'a> {
     body: Option<&'a RawValue>,
 }
 
-/// Reads an input file. The mistakes are those of `errors.data`; with any, the batch fails.
-pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<Row>, Vec<Value>) {
-    let mut mistakes = Vec::new();
+/// Reads an input file. Returns the rows and the entries of `errors.data`; if there is an error, the
+/// batch fails.
+pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<BatchRow>, Vec<Value>) {
+    let mut errors = Vec::new();
     let mut rows = Vec::new();
     let mut ids = HashSet::new();
     if file.len() > script.batch.max_bytes {
         let message = format!("The file has more than {} bytes.", script.batch.max_bytes);
-        mistakes.push(mistake("file_too_large", None, None, &message));
+        errors.push(error_entry("file_too_large", None, None, &message));
     }
-    // A line ends at this byte alone: JSON may hold U+2028 and its like.
+    // Only this byte ends a line: JSON strings may contain U+2028.
     for (index, text) in file.split(|byte| *byte == b'\n').enumerate() {
         if text.trim_ascii().is_empty() {
             continue;
@@ -49,7 +50,7 @@ pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<Row>, 
             Ok(row) if !ids.insert(row.custom_id.clone()) => {
                 let message = format!("The custom_id '{}' is used twice.", row.custom_id);
                 let line = Some(index + 1);
-                mistakes.push(mistake(
+                errors.push(error_entry(
                     "duplicate_custom_id",
                     line,
                     Some("custom_id"),
@@ -58,12 +59,12 @@ pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<Row>, 
             }
             Ok(row) => rows.push(row),
             Err((code, param, message)) => {
-                mistakes.push(mistake(code, Some(index + 1), param, &message));
+                errors.push(error_entry(code, Some(index + 1), param, &message));
             }
         }
     }
-    if rows.is_empty() && mistakes.is_empty() {
-        mistakes.push(mistake(
+    if rows.is_empty() && errors.is_empty() {
+        errors.push(error_entry(
             "empty_file",
             None,
             None,
@@ -72,16 +73,21 @@ pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<Row>, 
     }
     if rows.len() > script.batch.max_rows {
         let message = format!("The file has more than {} requests.", script.batch.max_rows);
-        mistakes.push(mistake("too_many_requests", None, None, &message));
+        errors.push(error_entry("too_many_requests", None, None, &message));
     }
-    mistakes.truncate(MOST_MISTAKES);
-    (rows, mistakes)
+    errors.truncate(MAX_ERRORS);
+    (rows, errors)
 }
 
-type Mistake = (&'static str, Option<&'static str>, String);
+type LineError = (&'static str, Option<&'static str>, String);
 
-fn read_line(file: &Bytes, text: &[u8], endpoint: &str, script: &Script) -> Result<Row, Mistake> {
-    let line: Line = serde_json::from_slice(text).map_err(|_| {
+fn read_line(
+    file: &Bytes,
+    text: &[u8],
+    endpoint: &str,
+    script: &Script,
+) -> Result<BatchRow, LineError> {
+    let line: InputLine = serde_json::from_slice(text).map_err(|_| {
         let message = "This line is not parseable as valid JSON.".to_string();
         ("invalid_json_line", None, message)
     })?;
@@ -102,27 +108,27 @@ fn read_line(file: &Bytes, text: &[u8], endpoint: &str, script: &Script) -> Resu
         return Err(("invalid_url", Some("url"), message));
     }
     let body = file.slice_ref(body.get().as_bytes());
-    let tokens = match Chat::parse(&body, script) {
+    let tokens = match ParsedChat::parse(&body, script) {
         Ok(chat) => {
             let cost = chat.cost();
             cost.prompt_tokens.saturating_add(cost.output_tokens)
         }
-        // Of another model the batch fails; any other mistake is its row's alone.
+        // An unknown model fails the batch; other errors concern only their row.
         Err(reply) if reply.status == 404 => {
             let message = "The provided model does not exist.".to_string();
             return Err(("model_not_found", Some("body.model"), message));
         }
         Err(_) => 0,
     };
-    Ok(Row {
+    Ok(BatchRow {
         custom_id,
         body,
         tokens,
     })
 }
 
-/// An entry of `errors.data`.
-pub(crate) fn mistake(
+/// Makes an entry of `errors.data`.
+pub(crate) fn error_entry(
     code: &str,
     line: Option<usize>,
     param: Option<&str>,
@@ -131,9 +137,9 @@ pub(crate) fn mistake(
     json!({"code": code, "line": line, "message": message, "param": param})
 }
 
-/// A line of the output file, or of the error file in the first of its shapes: an HTTP error.
-pub(crate) fn responded(id: &str, custom_id: &str, status: u16, body: &[u8]) -> Vec<u8> {
-    let mut line = head(id, custom_id);
+/// Makes a line with a response: of the output file, or of the error file if the status is an error.
+pub(crate) fn response_line(id: &str, custom_id: &str, status: u16, body: &[u8]) -> Vec<u8> {
+    let mut line = line_start(id, custom_id);
     let response =
         format!(",\"response\":{{\"status_code\":{status},\"request_id\":\"req_{id}\",\"body\":");
     line.extend_from_slice(response.as_bytes());
@@ -142,24 +148,23 @@ pub(crate) fn responded(id: &str, custom_id: &str, status: u16, body: &[u8]) -> 
     line
 }
 
-/// A line of the error file in its second shape: no response.
-pub(crate) fn unanswered(id: &str, custom_id: &str, code: &str, message: &str) -> Vec<u8> {
-    let mut line = head(id, custom_id);
+/// Makes a line of the error file without a response.
+pub(crate) fn error_line(id: &str, custom_id: &str, code: &str, message: &str) -> Vec<u8> {
+    let mut line = line_start(id, custom_id);
     let error = json!({"code": code, "message": message});
     line.extend_from_slice(format!(",\"response\":null,\"error\":{error}}}\n").as_bytes());
     line
 }
 
-/// A line of the error file in its third shape: a response that is none.
-pub(crate) fn hollow(id: &str, custom_id: &str) -> Vec<u8> {
-    let mut line = head(id, custom_id);
+/// Makes a line of the error file with an empty response of status 0.
+pub(crate) fn empty_response_line(id: &str, custom_id: &str) -> Vec<u8> {
+    let mut line = line_start(id, custom_id);
     line.extend_from_slice(
         b",\"response\":{\"status_code\":0,\"request_id\":\"\",\"body\":{}},\"error\":null}\n",
     );
     line
 }
 
-fn head(id: &str, custom_id: &str) -> Vec<u8> {
-    let (id, custom_id) = (json!(id), json!(custom_id));
-    format!("{{\"id\":{id},\"custom_id\":{custom_id}").into_bytes()
+fn line_start(id: &str, custom_id: &str) -> Vec<u8> {
+    format!("{{\"id\":{},\"custom_id\":{}", json!(id), json!(custom_id)).into_bytes()
 }

@@ -1,6 +1,8 @@
-//! `multipart/form-data`, as far as an upload needs it. Pure.
+//! Parses the `multipart/form-data` body of a file upload. Pure.
 
-/// What an upload holds.
+use memchr::memmem::find;
+
+/// An uploaded file and its purpose.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Upload<'a> {
     pub purpose: String,
@@ -8,7 +10,10 @@ pub(crate) struct Upload<'a> {
     pub content: &'a [u8],
 }
 
-/// Reads an upload; the error says what is missing.
+/// Parses an upload. The content is a slice of `body`, which may have hundreds of megabytes.
+///
+/// # Errors
+/// A message that says what is missing.
 pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>, &'static str> {
     let boundary = content_type
         .split(';')
@@ -17,17 +22,18 @@ pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>
         .next()
         .filter(|boundary| !boundary.is_empty() && content_type.starts_with("multipart/form-data"))
         .ok_or("expected multipart/form-data with a boundary")?;
-    let mark = format!("\r\n--{boundary}");
-    let (mut purpose, mut file) = (None, None);
-    // The first mark has no line before it.
+    let delimiter = format!("\r\n--{boundary}");
+    let mut purpose = None;
+    let mut file = None;
+    // No line break precedes the first delimiter.
     let mut rest = body
-        .strip_prefix(&mark.as_bytes()[2..])
-        .ok_or("the body does not begin with the boundary")?;
+        .strip_prefix(&delimiter.as_bytes()[2..])
+        .ok_or("the body does not start with the boundary")?;
     while let Some(part) = rest.strip_prefix(b"\r\n") {
-        let end = find(part, mark.as_bytes()).ok_or("the last boundary is missing")?;
+        let end = find(part, delimiter.as_bytes()).ok_or("the last boundary is missing")?;
         let (head, content) = match find(&part[..end], b"\r\n\r\n") {
             Some(at) => (&part[..at], &part[at + 4..end]),
-            None => return Err("a part has no head"),
+            None => return Err("a part has no headers"),
         };
         let head = String::from_utf8_lossy(head);
         match attribute(&head, "name") {
@@ -38,7 +44,7 @@ pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>
             }
             _ => {}
         }
-        rest = &part[end + mark.len()..];
+        rest = &part[end + delimiter.len()..];
     }
     let (filename, content) = file.ok_or("the part `file` is missing")?;
     Ok(Upload {
@@ -48,24 +54,11 @@ pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>
     })
 }
 
-/// The value of `name="..."` in a part's head.
+/// Returns the value of `name="..."` in a part's headers.
 fn attribute<'a>(head: &'a str, name: &str) -> Option<&'a str> {
-    let mark = format!(" {name}=\"");
-    let (_, rest) = head.split_once(&mark)?;
+    let prefix = format!(" {name}=\"");
+    let (_, rest) = head.split_once(&prefix)?;
     rest.split('"').next()
-}
-
-/// Where `part` is in `bytes`. Its first byte is searched alone, as files of 200 MB come this way.
-fn find(bytes: &[u8], part: &[u8]) -> Option<usize> {
-    let first = *part.first()?;
-    let mut start = 0;
-    loop {
-        let at = start + bytes.get(start..)?.iter().position(|byte| *byte == first)?;
-        if bytes[at..].starts_with(part) {
-            return Some(at);
-        }
-        start = at + 1;
-    }
 }
 
 #[cfg(test)]
@@ -75,7 +68,7 @@ mod tests {
     const TYPE: &str = "multipart/form-data; boundary=\"xx\"";
 
     #[test]
-    fn the_parts_are_found_whatever_is_in_the_file() {
+    fn parts_are_found_whatever_the_file_contains() {
         let content = "{\"a\":1}\r\n--x\r\n\r\n{}\n";
         let body = format!(
             "--xx\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n\
@@ -91,13 +84,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_said() {
+    fn error_names_the_missing_part() {
         for (content_type, body, part) in [
             ("application/json", "{}", "multipart/form-data"),
             (TYPE, "{}", "boundary"),
             (TYPE, "--xx--\r\n", "`file`"),
             (TYPE, "--xx\r\nx: y\r\n\r\nz", "last boundary"),
-            (TYPE, "--xx\r\nx: y\r\n--xx--", "no head"),
+            (TYPE, "--xx\r\nx: y\r\n--xx--", "no headers"),
             (
                 TYPE,
                 "--xx\r\nx; name=\"file\"\r\n\r\nz\r\n--xx--\r\n",

@@ -1,13 +1,13 @@
-//! `[answers]`: what a good answer is, and which requests are refused.
+//! `[answers]`: valid answers, and which requests are rejected.
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::{Span, ensure, is_time};
+use crate::mock::script::values::{NumberRange, is_valid_time, require};
 
-/// What a good answer says.
+/// The text of an answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Text {
+pub enum AnswerText {
     /// The last message.
     Echo,
     /// The last message in capitals.
@@ -15,10 +15,10 @@ pub enum Text {
     Fixed(String),
 }
 
-/// What a token is.
+/// The unit that counts as a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Token {
+pub enum TokenUnit {
     /// A word with the white space before it.
     Word,
     Char,
@@ -26,10 +26,10 @@ pub enum Token {
     Bytes,
 }
 
-/// The field in which an endpoint takes the longest answer's length.
+/// The request field that sets the maximum length of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum MaxTokensField {
+pub enum AcceptedMaxTokens {
     Either,
     MaxTokens,
     MaxCompletionTokens,
@@ -37,44 +37,44 @@ pub enum MaxTokensField {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Answers {
-    pub text: Text,
-    pub token: Token,
-    /// The answers' length: the text is repeated or cut. None: as long as the text is.
-    pub tokens: Option<Span>,
-    /// From the request to its answer.
-    pub latency_s: Span,
+pub struct AnswerScript {
+    pub text: AnswerText,
+    pub token: TokenUnit,
+    /// Number of tokens of an answer: the text is repeated or cut to it. By default the text's length.
+    pub tokens: Option<NumberRange>,
+    /// Latency of an answer.
+    pub latency_s: NumberRange,
     /// Added to the latency for every token of the answer.
     pub token_s: f64,
-    /// Whether logprobs come to who asks for them.
+    /// Whether requested logprobs are sent.
     pub logprobs: bool,
-    /// A request for more is refused.
+    /// Maximum `top_logprobs` of a request.
     pub top_logprobs: usize,
-    /// Whether logprobs are those after the temperature.
+    /// Whether the temperature changes the logprobs.
     pub tempered: bool,
-    /// Hidden tokens that are billed, and count against the longest answer.
+    /// Number of hidden tokens, which are billed and count against `max_tokens`.
     pub reasoning_tokens: u64,
-    /// Of the prompt.
+    /// Number of cached prompt tokens in the usage.
     pub cached_tokens: u64,
     pub finish_reason: String,
-    /// Top-level fields of a request that earn a 400.
+    /// Top-level request fields that are rejected with a 400.
     pub refuse_parameters: Vec<String>,
-    pub max_tokens_field: MaxTokensField,
-    /// Prompt and answer may have so many tokens together.
+    pub max_tokens_field: AcceptedMaxTokens,
+    /// Maximum number of tokens of prompt and answer together.
     pub context_tokens: Option<u64>,
-    /// Whether replies are compressed for clients that accept gzip.
+    /// Whether replies are compressed if the client accepts gzip.
     pub gzip: bool,
-    /// Whether an answer is billed whose client left before it came.
+    /// Whether an answer is billed if its client disconnects before the reply.
     pub bill_abandoned: bool,
 }
 
-impl Default for Answers {
+impl Default for AnswerScript {
     fn default() -> Self {
         Self {
-            text: Text::Echo,
-            token: Token::Word,
+            text: AnswerText::Echo,
+            token: TokenUnit::Word,
             tokens: None,
-            latency_s: Span::Exactly(0.0),
+            latency_s: NumberRange::Exactly(0.0),
             token_s: 0.0,
             logprobs: true,
             top_logprobs: 20,
@@ -83,7 +83,7 @@ impl Default for Answers {
             cached_tokens: 0,
             finish_reason: "stop".into(),
             refuse_parameters: Vec::new(),
-            max_tokens_field: MaxTokensField::Either,
+            max_tokens_field: AcceptedMaxTokens::Either,
             context_tokens: None,
             gzip: false,
             bill_abandoned: true,
@@ -91,23 +91,23 @@ impl Default for Answers {
     }
 }
 
-impl Answers {
+impl AnswerScript {
     pub(crate) fn check(&self) -> Result<(), String> {
         let spans = [
             ("answers.latency_s", Some(self.latency_s)),
             ("answers.tokens", self.tokens),
         ];
         for (key, span) in spans {
-            ensure(
-                span.is_none_or(Span::is_fit),
+            require(
+                span.is_none_or(NumberRange::is_valid),
                 key,
-                "must be a number that is not negative, or [low, high]",
+                "must be a number of at least 0, or [low, high]",
             )?;
         }
-        ensure(
-            is_time(self.token_s),
+        require(
+            is_valid_time(self.token_s),
             "answers.token_s",
-            "must be finite and not negative",
+            "must be finite and at least 0",
         )
     }
 }

@@ -1,28 +1,28 @@
-//! `[batch]`: the life of a batch, on a clock of its own.
+//! `[batch]`: the batch API, on a virtual clock.
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::{ensure, is_time};
+use crate::mock::script::values::{is_valid_time, require};
 
-/// How a batch ends.
+/// The final status of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum BatchOutcome {
     Completed,
-    /// After validation, with an error that names a line.
+    /// Fails after validation, with an error that names a line.
     Failed,
-    /// When the window closes, with the rows that were done.
+    /// Expires at the end of the completion window, with the rows processed until then.
     Expired,
-    /// By the endpoint, halfway.
+    /// Cancelled by the endpoint halfway.
     Cancelled,
 }
 
-/// What `request_counts` says.
+/// How `request_counts` is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum RequestCounts {
+pub enum RequestCountsMode {
     Right,
-    /// Every row completed, whatever the files say.
+    /// All rows count as completed, whatever the files contain.
     AllCompleted,
     Zero,
     Null,
@@ -30,33 +30,33 @@ pub enum RequestCounts {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Batch {
-    /// Virtual seconds that pass in a second. The times below are virtual.
+pub struct BatchScript {
+    /// Virtual seconds per second. The times below are virtual.
     pub clock: f64,
     pub validating_s: f64,
-    /// For all rows; they finish one after another.
+    /// Time to process all rows, one after another.
     pub in_progress_s: f64,
     pub finalizing_s: f64,
     pub cancelling_s: f64,
-    pub outcome: Outcome,
-    /// Rows that end in the error file, in three shapes in turn.
+    pub outcome: BatchOutcome,
+    /// Number of rows in the error file, in three formats in turn.
     pub error_rows: usize,
-    /// Rows that end in neither file.
+    /// Number of rows in neither file.
     pub lost_rows: usize,
-    pub request_counts: RequestCounts,
-    /// Shown in place of `in_progress`.
+    pub request_counts: RequestCountsMode,
+    /// Status to report instead of `in_progress`.
     pub status: Option<String>,
-    /// An uploaded file is "not found" for so long; in real seconds.
+    /// Real seconds after an upload during which the file is "not found".
     pub missing_s: f64,
-    /// The first so many batches are created, and their reply is lost.
+    /// Number of first batches that are created while their reply is lost.
     pub lost_creates: u32,
-    /// More tokens than this in batches under way: the next one fails.
+    /// Maximum number of tokens in unfinished batches; a batch beyond it fails.
     pub enqueued_tokens: Option<u64>,
     pub max_rows: usize,
     pub max_bytes: usize,
 }
 
-impl Default for Batch {
+impl Default for BatchScript {
     fn default() -> Self {
         Self {
             clock: 1.0,
@@ -64,10 +64,10 @@ impl Default for Batch {
             in_progress_s: 3600.0,
             finalizing_s: 60.0,
             cancelling_s: 60.0,
-            outcome: Outcome::Completed,
+            outcome: BatchOutcome::Completed,
             error_rows: 0,
             lost_rows: 0,
-            request_counts: RequestCounts::Right,
+            request_counts: RequestCountsMode::Right,
             status: None,
             missing_s: 0.0,
             lost_creates: 0,
@@ -78,7 +78,7 @@ impl Default for Batch {
     }
 }
 
-impl Batch {
+impl BatchScript {
     pub(crate) fn check(&self) -> Result<(), String> {
         let times = [
             ("batch.clock", self.clock),
@@ -89,7 +89,7 @@ impl Batch {
             ("batch.missing_s", self.missing_s),
         ];
         for (key, seconds) in times {
-            ensure(is_time(seconds), key, "must be finite and not negative")?;
+            require(is_valid_time(seconds), key, "must be finite and at least 0")?;
         }
         Ok(())
     }

@@ -1,52 +1,53 @@
-//! `[[faults]]`: what goes wrong, and when.
+//! `[[faults]]`: the faults and their conditions.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::kind::Kind;
+use crate::mock::script::fault_kind::FaultKind;
 use crate::mock::script::limits::RetryAfter;
-use crate::mock::script::{ensure, is_time};
+use crate::mock::script::values::{is_valid_time, require};
 
-/// Something that goes wrong. Of its conditions all must hold; without any, it always does.
+/// A fault. It applies if all its conditions hold; without conditions it always applies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Fault {
-    pub kind: Kind,
-    /// The first so many requests with the same body that the limits let in.
+pub struct ScriptedFault {
+    pub kind: FaultKind,
+    /// Number of first attempts with the same body to which the fault applies. Requests that a limit
+    /// rejects do not count.
     pub first: Option<u32>,
-    /// Of all requests, drawn for each.
+    /// Probability that the fault applies to a request.
     pub share: Option<f64>,
-    /// Since the start.
+    /// Start of the fault, in seconds since the start of the mock.
     pub from_s: Option<f64>,
-    /// Since the start, and not included.
+    /// End of the fault (exclusive), in seconds since the start of the mock.
     pub to_s: Option<f64>,
-    /// A part of the request's path. None: requests for answers, rows of batches among them.
+    /// Substring of the path. Without it, the fault applies only to chat requests and batch rows.
     pub path: Option<String>,
-    /// A part of the last message.
+    /// Substring of the last message.
     pub matching: Option<String>,
-    /// The wait before it shows. None: none for an error, an answer's latency for a bad answer.
+    /// Delay of the response; by default none for errors, the answer's latency for corrupt answers.
     pub after_s: Option<f64>,
-    /// Between the bytes of `drip` and `blank lines`.
+    /// Seconds between the bytes of `drip` and `blank lines`.
     pub interval_s: Option<f64>,
-    /// The length of `huge body`, the depth of `deep json`, the lines of `blank lines`.
+    /// Bytes of `huge body`, depth of `deep json`, number of `blank lines`.
     pub size: Option<usize>,
-    /// Headers to send, besides those that the kind has or instead of them.
+    /// Headers to send; they replace the kind's own headers of the same name.
     #[serde(default)]
     pub headers: BTreeMap<String, String>,
-    /// The body to send in place of the kind's own.
+    /// Body that replaces the kind's own.
     pub body: Option<String>,
-    /// The form in which an error says when to come back.
+    /// Format of the wait that an error tells.
     pub retry_after: Option<RetryAfter>,
-    /// The time that it says.
+    /// Seconds of that wait.
     pub retry_after_s: Option<f64>,
-    /// Whether the request is billed. None: where it had an answer.
+    /// Whether the request is billed; by default if it had an answer.
     pub billed: Option<bool>,
 }
 
-impl Fault {
-    /// One of this kind that always happens.
-    pub fn new(kind: Kind) -> Self {
+impl ScriptedFault {
+    /// Makes a fault of this kind without conditions.
+    pub fn new(kind: FaultKind) -> Self {
         Self {
             kind,
             first: None,
@@ -67,10 +68,10 @@ impl Fault {
     }
 
     pub(crate) fn check(&self) -> Result<(), String> {
-        ensure(
+        require(
             self.share.is_none_or(|share| (0.0..=1.0).contains(&share)),
             "share",
-            "must lie between 0 and 1",
+            "must be between 0 and 1",
         )?;
         let times = [
             ("from_s", self.from_s),
@@ -80,17 +81,17 @@ impl Fault {
             ("retry_after_s", self.retry_after_s),
         ];
         for (key, seconds) in times {
-            let fits = seconds.is_none_or(is_time);
-            ensure(fits, key, "must be finite and not negative")?;
+            let fits = seconds.is_none_or(is_valid_time);
+            require(fits, key, "must be finite and at least 0")?;
         }
-        // A byte of this could end the header, and begin another.
+        // A control character could end the header and start another.
         let is_plain = |text: &String| text.bytes().all(|byte| byte >= b' ');
-        ensure(
+        require(
             self.headers
                 .iter()
                 .all(|(name, value)| is_plain(name) && is_plain(value)),
             "headers",
-            "must not hold control characters",
+            "must not contain control characters",
         )
     }
 }

@@ -1,35 +1,35 @@
-//! `[limits]`: what is allowed per minute, per day, at once, and how it is told.
+//! `[limits]`: limits per minute, per day and of concurrency, and their headers.
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::{ensure, is_time};
+use crate::mock::script::values::{is_valid_time, require};
 
-/// How limits per minute are counted.
+/// The window of limits per minute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Window {
+pub enum LimitWindow {
     /// A bucket that refills continuously.
     Bucket,
-    /// Anew each minute, from the start on.
+    /// Fixed windows of a minute, counted from the start.
     FixedMinute,
-    /// Over the last 60 seconds, at every moment.
+    /// The last 60 seconds.
     SlidingMinute,
 }
 
-/// What a request is charged against the limits of tokens.
+/// The tokens that a request is charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Counts {
-    /// Its prompt and the longest answer that it allows.
+pub enum TokenCounting {
+    /// Prompt tokens and `max_tokens`.
     Estimate,
-    /// The same until its answer is there, and what it used from then on.
+    /// The estimate first; once the answer exists, the tokens that it used.
     Actual,
 }
 
-/// Whose headers tell of the limits.
+/// The provider whose rate-limit headers are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Dialect {
+pub enum HeaderDialect {
     None,
     Openai,
     Azure,
@@ -39,7 +39,7 @@ pub enum Dialect {
     Fireworks,
 }
 
-/// How a refusal says when to come back.
+/// The format in which a rejection tells the wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RetryAfter {
@@ -48,67 +48,66 @@ pub enum RetryAfter {
     Seconds,
     Float,
     Date,
-    /// A date that has passed.
+    /// A date in the past.
     PastDate,
     /// A date in ten years.
     FarDate,
-    /// `retry-after-ms`.
+    /// The header `retry-after-ms`, in milliseconds.
     Ms,
     /// In the message: "please try again in 1.2s".
     Words,
     Garbage,
 }
 
-/// From `at_s` on, limits are `factor` times what the file says.
+/// From `at_s` on, the limits are `factor` times those of the script.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Change {
-    /// Since the start.
+pub struct LimitChange {
+    /// Seconds since the start.
     pub at_s: f64,
     pub factor: f64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Limits {
-    pub window: Window,
+pub struct LimitScript {
+    pub window: LimitWindow,
     pub requests_per_minute: Option<u64>,
-    /// Of prompts and answers; of prompts alone where answers have a limit of their own.
+    /// Prompt and output tokens; only prompt tokens if `output_tokens_per_minute` is set.
     pub tokens_per_minute: Option<u64>,
-    /// Of answers.
     pub output_tokens_per_minute: Option<u64>,
-    /// Counted anew each day, from the start on.
+    /// Fixed windows of a day, counted from the start.
     pub requests_per_day: Option<u64>,
-    /// Requests at once.
+    /// Maximum number of concurrent requests.
     pub concurrency: Option<u64>,
-    /// With more requests at once than this, latency grows in proportion.
+    /// Number of concurrent requests above which the latency grows in proportion.
     pub load_capacity: Option<u64>,
-    pub counts: Counts,
-    /// Whether a refused request counts as one.
+    pub counts: TokenCounting,
+    /// Whether a rejected request counts against the limits of requests.
     pub count_refused: bool,
-    /// The bucket's size, as seconds' worth of its limit.
+    /// Capacity of a bucket: the limit of this many seconds.
     pub burst_s: f64,
-    pub headers: Dialect,
+    pub headers: HeaderDialect,
     pub retry_after: RetryAfter,
-    /// The status of a refusal.
+    /// Status of a rejection.
     pub status: u16,
-    pub changes: Vec<Change>,
+    pub changes: Vec<LimitChange>,
 }
 
-impl Default for Limits {
+impl Default for LimitScript {
     fn default() -> Self {
         Self {
-            window: Window::Bucket,
+            window: LimitWindow::Bucket,
             requests_per_minute: None,
             tokens_per_minute: None,
             output_tokens_per_minute: None,
             requests_per_day: None,
             concurrency: None,
             load_capacity: None,
-            counts: Counts::Estimate,
+            counts: TokenCounting::Estimate,
             count_refused: false,
             burst_s: 60.0,
-            headers: Dialect::Openai,
+            headers: HeaderDialect::Openai,
             retry_after: RetryAfter::Seconds,
             status: 429,
             changes: Vec::new(),
@@ -116,7 +115,7 @@ impl Default for Limits {
     }
 }
 
-impl Limits {
+impl LimitScript {
     pub(crate) fn check(&self) -> Result<(), String> {
         let limits = [
             ("limits.requests_per_minute", self.requests_per_minute),
@@ -130,28 +129,28 @@ impl Limits {
             ("limits.load_capacity", self.load_capacity),
         ];
         for (key, limit) in limits {
-            ensure(
+            require(
                 limit != Some(0),
                 key,
-                "must be at least 1; leave it out for none",
+                "must be at least 1; leave it out for no limit",
             )?;
         }
-        ensure(
+        require(
             self.burst_s.is_finite() && self.burst_s > 0.0,
             "limits.burst_s",
-            "must be above 0",
+            "must be greater than 0",
         )?;
-        ensure(
+        require(
             (400..600).contains(&self.status),
             "limits.status",
             "must be from 400 to 599",
         )?;
-        ensure(
+        require(
             self.changes.iter().all(|change| {
-                is_time(change.at_s) && is_time(change.factor) && change.factor > 0.0
+                is_valid_time(change.at_s) && is_valid_time(change.factor) && change.factor > 0.0
             }) && self.changes.is_sorted_by(|a, b| a.at_s < b.at_s),
             "limits.changes",
-            "must be in the order of time, with factors above 0",
+            "must be in the order of `at_s`, with factors greater than 0",
         )
     }
 }

@@ -1,53 +1,50 @@
-//! The script of a mock: a TOML file, of which `tests/mock/example.toml` documents every key.
+//! The script of a mock: a TOML file. `tests/mock/example.toml` documents every key.
 //!
 //! ```toml
 //! seed = 1                  # the same seed, bodies and attempts: the same latencies and faults
 //! model = "mock"
-//! [answers]                 # what a good answer is, and which requests are refused
-//! [limits]                  # what is allowed per minute, per day, at once, and how it is told
-//! [[faults]]                # what goes wrong, and when; the first that applies
-//! [batch]                   # the life of a batch, on a clock of its own
+//! [answers]                 # valid answers, and which requests are rejected
+//! [limits]                  # limits per minute, per day and of concurrency, and their headers
+//! [[faults]]                # faults and their conditions; the first that matches applies
+//! [batch]                   # the batch API, on a virtual clock
 //! ```
 
 pub(crate) mod answers;
 pub(crate) mod batch;
 pub mod fault;
-pub mod kind;
+pub mod fault_kind;
 pub(crate) mod limits;
+pub(crate) mod values;
 
 use std::path::Path;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-pub use crate::mock::script::answers::{Answers, MaxTokensField, Text, Token};
-pub use crate::mock::script::batch::{Batch, Outcome, RequestCounts};
-pub use crate::mock::script::fault::Fault;
-pub use crate::mock::script::kind::Kind;
-pub use crate::mock::script::limits::{Change, Counts, Dialect, Limits, RetryAfter, Window};
-
 use crate::config::error::{describe, usage};
+use crate::mock::script::answers::AnswerScript;
+use crate::mock::script::batch::BatchScript;
+use crate::mock::script::fault::ScriptedFault;
+use crate::mock::script::limits::LimitScript;
+use crate::mock::script::values::{KEYS_HINT, require};
 
-/// For who has lost the way.
-const WHERE_KEYS_ARE: &str = "tests/mock/example.toml documents every key";
-
-/// How a mock behaves.
+/// The behaviour of a mock.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Script {
-    /// Everything that is drawn depends on this, on the body that asks, and on how often it came
-    /// before: not on the order in which requests arrive.
+    /// Seed of all random numbers. They also depend on the request body and its number of attempts,
+    /// but not on the order in which requests arrive.
     pub seed: u64,
-    /// The name that requests must ask for; `*` answers to every name.
+    /// Model name that requests must use; `*` accepts every name.
     pub model: String,
-    /// The bearer key that requests must carry.
+    /// Bearer key that requests must send.
     pub key: Option<String>,
-    /// Threads of the server.
+    /// Number of server threads.
     pub threads: usize,
-    pub answers: Answers,
-    pub limits: Limits,
-    pub faults: Vec<Fault>,
-    pub batch: Batch,
+    pub answers: AnswerScript,
+    pub limits: LimitScript,
+    pub faults: Vec<ScriptedFault>,
+    pub batch: BatchScript,
 }
 
 impl Default for Script {
@@ -57,37 +54,11 @@ impl Default for Script {
             model: "mock".into(),
             key: None,
             threads: 1,
-            answers: Answers::default(),
-            limits: Limits::default(),
+            answers: AnswerScript::default(),
+            limits: LimitScript::default(),
             faults: Vec::new(),
-            batch: Batch::default(),
+            batch: BatchScript::default(),
         }
-    }
-}
-
-/// A number, or a range from which each request draws one.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected a number, or [low, high]")]
-pub enum Span {
-    Exactly(f64),
-    Between([f64; 2]),
-}
-
-impl Span {
-    /// `random` is uniform in [0, 1).
-    pub fn at(self, random: f64) -> f64 {
-        match self {
-            Span::Exactly(value) => value,
-            Span::Between([low, high]) => low + (high - low) * random,
-        }
-    }
-
-    fn is_fit(self) -> bool {
-        let [low, high] = match self {
-            Span::Exactly(value) => [value; 2],
-            Span::Between(ends) => ends,
-        };
-        is_time(low) && is_time(high) && low <= high
     }
 }
 
@@ -95,8 +66,7 @@ impl Script {
     /// Reads the script at `path`.
     ///
     /// # Errors
-    /// [`crate::exit::Exit::Usage`], with file, line, column and the nearest key, where something
-    /// does not fit.
+    /// [`crate::exit::Exit::Usage`] with file, line, column and the nearest key.
     pub fn load(path: &Path) -> Result<Script> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             usage(format!(
@@ -107,20 +77,20 @@ impl Script {
         Script::parse(path, &text)
     }
 
-    /// Reads the text of a script; `path` is only told in errors.
+    /// Parses the text of a script; `path` is used only in error messages.
     ///
     /// # Errors
-    /// As of [`Script::load`].
+    /// As [`Script::load`].
     pub fn parse(path: &Path, text: &str) -> Result<Script> {
         let script: Script =
-            toml::from_str(text).map_err(|error| describe(path, text, &error, WHERE_KEYS_ARE))?;
+            toml::from_str(text).map_err(|error| describe(path, text, &error, KEYS_HINT))?;
         script
             .check()
-            .map_err(|mistake| usage(format!("{}: {mistake}", path.display())))?;
+            .map_err(|message| usage(format!("{}: {message}", path.display())))?;
         Ok(script)
     }
 
-    /// The name that the list of models has.
+    /// Returns the name in the list of models.
     pub fn model_name(&self) -> &str {
         match self.model.as_str() {
             "*" => "mock",
@@ -128,30 +98,17 @@ impl Script {
         }
     }
 
-    /// What types cannot say.
+    /// Checks what the types cannot express.
     fn check(&self) -> Result<(), String> {
-        ensure(self.threads > 0, "threads", "must be at least 1")?;
+        require(self.threads > 0, "threads", "must be at least 1")?;
         self.answers.check()?;
         self.limits.check()?;
         self.batch.check()?;
         for (index, fault) in self.faults.iter().enumerate() {
             fault
                 .check()
-                .map_err(|mistake| format!("faults[{index}].{mistake}"))?;
+                .map_err(|message| format!("faults[{index}].{message}"))?;
         }
         Ok(())
-    }
-}
-
-/// Not so long that a clock could not hold it.
-fn is_time(seconds: f64) -> bool {
-    (0.0..=1e9).contains(&seconds)
-}
-
-fn ensure(holds: bool, key: &str, rule: &str) -> Result<(), String> {
-    if holds {
-        Ok(())
-    } else {
-        Err(format!("{key} {rule}"))
     }
 }

@@ -15,7 +15,7 @@ use super::{QUARANTINED, export, left_out};
 use crate::cache_samples::sample;
 
 /// A row as JSON.
-fn json_of_row(row: &parquet::record::ExportRow) -> Value {
+fn json_of_row(row: &parquet::record::Row) -> Value {
     fn json_of(field: &Field) -> Value {
         match field {
             Field::Null => Value::Null,

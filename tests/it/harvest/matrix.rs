@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use distill::config::Config;
 use distill::mock::script::Script;
-use distill::mock::script::kind::Kind;
+use distill::mock::script::fault_kind::FaultKind;
 
 use super::nights::Night;
 use super::{Run, end};
@@ -205,7 +205,7 @@ fn no_fault_is_forgotten() {
         .map(|(fault, _)| fault.split('"').nth(1).unwrap().to_string())
         .chain(elsewhere.map(String::from))
         .collect();
-    for kind in Kind::all() {
+    for kind in FaultKind::all() {
         let name = serde_json::to_value(kind).unwrap();
         let name = name.as_str().unwrap().to_string();
         assert!(known.contains(&name), "{name} is in no test");

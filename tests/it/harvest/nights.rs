@@ -9,10 +9,10 @@ use distill::clock::WallClock;
 use distill::config::{Config, Durability};
 use distill::harvest::{self, Environment};
 use distill::mock::Mock;
-use distill::mock::ledger::Stats;
-use distill::mock::request::Request;
-use distill::mock::response::Reaction;
+use distill::mock::request::MockRequest;
+use distill::mock::response::MockResponse;
 use distill::mock::script::Script;
+use distill::mock::stats::MockStats;
 use distill::report::summary::HarvestSummary;
 use distill::signal::Signals;
 use futures_util::FutureExt;
@@ -35,13 +35,13 @@ impl Transport for Simulated {
         async move {
             let body = body.to_string();
             let answer = async {
-                match self.mock.respond(Request::chat(body.as_bytes())).await {
-                    Reaction::Reply(reply) => Ok(whole(reply)),
-                    Reaction::Refused => {
+                match self.mock.respond(MockRequest::chat(body.as_bytes())).await {
+                    MockResponse::Complete(reply) => Ok(whole(reply)),
+                    MockResponse::Refused => {
                         Err(TransportError::Unreachable("connection refused".into()))
                     }
-                    Reaction::StallInBody(_) => std::future::pending().await,
-                    Reaction::Drip {
+                    MockResponse::StallInBody(_) => std::future::pending().await,
+                    MockResponse::Drip {
                         reply,
                         slow,
                         interval,
@@ -49,10 +49,12 @@ impl Transport for Simulated {
                         sleep(interval * slow as u32).await;
                         Ok(whole(reply))
                     }
-                    Reaction::Reset
-                    | Reaction::ResetInBody(_)
-                    | Reaction::ShortBody(_)
-                    | Reaction::UnfinishedChunks(_) => Err(TransportError::Broken("reset".into())),
+                    MockResponse::Reset
+                    | MockResponse::ResetInBody(_)
+                    | MockResponse::ShortBody(_)
+                    | MockResponse::UnfinishedChunks(_) => {
+                        Err(TransportError::Broken("reset".into()))
+                    }
                 }
             };
             let reply = tokio::time::timeout(self.timeout, answer).await;
@@ -62,7 +64,7 @@ impl Transport for Simulated {
     }
 }
 
-pub fn whole(reply: distill::mock::response::Reply) -> HttpReply {
+pub fn whole(reply: distill::mock::response::HttpReply) -> HttpReply {
     let mut headers = HeaderMap::new();
     for (name, value) in &reply.headers {
         let name: reqwest::header::HeaderName = name.parse().unwrap();
@@ -152,7 +154,7 @@ impl Night {
     }
 
     /// Answers billed beyond one for each row.
-    pub fn bought_twice(&self, stats: &Stats) -> u64 {
+    pub fn bought_twice(&self, stats: &MockStats) -> u64 {
         stats.billed.answers - self.run.records().len() as u64
     }
 }

@@ -1,11 +1,11 @@
-//! Batches from upload to the last row, on a clock that is advanced by hand.
+//! The batch API from upload to results, with a paused clock.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use distill::mock::Mock;
-use distill::mock::request::Request;
-use distill::mock::response::{Reaction, Reply};
+use distill::mock::request::MockRequest;
+use distill::mock::response::{HttpReply, MockResponse};
 use serde_json::{Value, json};
 use tokio::time::advance;
 
@@ -13,28 +13,28 @@ use super::{body, json_of, mock, text};
 
 const ENDPOINT: &str = "/v1/chat/completions";
 
-/// A request for files or batches, as a client sends it; a form has the boundary `b`.
-pub fn request_of_batches<'a>(method: &'a str, path: &'a str, body: &'a [u8]) -> Request<'a> {
+/// A request to a file or batch route; the multipart boundary is `b`.
+pub fn batch_request<'a>(method: &'a str, path: &'a str, body: &'a [u8]) -> MockRequest<'a> {
     let content_type = match path {
         "/v1/files" => "multipart/form-data; boundary=b",
         _ => "application/json",
     };
-    Request {
+    MockRequest {
         method,
         path,
         content_type: Some(content_type),
         body,
-        ..Request::default()
+        ..MockRequest::default()
     }
 }
 
-async fn send(mock: &Mock, method: &str, path: &str, body: &[u8]) -> Reaction {
-    mock.respond(request_of_batches(method, path, body)).await
+async fn send(mock: &Mock, method: &str, path: &str, body: &[u8]) -> MockResponse {
+    mock.respond(batch_request(method, path, body)).await
 }
 
-async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> Reply {
+async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> HttpReply {
     match send(mock, method, path, body).await {
-        Reaction::Reply(reply) => reply,
+        MockResponse::Complete(reply) => reply,
         other => panic!("{other:?}"),
     }
 }
@@ -68,7 +68,7 @@ fn creation(file: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// Rows `r0`, `r1`, ... that say their own name.
+/// Rows `r0`, `r1`, ... whose prompts contain their numbers.
 fn rows(count: usize) -> String {
     (0..count)
         .map(|index| {
@@ -82,7 +82,7 @@ fn rows(count: usize) -> String {
         .collect()
 }
 
-/// A batch of these lines, and its path.
+/// Creates a batch of these lines; returns it and its path.
 async fn create(mock: &Mock, lines: &str) -> (Value, String) {
     let file = upload(mock, lines).await;
     let reply = call(mock, "POST", "/v1/batches", &creation(&file)).await;
@@ -92,11 +92,11 @@ async fn create(mock: &Mock, lines: &str) -> (Value, String) {
     (batch, path)
 }
 
-async fn later(seconds: u64) {
+async fn advance_seconds(seconds: u64) {
     advance(Duration::from_secs(seconds)).await;
 }
 
-/// The lines of a result file by their `custom_id`; none where there is no file.
+/// The lines of a result file by `custom_id`; empty if there is no file.
 async fn lines(mock: &Mock, file: &Value) -> BTreeMap<String, Value> {
     let Some(id) = file.as_str() else {
         return BTreeMap::new();
@@ -109,12 +109,12 @@ async fn lines(mock: &Mock, file: &Value) -> BTreeMap<String, Value> {
         (row["custom_id"].as_str().unwrap().to_string(), row)
     });
     let rows: BTreeMap<String, Value> = rows.collect();
-    assert_eq!(rows.len(), content.lines().count(), "a row came twice");
+    assert_eq!(rows.len(), content.lines().count(), "a row is repeated");
     rows
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_goes_from_validating_to_completed_and_is_billed_once() {
+async fn batch_completes_and_is_billed_once() {
     let mock = mock("[answers]\ntext = \"upper\"\n[batch]\nclock = 10\nin_progress_s = 100");
     let (batch, path) = create(&mock, &rows(10)).await;
     assert_eq!(batch["status"], "validating");
@@ -124,7 +124,7 @@ async fn a_batch_goes_from_validating_to_completed_and_is_billed_once() {
         json!({"total": 0, "completed": 0, "failed": 0})
     );
     // 60, 160 and 220 virtual seconds after its creation.
-    later(11).await;
+    advance_seconds(11).await;
     let batch = get(&mock, &path).await;
     assert_eq!(batch["status"], "in_progress");
     assert_eq!(
@@ -133,9 +133,9 @@ async fn a_batch_goes_from_validating_to_completed_and_is_billed_once() {
     );
     assert_eq!(batch["output_file_id"], Value::Null);
     assert_eq!(mock.stats().billed.answers, 0);
-    later(5).await;
+    advance_seconds(5).await;
     assert_eq!(get(&mock, &path).await["status"], "finalizing");
-    later(6).await;
+    advance_seconds(6).await;
     let batch = get(&mock, &path).await;
     assert_eq!(batch["status"], "completed");
     assert_eq!(batch["errors"], Value::Null);
@@ -167,12 +167,12 @@ async fn a_batch_goes_from_validating_to_completed_and_is_billed_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_end_in_the_error_file_in_three_shapes_or_nowhere() {
+async fn error_rows_have_three_formats_and_lost_rows_are_in_no_file() {
     let mock = mock("[batch]\nerror_rows = 6\nlost_rows = 2\nrequest_counts = \"all_completed\"");
     let (_, path) = create(&mock, &rows(20)).await;
-    later(10_000).await;
+    advance_seconds(10_000).await;
     let batch = get(&mock, &path).await;
-    // It is not to be trusted.
+    // The scripted counts are wrong.
     assert_eq!(
         batch["request_counts"],
         json!({"total": 20, "completed": 20, "failed": 0})
@@ -196,7 +196,7 @@ async fn rows_end_in_the_error_file_in_three_shapes_or_nowhere() {
         ["0", "0", "500", "500", "server_error", "server_error"]
     );
     assert_eq!(mock.stats().billed.answers, 12);
-    // Neither the order of the input.
+    // The order differs from that of the input.
     let output = batch["output_file_id"].as_str().unwrap();
     let content = call(&mock, "GET", &format!("/v1/files/{output}/content"), b"")
         .await
@@ -211,10 +211,10 @@ async fn rows_end_in_the_error_file_in_three_shapes_or_nowhere() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_good_row_there_is_no_output_file() {
+async fn batch_without_successful_row_has_no_output_file() {
     let mock = mock("[batch]\nerror_rows = 9");
     let (_, path) = create(&mock, &rows(3)).await;
-    later(10_000).await;
+    advance_seconds(10_000).await;
     let batch = get(&mock, &path).await;
     assert_eq!(
         (&batch["status"], &batch["output_file_id"]),
@@ -224,7 +224,7 @@ async fn without_a_good_row_there_is_no_output_file() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_meet_the_faults_and_refusals_that_requests_meet() {
+async fn faults_and_rejections_apply_to_batch_rows() {
     let mock = mock(
         "[answers]\nrefuse_parameters = [\"seed\"]\n\
          [[faults]]\nkind = \"http 400\"\nmatching = \"row 1\"\n\
@@ -233,7 +233,7 @@ async fn rows_meet_the_faults_and_refusals_that_requests_meet() {
     );
     let input = rows(4).replacen("\"model\"", "\"seed\":1,\"model\"", 1);
     let (_, path) = create(&mock, &input).await;
-    later(10_000).await;
+    advance_seconds(10_000).await;
     let batch = get(&mock, &path).await;
     let output = lines(&mock, &batch["output_file_id"]).await;
     assert_eq!(output.keys().collect::<Vec<_>>(), ["r2"]);
@@ -249,7 +249,7 @@ async fn rows_meet_the_faults_and_refusals_that_requests_meet() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bad_file_fails_with_its_lines() {
+async fn invalid_input_file_fails_with_line_numbers() {
     let mock = mock("[batch]\nmax_rows = 3");
     let row = |index: usize| rows(index + 1).lines().last().unwrap().to_string();
     let without = |name: &str| {
@@ -285,9 +285,9 @@ async fn a_bad_file_fails_with_its_lines() {
         (rows(4), "too_many_requests", json!(null)),
     ] {
         let (_, path) = create(&mock, &input).await;
-        later(59).await;
+        advance_seconds(59).await;
         assert_eq!(get(&mock, &path).await["status"], "validating");
-        later(1).await;
+        advance_seconds(1).await;
         let batch = get(&mock, &path).await;
         assert_eq!(batch["status"], "failed");
         let mistake = &batch["errors"]["data"][0];
@@ -306,14 +306,14 @@ async fn a_bad_file_fails_with_its_lines() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_left_of_an_expired_or_cancelled_batch_is_partial() {
+async fn expired_and_cancelled_batches_have_partial_results() {
     for (outcome, code) in [
         ("expired", "batch_expired"),
         ("cancelled", "batch_cancelled"),
     ] {
         let mock = mock(&format!("[batch]\noutcome = \"{outcome}\""));
         let (_, path) = create(&mock, &rows(10)).await;
-        later(90_000).await;
+        advance_seconds(90_000).await;
         let batch = get(&mock, &path).await;
         assert_eq!(batch["status"], outcome);
         assert!(batch[format!("{outcome}_at")].is_i64(), "{batch}");
@@ -329,16 +329,16 @@ async fn what_is_left_of_an_expired_or_cancelled_batch_is_partial() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_can_cancel_until_it_is_too_late() {
+async fn cancel_is_rejected_after_the_end() {
     let mock = mock("");
     let (_, path) = create(&mock, &rows(4)).await;
-    later(60 + 900).await;
+    advance_seconds(60 + 900).await;
     let cancel = format!("{path}/cancel");
     for _ in 0..2 {
         let reply = call(&mock, "POST", &cancel, b"").await;
         assert_eq!(json_of(&reply)["status"], "cancelling");
     }
-    later(60).await;
+    advance_seconds(60).await;
     let batch = get(&mock, &path).await;
     assert_eq!(batch["status"], "cancelled");
     assert_eq!(lines(&mock, &batch["output_file_id"]).await.len(), 1);
@@ -346,29 +346,29 @@ async fn a_client_can_cancel_until_it_is_too_late() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn too_many_enqueued_tokens_fail_later_and_not_at_once() {
-    // A row is 6 tokens and a longest answer of 16.
+async fn enqueued_token_limit_fails_the_batch_in_validation() {
+    // A row has 6 prompt tokens and up to 16 output tokens.
     let mock = mock("[batch]\nenqueued_tokens = 50");
     let (_, first) = create(&mock, &rows(2)).await;
     let (second, path) = create(&mock, &rows(2)).await;
     assert_eq!(second["status"], "validating");
-    later(60).await;
+    advance_seconds(60).await;
     let batch = get(&mock, &path).await;
     assert_eq!(batch["status"], "failed");
     assert_eq!(batch["errors"]["data"][0]["code"], "token_limit_exceeded");
-    later(10_000).await;
+    advance_seconds(10_000).await;
     assert_eq!(get(&mock, &first).await["status"], "completed");
     let (_, path) = create(&mock, &rows(2)).await;
-    later(10_000).await;
+    advance_seconds(10_000).await;
     assert_eq!(get(&mock, &path).await["status"], "completed");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_reply_leaves_an_orphan_that_the_list_shows() {
+async fn batch_with_lost_reply_is_listed() {
     let mock = mock("[batch]\nlost_creates = 1\nstatus = \"queued\"");
     let file = upload(&mock, &rows(1)).await;
     let lost = send(&mock, "POST", "/v1/batches", &creation(&file)).await;
-    assert_eq!(lost, Reaction::Reset);
+    assert_eq!(lost, MockResponse::Reset);
     let list = get(&mock, "/v1/batches?limit=2").await;
     assert_eq!(list["data"].as_array().unwrap().len(), 1);
     assert_eq!(list["data"][0]["metadata"]["nonce"], "n1");
@@ -380,7 +380,7 @@ async fn a_lost_reply_leaves_an_orphan_that_the_list_shows() {
             200
         );
     }
-    // The newest first, a page at a time.
+    // Newest first, in pages.
     let ids = |list: &Value| -> Vec<String> {
         let data = list["data"].as_array().unwrap();
         data.iter()
@@ -394,8 +394,8 @@ async fn a_lost_reply_leaves_an_orphan_that_the_list_shows() {
     assert_eq!(second["has_more"], false);
     assert_eq!(ids(&second), ids(&list));
     assert!(!ids(&first).contains(&ids(&list)[0]));
-    // A status that nobody knows.
-    later(60).await;
+    // The scripted status.
+    advance_seconds(60).await;
     assert_eq!(
         get(&mock, "/v1/batches").await["data"][0]["status"],
         "queued"
@@ -403,7 +403,7 @@ async fn a_lost_reply_leaves_an_orphan_that_the_list_shows() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_uploaded_file_may_not_be_there_yet() {
+async fn uploaded_file_is_missing_at_first_if_scripted() {
     let mock = mock("[batch]\nmissing_s = 1");
     let file = upload(&mock, &rows(1)).await;
     let path = format!("/v1/files/{file}");
@@ -416,7 +416,7 @@ async fn an_uploaded_file_may_not_be_there_yet() {
             .unwrap()
             .contains("No such File")
     );
-    later(1).await;
+    advance_seconds(1).await;
     assert_eq!(get(&mock, &path).await["filename"], "in.jsonl");
     assert_eq!(
         call(&mock, "POST", "/v1/batches", &creation(&file))
@@ -430,7 +430,7 @@ async fn an_uploaded_file_may_not_be_there_yet() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_asked_wrongly_is_refused() {
+async fn invalid_batch_requests_are_rejected() {
     let mock = mock("");
     let file = upload(&mock, &rows(1)).await;
     let with = |name: &str, value: Value| {
@@ -466,7 +466,7 @@ async fn what_is_asked_wrongly_is_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn faults_hit_the_paths_that_they_name() {
+async fn faults_with_path_apply_to_that_path() {
     let mock = mock(
         "[[faults]]\nkind = \"http 503\"\npath = \"/v1/batches/\"\nfirst = 1\n\
          [[faults]]\nkind = \"reset in body\"\npath = \"/content\"\nfirst = 1\n\
@@ -474,14 +474,14 @@ async fn faults_hit_the_paths_that_they_name() {
     );
     let (_, path) = create(&mock, &rows(2)).await;
     assert_eq!(call(&mock, "GET", &path, b"").await.status, 503);
-    later(10_000).await;
+    advance_seconds(10_000).await;
     let batch = get(&mock, &path).await;
     let content = format!(
         "/v1/files/{}/content",
         batch["output_file_id"].as_str().unwrap()
     );
-    let Reaction::ResetInBody(reply) = send(&mock, "GET", &content, b"").await else {
-        panic!("the file came whole");
+    let MockResponse::ResetInBody(reply) = send(&mock, "GET", &content, b"").await else {
+        panic!("the file is complete");
     };
     assert_eq!(call(&mock, "GET", &content, b"").await.body, reply.body);
     assert_eq!(mock.stats().billed.answers, 2);

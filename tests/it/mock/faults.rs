@@ -1,23 +1,24 @@
-//! Every fault of the matrix, once, as it looks on the wire; and when faults strike.
+//! Each kind of fault as a client sees it, and the conditions of faults.
 
 use std::time::Duration;
 
-use distill::mock::request::Request;
-use distill::mock::response::Reaction;
-use distill::mock::script::kind::Kind;
+use distill::mock::request::MockRequest;
+use distill::mock::response::MockResponse;
+use distill::mock::script::fault_kind::FaultKind;
 use serde_json::{Value, json};
 use tokio::time::{Instant, advance, timeout};
 
 use super::server::{End, Server};
 use super::{ask, ask_with, body, json_of, mock, statuses, text};
 
-/// What a client sees of a fault: the status line and the body, and how the connection ended.
-async fn see(fault: &str) -> (String, Vec<u8>, End) {
+/// Returns the head and the body that a client receives under a fault, and how the connection ended.
+async fn observe(fault: &str) -> (String, Vec<u8>, End) {
     let server = Server::start(&format!("[[faults]]\n{fault}")).await;
     let extra = json!({"logprobs": true, "top_logprobs": 3});
-    let longest = match fault.contains("drip") {
-        true => Duration::from_millis(300),
-        false => Duration::from_secs(10),
+    let longest = if fault.contains("drip") {
+        Duration::from_millis(300)
+    } else {
+        Duration::from_secs(10)
     };
     let (bytes, end) = server.exchange(&body("hello there", extra), longest).await;
     let split = bytes.windows(4).position(|w| w == b"\r\n\r\n");
@@ -29,52 +30,53 @@ async fn see(fault: &str) -> (String, Vec<u8>, End) {
 }
 
 #[tokio::test]
-async fn errors_have_their_status_headers_and_body() {
+async fn error_faults_have_their_status_headers_and_body() {
     for status in [
         400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 504, 529,
     ] {
-        let (head, body, _) = see(&format!("kind = \"http {status}\"")).await;
+        let (head, body, _) = observe(&format!("kind = \"http {status}\"")).await;
         assert!(head.starts_with(&format!("http/1.1 {status} ")), "{head}");
         let body: Value = serde_json::from_slice(&body).unwrap();
         assert!(body["error"]["message"].is_string() && body["error"]["code"].is_string());
     }
     for status in [429, 502] {
-        let (head, body, _) = see(&format!("kind = \"html {status}\"")).await;
+        let (head, body, _) = observe(&format!("kind = \"html {status}\"")).await;
         assert!(
             head.contains(&format!(" {status} ")) && head.contains("text/html"),
             "{head}"
         );
         assert!(body.starts_with(b"<html>"));
     }
-    let (head, body, _) = see("kind = \"insufficient_quota\"").await;
+    let (head, body, _) = observe("kind = \"insufficient_quota\"").await;
     assert!(head.contains(" 429 "));
     let body: Value = serde_json::from_slice(&body).unwrap();
     assert_eq!(body["error"]["code"], "insufficient_quota");
-    let (head, ..) = see("kind = \"redirect\"\nheaders = {Location = \"http://other/\"}").await;
+    let (head, ..) = observe("kind = \"redirect\"\nheaders = {Location = \"http://other/\"}").await;
     assert!(
         head.contains(" 307 ") && head.contains("location: http://other/\r\n"),
         "{head}"
     );
     assert_eq!(head.matches("location").count(), 1, "{head}");
-    let (head, body, _) = see("kind = \"error in 200\"").await;
+    let (head, body, _) = observe("kind = \"error in 200\"").await;
     assert!(head.contains(" 200 "));
     let body: Value = serde_json::from_slice(&body).unwrap();
     assert_eq!(body["error"]["code"], 502);
-    let (head, body, _) =
-        see("kind = \"http 503\"\nbody = \"busy\"\nretry_after = \"float\"\nretry_after_s = 1.5")
-            .await;
+    let (head, body, _) = observe(
+        "kind = \"http 503\"\nbody = \"busy\"\nretry_after = \"float\"\nretry_after_s = 1.5",
+    )
+    .await;
     assert!(head.contains("retry-after: 1.5\r\n"), "{head}");
     assert_eq!(body, b"busy");
 }
 
 #[tokio::test]
-async fn connections_end_as_the_script_says() {
+async fn connection_faults_end_the_connection_as_scripted() {
     let length = |head: &str| -> usize {
         let (_, rest) = head.split_once("content-length: ").unwrap();
         rest.split("\r\n").next().unwrap().parse().unwrap()
     };
     for kind in ["reset", "refused"] {
-        let (head, body, end) = see(&format!("kind = \"{kind}\"")).await;
+        let (head, body, end) = observe(&format!("kind = \"{kind}\"")).await;
         assert_eq!((head.as_str(), body.len(), end), ("", 0, End::Reset));
     }
     for (kind, expected) in [
@@ -82,17 +84,17 @@ async fn connections_end_as_the_script_says() {
         ("short body", End::Closed),
         ("stall in body", End::Open),
     ] {
-        let (head, body, end) = see(&format!("kind = \"{kind}\"")).await;
+        let (head, body, end) = observe(&format!("kind = \"{kind}\"")).await;
         assert_eq!(body.len(), length(&head) / 2, "{kind}");
         assert_eq!(end, expected, "{kind}");
     }
-    let (head, body, end) = see("kind = \"unfinished chunks\"").await;
+    let (head, body, end) = observe("kind = \"unfinished chunks\"").await;
     assert!(head.contains("transfer-encoding: chunked"), "{head}");
     assert!(body.ends_with(b"}\r\n"), "no last chunk");
     assert_eq!(end, End::Closed);
-    let (head, body, end) = see("kind = \"stall\"").await;
+    let (head, body, end) = observe("kind = \"stall\"").await;
     assert_eq!((head.as_str(), body.len(), end), ("", 0, End::Open));
-    let (head, body, end) = see("kind = \"drip\"\ninterval_s = 0.05").await;
+    let (head, body, end) = observe("kind = \"drip\"\ninterval_s = 0.05").await;
     assert!(
         !body.is_empty() && body.len() < length(&head) / 10,
         "{}",
@@ -100,7 +102,8 @@ async fn connections_end_as_the_script_says() {
     );
     assert_eq!(end, End::Open);
     for interval in ["", "interval_s = 0.001"] {
-        let (head, body, _) = see(&format!("kind = \"blank lines\"\nsize = 5\n{interval}")).await;
+        let (head, body, _) =
+            observe(&format!("kind = \"blank lines\"\nsize = 5\n{interval}")).await;
         assert_eq!(body.len(), length(&head));
         assert!(body.starts_with(b"\n\n\n\n\n{"));
         serde_json::from_slice::<Value>(&body).unwrap();
@@ -108,8 +111,8 @@ async fn connections_end_as_the_script_says() {
 }
 
 #[tokio::test]
-async fn bodies_are_spoilt_and_nothing_else() {
-    for kind in Kind::all().filter(|kind| kind.is_of_an_answer()) {
+async fn body_faults_change_only_the_body() {
+    for kind in FaultKind::all().filter(|kind| kind.corrupts_answer()) {
         if [
             "reset in body",
             "short body",
@@ -121,7 +124,7 @@ async fn bodies_are_spoilt_and_nothing_else() {
         {
             continue;
         }
-        let (head, body, _) = see(&format!("kind = \"{kind}\"")).await;
+        let (head, body, _) = observe(&format!("kind = \"{kind}\"")).await;
         assert!(head.contains(" 200 ok"), "{kind}: {head}");
         let good = json_of(
             &ask_with(
@@ -131,16 +134,16 @@ async fn bodies_are_spoilt_and_nothing_else() {
             )
             .await,
         );
-        // That each one does what it says is held where they are made.
+        // Unit tests of `mock::corrupt` check the body of each kind.
         assert_ne!(body, serde_json::to_vec(&good).unwrap(), "{kind}");
-        if kind == Kind::HugeBody {
+        if kind == FaultKind::HugeBody {
             assert_eq!(body.len(), 64 << 20);
         }
     }
 }
 
 #[tokio::test]
-async fn a_fault_strikes_the_first_attempts_of_each_body() {
+async fn fault_with_first_applies_per_body() {
     let mock = mock("[[faults]]\nkind = \"http 500\"\nfirst = 2");
     for content in ["a", "b"] {
         let mut seen = Vec::new();
@@ -155,7 +158,7 @@ async fn a_fault_strikes_the_first_attempts_of_each_body() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_fault_strikes_in_its_window_and_where_it_matches() {
+async fn fault_applies_in_its_window_and_to_matching_prompts() {
     let mock = mock(
         "[[faults]]\nkind = \"http 400\"\nmatching = \"poison\"\n\
          [[faults]]\nkind = \"http 503\"\nfrom_s = 10\nto_s = 20\nafter_s = 0.5",
@@ -166,21 +169,21 @@ async fn a_fault_strikes_in_its_window_and_where_it_matches() {
     let start = Instant::now();
     assert_eq!(statuses(&mock, 1).await, [503]);
     assert_eq!(start.elapsed().as_millis(), 500);
-    // The first entry that applies.
+    // The first matching entry applies.
     assert_eq!(ask(&mock, "poison").await.status, 400);
     advance(Duration::from_secs(10)).await;
     assert_eq!(statuses(&mock, 1).await, [200]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stall_lasts_until_the_client_leaves() {
+async fn stall_holds_its_slot_until_the_client_disconnects() {
     let mock = mock("[[faults]]\nkind = \"stall\"\n[limits]\nconcurrency = 1");
     let body = body("hi", json!({}));
     let hour = Duration::from_secs(3600);
-    timeout(hour, mock.respond(Request::chat(&body)))
+    timeout(hour, mock.respond(MockRequest::chat(&body)))
         .await
         .unwrap_err();
-    // It held the only place, and holds it no longer.
+    // The stalled request held the only slot and has released it.
     let stats = mock.stats();
     assert_eq!(
         (stats.max_in_flight, stats.in_flight, stats.abandoned),
@@ -190,7 +193,7 @@ async fn a_stall_lasts_until_the_client_leaves() {
 }
 
 #[tokio::test]
-async fn answers_that_are_lost_are_billed_and_errors_are_not() {
+async fn corrupt_answers_are_billed_and_errors_are_not() {
     for (fault, billed) in [
         ("kind = \"http 500\"", 0),
         ("kind = \"http 500\"\nbilled = true", 1),
@@ -202,32 +205,32 @@ async fn answers_that_are_lost_are_billed_and_errors_are_not() {
     ] {
         let mock = mock(&format!("[[faults]]\n{fault}"));
         let body = body("hi", json!({}));
-        let reaction = mock.respond(Request::chat(&body)).await;
-        assert_eq!(mock.times_billed(&body), billed, "{fault}: {reaction:?}");
+        let response = mock.respond(MockRequest::chat(&body)).await;
+        assert_eq!(mock.times_billed(&body), billed, "{fault}: {response:?}");
         assert_eq!(mock.stats().answered, 0);
     }
 }
 
 #[tokio::test]
-async fn in_process_a_fault_is_a_value() {
+async fn fault_is_a_response_value_without_tcp() {
     let body = body("hi there", json!({}));
-    let react = async |kind: &str| {
+    let respond = async |kind: &str| {
         let mock = mock(&format!("[[faults]]\nkind = \"{kind}\""));
-        mock.respond(Request::chat(&body)).await
+        mock.respond(MockRequest::chat(&body)).await
     };
-    assert_eq!(react("reset").await, Reaction::Reset);
-    assert_eq!(react("refused").await, Reaction::Refused);
-    let Reaction::ShortBody(reply) = react("short body").await else {
-        panic!("another reaction");
+    assert_eq!(respond("reset").await, MockResponse::Reset);
+    assert_eq!(respond("refused").await, MockResponse::Refused);
+    let MockResponse::ShortBody(reply) = respond("short body").await else {
+        panic!("unexpected response");
     };
     assert_eq!(text(&json_of(&reply)), "hi there");
-    let Reaction::Drip {
+    let MockResponse::Drip {
         reply,
         slow,
         interval,
-    } = react("drip").await
+    } = respond("drip").await
     else {
-        panic!("another reaction");
+        panic!("unexpected response");
     };
     assert_eq!((slow, interval), (reply.body.len(), Duration::from_secs(1)));
 }

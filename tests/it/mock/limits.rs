@@ -1,9 +1,9 @@
-//! The limiter models, on a clock that stands still between the requests.
+//! The rate limits, with a paused clock.
 
 use std::time::{Duration, SystemTime};
 
 use distill::mock::Mock;
-use distill::mock::response::Reply;
+use distill::mock::response::HttpReply;
 use serde_json::json;
 use tokio::time::{Instant, advance};
 
@@ -11,38 +11,39 @@ use super::{ask, ask_with, json_of, mock, script, statuses};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// `count` requests at every one of these seconds since the start; how many of each were let in.
-async fn let_in(limits: &str, at: &[(u64, usize)]) -> Vec<usize> {
-    let (mock, start) = (mock(limits), Instant::now());
-    let mut passed = Vec::new();
+/// Sends `count` requests at each of these seconds; returns the numbers of admitted requests.
+async fn admitted_counts(limits: &str, at: &[(u64, usize)]) -> Vec<usize> {
+    let mock = mock(limits);
+    let start = Instant::now();
+    let mut admitted = Vec::new();
     for &(second, count) in at {
         advance(start + SECOND * second as u32 - Instant::now()).await;
         let statuses = statuses(&mock, count).await;
-        passed.push(statuses.iter().filter(|status| **status == 200).count());
+        admitted.push(statuses.iter().filter(|status| **status == 200).count());
     }
-    passed
+    admitted
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_window_counts_a_minute_in_its_own_way() {
+async fn each_window_counts_a_minute() {
     let windows = [
-        // Full at first, then two a second.
+        // Full at the start, then two per second.
         ("bucket", [120, 0, 2, 118]),
-        // From 0 to 60 s, and from 60 s on.
+        // Windows from 0 s and from 60 s.
         ("fixed_minute", [120, 0, 0, 120]),
-        // Those of 0 s are over at 60 s.
+        // The requests at 0 s leave the window at 60 s.
         ("sliding_minute", [120, 0, 0, 120]),
     ];
     for (window, expected) in windows {
         let limits = format!("[limits]\nwindow = \"{window}\"\nrequests_per_minute = 120");
         let at = [(0, 121), (0, 1), (1, 3), (60, 200)];
-        assert_eq!(let_in(&limits, &at).await, expected, "{window}");
+        assert_eq!(admitted_counts(&limits, &at).await, expected, "{window}");
     }
-    // The trap of the fixed minute: twice the limit within two seconds.
+    // A fixed minute admits twice the limit within two seconds.
     for (window, expected) in [("fixed_minute", [3, 3]), ("sliding_minute", [3, 0])] {
         let limits = format!("[limits]\nwindow = \"{window}\"\nrequests_per_minute = 3");
         assert_eq!(
-            let_in(&limits, &[(59, 9), (60, 9)]).await,
+            admitted_counts(&limits, &[(59, 9), (60, 9)]).await,
             expected,
             "{window}"
         );
@@ -50,45 +51,48 @@ async fn every_window_counts_a_minute_in_its_own_way() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_small_bucket_bites_within_the_minute() {
+async fn small_bucket_limits_bursts_within_a_minute() {
     let limits = "[limits]\nrequests_per_minute = 60\nburst_s = 1";
-    assert_eq!(let_in(limits, &[(0, 9), (1, 9), (9, 9)]).await, [1, 1, 1]);
+    assert_eq!(
+        admitted_counts(limits, &[(0, 9), (1, 9), (9, 9)]).await,
+        [1, 1, 1]
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_day_is_counted_anew_after_24_hours() {
+async fn daily_limit_resets_after_24_hours() {
     let limits = "[limits]\nrequests_per_day = 2";
     let at = [(0, 3), (3600, 1), (86_399, 1), (86_400, 3)];
-    assert_eq!(let_in(limits, &at).await, [2, 0, 0, 2]);
+    assert_eq!(admitted_counts(limits, &at).await, [2, 0, 0, 2]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn refused_requests_count_where_the_script_says_so() {
+async fn rejected_requests_count_if_scripted() {
     for (count_refused, expected) in [(false, [1, 1]), (true, [1, 0])] {
         let limits = format!(
             "[limits]\nrequests_per_minute = 60\nburst_s = 1\ncount_refused = {count_refused}"
         );
-        assert_eq!(let_in(&limits, &[(0, 3), (1, 1)]).await, expected);
+        assert_eq!(admitted_counts(&limits, &[(0, 3), (1, 1)]).await, expected);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn limits_halve_and_double_when_the_script_says_so() {
+async fn limit_changes_apply_at_their_time() {
     let limits = "[limits]\nwindow = \"fixed_minute\"\nrequests_per_minute = 8\n\
                   changes = [{at_s = 60, factor = 0.5}, {at_s = 120, factor = 2}]";
     let at = [(0, 99), (60, 99), (120, 99), (180, 99)];
-    assert_eq!(let_in(limits, &at).await, [8, 4, 16, 16]);
-    // A bucket that was full holds no more than its new size.
+    assert_eq!(admitted_counts(limits, &at).await, [8, 4, 16, 16]);
+    // A full bucket is cut to its new capacity.
     let limits = "[limits]\nrequests_per_minute = 8\nchanges = [{at_s = 60, factor = 0.5}]";
-    assert_eq!(let_in(limits, &[(60, 99), (75, 99)]).await, [4, 1]);
+    assert_eq!(admitted_counts(limits, &[(60, 99), (75, 99)]).await, [4, 1]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn so_many_at_once_and_no_more() {
+async fn concurrency_limit_rejects_excess_requests() {
     let mock = mock("[answers]\nlatency_s = 1\n[limits]\nconcurrency = 2");
     let (a, b, c) = tokio::join!(ask(&mock, "a"), ask(&mock, "b"), ask(&mock, "c"));
     assert_eq!([a.status, b.status, c.status], [200, 200, 429]);
-    assert_eq!(c.header("retry-after"), None, "nobody knows");
+    assert_eq!(c.header("retry-after"), None, "the wait is unknown");
     assert_eq!(ask(&mock, "c").await.status, 200);
     let stats = mock.stats();
     assert_eq!(
@@ -98,7 +102,7 @@ async fn so_many_at_once_and_no_more() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_limits_load_shows_as_latency() {
+async fn load_above_capacity_increases_latency() {
     let mock = mock("[answers]\nlatency_s = 1\n[limits]\nload_capacity = 2");
     let timed = async |content| {
         let start = Instant::now();
@@ -111,31 +115,31 @@ async fn without_limits_load_shows_as_latency() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn tokens_are_charged_by_estimate_or_by_use() {
+async fn tokens_are_charged_by_estimate_or_usage() {
     // "hi" is a prompt of 5 tokens, and an answer of 1.
     for (counts, expected) in [("estimate", 2), ("actual", 20)] {
         let limits = format!("[limits]\ntokens_per_minute = 120\ncounts = \"{counts}\"");
         let mock = mock(&limits);
-        let mut passed = 0;
+        let mut admitted = 0;
         while ask_with(&mock, "hi", json!({"max_tokens": 50}))
             .await
             .status
             == 200
         {
-            passed += 1;
+            admitted += 1;
         }
-        // By use each leaves 114, 108, ...: until 55 no longer fit.
+        // By usage, 114, 108, ... tokens remain, until 55 no longer fit.
         let expected = if counts == "actual" {
             (120 - 55) / 6 + 1
         } else {
             expected
         };
-        assert_eq!(passed, expected, "{counts}");
+        assert_eq!(admitted, expected, "{counts}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_may_have_a_limit_of_their_own() {
+async fn output_tokens_have_a_separate_limit() {
     let mock = mock("[limits]\ntokens_per_minute = 1000\noutput_tokens_per_minute = 100");
     let ask = async || ask_with(&mock, "hi", json!({"max_tokens": 50})).await;
     assert_eq!([ask().await.status, ask().await.status], [200, 200]);
@@ -147,7 +151,7 @@ async fn answers_may_have_a_limit_of_their_own() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_can_never_fit_is_said_to() {
+async fn request_above_the_limit_itself_is_reported_as_too_large() {
     let mock = mock("[limits]\ntokens_per_minute = 100");
     let refused = ask_with(&mock, "hi", json!({"max_tokens": 1000})).await;
     assert_eq!(refused.status, 429);
@@ -156,11 +160,11 @@ async fn what_can_never_fit_is_said_to() {
     assert!(error.contains("too large"), "{error}");
 }
 
-/// One request let in, one refused 600 ms before its time.
-async fn refused(retry_after: &str) -> (Reply, String) {
+/// Admits one request and rejects the next, 600 ms before it would be admitted.
+async fn refused(retry_after: &str) -> (HttpReply, String) {
     let limits =
         format!("[limits]\nrequests_per_minute = 60\nburst_s = 1\nretry_after = \"{retry_after}\"");
-    // Not a whole second, which a date would have to round up from.
+    // A fraction of a second, which a date must round up.
     let wall = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000 + SECOND / 4;
     let mock = Mock::at(script(&limits), wall);
     assert_eq!(ask(&mock, "hi").await.status, 200);
@@ -175,7 +179,7 @@ async fn refused(retry_after: &str) -> (Reply, String) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_says_when_to_come_back_in_every_form() {
+async fn rejection_tells_the_wait_in_each_format() {
     for (form, name, value) in [
         ("seconds", "retry-after", "1"),
         ("float", "retry-after", "0.6"),
@@ -200,9 +204,9 @@ async fn a_refusal_says_when_to_come_back_in_every_form() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn headers_speak_every_dialect() {
+async fn rate_limit_headers_match_each_provider() {
     let limits = "requests_per_minute = 3000\nrequests_per_day = 14400\ntokens_per_minute = 6000";
-    // After one request of 5 + 16 tokens: 20 ms and 210 ms until all is there again.
+    // After one request of 5 + 16 tokens, the quotas are full again in 20 ms and 210 ms.
     for (dialect, expected) in [
         (
             "openai",
@@ -283,7 +287,7 @@ async fn headers_speak_every_dialect() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_fullest_minute_is_told() {
+async fn stats_report_the_busiest_minute() {
     let mock = mock("[limits]\nwindow = \"fixed_minute\"\nrequests_per_minute = 3");
     advance(SECOND * 59).await;
     statuses(&mock, 4).await;
@@ -293,7 +297,7 @@ async fn the_fullest_minute_is_told() {
     statuses(&mock, 1).await;
     let stats = mock.stats();
     assert_eq!(stats.most_requests_in_a_minute, 7);
-    // Each asked for 5 + 16 tokens, and six had 5 + 1.
+    // Each request asks for 5 + 16 tokens; six answers have 5 + 1.
     assert_eq!(stats.most_tokens_asked_in_a_minute, 7 * 21);
     assert_eq!(stats.most_tokens_billed_in_a_minute, 6 * 6);
     assert_eq!((stats.answered, stats.throttled), (7, 1));

@@ -1,4 +1,4 @@
-//! The scripted teacher: what it does is what its script says.
+//! The scripted teacher follows its script.
 
 pub mod batch;
 mod faults;
@@ -9,8 +9,8 @@ pub mod server;
 use std::path::Path;
 
 use distill::mock::Mock;
-use distill::mock::request::Request;
-use distill::mock::response::{Reaction, Reply};
+use distill::mock::request::MockRequest;
+use distill::mock::response::{HttpReply, MockResponse};
 use distill::mock::script::Script;
 use serde_json::{Value, json};
 
@@ -22,7 +22,7 @@ pub fn mock(text: &str) -> Mock {
     Mock::new(script(text))
 }
 
-/// A request for an answer to `content`, with more fields.
+/// The body of a chat request with the fields of `extra`.
 pub fn body(content: &str, extra: Value) -> Vec<u8> {
     let mut body = json!({
         "model": "mock",
@@ -34,23 +34,23 @@ pub fn body(content: &str, extra: Value) -> Vec<u8> {
     body.to_string().into_bytes()
 }
 
-pub fn json_of(reply: &Reply) -> Value {
+pub fn json_of(reply: &HttpReply) -> Value {
     serde_json::from_slice(&reply.body).unwrap()
 }
 
-/// The whole reply to a request for an answer.
-pub async fn ask_with(mock: &Mock, content: &str, extra: Value) -> Reply {
-    match mock.respond(Request::chat(&body(content, extra))).await {
-        Reaction::Reply(reply) => reply,
+/// The complete reply to a chat request.
+pub async fn ask_with(mock: &Mock, content: &str, extra: Value) -> HttpReply {
+    match mock.respond(MockRequest::chat(&body(content, extra))).await {
+        MockResponse::Complete(reply) => reply,
         other => panic!("{other:?}"),
     }
 }
 
-pub async fn ask(mock: &Mock, content: &str) -> Reply {
+pub async fn ask(mock: &Mock, content: &str) -> HttpReply {
     ask_with(mock, content, json!({})).await
 }
 
-/// The statuses of `count` requests, one after the other.
+/// The statuses of `count` sequential requests.
 pub async fn statuses(mock: &Mock, count: usize) -> Vec<u16> {
     let mut statuses = Vec::new();
     for _ in 0..count {
@@ -64,7 +64,7 @@ pub fn text(answer: &Value) -> &str {
 }
 
 #[tokio::test]
-async fn an_answer_has_the_text_the_logprobs_and_the_bill_of_the_script() {
+async fn answer_has_scripted_text_logprobs_and_usage() {
     let mock = mock(
         "[answers]\ntext = \"upper\"\ntoken = \"bytes\"\ncached_tokens = 3\nreasoning_tokens = 2",
     );
@@ -85,7 +85,7 @@ async fn an_answer_has_the_text_the_logprobs_and_the_bill_of_the_script() {
         assert!((1..5).all(|index| of(index) < of(index - 1)), "{position}");
     }
     assert_eq!(bytes, "GRÖSSE 日本".as_bytes());
-    // Somewhere a character is in two tokens.
+    // At least one character is split into two tokens.
     assert!(
         positions
             .iter()
@@ -105,13 +105,13 @@ async fn an_answer_has_the_text_the_logprobs_and_the_bill_of_the_script() {
 }
 
 #[tokio::test]
-async fn answers_are_as_long_as_the_script_and_the_request_say() {
+async fn answer_length_follows_script_and_max_tokens() {
     let mock = mock("[answers]\ntokens = 6\nreasoning_tokens = 2");
     for (max_tokens, content, finish_reason, billed) in [
         (json!(null), "a b a b a b", "stop", 8),
         (json!(8), "a b a b a b", "stop", 8),
         (json!(5), "a b a", "length", 5),
-        // Thinking ate the budget.
+        // The reasoning tokens use up `max_tokens`.
         (json!(2), "", "length", 2),
     ] {
         let answer = json_of(&ask_with(&mock, "a b", json!({"max_tokens": max_tokens})).await);
@@ -126,18 +126,20 @@ async fn answers_are_as_long_as_the_script_and_the_request_say() {
 }
 
 #[tokio::test]
-async fn what_the_script_does_not_take_is_refused_with_its_name() {
+async fn rejected_parameter_is_named_in_the_error() {
     let mock = mock(
         "key = \"k\"\n[answers]\nrefuse_parameters = [\"seed\"]\ncontext_tokens = 100\n\
          max_tokens_field = \"max_completion_tokens\"\ntop_logprobs = 5",
     );
     let keyed = async |body: &[u8]| {
-        let request = Request {
+        let request = MockRequest {
             authorization: Some("Bearer k"),
-            ..Request::chat(body)
+            ..MockRequest::chat(body)
         };
         match mock.respond(request).await {
-            Reaction::Reply(reply) => (reply.status, json_of(&reply)["error"]["param"].clone()),
+            MockResponse::Complete(reply) => {
+                (reply.status, json_of(&reply)["error"]["param"].clone())
+            }
             other => panic!("{other:?}"),
         }
     };
@@ -173,7 +175,7 @@ async fn what_the_script_does_not_take_is_refused_with_its_name() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_hangs_up_is_counted_and_billed_as_the_script_says() {
+async fn disconnect_is_counted_and_billed_as_scripted() {
     for (bill_abandoned, billed) in [(true, 1), (false, 0)] {
         let mock = mock(&format!(
             "[answers]\nlatency_s = 10\nbill_abandoned = {bill_abandoned}"
@@ -192,7 +194,7 @@ async fn who_hangs_up_is_counted_and_billed_as_the_script_says() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn latencies_and_faults_depend_on_the_seed_and_not_on_the_order() {
+async fn latencies_and_faults_depend_on_seed_not_order() {
     let text = |seed| {
         format!(
             "seed = {seed}\n[answers]\nlatency_s = [1, 9]\n[[faults]]\nkind = \"http 500\"\nshare = 0.5"
@@ -225,7 +227,7 @@ async fn latencies_and_faults_depend_on_the_seed_and_not_on_the_order() {
 }
 
 #[tokio::test]
-async fn the_bill_tells_how_often_each_body_was_paid_for() {
+async fn stats_count_how_often_each_body_is_billed() {
     let mock = mock("");
     for content in ["a", "a", "b", "a"] {
         ask(&mock, content).await;

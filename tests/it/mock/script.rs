@@ -5,8 +5,8 @@ use std::path::Path;
 
 use distill::exit::Exit;
 use distill::mock::script::Script;
-use distill::mock::script::fault::Fault;
-use distill::mock::script::kind::Kind;
+use distill::mock::script::fault::ScriptedFault;
+use distill::mock::script::fault_kind::FaultKind;
 use serde_json::Value;
 
 const EXAMPLE: &str = include_str!("../../mock/example.toml");
@@ -29,7 +29,7 @@ fn uncommented() -> String {
         .collect()
 }
 
-/// `section.key` of everything in a script.
+/// All keys of a script as `section.key`.
 fn keys(script: &Script) -> BTreeSet<String> {
     let json = serde_json::to_value(script).unwrap();
     let mut keys = BTreeSet::new();
@@ -45,12 +45,12 @@ fn keys(script: &Script) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_example_is_equal_to_the_defaults_and_has_every_key() {
+fn example_equals_the_defaults_and_has_every_key() {
     let parse = |text: &str| Script::parse(Path::new("x"), text).unwrap();
     assert_eq!(parse(EXAMPLE), Script::default());
     let text = uncommented();
     let full = parse(&text);
-    // An optional key that is left out of the example shows as null.
+    // An optional key that the example lacks would be null.
     let json = serde_json::to_string(&full).unwrap();
     assert!(!json.contains("null"), "{json}");
     for key in keys(&Script::default()) {
@@ -60,8 +60,8 @@ fn the_example_is_equal_to_the_defaults_and_has_every_key() {
             .any(|line| line.starts_with(&format!("{key} = ")));
         assert!(set || key == "faults", "the example lacks {key}");
     }
-    assert_ne!(full.faults, [Fault::new(Kind::Http(503))]);
-    for kind in Kind::all() {
+    assert_ne!(full.faults, [ScriptedFault::new(FaultKind::Http(503))]);
+    for kind in FaultKind::all() {
         assert!(
             EXAMPLE.contains(&format!("\"{kind}\"")),
             "the example lacks {kind}"
@@ -70,7 +70,7 @@ fn the_example_is_equal_to_the_defaults_and_has_every_key() {
 }
 
 #[test]
-fn mistakes_are_told_with_their_place_and_a_way_out() {
+fn script_error_names_line_key_and_suggestion() {
     for (text, parts) in [
         (
             "[limits]\nrequests_per_minut = 3",

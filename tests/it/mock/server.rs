@@ -25,7 +25,7 @@ pub struct Server {
 pub enum End {
     Closed,
     Reset,
-    /// Not within the time that a test has.
+    /// Still open when the test stopped waiting.
     Open,
 }
 
@@ -38,8 +38,8 @@ impl Server {
         Server { mock, address }
     }
 
-    /// What comes back for a request for an answer, on a connection of its own: until 150 ms are
-    /// quiet, or `longest` is over.
+    /// Sends a chat request on a new connection. Returns the received bytes and how the connection
+    /// ended, after 150 ms of silence at the latest, or after `longest`.
     pub async fn exchange(&self, body: &[u8], longest: Duration) -> (Vec<u8>, End) {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         stream
@@ -72,7 +72,7 @@ fn post(body: &[u8], headers: &str) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// The next reply of a connection that is kept: its status and its body.
+/// Reads the next reply of a keep-alive connection: its status and its body.
 async fn reply(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> (u16, Value) {
     loop {
         if let Some(end) = buffer.windows(4).position(|w| w == b"\r\n\r\n") {
@@ -91,7 +91,7 @@ async fn reply(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> (u16, Value) {
 }
 
 #[tokio::test]
-async fn a_connection_is_kept_and_requests_may_come_ahead_or_in_pieces() {
+async fn keep_alive_connection_accepts_pipelined_split_and_chunked_requests() {
     let server = Server::start("[answers]\ntext = \"upper\"\nlatency_s = 0.01").await;
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     let mut buffer = Vec::new();
@@ -105,13 +105,12 @@ async fn a_connection_is_kept_and_requests_may_come_ahead_or_in_pieces() {
         stream.write_all(&[byte]).await.unwrap();
         tokio::task::yield_now().await;
     }
-    // Who sent the body already gets the word all the same, at most.
+    // `100 Continue` is optional here, since the client sends the body anyway.
     let (_, answer) = {
-        let mut word = vec![0; 25];
-        stream.read_exact(&mut word).await.unwrap();
-        match word.starts_with(b"HTTP/1.1 100 Continue\r\n\r\n") {
-            true => {}
-            false => buffer.extend(word),
+        let mut interim = vec![0; 25];
+        stream.read_exact(&mut interim).await.unwrap();
+        if !interim.starts_with(b"HTTP/1.1 100 Continue\r\n\r\n") {
+            buffer.extend(interim);
         }
         reply(&mut stream, &mut buffer).await
     };
@@ -131,7 +130,7 @@ async fn a_connection_is_kept_and_requests_may_come_ahead_or_in_pieces() {
 }
 
 #[tokio::test]
-async fn what_is_no_request_is_told_and_closed() {
+async fn malformed_and_unknown_requests_get_their_status() {
     let server = Server::start("").await;
     for (input, status) in [
         (&b"hello\r\n\r\n"[..], 400),
@@ -153,14 +152,14 @@ async fn what_is_no_request_is_told_and_closed() {
 }
 
 #[tokio::test]
-async fn a_client_that_hangs_up_frees_its_place() {
+async fn disconnect_releases_concurrency_slot() {
     let server = Server::start("[answers]\nlatency_s = 3600\n[limits]\nconcurrency = 1").await;
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     stream
         .write_all(&post(&body("hi", json!({})), ""))
         .await
         .unwrap();
-    let until = async |holds: &dyn Fn() -> bool| {
+    let wait_until = async |holds: &dyn Fn() -> bool| {
         for _ in 0..500 {
             if holds() {
                 return;
@@ -169,14 +168,14 @@ async fn a_client_that_hangs_up_frees_its_place() {
         }
         panic!("{:?}", server.mock.stats());
     };
-    until(&|| server.mock.stats().in_flight == 1).await;
+    wait_until(&|| server.mock.stats().in_flight == 1).await;
     drop(stream);
-    until(&|| server.mock.stats().abandoned == 1).await;
+    wait_until(&|| server.mock.stats().abandoned == 1).await;
     assert_eq!(server.mock.stats().in_flight, 0);
 }
 
 #[tokio::test]
-async fn the_stats_are_served() {
+async fn stats_route_returns_the_counts() {
     let server =
         distill::mock::server::start(script("threads = 2"), [127, 0, 0, 1].into(), 0).unwrap();
     let address = server.base_url();
@@ -207,7 +206,7 @@ async fn the_stats_are_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_harvest_survives_a_night_of_faults_and_loses_nothing() {
+async fn harvest_completes_every_prompt_despite_faults() {
     let server = Server::start(
         "seed = 3\nmodel = \"m\"\n[answers]\ntext = \"upper\"\n\
          [limits]\nrequests_per_minute = 30000\nburst_s = 0.02\nretry_after = \"ms\"\nheaders = \"none\"\n\
@@ -228,7 +227,7 @@ async fn a_harvest_survives_a_night_of_faults_and_loses_nothing() {
     assert_eq!(stats.requests, summary.requests);
     assert!(stats.throttled > 0, "{stats:?}");
     assert_eq!(stats.faults.len(), 5, "{stats:?}");
-    // What was cut off on the way was billed, and bought again.
+    // Replies that were cut off were billed and requested again.
     let lost = stats.faults["reset in body"] + stats.faults["truncated"];
     assert_eq!(stats.billed.answers, 200 + lost);
     assert_eq!(stats.bodies_by_times_billed.get(&0), None);

@@ -1,11 +1,11 @@
-//! What is refused, and how.
+//! Error responses.
 
 use serde_json::{Value, json};
 
 use super::{CONTEXT, request, start};
 
 #[tokio::test]
-async fn errors_have_openai_s_shape() {
+async fn validation_errors_have_openai_format() {
     let fixture = start(4, 64);
     let long = "a".repeat(CONTEXT);
     for (status, code, param, body) in [
@@ -52,9 +52,10 @@ async fn errors_have_openai_s_shape() {
 }
 
 #[tokio::test]
-async fn errors_of_http_have_openai_s_shape_too() {
+async fn http_errors_have_openai_format() {
     let fixture = start(4, 64);
-    let (client, chat) = (&fixture.client, fixture.url("/chat/completions"));
+    let client = &fixture.client;
+    let chat = fixture.url("/chat/completions");
     for (status, request) in [
         (400, client.post(&chat).body("{\"model\": ")),
         (413, client.post(&chat).body(vec![b' '; (16 << 20) + 1])),

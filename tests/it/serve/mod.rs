@@ -1,4 +1,4 @@
-//! The server speaks OpenAI's dialect over real HTTP.
+//! The OpenAI-compatible server over HTTP.
 
 mod errors;
 mod scores;
@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use crate::tiny;
 
 const CONTEXT: usize = 2500;
-/// More than any answer takes, and less than an endless one.
+/// Longer than any answer takes, and shorter than an endless one.
 const LONG: Duration = Duration::from_secs(20);
 
 /// A server over a tiny model, with a client.
@@ -37,7 +37,7 @@ fn start_endless(queue: usize) -> Fixture {
 fn start_with_context(batch_size: usize, queue: usize, context: usize) -> Fixture {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| {
-        // An error means that another test was first.
+        // An error means that another test has installed it.
         let _ = rustls::crypto::ring::default_provider().install_default();
     });
     let model = tempfile::tempdir().unwrap();
@@ -70,7 +70,7 @@ impl Fixture {
         timeout(LONG, request.send()).await.unwrap().unwrap()
     }
 
-    /// The answer to a request that must succeed.
+    /// Returns the answer to a request that must succeed.
     async fn ask(&self, body: &Value) -> Value {
         self.ask_at("/chat/completions", body).await
     }
@@ -83,7 +83,7 @@ impl Fixture {
         answer
     }
 
-    /// The events of a stream, which must end as it should.
+    /// Returns the events of a stream, which must end with `[DONE]`.
     async fn stream(&self, body: &Value) -> Vec<Value> {
         let mut body = body.clone();
         body["stream"] = true.into();
@@ -128,7 +128,7 @@ fn bytes_of(token: &Value) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn models_are_listed() {
+async fn models_route_lists_the_model() {
     let fixture = start(4, 64);
     let get = async |path: &str| -> Value {
         let response = fixture.client.get(fixture.url(path)).send().await.unwrap();
@@ -145,7 +145,7 @@ async fn models_are_listed() {
 }
 
 #[tokio::test]
-async fn an_answer_has_openai_s_shape() {
+async fn answer_has_openai_format() {
     let fixture = start(4, 64);
     let answer = fixture.ask(&request("hi", json!({"max_tokens": 7}))).await;
     assert!(answer["id"].as_str().unwrap().starts_with("chatcmpl-"));
@@ -176,7 +176,7 @@ async fn an_answer_has_openai_s_shape() {
 }
 
 #[tokio::test]
-async fn a_stream_is_the_same_answer_in_pieces() {
+async fn streamed_answer_equals_whole_answer() {
     let fixture = start(4, 64);
     for extra in [
         json!({"seed": 11, "temperature": 1, "logprobs": true, "top_logprobs": 3}),
@@ -201,7 +201,7 @@ async fn a_stream_is_the_same_answer_in_pieces() {
                 if choice["index"] != expected["index"] {
                     continue;
                 }
-                assert_eq!(finish_reason, Value::Null, "nothing follows the end");
+                assert_eq!(finish_reason, Value::Null, "an event follows the end");
                 content += choice["delta"]["content"].as_str().unwrap_or_default();
                 if let Some(tokens) = choice["logprobs"]["content"].as_array() {
                     logprobs.extend(tokens.clone());
@@ -218,7 +218,7 @@ async fn a_stream_is_the_same_answer_in_pieces() {
 }
 
 #[tokio::test]
-async fn logprobs_are_those_of_the_text() {
+async fn logprobs_match_the_text() {
     let fixture = start(4, 64);
     let body = json!({
         "seed": 3, "temperature": 1, "max_tokens": 400, "logprobs": true, "top_logprobs": 20,
@@ -228,7 +228,8 @@ async fn logprobs_are_those_of_the_text() {
         .as_array()
         .unwrap();
     let mut bytes = Vec::new();
-    let (mut listed, mut partial) = (0, 0);
+    let mut listed = 0;
+    let mut partial = 0;
     for position in content {
         let top = position["top_logprobs"].as_array().unwrap();
         let logprobs: Vec<f64> = top.iter().map(|t| t["logprob"].as_f64().unwrap()).collect();
@@ -236,7 +237,7 @@ async fn logprobs_are_those_of_the_text() {
         assert!(logprobs.is_sorted_by(|a, b| a >= b));
         assert!(logprobs.iter().map(|logprob| logprob.exp()).sum::<f64>() <= 1.0);
         for same in top.iter().filter(|t| t["token"] == position["token"]) {
-            // Tokens that are different parts of characters share their text.
+            // Tokens that are parts of different characters may have the same text.
             if same["bytes"] == position["bytes"] && !bytes_of(same).is_empty() {
                 assert_eq!(same["logprob"], position["logprob"]);
                 listed += 1;
@@ -262,7 +263,7 @@ async fn logprobs_are_those_of_the_text() {
 }
 
 #[tokio::test]
-async fn the_end_of_the_turn_counts_but_is_no_content() {
+async fn end_of_turn_token_is_counted_but_not_in_content() {
     let fixture = start(16, 64);
     let body = json!({
         "seed": 1, "temperature": 1, "n": 16, "max_tokens": 300, "logprobs": true,
@@ -299,9 +300,9 @@ async fn the_end_of_the_turn_counts_but_is_no_content() {
 }
 
 #[tokio::test]
-async fn a_stop_string_ends_the_answer_before_it() {
+async fn stop_string_cuts_the_answer_before_it() {
     let fixture = start(4, 64);
-    // Any two letters in a row that the answer holds, in characters that are whole.
+    // Any two consecutive ASCII letters of the answer.
     let letters = |pair: &&[u8]| pair.iter().all(u8::is_ascii_alphanumeric);
     let mut seed = 0;
     let (body, full_text, stop) = loop {
@@ -327,19 +328,19 @@ async fn a_stop_string_ends_the_answer_before_it() {
         .unwrap();
     let bytes: Vec<u8> = tokens.iter().flat_map(bytes_of).collect();
     assert_eq!(String::from_utf8_lossy(&bytes), text(&answer));
-    // The tokens of the stop string were generated, and count.
+    // The tokens of the stop string were generated, so they count.
     let completion_tokens = answer["usage"]["completion_tokens"].as_u64().unwrap() as usize;
     assert!(completion_tokens > tokens.len());
     assert!(
         completion_tokens <= tokens.len() + 2,
-        "{stop:?} after {:?}: {completion_tokens} tokens, {} told",
+        "{stop:?} after {:?}: {completion_tokens} tokens, {} returned",
         text(&answer),
         tokens.len()
     );
 }
 
 #[tokio::test]
-async fn a_seed_repeats_the_answer() {
+async fn seed_makes_the_answer_reproducible() {
     let fixture = start(4, 64);
     let ask = async |seed: Value| {
         let body = request("tell me", json!({"seed": seed, "temperature": 1}));
@@ -351,7 +352,7 @@ async fn a_seed_repeats_the_answer() {
 }
 
 #[tokio::test]
-async fn requests_at_once_get_the_answers_of_requests_one_by_one() {
+async fn concurrent_requests_get_the_same_answers_as_sequential_ones() {
     let fixture = start(8, 64);
     let bodies: Vec<Value> = (0..16)
         .map(|index| {
@@ -372,8 +373,8 @@ fn endless() -> Value {
     request("tell me", json!({"max_tokens": null, "stream": true}))
 }
 
-/// Reads a stream until its first text: its answer is under way then.
-async fn under_way(response: &mut Response) {
+/// Reads a stream until its first text: its answer is running then.
+async fn wait_for_first_text(response: &mut Response) {
     loop {
         let piece = timeout(LONG, response.chunk()).await.unwrap().unwrap();
         let piece = String::from_utf8(piece.unwrap().to_vec()).unwrap();
@@ -384,28 +385,28 @@ async fn under_way(response: &mut Response) {
 }
 
 #[tokio::test]
-async fn a_client_that_goes_frees_its_slot() {
+async fn disconnect_frees_the_slot() {
     let fixture = start_endless(64);
     let mut streaming = fixture.send(&endless()).await;
-    under_way(&mut streaming).await;
+    wait_for_first_text(&mut streaming).await;
     let mut whole = endless();
     whole["stream"] = false.into();
-    // These two wait in the queue, and one of them gives up there.
+    // These two are queued, and one of them times out there.
     let waiting = fixture.send(&endless()).await;
-    let given_up = timeout(Duration::from_millis(50), fixture.send(&whole)).await;
-    assert!(given_up.is_err(), "the slot is taken");
+    let timed_out = timeout(Duration::from_millis(50), fixture.send(&whole)).await;
+    assert!(timed_out.is_err(), "the slot is occupied");
     drop(streaming);
     drop(waiting);
     fixture.ask(&request("hi", json!({}))).await;
 }
 
 #[tokio::test]
-async fn a_full_queue_refuses_and_says_when_to_come_back() {
+async fn full_queue_rejects_with_retry_after() {
     let fixture = start_endless(2);
     let mut running = fixture.send(&endless()).await;
-    under_way(&mut running).await;
+    wait_for_first_text(&mut running).await;
     let _first = fixture.send(&endless()).await;
-    // All answers of a request or none.
+    // All answers of a request are queued, or none.
     let pair = request("hi", json!({"n": 2}));
     assert_eq!(
         fixture.send(&pair).await.status(),
@@ -420,7 +421,7 @@ async fn a_full_queue_refuses_and_says_when_to_come_back() {
 }
 
 #[tokio::test]
-async fn a_shutdown_lets_answers_finish() {
+async fn shutdown_lets_running_answers_finish() {
     let Fixture {
         server,
         client,
@@ -429,7 +430,7 @@ async fn a_shutdown_lets_answers_finish() {
     let url = format!("{}/chat/completions", server.base_url());
     let body = request("hi", json!({"max_tokens": 500, "stream": true}));
     let mut response = client.post(&url).json(&body).send().await.unwrap();
-    under_way(&mut response).await;
+    wait_for_first_text(&mut response).await;
     let shutdown = tokio::task::spawn_blocking(|| server.shutdown());
     let rest = timeout(LONG, response.text()).await.unwrap().unwrap();
     assert!(rest.ends_with("data: [DONE]\n\n"), "{rest}");

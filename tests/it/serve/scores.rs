@@ -1,15 +1,15 @@
-//! What a given text's tokens would have been worth: `echo` and `prompt_logprobs`.
+//! Logprobs of given texts: `echo` and `prompt_logprobs`.
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use super::{CONTEXT, request, start};
 
-fn numbers(list: &Value) -> Vec<Option<f64>> {
+fn floats(list: &Value) -> Vec<Option<f64>> {
     list.as_array().unwrap().iter().map(Value::as_f64).collect()
 }
 
-fn close(a: &[Option<f64>], b: &[Option<f64>]) -> bool {
+fn is_close(a: &[Option<f64>], b: &[Option<f64>]) -> bool {
     let same = |(a, b): (&Option<f64>, &Option<f64>)| match (a, b) {
         (Some(a), Some(b)) => (a - b).abs() < 1e-4,
         (a, b) => a == b,
@@ -27,7 +27,7 @@ fn ids(tokens: &Value) -> Vec<u32> {
 }
 
 #[tokio::test]
-async fn a_written_text_scores_as_it_was_written() {
+async fn scores_of_generated_text_match_generation() {
     let fixture = start(4, 64);
     let body = json!({
         "model": "tiny", "prompt": "the inn", "max_tokens": 30, "temperature": 1, "seed": 4, "echo": true,
@@ -42,22 +42,26 @@ async fn a_written_text_scores_as_it_was_written() {
     assert!(ids.len() > prompt + 10 && prompt > 2);
     assert!(choice["text"].as_str().unwrap().starts_with("the inn"));
 
-    // Given as ids, it is only read, in one pass and not token by token.
+    // Given as ids, the text is scored in one pass instead of token by token.
     let body =
         json!({"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": true, "logprobs": 5});
     let read = fixture.ask_at("/completions", &body).await;
     assert_eq!(read["usage"]["completion_tokens"], 0);
     assert_eq!(read["choices"][0]["finish_reason"], "length");
-    let (of_written, of_read) = (&choice["logprobs"], &read["choices"][0]["logprobs"]);
-    let logprobs = numbers(&of_read["token_logprobs"]);
+    let written_logprobs = &choice["logprobs"];
+    let read_logprobs = &read["choices"][0]["logprobs"];
+    let logprobs = floats(&read_logprobs["token_logprobs"]);
     assert_eq!(logprobs[0], None);
     assert!(
         logprobs[1..]
             .iter()
             .all(|logprob| logprob.is_some_and(|l| l <= 0.0))
     );
-    assert!(close(&logprobs, &numbers(&of_written["token_logprobs"])));
-    for (at, top) in of_read["top_logprobs"]
+    assert!(is_close(
+        &logprobs,
+        &floats(&written_logprobs["token_logprobs"])
+    ));
+    for (at, top) in read_logprobs["top_logprobs"]
         .as_array()
         .unwrap()
         .iter()
@@ -76,7 +80,7 @@ async fn a_written_text_scores_as_it_was_written() {
 }
 
 #[tokio::test]
-async fn both_ways_to_score_a_text_agree() {
+async fn echo_and_prompt_logprobs_agree() {
     let fixture = start(4, 64);
     let body = json!({
         "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the inn, é"}],
@@ -89,18 +93,21 @@ async fn both_ways_to_score_a_text_agree() {
     let mut logprobs = vec![None];
     let mut ids = Vec::new();
     for position in &positions[1..] {
-        // The token that is there comes first.
+        // The prompt's own token comes first.
         let entries: Vec<(&String, &Value)> = position.as_object().unwrap().iter().collect();
         let (id, own) = entries[0];
         assert_eq!(entries.len(), if own["rank"].is_null() { 5 } else { 4 });
         ids.push(id.parse::<u32>().unwrap());
         logprobs.push(own["logprob"].as_f64());
     }
-    let told = |position: &Value| {
+    let decoded_token = |position: &Value| {
         let own = position.as_object().unwrap().values().next().unwrap();
         own["decoded_token"].as_str().unwrap().to_owned()
     };
-    let tail: Vec<String> = positions[positions.len() - 6..].iter().map(told).collect();
+    let tail: Vec<String> = positions[positions.len() - 6..]
+        .iter()
+        .map(decoded_token)
+        .collect();
     assert_eq!(tail.concat(), " inn, é", "it ends where the answer ends");
 
     let first = 256 + 6 + 1;
@@ -110,9 +117,9 @@ async fn both_ways_to_score_a_text_agree() {
         "prompt_logprobs": 2});
     let read = fixture.ask_at("/completions", &body).await;
     let read = &read["choices"][0];
-    assert!(close(
+    assert!(is_close(
         &logprobs,
-        &numbers(&read["logprobs"]["token_logprobs"])
+        &floats(&read["logprobs"]["token_logprobs"])
     ));
     assert_eq!(
         read["prompt_logprobs"].as_array().unwrap().len(),
@@ -121,7 +128,7 @@ async fn both_ways_to_score_a_text_agree() {
 }
 
 #[tokio::test]
-async fn several_prompts_get_several_answers_each() {
+async fn multiple_prompts_get_n_answers_each() {
     let fixture = start(4, 64);
     let body = json!({"model": "tiny", "prompt": ["the", "inn"], "n": 2, "max_tokens": 5, "seed": 1,
         "temperature": 1, "echo": true, "logprobs": 1});
@@ -135,13 +142,13 @@ async fn several_prompts_get_several_answers_each() {
     assert_eq!(begins, [true; 4]);
     assert_ne!(choices[0]["text"], choices[1]["text"]);
     for choice in choices {
-        let offsets = numbers(&choice["logprobs"]["text_offset"]);
+        let offsets = floats(&choice["logprobs"]["text_offset"]);
         assert!(offsets.is_sorted_by(|a, b| a < b));
     }
 }
 
 #[tokio::test]
-async fn what_cannot_be_scored_is_refused_by_its_field() {
+async fn invalid_scoring_request_names_the_field() {
     let fixture = start(4, 64);
     let long = vec![7; CONTEXT + 1];
     for (field, body) in [
@@ -170,7 +177,7 @@ async fn what_cannot_be_scored_is_refused_by_its_field() {
         let error: Value = response.json().await.unwrap();
         assert_eq!(error["error"]["param"], field, "{error}");
     }
-    // A text that fills the context is scored, since nothing is to follow.
+    // A text that fills the context is scored, since no answer follows.
     let full = json!({"model": "tiny", "prompt": vec![7; CONTEXT], "echo": true, "max_tokens": 0, "logprobs": 0});
     fixture.ask_at("/completions", &full).await;
     for (field, extra) in [

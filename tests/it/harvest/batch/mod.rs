@@ -18,7 +18,7 @@ use distill::cache::record::Record;
 use distill::client::transport::{BatchApi, FileDownload};
 use distill::client::transport::{HttpReply, Transport, TransportError};
 use distill::config::{Config, RequestMode};
-use distill::mock::response::Reaction;
+use distill::mock::response::MockResponse;
 use distill::report::summary::HarvestSummary;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::sleep;
 
-use crate::mock::batch::request_of_batches;
+use crate::mock::batch::batch_request;
 
 use super::nights::{Night, Simulated, on_paused_clocks, whole};
 
@@ -82,9 +82,9 @@ impl Provider {
         sleep(self.latency.mul_f64(fastrand::f64())).await;
     }
 
-    async fn react(&self, method: &str, path: &str, body: &[u8]) -> Reaction {
+    async fn react(&self, method: &str, path: &str, body: &[u8]) -> MockResponse {
         self.travel().await;
-        let request = request_of_batches(method, path, body);
+        let request = batch_request(method, path, body);
         let reaction = self.chat.mock.respond(request).await;
         self.travel().await;
         reaction
@@ -97,8 +97,8 @@ impl Provider {
         body: &[u8],
     ) -> Result<HttpReply, TransportError> {
         match self.react(method, path, body).await {
-            Reaction::Reply(reply) => Ok(whole(reply)),
-            Reaction::Refused => Err(TransportError::Unreachable("connection refused".into())),
+            MockResponse::Complete(reply) => Ok(whole(reply)),
+            MockResponse::Refused => Err(TransportError::Unreachable("connection refused".into())),
             _ => Err(TransportError::Broken("reset".into())),
         }
     }
@@ -169,8 +169,8 @@ impl BatchApi for Provider {
             }
             let path = format!("/v1/files/{file}/content");
             let (reply, breaks) = match self.react("GET", &path, b"").await {
-                Reaction::Reply(reply) => (reply, self.breaks_files),
-                Reaction::ResetInBody(reply) => (reply, true),
+                MockResponse::Complete(reply) => (reply, self.breaks_files),
+                MockResponse::ResetInBody(reply) => (reply, true),
                 _ => return Err(TransportError::Broken("reset".into())),
             };
             if reply.status != 200 {

@@ -1,153 +1,153 @@
-//! What a mock has seen, answered and billed.
+//! Counts of what the mock received, answered and billed.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::mock::answer::Usage;
+use crate::mock::answer::MockUsage;
 
-/// Everything since the start. `GET /mock/stats` returns it as JSON.
+/// Counts since the start. `GET /mock/stats` returns them as JSON.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Stats {
+pub struct MockStats {
     pub seconds: f64,
-    /// Over TCP.
+    /// TCP connections.
     pub connections: u64,
-    /// All but those for these numbers.
+    /// All requests except those to `/mock/stats`.
     pub requests: u64,
-    /// Replies by their status, those that were cut short among them.
+    /// Replies by status, including those that were cut off.
     pub by_status: BTreeMap<u16, u64>,
-    /// Good answers, sent whole.
+    /// Valid answers, sent completely.
     pub answered: u64,
-    /// Refused by a limit.
+    /// Requests rejected by a limit.
     pub throttled: u64,
-    /// Requests whose client left before they had a reply.
+    /// Requests whose client disconnected before the reply.
     pub abandoned: u64,
-    /// By kind.
+    /// Faults by kind.
     pub faults: BTreeMap<String, u64>,
     pub in_flight: u64,
     pub max_in_flight: u64,
-    /// Requests for answers, refused ones among them, in the fullest 60 seconds.
+    /// Maximum number of chat requests within 60 seconds, including rejected ones.
     pub most_requests_in_a_minute: u64,
-    /// Prompts and longest answers that they asked for, in the fullest 60 seconds.
+    /// Maximum number of tokens (prompt and `max_tokens`) requested within 60 seconds.
     pub most_tokens_asked_in_a_minute: u64,
-    /// In the fullest 60 seconds, without those of batches.
+    /// Maximum number of tokens billed within 60 seconds, without batches.
     pub most_tokens_billed_in_a_minute: u64,
-    pub billed: Billed,
-    /// Different bodies that asked for an answer.
+    pub billed: BillingTotals,
+    /// Number of distinct chat request bodies.
     pub bodies: u64,
-    /// How many bodies were billed so many times.
+    /// Number of bodies by how often they were billed.
     pub bodies_by_times_billed: BTreeMap<u32, u64>,
 }
 
-/// What the answers add up to.
+/// Totals of all billed answers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Billed {
-    /// Those of batches among them.
+pub struct BillingTotals {
+    /// All answers, including those of batches.
     pub answers: u64,
     pub batch_answers: u64,
     pub prompt_tokens: u64,
-    /// Of the prompt tokens.
+    /// Part of the prompt tokens.
     pub cached_tokens: u64,
     pub completion_tokens: u64,
-    /// Of the completion tokens.
+    /// Part of the completion tokens.
     pub reasoning_tokens: u64,
 }
 
-/// A body's hash.
+/// Hash of a request body.
 pub type BodyHash = u128;
 
-pub fn hash(body: &[u8]) -> BodyHash {
+pub fn body_hash(body: &[u8]) -> BodyHash {
     let mut short = [0; 16];
     short.copy_from_slice(&blake3::hash(body).as_bytes()[..16]);
     u128::from_le_bytes(short)
 }
 
 #[derive(Debug, Default)]
-pub struct Ledger {
-    stats: Stats,
-    bodies: HashMap<BodyHash, Body>,
-    /// How often each request for anything but an answer came.
+pub struct StatsCollector {
+    stats: MockStats,
+    bodies: HashMap<BodyHash, BodyCounts>,
+    /// Number of attempts of each request to another route.
     others: HashMap<BodyHash, u32>,
-    requests: Minute,
-    asked: Minute,
-    billed: Minute,
+    requests: BusiestMinute,
+    asked: BusiestMinute,
+    billed: BusiestMinute,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Body {
+struct BodyCounts {
     attempts: u32,
     billed: u32,
 }
 
-impl Ledger {
-    pub fn connected(&mut self) {
+impl StatsCollector {
+    pub fn record_connection(&mut self) {
         self.stats.connections += 1;
     }
 
-    pub fn requested(&mut self) {
+    pub fn record_request(&mut self) {
         self.stats.requests += 1;
     }
 
-    /// A request for an answer came in, `at` after the start.
-    pub fn asked(&mut self, at: Duration, tokens: u64) {
+    /// Records a chat request, `at` after the start.
+    pub fn record_chat_request(&mut self, at: Duration, tokens: u64) {
         self.requests.add(at, 1);
         self.asked.add(at, tokens);
     }
 
-    /// A request was let in, as one of so many at once. Returns how often its body came before.
-    pub fn admitted(&mut self, hash: BodyHash, in_flight: u64) -> u32 {
+    /// Records an admitted request. Returns the number of earlier attempts with the same body.
+    pub fn record_admission(&mut self, hash: BodyHash, in_flight: u64) -> u32 {
         self.stats.max_in_flight = self.stats.max_in_flight.max(in_flight);
-        self.asked_in_batch(hash)
+        self.next_attempt(hash)
     }
 
-    /// As [`Ledger::admitted`], for a row of a batch, which no limit counts.
-    pub fn asked_in_batch(&mut self, hash: BodyHash) -> u32 {
+    /// As [`StatsCollector::record_admission`], for a batch row, which no limit counts.
+    pub fn next_attempt(&mut self, hash: BodyHash) -> u32 {
         let body = self.bodies.entry(hash).or_default();
         body.attempts += 1;
         body.attempts - 1
     }
 
-    /// How often this request for anything but an answer came before.
-    pub fn asked_elsewhere(&mut self, hash: BodyHash) -> u32 {
+    /// Returns the number of earlier attempts of this request to another route.
+    pub fn next_other_attempt(&mut self, hash: BodyHash) -> u32 {
         let attempts = self.others.entry(hash).or_default();
         *attempts += 1;
         *attempts - 1
     }
 
-    pub fn replied(&mut self, status: u16) {
+    pub fn record_status(&mut self, status: u16) {
         *self.stats.by_status.entry(status).or_default() += 1;
     }
 
-    pub fn answered(&mut self) {
+    pub fn record_answer(&mut self) {
         self.stats.answered += 1;
     }
 
-    pub fn throttled(&mut self) {
+    pub fn record_throttled(&mut self) {
         self.stats.throttled += 1;
     }
 
-    pub fn abandoned(&mut self) {
+    pub fn record_abandoned(&mut self) {
         self.stats.abandoned += 1;
     }
 
-    pub fn failed(&mut self, kind: String) {
+    pub fn record_fault(&mut self, kind: String) {
         *self.stats.faults.entry(kind).or_default() += 1;
     }
 
-    pub fn billed(&mut self, at: Duration, hash: BodyHash, usage: &Usage) {
+    pub fn record_billed(&mut self, at: Duration, hash: BodyHash, usage: &MockUsage) {
         self.bill(hash, usage);
         self.billed
             .add(at, usage.prompt_tokens + usage.completion_tokens);
     }
 
-    /// As [`Ledger::billed`], for a row of a batch.
-    pub fn billed_in_batch(&mut self, hash: BodyHash, usage: &Usage) {
+    /// As [`StatsCollector::record_billed`], for a batch row.
+    pub fn record_billed_in_batch(&mut self, hash: BodyHash, usage: &MockUsage) {
         self.bill(hash, usage);
         self.stats.billed.batch_answers += 1;
     }
 
-    fn bill(&mut self, hash: BodyHash, usage: &Usage) {
+    fn bill(&mut self, hash: BodyHash, usage: &MockUsage) {
         let billed = &mut self.stats.billed;
         billed.answers += 1;
         billed.prompt_tokens += usage.prompt_tokens;
@@ -161,12 +161,12 @@ impl Ledger {
         self.bodies.get(&hash).map_or(0, |body| body.billed)
     }
 
-    pub fn stats(&self, at: Duration, in_flight: u64) -> Stats {
+    pub fn snapshot(&self, at: Duration, in_flight: u64) -> MockStats {
         let mut by_times = BTreeMap::new();
         for body in self.bodies.values() {
             *by_times.entry(body.billed).or_default() += 1;
         }
-        Stats {
+        MockStats {
             seconds: at.as_secs_f64(),
             in_flight,
             most_requests_in_a_minute: self.requests.most,
@@ -179,16 +179,16 @@ impl Ledger {
     }
 }
 
-/// The most in any 60 seconds, to the millisecond: what comes within one is kept as one entry, so
-/// that a minute of heavy load stays small.
+/// The maximum sum within any 60 seconds. Amounts of the same millisecond share one entry, which
+/// bounds the memory.
 #[derive(Debug, Default)]
-struct Minute {
+struct BusiestMinute {
     entries: VecDeque<(u64, u64)>,
     sum: u64,
     most: u64,
 }
 
-impl Minute {
+impl BusiestMinute {
     fn add(&mut self, at: Duration, amount: u64) {
         let ms = at.as_millis() as u64;
         while let Some(&(old, gone)) = self.entries.front()
@@ -211,8 +211,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_fullest_minute_is_open_at_its_end() {
-        let mut minute = Minute::default();
+    fn busiest_minute_excludes_its_end() {
+        let mut minute = BusiestMinute::default();
         for (at, most) in [(0, 1), (30_000, 2), (59_999, 3), (60_000, 3), (61_000, 4)] {
             minute.add(Duration::from_millis(at), 1);
             assert_eq!(minute.most, most, "at {at} ms");
