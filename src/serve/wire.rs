@@ -9,9 +9,6 @@ use crate::model::batcher::FinishReason;
 use crate::model::sampling::TokenLogprobs;
 use crate::tokenizer::Tokenizer;
 
-/// Lower bound of logprobs. OpenAI sends it for "very unlikely", since JSON has no infinity.
-const LOWEST_LOGPROB: f32 = -9999.0;
-
 /// The fields that all objects of one response share.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct ResponseHead {
