@@ -2,49 +2,47 @@
 //!
 //! # The map
 //!
-//! Data flows one way, and each noun has one room:
+//! Data flows one way:
 //!
 //! ```text
-//! prompts, templates --prompt--> Prompt --crate::client::request--> request body --cache::question--> key
-//!   --harvest (limiter, teacher, retry)--> answer --cache::record--> cache (append-only JSONL)
-//!   --data (chat template, tokenizer, align)--> prepared examples (mapped) --data::batch--> Batch
+//! prompts, templates --prompt--> Prompt --plan: prompts x endpoints x samples, minus the cache--> rows
+//!   --harvest (rate_limit, budget, client)--> answer --cache--> responses.jsonl (append-only)
+//!   --data (tokenizer, alignment)--> prepared examples (mapped) --data::batch--> Batch
 //!   --model (a tape over ops)--> hidden states --train::loss, fused with the LM head--> gradients
-//!   --train::optimizer--> weights --train::checkpoint, train::trainable--> Hugging Face folder
-//!   --train::on_policy--> texts of the student's own --crate::harvest::scorer, cache--> logprobs --data--> Batch
-//!   --evaluate--> Report          --serve, model::generate--> answers
-//!                                        cache --export--> files for other trainers
+//!   --train::optimizer--> weights --train::checkpoint--> Hugging Face folder
+//!   --train::on_policy--> texts of the student --harvest::scorer--> logprobs --data--> Batch
+//!   --eval--> EvalReport          --serve, model::generate--> answers
+//!                                cache --export--> files for other trainers
 //! ```
 //!
-//! | room | holds |
-//! |---|---|
-//! | [`cli`], [`commands`] | clap types; one thin file per verb |
-//! | [`config`] | file + environment + flags -> one validated `Config`; nothing else sees clap |
-//! | [`prompt`] | prompt sources and templates |
-//! | [`harvest`] | what to ask, when, one by one or in batches, and what a reply means; a teacher that judges texts; async, knows no tensors |
-//! | [`cache`] | the record, its lines and frames, recovery, the one writer, repair and merge |
-//! | [`data`] | chat template, tokenizer, alignment of teacher and student tokens, prepared examples, batches |
-//! | [`model`] | a Hugging Face folder in memory; each architecture, written once over a graph; the tape that runs it on the CPU, candle's operations elsewhere; adapters; generation |
-//! | [`ops`] | the arithmetic: fused operations with hand-written backward passes, matrix products, memory; all `unsafe` code |
-//! | [`train`] | THE loop, and what it needs: device, loss, a teacher on this machine, answers of the student's own, optimizer, schedule, checkpoints, metrics |
-//! | [`export`] | the cache in the formats of other trainers, one file per format |
-//! | [`evaluate`] | a model against the truth and against its teacher |
-//! | [`serve`] | the OpenAI dialect over a local model, or by a script that fails on purpose (`crate::mock`) |
-//! | [`demo`] | the whole way, through the rooms above |
-//! | [`fs`], [`terminal`], [`log`], [`signal`], [`exit`] | files written whole; text for people; exit statuses |
+//! The rooms, from the top. A room imports only from rooms of the floors below it, and no files import each other in a
+//! circle; `tests/it/imports.rs` reads the `use` lines and holds both.
+//!
+//! | floor | rooms | content |
+//! |---|---|---|
+//! | 13 | [`cli`], [`commands`] | clap types; one thin file per verb |
+//! | 12 | [`demo`] | the whole way, on a model that serves as the teacher |
+//! | 11 | [`harvest`] | the run: dispatch of single requests, batch mode, decisions after errors, scoring of given texts |
+//! | 10 | [`report`], [`eval`] | summary, table, progress and advice of a run; a model compared with the truth and with its teacher |
+//! | 9 | [`plan`] | which rows are requested |
+//! | 8 | [`probe`], [`train`], [`serve`] | what an endpoint supports; the training loop and its parts; the OpenAI API over a local model |
+//! | 7 | [`client`], [`model`], [`export`] | requests and replies over HTTP, and their classification; architectures, weights, the tape, generation; the cache in the formats of other trainers |
+//! | 6 | [`data`], [`budget`] | alignment of teacher and student tokens, prepared examples, batches; the account of a run folder and its ledger |
+//! | 5 | [`cache`], [`tokenizer`] | records, their files, recovery, the one writer, repair and merge; tokenizer and chat template of a model folder |
+//! | 4 | [`prompt`], [`rate_limit`], [`mock`] | prompt sources and templates; when a request may leave; a scripted teacher that fails on purpose |
+//! | 3 | [`config`], [`signal`] | file + environment + flags -> one validated `Config`; stop signals |
+//! | 2 | [`ops`], [`fs`], [`terminal`], [`exit`], [`log`], [`clock`] | fused operations and all `unsafe` code; files written atomically; text for people; exit statuses |
 //!
 //! # Invariants
 //!
-//! 1. `harvest` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
-//! 2. `harvest::{request, scoring, plan, shard, retry, cost, budget, record, schedule}`, `cache::recovery`,
-//!    `data::{align, chat_template, gate, groups, samples, sampling}` and `train::{loss, schedule}` are pure: no
-//!    clock, file, network or random number that is not an argument.
+//! 1. `harvest`, `client` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
+//! 2. Files whose doc says "Pure" take clock, files, network and random numbers as arguments or not at all.
 //! 3. An acknowledged record is never changed or lost.
 //! 4. Every trainable parameter receives a gradient, and no sum depends on the number of threads.
-//! 5. The API key is exposed in one expression (`crate::client::credentials`), and printed, logged, cached and
-//!    hashed nowhere.
+//! 5. The API key is exposed in one expression (`client::credentials`), and printed, logged, cached and hashed nowhere.
 //! 6. Text that came from a model reaches a terminal only through [`terminal::sanitise`].
-//! 7. Waiting uses the monotonic clock; wall-clock time only stamps records, reads HTTP dates,
-//!    opens the window of the night, and is the date of chat templates outside training.
+//! 7. Waiting uses the monotonic clock. Wall-clock time only stamps records, reads HTTP dates, opens the request window,
+//!    and is the date of chat templates outside training.
 //! 8. Files are written by [`fs`] and `cache::storage` alone.
 
 // What is `pub` is what the binary and the tests use.
@@ -58,8 +56,8 @@ pub mod clock;
 pub mod commands;
 pub mod config;
 pub mod data;
-pub(crate) mod demo;
-pub(crate) mod eval;
+pub mod demo;
+pub mod eval;
 pub mod exit;
 pub mod export;
 pub mod fs;
@@ -71,7 +69,7 @@ pub mod ops;
 pub mod plan;
 pub mod probe;
 pub mod prompt;
-pub(crate) mod rate_limit;
+pub mod rate_limit;
 pub mod report;
 pub mod serve;
 pub mod signal;

@@ -60,7 +60,6 @@ use crate::harvest::window::RequestWindow;
 use crate::ops::process;
 use crate::plan::prepare::{
     check_endpoints, check_money, open_cache, prompts, request_templates, unused_answers,
-    warn_of_empty_cache,
 };
 use crate::plan::shard::Shard;
 use crate::plan::unanswered::Unanswered;
@@ -68,7 +67,7 @@ use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::probe::findings::ProbedEndpoints;
 use crate::prompt::Prompt;
 use crate::rate_limit::redis::SharedLimits;
-use crate::report::summary::HarvestSummary;
+use crate::report::summary::{self, HarvestSummary};
 use crate::signal::{Signals, StopFlag};
 use crate::terminal::progress::Progress;
 use batch::{BatchOutcome, Batches};
@@ -191,7 +190,7 @@ pub async fn run_in(
         }
     };
     let cache = open_cache(config, options.quiet, storage, signals.flag())?;
-    warn_of_empty_cache(config, cache.len());
+    summary::warn_of_empty_cache(&config.run_dir, &config.own_cache(), cache.len());
     let run = Run {
         config,
         shard: options.shard,

@@ -24,10 +24,9 @@ use crate::probe::findings;
 use crate::prompt::{self, Prompt};
 use crate::rate_limit::daily::DailyLimit;
 use crate::rate_limit::pacer::Pacer;
-use crate::report::summary;
 use crate::signal::StopFlag;
+use crate::terminal::format_dollars;
 use crate::terminal::progress::ReadProgress;
-use crate::terminal::{format_count, format_dollars};
 
 /// Request template of each teacher; `probes` are the hashes of their probe results.
 pub(crate) fn request_templates(
@@ -191,19 +190,6 @@ pub(crate) fn open_cache(
         reading.update(done, total);
         stop.check()
     })
-}
-
-/// Warns where earlier runs have recorded answers and the cache is empty: it may have been moved.
-pub(crate) fn warn_of_empty_cache(config: &Config, records: usize) {
-    let before = summary::recorded_before(&config.run_dir);
-    if records == 0 && before > 0 {
-        tracing::warn!(
-            "earlier runs have recorded {} answers, and the cache in {} is empty: they are bought again; if it \
-             was moved or compressed by hand, stop this run and put it back",
-            format_count(before),
-            config.own_cache().display()
-        );
-    }
 }
 
 /// A budget holds by the prices: without them, or with old ones, it says nothing.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use crate::terminal::format_count;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
@@ -163,6 +164,19 @@ pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
 pub fn recorded_before(run_dir: &Path) -> u64 {
     let runs = past_runs(run_dir);
     runs.iter().map(|run| run.ok + run.quarantined).sum()
+}
+
+/// Warns where earlier runs have recorded answers and the cache is empty: it may have been moved.
+pub(crate) fn warn_of_empty_cache(run_dir: &Path, cache_dir: &Path, records: usize) {
+    let before = recorded_before(run_dir);
+    if records == 0 && before > 0 {
+        tracing::warn!(
+            "earlier runs have recorded {} answers, and the cache in {} is empty: they are bought again; if it \
+             was moved or compressed by hand, stop this run and put it back",
+            format_count(before),
+            cache_dir.display()
+        );
+    }
 }
 
 pub fn file(run_dir: &Path) -> PathBuf {

@@ -64,7 +64,7 @@ impl TrainingState {
                 .transpose()?,
             teacher: match config.loss.kd {
                 KdMode::None if !config.teacher.cotrain => None,
-                _ => LocalTeacher::from_config(config, tokenizer)?,
+                _ => LocalTeacher::from_config(&config.teacher, train, &config.loss, tokenizer)?,
             },
             student,
         })

@@ -3,11 +3,11 @@
 //! It is frozen, or co-trained with the student by cross-entropy on the same examples, which adapts it to the text that
 //! the student learns.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::config::{Config, TrainConfig};
+use crate::config::{LossConfig, SaveDtype, TeacherConfig, TrainConfig};
 use crate::data::prepared::shard::ExampleView;
 use crate::exit::Exit;
 use crate::model::weights;
@@ -26,6 +26,8 @@ pub struct LocalTeacher {
     pub trainable: TrainableModel,
     /// None for a frozen teacher.
     pub training: Option<Cotraining>,
+    /// `teacher.local`.
+    dir: PathBuf,
     /// Hash of the weights as loaded.
     hash: String,
 }
@@ -43,12 +45,16 @@ impl LocalTeacher {
     ///
     /// # Errors
     /// If it does not load, or its tokenizer is not the student's ([`Exit::Usage`]).
-    pub fn from_config(config: &Config, tokenizer: &Tokenizer) -> Result<Option<Self>> {
-        let Some(dir) = &config.teacher.local else {
+    pub fn from_config(
+        settings: &TeacherConfig,
+        train: &TrainConfig,
+        loss: &LossConfig,
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<Self>> {
+        let Some(dir) = &settings.local else {
             return Ok(None);
         };
-        let train = &config.train;
-        let cotrain = config.teacher.cotrain;
+        let cotrain = settings.cotrain;
         check_tokenizer(dir, tokenizer)?;
         let (shape, tensors) = decoder::load(dir)?;
         let hash = weights::hash(&tensors)?;
@@ -62,13 +68,20 @@ impl LocalTeacher {
             let no_decay = trainable::parse_patterns(&train.no_decay)?;
             Ok(Cotraining {
                 optimizer: Optimizer::new(&trainable, &no_decay)?,
-                rate: config.teacher.cotrain_rate,
-                stepper: Stepper::new(config, &SoftLabelChoice::default(), None, &trainable.model),
+                rate: settings.cotrain_rate,
+                stepper: Stepper::new(
+                    train,
+                    loss,
+                    &SoftLabelChoice::default(),
+                    None,
+                    &trainable.model,
+                ),
             })
         });
         Ok(Some(Self {
             training: training.transpose()?,
             trainable,
+            dir: dir.clone(),
             hash,
         }))
     }
@@ -104,16 +117,16 @@ impl LocalTeacher {
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub fn save(&self, config: &Config, tokenizer: &Tokenizer) -> Result<()> {
-        let (Some(dir), Some(_)) = (&config.teacher.local, &self.training) else {
+    pub fn save(&self, run_dir: &Path, dtype: SaveDtype, tokenizer: &Tokenizer) -> Result<()> {
+        if self.training.is_none() {
             return Ok(());
-        };
+        }
         self.trainable.save(
-            &config.run_dir.join("teacher"),
+            &run_dir.join("teacher"),
             &self.trainable.with(self.trainable.trained()?),
-            config.student.save_dtype,
-            (dir, tokenizer),
-            &model_card::teacher_card(config, self.trainable.model.config().model_type()),
+            dtype,
+            (&self.dir, tokenizer),
+            &model_card::teacher_card(&self.dir, self.trainable.model.config().model_type()),
         )?;
         Ok(())
     }

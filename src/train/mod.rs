@@ -43,7 +43,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::config::Config;
+use crate::config::{Config, TrainConfig};
 use crate::data::batch::{Batches, Cursor};
 use crate::data::dataset;
 use crate::data::groups::Selection;
@@ -165,7 +165,7 @@ fn train(
     early_stopping::check(settings.best, validation.len(), || {
         training.teacher.is_some() || has_labels()
     })?;
-    let total = total_steps(config, train.len());
+    let total = total_steps(settings, train.len());
     let fingerprint_inputs =
         checkpoint::fingerprint_inputs(config, data.fingerprint(), &training, total)?;
     let data_settings = checkpoint::data_settings(config);
@@ -190,7 +190,7 @@ fn train(
         parameters,
         train.len(),
         total,
-        config,
+        settings,
         first_step,
     ));
     progress.note(&sanitise(&data.report.to_string()));
@@ -210,7 +210,8 @@ fn train(
         .as_ref()
         .and_then(|on_policy| on_policy.divergence(&config.loss));
     let mut stepper = Stepper::new(
-        config,
+        settings,
+        &config.loss,
         &soft_labels,
         on_policy_divergence,
         &training.student.model,
@@ -376,13 +377,14 @@ fn train(
         config.student.save_dtype,
         (tokenizer.dir(), &tokenizer),
         &model_card::student_card(
-            config,
+            config.teacher.local.as_deref(),
+            settings.batch_size,
             training.student.model.config().model_type(),
             &summary,
         ),
     )?;
     if let Some(teacher) = &training.teacher {
-        teacher.save(config, &tokenizer)?;
+        teacher.save(&config.run_dir, config.student.save_dtype, &tokenizer)?;
     }
     Ok(summary)
 }
@@ -409,7 +411,7 @@ fn opening_line(
     parameters: ParameterCounts,
     examples: usize,
     total: u64,
-    config: &Config,
+    settings: &TrainConfig,
     first_step: u64,
 ) -> String {
     let from = match first_step {
@@ -424,17 +426,16 @@ fn opening_line(
     format!(
         "{} parameters{trained} in {}{}, {} examples, {total} steps of {} examples{from}",
         format_count(parameters.all as u64),
-        device::precision(&config.train).name(),
-        device::label(&config.train),
+        device::precision(settings).name(),
+        device::label(settings),
         format_count(examples as u64),
-        config.train.batch_size,
+        settings.batch_size,
     )
 }
 
-fn total_steps(config: &Config, examples: usize) -> u64 {
-    let train = &config.train;
-    train.steps.unwrap_or_else(|| {
-        let steps = train.epochs * examples as f64 / train.batch_size as f64;
+fn total_steps(settings: &TrainConfig, examples: usize) -> u64 {
+    settings.steps.unwrap_or_else(|| {
+        let steps = settings.epochs * examples as f64 / settings.batch_size as f64;
         (steps.ceil() as u64).max(1)
     })
 }

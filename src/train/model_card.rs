@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use crate::config::Config;
 use crate::data::groups::GroupCounts;
 use crate::terminal::format_count;
 use crate::train::summary::TrainSummary;
@@ -10,11 +9,16 @@ use crate::train::summary::TrainSummary;
 const HEAD: &str = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distillation\n---\n\n";
 
 /// Hugging Face model card of the student.
-pub(crate) fn student_card(config: &Config, architecture: &str, summary: &TrainSummary) -> String {
+pub(crate) fn student_card(
+    local_teacher: Option<&Path>,
+    batch_size: usize,
+    architecture: &str,
+    summary: &TrainSummary,
+) -> String {
     let line = |name: &str, value: Option<f64>| {
         value.map_or(String::new(), |v| format!("- validation {name}: {v:.4}\n"))
     };
-    let teacher = match &config.teacher.local {
+    let teacher = match local_teacher {
         Some(dir) => dir
             .file_name()
             .unwrap_or_default()
@@ -28,7 +32,7 @@ pub(crate) fn student_card(config: &Config, architecture: &str, summary: &TrainS
         format_count(summary.parameters as u64),
         summary.loss,
         summary.steps,
-        config.train.batch_size,
+        batch_size,
         format_count(summary.tokens),
         line("cross-entropy", summary.validation.ce),
         line("KL to the teacher", summary.validation.kl),
@@ -60,9 +64,9 @@ fn teachers(groups: &GroupCounts) -> String {
     }
 }
 
-/// Model card of a co-trained teacher.
-pub(crate) fn teacher_card(config: &Config, architecture: &str) -> String {
-    let from = config.teacher.local.as_deref().and_then(Path::file_name);
+/// Model card of a co-trained teacher that was loaded from `dir`.
+pub(crate) fn teacher_card(dir: &Path, architecture: &str) -> String {
+    let from = dir.file_name();
     format!(
         "{HEAD}A {architecture} model, trained from {} by `distill train` as the teacher of the student \
          beside it, by cross-entropy on the same answers.\n",

@@ -8,7 +8,7 @@ use super::objective::{self, ModelPair};
 use super::optimizer::Optimizer;
 use super::soft_labels::SoftLabelChoice;
 use super::trainable::TrainableModel;
-use crate::config::{Config, TrainConfig};
+use crate::config::{LossConfig, TrainConfig};
 use crate::data::batch::{Batch, micro_batches};
 use crate::data::prepared::shard::ExampleView;
 use crate::model::Model;
@@ -75,7 +75,8 @@ pub struct StepResult {
 impl Stepper {
     /// A stepper for `model`. `soft_labels` applies to the data set, `on_policy` to generated answers.
     pub(crate) fn new(
-        config: &Config,
+        train: &TrainConfig,
+        loss: &LossConfig,
         soft_labels: &SoftLabelChoice,
         on_policy: Option<[Divergence; 2]>,
         model: &Model,
@@ -83,13 +84,11 @@ impl Stepper {
         let plain = LossWeights::default();
         let on_policy = on_policy.unwrap_or([Divergence::ReverseKl; 2]);
         Self {
-            settings: config.train.clone(),
+            settings: train.clone(),
             weights: LossWeights {
                 soft: soft_labels.terms.unwrap_or(plain.soft),
-                alm: soft_labels
-                    .terms
-                    .map_or(0.0, |_| config.loss.alm_weight as f32),
-                label_smoothing: config.loss.label_smoothing as f32,
+                alm: soft_labels.terms.map_or(0.0, |_| loss.alm_weight as f32),
+                label_smoothing: loss.label_smoothing as f32,
                 end: soft_labels.end,
                 // Each step sets its own.
                 scale: 1.0,
@@ -101,7 +100,7 @@ impl Stepper {
                 }),
                 ..plain
             },
-            activations: if config.train.activation_checkpointing {
+            activations: if train.activation_checkpointing {
                 Activations::Recompute
             } else {
                 Activations::Keep

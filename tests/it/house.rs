@@ -7,9 +7,10 @@ pub(crate) fn sources() -> Vec<(String, String)> {
     fn walk(dir: &Path, files: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
-            match path.is_dir() {
-                true => walk(&path, files),
-                false => files.push(path),
+            if path.is_dir() {
+                walk(&path, files);
+            } else {
+                files.push(path);
             }
         }
     }
@@ -105,11 +106,13 @@ fn files_are_written_in_two_places() {
     only_in(
         &[
             "fs::write(",
-            "File::create",
+            " File::create",
+            "(File::create",
+            "fs::File::create",
             "OpenOptions::new",
             "File::options",
             "fs::rename",
-            "fs::copy",
+            "fs::copy(",
         ],
         &["fs/", "cache/"],
     );

@@ -7,14 +7,15 @@ use std::path::Path;
 use crate::house::sources;
 
 /// The rooms from the ground up. Rooms of one floor do not import each other.
-const FLOORS: [&[&str]; 13] = [
+const FLOORS: [&[&str]; 14] = [
     &["ops", "fs", "terminal", "exit", "log", "clock"],
     &["config", "signal"],
     &["prompt", "rate_limit", "mock"],
     &["cache", "tokenizer"],
     &["data", "budget"],
     &["model", "export", "client"],
-    &["train", "serve", "probe", "plan"],
+    &["train", "serve", "probe"],
+    &["plan"],
     &["report", "eval"],
     &["harvest"],
     &["demo"],
@@ -232,7 +233,11 @@ fn find_use(code: &str) -> Option<usize> {
     while let Some(at) = code[from..].find("use ").map(|at| from + at) {
         let line = code[..at].rfind('\n').map_or(0, |at| at + 1);
         let before = code[line..at].trim();
-        if before.is_empty() || (before.starts_with("pub") && !before.contains(' ')) {
+        let is_first = before.is_empty() || (before.starts_with("pub") && !before.contains(' '));
+        // A text may contain the word at the beginning of a line.
+        let is_of_tree = |char: char| char.is_alphanumeric() || "_:{},* \n".contains(char);
+        let tree = code[at..].split(';').next().unwrap_or_default();
+        if is_first && tree.chars().all(is_of_tree) {
             return Some(at);
         }
         from = at + 4;

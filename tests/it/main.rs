@@ -9,6 +9,8 @@ mod cache_mending;
 mod cache_opening;
 mod cache_properties;
 mod cache_samples;
+#[cfg(feature = "candle-transformers")]
+mod candle_transformers;
 mod cli;
 mod config;
 mod data;
