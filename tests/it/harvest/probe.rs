@@ -101,7 +101,7 @@ async fn refusals_are_found_one_by_one() {
 async fn an_endpoint_that_is_not_there_or_wants_another_key_is_an_error() {
     let (server, mut run) = teacher("key = \"sk-right\"");
     let error = distill::harvest::probe(&run.config).await.unwrap_err();
-    assert!(error.to_string().contains("asks for a key"), "{error}");
+    assert!(error.to_string().contains("requires a key"), "{error}");
     run.config.teacher.model = "other".into();
     server.stop();
     let error = distill::harvest::probe(&run.config).await.unwrap_err();
