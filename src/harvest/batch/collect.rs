@@ -194,7 +194,7 @@ impl Batches<'_> {
                 return Ok(());
             }
         }
-        for mistake in &card.mistakes {
+        for mistake in &card.errors {
             let message = &mistake.error.message;
             self.progress
                 .note(&format!("a batch has ended with an error: {message}"));
