@@ -27,6 +27,7 @@ pub(crate) enum AttemptError {
 }
 
 impl AttemptError {
+    /// Returns the error message.
     pub(crate) fn message(&self) -> &str {
         match self {
             AttemptError::Claim(RefusalClaim { failure, .. })

@@ -422,7 +422,8 @@ mod tests {
         let sent = credentials.current();
         std::fs::remove_file(&file).unwrap();
         let waiting = (0..50).map(|_| {
-            let (credentials, sent) = (Arc::clone(&credentials), Arc::clone(&sent));
+            let credentials = Arc::clone(&credentials);
+            let sent = Arc::clone(&sent);
             tokio::spawn(async move { credentials.renew(&sent).await })
         });
         for renewed in waiting.collect::<Vec<_>>() {

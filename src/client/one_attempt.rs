@@ -235,10 +235,10 @@ impl BodyReader {
         let raw = self.raw.split().freeze();
         match end {
             BodyEnd::Unreadable { problem, .. } if !raw.is_empty() => {
-                let body = encoding::salvaged(&raw).map_or_else(|| raw.clone(), Bytes::from);
+                let body = encoding::salvage_gzip(&raw).map_or_else(|| raw.clone(), Bytes::from);
                 (as_utf8(body), BodyEnd::Unreadable { problem, raw })
             }
-            end => (as_utf8(encoding::unpacked(self.body.take())), end),
+            end => (as_utf8(encoding::decode_again(self.body.take())), end),
         }
     }
 }

@@ -57,7 +57,7 @@ pub(crate) fn classify_by(
         }
     };
     match (read(&reply.body), cut) {
-        (Ok(completion), Some(fault)) if completion.is_piece => {
+        (Ok(completion), Some(fault)) if completion.is_stream_delta => {
             Err(classify_transport_error(fault))
         }
         // The answer arrived completely before the connection broke.

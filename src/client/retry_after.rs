@@ -1,18 +1,14 @@
 //! Reads the wait that an error reply requests, from headers, body fields or the message. Pure.
 
-use crate::rate_limit::wait::amount;
-use crate::rate_limit::wait::duration;
-use crate::rate_limit::wait::leading;
-use crate::rate_limit::wait::seconds;
-use crate::rate_limit::wait::until;
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::HeaderMap;
 
 use crate::client::response::error::ApiError;
+use crate::rate_limit::wait::{amount, duration, leading, seconds, until};
 
 /// Phrases before a wait in an error message, in lower case.
-const WORDS: [&str; 15] = [
+const WAIT_PHRASES: [&str; 15] = [
     "try again in",
     "try again after",
     "retry in",
@@ -42,6 +38,7 @@ const FILLERS: [&str; 6] = [
 
 /// Headers that contain a wait in seconds, as a duration or as a date.
 const SECONDS: [&str; 3] = ["retry-after", "x-retry-after", "x-ratelimit-reset-after"];
+
 /// Headers that contain a wait in milliseconds.
 const MILLISECONDS: [&str; 2] = ["retry-after-ms", "x-ms-retry-after-ms"];
 
@@ -54,7 +51,7 @@ const RESETS: [&str; 4] = [
 ];
 
 /// Phrases before a point in time.
-const TIMES: [&str; 5] = [
+const DATE_PHRASES: [&str; 5] = [
     "try again at",
     "resets at",
     "reset at",
@@ -98,10 +95,10 @@ fn wait_in_message(message: &str, now: SystemTime) -> Option<Duration> {
         let places = lower.match_indices(words);
         places.map(move |(at, _)| at + words.len())
     };
-    let by_duration = WORDS.into_iter().flat_map(ends_of).find_map(|at| {
+    let by_duration = WAIT_PHRASES.into_iter().flat_map(ends_of).find_map(|at| {
         let rest = lower[at..].trim_start_matches([' ', ':', '~']);
         let rest = without_fillers(rest);
-        if let Some(wait) = clock(rest) {
+        if let Some(wait) = leading_clock_time(rest) {
             return Some(wait);
         }
         leading(rest).map(|(wait, _)| wait).or_else(|| {
@@ -112,7 +109,7 @@ fn wait_in_message(message: &str, now: SystemTime) -> Option<Duration> {
         })
     });
     by_duration.or_else(|| {
-        TIMES.into_iter().flat_map(ends_of).find_map(|at| {
+        DATE_PHRASES.into_iter().flat_map(ends_of).find_map(|at| {
             let rest = message[at..].trim_start_matches([' ', ':']);
             let word = rest.split_whitespace().next()?;
             let word = word.trim_end_matches(['.', ',', ')']);
@@ -131,7 +128,7 @@ fn without_fillers(text: &str) -> &str {
 }
 
 /// Parses a leading `hh:mm:ss`, such as `00:00:02`.
-fn clock(text: &str) -> Option<Duration> {
+fn leading_clock_time(text: &str) -> Option<Duration> {
     let word = text.split_whitespace().next()?.trim_end_matches(['.', ',']);
     let parts: Vec<f64> = word
         .split(':')

@@ -105,12 +105,12 @@ impl Secrets {
 
     /// Returns the byte ranges of keys in a text.
     fn places(&self, forms: &AhoCorasick, text: &[u8]) -> Vec<(usize, usize)> {
-        let is_of_word = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+        let is_alphanumeric = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
         // Overlapping matches too: a long key may contain a rejected match of a short one.
         let found = forms.find_overlapping_iter(text).filter(|found| {
             let before = found.start().checked_sub(1).and_then(|at| text.get(at));
-            let touches = is_of_word(before) || is_of_word(text.get(found.end()));
-            !(self.is_word[found.pattern().as_usize()] && touches)
+            let touches_word = is_alphanumeric(before) || is_alphanumeric(text.get(found.end()));
+            !(self.is_word[found.pattern().as_usize()] && touches_word)
         });
         found.map(|found| (found.start(), found.end())).collect()
     }

@@ -9,8 +9,8 @@
 //! Invariants:
 //! - Each request reserves its maximum cost in the budget before it is sent, and settles the reservation after.
 //! - After the first answer, an error reply is a finding and does not end the probe.
-//! - Findings do not depend on the config's sampling settings, except for the name of the token limit.
-//! - The hash of the findings goes into every record, so the texts of the findings must not change.
+//! - Probe requests do not use the config's sampling settings, except for the name of the token limit.
+//! - Every record of `harvest` contains the hash of the findings.
 
 pub mod findings;
 pub(crate) mod question;
@@ -94,7 +94,7 @@ impl Probe<'_> {
         let mut refusal = String::new();
         for field in [first, other] {
             self.found.max_tokens_field = Some(field);
-            match self.ask("Say hello.", |_| {}).await? {
+            match self.send("Say hello.", |_| {}).await? {
                 ProbeOutcome::Answer(completion, reply) => {
                     self.record_basics(&completion, &reply);
                     return Ok(());
@@ -142,7 +142,7 @@ impl Probe<'_> {
     async fn logprobs(&mut self) -> Result<()> {
         for k in [20, 8, 5, 1] {
             let outcome = self
-                .ask(OPEN_ENDED, |body| with_logprobs(body, k, 1.0))
+                .send(OPEN_ENDED, |body| with_logprobs(body, k, 1.0))
                 .await?;
             match outcome {
                 ProbeOutcome::Refused(message, _) => {
@@ -162,6 +162,7 @@ impl Probe<'_> {
         Ok(())
     }
 
+    /// Records the number of alternatives, and whether token ids are returned.
     fn record_logprobs(&mut self, completion: &Completion, reply: &HttpReply) {
         let Some(logprobs) = &completion.logprobs else {
             return;
@@ -185,7 +186,7 @@ impl Probe<'_> {
     /// differences double.
     async fn logprobs_kind(&mut self, k: u32, warm: &Completion) -> Result<()> {
         let ProbeOutcome::Answer(cool, _) = self
-            .ask(OPEN_ENDED, |body| with_logprobs(body, k, 0.5))
+            .send(OPEN_ENDED, |body| with_logprobs(body, k, 0.5))
             .await?
         else {
             return Ok(());
@@ -201,7 +202,8 @@ impl Probe<'_> {
                 .filter_map(|(token, value)| Some((token, (*value)?)))
                 .collect()
         };
-        let (warm, cool) = (first(warm), first(&cool));
+        let warm = first(warm);
+        let cool = first(&cool);
         let mut ratios: Vec<f32> = warm
             .iter()
             .skip(1)
@@ -226,7 +228,7 @@ impl Probe<'_> {
         let before = self.max_tokens;
         self.max_tokens = before.max(NON_ASCII_ANSWER);
         let outcome = self
-            .ask(NON_ASCII, |body| with_logprobs(body, k.min(2), 1.0))
+            .send(NON_ASCII, |body| with_logprobs(body, k.min(2), 1.0))
             .await?;
         self.max_tokens = before;
         let ProbeOutcome::Answer(completion, reply) = outcome else {
@@ -258,7 +260,7 @@ impl Probe<'_> {
             ("n", json!(2)),
         ] {
             let outcome = self
-                .ask("Say hello.", |body| {
+                .send("Say hello.", |body| {
                     body.insert(name.into(), value);
                 })
                 .await?;
@@ -282,7 +284,7 @@ impl Probe<'_> {
         let mut texts = Vec::new();
         for seed in [7, 7, 8] {
             let outcome = self
-                .ask(OPEN_ENDED, |body| {
+                .send(OPEN_ENDED, |body| {
                     body.insert("seed".into(), json!(seed));
                 })
                 .await?;
@@ -317,7 +319,7 @@ impl Probe<'_> {
             "json_schema": {"name": "probe", "schema": schema, "strict": true},
         });
         let outcome = self
-            .ask("What is the capital of France?", |body| {
+            .send("What is the capital of France?", |body| {
                 body.insert("response_format".into(), format);
             })
             .await?;
@@ -345,7 +347,7 @@ impl Probe<'_> {
         let message = |role: &str, content: &str| json!({"role": role, "content": content});
         let messages = [message("user", "Say hello."), message("assistant", "Hello")];
         let outcome = self
-            .ask("", |body| {
+            .send("", |body| {
                 body.insert("messages".into(), json!(messages));
                 body.insert("prompt_logprobs".into(), json!(1));
                 body.insert("add_generation_prompt".into(), json!(false));
@@ -370,7 +372,7 @@ impl Probe<'_> {
     /// Records the shape of the error reply to an invalid request.
     async fn error_shape(&mut self) -> Result<()> {
         let outcome = self
-            .ask("Say hello.", |body| {
+            .send("Say hello.", |body| {
                 body.insert("temperature".into(), json!("warm"));
             })
             .await?;
@@ -383,6 +385,7 @@ impl Probe<'_> {
     }
 }
 
+/// Sets the fields of a request that send for logprobs.
 fn with_logprobs(body: &mut Map<String, Value>, k: u32, temperature: f64) {
     body.insert("logprobs".into(), json!(true));
     body.insert("top_logprobs".into(), json!(k));

@@ -72,7 +72,7 @@ impl Probe<'_> {
     }
 
     /// Sends the prompt, with the fields that `change` sets, until it is answered or refused.
-    pub(crate) async fn ask(
+    pub(crate) async fn send(
         &mut self,
         prompt: &str,
         change: impl FnOnce(&mut Map<String, Value>),

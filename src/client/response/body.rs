@@ -22,6 +22,7 @@ struct Body<L> {
     extra: Map<String, Value>,
 }
 
+/// One choice of the body.
 struct Choice<L> {
     message: Value,
     finish_reason: Value,
@@ -46,6 +47,7 @@ pub(crate) fn read<'a, L: Deserialize<'a>>(
     Ok(completion(serde_json::from_slice(body)?, logprobs))
 }
 
+/// Builds the completion, or the error, from a deserialized body.
 fn completion<L>(
     body: Body<L>,
     logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
@@ -64,7 +66,7 @@ fn completion<L>(
     }
     let (usage, usage_extra) = usage::usage(take_usage(body.usage, &mut extra));
     let Some(choice) = choice else {
-        let named = ApiError::in_body(&extra).filter(|_| measures_nothing(usage));
+        let named = ApiError::in_body(&extra).filter(|_| is_missing_or_zero(usage));
         if let Some(error) = named {
             return Err(NoAnswer::error(error));
         }
@@ -96,7 +98,7 @@ fn completion<L>(
         return Err(NoAnswer::error(ApiError::from_value(&choice.error)));
     }
     let mut finish_reason = reason(&choice.finish_reason);
-    let is_piece = finish_reason.is_empty() && usage.is_none() && is_piece(&choice);
+    let is_stream_delta = finish_reason.is_empty() && usage.is_none() && is_stream_delta(&choice);
     if is_filtered && finish_reason.is_empty() {
         finish_reason = "content_filter".into();
     } else if finish_reason.is_empty() && (is_error(&body.error) || is_error(&choice.error)) {
@@ -123,9 +125,9 @@ fn completion<L>(
             extra.insert(name.into(), Value::Object(rest));
         }
     }
-    for (error, extra_of) in [(body.error, "error"), (choice.error, "choice_error")] {
+    for (error, name) in [(body.error, "error"), (choice.error, "choice_error")] {
         if is_error(&error) {
-            extra.insert(extra_of.into(), error);
+            extra.insert(name.into(), error);
         }
     }
     Ok(Completion {
@@ -136,12 +138,12 @@ fn completion<L>(
         logprobs,
         logprobs_fault,
         extra,
-        is_piece,
+        is_stream_delta,
         unreadable: None,
     })
 }
 
-/// Fields of a choice that may hold its message instead of `message`.
+/// Fields of a choice that may contain its message instead of `message`.
 const ALTERNATIVE_FIELDS: [&str; 4] = ["delta", "text", "messages", "content"];
 
 /// Returns the first choice with content, else the first choice.
@@ -152,12 +154,12 @@ fn first_with_content<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
     }
     // One choice was requested, so the one with the lowest index counts.
     choices.sort_by_key(|choice| choice.extra.get("index").and_then(Value::as_u64));
-    let speaking = choices.iter().position(has_content).unwrap_or(0);
-    (!choices.is_empty()).then(|| choices.swap_remove(speaking))
+    let first = choices.iter().position(has_content).unwrap_or(0);
+    (!choices.is_empty()).then(|| choices.swap_remove(first))
 }
 
 /// Returns true if the choice has a stream delta but no message.
-fn is_piece<L>(choice: &Choice<L>) -> bool {
+fn is_stream_delta<L>(choice: &Choice<L>) -> bool {
     !has_text(&choice.message) && choice.extra.get("delta").is_some_and(has_text)
 }
 
@@ -187,8 +189,8 @@ fn take_message(message: Value, extra: &mut Map<String, Value>) -> Map<String, V
     for name in ALTERNATIVE_FIELDS {
         found.extend(extra.remove(name).map(|value| (name, value)));
     }
-    let speaking = found.iter().position(|(_, value)| has_text(value));
-    let (_, chosen) = found.swap_remove(speaking.unwrap_or(0));
+    let first = found.iter().position(|(_, value)| has_text(value));
+    let (_, chosen) = found.swap_remove(first.unwrap_or(0));
     let others = found.into_iter().filter(|(_, other)| has_text(other));
     extra.extend(others.map(|(name, other)| (name.to_owned(), other)));
     match chosen {
@@ -204,7 +206,7 @@ fn take_message(message: Value, extra: &mut Map<String, Value>) -> Map<String, V
     }
 }
 
-fn measures_nothing(usage: Option<Usage>) -> bool {
+fn is_missing_or_zero(usage: Option<Usage>) -> bool {
     usage.is_none_or(|usage| usage.prompt_tokens == 0 && usage.completion_tokens == 0)
 }
 

@@ -22,7 +22,7 @@ pub struct Completion {
     /// All other fields of the body, unchanged.
     pub extra: Map<String, Value>,
     /// The text came as a stream delta without a finish reason: if the body was cut off, text is missing.
-    pub is_piece: bool,
+    pub is_stream_delta: bool,
     /// Why the reply could not be parsed at all.
     pub unreadable: Option<String>,
 }

@@ -206,7 +206,7 @@ impl DecoderState {
 }
 
 /// Decodes a body again while its magic number shows another encoding.
-pub(crate) fn unpacked(mut body: Bytes) -> Bytes {
+pub(crate) fn decode_again(mut body: Bytes) -> Bytes {
     const MAX_LAYERS: usize = 3;
     for _ in 0..MAX_LAYERS {
         if encoding(&body, None).is_none() {
@@ -227,7 +227,7 @@ pub(crate) fn unpacked(mut body: Bytes) -> Bytes {
 
 /// Decodes a damaged gzip stream: with trailing bytes, or truncated before its checksum. None if the checksum is
 /// wrong.
-pub(crate) fn salvaged(raw: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn salvage_gzip(raw: &[u8]) -> Option<Vec<u8>> {
     let mut decoded = Vec::new();
     let mut rest = raw;
     while encoding(rest, None).is_some() {
@@ -368,15 +368,15 @@ mod tests {
             &whole[..whole.len() - 3],
         ] {
             assert!(decode("gzip", raw, 1_000).is_err());
-            assert_eq!(salvaged(raw).as_deref(), Some(TEXT));
+            assert_eq!(salvage_gzip(raw).as_deref(), Some(TEXT));
         }
         let mut wrong = whole.clone();
         let checksum = wrong.len() - 8;
         wrong[checksum] ^= 1;
-        assert_eq!(salvaged(&wrong), None);
+        assert_eq!(salvage_gzip(&wrong), None);
         let twice = Bytes::from(gzip(&gzip(TEXT)));
-        assert_eq!(unpacked(twice), TEXT);
-        assert_eq!(unpacked(Bytes::from_static(TEXT)), TEXT);
+        assert_eq!(decode_again(twice), TEXT);
+        assert_eq!(decode_again(Bytes::from_static(TEXT)), TEXT);
     }
 
     #[test]

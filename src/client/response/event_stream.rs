@@ -111,7 +111,7 @@ fn events(body: &[u8]) -> Vec<Vec<u8>> {
         } else if let Some(rest) = line.strip_prefix(b"data:") {
             let rest = rest.strip_prefix(b" ").unwrap_or(rest);
             match &mut data {
-                // The blank line is also missing if one object ends and another begins.
+                // An object that ends before another begins also shows a missing blank line.
                 Some(before) if before.ends_with(b"}") && rest.starts_with(b"{") => {
                     events.push(std::mem::replace(before, rest.to_vec()));
                 }
@@ -142,6 +142,7 @@ fn event_data(data: Vec<u8>, is_error: bool) -> Vec<u8> {
         .into_bytes()
 }
 
+/// Joins the data of all events up to the end marker.
 fn join(events: &[Vec<u8>]) -> Result<Value, JsonProblem> {
     let mut joined = JoinedStream::default();
     let mut is_done = false;
@@ -218,7 +219,7 @@ impl JoinedStream {
         }
         let mut text_received = false;
         if let Some(Value::Array(choices)) = body.get_mut("choices") {
-            choices.sort_by_key(place);
+            choices.sort_by_key(choice_index);
             text_received = choices.iter().any(has_text);
         }
         let has_failed = ApiError::in_body(&body).is_some();
@@ -235,6 +236,7 @@ impl JoinedStream {
         }
     }
 
+    /// Adds the fields of a chunk.
     fn add(&mut self, mut chunk: Map<String, Value>) {
         if !chunk.contains_key("choices")
             && let Some(Value::Object(inner)) =
@@ -268,7 +270,7 @@ impl JoinedStream {
             return;
         };
         for choice in choices {
-            let at = place(&choice);
+            let index = choice_index(&choice);
             let Value::Object(choice) = choice else {
                 continue;
             };
@@ -276,7 +278,7 @@ impl JoinedStream {
             let has_reason = finish_reason.is_some_and(|reason| !reason.is_null() && reason != "");
             self.is_whole |= has_reason || is_measured && choice.contains_key("message");
             self.has_deltas |= choice.contains_key("delta");
-            let known = whole.iter().position(|known| place(known) == at);
+            let known = whole.iter().position(|known| choice_index(known) == index);
             let known = known.unwrap_or_else(|| {
                 whole.push(Value::Object(Map::new()));
                 whole.len() - 1
@@ -289,7 +291,7 @@ impl JoinedStream {
 }
 
 /// Returns the index of a choice.
-fn place(choice: &Value) -> u64 {
+fn choice_index(choice: &Value) -> u64 {
     choice.get("index").and_then(Value::as_u64).unwrap_or(0)
 }
 
@@ -348,10 +350,10 @@ fn join_texts(fields: &mut Map<String, Value>, name: String, value: Value) {
 
 /// Joins items that have an index (tool calls) by index, and appends all others.
 fn join_lists(list: &mut Vec<Value>, more: Vec<Value>) {
-    let place = |item: &Value| item.get("index").and_then(Value::as_u64);
+    let item_index = |item: &Value| item.get("index").and_then(Value::as_u64);
     for item in more {
-        let known =
-            place(&item).and_then(|at| list.iter_mut().find(|known| place(known) == Some(at)));
+        let known = item_index(&item)
+            .and_then(|at| list.iter_mut().find(|known| item_index(known) == Some(at)));
         match (known, item) {
             (Some(Value::Object(known)), Value::Object(fields)) => {
                 for (name, value) in fields {

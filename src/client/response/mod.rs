@@ -80,12 +80,12 @@ fn strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error
             return Ok(answer);
         }
     }
-    read(body, logprobs::columns).or_else(|_| read(body, parse_later))
+    read(body, logprobs::columns).or_else(|_| read(body, parse_raw_logprobs))
 }
 
 /// Searches the whole body for token counts if the usual field has none.
 fn with_usage(mut completion: Completion, body: &[u8]) -> Completion {
-    // Field names that do not occur in logprobs.
+    // Parts of the names of token counts. Logprobs do not contain them, though they contain `tokens`.
     let names = ["_tokens", "Tokens", "TokenCount", "_eval_count"];
     let is_there = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
     let has_counts = || names.into_iter().any(is_there);
@@ -96,10 +96,12 @@ fn with_usage(mut completion: Completion, body: &[u8]) -> Completion {
     completion
 }
 
-fn parse_later(raw: &RawValue, text: &str) -> Result<Option<Logprobs>, String> {
+/// Parses logprobs that were kept as raw JSON, after the answer is known.
+fn parse_raw_logprobs(raw: &RawValue, text: &str) -> Result<Option<Logprobs>, String> {
     logprobs::parse(raw.get(), text)
 }
 
+/// Parses a body that is an event stream, wrapped or invalid JSON.
 fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
     let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
     let value = value.map_err(|problem| invalid_json(problem, body))?;
@@ -117,7 +119,7 @@ fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
     }
     let mut answers = found.iter().map(|value| {
         let text = value.to_string();
-        read(text.as_bytes(), parse_later).unwrap_or_else(|error| {
+        read(text.as_bytes(), parse_raw_logprobs).unwrap_or_else(|error| {
             Err(if has_signs_of_an_answer(body) {
                 NoAnswer::Unreadable(format!("the body is not a chat completion: {error}"))
             } else {
@@ -127,8 +129,8 @@ fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
     });
     let has_content =
         |answer: &Result<Completion, NoAnswer>| answer.as_ref().is_ok_and(Completion::has_content);
-    let speaking = answers.clone().find(has_content);
-    speaking
+    let with_content = answers.clone().find(has_content);
+    with_content
         .or_else(|| answers.next())
         .unwrap_or_else(|| Err(NoAnswer::Malformed(not_a_completion(body))))
 }

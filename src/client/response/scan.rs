@@ -255,9 +255,10 @@ mod tests {
         ];
         (text, logprob, bytes, any::<bool>(), any::<bool>()).prop_map(
             |(text, logprob, bytes, own_bytes, reverse)| {
-                let bytes = match own_bytes {
-                    true => Some(json!(text.as_bytes())),
-                    false => bytes,
+                let bytes = if own_bytes {
+                    Some(json!(text.as_bytes()))
+                } else {
+                    bytes
                 };
                 let mut fields = vec![
                     ("token".to_string(), json!(text)),

@@ -71,7 +71,8 @@ fn chunks_are_joined_into_one_body() {
 #[test]
 fn keep_alive_events_are_skipped() {
     let chunk = |text: &str, finish: Value| json!({"choices": [{"delta": {"content": text}, "finish_reason": finish}]});
-    let (first, last) = (chunk("Hel", Value::Null), chunk("lo", json!("stop")));
+    let first = chunk("Hel", Value::Null);
+    let last = chunk("lo", json!("stop"));
     let several_lines = serde_json::to_string_pretty(&last).unwrap();
     let several_lines = several_lines.replace('\n', "\r\ndata: ");
     let bodies = [
@@ -103,7 +104,8 @@ fn keep_alive_events_are_skipped() {
 #[test]
 fn truncated_stream_is_cut_off_whatever_its_end() {
     let chunk = |text: &str, finish: Value| json!({"choices": [{"delta": {"content": text}, "finish_reason": finish}]});
-    let (first, last) = (chunk("hel", Value::Null), chunk("lo", json!("stop")));
+    let first = chunk("hel", Value::Null);
+    let last = chunk("lo", json!("stop"));
     let usage = json!({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}});
     let done = "data: [DONE]\n\n";
     let errors = [
