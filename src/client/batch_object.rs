@@ -164,7 +164,7 @@ pub(crate) fn parse_file(body: &[u8]) -> Option<String> {
 /// Splits a streamed file into lines. Only the byte `\n` ends a line, since JSON may contain U+2028 and other
 /// Unicode line separators.
 pub(crate) struct FileLines {
-    pieces: BoxStream<'static, Result<Bytes, TransportError>>,
+    chunks: BoxStream<'static, Result<Bytes, TransportError>>,
     buffer: BytesMut,
     /// Number of leading bytes of the buffer that contain no `\n`.
     searched: usize,
@@ -176,9 +176,9 @@ pub(crate) struct FileLines {
 }
 
 impl FileLines {
-    pub(crate) fn new(pieces: BoxStream<'static, Result<Bytes, TransportError>>) -> FileLines {
+    pub(crate) fn new(chunks: BoxStream<'static, Result<Bytes, TransportError>>) -> FileLines {
         FileLines {
-            pieces,
+            chunks,
             buffer: BytesMut::new(),
             searched: 0,
             is_at_end: false,
@@ -208,8 +208,8 @@ impl FileLines {
                 self.searched = 0;
                 return Ok((!line.is_empty()).then(|| self.finish_line(line)));
             }
-            match self.pieces.next().await {
-                Some(piece) => self.buffer.extend_from_slice(&piece?),
+            match self.chunks.next().await {
+                Some(chunk) => self.buffer.extend_from_slice(&chunk?),
                 None => self.is_at_end = true,
             }
         }
@@ -231,19 +231,19 @@ mod tests {
     use futures_util::stream;
     use proptest::prelude::*;
 
-    fn lines(pieces: Vec<Result<Bytes, TransportError>>) -> Vec<Result<Bytes, String>> {
+    fn lines(chunks: Vec<Result<Bytes, TransportError>>) -> Vec<Result<Bytes, String>> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()
             .unwrap();
         runtime.block_on(async {
-            let mut lines = FileLines::new(stream::iter(pieces).boxed());
+            let mut lines = FileLines::new(stream::iter(chunks).boxed());
             let mut all = Vec::new();
             loop {
                 match lines.next().await {
                     Ok(Some(line)) => all.push(Ok(line)),
                     Ok(None) => return all,
-                    Err(fault) => {
-                        all.push(Err(fault.to_string()));
+                    Err(error) => {
+                        all.push(Err(error.to_string()));
                         return all;
                     }
                 }
@@ -266,17 +266,17 @@ mod tests {
             if expected.last() == Some(&"") {
                 expected.pop();
             }
-            let mut pieces = Vec::new();
+            let mut chunks = Vec::new();
             let mut rest = content.as_bytes();
             for cut in cuts.iter().cycle() {
                 if rest.is_empty() {
                     break;
                 }
-                let (piece, after) = rest.split_at((*cut).min(rest.len()));
-                pieces.push(Ok(Bytes::copy_from_slice(piece)));
+                let (chunk, after) = rest.split_at((*cut).min(rest.len()));
+                chunks.push(Ok(Bytes::copy_from_slice(chunk)));
                 rest = after;
             }
-            let found: Vec<_> = lines(pieces).into_iter().map(Result::unwrap).collect();
+            let found: Vec<_> = lines(chunks).into_iter().map(Result::unwrap).collect();
             prop_assert_eq!(found, expected);
         }
     }
@@ -284,12 +284,12 @@ mod tests {
     #[test]
     fn overlong_line_is_skipped_and_transport_error_is_returned() {
         let long = Bytes::from(vec![b'x'; MAX_LINE_LENGTH / 2 + 1]);
-        let piece = |text: &'static str| Ok(Bytes::from(text));
+        let chunk = |text: &'static str| Ok(Bytes::from(text));
         let found = lines(vec![
-            piece("a\nb"),
+            chunk("a\nb"),
             Ok(long.clone()),
             Ok(long),
-            piece("c\nd\ne"),
+            chunk("c\nd\ne"),
             Err(TransportError::Timeout),
         ]);
         assert_eq!(

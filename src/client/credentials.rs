@@ -315,12 +315,12 @@ fn command_output(command: &str) -> Result<String> {
     let mut child = child.context("cannot start the command")?;
     let stdout = child.stdout.take().context("the command has no output")?;
     // In a thread, since a background process of the command may keep the pipe open forever.
-    let (sender, pieces) = mpsc::channel();
+    let (sender, chunks) = mpsc::channel();
     std::thread::spawn(move || {
         let mut stdout = stdout.take(MAX_OUTPUT);
-        let mut piece = vec![0; 1 << 12];
-        while let Ok(read @ 1..) = stdout.read(&mut piece) {
-            if sender.send(piece[..read].to_vec()).is_err() {
+        let mut chunk = vec![0; 1 << 12];
+        while let Ok(read @ 1..) = stdout.read(&mut chunk) {
+            if sender.send(chunk[..read].to_vec()).is_err() {
                 return;
             }
         }
@@ -341,8 +341,8 @@ fn command_output(command: &str) -> Result<String> {
         bail!("it ended with {status}");
     }
     let mut output = Vec::new();
-    while let Ok(piece) = pieces.recv_timeout(OUTPUT_TIMEOUT) {
-        output.extend(piece);
+    while let Ok(chunk) = chunks.recv_timeout(OUTPUT_TIMEOUT) {
+        output.extend(chunk);
     }
     String::from_utf8(output).context("its output is not UTF-8")
 }

@@ -71,7 +71,7 @@ impl HttpTeacher {
 
     /// Sends one completion request by reqwest: async-openai's own path to the same request adds 10 % to the
     /// time of a small answer.
-    async fn ask_once(&self, body: &Value) -> Result<HttpReply, TransportError> {
+    async fn send_completion(&self, body: &Value) -> Result<HttpReply, TransportError> {
         let body =
             serde_json::to_vec(body).map_err(|error| TransportError::Broken(error.to_string()))?;
         let mut request = Request::new(Method::POST, self.completions.clone());
@@ -84,7 +84,7 @@ impl HttpTeacher {
 
 impl Transport for HttpTeacher {
     fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
-        Box::pin(self.ask_once(body))
+        Box::pin(self.send_completion(body))
     }
 
     fn secrets(&self) -> Arc<Secrets> {

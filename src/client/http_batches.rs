@@ -91,6 +91,7 @@ impl BatchApi for HttpTeacher {
 }
 
 impl HttpTeacher {
+    /// Starts the download of a file and returns its decoded chunks as a stream.
     async fn download(&self, file: &str) -> Result<FileDownload, TransportError> {
         let endpoint = self.client.config();
         let url = endpoint.url(&format!("/files/{file}/content"));
@@ -116,23 +117,23 @@ impl HttpTeacher {
             return Ok(FileDownload::Refused(reply));
         }
         let decoder = Decoder::new(response.headers());
-        let pieces = stream::unfold(Some((response, decoder)), move |state| async move {
+        let chunks = stream::unfold(Some((response, decoder)), move |state| async move {
             let (mut response, mut decoder) = state?;
-            let piece = match tokio::time::timeout(timeout, response.chunk()).await {
+            let chunk = match tokio::time::timeout(timeout, response.chunk()).await {
                 Err(_) => Err(TransportError::Timeout),
                 Ok(Err(error)) => Err(one_attempt::transport_error(error)),
                 Ok(Ok(None)) => {
                     let last = decoder.finish().map_err(undecodable);
                     return Some((last.map(Bytes::from), None));
                 }
-                Ok(Ok(Some(piece))) => decoder.feed(&piece).map_err(undecodable),
+                Ok(Ok(Some(chunk))) => decoder.feed(&chunk).map_err(undecodable),
             };
-            match piece {
+            match chunk {
                 Ok(decoded) => Some((Ok(decoded.into()), Some((response, decoder)))),
-                Err(fault) => Some((Err(fault), None)),
+                Err(error) => Some((Err(error), None)),
             }
         });
-        Ok(FileDownload::Content(pieces.boxed()))
+        Ok(FileDownload::Content(chunks.boxed()))
     }
 }
 

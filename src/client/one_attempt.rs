@@ -55,7 +55,7 @@ impl tower::Service<HttpRequestFactory> for OneAttempt {
             }
             let outcome: tower::BoxError = match http.send(request).await {
                 Ok(reply) => reply.into(),
-                Err(fault) => fault.into(),
+                Err(error) => error.into(),
             };
             Err(outcome)
         })
@@ -68,7 +68,7 @@ pub(crate) fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<HttpReply, Tr
         Err(OpenAIError::Boxed(carried)) => match carried.downcast::<HttpReply>() {
             Ok(reply) => return Ok(*reply),
             Err(carried) => match carried.downcast::<TransportError>() {
-                Ok(fault) => return Err(*fault),
+                Ok(error) => return Err(*error),
                 Err(other) => other.to_string(),
             },
         },
@@ -161,6 +161,7 @@ static LARGE: Semaphore = Semaphore::const_new(2);
 /// Size from which a body needs a permit, in bytes.
 const LARGE_BODY: usize = 4 << 20;
 
+/// Reads and decodes the body of one response.
 struct BodyReader {
     decoder: Option<Decoder>,
     body: BodyChunks,
@@ -181,12 +182,12 @@ impl BodyReader {
 
     async fn read_all(&mut self, mut response: Response) -> BodyEnd {
         loop {
-            let piece = match response.chunk().await {
-                Ok(Some(piece)) => piece,
+            let chunk = match response.chunk().await {
+                Ok(Some(chunk)) => chunk,
                 Ok(None) => return BodyEnd::Whole,
                 Err(error) => return BodyEnd::Cut(transport_error(error)),
             };
-            if let Err(problem) = self.add(piece) {
+            if let Err(problem) = self.add(chunk) {
                 return problem;
             }
             if self.body.len() > LARGEST_BODY {
@@ -202,16 +203,16 @@ impl BodyReader {
         }
     }
 
-    fn add(&mut self, piece: Bytes) -> Result<(), BodyEnd> {
+    fn add(&mut self, chunk: Bytes) -> Result<(), BodyEnd> {
         let Some(decoder) = &mut self.decoder else {
             return Ok(());
         };
-        if decoder.begins_plain(&piece) {
-            self.body.add(piece);
+        if decoder.begins_plain(&chunk) {
+            self.body.add(chunk);
             return Ok(());
         }
-        self.raw.extend_from_slice(&piece);
-        let decoded = decoder.feed(&piece).map_err(undecodable)?;
+        self.raw.extend_from_slice(&chunk);
+        let decoded = decoder.feed(&chunk).map_err(undecodable)?;
         self.body.add(decoded.into());
         if decoder.is_plain() {
             self.raw.clear();
@@ -252,15 +253,15 @@ struct BodyChunks {
 }
 
 impl BodyChunks {
-    fn add(&mut self, piece: Bytes) {
+    fn add(&mut self, chunk: Bytes) {
         if self.len() == 0 {
-            self.first = piece;
+            self.first = chunk;
             return;
         }
         if self.all.is_empty() {
             self.all.extend_from_slice(&self.first);
         }
-        self.all.extend_from_slice(&piece);
+        self.all.extend_from_slice(&chunk);
     }
 
     fn len(&self) -> usize {

@@ -43,7 +43,7 @@ pub(crate) fn classify_by(
     }
     let cut = match reply.end {
         BodyEnd::Whole => None,
-        BodyEnd::Cut(fault) => Some(fault),
+        BodyEnd::Cut(error) => Some(error),
         BodyEnd::Unreadable { problem, raw } if raw.is_empty() => {
             return Err(AttemptError::Unreadable {
                 problem,
@@ -57,12 +57,12 @@ pub(crate) fn classify_by(
         }
     };
     match (read(&reply.body), cut) {
-        (Ok(completion), Some(fault)) if completion.is_stream_delta => {
-            Err(classify_transport_error(fault))
+        (Ok(completion), Some(error)) if completion.is_stream_delta => {
+            Err(classify_transport_error(error))
         }
         // The answer arrived completely before the connection broke.
         (Ok(completion), _) => Ok(Box::new(completion)),
-        (Err(_), Some(fault)) => Err(classify_transport_error(fault)),
+        (Err(_), Some(error)) => Err(classify_transport_error(error)),
         (Err(NoAnswer::Malformed(problem)), None) => Err(connection_lost("malformed", &problem)),
         (Err(NoAnswer::Unreadable(problem)), None) => Err(AttemptError::Unreadable {
             problem,
@@ -94,7 +94,7 @@ pub(crate) fn check(
     match reply.end {
         _ if !(200..300).contains(&reply.status) => Err(classify_refusal(&reply, now)),
         BodyEnd::Whole => Ok(reply),
-        BodyEnd::Cut(fault) => Err(classify_transport_error(fault)),
+        BodyEnd::Cut(error) => Err(classify_transport_error(error)),
         BodyEnd::Unreadable { problem, .. } => Err(connection_lost("malformed", &problem)),
     }
 }
@@ -105,8 +105,8 @@ fn classify_refusal(reply: &HttpReply, now: SystemTime) -> AttemptError {
 }
 
 /// Classifies an attempt without a reply.
-pub(crate) fn classify_transport_error(fault: TransportError) -> AttemptError {
-    match fault {
+pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
+    match error {
         TransportError::Unreachable(message) => AttemptError::Transient {
             failure: RowFailure {
                 unreachable: true,

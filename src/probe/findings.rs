@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn refused(endpoint: &ProbedEndpoint, config: &EndpointConfig, part: &str) {
+    fn assert_refused(endpoint: &ProbedEndpoint, config: &EndpointConfig, part: &str) {
         let error = endpoint.check(config).unwrap_err();
         assert!(error.to_string().contains(part), "{error}");
         assert_eq!(Exit::code_of(&error), 2);
@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn config_that_the_endpoint_does_not_support_is_rejected() {
         assert_eq!(good().check(&config(|_| {})).unwrap(), [""; 0]);
-        refused(
+        assert_refused(
             &good(),
             &config(|sampling| sampling.temperature = Some(0.2)),
             "`sampling.temperature` = 1.0",
@@ -314,13 +314,13 @@ mod tests {
             logprobs: LogprobsOffer::default(),
             ..good()
         };
-        refused(&without, &config(|_| {}), "returns no logprobs");
+        assert_refused(&without, &config(|_| {}), "returns no logprobs");
         assert!(
             without
                 .check(&config(|sampling| sampling.top_logprobs = 0))
                 .is_ok()
         );
-        refused(
+        assert_refused(
             &good(),
             &config(|sampling| sampling.max_tokens_field = MaxTokensField::MaxTokens),
             "\"max_completion_tokens\"",
@@ -328,7 +328,7 @@ mod tests {
         let mut strict = good();
         strict.refused.insert("seed".into(), "no".into());
         assert!(strict.check(&config(|_| {})).is_ok());
-        refused(
+        assert_refused(
             &strict,
             &config(|sampling| sampling.seed = Some(1)),
             "refuses `seed` (no)",

@@ -94,9 +94,9 @@ impl Decoder {
     }
 
     /// As [`Decoder::is_plain`], for a body that may begin with this chunk.
-    pub(crate) fn begins_plain(&mut self, piece: &[u8]) -> bool {
+    pub(crate) fn begins_plain(&mut self, chunk: &[u8]) -> bool {
         let is_first = matches!(&self.state, DecoderState::Beginning(first) if first.is_empty());
-        if is_first && piece.len() >= MAGIC_LENGTH && encoding(piece, self.declared).is_none() {
+        if is_first && chunk.len() >= MAGIC_LENGTH && encoding(chunk, self.declared).is_none() {
             self.state = DecoderState::Plain;
         }
         self.is_plain()
@@ -106,11 +106,11 @@ impl Decoder {
     ///
     /// # Errors
     /// If the encoding is invalid.
-    pub(crate) fn feed(&mut self, piece: &[u8]) -> io::Result<Vec<u8>> {
+    pub(crate) fn feed(&mut self, chunk: &[u8]) -> io::Result<Vec<u8>> {
         let DecoderState::Beginning(first) = &mut self.state else {
-            return self.state.feed(piece);
+            return self.state.feed(chunk);
         };
-        first.extend_from_slice(piece);
+        first.extend_from_slice(chunk);
         if first.len() < MAGIC_LENGTH {
             return Ok(Vec::new());
         }
@@ -157,27 +157,27 @@ impl Decoder {
 }
 
 impl DecoderState {
-    fn feed(&mut self, piece: &[u8]) -> io::Result<Vec<u8>> {
+    fn feed(&mut self, chunk: &[u8]) -> io::Result<Vec<u8>> {
         let sink = match self {
-            DecoderState::Beginning(_) | DecoderState::Plain => return Ok(piece.to_vec()),
+            DecoderState::Beginning(_) | DecoderState::Plain => return Ok(chunk.to_vec()),
             DecoderState::Gzip(decoder) => {
-                decoder.write_all(piece)?;
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
             DecoderState::Zlib(decoder) => {
-                decoder.write_all(piece)?;
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
             DecoderState::Deflate(decoder) => {
-                decoder.write_all(piece)?;
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
             DecoderState::Zstd(decoder) => {
-                decoder.write_all(piece)?;
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
             DecoderState::Brotli(decoder) => {
-                decoder.write_all(piece)?;
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
         };
@@ -318,8 +318,8 @@ mod tests {
         }
         let mut decoder = Decoder::new(&headers);
         let mut decoded = Vec::new();
-        for piece in body.chunks(step) {
-            decoded.extend(decoder.feed(piece)?);
+        for chunk in body.chunks(step) {
+            decoded.extend(decoder.feed(chunk)?);
         }
         decoded.extend(decoder.finish()?);
         Ok(decoded)

@@ -7,6 +7,7 @@ use crate::cache::usage::Usage;
 /// Maximum plausible token count of a request: a larger one, such as an unsigned -1, is an error of the server.
 const MAX_TOKENS: u64 = 10_000_000;
 
+/// Names of the prompt token count.
 const PROMPT: [&str; 5] = [
     "prompt_tokens",
     "input_tokens",
@@ -14,6 +15,8 @@ const PROMPT: [&str; 5] = [
     "prompt_eval_count",
     "inputTokens",
 ];
+
+/// Names of the completion token count.
 const COMPLETION: [&str; 6] = [
     "completion_tokens",
     "output_tokens",
@@ -22,6 +25,8 @@ const COMPLETION: [&str; 6] = [
     "outputTokens",
     "generated_tokens",
 ];
+
+/// Names of the total token count.
 const TOTAL: [&str; 3] = ["total_tokens", "totalTokenCount", "totalTokens"];
 
 /// Takes the known counts out of a `usage` object. If they are missing, incomplete or implausible, returns None
@@ -100,8 +105,8 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
         cached_tokens: cached_tokens.min(prompt_tokens),
         reasoning_tokens: reasoning_tokens.min(completion_tokens),
     };
-    let is_possible = prompt_tokens <= MAX_TOKENS && completion_tokens <= MAX_TOKENS;
-    is_possible.then_some(usage)
+    let is_plausible = prompt_tokens <= MAX_TOKENS && completion_tokens <= MAX_TOKENS;
+    is_plausible.then_some(usage)
 }
 
 /// Returns the largest prompt and completion counts in a value that has no complete usage.
