@@ -104,6 +104,7 @@ impl RowFailure {
         !self.unreachable && !is_server_down
     }
 
+    /// Failure of this class, with the message shortened to one line.
     pub fn new(class: impl Into<String>, message: &str) -> Self {
         Self {
             class: class.into(),

@@ -1,8 +1,5 @@
 //! Teacher over HTTP: each call sends one request and returns the whole reply.
 
-use crate::client::transport::HttpReply;
-use crate::client::transport::Transport;
-use crate::client::transport::TransportError;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +16,7 @@ use crate::client::connection::EndpointAddress;
 use crate::client::credentials::Credentials;
 use crate::client::one_attempt::{HttpSender, OneAttempt};
 use crate::client::secrets::Secrets;
-use crate::client::transport::BatchApi;
+use crate::client::transport::{BatchApi, HttpReply, Transport, TransportError};
 use crate::config;
 
 /// Connection to a teacher.

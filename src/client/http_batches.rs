@@ -20,8 +20,7 @@ use crate::client::http::HttpTeacher;
 use crate::client::one_attempt;
 use crate::client::one_attempt::unpack;
 use crate::client::response::encoding::Decoder;
-use crate::client::transport::{BatchApi, FileDownload};
-use crate::client::transport::{HttpReply, TransportError};
+use crate::client::transport::{BatchApi, FileDownload, HttpReply, TransportError};
 
 /// Batches per page; 100 is the maximum of the API.
 const PAGE: &str = "100";

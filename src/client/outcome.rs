@@ -3,11 +3,9 @@
 //! Only the status, error code and message of the one reply count. The consequences for the request and for the
 //! run also depend on earlier replies, and are decided in `harvest`.
 
-use crate::client::attempt_error::AttemptError;
-use crate::client::attempt_error::RowFailure;
-use crate::client::attempt_error::connection_lost;
 use std::time::{Duration, SystemTime};
 
+use crate::client::attempt_error::{AttemptError, RowFailure, connection_lost};
 use crate::client::refusal_reason::classify_error;
 use crate::client::response;
 use crate::client::response::completion::{Completion, NoAnswer};

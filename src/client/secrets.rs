@@ -80,11 +80,11 @@ impl Secrets {
     /// As [`Secrets::clean`]; returns None if the text contains no key.
     fn cleaned(&self, text: &[u8]) -> Option<Vec<u8>> {
         let forms = self.forms.as_ref().filter(|_| text.len() >= MIN_LENGTH)?;
-        let mut found = self.places(forms, text);
+        let mut found = self.key_ranges(forms, text);
         if has_escaped_letters(text) {
-            let (decoded, places) = decode(text);
-            let escaped = self.places(forms, &decoded).into_iter();
-            found.extend(escaped.map(|(start, end)| (places[start], places[end])));
+            let (decoded, offsets) = decode(text);
+            let escaped = self.key_ranges(forms, &decoded).into_iter();
+            found.extend(escaped.map(|(start, end)| (offsets[start], offsets[end])));
         }
         if found.is_empty() {
             return None;
@@ -103,8 +103,8 @@ impl Secrets {
         Some(clean)
     }
 
-    /// Returns the byte ranges of keys in a text.
-    fn places(&self, forms: &AhoCorasick, text: &[u8]) -> Vec<(usize, usize)> {
+    /// Returns the byte ranges of keys in a text. They may overlap.
+    fn key_ranges(&self, forms: &AhoCorasick, text: &[u8]) -> Vec<(usize, usize)> {
         let is_alphanumeric = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
         // Overlapping matches too: a long key may contain a rejected match of a short one.
         let found = forms.find_overlapping_iter(text).filter(|found| {
@@ -118,7 +118,7 @@ impl Secrets {
     /// Returns true if the text contains a key.
     pub fn is_in(&self, text: &str) -> bool {
         let forms = self.forms.as_ref().filter(|_| text.len() >= MIN_LENGTH);
-        forms.is_some_and(|forms| !self.places(forms, text.as_bytes()).is_empty())
+        forms.is_some_and(|forms| !self.key_ranges(forms, text.as_bytes()).is_empty())
     }
 
     /// Removes keys from a text. Returns true if there was one.
@@ -257,12 +257,12 @@ fn entity(text: &[u8]) -> Option<(u8, usize)> {
 /// Decodes all escapes. Returns the decoded text and the offset of each of its bytes, and of its end, in `text`.
 fn decode(text: &[u8]) -> (Vec<u8>, Vec<usize>) {
     let mut decoded = Vec::new();
-    let mut places = Vec::new();
+    let mut offsets = Vec::new();
     let mut at = 0;
     while at < text.len() {
         if let Some((byte, length)) = escape(&text[at..]) {
             decoded.push(byte);
-            places.push(at);
+            offsets.push(at);
             at += length;
             continue;
         }
@@ -270,11 +270,11 @@ fn decode(text: &[u8]) -> (Vec<u8>, Vec<usize>) {
         let run = text[at..].iter().take_while(|byte| **byte == b'\\').count();
         let end = at + run.max(1);
         decoded.extend_from_slice(&text[at..end]);
-        places.extend(at..end);
+        offsets.extend(at..end);
         at = end;
     }
-    places.push(text.len());
-    (decoded, places)
+    offsets.push(text.len());
+    (decoded, offsets)
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ pub(crate) struct Decoder {
     state: DecoderState,
 }
 
+/// A content encoding that can be decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Encoding {
     Gzip,
@@ -36,6 +37,7 @@ enum Encoding {
     Deflate,
 }
 
+/// The decoder of a body, once its encoding is known.
 enum DecoderState {
     /// Fewer than [`MAGIC_LENGTH`] bytes have arrived.
     Beginning(Vec<u8>),
