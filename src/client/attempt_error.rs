@@ -1,8 +1,9 @@
 //! Errors of one attempt, by their effect on the request and on the run.
 
+use std::time::Duration;
+
 use crate::client::secrets::Secrets;
 use crate::terminal::sanitise;
-use std::time::Duration;
 
 /// Failure of one attempt.
 #[derive(Debug)]

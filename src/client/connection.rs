@@ -8,8 +8,7 @@ use anyhow::{Context as _, Result};
 use reqwest::{Certificate, Identity, Url};
 
 use crate::client::credentials::expand;
-use crate::config;
-use crate::config::{AllowHttp, KeySource};
+use crate::config::{self, AllowHttp, KeySource};
 use crate::exit::Exit;
 
 /// Validated address of an endpoint.

@@ -15,8 +15,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use crate::client::response;
 use crate::client::secrets::Secrets;
-use crate::config;
-use crate::config::KeySource;
+use crate::config::{self, KeySource};
 use crate::exit::Exit;
 
 /// Timeout of a command that prints a key.

@@ -1,10 +1,10 @@
 //! Errors with advice for an endpoint that refuses every request.
 
-use crate::client::attempt_error::RefusalReason;
-use crate::config;
-use crate::config::KeySource;
-use crate::exit::Exit;
 use anyhow::anyhow;
+
+use crate::client::attempt_error::RefusalReason;
+use crate::config::{self, KeySource};
+use crate::exit::Exit;
 
 /// Returns the error, with advice, for an endpoint that refuses every request.
 pub(crate) fn refused(

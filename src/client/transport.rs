@@ -1,16 +1,17 @@
 //! The seam between the callers and HTTP: traits of a teacher's API, raw replies, transport errors.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use anyhow::Result;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
 use reqwest::header::HeaderMap;
 use serde_json::Value;
-use std::sync::Arc;
 use tokio::sync::SemaphorePermit;
 
 use crate::client::secrets::Secrets;
-use futures_util::stream::BoxStream;
-use std::path::Path;
 
 /// A raw HTTP reply of any status.
 #[derive(Debug, Clone, thiserror::Error)]

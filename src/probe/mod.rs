@@ -15,7 +15,6 @@
 pub mod findings;
 pub(crate) mod question;
 
-use crate::probe::question::Probe;
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
@@ -30,9 +29,8 @@ use crate::client::response::json;
 use crate::client::transport::{HttpReply, Transport};
 use crate::config::{EndpointConfig, MaxTokensField};
 use crate::probe::findings::{Finding, LogprobsKind, ProbedEndpoint, TokenBytes};
-use crate::probe::question::ProbeOutcome;
-use crate::rate_limit::headers;
-use crate::rate_limit::headers::Refill;
+use crate::probe::question::{Probe, ProbeOutcome};
+use crate::rate_limit::headers::{self, Refill};
 
 /// Maximum tokens of an answer.
 const SHORT_ANSWER: u32 = 24;

@@ -1,26 +1,22 @@
 //! One request of a probe: its budget reservation, its retries and its outcome.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep};
 
-use crate::budget::account::{Charge, Reservation};
+use crate::budget::account::{Account, Charge, Reservation};
+use crate::budget::ledger::LedgerFiles;
 use crate::budget::price::TokenBound;
 use crate::client::attempt_error::{AttemptError, RefusalClaim};
 use crate::client::outcome;
 use crate::client::response::completion::Completion;
 use crate::client::response::usage;
-use crate::client::transport::HttpReply;
-use crate::config::MaxTokensField;
-
-use crate::budget::account::Account;
-use crate::budget::ledger::LedgerFiles;
-use crate::client::transport::Transport;
-use crate::config::EndpointConfig;
+use crate::client::transport::{HttpReply, Transport};
+use crate::config::{EndpointConfig, MaxTokensField};
 use crate::probe::findings::ProbedEndpoint;
-use std::sync::Arc;
 
 /// Maximum number of attempts of one request, not counting rate-limited ones.
 const MAX_ATTEMPTS: u32 = 3;

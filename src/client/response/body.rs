@@ -1,6 +1,5 @@
 //! Parses the body of a chat completion into an answer and the other fields. Pure.
 
-use crate::client::response::text::has_text;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -9,7 +8,7 @@ use crate::cache::usage::Usage;
 use crate::client::response::completion::{Completion, NoAnswer};
 use crate::client::response::error::{ApiError, is_error};
 use crate::client::response::fields::fields;
-use crate::client::response::text::text;
+use crate::client::response::text::{has_text, text};
 use crate::client::response::{message, usage};
 
 /// Body of a chat completion with logprobs of type `L`.

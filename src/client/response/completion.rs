@@ -1,12 +1,11 @@
 //! A parsed answer, or why a reply with a success status contains none.
 
-use crate::cache::record::Answer;
-use crate::cache::record::Logprobs;
+use serde_json::{Map, Value};
+
+use crate::cache::record::{Answer, Logprobs};
 use crate::cache::usage::Usage;
 use crate::client::response::error::ApiError;
 use crate::client::secrets::Secrets;
-use serde_json::Map;
-use serde_json::Value;
 
 /// An answer with the other fields of its reply.
 #[derive(Debug, Default)]

@@ -1,9 +1,10 @@
 //! Parses an endpoint's error from any known shape. Pure.
 
-use crate::client::response::text::text;
 use std::time::Duration;
 
 use serde_json::{Map, Value};
+
+use crate::client::response::text::text;
 
 /// An endpoint's error. Missing fields are empty.
 #[derive(Debug, Default, Clone, PartialEq)]

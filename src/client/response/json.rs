@@ -7,10 +7,9 @@
 //! - A byte order mark, and text before or after the first value, are removed.
 //! - A body that is truncated after its choices is closed there.
 
-use crate::client::response::json_error::JsonProblem;
-use crate::client::response::json_error::beginning;
 use serde_json::Value;
 
+use crate::client::response::json_error::{JsonProblem, beginning};
 use crate::client::response::repair::JsonRepair;
 
 /// Parses the first JSON value in `body`, repaired if it is not strict JSON.

@@ -34,15 +34,13 @@ pub(crate) mod text;
 pub(crate) mod usage;
 pub(crate) mod wrapped;
 
-use crate::client::response::completion::Completion;
-use crate::client::response::completion::NoAnswer;
-use crate::client::response::completion::names_choices;
 use std::cell::Cell;
 
 use serde_json::value::RawValue;
 
 use crate::cache::record::Logprobs;
 use crate::client::response::body::read;
+use crate::client::response::completion::{Completion, NoAnswer, names_choices};
 use crate::client::response::json_error::JsonProblem;
 use crate::client::response::scan::{BodyWithoutLogprobs, Mark};
 
